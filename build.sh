@@ -1,0 +1,170 @@
+#!/usr/bin/env bash
+# Everything there is to do with pigeon-init: ./build.sh help
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+readonly target=${TARGET:-$(uname -m)-unknown-linux-gnu}
+readonly lab=(--locked --manifest-path tests/Cargo.toml)
+
+help() {
+    cat <<'EOF'
+usage: ./build.sh COMMAND
+
+  run [run.json [WORD...]]    build, and boot the example (or run.json) in a VM, console shown;
+                              the words go on the kernel command line
+  test [FILTER]               unit tests, then VM tests (those whose name contains FILTER)
+
+  build                       build/init, the static binary
+  initrd [run.json]           build/initrd.cpio: the init, and the configuration if one is given
+  rootfs DIR|TAR OUT [SIZE]   an ext4 image of a directory or a tar file; SIZE as 64M, 1G
+  setup                       install and fetch what VMs need
+  vendor                      the crates' sources to vendor/, which build then uses, offline
+  clean                       remove all that was built; --cache: and the kernel and tools fetched
+EOF
+}
+
+say() { printf '==> %s\n' "$*" >&2; }
+die() { printf 'build.sh: %s\n' "$*" >&2; exit 1; }
+
+# need COMMAND=PACKAGE...: installs the Debian packages of the commands that are missing.
+need() {
+    local pair missing=()
+    for pair; do
+        PATH=$PATH:/usr/sbin:/sbin type -P "${pair%%=*}" >/dev/null || missing+=("${pair#*=}")
+    done
+    ((${#missing[@]})) || return 0
+    say "installing ${missing[*]}"
+    apt update -qq
+    apt install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+}
+
+apt() {
+    local as=()
+    type -P apt-get >/dev/null || die "this needs Debian 12 or 13 (there is no apt-get)"
+    ((EUID == 0)) || as=(sudo)
+    "${as[@]}" env DEBIAN_FRONTEND=noninteractive apt-get "$@" </dev/null
+}
+
+need_rust() {
+    type -P cargo >/dev/null || die "there is no cargo: https://rustup.rs installs Rust"
+    need cc=gcc
+}
+
+cache() { echo "${PIGEON_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/pigeon-init}"; }
+
+# One static binary: no libc, no loader, no start files.
+cargo_init() {
+    local offline=()
+    [[ ! -d vendor ]] || offline=(--offline --config vendor-config/config.toml)
+    # Static, at a fixed address, without anything that only an unwinder or a debugger reads. The
+    # toolchain's own linker makes the same bytes on every machine.
+    cargo rustc --release --bin init --locked --target "$target" "${offline[@]}" -- \
+        -C relocation-model=static -C force-unwind-tables=no \
+        -C linker=rust-lld -C linker-flavor=ld.lld \
+        -C link-arg=-static -C link-arg=--no-eh-frame-hdr -C link-arg=--build-id=none \
+        -C link-arg=-znorelro -C link-arg=-znoseparate-code -C link-arg=--icf=all
+}
+
+build() {
+    need_rust
+    cargo_init
+    mkdir -p build
+    install -m 755 "target/$target/release/init" build/init
+    say "build/init: $(stat -c %s build/init) bytes"
+}
+
+# initrd RUN_JSON, which may be empty.
+initrd() {
+    need cpio=cpio
+    build
+    local stage
+    stage=$(mktemp -d)
+    # shellcheck disable=SC2064 # the name of now
+    trap "rm -rf '$stage'" EXIT
+    install -m 755 build/init "$stage/init"
+    [[ -z $1 ]] || install -D -m 600 "$1" "$stage/pigeon/run.json"
+    (
+        cd "$stage"
+        find . -mindepth 1 -exec touch -h -d @0 {} +
+        find . -mindepth 1 -printf '%P\n' | LC_ALL=C sort |
+            cpio --quiet --create --format=newc --reproducible --owner=+0:+0
+    ) >build/initrd.cpio
+    say "build/initrd.cpio: $(stat -c %s build/initrd.cpio) bytes"
+}
+
+# Ownership: of a tar file, as it says; of a directory, as it is for root, and all root's otherwise.
+rootfs() {
+    (($# >= 2)) || die "usage: ./build.sh rootfs DIR|TAR OUT [SIZE]"
+    local source=$1 out=$2 size=${3-} stage as=(fakeroot --)
+    [[ -e $source ]] || die "there is no $source"
+    need mkfs.ext4=e2fsprogs fakeroot=fakeroot
+    stage=$(mktemp -d)
+    # shellcheck disable=SC2064 # the name of now
+    trap "rm -rf '$stage'" EXIT
+    if [[ -d $source && $EUID == 0 ]]; then as=(); fi
+    # shellcheck disable=SC2016 # expanded by the inner shell
+    PATH=$PATH:/usr/sbin:/sbin "${as[@]}" bash -euc '
+        source=$1 out=$2 size=$3 stage=$4
+        if [[ ! -d $source ]]; then
+            tar --extract --same-permissions --file "$source" --directory "$stage"
+            source=$stage
+        fi
+        # A quarter more than the files take, for metadata, and some room.
+        [[ $size ]] || size=$(($(du -s --block-size=1M "$source" | cut -f1) * 5 / 4 + 16))M
+        rm -f "$out"
+        mkfs.ext4 -q -E root_owner=0:0 -d "$source" "$out" "$size" >/dev/null
+    ' bash "$source" "$out" "$size" "$stage"
+    say "$out: $(stat -c %s "$out") bytes"
+}
+
+setup() {
+    need_rust
+    need qemu-system-x86_64=qemu-system-x86 fakeroot=fakeroot mkfs.ext4=e2fsprogs \
+        debugfs=e2fsprogs ip=iproute2 lz4=lz4 xz=xz-utils zstd=zstd cpio=cpio socat=socat
+    if [[ ! -d $(cache)/kernel || ! -d $(cache)/busybox ]]; then
+        apt update -qq # so that what is downloaded below is still there
+    fi
+    say "building the lab"
+    cargo build "${lab[@]}"
+    cargo run "${lab[@]}" --quiet --bin pigeon-lab -- setup
+}
+
+run() {
+    initrd ''
+    setup
+    cargo run "${lab[@]}" --quiet --bin pigeon-lab -- run "$@"
+}
+
+run_tests() {
+    need_rust
+    say "unit tests of the init"
+    cargo test --locked
+    initrd ''
+    setup
+    # An error's text says where it comes from; its backtrace is the test runner's.
+    export RUST_LIB_BACKTRACE=0
+    say "unit tests of the lab"
+    cargo test "${lab[@]}" --lib --bins
+    cargo test "${lab[@]}" --doc
+    say "VM tests (consoles are kept in build/logs)"
+    cargo test "${lab[@]}" --test '*' -- "$@"
+}
+
+vendor() {
+    need_rust
+    cargo vendor --locked --quiet vendor >/dev/null
+    say "vendor/ holds $(find vendor -maxdepth 1 -mindepth 1 -type d | wc -l) crates"
+}
+
+clean() {
+    rm -rf build target tests/target vendor
+    [[ ${1-} != --cache ]] || rm -rf "$(cache)"
+}
+
+case ${1-} in
+    build | rootfs | setup | run | vendor | clean) "$@" ;;
+    initrd) initrd "${2-}" ;;
+    test) run_tests "${@:2}" ;;
+    help | -h | --help) help ;;
+    *) help >&2; exit 2 ;;
+esac

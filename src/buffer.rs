@@ -1,0 +1,107 @@
+//! A byte queue over a fixed piece of memory: in at the end, out at the front.
+
+/// Bytes waiting to go from one file descriptor to another.
+#[derive(Debug)]
+pub struct Buffer<const N: usize> {
+    bytes: [u8; N],
+    start: usize,
+    end: usize,
+}
+
+impl<const N: usize> Default for Buffer<N> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<const N: usize> Buffer<N> {
+    /// An empty queue of `N` bytes.
+    pub const fn new() -> Self {
+        Self {
+            bytes: [0; N],
+            start: 0,
+            end: 0,
+        }
+    }
+
+    /// What waits to be consumed.
+    pub fn filled(&self) -> &[u8] {
+        self.bytes.get(self.start..self.end).unwrap_or(&[])
+    }
+
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    /// How many bytes can still be added.
+    pub fn free(&self) -> usize {
+        N - (self.end - self.start)
+    }
+
+    /// The free bytes, in one piece; follow with [`commit`](Self::commit).
+    pub fn spare(&mut self) -> &mut [u8] {
+        if self.start > 0 {
+            self.bytes.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        self.bytes.get_mut(self.end..).unwrap_or(&mut [])
+    }
+
+    /// Marks the first `count` bytes of [`spare`](Self::spare) as filled.
+    pub fn commit(&mut self, count: usize) {
+        self.end = N.min(self.end.saturating_add(count));
+    }
+
+    /// Drops the first `count` filled bytes.
+    pub fn consume(&mut self, count: usize) {
+        self.start = self.end.min(self.start.saturating_add(count));
+        if self.is_empty() {
+            self.start = 0;
+            self.end = 0;
+        }
+    }
+
+    /// Adds all of `bytes`, or nothing when they do not fit.
+    pub fn push(&mut self, bytes: &[u8]) -> bool {
+        match self.spare().get_mut(..bytes.len()) {
+            Some(room) => {
+                room.copy_from_slice(bytes);
+                self.commit(bytes.len());
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::VecDeque;
+
+    #[test]
+    fn it_behaves_as_a_queue_whatever_the_order_of_calls() {
+        let mut random = 1u32;
+        let mut buffer = Buffer::<16>::new();
+        let mut model = VecDeque::new();
+        for step in 0..20_000u32 {
+            random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let count = (random >> 24) as usize % 20;
+            if random >> 16 & 1 == 0 {
+                let bytes = vec![step as u8; count];
+                let fits = model.len() + count <= 16;
+                assert_eq!(buffer.push(&bytes), fits);
+                if fits {
+                    model.extend(bytes);
+                }
+            } else {
+                buffer.consume(count);
+                model.drain(..count.min(model.len()));
+            }
+            assert_eq!(buffer.filled(), model.make_contiguous());
+            assert_eq!(buffer.free(), 16 - model.len());
+        }
+    }
+}

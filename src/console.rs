@@ -1,0 +1,192 @@
+//! The console: log lines and the workload's output, written without ever waiting.
+
+use core::ffi::CStr;
+use pigeon_init::buffer::Buffer;
+use pigeon_init::text::{self, Level, Line, Show};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
+/// Bytes waiting for the console: two pages of output, and room that is kept for log lines.
+const QUEUE: usize = 16 << 10;
+/// Output of the workload leaves this much free, so that log lines are not lost behind it.
+const RESERVE: usize = 4 << 10;
+
+/// In this order; a VM without a serial port goes on without a console.
+const DEVICES: [&CStr; 3] = [c"/dev/ttyS0", c"/dev/ttyAMA0", c"/dev/console"];
+
+/// Where the log and the workload's output go.
+pub struct Console {
+    device: Option<(OwnedFd, &'static CStr)>,
+    queue: Buffer<QUEUE>,
+    level: Level,
+    /// Who the workload is, once known: a part of every line.
+    identity: Option<(u32, u32)>,
+    /// Log lines that found no room.
+    lost: u32,
+}
+
+impl Console {
+    /// A console without a device: lines wait in the queue.
+    pub const fn new() -> Self {
+        Self {
+            device: None,
+            queue: Buffer::new(),
+            level: Level::Debug,
+            identity: None,
+            lost: 0,
+        }
+    }
+
+    /// Opens the first device that takes a write, and writes what waits.
+    pub fn open(&mut self, level: Level) {
+        self.level = level;
+        let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        self.device = DEVICES.into_iter().find_map(|path| {
+            let device = rustix::fs::open(path, flags, Mode::empty()).ok()?;
+            // A port without hardware opens well and fails on its first use.
+            rustix::termios::tcgetwinsize(&device).ok()?;
+            Some((device, path))
+        });
+        self.flush();
+    }
+
+    /// The device's path, for opening it anew: a descriptor's flags are shared by its copies.
+    pub fn path(&self) -> &'static CStr {
+        self.device.as_ref().map_or(c"/dev/null", |(_, path)| path)
+    }
+
+    /// The device, to wait for.
+    pub fn device(&self) -> Option<BorrowedFd<'_>> {
+        self.device.as_ref().map(|(device, _)| device.as_fd())
+    }
+
+    /// From now on lines say who the workload is.
+    pub fn set_identity(&mut self, uid: u32, gid: u32) {
+        self.identity = Some((uid, gid));
+    }
+
+    /// Starts a line; [`Record::field`] adds to it, dropping it writes it.
+    pub fn log(&mut self, level: Level, message: impl Show) -> Record<'_> {
+        let line = (level >= self.level).then(|| {
+            let mut text = Line::new();
+            text.add(message);
+            text::log_line(level, text.as_bytes())
+        });
+        Record {
+            console: self,
+            line,
+        }
+    }
+
+    /// Starts a line at level info.
+    pub fn info(&mut self, message: &str) -> Record<'_> {
+        self.log(Level::Info, message)
+    }
+
+    /// Starts a line at level warn.
+    pub fn warn(&mut self, message: impl Show) -> Record<'_> {
+        self.log(Level::Warn, message)
+    }
+
+    fn write_line(&mut self, line: &Line) {
+        self.flush();
+        if self.lost > 0 {
+            let mut note = text::log_line(Level::Warn, b"the console was too slow");
+            note.field("lost_lines", self.lost);
+            if !self.push_line(&note) {
+                self.lost = self.lost.saturating_add(1);
+                return;
+            }
+            self.lost = 0;
+        }
+        if !self.push_line(line) {
+            self.lost = self.lost.saturating_add(1);
+        }
+        self.flush();
+    }
+
+    fn push_line(&mut self, line: &Line) -> bool {
+        let text = line.as_bytes();
+        text.len() + 2 <= self.queue.free() && self.queue.push(text) && self.queue.push(b"\r\n")
+    }
+
+    /// Room for output of the workload; follow with [`commit`](Self::commit).
+    pub fn room(&mut self) -> &mut [u8] {
+        let spare = self.queue.spare();
+        let room = spare.len().saturating_sub(RESERVE);
+        spare.get_mut(..room).unwrap_or(&mut [])
+    }
+
+    /// Queues the first `count` bytes of [`room`](Self::room).
+    pub fn commit(&mut self, count: usize) {
+        self.queue.commit(count);
+        self.flush();
+    }
+
+    /// Whether there is room for output of the workload.
+    pub fn has_room(&self) -> bool {
+        self.queue.free() > RESERVE
+    }
+
+    /// Whether anything waits for the device.
+    pub fn is_flushed(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// Bytes that are not out yet: those that wait here, and those in the device's driver.
+    pub fn waiting(&self) -> usize {
+        // asm-generic/ioctls.h
+        const TIOCOUTQ: u32 = 0x5411;
+        let mut driver: i32 = 0;
+        if let Some((device, _)) = &self.device {
+            // SAFETY: TIOCOUTQ writes an int (ioctl_tty(2)).
+            let _no_terminal = unsafe { crate::sys::ioctl_struct(device.as_fd(), TIOCOUTQ, &mut driver) };
+        }
+        self.queue.filled().len() + driver.unsigned_abs() as usize
+    }
+
+    /// Writes what the device takes now.
+    pub fn flush(&mut self) {
+        while !self.queue.is_empty() {
+            let Some((device, _)) = &self.device else {
+                self.queue.consume(QUEUE);
+                return;
+            };
+            match rustix::io::write(device, self.queue.filled()) {
+                Ok(count) => self.queue.consume(count),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return,
+                // A console that is gone cannot be told about it.
+                Err(_) => self.device = None,
+            }
+        }
+    }
+}
+
+/// A log line being put together.
+pub struct Record<'a> {
+    console: &'a mut Console,
+    line: Option<Line>,
+}
+
+impl Record<'_> {
+    /// Adds ` key=value`.
+    pub fn field(mut self, key: &str, value: impl Show) -> Self {
+        if let Some(line) = &mut self.line {
+            line.field(key, value);
+        }
+        self
+    }
+}
+
+impl Drop for Record<'_> {
+    fn drop(&mut self) {
+        if let Some(mut line) = self.line.take() {
+            if let Some((uid, gid)) = self.console.identity {
+                line.field("uid", uid).field("gid", gid);
+            }
+            self.console.write_line(&line);
+        }
+    }
+}

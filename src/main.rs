@@ -1,0 +1,191 @@
+//! PID 1 for Firecracker micro-VMs: from "the kernel runs /init" to "the workload runs", and to a
+//! clean end. [`boot`] is the order in which it happens.
+#![no_std]
+#![no_main]
+
+mod api;
+mod cli;
+mod commands;
+mod console;
+mod end;
+mod files;
+mod interface;
+mod metadata;
+mod modules;
+mod mounts;
+mod poll;
+mod root;
+mod setup;
+mod spawn;
+mod supervisor;
+mod sys;
+mod task;
+
+use crate::api::Api;
+use crate::console::Console;
+use crate::metadata::Source;
+use crate::poll::Poller;
+use crate::supervisor::{HANDLED, LINGER, Parts, SINK, Supervisor};
+use crate::sys::{Static, Words};
+use crate::task::{Explain, Outcome};
+use pigeon_init::accounts::Identity;
+use pigeon_init::command::Environment;
+use pigeon_init::config::{Config, DOCUMENT, PATH, ROOT_DEVICE};
+use pigeon_init::text;
+use pigeon_init::text::{Level, Line};
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Pid, Resource, Rlimit};
+
+static CONSOLE: Static<Console> = Static::new(Console::new());
+static API: Static<Api> = Static::new(Api::new());
+static ENVIRONMENT: Static<Environment> = Static::new(Environment::new());
+/// The configuration document; given back when the workload runs.
+static CONFIG: Static<[u8; DOCUMENT]> = Static::new([0; DOCUMENT]);
+/// Files being read, by whoever reads one.
+static SCRATCH: Static<[u8; 2 * DOCUMENT]> = Static::new([0; 2 * DOCUMENT]);
+static DROPPED: Static<[u8; SINK]> = Static::new([0; SINK]);
+
+/// Open files a process may have.
+const OPEN_FILES: u64 = 10_240;
+
+/// What the kernel command line may say.
+struct Knobs {
+    level: Level,
+    source: Source,
+    mmds_patience: Option<u64>,
+    linger: u64,
+}
+
+impl Knobs {
+    fn read(environment: Words) -> Self {
+        let word = |name: &[u8]| environment.get(name);
+        Self {
+            level: word(b"INIT_LOG_LEVEL").and_then(Level::parse).unwrap_or(Level::Info),
+            source: word(b"PIGEON_CONFIG").and_then(Source::parse).unwrap_or(Source::Auto),
+            mmds_patience: word(b"PIGEON_MMDS_TIMEOUT_MS").and_then(metadata::milliseconds),
+            linger: word(b"PIGEON_EXIT_LINGER_MS").and_then(metadata::milliseconds).unwrap_or(LINGER),
+        }
+    }
+}
+
+/// What was taken from the kernel; [`sys`] comes here first.
+fn start(arguments: Words, words: Words) -> ! {
+    let Some(environment) = ENVIRONMENT.take() else {
+        sys::exit(1);
+    };
+    if rustix::process::getpid() != Pid::INIT {
+        sys::exit(cli::run(arguments, environment));
+    }
+    let statics = (CONSOLE.take(), API.take(), CONFIG.take(), SCRATCH.take(), DROPPED.take());
+    let (Some(console), Some(api), Some(document), Some(scratch), Some(sink)) = statics else {
+        end::reboot();
+    };
+    sys::block_signals(HANDLED);
+    let knobs = Knobs::read(words);
+    let devices = mounts::devices().and_then(|()| standard_streams());
+    console.open(knobs.level);
+    let started = devices.and_then(|()| {
+        let poller = Poller::new()?;
+        let signals = sys::signalfd(HANDLED).explain(|| text!("create a signalfd"))?;
+        Ok((poller, signals))
+    });
+    let (poller, signals) = match started {
+        Ok(started) => started,
+        Err(why) => {
+            drop(console.log(Level::Error, why));
+            end::reboot();
+        }
+    };
+    // Ctrl-Alt-Del becomes a signal for us (reboot(2)).
+    let _without = rustix::system::reboot(rustix::system::RebootCommand::CadOff);
+    let linger = knobs.linger;
+    let mut supervisor = Supervisor::new(Parts { console, api, environment, scratch, sink, poller, signals, linger });
+    let outcome = boot(&mut supervisor, &knobs, document);
+    sys::release(document);
+    sys::release(supervisor.scratch);
+    if let Err(why) = outcome {
+        supervisor.fail(why);
+    }
+    supervisor.serve()
+}
+
+/// The boot, to the workload's start.
+///
+/// The kernel waits long in two places, the first ext4 mount and the cgroup mounts: children wait
+/// there, beside each other and beside the configuration's arrival.
+#[inline(never)]
+fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT]) -> Outcome {
+    mounts::sysfs()?;
+    let expedited = mounts::Expedited::on();
+    modules::load(supervisor.console, supervisor.scratch)?;
+    let cgroups = task::start(mounts::cgroups)?;
+    let others = task::start(mounts::rest)?;
+    let (length, source) = metadata::load(knobs.source, knobs.mmds_patience, document)?;
+    let config = Config::parse(document.get(..length).unwrap_or(&[])).map_err(|error| text!(error))?;
+    config.check().map_err(|why| text!("configuration: ", why))?;
+    supervisor.console.info("configuration loaded").field("source", source);
+    let device = root_device(&config)?;
+    let root = task::start(|report| root::mount(&device, report))?;
+    cgroups.wait(supervisor.console)?;
+    others.wait(supervisor.console)?;
+    root.wait(supervisor.console)?;
+    root::switch(&mut |why| drop(supervisor.console.warn(why)))?;
+    drop(expedited);
+    limit_open_files()?;
+    let identity = resolve_user(supervisor, &config)?;
+    fill_environment(supervisor, &config, &identity)?;
+    if let Err(why) = supervisor.api.listen(&supervisor.poller) {
+        supervisor.console.warn(text!("no API: ", why));
+    }
+    supervisor.run(&config, &identity)
+}
+
+/// Descriptors 0 to 2, so that no other ever gets one of these numbers.
+fn standard_streams() -> Outcome {
+    loop {
+        let null = rustix::fs::open(c"/dev/null", OFlags::RDWR, Mode::empty()).explain(|| text!("open /dev/null"))?;
+        if rustix::fd::AsRawFd::as_raw_fd(&null) > 2 {
+            return Ok(());
+        }
+        let _for_ever = rustix::fd::IntoRawFd::into_raw_fd(null);
+    }
+}
+
+fn root_device(config: &Config) -> Outcome<heapless::CString<PATH>> {
+    if config.root_device.is_empty() {
+        return heapless::CString::from_bytes_with_nul(ROOT_DEVICE.to_bytes_with_nul()).map_err(|_| Line::new());
+    }
+    config.root_device.c_string().ok_or_else(|| text!("RootDevice: the path is too long"))
+}
+
+fn limit_open_files() -> Outcome {
+    let limit = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
+    rustix::process::setrlimit(Resource::Nofile, limit).explain(|| text!("set the limit of open files"))
+}
+
+fn resolve_user(supervisor: &mut Supervisor, config: &Config) -> Outcome<Identity> {
+    let user = text!(config.user());
+    let identity = spawn::resolve(user.as_bytes(), supervisor.scratch)?;
+    supervisor.console.set_identity(identity.uid, identity.gid);
+    Ok(identity)
+}
+
+fn fill_environment(supervisor: &mut Supervisor, config: &Config, identity: &Identity) -> Outcome {
+    cli::fill_environment(supervisor.environment, config)?;
+    let home = supervisor.environment.set_default(b"HOME", &identity.home);
+    home.map_err(|_| text!("the environment is too large"))
+}
+
+/// A panic is a fault in this program: it says where, and takes the VM down in order.
+#[panic_handler]
+fn panic(info: &core::panic::PanicInfo) -> ! {
+    let mut console = Console::new();
+    console.open(Level::Error);
+    let place = info.location();
+    let (file, line) = place.map_or(("?", 0), |place| (place.file(), place.line()));
+    drop(console.log(Level::Error, "panic").field("file", file).field("line", line));
+    if rustix::process::getpid() != Pid::INIT {
+        sys::exit(1);
+    }
+    end::emergency()
+}

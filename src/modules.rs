@@ -1,0 +1,28 @@
+//! Kernel modules that the initrd brings along.
+
+use crate::console::Console;
+use crate::task::{Outcome, name};
+use core::ffi::CStr;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
+/// One path a line, in the order in which they are loaded.
+const LIST: &CStr = c"/pigeon/modules";
+
+/// Loads the modules on the list. One that cannot be loaded is a warning: what needs it says more.
+pub fn load(console: &mut Console, scratch: &mut [u8]) -> Outcome {
+    let list = crate::files::read(LIST, scratch)?;
+    for line in list.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii) {
+        if line.is_empty() {
+            continue;
+        }
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let loaded = rustix::fs::open(line, flags, Mode::empty())
+            .and_then(|file| rustix::system::finit_module(&file, c"", 0));
+        match loaded {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(errno) => drop(console.warn("cannot load a module").field("path", line).field("error", name(errno))),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,211 @@
+//! From a fork to a command: session, identity, directory, environment, execve.
+
+use crate::console::Console;
+use crate::mounts::make_directories;
+use crate::sys::{self, SignalSet, Static};
+use crate::task::{Explain, Outcome, Report, name};
+use core::ffi::CStr;
+use pigeon_init::accounts::{self, Identity};
+use pigeon_init::command::{self, Argv, ENV_ENTRIES, Environment};
+use pigeon_init::config::{ARGV, DOCUMENT, PATH};
+use pigeon_init::json::Text;
+use pigeon_init::text;
+use rustix::fd::{BorrowedFd, OwnedFd};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::process::{Gid, Uid};
+
+/// Exit code of a command that is not there.
+const NOT_FOUND: i32 = 127;
+/// Exit code of a command that is there and cannot be executed.
+const NOT_EXECUTABLE: i32 = 126;
+
+/// What a child uses between fork and execve; in the parent it stays untouched.
+struct Scratch {
+    argv: Argv,
+    argv_pointers: [usize; ARGV + 1],
+    environment_pointers: [usize; ENV_ENTRIES + 1],
+}
+
+static SCRATCH: Static<Scratch> = Static::new(Scratch {
+    argv: Argv::new(),
+    argv_pointers: [0; ARGV + 1],
+    environment_pointers: [0; ENV_ENTRIES + 1],
+});
+
+/// Resolves a user from the files of the root.
+pub fn resolve(user: &[u8], files: &mut [u8; 2 * DOCUMENT]) -> Outcome<Identity> {
+    let (passwd, group) = files.split_at_mut_checked(DOCUMENT).unwrap_or((&mut [], &mut []));
+    let passwd = crate::files::read(c"/etc/passwd", passwd)?;
+    let group = crate::files::read(c"/etc/group", group)?;
+    accounts::resolve(user, passwd, group).map_err(|fault| text!(fault))
+}
+
+/// Standard input, output and error of a command.
+pub enum Streams<'a> {
+    /// Three descriptors.
+    Each([BorrowedFd<'a>; 3]),
+    /// One terminal for all three, which becomes the session's controlling terminal.
+    Terminal(BorrowedFd<'a>),
+}
+
+/// What a child becomes.
+pub struct Command<'a, A: Iterator<Item = Text<'a>>> {
+    /// The arguments; the first is the name to look for.
+    pub argv: A,
+    /// The environment, PATH among it.
+    pub environment: &'a mut Environment,
+    /// Who it runs as.
+    pub identity: &'a Identity,
+    /// Working directory, created if absent; empty is `/`.
+    pub directory: Text<'a>,
+}
+
+/// First thing in a child: a session of its own, and no descriptors but its streams and its report.
+pub fn enter_session(streams: &Streams, report: &Report) -> Outcome {
+    use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
+    rustix::process::setsid().explain(|| text!("start a session"))?;
+    let connected = (|| {
+        let [input, output, error] = match *streams {
+            Streams::Each(streams) => streams,
+            Streams::Terminal(terminal) => {
+                rustix::process::ioctl_tiocsctty(terminal)?;
+                [terminal; 3]
+            }
+        };
+        dup2_stdin(input)?;
+        dup2_stdout(output)?;
+        dup2_stderr(error)
+    })();
+    connected.explain(|| text!("connect the standard streams"))?;
+    sys::close_others(&[report.as_fd()]);
+    Ok(())
+}
+
+/// A failure between fork and execve: the words, and the exit code for it.
+struct Failure(text::Line, i32);
+
+impl<'a, A: Iterator<Item = Text<'a>>> Command<'a, A> {
+    /// Turns this process into the command; returns an exit code only when that failed, with the
+    /// reason in the report.
+    pub fn become_it(self, report: &Report) -> i32 {
+        let Some(scratch) = SCRATCH.take() else {
+            return NOT_EXECUTABLE;
+        };
+        match self.execute(scratch) {
+            Ok(never) => match never {},
+            Err(Failure(why, code)) => {
+                report.fail(why);
+                code
+            }
+        }
+    }
+
+    fn execute(mut self, scratch: &mut Scratch) -> Result<core::convert::Infallible, Failure> {
+        let setup = |what: &'static str| move |errno| Failure(text!(what, ": ", name(errno)), NOT_EXECUTABLE);
+        // The kernel may choose a command when memory runs out, as it may not choose PID 1.
+        let _without_proc = write_once(c"/proc/self/oom_score_adj", b"0");
+        self.enter_directory()?;
+        self.drop_privileges().map_err(setup("become the user"))?;
+        for argument in &mut self.argv {
+            let kept = scratch.argv.push(argument.bytes());
+            kept.map_err(|_| Failure(text!("too many arguments"), NOT_EXECUTABLE))?;
+        }
+        point(&mut scratch.argv_pointers, scratch.argv.iter());
+        point(&mut scratch.environment_pointers, self.environment.iter());
+        sys::block_signals(SignalSet::EMPTY);
+        let command = scratch.argv.iter().next().unwrap_or(b"\0");
+        let (errno, code) = search(command, self.environment, |path| {
+            // SAFETY: both vectors end with null, and point at NUL-terminated strings that stay.
+            unsafe {
+                let argv = scratch.argv_pointers.as_ptr().cast();
+                sys::execve(path, argv, scratch.environment_pointers.as_ptr().cast())
+            }
+        });
+        let shown = command.strip_suffix(b"\0").unwrap_or(command);
+        Err(Failure(text!("execute ", shown, ": ", name(errno)), code))
+    }
+
+    fn enter_directory(&self) -> Result<(), Failure> {
+        if self.directory.is_empty() {
+            return Ok(());
+        }
+        let directory = self.directory;
+        let failed = move |errno| Failure(text!("enter ", directory, ": ", name(errno)), NOT_EXECUTABLE);
+        let path = directory.c_string::<PATH>().ok_or(Errno::NAMETOOLONG).map_err(failed)?;
+        match rustix::process::chdir(&*path) {
+            Err(Errno::NOENT) => make_directories(path.to_bytes())
+                .and_then(|()| rustix::process::chdir(&*path))
+                .map_err(failed),
+            other => other.map_err(failed),
+        }
+    }
+
+    /// Groups first: without root they cannot be set.
+    fn drop_privileges(&self) -> Result<(), Errno> {
+        use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+        let Identity { uid, gid, groups, .. } = self.identity;
+        let mut list = heapless::Vec::<Gid, { accounts::GROUPS }>::new();
+        list.extend(groups.iter().map(|group| Gid::from_raw(*group)));
+        let (uid, gid) = (Uid::from_raw(*uid), Gid::from_raw(*gid));
+        set_thread_groups(&list)?;
+        set_thread_res_gid(gid, gid, gid)?;
+        set_thread_res_uid(uid, uid, uid)
+    }
+}
+
+/// Fills a vector of pointers for execve(2); the last one is null.
+fn point<'s>(pointers: &mut [usize], strings: impl Iterator<Item = &'s [u8]>) {
+    pointers.iter_mut().zip(strings).for_each(|(slot, string)| *slot = string.as_ptr() as usize);
+}
+
+/// Tries the command in the directories of PATH, as execvp(3) does; a name with `/` is a path.
+fn search(command: &[u8], environment: &Environment, execute: impl Fn(&CStr) -> Errno) -> (Errno, i32) {
+    let try_path = |path: &[u8]| match CStr::from_bytes_with_nul(path) {
+        Ok(path) => execute(path),
+        Err(_) => Errno::INVAL,
+    };
+    let missing = |errno| matches!(errno, Errno::NOENT | Errno::NOTDIR);
+    let answer = |errno| (errno, if missing(errno) { NOT_FOUND } else { NOT_EXECUTABLE });
+    if command == b"\0" {
+        return answer(Errno::NOENT);
+    }
+    if command.contains(&b'/') {
+        return answer(try_path(command));
+    }
+    let mut failure = Errno::NOENT;
+    let path = environment.get(b"PATH").unwrap_or(command::PATH);
+    for directory in path.split(|byte| *byte == b':') {
+        let mut candidate = heapless::Vec::<u8, { PATH + 256 }>::new();
+        // An empty entry is the working directory.
+        let directory = if directory.is_empty() { b"." } else { directory };
+        let fits = [directory, b"/", command].iter().all(|part| candidate.extend_from_slice(part).is_ok());
+        if !fits {
+            continue;
+        }
+        match try_path(&candidate) {
+            errno if missing(errno) => {}
+            Errno::ACCESS => failure = Errno::ACCESS,
+            errno => return answer(errno),
+        }
+    }
+    answer(failure)
+}
+
+/// Writes to a file of the kernel's in one call.
+pub fn write_once(path: &CStr, bytes: &[u8]) -> Result<(), Errno> {
+    let file = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::io::write(&file, bytes).map(drop)
+}
+
+/// The console as a command's standard input: opened anew, so that it blocks as a terminal does.
+pub fn console_input(console: &Console) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let open = |path: &CStr| rustix::fs::open(path, flags, Mode::empty());
+    open(console.path()).or_else(|_| null())
+}
+
+/// /dev/null, for both directions.
+pub fn null() -> Result<OwnedFd, Errno> {
+    rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+}

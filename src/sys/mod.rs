@@ -1,0 +1,417 @@
+//! Start-up, and the few system calls rustix has no public function for.
+
+#[cfg(target_arch = "aarch64")]
+#[path = "aarch64.rs"]
+mod arch;
+#[cfg(target_arch = "x86_64")]
+#[path = "x86_64.rs"]
+mod arch;
+
+use arch::syscall;
+use core::cell::UnsafeCell;
+use core::ffi::{CStr, c_char};
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicBool, Ordering};
+use linux_raw_sys::general as uapi;
+use rustix::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use rustix::io::{Errno, Result};
+use rustix::process::Pid;
+
+/// A call's answer: non-negative, or an errno negated.
+fn answer(value: isize) -> Result<usize> {
+    usize::try_from(value).map_err(|_| Errno::from_raw_os_error(value.unsigned_abs() as i32))
+}
+
+fn fd(value: usize) -> OwnedFd {
+    // SAFETY: the kernel has just given this descriptor to us and to nobody else.
+    unsafe { OwnedFd::from_raw_fd(value as i32) }
+}
+
+/// Argument and environment strings as the kernel laid them on the stack.
+#[derive(Clone, Copy)]
+pub struct Words(NonNull<*const c_char>);
+
+impl Words {
+    /// The strings in their order.
+    pub fn iter(self) -> impl Iterator<Item = &'static CStr> {
+        let mut next = self.0;
+        core::iter::from_fn(move || {
+            // SAFETY: the vector ends with a null pointer, behind which `next` never moves; the
+            // strings are NUL-terminated and stay for as long as the process (execve(2)).
+            unsafe {
+                let word = *next.as_ptr();
+                if word.is_null() {
+                    return None;
+                }
+                next = next.add(1);
+                Some(CStr::from_ptr(word))
+            }
+        })
+    }
+
+    /// The value of `NAME=value`.
+    pub fn get(self, name: &[u8]) -> Option<&'static [u8]> {
+        self.iter().find_map(|word| {
+            word.to_bytes().strip_prefix(name)?.strip_prefix(b"=")
+        })
+    }
+}
+
+/// First Rust code of the process: finds the strings above the stack pointer.
+unsafe extern "C" fn start(stack: NonNull<usize>) -> ! {
+    // SAFETY: at entry the stack holds argc, argv and its null, envp and its null (execve(2)).
+    let (arguments, environment) = unsafe {
+        let argc = *stack.as_ptr();
+        let argv = stack.add(1);
+        (Words(argv.cast()), Words(argv.add(argc + 1).cast()))
+    };
+    crate::start(arguments, environment)
+}
+
+/// Ends this process.
+pub fn exit(code: i32) -> ! {
+    loop {
+        // SAFETY: takes a number.
+        unsafe { syscall(uapi::__NR_exit_group, [code as usize, 0, 0, 0, 0, 0]) };
+    }
+}
+
+/// What [`fork`] returned in which process.
+pub enum Fork {
+    /// In the new process.
+    Child,
+    /// In the old one: the new one's id.
+    Parent(Pid),
+}
+
+/// Splits the process in two (fork(2), as clone(2), which every architecture has).
+pub fn fork() -> Result<Fork> {
+    // SAFETY: without CLONE_VM the child has a copy of all memory, this stack included. There is
+    // one thread, so no lock is held by another.
+    let pid = answer(unsafe {
+        syscall(uapi::__NR_clone, [uapi::SIGCHLD as usize, 0, 0, 0, 0, 0])
+    })?;
+    Ok(Pid::from_raw(pid as i32).map_or(Fork::Child, Fork::Parent))
+}
+
+/// Replaces the program (execve(2)); returns only when that failed.
+///
+/// # Safety
+/// `argv` and `envp` must be vectors of NUL-terminated strings, each ended by a null pointer.
+pub unsafe fn execve(path: &CStr, argv: *const *const u8, envp: *const *const u8) -> Errno {
+    let args = [path.as_ptr() as usize, argv as usize, envp as usize, 0, 0, 0];
+    // SAFETY: as promised by the caller.
+    match answer(unsafe { syscall(uapi::__NR_execve, args) }) {
+        Err(errno) => errno,
+        Ok(_) => Errno::NOSYS,
+    }
+}
+
+/// A set of signals as the kernel has it: bit `n - 1` is signal `n`.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct SignalSet(u64);
+
+impl SignalSet {
+    /// No signal.
+    pub const EMPTY: Self = Self(0);
+
+    /// These signals, by number.
+    pub const fn of<const N: usize>(signals: [u32; N]) -> Self {
+        let mut set = 0;
+        let mut rest: &[u32] = &signals;
+        while let [first, others @ ..] = rest {
+            set |= 1 << (*first - 1);
+            rest = others;
+        }
+        Self(set)
+    }
+}
+
+/// Blocks exactly these signals (rt_sigprocmask(2)).
+pub fn block_signals(set: SignalSet) {
+    let args = [
+        uapi::SIG_SETMASK as usize,
+        &raw const set as usize,
+        0,
+        size_of::<SignalSet>(),
+        0,
+        0,
+    ];
+    // SAFETY: reads eight bytes at `set`; no handler exists that the mask could surprise.
+    unsafe { syscall(uapi::__NR_rt_sigprocmask, args) };
+}
+
+/// A descriptor from which the signals of `set` are read (signalfd(2)).
+pub fn signalfd(set: SignalSet) -> Result<OwnedFd> {
+    // SFD_CLOEXEC and SFD_NONBLOCK are defined as these (linux/signalfd.h).
+    let flags = uapi::O_CLOEXEC | uapi::O_NONBLOCK;
+    let args = [
+        usize::MAX,
+        &raw const set as usize,
+        size_of::<SignalSet>(),
+        flags as usize,
+        0,
+        0,
+    ];
+    // SAFETY: reads eight bytes at `set`; -1 asks for a new descriptor.
+    answer(unsafe { syscall(uapi::__NR_signalfd4, args) }).map(fd)
+}
+
+/// A signal read from a signalfd.
+pub struct Signal {
+    /// Its number.
+    pub number: u32,
+    /// Sent by the kernel itself, not by a process (SI_KERNEL).
+    pub from_kernel: bool,
+}
+
+/// Reads one waiting signal.
+pub fn read_signal(fd: BorrowedFd) -> Result<Signal> {
+    // struct signalfd_siginfo: ssi_signo, ssi_errno, ssi_code, …; 128 bytes on every architecture.
+    let mut info = [0u8; 128];
+    if rustix::io::read(fd, &mut info)? != info.len() {
+        return Err(Errno::IO);
+    }
+    let word = |at: usize| {
+        let bytes = info.get(at..).and_then(|rest| rest.first_chunk::<4>());
+        u32::from_ne_bytes(bytes.copied().unwrap_or_default())
+    };
+    Ok(Signal {
+        number: word(0),
+        from_kernel: word(8) == uapi::SI_KERNEL,
+    })
+}
+
+/// Milliseconds of CLOCK_MONOTONIC (clock_gettime(2)).
+pub fn milliseconds() -> u64 {
+    let mut time = uapi::__kernel_timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let args = [uapi::CLOCK_MONOTONIC as usize, &raw mut time as usize, 0, 0, 0, 0];
+    // SAFETY: writes one timespec at `time`.
+    unsafe { syscall(uapi::__NR_clock_gettime, args) };
+    (time.tv_sec as u64).wrapping_mul(1000).wrapping_add(time.tv_nsec as u64 / 1_000_000)
+}
+
+/// An ioctl(2) with a number for its argument.
+///
+/// # Safety
+/// `request` must take a number, not a pointer.
+pub unsafe fn ioctl_number(fd: BorrowedFd, request: u32, value: usize) -> Result<()> {
+    let args = [fd.as_raw_fd() as usize, request as usize, value, 0, 0, 0];
+    // SAFETY: as promised by the caller.
+    answer(unsafe { syscall(uapi::__NR_ioctl, args) }).map(drop)
+}
+
+/// An ioctl(2) on a structure.
+///
+/// # Safety
+/// `request` must read and write at most a `T`, and any bytes it writes must be a valid `T`.
+pub unsafe fn ioctl_struct<T>(fd: BorrowedFd, request: u32, value: &mut T) -> Result<()> {
+    // SAFETY: as promised by the caller; `value` is exclusive for the call.
+    unsafe { ioctl_number(fd, request, &raw mut *value as usize) }
+}
+
+/// Memory with one owner: large buffers that must not lie on the stack.
+///
+/// It is zero pages until it is touched.
+pub struct Static<T> {
+    taken: AtomicBool,
+    value: UnsafeCell<T>,
+}
+
+// SAFETY: `take` gives the value to one caller only, ever.
+unsafe impl<T> Sync for Static<T> {}
+
+impl<T> Static<T> {
+    /// Wraps a value.
+    pub const fn new(value: T) -> Self {
+        Self {
+            taken: AtomicBool::new(false),
+            value: UnsafeCell::new(value),
+        }
+    }
+
+    /// The value, for the first caller in this process; `None` for later ones.
+    pub fn take(&'static self) -> Option<&'static mut T> {
+        if self.taken.swap(true, Ordering::Relaxed) {
+            return None;
+        }
+        // SAFETY: the flag was false until now, so no other reference exists.
+        Some(unsafe { &mut *self.value.get() })
+    }
+}
+
+/// Gives the pages of a buffer that is no longer needed back (MADV_DONTNEED, madvise(2)); its bytes
+/// are zero then.
+pub fn release(buffer: &mut [u8]) {
+    // The largest page the architecture has: shorter ranges are rounded up by the kernel.
+    const PAGE: usize = if cfg!(target_arch = "aarch64") { 64 << 10 } else { 4 << 10 };
+    let start = (buffer.as_mut_ptr() as usize).next_multiple_of(PAGE);
+    let end = (buffer.as_mut_ptr() as usize + buffer.len()) / PAGE * PAGE;
+    if start < end {
+        // SAFETY: whole pages inside a buffer that is borrowed exclusively; zeros are valid bytes.
+        let _advice = unsafe {
+            rustix::mm::madvise(start as *mut _, end - start, rustix::mm::Advice::LinuxDontNeed)
+        };
+    }
+}
+
+/// Memory from the kernel, given back when dropped (mmap(2)). Untouched pages cost nothing.
+pub struct Region {
+    start: NonNull<u8>,
+    length: usize,
+}
+
+impl Region {
+    /// Maps `length` zero bytes.
+    pub fn new(length: usize) -> Result<Self> {
+        use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
+        let start = unsafe {
+            mmap_anonymous(core::ptr::null_mut(), length, ProtFlags::READ | ProtFlags::WRITE, flags)
+        }?;
+        let start = NonNull::new(start.cast()).ok_or(Errno::NOMEM)?;
+        Ok(Self { start, length })
+    }
+}
+
+impl core::ops::Deref for Region {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the mapping is ours, readable, initialised and `length` bytes long.
+        unsafe { core::slice::from_raw_parts(self.start.as_ptr(), self.length) }
+    }
+}
+
+impl core::ops::DerefMut for Region {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, writable, and borrowed exclusively through `self`.
+        unsafe { core::slice::from_raw_parts_mut(self.start.as_ptr(), self.length) }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: `new` mapped exactly this range, and no borrow of it outlives `self`.
+        let _gone = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.length) };
+    }
+}
+
+/// A vsock address (struct sockaddr_vm, linux/vm_sockets.h).
+pub mod vsock {
+    use super::{OwnedFd, Result};
+    use rustix::net::addr::{SocketAddrArg, SocketAddrLen, SocketAddrOpaque};
+    use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+    /// VMADDR_CID_ANY
+    const ANY: u32 = u32::MAX;
+    /// VMADDR_CID_HOST
+    pub const HOST: u32 = 2;
+    /// Where svm_cid lies.
+    const CID: usize = 8;
+
+    #[repr(C)]
+    struct Address {
+        family: u16,
+        reserved: u16,
+        port: u32,
+        cid: u32,
+        flags: u8,
+        zero: [u8; 3],
+    }
+
+    // SAFETY: gives out a live `struct sockaddr_vm` and its exact size.
+    unsafe impl SocketAddrArg for Address {
+        unsafe fn with_sockaddr<R>(
+            &self,
+            f: impl FnOnce(*const SocketAddrOpaque, SocketAddrLen) -> R,
+        ) -> R {
+            f((&raw const *self).cast(), size_of::<Self>() as SocketAddrLen)
+        }
+    }
+
+    /// A socket that listens on `port` of every CID of this VM.
+    pub fn listen(port: u32, backlog: i32) -> Result<OwnedFd> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket =
+            rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)?;
+        let address = Address {
+            family: AddressFamily::VSOCK.as_raw(),
+            reserved: 0,
+            port,
+            cid: ANY,
+            flags: 0,
+            zero: [0; 3],
+        };
+        rustix::net::bind(&socket, &address)?;
+        rustix::net::listen(&socket, backlog)?;
+        Ok(socket)
+    }
+
+    /// Takes a waiting connection, and says from which CID it came.
+    pub fn accept(socket: &OwnedFd) -> Result<(OwnedFd, Option<u32>)> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (connection, peer) = rustix::net::acceptfrom_with(socket, flags)?;
+        let cid = peer.and_then(|peer| {
+            let length = peer.addr_len() as usize;
+            // SAFETY: the address is `length` initialised bytes, written by the kernel.
+            let bytes = unsafe { core::slice::from_raw_parts(peer.as_ptr().cast::<u8>(), length) };
+            let cid = bytes.get(CID..)?.first_chunk::<4>()?;
+            Some(u32::from_ne_bytes(*cid))
+        });
+        Ok((connection, cid))
+    }
+}
+
+/// Closes all descriptors from 3 on but these (close_range(2)).
+///
+/// For children that do not run Rust code that owns the closed ones.
+pub fn close_others(keep: &[BorrowedFd]) {
+    let mut first = 3;
+    loop {
+        let next = keep.iter().map(|fd| fd.as_raw_fd() as usize).filter(|fd| *fd >= first).min();
+        let last = next.map_or(u32::MAX as usize, |next| next.saturating_sub(1));
+        if first <= last {
+            // SAFETY: takes numbers. The owners of these descriptors live in the parent.
+            unsafe { syscall(uapi::__NR_close_range, [first, last, 0, 0, 0, 0]) };
+        }
+        match next {
+            Some(next) => first = next + 1,
+            None => return,
+        }
+    }
+}
+
+/// Sends a signal, by number, to a process group (kill(2)), or to its leader while it is not one yet.
+pub fn kill_group(leader: Pid, signal: u32) -> Result<()> {
+    let kill = |target: i32| {
+        // SAFETY: takes numbers.
+        answer(unsafe { syscall(uapi::__NR_kill, [target as usize, signal as usize, 0, 0, 0, 0]) })
+    };
+    let leader = leader.as_raw_pid();
+    kill(leader.wrapping_neg()).or_else(|_| kill(leader)).map(drop)
+}
+
+/// Sends a signal to every process but this one (kill(2)).
+pub fn kill_all(signal: u32) {
+    // SAFETY: takes numbers.
+    unsafe { syscall(uapi::__NR_kill, [usize::MAX, signal as usize, 0, 0, 0, 0]) };
+}
+
+/// Sets a socket option that is a number (setsockopt(2)).
+pub fn set_option(socket: BorrowedFd, level: u32, option: u32, value: u32) -> Result<()> {
+    let args = [
+        socket.as_raw_fd() as usize,
+        level as usize,
+        option as usize,
+        &raw const value as usize,
+        size_of::<u32>(),
+        0,
+    ];
+    // SAFETY: reads four bytes at `value`.
+    answer(unsafe { syscall(uapi::__NR_setsockopt, args) }).map(drop)
+}

@@ -1,0 +1,175 @@
+//! Short-lived children for what may block: mounting, unmounting, writing files.
+//!
+//! A task is a fork of this program that does one thing, reports lines over a pipe and exits.
+
+use crate::sys::{self, Fork};
+use core::cell::Cell;
+use pigeon_init::text;
+use pigeon_init::text::{Errno as Name, Level, Line, Show};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::io::Errno;
+use rustix::pipe::PipeFlags;
+use rustix::process::{Pid, WaitOptions, WaitStatus};
+
+/// The result of what can fail: the error says what failed, on what, and why.
+pub type Outcome<T = ()> = Result<T, Line>;
+
+/// Turns an errno into an error with words.
+pub trait Explain<T> {
+    /// `what` is "VERB OBJECT"; the errno's name follows.
+    fn explain(self, what: impl FnOnce() -> Line) -> Outcome<T>;
+}
+
+impl<T> Explain<T> for Result<T, Errno> {
+    fn explain(self, what: impl FnOnce() -> Line) -> Outcome<T> {
+        self.map_err(|errno| text!(what(), ": ", name(errno)))
+    }
+}
+
+/// The errno's name.
+pub fn name(errno: Errno) -> Name {
+    Name(errno.raw_os_error())
+}
+
+/// A child's way to tell its parent something.
+pub struct Report {
+    pipe: OwnedFd,
+    failed: Cell<bool>,
+}
+
+impl Report {
+    /// A line for the log.
+    pub fn warn(&self, line: impl Show) {
+        self.send(b'w', line);
+    }
+
+    /// Why the child gives up. Only the first one counts.
+    pub fn fail(&self, line: impl Show) {
+        if !self.failed.replace(true) {
+            self.send(b'e', line);
+        }
+    }
+
+    /// The pipe, to be kept open.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
+    }
+
+    /// One write of less than PIPE_BUF bytes, so whole; the parent reads while the child lives.
+    fn send(&self, kind: u8, text: impl Show) {
+        let mut line = Line::new();
+        line.put(kind);
+        line.add(text).put(b'\n');
+        let _parent_gone = rustix::io::write(&self.pipe, line.as_bytes());
+    }
+}
+
+/// A child at work.
+pub struct Task {
+    /// Its process.
+    pub pid: Pid,
+    /// Where its report is read, to the end of file.
+    pub report: OwnedFd,
+}
+
+/// Forks; `work` runs in the child and its outcome is the child's exit code.
+pub fn start(work: impl FnOnce(&Report) -> Outcome) -> Outcome<Task> {
+    spawn(PipeFlags::CLOEXEC, |report| {
+        // What PID 1 closes must be closed, whatever this child waits for.
+        sys::close_others(&[report.as_fd()]);
+        finish(work(report), report)
+    })
+}
+
+/// The exit code for an outcome; the error goes into the report.
+pub fn finish(outcome: Outcome, report: &Report) -> i32 {
+    match outcome {
+        Ok(()) => 0,
+        Err(why) => {
+            report.fail(why);
+            1
+        }
+    }
+}
+
+/// Forks; the child exits with the code that `work` returns. The parent's end does not block.
+pub fn spawn(flags: PipeFlags, work: impl FnOnce(&Report) -> i32) -> Outcome<Task> {
+    let (report, pipe) = rustix::pipe::pipe_with(flags).explain(|| text!("create a pipe"))?;
+    match sys::fork().explain(|| text!("fork"))? {
+        Fork::Child => {
+            drop(report);
+            let report = Report {
+                pipe,
+                failed: Cell::new(false),
+            };
+            sys::exit(work(&report))
+        }
+        Fork::Parent(pid) => Ok(Task { pid, report }),
+    }
+}
+
+/// What a report said up to now.
+#[derive(Default)]
+pub struct Reports {
+    line: Line,
+    /// The child's error, if it told one.
+    pub error: Option<Line>,
+}
+
+impl Reports {
+    /// Takes in a piece of a report; `warn` gets each whole line for the log.
+    pub fn take(&mut self, bytes: &[u8], mut warn: impl FnMut(&[u8])) {
+        for &byte in bytes {
+            if byte != b'\n' {
+                self.line.put(byte);
+                continue;
+            }
+            let line = core::mem::take(&mut self.line);
+            match line.as_bytes() {
+                [b'e', why @ ..] => self.error = Some(text!(why)),
+                [_, warning @ ..] => warn(warning),
+                [] => {}
+            }
+        }
+    }
+}
+
+impl Task {
+    /// Waits for the end, before there is an event loop: its warnings are logged.
+    pub fn wait(self, console: &mut crate::console::Console) -> Outcome {
+        let mut reports = Reports::default();
+        let mut buffer = [0; 512];
+        loop {
+            match rustix::io::read(&self.report, &mut buffer) {
+                Ok(0) => break,
+                Ok(count) => {
+                    let bytes = buffer.get(..count).unwrap_or(&[]);
+                    reports.take(bytes, |line| drop(console.log(Level::Warn, line)));
+                }
+                Err(Errno::INTR) => {}
+                Err(_) => break,
+            }
+        }
+        loop {
+            match rustix::process::waitpid(Some(self.pid), WaitOptions::empty()) {
+                Err(Errno::INTR) => {}
+                Ok(Some((_, status))) => return outcome(reports.error, status),
+                _ => return Err(text!("a boot task was lost")),
+            }
+        }
+    }
+}
+
+/// A finished task's outcome.
+pub fn outcome(error: Option<Line>, status: WaitStatus) -> Outcome {
+    match error {
+        Some(why) => Err(why),
+        None if status.exit_status() == Some(0) => Ok(()),
+        None => Err(text!(
+            "a task ended with code ",
+            status.exit_status().unwrap_or(-1),
+            ", signal ",
+            status.terminating_signal().unwrap_or(0)
+        )),
+    }
+}

@@ -1,0 +1,344 @@
+//! Lines of text without `core::fmt`: log lines, error messages, small JSON answers.
+
+use core::net::IpAddr;
+
+/// Longest line: a message, a path of 255 bytes twice, and room for the rest.
+pub const LINE: usize = 1024;
+
+/// One line of text being put together.
+///
+/// What does not fit is cut and the cut is marked with `…`, so a long path
+/// can never push out the reason that follows in the next line.
+#[derive(Clone, Debug, Default)]
+pub struct Line {
+    bytes: heapless::Vec<u8, LINE>,
+    cut: bool,
+}
+
+/// The mark of a cut line: U+2026 in UTF-8.
+const CUT: &[u8] = "…".as_bytes();
+
+impl Line {
+    /// An empty line.
+    pub const fn new() -> Self {
+        Self {
+            bytes: heapless::Vec::new(),
+            cut: false,
+        }
+    }
+
+    /// What was written so far.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Appends anything that can be shown.
+    pub fn add(&mut self, part: impl Show) -> &mut Self {
+        part.show(self);
+        self
+    }
+
+    /// Appends raw bytes.
+    pub fn push(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.put(byte);
+        }
+    }
+
+    /// Appends one byte.
+    pub fn put(&mut self, byte: u8) {
+        if self.cut {
+            return;
+        }
+        if self.bytes.len() + CUT.len() < LINE {
+            let _fits = self.bytes.push(byte);
+        } else {
+            self.cut = true;
+            let _fits = self.bytes.extend_from_slice(CUT);
+        }
+    }
+
+    /// Appends ` key=value`; a value with spaces, quotes or control bytes is quoted.
+    pub fn field(&mut self, key: &str, value: impl Show) -> &mut Self {
+        self.put(b' ');
+        self.push(key.as_bytes());
+        self.put(b'=');
+        let mut raw = Line::new();
+        value.show(&mut raw);
+        let plain = |b: &u8| b.is_ascii_graphic() && !matches!(b, b'"' | b'\\' | b'=') || *b >= 0x80;
+        if !raw.as_bytes().is_empty() && raw.as_bytes().iter().all(plain) {
+            self.push(raw.as_bytes());
+        } else {
+            self.quoted(raw.as_bytes());
+        }
+        self
+    }
+
+    /// Appends `"…"` with `"`, `\` and control bytes escaped, as in JSON.
+    pub fn quoted(&mut self, bytes: &[u8]) -> &mut Self {
+        self.put(b'"');
+        for &byte in bytes {
+            let (escape, len) = crate::json::escape(byte);
+            self.push(escape.get(..len).unwrap_or(&[]));
+        }
+        self.put(b'"');
+        self
+    }
+}
+
+/// Something that can be written into a [`Line`].
+pub trait Show {
+    /// Writes itself at the end of `line`.
+    fn show(&self, line: &mut Line);
+}
+
+impl<T: Show + ?Sized> Show for &T {
+    fn show(&self, line: &mut Line) {
+        (**self).show(line);
+    }
+}
+
+impl Show for str {
+    fn show(&self, line: &mut Line) {
+        line.push(self.as_bytes());
+    }
+}
+
+/// Bytes are shown as they are; invalid UTF-8 becomes U+FFFD.
+impl Show for [u8] {
+    fn show(&self, line: &mut Line) {
+        for chunk in self.utf8_chunks() {
+            line.push(chunk.valid().as_bytes());
+            if !chunk.invalid().is_empty() {
+                line.push("\u{fffd}".as_bytes());
+            }
+        }
+    }
+}
+
+impl Show for core::ffi::CStr {
+    fn show(&self, line: &mut Line) {
+        self.to_bytes().show(line);
+    }
+}
+
+impl Show for Line {
+    fn show(&self, line: &mut Line) {
+        line.push(self.as_bytes());
+    }
+}
+
+impl Show for bool {
+    fn show(&self, line: &mut Line) {
+        line.push(if *self { b"true" } else { b"false" });
+    }
+}
+
+impl Show for u64 {
+    fn show(&self, line: &mut Line) {
+        let mut digits = [b'0'; 20];
+        let mut rest = *self;
+        let mut used = 0;
+        for slot in digits.iter_mut().rev() {
+            *slot = b'0' + (rest % 10) as u8;
+            rest /= 10;
+            used += 1;
+            if rest == 0 {
+                break;
+            }
+        }
+        line.push(digits.get(digits.len() - used..).unwrap_or(&[]));
+    }
+}
+
+impl Show for u32 {
+    fn show(&self, line: &mut Line) {
+        u64::from(*self).show(line);
+    }
+}
+
+impl Show for usize {
+    fn show(&self, line: &mut Line) {
+        (*self as u64).show(line);
+    }
+}
+
+impl Show for i32 {
+    fn show(&self, line: &mut Line) {
+        if *self < 0 {
+            line.put(b'-');
+        }
+        self.unsigned_abs().show(line);
+    }
+}
+
+impl Show for IpAddr {
+    fn show(&self, line: &mut Line) {
+        match self {
+            IpAddr::V4(ip) => {
+                for (at, octet) in ip.octets().iter().enumerate() {
+                    if at > 0 {
+                        line.put(b'.');
+                    }
+                    u32::from(*octet).show(line);
+                }
+            }
+            // Every group, uncompressed: valid, and enough for a log line.
+            IpAddr::V6(ip) => {
+                for (at, group) in ip.segments().iter().enumerate() {
+                    if at > 0 {
+                        line.put(b':');
+                    }
+                    let mut leading = true;
+                    for shift in [12, 8, 4, 0] {
+                        let digit = (group >> shift & 15) as u8;
+                        if digit != 0 || !leading || shift == 0 {
+                            leading = false;
+                            line.put(if digit < 10 { b'0' + digit } else { b'a' - 10 + digit });
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// An errno by its kernel name, `errno 123` when it has none here.
+#[derive(Clone, Copy)]
+pub struct Errno(pub i32);
+
+impl Show for Errno {
+    fn show(&self, line: &mut Line) {
+        match ERRNO.iter().find(|(number, _)| i32::from(*number) == self.0) {
+            Some((_, name)) => name.show(line),
+            None => {
+                "errno ".show(line);
+                self.0.show(line);
+            }
+        }
+    }
+}
+
+macro_rules! errno_names {
+    ($($name:ident)*) => {
+        &[$((linux_raw_sys::errno::$name as u8, stringify!($name))),*]
+    };
+}
+
+/// include/uapi/asm-generic/errno-base.h and errno.h, those an init can meet.
+const ERRNO: &[(u8, &str)] = errno_names! {
+    EPERM ENOENT ESRCH EINTR EIO ENXIO E2BIG ENOEXEC EBADF ECHILD EAGAIN ENOMEM EACCES EFAULT
+    ENOTBLK EBUSY EEXIST EXDEV ENODEV ENOTDIR EISDIR EINVAL ENFILE EMFILE ENOTTY ETXTBSY EFBIG
+    ENOSPC ESPIPE EROFS EMLINK EPIPE ERANGE EDEADLK ENAMETOOLONG ENOSYS ENOTEMPTY ELOOP EOVERFLOW
+    EILSEQ EUSERS EPROTO EMEDIUMTYPE EADDRINUSE EADDRNOTAVAIL EAFNOSUPPORT ENETDOWN ENETUNREACH
+    ECONNABORTED ECONNRESET ENOBUFS ETIMEDOUT ECONNREFUSED EHOSTDOWN EHOSTUNREACH EALREADY
+    EINPROGRESS EOPNOTSUPP EPROTONOSUPPORT ESTALE EUCLEAN EDQUOT EKEYREJECTED ENOKEY
+};
+
+/// Puts a [`Line`] together from parts: `text!("mount ", path, ": ", error)`.
+#[macro_export]
+macro_rules! text {
+    ($($part:expr),* $(,)?) => {{
+        let mut line = $crate::text::Line::new();
+        $(line.add(&$part);)*
+        line
+    }};
+}
+
+/// How much is logged; `INIT_LOG_LEVEL` on the kernel command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// Every step.
+    Debug,
+    /// What an operator wants to see of a healthy boot.
+    Info,
+    /// Something is missing and the boot goes on.
+    Warn,
+    /// The VM goes down because of this. Always logged.
+    Error,
+}
+
+impl Level {
+    /// Reads `debug`, `info` or `warn`.
+    pub fn parse(word: &[u8]) -> Option<Self> {
+        match word {
+            b"debug" => Some(Self::Debug),
+            b"info" => Some(Self::Info),
+            b"warn" => Some(Self::Warn),
+            _ => None,
+        }
+    }
+
+    /// The level's name in a log line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Debug => "debug",
+            Self::Info => "info",
+            Self::Warn => "warn",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// Starts a log line: `pigeon-init: level=info msg="…"`.
+pub fn log_line(level: Level, message: &[u8]) -> Line {
+    let mut line = Line::new();
+    line.add("pigeon-init: level=").add(level.name()).add(" msg=");
+    line.quoted(message);
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(part: impl Show) -> String {
+        String::from_utf8(text!(part).as_bytes().to_vec()).unwrap()
+    }
+
+    #[test]
+    fn numbers_show_in_decimal() {
+        assert_eq!(shown(0u64), "0");
+        assert_eq!(shown(u64::MAX), u64::MAX.to_string());
+        assert_eq!(shown(i32::MIN), i32::MIN.to_string());
+    }
+
+    #[test]
+    fn addresses_show_in_a_form_that_parses_back() {
+        for ip in ["10.0.0.2", "255.255.255.255", "::1", "fd00:0:0:1::a0b:1000"] {
+            let ip: IpAddr = ip.parse().unwrap();
+            assert_eq!(shown(ip).parse::<IpAddr>().unwrap(), ip);
+        }
+    }
+
+    #[test]
+    fn an_errno_shows_its_name_and_an_unknown_one_its_number() {
+        assert_eq!(shown(Errno(2)), "ENOENT");
+        assert_eq!(shown(Errno(19)), "ENODEV");
+        assert_eq!(shown(Errno(117)), "EUCLEAN");
+        assert_eq!(shown(Errno(4095)), "errno 4095");
+    }
+
+    #[test]
+    fn a_log_line_quotes_what_needs_quotes() {
+        let mut line = log_line(Level::Info, b"workload exited");
+        line.field("exit_code", 0u32).field("path", "/a b\n").field("empty", "");
+        assert_eq!(
+            line.as_bytes(),
+            br#"pigeon-init: level=info msg="workload exited" exit_code=0 path="/a b\n" empty="""#
+        );
+    }
+
+    #[test]
+    fn a_line_that_is_too_long_is_cut_with_a_mark() {
+        let mut line = Line::new();
+        line.push(&[b'x'; 3 * LINE]);
+        assert!(line.as_bytes().len() <= LINE);
+        assert!(line.as_bytes().ends_with("x…".as_bytes()));
+    }
+
+    #[test]
+    fn bytes_that_are_not_utf8_show_as_replacement_characters() {
+        assert_eq!(shown(&b"a\xffb"[..]), "a\u{fffd}b");
+    }
+}

@@ -1,0 +1,393 @@
+//! What a VM is made of besides the init: a stock kernel, busybox, host tools.
+//!
+//! Debian packages are taken apart, not installed, and kept in one cache for all projects of the
+//! user: `PIGEON_CACHE`, or `pigeon-init` in the XDG cache directory.
+
+use std::{
+    collections::HashMap,
+    env,
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::process::run;
+
+/// Debian's metapackage of the kernel to boot.
+const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
+
+/// The vhost-user device behind QEMU's vsock.
+const VHOST_VSOCK: (&str, &str) = ("vhost-device-vsock", "0.3.0");
+
+/// The modules that a micro-VM's devices and pigeon-init's mounts need, where they are not built in.
+const MODULES: [&str; 5] = [
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_net",
+    "vmw_vsock_virtio_transport",
+    "binfmt_misc",
+];
+
+/// The repository this crate is part of.
+pub fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the crate lies in the repository")
+}
+
+/// The directory of what the build makes.
+pub fn build_dir() -> PathBuf {
+    repository().join("build")
+}
+
+/// The archive under test: the product itself, as `./build.sh initrd` made it.
+pub fn initrd() -> Result<Vec<u8>> {
+    let [init, initrd] = ["init", "initrd.cpio"].map(|name| build_dir().join(name));
+    let modified = |path: &Path| {
+        let time = fs::metadata(path).and_then(|metadata| metadata.modified());
+        time.with_context(|| format!("no {}: ./build.sh initrd makes it", path.display()))
+    };
+    ensure!(
+        modified(&initrd)? >= modified(&init)?,
+        "build/initrd.cpio is older than build/init: ./build.sh initrd makes it anew"
+    );
+    Ok(fs::read(initrd)?)
+}
+
+/// The directory of everything that is downloaded or built once a user.
+pub fn cache_dir() -> PathBuf {
+    let variable = |name| {
+        env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
+    variable("PIGEON_CACHE")
+        .or_else(|| Some(variable("XDG_CACHE_HOME")?.join("pigeon-init")))
+        .or_else(|| Some(variable("HOME")?.join(".cache/pigeon-init")))
+        .unwrap_or_else(|| env::temp_dir().join("pigeon-init"))
+}
+
+/// Path of a host tool. `sbin` is searched too: it holds e2fsprogs, and is not in a user's PATH.
+pub fn tool(name: &str) -> Result<PathBuf> {
+    find(name).with_context(|| format!("no {name} on this host: ./build.sh setup installs it"))
+}
+
+fn find(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_file())
+}
+
+/// The `firecracker` binary (`FIRECRACKER`, or PATH), where KVM works.
+pub fn firecracker() -> Option<PathBuf> {
+    File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .ok()?;
+    env::var_os("FIRECRACKER")
+        .map(PathBuf::from)
+        .or_else(|| find("firecracker"))
+}
+
+/// A stock kernel, taken apart.
+pub struct Kernel {
+    dir: PathBuf,
+}
+
+impl Kernel {
+    /// Debian's cloud kernel, fetched on the first call.
+    pub fn stock() -> Result<Kernel> {
+        let dir = cached("kernel", |dir| {
+            let package = run(Command::new("apt-cache").args(["depends", KERNEL_PACKAGE]))?
+                .lines()
+                .find_map(|line| line.trim().strip_prefix("Depends: ").map(String::from))
+                .with_context(|| {
+                    format!("apt knows no {KERNEL_PACKAGE}: is this Debian 12 or 13?")
+                })?;
+            let files = unpack(&package, dir)?;
+            let boot = fs::read_dir(files.join("boot"))?.collect::<Result<Vec<_>, _>>()?;
+            let image = boot
+                .iter()
+                .find(|f| f.file_name().as_encoded_bytes().starts_with(b"vmlinuz"));
+            let image = fs::read(image.context("no vmlinuz in the package")?.path())?;
+            fs::write(dir.join("vmlinux"), decompress(payload(&image)?)?)?;
+            fs::create_dir(dir.join("modules"))?;
+            for (number, (name, module)) in ordered_modules(&files)?.iter().enumerate() {
+                fs::write(dir.join(format!("modules/{number:02}-{name}.ko")), module)?;
+            }
+            Ok(fs::remove_dir_all(files)?)
+        })?;
+        Ok(Kernel { dir })
+    }
+
+    /// The uncompressed ELF image.
+    pub fn image(&self) -> PathBuf {
+        self.dir.join("vmlinux")
+    }
+
+    /// File names and contents of the modules to load, in an order that satisfies them all.
+    pub fn modules(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        let mut paths: Vec<_> = fs::read_dir(self.dir.join("modules"))?
+            .map(|entry| anyhow::Ok(entry?.path()))
+            .collect::<Result<_>>()?;
+        paths.sort();
+        let named = |path: PathBuf| {
+            let name = path.file_name().context("a file has a name")?;
+            Ok((name.to_string_lossy().into_owned(), fs::read(&path)?))
+        };
+        paths.into_iter().map(named).collect()
+    }
+}
+
+/// The wanted modules of an unpacked kernel package, each after those it depends on.
+fn ordered_modules(package: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+    fn add(
+        name: &str,
+        files: &HashMap<String, PathBuf>,
+        ordered: &mut Vec<(String, Vec<u8>)>,
+    ) -> Result<()> {
+        let name = name.replace('-', "_");
+        // What has no file is built in.
+        let Some(path) = files
+            .get(&name)
+            .filter(|_| ordered.iter().all(|(n, _)| *n != name))
+        else {
+            return Ok(());
+        };
+        let bytes = fs::read(path)?;
+        let module = if bytes.starts_with(b"\x7fELF") {
+            bytes
+        } else {
+            decompress(&bytes)?
+        };
+        for dependency in dependencies(&module) {
+            add(&dependency, files, ordered)?;
+        }
+        ordered.push((name, module));
+        Ok(())
+    }
+    let mut files = HashMap::new();
+    find_modules(package, &mut files)?;
+    let mut ordered = Vec::new();
+    for name in MODULES {
+        add(name, &files, &mut ordered)?;
+    }
+    Ok(ordered)
+}
+
+/// Paths of all module files below `dir`, by module name.
+fn find_modules(dir: &Path, found: &mut HashMap<String, PathBuf>) -> Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let name = path
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned());
+        if path.is_dir() && !path.is_symlink() {
+            find_modules(&path, found)?;
+        } else if let Some((name, "ko" | "ko.xz" | "ko.zst" | "ko.gz")) =
+            name.as_deref().and_then(|name| name.split_once('.'))
+        {
+            found.insert(name.replace('-', "_"), path);
+        }
+    }
+    Ok(())
+}
+
+/// The `depends=` entry of a module's `.modinfo` section.
+fn dependencies(module: &[u8]) -> Vec<String> {
+    let key = b"\0depends=";
+    let Some(start) = module.windows(key.len()).position(|window| window == key) else {
+        return vec![];
+    };
+    let value = module[start + key.len()..]
+        .split(|&byte| byte == 0)
+        .next()
+        .unwrap_or_default();
+    let names = String::from_utf8_lossy(value);
+    names
+        .split(',')
+        .filter(|name| !name.is_empty())
+        .map(String::from)
+        .collect()
+}
+
+/// The compressed kernel inside a bzImage (kernel Documentation/arch/x86/boot.rst).
+fn payload(image: &[u8]) -> Result<&[u8]> {
+    const SETUP_SECTS: usize = 0x1f1;
+    const PAYLOAD_OFFSET: usize = 0x248;
+    const PAYLOAD_LENGTH: usize = 0x24c;
+    let word = |at: usize| {
+        let bytes = image.get(at..at + 4).context("a bzImage cut short")?;
+        anyhow::Ok(u32::from_le_bytes(bytes.try_into()?) as usize)
+    };
+    let setup_sectors = usize::from(*image.get(SETUP_SECTS).context("a bzImage cut short")?);
+    let start = (setup_sectors + 1) * 512 + word(PAYLOAD_OFFSET)?;
+    // The last four bytes are the uncompressed size, which decompressors take for garbage.
+    let end = start + word(PAYLOAD_LENGTH)? - 4;
+    image
+        .get(start..end)
+        .context("the payload lies outside the bzImage")
+}
+
+fn decompress(bytes: &[u8]) -> Result<Vec<u8>> {
+    let tool_name = match bytes {
+        [0x02, 0x21, 0x4c, 0x18, ..] => "lz4",
+        [0xfd, b'7', b'z', b'X', b'Z', ..] => "xz",
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
+        [0x1f, 0x8b, ..] => "gzip",
+        _ => bail!("unknown compression"),
+    };
+    let mut input = tempfile::tempfile()?;
+    std::io::Write::write_all(&mut input, bytes)?;
+    std::io::Seek::rewind(&mut input)?;
+    let output = Command::new(tool(tool_name)?)
+        .arg("-dc")
+        .stdin(input)
+        .output()?;
+    ensure!(
+        output.status.success(),
+        "{tool_name}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(output.stdout)
+}
+
+/// A statically linked busybox.
+pub fn busybox() -> Result<PathBuf> {
+    let dir = cached("busybox", |dir| {
+        let files = unpack("busybox-static", dir)?;
+        let binary = ["bin/busybox", "usr/bin/busybox"].map(|path| files.join(path));
+        let binary = binary
+            .iter()
+            .find(|path| path.exists())
+            .context("no busybox in the package")?;
+        fs::rename(binary, dir.join("busybox"))?;
+        Ok(fs::remove_dir_all(files)?)
+    })?;
+    Ok(dir.join("busybox"))
+}
+
+/// The vhost-user vsock device: one that is installed, else built from crates.io.
+pub fn vhost_device_vsock() -> Result<PathBuf> {
+    let (name, version) = VHOST_VSOCK;
+    let right = |path: &PathBuf| {
+        run(Command::new(path).arg("--version")).is_ok_and(|v| v.trim_end().ends_with(version))
+    };
+    let cargo_bin = env::var_os("HOME").map(|home| Path::new(&home).join(".cargo/bin").join(name));
+    if let Some(path) = [find(name), cargo_bin].into_iter().flatten().find(right) {
+        return Ok(path);
+    }
+    let dir = cached(&format!("{name}-{version}"), |dir| {
+        eprintln!("building {name} {version} (a minute or two)");
+        let status = Command::new(env::var_os("CARGO").unwrap_or("cargo".into()))
+            .args([
+                "install",
+                "--locked",
+                "--quiet",
+                "--version",
+                version,
+                name,
+                "--root",
+            ])
+            .arg(dir)
+            .env_remove("CARGO_TARGET_DIR")
+            .stdin(Stdio::null())
+            .status()
+            .context("unable to start cargo")?;
+        ensure!(status.success(), "cargo install {name}: {status}");
+        Ok(())
+    })?;
+    Ok(dir.join("bin").join(name))
+}
+
+/// The cache's directory `name`, filled by `fill` unless it is there. Other processes wait
+/// meanwhile, and never see it half full.
+fn cached(name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    let path = cache_dir().join(name);
+    if path.exists() {
+        return Ok(path);
+    }
+    fs::create_dir_all(cache_dir()).with_context(|| format!("no cache at {:?}", cache_dir()))?;
+    let lock = File::create(cache_dir().join(format!("{name}.lock")))?;
+    lock.lock()?;
+    if !path.exists() {
+        let filling = tempfile::Builder::new()
+            .prefix(".filling-")
+            .tempdir_in(cache_dir())?;
+        fill(filling.path()).with_context(|| format!("unable to get {name}"))?;
+        fs::rename(filling.keep(), &path)?;
+    }
+    Ok(path)
+}
+
+/// Downloads a Debian package and unpacks it in a directory below `dir`.
+fn unpack(package: &str, dir: &Path) -> Result<PathBuf> {
+    eprintln!("downloading {package}");
+    let [debs, files] = ["debs", "files"].map(|name| dir.join(name));
+    fs::create_dir(&debs)?;
+    run(Command::new("apt-get")
+        .args(["download", package])
+        .current_dir(&debs))?;
+    let deb = fs::read_dir(&debs)?
+        .next()
+        .context("apt-get downloaded nothing")??
+        .path();
+    run(Command::new("dpkg").arg("-x").arg(deb).arg(&files))?;
+    fs::remove_dir_all(debs)?;
+    Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_follow_what_they_depend_on() {
+        let modules = Kernel::stock().unwrap().modules().unwrap();
+        assert!(
+            modules
+                .iter()
+                .any(|(name, _)| name.ends_with("-virtio_blk.ko"))
+        );
+        for (at, (name, contents)) in modules.iter().enumerate() {
+            assert!(
+                contents.starts_with(b"\x7fELF"),
+                "{name} is not an ELF file"
+            );
+            for dependency in dependencies(contents) {
+                let file = format!("-{}.ko", dependency.replace('-', "_"));
+                let earlier = modules[..at].iter().any(|(name, _)| name.ends_with(&file));
+                assert!(earlier, "{name} comes before {file}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_kernel_image_is_an_elf_file() {
+        let image = Kernel::stock().unwrap().image();
+        assert!(fs::read(image).unwrap().starts_with(b"\x7fELF"));
+    }
+
+    #[test]
+    fn whatever_compression_a_kernel_has_is_undone() {
+        for command in ["xz -c", "zstd -qc", "gzip -c", "lz4 -lc"] {
+            let script = format!("printf 'hello' | {command}");
+            let output = Command::new("sh").args(["-c", &script]).output().unwrap();
+            assert_eq!(decompress(&output.stdout).unwrap(), b"hello", "{command}");
+        }
+        assert!(decompress(b"plain").is_err());
+    }
+
+    #[test]
+    fn a_payload_outside_its_image_is_an_error() {
+        assert!(payload(&[0; 100]).is_err());
+        let mut image = vec![0; 1024];
+        image[0x248..0x250].copy_from_slice(&[0, 0, 0, 1, 8, 0, 0, 0]);
+        assert!(payload(&image).is_err());
+    }
+}

@@ -1,0 +1,37 @@
+//! A laboratory for pigeon-init: real kernels in real micro-VMs, driven from ordinary Rust tests.
+//!
+//! ```no_run
+//! use pigeon_lab::{End, Vm, disk::{Image, Tree}};
+//! use serde_json::json;
+//!
+//! let root = Image::ext4(&Tree::busybox()?, 32)?;
+//! let mut vm = Vm::builder()
+//!     .config(&json!({"ExecOverride": ["/bin/sh", "-c", "echo hello; exit 7"]}))
+//!     .disk(&root)
+//!     .boot()?;
+//! vm.wait_for("hello")?;
+//! assert_eq!(vm.api()?.get("/v1/exit_code")?.json()?["code"], 7);
+//! assert_eq!(vm.wait_end()?, End::Reboot);
+//! root.check()?;
+//! # anyhow::Ok(())
+//! ```
+//!
+//! A VM runs on Firecracker where `/dev/kvm` works and a `firecracker` binary is found, otherwise
+//! (and always when a test asks for what Firecracker cannot do) on QEMU's `microvm` machine.
+//! Everything is synchronous, and nothing outlives the process that started it.
+
+pub mod assets;
+pub mod disk;
+pub mod guest;
+pub mod http;
+pub mod initrd;
+pub mod mmds;
+pub mod net;
+pub mod process;
+pub mod qmp;
+pub mod serial;
+pub mod tsc;
+pub mod vm;
+pub mod vsock;
+
+pub use vm::{End, Vm};

@@ -1,0 +1,258 @@
+//! The real thing, where KVM is. (Firecracker docs/getting-started.md, docs/mmds/, docs/vsock.md,
+//! and the API's src/firecracker/swagger/firecracker.yaml.)
+
+use std::{
+    fs,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use super::{End, GUEST_CID, GUEST_MAC, Machine, Nic, Plan, TAP, beside_tap};
+use crate::{
+    http,
+    mmds::{Mmds, Push, Version},
+    net::MMDS_ADDRESS,
+    process::Process,
+};
+
+/// Room for the largest document that pigeon-init takes.
+const MMDS_SIZE_LIMIT: usize = 2 << 20;
+
+struct Firecracker {
+    process: Process,
+    api: PathBuf,
+}
+
+pub(super) fn start(plan: &Plan, program: &Path) -> Result<Box<dyn Machine>> {
+    let file = |name: &str, contents: &Value| {
+        let path = plan.dir.join(name);
+        fs::write(&path, contents.to_string()).map(|()| path)
+    };
+    let [api, log_path] = ["api.sock", "firecracker.log"].map(|name| plan.dir.join(name));
+    let log = fs::File::create(&log_path)?;
+    let mut command = Command::new(program);
+    command.arg("--api-sock").arg(&api);
+    // Standard output is the console's alone.
+    command
+        .arg("--log-path")
+        .arg(&log_path)
+        .args(["--level", "Error"]);
+    command
+        .arg("--config-file")
+        .arg(file("firecracker.json", &configuration(plan)?)?);
+    if let Nic::Cable(Some(mmds)) = &plan.builder.nic {
+        command.args(["--mmds-size-limit", &MMDS_SIZE_LIMIT.to_string()]);
+        command.args(["--http-api-max-payload-size", &MMDS_SIZE_LIMIT.to_string()]);
+        if mmds.push == Push::BeforeStart {
+            command
+                .arg("--metadata")
+                .arg(file("metadata.json", &mmds.document)?);
+        }
+    }
+    if !matches!(plan.builder.nic, Nic::None) {
+        command = beside_tap(&command)?;
+    }
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(log);
+    let mut machine = Firecracker {
+        process: Process::spawn(command)?,
+        api,
+    };
+    if let Err(error) = machine.wait_started() {
+        let said = fs::read_to_string(log_path)?;
+        return Err(error.context(format!("Firecracker does not start: {}", said.trim_end())));
+    }
+    if let Nic::Cable(Some(Mmds {
+        push: Push::After(delay),
+        document,
+        ..
+    })) = &plan.builder.nic
+    {
+        let (api, document, delay) = (machine.api.clone(), document.clone(), *delay);
+        thread::spawn(move || {
+            thread::sleep(delay);
+            // A VM that has ended before has had no use for it.
+            let _ = request(&api, "PUT", "/mmds", &document);
+        });
+    }
+    Ok(Box::new(machine))
+}
+
+/// The configuration file. Firecracker starts the VM at once when it has read it.
+fn configuration(plan: &Plan) -> Result<Value> {
+    let wish = plan.builder;
+    let drives = wish.disks.iter().enumerate().map(|(number, disk)| {
+        json!({
+            "drive_id": format!("disk{number}"),
+            "path_on_host": disk.path,
+            "is_root_device": false, // the init finds it, not the kernel
+            "is_read_only": disk.read_only,
+            "cache_type": "Unsafe",
+        })
+    });
+    let mut configuration = json!({
+        "boot-source": {
+            "kernel_image_path": plan.kernel,
+            "initrd_path": plan.initrd,
+            "boot_args": plan.command_line("i8042.noaux i8042.nomux i8042.nopnp pci=off"),
+        },
+        "machine-config": {"vcpu_count": wish.cpus, "mem_size_mib": wish.memory_mib},
+        "drives": drives.collect::<Vec<_>>(),
+    });
+    if let Some(socket) = &plan.vsock {
+        configuration["vsock"] = json!({"guest_cid": GUEST_CID, "uds_path": socket});
+    }
+    if !matches!(wish.nic, Nic::None) {
+        configuration["network-interfaces"] =
+            json!([{"iface_id": "eth0", "guest_mac": GUEST_MAC, "host_dev_name": TAP}]);
+    }
+    if let Nic::Cable(Some(mmds)) = &wish.nic {
+        let version = match mmds.version {
+            Version::V2 => "V2",
+            Version::V1 => "V1",
+            Version::V1Only => bail!("no Firecracker of today refuses tokens"),
+        };
+        configuration["mmds-config"] = json!({
+            "version": version,
+            "network_interfaces": ["eth0"],
+            "ipv4_address": MMDS_ADDRESS.to_string(),
+        });
+    }
+    Ok(configuration)
+}
+
+/// One call of Firecracker's API.
+fn request(socket: &Path, method: &str, path: &str, body: &Value) -> Result<http::Response> {
+    let stream = UnixStream::connect(socket).context("unable to reach Firecracker's API")?;
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    let mut client = http::Client::new(stream);
+    match method {
+        "GET" => client.get(path),
+        "PUT" => client.put(path, body),
+        _ => client.patch(path, body),
+    }?
+    .success()
+}
+
+impl Firecracker {
+    /// Waits until the API says that the VM runs.
+    fn wait_started(&mut self) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let state = request(&self.api, "GET", "/", &Value::Null).and_then(|r| r.json());
+            if state.is_ok_and(|state| state["state"] == "Running") {
+                return Ok(());
+            }
+            if let Some(status) = self.process.status()? {
+                bail!("{status}");
+            }
+            ensure!(Instant::now() < deadline, "it does not come up");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Machine for Firecracker {
+    fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    fn ctrl_alt_delete(&mut self) -> Result<()> {
+        request(
+            &self.api,
+            "PUT",
+            "/actions",
+            &json!({"action_type": "SendCtrlAltDel"}),
+        )
+        .map(drop)
+    }
+
+    fn pause(&mut self) -> Result<()> {
+        request(&self.api, "PATCH", "/vm", &json!({"state": "Paused"})).map(drop)
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        request(&self.api, "PATCH", "/vm", &json!({"state": "Resumed"})).map(drop)
+    }
+
+    fn end(&mut self, status: ExitStatus) -> End {
+        // Firecracker has no power-off: a reset through the keyboard controller is its only good end.
+        if status.success() {
+            End::Reboot
+        } else {
+            End::Failed(status.code())
+        }
+    }
+
+    fn qmp(&mut self, command: &str, _: Value) -> Result<Value> {
+        bail!("{command}: Firecracker has no QMP; such a test boots .on_qemu()")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Vm, disk::Disk};
+
+    fn plan(builder: &super::super::Builder) -> Plan<'_> {
+        Plan {
+            builder,
+            dir: Path::new("/d"),
+            kernel: "/k/vmlinux".into(),
+            initrd: "/d/initrd".into(),
+            vsock: Some("/d/vm.vsock".into()),
+        }
+    }
+
+    #[test]
+    fn the_configuration_is_as_firecracker_documents_it() {
+        let mmds = Mmds::serving(json!({}));
+        let disk = Disk::file(Path::new("/r.ext4")).read_only();
+        let builder = Vm::builder()
+            .mmds(mmds)
+            .disk(disk)
+            .arg("PIGEON_CONFIG=mmds");
+        let expected = json!({
+            "boot-source": {
+                "kernel_image_path": "/k/vmlinux",
+                "initrd_path": "/d/initrd",
+                "boot_args": "console=ttyS0 reboot=k panic=-1 quiet \
+                              i8042.noaux i8042.nomux i8042.nopnp pci=off PIGEON_CONFIG=mmds",
+            },
+            "machine-config": {"vcpu_count": 1, "mem_size_mib": 256},
+            "drives": [{
+                "drive_id": "disk0",
+                "path_on_host": "/r.ext4",
+                "is_root_device": false,
+                "is_read_only": true,
+                "cache_type": "Unsafe",
+            }],
+            "network-interfaces": [
+                {"iface_id": "eth0", "guest_mac": "06:00:ac:10:00:02", "host_dev_name": "tap0"}
+            ],
+            "vsock": {"guest_cid": 3, "uds_path": "/d/vm.vsock"},
+            "mmds-config": {
+                "version": "V2",
+                "network_interfaces": ["eth0"],
+                "ipv4_address": "169.254.169.254",
+            },
+        });
+        assert_eq!(configuration(&plan(&builder)).unwrap(), expected);
+    }
+
+    #[test]
+    fn without_a_nic_there_is_no_network_in_the_configuration() {
+        let builder = Vm::builder();
+        let configuration = configuration(&plan(&builder)).unwrap();
+        assert!(configuration.get("network-interfaces").is_none());
+        assert!(configuration.get("mmds-config").is_none());
+    }
+}

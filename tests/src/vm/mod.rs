@@ -1,0 +1,602 @@
+//! A micro-VM from its first instruction to its end, on QEMU or Firecracker.
+
+mod firecracker;
+mod qemu;
+
+use std::{
+    collections::HashMap,
+    env, fs,
+    os::unix::net::UnixStream,
+    panic::Location,
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus},
+    sync::{LazyLock, Mutex},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{
+    assets::{self, Kernel},
+    disk::Disk,
+    guest, http,
+    initrd::Initrd,
+    mmds::{Mmds, Request},
+    net::Traffic,
+    process::{Process, Slot},
+    serial::Serial,
+    vsock,
+};
+
+/// Lines of the console that a failing test shows.
+const TAIL: usize = 60;
+
+/// The guest's context id on vsock.
+const GUEST_CID: u32 = 3;
+/// The guest's MAC address.
+const GUEST_MAC: &str = "06:00:ac:10:00:02";
+/// The tap device, in a network namespace of the VM's own.
+const TAP: &str = "tap0";
+
+/// How a VM has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest asked for a restart, which is how a micro-VM ends in good order.
+    Reboot,
+    /// The guest switched itself off.
+    PowerOff,
+    /// The kernel panicked.
+    Panic,
+    /// The hypervisor failed, or was killed.
+    Failed(Option<i32>),
+}
+
+/// What the guest's network cable is plugged into.
+#[derive(Clone, Debug, Default)]
+enum Nic {
+    /// There is no eth0.
+    #[default]
+    None,
+    /// A host in this process (see [`crate::net`]), with MMDS or without.
+    Cable(Option<Mmds>),
+    /// A tap device, which can leave checksums to the hardware; nobody answers behind it.
+    Tap,
+}
+
+/// A VM to be booted. What is not said is as in a common Firecracker set-up: 256 MiB, one
+/// processor, vsock, an i8042 keyboard controller; no network until there is MMDS or a NIC.
+pub struct Builder {
+    name: String,
+    /// Whether the initramfs starts with the product, build/initrd.cpio.
+    product: bool,
+    files: Initrd,
+    modules: bool,
+    disks: Vec<Disk>,
+    nic: Nic,
+    vsock: Option<PathBuf>,
+    has_vsock: bool,
+    args: Vec<String>,
+    memory_mib: u32,
+    cpus: u32,
+    deterministic: bool,
+    i8042: bool,
+    echo: bool,
+    quiet: bool,
+    on_qemu: bool,
+    patience: Option<Duration>,
+}
+
+impl Builder {
+    /// The name of the VM's log, in place of the test's.
+    pub fn name(self, name: &str) -> Self {
+        Builder {
+            name: name.into(),
+            ..self
+        }
+    }
+
+    /// Puts `/pigeon/run.json` into the initrd.
+    pub fn config(self, config: &Value) -> Self {
+        self.file("/pigeon/run.json", 0o600, config.to_string())
+    }
+
+    /// Serves metadata, on a network card.
+    pub fn mmds(self, mmds: Mmds) -> Self {
+        Builder {
+            nic: Nic::Cable(Some(mmds)),
+            ..self
+        }
+    }
+
+    /// A network card without MMDS: its host answers ARP and ping for any other IPv4 address.
+    pub fn nic(self) -> Self {
+        Builder {
+            nic: Nic::Cable(None),
+            ..self
+        }
+    }
+
+    /// A network card on a tap device: checksum offload can be switched, and nobody answers.
+    pub fn tap(self) -> Self {
+        Builder {
+            nic: Nic::Tap,
+            ..self
+        }
+    }
+
+    /// The next block device: `/dev/vda` is the first.
+    pub fn disk(mut self, disk: impl Into<Disk>) -> Self {
+        self.disks.push(disk.into());
+        self
+    }
+
+    /// Another file in the initrd.
+    pub fn file(mut self, path: &str, mode: u32, contents: impl Into<Vec<u8>>) -> Self {
+        self.files.file(path, mode, contents);
+        self
+    }
+
+    /// Another program as `/init`, in place of the built initrd.
+    pub fn init(self, program: &Path) -> Result<Self> {
+        let program = fs::read(program).with_context(|| format!("unable to read {program:?}"))?;
+        Ok(Builder {
+            product: false,
+            ..self
+        }
+        .file("/init", 0o755, program))
+    }
+
+    /// No `/pigeon/modules`: on a stock kernel then no device has a driver.
+    pub fn without_modules(self) -> Self {
+        Builder {
+            modules: false,
+            ..self
+        }
+    }
+
+    /// No vsock device.
+    pub fn without_vsock(self) -> Self {
+        Builder {
+            has_vsock: false,
+            ..self
+        }
+    }
+
+    /// Where the host's socket of the guest's vsock is to be, in place of a temporary directory.
+    pub fn vsock(self, socket: &Path) -> Self {
+        Builder {
+            vsock: Some(socket.into()),
+            ..self
+        }
+    }
+
+    /// A word of the kernel command line, after those the lab needs itself.
+    pub fn arg(mut self, arg: &str) -> Self {
+        self.args.push(arg.into());
+        self
+    }
+
+    /// The guest's memory.
+    pub fn memory_mib(self, memory_mib: u32) -> Self {
+        Builder { memory_mib, ..self }
+    }
+
+    /// The guest's virtual processors.
+    pub fn cpus(self, cpus: u32) -> Self {
+        Builder { cpus, ..self }
+    }
+
+    /// The guest's clock counts its instructions: the same boot takes the same time.
+    pub fn deterministic(self) -> Self {
+        Builder {
+            deterministic: true,
+            ..self
+        }
+    }
+
+    /// No keyboard controller: no Ctrl-Alt-Del.
+    pub fn without_i8042(self) -> Self {
+        Builder {
+            i8042: false,
+            ..self
+        }
+    }
+
+    /// Copies the console to standard output as it comes.
+    pub fn echo(self) -> Self {
+        Builder {
+            echo: true,
+            quiet: true,
+            ..self
+        }
+    }
+
+    /// Does not print the end of the console when the VM is dropped.
+    pub fn quiet(self) -> Self {
+        Builder {
+            quiet: true,
+            ..self
+        }
+    }
+
+    /// QEMU also where Firecracker is there, for tests that look at [`Vm::traffic`].
+    pub fn on_qemu(self) -> Self {
+        Builder {
+            on_qemu: true,
+            ..self
+        }
+    }
+
+    /// How long [`Vm`]'s methods wait for what they wait for; 60 s by default, 180 s in
+    /// deterministic time.
+    pub fn patience(self, patience: Duration) -> Self {
+        Builder {
+            patience: Some(patience),
+            ..self
+        }
+    }
+
+    /// Starts the VM, once there is a [`Slot`] for it.
+    pub fn boot(self) -> Result<Vm> {
+        let slot = Slot::acquire()?;
+        let dir = TempDir::with_prefix("pigeon-vm-")?;
+        let kernel = Kernel::stock()?;
+        let initrd = dir.path().join("initrd");
+        fs::write(&initrd, self.archive(&kernel)?)?;
+        let plan = Plan {
+            dir: dir.path(),
+            kernel: kernel.image(),
+            initrd,
+            vsock: self.has_vsock.then(|| {
+                self.vsock
+                    .clone()
+                    .unwrap_or_else(|| dir.path().join("vm.vsock"))
+            }),
+            builder: &self,
+        };
+        if let Some(socket) = &plan.vsock {
+            let _ = fs::remove_file(socket); // of an earlier VM
+        }
+        let (mut machine, traffic) = match assets::firecracker().filter(|_| self.firecracker_can())
+        {
+            Some(program) => (firecracker::start(&plan, &program)?, Traffic::default()),
+            None => qemu::start(&plan)?,
+        };
+        let console = machine
+            .process()
+            .child()
+            .stdout
+            .take()
+            .expect("stdout is piped");
+        let log = assets::build_dir()
+            .join("logs")
+            .join(&self.name)
+            .with_added_extension("log");
+        Ok(Vm {
+            serial: Serial::record(console, &log, self.echo)?,
+            vsock: plan.vsock,
+            machine,
+            traffic,
+            patience: self
+                .patience
+                .unwrap_or(Duration::from_secs(match self.deterministic {
+                    false => 60,
+                    true => 180,
+                })),
+            quiet: self.quiet,
+            _dir: dir,
+            _slot: slot,
+        })
+    }
+
+    /// Whether Firecracker can be what has been asked for.
+    fn firecracker_can(&self) -> bool {
+        let genuine = match &self.nic {
+            Nic::Cable(Some(mmds)) => mmds.is_genuine(),
+            Nic::Cable(None) => false, // nobody would answer
+            Nic::None | Nic::Tap => true,
+        };
+        let faulty_disk = self.disks.iter().any(|disk| disk.blkdebug.is_some());
+        genuine && self.i8042 && !self.on_qemu && !self.deterministic && !faulty_disk
+    }
+
+    /// The initramfs: the product, and after it what this VM adds.
+    fn archive(&self, kernel: &Kernel) -> Result<Vec<u8>> {
+        let mut archive = if self.product {
+            assets::initrd()?
+        } else {
+            vec![]
+        };
+        let mut files = self.files.clone();
+        if self.modules {
+            let mut list = String::new();
+            for (name, contents) in kernel.modules()? {
+                let path = format!("/pigeon/lib/{name}");
+                list += &format!("{path}\n");
+                files.file(&path, 0o644, contents);
+            }
+            files.file("/pigeon/modules", 0o644, list);
+        }
+        archive.resize(archive.len().next_multiple_of(4), 0);
+        archive.extend(files.archive());
+        Ok(archive)
+    }
+}
+
+/// A builder's wishes with their places on the host: what the back ends work from.
+struct Plan<'a> {
+    builder: &'a Builder,
+    dir: &'a Path,
+    kernel: PathBuf,
+    initrd: PathBuf,
+    vsock: Option<PathBuf>,
+}
+
+impl Plan<'_> {
+    /// The kernel command line: what both back ends need, what one needs, what the test wants.
+    fn command_line(&self, specific: &str) -> String {
+        // A panic restarts at once, which ends the VM; the console has its text.
+        let common = "console=ttyS0 reboot=k panic=-1 quiet";
+        [common, specific, &self.builder.args.join(" ")]
+            .join(" ")
+            .trim_end()
+            .into()
+    }
+}
+
+/// What both back ends can do.
+trait Machine: Send {
+    /// The hypervisor, whose standard streams are the console.
+    fn process(&mut self) -> &mut Process;
+    fn ctrl_alt_delete(&mut self) -> Result<()>;
+    fn pause(&mut self) -> Result<()>;
+    fn resume(&mut self) -> Result<()>;
+    /// What the end with this status meant, but for a panic.
+    fn end(&mut self, status: ExitStatus) -> End;
+    fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value>;
+}
+
+/// A running (or ended) micro-VM. Dropping it ends it and prints the end of its console, which
+/// the test runner shows for a test that fails. All of it is kept as `build/logs/TEST.log`.
+pub struct Vm {
+    machine: Box<dyn Machine>,
+    serial: Serial,
+    vsock: Option<PathBuf>,
+    traffic: Traffic,
+    patience: Duration,
+    quiet: bool,
+    _dir: TempDir,
+    _slot: Slot,
+}
+
+impl Vm {
+    /// A VM named, as its log, after the test that boots it.
+    #[track_caller]
+    pub fn builder() -> Builder {
+        Builder {
+            name: log_name(thread::current().name(), Location::caller()),
+            product: true,
+            files: Initrd::default(),
+            modules: true,
+            disks: vec![],
+            nic: Nic::None,
+            vsock: None,
+            has_vsock: true,
+            args: vec![],
+            memory_mib: 256,
+            cpus: 1,
+            deterministic: false,
+            i8042: true,
+            echo: false,
+            quiet: false,
+            on_qemu: false,
+            patience: None,
+        }
+    }
+
+    /// The console.
+    pub fn serial(&self) -> &Serial {
+        &self.serial
+    }
+
+    /// All that the console has said.
+    pub fn console(&self) -> String {
+        self.serial.text()
+    }
+
+    /// Waits for a whole console line that contains `text` and returns it, also when it has
+    /// come already.
+    pub fn wait_for(&self, text: &str) -> Result<String> {
+        self.serial.wait_for(text, self.patience)
+    }
+
+    /// Waits for a section of a [`guest::report`] and returns its lines.
+    pub fn section(&self, name: &str) -> Result<Vec<String>> {
+        guest::section(&self.serial, name, self.patience)
+    }
+
+    /// Types on the console.
+    pub fn type_text(&mut self, text: &str) -> Result<()> {
+        let keyboard = self
+            .machine
+            .process()
+            .child()
+            .stdin
+            .as_mut()
+            .expect("stdin is piped");
+        Ok(std::io::Write::write_all(keyboard, text.as_bytes())?)
+    }
+
+    /// The host's socket of the guest's vsock.
+    pub fn vsock(&self) -> Option<&Path> {
+        self.vsock.as_deref()
+    }
+
+    /// Connects to a vsock port of the guest as soon as something listens there.
+    pub fn connect(&mut self, port: u32) -> Result<UnixStream> {
+        let socket = self.vsock.clone().context("the VM has no vsock")?;
+        let deadline = Instant::now() + self.patience;
+        loop {
+            match vsock::connect(&socket, port, self.patience) {
+                Ok(stream) => return Ok(stream),
+                Err(error) if Instant::now() > deadline => return Err(error),
+                Err(error) if self.machine.process().status()?.is_some() => {
+                    return Err(error.context("the VM has ended"));
+                }
+                Err(_) => thread::sleep(Duration::from_millis(10)),
+            }
+        }
+    }
+
+    /// A new connection to pigeon-init's API, as soon as it is there.
+    pub fn api(&mut self) -> Result<http::Client<UnixStream>> {
+        Ok(http::Client::new(self.connect(vsock::API_PORT)?))
+    }
+
+    /// What came over the network cable. On Firecracker, and on a tap, nothing is seen.
+    pub fn traffic(&self) -> &Traffic {
+        &self.traffic
+    }
+
+    /// MMDS requests so far: [`Traffic::requests`].
+    pub fn mmds_requests(&self) -> Vec<Request> {
+        self.traffic.requests()
+    }
+
+    /// The keys Ctrl, Alt and Del.
+    pub fn ctrl_alt_delete(&mut self) -> Result<()> {
+        self.machine.ctrl_alt_delete()
+    }
+
+    /// Stops the virtual processors.
+    pub fn pause(&mut self) -> Result<()> {
+        self.machine.pause()
+    }
+
+    /// Lets them go on.
+    pub fn resume(&mut self) -> Result<()> {
+        self.machine.resume()
+    }
+
+    /// A QMP command, where the VM runs on QEMU.
+    pub fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        self.machine.qmp(command, arguments)
+    }
+
+    /// Waits for the VM to end by itself.
+    pub fn wait_end(&mut self) -> Result<End> {
+        let Some(status) = self.machine.process().wait(self.patience)? else {
+            bail!("the VM still runs after {:?}", self.patience);
+        };
+        self.serial.wait_end();
+        let panicked = self.console().contains("Kernel panic - not syncing");
+        Ok(if panicked {
+            End::Panic
+        } else {
+            self.machine.end(status)
+        })
+    }
+
+    /// How it has ended, or None while it runs.
+    pub fn ended(&mut self) -> Result<Option<End>> {
+        let running = self.machine.process().status()?.is_none();
+        if running {
+            Ok(None)
+        } else {
+            self.wait_end().map(Some)
+        }
+    }
+
+    /// Switches the VM off, as a host that fails would.
+    pub fn kill(&mut self) {
+        self.machine.process().kill();
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if let Some(socket) = &self.vsock {
+            let _ = fs::remove_file(socket); // which may lie outside of our directory
+        }
+        if !self.quiet {
+            let log = self.serial.log().display();
+            let tail = self.serial.tail(TAIL);
+            eprintln!("---- end of the console ({log})\n{tail}\n----");
+        }
+    }
+}
+
+/// A file name for the next VM of a test: the second one of a process gets `-2`. A test that runs
+/// on the main thread is named after its place in the source.
+fn log_name(thread: Option<&str>, place: &Location) -> String {
+    static BOOTS: LazyLock<Mutex<HashMap<String, u32>>> = LazyLock::new(Mutex::default);
+    let test = match thread.filter(|&name| name != "main") {
+        Some(name) => name.replace("::", "."),
+        None => format!("{}-{}", place.file().replace('/', "."), place.line()),
+    };
+    let mut boots = BOOTS.lock().expect("no poison");
+    let count = boots.entry(test.clone()).or_default();
+    *count += 1;
+    if *count == 1 {
+        test
+    } else {
+        format!("{test}-{count}")
+    }
+}
+
+/// `command` in a network namespace that holds nothing but a tap device.
+fn beside_tap(command: &Command) -> Result<Command> {
+    // Entering a user namespace loses the parent's death signal.
+    const SCRIPT: &str = "ip tuntap add dev $0 mode tap vnet_hdr && ip link set $0 up && \
+                          exec setpriv --pdeathsig KILL \"$@\"";
+    let mut wrapped = Command::new(assets::tool("unshare")?);
+    wrapped.arg("--net");
+    if !rustix::process::geteuid().is_root() {
+        wrapped.arg("--map-root-user");
+    }
+    let path = env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    wrapped.env("PATH", path).args(["sh", "-c", SCRIPT, TAP]);
+    wrapped.arg(command.get_program()).args(command.get_args());
+    Ok(wrapped)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_vm_of_a_test_has_a_log_of_its_own() {
+        let place = Location::caller();
+        assert_eq!(log_name(Some("a::b"), place), "a.b");
+        assert_eq!(log_name(Some("a::b"), place), "a.b-2");
+        assert_eq!(log_name(Some("c"), place), "c");
+        let main = log_name(Some("main"), place);
+        assert_eq!(main, format!("src.vm.mod.rs-{}", place.line()));
+    }
+
+    #[test]
+    fn only_a_genuine_wish_is_one_for_firecracker() {
+        use crate::mmds::{Fault, Push};
+        let mmds = || Mmds::serving(Value::Null);
+        assert!(
+            Vm::builder()
+                .mmds(mmds().push(Push::Never))
+                .firecracker_can()
+        );
+        assert!(
+            !Vm::builder()
+                .mmds(mmds().always(Fault::Silent))
+                .firecracker_can()
+        );
+        assert!(
+            !Vm::builder()
+                .mmds(mmds().push(Push::AfterRequests(1)))
+                .firecracker_can()
+        );
+        assert!(!Vm::builder().deterministic().firecracker_can());
+        assert!(!Vm::builder().on_qemu().firecracker_can());
+    }
+}

@@ -1,0 +1,267 @@
+//! QEMU's `microvm` machine under software emulation: the closest to Firecracker that runs
+//! anywhere. (QEMU docs/system/i386/microvm.rst.)
+
+use std::{
+    fs,
+    os::unix::net::UnixStream,
+    process::{Command, ExitStatus, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use super::{End, GUEST_CID, GUEST_MAC, Machine, Nic, Plan, TAP, beside_tap};
+use crate::{
+    assets,
+    net::{self, Traffic},
+    process::Process,
+    qmp::Qmp,
+    tsc,
+};
+
+/// TSC of a guest in deterministic time: one instruction is one nanosecond.
+const DETERMINISTIC_KHZ: u64 = 1_000_000;
+
+struct Qemu {
+    process: Process,
+    qmp: Qmp,
+    /// The vsock device, which QEMU is connected to.
+    _vsock: Option<Process>,
+}
+
+pub(super) fn start(plan: &Plan) -> Result<(Box<dyn Machine>, Traffic)> {
+    let vsock = plan
+        .vsock
+        .is_some()
+        .then(|| start_vsock(plan))
+        .transpose()?;
+    let traffic = match &plan.builder.nic {
+        Nic::Cable(mmds) => net::attach(&plan.dir.join("net.sock"), mmds.clone())?,
+        Nic::None | Nic::Tap => Traffic::default(),
+    };
+    let mut command = Command::new(assets::tool("qemu-system-x86_64")?);
+    command.args(arguments(plan)?);
+    if let Nic::Tap = plan.builder.nic {
+        command = beside_tap(&command)?;
+    }
+    let log = fs::File::create(plan.dir.join("qemu.log"))?;
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(log);
+    let mut process = Process::spawn(command)?;
+    let qmp = connect(plan, &mut process).or_else(|error| {
+        let said = fs::read_to_string(plan.dir.join("qemu.log"))?;
+        Err(error.context(format!("QEMU does not start: {}", said.trim_end())))
+    })?;
+    Ok((
+        Box::new(Qemu {
+            process,
+            qmp,
+            _vsock: vsock,
+        }),
+        traffic,
+    ))
+}
+
+/// Waits for QEMU's monitor.
+fn connect(plan: &Plan, process: &mut Process) -> Result<Qmp> {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        match UnixStream::connect(plan.dir.join("qmp.sock")) {
+            Ok(stream) => return Qmp::new(stream),
+            Err(error) if Instant::now() > deadline => return Err(error.into()),
+            Err(_) => thread::sleep(Duration::from_millis(5)),
+        }
+        if let Some(status) = process.status()? {
+            bail!("{status}");
+        }
+    }
+}
+
+/// Starts the vhost-user device behind the guest's vsock and waits for its socket.
+fn start_vsock(plan: &Plan) -> Result<Process> {
+    let socket = plan.dir.join("vhost.sock");
+    let log = fs::File::create(plan.dir.join("vhost.log"))?;
+    let mut command = Command::new(assets::vhost_device_vsock()?);
+    command
+        .args(["--guest-cid", &GUEST_CID.to_string(), "--socket"])
+        .arg(&socket)
+        .arg("--uds-path")
+        .args(&plan.vsock)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    let mut process = Process::spawn(command)?;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !socket.exists() {
+        let ended = process.status()?;
+        if ended.is_some() || Instant::now() > deadline {
+            let said = fs::read_to_string(plan.dir.join("vhost.log"))?;
+            bail!("the vsock device does not start: {ended:?} {said}");
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(process)
+}
+
+fn arguments(plan: &Plan) -> Result<Vec<String>> {
+    let wish = plan.builder;
+    let path = |name: &str| {
+        let path = plan.dir.join(name);
+        anyhow::Ok(option_value(path.to_str().context("not UTF-8")?))
+    };
+    let mut line: Vec<String> = Vec::new();
+    let mut add = |words: &[&str]| line.extend(words.iter().map(|word| word.to_string()));
+
+    // The stock kernel finds virtio-mmio devices by ACPI alone.
+    let backend = if plan.vsock.is_some() {
+        ",memory-backend=mem0"
+    } else {
+        ""
+    };
+    add(&[
+        "-M",
+        &format!("microvm,acpi=on,rtc=on{backend}"),
+        "-accel",
+        "tcg",
+    ]);
+    add(&[
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+    ]);
+    add(&["-global", "virtio-mmio.force-legacy=false"]);
+    add(&[
+        "-m",
+        &format!("{}M", wish.memory_mib),
+        "-smp",
+        &wish.cpus.to_string(),
+    ]);
+    add(&[
+        "-chardev",
+        "stdio,id=console,signal=off",
+        "-serial",
+        "chardev:console",
+    ]);
+    add(&[
+        "-qmp",
+        &format!("unix:{},server=on,wait=off", path("qmp.sock")?),
+    ]);
+
+    // With neither PIT nor HPET there is nothing to calibrate the TSC against.
+    let khz = if wish.deterministic {
+        DETERMINISTIC_KHZ
+    } else {
+        tsc::khz()
+    };
+    let mut specific = format!("tsc_early_khz={khz} tsc=reliable no_timer_check");
+    if wish.deterministic {
+        specific += " nokaslr norandmaps";
+        add(&["-icount", "shift=0,sleep=off", "-seed", "1"]);
+        add(&["-rtc", "base=2026-01-01T00:00:00,clock=vm"]);
+    }
+    add(&["-kernel", plan.kernel.to_str().context("not UTF-8")?]);
+    add(&["-initrd", plan.initrd.to_str().context("not UTF-8")?]);
+    add(&["-append", &plan.command_line(&specific)]);
+
+    if wish.i8042 {
+        add(&["-device", "i8042"]);
+    }
+    if plan.vsock.is_some() {
+        // The device shares the guest's memory.
+        let memory = format!(
+            "memory-backend-memfd,id=mem0,size={}M,share=on",
+            wish.memory_mib
+        );
+        add(&["-object", &memory]);
+        add(&[
+            "-chardev",
+            &format!("socket,id=vsock,path={}", path("vhost.sock")?),
+        ]);
+        add(&["-device", "vhost-user-vsock-device,chardev=vsock"]);
+    }
+    match wish.nic {
+        Nic::None => {}
+        Nic::Cable(_) => {
+            let socket = path("net.sock")?;
+            add(&[
+                "-netdev",
+                &format!("stream,id=net,server=off,addr.type=unix,addr.path={socket}"),
+            ]);
+        }
+        Nic::Tap => {
+            add(&[
+                "-netdev",
+                &format!("tap,id=net,ifname={TAP},script=no,downscript=no"),
+            ]);
+        }
+    }
+    if !matches!(wish.nic, Nic::None) {
+        add(&[
+            "-device",
+            &format!("virtio-net-device,netdev=net,mac={GUEST_MAC}"),
+        ]);
+    }
+    for (number, disk) in wish.disks.iter().enumerate() {
+        let file = option_value(disk.path.to_str().context("not UTF-8")?);
+        let image = match &disk.blkdebug {
+            None => format!("file={file}"),
+            Some(config) => {
+                let config_file = plan.dir.join(format!("blkdebug{number}"));
+                fs::write(config_file, config)?;
+                let config = path(&format!("blkdebug{number}"))?;
+                format!("file.driver=blkdebug,file.config={config},file.image.filename={file}")
+            }
+        };
+        // No flush reaches the host's disk: an image lives no longer than its test.
+        let read_only = if disk.read_only { "on" } else { "off" };
+        let drive = format!("if=none,id=disk{number},format=raw,cache=unsafe,readonly={read_only}");
+        add(&["-drive", &format!("{drive},{image}")]);
+        add(&["-device", &format!("virtio-blk-device,drive=disk{number}")]);
+    }
+    Ok(line)
+}
+
+/// A value inside a QEMU option, where a comma is doubled.
+fn option_value(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+impl Machine for Qemu {
+    fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    fn ctrl_alt_delete(&mut self) -> Result<()> {
+        let keys = ["ctrl", "alt", "delete"].map(|key| json!({"type": "qcode", "data": key}));
+        self.qmp("send-key", json!({"keys": keys})).map(drop)
+    }
+
+    fn pause(&mut self) -> Result<()> {
+        self.qmp("stop", json!({})).map(drop)
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        self.qmp("cont", json!({})).map(drop)
+    }
+
+    fn end(&mut self, status: ExitStatus) -> End {
+        let events = self.qmp.last_events().unwrap_or_default();
+        let shutdown = events.iter().find(|event| event["event"] == "SHUTDOWN");
+        match shutdown.and_then(|event| event["data"]["reason"].as_str()) {
+            Some("guest-reset") => End::Reboot,
+            Some("guest-shutdown") => End::PowerOff,
+            Some("guest-panic") => End::Panic,
+            _ => End::Failed(status.code()),
+        }
+    }
+
+    fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        self.qmp.execute(command, arguments)
+    }
+}

@@ -1,0 +1,69 @@
+//! The host's side of Firecracker's hybrid vsock: a Unix socket that leads to any guest port.
+//! (Firecracker docs/vsock.md; vhost-device-vsock speaks the same.)
+
+use std::{
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+    path::Path,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+
+/// The port of pigeon-init's API.
+pub const API_PORT: u32 = 10_000;
+
+/// One try to reach `port` in the guest. It fails while the guest has no driver or no listener
+/// there; `timeout` bounds the handshake, and every read of the returned stream.
+pub fn connect(socket: &Path, port: u32, timeout: Duration) -> Result<UnixStream> {
+    let mut stream = UnixStream::connect(socket)
+        .with_context(|| format!("unable to connect to {}", socket.display()))?;
+    stream.set_read_timeout(Some(timeout))?;
+    stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
+    // Byte by byte: what follows the line is the guest's.
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        let mut byte = [0];
+        stream
+            .read_exact(&mut byte)
+            .with_context(|| format!("guest port {port}"))?;
+        line.push(byte[0]);
+        ensure!(
+            line.len() < 32,
+            "not a handshake: {:?}",
+            line.escape_ascii().to_string()
+        );
+    }
+    ensure!(
+        line.starts_with(b"OK "),
+        "refused: {:?}",
+        line.escape_ascii().to_string()
+    );
+    Ok(stream)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{os::unix::net::UnixListener, thread};
+
+    #[test]
+    fn the_handshake_leaves_the_guests_bytes_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vsock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let host = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(b"OK 1073741824\nhello").unwrap();
+            let mut command = String::new();
+            stream.read_to_string(&mut command).unwrap();
+            command
+        });
+        let mut stream = connect(&path, API_PORT, Duration::from_secs(10)).unwrap();
+        let mut greeting = [0; 5];
+        stream.read_exact(&mut greeting).unwrap();
+        assert_eq!(&greeting, b"hello");
+        drop(stream);
+        assert_eq!(host.join().unwrap(), "CONNECT 10000\n");
+    }
+}

@@ -1,0 +1,255 @@
+//! The lab itself, seen from a guest whose init is busybox: what a test of pigeon-init may rely
+//! on when it fails.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use pigeon_lab::{
+    End, Vm, assets,
+    disk::{Disk, Image, Tree},
+    guest,
+    mmds::{Fault, Mmds, Push, Version},
+    vm::Builder,
+};
+use serde_json::json;
+
+/// A VM in which busybox's init runs `script`, with the drivers loaded and eth0 as pigeon-init
+/// has it while it asks for metadata.
+fn busybox(script: &str) -> Result<Builder> {
+    const SET_UP: &str = "\
+        /bin/busybox --install -s /bin\n\
+        mkdir -p /proc /sys /mnt && mount -t proc proc /proc && mount -t sysfs sysfs /sys\n\
+        mount -t devtmpfs dev /dev\n\
+        while read module; do insmod $module; done </pigeon/modules\n\
+        [ ! -e /sys/class/net/eth0 ] || ip address add 169.254.169.1/16 dev eth0\n\
+        [ ! -e /sys/class/net/eth0 ] || ip link set eth0 up\n";
+    const INITTAB: &str = "::sysinit:/bin/busybox sh /script\n\
+                           ::ctrlaltdel:/bin/busybox reboot -f\n";
+    Ok(Vm::builder()
+        .init(&assets::busybox()?)?
+        .file("/bin/busybox", 0o755, std::fs::read(assets::busybox()?)?)
+        .file("/etc/inittab", 0o644, INITTAB)
+        .file("/script", 0o644, [SET_UP, script].concat()))
+}
+
+/// A shell function that sends a request to MMDS and prints the answer with CR as `$`.
+const ASK: &str =
+    "ask() { printf \"$1\" | timeout 1 nc 169.254.169.254 80 | tr '\\r' '$'; echo; }\n";
+
+#[test]
+fn what_a_guest_writes_is_on_its_disk_afterwards() -> Result<()> {
+    let tree = || Tree::empty()?.file("/hello", 0o644, "from the host\n");
+    let [first, second] = [Image::ext4(&tree()?, 16)?, Image::ext4(&tree()?, 16)?];
+    let script = guest::report(&[
+        ("words", "cat /proc/cmdline; cat /extra"),
+        (
+            "first",
+            "mount /dev/vda /mnt && cat /mnt/hello && echo from the guest >/mnt/answer",
+        ),
+        ("sync", "umount /mnt"),
+        ("read-only", "cat /sys/block/vda/ro /sys/block/vdb/ro"),
+        ("processors", "grep -c ^processor /proc/cpuinfo"),
+    ]) + "reboot -f\n";
+    let mut vm = busybox(&script)?
+        .file("/extra", 0o600, "an extra file\n")
+        .disk(&first)
+        .disk(Disk::from(&second).read_only())
+        .arg("SOME=word")
+        .cpus(2)
+        .boot()?;
+    assert_eq!(vm.section("first")?, ["from the host"]);
+    assert!(vm.section("words")?[0].ends_with(" SOME=word"));
+    assert_eq!(vm.section("words")?[1], "an extra file");
+    assert_eq!(vm.section("processors")?, ["2"]);
+    assert_eq!(vm.section("read-only")?, ["0", "1"]);
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    first.check()?;
+    second.check()?;
+    assert_eq!(first.read("/answer")?, "from the guest\n");
+    Ok(())
+}
+
+#[test]
+fn a_disk_fails_as_it_is_told_to() -> Result<()> {
+    let image = Image::ext4(&Tree::empty()?, 16)?;
+    let config = "[inject-error]\nevent = \"read_aio\"\nerrno = \"5\"\nsector = \"2\"\n";
+    let script = guest::report(&[("mount", "mount -t ext4 /dev/vda /mnt")]) + "reboot -f\n";
+    let mut vm = busybox(&script)?
+        .disk(Disk::from(&image).blkdebug(config))
+        .boot()?;
+    assert!(vm.section("mount")?.concat().contains("Input/output error"));
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    Ok(())
+}
+
+#[test]
+fn a_panic_is_told_from_a_reboot() -> Result<()> {
+    let mut vm = busybox("echo c >/proc/sysrq-trigger\n")?.boot()?;
+    assert_eq!(vm.wait_end()?, End::Panic);
+    Ok(())
+}
+
+#[test]
+fn the_guest_gets_keys_typed_and_ctrl_alt_del_also_after_a_pause() -> Result<()> {
+    let mut vm = busybox("echo ready; read line; echo \"read: $line\"\n")?.boot()?;
+    vm.wait_for("ready")?;
+    vm.pause()?;
+    vm.type_text("a line\n")?;
+    vm.resume()?;
+    vm.wait_for("read: a line")?;
+    vm.ctrl_alt_delete()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    Ok(())
+}
+
+#[test]
+fn mmds_gives_a_token_and_then_the_document_once_it_is_pushed() -> Result<()> {
+    let script = [
+        ASK,
+        &guest::report(&[
+            ("no token", r"ask 'GET / HTTP/1.1\r\nAccept: application/json\r\n\r\n'"),
+            ("token", r"ask 'PUT /latest/api/token HTTP/1.1\r\nX-metadata-token-ttl-seconds: 60\r\n\r\n'"),
+            (
+                "get",
+                r#"token=$(ask 'PUT /latest/api/token HTTP/1.1\r\nX-metadata-token-ttl-seconds: 60\r\n\r\n' | tail -n 1)
+                for i in 1 2 3; do ask "GET / HTTP/1.1\r\nX-metadata-token: $token\r\nAccept: application/json\r\n\r\n" | tail -n 1; done"#,
+            ),
+        ]),
+        "reboot -f\n",
+    ]
+    .concat();
+    let mmds = Mmds::serving(json!({"b": {"c": [1, null]}, "a": "x"})).push(Push::AfterRequests(2));
+    let mut vm = busybox(&script)?.mmds(mmds).on_qemu().boot()?;
+    assert_eq!(vm.section("no token")?[0], "HTTP/1.1 401 $");
+    let token = vm.section("token")?;
+    assert_eq!(
+        token[..3],
+        [
+            "HTTP/1.1 200 $",
+            "Server: Firecracker API$",
+            "Connection: keep-alive$"
+        ]
+    );
+    assert_eq!(
+        token[3..6],
+        ["Content-Type: text/plain$", "Content-Length: 48$", "$"]
+    );
+    assert_eq!(
+        vm.section("get")?,
+        ["null", "null", r#"{"a":"x","b":{"c":[1,null]}}"#]
+    );
+    assert_eq!(vm.wait_end()?, End::Reboot);
+
+    let requests = vm.mmds_requests();
+    let methods: Vec<_> = requests
+        .iter()
+        .map(|r| (r.connection, r.method.as_str()))
+        .collect();
+    assert_eq!(
+        methods,
+        [
+            (0, "GET"),
+            (1, "PUT"),
+            (2, "PUT"),
+            (3, "GET"),
+            (4, "GET"),
+            (5, "GET")
+        ]
+    );
+    assert_eq!(
+        requests[3].header("x-metadata-token"),
+        Some(token[6].as_str())
+    );
+    Ok(())
+}
+
+#[test]
+fn each_connection_to_mmds_fails_in_its_own_way() -> Result<()> {
+    use Fault::*;
+    let script = [
+        ASK,
+        "get() { ask 'GET / HTTP/1.1\\r\\nAccept: application/json\\r\\n\\r\\n'; }\n",
+        &guest::report(&[
+            ("refuse", "get"),
+            ("silent", "get"),
+            ("stall", "get"),
+            ("reset", "get"),
+            (
+                "close",
+                "time -f %e sh -c 'printf GET | nc 169.254.169.254 80'",
+            ),
+            ("drip", "get"),
+            ("instead", "get"),
+            ("fine", "get"),
+        ]),
+        "reboot -f\n",
+    ]
+    .concat();
+    let mmds = Mmds::serving(json!({"a": 1})).version(Version::V1).faults([
+        Refuse,
+        Silent,
+        Stall(8),
+        Reset(12),
+        Close(0),
+        Drip(Duration::from_millis(1)),
+        Instead(b"SSH-2.0\n".to_vec()),
+    ]);
+    let mut vm = busybox(&script)?.mmds(mmds).boot()?;
+    let last_line = |name| anyhow::Ok(vm.section(name)?.pop().unwrap_or_default());
+    assert!(vm.section("refuse")?[0].ends_with("Connection refused"));
+    // The shell tells of the clients that it had to end.
+    assert_eq!(vm.section("silent")?, ["Terminated", ""]);
+    assert_eq!(vm.section("stall")?, ["HTTP/1.1Terminated", ""]);
+    assert_eq!(vm.section("reset")?, ["HTTP/1.1 200"]);
+    assert!(vm.section("close")?[0].parse::<f32>()? < 0.5);
+    assert_eq!(last_line("drip")?, r#"{"a":1}"#);
+    assert_eq!(vm.section("instead")?[0], "SSH-2.0");
+    assert_eq!(last_line("fine")?, r#"{"a":1}"#);
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    Ok(())
+}
+
+#[test]
+fn whatever_lies_behind_any_gateway_answers_but_mmds_that_is_not_there() -> Result<()> {
+    let script = guest::report(&[
+        (
+            "far",
+            "ip address add 10.0.0.2/24 dev eth0
+             ip route add 169.254.0.1 dev eth0
+             ip route add default via 169.254.0.1
+             ping -c 1 -W 5 203.0.113.7",
+        ),
+        ("mmds", "ping -c 1 -W 1 169.254.169.254"),
+    ]) + "reboot -f\n";
+    let mut vm = busybox(&script)?.nic().boot()?;
+    assert!(vm.section("far")?.concat().contains("1 packets received"));
+    assert!(vm.section("mmds")?.concat().contains("0 packets received"));
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    assert!(!vm.traffic().frames().is_empty());
+    Ok(())
+}
+
+#[test]
+fn deterministic_time_is_the_same_twice() -> Result<()> {
+    let uptime = || {
+        let script = guest::report(&[("sched", "head -n 3 /proc/sched_debug /proc/uptime")]);
+        let mut vm = busybox(&(script + "reboot -f\n"))?
+            .deterministic()
+            .without_vsock()
+            .boot()?;
+        let section = vm.section("sched")?;
+        assert_eq!(vm.wait_end()?, End::Reboot);
+        anyhow::Ok(section)
+    };
+    assert_eq!(uptime()?, uptime()?);
+    Ok(())
+}
+
+#[test]
+fn without_modules_no_device_has_a_driver() -> Result<()> {
+    let script = guest::report(&[("virtio", "ls /sys/bus/virtio")]) + "reboot -f\n";
+    let mut vm = busybox(&script)?.without_modules().boot()?;
+    assert!(vm.section("virtio")?[0].contains("No such file or directory"));
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    Ok(())
+}
