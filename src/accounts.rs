@@ -14,7 +14,8 @@ pub struct Identity {
     pub uid: u32,
     /// Primary group id.
     pub gid: u32,
-    /// Supplementary group ids; empty when a group was given.
+    /// Supplementary group ids, the primary one among them, as initgroups(3) has it: only that one
+    /// when a group was given.
     pub groups: heapless::Vec<u32, GROUPS>,
     /// Home directory.
     pub home: heapless::Vec<u8, HOME>,
@@ -89,18 +90,29 @@ pub fn resolve<'a>(spec: &'a [u8], passwd: &[u8], group: &[u8]) -> Result<Identi
                 .map(|group| group.gid)
                 .or_else(|| number(wanted))
                 .ok_or(Fault::Group(wanted))?;
+            identity.join(identity.gid, user)?;
         }
         (None, Some(account)) => {
+            identity.join(identity.gid, user)?;
             for group in groups(group) {
                 let member = group.members.split(|byte| *byte == b',').any(|name| name == account.name);
-                if member && group.gid != identity.gid && !identity.groups.contains(&group.gid) {
-                    identity.groups.push(group.gid).map_err(|_| Fault::TooManyGroups(user))?;
+                if member {
+                    identity.join(group.gid, user)?;
                 }
             }
         }
-        (None, None) => {}
+        (None, None) => identity.join(identity.gid, user)?,
     }
     Ok(identity)
+}
+
+impl Identity {
+    fn join<'a>(&mut self, gid: u32, user: &'a [u8]) -> Result<(), Fault<'a>> {
+        if self.groups.contains(&gid) {
+            return Ok(());
+        }
+        self.groups.push(gid).map_err(|_| Fault::TooManyGroups(user))
+    }
 }
 
 struct Account<'a> {
@@ -175,28 +187,28 @@ mod tests {
 
     #[test]
     fn a_name_gives_ids_home_and_supplementary_groups() {
-        assert_eq!(ids("app"), Ok((1000, 100, vec![10, 6], "/home/app".into())));
-        assert_eq!(ids("nobody"), Ok((65534, 65534, vec![], "/nonexistent".into())));
-        assert_eq!(ids("root"), Ok((0, 0, vec![10], "/root".into())));
+        assert_eq!(ids("app"), Ok((1000, 100, vec![100, 10, 6], "/home/app".into())));
+        assert_eq!(ids("nobody"), Ok((65534, 65534, vec![65534], "/nonexistent".into())));
+        assert_eq!(ids("root"), Ok((0, 0, vec![0, 10], "/root".into())));
         assert_eq!(ids(""), ids("root"));
-        assert_eq!(ids("bare"), Ok((7, 8, vec![], "/".into())));
+        assert_eq!(ids("bare"), Ok((7, 8, vec![8], "/".into())));
     }
 
     #[test]
     fn a_group_given_replaces_the_primary_and_all_supplementary_groups() {
-        assert_eq!(ids("app:wheel"), Ok((1000, 10, vec![], "/home/app".into())));
-        assert_eq!(ids("app:4242"), Ok((1000, 4242, vec![], "/home/app".into())));
-        assert_eq!(ids("0:0"), Ok((0, 0, vec![], "/root".into())));
-        assert_eq!(ids(":disk"), Ok((0, 6, vec![], "/root".into())));
+        assert_eq!(ids("app:wheel"), Ok((1000, 10, vec![10], "/home/app".into())));
+        assert_eq!(ids("app:4242"), Ok((1000, 4242, vec![4242], "/home/app".into())));
+        assert_eq!(ids("0:0"), Ok((0, 0, vec![0], "/root".into())));
+        assert_eq!(ids(":disk"), Ok((0, 6, vec![6], "/root".into())));
         assert_eq!(ids("app:"), ids("app"));
     }
 
     #[test]
     fn a_known_number_is_that_account_and_an_unknown_one_stands_for_itself() {
         assert_eq!(ids("1000"), ids("app"));
-        assert_eq!(ids("2000"), Ok((2000, 2000, vec![], "/".into())));
-        assert_eq!(ids("2000:3000"), Ok((2000, 3000, vec![], "/".into())));
-        assert_eq!(ids("1234"), Ok((55, 56, vec![], "/digits".into())));
+        assert_eq!(ids("2000"), Ok((2000, 2000, vec![2000], "/".into())));
+        assert_eq!(ids("2000:3000"), Ok((2000, 3000, vec![3000], "/".into())));
+        assert_eq!(ids("1234"), Ok((55, 56, vec![56], "/digits".into())));
     }
 
     #[test]
