@@ -75,13 +75,13 @@ fn check(path: &[u8], environment: &mut Environment) -> Result<(), Line> {
     print(text!("user: ", or(config.user(), "root"), "\n"));
     print(text!("directory: ", or(config.image_config.working_dir, "/"), "\n"));
     print(text!("root: ", or(config.root_device, ROOT_DEVICE), "\n"));
-    for mount in &config.mounts {
+    for mount in config.mounts() {
         print(text!("mount: ", mount.device_path, " on ", mount.mount_path, "\n"));
     }
     if !config.hostname.is_empty() {
         print(text!("hostname: ", config.hostname, "\n"));
     }
-    for entry in &config.ip_configs {
+    for entry in config.ip_configs() {
         let address = entry.address()?;
         let via = address.gateway.map_or(Line::new(), |gateway| text!(" via ", gateway));
         let prefix = u32::from(address.prefix);
@@ -90,7 +90,7 @@ fn check(path: &[u8], environment: &mut Environment) -> Result<(), Line> {
     for server in config.etc_resolv.nameservers.iter() {
         print(text!("nameserver: ", server, "\n"));
     }
-    for host in &config.etc_hosts {
+    for host in config.etc_hosts() {
         print(text!("host: ", host.ip, " ", host.host, "\n"));
     }
     Ok(())

@@ -1,9 +1,10 @@
 //! Commands that the host runs in the VM: one-shot ones and sessions.
 
+use crate::why;
 use crate::poll::{Poller, Source};
 use crate::spawn::{self, Command, Streams};
 use crate::sys::Region;
-use crate::task::{self, Explain, Outcome, Report, Reports};
+use crate::task::{self, Outcome, Report, Reports};
 use pigeon_init::command::Environment;
 use pigeon_init::json::escape_next;
 use pigeon_init::request::Exec;
@@ -139,8 +140,8 @@ fn become_command(exec: &Exec, streams: Streams, context: &mut Context, report: 
 impl Running {
     /// Starts a one-shot command.
     pub fn once(exec: &Exec, connection: Key, context: &mut Context) -> Outcome<Self> {
-        let memory = Region::new(2 * CAPTURE).explain(|| text!("memory for output"))?;
-        let null = spawn::null().explain(|| text!("open /dev/null"))?;
+        let memory = Region::new(2 * CAPTURE).map_err(why!("memory for output"))?;
+        let null = spawn::null().map_err(why!("open /dev/null"))?;
         let (output, output_end) = pipe()?;
         let (error, error_end) = pipe()?;
         let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, |report| {
@@ -168,14 +169,14 @@ impl Running {
         let session = if exec.tty {
             let master = open_terminal(exec)?;
             let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-            let terminal = rustix::pty::ioctl_tiocgptpeer(&master, flags).explain(|| text!("open a terminal"))?;
+            let terminal = rustix::pty::ioctl_tiocgptpeer(&master, flags).map_err(why!("open a terminal"))?;
             let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, |report| {
                 become_command(exec, Streams::Terminal(terminal.as_fd()), context, report)
             })?;
             (task, master, None)
         } else {
-            let (input_end, input) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).explain(|| text!("create a pipe"))?;
-            rustix::io::ioctl_fionbio(&input, true).explain(|| text!("create a pipe"))?;
+            let (input_end, input) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(why!("create a pipe"))?;
+            rustix::io::ioctl_fionbio(&input, true).map_err(why!("create a pipe"))?;
             let (output, output_end) = pipe()?;
             let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, |report| {
                 let streams = Streams::Each([input_end.as_fd(), output_end.as_fd(), output_end.as_fd()]);
@@ -247,18 +248,18 @@ impl Running {
 
 /// A pipe whose reading end does not block, as the command's end must.
 fn pipe() -> Outcome<(OwnedFd, OwnedFd)> {
-    let what = || text!("create a pipe");
-    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).explain(what)?;
-    rustix::io::ioctl_fionbio(&read, true).explain(what)?;
+    let what = why!("create a pipe");
+    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(what)?;
+    rustix::io::ioctl_fionbio(&read, true).map_err(what)?;
     Ok((read, write))
 }
 
 fn open_terminal(exec: &Exec) -> Outcome<OwnedFd> {
-    let what = || text!("open a terminal");
+    let what = why!("open a terminal");
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-    let master = rustix::pty::openpt(flags).explain(what)?;
-    rustix::pty::unlockpt(&master).explain(what)?;
-    rustix::io::ioctl_fionbio(&master, true).explain(what)?;
+    let master = rustix::pty::openpt(flags).map_err(what)?;
+    rustix::pty::unlockpt(&master).map_err(what)?;
+    rustix::io::ioctl_fionbio(&master, true).map_err(what)?;
     resize(master.as_fd(), exec.cols, exec.rows);
     Ok(master)
 }

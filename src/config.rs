@@ -1,6 +1,6 @@
 //! The configuration document: the contract between the host driver and this program.
 
-use crate::json::{self, Shape, Text, Texts};
+use crate::json::{self, Record, Records, Shape, Text, Texts};
 use crate::text::Line;
 use crate::text;
 use core::net::IpAddr;
@@ -46,31 +46,31 @@ static SHAPE: Shape = Shape::Record(&[
     ("UserOverride", Shape::Text),
     ("ExtraEnv", Shape::Pairs(ENV)),
     ("MTU", Shape::Number(65_535)),
-    ("IPConfigs", Shape::List(ADDRESSES, &IP_CONFIG)),
+    ("IPConfigs", Shape::Records(ADDRESSES, &IP_CONFIG)),
     ("Hostname", Shape::Text),
-    ("Mounts", Shape::List(MOUNTS, &MOUNT)),
+    ("Mounts", Shape::Records(MOUNTS, &MOUNT)),
     ("RootDevice", Shape::Text),
     (
         "EtcResolv",
         Shape::Record(&[("Nameservers", Shape::Texts(NAMESERVERS))]),
     ),
-    ("EtcHosts", Shape::List(HOSTS, &HOST)),
+    ("EtcHosts", Shape::Records(HOSTS, &HOST)),
 ]);
-static IP_CONFIG: Shape = Shape::Record(&[
+static IP_CONFIG: [(&str, Shape); 3] = [
     ("Gateway", Shape::Text),
     ("IP", Shape::Text),
     ("Mask", Shape::Number(128)),
-]);
-static MOUNT: Shape = Shape::Record(&[("DevicePath", Shape::Text), ("MountPath", Shape::Text)]);
-static HOST: Shape = Shape::Record(&[
+];
+static MOUNT: [(&str, Shape); 2] = [("DevicePath", Shape::Text), ("MountPath", Shape::Text)];
+static HOST: [(&str, Shape); 3] = [
     ("Host", Shape::Text),
     ("IP", Shape::Text),
     ("Desc", Shape::Text),
-]);
+];
 
 /// The whole document; what is absent is empty or 0.
 #[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
+#[serde(rename_all = "PascalCase", default, deny_unknown_fields)]
 pub struct Config<'a> {
     /// What the image says about itself (OCI image configuration).
     #[serde(borrow)]
@@ -88,22 +88,22 @@ pub struct Config<'a> {
     pub mtu: u32,
     /// Addresses and routes of eth0.
     #[serde(rename = "IPConfigs")]
-    pub ip_configs: heapless::Vec<IpConfig<'a>, ADDRESSES>,
+    ip_configs: Records<'a>,
     /// Host name of the guest.
     pub hostname: Text<'a>,
     /// Volumes beside the root.
-    pub mounts: heapless::Vec<Mount<'a>, MOUNTS>,
+    mounts: Records<'a>,
     /// Block device of the root; empty is [`ROOT_DEVICE`].
     pub root_device: Text<'a>,
     /// Content of /etc/resolv.conf.
     pub etc_resolv: EtcResolv<'a>,
     /// Additions to /etc/hosts.
-    pub etc_hosts: heapless::Vec<Host<'a>, HOSTS>,
+    etc_hosts: Records<'a>,
 }
 
 /// The part of the OCI image configuration that says what to run.
 #[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
+#[serde(rename_all = "PascalCase", default, deny_unknown_fields)]
 pub struct ImageConfig<'a> {
     /// First part of the argv.
     #[serde(borrow)]
@@ -119,25 +119,20 @@ pub struct ImageConfig<'a> {
 }
 
 /// One address of eth0, as written.
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
+#[derive(Clone, Copy, Debug)]
 pub struct IpConfig<'a> {
     /// Default gateway, perhaps with a prefix length; empty is none.
-    #[serde(borrow)]
     pub gateway: Text<'a>,
     /// The address.
-    #[serde(rename = "IP")]
     pub ip: Text<'a>,
     /// Prefix length in bits.
     pub mask: u8,
 }
 
 /// One extra volume.
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Mount<'a> {
     /// The block device.
-    #[serde(borrow)]
     pub device_path: Text<'a>,
     /// Where it is mounted.
     pub mount_path: Text<'a>,
@@ -145,7 +140,7 @@ pub struct Mount<'a> {
 
 /// Name servers.
 #[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
+#[serde(rename_all = "PascalCase", default, deny_unknown_fields)]
 pub struct EtcResolv<'a> {
     /// Their addresses.
     #[serde(borrow)]
@@ -153,14 +148,11 @@ pub struct EtcResolv<'a> {
 }
 
 /// One entry for /etc/hosts.
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Host<'a> {
     /// The name.
-    #[serde(borrow)]
     pub host: Text<'a>,
     /// The address.
-    #[serde(rename = "IP")]
     pub ip: Text<'a>,
     /// A comment.
     pub desc: Text<'a>,
@@ -214,6 +206,32 @@ impl IpConfig<'_> {
 }
 
 impl<'a> Config<'a> {
+    /// The addresses of eth0.
+    pub fn ip_configs(&self) -> impl Iterator<Item = IpConfig<'a>> {
+        self.ip_configs.iter().map(|record: Record<'a>| IpConfig {
+            gateway: record.field(0),
+            ip: record.field(1),
+            mask: record.number(2) as u8,
+        })
+    }
+
+    /// The extra volumes.
+    pub fn mounts(&self) -> impl Iterator<Item = Mount<'a>> {
+        self.mounts.iter().map(|record: Record<'a>| Mount {
+            device_path: record.field(0),
+            mount_path: record.field(1),
+        })
+    }
+
+    /// The entries for /etc/hosts.
+    pub fn etc_hosts(&self) -> impl Iterator<Item = Host<'a>> {
+        self.etc_hosts.iter().map(|record: Record<'a>| Host {
+            host: record.field(0),
+            ip: record.field(1),
+            desc: record.field(2),
+        })
+    }
+
     /// Checks a document and condenses it in place; the answer is its new length, for
     /// [`parse`](Self::parse). The error names the field.
     pub fn condense(document: &mut [u8]) -> Result<usize, json::Error> {
@@ -274,14 +292,14 @@ impl<'a> Config<'a> {
         if self.hostname.copy::<HOSTNAME>().is_none() {
             return Err(text!("Hostname: longer than ", HOSTNAME, " bytes"));
         }
-        for (at, entry) in self.ip_configs.iter().enumerate() {
+        for (at, entry) in self.ip_configs().enumerate() {
             entry
                 .address()
                 .map_err(|why| text!("IPConfigs[", at, "].", why))?;
         }
-        for (at, mount) in self.mounts.iter().enumerate() {
+        for (at, mount) in self.mounts().enumerate() {
             mount.check(at)?;
-            let mut earlier = self.mounts.iter().take(at);
+            let mut earlier = self.mounts().take(at);
             if earlier.any(|other| other.mount_path.same_path(mount.mount_path)) {
                 return Err(text!("Mounts[", at, "].MountPath: used twice: ", mount.mount_path));
             }
@@ -291,7 +309,7 @@ impl<'a> Config<'a> {
                 return Err(text!("EtcResolv.Nameservers[", at, "]: not an address: ", server));
             }
         }
-        for (at, host) in self.etc_hosts.iter().enumerate() {
+        for (at, host) in self.etc_hosts().enumerate() {
             host.check()
                 .map_err(|why| text!("EtcHosts[", at, "].", why))?;
         }
@@ -450,13 +468,13 @@ mod tests {
             assert_eq!(config.mtu(), 1500);
             assert_eq!(config.extra_env.iter().map(string).collect::<Vec<_>>(), ["DATABASE_URL=postgres://...", "LOG_LEVEL=info"]);
             assert_eq!(
-                config.ip_configs[0].address().unwrap(),
+                config.ip_configs().next().unwrap().address().unwrap(),
                 Address { ip: "10.0.0.2".parse().unwrap(), prefix: 24, gateway: "169.254.0.1".parse().ok() }
             );
-            assert_eq!(string(config.mounts[0].device_path), "/dev/vdb");
-            assert_eq!(string(config.mounts[0].mount_path), "/data");
+            assert_eq!(string(config.mounts().next().unwrap().device_path), "/dev/vdb");
+            assert_eq!(string(config.mounts().next().unwrap().mount_path), "/data");
             assert_eq!(string(config.etc_resolv.nameservers.iter().next().unwrap()), "8.8.8.8");
-            assert_eq!(string(config.etc_hosts[0].desc), "app alias");
+            assert_eq!(string(config.etc_hosts().next().unwrap().desc), "app alias");
             assert_eq!(string(config.hostname), "my-app-abcdef");
         });
         assert_eq!(argv(EXAMPLE), ["/bin/myapp", "--port", "8080"]);
@@ -484,7 +502,7 @@ mod tests {
     fn a_gateway_may_be_absent_empty_or_carry_a_prefix_length() {
         let gateway = |text: &str| {
             with(&format!(r#"{{"IPConfigs":[{{"IP":"10.0.0.2","Mask":24{text}}}]}}"#), |config| {
-                config.ip_configs[0].address().map(|address| address.gateway).map_err(|_| ())
+                config.ip_configs().next().unwrap().address().map(|address| address.gateway).map_err(|_| ())
             })
         };
         assert_eq!(gateway(""), Ok(None));
@@ -508,7 +526,7 @@ mod tests {
         with(&document, |config| {
             assert_eq!(config.argv().count(), ARGV);
             assert_eq!(config.image_config.env.iter().count(), ENV);
-            assert_eq!((config.ip_configs.len(), config.mounts.len(), config.etc_hosts.len()), (ADDRESSES, MOUNTS, HOSTS));
+            assert_eq!((config.ip_configs().count(), config.mounts().count(), config.etc_hosts().count()), (ADDRESSES, MOUNTS, HOSTS));
         });
         let mut over = format!(r#"{{"Mounts":[{}]}}"#, list(MOUNTS + 1, "{}")).into_bytes();
         let error = Config::read(&mut over).unwrap_err();

@@ -13,9 +13,9 @@ const LOCALHOST: &[u8] = b"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip
 ///
 /// Lines of an earlier boot go, all others stay as they are, and each entry is added unless a
 /// line that stays says the same already.
-pub fn hosts<E>(
+pub fn hosts<'h, E>(
     old: &[u8],
-    entries: &[Host],
+    entries: impl Iterator<Item = Host<'h>>,
     mut write: impl FnMut(&[u8]) -> Result<(), E>,
 ) -> Result<(), E> {
     let kept = || {
@@ -92,7 +92,7 @@ mod tests {
         let mut document = format!(r#"{{"EtcHosts":[{entries}]}}"#).into_bytes();
         let config = Config::read(&mut document).unwrap();
         let mut new = Vec::new();
-        hosts(old.as_bytes(), &config.etc_hosts, |piece| {
+        hosts(old.as_bytes(), config.etc_hosts(), |piece| {
             new.extend_from_slice(piece);
             Ok::<(), ()>(())
         })

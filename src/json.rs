@@ -8,7 +8,9 @@
 //! * no white space, no unknown members, no members that are `null`;
 //! * strings as UTF-8 in which only `\"` and `\\` are still escaped ([`Text`]);
 //! * a list of strings as one string of NUL-terminated items, an object of strings as one string
-//!   of `KEY=value` items ([`Texts`]): NUL itself is refused, as no C string can hold it.
+//!   of `KEY=value` items ([`Texts`]): NUL itself is refused, as no C string can hold it;
+//! * a list of objects as one string, too ([`Records`]): each member as a letter for its field and
+//!   its value, NUL-terminated, and a NUL behind each object.
 
 use crate::text::{Line, Show};
 use core::net::IpAddr;
@@ -30,8 +32,8 @@ pub enum Shape {
     Texts(usize),
     /// An object of at most so many members, names and values strings.
     Pairs(usize),
-    /// A list of at most so many values.
-    List(usize, &'static Shape),
+    /// A list of at most so many objects with these members, strings and numbers.
+    Records(usize, &'static [(&'static str, Shape)]),
     /// An object with these members, all optional; others are ignored.
     Record(&'static [(&'static str, Shape)]),
 }
@@ -149,6 +151,56 @@ impl<'a> Texts<'a> {
     }
 }
 
+/// A list of objects of a condensed document.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(transparent)]
+pub struct Records<'a>(#[serde(borrow)] &'a str);
+
+impl<'a> Records<'a> {
+    /// The objects in their order.
+    pub fn iter(self) -> impl Iterator<Item = Record<'a>> {
+        let mut rest = self.0.as_bytes();
+        core::iter::from_fn(move || {
+            let record = rest;
+            let mut length = 0;
+            for member in rest.split_inclusive(|byte| *byte == 0) {
+                length += member.len();
+                if member == b"\0" {
+                    rest = record.get(length..)?;
+                    return Some(Record(core::str::from_utf8(record.get(..length)?).ok()?));
+                }
+            }
+            None
+        })
+    }
+
+    /// Whether there is no object.
+    pub fn is_empty(self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// An object in such a list.
+#[derive(Clone, Copy, Debug)]
+pub struct Record<'a>(&'a str);
+
+impl<'a> Record<'a> {
+    /// The value of the field at this place of the shape; empty when it is absent.
+    pub fn field(self, index: u8) -> Text<'a> {
+        let letter = char::from(FIRST_FIELD.wrapping_add(index));
+        let mut members = self.0.split_terminator('\0');
+        members.find_map(|member| member.strip_prefix(letter)).map_or(Text(""), Text)
+    }
+
+    /// The same for a number; 0 when it is absent.
+    pub fn number(self, index: u8) -> u32 {
+        self.field(index).0.parse().unwrap_or(0)
+    }
+}
+
+/// The letter of a shape's first field.
+const FIRST_FIELD: u8 = b'A';
+
 /// Undoes the two escapes a condensed document has.
 fn unescape(bytes: &[u8]) -> impl Iterator<Item = u8> + '_ {
     let mut rest = bytes.iter();
@@ -258,17 +310,21 @@ struct Frame {
 
 #[derive(Clone, Copy)]
 enum Kind {
-    Record(&'static [(&'static str, Shape)]),
-    List(usize, &'static Shape),
+    Record(Fields),
+    Records(usize, Fields),
+    /// An object in a list of them.
+    Listed(Fields),
     Texts(usize),
     Pairs(usize),
     UnknownObject,
     UnknownList,
 }
 
+type Fields = &'static [(&'static str, Shape)];
+
 impl Kind {
     fn is_object(self) -> bool {
-        matches!(self, Kind::Record(_) | Kind::Pairs(_) | Kind::UnknownObject)
+        matches!(self, Kind::Record(_) | Kind::Listed(_) | Kind::Pairs(_) | Kind::UnknownObject)
     }
 }
 
@@ -283,7 +339,12 @@ enum Next {
 #[derive(Clone, Copy)]
 enum Want {
     Shape(&'static Shape),
+    /// A string of a list of strings, or of a listed object.
     Item,
+    /// A number of a listed object.
+    Number(u32),
+    /// A listed object.
+    Listed(Fields),
     Unknown,
 }
 
@@ -314,12 +375,13 @@ impl Pass<'_> {
     fn value(&mut self, want: Want) -> Result<Next, Fault> {
         let first = self.peek().ok_or(Fault::Malformed)?;
         match (first, want) {
-            (b'{', Want::Shape(Shape::Record(fields))) => self.enter(Kind::Record(fields), b'{'),
-            (b'{', Want::Shape(Shape::Pairs(max))) => self.enter(Kind::Pairs(*max), b'"'),
-            (b'{', Want::Unknown) => self.enter(Kind::UnknownObject, b'{'),
-            (b'[', Want::Shape(Shape::List(max, item))) => self.enter(Kind::List(*max, item), b'['),
-            (b'[', Want::Shape(Shape::Texts(max))) => self.enter(Kind::Texts(*max), b'"'),
-            (b'[', Want::Unknown) => self.enter(Kind::UnknownList, b'['),
+            (b'{', Want::Shape(Shape::Record(fields))) => self.enter(Kind::Record(fields), b"{"),
+            (b'{', Want::Listed(fields)) => self.enter(Kind::Listed(fields), b""),
+            (b'{', Want::Shape(Shape::Pairs(max))) => self.enter(Kind::Pairs(*max), b"\""),
+            (b'{', Want::Unknown) => self.enter(Kind::UnknownObject, b"{"),
+            (b'[', Want::Shape(Shape::Records(max, fields))) => self.enter(Kind::Records(*max, fields), b"\""),
+            (b'[', Want::Shape(Shape::Texts(max))) => self.enter(Kind::Texts(*max), b"\""),
+            (b'[', Want::Unknown) => self.enter(Kind::UnknownList, b"["),
             (b'"', Want::Item) => {
                 self.string(b"", b"\0", true)?;
                 Ok(Next::After)
@@ -333,7 +395,7 @@ impl Pass<'_> {
                 Ok(Next::After)
             }
             (b'n', Want::Unknown) => self.word(b"null"),
-            (b'n', Want::Shape(_) | Want::Item) => {
+            (b'n', _) => {
                 self.word(b"null")?;
                 // Absent: the member goes. An item of a list, or the document, cannot.
                 let absent = match self.open.last_mut() {
@@ -349,6 +411,11 @@ impl Pass<'_> {
             (b't', Want::Shape(Shape::Flag) | Want::Unknown) => self.word(b"true"),
             (b'f', Want::Shape(Shape::Flag) | Want::Unknown) => self.word(b"false"),
             (b'-' | b'0'..=b'9', Want::Shape(Shape::Number(max))) => self.number(Some(*max)),
+            (b'-' | b'0'..=b'9', Want::Number(max)) => {
+                self.number(Some(max))?;
+                self.put(0);
+                Ok(Next::After)
+            }
             (b'-' | b'0'..=b'9', Want::Unknown) => self.number(None),
             (b'{' | b'[' | b'"' | b't' | b'f' | b'-' | b'0'..=b'9', _) => Err(self.mismatch(want)),
             _ => Err(Fault::Malformed),
@@ -359,18 +426,18 @@ impl Pass<'_> {
         Fault::Wants(match want {
             Want::Item | Want::Shape(Shape::Text) | Want::Unknown => "a string",
             Want::Shape(Shape::Flag) => "true or false",
-            Want::Shape(Shape::Number(_)) => "a whole number",
+            Want::Number(_) | Want::Shape(Shape::Number(_)) => "a whole number",
             Want::Shape(Shape::Texts(_)) => "a list of strings",
             Want::Shape(Shape::Pairs(_)) => "an object of strings",
-            Want::Shape(Shape::List(..)) => "a list",
-            Want::Shape(Shape::Record(_)) => "an object",
+            Want::Shape(Shape::Records(..)) => "a list",
+            Want::Listed(_) | Want::Shape(Shape::Record(_)) => "an object",
         })
     }
 
     /// Opens a container; reads its first member or its end.
-    fn enter(&mut self, kind: Kind, open: u8) -> Result<Next, Fault> {
+    fn enter(&mut self, kind: Kind, open: &[u8]) -> Result<Next, Fault> {
         self.read += 1;
-        self.put(open);
+        open.iter().for_each(|&byte| self.put(byte));
         let frame = Frame {
             kind,
             count: 0,
@@ -393,7 +460,7 @@ impl Pass<'_> {
         };
         let kind = frame.kind;
         frame.count += 1;
-        if matches!(kind, Kind::Record(_)) {
+        if matches!(kind, Kind::Record(_) | Kind::Listed(_)) {
             if frame.name.is_empty() {
                 self.write = frame.mark;
                 frame.written = frame.written.saturating_sub(1);
@@ -420,15 +487,15 @@ impl Pass<'_> {
         let comma = frame.written > 0;
         frame.written += 1;
         match kind {
-            Kind::List(max, _) | Kind::Texts(max) | Kind::Pairs(max) if frame.count >= max => {
+            Kind::Records(max, _) | Kind::Texts(max) | Kind::Pairs(max) if frame.count >= max => {
                 return Err(Fault::TooMany(max));
             }
-            Kind::Texts(_) | Kind::Pairs(_) => {}
+            Kind::Records(..) | Kind::Listed(_) | Kind::Texts(_) | Kind::Pairs(_) => {}
             _ if comma => self.put(b','),
             _ => {}
         }
         match kind {
-            Kind::List(_, shape) => Ok(Next::Value(Want::Shape(shape))),
+            Kind::Records(_, fields) => Ok(Next::Value(Want::Listed(fields))),
             Kind::UnknownList => Ok(Next::Value(Want::Unknown)),
             Kind::Texts(_) => Ok(Next::Value(Want::Item)),
             Kind::Pairs(_) => {
@@ -450,6 +517,20 @@ impl Pass<'_> {
                 }
                 Ok(Next::Value(known.map_or(Want::Unknown, |(_, shape)| Want::Shape(shape))))
             }
+            Kind::Listed(fields) => {
+                let name = self.name(b"", b"", false)?;
+                let known = fields.iter().zip(FIRST_FIELD..).find(|((field, _), _)| field.as_bytes() == name);
+                self.write = mark;
+                let (Some(((field, shape), letter)), Some(frame)) = (known, self.open.last_mut()) else {
+                    return Ok(Next::Value(Want::Unknown));
+                };
+                frame.name = field;
+                self.put(letter);
+                Ok(Next::Value(match shape {
+                    Shape::Number(max) => Want::Number(*max),
+                    _ => Want::Item,
+                }))
+            }
         }
     }
 
@@ -461,8 +542,9 @@ impl Pass<'_> {
         };
         self.put(match frame.kind {
             Kind::Record(_) | Kind::UnknownObject => b'}',
-            Kind::List(..) | Kind::UnknownList => b']',
-            Kind::Texts(_) | Kind::Pairs(_) => b'"',
+            Kind::UnknownList => b']',
+            Kind::Listed(_) => 0,
+            Kind::Records(..) | Kind::Texts(_) | Kind::Pairs(_) => b'"',
         });
         Ok(Next::After)
     }
@@ -646,13 +728,13 @@ impl Pass<'_> {
         let mut line = Line::new();
         for frame in &self.open {
             match frame.kind {
-                Kind::Record(_) if !frame.name.is_empty() => {
+                Kind::Record(_) | Kind::Listed(_) if !frame.name.is_empty() => {
                     if !line.as_bytes().is_empty() {
                         line.put(b'.');
                     }
                     line.add(frame.name);
                 }
-                Kind::List(..) | Kind::Texts(_) => {
+                Kind::Records(..) | Kind::Texts(_) => {
                     line.add("[").add(frame.count).add("]");
                 }
                 _ => {}
@@ -676,14 +758,13 @@ fn hex(digits: &[u8]) -> Option<u32> {
 mod tests {
     use super::*;
 
-    static INNER: Shape = Shape::Record(&[("Name", Shape::Text), ("Size", Shape::Number(128))]);
     static SHAPE: Shape = Shape::Record(&[
         ("Text", Shape::Text),
         ("Flag", Shape::Flag),
         ("Number", Shape::Number(65_535)),
         ("Texts", Shape::Texts(3)),
         ("Pairs", Shape::Pairs(2)),
-        ("List", Shape::List(2, &INNER)),
+        ("List", Shape::Records(2, &[("Name", Shape::Text), ("Size", Shape::Number(128))])),
         ("Record", Shape::Record(&[("Deep", Shape::Texts(2))])),
     ]);
 
@@ -703,8 +784,20 @@ mod tests {
             "Other": 1.5e-3, "Number": 0, "Texts": [ "a" , "b c" ], "Pairs": {"K": "v", "L":""},
             "List": [ {"Name":"n","Size":128,"More":{}} , {} ], "Record":{"Deep":[]}} "#;
         let expected = "{\"Text\":\"hi\",\"Flag\":true,\"Number\":0,\"Texts\":\"a\0b c\0\",\
-            \"Pairs\":\"K=v\0L=\0\",\"List\":[{\"Name\":\"n\",\"Size\":128},{}],\"Record\":{\"Deep\":\"\"}}";
+            \"Pairs\":\"K=v\0L=\0\",\"List\":\"An\0B128\0\0\0\",\"Record\":{\"Deep\":\"\"}}";
         assert_eq!(condensed(document).unwrap(), expected);
+    }
+
+    #[test]
+    fn listed_objects_are_read_field_by_field() {
+        let document = r#"{"List":[{"Size":7,"X":[{"Name":"no"}],"Name":"a\"b","Y":null},{"Name":null,"Size":1}]}"#;
+        let text = condensed(document).unwrap();
+        let inner = text.strip_prefix("{\"List\":\"").unwrap().strip_suffix("\"}").unwrap();
+        let read = |record: Record| (String::from_utf8(record.field(0).bytes().collect()).unwrap(), record.number(1));
+        let records: Vec<_> = Records(inner).iter().map(read).collect();
+        assert_eq!(records, [("a\"b".to_owned(), 7), (String::new(), 1)]);
+        assert_eq!(Records("").iter().count(), 0);
+        assert_eq!(Records("\0\0").iter().count(), 2);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Nothing here makes a system call, so all of it is tested and fuzzed on the host.
 //! The other half, [the program](../init/index.html), owns every file descriptor.
 #![cfg_attr(not(test), no_std)]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 #![cfg_attr(
     test,
     allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, clippy::expect_used)

@@ -27,7 +27,7 @@ use crate::metadata::Source;
 use crate::poll::Poller;
 use crate::supervisor::{HANDLED, LINGER, Parts, SINK, Supervisor};
 use crate::sys::{Static, Words};
-use crate::task::{Explain, Outcome};
+use crate::task::{Outcome};
 use pigeon_init::accounts::Identity;
 use pigeon_init::command::Environment;
 use pigeon_init::config::{Config, DOCUMENT, PATH, ROOT_DEVICE};
@@ -86,7 +86,7 @@ fn start(arguments: Words, words: Words) -> ! {
     console.open(knobs.level);
     let started = devices.and_then(|()| {
         let poller = Poller::new()?;
-        let signals = sys::signalfd(HANDLED).explain(|| text!("create a signalfd"))?;
+        let signals = sys::signalfd(HANDLED).map_err(why!("create a signalfd"))?;
         Ok((poller, signals))
     });
     let (poller, signals) = match started {
@@ -143,7 +143,7 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
 /// Descriptors 0 to 2, so that no other ever gets one of these numbers.
 fn standard_streams() -> Outcome {
     loop {
-        let null = rustix::fs::open(c"/dev/null", OFlags::RDWR, Mode::empty()).explain(|| text!("open /dev/null"))?;
+        let null = rustix::fs::open(c"/dev/null", OFlags::RDWR, Mode::empty()).map_err(why!("open /dev/null"))?;
         if rustix::fd::AsRawFd::as_raw_fd(&null) > 2 {
             return Ok(());
         }
@@ -160,7 +160,7 @@ fn root_device(config: &Config) -> Outcome<heapless::CString<PATH>> {
 
 fn limit_open_files() -> Outcome {
     let limit = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
-    rustix::process::setrlimit(Resource::Nofile, limit).explain(|| text!("set the limit of open files"))
+    rustix::process::setrlimit(Resource::Nofile, limit).map_err(why!("set the limit of open files"))
 }
 
 fn resolve_user(supervisor: &mut Supervisor, config: &Config) -> Outcome<Identity> {

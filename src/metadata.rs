@@ -1,8 +1,9 @@
 //! The configuration from Firecracker's metadata service, or from the initrd's file.
 
+use crate::why;
 use crate::interface::{Channel, ETH0};
 use crate::sys;
-use crate::task::{Explain, Outcome, name};
+use crate::task::{Outcome, name};
 use crate::{files, root};
 use core::ffi::CStr;
 use core::net::{IpAddr, SocketAddrV4};
@@ -191,7 +192,7 @@ impl Session {
             Some(connection) => connection,
             None => self.connect()?,
         };
-        let sent = rustix::net::send(&connection, request, SendFlags::NOSIGNAL).explain(|| text!("send"))?;
+        let sent = rustix::net::send(&connection, request, SendFlags::NOSIGNAL).map_err(why!("send"))?;
         if sent != request.len() {
             return Err(text!("send: short"));
         }
@@ -225,18 +226,18 @@ impl Session {
     }
 
     fn connect(&self) -> Outcome<OwnedFd> {
-        let what = || text!("connect");
+        let what = why!("connect");
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).explain(what)?;
+        let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).map_err(what)?;
         let address = SocketAddrV4::new(mmds::ADDRESS, 80);
         match rustix::net::connect(&socket, &address) {
             Ok(()) => {}
             Err(Errno::INPROGRESS) => {
                 self.wait(&socket, PollFlags::OUT)?;
-                let failed = rustix::net::sockopt::socket_error(&socket).explain(what)?;
-                failed.explain(what)?;
+                let failed = rustix::net::sockopt::socket_error(&socket).map_err(what)?;
+                failed.map_err(what)?;
             }
-            Err(errno) => return Err(errno).explain(what),
+            Err(errno) => return Err(errno).map_err(what),
         }
         Ok(socket)
     }

@@ -11,7 +11,7 @@ const CELLS: u32 = 65_535;
 
 /// `POST /v1/signals`
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Signal {
     /// Signal number; 0 when absent.
     pub signal: u32,
@@ -28,7 +28,7 @@ impl Signal {
 
 /// `POST /v1/exec`, and the first message of `GET /v1/ws/exec`.
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Exec<'a> {
     /// The command: `cmd` of a one-shot command, `command` of a session.
     #[serde(borrow, alias = "cmd")]
@@ -81,7 +81,7 @@ impl<'a> Exec<'a> {
 
 /// A later text message of a session: `{"cols":N,"rows":N}` or `{"stdin":"eof"}`.
 #[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Control<'a> {
     /// The terminal's new width; 0 is no change.
     pub cols: u32,

@@ -1,9 +1,10 @@
 //! From a fork to a command: session, identity, directory, environment, execve.
 
+use crate::why;
 use crate::console::Console;
 use crate::mounts::make_directories;
 use crate::sys::{self, SignalSet, Static};
-use crate::task::{Explain, Outcome, Report, name};
+use crate::task::{Outcome, Report, name};
 use core::ffi::CStr;
 use pigeon_init::accounts::{self, Identity};
 use pigeon_init::command::{self, Argv, ENV_ENTRIES, Environment};
@@ -64,7 +65,7 @@ pub struct Command<'a, A: Iterator<Item = Text<'a>>> {
 /// First thing in a child: a session of its own, and no descriptors but its streams and its report.
 pub fn enter_session(streams: &Streams, report: &Report) -> Outcome {
     use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
-    rustix::process::setsid().explain(|| text!("start a session"))?;
+    rustix::process::setsid().map_err(why!("start a session"))?;
     let connected = (|| {
         let [input, output, error] = match *streams {
             Streams::Each(streams) => streams,
@@ -77,7 +78,7 @@ pub fn enter_session(streams: &Streams, report: &Report) -> Outcome {
         dup2_stdout(output)?;
         dup2_stderr(error)
     })();
-    connected.explain(|| text!("connect the standard streams"))?;
+    connected.map_err(why!("connect the standard streams"))?;
     sys::close_others(&[report.as_fd()]);
     Ok(())
 }
