@@ -30,9 +30,9 @@ use crate::sys::{Static, Words};
 use crate::task::{Outcome};
 use pigeon_init::accounts::Identity;
 use pigeon_init::command::Environment;
-use pigeon_init::config::{Config, DOCUMENT, PATH, ROOT_DEVICE};
+use pigeon_init::config::{Config, DOCUMENT};
 use pigeon_init::text;
-use pigeon_init::text::{Level, Line};
+use pigeon_init::text::Level;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Resource, Rlimit};
 
@@ -120,12 +120,11 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
     modules::load(supervisor.console, supervisor.scratch)?;
     let cgroups = task::start(mounts::cgroups)?;
     let others = task::start(mounts::rest)?;
-    let (length, source) = metadata::load(knobs.source, knobs.mmds_patience, document)?;
-    let config = Config::parse(document.get(..length).unwrap_or(&[])).map_err(|error| text!(error))?;
+    let (spans, source) = metadata::load(knobs.source, knobs.mmds_patience, document)?;
+    let config = Config::new(document, spans);
     config.check().map_err(|why| text!("configuration: ", why))?;
     supervisor.console.info("configuration loaded").field("source", source);
-    let device = root_device(&config)?;
-    let root = task::start(|report| root::mount(&device, report))?;
+    let root = task::start(|report| root::mount(config.root_device(), report))?;
     cgroups.wait(supervisor.console)?;
     others.wait(supervisor.console)?;
     root.wait(supervisor.console)?;
@@ -151,21 +150,13 @@ fn standard_streams() -> Outcome {
     }
 }
 
-fn root_device(config: &Config) -> Outcome<heapless::CString<PATH>> {
-    if config.root_device.is_empty() {
-        return heapless::CString::from_bytes_with_nul(ROOT_DEVICE.to_bytes_with_nul()).map_err(|_| Line::new());
-    }
-    config.root_device.c_string().ok_or_else(|| text!("RootDevice: the path is too long"))
-}
-
 fn limit_open_files() -> Outcome {
     let limit = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
     rustix::process::setrlimit(Resource::Nofile, limit).map_err(why!("set the limit of open files"))
 }
 
 fn resolve_user(supervisor: &mut Supervisor, config: &Config) -> Outcome<Identity> {
-    let user = text!(config.user());
-    let identity = spawn::resolve(user.as_bytes(), supervisor.scratch)?;
+    let identity = spawn::resolve(config.user().bytes(), supervisor.scratch)?;
     supervisor.console.set_identity(identity.uid, identity.gid);
     Ok(identity)
 }

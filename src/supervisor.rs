@@ -354,7 +354,7 @@ impl Supervisor {
             argv: config.argv(),
             environment: self.environment,
             identity,
-            directory: config.image_config.working_dir,
+            directory: config.working_dir(),
         }
         .become_it(report)
     }
