@@ -108,6 +108,14 @@ pub fn resolve<'a>(spec: &'a [u8], passwd: &[u8], group: &[u8]) -> Result<Identi
 }
 
 impl Identity {
+    /// Root, in no group but its own.
+    pub fn root() -> Self {
+        Self {
+            groups: [0].into_iter().collect(),
+            ..Self::default()
+        }
+    }
+
     fn join<'a>(&mut self, gid: u32, user: &'a [u8]) -> Result<(), Fault<'a>> {
         if self.groups.contains(&gid) {
             return Ok(());

@@ -110,7 +110,7 @@ fn become_command(exec: &Exec, streams: Streams, context: &mut Context, report: 
         report.fail(why);
         return 1;
     }
-    let identity = match spawn::resolve(exec.user().bytes(), context.scratch) {
+    let identity = match spawn::resolve_or_root(exec.user().bytes(), context.scratch) {
         Ok(identity) => identity,
         Err(why) => {
             report.fail(why);

@@ -119,14 +119,13 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
     let expedited = mounts::Expedited::on();
     modules::load(supervisor.console, supervisor.scratch)?;
     let cgroups = task::start(mounts::cgroups)?;
-    let others = task::start(mounts::rest)?;
+    mounts::rest(&mut |why| drop(supervisor.console.warn(why)))?;
     let (spans, source) = metadata::load(knobs.source, knobs.mmds_patience, document)?;
     let config = Config::new(document, spans);
     config.check().map_err(|why| text!("configuration: ", why))?;
     supervisor.console.info("configuration loaded").field("source", source);
     let root = task::start(|report| root::mount(config.root_device(), report))?;
     cgroups.wait(supervisor.console)?;
-    others.wait(supervisor.console)?;
     root.wait(supervisor.console)?;
     root::switch(&mut |why| drop(supervisor.console.warn(why)))?;
     drop(expedited);

@@ -1,6 +1,6 @@
 //! What is prepared for the workload once the API is up: volumes, names, network.
 //!
-//! All of it runs in one child, as any of it may wait for a device.
+//! What may wait for a device runs in a child.
 
 use crate::why;
 use crate::task::{Outcome, Report};
@@ -8,17 +8,27 @@ use crate::{files, interface, mounts, root};
 use pigeon_init::accounts::Identity;
 use pigeon_init::config::Config;
 use pigeon_init::etc;
+use pigeon_init::text::Line;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
-/// Steps 11 to 13.
-pub fn run(config: &Config, identity: &Identity, scratch: &mut [u8], report: &Report) -> Outcome {
+/// Whether anything of this may wait for a disk.
+pub fn may_block(config: &Config) -> bool {
+    config.mounts().next().is_some() || config.etc_hosts().next().is_some() || !config.nameservers().is_empty()
+}
+
+/// Steps 11 and 12, but for the host name.
+pub fn disks(config: &Config, identity: &Identity, scratch: &mut [u8], report: &Report) -> Outcome {
     volumes(config, identity, report)?;
-    host_name(config)?;
     hosts(config, scratch, report)?;
-    name_servers(config, report)?;
-    interface::configure(config, report)
+    name_servers(config, report)
+}
+
+/// The host name and step 13: calls that do not wait for anything.
+pub fn network(config: &Config, warn: impl FnMut(Line)) -> Outcome {
+    host_name(config)?;
+    interface::configure(config, warn)
 }
 
 fn volumes(config: &Config, identity: &Identity, report: &Report) -> Outcome {

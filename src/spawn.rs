@@ -32,6 +32,11 @@ static SCRATCH: Static<Scratch> = Static::new(Scratch {
     environment_pointers: [0; ENV_ENTRIES + 1],
 });
 
+/// Who a command of the host's runs as: root, unless it names a user.
+pub fn resolve_or_root(user: &[u8], files: &mut [u8; 2 * DOCUMENT]) -> Outcome<Identity> {
+    if user.is_empty() { Ok(Identity::root()) } else { resolve(user, files) }
+}
+
 /// Resolves a user from the files of the root.
 pub fn resolve(user: &[u8], files: &mut [u8; 2 * DOCUMENT]) -> Outcome<Identity> {
     let (passwd, group) = files.split_at_mut_checked(DOCUMENT).unwrap_or((&mut [], &mut []));

@@ -158,8 +158,11 @@ impl Supervisor {
     pub fn run(&mut self, config: &Config, identity: &Identity) -> Outcome {
         let open = |path, flags| rustix::fs::open(path, flags | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
         self.mounts = open(c"/proc/self/mountinfo", OFlags::empty()).ok();
-        let task = task::start(|report| setup::run(config, identity, self.scratch, report))?;
-        self.phase = Phase::Setup(task);
+        if setup::may_block(config) {
+            let task = task::start(|report| setup::disks(config, identity, self.scratch, report))?;
+            self.phase = Phase::Setup(task);
+        }
+        setup::network(config, |why| drop(self.console.warn(why)))?;
         while let Phase::Setup(_) = self.phase {
             self.turn();
         }
