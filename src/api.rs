@@ -368,7 +368,9 @@ impl Api {
             if let Some(connection) = self.connections.get_mut(key)
                 && connection.deadline.is_some_and(|deadline| deadline <= now)
             {
-                let goes = connection.expire().and_then(|()| connection.flush(host.workload));
+                let goes = connection
+                    .expire()
+                    .and_then(|()| connection.proceed(key, &mut self.commands, host));
                 self.settle(key, goes, host);
             }
         }

@@ -109,7 +109,7 @@ impl Console {
 
     fn push_line(&mut self, line: &Line) -> bool {
         let text = line.as_bytes();
-        text.len() + 2 <= self.queue.free() && self.queue.push(text) && self.queue.push(b"\r\n")
+        text.len() < self.queue.free() && self.queue.push(text) && self.queue.push(b"\n")
     }
 
     /// Room for output of the workload; follow with [`commit`](Self::commit).
