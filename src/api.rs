@@ -1,11 +1,13 @@
 //! The API: HTTP/1.1 and WebSocket connections from the host over vsock.
 
+use crate::why;
 use crate::commands::{Commands, Context, Kind, Running};
 use crate::poll::{Poller, Source};
 use crate::sys::{Region, vsock};
-use crate::task::{Explain, Outcome, name};
+use crate::task::{Outcome, name};
 use pigeon_init::http::{self, Call, Progress, Reader, Refusal, Request, Status, Style, Target};
-use pigeon_init::request::{Control, Exec, Signal};
+use pigeon_init::request::{self, Control, Exec};
+use pigeon_init::json::Text;
 use pigeon_init::slab::{Key, Slab};
 use pigeon_init::text::{Line, Show};
 use pigeon_init::websocket::{self, CloseCode, Decoder, Event};
@@ -121,7 +123,6 @@ enum Mode {
 struct Answer {
     piece: usize,
     at: usize,
-    frame: [Line; 3],
 }
 
 struct Session {
@@ -151,7 +152,7 @@ impl Api {
 
     /// Starts listening; a VM without a vsock device has no API.
     pub fn listen(&mut self, poller: &Poller) -> Outcome {
-        let listener = vsock::listen(PORT, BACKLOG).explain(|| text!("listen on vsock port ", PORT))?;
+        let listener = vsock::listen(PORT, BACKLOG).map_err(why!("listen on vsock port ", PORT))?;
         poller.watch(&listener, Source::Listener, EventFlags::empty(), EventFlags::IN);
         self.listener = Some(listener);
         Ok(())
@@ -538,8 +539,8 @@ impl Connection {
     }
 
     fn signal(&mut self, body: core::ops::Range<usize>, host: &mut Host) -> Goes {
-        let signal = match Signal::read(self.memory.get_mut(body).unwrap_or(&mut [])) {
-            Ok(signal) => signal.signal,
+        let signal = match request::signal(self.memory.get_mut(body).unwrap_or(&mut [])) {
+            Ok(signal) => signal,
             Err(error) => return self.refuse(Status::BadRequest, error, ""),
         };
         if signal == 0 {
@@ -570,7 +571,7 @@ impl Connection {
                 return self.refuse(Status::BadRequest, why, "");
             }
         };
-        if exec.command.iter().next().is_none_or(|name| name.is_empty()) {
+        if exec.command().iter().next().is_none_or(Text::is_empty) {
             return self.refuse(Status::BadRequest, "cmd: must have a command", "");
         }
         if commands.is_full() {
@@ -609,7 +610,7 @@ impl Connection {
                 let length = frame.iter().map(|line| line.as_bytes().len()).sum::<usize>() + once.escaped();
                 let mut head = Line::new();
                 http::response(&mut head, Status::Ok, self.style, length, "");
-                self.mode = Mode::Answer(key, Answer { piece: 0, at: 0, frame });
+                self.mode = Mode::Answer(key, Answer { piece: 0, at: 0 });
                 self.queue(head.as_bytes())
             }
             (Mode::Session(_), Some(why)) => {
@@ -626,15 +627,16 @@ impl Connection {
             return Ok(false);
         };
         let key = *key;
-        let Some(Running { kind: Kind::Once(once), .. }) = commands.get(key) else {
+        let Some(Running { kind: Kind::Once(once), status, .. }) = commands.get(key) else {
             return Err(Gone);
         };
+        let frame = once.frame(*status);
         let (_, output) = self.memory.split_at_mut_checked(IN).ok_or(Gone)?;
         // Head, frame 0, standard output, frame 1, standard error, frame 2.
         while answer.piece < 5 {
             let room = output.get_mut(self.end..).unwrap_or(&mut []);
             if answer.piece % 2 == 0 {
-                let text = answer.frame.get(answer.piece / 2).map_or(&[][..], Line::as_bytes);
+                let text = frame.get(answer.piece / 2).map_or(&[][..], Line::as_bytes);
                 let Some(room) = room.get_mut(..text.len()) else {
                     break;
                 };
@@ -823,7 +825,7 @@ impl Connection {
                 return self.fail_session(why, now);
             }
         };
-        if exec.command.iter().next().is_none_or(|name| name.is_empty()) {
+        if exec.command().iter().next().is_none_or(Text::is_empty) {
             return self.fail_session("command: must have a command", now);
         }
         if commands.is_full() {
@@ -859,7 +861,7 @@ impl Connection {
         };
         match Control::read(self.memory.get_mut(message).unwrap_or(&mut [])) {
             Ok(control) => {
-                running.resize(control.cols, control.rows);
+                running.resize(control.size());
                 if control.ends_stdin() {
                     running.end_input();
                 }

@@ -1,7 +1,8 @@
 //! Network interfaces: applying the configuration through rtnetlink.
 
+use crate::why;
 use crate::sys;
-use crate::task::{Explain, Outcome, Report, name};
+use crate::task::{Outcome, Report, name};
 use pigeon_init::config::Config;
 use pigeon_init::netlink::{self, Refusal, Request};
 use pigeon_init::text;
@@ -27,7 +28,7 @@ impl Channel {
     pub fn open() -> Outcome<Self> {
         let flags = SocketFlags::CLOEXEC;
         let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)
-            .explain(|| text!("open a netlink socket"))?;
+            .map_err(why!("open a netlink socket"))?;
         // An older kernel gives the errno alone.
         let _words = sys::set_option(socket.as_fd(), SOL_NETLINK, NETLINK_EXT_ACK, 1);
         Ok(Self { socket })
@@ -37,7 +38,7 @@ impl Channel {
     pub fn index(&self, interface: &str) -> Outcome<Option<u32>> {
         match rustix::net::netdevice::name_to_index(&self.socket, interface) {
             Err(Errno::NODEV) => Ok(None),
-            other => other.explain(|| text!("find ", interface)).map(Some),
+            other => other.map_err(why!("find ", interface)).map(Some),
         }
     }
 
@@ -81,7 +82,7 @@ pub fn configure(config: &Config, report: &Report) -> Outcome {
             .request(&netlink::link_up(lo, None))
             .map_err(|refusal| text!("bring lo up: ", refusal))?;
     }
-    if config.ip_configs.is_empty() {
+    if config.ip_configs().next().is_none() {
         return Ok(());
     }
     let eth0 = channel.index(ETH0)?.ok_or_else(|| text!("no network interface ", ETH0))?;
@@ -92,18 +93,18 @@ pub fn configure(config: &Config, report: &Report) -> Outcome {
     if let Err(errno) = checksums_off(&channel.socket) {
         report.warn(text!("cannot switch ", ETH0, "'s checksum offload off: ", name(errno)));
     }
-    for entry in &config.ip_configs {
+    for entry in config.ip_configs() {
         let address = entry.address()?;
         channel
             .ensure(&netlink::add_address(eth0, address.ip, address.prefix))
             .map_err(|refusal| text!("add ", address.ip, "/", u32::from(address.prefix), " to ", ETH0, ": ", refusal))?;
     }
     // After all addresses: a gateway may be in the subnet of a later one.
-    for entry in &config.ip_configs {
+    for entry in config.ip_configs() {
         let Some(gateway) = entry.address()?.gateway else {
             continue;
         };
-        let reachable = config.ip_configs.iter().any(|entry| {
+        let reachable = config.ip_configs().any(|entry| {
             entry.address().is_ok_and(|near| netlink::same_subnet(near.ip, gateway, near.prefix))
         });
         channel

@@ -27,12 +27,12 @@ use crate::metadata::Source;
 use crate::poll::Poller;
 use crate::supervisor::{HANDLED, LINGER, Parts, SINK, Supervisor};
 use crate::sys::{Static, Words};
-use crate::task::{Explain, Outcome};
+use crate::task::{Outcome};
 use pigeon_init::accounts::Identity;
 use pigeon_init::command::Environment;
-use pigeon_init::config::{Config, DOCUMENT, PATH, ROOT_DEVICE};
+use pigeon_init::config::{Config, DOCUMENT};
 use pigeon_init::text;
-use pigeon_init::text::{Level, Line};
+use pigeon_init::text::Level;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Resource, Rlimit};
 
@@ -86,7 +86,7 @@ fn start(arguments: Words, words: Words) -> ! {
     console.open(knobs.level);
     let started = devices.and_then(|()| {
         let poller = Poller::new()?;
-        let signals = sys::signalfd(HANDLED).explain(|| text!("create a signalfd"))?;
+        let signals = sys::signalfd(HANDLED).map_err(why!("create a signalfd"))?;
         Ok((poller, signals))
     });
     let (poller, signals) = match started {
@@ -120,12 +120,11 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
     modules::load(supervisor.console, supervisor.scratch)?;
     let cgroups = task::start(mounts::cgroups)?;
     let others = task::start(mounts::rest)?;
-    let (length, source) = metadata::load(knobs.source, knobs.mmds_patience, document)?;
-    let config = Config::parse(document.get(..length).unwrap_or(&[])).map_err(|error| text!(error))?;
+    let (spans, source) = metadata::load(knobs.source, knobs.mmds_patience, document)?;
+    let config = Config::new(document, spans);
     config.check().map_err(|why| text!("configuration: ", why))?;
     supervisor.console.info("configuration loaded").field("source", source);
-    let device = root_device(&config)?;
-    let root = task::start(|report| root::mount(&device, report))?;
+    let root = task::start(|report| root::mount(config.root_device(), report))?;
     cgroups.wait(supervisor.console)?;
     others.wait(supervisor.console)?;
     root.wait(supervisor.console)?;
@@ -143,7 +142,7 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
 /// Descriptors 0 to 2, so that no other ever gets one of these numbers.
 fn standard_streams() -> Outcome {
     loop {
-        let null = rustix::fs::open(c"/dev/null", OFlags::RDWR, Mode::empty()).explain(|| text!("open /dev/null"))?;
+        let null = rustix::fs::open(c"/dev/null", OFlags::RDWR, Mode::empty()).map_err(why!("open /dev/null"))?;
         if rustix::fd::AsRawFd::as_raw_fd(&null) > 2 {
             return Ok(());
         }
@@ -151,21 +150,13 @@ fn standard_streams() -> Outcome {
     }
 }
 
-fn root_device(config: &Config) -> Outcome<heapless::CString<PATH>> {
-    if config.root_device.is_empty() {
-        return heapless::CString::from_bytes_with_nul(ROOT_DEVICE.to_bytes_with_nul()).map_err(|_| Line::new());
-    }
-    config.root_device.c_string().ok_or_else(|| text!("RootDevice: the path is too long"))
-}
-
 fn limit_open_files() -> Outcome {
     let limit = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
-    rustix::process::setrlimit(Resource::Nofile, limit).explain(|| text!("set the limit of open files"))
+    rustix::process::setrlimit(Resource::Nofile, limit).map_err(why!("set the limit of open files"))
 }
 
 fn resolve_user(supervisor: &mut Supervisor, config: &Config) -> Outcome<Identity> {
-    let user = text!(config.user());
-    let identity = spawn::resolve(user.as_bytes(), supervisor.scratch)?;
+    let identity = spawn::resolve(config.user().bytes(), supervisor.scratch)?;
     supervisor.console.set_identity(identity.uid, identity.gid);
     Ok(identity)
 }

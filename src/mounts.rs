@@ -3,7 +3,8 @@
 //! They are mounted in the initramfs, beside everything else that waits during boot, and moved
 //! with all that is mounted in them when the root is there.
 
-use crate::task::{Explain, Outcome, Report, name};
+use crate::why;
+use crate::task::{Outcome, Report, name};
 use core::ffi::CStr;
 use pigeon_init::text;
 use rustix::fd::OwnedFd;
@@ -47,7 +48,7 @@ impl Mount {
 
     fn make_or_warn(&self, report: &Report) -> Outcome {
         match self.make() {
-            Err(errno) if self.required => Err(errno).explain(|| text!("mount ", self.kind, " on ", self.target)),
+            Err(errno) if self.required => Err(errno).map_err(why!("mount ", self.kind, " on ", self.target)),
             Err(errno) => {
                 report.warn(text!("no ", self.kind, " on ", self.target, ": ", name(errno)));
                 Ok(())
@@ -81,12 +82,12 @@ pub const TREES: [&CStr; 4] = [c"/dev", c"/sys", c"/proc", c"/run"];
 
 /// Device nodes, before anything else: there is no console without them.
 pub fn devices() -> Outcome {
-    DEV.make().explain(|| text!("mount devtmpfs on /dev"))
+    DEV.make().map_err(why!("mount devtmpfs on /dev"))
 }
 
 /// sysfs, where expedited grace periods are switched on.
 pub fn sysfs() -> Outcome {
-    SYS.make().explain(|| text!("mount sysfs on /sys"))
+    SYS.make().map_err(why!("mount sysfs on /sys"))
 }
 
 /// Everything else that is not a cgroup.
@@ -94,7 +95,7 @@ pub fn rest(report: &Report) -> Outcome {
     for mount in &REST {
         mount.make_or_warn(report)?;
     }
-    make_directory(c"/run/lock", 0o1777).explain(|| text!("create /run/lock"))?;
+    make_directory(c"/run/lock", 0o1777).map_err(why!("create /run/lock"))?;
     for (target, link) in [
         (c"/proc/self/fd", c"/dev/fd"),
         (c"/proc/self/fd/0", c"/dev/stdin"),
@@ -103,7 +104,7 @@ pub fn rest(report: &Report) -> Outcome {
     ] {
         match rustix::fs::symlink(target, link) {
             Err(Errno::EXIST) => {}
-            other => other.explain(|| text!("link ", link))?,
+            other => other.map_err(why!("link ", link))?,
         }
     }
     Ok(())

@@ -1,8 +1,8 @@
 //! The event loop's sources, and epoll(7) by their names.
 
-use crate::task::{Explain, Outcome};
+use crate::why;
+use crate::task::{Outcome};
 use pigeon_init::slab::Key;
-use pigeon_init::text;
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::fd::{AsFd, OwnedFd};
@@ -71,7 +71,7 @@ pub struct Poller(OwnedFd);
 impl Poller {
     /// Creates one.
     pub fn new() -> Outcome<Self> {
-        epoll::create(CreateFlags::CLOEXEC).explain(|| text!("create an epoll instance")).map(Self)
+        epoll::create(CreateFlags::CLOEXEC).map_err(why!("create an epoll instance")).map(Self)
     }
 
     /// Waits for `wanted` events of `fd` instead of `current` ones; what is waited for now.

@@ -1,12 +1,13 @@
 //! The event loop: from the first moment at which something can happen to the reboot.
 
+use crate::why;
 use crate::api::{Api, Exit, Host, Workload};
 use crate::commands::Context;
 use crate::console::Console;
 use crate::poll::{EVENTS, Poller, Source};
 use crate::spawn::{self, Command, Streams};
 use crate::sys::{self, SignalSet};
-use crate::task::{self, Explain, Outcome, Report, Reports, Task};
+use crate::task::{self, Outcome, Report, Reports, Task};
 use crate::{end, setup};
 use pigeon_init::accounts::Identity;
 use pigeon_init::command::Environment;
@@ -325,8 +326,8 @@ impl Supervisor {
 
     /// Step 14.
     fn start_workload(&mut self, config: &Config, identity: &Identity) -> Outcome {
-        let (output, end) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).explain(|| text!("create a pipe"))?;
-        rustix::io::ioctl_fionbio(&output, true).explain(|| text!("create a pipe"))?;
+        let (output, end) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(why!("create a pipe"))?;
+        rustix::io::ioctl_fionbio(&output, true).map_err(why!("create a pipe"))?;
         let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, |report| {
             self.become_workload(config, identity, end.as_fd(), report)
         })?;
@@ -344,7 +345,7 @@ impl Supervisor {
     /// In the child: becomes the workload.
     fn become_workload(&mut self, config: &Config, identity: &Identity, end: rustix::fd::BorrowedFd, report: &Report) -> i32 {
         let entered = spawn::console_input(self.console)
-            .explain(|| text!("open standard input"))
+            .map_err(why!("open standard input"))
             .and_then(|input| spawn::enter_session(&Streams::Each([input.as_fd(), end, end]), report));
         if let Err(why) = entered {
             return task::finish(Err(why), report);
@@ -353,7 +354,7 @@ impl Supervisor {
             argv: config.argv(),
             environment: self.environment,
             identity,
-            directory: config.image_config.working_dir,
+            directory: config.working_dir(),
         }
         .become_it(report)
     }
