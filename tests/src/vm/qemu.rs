@@ -196,7 +196,7 @@ fn arguments(plan: &Plan) -> Result<Vec<String>> {
             "-chardev",
             &format!("socket,id=vsock,path={}", path("vhost.sock")?),
         ]);
-        add(&["-device", "vhost-user-vsock-device,chardev=vsock"]);
+        add(&["-device", "vhost-user-vsock-device,id=vsock,chardev=vsock"]);
     }
     match wish.nic {
         Nic::None => {}
@@ -272,6 +272,14 @@ impl Machine for Qemu {
             Some("guest-panic") => End::Panic,
             _ => End::Failed(status.code()),
         }
+    }
+
+    /// A connection that comes between the driver's memory table and its queues ends
+    /// vhost-device-vsock's only thread (0.3.0), and with it the device.
+    fn takes_connections(&mut self) -> Result<bool> {
+        let path = json!({"path": "/machine/peripheral/vsock"});
+        let status = self.qmp("x-query-virtio-status", path)?;
+        Ok(status["vhost-started"] == true)
     }
 
     fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {
