@@ -1,17 +1,17 @@
 //! The API: HTTP/1.1 and WebSocket connections from the host over vsock.
 
-use crate::why;
 use crate::commands::{Commands, Context, Kind, Running};
 use crate::poll::{Poller, Source};
 use crate::sys::{Region, vsock};
 use crate::task::{Outcome, name};
+use crate::why;
 use pigeon_init::http::{self, Call, Progress, Reader, Refusal, Request, Status, Style, Target};
-use pigeon_init::request::{self, Control, Exec};
 use pigeon_init::json::Text;
+use pigeon_init::request::{self, Control, Exec};
 use pigeon_init::slab::{Key, Slab};
+use pigeon_init::text;
 use pigeon_init::text::{Line, Show};
 use pigeon_init::websocket::{self, CloseCode, Decoder, Event};
-use pigeon_init::text;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -153,7 +153,12 @@ impl Api {
     /// Starts listening; a VM without a vsock device has no API.
     pub fn listen(&mut self, poller: &Poller) -> Outcome {
         let listener = vsock::listen(PORT, BACKLOG).map_err(why!("listen on vsock port ", PORT))?;
-        poller.watch(&listener, Source::Listener, EventFlags::empty(), EventFlags::IN);
+        poller.watch(
+            &listener,
+            Source::Listener,
+            EventFlags::empty(),
+            EventFlags::IN,
+        );
         self.listener = Some(listener);
         Ok(())
     }
@@ -174,7 +179,9 @@ impl Api {
                 && matches!(connection.mode, Mode::Session(_))
             {
                 let frame = websocket::close_frame(Some(CloseCode::GoingAway as u16));
-                let _client_gone = connection.queue(&frame).and_then(|()| connection.flush(workload));
+                let _client_gone = connection
+                    .queue(&frame)
+                    .and_then(|()| connection.flush(workload));
             }
             self.drop_connection(key);
         }
@@ -220,8 +227,13 @@ impl Api {
 
     /// Drops the connection that has been idle longest, if one is.
     fn make_room(&mut self) {
-        let idle = self.connections.iter().filter(|(_, connection)| connection.is_idle());
-        let oldest = idle.min_by_key(|(_, connection)| connection.idle_since).map(|(key, _)| key);
+        let idle = self
+            .connections
+            .iter()
+            .filter(|(_, connection)| connection.is_idle());
+        let oldest = idle
+            .min_by_key(|(_, connection)| connection.idle_since)
+            .map(|(key, _)| key);
         if let Some(key) = oldest {
             self.drop_connection(key);
         }
@@ -274,7 +286,11 @@ impl Api {
     }
 
     fn on_session(&mut self, key: Key, host: &mut Host) {
-        let Some(connection_key) = self.commands.get(key).and_then(|command| command.connection) else {
+        let Some(connection_key) = self
+            .commands
+            .get(key)
+            .and_then(|command| command.connection)
+        else {
             return;
         };
         if let Some(connection) = self.connections.get_mut(connection_key) {
@@ -285,7 +301,11 @@ impl Api {
 
     /// A process was reaped; whether it was a command's.
     pub fn on_exit(&mut self, pid: Pid, status: WaitStatus, host: &mut Host) -> bool {
-        let found = self.commands.iter().find(|(_, command)| command.pid == Some(pid)).map(|(key, _)| key);
+        let found = self
+            .commands
+            .iter()
+            .find(|(_, command)| command.pid == Some(pid))
+            .map(|(key, _)| key);
         let Some(key) = found else {
             return false;
         };
@@ -298,7 +318,10 @@ impl Api {
 
     /// A command has ended, or counts as ended: its connection can go on.
     fn answer(&mut self, key: Key, failure: Option<Line>, host: &mut Host) {
-        let connection_key = self.commands.get(key).and_then(|command| command.connection);
+        let connection_key = self
+            .commands
+            .get(key)
+            .and_then(|command| command.connection);
         let Some(connection_key) = connection_key else {
             self.commands.remove(key);
             return;
@@ -330,11 +353,17 @@ impl Api {
 
     /// The next time at which something has to be done.
     pub fn deadline(&self) -> Option<u64> {
-        let connections = self.connections.iter().filter_map(|(_, connection)| connection.deadline);
-        let commands = self.commands.iter().filter_map(|(_, command)| match &command.kind {
-            Kind::Once(once) if command.status.is_none() => Some(once.deadline),
-            _ => None,
-        });
+        let connections = self
+            .connections
+            .iter()
+            .filter_map(|(_, connection)| connection.deadline);
+        let commands = self
+            .commands
+            .iter()
+            .filter_map(|(_, command)| match &command.kind {
+                Kind::Once(once) if command.status.is_none() => Some(once.deadline),
+                _ => None,
+            });
         connections.chain(commands).min()
     }
 
@@ -381,9 +410,31 @@ impl Api {
 fn refuse(socket: &OwnedFd) {
     let mut answer = Line::new();
     let body = r#"{"error":"too many connections"}"#;
-    http::response(&mut answer, Status::ServiceUnavailable, Style::CLOSE, body.len(), "");
+    http::response(
+        &mut answer,
+        Status::ServiceUnavailable,
+        Style::CLOSE,
+        body.len(),
+        "",
+    );
     answer.add(body);
     let _client_gone = rustix::net::send(socket, answer.as_bytes(), SendFlags::NOSIGNAL);
+}
+
+/// Takes a started command in, and waits for its output.
+fn admit(commands: &mut Commands, started: Outcome<Running>, poller: &Poller) -> Outcome<Key> {
+    match commands.insert(started?) {
+        Ok(key) => {
+            if let Some(command) = commands.get_mut(key) {
+                command.register(key, poller);
+            }
+            Ok(key)
+        }
+        Err(command) => {
+            command.kill();
+            Err(text!("too many commands"))
+        }
+    }
 }
 
 /// Nobody waits for a command any more: it is killed, and forgotten when it is reaped.
@@ -408,7 +459,9 @@ impl Connection {
     fn wants_input(&self) -> bool {
         let room = self.received < IN;
         match &self.mode {
-            Mode::Request(_) | Mode::ExitCode | Mode::Command(_) | Mode::Answer(..) => room && self.has_room(),
+            Mode::Request(_) | Mode::ExitCode | Mode::Command(_) | Mode::Answer(..) => {
+                room && self.has_room()
+            }
             Mode::Session(session) => room && session.pending.is_empty() && self.has_room(),
             Mode::Closing => false,
         }
@@ -423,7 +476,11 @@ impl Connection {
         let (input, _) = self.memory.split_at_mut_checked(IN).ok_or(Gone)?;
         let room = input.get_mut(self.received..).ok_or(Gone)?;
         let limit = room.len().min(READ);
-        match rustix::net::recv(&self.socket, room.get_mut(..limit).ok_or(Gone)?, RecvFlags::empty()) {
+        match rustix::net::recv(
+            &self.socket,
+            room.get_mut(..limit).ok_or(Gone)?,
+            RecvFlags::empty(),
+        ) {
             Ok((0, _)) => Err(Gone),
             Ok((count, _)) => {
                 self.received += count;
@@ -457,7 +514,12 @@ impl Connection {
     }
 
     /// Takes a request from the received bytes, if a whole one is there; whether to go on.
-    fn read_request(&mut self, key: Key, commands: &mut Commands, host: &mut Host) -> Result<bool, Gone> {
+    fn read_request(
+        &mut self,
+        key: Key,
+        commands: &mut Commands,
+        host: &mut Host,
+    ) -> Result<bool, Gone> {
         let Mode::Request(reader) = &mut self.mode else {
             return Ok(false);
         };
@@ -504,13 +566,24 @@ impl Connection {
     }
 
     /// Does what a request asks for; its body is still among the received bytes.
-    fn dispatch(&mut self, key: Key, request: &Request, commands: &mut Commands, host: &mut Host) -> Goes {
+    fn dispatch(
+        &mut self,
+        key: Key,
+        request: &Request,
+        commands: &mut Commands,
+        host: &mut Host,
+    ) -> Goes {
         let body = request.body.clone();
         match request.target {
             Target::Unknown => self.refuse(Status::NotFound, "no such path", ""),
             Target::NoUpgrade => {
-                let headers = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n";
-                self.refuse(Status::UpgradeRequired, "a WebSocket handshake, version 13, is needed", headers)
+                let headers =
+                    "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n";
+                self.refuse(
+                    Status::UpgradeRequired,
+                    "a WebSocket handshake, version 13, is needed",
+                    headers,
+                )
             }
             Target::WrongMethod(methods) => {
                 let allow = text!("Allow: ", methods, "\r\n");
@@ -529,14 +602,18 @@ impl Connection {
                 self.queue(head.as_bytes())
             }
             Target::Call(Call::Status) => self.answer(Status::Ok, br#"{"ok":true}"#, ""),
-            Target::Call(Call::ExitCode) if host.workload.exit.is_some() => self.tell_exit(host.workload),
+            Target::Call(Call::ExitCode) if host.workload.exit.is_some() => {
+                self.tell_exit(host.workload)
+            }
             Target::Call(Call::ExitCode) => {
                 self.mode = Mode::ExitCode;
                 Ok(())
             }
             Target::Call(Call::Signals) => self.signal(body, host),
             Target::Call(Call::Exec) => self.start_command(key, body, commands, host),
-            Target::Call(Call::Session) => self.refuse(Status::UpgradeRequired, "a handshake is needed", ""),
+            Target::Call(Call::Session) => {
+                self.refuse(Status::UpgradeRequired, "a handshake is needed", "")
+            }
         }
     }
 
@@ -554,7 +631,11 @@ impl Connection {
         match crate::sys::kill_group(group, signal) {
             Ok(()) => self.answer(Status::Ok, br#"{"ok":true}"#, ""),
             Err(Errno::SRCH) => self.refuse(Status::Conflict, "the workload is not running", ""),
-            Err(errno) => self.refuse(Status::InternalServerError, text!("send the signal: ", name(errno)), ""),
+            Err(errno) => self.refuse(
+                Status::InternalServerError,
+                text!("send the signal: ", name(errno)),
+                "",
+            ),
         }
     }
 
@@ -580,24 +661,23 @@ impl Connection {
             return self.refuse(Status::ServiceUnavailable, "too many commands", "");
         }
         let started = Running::once(&exec, key, &mut host.context);
-        match started.map(|command| commands.insert(command)) {
-            Ok(Ok(command)) => {
-                if let Some(running) = commands.get_mut(command) {
-                    running.register(command, host.context.poller);
-                }
+        match admit(commands, started, host.context.poller) {
+            Ok(command) => {
                 self.mode = Mode::Command(command);
                 Ok(())
-            }
-            Ok(Err(command)) => {
-                command.kill();
-                self.refuse(Status::ServiceUnavailable, "too many commands", "")
             }
             Err(why) => self.refuse(Status::InternalServerError, why, ""),
         }
     }
 
     /// The command this connection waits for has ended.
-    fn command_ended(&mut self, key: Key, failure: Option<Line>, commands: &mut Commands, now: u64) -> Goes {
+    fn command_ended(
+        &mut self,
+        key: Key,
+        failure: Option<Line>,
+        commands: &mut Commands,
+        now: u64,
+    ) -> Goes {
         match (&mut self.mode, failure) {
             (Mode::Command(_), Some(why)) => {
                 commands.remove(key);
@@ -605,11 +685,20 @@ impl Connection {
                 self.refuse(Status::InternalServerError, why, "")
             }
             (Mode::Command(_), None) => {
-                let Some(Running { kind: Kind::Once(once), status, .. }) = commands.get(key) else {
+                let Some(Running {
+                    kind: Kind::Once(once),
+                    status,
+                    ..
+                }) = commands.get(key)
+                else {
                     return Err(Gone);
                 };
                 let frame = once.frame(*status);
-                let length = frame.iter().map(|line| line.as_bytes().len()).sum::<usize>() + once.escaped();
+                let length = frame
+                    .iter()
+                    .map(|line| line.as_bytes().len())
+                    .sum::<usize>()
+                    + once.escaped();
                 let mut head = Line::new();
                 http::response(&mut head, Status::Ok, self.style, length, "");
                 self.mode = Mode::Answer(key, Answer { piece: 0, at: 0 });
@@ -629,7 +718,12 @@ impl Connection {
             return Ok(false);
         };
         let key = *key;
-        let Some(Running { kind: Kind::Once(once), status, .. }) = commands.get(key) else {
+        let Some(Running {
+            kind: Kind::Once(once),
+            status,
+            ..
+        }) = commands.get(key)
+        else {
             return Err(Gone);
         };
         let frame = once.frame(*status);
@@ -683,7 +777,9 @@ impl Connection {
     /// Answers with an error.
     fn refuse(&mut self, status: Status, why: impl Show, headers: &str) -> Goes {
         let mut body = Line::new();
-        body.add("{\"error\":").quoted(text!(why).as_bytes()).add("}");
+        body.add("{\"error\":")
+            .quoted(text!(why).as_bytes())
+            .add("}");
         self.answer(status, body.as_bytes(), headers)
     }
 
@@ -724,7 +820,12 @@ impl Connection {
             return Ok(false);
         };
         if let Some(command) = session.command {
-            let Some(Running { kind: Kind::Session(running), status, .. }) = commands.get_mut(command) else {
+            let Some(Running {
+                kind: Kind::Session(running),
+                status,
+                ..
+            }) = commands.get_mut(command)
+            else {
                 return Err(Gone);
             };
             if !session.pending.is_empty() {
@@ -737,7 +838,9 @@ impl Connection {
             let ended = *status;
             if !unsent && (*output > 0 || ended.is_some()) {
                 let (_, out) = self.memory.split_at_mut_checked(IN).ok_or(Gone)?;
-                let payload = out.get_mut(websocket::HEADER_OUT..).and_then(|out| out.get_mut(..MESSAGE));
+                let payload = out
+                    .get_mut(websocket::HEADER_OUT..)
+                    .and_then(|out| out.get_mut(..MESSAGE));
                 match running.read(payload.ok_or(Gone)?, ended.is_some()) {
                     Ok(count @ 1..) => {
                         *output = output.saturating_sub(1);
@@ -775,14 +878,21 @@ impl Connection {
         let header = websocket::binary_header(count);
         let start = websocket::HEADER_OUT.saturating_sub(header.len());
         let room = out.get_mut(start..websocket::HEADER_OUT).ok_or(Gone)?;
-        room.iter_mut().zip(&header).for_each(|(to, from)| *to = *from);
+        room.iter_mut()
+            .zip(&header)
+            .for_each(|(to, from)| *to = *from);
         self.start = start;
         self.end = websocket::HEADER_OUT + count;
         Ok(())
     }
 
     /// Takes a message from the received bytes, if a whole one is there; whether to go on.
-    fn next_message(&mut self, key: Key, commands: &mut Commands, host: &mut Host) -> Result<bool, Gone> {
+    fn next_message(
+        &mut self,
+        key: Key,
+        commands: &mut Commands,
+        host: &mut Host,
+    ) -> Result<bool, Gone> {
         let Mode::Session(session) = &mut self.mode else {
             return Ok(false);
         };
@@ -804,7 +914,10 @@ impl Connection {
                 self.start_session(key, message, commands, host)?;
             }
             Event::Binary(_) if session.command.is_none() => {
-                self.fail_session("the first message must be a text with the command", host.context.now)?;
+                self.fail_session(
+                    "the first message must be a text with the command",
+                    host.context.now,
+                )?;
             }
             Event::Binary(message) => session.pending = message,
             Event::Text(message) => self.control(message, commands)?,
@@ -834,19 +947,12 @@ impl Connection {
             return self.fail_session("too many commands", now);
         }
         let started = Running::session(&exec, key, &mut host.context);
-        match started.map(|command| commands.insert(command)) {
-            Ok(Ok(command)) => {
-                if let Some(running) = commands.get_mut(command) {
-                    running.register(command, host.context.poller);
-                }
+        match admit(commands, started, host.context.poller) {
+            Ok(command) => {
                 if let Mode::Session(session) = &mut self.mode {
                     session.command = Some(command);
                 }
                 Ok(())
-            }
-            Ok(Err(command)) => {
-                command.kill();
-                self.fail_session("too many commands", now)
             }
             Err(why) => self.fail_session(why, now),
         }
@@ -857,8 +963,14 @@ impl Connection {
         let Mode::Session(session) = &mut self.mode else {
             return Ok(());
         };
-        let running = session.command.and_then(|command| commands.get_mut(command));
-        let Some(Running { kind: Kind::Session(running), .. }) = running else {
+        let running = session
+            .command
+            .and_then(|command| commands.get_mut(command));
+        let Some(Running {
+            kind: Kind::Session(running),
+            ..
+        }) = running
+        else {
             return Ok(());
         };
         match Control::read(self.memory.get_mut(message).unwrap_or(&mut [])) {
@@ -875,7 +987,11 @@ impl Connection {
 
     /// The client closes, or must not go on: its command is killed.
     fn close_session(&mut self, commands: &mut Commands, code: Option<u16>) -> Goes {
-        if let Mode::Session(Session { command: Some(command), .. }) = &self.mode {
+        if let Mode::Session(Session {
+            command: Some(command),
+            ..
+        }) = &self.mode
+        {
             abandon(commands, *command);
         }
         self.mode = Mode::Closing;
@@ -921,7 +1037,9 @@ impl Connection {
     /// Adds bytes to those that are to be sent.
     fn queue(&mut self, bytes: &[u8]) -> Goes {
         let (_, output) = self.memory.split_at_mut_checked(IN).ok_or(Gone)?;
-        let room = output.get_mut(self.end..).and_then(|room| room.get_mut(..bytes.len()));
+        let room = output
+            .get_mut(self.end..)
+            .and_then(|room| room.get_mut(..bytes.len()));
         room.ok_or(Gone)?.copy_from_slice(bytes);
         self.end += bytes.len();
         Ok(())
@@ -976,13 +1094,18 @@ impl Connection {
         if unsent {
             wanted |= EventFlags::OUT;
             if !matches!(self.mode, Mode::Session(_)) {
-                self.deadline = self.deadline.or(Some(context.now.saturating_add(READ_TIME)));
+                self.deadline = self
+                    .deadline
+                    .or(Some(context.now.saturating_add(READ_TIME)));
             }
         }
         self.watched = poller.watch(&self.socket, Source::Connection(key), self.watched, wanted);
         if let Mode::Session(session) = &self.mode
             && let Some(command) = session.command
-            && let Some(Running { kind: Kind::Session(running), .. }) = commands.get_mut(command)
+            && let Some(Running {
+                kind: Kind::Session(running),
+                ..
+            }) = commands.get_mut(command)
         {
             running.watch(command, !unsent, !session.pending.is_empty(), poller);
         }
