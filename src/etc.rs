@@ -43,11 +43,11 @@ pub fn hosts<'h, E>(
             write(piece)?;
         }
         if !entry.desc.is_empty() {
-            write(b": ")?;
+            write(b":")?;
             // A line break here would start a line of its own.
             for word in entry.desc.bytes().split(|byte| *byte < b' ') {
-                write(word)?;
                 write(b" ")?;
+                write(word)?;
             }
         }
         write(b"\n")?;
@@ -102,7 +102,7 @@ mod tests {
         let once = boot("127.0.0.1 localhost\n", ALIAS);
         assert_eq!(
             once,
-            "127.0.0.1 localhost\n10.0.0.2\tmy-app.internal\t# pigeon-init: app alias \n"
+            "127.0.0.1 localhost\n10.0.0.2\tmy-app.internal\t# pigeon-init: app alias\n"
         );
         assert_eq!(boot(&boot(&once, ALIAS), ALIAS), once);
     }
@@ -122,7 +122,7 @@ mod tests {
         let image = "127.0.0.1 localhost\n10.0.0.2   other my-app.internal # mine\n";
         assert_eq!(boot(image, ALIAS), image);
         let commented = "127.0.0.1 localhost\n#10.0.0.2 my-app.internal\n";
-        assert!(boot(commented, ALIAS).ends_with("alias \n"));
+        assert!(boot(commented, ALIAS).ends_with("alias\n"));
     }
 
     #[test]
