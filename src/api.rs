@@ -29,11 +29,9 @@ const BACKLOG: i32 = 128;
 const HEAD_TIME: u64 = 10_000;
 /// Time for a request's body, in milliseconds, from the end of its head.
 const BODY_TIME: u64 = 30_000;
-/// Time in which a client must take some of what waits for it, in milliseconds.
+/// Time in which a client must take some of what waits for it, or answer a close frame, in
+/// milliseconds.
 const READ_TIME: u64 = 30_000;
-/// Time for a client to answer a close frame, in milliseconds.
-const CLOSE_TIME: u64 = 2_000;
-
 /// Received bytes: a request, or a message; the larger of the two.
 const IN: usize = http::BUFFER;
 const _: () = assert!(IN >= websocket::BUFFER);
@@ -328,7 +326,7 @@ impl Api {
         };
         if let Some(connection) = self.connections.get_mut(connection_key) {
             let goes = connection
-                .command_ended(key, failure, &mut self.commands, host.context.now)
+                .command_ended(key, failure, &mut self.commands)
                 .and_then(|()| connection.proceed(connection_key, &mut self.commands, host));
             self.settle(connection_key, goes, host);
         }
@@ -671,13 +669,7 @@ impl Connection {
     }
 
     /// The command this connection waits for has ended.
-    fn command_ended(
-        &mut self,
-        key: Key,
-        failure: Option<Line>,
-        commands: &mut Commands,
-        now: u64,
-    ) -> Goes {
+    fn command_ended(&mut self, key: Key, failure: Option<Line>, commands: &mut Commands) -> Goes {
         match (&mut self.mode, failure) {
             (Mode::Command(_), Some(why)) => {
                 commands.remove(key);
@@ -706,7 +698,7 @@ impl Connection {
             }
             (Mode::Session(_), Some(why)) => {
                 commands.remove(key);
-                self.fail_session(why, now)
+                self.fail_session(why)
             }
             _ => Ok(()),
         }
@@ -853,7 +845,7 @@ impl Connection {
                         if let Some(status) = ended {
                             session.command = None;
                             commands.remove(command);
-                            self.end_session(status, host.context.now)?;
+                            self.end_session(status)?;
                             return Ok(true);
                         }
                     }
@@ -914,10 +906,7 @@ impl Connection {
                 self.start_session(key, message, commands, host)?;
             }
             Event::Binary(_) if session.command.is_none() => {
-                self.fail_session(
-                    "the first message must be a text with the command",
-                    host.context.now,
-                )?;
+                self.fail_session("the first message must be a text with the command")?;
             }
             Event::Binary(message) => session.pending = message,
             Event::Text(message) => self.control(message, commands)?,
@@ -932,19 +921,18 @@ impl Connection {
         commands: &mut Commands,
         host: &mut Host,
     ) -> Goes {
-        let now = host.context.now;
         let exec = match Exec::read_session(self.memory.get_mut(message).unwrap_or(&mut [])) {
             Ok(exec) => exec,
             Err(error) => {
                 let why = text!(error);
-                return self.fail_session(why, now);
+                return self.fail_session(why);
             }
         };
         if exec.command().iter().next().is_none_or(Text::is_empty) {
-            return self.fail_session("command: must have a command", now);
+            return self.fail_session("command: must have a command");
         }
         if commands.is_full() {
-            return self.fail_session("too many commands", now);
+            return self.fail_session("too many commands");
         }
         let started = Running::session(&exec, key, &mut host.context);
         match admit(commands, started, host.context.poller) {
@@ -954,7 +942,7 @@ impl Connection {
                 }
                 Ok(())
             }
-            Err(why) => self.fail_session(why, now),
+            Err(why) => self.fail_session(why),
         }
     }
 
@@ -999,7 +987,7 @@ impl Connection {
     }
 
     /// The command has ended and its output is sent: how it ended, then the close frame.
-    fn end_session(&mut self, status: WaitStatus, now: u64) -> Goes {
+    fn end_session(&mut self, status: WaitStatus) -> Goes {
         let mut message = Line::new();
         let mut number = |name: &str, value: Option<i32>| {
             message.add("\"").add(name).add("\":");
@@ -1012,23 +1000,22 @@ impl Connection {
         number("code", status.exit_status());
         number("signal", status.terminating_signal());
         let message = text!("{\"Exit\":{", message);
-        self.finish_session(message, CloseCode::Normal, now)
+        self.finish_session(message, CloseCode::Normal)
     }
 
     /// The command cannot be started.
-    fn fail_session(&mut self, why: impl Show, now: u64) -> Goes {
+    fn fail_session(&mut self, why: impl Show) -> Goes {
         let mut message = text!("{\"Error\":{\"message\":");
         message.quoted(text!(why).as_bytes()).add("}}");
-        self.finish_session(message, CloseCode::Internal, now)
+        self.finish_session(message, CloseCode::Internal)
     }
 
-    fn finish_session(&mut self, message: Line, code: CloseCode, now: u64) -> Goes {
+    fn finish_session(&mut self, message: Line, code: CloseCode) -> Goes {
         if let Mode::Session(session) = &mut self.mode {
             session.closing = true;
             session.command = None;
             session.pending = 0..0;
         }
-        self.deadline = Some(now.saturating_add(CLOSE_TIME));
         self.queue(&websocket::text_header(message.as_bytes().len()))?;
         self.queue(message.as_bytes())?;
         self.queue(&websocket::close_frame(Some(code as u16)))
@@ -1053,9 +1040,7 @@ impl Connection {
             match rustix::net::send(&self.socket, bytes, SendFlags::NOSIGNAL) {
                 Ok(count) => {
                     self.start += count;
-                    if !matches!(self.mode, Mode::Session(_)) {
-                        self.deadline = None;
-                    }
+                    self.deadline = None;
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(()),
@@ -1093,11 +1078,15 @@ impl Connection {
         let unsent = self.start < self.end;
         if unsent {
             wanted |= EventFlags::OUT;
-            if !matches!(self.mode, Mode::Session(_)) {
-                self.deadline = self
-                    .deadline
-                    .or(Some(context.now.saturating_add(READ_TIME)));
-            }
+        }
+        // A session that goes on may leave its output unread: that stops its command.
+        let waits = match &self.mode {
+            Mode::Session(session) => session.closing,
+            _ => unsent,
+        };
+        if waits {
+            let until = context.now.saturating_add(READ_TIME);
+            self.deadline = self.deadline.or(Some(until));
         }
         self.watched = poller.watch(&self.socket, Source::Connection(key), self.watched, wanted);
         if let Mode::Session(session) = &self.mode
