@@ -155,11 +155,8 @@ impl Socket {
                 Err(error) => return Err(error).context("unable to receive"),
             }
         }
-        ensure!(
-            self.unread.is_empty(),
-            "the connection ended in a frame: {:?}",
-            self.unread
-        );
+        let left = self.unread.len();
+        ensure!(left == 0, "the connection ended after {left} bytes of a frame");
         Ok(None)
     }
 
