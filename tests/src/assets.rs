@@ -103,12 +103,7 @@ impl Kernel {
     /// Debian's cloud kernel, fetched on the first call.
     pub fn stock() -> Result<Kernel> {
         let dir = cached("kernel", |dir| {
-            let package = run(Command::new("apt-cache").args(["depends", KERNEL_PACKAGE]))?
-                .lines()
-                .find_map(|line| line.trim().strip_prefix("Depends: ").map(String::from))
-                .with_context(|| {
-                    format!("apt knows no {KERNEL_PACKAGE}: is this Debian 12 or 13?")
-                })?;
+            let package = kernel_package()?;
             let files = unpack(&package, dir)?;
             let boot = fs::read_dir(files.join("boot"))?.collect::<Result<Vec<_>, _>>()?;
             let image = boot
@@ -117,7 +112,7 @@ impl Kernel {
             let image = fs::read(image.context("no vmlinuz in the package")?.path())?;
             fs::write(dir.join("vmlinux"), decompress(payload(&image)?)?)?;
             fs::create_dir(dir.join("modules"))?;
-            for (number, (name, module)) in ordered_modules(&files)?.iter().enumerate() {
+            for (number, (name, module)) in ordered_modules(&files, &MODULES)?.iter().enumerate() {
                 fs::write(dir.join(format!("modules/{number:02}-{name}.ko")), module)?;
             }
             Ok(fs::remove_dir_all(files)?)
@@ -144,8 +139,30 @@ impl Kernel {
     }
 }
 
+/// A module of the stock kernel that no VM loads by itself.
+pub fn module(name: &str) -> Result<Vec<u8>> {
+    let dir = cached(&format!("module-{name}"), |dir| {
+        let package = kernel_package()?;
+        let files = unpack(&package, dir)?;
+        let (_, module) = ordered_modules(&files, &[name])?
+            .pop()
+            .with_context(|| format!("{package} has no module {name}"))?;
+        fs::write(dir.join("module.ko"), module)?;
+        Ok(fs::remove_dir_all(files)?)
+    })?;
+    Ok(fs::read(dir.join("module.ko"))?)
+}
+
+/// The package that the metapackage stands for.
+fn kernel_package() -> Result<String> {
+    run(Command::new("apt-cache").args(["depends", KERNEL_PACKAGE]))?
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("Depends: ").map(String::from))
+        .with_context(|| format!("apt knows no {KERNEL_PACKAGE}: is this Debian 12 or 13?"))
+}
+
 /// The wanted modules of an unpacked kernel package, each after those it depends on.
-fn ordered_modules(package: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+fn ordered_modules(package: &Path, wanted: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
     fn add(
         name: &str,
         files: &HashMap<String, PathBuf>,
@@ -174,7 +191,7 @@ fn ordered_modules(package: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     let mut files = HashMap::new();
     find_modules(package, &mut files)?;
     let mut ordered = Vec::new();
-    for name in MODULES {
+    for name in wanted {
         add(name, &files, &mut ordered)?;
     }
     Ok(ordered)
