@@ -4,7 +4,7 @@ use std::{
     fs,
     io::{Read, Write},
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -25,7 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(180);
 fn boot() -> Result<(Vm, Image)> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let config = json!({"ExecOverride": ["/bin/sleep", "100000"]});
-    let mut vm = Vm::builder()
+    let vm = Vm::builder()
         .config(&config)
         .disk(&root)
         .patience(PATIENCE)
@@ -41,6 +41,7 @@ fn relay(vm: &Vm) -> Result<Relay> {
 #[test]
 fn tungstenite_runs_sessions() -> Result<()> {
     let (mut vm, _root) = boot()?;
+    let mut api = vm.api()?;
     let mut open = |first: &Value| -> Result<_> {
         let stream = vm.connect(API_PORT)?;
         let (mut socket, answer) = tungstenite::client("ws://vm/v1/ws/exec", stream)
@@ -78,7 +79,7 @@ fn tungstenite_runs_sessions() -> Result<()> {
     // An interactive shell.
     let mut shell =
         open(&json!({"command": ["sh"], "tty": true, "env": ["PS1=> "], "cols": 80, "rows": 24}))?;
-    let mut until = |socket: &mut tungstenite::WebSocket<_>, wanted: &str| -> Result<String> {
+    let until = |socket: &mut tungstenite::WebSocket<_>, wanted: &str| -> Result<String> {
         let mut text = String::new();
         while !text.contains(wanted) {
             match socket.read()? {
@@ -93,7 +94,12 @@ fn tungstenite_runs_sessions() -> Result<()> {
     shell.send(Message::binary("stty size\n"))?;
     until(&mut shell, "45 123\r\n> ")?;
     shell.send(Message::binary("sleep 1000\n"))?;
-    until(&mut shell, "sleep 1000\r\n")?;
+    // A key that comes before the command has started is the shell's.
+    let ask = json!({"cmd": ["sh", "-c", "ps -o args | grep '^sleep 1000'"]});
+    let start = Instant::now();
+    while api.post("/v1/exec", &ask)?.json()?["exit_code"] != 0 {
+        anyhow::ensure!(start.elapsed() < PATIENCE, "no sleep");
+    }
     shell.send(Message::binary("\x03"))?;
     until(&mut shell, "> ")?;
     shell.send(Message::binary("exit 9\n"))?;
