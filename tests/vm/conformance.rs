@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use cases::{ERROR, Exchange, Frames};
 use pigeon_init::{
     http::{self, Call, Progress, Reader, Target},
-    request::{Exec, Signal},
+    request::{self, Exec},
     websocket::{self, Decoder, Event},
 };
 use pigeon_lab::{
@@ -57,9 +57,7 @@ fn parse(bytes: &[u8], step: usize) -> (Vec<u16>, bool) {
             };
             let body = &mut buffer[request.body.clone()];
             statuses.push(match request.target {
-                Target::Call(Call::Signals) if Signal::read(body).map_or(0, |b| b.signal) == 0 => {
-                    400
-                }
+                Target::Call(Call::Signals) if request::signal(body).unwrap_or(0) == 0 => 400,
                 Target::Call(Call::Exec) if Exec::read(body).is_err() => 400,
                 Target::Call(_) => 200,
                 Target::WrongMethod(_) => 405,

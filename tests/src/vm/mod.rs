@@ -34,9 +34,9 @@ use crate::{
 /// Lines of the console that a failing test shows.
 const TAIL: usize = 60;
 
-/// How long one try to connect may take: the device forgets those made before the guest's driver
-/// is up.
-const HANDSHAKE: Duration = Duration::from_secs(5);
+/// How long one try to reach a guest's port may take: a handshake that begins while the guest's
+/// driver starts can get lost.
+const HANDSHAKE: Duration = Duration::from_secs(3);
 
 /// The guest's context id on vsock.
 const GUEST_CID: u32 = 3;
