@@ -21,6 +21,9 @@ const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 /// The vhost-user device behind QEMU's vsock.
 const VHOST_VSOCK: (&str, &str) = ("vhost-device-vsock", "0.3.0");
 
+/// The Python WebSocket client that is tested with.
+const PYTHON_PACKAGE: &str = "websockets==15.0.1";
+
 /// The modules that a micro-VM's devices and pigeon-init's mounts need, where they are not built in.
 const MODULES: [&str; 5] = [
     "virtio_mmio",
@@ -287,6 +290,24 @@ pub fn busybox() -> Result<PathBuf> {
         Ok(fs::remove_dir_all(files)?)
     })?;
     Ok(dir.join("busybox"))
+}
+
+/// A Python with the `websockets` package, in an environment of its own below `build/`.
+pub fn python() -> Result<PathBuf> {
+    let dir = build_dir().join("python");
+    let [python, stamp] = ["bin/python3", PYTHON_PACKAGE].map(|name| dir.join(name));
+    fs::create_dir_all(build_dir())?;
+    let lock = File::create(build_dir().join("python.lock"))?;
+    lock.lock()?;
+    if !stamp.exists() {
+        eprintln!("installing {PYTHON_PACKAGE} into {}", dir.display());
+        run(Command::new(tool("python3")?)
+            .args(["-m", "venv", "--clear"])
+            .arg(&dir))?;
+        run(Command::new(&python).args(["-m", "pip", "install", "--quiet", PYTHON_PACKAGE]))?;
+        fs::write(stamp, "")?;
+    }
+    Ok(python)
 }
 
 /// The vhost-user vsock device: one that is installed, else built from crates.io.

@@ -29,6 +29,7 @@ pub mod mmds;
 pub mod net;
 pub mod process;
 pub mod qmp;
+pub mod relay;
 pub mod serial;
 pub mod tsc;
 pub mod vm;

@@ -246,8 +246,8 @@ fn parse(bytes: &[u8]) -> Result<Option<(Frame, usize)>> {
         short => (u64::from(*short), 2),
     };
     let fewest = match length {
-        ..126 => 2,
-        ..0x1_0000 => 4,
+        0..126 => 2,
+        126..0x1_0000 => 4,
         _ => 10,
     };
     ensure!(start == fewest, "a length of {length} in {start} bytes");

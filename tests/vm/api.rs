@@ -78,6 +78,7 @@ fn each_path_answers_its_methods_and_the_workloads_group_gets_signals() -> Resul
         echo parent ready; while :; do wait; done";
     let (builder, _root) = vm(script)?;
     let mut vm = builder.boot()?;
+    vm.wait_for("workload started")?;
     let mut api = vm.api()?;
 
     let status = api.get("/v1/status")?;
@@ -207,6 +208,7 @@ fn a_workload_that_cannot_be_executed_and_a_boot_that_fails_have_an_exit_code() 
         // Nobody has to be quick to hear it.
         let builder = builder.arg("PIGEON_EXIT_LINGER_MS=120000");
         let mut vm = builder.patience(PATIENCE).boot()?;
+        vm.wait_for(culprit)?;
         let exit = vm.api()?.get("/v1/exit_code")?.success()?.json()?;
         assert_eq!(
             (&exit["code"], &exit["oom_killed"]),
@@ -214,7 +216,6 @@ fn a_workload_that_cannot_be_executed_and_a_boot_that_fails_have_an_exit_code() 
         );
         let told = exit["error"].as_str().unwrap_or_default();
         assert!(told.contains(error), "{exit}");
-        vm.wait_for(culprit)?;
         assert_eq!(vm.wait_end()?, End::Reboot);
         root.check()?;
     }
@@ -290,7 +291,8 @@ fn a_command_runs_as_it_is_told() -> Result<()> {
         panic!("{stat}");
     };
     assert!(pid == group && pid == session && tty == "0", "{stat}");
-    let signals = out(run(script("grep -E 'Sig(Blk|Ign)' /proc/self/status"))?)?;
+    let grep = json!({"cmd": ["grep", "-E", "Sig(Blk|Ign)", "/proc/self/status"]});
+    let signals = out(run(grep)?)?;
     assert_eq!(signals.matches("0000000000000000").count(), 2, "{signals}");
     assert_eq!(out(run(script("cat /proc/$$/oom_score_adj"))?)?, "0");
     assert_eq!(out(run(script("ulimit -n"))?)?, "10240");
@@ -351,6 +353,7 @@ fn a_commands_output_is_bounded_and_always_text() -> Result<()> {
     const LIMIT: usize = 1 << 20;
     let (builder, _root) = vm(IDLE)?;
     let mut vm = builder.boot()?;
+    vm.wait_for("workload started")?;
     let mut api = vm.api()?;
 
     let lossy = shell(
@@ -404,6 +407,7 @@ fn a_commands_output_is_bounded_and_always_text() -> Result<()> {
 fn a_command_ends_in_time_with_its_whole_group() -> Result<()> {
     let (builder, _root) = vm(IDLE)?;
     let mut vm = builder.boot()?;
+    vm.wait_for("workload started")?;
     let mut api = vm.api()?;
 
     // A time limit; what was said before it counts.
@@ -469,6 +473,7 @@ fn a_command_ends_in_time_with_its_whole_group() -> Result<()> {
 fn the_default_time_limit_of_a_command_is_thirty_seconds() -> Result<()> {
     let (builder, _root) = vm(IDLE)?;
     let mut vm = builder.boot()?;
+    vm.wait_for("workload started")?;
     let mut api = vm.api()?;
     // In the guest's own time, whatever the host's load.
     let uptime = |api: &mut Client<UnixStream>| -> Result<f64> {
@@ -544,6 +549,7 @@ fn nobody_inside_the_guest_reaches_the_api_not_even_over_loopback() -> Result<()
         )?;
     let (builder, _root) = tree_vm(tree, IDLE)?;
     let mut vm = builder.boot()?;
+    vm.wait_for("workload started")?;
     let mut api = vm.api()?;
     let mut probe = |user: &str| -> Result<String> {
         let answer = exec(

@@ -479,8 +479,10 @@ fn a_client_that_does_not_read_stops_its_command_and_nothing_else() -> Result<()
         };
         let right = some.chunks(line.len()).all(|part| line.starts_with(part));
         assert!(right, "not the same line over and over");
-        drop(stuck);
+        // It is stopped again, and a close is heard all the same.
+        stuck.close(1000)?;
         wait_gone(&mut api, "^yes")?;
+        assert_eq!(stuck.wait_end()?.close, Some(1000));
     }
     Ok(())
 }
@@ -507,8 +509,16 @@ fn a_command_that_does_not_read_stops_its_client_and_nothing_else() -> Result<()
         assert_eq!(other, exit(json!(0), Value::Null, "other\n"));
         let during = memory(&mut api)?;
         assert!(during < before + 600, "from {before} to {during} KiB");
-        drop(stuck);
-        wait_gone(&mut api, "^sleep 7100")?;
+        // When it ends, what it has not read is nobody's, and its end is told.
+        shell(
+            &mut api,
+            "kill $(ps -o pid,args | awk '$2 == \"sleep\" {print $1}')",
+        )?;
+        let end = stuck.wait_end()?;
+        assert_eq!(
+            end.message,
+            Some(json!({"Exit": {"code": null, "signal": 15}}))
+        );
     }
     Ok(())
 }

@@ -27,6 +27,9 @@ use serde_json::json;
 /// Generous: other VMs may run beside this one.
 const PATIENCE: Duration = Duration::from_secs(180);
 
+/// One answer.
+const ANSWER: Duration = Duration::from_secs(30);
+
 /// Whether these are the statuses wanted.
 fn matches(seen: &[u16], wanted: &[u16]) -> bool {
     let right = |(seen, wanted): (&u16, &u16)| {
@@ -151,6 +154,7 @@ fn the_frame_decoder_conforms_however_the_bytes_are_cut() {
 /// One exchange with the VM.
 fn exchange(vm: &mut Vm, case: &Exchange) -> Result<()> {
     let mut client = Client::new(vm.connect(API_PORT)?);
+    client.set_read_timeout(ANSWER)?;
     // A server that has heard enough may have closed before the last byte.
     let sent = client.send(&case.bytes);
     let mut seen = vec![];
@@ -203,6 +207,7 @@ fn exchange(vm: &mut Vm, case: &Exchange) -> Result<()> {
 /// The frames of one case in a session of `cat`.
 fn session(vm: &mut Vm, case: &Frames) -> Result<()> {
     let mut socket = Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec")?;
+    socket.stream().set_read_timeout(Some(ANSWER))?;
     socket.text(&json!({"command": ["cat"]}))?;
     let mut sender = socket.sender()?;
     let (bytes, goes_on) = (case.bytes.clone(), case.close.is_none());
@@ -259,6 +264,7 @@ fn session(vm: &mut Vm, case: &Frames) -> Result<()> {
 /// after byte.
 fn slow(mut client: Client<std::os::unix::net::UnixStream>, drip: bool) -> Result<Duration> {
     let start = Instant::now();
+    client.set_read_timeout(2 * ANSWER)?;
     client.send(b"GET /v1/status HTTP/1.1\r\nHost: x\r\nA: ")?;
     if drip {
         let (mut stream, _) = client.into_stream();
@@ -274,7 +280,7 @@ fn slow(mut client: Client<std::os::unix::net::UnixStream>, drip: bool) -> Resul
     } else {
         let answer = client.receive(false)?;
         ensure!(answer.status == 408, "{answer}");
-        client.wait_closed()?;
+        client.wait_closed().context("open after the 408")?;
     }
     Ok(start.elapsed())
 }

@@ -6,7 +6,7 @@ use libfuzzer_sys::fuzz_target;
 use pigeon_init::{
     config::Config,
     json::{self, Fault, Text, Texts},
-    request::{Control, Exec, Signal},
+    request::{self, Control, Exec},
 };
 use serde_json::Value;
 
@@ -22,7 +22,7 @@ fn second(bytes: &[u8]) -> Option<Result<Value, ()>> {
 fn same_text(ours: Text, value: Option<&Value>) {
     // An absent member is empty; so is one that is null, of which there may be two.
     if let Some(Value::String(theirs)) = value {
-        assert!(ours.bytes().eq(theirs.bytes()));
+        assert!(ours.bytes() == theirs.as_bytes());
     } else {
         assert!(matches!(value, None | Some(Value::Null)));
     }
@@ -67,20 +67,20 @@ fn agreed<T>(bytes: &[u8], ours: &Result<T, json::Error>, known: &[&str]) -> Opt
 
 fuzz_target!(|data: &[u8]| {
     let mut bytes = data.to_vec();
-    let ours = Signal::read(&mut bytes);
+    let ours = request::signal(&mut bytes);
     if let Some(value) = agreed(data, &ours, &["signal"]) {
-        same_number(ours.unwrap().signal, value.get("signal"));
+        same_number(ours.unwrap(), value.get("signal"));
     }
 
     let mut bytes = data.to_vec();
     let ours = Exec::read(&mut bytes);
     if let Some(value) = agreed(data, &ours, &["cmd", "env", "cwd", "user", "timeout_ms"]) {
         let ours = ours.unwrap();
-        same_texts(ours.command, value.get("cmd"));
-        same_texts(ours.env, value.get("env"));
-        same_text(ours.cwd, value.get("cwd"));
-        same_text(ours.user, value.get("user"));
-        same_number(ours.timeout_ms, value.get("timeout_ms"));
+        same_texts(ours.command(), value.get("cmd"));
+        same_texts(ours.env(), value.get("env"));
+        same_text(ours.cwd(), value.get("cwd"));
+        same_text(ours.user(), value.get("user"));
+        same_number(ours.timeout_ms(), value.get("timeout_ms"));
     }
 
     let mut bytes = data.to_vec();
@@ -88,22 +88,25 @@ fuzz_target!(|data: &[u8]| {
     let known = ["command", "env", "cwd", "user", "tty", "cols", "rows"];
     if let Some(value) = agreed(data, &ours, &known) {
         let ours = ours.unwrap();
-        same_texts(ours.command, value.get("command"));
-        assert!(matches!(value.get("tty"), None | Some(Value::Null)) || value["tty"] == ours.tty);
-        same_number(ours.cols, value.get("cols"));
+        same_texts(ours.command(), value.get("command"));
+        assert!(matches!(value.get("tty"), None | Some(Value::Null)) || value["tty"] == ours.tty());
+        same_number(ours.size().0, value.get("cols"));
+        same_number(ours.size().1, value.get("rows"));
     }
 
     let mut bytes = data.to_vec();
     let ours = Control::read(&mut bytes);
     if let Some(value) = agreed(data, &ours, &["cols", "rows", "stdin"]) {
         let ours = ours.unwrap();
-        same_number(ours.cols, value.get("cols"));
-        same_number(ours.rows, value.get("rows"));
-        same_text(ours.stdin, value.get("stdin"));
+        same_number(ours.size().0, value.get("cols"));
+        same_number(ours.size().1, value.get("rows"));
+        if let Some(Value::String(theirs)) = value.get("stdin") {
+            assert_eq!(ours.ends_stdin(), theirs == "eof");
+        }
     }
 
     let mut bytes = data.to_vec();
-    let ours = Config::read(&mut bytes);
+    let ours = Config::decode(&mut bytes);
     let known = [
         "ImageConfig",
         "ExecOverride",
@@ -119,16 +122,30 @@ fuzz_target!(|data: &[u8]| {
         "EtcHosts",
     ];
     if let Some(value) = agreed(data, &ours, &known) {
-        let config = ours.unwrap();
-        same_texts(config.exec_override, value.get("ExecOverride"));
+        let config = Config::new(&bytes, ours.unwrap());
         let image = |name| value.get("ImageConfig").and_then(|image| image.get(name));
-        same_texts(config.image_config.env, image("Env"));
-        same_text(config.image_config.working_dir, image("WorkingDir"));
+        same_text(config.working_dir(), image("WorkingDir"));
+        same_text(config.hostname(), value.get("Hostname"));
+        let same_count = |ours: usize, value: Option<&Value>| match value {
+            Some(Value::Array(theirs)) => assert_eq!(ours, theirs.len()),
+            _ => assert!(matches!(value, None | Some(Value::Null))),
+        };
+        same_count(config.mounts().count(), value.get("Mounts"));
+        same_count(config.ip_configs().count(), value.get("IPConfigs"));
+        same_count(config.etc_hosts().count(), value.get("EtcHosts"));
+        if let Some(Value::Array(theirs)) = value.get("ExecOverride")
+            && !theirs.is_empty()
+        {
+            assert_eq!(config.argv().count(), theirs.len());
+        }
+        let mut limit = config.environment().map(|entry| entry.bytes().len());
+        assert!(limit.all(|length| length <= data.len()));
         let _whatever = (
             config.check().is_ok(),
             config.mtu(),
-            config.argv().count(),
-            config.has_command(),
+            config.user(),
+            config.root_device(),
         );
+        let _whatever = (config.has_command(), config.nameservers().iter().count());
     }
 });

@@ -10,7 +10,11 @@ fuzz_target!(|data: &[u8]| {
         let text = String::from_utf8_lossy(data);
         assert!(text.contains("1234") && !kmsg::killed_by_oom(data, 123));
         // Priority and facility come first, as one number: 0 to 7 is the kernel's own.
-        let number: String = text.chars().take_while(char::is_ascii_digit).collect();
+        let number: String = text
+            .trim_start_matches('+')
+            .chars()
+            .take_while(char::is_ascii_digit)
+            .collect();
         assert!(number.parse::<u32>().unwrap() < 8);
     }
     for line in data.split(|byte| *byte == b'\n') {
