@@ -30,6 +30,9 @@ const MODULES: [&str; 5] = [
     "binfmt_misc",
 ];
 
+/// Modules that only some VMs are given.
+const EXTRA_MODULES: [&str; 1] = ["veth"];
+
 /// The repository this crate is part of.
 pub fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -102,7 +105,7 @@ pub struct Kernel {
 impl Kernel {
     /// Debian's cloud kernel, fetched on the first call.
     pub fn stock() -> Result<Kernel> {
-        let dir = cached("kernel", |dir| {
+        let dir = cached("linux", |dir| {
             let package = run(Command::new("apt-cache").args(["depends", KERNEL_PACKAGE]))?
                 .lines()
                 .find_map(|line| line.trim().strip_prefix("Depends: ").map(String::from))
@@ -117,8 +120,12 @@ impl Kernel {
             let image = fs::read(image.context("no vmlinuz in the package")?.path())?;
             fs::write(dir.join("vmlinux"), decompress(payload(&image)?)?)?;
             fs::create_dir(dir.join("modules"))?;
-            for (number, (name, module)) in ordered_modules(&files)?.iter().enumerate() {
+            for (number, (name, module)) in ordered_modules(&files, &MODULES)?.iter().enumerate() {
                 fs::write(dir.join(format!("modules/{number:02}-{name}.ko")), module)?;
+            }
+            fs::create_dir(dir.join("extra"))?;
+            for (name, module) in ordered_modules(&files, &EXTRA_MODULES)? {
+                fs::write(dir.join(format!("extra/{name}.ko")), module)?;
             }
             Ok(fs::remove_dir_all(files)?)
         })?;
@@ -128,6 +135,12 @@ impl Kernel {
     /// The uncompressed ELF image.
     pub fn image(&self) -> PathBuf {
         self.dir.join("vmlinux")
+    }
+
+    /// A module that VMs are not given unless they ask for it.
+    pub fn extra_module(&self, name: &str) -> Result<Vec<u8>> {
+        let path = self.dir.join("extra").join(name).with_extension("ko");
+        fs::read(path).with_context(|| format!("no module {name}"))
     }
 
     /// File names and contents of the modules to load, in an order that satisfies them all.
@@ -145,7 +158,7 @@ impl Kernel {
 }
 
 /// The wanted modules of an unpacked kernel package, each after those it depends on.
-fn ordered_modules(package: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+fn ordered_modules(package: &Path, wanted: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
     fn add(
         name: &str,
         files: &HashMap<String, PathBuf>,
@@ -174,7 +187,7 @@ fn ordered_modules(package: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     let mut files = HashMap::new();
     find_modules(package, &mut files)?;
     let mut ordered = Vec::new();
-    for name in MODULES {
+    for name in wanted {
         add(name, &files, &mut ordered)?;
     }
     Ok(ordered)
