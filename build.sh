@@ -62,7 +62,7 @@ cargo_init() {
         -C relocation-model=static -C force-unwind-tables=no \
         -C linker=rust-lld -C linker-flavor=ld.lld \
         -C link-arg=-static -C link-arg=--no-eh-frame-hdr -C link-arg=--build-id=none \
-        -C link-arg=-znorelro -C link-arg=-znoseparate-code -C link-arg=--icf=all
+        -C link-arg=-znorelro -C link-arg=--icf=all -C link-arg=-Tsrc/init.ld
 }
 
 build() {

@@ -1,5 +1,6 @@
 //! Users and groups from the text of passwd(5) and group(5).
 
+use crate::json;
 use crate::text::{Line, Show};
 
 /// Most supplementary groups of a user.
@@ -107,6 +108,14 @@ pub fn resolve<'a>(spec: &'a [u8], passwd: &[u8], group: &[u8]) -> Result<Identi
 }
 
 impl Identity {
+    /// Root, in no group but its own.
+    pub fn root() -> Self {
+        Self {
+            groups: [0].into_iter().collect(),
+            ..Self::default()
+        }
+    }
+
     fn join<'a>(&mut self, gid: u32, user: &'a [u8]) -> Result<(), Fault<'a>> {
         if self.groups.contains(&gid) {
             return Ok(());
@@ -157,15 +166,7 @@ fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
 
 /// An id: decimal digits, below 2^32 - 1, which the kernel takes for "no change" (setuid(2)).
 fn number(digits: &[u8]) -> Option<u32> {
-    if digits.is_empty() {
-        return None;
-    }
-    let value = digits.iter().try_fold(0u32, |sum, digit| {
-        let digit = digit.wrapping_sub(b'0');
-        (digit < 10).then_some(())?;
-        sum.checked_mul(10)?.checked_add(u32::from(digit))
-    })?;
-    (value != u32::MAX).then_some(value)
+    json::decimal(digits).filter(|value| *value != u32::MAX)
 }
 
 #[cfg(test)]

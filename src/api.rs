@@ -6,7 +6,8 @@ use crate::poll::{Poller, Source};
 use crate::sys::{Region, vsock};
 use crate::task::{Outcome, name};
 use pigeon_init::http::{self, Call, Progress, Reader, Refusal, Request, Status, Style, Target};
-use pigeon_init::request::{Control, Exec, Signal};
+use pigeon_init::request::{self, Control, Exec};
+use pigeon_init::json::Text;
 use pigeon_init::slab::{Key, Slab};
 use pigeon_init::text::{Line, Show};
 use pigeon_init::websocket::{self, CloseCode, Decoder, Event};
@@ -367,7 +368,9 @@ impl Api {
             if let Some(connection) = self.connections.get_mut(key)
                 && connection.deadline.is_some_and(|deadline| deadline <= now)
             {
-                let goes = connection.expire().and_then(|()| connection.flush(host.workload));
+                let goes = connection
+                    .expire()
+                    .and_then(|()| connection.proceed(key, &mut self.commands, host));
                 self.settle(key, goes, host);
             }
         }
@@ -538,8 +541,8 @@ impl Connection {
     }
 
     fn signal(&mut self, body: core::ops::Range<usize>, host: &mut Host) -> Goes {
-        let signal = match Signal::read(self.memory.get_mut(body).unwrap_or(&mut [])) {
-            Ok(signal) => signal.signal,
+        let signal = match request::signal(self.memory.get_mut(body).unwrap_or(&mut [])) {
+            Ok(signal) => signal,
             Err(error) => return self.refuse(Status::BadRequest, error, ""),
         };
         if signal == 0 {
@@ -570,7 +573,7 @@ impl Connection {
                 return self.refuse(Status::BadRequest, why, "");
             }
         };
-        if exec.command.iter().next().is_none_or(|name| name.is_empty()) {
+        if exec.command().iter().next().is_none_or(Text::is_empty) {
             return self.refuse(Status::BadRequest, "cmd: must have a command", "");
         }
         if commands.is_full() {
@@ -824,7 +827,7 @@ impl Connection {
                 return self.fail_session(why, now);
             }
         };
-        if exec.command.iter().next().is_none_or(|name| name.is_empty()) {
+        if exec.command().iter().next().is_none_or(Text::is_empty) {
             return self.fail_session("command: must have a command", now);
         }
         if commands.is_full() {
@@ -860,7 +863,7 @@ impl Connection {
         };
         match Control::read(self.memory.get_mut(message).unwrap_or(&mut [])) {
             Ok(control) => {
-                running.resize(control.cols, control.rows);
+                running.resize(control.size());
                 if control.ends_stdin() {
                     running.end_input();
                 }

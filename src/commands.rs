@@ -9,7 +9,7 @@ use pigeon_init::command::Environment;
 use pigeon_init::json::escape_next;
 use pigeon_init::request::Exec;
 use pigeon_init::slab::{Key, Slab};
-use pigeon_init::text::{Line, Show};
+use pigeon_init::text::Line;
 use pigeon_init::{config, text};
 use rustix::event::epoll::EventFlags;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -110,9 +110,7 @@ fn become_command(exec: &Exec, streams: Streams, context: &mut Context, report: 
         report.fail(why);
         return 1;
     }
-    let mut user = Line::new();
-    exec.user.show(&mut user);
-    let identity = match spawn::resolve(user.as_bytes(), context.scratch) {
+    let identity = match spawn::resolve_or_root(exec.user().bytes(), context.scratch) {
         Ok(identity) => identity,
         Err(why) => {
             report.fail(why);
@@ -120,19 +118,19 @@ fn become_command(exec: &Exec, streams: Streams, context: &mut Context, report: 
         }
     };
     if matches!(streams, Streams::Terminal(_)) {
-        let _fits = context.environment.set(b"TERM=xterm-256color".iter().copied());
+        let _fits = context.environment.set(b"TERM=xterm-256color");
     }
-    for entry in exec.env.iter() {
+    for entry in exec.env().iter() {
         if context.environment.set(entry.bytes()).is_err() {
             report.fail(text!("the environment is too large"));
             return 1;
         }
     }
     Command {
-        argv: exec.command.iter(),
+        argv: exec.command().iter(),
         environment: context.environment,
         identity: &identity,
-        directory: exec.cwd,
+        directory: exec.cwd(),
     }
     .become_it(report)
 }
@@ -148,7 +146,7 @@ impl Running {
             let streams = Streams::Each([null.as_fd(), output_end.as_fd(), error_end.as_fd()]);
             become_command(exec, streams, context, report)
         })?;
-        let limit = if exec.timeout_ms == 0 { TIMEOUT } else { u64::from(exec.timeout_ms) };
+        let limit = if exec.timeout_ms() == 0 { TIMEOUT } else { u64::from(exec.timeout_ms()) };
         let stream = |pipe| Stream { pipe: Some(pipe), ..Stream::default() };
         Ok(Self {
             pid: Some(task.pid),
@@ -166,7 +164,7 @@ impl Running {
 
     /// Starts a session.
     pub fn session(exec: &Exec, connection: Key, context: &mut Context) -> Outcome<Self> {
-        let session = if exec.tty {
+        let session = if exec.tty() {
             let master = open_terminal(exec)?;
             let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
             let terminal = rustix::pty::ioctl_tiocgptpeer(&master, flags).map_err(why!("open a terminal"))?;
@@ -193,7 +191,7 @@ impl Running {
             kind: Kind::Session(Session {
                 output: Some(output),
                 input,
-                terminal: exec.tty,
+                terminal: exec.tty(),
                 left: PIPE,
                 watched_output: EventFlags::empty(),
                 watched_input: EventFlags::empty(),
@@ -260,12 +258,12 @@ fn open_terminal(exec: &Exec) -> Outcome<OwnedFd> {
     let master = rustix::pty::openpt(flags).map_err(what)?;
     rustix::pty::unlockpt(&master).map_err(what)?;
     rustix::io::ioctl_fionbio(&master, true).map_err(what)?;
-    resize(master.as_fd(), exec.cols, exec.rows);
+    resize(master.as_fd(), exec.size());
     Ok(master)
 }
 
 /// Tells a terminal its size; a size of 0 is none.
-fn resize(terminal: BorrowedFd, cols: u32, rows: u32) {
+fn resize(terminal: BorrowedFd, (cols, rows): (u32, u32)) {
     if cols > 0 && rows > 0 {
         let size = Winsize { ws_col: cols as u16, ws_row: rows as u16, ws_xpixel: 0, ws_ypixel: 0 };
         let _gone = rustix::termios::tcsetwinsize(terminal, size);
@@ -457,9 +455,9 @@ impl Session {
     }
 
     /// The terminal's new size.
-    pub fn resize(&self, cols: u32, rows: u32) {
+    pub fn resize(&self, size: (u32, u32)) {
         if let (true, Some(terminal)) = (self.terminal, &self.output) {
-            resize(terminal.as_fd(), cols, rows);
+            resize(terminal.as_fd(), size);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! HTTP/1.1 requests and response heads (RFC 9112): an incremental reader over one buffer.
 
+use crate::digest;
 use crate::text::Line;
-use base64ct::{Base64, Encoding};
 use core::ops::Range;
 
 /// Longest request head, in bytes; and longest chunk overhead of a body.
@@ -310,7 +310,7 @@ fn parse_head(bytes: &[u8]) -> Result<(Head, Framing), Refusal> {
         return Err(bad("there must be one Host header"));
     }
     let framing = fields.framing(old)?;
-    let target = route(method, path(target)?, old, &fields);
+    let target = route(method.as_bytes(), path(target.as_bytes())?, old, &fields);
     let expects = fields.expects && !old;
     if fields.unknown_expectation && !old {
         return Err(Refusal(Status::ExpectationFailed, "only 100-continue can be expected"));
@@ -340,22 +340,24 @@ fn parse_head(bytes: &[u8]) -> Result<(Head, Framing), Refusal> {
 }
 
 /// The path of a request target, in origin form or absolute form (RFC 9112 section 3.2).
-fn path(target: &str) -> Result<&str, Refusal> {
-    let path = if target.starts_with('/') || target == "*" {
-        target
-    } else {
-        let scheme = target.get(..7).filter(|scheme| scheme.eq_ignore_ascii_case("http://"));
-        let rest = scheme.and_then(|_| target.get(7..)).ok_or(bad("the request target is malformed"))?;
-        rest.find('/').and_then(|at| rest.get(at..)).unwrap_or("/")
+fn path(target: &[u8]) -> Result<&[u8], Refusal> {
+    const SCHEME: &[u8] = b"http://";
+    let path = match target.split_at_checked(SCHEME.len()) {
+        Some((scheme, rest)) if scheme.eq_ignore_ascii_case(SCHEME) => {
+            let start = rest.iter().position(|byte| *byte == b'/');
+            start.and_then(|start| rest.get(start..)).unwrap_or(b"/")
+        }
+        _ if target.starts_with(b"/") || target == b"*" => target,
+        _ => return Err(bad("the request target is malformed")),
     };
-    Ok(path.split('?').next().unwrap_or(path))
+    Ok(path.split(|byte| *byte == b'?').next().unwrap_or(path))
 }
 
-fn route(method: &str, path: &str, old: bool, fields: &Fields) -> Target {
-    let Some(route) = ROUTES.iter().find(|route| route.path == path) else {
+fn route(method: &[u8], path: &[u8], old: bool, fields: &Fields) -> Target {
+    let Some(route) = ROUTES.iter().find(|route| route.path.as_bytes() == path) else {
         return Target::Unknown;
     };
-    if !route.methods.split(", ").any(|allowed| allowed == method) {
+    if !members(route.methods.as_bytes()).any(|allowed| allowed == method) {
         return Target::WrongMethod(route.methods);
     }
     if route.call != Call::Session {
@@ -469,19 +471,16 @@ fn length(digits: &[u8]) -> Result<usize, Refusal> {
     }))
 }
 
-/// The answer to a handshake's key: base64 of 16 bytes, else `None`.
+/// The answer to a handshake's key, which is base64 of 16 bytes (RFC 6455 section 4.2.2).
 fn accept(key: &[u8]) -> Option<Accept> {
-    let mut nonce = [0; 16];
-    let decoded = Base64::decode(key, &mut nonce).ok()?;
-    if decoded.len() != 16 {
+    let digits = key.strip_suffix(b"==").filter(|digits| digits.len() == 22)?;
+    if !digits.iter().all(|digit| digest::BASE64.contains(digit)) {
         return None;
     }
-    let mut digest = sha1_smol::Sha1::new();
-    digest.update(key);
-    digest.update(b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11");
-    let mut accept = [0; 28];
-    Base64::encode(&digest.digest().bytes(), &mut accept).ok()?;
-    Some(accept)
+    let mut message = heapless::Vec::<u8, 64>::new();
+    message.extend_from_slice(key).ok()?;
+    message.extend_from_slice(b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").ok()?;
+    Some(digest::base64(&digest::sha1(&message)))
 }
 
 impl Chunks {

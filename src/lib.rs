@@ -13,6 +13,7 @@ pub mod accounts;
 pub mod buffer;
 pub mod command;
 pub mod config;
+pub mod digest;
 pub mod etc;
 pub mod http;
 pub mod json;

@@ -30,9 +30,9 @@ use crate::sys::{Static, Words};
 use crate::task::{Outcome};
 use pigeon_init::accounts::Identity;
 use pigeon_init::command::Environment;
-use pigeon_init::config::{Config, DOCUMENT, PATH, ROOT_DEVICE};
+use pigeon_init::config::{Config, DOCUMENT};
 use pigeon_init::text;
-use pigeon_init::text::{Level, Line};
+use pigeon_init::text::Level;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Resource, Rlimit};
 
@@ -92,7 +92,7 @@ fn start(arguments: Words, words: Words) -> ! {
     let (poller, signals) = match started {
         Ok(started) => started,
         Err(why) => {
-            drop(console.log(Level::Error, why));
+            drop(console.log(Level::Error, &why));
             end::reboot();
         }
     };
@@ -119,23 +119,21 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
     let expedited = mounts::Expedited::on();
     modules::load(supervisor.console, supervisor.scratch)?;
     let cgroups = task::start(mounts::cgroups)?;
-    let others = task::start(mounts::rest)?;
-    let (length, source) = metadata::load(knobs.source, knobs.mmds_patience, document)?;
-    let config = Config::parse(document.get(..length).unwrap_or(&[])).map_err(|error| text!(error))?;
+    mounts::rest(&mut |why| drop(supervisor.console.warn(&why)))?;
+    let (spans, source) = metadata::load(knobs.source, knobs.mmds_patience, document)?;
+    let config = Config::new(document, spans);
     config.check().map_err(|why| text!("configuration: ", why))?;
-    supervisor.console.info("configuration loaded").field("source", source);
-    let device = root_device(&config)?;
-    let root = task::start(|report| root::mount(&device, report))?;
+    supervisor.console.info("configuration loaded").field("source", &source);
+    let root = task::start(|report| root::mount(config.root_device(), report))?;
     cgroups.wait(supervisor.console)?;
-    others.wait(supervisor.console)?;
     root.wait(supervisor.console)?;
-    root::switch(&mut |why| drop(supervisor.console.warn(why)))?;
+    root::switch(&mut |why| drop(supervisor.console.warn(&why)))?;
     drop(expedited);
     limit_open_files()?;
     let identity = resolve_user(supervisor, &config)?;
     fill_environment(supervisor, &config, &identity)?;
     if let Err(why) = supervisor.api.listen(&supervisor.poller) {
-        supervisor.console.warn(text!("no API: ", why));
+        supervisor.console.warn(&text!("no API: ", why));
     }
     supervisor.run(&config, &identity)
 }
@@ -151,21 +149,13 @@ fn standard_streams() -> Outcome {
     }
 }
 
-fn root_device(config: &Config) -> Outcome<heapless::CString<PATH>> {
-    if config.root_device.is_empty() {
-        return heapless::CString::from_bytes_with_nul(ROOT_DEVICE.to_bytes_with_nul()).map_err(|_| Line::new());
-    }
-    config.root_device.c_string().ok_or_else(|| text!("RootDevice: the path is too long"))
-}
-
 fn limit_open_files() -> Outcome {
     let limit = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
     rustix::process::setrlimit(Resource::Nofile, limit).map_err(why!("set the limit of open files"))
 }
 
 fn resolve_user(supervisor: &mut Supervisor, config: &Config) -> Outcome<Identity> {
-    let user = text!(config.user());
-    let identity = spawn::resolve(user.as_bytes(), supervisor.scratch)?;
+    let identity = spawn::resolve(config.user().bytes(), supervisor.scratch)?;
     supervisor.console.set_identity(identity.uid, identity.gid);
     Ok(identity)
 }
@@ -176,16 +166,16 @@ fn fill_environment(supervisor: &mut Supervisor, config: &Config, identity: &Ide
     home.map_err(|_| text!("the environment is too large"))
 }
 
-/// A panic is a fault in this program: it says where, and takes the VM down in order.
+/// A panic is a fault in this program: it says so and takes the VM down in order.
+///
+/// It does not say where: as nobody reads it, the compiler leaves the text out of the program.
 #[panic_handler]
-fn panic(info: &core::panic::PanicInfo) -> ! {
-    let mut console = Console::new();
-    console.open(Level::Error);
-    let place = info.location();
-    let (file, line) = place.map_or(("?", 0), |place| (place.file(), place.line()));
-    drop(console.log(Level::Error, "panic").field("file", file).field("line", line));
+fn panic(_: &core::panic::PanicInfo) -> ! {
     if rustix::process::getpid() != Pid::INIT {
         sys::exit(1);
     }
+    let mut console = Console::new();
+    console.open(Level::Error);
+    drop(console.log(Level::Error, &"panic"));
     end::emergency()
 }

@@ -7,6 +7,7 @@ use crate::why;
 use crate::task::{Outcome, Report, name};
 use core::ffi::CStr;
 use pigeon_init::text;
+use pigeon_init::text::Line;
 use rustix::fd::OwnedFd;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::io::Errno;
@@ -46,11 +47,11 @@ impl Mount {
         }
     }
 
-    fn make_or_warn(&self, report: &Report) -> Outcome {
+    fn make_or_warn(&self, warn: &mut dyn FnMut(Line)) -> Outcome {
         match self.make() {
             Err(errno) if self.required => Err(errno).map_err(why!("mount ", self.kind, " on ", self.target)),
             Err(errno) => {
-                report.warn(text!("no ", self.kind, " on ", self.target, ": ", name(errno)));
+                warn(text!("no ", self.kind, " on ", self.target, ": ", name(errno)));
                 Ok(())
             }
             Ok(()) => Ok(()),
@@ -91,9 +92,9 @@ pub fn sysfs() -> Outcome {
 }
 
 /// Everything else that is not a cgroup.
-pub fn rest(report: &Report) -> Outcome {
+pub fn rest(warn: &mut dyn FnMut(Line)) -> Outcome {
     for mount in &REST {
-        mount.make_or_warn(report)?;
+        mount.make_or_warn(warn)?;
     }
     make_directory(c"/run/lock", 0o1777).map_err(why!("create /run/lock"))?;
     for (target, link) in [
@@ -126,17 +127,18 @@ const CONTROLLERS: [(&CStr, &CStr); 10] = [
 
 /// The hybrid cgroup tree: v2 on `unified`, and a v1 hierarchy a controller.
 pub fn cgroups(report: &Report) -> Outcome {
+    let warn = &mut |why: Line| report.warn(why);
     let strict = STRICT.union(MountFlags::RELATIME);
-    Mount::new(c"/sys/fs/cgroup", c"tmpfs", STRICT).data(c"mode=755").make_or_warn(report)?;
+    Mount::new(c"/sys/fs/cgroup", c"tmpfs", STRICT).data(c"mode=755").make_or_warn(warn)?;
     Mount::new(c"/sys/fs/cgroup/unified", c"cgroup2", strict)
         .data(c"nsdelegate")
         .optional()
-        .make_or_warn(report)?;
+        .make_or_warn(warn)?;
     for (target, controllers) in CONTROLLERS {
         Mount::new(target, c"cgroup", strict)
             .data(controllers)
             .optional()
-            .make_or_warn(report)?;
+            .make_or_warn(warn)?;
     }
     Ok(())
 }

@@ -97,32 +97,27 @@ fn empty(old: &OwnedFd) -> Result<(), Errno> {
     if kind != RAMFS_MAGIC && kind != TMPFS_MAGIC {
         return Err(Errno::XDEV);
     }
-    let device = rustix::fs::fstat(old)?.st_dev;
-    // From the top into the first directory that has one, deleting on the way back: no recursion.
+    // Down into the first directory that is not empty, deleting on the way back: no recursion.
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let mut open = heapless::Vec::<OwnedFd, DEPTH>::new();
-    let mut names = heapless::Vec::<Name, DEPTH>::new();
     loop {
         let here = open.last().unwrap_or(old);
-        if let Some(name) = first_directory(here, device)? {
-            let inner = rustix::fs::openat(here, &*name, flags, Mode::empty())?;
-            open.push(inner).map_err(|_| Errno::NAMETOOLONG)?;
-            names.push(name).map_err(|_| Errno::NAMETOOLONG)?;
-            continue;
+        match delete_entries(here)? {
+            Some(name) => {
+                let inner = rustix::fs::openat(here, &*name, flags, Mode::empty())?;
+                open.push(inner).map_err(|_| Errno::NAMETOOLONG)?;
+            }
+            // Its parent deletes it now.
+            None if open.pop().is_some() => {}
+            None => return Ok(()),
         }
-        open.pop();
-        let Some(name) = names.pop() else {
-            return Ok(());
-        };
-        let parent = open.last().unwrap_or(old);
-        rustix::fs::unlinkat(parent, &*name, AtFlags::REMOVEDIR)?;
     }
 }
 
-/// Deletes a directory's files; the name of its first directory on the same device.
-fn first_directory(directory: &OwnedFd, device: u64) -> Result<Option<Name>, Errno> {
+/// Deletes a directory's entries, up to the first directory that is not empty: its name.
+fn delete_entries(directory: &OwnedFd) -> Result<Option<Name>, Errno> {
     rustix::fs::seek(directory, rustix::fs::SeekFrom::Start(0))?;
-    let mut buffer = [MaybeUninit::uninit(); 2048];
+    let mut buffer = [MaybeUninit::uninit(); 1024];
     let mut entries = RawDir::new(directory, &mut buffer);
     while let Some(entry) = entries.next() {
         let entry = entry?;
@@ -130,18 +125,18 @@ fn first_directory(directory: &OwnedFd, device: u64) -> Result<Option<Name>, Err
         if matches!(name.to_bytes(), b"." | b"..") {
             continue;
         }
-        let status = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
-        if status.st_dev != device {
-            continue;
+        let flags = match entry.file_type() {
+            FileType::Directory => AtFlags::REMOVEDIR,
+            _ => AtFlags::empty(),
+        };
+        match rustix::fs::unlinkat(directory, name, flags) {
+            // A mount point (rmdir(2)): that is the new root, or what somebody else mounted.
+            Ok(()) | Err(Errno::BUSY) => {}
+            Err(Errno::NOTEMPTY) => return heapless::CString::from_bytes_with_nul(name.to_bytes_with_nul())
+                .map(Some)
+                .map_err(|_| Errno::NAMETOOLONG),
+            Err(errno) => return Err(errno),
         }
-        if FileType::from_raw_mode(status.st_mode) != FileType::Directory {
-            rustix::fs::unlinkat(directory, name, AtFlags::empty())?;
-            continue;
-        }
-        // A directory that holds a mount stays; its own device tells it from the mount.
-        return heapless::CString::from_bytes_with_nul(name.to_bytes_with_nul())
-            .map(Some)
-            .map_err(|_| Errno::NAMETOOLONG);
     }
     Ok(None)
 }

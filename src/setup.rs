@@ -1,35 +1,43 @@
 //! What is prepared for the workload once the API is up: volumes, names, network.
 //!
-//! All of it runs in one child, as any of it may wait for a device.
+//! What may wait for a device runs in a child.
 
 use crate::why;
 use crate::task::{Outcome, Report};
 use crate::{files, interface, mounts, root};
 use pigeon_init::accounts::Identity;
-use pigeon_init::config::{Config, HOSTNAME, PATH};
+use pigeon_init::config::Config;
 use pigeon_init::etc;
+use pigeon_init::text::Line;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
-/// Steps 11 to 13.
-pub fn run(config: &Config, identity: &Identity, scratch: &mut [u8], report: &Report) -> Outcome {
+/// Whether anything of this may wait for a disk.
+pub fn may_block(config: &Config) -> bool {
+    config.mounts().next().is_some() || config.etc_hosts().next().is_some() || !config.nameservers().is_empty()
+}
+
+/// Steps 11 and 12, but for the host name.
+pub fn disks(config: &Config, identity: &Identity, scratch: &mut [u8], report: &Report) -> Outcome {
     volumes(config, identity, report)?;
-    host_name(config)?;
     hosts(config, scratch, report)?;
-    name_servers(config, report)?;
-    interface::configure(config, report)
+    name_servers(config, report)
+}
+
+/// The host name and step 13: calls that do not wait for anything.
+pub fn network(config: &Config, warn: impl FnMut(Line)) -> Outcome {
+    host_name(config)?;
+    interface::configure(config, warn)
 }
 
 fn volumes(config: &Config, identity: &Identity, report: &Report) -> Outcome {
     for mount in config.mounts() {
-        let what = why!("mount ", mount.device_path, " on ", mount.mount_path);
-        let device = mount.device_path.c_string::<PATH>().ok_or(Errno::NAMETOOLONG).map_err(what)?;
-        let target = mount.mount_path.c_string::<PATH>().ok_or(Errno::NAMETOOLONG).map_err(what)?;
+        let target = mount.mount_path.c_str();
         mounts::make_directories(target.to_bytes()).map_err(why!("create ", mount.mount_path))?;
-        root::mount_volume(&device, &target, report)?;
+        root::mount_volume(mount.device_path.c_str(), target, report)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let owned = rustix::fs::open(&*target, flags, Mode::empty()).and_then(|directory| {
+        let owned = rustix::fs::open(target, flags, Mode::empty()).and_then(|directory| {
             let (uid, gid) = (Uid::from_raw(identity.uid), Gid::from_raw(identity.gid));
             rustix::fs::fchown(&directory, Some(uid), Some(gid))
         });
@@ -39,11 +47,10 @@ fn volumes(config: &Config, identity: &Identity, report: &Report) -> Outcome {
 }
 
 fn host_name(config: &Config) -> Outcome {
-    if config.hostname.is_empty() {
+    if config.hostname().is_empty() {
         return Ok(());
     }
-    let name = config.hostname.copy::<HOSTNAME>().unwrap_or_default();
-    rustix::system::sethostname(&name).map_err(why!("set the host name"))
+    rustix::system::sethostname(config.hostname().bytes()).map_err(why!("set the host name"))
 }
 
 fn hosts(config: &Config, scratch: &mut [u8], report: &Report) -> Outcome {
@@ -59,12 +66,12 @@ fn hosts(config: &Config, scratch: &mut [u8], report: &Report) -> Outcome {
 }
 
 fn name_servers(config: &Config, report: &Report) -> Outcome {
-    if config.etc_resolv.nameservers.is_empty() {
+    if config.nameservers().is_empty() {
         return Ok(());
     }
     mounts::make_directories(b"/etc").map_err(why!("create /etc"))?;
     let written = files::replace(c"/etc/resolv.conf", c"/etc/.resolv.conf.pigeon", |file| {
-        etc::resolv(&config.etc_resolv, |piece| file.put(piece))
+        etc::resolv(config.nameservers(), |piece| file.put(piece))
     });
     unless_read_only(written, report).map_err(why!("write /etc/resolv.conf"))
 }

@@ -158,8 +158,11 @@ impl Supervisor {
     pub fn run(&mut self, config: &Config, identity: &Identity) -> Outcome {
         let open = |path, flags| rustix::fs::open(path, flags | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
         self.mounts = open(c"/proc/self/mountinfo", OFlags::empty()).ok();
-        let task = task::start(|report| setup::run(config, identity, self.scratch, report))?;
-        self.phase = Phase::Setup(task);
+        if setup::may_block(config) {
+            let task = task::start(|report| setup::disks(config, identity, self.scratch, report))?;
+            self.phase = Phase::Setup(task);
+        }
+        setup::network(config, |why| drop(self.console.warn(&why)))?;
         while let Phase::Setup(_) = self.phase {
             self.turn();
         }
@@ -318,7 +321,7 @@ impl Supervisor {
             let mut buffer = [0; 512];
             while let Ok(count @ 1..) = rustix::io::read(&task.report, &mut buffer) {
                 let bytes = buffer.get(..count).unwrap_or(&[]);
-                reports.take(bytes, |line| drop(self.console.warn(line)));
+                reports.take(bytes, |line| drop(self.console.warn(&line)));
             }
         }
         reports.error
@@ -332,7 +335,7 @@ impl Supervisor {
             self.become_workload(config, identity, end.as_fd(), report)
         })?;
         self.workload.group = Some(task.pid);
-        self.console.info("workload started").field("pid", task.pid.as_raw_pid());
+        self.console.info("workload started").field("pid", &task.pid.as_raw_pid());
         self.process = Some(Process {
             pid: Some(task.pid),
             report: task.report,
@@ -354,7 +357,7 @@ impl Supervisor {
             argv: config.argv(),
             environment: self.environment,
             identity,
-            directory: config.image_config.working_dir,
+            directory: config.working_dir(),
         }
         .become_it(report)
     }
@@ -371,7 +374,7 @@ impl Supervisor {
             reports.take(buffer.get(..count).unwrap_or(&[]), |_| {});
         }
         if let Some(why) = reports.error {
-            self.console.log(Level::Error, why);
+            self.console.log(Level::Error, &why);
         }
         let signal = status.terminating_signal();
         let oom_killed = signal == Some(SIGKILL as i32) && self.killed_by_oom(pid.as_raw_pid().unsigned_abs());
@@ -379,7 +382,7 @@ impl Supervisor {
             (Some(code), _) => code,
             (None, signal) => KILLED.saturating_add(signal.unwrap_or(0)),
         };
-        self.console.info("workload exited").field("exit_code", code).field("oom_killed", oom_killed);
+        self.console.info("workload exited").field("exit_code", &code).field("oom_killed", &oom_killed);
         self.workload.group = None;
         self.ended(Exit { code, oom_killed, error: None });
     }
@@ -447,7 +450,7 @@ impl Supervisor {
                     if let (Some(at), Some(group)) = (self.stop, self.workload.group)
                         && at <= now
                     {
-                        self.console.warn("the workload does not stop: killed");
+                        self.console.warn(&"the workload does not stop: killed");
                         let _just_ended = sys::kill_group(group, SIGKILL);
                         self.stop = None;
                     }
@@ -462,7 +465,7 @@ impl Supervisor {
                 Phase::Terminate(_) | Phase::Kill(_) if !has_children() => match self.start_quiesce(now) {
                     Ok(()) => return,
                     Err(why) => {
-                        self.console.warn(why);
+                        self.console.warn(&why);
                         self.phase = Phase::Drain(now.saturating_add(SILENCE));
                     }
                 },
@@ -472,13 +475,13 @@ impl Supervisor {
                     self.reap();
                 }
                 Phase::Kill(until) if until <= now => {
-                    self.console.warn("a process cannot be killed");
+                    self.console.warn(&"a process cannot be killed");
                     if self.start_quiesce(now).is_err() {
                         self.phase = Phase::Drain(now.saturating_add(SILENCE));
                     }
                 }
                 Phase::Quiesce(_, until) if until <= now => {
-                    self.console.warn("the file systems cannot be left clean in time");
+                    self.console.warn(&"the file systems cannot be left clean in time");
                     self.phase = Phase::Drain(now.saturating_add(SILENCE));
                 }
                 Phase::Drain(until) => {

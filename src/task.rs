@@ -148,7 +148,7 @@ impl Task {
                 Ok(0) => break,
                 Ok(count) => {
                     let bytes = buffer.get(..count).unwrap_or(&[]);
-                    reports.take(bytes, |line| drop(console.log(Level::Warn, line)));
+                    reports.take(bytes, |line| drop(console.log(Level::Warn, &line)));
                 }
                 Err(Errno::INTR) => {}
                 Err(_) => break,

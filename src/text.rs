@@ -162,13 +162,8 @@ impl Line {
     }
 
     /// Appends ` key=value`; a value with spaces, quotes or control bytes is quoted.
-    pub fn field(&mut self, key: &str, value: impl Show) -> &mut Self {
-        self.named(key, &value);
-        self
-    }
-
     #[inline(never)]
-    fn named(&mut self, key: &str, value: &dyn Show) {
+    pub fn field(&mut self, key: &str, value: &dyn Show) -> &mut Self {
         self.put(b' ');
         self.push(key.as_bytes());
         self.put(b'=');
@@ -180,6 +175,7 @@ impl Line {
         } else {
             self.quoted(raw.as_bytes());
         }
+        self
     }
 
     /// Appends `"…"` with `"`, `\` and control bytes escaped, as in JSON.
@@ -429,7 +425,7 @@ mod tests {
     #[test]
     fn a_log_line_quotes_what_needs_quotes() {
         let mut line = log_line(Level::Info, b"workload exited");
-        line.field("exit_code", 0u32).field("path", "/a b\n").field("empty", "");
+        line.field("exit_code", &0u32).field("path", &"/a b\n").field("empty", &"");
         assert_eq!(
             line.as_bytes(),
             br#"pigeon-init: level=info msg="workload exited" exit_code=0 path="/a b\n" empty="""#

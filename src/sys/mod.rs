@@ -334,8 +334,24 @@ pub mod vsock {
         }
     }
 
+    /// Whether there is a vsock device: without one, sockets can be made but never reached.
+    fn has_device() -> Result<bool> {
+        // linux/vm_sockets.h
+        const IOCTL_VM_SOCKETS_GET_LOCAL_CID: u32 = 0x7b9;
+        use rustix::fd::AsFd;
+        use rustix::fs::{Mode, OFlags};
+        let device = rustix::fs::open(c"/dev/vsock", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let mut cid = ANY;
+        // SAFETY: the call writes an unsigned int.
+        unsafe { super::ioctl_struct(device.as_fd(), IOCTL_VM_SOCKETS_GET_LOCAL_CID, &mut cid) }?;
+        Ok(cid != ANY)
+    }
+
     /// A socket that listens on `port` of every CID of this VM.
     pub fn listen(port: u32, backlog: i32) -> Result<OwnedFd> {
+        if !has_device()? {
+            return Err(super::Errno::NODEV);
+        }
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket =
             rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)?;
