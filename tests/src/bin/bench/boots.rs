@@ -12,13 +12,24 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use pigeon_lab::{
     End, Vm,
-    assets::Kernel,
+    assets::{self, Kernel},
     disk::{Disk, Image, Tree},
+    initrd::Initrd,
     vm::Builder,
 };
 use serde_json::{Value, json};
 
-use crate::{guest::Programs, trace};
+use crate::{
+    guest::Programs,
+    trace::{self, Breakdown, Names},
+};
+
+/// What one boot has told.
+pub struct Told {
+    pub figures: Figures,
+    /// Where its time went, when it was traced.
+    pub breakdown: Option<Breakdown>,
+}
 
 /// What is measured, by name.
 pub type Figures = BTreeMap<String, f64>;
@@ -73,6 +84,11 @@ impl Mode {
         }
     }
 
+    /// Whether there is anything to learn from a second boot: figures of a trace do not vary.
+    pub fn is_repeated(self) -> bool {
+        !matches!(self, Mode::Unpack | Mode::Trace | Mode::TraceMmds | Mode::TraceEnd)
+    }
+
     pub fn name(self) -> &'static str {
         match self {
             Mode::File => "file",
@@ -92,6 +108,7 @@ pub struct Lab {
     programs: Programs,
     kernel: Kernel,
     root: Image,
+    names: Names,
 }
 
 /// The ports that the workload serves beside the API's.
@@ -108,8 +125,19 @@ impl Lab {
         Ok(Lab {
             root: Image::ext4(&tree, 32)?,
             kernel: Kernel::stock()?,
+            names: programs.system_calls()?,
             programs,
         })
+    }
+
+    /// Bytes of the initrd that holds nothing but this init.
+    pub fn initrd_size(&self, subject: &Subject) -> Result<usize> {
+        if subject.kind == Kind::Product {
+            return Ok(assets::initrd()?.len());
+        }
+        let mut initrd = Initrd::default();
+        initrd.file("/init", 0o755, fs::read(&subject.init)?);
+        Ok(initrd.archive().len())
     }
 
     /// The floor, which is compiled with the rest.
@@ -118,7 +146,7 @@ impl Lab {
     }
 
     /// Boots `subject` once.
-    pub fn boot(&self, subject: &Subject, mode: Mode) -> Result<Figures> {
+    pub fn boot(&self, subject: &Subject, mode: Mode) -> Result<Told> {
         // A copy: a mount leaves its traces, and the next boot would find them.
         let disk = tempfile::Builder::new().suffix(".ext4").tempfile()?;
         fs::copy(self.root.path(), disk.path())?;
@@ -127,14 +155,30 @@ impl Lab {
             .disk(Disk::file(disk.path()))
             .name(&format!("bench-{}-{}", subject.name, mode.name()))
             .quiet();
-        if mode != Mode::Serve {
-            builder = builder.deterministic();
-        }
+        builder = match mode {
+            Mode::Serve => builder.on_qemu(),
+            _ => builder.deterministic(),
+        };
         let mut vm = builder.boot()?;
-        let result = measure(&mut vm, mode);
-        result.with_context(|| {
+        let told = measure(&mut vm, mode).and_then(|figures| {
+            let breakdown = self.breakdown(&vm.console(), &figures, mode)?;
+            Ok(Told { figures, breakdown })
+        });
+        told.with_context(|| {
             let log = vm.serial().log().display();
-            format!("{}: {}:\n{}\n({log})", subject.name, mode.name(), vm.serial().tail(20))
+            format!("the console ({log}) ends with\n{}\n", vm.serial().tail(10))
+        })
+    }
+
+    fn breakdown(&self, console: &str, figures: &Figures, mode: Mode) -> Result<Option<Breakdown>> {
+        let instant = |name| figures.get(name).copied().unwrap_or_default() / 1e3;
+        Ok(match mode {
+            Mode::Trace | Mode::TraceMmds => {
+                let (from, to) = (instant("exec_at_ns"), instant("first_at_ns"));
+                Some(trace::boot(console, from, to, &self.names))
+            }
+            Mode::TraceEnd => Some(trace::end(console, &self.names)?),
+            _ => None,
         })
     }
 
@@ -153,11 +197,11 @@ impl Lab {
             builder.file(&path, 0o644, contents)
         };
         if mode == Mode::Unpack {
-            // What is unpacked is to be the product, and next to nothing else.
+            // What is unpacked is the init, and next to nothing else.
             builder = add(builder, "unpack", b"please".to_vec());
             return Ok(builder.arg("initramfs_async=0"));
         }
-        let document = json!({"ExecOverride": ["/bin/workload"]});
+        let document = json!({"ImageConfig": {"Cmd": ["/bin/workload"]}, "ExecOverride": ["/bin/workload"]});
         let mut modules = self.kernel.modules()?;
         if matches!(mode, Mode::Mmds | Mode::TraceMmds) {
             modules.push(("veth.ko".into(), self.kernel.extra_module("veth")?));

@@ -1,10 +1,12 @@
 //! The guest's programs of the benchmark's own, compiled from `tests/bench`.
 
-use std::{path::PathBuf, process::Command};
+use std::{io::Write, path::PathBuf, process::Command};
 
 use anyhow::Result;
 use pigeon_lab::{assets, process::run};
 use tempfile::TempDir;
+
+use crate::trace::Names;
 
 /// Static, without libc and without what only a linker or debugger reads: small, so that the disk
 /// they are read from is not what is measured.
@@ -44,6 +46,18 @@ impl Programs {
                 .arg(source))?;
         }
         Ok(Programs { dir })
+    }
+
+    /// The names of the system calls, out of the C headers.
+    pub fn system_calls(&self) -> Result<Names> {
+        let source = self.dir.path().join("names.c");
+        std::fs::File::create(&source)?.write_all(b"#include <sys/syscall.h>\n")?;
+        let macros = run(Command::new(assets::tool("cc")?).args(["-E", "-dM"]).arg(source))?;
+        let named = |line: &str| {
+            let (name, number) = line.strip_prefix("#define __NR_")?.split_once(' ')?;
+            Some((number.parse().ok()?, name.to_string()))
+        };
+        Ok(macros.lines().filter_map(named).collect())
     }
 
     /// The path of one.
