@@ -111,6 +111,9 @@ pub struct Lab {
     names: Names,
 }
 
+/// Nanoseconds between two ticks of the stock kernel (CONFIG_HZ=250).
+const TICK: f64 = 4e6;
+
 /// The ports that the workload serves beside the API's.
 const ECHO_PORT: u32 = 20_000;
 const SPAWN_PORT: u32 = 20_001;
@@ -145,13 +148,13 @@ impl Lab {
         self.programs.path("floor")
     }
 
-    /// Boots `subject` once.
-    pub fn boot(&self, subject: &Subject, mode: Mode) -> Result<Told> {
+    /// Boots `subject` once, its /init started so far between two ticks of the kernel's.
+    pub fn boot(&self, subject: &Subject, mode: Mode, phase: f64) -> Result<Told> {
         // A copy: a mount leaves its traces, and the next boot would find them.
         let disk = tempfile::Builder::new().suffix(".ext4").tempfile()?;
         fs::copy(self.root.path(), disk.path())?;
         let mut builder = self
-            .builder(subject, mode)?
+            .builder(subject, mode, phase)?
             .disk(Disk::file(disk.path()))
             .name(&format!("bench-{}-{}", subject.name, mode.name()))
             .quiet();
@@ -183,7 +186,7 @@ impl Lab {
     }
 
     /// The loader as the kernel's /init, with its orders in /bench, and the init under test.
-    fn builder(&self, subject: &Subject, mode: Mode) -> Result<Builder> {
+    fn builder(&self, subject: &Subject, mode: Mode, phase: f64) -> Result<Builder> {
         let mut builder = Vm::builder()
             .without_modules()
             .init(&subject.init)?
@@ -209,6 +212,8 @@ impl Lab {
         } else if subject.kind != Kind::Floor {
             builder = builder.file(&subject.config_path, 0o600, document.to_string());
         }
+        let phase = (phase * TICK).round();
+        builder = add(builder, "phase", phase.to_string().into());
         let mut list = String::new();
         for (name, contents) in modules {
             list += &format!("/bench/lib/{name}\n");

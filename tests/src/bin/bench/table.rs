@@ -21,11 +21,6 @@ impl Samples {
         self.0.get(&(mode.name(), name.into())).map(Vec::as_slice)
     }
 
-    /// The least: in deterministic time, what the host adds is never negative.
-    fn least(&self, mode: Mode, name: &str) -> Option<f64> {
-        self.get(mode, name)?.iter().copied().reduce(f64::min)
-    }
-
     /// The most, for what must never happen.
     fn most(&self, mode: Mode, name: &str) -> Option<f64> {
         self.get(mode, name)?.iter().copied().reduce(f64::max)
@@ -87,7 +82,7 @@ impl Row {
 }
 
 fn boot_ms(entry: &Entry) -> Option<f64> {
-    Some(entry.samples.least(Mode::File, "boot_ns")? / 1e6)
+    Some(entry.samples.median(Mode::File, "boot_ns")? / 1e6)
 }
 
 /// Without what the peer itself has computed.
@@ -95,7 +90,7 @@ fn mmds_ms(entry: &Entry) -> Option<f64> {
     let boots = entry.samples.get(Mode::Mmds, "boot_ns")?.iter();
     let peers = entry.samples.get(Mode::Mmds, "mmds_ns")?;
     let own = boots.zip(peers).map(|(boot, peer)| boot - peer);
-    Some(own.reduce(f64::min)? / 1e6)
+    Some(median(&mut own.collect::<Vec<_>>()) / 1e6)
 }
 
 fn memory(entry: &Entry) -> Option<f64> {
@@ -109,30 +104,30 @@ const ROWS: [Row; 26] = [
     row("initrd without configuration and modules", "B", 0, |e, _| Some(e.initrd_size))
         .bar(69632.0),
     row("to unpack that initrd", "ms", 3, |e, _| {
-        Some(e.samples.least(Mode::Unpack, "unpack_us")? / 1e3)
+        Some(e.samples.median(Mode::Unpack, "unpack_us")? / 1e3)
     }),
     row("exec of /init to workload, file", "ms", 3, |e, _| boot_ms(e)),
     row("  against the floor", "x", 3, |e, floor| Some(boot_ms(e)? / boot_ms(floor)?)).bar(0.25),
     row("  PID 1's instructions", "k", 0, |e, _| {
-        Some(e.samples.least(Mode::File, "cpu_ns")? / 1e3)
+        Some(e.samples.median(Mode::File, "cpu_ns")? / 1e3)
     }),
     row("    of these in user space", "k", 0, |e, _| {
-        Some(e.samples.least(Mode::Trace, "user_us")?)
+        Some(e.samples.median(Mode::Trace, "user_us")?)
     }),
-    row("  PID 1's system calls", "", 0, |e, _| e.samples.least(Mode::Trace, "calls")),
-    row("  its children's", "", 0, |e, _| e.samples.least(Mode::Trace, "child_calls")),
-    row("  PID 1's page faults", "", 0, |e, _| e.samples.least(Mode::Trace, "faults")),
+    row("  PID 1's system calls", "", 0, |e, _| e.samples.median(Mode::Trace, "calls")),
+    row("  its children's", "", 0, |e, _| e.samples.median(Mode::Trace, "child_calls")),
+    row("  PID 1's page faults", "", 0, |e, _| e.samples.median(Mode::Trace, "faults")),
     row("  nobody runs (traced boot)", "ms", 3, |e, _| {
-        Some(e.samples.least(Mode::Trace, "idle_us")? / 1e3)
+        Some(e.samples.median(Mode::Trace, "idle_us")? / 1e3)
     }),
     row("exec of /init to workload, MMDS", "ms", 3, |e, _| mmds_ms(e)),
     row("  more than from the file", "ms", 3, |e, _| Some(mmds_ms(e)? - boot_ms(e)?)).bar(1.5),
     row("workload's exit to reboot, no reader", "ms", 3, |e, _| {
-        Some(e.samples.least(Mode::File, "end_us")? / 1e3)
+        Some(e.samples.median(Mode::File, "end_us")? / 1e3)
     })
     .bar(3.0),
     row("workload's exit to reboot, a reader waits", "ms", 3, |e, _| {
-        Some(e.samples.least(Mode::Reader, "end_us")? / 1e3)
+        Some(e.samples.median(Mode::Reader, "end_us")? / 1e3)
     })
     .bar(3.0),
     row("PID 1, Pss", "KiB", 0, |e, _| e.samples.most(Mode::File, "pss_kib")),
@@ -178,8 +173,9 @@ fn show(value: Option<f64>, decimals: usize) -> String {
 fn verdict(value: Option<f64>, bar: Option<f64>) -> &'static str {
     match (value, bar) {
         (Some(value), Some(bar)) if value <= bar => "yes",
-        (_, Some(_)) => "NO",
-        _ => "",
+        (Some(_), Some(_)) => "NO",
+        (None, Some(_)) => "?",
+        (_, None) => "",
     }
 }
 
@@ -241,7 +237,7 @@ pub fn json(entries: &[Entry], runs: usize) -> Value {
             .map(|entry| (&entry.subject.name, (row.get)(entry, floor)))
             .collect();
         let kept = match verdict((row.get)(product, floor), row.bar) {
-            "" => None,
+            "" | "?" => None,
             kept => Some(kept == "yes"),
         };
         json!({"name": row.name.trim(), "unit": row.unit, "bar": row.bar, "kept": kept,

@@ -17,7 +17,8 @@ trace_clock mono
 buffer_size_kb 8192
 options/irq-info 0
 kprobe_events p:bench/mounting path_mount source=+0($arg1):string kind=+0($arg3):string data=+0($arg5):string
-kprobe_events p:bench/path getname_flags name=+0($arg1):ustring
+kprobe_events p:bench/path getname path=+0($arg1):ustring
+kprobe_events p:bench/path_at getname_flags path=+0($arg1):ustring
 events/bench/enable 1
 events/raw_syscalls/enable 1
 events/sched/sched_switch/enable 1
@@ -75,7 +76,7 @@ struct Event<'a> {
 }
 
 /// The kinds of events that ORDERS switches on.
-const KINDS: [&str; 8] = [
+const KINDS: [&str; 9] = [
     "sys_enter",
     "sys_exit",
     "sched_switch",
@@ -84,6 +85,7 @@ const KINDS: [&str; 8] = [
     "page_fault_user",
     "mounting",
     "path",
+    "path_at",
 ];
 
 /// A line of /sys/kernel/tracing/trace (`comm-pid [cpu] seconds: kind: text`), or of a dump on
@@ -191,12 +193,12 @@ fn take_apart<'a>(events: impl Iterator<Item = Event<'a>>, names: &Names) -> Bre
                     step(at - since, format!("{name} {detail}"));
                 }
             }
-            "mounting" | "path" => {
+            "mounting" | "path" | "path_at" => {
                 if let Some(call) = calls.get_mut(&pid) {
                     let text = event.text.split_once(") ").map_or(event.text, |(_, text)| text);
                     if event.kind == "mounting" {
                         call.detail = text.replace("(fault)", "-");
-                    } else if !call.detail.contains("name=") {
+                    } else if !call.detail.starts_with("path=") {
                         call.detail = text.into();
                     }
                 }
