@@ -28,7 +28,9 @@ As PID 1 it takes no arguments. The kernel command line may have
 pub fn run(arguments: Words, environment: &mut Environment) -> i32 {
     let mut words = arguments.iter().skip(1).map(core::ffi::CStr::to_bytes);
     match (words.next(), words.next(), words.next()) {
-        (Some(b"--version"), None, None) => print(concat!("pigeon-init ", env!("CARGO_PKG_VERSION"), "\n")),
+        (Some(b"--version"), None, None) => {
+            print(concat!("pigeon-init ", env!("CARGO_PKG_VERSION"), "\n"))
+        }
         (Some(b"--help" | b"-h"), None, None) => print(HELP),
         (Some(b"--check"), Some(path), None) => match check(path, environment) {
             Ok(()) => 0,
@@ -50,7 +52,9 @@ fn check(path: &[u8], environment: &mut Environment) -> Result<(), Line> {
     };
     let mut name = heapless::Vec::<u8, { pigeon_init::config::PATH }>::new();
     let fits = name.extend_from_slice(path).is_ok() && name.push(0).is_ok();
-    let name = core::ffi::CStr::from_bytes_with_nul(&name).ok().filter(|_| fits);
+    let name = core::ffi::CStr::from_bytes_with_nul(&name)
+        .ok()
+        .filter(|_| fits);
     let name = name.ok_or_else(|| text!("the path is too long"))?;
     let length = crate::files::read_found(name, document)?.ok_or_else(|| text!("no such file"))?;
     let document = document.get_mut(..length).unwrap_or(&mut []);
@@ -69,21 +73,44 @@ fn check(path: &[u8], environment: &mut Environment) -> Result<(), Line> {
         let entry = entry.strip_suffix(b"\0").unwrap_or(entry);
         print(text!("env: ", Quoted(entry), "\n"));
     }
-    let or = |given: Text<'_>, default: &str| if given.is_empty() { text!(default) } else { text!(given) };
+    let or = |given: Text<'_>, default: &str| {
+        if given.is_empty() {
+            text!(default)
+        } else {
+            text!(given)
+        }
+    };
     print(text!("user: ", or(config.user(), "root"), "\n"));
     print(text!("directory: ", or(config.working_dir(), "/"), "\n"));
     print(text!("root: ", config.root_device(), "\n"));
     for mount in config.mounts() {
-        print(text!("mount: ", mount.device_path, " on ", mount.mount_path, "\n"));
+        print(text!(
+            "mount: ",
+            mount.device_path,
+            " on ",
+            mount.mount_path,
+            "\n"
+        ));
     }
     if !config.hostname().is_empty() {
         print(text!("hostname: ", config.hostname(), "\n"));
     }
     for entry in config.ip_configs() {
         let address = entry.address()?;
-        let via = address.gateway.map_or(Line::new(), |gateway| text!(" via ", gateway));
+        let via = address
+            .gateway
+            .map_or(Line::new(), |gateway| text!(" via ", gateway));
         let prefix = u32::from(address.prefix);
-        print(text!("address: ", address.ip, "/", prefix, " mtu ", config.mtu(), via, "\n"));
+        print(text!(
+            "address: ",
+            address.ip,
+            "/",
+            prefix,
+            " mtu ",
+            config.mtu(),
+            via,
+            "\n"
+        ));
     }
     for server in config.nameservers().iter() {
         print(text!("nameserver: ", server, "\n"));
@@ -109,7 +136,9 @@ pub fn fill_environment(environment: &mut Environment, config: &Config) -> Resul
     for entry in config.environment() {
         environment.set(entry.bytes()).map_err(full)?;
     }
-    environment.set_default(b"PATH", command::PATH).map_err(full)
+    environment
+        .set_default(b"PATH", command::PATH)
+        .map_err(full)
 }
 
 fn print(text: impl Show) -> i32 {

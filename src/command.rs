@@ -64,7 +64,11 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
             hash,
         };
         let known = |entry: &Entry| {
-            entry.hash == hash && self.bytes.get(entry.start as usize..).is_some_and(|old| self::name(old) == name)
+            entry.hash == hash
+                && self
+                    .bytes
+                    .get(entry.start as usize..)
+                    .is_some_and(|old| self::name(old) == name)
         };
         let position = self.entries.iter().position(known);
         match position.and_then(|at| self.entries.get_mut(at)) {
@@ -103,7 +107,10 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
 
 /// The first NUL-terminated string, its NUL included.
 fn first_string(bytes: &[u8]) -> &[u8] {
-    bytes.split_inclusive(|byte| *byte == 0).next().unwrap_or(b"\0")
+    bytes
+        .split_inclusive(|byte| *byte == 0)
+        .next()
+        .unwrap_or(b"\0")
 }
 
 /// The name of `NAME=value\0`; empty when there is no `=`.
@@ -137,7 +144,8 @@ mod tests {
     }
 
     fn listed(environment: &Small) -> Vec<String> {
-        let text = |entry: &[u8]| String::from_utf8(entry.strip_suffix(b"\0").unwrap().to_vec()).unwrap();
+        let text =
+            |entry: &[u8]| String::from_utf8(entry.strip_suffix(b"\0").unwrap().to_vec()).unwrap();
         environment.iter().map(text).collect()
     }
 

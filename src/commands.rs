@@ -1,10 +1,10 @@
 //! Commands that the host runs in the VM: one-shot ones and sessions.
 
-use crate::why;
 use crate::poll::{Poller, Source};
 use crate::spawn::{self, Command, Streams};
 use crate::sys::Region;
 use crate::task::{self, Outcome, Report, Reports};
+use crate::why;
 use pigeon_init::command::Environment;
 use pigeon_init::json::escape_next;
 use pigeon_init::request::Exec;
@@ -146,8 +146,15 @@ impl Running {
             let streams = Streams::Each([null.as_fd(), output_end.as_fd(), error_end.as_fd()]);
             become_command(exec, streams, context, report)
         })?;
-        let limit = if exec.timeout_ms() == 0 { TIMEOUT } else { u64::from(exec.timeout_ms()) };
-        let stream = |pipe| Stream { pipe: Some(pipe), ..Stream::default() };
+        let limit = if exec.timeout_ms() == 0 {
+            TIMEOUT
+        } else {
+            u64::from(exec.timeout_ms())
+        };
+        let stream = |pipe| Stream {
+            pipe: Some(pipe),
+            ..Stream::default()
+        };
         Ok(Self {
             pid: Some(task.pid),
             status: None,
@@ -167,17 +174,20 @@ impl Running {
         let session = if exec.tty() {
             let master = open_terminal(exec)?;
             let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-            let terminal = rustix::pty::ioctl_tiocgptpeer(&master, flags).map_err(why!("open a terminal"))?;
+            let terminal =
+                rustix::pty::ioctl_tiocgptpeer(&master, flags).map_err(why!("open a terminal"))?;
             let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, |report| {
                 become_command(exec, Streams::Terminal(terminal.as_fd()), context, report)
             })?;
             (task, master, None)
         } else {
-            let (input_end, input) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(why!("create a pipe"))?;
+            let (input_end, input) =
+                rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(why!("create a pipe"))?;
             rustix::io::ioctl_fionbio(&input, true).map_err(why!("create a pipe"))?;
             let (output, output_end) = pipe()?;
             let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, |report| {
-                let streams = Streams::Each([input_end.as_fd(), output_end.as_fd(), output_end.as_fd()]);
+                let streams =
+                    Streams::Each([input_end.as_fd(), output_end.as_fd(), output_end.as_fd()]);
                 become_command(exec, streams, context, report)
             })?;
             (task, output, Some(input))
@@ -265,7 +275,12 @@ fn open_terminal(exec: &Exec) -> Outcome<OwnedFd> {
 /// Tells a terminal its size; a size of 0 is none.
 fn resize(terminal: BorrowedFd, (cols, rows): (u32, u32)) {
     if cols > 0 && rows > 0 {
-        let size = Winsize { ws_col: cols as u16, ws_row: rows as u16, ws_xpixel: 0, ws_ypixel: 0 };
+        let size = Winsize {
+            ws_col: cols as u16,
+            ws_row: rows as u16,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
         let _gone = rustix::termios::tcsetwinsize(terminal, size);
     }
 }
@@ -345,7 +360,13 @@ impl Once {
             }
         }
         [
-            text!("{\"exit_code\":", code, ",\"exit_signal\":", signal, ",\"stdout\":\""),
+            text!(
+                "{\"exit_code\":",
+                code,
+                ",\"exit_signal\":",
+                signal,
+                ",\"stdout\":\""
+            ),
             text!("\",\"stderr\":\""),
             text!(end, "}"),
         ]
@@ -364,8 +385,12 @@ impl Once {
             return (at, 0);
         };
         let half = self.memory.get(index * CAPTURE..).unwrap_or(&[]);
-        while let Some((piece, length, used)) = escape_next(half.get(at..stream.length).unwrap_or(&[]), true) {
-            let (Some(to), Some(from)) = (room.get_mut(written..written + length), piece.get(..length)) else {
+        while let Some((piece, length, used)) =
+            escape_next(half.get(at..stream.length).unwrap_or(&[]), true)
+        {
+            let (Some(to), Some(from)) =
+                (room.get_mut(written..written + length), piece.get(..length))
+            else {
                 break;
             };
             to.copy_from_slice(from);
@@ -377,14 +402,18 @@ impl Once {
 
     /// Whether byte `at` is the end of a stream.
     pub fn is_end(&self, index: usize, at: usize) -> bool {
-        self.streams.get(index).is_none_or(|stream| at >= stream.length)
+        self.streams
+            .get(index)
+            .is_none_or(|stream| at >= stream.length)
     }
 }
 
 impl Stream {
     /// Counts the escaped form of what came, so that the answer's length is known at the end.
     fn count(&mut self, half: &[u8], last: bool) {
-        while let Some((_, length, used)) = escape_next(half.get(self.counted..self.length).unwrap_or(&[]), last) {
+        while let Some((_, length, used)) =
+            escape_next(half.get(self.counted..self.length).unwrap_or(&[]), last)
+        {
             self.counted += used;
             self.escaped += length;
         }
@@ -397,7 +426,11 @@ impl Session {
         let Some(output) = &self.output else {
             return Ok(0);
         };
-        let limit = if ended { room.len().min(self.left) } else { room.len() };
+        let limit = if ended {
+            room.len().min(self.left)
+        } else {
+            room.len()
+        };
         let count = match rustix::io::read(output, room.get_mut(..limit).unwrap_or(&mut [])) {
             // A terminal that nobody has open any more.
             Err(Errno::IO) => 0,
@@ -414,7 +447,11 @@ impl Session {
     }
 
     fn input(&self) -> Option<BorrowedFd<'_>> {
-        let input = if self.terminal { &self.output } else { &self.input };
+        let input = if self.terminal {
+            &self.output
+        } else {
+            &self.input
+        };
         input.as_ref().map(AsFd::as_fd)
     }
 
@@ -437,10 +474,12 @@ impl Session {
         if self.terminal {
             on_output |= on_input;
         } else if let Some(pipe) = &self.input {
-            self.watched_input = poller.watch(pipe, Source::Input(key), self.watched_input, on_input);
+            self.watched_input =
+                poller.watch(pipe, Source::Input(key), self.watched_input, on_input);
         }
         if let Some(pipe) = &self.output {
-            self.watched_output = poller.watch(pipe, Source::Output(key), self.watched_output, on_output);
+            self.watched_output =
+                poller.watch(pipe, Source::Output(key), self.watched_output, on_output);
         }
     }
 

@@ -64,7 +64,10 @@ static FIELDS: Fields = &[
         Shape::Records(
             12,
             MOUNTS,
-            &[("DevicePath", Shape::Text(0)), ("MountPath", Shape::Text(1))],
+            &[
+                ("DevicePath", Shape::Text(0)),
+                ("MountPath", Shape::Text(1)),
+            ],
         ),
     ),
     ("RootDevice", Shape::Text(13)),
@@ -140,7 +143,9 @@ impl IpConfig<'_> {
             false => Some(
                 without_prefix(gateway)
                     .filter(|gateway| gateway.is_ipv4() == ip.is_ipv4())
-                    .ok_or_else(|| text!("Gateway: not an address of the IP's family: ", gateway))?,
+                    .ok_or_else(|| {
+                        text!("Gateway: not an address of the IP's family: ", gateway)
+                    })?,
             ),
         };
         Ok(Address {
@@ -205,7 +210,11 @@ impl<'a> Config<'a> {
     /// Who runs it: `UserOverride`, else `ImageConfig.User`; empty is root.
     pub fn user(&self) -> Text<'a> {
         let user_override = self.0.text(7);
-        if user_override.is_empty() { self.0.text(4) } else { user_override }
+        if user_override.is_empty() {
+            self.0.text(4)
+        } else {
+            user_override
+        }
     }
 
     /// MTU of eth0.
@@ -237,7 +246,11 @@ impl<'a> Config<'a> {
     /// Block device of the root.
     pub fn root_device(&self) -> &'a core::ffi::CStr {
         let device = self.0.text(13);
-        if device.is_empty() { ROOT_DEVICE } else { device.c_str() }
+        if device.is_empty() {
+            ROOT_DEVICE
+        } else {
+            device.c_str()
+        }
     }
 
     /// Addresses for /etc/resolv.conf.
@@ -263,28 +276,47 @@ impl<'a> Config<'a> {
             check_path("RootDevice", self.0.text(13))?;
         }
         if self.working_dir().bytes().len() >= PATH {
-            return Err(text!("ImageConfig.WorkingDir: longer than ", PATH - 1, " bytes"));
+            return Err(text!(
+                "ImageConfig.WorkingDir: longer than ",
+                PATH - 1,
+                " bytes"
+            ));
         }
         if self.hostname().bytes().len() > HOSTNAME {
             return Err(text!("Hostname: longer than ", HOSTNAME, " bytes"));
         }
         for (at, entry) in self.ip_configs().enumerate() {
-            entry.address().map_err(|why| text!("IPConfigs[", at, "].", why))?;
+            entry
+                .address()
+                .map_err(|why| text!("IPConfigs[", at, "].", why))?;
         }
         for (at, mount) in self.mounts().enumerate() {
-            mount.check().map_err(|why| text!("Mounts[", at, "].", why))?;
+            mount
+                .check()
+                .map_err(|why| text!("Mounts[", at, "].", why))?;
             let mut earlier = self.mounts().take(at);
             if earlier.any(|other| parts(other.mount_path).eq(parts(mount.mount_path))) {
-                return Err(text!("Mounts[", at, "].MountPath: used twice: ", mount.mount_path));
+                return Err(text!(
+                    "Mounts[",
+                    at,
+                    "].MountPath: used twice: ",
+                    mount.mount_path
+                ));
             }
         }
         for (at, server) in self.nameservers().iter().enumerate() {
             if !is_name_server(server) {
-                return Err(text!("EtcResolv.Nameservers[", at, "]: not an address: ", server));
+                return Err(text!(
+                    "EtcResolv.Nameservers[",
+                    at,
+                    "]: not an address: ",
+                    server
+                ));
             }
         }
         for (at, host) in self.etc_hosts().enumerate() {
-            host.check().map_err(|why| text!("EtcHosts[", at, "].", why))?;
+            host.check()
+                .map_err(|why| text!("EtcHosts[", at, "].", why))?;
         }
         Ok(())
     }
@@ -398,14 +430,31 @@ mod tests {
             assert_eq!(string(config.working_dir()), "/app");
             assert_eq!(string(config.user()), "nobody");
             assert_eq!(config.mtu(), 1500);
-            assert_eq!(config.environment().map(string).collect::<Vec<_>>(), ["PATH=/usr/local/bin:/usr/bin:/bin", "DATABASE_URL=postgres://...", "LOG_LEVEL=info"]);
+            assert_eq!(
+                config.environment().map(string).collect::<Vec<_>>(),
+                [
+                    "PATH=/usr/local/bin:/usr/bin:/bin",
+                    "DATABASE_URL=postgres://...",
+                    "LOG_LEVEL=info"
+                ]
+            );
             assert_eq!(
                 config.ip_configs().next().unwrap().address().unwrap(),
-                Address { ip: "10.0.0.2".parse().unwrap(), prefix: 24, gateway: "169.254.0.1".parse().ok() }
+                Address {
+                    ip: "10.0.0.2".parse().unwrap(),
+                    prefix: 24,
+                    gateway: "169.254.0.1".parse().ok()
+                }
             );
-            assert_eq!(string(config.mounts().next().unwrap().device_path), "/dev/vdb");
+            assert_eq!(
+                string(config.mounts().next().unwrap().device_path),
+                "/dev/vdb"
+            );
             assert_eq!(string(config.mounts().next().unwrap().mount_path), "/data");
-            assert_eq!(string(config.nameservers().iter().next().unwrap()), "8.8.8.8");
+            assert_eq!(
+                string(config.nameservers().iter().next().unwrap()),
+                "8.8.8.8"
+            );
             assert_eq!(string(config.etc_hosts().next().unwrap().desc), "app alias");
             assert_eq!(string(config.hostname()), "my-app-abcdef");
         });
@@ -416,10 +465,21 @@ mod tests {
     fn the_argv_follows_the_order_of_precedence() {
         let image = r#""ImageConfig":{"Entrypoint":["/e","1"],"Cmd":["c","d"]}"#;
         assert_eq!(argv(&format!("{{{image}}}")), ["/e", "1", "c", "d"]);
-        assert_eq!(argv(&format!(r#"{{{image},"CmdOverride":"x y"}}"#)), ["/e", "1", "x y"]);
-        assert_eq!(argv(&format!(r#"{{{image},"CmdOverride":"x","ExecOverride":["/o"]}}"#)), ["/o"]);
+        assert_eq!(
+            argv(&format!(r#"{{{image},"CmdOverride":"x y"}}"#)),
+            ["/e", "1", "x y"]
+        );
+        assert_eq!(
+            argv(&format!(
+                r#"{{{image},"CmdOverride":"x","ExecOverride":["/o"]}}"#
+            )),
+            ["/o"]
+        );
         assert_eq!(argv(r#"{"ImageConfig":{"Cmd":["c"]}}"#), ["c"]);
-        assert_eq!(argv(r#"{"ImageConfig":{"Entrypoint":["", "a"]}}"#), ["", "a"]);
+        assert_eq!(
+            argv(r#"{"ImageConfig":{"Entrypoint":["", "a"]}}"#),
+            ["", "a"]
+        );
         assert!(argv("{}").is_empty());
     }
 
@@ -433,13 +493,25 @@ mod tests {
     #[test]
     fn a_gateway_may_be_absent_empty_or_carry_a_prefix_length() {
         let gateway = |text: &str| {
-            with(&format!(r#"{{"IPConfigs":[{{"IP":"10.0.0.2","Mask":24{text}}}]}}"#), |config| {
-                config.ip_configs().next().unwrap().address().map(|address| address.gateway).map_err(|_| ())
-            })
+            with(
+                &format!(r#"{{"IPConfigs":[{{"IP":"10.0.0.2","Mask":24{text}}}]}}"#),
+                |config| {
+                    config
+                        .ip_configs()
+                        .next()
+                        .unwrap()
+                        .address()
+                        .map(|address| address.gateway)
+                        .map_err(|_| ())
+                },
+            )
         };
         assert_eq!(gateway(""), Ok(None));
         assert_eq!(gateway(r#","Gateway":"""#), Ok(None));
-        assert_eq!(gateway(r#","Gateway":"10.0.0.1/24""#), Ok("10.0.0.1".parse().ok()));
+        assert_eq!(
+            gateway(r#","Gateway":"10.0.0.1/24""#),
+            Ok("10.0.0.1".parse().ok())
+        );
         assert_eq!(gateway(r#","Gateway":"fd00::1""#), Err(()));
         assert_eq!(gateway(r#","Gateway":"10.0.0.1/x""#), Err(()));
     }
@@ -458,36 +530,82 @@ mod tests {
         with(&document, |config| {
             assert_eq!(config.argv().count(), ARGV);
             assert_eq!(config.environment().count(), ENV);
-            assert_eq!((config.ip_configs().count(), config.mounts().count(), config.etc_hosts().count()), (ADDRESSES, MOUNTS, HOSTS));
+            assert_eq!(
+                (
+                    config.ip_configs().count(),
+                    config.mounts().count(),
+                    config.etc_hosts().count()
+                ),
+                (ADDRESSES, MOUNTS, HOSTS)
+            );
         });
         let mut over = format!(r#"{{"Mounts":[{}]}}"#, list(MOUNTS + 1, "{}")).into_bytes();
         let error = Config::decode(&mut over).unwrap_err();
-        assert_eq!((error.fault, error.path.as_bytes()), (Fault::TooMany(64), &b"Mounts[64]"[..]));
+        assert_eq!(
+            (error.fault, error.path.as_bytes()),
+            (Fault::TooMany(64), &b"Mounts[64]"[..])
+        );
     }
 
     #[test]
     fn what_cannot_work_is_named() {
         for (document, wanted) in [
             (r#"{"ExecOverride":[""]}"#, "the command's name is empty"),
-            (r#"{"RootDevice":"vda"}"#, "RootDevice: not an absolute path: vda"),
-            (r#"{"IPConfigs":[{"IP":"10.0.0.2","Mask":33}]}"#, "IPConfigs[0].Mask: must be from 0 to 32"),
-            (r#"{"IPConfigs":[{"IP":"10.0.0.256","Mask":24}]}"#, "IPConfigs[0].IP: not an address: 10.0.0.256"),
+            (
+                r#"{"RootDevice":"vda"}"#,
+                "RootDevice: not an absolute path: vda",
+            ),
+            (
+                r#"{"IPConfigs":[{"IP":"10.0.0.2","Mask":33}]}"#,
+                "IPConfigs[0].Mask: must be from 0 to 32",
+            ),
+            (
+                r#"{"IPConfigs":[{"IP":"10.0.0.256","Mask":24}]}"#,
+                "IPConfigs[0].IP: not an address: 10.0.0.256",
+            ),
             (r#"{"IPConfigs":[{}]}"#, "IPConfigs[0].IP: not an address: "),
-            (r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"//./"}]}"#, "Mounts[0].MountPath: would hide the root"),
-            (r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"/proc"}]}"#, "Mounts[0].MountPath: would hide /proc"),
-            (r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"/a/../b"}]}"#, "Mounts[0].MountPath: has '..': /a/../b"),
-            (r#"{"Mounts":[{"DevicePath":"","MountPath":"/a"}]}"#, "Mounts[0].DevicePath: not an absolute path: "),
+            (
+                r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"//./"}]}"#,
+                "Mounts[0].MountPath: would hide the root",
+            ),
+            (
+                r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"/proc"}]}"#,
+                "Mounts[0].MountPath: would hide /proc",
+            ),
+            (
+                r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"/a/../b"}]}"#,
+                "Mounts[0].MountPath: has '..': /a/../b",
+            ),
+            (
+                r#"{"Mounts":[{"DevicePath":"","MountPath":"/a"}]}"#,
+                "Mounts[0].DevicePath: not an absolute path: ",
+            ),
             (
                 r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"/a/b"},{"DevicePath":"/dev/vdc","MountPath":"/a//b/"}]}"#,
                 "Mounts[1].MountPath: used twice: /a//b/",
             ),
-            (r#"{"EtcResolv":{"Nameservers":["8.8.8.8","x"]}}"#, "EtcResolv.Nameservers[1]: not an address: x"),
-            (r#"{"EtcHosts":[{"Host":"a b","IP":"10.0.0.2"}]}"#, "EtcHosts[0].Host: not a host name: a b"),
-            (r#"{"EtcHosts":[{"Host":"a","IP":""}]}"#, "EtcHosts[0].IP: not an address: "),
+            (
+                r#"{"EtcResolv":{"Nameservers":["8.8.8.8","x"]}}"#,
+                "EtcResolv.Nameservers[1]: not an address: x",
+            ),
+            (
+                r#"{"EtcHosts":[{"Host":"a b","IP":"10.0.0.2"}]}"#,
+                "EtcHosts[0].Host: not a host name: a b",
+            ),
+            (
+                r#"{"EtcHosts":[{"Host":"a","IP":""}]}"#,
+                "EtcHosts[0].IP: not an address: ",
+            ),
         ] {
             assert_eq!(complaint(document), wanted);
         }
-        assert_eq!(complaint(&format!(r#"{{"Hostname":"{}"}}"#, "h".repeat(65))), "Hostname: longer than 64 bytes");
-        assert_eq!(complaint(r#"{"EtcResolv":{"Nameservers":["fe80::1%eth0","::1"]}}"#), "");
+        assert_eq!(
+            complaint(&format!(r#"{{"Hostname":"{}"}}"#, "h".repeat(65))),
+            "Hostname: longer than 64 bytes"
+        );
+        assert_eq!(
+            complaint(r#"{"EtcResolv":{"Nameservers":["fe80::1%eth0","::1"]}}"#),
+            ""
+        );
     }
 }

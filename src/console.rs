@@ -142,7 +142,8 @@ impl Console {
         let mut driver: i32 = 0;
         if let Some((device, _)) = &self.device {
             // SAFETY: TIOCOUTQ writes an int (ioctl_tty(2)).
-            let _no_terminal = unsafe { crate::sys::ioctl_struct(device.as_fd(), TIOCOUTQ, &mut driver) };
+            let _no_terminal =
+                unsafe { crate::sys::ioctl_struct(device.as_fd(), TIOCOUTQ, &mut driver) };
         }
         self.queue.filled().len() + driver.unsigned_abs() as usize
     }

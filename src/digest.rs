@@ -9,7 +9,10 @@ pub const BASE64: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuv
 pub fn base64(digest: &[u8; 20]) -> [u8; 28] {
     let mut text = [b'='; 28];
     for (group, out) in digest.chunks(3).zip(text.chunks_mut(4)) {
-        let bits = group.iter().fold(0u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - group.len()));
+        let bits = group
+            .iter()
+            .fold(0u32, |bits, byte| bits << 8 | u32::from(*byte))
+            << (8 * (3 - group.len()));
         for (at, slot) in out.iter_mut().enumerate().take(group.len() + 1) {
             let index = bits >> (18 - 6 * at) & 63;
             *slot = BASE64.get(index as usize).copied().unwrap_or(b'=');
@@ -22,17 +25,28 @@ pub fn base64(digest: &[u8; 20]) -> [u8; 28] {
 pub fn sha1(message: &[u8]) -> [u8; 20] {
     let mut blocks = [0u8; 128];
     let padded = message.iter().chain(&[0x80]);
-    blocks.iter_mut().zip(padded).for_each(|(slot, byte)| *slot = *byte);
+    blocks
+        .iter_mut()
+        .zip(padded)
+        .for_each(|(slot, byte)| *slot = *byte);
     let blocks_used = if message.len() < 56 { 1 } else { 2 };
     let length = (message.len() as u64 * 8).to_be_bytes();
     let end = blocks.iter_mut().skip(64 * blocks_used - 8);
     end.zip(length).for_each(|(slot, byte)| *slot = byte);
 
-    let mut state = [0x6745_2301u32, 0xefcd_ab89, 0x98ba_dcfe, 0x1032_5476, 0xc3d2_e1f0];
+    let mut state = [
+        0x6745_2301u32,
+        0xefcd_ab89,
+        0x98ba_dcfe,
+        0x1032_5476,
+        0xc3d2_e1f0,
+    ];
     for block in blocks.chunks_exact(64).take(blocks_used) {
         let mut window = [0u32; 16];
         for (word, bytes) in window.iter_mut().zip(block.chunks_exact(4)) {
-            *word = bytes.iter().fold(0, |word, byte| word << 8 | u32::from(*byte));
+            *word = bytes
+                .iter()
+                .fold(0, |word, byte| word << 8 | u32::from(*byte));
         }
         let [mut a, mut b, mut c, mut d, mut e] = state;
         for round in 0..80u32 {
@@ -43,7 +57,12 @@ pub fn sha1(message: &[u8]) -> [u8; 20] {
                 2 => (b & c | b & d | c & d, 0x8f1b_bcdc),
                 _ => (b ^ c ^ d, 0xca62_c1d6u32),
             };
-            let next = a.rotate_left(5).wrapping_add(mix).wrapping_add(e).wrapping_add(constant).wrapping_add(word);
+            let next = a
+                .rotate_left(5)
+                .wrapping_add(mix)
+                .wrapping_add(e)
+                .wrapping_add(constant)
+                .wrapping_add(word);
             (e, d, c, b, a) = (d, c, b.rotate_left(30), a, next);
             // The schedule, sixteen words ahead: w[16] = (w[13] ^ w[8] ^ w[2] ^ w[0]) <<< 1.
             let [w0, _, w2, _, _, _, _, _, w8, _, _, _, _, w13, ..] = window;
@@ -58,7 +77,9 @@ pub fn sha1(message: &[u8]) -> [u8; 20] {
     }
     let mut digest = [0; 20];
     for (out, word) in digest.chunks_exact_mut(4).zip(state) {
-        out.iter_mut().zip(word.to_be_bytes()).for_each(|(slot, byte)| *slot = byte);
+        out.iter_mut()
+            .zip(word.to_be_bytes())
+            .for_each(|(slot, byte)| *slot = byte);
     }
     digest
 }
@@ -68,7 +89,10 @@ mod tests {
     use super::*;
 
     fn hex(message: &[u8]) -> String {
-        sha1(message).iter().map(|byte| format!("{byte:02x}")).collect()
+        sha1(message)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
     }
 
     #[test]

@@ -43,11 +43,11 @@ pub fn hosts<'h, E>(
             write(piece)?;
         }
         if !entry.desc.is_empty() {
-            write(b": ")?;
+            write(b":")?;
             // A line break here would start a line of its own.
             for word in entry.desc.bytes().split(|byte| *byte < b' ') {
-                write(word)?;
                 write(b" ")?;
+                write(word)?;
             }
         }
         write(b"\n")?;
@@ -65,7 +65,10 @@ fn says(line: &[u8], ip: &[u8], name: &[u8]) -> bool {
 }
 
 /// Gives the new /etc/resolv.conf to `write` (resolv.conf(5)).
-pub fn resolv<E>(nameservers: Texts, mut write: impl FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
+pub fn resolv<E>(
+    nameservers: Texts,
+    mut write: impl FnMut(&[u8]) -> Result<(), E>,
+) -> Result<(), E> {
     for server in nameservers.iter() {
         let mut line = Line::new();
         line.add("nameserver ").add(server).put(b'\n');
@@ -97,7 +100,10 @@ mod tests {
     #[test]
     fn entries_appear_once_however_often_the_root_boots() {
         let once = boot("127.0.0.1 localhost\n", ALIAS);
-        assert_eq!(once, "127.0.0.1 localhost\n10.0.0.2\tmy-app.internal\t# pigeon-init: app alias \n");
+        assert_eq!(
+            once,
+            "127.0.0.1 localhost\n10.0.0.2\tmy-app.internal\t# pigeon-init: app alias\n"
+        );
         assert_eq!(boot(&boot(&once, ALIAS), ALIAS), once);
     }
 
@@ -116,7 +122,7 @@ mod tests {
         let image = "127.0.0.1 localhost\n10.0.0.2   other my-app.internal # mine\n";
         assert_eq!(boot(image, ALIAS), image);
         let commented = "127.0.0.1 localhost\n#10.0.0.2 my-app.internal\n";
-        assert!(boot(commented, ALIAS).ends_with("alias \n"));
+        assert!(boot(commented, ALIAS).ends_with("alias\n"));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Whole files: read with a limit, replaced so that a crash leaves the old or the new one.
 
+use crate::task::Outcome;
 use crate::why;
-use crate::task::{Outcome};
 use core::ffi::CStr;
 use pigeon_init::text;
 use rustix::fd::OwnedFd;
@@ -44,7 +44,7 @@ pub fn read_found(path: &CStr, buffer: &mut [u8]) -> Outcome<Option<usize>> {
             Ok(0) => return Ok(Some(length)),
             Ok(count) => length += count,
             Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno).map_err(what),
+            Err(errno) => return Err(what(errno)),
         }
     }
 }

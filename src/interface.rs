@@ -1,8 +1,8 @@
 //! Network interfaces: applying the configuration through rtnetlink.
 
-use crate::why;
 use crate::sys;
 use crate::task::{Outcome, name};
+use crate::why;
 use core::ffi::CStr;
 use pigeon_init::config::Config;
 use pigeon_init::json::decimal;
@@ -53,14 +53,19 @@ impl Channel {
         self.exchange(request).unwrap_or_else(|errno| {
             Err(Refusal {
                 errno: errno.raw_os_error(),
-                message: heapless::Vec::new(),
+                message: Line::new(),
             })
         })
     }
 
     fn exchange(&self, request: &Request) -> Result<Result<(), Refusal>, Errno> {
         let kernel = SocketAddrNetlink::new(0, 0);
-        rustix::net::sendto(&self.socket, request.as_bytes(), SendFlags::empty(), &kernel)?;
+        rustix::net::sendto(
+            &self.socket,
+            request.as_bytes(),
+            SendFlags::empty(),
+            &kernel,
+        )?;
         let mut reply = [0u8; 1024];
         loop {
             let (count, _) = rustix::net::recv(&self.socket, &mut reply, RecvFlags::DONTWAIT)?;
@@ -95,13 +100,29 @@ pub fn configure(config: &Config, mut warn: impl FnMut(Line)) -> Outcome {
         .request(&netlink::link_up(eth0, Some(mtu)))
         .map_err(|refusal| text!("bring ", ETH0, " up with MTU ", mtu, ": ", refusal))?;
     if let Err(errno) = checksums_off(&channel.socket) {
-        warn(text!("cannot switch ", ETH0, "'s checksum offload off: ", name(errno)));
+        warn(text!(
+            "cannot switch ",
+            ETH0,
+            "'s checksum offload off: ",
+            name(errno)
+        ));
     }
     for entry in config.ip_configs() {
         let address = entry.address()?;
         channel
             .ensure(&netlink::add_address(eth0, address.ip, address.prefix))
-            .map_err(|refusal| text!("add ", address.ip, "/", u32::from(address.prefix), " to ", ETH0, ": ", refusal))?;
+            .map_err(|refusal| {
+                text!(
+                    "add ",
+                    address.ip,
+                    "/",
+                    u32::from(address.prefix),
+                    " to ",
+                    ETH0,
+                    ": ",
+                    refusal
+                )
+            })?;
     }
     // After all addresses: a gateway may be in the subnet of a later one.
     for entry in config.ip_configs() {
@@ -109,7 +130,9 @@ pub fn configure(config: &Config, mut warn: impl FnMut(Line)) -> Outcome {
             continue;
         };
         let reachable = config.ip_configs().any(|entry| {
-            entry.address().is_ok_and(|near| netlink::same_subnet(near.ip, gateway, near.prefix))
+            entry
+                .address()
+                .is_ok_and(|near| netlink::same_subnet(near.ip, gateway, near.prefix))
         });
         channel
             .ensure(&netlink::default_route(eth0, gateway, !reachable))
@@ -141,9 +164,18 @@ struct InterfaceRequest<'a> {
 /// business: virtio_net has no switch for them.
 fn checksums_off(socket: &OwnedFd) -> Result<(), Errno> {
     let mut name = [0; 16];
-    name.iter_mut().zip(ETH0.to_bytes()).for_each(|(slot, byte)| *slot = *byte);
-    let mut toggle = Toggle { command: ETHTOOL_STXCSUM, data: 0 };
-    let mut request = InterfaceRequest { name, toggle: &mut toggle, rest: [0; 2] };
+    name.iter_mut()
+        .zip(ETH0.to_bytes())
+        .for_each(|(slot, byte)| *slot = *byte);
+    let mut toggle = Toggle {
+        command: ETHTOOL_STXCSUM,
+        data: 0,
+    };
+    let mut request = InterfaceRequest {
+        name,
+        toggle: &mut toggle,
+        rest: [0; 2],
+    };
     // SAFETY: SIOCETHTOOL reads an ifreq, and through its pointer an ethtool_value, which lives.
     unsafe { sys::ioctl_struct(socket.as_fd(), SIOCETHTOOL, &mut request) }
 }

@@ -119,7 +119,12 @@ impl<'a> Document<'a> {
     }
 
     fn span(&self, slot: u8) -> &'a [u8] {
-        let (start, end) = self.spans.0.get(usize::from(slot)).copied().unwrap_or_default();
+        let (start, end) = self
+            .spans
+            .0
+            .get(usize::from(slot))
+            .copied()
+            .unwrap_or_default();
         self.bytes.get(start as usize..end as usize).unwrap_or(&[])
     }
 
@@ -207,7 +212,9 @@ pub struct Texts<'a>(&'a [u8]);
 impl<'a> Texts<'a> {
     /// The items in their order.
     pub fn iter(self) -> impl Iterator<Item = Text<'a>> + Clone {
-        self.0.split_inclusive(|byte| *byte == 0).map(Text::first_of)
+        self.0
+            .split_inclusive(|byte| *byte == 0)
+            .map(Text::first_of)
     }
 
     /// Whether there is no item.
@@ -225,7 +232,9 @@ impl<'a> Records<'a> {
     pub fn iter(self) -> impl Iterator<Item = Record<'a>> {
         let mut rest = self.0;
         core::iter::from_fn(move || {
-            let members = rest.split_inclusive(|byte| *byte == 0).take_while(|member| *member != b"\0");
+            let members = rest
+                .split_inclusive(|byte| *byte == 0)
+                .take_while(|member| *member != b"\0");
             let length = members.map(<[u8]>::len).sum::<usize>();
             let (record, others) = rest.split_at_checked(length)?;
             rest = others.strip_prefix(b"\0")?;
@@ -271,7 +280,11 @@ pub fn escape(byte: u8) -> ([u8; 6], usize) {
         b'\t' => short(b't'),
         0..0x20 => {
             let low = byte & 15;
-            let digit = if low < 10 { b'0' + low } else { b'a' - 10 + low };
+            let digit = if low < 10 {
+                b'0' + low
+            } else {
+                b'a' - 10 + low
+            };
             ([b'\\', b'u', b'0', b'0', b'0' + (byte >> 4), digit], 6)
         }
         _ => ([byte, 0, 0, 0, 0, 0], 1),
@@ -296,13 +309,25 @@ pub fn escape_next(bytes: &[u8], last: bool) -> Option<([u8; 6], usize, usize)> 
             (0, Some(length)) => (None, length),
             (0, None) if last => (None, window.len()),
             (0, None) => return None,
-            (valid, _) => (window.get(..valid).and_then(|text| core::str::from_utf8(text).ok()), 0),
+            (valid, _) => (
+                window
+                    .get(..valid)
+                    .and_then(|text| core::str::from_utf8(text).ok()),
+                0,
+            ),
         },
     };
     let mut escaped = [0; 6];
     let character = valid.and_then(|text| text.chars().next());
-    let length = character.unwrap_or(char::REPLACEMENT_CHARACTER).encode_utf8(&mut escaped).len();
-    Some((escaped, length, if character.is_some() { length } else { skip }))
+    let length = character
+        .unwrap_or(char::REPLACEMENT_CHARACTER)
+        .encode_utf8(&mut escaped)
+        .len();
+    Some((
+        escaped,
+        length,
+        if character.is_some() { length } else { skip },
+    ))
 }
 
 /// Checks `document` against the members of the object it must be, and decodes it where it lies.
@@ -360,7 +385,10 @@ enum Kind {
 
 impl Kind {
     fn is_object(self) -> bool {
-        matches!(self, Kind::Record(_) | Kind::Listed(_) | Kind::Pairs(_) | Kind::UnknownObject)
+        matches!(
+            self,
+            Kind::Record(_) | Kind::Listed(_) | Kind::Pairs(_) | Kind::UnknownObject
+        )
     }
 
     /// Most values it may have.
@@ -423,13 +451,19 @@ impl Pass<'_> {
         let start = self.write;
         match (first, want) {
             (b'{', Want::Object(kind)) => return self.enter(kind, None),
-            (b'{', Want::Shape(Shape::Record(fields))) => return self.enter(Kind::Record(fields), None),
-            (b'{', Want::Shape(Shape::Pairs(slot, max))) => return self.enter(Kind::Pairs(*max), Some(*slot)),
+            (b'{', Want::Shape(Shape::Record(fields))) => {
+                return self.enter(Kind::Record(fields), None);
+            }
+            (b'{', Want::Shape(Shape::Pairs(slot, max))) => {
+                return self.enter(Kind::Pairs(*max), Some(*slot));
+            }
             (b'{', Want::Unknown) => return self.enter(Kind::UnknownObject, None),
             (b'[', Want::Shape(Shape::Records(slot, max, fields))) => {
                 return self.enter(Kind::Records(*max, fields), Some(*slot));
             }
-            (b'[', Want::Shape(Shape::Texts(slot, max))) => return self.enter(Kind::Texts(*max), Some(*slot)),
+            (b'[', Want::Shape(Shape::Texts(slot, max))) => {
+                return self.enter(Kind::Texts(*max), Some(*slot));
+            }
             (b'[', Want::Unknown) => return self.enter(Kind::UnknownList, None),
             (b'"', Want::Item | Want::Shape(Shape::Text(_))) => self.string(true)?,
             (b'"', Want::Unknown) => self.string(false)?,
@@ -451,7 +485,9 @@ impl Pass<'_> {
                 self.number(Some(max))?;
             }
             (b'-' | b'0'..=b'9', Want::Unknown) => self.number(None)?,
-            (b'{' | b'[' | b'"' | b't' | b'f' | b'-' | b'0'..=b'9', _) => return Err(mismatch(want)),
+            (b'{' | b'[' | b'"' | b't' | b'f' | b'-' | b'0'..=b'9', _) => {
+                return Err(mismatch(want));
+            }
             _ => return Err(Fault::Malformed),
         }
         self.put(0);
@@ -541,7 +577,9 @@ impl Pass<'_> {
                 self.put(b'=');
                 Want::Item
             }
-            Kind::Record(fields) | Kind::Listed(fields) => self.known(fields, start, matches!(kind, Kind::Listed(_))),
+            Kind::Record(fields) | Kind::Listed(fields) => {
+                self.known(fields, start, matches!(kind, Kind::Listed(_)))
+            }
         };
         Ok(Next::Value(want))
     }
@@ -609,7 +647,9 @@ impl Pass<'_> {
     fn code_unit(&mut self, keep: bool) -> Result<(), Fault> {
         let mut code = self.hex4().ok_or(Fault::Malformed)?;
         self.read += 4;
-        if (0xd800..0xdc00).contains(&code) && self.bytes.get(self.read..self.read + 2) == Some(b"\\u") {
+        if (0xd800..0xdc00).contains(&code)
+            && self.bytes.get(self.read..self.read + 2) == Some(b"\\u")
+        {
             self.read += 2;
             match self.hex4() {
                 Some(low @ 0xdc00..0xe000) => {
@@ -624,14 +664,19 @@ impl Pass<'_> {
         }
         let mut utf8 = [0; 4];
         let character = char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER);
-        character.encode_utf8(&mut utf8).bytes().for_each(|byte| self.put(byte));
+        character
+            .encode_utf8(&mut utf8)
+            .bytes()
+            .for_each(|byte| self.put(byte));
         Ok(())
     }
 
     /// The four hexadecimal digits that come next.
     fn hex4(&self) -> Option<u32> {
         let digits = self.bytes.get(self.read..self.read + 4)?;
-        digits.iter().try_fold(0, |sum, &digit| Some(sum << 4 | char::from(digit).to_digit(16)?))
+        digits.iter().try_fold(0, |sum, &digit| {
+            Some(sum << 4 | char::from(digit).to_digit(16)?)
+        })
     }
 
     fn word(&mut self, word: &[u8]) -> Result<(), Fault> {
@@ -700,7 +745,10 @@ impl Pass<'_> {
 
     /// The next byte that is not white space, which stays to be read.
     fn peek(&mut self) -> Option<u8> {
-        while matches!(self.bytes.get(self.read), Some(b' ' | b'\t' | b'\n' | b'\r')) {
+        while matches!(
+            self.bytes.get(self.read),
+            Some(b' ' | b'\t' | b'\n' | b'\r')
+        ) {
             self.read += 1;
         }
         self.bytes.get(self.read).copied()
@@ -764,7 +812,14 @@ mod tests {
         ("Number", Shape::Number(2, 65_535)),
         ("Texts", Shape::Texts(3, 3)),
         ("Pairs", Shape::Pairs(4, 2)),
-        ("List", Shape::Records(5, 2, &[("Name", Shape::Text(0)), ("Size", Shape::Number(1, 128))])),
+        (
+            "List",
+            Shape::Records(
+                5,
+                2,
+                &[("Name", Shape::Text(0)), ("Size", Shape::Number(1, 128))],
+            ),
+        ),
         ("Record", Shape::Record(&[("Deep", Shape::Texts(6, 2))])),
     ];
 
@@ -772,7 +827,10 @@ mod tests {
         let mut bytes = document.to_vec();
         match read(&mut bytes, FIELDS) {
             Ok(spans) => Ok(look(Document::new(&bytes, spans))),
-            Err(error) => Err((error.fault, String::from_utf8(error.path.as_bytes().to_vec()).unwrap())),
+            Err(error) => Err((
+                error.fault,
+                String::from_utf8(error.path.as_bytes().to_vec()).unwrap(),
+            )),
         }
     }
 
@@ -807,14 +865,25 @@ mod tests {
 
     #[test]
     fn absent_members_and_null_ones_are_empty() {
-        for document in ["{}", r#"{"Text":null,"Flag":null,"Number":null,"Texts":null,"Pairs":null,"List":null,"Record":null}"#] {
+        for document in [
+            "{}",
+            r#"{"Text":null,"Flag":null,"Number":null,"Texts":null,"Pairs":null,"List":null,"Record":null}"#,
+        ] {
             with(document.as_bytes(), |document| {
-                assert!(document.text(0).is_empty() && !document.flag(1) && document.number(2) == 0);
-                assert!(document.texts(3).is_empty() && document.texts(4).is_empty() && document.records(5).is_empty());
+                assert!(
+                    document.text(0).is_empty() && !document.flag(1) && document.number(2) == 0
+                );
+                assert!(
+                    document.texts(3).is_empty()
+                        && document.texts(4).is_empty()
+                        && document.records(5).is_empty()
+                );
             })
             .unwrap();
         }
-        let pairs = with(br#"{"Pairs":{"A":null,"B":"b"}}"#, |document| strings(document.texts(4)));
+        let pairs = with(br#"{"Pairs":{"A":null,"B":"b"}}"#, |document| {
+            strings(document.texts(4))
+        });
         assert_eq!(pairs.unwrap(), ["B=b"]);
     }
 
@@ -833,15 +902,28 @@ mod tests {
     fn listed_objects_are_read_field_by_field() {
         let document = r#"{"List":[{"Size":7,"X":[{"Name":"no"}],"Name":"a\"b","Y":null},{"Name":null,"Size":1}]}"#;
         let read = |record: Record| (string(record.text(0)), record.number(1));
-        let records = with(document.as_bytes(), |document| document.records(5).iter().map(read).collect::<Vec<_>>());
-        assert_eq!(records.unwrap(), [("a\"b".to_owned(), 7), (String::new(), 1)]);
-        let count = |list: &str| with(format!(r#"{{"List":{list}}}"#).as_bytes(), |document| document.records(5).iter().count());
-        assert_eq!((count("[]"), count("[{}]"), count("[{},{}]")), (Ok(0), Ok(1), Ok(2)));
+        let records = with(document.as_bytes(), |document| {
+            document.records(5).iter().map(read).collect::<Vec<_>>()
+        });
+        assert_eq!(
+            records.unwrap(),
+            [("a\"b".to_owned(), 7), (String::new(), 1)]
+        );
+        let count = |list: &str| {
+            with(format!(r#"{{"List":{list}}}"#).as_bytes(), |document| {
+                document.records(5).iter().count()
+            })
+        };
+        assert_eq!(
+            (count("[]"), count("[{}]"), count("[{},{}]")),
+            (Ok(0), Ok(1), Ok(2))
+        );
     }
 
     #[test]
     fn escapes_are_decoded_with_surrogate_pairs() {
-        let document = r#"{"Text":"\u00e9\ud83d\udc26 \ud800 \ud800\u0041 \/\n\t\"\\\u0022\u005c\u0001"}"#;
+        let document =
+            r#"{"Text":"\u00e9\ud83d\udc26 \ud800 \ud800\u0041 \/\n\t\"\\\u0022\u005c\u0001"}"#;
         let text = with(document.as_bytes(), |document| string(document.text(0))).unwrap();
         assert_eq!(text, "é🐦 \u{fffd} \u{fffd}A /\n\t\"\\\"\\\u{1}");
     }
@@ -850,7 +932,8 @@ mod tests {
         let mut text = Vec::new();
         let mut at = 0;
         for end in (0..bytes.len()).step_by(step).skip(1).chain([bytes.len()]) {
-            while let Some((piece, length, used)) = escape_next(&bytes[at..end], end == bytes.len()) {
+            while let Some((piece, length, used)) = escape_next(&bytes[at..end], end == bytes.len())
+            {
                 text.extend(&piece[..length]);
                 at += used;
             }
@@ -893,50 +976,107 @@ mod tests {
             (r#"{"Pairs":{"a":1}}"#, "a string", "Pairs"),
             (r#"{"List":{}}"#, "a list", "List"),
             (r#"{"List":[{},3]}"#, "an object", "List[1]"),
-            (r#"{"List":[{"Name":"x"},{"Size":"y"}]}"#, "a whole number", "List[1].Size"),
-            (r#"{"Record":{"Deep":["a",{}]}}"#, "a string", "Record.Deep[1]"),
+            (
+                r#"{"List":[{"Name":"x"},{"Size":"y"}]}"#,
+                "a whole number",
+                "List[1].Size",
+            ),
+            (
+                r#"{"Record":{"Deep":["a",{}]}}"#,
+                "a string",
+                "Record.Deep[1]",
+            ),
         ] {
-            assert_eq!(refused(document), (Fault::Wants(wanted), path.to_owned()), "{document}");
+            assert_eq!(
+                refused(document),
+                (Fault::Wants(wanted), path.to_owned()),
+                "{document}"
+            );
         }
     }
 
     #[test]
     fn limits_are_errors_that_name_the_limit() {
         assert_eq!(refused(r#"{"Texts":["","","",""]}"#).0, Fault::TooMany(3));
-        assert_eq!(refused(r#"{"Pairs":{"a":"","b":"","c":""}}"#).0, Fault::TooMany(2));
+        assert_eq!(
+            refused(r#"{"Pairs":{"a":"","b":"","c":""}}"#).0,
+            Fault::TooMany(2)
+        );
         assert_eq!(refused(r#"{"List":[{},{},{}]}"#).0, Fault::TooMany(2));
         assert_eq!(refused(r#"{"Number":65536}"#).0, Fault::OutOfRange(65_535));
         assert_eq!(refused(r#"{"Number":-1}"#).0, Fault::OutOfRange(65_535));
-        assert_eq!(refused(r#"{"Number":99999999999999999999}"#).0, Fault::OutOfRange(65_535));
+        assert_eq!(
+            refused(r#"{"Number":99999999999999999999}"#).0,
+            Fault::OutOfRange(65_535)
+        );
     }
 
     #[test]
     fn nesting_is_bounded_without_recursion() {
-        let nested = |depth: usize| format!(r#"{{"x":{}{}}}"#, "[".repeat(depth), "]".repeat(depth));
+        let nested =
+            |depth: usize| format!(r#"{{"x":{}{}}}"#, "[".repeat(depth), "]".repeat(depth));
         assert!(with(nested(DEPTH - 1).as_bytes(), |_| ()).is_ok());
         assert_eq!(refused(&nested(DEPTH)).0, Fault::TooDeep);
         assert_eq!(refused(&"[".repeat(1 << 20)).0, Fault::Wants("an object"));
-        assert_eq!(refused(&format!(r#"{{"x":{}"#, "[".repeat(1 << 20))).0, Fault::TooDeep);
+        assert_eq!(
+            refused(&format!(r#"{{"x":{}"#, "[".repeat(1 << 20))).0,
+            Fault::TooDeep
+        );
     }
 
     #[test]
     fn what_is_not_json_is_refused_wherever_it_stands() {
         for document in [
-            "", " ", "{", "{}x", "{}{}", "{,}", r#"{"a"}"#, r#"{"a":}"#, r#"{"a":1,}"#, r#"{a:1}"#,
-            r#"{"a":[1,]}"#, r#"{"a":[1 2]}"#, r#"{"a":[1}}"#, r#"{"a":{]}"#, r#"{"a":01}"#, r#"{"a":1.}"#,
-            r#"{"a":.5}"#, r#"{"a":1e}"#, r#"{"a":-}"#, r#"{"a":+1}"#, r#"{"a":nul}"#, r#"{"a":truE}"#,
-            r#"{"a":NaN}"#, r#"{"a":"x}"#, r#"{"a":"\x"}"#, r#"{"a":"\u12g4"}"#, r#"{"a":"\u12"#,
-            "{\"a\":\"\n\"}", r#"{'a':1}"#, "{\"a\":1}\0", "{\"a\":\u{a0}1}",
+            "",
+            " ",
+            "{",
+            "{}x",
+            "{}{}",
+            "{,}",
+            r#"{"a"}"#,
+            r#"{"a":}"#,
+            r#"{"a":1,}"#,
+            r#"{a:1}"#,
+            r#"{"a":[1,]}"#,
+            r#"{"a":[1 2]}"#,
+            r#"{"a":[1}}"#,
+            r#"{"a":{]}"#,
+            r#"{"a":01}"#,
+            r#"{"a":1.}"#,
+            r#"{"a":.5}"#,
+            r#"{"a":1e}"#,
+            r#"{"a":-}"#,
+            r#"{"a":+1}"#,
+            r#"{"a":nul}"#,
+            r#"{"a":truE}"#,
+            r#"{"a":NaN}"#,
+            r#"{"a":"x}"#,
+            r#"{"a":"\x"}"#,
+            r#"{"a":"\u12g4"}"#,
+            r#"{"a":"\u12"#,
+            "{\"a\":\"\n\"}",
+            r#"{'a':1}"#,
+            "{\"a\":1}\0",
+            "{\"a\":\u{a0}1}",
         ] {
             assert_eq!(refused(document).0, Fault::Malformed, "{document:?}");
         }
-        assert_eq!(with(b"{\"a\":\"\xff\"}", |_| ()).unwrap_err().0, Fault::NotUtf8);
+        assert_eq!(
+            with(b"{\"a\":\"\xff\"}", |_| ()).unwrap_err().0,
+            Fault::NotUtf8
+        );
     }
 
     #[test]
     fn a_nul_is_refused_where_it_would_be_used_and_ignored_where_not() {
-        assert_eq!(refused(r#"{"Text":"a\u0000b"}"#), (Fault::Nul, "Text".to_owned()));
-        assert_eq!(refused(r#"{"Texts":["a","\u0000"]}"#), (Fault::Nul, "Texts[1]".to_owned()));
+        assert_eq!(
+            refused(r#"{"Text":"a\u0000b"}"#),
+            (Fault::Nul, "Text".to_owned())
+        );
+        assert_eq!(
+            refused(r#"{"Texts":["a","\u0000"]}"#),
+            (Fault::Nul, "Texts[1]".to_owned())
+        );
         assert!(with(br#"{"Other":"\u0000","\u0000":1}"#, |_| ()).is_ok());
     }
 
@@ -948,10 +1088,15 @@ mod tests {
 
     #[test]
     fn every_prefix_of_a_document_is_refused_and_none_panics() {
-        let document = r#"{"Text":"\ud83d\udc26","Texts":["a"],"List":[{"Size":1}],"x":[{"y":-1.5e+3}]}"#;
+        let document =
+            r#"{"Text":"\ud83d\udc26","Texts":["a"],"List":[{"Size":1}],"x":[{"y":-1.5e+3}]}"#;
         assert!(with(document.as_bytes(), |_| ()).is_ok());
         for end in 0..document.len() {
-            assert!(with(document[..end].as_bytes(), |_| ()).is_err(), "{}", &document[..end]);
+            assert!(
+                with(&document.as_bytes()[..end], |_| ()).is_err(),
+                "{}",
+                &document[..end]
+            );
         }
     }
 }

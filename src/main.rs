@@ -27,7 +27,7 @@ use crate::metadata::Source;
 use crate::poll::Poller;
 use crate::supervisor::{HANDLED, LINGER, Parts, SINK, Supervisor};
 use crate::sys::{Static, Words};
-use crate::task::{Outcome};
+use crate::task::Outcome;
 use pigeon_init::accounts::Identity;
 use pigeon_init::command::Environment;
 use pigeon_init::config::{Config, DOCUMENT};
@@ -60,10 +60,16 @@ impl Knobs {
     fn read(environment: Words) -> Self {
         let word = |name: &[u8]| environment.get(name);
         Self {
-            level: word(b"INIT_LOG_LEVEL").and_then(Level::parse).unwrap_or(Level::Info),
-            source: word(b"PIGEON_CONFIG").and_then(Source::parse).unwrap_or(Source::Auto),
+            level: word(b"INIT_LOG_LEVEL")
+                .and_then(Level::parse)
+                .unwrap_or(Level::Info),
+            source: word(b"PIGEON_CONFIG")
+                .and_then(Source::parse)
+                .unwrap_or(Source::Auto),
             mmds_patience: word(b"PIGEON_MMDS_TIMEOUT_MS").and_then(metadata::milliseconds),
-            linger: word(b"PIGEON_EXIT_LINGER_MS").and_then(metadata::milliseconds).unwrap_or(LINGER),
+            linger: word(b"PIGEON_EXIT_LINGER_MS")
+                .and_then(metadata::milliseconds)
+                .unwrap_or(LINGER),
         }
     }
 }
@@ -76,7 +82,13 @@ fn start(arguments: Words, words: Words) -> ! {
     if rustix::process::getpid() != Pid::INIT {
         sys::exit(cli::run(arguments, environment));
     }
-    let statics = (CONSOLE.take(), API.take(), CONFIG.take(), SCRATCH.take(), DROPPED.take());
+    let statics = (
+        CONSOLE.take(),
+        API.take(),
+        CONFIG.take(),
+        SCRATCH.take(),
+        DROPPED.take(),
+    );
     let (Some(console), Some(api), Some(document), Some(scratch), Some(sink)) = statics else {
         end::reboot();
     };
@@ -99,7 +111,16 @@ fn start(arguments: Words, words: Words) -> ! {
     // Ctrl-Alt-Del becomes a signal for us (reboot(2)).
     let _without = rustix::system::reboot(rustix::system::RebootCommand::CadOff);
     let linger = knobs.linger;
-    let mut supervisor = Supervisor::new(Parts { console, api, environment, scratch, sink, poller, signals, linger });
+    let mut supervisor = Supervisor::new(Parts {
+        console,
+        api,
+        environment,
+        scratch,
+        sink,
+        poller,
+        signals,
+        linger,
+    });
     let outcome = boot(&mut supervisor, &knobs, document);
     sys::release(document);
     sys::release(supervisor.scratch);
@@ -122,8 +143,13 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
     mounts::rest(&mut |why| drop(supervisor.console.warn(&why)))?;
     let (spans, source) = metadata::load(knobs.source, knobs.mmds_patience, document)?;
     let config = Config::new(document, spans);
-    config.check().map_err(|why| text!("configuration: ", why))?;
-    supervisor.console.info("configuration loaded").field("source", &source);
+    config
+        .check()
+        .map_err(|why| text!("configuration: ", why))?;
+    supervisor
+        .console
+        .info("configuration loaded")
+        .field("source", &source);
     let root = task::start(|report| root::mount(config.root_device(), report))?;
     cgroups.wait(supervisor.console)?;
     root.wait(supervisor.console)?;
@@ -141,7 +167,8 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
 /// Descriptors 0 to 2, so that no other ever gets one of these numbers.
 fn standard_streams() -> Outcome {
     loop {
-        let null = rustix::fs::open(c"/dev/null", OFlags::RDWR, Mode::empty()).map_err(why!("open /dev/null"))?;
+        let null = rustix::fs::open(c"/dev/null", OFlags::RDWR, Mode::empty())
+            .map_err(why!("open /dev/null"))?;
         if rustix::fd::AsRawFd::as_raw_fd(&null) > 2 {
             return Ok(());
         }
@@ -150,7 +177,10 @@ fn standard_streams() -> Outcome {
 }
 
 fn limit_open_files() -> Outcome {
-    let limit = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
+    let limit = Rlimit {
+        current: Some(OPEN_FILES),
+        maximum: Some(OPEN_FILES),
+    };
     rustix::process::setrlimit(Resource::Nofile, limit).map_err(why!("set the limit of open files"))
 }
 

@@ -1,9 +1,9 @@
 //! The configuration from Firecracker's metadata service, or from the initrd's file.
 
-use crate::why;
 use crate::interface::{self, Channel};
 use crate::sys;
 use crate::task::{Outcome, name};
+use crate::why;
 use crate::{files, root};
 use core::ffi::CStr;
 use core::net::{IpAddr, SocketAddrV4};
@@ -55,7 +55,11 @@ pub fn milliseconds(word: &[u8]) -> Option<u64> {
 }
 
 /// Loads the configuration into `document`, decoded: its spans, and where it came from.
-pub fn load(source: Source, patience: Option<u64>, document: &mut [u8]) -> Outcome<(Spans, &'static str)> {
+pub fn load(
+    source: Source,
+    patience: Option<u64>,
+    document: &mut [u8],
+) -> Outcome<(Spans, &'static str)> {
     let mut answers = text!("no configuration");
     if source != Source::File {
         let deadline = sys::milliseconds().saturating_add(patience.unwrap_or(PATIENCE));
@@ -69,8 +73,10 @@ pub fn load(source: Source, patience: Option<u64>, document: &mut [u8]) -> Outco
         match files::read_found(FILE, document)? {
             Some(length) => {
                 let found = document.get_mut(..length).unwrap_or(&mut []);
-                let spans = decode(found).map_err(|why| text!("configuration in ", FILE, ": ", why))?;
-                let spans = spans.ok_or_else(|| text!("configuration in ", FILE, ": nothing to run"))?;
+                let spans =
+                    decode(found).map_err(|why| text!("configuration in ", FILE, ": ", why))?;
+                let spans =
+                    spans.ok_or_else(|| text!("configuration in ", FILE, ": nothing to run"))?;
                 return Ok((spans, "file"));
             }
             None => answers.add("; ").add(FILE).add(": no such file"),
@@ -95,7 +101,8 @@ enum Answer {
 
 /// Asks the service until it gives a document with something to run, or time is up.
 fn fetch(deadline: u64, document: &mut [u8]) -> Result<Spans, Answer> {
-    let index = interface::eth0_index().ok_or_else(|| Answer::None(text!("no network interface eth0")))?;
+    let index =
+        interface::eth0_index().ok_or_else(|| Answer::None(text!("no network interface eth0")))?;
     let channel = Channel::open().map_err(Answer::None)?;
     let guest = IpAddr::V4(mmds::GUEST);
     let up = channel
@@ -190,7 +197,8 @@ impl Session {
             Some(connection) => connection,
             None => self.connect()?,
         };
-        let sent = rustix::net::send(&connection, request, SendFlags::NOSIGNAL).map_err(why!("send"))?;
+        let sent =
+            rustix::net::send(&connection, request, SendFlags::NOSIGNAL).map_err(why!("send"))?;
         if sent != request.len() {
             return Err(text!("send: short"));
         }
@@ -206,7 +214,9 @@ impl Session {
                         return Err(text!("a document over ", document.len(), " bytes"));
                     };
                     let count = start.len().min(body.len());
-                    body.iter_mut().zip(start).for_each(|(to, from)| *to = *from);
+                    body.iter_mut()
+                        .zip(start)
+                        .for_each(|(to, from)| *to = *from);
                     filled = count;
                     break found;
                 }
@@ -226,7 +236,8 @@ impl Session {
     fn connect(&self) -> Outcome<OwnedFd> {
         let what = why!("connect");
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).map_err(what)?;
+        let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)
+            .map_err(what)?;
         // With a port of its own: choosing one in connect() costs the kernel 6 ms of randomness.
         rustix::net::bind(&socket, &SocketAddrV4::new(mmds::GUEST, 0)).map_err(what)?;
         let address = SocketAddrV4::new(mmds::ADDRESS, 80);
@@ -237,7 +248,7 @@ impl Session {
                 let failed = rustix::net::sockopt::socket_error(&socket).map_err(what)?;
                 failed.map_err(what)?;
             }
-            Err(errno) => return Err(errno).map_err(what),
+            Err(errno) => return Err(what(errno)),
         }
         Ok(socket)
     }

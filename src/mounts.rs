@@ -3,8 +3,8 @@
 //! They are mounted in the initramfs, beside everything else that waits during boot, and moved
 //! with all that is mounted in them when the root is there.
 
-use crate::why;
 use crate::task::{Outcome, Report, name};
+use crate::why;
 use core::ffi::CStr;
 use pigeon_init::text;
 use pigeon_init::text::Line;
@@ -26,16 +26,29 @@ struct Mount {
 impl Mount {
     /// A required mount of a file system that needs no source and no data.
     const fn new(target: &'static CStr, kind: &'static CStr, flags: MountFlags) -> Self {
-        Self { source: kind, target, kind, flags, data: None, required: true }
+        Self {
+            source: kind,
+            target,
+            kind,
+            flags,
+            data: None,
+            required: true,
+        }
     }
 
     const fn data(self, data: &'static CStr) -> Self {
-        Self { data: Some(data), ..self }
+        Self {
+            data: Some(data),
+            ..self
+        }
     }
 
     /// A kernel without it gets a warning.
     const fn optional(self) -> Self {
-        Self { required: false, ..self }
+        Self {
+            required: false,
+            ..self
+        }
     }
 
     fn make(&self) -> Result<(), Errno> {
@@ -49,9 +62,18 @@ impl Mount {
 
     fn make_or_warn(&self, warn: &mut dyn FnMut(Line)) -> Outcome {
         match self.make() {
-            Err(errno) if self.required => Err(errno).map_err(why!("mount ", self.kind, " on ", self.target)),
+            Err(errno) if self.required => {
+                Err(errno).map_err(why!("mount ", self.kind, " on ", self.target))
+            }
             Err(errno) => {
-                warn(text!("no ", self.kind, " on ", self.target, ": ", name(errno)));
+                warn(text!(
+                    "no ",
+                    self.kind,
+                    " on ",
+                    self.target,
+                    ": ",
+                    name(errno)
+                ));
                 Ok(())
             }
             Ok(()) => Ok(()),
@@ -69,13 +91,24 @@ const SYS: Mount = Mount::new(c"/sys", c"sysfs", STRICT);
 
 const REST: [Mount; 7] = [
     Mount::new(c"/proc", c"proc", STRICT),
-    Mount::new(c"/dev/pts", c"devpts", NOEXEC.union(NOSUID).union(MountFlags::NOATIME))
-        .data(c"mode=0620,gid=5,ptmxmode=666"),
+    Mount::new(
+        c"/dev/pts",
+        c"devpts",
+        NOEXEC.union(NOSUID).union(MountFlags::NOATIME),
+    )
+    .data(c"mode=0620,gid=5,ptmxmode=666"),
     Mount::new(c"/dev/shm", c"tmpfs", NOSUID.union(NODEV)).data(c"mode=1777"),
     Mount::new(c"/run", c"tmpfs", NOSUID.union(NODEV)).data(c"mode=0755"),
     Mount::new(c"/dev/mqueue", c"mqueue", STRICT).optional(),
-    Mount::new(c"/dev/hugepages", c"hugetlbfs", MountFlags::RELATIME).data(c"pagesize=2M").optional(),
-    Mount::new(c"/proc/sys/fs/binfmt_misc", c"binfmt_misc", MountFlags::RELATIME).optional(),
+    Mount::new(c"/dev/hugepages", c"hugetlbfs", MountFlags::RELATIME)
+        .data(c"pagesize=2M")
+        .optional(),
+    Mount::new(
+        c"/proc/sys/fs/binfmt_misc",
+        c"binfmt_misc",
+        MountFlags::RELATIME,
+    )
+    .optional(),
 ];
 
 /// The trees to move onto the root, each with what is mounted in it.
@@ -129,7 +162,9 @@ const CONTROLLERS: [(&CStr, &CStr); 10] = [
 pub fn cgroups(report: &Report) -> Outcome {
     let warn = &mut |why: Line| report.warn(why);
     let strict = STRICT.union(MountFlags::RELATIME);
-    Mount::new(c"/sys/fs/cgroup", c"tmpfs", STRICT).data(c"mode=755").make_or_warn(warn)?;
+    Mount::new(c"/sys/fs/cgroup", c"tmpfs", STRICT)
+        .data(c"mode=755")
+        .make_or_warn(warn)?;
     Mount::new(c"/sys/fs/cgroup/unified", c"cgroup2", strict)
         .data(c"nsdelegate")
         .optional()
@@ -156,7 +191,9 @@ pub fn make_directory(path: &CStr, mode: u32) -> Result<(), Errno> {
 pub fn make_directories(path: &[u8]) -> Result<(), Errno> {
     let mut prefix = heapless::Vec::<u8, { pigeon_init::config::PATH }>::new();
     for part in path.split_inclusive(|byte| *byte == b'/') {
-        prefix.extend_from_slice(part).map_err(|_| Errno::NAMETOOLONG)?;
+        prefix
+            .extend_from_slice(part)
+            .map_err(|_| Errno::NAMETOOLONG)?;
         match rustix::fs::mkdirat(CWD, &prefix[..], Mode::from_raw_mode(0o755)) {
             // What is in the way of the next part, or of the use of the last, says so itself.
             Ok(()) | Err(Errno::EXIST | Errno::ISDIR) => {}

@@ -130,7 +130,14 @@ mod tests {
         let signal = |body: &str| signal(&mut body.as_bytes().to_vec());
         assert_eq!(signal(r#"{"signal":15}"#).unwrap(), 15);
         assert_eq!(signal("{}").unwrap(), 0);
-        for bad in [r#"{"signal":65}"#, r#"{"signal":-1}"#, r#"{"signal":"TERM"}"#, r#"{"signal":1.5}"#, "[]", ""] {
+        for bad in [
+            r#"{"signal":65}"#,
+            r#"{"signal":-1}"#,
+            r#"{"signal":"TERM"}"#,
+            r#"{"signal":1.5}"#,
+            "[]",
+            "",
+        ] {
             assert!(signal(bad).is_err(), "{bad}");
         }
     }
@@ -140,9 +147,13 @@ mod tests {
         let mut body = br#"{"cmd":["ls","-la"],"timeout_ms":5,"command":["x"]}"#.to_vec();
         let exec = Exec::read(&mut body).unwrap();
         assert_eq!((exec.command().iter().count(), exec.timeout_ms()), (2, 5));
-        let mut message = br#"{"command":["sh"],"tty":true,"cols":80,"rows":24,"cmd":["x","y"]}"#.to_vec();
+        let mut message =
+            br#"{"command":["sh"],"tty":true,"cols":80,"rows":24,"cmd":["x","y"]}"#.to_vec();
         let exec = Exec::read_session(&mut message).unwrap();
-        assert_eq!((exec.command().iter().count(), exec.tty(), exec.size()), (1, true, (80, 24)));
+        assert_eq!(
+            (exec.command().iter().count(), exec.tty(), exec.size()),
+            (1, true, (80, 24))
+        );
     }
 
     #[test]

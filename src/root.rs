@@ -1,9 +1,9 @@
 //! The root file system: mounting it, and leaving the initramfs for it.
 
-use crate::why;
 use crate::mounts::{self, exists, make_directory};
 use crate::sys;
 use crate::task::{Outcome, Report, name};
+use crate::why;
 use core::ffi::CStr;
 use core::mem::MaybeUninit;
 use pigeon_init::text;
@@ -24,7 +24,13 @@ pub fn mount_volume(device: &CStr, target: &CStr, report: &Report) -> Outcome {
     let start = sys::milliseconds();
     while !exists(device) {
         if sys::milliseconds().wrapping_sub(start) >= DEVICE_WAIT {
-            return Err(text!("mount ", device, " on ", target, ": no such device after 2 s"));
+            return Err(text!(
+                "mount ",
+                device,
+                " on ",
+                target,
+                ": no such device after 2 s"
+            ));
         }
         pause(1);
     }
@@ -32,9 +38,15 @@ pub fn mount_volume(device: &CStr, target: &CStr, report: &Report) -> Outcome {
     match rustix::mount::mount(device, target, c"ext4", flags, None::<&CStr>) {
         Err(errno @ (Errno::ACCESS | Errno::ROFS)) => {
             report.warn(text!(device, " is write-protected: mounted read-only"));
-            rustix::mount::mount(device, target, c"ext4", flags | MountFlags::RDONLY, None::<&CStr>)
-                .map_err(|_| errno)
-                .map_err(what)
+            rustix::mount::mount(
+                device,
+                target,
+                c"ext4",
+                flags | MountFlags::RDONLY,
+                None::<&CStr>,
+            )
+            .map_err(|_| errno)
+            .map_err(what)
         }
         other => other.map_err(what),
     }
@@ -61,7 +73,10 @@ pub fn switch(report: &mut impl FnMut(Line)) -> Outcome {
         .map_err(why!("open /"))?;
     rustix::process::chdir(NEW).map_err(why!("enter ", NEW))?;
     for tree in mounts::TREES {
-        let target = tree.to_bytes_with_nul().get(1..).and_then(|name| CStr::from_bytes_with_nul(name).ok());
+        let target = tree
+            .to_bytes_with_nul()
+            .get(1..)
+            .and_then(|name| CStr::from_bytes_with_nul(name).ok());
         let target = target.unwrap_or(c".");
         // A root without the directory, perhaps read-only, is told apart by the move's error.
         let _made = make_directory(target, 0o755);
@@ -132,9 +147,11 @@ fn delete_entries(directory: &OwnedFd) -> Result<Option<Name>, Errno> {
         match rustix::fs::unlinkat(directory, name, flags) {
             // A mount point (rmdir(2)): that is the new root, or what somebody else mounted.
             Ok(()) | Err(Errno::BUSY) => {}
-            Err(Errno::NOTEMPTY) => return heapless::CString::from_bytes_with_nul(name.to_bytes_with_nul())
-                .map(Some)
-                .map_err(|_| Errno::NAMETOOLONG),
+            Err(Errno::NOTEMPTY) => {
+                return heapless::CString::from_bytes_with_nul(name.to_bytes_with_nul())
+                    .map(Some)
+                    .map_err(|_| Errno::NAMETOOLONG);
+            }
             Err(errno) => return Err(errno),
         }
     }

@@ -2,8 +2,8 @@
 //!
 //! What may wait for a device runs in a child.
 
-use crate::why;
 use crate::task::{Outcome, Report};
+use crate::why;
 use crate::{files, interface, mounts, root};
 use pigeon_init::accounts::Identity;
 use pigeon_init::config::Config;
@@ -15,7 +15,9 @@ use rustix::process::{Gid, Uid};
 
 /// Whether anything of this may wait for a disk.
 pub fn may_block(config: &Config) -> bool {
-    config.mounts().next().is_some() || config.etc_hosts().next().is_some() || !config.nameservers().is_empty()
+    config.mounts().next().is_some()
+        || config.etc_hosts().next().is_some()
+        || !config.nameservers().is_empty()
 }
 
 /// Steps 11 and 12, but for the host name.

@@ -1,10 +1,10 @@
 //! From a fork to a command: session, identity, directory, environment, execve.
 
-use crate::why;
 use crate::console::Console;
 use crate::mounts::make_directories;
 use crate::sys::{self, SignalSet, Static};
 use crate::task::{self, Outcome, Report};
+use crate::why;
 use core::ffi::CStr;
 use pigeon_init::accounts::{self, Identity};
 use pigeon_init::command::{self, ENV_ENTRIES, Environment};
@@ -34,12 +34,18 @@ static SCRATCH: Static<Scratch> = Static::new(Scratch {
 
 /// Who a command of the host's runs as: root, unless it names a user.
 pub fn resolve_or_root(user: &[u8], files: &mut [u8; 2 * DOCUMENT]) -> Outcome<Identity> {
-    if user.is_empty() { Ok(Identity::root()) } else { resolve(user, files) }
+    if user.is_empty() {
+        Ok(Identity::root())
+    } else {
+        resolve(user, files)
+    }
 }
 
 /// Resolves a user from the files of the root.
 pub fn resolve(user: &[u8], files: &mut [u8; 2 * DOCUMENT]) -> Outcome<Identity> {
-    let (passwd, group) = files.split_at_mut_checked(DOCUMENT).unwrap_or((&mut [], &mut []));
+    let (passwd, group) = files
+        .split_at_mut_checked(DOCUMENT)
+        .unwrap_or((&mut [], &mut []));
     let passwd = crate::files::read(c"/etc/passwd", passwd)?;
     let group = crate::files::read(c"/etc/group", group)?;
     accounts::resolve(user, passwd, group).map_err(|fault| text!(fault))
@@ -109,9 +115,15 @@ impl<'a, A: Iterator<Item = Text<'a>> + Clone> Command<'a, A> {
         // The kernel may choose a command when memory runs out, as it may not choose PID 1.
         let _without_proc = write_once(c"/proc/self/oom_score_adj", b"0");
         self.enter_directory()?;
-        self.drop_privileges()
-            .map_err(|errno| Failure(task::failure(errno, &[&"become the user"]), NOT_EXECUTABLE))?;
-        point(&mut scratch.argv_pointers, self.argv.clone().map(|argument| argument.c_str().to_bytes_with_nul()));
+        self.drop_privileges().map_err(|errno| {
+            Failure(task::failure(errno, &[&"become the user"]), NOT_EXECUTABLE)
+        })?;
+        point(
+            &mut scratch.argv_pointers,
+            self.argv
+                .clone()
+                .map(|argument| argument.c_str().to_bytes_with_nul()),
+        );
         point(&mut scratch.environment_pointers, self.environment.iter());
         sys::block_signals(SignalSet::EMPTY);
         let command = self.argv.next().map_or(c"", Text::c_str);
@@ -122,7 +134,10 @@ impl<'a, A: Iterator<Item = Text<'a>> + Clone> Command<'a, A> {
                 sys::execve(path, argv, scratch.environment_pointers.as_ptr().cast())
             }
         });
-        Err(Failure(task::failure(errno, &[&"execute ", &command]), code))
+        Err(Failure(
+            task::failure(errno, &[&"execute ", &command]),
+            code,
+        ))
     }
 
     fn enter_directory(&self) -> Result<(), Failure> {
@@ -131,18 +146,24 @@ impl<'a, A: Iterator<Item = Text<'a>> + Clone> Command<'a, A> {
         }
         let directory = self.directory;
         let entered = match rustix::process::chdir(directory.c_str()) {
-            Err(Errno::NOENT) => {
-                make_directories(directory.bytes()).and_then(|()| rustix::process::chdir(directory.c_str()))
-            }
+            Err(Errno::NOENT) => make_directories(directory.bytes())
+                .and_then(|()| rustix::process::chdir(directory.c_str())),
             other => other,
         };
-        entered.map_err(|errno| Failure(task::failure(errno, &[&"enter ", &directory]), NOT_EXECUTABLE))
+        entered.map_err(|errno| {
+            Failure(
+                task::failure(errno, &[&"enter ", &directory]),
+                NOT_EXECUTABLE,
+            )
+        })
     }
 
     /// Groups first: without root they cannot be set.
     fn drop_privileges(&self) -> Result<(), Errno> {
         use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
-        let Identity { uid, gid, groups, .. } = self.identity;
+        let Identity {
+            uid, gid, groups, ..
+        } = self.identity;
         let mut list = heapless::Vec::<Gid, { accounts::GROUPS }>::new();
         list.extend(groups.iter().map(|group| Gid::from_raw(*group)));
         let (uid, gid) = (Uid::from_raw(*uid), Gid::from_raw(*gid));
@@ -154,13 +175,29 @@ impl<'a, A: Iterator<Item = Text<'a>> + Clone> Command<'a, A> {
 
 /// Fills a vector of pointers for execve(2); the last one is null.
 fn point<'s>(pointers: &mut [usize], strings: impl Iterator<Item = &'s [u8]>) {
-    pointers.iter_mut().zip(strings).for_each(|(slot, string)| *slot = string.as_ptr() as usize);
+    pointers
+        .iter_mut()
+        .zip(strings)
+        .for_each(|(slot, string)| *slot = string.as_ptr() as usize);
 }
 
 /// Tries the command in the directories of PATH, as execvp(3) does; a name with `/` is a path.
-fn search(command: &CStr, environment: &Environment, execute: impl Fn(&CStr) -> Errno) -> (Errno, i32) {
+fn search(
+    command: &CStr,
+    environment: &Environment,
+    execute: impl Fn(&CStr) -> Errno,
+) -> (Errno, i32) {
     let missing = |errno| matches!(errno, Errno::NOENT | Errno::NOTDIR);
-    let answer = |errno| (errno, if missing(errno) { NOT_FOUND } else { NOT_EXECUTABLE });
+    let answer = |errno| {
+        (
+            errno,
+            if missing(errno) {
+                NOT_FOUND
+            } else {
+                NOT_EXECUTABLE
+            },
+        )
+    };
     if command.is_empty() {
         return answer(Errno::NOENT);
     }
@@ -172,8 +209,14 @@ fn search(command: &CStr, environment: &Environment, execute: impl Fn(&CStr) -> 
     for directory in path.split(|byte| *byte == b':') {
         let mut candidate = heapless::Vec::<u8, { PATH + 256 }>::new();
         // An empty entry is the working directory.
-        let directory = if directory.is_empty() { b"." } else { directory };
-        let fits = [directory, b"/", command.to_bytes_with_nul()].iter().all(|part| candidate.extend_from_slice(part).is_ok());
+        let directory = if directory.is_empty() {
+            b"."
+        } else {
+            directory
+        };
+        let fits = [directory, b"/", command.to_bytes_with_nul()]
+            .iter()
+            .all(|part| candidate.extend_from_slice(part).is_ok());
         let Some(candidate) = CStr::from_bytes_until_nul(&candidate).ok().filter(|_| fits) else {
             continue;
         };

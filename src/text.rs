@@ -148,7 +148,11 @@ impl Line {
                 return;
             }
             content.cut = content.length + CUT.len() >= LINE;
-            let (piece, length) = if content.cut { (CUT, CUT.len()) } else { (&[byte][..], 1) };
+            let (piece, length) = if content.cut {
+                (CUT, CUT.len())
+            } else {
+                (&[byte][..], 1)
+            };
             let room = content.bytes.iter_mut().skip(content.length);
             room.zip(piece).for_each(|(slot, byte)| *slot = *byte);
             content.length += length;
@@ -169,7 +173,8 @@ impl Line {
         self.put(b'=');
         let mut raw = Line::new();
         value.show(&mut raw);
-        let plain = |b: &u8| b.is_ascii_graphic() && !matches!(b, b'"' | b'\\' | b'=') || *b >= 0x80;
+        let plain =
+            |b: &u8| b.is_ascii_graphic() && !matches!(b, b'"' | b'\\' | b'=') || *b >= 0x80;
         if !raw.as_bytes().is_empty() && raw.as_bytes().iter().all(plain) {
             self.push(raw.as_bytes());
         } else {
@@ -299,7 +304,11 @@ impl Show for IpAddr {
                         let digit = (group >> shift & 15) as u8;
                         if digit != 0 || !leading || shift == 0 {
                             leading = false;
-                            line.put(if digit < 10 { b'0' + digit } else { b'a' - 10 + digit });
+                            line.put(if digit < 10 {
+                                b'0' + digit
+                            } else {
+                                b'a' - 10 + digit
+                            });
                         }
                     }
                 }
@@ -314,7 +323,10 @@ pub struct Errno(pub i32);
 
 impl Show for Errno {
     fn show(&self, line: &mut Line) {
-        match ERRNO.iter().find(|(number, _)| i32::from(*number) == self.0) {
+        match ERRNO
+            .iter()
+            .find(|(number, _)| i32::from(*number) == self.0)
+        {
             Some((_, name)) => name.show(line),
             None => {
                 "errno ".show(line);
@@ -386,7 +398,9 @@ impl Level {
 /// Starts a log line: `pigeon-init: level=info msg="…"`.
 pub fn log_line(level: Level, message: &[u8]) -> Line {
     let mut line = Line::new();
-    line.add("pigeon-init: level=").add(level.name()).add(" msg=");
+    line.add("pigeon-init: level=")
+        .add(level.name())
+        .add(" msg=");
     line.quoted(message);
     line
 }
@@ -425,7 +439,9 @@ mod tests {
     #[test]
     fn a_log_line_quotes_what_needs_quotes() {
         let mut line = log_line(Level::Info, b"workload exited");
-        line.field("exit_code", &0u32).field("path", &"/a b\n").field("empty", &"");
+        line.field("exit_code", &0u32)
+            .field("path", &"/a b\n")
+            .field("empty", &"");
         assert_eq!(
             line.as_bytes(),
             br#"pigeon-init: level=info msg="workload exited" exit_code=0 path="/a b\n" empty="""#

@@ -106,12 +106,7 @@ impl Kernel {
     /// Debian's cloud kernel, fetched on the first call.
     pub fn stock() -> Result<Kernel> {
         let dir = cached("linux", |dir| {
-            let package = run(Command::new("apt-cache").args(["depends", KERNEL_PACKAGE]))?
-                .lines()
-                .find_map(|line| line.trim().strip_prefix("Depends: ").map(String::from))
-                .with_context(|| {
-                    format!("apt knows no {KERNEL_PACKAGE}: is this Debian 12 or 13?")
-                })?;
+            let package = kernel_package()?;
             let files = unpack(&package, dir)?;
             let boot = fs::read_dir(files.join("boot"))?.collect::<Result<Vec<_>, _>>()?;
             let image = boot
@@ -155,6 +150,28 @@ impl Kernel {
         };
         paths.into_iter().map(named).collect()
     }
+}
+
+/// A module of the stock kernel that no VM loads by itself.
+pub fn module(name: &str) -> Result<Vec<u8>> {
+    let dir = cached(&format!("module-{name}"), |dir| {
+        let package = kernel_package()?;
+        let files = unpack(&package, dir)?;
+        let (_, module) = ordered_modules(&files, &[name])?
+            .pop()
+            .with_context(|| format!("{package} has no module {name}"))?;
+        fs::write(dir.join("module.ko"), module)?;
+        Ok(fs::remove_dir_all(files)?)
+    })?;
+    Ok(fs::read(dir.join("module.ko"))?)
+}
+
+/// The package that the metapackage stands for.
+fn kernel_package() -> Result<String> {
+    run(Command::new("apt-cache").args(["depends", KERNEL_PACKAGE]))?
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("Depends: ").map(String::from))
+        .with_context(|| format!("apt knows no {KERNEL_PACKAGE}: is this Debian 12 or 13?"))
 }
 
 /// The wanted modules of an unpacked kernel package, each after those it depends on.

@@ -33,5 +33,6 @@ pub mod serial;
 pub mod tsc;
 pub mod vm;
 pub mod vsock;
+pub mod ws;
 
 pub use vm::{End, Vm};

@@ -107,7 +107,8 @@ fn ctrl_alt_del_asks_the_workload_to_stop() -> Result<()> {
 fn a_workload_that_does_not_stop_on_ctrl_alt_del_is_killed_after_10_s() -> Result<()> {
     let (root, volume) = disks()?;
     let script = format!("{WRITERS} trap 'cut -d. -f1 /proc/uptime >/run/asked' TERM
-        setsid sh -c 'while :; do [ ! -e /run/asked ] || echo \"asked $(cat /run/asked) now $(cut -d. -f1 /proc/uptime)\"; sleep 0.2; done' &
+        setsid sh -c 'echo >/run/up; while :; do [ ! -e /run/asked ] || echo \"asked $(cat /run/asked) now $(cut -d. -f1 /proc/uptime)\"; sleep 0.2; done' &
+        while [ ! -e /run/up ]; do sleep 0.05; done
         echo ready; while :; do sleep 0.05; done");
     let builder = Vm::builder()
         .config(&with_volume(&script))

@@ -34,6 +34,10 @@ use crate::{
 /// Lines of the console that a failing test shows.
 const TAIL: usize = 60;
 
+/// How long one try to reach a guest's port may take: a handshake that begins while the guest's
+/// driver starts can get lost.
+const HANDSHAKE: Duration = Duration::from_secs(3);
+
 /// The guest's context id on vsock.
 const GUEST_CID: u32 = 3;
 /// The guest's MAC address.
@@ -440,8 +444,11 @@ impl Vm {
         let socket = self.vsock.clone().context("the VM has no vsock")?;
         let deadline = Instant::now() + self.patience;
         loop {
-            match vsock::connect(&socket, port, self.patience) {
-                Ok(stream) => return Ok(stream),
+            match vsock::connect(&socket, port, HANDSHAKE) {
+                Ok(stream) => {
+                    stream.set_read_timeout(Some(self.patience))?;
+                    return Ok(stream);
+                }
                 Err(error) if Instant::now() > deadline => return Err(error),
                 Err(error) if self.machine.process().status()?.is_some() => {
                     return Err(error.context("the VM has ended"));
