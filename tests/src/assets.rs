@@ -30,9 +30,6 @@ const MODULES: [&str; 5] = [
     "binfmt_misc",
 ];
 
-/// Modules that only some VMs are given.
-const EXTRA_MODULES: [&str; 1] = ["veth"];
-
 /// The repository this crate is part of.
 pub fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -105,7 +102,7 @@ pub struct Kernel {
 impl Kernel {
     /// Debian's cloud kernel, fetched on the first call.
     pub fn stock() -> Result<Kernel> {
-        let dir = cached("linux", |dir| {
+        let dir = cached("kernel", |dir| {
             let package = kernel_package()?;
             let files = unpack(&package, dir)?;
             let boot = fs::read_dir(files.join("boot"))?.collect::<Result<Vec<_>, _>>()?;
@@ -118,10 +115,6 @@ impl Kernel {
             for (number, (name, module)) in ordered_modules(&files, &MODULES)?.iter().enumerate() {
                 fs::write(dir.join(format!("modules/{number:02}-{name}.ko")), module)?;
             }
-            fs::create_dir(dir.join("extra"))?;
-            for (name, module) in ordered_modules(&files, &EXTRA_MODULES)? {
-                fs::write(dir.join(format!("extra/{name}.ko")), module)?;
-            }
             Ok(fs::remove_dir_all(files)?)
         })?;
         Ok(Kernel { dir })
@@ -130,12 +123,6 @@ impl Kernel {
     /// The uncompressed ELF image.
     pub fn image(&self) -> PathBuf {
         self.dir.join("vmlinux")
-    }
-
-    /// A module that VMs are not given unless they ask for it.
-    pub fn extra_module(&self, name: &str) -> Result<Vec<u8>> {
-        let path = self.dir.join("extra").join(name).with_extension("ko");
-        fs::read(path).with_context(|| format!("no module {name}"))
     }
 
     /// File names and contents of the modules to load, in an order that satisfies them all.

@@ -80,13 +80,18 @@ impl Mode {
     pub fn suits(self, kind: Kind) -> bool {
         match self {
             Mode::File | Mode::Unpack | Mode::Trace => true,
-            Mode::Mmds | Mode::Reader | Mode::Serve | Mode::TraceMmds | Mode::TraceEnd => kind != Kind::Floor,
+            Mode::Mmds | Mode::Reader | Mode::Serve | Mode::TraceMmds | Mode::TraceEnd => {
+                kind != Kind::Floor
+            }
         }
     }
 
     /// Whether there is anything to learn from a second boot: figures of a trace do not vary.
     pub fn is_repeated(self) -> bool {
-        !matches!(self, Mode::Unpack | Mode::Trace | Mode::TraceMmds | Mode::TraceEnd)
+        !matches!(
+            self,
+            Mode::Unpack | Mode::Trace | Mode::TraceMmds | Mode::TraceEnd
+        )
     }
 
     pub fn name(self) -> &'static str {
@@ -204,10 +209,11 @@ impl Lab {
             builder = add(builder, "unpack", b"please".to_vec());
             return Ok(builder.arg("initramfs_async=0"));
         }
-        let document = json!({"ImageConfig": {"Cmd": ["/bin/workload"]}, "ExecOverride": ["/bin/workload"]});
+        let document =
+            json!({"ImageConfig": {"Cmd": ["/bin/workload"]}, "ExecOverride": ["/bin/workload"]});
         let mut modules = self.kernel.modules()?;
         if matches!(mode, Mode::Mmds | Mode::TraceMmds) {
-            modules.push(("veth.ko".into(), self.kernel.extra_module("veth")?));
+            modules.push(("veth.ko".into(), assets::module("veth")?));
             builder = add(builder, "run.json", document.to_string().into());
         } else if subject.kind != Kind::Floor {
             builder = builder.file(&subject.config_path, 0o600, document.to_string());
@@ -221,7 +227,11 @@ impl Lab {
         }
         builder = add(builder, "modules", list.into());
         if matches!(mode, Mode::Trace | Mode::TraceMmds | Mode::TraceEnd) {
-            let end = if mode == Mode::TraceEnd { trace::ORDERS_AT_END } else { "" };
+            let end = if mode == Mode::TraceEnd {
+                trace::ORDERS_AT_END
+            } else {
+                ""
+            };
             builder = add(builder, "trace", [trace::ORDERS, end].concat().into());
         }
         let list = files.join("\n") + "\n";
@@ -282,7 +292,9 @@ fn told(console: &str, figures: &mut Figures) -> Result<()> {
         let value = value.trim_end();
         figures.insert(
             name.into(),
-            value.parse().with_context(|| format!("{name}: {value:?}"))?,
+            value
+                .parse()
+                .with_context(|| format!("{name}: {value:?}"))?,
         );
     }
     Ok(())

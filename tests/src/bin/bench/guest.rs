@@ -52,7 +52,9 @@ impl Programs {
     pub fn system_calls(&self) -> Result<Names> {
         let source = self.dir.path().join("names.c");
         std::fs::File::create(&source)?.write_all(b"#include <sys/syscall.h>\n")?;
-        let macros = run(Command::new(assets::tool("cc")?).args(["-E", "-dM"]).arg(source))?;
+        let macros = run(Command::new(assets::tool("cc")?)
+            .args(["-E", "-dM"])
+            .arg(source))?;
         let named = |line: &str| {
             let (name, number) = line.strip_prefix("#define __NR_")?.split_once(' ')?;
             Some((number.parse().ok()?, name.to_string()))

@@ -98,16 +98,27 @@ fn main() -> ExitCode {
 }
 
 fn parse(words: &[String]) -> Result<Options> {
-    let mut options = Options { runs: 5, others: vec![], modes: MODES.into(), json: None };
+    let mut options = Options {
+        runs: 5,
+        others: vec![],
+        modes: MODES.into(),
+        json: None,
+    };
     let mut words = words.iter();
     while let Some(word) = words.next() {
-        let mut value = || words.next().with_context(|| format!("{word} needs a value"));
+        let mut value = || {
+            words
+                .next()
+                .with_context(|| format!("{word} needs a value"))
+        };
         match word.as_str() {
             "--runs" => options.runs = value()?.parse().context("--runs")?,
             "--vs" => options.others.push(other(value()?)?),
             "--only" => {
                 let mode = |name| MODES.into_iter().find(|mode: &Mode| mode.name() == name);
-                let modes = value()?.split(',').map(|name| mode(name).context("no such mode"));
+                let modes = value()?
+                    .split(',')
+                    .map(|name| mode(name).context("no such mode"));
                 options.modes = modes.collect::<Result<_>>()?;
             }
             "--json" => options.json = Some(value()?.into()),
@@ -120,7 +131,9 @@ fn parse(words: &[String]) -> Result<Options> {
 
 /// NAME=PATH[:CONFIGPATH]
 fn other(text: &str) -> Result<Subject> {
-    let (name, path) = text.split_once('=').context("--vs NAME=PATH[:CONFIGPATH]")?;
+    let (name, path) = text
+        .split_once('=')
+        .context("--vs NAME=PATH[:CONFIGPATH]")?;
     let (init, config_path) = path.rsplit_once(':').unwrap_or((path, CONFIG_PATH));
     ensure!(Path::new(init).is_file(), "--vs: there is no {init}");
     Ok(Subject {
@@ -142,13 +155,18 @@ fn run(options: Options) -> Result<bool> {
         kind,
     };
     let mut subjects = vec![
-        ours("pigeon-init", assets::build_dir().join("init"), Kind::Product),
+        ours(
+            "pigeon-init",
+            assets::build_dir().join("init"),
+            Kind::Product,
+        ),
         ours("floor", lab.floor(), Kind::Floor),
     ];
     subjects.extend(options.others);
     let mut entries = Vec::new();
     for subject in subjects {
-        let size = fs::metadata(&subject.init).with_context(|| subject.init.display().to_string())?;
+        let size =
+            fs::metadata(&subject.init).with_context(|| subject.init.display().to_string())?;
         entries.push(Entry {
             binary_size: size.len() as f64,
             initrd_size: lab.initrd_size(&subject)? as f64,
@@ -161,7 +179,10 @@ fn run(options: Options) -> Result<bool> {
 
     let times = |mode: Mode| if mode.is_repeated() { options.runs } else { 1 };
     let boots = |entry: &Entry| {
-        let modes = options.modes.iter().filter(|mode| mode.suits(entry.subject.kind));
+        let modes = options
+            .modes
+            .iter()
+            .filter(|mode| mode.suits(entry.subject.kind));
         modes.map(|mode| times(*mode)).sum::<usize>()
     };
     let total: usize = entries.iter().map(boots).sum();
@@ -171,7 +192,11 @@ fn run(options: Options) -> Result<bool> {
             for entry in &mut entries {
                 if mode.suits(entry.subject.kind) && run < times(*mode) {
                     done += 1;
-                    eprintln!("bench: {done} of {total}: {}, {}", entry.subject.name, mode.name());
+                    eprintln!(
+                        "bench: {done} of {total}: {}, {}",
+                        entry.subject.name,
+                        mode.name()
+                    );
                     let phase = run as f64 / options.runs as f64;
                     take(entry, *mode, lab.boot(&entry.subject, *mode, phase));
                 }
@@ -184,13 +209,18 @@ fn run(options: Options) -> Result<bool> {
         let text = serde_json::to_string_pretty(&table::json(&entries, options.runs))?;
         fs::write(&path, text + "\n").with_context(|| path.display().to_string())?;
     }
-    Ok(entries.iter().all(|e| e.subject.kind == Kind::Other || e.failures.is_empty()))
+    Ok(entries
+        .iter()
+        .all(|e| e.subject.kind == Kind::Other || e.failures.is_empty()))
 }
 
 /// Adds what a boot has told.
 fn take(entry: &mut Entry, mode: Mode, told: Result<Told>) {
     match told {
-        Ok(Told { mut figures, breakdown }) => {
+        Ok(Told {
+            mut figures,
+            breakdown,
+        }) => {
             if let Some(breakdown) = breakdown {
                 let title = format!("{}, {}", entry.subject.name, mode.name());
                 println!("{}", breakdown.show(&title));
@@ -201,7 +231,9 @@ fn take(entry: &mut Entry, mode: Mode, told: Result<Told>) {
         }
         Err(error) => {
             eprintln!("bench: {}, {}: {error:#}", entry.subject.name, mode.name());
-            entry.failures.push(format!("{}: {}", mode.name(), error.root_cause()));
+            entry
+                .failures
+                .push(format!("{}: {}", mode.name(), error.root_cause()));
         }
     }
 }

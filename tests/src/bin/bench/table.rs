@@ -72,12 +72,21 @@ const fn row(
     decimals: usize,
     get: fn(&Entry, &Entry) -> Option<f64>,
 ) -> Row {
-    Row { name, unit, decimals, bar: None, get }
+    Row {
+        name,
+        unit,
+        decimals,
+        bar: None,
+        get,
+    }
 }
 
 impl Row {
     const fn bar(self, bar: f64) -> Row {
-        Row { bar: Some(bar), ..self }
+        Row {
+            bar: Some(bar),
+            ..self
+        }
     }
 }
 
@@ -101,39 +110,69 @@ fn memory(entry: &Entry) -> Option<f64> {
 /// Each row's function gets the subject and the floor.
 const ROWS: [Row; 26] = [
     row("binary", "B", 0, |e, _| Some(e.binary_size)).bar(65536.0),
-    row("initrd without configuration and modules", "B", 0, |e, _| Some(e.initrd_size))
-        .bar(69632.0),
+    row(
+        "initrd without configuration and modules",
+        "B",
+        0,
+        |e, _| Some(e.initrd_size),
+    )
+    .bar(69632.0),
     row("to unpack that initrd", "ms", 3, |e, _| {
         Some(e.samples.median(Mode::Unpack, "unpack_us")? / 1e3)
     }),
-    row("exec of /init to workload, file", "ms", 3, |e, _| boot_ms(e)),
-    row("  against the floor", "x", 3, |e, floor| Some(boot_ms(e)? / boot_ms(floor)?)).bar(0.25),
+    row("exec of /init to workload, file", "ms", 3, |e, _| {
+        boot_ms(e)
+    }),
+    row("  against the floor", "x", 3, |e, floor| {
+        Some(boot_ms(e)? / boot_ms(floor)?)
+    })
+    .bar(0.25),
     row("  PID 1's instructions", "k", 0, |e, _| {
         Some(e.samples.median(Mode::File, "cpu_ns")? / 1e3)
     }),
     row("    of these in user space", "k", 0, |e, _| {
-        Some(e.samples.median(Mode::Trace, "user_us")?)
+        e.samples.median(Mode::Trace, "user_us")
     }),
-    row("  PID 1's system calls", "", 0, |e, _| e.samples.median(Mode::Trace, "calls")),
-    row("  its children's", "", 0, |e, _| e.samples.median(Mode::Trace, "child_calls")),
-    row("  PID 1's page faults", "", 0, |e, _| e.samples.median(Mode::Trace, "faults")),
+    row("  PID 1's system calls", "", 0, |e, _| {
+        e.samples.median(Mode::Trace, "calls")
+    }),
+    row("  its children's", "", 0, |e, _| {
+        e.samples.median(Mode::Trace, "child_calls")
+    }),
+    row("  PID 1's page faults", "", 0, |e, _| {
+        e.samples.median(Mode::Trace, "faults")
+    }),
     row("  nobody runs (traced boot)", "ms", 3, |e, _| {
         Some(e.samples.median(Mode::Trace, "idle_us")? / 1e3)
     }),
-    row("exec of /init to workload, MMDS", "ms", 3, |e, _| mmds_ms(e)),
-    row("  more than from the file", "ms", 3, |e, _| Some(mmds_ms(e)? - boot_ms(e)?)).bar(1.5),
+    row("exec of /init to workload, MMDS", "ms", 3, |e, _| {
+        mmds_ms(e)
+    }),
+    row("  more than from the file", "ms", 3, |e, _| {
+        Some(mmds_ms(e)? - boot_ms(e)?)
+    })
+    .bar(1.5),
     row("workload's exit to reboot, no reader", "ms", 3, |e, _| {
         Some(e.samples.median(Mode::File, "end_us")? / 1e3)
     })
     .bar(3.0),
-    row("workload's exit to reboot, a reader waits", "ms", 3, |e, _| {
-        Some(e.samples.median(Mode::Reader, "end_us")? / 1e3)
-    })
+    row(
+        "workload's exit to reboot, a reader waits",
+        "ms",
+        3,
+        |e, _| Some(e.samples.median(Mode::Reader, "end_us")? / 1e3),
+    )
     .bar(3.0),
-    row("PID 1, Pss", "KiB", 0, |e, _| e.samples.most(Mode::File, "pss_kib")),
-    row("PID 1, page tables", "KiB", 0, |e, _| e.samples.most(Mode::File, "page_tables_kib")),
+    row("PID 1, Pss", "KiB", 0, |e, _| {
+        e.samples.most(Mode::File, "pss_kib")
+    }),
+    row("PID 1, page tables", "KiB", 0, |e, _| {
+        e.samples.most(Mode::File, "page_tables_kib")
+    }),
     row("  together", "KiB", 0, |e, _| memory(e)).bar(200.0),
-    row("MemAvailable", "KiB", 0, |e, _| e.samples.median(Mode::File, "available_kib")),
+    row("MemAvailable", "KiB", 0, |e, _| {
+        e.samples.median(Mode::File, "available_kib")
+    }),
     row("  more than beside the floor", "KiB", 0, |e, floor| {
         let available = |e: &Entry| e.samples.median(Mode::File, "available_kib");
         Some(available(e)? - available(floor)?)
@@ -146,9 +185,15 @@ const ROWS: [Row; 26] = [
         e.samples.ratio(Mode::Serve, "status_us", "echo_us")
     })
     .bar(1.2),
-    row("/v1/status, new connection, against echo", "x", 2, |e, _| {
-        e.samples.ratio(Mode::Serve, "status_connect_us", "echo_connect_us")
-    })
+    row(
+        "/v1/status, new connection, against echo",
+        "x",
+        2,
+        |e, _| {
+            e.samples
+                .ratio(Mode::Serve, "status_connect_us", "echo_connect_us")
+        },
+    )
     .bar(1.2),
     row("/v1/exec of /bin/true", "1/s", 0, |e, _| {
         Some(1e6 / e.samples.median(Mode::Serve, "exec_us")?)
@@ -191,7 +236,9 @@ pub fn show_all(entries: &[Entry]) -> String {
     lines[0].extend(entries.iter().map(|entry| entry.subject.name.clone()));
     lines[0].extend(["bar", "kept"].map(String::from));
     for row in &ROWS {
-        let values = entries.iter().map(|entry| show((row.get)(entry, floor), row.decimals));
+        let values = entries
+            .iter()
+            .map(|entry| show((row.get)(entry, floor), row.decimals));
         let mut line = vec![row.name.replace("  ", "\u{a0}\u{a0}"), row.unit.to_string()];
         line.extend(values);
         let bar = row.bar.map_or(String::new(), |bar| format!("{bar}"));

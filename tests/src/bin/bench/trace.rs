@@ -120,12 +120,20 @@ fn parse(line: &str) -> Option<Event<'_>> {
 pub fn boot(console: &str, from: f64, to: f64, names: &Names) -> Breakdown {
     let events = console.lines().filter_map(parse);
     // The exec is entered a little after the loader noted the time.
-    take_apart(events.filter(|event| (from..=to).contains(&event.at)), names)
+    take_apart(
+        events.filter(|event| (from..=to).contains(&event.at)),
+        names,
+    )
 }
 
 /// The end: from the workload's exit_group to PID 1's reboot.
 pub fn end(console: &str, names: &Names) -> Result<Breakdown> {
-    let number = |name| names.iter().find(|(_, n)| *n == name).map(|(number, _)| number);
+    let number = |name| {
+        names
+            .iter()
+            .find(|(_, n)| *n == name)
+            .map(|(number, _)| number)
+    };
     let entry = |name| anyhow::Ok(format!("NR {} (", number(name).context("no such call")?));
     let (exit, reboot) = (entry("exit_group")?, entry("reboot")?);
     let events: Vec<_> = console.lines().filter_map(parse).collect();
@@ -133,9 +141,15 @@ pub fn end(console: &str, names: &Names) -> Result<Breakdown> {
     let from = events.iter().rfind(|event| exit(event));
     let from = from.context("the workload's exit is not in the trace")?.at;
     let rebooted = |event: &&Event| event.process == 1 && event.text.starts_with(&reboot);
-    let to = events.iter().rfind(rebooted).context("no reboot in the trace")?.at;
+    let to = events
+        .iter()
+        .rfind(rebooted)
+        .context("no reboot in the trace")?
+        .at;
     Ok(take_apart(
-        events.into_iter().filter(|event| (from..=to).contains(&event.at)),
+        events
+            .into_iter()
+            .filter(|event| (from..=to).contains(&event.at)),
         names,
     ))
 }
@@ -174,7 +188,12 @@ fn take_apart<'a>(events: impl Iterator<Item = Event<'a>>, names: &Names) -> Bre
         process.name = event.comm.into();
         let mut step = |duration, what| {
             let process = pid;
-            result.steps.push(Step { at: at - duration, process, duration, what });
+            result.steps.push(Step {
+                at: at - duration,
+                process,
+                duration,
+                what,
+            });
         };
         in_user_space.insert(pid, event.kind == "sys_exit");
         match event.kind {
@@ -187,7 +206,11 @@ fn take_apart<'a>(events: impl Iterator<Item = Event<'a>>, names: &Names) -> Bre
                 calls.insert(pid, Call { at, name, detail });
             }
             "sys_exit" => {
-                if let Some(Call { at: since, name, detail }) = calls.remove(&pid)
+                if let Some(Call {
+                    at: since,
+                    name,
+                    detail,
+                }) = calls.remove(&pid)
                     && at - since >= STEP
                 {
                     step(at - since, format!("{name} {detail}"));
@@ -195,7 +218,10 @@ fn take_apart<'a>(events: impl Iterator<Item = Event<'a>>, names: &Names) -> Bre
             }
             "mounting" | "path" | "path_at" => {
                 if let Some(call) = calls.get_mut(&pid) {
-                    let text = event.text.split_once(") ").map_or(event.text, |(_, text)| text);
+                    let text = event
+                        .text
+                        .split_once(") ")
+                        .map_or(event.text, |(_, text)| text);
                     if event.kind == "mounting" {
                         call.detail = text.replace("(fault)", "-");
                     } else if !call.detail.starts_with("path=") {
@@ -210,7 +236,10 @@ fn take_apart<'a>(events: impl Iterator<Item = Event<'a>>, names: &Names) -> Bre
                 step(0.0, format!("starts {child}"));
             }
             _ => {
-                let next = event.text.rsplit_once("next_pid=").map_or("", |(_, next)| next);
+                let next = event
+                    .text
+                    .rsplit_once("next_pid=")
+                    .map_or("", |(_, next)| next);
                 let next = next.split(' ').next().and_then(|next| next.parse().ok());
                 last = next.map(|next| (next, at));
             }
@@ -233,13 +262,28 @@ impl Breakdown {
         by_time.sort_by(|a, b| b.1.cpu.total_cmp(&a.1.cpu));
         out += "  on CPU   user  calls faults  process\n";
         for (pid, process) in by_time.iter().filter(|(_, process)| process.cpu >= STEP) {
-            let Process { name, cpu, user, calls, faults } = process;
+            let Process {
+                name,
+                cpu,
+                user,
+                calls,
+                faults,
+            } = process;
             let (cpu, user) = (cpu / 1e3, user / 1e3);
-            writeln!(out, "  {cpu:6.3} {user:6.3} {calls:6} {faults:6}  {name}-{pid}")
-                .expect("a String takes it all");
+            writeln!(
+                out,
+                "  {cpu:6.3} {user:6.3} {calls:6} {faults:6}  {name}-{pid}"
+            )
+            .expect("a String takes it all");
         }
         out += "      at   took  process: what\n";
-        for Step { at, process, duration, what } in &self.steps {
+        for Step {
+            at,
+            process,
+            duration,
+            what,
+        } in &self.steps
+        {
             let (at, duration) = (at / 1e3, duration / 1e3);
             writeln!(out, "  {at:6.3} {duration:6.3}  {process}: {what}")
                 .expect("a String takes it all");
@@ -270,9 +314,9 @@ impl Breakdown {
             json!({"pid": pid, "name": p.name, "cpu_us": p.cpu, "user_us": p.user,
                    "calls": p.calls, "faults": p.faults})
         });
-        let steps = self.steps.iter().map(|s| {
-            json!({"at_us": s.at, "took_us": s.duration, "pid": s.process, "what": s.what})
-        });
+        let steps = self.steps.iter().map(
+            |s| json!({"at_us": s.at, "took_us": s.duration, "pid": s.process, "what": s.what}),
+        );
         json!({
             "total_us": self.total,
             "idle_us": self.idle,
@@ -309,10 +353,17 @@ mod tests {
         let init = &breakdown.processes[&1];
         assert_eq!((init.cpu.round(), init.user.round()), (130.0, 10.0));
         assert_eq!((init.calls, init.faults), (2, 0));
-        let steps: Vec<_> = breakdown.steps.iter().map(|step| step.what.as_str()).collect();
+        let steps: Vec<_> = breakdown
+            .steps
+            .iter()
+            .map(|step| step.what.as_str())
+            .collect();
         assert_eq!(
             steps,
-            ["mount source=\"proc\" kind=\"proc\" data=-", "wait4 (1, 0, 0, 0, 0, 0)"]
+            [
+                "mount source=\"proc\" kind=\"proc\" data=-",
+                "wait4 (1, 0, 0, 0, 0, 0)"
+            ]
         );
     }
 
@@ -320,7 +371,10 @@ mod tests {
     fn a_line_of_a_dump_is_an_event_too() {
         let line = "[    2.047210] kworker/-46  0d..2. 12046us : sys_exit: NR 3 = 0";
         let event = parse(line).unwrap();
-        assert_eq!((event.process, event.comm, event.at), (46, "kworker/", 12046.0));
+        assert_eq!(
+            (event.process, event.comm, event.at),
+            (46, "kworker/", 12046.0)
+        );
         assert_eq!((event.kind, event.text), ("sys_exit", "NR 3 = 0"));
     }
 }
