@@ -14,6 +14,9 @@ usage: ./build.sh COMMAND
                               the words go on the kernel command line
   test [FILTER]               unit tests, then VM tests (those whose name contains FILTER)
 
+  bench [--runs N] [--vs NAME=PATH[:CONFIGPATH]]... [--json FILE]
+                              the figures in one table, beside the sequential floor and others
+
   build                       build/init, the static binary
   initrd [run.json]           build/initrd.cpio: the init, and the configuration if one is given
   rootfs DIR|TAR OUT [SIZE]   an ext4 image of a directory or a tar file; SIZE as 64M, 1G
@@ -150,6 +153,12 @@ run_tests() {
     cargo test "${lab[@]}" --test '*' -- "$@"
 }
 
+bench() {
+    initrd ''
+    setup
+    cargo run "${lab[@]}" --quiet --bin bench -- "$@"
+}
+
 vendor() {
     need_rust
     cargo vendor --locked --quiet vendor >/dev/null
@@ -162,7 +171,7 @@ clean() {
 }
 
 case ${1-} in
-    build | rootfs | setup | run | vendor | clean) "$@" ;;
+    build | rootfs | setup | run | bench | vendor | clean) "$@" ;;
     initrd) initrd "${2-}" ;;
     test) run_tests "${@:2}" ;;
     help | -h | --help) help ;;
