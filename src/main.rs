@@ -33,6 +33,7 @@ use pigeon_init::command::Environment;
 use pigeon_init::config::{Config, DOCUMENT};
 use pigeon_init::text;
 use pigeon_init::text::Level;
+use rustix::fd::{AsRawFd, IntoRawFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Resource, Rlimit};
 
@@ -164,16 +165,20 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
     supervisor.run(&config, &identity)
 }
 
-/// Descriptors 0 to 2, so that no other ever gets one of these numbers.
+/// /dev/null as descriptors 0 to 2: no other ever gets one of these numbers, and commands without
+/// input have this one.
 fn standard_streams() -> Outcome {
-    loop {
-        let null = rustix::fs::open(c"/dev/null", OFlags::RDWR, Mode::empty())
-            .map_err(why!("open /dev/null"))?;
-        if rustix::fd::AsRawFd::as_raw_fd(&null) > 2 {
-            return Ok(());
-        }
-        let _for_ever = rustix::fd::IntoRawFd::into_raw_fd(null);
+    use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
+    let what = why!("open /dev/null");
+    let null = rustix::fs::open(c"/dev/null", OFlags::RDWR, Mode::empty()).map_err(what)?;
+    dup2_stdin(&null)
+        .and_then(|()| dup2_stdout(&null))
+        .and_then(|()| dup2_stderr(&null))
+        .map_err(what)?;
+    if null.as_raw_fd() <= 2 {
+        let _for_ever = null.into_raw_fd();
     }
+    Ok(())
 }
 
 fn limit_open_files() -> Outcome {
