@@ -1,6 +1,7 @@
 //! host
 pub mod assets;
 pub mod http;
+pub mod image;
 pub mod initrd;
 pub mod machine;
 pub mod process;

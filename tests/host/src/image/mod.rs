@@ -1,0 +1,4 @@
+//! Root images of container images.
+pub mod layer;
+pub mod source;
+pub mod tree;
