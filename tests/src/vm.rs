@@ -436,9 +436,9 @@ impl Vm {
         loop {
             match vsock::connect(&socket, port, self.patience) {
                 Ok(stream) => return Ok(stream),
-                Err(error) if Instant::now() > deadline => return Err(error),
+                Err(error) if Instant::now() > deadline => return Err(error.into()),
                 Err(error) if self.machine.process().status()?.is_some() => {
-                    return Err(error.context("the VM has ended"));
+                    return Err(anyhow::Error::from(error).context("the VM has ended"));
                 }
                 Err(_) => thread::sleep(Duration::from_millis(10)),
             }
