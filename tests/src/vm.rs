@@ -332,24 +332,16 @@ impl Builder {
 
     /// The initramfs: the product, and after it what this VM adds.
     fn archive(&self, kernel: &Kernel) -> Result<Vec<u8>> {
-        let mut archive = if self.product {
+        let product = if self.product {
             assets::initrd()?
         } else {
             vec![]
         };
         let mut files = self.files.clone();
         if self.modules {
-            let mut list = String::new();
-            for (name, contents) in kernel.modules()? {
-                let path = format!("/pigeon/lib/{name}");
-                list += &format!("{path}\n");
-                files.file(&path, 0o644, contents);
-            }
-            files.file("/pigeon/modules", 0o644, list);
+            files.modules(kernel)?;
         }
-        archive.resize(archive.len().next_multiple_of(4), 0);
-        archive.extend(files.archive());
-        Ok(archive)
+        Ok(files.on_top_of(product))
     }
 }
 
