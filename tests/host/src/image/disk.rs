@@ -4,6 +4,7 @@
 use std::{
     collections::HashMap,
     ffi::OsStr,
+    fmt::Write as _,
     fs,
     io::{self, Read, Write},
     os::unix::ffi::OsStrExt,
@@ -109,6 +110,7 @@ pub fn write(
     if !status.success() {
         bail!("unable to make the file system: {}", said.trim_end());
     }
+    set_attributes(tree, stage.path(), &image)?;
     fs::rename(&image, out).with_context(|| format!("unable to write {}", out.display()))
 }
 
@@ -119,7 +121,7 @@ fn start(stage: &Path, extent: &Extent, size: u64, root: &Meta) -> Result<Child>
         ulimit -n 1024
         exec \"$FAKEROOT\" -- sh -euc '
             tar --extract --file=- --directory=files --same-permissions --same-owner \\
-                --numeric-owner --delay-directory-restore --xattrs --xattrs-include=\"*\" 1>&2
+                --numeric-owner --delay-directory-restore 1>&2
             \"$MKFS\" -q -F -b 4096 -N \"$INODES\" -E \"$OPTIONS\" -d files image \"$SIZE\" 1>&2
         '";
     let options = format!("{MKFS_OPTIONS},root_owner={}:{}", root.uid, root.gid);
@@ -154,7 +156,7 @@ fn send(
     let mut wanted: HashMap<Place, Vec<u8>> = HashMap::new();
     tree.walk(|name, item| {
         let mut put = |meta, kind, device: Option<(u32, u32)>| -> Result<()> {
-            let mut header = header(&mut archive, meta, kind, 0)?;
+            let mut header = header(meta, kind, 0);
             if let Some((major, minor)) = device {
                 header.set_device_major(major)?;
                 header.set_device_minor(minor)?;
@@ -191,7 +193,7 @@ fn send(
                 super::tree::Kind::File(size) => size,
                 _ => bail!("{:?} has changed meanwhile", path(name)),
             };
-            let mut header = header(&mut archive, &described.meta, tar::EntryType::Regular, size)?;
+            let mut header = header(&described.meta, tar::EntryType::Regular, size);
             let mut contents = Exactly {
                 inner: contents,
                 left: size,
@@ -208,7 +210,7 @@ fn send(
             Item::HardLink(first) => (&Meta::root(0), tar::EntryType::Link, first),
             _ => return Ok(()),
         };
-        let mut header = header(&mut archive, meta, kind, 0)?;
+        let mut header = header(meta, kind, 0);
         let added = archive.append_link(&mut header, path(name), path(target));
         added.with_context(|| format!("unable to write {:?}", path(name)))
     })?;
@@ -216,22 +218,8 @@ fn send(
     Ok(())
 }
 
-/// The header of an entry, after the extended one that it may need.
-fn header(
-    archive: &mut tar::Builder<impl Write>,
-    meta: &Meta,
-    kind: tar::EntryType,
-    size: u64,
-) -> Result<tar::Header> {
-    if !meta.xattrs.is_empty() {
-        let names: Vec<_> = meta
-            .xattrs
-            .iter()
-            .map(|(name, _)| format!("SCHILY.xattr.{name}"))
-            .collect();
-        let values = meta.xattrs.iter().map(|(_, value)| value.as_slice());
-        archive.append_pax_extensions(names.iter().map(String::as_str).zip(values))?;
-    }
+/// The header of an entry.
+fn header(meta: &Meta, kind: tar::EntryType, size: u64) -> tar::Header {
     let mut header = tar::Header::new_gnu();
     header.set_entry_type(kind);
     header.set_mode(meta.mode);
@@ -239,7 +227,52 @@ fn header(
     header.set_gid(meta.gid);
     header.set_mtime(meta.mtime);
     header.set_size(size);
-    Ok(header)
+    header
+}
+
+/// Sets extended attributes in the image: fakeroot 1.31 takes a file that gets one for a file of
+/// no kind at all.
+fn set_attributes(tree: &Tree, stage: &Path, image: &Path) -> Result<()> {
+    let mut requests = String::new();
+    tree.walk(|path, item| {
+        let meta = match item {
+            Item::File(file) => &file.meta,
+            Item::Directory(meta) => meta,
+            _ => return Ok(()),
+        };
+        for (name, value) in &meta.xattrs {
+            let quotable = |text: &str| !text.contains(['"', '\n', '\r', '\0']);
+            let Some(path) = std::str::from_utf8(path)
+                .ok()
+                .filter(|path| quotable(path) && quotable(name))
+            else {
+                eprintln!("pigeon: {}: left out {name}", path.escape_ascii());
+                continue;
+            };
+            let number = requests.lines().count();
+            fs::write(stage.join(format!("value{number}")), value)?;
+            writeln!(requests, "ea_set -f value{number} \"/{path}\" \"{name}\"")?;
+        }
+        Ok(())
+    })?;
+    if requests.is_empty() {
+        return Ok(());
+    }
+    fs::write(stage.join("requests"), requests)?;
+    let done = Command::new(assets::tool("debugfs")?)
+        .args(["-w", "-f", "requests"])
+        .arg(image.file_name().context("an image has a name")?)
+        .current_dir(stage)
+        .stdin(Stdio::null())
+        .output()
+        .context("unable to start debugfs")?;
+    // Its exit status does not tell.
+    let said = String::from_utf8_lossy(&done.stderr);
+    let complaint = said.lines().find(|line| !line.starts_with("debugfs "));
+    match complaint {
+        Some(complaint) => bail!("unable to set an extended attribute: {complaint}"),
+        None => Ok(()),
+    }
 }
 
 /// So many bytes: a file that has shrunk is an error, and one that has grown is cut.
