@@ -47,12 +47,7 @@ pub struct Exec {
     #[arg(long, value_name = "SECONDS", requires = "json")]
     timeout: Option<f64>,
     /// The command and its arguments
-    #[arg(
-        required = true,
-        trailing_var_arg = true,
-        allow_hyphen_values = true,
-        value_name = "CMD"
-    )]
+    #[arg(required = true, trailing_var_arg = true, value_name = "CMD")]
     command: Vec<String>,
 }
 

@@ -42,15 +42,10 @@ enum Hypervisor {
 
 #[derive(Args)]
 pub struct Run {
-    /// A root image, such as ./build.sh rootfs makes
-    image: PathBuf,
-    /// Arguments in place of the image's Cmd; after its Entrypoint, if it has one
-    #[arg(
-        trailing_var_arg = true,
-        allow_hyphen_values = true,
-        value_name = "CMD"
-    )]
-    command: Vec<String>,
+    /// A root image, such as ./build.sh rootfs makes; then arguments in place of its Cmd (after
+    /// its Entrypoint, if it has one)
+    #[arg(required = true, trailing_var_arg = true, value_name = "IMAGE [CMD]")]
+    words: Vec<String>,
     /// The configuration [default: IMAGE's NAME.run.json, if it is there]
     #[arg(short, long, value_name = "RUN.JSON")]
     config: Option<PathBuf>,
@@ -123,18 +118,30 @@ fn pair<'a>(option: &str, text: &'a str) -> Result<(&'a str, &'a str)> {
 }
 
 impl Run {
+    fn image(&self) -> &Path {
+        Path::new(&self.words[0])
+    }
+
+    fn command(&self) -> &[String] {
+        &self.words[1..]
+    }
+
     pub fn run(&self) -> Result<u8> {
         ensure!(
-            self.image.is_file(),
+            self.image().is_file(),
             "there is no image {}; `./build.sh rootfs SOURCE {0}` makes one of a container image",
-            self.image.display()
+            self.image().display()
         );
         let document = self.document()?;
         if self.dry_run {
             println!("{}", serde_json::to_string_pretty(&document)?);
             return Ok(0);
         }
-        let stem = self.image.file_stem().unwrap_or_default().to_string_lossy();
+        let stem = self
+            .image()
+            .file_stem()
+            .unwrap_or_default()
+            .to_string_lossy();
         let claim = vms::claim(self.name.as_deref(), &stem)?;
         let uds = self.uds.as_ref().unwrap_or(&claim.uds);
         match fs::remove_file(uds) {
@@ -164,7 +171,7 @@ impl Run {
 
     /// The configuration: the file's, with what the options say.
     fn document(&self) -> Result<Value> {
-        let beside = run_json_path(&self.image);
+        let beside = run_json_path(self.image());
         let path = match &self.config {
             Some(path) => Some(path),
             None => beside.exists().then_some(&beside),
@@ -184,8 +191,8 @@ impl Run {
         if let Some(entrypoint) = &self.entrypoint {
             document["ImageConfig"]["Entrypoint"] = json!([entrypoint]);
         }
-        if self.entrypoint.is_some() || !self.command.is_empty() {
-            document["ImageConfig"]["Cmd"] = json!(self.command);
+        if self.entrypoint.is_some() || !self.command().is_empty() {
+            document["ImageConfig"]["Cmd"] = json!(self.command());
             document["ExecOverride"] = Value::Null;
             document["CmdOverride"] = Value::Null;
         }
@@ -223,7 +230,7 @@ impl Run {
                 || given(&image["Cmd"]),
             "nothing to run: there is no {}; give a command: pigeon run {} /bin/sh -c 'echo hello'",
             beside.display(),
-            self.image.display()
+            self.image().display()
         );
         document
             .as_object_mut()
@@ -252,7 +259,7 @@ impl Run {
         let initrd = dir.join("initrd");
         fs::write(&initrd, files.on_top_of(product))?;
 
-        let mut disks = vec![Disk::file(&fs::canonicalize(&self.image)?)];
+        let mut disks = vec![Disk::file(&fs::canonicalize(self.image())?)];
         for disk in &self.disk {
             let (path, _) = pair("--disk", disk)?;
             let path = fs::canonicalize(path).with_context(|| format!("unable to find {path}"))?;
