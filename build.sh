@@ -64,7 +64,7 @@ cargo_init() {
         -C relocation-model=static -C force-unwind-tables=no \
         -C linker=rust-lld -C linker-flavor=ld.lld \
         -C link-arg=-static -C link-arg=--no-eh-frame-hdr -C link-arg=--build-id=none \
-        -C link-arg=-znorelro -C link-arg=-znoseparate-code -C link-arg=--icf=all
+        -C link-arg=-znorelro -C link-arg=--icf=all -C link-arg=-Tsrc/init.ld
 }
 
 build() {
@@ -148,7 +148,7 @@ run_tests() {
     cargo test "${lab[@]}" --workspace --lib --bins
     cargo test "${lab[@]}" --workspace --doc
     say "VM tests (consoles are kept in build/logs)"
-    cargo test "${lab[@]}" --test '*' -- "$@"
+    cargo test "${lab[@]}" --workspace --test '*' -- "$@"
 }
 
 vendor() {

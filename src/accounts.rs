@@ -1,5 +1,6 @@
 //! Users and groups from the text of passwd(5) and group(5).
 
+use crate::json;
 use crate::text::{Line, Show};
 
 /// Most supplementary groups of a user.
@@ -39,9 +40,12 @@ impl Show for Fault<'_> {
         match *self {
             Fault::User(name) => line.add("unknown user ").add(name),
             Fault::Group(name) => line.add("unknown group ").add(name),
-            Fault::TooManyGroups(name) => {
-                line.add("user ").add(name).add(" is in more than ").add(GROUPS).add(" groups")
-            }
+            Fault::TooManyGroups(name) => line
+                .add("user ")
+                .add(name)
+                .add(" is in more than ")
+                .add(GROUPS)
+                .add(" groups"),
             Fault::Home(name) => line.add("home directory of ").add(name).add(" is too long"),
         };
     }
@@ -95,7 +99,10 @@ pub fn resolve<'a>(spec: &'a [u8], passwd: &[u8], group: &[u8]) -> Result<Identi
         (None, Some(account)) => {
             identity.join(identity.gid, user)?;
             for group in groups(group) {
-                let member = group.members.split(|byte| *byte == b',').any(|name| name == account.name);
+                let member = group
+                    .members
+                    .split(|byte| *byte == b',')
+                    .any(|name| name == account.name);
                 if member {
                     identity.join(group.gid, user)?;
                 }
@@ -107,11 +114,21 @@ pub fn resolve<'a>(spec: &'a [u8], passwd: &[u8], group: &[u8]) -> Result<Identi
 }
 
 impl Identity {
+    /// Root, in no group but its own.
+    pub fn root() -> Self {
+        Self {
+            groups: [0].into_iter().collect(),
+            ..Self::default()
+        }
+    }
+
     fn join<'a>(&mut self, gid: u32, user: &'a [u8]) -> Result<(), Fault<'a>> {
         if self.groups.contains(&gid) {
             return Ok(());
         }
-        self.groups.push(gid).map_err(|_| Fault::TooManyGroups(user))
+        self.groups
+            .push(gid)
+            .map_err(|_| Fault::TooManyGroups(user))
     }
 }
 
@@ -129,8 +146,16 @@ fn accounts(passwd: &[u8]) -> impl Iterator<Item = Account<'_>> {
         let name = fields.next().filter(|name| !name.is_empty())?;
         let uid = number(fields.nth(1)?)?;
         let gid = number(fields.next()?)?;
-        let home = fields.nth(1).filter(|home| !home.is_empty()).unwrap_or(b"/");
-        Some(Account { name, uid, gid, home })
+        let home = fields
+            .nth(1)
+            .filter(|home| !home.is_empty())
+            .unwrap_or(b"/");
+        Some(Account {
+            name,
+            uid,
+            gid,
+            home,
+        })
     })
 }
 
@@ -157,15 +182,7 @@ fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
 
 /// An id: decimal digits, below 2^32 - 1, which the kernel takes for "no change" (setuid(2)).
 fn number(digits: &[u8]) -> Option<u32> {
-    if digits.is_empty() {
-        return None;
-    }
-    let value = digits.iter().try_fold(0u32, |sum, digit| {
-        let digit = digit.wrapping_sub(b'0');
-        (digit < 10).then_some(())?;
-        sum.checked_mul(10)?.checked_add(u32::from(digit))
-    })?;
-    (value != u32::MAX).then_some(value)
+    json::decimal(digits).filter(|value| *value != u32::MAX)
 }
 
 #[cfg(test)]
@@ -181,14 +198,25 @@ mod tests {
 
     fn ids(spec: &str) -> Result<(u32, u32, Vec<u32>, String), Fault<'_>> {
         resolve(spec.as_bytes(), PASSWD, GROUP).map(|who| {
-            (who.uid, who.gid, who.groups.to_vec(), String::from_utf8(who.home.to_vec()).unwrap())
+            (
+                who.uid,
+                who.gid,
+                who.groups.to_vec(),
+                String::from_utf8(who.home.to_vec()).unwrap(),
+            )
         })
     }
 
     #[test]
     fn a_name_gives_ids_home_and_supplementary_groups() {
-        assert_eq!(ids("app"), Ok((1000, 100, vec![100, 10, 6], "/home/app".into())));
-        assert_eq!(ids("nobody"), Ok((65534, 65534, vec![65534], "/nonexistent".into())));
+        assert_eq!(
+            ids("app"),
+            Ok((1000, 100, vec![100, 10, 6], "/home/app".into()))
+        );
+        assert_eq!(
+            ids("nobody"),
+            Ok((65534, 65534, vec![65534], "/nonexistent".into()))
+        );
         assert_eq!(ids("root"), Ok((0, 0, vec![0, 10], "/root".into())));
         assert_eq!(ids(""), ids("root"));
         assert_eq!(ids("bare"), Ok((7, 8, vec![8], "/".into())));
@@ -196,8 +224,14 @@ mod tests {
 
     #[test]
     fn a_group_given_replaces_the_primary_and_all_supplementary_groups() {
-        assert_eq!(ids("app:wheel"), Ok((1000, 10, vec![10], "/home/app".into())));
-        assert_eq!(ids("app:4242"), Ok((1000, 4242, vec![4242], "/home/app".into())));
+        assert_eq!(
+            ids("app:wheel"),
+            Ok((1000, 10, vec![10], "/home/app".into()))
+        );
+        assert_eq!(
+            ids("app:4242"),
+            Ok((1000, 4242, vec![4242], "/home/app".into()))
+        );
         assert_eq!(ids("0:0"), Ok((0, 0, vec![0], "/root".into())));
         assert_eq!(ids(":disk"), Ok((0, 6, vec![6], "/root".into())));
         assert_eq!(ids("app:"), ids("app"));
@@ -216,7 +250,10 @@ mod tests {
         assert_eq!(ids("nosuch"), Err(Fault::User(b"nosuch")));
         assert_eq!(ids("app:nosuch"), Err(Fault::Group(b"nosuch")));
         assert_eq!(ids("4294967295"), Err(Fault::User(b"4294967295")));
-        assert_eq!(ids("99999999999999999999"), Err(Fault::User(b"99999999999999999999")));
+        assert_eq!(
+            ids("99999999999999999999"),
+            Err(Fault::User(b"99999999999999999999"))
+        );
         assert_eq!(ids("-1"), Err(Fault::User(b"-1")));
         for garbage in ["garbage", "noid", "big", "minus"] {
             assert_eq!(ids(garbage), Err(Fault::User(garbage.as_bytes())));
@@ -231,7 +268,12 @@ mod tests {
 
     #[test]
     fn more_groups_than_there_is_room_for_is_an_error_and_not_a_truncation() {
-        let group: String = (0..=GROUPS).map(|at| format!("g{at}:x:{}:app\n", 5000 + at)).collect();
-        assert_eq!(resolve(b"app", PASSWD, group.as_bytes()), Err(Fault::TooManyGroups(b"app")));
+        let group: String = (0..=GROUPS)
+            .map(|at| format!("g{at}:x:{}:app\n", 5000 + at))
+            .collect();
+        assert_eq!(
+            resolve(b"app", PASSWD, group.as_bytes()),
+            Err(Fault::TooManyGroups(b"app"))
+        );
     }
 }

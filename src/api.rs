@@ -3,13 +3,15 @@
 use crate::commands::{Commands, Context, Kind, Running};
 use crate::poll::{Poller, Source};
 use crate::sys::{Region, vsock};
-use crate::task::{Explain, Outcome, name};
+use crate::task::{Outcome, name};
+use crate::why;
 use pigeon_init::http::{self, Call, Progress, Reader, Refusal, Request, Status, Style, Target};
-use pigeon_init::request::{Control, Exec, Signal};
+use pigeon_init::json::Text;
+use pigeon_init::request::{self, Control, Exec};
 use pigeon_init::slab::{Key, Slab};
+use pigeon_init::text;
 use pigeon_init::text::{Line, Show};
 use pigeon_init::websocket::{self, CloseCode, Decoder, Event};
-use pigeon_init::text;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -27,11 +29,9 @@ const BACKLOG: i32 = 128;
 const HEAD_TIME: u64 = 10_000;
 /// Time for a request's body, in milliseconds, from the end of its head.
 const BODY_TIME: u64 = 30_000;
-/// Time in which a client must take some of what waits for it, in milliseconds.
+/// Time in which a client must take some of what waits for it, or answer a close frame, in
+/// milliseconds.
 const READ_TIME: u64 = 30_000;
-/// Time for a client to answer a close frame, in milliseconds.
-const CLOSE_TIME: u64 = 2_000;
-
 /// Received bytes: a request, or a message; the larger of the two.
 const IN: usize = http::BUFFER;
 const _: () = assert!(IN >= websocket::BUFFER);
@@ -121,7 +121,6 @@ enum Mode {
 struct Answer {
     piece: usize,
     at: usize,
-    frame: [Line; 3],
 }
 
 struct Session {
@@ -151,8 +150,13 @@ impl Api {
 
     /// Starts listening; a VM without a vsock device has no API.
     pub fn listen(&mut self, poller: &Poller) -> Outcome {
-        let listener = vsock::listen(PORT, BACKLOG).explain(|| text!("listen on vsock port ", PORT))?;
-        poller.watch(&listener, Source::Listener, EventFlags::empty(), EventFlags::IN);
+        let listener = vsock::listen(PORT, BACKLOG).map_err(why!("listen on vsock port ", PORT))?;
+        poller.watch(
+            &listener,
+            Source::Listener,
+            EventFlags::empty(),
+            EventFlags::IN,
+        );
         self.listener = Some(listener);
         Ok(())
     }
@@ -173,7 +177,9 @@ impl Api {
                 && matches!(connection.mode, Mode::Session(_))
             {
                 let frame = websocket::close_frame(Some(CloseCode::GoingAway as u16));
-                let _client_gone = connection.queue(&frame).and_then(|()| connection.flush(workload));
+                let _client_gone = connection
+                    .queue(&frame)
+                    .and_then(|()| connection.flush(workload));
             }
             self.drop_connection(key);
         }
@@ -219,8 +225,13 @@ impl Api {
 
     /// Drops the connection that has been idle longest, if one is.
     fn make_room(&mut self) {
-        let idle = self.connections.iter().filter(|(_, connection)| connection.is_idle());
-        let oldest = idle.min_by_key(|(_, connection)| connection.idle_since).map(|(key, _)| key);
+        let idle = self
+            .connections
+            .iter()
+            .filter(|(_, connection)| connection.is_idle());
+        let oldest = idle
+            .min_by_key(|(_, connection)| connection.idle_since)
+            .map(|(key, _)| key);
         if let Some(key) = oldest {
             self.drop_connection(key);
         }
@@ -273,7 +284,11 @@ impl Api {
     }
 
     fn on_session(&mut self, key: Key, host: &mut Host) {
-        let Some(connection_key) = self.commands.get(key).and_then(|command| command.connection) else {
+        let Some(connection_key) = self
+            .commands
+            .get(key)
+            .and_then(|command| command.connection)
+        else {
             return;
         };
         if let Some(connection) = self.connections.get_mut(connection_key) {
@@ -284,7 +299,11 @@ impl Api {
 
     /// A process was reaped; whether it was a command's.
     pub fn on_exit(&mut self, pid: Pid, status: WaitStatus, host: &mut Host) -> bool {
-        let found = self.commands.iter().find(|(_, command)| command.pid == Some(pid)).map(|(key, _)| key);
+        let found = self
+            .commands
+            .iter()
+            .find(|(_, command)| command.pid == Some(pid))
+            .map(|(key, _)| key);
         let Some(key) = found else {
             return false;
         };
@@ -297,14 +316,17 @@ impl Api {
 
     /// A command has ended, or counts as ended: its connection can go on.
     fn answer(&mut self, key: Key, failure: Option<Line>, host: &mut Host) {
-        let connection_key = self.commands.get(key).and_then(|command| command.connection);
+        let connection_key = self
+            .commands
+            .get(key)
+            .and_then(|command| command.connection);
         let Some(connection_key) = connection_key else {
             self.commands.remove(key);
             return;
         };
         if let Some(connection) = self.connections.get_mut(connection_key) {
             let goes = connection
-                .command_ended(key, failure, &mut self.commands, host.context.now)
+                .command_ended(key, failure, &mut self.commands)
                 .and_then(|()| connection.proceed(connection_key, &mut self.commands, host));
             self.settle(connection_key, goes, host);
         }
@@ -329,11 +351,17 @@ impl Api {
 
     /// The next time at which something has to be done.
     pub fn deadline(&self) -> Option<u64> {
-        let connections = self.connections.iter().filter_map(|(_, connection)| connection.deadline);
-        let commands = self.commands.iter().filter_map(|(_, command)| match &command.kind {
-            Kind::Once(once) if command.status.is_none() => Some(once.deadline),
-            _ => None,
-        });
+        let connections = self
+            .connections
+            .iter()
+            .filter_map(|(_, connection)| connection.deadline);
+        let commands = self
+            .commands
+            .iter()
+            .filter_map(|(_, command)| match &command.kind {
+                Kind::Once(once) if command.status.is_none() => Some(once.deadline),
+                _ => None,
+            });
         connections.chain(commands).min()
     }
 
@@ -367,7 +395,9 @@ impl Api {
             if let Some(connection) = self.connections.get_mut(key)
                 && connection.deadline.is_some_and(|deadline| deadline <= now)
             {
-                let goes = connection.expire().and_then(|()| connection.flush(host.workload));
+                let goes = connection
+                    .expire()
+                    .and_then(|()| connection.proceed(key, &mut self.commands, host));
                 self.settle(key, goes, host);
             }
         }
@@ -378,9 +408,31 @@ impl Api {
 fn refuse(socket: &OwnedFd) {
     let mut answer = Line::new();
     let body = r#"{"error":"too many connections"}"#;
-    http::response(&mut answer, Status::ServiceUnavailable, Style::CLOSE, body.len(), "");
+    http::response(
+        &mut answer,
+        Status::ServiceUnavailable,
+        Style::CLOSE,
+        body.len(),
+        "",
+    );
     answer.add(body);
     let _client_gone = rustix::net::send(socket, answer.as_bytes(), SendFlags::NOSIGNAL);
+}
+
+/// Takes a started command in, and waits for its output.
+fn admit(commands: &mut Commands, started: Outcome<Running>, poller: &Poller) -> Outcome<Key> {
+    match commands.insert(started?) {
+        Ok(key) => {
+            if let Some(command) = commands.get_mut(key) {
+                command.register(key, poller);
+            }
+            Ok(key)
+        }
+        Err(command) => {
+            command.kill();
+            Err(text!("too many commands"))
+        }
+    }
 }
 
 /// Nobody waits for a command any more: it is killed, and forgotten when it is reaped.
@@ -405,7 +457,9 @@ impl Connection {
     fn wants_input(&self) -> bool {
         let room = self.received < IN;
         match &self.mode {
-            Mode::Request(_) | Mode::ExitCode | Mode::Command(_) | Mode::Answer(..) => room && self.has_room(),
+            Mode::Request(_) | Mode::ExitCode | Mode::Command(_) | Mode::Answer(..) => {
+                room && self.has_room()
+            }
             Mode::Session(session) => room && session.pending.is_empty() && self.has_room(),
             Mode::Closing => false,
         }
@@ -420,7 +474,11 @@ impl Connection {
         let (input, _) = self.memory.split_at_mut_checked(IN).ok_or(Gone)?;
         let room = input.get_mut(self.received..).ok_or(Gone)?;
         let limit = room.len().min(READ);
-        match rustix::net::recv(&self.socket, room.get_mut(..limit).ok_or(Gone)?, RecvFlags::empty()) {
+        match rustix::net::recv(
+            &self.socket,
+            room.get_mut(..limit).ok_or(Gone)?,
+            RecvFlags::empty(),
+        ) {
             Ok((0, _)) => Err(Gone),
             Ok((count, _)) => {
                 self.received += count;
@@ -454,7 +512,12 @@ impl Connection {
     }
 
     /// Takes a request from the received bytes, if a whole one is there; whether to go on.
-    fn read_request(&mut self, key: Key, commands: &mut Commands, host: &mut Host) -> Result<bool, Gone> {
+    fn read_request(
+        &mut self,
+        key: Key,
+        commands: &mut Commands,
+        host: &mut Host,
+    ) -> Result<bool, Gone> {
         let Mode::Request(reader) = &mut self.mode else {
             return Ok(false);
         };
@@ -501,13 +564,24 @@ impl Connection {
     }
 
     /// Does what a request asks for; its body is still among the received bytes.
-    fn dispatch(&mut self, key: Key, request: &Request, commands: &mut Commands, host: &mut Host) -> Goes {
+    fn dispatch(
+        &mut self,
+        key: Key,
+        request: &Request,
+        commands: &mut Commands,
+        host: &mut Host,
+    ) -> Goes {
         let body = request.body.clone();
         match request.target {
             Target::Unknown => self.refuse(Status::NotFound, "no such path", ""),
             Target::NoUpgrade => {
-                let headers = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n";
-                self.refuse(Status::UpgradeRequired, "a WebSocket handshake, version 13, is needed", headers)
+                let headers =
+                    "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n";
+                self.refuse(
+                    Status::UpgradeRequired,
+                    "a WebSocket handshake, version 13, is needed",
+                    headers,
+                )
             }
             Target::WrongMethod(methods) => {
                 let allow = text!("Allow: ", methods, "\r\n");
@@ -526,20 +600,24 @@ impl Connection {
                 self.queue(head.as_bytes())
             }
             Target::Call(Call::Status) => self.answer(Status::Ok, br#"{"ok":true}"#, ""),
-            Target::Call(Call::ExitCode) if host.workload.exit.is_some() => self.tell_exit(host.workload),
+            Target::Call(Call::ExitCode) if host.workload.exit.is_some() => {
+                self.tell_exit(host.workload)
+            }
             Target::Call(Call::ExitCode) => {
                 self.mode = Mode::ExitCode;
                 Ok(())
             }
             Target::Call(Call::Signals) => self.signal(body, host),
             Target::Call(Call::Exec) => self.start_command(key, body, commands, host),
-            Target::Call(Call::Session) => self.refuse(Status::UpgradeRequired, "a handshake is needed", ""),
+            Target::Call(Call::Session) => {
+                self.refuse(Status::UpgradeRequired, "a handshake is needed", "")
+            }
         }
     }
 
     fn signal(&mut self, body: core::ops::Range<usize>, host: &mut Host) -> Goes {
-        let signal = match Signal::read(self.memory.get_mut(body).unwrap_or(&mut [])) {
-            Ok(signal) => signal.signal,
+        let signal = match request::signal(self.memory.get_mut(body).unwrap_or(&mut [])) {
+            Ok(signal) => signal,
             Err(error) => return self.refuse(Status::BadRequest, error, ""),
         };
         if signal == 0 {
@@ -551,7 +629,11 @@ impl Connection {
         match crate::sys::kill_group(group, signal) {
             Ok(()) => self.answer(Status::Ok, br#"{"ok":true}"#, ""),
             Err(Errno::SRCH) => self.refuse(Status::Conflict, "the workload is not running", ""),
-            Err(errno) => self.refuse(Status::InternalServerError, text!("send the signal: ", name(errno)), ""),
+            Err(errno) => self.refuse(
+                Status::InternalServerError,
+                text!("send the signal: ", name(errno)),
+                "",
+            ),
         }
     }
 
@@ -570,31 +652,24 @@ impl Connection {
                 return self.refuse(Status::BadRequest, why, "");
             }
         };
-        if exec.command.iter().next().is_none_or(|name| name.is_empty()) {
+        if exec.command().iter().next().is_none_or(Text::is_empty) {
             return self.refuse(Status::BadRequest, "cmd: must have a command", "");
         }
         if commands.is_full() {
             return self.refuse(Status::ServiceUnavailable, "too many commands", "");
         }
         let started = Running::once(&exec, key, &mut host.context);
-        match started.map(|command| commands.insert(command)) {
-            Ok(Ok(command)) => {
-                if let Some(running) = commands.get_mut(command) {
-                    running.register(command, host.context.poller);
-                }
+        match admit(commands, started, host.context.poller) {
+            Ok(command) => {
                 self.mode = Mode::Command(command);
                 Ok(())
-            }
-            Ok(Err(command)) => {
-                command.kill();
-                self.refuse(Status::ServiceUnavailable, "too many commands", "")
             }
             Err(why) => self.refuse(Status::InternalServerError, why, ""),
         }
     }
 
     /// The command this connection waits for has ended.
-    fn command_ended(&mut self, key: Key, failure: Option<Line>, commands: &mut Commands, now: u64) -> Goes {
+    fn command_ended(&mut self, key: Key, failure: Option<Line>, commands: &mut Commands) -> Goes {
         match (&mut self.mode, failure) {
             (Mode::Command(_), Some(why)) => {
                 commands.remove(key);
@@ -602,19 +677,28 @@ impl Connection {
                 self.refuse(Status::InternalServerError, why, "")
             }
             (Mode::Command(_), None) => {
-                let Some(Running { kind: Kind::Once(once), status, .. }) = commands.get(key) else {
+                let Some(Running {
+                    kind: Kind::Once(once),
+                    status,
+                    ..
+                }) = commands.get(key)
+                else {
                     return Err(Gone);
                 };
                 let frame = once.frame(*status);
-                let length = frame.iter().map(|line| line.as_bytes().len()).sum::<usize>() + once.escaped();
+                let length = frame
+                    .iter()
+                    .map(|line| line.as_bytes().len())
+                    .sum::<usize>()
+                    + once.escaped();
                 let mut head = Line::new();
                 http::response(&mut head, Status::Ok, self.style, length, "");
-                self.mode = Mode::Answer(key, Answer { piece: 0, at: 0, frame });
+                self.mode = Mode::Answer(key, Answer { piece: 0, at: 0 });
                 self.queue(head.as_bytes())
             }
             (Mode::Session(_), Some(why)) => {
                 commands.remove(key);
-                self.fail_session(why, now)
+                self.fail_session(why)
             }
             _ => Ok(()),
         }
@@ -626,15 +710,21 @@ impl Connection {
             return Ok(false);
         };
         let key = *key;
-        let Some(Running { kind: Kind::Once(once), .. }) = commands.get(key) else {
+        let Some(Running {
+            kind: Kind::Once(once),
+            status,
+            ..
+        }) = commands.get(key)
+        else {
             return Err(Gone);
         };
+        let frame = once.frame(*status);
         let (_, output) = self.memory.split_at_mut_checked(IN).ok_or(Gone)?;
         // Head, frame 0, standard output, frame 1, standard error, frame 2.
         while answer.piece < 5 {
             let room = output.get_mut(self.end..).unwrap_or(&mut []);
             if answer.piece % 2 == 0 {
-                let text = answer.frame.get(answer.piece / 2).map_or(&[][..], Line::as_bytes);
+                let text = frame.get(answer.piece / 2).map_or(&[][..], Line::as_bytes);
                 let Some(room) = room.get_mut(..text.len()) else {
                     break;
                 };
@@ -679,7 +769,9 @@ impl Connection {
     /// Answers with an error.
     fn refuse(&mut self, status: Status, why: impl Show, headers: &str) -> Goes {
         let mut body = Line::new();
-        body.add("{\"error\":").quoted(text!(why).as_bytes()).add("}");
+        body.add("{\"error\":")
+            .quoted(text!(why).as_bytes())
+            .add("}");
         self.answer(status, body.as_bytes(), headers)
     }
 
@@ -720,7 +812,12 @@ impl Connection {
             return Ok(false);
         };
         if let Some(command) = session.command {
-            let Some(Running { kind: Kind::Session(running), status, .. }) = commands.get_mut(command) else {
+            let Some(Running {
+                kind: Kind::Session(running),
+                status,
+                ..
+            }) = commands.get_mut(command)
+            else {
                 return Err(Gone);
             };
             if !session.pending.is_empty() {
@@ -733,7 +830,9 @@ impl Connection {
             let ended = *status;
             if !unsent && (*output > 0 || ended.is_some()) {
                 let (_, out) = self.memory.split_at_mut_checked(IN).ok_or(Gone)?;
-                let payload = out.get_mut(websocket::HEADER_OUT..).and_then(|out| out.get_mut(..MESSAGE));
+                let payload = out
+                    .get_mut(websocket::HEADER_OUT..)
+                    .and_then(|out| out.get_mut(..MESSAGE));
                 match running.read(payload.ok_or(Gone)?, ended.is_some()) {
                     Ok(count @ 1..) => {
                         *output = output.saturating_sub(1);
@@ -746,7 +845,7 @@ impl Connection {
                         if let Some(status) = ended {
                             session.command = None;
                             commands.remove(command);
-                            self.end_session(status, host.context.now)?;
+                            self.end_session(status)?;
                             return Ok(true);
                         }
                     }
@@ -771,14 +870,21 @@ impl Connection {
         let header = websocket::binary_header(count);
         let start = websocket::HEADER_OUT.saturating_sub(header.len());
         let room = out.get_mut(start..websocket::HEADER_OUT).ok_or(Gone)?;
-        room.iter_mut().zip(&header).for_each(|(to, from)| *to = *from);
+        room.iter_mut()
+            .zip(&header)
+            .for_each(|(to, from)| *to = *from);
         self.start = start;
         self.end = websocket::HEADER_OUT + count;
         Ok(())
     }
 
     /// Takes a message from the received bytes, if a whole one is there; whether to go on.
-    fn next_message(&mut self, key: Key, commands: &mut Commands, host: &mut Host) -> Result<bool, Gone> {
+    fn next_message(
+        &mut self,
+        key: Key,
+        commands: &mut Commands,
+        host: &mut Host,
+    ) -> Result<bool, Gone> {
         let Mode::Session(session) = &mut self.mode else {
             return Ok(false);
         };
@@ -800,7 +906,7 @@ impl Connection {
                 self.start_session(key, message, commands, host)?;
             }
             Event::Binary(_) if session.command.is_none() => {
-                self.fail_session("the first message must be a text with the command", host.context.now)?;
+                self.fail_session("the first message must be a text with the command")?;
             }
             Event::Binary(message) => session.pending = message,
             Event::Text(message) => self.control(message, commands)?,
@@ -815,36 +921,28 @@ impl Connection {
         commands: &mut Commands,
         host: &mut Host,
     ) -> Goes {
-        let now = host.context.now;
         let exec = match Exec::read_session(self.memory.get_mut(message).unwrap_or(&mut [])) {
             Ok(exec) => exec,
             Err(error) => {
                 let why = text!(error);
-                return self.fail_session(why, now);
+                return self.fail_session(why);
             }
         };
-        if exec.command.iter().next().is_none_or(|name| name.is_empty()) {
-            return self.fail_session("command: must have a command", now);
+        if exec.command().iter().next().is_none_or(Text::is_empty) {
+            return self.fail_session("command: must have a command");
         }
         if commands.is_full() {
-            return self.fail_session("too many commands", now);
+            return self.fail_session("too many commands");
         }
         let started = Running::session(&exec, key, &mut host.context);
-        match started.map(|command| commands.insert(command)) {
-            Ok(Ok(command)) => {
-                if let Some(running) = commands.get_mut(command) {
-                    running.register(command, host.context.poller);
-                }
+        match admit(commands, started, host.context.poller) {
+            Ok(command) => {
                 if let Mode::Session(session) = &mut self.mode {
                     session.command = Some(command);
                 }
                 Ok(())
             }
-            Ok(Err(command)) => {
-                command.kill();
-                self.fail_session("too many commands", now)
-            }
-            Err(why) => self.fail_session(why, now),
+            Err(why) => self.fail_session(why),
         }
     }
 
@@ -853,13 +951,19 @@ impl Connection {
         let Mode::Session(session) = &mut self.mode else {
             return Ok(());
         };
-        let running = session.command.and_then(|command| commands.get_mut(command));
-        let Some(Running { kind: Kind::Session(running), .. }) = running else {
+        let running = session
+            .command
+            .and_then(|command| commands.get_mut(command));
+        let Some(Running {
+            kind: Kind::Session(running),
+            ..
+        }) = running
+        else {
             return Ok(());
         };
         match Control::read(self.memory.get_mut(message).unwrap_or(&mut [])) {
             Ok(control) => {
-                running.resize(control.cols, control.rows);
+                running.resize(control.size());
                 if control.ends_stdin() {
                     running.end_input();
                 }
@@ -871,7 +975,11 @@ impl Connection {
 
     /// The client closes, or must not go on: its command is killed.
     fn close_session(&mut self, commands: &mut Commands, code: Option<u16>) -> Goes {
-        if let Mode::Session(Session { command: Some(command), .. }) = &self.mode {
+        if let Mode::Session(Session {
+            command: Some(command),
+            ..
+        }) = &self.mode
+        {
             abandon(commands, *command);
         }
         self.mode = Mode::Closing;
@@ -879,7 +987,7 @@ impl Connection {
     }
 
     /// The command has ended and its output is sent: how it ended, then the close frame.
-    fn end_session(&mut self, status: WaitStatus, now: u64) -> Goes {
+    fn end_session(&mut self, status: WaitStatus) -> Goes {
         let mut message = Line::new();
         let mut number = |name: &str, value: Option<i32>| {
             message.add("\"").add(name).add("\":");
@@ -892,23 +1000,22 @@ impl Connection {
         number("code", status.exit_status());
         number("signal", status.terminating_signal());
         let message = text!("{\"Exit\":{", message);
-        self.finish_session(message, CloseCode::Normal, now)
+        self.finish_session(message, CloseCode::Normal)
     }
 
     /// The command cannot be started.
-    fn fail_session(&mut self, why: impl Show, now: u64) -> Goes {
+    fn fail_session(&mut self, why: impl Show) -> Goes {
         let mut message = text!("{\"Error\":{\"message\":");
         message.quoted(text!(why).as_bytes()).add("}}");
-        self.finish_session(message, CloseCode::Internal, now)
+        self.finish_session(message, CloseCode::Internal)
     }
 
-    fn finish_session(&mut self, message: Line, code: CloseCode, now: u64) -> Goes {
+    fn finish_session(&mut self, message: Line, code: CloseCode) -> Goes {
         if let Mode::Session(session) = &mut self.mode {
             session.closing = true;
             session.command = None;
             session.pending = 0..0;
         }
-        self.deadline = Some(now.saturating_add(CLOSE_TIME));
         self.queue(&websocket::text_header(message.as_bytes().len()))?;
         self.queue(message.as_bytes())?;
         self.queue(&websocket::close_frame(Some(code as u16)))
@@ -917,7 +1024,9 @@ impl Connection {
     /// Adds bytes to those that are to be sent.
     fn queue(&mut self, bytes: &[u8]) -> Goes {
         let (_, output) = self.memory.split_at_mut_checked(IN).ok_or(Gone)?;
-        let room = output.get_mut(self.end..).and_then(|room| room.get_mut(..bytes.len()));
+        let room = output
+            .get_mut(self.end..)
+            .and_then(|room| room.get_mut(..bytes.len()));
         room.ok_or(Gone)?.copy_from_slice(bytes);
         self.end += bytes.len();
         Ok(())
@@ -931,9 +1040,7 @@ impl Connection {
             match rustix::net::send(&self.socket, bytes, SendFlags::NOSIGNAL) {
                 Ok(count) => {
                     self.start += count;
-                    if !matches!(self.mode, Mode::Session(_)) {
-                        self.deadline = None;
-                    }
+                    self.deadline = None;
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Ok(()),
@@ -971,14 +1078,23 @@ impl Connection {
         let unsent = self.start < self.end;
         if unsent {
             wanted |= EventFlags::OUT;
-            if !matches!(self.mode, Mode::Session(_)) {
-                self.deadline = self.deadline.or(Some(context.now.saturating_add(READ_TIME)));
-            }
+        }
+        // A session that goes on may leave its output unread: that stops its command.
+        let waits = match &self.mode {
+            Mode::Session(session) => session.closing,
+            _ => unsent,
+        };
+        if waits {
+            let until = context.now.saturating_add(READ_TIME);
+            self.deadline = self.deadline.or(Some(until));
         }
         self.watched = poller.watch(&self.socket, Source::Connection(key), self.watched, wanted);
         if let Mode::Session(session) = &self.mode
             && let Some(command) = session.command
-            && let Some(Running { kind: Kind::Session(running), .. }) = commands.get_mut(command)
+            && let Some(Running {
+                kind: Kind::Session(running),
+                ..
+            }) = commands.get_mut(command)
         {
             running.watch(command, !unsent, !session.pending.is_empty(), poller);
         }

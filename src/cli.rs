@@ -9,9 +9,6 @@ use pigeon_init::{command, text};
 
 static DOCUMENT_BUFFER: Static<[u8; DOCUMENT]> = Static::new([0; DOCUMENT]);
 
-/// As text; [`pigeon_init::config::ROOT_DEVICE`] as the kernel wants it.
-const ROOT_DEVICE: &str = "/dev/vda";
-
 const HELP: &str = "\
 pigeon-init: PID 1 for Firecracker micro-VMs
 
@@ -31,7 +28,9 @@ As PID 1 it takes no arguments. The kernel command line may have
 pub fn run(arguments: Words, environment: &mut Environment) -> i32 {
     let mut words = arguments.iter().skip(1).map(core::ffi::CStr::to_bytes);
     match (words.next(), words.next(), words.next()) {
-        (Some(b"--version"), None, None) => print(concat!("pigeon-init ", env!("CARGO_PKG_VERSION"), "\n")),
+        (Some(b"--version"), None, None) => {
+            print(concat!("pigeon-init ", env!("CARGO_PKG_VERSION"), "\n"))
+        }
         (Some(b"--help" | b"-h"), None, None) => print(HELP),
         (Some(b"--check"), Some(path), None) => match check(path, environment) {
             Ok(()) => 0,
@@ -53,10 +52,14 @@ fn check(path: &[u8], environment: &mut Environment) -> Result<(), Line> {
     };
     let mut name = heapless::Vec::<u8, { pigeon_init::config::PATH }>::new();
     let fits = name.extend_from_slice(path).is_ok() && name.push(0).is_ok();
-    let name = core::ffi::CStr::from_bytes_with_nul(&name).ok().filter(|_| fits);
+    let name = core::ffi::CStr::from_bytes_with_nul(&name)
+        .ok()
+        .filter(|_| fits);
     let name = name.ok_or_else(|| text!("the path is too long"))?;
     let length = crate::files::read_found(name, document)?.ok_or_else(|| text!("no such file"))?;
-    let config = Config::read(document.get_mut(..length).unwrap_or(&mut [])).map_err(|error| text!(error))?;
+    let document = document.get_mut(..length).unwrap_or(&mut []);
+    let spans = Config::decode(document).map_err(|error| text!(error))?;
+    let config = Config::new(document, spans);
     config.check()?;
     if !config.has_command() {
         return Err(text!("nothing to run"));
@@ -64,33 +67,55 @@ fn check(path: &[u8], environment: &mut Environment) -> Result<(), Line> {
     fill_environment(environment, &config)?;
 
     for argument in config.argv() {
-        let argument = text!(argument);
-        print(text!("argv: ", Quoted(argument.as_bytes()), "\n"));
+        print(text!("argv: ", Quoted(argument.bytes()), "\n"));
     }
     for entry in environment.iter() {
         let entry = entry.strip_suffix(b"\0").unwrap_or(entry);
         print(text!("env: ", Quoted(entry), "\n"));
     }
-    let or = |given: Text<'_>, default: &str| if given.is_empty() { text!(default) } else { text!(given) };
+    let or = |given: Text<'_>, default: &str| {
+        if given.is_empty() {
+            text!(default)
+        } else {
+            text!(given)
+        }
+    };
     print(text!("user: ", or(config.user(), "root"), "\n"));
-    print(text!("directory: ", or(config.image_config.working_dir, "/"), "\n"));
-    print(text!("root: ", or(config.root_device, ROOT_DEVICE), "\n"));
-    for mount in &config.mounts {
-        print(text!("mount: ", mount.device_path, " on ", mount.mount_path, "\n"));
+    print(text!("directory: ", or(config.working_dir(), "/"), "\n"));
+    print(text!("root: ", config.root_device(), "\n"));
+    for mount in config.mounts() {
+        print(text!(
+            "mount: ",
+            mount.device_path,
+            " on ",
+            mount.mount_path,
+            "\n"
+        ));
     }
-    if !config.hostname.is_empty() {
-        print(text!("hostname: ", config.hostname, "\n"));
+    if !config.hostname().is_empty() {
+        print(text!("hostname: ", config.hostname(), "\n"));
     }
-    for entry in &config.ip_configs {
+    for entry in config.ip_configs() {
         let address = entry.address()?;
-        let via = address.gateway.map_or(Line::new(), |gateway| text!(" via ", gateway));
+        let via = address
+            .gateway
+            .map_or(Line::new(), |gateway| text!(" via ", gateway));
         let prefix = u32::from(address.prefix);
-        print(text!("address: ", address.ip, "/", prefix, " mtu ", config.mtu(), via, "\n"));
+        print(text!(
+            "address: ",
+            address.ip,
+            "/",
+            prefix,
+            " mtu ",
+            config.mtu(),
+            via,
+            "\n"
+        ));
     }
-    for server in config.etc_resolv.nameservers.iter() {
+    for server in config.nameservers().iter() {
         print(text!("nameserver: ", server, "\n"));
     }
-    for host in &config.etc_hosts {
+    for host in config.etc_hosts() {
         print(text!("host: ", host.ip, " ", host.host, "\n"));
     }
     Ok(())
@@ -108,10 +133,12 @@ impl Show for Quoted<'_> {
 /// The workload's environment, but for HOME, which only the root's accounts tell.
 pub fn fill_environment(environment: &mut Environment, config: &Config) -> Result<(), Line> {
     let full = |_| text!("the environment is too large");
-    for entry in config.image_config.env.iter().chain(config.extra_env.iter()) {
+    for entry in config.environment() {
         environment.set(entry.bytes()).map_err(full)?;
     }
-    environment.set_default(b"PATH", command::PATH).map_err(full)
+    environment
+        .set_default(b"PATH", command::PATH)
+        .map_err(full)
 }
 
 fn print(text: impl Show) -> i32 {

@@ -1,4 +1,4 @@
-//! Argument vectors and environments in the form execve(2) wants them.
+//! Environments in the form execve(2) wants them.
 
 use crate::config;
 
@@ -44,10 +44,14 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
     }
 
     /// Sets `NAME=value`; a string without a name or without `=` is dropped.
-    pub fn set(&mut self, entry: impl Iterator<Item = u8>) -> Result<(), Full> {
+    pub fn set(&mut self, entry: &[u8]) -> Result<(), Full> {
+        self.set_parts([entry, b"", b""])
+    }
+
+    fn set_parts(&mut self, parts: [&[u8]; 3]) -> Result<(), Full> {
         let start = self.bytes.len();
-        for byte in entry.chain(core::iter::once(0)) {
-            self.bytes.push(byte).map_err(|_| Full)?;
+        for part in parts.into_iter().chain([&b"\0"[..]]) {
+            self.bytes.extend_from_slice(part).map_err(|_| Full)?;
         }
         let name = name(self.bytes.get(start..).unwrap_or(&[]));
         if name.is_empty() {
@@ -60,7 +64,11 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
             hash,
         };
         let known = |entry: &Entry| {
-            entry.hash == hash && self.bytes.get(entry.start as usize..).is_some_and(|old| self::name(old) == name)
+            entry.hash == hash
+                && self
+                    .bytes
+                    .get(entry.start as usize..)
+                    .is_some_and(|old| self::name(old) == name)
         };
         let position = self.entries.iter().position(known);
         match position.and_then(|at| self.entries.get_mut(at)) {
@@ -77,7 +85,7 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
         if self.get(name).is_some() {
             return Ok(());
         }
-        self.set(name.iter().chain(b"=").chain(value).copied())
+        self.set_parts([name, b"=", value])
     }
 
     /// The value of a name.
@@ -97,49 +105,12 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
     }
 }
 
-/// The arguments of a command.
-pub struct Argv<const BYTES: usize = { config::DOCUMENT }, const COUNT: usize = { config::ARGV }> {
-    bytes: heapless::Vec<u8, BYTES>,
-    starts: heapless::Vec<u32, COUNT>,
-}
-
-impl<const BYTES: usize, const COUNT: usize> Default for Argv<BYTES, COUNT> {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl<const BYTES: usize, const COUNT: usize> Argv<BYTES, COUNT> {
-    /// No argument.
-    pub const fn new() -> Self {
-        Self {
-            bytes: heapless::Vec::new(),
-            starts: heapless::Vec::new(),
-        }
-    }
-
-    /// Appends an argument.
-    pub fn push(&mut self, argument: impl Iterator<Item = u8>) -> Result<(), Full> {
-        self.starts
-            .push(self.bytes.len() as u32)
-            .map_err(|_| Full)?;
-        for byte in argument.chain(core::iter::once(0)) {
-            self.bytes.push(byte).map_err(|_| Full)?;
-        }
-        Ok(())
-    }
-
-    /// The arguments, each with its NUL.
-    pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
-        self.starts
-            .iter()
-            .map(|start| first_string(self.bytes.get(*start as usize..).unwrap_or(b"\0")))
-    }
-}
-
 /// The first NUL-terminated string, its NUL included.
 fn first_string(bytes: &[u8]) -> &[u8] {
-    bytes.split_inclusive(|byte| *byte == 0).next().unwrap_or(b"\0")
+    bytes
+        .split_inclusive(|byte| *byte == 0)
+        .next()
+        .unwrap_or(b"\0")
 }
 
 /// The name of `NAME=value\0`; empty when there is no `=`.
@@ -167,13 +138,14 @@ mod tests {
     fn environment(entries: &[&str]) -> Small {
         let mut environment = Small::new();
         for entry in entries {
-            environment.set(entry.bytes()).unwrap();
+            environment.set(entry.as_bytes()).unwrap();
         }
         environment
     }
 
     fn listed(environment: &Small) -> Vec<String> {
-        let text = |entry: &[u8]| String::from_utf8(entry.strip_suffix(b"\0").unwrap().to_vec()).unwrap();
+        let text =
+            |entry: &[u8]| String::from_utf8(entry.strip_suffix(b"\0").unwrap().to_vec()).unwrap();
         environment.iter().map(text).collect()
     }
 
@@ -201,19 +173,9 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_an_error_and_not_a_truncation() {
         let mut environment = environment(&["A=", "B=", "C=", "D=", "E=", "F=", "G=", "H="]);
-        assert_eq!(environment.set("A=again".bytes()), Ok(()));
-        assert_eq!(environment.set("I=".bytes()), Err(Full));
+        assert_eq!(environment.set(b"A=again"), Ok(()));
+        assert_eq!(environment.set(b"I="), Err(Full));
         let long = "x".repeat(256);
-        assert_eq!(Small::new().set(format!("A={long}").bytes()), Err(Full));
-        assert_eq!(Argv::<256, 2>::new().push(long.bytes()), Err(Full));
-    }
-
-    #[test]
-    fn arguments_keep_their_order_and_may_be_empty() {
-        let mut argv = Argv::<256, 4>::new();
-        for argument in ["/bin/sh", "", "-c"] {
-            argv.push(argument.bytes()).unwrap();
-        }
-        assert_eq!(argv.iter().collect::<Vec<_>>(), [&b"/bin/sh\0"[..], b"\0", b"-c\0"]);
+        assert_eq!(Small::new().set(format!("A={long}").as_bytes()), Err(Full));
     }
 }

@@ -3,12 +3,13 @@
 use crate::poll::{Poller, Source};
 use crate::spawn::{self, Command, Streams};
 use crate::sys::Region;
-use crate::task::{self, Explain, Outcome, Report, Reports};
+use crate::task::{self, Outcome, Report, Reports};
+use crate::why;
 use pigeon_init::command::Environment;
 use pigeon_init::json::escape_next;
 use pigeon_init::request::Exec;
 use pigeon_init::slab::{Key, Slab};
-use pigeon_init::text::{Line, Show};
+use pigeon_init::text::Line;
 use pigeon_init::{config, text};
 use rustix::event::epoll::EventFlags;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -109,9 +110,7 @@ fn become_command(exec: &Exec, streams: Streams, context: &mut Context, report: 
         report.fail(why);
         return 1;
     }
-    let mut user = Line::new();
-    exec.user.show(&mut user);
-    let identity = match spawn::resolve(user.as_bytes(), context.scratch) {
+    let identity = match spawn::resolve_or_root(exec.user().bytes(), context.scratch) {
         Ok(identity) => identity,
         Err(why) => {
             report.fail(why);
@@ -119,19 +118,19 @@ fn become_command(exec: &Exec, streams: Streams, context: &mut Context, report: 
         }
     };
     if matches!(streams, Streams::Terminal(_)) {
-        let _fits = context.environment.set(b"TERM=xterm-256color".iter().copied());
+        let _fits = context.environment.set(b"TERM=xterm-256color");
     }
-    for entry in exec.env.iter() {
+    for entry in exec.env().iter() {
         if context.environment.set(entry.bytes()).is_err() {
             report.fail(text!("the environment is too large"));
             return 1;
         }
     }
     Command {
-        argv: exec.command.iter(),
+        argv: exec.command().iter(),
         environment: context.environment,
         identity: &identity,
-        directory: exec.cwd,
+        directory: exec.cwd(),
     }
     .become_it(report)
 }
@@ -139,16 +138,23 @@ fn become_command(exec: &Exec, streams: Streams, context: &mut Context, report: 
 impl Running {
     /// Starts a one-shot command.
     pub fn once(exec: &Exec, connection: Key, context: &mut Context) -> Outcome<Self> {
-        let memory = Region::new(2 * CAPTURE).explain(|| text!("memory for output"))?;
-        let null = spawn::null().explain(|| text!("open /dev/null"))?;
+        let memory = Region::new(2 * CAPTURE).map_err(why!("memory for output"))?;
+        let null = spawn::null().map_err(why!("open /dev/null"))?;
         let (output, output_end) = pipe()?;
         let (error, error_end) = pipe()?;
         let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, |report| {
             let streams = Streams::Each([null.as_fd(), output_end.as_fd(), error_end.as_fd()]);
             become_command(exec, streams, context, report)
         })?;
-        let limit = if exec.timeout_ms == 0 { TIMEOUT } else { u64::from(exec.timeout_ms) };
-        let stream = |pipe| Stream { pipe: Some(pipe), ..Stream::default() };
+        let limit = if exec.timeout_ms() == 0 {
+            TIMEOUT
+        } else {
+            u64::from(exec.timeout_ms())
+        };
+        let stream = |pipe| Stream {
+            pipe: Some(pipe),
+            ..Stream::default()
+        };
         Ok(Self {
             pid: Some(task.pid),
             status: None,
@@ -165,20 +171,23 @@ impl Running {
 
     /// Starts a session.
     pub fn session(exec: &Exec, connection: Key, context: &mut Context) -> Outcome<Self> {
-        let session = if exec.tty {
+        let session = if exec.tty() {
             let master = open_terminal(exec)?;
             let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-            let terminal = rustix::pty::ioctl_tiocgptpeer(&master, flags).explain(|| text!("open a terminal"))?;
+            let terminal =
+                rustix::pty::ioctl_tiocgptpeer(&master, flags).map_err(why!("open a terminal"))?;
             let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, |report| {
                 become_command(exec, Streams::Terminal(terminal.as_fd()), context, report)
             })?;
             (task, master, None)
         } else {
-            let (input_end, input) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).explain(|| text!("create a pipe"))?;
-            rustix::io::ioctl_fionbio(&input, true).explain(|| text!("create a pipe"))?;
+            let (input_end, input) =
+                rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(why!("create a pipe"))?;
+            rustix::io::ioctl_fionbio(&input, true).map_err(why!("create a pipe"))?;
             let (output, output_end) = pipe()?;
             let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, |report| {
-                let streams = Streams::Each([input_end.as_fd(), output_end.as_fd(), output_end.as_fd()]);
+                let streams =
+                    Streams::Each([input_end.as_fd(), output_end.as_fd(), output_end.as_fd()]);
                 become_command(exec, streams, context, report)
             })?;
             (task, output, Some(input))
@@ -192,7 +201,7 @@ impl Running {
             kind: Kind::Session(Session {
                 output: Some(output),
                 input,
-                terminal: exec.tty,
+                terminal: exec.tty(),
                 left: PIPE,
                 watched_output: EventFlags::empty(),
                 watched_input: EventFlags::empty(),
@@ -247,26 +256,31 @@ impl Running {
 
 /// A pipe whose reading end does not block, as the command's end must.
 fn pipe() -> Outcome<(OwnedFd, OwnedFd)> {
-    let what = || text!("create a pipe");
-    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).explain(what)?;
-    rustix::io::ioctl_fionbio(&read, true).explain(what)?;
+    let what = why!("create a pipe");
+    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(what)?;
+    rustix::io::ioctl_fionbio(&read, true).map_err(what)?;
     Ok((read, write))
 }
 
 fn open_terminal(exec: &Exec) -> Outcome<OwnedFd> {
-    let what = || text!("open a terminal");
+    let what = why!("open a terminal");
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-    let master = rustix::pty::openpt(flags).explain(what)?;
-    rustix::pty::unlockpt(&master).explain(what)?;
-    rustix::io::ioctl_fionbio(&master, true).explain(what)?;
-    resize(master.as_fd(), exec.cols, exec.rows);
+    let master = rustix::pty::openpt(flags).map_err(what)?;
+    rustix::pty::unlockpt(&master).map_err(what)?;
+    rustix::io::ioctl_fionbio(&master, true).map_err(what)?;
+    resize(master.as_fd(), exec.size());
     Ok(master)
 }
 
 /// Tells a terminal its size; a size of 0 is none.
-fn resize(terminal: BorrowedFd, cols: u32, rows: u32) {
+fn resize(terminal: BorrowedFd, (cols, rows): (u32, u32)) {
     if cols > 0 && rows > 0 {
-        let size = Winsize { ws_col: cols as u16, ws_row: rows as u16, ws_xpixel: 0, ws_ypixel: 0 };
+        let size = Winsize {
+            ws_col: cols as u16,
+            ws_row: rows as u16,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
         let _gone = rustix::termios::tcsetwinsize(terminal, size);
     }
 }
@@ -346,7 +360,13 @@ impl Once {
             }
         }
         [
-            text!("{\"exit_code\":", code, ",\"exit_signal\":", signal, ",\"stdout\":\""),
+            text!(
+                "{\"exit_code\":",
+                code,
+                ",\"exit_signal\":",
+                signal,
+                ",\"stdout\":\""
+            ),
             text!("\",\"stderr\":\""),
             text!(end, "}"),
         ]
@@ -365,8 +385,12 @@ impl Once {
             return (at, 0);
         };
         let half = self.memory.get(index * CAPTURE..).unwrap_or(&[]);
-        while let Some((piece, length, used)) = escape_next(half.get(at..stream.length).unwrap_or(&[]), true) {
-            let (Some(to), Some(from)) = (room.get_mut(written..written + length), piece.get(..length)) else {
+        while let Some((piece, length, used)) =
+            escape_next(half.get(at..stream.length).unwrap_or(&[]), true)
+        {
+            let (Some(to), Some(from)) =
+                (room.get_mut(written..written + length), piece.get(..length))
+            else {
                 break;
             };
             to.copy_from_slice(from);
@@ -378,14 +402,18 @@ impl Once {
 
     /// Whether byte `at` is the end of a stream.
     pub fn is_end(&self, index: usize, at: usize) -> bool {
-        self.streams.get(index).is_none_or(|stream| at >= stream.length)
+        self.streams
+            .get(index)
+            .is_none_or(|stream| at >= stream.length)
     }
 }
 
 impl Stream {
     /// Counts the escaped form of what came, so that the answer's length is known at the end.
     fn count(&mut self, half: &[u8], last: bool) {
-        while let Some((_, length, used)) = escape_next(half.get(self.counted..self.length).unwrap_or(&[]), last) {
+        while let Some((_, length, used)) =
+            escape_next(half.get(self.counted..self.length).unwrap_or(&[]), last)
+        {
             self.counted += used;
             self.escaped += length;
         }
@@ -398,7 +426,11 @@ impl Session {
         let Some(output) = &self.output else {
             return Ok(0);
         };
-        let limit = if ended { room.len().min(self.left) } else { room.len() };
+        let limit = if ended {
+            room.len().min(self.left)
+        } else {
+            room.len()
+        };
         let count = match rustix::io::read(output, room.get_mut(..limit).unwrap_or(&mut [])) {
             // A terminal that nobody has open any more.
             Err(Errno::IO) => 0,
@@ -415,7 +447,11 @@ impl Session {
     }
 
     fn input(&self) -> Option<BorrowedFd<'_>> {
-        let input = if self.terminal { &self.output } else { &self.input };
+        let input = if self.terminal {
+            &self.output
+        } else {
+            &self.input
+        };
         input.as_ref().map(AsFd::as_fd)
     }
 
@@ -438,10 +474,12 @@ impl Session {
         if self.terminal {
             on_output |= on_input;
         } else if let Some(pipe) = &self.input {
-            self.watched_input = poller.watch(pipe, Source::Input(key), self.watched_input, on_input);
+            self.watched_input =
+                poller.watch(pipe, Source::Input(key), self.watched_input, on_input);
         }
         if let Some(pipe) = &self.output {
-            self.watched_output = poller.watch(pipe, Source::Output(key), self.watched_output, on_output);
+            self.watched_output =
+                poller.watch(pipe, Source::Output(key), self.watched_output, on_output);
         }
     }
 
@@ -456,9 +494,9 @@ impl Session {
     }
 
     /// The terminal's new size.
-    pub fn resize(&self, cols: u32, rows: u32) {
+    pub fn resize(&self, size: (u32, u32)) {
         if let (true, Some(terminal)) = (self.terminal, &self.output) {
-            resize(terminal.as_fd(), cols, rows);
+            resize(terminal.as_fd(), size);
         }
     }
 }

@@ -1,10 +1,9 @@
 //! The configuration document: the contract between the host driver and this program.
 
-use crate::json::{self, Shape, Text, Texts};
-use crate::text::Line;
+use crate::json::{self, Document, Fields, Record, Shape, Spans, Text, Texts};
 use crate::text;
+use crate::text::Line;
 use core::net::IpAddr;
-use serde::Deserialize;
 
 /// Largest document, in bytes: 20 times Firecracker's default MMDS store.
 pub const DOCUMENT: usize = 1 << 20;
@@ -30,137 +29,89 @@ pub const ROOT_DEVICE: &core::ffi::CStr = c"/dev/vda";
 /// The MTU of eth0 unless the configuration names another.
 pub const MTU: u32 = 1500;
 
-static SHAPE: Shape = Shape::Record(&[
+/// The document's members, with their slots.
+static FIELDS: Fields = &[
     (
         "ImageConfig",
         Shape::Record(&[
-            ("Entrypoint", Shape::Texts(ARGV)),
-            ("Cmd", Shape::Texts(ARGV)),
-            ("Env", Shape::Texts(ENV)),
-            ("WorkingDir", Shape::Text),
-            ("User", Shape::Text),
+            ("Entrypoint", Shape::Texts(0, ARGV)),
+            ("Cmd", Shape::Texts(1, ARGV)),
+            ("Env", Shape::Texts(2, ENV)),
+            ("WorkingDir", Shape::Text(3)),
+            ("User", Shape::Text(4)),
         ]),
     ),
-    ("ExecOverride", Shape::Texts(ARGV)),
-    ("CmdOverride", Shape::Text),
-    ("UserOverride", Shape::Text),
-    ("ExtraEnv", Shape::Pairs(ENV)),
-    ("MTU", Shape::Number(65_535)),
-    ("IPConfigs", Shape::List(ADDRESSES, &IP_CONFIG)),
-    ("Hostname", Shape::Text),
-    ("Mounts", Shape::List(MOUNTS, &MOUNT)),
-    ("RootDevice", Shape::Text),
+    ("ExecOverride", Shape::Texts(5, ARGV)),
+    ("CmdOverride", Shape::Text(6)),
+    ("UserOverride", Shape::Text(7)),
+    ("ExtraEnv", Shape::Pairs(8, ENV)),
+    ("MTU", Shape::Number(9, 65_535)),
+    (
+        "IPConfigs",
+        Shape::Records(
+            10,
+            ADDRESSES,
+            &[
+                ("Gateway", Shape::Text(0)),
+                ("IP", Shape::Text(1)),
+                ("Mask", Shape::Number(2, 128)),
+            ],
+        ),
+    ),
+    ("Hostname", Shape::Text(11)),
+    (
+        "Mounts",
+        Shape::Records(
+            12,
+            MOUNTS,
+            &[
+                ("DevicePath", Shape::Text(0)),
+                ("MountPath", Shape::Text(1)),
+            ],
+        ),
+    ),
+    ("RootDevice", Shape::Text(13)),
     (
         "EtcResolv",
-        Shape::Record(&[("Nameservers", Shape::Texts(NAMESERVERS))]),
+        Shape::Record(&[("Nameservers", Shape::Texts(14, NAMESERVERS))]),
     ),
-    ("EtcHosts", Shape::List(HOSTS, &HOST)),
-]);
-static IP_CONFIG: Shape = Shape::Record(&[
-    ("Gateway", Shape::Text),
-    ("IP", Shape::Text),
-    ("Mask", Shape::Number(128)),
-]);
-static MOUNT: Shape = Shape::Record(&[("DevicePath", Shape::Text), ("MountPath", Shape::Text)]);
-static HOST: Shape = Shape::Record(&[
-    ("Host", Shape::Text),
-    ("IP", Shape::Text),
-    ("Desc", Shape::Text),
-]);
+    (
+        "EtcHosts",
+        Shape::Records(
+            15,
+            HOSTS,
+            &[
+                ("Host", Shape::Text(0)),
+                ("IP", Shape::Text(1)),
+                ("Desc", Shape::Text(2)),
+            ],
+        ),
+    ),
+];
 
 /// The whole document; what is absent is empty or 0.
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
-pub struct Config<'a> {
-    /// What the image says about itself (OCI image configuration).
-    #[serde(borrow)]
-    pub image_config: ImageConfig<'a>,
-    /// Replaces the entire argv.
-    pub exec_override: Texts<'a>,
-    /// Replaces the image's `Cmd`, as one argument.
-    pub cmd_override: Text<'a>,
-    /// Replaces the image's `User`.
-    pub user_override: Text<'a>,
-    /// Set on top of the image's `Env`, as `KEY=value` items.
-    pub extra_env: Texts<'a>,
-    /// MTU of eth0; 0 is [`MTU`].
-    #[serde(rename = "MTU")]
-    pub mtu: u32,
-    /// Addresses and routes of eth0.
-    #[serde(rename = "IPConfigs")]
-    pub ip_configs: heapless::Vec<IpConfig<'a>, ADDRESSES>,
-    /// Host name of the guest.
-    pub hostname: Text<'a>,
-    /// Volumes beside the root.
-    pub mounts: heapless::Vec<Mount<'a>, MOUNTS>,
-    /// Block device of the root; empty is [`ROOT_DEVICE`].
-    pub root_device: Text<'a>,
-    /// Content of /etc/resolv.conf.
-    pub etc_resolv: EtcResolv<'a>,
-    /// Additions to /etc/hosts.
-    pub etc_hosts: heapless::Vec<Host<'a>, HOSTS>,
-}
-
-/// The part of the OCI image configuration that says what to run.
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
-pub struct ImageConfig<'a> {
-    /// First part of the argv.
-    #[serde(borrow)]
-    pub entrypoint: Texts<'a>,
-    /// Second part of the argv.
-    pub cmd: Texts<'a>,
-    /// Environment, as `KEY=value` items.
-    pub env: Texts<'a>,
-    /// Working directory; empty is `/`.
-    pub working_dir: Text<'a>,
-    /// `user`, `uid`, `user:group` or `uid:gid`; empty is root.
-    pub user: Text<'a>,
-}
+#[derive(Clone, Copy, Debug)]
+pub struct Config<'a>(Document<'a>);
 
 /// One address of eth0, as written.
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
-pub struct IpConfig<'a> {
-    /// Default gateway, perhaps with a prefix length; empty is none.
-    #[serde(borrow)]
-    pub gateway: Text<'a>,
-    /// The address.
-    #[serde(rename = "IP")]
-    pub ip: Text<'a>,
-    /// Prefix length in bits.
-    pub mask: u8,
-}
+#[derive(Clone, Copy, Debug)]
+pub struct IpConfig<'a>(Record<'a>);
 
 /// One extra volume.
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Mount<'a> {
     /// The block device.
-    #[serde(borrow)]
     pub device_path: Text<'a>,
     /// Where it is mounted.
     pub mount_path: Text<'a>,
 }
 
-/// Name servers.
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
-pub struct EtcResolv<'a> {
-    /// Their addresses.
-    #[serde(borrow)]
-    pub nameservers: Texts<'a>,
-}
-
 /// One entry for /etc/hosts.
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Host<'a> {
     /// The name.
-    #[serde(borrow)]
     pub host: Text<'a>,
     /// The address.
-    #[serde(rename = "IP")]
     pub ip: Text<'a>,
     /// A comment.
     pub desc: Text<'a>,
@@ -180,54 +131,50 @@ pub struct Address {
 impl IpConfig<'_> {
     /// Checks and converts the entry; the error says what is wrong with which field.
     pub fn address(&self) -> Result<Address, Line> {
-        let ip = self
-            .ip
-            .ip()
-            .ok_or_else(|| text!("IP: not an address: ", self.ip))?;
+        let (gateway, ip) = (self.0.text(0), self.0.text(1));
+        let mask = self.0.number(2) as u8;
+        let ip = ip.ip().ok_or_else(|| text!("IP: not an address: ", ip))?;
         let bits = if ip.is_ipv4() { 32 } else { 128 };
-        if self.mask > bits {
+        if mask > bits {
             return Err(text!("Mask: must be from 0 to ", u32::from(bits)));
         }
-        let gateway = match self.gateway.is_empty() {
+        let gateway = match gateway.is_empty() {
             true => None,
             false => Some(
-                self.gateway()
+                without_prefix(gateway)
                     .filter(|gateway| gateway.is_ipv4() == ip.is_ipv4())
-                    .ok_or_else(|| text!("Gateway: not an address of the IP's family: ", self.gateway))?,
+                    .ok_or_else(|| {
+                        text!("Gateway: not an address of the IP's family: ", gateway)
+                    })?,
             ),
         };
         Ok(Address {
             ip,
-            prefix: self.mask,
+            prefix: mask,
             gateway,
         })
     }
+}
 
-    /// The gateway without its prefix length, which says nothing the route needs.
-    fn gateway(&self) -> Option<IpAddr> {
-        let bytes = self.gateway.copy::<56>()?;
-        let text = core::str::from_utf8(&bytes).ok()?;
-        let (address, prefix) = text.split_once('/').unwrap_or((text, "0"));
-        prefix.parse::<u8>().ok().filter(|bits| *bits <= 128)?;
-        address.parse().ok()
+/// An address without the prefix length behind it, which says nothing a route needs.
+fn without_prefix(gateway: Text) -> Option<IpAddr> {
+    let mut parts = gateway.bytes().splitn(2, |byte| *byte == b'/');
+    let address = core::str::from_utf8(parts.next()?).ok()?;
+    if let Some(prefix) = parts.next() {
+        json::decimal(prefix).filter(|bits| *bits <= 128)?;
     }
+    address.parse().ok()
 }
 
 impl<'a> Config<'a> {
-    /// Checks a document and condenses it in place; the answer is its new length, for
-    /// [`parse`](Self::parse). The error names the field.
-    pub fn condense(document: &mut [u8]) -> Result<usize, json::Error> {
-        json::condense(document, &SHAPE).map(<[u8]>::len)
+    /// Checks a document and decodes it where it lies. The error names the field.
+    pub fn decode(document: &mut [u8]) -> Result<Spans, json::Error> {
+        json::read(document, FIELDS)
     }
 
-    /// Reads a condensed document.
-    pub fn parse(condensed: &'a [u8]) -> Result<Self, json::Error> {
-        json::parse(condensed)
-    }
-
-    /// Both in one.
-    pub fn read(document: &'a mut [u8]) -> Result<Self, json::Error> {
-        json::parse(json::condense(document, &SHAPE)?)
+    /// A decoded document.
+    pub fn new(document: &'a [u8], spans: Spans) -> Self {
+        Self(Document::new(document, spans))
     }
 
     /// Whether there is something to run.
@@ -236,62 +183,138 @@ impl<'a> Config<'a> {
     }
 
     /// What is run: `ExecOverride`, else `Entrypoint` and (`CmdOverride` as one argument, else `Cmd`).
-    pub fn argv(&self) -> impl Iterator<Item = Text<'a>> {
+    pub fn argv(&self) -> impl Iterator<Item = Text<'a>> + Clone {
+        let (entrypoint, cmd) = (self.0.texts(0), self.0.texts(1));
+        let (exec_override, cmd_override) = (self.0.texts(5), self.0.text(6));
         let none = Texts::default();
-        let (first, middle, last) = if !self.exec_override.is_empty() {
-            (self.exec_override, None, none)
-        } else if !self.cmd_override.is_empty() {
-            (self.image_config.entrypoint, Some(self.cmd_override), none)
+        let (first, middle, last) = if !exec_override.is_empty() {
+            (exec_override, None, none)
+        } else if !cmd_override.is_empty() {
+            (entrypoint, Some(cmd_override), none)
         } else {
-            (self.image_config.entrypoint, None, self.image_config.cmd)
+            (entrypoint, None, cmd)
         };
         first.iter().chain(middle).chain(last.iter())
     }
 
-    /// Who runs it: `UserOverride`, else the image's `User`; empty is root.
+    /// The environment: `ImageConfig.Env`, then `ExtraEnv` on top.
+    pub fn environment(&self) -> impl Iterator<Item = Text<'a>> {
+        self.0.texts(2).iter().chain(self.0.texts(8).iter())
+    }
+
+    /// Working directory; empty is `/`.
+    pub fn working_dir(&self) -> Text<'a> {
+        self.0.text(3)
+    }
+
+    /// Who runs it: `UserOverride`, else `ImageConfig.User`; empty is root.
     pub fn user(&self) -> Text<'a> {
-        if self.user_override.is_empty() {
-            self.image_config.user
+        let user_override = self.0.text(7);
+        if user_override.is_empty() {
+            self.0.text(4)
         } else {
-            self.user_override
+            user_override
         }
     }
 
     /// MTU of eth0.
     pub fn mtu(&self) -> u32 {
-        if self.mtu == 0 { MTU } else { self.mtu }
+        match self.0.number(9) {
+            0 => MTU,
+            mtu => mtu,
+        }
+    }
+
+    /// The addresses of eth0.
+    pub fn ip_configs(&self) -> impl Iterator<Item = IpConfig<'a>> {
+        self.0.records(10).iter().map(IpConfig)
+    }
+
+    /// Host name of the guest; empty is none.
+    pub fn hostname(&self) -> Text<'a> {
+        self.0.text(11)
+    }
+
+    /// The extra volumes.
+    pub fn mounts(&self) -> impl Iterator<Item = Mount<'a>> {
+        self.0.records(12).iter().map(|record| Mount {
+            device_path: record.text(0),
+            mount_path: record.text(1),
+        })
+    }
+
+    /// Block device of the root.
+    pub fn root_device(&self) -> &'a core::ffi::CStr {
+        let device = self.0.text(13);
+        if device.is_empty() {
+            ROOT_DEVICE
+        } else {
+            device.c_str()
+        }
+    }
+
+    /// Addresses for /etc/resolv.conf.
+    pub fn nameservers(&self) -> Texts<'a> {
+        self.0.texts(14)
+    }
+
+    /// The entries for /etc/hosts.
+    pub fn etc_hosts(&self) -> impl Iterator<Item = Host<'a>> {
+        self.0.records(15).iter().map(|record| Host {
+            host: record.text(0),
+            ip: record.text(1),
+            desc: record.text(2),
+        })
     }
 
     /// Checks what the document's form does not show. The error names the field.
     pub fn check(&self) -> Result<(), Line> {
-        for argument in self.argv().take(1) {
-            if argument.is_empty() {
-                return Err(text!("the command's name is empty"));
-            }
+        if self.argv().next().is_some_and(Text::is_empty) {
+            return Err(text!("the command's name is empty"));
         }
-        path("RootDevice", self.root_device, Device)?;
-        path("ImageConfig.WorkingDir", self.image_config.working_dir, Directory)?;
-        if self.hostname.copy::<HOSTNAME>().is_none() {
+        if !self.0.text(13).is_empty() {
+            check_path("RootDevice", self.0.text(13))?;
+        }
+        if self.working_dir().bytes().len() >= PATH {
+            return Err(text!(
+                "ImageConfig.WorkingDir: longer than ",
+                PATH - 1,
+                " bytes"
+            ));
+        }
+        if self.hostname().bytes().len() > HOSTNAME {
             return Err(text!("Hostname: longer than ", HOSTNAME, " bytes"));
         }
-        for (at, entry) in self.ip_configs.iter().enumerate() {
+        for (at, entry) in self.ip_configs().enumerate() {
             entry
                 .address()
                 .map_err(|why| text!("IPConfigs[", at, "].", why))?;
         }
-        for (at, mount) in self.mounts.iter().enumerate() {
-            mount.check(at)?;
-            let mut earlier = self.mounts.iter().take(at);
-            if earlier.any(|other| other.mount_path.same_path(mount.mount_path)) {
-                return Err(text!("Mounts[", at, "].MountPath: used twice: ", mount.mount_path));
+        for (at, mount) in self.mounts().enumerate() {
+            mount
+                .check()
+                .map_err(|why| text!("Mounts[", at, "].", why))?;
+            let mut earlier = self.mounts().take(at);
+            if earlier.any(|other| parts(other.mount_path).eq(parts(mount.mount_path))) {
+                return Err(text!(
+                    "Mounts[",
+                    at,
+                    "].MountPath: used twice: ",
+                    mount.mount_path
+                ));
             }
         }
-        for (at, server) in self.etc_resolv.nameservers.iter().enumerate() {
+        for (at, server) in self.nameservers().iter().enumerate() {
             if !is_name_server(server) {
-                return Err(text!("EtcResolv.Nameservers[", at, "]: not an address: ", server));
+                return Err(text!(
+                    "EtcResolv.Nameservers[",
+                    at,
+                    "]: not an address: ",
+                    server
+                ));
             }
         }
-        for (at, host) in self.etc_hosts.iter().enumerate() {
+        for (at, host) in self.etc_hosts().enumerate() {
             host.check()
                 .map_err(|why| text!("EtcHosts[", at, "].", why))?;
         }
@@ -299,69 +322,52 @@ impl<'a> Config<'a> {
     }
 }
 
-/// An address, perhaps with an IPv6 zone (`fe80::1%eth0`, resolv.conf(5)).
-fn is_name_server(server: Text) -> bool {
-    let Some(bytes) = server.copy::<64>() else {
-        return false;
-    };
-    let text = core::str::from_utf8(&bytes).unwrap_or("");
-    let (address, zone) = text.split_once('%').unwrap_or((text, "-"));
-    let scoped = zone != "-";
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
-    address
-        .parse::<IpAddr>()
-        .is_ok_and(|ip| !scoped || ip.is_ipv6())
-        && !zone.is_empty()
-        && zone.bytes().all(plain)
-}
-
-/// What a path is for.
-#[derive(Clone, Copy, PartialEq)]
-enum PathKind {
-    Device,
-    Directory,
-}
-use PathKind::{Device, Directory};
-
-fn path(field: &str, path: Text, kind: PathKind) -> Result<(), Line> {
-    if path.is_empty() {
-        return Ok(());
-    }
-    if path.bytes().next() != Some(b'/') {
-        // As in the OCI image specification, a relative working directory starts at the root.
-        if kind == Directory {
-            return Ok(());
-        }
+/// A path for the kernel: absolute, and not too long.
+fn check_path(field: &str, path: Text) -> Result<(), Line> {
+    if path.bytes().first() != Some(&b'/') {
         return Err(text!(field, ": not an absolute path: ", path));
     }
-    if path.bytes().count() >= PATH {
+    if path.bytes().len() >= PATH {
         return Err(text!(field, ": longer than ", PATH - 1, " bytes"));
     }
     Ok(())
 }
 
+/// The names of a path, without empty ones and `.`.
+fn parts(path: Text<'_>) -> impl Iterator<Item = &[u8]> {
+    let names = path.bytes().split(|byte| *byte == b'/');
+    names.filter(|name| !name.is_empty() && *name != b".")
+}
+
+/// An address, perhaps with an IPv6 zone (`fe80::1%eth0`, resolv.conf(5)).
+fn is_name_server(server: Text) -> bool {
+    let mut halves = server.bytes().splitn(2, |byte| *byte == b'%');
+    let address = core::str::from_utf8(halves.next().unwrap_or(&[])).unwrap_or("");
+    let Ok(ip) = address.parse::<IpAddr>() else {
+        return false;
+    };
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
+    match halves.next() {
+        Some(zone) => ip.is_ipv6() && !zone.is_empty() && zone.iter().all(plain),
+        None => true,
+    }
+}
+
 impl Mount<'_> {
-    fn check(&self, at: usize) -> Result<(), Line> {
-        let field = |name| text!("Mounts[", at, "].", name);
-        for (name, value) in [("DevicePath", self.device_path), ("MountPath", self.mount_path)] {
-            if value.bytes().next() != Some(b'/') {
-                return Err(text!(field(name), ": not an absolute path: ", value));
-            }
-            if value.bytes().count() >= PATH {
-                return Err(text!(field(name), ": longer than ", PATH - 1, " bytes"));
-            }
-        }
-        let mut parts = self.mount_path.parts();
-        match parts.next().as_deref() {
-            None => return Err(text!(field("MountPath"), ": would hide the root")),
+    fn check(&self) -> Result<(), Line> {
+        check_path("DevicePath", self.device_path)?;
+        check_path("MountPath", self.mount_path)?;
+        let mut names = parts(self.mount_path);
+        match names.next() {
+            None => return Err(text!("MountPath: would hide the root")),
             // What this program mounts itself, and needs to the end.
-            Some(b"proc" | b"sys" | b"dev" | b"run") if parts.next().is_none() => {
-                return Err(text!(field("MountPath"), ": would hide ", self.mount_path));
+            Some(b"proc" | b"sys" | b"dev" | b"run") if names.next().is_none() => {
+                return Err(text!("MountPath: would hide ", self.mount_path));
             }
             Some(_) => {}
         }
-        if self.mount_path.parts().any(|part| part == b"..") {
-            return Err(text!(field("MountPath"), ": has '..': ", self.mount_path));
+        if parts(self.mount_path).any(|name| name == b"..") {
+            return Err(text!("MountPath: has '..': ", self.mount_path));
         }
         Ok(())
     }
@@ -372,36 +378,11 @@ impl Host<'_> {
         if self.ip.ip().is_none() {
             return Err(text!("IP: not an address: ", self.ip));
         }
-        let plain = |byte: u8| byte > b' ' && byte != 0x7f && byte != b'#';
-        if self.host.is_empty() || !self.host.bytes().all(plain) {
+        let plain = |byte: &u8| *byte > b' ' && *byte != 0x7f && *byte != b'#';
+        if self.host.is_empty() || !self.host.bytes().iter().all(plain) {
             return Err(text!("Host: not a host name: ", self.host));
         }
         Ok(())
-    }
-}
-
-impl<'a> Text<'a> {
-    /// The names of a path, without empty ones and `.`.
-    fn parts(self) -> impl Iterator<Item = heapless::Vec<u8, 256>> {
-        let mut bytes = self.bytes().peekable();
-        core::iter::from_fn(move || {
-            loop {
-                while bytes.next_if_eq(&b'/').is_some() {}
-                bytes.peek()?;
-                let mut part = heapless::Vec::new();
-                while let Some(byte) = bytes.next_if(|byte| *byte != b'/') {
-                    // Over NAME_MAX: the kernel refuses the path, whatever the rest is.
-                    let _kept = part.push(byte);
-                }
-                if part != b"." {
-                    return Some(part);
-                }
-            }
-        })
-    }
-
-    fn same_path(self, other: Text) -> bool {
-        self.parts().eq(other.parts())
     }
 }
 
@@ -423,11 +404,12 @@ mod tests {
 
     fn with<R>(document: &str, look: impl FnOnce(Config) -> R) -> R {
         let mut bytes = document.as_bytes().to_vec();
-        look(Config::read(&mut bytes).unwrap())
+        let spans = Config::decode(&mut bytes).unwrap();
+        look(Config::new(&bytes, spans))
     }
 
     fn string(text: Text) -> String {
-        String::from_utf8(text.bytes().collect()).unwrap()
+        String::from_utf8(text.bytes().to_vec()).unwrap()
     }
 
     fn argv(document: &str) -> Vec<String> {
@@ -445,19 +427,36 @@ mod tests {
     fn the_example_is_read_whole() {
         with(EXAMPLE, |config| {
             config.check().unwrap();
-            assert_eq!(string(config.image_config.working_dir), "/app");
+            assert_eq!(string(config.working_dir()), "/app");
             assert_eq!(string(config.user()), "nobody");
             assert_eq!(config.mtu(), 1500);
-            assert_eq!(config.extra_env.iter().map(string).collect::<Vec<_>>(), ["DATABASE_URL=postgres://...", "LOG_LEVEL=info"]);
             assert_eq!(
-                config.ip_configs[0].address().unwrap(),
-                Address { ip: "10.0.0.2".parse().unwrap(), prefix: 24, gateway: "169.254.0.1".parse().ok() }
+                config.environment().map(string).collect::<Vec<_>>(),
+                [
+                    "PATH=/usr/local/bin:/usr/bin:/bin",
+                    "DATABASE_URL=postgres://...",
+                    "LOG_LEVEL=info"
+                ]
             );
-            assert_eq!(string(config.mounts[0].device_path), "/dev/vdb");
-            assert_eq!(string(config.mounts[0].mount_path), "/data");
-            assert_eq!(string(config.etc_resolv.nameservers.iter().next().unwrap()), "8.8.8.8");
-            assert_eq!(string(config.etc_hosts[0].desc), "app alias");
-            assert_eq!(string(config.hostname), "my-app-abcdef");
+            assert_eq!(
+                config.ip_configs().next().unwrap().address().unwrap(),
+                Address {
+                    ip: "10.0.0.2".parse().unwrap(),
+                    prefix: 24,
+                    gateway: "169.254.0.1".parse().ok()
+                }
+            );
+            assert_eq!(
+                string(config.mounts().next().unwrap().device_path),
+                "/dev/vdb"
+            );
+            assert_eq!(string(config.mounts().next().unwrap().mount_path), "/data");
+            assert_eq!(
+                string(config.nameservers().iter().next().unwrap()),
+                "8.8.8.8"
+            );
+            assert_eq!(string(config.etc_hosts().next().unwrap().desc), "app alias");
+            assert_eq!(string(config.hostname()), "my-app-abcdef");
         });
         assert_eq!(argv(EXAMPLE), ["/bin/myapp", "--port", "8080"]);
     }
@@ -466,10 +465,21 @@ mod tests {
     fn the_argv_follows_the_order_of_precedence() {
         let image = r#""ImageConfig":{"Entrypoint":["/e","1"],"Cmd":["c","d"]}"#;
         assert_eq!(argv(&format!("{{{image}}}")), ["/e", "1", "c", "d"]);
-        assert_eq!(argv(&format!(r#"{{{image},"CmdOverride":"x y"}}"#)), ["/e", "1", "x y"]);
-        assert_eq!(argv(&format!(r#"{{{image},"CmdOverride":"x","ExecOverride":["/o"]}}"#)), ["/o"]);
+        assert_eq!(
+            argv(&format!(r#"{{{image},"CmdOverride":"x y"}}"#)),
+            ["/e", "1", "x y"]
+        );
+        assert_eq!(
+            argv(&format!(
+                r#"{{{image},"CmdOverride":"x","ExecOverride":["/o"]}}"#
+            )),
+            ["/o"]
+        );
         assert_eq!(argv(r#"{"ImageConfig":{"Cmd":["c"]}}"#), ["c"]);
-        assert_eq!(argv(r#"{"ImageConfig":{"Entrypoint":["", "a"]}}"#), ["", "a"]);
+        assert_eq!(
+            argv(r#"{"ImageConfig":{"Entrypoint":["", "a"]}}"#),
+            ["", "a"]
+        );
         assert!(argv("{}").is_empty());
     }
 
@@ -483,13 +493,25 @@ mod tests {
     #[test]
     fn a_gateway_may_be_absent_empty_or_carry_a_prefix_length() {
         let gateway = |text: &str| {
-            with(&format!(r#"{{"IPConfigs":[{{"IP":"10.0.0.2","Mask":24{text}}}]}}"#), |config| {
-                config.ip_configs[0].address().map(|address| address.gateway).map_err(|_| ())
-            })
+            with(
+                &format!(r#"{{"IPConfigs":[{{"IP":"10.0.0.2","Mask":24{text}}}]}}"#),
+                |config| {
+                    config
+                        .ip_configs()
+                        .next()
+                        .unwrap()
+                        .address()
+                        .map(|address| address.gateway)
+                        .map_err(|_| ())
+                },
+            )
         };
         assert_eq!(gateway(""), Ok(None));
         assert_eq!(gateway(r#","Gateway":"""#), Ok(None));
-        assert_eq!(gateway(r#","Gateway":"10.0.0.1/24""#), Ok("10.0.0.1".parse().ok()));
+        assert_eq!(
+            gateway(r#","Gateway":"10.0.0.1/24""#),
+            Ok("10.0.0.1".parse().ok())
+        );
         assert_eq!(gateway(r#","Gateway":"fd00::1""#), Err(()));
         assert_eq!(gateway(r#","Gateway":"10.0.0.1/x""#), Err(()));
     }
@@ -507,43 +529,83 @@ mod tests {
         );
         with(&document, |config| {
             assert_eq!(config.argv().count(), ARGV);
-            assert_eq!(config.image_config.env.iter().count(), ENV);
-            assert_eq!((config.ip_configs.len(), config.mounts.len(), config.etc_hosts.len()), (ADDRESSES, MOUNTS, HOSTS));
+            assert_eq!(config.environment().count(), ENV);
+            assert_eq!(
+                (
+                    config.ip_configs().count(),
+                    config.mounts().count(),
+                    config.etc_hosts().count()
+                ),
+                (ADDRESSES, MOUNTS, HOSTS)
+            );
         });
         let mut over = format!(r#"{{"Mounts":[{}]}}"#, list(MOUNTS + 1, "{}")).into_bytes();
-        let error = Config::read(&mut over).unwrap_err();
-        assert_eq!((error.fault, error.path.as_str()), (Fault::TooMany(64), "Mounts[64]"));
-    }
-
-    #[test]
-    fn a_member_given_twice_is_an_error() {
-        let mut bytes = br#"{"MTU":1,"MTU":2}"#.to_vec();
-        assert_eq!(Config::read(&mut bytes).unwrap_err().fault, Fault::Twice);
+        let error = Config::decode(&mut over).unwrap_err();
+        assert_eq!(
+            (error.fault, error.path.as_bytes()),
+            (Fault::TooMany(64), &b"Mounts[64]"[..])
+        );
     }
 
     #[test]
     fn what_cannot_work_is_named() {
         for (document, wanted) in [
             (r#"{"ExecOverride":[""]}"#, "the command's name is empty"),
-            (r#"{"RootDevice":"vda"}"#, "RootDevice: not an absolute path: vda"),
-            (r#"{"IPConfigs":[{"IP":"10.0.0.2","Mask":33}]}"#, "IPConfigs[0].Mask: must be from 0 to 32"),
-            (r#"{"IPConfigs":[{"IP":"10.0.0.256","Mask":24}]}"#, "IPConfigs[0].IP: not an address: 10.0.0.256"),
+            (
+                r#"{"RootDevice":"vda"}"#,
+                "RootDevice: not an absolute path: vda",
+            ),
+            (
+                r#"{"IPConfigs":[{"IP":"10.0.0.2","Mask":33}]}"#,
+                "IPConfigs[0].Mask: must be from 0 to 32",
+            ),
+            (
+                r#"{"IPConfigs":[{"IP":"10.0.0.256","Mask":24}]}"#,
+                "IPConfigs[0].IP: not an address: 10.0.0.256",
+            ),
             (r#"{"IPConfigs":[{}]}"#, "IPConfigs[0].IP: not an address: "),
-            (r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"//./"}]}"#, "Mounts[0].MountPath: would hide the root"),
-            (r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"/proc"}]}"#, "Mounts[0].MountPath: would hide /proc"),
-            (r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"/a/../b"}]}"#, "Mounts[0].MountPath: has '..': /a/../b"),
-            (r#"{"Mounts":[{"DevicePath":"","MountPath":"/a"}]}"#, "Mounts[0].DevicePath: not an absolute path: "),
+            (
+                r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"//./"}]}"#,
+                "Mounts[0].MountPath: would hide the root",
+            ),
+            (
+                r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"/proc"}]}"#,
+                "Mounts[0].MountPath: would hide /proc",
+            ),
+            (
+                r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"/a/../b"}]}"#,
+                "Mounts[0].MountPath: has '..': /a/../b",
+            ),
+            (
+                r#"{"Mounts":[{"DevicePath":"","MountPath":"/a"}]}"#,
+                "Mounts[0].DevicePath: not an absolute path: ",
+            ),
             (
                 r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"/a/b"},{"DevicePath":"/dev/vdc","MountPath":"/a//b/"}]}"#,
                 "Mounts[1].MountPath: used twice: /a//b/",
             ),
-            (r#"{"EtcResolv":{"Nameservers":["8.8.8.8","x"]}}"#, "EtcResolv.Nameservers[1]: not an address: x"),
-            (r#"{"EtcHosts":[{"Host":"a b","IP":"10.0.0.2"}]}"#, "EtcHosts[0].Host: not a host name: a b"),
-            (r#"{"EtcHosts":[{"Host":"a","IP":""}]}"#, "EtcHosts[0].IP: not an address: "),
+            (
+                r#"{"EtcResolv":{"Nameservers":["8.8.8.8","x"]}}"#,
+                "EtcResolv.Nameservers[1]: not an address: x",
+            ),
+            (
+                r#"{"EtcHosts":[{"Host":"a b","IP":"10.0.0.2"}]}"#,
+                "EtcHosts[0].Host: not a host name: a b",
+            ),
+            (
+                r#"{"EtcHosts":[{"Host":"a","IP":""}]}"#,
+                "EtcHosts[0].IP: not an address: ",
+            ),
         ] {
             assert_eq!(complaint(document), wanted);
         }
-        assert_eq!(complaint(&format!(r#"{{"Hostname":"{}"}}"#, "h".repeat(65))), "Hostname: longer than 64 bytes");
-        assert_eq!(complaint(r#"{"EtcResolv":{"Nameservers":["fe80::1%eth0","::1"]}}"#), "");
+        assert_eq!(
+            complaint(&format!(r#"{{"Hostname":"{}"}}"#, "h".repeat(65))),
+            "Hostname: longer than 64 bytes"
+        );
+        assert_eq!(
+            complaint(r#"{"EtcResolv":{"Nameservers":["fe80::1%eth0","::1"]}}"#),
+            ""
+        );
     }
 }

@@ -67,7 +67,8 @@ impl Console {
     }
 
     /// Starts a line; [`Record::field`] adds to it, dropping it writes it.
-    pub fn log(&mut self, level: Level, message: impl Show) -> Record<'_> {
+    #[inline(never)]
+    pub fn log(&mut self, level: Level, message: &dyn Show) -> Record<'_> {
         let line = (level >= self.level).then(|| {
             let mut text = Line::new();
             text.add(message);
@@ -81,11 +82,11 @@ impl Console {
 
     /// Starts a line at level info.
     pub fn info(&mut self, message: &str) -> Record<'_> {
-        self.log(Level::Info, message)
+        self.log(Level::Info, &message)
     }
 
     /// Starts a line at level warn.
-    pub fn warn(&mut self, message: impl Show) -> Record<'_> {
+    pub fn warn(&mut self, message: &dyn Show) -> Record<'_> {
         self.log(Level::Warn, message)
     }
 
@@ -93,7 +94,7 @@ impl Console {
         self.flush();
         if self.lost > 0 {
             let mut note = text::log_line(Level::Warn, b"the console was too slow");
-            note.field("lost_lines", self.lost);
+            note.field("lost_lines", &self.lost);
             if !self.push_line(&note) {
                 self.lost = self.lost.saturating_add(1);
                 return;
@@ -108,7 +109,7 @@ impl Console {
 
     fn push_line(&mut self, line: &Line) -> bool {
         let text = line.as_bytes();
-        text.len() + 2 <= self.queue.free() && self.queue.push(text) && self.queue.push(b"\r\n")
+        text.len() < self.queue.free() && self.queue.push(text) && self.queue.push(b"\n")
     }
 
     /// Room for output of the workload; follow with [`commit`](Self::commit).
@@ -141,7 +142,8 @@ impl Console {
         let mut driver: i32 = 0;
         if let Some((device, _)) = &self.device {
             // SAFETY: TIOCOUTQ writes an int (ioctl_tty(2)).
-            let _no_terminal = unsafe { crate::sys::ioctl_struct(device.as_fd(), TIOCOUTQ, &mut driver) };
+            let _no_terminal =
+                unsafe { crate::sys::ioctl_struct(device.as_fd(), TIOCOUTQ, &mut driver) };
         }
         self.queue.filled().len() + driver.unsigned_abs() as usize
     }
@@ -172,7 +174,7 @@ pub struct Record<'a> {
 
 impl Record<'_> {
     /// Adds ` key=value`.
-    pub fn field(mut self, key: &str, value: impl Show) -> Self {
+    pub fn field(mut self, key: &str, value: &dyn Show) -> Self {
         if let Some(line) = &mut self.line {
             line.field(key, value);
         }
@@ -184,7 +186,7 @@ impl Drop for Record<'_> {
     fn drop(&mut self) {
         if let Some(mut line) = self.line.take() {
             if let Some((uid, gid)) = self.console.identity {
-                line.field("uid", uid).field("gid", gid);
+                line.field("uid", &uid).field("gid", &gid);
             }
             self.console.write_line(&line);
         }

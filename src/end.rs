@@ -31,7 +31,12 @@ pub fn quiesce(mounts: Option<&OwnedFd>, buffer: &mut [u8], report: &Report) -> 
     loop {
         let patient = sys::milliseconds().wrapping_sub(start) < BUSY;
         let table = mounts.map_or(0, |file| read_table(file, buffer));
-        let busy = unmount_all(buffer.get(..table).unwrap_or(&[]), patient, &mut stuck, report);
+        let busy = unmount_all(
+            buffer.get(..table).unwrap_or(&[]),
+            patient,
+            &mut stuck,
+            report,
+        );
         if !busy {
             break;
         }
@@ -48,7 +53,12 @@ pub fn quiesce(mounts: Option<&OwnedFd>, buffer: &mut [u8], report: &Report) -> 
         // EBUSY: something in the kernel, a loop device perhaps, has a file open for writing.
         let frozen = open_directory(c"/").and_then(|root| freeze(&root));
         if let Err(frozen) = frozen {
-            report.warn(text!("cannot make / read-only: ", name(errno), ", nor freeze it: ", name(frozen)));
+            report.warn(text!(
+                "cannot make / read-only: ",
+                name(errno),
+                ", nor freeze it: ",
+                name(frozen)
+            ));
         }
     }
     rustix::fs::sync();
@@ -71,9 +81,17 @@ fn read_table(file: &OwnedFd, buffer: &mut [u8]) -> usize {
 }
 
 /// Tries to unmount every volume, the last mounted first; whether one is still busy.
-fn unmount_all(table: &[u8], patient: bool, stuck: &mut heapless::Vec<OwnedFd, STUCK>, report: &Report) -> bool {
+fn unmount_all(
+    table: &[u8],
+    patient: bool,
+    stuck: &mut heapless::Vec<OwnedFd, STUCK>,
+    report: &Report,
+) -> bool {
     let mut busy = false;
-    for mount in table.rsplit(|byte| *byte == b'\n').filter_map(mountinfo::parse) {
+    for mount in table
+        .rsplit(|byte| *byte == b'\n')
+        .filter_map(mountinfo::parse)
+    {
         if !is_volume(&mount) {
             continue;
         }
@@ -89,7 +107,8 @@ fn unmount_all(table: &[u8], patient: bool, stuck: &mut heapless::Vec<OwnedFd, S
                 if mount.on_device {
                     let _table_full = open_directory(target).map(|volume| stuck.push(volume));
                 }
-                let _detached = rustix::mount::unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+                let _detached =
+                    rustix::mount::unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
             }
         }
     }
@@ -107,7 +126,11 @@ fn is_volume(mount: &Mount) -> bool {
 }
 
 fn open_directory(path: &CStr) -> Result<OwnedFd, Errno> {
-    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())
+    rustix::fs::open(
+        path,
+        OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
+        Mode::empty(),
+    )
 }
 
 /// Writes a file system out and stops all writing to it.

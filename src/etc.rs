@@ -1,7 +1,8 @@
 //! The contents of /etc/hosts and /etc/resolv.conf.
 
-use crate::config::{EtcResolv, Host};
-use crate::text::{Line, Show};
+use crate::config::Host;
+use crate::json::Texts;
+use crate::text::Line;
 
 /// Marks a line of /etc/hosts as ours, so that the next boot replaces it.
 const MARK: &[u8] = b"# pigeon-init";
@@ -13,9 +14,9 @@ const LOCALHOST: &[u8] = b"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip
 ///
 /// Lines of an earlier boot go, all others stay as they are, and each entry is added unless a
 /// line that stays says the same already.
-pub fn hosts<E>(
+pub fn hosts<'h, E>(
     old: &[u8],
-    entries: &[Host],
+    entries: impl Iterator<Item = Host<'h>>,
     mut write: impl FnMut(&[u8]) -> Result<(), E>,
 ) -> Result<(), E> {
     let kept = || {
@@ -34,27 +35,20 @@ pub fn hosts<E>(
         write(LOCALHOST)?;
     }
     for entry in entries {
-        let mut ip = Line::new();
-        ip.add(entry.ip);
-        let mut name = Line::new();
-        name.add(entry.host);
-        if kept().any(|line| says(line, ip.as_bytes(), name.as_bytes())) {
+        let (ip, name) = (entry.ip.bytes(), entry.host.bytes());
+        if kept().any(|line| says(line, ip, name)) {
             continue;
         }
-        write(ip.as_bytes())?;
-        write(b"\t")?;
-        write(name.as_bytes())?;
-        write(b"\t")?;
-        write(MARK)?;
+        for piece in [ip, b"\t", name, b"\t", MARK] {
+            write(piece)?;
+        }
         if !entry.desc.is_empty() {
-            let mut comment = Line::new();
+            write(b":")?;
             // A line break here would start a line of its own.
-            entry
-                .desc
-                .bytes()
-                .for_each(|byte| comment.put(if byte < b' ' { b' ' } else { byte }));
-            write(b": ")?;
-            write(comment.as_bytes())?;
+            for word in entry.desc.bytes().split(|byte| *byte < b' ') {
+                write(b" ")?;
+                write(word)?;
+            }
         }
         write(b"\n")?;
     }
@@ -72,15 +66,15 @@ fn says(line: &[u8], ip: &[u8], name: &[u8]) -> bool {
 
 /// Gives the new /etc/resolv.conf to `write` (resolv.conf(5)).
 pub fn resolv<E>(
-    config: &EtcResolv,
+    nameservers: Texts,
     mut write: impl FnMut(&[u8]) -> Result<(), E>,
 ) -> Result<(), E> {
-    config.nameservers.iter().try_for_each(|server| {
+    for server in nameservers.iter() {
         let mut line = Line::new();
-        "nameserver ".show(&mut line);
-        line.add(server).put(b'\n');
-        write(line.as_bytes())
-    })
+        line.add("nameserver ").add(server).put(b'\n');
+        write(line.as_bytes())?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -90,9 +84,10 @@ mod tests {
 
     fn boot(old: &str, entries: &str) -> String {
         let mut document = format!(r#"{{"EtcHosts":[{entries}]}}"#).into_bytes();
-        let config = Config::read(&mut document).unwrap();
+        let spans = Config::decode(&mut document).unwrap();
+        let config = Config::new(&document, spans);
         let mut new = Vec::new();
-        hosts(old.as_bytes(), &config.etc_hosts, |piece| {
+        hosts(old.as_bytes(), config.etc_hosts(), |piece| {
             new.extend_from_slice(piece);
             Ok::<(), ()>(())
         })
@@ -105,7 +100,10 @@ mod tests {
     #[test]
     fn entries_appear_once_however_often_the_root_boots() {
         let once = boot("127.0.0.1 localhost\n", ALIAS);
-        assert_eq!(once, "127.0.0.1 localhost\n10.0.0.2\tmy-app.internal\t# pigeon-init: app alias\n");
+        assert_eq!(
+            once,
+            "127.0.0.1 localhost\n10.0.0.2\tmy-app.internal\t# pigeon-init: app alias\n"
+        );
         assert_eq!(boot(&boot(&once, ALIAS), ALIAS), once);
     }
 
@@ -142,9 +140,10 @@ mod tests {
     #[test]
     fn each_name_server_is_a_line() {
         let mut document = br#"{"EtcResolv":{"Nameservers":["8.8.8.8","fd00::1"]}}"#.to_vec();
-        let config = Config::read(&mut document).unwrap();
+        let spans = Config::decode(&mut document).unwrap();
+        let config = Config::new(&document, spans);
         let mut file = Vec::new();
-        resolv(&config.etc_resolv, |piece| {
+        resolv(config.nameservers(), |piece| {
             file.extend_from_slice(piece);
             Ok::<(), ()>(())
         })

@@ -1,6 +1,7 @@
 //! Whole files: read with a limit, replaced so that a crash leaves the old or the new one.
 
-use crate::task::{Explain, Outcome};
+use crate::task::Outcome;
+use crate::why;
 use core::ffi::CStr;
 use pigeon_init::text;
 use rustix::fd::OwnedFd;
@@ -19,13 +20,13 @@ pub fn read<'b>(path: &CStr, buffer: &'b mut [u8]) -> Outcome<&'b mut [u8]> {
 
 /// The same, but the answer is the length, `None` for a file that is not there.
 pub fn read_found(path: &CStr, buffer: &mut [u8]) -> Outcome<Option<usize>> {
-    let what = || text!("read ", path);
+    let what = why!("read ", path);
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let file = match rustix::fs::open(path, flags, Mode::empty()) {
         Err(Errno::NOENT) => return Ok(None),
-        other => other.explain(what)?,
+        other => other.map_err(what)?,
     };
-    let status = rustix::fs::fstat(&file).explain(what)?;
+    let status = rustix::fs::fstat(&file).map_err(what)?;
     if FileType::from_raw_mode(status.st_mode) != FileType::RegularFile {
         return Err(text!("read ", path, ": not a regular file"));
     }
@@ -33,7 +34,7 @@ pub fn read_found(path: &CStr, buffer: &mut [u8]) -> Outcome<Option<usize>> {
     loop {
         let Some(room @ [_, ..]) = buffer.get_mut(length..) else {
             // Full: that is all of it only when nothing more can be read.
-            let more = rustix::io::read(&file, &mut [0u8; 1][..]).explain(what)?;
+            let more = rustix::io::read(&file, &mut [0u8; 1][..]).map_err(what)?;
             return match more {
                 0 => Ok(Some(length)),
                 _ => Err(text!("read ", path, ": over ", length, " bytes")),
@@ -43,7 +44,7 @@ pub fn read_found(path: &CStr, buffer: &mut [u8]) -> Outcome<Option<usize>> {
             Ok(0) => return Ok(Some(length)),
             Ok(count) => length += count,
             Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno).explain(what),
+            Err(errno) => return Err(what(errno)),
         }
     }
 }

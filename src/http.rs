@@ -1,7 +1,7 @@
 //! HTTP/1.1 requests and response heads (RFC 9112): an incremental reader over one buffer.
 
+use crate::digest;
 use crate::text::Line;
-use base64ct::{Base64, Encoding};
 use core::ops::Range;
 
 /// Longest request head, in bytes; and longest chunk overhead of a body.
@@ -84,11 +84,31 @@ struct Route {
 }
 
 const ROUTES: [Route; 5] = [
-    Route { path: "/v1/status", call: Call::Status, methods: "GET, HEAD" },
-    Route { path: "/v1/exit_code", call: Call::ExitCode, methods: "GET, HEAD" },
-    Route { path: "/v1/signals", call: Call::Signals, methods: "POST" },
-    Route { path: "/v1/exec", call: Call::Exec, methods: "POST" },
-    Route { path: "/v1/ws/exec", call: Call::Session, methods: "GET" },
+    Route {
+        path: "/v1/status",
+        call: Call::Status,
+        methods: "GET, HEAD",
+    },
+    Route {
+        path: "/v1/exit_code",
+        call: Call::ExitCode,
+        methods: "GET, HEAD",
+    },
+    Route {
+        path: "/v1/signals",
+        call: Call::Signals,
+        methods: "POST",
+    },
+    Route {
+        path: "/v1/exec",
+        call: Call::Exec,
+        methods: "POST",
+    },
+    Route {
+        path: "/v1/ws/exec",
+        call: Call::Session,
+        methods: "GET",
+    },
 ];
 
 /// `Sec-WebSocket-Accept` for a handshake (RFC 6455 section 4.2.2).
@@ -247,7 +267,9 @@ impl Reader {
                 let end = head.length + *length;
                 (*filled >= end).then_some(end)
             }
-            Framing::Chunked(chunks) => chunks.decode(head.length, buffer, filled)?.then_some(chunks.end),
+            Framing::Chunked(chunks) => chunks
+                .decode(head.length, buffer, filled)?
+                .then_some(chunks.end),
         };
         match end {
             Some(end) => Ok(Progress::Ready(Request {
@@ -264,7 +286,8 @@ impl Reader {
     /// Finds the head's end. Lines end with CRLF; a lone LF is where smuggling starts.
     fn head_end(&mut self, bytes: &[u8]) -> Result<Option<usize>, Refusal> {
         while let Some(&byte) = bytes.get(self.scanned) {
-            let before = |count: usize| self.scanned.checked_sub(count).and_then(|at| bytes.get(at));
+            let before =
+                |count: usize| self.scanned.checked_sub(count).and_then(|at| bytes.get(at));
             if byte == b'\n' {
                 if before(1) != Some(&b'\r') {
                     return Err(bad("a line does not end with CRLF"));
@@ -272,10 +295,17 @@ impl Reader {
                 // Empty lines before the request line are no head (RFC 9112 section 2.2).
                 let blank = before(2).is_none_or(|byte| *byte == b'\n');
                 let leading = self.scanned < 2 * BLANK_LINES
-                    && bytes.iter().take(self.scanned).all(|byte| matches!(byte, b'\r' | b'\n'));
+                    && bytes
+                        .iter()
+                        .take(self.scanned)
+                        .all(|byte| matches!(byte, b'\r' | b'\n'));
                 if blank && !leading {
                     self.scanned += 1;
-                    return if self.scanned <= HEAD { Ok(Some(self.scanned)) } else { Err(LONG_HEAD) };
+                    return if self.scanned <= HEAD {
+                        Ok(Some(self.scanned))
+                    } else {
+                        Err(LONG_HEAD)
+                    };
                 }
             }
             self.scanned += 1;
@@ -287,7 +317,10 @@ impl Reader {
     }
 }
 
-const LONG_HEAD: Refusal = Refusal(Status::HeaderFieldsTooLarge, "the header is over 16 KiB or 64 lines");
+const LONG_HEAD: Refusal = Refusal(
+    Status::HeaderFieldsTooLarge,
+    "the header is over 16 KiB or 64 lines",
+);
 const LARGE_BODY: Refusal = Refusal(Status::ContentTooLarge, "the body is over 128 KiB");
 
 fn parse_head(bytes: &[u8]) -> Result<(Head, Framing), Refusal> {
@@ -297,11 +330,16 @@ fn parse_head(bytes: &[u8]) -> Result<(Head, Framing), Refusal> {
         Ok(httparse::Status::Complete(_)) => {}
         Err(httparse::Error::TooManyHeaders) => return Err(LONG_HEAD),
         Err(httparse::Error::Version) => {
-            return Err(Refusal(Status::VersionNotSupported, "the version is not HTTP/1.0 or HTTP/1.1"));
+            return Err(Refusal(
+                Status::VersionNotSupported,
+                "the version is not HTTP/1.0 or HTTP/1.1",
+            ));
         }
         Err(_) | Ok(httparse::Status::Partial) => return Err(bad("the header is malformed")),
     }
-    let (Some(method), Some(target), Some(version)) = (request.method, request.path, request.version) else {
+    let (Some(method), Some(target), Some(version)) =
+        (request.method, request.path, request.version)
+    else {
         return Err(bad("the header is malformed"));
     };
     let old = version == 0;
@@ -310,10 +348,13 @@ fn parse_head(bytes: &[u8]) -> Result<(Head, Framing), Refusal> {
         return Err(bad("there must be one Host header"));
     }
     let framing = fields.framing(old)?;
-    let target = route(method, path(target)?, old, &fields);
+    let target = route(method.as_bytes(), path(target.as_bytes())?, old, &fields);
     let expects = fields.expects && !old;
     if fields.unknown_expectation && !old {
-        return Err(Refusal(Status::ExpectationFailed, "only 100-continue can be expected"));
+        return Err(Refusal(
+            Status::ExpectationFailed,
+            "only 100-continue can be expected",
+        ));
     }
     // A client that asks first is told at once; it will not send the body then.
     if expects && !matches!(target, Target::Call(_)) {
@@ -323,13 +364,20 @@ fn parse_head(bytes: &[u8]) -> Result<(Head, Framing), Refusal> {
         });
     }
     let framing = match framing {
-        Framing::Chunked(chunks) => Framing::Chunked(Chunks { end: bytes.len(), ..chunks }),
+        Framing::Chunked(chunks) => Framing::Chunked(Chunks {
+            end: bytes.len(),
+            ..chunks
+        }),
         length => length,
     };
     let head = Head {
         target,
         style: Style {
-            keep_alive: if old { fields.keep_alive && !fields.close } else { !fields.close },
+            keep_alive: if old {
+                fields.keep_alive && !fields.close
+            } else {
+                !fields.close
+            },
             old,
             head_only: method == "HEAD",
         },
@@ -340,22 +388,24 @@ fn parse_head(bytes: &[u8]) -> Result<(Head, Framing), Refusal> {
 }
 
 /// The path of a request target, in origin form or absolute form (RFC 9112 section 3.2).
-fn path(target: &str) -> Result<&str, Refusal> {
-    let path = if target.starts_with('/') || target == "*" {
-        target
-    } else {
-        let scheme = target.get(..7).filter(|scheme| scheme.eq_ignore_ascii_case("http://"));
-        let rest = scheme.and_then(|_| target.get(7..)).ok_or(bad("the request target is malformed"))?;
-        rest.find('/').and_then(|at| rest.get(at..)).unwrap_or("/")
+fn path(target: &[u8]) -> Result<&[u8], Refusal> {
+    const SCHEME: &[u8] = b"http://";
+    let path = match target.split_at_checked(SCHEME.len()) {
+        Some((scheme, rest)) if scheme.eq_ignore_ascii_case(SCHEME) => {
+            let start = rest.iter().position(|byte| *byte == b'/');
+            start.and_then(|start| rest.get(start..)).unwrap_or(b"/")
+        }
+        _ if target.starts_with(b"/") || target == b"*" => target,
+        _ => return Err(bad("the request target is malformed")),
     };
-    Ok(path.split('?').next().unwrap_or(path))
+    Ok(path.split(|byte| *byte == b'?').next().unwrap_or(path))
 }
 
-fn route(method: &str, path: &str, old: bool, fields: &Fields) -> Target {
-    let Some(route) = ROUTES.iter().find(|route| route.path == path) else {
+fn route(method: &[u8], path: &[u8], old: bool, fields: &Fields) -> Target {
+    let Some(route) = ROUTES.iter().find(|route| route.path.as_bytes() == path) else {
         return Target::Unknown;
     };
-    if !route.methods.split(", ").any(|allowed| allowed == method) {
+    if !members(route.methods.as_bytes()).any(|allowed| allowed == method) {
         return Target::WrongMethod(route.methods);
     }
     if route.call != Call::Session {
@@ -426,7 +476,8 @@ impl Fields {
             self.expects |= known;
             self.unknown_expectation |= !known;
         } else if is("upgrade") {
-            self.upgrade_websocket |= members(value).any(|member| member.eq_ignore_ascii_case(b"websocket"));
+            self.upgrade_websocket |=
+                members(value).any(|member| member.eq_ignore_ascii_case(b"websocket"));
         } else if is("sec-websocket-version") {
             self.version_13 = value == b"13";
         } else if is("sec-websocket-key") {
@@ -449,7 +500,10 @@ impl Fields {
                 part: Part::Size,
                 overhead: 0,
             })),
-            (1, None) => Err(Refusal(Status::NotImplemented, "the only transfer encoding is chunked")),
+            (1, None) => Err(Refusal(
+                Status::NotImplemented,
+                "the only transfer encoding is chunked",
+            )),
             (_, None) => Err(bad("there must be one transfer encoding")),
         }
     }
@@ -465,30 +519,37 @@ fn length(digits: &[u8]) -> Result<usize, Refusal> {
         return Err(bad("Content-Length is not a number"));
     }
     Ok(digits.iter().fold(0usize, |sum, digit| {
-        sum.saturating_mul(10).saturating_add(usize::from(digit.wrapping_sub(b'0')))
+        sum.saturating_mul(10)
+            .saturating_add(usize::from(digit.wrapping_sub(b'0')))
     }))
 }
 
-/// The answer to a handshake's key: base64 of 16 bytes, else `None`.
+/// The answer to a handshake's key, which is base64 of 16 bytes (RFC 6455 section 4.2.2).
 fn accept(key: &[u8]) -> Option<Accept> {
-    let mut nonce = [0; 16];
-    let decoded = Base64::decode(key, &mut nonce).ok()?;
-    if decoded.len() != 16 {
+    let digits = key
+        .strip_suffix(b"==")
+        .filter(|digits| digits.len() == 22)?;
+    if !digits.iter().all(|digit| digest::BASE64.contains(digit)) {
         return None;
     }
-    let mut digest = sha1_smol::Sha1::new();
-    digest.update(key);
-    digest.update(b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11");
-    let mut accept = [0; 28];
-    Base64::encode(&digest.digest().bytes(), &mut accept).ok()?;
-    Some(accept)
+    let mut message = heapless::Vec::<u8, 64>::new();
+    message.extend_from_slice(key).ok()?;
+    message
+        .extend_from_slice(b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11")
+        .ok()?;
+    Some(digest::base64(&digest::sha1(&message)))
 }
 
 impl Chunks {
     /// Decodes what has come; true when the body, its trailers and its last line have.
     ///
     /// `start` is where the body starts in the buffer. Undecoded bytes are moved to `self.end`.
-    fn decode(&mut self, start: usize, buffer: &mut [u8], filled: &mut usize) -> Result<bool, Refusal> {
+    fn decode(
+        &mut self,
+        start: usize,
+        buffer: &mut [u8],
+        filled: &mut usize,
+    ) -> Result<bool, Refusal> {
         let mut read = self.end;
         let mut done = false;
         while !done {
@@ -502,7 +563,11 @@ impl Chunks {
                     buffer.copy_within(read..read + count, self.end);
                     read += count;
                     self.end += count;
-                    self.part = if count == left { Part::DataEnd } else { Part::Data(left - count) };
+                    self.part = if count == left {
+                        Part::DataEnd
+                    } else {
+                        Part::Data(left - count)
+                    };
                 }
                 Part::DataEnd => match rest {
                     [b'\r', b'\n', ..] => {
@@ -529,11 +594,17 @@ impl Chunks {
                             done = true;
                             Part::Trailer
                         }
-                        (Part::Trailer, field) if field.contains(&b':') && !field.starts_with(b" ") => Part::Trailer,
+                        (Part::Trailer, field)
+                            if field.contains(&b':') && !field.starts_with(b" ") =>
+                        {
+                            Part::Trailer
+                        }
                         (Part::Trailer, _) => return Err(bad("a trailer is malformed")),
                         (_, line) => match chunk_size(line)? {
                             0 => Part::Trailer,
-                            size if size > BODY - (self.end - start).min(BODY) => return Err(LARGE_BODY),
+                            size if size > BODY - (self.end - start).min(BODY) => {
+                                return Err(LARGE_BODY);
+                            }
                             size => Part::Data(size),
                         },
                     };
@@ -563,7 +634,10 @@ fn line(bytes: &[u8]) -> Result<Option<&[u8]>, Refusal> {
 
 /// chunk-size [ chunk-ext ]
 fn chunk_size(line: &[u8]) -> Result<usize, Refusal> {
-    let end = line.iter().position(|byte| !byte.is_ascii_hexdigit()).unwrap_or(line.len());
+    let end = line
+        .iter()
+        .position(|byte| !byte.is_ascii_hexdigit())
+        .unwrap_or(line.len());
     let (digits, extension) = line.split_at_checked(end).unwrap_or((line, &[]));
     let extends = extension.trim_ascii_start().first() == Some(&b';');
     if digits.is_empty() || !(extension.is_empty() || extends) {
@@ -577,8 +651,12 @@ fn chunk_size(line: &[u8]) -> Result<usize, Refusal> {
 
 /// Writes the head of a response with a JSON body of `length` bytes.
 pub fn response(line: &mut Line, status: Status, style: Style, length: usize, extra: &str) {
-    line.add("HTTP/1.1 ").add(u32::from(status as u16)).add(" ").add(status.reason());
-    line.add("\r\nContent-Type: application/json\r\nContent-Length: ").add(length);
+    line.add("HTTP/1.1 ")
+        .add(u32::from(status as u16))
+        .add(" ")
+        .add(status.reason());
+    line.add("\r\nContent-Type: application/json\r\nContent-Length: ")
+        .add(length);
     line.add("\r\n").add(extra);
     if !style.keep_alive {
         line.add("Connection: close\r\n");
@@ -591,7 +669,9 @@ pub fn response(line: &mut Line, status: Status, style: Style, length: usize, ex
 /// Writes the head that accepts a WebSocket handshake.
 pub fn switching(line: &mut Line, accept: &Accept) {
     line.add("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n");
-    line.add("Sec-WebSocket-Accept: ").add(&accept[..]).add("\r\n\r\n");
+    line.add("Sec-WebSocket-Accept: ")
+        .add(&accept[..])
+        .add("\r\n\r\n");
 }
 
 #[cfg(test)]
@@ -599,7 +679,9 @@ mod tests {
     use super::*;
 
     /// Feeds `bytes` in pieces of `step`; all answers, with their bodies, up to the first refusal.
-    fn feed(bytes: &[u8], step: usize) -> Vec<Result<(Target, Style, Vec<u8>), Refusal>> {
+    type Answer = Result<(Target, Style, Vec<u8>), Refusal>;
+
+    fn feed(bytes: &[u8], step: usize) -> Vec<Answer> {
         let mut buffer = vec![0; BUFFER];
         let mut filled = 0;
         let mut reader = Reader::default();
@@ -611,7 +693,11 @@ mod tests {
                 match reader.advance(&mut buffer, &mut filled) {
                     Progress::More | Progress::Continue => break,
                     Progress::Ready(request) => {
-                        answers.push(Ok((request.target, request.style, buffer[request.body].to_vec())));
+                        answers.push(Ok((
+                            request.target,
+                            request.style,
+                            buffer[request.body].to_vec(),
+                        )));
                         buffer.copy_within(request.length..filled, 0);
                         filled -= request.length;
                         reader = Reader::default();
@@ -629,7 +715,11 @@ mod tests {
     fn one(text: &str) -> Result<(Target, Style, Vec<u8>), Refusal> {
         let whole = feed(text.as_bytes(), text.len());
         for step in [1, 2, 7] {
-            assert_eq!(feed(text.as_bytes(), step), whole, "{text:?} in pieces of {step}");
+            assert_eq!(
+                feed(text.as_bytes(), step),
+                whole,
+                "{text:?} in pieces of {step}"
+            );
         }
         assert_eq!(whole.len(), 1, "{text:?}");
         whole.into_iter().next().unwrap()
@@ -644,18 +734,29 @@ mod tests {
     #[test]
     fn a_plain_request_is_read_at_any_split() {
         let (target, style, body) = one(STATUS).unwrap();
-        assert_eq!((target, body.as_slice()), (Target::Call(Call::Status), &b""[..]));
+        assert_eq!(
+            (target, body.as_slice()),
+            (Target::Call(Call::Status), &b""[..])
+        );
         assert!(style.keep_alive && !style.old && !style.head_only);
     }
 
     #[test]
     fn pipelined_requests_come_one_after_the_other() {
-        let text = format!("{STATUS}POST /v1/signals HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{{}}{STATUS}");
+        let text = format!(
+            "{STATUS}POST /v1/signals HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{{}}{STATUS}"
+        );
         for step in [1, 3, 1000] {
             let answers = feed(text.as_bytes(), step);
-            let targets: Vec<_> = answers.iter().map(|answer| answer.as_ref().unwrap().0).collect();
+            let targets: Vec<_> = answers
+                .iter()
+                .map(|answer| answer.as_ref().unwrap().0)
+                .collect();
             let call = Target::Call;
-            assert_eq!(targets, [call(Call::Status), call(Call::Signals), call(Call::Status)]);
+            assert_eq!(
+                targets,
+                [call(Call::Status), call(Call::Signals), call(Call::Status)]
+            );
             assert_eq!(answers[1].as_ref().unwrap().2, b"{}");
         }
     }
@@ -677,10 +778,19 @@ mod tests {
     #[test]
     fn bodies_up_to_the_limit_fit_in_both_framings() {
         let body = "x".repeat(BODY);
-        let plain = format!("POST /v1/exec HTTP/1.1\r\nHost: x\r\nContent-Length: {BODY}\r\n\r\n{body}");
-        assert_eq!(feed(plain.as_bytes(), 4096)[0].as_ref().unwrap().2.len(), BODY);
-        let chunked = format!("POST /v1/exec HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n{BODY:x}\r\n{body}\r\n0\r\n\r\n");
-        assert_eq!(feed(chunked.as_bytes(), 4096)[0].as_ref().unwrap().2.len(), BODY);
+        let plain =
+            format!("POST /v1/exec HTTP/1.1\r\nHost: x\r\nContent-Length: {BODY}\r\n\r\n{body}");
+        assert_eq!(
+            feed(plain.as_bytes(), 4096)[0].as_ref().unwrap().2.len(),
+            BODY
+        );
+        let chunked = format!(
+            "POST /v1/exec HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n{BODY:x}\r\n{body}\r\n0\r\n\r\n"
+        );
+        assert_eq!(
+            feed(chunked.as_bytes(), 4096)[0].as_ref().unwrap().2.len(),
+            BODY
+        );
         let over = chunked.replace("\r\n0\r\n", "\r\n1\r\nx\r\n0\r\n");
         assert_eq!(feed(over.as_bytes(), 4096), [Err(LARGE_BODY)]);
     }
@@ -696,15 +806,22 @@ mod tests {
         assert_eq!(reader.advance(&mut buffer, &mut filled), Progress::More);
         buffer[filled..filled + 2].copy_from_slice(b"{}");
         filled += 2;
-        assert!(matches!(reader.advance(&mut buffer, &mut filled), Progress::Ready(_)));
+        assert!(matches!(
+            reader.advance(&mut buffer, &mut filled),
+            Progress::Ready(_)
+        ));
     }
 
     #[test]
     fn connections_stay_open_as_the_version_has_it() {
         let keeps = |text: &str| one(text).unwrap().1.keep_alive;
-        assert!(!keeps("GET /v1/status HTTP/1.1\r\nHost: x\r\nConnection: foo, Close\r\n\r\n"));
+        assert!(!keeps(
+            "GET /v1/status HTTP/1.1\r\nHost: x\r\nConnection: foo, Close\r\n\r\n"
+        ));
         assert!(!keeps("GET /v1/status HTTP/1.0\r\n\r\n"));
-        assert!(keeps("GET /v1/status HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n"));
+        assert!(keeps(
+            "GET /v1/status HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n"
+        ));
     }
 
     #[test]
@@ -720,15 +837,26 @@ mod tests {
             ("Upgrade: websocket", "Upgrade: h2c"),
             ("keep-alive, Upgrade", "keep-alive"),
         ] {
-            assert_eq!(one(&text.replace(part, other)).unwrap().0, Target::NoUpgrade, "{other}");
+            assert_eq!(
+                one(&text.replace(part, other)).unwrap().0,
+                Target::NoUpgrade,
+                "{other}"
+            );
         }
     }
 
     #[test]
     fn paths_and_methods_are_told_apart() {
-        let target = |line: &str| one(&format!("{line} HTTP/1.1\r\nHost: x\r\n\r\n")).unwrap().0;
+        let target = |line: &str| {
+            one(&format!("{line} HTTP/1.1\r\nHost: x\r\n\r\n"))
+                .unwrap()
+                .0
+        };
         assert_eq!(target("GET /v1/status?x=/y"), Target::Call(Call::Status));
-        assert_eq!(target("GET http://vm:1/v1/status"), Target::Call(Call::Status));
+        assert_eq!(
+            target("GET http://vm:1/v1/status"),
+            Target::Call(Call::Status)
+        );
         assert_eq!(target("HEAD /v1/exit_code"), Target::Call(Call::ExitCode));
         assert_eq!(target("GET /v1/status/"), Target::Unknown);
         assert_eq!(target("OPTIONS *"), Target::Unknown);
@@ -758,7 +886,10 @@ mod tests {
             (post("Transfer-Encoding: gzip"), 501),
             (post("Transfer-Encoding: gzip, chunked"), 400),
             (post("Transfer-Encoding: chunked, chunked"), 400),
-            (post("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked"), 400),
+            (
+                post("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked"),
+                400,
+            ),
             (post("Transfer-Encoding:"), 400),
             (post("Transfer-Encoding : chunked"), 400),
             (post("A: b\r\n c"), 400),
@@ -777,9 +908,15 @@ mod tests {
             ("GET /v1/status\r\n\r\n".into(), 400),
             ("GET v1/status HTTP/1.1\r\nHost: x\r\n\r\n".into(), 400),
             ("CONNECT a:1 HTTP/1.1\r\nHost: x\r\n\r\n".into(), 400),
-            ("\r\n\r\nGET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n".into(), 200),
+            (
+                "\r\n\r\nGET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n".into(),
+                200,
+            ),
             ("\0\r\n\r\n".into(), 400),
-            ("POST /v1/exec HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n".into(), 400),
+            (
+                "POST /v1/exec HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n".into(),
+                400,
+            ),
         ] {
             assert_eq!(status(&text), expected, "{text:?}");
         }
@@ -814,23 +951,44 @@ mod tests {
     fn long_heads_are_refused_before_they_end() {
         let long = format!("GET /v1/status HTTP/1.1\r\nA: {}", "x".repeat(HEAD));
         assert_eq!(feed(long.as_bytes(), 100), [Err(LONG_HEAD)]);
-        let many = format!("GET /v1/status HTTP/1.1\r\nHost: x\r\n{}\r\n", "A: b\r\n".repeat(HEADERS));
+        let many = format!(
+            "GET /v1/status HTTP/1.1\r\nHost: x\r\n{}\r\n",
+            "A: b\r\n".repeat(HEADERS)
+        );
         assert_eq!(feed(many.as_bytes(), 100), [Err(LONG_HEAD)]);
         let blank = "\r\n".repeat(HEAD);
-        assert_eq!(feed(blank.as_bytes(), 100), [Err(bad("the header is malformed"))]);
+        assert_eq!(
+            feed(blank.as_bytes(), 100),
+            [Err(bad("the header is malformed"))]
+        );
     }
 
     #[test]
     fn response_heads_say_how_the_connection_goes_on() {
         let head = |style| {
             let mut line = Line::new();
-            response(&mut line, Status::MethodNotAllowed, style, 5, "Allow: GET\r\n");
+            response(
+                &mut line,
+                Status::MethodNotAllowed,
+                style,
+                5,
+                "Allow: GET\r\n",
+            );
             String::from_utf8(line.as_bytes().to_vec()).unwrap()
         };
         let start = "HTTP/1.1 405 Method Not Allowed\r\nContent-Type: application/json\r\nContent-Length: 5\r\nAllow: GET\r\n";
-        let open = Style { keep_alive: true, ..Style::CLOSE };
+        let open = Style {
+            keep_alive: true,
+            ..Style::CLOSE
+        };
         assert_eq!(head(open), format!("{start}\r\n"));
-        assert_eq!(head(Style::CLOSE), format!("{start}Connection: close\r\n\r\n"));
-        assert_eq!(head(Style { old: true, ..open }), format!("{start}Connection: keep-alive\r\n\r\n"));
+        assert_eq!(
+            head(Style::CLOSE),
+            format!("{start}Connection: close\r\n\r\n")
+        );
+        assert_eq!(
+            head(Style { old: true, ..open }),
+            format!("{start}Connection: keep-alive\r\n\r\n")
+        );
     }
 }

@@ -1,40 +1,52 @@
-//! JSON (RFC 8259), first pass: checks a document and condenses it where it lies.
+//! JSON (RFC 8259), read where it lies: no copies, no recursion, no heap.
 //!
-//! serde-json-core maps JSON onto structures, and has faults this pass keeps it from: it knows no
-//! surrogate pairs, recurses on values it ignores, and lets malformed ones through. So the
-//! document is first checked against a [`Shape`], without recursion, and rewritten in place
-//! (never longer) to what serde-json-core reads well and without copying:
+//! A document is checked against a [`Shape`] and decoded in place, which never makes it longer. The
+//! values that the shape names are found again through their [`Spans`]:
 //!
-//! * no white space, no unknown members, no members that are `null`;
-//! * strings as UTF-8 in which only `\"` and `\\` are still escaped ([`Text`]);
-//! * a list of strings as one string of NUL-terminated items, an object of strings as one string
-//!   of `KEY=value` items ([`Texts`]): NUL itself is refused, as no C string can hold it.
+//! * every string is UTF-8 with a NUL behind it, as the kernel wants it; a NUL inside is refused,
+//!   as no C string can hold it;
+//! * a list of strings is those strings one after the other, an object of strings is `KEY=value`
+//!   strings ([`Texts`]);
+//! * a list of objects is one string a member, a letter for its field and its value, and an empty
+//!   string behind each object ([`Records`]).
+//!
+//! Members that are `null` are absent. Unknown members are checked and dropped. Of a member given
+//! twice the last one counts, as in Go's encoding/json. A surrogate without its other half becomes
+//! U+FFFD.
+//!
+//! Not serde-json-core: it knows no surrogate pairs, recurses on values it ignores and lets
+//! malformed ones through, so that this pass has to be made in any case. What would be left for it
+//! is to find members again, at 9 KiB of code.
 
 use crate::text::{Line, Show};
+use core::ffi::CStr;
 use core::net::IpAddr;
-use serde::Deserialize;
 
 /// Deepest nesting accepted, unknown members included.
 pub const DEPTH: usize = 64;
 
-/// What a value must be.
+/// What a value must be, and the slot of the [`Spans`] that tells where it is.
 #[derive(Debug)]
 pub enum Shape {
     /// A string.
-    Text,
+    Text(u8),
     /// `true` or `false`.
-    Flag,
+    Flag(u8),
     /// An integer from 0 to the number given.
-    Number(u32),
+    Number(u8, u32),
     /// A list of at most so many strings.
-    Texts(usize),
+    Texts(u8, usize),
     /// An object of at most so many members, names and values strings.
-    Pairs(usize),
-    /// A list of at most so many values.
-    List(usize, &'static Shape),
-    /// An object with these members, all optional; others are ignored.
-    Record(&'static [(&'static str, Shape)]),
+    Pairs(u8, usize),
+    /// A list of at most so many objects with these members, strings and numbers. Their slots count
+    /// within the object.
+    Records(u8, usize, Fields),
+    /// An object with these members.
+    Record(Fields),
 }
+
+/// The members of an object by name, all optional.
+pub type Fields = &'static [(&'static str, Shape)];
 
 /// Why a document was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,25 +67,23 @@ pub enum Fault {
     TooMany(usize),
     /// A name in an object of strings that is empty or holds `=`.
     Name,
-    /// A member given twice.
-    Twice,
 }
 
 /// A fault, and where in the document it is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Error {
     /// What is wrong.
     pub fault: Fault,
     /// The value's path (`IPConfigs[0].Mask`); empty for the document itself.
-    pub path: heapless::String<96>,
+    pub path: Line,
     /// Offset of the byte at which it was noticed.
     pub at: usize,
 }
 
 impl Show for Error {
     fn show(&self, line: &mut Line) {
-        if !self.path.is_empty() {
-            line.add(self.path.as_str()).add(": ");
+        if !self.path.as_bytes().is_empty() {
+            line.add(&self.path).add(": ");
         }
         match self.fault {
             Fault::Malformed => line.add("not JSON at byte ").add(self.at),
@@ -84,20 +94,83 @@ impl Show for Error {
             Fault::OutOfRange(max) => line.add("must be from 0 to ").add(max),
             Fault::TooMany(max) => line.add("more than ").add(max).add(" entries"),
             Fault::Name => line.add("a name is empty or has '=' in it"),
-            Fault::Twice => line.add("a member is given twice"),
         };
     }
 }
 
-/// A string of a condensed document.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
-#[serde(transparent)]
-pub struct Text<'a>(#[serde(borrow)] &'a str);
+/// Where the values of a decoded document lie: start and end, by slot.
+#[derive(Clone, Copy, Debug)]
+pub struct Spans([(u32, u32); SLOTS]);
+
+/// Most slots of a shape.
+const SLOTS: usize = 20;
+
+/// A decoded document.
+#[derive(Clone, Copy, Debug)]
+pub struct Document<'a> {
+    bytes: &'a [u8],
+    spans: Spans,
+}
+
+impl<'a> Document<'a> {
+    /// A document that [`read`] decoded, with the spans it gave.
+    pub fn new(bytes: &'a [u8], spans: Spans) -> Self {
+        Self { bytes, spans }
+    }
+
+    fn span(&self, slot: u8) -> &'a [u8] {
+        let (start, end) = self
+            .spans
+            .0
+            .get(usize::from(slot))
+            .copied()
+            .unwrap_or_default();
+        self.bytes.get(start as usize..end as usize).unwrap_or(&[])
+    }
+
+    /// A string; empty when it is absent.
+    pub fn text(&self, slot: u8) -> Text<'a> {
+        Text::first_of(self.span(slot))
+    }
+
+    /// A list of strings, or an object of strings.
+    pub fn texts(&self, slot: u8) -> Texts<'a> {
+        Texts(self.span(slot))
+    }
+
+    /// A list of objects.
+    pub fn records(&self, slot: u8) -> Records<'a> {
+        Records(self.span(slot))
+    }
+
+    /// A number; 0 when it is absent.
+    pub fn number(&self, slot: u8) -> u32 {
+        self.text(slot).number()
+    }
+
+    /// A flag; false when it is absent.
+    pub fn flag(&self, slot: u8) -> bool {
+        self.text(slot).bytes() == b"true"
+    }
+}
+
+/// A string of a decoded document.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Text<'a>(&'a CStr);
 
 impl<'a> Text<'a> {
+    fn first_of(bytes: &'a [u8]) -> Self {
+        Self(CStr::from_bytes_until_nul(bytes).unwrap_or_default())
+    }
+
     /// The characters as UTF-8.
-    pub fn bytes(self) -> impl Iterator<Item = u8> + 'a {
-        unescape(self.0.as_bytes())
+    pub fn bytes(self) -> &'a [u8] {
+        self.0.to_bytes()
+    }
+
+    /// The same with the NUL behind them.
+    pub fn c_str(self) -> &'a CStr {
+        self.0
     }
 
     /// Whether it is `""`.
@@ -105,42 +178,43 @@ impl<'a> Text<'a> {
         self.0.is_empty()
     }
 
-    /// Copies it, or `None` when it is longer than `N` bytes.
-    pub fn copy<const N: usize>(self) -> Option<heapless::Vec<u8, N>> {
-        let mut copy = heapless::Vec::new();
-        self.bytes().try_for_each(|byte| copy.push(byte)).ok()?;
-        Some(copy)
-    }
-
-    /// Copies it for the kernel, or `None` when it is `N` bytes or longer, or has a NUL.
-    pub fn c_string<const N: usize>(self) -> Option<heapless::CString<N>> {
-        let mut copy = self.copy::<N>()?;
-        copy.push(0).ok()?;
-        heapless::CString::from_bytes_with_nul(&copy).ok()
-    }
-
     /// Reads it as an IP address.
     pub fn ip(self) -> Option<IpAddr> {
-        let bytes = self.copy::<48>()?;
-        core::str::from_utf8(&bytes).ok()?.parse().ok()
+        core::str::from_utf8(self.bytes()).ok()?.parse().ok()
     }
+
+    /// Digits that the document's check let through.
+    fn number(self) -> u32 {
+        decimal(self.bytes()).unwrap_or(0)
+    }
+}
+
+/// A decimal number up to 2^32 - 1, of digits alone; no digits are no number.
+pub fn decimal(digits: &[u8]) -> Option<u32> {
+    let (_first, _) = digits.split_first()?;
+    digits.iter().try_fold(0u32, |sum, digit| {
+        let digit = digit.wrapping_sub(b'0');
+        (digit < 10).then_some(())?;
+        sum.checked_mul(10)?.checked_add(u32::from(digit))
+    })
 }
 
 impl Show for Text<'_> {
     fn show(&self, line: &mut Line) {
-        self.bytes().for_each(|byte| line.put(byte));
+        line.push(self.bytes());
     }
 }
 
-/// A list of strings of a condensed document.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
-#[serde(transparent)]
-pub struct Texts<'a>(#[serde(borrow)] &'a str);
+/// A list of strings of a decoded document.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Texts<'a>(&'a [u8]);
 
 impl<'a> Texts<'a> {
     /// The items in their order.
-    pub fn iter(self) -> impl Iterator<Item = Text<'a>> {
-        self.0.split_terminator('\0').map(Text)
+    pub fn iter(self) -> impl Iterator<Item = Text<'a>> + Clone {
+        self.0
+            .split_inclusive(|byte| *byte == 0)
+            .map(Text::first_of)
     }
 
     /// Whether there is no item.
@@ -149,14 +223,52 @@ impl<'a> Texts<'a> {
     }
 }
 
-/// Undoes the two escapes a condensed document has.
-fn unescape(bytes: &[u8]) -> impl Iterator<Item = u8> + '_ {
-    let mut rest = bytes.iter();
-    core::iter::from_fn(move || match rest.next() {
-        Some(b'\\') => rest.next().copied(),
-        other => other.copied(),
-    })
+/// A list of objects of a decoded document.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Records<'a>(&'a [u8]);
+
+impl<'a> Records<'a> {
+    /// The objects in their order.
+    pub fn iter(self) -> impl Iterator<Item = Record<'a>> {
+        let mut rest = self.0;
+        core::iter::from_fn(move || {
+            let members = rest
+                .split_inclusive(|byte| *byte == 0)
+                .take_while(|member| *member != b"\0");
+            let length = members.map(<[u8]>::len).sum::<usize>();
+            let (record, others) = rest.split_at_checked(length)?;
+            rest = others.strip_prefix(b"\0")?;
+            Some(Record(record))
+        })
+    }
+
+    /// Whether there is no object.
+    pub fn is_empty(self) -> bool {
+        self.0.is_empty()
+    }
 }
+
+/// An object in such a list.
+#[derive(Clone, Copy, Debug)]
+pub struct Record<'a>(&'a [u8]);
+
+impl<'a> Record<'a> {
+    /// A string; empty when it is absent.
+    pub fn text(self, slot: u8) -> Text<'a> {
+        let letter = FIRST_FIELD.wrapping_add(slot);
+        let mut members = self.0.split_inclusive(|byte| *byte == 0).rev();
+        let value = members.find_map(|member| member.strip_prefix(&[letter]));
+        Text::first_of(value.unwrap_or(b"\0"))
+    }
+
+    /// A number; 0 when it is absent.
+    pub fn number(self, slot: u8) -> u32 {
+        self.text(slot).number()
+    }
+}
+
+/// The letter of an object's slot 0.
+const FIRST_FIELD: u8 = b'A';
 
 /// A byte as it stands in a JSON string, and how many bytes of the answer count (1, 2 or 6).
 pub fn escape(byte: u8) -> ([u8; 6], usize) {
@@ -168,7 +280,11 @@ pub fn escape(byte: u8) -> ([u8; 6], usize) {
         b'\t' => short(b't'),
         0..0x20 => {
             let low = byte & 15;
-            let digit = if low < 10 { b'0' + low } else { b'a' - 10 + low };
+            let digit = if low < 10 {
+                b'0' + low
+            } else {
+                b'a' - 10 + low
+            };
             ([b'\\', b'u', b'0', b'0', b'0' + (byte >> 4), digit], 6)
         }
         _ => ([byte, 0, 0, 0, 0, 0], 1),
@@ -193,21 +309,33 @@ pub fn escape_next(bytes: &[u8], last: bool) -> Option<([u8; 6], usize, usize)> 
             (0, Some(length)) => (None, length),
             (0, None) if last => (None, window.len()),
             (0, None) => return None,
-            (valid, _) => (window.get(..valid).and_then(|text| core::str::from_utf8(text).ok()), 0),
+            (valid, _) => (
+                window
+                    .get(..valid)
+                    .and_then(|text| core::str::from_utf8(text).ok()),
+                0,
+            ),
         },
     };
     let mut escaped = [0; 6];
     let character = valid.and_then(|text| text.chars().next());
-    let length = character.unwrap_or(char::REPLACEMENT_CHARACTER).encode_utf8(&mut escaped).len();
-    Some((escaped, length, if character.is_some() { length } else { skip }))
+    let length = character
+        .unwrap_or(char::REPLACEMENT_CHARACTER)
+        .encode_utf8(&mut escaped)
+        .len();
+    Some((
+        escaped,
+        length,
+        if character.is_some() { length } else { skip },
+    ))
 }
 
-/// Checks `document` against `shape` and condenses it; the answer is the front part of it.
-pub fn condense<'d>(document: &'d mut [u8], shape: &'static Shape) -> Result<&'d [u8], Error> {
+/// Checks `document` against the members of the object it must be, and decodes it where it lies.
+pub fn read(document: &mut [u8], fields: Fields) -> Result<Spans, Error> {
     if let Err(error) = core::str::from_utf8(document) {
         return Err(Error {
             fault: Fault::NotUtf8,
-            path: heapless::String::new(),
+            path: Line::new(),
             at: error.valid_up_to(),
         });
     }
@@ -216,12 +344,10 @@ pub fn condense<'d>(document: &'d mut [u8], shape: &'static Shape) -> Result<&'d
         read: 0,
         write: 0,
         open: heapless::Vec::new(),
+        spans: Spans([(0, 0); SLOTS]),
     };
-    match pass.document(shape) {
-        Ok(()) => {
-            let end = pass.write;
-            Ok(document.get(..end).unwrap_or(&[]))
-        }
+    match pass.document(fields) {
+        Ok(()) => Ok(pass.spans),
         Err(fault) => Err(Error {
             fault,
             path: pass.path(),
@@ -230,36 +356,27 @@ pub fn condense<'d>(document: &'d mut [u8], shape: &'static Shape) -> Result<&'d
     }
 }
 
-/// Reads a condensed document.
-///
-/// What its shape let through fits the structure, but for one thing: a member given twice.
-pub fn parse<'d, T: Deserialize<'d>>(condensed: &'d [u8]) -> Result<T, Error> {
-    serde_json_core::from_slice(condensed)
-        .map(|(value, _)| value)
-        .map_err(|_| Error {
-            fault: Fault::Twice,
-            path: heapless::String::new(),
-            at: 0,
-        })
-}
-
 /// A container being read.
 struct Frame {
     kind: Kind,
     /// Values read so far.
     count: usize,
-    /// Members or items written so far.
-    written: usize,
     /// The member being read, where it is a known one.
     name: &'static str,
-    /// Where the output stood before the member being read.
+    /// Where the output stood before the container.
+    start: usize,
+    /// Where it stood before the member being read.
     mark: usize,
+    /// Whose value the container is.
+    slot: Option<u8>,
 }
 
 #[derive(Clone, Copy)]
 enum Kind {
-    Record(&'static [(&'static str, Shape)]),
-    List(usize, &'static Shape),
+    Record(Fields),
+    Records(usize, Fields),
+    /// An object in a list of them.
+    Listed(Fields),
     Texts(usize),
     Pairs(usize),
     UnknownObject,
@@ -268,22 +385,39 @@ enum Kind {
 
 impl Kind {
     fn is_object(self) -> bool {
-        matches!(self, Kind::Record(_) | Kind::Pairs(_) | Kind::UnknownObject)
+        matches!(
+            self,
+            Kind::Record(_) | Kind::Listed(_) | Kind::Pairs(_) | Kind::UnknownObject
+        )
+    }
+
+    /// Most values it may have.
+    fn limit(self) -> usize {
+        match self {
+            Kind::Records(max, _) | Kind::Texts(max) | Kind::Pairs(max) => max,
+            _ => usize::MAX,
+        }
     }
 }
 
 /// What comes next.
 enum Next {
-    /// A value: one of a shape, an item of a string list, or an unknown one.
+    /// A value.
     Value(Want),
     /// A value has ended: a comma or the container's end.
     After,
 }
 
+/// What the next value must be.
 #[derive(Clone, Copy)]
 enum Want {
     Shape(&'static Shape),
+    /// The document itself, or a listed object.
+    Object(Kind),
+    /// A string behind which the output goes on.
     Item,
+    /// A number of a listed object.
+    Number(u32),
     Unknown,
 }
 
@@ -293,11 +427,12 @@ struct Pass<'d> {
     /// Never past `read`: every piece is written no longer than it was read.
     write: usize,
     open: heapless::Vec<Frame, DEPTH>,
+    spans: Spans,
 }
 
 impl Pass<'_> {
-    fn document(&mut self, shape: &'static Shape) -> Result<(), Fault> {
-        let mut next = Next::Value(Want::Shape(shape));
+    fn document(&mut self, fields: Fields) -> Result<(), Fault> {
+        let mut next = Next::Value(Want::Object(Kind::Record(fields)));
         loop {
             next = match next {
                 Next::Value(want) => self.value(want)?,
@@ -313,77 +448,79 @@ impl Pass<'_> {
 
     fn value(&mut self, want: Want) -> Result<Next, Fault> {
         let first = self.peek().ok_or(Fault::Malformed)?;
+        let start = self.write;
         match (first, want) {
-            (b'{', Want::Shape(Shape::Record(fields))) => self.enter(Kind::Record(fields), b'{'),
-            (b'{', Want::Shape(Shape::Pairs(max))) => self.enter(Kind::Pairs(*max), b'"'),
-            (b'{', Want::Unknown) => self.enter(Kind::UnknownObject, b'{'),
-            (b'[', Want::Shape(Shape::List(max, item))) => self.enter(Kind::List(*max, item), b'['),
-            (b'[', Want::Shape(Shape::Texts(max))) => self.enter(Kind::Texts(*max), b'"'),
-            (b'[', Want::Unknown) => self.enter(Kind::UnknownList, b'['),
-            (b'"', Want::Item) => {
-                self.string(b"", b"\0", true)?;
-                Ok(Next::After)
+            (b'{', Want::Object(kind)) => return self.enter(kind, None),
+            (b'{', Want::Shape(Shape::Record(fields))) => {
+                return self.enter(Kind::Record(fields), None);
             }
-            (b'"', Want::Shape(Shape::Text)) => {
-                self.string(b"\"", b"\"", true)?;
-                Ok(Next::After)
+            (b'{', Want::Shape(Shape::Pairs(slot, max))) => {
+                return self.enter(Kind::Pairs(*max), Some(*slot));
             }
-            (b'"', Want::Unknown) => {
-                self.string(b"\"", b"\"", false)?;
-                Ok(Next::After)
+            (b'{', Want::Unknown) => return self.enter(Kind::UnknownObject, None),
+            (b'[', Want::Shape(Shape::Records(slot, max, fields))) => {
+                return self.enter(Kind::Records(*max, fields), Some(*slot));
             }
-            (b'n', Want::Unknown) => self.word(b"null"),
-            (b'n', Want::Shape(_) | Want::Item) => {
+            (b'[', Want::Shape(Shape::Texts(slot, max))) => {
+                return self.enter(Kind::Texts(*max), Some(*slot));
+            }
+            (b'[', Want::Unknown) => return self.enter(Kind::UnknownList, None),
+            (b'"', Want::Item | Want::Shape(Shape::Text(_))) => self.string(true)?,
+            (b'"', Want::Unknown) => self.string(false)?,
+            (b'n', _) => {
                 self.word(b"null")?;
                 // Absent: the member goes. An item of a list, or the document, cannot.
-                let absent = match self.open.last_mut() {
+                return match self.open.last() {
                     Some(frame) if frame.kind.is_object() => {
                         self.write = frame.mark;
-                        frame.written = frame.written.saturating_sub(1);
-                        true
+                        Ok(Next::After)
                     }
-                    _ => false,
+                    _ if matches!(want, Want::Unknown) => Ok(Next::After),
+                    _ => Err(mismatch(want)),
                 };
-                if absent { Ok(Next::After) } else { Err(self.mismatch(want)) }
             }
-            (b't', Want::Shape(Shape::Flag) | Want::Unknown) => self.word(b"true"),
-            (b'f', Want::Shape(Shape::Flag) | Want::Unknown) => self.word(b"false"),
-            (b'-' | b'0'..=b'9', Want::Shape(Shape::Number(max))) => self.number(Some(*max)),
-            (b'-' | b'0'..=b'9', Want::Unknown) => self.number(None),
-            (b'{' | b'[' | b'"' | b't' | b'f' | b'-' | b'0'..=b'9', _) => Err(self.mismatch(want)),
-            _ => Err(Fault::Malformed),
+            (b't', Want::Shape(Shape::Flag(_)) | Want::Unknown) => self.word(b"true")?,
+            (b'f', Want::Shape(Shape::Flag(_)) | Want::Unknown) => self.word(b"false")?,
+            (b'-' | b'0'..=b'9', Want::Number(max) | Want::Shape(&Shape::Number(_, max))) => {
+                self.number(Some(max))?;
+            }
+            (b'-' | b'0'..=b'9', Want::Unknown) => self.number(None)?,
+            (b'{' | b'[' | b'"' | b't' | b'f' | b'-' | b'0'..=b'9', _) => {
+                return Err(mismatch(want));
+            }
+            _ => return Err(Fault::Malformed),
+        }
+        self.put(0);
+        if let Want::Shape(Shape::Text(slot) | Shape::Flag(slot) | Shape::Number(slot, _)) = want {
+            self.note(*slot, start);
+        }
+        Ok(Next::After)
+    }
+
+    /// What was written since `start` is the value of a slot.
+    fn note(&mut self, slot: u8, start: usize) {
+        if let Some(span) = self.spans.0.get_mut(usize::from(slot)) {
+            *span = (start as u32, self.write as u32);
         }
     }
 
-    fn mismatch(&self, want: Want) -> Fault {
-        Fault::Wants(match want {
-            Want::Item | Want::Shape(Shape::Text) | Want::Unknown => "a string",
-            Want::Shape(Shape::Flag) => "true or false",
-            Want::Shape(Shape::Number(_)) => "a whole number",
-            Want::Shape(Shape::Texts(_)) => "a list of strings",
-            Want::Shape(Shape::Pairs(_)) => "an object of strings",
-            Want::Shape(Shape::List(..)) => "a list",
-            Want::Shape(Shape::Record(_)) => "an object",
-        })
-    }
-
     /// Opens a container; reads its first member or its end.
-    fn enter(&mut self, kind: Kind, open: u8) -> Result<Next, Fault> {
+    fn enter(&mut self, kind: Kind, slot: Option<u8>) -> Result<Next, Fault> {
         self.read += 1;
-        self.put(open);
         let frame = Frame {
             kind,
             count: 0,
-            written: 0,
             name: "",
+            start: self.write,
             mark: self.write,
+            slot,
         };
         self.open.push(frame).map_err(|_| Fault::TooDeep)?;
         let end = if kind.is_object() { b'}' } else { b']' };
         if self.peek() == Some(end) {
             return self.leave();
         }
-        self.member(kind)
+        self.member()
     }
 
     /// After a value inside a container.
@@ -393,17 +530,14 @@ impl Pass<'_> {
         };
         let kind = frame.kind;
         frame.count += 1;
-        if matches!(kind, Kind::Record(_)) {
-            if frame.name.is_empty() {
-                self.write = frame.mark;
-                frame.written = frame.written.saturating_sub(1);
-            }
-            frame.name = "";
+        if matches!(kind, Kind::Record(_) | Kind::Listed(_)) && frame.name.is_empty() {
+            self.write = frame.mark;
         }
+        frame.name = "";
         match (self.peek(), kind.is_object()) {
             (Some(b','), _) => {
                 self.read += 1;
-                self.member(kind)
+                self.member()
             }
             (Some(b'}'), true) | (Some(b']'), false) => self.leave(),
             _ => Err(Fault::Malformed),
@@ -411,45 +545,64 @@ impl Pass<'_> {
     }
 
     /// Up to the value of the container's next member or item.
-    fn member(&mut self, kind: Kind) -> Result<Next, Fault> {
-        let mark = self.write;
+    fn member(&mut self) -> Result<Next, Fault> {
+        let start = self.write;
         let Some(frame) = self.open.last_mut() else {
             return Err(Fault::Malformed);
         };
-        frame.mark = mark;
-        let comma = frame.written > 0;
-        frame.written += 1;
-        match kind {
-            Kind::List(max, _) | Kind::Texts(max) | Kind::Pairs(max) if frame.count >= max => {
-                return Err(Fault::TooMany(max));
-            }
-            Kind::Texts(_) | Kind::Pairs(_) => {}
-            _ if comma => self.put(b','),
-            _ => {}
+        let kind = frame.kind;
+        if frame.count >= kind.limit() {
+            return Err(Fault::TooMany(kind.limit()));
         }
-        match kind {
-            Kind::List(_, shape) => Ok(Next::Value(Want::Shape(shape))),
-            Kind::UnknownList => Ok(Next::Value(Want::Unknown)),
-            Kind::Texts(_) => Ok(Next::Value(Want::Item)),
+        if kind.is_object() {
+            frame.mark = start;
+            if self.peek() != Some(b'"') {
+                return Err(Fault::Malformed);
+            }
+            self.string(matches!(kind, Kind::Pairs(_)))?;
+            if self.peek() != Some(b':') {
+                return Err(Fault::Malformed);
+            }
+            self.read += 1;
+        }
+        let want = match kind {
+            Kind::Records(_, fields) => Want::Object(Kind::Listed(fields)),
+            Kind::Texts(_) => Want::Item,
+            Kind::UnknownList | Kind::UnknownObject => Want::Unknown,
             Kind::Pairs(_) => {
-                let name = self.name(b"", b"=", true)?;
+                let name = self.bytes.get(start..self.write).unwrap_or(&[]);
                 if name.is_empty() || name.contains(&b'=') {
                     return Err(Fault::Name);
                 }
-                Ok(Next::Value(Want::Item))
+                self.put(b'=');
+                Want::Item
             }
-            Kind::UnknownObject => {
-                self.name(b"\"", b"\":", false)?;
-                Ok(Next::Value(Want::Unknown))
+            Kind::Record(fields) | Kind::Listed(fields) => {
+                self.known(fields, start, matches!(kind, Kind::Listed(_)))
             }
-            Kind::Record(fields) => {
-                let name = self.name(b"\"", b"\":", false)?;
-                let known = fields.iter().find(|(field, _)| field.as_bytes() == name);
-                if let (Some((field, _)), Some(frame)) = (known, self.open.last_mut()) {
-                    frame.name = field;
-                }
-                Ok(Next::Value(known.map_or(Want::Unknown, |(_, shape)| Want::Shape(shape))))
+        };
+        Ok(Next::Value(want))
+    }
+
+    /// What the member must be whose name was written at `start`; the name is dropped.
+    fn known(&mut self, fields: Fields, start: usize, listed: bool) -> Want {
+        let name = self.bytes.get(start..self.write).unwrap_or(&[]);
+        let known = fields.iter().find(|(field, _)| field.as_bytes() == name);
+        self.write = start;
+        let (Some((field, shape)), Some(frame)) = (known, self.open.last_mut()) else {
+            return Want::Unknown;
+        };
+        frame.name = field;
+        match shape {
+            Shape::Text(slot) if listed => {
+                self.put(FIRST_FIELD.wrapping_add(*slot));
+                Want::Item
             }
+            Shape::Number(slot, max) if listed => {
+                self.put(FIRST_FIELD.wrapping_add(*slot));
+                Want::Number(*max)
+            }
+            shape => Want::Shape(shape),
         }
     }
 
@@ -459,110 +612,87 @@ impl Pass<'_> {
         let Some(frame) = self.open.pop() else {
             return Err(Fault::Malformed);
         };
-        self.put(match frame.kind {
-            Kind::Record(_) | Kind::UnknownObject => b'}',
-            Kind::List(..) | Kind::UnknownList => b']',
-            Kind::Texts(_) | Kind::Pairs(_) => b'"',
-        });
+        if let Kind::Listed(_) = frame.kind {
+            self.put(0);
+        }
+        if let Some(slot) = frame.slot {
+            self.note(slot, frame.start);
+        }
         Ok(Next::After)
     }
 
-    /// A member's name and its colon; the answer is the name as written.
-    fn name(&mut self, before: &[u8], after: &[u8], keep: bool) -> Result<&[u8], Fault> {
-        if self.peek() != Some(b'"') {
-            return Err(Fault::Malformed);
-        }
-        let start = self.write + before.len();
-        self.string(before, b"", keep)?;
-        let end = self.write;
-        if self.peek() != Some(b':') {
-            return Err(Fault::Malformed);
-        }
-        self.read += 1;
-        after.iter().for_each(|&byte| self.put(byte));
-        Ok(self.bytes.get(start..end).unwrap_or(&[]))
-    }
-
     /// A string, decoded. `keep`: it will be used, so it must not have a NUL.
-    fn string(&mut self, before: &[u8], after: &[u8], keep: bool) -> Result<(), Fault> {
+    fn string(&mut self, keep: bool) -> Result<(), Fault> {
         self.read += 1;
-        before.iter().for_each(|&byte| self.put(byte));
         loop {
             match self.take()? {
-                b'"' => break,
+                b'"' => return Ok(()),
                 b'\\' => match self.take()? {
                     b'b' => self.put(0x08),
                     b'f' => self.put(0x0c),
                     b'n' => self.put(b'\n'),
                     b'r' => self.put(b'\r'),
                     b't' => self.put(b'\t'),
-                    b'/' => self.put(b'/'),
-                    escaped @ (b'"' | b'\\') => self.put_escaped(escaped),
-                    b'u' => {
-                        let unit = self.hex4()?;
-                        self.code_unit(unit, keep)?;
-                    }
+                    plain @ (b'/' | b'"' | b'\\') => self.put(plain),
+                    b'u' => self.code_unit(keep)?,
                     _ => return Err(Fault::Malformed),
                 },
                 0..0x20 => return Err(Fault::Malformed),
                 byte => self.put(byte),
             }
         }
-        after.iter().for_each(|&byte| self.put(byte));
-        Ok(())
     }
 
     /// A `\u` escape, with the second half of a surrogate pair if it is there.
-    fn code_unit(&mut self, unit: u32, keep: bool) -> Result<(), Fault> {
-        let mut code = unit;
-        if (0xd800..0xdc00).contains(&unit) {
-            let ahead = self.bytes.get(self.read..self.read + 6).unwrap_or(&[]);
-            if let [b'\\', b'u', digits @ ..] = ahead
-                && let Some(low @ 0xdc00..0xe000) = hex(digits)
-            {
-                code = 0x10000 + ((unit - 0xd800) << 10) + (low - 0xdc00);
-                self.read += 6;
-            }
-        }
-        match char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER) {
-            '\0' if keep => Err(Fault::Nul),
-            // Kept apart from the terminator of list items; the member is dropped anyway.
-            '\0' => {
-                self.put(b' ');
-                Ok(())
-            }
-            special @ ('"' | '\\') => {
-                self.put_escaped(special as u8);
-                Ok(())
-            }
-            character => {
-                let mut utf8 = [0; 4];
-                character.encode_utf8(&mut utf8).bytes().for_each(|byte| self.put(byte));
-                Ok(())
-            }
-        }
-    }
-
-    fn hex4(&mut self) -> Result<u32, Fault> {
-        let value = self.bytes.get(self.read..self.read + 4).and_then(hex);
+    fn code_unit(&mut self, keep: bool) -> Result<(), Fault> {
+        let mut code = self.hex4().ok_or(Fault::Malformed)?;
         self.read += 4;
-        value.ok_or(Fault::Malformed)
+        if (0xd800..0xdc00).contains(&code)
+            && self.bytes.get(self.read..self.read + 2) == Some(b"\\u")
+        {
+            self.read += 2;
+            match self.hex4() {
+                Some(low @ 0xdc00..0xe000) => {
+                    code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
+                    self.read += 4;
+                }
+                _ => self.read -= 2,
+            }
+        }
+        if code == 0 && keep {
+            return Err(Fault::Nul);
+        }
+        let mut utf8 = [0; 4];
+        let character = char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER);
+        character
+            .encode_utf8(&mut utf8)
+            .bytes()
+            .for_each(|byte| self.put(byte));
+        Ok(())
     }
 
-    fn word(&mut self, word: &[u8]) -> Result<Next, Fault> {
+    /// The four hexadecimal digits that come next.
+    fn hex4(&self) -> Option<u32> {
+        let digits = self.bytes.get(self.read..self.read + 4)?;
+        digits.iter().try_fold(0, |sum, &digit| {
+            Some(sum << 4 | char::from(digit).to_digit(16)?)
+        })
+    }
+
+    fn word(&mut self, word: &[u8]) -> Result<(), Fault> {
         for &wanted in word {
             if self.take()? != wanted {
                 return Err(Fault::Malformed);
             }
             self.put(wanted);
         }
-        Ok(Next::After)
+        Ok(())
     }
 
     /// A number by the grammar of RFC 8259 section 6; with `max`, an integer up to it.
-    fn number(&mut self, max: Option<u32>) -> Result<Next, Fault> {
+    fn number(&mut self, max: Option<u32>) -> Result<(), Fault> {
         let start = self.read;
-        let negative = self.accept(b'-');
+        let _negative = self.accept(b'-');
         match self.take()? {
             b'0' => {}
             b'1'..=b'9' => self.digits(),
@@ -580,10 +710,9 @@ impl Pass<'_> {
             if whole != self.read {
                 return Err(Fault::Wants("a whole number"));
             }
-            let value = self.bytes.get(start..whole).unwrap_or(&[]).iter().try_fold(0u32, |sum, digit| {
-                sum.checked_mul(10)?.checked_add(u32::from(digit.wrapping_sub(b'0')))
-            });
-            if negative || value.is_none_or(|value| value > max) {
+            // A sign is no digit.
+            let value = decimal(self.bytes.get(start..whole).unwrap_or(&[]));
+            if value.is_none_or(|value| value > max) {
                 return Err(Fault::OutOfRange(max));
             }
         }
@@ -591,7 +720,7 @@ impl Pass<'_> {
             let byte = self.bytes.get(at).copied().unwrap_or(b'0');
             self.put(byte);
         }
-        Ok(Next::After)
+        Ok(())
     }
 
     fn some_digits(&mut self) -> Result<(), Fault> {
@@ -616,7 +745,10 @@ impl Pass<'_> {
 
     /// The next byte that is not white space, which stays to be read.
     fn peek(&mut self) -> Option<u8> {
-        while matches!(self.bytes.get(self.read), Some(b' ' | b'\t' | b'\n' | b'\r')) {
+        while matches!(
+            self.bytes.get(self.read),
+            Some(b' ' | b'\t' | b'\n' | b'\r')
+        ) {
             self.read += 1;
         }
         self.bytes.get(self.read).copied()
@@ -628,6 +760,7 @@ impl Pass<'_> {
         Ok(byte)
     }
 
+    #[inline(never)]
     fn put(&mut self, byte: u8) {
         debug_assert!(self.write < self.read);
         if let Some(slot) = self.bytes.get_mut(self.write) {
@@ -636,39 +769,36 @@ impl Pass<'_> {
         }
     }
 
-    fn put_escaped(&mut self, byte: u8) {
-        self.put(b'\\');
-        self.put(byte);
-    }
-
     /// The path of the value being read, as far as its members are known ones.
-    fn path(&self) -> heapless::String<96> {
+    fn path(&self) -> Line {
         let mut line = Line::new();
         for frame in &self.open {
             match frame.kind {
-                Kind::Record(_) if !frame.name.is_empty() => {
+                Kind::Record(_) | Kind::Listed(_) if !frame.name.is_empty() => {
                     if !line.as_bytes().is_empty() {
                         line.put(b'.');
                     }
                     line.add(frame.name);
                 }
-                Kind::List(..) | Kind::Texts(_) => {
+                Kind::Records(..) | Kind::Texts(_) => {
                     line.add("[").add(frame.count).add("]");
                 }
                 _ => {}
             }
         }
-        core::str::from_utf8(line.as_bytes())
-            .ok()
-            .and_then(|path| heapless::String::try_from(path).ok())
-            .unwrap_or_default()
+        line
     }
 }
 
-/// Four hexadecimal digits.
-fn hex(digits: &[u8]) -> Option<u32> {
-    digits.iter().try_fold(0, |sum, &digit| {
-        Some(sum << 4 | char::from(digit).to_digit(16)?)
+fn mismatch(want: Want) -> Fault {
+    Fault::Wants(match want {
+        Want::Item | Want::Unknown | Want::Shape(Shape::Text(_)) => "a string",
+        Want::Shape(Shape::Flag(_)) => "true or false",
+        Want::Number(_) | Want::Shape(Shape::Number(..)) => "a whole number",
+        Want::Shape(Shape::Texts(..)) => "a list of strings",
+        Want::Shape(Shape::Pairs(..)) => "an object of strings",
+        Want::Shape(Shape::Records(..)) => "a list",
+        Want::Object(_) | Want::Shape(Shape::Record(_)) => "an object",
     })
 }
 
@@ -676,59 +806,134 @@ fn hex(digits: &[u8]) -> Option<u32> {
 mod tests {
     use super::*;
 
-    static INNER: Shape = Shape::Record(&[("Name", Shape::Text), ("Size", Shape::Number(128))]);
-    static SHAPE: Shape = Shape::Record(&[
-        ("Text", Shape::Text),
-        ("Flag", Shape::Flag),
-        ("Number", Shape::Number(65_535)),
-        ("Texts", Shape::Texts(3)),
-        ("Pairs", Shape::Pairs(2)),
-        ("List", Shape::List(2, &INNER)),
-        ("Record", Shape::Record(&[("Deep", Shape::Texts(2))])),
-    ]);
+    static FIELDS: Fields = &[
+        ("Text", Shape::Text(0)),
+        ("Flag", Shape::Flag(1)),
+        ("Number", Shape::Number(2, 65_535)),
+        ("Texts", Shape::Texts(3, 3)),
+        ("Pairs", Shape::Pairs(4, 2)),
+        (
+            "List",
+            Shape::Records(
+                5,
+                2,
+                &[("Name", Shape::Text(0)), ("Size", Shape::Number(1, 128))],
+            ),
+        ),
+        ("Record", Shape::Record(&[("Deep", Shape::Texts(6, 2))])),
+    ];
 
-    fn condensed(document: &str) -> Result<String, Error> {
-        let mut bytes = document.as_bytes().to_vec();
-        condense(&mut bytes, &SHAPE).map(|short| String::from_utf8(short.to_vec()).unwrap())
+    fn with<R>(document: &[u8], look: impl FnOnce(Document) -> R) -> Result<R, (Fault, String)> {
+        let mut bytes = document.to_vec();
+        match read(&mut bytes, FIELDS) {
+            Ok(spans) => Ok(look(Document::new(&bytes, spans))),
+            Err(error) => Err((
+                error.fault,
+                String::from_utf8(error.path.as_bytes().to_vec()).unwrap(),
+            )),
+        }
+    }
+
+    fn string(text: Text) -> String {
+        String::from_utf8(text.bytes().to_vec()).unwrap()
+    }
+
+    fn strings(texts: Texts) -> Vec<String> {
+        texts.iter().map(string).collect()
     }
 
     fn refused(document: &str) -> (Fault, String) {
-        let error = condensed(document).unwrap_err();
-        (error.fault, error.path.to_string())
+        with(document.as_bytes(), |_| ()).unwrap_err()
     }
 
     #[test]
-    fn a_document_is_condensed_to_what_is_known() {
-        let document = r#" { "Unknown" : [1, {"a":null}, "x"], "Text" : "hi", "Flag": true,
-            "Other": 1.5e-3, "Number": 0, "Texts": [ "a" , "b c" ], "Pairs": {"K": "v", "L":""},
-            "List": [ {"Name":"n","Size":128,"More":{}} , {} ], "Record":{"Deep":[]}} "#;
-        let expected = "{\"Text\":\"hi\",\"Flag\":true,\"Number\":0,\"Texts\":\"a\0b c\0\",\
-            \"Pairs\":\"K=v\0L=\0\",\"List\":[{\"Name\":\"n\",\"Size\":128},{}],\"Record\":{\"Deep\":\"\"}}";
-        assert_eq!(condensed(document).unwrap(), expected);
+    fn known_members_are_found_and_unknown_ones_ignored() {
+        let document = r#" { "Unknown" : [1, {"a":null}, "x", null], "Text" : "hi", "Flag": true,
+            "Other": 1.5e-3, "Number": 0, "Texts": [ "a" , "b c", "" ], "Pairs": {"K": "v", "L":""},
+            "List": [ {"Name":"n","Size":128,"More":{}} , {} ], "Record":{"Deep":["d"]}} "#;
+        with(document.as_bytes(), |document| {
+            assert_eq!(string(document.text(0)), "hi");
+            assert_eq!(document.text(0).c_str(), c"hi");
+            assert!(document.flag(1));
+            assert_eq!(document.number(2), 0);
+            assert_eq!(strings(document.texts(3)), ["a", "b c", ""]);
+            assert_eq!(strings(document.texts(4)), ["K=v", "L="]);
+            assert_eq!(strings(document.texts(6)), ["d"]);
+        })
+        .unwrap();
     }
 
     #[test]
-    fn null_members_are_absent() {
+    fn absent_members_and_null_ones_are_empty() {
+        for document in [
+            "{}",
+            r#"{"Text":null,"Flag":null,"Number":null,"Texts":null,"Pairs":null,"List":null,"Record":null}"#,
+        ] {
+            with(document.as_bytes(), |document| {
+                assert!(
+                    document.text(0).is_empty() && !document.flag(1) && document.number(2) == 0
+                );
+                assert!(
+                    document.texts(3).is_empty()
+                        && document.texts(4).is_empty()
+                        && document.records(5).is_empty()
+                );
+            })
+            .unwrap();
+        }
+        let pairs = with(br#"{"Pairs":{"A":null,"B":"b"}}"#, |document| {
+            strings(document.texts(4))
+        });
+        assert_eq!(pairs.unwrap(), ["B=b"]);
+    }
+
+    #[test]
+    fn of_a_member_given_twice_the_last_one_counts() {
+        let document = br#"{"Text":"a","Texts":["x","y"],"Text":"b","Texts":["z"],"List":[{"Size":1,"Size":2}]}"#;
+        with(document, |document| {
+            assert_eq!(string(document.text(0)), "b");
+            assert_eq!(strings(document.texts(3)), ["z"]);
+            assert_eq!(document.records(5).iter().next().unwrap().number(1), 2);
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn listed_objects_are_read_field_by_field() {
+        let document = r#"{"List":[{"Size":7,"X":[{"Name":"no"}],"Name":"a\"b","Y":null},{"Name":null,"Size":1}]}"#;
+        let read = |record: Record| (string(record.text(0)), record.number(1));
+        let records = with(document.as_bytes(), |document| {
+            document.records(5).iter().map(read).collect::<Vec<_>>()
+        });
         assert_eq!(
-            condensed(r#"{"Text":null,"Flag":true,"Record":null,"Pairs":{"A":null,"B":"b"}}"#).unwrap(),
-            "{\"Flag\":true,\"Pairs\":\"B=b\0\"}"
+            records.unwrap(),
+            [("a\"b".to_owned(), 7), (String::new(), 1)]
+        );
+        let count = |list: &str| {
+            with(format!(r#"{{"List":{list}}}"#).as_bytes(), |document| {
+                document.records(5).iter().count()
+            })
+        };
+        assert_eq!(
+            (count("[]"), count("[{}]"), count("[{},{}]")),
+            (Ok(0), Ok(1), Ok(2))
         );
     }
 
     #[test]
     fn escapes_are_decoded_with_surrogate_pairs() {
-        let text = condensed(r#"{"Text":"\u00e9\ud83d\udc26 \ud800 \/\n\t\"\\\u0022\u005c\u0001"}"#).unwrap();
-        assert_eq!(text, "{\"Text\":\"é🐦 \u{fffd} /\n\t\\\"\\\\\\\"\\\\\u{1}\"}");
-        let inner = text.strip_prefix("{\"Text\":\"").unwrap().strip_suffix("\"}").unwrap();
-        let bytes: Vec<u8> = Text(inner).bytes().collect();
-        assert_eq!(String::from_utf8(bytes).unwrap(), "é🐦 \u{fffd} /\n\t\"\\\"\\\u{1}");
+        let document =
+            r#"{"Text":"\u00e9\ud83d\udc26 \ud800 \ud800\u0041 \/\n\t\"\\\u0022\u005c\u0001"}"#;
+        let text = with(document.as_bytes(), |document| string(document.text(0))).unwrap();
+        assert_eq!(text, "é🐦 \u{fffd} \u{fffd}A /\n\t\"\\\"\\\u{1}");
     }
 
     fn escaped(bytes: &[u8], step: usize) -> String {
         let mut text = Vec::new();
         let mut at = 0;
         for end in (0..bytes.len()).step_by(step).skip(1).chain([bytes.len()]) {
-            while let Some((piece, length, used)) = escape_next(&bytes[at..end], end == bytes.len()) {
+            while let Some((piece, length, used)) = escape_next(&bytes[at..end], end == bytes.len())
+            {
                 text.extend(&piece[..length]);
                 at += used;
             }
@@ -746,20 +951,13 @@ mod tests {
             b"",
         ] {
             let whole = escaped(bytes, 1000);
-            let json = format!("\"{whole}\"");
-            let mut wrapped = format!(r#"{{"Text":{json}}}"#).into_bytes();
-            let condensed = condense(&mut wrapped, &SHAPE).unwrap();
-            let inner = &condensed[b"{\"Text\":\"".len()..condensed.len() - 2];
-            assert_eq!(unescape(inner).collect::<Vec<_>>(), String::from_utf8_lossy(bytes).as_bytes());
+            let document = format!(r#"{{"Text":"{whole}"}}"#);
+            let back = with(document.as_bytes(), |document| string(document.text(0))).unwrap();
+            assert_eq!(back, String::from_utf8_lossy(bytes));
             for step in 1..6 {
                 assert_eq!(escaped(bytes, step), whole);
             }
         }
-    }
-
-    #[test]
-    fn a_high_surrogate_before_another_escape_keeps_that_escape() {
-        assert_eq!(condensed(r#"{"Text":"\ud83d\u0041"}"#).unwrap(), "{\"Text\":\"\u{fffd}A\"}");
     }
 
     #[test]
@@ -778,52 +976,108 @@ mod tests {
             (r#"{"Pairs":{"a":1}}"#, "a string", "Pairs"),
             (r#"{"List":{}}"#, "a list", "List"),
             (r#"{"List":[{},3]}"#, "an object", "List[1]"),
-            (r#"{"List":[{"Name":"x"},{"Size":"y"}]}"#, "a whole number", "List[1].Size"),
-            (r#"{"Record":{"Deep":["a",{}]}}"#, "a string", "Record.Deep[1]"),
+            (
+                r#"{"List":[{"Name":"x"},{"Size":"y"}]}"#,
+                "a whole number",
+                "List[1].Size",
+            ),
+            (
+                r#"{"Record":{"Deep":["a",{}]}}"#,
+                "a string",
+                "Record.Deep[1]",
+            ),
         ] {
-            assert_eq!(refused(document), (Fault::Wants(wanted), path.to_owned()), "{document}");
+            assert_eq!(
+                refused(document),
+                (Fault::Wants(wanted), path.to_owned()),
+                "{document}"
+            );
         }
     }
 
     #[test]
     fn limits_are_errors_that_name_the_limit() {
         assert_eq!(refused(r#"{"Texts":["","","",""]}"#).0, Fault::TooMany(3));
-        assert_eq!(refused(r#"{"Pairs":{"a":"","b":"","c":""}}"#).0, Fault::TooMany(2));
+        assert_eq!(
+            refused(r#"{"Pairs":{"a":"","b":"","c":""}}"#).0,
+            Fault::TooMany(2)
+        );
         assert_eq!(refused(r#"{"List":[{},{},{}]}"#).0, Fault::TooMany(2));
         assert_eq!(refused(r#"{"Number":65536}"#).0, Fault::OutOfRange(65_535));
         assert_eq!(refused(r#"{"Number":-1}"#).0, Fault::OutOfRange(65_535));
-        assert_eq!(refused(r#"{"Number":99999999999999999999}"#).0, Fault::OutOfRange(65_535));
+        assert_eq!(
+            refused(r#"{"Number":99999999999999999999}"#).0,
+            Fault::OutOfRange(65_535)
+        );
     }
 
     #[test]
     fn nesting_is_bounded_without_recursion() {
-        let nested = |depth: usize| format!(r#"{{"x":{}{}}}"#, "[".repeat(depth), "]".repeat(depth));
-        assert_eq!(condensed(&nested(DEPTH - 1)).unwrap(), "{}");
+        let nested =
+            |depth: usize| format!(r#"{{"x":{}{}}}"#, "[".repeat(depth), "]".repeat(depth));
+        assert!(with(nested(DEPTH - 1).as_bytes(), |_| ()).is_ok());
         assert_eq!(refused(&nested(DEPTH)).0, Fault::TooDeep);
         assert_eq!(refused(&"[".repeat(1 << 20)).0, Fault::Wants("an object"));
-        assert_eq!(refused(&format!(r#"{{"x":{}"#, "[".repeat(1 << 20))).0, Fault::TooDeep);
+        assert_eq!(
+            refused(&format!(r#"{{"x":{}"#, "[".repeat(1 << 20))).0,
+            Fault::TooDeep
+        );
     }
 
     #[test]
     fn what_is_not_json_is_refused_wherever_it_stands() {
         for document in [
-            "", " ", "{", "{}x", "{}{}", "{,}", r#"{"a"}"#, r#"{"a":}"#, r#"{"a":1,}"#, r#"{a:1}"#,
-            r#"{"a":[1,]}"#, r#"{"a":[1 2]}"#, r#"{"a":[1}}"#, r#"{"a":{]}"#, r#"{"a":01}"#, r#"{"a":1.}"#,
-            r#"{"a":.5}"#, r#"{"a":1e}"#, r#"{"a":-}"#, r#"{"a":+1}"#, r#"{"a":nul}"#, r#"{"a":truE}"#,
-            r#"{"a":NaN}"#, r#"{"a":"x}"#, r#"{"a":"\x"}"#, r#"{"a":"\u12g4"}"#, r#"{"a":"\u12"#,
-            "{\"a\":\"\n\"}", r#"{'a':1}"#, "{\"a\":1}\0", "{\"a\":\u{a0}1}",
+            "",
+            " ",
+            "{",
+            "{}x",
+            "{}{}",
+            "{,}",
+            r#"{"a"}"#,
+            r#"{"a":}"#,
+            r#"{"a":1,}"#,
+            r#"{a:1}"#,
+            r#"{"a":[1,]}"#,
+            r#"{"a":[1 2]}"#,
+            r#"{"a":[1}}"#,
+            r#"{"a":{]}"#,
+            r#"{"a":01}"#,
+            r#"{"a":1.}"#,
+            r#"{"a":.5}"#,
+            r#"{"a":1e}"#,
+            r#"{"a":-}"#,
+            r#"{"a":+1}"#,
+            r#"{"a":nul}"#,
+            r#"{"a":truE}"#,
+            r#"{"a":NaN}"#,
+            r#"{"a":"x}"#,
+            r#"{"a":"\x"}"#,
+            r#"{"a":"\u12g4"}"#,
+            r#"{"a":"\u12"#,
+            "{\"a\":\"\n\"}",
+            r#"{'a':1}"#,
+            "{\"a\":1}\0",
+            "{\"a\":\u{a0}1}",
         ] {
             assert_eq!(refused(document).0, Fault::Malformed, "{document:?}");
         }
-        let mut bytes = b"{\"a\":\"\xff\"}".to_vec();
-        assert_eq!(condense(&mut bytes, &SHAPE).unwrap_err().fault, Fault::NotUtf8);
+        assert_eq!(
+            with(b"{\"a\":\"\xff\"}", |_| ()).unwrap_err().0,
+            Fault::NotUtf8
+        );
     }
 
     #[test]
     fn a_nul_is_refused_where_it_would_be_used_and_ignored_where_not() {
-        assert_eq!(refused(r#"{"Text":"a\u0000b"}"#), (Fault::Nul, "Text".to_owned()));
-        assert_eq!(refused(r#"{"Texts":["a","\u0000"]}"#), (Fault::Nul, "Texts[1]".to_owned()));
-        assert_eq!(condensed(r#"{"Other":"\u0000","\u0000":1}"#).unwrap(), "{}");
+        assert_eq!(
+            refused(r#"{"Text":"a\u0000b"}"#),
+            (Fault::Nul, "Text".to_owned())
+        );
+        assert_eq!(
+            refused(r#"{"Texts":["a","\u0000"]}"#),
+            (Fault::Nul, "Texts[1]".to_owned())
+        );
+        assert!(with(br#"{"Other":"\u0000","\u0000":1}"#, |_| ()).is_ok());
     }
 
     #[test]
@@ -834,10 +1088,15 @@ mod tests {
 
     #[test]
     fn every_prefix_of_a_document_is_refused_and_none_panics() {
-        let document = r#"{"Text":"\ud83d\udc26","Texts":["a"],"List":[{"Size":1}],"x":[{"y":-1.5e+3}]}"#;
-        assert!(condensed(document).is_ok());
+        let document =
+            r#"{"Text":"\ud83d\udc26","Texts":["a"],"List":[{"Size":1}],"x":[{"y":-1.5e+3}]}"#;
+        assert!(with(document.as_bytes(), |_| ()).is_ok());
         for end in 0..document.len() {
-            assert!(condensed(&document[..end]).is_err(), "{}", &document[..end]);
+            assert!(
+                with(&document.as_bytes()[..end], |_| ()).is_err(),
+                "{}",
+                &document[..end]
+            );
         }
     }
 }

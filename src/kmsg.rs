@@ -1,5 +1,7 @@
 //! Records of /dev/kmsg (Documentation/ABI/testing/dev-kmsg): did the OOM killer kill this process?
 
+use crate::json::decimal;
+
 /// Whether `record` is the kernel's own word that its OOM killer chose process `pid`.
 ///
 /// A record is `prefix;text`, its prefix starts with `facility * 8 + level`. Facility 0 is the
@@ -10,7 +12,7 @@ pub fn killed_by_oom(record: &[u8], pid: u32) -> bool {
     let Some((prefix, text)) = split_at_byte(record, b';') else {
         return false;
     };
-    let priority = prefix.split(|byte| *byte == b',').next().and_then(number);
+    let priority = prefix.split(|byte| *byte == b',').next().and_then(decimal);
     if priority.is_none_or(|priority| priority >> 3 != 0) {
         return false;
     }
@@ -22,8 +24,8 @@ pub fn killed_by_oom(record: &[u8], pid: u32) -> bool {
 fn chosen(text: &[u8]) -> Option<u32> {
     let fields = text.strip_prefix(b"oom-kill:")?;
     let mut last = fields.rsplit(|byte| *byte == b',');
-    number(last.next()?.strip_prefix(b"uid=")?)?;
-    number(last.next()?.strip_prefix(b"pid=")?)
+    decimal(last.next()?.strip_prefix(b"uid=")?)?;
+    decimal(last.next()?.strip_prefix(b"pid=")?)
 }
 
 /// `Out of memory: Killed process N (NAME) …` and its forms for cgroups and allocating tasks.
@@ -34,16 +36,12 @@ fn killed(text: &[u8]) -> Option<u32> {
         b"Out of memory (oom_kill_allocating_task): Killed process ",
     ];
     let rest = STARTS.iter().find_map(|start| text.strip_prefix(*start))?;
-    number(split_at_byte(rest, b' ')?.0)
+    decimal(split_at_byte(rest, b' ')?.0)
 }
 
 fn split_at_byte(bytes: &[u8], at: u8) -> Option<(&[u8], &[u8])> {
     let position = bytes.iter().position(|byte| *byte == at)?;
     Some((bytes.get(..position)?, bytes.get(position + 1..)?))
-}
-
-fn number(digits: &[u8]) -> Option<u32> {
-    core::str::from_utf8(digits).ok()?.parse().ok()
 }
 
 #[cfg(test)]

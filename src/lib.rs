@@ -3,16 +3,22 @@
 //! Nothing here makes a system call, so all of it is tested and fuzzed on the host.
 //! The other half, [the program](../init/index.html), owns every file descriptor.
 #![cfg_attr(not(test), no_std)]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 #![cfg_attr(
     test,
-    allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, clippy::expect_used)
+    allow(
+        clippy::unwrap_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::expect_used
+    )
 )]
 
 pub mod accounts;
 pub mod buffer;
 pub mod command;
 pub mod config;
+pub mod digest;
 pub mod etc;
 pub mod http;
 pub mod json;

@@ -27,12 +27,12 @@ use crate::metadata::Source;
 use crate::poll::Poller;
 use crate::supervisor::{HANDLED, LINGER, Parts, SINK, Supervisor};
 use crate::sys::{Static, Words};
-use crate::task::{Explain, Outcome};
+use crate::task::Outcome;
 use pigeon_init::accounts::Identity;
 use pigeon_init::command::Environment;
-use pigeon_init::config::{Config, DOCUMENT, PATH, ROOT_DEVICE};
+use pigeon_init::config::{Config, DOCUMENT};
 use pigeon_init::text;
-use pigeon_init::text::{Level, Line};
+use pigeon_init::text::Level;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Resource, Rlimit};
 
@@ -60,10 +60,16 @@ impl Knobs {
     fn read(environment: Words) -> Self {
         let word = |name: &[u8]| environment.get(name);
         Self {
-            level: word(b"INIT_LOG_LEVEL").and_then(Level::parse).unwrap_or(Level::Info),
-            source: word(b"PIGEON_CONFIG").and_then(Source::parse).unwrap_or(Source::Auto),
+            level: word(b"INIT_LOG_LEVEL")
+                .and_then(Level::parse)
+                .unwrap_or(Level::Info),
+            source: word(b"PIGEON_CONFIG")
+                .and_then(Source::parse)
+                .unwrap_or(Source::Auto),
             mmds_patience: word(b"PIGEON_MMDS_TIMEOUT_MS").and_then(metadata::milliseconds),
-            linger: word(b"PIGEON_EXIT_LINGER_MS").and_then(metadata::milliseconds).unwrap_or(LINGER),
+            linger: word(b"PIGEON_EXIT_LINGER_MS")
+                .and_then(metadata::milliseconds)
+                .unwrap_or(LINGER),
         }
     }
 }
@@ -76,7 +82,13 @@ fn start(arguments: Words, words: Words) -> ! {
     if rustix::process::getpid() != Pid::INIT {
         sys::exit(cli::run(arguments, environment));
     }
-    let statics = (CONSOLE.take(), API.take(), CONFIG.take(), SCRATCH.take(), DROPPED.take());
+    let statics = (
+        CONSOLE.take(),
+        API.take(),
+        CONFIG.take(),
+        SCRATCH.take(),
+        DROPPED.take(),
+    );
     let (Some(console), Some(api), Some(document), Some(scratch), Some(sink)) = statics else {
         end::reboot();
     };
@@ -86,20 +98,29 @@ fn start(arguments: Words, words: Words) -> ! {
     console.open(knobs.level);
     let started = devices.and_then(|()| {
         let poller = Poller::new()?;
-        let signals = sys::signalfd(HANDLED).explain(|| text!("create a signalfd"))?;
+        let signals = sys::signalfd(HANDLED).map_err(why!("create a signalfd"))?;
         Ok((poller, signals))
     });
     let (poller, signals) = match started {
         Ok(started) => started,
         Err(why) => {
-            drop(console.log(Level::Error, why));
+            drop(console.log(Level::Error, &why));
             end::reboot();
         }
     };
     // Ctrl-Alt-Del becomes a signal for us (reboot(2)).
     let _without = rustix::system::reboot(rustix::system::RebootCommand::CadOff);
     let linger = knobs.linger;
-    let mut supervisor = Supervisor::new(Parts { console, api, environment, scratch, sink, poller, signals, linger });
+    let mut supervisor = Supervisor::new(Parts {
+        console,
+        api,
+        environment,
+        scratch,
+        sink,
+        poller,
+        signals,
+        linger,
+    });
     let outcome = boot(&mut supervisor, &knobs, document);
     sys::release(document);
     sys::release(supervisor.scratch);
@@ -119,23 +140,26 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
     let expedited = mounts::Expedited::on();
     modules::load(supervisor.console, supervisor.scratch)?;
     let cgroups = task::start(mounts::cgroups)?;
-    let others = task::start(mounts::rest)?;
-    let (length, source) = metadata::load(knobs.source, knobs.mmds_patience, document)?;
-    let config = Config::parse(document.get(..length).unwrap_or(&[])).map_err(|error| text!(error))?;
-    config.check().map_err(|why| text!("configuration: ", why))?;
-    supervisor.console.info("configuration loaded").field("source", source);
-    let device = root_device(&config)?;
-    let root = task::start(|report| root::mount(&device, report))?;
+    mounts::rest(&mut |why| drop(supervisor.console.warn(&why)))?;
+    let (spans, source) = metadata::load(knobs.source, knobs.mmds_patience, document)?;
+    let config = Config::new(document, spans);
+    config
+        .check()
+        .map_err(|why| text!("configuration: ", why))?;
+    supervisor
+        .console
+        .info("configuration loaded")
+        .field("source", &source);
+    let root = task::start(|report| root::mount(config.root_device(), report))?;
     cgroups.wait(supervisor.console)?;
-    others.wait(supervisor.console)?;
     root.wait(supervisor.console)?;
-    root::switch(&mut |why| drop(supervisor.console.warn(why)))?;
+    root::switch(&mut |why| drop(supervisor.console.warn(&why)))?;
     drop(expedited);
     limit_open_files()?;
     let identity = resolve_user(supervisor, &config)?;
     fill_environment(supervisor, &config, &identity)?;
     if let Err(why) = supervisor.api.listen(&supervisor.poller) {
-        supervisor.console.warn(text!("no API: ", why));
+        supervisor.console.warn(&text!("no API: ", why));
     }
     supervisor.run(&config, &identity)
 }
@@ -143,7 +167,8 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
 /// Descriptors 0 to 2, so that no other ever gets one of these numbers.
 fn standard_streams() -> Outcome {
     loop {
-        let null = rustix::fs::open(c"/dev/null", OFlags::RDWR, Mode::empty()).explain(|| text!("open /dev/null"))?;
+        let null = rustix::fs::open(c"/dev/null", OFlags::RDWR, Mode::empty())
+            .map_err(why!("open /dev/null"))?;
         if rustix::fd::AsRawFd::as_raw_fd(&null) > 2 {
             return Ok(());
         }
@@ -151,21 +176,16 @@ fn standard_streams() -> Outcome {
     }
 }
 
-fn root_device(config: &Config) -> Outcome<heapless::CString<PATH>> {
-    if config.root_device.is_empty() {
-        return heapless::CString::from_bytes_with_nul(ROOT_DEVICE.to_bytes_with_nul()).map_err(|_| Line::new());
-    }
-    config.root_device.c_string().ok_or_else(|| text!("RootDevice: the path is too long"))
-}
-
 fn limit_open_files() -> Outcome {
-    let limit = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
-    rustix::process::setrlimit(Resource::Nofile, limit).explain(|| text!("set the limit of open files"))
+    let limit = Rlimit {
+        current: Some(OPEN_FILES),
+        maximum: Some(OPEN_FILES),
+    };
+    rustix::process::setrlimit(Resource::Nofile, limit).map_err(why!("set the limit of open files"))
 }
 
 fn resolve_user(supervisor: &mut Supervisor, config: &Config) -> Outcome<Identity> {
-    let user = text!(config.user());
-    let identity = spawn::resolve(user.as_bytes(), supervisor.scratch)?;
+    let identity = spawn::resolve(config.user().bytes(), supervisor.scratch)?;
     supervisor.console.set_identity(identity.uid, identity.gid);
     Ok(identity)
 }
@@ -176,16 +196,16 @@ fn fill_environment(supervisor: &mut Supervisor, config: &Config, identity: &Ide
     home.map_err(|_| text!("the environment is too large"))
 }
 
-/// A panic is a fault in this program: it says where, and takes the VM down in order.
+/// A panic is a fault in this program: it says so and takes the VM down in order.
+///
+/// It does not say where: as nobody reads it, the compiler leaves the text out of the program.
 #[panic_handler]
-fn panic(info: &core::panic::PanicInfo) -> ! {
-    let mut console = Console::new();
-    console.open(Level::Error);
-    let place = info.location();
-    let (file, line) = place.map_or(("?", 0), |place| (place.file(), place.line()));
-    drop(console.log(Level::Error, "panic").field("file", file).field("line", line));
+fn panic(_: &core::panic::PanicInfo) -> ! {
     if rustix::process::getpid() != Pid::INIT {
         sys::exit(1);
     }
+    let mut console = Console::new();
+    console.open(Level::Error);
+    drop(console.log(Level::Error, &"panic"));
     end::emergency()
 }

@@ -1,12 +1,14 @@
 //! The configuration from Firecracker's metadata service, or from the initrd's file.
 
-use crate::interface::{Channel, ETH0};
+use crate::interface::{self, Channel};
 use crate::sys;
-use crate::task::{Explain, Outcome, name};
+use crate::task::{Outcome, name};
+use crate::why;
 use crate::{files, root};
 use core::ffi::CStr;
 use core::net::{IpAddr, SocketAddrV4};
 use pigeon_init::config::Config;
+use pigeon_init::json::{Spans, decimal};
 use pigeon_init::mmds::{self, TOKEN};
 use pigeon_init::text::Line;
 use pigeon_init::{netlink, text};
@@ -49,16 +51,20 @@ impl Source {
 
 /// Reads a decimal number of milliseconds.
 pub fn milliseconds(word: &[u8]) -> Option<u64> {
-    core::str::from_utf8(word).ok()?.parse::<u32>().ok().map(u64::from)
+    decimal(word).map(u64::from)
 }
 
-/// Loads the configuration into `document`, condensed: its length there, and where it came from.
-pub fn load(source: Source, patience: Option<u64>, document: &mut [u8]) -> Outcome<(usize, &'static str)> {
+/// Loads the configuration into `document`, decoded: its spans, and where it came from.
+pub fn load(
+    source: Source,
+    patience: Option<u64>,
+    document: &mut [u8],
+) -> Outcome<(Spans, &'static str)> {
     let mut answers = text!("no configuration");
     if source != Source::File {
         let deadline = sys::milliseconds().saturating_add(patience.unwrap_or(PATIENCE));
         match fetch(deadline, document) {
-            Ok(length) => return Ok((length, "mmds")),
+            Ok(spans) => return Ok((spans, "mmds")),
             Err(Answer::Wrong(why)) => return Err(text!("configuration from MMDS: ", why)),
             Err(Answer::None(why)) => answers.add("; MMDS: ").add(why),
         };
@@ -67,8 +73,11 @@ pub fn load(source: Source, patience: Option<u64>, document: &mut [u8]) -> Outco
         match files::read_found(FILE, document)? {
             Some(length) => {
                 let found = document.get_mut(..length).unwrap_or(&mut []);
-                let length = condense(found).map_err(|why| text!("configuration in ", FILE, ": ", why))?;
-                return Ok((length, "file"));
+                let spans =
+                    decode(found).map_err(|why| text!("configuration in ", FILE, ": ", why))?;
+                let spans =
+                    spans.ok_or_else(|| text!("configuration in ", FILE, ": nothing to run"))?;
+                return Ok((spans, "file"));
             }
             None => answers.add("; ").add(FILE).add(": no such file"),
         };
@@ -76,11 +85,10 @@ pub fn load(source: Source, patience: Option<u64>, document: &mut [u8]) -> Outco
     Err(answers)
 }
 
-/// Condenses a document that must have something to run.
-fn condense(document: &mut [u8]) -> Outcome<usize> {
-    let length = Config::condense(document).map_err(|error| text!(error))?;
-    let config = Config::parse(document.get(..length).unwrap_or(&[])).map_err(|error| text!(error))?;
-    if config.has_command() { Ok(length) } else { Err(text!("nothing to run")) }
+/// Decodes a document; `None` when it has nothing to run.
+fn decode(document: &mut [u8]) -> Outcome<Option<Spans>> {
+    let spans = Config::decode(document).map_err(|error| text!(error))?;
+    Ok(Config::new(document, spans).has_command().then_some(spans))
 }
 
 /// Why the service gave no configuration.
@@ -92,13 +100,10 @@ enum Answer {
 }
 
 /// Asks the service until it gives a document with something to run, or time is up.
-fn fetch(deadline: u64, document: &mut [u8]) -> Result<usize, Answer> {
+fn fetch(deadline: u64, document: &mut [u8]) -> Result<Spans, Answer> {
+    let index =
+        interface::eth0_index().ok_or_else(|| Answer::None(text!("no network interface eth0")))?;
     let channel = Channel::open().map_err(Answer::None)?;
-    let index = match channel.index(ETH0) {
-        Ok(Some(index)) => index,
-        Ok(None) => return Err(Answer::None(text!("no network interface ", ETH0))),
-        Err(why) => return Err(Answer::None(why)),
-    };
     let guest = IpAddr::V4(mmds::GUEST);
     let up = channel
         .request(&netlink::link_up(index, None))
@@ -106,7 +111,7 @@ fn fetch(deadline: u64, document: &mut [u8]) -> Result<usize, Answer> {
         .and_then(|()| channel.ensure(&netlink::add_host_route(index, mmds::ADDRESS)));
     let answer = match up {
         Ok(()) => ask_until(deadline, document),
-        Err(refusal) => Err(Answer::None(text!("prepare ", ETH0, ": ", refusal))),
+        Err(refusal) => Err(Answer::None(text!("prepare eth0: ", refusal))),
     };
     // Whether it worked or not; what was never added cannot be removed.
     let _route = channel.request(&netlink::remove_host_route(index, mmds::ADDRESS));
@@ -114,7 +119,7 @@ fn fetch(deadline: u64, document: &mut [u8]) -> Result<usize, Answer> {
     answer
 }
 
-fn ask_until(deadline: u64, document: &mut [u8]) -> Result<usize, Answer> {
+fn ask_until(deadline: u64, document: &mut [u8]) -> Result<Spans, Answer> {
     let mut session = Session {
         deadline,
         connection: None,
@@ -134,27 +139,28 @@ fn ask_until(deadline: u64, document: &mut [u8]) -> Result<usize, Answer> {
                 why
             }
         };
-        let now = sys::milliseconds();
-        if now >= deadline {
+        // A last question without time for its answer would only hide this one.
+        if sys::milliseconds().saturating_add(wait) >= deadline {
             return Err(Answer::None(why));
         }
-        root::pause(wait.min(deadline - now) as i64);
+        root::pause(wait as i64);
         wait = longest.min(wait * 2);
     }
 }
 
 /// A body of status 200: the configuration, `null` before the host's push, or something wrong.
-fn read_answer(document: &mut [u8], length: usize) -> Result<usize, Answer> {
+fn read_answer(document: &mut [u8], length: usize) -> Result<Spans, Answer> {
     let body = document.get_mut(..length).unwrap_or(&mut []);
     match body.trim_ascii() {
         b"" => return Err(Answer::None(text!("an empty document"))),
         b"null" => return Err(Answer::None(text!("null"))),
         _ => {}
     }
-    let length = Config::condense(body).map_err(|error| Answer::Wrong(text!(error)))?;
-    let config = Config::parse(body.get(..length).unwrap_or(&[]))
-        .map_err(|error| Answer::Wrong(text!(error)))?;
-    if config.has_command() { Ok(length) } else { Err(Answer::None(text!("nothing to run"))) }
+    match decode(body) {
+        Ok(Some(spans)) => Ok(spans),
+        Ok(None) => Err(Answer::None(text!("nothing to run"))),
+        Err(why) => Err(Answer::Wrong(why)),
+    }
 }
 
 /// A conversation with the service over one connection at a time.
@@ -191,7 +197,8 @@ impl Session {
             Some(connection) => connection,
             None => self.connect()?,
         };
-        let sent = rustix::net::send(&connection, request, SendFlags::NOSIGNAL).explain(|| text!("send"))?;
+        let sent =
+            rustix::net::send(&connection, request, SendFlags::NOSIGNAL).map_err(why!("send"))?;
         if sent != request.len() {
             return Err(text!("send: short"));
         }
@@ -207,7 +214,9 @@ impl Session {
                         return Err(text!("a document over ", document.len(), " bytes"));
                     };
                     let count = start.len().min(body.len());
-                    body.iter_mut().zip(start).for_each(|(to, from)| *to = *from);
+                    body.iter_mut()
+                        .zip(start)
+                        .for_each(|(to, from)| *to = *from);
                     filled = count;
                     break found;
                 }
@@ -225,18 +234,21 @@ impl Session {
     }
 
     fn connect(&self) -> Outcome<OwnedFd> {
-        let what = || text!("connect");
+        let what = why!("connect");
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).explain(what)?;
+        let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)
+            .map_err(what)?;
+        // With a port of its own: choosing one in connect() costs the kernel 6 ms of randomness.
+        rustix::net::bind(&socket, &SocketAddrV4::new(mmds::GUEST, 0)).map_err(what)?;
         let address = SocketAddrV4::new(mmds::ADDRESS, 80);
         match rustix::net::connect(&socket, &address) {
             Ok(()) => {}
             Err(Errno::INPROGRESS) => {
                 self.wait(&socket, PollFlags::OUT)?;
-                let failed = rustix::net::sockopt::socket_error(&socket).explain(what)?;
-                failed.explain(what)?;
+                let failed = rustix::net::sockopt::socket_error(&socket).map_err(what)?;
+                failed.map_err(what)?;
             }
-            Err(errno) => return Err(errno).explain(what),
+            Err(errno) => return Err(what(errno)),
         }
         Ok(socket)
     }

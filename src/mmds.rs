@@ -109,7 +109,8 @@ pub fn head(bytes: &[u8]) -> Result<Option<Head>, Fault> {
 mod tests {
     use super::*;
 
-    const MEASURED: &[u8] = b"HTTP/1.1 200 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\
+    const MEASURED: &[u8] =
+        b"HTTP/1.1 200 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\
         Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}";
 
     #[test]
@@ -143,7 +144,12 @@ mod tests {
         assert_eq!(head(b"SSH-2.0-x\r\n\r\n"), Err(Fault::Malformed));
         let endless = [b"HTTP/1.1 200 OK\r\nX: ", vec![b'x'; HEAD].as_slice()].concat();
         assert_eq!(head(&endless), Err(Fault::LongHead));
-        let many = ["HTTP/1.1 200 OK\r\n", &"A: b\r\n".repeat(HEADERS + 1), "\r\n"].concat();
+        let many = [
+            "HTTP/1.1 200 OK\r\n",
+            &"A: b\r\n".repeat(HEADERS + 1),
+            "\r\n",
+        ]
+        .concat();
         assert_eq!(head(many.as_bytes()), Err(Fault::LongHead));
     }
 
@@ -151,8 +157,14 @@ mod tests {
     fn a_token_goes_into_the_request_and_a_strange_one_does_not() {
         let token = token(b"q83vEjRWeJCrze8SNFZ4kKvN7xI0VniQq83vEjRWeJCrze8S\n").unwrap();
         let request = document_request(Some(&token));
-        assert!(request.ends_with(b"\r\nX-metadata-token: q83vEjRWeJCrze8SNFZ4kKvN7xI0VniQq83vEjRWeJCrze8S\r\n\r\n"));
-        assert!(!document_request(None).windows(5).any(|part| part == b"token"));
+        assert!(request.ends_with(
+            b"\r\nX-metadata-token: q83vEjRWeJCrze8SNFZ4kKvN7xI0VniQq83vEjRWeJCrze8S\r\n\r\n"
+        ));
+        assert!(
+            !document_request(None)
+                .windows(5)
+                .any(|part| part == b"token")
+        );
         for strange in [&b""[..], b"a\r\nX: y", b"a b", &[b'a'; TOKEN + 1]] {
             assert_eq!(super::token(strange), None);
         }

@@ -21,7 +21,12 @@ pub fn load(console: &mut Console, scratch: &mut [u8]) -> Outcome {
             .and_then(|file| rustix::system::finit_module(&file, c"", 0));
         match loaded {
             Ok(()) | Err(Errno::EXIST) => {}
-            Err(errno) => drop(console.warn("cannot load a module").field("path", line).field("error", name(errno))),
+            Err(errno) => drop(
+                console
+                    .warn(&"cannot load a module")
+                    .field("path", &line)
+                    .field("error", &name(errno)),
+            ),
         }
     }
     Ok(())

@@ -20,7 +20,15 @@ pub fn parse(line: &[u8]) -> Option<Mount> {
         rest = others;
         let byte = match (first, others) {
             // Space, tab, line feed and backslash are in octal.
-            (b'\\', [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', others @ ..]) => {
+            (
+                b'\\',
+                [
+                    a @ b'0'..=b'3',
+                    b @ b'0'..=b'7',
+                    c @ b'0'..=b'7',
+                    others @ ..,
+                ],
+            ) => {
                 rest = others;
                 (a - b'0') << 6 | (b - b'0') << 3 | (c - b'0')
             }
@@ -42,7 +50,10 @@ mod tests {
     fn read(line: &str) -> Option<(String, bool)> {
         let mount = parse(line.as_bytes())?;
         let target = String::from_utf8(mount.target.to_vec()).unwrap();
-        Some((target.strip_suffix('\0').unwrap().to_owned(), mount.on_device))
+        Some((
+            target.strip_suffix('\0').unwrap().to_owned(),
+            mount.on_device,
+        ))
     }
 
     #[test]
@@ -55,8 +66,14 @@ mod tests {
 
     #[test]
     fn escaped_characters_are_decoded() {
-        assert_eq!(read(r"1 2 8:1 / /a\040b\134c\012 rw - ext4 x rw"), Some(("/a b\\c\n".into(), true)));
-        assert_eq!(read(r"1 2 8:1 / /a\04 rw - ext4 x rw"), Some((r"/a\04".into(), true)));
+        assert_eq!(
+            read(r"1 2 8:1 / /a\040b\134c\012 rw - ext4 x rw"),
+            Some(("/a b\\c\n".into(), true))
+        );
+        assert_eq!(
+            read(r"1 2 8:1 / /a\04 rw - ext4 x rw"),
+            Some((r"/a\04".into(), true))
+        );
     }
 
     #[test]

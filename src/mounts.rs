@@ -3,9 +3,11 @@
 //! They are mounted in the initramfs, beside everything else that waits during boot, and moved
 //! with all that is mounted in them when the root is there.
 
-use crate::task::{Explain, Outcome, Report, name};
+use crate::task::{Outcome, Report, name};
+use crate::why;
 use core::ffi::CStr;
 use pigeon_init::text;
+use pigeon_init::text::Line;
 use rustix::fd::OwnedFd;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::io::Errno;
@@ -24,16 +26,29 @@ struct Mount {
 impl Mount {
     /// A required mount of a file system that needs no source and no data.
     const fn new(target: &'static CStr, kind: &'static CStr, flags: MountFlags) -> Self {
-        Self { source: kind, target, kind, flags, data: None, required: true }
+        Self {
+            source: kind,
+            target,
+            kind,
+            flags,
+            data: None,
+            required: true,
+        }
     }
 
     const fn data(self, data: &'static CStr) -> Self {
-        Self { data: Some(data), ..self }
+        Self {
+            data: Some(data),
+            ..self
+        }
     }
 
     /// A kernel without it gets a warning.
     const fn optional(self) -> Self {
-        Self { required: false, ..self }
+        Self {
+            required: false,
+            ..self
+        }
     }
 
     fn make(&self) -> Result<(), Errno> {
@@ -45,11 +60,20 @@ impl Mount {
         }
     }
 
-    fn make_or_warn(&self, report: &Report) -> Outcome {
+    fn make_or_warn(&self, warn: &mut dyn FnMut(Line)) -> Outcome {
         match self.make() {
-            Err(errno) if self.required => Err(errno).explain(|| text!("mount ", self.kind, " on ", self.target)),
+            Err(errno) if self.required => {
+                Err(errno).map_err(why!("mount ", self.kind, " on ", self.target))
+            }
             Err(errno) => {
-                report.warn(text!("no ", self.kind, " on ", self.target, ": ", name(errno)));
+                warn(text!(
+                    "no ",
+                    self.kind,
+                    " on ",
+                    self.target,
+                    ": ",
+                    name(errno)
+                ));
                 Ok(())
             }
             Ok(()) => Ok(()),
@@ -67,13 +91,24 @@ const SYS: Mount = Mount::new(c"/sys", c"sysfs", STRICT);
 
 const REST: [Mount; 7] = [
     Mount::new(c"/proc", c"proc", STRICT),
-    Mount::new(c"/dev/pts", c"devpts", NOEXEC.union(NOSUID).union(MountFlags::NOATIME))
-        .data(c"mode=0620,gid=5,ptmxmode=666"),
+    Mount::new(
+        c"/dev/pts",
+        c"devpts",
+        NOEXEC.union(NOSUID).union(MountFlags::NOATIME),
+    )
+    .data(c"mode=0620,gid=5,ptmxmode=666"),
     Mount::new(c"/dev/shm", c"tmpfs", NOSUID.union(NODEV)).data(c"mode=1777"),
     Mount::new(c"/run", c"tmpfs", NOSUID.union(NODEV)).data(c"mode=0755"),
     Mount::new(c"/dev/mqueue", c"mqueue", STRICT).optional(),
-    Mount::new(c"/dev/hugepages", c"hugetlbfs", MountFlags::RELATIME).data(c"pagesize=2M").optional(),
-    Mount::new(c"/proc/sys/fs/binfmt_misc", c"binfmt_misc", MountFlags::RELATIME).optional(),
+    Mount::new(c"/dev/hugepages", c"hugetlbfs", MountFlags::RELATIME)
+        .data(c"pagesize=2M")
+        .optional(),
+    Mount::new(
+        c"/proc/sys/fs/binfmt_misc",
+        c"binfmt_misc",
+        MountFlags::RELATIME,
+    )
+    .optional(),
 ];
 
 /// The trees to move onto the root, each with what is mounted in it.
@@ -81,20 +116,20 @@ pub const TREES: [&CStr; 4] = [c"/dev", c"/sys", c"/proc", c"/run"];
 
 /// Device nodes, before anything else: there is no console without them.
 pub fn devices() -> Outcome {
-    DEV.make().explain(|| text!("mount devtmpfs on /dev"))
+    DEV.make().map_err(why!("mount devtmpfs on /dev"))
 }
 
 /// sysfs, where expedited grace periods are switched on.
 pub fn sysfs() -> Outcome {
-    SYS.make().explain(|| text!("mount sysfs on /sys"))
+    SYS.make().map_err(why!("mount sysfs on /sys"))
 }
 
 /// Everything else that is not a cgroup.
-pub fn rest(report: &Report) -> Outcome {
+pub fn rest(warn: &mut dyn FnMut(Line)) -> Outcome {
     for mount in &REST {
-        mount.make_or_warn(report)?;
+        mount.make_or_warn(warn)?;
     }
-    make_directory(c"/run/lock", 0o1777).explain(|| text!("create /run/lock"))?;
+    make_directory(c"/run/lock", 0o1777).map_err(why!("create /run/lock"))?;
     for (target, link) in [
         (c"/proc/self/fd", c"/dev/fd"),
         (c"/proc/self/fd/0", c"/dev/stdin"),
@@ -103,7 +138,7 @@ pub fn rest(report: &Report) -> Outcome {
     ] {
         match rustix::fs::symlink(target, link) {
             Err(Errno::EXIST) => {}
-            other => other.explain(|| text!("link ", link))?,
+            other => other.map_err(why!("link ", link))?,
         }
     }
     Ok(())
@@ -125,17 +160,20 @@ const CONTROLLERS: [(&CStr, &CStr); 10] = [
 
 /// The hybrid cgroup tree: v2 on `unified`, and a v1 hierarchy a controller.
 pub fn cgroups(report: &Report) -> Outcome {
+    let warn = &mut |why: Line| report.warn(why);
     let strict = STRICT.union(MountFlags::RELATIME);
-    Mount::new(c"/sys/fs/cgroup", c"tmpfs", STRICT).data(c"mode=755").make_or_warn(report)?;
+    Mount::new(c"/sys/fs/cgroup", c"tmpfs", STRICT)
+        .data(c"mode=755")
+        .make_or_warn(warn)?;
     Mount::new(c"/sys/fs/cgroup/unified", c"cgroup2", strict)
         .data(c"nsdelegate")
         .optional()
-        .make_or_warn(report)?;
+        .make_or_warn(warn)?;
     for (target, controllers) in CONTROLLERS {
         Mount::new(target, c"cgroup", strict)
             .data(controllers)
             .optional()
-            .make_or_warn(report)?;
+            .make_or_warn(warn)?;
     }
     Ok(())
 }
@@ -153,7 +191,9 @@ pub fn make_directory(path: &CStr, mode: u32) -> Result<(), Errno> {
 pub fn make_directories(path: &[u8]) -> Result<(), Errno> {
     let mut prefix = heapless::Vec::<u8, { pigeon_init::config::PATH }>::new();
     for part in path.split_inclusive(|byte| *byte == b'/') {
-        prefix.extend_from_slice(part).map_err(|_| Errno::NAMETOOLONG)?;
+        prefix
+            .extend_from_slice(part)
+            .map_err(|_| Errno::NAMETOOLONG)?;
         match rustix::fs::mkdirat(CWD, &prefix[..], Mode::from_raw_mode(0o755)) {
             // What is in the way of the next part, or of the use of the last, says so itself.
             Ok(()) | Err(Errno::EXIST | Errno::ISDIR) => {}

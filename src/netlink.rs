@@ -173,7 +173,16 @@ pub fn remove_host_route(index: u32, peer: Ipv4Addr) -> Request {
 /// flags (4)
 fn rtmsg(request: &mut Request, family: u8, prefix: u8, scope: u8, flags: u32) -> &mut Request {
     request
-        .put(&[family, prefix, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, scope, RTN_UNICAST])
+        .put(&[
+            family,
+            prefix,
+            0,
+            0,
+            RT_TABLE_MAIN,
+            RTPROT_BOOT,
+            scope,
+            RTN_UNICAST,
+        ])
         .put(&flags.to_ne_bytes())
 }
 
@@ -189,19 +198,19 @@ pub fn same_subnet(ip: IpAddr, other: IpAddr, prefix: u8) -> bool {
 }
 
 /// The kernel's refusal.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Refusal {
     /// errno.
     pub errno: i32,
     /// The extended acknowledgement's text, empty when the kernel gave none.
-    pub message: heapless::Vec<u8, 128>,
+    pub message: Line,
 }
 
 impl Show for Refusal {
     fn show(&self, line: &mut Line) {
         line.add(Errno(self.errno));
-        if !self.message.is_empty() {
-            line.add(" (").add(&self.message[..]).add(")");
+        if !self.message.as_bytes().is_empty() {
+            line.add(" (").add(&self.message).add(")");
         }
     }
 }
@@ -220,20 +229,25 @@ pub fn acknowledgement(reply: &[u8]) -> Option<Result<(), Refusal>> {
     if error == 0 {
         return Some(Ok(()));
     }
-    let mut message = heapless::Vec::new();
+    let mut message = Line::new();
     if flags & NLM_F_ACK_TLVS != 0 {
         let echoed = if flags & NLM_F_CAPPED != 0 {
             HEADER
         } else {
             align(u32_at(reply, HEADER + 4)? as usize)
         };
-        let mut rest = reply.get((HEADER + 4).checked_add(echoed)?..).unwrap_or(&[]);
+        let mut rest = reply
+            .get((HEADER + 4).checked_add(echoed)?..)
+            .unwrap_or(&[]);
         while let (Some(length), Some(kind)) = (u16_at(rest, 0), u16_at(rest, 2)) {
             let length = usize::from(length).max(4);
             if kind & NLA_TYPE_MASK == NLMSGERR_ATTR_MSG {
                 let text = rest.get(4..length).unwrap_or(&[]);
-                let end = text.iter().position(|byte| *byte == 0).unwrap_or(text.len());
-                message.extend(text.iter().take(end.min(message.capacity())).copied());
+                let end = text
+                    .iter()
+                    .position(|byte| *byte == 0)
+                    .unwrap_or(text.len());
+                message.push(text.get(..end).unwrap_or(text));
             }
             rest = rest.get(align(length)..).unwrap_or(&[]);
         }
@@ -295,7 +309,10 @@ mod tests {
         assert_eq!(bytes.len(), 16 + 8 + 20 + 20 + 8);
         assert_eq!(bytes[16..24], [10, 64, 2, 0, 3, 0, 0, 0]);
         assert_eq!(bytes[24..28], [20, 0, 2, 0]);
-        assert_eq!(bytes[28..44], [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2]);
+        assert_eq!(
+            bytes[28..44],
+            [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2]
+        );
     }
 
     #[test]
@@ -306,14 +323,23 @@ mod tests {
             8, 0, 5, 0, 169, 254, 0, 1, // RTA_GATEWAY
             8, 0, 4, 0, 2, 0, 0, 0, // RTA_OIF
         ];
-        assert_eq!(default_route(2, ip("169.254.0.1"), true).as_bytes(), expected);
-        assert_eq!(default_route(2, ip("10.0.0.1"), false).as_bytes()[24..28], [0; 4]);
+        assert_eq!(
+            default_route(2, ip("169.254.0.1"), true).as_bytes(),
+            expected
+        );
+        assert_eq!(
+            default_route(2, ip("10.0.0.1"), false).as_bytes()[24..28],
+            [0; 4]
+        );
     }
 
     #[test]
     fn a_host_route_is_of_link_scope() {
         let request = add_host_route(2, Ipv4Addr::new(169, 254, 169, 254));
-        assert_eq!(request.as_bytes()[16..28], [2, 32, 0, 0, 254, 3, 253, 1, 0, 0, 0, 0]);
+        assert_eq!(
+            request.as_bytes()[16..28],
+            [2, 32, 0, 0, 254, 3, 253, 1, 0, 0, 0, 0]
+        );
         assert_eq!(request.as_bytes()[28..36], [8, 0, 1, 0, 169, 254, 169, 254]);
     }
 
@@ -355,17 +381,25 @@ mod tests {
         let capped = [&[0u8; 16][..], &attribute].concat();
         let whole = [&28u32.to_ne_bytes()[..], &[0u8; 24], &attribute].concat();
         for (flags, tail) in [(0x300, capped), (0x200, whole)] {
-            let refusal = acknowledgement(&reply(22, flags, &tail)).unwrap().unwrap_err();
-            assert_eq!((refusal.errno, &refusal.message[..]), (22, &b"Invalid MTU."[..]));
+            let refusal = acknowledgement(&reply(22, flags, &tail))
+                .unwrap()
+                .unwrap_err();
+            assert_eq!(
+                (refusal.errno, refusal.message.as_bytes()),
+                (22, &b"Invalid MTU."[..])
+            );
         }
     }
 
     #[test]
     fn an_acknowledgement_is_success_and_a_torn_one_is_none() {
-        assert_eq!(acknowledgement(&reply(0, 0, &[0; 16])), Some(Ok(())));
+        assert!(matches!(
+            acknowledgement(&reply(0, 0, &[0; 16])),
+            Some(Ok(()))
+        ));
         let whole = reply(17, 0x200, &[28, 0, 0, 0, 9, 9, 9, 9]);
         for end in 0..whole.len() {
-            assert_eq!(acknowledgement(&whole[..end]), None);
+            assert!(acknowledgement(&whole[..end]).is_none());
         }
         assert_eq!(acknowledgement(&whole).unwrap().unwrap_err().errno, 17);
     }

@@ -1,8 +1,8 @@
 //! The event loop's sources, and epoll(7) by their names.
 
-use crate::task::{Explain, Outcome};
+use crate::task::Outcome;
+use crate::why;
 use pigeon_init::slab::Key;
-use pigeon_init::text;
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::fd::{AsFd, OwnedFd};
@@ -31,7 +31,8 @@ pub enum Source {
 /// Tag in the highest byte, a slot's index in three, its generation in four.
 impl From<Source> for EventData {
     fn from(source: Source) -> Self {
-        let pack = |tag: u64, key: Key| tag << 56 | u64::from(key.index) << 32 | u64::from(key.generation);
+        let pack =
+            |tag: u64, key: Key| tag << 56 | u64::from(key.index) << 32 | u64::from(key.generation);
         EventData::new_u64(match source {
             Source::Signals => 0,
             Source::Listener => 1 << 56,
@@ -71,13 +72,21 @@ pub struct Poller(OwnedFd);
 impl Poller {
     /// Creates one.
     pub fn new() -> Outcome<Self> {
-        epoll::create(CreateFlags::CLOEXEC).explain(|| text!("create an epoll instance")).map(Self)
+        epoll::create(CreateFlags::CLOEXEC)
+            .map_err(why!("create an epoll instance"))
+            .map(Self)
     }
 
     /// Waits for `wanted` events of `fd` instead of `current` ones; what is waited for now.
     ///
     /// With nothing wanted the descriptor is not registered: the kernel reports hang-ups always.
-    pub fn watch(&self, fd: impl AsFd, source: Source, current: EventFlags, wanted: EventFlags) -> EventFlags {
+    pub fn watch(
+        &self,
+        fd: impl AsFd,
+        source: Source,
+        current: EventFlags,
+        wanted: EventFlags,
+    ) -> EventFlags {
         let done = match (current.is_empty(), wanted.is_empty()) {
             _ if current == wanted => Ok(()),
             (true, _) => epoll::add(&self.0, fd, source.into(), wanted),
@@ -89,15 +98,27 @@ impl Poller {
     }
 
     /// Waits for events, at most `timeout` milliseconds, for ever without one.
-    pub fn wait(&self, timeout: Option<u64>, events: &mut heapless::Vec<(Source, EventFlags), EVENTS>) {
-        let mut buffer = [Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }; EVENTS];
+    pub fn wait(
+        &self,
+        timeout: Option<u64>,
+        events: &mut heapless::Vec<(Source, EventFlags), EVENTS>,
+    ) {
+        let mut buffer = [Event {
+            flags: EventFlags::empty(),
+            data: EventData::new_u64(0),
+        }; EVENTS];
         let timeout = timeout.map(|milliseconds| Timespec {
             tv_sec: (milliseconds / 1000) as i64,
             tv_nsec: (milliseconds % 1000) as i64 * 1_000_000,
         });
         let count = epoll::wait(&self.0, &mut buffer[..], timeout.as_ref()).unwrap_or(0);
         events.clear();
-        events.extend(buffer.iter().take(count).map(|event| (Source::from_data(event.data), event.flags)));
+        events.extend(
+            buffer
+                .iter()
+                .take(count)
+                .map(|event| (Source::from_data(event.data), event.flags)),
+        );
     }
 }
 

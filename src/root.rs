@@ -2,11 +2,13 @@
 
 use crate::mounts::{self, exists, make_directory};
 use crate::sys;
-use crate::task::{Explain, Outcome, Report, name};
+use crate::task::{Outcome, Report, name};
+use crate::why;
 use core::ffi::CStr;
 use core::mem::MaybeUninit;
 use pigeon_init::text;
 use pigeon_init::text::Line;
+use rustix::fd::OwnedFd;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir};
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
@@ -18,11 +20,17 @@ const DEVICE_WAIT: u64 = 2000;
 
 /// Mounts an ext4 volume, when its device has appeared; read-only where the device is.
 pub fn mount_volume(device: &CStr, target: &CStr, report: &Report) -> Outcome {
-    let what = || text!("mount ", device, " on ", target);
+    let what = why!("mount ", device, " on ", target);
     let start = sys::milliseconds();
     while !exists(device) {
         if sys::milliseconds().wrapping_sub(start) >= DEVICE_WAIT {
-            return Err(text!(what(), ": no such device after 2 s"));
+            return Err(text!(
+                "mount ",
+                device,
+                " on ",
+                target,
+                ": no such device after 2 s"
+            ));
         }
         pause(1);
     }
@@ -30,11 +38,17 @@ pub fn mount_volume(device: &CStr, target: &CStr, report: &Report) -> Outcome {
     match rustix::mount::mount(device, target, c"ext4", flags, None::<&CStr>) {
         Err(errno @ (Errno::ACCESS | Errno::ROFS)) => {
             report.warn(text!(device, " is write-protected: mounted read-only"));
-            rustix::mount::mount(device, target, c"ext4", flags | MountFlags::RDONLY, None::<&CStr>)
-                .map_err(|_| errno)
-                .explain(what)
+            rustix::mount::mount(
+                device,
+                target,
+                c"ext4",
+                flags | MountFlags::RDONLY,
+                None::<&CStr>,
+            )
+            .map_err(|_| errno)
+            .map_err(what)
         }
-        other => other.explain(what),
+        other => other.map_err(what),
     }
 }
 
@@ -49,28 +63,31 @@ pub fn pause(milliseconds: i64) {
 
 /// Mounts the root beside the initramfs.
 pub fn mount(device: &CStr, report: &Report) -> Outcome {
-    make_directory(NEW, 0o755).explain(|| text!("create ", NEW))?;
+    make_directory(NEW, 0o755).map_err(why!("create ", NEW))?;
     mount_volume(device, NEW, report)
 }
 
 /// Moves the kernel's file systems onto the root and makes it `/`; the initramfs is emptied.
 pub fn switch(report: &mut impl FnMut(Line)) -> Outcome {
     let old = rustix::fs::open(c"/", OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .explain(|| text!("open /"))?;
-    rustix::process::chdir(NEW).explain(|| text!("enter ", NEW))?;
+        .map_err(why!("open /"))?;
+    rustix::process::chdir(NEW).map_err(why!("enter ", NEW))?;
     for tree in mounts::TREES {
-        let target = tree.to_bytes_with_nul().get(1..).and_then(|name| CStr::from_bytes_with_nul(name).ok());
+        let target = tree
+            .to_bytes_with_nul()
+            .get(1..)
+            .and_then(|name| CStr::from_bytes_with_nul(name).ok());
         let target = target.unwrap_or(c".");
         // A root without the directory, perhaps read-only, is told apart by the move's error.
         let _made = make_directory(target, 0o755);
-        rustix::mount::mount_move(tree, target).explain(|| text!("move ", tree, " onto the root"))?;
+        rustix::mount::mount_move(tree, target).map_err(why!("move ", tree, " onto the root"))?;
     }
-    if let Err(why) = empty(&old) {
-        report(why);
+    if let Err(errno) = empty(&old) {
+        report(text!("empty the initramfs: ", name(errno)));
     }
-    rustix::mount::mount_move(c".", c"/").explain(|| text!("move the root onto /"))?;
-    rustix::process::chroot(c".").explain(|| text!("chroot"))?;
-    rustix::process::chdir(c"/").explain(|| text!("enter /"))?;
+    rustix::mount::mount_move(c".", c"/").map_err(why!("move the root onto /"))?;
+    rustix::process::chroot(c".").map_err(why!("chroot"))?;
+    rustix::process::chdir(c"/").map_err(why!("enter /"))?;
     if let Err(errno) = make_directory(c"/root", 0o700) {
         report(text!("create /root: ", name(errno)));
     }
@@ -81,50 +98,41 @@ pub fn switch(report: &mut impl FnMut(Line)) -> Outcome {
 const RAMFS_MAGIC: u64 = 0x8584_58f6;
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
+/// A file's name (NAME_MAX and its NUL, limits.h).
+type Name = heapless::CString<256>;
+
 /// Deepest directory of an initramfs that is emptied.
 const DEPTH: usize = 32;
 
 /// Deletes everything in the initramfs: it is the guest's memory, and may hold secrets.
 ///
-/// Only where the old root is a file system in memory, and never across a mount.
-fn empty(old: &rustix::fd::OwnedFd) -> Outcome {
-    let kind = rustix::fs::fstatfs(old).explain(|| text!("statfs /"))?.f_type as u64;
+/// Only where the old root is a file system in memory (else EXDEV), and never across a mount.
+fn empty(old: &OwnedFd) -> Result<(), Errno> {
+    let kind = rustix::fs::fstatfs(old)?.f_type as u64;
     if kind != RAMFS_MAGIC && kind != TMPFS_MAGIC {
-        return Err(text!("the initramfs is no file system in memory: left as it is"));
+        return Err(Errno::XDEV);
     }
-    let device = rustix::fs::fstat(old).explain(|| text!("stat /"))?.st_dev;
-    // From the top into the first directory that has one, deleting on the way back: no recursion.
+    // Down into the first directory that is not empty, deleting on the way back: no recursion.
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let mut open = heapless::Vec::<rustix::fd::OwnedFd, DEPTH>::new();
-    let mut names = heapless::Vec::<heapless::CString<256>, DEPTH>::new();
+    let mut open = heapless::Vec::<OwnedFd, DEPTH>::new();
     loop {
         let here = open.last().unwrap_or(old);
-        match first_directory(here, device).explain(|| text!("read the initramfs"))? {
+        match delete_entries(here)? {
             Some(name) => {
-                let inner = rustix::fs::openat(here, &*name, flags, Mode::empty())
-                    .explain(|| text!("open ", &*name, " in the initramfs"))?;
-                let room = open.push(inner).is_ok() && names.push(name).is_ok();
-                if !room {
-                    return Err(text!("the initramfs is nested deeper than ", DEPTH, " levels"));
-                }
+                let inner = rustix::fs::openat(here, &*name, flags, Mode::empty())?;
+                open.push(inner).map_err(|_| Errno::NAMETOOLONG)?;
             }
-            None => {
-                open.pop();
-                let Some(name) = names.pop() else {
-                    return Ok(());
-                };
-                let parent = open.last().unwrap_or(old);
-                rustix::fs::unlinkat(parent, &*name, AtFlags::REMOVEDIR)
-                    .explain(|| text!("delete ", &*name, " in the initramfs"))?;
-            }
+            // Its parent deletes it now.
+            None if open.pop().is_some() => {}
+            None => return Ok(()),
         }
     }
 }
 
-/// Deletes a directory's files; the name of its first directory on the same device.
-fn first_directory(directory: &rustix::fd::OwnedFd, device: u64) -> Result<Option<heapless::CString<256>>, Errno> {
+/// Deletes a directory's entries, up to the first directory that is not empty: its name.
+fn delete_entries(directory: &OwnedFd) -> Result<Option<Name>, Errno> {
     rustix::fs::seek(directory, rustix::fs::SeekFrom::Start(0))?;
-    let mut buffer = [MaybeUninit::uninit(); 2048];
+    let mut buffer = [MaybeUninit::uninit(); 1024];
     let mut entries = RawDir::new(directory, &mut buffer);
     while let Some(entry) = entries.next() {
         let entry = entry?;
@@ -132,18 +140,20 @@ fn first_directory(directory: &rustix::fd::OwnedFd, device: u64) -> Result<Optio
         if matches!(name.to_bytes(), b"." | b"..") {
             continue;
         }
-        let status = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
-        if status.st_dev != device {
-            continue;
+        let flags = match entry.file_type() {
+            FileType::Directory => AtFlags::REMOVEDIR,
+            _ => AtFlags::empty(),
+        };
+        match rustix::fs::unlinkat(directory, name, flags) {
+            // A mount point (rmdir(2)): that is the new root, or what somebody else mounted.
+            Ok(()) | Err(Errno::BUSY) => {}
+            Err(Errno::NOTEMPTY) => {
+                return heapless::CString::from_bytes_with_nul(name.to_bytes_with_nul())
+                    .map(Some)
+                    .map_err(|_| Errno::NAMETOOLONG);
+            }
+            Err(errno) => return Err(errno),
         }
-        if FileType::from_raw_mode(status.st_mode) != FileType::Directory {
-            rustix::fs::unlinkat(directory, name, AtFlags::empty())?;
-            continue;
-        }
-        // A directory that holds a mount stays; its own device tells it from the mount.
-        return heapless::CString::from_bytes_with_nul(name.to_bytes_with_nul())
-            .map(Some)
-            .map_err(|_| Errno::NAMETOOLONG);
     }
     Ok(None)
 }

@@ -84,13 +84,17 @@ impl<T, const N: usize> Slab<T, N> {
     /// The value stored under `key`, unless it was removed.
     pub fn get(&self, key: Key) -> Option<&T> {
         let slot = self.slots.get(key.index as usize)?;
-        slot.value.as_ref().filter(|_| slot.generation == key.generation)
+        slot.value
+            .as_ref()
+            .filter(|_| slot.generation == key.generation)
     }
 
     /// The value stored under `key`, unless it was removed.
     pub fn get_mut(&mut self, key: Key) -> Option<&mut T> {
         let slot = self.slots.get_mut(key.index as usize)?;
-        slot.value.as_mut().filter(|_| slot.generation == key.generation)
+        slot.value
+            .as_mut()
+            .filter(|_| slot.generation == key.generation)
     }
 
     /// Takes the value stored under `key` out.
@@ -167,8 +171,16 @@ mod tests {
             }
             assert_eq!(slab.len(), model.len());
             assert_eq!(slab.iter().count(), model.len());
-            assert!(slab.iter().all(|(key, value)| model[&(key.index, key.generation)] == *value));
-            assert!(dead.iter().rev().take(20).all(|key| slab.get(*key).is_none()));
+            assert!(
+                slab.iter()
+                    .all(|(key, value)| model[&(key.index, key.generation)] == *value)
+            );
+            assert!(
+                dead.iter()
+                    .rev()
+                    .take(20)
+                    .all(|key| slab.get(*key).is_none())
+            );
         }
     }
 

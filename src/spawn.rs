@@ -3,10 +3,11 @@
 use crate::console::Console;
 use crate::mounts::make_directories;
 use crate::sys::{self, SignalSet, Static};
-use crate::task::{Explain, Outcome, Report, name};
+use crate::task::{self, Outcome, Report};
+use crate::why;
 use core::ffi::CStr;
 use pigeon_init::accounts::{self, Identity};
-use pigeon_init::command::{self, Argv, ENV_ENTRIES, Environment};
+use pigeon_init::command::{self, ENV_ENTRIES, Environment};
 use pigeon_init::config::{ARGV, DOCUMENT, PATH};
 use pigeon_init::json::Text;
 use pigeon_init::text;
@@ -22,20 +23,29 @@ const NOT_EXECUTABLE: i32 = 126;
 
 /// What a child uses between fork and execve; in the parent it stays untouched.
 struct Scratch {
-    argv: Argv,
     argv_pointers: [usize; ARGV + 1],
     environment_pointers: [usize; ENV_ENTRIES + 1],
 }
 
 static SCRATCH: Static<Scratch> = Static::new(Scratch {
-    argv: Argv::new(),
     argv_pointers: [0; ARGV + 1],
     environment_pointers: [0; ENV_ENTRIES + 1],
 });
 
+/// Who a command of the host's runs as: root, unless it names a user.
+pub fn resolve_or_root(user: &[u8], files: &mut [u8; 2 * DOCUMENT]) -> Outcome<Identity> {
+    if user.is_empty() {
+        Ok(Identity::root())
+    } else {
+        resolve(user, files)
+    }
+}
+
 /// Resolves a user from the files of the root.
 pub fn resolve(user: &[u8], files: &mut [u8; 2 * DOCUMENT]) -> Outcome<Identity> {
-    let (passwd, group) = files.split_at_mut_checked(DOCUMENT).unwrap_or((&mut [], &mut []));
+    let (passwd, group) = files
+        .split_at_mut_checked(DOCUMENT)
+        .unwrap_or((&mut [], &mut []));
     let passwd = crate::files::read(c"/etc/passwd", passwd)?;
     let group = crate::files::read(c"/etc/group", group)?;
     accounts::resolve(user, passwd, group).map_err(|fault| text!(fault))
@@ -50,7 +60,7 @@ pub enum Streams<'a> {
 }
 
 /// What a child becomes.
-pub struct Command<'a, A: Iterator<Item = Text<'a>>> {
+pub struct Command<'a, A: Iterator<Item = Text<'a>> + Clone> {
     /// The arguments; the first is the name to look for.
     pub argv: A,
     /// The environment, PATH among it.
@@ -64,7 +74,7 @@ pub struct Command<'a, A: Iterator<Item = Text<'a>>> {
 /// First thing in a child: a session of its own, and no descriptors but its streams and its report.
 pub fn enter_session(streams: &Streams, report: &Report) -> Outcome {
     use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
-    rustix::process::setsid().explain(|| text!("start a session"))?;
+    rustix::process::setsid().map_err(why!("start a session"))?;
     let connected = (|| {
         let [input, output, error] = match *streams {
             Streams::Each(streams) => streams,
@@ -77,7 +87,7 @@ pub fn enter_session(streams: &Streams, report: &Report) -> Outcome {
         dup2_stdout(output)?;
         dup2_stderr(error)
     })();
-    connected.explain(|| text!("connect the standard streams"))?;
+    connected.map_err(why!("connect the standard streams"))?;
     sys::close_others(&[report.as_fd()]);
     Ok(())
 }
@@ -85,7 +95,7 @@ pub fn enter_session(streams: &Streams, report: &Report) -> Outcome {
 /// A failure between fork and execve: the words, and the exit code for it.
 struct Failure(text::Line, i32);
 
-impl<'a, A: Iterator<Item = Text<'a>>> Command<'a, A> {
+impl<'a, A: Iterator<Item = Text<'a>> + Clone> Command<'a, A> {
     /// Turns this process into the command; returns an exit code only when that failed, with the
     /// reason in the report.
     pub fn become_it(self, report: &Report) -> i32 {
@@ -102,19 +112,21 @@ impl<'a, A: Iterator<Item = Text<'a>>> Command<'a, A> {
     }
 
     fn execute(mut self, scratch: &mut Scratch) -> Result<core::convert::Infallible, Failure> {
-        let setup = |what: &'static str| move |errno| Failure(text!(what, ": ", name(errno)), NOT_EXECUTABLE);
         // The kernel may choose a command when memory runs out, as it may not choose PID 1.
         let _without_proc = write_once(c"/proc/self/oom_score_adj", b"0");
         self.enter_directory()?;
-        self.drop_privileges().map_err(setup("become the user"))?;
-        for argument in &mut self.argv {
-            let kept = scratch.argv.push(argument.bytes());
-            kept.map_err(|_| Failure(text!("too many arguments"), NOT_EXECUTABLE))?;
-        }
-        point(&mut scratch.argv_pointers, scratch.argv.iter());
+        self.drop_privileges().map_err(|errno| {
+            Failure(task::failure(errno, &[&"become the user"]), NOT_EXECUTABLE)
+        })?;
+        point(
+            &mut scratch.argv_pointers,
+            self.argv
+                .clone()
+                .map(|argument| argument.c_str().to_bytes_with_nul()),
+        );
         point(&mut scratch.environment_pointers, self.environment.iter());
         sys::block_signals(SignalSet::EMPTY);
-        let command = scratch.argv.iter().next().unwrap_or(b"\0");
+        let command = self.argv.next().map_or(c"", Text::c_str);
         let (errno, code) = search(command, self.environment, |path| {
             // SAFETY: both vectors end with null, and point at NUL-terminated strings that stay.
             unsafe {
@@ -122,8 +134,10 @@ impl<'a, A: Iterator<Item = Text<'a>>> Command<'a, A> {
                 sys::execve(path, argv, scratch.environment_pointers.as_ptr().cast())
             }
         });
-        let shown = command.strip_suffix(b"\0").unwrap_or(command);
-        Err(Failure(text!("execute ", shown, ": ", name(errno)), code))
+        Err(Failure(
+            task::failure(errno, &[&"execute ", &command]),
+            code,
+        ))
     }
 
     fn enter_directory(&self) -> Result<(), Failure> {
@@ -131,20 +145,25 @@ impl<'a, A: Iterator<Item = Text<'a>>> Command<'a, A> {
             return Ok(());
         }
         let directory = self.directory;
-        let failed = move |errno| Failure(text!("enter ", directory, ": ", name(errno)), NOT_EXECUTABLE);
-        let path = directory.c_string::<PATH>().ok_or(Errno::NAMETOOLONG).map_err(failed)?;
-        match rustix::process::chdir(&*path) {
-            Err(Errno::NOENT) => make_directories(path.to_bytes())
-                .and_then(|()| rustix::process::chdir(&*path))
-                .map_err(failed),
-            other => other.map_err(failed),
-        }
+        let entered = match rustix::process::chdir(directory.c_str()) {
+            Err(Errno::NOENT) => make_directories(directory.bytes())
+                .and_then(|()| rustix::process::chdir(directory.c_str())),
+            other => other,
+        };
+        entered.map_err(|errno| {
+            Failure(
+                task::failure(errno, &[&"enter ", &directory]),
+                NOT_EXECUTABLE,
+            )
+        })
     }
 
     /// Groups first: without root they cannot be set.
     fn drop_privileges(&self) -> Result<(), Errno> {
         use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
-        let Identity { uid, gid, groups, .. } = self.identity;
+        let Identity {
+            uid, gid, groups, ..
+        } = self.identity;
         let mut list = heapless::Vec::<Gid, { accounts::GROUPS }>::new();
         list.extend(groups.iter().map(|group| Gid::from_raw(*group)));
         let (uid, gid) = (Uid::from_raw(*uid), Gid::from_raw(*gid));
@@ -156,34 +175,52 @@ impl<'a, A: Iterator<Item = Text<'a>>> Command<'a, A> {
 
 /// Fills a vector of pointers for execve(2); the last one is null.
 fn point<'s>(pointers: &mut [usize], strings: impl Iterator<Item = &'s [u8]>) {
-    pointers.iter_mut().zip(strings).for_each(|(slot, string)| *slot = string.as_ptr() as usize);
+    pointers
+        .iter_mut()
+        .zip(strings)
+        .for_each(|(slot, string)| *slot = string.as_ptr() as usize);
 }
 
 /// Tries the command in the directories of PATH, as execvp(3) does; a name with `/` is a path.
-fn search(command: &[u8], environment: &Environment, execute: impl Fn(&CStr) -> Errno) -> (Errno, i32) {
-    let try_path = |path: &[u8]| match CStr::from_bytes_with_nul(path) {
-        Ok(path) => execute(path),
-        Err(_) => Errno::INVAL,
-    };
+fn search(
+    command: &CStr,
+    environment: &Environment,
+    execute: impl Fn(&CStr) -> Errno,
+) -> (Errno, i32) {
     let missing = |errno| matches!(errno, Errno::NOENT | Errno::NOTDIR);
-    let answer = |errno| (errno, if missing(errno) { NOT_FOUND } else { NOT_EXECUTABLE });
-    if command == b"\0" {
+    let answer = |errno| {
+        (
+            errno,
+            if missing(errno) {
+                NOT_FOUND
+            } else {
+                NOT_EXECUTABLE
+            },
+        )
+    };
+    if command.is_empty() {
         return answer(Errno::NOENT);
     }
-    if command.contains(&b'/') {
-        return answer(try_path(command));
+    if command.to_bytes().contains(&b'/') {
+        return answer(execute(command));
     }
     let mut failure = Errno::NOENT;
     let path = environment.get(b"PATH").unwrap_or(command::PATH);
     for directory in path.split(|byte| *byte == b':') {
         let mut candidate = heapless::Vec::<u8, { PATH + 256 }>::new();
         // An empty entry is the working directory.
-        let directory = if directory.is_empty() { b"." } else { directory };
-        let fits = [directory, b"/", command].iter().all(|part| candidate.extend_from_slice(part).is_ok());
-        if !fits {
+        let directory = if directory.is_empty() {
+            b"."
+        } else {
+            directory
+        };
+        let fits = [directory, b"/", command.to_bytes_with_nul()]
+            .iter()
+            .all(|part| candidate.extend_from_slice(part).is_ok());
+        let Some(candidate) = CStr::from_bytes_until_nul(&candidate).ok().filter(|_| fits) else {
             continue;
-        }
-        match try_path(&candidate) {
+        };
+        match execute(candidate) {
             errno if missing(errno) => {}
             Errno::ACCESS => failure = Errno::ACCESS,
             errno => return answer(errno),

@@ -6,7 +6,8 @@ use crate::console::Console;
 use crate::poll::{EVENTS, Poller, Source};
 use crate::spawn::{self, Command, Streams};
 use crate::sys::{self, SignalSet};
-use crate::task::{self, Explain, Outcome, Report, Reports, Task};
+use crate::task::{self, Outcome, Report, Reports, Task};
+use crate::why;
 use crate::{end, setup};
 use pigeon_init::accounts::Identity;
 use pigeon_init::command::Environment;
@@ -131,8 +132,22 @@ pub struct Parts {
 impl Supervisor {
     /// A supervisor that is about to end: the next call says for what.
     pub fn new(parts: Parts) -> Self {
-        let Parts { console, api, environment, scratch, sink, poller, signals, linger } = parts;
-        poller.watch(&signals, Source::Signals, EventFlags::empty(), EventFlags::IN);
+        let Parts {
+            console,
+            api,
+            environment,
+            scratch,
+            sink,
+            poller,
+            signals,
+            linger,
+        } = parts;
+        poller.watch(
+            &signals,
+            Source::Signals,
+            EventFlags::empty(),
+            EventFlags::IN,
+        );
         Self {
             console,
             api,
@@ -155,10 +170,19 @@ impl Supervisor {
 
     /// Steps 11 to 15, to the reboot.
     pub fn run(&mut self, config: &Config, identity: &Identity) -> Outcome {
-        let open = |path, flags| rustix::fs::open(path, flags | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        let open = |path, flags| {
+            rustix::fs::open(
+                path,
+                flags | OFlags::RDONLY | OFlags::CLOEXEC,
+                Mode::empty(),
+            )
+        };
         self.mounts = open(c"/proc/self/mountinfo", OFlags::empty()).ok();
-        let task = task::start(|report| setup::run(config, identity, self.scratch, report))?;
-        self.phase = Phase::Setup(task);
+        if setup::may_block(config) {
+            let task = task::start(|report| setup::disks(config, identity, self.scratch, report))?;
+            self.phase = Phase::Setup(task);
+        }
+        setup::network(config, |why| drop(self.console.warn(&why)))?;
         while let Phase::Setup(_) = self.phase {
             self.turn();
         }
@@ -172,7 +196,11 @@ impl Supervisor {
     /// Something that has to be there is not: says so, and goes to the end.
     pub fn fail(&mut self, why: Line) {
         self.console.log(Level::Error, &why);
-        self.ended(Exit { code: NOT_RUN, oom_killed: false, error: Some(why) });
+        self.ended(Exit {
+            code: NOT_RUN,
+            oom_killed: false,
+            error: Some(why),
+        });
     }
 
     /// Serves until the reboot.
@@ -186,7 +214,11 @@ impl Supervisor {
     fn turn(&mut self) {
         self.watch();
         let now = sys::milliseconds();
-        let deadline = if self.reap_more { Some(now) } else { self.deadline() };
+        let deadline = if self.reap_more {
+            Some(now)
+        } else {
+            self.deadline()
+        };
         let timeout = deadline.map(|deadline| deadline.saturating_sub(now));
         let mut events = heapless::Vec::<_, EVENTS>::new();
         self.poller.wait(timeout, &mut events);
@@ -196,8 +228,12 @@ impl Supervisor {
                 Source::Listener => self.with_api(|api, host| api.accept(host)),
                 Source::Console => self.console.flush(),
                 Source::Workload => self.copy_output(),
-                Source::Connection(key) => self.with_api(|api, host| api.on_connection(key, *flags, host)),
-                Source::Output(key) | Source::Input(key) => self.with_api(|api, host| api.on_command(key, 0, host)),
+                Source::Connection(key) => {
+                    self.with_api(|api, host| api.on_connection(key, *flags, host))
+                }
+                Source::Output(key) | Source::Input(key) => {
+                    self.with_api(|api, host| api.on_command(key, 0, host))
+                }
                 Source::ErrorOutput(key) => self.with_api(|api, host| api.on_command(key, 1, host)),
             }
         }
@@ -224,19 +260,39 @@ impl Supervisor {
     /// Registers for what can be done next.
     fn watch(&mut self) {
         if let Some(device) = self.console.device() {
-            let wanted = if self.console.is_flushed() { EventFlags::empty() } else { EventFlags::OUT };
-            self.console_watched = self.poller.watch(device, Source::Console, self.console_watched, wanted);
+            let wanted = if self.console.is_flushed() {
+                EventFlags::empty()
+            } else {
+                EventFlags::OUT
+            };
+            self.console_watched =
+                self.poller
+                    .watch(device, Source::Console, self.console_watched, wanted);
         }
-        if let Some(Process { output: Some(output), watched, .. }) = &mut self.process {
-            let wanted = if self.console.has_room() { EventFlags::IN } else { EventFlags::empty() };
-            *watched = self.poller.watch(output, Source::Workload, *watched, wanted);
+        if let Some(Process {
+            output: Some(output),
+            watched,
+            ..
+        }) = &mut self.process
+        {
+            let wanted = if self.console.has_room() {
+                EventFlags::IN
+            } else {
+                EventFlags::empty()
+            };
+            *watched = self
+                .poller
+                .watch(output, Source::Workload, *watched, wanted);
         }
     }
 
     fn deadline(&self) -> Option<u64> {
         let phase = match self.phase {
             Phase::Setup(_) | Phase::Running => self.stop,
-            Phase::Linger(until) | Phase::Terminate(until) | Phase::Kill(until) | Phase::Quiesce(_, until) => Some(until),
+            Phase::Linger(until)
+            | Phase::Terminate(until)
+            | Phase::Kill(until)
+            | Phase::Quiesce(_, until) => Some(until),
             // The console's driver does not tell when its last byte is out.
             Phase::Drain(until) => Some(until.min(sys::milliseconds() + 1)),
         };
@@ -286,7 +342,11 @@ impl Supervisor {
     }
 
     fn reaped(&mut self, pid: Pid, status: WaitStatus) {
-        if self.process.as_ref().is_some_and(|process| process.pid == Some(pid)) {
+        if self
+            .process
+            .as_ref()
+            .is_some_and(|process| process.pid == Some(pid))
+        {
             return self.workload_ended(pid, status);
         }
         match &self.phase {
@@ -317,7 +377,7 @@ impl Supervisor {
             let mut buffer = [0; 512];
             while let Ok(count @ 1..) = rustix::io::read(&task.report, &mut buffer) {
                 let bytes = buffer.get(..count).unwrap_or(&[]);
-                reports.take(bytes, |line| drop(self.console.warn(line)));
+                reports.take(bytes, |line| drop(self.console.warn(&line)));
             }
         }
         reports.error
@@ -325,13 +385,16 @@ impl Supervisor {
 
     /// Step 14.
     fn start_workload(&mut self, config: &Config, identity: &Identity) -> Outcome {
-        let (output, end) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).explain(|| text!("create a pipe"))?;
-        rustix::io::ioctl_fionbio(&output, true).explain(|| text!("create a pipe"))?;
+        let (output, end) =
+            rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(why!("create a pipe"))?;
+        rustix::io::ioctl_fionbio(&output, true).map_err(why!("create a pipe"))?;
         let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, |report| {
             self.become_workload(config, identity, end.as_fd(), report)
         })?;
         self.workload.group = Some(task.pid);
-        self.console.info("workload started").field("pid", task.pid.as_raw_pid());
+        self.console
+            .info("workload started")
+            .field("pid", &task.pid.as_raw_pid());
         self.process = Some(Process {
             pid: Some(task.pid),
             report: task.report,
@@ -342,10 +405,18 @@ impl Supervisor {
     }
 
     /// In the child: becomes the workload.
-    fn become_workload(&mut self, config: &Config, identity: &Identity, end: rustix::fd::BorrowedFd, report: &Report) -> i32 {
+    fn become_workload(
+        &mut self,
+        config: &Config,
+        identity: &Identity,
+        end: rustix::fd::BorrowedFd,
+        report: &Report,
+    ) -> i32 {
         let entered = spawn::console_input(self.console)
-            .explain(|| text!("open standard input"))
-            .and_then(|input| spawn::enter_session(&Streams::Each([input.as_fd(), end, end]), report));
+            .map_err(why!("open standard input"))
+            .and_then(|input| {
+                spawn::enter_session(&Streams::Each([input.as_fd(), end, end]), report)
+            });
         if let Err(why) = entered {
             return task::finish(Err(why), report);
         }
@@ -353,7 +424,7 @@ impl Supervisor {
             argv: config.argv(),
             environment: self.environment,
             identity,
-            directory: config.image_config.working_dir,
+            directory: config.working_dir(),
         }
         .become_it(report)
     }
@@ -370,17 +441,25 @@ impl Supervisor {
             reports.take(buffer.get(..count).unwrap_or(&[]), |_| {});
         }
         if let Some(why) = reports.error {
-            self.console.log(Level::Error, why);
+            self.console.log(Level::Error, &why);
         }
         let signal = status.terminating_signal();
-        let oom_killed = signal == Some(SIGKILL as i32) && self.killed_by_oom(pid.as_raw_pid().unsigned_abs());
+        let oom_killed =
+            signal == Some(SIGKILL as i32) && self.killed_by_oom(pid.as_raw_pid().unsigned_abs());
         let code = match (status.exit_status(), signal) {
             (Some(code), _) => code,
             (None, signal) => KILLED.saturating_add(signal.unwrap_or(0)),
         };
-        self.console.info("workload exited").field("exit_code", code).field("oom_killed", oom_killed);
+        self.console
+            .info("workload exited")
+            .field("exit_code", &code)
+            .field("oom_killed", &oom_killed);
         self.workload.group = None;
-        self.ended(Exit { code, oom_killed, error: None });
+        self.ended(Exit {
+            code,
+            oom_killed,
+            error: None,
+        });
     }
 
     /// Whether the kernel's log says so, as far as it is written.
@@ -393,7 +472,9 @@ impl Supervisor {
         loop {
             match rustix::io::read(log, &mut record) {
                 Ok(0) => return false,
-                Ok(count) if kmsg::killed_by_oom(record.get(..count).unwrap_or(&[]), pid) => return true,
+                Ok(count) if kmsg::killed_by_oom(record.get(..count).unwrap_or(&[]), pid) => {
+                    return true;
+                }
                 // EPIPE: records were overwritten; the next read goes on behind them.
                 Ok(_) | Err(Errno::INTR | Errno::PIPE) => {}
                 Err(_) => return false,
@@ -446,7 +527,7 @@ impl Supervisor {
                     if let (Some(at), Some(group)) = (self.stop, self.workload.group)
                         && at <= now
                     {
-                        self.console.warn("the workload does not stop: killed");
+                        self.console.warn(&"the workload does not stop: killed");
                         let _just_ended = sys::kill_group(group, SIGKILL);
                         self.stop = None;
                     }
@@ -458,26 +539,29 @@ impl Supervisor {
                     self.phase = Phase::Terminate(now.saturating_add(LEFTOVERS));
                     self.reap();
                 }
-                Phase::Terminate(_) | Phase::Kill(_) if !has_children() => match self.start_quiesce(now) {
-                    Ok(()) => return,
-                    Err(why) => {
-                        self.console.warn(why);
-                        self.phase = Phase::Drain(now.saturating_add(SILENCE));
+                Phase::Terminate(_) | Phase::Kill(_) if !has_children() => {
+                    match self.start_quiesce(now) {
+                        Ok(()) => return,
+                        Err(why) => {
+                            self.console.warn(&why);
+                            self.phase = Phase::Drain(now.saturating_add(SILENCE));
+                        }
                     }
-                },
+                }
                 Phase::Terminate(until) if until <= now => {
                     sys::kill_all(SIGKILL);
                     self.phase = Phase::Kill(now.saturating_add(UNKILLABLE));
                     self.reap();
                 }
                 Phase::Kill(until) if until <= now => {
-                    self.console.warn("a process cannot be killed");
+                    self.console.warn(&"a process cannot be killed");
                     if self.start_quiesce(now).is_err() {
                         self.phase = Phase::Drain(now.saturating_add(SILENCE));
                     }
                 }
                 Phase::Quiesce(_, until) if until <= now => {
-                    self.console.warn("the file systems cannot be left clean in time");
+                    self.console
+                        .warn(&"the file systems cannot be left clean in time");
                     self.phase = Phase::Drain(now.saturating_add(SILENCE));
                 }
                 Phase::Drain(until) => {
@@ -493,7 +577,9 @@ impl Supervisor {
                     }
                     return;
                 }
-                Phase::Linger(_) | Phase::Terminate(_) | Phase::Kill(_) | Phase::Quiesce(..) => return,
+                Phase::Linger(_) | Phase::Terminate(_) | Phase::Kill(_) | Phase::Quiesce(..) => {
+                    return;
+                }
             }
         }
     }
@@ -505,7 +591,10 @@ impl Supervisor {
                 Some(mounts) => sys::close_others(&[report.as_fd(), mounts]),
                 None => sys::close_others(&[report.as_fd()]),
             }
-            task::finish(end::quiesce(self.mounts.as_ref(), self.scratch, report), report)
+            task::finish(
+                end::quiesce(self.mounts.as_ref(), self.scratch, report),
+                report,
+            )
         })?;
         self.phase = Phase::Quiesce(task, now.saturating_add(QUIESCE));
         Ok(())

@@ -14,16 +14,20 @@ use rustix::process::{Pid, WaitOptions, WaitStatus};
 /// The result of what can fail: the error says what failed, on what, and why.
 pub type Outcome<T = ()> = Result<T, Line>;
 
-/// Turns an errno into an error with words.
-pub trait Explain<T> {
-    /// `what` is "VERB OBJECT"; the errno's name follows.
-    fn explain(self, what: impl FnOnce() -> Line) -> Outcome<T>;
+/// An error: "VERB OBJECT: ERRNO".
+#[inline(never)]
+pub fn failure(errno: Errno, what: &[&dyn Show]) -> Line {
+    let mut line = Line::of(what);
+    line.add(": ").add(name(errno));
+    line
 }
 
-impl<T> Explain<T> for Result<T, Errno> {
-    fn explain(self, what: impl FnOnce() -> Line) -> Outcome<T> {
-        self.map_err(|errno| text!(what(), ": ", name(errno)))
-    }
+/// For `map_err`: an errno becomes an error that says what failed, on what, and why.
+#[macro_export]
+macro_rules! why {
+    ($($part:expr),* $(,)?) => {
+        |errno| $crate::task::failure(errno, &[$(&$part as &dyn pigeon_init::text::Show),*])
+    };
 }
 
 /// The errno's name.
@@ -94,8 +98,8 @@ pub fn finish(outcome: Outcome, report: &Report) -> i32 {
 
 /// Forks; the child exits with the code that `work` returns. The parent's end does not block.
 pub fn spawn(flags: PipeFlags, work: impl FnOnce(&Report) -> i32) -> Outcome<Task> {
-    let (report, pipe) = rustix::pipe::pipe_with(flags).explain(|| text!("create a pipe"))?;
-    match sys::fork().explain(|| text!("fork"))? {
+    let (report, pipe) = rustix::pipe::pipe_with(flags).map_err(why!("create a pipe"))?;
+    match sys::fork().map_err(why!("fork"))? {
         Fork::Child => {
             drop(report);
             let report = Report {
@@ -144,7 +148,7 @@ impl Task {
                 Ok(0) => break,
                 Ok(count) => {
                     let bytes = buffer.get(..count).unwrap_or(&[]);
-                    reports.take(bytes, |line| drop(console.log(Level::Warn, line)));
+                    reports.take(bytes, |line| drop(console.log(Level::Warn, &line)));
                 }
                 Err(Errno::INTR) => {}
                 Err(_) => break,

@@ -5,31 +5,122 @@ use core::net::IpAddr;
 /// Longest line: a message, a path of 255 bytes twice, and room for the rest.
 pub const LINE: usize = 1024;
 
-/// One line of text being put together.
+/// Buffers for lines: enough for a message about a message about a message.
+const BUFFERS: usize = if cfg!(test) { 256 } else { 16 };
+
+/// One line of text being put together, in one of a fixed number of buffers.
 ///
-/// What does not fit is cut and the cut is marked with `…`, so a long path
-/// can never push out the reason that follows in the next line.
-#[derive(Clone, Debug, Default)]
-pub struct Line {
-    bytes: heapless::Vec<u8, LINE>,
-    cut: bool,
-}
+/// What does not fit is cut, and the cut is marked with `…`; a line that finds no buffer is only
+/// that mark. Errors are lines, and pass through many hands on their way to the log: a line is one
+/// pointer.
+#[derive(Debug)]
+pub struct Line(buffers::Buffer);
 
 /// The mark of a cut line: U+2026 in UTF-8.
 const CUT: &[u8] = "…".as_bytes();
 
+/// A line's bytes.
+struct Content {
+    bytes: [u8; LINE],
+    length: usize,
+    cut: bool,
+}
+
+#[allow(unsafe_code)]
+mod buffers {
+    use super::{BUFFERS, Content, LINE};
+    use core::cell::UnsafeCell;
+    use core::sync::atomic::{AtomicBool, Ordering};
+
+    pub struct Slot {
+        taken: AtomicBool,
+        content: UnsafeCell<Content>,
+    }
+
+    // SAFETY: only the one `Buffer` that set `taken` reaches the content.
+    unsafe impl Sync for Slot {}
+
+    impl Slot {
+        const fn new() -> Self {
+            Self {
+                taken: AtomicBool::new(false),
+                content: UnsafeCell::new(Content {
+                    bytes: [0; LINE],
+                    length: 0,
+                    cut: false,
+                }),
+            }
+        }
+    }
+
+    static SLOTS: [Slot; BUFFERS] = [const { Slot::new() }; BUFFERS];
+    /// Stands for no buffer; its content is never reached.
+    static NONE: Slot = Slot::new();
+
+    /// Exclusive use of a slot, or [`NONE`].
+    pub struct Buffer(&'static Slot);
+
+    impl Buffer {
+        /// The first slot that is free, empty.
+        pub fn take() -> Self {
+            let free = |slot: &&Slot| !slot.taken.swap(true, Ordering::Acquire);
+            let mut buffer = Self(SLOTS.iter().find(free).unwrap_or(&NONE));
+            if let Some(content) = buffer.content_mut() {
+                content.length = 0;
+                content.cut = false;
+            }
+            buffer
+        }
+
+        pub fn content(&self) -> Option<&Content> {
+            if core::ptr::eq(self.0, &NONE) {
+                return None;
+            }
+            // SAFETY: this is the slot's one owner, and lends it as it is lent itself.
+            Some(unsafe { &*self.0.content.get() })
+        }
+
+        pub fn content_mut(&mut self) -> Option<&mut Content> {
+            if core::ptr::eq(self.0, &NONE) {
+                return None;
+            }
+            // SAFETY: as above, exclusively.
+            Some(unsafe { &mut *self.0.content.get() })
+        }
+    }
+
+    impl Drop for Buffer {
+        fn drop(&mut self) {
+            self.0.taken.store(false, Ordering::Release);
+        }
+    }
+
+    impl core::fmt::Debug for Buffer {
+        fn fmt(&self, _: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+            Ok(())
+        }
+    }
+}
+
+impl Default for Line {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Line {
     /// An empty line.
-    pub const fn new() -> Self {
-        Self {
-            bytes: heapless::Vec::new(),
-            cut: false,
-        }
+    #[inline(never)]
+    pub fn new() -> Self {
+        Self(buffers::Buffer::take())
     }
 
     /// What was written so far.
     pub fn as_bytes(&self) -> &[u8] {
-        &self.bytes
+        match self.0.content() {
+            Some(content) => content.bytes.get(..content.length).unwrap_or(&[]),
+            None => CUT,
+        }
     }
 
     /// Appends anything that can be shown.
@@ -38,34 +129,52 @@ impl Line {
         self
     }
 
+    /// Puts a line together; [`text!`](crate::text!) in the form of a call.
+    #[inline(never)]
+    pub fn of(parts: &[&dyn Show]) -> Self {
+        let mut line = Self::new();
+        parts.iter().for_each(|part| part.show(&mut line));
+        line
+    }
+
     /// Appends raw bytes.
+    #[inline(never)]
     pub fn push(&mut self, bytes: &[u8]) {
+        let Some(content) = self.0.content_mut() else {
+            return;
+        };
         for &byte in bytes {
-            self.put(byte);
+            if content.cut {
+                return;
+            }
+            content.cut = content.length + CUT.len() >= LINE;
+            let (piece, length) = if content.cut {
+                (CUT, CUT.len())
+            } else {
+                (&[byte][..], 1)
+            };
+            let room = content.bytes.iter_mut().skip(content.length);
+            room.zip(piece).for_each(|(slot, byte)| *slot = *byte);
+            content.length += length;
         }
     }
 
     /// Appends one byte.
+    #[inline(never)]
     pub fn put(&mut self, byte: u8) {
-        if self.cut {
-            return;
-        }
-        if self.bytes.len() + CUT.len() < LINE {
-            let _fits = self.bytes.push(byte);
-        } else {
-            self.cut = true;
-            let _fits = self.bytes.extend_from_slice(CUT);
-        }
+        self.push(&[byte]);
     }
 
     /// Appends ` key=value`; a value with spaces, quotes or control bytes is quoted.
-    pub fn field(&mut self, key: &str, value: impl Show) -> &mut Self {
+    #[inline(never)]
+    pub fn field(&mut self, key: &str, value: &dyn Show) -> &mut Self {
         self.put(b' ');
         self.push(key.as_bytes());
         self.put(b'=');
         let mut raw = Line::new();
         value.show(&mut raw);
-        let plain = |b: &u8| b.is_ascii_graphic() && !matches!(b, b'"' | b'\\' | b'=') || *b >= 0x80;
+        let plain =
+            |b: &u8| b.is_ascii_graphic() && !matches!(b, b'"' | b'\\' | b'=') || *b >= 0x80;
         if !raw.as_bytes().is_empty() && raw.as_bytes().iter().all(plain) {
             self.push(raw.as_bytes());
         } else {
@@ -75,6 +184,7 @@ impl Line {
     }
 
     /// Appends `"…"` with `"`, `\` and control bytes escaped, as in JSON.
+    #[inline(never)]
     pub fn quoted(&mut self, bytes: &[u8]) -> &mut Self {
         self.put(b'"');
         for &byte in bytes {
@@ -194,7 +304,11 @@ impl Show for IpAddr {
                         let digit = (group >> shift & 15) as u8;
                         if digit != 0 || !leading || shift == 0 {
                             leading = false;
-                            line.put(if digit < 10 { b'0' + digit } else { b'a' - 10 + digit });
+                            line.put(if digit < 10 {
+                                b'0' + digit
+                            } else {
+                                b'a' - 10 + digit
+                            });
                         }
                     }
                 }
@@ -209,7 +323,10 @@ pub struct Errno(pub i32);
 
 impl Show for Errno {
     fn show(&self, line: &mut Line) {
-        match ERRNO.iter().find(|(number, _)| i32::from(*number) == self.0) {
+        match ERRNO
+            .iter()
+            .find(|(number, _)| i32::from(*number) == self.0)
+        {
             Some((_, name)) => name.show(line),
             None => {
                 "errno ".show(line);
@@ -238,11 +355,9 @@ const ERRNO: &[(u8, &str)] = errno_names! {
 /// Puts a [`Line`] together from parts: `text!("mount ", path, ": ", error)`.
 #[macro_export]
 macro_rules! text {
-    ($($part:expr),* $(,)?) => {{
-        let mut line = $crate::text::Line::new();
-        $(line.add(&$part);)*
-        line
-    }};
+    ($($part:expr),* $(,)?) => {
+        $crate::text::Line::of(&[$(&$part as &dyn $crate::text::Show),*])
+    };
 }
 
 /// How much is logged; `INIT_LOG_LEVEL` on the kernel command line.
@@ -283,7 +398,9 @@ impl Level {
 /// Starts a log line: `pigeon-init: level=info msg="…"`.
 pub fn log_line(level: Level, message: &[u8]) -> Line {
     let mut line = Line::new();
-    line.add("pigeon-init: level=").add(level.name()).add(" msg=");
+    line.add("pigeon-init: level=")
+        .add(level.name())
+        .add(" msg=");
     line.quoted(message);
     line
 }
@@ -322,7 +439,9 @@ mod tests {
     #[test]
     fn a_log_line_quotes_what_needs_quotes() {
         let mut line = log_line(Level::Info, b"workload exited");
-        line.field("exit_code", 0u32).field("path", "/a b\n").field("empty", "");
+        line.field("exit_code", &0u32)
+            .field("path", &"/a b\n")
+            .field("empty", &"");
         assert_eq!(
             line.as_bytes(),
             br#"pigeon-init: level=info msg="workload exited" exit_code=0 path="/a b\n" empty="""#

@@ -146,7 +146,11 @@ impl Decoder {
             127 => (8, 1 << 16),
             _ => (0, 0),
         };
-        let mut length = if wide == 0 { u64::from(second & 0x7f) } else { 0 };
+        let mut length = if wide == 0 {
+            u64::from(second & 0x7f)
+        } else {
+            0
+        };
         for _ in 0..wide {
             let Some(byte) = rest.next() else {
                 return Ok(None);
@@ -285,7 +289,12 @@ mod tests {
             }
         }
         bytes.extend(mask);
-        bytes.extend(payload.iter().zip(mask.iter().cycle()).map(|(byte, mask)| byte ^ mask));
+        bytes.extend(
+            payload
+                .iter()
+                .zip(mask.iter().cycle())
+                .map(|(byte, mask)| byte ^ mask),
+        );
         bytes
     }
 
@@ -315,7 +324,9 @@ mod tests {
                     filled += count;
                     rest = &rest[count..];
                 }
-                Event::Text(at) => seen.push(Seen::Text(String::from_utf8(buffer[at].to_vec()).unwrap())),
+                Event::Text(at) => {
+                    seen.push(Seen::Text(String::from_utf8(buffer[at].to_vec()).unwrap()))
+                }
                 Event::Binary(at) => seen.push(Seen::Binary(buffer[at].to_vec())),
                 Event::Ping(payload) => seen.push(Seen::Ping(payload.to_vec())),
                 Event::Pong => seen.push(Seen::Pong),
@@ -338,7 +349,9 @@ mod tests {
 
     #[test]
     fn the_rfcs_examples_decode() {
-        let hello = [0x81, 0x85, 0x37, 0xfa, 0x21, 0x3d, 0x7f, 0x9f, 0x4d, 0x51, 0x58];
+        let hello = [
+            0x81, 0x85, 0x37, 0xfa, 0x21, 0x3d, 0x7f, 0x9f, 0x4d, 0x51, 0x58,
+        ];
         assert_eq!(all(&hello), [Seen::Text("Hello".into())]);
     }
 
@@ -370,10 +383,21 @@ mod tests {
     #[test]
     fn messages_up_to_the_limit_fit_however_they_are_cut() {
         let payload: Vec<u8> = (0..MESSAGE).map(|at| at as u8).collect();
-        assert_eq!(feed(&frame(0x82, &payload), 4096), [Seen::Binary(payload.clone())]);
+        assert_eq!(
+            feed(&frame(0x82, &payload), 4096),
+            [Seen::Binary(payload.clone())]
+        );
         let (first, second) = payload.split_at(MESSAGE - 7);
-        let bytes = [frame(0x02, first), frame(0x89, &[1; 125]), frame(0x80, second)].concat();
-        assert_eq!(feed(&bytes, 4096), [Seen::Ping(vec![1; 125]), Seen::Binary(payload.clone())]);
+        let bytes = [
+            frame(0x02, first),
+            frame(0x89, &[1; 125]),
+            frame(0x80, second),
+        ]
+        .concat();
+        assert_eq!(
+            feed(&bytes, 4096),
+            [Seen::Ping(vec![1; 125]), Seen::Binary(payload.clone())]
+        );
         let over = [frame(0x02, &payload), frame(0x80, b"x")].concat();
         assert_eq!(feed(&over, 4096), [Seen::Fail(CloseCode::TooBig)]);
         let announced = [0x82, 0xff, 0, 0, 0, 0, 0, 2, 0, 1];
@@ -405,24 +429,37 @@ mod tests {
             vec![0x82, 0xff, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0],
             vec![0x82, 0xff, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         ] {
-            assert_eq!(all(&bytes).last(), Some(&Seen::Fail(CloseCode::Protocol)), "{bytes:x?}");
+            assert_eq!(
+                all(&bytes).last(),
+                Some(&Seen::Fail(CloseCode::Protocol)),
+                "{bytes:x?}"
+            );
         }
     }
 
     #[test]
     fn texts_and_reasons_must_be_utf8() {
         assert_eq!(all(&frame(0x81, b"\xff")), [Seen::Fail(CloseCode::NotUtf8)]);
-        assert_eq!(all(&frame(0x81, b"\xed\xa0\x80")), [Seen::Fail(CloseCode::NotUtf8)]);
+        assert_eq!(
+            all(&frame(0x81, b"\xed\xa0\x80")),
+            [Seen::Fail(CloseCode::NotUtf8)]
+        );
         let split = [frame(0x01, b"\xf0\x9f"), frame(0x80, b"\x90")].concat();
         assert_eq!(all(&split), [Seen::Fail(CloseCode::NotUtf8)]);
-        assert_eq!(all(&frame(0x88, b"\x03\xe8\xff")), [Seen::Fail(CloseCode::NotUtf8)]);
+        assert_eq!(
+            all(&frame(0x88, b"\x03\xe8\xff")),
+            [Seen::Fail(CloseCode::NotUtf8)]
+        );
     }
 
     #[test]
     fn a_close_gives_its_code() {
         assert_eq!(all(&frame(0x88, b"")), [Seen::Close(None)]);
         assert_eq!(all(&frame(0x88, b"\x03\xe8bye")), [Seen::Close(Some(1000))]);
-        assert_eq!(all(&frame(0x88, &4999u16.to_be_bytes())), [Seen::Close(Some(4999))]);
+        assert_eq!(
+            all(&frame(0x88, &4999u16.to_be_bytes())),
+            [Seen::Close(Some(4999))]
+        );
     }
 
     #[test]
@@ -431,7 +468,10 @@ mod tests {
         assert_eq!(binary_header(125)[..], [0x82, 125]);
         assert_eq!(binary_header(126)[..], [0x82, 126, 0, 126]);
         assert_eq!(binary_header(65_535)[..], [0x82, 126, 255, 255]);
-        assert_eq!(binary_header(65_536)[..], [0x82, 127, 0, 0, 0, 0, 0, 1, 0, 0]);
+        assert_eq!(
+            binary_header(65_536)[..],
+            [0x82, 127, 0, 0, 0, 0, 0, 1, 0, 0]
+        );
         assert_eq!(pong_header(0)[..], [0x8a, 0]);
         assert_eq!(close_frame(None)[..], [0x88, 0]);
         assert_eq!(close_frame(Some(1000))[..], [0x88, 2, 3, 0xe8]);

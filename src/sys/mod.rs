@@ -51,9 +51,8 @@ impl Words {
 
     /// The value of `NAME=value`.
     pub fn get(self, name: &[u8]) -> Option<&'static [u8]> {
-        self.iter().find_map(|word| {
-            word.to_bytes().strip_prefix(name)?.strip_prefix(b"=")
-        })
+        self.iter()
+            .find_map(|word| word.to_bytes().strip_prefix(name)?.strip_prefix(b"="))
     }
 }
 
@@ -88,9 +87,8 @@ pub enum Fork {
 pub fn fork() -> Result<Fork> {
     // SAFETY: without CLONE_VM the child has a copy of all memory, this stack included. There is
     // one thread, so no lock is held by another.
-    let pid = answer(unsafe {
-        syscall(uapi::__NR_clone, [uapi::SIGCHLD as usize, 0, 0, 0, 0, 0])
-    })?;
+    let pid =
+        answer(unsafe { syscall(uapi::__NR_clone, [uapi::SIGCHLD as usize, 0, 0, 0, 0, 0]) })?;
     Ok(Pid::from_raw(pid as i32).map_or(Fork::Child, Fork::Parent))
 }
 
@@ -99,7 +97,14 @@ pub fn fork() -> Result<Fork> {
 /// # Safety
 /// `argv` and `envp` must be vectors of NUL-terminated strings, each ended by a null pointer.
 pub unsafe fn execve(path: &CStr, argv: *const *const u8, envp: *const *const u8) -> Errno {
-    let args = [path.as_ptr() as usize, argv as usize, envp as usize, 0, 0, 0];
+    let args = [
+        path.as_ptr() as usize,
+        argv as usize,
+        envp as usize,
+        0,
+        0,
+        0,
+    ];
     // SAFETY: as promised by the caller.
     match answer(unsafe { syscall(uapi::__NR_execve, args) }) {
         Err(errno) => errno,
@@ -189,10 +194,19 @@ pub fn milliseconds() -> u64 {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    let args = [uapi::CLOCK_MONOTONIC as usize, &raw mut time as usize, 0, 0, 0, 0];
+    let args = [
+        uapi::CLOCK_MONOTONIC as usize,
+        &raw mut time as usize,
+        0,
+        0,
+        0,
+        0,
+    ];
     // SAFETY: writes one timespec at `time`.
     unsafe { syscall(uapi::__NR_clock_gettime, args) };
-    (time.tv_sec as u64).wrapping_mul(1000).wrapping_add(time.tv_nsec as u64 / 1_000_000)
+    (time.tv_sec as u64)
+        .wrapping_mul(1000)
+        .wrapping_add(time.tv_nsec as u64 / 1_000_000)
 }
 
 /// An ioctl(2) with a number for its argument.
@@ -235,6 +249,7 @@ impl<T> Static<T> {
     }
 
     /// The value, for the first caller in this process; `None` for later ones.
+    #[allow(clippy::mut_from_ref, reason = "given out once")]
     pub fn take(&'static self) -> Option<&'static mut T> {
         if self.taken.swap(true, Ordering::Relaxed) {
             return None;
@@ -248,13 +263,21 @@ impl<T> Static<T> {
 /// are zero then.
 pub fn release(buffer: &mut [u8]) {
     // The largest page the architecture has: shorter ranges are rounded up by the kernel.
-    const PAGE: usize = if cfg!(target_arch = "aarch64") { 64 << 10 } else { 4 << 10 };
+    const PAGE: usize = if cfg!(target_arch = "aarch64") {
+        64 << 10
+    } else {
+        4 << 10
+    };
     let start = (buffer.as_mut_ptr() as usize).next_multiple_of(PAGE);
     let end = (buffer.as_mut_ptr() as usize + buffer.len()) / PAGE * PAGE;
     if start < end {
         // SAFETY: whole pages inside a buffer that is borrowed exclusively; zeros are valid bytes.
         let _advice = unsafe {
-            rustix::mm::madvise(start as *mut _, end - start, rustix::mm::Advice::LinuxDontNeed)
+            rustix::mm::madvise(
+                start as *mut _,
+                end - start,
+                rustix::mm::Advice::LinuxDontNeed,
+            )
         };
     }
 }
@@ -272,7 +295,12 @@ impl Region {
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
         let start = unsafe {
-            mmap_anonymous(core::ptr::null_mut(), length, ProtFlags::READ | ProtFlags::WRITE, flags)
+            mmap_anonymous(
+                core::ptr::null_mut(),
+                length,
+                ProtFlags::READ | ProtFlags::WRITE,
+                flags,
+            )
         }?;
         let start = NonNull::new(start.cast()).ok_or(Errno::NOMEM)?;
         Ok(Self { start, length })
@@ -330,12 +358,35 @@ pub mod vsock {
             &self,
             f: impl FnOnce(*const SocketAddrOpaque, SocketAddrLen) -> R,
         ) -> R {
-            f((&raw const *self).cast(), size_of::<Self>() as SocketAddrLen)
+            f(
+                (&raw const *self).cast(),
+                size_of::<Self>() as SocketAddrLen,
+            )
         }
+    }
+
+    /// Whether there is a vsock device: without one, sockets can be made but never reached.
+    fn has_device() -> Result<bool> {
+        // linux/vm_sockets.h
+        const IOCTL_VM_SOCKETS_GET_LOCAL_CID: u32 = 0x7b9;
+        use rustix::fd::AsFd;
+        use rustix::fs::{Mode, OFlags};
+        let device = rustix::fs::open(
+            c"/dev/vsock",
+            OFlags::RDONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        let mut cid = ANY;
+        // SAFETY: the call writes an unsigned int.
+        unsafe { super::ioctl_struct(device.as_fd(), IOCTL_VM_SOCKETS_GET_LOCAL_CID, &mut cid) }?;
+        Ok(cid != ANY)
     }
 
     /// A socket that listens on `port` of every CID of this VM.
     pub fn listen(port: u32, backlog: i32) -> Result<OwnedFd> {
+        if !has_device()? {
+            return Err(super::Errno::NODEV);
+        }
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket =
             rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)?;
@@ -373,7 +424,11 @@ pub mod vsock {
 pub fn close_others(keep: &[BorrowedFd]) {
     let mut first = 3;
     loop {
-        let next = keep.iter().map(|fd| fd.as_raw_fd() as usize).filter(|fd| *fd >= first).min();
+        let next = keep
+            .iter()
+            .map(|fd| fd.as_raw_fd() as usize)
+            .filter(|fd| *fd >= first)
+            .min();
         let last = next.map_or(u32::MAX as usize, |next| next.saturating_sub(1));
         if first <= last {
             // SAFETY: takes numbers. The owners of these descriptors live in the parent.
@@ -390,10 +445,17 @@ pub fn close_others(keep: &[BorrowedFd]) {
 pub fn kill_group(leader: Pid, signal: u32) -> Result<()> {
     let kill = |target: i32| {
         // SAFETY: takes numbers.
-        answer(unsafe { syscall(uapi::__NR_kill, [target as usize, signal as usize, 0, 0, 0, 0]) })
+        answer(unsafe {
+            syscall(
+                uapi::__NR_kill,
+                [target as usize, signal as usize, 0, 0, 0, 0],
+            )
+        })
     };
     let leader = leader.as_raw_pid();
-    kill(leader.wrapping_neg()).or_else(|_| kill(leader)).map(drop)
+    kill(leader.wrapping_neg())
+        .or_else(|_| kill(leader))
+        .map(drop)
 }
 
 /// Sends a signal to every process but this one (kill(2)).

@@ -3,8 +3,16 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use serde_json::{Value, json};
 
 use crate::serial::Serial;
+
+/// A configuration that has the guest's shell run `script`, with all of `rest` besides.
+pub fn shell(script: &str, rest: Value) -> Value {
+    let mut config = rest;
+    config["ExecOverride"] = json!(["/bin/sh", "-c", script]);
+    config
+}
 
 /// A shell script that runs each `(name, command)` and prints its output (both streams) and exit
 /// code between markers, for [`section`] to find.

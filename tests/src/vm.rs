@@ -32,6 +32,10 @@ use crate::{
 /// Lines of the console that a failing test shows.
 const TAIL: usize = 60;
 
+/// How long one try to reach a guest's port may take: a handshake that begins while the guest's
+/// driver starts can get lost.
+const HANDSHAKE: Duration = Duration::from_secs(3);
+
 /// What the guest's network cable is plugged into.
 #[derive(Clone, Debug, Default)]
 enum Nic {
@@ -426,8 +430,11 @@ impl Vm {
         let socket = self.vsock.clone().context("the VM has no vsock")?;
         let deadline = Instant::now() + self.patience;
         loop {
-            match vsock::connect(&socket, port, self.patience) {
-                Ok(stream) => return Ok(stream),
+            match vsock::connect(&socket, port, HANDSHAKE) {
+                Ok(stream) => {
+                    stream.set_read_timeout(Some(self.patience))?;
+                    return Ok(stream);
+                }
                 Err(error) if Instant::now() > deadline => return Err(error.into()),
                 Err(error) if self.machine.process().status()?.is_some() => {
                     return Err(anyhow::Error::from(error).context("the VM has ended"));

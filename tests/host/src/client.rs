@@ -18,6 +18,9 @@ use crate::{
 
 /// How long an answer may take that does not wait for anything.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long one try to reach the guest may take: a handshake that begins while the guest's driver
+/// starts can get lost.
+const HANDSHAKE: Duration = Duration::from_secs(3);
 /// The init's own time limit of a one-shot command.
 const EXEC_LIMIT: Duration = Duration::from_secs(30);
 /// How often a VM that boots is asked.
@@ -164,7 +167,7 @@ impl Client {
 
     /// A connection to a port of the guest, such as one of the workload's own.
     pub fn port(&self, port: u32) -> Result<UnixStream, Error> {
-        let stream = vsock::connect(&self.uds, port, PATIENCE)?;
+        let stream = vsock::connect(&self.uds, port, HANDSHAKE)?;
         stream.set_read_timeout(None).map_err(Error::broken)?;
         Ok(stream)
     }

@@ -4,6 +4,7 @@
 use std::{
     fs,
     os::unix::net::UnixStream,
+    path::Path,
     process::{Command, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
@@ -83,7 +84,8 @@ fn start_vsock(spec: &Spec) -> Result<Process> {
         .stderr(log);
     let mut process = Process::spawn(command)?;
     let deadline = Instant::now() + Duration::from_secs(30);
-    while !socket.exists() {
+    // A socket is there before it takes connections; QEMU's is the only one it takes.
+    while !is_listening(&socket)? {
         let ended = process.status()?;
         if ended.is_some() || Instant::now() > deadline {
             let said = fs::read_to_string(spec.dir.join("vhost.log"))?;
@@ -92,6 +94,17 @@ fn start_vsock(spec: &Spec) -> Result<Process> {
         thread::sleep(Duration::from_millis(5));
     }
     Ok(process)
+}
+
+/// Whether a Unix socket of this path is one to connect to (proc_net(5): /proc/net/unix).
+fn is_listening(socket: &Path) -> Result<bool> {
+    /// `__SO_ACCEPTCON`, linux/net.h
+    const LISTENING: &str = "00010000";
+    let path = socket.to_str().context("not UTF-8")?;
+    let sockets = fs::read_to_string("/proc/net/unix")?;
+    Ok(sockets
+        .lines()
+        .any(|line| line.ends_with(path) && line.split_whitespace().nth(3) == Some(LISTENING)))
 }
 
 fn arguments(spec: &Spec) -> Result<Vec<String>> {

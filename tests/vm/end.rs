@@ -1,0 +1,243 @@
+//! The end: whoever is left is stopped, and every disk is clean.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use pigeon_lab::{
+    End, Vm,
+    disk::{Image, Tree},
+    guest,
+};
+use serde_json::{Value, json};
+
+/// A root, and a volume for /data.
+fn disks() -> Result<(Image, Image)> {
+    Ok((
+        Image::ext4(&Tree::busybox()?, 32)?,
+        Image::ext4(&Tree::empty()?, 16)?,
+    ))
+}
+
+fn with_volume(script: &str) -> Value {
+    guest::shell(
+        script,
+        json!({"Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/data"}]}),
+    )
+}
+
+/// Writers that never stop on their own, one a disk, in sessions of their own and deaf to SIGTERM;
+/// the script goes on when both have begun.
+const WRITERS: &str = r#"
+    for dir in /var /data; do
+        setsid sh -c 'cd $0; trap "" TERM; while :; do echo $((n += 1)) >>log; cp log copy; mv copy last; done' $dir &
+    done
+    while [ ! -s /var/last ] || [ ! -s /data/last ]; do sleep 0.05; done
+"#;
+
+/// What the writers have begun is there.
+fn assert_written(root: &Image, volume: &Image) -> Result<()> {
+    root.check()?;
+    volume.check()?;
+    assert!(root.read("/var/log")?.starts_with("1\n2\n"));
+    assert!(volume.read("/log")?.starts_with("1\n2\n"));
+    Ok(())
+}
+
+#[test]
+fn after_a_kill_of_the_workload_in_the_midst_of_writing_all_is_clean_and_kept() -> Result<()> {
+    let (root, volume) = disks()?;
+    let script =
+        format!("{WRITERS} echo kept >/data/synced; sync; echo also >/data/written; kill -KILL $$");
+    let builder = Vm::builder()
+        .config(&with_volume(&script))
+        .disk(&root)
+        .disk(&volume);
+    let mut vm = builder.boot()?;
+    let exit = vm.api()?.get("/v1/exit_code")?.json()?;
+    assert_eq!(exit, json!({"code": 137, "oom_killed": false}));
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    assert!(!vm.console().contains("level=warn"), "{}", vm.console());
+    assert_written(&root, &volume)?;
+    assert_eq!(volume.read("/synced")?, "kept\n");
+    assert_eq!(volume.read("/written")?, "also\n");
+    Ok(())
+}
+
+#[test]
+fn what_is_left_gets_sigterm_and_may_finish() -> Result<()> {
+    let (root, volume) = disks()?;
+    let script = r#"
+        setsid sh -c 'trap "echo finished >/data/daemon; exit 0" TERM; echo >/run/up; while :; do sleep 0.02; done' &
+        while [ ! -e /run/up ]; do sleep 0.05; done"#;
+    let builder = Vm::builder()
+        .config(&with_volume(script))
+        .disk(&root)
+        .disk(&volume);
+    let mut vm = builder.boot()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    assert_eq!(volume.read("/daemon")?, "finished\n");
+    root.check()?;
+    volume.check()
+}
+
+#[test]
+fn ctrl_alt_del_asks_the_workload_to_stop() -> Result<()> {
+    let (root, volume) = disks()?;
+    let script = format!(
+        "{WRITERS} trap 'echo stopped >/data/bye; exit 3' TERM
+        trap 'echo interrupted' INT; echo ready; while :; do sleep 0.05; done"
+    );
+    let builder = Vm::builder()
+        .config(&with_volume(&script))
+        .disk(&root)
+        .disk(&volume);
+    let mut vm = builder.boot()?;
+    vm.wait_for("ready")?;
+    vm.ctrl_alt_delete()?;
+    let exit = vm.api()?.get("/v1/exit_code")?.json()?;
+    assert_eq!(exit, json!({"code": 3, "oom_killed": false}));
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    assert!(!vm.console().contains("interrupted"), "{}", vm.console());
+    assert_written(&root, &volume)?;
+    assert_eq!(volume.read("/bye")?, "stopped\n");
+    Ok(())
+}
+
+#[test]
+fn a_workload_that_does_not_stop_on_ctrl_alt_del_is_killed_after_10_s() -> Result<()> {
+    let (root, volume) = disks()?;
+    let script = format!("{WRITERS} trap 'cut -d. -f1 /proc/uptime >/run/asked' TERM
+        setsid sh -c 'echo >/run/up; while :; do [ ! -e /run/asked ] || echo \"asked $(cat /run/asked) now $(cut -d. -f1 /proc/uptime)\"; sleep 0.2; done' &
+        while [ ! -e /run/up ]; do sleep 0.05; done
+        echo ready; while :; do sleep 0.05; done");
+    let builder = Vm::builder()
+        .config(&with_volume(&script))
+        .disk(&root)
+        .disk(&volume);
+    let mut vm = builder.boot()?;
+    vm.wait_for("ready")?;
+    vm.ctrl_alt_delete()?;
+    // The API goes on meanwhile, and more of these keys do not make it shorter or longer.
+    let mut api = vm.api()?;
+    vm.wait_for("asked ")?;
+    vm.ctrl_alt_delete()?;
+    assert_eq!(api.get("/v1/status")?.status, 200);
+    assert_eq!(
+        api.get("/v1/exit_code")?.json()?,
+        json!({"code": 137, "oom_killed": false})
+    );
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    // By the guest's own clock, in whole seconds, of which the last one may not be printed.
+    let console = vm.console();
+    let words = console
+        .lines()
+        .filter_map(|line| line.strip_prefix("asked ")?.split_once(" now "));
+    let times: Vec<(i64, i64)> = words
+        .filter_map(|(asked, now)| Some((asked.parse().ok()?, now.parse().ok()?)))
+        .collect();
+    let waited = times.last().map(|(asked, now)| now - asked);
+    assert!(
+        waited.is_some_and(|seconds| (8..=13).contains(&seconds)),
+        "{waited:?} {console}"
+    );
+    assert_written(&root, &volume)
+}
+
+#[test]
+fn disks_that_stay_busy_are_clean_all_the_same() -> Result<()> {
+    let (root, volume) = disks()?;
+    let inner = Image::ext4(&Tree::empty()?, 8)?;
+    // Swap files keep both file systems busy when no process is left; mounts lie on each other.
+    let script = "
+        set -e
+        for file in /var/swap /data/swap; do
+            dd if=/dev/zero of=$file bs=1M count=2 2>/dev/null; chmod 600 $file; mkswap $file >/dev/null; swapon $file
+        done
+        mkdir /data/tmpfs /data/bound /data/disk
+        mount -t tmpfs tmpfs /data/tmpfs; mount -o bind /var /data/bound
+        mount -t ext4 /dev/vdc /data/disk; echo inner >/data/disk/file
+        echo kept >/data/file; echo kept >/var/file
+        grep -c swap /proc/swaps";
+    let builder = Vm::builder()
+        .config(&with_volume(script))
+        .disk(&root)
+        .disk(&volume);
+    let mut vm = builder.disk(&inner).boot()?;
+    vm.wait_for("exit_code=0")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    assert!(vm.console().contains("\n2\n"), "{}", vm.console());
+    for image in [&root, &volume, &inner] {
+        image.check()?;
+    }
+    assert_eq!(volume.read("/file")?, "kept\n");
+    assert_eq!(root.read("/var/file")?, "kept\n");
+    assert_eq!(inner.read("/file")?, "inner\n");
+    Ok(())
+}
+
+#[test]
+fn a_late_reader_still_gets_the_exit_code_and_nothing_lasts_longer() -> Result<()> {
+    let (root, _) = disks()?;
+    let config = guest::shell("exit 9", json!({}));
+    let builder = Vm::builder().config(&config).disk(&root);
+    let mut vm = builder.arg("PIGEON_EXIT_LINGER_MS=600000").boot()?;
+    vm.wait_for("exit_code=9")?;
+    // What is not the exit code does not end the wait.
+    assert_eq!(vm.api()?.get("/v1/status")?.status, 200);
+    let refused = vm.api()?.post("/v1/signals", &json!({"signal": 15}))?;
+    assert_eq!(refused.status, 409);
+    assert_eq!(vm.api()?.get("/v1/exit_code")?.json()?["code"], 9);
+    // Ten minutes were allowed: the end is there within the lab's patience of one.
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+#[test]
+fn a_reader_who_has_waited_ends_the_wait_at_once() -> Result<()> {
+    let (root, _) = disks()?;
+    let config = guest::shell("read -r line; exit 4", json!({}));
+    let builder = Vm::builder().config(&config).disk(&root);
+    let mut vm = builder.arg("PIGEON_EXIT_LINGER_MS=600000").boot()?;
+    // Two of them: both are told.
+    let (mut one, mut two) = (vm.api()?, vm.api()?);
+    for client in [&mut one, &mut two] {
+        client.send(b"GET /v1/exit_code HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    }
+    // An answer on a third says that PID 1 has had the time to read the two.
+    assert_eq!(vm.api()?.get("/v1/status")?.status, 200);
+    vm.type_text("\n")?;
+    for client in [&mut one, &mut two] {
+        assert_eq!(client.receive(false)?.json()?["code"], 4);
+    }
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+#[test]
+fn nobody_who_reads_is_waited_for_as_long_as_the_knob_says() -> Result<()> {
+    let (root, _) = disks()?;
+    let config = guest::shell("exit 0", json!({}));
+    let builder = Vm::builder().config(&config).disk(&root);
+    let mut vm = builder.arg("PIGEON_EXIT_LINGER_MS=4000").boot()?;
+    vm.wait_for("workload exited")?;
+    let start = Instant::now();
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    // The line takes its time to get here, the guest's clock runs: a good part of it is left.
+    assert!(
+        start.elapsed() > Duration::from_secs(3),
+        "{:?}",
+        start.elapsed()
+    );
+    root.check()
+}
+
+#[test]
+fn without_vsock_nobody_is_waited_for() -> Result<()> {
+    let (root, _) = disks()?;
+    let config = guest::shell("exit 0", json!({}));
+    let builder = Vm::builder().config(&config).disk(&root).without_vsock();
+    let mut vm = builder.arg("PIGEON_EXIT_LINGER_MS=600000").boot()?;
+    vm.wait_for("workload exited")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}

@@ -1,0 +1,250 @@
+//! What becomes of the workload: its exit code, its signals, its orphans, its output.
+
+use anyhow::Result;
+use pigeon_lab::{
+    End, Vm,
+    disk::{Image, Tree},
+    guest,
+};
+use serde_json::{Value, json};
+
+fn root() -> Result<Image> {
+    Image::ext4(&Tree::busybox()?, 32)
+}
+
+/// Boots `config` on `root` to its end; the answer is that of `/v1/exit_code`.
+fn run(config: &Value, root: &Image) -> Result<(Value, String)> {
+    let builder = Vm::builder().config(config).disk(root);
+    let mut vm = builder.arg("PIGEON_EXIT_LINGER_MS=60000").boot()?;
+    let exit = vm.api()?.get("/v1/exit_code")?.json()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()?;
+    Ok((exit, vm.console()))
+}
+
+/// The workload's exit is as the API and the console tell it, both.
+#[track_caller]
+fn assert_exit((exit, console): &(Value, String), code: i32, oom_killed: bool) {
+    assert_eq!(*exit, json!({"code": code, "oom_killed": oom_killed}));
+    let words = format!("exit_code={code} oom_killed={oom_killed} ");
+    let lines = console
+        .lines()
+        .filter(|line| line.contains("msg=\"workload exited\""));
+    let lines: Vec<_> = lines.collect();
+    assert!(lines.len() == 1 && lines[0].contains(&words), "{lines:?}");
+}
+
+#[test]
+fn a_command_that_is_not_there_is_127() -> Result<()> {
+    let config =
+        json!({"ExecOverride": ["nosuch", "argument"], "ExtraEnv": {"PATH": "/usr/bin:/none"}});
+    let seen = run(&config, &root()?)?;
+    assert_exit(&seen, 127, false);
+    assert!(seen.1.contains("execute nosuch: ENOENT"), "{}", seen.1);
+    Ok(())
+}
+
+#[test]
+fn a_command_that_cannot_be_executed_is_126() -> Result<()> {
+    let tree = Tree::busybox()?.file("/usr/bin/data", 0o644, "#!/bin/sh\nexit 0\n")?;
+    let config = json!({"ImageConfig": {"Entrypoint": ["data"], "User": "4242:4343"}});
+    let seen = run(&config, &Image::ext4(&tree, 32)?)?;
+    assert_exit(&seen, 126, false);
+    assert!(seen.1.contains("execute data: EACCES"), "{}", seen.1);
+    // Ids nobody knows stand for themselves.
+    assert!(seen.1.contains("uid=4242 gid=4343"), "{}", seen.1);
+    Ok(())
+}
+
+#[test]
+fn a_workload_killed_by_a_signal_is_128_and_the_signal() -> Result<()> {
+    let seen = run(&guest::shell("kill -SEGV $$", json!({})), &root()?)?;
+    assert_exit(&seen, 128 + 11, false);
+    Ok(())
+}
+
+#[test]
+fn every_signal_to_pid_1_reaches_the_workloads_process_group() -> Result<()> {
+    // Both processes of the group write what they get; a session of its own gets nothing.
+    let member = r#"
+        for signal in HUP INT QUIT USR1 USR2 TERM; do trap "echo $1 $signal >>/got" $signal; done
+        echo $1 ready >>/got
+        while :; do sleep 0.05; done"#;
+    let tree = Tree::busybox()?.file("/member", 0o755, format!("#!/bin/sh\n{member}"))?;
+    let root = Image::ext4(&tree, 32)?;
+    let script = r#"
+        setsid /member stranger &
+        # In the background the shell ignores INT and QUIT: so it is this process that is execed.
+        (while [ $(grep -c ready /got 2>/dev/null || echo 0) -lt 2 ]; do sleep 0.05; done
+         for signal in HUP INT QUIT USR1 USR2 TERM; do
+             kill -$signal 1
+             tries=0
+             while ! grep -q "leader $signal" /got && [ $tries -lt 400 ]; do
+                 tries=$((tries + 1)); sleep 0.05
+             done
+         done
+         cat /got; kill -KILL $PPID 2>/dev/null; kill -KILL "$1") &
+        trap '' ALRM
+        exec /member leader"#;
+    // The one that sends leaves the group, to live on.
+    let script = script
+        .replace("        (while", "        setsid sh -c 'while")
+        .replace(
+            "kill -KILL $PPID 2>/dev/null; kill -KILL \"$1\") &",
+            "kill -KILL $0' $$ &",
+        );
+    let seen = run(&guest::shell(&script, json!({})), &root)?;
+    assert_exit(&seen, 137, false);
+    for signal in ["HUP", "INT", "QUIT", "USR1", "USR2", "TERM"] {
+        let count = |who: &str| {
+            seen.1
+                .lines()
+                .filter(|line| *line == format!("{who} {signal}"))
+                .count()
+        };
+        assert_eq!(
+            (count("leader"), count("stranger")),
+            (1, 0),
+            "{signal}: {}",
+            seen.1
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn a_burst_of_2000_zombies_and_a_chain_of_orphans_are_all_reaped() -> Result<()> {
+    let root = root()?;
+    let script = r#"
+        zombies() { cat /proc/[0-9]*/stat 2>/dev/null | grep -c ') Z '; }
+        none() { tries=0; while [ $(zombies) -gt 0 ] && [ $tries -lt 600 ]; do tries=$((tries + 1)); sleep 0.05; done; zombies; }
+        # Parents that never wait: sleep has not even heard of its children.
+        family() {
+            i=0; while [ $i -lt 500 ]; do read -r line </gate & i=$((i + 1)); done
+            exec sleep 1000
+        }
+        echo 8192 >/proc/sys/kernel/threads-max # which goes by the size of the memory
+        mkfifo /gate; parents=
+        for n in 1 2 3 4; do
+            family & parents="$parents $!"
+            while [ "$(cat /proc/$!/comm)" != sleep ]; do sleep 0.05; done
+            while [ $(zombies) -lt $((n * 500)) ]; do : <>/gate; sleep 0.05; done
+        done
+        echo "before: $(zombies)"
+        kill -KILL $parents; wait $parents
+        echo "after: $(none)"
+        # Each orphan of these leaves another one.
+        orphan() { if [ $1 -gt 0 ]; then (orphan $(($1 - 1)) &) & fi; sleep 0.01; }
+        i=0; while [ $i -lt 20 ]; do (orphan 5 &); i=$((i + 1)); done
+        wait; sleep 0.3
+        echo "chain: $(none)"
+        exit 1"#;
+    let mut vm = Vm::builder()
+        .config(&guest::shell(script, json!({})))
+        .disk(&root)
+        .memory_mib(512)
+        .boot()?;
+    let before = vm.wait_for("before: ")?;
+    let before: u32 = before.trim_start_matches("before: ").parse()?;
+    assert!(before >= 2000, "{before}");
+    assert_eq!(vm.wait_for("after: ")?, "after: 0");
+    assert_eq!(vm.api()?.get("/v1/status")?.status, 200);
+    assert_eq!(vm.wait_for("chain: ")?, "chain: 0");
+    vm.wait_for("exit_code=1 oom_killed=false")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+#[test]
+fn a_workload_that_the_kernels_oom_killer_kills_is_told_apart() -> Result<()> {
+    let root = root()?;
+    let config = guest::shell("exec tail /dev/zero", json!({"UserOverride": "app"}));
+    let mut vm = Vm::builder()
+        .config(&config)
+        .disk(&root)
+        .memory_mib(96)
+        .boot()?;
+    let exit = vm.api()?.get("/v1/exit_code")?.json()?;
+    assert_eq!(exit, json!({"code": 137, "oom_killed": true}));
+    vm.wait_for("exit_code=137 oom_killed=true")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+#[test]
+fn an_oom_kill_in_the_workloads_own_cgroup_counts_too() -> Result<()> {
+    let script = "group=/sys/fs/cgroup/memory/small; mkdir $group
+        echo 8M >$group/memory.limit_in_bytes; echo $$ >$group/cgroup.procs
+        exec tail /dev/zero";
+    let seen = run(&guest::shell(script, json!({})), &root()?)?;
+    assert_exit(&seen, 137, true);
+    Ok(())
+}
+
+#[test]
+fn neither_what_users_write_nor_another_process_killed_is_an_oom_kill() -> Result<()> {
+    let script = "group=/sys/fs/cgroup/memory/small; mkdir $group
+        echo 8M >$group/memory.limit_in_bytes
+        sh -c \"echo \\$\\$ >$group/cgroup.procs; exec tail /dev/zero\"
+        echo \"child: $?\"
+        dmesg | grep -c 'Killed process'
+        echo \"<3>Out of memory: Killed process $$ (sh) total-vm:1kB, anon-rss:1kB\" >/dev/kmsg
+        echo \"<6>oom-kill:constraint=CONSTRAINT_NONE,nodemask=(null),task=sh,pid=$$,uid=0\" >/dev/kmsg
+        echo \"Memory cgroup out of memory: Killed process $$ (sh) total-vm:1kB\" >/dev/kmsg
+        kill -KILL $$";
+    let seen = run(&guest::shell(script, json!({})), &root()?)?;
+    assert!(seen.1.contains("child: 137\n1\n"), "{}", seen.1);
+    assert_exit(&seen, 137, false);
+    Ok(())
+}
+
+#[test]
+fn a_mebibyte_of_output_arrives_whole_also_over_a_console_that_stops() -> Result<()> {
+    const LINES: usize = 16 << 10;
+    let root = root()?;
+    // 64 bytes a line; the last one has no end, and the workload ends right behind it.
+    let script = format!(
+        "echo $$ >/run/pid; awk 'BEGIN {{ for (i = 1; i <= {LINES}; i++) printf \"%063d\\n\", i }}' >/tmp/lines; cat /tmp/lines; printf 'the end'; exit 5"
+    );
+    let mut vm = Vm::builder()
+        .config(&guest::shell(&script, json!({})))
+        .disk(&root)
+        .boot()?;
+    vm.wait_for("msg=\"workload started\"")?;
+    vm.serial().hold();
+    // Held long enough for every buffer on the way to be full: the writer sleeps in the pipe.
+    let asleep = json!({"cmd": ["sh", "-c",
+        "for p in /proc/[0-9]*; do grep -q '^cat.*/tmp/lines' $p/cmdline && cat $p/wchan; done; true"]});
+    let mut api = vm.api()?;
+    loop {
+        let answer = api.post("/v1/exec", &asleep)?.json()?;
+        if answer["stdout"]
+            .as_str()
+            .is_some_and(|text| text.contains("pipe_w"))
+        {
+            break;
+        }
+    }
+    assert_eq!(api.get("/v1/status")?.json()?, json!({"ok": true}));
+    vm.serial().release();
+    assert_eq!(
+        api.get("/v1/exit_code")?.json()?,
+        json!({"code": 5, "oom_killed": false})
+    );
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()?;
+
+    let console = vm.console();
+    let is_line = |line: &&str| line.len() == 63 && line.bytes().all(|byte| byte.is_ascii_digit());
+    let lines: Vec<usize> = console
+        .lines()
+        .filter(is_line)
+        .map(|line| line.parse().unwrap())
+        .collect();
+    assert!(
+        lines.into_iter().eq(1..=LINES),
+        "lines are missing or out of order"
+    );
+    assert!(console.contains("the end"));
+    Ok(())
+}
