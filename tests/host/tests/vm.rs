@@ -348,6 +348,8 @@ fn a_shell_on_a_terminal(lab: &Lab) {
     shell.expect("\r\nstill here\r\n");
     shell.type_text("cat\r");
     shell.expect("cat\r\n");
+    // The shell takes keys as they come, and leaves the terminal in order only for its command.
+    thread::sleep(Duration::from_millis(300));
     shell.type_text("a line\r");
     shell.expect("a line\r\na line\r\n");
     shell.type_text("\x04");
