@@ -21,6 +21,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How long one try to reach the guest may take: a handshake that begins while the guest's driver
 /// starts can get lost.
 const HANDSHAKE: Duration = Duration::from_secs(3);
+/// The same for one of many tries.
+const SHORT_HANDSHAKE: Duration = Duration::from_millis(500);
 /// The init's own time limit of a one-shot command.
 const EXEC_LIMIT: Duration = Duration::from_secs(30);
 /// How often a VM that boots is asked.
@@ -150,12 +152,16 @@ impl Client {
     /// configuration good.
     pub fn connect_within(uds: impl AsRef<Path>, patience: Duration) -> Result<Client, Error> {
         let deadline = Instant::now() + patience;
+        let client = Client {
+            uds: uds.as_ref().into(),
+        };
         loop {
-            match Client::connect(&uds) {
+            let connected = vsock::connect(&client.uds, API_PORT, SHORT_HANDSHAKE);
+            match connected.and_then(|_| client.status()) {
                 Err(error) if error.is_not_yet() && Instant::now() < deadline => {
                     thread::sleep(RETRY);
                 }
-                result => return result,
+                result => return result.map(|()| client),
             }
         }
     }

@@ -366,7 +366,7 @@ fn a_shell_on_a_terminal(lab: &Lab) {
 
     // A terminal for output only, and one that is taken away.
     let mut top = Terminal::spawn(lab.command(&["exec", "-t", "stty", "size"]), (60, 20));
-    top.expect("20 60\r\n");
+    top.expect("20 60\r");
     assert_eq!(top.wait().code(), Some(0));
 }
 

@@ -339,14 +339,14 @@ impl Run {
             }
         };
         let tail = console.join().unwrap_or_default();
+        let tail = String::from_utf8_lossy(&tail);
         let end = match machine.end(status) {
-            _ if String::from_utf8_lossy(&tail).contains("Kernel panic - not syncing") => {
-                End::Panic
-            }
+            _ if tail.contains("Kernel panic - not syncing") => End::Panic,
             end => end,
         };
         // What was answered has come before the VM's end; nothing else will.
-        let exit = exit.recv_timeout(Duration::from_secs(1)).ok();
+        let exit = exit.recv_timeout(Duration::from_millis(200)).ok();
+        let exit = exit.or_else(|| logged_exit(&tail));
         Ok(Ended { exit, end, killed })
     }
 
@@ -443,6 +443,23 @@ fn show(mut console: ChildStdout, on_stderr: bool) -> Vec<u8> {
     tail.into()
 }
 
+/// The exit code in the init's last words, for a VM that ended before its API was reached.
+fn logged_exit(tail: &str) -> Option<Exit> {
+    const MESSAGE: &str = "msg=\"workload exited\" ";
+    let line = tail
+        .lines()
+        .rfind(|line| line.starts_with("pigeon-init: level=") && line.contains(MESSAGE))?;
+    let value = |key: &str| {
+        let mut words = line.split_whitespace();
+        words.find_map(|word| word.strip_prefix(key))
+    };
+    Some(Exit {
+        code: value("exit_code=")?.parse().ok()?,
+        oom_killed: value("oom_killed=")? == "true",
+        error: None,
+    })
+}
+
 /// Asks for the workload's exit code as soon as there is an API, and waits for it.
 fn ask_exit_code(uds: &Path) -> mpsc::Receiver<Exit> {
     let (sender, exit) = mpsc::channel();
@@ -523,6 +540,15 @@ mod tests {
         ]);
         assert_eq!(document["Mounts"], expected);
         assert_eq!(document["IPConfigs"][0]["Gateway"], "10.0.2.2");
+    }
+
+    #[test]
+    fn the_console_tells_the_exit_code_too() {
+        let console = "serving\r\npigeon-init: level=info msg=\"workload exited\" exit_code=9 \
+                       oom_killed=false uid=0 gid=0\r\n[    8.2] reboot: Restarting system\r\n";
+        let exit = logged_exit(console).unwrap();
+        assert_eq!((exit.code, exit.oom_killed), (9, false));
+        assert_eq!(logged_exit("echo pigeon-init: level=info"), None);
     }
 
     #[test]
