@@ -14,6 +14,9 @@ usage: ./build.sh COMMAND
                               the words go on the kernel command line
   test [FILTER]               unit tests, then VM tests (those whose name contains FILTER)
 
+  bench [--runs N] [--vs NAME=PATH[:CONFIGPATH]]... [--json FILE]
+                              the figures in one table, beside the sequential floor and others
+
   build                       build/init, the static binary
   initrd [run.json]           build/initrd.cpio: the init, and the configuration if one is given
   rootfs SOURCE OUT [SIZE]    an ext4 image of a container image: docker save or OCI archive, OCI
@@ -151,6 +154,12 @@ run_tests() {
     cargo test "${lab[@]}" --workspace --test '*' -- "$@"
 }
 
+bench() {
+    initrd ''
+    setup
+    cargo run "${lab[@]}" --quiet --bin bench -- "$@"
+}
+
 vendor() {
     need_rust
     cargo vendor --locked --quiet vendor >/dev/null
@@ -163,7 +172,7 @@ clean() {
 }
 
 case ${1-} in
-    build | rootfs | pigeon | setup | run | vendor | clean) "$@" ;;
+    build | rootfs | pigeon | setup | run | bench | vendor | clean) "$@" ;;
     initrd) initrd "${2-}" ;;
     test) run_tests "${@:2}" ;;
     help | -h | --help) help ;;

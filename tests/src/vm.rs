@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 pub use pigeon::machine::End;
 use pigeon::machine::{self, Machine, Metadata, Spec};
 use serde_json::Value;
@@ -32,8 +32,7 @@ use crate::{
 /// Lines of the console that a failing test shows.
 const TAIL: usize = 60;
 
-/// How long one try to reach a guest's port may take: a handshake that begins while the guest's
-/// driver starts can get lost.
+/// How long one try to reach a guest's port may take.
 const HANDSHAKE: Duration = Duration::from_secs(3);
 
 /// What the guest's network cable is plugged into.
@@ -429,6 +428,14 @@ impl Vm {
     pub fn connect(&mut self, port: u32) -> Result<UnixStream> {
         let socket = self.vsock.clone().context("the VM has no vsock")?;
         let deadline = Instant::now() + self.patience;
+        if !self.machine.takes_connections().unwrap_or(true) {
+            while !self.machine.takes_connections().unwrap_or(true) {
+                ensure!(Instant::now() < deadline, "the guest has no vsock driver");
+                thread::sleep(Duration::from_millis(10));
+            }
+            // The device hears of the driver a moment after QEMU does.
+            thread::sleep(Duration::from_millis(20));
+        }
         loop {
             match vsock::connect(&socket, port, HANDSHAKE) {
                 Ok(stream) => {

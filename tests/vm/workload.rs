@@ -1,5 +1,7 @@
 //! What becomes of the workload: its exit code, its signals, its orphans, its output.
 
+use std::time::Duration;
+
 use anyhow::Result;
 use pigeon_lab::{
     End, Vm,
@@ -142,6 +144,7 @@ fn a_burst_of_2000_zombies_and_a_chain_of_orphans_are_all_reaped() -> Result<()>
     let mut vm = Vm::builder()
         .config(&guest::shell(script, json!({})))
         .disk(&root)
+        .patience(Duration::from_secs(300))
         .memory_mib(512)
         .boot()?;
     let before = vm.wait_for("before: ")?;

@@ -21,6 +21,9 @@ const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 /// The vhost-user device behind QEMU's vsock.
 const VHOST_VSOCK: (&str, &str) = ("vhost-device-vsock", "0.3.0");
 
+/// The Python WebSocket client that is tested with.
+const PYTHON_PACKAGE: &str = "websockets==15.0.1";
+
 /// The modules that a micro-VM's devices and pigeon-init's mounts need, where they are not built in.
 const MODULES: [&str; 5] = [
     "virtio_mmio",
@@ -104,12 +107,7 @@ impl Kernel {
     /// Debian's cloud kernel, fetched on the first call.
     pub fn stock() -> Result<Kernel> {
         let dir = cached("kernel", |dir| {
-            let package = run(Command::new("apt-cache").args(["depends", KERNEL_PACKAGE]))?
-                .lines()
-                .find_map(|line| line.trim().strip_prefix("Depends: ").map(String::from))
-                .with_context(|| {
-                    format!("apt knows no {KERNEL_PACKAGE}: is this Debian 12 or 13?")
-                })?;
+            let package = kernel_package()?;
             let files = unpack(&package, dir)?;
             let boot = fs::read_dir(files.join("boot"))?.collect::<Result<Vec<_>, _>>()?;
             let image = boot
@@ -118,7 +116,7 @@ impl Kernel {
             let image = fs::read(image.context("no vmlinuz in the package")?.path())?;
             fs::write(dir.join("vmlinux"), decompress(payload(&image)?)?)?;
             fs::create_dir(dir.join("modules"))?;
-            for (number, (name, module)) in ordered_modules(&files)?.iter().enumerate() {
+            for (number, (name, module)) in ordered_modules(&files, &MODULES)?.iter().enumerate() {
                 fs::write(dir.join(format!("modules/{number:02}-{name}.ko")), module)?;
             }
             Ok(fs::remove_dir_all(files)?)
@@ -145,8 +143,30 @@ impl Kernel {
     }
 }
 
+/// A module of the stock kernel that no VM loads by itself.
+pub fn module(name: &str) -> Result<Vec<u8>> {
+    let dir = cached(&format!("module-{name}"), |dir| {
+        let package = kernel_package()?;
+        let files = unpack(&package, dir)?;
+        let (_, module) = ordered_modules(&files, &[name])?
+            .pop()
+            .with_context(|| format!("{package} has no module {name}"))?;
+        fs::write(dir.join("module.ko"), module)?;
+        Ok(fs::remove_dir_all(files)?)
+    })?;
+    Ok(fs::read(dir.join("module.ko"))?)
+}
+
+/// The package that the metapackage stands for.
+fn kernel_package() -> Result<String> {
+    run(Command::new("apt-cache").args(["depends", KERNEL_PACKAGE]))?
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("Depends: ").map(String::from))
+        .with_context(|| format!("apt knows no {KERNEL_PACKAGE}: is this Debian 12 or 13?"))
+}
+
 /// The wanted modules of an unpacked kernel package, each after those it depends on.
-fn ordered_modules(package: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+fn ordered_modules(package: &Path, wanted: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
     fn add(
         name: &str,
         files: &HashMap<String, PathBuf>,
@@ -175,7 +195,7 @@ fn ordered_modules(package: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     let mut files = HashMap::new();
     find_modules(package, &mut files)?;
     let mut ordered = Vec::new();
-    for name in MODULES {
+    for name in wanted {
         add(name, &files, &mut ordered)?;
     }
     Ok(ordered)
@@ -271,6 +291,24 @@ pub fn busybox() -> Result<PathBuf> {
         Ok(fs::remove_dir_all(files)?)
     })?;
     Ok(dir.join("busybox"))
+}
+
+/// A Python with the `websockets` package, in an environment of its own below `build/`.
+pub fn python() -> Result<PathBuf> {
+    let dir = build_dir().join("python");
+    let [python, stamp] = ["bin/python3", PYTHON_PACKAGE].map(|name| dir.join(name));
+    fs::create_dir_all(build_dir())?;
+    let lock = File::create(build_dir().join("python.lock"))?;
+    lock.lock()?;
+    if !stamp.exists() {
+        eprintln!("installing {PYTHON_PACKAGE} into {}", dir.display());
+        run(Command::new(tool("python3")?)
+            .args(["-m", "venv", "--clear"])
+            .arg(&dir))?;
+        run(Command::new(&python).args(["-m", "pip", "install", "--quiet", PYTHON_PACKAGE]))?;
+        fs::write(stamp, "")?;
+    }
+    Ok(python)
 }
 
 /// The vhost-user vsock device: one that is installed, else built from crates.io.

@@ -3,6 +3,8 @@
 use std::{
     fmt,
     io::{BufRead, BufReader, Read, Write},
+    os::unix::net::UnixStream,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -186,6 +188,13 @@ impl<S: Read + Write> Client<S> {
     }
 }
 
+impl Client<UnixStream> {
+    /// How long an answer is waited for from now on.
+    pub fn set_read_timeout(&mut self, timeout: Duration) -> Result<()> {
+        Ok(self.stream.get_ref().set_read_timeout(Some(timeout))?)
+    }
+}
+
 impl Response {
     /// The first header of this name, in any case.
     pub fn header(&self, name: &str) -> Option<&str> {
@@ -222,7 +231,7 @@ impl fmt::Display for Response {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{os::unix::net::UnixStream, thread};
+    use std::thread;
 
     /// A client whose server has already said `answers`.
     fn client(answers: &[u8]) -> Client<UnixStream> {

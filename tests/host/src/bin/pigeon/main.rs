@@ -6,7 +6,11 @@ mod run;
 mod terminal;
 mod vms;
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
@@ -61,19 +65,27 @@ struct Target {
 
 impl Target {
     fn client(&self) -> Result<Client> {
-        let uds = match (&self.uds, &self.vm) {
-            (Some(uds), _) => uds.clone(),
-            (None, Some(name)) => vms::find(name)?,
+        let patience = Duration::try_from_secs_f64(self.patience).context("bad --patience")?;
+        let name = match (&self.uds, &self.vm) {
+            (Some(uds), _) => {
+                // A socket that nobody has open will not get better: the VM is gone.
+                let client = Client::connect(uds).or_else(|error| match error {
+                    Error::NotListening { .. } => Client::connect_within(uds, patience),
+                    error => Err(error),
+                });
+                return Ok(client?);
+            }
+            (None, Some(name)) => name.clone(),
             (None, None) => vms::only()?,
         };
-        let patience = Duration::try_from_secs_f64(self.patience).context("bad --patience")?;
-        // A socket that nobody has open will not get better: the VM is gone.
-        Client::connect(&uds)
-            .or_else(|error| match error {
-                Error::NotListening { .. } => Client::connect_within(&uds, patience),
-                error => Err(error),
-            })
-            .map_err(anyhow::Error::from)
+        let deadline = Instant::now() + patience;
+        loop {
+            let uds = vms::find(&name)?;
+            match Client::connect_within(&uds, Duration::from_millis(500)) {
+                Err(error) if error.is_not_yet() && Instant::now() < deadline => {}
+                client => return Ok(client?),
+            }
+        }
     }
 }
 

@@ -139,11 +139,11 @@ pub fn find(name: &str) -> Result<PathBuf> {
     Ok(uds.clone())
 }
 
-/// The socket of the only VM.
-pub fn only() -> Result<PathBuf> {
+/// The name of the only VM.
+pub fn only() -> Result<String> {
     let vms = all()?;
     match &vms[..] {
-        [(_, uds)] => Ok(uds.clone()),
+        [(name, _)] => Ok(name.clone()),
         [] => bail!(
             "no VM of `pigeon run` is there: start one, or give the Unix socket of a VM's vsock \
              as --uds"

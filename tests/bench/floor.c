@@ -1,0 +1,89 @@
+// The sequential floor: contract section 1, steps 1, 4 to 7 and 14, one system call after the
+// other, and nothing else. What an init costs when the kernel is all there is to wait for.
+#include "tiny.h"
+
+#define NODEV MS_NODEV
+#define NOEXEC MS_NOEXEC
+#define NOSUID MS_NOSUID
+#define STRICT (NODEV | NOEXEC | NOSUID)
+
+static void make(const char *source, const char *target, const char *type, long flags,
+                 const char *data)
+{
+    sys(mkdir, target, 0755);
+    sys(mount, source, target, type, flags, data);
+}
+
+static void cgroup(const char *target, const char *controllers)
+{
+    make("cgroup", target, "cgroup", STRICT | MS_RELATIME, controllers);
+}
+
+__attribute__((used)) void begin(long *stack)
+{
+    (void)stack;
+    // 1. devtmpfs, console
+    make("devtmpfs", "/dev", "devtmpfs", NOSUID, "mode=0755");
+    long console = sys(open, "/dev/ttyS0", O_RDWR | O_NOCTTY);
+    for (long fd = 0; fd < 3; fd++)
+        sys(dup2, console, fd);
+    sys(close, console);
+    // 4. root
+    sys(mkdir, "/newroot", 0755);
+    sys(mount, "/dev/vda", "/newroot", "ext4", MS_RELATIME, NULL);
+    sys(mount, "/dev", "/newroot/dev", NULL, MS_MOVE, NULL);
+    sys(unlink, "/pigeon/run.json");
+    sys(rmdir, "/pigeon");
+    sys(unlink, "/init");
+    sys(chdir, "/newroot");
+    sys(mount, ".", "/", NULL, MS_MOVE, NULL);
+    sys(chroot, ".");
+    sys(chdir, "/");
+    // 5. the kernel's file systems
+    make("devpts", "/dev/pts", "devpts", NOEXEC | NOSUID | MS_NOATIME,
+         "mode=0620,gid=5,ptmxmode=666");
+    make("mqueue", "/dev/mqueue", "mqueue", STRICT, NULL);
+    make("tmpfs", "/dev/shm", "tmpfs", NOSUID | NODEV, "mode=1777");
+    make("hugetlbfs", "/dev/hugepages", "hugetlbfs", MS_RELATIME, "pagesize=2M");
+    make("proc", "/proc", "proc", STRICT, NULL);
+    make("sysfs", "/sys", "sysfs", STRICT, NULL);
+    make("binfmt_misc", "/proc/sys/fs/binfmt_misc", "binfmt_misc", MS_RELATIME, NULL);
+    make("tmpfs", "/run", "tmpfs", NOSUID | NODEV, "mode=0755");
+    sys(mkdir, "/run/lock", 0755);
+    sys(chmod, "/run/lock", 01777);
+    sys(mkdir, "/root", 0700);
+    sys(symlink, "/proc/self/fd", "/dev/fd");
+    sys(symlink, "/proc/self/fd/0", "/dev/stdin");
+    sys(symlink, "/proc/self/fd/1", "/dev/stdout");
+    sys(symlink, "/proc/self/fd/2", "/dev/stderr");
+    // 6. cgroups
+    make("tmpfs", "/sys/fs/cgroup", "tmpfs", STRICT, "mode=755");
+    make("cgroup2", "/sys/fs/cgroup/unified", "cgroup2", STRICT | MS_RELATIME, "nsdelegate");
+    cgroup("/sys/fs/cgroup/net_cls,net_prio", "net_cls,net_prio");
+    cgroup("/sys/fs/cgroup/hugetlb", "hugetlb");
+    cgroup("/sys/fs/cgroup/pids", "pids");
+    cgroup("/sys/fs/cgroup/freezer", "freezer");
+    cgroup("/sys/fs/cgroup/cpu,cpuacct", "cpu,cpuacct");
+    cgroup("/sys/fs/cgroup/devices", "devices");
+    cgroup("/sys/fs/cgroup/blkio", "blkio");
+    cgroup("/sys/fs/cgroup/memory", "memory");
+    cgroup("/sys/fs/cgroup/perf_event", "perf_event");
+    cgroup("/sys/fs/cgroup/cpuset", "cpuset");
+    // 7. limit
+    struct rlimit files = {10240, 10240};
+    sys(setrlimit, RLIMIT_NOFILE, &files);
+    // 14. workload
+    long pid = sys(fork);
+    if (pid == 0) {
+        char *argv[] = {"/bin/workload", NULL}, *envp[] = {NULL};
+        sys(setsid);
+        sys(execve, *argv, argv, envp);
+        sys(exit, 127);
+    }
+    // The end: reap it, leave the root clean.
+    while (sys(wait4, -1, NULL, 0, NULL) != pid)
+        ;
+    sys(mount, NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL);
+    sys(sync);
+    end();
+}

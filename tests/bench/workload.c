@@ -1,0 +1,238 @@
+// The workload of the benchmark's VMs. Its first instructions note the time; then it tells what
+// `bench.mode=` on the kernel command line asks for, a line `bench: name value` each.
+#include "tiny.h"
+#include <linux/vm_sockets.h>
+#include <sched.h>
+
+static char buffer[64 << 10];
+
+static void fatal(const char *what)
+{
+    print("bench: error ");
+    print(what);
+    print("\n");
+    sys(exit_group, 1);
+}
+
+// The number in a file behind `word` and blanks.
+static unsigned long figure(const char *path, const char *word)
+{
+    const char *text = find(slurp(path, buffer, sizeof buffer), word);
+    if (!text)
+        return 0;
+    for (text += length(word); *text == ' ' || *text == '\t';)
+        text++;
+    return number(text);
+}
+
+// What the loader left in the kernel's log when it became /init.
+static void tell_boot(long log, unsigned long first, unsigned long cpu)
+{
+    unsigned long time;
+    const char *text = next_record(log, "bench: mmds ", buffer, sizeof buffer, &time);
+    if (!text)
+        fatal("the loader's record is gone");
+    unsigned long mmds = number(text + length("bench: mmds "));
+    const char *mmds_cpu = find(text + length("bench: mmds "), " ") + 1;
+    const char *exec_cpu = find(text, "exec ") + length("exec ");
+    unsigned long exec = number(find(exec_cpu, " ") + 1);
+    tell("exec_at_ns", exec);
+    tell("first_at_ns", first);
+    tell("boot_ns", first - exec);
+    tell("cpu_ns", cpu - number(exec_cpu));
+    if (mmds)
+        tell("mmds_ns", now(cpu_clock(mmds)) - number(mmds_cpu));
+}
+
+// What PID 1 and the kernel hold, KiB.
+static void tell_memory(void)
+{
+    tell("rss_kib", figure("/proc/1/status", "VmRSS:"));
+    tell("pss_kib", figure("/proc/1/smaps_rollup", "\nPss:"));
+    tell("private_kib", figure("/proc/1/smaps_rollup", "Private_Dirty:"));
+    tell("page_tables_kib", figure("/proc/1/status", "VmPTE:"));
+    tell("free_kib", figure("/proc/meminfo", "MemFree:"));
+    tell("available_kib", figure("/proc/meminfo", "MemAvailable:"));
+}
+
+// How often PID 1 was given the processor so far (Documentation/scheduler/sched-stats.rst). As
+// long as that stays the same, it has executed no instruction, so made no system call.
+static unsigned long turns(void)
+{
+    const char *text = slurp("/proc/1/schedstat", buffer, sizeof buffer);
+    for (int field = 0; field < 2; field++)
+        text = find(text, " ") + 1;
+    return number(text);
+}
+
+static void tell_idle(void)
+{
+    const unsigned long MINUTE = 60ul * 1000000000;
+    unsigned long before = turns();
+    sleep_until(now(CLOCK_MONOTONIC) + MINUTE);
+    tell("idle_turns", turns() - before);
+}
+
+// Exits at an instant that is told before, when the console is quiet again: in microseconds of
+// the kernel log's clock, which stamps "reboot: Restarting system" on the console.
+static void exit_at_an_instant(long log)
+{
+    const unsigned long SOON = 500 * 1000000, AWAKE = 1000000;
+    unsigned long time;
+    sys(lseek, log, 0, SEEK_END);
+    unsigned long before = now(CLOCK_MONOTONIC);
+    sys(write, log, "<7>bench: clock\n", 16);
+    unsigned long after = now(CLOCK_MONOTONIC);
+    if (!next_record(log, "bench: clock", buffer, sizeof buffer, &time))
+        fatal("no record of the clock");
+    unsigned long instant = after + SOON;
+    tell("exit_at_us", time + (instant - (before + after) / 2) / 1000);
+    sleep_until(instant - AWAKE);
+    while (now(CLOCK_MONOTONIC) < instant)
+        ;
+    sys(exit_group, 7);
+}
+
+static const char tracing[] = "/sys/kernel/tracing";
+
+// What was traced up to now is of no interest.
+static void forget_trace(void)
+{
+    sys(mount, "tracefs", tracing, "tracefs", 0, NULL);
+    long file = sys(open, "/sys/kernel/tracing/trace", O_WRONLY | O_TRUNC);
+    sys(close, file);
+    sys(umount2, tracing, 0);
+}
+
+static void dump_trace(void)
+{
+    sys(mount, "tracefs", tracing, "tracefs", 0, NULL);
+    spill("/sys/kernel/tracing/tracing_on", "0");
+    long size, file = sys(open, "/sys/kernel/tracing/trace", O_RDONLY);
+    if (file < 0)
+        fatal("no trace");
+    while ((size = sys(read, file, buffer, sizeof buffer - 1)) > 0) {
+        buffer[size] = 0;
+        print(buffer);
+    }
+    print("bench: trace 1\n");
+    sys(umount2, tracing, 0);
+}
+
+// -- What the API is compared with.
+
+static long listen_on(unsigned port)
+{
+    struct sockaddr_vm address = {
+        .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = port};
+    long listener = sys(socket, AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (sys(bind, listener, &address, sizeof address) || sys(listen, listener, 8))
+        fatal("no vsock");
+    return listener;
+}
+
+// Sends back what comes, connection after connection.
+static void echo(long listener)
+{
+    for (;;) {
+        long size, connection = sys(accept4, listener, NULL, NULL, SOCK_CLOEXEC);
+        while ((size = sys(read, connection, buffer, sizeof buffer)) > 0)
+            sys(write, connection, buffer, size);
+        sys(close, connection);
+    }
+}
+
+static char *const command[] = {"/bin/true", NULL};
+static char *const environment[] = {"PATH=/bin", NULL};
+static char stack[4096] __attribute__((aligned(16)));
+
+__attribute__((used)) static void become_command(void)
+{
+    sys(execve, command[0], command, environment);
+    sys(exit_group, 127);
+}
+
+// vfork(2), on a stack of the child's own, so that it cannot overwrite this frame.
+static long start_command(void)
+{
+    long pid;
+    register long none __asm__("r10") = 0;
+    __asm__ volatile("syscall\n test %%eax, %%eax\n jnz 1f\n call become_command\n1:"
+                     : "=a"(pid)
+                     : "a"(__NR_clone), "D"(CLONE_VM | CLONE_VFORK | SIGCHLD),
+                       "S"(stack + sizeof stack), "d"(0), "r"(none)
+                     : "rcx", "r8", "r9", "r11", "memory");
+    return pid;
+}
+
+// Reads a count, runs the command that often, answers with the nanoseconds it took.
+static void spawn(long listener)
+{
+    char text[32];
+    for (;;) {
+        long size, connection = sys(accept4, listener, NULL, NULL, SOCK_CLOEXEC);
+        while ((size = sys(read, connection, text, sizeof text - 1)) > 0) {
+            text[size] = 0;
+            unsigned long start = now(CLOCK_MONOTONIC);
+            for (unsigned long left = number(text); left; left--) {
+                int status = -1;
+                sys(wait4, start_command(), &status, 0, NULL);
+                if (status)
+                    fatal("the command");
+            }
+            char *end = put_number(text, now(CLOCK_MONOTONIC) - start);
+            sys(write, connection, text, put(end, "\n") - text);
+        }
+        sys(close, connection);
+    }
+}
+
+// Starts the echo server on port 20000 and the spawn loop on port 20001.
+static void serve(void)
+{
+    long echo_listener = listen_on(20000), spawn_listener = listen_on(20001);
+    if (sys(fork) == 0)
+        echo(echo_listener);
+    if (sys(fork) == 0)
+        spawn(spawn_listener);
+}
+
+static void wait_for_a_key(void)
+{
+    char key;
+    sys(read, 0, &key, 1);
+}
+
+static int mode_is(const char *mode, const char *name)
+{
+    const char *rest = find(mode, name);
+    return rest == mode;
+}
+
+__attribute__((used)) void begin(long *argv)
+{
+    unsigned long first = now(CLOCK_MONOTONIC), cpu = now(cpu_clock(1));
+    static char line[4096];
+    (void)argv;
+    long log = sys(open, "/dev/kmsg", O_RDWR | O_NONBLOCK | O_CLOEXEC);
+    const char *mode = find(slurp("/proc/cmdline", line, sizeof line), "bench.mode=");
+    mode = mode ? mode + length("bench.mode=") : "";
+    tell_boot(log, first, cpu);
+    if (mode_is(mode, "full")) {
+        sleep_until(now(CLOCK_MONOTONIC) + 1000000000);
+        tell_memory();
+        tell_idle();
+    } else if (mode_is(mode, "reader")) {
+        wait_for_a_key();
+    } else if (mode_is(mode, "end")) {
+        wait_for_a_key();
+        forget_trace();
+    } else if (mode_is(mode, "trace")) {
+        dump_trace();
+    } else if (mode_is(mode, "serve")) {
+        serve();
+        tell("serving", 1);
+        wait_for_a_key();
+    }
+    exit_at_an_instant(log);
+}

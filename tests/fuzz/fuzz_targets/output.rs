@@ -1,0 +1,30 @@
+//! Output of commands as a JSON string: what a reader of JSON gets is the lossy conversion to
+//! UTF-8, wherever the output was cut.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use pigeon_init::json::escape_next;
+
+fn escaped(bytes: &[u8], step: usize) -> String {
+    let (mut text, mut at, mut end) = (vec![b'"'], 0, 0);
+    while end < bytes.len() {
+        end = bytes.len().min(end + step);
+        while let Some((piece, length, used)) = escape_next(&bytes[at..end], end == bytes.len()) {
+            text.extend(&piece[..length]);
+            at += used;
+        }
+    }
+    text.push(b'"');
+    String::from_utf8(text).unwrap()
+}
+
+fuzz_target!(|data: &[u8]| {
+    if let [step, bytes @ ..] = data {
+        let whole = escaped(bytes, bytes.len().max(1));
+        assert_eq!(
+            serde_json::from_str::<String>(&whole).unwrap(),
+            String::from_utf8_lossy(bytes)
+        );
+        assert_eq!(escaped(bytes, usize::from(*step).max(1)), whole);
+    }
+});

@@ -1,0 +1,170 @@
+//! WebSocket frames: however the bytes are cut, the same messages come out, and what comes out is
+//! what a plain decoder of RFC 6455 section 5 finds.
+#![no_main]
+
+use std::cell::RefCell;
+
+use libfuzzer_sys::fuzz_target;
+use pigeon_init::websocket::{BUFFER, CloseCode, Decoder, Event, MESSAGE};
+
+#[derive(Debug, PartialEq)]
+enum Seen {
+    Text(Vec<u8>),
+    Binary(Vec<u8>),
+    Ping(Vec<u8>),
+    Pong,
+    Close(Option<u16>),
+    Fail(CloseCode),
+}
+
+thread_local! {
+    static MEMORY: RefCell<Vec<u8>> = RefCell::new(vec![0; BUFFER]);
+}
+
+fn decoded(bytes: &[u8], step: usize) -> Vec<Seen> {
+    MEMORY.with_borrow_mut(|buffer| {
+        let (mut filled, mut decoder, mut seen) = (0, Decoder::default(), vec![]);
+        for piece in bytes.chunks(step) {
+            buffer[filled..filled + piece.len()].copy_from_slice(piece);
+            filled += piece.len();
+            loop {
+                seen.push(match decoder.next(buffer, &mut filled) {
+                    Event::More => break,
+                    Event::Text(at) => {
+                        assert!(std::str::from_utf8(&buffer[at.clone()]).is_ok());
+                        Seen::Text(buffer[at].to_vec())
+                    }
+                    Event::Binary(at) => Seen::Binary(buffer[at].to_vec()),
+                    Event::Ping(payload) => Seen::Ping(payload.to_vec()),
+                    Event::Pong => Seen::Pong,
+                    Event::Close(code) => Seen::Close(code),
+                    Event::Fail(code) => {
+                        seen.push(Seen::Fail(code));
+                        return seen;
+                    }
+                });
+                // Nothing after a close is looked at.
+                if let Some(Seen::Close(_)) = seen.last() {
+                    return seen;
+                }
+            }
+        }
+        seen
+    })
+}
+
+/// The plain decoder: over all bytes at once, with a copy for everything.
+fn expected(mut bytes: &[u8]) -> Vec<Seen> {
+    let mut seen = vec![];
+    let mut message: Option<(u8, Vec<u8>)> = None;
+    loop {
+        match frame(&mut bytes, &mut message) {
+            Ok(None) => return seen,
+            Ok(Some(None)) => {}
+            Ok(Some(Some(event))) => {
+                seen.push(event);
+                if let Some(Seen::Close(_)) = seen.last() {
+                    return seen;
+                }
+            }
+            Err(code) => {
+                seen.push(Seen::Fail(code));
+                return seen;
+            }
+        }
+    }
+}
+
+/// One frame: `None` when it is not whole, and `Some(None)` when it ends no message.
+fn frame(
+    bytes: &mut &[u8],
+    message: &mut Option<(u8, Vec<u8>)>,
+) -> Result<Option<Option<Seen>>, CloseCode> {
+    let [first, second, ..] = **bytes else {
+        return Ok(None);
+    };
+    let (fin, opcode, short) = (first & 0x80 != 0, first & 15, second & 0x7f);
+    let right = match opcode {
+        0 => message.is_some(),
+        1 | 2 => message.is_none(),
+        8..=10 => fin && short < 126,
+        _ => false,
+    };
+    if first & 0x70 != 0 || second & 0x80 == 0 || !right {
+        return Err(CloseCode::Protocol);
+    }
+    let (length, head) = match short {
+        126 => match bytes.get(2..4) {
+            Some(length) => (u64::from(u16::from_be_bytes([length[0], length[1]])), 4),
+            None => return Ok(None),
+        },
+        127 => match bytes.get(2..10) {
+            Some(length) => (u64::from_be_bytes(length.try_into().unwrap()), 10),
+            None => return Ok(None),
+        },
+        short => (u64::from(short), 2),
+    };
+    if (short == 126 && length < 126) || (short == 127 && !(0x1_0000..1 << 63).contains(&length)) {
+        return Err(CloseCode::Protocol);
+    }
+    let so_far = match message {
+        Some((_, so_far)) if opcode < 8 => so_far.len(),
+        _ => 0,
+    };
+    if length + so_far as u64 > MESSAGE as u64 {
+        return Err(CloseCode::TooBig);
+    }
+    let Some(masked) = bytes.get(head..head + 4 + length as usize) else {
+        return Ok(None);
+    };
+    *bytes = &bytes[head + 4 + length as usize..];
+    let (mask, payload) = masked.split_at(4);
+    let payload: Vec<u8> = payload
+        .iter()
+        .enumerate()
+        .map(|(at, byte)| byte ^ mask[at % 4])
+        .collect();
+    let event = match opcode {
+        9 => Seen::Ping(payload),
+        10 => Seen::Pong,
+        8 => match payload.as_slice() {
+            [] => Seen::Close(None),
+            [_] => return Err(CloseCode::Protocol),
+            [high, low, reason @ ..] => {
+                let code = u16::from_be_bytes([*high, *low]);
+                if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
+                    return Err(CloseCode::Protocol);
+                }
+                std::str::from_utf8(reason).map_err(|_| CloseCode::NotUtf8)?;
+                Seen::Close(Some(code))
+            }
+        },
+        _ => {
+            let (kind, whole) = message.get_or_insert((opcode, vec![]));
+            whole.extend(payload);
+            if !fin {
+                return Ok(Some(None));
+            }
+            let (kind, whole) = (*kind, std::mem::take(whole));
+            *message = None;
+            if kind == 2 {
+                Seen::Binary(whole)
+            } else if std::str::from_utf8(&whole).is_ok() {
+                Seen::Text(whole)
+            } else {
+                return Err(CloseCode::NotUtf8);
+            }
+        }
+    };
+    Ok(Some(Some(event)))
+}
+
+// The first byte says how the rest is cut.
+fuzz_target!(|data: &[u8]| {
+    if let [step, bytes @ ..] = data {
+        let expected = expected(bytes);
+        assert_eq!(decoded(bytes, usize::MAX), expected);
+        assert_eq!(decoded(bytes, 1), expected);
+        assert_eq!(decoded(bytes, usize::from(*step).max(1)), expected);
+    }
+});

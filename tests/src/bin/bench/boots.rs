@@ -1,0 +1,383 @@
+//! The benchmark's VMs: each boots one init for one purpose and tells figures.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+    path::PathBuf,
+    time::Instant,
+};
+
+use anyhow::{Context, Result, ensure};
+use pigeon_lab::{
+    End, Vm,
+    assets::{self, Kernel},
+    disk::{Disk, Image, Tree},
+    initrd::Initrd,
+    vm::Builder,
+};
+use serde_json::{Value, json};
+
+use crate::{
+    guest::Programs,
+    trace::{self, Breakdown, Names},
+};
+
+/// What one boot has told.
+pub struct Told {
+    pub figures: Figures,
+    /// Where its time went, when it was traced.
+    pub breakdown: Option<Breakdown>,
+}
+
+/// What is measured, by name.
+pub type Figures = BTreeMap<String, f64>;
+
+/// A program that is booted as /init.
+#[derive(Clone)]
+pub struct Subject {
+    pub name: String,
+    pub init: PathBuf,
+    /// Where in the initrd its configuration is.
+    pub config_path: String,
+    pub kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kind {
+    /// The init of this repository.
+    Product,
+    /// The floor: no configuration, no network, no API.
+    Floor,
+    /// Another init.
+    Other,
+}
+
+/// What a VM is booted for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Mode {
+    /// Boot, memory, idling, end; configuration in the initrd.
+    File,
+    /// Boot; configuration from MMDS.
+    Mmds,
+    /// The end, with a call of /v1/exit_code that waits for it.
+    Reader,
+    /// The initrd as `./build.sh initrd` makes it, unpacked and no more.
+    Unpack,
+    /// The API in real time.
+    Serve,
+    /// The boot's system calls.
+    Trace,
+    /// The boot's system calls with MMDS.
+    TraceMmds,
+    /// The end's system calls, with a call of /v1/exit_code that waits for it.
+    TraceEnd,
+}
+
+impl Mode {
+    /// Whether it says anything about this kind of init.
+    pub fn suits(self, kind: Kind) -> bool {
+        match self {
+            Mode::File | Mode::Unpack | Mode::Trace => true,
+            Mode::Mmds | Mode::Reader | Mode::Serve | Mode::TraceMmds | Mode::TraceEnd => {
+                kind != Kind::Floor
+            }
+        }
+    }
+
+    /// Whether there is anything to learn from a second boot: figures of a trace do not vary.
+    pub fn is_repeated(self) -> bool {
+        !matches!(
+            self,
+            Mode::Unpack | Mode::Trace | Mode::TraceMmds | Mode::TraceEnd
+        )
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::File => "file",
+            Mode::Mmds => "mmds",
+            Mode::Reader => "reader",
+            Mode::Unpack => "unpack",
+            Mode::Serve => "serve",
+            Mode::Trace => "trace",
+            Mode::TraceMmds => "trace-mmds",
+            Mode::TraceEnd => "trace-end",
+        }
+    }
+}
+
+/// What all VMs are made of.
+pub struct Lab {
+    programs: Programs,
+    kernel: Kernel,
+    root: Image,
+    names: Names,
+}
+
+/// Nanoseconds between two ticks of the stock kernel (CONFIG_HZ=250).
+const TICK: f64 = 4e6;
+
+/// The ports that the workload serves beside the API's.
+const ECHO_PORT: u32 = 20_000;
+const SPAWN_PORT: u32 = 20_001;
+
+impl Lab {
+    pub fn new() -> Result<Lab> {
+        let programs = Programs::compile()?;
+        let workload = fs::read(programs.path("workload"))?;
+        let tree = Tree::busybox()?
+            .file("bin/workload", 0o755, workload)?
+            .dir("newroot", 0o755)?;
+        Ok(Lab {
+            root: Image::ext4(&tree, 32)?,
+            kernel: Kernel::stock()?,
+            names: programs.system_calls()?,
+            programs,
+        })
+    }
+
+    /// Bytes of the initrd that holds nothing but this init.
+    pub fn initrd_size(&self, subject: &Subject) -> Result<usize> {
+        if subject.kind == Kind::Product {
+            return Ok(assets::initrd()?.len());
+        }
+        let mut initrd = Initrd::default();
+        initrd.file("/init", 0o755, fs::read(&subject.init)?);
+        Ok(initrd.archive().len())
+    }
+
+    /// The floor, which is compiled with the rest.
+    pub fn floor(&self) -> PathBuf {
+        self.programs.path("floor")
+    }
+
+    /// Boots `subject` once, its /init started so far between two ticks of the kernel's.
+    pub fn boot(&self, subject: &Subject, mode: Mode, phase: f64) -> Result<Told> {
+        // A copy: a mount leaves its traces, and the next boot would find them.
+        let disk = tempfile::Builder::new().suffix(".ext4").tempfile()?;
+        fs::copy(self.root.path(), disk.path())?;
+        let mut builder = self
+            .builder(subject, mode, phase)?
+            .disk(Disk::file(disk.path()))
+            .name(&format!("bench-{}-{}", subject.name, mode.name()))
+            .quiet();
+        builder = match mode {
+            Mode::Serve => builder.on_qemu(),
+            _ => builder.deterministic(),
+        };
+        let mut vm = builder.boot()?;
+        let told = measure(&mut vm, mode).and_then(|figures| {
+            let breakdown = self.breakdown(&vm.console(), &figures, mode)?;
+            Ok(Told { figures, breakdown })
+        });
+        told.with_context(|| {
+            let log = vm.serial().log().display();
+            format!("the console ({log}) ends with\n{}\n", vm.serial().tail(10))
+        })
+    }
+
+    fn breakdown(&self, console: &str, figures: &Figures, mode: Mode) -> Result<Option<Breakdown>> {
+        let instant = |name| figures.get(name).copied().unwrap_or_default() / 1e3;
+        Ok(match mode {
+            Mode::Trace | Mode::TraceMmds => {
+                let (from, to) = (instant("exec_at_ns"), instant("first_at_ns"));
+                Some(trace::boot(console, from, to, &self.names))
+            }
+            Mode::TraceEnd => Some(trace::end(console, &self.names)?),
+            _ => None,
+        })
+    }
+
+    /// The loader as the kernel's /init, with its orders in /bench, and the init under test.
+    fn builder(&self, subject: &Subject, mode: Mode, phase: f64) -> Result<Builder> {
+        let mut builder = Vm::builder()
+            .without_modules()
+            .init(&subject.init)?
+            .arg("rdinit=/bench/load")
+            .arg("PIGEON_EXIT_LINGER_MS=0");
+        let mut files = vec!["/bench/load".to_string(), "/bench/files".into()];
+        builder = builder.file("/bench/load", 0o755, fs::read(self.programs.path("load"))?);
+        let mut add = |builder: Builder, name: &str, contents: Vec<u8>| {
+            let path = format!("/bench/{name}");
+            files.push(path.clone());
+            builder.file(&path, 0o644, contents)
+        };
+        if mode == Mode::Unpack {
+            // What is unpacked is the init, and next to nothing else.
+            builder = add(builder, "unpack", b"please".to_vec());
+            return Ok(builder.arg("initramfs_async=0"));
+        }
+        let document =
+            json!({"ImageConfig": {"Cmd": ["/bin/workload"]}, "ExecOverride": ["/bin/workload"]});
+        let mut modules = self.kernel.modules()?;
+        if matches!(mode, Mode::Mmds | Mode::TraceMmds) {
+            modules.push(("veth.ko".into(), assets::module("veth")?));
+            builder = add(builder, "run.json", document.to_string().into());
+        } else if subject.kind != Kind::Floor {
+            builder = builder.file(&subject.config_path, 0o600, document.to_string());
+        }
+        let phase = (phase * TICK).round();
+        builder = add(builder, "phase", phase.to_string().into());
+        let mut list = String::new();
+        for (name, contents) in modules {
+            list += &format!("/bench/lib/{name}\n");
+            builder = builder.file(&format!("/bench/lib/{name}"), 0o644, contents);
+        }
+        builder = add(builder, "modules", list.into());
+        if matches!(mode, Mode::Trace | Mode::TraceMmds | Mode::TraceEnd) {
+            let end = if mode == Mode::TraceEnd {
+                trace::ORDERS_AT_END
+            } else {
+                ""
+            };
+            builder = add(builder, "trace", [trace::ORDERS, end].concat().into());
+        }
+        let list = files.join("\n") + "\n";
+        builder = builder.file("/bench/files", 0o644, list);
+        let workload = match mode {
+            Mode::File => "full",
+            Mode::Mmds | Mode::Unpack => "boot",
+            Mode::Reader => "reader",
+            Mode::Serve => "serve",
+            Mode::Trace | Mode::TraceMmds => "trace",
+            Mode::TraceEnd => "end",
+        };
+        Ok(builder.arg(&format!("bench.mode={workload}")))
+    }
+}
+
+fn measure(vm: &mut Vm, mode: Mode) -> Result<Figures> {
+    let mut figures = Figures::new();
+    match mode {
+        Mode::Reader | Mode::TraceEnd => {
+            vm.wait_for("bench: boot_ns")?;
+            let mut reader = vm.api()?;
+            reader.send(b"GET /v1/exit_code HTTP/1.1\r\nHost: bench\r\n\r\n")?;
+            // When these are answered, the call before them has been taken up.
+            let mut other = vm.api()?;
+            for _ in 0..3 {
+                other.get("/v1/status")?.success()?;
+            }
+            vm.type_text("\n")?;
+            let answer = reader.receive(false)?.json()?;
+            ensure!(answer["code"] == 7, "the exit code is told as {answer}");
+        }
+        Mode::Serve => {
+            vm.wait_for("bench: serving")?;
+            serve(vm, &mut figures)?;
+            vm.type_text("\n")?;
+        }
+        _ => {}
+    }
+    let end = vm.wait_end()?;
+    let console = vm.console();
+    ensure!(end == End::Reboot, "the VM ended with {end:?}");
+    told(&console, &mut figures)?;
+    if let (Some(exit), Some(reboot)) = (figures.get("exit_at_us"), reboot_instant(&console)) {
+        figures.insert("end_us".into(), reboot * 1e6 - exit);
+    }
+    Ok(figures)
+}
+
+/// Adds the figures that a VM has told on its console.
+fn told(console: &str, figures: &mut Figures) -> Result<()> {
+    for line in console.lines() {
+        let Some((_, told)) = line.split_once("bench: ") else {
+            continue;
+        };
+        let (name, value) = told.split_once(' ').context("half a figure")?;
+        ensure!(name != "error", "{told}");
+        let value = value.trim_end();
+        figures.insert(
+            name.into(),
+            value
+                .parse()
+                .with_context(|| format!("{name}: {value:?}"))?,
+        );
+    }
+    Ok(())
+}
+
+/// When the kernel restarted the machine, in seconds of its log's clock.
+fn reboot_instant(console: &str) -> Option<f64> {
+    let (before, _) = console.split_once("] reboot: Restarting system")?;
+    before.rsplit_once('[')?.1.trim().parse().ok()
+}
+
+/// Round trips and commands, the API's and the bare ones' in turns, so that both have the same
+/// weather.
+fn serve(vm: &mut Vm, figures: &mut Figures) -> Result<()> {
+    const ROUND_TRIPS: usize = 1000;
+    const CONNECTIONS: usize = 300;
+    const COMMANDS: usize = 1000;
+    const BATCH: usize = 50;
+    const STATUS: &[u8] = b"GET /v1/status HTTP/1.1\r\nHost: localhost\r\n\r\n";
+
+    let ports = [("status", pigeon_lab::vsock::API_PORT), ("echo", ECHO_PORT)];
+    let mut streams = vec![];
+    for (_, port) in ports {
+        streams.push(vm.connect(port)?);
+    }
+    let mut times = [vec![], vec![]];
+    for _ in 0..ROUND_TRIPS {
+        for (stream, times) in streams.iter_mut().zip(&mut times) {
+            times.push(timed(|| exchange(stream, STATUS))?);
+        }
+    }
+    for ((name, _), times) in ports.iter().zip(&mut times) {
+        figures.insert(format!("{name}_us"), median(times));
+    }
+    drop(streams);
+
+    let mut times = [vec![], vec![]];
+    for _ in 0..CONNECTIONS {
+        for ((_, port), times) in ports.iter().zip(&mut times) {
+            times.push(timed(|| exchange(&mut vm.connect(*port)?, STATUS))?);
+        }
+    }
+    for ((name, _), times) in ports.iter().zip(&mut times) {
+        figures.insert(format!("{name}_connect_us"), median(times));
+    }
+
+    let mut api = vm.api()?;
+    let mut bare = vm.connect(SPAWN_PORT)?;
+    let [mut api_us, mut bare_us] = [0.0, 0.0];
+    let command = json!({"cmd": ["/bin/true"]});
+    for _ in 0..COMMANDS / BATCH {
+        api_us += timed(|| {
+            for _ in 0..BATCH {
+                let answer: Value = api.post("/v1/exec", &command)?.success()?.json()?;
+                ensure!(answer["exit_code"] == 0, "/bin/true: {answer}");
+            }
+            Ok(())
+        })?;
+        bare_us += timed(|| exchange(&mut bare, format!("{BATCH}\n").as_bytes()))?;
+    }
+    figures.insert("exec_us".into(), api_us / COMMANDS as f64);
+    figures.insert("spawn_us".into(), bare_us / COMMANDS as f64);
+    Ok(())
+}
+
+/// Writes, and reads what one write of the other side is.
+fn exchange(stream: &mut UnixStream, message: &[u8]) -> Result<()> {
+    let mut buffer = [0; 4096];
+    stream.write_all(message)?;
+    ensure!(stream.read(&mut buffer)? > 0, "no answer");
+    Ok(())
+}
+
+/// Microseconds that `f` takes.
+fn timed(f: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let start = Instant::now();
+    f()?;
+    Ok(start.elapsed().as_secs_f64() * 1e6)
+}
+
+/// The middle of some values.
+pub fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let (low, high) = (values[(values.len() - 1) / 2], values[values.len() / 2]);
+    (low + high) / 2.0
+}

@@ -1,0 +1,69 @@
+//! The guest's programs of the benchmark's own, compiled from `tests/bench`.
+
+use std::{io::Write, path::PathBuf, process::Command};
+
+use anyhow::Result;
+use pigeon_lab::{assets, process::run};
+use tempfile::TempDir;
+
+use crate::trace::Names;
+
+/// Static, without libc and without what only a linker or debugger reads: small, so that the disk
+/// they are read from is not what is measured.
+const FLAGS: [&str; 15] = [
+    "-std=gnu11",
+    "-Os",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-static",
+    "-nostdlib",
+    "-ffreestanding",
+    "-fno-stack-protector",
+    "-fno-asynchronous-unwind-tables",
+    "-fcf-protection=none",
+    "-fno-pie",
+    "-no-pie",
+    "-Wl,--build-id=none,-z,noseparate-code",
+    "-s",
+];
+
+/// The compiled programs, in a directory that goes with this.
+pub struct Programs {
+    dir: TempDir,
+}
+
+impl Programs {
+    /// Compiles them all.
+    pub fn compile() -> Result<Programs> {
+        let dir = tempfile::tempdir()?;
+        for name in ["load", "floor", "workload"] {
+            let source = assets::repository().join(format!("tests/bench/{name}.c"));
+            run(Command::new(assets::tool("cc")?)
+                .args(FLAGS)
+                .arg("-o")
+                .arg(dir.path().join(name))
+                .arg(source))?;
+        }
+        Ok(Programs { dir })
+    }
+
+    /// The names of the system calls, out of the C headers.
+    pub fn system_calls(&self) -> Result<Names> {
+        let source = self.dir.path().join("names.c");
+        std::fs::File::create(&source)?.write_all(b"#include <sys/syscall.h>\n")?;
+        let macros = run(Command::new(assets::tool("cc")?)
+            .args(["-E", "-dM"])
+            .arg(source))?;
+        let named = |line: &str| {
+            let (name, number) = line.strip_prefix("#define __NR_")?.split_once(' ')?;
+            Some((number.parse().ok()?, name.to_string()))
+        };
+        Ok(macros.lines().filter_map(named).collect())
+    }
+
+    /// The path of one.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+}

@@ -1,0 +1,239 @@
+//! The API with clients that others have written.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use pigeon_lab::{
+    Vm, assets,
+    disk::{Image, Tree},
+    http::Client,
+    process::run,
+    relay::Relay,
+    vsock::API_PORT,
+};
+use serde_json::{Value, json};
+use tungstenite::{Message, protocol::frame::coding::CloseCode};
+
+/// Generous: other VMs may run beside this one.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+fn boot() -> Result<(Vm, Image)> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let config = json!({"ExecOverride": ["/bin/sleep", "100000"]});
+    let vm = Vm::builder()
+        .config(&config)
+        .disk(&root)
+        .patience(PATIENCE)
+        .boot()?;
+    vm.wait_for("workload started")?;
+    Ok((vm, root))
+}
+
+fn relay(vm: &Vm) -> Result<Relay> {
+    Relay::start(vm.vsock().context("no vsock")?, API_PORT)
+}
+
+#[test]
+fn tungstenite_runs_sessions() -> Result<()> {
+    let (mut vm, _root) = boot()?;
+    let mut api = vm.api()?;
+    let mut open = |first: &Value| -> Result<_> {
+        let stream = vm.connect(API_PORT)?;
+        let (mut socket, answer) = tungstenite::client("ws://vm/v1/ws/exec", stream)
+            .map_err(|error| anyhow::anyhow!("no handshake: {error}"))?;
+        assert_eq!(answer.status(), 101);
+        socket.send(Message::text(first.to_string()))?;
+        Ok(socket)
+    };
+
+    let mut cat = open(&json!({"command": ["cat"]}))?;
+    let sent: Vec<u8> = (0..100_000u32).map(|at| (at % 251) as u8).collect();
+    cat.send(Message::binary(sent.clone()))?;
+    cat.send(Message::Ping("are you there".into()))?;
+    let (mut back, mut ponged) = (vec![], false);
+    while back.len() < sent.len() || !ponged {
+        match cat.read()? {
+            Message::Binary(bytes) => back.extend(bytes),
+            Message::Pong(bytes) => ponged = bytes == "are you there",
+            other => panic!("{other}"),
+        }
+    }
+    assert!(back == sent);
+    cat.send(Message::text(json!({"stdin": "eof"}).to_string()))?;
+    let exit = cat.read()?.into_text()?;
+    assert_eq!(exit.as_str(), r#"{"Exit":{"code":0,"signal":null}}"#);
+    let Message::Close(Some(frame)) = cat.read()? else {
+        panic!("no close frame");
+    };
+    assert_eq!(frame.code, CloseCode::Normal);
+    assert!(matches!(
+        cat.read(),
+        Err(tungstenite::Error::ConnectionClosed)
+    ));
+
+    // An interactive shell.
+    let mut shell =
+        open(&json!({"command": ["sh"], "tty": true, "env": ["PS1=> "], "cols": 80, "rows": 24}))?;
+    let until = |socket: &mut tungstenite::WebSocket<_>, wanted: &str| -> Result<String> {
+        let mut text = String::new();
+        while !text.contains(wanted) {
+            match socket.read()? {
+                Message::Binary(bytes) => text += &String::from_utf8_lossy(&bytes),
+                other => anyhow::bail!("{other} after {text:?}"),
+            }
+        }
+        Ok(text)
+    };
+    until(&mut shell, "> ")?;
+    shell.send(Message::text(r#"{"cols":123,"rows":45}"#))?;
+    shell.send(Message::binary("stty size\n"))?;
+    until(&mut shell, "45 123\r\n> ")?;
+    shell.send(Message::binary("sleep 1000\n"))?;
+    // A key that comes before the command has started is the shell's.
+    let ask = json!({"cmd": ["sh", "-c", "ps -o args | grep '^sleep 1000'"]});
+    let start = Instant::now();
+    while api.post("/v1/exec", &ask)?.json()?["exit_code"] != 0 {
+        anyhow::ensure!(start.elapsed() < PATIENCE, "no sleep");
+    }
+    shell.send(Message::binary("\x03"))?;
+    until(&mut shell, "> ")?;
+    shell.send(Message::binary("exit 9\n"))?;
+    let mut last = String::new();
+    while let Ok(message) = shell.read() {
+        if let Message::Text(text) = message {
+            last = text.to_string();
+        }
+    }
+    assert_eq!(last, r#"{"Exit":{"code":9,"signal":null}}"#);
+
+    // Leaving first.
+    let mut sleep = open(&json!({"command": ["sleep", "1000"]}))?;
+    sleep.close(None)?;
+    assert!(matches!(sleep.read()?, Message::Close(None)));
+    assert!(matches!(
+        sleep.read(),
+        Err(tungstenite::Error::ConnectionClosed)
+    ));
+
+    let mut none = open(&json!({"command": ["/no/such"]}))?;
+    assert!(none.read()?.into_text()?.contains("/no/such"));
+    let Message::Close(Some(frame)) = none.read()? else {
+        panic!("no close frame");
+    };
+    assert_eq!(frame.code, CloseCode::Error);
+    Ok(())
+}
+
+#[test]
+fn pythons_websockets_runs_sessions() -> Result<()> {
+    let (vm, _root) = boot()?;
+    let address = relay(&vm)?.address();
+    let script = assets::repository().join("tests/vm/api_sessions.py");
+    let said = run(Command::new(assets::python()?)
+        .arg(script)
+        .args([address.ip().to_string(), address.port().to_string()]))?;
+    assert_eq!(said, "all sessions went well\n");
+    Ok(())
+}
+
+#[test]
+fn curl_calls_everything() -> Result<()> {
+    let (vm, _root) = boot()?;
+    let address = relay(&vm)?.address();
+    let curl = |path: &str, arguments: &[&str]| -> Result<String> {
+        run(Command::new(assets::tool("curl")?)
+            .args([
+                "--silent",
+                "--show-error",
+                "--max-time",
+                "180",
+                "--noproxy",
+                "*",
+            ])
+            .args(["--write-out", " %{http_code} %{num_connects}"])
+            .args(arguments)
+            .arg(format!("http://{address}{path}")))
+    };
+    assert_eq!(curl("/v1/status", &[])?, r#"{"ok":true} 200 1"#);
+    assert!(curl("/v1/status", &["--head"])?.ends_with(" 200 1"));
+    assert!(curl("/v1/status", &["--http1.0"])?.ends_with(" 200 1"));
+    assert!(curl("/v1/nothing", &[])?.ends_with(" 404 1"));
+    let exec = r#"{"cmd":["echo","hi"]}"#;
+    let hi = r#"{"exit_code":0,"exit_signal":0,"stdout":"hi\n","stderr":""}"#;
+    assert_eq!(curl("/v1/exec", &["--json", exec])?, format!("{hi} 200 1"));
+    let chunked = ["--header", "Transfer-Encoding: chunked", "--json", exec];
+    assert_eq!(curl("/v1/exec", &chunked)?, format!("{hi} 200 1"));
+    // Two calls on one connection.
+    let url = format!("http://{address}/v1/status");
+    let twice = curl("/v1/status", &[&url])?;
+    assert_eq!(twice, r#"{"ok":true} 200 1{"ok":true} 200 0"#);
+    // Over a megabyte curl asks first; it is told no, and hears it, before it has sent all.
+    let dir = tempfile::tempdir()?;
+    for size in [120 << 10, 200 << 10, 4 << 20] {
+        let body = dir.path().join("body");
+        fs::write(&body, format!("{exec}{}", " ".repeat(size - exec.len())))?;
+        let data = format!("@{}", body.display());
+        let wanted = if size < 128 << 10 { " 200 1" } else { " 413 1" };
+        for expect in ["Expect: 100-continue", "Expect:"] {
+            let said = curl("/v1/exec", &["--header", expect, "--data-binary", &data])?;
+            assert!(said.ends_with(wanted), "{size} {expect}: {said}");
+        }
+    }
+    Ok(())
+}
+
+/// As Go's net/http with a body of unknown length and `DisableKeepAlives` writes it: head and
+/// chunks in writes of their own, one connection a call.
+#[test]
+fn a_client_as_go_has_it_sends_chunks_and_closes_after_each_call() -> Result<()> {
+    let (mut vm, _root) = boot()?;
+    for (path, body, wanted) in [
+        (
+            "/v1/exec",
+            r#"{"cmd":["sh","-c","echo $0","go"]}"#,
+            "\"stdout\":\"go\\n\"",
+        ),
+        ("/v1/signals", r#"{"signal":28}"#, r#"{"ok":true}"#),
+        ("/v1/signals", r#"{"signal":0}"#, "error"),
+    ] {
+        for _ in 0..10 {
+            let mut stream = vm.connect(API_PORT)?;
+            let head = format!(
+                "POST {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: Go-http-client/1.1\r\n\
+                 Connection: close\r\nTransfer-Encoding: chunked\r\n\
+                 Content-Type: application/json\r\nAccept-Encoding: gzip\r\n\r\n"
+            );
+            stream.write_all(head.as_bytes())?;
+            for part in body.as_bytes().chunks(9) {
+                write!(stream, "{:x}\r\n", part.len())?;
+                stream.write_all(part)?;
+                stream.write_all(b"\r\n")?;
+            }
+            stream.write_all(b"0\r\n\r\n")?;
+            let mut client = Client::new(stream);
+            let answer = client.receive(false)?;
+            assert!(answer.text().contains(wanted), "{answer}");
+            assert_eq!(answer.header("connection"), Some("close"));
+            client.wait_closed()?;
+        }
+    }
+    // And the calls without a body.
+    for _ in 0..10 {
+        let mut stream = vm.connect(API_PORT)?;
+        stream.write_all(
+            b"GET /v1/status HTTP/1.1\r\nHost: localhost\r\nUser-Agent: Go-http-client/1.1\r\n\
+              Accept-Encoding: gzip\r\nConnection: close\r\n\r\n",
+        )?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        assert!(
+            answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("\r\n\r\n{\"ok\":true}")
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,587 @@
+//! Sessions: `GET /v1/ws/exec` with a plain client that sees every frame.
+
+use std::{
+    io::Write,
+    os::unix::net::UnixStream,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use pigeon_lab::{
+    Vm,
+    disk::{Image, Tree},
+    http::Client,
+    vsock::API_PORT,
+    ws::{self, BINARY, CONTINUATION, Ended, Frame, LAST, PING, PONG, Socket, TEXT},
+};
+use serde_json::{Value, json};
+
+/// Generous: other VMs may run beside this one.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// A VM whose workload does nothing, for ever.
+fn boot() -> Result<(Vm, Image)> {
+    let root = Image::ext4(&Tree::busybox()?, 48)?;
+    let config = json!({
+        "ExecOverride": ["/bin/sleep", "100000"],
+        "UserOverride": "app",
+        "ExtraEnv": {"FROM_CONFIG": "yes", "OTHER": "workload"},
+    });
+    let mut vm = Vm::builder()
+        .config(&config)
+        .disk(&root)
+        .patience(PATIENCE)
+        .boot()?;
+    vm.wait_for("workload started")?;
+    vm.connect(API_PORT)?;
+    Ok((vm, root))
+}
+
+/// A session that has got its first message.
+fn session(vm: &mut Vm, first: &Value) -> Result<Socket> {
+    let mut socket = Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec")?;
+    socket.text(first)?;
+    Ok(socket)
+}
+
+/// A session of a shell script without a terminal.
+fn script(vm: &mut Vm, script: &str) -> Result<Socket> {
+    session(
+        vm,
+        &json!({"command": ["/bin/sh", "-c", script], "tty": false}),
+    )
+}
+
+/// A session of an interactive shell.
+fn terminal(vm: &mut Vm, first: &Value) -> Result<Socket> {
+    let mut message = json!({"command": ["/bin/sh"], "tty": true, "env": ["PS1=pigeon> "]});
+    let members = first.as_object().into_iter().flatten();
+    members.for_each(|(name, value)| message[name] = value.clone());
+    let mut socket = session(vm, &message)?;
+    socket.output_with("pigeon> ")?;
+    Ok(socket)
+}
+
+/// How a session ends well.
+fn exit(code: Value, signal: Value, output: &str) -> Ended {
+    Ended {
+        output: output.into(),
+        message: Some(json!({"Exit": {"code": code, "signal": signal}})),
+        close: Some(1000),
+    }
+}
+
+/// What a shell command prints, by way of the other call.
+fn shell(api: &mut Client<UnixStream>, script: &str) -> Result<String> {
+    let answer = api.post("/v1/exec", &json!({"cmd": ["/bin/sh", "-c", script]}))?;
+    let answer = answer.success()?.json()?;
+    Ok(answer["stdout"].as_str().unwrap_or_default().into())
+}
+
+/// Waits until a shell command in the guest prints something that satisfies `wanted`.
+fn wait_until(
+    api: &mut Client<UnixStream>,
+    command: &str,
+    mut wanted: impl FnMut(&str) -> bool,
+) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        let output = shell(api, command)?;
+        if wanted(&output) {
+            return Ok(());
+        }
+        ensure!(start.elapsed() < PATIENCE, "{command} still says {output}");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Waits until no process has this command line.
+fn wait_gone(api: &mut Client<UnixStream>, pattern: &str) -> Result<()> {
+    wait_until(
+        api,
+        &format!("ps -o args | grep -E '{pattern}'"),
+        str::is_empty,
+    )
+}
+
+/// PID 1's memory in KiB.
+fn memory(api: &mut Client<UnixStream>) -> Result<u64> {
+    let out = shell(api, "awk '/^Pss:/ {print $2}' /proc/1/smaps_rollup")?;
+    Ok(out.trim_end().parse()?)
+}
+
+#[test]
+fn without_a_terminal_output_comes_first_then_the_exit_then_the_close() -> Result<()> {
+    let (mut vm, _root) = boot()?;
+    let vm = &mut vm;
+
+    let merged = script(vm, "echo out; echo err >&2; echo out again; exit 5")?.wait_end()?;
+    assert_eq!(merged, exit(json!(5), Value::Null, "out\nerr\nout again\n"));
+    let killed = script(vm, "echo before; kill -KILL $$")?.wait_end()?;
+    assert_eq!(killed, exit(Value::Null, json!(9), "before\n"));
+    let told = json!({
+        "command": ["sh", "-c", "id; pwd; echo $FROM_CONFIG $OTHER $TERM; test -t 1 || echo no terminal"],
+        "env": ["OTHER=told"], "cwd": "/tmp", "user": "app:staff", "unknown": {"x": []},
+    });
+    assert_eq!(
+        session(vm, &told)?.wait_end()?,
+        exit(
+            json!(0),
+            Value::Null,
+            "uid=1000(app) gid=50(staff) groups=50(staff)\n/tmp\nyes told\nno terminal\n"
+        )
+    );
+
+    // Standard input and its end.
+    let mut cat = session(vm, &json!({"command": ["cat"]}))?;
+    cat.binary(b"one ")?;
+    assert_eq!(cat.output_with("one ")?, "one ");
+    cat.binary(b"")?;
+    cat.binary(b"two\0\xff")?;
+    cat.text(&json!({"stdin": "eof"}))?;
+    let two = cat.wait_end()?;
+    assert_eq!(
+        (two.output.as_slice(), two.close),
+        (&b"two\0\xff"[..], Some(1000))
+    );
+    let mut none = session(vm, &json!({"command": ["wc", "-c"]}))?;
+    none.text(&json!({"stdin": "eof"}))?;
+    // Input after the end goes nowhere, and harms nobody; a size without a terminal neither.
+    none.binary(b"late")?;
+    none.text(&json!({"cols": 80, "rows": 25}))?;
+    none.text(&json!({"stdin": "eof"}))?;
+    assert_eq!(none.wait_end()?, exit(json!(0), Value::Null, "0\n"));
+    // Input that nobody reads.
+    let mut deaf = script(vm, "exec <&-; echo closed; sleep 1; echo end")?;
+    deaf.output_with("closed\n")?;
+    deaf.binary(&[b'x'; 100_000])?;
+    deaf.binary(b"more")?;
+    assert_eq!(deaf.wait_end()?, exit(json!(0), Value::Null, "end\n"));
+
+    // A grandchild that keeps the output open does not keep the session open.
+    let left = script(vm, "(sleep 8881; echo never) & echo started")?.wait_end()?;
+    assert_eq!(left, exit(json!(0), Value::Null, "started\n"));
+
+    // Much output: all of it, and the command's end after it.
+    let seq: String = (1..=1_000_000)
+        .map(|number| format!("{number}\n"))
+        .collect();
+    let all = session(vm, &json!({"command": ["seq", "1", "1000000"]}))?.wait_end()?;
+    assert_eq!(all.output.len(), seq.len());
+    assert!(all == exit(json!(0), Value::Null, &seq));
+    Ok(())
+}
+
+#[test]
+fn eight_mebibytes_go_through_cat_and_come_back_unharmed() -> Result<()> {
+    const SIZE: usize = 8 << 20;
+    // What is under way at once: the device between host and guest knows no more both ways.
+    const AHEAD: usize = 192 << 10;
+    let (mut vm, _root) = boot()?;
+    let mut random = 1u32;
+    let bytes: Vec<u8> = (0..SIZE)
+        .map(|_| {
+            random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (random >> 24) as u8
+        })
+        .collect();
+    let mut cat = session(&mut vm, &json!({"command": ["cat"], "tty": false}))?;
+    let (mut sent, mut size, mut back) = (0, 1, vec![]);
+    while back.len() < SIZE {
+        // Messages of all sizes up to the largest one.
+        while sent < SIZE && sent - back.len() < AHEAD {
+            let message = &bytes[sent..SIZE.min(sent + size)];
+            cat.binary(message)?;
+            sent += message.len();
+            size = (size * 3 + 1) % ((128 << 10) + 1);
+        }
+        back.extend(cat.output_until(|output| !output.is_empty())?);
+    }
+    assert!(back == bytes, "not what was sent");
+    cat.text(&json!({"stdin": "eof"}))?;
+    assert_eq!(cat.wait_end()?, exit(json!(0), Value::Null, ""));
+    Ok(())
+}
+
+#[test]
+fn a_terminal_is_one_to_the_last_key() -> Result<()> {
+    let (mut vm, _root) = boot()?;
+    let vm = &mut vm;
+
+    let mut shell = terminal(vm, &json!({"cols": 100, "rows": 37}))?;
+    let mut ask = |question: &str, answer: &str| -> Result<String> {
+        shell.binary(format!("{question}\n").as_bytes())?;
+        shell.output_with(answer)?;
+        shell.output_with("pigeon> ")
+    };
+    ask("stty size", "37 100\r\n")?;
+    ask(
+        "echo TERM is $TERM, $FROM_CONFIG",
+        "TERM is xterm-256color, yes\r\n",
+    )?;
+    ask(
+        "test -t 0 && test -t 1 && test -t 2 && echo thr''ee",
+        "three\r\n",
+    )?;
+    ask("echo controlling >/dev/tty", "controlling\r\n")?;
+    // Its own session, led by the shell: the pid is the session's number.
+    ask(
+        "set -- $(cat /proc/$$/stat); test $1 = $6 && test $7 != 0 && echo lea''der",
+        "leader\r\n",
+    )?;
+    Ok(())
+}
+
+#[test]
+fn a_terminal_is_resized_interrupted_and_ended() -> Result<()> {
+    let (mut vm, _root) = boot()?;
+    let vm = &mut vm;
+    let mut api = vm.api()?;
+
+    // A new size is the terminal's, and its group is told.
+    let watch = "trap 'stty size' WINCH; stty size; while :; do sleep 0.1; done";
+    let first = json!({"command": ["sh", "-c", watch], "tty": true, "cols": 80, "rows": 24});
+    let mut watcher = session(vm, &first)?;
+    watcher.output_with("24 80\r\n")?;
+    watcher.text(&json!({"cols": 132, "rows": 50}))?;
+    watcher.output_with("50 132\r\n")?;
+    watcher.text(&json!({"rows": 51, "cols": 133}))?;
+    watcher.output_with("51 133\r\n")?;
+    // Ctrl-C kills what runs.
+    watcher.binary(b"\x03")?;
+    let end = watcher.wait_end()?;
+    assert_eq!(
+        end.message,
+        Some(json!({"Exit": {"code": null, "signal": 2}}))
+    );
+    assert_eq!((end.close, end.text().as_str()), (Some(1000), "^C"));
+
+    // In an interactive shell only what it runs; the shell says how that ended.
+    let mut shell = terminal(vm, &json!({}))?;
+    shell.binary(b"sleep 8882\n")?;
+    wait_until(&mut api, "ps -o args | grep -E '^sleep 8882'", |out| {
+        !out.is_empty()
+    })?;
+    shell.binary(b"\x03")?;
+    shell.output_with("pigeon> ")?;
+    shell.binary(b"echo status $?\n")?;
+    shell.output_with("status 130\r\n")?;
+    shell.output_with("pigeon> ")?;
+    shell.binary(b"exit 42\n")?;
+    let end = shell.wait_end()?;
+    assert_eq!(
+        end.message,
+        Some(json!({"Exit": {"code": 42, "signal": null}}))
+    );
+    assert_eq!(end.close, Some(1000));
+
+    // The end of input is the key for it.
+    let mut cat = session(vm, &json!({"command": ["cat"], "tty": true}))?;
+    cat.binary(b"line\n")?;
+    cat.output_with("line\r\nline\r\n")?;
+    cat.text(&json!({"stdin": "eof"}))?;
+    assert_eq!(cat.wait_end()?, exit(json!(0), Value::Null, ""));
+
+    // All output of a terminal comes before its end, too.
+    let first = json!({"command": ["seq", "1", "100000"], "tty": true});
+    let all = session(vm, &first)?.wait_end()?;
+    let seq: String = (1..=100_000)
+        .map(|number| format!("{number}\r\n"))
+        .collect();
+    assert_eq!(all.output.len(), seq.len());
+    assert!(all == exit(json!(0), Value::Null, &seq));
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_started_is_an_error_and_a_close_of_1011() -> Result<()> {
+    let (mut vm, _root) = boot()?;
+    for (first, word) in [
+        (json!({"command": ["no-such-command"]}), "no-such-command"),
+        (
+            json!({"command": ["no-such-command"], "tty": true}),
+            "no-such-command",
+        ),
+        (json!({"command": ["/etc/passwd"]}), "EACCES"),
+        (json!({"command": ["id"], "user": "nosuch"}), "nosuch"),
+        (
+            json!({"command": ["id"], "cwd": "/etc/passwd"}),
+            "/etc/passwd",
+        ),
+        (json!({"command": []}), "command"),
+        (json!({"command": [""]}), "command"),
+        (json!({"command": "id"}), "command"),
+        (json!({"cmd": ["id"]}), "command"),
+        (json!({"command": ["id"], "tty": "yes"}), "tty"),
+        (
+            json!({"command": ["id"], "tty": true, "cols": 70000}),
+            "cols",
+        ),
+        (json!([]), ""),
+    ] {
+        let end = session(&mut vm, &first)?.wait_end()?;
+        let message = end.message.clone().unwrap_or_default();
+        let message = message["Error"]["message"]
+            .as_str()
+            .unwrap_or_else(|| panic!("{first}"));
+        assert!(message.contains(word), "{first}: {message}");
+        assert_eq!(
+            (end.close, end.text().as_str()),
+            (Some(1011), ""),
+            "{first}"
+        );
+    }
+    for (first, payload) in [
+        (TEXT, &b"{\"command\":[\"id\"]"[..]),
+        (TEXT, b""),
+        (BINARY, b"ls"),
+    ] {
+        let mut socket = Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec")?;
+        socket.send(first, payload)?;
+        let end = socket.wait_end()?;
+        assert!(end.message.unwrap_or_default()["Error"]["message"].is_string());
+        assert_eq!(end.close, Some(1011));
+    }
+    Ok(())
+}
+
+#[test]
+fn frames_come_in_pieces_with_pings_between_and_a_close_kills_the_group() -> Result<()> {
+    let (mut vm, _root) = boot()?;
+    let mut api = vm.api()?;
+
+    // Everything in one write, the handshake too; then byte by byte.
+    let message = br#"{"command":["cat"]}"#;
+    let mut frames = [
+        ws::frame(TEXT & !LAST, &message[..5]),
+        ws::frame(PING, b"between"),
+        ws::frame(CONTINUATION, b""),
+        ws::frame(PONG, b"unasked"),
+        ws::frame(CONTINUATION | LAST, &message[5..]),
+        ws::frame(BINARY & !LAST, b"in "),
+        ws::frame(CONTINUATION, b"three "),
+        ws::frame(PING, &[7; 125]),
+        ws::frame(CONTINUATION | LAST, b"parts"),
+    ]
+    .concat();
+    for at_once in [true, false] {
+        let mut stream = vm.connect(API_PORT)?;
+        let mut request = String::from("GET /v1/ws/exec HTTP/1.1\r\nHost: x\r\n");
+        for (name, value) in ws::handshake() {
+            request += &format!("{name}: {value}\r\n");
+        }
+        let all = [request.as_bytes(), b"\r\n", &frames].concat();
+        let size = if at_once { all.len() } else { 1 };
+        all.chunks(size)
+            .try_for_each(|piece| stream.write_all(piece))?;
+        let mut answer = Client::new(stream);
+        assert_eq!(answer.receive(true)?.status, 101);
+        let (mut stream, mut bytes) = answer.into_stream();
+        while !bytes.ends_with(b"parts") {
+            let mut buffer = [0; 4096];
+            let count = std::io::Read::read(&mut stream, &mut buffer)?;
+            ensure!(count > 0, "the end after {bytes:?}");
+            bytes.extend(&buffer[..count]);
+        }
+        // Pongs in order, each before what came after its ping.
+        let between = bytes
+            .windows(9)
+            .position(|part| part == b"\x8a\x07between")
+            .unwrap();
+        let long = [&[0x8a, 125][..], &[7; 125]].concat();
+        let long = bytes.windows(127).position(|part| part == long).unwrap();
+        assert!(between < long);
+    }
+    // One message in the most pieces.
+    frames = ws::frame(TEXT & !LAST, b"{\"command\":[\"cat\"]");
+    (0..2000).for_each(|_| frames.extend(ws::frame(CONTINUATION, b"")));
+    frames.extend(ws::frame(CONTINUATION | LAST, b"}"));
+    let mut socket = Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec")?;
+    socket.send_raw(&frames)?;
+    socket.binary(b"works")?;
+    socket.output_with("works")?;
+
+    // Closes: the answer has the code that came, and the group is gone.
+    for (number, (payload, code)) in [
+        (&b""[..], None),
+        (b"\x03\xe8", Some(1000)),
+        (b"\x03\xe9going away", Some(1001)),
+        (b"\x0f\xa0", Some(4000)),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let [child, parent] = [format!("sleep 50{number}1"), format!("sleep 50{number}2")];
+        let mut socket = script(&mut vm, &format!("{child} & {parent}; true"))?;
+        wait_until(
+            &mut api,
+            &format!("ps -o args | grep -E '^{child}|^{parent}'"),
+            |out| out.lines().count() == 2,
+        )?;
+        socket.send(ws::CLOSE, payload)?;
+        let end = socket.wait_end()?;
+        assert_eq!((end.message, end.close), (None, code));
+        wait_gone(&mut api, &format!("^sleep 50{number}[12]"))?;
+    }
+    // A terminal's group too, and without a close frame too.
+    for tty in [false, true] {
+        let command = "sleep 6661 & sleep 6662; true";
+        let first = json!({"command": ["sh", "-c", command], "tty": tty});
+        let socket = session(&mut vm, &first)?;
+        wait_until(&mut api, "ps -o args | grep -E '^sleep 666[12]'", |out| {
+            out.lines().count() == 2
+        })?;
+        drop(socket);
+        wait_gone(&mut api, "^sleep 666[12]")?;
+    }
+    // A message that is none of a running session's.
+    for message in ["{", "[]", r#"{"cols":"wide"}"#] {
+        let mut socket = script(&mut vm, "sleep 6663")?;
+        socket.send(TEXT, message.as_bytes())?;
+        assert!(
+            matches!(socket.wait_end()?.close, Some(1007 | 1008)),
+            "{message}"
+        );
+        wait_gone(&mut api, "^sleep 6663")?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_client_that_does_not_read_stops_its_command_and_nothing_else() -> Result<()> {
+    let (mut vm, _root) = boot()?;
+    let mut api = vm.api()?;
+    let before = memory(&mut api)?;
+    for tty in [false, true] {
+        let first = json!({"command": ["yes", "no-reader"], "tty": tty});
+        let mut stuck = session(&mut vm, &first)?;
+        // What `yes` has written stops growing.
+        let written = "awk '/^wchar/ {print $2}' /proc/$(pidof yes)/io";
+        let mut last = String::new();
+        wait_until(&mut api, &format!("{written}; sleep 1"), |now| {
+            let same = !now.trim().is_empty() && now == last;
+            last = now.into();
+            same
+        })?;
+        // Everybody else is served.
+        assert_eq!(api.get("/v1/status")?.status, 200);
+        let other = session(&mut vm, &json!({"command": ["echo", "other"]}))?.wait_end()?;
+        assert_eq!(other, exit(json!(0), Value::Null, "other\n"));
+        let during = memory(&mut api)?;
+        assert!(during < before + 600, "from {before} to {during} KiB");
+        // It goes on when it is read on, with nothing lost.
+        let some = stuck.output_until(|output| output.len() > 4 << 20)?;
+        let line = if tty {
+            &b"no-reader\r\n"[..]
+        } else {
+            b"no-reader\n"
+        };
+        let right = some.chunks(line.len()).all(|part| line.starts_with(part));
+        assert!(right, "not the same line over and over");
+        // It is stopped again, and a close is heard all the same.
+        stuck.close(1000)?;
+        wait_gone(&mut api, "^yes")?;
+        assert_eq!(stuck.wait_end()?.close, Some(1000));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_command_that_does_not_read_stops_its_client_and_nothing_else() -> Result<()> {
+    let (mut vm, _root) = boot()?;
+    let mut api = vm.api()?;
+    let before = memory(&mut api)?;
+    for tty in [false, true] {
+        let first = json!({"command": ["sleep", "7100"], "tty": tty});
+        let mut stuck = session(&mut vm, &first)?;
+        stuck
+            .stream()
+            .set_write_timeout(Some(Duration::from_secs(3)))?;
+        // Lines, which a terminal keeps for who reads it.
+        let message = b"a line of input\n".repeat(2048);
+        let sent = (0..2000)
+            .take_while(|_| stuck.binary(&message).is_ok())
+            .count();
+        assert!(sent < 200, "{sent} messages of 32 KiB went somewhere");
+        assert_eq!(api.get("/v1/status")?.status, 200);
+        let other = session(&mut vm, &json!({"command": ["echo", "other"]}))?.wait_end()?;
+        assert_eq!(other, exit(json!(0), Value::Null, "other\n"));
+        let during = memory(&mut api)?;
+        assert!(during < before + 600, "from {before} to {during} KiB");
+        // When it ends, what it has not read is nobody's, and its end is told.
+        shell(
+            &mut api,
+            "kill $(ps -o pid,args | awk '$2 == \"sleep\" {print $1}')",
+        )?;
+        let end = stuck.wait_end()?;
+        assert_eq!(
+            end.message,
+            Some(json!({"Exit": {"code": null, "signal": 15}}))
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn a_client_that_reads_late_still_gets_all_output_the_exit_and_the_close() -> Result<()> {
+    let (mut vm, _root) = boot()?;
+    let mut api = vm.api()?;
+    // Sizes around what the buffers on the way hold: somewhere the exit itself has to wait.
+    let sizes: Vec<usize> = (0..12)
+        .map(|step| (128 << 10) + step * (40 << 10))
+        .collect();
+    let sockets: Vec<_> = sizes
+        .iter()
+        .map(|size| script(&mut vm, &format!("head -c {size} /dev/zero")))
+        .collect::<Result<_>>()?;
+    // Those that fit have ended, and for longer than any limit of politeness.
+    wait_until(&mut api, "sleep 3", |_| true)?;
+    for (size, mut socket) in sizes.into_iter().zip(sockets) {
+        let end = socket.wait_end()?;
+        assert_eq!(end.output.len(), size);
+        assert_eq!(
+            end.message,
+            Some(json!({"Exit": {"code": 0, "signal": null}})),
+            "{size}"
+        );
+        assert_eq!(end.close, Some(1000), "{size}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_session_goes_with_the_workload() -> Result<()> {
+    let (mut vm, root) = boot()?;
+    let mut socket = script(&mut vm, "echo here; exec sleep 7200")?;
+    socket.output_with("here\n")?;
+    let mut api = vm.api()?;
+    api.post("/v1/signals", &json!({"signal": 15}))?.success()?;
+    assert_eq!(api.get("/v1/exit_code")?.json()?["code"], 143);
+    let end = socket.wait_end()?;
+    assert_eq!(end.output, b"");
+    assert!(matches!(end.close, None | Some(1001)), "{end:?}");
+    vm.wait_end()?;
+    root.check()
+}
+
+#[test]
+fn a_late_pong_or_ping_after_the_exit_is_no_fault() -> Result<()> {
+    let (mut vm, _root) = boot()?;
+    let mut socket = script(&mut vm, "echo x")?;
+    let mut frames = vec![];
+    while let Some(frame) = socket.next_frame()? {
+        let Frame { first, payload } = frame;
+        if first == ws::CLOSE {
+            assert_eq!(payload, 1000u16.to_be_bytes());
+            // Sent before the client had seen the close frame, as far as the server knows.
+            socket.send(PONG, b"")?;
+            socket.binary(b"late input")?;
+            socket.close(1000)?;
+        }
+        frames.push(first);
+    }
+    assert_eq!(frames, [BINARY, TEXT, ws::CLOSE]);
+    assert_eq!(vm.api()?.get("/v1/status")?.status, 200);
+    Ok(())
+}
