@@ -326,7 +326,7 @@ impl Api {
         };
         if let Some(connection) = self.connections.get_mut(connection_key) {
             let goes = connection
-                .command_ended(key, failure, &mut self.commands)
+                .command_ended(key, failure, &mut self.commands, host)
                 .and_then(|()| connection.proceed(connection_key, &mut self.commands, host));
             self.settle(connection_key, goes, host);
         }
@@ -669,7 +669,13 @@ impl Connection {
     }
 
     /// The command this connection waits for has ended.
-    fn command_ended(&mut self, key: Key, failure: Option<Line>, commands: &mut Commands) -> Goes {
+    fn command_ended(
+        &mut self,
+        key: Key,
+        failure: Option<Line>,
+        commands: &mut Commands,
+        host: &mut Host,
+    ) -> Goes {
         match (&mut self.mode, failure) {
             (Mode::Command(_), Some(why)) => {
                 commands.remove(key);
@@ -694,7 +700,9 @@ impl Connection {
                 let mut head = Line::new();
                 http::response(&mut head, Status::Ok, self.style, length, "");
                 self.mode = Mode::Answer(key, Answer { piece: 0, at: 0 });
-                self.queue(head.as_bytes())
+                self.queue(head.as_bytes())?;
+                // A short answer goes out with its head.
+                self.send_answer(commands, host).map(drop)
             }
             (Mode::Session(_), Some(why)) => {
                 commands.remove(key);

@@ -62,8 +62,6 @@ pub struct Once {
     /// When it is killed, or answered for if it was.
     pub deadline: u64,
     killed: bool,
-    /// [`CAPTURE`] bytes of each stream.
-    memory: Region,
     streams: [Stream; 2],
 }
 
@@ -71,6 +69,8 @@ pub struct Once {
 #[derive(Default)]
 struct Stream {
     pipe: Option<OwnedFd>,
+    /// [`CAPTURE`] bytes, from the first output on.
+    memory: Option<Region>,
     length: usize,
     truncated: bool,
     /// Bytes whose escaped form is counted.
@@ -138,12 +138,10 @@ fn become_command(exec: &Exec, streams: Streams, context: &mut Context, report: 
 impl Running {
     /// Starts a one-shot command.
     pub fn once(exec: &Exec, connection: Key, context: &mut Context) -> Outcome<Self> {
-        let memory = Region::new(2 * CAPTURE).map_err(why!("memory for output"))?;
-        let null = spawn::null().map_err(why!("open /dev/null"))?;
         let (output, output_end) = pipe()?;
         let (error, error_end) = pipe()?;
         let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, |report| {
-            let streams = Streams::Each([null.as_fd(), output_end.as_fd(), error_end.as_fd()]);
+            let streams = Streams::Output([output_end.as_fd(), error_end.as_fd()]);
             become_command(exec, streams, context, report)
         })?;
         let limit = if exec.timeout_ms() == 0 {
@@ -163,7 +161,6 @@ impl Running {
             kind: Kind::Once(Once {
                 deadline: context.now.saturating_add(limit),
                 killed: false,
-                memory,
                 streams: [stream(output), stream(error)],
             }),
         })
@@ -286,57 +283,24 @@ fn resize(terminal: BorrowedFd, (cols, rows): (u32, u32)) {
 }
 
 impl Once {
-    /// Reads what one of the streams has; `index` is 0 for standard output.
+    /// Reads what one of the streams has, by way of `sink`; `index` is 0 for standard output.
     pub fn read(&mut self, index: usize, sink: &mut [u8]) {
-        self.read_some(index, sink);
-    }
-
-    /// Reads once; how much came, `None` when nothing waits or the stream has ended.
-    fn read_some(&mut self, index: usize, sink: &mut [u8]) -> Option<usize> {
-        let half = self.memory.get_mut(index * CAPTURE..)?.get_mut(..CAPTURE)?;
-        let stream = self.streams.get_mut(index)?;
-        let pipe = stream.pipe.as_ref()?;
-        let room = half.get_mut(stream.length..).unwrap_or(&mut []);
-        let full = room.is_empty();
-        let room = if full { sink } else { room };
-        let limit = room.len().min(PIPE);
-        match rustix::io::read(pipe, room.get_mut(..limit).unwrap_or(&mut [])) {
-            Ok(0) => {
-                stream.pipe = None;
-                None
-            }
-            Ok(count) => {
-                if full {
-                    stream.truncated = true;
-                } else {
-                    stream.length += count;
-                    stream.count(half, false);
-                }
-                Some(count)
-            }
-            Err(Errno::AGAIN | Errno::INTR) => None,
-            Err(_) => {
-                stream.pipe = None;
-                None
-            }
+        if let Some(stream) = self.streams.get_mut(index) {
+            stream.read(sink);
         }
     }
 
     /// After the end: what is left in the pipes, which others may hold open.
     fn drain(&mut self, sink: &mut [u8]) {
-        for index in 0..2 {
+        for stream in &mut self.streams {
             let mut left = PIPE;
-            while let Some(count) = self.read_some(index, sink) {
+            while left > 0
+                && let Some(count) = stream.read(sink)
+            {
                 left = left.saturating_sub(count);
-                if left == 0 {
-                    break;
-                }
             }
-            let half = self.memory.get(index * CAPTURE..).unwrap_or(&[]);
-            if let Some(stream) = self.streams.get_mut(index) {
-                stream.pipe = None;
-                stream.count(half, true);
-            }
+            stream.pipe = None;
+            stream.count(true);
         }
     }
 
@@ -384,10 +348,7 @@ impl Once {
         let Some(stream) = self.streams.get(index) else {
             return (at, 0);
         };
-        let half = self.memory.get(index * CAPTURE..).unwrap_or(&[]);
-        while let Some((piece, length, used)) =
-            escape_next(half.get(at..stream.length).unwrap_or(&[]), true)
-        {
+        while let Some((piece, length, used)) = escape_next(stream.bytes(at), true) {
             let (Some(to), Some(from)) =
                 (room.get_mut(written..written + length), piece.get(..length))
             else {
@@ -409,14 +370,52 @@ impl Once {
 }
 
 impl Stream {
-    /// Counts the escaped form of what came, so that the answer's length is known at the end.
-    fn count(&mut self, half: &[u8], last: bool) {
-        while let Some((_, length, used)) =
-            escape_next(half.get(self.counted..self.length).unwrap_or(&[]), last)
-        {
-            self.counted += used;
-            self.escaped += length;
+    /// Reads once; how much came, `None` when nothing waits or the stream has ended.
+    fn read(&mut self, sink: &mut [u8]) -> Option<usize> {
+        match rustix::io::read(self.pipe.as_ref()?, &mut *sink) {
+            Ok(count @ 1..) => {
+                self.keep(sink.get(..count).unwrap_or(&[]));
+                self.count(false);
+                Some(count)
+            }
+            Err(Errno::AGAIN | Errno::INTR) => None,
+            Ok(_) | Err(_) => {
+                self.pipe = None;
+                None
+            }
         }
+    }
+
+    /// Keeps bytes as far as there is room for them.
+    fn keep(&mut self, bytes: &[u8]) {
+        if self.memory.is_none() {
+            self.memory = Region::new(CAPTURE).ok();
+        }
+        let memory = self.memory.as_deref_mut().unwrap_or(&mut []);
+        let room = memory.get_mut(self.length..).unwrap_or(&mut []);
+        let count = bytes.len().min(room.len());
+        room.iter_mut()
+            .zip(bytes)
+            .for_each(|(to, from)| *to = *from);
+        self.length += count;
+        self.truncated |= count < bytes.len();
+    }
+
+    /// What was kept, from byte `at` on.
+    fn bytes(&self, at: usize) -> &[u8] {
+        let memory = self.memory.as_deref().unwrap_or(&[]);
+        memory.get(at..self.length).unwrap_or(&[])
+    }
+
+    /// Counts the escaped form of what came, so that the answer's length is known at the end.
+    fn count(&mut self, last: bool) {
+        let (mut counted, mut escaped) = (self.counted, self.escaped);
+        while let Some((_, length, used)) = escape_next(self.bytes(counted), last) {
+            counted += used;
+            escaped += length;
+        }
+        self.counted = counted;
+        self.escaped = escaped;
     }
 }
 

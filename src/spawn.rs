@@ -55,6 +55,8 @@ pub fn resolve(user: &[u8], files: &mut [u8; 2 * DOCUMENT]) -> Outcome<Identity>
 pub enum Streams<'a> {
     /// Three descriptors.
     Each([BorrowedFd<'a>; 3]),
+    /// Output and error; input stays what PID 1's is: /dev/null.
+    Output([BorrowedFd<'a>; 2]),
     /// One terminal for all three, which becomes the session's controlling terminal.
     Terminal(BorrowedFd<'a>),
 }
@@ -76,14 +78,17 @@ pub fn enter_session(streams: &Streams, report: &Report) -> Outcome {
     use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
     rustix::process::setsid().map_err(why!("start a session"))?;
     let connected = (|| {
-        let [input, output, error] = match *streams {
-            Streams::Each(streams) => streams,
+        let (input, [output, error]) = match *streams {
+            Streams::Each([input, output, error]) => (Some(input), [output, error]),
+            Streams::Output(streams) => (None, streams),
             Streams::Terminal(terminal) => {
                 rustix::process::ioctl_tiocsctty(terminal)?;
-                [terminal; 3]
+                (Some(terminal), [terminal; 2])
             }
         };
-        dup2_stdin(input)?;
+        if let Some(input) = input {
+            dup2_stdin(input)?;
+        }
         dup2_stdout(output)?;
         dup2_stderr(error)
     })();
@@ -112,8 +117,6 @@ impl<'a, A: Iterator<Item = Text<'a>> + Clone> Command<'a, A> {
     }
 
     fn execute(mut self, scratch: &mut Scratch) -> Result<core::convert::Infallible, Failure> {
-        // The kernel may choose a command when memory runs out, as it may not choose PID 1.
-        let _without_proc = write_once(c"/proc/self/oom_score_adj", b"0");
         self.enter_directory()?;
         self.drop_privileges().map_err(|errno| {
             Failure(task::failure(errno, &[&"become the user"]), NOT_EXECUTABLE)
@@ -229,12 +232,6 @@ fn search(
     answer(failure)
 }
 
-/// Writes to a file of the kernel's in one call.
-pub fn write_once(path: &CStr, bytes: &[u8]) -> Result<(), Errno> {
-    let file = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
-    rustix::io::write(&file, bytes).map(drop)
-}
-
 /// The console as a command's standard input: opened anew, so that it blocks as a terminal does.
 pub fn console_input(console: &Console) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -243,6 +240,6 @@ pub fn console_input(console: &Console) -> Result<OwnedFd, Errno> {
 }
 
 /// /dev/null, for both directions.
-pub fn null() -> Result<OwnedFd, Errno> {
+fn null() -> Result<OwnedFd, Errno> {
     rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
 }

@@ -97,6 +97,8 @@ pub struct Supervisor {
     /// There are more children to reap than were reaped at once.
     reap_more: bool,
     console_watched: EventFlags,
+    /// When this turn's events came, in milliseconds.
+    now: u64,
 }
 
 /// The workload's process.
@@ -165,6 +167,7 @@ impl Supervisor {
             stop: None,
             reap_more: false,
             console_watched: EventFlags::empty(),
+            now: sys::milliseconds(),
         }
     }
 
@@ -213,15 +216,14 @@ impl Supervisor {
     /// Waits for something to happen and does what follows from it.
     fn turn(&mut self) {
         self.watch();
-        let now = sys::milliseconds();
-        let deadline = if self.reap_more {
-            Some(now)
-        } else {
-            self.deadline()
+        let timeout = match self.deadline() {
+            _ if self.reap_more => Some(0),
+            Some(deadline) => Some(deadline.saturating_sub(sys::milliseconds())),
+            None => None,
         };
-        let timeout = deadline.map(|deadline| deadline.saturating_sub(now));
         let mut events = heapless::Vec::<_, EVENTS>::new();
         self.poller.wait(timeout, &mut events);
+        self.now = sys::milliseconds();
         for (source, flags) in &events {
             match *source {
                 Source::Signals => self.read_signals(),
@@ -249,7 +251,7 @@ impl Supervisor {
                 poller: &self.poller,
                 environment: self.environment,
                 scratch: self.scratch,
-                now: sys::milliseconds(),
+                now: self.now,
             },
             workload: &mut self.workload,
             sink: self.sink,
@@ -294,13 +296,14 @@ impl Supervisor {
             | Phase::Kill(until)
             | Phase::Quiesce(_, until) => Some(until),
             // The console's driver does not tell when its last byte is out.
-            Phase::Drain(until) => Some(until.min(sys::milliseconds() + 1)),
+            Phase::Drain(until) => Some(until.min(self.now + 1)),
         };
         [phase, self.api.deadline()].into_iter().flatten().min()
     }
 
     fn read_signals(&mut self) {
-        while let Ok(signal) = sys::read_signal(self.signals.as_fd()) {
+        // One a turn: those that wait make the next turn.
+        if let Ok(signal) = sys::read_signal(self.signals.as_fd()) {
             match signal.number {
                 SIGCHLD => self.reap(),
                 // Ctrl-Alt-Del: the kernel's own SIGINT (kernel/reboot.c, ctrl_alt_del).
@@ -320,7 +323,7 @@ impl Supervisor {
         match (&self.phase, self.workload.group) {
             (Phase::Running, Some(group)) if self.stop.is_none() => {
                 let _just_ended = sys::kill_group(group, SIGTERM);
-                self.stop = Some(sys::milliseconds().saturating_add(STOP));
+                self.stop = Some(self.now.saturating_add(STOP));
             }
             (Phase::Setup(_), _) => self.fail(text!("stopped before the workload was started")),
             _ => {}
@@ -362,7 +365,7 @@ impl Supervisor {
                 if let Err(why) = task::outcome(error, status) {
                     self.console.warn(&why);
                 }
-                self.phase = Phase::Drain(sys::milliseconds().saturating_add(SILENCE));
+                self.phase = Phase::Drain(self.now.saturating_add(SILENCE));
             }
             _ => self.with_api(|api, host| {
                 api.on_exit(pid, status, host);
@@ -489,7 +492,7 @@ impl Supervisor {
         }
         self.workload.exit = Some(exit);
         self.with_api(|api, host| api.on_workload_exit(host));
-        let now = sys::milliseconds();
+        let now = self.now;
         let wait = if self.api.is_up() { self.linger } else { 0 };
         self.phase = Phase::Linger(now.saturating_add(wait));
     }
@@ -515,12 +518,12 @@ impl Supervisor {
     /// Moves on when what is waited for has happened, or has taken too long.
     fn on_time(&mut self) {
         if let Some(deadline) = self.api.deadline()
-            && deadline <= sys::milliseconds()
+            && deadline <= self.now
         {
             self.with_api(|api, host| api.on_time(host));
         }
         loop {
-            let now = sys::milliseconds();
+            let now = self.now;
             match self.phase {
                 Phase::Setup(_) => return,
                 Phase::Running => {
