@@ -19,7 +19,9 @@ usage: ./build.sh COMMAND
 
   build                       build/init, the static binary
   initrd [run.json]           build/initrd.cpio: the init, and the configuration if one is given
-  rootfs DIR|TAR OUT [SIZE]   an ext4 image of a directory or a tar file; SIZE as 64M, 1G
+  rootfs SOURCE OUT [SIZE]    an ext4 image of a container image: docker save or OCI archive, OCI
+                              folder, tar file, directory, image name; SIZE as 64M, 1G
+  pigeon ARGUMENT...          the host command: run, exec, signal, wait, status; see pigeon --help
   setup                       install and fetch what VMs need
   vendor                      the crates' sources to vendor/, which build then uses, offline
   clean                       remove all that was built; --cache: and the kernel and tools fetched
@@ -95,29 +97,28 @@ initrd() {
     say "build/initrd.cpio: $(stat -c %s build/initrd.cpio) bytes"
 }
 
-# Ownership: of a tar file, as it says; of a directory, as it is for root, and all root's otherwise.
+# As the files themselves say, whoever runs this: mkfs.ext4 works under fakeroot.
 rootfs() {
-    (($# >= 2)) || die "usage: ./build.sh rootfs DIR|TAR OUT [SIZE]"
-    local source=$1 out=$2 size=${3-} stage as=(fakeroot --)
-    [[ -e $source ]] || die "there is no $source"
+    (($# >= 2)) || die "usage: ./build.sh rootfs SOURCE OUT [SIZE]"
+    need_rust
     need mkfs.ext4=e2fsprogs fakeroot=fakeroot
-    stage=$(mktemp -d)
-    # shellcheck disable=SC2064 # the name of now
-    trap "rm -rf '$stage'" EXIT
-    if [[ -d $source && $EUID == 0 ]]; then as=(); fi
-    # shellcheck disable=SC2016 # expanded by the inner shell
-    PATH=$PATH:/usr/sbin:/sbin "${as[@]}" bash -euc '
-        source=$1 out=$2 size=$3 stage=$4
-        if [[ ! -d $source ]]; then
-            tar --extract --same-permissions --file "$source" --directory "$stage"
-            source=$stage
-        fi
-        # A quarter more than the files take, for metadata, and some room.
-        [[ $size ]] || size=$(($(du -s --block-size=1M "$source" | cut -f1) * 5 / 4 + 16))M
-        rm -f "$out"
-        mkfs.ext4 -q -E root_owner=0:0 -d "$source" "$out" "$size" >/dev/null
-    ' bash "$source" "$out" "$size" "$stage"
-    say "$out: $(stat -c %s "$out") bytes"
+    pigeon_command rootfs "$@"
+}
+
+# pigeon_command ARGUMENT...: the host command, built.
+pigeon_command() {
+    cargo build "${lab[@]}" --quiet --package pigeon
+    "${CARGO_TARGET_DIR:-tests/target}/debug/pigeon" "$@"
+}
+
+# The host command; with what a VM needs, when it is to boot one.
+pigeon() {
+    need_rust
+    if [[ ${1-} == run ]]; then
+        [[ -e build/initrd.cpio ]] || initrd ''
+        setup
+    fi
+    pigeon_command "$@"
 }
 
 setup() {
@@ -147,10 +148,10 @@ run_tests() {
     # An error's text says where it comes from; its backtrace is the test runner's.
     export RUST_LIB_BACKTRACE=0
     say "unit tests of the lab"
-    cargo test "${lab[@]}" --lib --bins
-    cargo test "${lab[@]}" --doc
+    cargo test "${lab[@]}" --workspace --lib --bins
+    cargo test "${lab[@]}" --workspace --doc
     say "VM tests (consoles are kept in build/logs)"
-    cargo test "${lab[@]}" --test '*' -- "$@"
+    cargo test "${lab[@]}" --workspace --test '*' -- "$@"
 }
 
 bench() {
@@ -171,7 +172,7 @@ clean() {
 }
 
 case ${1-} in
-    build | rootfs | setup | run | bench | vendor | clean) "$@" ;;
+    build | rootfs | pigeon | setup | run | bench | vendor | clean) "$@" ;;
     initrd) initrd "${2-}" ;;
     test) run_tests "${@:2}" ;;
     help | -h | --help) help ;;

@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+pub use pigeon::machine::Disk;
 use tempfile::{NamedTempFile, TempDir, TempPath};
 
 use crate::{assets, process::run};
@@ -209,44 +210,9 @@ impl Image {
 /// Everything is initialised now: a guest kernel would do the rest later, in the middle of a test.
 const MKFS: &str = "nodiscard,lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0";
 
-/// How a guest gets an image: as its next virtio block device.
-#[derive(Clone)]
-pub struct Disk {
-    pub(crate) path: PathBuf,
-    pub(crate) read_only: bool,
-    pub(crate) blkdebug: Option<String>,
-}
-
 impl From<&Image> for Disk {
     fn from(image: &Image) -> Disk {
         Disk::file(image.path())
-    }
-}
-
-impl Disk {
-    /// A disk that is the file at `path`.
-    pub fn file(path: &Path) -> Disk {
-        Disk {
-            path: path.into(),
-            read_only: false,
-            blkdebug: None,
-        }
-    }
-
-    /// The guest cannot write it.
-    pub fn read_only(self) -> Disk {
-        Disk {
-            read_only: true,
-            ..self
-        }
-    }
-
-    /// Fails as the blkdebug configuration says (QEMU docs/devel/blkdebug.txt).
-    pub fn blkdebug(self, config: &str) -> Disk {
-        Disk {
-            blkdebug: Some(config.into()),
-            ..self
-        }
     }
 }
 

@@ -20,20 +20,15 @@
 //! (and always when a test asks for what Firecracker cannot do) on QEMU's `microvm` machine.
 //! Everything is synchronous, and nothing outlives the process that started it.
 
-pub mod assets;
 pub mod disk;
 pub mod guest;
-pub mod http;
-pub mod initrd;
 pub mod mmds;
 pub mod net;
 pub mod process;
-pub mod qmp;
 pub mod relay;
 pub mod serial;
-pub mod tsc;
 pub mod vm;
-pub mod vsock;
 pub mod ws;
 
+pub use pigeon::{assets, http, initrd, qmp, tsc, vsock};
 pub use vm::{End, Vm};

@@ -1,121 +1,15 @@
-//! Host processes that end with the process that started them.
+//! Host processes, and how many VMs run at once.
 
 use std::{
     fs::{self, File, TryLockError},
-    io,
-    os::unix::process::CommandExt,
-    process::{Child, Command, ExitStatus, Output, Stdio},
-    sync::{LazyLock, mpsc},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
-use rustix::process::{Signal, set_parent_process_death_signal};
+use anyhow::Result;
+pub use pigeon::process::{Process, run};
 
 use crate::assets;
-
-/// A child process, killed when dropped, and by the kernel should this process die first.
-pub struct Process {
-    child: Child,
-    name: String,
-}
-
-impl Process {
-    /// Starts `command` in a process group of its own, where a terminal's Ctrl-C does not reach it.
-    /// Its standard streams are as the command says.
-    pub fn spawn(mut command: Command) -> Result<Process> {
-        command.process_group(0);
-        let name = command.get_program().to_string_lossy().into_owned();
-        let (reply, child) = mpsc::channel();
-        SPAWNER
-            .send((command, reply))
-            .expect("the spawner never ends");
-        let child = child
-            .recv()?
-            .with_context(|| format!("unable to start {name}"))?;
-        Ok(Process { child, name })
-    }
-
-    /// The process itself: its id and its piped streams.
-    pub fn child(&mut self) -> &mut Child {
-        &mut self.child
-    }
-
-    /// How it ended, or None while it runs.
-    pub fn status(&mut self) -> Result<Option<ExitStatus>> {
-        self.child
-            .try_wait()
-            .with_context(|| format!("unable to wait for {}", self.name))
-    }
-
-    /// Waits at most `timeout` for its end; None when it still runs then.
-    pub fn wait(&mut self, timeout: Duration) -> Result<Option<ExitStatus>> {
-        let deadline = Instant::now() + timeout;
-        loop {
-            match self.status()? {
-                None if Instant::now() < deadline => thread::sleep(Duration::from_millis(5)),
-                status => return Ok(status),
-            }
-        }
-    }
-
-    /// SIGKILL, and the wait for it to take effect.
-    pub fn kill(&mut self) {
-        // Both fail only for a process that has ended, which is what is wanted.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-type Job = (Command, mpsc::Sender<io::Result<Child>>);
-
-/// PR_SET_PDEATHSIG is about the *thread* that forked: a child started by one test's thread would
-/// be killed at that test's end, even when the next test still uses it. So one thread that lives
-/// as long as the process starts them all.
-static SPAWNER: LazyLock<mpsc::Sender<Job>> = LazyLock::new(|| {
-    let (sender, jobs) = mpsc::channel::<Job>();
-    thread::spawn(move || {
-        for (mut command, reply) in jobs {
-            // SAFETY: prctl(2) is async-signal-safe and the closure touches no memory of ours.
-            unsafe {
-                command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
-            }
-            // Nobody waits for the answer only when the asking thread has died: drop the child.
-            if let Err(mpsc::SendError(Ok(mut orphan))) = reply.send(command.spawn()) {
-                let _ = orphan.kill();
-            }
-        }
-    });
-    sender
-});
-
-/// Runs a tool to its end and returns what it printed; an error holds its output.
-pub fn run(command: &mut Command) -> Result<String> {
-    let Output {
-        status,
-        mut stdout,
-        stderr,
-    } = command
-        .stdin(Stdio::null())
-        .env("LC_ALL", "C")
-        .output()
-        .with_context(|| format!("unable to start {}", command.get_program().display()))?;
-    if !status.success() {
-        stdout.extend(stderr);
-        bail!(
-            "{command:?}: {status}\n{}",
-            String::from_utf8_lossy(&stdout).trim_end()
-        );
-    }
-    Ok(String::from_utf8_lossy(&stdout).into_owned())
-}
 
 /// The right to run one VM. There are few on a machine, whichever processes ask for them.
 pub struct Slot {
@@ -146,38 +40,5 @@ impl Slot {
             }
             thread::sleep(Duration::from_millis(20));
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_process_outlives_the_thread_that_asked_for_it() {
-        let mut sleep = Command::new("sleep");
-        sleep.arg("60");
-        let mut process = thread::spawn(|| Process::spawn(sleep).unwrap())
-            .join()
-            .unwrap();
-        assert!(process.wait(Duration::from_millis(50)).unwrap().is_none());
-    }
-
-    #[test]
-    fn a_dropped_process_is_gone() {
-        let mut sleep = Command::new("sleep");
-        sleep.arg("60");
-        let mut process = Process::spawn(sleep).unwrap();
-        let proc = format!("/proc/{}", process.child().id());
-        assert!(fs::exists(&proc).unwrap());
-        drop(process);
-        assert!(!fs::exists(&proc).unwrap());
-    }
-
-    #[test]
-    fn a_failed_tool_says_what_it_printed() {
-        let error = run(Command::new("sh").args(["-c", "echo out; echo err >&2; exit 3"]));
-        let error = error.unwrap_err().to_string();
-        assert!(error.contains("exit status: 3\nout\nerr"), "{error}");
     }
 }

@@ -2,22 +2,33 @@
 //! (Firecracker docs/vsock.md; vhost-device-vsock speaks the same.)
 
 use std::{
-    io::{Read, Write},
+    io::{self, Read, Write},
     os::unix::net::UnixStream,
     path::Path,
     time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use crate::Error;
 
 /// The port of pigeon-init's API.
 pub const API_PORT: u32 = 10_000;
 
+/// Bytes of an answer to the handshake: `OK ` and a number of 32 bits.
+const MAX_ANSWER: usize = 32;
+
 /// One try to reach `port` in the guest. It fails while the guest has no driver or no listener
 /// there; `timeout` bounds the handshake, and every read of the returned stream.
-pub fn connect(socket: &Path, port: u32, timeout: Duration) -> Result<UnixStream> {
-    let mut stream = UnixStream::connect(socket)
-        .with_context(|| format!("unable to connect to {}", socket.display()))?;
+pub fn connect(socket: &Path, port: u32, timeout: Duration) -> Result<UnixStream, Error> {
+    let mut stream = UnixStream::connect(socket).map_err(|source| Error::NoVm {
+        uds: socket.into(),
+        source,
+    })?;
+    let listening = handshake(&mut stream, port, timeout);
+    listening.map_err(|source| Error::NotListening { port, source })?;
+    Ok(stream)
+}
+
+fn handshake(stream: &mut UnixStream, port: u32, timeout: Duration) -> io::Result<()> {
     stream.set_read_timeout(Some(timeout))?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
     // Byte by byte: what follows the line is the guest's.
@@ -26,20 +37,21 @@ pub fn connect(socket: &Path, port: u32, timeout: Duration) -> Result<UnixStream
         let mut byte = [0];
         stream
             .read_exact(&mut byte)
-            .with_context(|| format!("guest port {port}"))?;
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::UnexpectedEof => io::Error::other("the handshake was not answered"),
+                io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+                _ => error,
+            })?;
         line.push(byte[0]);
-        ensure!(
-            line.len() < 32,
-            "not a handshake: {:?}",
-            line.escape_ascii().to_string()
-        );
+        if line.len() > MAX_ANSWER {
+            break;
+        }
     }
-    ensure!(
-        line.starts_with(b"OK "),
-        "refused: {:?}",
-        line.escape_ascii().to_string()
-    );
-    Ok(stream)
+    if !line.starts_with(b"OK ") {
+        let line = line.escape_ascii();
+        return Err(io::Error::other(format!("not a handshake: \"{line}\"")));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -36,7 +36,8 @@ const MODULES: [&str; 5] = [
 /// The repository this crate is part of.
 pub fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
+        .ancestors()
+        .nth(2)
         .expect("the crate lies in the repository")
 }
 

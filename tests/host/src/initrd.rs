@@ -3,7 +3,10 @@
 
 use std::{collections::BTreeMap, io};
 
+use anyhow::Result;
 use cpio::newc::{self, Builder, ModeFileType};
+
+use crate::assets::Kernel;
 
 /// An archive in the making. Its bytes depend on nothing but the entries: they are sorted, owned
 /// by root, and without times.
@@ -33,6 +36,24 @@ impl Initrd {
             },
         );
         self
+    }
+
+    /// Adds a kernel's modules and the list by which pigeon-init loads them.
+    pub fn modules(&mut self, kernel: &Kernel) -> Result<&mut Self> {
+        let mut list = String::new();
+        for (name, contents) in kernel.modules()? {
+            let path = format!("/pigeon/lib/{name}");
+            list += &format!("{path}\n");
+            self.file(&path, 0o644, contents);
+        }
+        Ok(self.file("/pigeon/modules", 0o644, list))
+    }
+
+    /// Another archive with these files on top.
+    pub fn on_top_of(&self, mut archive: Vec<u8>) -> Vec<u8> {
+        archive.resize(archive.len().next_multiple_of(4), 0);
+        archive.extend(self.archive());
+        archive
     }
 
     /// The archive. Several of them back to back make one initramfs; a later file replaces an

@@ -13,14 +13,8 @@ use std::{
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::{End, GUEST_CID, GUEST_MAC, Machine, Nic, Plan, TAP, beside_tap};
-use crate::{
-    assets,
-    net::{self, Traffic},
-    process::Process,
-    qmp::Qmp,
-    tsc,
-};
+use super::{End, GUEST_CID, GUEST_MAC, LONE_TAP, Machine, Nic, Spec, beside_tap};
+use crate::{assets, process::Process, qmp::Qmp, tsc};
 
 /// TSC of a guest in deterministic time: one instruction is one nanosecond.
 const DETERMINISTIC_KHZ: u64 = 1_000_000;
@@ -32,46 +26,39 @@ struct Qemu {
     _vsock: Option<Process>,
 }
 
-pub(super) fn start(plan: &Plan) -> Result<(Box<dyn Machine>, Traffic)> {
-    let vsock = plan
+pub(super) fn start(spec: &Spec) -> Result<Box<dyn Machine>> {
+    let vsock = spec
         .vsock
         .is_some()
-        .then(|| start_vsock(plan))
+        .then(|| start_vsock(spec))
         .transpose()?;
-    let traffic = match &plan.builder.nic {
-        Nic::Cable(mmds) => net::attach(&plan.dir.join("net.sock"), mmds.clone())?,
-        Nic::None | Nic::Tap => Traffic::default(),
-    };
     let mut command = Command::new(assets::tool("qemu-system-x86_64")?);
-    command.args(arguments(plan)?);
-    if let Nic::Tap = plan.builder.nic {
+    command.args(arguments(spec)?);
+    if spec.nic == Nic::LoneTap {
         command = beside_tap(&command)?;
     }
-    let log = fs::File::create(plan.dir.join("qemu.log"))?;
+    let log = fs::File::create(spec.dir.join("qemu.log"))?;
     command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(log);
     let mut process = Process::spawn(command)?;
-    let qmp = connect(plan, &mut process).or_else(|error| {
-        let said = fs::read_to_string(plan.dir.join("qemu.log"))?;
+    let qmp = connect(spec, &mut process).or_else(|error| {
+        let said = fs::read_to_string(spec.dir.join("qemu.log"))?;
         Err(error.context(format!("QEMU does not start: {}", said.trim_end())))
     })?;
-    Ok((
-        Box::new(Qemu {
-            process,
-            qmp,
-            _vsock: vsock,
-        }),
-        traffic,
-    ))
+    Ok(Box::new(Qemu {
+        process,
+        qmp,
+        _vsock: vsock,
+    }))
 }
 
 /// Waits for QEMU's monitor.
-fn connect(plan: &Plan, process: &mut Process) -> Result<Qmp> {
+fn connect(spec: &Spec, process: &mut Process) -> Result<Qmp> {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
-        match UnixStream::connect(plan.dir.join("qmp.sock")) {
+        match UnixStream::connect(spec.dir.join("qmp.sock")) {
             Ok(stream) => return Qmp::new(stream),
             Err(error) if Instant::now() > deadline => return Err(error.into()),
             Err(_) => thread::sleep(Duration::from_millis(5)),
@@ -83,15 +70,15 @@ fn connect(plan: &Plan, process: &mut Process) -> Result<Qmp> {
 }
 
 /// Starts the vhost-user device behind the guest's vsock and waits for its socket.
-fn start_vsock(plan: &Plan) -> Result<Process> {
-    let socket = plan.dir.join("vhost.sock");
-    let log = fs::File::create(plan.dir.join("vhost.log"))?;
+fn start_vsock(spec: &Spec) -> Result<Process> {
+    let socket = spec.dir.join("vhost.sock");
+    let log = fs::File::create(spec.dir.join("vhost.log"))?;
     let mut command = Command::new(assets::vhost_device_vsock()?);
     command
         .args(["--guest-cid", &GUEST_CID.to_string(), "--socket"])
         .arg(&socket)
         .arg("--uds-path")
-        .args(&plan.vsock)
+        .args(&spec.vsock)
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log);
@@ -101,7 +88,7 @@ fn start_vsock(plan: &Plan) -> Result<Process> {
     while !is_listening(&socket)? {
         let ended = process.status()?;
         if ended.is_some() || Instant::now() > deadline {
-            let said = fs::read_to_string(plan.dir.join("vhost.log"))?;
+            let said = fs::read_to_string(spec.dir.join("vhost.log"))?;
             bail!("the vsock device does not start: {ended:?} {said}");
         }
         thread::sleep(Duration::from_millis(5));
@@ -120,17 +107,16 @@ fn is_listening(socket: &Path) -> Result<bool> {
         .any(|line| line.ends_with(path) && line.split_whitespace().nth(3) == Some(LISTENING)))
 }
 
-fn arguments(plan: &Plan) -> Result<Vec<String>> {
-    let wish = plan.builder;
+fn arguments(spec: &Spec) -> Result<Vec<String>> {
     let path = |name: &str| {
-        let path = plan.dir.join(name);
+        let path = spec.dir.join(name);
         anyhow::Ok(option_value(path.to_str().context("not UTF-8")?))
     };
     let mut line: Vec<String> = Vec::new();
     let mut add = |words: &[&str]| line.extend(words.iter().map(|word| word.to_string()));
 
     // The stock kernel finds virtio-mmio devices by ACPI alone.
-    let backend = if plan.vsock.is_some() {
+    let backend = if spec.vsock.is_some() {
         ",memory-backend=mem0"
     } else {
         ""
@@ -151,9 +137,9 @@ fn arguments(plan: &Plan) -> Result<Vec<String>> {
     add(&["-global", "virtio-mmio.force-legacy=false"]);
     add(&[
         "-m",
-        &format!("{}M", wish.memory_mib),
+        &format!("{}M", spec.memory_mib),
         "-smp",
-        &wish.cpus.to_string(),
+        &spec.cpus.to_string(),
     ]);
     add(&[
         "-chardev",
@@ -167,31 +153,31 @@ fn arguments(plan: &Plan) -> Result<Vec<String>> {
     ]);
 
     // With neither PIT nor HPET there is nothing to calibrate the TSC against.
-    let khz = if wish.deterministic {
+    let khz = if spec.deterministic {
         DETERMINISTIC_KHZ
     } else {
         tsc::khz()
     };
     let mut specific = format!("tsc_early_khz={khz} tsc=reliable no_timer_check");
-    if wish.deterministic {
+    if spec.deterministic {
         specific += " nokaslr norandmaps";
         add(&["-icount", "shift=0,sleep=off", "-seed", "1"]);
         // A disk request is on its way before the guest goes idle, and its clock ahead.
         add(&["-global", "virtio-mmio.ioeventfd=off"]);
         add(&["-rtc", "base=2026-01-01T00:00:00,clock=vm"]);
     }
-    add(&["-kernel", plan.kernel.to_str().context("not UTF-8")?]);
-    add(&["-initrd", plan.initrd.to_str().context("not UTF-8")?]);
-    add(&["-append", &plan.command_line(&specific)]);
+    add(&["-kernel", spec.kernel.to_str().context("not UTF-8")?]);
+    add(&["-initrd", spec.initrd.to_str().context("not UTF-8")?]);
+    add(&["-append", &spec.command_line(&specific)]);
 
-    if wish.i8042 {
+    if spec.i8042 {
         add(&["-device", "i8042"]);
     }
-    if plan.vsock.is_some() {
+    if spec.vsock.is_some() {
         // The device shares the guest's memory.
         let memory = format!(
             "memory-backend-memfd,id=mem0,size={}M,share=on",
-            wish.memory_mib
+            spec.memory_mib
         );
         add(&["-object", &memory]);
         add(&[
@@ -200,42 +186,45 @@ fn arguments(plan: &Plan) -> Result<Vec<String>> {
         ]);
         add(&["-device", "vhost-user-vsock-device,id=vsock,chardev=vsock"]);
     }
-    match wish.nic {
-        Nic::None => {}
-        Nic::Cable(_) => {
-            let socket = path("net.sock")?;
-            add(&[
-                "-netdev",
-                &format!("stream,id=net,server=off,addr.type=unix,addr.path={socket}"),
-            ]);
+    let tap = |name: &str| format!("tap,id=net,ifname={name},script=no,downscript=no");
+    let network = match &spec.nic {
+        Nic::None => None,
+        Nic::Stream(socket) => {
+            let socket = option_value(socket.to_str().context("not UTF-8")?);
+            Some(format!(
+                "stream,id=net,server=off,addr.type=unix,addr.path={socket}"
+            ))
         }
-        Nic::Tap => {
-            add(&[
-                "-netdev",
-                &format!("tap,id=net,ifname={TAP},script=no,downscript=no"),
-            ]);
+        Nic::User(ports) => {
+            let forward = |(host, guest): &(u16, u16)| format!(",hostfwd=tcp::{host}-:{guest}");
+            let forward: String = ports.iter().map(forward).collect();
+            Some(format!("user,id=net{forward}"))
         }
-    }
-    if !matches!(wish.nic, Nic::None) {
+        Nic::Tap(name) => Some(tap(&option_value(name))),
+        Nic::LoneTap => Some(tap(LONE_TAP)),
+    };
+    if let Some(network) = network {
+        add(&["-netdev", &network]);
         add(&[
             "-device",
             &format!("virtio-net-device,netdev=net,mac={GUEST_MAC}"),
         ]);
     }
-    for (number, disk) in wish.disks.iter().enumerate() {
+    for (number, disk) in spec.disks.iter().enumerate() {
         let file = option_value(disk.path.to_str().context("not UTF-8")?);
         let image = match &disk.blkdebug {
             None => format!("file={file}"),
             Some(config) => {
-                let config_file = plan.dir.join(format!("blkdebug{number}"));
+                let config_file = spec.dir.join(format!("blkdebug{number}"));
                 fs::write(config_file, config)?;
                 let config = path(&format!("blkdebug{number}"))?;
                 format!("file.driver=blkdebug,file.config={config},file.image.filename={file}")
             }
         };
-        // No flush reaches the host's disk: an image lives no longer than its test.
+        let cache = if disk.scratch { "unsafe" } else { "writeback" };
         let read_only = if disk.read_only { "on" } else { "off" };
-        let drive = format!("if=none,id=disk{number},format=raw,cache=unsafe,readonly={read_only}");
+        let drive =
+            format!("if=none,id=disk{number},format=raw,cache={cache},readonly={read_only}");
         add(&["-drive", &format!("{drive},{image}")]);
         add(&["-device", &format!("virtio-blk-device,drive=disk{number}")]);
     }
@@ -250,6 +239,10 @@ fn option_value(value: &str) -> String {
 impl Machine for Qemu {
     fn process(&mut self) -> &mut Process {
         &mut self.process
+    }
+
+    fn hypervisor(&self) -> &'static str {
+        "QEMU"
     }
 
     fn ctrl_alt_delete(&mut self) -> Result<()> {

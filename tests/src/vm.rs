@@ -1,21 +1,19 @@
 //! A micro-VM from its first instruction to its end, on QEMU or Firecracker.
 
-mod firecracker;
-mod qemu;
-
 use std::{
     collections::HashMap,
-    env, fs,
+    fs,
     os::unix::net::UnixStream,
     panic::Location,
     path::{Path, PathBuf},
-    process::{Command, ExitStatus},
     sync::{LazyLock, Mutex},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
+pub use pigeon::machine::End;
+use pigeon::machine::{self, Machine, Metadata, Spec};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -24,9 +22,9 @@ use crate::{
     disk::Disk,
     guest, http,
     initrd::Initrd,
-    mmds::{Mmds, Request},
-    net::Traffic,
-    process::{Process, Slot},
+    mmds::{Mmds, Push, Request, Version},
+    net::{self, Traffic},
+    process::Slot,
     serial::Serial,
     vsock,
 };
@@ -36,26 +34,6 @@ const TAIL: usize = 60;
 
 /// How long one try to reach a guest's port may take.
 const HANDSHAKE: Duration = Duration::from_secs(3);
-
-/// The guest's context id on vsock.
-const GUEST_CID: u32 = 3;
-/// The guest's MAC address.
-const GUEST_MAC: &str = "06:00:ac:10:00:02";
-/// The tap device, in a network namespace of the VM's own.
-const TAP: &str = "tap0";
-
-/// How a VM has ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
-    /// The guest asked for a restart, which is how a micro-VM ends in good order.
-    Reboot,
-    /// The guest switched itself off.
-    PowerOff,
-    /// The kernel panicked.
-    Panic,
-    /// The hypervisor failed, or was killed.
-    Failed(Option<i32>),
-}
 
 /// What the guest's network cable is plugged into.
 #[derive(Clone, Debug, Default)]
@@ -132,7 +110,8 @@ impl Builder {
 
     /// The next block device: `/dev/vda` is the first.
     pub fn disk(mut self, disk: impl Into<Disk>) -> Self {
-        self.disks.push(disk.into());
+        // An image lives no longer than its test.
+        self.disks.push(disk.into().scratch());
         self
     }
 
@@ -249,24 +228,30 @@ impl Builder {
         let kernel = Kernel::stock()?;
         let initrd = dir.path().join("initrd");
         fs::write(&initrd, self.archive(&kernel)?)?;
-        let plan = Plan {
-            dir: dir.path(),
-            kernel: kernel.image(),
-            initrd,
-            vsock: self.has_vsock.then(|| {
-                self.vsock
-                    .clone()
-                    .unwrap_or_else(|| dir.path().join("vm.vsock"))
-            }),
-            builder: &self,
-        };
-        if let Some(socket) = &plan.vsock {
+        let vsock = self.has_vsock.then(|| {
+            let own = || dir.path().join(machine::VSOCK);
+            self.vsock.clone().unwrap_or_else(own)
+        });
+        if let Some(socket) = &vsock {
             let _ = fs::remove_file(socket); // of an earlier VM
         }
+        let spec = Spec {
+            args: self.args.clone(),
+            memory_mib: self.memory_mib,
+            cpus: self.cpus,
+            disks: self.disks.clone(),
+            vsock,
+            i8042: self.i8042,
+            deterministic: self.deterministic,
+            ..Spec::new(dir.path(), &kernel.image(), &initrd)
+        };
         let (mut machine, traffic) = match assets::firecracker().filter(|_| self.firecracker_can())
         {
-            Some(program) => (firecracker::start(&plan, &program)?, Traffic::default()),
-            None => qemu::start(&plan)?,
+            Some(program) => (
+                self.on_firecracker(spec.clone(), &program)?,
+                Traffic::default(),
+            ),
+            None => self.on_qemu_with_traffic(spec.clone())?,
         };
         let console = machine
             .process()
@@ -280,7 +265,7 @@ impl Builder {
             .with_added_extension("log");
         Ok(Vm {
             serial: Serial::record(console, &log, self.echo)?,
-            vsock: plan.vsock,
+            vsock: spec.vsock,
             machine,
             traffic,
             patience: self
@@ -295,6 +280,48 @@ impl Builder {
         })
     }
 
+    fn on_qemu_with_traffic(&self, mut spec: Spec) -> Result<(Box<dyn Machine>, Traffic)> {
+        let (nic, traffic) = match &self.nic {
+            Nic::None => (machine::Nic::None, Traffic::default()),
+            Nic::Tap => (machine::Nic::LoneTap, Traffic::default()),
+            Nic::Cable(mmds) => {
+                let socket = spec.dir.join("net.sock");
+                let traffic = net::attach(&socket, mmds.clone())?;
+                (machine::Nic::Stream(socket), traffic)
+            }
+        };
+        spec.nic = nic;
+        Ok((spec.start_qemu()?, traffic))
+    }
+
+    fn on_firecracker(&self, mut spec: Spec, program: &Path) -> Result<Box<dyn Machine>> {
+        let mmds = match &self.nic {
+            Nic::Cable(mmds) => mmds.clone(),
+            Nic::None | Nic::Tap => None,
+        };
+        if !matches!(self.nic, Nic::None) {
+            spec.nic = machine::Nic::LoneTap;
+        }
+        spec.metadata = mmds.as_ref().map(|mmds| Metadata {
+            v1: mmds.version == Version::V1,
+            document: (mmds.push == Push::BeforeStart).then(|| mmds.document.clone()),
+        });
+        let machine = spec.start_firecracker(program)?;
+        if let Some(Mmds {
+            push: Push::After(delay),
+            document,
+            ..
+        }) = mmds
+        {
+            thread::spawn(move || {
+                thread::sleep(delay);
+                // A VM that has ended before has had no use for it.
+                let _ = machine::put_metadata(&spec.dir, &document);
+            });
+        }
+        Ok(machine)
+    }
+
     /// Whether Firecracker can be what has been asked for.
     fn firecracker_can(&self) -> bool {
         let genuine = match &self.nic {
@@ -302,68 +329,23 @@ impl Builder {
             Nic::Cable(None) => false, // nobody would answer
             Nic::None | Nic::Tap => true,
         };
-        let faulty_disk = self.disks.iter().any(|disk| disk.blkdebug.is_some());
+        let faulty_disk = self.disks.iter().any(|disk| disk.is_faulty());
         genuine && self.i8042 && !self.on_qemu && !self.deterministic && !faulty_disk
     }
 
     /// The initramfs: the product, and after it what this VM adds.
     fn archive(&self, kernel: &Kernel) -> Result<Vec<u8>> {
-        let mut archive = if self.product {
+        let product = if self.product {
             assets::initrd()?
         } else {
             vec![]
         };
         let mut files = self.files.clone();
         if self.modules {
-            let mut list = String::new();
-            for (name, contents) in kernel.modules()? {
-                let path = format!("/pigeon/lib/{name}");
-                list += &format!("{path}\n");
-                files.file(&path, 0o644, contents);
-            }
-            files.file("/pigeon/modules", 0o644, list);
+            files.modules(kernel)?;
         }
-        archive.resize(archive.len().next_multiple_of(4), 0);
-        archive.extend(files.archive());
-        Ok(archive)
+        Ok(files.on_top_of(product))
     }
-}
-
-/// A builder's wishes with their places on the host: what the back ends work from.
-struct Plan<'a> {
-    builder: &'a Builder,
-    dir: &'a Path,
-    kernel: PathBuf,
-    initrd: PathBuf,
-    vsock: Option<PathBuf>,
-}
-
-impl Plan<'_> {
-    /// The kernel command line: what both back ends need, what one needs, what the test wants.
-    fn command_line(&self, specific: &str) -> String {
-        // A panic restarts at once, which ends the VM; the console has its text.
-        let common = "console=ttyS0 reboot=k panic=-1 quiet";
-        [common, specific, &self.builder.args.join(" ")]
-            .join(" ")
-            .trim_end()
-            .into()
-    }
-}
-
-/// What both back ends can do.
-trait Machine: Send {
-    /// The hypervisor, whose standard streams are the console.
-    fn process(&mut self) -> &mut Process;
-    fn ctrl_alt_delete(&mut self) -> Result<()>;
-    fn pause(&mut self) -> Result<()>;
-    fn resume(&mut self) -> Result<()>;
-    /// What the end with this status meant, but for a panic.
-    fn end(&mut self, status: ExitStatus) -> End;
-    /// Whether the host may connect to the guest's vsock without doing harm.
-    fn takes_connections(&mut self) -> Result<bool> {
-        Ok(true)
-    }
-    fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value>;
 }
 
 /// A running (or ended) micro-VM. Dropping it ends it and prints the end of its console, which
@@ -460,9 +442,9 @@ impl Vm {
                     stream.set_read_timeout(Some(self.patience))?;
                     return Ok(stream);
                 }
-                Err(error) if Instant::now() > deadline => return Err(error),
+                Err(error) if Instant::now() > deadline => return Err(error.into()),
                 Err(error) if self.machine.process().status()?.is_some() => {
-                    return Err(error.context("the VM has ended"));
+                    return Err(anyhow::Error::from(error).context("the VM has ended"));
                 }
                 Err(_) => thread::sleep(Duration::from_millis(10)),
             }
@@ -565,22 +547,6 @@ fn log_name(thread: Option<&str>, place: &Location) -> String {
     }
 }
 
-/// `command` in a network namespace that holds nothing but a tap device.
-fn beside_tap(command: &Command) -> Result<Command> {
-    // Entering a user namespace loses the parent's death signal.
-    const SCRIPT: &str = "ip tuntap add dev $0 mode tap vnet_hdr && ip link set $0 up && \
-                          exec setpriv --pdeathsig KILL \"$@\"";
-    let mut wrapped = Command::new(assets::tool("unshare")?);
-    wrapped.arg("--net");
-    if !rustix::process::geteuid().is_root() {
-        wrapped.arg("--map-root-user");
-    }
-    let path = env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
-    wrapped.env("PATH", path).args(["sh", "-c", SCRIPT, TAP]);
-    wrapped.arg(command.get_program()).args(command.get_args());
-    Ok(wrapped)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -592,7 +558,7 @@ mod tests {
         assert_eq!(log_name(Some("a::b"), place), "a.b-2");
         assert_eq!(log_name(Some("c"), place), "c");
         let main = log_name(Some("main"), place);
-        assert_eq!(main, format!("src.vm.mod.rs-{}", place.line()));
+        assert_eq!(main, format!("src.vm.rs-{}", place.line()));
     }
 
     #[test]

@@ -13,13 +13,13 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::{End, GUEST_CID, GUEST_MAC, Machine, Nic, Plan, TAP, beside_tap};
-use crate::{
-    http,
-    mmds::{Mmds, Push, Version},
-    net::MMDS_ADDRESS,
-    process::Process,
-};
+use super::{End, GUEST_CID, GUEST_MAC, LONE_TAP, Machine, Nic, Spec, beside_tap};
+use crate::{http, process::Process};
+
+/// The address of the metadata service.
+const MMDS_ADDRESS: &str = "169.254.169.254";
+/// The API's socket in the VM's directory.
+const API: &str = "api.sock";
 
 /// Room for the largest document that pigeon-init takes.
 const MMDS_SIZE_LIMIT: usize = 2 << 20;
@@ -29,12 +29,12 @@ struct Firecracker {
     api: PathBuf,
 }
 
-pub(super) fn start(plan: &Plan, program: &Path) -> Result<Box<dyn Machine>> {
+pub(super) fn start(spec: &Spec, program: &Path) -> Result<Box<dyn Machine>> {
     let file = |name: &str, contents: &Value| {
-        let path = plan.dir.join(name);
+        let path = spec.dir.join(name);
         fs::write(&path, contents.to_string()).map(|()| path)
     };
-    let [api, log_path] = ["api.sock", "firecracker.log"].map(|name| plan.dir.join(name));
+    let [api, log_path] = [API, "firecracker.log"].map(|name| spec.dir.join(name));
     let log = fs::File::create(&log_path)?;
     let mut command = Command::new(program);
     command.arg("--api-sock").arg(&api);
@@ -45,17 +45,17 @@ pub(super) fn start(plan: &Plan, program: &Path) -> Result<Box<dyn Machine>> {
         .args(["--level", "Error"]);
     command
         .arg("--config-file")
-        .arg(file("firecracker.json", &configuration(plan)?)?);
-    if let Nic::Cable(Some(mmds)) = &plan.builder.nic {
+        .arg(file("firecracker.json", &configuration(spec)?)?);
+    if let Some(metadata) = &spec.metadata {
         command.args(["--mmds-size-limit", &MMDS_SIZE_LIMIT.to_string()]);
         command.args(["--http-api-max-payload-size", &MMDS_SIZE_LIMIT.to_string()]);
-        if mmds.push == Push::BeforeStart {
+        if let Some(document) = &metadata.document {
             command
                 .arg("--metadata")
-                .arg(file("metadata.json", &mmds.document)?);
+                .arg(file("metadata.json", document)?);
         }
     }
-    if !matches!(plan.builder.nic, Nic::None) {
+    if spec.nic == Nic::LoneTap {
         command = beside_tap(&command)?;
     }
     command
@@ -70,63 +70,55 @@ pub(super) fn start(plan: &Plan, program: &Path) -> Result<Box<dyn Machine>> {
         let said = fs::read_to_string(log_path)?;
         return Err(error.context(format!("Firecracker does not start: {}", said.trim_end())));
     }
-    if let Nic::Cable(Some(Mmds {
-        push: Push::After(delay),
-        document,
-        ..
-    })) = &plan.builder.nic
-    {
-        let (api, document, delay) = (machine.api.clone(), document.clone(), *delay);
-        thread::spawn(move || {
-            thread::sleep(delay);
-            // A VM that has ended before has had no use for it.
-            let _ = request(&api, "PUT", "/mmds", &document);
-        });
-    }
     Ok(Box::new(machine))
 }
 
 /// The configuration file. Firecracker starts the VM at once when it has read it.
-fn configuration(plan: &Plan) -> Result<Value> {
-    let wish = plan.builder;
-    let drives = wish.disks.iter().enumerate().map(|(number, disk)| {
+fn configuration(spec: &Spec) -> Result<Value> {
+    let drives = spec.disks.iter().enumerate().map(|(number, disk)| {
         json!({
             "drive_id": format!("disk{number}"),
             "path_on_host": disk.path,
             "is_root_device": false, // the init finds it, not the kernel
             "is_read_only": disk.read_only,
-            "cache_type": "Unsafe",
+            "cache_type": if disk.scratch { "Unsafe" } else { "Writeback" },
         })
     });
     let mut configuration = json!({
         "boot-source": {
-            "kernel_image_path": plan.kernel,
-            "initrd_path": plan.initrd,
-            "boot_args": plan.command_line("i8042.noaux i8042.nomux i8042.nopnp pci=off"),
+            "kernel_image_path": spec.kernel,
+            "initrd_path": spec.initrd,
+            "boot_args": spec.command_line("i8042.noaux i8042.nomux i8042.nopnp pci=off"),
         },
-        "machine-config": {"vcpu_count": wish.cpus, "mem_size_mib": wish.memory_mib},
+        "machine-config": {"vcpu_count": spec.cpus, "mem_size_mib": spec.memory_mib},
         "drives": drives.collect::<Vec<_>>(),
     });
-    if let Some(socket) = &plan.vsock {
+    if let Some(socket) = &spec.vsock {
         configuration["vsock"] = json!({"guest_cid": GUEST_CID, "uds_path": socket});
     }
-    if !matches!(wish.nic, Nic::None) {
+    let tap = match &spec.nic {
+        Nic::None => None,
+        Nic::Tap(name) => Some(name.as_str()),
+        Nic::LoneTap => Some(LONE_TAP),
+        Nic::Stream(_) | Nic::User(_) => bail!("Firecracker's network is a tap device"),
+    };
+    if let Some(tap) = tap {
         configuration["network-interfaces"] =
-            json!([{"iface_id": "eth0", "guest_mac": GUEST_MAC, "host_dev_name": TAP}]);
+            json!([{"iface_id": "eth0", "guest_mac": GUEST_MAC, "host_dev_name": tap}]);
     }
-    if let Nic::Cable(Some(mmds)) = &wish.nic {
-        let version = match mmds.version {
-            Version::V2 => "V2",
-            Version::V1 => "V1",
-            Version::V1Only => bail!("no Firecracker of today refuses tokens"),
-        };
+    if let Some(metadata) = &spec.metadata {
         configuration["mmds-config"] = json!({
-            "version": version,
+            "version": if metadata.v1 { "V1" } else { "V2" },
             "network_interfaces": ["eth0"],
-            "ipv4_address": MMDS_ADDRESS.to_string(),
+            "ipv4_address": MMDS_ADDRESS,
         });
     }
     Ok(configuration)
+}
+
+/// Puts a document into the metadata service of the VM that was started in `dir`.
+pub fn put_metadata(dir: &Path, document: &Value) -> Result<()> {
+    request(&dir.join(API), "PUT", "/mmds", document).map(drop)
 }
 
 /// One call of Firecracker's API.
@@ -165,6 +157,10 @@ impl Machine for Firecracker {
         &mut self.process
     }
 
+    fn hypervisor(&self) -> &'static str {
+        "Firecracker"
+    }
+
     fn ctrl_alt_delete(&mut self) -> Result<()> {
         request(
             &self.api,
@@ -191,35 +187,36 @@ impl Machine for Firecracker {
             End::Failed(status.code())
         }
     }
-
-    fn qmp(&mut self, command: &str, _: Value) -> Result<Value> {
-        bail!("{command}: Firecracker has no QMP; such a test boots .on_qemu()")
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Vm, disk::Disk};
+    use crate::machine::{Disk, Metadata};
 
-    fn plan(builder: &super::super::Builder) -> Plan<'_> {
-        Plan {
-            builder,
-            dir: Path::new("/d"),
-            kernel: "/k/vmlinux".into(),
-            initrd: "/d/initrd".into(),
+    fn spec() -> Spec {
+        Spec {
             vsock: Some("/d/vm.vsock".into()),
+            ..Spec::new(
+                Path::new("/d"),
+                Path::new("/k/vmlinux"),
+                Path::new("/d/initrd"),
+            )
         }
     }
 
     #[test]
     fn the_configuration_is_as_firecracker_documents_it() {
-        let mmds = Mmds::serving(json!({}));
-        let disk = Disk::file(Path::new("/r.ext4")).read_only();
-        let builder = Vm::builder()
-            .mmds(mmds)
-            .disk(disk)
-            .arg("PIGEON_CONFIG=mmds");
+        let spec = Spec {
+            nic: Nic::LoneTap,
+            metadata: Some(Metadata {
+                v1: false,
+                document: None,
+            }),
+            disks: vec![Disk::file(Path::new("/r.ext4")).read_only().scratch()],
+            args: vec!["PIGEON_CONFIG=mmds".into()],
+            ..spec()
+        };
         let expected = json!({
             "boot-source": {
                 "kernel_image_path": "/k/vmlinux",
@@ -245,13 +242,12 @@ mod tests {
                 "ipv4_address": "169.254.169.254",
             },
         });
-        assert_eq!(configuration(&plan(&builder)).unwrap(), expected);
+        assert_eq!(configuration(&spec).unwrap(), expected);
     }
 
     #[test]
     fn without_a_nic_there_is_no_network_in_the_configuration() {
-        let builder = Vm::builder();
-        let configuration = configuration(&plan(&builder)).unwrap();
+        let configuration = configuration(&spec()).unwrap();
         assert!(configuration.get("network-interfaces").is_none());
         assert!(configuration.get("mmds-config").is_none());
     }

@@ -1,0 +1,83 @@
+//! `pigeon rootfs`: a root image of a container image.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+use pigeon::image::{self, Options, disk::parse_size, run_json_path};
+use serde_json::json;
+
+#[derive(Args)]
+pub struct Rootfs {
+    /// A directory, a tar archive (docker export), a `docker save` or OCI archive, an OCI layout
+    /// folder, - for an archive on standard input, or the name of an image for docker or skopeo
+    source: PathBuf,
+    /// The image to make; its configuration goes beside it, to NAME.run.json
+    out: PathBuf,
+    /// Its size, as 64M or 1G; computed when not given
+    size: Option<String>,
+    /// Which of several images in an archive
+    #[arg(long)]
+    tag: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Rootfs {
+    pub fn run(&self) -> Result<()> {
+        let options = Options {
+            size: self.size.as_deref().map(parse_size).transpose()?,
+            tag: self.tag.clone(),
+            progress: true,
+        };
+        let built = image::build(&self.source, &self.out, &options)?;
+        let out = self.out.display();
+        let config_path = run_json_path(&self.out);
+        let config_path = config_path.display();
+        if self.json {
+            let result = json!({
+                "form": built.form,
+                "image": self.out,
+                "size": built.size,
+                "files": built.files,
+                "layers": built.layers,
+                "image_config": built.image_config,
+                "platform": built.foreign_platform,
+            });
+            println!("{result}");
+            return Ok(());
+        }
+        let from = match built.layers {
+            1 => built.form.into(),
+            layers => format!("{} of {layers} layers", built.form),
+        };
+        println!(
+            "{out}: {} MiB, {} files, from a {from}",
+            built.size >> 20,
+            built.files
+        );
+        match &built.image_config {
+            Some(config) => println!("{config_path}: {}", command_line(config)),
+            None => println!("It says nothing of what to run: pigeon run {out} COMMAND..."),
+        }
+        if let Some(platform) = built.foreign_platform {
+            eprintln!("pigeon: note that the image is for {platform}, not for this machine");
+        }
+        Ok(())
+    }
+}
+
+/// What an image runs, for a person to read.
+fn command_line(config: &serde_json::Value) -> String {
+    let words = ["Entrypoint", "Cmd"].map(|key| config[key].as_array().into_iter().flatten());
+    let words: Vec<_> = words
+        .into_iter()
+        .flatten()
+        .filter_map(|word| word.as_str())
+        .collect();
+    match words[..] {
+        [] => "the image names no command".into(),
+        _ => format!("runs {}", words.join(" ")),
+    }
+}

@@ -1,0 +1,62 @@
+//! The terminal this command runs on.
+
+use std::{
+    io::{self, IsTerminal},
+    os::fd::AsFd,
+};
+
+use rustix::{
+    process::getpgrp,
+    termios::{
+        ControlModes, InputModes, LocalModes, OptionalActions, OutputModes, Termios, tcgetattr,
+        tcgetpgrp, tcgetwinsize, tcsetattr,
+    },
+};
+
+/// A changed terminal, which is as it was when this is dropped.
+pub struct Restore(Termios);
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        // It fails for a terminal that has gone.
+        let _ = tcsetattr(io::stdin(), OptionalActions::Flush, &self.0);
+    }
+}
+
+/// Every key goes to the command in the VM: what its terminal makes of Ctrl-C is its matter.
+pub fn raw() -> io::Result<Restore> {
+    let before = tcgetattr(io::stdin())?;
+    let mut raw = before.clone();
+    raw.make_raw();
+    tcsetattr(io::stdin(), OptionalActions::Flush, &raw)?;
+    Ok(Restore(before))
+}
+
+/// Keys go to the VM's console, which echoes them, as they are typed; Ctrl-C and Ctrl-Z stay ours.
+pub fn console() -> io::Result<Restore> {
+    let before = tcgetattr(io::stdin())?;
+    let mut console = before.clone();
+    console.local_modes &= !(LocalModes::ICANON | LocalModes::ECHO | LocalModes::IEXTEN);
+    console.input_modes &= !(InputModes::ICRNL | InputModes::IXON);
+    console.output_modes |= OutputModes::OPOST;
+    console.control_modes |= ControlModes::CREAD;
+    tcsetattr(io::stdin(), OptionalActions::Now, &console)?;
+    Ok(Restore(before))
+}
+
+/// Whether keys typed now are for us: standard input is a terminal, and we are in its foreground.
+pub fn is_ours() -> bool {
+    let stdin = io::stdin();
+    stdin.is_terminal() && tcgetpgrp(&stdin).is_ok_and(|group| group == getpgrp())
+}
+
+/// Columns and rows of the terminal on any of the standard streams.
+pub fn size() -> Option<(u16, u16)> {
+    fn of(stream: impl AsFd) -> Option<(u16, u16)> {
+        let size = tcgetwinsize(stream).ok()?;
+        (size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
+    }
+    of(io::stdin())
+        .or_else(|| of(io::stdout()))
+        .or_else(|| of(io::stderr()))
+}

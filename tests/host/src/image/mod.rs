@@ -1,0 +1,251 @@
+//! Root images of container images.
+//!
+//! ```no_run
+//! use pigeon::image::{Options, build};
+//! let built = build("app.tar".as_ref(), "app.ext4".as_ref(), &Options::default())?;
+//! println!("{} MiB, run as {:?}", built.size >> 20, built.image_config);
+//! # anyhow::Ok(())
+//! ```
+
+pub mod disk;
+pub mod layer;
+pub mod source;
+pub mod tree;
+
+use std::{
+    fs,
+    io::{self, IsTerminal, Write},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use source::Source;
+use tree::{Place, Tree};
+
+use crate::assets;
+
+/// How an image is made.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Bytes; computed when absent.
+    pub size: Option<u64>,
+    /// Which of several images in an archive.
+    pub tag: Option<String>,
+    /// Shows on standard error how far it is.
+    pub progress: bool,
+}
+
+/// What has been made.
+#[derive(Debug)]
+pub struct Built {
+    /// What the source was taken for.
+    pub form: &'static str,
+    /// Bytes of the image.
+    pub size: u64,
+    /// Layers that were merged.
+    pub layers: usize,
+    /// Files in it.
+    pub files: u64,
+    /// The `ImageConfig` of the container image, which is in the [run.json](run_json_path) too.
+    pub image_config: Option<Value>,
+    /// Platform of an image that is not for this machine.
+    pub foreign_platform: Option<String>,
+}
+
+/// Where an image's configuration is: beside it, `app.run.json` for `app.ext4`.
+pub fn run_json_path(image: &Path) -> PathBuf {
+    image.with_extension("run.json")
+}
+
+/// Makes an ext4 image of `source`: a directory, a tar archive (`docker export`), a `docker save`
+/// or OCI archive, an OCI image layout, `-` for one of the archives on standard input, or the name
+/// of an image for docker or skopeo. Compressed archives may be. A container image's configuration
+/// is written beside it.
+pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
+    let mut progress = Progress::new(options.progress);
+    let dir = out.parent().filter(|dir| !dir.as_os_str().is_empty());
+    let scratch = tempfile::Builder::new()
+        .prefix(".pigeon-")
+        .tempdir_in(dir.unwrap_or(Path::new(".")))
+        .with_context(|| format!("unable to write beside {}", out.display()))?;
+    let path = fetch(source, scratch.path(), &mut progress)?;
+    let source = Source::open(&path, options.tag.as_deref())?;
+
+    let mut tree = Tree::new(source.layered);
+    let total = source.layers.iter().map(layer::Layer::size).sum();
+    progress.phase("reading layers", total);
+    for (number, layer) in source.layers.iter().enumerate() {
+        layer
+            .read(&mut |size| progress.add(size), |entry, described, _| {
+                let place = Place {
+                    layer: number,
+                    entry,
+                };
+                tree.apply(place, described)
+            })
+            .with_context(|| format!("layer {} of {}", number + 1, source.layers.len()))?;
+    }
+    let extent = tree.extent();
+    let size = options.size.unwrap_or_else(|| disk::good_size(&extent));
+    disk::write(&tree, &source.layers, out, size, &mut progress)?;
+    progress.end();
+
+    let image_config = source.image_config();
+    if let Some(config) = &image_config {
+        let path = run_json_path(out);
+        let text = serde_json::to_string_pretty(&json!({"ImageConfig": config}))? + "\n";
+        fs::write(&path, text).with_context(|| format!("unable to write {}", path.display()))?;
+    }
+    Ok(Built {
+        form: source.form,
+        size,
+        layers: source.layers.len(),
+        files: extent.inodes,
+        image_config,
+        foreign_platform: source.foreign_platform(),
+    })
+}
+
+/// The uncompressed archive or the directory that `source` stands for.
+fn fetch(source: &Path, scratch: &Path, progress: &mut Progress) -> Result<PathBuf> {
+    let archive = scratch.join("archive");
+    if source == Path::new("-") {
+        progress.phase("reading standard input", 0);
+        layer::copy_plain(io::stdin().lock(), &archive, &mut |size| progress.add(size))?;
+        return Ok(archive);
+    }
+    if source.is_dir() {
+        return Ok(source.into());
+    }
+    if !source.exists() {
+        let name = source.to_str().context("not UTF-8")?;
+        pull(name, &archive)?;
+        return Ok(archive);
+    }
+    if !layer::is_compressed(source).with_context(|| format!("unable to read {source:?}"))? {
+        return Ok(source.into());
+    }
+    progress.phase("decompressing", fs::metadata(source)?.len());
+    layer::copy_plain(fs::File::open(source)?, &archive, &mut |size| {
+        progress.add(size)
+    })?;
+    Ok(archive)
+}
+
+/// Gets the image called `name` as an archive, from docker or by skopeo.
+fn pull(name: &str, archive: &Path) -> Result<()> {
+    let looks_like_file = name.starts_with(['/', '.']) || name.ends_with(".tar");
+    ensure!(!looks_like_file, "there is no {name}");
+    let works = |command: &mut Command| {
+        let quiet = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        quiet.status().is_ok_and(|status| status.success())
+    };
+    let must = |command: &mut Command| {
+        let status = command.stdin(Stdio::null()).stdout(io::stderr()).status();
+        let status = status.with_context(|| format!("unable to start {command:?}"))?;
+        ensure!(status.success(), "{command:?}: {status}");
+        anyhow::Ok(())
+    };
+    if let Ok(docker) = assets::tool("docker")
+        && works(Command::new(&docker).arg("info"))
+    {
+        if !works(Command::new(&docker).args(["image", "inspect", "--", name])) {
+            must(Command::new(&docker).args(["pull", "--", name]))?;
+        }
+        return must(
+            Command::new(&docker)
+                .arg("save")
+                .arg("--output")
+                .arg(archive)
+                .args(["--", name]),
+        );
+    }
+    if let Ok(skopeo) = assets::tool("skopeo") {
+        let target = format!("docker-archive:{}", archive.display());
+        return must(Command::new(skopeo).args([
+            "copy",
+            "--",
+            &format!("docker://{name}"),
+            &target,
+        ]));
+    }
+    bail!(
+        "there is no file {name}, and neither a docker that works nor skopeo to get an image of \
+         that name; where there is one: docker save {name} --output image.tar"
+    )
+}
+
+/// A line on standard error that tells how far it is: on a terminal only.
+pub struct Progress {
+    shown: bool,
+    phase: &'static str,
+    done: u64,
+    total: u64,
+    last: Option<Instant>,
+}
+
+impl Progress {
+    /// Nothing done. Without a terminal it shows nothing in any case.
+    pub fn new(wanted: bool) -> Progress {
+        Progress {
+            shown: wanted && io::stderr().is_terminal(),
+            phase: "",
+            done: 0,
+            total: 0,
+            last: None,
+        }
+    }
+
+    /// Starts on something else, of so many bytes; 0 is unknown.
+    pub fn phase(&mut self, phase: &'static str, total: u64) {
+        (self.phase, self.done, self.total, self.last) = (phase, 0, total, None);
+        self.add(0);
+    }
+
+    /// So many bytes more are done.
+    pub fn add(&mut self, bytes: u64) {
+        const REFRESH: Duration = Duration::from_millis(100);
+        self.done += bytes;
+        if self.shown && self.last.is_none_or(|last| last.elapsed() >= REFRESH) {
+            self.last = Some(Instant::now());
+            // A terminal that is gone must not end the work.
+            let _ = write!(io::stderr(), "\r\x1b[K{}", self.line());
+        }
+    }
+
+    /// Removes the line.
+    pub fn end(&mut self) {
+        if self.shown {
+            let _ = write!(io::stderr(), "\r\x1b[K");
+        }
+    }
+
+    fn line(&self) -> String {
+        const WIDTH: u64 = 30;
+        let mib = |bytes: u64| format!("{}.{}", bytes >> 20, ((bytes & 0xf_ffff) * 10) >> 20);
+        match self.total {
+            0 if self.done == 0 => format!("{} ...", self.phase),
+            0 => format!("{} {} MiB", self.phase, mib(self.done)),
+            total => {
+                let done = self.done.min(total);
+                let full = (done * WIDTH / total) as usize;
+                let bar = "#".repeat(full) + &" ".repeat(WIDTH as usize - full);
+                let (done, total) = (mib(done), mib(total));
+                format!("{:<15} [{bar}] {done} of {total} MiB", self.phase)
+            }
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.end();
+    }
+}

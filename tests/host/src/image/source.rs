@@ -1,0 +1,337 @@
+//! What an image may come from: an archive of `docker save`, an OCI image layout as a folder or an
+//! archive, a tar archive of files, a directory. (OCI image-spec: image-layout.md, manifest.md,
+//! config.md; moby's image/tarexport for `manifest.json`.)
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use super::layer::{Blob, Layer};
+
+/// Index documents inside of index documents.
+const MAX_INDEXES: usize = 8;
+
+/// A container image, or files without one.
+#[derive(Debug)]
+pub struct Source {
+    /// What it was taken for.
+    pub form: &'static str,
+    /// From the lowest on.
+    pub layers: Vec<Layer>,
+    /// Whether the layers hide files of others by whiteouts.
+    pub layered: bool,
+    /// The image's own configuration (OCI image-spec config.md), if it has one.
+    pub config: Option<Value>,
+}
+
+impl Source {
+    /// Looks at what lies at `path`: a directory, or an uncompressed archive. `tag` chooses among
+    /// several images in one archive.
+    pub fn open(path: &Path, tag: Option<&str>) -> Result<Source> {
+        let blobs = if path.is_dir() {
+            Blobs::Folder(path.into())
+        } else {
+            Blobs::Archive(index(path)?)
+        };
+        if let Some(images) = saved(&blobs)? {
+            return from_saved(&blobs, &images, tag);
+        }
+        if blobs.get("oci-layout")?.is_some() && blobs.get("index.json")?.is_some() {
+            return from_layout(&blobs, tag);
+        }
+        ensure!(
+            tag.is_none(),
+            "there are no images in {path:?} to choose from by a tag"
+        );
+        let (form, layer) = match blobs {
+            Blobs::Folder(_) => ("directory", Layer::directory(path)?),
+            Blobs::Archive(_) => ("tar archive of files", Layer::Tar(Blob::file(path)?)),
+        };
+        Ok(Source {
+            form,
+            layers: vec![layer],
+            layered: false,
+            config: None,
+        })
+    }
+
+    /// The `ImageConfig` of a run.json, as the image says.
+    pub fn image_config(&self) -> Option<Value> {
+        self.config.as_ref().map(image_config)
+    }
+
+    /// What the image is for, if that is not this machine: `linux/arm64`.
+    pub fn foreign_platform(&self) -> Option<String> {
+        let config = self.config.as_ref()?;
+        let [os, architecture] = ["os", "architecture"].map(|key| config[key].as_str());
+        let (os, architecture) = (os.unwrap_or("linux"), architecture?);
+        let ours = os == "linux" && architecture == host_architecture();
+        (!ours).then(|| format!("{os}/{architecture}"))
+    }
+}
+
+/// This machine's architecture by the name that images use (Go's).
+fn host_architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    }
+}
+
+/// Entrypoint, Cmd, Env, WorkingDir and User of an image's configuration.
+pub fn image_config(config: &Value) -> Value {
+    let config = &config["config"];
+    let mut result = json!({});
+    for key in ["Entrypoint", "Cmd", "Env", "WorkingDir", "User"] {
+        let value = &config[key];
+        let empty = value.as_str().is_some_and(str::is_empty)
+            || value.as_array().is_some_and(Vec::is_empty);
+        if !value.is_null() && !empty {
+            result[key] = value.clone();
+        }
+    }
+    result
+}
+
+/// Named parts of an image.
+enum Blobs {
+    Folder(PathBuf),
+    Archive(HashMap<String, Part>),
+}
+
+enum Part {
+    Blob(Blob),
+    /// An old `docker save` stores a layer that two images share once.
+    Link(String),
+}
+
+impl Blobs {
+    fn get(&self, name: &str) -> Result<Option<Blob>> {
+        match self {
+            Blobs::Folder(root) => {
+                let path = root.join(name);
+                // A link could lead to files of the host that are not the image's.
+                let is_file = path.symlink_metadata().is_ok_and(|found| found.is_file());
+                is_file.then(|| Blob::file(&path)).transpose()
+            }
+            Blobs::Archive(parts) => {
+                let mut name = name;
+                for _ in 0..2 {
+                    match parts.get(name) {
+                        Some(Part::Blob(blob)) => return Ok(Some(blob.clone())),
+                        Some(Part::Link(target)) => name = target,
+                        None => break,
+                    }
+                }
+                Ok(None)
+            }
+        }
+    }
+
+    /// A part that has to be there. What is named by its digest is checked against it.
+    fn need(&self, name: &str) -> Result<Blob> {
+        let clean = inside(name).with_context(|| format!("{name:?} lies outside of the image"))?;
+        let blob = self.get(&clean)?;
+        let mut blob = blob.with_context(|| format!("{name} is missing in the image"))?;
+        blob.sha256 = clean.strip_prefix("blobs/sha256/").map(String::from);
+        Ok(blob)
+    }
+
+    fn need_digest(&self, descriptor: &Value) -> Result<Blob> {
+        let digest = descriptor["digest"]
+            .as_str()
+            .context("a descriptor without digest")?;
+        let hex = digest.strip_prefix("sha256:");
+        let hex =
+            hex.filter(|hex| hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()));
+        let hex = hex.with_context(|| format!("a digest of a kind not known here: {digest:?}"))?;
+        self.need(&format!("blobs/sha256/{hex}"))
+    }
+
+    fn json(&self, blob: &Blob) -> Result<Value> {
+        Ok(serde_json::from_slice(&blob.read()?)?)
+    }
+}
+
+/// A relative path without detours; None for one that leads out.
+fn inside(path: &str) -> Option<String> {
+    let mut names = vec![];
+    for name in path.split('/') {
+        match name {
+            "" | "." => {}
+            ".." => drop(names.pop()?),
+            name => names.push(name),
+        }
+    }
+    Some(names.join("/"))
+}
+
+/// The files in an archive.
+fn index(path: &Path) -> Result<HashMap<String, Part>> {
+    let file = File::open(path).with_context(|| format!("unable to open {path:?}"))?;
+    let mut archive = tar::Archive::new(io::BufReader::new(file));
+    let mut parts = HashMap::new();
+    let whole = || format!("{} is not a whole tar archive", path.display());
+    for entry in archive.entries_with_seek().with_context(whole)? {
+        let entry = entry.with_context(whole)?;
+        let Some(name) = inside(&String::from_utf8_lossy(&entry.path_bytes())) else {
+            continue; // it is refused when the files are taken
+        };
+        let target = entry.link_name_bytes();
+        let target = target.as_deref().map(String::from_utf8_lossy);
+        let part = match (entry.header().entry_type(), target) {
+            (tar::EntryType::Regular, _) => Some(Part::Blob(Blob {
+                path: path.into(),
+                offset: entry.raw_file_position(),
+                size: entry.size(),
+                sha256: None,
+            })),
+            (tar::EntryType::Symlink, Some(target)) => {
+                inside(&format!("{name}/../{target}")).map(Part::Link)
+            }
+            (tar::EntryType::Link, Some(target)) => inside(&target).map(Part::Link),
+            _ => None,
+        };
+        if let Some(part) = part {
+            parts.insert(name, part);
+        }
+    }
+    Ok(parts)
+}
+
+/// The images of a `docker save` archive; None if it is none.
+fn saved(blobs: &Blobs) -> Result<Option<Vec<Value>>> {
+    let Some(blob) = blobs.get("manifest.json")? else {
+        return Ok(None);
+    };
+    let Ok(Value::Array(images)) = blobs.json(&blob) else {
+        return Ok(None); // a file of that name that is somebody's own
+    };
+    let is_image = |image: &Value| image["Config"].is_string() && image["Layers"].is_array();
+    Ok((!images.is_empty() && images.iter().all(is_image)).then_some(images))
+}
+
+fn from_saved(blobs: &Blobs, images: &[Value], tag: Option<&str>) -> Result<Source> {
+    let tags = |image: &Value| -> Vec<String> {
+        let tags = image["RepoTags"].as_array();
+        let tags = tags.into_iter().flatten().filter_map(Value::as_str);
+        tags.map(String::from).collect()
+    };
+    let named = images.iter().map(|image| (tags(image), image)).collect();
+    let image = choose(named, tag)?;
+    let name = |value: &Value| {
+        value
+            .as_str()
+            .map(String::from)
+            .context("a layer without name")
+    };
+    let config = blobs.need(&name(&image["Config"])?)?;
+    let layers = image["Layers"].as_array().into_iter().flatten();
+    Ok(Source {
+        form: "docker save archive",
+        layers: layers
+            .map(|layer| Ok(Layer::Tar(blobs.need(&name(layer)?)?)))
+            .collect::<Result<_>>()?,
+        layered: true,
+        config: Some(blobs.json(&config).context("its configuration")?),
+    })
+}
+
+fn from_layout(blobs: &Blobs, tag: Option<&str>) -> Result<Source> {
+    let index = blobs
+        .json(&blobs.need("index.json")?)
+        .context("index.json")?;
+    let mut manifests = BTreeMap::new();
+    collect_manifests(blobs, &index, &[], 0, &mut manifests)?;
+    ensure!(
+        !manifests.is_empty(),
+        "there is no image for linux/{} in it",
+        host_architecture()
+    );
+    let named = manifests
+        .values()
+        .map(|(tags, value)| (tags.clone(), value))
+        .collect();
+    let manifest = choose(named, tag)?;
+    let config = blobs.need_digest(&manifest["config"])?;
+    let layers = manifest["layers"].as_array().into_iter().flatten();
+    Ok(Source {
+        form: "OCI image",
+        layers: layers
+            .map(|layer| Ok(Layer::Tar(blobs.need_digest(layer)?)))
+            .collect::<Result<_>>()?,
+        layered: true,
+        config: Some(blobs.json(&config).context("its configuration")?),
+    })
+}
+
+type Manifests = BTreeMap<String, (Vec<String>, Value)>;
+
+/// The manifests of images for this machine, by digest, with their tags.
+fn collect_manifests(
+    blobs: &Blobs,
+    index: &Value,
+    above: &[String],
+    depth: usize,
+    manifests: &mut Manifests,
+) -> Result<()> {
+    ensure!(depth < MAX_INDEXES, "indexes in indexes without end");
+    for descriptor in index["manifests"].as_array().into_iter().flatten() {
+        let annotations = &descriptor["annotations"];
+        let platform = &descriptor["platform"];
+        // Signatures and provenance are stored as if they were images of an unknown platform.
+        let ours = platform.is_null()
+            || (platform["os"] == "linux" && platform["architecture"] == host_architecture());
+        if !ours || !annotations["vnd.docker.reference.type"].is_null() {
+            continue;
+        }
+        let mut tags = above.to_vec();
+        for key in [
+            "io.containerd.image.name",
+            "org.opencontainers.image.ref.name",
+        ] {
+            tags.extend(annotations[key].as_str().map(String::from));
+        }
+        let document = blobs
+            .json(&blobs.need_digest(descriptor)?)
+            .context("a manifest")?;
+        if document["manifests"].is_array() {
+            collect_manifests(blobs, &document, &tags, depth + 1, manifests)?;
+        } else if document["config"].is_object() {
+            let digest = descriptor["digest"].as_str().unwrap_or_default();
+            let entry = manifests.entry(digest.into()).or_insert((vec![], document));
+            entry.0.extend(tags);
+        }
+    }
+    Ok(())
+}
+
+/// The one image, or that with the tag, which may lack what a registry's name starts with.
+fn choose<'a>(images: Vec<(Vec<String>, &'a Value)>, tag: Option<&str>) -> Result<&'a Value> {
+    let list = || {
+        let tags = images.iter().flat_map(|(tags, _)| tags.iter());
+        tags.map(|tag| format!("\n  --tag {tag}"))
+            .collect::<String>()
+    };
+    let Some(tag) = tag else {
+        return match images[..] {
+            [(_, image)] => Ok(image),
+            _ => bail!(
+                "there are {} images in it; choose one:{}",
+                images.len(),
+                list()
+            ),
+        };
+    };
+    let fits = |name: &String| name == tag || name.ends_with(&format!("/{tag}"));
+    let found = images.iter().find(|(tags, _)| tags.iter().any(fits));
+    let (_, image) = found.with_context(|| format!("there is no {tag} in it, but:{}", list()))?;
+    Ok(image)
+}

@@ -1,0 +1,710 @@
+//! A root file system as a container image's layers make it, held in memory: names, owners and
+//! modes here, contents where they are. Nothing a layer says can lead out of it, because there is
+//! nothing outside of it. (OCI image-spec layer.md; containerd's archive/tar.go for what that
+//! leaves open.)
+
+use std::{
+    collections::{BTreeMap, HashSet, VecDeque},
+    rc::Rc,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// Symbolic links on the way to one path, as path_resolution(7) limits them.
+const MAX_LINKS: usize = 40;
+/// Bytes of a file name (NAME_MAX).
+const MAX_NAME: usize = 255;
+/// Bytes of a path (PATH_MAX), also once symbolic links are followed.
+const MAX_PATH: usize = 4096;
+
+/// What starts the name of a whiteout.
+const WHITEOUT: &[u8] = b".wh.";
+/// What starts the names of aufs's own files, and of the opaque marker.
+const WHITEOUT_META: &[u8] = b".wh..wh.";
+/// The marker that hides what lower layers have in its directory.
+const OPAQUE: &[u8] = b".wh..wh..opq";
+
+/// What all kinds of file have.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Meta {
+    /// Permission bits with set-user-ID, set-group-ID and sticky.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u64,
+    /// Group.
+    pub gid: u64,
+    /// Seconds since 1970.
+    pub mtime: u64,
+    /// Extended attributes.
+    pub xattrs: Vec<(String, Vec<u8>)>,
+}
+
+impl Meta {
+    /// Root's, with this mode.
+    pub fn root(mode: u32) -> Meta {
+        Meta {
+            mode,
+            uid: 0,
+            gid: 0,
+            mtime: 0,
+            xattrs: vec![],
+        }
+    }
+}
+
+/// Where the contents of a file are: entry `entry` of layer `layer`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Place {
+    /// Number of the layer, the lowest is 0.
+    pub layer: usize,
+    /// Number of the entry in it.
+    pub entry: usize,
+}
+
+/// A regular file, which may have several names.
+#[derive(Debug)]
+pub struct File {
+    /// Owner and mode.
+    pub meta: Meta,
+    /// Bytes.
+    pub size: u64,
+    /// Contents.
+    pub place: Place,
+}
+
+/// A device's number.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Device {
+    /// A character device, not a block device.
+    pub character: bool,
+    /// Major number.
+    pub major: u32,
+    /// Minor number.
+    pub minor: u32,
+}
+
+/// What an entry of a layer makes.
+#[derive(Debug)]
+pub enum Kind {
+    /// A directory.
+    Directory,
+    /// A regular file of so many bytes.
+    File(u64),
+    /// One more name of the file at this path.
+    HardLink(Vec<u8>),
+    /// A symbolic link to this.
+    Symlink(Vec<u8>),
+    /// A device.
+    Device(Device),
+    /// A named pipe.
+    Fifo,
+}
+
+/// An entry of a layer.
+#[derive(Debug)]
+pub struct Entry {
+    /// Its path as the layer has it.
+    pub path: Vec<u8>,
+    /// Owner and mode.
+    pub meta: Meta,
+    /// What it makes.
+    pub kind: Kind,
+}
+
+type Children = BTreeMap<Vec<u8>, Node>;
+
+#[derive(Debug)]
+struct Node {
+    /// The layer that said so last.
+    layer: usize,
+    content: Content,
+}
+
+#[derive(Debug)]
+enum Content {
+    Directory(Meta, Children),
+    File(Rc<File>),
+    Symlink(Meta, Vec<u8>),
+    Device(Meta, Device),
+    Fifo(Meta),
+}
+
+/// The file system so far.
+#[derive(Debug)]
+pub struct Tree {
+    root: Meta,
+    children: Children,
+    /// Whether names that start with `.wh.` are whiteouts.
+    whiteouts: bool,
+}
+
+/// A file of the tree, for a [walk](Tree::walk).
+#[derive(Debug)]
+pub enum Item<'a> {
+    /// A directory.
+    Directory(&'a Meta),
+    /// A regular file under its first name.
+    File(&'a File),
+    /// A further name of the file at this path.
+    HardLink(&'a [u8]),
+    /// A symbolic link.
+    Symlink(&'a Meta, &'a [u8]),
+    /// A device.
+    Device(&'a Meta, Device),
+    /// A named pipe.
+    Fifo(&'a Meta),
+}
+
+/// How much a tree holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Extent {
+    /// Files of all kinds.
+    pub inodes: u64,
+    /// Bytes of all regular files.
+    pub bytes: u64,
+    /// Blocks of 4 KiB that their contents and the directories take.
+    pub blocks: u64,
+}
+
+impl Tree {
+    /// An empty one. A layer's whiteouts hide; in an ordinary archive `.wh.` is part of a name.
+    pub fn new(whiteouts: bool) -> Tree {
+        Tree {
+            root: Meta::root(0o755),
+            children: Children::new(),
+            whiteouts,
+        }
+    }
+
+    /// Owner and mode of the root directory.
+    pub fn root(&self) -> &Meta {
+        &self.root
+    }
+
+    /// Adds what an entry says. Layers come in order, from the lowest.
+    pub fn apply(&mut self, place: Place, entry: Entry) -> Result<()> {
+        let shown = entry.path.escape_ascii().to_string();
+        self.add(place, entry)
+            .with_context(|| format!("unable to add {shown:?}"))
+    }
+
+    fn add(&mut self, place: Place, entry: Entry) -> Result<()> {
+        let mut parents = components(&entry.path)?;
+        let Some(name) = parents.pop() else {
+            ensure!(
+                matches!(entry.kind, Kind::Directory),
+                "the root is a directory"
+            );
+            self.root = entry.meta;
+            return Ok(());
+        };
+        if self.whiteouts && name.starts_with(WHITEOUT) {
+            return self.hide(place.layer, &parents, &name);
+        }
+        let content = match entry.kind {
+            Kind::Directory => Content::Directory(entry.meta, Children::new()),
+            Kind::File(size) => Content::File(Rc::new(File {
+                meta: entry.meta,
+                size,
+                place,
+            })),
+            Kind::Symlink(target) => Content::Symlink(entry.meta, target),
+            Kind::Device(device) => Content::Device(entry.meta, device),
+            Kind::Fifo => Content::Fifo(entry.meta),
+            Kind::HardLink(target) => self.linked(&target)?,
+        };
+        let parents = self.resolve(&parents, Some(place.layer))?;
+        let children = self
+            .directory(&parents)
+            .context("its directory is no directory")?;
+        let node = Node {
+            layer: place.layer,
+            content,
+        };
+        match (children.get_mut(&name), node) {
+            // A directory that is there already keeps what is in it.
+            (
+                Some(Node {
+                    layer,
+                    content: Content::Directory(meta, _),
+                }),
+                Node {
+                    content: Content::Directory(new, _),
+                    ..
+                },
+            ) => (*layer, *meta) = (place.layer, new),
+            (_, node) => drop(children.insert(name, node)),
+        }
+        Ok(())
+    }
+
+    /// What one more name of the file at `target` holds.
+    fn linked(&mut self, target: &[u8]) -> Result<Content> {
+        let shown = target.escape_ascii().to_string();
+        let found = (|| {
+            let mut parents = components(target)?;
+            let name = parents.pop().context("it is the root")?;
+            let parents = self.resolve(&parents, None)?;
+            let node = self
+                .directory(&parents)
+                .and_then(|children| children.get(&name));
+            Ok(match &node.context("there is no such file")?.content {
+                Content::Directory(..) => bail!("it is a directory"),
+                Content::File(file) => Content::File(file.clone()),
+                Content::Symlink(meta, target) => Content::Symlink(meta.clone(), target.clone()),
+                Content::Device(meta, device) => Content::Device(meta.clone(), *device),
+                Content::Fifo(meta) => Content::Fifo(meta.clone()),
+            })
+        })();
+        found.with_context(|| format!("unable to link to {shown:?}"))
+    }
+
+    /// Does what the whiteout `name` says, to lower layers only.
+    fn hide(&mut self, layer: usize, parents: &[Vec<u8>], name: &[u8]) -> Result<()> {
+        let opaque = name == OPAQUE;
+        if name.starts_with(WHITEOUT_META) && !opaque {
+            return Ok(());
+        }
+        let hidden = &name[WHITEOUT.len()..];
+        ensure!(
+            !matches!(hidden, b"" | b"." | b".."),
+            "a whiteout of nothing"
+        );
+        let Some(children) = self
+            .resolve(parents, None)
+            .ok()
+            .and_then(|path| self.directory(&path))
+        else {
+            return Ok(()); // nothing is there to be hidden
+        };
+        if opaque {
+            prune(children, layer);
+        } else if let Some(node) = children.get_mut(hidden)
+            && !survives(node, layer)
+        {
+            children.remove(hidden);
+        }
+        Ok(())
+    }
+
+    /// The path without symbolic links that `path` stands for; none leads out of the root. With a
+    /// layer, directories that are missing are made, as of that layer.
+    fn resolve(&mut self, path: &[Vec<u8>], make: Option<usize>) -> Result<Vec<Vec<u8>>> {
+        let mut todo: VecDeque<Vec<u8>> = path.iter().cloned().collect();
+        let mut done: Vec<Vec<u8>> = vec![];
+        let mut links = 0;
+        while let Some(name) = todo.pop_front() {
+            match name.as_slice() {
+                b"" | b"." => continue,
+                b".." => {
+                    done.pop();
+                    continue;
+                }
+                _ => {}
+            }
+            let length: usize = done.iter().map(|name| name.len() + 1).sum();
+            ensure!(length + name.len() < MAX_PATH, "its path is too long");
+            ensure!(name.len() <= MAX_NAME, "a name in its path is too long");
+            let children = self.directory(&done).context("a path through a file")?;
+            match children.get(&name).map(|node| &node.content) {
+                Some(Content::Directory(..)) => done.push(name),
+                Some(Content::Symlink(_, target)) => {
+                    links += 1;
+                    ensure!(links <= MAX_LINKS, "too many symbolic links in its path");
+                    if target.starts_with(b"/") {
+                        done.clear();
+                    }
+                    for name in target.rsplit(|&byte| byte == b'/') {
+                        todo.push_front(name.to_vec());
+                    }
+                }
+                Some(_) => bail!("{:?} is no directory", name.escape_ascii().to_string()),
+                None => {
+                    let layer = make.context("there is no such directory")?;
+                    let content = Content::Directory(Meta::root(0o755), Children::new());
+                    children.insert(name.clone(), Node { layer, content });
+                    done.push(name);
+                }
+            }
+        }
+        Ok(done)
+    }
+
+    /// What is in the directory at a path without symbolic links.
+    fn directory(&mut self, path: &[Vec<u8>]) -> Option<&mut Children> {
+        path.iter().try_fold(&mut self.children, |children, name| {
+            match &mut children.get_mut(name)?.content {
+                Content::Directory(_, children) => Some(children),
+                _ => None,
+            }
+        })
+    }
+
+    /// Calls `visit` for every file but the root: directories before what they hold, hard links
+    /// after the name they link to. Paths have neither a slash at the start nor symbolic links.
+    pub fn walk(&self, mut visit: impl FnMut(&[u8], Item) -> Result<()>) -> Result<()> {
+        let mut names: BTreeMap<*const File, Rc<[u8]>> = BTreeMap::new();
+        let mut links: Vec<(Vec<u8>, Rc<[u8]>)> = vec![];
+        // A stack of its own: a layer may be deeper than a thread's.
+        let mut stack = vec![(Vec::new(), self.children.iter())];
+        while let Some((path, children)) = stack.last_mut() {
+            let Some((name, node)) = children.next() else {
+                stack.pop();
+                continue;
+            };
+            let mut path = path.clone();
+            if !path.is_empty() {
+                path.push(b'/');
+            }
+            path.extend(name);
+            let item = match &node.content {
+                Content::Directory(meta, children) => {
+                    visit(&path, Item::Directory(meta))?;
+                    stack.push((path, children.iter()));
+                    continue;
+                }
+                Content::File(file) => {
+                    if let Some(first) = names.get(&Rc::as_ptr(file)) {
+                        links.push((path, first.clone()));
+                        continue;
+                    }
+                    names.insert(Rc::as_ptr(file), path.as_slice().into());
+                    Item::File(file)
+                }
+                Content::Symlink(meta, target) => Item::Symlink(meta, target),
+                Content::Device(meta, device) => Item::Device(meta, *device),
+                Content::Fifo(meta) => Item::Fifo(meta),
+            };
+            visit(&path, item)?;
+        }
+        links
+            .iter()
+            .try_for_each(|(path, first)| visit(path, Item::HardLink(first)))
+    }
+
+    /// How much it holds.
+    pub fn extent(&self) -> Extent {
+        let mut extent = Extent::default();
+        let mut seen: HashSet<*const File> = HashSet::new();
+        let mut todo = vec![&self.children];
+        while let Some(children) = todo.pop() {
+            extent.inodes += 1;
+            // A directory entry is 8 bytes and its name, in blocks that are not always full.
+            let names: usize = children.keys().map(|name| name.len() + 12).sum();
+            extent.blocks += (names as u64 * 2).div_ceil(4096).max(1);
+            for node in children.values() {
+                match &node.content {
+                    Content::Directory(_, children) => todo.push(children),
+                    Content::File(file) => {
+                        if seen.insert(Rc::as_ptr(file)) {
+                            extent.inodes += 1;
+                            extent.bytes += file.size;
+                            // A block more, for the extent tree and the attributes.
+                            let blocks = file.size.div_ceil(4096);
+                            extent.blocks += blocks + blocks.div_ceil(8192);
+                            extent.blocks += u64::from(!file.meta.xattrs.is_empty());
+                        }
+                    }
+                    Content::Symlink(_, target) => {
+                        extent.inodes += 1;
+                        extent.blocks += u64::from(target.len() >= 60);
+                    }
+                    Content::Device(..) | Content::Fifo(_) => extent.inodes += 1,
+                }
+            }
+        }
+        extent
+    }
+}
+
+/// Whether a node outlives being hidden from `layer` on: that layer itself has made it, or, if it
+/// is a directory, something in it.
+fn survives(node: &mut Node, layer: usize) -> bool {
+    let inhabited = match &mut node.content {
+        Content::Directory(_, children) => {
+            prune(children, layer);
+            !children.is_empty()
+        }
+        _ => false,
+    };
+    inhabited || node.layer == layer
+}
+
+/// Removes what layers below `layer` have made.
+fn prune(children: &mut Children, layer: usize) {
+    children.retain(|_, node| survives(node, layer));
+}
+
+/// The names in a path, which may be absolute but not lead above the root.
+fn components(path: &[u8]) -> Result<Vec<Vec<u8>>> {
+    ensure!(!path.contains(&0), "a zero byte in its path");
+    ensure!(path.len() < MAX_PATH, "its path is too long");
+    let mut names: Vec<Vec<u8>> = vec![];
+    for name in path.split(|&byte| byte == b'/') {
+        match name {
+            b"" | b"." => {}
+            b".." => drop(names.pop().context("it leads out of the image")?),
+            _ => {
+                ensure!(name.len() <= MAX_NAME, "a name in its path is too long");
+                names.push(name.to_vec());
+            }
+        }
+    }
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Layers in a short notation, one string an entry: `d PATH`, `f PATH`, `l PATH TARGET`
+    /// (symbolic link), `h PATH TARGET` (hard link).
+    fn try_layers(layers: &[&[&str]]) -> Result<Tree> {
+        let mut tree = Tree::new(true);
+        for (layer, entries) in layers.iter().enumerate() {
+            for (number, entry) in entries.iter().enumerate() {
+                let words: Vec<_> = entry.split(' ').collect();
+                let target = || words[2].as_bytes().to_vec();
+                let kind = match words[0] {
+                    "d" => Kind::Directory,
+                    "f" => Kind::File(1),
+                    "l" => Kind::Symlink(target()),
+                    "h" => Kind::HardLink(target()),
+                    other => panic!("{other}"),
+                };
+                // The mode tells which layer has said it last.
+                let meta = Meta::root(layer as u32);
+                let path = words[1].into();
+                let place = Place {
+                    layer,
+                    entry: number,
+                };
+                tree.apply(place, Entry { path, meta, kind })?;
+            }
+        }
+        Ok(tree)
+    }
+
+    /// What a walk meets: `PATH/` a directory, `PATH` a file, with the layer it is of.
+    fn listing(tree: &Tree) -> Vec<String> {
+        let mut lines = vec![];
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        tree.walk(|path, item| {
+            let path = text(path);
+            lines.push(match item {
+                Item::Directory(_) => format!("{path}/"),
+                Item::File(file) => format!("{path} {}", file.place.layer),
+                Item::HardLink(first) => format!("{path} = {}", text(first)),
+                Item::Symlink(_, target) => format!("{path} -> {}", text(target)),
+                Item::Device(..) | Item::Fifo(_) => path,
+            });
+            Ok(())
+        })
+        .unwrap();
+        lines
+    }
+
+    fn layers(layers: &[&[&str]]) -> Vec<String> {
+        listing(&try_layers(layers).unwrap())
+    }
+
+    fn error(entries: &[&str]) -> String {
+        format!("{:#}", try_layers(&[entries]).unwrap_err())
+    }
+
+    #[test]
+    fn a_later_layer_replaces_files_and_keeps_directories() {
+        let tree = layers(&[
+            &[
+                "d etc",
+                "f etc/a",
+                "f etc/b",
+                "d was-dir",
+                "f was-dir/x",
+                "f was-file",
+            ],
+            &["d etc", "f etc/b", "f was-dir", "d was-file"],
+        ]);
+        assert_eq!(
+            tree,
+            ["etc/", "etc/a 0", "etc/b 1", "was-dir 1", "was-file/"]
+        );
+    }
+
+    #[test]
+    fn a_directory_has_the_owner_that_the_last_layer_gave_it() {
+        let tree = try_layers(&[&["d etc", "f etc/a"], &["d etc"]]).unwrap();
+        tree.walk(|_, item| {
+            if let Item::Directory(meta) = item {
+                assert_eq!(meta.mode, 1);
+            }
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn a_whiteout_removes_what_lower_layers_have() {
+        let lower: &[&str] = &["f a", "d dir", "f dir/x", "f dir/y", "f keep"];
+        assert_eq!(
+            layers(&[lower, &["f .wh.a", "f dir/.wh.x"]]),
+            ["dir/", "dir/y 0", "keep 0"]
+        );
+        assert_eq!(
+            layers(&[lower, &["f .wh.dir", "f .wh.never-was"]]),
+            ["a 0", "keep 0"]
+        );
+        assert_eq!(layers(&[lower, &["f nowhere/.wh.x"]]).len(), 5);
+    }
+
+    #[test]
+    fn a_whiteout_leaves_its_own_layer_alone_in_either_order() {
+        let lower: &[&str] = &["d dir", "f dir/old", "d dir/deep", "f dir/deep/old"];
+        let expected = ["dir/", "dir/deep/", "dir/deep/new 1", "dir/new 1"];
+        for upper in [
+            [
+                "f .wh.dir",
+                "d dir",
+                "f dir/new",
+                "d dir/deep",
+                "f dir/deep/new",
+            ],
+            [
+                "d dir",
+                "f dir/new",
+                "d dir/deep",
+                "f dir/deep/new",
+                "f .wh.dir",
+            ],
+            [
+                "f dir/.wh..wh..opq",
+                "d dir",
+                "f dir/new",
+                "d dir/deep",
+                "f dir/deep/new",
+            ],
+            [
+                "d dir",
+                "d dir/deep",
+                "f dir/deep/new",
+                "f dir/new",
+                "f dir/.wh..wh..opq",
+            ],
+        ] {
+            assert_eq!(layers(&[lower, &upper]), expected, "{upper:?}");
+        }
+    }
+
+    #[test]
+    fn an_opaque_directory_hides_all_that_was_in_it_but_not_itself() {
+        let tree = layers(&[&["d a", "f a/x", "d a/b", "f a/b/y"], &["f a/.wh..wh..opq"]]);
+        assert_eq!(tree, ["a/"]);
+        let tree = layers(&[&["f x", "d d"], &["f .wh..wh..opq", "f y"]]);
+        assert_eq!(tree, ["y 1"]);
+    }
+
+    #[test]
+    fn a_third_layer_brings_back_what_the_second_hid() {
+        assert_eq!(layers(&[&["f a"], &["f .wh.a"], &["f a"]]), ["a 2"]);
+        assert_eq!(layers(&[&["f a"], &["f a"], &["f .wh.a"]]), [""; 0]);
+    }
+
+    #[test]
+    fn whiteouts_are_names_like_others_outside_of_layers_and_aufs_files_are_none() {
+        assert_eq!(layers(&[&["d .wh..wh.plnk", "f .wh..wh.aufs"]]), [""; 0]);
+        let mut tree = Tree::new(false);
+        let entry = Entry {
+            path: b".wh.a".into(),
+            meta: Meta::root(0),
+            kind: Kind::File(0),
+        };
+        tree.apply(Place { layer: 0, entry: 0 }, entry).unwrap();
+        assert_eq!(listing(&tree), [".wh.a 0"]);
+        for name in [".wh.", ".wh..", ".wh..."] {
+            assert!(error(&[&format!("f d/{name}")]).contains("a whiteout of nothing"));
+        }
+    }
+
+    #[test]
+    fn hard_links_share_a_file_across_layers_and_outlive_its_first_name() {
+        let tree = layers(&[&["f b", "h a b"], &["h c a", "f .wh.b"]]);
+        assert_eq!(tree, ["a 0", "c = a"]);
+        assert!(error(&["h a nowhere"]).contains(r#"unable to link to "nowhere""#));
+        assert!(error(&["d d", "h a d"]).contains("it is a directory"));
+    }
+
+    #[test]
+    fn directories_that_no_layer_mentions_are_there_and_roots() {
+        assert_eq!(layers(&[&["f a/b/c"]]), ["a/", "a/b/", "a/b/c 0"]);
+    }
+
+    #[test]
+    fn a_path_through_symbolic_links_stays_in_the_tree() {
+        let linked = |target: &str, expected: &[&str]| {
+            let link = format!("l link {target}");
+            let tree = layers(&[&["d usr/bin", &link], &["f link/x"]]);
+            let link = format!("link -> {target}");
+            let mut expected: Vec<_> = expected.iter().map(|line| line.to_string()).collect();
+            expected.extend([link, "usr/".into(), "usr/bin/".into()]);
+            expected.sort();
+            let mut tree = tree;
+            tree.sort();
+            assert_eq!(tree, expected);
+        };
+        linked("usr/bin", &["usr/bin/x 1"]);
+        linked("/usr/bin", &["usr/bin/x 1"]);
+        linked("usr/../usr/./bin", &["usr/bin/x 1"]);
+        linked("../../..", &["x 1"]);
+        linked("/../etc", &["etc/", "etc/x 1"]);
+        linked("../../tmp/y", &["tmp/", "tmp/y/", "tmp/y/x 1"]);
+    }
+
+    #[test]
+    fn hostile_names_are_refused() {
+        for path in ["../x", "a/../../x", "/../x", "a/b/../../../etc/passwd"] {
+            assert!(
+                error(&[&format!("f {path}")]).contains("leads out of the image"),
+                "{path}"
+            );
+            assert!(
+                error(&[&format!("h a {path}")]).contains("leads out of the image"),
+                "{path}"
+            );
+        }
+        assert!(error(&["f a\0b"]).contains("a zero byte"));
+        assert!(error(&[&format!("f {}", "n".repeat(256))]).contains("too long"));
+        assert!(error(&[&format!("f {}", "d/".repeat(2048))]).contains("too long"));
+        assert!(error(&["l a b", "l b a", "f a/x"]).contains("too many symbolic links"));
+        assert!(error(&["f a", "f a/x"]).contains("no directory"));
+        assert!(error(&["f ."]).contains("the root is a directory"));
+        // Harmless, if odd.
+        assert_eq!(
+            layers(&[&["f /etc/./x", "f a/../b"]]),
+            ["b 0", "etc/", "etc/x 0"]
+        );
+    }
+
+    #[test]
+    fn links_that_grow_a_path_have_an_end() {
+        let name = "n".repeat(200);
+        let long = vec![name.as_str(); 15].join("/");
+        let mut entries = vec![format!("l 0 {long}")];
+        for n in 1..30 {
+            entries.push(format!("l {n} {}/{long}", n - 1));
+        }
+        entries.push("f 29/x".into());
+        let entries: Vec<_> = entries.iter().map(String::as_str).collect();
+        assert!(error(&entries).contains("too long"));
+    }
+
+    #[test]
+    fn the_extent_counts_each_file_once() {
+        let tree = try_layers(&[&["d d", "f d/a", "h d/b d/a", "l c d"]]).unwrap();
+        let expected = Extent {
+            inodes: 4,
+            bytes: 1,
+            blocks: 4,
+        };
+        assert_eq!(tree.extent(), expected);
+    }
+}

@@ -1,0 +1,24 @@
+//! The host's side of pigeon-init: boots micro-VMs of container images and drives them over vsock.
+//!
+//! [`Client`] speaks to a running VM, whoever has started it. [`machine`] starts one, on
+//! Firecracker or QEMU; [`image`] makes its root disk. The `pigeon` command is all three.
+//!
+//! Everything is synchronous.
+
+pub mod assets;
+mod client;
+mod error;
+pub mod http;
+pub mod image;
+pub mod initrd;
+pub mod machine;
+pub mod process;
+pub mod qmp;
+pub mod session;
+pub mod signal;
+pub mod tsc;
+pub mod vsock;
+
+pub use client::{Client, Command, Exit, Output};
+pub use error::Error;
+pub use session::Session;

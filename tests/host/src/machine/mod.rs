@@ -1,0 +1,250 @@
+//! Micro-VMs on Firecracker, or on QEMU where Firecracker cannot run.
+
+mod firecracker;
+mod qemu;
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus},
+};
+
+use anyhow::{Result, bail};
+use serde_json::Value;
+
+use crate::{assets, process::Process};
+
+pub use firecracker::put_metadata;
+
+/// The guest's context id on vsock.
+const GUEST_CID: u32 = 3;
+/// The guest's MAC address.
+const GUEST_MAC: &str = "06:00:ac:10:00:02";
+/// The tap device of [`Nic::LoneTap`].
+const LONE_TAP: &str = "tap0";
+
+/// How a VM has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest asked for a restart, which is how a micro-VM ends in good order.
+    Reboot,
+    /// The guest switched itself off.
+    PowerOff,
+    /// The kernel panicked.
+    Panic,
+    /// The hypervisor failed, or was killed.
+    Failed(Option<i32>),
+}
+
+/// What the guest's network card is plugged into.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Nic {
+    /// There is no eth0.
+    #[default]
+    None,
+    /// A listening Unix socket that takes frames, each after its length in 4 bytes. QEMU only.
+    Stream(PathBuf),
+    /// The host's own network, by address translation and without privileges, in
+    /// [`USER_NETWORK`]; TCP ports of the host lead to ports of the guest. QEMU only.
+    User(Vec<(u16, u16)>),
+    /// A tap device that is there.
+    Tap(String),
+    /// A tap device in a network namespace of the VM's own: nobody answers behind it.
+    LoneTap,
+}
+
+/// Addresses in the network of [`Nic::User`].
+pub struct UserNetwork {
+    /// The guest's address.
+    pub guest: &'static str,
+    /// Its prefix length.
+    pub mask: u8,
+    /// The way out, which is the host too.
+    pub gateway: &'static str,
+    /// A name server that asks the host's.
+    pub nameserver: &'static str,
+}
+
+/// As QEMU's user network has them unless told otherwise.
+pub const USER_NETWORK: UserNetwork = UserNetwork {
+    guest: "10.0.2.15",
+    mask: 24,
+    gateway: "10.0.2.2",
+    nameserver: "10.0.2.3",
+};
+
+/// A block device of a guest.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    pub(crate) path: PathBuf,
+    pub(crate) read_only: bool,
+    pub(crate) scratch: bool,
+    pub(crate) blkdebug: Option<String>,
+}
+
+impl Disk {
+    /// A disk that is the file at `path`.
+    pub fn file(path: &Path) -> Disk {
+        Disk {
+            path: path.into(),
+            read_only: false,
+            scratch: false,
+            blkdebug: None,
+        }
+    }
+
+    /// The guest cannot write it.
+    pub fn read_only(self) -> Disk {
+        Disk {
+            read_only: true,
+            ..self
+        }
+    }
+
+    /// A flush of the guest's does not reach the host's disk: for images that nobody needs after
+    /// a power failure of the host.
+    pub fn scratch(self) -> Disk {
+        Disk {
+            scratch: true,
+            ..self
+        }
+    }
+
+    /// Fails as the blkdebug configuration says (QEMU docs/devel/blkdebug.txt).
+    pub fn blkdebug(self, config: &str) -> Disk {
+        Disk {
+            blkdebug: Some(config.into()),
+            ..self
+        }
+    }
+
+    /// Whether it is to fail.
+    pub fn is_faulty(&self) -> bool {
+        self.blkdebug.is_some()
+    }
+}
+
+/// Firecracker's own metadata service.
+#[derive(Clone, Debug)]
+pub struct Metadata {
+    /// V1, which takes requests without a token, in place of V2.
+    pub v1: bool,
+    /// The document, unless it is [put](put_metadata) there later.
+    pub document: Option<Value>,
+}
+
+/// A VM to be started.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    /// A directory for the sockets and logs of this VM alone.
+    pub dir: PathBuf,
+    /// An uncompressed kernel.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initrd: PathBuf,
+    /// Words of the kernel command line, after those a micro-VM needs.
+    pub args: Vec<String>,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Virtual processors.
+    pub cpus: u32,
+    /// `/dev/vda` is the first.
+    pub disks: Vec<Disk>,
+    /// The network card.
+    pub nic: Nic,
+    /// A metadata service on it. Firecracker only.
+    pub metadata: Option<Metadata>,
+    /// Where the host's socket of the guest's vsock is to be; None is no vsock.
+    pub vsock: Option<PathBuf>,
+    /// A keyboard controller, which Ctrl-Alt-Del needs.
+    pub i8042: bool,
+    /// The guest's clock counts its instructions. QEMU only.
+    pub deterministic: bool,
+}
+
+/// What the guest's vsock socket is called in [`Spec::dir`] if nobody cares.
+pub const VSOCK: &str = "vm.vsock";
+
+impl Spec {
+    /// A VM as a common Firecracker set-up has it: 256 MiB, one processor, vsock, no disk and no
+    /// network.
+    pub fn new(dir: &Path, kernel: &Path, initrd: &Path) -> Spec {
+        Spec {
+            dir: dir.into(),
+            kernel: kernel.into(),
+            initrd: initrd.into(),
+            args: vec![],
+            memory_mib: 256,
+            cpus: 1,
+            disks: vec![],
+            nic: Nic::None,
+            metadata: None,
+            vsock: Some(dir.join(VSOCK)),
+            i8042: true,
+            deterministic: false,
+        }
+    }
+
+    /// Starts it on Firecracker.
+    pub fn start_firecracker(&self, program: &Path) -> Result<Box<dyn Machine>> {
+        firecracker::start(self, program)
+    }
+
+    /// Starts it on QEMU.
+    pub fn start_qemu(&self) -> Result<Box<dyn Machine>> {
+        qemu::start(self)
+    }
+
+    /// The kernel command line: what both hypervisors need, what one needs, what was asked for.
+    fn command_line(&self, specific: &str) -> String {
+        // A panic restarts at once, which ends the VM; the console has its text.
+        let common = "console=ttyS0 reboot=k panic=-1 quiet";
+        [common, specific, &self.args.join(" ")]
+            .join(" ")
+            .trim_end()
+            .into()
+    }
+}
+
+/// A started VM. It ends when it is dropped.
+pub trait Machine: Send {
+    /// The hypervisor, whose standard streams are the guest's console.
+    fn process(&mut self) -> &mut Process;
+    /// Its name.
+    fn hypervisor(&self) -> &'static str;
+    /// The keys Ctrl, Alt and Del.
+    fn ctrl_alt_delete(&mut self) -> Result<()>;
+    /// Stops the virtual processors.
+    fn pause(&mut self) -> Result<()>;
+    /// Lets them go on.
+    fn resume(&mut self) -> Result<()>;
+    /// What the end with this status meant, but for a panic.
+    fn end(&mut self, status: ExitStatus) -> End;
+    /// Whether the host may connect to the guest's vsock without doing harm.
+    fn takes_connections(&mut self) -> Result<bool> {
+        Ok(true)
+    }
+    /// A QMP command, where the VM runs on QEMU.
+    fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        let _ = arguments;
+        bail!("{command}: only QEMU has QMP")
+    }
+}
+
+/// `command` in a network namespace that holds nothing but a tap device.
+fn beside_tap(command: &Command) -> Result<Command> {
+    // Entering a user namespace loses the parent's death signal.
+    const SCRIPT: &str = "ip tuntap add dev $0 mode tap vnet_hdr && ip link set $0 up && \
+                          exec setpriv --pdeathsig KILL \"$@\"";
+    let mut wrapped = Command::new(assets::tool("unshare")?);
+    wrapped.arg("--net");
+    if !rustix::process::geteuid().is_root() {
+        wrapped.arg("--map-root-user");
+    }
+    let path = env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    wrapped
+        .env("PATH", path)
+        .args(["sh", "-c", SCRIPT, LONE_TAP]);
+    wrapped.arg(command.get_program()).args(command.get_args());
+    Ok(wrapped)
+}

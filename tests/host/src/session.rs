@@ -1,0 +1,299 @@
+//! `/v1/ws/exec`: a command whose input and output are streams, over a WebSocket.
+
+use std::{
+    collections::VecDeque,
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
+};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use serde_json::{Value, json};
+use tungstenite::{
+    Bytes, HandshakeError, Message, WebSocket, client::IntoClientRequest,
+    client::client_with_config, protocol::WebSocketConfig,
+};
+
+use crate::{Client, Command, Error, client::refusal, vsock::API_PORT};
+
+/// Most bytes of input in one message; the init takes 128 KiB.
+pub const MESSAGE: usize = 32 << 10;
+
+/// What comes from a session.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// Output, standard output and standard error merged.
+    Output(Bytes),
+    /// The end, after all output.
+    Exit(Ended),
+}
+
+/// How a session's command ended.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ended {
+    /// Its exit code.
+    pub code: Option<i32>,
+    /// The signal that killed it.
+    pub signal: Option<i32>,
+}
+
+impl Ended {
+    /// One number, as a shell has it: the code, or 128 + the signal.
+    pub fn status(&self) -> i32 {
+        match (self.code, self.signal) {
+            (Some(code), _) => code,
+            (None, Some(signal)) => 128 + signal,
+            (None, None) => -1,
+        }
+    }
+}
+
+/// A running command. It is killed, with its group, when this is dropped before its end.
+///
+/// The methods that wait are for a program that reads and writes in turn. One that polls several
+/// descriptors waits for [`as_fd`](Session::as_fd) to be readable, and writable while
+/// [`is_sending`](Session::is_sending), and then calls [`flush`](Session::flush) and
+/// [`try_next`](Session::try_next).
+///
+/// ```no_run
+/// use pigeon::{Client, Command, session::Event};
+///
+/// let mut session = Client::connect("vm.vsock")?.session(&Command::new(["sort", "-u"]))?;
+/// session.send(b"b\na\nb\n")?;
+/// session.end_input()?;
+/// while let Some(event) = session.next()? {
+///     match event {
+///         Event::Output(bytes) => print!("{}", String::from_utf8_lossy(&bytes)),
+///         Event::Exit(ended) => println!("status {}", ended.status()),
+///     }
+/// }
+/// # Ok::<(), pigeon::Error>(())
+/// ```
+pub struct Session {
+    socket: WebSocket<UnixStream>,
+    /// Something waits to be sent.
+    sending: bool,
+    /// Came while something had to be sent first.
+    ahead: VecDeque<Event>,
+    over: bool,
+}
+
+impl Session {
+    pub(crate) fn start(
+        client: &Client,
+        command: &Command,
+        terminal: Option<(u16, u16)>,
+    ) -> Result<Session, Error> {
+        let stream = client.port(API_PORT)?;
+        // Only a flush writes: what is written is in one piece then, and nothing is written twice.
+        let config = WebSocketConfig::default().write_buffer_size(usize::MAX >> 1);
+        let request = "ws://localhost/v1/ws/exec".into_client_request();
+        let request = request.map_err(Error::broken)?;
+        let (socket, _) =
+            client_with_config(request, stream, Some(config)).map_err(|error| match error {
+                HandshakeError::Failure(tungstenite::Error::Http(response)) => {
+                    let body = response.body().as_deref().unwrap_or_default();
+                    refusal(response.status().as_u16(), body)
+                }
+                HandshakeError::Failure(error) => Error::broken(error),
+                HandshakeError::Interrupted(_) => Error::Broken("it blocks".into()),
+            })?;
+        socket
+            .get_ref()
+            .set_nonblocking(true)
+            .map_err(Error::broken)?;
+        let mut session = Session {
+            socket,
+            sending: false,
+            ahead: VecDeque::new(),
+            over: false,
+        };
+        let mut request = command.request("command");
+        request["tty"] = json!(terminal.is_some());
+        if let Some((columns, rows)) = terminal {
+            (request["cols"], request["rows"]) = (json!(columns), json!(rows));
+        }
+        session.queue(Message::text(request.to_string()))?;
+        session.drain()?;
+        Ok(session)
+    }
+
+    /// Sends input to the command, all of it. What it writes meanwhile is kept for
+    /// [`next`](Session::next).
+    pub fn send(&mut self, input: &[u8]) -> Result<(), Error> {
+        for chunk in input.chunks(MESSAGE) {
+            self.queue_input(chunk)?;
+            self.drain()?;
+        }
+        Ok(())
+    }
+
+    /// Ends the command's input.
+    pub fn end_input(&mut self) -> Result<(), Error> {
+        self.queue_end_of_input()?;
+        self.drain()
+    }
+
+    /// Tells the terminal's size.
+    pub fn resize(&mut self, columns: u16, rows: u16) -> Result<(), Error> {
+        self.queue_resize(columns, rows)?;
+        self.drain()
+    }
+
+    /// Waits for what comes next; None after the end.
+    #[expect(clippy::should_implement_trait, reason = "it fails")]
+    pub fn next(&mut self) -> Result<Option<Event>, Error> {
+        loop {
+            let event = self.try_next()?;
+            if event.is_some() || self.over {
+                return Ok(event);
+            }
+            self.flush()?;
+            self.wait()?;
+        }
+    }
+
+    /// What has come already.
+    pub fn try_next(&mut self) -> Result<Option<Event>, Error> {
+        match self.ahead.pop_front() {
+            None => self.receive(),
+            event => Ok(event),
+        }
+    }
+
+    /// Whether the end has come.
+    pub fn is_over(&self) -> bool {
+        self.over && self.ahead.is_empty()
+    }
+
+    /// Whether something waits to be sent: then wait, and [`flush`](Session::flush), before the
+    /// next input.
+    pub fn is_sending(&self) -> bool {
+        self.sending
+    }
+
+    /// Takes input, at most [`MESSAGE`] bytes, to be sent by [`flush`](Session::flush).
+    pub fn queue_input(&mut self, input: &[u8]) -> Result<(), Error> {
+        self.queue(Message::binary(input.to_vec()))
+    }
+
+    /// Takes the end of input, to be sent by [`flush`](Session::flush).
+    pub fn queue_end_of_input(&mut self) -> Result<(), Error> {
+        self.queue(Message::text(r#"{"stdin":"eof"}"#))
+    }
+
+    /// Takes the terminal's size, to be sent by [`flush`](Session::flush).
+    pub fn queue_resize(&mut self, columns: u16, rows: u16) -> Result<(), Error> {
+        let size = json!({"cols": columns, "rows": rows});
+        self.queue(Message::text(size.to_string()))
+    }
+
+    fn queue(&mut self, message: Message) -> Result<(), Error> {
+        self.sending = true;
+        match self.socket.write(message) {
+            Err(error) if !self.over => self.failed(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Sends what can be sent now.
+    pub fn flush(&mut self) -> Result<(), Error> {
+        match self.socket.flush() {
+            Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.sending = true;
+                Ok(())
+            }
+            // The command's end comes before its input's.
+            Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+                self.sending = false;
+                Ok(())
+            }
+            Err(error) if !self.over => self.failed(error),
+            _ => {
+                self.sending = false;
+                Ok(())
+            }
+        }
+    }
+
+    /// Sends all of it, and takes meanwhile what comes.
+    fn drain(&mut self) -> Result<(), Error> {
+        self.flush()?;
+        while self.sending && !self.over {
+            self.wait()?;
+            while let Some(event) = self.receive()? {
+                self.ahead.push_back(event);
+            }
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self) -> Result<Option<Event>, Error> {
+        while !self.over {
+            match self.socket.read() {
+                Ok(Message::Binary(bytes)) => return Ok(Some(Event::Output(bytes))),
+                Ok(Message::Text(text)) => match self.told(&text)? {
+                    None => continue,
+                    event => return Ok(event),
+                },
+                Ok(Message::Close(frame)) => {
+                    let why = frame.map_or("it was closed".into(), |frame| frame.to_string());
+                    return Err(Error::Broken(why));
+                }
+                Ok(_) => {}
+                Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Ok(None);
+                }
+                Err(error) => return self.failed(error).map(|()| None),
+            }
+        }
+        Ok(None)
+    }
+
+    /// A text message from the init.
+    fn told(&mut self, text: &str) -> Result<Option<Event>, Error> {
+        let message: Value = serde_json::from_str(text).map_err(Error::broken)?;
+        if let Some(why) = message["Error"]["message"].as_str() {
+            self.over = true;
+            return Err(Error::NotStarted(why.into()));
+        }
+        let exit = &message["Exit"];
+        if !exit.is_object() {
+            return Ok(None); // something that a later version says
+        }
+        let number = |key| exit[key].as_i64().and_then(|number| number.try_into().ok());
+        self.over = true;
+        // The other side has said all it has to say, and may be gone.
+        let _ = self.socket.close(None);
+        Ok(Some(Event::Exit(Ended {
+            code: number("code"),
+            signal: number("signal"),
+        })))
+    }
+
+    fn failed(&mut self, error: tungstenite::Error) -> Result<(), Error> {
+        self.over = true;
+        Err(Error::broken(error))
+    }
+
+    /// Waits until there is something to do.
+    fn wait(&self) -> Result<(), Error> {
+        let mut wanted = PollFlags::IN;
+        wanted.set(PollFlags::OUT, self.sending);
+        loop {
+            match poll(&mut [PollFd::new(self, wanted)], None) {
+                Err(rustix::io::Errno::INTR) => {}
+                result => return result.map(drop).map_err(Error::broken),
+            }
+        }
+    }
+}
+
+impl AsFd for Session {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.get_ref().as_fd()
+    }
+}

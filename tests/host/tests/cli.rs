@@ -1,0 +1,185 @@
+//! The command where there is no VM: what it says then, and how it gets images by name.
+
+mod common;
+
+use std::{
+    fs,
+    os::unix::{fs::PermissionsExt, net::UnixListener},
+    process::{Command, Stdio},
+};
+
+use common::{Place, Tar, docker_save, owner};
+use serde_json::{Value, json};
+
+/// Standard output, standard error and exit code of `pigeon WORDS` in a place of its own.
+fn pigeon(place: &Place, words: &[&str]) -> (String, String, i32) {
+    let path = std::env::var("PATH").unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_pigeon"))
+        .args(words)
+        .current_dir(place.0.path())
+        .env("PATH", format!("{}:{path}", place.0.path().display()))
+        .env("XDG_RUNTIME_DIR", place.0.path())
+        .env_remove("PIGEON_UDS")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (
+        text(output.stdout),
+        text(output.stderr),
+        output.status.code().unwrap(),
+    )
+}
+
+/// The error of `pigeon WORDS`, which is this command's own.
+fn complaint(place: &Place, words: &[&str]) -> String {
+    let (out, said, code) = pigeon(place, words);
+    assert_eq!((out.as_str(), code), ("", 125), "{said}");
+    said
+}
+
+fn program(place: &Place, name: &str, script: &str) {
+    let path = place.write(name, format!("#!/bin/sh\n{script}"));
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+#[test]
+fn an_error_says_what_to_do_next() {
+    let place = Place::new();
+    let said = complaint(&place, &["status"]);
+    assert!(
+        said.contains("no VM of `pigeon run` is there: start one"),
+        "{said}"
+    );
+    let said = complaint(&place, &["exec", "--vm", "app", "id"]);
+    assert!(
+        said.contains("there is no VM called app") && said.contains("pigeon run IMAGE"),
+        "{said}"
+    );
+    let said = complaint(&place, &["wait", "--uds", "none.vsock"]);
+    assert!(
+        said.contains("none.vsock: No such file") && said.contains("`pigeon list`"),
+        "{said}"
+    );
+    let said = complaint(&place, &["run", "app.ext4"]);
+    assert!(
+        said.contains("no image app.ext4") && said.contains("./build.sh rootfs"),
+        "{said}"
+    );
+    place.write("app.ext4", "");
+    let said = complaint(&place, &["run", "app.ext4"]);
+    assert!(
+        said.contains("nothing to run") && said.contains("app.run.json"),
+        "{said}"
+    );
+    let said = complaint(&place, &["rootfs", "./none.tar", "out.ext4"]);
+    assert!(said.contains("there is no ./none.tar"), "{said}");
+    let said = complaint(&place, &["rootfs", "app.ext4", "nowhere/out.ext4"]);
+    assert!(
+        said.contains("unable to write beside nowhere/out.ext4"),
+        "{said}"
+    );
+    assert_eq!(pigeon(&place, &["signal", "NOSUCH"]).2, 2);
+    assert_eq!(pigeon(&place, &["list", "--json"]).0, "[]\n");
+}
+
+#[test]
+fn a_vm_without_the_init_is_told_from_none() {
+    let place = Place::new();
+    let listener = UnixListener::bind(place.path("vm.vsock")).unwrap();
+    // As Firecracker does while nothing listens on the port.
+    let host = std::thread::spawn(move || listener.incoming().for_each(drop));
+    let said = complaint(
+        &place,
+        &["status", "--uds", "vm.vsock", "--patience", "0.2"],
+    );
+    assert!(
+        said.contains("nothing listens on the guest's port 10000"),
+        "{said}"
+    );
+    assert!(said.contains("look at its console"), "{said}");
+    drop(host);
+}
+
+#[test]
+fn an_image_by_name_comes_from_docker_and_is_pulled_first_if_it_must() {
+    let place = Place::new();
+    let config = json!({"config": {"Cmd": ["/bin/true"]}});
+    let layer = Tar::new().file("hello", "hello").bytes();
+    place.write("saved", docker_save(&[layer], &config, "demo:1"));
+    let script = "echo \"$*\" >>docker.log\n\
+        case $1 in\n\
+        info) exit 0 ;;\n\
+        image) [ -e pulled ] ;;\n\
+        pull) : >pulled ;;\n\
+        save) cp saved \"$3\" ;;\n\
+        *) exit 1 ;;\n\
+        esac\n";
+    program(&place, "docker", script);
+    for _ in 0..2 {
+        let (out, said, code) = pigeon(&place, &["rootfs", "demo:1", "demo.ext4"]);
+        assert_eq!(code, 0, "{said}");
+        assert!(
+            out.contains("from a docker save archive\ndemo.run.json: runs /bin/true\n"),
+            "{out}"
+        );
+        assert_eq!(owner(&place.path("demo.ext4"), "/hello"), "0644 0 0");
+    }
+    let log = fs::read_to_string(place.path("docker.log")).unwrap();
+    let calls: Vec<_> = log
+        .lines()
+        .map(|line| line.split(' ').next().unwrap())
+        .collect();
+    assert_eq!(
+        calls,
+        ["info", "image", "pull", "save", "info", "image", "save"]
+    );
+    assert_eq!(log.matches(" -- demo:1\n").count(), 5, "{log}");
+}
+
+#[test]
+fn an_image_by_name_comes_by_skopeo_where_docker_does_not_work_and_else_is_asked_for() {
+    let place = Place::new();
+    place.write(
+        "saved",
+        docker_save(&[Tar::new().bytes()], &json!({}), "demo:1"),
+    );
+    program(&place, "docker", "exit 1\n");
+    program(
+        &place,
+        "skopeo",
+        "[ \"$1 $2 $3\" = 'copy -- docker://demo:1' ] && cp saved \"${4#docker-archive:}\"\n",
+    );
+    let (out, said, code) = pigeon(&place, &["rootfs", "--json", "demo:1", "demo.ext4"]);
+    assert_eq!(code, 0, "{said}");
+    let out: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(
+        (&out["form"], &out["layers"]),
+        (&json!("docker save archive"), &json!(1))
+    );
+    if pigeon::assets::tool("skopeo").is_err() {
+        fs::remove_file(place.path("skopeo")).unwrap();
+        let said = complaint(&place, &["rootfs", "demo:1", "other.ext4"]);
+        assert!(
+            said.contains("docker save demo:1 --output image.tar"),
+            "{said}"
+        );
+    }
+}
+
+#[test]
+fn an_archive_may_come_on_standard_input() {
+    let place = Place::new();
+    let source = place.write(
+        "a.tar",
+        docker_save(&[Tar::new().file("x", "").bytes()], &json!({}), "a"),
+    );
+    let status = Command::new(env!("CARGO_BIN_EXE_pigeon"))
+        .args(["rootfs", "-", "a.ext4", "64M"])
+        .current_dir(place.0.path())
+        .stdin(fs::File::open(source).unwrap())
+        .stdout(Stdio::null())
+        .status();
+    assert!(status.unwrap().success());
+    assert_eq!(fs::metadata(place.path("a.ext4")).unwrap().len(), 64 << 20);
+}

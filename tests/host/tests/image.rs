@@ -1,0 +1,475 @@
+//! Root images, made and looked into.
+
+mod common;
+
+use std::{fs, io::Write, os::unix::fs::symlink, path::Path};
+
+use anyhow::Result;
+use common::{Layout, Place, Tar, check, debugfs, docker_save, owner};
+use flate2::{Compression, write::GzEncoder};
+use pigeon::image::{Built, Options, build, disk::parse_size};
+use ruzstd::encoding::{CompressionLevel, compress_to_vec};
+use serde_json::{Value, json};
+use tar::EntryType;
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(vec![], Compression::fast());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn make(source: &Path, out: &Path) -> Result<Built> {
+    build(source, out, &Options::default())
+}
+
+/// The error that `source` ends in.
+fn refused(source: &Path, out: &Path) -> String {
+    let error = format!("{:#}", make(source, out).unwrap_err());
+    assert!(!out.exists(), "an image in spite of: {error}");
+    error
+}
+
+fn config() -> Value {
+    json!({
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {
+            "Entrypoint": ["/app"],
+            "Cmd": ["--port", "80"],
+            "Env": ["PATH=/bin", "A=b"],
+            "WorkingDir": "/srv",
+            "User": "app",
+            "Labels": {"x": "y"},
+            "ExposedPorts": {"80/tcp": {}},
+            "Volumes": null,
+        },
+    })
+}
+
+#[test]
+fn a_docker_save_archive_becomes_an_image_with_its_owners_and_its_configuration() {
+    let place = Place::new();
+    let lower = Tar::new()
+        .dir("./", 0o755, (0, 0))
+        .dir("srv/", 0o2750, (1000, 50))
+        .entry(
+            EntryType::Regular,
+            b"srv/set-uid",
+            b"",
+            (0, 5),
+            0o4755,
+            b"x",
+        )
+        .file("gone", "lower")
+        .file("changed", "lower")
+        .dir("opaque", 0o755, (0, 0))
+        .file("opaque/gone", "x")
+        .entry(EntryType::Char, b"null", b"", (0, 0), 0o666, b"")
+        .entry(EntryType::Fifo, b"fifo", b"", (0, 0), 0o600, b"")
+        .entry(
+            EntryType::Regular,
+            b"unreadable",
+            b"",
+            (0, 0),
+            0o000,
+            b"secret\n",
+        )
+        .xattr(
+            "security.capability",
+            b"\x01\0\0\x02\0\x20\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
+        )
+        .file("ping", "p")
+        .long(&"directory/".repeat(12), b"")
+        .bytes();
+    let long = "name-".repeat(30);
+    let upper = Tar::new()
+        .file("changed", "upper\n")
+        .file(".wh.gone", "")
+        .file("opaque/.wh..wh..opq", "")
+        .file("opaque/new", "n")
+        .hard_link("srv/linked", "changed")
+        .symlink("absolute", "/etc/passwd")
+        .long(&long, b"long\n")
+        .bytes();
+    let source = place.write("app.tar", docker_save(&[lower, upper], &config(), "app:1"));
+    let out = place.path("app.ext4");
+    let built = make(&source, &out).unwrap();
+
+    check(&out);
+    assert_eq!((built.form, built.layers), ("docker save archive", 2));
+    assert_eq!(owner(&out, "/srv"), "02750 1000 50");
+    assert_eq!(owner(&out, "/srv/set-uid"), "04755 0 5");
+    assert_eq!(owner(&out, "/unreadable"), "0000 0 0");
+    assert_eq!(debugfs(&out, "cat /unreadable"), "secret\n");
+    assert_eq!(debugfs(&out, "cat /changed"), "upper\n");
+    assert_eq!(debugfs(&out, "cat /srv/linked"), "upper\n");
+    assert!(debugfs(&out, "stat /changed").contains("Links: 2"));
+    assert_eq!(debugfs(&out, &format!("cat /{long}")), "long\n");
+    assert_eq!(owner(&out, &format!("/{long}")), "0600 3000000 7");
+    for gone in ["/gone", "/opaque/gone", "/.wh.gone", "/opaque/.wh..wh..opq"] {
+        assert_eq!(owner(&out, gone), "", "{gone}");
+    }
+    assert_eq!(owner(&out, "/opaque/new"), "0644 0 0");
+    assert!(debugfs(&out, "stat /null").contains("Type: character special"));
+    assert!(debugfs(&out, "stat /null").contains("Device major/minor number: 01:03"));
+    assert!(debugfs(&out, "stat /fifo").contains("Type: FIFO"));
+    assert!(debugfs(&out, "stat /absolute").contains("\"/etc/passwd\""));
+    assert!(debugfs(&out, "stat /ping").contains("security.capability (20)"));
+    assert!(debugfs(&out, "stat /srv").contains("mtime: 0x6553f100"));
+
+    let written = fs::read(place.path("app.run.json")).unwrap();
+    let written: Value = serde_json::from_slice(&written).unwrap();
+    let expected = json!({"ImageConfig": {
+        "Entrypoint": ["/app"],
+        "Cmd": ["--port", "80"],
+        "Env": ["PATH=/bin", "A=b"],
+        "WorkingDir": "/srv",
+        "User": "app",
+    }});
+    assert_eq!(written, expected);
+}
+
+#[test]
+fn an_image_without_a_word_of_configuration_has_an_empty_one() {
+    let place = Place::new();
+    for config in [
+        json!({"config": null}),
+        json!({}),
+        json!({"config": {"Cmd": null, "User": "", "Env": []}}),
+    ] {
+        let source = place.write("a.tar", docker_save(&[Tar::new().bytes()], &config, "a:1"));
+        let built = make(&source, &place.path("a.ext4")).unwrap();
+        assert_eq!(built.image_config, Some(json!({})));
+    }
+}
+
+#[test]
+fn an_oci_layout_is_taken_as_folder_and_archive_with_compressed_layers() {
+    let place = Place::new();
+    let architecture = if cfg!(target_arch = "x86_64") {
+        "amd64"
+    } else {
+        "arm64"
+    };
+    let lower = gzip(&Tar::new().file("a", "lower").file("b", "b\n").bytes());
+    let upper = compress_to_vec(
+        Tar::new().file("a", "upper\n").bytes().as_slice(),
+        CompressionLevel::Fastest,
+    );
+    let mut layout = Layout::default();
+    let mut ours = layout.image(&[lower, upper], &config());
+    ours["platform"] = json!({"os": "linux", "architecture": architecture});
+    let mut other = layout.image(&[Tar::new().file("other", "").bytes()], &json!({}));
+    other["platform"] = json!({"os": "linux", "architecture": "s390x"});
+    let mut signature = layout.image(&[], &json!({}));
+    signature["platform"] = json!({"os": "unknown", "architecture": "unknown"});
+    let nested = layout.json(
+        "application/vnd.oci.image.index.v1+json",
+        &json!({"manifests": [other, ours, signature]}),
+    );
+    let layout = layout.index(&[nested]);
+
+    layout.folder(&place.path("folder"));
+    let sources = [
+        place.path("folder"),
+        place.write("plain.tar", layout.archive()),
+        place.write("packed.tar.gz", gzip(&layout.archive())),
+    ];
+    for source in sources {
+        let out = place.path("oci.ext4");
+        let built = make(&source, &out).unwrap();
+        assert_eq!((built.form, built.layers), ("OCI image", 2), "{source:?}");
+        assert_eq!(
+            debugfs(&out, "cat /a") + &debugfs(&out, "cat /b"),
+            "upper\nb\n"
+        );
+        assert_eq!(built.image_config.unwrap()["User"], "app");
+        check(&out);
+    }
+}
+
+#[test]
+fn damage_is_noticed_before_there_is_an_image() {
+    let place = Place::new();
+    let layer = Tar::new().file("a", "contents").bytes();
+    let mut layout = Layout::default();
+    let image = layout.image(&[layer], &config());
+    let mut layout = layout.index(&[image]);
+    let out = place.path("out.ext4");
+    for (name, bytes) in layout.files.clone() {
+        let Some(at) = bytes
+            .windows(8)
+            .position(|window| window == b"contents" || window == b"\"config\"")
+        else {
+            continue;
+        };
+        let mut damaged = bytes.clone();
+        damaged[at + 1] ^= 1;
+        layout.files.insert(name.clone(), damaged);
+        let error = refused(&place.write("x.tar", layout.archive()), &out);
+        assert!(error.contains("SHA-256"), "{error}");
+        layout.files.insert(name, bytes);
+    }
+    let archive = layout.archive();
+    let error = refused(
+        &place.write("short.tar", &archive[..archive.len() / 2]),
+        &out,
+    );
+    assert!(error.contains("not a whole tar archive"), "{error}");
+    layout
+        .files
+        .retain(|name, bytes| !name.starts_with("blobs") || bytes.starts_with(b"{"));
+    let error = refused(&place.write("less.tar", layout.archive()), &out);
+    assert!(error.contains("is missing in the image"), "{error}");
+}
+
+#[test]
+fn one_of_several_images_is_chosen_by_its_tag() {
+    let place = Place::new();
+    let manifest = json!([
+        {"Config": "c1", "RepoTags": ["one:1", "registry/uno:1"], "Layers": ["l"]},
+        {"Config": "c2", "RepoTags": ["two:2"], "Layers": ["l"]},
+    ]);
+    let archive = Tar::new()
+        .file("l", Tar::new().file("x", "").bytes())
+        .file("c1", json!({"config": {"Cmd": ["one"]}}).to_string())
+        .file("c2", json!({"config": {"Cmd": ["two"]}}).to_string())
+        .file("manifest.json", manifest.to_string());
+    let source = place.write("two.tar", archive.bytes());
+    let out = place.path("x.ext4");
+    let error = refused(&source, &out);
+    assert!(
+        error.contains("there are 2 images in it") && error.contains("--tag two:2"),
+        "{error}"
+    );
+    for (tag, cmd) in [("two:2", "two"), ("one:1", "one"), ("uno:1", "one")] {
+        let options = Options {
+            tag: Some(tag.into()),
+            ..Options::default()
+        };
+        let built = build(&source, &out, &options).unwrap();
+        assert_eq!(built.image_config.unwrap()["Cmd"][0], cmd);
+    }
+    let options = Options {
+        tag: Some("three".into()),
+        ..Options::default()
+    };
+    assert!(
+        build(&source, &out, &options)
+            .unwrap_err()
+            .to_string()
+            .contains("there is no three")
+    );
+}
+
+#[test]
+fn an_old_archive_shares_a_layer_by_a_link() {
+    let place = Place::new();
+    let manifest =
+        json!([{"Config": "c", "RepoTags": null, "Layers": ["a/layer.tar", "b/layer.tar"]}]);
+    let archive = Tar::new()
+        .file("a/layer.tar", Tar::new().file("x", "x\n").bytes())
+        .symlink("b/layer.tar", "../a/layer.tar")
+        .file("c", "{}")
+        .file("manifest.json", manifest.to_string());
+    let source = place.write("old.tar", archive.bytes());
+    let out = place.path("x.ext4");
+    assert_eq!(make(&source, &out).unwrap().layers, 2);
+    assert_eq!(debugfs(&out, "cat /x"), "x\n");
+}
+
+#[test]
+fn a_tar_archive_of_files_and_a_directory_are_taken_as_they_are() {
+    let place = Place::new();
+    let files = Tar::new()
+        .entry(
+            EntryType::Regular,
+            b"etc/owned",
+            b"",
+            (12, 34),
+            0o640,
+            b"o\n",
+        )
+        .file("etc/.wh.kept", "not a layer's")
+        .file("manifest.json", "[\"somebody's own\"]");
+    let out = place.path("tar.ext4");
+    let built = make(&place.write("files.tar.gz", gzip(&files.bytes())), &out).unwrap();
+    assert_eq!(
+        (built.form, built.image_config),
+        ("tar archive of files", None)
+    );
+    assert_eq!(owner(&out, "/etc/owned"), "0640 12 34");
+    assert_eq!(owner(&out, "/etc/.wh.kept"), "0644 0 0");
+    assert!(!place.path("tar.run.json").exists());
+
+    let dir = place.path("dir");
+    fs::create_dir_all(dir.join("sub")).unwrap();
+    fs::write(dir.join("sub/one"), "1\n").unwrap();
+    fs::hard_link(dir.join("sub/one"), dir.join("two")).unwrap();
+    symlink("/nowhere", dir.join("link")).unwrap();
+    let out = place.path("dir.ext4");
+    let built = make(&dir, &out).unwrap();
+    assert_eq!(built.form, "directory");
+    assert_eq!(debugfs(&out, "cat /two"), "1\n");
+    assert!(debugfs(&out, "stat /two").contains("Links: 2"));
+    assert!(debugfs(&out, "stat /link").contains("\"/nowhere\""));
+    check(&out);
+}
+
+#[test]
+fn hostile_layers_reach_nothing_outside_of_the_image() {
+    let place = Place::new();
+    let victim = place.write("victim", "untouched");
+    let outside = place.0.path().to_str().unwrap();
+    let out = place.path("out.ext4");
+    let evil = |files: Tar| place.write("evil.tar", files.bytes());
+
+    for name in ["../victim", "a/../../victim", "/../victim"] {
+        let error = refused(&evil(Tar::new().file(name, "evil")), &out);
+        assert!(error.contains("leads out of the image"), "{error}");
+        let error = refused(&evil(Tar::new().hard_link("x", name)), &out);
+        assert!(error.contains("leads out of the image"), "{error}");
+    }
+    // A link to a file of the host's by its absolute path finds no such file in the image.
+    let error = refused(
+        &evil(Tar::new().hard_link("x", victim.to_str().unwrap())),
+        &out,
+    );
+    assert!(error.contains("there is no such"), "{error}");
+    // What is written through a link lands in the image.
+    for target in [outside, "../../../../../../../../../../..", "/"] {
+        let files = Tar::new()
+            .symlink("link", target)
+            .file("link/victim", "evil\n");
+        make(&evil(files), &out).unwrap();
+        check(&out);
+        let inside = if target == outside {
+            format!("{outside}/victim")
+        } else {
+            "/victim".into()
+        };
+        assert_eq!(debugfs(&out, &format!("cat \"{inside}\"")), "evil\n");
+        fs::remove_file(&out).unwrap();
+    }
+    // A symbolic link replaced by a file is not followed.
+    let files = Tar::new()
+        .symlink("x", victim.to_str().unwrap())
+        .file("x", "evil\n");
+    make(&evil(files), &out).unwrap();
+    assert_eq!(debugfs(&out, "cat /x"), "evil\n");
+    fs::remove_file(&out).unwrap();
+    // A whiteout of the parent directory, and layers named from outside.
+    let save = docker_save(&[Tar::new().file("d/.wh...", "").bytes()], &json!({}), "a");
+    assert!(refused(&place.write("evil.tar", save), &out).contains("a whiteout of nothing"));
+    let manifest = json!([{"Config": "../victim", "RepoTags": [], "Layers": []}]);
+    let save = Tar::new().file("manifest.json", manifest.to_string());
+    assert!(refused(&evil(save), &out).contains("lies outside of the image"));
+    let mut layout = Layout::default();
+    let mut image = layout.image(&[], &json!({}));
+    image["digest"] = json!("sha256:../../../victim");
+    layout.index(&[image]).folder(&place.path("layout"));
+    assert!(refused(&place.path("layout"), &out).contains("a digest of a kind not known here"));
+    assert_eq!(fs::read_to_string(victim).unwrap(), "untouched");
+}
+
+#[test]
+fn a_blob_that_is_a_link_to_a_file_of_the_host_is_not_read() {
+    let place = Place::new();
+    let mut layout = Layout::default();
+    let secret = place.write("secret", Tar::new().file("x", "secret").bytes());
+    let image = layout.image(&[fs::read(&secret).unwrap()], &json!({}));
+    let layout = layout.index(&[image]);
+    layout.folder(&place.path("layout"));
+    let (name, _) = layout
+        .files
+        .iter()
+        .find(|(_, bytes)| bytes.starts_with(b"x\0"))
+        .unwrap();
+    let blob = place.path("layout").join(name);
+    fs::remove_file(&blob).unwrap();
+    symlink(&secret, &blob).unwrap();
+    assert!(refused(&place.path("layout"), &place.path("out")).contains("is missing in the image"));
+}
+
+#[test]
+fn a_computed_size_has_room_for_many_small_files_and_for_more() {
+    let place = Place::new();
+    let mut tar = Tar::new();
+    for n in 0..6000 {
+        tar = tar.file(&format!("d{}/{n}", n % 7), "x");
+    }
+    let source = place.write("many.tar", tar.bytes());
+    let out = place.path("many.ext4");
+    let built = make(&source, &out).unwrap();
+    check(&out);
+    assert_eq!(
+        (built.files, built.size),
+        (6008, fs::metadata(&out).unwrap().len())
+    );
+    let superblock = debugfs(&out, "show_super_stats -h");
+    let number = |key: &str| -> u64 {
+        let line = superblock
+            .lines()
+            .find(|line| line.starts_with(key))
+            .unwrap();
+        line.split_whitespace()
+            .next_back()
+            .unwrap()
+            .parse()
+            .unwrap()
+    };
+    assert!(number("Free blocks:") * 4096 > 32 << 20);
+    assert!(number("Free inodes:") > 4000);
+
+    let large = Tar::new().file("large", vec![7; 100 << 20]);
+    let source = place.write("large.tar", large.bytes());
+    make(&source, &out).unwrap();
+    check(&out);
+}
+
+#[test]
+fn a_size_that_is_given_is_kept_or_refused() {
+    let place = Place::new();
+    let source = place.write("a.tar", Tar::new().file("a", vec![1; 20 << 20]).bytes());
+    let out = place.path("a.ext4");
+    let sized = |size: &str| {
+        let size = Some(parse_size(size).unwrap());
+        build(
+            &source,
+            &out,
+            &Options {
+                size,
+                ..Options::default()
+            },
+        )
+    };
+    assert!(
+        sized("16M")
+            .unwrap_err()
+            .to_string()
+            .starts_with("16 MiB are too few: it takes")
+    );
+    assert!(!out.exists());
+    sized("96M").unwrap();
+    assert_eq!(fs::metadata(&out).unwrap().len(), 96 << 20);
+    for bad in ["", "M", "x", "-1", "1T", "99999999999G"] {
+        assert!(parse_size(bad).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn nothing_is_left_behind_beside_the_image() {
+    let place = Place::new();
+    let source = place.write("a.tar", gzip(&Tar::new().file("a", "a").bytes()));
+    make(&source, &place.path("a.ext4")).unwrap();
+    let _ = refused(
+        &place.write("bad.tar", "no tar archive".repeat(100)),
+        &place.path("b.ext4"),
+    );
+    let mut names: Vec<_> = fs::read_dir(place.0.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    names.sort();
+    assert_eq!(names, ["a.ext4", "a.tar", "bad.tar"]);
+}

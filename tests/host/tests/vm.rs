@@ -1,0 +1,472 @@
+//! The first hour of a user: an archive of `docker save`, a VM, a shell in it.
+
+mod common;
+#[path = "common/pty.rs"]
+mod pty;
+
+use std::{
+    fs,
+    io::{Read, Write},
+    path::Path,
+    process::{Child, Command, Output, Stdio},
+    sync::{Mutex, MutexGuard},
+    thread,
+    time::{Duration, Instant},
+};
+
+use common::{Place, Tar, busybox_layer, check, docker_save};
+use pigeon::{Client, session::Event};
+use pty::{PATIENCE, Terminal};
+use serde_json::{Value, json};
+
+/// What the image runs: it says who it is, and ends when it is told to.
+const SERVE: &str = "#!/bin/sh\n\
+    trap 'echo good bye; exit 3' TERM\n\
+    trap 'echo reread' HUP\n\
+    echo \"serving as $(id -un) in $(pwd), $GREETING\"\n\
+    while :; do sleep 0.1; done\n";
+
+/// A user's directory, and the right to run a VM.
+struct Lab {
+    place: Place,
+    _one_at_a_time: MutexGuard<'static, ()>,
+}
+
+impl Lab {
+    fn new() -> Lab {
+        static LOCK: Mutex<()> = Mutex::new(());
+        let lock = LOCK.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let place = Place::new();
+        let config = json!({
+            "architecture": if cfg!(target_arch = "x86_64") { "amd64" } else { "arm64" },
+            "os": "linux",
+            "config": {
+                "Entrypoint": ["/bin/serve"],
+                "Env": ["PATH=/bin", "GREETING=hello"],
+                "WorkingDir": "/home/app",
+                "User": "app",
+            },
+        });
+        let app = Tar::new()
+            .dir("home/app", 0o750, (1000, 1000))
+            .program("bin/serve", SERVE)
+            .bytes();
+        place.write(
+            "app.tar",
+            docker_save(&[busybox_layer(), app], &config, "app:latest"),
+        );
+        let lab = Lab {
+            place,
+            _one_at_a_time: lock,
+        };
+        let image = lab.path("app.ext4");
+        let made = lab.pigeon(&["rootfs", &lab.path("app.tar"), &image]);
+        assert!(made.status.success(), "{made:?}");
+        lab
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.place.path(name).to_str().unwrap().into()
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pigeon"));
+        command
+            .args(words)
+            .env("XDG_RUNTIME_DIR", self.place.0.path())
+            .env_remove("PIGEON_UDS")
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn pigeon(&self, words: &[&str]) -> Output {
+        self.command(words).output().unwrap()
+    }
+
+    /// Standard output and exit status.
+    fn said(&self, words: &[&str]) -> (String, Option<i32>) {
+        let output = self.pigeon(words);
+        (
+            String::from_utf8(output.stdout).unwrap(),
+            output.status.code(),
+        )
+    }
+
+    fn fed(&self, words: &[&str], input: &[u8]) -> (Vec<u8>, Option<i32>) {
+        let mut child = self
+            .command(words)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        let input = input.to_vec();
+        let writer = thread::spawn(move || stdin.write_all(&input));
+        let output = child.wait_with_output().unwrap();
+        let _ = writer.join().unwrap(); // the command may end before its input
+        (output.stdout, output.status.code())
+    }
+
+    /// A VM in the background.
+    fn run(&self, words: &[&str]) -> Running {
+        let log = fs::File::create(self.place.path("log")).unwrap();
+        let child = self
+            .command(&[&["run"], words].concat())
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        Running(child)
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.place.path("log")).unwrap()
+    }
+
+    fn wait_for(&self, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.log().contains(text) {
+            assert!(Instant::now() < deadline, "no {text:?} in {}", self.log());
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+struct Running(Child);
+
+impl Running {
+    /// Its standard output and exit code, once it has ended.
+    fn end(mut self) -> (String, Option<i32>) {
+        let mut output = String::new();
+        self.0
+            .stdout
+            .take()
+            .unwrap()
+            .read_to_string(&mut output)
+            .unwrap();
+        (output, self.0.wait().unwrap().code())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn an_archive_of_docker_save_becomes_a_vm_that_is_used_like_a_container() {
+    let lab = Lab::new();
+    let vm = lab.run(&["--json", &lab.path("app.ext4")]);
+    lab.wait_for("serving as app in /home/app, hello");
+    let uds = lab.path("pigeon/app.vsock");
+    assert_eq!(lab.said(&["status"]), (format!("up: {uds}\n"), Some(0)));
+    let status: Value =
+        serde_json::from_str(&lab.said(&["status", "--json", "--uds", &uds]).0).unwrap();
+    assert_eq!(status["ok"], true);
+    assert_eq!(lab.said(&["list"]), (format!("app\t{uds}\n"), Some(0)));
+
+    commands_as_of_docker_exec(&lab);
+    input_and_output(&lab);
+    a_shell_on_a_terminal(&lab);
+    the_library(Path::new(&uds));
+
+    let wait = thread::spawn({
+        let mut command = lab.command(&["wait", "--json", "--vm", "app"]);
+        move || command.output().unwrap()
+    });
+    assert_eq!(lab.said(&["signal", "HUP"]), (String::new(), Some(0)));
+    lab.wait_for("reread");
+    assert_eq!(
+        lab.said(&["signal", "--json", "SIGTERM"]),
+        ("{\"ok\":true}\n".into(), Some(0))
+    );
+    let waited: Value = serde_json::from_slice(&wait.join().unwrap().stdout).unwrap();
+    assert_eq!(waited, json!({"code": 3, "oom_killed": false}));
+    let (output, code) = vm.end();
+    let expected = json!({
+        "exit": {"code": 3, "oom_killed": false},
+        "end": "orderly",
+        "exit_code": 3,
+    });
+    assert_eq!(serde_json::from_str::<Value>(&output).unwrap(), expected);
+    assert_eq!(code, Some(3));
+    check(&lab.place.path("app.ext4"));
+    let gone = lab.pigeon(&["exec", "true"]);
+    assert_eq!(gone.status.code(), Some(125));
+    assert!(String::from_utf8_lossy(&gone.stderr).contains("no VM of `pigeon run` is there"));
+}
+
+fn commands_as_of_docker_exec(lab: &Lab) {
+    assert_eq!(
+        lab.said(&["exec", "echo", "a  b", "-x"]),
+        ("a  b -x\n".into(), Some(0))
+    );
+    assert_eq!(
+        lab.said(&["exec", "--", "sh", "-c", "exit 7"]),
+        (String::new(), Some(7))
+    );
+    assert_eq!(lab.said(&["exec", "id", "-u"]).0, "0\n");
+    assert_eq!(lab.said(&["exec", "-u", "app", "id", "-u"]).0, "1000\n");
+    assert_eq!(
+        lab.said(&["exec", "-u", "7:8", "sh", "-c", "id -u; id -g"])
+            .0,
+        "7\n8\n"
+    );
+    assert_eq!(lab.said(&["exec", "-w", "/etc", "pwd"]).0, "/etc\n");
+    let variables = [
+        "exec",
+        "-e",
+        "A=b=c",
+        "-e",
+        "GREETING=bye",
+        "sh",
+        "-c",
+        "echo $A $GREETING",
+    ];
+    assert_eq!(lab.said(&variables).0, "b=c bye\n");
+    assert_eq!(
+        lab.said(&["exec", "sh", "-c", "kill -9 $$"]),
+        (String::new(), Some(137))
+    );
+    assert_eq!(
+        lab.said(&["exec", "sh", "-c", "tty; cat"]),
+        ("not a tty\n".into(), Some(0))
+    );
+    for (words, code, complaint) in [
+        (["exec", "-w", "/", "/no/such"], 127, "/no/such"),
+        (["exec", "-w", "/", "/etc/passwd"], 126, "/etc/passwd"),
+        (["exec", "-u", "nobody", "true"], 126, "nobody"),
+    ] {
+        let output = lab.pigeon(&words);
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        assert!(
+            String::from_utf8_lossy(&output.stderr).contains(complaint),
+            "{output:?}"
+        );
+    }
+    let (json, code) = lab.said(&[
+        "exec",
+        "--json",
+        "sh",
+        "-c",
+        "echo out; echo err >&2; exit 4",
+    ]);
+    let expected = json!({"exit_code": 4, "exit_signal": 0, "stdout": "out\n", "stderr": "err\n"});
+    assert_eq!(
+        (serde_json::from_str::<Value>(&json).unwrap(), code),
+        (expected, Some(4))
+    );
+    let (json, code) = lab.said(&["exec", "--json", "--timeout", "0.2", "sleep", "60"]);
+    assert!(
+        json.contains("\"exit_signal\":9") && code == Some(137),
+        "{json}"
+    );
+}
+
+fn input_and_output(lab: &Lab) {
+    assert_eq!(
+        lab.fed(&["exec", "-i", "tr", "a-z", "A-Z"], b"hello\n"),
+        (b"HELLO\n".to_vec(), Some(0))
+    );
+    // It ends without reading all of its input.
+    let much = vec![b'x'; 3 << 20];
+    assert_eq!(
+        lab.fed(&["exec", "-i", "head", "-c", "3"], &much),
+        (b"xxx".to_vec(), Some(0))
+    );
+    assert_eq!(
+        lab.fed(&["exec", "-i", "wc", "-c"], &much),
+        (format!("{}\n", 3 << 20).into(), Some(0))
+    );
+    // Without -i the command's input is empty, whatever ours is.
+    assert_eq!(
+        lab.fed(&["exec", "wc", "-c"], &much),
+        (b"0\n".to_vec(), Some(0))
+    );
+    let (output, code) = lab.fed(&["exec", "cat", "/bin/busybox"], b"");
+    assert!(output == fs::read(pigeon::assets::busybox().unwrap()).unwrap() && code == Some(0));
+    let refused = lab.pigeon(&["exec", "-it", "sh"]);
+    assert!(
+        String::from_utf8_lossy(&refused.stderr).contains("no terminal"),
+        "{refused:?}"
+    );
+    // A client that is killed takes its command along.
+    let mut client = lab.command(&["exec", "sleep", "4321"]).spawn().unwrap();
+    let sleeps = || {
+        lab.said(&["exec", "sh", "-c", "ps | grep -c '[s]leep 4321'"])
+            .0
+    };
+    let becomes = |count: &str| {
+        let deadline = Instant::now() + PATIENCE;
+        while sleeps() != count {
+            assert!(Instant::now() < deadline, "never {count:?}");
+        }
+    };
+    becomes("1\n");
+    client.kill().unwrap();
+    client.wait().unwrap();
+    becomes("0\n");
+}
+
+fn a_shell_on_a_terminal(lab: &Lab) {
+    let prompt = "/ # ";
+    let mut shell = Terminal::spawn(lab.command(&["exec", "-it", "sh"]), (97, 31));
+    let before = shell.modes();
+    shell.expect(prompt);
+    shell.type_text("tty; stty size; echo $TERM\r");
+    shell.expect("\r\n/dev/pts/");
+    shell.expect("\r\n31 97\r\nxterm-256color\r\n");
+    shell.expect(prompt);
+    // The guest's terminal echoes and edits, ours does not.
+    shell.type_text("echo onx\x7fe\r");
+    shell.expect("\r\none\r\n");
+    shell.expect(prompt);
+    shell.type_text("ls --color=auto -d /bin\r");
+    shell.expect("\x1b[1;34m/bin\x1b[m\r\n");
+    shell.expect(prompt);
+
+    shell.type_text(
+        "sh -c 'trap \"stty size\" WINCH; echo $((6 * 7)); while :; do sleep 0.1; done'\r",
+    );
+    shell.expect("\r\n42\r\n");
+    shell.resize((132, 50));
+    shell.expect("50 132\r\n");
+    shell.type_text("\x03");
+    shell.expect(prompt);
+    shell.type_text("stty size\r");
+    shell.expect("\r\n50 132\r\n");
+
+    shell.type_text("sleep 1000; echo status $?\r");
+    shell.expect("echo status $?\r\n");
+    thread::sleep(Duration::from_millis(300));
+    shell.type_text("\x03");
+    shell.expect("^C");
+    shell.expect(prompt);
+    shell.type_text("echo \"still\" here\r");
+    shell.expect("\r\nstill here\r\n");
+    shell.type_text("cat\r");
+    shell.expect("cat\r\n");
+    // The shell takes keys as they come, and leaves the terminal in order only for its command.
+    thread::sleep(Duration::from_millis(300));
+    shell.type_text("a line\r");
+    shell.expect("a line\r\na line\r\n");
+    shell.type_text("\x04");
+    shell.expect(prompt);
+    shell.type_text("(exit 5)\r");
+    shell.expect(prompt);
+    shell.type_text("\x04");
+    assert_eq!(shell.wait().code(), Some(5));
+    let after = shell.modes();
+    assert_eq!(
+        (before.local_modes, before.input_modes, before.output_modes),
+        (after.local_modes, after.input_modes, after.output_modes)
+    );
+
+    // A terminal for output only, and one that is taken away.
+    let mut top = Terminal::spawn(lab.command(&["exec", "-t", "stty", "size"]), (60, 20));
+    top.expect("20 60\r");
+    assert_eq!(top.wait().code(), Some(0));
+}
+
+fn the_library(uds: &Path) {
+    let vm = Client::connect(uds).unwrap();
+    // What is sent and not read does not stop what is sent back.
+    let mut session = vm.session(&pigeon::Command::new(["cat"])).unwrap();
+    let sent: Vec<u8> = (0..400_000u32).flat_map(u32::to_le_bytes).collect();
+    session.send(&sent).unwrap();
+    session.end_input().unwrap();
+    let mut received = vec![];
+    let ended = loop {
+        match session.next().unwrap().unwrap() {
+            Event::Output(bytes) => received.extend(bytes),
+            Event::Exit(ended) => break ended,
+        }
+    };
+    assert_eq!(
+        (received == sent, ended.code, ended.status()),
+        (true, Some(0), 0)
+    );
+    assert_eq!(session.next().unwrap(), None);
+
+    let error = vm
+        .session(&pigeon::Command::new(["/none"]))
+        .unwrap()
+        .next()
+        .unwrap_err();
+    assert!(matches!(error, pigeon::Error::NotStarted(_)), "{error}");
+    assert!(matches!(
+        vm.exec(&pigeon::Command::new(["/none"])),
+        Err(pigeon::Error::NotStarted(_))
+    ));
+    assert!(matches!(
+        vm.signal(65),
+        Err(pigeon::Error::Refused { status: 400, .. })
+    ));
+    let output = vm
+        .exec(&pigeon::Command::new(["pwd"]).dir("/etc").user("app"))
+        .unwrap();
+    assert_eq!((output.stdout.as_str(), output.exit_code), ("/etc\n", 0));
+}
+
+#[test]
+fn keys_go_to_the_console_and_ctrl_c_is_an_orderly_stop() {
+    let lab = Lab::new();
+    let script = "read line; echo \"got: $line\"; trap 'echo stopping; sync; exit 9' TERM; \
+                  while :; do sleep 0.1; done";
+    let words = [
+        "run",
+        "--entrypoint",
+        "sh",
+        "-u",
+        "root",
+        &lab.path("app.ext4"),
+        "-c",
+        script,
+    ];
+    let mut vm = Terminal::spawn(lab.command(&words), (80, 24));
+    let before = vm.modes();
+    vm.expect("workload started");
+    vm.type_text("some words\r");
+    vm.expect("got: some words");
+    vm.type_text("\x03");
+    vm.expect("stopping it; once more kills it");
+    vm.expect("stopping\r");
+    assert_eq!(vm.wait().code(), Some(9));
+    vm.expect("ended with exit code 9");
+    assert_eq!(before.local_modes, vm.modes().local_modes);
+    check(&lab.place.path("app.ext4"));
+}
+
+#[test]
+fn ctrl_c_twice_is_a_kill() {
+    let lab = Lab::new();
+    let script = "trap '' TERM; echo deaf; while :; do sleep 0.1; done";
+    let words = [
+        "run",
+        "--entrypoint",
+        "sh",
+        &lab.path("app.ext4"),
+        "-c",
+        script,
+    ];
+    let mut vm = Terminal::spawn(lab.command(&words), (80, 24));
+    vm.expect("deaf");
+    vm.type_text("\x03");
+    vm.expect("once more kills it");
+    vm.type_text("\x03");
+    vm.expect("pigeon: killed");
+    assert_eq!(vm.wait().code(), Some(137));
+}
+
+#[test]
+fn a_workload_that_cannot_run_is_told_with_its_reason() {
+    let lab = Lab::new();
+    let vm = lab.run(&["--json", "-u", "stranger", &lab.path("app.ext4")]);
+    let (output, code) = vm.end();
+    assert_eq!(code, Some(125), "{output} {}", lab.log());
+    assert!(lab.log().contains("stranger"), "{}", lab.log());
+    let vm = lab.run(&["--entrypoint", "/bin/none", &lab.path("app.ext4")]);
+    assert_eq!(vm.end().1, Some(127), "{}", lab.log());
+}
