@@ -124,7 +124,9 @@ pigeon() {
 setup() {
     need_rust
     need qemu-system-x86_64=qemu-system-x86 fakeroot=fakeroot mkfs.ext4=e2fsprogs \
-        debugfs=e2fsprogs ip=iproute2 lz4=lz4 xz=xz-utils zstd=zstd cpio=cpio socat=socat
+        debugfs=e2fsprogs ip=iproute2 lz4=lz4 xz=xz-utils zstd=zstd cpio=cpio socat=socat curl=curl python3=python3
+    # Python's virtual environments are a package of their own in Debian.
+    python3 -c 'import ensurepip' 2>/dev/null || need ensurepip=python3-venv
     if [[ ! -d $(cache)/kernel || ! -d $(cache)/busybox ]]; then
         apt update -qq # so that what is downloaded below is still there
     fi
