@@ -3,8 +3,17 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-readonly target=${TARGET:-$(uname -m)-unknown-linux-gnu}
+# The target whose core library is used; nothing of a C library is linked. musl's is there for every
+# host to cross-compile with.
+case ${ARCH:-$(uname -m)} in
+    "$(uname -m)") target=$(uname -m)-unknown-linux-gnu ;;
+    *) target=$ARCH-unknown-linux-musl ;;
+esac
+readonly target
 readonly lab=(--locked --manifest-path tests/Cargo.toml)
+
+# Bytes that build/init may have. It is meant to have 64 KiB: this goes down with it, never up.
+readonly budget=$((111 * 1024))
 
 help() {
     cat <<'EOF'
@@ -17,7 +26,7 @@ usage: ./build.sh COMMAND
   bench [--runs N] [--vs NAME=PATH[:CONFIGPATH]]... [--json FILE]
                               the figures in one table, beside the sequential floor and others
 
-  build                       build/init, the static binary
+  build                       build/init, the static binary; ARCH=aarch64 cross-compiles it
   initrd [run.json]           build/initrd.cpio: the init, and the configuration if one is given
   rootfs SOURCE OUT [SIZE]    an ext4 image of a container image: docker save or OCI archive, OCI
                               folder, tar file, directory, image name; SIZE as 64M, 1G
@@ -65,17 +74,21 @@ cargo_init() {
     # toolchain's own linker makes the same bytes on every machine.
     cargo rustc --release --bin init --locked --target "$target" "${offline[@]}" -- \
         -C relocation-model=static -C force-unwind-tables=no \
-        -C linker=rust-lld -C linker-flavor=ld.lld \
+        -C linker=rust-lld -C linker-flavor=ld.lld -C link-self-contained=no \
         -C link-arg=-static -C link-arg=--no-eh-frame-hdr -C link-arg=--build-id=none \
         -C link-arg=-znorelro -C link-arg=--icf=all -C link-arg=-Tsrc/init.ld
 }
 
 build() {
     need_rust
+    [[ $target == *-gnu ]] || rustup target add "$target"
     cargo_init
     mkdir -p build
     install -m 755 "target/$target/release/init" build/init
-    say "build/init: $(stat -c %s build/init) bytes"
+    local size
+    size=$(stat -c %s build/init)
+    say "build/init: $size bytes"
+    ((size <= budget)) || die "build/init has more than $budget bytes: look what has come in (nm --size-sort)"
 }
 
 # initrd RUN_JSON, which may be empty.
