@@ -1,5 +1,6 @@
 //! The configuration document: the contract between the host driver and this program.
 
+use crate::address;
 use crate::json::{self, Document, Fields, Record, Shape, Spans, Text, Texts};
 use crate::text;
 use crate::text::Line;
@@ -159,11 +160,11 @@ impl IpConfig<'_> {
 /// An address without the prefix length behind it, which says nothing a route needs.
 fn without_prefix(gateway: Text) -> Option<IpAddr> {
     let mut parts = gateway.bytes().splitn(2, |byte| *byte == b'/');
-    let address = core::str::from_utf8(parts.next()?).ok()?;
+    let address = parts.next()?;
     if let Some(prefix) = parts.next() {
         json::decimal(prefix).filter(|bits| *bits <= 128)?;
     }
-    address.parse().ok()
+    address::parse(address)
 }
 
 impl<'a> Config<'a> {
@@ -342,8 +343,7 @@ fn parts(path: Text<'_>) -> impl Iterator<Item = &[u8]> {
 /// An address, perhaps with an IPv6 zone (`fe80::1%eth0`, resolv.conf(5)).
 fn is_name_server(server: Text) -> bool {
     let mut halves = server.bytes().splitn(2, |byte| *byte == b'%');
-    let address = core::str::from_utf8(halves.next().unwrap_or(&[])).unwrap_or("");
-    let Ok(ip) = address.parse::<IpAddr>() else {
+    let Some(ip) = halves.next().and_then(address::parse) else {
         return false;
     };
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');

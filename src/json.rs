@@ -18,6 +18,7 @@
 //! malformed ones through, so that this pass has to be made in any case. What would be left for it
 //! is to find members again, at 9 KiB of code.
 
+use crate::address;
 use crate::text::{Line, Show};
 use core::ffi::CStr;
 use core::net::IpAddr;
@@ -180,7 +181,7 @@ impl<'a> Text<'a> {
 
     /// Reads it as an IP address.
     pub fn ip(self) -> Option<IpAddr> {
-        core::str::from_utf8(self.bytes()).ok()?.parse().ok()
+        address::parse(self.bytes())
     }
 
     /// Digits that the document's check let through.

@@ -15,6 +15,7 @@
 )]
 
 pub mod accounts;
+pub mod address;
 pub mod buffer;
 pub mod command;
 pub mod config;
