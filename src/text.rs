@@ -323,34 +323,34 @@ pub struct Errno(pub i32);
 
 impl Show for Errno {
     fn show(&self, line: &mut Line) {
-        match ERRNO
-            .iter()
-            .find(|(number, _)| i32::from(*number) == self.0)
-        {
-            Some((_, name)) => name.show(line),
+        let position = ERRNO.iter().position(|number| i32::from(*number) == self.0);
+        let mut names = ERRNO_NAMES.as_bytes().split(|byte| *byte == b' ');
+        match position.and_then(|position| names.nth(position)) {
+            Some(name) => line.push(name),
             None => {
-                "errno ".show(line);
-                self.0.show(line);
+                line.add("errno ").add(self.0);
             }
         }
     }
 }
 
+/// Defines [`ERRNO`] and [`ERRNO_NAMES`], in one order.
 macro_rules! errno_names {
-    ($($name:ident)*) => {
-        &[$((linux_raw_sys::errno::$name as u8, stringify!($name))),*]
+    ($first:ident $($name:ident)*) => {
+        const ERRNO: &[u8] = &[linux_raw_sys::errno::$first as u8, $(linux_raw_sys::errno::$name as u8),*];
+        const ERRNO_NAMES: &str = concat!(stringify!($first), $(" ", stringify!($name)),*);
     };
 }
 
-/// include/uapi/asm-generic/errno-base.h and errno.h, those an init can meet.
-const ERRNO: &[(u8, &str)] = errno_names! {
+// include/uapi/asm-generic/errno-base.h and errno.h, those an init can meet.
+errno_names! {
     EPERM ENOENT ESRCH EINTR EIO ENXIO E2BIG ENOEXEC EBADF ECHILD EAGAIN ENOMEM EACCES EFAULT
     ENOTBLK EBUSY EEXIST EXDEV ENODEV ENOTDIR EISDIR EINVAL ENFILE EMFILE ENOTTY ETXTBSY EFBIG
     ENOSPC ESPIPE EROFS EMLINK EPIPE ERANGE EDEADLK ENAMETOOLONG ENOSYS ENOTEMPTY ELOOP EOVERFLOW
     EILSEQ EUSERS EPROTO EMEDIUMTYPE EADDRINUSE EADDRNOTAVAIL EAFNOSUPPORT ENETDOWN ENETUNREACH
     ECONNABORTED ECONNRESET ENOBUFS ETIMEDOUT ECONNREFUSED EHOSTDOWN EHOSTUNREACH EALREADY
     EINPROGRESS EOPNOTSUPP EPROTONOSUPPORT ESTALE EUCLEAN EDQUOT EKEYREJECTED ENOKEY
-};
+}
 
 /// Puts a [`Line`] together from parts: `text!("mount ", path, ": ", error)`.
 #[macro_export]
