@@ -3,6 +3,7 @@
 //! The service (docs/mmds in Firecracker) answers with an empty reason phrase, always gives a
 //! Content-Length, never sends chunks and never closes first: a reader stops at the length.
 
+use crate::json::decimal;
 use core::net::Ipv4Addr;
 
 /// Where the service listens, on port 80.
@@ -24,8 +25,6 @@ const TOKEN_HEADER: &[u8] = b"X-metadata-token: ";
 pub const TOKEN: usize = 256;
 /// Longest response head.
 pub const HEAD: usize = 4096;
-/// Most header lines of a response.
-const HEADERS: usize = 32;
 
 /// A request for the whole document, with the token of a V2 session.
 pub fn document_request(token: Option<&[u8]>) -> heapless::Vec<u8, 512> {
@@ -58,7 +57,7 @@ pub fn token(body: &[u8]) -> Option<heapless::Vec<u8, TOKEN>> {
 pub enum Fault {
     /// Not HTTP/1.
     Malformed,
-    /// A head over [`HEAD`] bytes, or over 32 header lines.
+    /// A head over [`HEAD`] bytes.
     LongHead,
     /// No Content-Length, or two that differ.
     NoLength,
@@ -77,21 +76,41 @@ pub struct Head {
 
 /// Reads a response's head; `Ok(None)` when it has not come whole.
 pub fn head(bytes: &[u8]) -> Result<Option<Head>, Fault> {
-    let mut headers = [httparse::EMPTY_HEADER; HEADERS];
-    let mut response = httparse::Response::new(&mut headers);
-    let length = match response.parse(bytes) {
-        Ok(httparse::Status::Complete(length)) => length,
-        Ok(httparse::Status::Partial) if bytes.len() < HEAD => return Ok(None),
-        Ok(httparse::Status::Partial) | Err(httparse::Error::TooManyHeaders) => {
-            return Err(Fault::LongHead);
-        }
-        Err(_) => return Err(Fault::Malformed),
+    const VERSION: &[u8] = b"HTTP/1.";
+    if bytes
+        .iter()
+        .zip(VERSION)
+        .any(|(byte, wanted)| byte != wanted)
+    {
+        return Err(Fault::Malformed);
+    }
+    let Some(end) = bytes.windows(4).position(|window| window == b"\r\n\r\n") else {
+        return if bytes.len() < HEAD {
+            Ok(None)
+        } else {
+            Err(Fault::LongHead)
+        };
     };
+    let mut lines = bytes
+        .get(..end)
+        .unwrap_or(&[])
+        .split(|byte| *byte == b'\n')
+        .map(<[u8]>::trim_ascii);
+    // HTTP/1.1 200 [reason]
+    let mut words = lines.next().unwrap_or(&[]).split(|byte| *byte == b' ');
+    let status = words
+        .nth(1)
+        .filter(|digits| digits.len() == 3)
+        .and_then(decimal);
+    let status = status.ok_or(Fault::Malformed)? as u16;
     let mut body = None;
-    for header in response.headers.iter() {
-        if header.name.eq_ignore_ascii_case("content-length") {
-            let value = core::str::from_utf8(header.value).unwrap_or("");
-            let value = value.trim().parse::<usize>().map_err(|_| Fault::NoLength)?;
+    for line in lines {
+        let mut halves = line.splitn(2, |byte| *byte == b':');
+        let (Some(name), Some(value)) = (halves.next(), halves.next()) else {
+            return Err(Fault::Malformed);
+        };
+        if name.eq_ignore_ascii_case(b"content-length") {
+            let value = decimal(value.trim_ascii()).ok_or(Fault::NoLength)? as usize;
             if body.is_some_and(|earlier| earlier != value) {
                 return Err(Fault::NoLength);
             }
@@ -99,8 +118,8 @@ pub fn head(bytes: &[u8]) -> Result<Option<Head>, Fault> {
         }
     }
     Ok(Some(Head {
-        status: response.code.ok_or(Fault::Malformed)?,
-        length,
+        status,
+        length: end + 4,
         body: body.ok_or(Fault::NoLength)?,
     }))
 }
@@ -144,13 +163,11 @@ mod tests {
         assert_eq!(head(b"SSH-2.0-x\r\n\r\n"), Err(Fault::Malformed));
         let endless = [b"HTTP/1.1 200 OK\r\nX: ", vec![b'x'; HEAD].as_slice()].concat();
         assert_eq!(head(&endless), Err(Fault::LongHead));
-        let many = [
-            "HTTP/1.1 200 OK\r\n",
-            &"A: b\r\n".repeat(HEADERS + 1),
-            "\r\n",
-        ]
-        .concat();
-        assert_eq!(head(many.as_bytes()), Err(Fault::LongHead));
+        assert_eq!(
+            head(b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n"),
+            Err(Fault::Malformed)
+        );
+        assert_eq!(head(b"HTTP/1.1 2000 OK\r\n\r\n"), Err(Fault::Malformed));
     }
 
     #[test]
