@@ -68,6 +68,8 @@ pub struct Frame {
 pub struct Socket {
     stream: UnixStream,
     unread: Vec<u8>,
+    /// What the last look at the output did not take.
+    put_back: Option<Frame>,
 }
 
 /// How a session went, from where it was looked at to its end.
@@ -96,7 +98,11 @@ impl Socket {
         ensure!(answer.status == 101, "no handshake: {answer}");
         ensure!(answer.header("sec-websocket-accept") == Some(ACCEPT));
         let (stream, unread) = client.into_stream();
-        Ok(Socket { stream, unread })
+        Ok(Socket {
+            stream,
+            unread,
+            put_back: None,
+        })
     }
 
     /// The connection itself.
@@ -109,6 +115,7 @@ impl Socket {
         Ok(Socket {
             stream: self.stream.try_clone()?,
             unread: vec![],
+            put_back: None,
         })
     }
 
@@ -140,6 +147,9 @@ impl Socket {
     /// The next frame, or None when the connection ends. A server's frame must have no mask, no
     /// reserved bits, and a length in the fewest bytes.
     pub fn next_frame(&mut self) -> Result<Option<Frame>> {
+        if let Some(frame) = self.put_back.take() {
+            return Ok(Some(frame));
+        }
         loop {
             if let Some((frame, size)) = parse(&self.unread)? {
                 self.unread.drain(..size);
@@ -181,10 +191,19 @@ impl Socket {
         Ok(output)
     }
 
-    /// Reads binary messages until `text` is in them.
+    /// Reads binary messages until `text` is in them; what follows it is read next.
     pub fn output_with(&mut self, text: &str) -> Result<String> {
-        let has = |output: &[u8]| String::from_utf8_lossy(output).contains(text);
-        let output = self.output_until(has)?;
+        let position = |output: &[u8]| {
+            let mut windows = output.windows(text.len());
+            windows.position(|window| window == text.as_bytes())
+        };
+        let mut output = self.output_until(|output| position(output).is_some())?;
+        let end = position(&output).map_or(output.len(), |start| start + text.len());
+        let payload = output.split_off(end);
+        self.put_back = (!payload.is_empty()).then_some(Frame {
+            first: BINARY,
+            payload,
+        });
         Ok(String::from_utf8_lossy(&output).into_owned())
     }
 

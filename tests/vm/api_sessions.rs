@@ -255,7 +255,9 @@ fn a_terminal_is_resized_interrupted_and_ended() -> Result<()> {
         end.message,
         Some(json!({"Exit": {"code": null, "signal": 2}}))
     );
-    assert_eq!((end.close, end.text().as_str()), (Some(1000), "^C"));
+    // The terminal hangs up with its leader, before or after it has shown the key.
+    assert_eq!(end.close, Some(1000));
+    assert!(["", "^C"].contains(&end.text().as_str()));
 
     // In an interactive shell only what it runs; the shell says how that ended.
     let mut shell = terminal(vm, &json!({}))?;
@@ -266,8 +268,8 @@ fn a_terminal_is_resized_interrupted_and_ended() -> Result<()> {
     shell.binary(b"\x03")?;
     shell.output_with("pigeon> ")?;
     shell.binary(b"echo status $?\n")?;
-    shell.output_with("status 130\r\n")?;
-    shell.output_with("pigeon> ")?;
+    // In one: both may come in one message.
+    shell.output_with("status 130\r\npigeon> ")?;
     shell.binary(b"exit 42\n")?;
     let end = shell.wait_end()?;
     assert_eq!(
