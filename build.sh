@@ -13,7 +13,7 @@ readonly target
 readonly lab=(--locked --manifest-path tests/Cargo.toml)
 
 # Bytes that build/init may have. It is meant to have 64 KiB: this goes down with it, never up.
-readonly budget=$((111 * 1024))
+readonly budget=$((107 * 1024))
 
 help() {
     cat <<'EOF'
