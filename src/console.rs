@@ -17,7 +17,8 @@ const DEVICES: [&CStr; 3] = [c"/dev/ttyS0", c"/dev/ttyAMA0", c"/dev/console"];
 
 /// Where the log and the workload's output go.
 pub struct Console {
-    device: Option<(OwnedFd, &'static CStr)>,
+    /// The device and its place in [`DEVICES`].
+    device: Option<(OwnedFd, usize)>,
     queue: Buffer<QUEUE>,
     level: Level,
     /// Who the workload is, once known: a part of every line.
@@ -38,22 +39,19 @@ impl Console {
         }
     }
 
-    /// Opens the first device that takes a write, and writes what waits.
+    /// Opens the first device there is, and writes what waits.
     pub fn open(&mut self, level: Level) {
         self.level = level;
-        let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        self.device = DEVICES.into_iter().find_map(|path| {
-            let device = rustix::fs::open(path, flags, Mode::empty()).ok()?;
-            // A port without hardware opens well and fails on its first use.
-            rustix::termios::tcgetwinsize(&device).ok()?;
-            Some((device, path))
-        });
+        self.device = open_from(0);
         self.flush();
     }
 
     /// The device's path, for opening it anew: a descriptor's flags are shared by its copies.
     pub fn path(&self) -> &'static CStr {
-        self.device.as_ref().map_or(c"/dev/null", |(_, path)| path)
+        let index = self.device.as_ref().map(|(_, index)| *index);
+        index
+            .and_then(|index| DEVICES.get(index).copied())
+            .unwrap_or(c"/dev/null")
     }
 
     /// The device, to wait for.
@@ -151,7 +149,7 @@ impl Console {
     /// Writes what the device takes now.
     pub fn flush(&mut self) {
         while !self.queue.is_empty() {
-            let Some((device, _)) = &self.device else {
+            let Some((device, index)) = &self.device else {
                 self.queue.consume(QUEUE);
                 return;
             };
@@ -159,11 +157,21 @@ impl Console {
                 Ok(count) => self.queue.consume(count),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return,
-                // A console that is gone cannot be told about it.
-                Err(_) => self.device = None,
+                // A port without hardware opens well and fails here: the next one, or none.
+                Err(_) => self.device = open_from(index + 1),
             }
         }
     }
+}
+
+/// Opens the first device that can be opened, from a place in [`DEVICES`] on.
+fn open_from(first: usize) -> Option<(OwnedFd, usize)> {
+    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let mut devices = DEVICES.iter().enumerate().skip(first);
+    devices.find_map(|(index, path)| {
+        let device = rustix::fs::open(*path, flags, Mode::empty()).ok()?;
+        Some((device, index))
+    })
 }
 
 /// A log line being put together.
