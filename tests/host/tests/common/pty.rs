@@ -1,4 +1,5 @@
 //! A terminal with a program on it.
+#![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::{
     fs::File,
@@ -119,6 +120,11 @@ impl Terminal {
     /// How the terminal is set up.
     pub fn modes(&self) -> Termios {
         tcgetattr(&self.terminal).unwrap()
+    }
+
+    /// Whether the program has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
     }
 
     /// Waits for the program's end.
