@@ -198,6 +198,8 @@ impl Supervisor {
 
     /// Something that has to be there is not: says so, and goes to the end.
     pub fn fail(&mut self, why: Line) {
+        // Before the first turn there was no look at the clock.
+        self.now = sys::milliseconds();
         self.console.log(Level::Error, &why);
         self.ended(Exit {
             code: NOT_RUN,
