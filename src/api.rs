@@ -41,6 +41,8 @@ const READ: usize = 16 << 10;
 const MESSAGE: usize = 64 << 10;
 /// Bytes to send: a message with its header, and control frames.
 const OUT: usize = MESSAGE + 1024;
+/// What a connection may have used of its memory for it to be kept: a page in, a page out.
+const LITTLE: usize = 4096;
 /// Room for control frames, and an answer's head, behind what waits.
 const CONTROL: usize = 512;
 
@@ -79,6 +81,8 @@ pub struct Host<'a> {
 pub struct Api {
     listener: Option<OwnedFd>,
     connections: Slab<Connection, CONNECTIONS>,
+    /// The memory of the last connection that used little of its own, for the next one.
+    spare: Option<Region>,
     /// The commands it runs.
     pub commands: Commands,
 }
@@ -100,6 +104,8 @@ struct Connection {
     idle_since: u64,
     /// The answer being sent tells how the workload ended.
     tells: bool,
+    /// No more than [`LITTLE`] of each part of its memory was ever used.
+    frugal: bool,
 }
 
 enum Mode {
@@ -144,6 +150,7 @@ impl Api {
         Self {
             listener: None,
             connections: Slab::new(),
+            spare: None,
             commands: Commands::new(),
         }
     }
@@ -200,7 +207,8 @@ impl Api {
         if self.connections.len() == CONNECTIONS {
             self.make_room();
         }
-        let Ok(memory) = Region::new(IN + OUT) else {
+        let memory = self.spare.take().map_or_else(|| Region::new(IN + OUT), Ok);
+        let Ok(memory) = memory else {
             return refuse(&socket);
         };
         let connection = Connection {
@@ -215,6 +223,7 @@ impl Api {
             deadline: None,
             idle_since: host.context.now,
             tells: false,
+            frugal: true,
         };
         match self.connections.insert(connection) {
             // What the client sends first may have come along.
@@ -271,6 +280,9 @@ impl Api {
         };
         if let Some(command) = command {
             abandon(&mut self.commands, command);
+        }
+        if connection.frugal && self.spare.is_none() {
+            self.spare = Some(connection.memory);
         }
     }
 
@@ -482,6 +494,7 @@ impl Connection {
             Ok((0, _)) => Err(Gone),
             Ok((count, _)) => {
                 self.received += count;
+                self.frugal &= self.received <= LITTLE;
                 Ok(())
             }
             Err(Errno::AGAIN | Errno::INTR) => Ok(()),
@@ -1042,6 +1055,7 @@ impl Connection {
 
     /// Sends what the socket takes.
     fn flush(&mut self, workload: &mut Workload) -> Goes {
+        self.frugal &= self.end <= LITTLE;
         let (_, output) = self.memory.split_at_checked(IN).ok_or(Gone)?;
         while self.start < self.end {
             let bytes = output.get(self.start..self.end).ok_or(Gone)?;

@@ -140,7 +140,14 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
     mounts::sysfs()?;
     let expedited = mounts::Expedited::on();
     modules::load(supervisor.console, supervisor.scratch)?;
-    let cgroups = task::start(mounts::cgroups)?;
+    // Beside an answer from the network in a child; beside the root mount alone here, a fork less.
+    let fetches = knobs.source != Source::File && interface::eth0_index().is_some();
+    let cgroups = match fetches {
+        true => Some(task::start(|report| {
+            mounts::cgroups(&mut |why| report.warn(why))
+        })?),
+        false => None,
+    };
     mounts::rest(&mut |why| drop(supervisor.console.warn(&why)))?;
     let (spans, source) = metadata::load(knobs.source, knobs.mmds_patience, document)?;
     let config = Config::new(document, spans);
@@ -152,7 +159,10 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
         .info("configuration loaded")
         .field("source", &source);
     let root = task::start(|report| root::mount(config.root_device(), report))?;
-    cgroups.wait(supervisor.console)?;
+    match cgroups {
+        Some(task) => task.wait(supervisor.console)?,
+        None => mounts::cgroups(&mut |why| drop(supervisor.console.warn(&why)))?,
+    }
     root.wait(supervisor.console)?;
     root::switch(&mut |why| drop(supervisor.console.warn(&why)))?;
     drop(expedited);

@@ -3,7 +3,7 @@
 //! They are mounted in the initramfs, beside everything else that waits during boot, and moved
 //! with all that is mounted in them when the root is there.
 
-use crate::task::{Outcome, Report, name};
+use crate::task::{Outcome, name};
 use crate::why;
 use core::ffi::CStr;
 use pigeon_init::text;
@@ -159,8 +159,7 @@ const CONTROLLERS: [(&CStr, &CStr); 10] = [
 ];
 
 /// The hybrid cgroup tree: v2 on `unified`, and a v1 hierarchy a controller.
-pub fn cgroups(report: &Report) -> Outcome {
-    let warn = &mut |why: Line| report.warn(why);
+pub fn cgroups(warn: &mut dyn FnMut(Line)) -> Outcome {
     let strict = STRICT.union(MountFlags::RELATIME);
     Mount::new(c"/sys/fs/cgroup", c"tmpfs", STRICT)
         .data(c"mode=755")
@@ -180,9 +179,12 @@ pub fn cgroups(report: &Report) -> Outcome {
 
 /// Creates a directory with exactly this mode; one that is there keeps its own.
 pub fn make_directory(path: &CStr, mode: u32) -> Result<(), Errno> {
-    match rustix::fs::mkdir(path, Mode::from_raw_mode(mode)) {
-        Ok(()) => rustix::fs::chmod(path, Mode::from_raw_mode(mode)),
-        Err(Errno::EXIST) => Ok(()),
+    /// What PID 1's umask takes away (INIT_FS, include/linux/init_task.h).
+    const UMASK: u32 = 0o022;
+    let bits = Mode::from_raw_mode(mode);
+    match rustix::fs::mkdir(path, bits) {
+        Ok(()) if mode & UMASK != 0 => rustix::fs::chmod(path, bits),
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
         Err(errno) => Err(errno),
     }
 }
