@@ -133,8 +133,8 @@ fn start(arguments: Words, words: Words) -> ! {
 
 /// The boot, to the workload's start.
 ///
-/// The kernel waits long in two places, the first ext4 mount and the cgroup mounts: children wait
-/// there, beside each other and beside the configuration's arrival.
+/// The kernel waits long in two places, the first ext4 mount and the cgroup mounts: they are made
+/// side by side, the root's in a child, and the cgroups' beside the configuration's arrival.
 #[inline(never)]
 fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT]) -> Outcome {
     mounts::sysfs()?;

@@ -132,7 +132,7 @@ pub struct Parts {
 }
 
 impl Supervisor {
-    /// A supervisor that is about to end: the next call says for what.
+    /// A supervisor that does not run yet: [`run`](Self::run) or [`fail`](Self::fail) comes next.
     pub fn new(parts: Parts) -> Self {
         let Parts {
             console,
