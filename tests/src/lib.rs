@@ -25,10 +25,9 @@ pub mod guest;
 pub mod mmds;
 pub mod net;
 pub mod process;
-pub mod relay;
 pub mod serial;
 pub mod vm;
 pub mod ws;
 
-pub use pigeon::{assets, http, initrd, qmp, tsc, vsock};
+pub use pigeon::{assets, http, initrd, proxy, qmp, tsc, vsock};
 pub use vm::{End, Vm};

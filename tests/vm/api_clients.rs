@@ -13,7 +13,7 @@ use pigeon_lab::{
     disk::{Image, Tree},
     http::Client,
     process::run,
-    relay::Relay,
+    proxy::Proxy,
     vsock::API_PORT,
 };
 use serde_json::{Value, json};
@@ -34,8 +34,9 @@ fn boot() -> Result<(Vm, Image)> {
     Ok((vm, root))
 }
 
-fn relay(vm: &Vm) -> Result<Relay> {
-    Relay::start(vm.vsock().context("no vsock")?, API_PORT)
+fn proxy(vm: &Vm) -> Result<Proxy> {
+    let uds = vm.vsock().context("no vsock")?;
+    Proxy::start(&uds.with_extension("api"), uds)
 }
 
 #[test]
@@ -132,11 +133,11 @@ fn tungstenite_runs_sessions() -> Result<()> {
 #[test]
 fn pythons_websockets_runs_sessions() -> Result<()> {
     let (vm, _root) = boot()?;
-    let address = relay(&vm)?.address();
+    let proxy = proxy(&vm)?;
     let script = assets::repository().join("tests/vm/api_sessions.py");
     let said = run(Command::new(assets::python()?)
         .arg(script)
-        .args([address.ip().to_string(), address.port().to_string()]))?;
+        .arg(proxy.socket()))?;
     assert_eq!(said, "all sessions went well\n");
     Ok(())
 }
@@ -144,20 +145,15 @@ fn pythons_websockets_runs_sessions() -> Result<()> {
 #[test]
 fn curl_calls_everything() -> Result<()> {
     let (vm, _root) = boot()?;
-    let address = relay(&vm)?.address();
+    let proxy = proxy(&vm)?;
     let curl = |path: &str, arguments: &[&str]| -> Result<String> {
         run(Command::new(assets::tool("curl")?)
-            .args([
-                "--silent",
-                "--show-error",
-                "--max-time",
-                "180",
-                "--noproxy",
-                "*",
-            ])
+            .args(["--silent", "--show-error", "--max-time", "180"])
+            .arg("--unix-socket")
+            .arg(proxy.socket())
             .args(["--write-out", " %{http_code} %{num_connects}"])
             .args(arguments)
-            .arg(format!("http://{address}{path}")))
+            .arg(format!("http://vm{path}")))
     };
     assert_eq!(curl("/v1/status", &[])?, r#"{"ok":true} 200 1"#);
     assert!(curl("/v1/status", &["--head"])?.ends_with(" 200 1"));
@@ -169,8 +165,7 @@ fn curl_calls_everything() -> Result<()> {
     let chunked = ["--header", "Transfer-Encoding: chunked", "--json", exec];
     assert_eq!(curl("/v1/exec", &chunked)?, format!("{hi} 200 1"));
     // Two calls on one connection.
-    let url = format!("http://{address}/v1/status");
-    let twice = curl("/v1/status", &[&url])?;
+    let twice = curl("/v1/status", &["http://vm/v1/status"])?;
     assert_eq!(twice, r#"{"ok":true} 200 1{"ok":true} 200 0"#);
     // Over a megabyte curl asks first; it is told no, and hears it, before it has sent all.
     let dir = tempfile::tempdir()?;

@@ -1,13 +1,17 @@
-"""Sessions with the `websockets` package: python3 api_sessions.py HOST PORT."""
+"""Sessions with the `websockets` package: python3 api_sessions.py SOCKET."""
 
 import asyncio
 import json
 import sys
 
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import unix_connect
 from websockets.exceptions import ConnectionClosed
 
-URL = f"ws://{sys.argv[1]}:{sys.argv[2]}/v1/ws/exec"
+
+
+def connect():
+    """A connection for a session."""
+    return unix_connect(sys.argv[1], "ws://vm/v1/ws/exec")
 
 
 async def to_the_end(socket):
@@ -26,7 +30,7 @@ async def to_the_end(socket):
 
 
 async def main():
-    async with connect(URL) as socket:
+    async with connect() as socket:
         await socket.send(json.dumps({"command": ["sh", "-c", "cat; exit 3"]}))
         await socket.send([b"in ", b"frag", b"ments"])
         await (await socket.ping(b"payload"))
@@ -34,26 +38,26 @@ async def main():
         end = await to_the_end(socket)
         assert end == (b"in fragments", {"Exit": {"code": 3, "signal": None}}, 1000), end
 
-    async with connect(URL) as socket:
+    async with connect() as socket:
         await socket.send(json.dumps({"command": ["sh"], "tty": True, "cols": 90, "rows": 30}))
         await socket.send(b"stty size; exit\n")
         output, text, code = await to_the_end(socket)
         assert b"30 90\r\n" in output and code == 1000, (output, text, code)
 
-    async with connect(URL) as socket:
+    async with connect() as socket:
         await socket.send(json.dumps({"command": ["no-such-command"]}))
         output, text, code = await to_the_end(socket)
         assert "no-such-command" in text["Error"]["message"] and code == 1011, (text, code)
 
     # A client that leaves in good manners is answered in good manners.
-    socket = await connect(URL)
+    socket = await connect()
     await socket.send(json.dumps({"command": ["sleep", "5551"]}))
     await socket.close(code=1000, reason="enough")
     assert socket.close_code == 1000, socket.close_code
 
     # Many at once.
     async def one(number):
-        async with connect(URL) as socket:
+        async with connect() as socket:
             await socket.send(json.dumps({"command": ["echo", str(number)]}))
             output, _, code = await to_the_end(socket)
             assert (output, code) == (f"{number}\n".encode(), 1000), (number, output, code)

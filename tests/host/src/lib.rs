@@ -13,6 +13,7 @@ pub mod image;
 pub mod initrd;
 pub mod machine;
 pub mod process;
+pub mod proxy;
 pub mod qmp;
 pub mod session;
 pub mod signal;

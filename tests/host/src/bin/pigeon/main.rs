@@ -16,6 +16,10 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use pigeon::{Client, Error};
 use serde_json::{Value, json};
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGTERM},
+    iterator::Signals,
+};
 
 /// Exit code of this command's own failures, as docker has it.
 const FAILED: u8 = 125;
@@ -43,6 +47,8 @@ enum Action {
     Wait(Wait),
     /// Tell whether a VM is up
     Status(Status),
+    /// Lead a Unix socket to a VM's API, for curl and other HTTP clients, until Ctrl-C
+    Proxy(Proxy),
     /// List the VMs that run
     List(List),
     /// Make a root image (ext4) of a container image
@@ -120,6 +126,14 @@ struct Status {
 }
 
 #[derive(Args)]
+struct Proxy {
+    #[command(flatten)]
+    target: Target,
+    /// The Unix socket to be made
+    socket: PathBuf,
+}
+
+#[derive(Args)]
 struct List {
     /// Print JSON
     #[arg(long)]
@@ -173,6 +187,13 @@ fn act(action: Action) -> Result<u8> {
             let client = target.client()?;
             let uds = client.uds().display().to_string();
             say(json, json!({"ok": true, "uds": uds}), &format!("up: {uds}"));
+            Ok(0)
+        }
+        Action::Proxy(Proxy { target, socket }) => {
+            let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
+            let client = target.client()?;
+            let _proxy = pigeon::proxy::Proxy::start(&socket, client.uds())?;
+            signals.forever().next();
             Ok(0)
         }
         Action::List(List { json }) => {

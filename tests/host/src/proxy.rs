@@ -1,0 +1,139 @@
+//! A Unix socket that leads to a VM's API without the handshake of hybrid vsock, for clients that
+//! know nothing of it: curl, and what every language brings.
+
+use std::{
+    fs::{self, Permissions},
+    io::{self, Read, Write},
+    net::Shutdown,
+    os::unix::{
+        fs::PermissionsExt,
+        net::{UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::vsock::{self, API_PORT};
+
+/// How long the guest may take to accept a connection.
+const HANDSHAKE: Duration = Duration::from_secs(3);
+
+/// The socket, until dropped; connections that there are then go on.
+pub struct Proxy {
+    socket: PathBuf,
+}
+
+impl Proxy {
+    /// Makes `socket`, for this user alone, which leads to the API behind `uds`. One that is left
+    /// of an earlier proxy is replaced.
+    pub fn start(socket: &Path, uds: &Path) -> Result<Proxy> {
+        if UnixStream::connect(socket).is_ok() {
+            bail!("{} is somebody's already", socket.display());
+        }
+        let cannot = || format!("unable to create {}", socket.display());
+        // Nobody else may connect before its mode is set.
+        let parent = socket.parent().filter(|parent| *parent != Path::new(""));
+        let private =
+            tempfile::tempdir_in(parent.unwrap_or(Path::new("."))).with_context(cannot)?;
+        let made = private.path().join("s");
+        let listener = UnixListener::bind(&made).with_context(cannot)?;
+        fs::set_permissions(&made, Permissions::from_mode(0o600)).with_context(cannot)?;
+        fs::rename(&made, socket).with_context(cannot)?;
+        let uds = uds.to_path_buf();
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let uds = uds.clone();
+                thread::spawn(move || relay(client, &uds));
+            }
+        });
+        Ok(Proxy {
+            socket: socket.into(),
+        })
+    }
+
+    /// Where clients connect to.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        // It may be gone already.
+        let _ = fs::remove_file(&self.socket);
+    }
+}
+
+/// One connection. What cannot be connected is closed, which is what a client expects.
+fn relay(client: UnixStream, uds: &Path) -> Option<()> {
+    let guest = vsock::connect(uds, API_PORT, HANDSHAKE).ok()?;
+    // Who waits for an exit code, waits long.
+    guest.set_read_timeout(None).ok()?;
+    let (from_client, to_client) = (client.try_clone().ok()?, client);
+    let (from_guest, to_guest) = (guest.try_clone().ok()?, guest);
+    let there = thread::spawn(move || {
+        // The end of a client's bytes is the end of the connection: half-open ones do not exist
+        // on hybrid vsock.
+        let _ = copy(from_client, &to_guest);
+        let _ = to_guest.shutdown(Shutdown::Both);
+    });
+    let _ = copy(from_guest, &to_client);
+    let _ = to_client.shutdown(Shutdown::Both);
+    there.join().ok()
+}
+
+/// Copies bytes as they come.
+fn copy(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
+    let mut buffer = [0; 16 << 10];
+    loop {
+        match from.read(&mut buffer)? {
+            0 => return Ok(()),
+            size => to.write_all(&buffer[..size])?,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_socket_is_its_users_alone_and_an_old_one_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let [uds, socket] = ["vm.vsock", "api.sock"].map(|name| dir.path().join(name));
+        drop(UnixListener::bind(&socket).unwrap());
+        let guest = UnixListener::bind(&uds).unwrap();
+        let proxy = Proxy::start(&socket, &uds).unwrap();
+        assert_eq!(
+            fs::metadata(&socket).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        assert!(Proxy::start(&socket, &uds).is_err());
+        let host = thread::spawn(move || {
+            // The first one asked only whether somebody is there.
+            let (mut stream, command) = loop {
+                let (mut stream, _) = guest.accept().unwrap();
+                let mut command = [0; 14];
+                stream.read_exact(&mut command).unwrap();
+                stream.write_all(b"OK 1\n").unwrap();
+                let mut first = [0];
+                if stream.read(&mut first).unwrap() == 1 {
+                    break (stream, command);
+                }
+            };
+            stream.write_all(b"answer").unwrap();
+            command
+        });
+        let mut client = UnixStream::connect(&socket).unwrap();
+        client.write_all(b"?").unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, "answer");
+        assert_eq!(&host.join().unwrap(), b"CONNECT 10000\n");
+        drop(proxy);
+        assert!(!socket.exists());
+    }
+}
