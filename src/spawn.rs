@@ -119,7 +119,10 @@ impl<'a, A: Iterator<Item = Text<'a>> + Clone> Command<'a, A> {
     fn execute(mut self, scratch: &mut Scratch) -> Result<core::convert::Infallible, Failure> {
         self.enter_directory()?;
         self.drop_privileges().map_err(|errno| {
-            Failure(task::failure(errno, &[&"become the user"]), NOT_EXECUTABLE)
+            Failure(
+                task::failure(errno, text!("become the user")),
+                NOT_EXECUTABLE,
+            )
         })?;
         point(
             &mut scratch.argv_pointers,
@@ -138,7 +141,7 @@ impl<'a, A: Iterator<Item = Text<'a>> + Clone> Command<'a, A> {
             }
         });
         Err(Failure(
-            task::failure(errno, &[&"execute ", &command]),
+            task::failure(errno, text!("execute ", command)),
             code,
         ))
     }
@@ -155,7 +158,7 @@ impl<'a, A: Iterator<Item = Text<'a>> + Clone> Command<'a, A> {
         };
         entered.map_err(|errno| {
             Failure(
-                task::failure(errno, &[&"enter ", &directory]),
+                task::failure(errno, text!("enter ", directory)),
                 NOT_EXECUTABLE,
             )
         })

@@ -16,17 +16,15 @@ pub type Outcome<T = ()> = Result<T, Line>;
 
 /// An error: "VERB OBJECT: ERRNO".
 #[inline(never)]
-pub fn failure(errno: Errno, what: &[&dyn Show]) -> Line {
-    let mut line = Line::of(what);
-    line.add(": ").add(name(errno));
-    line
+pub fn failure(errno: Errno, what: Line) -> Line {
+    text!(what, ": ", name(errno))
 }
 
 /// For `map_err`: an errno becomes an error that says what failed, on what, and why.
 #[macro_export]
 macro_rules! why {
     ($($part:expr),* $(,)?) => {
-        |errno| $crate::task::failure(errno, &[$(&$part as &dyn pigeon_init::text::Show),*])
+        |errno| $crate::task::failure(errno, pigeon_init::text!($($part),*))
     };
 }
 

@@ -32,6 +32,8 @@ mod buffers {
     use core::cell::UnsafeCell;
     use core::sync::atomic::{AtomicBool, Ordering};
 
+    /// The flag first: every place that drops a line has its address in its code.
+    #[repr(C)]
     pub struct Slot {
         taken: AtomicBool,
         content: UnsafeCell<Content>,
@@ -129,12 +131,16 @@ impl Line {
         self
     }
 
-    /// Puts a line together; [`text!`](crate::text!) in the form of a call.
+    /// The line with one more part.
+    #[inline(always)]
+    pub fn with<T: Show + ?Sized>(self, part: &T) -> Self {
+        part.append(self)
+    }
+
+    /// A line that starts with these words.
     #[inline(never)]
-    pub fn of(parts: &[&dyn Show]) -> Self {
-        let mut line = Self::new();
-        parts.iter().for_each(|part| part.show(&mut line));
-        line
+    pub fn start(words: &str) -> Self {
+        Self::new().with(words)
     }
 
     /// Appends raw bytes.
@@ -200,9 +206,21 @@ impl Line {
 pub trait Show {
     /// Writes itself at the end of `line`.
     fn show(&self, line: &mut Line);
+
+    /// The line with it at the end.
+    #[inline(never)]
+    fn append(&self, mut line: Line) -> Line {
+        self.show(&mut line);
+        line
+    }
 }
 
 impl<T: Show + ?Sized> Show for &T {
+    #[inline(always)]
+    fn append(&self, line: Line) -> Line {
+        (**self).append(line)
+    }
+
     fn show(&self, line: &mut Line) {
         (**self).show(line);
     }
@@ -355,8 +373,11 @@ errno_names! {
 /// Puts a [`Line`] together from parts: `text!("mount ", path, ": ", error)`.
 #[macro_export]
 macro_rules! text {
+    ($first:literal $(, $part:expr)* $(,)?) => {
+        $crate::text::Line::start($first)$(.with(&$part))*
+    };
     ($($part:expr),* $(,)?) => {
-        $crate::text::Line::of(&[$(&$part as &dyn $crate::text::Show),*])
+        $crate::text::Line::new()$(.with(&$part))*
     };
 }
 
