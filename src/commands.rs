@@ -3,7 +3,7 @@
 use crate::poll::{Poller, Source};
 use crate::spawn::{self, Command, Streams};
 use crate::sys::Region;
-use crate::task::{self, Outcome, Report, Reports};
+use crate::task::{self, Outcome, Report};
 use crate::why;
 use pigeon_init::command::Environment;
 use pigeon_init::json::escape_next;
@@ -140,7 +140,7 @@ impl Running {
     pub fn once(exec: &Exec, connection: Key, context: &mut Context) -> Outcome<Self> {
         let (output, output_end) = pipe()?;
         let (error, error_end) = pipe()?;
-        let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, |report| {
+        let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, &mut |report| {
             let streams = Streams::Output([output_end.as_fd(), error_end.as_fd()]);
             become_command(exec, streams, context, report)
         })?;
@@ -173,7 +173,7 @@ impl Running {
             let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
             let terminal =
                 rustix::pty::ioctl_tiocgptpeer(&master, flags).map_err(why!("open a terminal"))?;
-            let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, |report| {
+            let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, &mut |report| {
                 become_command(exec, Streams::Terminal(terminal.as_fd()), context, report)
             })?;
             (task, master, None)
@@ -182,7 +182,7 @@ impl Running {
                 rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(why!("create a pipe"))?;
             rustix::io::ioctl_fionbio(&input, true).map_err(why!("create a pipe"))?;
             let (output, output_end) = pipe()?;
-            let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, |report| {
+            let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, &mut |report| {
                 let streams =
                     Streams::Each([input_end.as_fd(), output_end.as_fd(), output_end.as_fd()]);
                 become_command(exec, streams, context, report)
@@ -242,12 +242,7 @@ impl Running {
         if let Kind::Once(once) = &mut self.kind {
             once.drain(sink);
         }
-        let mut reports = Reports::default();
-        let mut buffer = [0; 512];
-        while let Ok(count @ 1..) = rustix::io::read(&self.report, &mut buffer) {
-            reports.take(buffer.get(..count).unwrap_or(&[]), |_| {});
-        }
-        reports.error
+        task::read_report(&self.report, None)
     }
 }
 

@@ -64,28 +64,30 @@ impl Console {
         self.identity = Some((uid, gid));
     }
 
-    /// Starts a line; [`Record::field`] adds to it, dropping it writes it.
+    /// Writes a line with ` key=value` fields behind its message.
     #[inline(never)]
-    pub fn log(&mut self, level: Level, message: &dyn Show) -> Record<'_> {
-        let line = (level >= self.level).then(|| {
-            let mut text = Line::new();
-            text.add(message);
-            text::log_line(level, text.as_bytes())
-        });
-        Record {
-            console: self,
-            line,
+    pub fn log(&mut self, level: Level, message: Line, fields: &[(&str, &dyn Show)]) {
+        if level < self.level {
+            return;
         }
+        let mut line = text::log_line(level, message.as_bytes());
+        for (key, value) in fields {
+            line.field(key, *value);
+        }
+        if let Some((uid, gid)) = self.identity {
+            line.field("uid", &uid).field("gid", &gid);
+        }
+        self.write_line(&line);
     }
 
-    /// Starts a line at level info.
-    pub fn info(&mut self, message: &str) -> Record<'_> {
-        self.log(Level::Info, &message)
+    /// Writes a line at level warn.
+    pub fn warn(&mut self, message: Line) {
+        self.log(Level::Warn, message, &[]);
     }
 
-    /// Starts a line at level warn.
-    pub fn warn(&mut self, message: &dyn Show) -> Record<'_> {
-        self.log(Level::Warn, message)
+    /// Writes a line at level error.
+    pub fn error(&mut self, message: Line) {
+        self.log(Level::Error, message, &[]);
     }
 
     fn write_line(&mut self, line: &Line) {
@@ -172,31 +174,4 @@ fn open_from(first: usize) -> Option<(OwnedFd, usize)> {
         let device = rustix::fs::open(*path, flags, Mode::empty()).ok()?;
         Some((device, index))
     })
-}
-
-/// A log line being put together.
-pub struct Record<'a> {
-    console: &'a mut Console,
-    line: Option<Line>,
-}
-
-impl Record<'_> {
-    /// Adds ` key=value`.
-    pub fn field(mut self, key: &str, value: &dyn Show) -> Self {
-        if let Some(line) = &mut self.line {
-            line.field(key, value);
-        }
-        self
-    }
-}
-
-impl Drop for Record<'_> {
-    fn drop(&mut self) {
-        if let Some(mut line) = self.line.take() {
-            if let Some((uid, gid)) = self.console.identity {
-                line.field("uid", &uid).field("gid", &gid);
-            }
-            self.console.write_line(&line);
-        }
-    }
 }

@@ -105,7 +105,7 @@ fn start(arguments: Words, words: Words) -> ! {
     let (poller, signals) = match started {
         Ok(started) => started,
         Err(why) => {
-            drop(console.log(Level::Error, &why));
+            console.error(why);
             end::reboot();
         }
     };
@@ -143,34 +143,36 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
     // Beside an answer from the network in a child; beside the root mount alone here, a fork less.
     let fetches = knobs.source != Source::File && interface::eth0_index().is_some();
     let cgroups = match fetches {
-        true => Some(task::start(|report| {
+        true => Some(task::start(&mut |report| {
             mounts::cgroups(&mut |why| report.warn(why))
         })?),
         false => None,
     };
-    mounts::rest(&mut |why| drop(supervisor.console.warn(&why)))?;
+    mounts::rest(&mut |why| supervisor.console.warn(why))?;
     let (spans, source) = metadata::load(knobs.source, knobs.mmds_patience, document)?;
     let config = Config::new(document, spans);
     config
         .check()
         .map_err(|why| text!("configuration: ", why))?;
-    supervisor
-        .console
-        .info("configuration loaded")
-        .field("source", &source);
-    let root = task::start(|report| root::mount(config.root_device(), report))?;
+    let console = &mut *supervisor.console;
+    console.log(
+        Level::Info,
+        text!("configuration loaded"),
+        &[("source", &source)],
+    );
+    let root = task::start(&mut |report| root::mount(config.root_device(), report))?;
     match cgroups {
         Some(task) => task.wait(supervisor.console)?,
-        None => mounts::cgroups(&mut |why| drop(supervisor.console.warn(&why)))?,
+        None => mounts::cgroups(&mut |why| supervisor.console.warn(why))?,
     }
     root.wait(supervisor.console)?;
-    root::switch(&mut |why| drop(supervisor.console.warn(&why)))?;
+    root::switch(&mut |why| supervisor.console.warn(why))?;
     drop(expedited);
     limit_open_files()?;
     let identity = resolve_user(supervisor, &config)?;
     fill_environment(supervisor, &config, &identity)?;
     if let Err(why) = supervisor.api.listen(&supervisor.poller) {
-        supervisor.console.warn(&text!("no API: ", why));
+        supervisor.console.warn(text!("no API: ", why));
     }
     supervisor.run(&config, &identity)
 }
@@ -221,6 +223,6 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
     }
     let mut console = Console::new();
     console.open(Level::Error);
-    drop(console.log(Level::Error, &"panic"));
+    console.error(text!("panic"));
     end::emergency()
 }

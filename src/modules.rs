@@ -3,6 +3,8 @@
 use crate::console::Console;
 use crate::task::{Outcome, name};
 use core::ffi::CStr;
+use pigeon_init::text;
+use pigeon_init::text::{Level, Show};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
@@ -21,12 +23,10 @@ pub fn load(console: &mut Console, scratch: &mut [u8]) -> Outcome {
             .and_then(|file| rustix::system::finit_module(&file, c"", 0));
         match loaded {
             Ok(()) | Err(Errno::EXIST) => {}
-            Err(errno) => drop(
-                console
-                    .warn(&"cannot load a module")
-                    .field("path", &line)
-                    .field("error", &name(errno)),
-            ),
+            Err(errno) => {
+                let fields: [(&str, &dyn Show); 2] = [("path", &line), ("error", &name(errno))];
+                console.log(Level::Warn, text!("cannot load a module"), &fields);
+            }
         }
     }
     Ok(())

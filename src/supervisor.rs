@@ -6,13 +6,13 @@ use crate::console::Console;
 use crate::poll::{EVENTS, Poller, Source};
 use crate::spawn::{self, Command, Streams};
 use crate::sys::{self, SignalSet};
-use crate::task::{self, Outcome, Report, Reports, Task};
+use crate::task::{self, Outcome, Report, Task};
 use crate::why;
 use crate::{end, setup};
 use pigeon_init::accounts::Identity;
 use pigeon_init::command::Environment;
 use pigeon_init::config::{Config, DOCUMENT};
-use pigeon_init::text::{Level, Line};
+use pigeon_init::text::{Level, Line, Show};
 use pigeon_init::{kmsg, text};
 use rustix::event::epoll::EventFlags;
 use rustix::fd::{AsFd, OwnedFd};
@@ -182,10 +182,11 @@ impl Supervisor {
         };
         self.mounts = open(c"/proc/self/mountinfo", OFlags::empty()).ok();
         if setup::may_block(config) {
-            let task = task::start(|report| setup::disks(config, identity, self.scratch, report))?;
+            let task =
+                task::start(&mut |report| setup::disks(config, identity, self.scratch, report))?;
             self.phase = Phase::Setup(task);
         }
-        setup::network(config, |why| drop(self.console.warn(&why)))?;
+        setup::network(config, |why| self.console.warn(why))?;
         while let Phase::Setup(_) = self.phase {
             self.turn();
         }
@@ -200,7 +201,7 @@ impl Supervisor {
     pub fn fail(&mut self, why: Line) {
         // Before the first turn there was no look at the clock.
         self.now = sys::milliseconds();
-        self.console.log(Level::Error, &why);
+        self.console.error(text!(why));
         self.ended(Exit {
             code: NOT_RUN,
             oom_killed: false,
@@ -321,7 +322,8 @@ impl Supervisor {
     }
 
     fn stop_workload(&mut self) {
-        self.console.info("ctrl-alt-del: stopping the workload");
+        let note = text!("ctrl-alt-del: stopping the workload");
+        self.console.log(Level::Info, note, &[]);
         match (&self.phase, self.workload.group) {
             (Phase::Running, Some(group)) if self.stop.is_none() => {
                 let _just_ended = sys::kill_group(group, SIGTERM);
@@ -365,7 +367,7 @@ impl Supervisor {
             Phase::Quiesce(task, _) if task.pid == pid => {
                 let error = self.read_report();
                 if let Err(why) = task::outcome(error, status) {
-                    self.console.warn(&why);
+                    self.console.warn(why);
                 }
                 self.phase = Phase::Drain(self.now.saturating_add(SILENCE));
             }
@@ -377,15 +379,12 @@ impl Supervisor {
 
     /// The report of the task of this phase, which has ended.
     fn read_report(&mut self) -> Option<Line> {
-        let mut reports = Reports::default();
-        if let Phase::Setup(task) | Phase::Quiesce(task, _) = &self.phase {
-            let mut buffer = [0; 512];
-            while let Ok(count @ 1..) = rustix::io::read(&task.report, &mut buffer) {
-                let bytes = buffer.get(..count).unwrap_or(&[]);
-                reports.take(bytes, |line| drop(self.console.warn(&line)));
+        match &self.phase {
+            Phase::Setup(task) | Phase::Quiesce(task, _) => {
+                task::read_report(&task.report, Some(self.console))
             }
+            _ => None,
         }
-        reports.error
     }
 
     /// Step 14.
@@ -393,13 +392,14 @@ impl Supervisor {
         let (output, end) =
             rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(why!("create a pipe"))?;
         rustix::io::ioctl_fionbio(&output, true).map_err(why!("create a pipe"))?;
-        let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, |report| {
+        let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, &mut |report| {
             self.become_workload(config, identity, end.as_fd(), report)
         })?;
         self.workload.group = Some(task.pid);
+        let pid = task.pid.as_raw_pid();
+        let fields: [(&str, &dyn Show); 1] = [("pid", &pid)];
         self.console
-            .info("workload started")
-            .field("pid", &task.pid.as_raw_pid());
+            .log(Level::Info, text!("workload started"), &fields);
         self.process = Some(Process {
             pid: Some(task.pid),
             report: task.report,
@@ -440,13 +440,8 @@ impl Supervisor {
             return;
         };
         process.pid = None;
-        let mut reports = Reports::default();
-        let mut buffer = [0; 512];
-        while let Ok(count @ 1..) = rustix::io::read(&process.report, &mut buffer) {
-            reports.take(buffer.get(..count).unwrap_or(&[]), |_| {});
-        }
-        if let Some(why) = reports.error {
-            self.console.log(Level::Error, &why);
+        if let Some(why) = task::read_report(&process.report, None) {
+            self.console.error(why);
         }
         let signal = status.terminating_signal();
         let oom_killed =
@@ -455,10 +450,9 @@ impl Supervisor {
             (Some(code), _) => code,
             (None, signal) => KILLED.saturating_add(signal.unwrap_or(0)),
         };
+        let fields: [(&str, &dyn Show); 2] = [("exit_code", &code), ("oom_killed", &oom_killed)];
         self.console
-            .info("workload exited")
-            .field("exit_code", &code)
-            .field("oom_killed", &oom_killed);
+            .log(Level::Info, text!("workload exited"), &fields);
         self.workload.group = None;
         self.ended(Exit {
             code,
@@ -532,7 +526,8 @@ impl Supervisor {
                     if let (Some(at), Some(group)) = (self.stop, self.workload.group)
                         && at <= now
                     {
-                        self.console.warn(&"the workload does not stop: killed");
+                        self.console
+                            .warn(text!("the workload does not stop: killed"));
                         let _just_ended = sys::kill_group(group, SIGKILL);
                         self.stop = None;
                     }
@@ -548,7 +543,7 @@ impl Supervisor {
                     match self.start_quiesce(now) {
                         Ok(()) => return,
                         Err(why) => {
-                            self.console.warn(&why);
+                            self.console.warn(why);
                             self.phase = Phase::Drain(now.saturating_add(SILENCE));
                         }
                     }
@@ -559,14 +554,14 @@ impl Supervisor {
                     self.reap();
                 }
                 Phase::Kill(until) if until <= now => {
-                    self.console.warn(&"a process cannot be killed");
+                    self.console.warn(text!("a process cannot be killed"));
                     if self.start_quiesce(now).is_err() {
                         self.phase = Phase::Drain(now.saturating_add(SILENCE));
                     }
                 }
                 Phase::Quiesce(_, until) if until <= now => {
                     self.console
-                        .warn(&"the file systems cannot be left clean in time");
+                        .warn(text!("the file systems cannot be left clean in time"));
                     self.phase = Phase::Drain(now.saturating_add(SILENCE));
                 }
                 Phase::Drain(until) => {
@@ -590,7 +585,7 @@ impl Supervisor {
     }
 
     fn start_quiesce(&mut self, now: u64) -> Outcome {
-        let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, |report| {
+        let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, &mut |report| {
             let keep = self.mounts.as_ref().map(|mounts| mounts.as_fd());
             match keep {
                 Some(mounts) => sys::close_others(&[report.as_fd(), mounts]),

@@ -2,10 +2,11 @@
 //!
 //! A task is a fork of this program that does one thing, reports lines over a pipe and exits.
 
+use crate::console::Console;
 use crate::sys::{self, Fork};
 use core::cell::Cell;
 use pigeon_init::text;
-use pigeon_init::text::{Errno as Name, Level, Line, Show};
+use pigeon_init::text::{Errno as Name, Line, Show};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
@@ -42,13 +43,13 @@ pub struct Report {
 impl Report {
     /// A line for the log.
     pub fn warn(&self, line: impl Show) {
-        self.send(b'w', line);
+        self.send(b'w', &line);
     }
 
     /// Why the child gives up. Only the first one counts.
     pub fn fail(&self, line: impl Show) {
         if !self.failed.replace(true) {
-            self.send(b'e', line);
+            self.send(b'e', &line);
         }
     }
 
@@ -58,10 +59,12 @@ impl Report {
     }
 
     /// One write of less than PIPE_BUF bytes, so whole; the parent reads while the child lives.
-    fn send(&self, kind: u8, text: impl Show) {
+    #[inline(never)]
+    fn send(&self, kind: u8, text: &dyn Show) {
         let mut line = Line::new();
         line.put(kind);
-        line.add(text).put(b'\n');
+        text.show(&mut line);
+        line.put(b'\n');
         let _parent_gone = rustix::io::write(&self.pipe, line.as_bytes());
     }
 }
@@ -75,8 +78,8 @@ pub struct Task {
 }
 
 /// Forks; `work` runs in the child and its outcome is the child's exit code.
-pub fn start(work: impl FnOnce(&Report) -> Outcome) -> Outcome<Task> {
-    spawn(PipeFlags::CLOEXEC, |report| {
+pub fn start(work: &mut dyn FnMut(&Report) -> Outcome) -> Outcome<Task> {
+    spawn(PipeFlags::CLOEXEC, &mut |report| {
         // What PID 1 closes must be closed, whatever this child waits for.
         sys::close_others(&[report.as_fd()]);
         finish(work(report), report)
@@ -94,8 +97,8 @@ pub fn finish(outcome: Outcome, report: &Report) -> i32 {
     }
 }
 
-/// Forks; the child exits with the code that `work` returns. The parent's end does not block.
-pub fn spawn(flags: PipeFlags, work: impl FnOnce(&Report) -> i32) -> Outcome<Task> {
+/// Forks; the child exits with the code that `work` returns. With NONBLOCK, neither end blocks.
+pub fn spawn(flags: PipeFlags, work: &mut dyn FnMut(&Report) -> i32) -> Outcome<Task> {
     let (report, pipe) = rustix::pipe::pipe_with(flags).map_err(why!("create a pipe"))?;
     match sys::fork().map_err(why!("fork"))? {
         Fork::Child => {
@@ -110,52 +113,42 @@ pub fn spawn(flags: PipeFlags, work: impl FnOnce(&Report) -> i32) -> Outcome<Tas
     }
 }
 
-/// What a report said up to now.
-#[derive(Default)]
-pub struct Reports {
-    line: Line,
-    /// The child's error, if it told one.
-    pub error: Option<Line>,
-}
-
-impl Reports {
-    /// Takes in a piece of a report; `warn` gets each whole line for the log.
-    pub fn take(&mut self, bytes: &[u8], mut warn: impl FnMut(&[u8])) {
-        for &byte in bytes {
+/// Reads what a child reports, to the end of file or as far as it has come: its warnings go to the
+/// log, its error is the answer.
+#[inline(never)]
+pub fn read_report(report: &OwnedFd, mut console: Option<&mut Console>) -> Option<Line> {
+    let mut error = None;
+    let mut line = Line::new();
+    let mut buffer = [0; 512];
+    loop {
+        let count = match rustix::io::read(report, &mut buffer) {
+            Ok(count @ 1..) => count,
+            Err(Errno::INTR) => continue,
+            Ok(_) | Err(_) => return error,
+        };
+        for &byte in buffer.iter().take(count) {
             if byte != b'\n' {
-                self.line.put(byte);
+                line.put(byte);
                 continue;
             }
-            let line = core::mem::take(&mut self.line);
-            match line.as_bytes() {
-                [b'e', why @ ..] => self.error = Some(text!(why)),
-                [_, warning @ ..] => warn(warning),
-                [] => {}
+            match (line.as_bytes(), &mut console) {
+                ([b'e', why @ ..], _) => error = Some(text!(why)),
+                ([_, warning @ ..], Some(console)) => console.warn(text!(warning)),
+                _ => {}
             }
+            line = Line::new();
         }
     }
 }
 
 impl Task {
     /// Waits for the end, before there is an event loop: its warnings are logged.
-    pub fn wait(self, console: &mut crate::console::Console) -> Outcome {
-        let mut reports = Reports::default();
-        let mut buffer = [0; 512];
-        loop {
-            match rustix::io::read(&self.report, &mut buffer) {
-                Ok(0) => break,
-                Ok(count) => {
-                    let bytes = buffer.get(..count).unwrap_or(&[]);
-                    reports.take(bytes, |line| drop(console.log(Level::Warn, &line)));
-                }
-                Err(Errno::INTR) => {}
-                Err(_) => break,
-            }
-        }
+    pub fn wait(self, console: &mut Console) -> Outcome {
+        let error = read_report(&self.report, Some(console));
         loop {
             match rustix::process::waitpid(Some(self.pid), WaitOptions::empty()) {
                 Err(Errno::INTR) => {}
-                Ok(Some((_, status))) => return outcome(reports.error, status),
+                Ok(Some((_, status))) => return outcome(error, status),
                 _ => return Err(text!("a boot task was lost")),
             }
         }
