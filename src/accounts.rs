@@ -117,7 +117,7 @@ impl Identity {
     /// Root, in no group but its own.
     pub fn root() -> Self {
         Self {
-            groups: [0].into_iter().collect(),
+            groups: heapless::Vec::from_array([0]),
             ..Self::default()
         }
     }

@@ -2,7 +2,7 @@
 
 use crate::poll::{Poller, Source};
 use crate::spawn::{self, Command, Streams};
-use crate::sys::Region;
+use crate::sys::{self, Region};
 use crate::task::{self, Outcome, Report};
 use crate::why;
 use pigeon_init::command::Environment;
@@ -110,6 +110,7 @@ fn become_command(exec: &Exec, streams: Streams, context: &mut Context, report: 
         report.fail(why);
         return 1;
     }
+    sys::set_oom_score(b"0");
     let identity = match spawn::resolve_or_root(exec.user().bytes(), context.scratch) {
         Ok(identity) => identity,
         Err(why) => {

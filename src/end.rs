@@ -2,10 +2,11 @@
 
 use crate::root::pause;
 use crate::sys;
-use crate::task::{Outcome, Report, name};
+use crate::task::name;
 use core::ffi::CStr;
 use pigeon_init::mountinfo::{self, Mount};
 use pigeon_init::text;
+use pigeon_init::text::Line;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -13,7 +14,7 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::system::RebootCommand;
 
 /// How long a busy volume is tried again, in milliseconds.
-const BUSY: u64 = 3000;
+const BUSY: i64 = 3000;
 /// Time between two tries, in milliseconds.
 const RETRY: i64 = 10;
 /// Volumes that can be kept for freezing when they cannot be unmounted.
@@ -23,29 +24,30 @@ const STUCK: usize = 128;
 ///
 /// What cannot be unmounted or made read-only is frozen instead (FIFREEZE, ioctl_fs(2)): that
 /// leaves its journal empty as well.
-pub fn quiesce(mounts: Option<&OwnedFd>, buffer: &mut [u8], report: &Report) -> Outcome {
+pub fn quiesce(mounts: Option<&OwnedFd>, buffer: &mut [u8], warn: &mut dyn FnMut(Line)) {
     // A boot that failed half-way has its root here.
     let _none = rustix::mount::unmount(c"/newroot", UnmountFlags::NOFOLLOW);
-    let start = sys::milliseconds();
     let mut stuck = heapless::Vec::<OwnedFd, STUCK>::new();
+    let mut tries = 0;
     loop {
-        let patient = sys::milliseconds().wrapping_sub(start) < BUSY;
+        let patient = tries < BUSY / RETRY;
         let table = mounts.map_or(0, |file| read_table(file, buffer));
         let busy = unmount_all(
             buffer.get(..table).unwrap_or(&[]),
             patient,
             &mut stuck,
-            report,
+            warn,
         );
         if !busy {
             break;
         }
         pause(RETRY);
+        tries += 1;
     }
     // Volumes before the root: a volume may be a file on the root.
     for volume in &stuck {
         if let Err(errno) = freeze(volume) {
-            report.warn(text!("cannot freeze a busy volume: ", name(errno)));
+            warn(text!("cannot freeze a busy volume: ", name(errno)));
         }
     }
     let read_only = MountFlags::RDONLY | MountFlags::RELATIME;
@@ -53,7 +55,7 @@ pub fn quiesce(mounts: Option<&OwnedFd>, buffer: &mut [u8], report: &Report) -> 
         // EBUSY: something in the kernel, a loop device perhaps, has a file open for writing.
         let frozen = open_directory(c"/").and_then(|root| freeze(&root));
         if let Err(frozen) = frozen {
-            report.warn(text!(
+            warn(text!(
                 "cannot make / read-only: ",
                 name(errno),
                 ", nor freeze it: ",
@@ -62,7 +64,6 @@ pub fn quiesce(mounts: Option<&OwnedFd>, buffer: &mut [u8], report: &Report) -> 
         }
     }
     rustix::fs::sync();
-    Ok(())
 }
 
 /// The mount table as it is now (proc_pid_mountinfo(5)); a table over the buffer loses its end.
@@ -85,7 +86,7 @@ fn unmount_all(
     table: &[u8],
     patient: bool,
     stuck: &mut heapless::Vec<OwnedFd, STUCK>,
-    report: &Report,
+    warn: &mut dyn FnMut(Line),
 ) -> bool {
     let mut busy = false;
     for mount in table
@@ -103,7 +104,7 @@ fn unmount_all(
             Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
             Err(_) if patient => busy = true,
             Err(errno) => {
-                report.warn(text!(target, " stays busy: ", name(errno), ": detached"));
+                warn(text!(target, " stays busy: ", name(errno), ": detached"));
                 if mount.on_device {
                     let _table_full = open_directory(target).map(|volume| stuck.push(volume));
                 }

@@ -160,12 +160,13 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
         text!("configuration loaded"),
         &[("source", &source)],
     );
-    let root = task::start(&mut |report| root::mount(config.root_device(), report))?;
+    let device = config.root_device();
+    let root = task::start(&mut |report| root::mount(device, supervisor.scratch, report))?;
     match cgroups {
-        Some(task) => task.wait(supervisor.console)?,
+        Some(task) => task.wait(&"cgroups", supervisor.console)?,
         None => mounts::cgroups(&mut |why| supervisor.console.warn(why))?,
     }
-    root.wait(supervisor.console)?;
+    root.wait(&device, supervisor.console)?;
     root::switch(&mut |why| supervisor.console.warn(why))?;
     drop(expedited);
     limit_open_files()?;

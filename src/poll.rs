@@ -113,12 +113,9 @@ impl Poller {
         });
         let count = epoll::wait(&self.0, &mut buffer[..], timeout.as_ref()).unwrap_or(0);
         events.clear();
-        events.extend(
-            buffer
-                .iter()
-                .take(count)
-                .map(|event| (Source::from_data(event.data), event.flags)),
-        );
+        for event in buffer.iter().take(count) {
+            let _fits = events.push((Source::from_data(event.data), event.flags));
+        }
     }
 }
 

@@ -1,9 +1,9 @@
 //! The root file system: mounting it, and leaving the initramfs for it.
 
 use crate::mounts::{self, exists, make_directory};
-use crate::sys;
 use crate::task::{Outcome, Report, name};
 use crate::why;
+use crate::{files, spawn};
 use core::ffi::CStr;
 use core::mem::MaybeUninit;
 use pigeon_init::text;
@@ -21,9 +21,9 @@ const DEVICE_WAIT: u64 = 2000;
 /// Mounts an ext4 volume, when its device has appeared; read-only where the device is.
 pub fn mount_volume(device: &CStr, target: &CStr, report: &Report) -> Outcome {
     let what = why!("mount ", device, " on ", target);
-    let start = sys::milliseconds();
+    let mut waited = 0;
     while !exists(device) {
-        if sys::milliseconds().wrapping_sub(start) >= DEVICE_WAIT {
+        if waited == DEVICE_WAIT {
             return Err(text!(
                 "mount ",
                 device,
@@ -33,6 +33,7 @@ pub fn mount_volume(device: &CStr, target: &CStr, report: &Report) -> Outcome {
             ));
         }
         pause(1);
+        waited += 1;
     }
     let flags = MountFlags::RELATIME;
     match rustix::mount::mount(device, target, c"ext4", flags, None::<&CStr>) {
@@ -61,10 +62,23 @@ pub fn pause(milliseconds: i64) {
     let _interrupted = rustix::thread::nanosleep(&time);
 }
 
-/// Mounts the root beside the initramfs.
-pub fn mount(device: &CStr, report: &Report) -> Outcome {
+/// Mounts the root beside the initramfs, and touches all of it that PID 1 looks at: a disk that
+/// hangs stops this child, not PID 1, which finds everything in memory.
+pub fn mount(device: &CStr, scratch: &mut [u8], report: &Report) -> Outcome {
     make_directory(NEW, 0o755).map_err(why!("create ", NEW))?;
-    mount_volume(device, NEW, report)
+    mount_volume(device, NEW, report)?;
+    rustix::process::chroot(NEW).map_err(why!("enter ", NEW))?;
+    for tree in mounts::TREES {
+        // A root without the directory, perhaps read-only, is told apart by the move's error.
+        let _made = make_directory(tree, 0o755);
+    }
+    if let Err(errno) = make_directory(c"/root", 0o700) {
+        report.warn(text!("create /root: ", name(errno)));
+    }
+    for accounts in [spawn::PASSWD, spawn::GROUP] {
+        let _told_later = files::read(accounts, scratch);
+    }
+    Ok(())
 }
 
 /// Moves the kernel's file systems onto the root and makes it `/`; the initramfs is emptied.
@@ -78,8 +92,6 @@ pub fn switch(report: &mut impl FnMut(Line)) -> Outcome {
             .get(1..)
             .and_then(|name| CStr::from_bytes_with_nul(name).ok());
         let target = target.unwrap_or(c".");
-        // A root without the directory, perhaps read-only, is told apart by the move's error.
-        let _made = make_directory(target, 0o755);
         rustix::mount::mount_move(tree, target).map_err(why!("move ", tree, " onto the root"))?;
     }
     if let Err(errno) = empty(&old) {
@@ -87,19 +99,15 @@ pub fn switch(report: &mut impl FnMut(Line)) -> Outcome {
     }
     rustix::mount::mount_move(c".", c"/").map_err(why!("move the root onto /"))?;
     rustix::process::chroot(c".").map_err(why!("chroot"))?;
-    rustix::process::chdir(c"/").map_err(why!("enter /"))?;
-    if let Err(errno) = make_directory(c"/root", 0o700) {
-        report(text!("create /root: ", name(errno)));
-    }
-    Ok(())
+    rustix::process::chdir(c"/").map_err(why!("enter /"))
 }
 
 // linux/magic.h
 const RAMFS_MAGIC: u64 = 0x8584_58f6;
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
-/// A file's name (NAME_MAX and its NUL, limits.h).
-type Name = heapless::CString<256>;
+/// A file's name (NAME_MAX, limits.h).
+type Name = heapless::Vec<u8, 255>;
 
 /// Deepest directory of an initramfs that is emptied.
 const DEPTH: usize = 32;
@@ -119,7 +127,7 @@ fn empty(old: &OwnedFd) -> Result<(), Errno> {
         let here = open.last().unwrap_or(old);
         match delete_entries(here)? {
             Some(name) => {
-                let inner = rustix::fs::openat(here, &*name, flags, Mode::empty())?;
+                let inner = rustix::fs::openat(here, &name[..], flags, Mode::empty())?;
                 open.push(inner).map_err(|_| Errno::NAMETOOLONG)?;
             }
             // Its parent deletes it now.
@@ -148,7 +156,7 @@ fn delete_entries(directory: &OwnedFd) -> Result<Option<Name>, Errno> {
             // A mount point (rmdir(2)): that is the new root, or what somebody else mounted.
             Ok(()) | Err(Errno::BUSY) => {}
             Err(Errno::NOTEMPTY) => {
-                return heapless::CString::from_bytes_with_nul(name.to_bytes_with_nul())
+                return heapless::Vec::from_slice(name.to_bytes())
                     .map(Some)
                     .map_err(|_| Errno::NAMETOOLONG);
             }

@@ -5,11 +5,13 @@
 use crate::task::{Outcome, Report};
 use crate::why;
 use crate::{files, interface, mounts, root};
+use core::ffi::CStr;
 use pigeon_init::accounts::Identity;
 use pigeon_init::config::Config;
 use pigeon_init::etc;
+use pigeon_init::text;
 use pigeon_init::text::Line;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, statat};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
@@ -37,6 +39,12 @@ fn volumes(config: &Config, identity: &Identity, report: &Report) -> Outcome {
     for mount in config.mounts() {
         let target = mount.mount_path.c_str();
         mounts::make_directories(target.to_bytes()).map_err(why!("create ", mount.mount_path))?;
+        // Links of the root are followed, as everywhere in it, but not onto what the end needs.
+        for tree in mounts::TREES.into_iter().chain([c"/"]) {
+            if same(target, tree) {
+                return Err(text!("mount on ", target, ": would hide ", tree));
+            }
+        }
         root::mount_volume(mount.device_path.c_str(), target, report)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let owned = rustix::fs::open(target, flags, Mode::empty()).and_then(|directory| {
@@ -46,6 +54,13 @@ fn volumes(config: &Config, identity: &Identity, report: &Report) -> Outcome {
         unless_read_only(owned, report).map_err(why!("change the owner of ", mount.mount_path))?;
     }
     Ok(())
+}
+
+/// Whether two paths lead to the same directory.
+fn same(one: &CStr, other: &CStr) -> bool {
+    let identity =
+        |path| statat(CWD, path, AtFlags::empty()).map(|stat| (stat.st_dev, stat.st_ino));
+    matches!((identity(one), identity(other)), (Ok(one), Ok(other)) if one == other)
 }
 
 fn host_name(config: &Config) -> Outcome {

@@ -16,6 +16,11 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
+/// The root's users.
+pub const PASSWD: &CStr = c"/etc/passwd";
+/// The root's groups.
+pub const GROUP: &CStr = c"/etc/group";
+
 /// Exit code of a command that is not there.
 const NOT_FOUND: i32 = 127;
 /// Exit code of a command that is there and cannot be executed.
@@ -46,8 +51,8 @@ pub fn resolve(user: &[u8], files: &mut [u8; 2 * DOCUMENT]) -> Outcome<Identity>
     let (passwd, group) = files
         .split_at_mut_checked(DOCUMENT)
         .unwrap_or((&mut [], &mut []));
-    let passwd = crate::files::read(c"/etc/passwd", passwd)?;
-    let group = crate::files::read(c"/etc/group", group)?;
+    let passwd = crate::files::read(PASSWD, passwd)?;
+    let group = crate::files::read(GROUP, group)?;
     accounts::resolve(user, passwd, group).map_err(|fault| text!(fault))
 }
 
@@ -171,7 +176,9 @@ impl<'a, A: Iterator<Item = Text<'a>> + Clone> Command<'a, A> {
             uid, gid, groups, ..
         } = self.identity;
         let mut list = heapless::Vec::<Gid, { accounts::GROUPS }>::new();
-        list.extend(groups.iter().map(|group| Gid::from_raw(*group)));
+        for group in groups {
+            let _fits = list.push(Gid::from_raw(*group));
+        }
         let (uid, gid) = (Uid::from_raw(*uid), Gid::from_raw(*gid));
         set_thread_groups(&list)?;
         set_thread_res_gid(gid, gid, gid)?;

@@ -38,6 +38,8 @@ const UNKILLABLE: u64 = 2000;
 const QUIESCE: u64 = 30_000;
 /// How long a console that takes nothing is waited for at the end, in milliseconds.
 const SILENCE: u64 = 3000;
+/// A wait that ends so much too late was no wait: the VM was paused, in milliseconds.
+const PAUSED: u64 = 1000;
 
 const SIGCHLD: u32 = 17;
 const SIGKILL: u32 = 9;
@@ -99,6 +101,8 @@ pub struct Supervisor {
     console_watched: EventFlags,
     /// When this turn's events came, in milliseconds.
     now: u64,
+    /// How long the VM was paused, as far as deadlines ran meanwhile, in milliseconds.
+    paused: u64,
 }
 
 /// The workload's process.
@@ -168,7 +172,13 @@ impl Supervisor {
             reap_more: false,
             console_watched: EventFlags::empty(),
             now: sys::milliseconds(),
+            paused: 0,
         }
+    }
+
+    /// The time that deadlines are measured in: it stands still while the VM is paused.
+    fn clock(&self) -> u64 {
+        sys::milliseconds().saturating_sub(self.paused)
     }
 
     /// Steps 11 to 15, to the reboot.
@@ -200,7 +210,7 @@ impl Supervisor {
     /// Something that has to be there is not: says so, and goes to the end.
     pub fn fail(&mut self, why: Line) {
         // Before the first turn there was no look at the clock.
-        self.now = sys::milliseconds();
+        self.now = self.clock();
         self.console.error(text!(why));
         self.ended(Exit {
             code: NOT_RUN,
@@ -219,14 +229,21 @@ impl Supervisor {
     /// Waits for something to happen and does what follows from it.
     fn turn(&mut self) {
         self.watch();
+        let start = self.clock();
         let timeout = match self.deadline() {
             _ if self.reap_more => Some(0),
-            Some(deadline) => Some(deadline.saturating_sub(sys::milliseconds())),
+            Some(deadline) => Some(deadline.saturating_sub(start)),
             None => None,
         };
         let mut events = heapless::Vec::<_, EVENTS>::new();
         self.poller.wait(timeout, &mut events);
-        self.now = sys::milliseconds();
+        self.now = self.clock();
+        if let Some(late) = timeout.and_then(|timeout| self.now.checked_sub(start + timeout))
+            && late > PAUSED
+        {
+            self.paused += late;
+            self.now -= late;
+        }
         for (source, flags) in &events {
             match *source {
                 Source::Signals => self.read_signals(),
@@ -395,6 +412,8 @@ impl Supervisor {
         let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, &mut |report| {
             self.become_workload(config, identity, end.as_fd(), report)
         })?;
+        // The workload has the kernel's default; what PID 1 forks from now on is spared like itself.
+        sys::set_oom_score(b"-1000");
         self.workload.group = Some(task.pid);
         let pid = task.pid.as_raw_pid();
         let fields: [(&str, &dyn Show); 1] = [("pid", &pid)];
@@ -540,13 +559,7 @@ impl Supervisor {
                     self.reap();
                 }
                 Phase::Terminate(_) | Phase::Kill(_) if !has_children() => {
-                    match self.start_quiesce(now) {
-                        Ok(()) => return,
-                        Err(why) => {
-                            self.console.warn(why);
-                            self.phase = Phase::Drain(now.saturating_add(SILENCE));
-                        }
-                    }
+                    return self.quiesce(now);
                 }
                 Phase::Terminate(until) if until <= now => {
                     sys::kill_all(SIGKILL);
@@ -555,9 +568,7 @@ impl Supervisor {
                 }
                 Phase::Kill(until) if until <= now => {
                     self.console.warn(text!("a process cannot be killed"));
-                    if self.start_quiesce(now).is_err() {
-                        self.phase = Phase::Drain(now.saturating_add(SILENCE));
-                    }
+                    return self.quiesce(now);
                 }
                 Phase::Quiesce(_, until) if until <= now => {
                     self.console
@@ -584,20 +595,30 @@ impl Supervisor {
         }
     }
 
-    fn start_quiesce(&mut self, now: u64) -> Outcome {
+    /// Leaves the file systems clean, in a child: a disk may take its time.
+    fn quiesce(&mut self, now: u64) {
         let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, &mut |report| {
             let keep = self.mounts.as_ref().map(|mounts| mounts.as_fd());
             match keep {
                 Some(mounts) => sys::close_others(&[report.as_fd(), mounts]),
                 None => sys::close_others(&[report.as_fd()]),
             }
-            task::finish(
-                end::quiesce(self.mounts.as_ref(), self.scratch, report),
-                report,
-            )
-        })?;
-        self.phase = Phase::Quiesce(task, now.saturating_add(QUIESCE));
-        Ok(())
+            end::quiesce(self.mounts.as_ref(), self.scratch, &mut |why| {
+                report.warn(why)
+            });
+            0
+        });
+        self.phase = match task {
+            Ok(task) => Phase::Quiesce(task, now.saturating_add(QUIESCE)),
+            // No memory, or a limit that the workload has put on PID 1. Nobody waits for PID 1 now.
+            Err(why) => {
+                self.console.warn(why);
+                end::quiesce(self.mounts.as_ref(), self.scratch, &mut |why| {
+                    self.console.warn(why)
+                });
+                Phase::Drain(self.clock().saturating_add(SILENCE))
+            }
+        };
     }
 }
 

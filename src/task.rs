@@ -7,10 +7,17 @@ use crate::sys::{self, Fork};
 use core::cell::Cell;
 use pigeon_init::text;
 use pigeon_init::text::{Errno as Name, Line, Show};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
+
+/// How long a boot task may take: what a disk with a long journal needs, and more.
+const PATIENCE: Timespec = Timespec {
+    tv_sec: 30,
+    tv_nsec: 0,
+};
 
 /// The result of what can fail: the error says what failed, on what, and why.
 pub type Outcome<T = ()> = Result<T, Line>;
@@ -142,8 +149,14 @@ pub fn read_report(report: &OwnedFd, mut console: Option<&mut Console>) -> Optio
 }
 
 impl Task {
-    /// Waits for the end, before there is an event loop: its warnings are logged.
-    pub fn wait(self, console: &mut Console) -> Outcome {
+    /// Waits for the end, before there is an event loop: its warnings are logged. One that hangs,
+    /// as a disk may, is left alone.
+    pub fn wait(self, what: &dyn Show, console: &mut Console) -> Outcome {
+        // Its end of the pipe is closed with it; until then that holds all it says.
+        let hang_up = PollFd::new(&self.report, PollFlags::empty());
+        if let Ok(0) = poll(&mut [hang_up], Some(&PATIENCE)) {
+            return Err(text!("mount ", what, ": no answer after 30 s"));
+        }
         let error = read_report(&self.report, Some(console));
         loop {
             match rustix::process::waitpid(Some(self.pid), WaitOptions::empty()) {

@@ -464,6 +464,15 @@ pub fn kill_all(signal: u32) {
     unsafe { syscall(uapi::__NR_kill, [usize::MAX, signal as usize, 0, 0, 0, 0]) };
 }
 
+/// Sets how gladly the OOM killer takes this process, its children to come included
+/// (proc_pid_oom_score_adj(5)). Without /proc it stays as it is.
+pub fn set_oom_score(score: &[u8]) {
+    use rustix::fs::{Mode, OFlags};
+    let path = c"/proc/self/oom_score_adj";
+    let file = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
+    let _unchanged = file.and_then(|file| rustix::io::write(&file, score));
+}
+
 /// Sets a socket option that is a number (setsockopt(2)).
 pub fn set_option(socket: BorrowedFd, level: u32, option: u32, value: u32) -> Result<()> {
     let args = [
