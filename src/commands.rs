@@ -1,5 +1,6 @@
 //! Commands that the host runs in the VM: one-shot ones and sessions.
 
+use crate::files;
 use crate::poll::{Poller, Source};
 use crate::spawn::{self, Command, Streams};
 use crate::sys::{self, Region};
@@ -14,7 +15,6 @@ use pigeon_init::{config, text};
 use rustix::event::epoll::EventFlags;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
-use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, Signal, WaitStatus};
 use rustix::pty::OpenptFlags;
 use rustix::termios::Winsize;
@@ -141,7 +141,7 @@ impl Running {
     pub fn once(exec: &Exec, connection: Key, context: &mut Context) -> Outcome<Self> {
         let (output, output_end) = pipe()?;
         let (error, error_end) = pipe()?;
-        let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, &mut |report| {
+        let task = task::spawn(&mut |report| {
             let streams = Streams::Output([output_end.as_fd(), error_end.as_fd()]);
             become_command(exec, streams, context, report)
         })?;
@@ -174,16 +174,15 @@ impl Running {
             let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
             let terminal =
                 rustix::pty::ioctl_tiocgptpeer(&master, flags).map_err(why!("open a terminal"))?;
-            let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, &mut |report| {
+            let task = task::spawn(&mut |report| {
                 become_command(exec, Streams::Terminal(terminal.as_fd()), context, report)
             })?;
             (task, master, None)
         } else {
-            let (input_end, input) =
-                rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(why!("create a pipe"))?;
-            rustix::io::ioctl_fionbio(&input, true).map_err(why!("create a pipe"))?;
+            let (input_end, input) = task::pipe()?;
+            task::block(&input_end)?;
             let (output, output_end) = pipe()?;
-            let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, &mut |report| {
+            let task = task::spawn(&mut |report| {
                 let streams =
                     Streams::Each([input_end.as_fd(), output_end.as_fd(), output_end.as_fd()]);
                 become_command(exec, streams, context, report)
@@ -249,9 +248,8 @@ impl Running {
 
 /// A pipe whose reading end does not block, as the command's end must.
 fn pipe() -> Outcome<(OwnedFd, OwnedFd)> {
-    let what = why!("create a pipe");
-    let (read, write) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(what)?;
-    rustix::io::ioctl_fionbio(&read, true).map_err(what)?;
+    let (read, write) = task::pipe()?;
+    task::block(&write)?;
     Ok((read, write))
 }
 
@@ -368,13 +366,13 @@ impl Once {
 impl Stream {
     /// Reads once; how much came, `None` when nothing waits or the stream has ended.
     fn read(&mut self, sink: &mut [u8]) -> Option<usize> {
-        match rustix::io::read(self.pipe.as_ref()?, &mut *sink) {
+        match files::read(self.pipe.as_ref()?, sink) {
             Ok(count @ 1..) => {
                 self.keep(sink.get(..count).unwrap_or(&[]));
                 self.count(false);
                 Some(count)
             }
-            Err(Errno::AGAIN | Errno::INTR) => None,
+            Err(Errno::AGAIN) => None,
             Ok(_) | Err(_) => {
                 self.pipe = None;
                 None
@@ -426,10 +424,9 @@ impl Session {
         } else {
             room.len()
         };
-        let count = match rustix::io::read(output, room.get_mut(..limit).unwrap_or(&mut [])) {
+        let count = match files::read(output, room.get_mut(..limit).unwrap_or(&mut [])) {
             // A terminal that nobody has open any more.
             Err(Errno::IO) => 0,
-            Err(Errno::INTR) => return Err(Errno::AGAIN),
             other => other?,
         };
         if ended {
@@ -441,20 +438,20 @@ impl Session {
         Ok(count)
     }
 
-    fn input(&self) -> Option<BorrowedFd<'_>> {
+    fn input(&self) -> Option<&OwnedFd> {
         let input = if self.terminal {
             &self.output
         } else {
             &self.input
         };
-        input.as_ref().map(AsFd::as_fd)
+        input.as_ref()
     }
 
     /// Writes input; input that nobody reads any more is taken and dropped.
     pub fn write(&self, bytes: &[u8]) -> Result<usize, Errno> {
-        match self.input().map(|input| rustix::io::write(input, bytes)) {
+        match self.input().map(|input| files::write(input, bytes)) {
             Some(Ok(count)) => Ok(count),
-            Some(Err(Errno::AGAIN | Errno::INTR)) => Err(Errno::AGAIN),
+            Some(Err(Errno::AGAIN)) => Err(Errno::AGAIN),
             Some(Err(_)) | None => Ok(bytes.len()),
         }
     }

@@ -1,10 +1,11 @@
 //! The console: log lines and the workload's output, written without ever waiting.
 
+use crate::files;
 use core::ffi::CStr;
 use pigeon_init::buffer::Buffer;
 use pigeon_init::text::{self, Level, Line, Show};
-use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{Mode, OFlags};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 /// Bytes waiting for the console: two pages of output, and room that is kept for log lines.
@@ -55,8 +56,8 @@ impl Console {
     }
 
     /// The device, to wait for.
-    pub fn device(&self) -> Option<BorrowedFd<'_>> {
-        self.device.as_ref().map(|(device, _)| device.as_fd())
+    pub fn device(&self) -> Option<&OwnedFd> {
+        self.device.as_ref().map(|(device, _)| device)
     }
 
     /// From now on lines say who the workload is.
@@ -155,9 +156,8 @@ impl Console {
                 self.queue.consume(QUEUE);
                 return;
             };
-            match rustix::io::write(device, self.queue.filled()) {
+            match files::write(device, self.queue.filled()) {
                 Ok(count) => self.queue.consume(count),
-                Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return,
                 // A port without hardware opens well and fails here: the next one, or none.
                 Err(_) => self.device = open_from(index + 1),
@@ -168,10 +168,10 @@ impl Console {
 
 /// Opens the first device that can be opened, from a place in [`DEVICES`] on.
 fn open_from(first: usize) -> Option<(OwnedFd, usize)> {
-    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
     let mut devices = DEVICES.iter().enumerate().skip(first);
     devices.find_map(|(index, path)| {
-        let device = rustix::fs::open(*path, flags, Mode::empty()).ok()?;
+        let device = files::open(path, flags).ok()?;
         Some((device, index))
     })
 }

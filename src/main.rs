@@ -163,10 +163,10 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
     let device = config.root_device();
     let root = task::start(&mut |report| root::mount(device, supervisor.scratch, report))?;
     match cgroups {
-        Some(task) => task.wait(&"cgroups", supervisor.console)?,
+        Some(task) => task.wait(c"cgroups", supervisor.console)?,
         None => mounts::cgroups(&mut |why| supervisor.console.warn(why))?,
     }
-    root.wait(&device, supervisor.console)?;
+    root.wait(device, supervisor.console)?;
     root::switch(&mut |why| supervisor.console.warn(why))?;
     drop(expedited);
     limit_open_files()?;

@@ -13,7 +13,7 @@ const LIST: &CStr = c"/pigeon/modules";
 
 /// Loads the modules on the list. One that cannot be loaded is a warning: what needs it says more.
 pub fn load(console: &mut Console, scratch: &mut [u8]) -> Outcome {
-    let list = crate::files::read(LIST, scratch)?;
+    let list = crate::files::read_whole(LIST, scratch)?;
     for line in list.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii) {
         if line.is_empty() {
             continue;

@@ -5,7 +5,7 @@ use crate::why;
 use pigeon_init::slab::Key;
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::OwnedFd;
 
 /// Where an event comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,7 +82,7 @@ impl Poller {
     /// With nothing wanted the descriptor is not registered: the kernel reports hang-ups always.
     pub fn watch(
         &self,
-        fd: impl AsFd,
+        fd: &OwnedFd,
         source: Source,
         current: EventFlags,
         wanted: EventFlags,

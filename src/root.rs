@@ -76,7 +76,7 @@ pub fn mount(device: &CStr, scratch: &mut [u8], report: &Report) -> Outcome {
         report.warn(text!("create /root: ", name(errno)));
     }
     for accounts in [spawn::PASSWD, spawn::GROUP] {
-        let _told_later = files::read(accounts, scratch);
+        let _told_later = files::read_whole(accounts, scratch);
     }
     Ok(())
 }

@@ -74,9 +74,9 @@ fn hosts(config: &Config, scratch: &mut [u8], report: &Report) -> Outcome {
     if config.etc_hosts().next().is_none() {
         return Ok(());
     }
-    let old = files::read(c"/etc/hosts", scratch)?;
+    let old = files::read_whole(c"/etc/hosts", scratch)?;
     mounts::make_directories(b"/etc").map_err(why!("create /etc"))?;
-    let written = files::replace(c"/etc/hosts", c"/etc/.hosts.pigeon", |file| {
+    let written = files::replace(c"/etc/hosts", c"/etc/.hosts.pigeon", &mut |file| {
         etc::hosts(old, config.etc_hosts(), |piece| file.put(piece))
     });
     unless_read_only(written, report).map_err(why!("write /etc/hosts"))
@@ -87,9 +87,11 @@ fn name_servers(config: &Config, report: &Report) -> Outcome {
         return Ok(());
     }
     mounts::make_directories(b"/etc").map_err(why!("create /etc"))?;
-    let written = files::replace(c"/etc/resolv.conf", c"/etc/.resolv.conf.pigeon", |file| {
-        etc::resolv(config.nameservers(), |piece| file.put(piece))
-    });
+    let written = files::replace(
+        c"/etc/resolv.conf",
+        c"/etc/.resolv.conf.pigeon",
+        &mut |file| etc::resolv(config.nameservers(), |piece| file.put(piece)),
+    );
     unless_read_only(written, report).map_err(why!("write /etc/resolv.conf"))
 }
 
@@ -97,7 +99,7 @@ fn name_servers(config: &Config, report: &Report) -> Outcome {
 fn unless_read_only(result: Result<(), Errno>, report: &Report) -> Result<(), Errno> {
     match result {
         Err(Errno::ROFS) => {
-            report.warn("the file system is read-only: left as it is");
+            report.warn(text!("the file system is read-only: left as it is"));
             Ok(())
         }
         other => other,

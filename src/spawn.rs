@@ -1,6 +1,7 @@
 //! From a fork to a command: session, identity, directory, environment, execve.
 
 use crate::console::Console;
+use crate::files;
 use crate::mounts::make_directories;
 use crate::sys::{self, SignalSet, Static};
 use crate::task::{self, Outcome, Report};
@@ -12,7 +13,7 @@ use pigeon_init::config::{ARGV, DOCUMENT, PATH};
 use pigeon_init::json::Text;
 use pigeon_init::text;
 use rustix::fd::{BorrowedFd, OwnedFd};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
@@ -47,12 +48,12 @@ pub fn resolve_or_root(user: &[u8], files: &mut [u8; 2 * DOCUMENT]) -> Outcome<I
 }
 
 /// Resolves a user from the files of the root.
-pub fn resolve(user: &[u8], files: &mut [u8; 2 * DOCUMENT]) -> Outcome<Identity> {
-    let (passwd, group) = files
+pub fn resolve(user: &[u8], scratch: &mut [u8; 2 * DOCUMENT]) -> Outcome<Identity> {
+    let (passwd, group) = scratch
         .split_at_mut_checked(DOCUMENT)
         .unwrap_or((&mut [], &mut []));
-    let passwd = crate::files::read(PASSWD, passwd)?;
-    let group = crate::files::read(GROUP, group)?;
+    let passwd = files::read_whole(PASSWD, passwd)?;
+    let group = files::read_whole(GROUP, group)?;
     accounts::resolve(user, passwd, group).map_err(|fault| text!(fault))
 }
 
@@ -98,7 +99,7 @@ pub fn enter_session(streams: &Streams, report: &Report) -> Outcome {
         dup2_stderr(error)
     })();
     connected.map_err(why!("connect the standard streams"))?;
-    sys::close_others(&[report.as_fd()]);
+    sys::close_others(report.pipe(), report.pipe());
     Ok(())
 }
 
@@ -244,12 +245,5 @@ fn search(
 
 /// The console as a command's standard input: opened anew, so that it blocks as a terminal does.
 pub fn console_input(console: &Console) -> Result<OwnedFd, Errno> {
-    let flags = OFlags::RDONLY | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let open = |path: &CStr| rustix::fs::open(path, flags, Mode::empty());
-    open(console.path()).or_else(|_| null())
-}
-
-/// /dev/null, for both directions.
-fn null() -> Result<OwnedFd, Errno> {
-    rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+    files::open(console.path(), OFlags::NOCTTY).or_else(|_| files::open(c"/dev/null", OFlags::RDWR))
 }

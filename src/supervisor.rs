@@ -8,7 +8,7 @@ use crate::spawn::{self, Command, Streams};
 use crate::sys::{self, SignalSet};
 use crate::task::{self, Outcome, Report, Task};
 use crate::why;
-use crate::{end, setup};
+use crate::{end, files, setup};
 use pigeon_init::accounts::Identity;
 use pigeon_init::command::Environment;
 use pigeon_init::config::{Config, DOCUMENT};
@@ -16,9 +16,8 @@ use pigeon_init::text::{Level, Line, Show};
 use pigeon_init::{kmsg, text};
 use rustix::event::epoll::EventFlags;
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 
 /// Exit code when the workload could not even be started, as in Docker.
@@ -183,14 +182,7 @@ impl Supervisor {
 
     /// Steps 11 to 15, to the reboot.
     pub fn run(&mut self, config: &Config, identity: &Identity) -> Outcome {
-        let open = |path, flags| {
-            rustix::fs::open(
-                path,
-                flags | OFlags::RDONLY | OFlags::CLOEXEC,
-                Mode::empty(),
-            )
-        };
-        self.mounts = open(c"/proc/self/mountinfo", OFlags::empty()).ok();
+        self.mounts = files::open(c"/proc/self/mountinfo", OFlags::RDONLY).ok();
         if setup::may_block(config) {
             let task =
                 task::start(&mut |report| setup::disks(config, identity, self.scratch, report))?;
@@ -201,7 +193,7 @@ impl Supervisor {
             self.turn();
         }
         if self.workload.exit.is_none() {
-            self.kernel_log = open(c"/dev/kmsg", OFlags::NONBLOCK).ok();
+            self.kernel_log = files::open(c"/dev/kmsg", OFlags::NONBLOCK).ok();
             self.start_workload(config, identity)?;
         }
         Ok(())
@@ -406,12 +398,10 @@ impl Supervisor {
 
     /// Step 14.
     fn start_workload(&mut self, config: &Config, identity: &Identity) -> Outcome {
-        let (output, end) =
-            rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(why!("create a pipe"))?;
-        rustix::io::ioctl_fionbio(&output, true).map_err(why!("create a pipe"))?;
-        let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, &mut |report| {
-            self.become_workload(config, identity, end.as_fd(), report)
-        })?;
+        let (output, end) = task::pipe()?;
+        task::block(&end)?;
+        let task =
+            task::spawn(&mut |report| self.become_workload(config, identity, end.as_fd(), report))?;
         // The workload has the kernel's default; what PID 1 forks from now on is spared like itself.
         sys::set_oom_score(b"-1000");
         self.workload.group = Some(task.pid);
@@ -488,13 +478,13 @@ impl Supervisor {
         // CONSOLE_EXT_LOG_MAX, kernel/printk
         let mut record = [0; 8192];
         loop {
-            match rustix::io::read(log, &mut record) {
+            match files::read(log, &mut record) {
                 Ok(0) => return false,
                 Ok(count) if kmsg::killed_by_oom(record.get(..count).unwrap_or(&[]), pid) => {
                     return true;
                 }
                 // EPIPE: records were overwritten; the next read goes on behind them.
-                Ok(_) | Err(Errno::INTR | Errno::PIPE) => {}
+                Ok(_) | Err(Errno::PIPE) => {}
                 Err(_) => return false,
             }
         }
@@ -520,10 +510,9 @@ impl Supervisor {
         while let Some(output) = &process.output
             && self.console.has_room()
         {
-            match rustix::io::read(output, self.console.room()) {
+            match files::read(output, self.console.room()) {
                 Ok(0) => process.output = None,
                 Ok(count) => self.console.commit(count),
-                Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return,
                 Err(_) => process.output = None,
             }
@@ -597,12 +586,9 @@ impl Supervisor {
 
     /// Leaves the file systems clean, in a child: a disk may take its time.
     fn quiesce(&mut self, now: u64) {
-        let task = task::spawn(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK, &mut |report| {
-            let keep = self.mounts.as_ref().map(|mounts| mounts.as_fd());
-            match keep {
-                Some(mounts) => sys::close_others(&[report.as_fd(), mounts]),
-                None => sys::close_others(&[report.as_fd()]),
-            }
+        let task = task::spawn(&mut |report| {
+            let keep = self.mounts.as_ref().unwrap_or(report.pipe());
+            sys::close_others(report.pipe(), keep);
             end::quiesce(self.mounts.as_ref(), self.scratch, &mut |why| {
                 report.warn(why)
             });

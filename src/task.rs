@@ -3,12 +3,13 @@
 //! A task is a fork of this program that does one thing, reports lines over a pipe and exits.
 
 use crate::console::Console;
+use crate::files;
 use crate::sys::{self, Fork};
-use core::cell::Cell;
+use core::ffi::CStr;
 use pigeon_init::text;
-use pigeon_init::text::{Errno as Name, Line, Show};
+use pigeon_init::text::{Errno as Name, Line};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
@@ -25,12 +26,21 @@ pub type Outcome<T = ()> = Result<T, Line>;
 /// An error: "VERB OBJECT: ERRNO".
 #[inline(never)]
 pub fn failure(errno: Errno, what: Line) -> Line {
-    text!(what, ": ", name(errno))
+    what.with(": ").with(&name(errno))
+}
+
+/// The same of words that are known.
+#[inline(never)]
+pub fn failed(errno: Errno, what: &str) -> Line {
+    failure(errno, text!(what))
 }
 
 /// For `map_err`: an errno becomes an error that says what failed, on what, and why.
 #[macro_export]
 macro_rules! why {
+    ($what:literal) => {
+        |errno| $crate::task::failed(errno, $what)
+    };
     ($($part:expr),* $(,)?) => {
         |errno| $crate::task::failure(errno, pigeon_init::text!($($part),*))
     };
@@ -42,37 +52,28 @@ pub fn name(errno: Errno) -> Name {
 }
 
 /// A child's way to tell its parent something.
-pub struct Report {
-    pipe: OwnedFd,
-    failed: Cell<bool>,
-}
+pub struct Report(OwnedFd);
 
 impl Report {
     /// A line for the log.
-    pub fn warn(&self, line: impl Show) {
-        self.send(b'w', &line);
+    pub fn warn(&self, line: Line) {
+        self.send("w", line);
     }
 
     /// Why the child gives up. Only the first one counts.
-    pub fn fail(&self, line: impl Show) {
-        if !self.failed.replace(true) {
-            self.send(b'e', &line);
-        }
+    pub fn fail(&self, line: Line) {
+        self.send("e", line);
     }
 
     /// The pipe, to be kept open.
-    pub fn as_fd(&self) -> BorrowedFd<'_> {
-        self.pipe.as_fd()
+    pub fn pipe(&self) -> &OwnedFd {
+        &self.0
     }
 
-    /// One write of less than PIPE_BUF bytes, so whole; the parent reads while the child lives.
+    /// One write of less than PIPE_BUF bytes, so whole; the pipe holds all that a child has to say.
     #[inline(never)]
-    fn send(&self, kind: u8, text: &dyn Show) {
-        let mut line = Line::new();
-        line.put(kind);
-        text.show(&mut line);
-        line.put(b'\n');
-        let _parent_gone = rustix::io::write(&self.pipe, line.as_bytes());
+    fn send(&self, kind: &str, line: Line) {
+        let _parent_gone = files::write(&self.0, text!(kind, line, "\n").as_bytes());
     }
 }
 
@@ -80,20 +81,34 @@ impl Report {
 pub struct Task {
     /// Its process.
     pub pid: Pid,
-    /// Where its report is read, to the end of file.
+    /// Where its report is read when it has ended.
     pub report: OwnedFd,
 }
 
+/// A pipe, its reading end first; neither end blocks.
+#[inline(never)]
+pub fn pipe() -> Outcome<(OwnedFd, OwnedFd)> {
+    rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(why!("create a pipe"))
+}
+
+/// Makes a command's end of a pipe block, as commands expect.
+#[inline(never)]
+pub fn block(end: &OwnedFd) -> Outcome {
+    rustix::io::ioctl_fionbio(end, false).map_err(why!("create a pipe"))
+}
+
 /// Forks; `work` runs in the child and its outcome is the child's exit code.
+#[inline(never)]
 pub fn start(work: &mut dyn FnMut(&Report) -> Outcome) -> Outcome<Task> {
-    spawn(PipeFlags::CLOEXEC, &mut |report| {
+    spawn(&mut |report| {
         // What PID 1 closes must be closed, whatever this child waits for.
-        sys::close_others(&[report.as_fd()]);
+        sys::close_others(report.pipe(), report.pipe());
         finish(work(report), report)
     })
 }
 
 /// The exit code for an outcome; the error goes into the report.
+#[inline(never)]
 pub fn finish(outcome: Outcome, report: &Report) -> i32 {
     match outcome {
         Ok(()) => 0,
@@ -104,46 +119,47 @@ pub fn finish(outcome: Outcome, report: &Report) -> i32 {
     }
 }
 
-/// Forks; the child exits with the code that `work` returns. With NONBLOCK, neither end blocks.
-pub fn spawn(flags: PipeFlags, work: &mut dyn FnMut(&Report) -> i32) -> Outcome<Task> {
-    let (report, pipe) = rustix::pipe::pipe_with(flags).map_err(why!("create a pipe"))?;
+/// Forks; the child exits with the code that `work` returns.
+#[inline(never)]
+pub fn spawn(work: &mut dyn FnMut(&Report) -> i32) -> Outcome<Task> {
+    let (report, end) = pipe()?;
     match sys::fork().map_err(why!("fork"))? {
         Fork::Child => {
             drop(report);
-            let report = Report {
-                pipe,
-                failed: Cell::new(false),
-            };
-            sys::exit(work(&report))
+            sys::exit(work(&Report(end)))
         }
         Fork::Parent(pid) => Ok(Task { pid, report }),
     }
 }
 
-/// Reads what a child reports, to the end of file or as far as it has come: its warnings go to the
-/// log, its error is the answer.
+/// Reads what a child that has ended said: its warnings are logged. Its error, if it told one.
 #[inline(never)]
 pub fn read_report(report: &OwnedFd, mut console: Option<&mut Console>) -> Option<Line> {
     let mut error = None;
+    let mut kind = 0;
     let mut line = Line::new();
-    let mut buffer = [0; 512];
+    let mut piece = [0; 64];
     loop {
-        let count = match rustix::io::read(report, &mut buffer) {
-            Ok(count @ 1..) => count,
-            Err(Errno::INTR) => continue,
-            Ok(_) | Err(_) => return error,
+        let bytes = match files::read(report, &mut piece) {
+            Ok(count @ 1..) => piece.get(..count).unwrap_or(&[]),
+            // A line that was cut has lost its end.
+            _ if kind != 0 => b"\n",
+            _ => return error,
         };
-        for &byte in buffer.iter().take(count) {
-            if byte != b'\n' {
-                line.put(byte);
-                continue;
+        for &byte in bytes {
+            match (kind, byte) {
+                (0, _) => kind = byte,
+                (_, b'\n') => {
+                    let told = core::mem::take(&mut line);
+                    match &mut console {
+                        _ if kind == b'e' => error = error.or(Some(told)),
+                        Some(console) => console.warn(told),
+                        None => {}
+                    }
+                    kind = 0;
+                }
+                _ => line.put(byte),
             }
-            match (line.as_bytes(), &mut console) {
-                ([b'e', why @ ..], _) => error = Some(text!(why)),
-                ([_, warning @ ..], Some(console)) => console.warn(text!(warning)),
-                _ => {}
-            }
-            line = Line::new();
         }
     }
 }
@@ -151,24 +167,22 @@ pub fn read_report(report: &OwnedFd, mut console: Option<&mut Console>) -> Optio
 impl Task {
     /// Waits for the end, before there is an event loop: its warnings are logged. One that hangs,
     /// as a disk may, is left alone.
-    pub fn wait(self, what: &dyn Show, console: &mut Console) -> Outcome {
+    #[inline(never)]
+    pub fn wait(self, what: &CStr, console: &mut Console) -> Outcome {
         // Its end of the pipe is closed with it; until then that holds all it says.
         let hang_up = PollFd::new(&self.report, PollFlags::empty());
         if let Ok(0) = poll(&mut [hang_up], Some(&PATIENCE)) {
             return Err(text!("mount ", what, ": no answer after 30 s"));
         }
-        let error = read_report(&self.report, Some(console));
-        loop {
-            match rustix::process::waitpid(Some(self.pid), WaitOptions::empty()) {
-                Err(Errno::INTR) => {}
-                Ok(Some((_, status))) => return outcome(error, status),
-                _ => return Err(text!("a boot task was lost")),
-            }
+        match rustix::process::waitpid(Some(self.pid), WaitOptions::empty()) {
+            Ok(Some((_, status))) => outcome(read_report(&self.report, Some(console)), status),
+            _ => Err(text!("a boot task was lost")),
         }
     }
 }
 
 /// A finished task's outcome.
+#[inline(never)]
 pub fn outcome(error: Option<Line>, status: WaitStatus) -> Outcome {
     match error {
         Some(why) => Err(why),

@@ -418,26 +418,29 @@ pub mod vsock {
     }
 }
 
-/// Closes all descriptors from 3 on but these (close_range(2)).
+/// Closes all descriptors from 3 on but these two, which may be one (close_range(2)).
 ///
 /// For children that do not run Rust code that owns the closed ones.
-pub fn close_others(keep: &[BorrowedFd]) {
+pub fn close_others(one: &OwnedFd, other: &OwnedFd) {
+    let (one, other) = (one.as_raw_fd() as u32, other.as_raw_fd() as u32);
     let mut first = 3;
-    loop {
-        let next = keep
-            .iter()
-            .map(|fd| fd.as_raw_fd() as usize)
-            .filter(|fd| *fd >= first)
-            .min();
-        let last = next.map_or(u32::MAX as usize, |next| next.saturating_sub(1));
-        if first <= last {
-            // SAFETY: takes numbers. The owners of these descriptors live in the parent.
-            unsafe { syscall(uapi::__NR_close_range, [first, last, 0, 0, 0, 0]) };
-        }
-        match next {
-            Some(next) => first = next + 1,
-            None => return,
-        }
+    for keep in [one.min(other), one.max(other)] {
+        close_range(first, keep.wrapping_sub(1));
+        first = keep + 1;
+    }
+    close_range(first, u32::MAX);
+}
+
+#[inline(never)]
+fn close_range(first: u32, last: u32) {
+    if first <= last {
+        // SAFETY: takes numbers. The owners of these descriptors live in the parent.
+        unsafe {
+            syscall(
+                uapi::__NR_close_range,
+                [first as usize, last as usize, 0, 0, 0, 0],
+            )
+        };
     }
 }
 
@@ -467,10 +470,9 @@ pub fn kill_all(signal: u32) {
 /// Sets how gladly the OOM killer takes this process, its children to come included
 /// (proc_pid_oom_score_adj(5)). Without /proc it stays as it is.
 pub fn set_oom_score(score: &[u8]) {
-    use rustix::fs::{Mode, OFlags};
-    let path = c"/proc/self/oom_score_adj";
-    let file = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
-    let _unchanged = file.and_then(|file| rustix::io::write(&file, score));
+    use crate::files;
+    let file = files::open(c"/proc/self/oom_score_adj", rustix::fs::OFlags::WRONLY);
+    let _unchanged = file.and_then(|file| files::write(&file, score));
 }
 
 /// Sets a socket option that is a number (setsockopt(2)).
