@@ -1,6 +1,6 @@
 //! Users and groups from the text of passwd(5) and group(5).
 
-use crate::json;
+use crate::bytes::decimal;
 use crate::text::{Line, Show};
 
 /// Most supplementary groups of a user.
@@ -182,7 +182,7 @@ fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
 
 /// An id: decimal digits, below 2^32 - 1, which the kernel takes for "no change" (setuid(2)).
 fn number(digits: &[u8]) -> Option<u32> {
-    json::decimal(digits).filter(|value| *value != u32::MAX)
+    decimal(digits).filter(|value| *value != u32::MAX)
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //!
 //! core's parser says the same, at three times the code and with panics in it.
 
-use crate::json::decimal;
+use crate::bytes::decimal;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Reads an IPv4 address in dotted quads, or an IPv6 address (RFC 4291 section 2.2).

@@ -631,7 +631,7 @@ impl Connection {
     fn signal(&mut self, body: core::ops::Range<usize>, host: &mut Host) -> Goes {
         let signal = match request::signal(self.memory.get_mut(body).unwrap_or(&mut [])) {
             Ok(signal) => signal,
-            Err(error) => return self.refuse(Status::BadRequest, error, ""),
+            Err(why) => return self.refuse(Status::BadRequest, why, ""),
         };
         if signal == 0 {
             return self.refuse(Status::BadRequest, "signal: must be from 1 to 64", "");
@@ -660,10 +660,7 @@ impl Connection {
         let body = self.memory.get_mut(body).unwrap_or(&mut []);
         let exec = match Exec::read(body) {
             Ok(exec) => exec,
-            Err(error) => {
-                let why = text!(error);
-                return self.refuse(Status::BadRequest, why, "");
-            }
+            Err(why) => return self.refuse(Status::BadRequest, why, ""),
         };
         if exec.command().iter().next().is_none_or(Text::is_empty) {
             return self.refuse(Status::BadRequest, "cmd: must have a command", "");
@@ -944,10 +941,7 @@ impl Connection {
     ) -> Goes {
         let exec = match Exec::read_session(self.memory.get_mut(message).unwrap_or(&mut [])) {
             Ok(exec) => exec,
-            Err(error) => {
-                let why = text!(error);
-                return self.fail_session(why);
-            }
+            Err(why) => return self.fail_session(why),
         };
         if exec.command().iter().next().is_none_or(Text::is_empty) {
             return self.fail_session("command: must have a command");

@@ -58,7 +58,7 @@ fn check(path: &[u8], environment: &mut Environment) -> Result<(), Line> {
     let name = name.ok_or_else(|| text!("the path is too long"))?;
     let length = crate::files::read_found(name, document)?.ok_or_else(|| text!("no such file"))?;
     let document = document.get_mut(..length).unwrap_or(&mut []);
-    let spans = Config::decode(document).map_err(|error| text!(error))?;
+    let spans = Config::decode(document)?;
     let config = Config::new(document, spans);
     config.check()?;
     if !config.has_command() {

@@ -7,7 +7,7 @@ use crate::sys::{self, Region};
 use crate::task::{self, Outcome, Report};
 use crate::why;
 use pigeon_init::command::Environment;
-use pigeon_init::json::escape_next;
+use pigeon_init::json::escape;
 use pigeon_init::request::Exec;
 use pigeon_init::slab::{Key, Slab};
 use pigeon_init::text::Line;
@@ -339,18 +339,16 @@ impl Once {
     /// much it wrote.
     pub fn escape(&self, index: usize, mut at: usize, room: &mut [u8]) -> (usize, usize) {
         let mut written = 0;
-        let Some(stream) = self.streams.get(index) else {
-            return (at, 0);
-        };
-        while let Some((piece, length, used)) = escape_next(stream.bytes(at), true) {
-            let (Some(to), Some(from)) =
-                (room.get_mut(written..written + length), piece.get(..length))
-            else {
-                break;
-            };
-            to.copy_from_slice(from);
-            written += length;
-            at += used;
+        if let Some(stream) = self.streams.get(index) {
+            at += escape(stream.bytes(at), true, &mut |piece| {
+                let to = room.get_mut(written..).unwrap_or(&mut []);
+                let Some(to) = to.get_mut(..piece.len()) else {
+                    return false;
+                };
+                to.copy_from_slice(piece);
+                written += piece.len();
+                true
+            });
         }
         (at, written)
     }
@@ -403,13 +401,12 @@ impl Stream {
 
     /// Counts the escaped form of what came, so that the answer's length is known at the end.
     fn count(&mut self, last: bool) {
-        let (mut counted, mut escaped) = (self.counted, self.escaped);
-        while let Some((_, length, used)) = escape_next(self.bytes(counted), last) {
-            counted += used;
-            escaped += length;
-        }
-        self.counted = counted;
-        self.escaped = escaped;
+        let mut length = 0;
+        self.counted += escape(self.bytes(self.counted), last, &mut |piece| {
+            length += piece.len();
+            true
+        });
+        self.escaped += length;
     }
 }
 

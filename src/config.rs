@@ -1,6 +1,7 @@
 //! The configuration document: the contract between the host driver and this program.
 
 use crate::address;
+use crate::bytes::decimal;
 use crate::json::{self, Document, Fields, Record, Shape, Spans, Text, Texts};
 use crate::text;
 use crate::text::Line;
@@ -34,58 +35,67 @@ pub const MTU: u32 = 1500;
 static FIELDS: Fields = &[
     (
         "ImageConfig",
-        Shape::Record(&[
-            ("Entrypoint", Shape::Texts(0, ARGV)),
-            ("Cmd", Shape::Texts(1, ARGV)),
-            ("Env", Shape::Texts(2, ENV)),
-            ("WorkingDir", Shape::Text(3)),
-            ("User", Shape::Text(4)),
+        Shape::record(&[
+            ("Entrypoint", Shape::texts(0, ARGV)),
+            ("Cmd", Shape::texts(1, ARGV)),
+            ("Env", Shape::texts(2, ENV)),
+            ("WorkingDir", Shape::text(3)),
+            ("User", Shape::text(4)),
         ]),
     ),
-    ("ExecOverride", Shape::Texts(5, ARGV)),
-    ("CmdOverride", Shape::Text(6)),
-    ("UserOverride", Shape::Text(7)),
-    ("ExtraEnv", Shape::Pairs(8, ENV)),
-    ("MTU", Shape::Number(9, 65_535)),
+    ("ExecOverride", Shape::texts(5, ARGV)),
+    ("CmdOverride", Shape::text(6)),
+    ("UserOverride", Shape::text(7)),
+    ("ExtraEnv", Shape::pairs(8, ENV)),
+    ("MTU", Shape::number(9, 65_535)),
     (
         "IPConfigs",
-        Shape::Records(
+        Shape::records(
             10,
             ADDRESSES,
-            &[
-                ("Gateway", Shape::Text(0)),
-                ("IP", Shape::Text(1)),
-                ("Mask", Shape::Number(2, 128)),
-            ],
+            &[(
+                "[]",
+                Shape::record(&[
+                    ("Gateway", Shape::text(b'G')),
+                    ("IP", Shape::text(b'I')),
+                    ("Mask", Shape::number(b'M', 128)),
+                ]),
+            )],
         ),
     ),
-    ("Hostname", Shape::Text(11)),
+    ("Hostname", Shape::text(11)),
     (
         "Mounts",
-        Shape::Records(
+        Shape::records(
             12,
             MOUNTS,
-            &[
-                ("DevicePath", Shape::Text(0)),
-                ("MountPath", Shape::Text(1)),
-            ],
+            &[(
+                "[]",
+                Shape::record(&[
+                    ("DevicePath", Shape::text(b'D')),
+                    ("MountPath", Shape::text(b'M')),
+                ]),
+            )],
         ),
     ),
-    ("RootDevice", Shape::Text(13)),
+    ("RootDevice", Shape::text(13)),
     (
         "EtcResolv",
-        Shape::Record(&[("Nameservers", Shape::Texts(14, NAMESERVERS))]),
+        Shape::record(&[("Nameservers", Shape::texts(14, NAMESERVERS))]),
     ),
     (
         "EtcHosts",
-        Shape::Records(
+        Shape::records(
             15,
             HOSTS,
-            &[
-                ("Host", Shape::Text(0)),
-                ("IP", Shape::Text(1)),
-                ("Desc", Shape::Text(2)),
-            ],
+            &[(
+                "[]",
+                Shape::record(&[
+                    ("Host", Shape::text(b'H')),
+                    ("IP", Shape::text(b'I')),
+                    ("Desc", Shape::text(b'D')),
+                ]),
+            )],
         ),
     ),
 ];
@@ -132,8 +142,8 @@ pub struct Address {
 impl IpConfig<'_> {
     /// Checks and converts the entry; the error says what is wrong with which field.
     pub fn address(&self) -> Result<Address, Line> {
-        let (gateway, ip) = (self.0.text(0), self.0.text(1));
-        let mask = self.0.number(2) as u8;
+        let (gateway, ip) = (self.0.text(b'G'), self.0.text(b'I'));
+        let mask = self.0.number(b'M') as u8;
         let ip = ip.ip().ok_or_else(|| text!("IP: not an address: ", ip))?;
         let bits = if ip.is_ipv4() { 32 } else { 128 };
         if mask > bits {
@@ -162,14 +172,14 @@ fn without_prefix(gateway: Text) -> Option<IpAddr> {
     let mut parts = gateway.bytes().splitn(2, |byte| *byte == b'/');
     let address = parts.next()?;
     if let Some(prefix) = parts.next() {
-        json::decimal(prefix).filter(|bits| *bits <= 128)?;
+        decimal(prefix).filter(|bits| *bits <= 128)?;
     }
     address::parse(address)
 }
 
 impl<'a> Config<'a> {
     /// Checks a document and decodes it where it lies. The error names the field.
-    pub fn decode(document: &mut [u8]) -> Result<Spans, json::Error> {
+    pub fn decode(document: &mut [u8]) -> Result<Spans, Line> {
         json::read(document, FIELDS)
     }
 
@@ -239,8 +249,8 @@ impl<'a> Config<'a> {
     /// The extra volumes.
     pub fn mounts(&self) -> impl Iterator<Item = Mount<'a>> {
         self.0.records(12).iter().map(|record| Mount {
-            device_path: record.text(0),
-            mount_path: record.text(1),
+            device_path: record.text(b'D'),
+            mount_path: record.text(b'M'),
         })
     }
 
@@ -262,9 +272,9 @@ impl<'a> Config<'a> {
     /// The entries for /etc/hosts.
     pub fn etc_hosts(&self) -> impl Iterator<Item = Host<'a>> {
         self.0.records(15).iter().map(|record| Host {
-            host: record.text(0),
-            ip: record.text(1),
-            desc: record.text(2),
+            host: record.text(b'H'),
+            ip: record.text(b'I'),
+            desc: record.text(b'D'),
         })
     }
 
@@ -389,7 +399,6 @@ impl Host<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::json::Fault;
 
     /// The example of the project's first description, whole.
     pub const EXAMPLE: &str = r#"{
@@ -540,11 +549,8 @@ mod tests {
             );
         });
         let mut over = format!(r#"{{"Mounts":[{}]}}"#, list(MOUNTS + 1, "{}")).into_bytes();
-        let error = Config::decode(&mut over).unwrap_err();
-        assert_eq!(
-            (error.fault, error.path.as_bytes()),
-            (Fault::TooMany(64), &b"Mounts[64]"[..])
-        );
+        let why = Config::decode(&mut over).unwrap_err();
+        assert_eq!(why.as_bytes(), b"Mounts[64]: more than 64 entries");
     }
 
     #[test]

@@ -19,6 +19,8 @@
 //! is to find members again, at 9 KiB of code.
 
 use crate::address;
+use crate::bytes::{character, decimal, find, hexadecimal, valid_up_to};
+use crate::text;
 use crate::text::{Line, Show};
 use core::ffi::CStr;
 use core::net::IpAddr;
@@ -28,74 +30,106 @@ pub const DEPTH: usize = 64;
 
 /// What a value must be, and the slot of the [`Spans`] that tells where it is.
 #[derive(Debug)]
-pub enum Shape {
-    /// A string.
-    Text(u8),
-    /// `true` or `false`.
-    Flag(u8),
-    /// An integer from 0 to the number given.
-    Number(u8, u32),
-    /// A list of at most so many strings.
-    Texts(u8, usize),
-    /// An object of at most so many members, names and values strings.
-    Pairs(u8, usize),
-    /// A list of at most so many objects with these members, strings and numbers. Their slots count
-    /// within the object.
-    Records(u8, usize, Fields),
-    /// An object with these members.
-    Record(Fields),
+pub struct Shape {
+    kind: Kind,
+    slot: u8,
+    /// The largest number, or most entries.
+    max: u32,
+    /// Of a record. All other containers have one here, the shape of all their entries.
+    members: Fields,
 }
 
 /// The members of an object by name, all optional.
 pub type Fields = &'static [(&'static str, Shape)];
 
-/// Why a document was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
-    /// Not JSON.
-    Malformed,
-    /// Not UTF-8.
-    NotUtf8,
-    /// Deeper than [`DEPTH`].
-    TooDeep,
-    /// A string that no C string can hold.
-    Nul,
-    /// Another type than the one wanted; the text names the wanted one.
-    Wants(&'static str),
-    /// An integer outside 0 to the number given.
-    OutOfRange(u32),
-    /// More entries than the number given.
-    TooMany(usize),
-    /// A name in an object of strings that is empty or holds `=`.
-    Name,
+enum Kind {
+    /// A member that nobody knows.
+    Any,
+    Text,
+    Flag,
+    Number,
+    Texts,
+    Pairs,
+    Records,
+    Record,
 }
 
-/// A fault, and where in the document it is.
-#[derive(Debug)]
-pub struct Error {
-    /// What is wrong.
-    pub fault: Fault,
-    /// The value's path (`IPConfigs[0].Mask`); empty for the document itself.
-    pub path: Line,
-    /// Offset of the byte at which it was noticed.
-    pub at: usize,
-}
-
-impl Show for Error {
-    fn show(&self, line: &mut Line) {
-        if !self.path.as_bytes().is_empty() {
-            line.add(&self.path).add(": ");
+impl Kind {
+    /// The byte that stands for all with which such a value starts.
+    fn start(self) -> u8 {
+        match self {
+            Kind::Any | Kind::Text => b'"',
+            Kind::Flag => b't',
+            Kind::Number => b'0',
+            Kind::Texts | Kind::Records => b'[',
+            Kind::Pairs | Kind::Record => b'{',
         }
-        match self.fault {
-            Fault::Malformed => line.add("not JSON at byte ").add(self.at),
-            Fault::NotUtf8 => line.add("not UTF-8 at byte ").add(self.at),
-            Fault::TooDeep => line.add("nested deeper than ").add(DEPTH).add(" levels"),
-            Fault::Nul => line.add("has a NUL character"),
-            Fault::Wants(what) => line.add("must be ").add(what),
-            Fault::OutOfRange(max) => line.add("must be from 0 to ").add(max),
-            Fault::TooMany(max) => line.add("more than ").add(max).add(" entries"),
-            Fault::Name => line.add("a name is empty or has '=' in it"),
-        };
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Any | Kind::Text => "a string",
+            Kind::Flag => "true or false",
+            Kind::Number => "a whole number",
+            Kind::Texts => "a list of strings",
+            Kind::Pairs => "an object of strings",
+            Kind::Records => "a list",
+            Kind::Record => "an object",
+        }
+    }
+}
+
+/// Of a value that has no slot.
+const NOWHERE: u8 = u8::MAX;
+
+/// What the entries of [`Kind::Texts`] and [`Kind::Pairs`] are.
+const STRINGS: Fields = &[("", Shape::text(NOWHERE))];
+
+impl Shape {
+    const fn new(kind: Kind, slot: u8, max: u32, members: Fields) -> Self {
+        Self {
+            kind,
+            slot,
+            max,
+            members,
+        }
+    }
+
+    /// A string.
+    pub const fn text(slot: u8) -> Self {
+        Self::new(Kind::Text, slot, 0, &[])
+    }
+
+    /// `true` or `false`.
+    pub const fn flag(slot: u8) -> Self {
+        Self::new(Kind::Flag, slot, 0, &[])
+    }
+
+    /// An integer from 0 to `max`.
+    pub const fn number(slot: u8, max: u32) -> Self {
+        Self::new(Kind::Number, slot, max, &[])
+    }
+
+    /// A list of at most `max` strings.
+    pub const fn texts(slot: u8, max: usize) -> Self {
+        Self::new(Kind::Texts, slot, max as u32, STRINGS)
+    }
+
+    /// An object of at most `max` members, names and values strings.
+    pub const fn pairs(slot: u8, max: usize) -> Self {
+        Self::new(Kind::Pairs, slot, max as u32, STRINGS)
+    }
+
+    /// A list of at most `max` objects, whose shape is the one member of `items`. The slots of their
+    /// members, strings and numbers, are capital letters.
+    pub const fn records(slot: u8, max: usize, items: Fields) -> Self {
+        Self::new(Kind::Records, slot, max as u32, items)
+    }
+
+    /// An object with these members.
+    pub const fn record(members: Fields) -> Self {
+        Self::new(Kind::Record, NOWHERE, u32::MAX, members)
     }
 }
 
@@ -119,29 +153,23 @@ impl<'a> Document<'a> {
         Self { bytes, spans }
     }
 
-    fn span(&self, slot: u8) -> &'a [u8] {
-        let (start, end) = self
-            .spans
-            .0
-            .get(usize::from(slot))
-            .copied()
-            .unwrap_or_default();
-        self.bytes.get(start as usize..end as usize).unwrap_or(&[])
+    /// A list of strings, or an object of strings.
+    #[inline(never)]
+    pub fn texts(&self, slot: u8) -> Texts<'a> {
+        let span = self.spans.0.get(usize::from(slot));
+        let (start, end) = span.copied().unwrap_or_default();
+        Texts(self.bytes.get(start as usize..end as usize).unwrap_or(&[]))
     }
 
     /// A string; empty when it is absent.
+    #[inline(never)]
     pub fn text(&self, slot: u8) -> Text<'a> {
-        Text::first_of(self.span(slot))
-    }
-
-    /// A list of strings, or an object of strings.
-    pub fn texts(&self, slot: u8) -> Texts<'a> {
-        Texts(self.span(slot))
+        self.texts(slot).next().unwrap_or_default()
     }
 
     /// A list of objects.
     pub fn records(&self, slot: u8) -> Records<'a> {
-        Records(self.span(slot))
+        Records(self.texts(slot))
     }
 
     /// A number; 0 when it is absent.
@@ -155,28 +183,25 @@ impl<'a> Document<'a> {
     }
 }
 
-/// A string of a decoded document.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Text<'a>(&'a CStr);
+/// A string of a decoded document: its bytes, and a NUL, except that one that is absent has none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Text<'a>(&'a [u8]);
 
 impl<'a> Text<'a> {
-    fn first_of(bytes: &'a [u8]) -> Self {
-        Self(CStr::from_bytes_until_nul(bytes).unwrap_or_default())
-    }
-
     /// The characters as UTF-8.
     pub fn bytes(self) -> &'a [u8] {
-        self.0.to_bytes()
+        self.0.split_last().map_or(&[], |(_, bytes)| bytes)
     }
 
     /// The same with the NUL behind them.
+    #[inline(never)]
     pub fn c_str(self) -> &'a CStr {
-        self.0
+        CStr::from_bytes_until_nul(self.0).unwrap_or_default()
     }
 
     /// Whether it is `""`.
     pub fn is_empty(self) -> bool {
-        self.0.is_empty()
+        self.0.len() < 2
     }
 
     /// Reads it as an IP address.
@@ -188,16 +213,6 @@ impl<'a> Text<'a> {
     fn number(self) -> u32 {
         decimal(self.bytes()).unwrap_or(0)
     }
-}
-
-/// A decimal number up to 2^32 - 1, of digits alone; no digits are no number.
-pub fn decimal(digits: &[u8]) -> Option<u32> {
-    let (_first, _) = digits.split_first()?;
-    digits.iter().try_fold(0u32, |sum, digit| {
-        let digit = digit.wrapping_sub(b'0');
-        (digit < 10).then_some(())?;
-        sum.checked_mul(10)?.checked_add(u32::from(digit))
-    })
 }
 
 impl Show for Text<'_> {
@@ -213,53 +228,74 @@ pub struct Texts<'a>(&'a [u8]);
 impl<'a> Texts<'a> {
     /// The items in their order.
     pub fn iter(self) -> impl Iterator<Item = Text<'a>> + Clone {
-        self.0
-            .split_inclusive(|byte| *byte == 0)
-            .map(Text::first_of)
+        Items(self)
     }
 
     /// Whether there is no item.
     pub fn is_empty(self) -> bool {
         self.0.is_empty()
     }
+
+    #[inline(never)]
+    fn next(&mut self) -> Option<Text<'a>> {
+        let (text, rest) = self.0.split_at_checked(find(self.0, 0)? + 1)?;
+        self.0 = rest;
+        Some(Text(text))
+    }
+}
+
+#[derive(Clone)]
+struct Items<'a>(Texts<'a>);
+
+impl<'a> Iterator for Items<'a> {
+    type Item = Text<'a>;
+
+    fn next(&mut self) -> Option<Text<'a>> {
+        self.0.next()
+    }
 }
 
 /// A list of objects of a decoded document.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Records<'a>(&'a [u8]);
+pub struct Records<'a>(Texts<'a>);
 
 impl<'a> Records<'a> {
     /// The objects in their order.
-    pub fn iter(self) -> impl Iterator<Item = Record<'a>> {
-        let mut rest = self.0;
-        core::iter::from_fn(move || {
-            let members = rest
-                .split_inclusive(|byte| *byte == 0)
-                .take_while(|member| *member != b"\0");
-            let length = members.map(<[u8]>::len).sum::<usize>();
-            let (record, others) = rest.split_at_checked(length)?;
-            rest = others.strip_prefix(b"\0")?;
-            Some(Record(record))
-        })
+    pub fn iter(mut self) -> impl Iterator<Item = Record<'a>> {
+        core::iter::from_fn(move || self.next())
     }
 
     /// Whether there is no object.
     pub fn is_empty(self) -> bool {
         self.0.is_empty()
     }
+
+    #[inline(never)]
+    fn next(&mut self) -> Option<Record<'a>> {
+        let record = Record(self.0);
+        while !self.0.next()?.is_empty() {}
+        Some(record)
+    }
 }
 
-/// An object in such a list.
+/// An object in such a list: its members, an empty string, and what follows in the list.
 #[derive(Clone, Copy, Debug)]
-pub struct Record<'a>(&'a [u8]);
+pub struct Record<'a>(Texts<'a>);
 
 impl<'a> Record<'a> {
     /// A string; empty when it is absent.
+    #[inline(never)]
     pub fn text(self, slot: u8) -> Text<'a> {
-        let letter = FIRST_FIELD.wrapping_add(slot);
-        let mut members = self.0.split_inclusive(|byte| *byte == 0).rev();
-        let value = members.find_map(|member| member.strip_prefix(&[letter]));
-        Text::first_of(value.unwrap_or(b"\0"))
+        let mut members = self.0;
+        let mut found = Text::default();
+        while let Some(Text([letter, value @ ..])) = members.next()
+            && *letter != 0
+        {
+            if *letter == slot {
+                found = Text(value);
+            }
+        }
+        found
     }
 
     /// A number; 0 when it is absent.
@@ -268,234 +304,191 @@ impl<'a> Record<'a> {
     }
 }
 
-/// The letter of an object's slot 0.
-const FIRST_FIELD: u8 = b'A';
-
-/// A byte as it stands in a JSON string, and how many bytes of the answer count (1, 2 or 6).
-pub fn escape(byte: u8) -> ([u8; 6], usize) {
-    let short = |letter| ([b'\\', letter, 0, 0, 0, 0], 2);
-    match byte {
-        b'"' | b'\\' => short(byte),
-        b'\n' => short(b'n'),
-        b'\r' => short(b'r'),
-        b'\t' => short(b't'),
-        0..0x20 => {
-            let low = byte & 15;
-            let digit = if low < 10 {
-                b'0' + low
-            } else {
-                b'a' - 10 + low
-            };
-            ([b'\\', b'u', b'0', b'0', b'0' + (byte >> 4), digit], 6)
-        }
-        _ => ([byte, 0, 0, 0, 0, 0], 1),
-    }
-}
-
-/// The first character of `bytes` as it stands in a JSON string.
+/// Gives `bytes` to `put` as they stand in a JSON string, until it takes no more; how many of them
+/// were given.
 ///
-/// The answer: the escaped form and its length, and how many bytes of the input it stands for.
-/// Bytes that are no UTF-8 become U+FFFD. `None` at the end of the input, and, unless it is the
-/// `last` piece, before a character that is cut off there.
-pub fn escape_next(bytes: &[u8], last: bool) -> Option<([u8; 6], usize, usize)> {
-    let first = *bytes.first()?;
-    if first < 0x80 {
-        let (escaped, length) = escape(first);
-        return Some((escaped, length, 1));
+/// A piece is one character at most. Bytes that are no UTF-8 become U+FFFD. A character that is cut
+/// off at the end stays, unless these are the `last` bytes.
+pub fn escape(bytes: &[u8], last: bool, put: &mut dyn FnMut(&[u8]) -> bool) -> usize {
+    let mut at = 0;
+    while let Some(rest @ [first, ..]) = bytes.get(at..) {
+        let control;
+        let mut used = 1;
+        let piece: &[u8] = match first {
+            b'"' => b"\\\"",
+            b'\\' => b"\\\\",
+            b'\n' => b"\\n",
+            b'\r' => b"\\r",
+            b'\t' => b"\\t",
+            0..0x20 => {
+                let low = text::DIGITS.get(usize::from(first & 15));
+                control = [
+                    b'\\',
+                    b'u',
+                    b'0',
+                    b'0',
+                    b'0' + (first >> 4),
+                    *low.unwrap_or(&0),
+                ];
+                &control
+            }
+            _ => match character(rest) {
+                Ok(length) => {
+                    used = length;
+                    rest.get(..length).unwrap_or(&[])
+                }
+                Err(0) if !last => break,
+                Err(length) => {
+                    used = if length == 0 { rest.len() } else { length };
+                    "\u{fffd}".as_bytes()
+                }
+            },
+        };
+        if !put(piece) {
+            break;
+        }
+        at += used;
     }
-    let window = bytes.get(..4).unwrap_or(bytes);
-    let (valid, skip) = match core::str::from_utf8(window) {
-        Ok(text) => (Some(text), 0),
-        Err(error) => match (error.valid_up_to(), error.error_len()) {
-            (0, Some(length)) => (None, length),
-            (0, None) if last => (None, window.len()),
-            (0, None) => return None,
-            (valid, _) => (
-                window
-                    .get(..valid)
-                    .and_then(|text| core::str::from_utf8(text).ok()),
-                0,
-            ),
-        },
-    };
-    let mut escaped = [0; 6];
-    let character = valid.and_then(|text| text.chars().next());
-    let length = character
-        .unwrap_or(char::REPLACEMENT_CHARACTER)
-        .encode_utf8(&mut escaped)
-        .len();
-    Some((
-        escaped,
-        length,
-        if character.is_some() { length } else { skip },
-    ))
+    at
 }
 
 /// Checks `document` against the members of the object it must be, and decodes it where it lies.
-pub fn read(document: &mut [u8], fields: Fields) -> Result<Spans, Error> {
-    if let Err(error) = core::str::from_utf8(document) {
-        return Err(Error {
-            fault: Fault::NotUtf8,
-            path: Line::new(),
-            at: error.valid_up_to(),
-        });
-    }
+///
+/// The error says which value is wrong (`IPConfigs[0].Mask`), and what is wrong with it.
+pub fn read(document: &mut [u8], fields: Fields) -> Result<Spans, Line> {
+    let root = Shape::record(fields);
     let mut pass = Pass {
-        bytes: document,
         read: 0,
         write: 0,
-        open: heapless::Vec::new(),
+        shape: &root,
+        bytes: document,
+        // Around the document: null is no member of it.
+        frame: Frame {
+            shape: &root,
+            known: None,
+            start: 0,
+            mark: 0,
+            count: 0,
+            end: 0,
+        },
         spans: Spans([(0, 0); SLOTS]),
+        outer: heapless::Vec::new(),
     };
-    match pass.document(fields) {
+    match pass.document() {
         Ok(()) => Ok(pass.spans),
-        Err(fault) => Err(Error {
-            fault,
-            path: pass.path(),
-            at: pass.read,
-        }),
+        Err(fault) => Err(pass.refusal(fault)),
     }
+}
+
+/// Why a document is refused. Details are where the pass stands.
+#[derive(Clone, Copy)]
+enum Fault {
+    /// Not JSON.
+    Malformed,
+    /// Not UTF-8.
+    NotUtf8,
+    /// Deeper than [`DEPTH`].
+    TooDeep,
+    /// A string that no C string can hold.
+    Nul,
+    /// Another type than the one wanted.
+    Type,
+    /// A number over the largest, or below 0.
+    OutOfRange,
+    /// More entries than there may be.
+    TooMany,
+    /// A name in an object of strings that is empty or holds `=`.
+    Name,
 }
 
 /// A container being read.
-struct Frame {
-    kind: Kind,
-    /// Values read so far.
-    count: usize,
-    /// The member being read, where it is a known one.
-    name: &'static str,
+#[derive(Clone, Copy)]
+struct Frame<'s> {
+    shape: &'s Shape,
+    /// The member being read, where it is a known one of a record.
+    known: Option<&'static (&'static str, Shape)>,
     /// Where the output stood before the container.
-    start: usize,
+    start: u32,
     /// Where it stood before the member being read.
-    mark: usize,
-    /// Whose value the container is.
-    slot: Option<u8>,
+    mark: u32,
+    /// Values begun.
+    count: u32,
+    /// The bracket that closes it.
+    end: u8,
 }
 
-#[derive(Clone, Copy)]
-enum Kind {
-    Record(Fields),
-    Records(usize, Fields),
-    /// An object in a list of them.
-    Listed(Fields),
-    Texts(usize),
-    Pairs(usize),
-    UnknownObject,
-    UnknownList,
-}
-
-impl Kind {
-    fn is_object(self) -> bool {
-        matches!(
-            self,
-            Kind::Record(_) | Kind::Listed(_) | Kind::Pairs(_) | Kind::UnknownObject
-        )
-    }
-
-    /// Most values it may have.
-    fn limit(self) -> usize {
-        match self {
-            Kind::Records(max, _) | Kind::Texts(max) | Kind::Pairs(max) => max,
-            _ => usize::MAX,
-        }
-    }
-}
-
-/// What comes next.
-enum Next {
-    /// A value.
-    Value(Want),
-    /// A value has ended: a comma or the container's end.
-    After,
-}
-
-/// What the next value must be.
-#[derive(Clone, Copy)]
-enum Want {
-    Shape(&'static Shape),
-    /// The document itself, or a listed object.
-    Object(Kind),
-    /// A string behind which the output goes on.
-    Item,
-    /// A number of a listed object.
-    Number(u32),
-    Unknown,
-}
-
+/// The large members last: so the others are reached with short instructions.
+#[repr(C)]
 struct Pass<'d> {
-    bytes: &'d mut [u8],
     read: usize,
     /// Never past `read`: every piece is written no longer than it was read.
     write: usize,
-    open: heapless::Vec<Frame, DEPTH>,
+    /// What the value being read must be.
+    shape: &'d Shape,
+    bytes: &'d mut [u8],
+    /// The innermost container.
+    frame: Frame<'d>,
     spans: Spans,
+    /// Those around it.
+    outer: heapless::Vec<Frame<'d>, DEPTH>,
 }
 
-impl Pass<'_> {
-    fn document(&mut self, fields: Fields) -> Result<(), Fault> {
-        let mut next = Next::Value(Want::Object(Kind::Record(fields)));
-        loop {
-            next = match next {
-                Next::Value(want) => self.value(want)?,
-                Next::After if self.open.is_empty() => break,
-                Next::After => self.after()?,
-            };
+impl<'d> Pass<'d> {
+    #[inline(never)]
+    fn document(&mut self) -> Result<(), Fault> {
+        self.read = valid_up_to(self.bytes);
+        if self.read != self.bytes.len() {
+            return Err(Fault::NotUtf8);
         }
-        match self.peek() {
+        self.read = 0;
+        self.value()?;
+        while !self.outer.is_empty() {
+            if self.more()? {
+                self.value()?;
+            }
+        }
+        self.peek();
+        match self.bytes.get(self.read) {
             None => Ok(()),
             Some(_) => Err(Fault::Malformed),
         }
     }
 
-    fn value(&mut self, want: Want) -> Result<Next, Fault> {
-        let first = self.peek().ok_or(Fault::Malformed)?;
-        let start = self.write;
-        match (first, want) {
-            (b'{', Want::Object(kind)) => return self.enter(kind, None),
-            (b'{', Want::Shape(Shape::Record(fields))) => {
-                return self.enter(Kind::Record(fields), None);
-            }
-            (b'{', Want::Shape(Shape::Pairs(slot, max))) => {
-                return self.enter(Kind::Pairs(*max), Some(*slot));
-            }
-            (b'{', Want::Unknown) => return self.enter(Kind::UnknownObject, None),
-            (b'[', Want::Shape(Shape::Records(slot, max, fields))) => {
-                return self.enter(Kind::Records(*max, fields), Some(*slot));
-            }
-            (b'[', Want::Shape(Shape::Texts(slot, max))) => {
-                return self.enter(Kind::Texts(*max), Some(*slot));
-            }
-            (b'[', Want::Unknown) => return self.enter(Kind::UnknownList, None),
-            (b'"', Want::Item | Want::Shape(Shape::Text(_))) => self.string(true)?,
-            (b'"', Want::Unknown) => self.string(false)?,
-            (b'n', _) => {
-                self.word(b"null")?;
-                // Absent: the member goes. An item of a list, or the document, cannot.
-                return match self.open.last() {
-                    Some(frame) if frame.kind.is_object() => {
-                        self.write = frame.mark;
-                        Ok(Next::After)
-                    }
-                    _ if matches!(want, Want::Unknown) => Ok(Next::After),
-                    _ => Err(mismatch(want)),
-                };
-            }
-            (b't', Want::Shape(Shape::Flag(_)) | Want::Unknown) => self.word(b"true")?,
-            (b'f', Want::Shape(Shape::Flag(_)) | Want::Unknown) => self.word(b"false")?,
-            (b'-' | b'0'..=b'9', Want::Number(max) | Want::Shape(&Shape::Number(_, max))) => {
-                self.number(Some(max))?;
-            }
-            (b'-' | b'0'..=b'9', Want::Unknown) => self.number(None)?,
-            (b'{' | b'[' | b'"' | b't' | b'f' | b'-' | b'0'..=b'9', _) => {
-                return Err(mismatch(want));
-            }
+    /// A value, up to the first member of a container.
+    fn value(&mut self) -> Result<(), Fault> {
+        let Shape { kind, slot, .. } = *self.shape;
+        let first = self.peek();
+        let start = match first {
+            b'f' => b't',
+            b'-' | b'0'..=b'9' => b'0',
+            b'{' | b'[' | b'"' | b't' | b'n' => first,
             _ => return Err(Fault::Malformed),
+        };
+        if start == b'n' {
+            self.word(b"null")?;
+            // Absent: the member goes. An item of a list, or the document, cannot.
+            if self.frame.end == b'}' {
+                self.write = self.frame.mark as usize;
+            } else if kind != Kind::Any {
+                return Err(Fault::Type);
+            }
+            return Ok(());
+        }
+        if kind != Kind::Any && start != kind.start() {
+            return Err(Fault::Type);
+        }
+        let written = self.write;
+        match start {
+            b'{' => return self.enter(b'}'),
+            b'[' => return self.enter(b']'),
+            b'"' => self.string(kind != Kind::Any)?,
+            b'0' => self.number()?,
+            _ if first == b't' => self.word(b"true")?,
+            _ => self.word(b"false")?,
         }
         self.put(0);
-        if let Want::Shape(Shape::Text(slot) | Shape::Flag(slot) | Shape::Number(slot, _)) = want {
-            self.note(*slot, start);
-        }
-        Ok(Next::After)
+        self.note(slot, written);
+        Ok(())
     }
 
     /// What was written since `start` is the value of a slot.
@@ -505,184 +498,176 @@ impl Pass<'_> {
         }
     }
 
-    /// Opens a container; reads its first member or its end.
-    fn enter(&mut self, kind: Kind, slot: Option<u8>) -> Result<Next, Fault> {
+    /// Opens a container.
+    fn enter(&mut self, end: u8) -> Result<(), Fault> {
         self.read += 1;
-        let frame = Frame {
-            kind,
+        self.outer.push(self.frame).map_err(|_| Fault::TooDeep)?;
+        let start = self.write as u32;
+        self.frame = Frame {
+            shape: self.shape,
+            known: None,
+            start,
+            mark: start,
             count: 0,
-            name: "",
-            start: self.write,
-            mark: self.write,
-            slot,
+            end,
         };
-        self.open.push(frame).map_err(|_| Fault::TooDeep)?;
-        let end = if kind.is_object() { b'}' } else { b']' };
-        if self.peek() == Some(end) {
-            return self.leave();
-        }
-        self.member()
+        Ok(())
     }
 
-    /// After a value inside a container.
-    fn after(&mut self) -> Result<Next, Fault> {
-        let Some(frame) = self.open.last_mut() else {
-            return Err(Fault::Malformed);
-        };
-        let kind = frame.kind;
-        frame.count += 1;
-        if matches!(kind, Kind::Record(_) | Kind::Listed(_)) && frame.name.is_empty() {
-            self.write = frame.mark;
+    /// Up to the value of the container's next member or item; false when that was its end.
+    fn more(&mut self) -> Result<bool, Fault> {
+        let next = self.peek();
+        let frame = &mut self.frame;
+        let shape = frame.shape;
+        if shape.kind == Kind::Record && frame.known.take().is_none() {
+            self.write = frame.mark as usize;
         }
-        frame.name = "";
-        match (self.peek(), kind.is_object()) {
-            (Some(b','), _) => {
-                self.read += 1;
-                self.member()
-            }
-            (Some(b'}'), true) | (Some(b']'), false) => self.leave(),
-            _ => Err(Fault::Malformed),
+        if next == frame.end {
+            self.leave();
+            return Ok(false);
         }
-    }
-
-    /// Up to the value of the container's next member or item.
-    fn member(&mut self) -> Result<Next, Fault> {
-        let start = self.write;
-        let Some(frame) = self.open.last_mut() else {
-            return Err(Fault::Malformed);
-        };
-        let kind = frame.kind;
-        if frame.count >= kind.limit() {
-            return Err(Fault::TooMany(kind.limit()));
-        }
-        if kind.is_object() {
-            frame.mark = start;
-            if self.peek() != Some(b'"') {
-                return Err(Fault::Malformed);
-            }
-            self.string(matches!(kind, Kind::Pairs(_)))?;
-            if self.peek() != Some(b':') {
+        if frame.count > 0 {
+            if next != b',' {
                 return Err(Fault::Malformed);
             }
             self.read += 1;
         }
-        let want = match kind {
-            Kind::Records(_, fields) => Want::Object(Kind::Listed(fields)),
-            Kind::Texts(_) => Want::Item,
-            Kind::UnknownList | Kind::UnknownObject => Want::Unknown,
-            Kind::Pairs(_) => {
-                let name = self.bytes.get(start..self.write).unwrap_or(&[]);
-                if name.is_empty() || name.contains(&b'=') {
-                    return Err(Fault::Name);
-                }
-                self.put(b'=');
-                Want::Item
-            }
-            Kind::Record(fields) | Kind::Listed(fields) => {
-                self.known(fields, start, matches!(kind, Kind::Listed(_)))
-            }
-        };
-        Ok(Next::Value(want))
+        frame.count += 1;
+        frame.mark = self.write as u32;
+        self.shape = shape;
+        if frame.count > shape.max {
+            return Err(Fault::TooMany);
+        }
+        if frame.end == b'}' {
+            self.name()?;
+        }
+        if shape.kind != Kind::Record {
+            self.shape = shape.members.first().map_or(&ANY, |(_, shape)| shape);
+        }
+        Ok(true)
     }
 
-    /// What the member must be whose name was written at `start`; the name is dropped.
-    fn known(&mut self, fields: Fields, start: usize, listed: bool) -> Want {
-        let name = self.bytes.get(start..self.write).unwrap_or(&[]);
-        let known = fields.iter().find(|(field, _)| field.as_bytes() == name);
-        self.write = start;
-        let (Some((field, shape)), Some(frame)) = (known, self.open.last_mut()) else {
-            return Want::Unknown;
-        };
-        frame.name = field;
-        match shape {
-            Shape::Text(slot) if listed => {
-                self.put(FIRST_FIELD.wrapping_add(*slot));
-                Want::Item
-            }
-            Shape::Number(slot, max) if listed => {
-                self.put(FIRST_FIELD.wrapping_add(*slot));
-                Want::Number(*max)
-            }
-            shape => Want::Shape(shape),
+    /// The name of a member; of a record's, what its value must be.
+    fn name(&mut self) -> Result<(), Fault> {
+        let start = self.write;
+        let shape = self.shape;
+        if self.peek() != b'"' {
+            return Err(Fault::Malformed);
         }
+        self.string(shape.kind == Kind::Pairs)?;
+        if self.peek() != b':' {
+            return Err(Fault::Malformed);
+        }
+        self.read += 1;
+        let name = self.bytes.get(start..self.write).unwrap_or(&[]);
+        if shape.kind == Kind::Record {
+            let mut members = shape.members.iter();
+            let known = members.find(|(known, _)| known.as_bytes() == name);
+            self.write = start;
+            self.frame.known = known;
+            self.shape = known.map_or(&ANY, |(_, shape)| shape);
+            if self.shape.slot.is_ascii_uppercase() {
+                self.put(self.shape.slot);
+            }
+        } else if shape.kind == Kind::Pairs {
+            if name.is_empty() || find(name, b'=').is_some() {
+                return Err(Fault::Name);
+            }
+            self.put(b'=');
+        }
+        Ok(())
     }
 
     /// Closes the innermost container.
-    fn leave(&mut self) -> Result<Next, Fault> {
+    fn leave(&mut self) {
         self.read += 1;
-        let Some(frame) = self.open.pop() else {
-            return Err(Fault::Malformed);
-        };
-        if let Kind::Listed(_) = frame.kind {
+        let Frame { shape, start, .. } = self.frame;
+        if let Some(outer) = self.outer.pop() {
+            self.frame = outer;
+        }
+        if self.frame.shape.kind == Kind::Records {
             self.put(0);
         }
-        if let Some(slot) = frame.slot {
-            self.note(slot, frame.start);
-        }
-        Ok(Next::After)
+        self.note(shape.slot, start as usize);
     }
 
     /// A string, decoded. `keep`: it will be used, so it must not have a NUL.
     fn string(&mut self, keep: bool) -> Result<(), Fault> {
         self.read += 1;
         loop {
-            match self.take()? {
+            let byte = match self.take() {
                 b'"' => return Ok(()),
-                b'\\' => match self.take()? {
-                    b'b' => self.put(0x08),
-                    b'f' => self.put(0x0c),
-                    b'n' => self.put(b'\n'),
-                    b'r' => self.put(b'\r'),
-                    b't' => self.put(b'\t'),
-                    plain @ (b'/' | b'"' | b'\\') => self.put(plain),
-                    b'u' => self.code_unit(keep)?,
+                b'\\' => match self.take() {
+                    b'b' => 0x08,
+                    b'f' => 0x0c,
+                    b'n' => b'\n',
+                    b'r' => b'\r',
+                    b't' => b'\t',
+                    plain @ (b'/' | b'"' | b'\\') => plain,
+                    b'u' => {
+                        self.code_unit(keep)?;
+                        continue;
+                    }
                     _ => return Err(Fault::Malformed),
                 },
                 0..0x20 => return Err(Fault::Malformed),
-                byte => self.put(byte),
-            }
+                byte => byte,
+            };
+            self.put(byte);
         }
     }
 
     /// A `\u` escape, with the second half of a surrogate pair if it is there.
     fn code_unit(&mut self, keep: bool) -> Result<(), Fault> {
-        let mut code = self.hex4().ok_or(Fault::Malformed)?;
-        self.read += 4;
-        if (0xd800..0xdc00).contains(&code)
-            && self.bytes.get(self.read..self.read + 2) == Some(b"\\u")
-        {
-            self.read += 2;
-            match self.hex4() {
-                Some(low @ 0xdc00..0xe000) => {
-                    code = 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
-                    self.read += 4;
-                }
-                _ => self.read -= 2,
+        let mut code = self.hex4()?;
+        if code >> 10 == 0xd800 >> 10 {
+            let behind = self.read;
+            let low = match (self.take(), self.take()) {
+                (b'\\', b'u') => self.hex4()?,
+                _ => 0,
+            };
+            if low >> 10 == 0xdc00 >> 10 {
+                code = 0x10000 + ((code & 0x3ff) << 10) + (low & 0x3ff);
+            } else {
+                self.read = behind;
             }
+        }
+        if code >> 11 == 0xd800 >> 11 {
+            code = 0xfffd;
         }
         if code == 0 && keep {
             return Err(Fault::Nul);
         }
-        let mut utf8 = [0; 4];
-        let character = char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER);
-        character
-            .encode_utf8(&mut utf8)
-            .bytes()
-            .for_each(|byte| self.put(byte));
+        // RFC 3629 section 3: how many bytes follow the first, and what they start with.
+        let more = match code {
+            0..0x80 => {
+                self.put(code as u8);
+                return Ok(());
+            }
+            0x80..0x800 => 1,
+            0x800..0x10000 => 2,
+            _ => 3,
+        };
+        self.put((0x1f80u32 >> more) as u8 | (code >> (6 * more)) as u8);
+        for at in (0..more).rev() {
+            self.put(0x80 | (code >> (6 * at)) as u8 & 0x3f);
+        }
         Ok(())
     }
 
     /// The four hexadecimal digits that come next.
-    fn hex4(&self) -> Option<u32> {
-        let digits = self.bytes.get(self.read..self.read + 4)?;
-        digits.iter().try_fold(0, |sum, &digit| {
-            Some(sum << 4 | char::from(digit).to_digit(16)?)
-        })
+    fn hex4(&mut self) -> Result<u32, Fault> {
+        let mut code = 0;
+        for _ in 0..4 {
+            let digit = hexadecimal(self.take()).ok_or(Fault::Malformed)?;
+            code = code << 4 | u32::from(digit);
+        }
+        Ok(code)
     }
 
     fn word(&mut self, word: &[u8]) -> Result<(), Fault> {
         for &wanted in word {
-            if self.take()? != wanted {
+            if self.take() != wanted {
                 return Err(Fault::Malformed);
             }
             self.put(wanted);
@@ -690,31 +675,29 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// A number by the grammar of RFC 8259 section 6; with `max`, an integer up to it.
-    fn number(&mut self, max: Option<u32>) -> Result<(), Fault> {
+    /// A number by the grammar of RFC 8259 section 6; one that is wanted is an integer.
+    fn number(&mut self) -> Result<(), Fault> {
         let start = self.read;
-        let _negative = self.accept(b'-');
-        match self.take()? {
-            b'0' => {}
-            b'1'..=b'9' => self.digits(),
-            _ => return Err(Fault::Malformed),
+        self.accept(b'-');
+        if !self.accept(b'0') {
+            self.digits()?;
         }
         let whole = self.read;
         if self.accept(b'.') {
-            self.some_digits()?;
+            self.digits()?;
         }
         if self.accept(b'e') || self.accept(b'E') {
             let _signed = self.accept(b'+') || self.accept(b'-');
-            self.some_digits()?;
+            self.digits()?;
         }
-        if let Some(max) = max {
+        if self.shape.kind == Kind::Number {
             if whole != self.read {
-                return Err(Fault::Wants("a whole number"));
+                return Err(Fault::Type);
             }
             // A sign is no digit.
             let value = decimal(self.bytes.get(start..whole).unwrap_or(&[]));
-            if value.is_none_or(|value| value > max) {
-                return Err(Fault::OutOfRange(max));
+            if value.is_none_or(|value| value > self.shape.max) {
+                return Err(Fault::OutOfRange);
             }
         }
         for at in start..self.read {
@@ -724,41 +707,43 @@ impl Pass<'_> {
         Ok(())
     }
 
-    fn some_digits(&mut self) -> Result<(), Fault> {
-        if !self.take()?.is_ascii_digit() {
+    /// One digit at least.
+    fn digits(&mut self) -> Result<(), Fault> {
+        if !self.take().is_ascii_digit() {
             return Err(Fault::Malformed);
         }
-        self.digits();
+        while self.here().is_ascii_digit() {
+            self.read += 1;
+        }
         Ok(())
     }
 
-    fn digits(&mut self) {
-        while self.bytes.get(self.read).is_some_and(u8::is_ascii_digit) {
-            self.read += 1;
-        }
-    }
-
+    #[inline(never)]
     fn accept(&mut self, byte: u8) -> bool {
-        let there = self.bytes.get(self.read) == Some(&byte);
+        let there = self.here() == byte;
         self.read += usize::from(there);
         there
     }
 
-    /// The next byte that is not white space, which stays to be read.
-    fn peek(&mut self) -> Option<u8> {
-        while matches!(
-            self.bytes.get(self.read),
-            Some(b' ' | b'\t' | b'\n' | b'\r')
-        ) {
+    /// The next byte that is not white space, which stays to be read; 0 at the end.
+    #[inline(never)]
+    fn peek(&mut self) -> u8 {
+        while let b' ' | b'\t' | b'\n' | b'\r' = self.here() {
             self.read += 1;
         }
-        self.bytes.get(self.read).copied()
+        self.here()
     }
 
-    fn take(&mut self) -> Result<u8, Fault> {
-        let byte = self.bytes.get(self.read).copied().ok_or(Fault::Malformed)?;
-        self.read += 1;
-        Ok(byte)
+    /// The next byte; 0, which stands nowhere in JSON, at the end.
+    #[inline(never)]
+    fn take(&mut self) -> u8 {
+        let byte = self.here();
+        self.read += usize::from(byte != 0);
+        byte
+    }
+
+    fn here(&self) -> u8 {
+        self.bytes.get(self.read).copied().unwrap_or(0)
     }
 
     #[inline(never)]
@@ -770,68 +755,77 @@ impl Pass<'_> {
         }
     }
 
-    /// The path of the value being read, as far as its members are known ones.
-    fn path(&self) -> Line {
+    /// The path of the value being read, as far as its members are known ones, and what is wrong.
+    #[inline(never)]
+    fn refusal(&self, fault: Fault) -> Line {
         let mut line = Line::new();
-        for frame in &self.open {
-            match frame.kind {
-                Kind::Record(_) | Kind::Listed(_) if !frame.name.is_empty() => {
+        for frame in self.outer.iter().chain([&self.frame]) {
+            match (frame.known, frame.shape.kind) {
+                (Some((name, _)), _) => {
                     if !line.as_bytes().is_empty() {
                         line.put(b'.');
                     }
-                    line.add(frame.name);
+                    line.add(name);
                 }
-                Kind::Records(..) | Kind::Texts(_) => {
-                    line.add("[").add(frame.count).add("]");
+                (None, Kind::Texts | Kind::Records) => {
+                    line.add("[").add(frame.count.saturating_sub(1)).add("]");
                 }
                 _ => {}
             }
         }
+        if !line.as_bytes().is_empty() {
+            line.add(": ");
+        }
+        let shape = self.shape;
+        match fault {
+            Fault::Malformed => line.add("not JSON at byte ").add(self.read),
+            Fault::NotUtf8 => line.add("not UTF-8 at byte ").add(self.read),
+            Fault::TooDeep => line.add("nested deeper than ").add(DEPTH).add(" levels"),
+            Fault::Nul => line.add("has a NUL character"),
+            Fault::Type => line.add("must be ").add(shape.kind.name()),
+            Fault::OutOfRange => line.add("must be from 0 to ").add(shape.max),
+            Fault::TooMany => line.add("more than ").add(shape.max).add(" entries"),
+            Fault::Name => line.add("a name is empty or has '=' in it"),
+        };
         line
     }
 }
 
-fn mismatch(want: Want) -> Fault {
-    Fault::Wants(match want {
-        Want::Item | Want::Unknown | Want::Shape(Shape::Text(_)) => "a string",
-        Want::Shape(Shape::Flag(_)) => "true or false",
-        Want::Number(_) | Want::Shape(Shape::Number(..)) => "a whole number",
-        Want::Shape(Shape::Texts(..)) => "a list of strings",
-        Want::Shape(Shape::Pairs(..)) => "an object of strings",
-        Want::Shape(Shape::Records(..)) => "a list",
-        Want::Object(_) | Want::Shape(Shape::Record(_)) => "an object",
-    })
-}
+/// What an unknown member may be.
+static ANY: Shape = Shape::new(Kind::Any, NOWHERE, u32::MAX, &[]);
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     static FIELDS: Fields = &[
-        ("Text", Shape::Text(0)),
-        ("Flag", Shape::Flag(1)),
-        ("Number", Shape::Number(2, 65_535)),
-        ("Texts", Shape::Texts(3, 3)),
-        ("Pairs", Shape::Pairs(4, 2)),
+        ("Text", Shape::text(0)),
+        ("Flag", Shape::flag(1)),
+        ("Number", Shape::number(2, 65_535)),
+        ("Texts", Shape::texts(3, 3)),
+        ("Pairs", Shape::pairs(4, 2)),
         (
             "List",
-            Shape::Records(
+            Shape::records(
                 5,
                 2,
-                &[("Name", Shape::Text(0)), ("Size", Shape::Number(1, 128))],
+                &[(
+                    "[]",
+                    Shape::record(&[
+                        ("Name", Shape::text(b'N')),
+                        ("Size", Shape::number(b'S', 128)),
+                    ]),
+                )],
             ),
         ),
-        ("Record", Shape::Record(&[("Deep", Shape::Texts(6, 2))])),
+        ("Record", Shape::record(&[("Deep", Shape::texts(6, 2))])),
     ];
 
-    fn with<R>(document: &[u8], look: impl FnOnce(Document) -> R) -> Result<R, (Fault, String)> {
+    fn with<R>(document: &[u8], look: impl FnOnce(Document) -> R) -> Result<R, String> {
         let mut bytes = document.to_vec();
         match read(&mut bytes, FIELDS) {
             Ok(spans) => Ok(look(Document::new(&bytes, spans))),
-            Err(error) => Err((
-                error.fault,
-                String::from_utf8(error.path.as_bytes().to_vec()).unwrap(),
-            )),
+            Err(why) => Err(String::from_utf8(why.as_bytes().to_vec()).unwrap()),
         }
     }
 
@@ -843,7 +837,7 @@ mod tests {
         texts.iter().map(string).collect()
     }
 
-    fn refused(document: &str) -> (Fault, String) {
+    fn refused(document: &str) -> String {
         with(document.as_bytes(), |_| ()).unwrap_err()
     }
 
@@ -894,7 +888,7 @@ mod tests {
         with(document, |document| {
             assert_eq!(string(document.text(0)), "b");
             assert_eq!(strings(document.texts(3)), ["z"]);
-            assert_eq!(document.records(5).iter().next().unwrap().number(1), 2);
+            assert_eq!(document.records(5).iter().next().unwrap().number(b'S'), 2);
         })
         .unwrap();
     }
@@ -902,7 +896,7 @@ mod tests {
     #[test]
     fn listed_objects_are_read_field_by_field() {
         let document = r#"{"List":[{"Size":7,"X":[{"Name":"no"}],"Name":"a\"b","Y":null},{"Name":null,"Size":1}]}"#;
-        let read = |record: Record| (string(record.text(0)), record.number(1));
+        let read = |record: Record| (string(record.text(b'N')), record.number(b'S'));
         let records = with(document.as_bytes(), |document| {
             document.records(5).iter().map(read).collect::<Vec<_>>()
         });
@@ -933,11 +927,10 @@ mod tests {
         let mut text = Vec::new();
         let mut at = 0;
         for end in (0..bytes.len()).step_by(step).skip(1).chain([bytes.len()]) {
-            while let Some((piece, length, used)) = escape_next(&bytes[at..end], end == bytes.len())
-            {
-                text.extend(&piece[..length]);
-                at += used;
-            }
+            at += escape(&bytes[at..end], end == bytes.len(), &mut |piece| {
+                text.extend(piece);
+                true
+            });
         }
         String::from_utf8(text).unwrap()
     }
@@ -988,9 +981,14 @@ mod tests {
                 "Record.Deep[1]",
             ),
         ] {
+            let path = if path.is_empty() {
+                String::new()
+            } else {
+                format!("{path}: ")
+            };
             assert_eq!(
                 refused(document),
-                (Fault::Wants(wanted), path.to_owned()),
+                format!("{path}must be {wanted}"),
                 "{document}"
             );
         }
@@ -998,30 +996,38 @@ mod tests {
 
     #[test]
     fn limits_are_errors_that_name_the_limit() {
-        assert_eq!(refused(r#"{"Texts":["","","",""]}"#).0, Fault::TooMany(3));
-        assert_eq!(
-            refused(r#"{"Pairs":{"a":"","b":"","c":""}}"#).0,
-            Fault::TooMany(2)
-        );
-        assert_eq!(refused(r#"{"List":[{},{},{}]}"#).0, Fault::TooMany(2));
-        assert_eq!(refused(r#"{"Number":65536}"#).0, Fault::OutOfRange(65_535));
-        assert_eq!(refused(r#"{"Number":-1}"#).0, Fault::OutOfRange(65_535));
-        assert_eq!(
-            refused(r#"{"Number":99999999999999999999}"#).0,
-            Fault::OutOfRange(65_535)
-        );
+        for (document, why) in [
+            (
+                r#"{"Texts":["","","",""]}"#,
+                "Texts[3]: more than 3 entries",
+            ),
+            (
+                r#"{"Pairs":{"a":"","b":"","c":""}}"#,
+                "Pairs: more than 2 entries",
+            ),
+            (r#"{"List":[{},{},{}]}"#, "List[2]: more than 2 entries"),
+            (r#"{"Number":65536}"#, "Number: must be from 0 to 65535"),
+            (r#"{"Number":-1}"#, "Number: must be from 0 to 65535"),
+            (
+                r#"{"Number":99999999999999999999}"#,
+                "Number: must be from 0 to 65535",
+            ),
+        ] {
+            assert_eq!(refused(document), why);
+        }
     }
 
     #[test]
     fn nesting_is_bounded_without_recursion() {
+        const TOO_DEEP: &str = "nested deeper than 64 levels";
         let nested =
             |depth: usize| format!(r#"{{"x":{}{}}}"#, "[".repeat(depth), "]".repeat(depth));
         assert!(with(nested(DEPTH - 1).as_bytes(), |_| ()).is_ok());
-        assert_eq!(refused(&nested(DEPTH)).0, Fault::TooDeep);
-        assert_eq!(refused(&"[".repeat(1 << 20)).0, Fault::Wants("an object"));
+        assert_eq!(refused(&nested(DEPTH)), TOO_DEEP);
+        assert_eq!(refused(&"[".repeat(1 << 20)), "must be an object");
         assert_eq!(
-            refused(&format!(r#"{{"x":{}"#, "[".repeat(1 << 20))).0,
-            Fault::TooDeep
+            refused(&format!(r#"{{"x":{}"#, "[".repeat(1 << 20))),
+            TOO_DEEP
         );
     }
 
@@ -1060,11 +1066,14 @@ mod tests {
             "{\"a\":1}\0",
             "{\"a\":\u{a0}1}",
         ] {
-            assert_eq!(refused(document).0, Fault::Malformed, "{document:?}");
+            assert!(
+                refused(document).contains("not JSON at byte "),
+                "{document:?}"
+            );
         }
         assert_eq!(
-            with(b"{\"a\":\"\xff\"}", |_| ()).unwrap_err().0,
-            Fault::NotUtf8
+            with(b"{\"a\":\"\xff\"}", |_| ()).unwrap_err(),
+            "not UTF-8 at byte 6"
         );
     }
 
@@ -1072,19 +1081,20 @@ mod tests {
     fn a_nul_is_refused_where_it_would_be_used_and_ignored_where_not() {
         assert_eq!(
             refused(r#"{"Text":"a\u0000b"}"#),
-            (Fault::Nul, "Text".to_owned())
+            "Text: has a NUL character"
         );
         assert_eq!(
             refused(r#"{"Texts":["a","\u0000"]}"#),
-            (Fault::Nul, "Texts[1]".to_owned())
+            "Texts[1]: has a NUL character"
         );
         assert!(with(br#"{"Other":"\u0000","\u0000":1}"#, |_| ()).is_ok());
     }
 
     #[test]
     fn names_in_an_object_of_strings_can_be_set_in_an_environment() {
-        assert_eq!(refused(r#"{"Pairs":{"":"x"}}"#).0, Fault::Name);
-        assert_eq!(refused(r#"{"Pairs":{"a=b":"x"}}"#).0, Fault::Name);
+        const NAME: &str = "Pairs: a name is empty or has '=' in it";
+        assert_eq!(refused(r#"{"Pairs":{"":"x"}}"#), NAME);
+        assert_eq!(refused(r#"{"Pairs":{"a=b":"x"}}"#), NAME);
     }
 
     #[test]

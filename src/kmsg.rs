@@ -1,6 +1,6 @@
 //! Records of /dev/kmsg (Documentation/ABI/testing/dev-kmsg): did the OOM killer kill this process?
 
-use crate::json::decimal;
+use crate::bytes::decimal;
 
 /// Whether `record` is the kernel's own word that its OOM killer chose process `pid`.
 ///

@@ -17,6 +17,7 @@
 pub mod accounts;
 pub mod address;
 pub mod buffer;
+pub mod bytes;
 pub mod command;
 pub mod config;
 pub mod digest;

@@ -7,8 +7,9 @@ use crate::why;
 use crate::{files, root};
 use core::ffi::CStr;
 use core::net::{IpAddr, SocketAddrV4};
+use pigeon_init::bytes::decimal;
 use pigeon_init::config::Config;
-use pigeon_init::json::{Spans, decimal};
+use pigeon_init::json::Spans;
 use pigeon_init::mmds::{self, TOKEN};
 use pigeon_init::text::Line;
 use pigeon_init::{netlink, text};
@@ -87,7 +88,7 @@ pub fn load(
 
 /// Decodes a document; `None` when it has nothing to run.
 fn decode(document: &mut [u8]) -> Outcome<Option<Spans>> {
-    let spans = Config::decode(document).map_err(|error| text!(error))?;
+    let spans = Config::decode(document)?;
     Ok(Config::new(document, spans).has_command().then_some(spans))
 }
 

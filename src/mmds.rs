@@ -3,7 +3,7 @@
 //! The service (docs/mmds in Firecracker) answers with an empty reason phrase, always gives a
 //! Content-Length, never sends chunks and never closes first: a reader stops at the length.
 
-use crate::json::decimal;
+use crate::bytes::decimal;
 use core::net::Ipv4Addr;
 
 /// Where the service listens, on port 80.

@@ -2,6 +2,7 @@
 
 use crate::config;
 use crate::json::{self, Document, Fields, Shape, Text, Texts};
+use crate::text::Line;
 
 /// Longest time a one-shot command may be given, in milliseconds: a day.
 const TIMEOUT: u32 = 86_400_000;
@@ -9,14 +10,15 @@ const TIMEOUT: u32 = 86_400_000;
 const CELLS: u32 = 65_535;
 
 /// A body of `fields`, decoded where it lies.
-fn read<'a>(body: &'a mut [u8], fields: Fields) -> Result<Document<'a>, json::Error> {
+fn read<'a>(body: &'a mut [u8], fields: Fields) -> Result<Document<'a>, Line> {
     let spans = json::read(body, fields)?;
     Ok(Document::new(body, spans))
 }
 
 /// `POST /v1/signals`: the signal's number, 0 when absent.
-pub fn signal(body: &mut [u8]) -> Result<u32, json::Error> {
-    read(body, &[("signal", Shape::Number(0, 64))]).map(|body| body.number(0))
+pub fn signal(body: &mut [u8]) -> Result<u32, Line> {
+    const FIELDS: Fields = &[("signal", Shape::number(0, 64))];
+    read(body, FIELDS).map(|body| body.number(0))
 }
 
 /// `POST /v1/exec`, or the first message of `GET /v1/ws/exec`.
@@ -25,35 +27,29 @@ pub struct Exec<'a>(Document<'a>);
 
 impl<'a> Exec<'a> {
     /// Reads the body of a one-shot command.
-    pub fn read(body: &'a mut [u8]) -> Result<Self, json::Error> {
-        read(
-            body,
-            &[
-                ("cmd", Shape::Texts(0, config::ARGV)),
-                ("env", Shape::Texts(1, config::ENV)),
-                ("cwd", Shape::Text(2)),
-                ("user", Shape::Text(3)),
-                ("timeout_ms", Shape::Number(4, TIMEOUT)),
-            ],
-        )
-        .map(Self)
+    pub fn read(body: &'a mut [u8]) -> Result<Self, Line> {
+        const FIELDS: Fields = &[
+            ("cmd", Shape::texts(0, config::ARGV)),
+            ("env", Shape::texts(1, config::ENV)),
+            ("cwd", Shape::text(2)),
+            ("user", Shape::text(3)),
+            ("timeout_ms", Shape::number(4, TIMEOUT)),
+        ];
+        read(body, FIELDS).map(Self)
     }
 
     /// Reads the first message of a session.
-    pub fn read_session(message: &'a mut [u8]) -> Result<Self, json::Error> {
-        read(
-            message,
-            &[
-                ("command", Shape::Texts(0, config::ARGV)),
-                ("env", Shape::Texts(1, config::ENV)),
-                ("cwd", Shape::Text(2)),
-                ("user", Shape::Text(3)),
-                ("tty", Shape::Flag(5)),
-                ("cols", Shape::Number(6, CELLS)),
-                ("rows", Shape::Number(7, CELLS)),
-            ],
-        )
-        .map(Self)
+    pub fn read_session(message: &'a mut [u8]) -> Result<Self, Line> {
+        const FIELDS: Fields = &[
+            ("command", Shape::texts(0, config::ARGV)),
+            ("env", Shape::texts(1, config::ENV)),
+            ("cwd", Shape::text(2)),
+            ("user", Shape::text(3)),
+            ("tty", Shape::flag(5)),
+            ("cols", Shape::number(6, CELLS)),
+            ("rows", Shape::number(7, CELLS)),
+        ];
+        read(message, FIELDS).map(Self)
     }
 
     /// The command: `cmd` of a one-shot command, `command` of a session.
@@ -98,16 +94,13 @@ pub struct Control<'a>(Document<'a>);
 
 impl<'a> Control<'a> {
     /// Reads a message.
-    pub fn read(message: &'a mut [u8]) -> Result<Self, json::Error> {
-        read(
-            message,
-            &[
-                ("cols", Shape::Number(0, CELLS)),
-                ("rows", Shape::Number(1, CELLS)),
-                ("stdin", Shape::Text(2)),
-            ],
-        )
-        .map(Self)
+    pub fn read(message: &'a mut [u8]) -> Result<Self, Line> {
+        const FIELDS: Fields = &[
+            ("cols", Shape::number(0, CELLS)),
+            ("rows", Shape::number(1, CELLS)),
+            ("stdin", Shape::text(2)),
+        ];
+        read(message, FIELDS).map(Self)
     }
 
     /// The terminal's new size in columns and rows; 0 is no change.

@@ -1,5 +1,6 @@
 //! Lines of text without `core::fmt`: log lines, error messages, small JSON answers.
 
+use crate::bytes::{character, split};
 use core::net::IpAddr;
 
 /// Longest line: a message, a path of 255 bytes twice, and room for the rest.
@@ -21,9 +22,8 @@ const CUT: &[u8] = "…".as_bytes();
 
 /// A line's bytes.
 struct Content {
-    bytes: [u8; LINE],
     length: usize,
-    cut: bool,
+    bytes: [u8; LINE],
 }
 
 #[allow(unsafe_code)]
@@ -47,9 +47,8 @@ mod buffers {
             Self {
                 taken: AtomicBool::new(false),
                 content: UnsafeCell::new(Content {
-                    bytes: [0; LINE],
                     length: 0,
-                    cut: false,
+                    bytes: [0; LINE],
                 }),
             }
         }
@@ -69,7 +68,6 @@ mod buffers {
             let mut buffer = Self(SLOTS.iter().find(free).unwrap_or(&NONE));
             if let Some(content) = buffer.content_mut() {
                 content.length = 0;
-                content.cut = false;
             }
             buffer
         }
@@ -146,29 +144,26 @@ impl Line {
     /// Appends raw bytes.
     #[inline(never)]
     pub fn push(&mut self, bytes: &[u8]) {
-        let Some(content) = self.0.content_mut() else {
-            return;
-        };
-        for &byte in bytes {
-            if content.cut {
-                return;
-            }
-            content.cut = content.length + CUT.len() >= LINE;
-            let (piece, length) = if content.cut {
-                (CUT, CUT.len())
-            } else {
-                (&[byte][..], 1)
-            };
-            let room = content.bytes.iter_mut().skip(content.length);
-            room.zip(piece).for_each(|(slot, byte)| *slot = *byte);
-            content.length += length;
-        }
+        bytes.iter().for_each(|byte| self.put(*byte));
     }
 
     /// Appends one byte.
     #[inline(never)]
     pub fn put(&mut self, byte: u8) {
-        self.push(&[byte]);
+        let Some(content) = self.0.content_mut() else {
+            return;
+        };
+        let (text, end) = content.bytes.split_at_mut(LINE - CUT.len());
+        match text.get_mut(content.length) {
+            Some(slot) => {
+                *slot = byte;
+                content.length += 1;
+            }
+            None => {
+                end.copy_from_slice(CUT);
+                content.length = LINE;
+            }
+        }
     }
 
     /// Appends ` key=value`; a value with spaces, quotes or control bytes is quoted.
@@ -189,14 +184,14 @@ impl Line {
         self
     }
 
-    /// Appends `"…"` with `"`, `\` and control bytes escaped, as in JSON.
+    /// Appends `"…"`: a JSON string.
     #[inline(never)]
     pub fn quoted(&mut self, bytes: &[u8]) -> &mut Self {
         self.put(b'"');
-        for &byte in bytes {
-            let (escape, len) = crate::json::escape(byte);
-            self.push(escape.get(..len).unwrap_or(&[]));
-        }
+        crate::json::escape(bytes, true, &mut |piece| {
+            self.push(piece);
+            true
+        });
         self.put(b'"');
         self
     }
@@ -234,12 +229,17 @@ impl Show for str {
 
 /// Bytes are shown as they are; invalid UTF-8 becomes U+FFFD.
 impl Show for [u8] {
+    #[inline(never)]
     fn show(&self, line: &mut Line) {
-        for chunk in self.utf8_chunks() {
-            line.push(chunk.valid().as_bytes());
-            if !chunk.invalid().is_empty() {
-                line.push("\u{fffd}".as_bytes());
-            }
+        let mut rest = self;
+        while !rest.is_empty() {
+            let (piece, used) = match character(rest) {
+                Ok(length) => (rest.get(..length).unwrap_or(&[]), length),
+                Err(0) => ("\u{fffd}".as_bytes(), rest.len()),
+                Err(length) => ("\u{fffd}".as_bytes(), length),
+            };
+            line.push(piece);
+            rest = rest.get(used..).unwrap_or(&[]);
         }
     }
 }
@@ -262,20 +262,28 @@ impl Show for bool {
     }
 }
 
+/// The digits of numbers.
+pub(crate) const DIGITS: &[u8; 16] = b"0123456789abcdef";
+
+/// Appends a number to the base 10 or 16.
+#[inline(never)]
+fn number(line: &mut Line, mut rest: u64, base: u64) {
+    let mut digits = [0; 20];
+    let mut start = digits.len();
+    for slot in digits.iter_mut().rev() {
+        *slot = DIGITS.get((rest % base) as usize).copied().unwrap_or(0);
+        rest /= base;
+        start -= 1;
+        if rest == 0 {
+            break;
+        }
+    }
+    line.push(digits.get(start..).unwrap_or(&[]));
+}
+
 impl Show for u64 {
     fn show(&self, line: &mut Line) {
-        let mut digits = [b'0'; 20];
-        let mut rest = *self;
-        let mut used = 0;
-        for slot in digits.iter_mut().rev() {
-            *slot = b'0' + (rest % 10) as u8;
-            rest /= 10;
-            used += 1;
-            if rest == 0 {
-                break;
-            }
-        }
-        line.push(digits.get(digits.len() - used..).unwrap_or(&[]));
+        number(line, *self, 10);
     }
 }
 
@@ -300,35 +308,25 @@ impl Show for i32 {
     }
 }
 
+/// IPv6 with every group, uncompressed: valid, and enough for a log line.
 impl Show for IpAddr {
+    #[inline(never)]
     fn show(&self, line: &mut Line) {
+        let mut join = |at: usize, number: u16, sign, base| {
+            if at > 0 {
+                line.put(sign);
+            }
+            self::number(line, u64::from(number), base);
+        };
         match self {
             IpAddr::V4(ip) => {
-                for (at, octet) in ip.octets().iter().enumerate() {
-                    if at > 0 {
-                        line.put(b'.');
-                    }
-                    u32::from(*octet).show(line);
+                for (at, octet) in ip.octets().into_iter().enumerate() {
+                    join(at, u16::from(octet), b'.', 10);
                 }
             }
-            // Every group, uncompressed: valid, and enough for a log line.
             IpAddr::V6(ip) => {
-                for (at, group) in ip.segments().iter().enumerate() {
-                    if at > 0 {
-                        line.put(b':');
-                    }
-                    let mut leading = true;
-                    for shift in [12, 8, 4, 0] {
-                        let digit = (group >> shift & 15) as u8;
-                        if digit != 0 || !leading || shift == 0 {
-                            leading = false;
-                            line.put(if digit < 10 {
-                                b'0' + digit
-                            } else {
-                                b'a' - 10 + digit
-                            });
-                        }
-                    }
+                for (at, group) in ip.segments().into_iter().enumerate() {
+                    join(at, group, b':', 16);
                 }
             }
         }
@@ -340,11 +338,11 @@ impl Show for IpAddr {
 pub struct Errno(pub i32);
 
 impl Show for Errno {
+    #[inline(never)]
     fn show(&self, line: &mut Line) {
-        let position = ERRNO.iter().position(|number| i32::from(*number) == self.0);
-        let mut names = ERRNO_NAMES.as_bytes().split(|byte| *byte == b' ');
-        match position.and_then(|position| names.nth(position)) {
-            Some(name) => line.push(name),
+        let mut names = ERRNO.iter().zip(split(ERRNO_NAMES.as_bytes(), b' '));
+        match names.find(|(number, _)| i32::from(**number) == self.0) {
+            Some((_, name)) => line.push(name),
             None => {
                 line.add("errno ").add(self.0);
             }

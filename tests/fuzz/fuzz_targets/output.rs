@@ -3,16 +3,16 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use pigeon_init::json::escape_next;
+use pigeon_init::json::escape;
 
 fn escaped(bytes: &[u8], step: usize) -> String {
     let (mut text, mut at, mut end) = (vec![b'"'], 0, 0);
     while end < bytes.len() {
         end = bytes.len().min(end + step);
-        while let Some((piece, length, used)) = escape_next(&bytes[at..end], end == bytes.len()) {
-            text.extend(&piece[..length]);
-            at += used;
-        }
+        at += escape(&bytes[at..end], end == bytes.len(), &mut |piece| {
+            text.extend(piece);
+            true
+        });
     }
     text.push(b'"');
     String::from_utf8(text).unwrap()
