@@ -112,6 +112,13 @@ pub unsafe fn execve(path: &CStr, argv: *const *const u8, envp: *const *const u8
     }
 }
 
+/// Writes to standard output (1) or standard error (2), which may be closed (write(2)).
+pub fn write_standard(descriptor: usize, bytes: &[u8]) -> Result<usize> {
+    let args = [descriptor, bytes.as_ptr() as usize, bytes.len(), 0, 0, 0];
+    // SAFETY: reads the bytes of a live slice.
+    answer(unsafe { syscall(uapi::__NR_write, args) })
+}
+
 /// A set of signals as the kernel has it: bit `n - 1` is signal `n`.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
