@@ -1,7 +1,7 @@
 //! The end: unmounting, and everything written to the disks.
 
 use crate::root::pause;
-use crate::sys;
+use crate::sys::{self, Watch};
 use crate::task::name;
 use core::ffi::CStr;
 use pigeon_init::mountinfo::{self, Mount};
@@ -14,7 +14,7 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::system::RebootCommand;
 
 /// How long a busy volume is tried again, in milliseconds.
-const BUSY: i64 = 3000;
+const BUSY: u64 = 3000;
 /// Time between two tries, in milliseconds.
 const RETRY: i64 = 10;
 /// Volumes that can be kept for freezing when they cannot be unmounted.
@@ -28,9 +28,9 @@ pub fn quiesce(mounts: Option<&OwnedFd>, buffer: &mut [u8], warn: &mut dyn FnMut
     // A boot that failed half-way has its root here.
     let _none = rustix::mount::unmount(c"/newroot", UnmountFlags::NOFOLLOW);
     let mut stuck = heapless::Vec::<OwnedFd, STUCK>::new();
-    let mut tries = 0;
+    let watch = Watch::start();
     loop {
-        let patient = tries < BUSY / RETRY;
+        let patient = watch.passed() < BUSY;
         let table = mounts.map_or(0, |file| read_table(file, buffer));
         let busy = unmount_all(
             buffer.get(..table).unwrap_or(&[]),
@@ -42,7 +42,6 @@ pub fn quiesce(mounts: Option<&OwnedFd>, buffer: &mut [u8], warn: &mut dyn FnMut
             break;
         }
         pause(RETRY);
-        tries += 1;
     }
     // Volumes before the root: a volume may be a file on the root.
     for volume in &stuck {

@@ -1,7 +1,7 @@
 //! The configuration from Firecracker's metadata service, or from the initrd's file.
 
 use crate::interface::{self, Channel};
-use crate::sys;
+use crate::sys::Watch;
 use crate::task::{Outcome, name};
 use crate::why;
 use crate::{files, root};
@@ -63,8 +63,7 @@ pub fn load(
 ) -> Outcome<(Spans, &'static str)> {
     let mut answers = text!("no configuration");
     if source != Source::File {
-        let deadline = sys::milliseconds().saturating_add(patience.unwrap_or(PATIENCE));
-        match fetch(deadline, document) {
+        match fetch(patience.unwrap_or(PATIENCE), document) {
             Ok(spans) => return Ok((spans, "mmds")),
             Err(Answer::Wrong(why)) => return Err(text!("configuration from MMDS: ", why)),
             Err(Answer::None(why)) => answers.add("; MMDS: ").add(why),
@@ -101,7 +100,7 @@ enum Answer {
 }
 
 /// Asks the service until it gives a document with something to run, or time is up.
-fn fetch(deadline: u64, document: &mut [u8]) -> Result<Spans, Answer> {
+fn fetch(patience: u64, document: &mut [u8]) -> Result<Spans, Answer> {
     let index =
         interface::eth0_index().ok_or_else(|| Answer::None(text!("no network interface eth0")))?;
     let channel = Channel::open().map_err(Answer::None)?;
@@ -111,7 +110,7 @@ fn fetch(deadline: u64, document: &mut [u8]) -> Result<Spans, Answer> {
         .and_then(|()| channel.ensure(&netlink::add_address(index, guest, mmds::PREFIX)))
         .and_then(|()| channel.ensure(&netlink::add_host_route(index, mmds::ADDRESS)));
     let answer = match up {
-        Ok(()) => ask_until(deadline, document),
+        Ok(()) => ask_for(patience, document),
         Err(refusal) => Err(Answer::None(text!("prepare eth0: ", refusal))),
     };
     // Whether it worked or not; what was never added cannot be removed.
@@ -120,9 +119,10 @@ fn fetch(deadline: u64, document: &mut [u8]) -> Result<Spans, Answer> {
     answer
 }
 
-fn ask_until(deadline: u64, document: &mut [u8]) -> Result<Spans, Answer> {
+fn ask_for(patience: u64, document: &mut [u8]) -> Result<Spans, Answer> {
     let mut session = Session {
-        deadline,
+        watch: Watch::start(),
+        patience,
         connection: None,
         token: None,
         plain: false,
@@ -141,7 +141,7 @@ fn ask_until(deadline: u64, document: &mut [u8]) -> Result<Spans, Answer> {
             }
         };
         // A last question without time for its answer would only hide this one.
-        if sys::milliseconds().saturating_add(wait) >= deadline {
+        if session.watch.passed().saturating_add(wait) >= patience {
             return Err(Answer::None(why));
         }
         root::pause(wait as i64);
@@ -166,7 +166,9 @@ fn read_answer(document: &mut [u8], length: usize) -> Result<Spans, Answer> {
 
 /// A conversation with the service over one connection at a time.
 struct Session {
-    deadline: u64,
+    watch: Watch,
+    /// How long the watch may run, in milliseconds.
+    patience: u64,
     connection: Option<OwnedFd>,
     token: Option<heapless::Vec<u8, TOKEN>>,
     /// V2 was refused: ask without a token.
@@ -265,7 +267,7 @@ impl Session {
 
     /// Waits for the socket, as long as an answer may pause and time is not up.
     fn wait(&self, socket: &OwnedFd, events: PollFlags) -> Outcome {
-        let left = self.deadline.saturating_sub(sys::milliseconds()).min(PAUSE);
+        let left = self.patience.saturating_sub(self.watch.passed()).min(PAUSE);
         let time = rustix::event::Timespec {
             tv_sec: 0,
             tv_nsec: left as i64 * 1_000_000,

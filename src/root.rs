@@ -1,6 +1,7 @@
 //! The root file system: mounting it, and leaving the initramfs for it.
 
 use crate::mounts::{self, exists, make_directory};
+use crate::sys::Watch;
 use crate::task::{Outcome, Report, name};
 use crate::why;
 use crate::{files, spawn};
@@ -9,9 +10,9 @@ use core::mem::MaybeUninit;
 use pigeon_init::text;
 use pigeon_init::text::Line;
 use rustix::fd::OwnedFd;
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir};
 use rustix::io::Errno;
-use rustix::mount::MountFlags;
+use rustix::mount::{MountFlags, MoveMountFlags, move_mount};
 
 /// Where the root is mounted before it becomes the root.
 const NEW: &CStr = c"/newroot";
@@ -21,9 +22,9 @@ const DEVICE_WAIT: u64 = 2000;
 /// Mounts an ext4 volume, when its device has appeared; read-only where the device is.
 pub fn mount_volume(device: &CStr, target: &CStr, report: &Report) -> Outcome {
     let what = why!("mount ", device, " on ", target);
-    let mut waited = 0;
+    let watch = Watch::start();
     while !exists(device) {
-        if waited == DEVICE_WAIT {
+        if watch.passed() >= DEVICE_WAIT {
             return Err(text!(
                 "mount ",
                 device,
@@ -33,7 +34,6 @@ pub fn mount_volume(device: &CStr, target: &CStr, report: &Report) -> Outcome {
             ));
         }
         pause(1);
-        waited += 1;
     }
     let flags = MountFlags::RELATIME;
     match rustix::mount::mount(device, target, c"ext4", flags, None::<&CStr>) {
@@ -92,7 +92,12 @@ pub fn switch(report: &mut impl FnMut(Line)) -> Outcome {
             .get(1..)
             .and_then(|name| CStr::from_bytes_with_nul(name).ok());
         let target = target.unwrap_or(c".");
-        rustix::mount::mount_move(tree, target).map_err(why!("move ", tree, " onto the root"))?;
+        // A link there would lead out of the root, to what is deleted below: it is not followed.
+        move_mount(CWD, tree, CWD, target, MoveMountFlags::empty()).map_err(why!(
+            "move ",
+            tree,
+            " onto the root"
+        ))?;
     }
     if let Err(errno) = empty(&old) {
         report(text!("empty the initramfs: ", name(errno)));

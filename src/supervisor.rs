@@ -37,8 +37,6 @@ const UNKILLABLE: u64 = 2000;
 const QUIESCE: u64 = 30_000;
 /// How long a console that takes nothing is waited for at the end, in milliseconds.
 const SILENCE: u64 = 3000;
-/// A wait that ends so much too late was no wait: the VM was paused, in milliseconds.
-const PAUSED: u64 = 1000;
 
 const SIGCHLD: u32 = 17;
 const SIGKILL: u32 = 9;
@@ -231,7 +229,7 @@ impl Supervisor {
         self.poller.wait(timeout, &mut events);
         self.now = self.clock();
         if let Some(late) = timeout.and_then(|timeout| self.now.checked_sub(start + timeout))
-            && late > PAUSED
+            && late > sys::PAUSED
         {
             self.paused += late;
             self.now -= late;

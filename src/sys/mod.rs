@@ -8,7 +8,7 @@ mod arch;
 mod arch;
 
 use arch::syscall;
-use core::cell::UnsafeCell;
+use core::cell::{Cell, UnsafeCell};
 use core::ffi::{CStr, c_char};
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -112,13 +112,6 @@ pub unsafe fn execve(path: &CStr, argv: *const *const u8, envp: *const *const u8
     }
 }
 
-/// Writes to standard output (1) or standard error (2), which may be closed (write(2)).
-pub fn write_standard(descriptor: usize, bytes: &[u8]) -> Result<usize> {
-    let args = [descriptor, bytes.as_ptr() as usize, bytes.len(), 0, 0, 0];
-    // SAFETY: reads the bytes of a live slice.
-    answer(unsafe { syscall(uapi::__NR_write, args) })
-}
-
 /// A set of signals as the kernel has it: bit `n - 1` is signal `n`.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
@@ -214,6 +207,33 @@ pub fn milliseconds() -> u64 {
     (time.tv_sec as u64)
         .wrapping_mul(1000)
         .wrapping_add(time.tv_nsec as u64 / 1_000_000)
+}
+
+/// A longer step of the clock than a second is a pause of the VM, where steps are short.
+pub const PAUSED: u64 = 1000;
+
+/// How long something takes, in milliseconds; the VM's pauses count as [`PAUSED`] at most.
+pub struct Watch {
+    last: Cell<u64>,
+    passed: Cell<u64>,
+}
+
+impl Watch {
+    /// Starts at 0.
+    pub fn start() -> Self {
+        Self {
+            last: Cell::new(milliseconds()),
+            passed: Cell::new(0),
+        }
+    }
+
+    /// The time up to now; to be asked again and again.
+    pub fn passed(&self) -> u64 {
+        let now = milliseconds();
+        let step = now.saturating_sub(self.last.replace(now)).min(PAUSED);
+        self.passed.set(self.passed.get().saturating_add(step));
+        self.passed.get()
+    }
 }
 
 /// An ioctl(2) with a number for its argument.
