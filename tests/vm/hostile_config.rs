@@ -1,0 +1,1018 @@
+//! Bad configurations and bad roots: each gives its one clear line and an orderly end.
+//!
+//! A boot is quick, its machine is not. So one VM boots all of them: each has pigeon-init as PID 1 of
+//! a PID namespace, in an initramfs and on a root of its own, and its reboot ends the namespace
+//! (pid_namespaces(7)). The VM's own PID 1 leaves the vsock port to them.
+
+use std::{collections::HashSet, fs, process::Command};
+
+use anyhow::{Context, Result, ensure};
+use pigeon_lab::{
+    End, Vm,
+    assets::{self, Kernel},
+    disk::{Image, Tree},
+    guest,
+};
+use serde_json::{Value, json};
+
+/// A document that no root makes right, and what is said about it: by `--check` and by a boot.
+struct Refused {
+    name: String,
+    document: Vec<u8>,
+    says: String,
+}
+
+/// A document that is fine but for `rest`.
+fn with(rest: Value) -> Vec<u8> {
+    let mut document = rest;
+    if document["ExecOverride"].is_null() {
+        document["ExecOverride"] = json!(["/bin/true"]);
+    }
+    document.to_string().into_bytes()
+}
+
+/// Every way in which a document can be wrong by itself.
+fn refused() -> Vec<Refused> {
+    let mut all = vec![];
+    let mut add = |name: &str, document: Vec<u8>, says: &str| {
+        all.push(Refused {
+            name: name.into(),
+            document,
+            says: says.into(),
+        });
+    };
+
+    // Another type than the wanted one, for each field.
+    for (field, wrong, wants) in [
+        ("ImageConfig", json!([]), "an object"),
+        ("ExecOverride", json!("/bin/sh -c id"), "a list of strings"),
+        ("CmdOverride", json!(["x"]), "a string"),
+        ("UserOverride", json!(1000), "a string"),
+        ("ExtraEnv", json!(["A=1"]), "an object of strings"),
+        ("MTU", json!("1500"), "a whole number"),
+        ("IPConfigs", json!({"IP": "10.0.0.2"}), "a list"),
+        ("Hostname", json!(true), "a string"),
+        ("Mounts", json!("/dev/vdc:/data"), "a list"),
+        ("RootDevice", json!(["/dev/vda"]), "a string"),
+        ("EtcResolv", json!(["8.8.8.8"]), "an object"),
+        ("EtcHosts", json!("10.0.0.2 x"), "a list"),
+    ] {
+        let document = with(json!({ field: wrong }));
+        add(
+            &format!("type-{field}"),
+            document,
+            &format!("{field}: must be {wants}"),
+        );
+    }
+    for (field, wrong, says) in [
+        (
+            "Entrypoint",
+            json!("/bin/sh"),
+            "ImageConfig.Entrypoint: must be a list of strings",
+        ),
+        (
+            "Cmd",
+            json!([["x"]]),
+            "ImageConfig.Cmd[0]: must be a string",
+        ),
+        (
+            "Env",
+            json!(["A=1", 2]),
+            "ImageConfig.Env[1]: must be a string",
+        ),
+        (
+            "WorkingDir",
+            json!({}),
+            "ImageConfig.WorkingDir: must be a string",
+        ),
+        ("User", json!(0), "ImageConfig.User: must be a string"),
+    ] {
+        let document = with(json!({"ImageConfig": { field: wrong }}));
+        add(&format!("type-{field}"), document, says);
+    }
+    for (name, rest, says) in [
+        (
+            "env-value",
+            json!({"ExtraEnv": {"A": "1", "B": 2}}),
+            "ExtraEnv: must be a string",
+        ),
+        (
+            "env-equals",
+            json!({"ExtraEnv": {"A=B": "1"}}),
+            "a name is empty or has '=' in it",
+        ),
+        (
+            "env-empty",
+            json!({"ExtraEnv": {"": "1"}}),
+            "a name is empty or has '=' in it",
+        ),
+        (
+            "env-nul",
+            json!({"ExtraEnv": {"A": "x\u{0}y"}}),
+            "has a NUL character",
+        ),
+        (
+            "argument-nul",
+            json!({"ExecOverride": ["/bin/true", "a\u{0}"]}),
+            "ExecOverride[1]: has a NUL",
+        ),
+        (
+            "path-nul",
+            json!({"RootDevice": "/dev/vda\u{0}"}),
+            "RootDevice: has a NUL character",
+        ),
+        (
+            "argument-null",
+            json!({"ExecOverride": ["/bin/true", null]}),
+            "ExecOverride[1]: must be a string",
+        ),
+        (
+            "command-empty",
+            json!({"ExecOverride": [""]}),
+            "the command's name is empty",
+        ),
+        (
+            "mtu-negative",
+            json!({"MTU": -1}),
+            "MTU: must be from 0 to 65535",
+        ),
+        (
+            "mtu-70000",
+            json!({"MTU": 70000}),
+            "MTU: must be from 0 to 65535",
+        ),
+        (
+            "mtu-2^64",
+            json!({"MTU": 18446744073709551615u64}),
+            "MTU: must be from 0 to 65535",
+        ),
+        (
+            "mtu-fraction",
+            json!({"MTU": 1500.5}),
+            "MTU: must be a whole number",
+        ),
+        (
+            "mask-33",
+            json!({"IPConfigs": [{"IP": "10.0.0.2", "Mask": 33}]}),
+            "IPConfigs[0].Mask: must be from 0 to 32",
+        ),
+        (
+            "mask-129",
+            json!({"IPConfigs": [{"IP": "fd00::2", "Mask": 129}]}),
+            "IPConfigs[0].Mask: must be from 0 to 128",
+        ),
+        (
+            "mask-negative",
+            json!({"IPConfigs": [{"IP": "10.0.0.2", "Mask": -8}]}),
+            "IPConfigs[0].Mask: must be from 0 to 128",
+        ),
+        (
+            "mask-text",
+            json!({"IPConfigs": [{"IP": "10.0.0.2", "Mask": "24"}]}),
+            "IPConfigs[0].Mask: must be a whole number",
+        ),
+        (
+            "ip-256",
+            json!({"IPConfigs": [{"IP": "10.0.0.256", "Mask": 24}]}),
+            "IPConfigs[0].IP: not an address: 10.0.0.256",
+        ),
+        (
+            "ip-octal",
+            json!({"IPConfigs": [{"IP": "10.0.0.010", "Mask": 24}]}),
+            "IPConfigs[0].IP: not an address: 10.0.0.010",
+        ),
+        (
+            "ip-three",
+            json!({"IPConfigs": [{"IP": "10.0.2", "Mask": 24}]}),
+            "IPConfigs[0].IP: not an address: 10.0.2",
+        ),
+        (
+            "ip-prefix",
+            json!({"IPConfigs": [{"IP": "10.0.0.2/24", "Mask": 24}]}),
+            "IPConfigs[0].IP: not an address: 10.0.0.2/24",
+        ),
+        (
+            "ip-name",
+            json!({"IPConfigs": [{"IP": "localhost", "Mask": 24}]}),
+            "IPConfigs[0].IP: not an address: localhost",
+        ),
+        (
+            "ip-absent",
+            json!({"IPConfigs": [{"IP": "10.0.0.2", "Mask": 24}, {"Mask": 24}]}),
+            "IPConfigs[1].IP: not an address: ",
+        ),
+        (
+            "ip6-colons",
+            json!({"IPConfigs": [{"IP": "fd00::1::2", "Mask": 64}]}),
+            "IPConfigs[0].IP: not an address: fd00::1::2",
+        ),
+        (
+            "gateway-family",
+            json!({"IPConfigs": [{"IP": "10.0.0.2", "Mask": 24, "Gateway": "fd00::1"}]}),
+            "IPConfigs[0].Gateway: not an address of the IP's family: fd00::1",
+        ),
+        (
+            "gateway-prefix",
+            json!({"IPConfigs": [{"IP": "10.0.0.2", "Mask": 24, "Gateway": "10.0.0.1/x"}]}),
+            "IPConfigs[0].Gateway: not an address of the IP's family: 10.0.0.1/x",
+        ),
+        (
+            "gateway-list",
+            json!({"IPConfigs": [{"IP": "10.0.0.2", "Mask": 24, "Gateway": []}]}),
+            "IPConfigs[0].Gateway: must be a string",
+        ),
+        (
+            "hostname-65",
+            json!({"Hostname": "h".repeat(65)}),
+            "Hostname: longer than 64 bytes",
+        ),
+        (
+            "root-relative",
+            json!({"RootDevice": "vda"}),
+            "RootDevice: not an absolute path: vda",
+        ),
+        (
+            "root-long",
+            json!({"RootDevice": format!("/{}", "d".repeat(4096))}),
+            "RootDevice: longer than 4095 bytes",
+        ),
+        (
+            "directory-long",
+            json!({"ImageConfig": {"WorkingDir": format!("/{}", "d".repeat(4096))}}),
+            "ImageConfig.WorkingDir: longer than 4095 bytes",
+        ),
+        (
+            "mount-root",
+            json!({"Mounts": [{"DevicePath": "/dev/vdc", "MountPath": "/"}]}),
+            "Mounts[0].MountPath: would hide the root",
+        ),
+        (
+            "mount-root-too",
+            json!({"Mounts": [{"DevicePath": "/dev/vdc", "MountPath": "//.//"}]}),
+            "Mounts[0].MountPath: would hide the root",
+        ),
+        (
+            "mount-proc",
+            json!({"Mounts": [{"DevicePath": "/dev/vdc", "MountPath": "/proc/"}]}),
+            "Mounts[0].MountPath: would hide /proc",
+        ),
+        (
+            "mount-dev",
+            json!({"Mounts": [{"DevicePath": "/dev/vdc", "MountPath": "/./dev"}]}),
+            "Mounts[0].MountPath: would hide /./dev",
+        ),
+        (
+            "mount-parent",
+            json!({"Mounts": [{"DevicePath": "/dev/vdc", "MountPath": "/data/../proc"}]}),
+            "Mounts[0].MountPath: has '..'",
+        ),
+        (
+            "mount-relative",
+            json!({"Mounts": [{"DevicePath": "/dev/vdc", "MountPath": "data"}]}),
+            "Mounts[0].MountPath: not an absolute path: data",
+        ),
+        (
+            "mount-absent",
+            json!({"Mounts": [{"DevicePath": "/dev/vdc"}]}),
+            "Mounts[0].MountPath: not an absolute path: ",
+        ),
+        (
+            "mount-no-device",
+            json!({"Mounts": [{"MountPath": "/data"}]}),
+            "Mounts[0].DevicePath: not an absolute path: ",
+        ),
+        (
+            "mount-twice",
+            json!({"Mounts": [{"DevicePath": "/dev/vdc", "MountPath": "/data"}, {"DevicePath": "/dev/vdd", "MountPath": "//data/."}]}),
+            "Mounts[1].MountPath: used twice: //data/.",
+        ),
+        (
+            "mount-text",
+            json!({"Mounts": ["/dev/vdc"]}),
+            "Mounts[0]: must be an object",
+        ),
+        (
+            "nameserver-name",
+            json!({"EtcResolv": {"Nameservers": ["8.8.8.8", "dns.example"]}}),
+            "EtcResolv.Nameservers[1]: not an address: dns.example",
+        ),
+        (
+            "nameserver-lines",
+            json!({"EtcResolv": {"Nameservers": ["8.8.8.8\nsearch evil"]}}),
+            "EtcResolv.Nameservers[0]: not an address: 8.8.8.8",
+        ),
+        (
+            "nameserver-text",
+            json!({"EtcResolv": {"Nameservers": "8.8.8.8"}}),
+            "EtcResolv.Nameservers: must be a list of strings",
+        ),
+        (
+            "host-empty",
+            json!({"EtcHosts": [{"Host": "", "IP": "10.0.0.2"}]}),
+            "EtcHosts[0].Host: not a host name: ",
+        ),
+        (
+            "host-lines",
+            json!({"EtcHosts": [{"Host": "a\n6.6.6.6 bank", "IP": "10.0.0.2"}]}),
+            "EtcHosts[0].Host: not a host name: a",
+        ),
+        (
+            "host-ip",
+            json!({"EtcHosts": [{"Host": "a", "IP": "10.0.0"}]}),
+            "EtcHosts[0].IP: not an address: 10.0.0",
+        ),
+    ] {
+        add(name, with(rest), says);
+    }
+
+    // More than there is room for.
+    let many = |count: usize, item: Value| vec![item; count];
+    for (name, rest, says) in [
+        (
+            "many-arguments",
+            json!({"ExecOverride": many(1025, json!("a"))}),
+            "ExecOverride[1024]: more than 1024 entries",
+        ),
+        (
+            "many-env",
+            json!({"ImageConfig": {"Env": many(4097, json!("A=1"))}}),
+            "ImageConfig.Env[4096]: more than 4096 entries",
+        ),
+        (
+            "many-addresses",
+            json!({"IPConfigs": many(65, json!({"IP": "10.0.0.2"}))}),
+            "IPConfigs[64]: more than 64 entries",
+        ),
+        (
+            "many-mounts",
+            json!({"Mounts": many(65, json!({}))}),
+            "Mounts[64]: more than 64 entries",
+        ),
+        (
+            "many-servers",
+            json!({"EtcResolv": {"Nameservers": many(17, json!("8.8.8.8"))}}),
+            "EtcResolv.Nameservers[16]: more than 16 entries",
+        ),
+        (
+            "many-hosts",
+            json!({"EtcHosts": many(257, json!({}))}),
+            "EtcHosts[256]: more than 256 entries",
+        ),
+    ] {
+        add(name, with(rest), says);
+    }
+
+    // No document at all.
+    let fine = with(json!({}));
+    for (name, document, says) in [
+        ("empty", b"".to_vec(), "not JSON at byte 0"),
+        ("blank", b" \n".to_vec(), "not JSON at byte 2"),
+        ("list", b"[]".to_vec(), "must be an object"),
+        ("nothing-to-run", b"{}".to_vec(), "nothing to run"),
+        ("null", b"null".to_vec(), "must be an object"),
+        (
+            "truncated",
+            fine[..fine.len() - 1].to_vec(),
+            "not JSON at byte",
+        ),
+        (
+            "truncated-string",
+            b"{\"ExecOverride\":[\"/bin/tr".to_vec(),
+            "not JSON at byte",
+        ),
+        (
+            "truncated-escape",
+            b"{\"ExecOverride\":[\"\\u00".to_vec(),
+            "not JSON at byte",
+        ),
+        (
+            "garbage-after",
+            [&fine, &b"{}"[..]].concat(),
+            "not JSON at byte",
+        ),
+        (
+            "comment",
+            [b"// mine\n", &fine[..]].concat(),
+            "not JSON at byte 0",
+        ),
+        (
+            "comma",
+            b"{\"ExecOverride\":[\"a\",]}".to_vec(),
+            "not JSON at byte",
+        ),
+        (
+            "quotes",
+            b"{'ExecOverride':['a']}".to_vec(),
+            "not JSON at byte 1",
+        ),
+        (
+            "not-utf8",
+            b"{\"ExecOverride\":[\"\xff\xfe\"]}".to_vec(),
+            "not UTF-8",
+        ),
+        (
+            "overlong-utf8",
+            b"{\"ExecOverride\":[\"\xc0\x80\"]}".to_vec(),
+            "not UTF-8",
+        ),
+        ("binary", (0..=255).collect(), "not UTF-8"),
+        (
+            "deep",
+            format!("{{\"X\":{}", "[".repeat(1_000_000)).into_bytes(),
+            "nested deeper than 64 levels",
+        ),
+        (
+            "deep-objects",
+            "{\"X\":".repeat(65).into_bytes(),
+            "nested deeper than 64 levels",
+        ),
+        (
+            "long",
+            [&vec![b' '; 1 << 20][..], &fine].concat(),
+            "over 1048576 bytes",
+        ),
+    ] {
+        add(name, document, says);
+    }
+    all
+}
+
+#[test]
+fn check_says_in_one_line_what_is_wrong_with_each_bad_document() -> Result<()> {
+    let cases = refused();
+    let names: HashSet<_> = cases.iter().map(|case| &case.name).collect();
+    assert!(
+        names.len() == cases.len() && cases.len() >= 60,
+        "{}",
+        names.len()
+    );
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("run.json");
+    let mut wrong = vec![];
+    for Refused {
+        name,
+        document,
+        says,
+    } in &cases
+    {
+        fs::write(&file, document)?;
+        let output = Command::new(assets::build_dir().join("init"))
+            .arg("--check")
+            .arg(&file)
+            .output()?;
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        let one_line = error.contains(says.as_str()) && error.matches('\n').count() == 1;
+        if output.status.code() != Some(1) || !output.stdout.is_empty() || !one_line {
+            wrong.push(format!("{name}: {:?}: {error}", output.status.code()));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    Ok(())
+}
+
+/// A boot on a root of its own making.
+struct Boot {
+    name: &'static str,
+    /// Shell commands that make /mnt, a copy of a fine root, what it is.
+    prepare: &'static str,
+    rest: Value,
+    /// What the one error says; empty when there is none, and the workload has run.
+    says: &'static str,
+    /// The API is up by then, and tells the error too.
+    told: bool,
+}
+
+/// What only a boot finds out.
+fn boots() -> Vec<Boot> {
+    let volume = |path: &str| json!({"Mounts": [{"DevicePath": "/dev/vdc", "MountPath": path}]});
+    let user = |user: &str| json!({"UserOverride": user});
+    let hosts = || json!({"EtcHosts": [{"Host": "a", "IP": "10.0.0.2"}]});
+    let resolv = || json!({"EtcResolv": {"Nameservers": ["8.8.8.8"]}});
+    let device = |device: &str| json!({"RootDevice": device});
+    let boot = |name, prepare, rest, says| Boot {
+        name,
+        prepare,
+        rest,
+        says,
+        told: false,
+    };
+    let told = |name, prepare, rest, says| Boot {
+        told: true,
+        ..boot(name, prepare, rest, says)
+    };
+    vec![
+        boot("fine", "", json!({}), ""),
+        // The root's device.
+        boot(
+            "root-absent",
+            "",
+            device("/dev/vdz"),
+            "mount /dev/vdz on /newroot: no such device after 2 s",
+        ),
+        boot(
+            "root-directory",
+            "",
+            device("/dev"),
+            "mount /dev on /newroot: ENOTBLK",
+        ),
+        boot(
+            "root-character",
+            "",
+            device("/dev/null"),
+            "mount /dev/null on /newroot: ENOTBLK",
+        ),
+        boot(
+            "root-blank",
+            "",
+            device("/dev/vdd"),
+            "mount /dev/vdd on /newroot: EINVAL",
+        ),
+        boot(
+            "root-late",
+            "(sleep 1.5; ln -s vdb /dev/late) &",
+            device("/dev/late"),
+            "",
+        ),
+        // The root's own directories.
+        boot(
+            "proc-file",
+            "rmdir /mnt/proc; touch /mnt/proc",
+            json!({}),
+            "move /proc onto the root: EINVAL",
+        ),
+        boot(
+            "proc-link",
+            "rmdir /mnt/proc; ln -s /dev /mnt/proc",
+            json!({}),
+            "move /proc onto the root: EINVAL",
+        ),
+        boot(
+            "run-link-out",
+            "rmdir /mnt/run; ln -s ../../../pigeon /mnt/run",
+            json!({}),
+            "move /run onto the root: EINVAL",
+        ),
+        boot(
+            "no-directories",
+            "rmdir /mnt/proc /mnt/sys /mnt/dev /mnt/run /mnt/root",
+            json!({}),
+            "",
+        ),
+        // Accounts.
+        boot("user-unknown", "", user("nosuch"), "unknown user nosuch"),
+        boot(
+            "user-garbage",
+            "printf 'app\\n:x:1:1::/:\\napp:x:abc:1::/:\\napp:x:1\\n\\xff\\xfe\\n' >/mnt/etc/passwd",
+            user("app"),
+            "unknown user app",
+        ),
+        boot(
+            "user-no-passwd",
+            "rm /mnt/etc/passwd",
+            user("app"),
+            "unknown user app",
+        ),
+        boot(
+            "user-overflow",
+            "",
+            user("4294967296"),
+            "unknown user 4294967296",
+        ),
+        boot(
+            "user-no-change",
+            "",
+            user("4294967295"),
+            "unknown user 4294967295",
+        ),
+        boot(
+            "user-wraps",
+            "",
+            user("18446744073709551617"),
+            "unknown user 18446744073709551617",
+        ),
+        boot("user-negative", "", user("-1"), "unknown user -1"),
+        boot(
+            "user-passwd-overflow",
+            "echo 'big:x:4294967296:0::/:' >>/mnt/etc/passwd",
+            user("big"),
+            "unknown user big",
+        ),
+        boot(
+            "group-unknown",
+            "",
+            user("app:nosuch"),
+            "unknown group nosuch",
+        ),
+        boot(
+            "group-overflow",
+            "",
+            user("app:4294967295"),
+            "unknown group 4294967295",
+        ),
+        boot(
+            "groups-many",
+            "i=0; while [ $i -lt 300 ]; do echo \"g$i:x:$((5000 + i)):app\"; i=$((i + 1)); done >>/mnt/etc/group",
+            user("app"),
+            "user app is in more than 256 groups",
+        ),
+        boot(
+            "home-long",
+            "printf 'far:x:7:7::/%0300d:\\n' 0 >>/mnt/etc/passwd",
+            user("far"),
+            "home directory of far is too long",
+        ),
+        boot(
+            "passwd-directory",
+            "rm /mnt/etc/passwd; mkdir /mnt/etc/passwd",
+            json!({}),
+            "read /etc/passwd: not a regular file",
+        ),
+        boot(
+            "passwd-pipe",
+            "rm /mnt/etc/passwd; mkfifo /mnt/etc/passwd",
+            json!({}),
+            "read /etc/passwd: not a regular file",
+        ),
+        boot(
+            "passwd-terminal",
+            "ln -sf /dev/ttyS0 /mnt/etc/passwd",
+            json!({}),
+            "read /etc/passwd: not a regular file",
+        ),
+        boot(
+            "passwd-endless",
+            "ln -sf /dev/zero /mnt/etc/passwd",
+            json!({}),
+            "read /etc/passwd: not a regular file",
+        ),
+        boot(
+            "passwd-loop",
+            "ln -sf passwd /mnt/etc/passwd",
+            json!({}),
+            "read /etc/passwd: ELOOP",
+        ),
+        boot(
+            "passwd-kernel",
+            "ln -sf /proc/kmsg /mnt/etc/passwd; dmesg -c >/dev/null",
+            json!({}),
+            "read /etc/passwd: EAGAIN",
+        ),
+        boot(
+            "group-large",
+            "dd if=/dev/zero of=/mnt/etc/group bs=1M count=2 2>/dev/null",
+            json!({}),
+            "read /etc/group: over 1048576 bytes",
+        ),
+        // Volumes: what links of the root lead to.
+        told(
+            "link-proc",
+            "ln -s /proc /mnt/data",
+            volume("/data"),
+            "mount on /data: would hide /proc",
+        ),
+        told(
+            "link-root",
+            "ln -s .. /mnt/data",
+            volume("/data"),
+            "mount on /data: would hide /",
+        ),
+        told(
+            "link-chain",
+            "ln -s etc/../data2 /mnt/data; ln -s /dev/../sys /mnt/data2",
+            volume("/data"),
+            "mount on /data: would hide /sys",
+        ),
+        told(
+            "link-middle",
+            "ln -s / /mnt/data",
+            volume("/data/run"),
+            "mount on /data/run: would hide /run",
+        ),
+        told(
+            "link-loop",
+            "ln -s data /mnt/data",
+            volume("/data"),
+            "mount /dev/vdc on /data: ELOOP",
+        ),
+        told(
+            "link-loop-above",
+            "ln -s data /mnt/data",
+            volume("/data/x"),
+            "create /data/x: ELOOP",
+        ),
+        told(
+            "link-dangling",
+            "ln -s /nowhere /mnt/data",
+            volume("/data"),
+            "mount /dev/vdc on /data: ENOENT",
+        ),
+        boot(
+            "link-inside",
+            "mkdir -p /mnt/srv/real; ln -s ../../srv/real /mnt/data",
+            json!({
+                "Mounts": [{"DevicePath": "/dev/vdc", "MountPath": "/data"}],
+                "ExecOverride": ["sh", "-ec", "grep '^/dev/vdc /srv/real ext4 rw' /proc/mounts; echo ran >/data/ran; echo the workload runs"]
+            }),
+            "",
+        ),
+        told(
+            "volume-on-file",
+            "",
+            volume("/etc/passwd"),
+            "mount /dev/vdc on /etc/passwd: ENOTDIR",
+        ),
+        told(
+            "volume-below-file",
+            "",
+            volume("/etc/passwd/data"),
+            "create /etc/passwd/data: ENOTDIR",
+        ),
+        told(
+            "volume-below-proc",
+            "",
+            volume("/proc/data"),
+            "create /proc/data: ENOENT",
+        ),
+        told(
+            "volume-absent",
+            "",
+            json!({"Mounts": [{"DevicePath": "/dev/vdz", "MountPath": "/data"}]}),
+            "mount /dev/vdz on /data: no such device after 2 s",
+        ),
+        told(
+            "volume-blank",
+            "",
+            json!({"Mounts": [{"DevicePath": "/dev/vdd", "MountPath": "/data"}]}),
+            "mount /dev/vdd on /data: EINVAL",
+        ),
+        told(
+            "volume-character",
+            "",
+            json!({"Mounts": [{"DevicePath": "/dev/null", "MountPath": "/data"}]}),
+            "mount /dev/null on /data: ENOTBLK",
+        ),
+        told(
+            "volume-is-root",
+            "",
+            json!({"Mounts": [{"DevicePath": "/dev/vdc", "MountPath": "/data"}, {"DevicePath": "/dev/vdd", "MountPath": "/data/more"}]}),
+            "mount /dev/vdd on /data/more: EINVAL",
+        ),
+        boot(
+            "volume-late",
+            "(sleep 1.5; ln -s vdc /dev/later) &",
+            json!({"Mounts": [{"DevicePath": "/dev/later", "MountPath": "/data"}]}),
+            "",
+        ),
+        // Files of /etc that are elsewhere, or no files.
+        told(
+            "hosts-directory",
+            "rm -f /mnt/etc/hosts; mkdir /mnt/etc/hosts",
+            hosts(),
+            "read /etc/hosts: not a regular file",
+        ),
+        told(
+            "hosts-pipe",
+            "rm -f /mnt/etc/hosts; mkfifo /mnt/etc/hosts",
+            hosts(),
+            "read /etc/hosts: not a regular file",
+        ),
+        boot(
+            "hosts-link",
+            "echo precious >/mnt/precious; ln -sf ../precious /mnt/etc/hosts",
+            json!({
+                "EtcHosts": [{"Host": "a", "IP": "10.0.0.2"}],
+                "ExecOverride": ["sh", "-ec", "[ \"$(cat /precious)\" = precious ]; grep 10.0.0.2 /etc/hosts; [ ! -L /etc/hosts ]; echo the workload runs"]
+            }),
+            "",
+        ),
+        told(
+            "resolv-directory",
+            "rm -f /mnt/etc/resolv.conf; mkdir /mnt/etc/resolv.conf",
+            resolv(),
+            "write /etc/resolv.conf: EISDIR",
+        ),
+        boot(
+            "etc-file",
+            "rm -r /mnt/etc; touch /mnt/etc",
+            resolv(),
+            "read /etc/passwd: ENOTDIR",
+        ),
+        told(
+            "etc-dangling",
+            "rm -r /mnt/etc; ln -s /nowhere /mnt/etc",
+            resolv(),
+            "write /etc/resolv.conf: ENOENT",
+        ),
+        told(
+            "etc-proc",
+            "rm -r /mnt/etc; ln -s /proc /mnt/etc",
+            resolv(),
+            "write /etc/resolv.conf: ",
+        ),
+        told(
+            "disk-full",
+            "dd if=/dev/zero of=/mnt/full bs=64k 2>/dev/null; sync; i=0; while echo x >/mnt/full$i; do i=$((i + 1)); done 2>/dev/null; sync",
+            resolv(),
+            "write /etc/resolv.conf: ENOSPC",
+        ),
+        // Network.
+        told(
+            "addresses-no-nic",
+            "",
+            json!({"IPConfigs": [{"IP": "10.0.0.2", "Mask": 24}]}),
+            "eth0",
+        ),
+        // A workload that cannot start is no failure of the boot: 126 and 127, and its line.
+        boot(
+            "directory-file",
+            "",
+            json!({"ImageConfig": {"WorkingDir": "/etc/passwd"}}),
+            "enter /etc/passwd: ENOTDIR",
+        ),
+        boot(
+            "directory-loop",
+            "ln -s app /mnt/app",
+            json!({"ImageConfig": {"WorkingDir": "/app"}}),
+            "enter /app: ELOOP",
+        ),
+        boot(
+            "directory-link",
+            "ln -s /proc /mnt/app",
+            json!({"ImageConfig": {"WorkingDir": "/app"}, "ExecOverride": ["sh", "-ec", "[ \"$(readlink /proc/self/cwd)\" = /proc ]; echo the workload runs"]}),
+            "",
+        ),
+        boot(
+            "argument-large",
+            "",
+            json!({"ExecOverride": ["sh", "-c", "true", "x".repeat(200_000)]}),
+            "execute sh: E2BIG",
+        ),
+        boot(
+            "command-loop",
+            "ln -s run /mnt/bin/run",
+            json!({"ExecOverride": ["run"]}),
+            "execute run: ELOOP",
+        ),
+        boot(
+            "command-device",
+            "",
+            json!({"ExecOverride": ["/dev/vda"]}),
+            "execute /dev/vda: EACCES",
+        ),
+        boot(
+            "command-garbage",
+            "head -c 4096 /dev/urandom >/mnt/bin/noise; chmod 755 /mnt/bin/noise",
+            json!({"ExecOverride": ["noise"]}),
+            "execute noise: ENOEXEC",
+        ),
+    ]
+}
+
+/// Boots case $1 as PID 1 of a PID namespace. What is typed on the console here and what the inner
+/// PID 1 says there keep their order: both write to the terminal itself.
+const NESTED: &str = r#"#!/bin/sh
+case=$1
+cd /
+# The file systems of the last boot go a moment after its namespace.
+while [ -e /proc/fs/ext4/vdb ] || [ -e /proc/fs/ext4/vdc ]; do sleep 0.01; done
+if [ -e /cases/$case.sh ]; then
+    rm -f /dev/late /dev/later
+    cat /pristine >/dev/vdb
+    mount -t ext4 /dev/vdb /mnt && . /cases/$case.sh; umount /mnt || echo "cannot unmount" >/dev/ttyS0
+fi
+echo "<<< $case" >/dev/ttyS0
+export PIGEON_CONFIG=file PIGEON_EXIT_LINGER_MS=0
+unshare -m -p -f -n -u -i sh -ec '
+    mount -t tmpfs tmpfs /initramfs
+    cd /initramfs
+    mkdir pigeon old
+    cp /init init
+    cp /cases/$0.json pigeon/run.json
+    [ ! -e /cases/$0.told ] || touch told
+    pivot_root . old
+    cd /
+    /old/bin/busybox umount -l /old
+    [ ! -e /told ] || export PIGEON_EXIT_LINGER_MS=60000
+    exec /init' $case
+echo ">>> $case $?" >/dev/ttyS0
+"#;
+
+/// What unshare(1) exits with when a PID namespace has rebooted: its PID 1 counts as killed by SIGHUP
+/// (reboot(2)).
+const REBOOTED: i32 = 128 + 1;
+
+#[test]
+fn every_bad_document_and_every_bad_root_ends_with_one_clear_line_and_clean_disks() -> Result<()> {
+    let (documents, boots) = (refused(), boots());
+    let pristine = Image::ext4(&Tree::busybox()?, 12)?;
+    let mut tree = Tree::busybox()?
+        .dir("/initramfs", 0o755)?
+        .dir("/cases", 0o755)?
+        .file("/init", 0o755, fs::read(assets::build_dir().join("init"))?)?
+        .file("/nested", 0o755, NESTED)?
+        .file("/pristine", 0o600, fs::read(pristine.path())?)?;
+    let mut run = String::new();
+    for Refused { name, document, .. } in &documents {
+        tree = tree.file(&format!("/cases/{name}.json"), 0o644, document)?;
+        run += &format!("/nested {name}\n");
+    }
+    for Boot {
+        name,
+        prepare,
+        rest,
+        told,
+        ..
+    } in &boots
+    {
+        if *told {
+            tree = tree.file(&format!("/cases/{name}.told"), 0o644, "")?;
+        }
+        let mut document =
+            guest::shell("echo the workload runs", json!({"RootDevice": "/dev/vdb"}));
+        for (field, value) in rest.as_object().context("an object")? {
+            document[field] = value.clone();
+        }
+        tree = tree
+            .file(&format!("/cases/{name}.json"), 0o644, document.to_string())?
+            .file(&format!("/cases/{name}.sh"), 0o755, prepare)?;
+        run += &format!("/nested {name}\n");
+    }
+    // This VM's PID 1 has no vsock: the driver comes after it.
+    let (vsock, others): (Vec<_>, Vec<_>) = Kernel::stock()?
+        .modules()?
+        .into_iter()
+        .partition(|(name, _)| name.contains("vsock"));
+    let mut builder = Vm::builder().without_modules();
+    let mut list = String::new();
+    for (name, contents) in others {
+        builder = builder.file(&format!("/pigeon/{name}"), 0o644, contents);
+        list += &format!("/pigeon/{name}\n");
+    }
+    let mut load = String::new();
+    for (name, contents) in vsock {
+        tree = tree.file(&format!("/modules/{name}"), 0o644, contents)?;
+        load += &format!("insmod /modules/{name}\n");
+    }
+    let root = Image::ext4(&tree, 64)?;
+    let [used, volume, blank] = [
+        Image::blank(12)?,
+        Image::ext4(&Tree::empty()?, 8)?,
+        Image::blank(1)?,
+    ];
+    let mut vm = builder
+        .file("/pigeon/modules", 0o644, list)
+        .config(&guest::shell(&format!("{load}{run}exit 42"), json!({})))
+        // Dozens of namespaces are taken down here.
+        .arg("rcupdate.rcu_expedited=1")
+        .disk(&root)
+        .disk(&used)
+        .disk(&volume)
+        .disk(&blank)
+        .patience(std::time::Duration::from_secs(300))
+        .boot()?;
+    for Boot { name, says, .. } in boots.iter().filter(|boot| boot.told) {
+        vm.wait_for(&format!("<<< {name}"))?;
+        let exit = vm.api()?.get("/v1/exit_code")?.json()?;
+        let error = exit["error"].as_str().unwrap_or_default();
+        assert!(exit["code"] == 125 && exit["oom_killed"] == false, "{exit}");
+        assert!(error.contains(says), "{name}: {exit}");
+    }
+    vm.wait_for("exit_code=42")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    for image in [&root, &used, &volume] {
+        image.check()?;
+    }
+    let console = vm.console();
+    assert!(!console.contains("cannot unmount"), "{console}");
+    for Refused { name, says, .. } in &documents {
+        assert_case(&console, name, says).with_context(|| name.clone())?;
+    }
+    for Boot { name, says, .. } in &boots {
+        assert_case(&console, name, says).with_context(|| *name)?;
+    }
+    Ok(())
+}
+
+/// The case has ended in order, with one error that says this, or with none and the workload's line.
+fn assert_case(console: &str, name: &str, says: &str) -> Result<()> {
+    let start = format!("<<< {name}\n");
+    let (_, said) = console.split_once(&start).context("it never began")?;
+    let (said, rest) = said
+        .split_once(&format!(">>> {name} "))
+        .context("it never ended")?;
+    let status: i32 = rest.lines().next().unwrap_or_default().parse()?;
+    ensure!(status == REBOOTED, "status {status}: {said}");
+    let errors: Vec<_> = said
+        .lines()
+        .filter(|line| line.contains("level=error"))
+        .collect();
+    let ran = said.contains("the workload runs");
+    if says.is_empty() {
+        ensure!(errors.is_empty() && ran, "{said}");
+        return Ok(());
+    }
+    ensure!(errors.len() == 1 && !ran, "{said}");
+    let says = says.replace('"', "\\\"");
+    ensure!(errors[0].contains(&says), "not {says:?}: {said}");
+    Ok(())
+}
