@@ -557,13 +557,13 @@ impl Connection {
                 self.deadline = None;
                 self.style = request.style;
                 self.dispatch(key, &request, commands, host)?;
-                self.discard(request.length);
+                self.discard(request.body.end);
                 Ok(true)
             }
             Progress::Refused(Refusal(status, why)) => {
                 self.deadline = None;
                 self.style = Style::CLOSE;
-                self.refuse(status, why, "")?;
+                self.refuse(*status, *why, "")?;
                 Ok(true)
             }
         }

@@ -1,5 +1,6 @@
 //! HTTP/1.1 requests and response heads (RFC 9112): an incremental reader over one buffer.
 
+use crate::bytes::{decimal, find, hexadecimal, same_word, split, trim, valid_up_to};
 use crate::digest;
 use crate::text::Line;
 use core::ops::Range;
@@ -12,6 +13,8 @@ pub const BODY: usize = 128 << 10;
 pub const BUFFER: usize = HEAD + BODY + (4 << 10);
 /// Most empty lines before a request line.
 const BLANK_LINES: usize = 4;
+/// What may be in no token (RFC 9110 section 5.6.2).
+const DELIMITERS: &[u8] = b"\"(),/:;<=>?@[\\]{}";
 /// Most header lines of a request.
 const HEADERS: usize = 64;
 
@@ -36,33 +39,45 @@ pub enum Status {
     VersionNotSupported = 505,
 }
 
+/// What each of them is called.
+const REASONS: &str = "200 OK
+400 Bad Request
+404 Not Found
+405 Method Not Allowed
+408 Request Timeout
+409 Conflict
+413 Content Too Large
+417 Expectation Failed
+426 Upgrade Required
+431 Request Header Fields Too Large
+500 Internal Server Error
+501 Not Implemented
+503 Service Unavailable
+505 HTTP Version Not Supported";
+
 impl Status {
-    fn reason(self) -> &'static str {
-        match self {
-            Self::Ok => "OK",
-            Self::BadRequest => "Bad Request",
-            Self::NotFound => "Not Found",
-            Self::MethodNotAllowed => "Method Not Allowed",
-            Self::RequestTimeout => "Request Timeout",
-            Self::Conflict => "Conflict",
-            Self::ContentTooLarge => "Content Too Large",
-            Self::ExpectationFailed => "Expectation Failed",
-            Self::UpgradeRequired => "Upgrade Required",
-            Self::HeaderFieldsTooLarge => "Request Header Fields Too Large",
-            Self::InternalServerError => "Internal Server Error",
-            Self::NotImplemented => "Not Implemented",
-            Self::ServiceUnavailable => "Service Unavailable",
-            Self::VersionNotSupported => "HTTP Version Not Supported",
-        }
+    /// The status with its name.
+    fn line(self) -> &'static [u8] {
+        let mut lines = split(REASONS.as_bytes(), b'\n');
+        let code = |line: &[u8]| line.get(..3).and_then(decimal);
+        lines
+            .find(|line| code(line) == Some(self as u32))
+            .unwrap_or(&[])
     }
 }
 
 /// A request that gets an error: the status, and the sentence of the body.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Refusal(pub Status, pub &'static str);
 
-const fn bad(why: &'static str) -> Refusal {
-    Refusal(Status::BadRequest, why)
+/// All of them are constants.
+type Refused = &'static Refusal;
+
+/// The refusal of what breaks the protocol.
+macro_rules! bad {
+    ($why:literal) => {
+        Err(&Refusal(Status::BadRequest, $why))
+    };
 }
 
 /// The API's calls.
@@ -136,10 +151,8 @@ pub struct Request {
     pub target: Target,
     /// How it wants its answer.
     pub style: Style,
-    /// Where the body lies in the buffer.
+    /// Where the body lies in the buffer. Its end is the request's.
     pub body: Range<usize>,
-    /// How many bytes of the buffer are the request's.
-    pub length: usize,
 }
 
 /// How a response is framed.
@@ -169,238 +182,326 @@ pub enum Progress {
     More,
     /// The same, and the client wants to hear [`CONTINUE`] before it sends it.
     Continue,
-    /// A whole request. The next one starts at its `length`, with a new reader.
+    /// A whole request. The next one starts at the end of its body, with a new reader.
     Ready(Request),
     /// An answer is due, and the connection cannot be understood any further.
-    Refused(Refusal),
+    Refused(&'static Refusal),
 }
 
 /// The interim response to `Expect: 100-continue`.
 pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
 /// Reads one request; lives from one request to the next.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Reader {
-    state: State,
-    /// Bytes of the buffer already looked at.
+    /// Bytes of the head already looked at; its length, once it has come.
     scanned: usize,
-}
-
-#[derive(Debug, Default)]
-enum State {
-    #[default]
-    Head,
-    Body(Head, Framing),
-}
-
-#[derive(Clone, Debug)]
-struct Head {
-    target: Target,
-    style: Style,
-    expects: bool,
-    /// Its length in the buffer.
-    length: usize,
-}
-
-#[derive(Clone, Debug)]
-enum Framing {
-    /// A body of so many bytes.
-    Length(usize),
-    /// A chunked body (RFC 9112 section 7.1), decoded where it lies.
-    Chunked(Chunks),
-}
-
-#[derive(Clone, Debug)]
-struct Chunks {
-    /// End of the decoded body in the buffer; undecoded bytes follow directly.
+    /// End of the body; of a chunked one, of what is decoded, and undecoded bytes follow directly.
     end: usize,
-    part: Part,
+    /// Bytes of the chunk that have not come.
+    left: usize,
     /// Bytes of chunk lines and trailers so far.
     overhead: usize,
+    part: Part,
+    /// The client wants to hear [`CONTINUE`].
+    expects: bool,
+    style: Style,
+    target: Target,
 }
 
-#[derive(Clone, Copy, Debug)]
+/// What comes next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
+    Head,
+    /// The rest of a body whose end is known.
+    Body,
+    // Of a chunked body (RFC 9112 section 7.1), which is decoded where it lies.
     Size,
-    Data(usize),
+    Data,
     DataEnd,
     Trailer,
+    /// The next request.
+    End,
+}
+
+impl Default for Reader {
+    fn default() -> Self {
+        Self {
+            scanned: 0,
+            end: 0,
+            left: 0,
+            overhead: 0,
+            part: Part::Head,
+            expects: false,
+            style: Style::CLOSE,
+            target: Target::Unknown,
+        }
+    }
 }
 
 impl Reader {
     /// Whether part of a request has come.
     pub fn started(&self) -> bool {
-        self.scanned > 0 || matches!(self.state, State::Body(..))
+        self.scanned > 0
     }
 
     /// Whether the head has come.
     pub fn in_body(&self) -> bool {
-        matches!(self.state, State::Body(..))
+        self.part != Part::Head
     }
 
     /// Looks at the first `filled` bytes of `buffer`, in which the request starts at 0.
     ///
     /// A chunked body is decoded in place, which moves what follows it: `filled` shrinks.
+    #[inline(never)]
     pub fn advance(&mut self, buffer: &mut [u8], filled: &mut usize) -> Progress {
-        match self.step(buffer, filled) {
-            Ok(progress) => progress,
-            Err(refusal) => Progress::Refused(refusal),
+        if let Err(refusal) = self.step(buffer, filled) {
+            return Progress::Refused(refusal);
+        }
+        match self.part {
+            Part::End => Progress::Ready(Request {
+                target: self.target,
+                style: self.style,
+                body: self.scanned..self.end,
+            }),
+            Part::Head => Progress::More,
+            _ if core::mem::take(&mut self.expects) && *filled == self.scanned => {
+                Progress::Continue
+            }
+            _ => Progress::More,
         }
     }
 
-    fn step(&mut self, buffer: &mut [u8], filled: &mut usize) -> Result<Progress, Refusal> {
-        let mut fresh = false;
-        if let State::Head = self.state {
-            let bytes = buffer.get(..*filled).unwrap_or(&[]);
-            let Some(length) = self.head_end(bytes)? else {
-                return Ok(Progress::More);
-            };
-            let (head, framing) = parse_head(bytes.get(..length).unwrap_or(&[]))?;
-            self.state = State::Body(head, framing);
-            fresh = true;
-        }
-        let State::Body(head, framing) = &mut self.state else {
-            return Ok(Progress::More);
-        };
-        let end = match framing {
-            Framing::Length(length) => {
-                let end = head.length + *length;
-                (*filled >= end).then_some(end)
+    fn step(&mut self, buffer: &mut [u8], filled: &mut usize) -> Result<(), Refused> {
+        if self.part == Part::Head {
+            self.find_end(buffer.get(..*filled).unwrap_or(&[]))?;
+            if self.part == Part::Head {
+                return Ok(());
             }
-            Framing::Chunked(chunks) => chunks
-                .decode(head.length, buffer, filled)?
-                .then_some(chunks.end),
-        };
-        match end {
-            Some(end) => Ok(Progress::Ready(Request {
-                target: head.target,
-                style: head.style,
-                body: head.length..end,
-                length: end,
-            })),
-            None if fresh && head.expects && *filled == head.length => Ok(Progress::Continue),
-            None => Ok(Progress::More),
+            self.head(buffer.get(..self.scanned).unwrap_or(&[]))?;
         }
+        if self.part != Part::Body {
+            return self.decode(buffer, filled);
+        }
+        if *filled >= self.end {
+            self.part = Part::End;
+        }
+        Ok(())
     }
 
-    /// Finds the head's end. Lines end with CRLF; a lone LF is where smuggling starts.
-    fn head_end(&mut self, bytes: &[u8]) -> Result<Option<usize>, Refusal> {
-        while let Some(&byte) = bytes.get(self.scanned) {
-            let before =
-                |count: usize| self.scanned.checked_sub(count).and_then(|at| bytes.get(at));
-            if byte == b'\n' {
-                if before(1) != Some(&b'\r') {
-                    return Err(bad("a line does not end with CRLF"));
-                }
-                // Empty lines before the request line are no head (RFC 9112 section 2.2).
-                let blank = before(2).is_none_or(|byte| *byte == b'\n');
-                let leading = self.scanned < 2 * BLANK_LINES
-                    && bytes
-                        .iter()
-                        .take(self.scanned)
-                        .all(|byte| matches!(byte, b'\r' | b'\n'));
-                if blank && !leading {
-                    self.scanned += 1;
-                    return if self.scanned <= HEAD {
-                        Ok(Some(self.scanned))
-                    } else {
-                        Err(LONG_HEAD)
-                    };
-                }
-            }
+    /// Looks for the head's end. Lines end with CRLF; a lone LF is where smuggling starts.
+    fn find_end(&mut self, bytes: &[u8]) -> Result<(), Refused> {
+        while let Some((seen, [byte, ..])) = bytes.split_at_checked(self.scanned) {
             self.scanned += 1;
             if self.scanned > HEAD {
                 return Err(LONG_HEAD);
             }
+            if *byte != b'\n' {
+                continue;
+            }
+            let Some(lines) = seen.strip_suffix(b"\r") else {
+                return bad!("a line does not end with CRLF");
+            };
+            // Empty lines before the request line are no head (RFC 9112 section 2.2).
+            let blank = lines.is_empty() || lines.ends_with(b"\n");
+            let leading = seen.len() < 2 * BLANK_LINES && trim(lines).is_empty();
+            if blank && !leading {
+                self.part = Part::Body;
+                break;
+            }
         }
-        Ok(None)
+        Ok(())
+    }
+
+    #[inline(never)]
+    fn head(&mut self, mut bytes: &[u8]) -> Result<(), Refused> {
+        while let [b'\r', b'\n', rest @ ..] = bytes {
+            bytes = rest;
+        }
+        let end = find(bytes, b'\r').unwrap_or(0);
+        let (line, lines) = bytes.split_at_checked(end).unwrap_or_default();
+        let mut words = split(line, b' ');
+        let (Some(method), Some(target), Some(version), None) =
+            (words.next(), words.next(), words.next(), words.next())
+        else {
+            return bad!("the request line is malformed");
+        };
+        let of_token = |byte: &u8| byte.is_ascii_graphic() && find(DELIMITERS, *byte).is_none();
+        if method.is_empty() || !method.iter().all(of_token) {
+            return bad!("the request line is malformed");
+        }
+        let old = version == b"HTTP/1.0";
+        if !old && version != b"HTTP/1.1" {
+            return Err(VERSION);
+        }
+        let path = path(target)?;
+        let mut fields = Fields::default();
+        fields.read(lines.get(2..).unwrap_or(&[]))?;
+        if !old && fields.hosts != 1 {
+            return bad!("there must be one Host header");
+        }
+        self.frame(&fields, old)?;
+        self.target = route(method, path, old, &fields);
+        if fields.unknown_expectation && !old {
+            return Err(&Refusal(
+                Status::ExpectationFailed,
+                "only 100-continue can be expected",
+            ));
+        }
+        self.expects = fields.expects && !old;
+        // A client that asks first is told at once; it will not send the body then.
+        if self.expects && !matches!(self.target, Target::Call(_)) {
+            return Err(match self.target {
+                Target::WrongMethod(_) => &Refusal(Status::MethodNotAllowed, "method not allowed"),
+                _ => &Refusal(Status::NotFound, "no such path"),
+            });
+        }
+        self.style = Style {
+            keep_alive: !fields.close && (fields.keep_alive || !old),
+            old,
+            head_only: method == b"HEAD",
+        };
+        Ok(())
+    }
+
+    /// How the body is framed.
+    fn frame(&mut self, fields: &Fields, old: bool) -> Result<(), Refused> {
+        self.end = self.scanned;
+        self.part = Part::Size;
+        match (fields.encodings, fields.length) {
+            (0, length) => {
+                let length = length.unwrap_or(0) as usize;
+                if length > BODY {
+                    return Err(LARGE_BODY);
+                }
+                self.end += length;
+                self.part = Part::Body;
+                Ok(())
+            }
+            // Both, or an encoding a 1.0 client cannot know: somebody on the way may see another end.
+            (_, Some(_)) => bad!("both Content-Length and Transfer-Encoding are given"),
+            _ if old => bad!("HTTP/1.0 has no Transfer-Encoding"),
+            (1, _) if fields.unknown_encoding => Err(&Refusal(
+                Status::NotImplemented,
+                "the only transfer encoding is chunked",
+            )),
+            (1, _) => Ok(()),
+            _ => bad!("there must be one transfer encoding"),
+        }
+    }
+
+    /// Decodes what has come.
+    ///
+    /// Undecoded bytes are moved to the end of what is decoded.
+    #[inline(never)]
+    fn decode(&mut self, buffer: &mut [u8], filled: &mut usize) -> Result<(), Refused> {
+        let mut read = self.end;
+        loop {
+            let rest = buffer.get(read..*filled).unwrap_or(&[]);
+            match (self.part, rest) {
+                (Part::Data, _) => {
+                    let count = self.left.min(rest.len());
+                    if count == 0 {
+                        break;
+                    }
+                    buffer.copy_within(read..read + count, self.end);
+                    read += count;
+                    self.end += count;
+                    self.left -= count;
+                    if self.left == 0 {
+                        self.part = Part::DataEnd;
+                    }
+                }
+                (Part::DataEnd, [b'\r', b'\n', ..]) => {
+                    read += 2;
+                    self.part = Part::Size;
+                }
+                (Part::DataEnd, [] | [b'\r']) | (Part::End, _) => break,
+                (Part::DataEnd, _) => return bad!("a chunk does not end with CRLF"),
+                _ => {
+                    let line = line(rest)?;
+                    let used = line.map_or(rest.len(), |line| line.len() + 2);
+                    if self.overhead + used > HEAD {
+                        return Err(LONG_HEAD);
+                    }
+                    let Some(line) = line else {
+                        break;
+                    };
+                    self.overhead += used;
+                    read += used;
+                    if self.part == Part::Size {
+                        self.chunk(line)?;
+                    } else if line.is_empty() {
+                        self.part = Part::End;
+                    } else if find(line, b':').is_none() || line.starts_with(b" ") {
+                        return bad!("a trailer is malformed");
+                    }
+                }
+            }
+        }
+        if read > self.end {
+            buffer.copy_within(read..*filled, self.end);
+            *filled -= read - self.end;
+        }
+        Ok(())
+    }
+
+    /// chunk-size [ chunk-ext ]
+    fn chunk(&mut self, line: &[u8]) -> Result<(), Refused> {
+        let mut rest = line;
+        self.left = 0;
+        while let [digit, others @ ..] = rest
+            && let Some(digit) = hexadecimal(*digit)
+        {
+            // More than a body may have is all the same.
+            self.left = (self.left * 16 + usize::from(digit)).min(2 * BODY);
+            rest = others;
+        }
+        let extends = rest.is_empty() || trim(rest).starts_with(b";");
+        if rest.len() == line.len() || !extends {
+            return bad!("a chunk size is malformed");
+        }
+        if self.end - self.scanned + self.left > BODY {
+            return Err(LARGE_BODY);
+        }
+        self.part = match self.left {
+            0 => Part::Trailer,
+            _ => Part::Data,
+        };
+        Ok(())
     }
 }
 
-const LONG_HEAD: Refusal = Refusal(
+const LONG_HEAD: Refused = &Refusal(
     Status::HeaderFieldsTooLarge,
     "the header is over 16 KiB or 64 lines",
 );
-const LARGE_BODY: Refusal = Refusal(Status::ContentTooLarge, "the body is over 128 KiB");
-
-fn parse_head(bytes: &[u8]) -> Result<(Head, Framing), Refusal> {
-    let mut lines = [httparse::EMPTY_HEADER; HEADERS];
-    let mut request = httparse::Request::new(&mut lines);
-    match request.parse(bytes) {
-        Ok(httparse::Status::Complete(_)) => {}
-        Err(httparse::Error::TooManyHeaders) => return Err(LONG_HEAD),
-        Err(httparse::Error::Version) => {
-            return Err(Refusal(
-                Status::VersionNotSupported,
-                "the version is not HTTP/1.0 or HTTP/1.1",
-            ));
-        }
-        Err(_) | Ok(httparse::Status::Partial) => return Err(bad("the header is malformed")),
-    }
-    let (Some(method), Some(target), Some(version)) =
-        (request.method, request.path, request.version)
-    else {
-        return Err(bad("the header is malformed"));
-    };
-    let old = version == 0;
-    let fields = Fields::collect(request.headers)?;
-    if !old && fields.hosts != 1 {
-        return Err(bad("there must be one Host header"));
-    }
-    let framing = fields.framing(old)?;
-    let target = route(method.as_bytes(), path(target.as_bytes())?, old, &fields);
-    let expects = fields.expects && !old;
-    if fields.unknown_expectation && !old {
-        return Err(Refusal(
-            Status::ExpectationFailed,
-            "only 100-continue can be expected",
-        ));
-    }
-    // A client that asks first is told at once; it will not send the body then.
-    if expects && !matches!(target, Target::Call(_)) {
-        return Err(match target {
-            Target::WrongMethod(_) => Refusal(Status::MethodNotAllowed, "method not allowed"),
-            _ => Refusal(Status::NotFound, "no such path"),
-        });
-    }
-    let framing = match framing {
-        Framing::Chunked(chunks) => Framing::Chunked(Chunks {
-            end: bytes.len(),
-            ..chunks
-        }),
-        length => length,
-    };
-    let head = Head {
-        target,
-        style: Style {
-            keep_alive: if old {
-                fields.keep_alive && !fields.close
-            } else {
-                !fields.close
-            },
-            old,
-            head_only: method == "HEAD",
-        },
-        expects,
-        length: bytes.len(),
-    };
-    Ok((head, framing))
-}
+const LARGE_BODY: Refused = &Refusal(Status::ContentTooLarge, "the body is over 128 KiB");
+const VERSION: Refused = &Refusal(
+    Status::VersionNotSupported,
+    "the version is not HTTP/1.0 or HTTP/1.1",
+);
 
 /// The path of a request target, in origin form or absolute form (RFC 9112 section 3.2).
-fn path(target: &[u8]) -> Result<&[u8], Refusal> {
+#[inline(never)]
+fn path(target: &[u8]) -> Result<&[u8], Refused> {
     const SCHEME: &[u8] = b"http://";
+    let visible = |byte: &u8| *byte > b' ' && *byte != 0x7f;
     let path = match target.split_at_checked(SCHEME.len()) {
-        Some((scheme, rest)) if scheme.eq_ignore_ascii_case(SCHEME) => {
-            let start = rest.iter().position(|byte| *byte == b'/');
+        _ if !target.iter().all(visible) || valid_up_to(target) != target.len() => &[],
+        Some((scheme, rest)) if same_word(scheme, SCHEME) => {
+            let start = find(rest, b'/');
             start.and_then(|start| rest.get(start..)).unwrap_or(b"/")
         }
-        _ if target.starts_with(b"/") || target == b"*" => target,
-        _ => return Err(bad("the request target is malformed")),
+        _ => target,
     };
-    Ok(path.split(|byte| *byte == b'?').next().unwrap_or(path))
+    match path {
+        [b'/', ..] | b"*" => Ok(split(path, b'?').next().unwrap_or(path)),
+        _ => bad!("the request target is malformed"),
+    }
 }
 
+#[inline(never)]
 fn route(method: &[u8], path: &[u8], old: bool, fields: &Fields) -> Target {
     let Some(route) = ROUTES.iter().find(|route| route.path.as_bytes() == path) else {
         return Target::Unknown;
@@ -421,12 +522,12 @@ fn route(method: &[u8], path: &[u8], old: bool, fields: &Fields) -> Target {
 /// What the header lines say.
 #[derive(Default)]
 struct Fields {
-    hosts: usize,
+    hosts: u32,
+    length: Option<u32>,
+    encodings: u32,
+    unknown_encoding: bool,
     close: bool,
     keep_alive: bool,
-    length: Option<usize>,
-    encodings: usize,
-    unknown_encoding: bool,
     expects: bool,
     unknown_expectation: bool,
     upgrade: bool,
@@ -436,48 +537,52 @@ struct Fields {
 }
 
 impl Fields {
-    fn collect(lines: &[httparse::Header]) -> Result<Self, Refusal> {
-        let mut fields = Self::default();
+    #[inline(never)]
+    fn read(&mut self, bytes: &[u8]) -> Result<(), Refused> {
+        let mut lines = [httparse::EMPTY_HEADER; HEADERS];
+        let lines = match httparse::parse_headers(bytes, &mut lines) {
+            Ok(httparse::Status::Complete((_, lines))) => lines,
+            Err(httparse::Error::TooManyHeaders) => return Err(LONG_HEAD),
+            _ => return bad!("the header is malformed"),
+        };
         for line in lines {
-            fields.line(line.name, line.value.trim_ascii())?;
+            self.line(line.name.as_bytes(), trim(line.value))?;
         }
-        Ok(fields)
+        Ok(())
     }
 
-    fn line(&mut self, name: &str, value: &[u8]) -> Result<(), Refusal> {
-        let is = |other: &str| name.eq_ignore_ascii_case(other);
+    #[inline(never)]
+    fn line(&mut self, name: &[u8], value: &[u8]) -> Result<(), Refused> {
+        let is = |other: &str| same_word(name, other.as_bytes());
         if is("host") {
             self.hosts += 1;
         } else if is("content-length") {
             // A list of equal lengths is one length (RFC 9110 section 8.6).
-            for member in value.split(|byte| *byte == b',') {
-                let length = length(member.trim_ascii())?;
+            for member in members(value) {
+                let length = length(member)?;
                 if self.length.is_some_and(|earlier| earlier != length) {
-                    return Err(bad("two Content-Length headers differ"));
+                    return bad!("two Content-Length headers differ");
                 }
                 self.length = Some(length);
             }
         } else if is("transfer-encoding") {
+            if value.is_empty() {
+                return bad!("Transfer-Encoding is empty");
+            }
             for member in members(value) {
                 self.encodings += 1;
-                self.unknown_encoding |= !member.eq_ignore_ascii_case(b"chunked");
-            }
-            if value.is_empty() {
-                return Err(bad("Transfer-Encoding is empty"));
+                self.unknown_encoding |= !same_word(member, b"chunked");
             }
         } else if is("connection") {
-            for member in members(value) {
-                self.close |= member.eq_ignore_ascii_case(b"close");
-                self.keep_alive |= member.eq_ignore_ascii_case(b"keep-alive");
-                self.upgrade |= member.eq_ignore_ascii_case(b"upgrade");
-            }
+            self.close |= lists(value, "close");
+            self.keep_alive |= lists(value, "keep-alive");
+            self.upgrade |= lists(value, "upgrade");
         } else if is("expect") {
-            let known = value.eq_ignore_ascii_case(b"100-continue");
+            let known = same_word(value, b"100-continue");
             self.expects |= known;
             self.unknown_expectation |= !known;
         } else if is("upgrade") {
-            self.upgrade_websocket |=
-                members(value).any(|member| member.eq_ignore_ascii_case(b"websocket"));
+            self.upgrade_websocket |= lists(value, "websocket");
         } else if is("sec-websocket-version") {
             self.version_13 = value == b"13";
         } else if is("sec-websocket-key") {
@@ -485,193 +590,80 @@ impl Fields {
         }
         Ok(())
     }
-
-    fn framing(&self, old: bool) -> Result<Framing, Refusal> {
-        match (self.encodings, self.length) {
-            (0, length) => match length.unwrap_or(0) {
-                length if length > BODY => Err(LARGE_BODY),
-                length => Ok(Framing::Length(length)),
-            },
-            // Both, or an encoding a 1.0 client cannot know: somebody on the way may see another end.
-            (_, Some(_)) => Err(bad("both Content-Length and Transfer-Encoding are given")),
-            (_, None) if old => Err(bad("HTTP/1.0 has no Transfer-Encoding")),
-            (1, None) if !self.unknown_encoding => Ok(Framing::Chunked(Chunks {
-                end: 0,
-                part: Part::Size,
-                overhead: 0,
-            })),
-            (1, None) => Err(Refusal(
-                Status::NotImplemented,
-                "the only transfer encoding is chunked",
-            )),
-            (_, None) => Err(bad("there must be one transfer encoding")),
-        }
-    }
 }
 
 fn members(value: &[u8]) -> impl Iterator<Item = &[u8]> {
-    value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii)
+    split(value, b',').map(trim)
 }
 
-/// 1*DIGIT; what is larger than any body is [`usize::MAX`].
-fn length(digits: &[u8]) -> Result<usize, Refusal> {
-    if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
-        return Err(bad("Content-Length is not a number"));
+#[inline(never)]
+fn lists(value: &[u8], word: &str) -> bool {
+    members(value).any(|member| same_word(member, word.as_bytes()))
+}
+
+/// 1*DIGIT; what is larger than any body is [`u32::MAX`].
+fn length(digits: &[u8]) -> Result<u32, Refused> {
+    match decimal(digits) {
+        Some(length) => Ok(length),
+        None if !digits.is_empty() && digits.iter().all(u8::is_ascii_digit) => Ok(u32::MAX),
+        None => bad!("Content-Length is not a number"),
     }
-    Ok(digits.iter().fold(0usize, |sum, digit| {
-        sum.saturating_mul(10)
-            .saturating_add(usize::from(digit.wrapping_sub(b'0')))
-    }))
 }
 
 /// The answer to a handshake's key, which is base64 of 16 bytes (RFC 6455 section 4.2.2).
+#[inline(never)]
 fn accept(key: &[u8]) -> Option<Accept> {
-    let digits = key
-        .strip_suffix(b"==")
-        .filter(|digits| digits.len() == 22)?;
-    if !digits.iter().all(|digit| digest::BASE64.contains(digit)) {
+    let digits = key.strip_suffix(b"==")?;
+    if digits.len() != 22
+        || !digits
+            .iter()
+            .all(|digit| find(digest::BASE64, *digit).is_some())
+    {
         return None;
     }
-    let mut message = heapless::Vec::<u8, 64>::new();
-    message.extend_from_slice(key).ok()?;
-    message
-        .extend_from_slice(b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11")
-        .ok()?;
+    let mut message = [0; 60];
+    let text = key.iter().chain(b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11");
+    for (slot, byte) in message.iter_mut().zip(text) {
+        *slot = *byte;
+    }
     Some(digest::base64(&digest::sha1(&message)))
 }
 
-impl Chunks {
-    /// Decodes what has come; true when the body, its trailers and its last line have.
-    ///
-    /// `start` is where the body starts in the buffer. Undecoded bytes are moved to `self.end`.
-    fn decode(
-        &mut self,
-        start: usize,
-        buffer: &mut [u8],
-        filled: &mut usize,
-    ) -> Result<bool, Refusal> {
-        let mut read = self.end;
-        let mut done = false;
-        while !done {
-            let rest = buffer.get(read..*filled).unwrap_or(&[]);
-            match self.part {
-                Part::Data(left) => {
-                    let count = left.min(rest.len());
-                    if count == 0 {
-                        break;
-                    }
-                    buffer.copy_within(read..read + count, self.end);
-                    read += count;
-                    self.end += count;
-                    self.part = if count == left {
-                        Part::DataEnd
-                    } else {
-                        Part::Data(left - count)
-                    };
-                }
-                Part::DataEnd => match rest {
-                    [b'\r', b'\n', ..] => {
-                        read += 2;
-                        self.part = Part::Size;
-                    }
-                    [] | [b'\r'] => break,
-                    _ => return Err(bad("a chunk does not end with CRLF")),
-                },
-                Part::Size | Part::Trailer => {
-                    let Some(line) = line(rest)? else {
-                        if self.overhead + rest.len() > HEAD {
-                            return Err(LONG_HEAD);
-                        }
-                        break;
-                    };
-                    let used = line.len() + 2;
-                    self.overhead += used;
-                    if self.overhead > HEAD {
-                        return Err(LONG_HEAD);
-                    }
-                    self.part = match (self.part, line) {
-                        (Part::Trailer, []) => {
-                            done = true;
-                            Part::Trailer
-                        }
-                        (Part::Trailer, field)
-                            if field.contains(&b':') && !field.starts_with(b" ") =>
-                        {
-                            Part::Trailer
-                        }
-                        (Part::Trailer, _) => return Err(bad("a trailer is malformed")),
-                        (_, line) => match chunk_size(line)? {
-                            0 => Part::Trailer,
-                            size if size > BODY - (self.end - start).min(BODY) => {
-                                return Err(LARGE_BODY);
-                            }
-                            size => Part::Data(size),
-                        },
-                    };
-                    read += used;
-                }
-            }
-        }
-        if read > self.end {
-            buffer.copy_within(read..*filled, self.end);
-            *filled -= read - self.end;
-        }
-        Ok(done)
-    }
-}
-
 /// The bytes up to CRLF; `None` when it has not come.
-fn line(bytes: &[u8]) -> Result<Option<&[u8]>, Refusal> {
-    let Some(end) = bytes.iter().position(|byte| *byte == b'\n') else {
+fn line(bytes: &[u8]) -> Result<Option<&[u8]>, Refused> {
+    let Some(end) = find(bytes, b'\n') else {
         return Ok(None);
     };
-    let line = bytes.get(..end).unwrap_or(&[]);
-    match line.strip_suffix(b"\r") {
-        Some(line) if !line.iter().any(|byte| matches!(byte, b'\r' | 0)) => Ok(Some(line)),
-        _ => Err(bad("a line does not end with CRLF")),
+    let line = bytes.get(..end).and_then(|line| line.strip_suffix(b"\r"));
+    match line {
+        Some(line) if find(line, b'\r').is_none() && find(line, 0).is_none() => Ok(Some(line)),
+        _ => bad!("a line does not end with CRLF"),
     }
-}
-
-/// chunk-size [ chunk-ext ]
-fn chunk_size(line: &[u8]) -> Result<usize, Refusal> {
-    let end = line
-        .iter()
-        .position(|byte| !byte.is_ascii_hexdigit())
-        .unwrap_or(line.len());
-    let (digits, extension) = line.split_at_checked(end).unwrap_or((line, &[]));
-    let extends = extension.trim_ascii_start().first() == Some(&b';');
-    if digits.is_empty() || !(extension.is_empty() || extends) {
-        return Err(bad("a chunk size is malformed"));
-    }
-    Ok(digits.iter().fold(0usize, |sum, digit| {
-        let digit = char::from(*digit).to_digit(16).unwrap_or(0);
-        sum.saturating_mul(16).saturating_add(digit as usize)
-    }))
 }
 
 /// Writes the head of a response with a JSON body of `length` bytes.
+#[inline(never)]
 pub fn response(line: &mut Line, status: Status, style: Style, length: usize, extra: &str) {
-    line.add("HTTP/1.1 ")
-        .add(u32::from(status as u16))
-        .add(" ")
-        .add(status.reason());
-    line.add("\r\nContent-Type: application/json\r\nContent-Length: ")
-        .add(length);
-    line.add("\r\n").add(extra);
+    line.push(b"HTTP/1.1 ");
+    line.push(status.line());
+    line.push(b"\r\nContent-Type: application/json\r\nContent-Length: ");
+    line.add(length).add("\r\n").add(extra);
     if !style.keep_alive {
-        line.add("Connection: close\r\n");
+        line.push(b"Connection: close\r\n");
     } else if style.old {
-        line.add("Connection: keep-alive\r\n");
+        line.push(b"Connection: keep-alive\r\n");
     }
-    line.add("\r\n");
+    line.push(b"\r\n");
 }
 
 /// Writes the head that accepts a WebSocket handshake.
 pub fn switching(line: &mut Line, accept: &Accept) {
-    line.add("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n");
-    line.add("Sec-WebSocket-Accept: ")
-        .add(&accept[..])
-        .add("\r\n\r\n");
+    line.push(
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+        Sec-WebSocket-Accept: ",
+    );
+    line.push(accept);
+    line.push(b"\r\n\r\n");
 }
 
 #[cfg(test)]
@@ -679,7 +671,7 @@ mod tests {
     use super::*;
 
     /// Feeds `bytes` in pieces of `step`; all answers, with their bodies, up to the first refusal.
-    type Answer = Result<(Target, Style, Vec<u8>), Refusal>;
+    type Answer = Result<(Target, Style, Vec<u8>), Refused>;
 
     fn feed(bytes: &[u8], step: usize) -> Vec<Answer> {
         let mut buffer = vec![0; BUFFER];
@@ -696,10 +688,10 @@ mod tests {
                         answers.push(Ok((
                             request.target,
                             request.style,
-                            buffer[request.body].to_vec(),
+                            buffer[request.body.clone()].to_vec(),
                         )));
-                        buffer.copy_within(request.length..filled, 0);
-                        filled -= request.length;
+                        buffer.copy_within(request.body.end..filled, 0);
+                        filled -= request.body.end;
                         reader = Reader::default();
                     }
                     Progress::Refused(refusal) => {
@@ -712,7 +704,7 @@ mod tests {
         answers
     }
 
-    fn one(text: &str) -> Result<(Target, Style, Vec<u8>), Refusal> {
+    fn one(text: &str) -> Result<(Target, Style, Vec<u8>), Refused> {
         let whole = feed(text.as_bytes(), text.len());
         for step in [1, 2, 7] {
             assert_eq!(
@@ -959,7 +951,7 @@ mod tests {
         let blank = "\r\n".repeat(HEAD);
         assert_eq!(
             feed(blank.as_bytes(), 100),
-            [Err(bad("the header is malformed"))]
+            [bad!("the request line is malformed")]
         );
     }
 

@@ -71,8 +71,8 @@ fn parse(bytes: &[u8], step: usize) -> (Vec<u16>, bool) {
             if !request.style.keep_alive {
                 return (statuses, false);
             }
-            buffer.copy_within(request.length..filled, 0);
-            filled -= request.length;
+            buffer.copy_within(request.body.end..filled, 0);
+            filled -= request.body.end;
             reader = Reader::default();
         }
     }

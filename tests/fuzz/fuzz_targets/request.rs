@@ -30,12 +30,13 @@ fn answers(bytes: &[u8], step: usize) -> Vec<Answer> {
                 match progress {
                     Progress::More | Progress::Continue => break,
                     Progress::Ready(request) => {
-                        assert!(request.length <= filled && request.body.end <= request.length);
+                        let end = request.body.end;
+                        assert!(end <= filled);
                         assert!(request.body.len() <= BODY);
                         let body = buffer[request.body].to_vec();
                         answers.push(Answer::Request(request.target, request.style, body));
-                        buffer.copy_within(request.length..filled, 0);
-                        filled -= request.length;
+                        buffer.copy_within(end..filled, 0);
+                        filled -= end;
                         reader = Reader::default();
                     }
                     Progress::Refused(refusal) => {
