@@ -1,7 +1,8 @@
 //! Users and groups from the text of passwd(5) and group(5).
 
-use crate::bytes::decimal;
-use crate::text::{Line, Show};
+use crate::bytes::{Split, decimal, find, split, trim};
+use crate::text;
+use crate::text::Line;
 
 /// Most supplementary groups of a user.
 pub const GROUPS: usize = 256;
@@ -22,162 +23,134 @@ pub struct Identity {
     pub home: heapless::Vec<u8, HOME>,
 }
 
-/// Why a user cannot be resolved.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fault<'a> {
-    /// No such name, and not a number.
-    User(&'a [u8]),
-    /// No such name, and not a number.
-    Group(&'a [u8]),
-    /// In more than [`GROUPS`] groups.
-    TooManyGroups(&'a [u8]),
-    /// A home directory over 256 bytes.
-    Home(&'a [u8]),
-}
-
-impl Show for Fault<'_> {
-    fn show(&self, line: &mut Line) {
-        match *self {
-            Fault::User(name) => line.add("unknown user ").add(name),
-            Fault::Group(name) => line.add("unknown group ").add(name),
-            Fault::TooManyGroups(name) => line
-                .add("user ")
-                .add(name)
-                .add(" is in more than ")
-                .add(GROUPS)
-                .add(" groups"),
-            Fault::Home(name) => line.add("home directory of ").add(name).add(" is too long"),
-        };
-    }
-}
-
-/// Resolves `user`, `uid`, `user:group` or `uid:gid`; an empty user is root.
-///
-/// `passwd` and `group` are the files' contents, empty where there is no such file. A line that
-/// makes no sense is no account. A number that is no known id stands for itself.
-pub fn resolve<'a>(spec: &'a [u8], passwd: &[u8], group: &[u8]) -> Result<Identity, Fault<'a>> {
-    let (user, wanted_group) = match spec.iter().position(|byte| *byte == b':') {
-        Some(colon) => (
-            spec.get(..colon).unwrap_or(&[]),
-            spec.get(colon + 1..).filter(|group| !group.is_empty()),
-        ),
-        None => (spec, None),
-    };
-    let user = if user.is_empty() { b"root" } else { user };
-    let id = number(user);
-    let by_name = accounts(passwd).find(|account| account.name == user);
-    let account = by_name.or_else(|| accounts(passwd).find(|account| Some(account.uid) == id));
-    let mut identity = match (&account, id) {
-        (Some(account), _) => Identity {
-            uid: account.uid,
-            gid: account.gid,
-            home: heapless::Vec::from_slice(account.home).map_err(|_| Fault::Home(user))?,
-            ..Identity::default()
-        },
-        (None, Some(id)) => Identity {
-            uid: id,
-            gid: id,
-            home: heapless::Vec::from_array(*b"/"),
-            ..Identity::default()
-        },
-        // An image without /etc/passwd still has its root.
-        (None, None) if user == b"root" => Identity {
-            home: heapless::Vec::from_array(*b"/root"),
-            ..Identity::default()
-        },
-        (None, None) => return Err(Fault::User(user)),
-    };
-    match (wanted_group, account) {
-        (Some(wanted), _) => {
-            let named = groups(group).find(|group| group.name == wanted);
-            identity.gid = named
-                .map(|group| group.gid)
-                .or_else(|| number(wanted))
-                .ok_or(Fault::Group(wanted))?;
-            identity.join(identity.gid, user)?;
+impl Identity {
+    /// From a default, resolves `user`, `uid`, `user:group` or `uid:gid`; an empty user is root.
+    ///
+    /// `passwd` and `group` are the files' contents, empty where there is no such file. A line that
+    /// makes no sense is no account. A number that is no known id stands for itself.
+    #[inline(never)]
+    pub fn resolve(&mut self, spec: &[u8], passwd: &[u8], group: &[u8]) -> Result<(), Line> {
+        let colon = find(spec, b':').unwrap_or(spec.len());
+        let (user, wanted) = spec.split_at_checked(colon).unwrap_or_default();
+        let user = if user.is_empty() { b"root" } else { user };
+        let wanted = wanted.get(1..).unwrap_or(&[]);
+        let id = number(user);
+        let mut account = Entry::before(passwd, true);
+        let mut found = account.seek(user, None);
+        if !found && id.is_some() {
+            account = Entry::before(passwd, true);
+            found = account.seek(b"", id);
         }
-        (None, Some(account)) => {
-            identity.join(identity.gid, user)?;
-            for group in groups(group) {
-                let member = group
-                    .members
-                    .split(|byte| *byte == b',')
-                    .any(|name| name == account.name);
-                if member {
-                    identity.join(group.gid, user)?;
-                }
+        let mut home: &[u8] = b"/";
+        if found {
+            self.uid = account.id;
+            self.gid = number(account.fourth).unwrap_or(0);
+            if !account.home.is_empty() {
+                home = account.home;
+            }
+        } else if let Some(id) = id {
+            self.uid = id;
+            self.gid = id;
+        } else if user == b"root" {
+            // An image without /etc/passwd still has its root.
+            home = b"/root";
+        } else {
+            return Err(text!("unknown user ", user));
+        }
+        if self.home.extend_from_slice(home).is_err() {
+            return Err(text!("home directory of ", user, " is too long"));
+        }
+        let mut entry = Entry::before(group, false);
+        if !wanted.is_empty() {
+            // That one, and no other.
+            self.gid = match entry.seek(wanted, None) {
+                true => entry.id,
+                false => number(wanted).ok_or_else(|| text!("unknown group ", wanted))?,
+            };
+            found = false;
+        }
+        self.join(self.gid);
+        while found && entry.advance() {
+            let member = split(entry.fourth, b',').any(|member| member == account.name);
+            if member && !self.join(entry.id) {
+                return Err(text!("user ", user, " is in more than ", GROUPS, " groups"));
             }
         }
-        (None, None) => identity.join(identity.gid, user)?,
+        Ok(())
     }
-    Ok(identity)
-}
 
-impl Identity {
     /// Root, in no group but its own.
     pub fn root() -> Self {
-        Self {
-            groups: heapless::Vec::from_array([0]),
-            ..Self::default()
-        }
+        let mut root = Self::default();
+        root.join(0);
+        root
     }
 
-    fn join<'a>(&mut self, gid: u32, user: &'a [u8]) -> Result<(), Fault<'a>> {
-        if self.groups.contains(&gid) {
-            return Ok(());
-        }
-        self.groups
-            .push(gid)
-            .map_err(|_| Fault::TooManyGroups(user))
+    /// Whether there was room for the group.
+    #[inline(never)]
+    fn join(&mut self, gid: u32) -> bool {
+        self.groups.contains(&gid) || self.groups.push(gid).is_ok()
     }
 }
 
-struct Account<'a> {
+/// A line of either file:
+///
+/// passwd(5): name:password:UID:GID:GECOS:directory:shell;
+/// group(5): group_name:password:GID:user_list
+struct Entry<'a> {
+    id: u32,
     name: &'a [u8],
-    uid: u32,
-    gid: u32,
+    /// The primary group's id, or a group's members.
+    fourth: &'a [u8],
     home: &'a [u8],
+    is_account: bool,
+    /// The lines behind it.
+    lines: Split<'a>,
 }
 
-/// name:password:UID:GID:GECOS:directory:shell
-fn accounts(passwd: &[u8]) -> impl Iterator<Item = Account<'_>> {
-    lines(passwd).filter_map(|line| {
-        let mut fields = line.split(|byte| *byte == b':');
-        let name = fields.next().filter(|name| !name.is_empty())?;
-        let uid = number(fields.nth(1)?)?;
-        let gid = number(fields.next()?)?;
-        let home = fields
-            .nth(1)
-            .filter(|home| !home.is_empty())
-            .unwrap_or(b"/");
-        Some(Account {
-            name,
-            uid,
-            gid,
-            home,
-        })
-    })
-}
+impl<'a> Entry<'a> {
+    /// To be [advanced](Self::advance) to the first line.
+    fn before(file: &'a [u8], is_account: bool) -> Self {
+        Self {
+            id: 0,
+            name: &[],
+            fourth: &[],
+            home: &[],
+            is_account,
+            lines: split(file, b'\n'),
+        }
+    }
 
-struct Group<'a> {
-    name: &'a [u8],
-    gid: u32,
-    members: &'a [u8],
-}
+    /// On to the next line that makes sense.
+    #[inline(never)]
+    fn advance(&mut self) -> bool {
+        while let Some(line) = self.lines.next() {
+            let mut fields = split(trim(line), b':');
+            self.name = fields.next().unwrap_or(&[]);
+            let id = fields.nth(1).and_then(number);
+            self.fourth = fields.next().unwrap_or(&[]);
+            self.home = fields.nth(1).unwrap_or(&[]);
+            if let Some(id) = id
+                && !self.name.is_empty()
+                && (!self.is_account || number(self.fourth).is_some())
+            {
+                self.id = id;
+                return true;
+            }
+        }
+        false
+    }
 
-/// group_name:password:GID:user_list
-fn groups(group: &[u8]) -> impl Iterator<Item = Group<'_>> {
-    lines(group).filter_map(|line| {
-        let mut fields = line.split(|byte| *byte == b':');
-        let name = fields.next().filter(|name| !name.is_empty())?;
-        let gid = number(fields.nth(1)?)?;
-        let members = fields.next().unwrap_or(b"");
-        Some(Group { name, gid, members })
-    })
-}
-
-fn lines(text: &[u8]) -> impl Iterator<Item = &[u8]> {
-    text.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii)
+    /// On to the first line of that name or id.
+    #[inline(never)]
+    fn seek(&mut self, name: &[u8], id: Option<u32>) -> bool {
+        while self.advance() {
+            if self.name == name || Some(self.id) == id {
+                return true;
+            }
+        }
+        false
+    }
 }
 
 /// An id: decimal digits, below 2^32 - 1, which the kernel takes for "no change" (setuid(2)).
@@ -196,15 +169,23 @@ mod tests {
     const GROUP: &[u8] = b"root:x:0:\nusers:x:100:app\nwheel:x:10:root,app\n\nbad\n:x:3:app\n\
         disk:x:6:app,other\ndisk2:x:6:app\napplication:x:77:application\n";
 
-    fn ids(spec: &str) -> Result<(u32, u32, Vec<u32>, String), Fault<'_>> {
-        resolve(spec.as_bytes(), PASSWD, GROUP).map(|who| {
-            (
-                who.uid,
-                who.gid,
-                who.groups.to_vec(),
-                String::from_utf8(who.home.to_vec()).unwrap(),
-            )
-        })
+    fn resolved(spec: &[u8], passwd: &[u8], group: &[u8]) -> Result<Identity, Line> {
+        let mut identity = Identity::default();
+        identity.resolve(spec, passwd, group).map(|()| identity)
+    }
+
+    fn ids(spec: &str) -> Result<(u32, u32, Vec<u32>, String), String> {
+        let text = |why: Line| String::from_utf8(why.as_bytes().to_vec()).unwrap();
+        resolved(spec.as_bytes(), PASSWD, GROUP)
+            .map_err(text)
+            .map(|who| {
+                (
+                    who.uid,
+                    who.gid,
+                    who.groups.to_vec(),
+                    String::from_utf8(who.home.to_vec()).unwrap(),
+                )
+            })
     }
 
     #[test]
@@ -247,33 +228,34 @@ mod tests {
 
     #[test]
     fn unknown_names_and_impossible_numbers_are_named() {
-        assert_eq!(ids("nosuch"), Err(Fault::User(b"nosuch")));
-        assert_eq!(ids("app:nosuch"), Err(Fault::Group(b"nosuch")));
-        assert_eq!(ids("4294967295"), Err(Fault::User(b"4294967295")));
+        assert_eq!(ids("nosuch"), Err("unknown user nosuch".into()));
+        assert_eq!(ids("app:nosuch"), Err("unknown group nosuch".into()));
+        assert_eq!(ids("4294967295"), Err("unknown user 4294967295".into()));
         assert_eq!(
             ids("99999999999999999999"),
-            Err(Fault::User(b"99999999999999999999"))
+            Err("unknown user 99999999999999999999".into())
         );
-        assert_eq!(ids("-1"), Err(Fault::User(b"-1")));
+        assert_eq!(ids("-1"), Err("unknown user -1".into()));
         for garbage in ["garbage", "noid", "big", "minus"] {
-            assert_eq!(ids(garbage), Err(Fault::User(garbage.as_bytes())));
+            assert_eq!(ids(garbage), Err(format!("unknown user {garbage}")));
         }
     }
 
     #[test]
     fn an_image_without_account_files_has_its_root() {
-        let root = resolve(b"", b"", b"").unwrap();
+        let root = resolved(b"", b"", b"").unwrap();
         assert_eq!((root.uid, root.gid, &root.home[..]), (0, 0, &b"/root"[..]));
     }
 
     #[test]
-    fn more_groups_than_there_is_room_for_is_an_error_and_not_a_truncation() {
+    fn more_than_there_is_room_for_is_an_error_and_not_a_truncation() {
         let group: String = (0..=GROUPS)
             .map(|at| format!("g{at}:x:{}:app\n", 5000 + at))
             .collect();
-        assert_eq!(
-            resolve(b"app", PASSWD, group.as_bytes()),
-            Err(Fault::TooManyGroups(b"app"))
-        );
+        let why = resolved(b"app", PASSWD, group.as_bytes()).unwrap_err();
+        assert_eq!(why.as_bytes(), b"user app is in more than 256 groups");
+        let home = format!("app:x:1:1::/{}:", "h".repeat(HOME));
+        let why = resolved(b"app", home.as_bytes(), b"").unwrap_err();
+        assert_eq!(why.as_bytes(), b"home directory of app is too long");
     }
 }

@@ -54,7 +54,9 @@ pub fn resolve(user: &[u8], scratch: &mut [u8; 2 * DOCUMENT]) -> Outcome<Identit
         .unwrap_or((&mut [], &mut []));
     let passwd = files::read_whole(PASSWD, passwd)?;
     let group = files::read_whole(GROUP, group)?;
-    accounts::resolve(user, passwd, group).map_err(|fault| text!(fault))
+    let mut identity = Identity::default();
+    identity.resolve(user, passwd, group)?;
+    Ok(identity)
 }
 
 /// Standard input, output and error of a command.

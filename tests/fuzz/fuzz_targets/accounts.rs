@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use pigeon_init::accounts::resolve;
+use pigeon_init::accounts::Identity;
 
 fuzz_target!(|data: &[u8]| {
     let mut parts = data.splitn(3, |byte| *byte == b'\n');
@@ -15,9 +15,10 @@ fuzz_target!(|data: &[u8]| {
             .collect()
     };
     let (passwd, group) = (file(parts.next()), file(parts.next()));
-    let Ok(identity) = resolve(spec, &passwd, &group) else {
+    let mut identity = Identity::default();
+    if identity.resolve(spec, &passwd, &group).is_err() {
         return;
-    };
+    }
     assert_eq!(identity.groups.first(), Some(&identity.gid));
     for (at, group) in identity.groups.iter().enumerate() {
         assert!(
