@@ -124,7 +124,7 @@ impl<'a> Entry<'a> {
     /// On to the next line that makes sense.
     #[inline(never)]
     fn advance(&mut self) -> bool {
-        while let Some(line) = self.lines.next() {
+        for line in self.lines.by_ref() {
             let mut fields = split(trim(line), b':');
             self.name = fields.next().unwrap_or(&[]);
             let id = fields.nth(1).and_then(number);

@@ -2,77 +2,87 @@
 //!
 //! core's parser says the same, at three times the code and with panics in it.
 
-use crate::bytes::decimal;
-use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use crate::bytes::{decimal, find, hexadecimal, split};
+use core::net::IpAddr;
 
 /// Reads an IPv4 address in dotted quads, or an IPv6 address (RFC 4291 section 2.2).
+#[inline(never)]
 pub fn parse(text: &[u8]) -> Option<IpAddr> {
-    if text.contains(&b':') {
-        ipv6(text).map(IpAddr::V6)
+    if find(text, b':').is_some() {
+        ipv6(text).map(IpAddr::from)
     } else {
-        ipv4(text).map(IpAddr::V4)
+        ipv4(text).map(|octets| IpAddr::from(octets.to_be_bytes()))
     }
 }
 
-fn ipv4(text: &[u8]) -> Option<Ipv4Addr> {
-    let mut octets = [0; 4];
-    let mut parts = text.split(|byte| *byte == b'.');
-    for octet in &mut octets {
+#[inline(never)]
+fn ipv4(text: &[u8]) -> Option<u32> {
+    let mut octets = split(text, b'.');
+    let mut address = 0;
+    for _ in 0..4 {
+        let digits = octets.next()?;
         // A leading zero would be octal to some.
-        let digits = parts
-            .next()
-            .filter(|part| *part == b"0" || part.first() != Some(&b'0'))?;
-        *octet = u8::try_from(decimal(digits)?).ok()?;
-    }
-    parts.next().is_none().then_some(Ipv4Addr::from(octets))
-}
-
-fn ipv6(text: &[u8]) -> Option<Ipv6Addr> {
-    let gap = text.windows(2).position(|pair| pair == b"::");
-    let (left, right) = match gap {
-        Some(gap) => (text.get(..gap)?, text.get(gap + 2..)?),
-        None => (text, &[][..]),
-    };
-    let (left, right) = (groups(left, gap.is_none())?, groups(right, true)?);
-    let count = left.len() + right.len();
-    // A gap stands for one group of zeros at least.
-    if (gap.is_none() && count != 8) || (gap.is_some() && count > 7) {
-        return None;
-    }
-    let mut all = [0u16; 8];
-    all.iter_mut()
-        .zip(&left)
-        .for_each(|(slot, group)| *slot = *group);
-    all.iter_mut()
-        .rev()
-        .zip(right.iter().rev())
-        .for_each(|(slot, group)| *slot = *group);
-    Some(Ipv6Addr::from(all))
-}
-
-/// The groups on one side of a gap; at the address's end the last two may be an IPv4 address.
-fn groups(text: &[u8], at_end: bool) -> Option<heapless::Vec<u16, 8>> {
-    let mut groups = heapless::Vec::new();
-    if text.is_empty() {
-        return Some(groups);
-    }
-    let mut parts = text.split(|byte| *byte == b':');
-    while let Some(part) = parts.next() {
-        if part.contains(&b'.') {
-            let [a, b, c, d] = ipv4(part)?.octets();
-            groups.push(u16::from_be_bytes([a, b])).ok()?;
-            groups.push(u16::from_be_bytes([c, d])).ok()?;
-            return (at_end && parts.next().is_none()).then_some(groups);
-        }
-        if part.is_empty() || part.len() > 4 {
+        if digits.len() > 1 && digits.starts_with(b"0") {
             return None;
         }
-        let value = part.iter().try_fold(0u16, |sum, digit| {
-            Some(sum << 4 | char::from(*digit).to_digit(16)? as u16)
-        })?;
-        groups.push(value).ok()?;
+        let octet = decimal(digits).filter(|octet| *octet < 256)?;
+        address = address << 8 | octet;
     }
-    Some(groups)
+    octets.next().is_none().then_some(address)
+}
+
+fn ipv6(text: &[u8]) -> Option<[u8; 16]> {
+    let mut bytes = [0; 16];
+    let mut length = 0;
+    // Where `::` stands for zeros.
+    let mut gap = None;
+    let mut rest = text;
+    if let [b':', b':', others @ ..] = rest {
+        gap = Some(0);
+        rest = others;
+    }
+    while !rest.is_empty() {
+        let end = find(rest, b':').unwrap_or(rest.len());
+        let (piece, others) = rest.split_at_checked(end)?;
+        if others.is_empty() && find(piece, b'.').is_some() {
+            // The last two groups may be an IPv4 address.
+            *bytes.get_mut(length..)?.first_chunk_mut()? = ipv4(piece)?.to_be_bytes();
+            length += 4;
+            break;
+        }
+        *bytes.get_mut(length..)?.first_chunk_mut()? = group(piece)?.to_be_bytes();
+        length += 2;
+        rest = match others {
+            [b':', b':', others @ ..] if gap.is_none() => {
+                gap = Some(length);
+                others
+            }
+            [b':', others @ ..] if !others.is_empty() => others,
+            [] => &[],
+            _ => return None,
+        };
+    }
+    match gap {
+        // One group of zeros at least.
+        Some(_) if length > 14 => return None,
+        Some(gap) => {
+            bytes.copy_within(gap..length, 16 - (length - gap));
+            bytes.get_mut(gap..16 - (length - gap))?.fill(0);
+        }
+        None if length < 16 => return None,
+        None => {}
+    }
+    Some(bytes)
+}
+
+/// One to four hexadecimal digits.
+fn group(digits: &[u8]) -> Option<u16> {
+    if !(1..=4).contains(&digits.len()) {
+        return None;
+    }
+    digits.iter().try_fold(0, |sum, digit| {
+        Some(sum << 4 | u16::from(hexadecimal(*digit)?))
+    })
 }
 
 #[cfg(test)]
