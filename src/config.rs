@@ -195,17 +195,20 @@ impl<'a> Config<'a> {
 
     /// What is run: `ExecOverride`, else `Entrypoint` and (`CmdOverride` as one argument, else `Cmd`).
     pub fn argv(&self) -> impl Iterator<Item = Text<'a>> + Clone {
-        let (entrypoint, cmd) = (self.0.texts(0), self.0.texts(1));
+        let [first, last] = self.arguments();
+        first.iter().chain(last.iter())
+    }
+
+    /// The same, as one list behind another.
+    pub fn arguments(&self) -> [Texts<'a>; 2] {
         let (exec_override, cmd_override) = (self.0.texts(5), self.0.text(6));
-        let none = Texts::default();
-        let (first, middle, last) = if !exec_override.is_empty() {
-            (exec_override, None, none)
+        if !exec_override.is_empty() {
+            [exec_override, Texts::default()]
         } else if !cmd_override.is_empty() {
-            (entrypoint, Some(cmd_override), none)
+            [self.0.texts(0), Texts::one(cmd_override)]
         } else {
-            (entrypoint, None, cmd)
-        };
-        first.iter().chain(middle).chain(last.iter())
+            [self.0.texts(0), self.0.texts(1)]
+        }
     }
 
     /// The environment: `ImageConfig.Env`, then `ExtraEnv` on top.

@@ -3,7 +3,8 @@
 use crate::files;
 use core::ffi::CStr;
 use pigeon_init::buffer::Buffer;
-use pigeon_init::text::{self, Level, Line, Show};
+use pigeon_init::text;
+use pigeon_init::text::{Level, Line};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -65,38 +66,34 @@ impl Console {
         self.identity = Some((uid, gid));
     }
 
-    /// Writes a line with ` key=value` fields behind its message.
+    /// Writes a line; `fields` stands behind its message, as ` key=value`.
     #[inline(never)]
-    pub fn log(&mut self, level: Level, message: Line, fields: &[(&str, &dyn Show)]) {
+    pub fn log(&mut self, level: Level, message: Line, fields: Line) {
         if level < self.level {
             return;
         }
-        let mut line = text::log_line(level, message.as_bytes());
-        for (key, value) in fields {
-            line.field(key, *value);
-        }
+        let mut line = text!(text::log_line(level, message.as_bytes()), fields);
         if let Some((uid, gid)) = self.identity {
-            line.field("uid", &uid).field("gid", &gid);
+            line = text!(line, " uid=", uid, " gid=", gid);
         }
         self.write_line(&line);
     }
 
     /// Writes a line at level warn.
     pub fn warn(&mut self, message: Line) {
-        self.log(Level::Warn, message, &[]);
+        self.log(Level::Warn, message, Line::new());
     }
 
     /// Writes a line at level error.
     pub fn error(&mut self, message: Line) {
-        self.log(Level::Error, message, &[]);
+        self.log(Level::Error, message, Line::new());
     }
 
     fn write_line(&mut self, line: &Line) {
         self.flush();
         if self.lost > 0 {
-            let mut note = text::log_line(Level::Warn, b"the console was too slow");
-            note.field("lost_lines", &self.lost);
-            if !self.push_line(&note) {
+            let note = text::log_line(Level::Warn, b"the console was too slow");
+            if !self.push_line(&text!(note, " lost_lines=", self.lost)) {
                 self.lost = self.lost.saturating_add(1);
                 return;
             }
@@ -169,9 +166,11 @@ impl Console {
 /// Opens the first device that can be opened, from a place in [`DEVICES`] on.
 fn open_from(first: usize) -> Option<(OwnedFd, usize)> {
     let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let mut devices = DEVICES.iter().enumerate().skip(first);
-    devices.find_map(|(index, path)| {
-        let device = files::open(path, flags).ok()?;
-        Some((device, index))
-    })
+    let mut index = first;
+    loop {
+        match files::open(DEVICES.get(index)?, flags) {
+            Ok(device) => return Some((device, index)),
+            Err(_) => index += 1,
+        }
+    }
 }

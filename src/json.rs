@@ -226,6 +226,11 @@ impl Show for Text<'_> {
 pub struct Texts<'a>(&'a [u8]);
 
 impl<'a> Texts<'a> {
+    /// A list of one string.
+    pub fn one(text: Text<'a>) -> Self {
+        Self(text.c_str().to_bytes_with_nul())
+    }
+
     /// The items in their order.
     pub fn iter(self) -> impl Iterator<Item = Text<'a>> + Clone {
         Items(self)

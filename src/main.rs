@@ -21,11 +21,11 @@ mod supervisor;
 mod sys;
 mod task;
 
-use crate::api::Api;
+use crate::api::{Api, Host, SINK};
 use crate::console::Console;
 use crate::metadata::Source;
 use crate::poll::Poller;
-use crate::supervisor::{HANDLED, LINGER, Parts, SINK, Supervisor};
+use crate::supervisor::{HANDLED, LINGER, Supervisor};
 use crate::sys::{Static, Words};
 use crate::task::Outcome;
 use pigeon_init::accounts::Identity;
@@ -111,20 +111,11 @@ fn start(arguments: Words, words: Words) -> ! {
     };
     // Ctrl-Alt-Del becomes a signal for us (reboot(2)).
     let _without = rustix::system::reboot(rustix::system::RebootCommand::CadOff);
-    let linger = knobs.linger;
-    let mut supervisor = Supervisor::new(Parts {
-        console,
-        api,
-        environment,
-        scratch,
-        sink,
-        poller,
-        signals,
-        linger,
-    });
+    let host = Host::new(poller, environment, scratch, sink);
+    let mut supervisor = Supervisor::new(console, api, host, signals, knobs.linger);
     let outcome = boot(&mut supervisor, &knobs, document);
     sys::release(document);
-    sys::release(supervisor.scratch);
+    sys::release(supervisor.host.scratch);
     if let Err(why) = outcome {
         supervisor.fail(why);
     }
@@ -139,7 +130,7 @@ fn start(arguments: Words, words: Words) -> ! {
 fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT]) -> Outcome {
     mounts::sysfs()?;
     let expedited = mounts::Expedited::on();
-    modules::load(supervisor.console, supervisor.scratch)?;
+    modules::load(supervisor.console, supervisor.host.scratch)?;
     // Beside an answer from the network in a child; beside the root mount alone here, a fork less.
     let fetches = knobs.source != Source::File && interface::eth0_index().is_some();
     let cgroups = match fetches {
@@ -158,10 +149,10 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
     console.log(
         Level::Info,
         text!("configuration loaded"),
-        &[("source", &source)],
+        text!(" source=", source),
     );
     let device = config.root_device();
-    let root = task::start(&mut |report| root::mount(device, supervisor.scratch, report))?;
+    let root = task::start(&mut |report| root::mount(device, supervisor.host.scratch, report))?;
     match cgroups {
         Some(task) => task.wait(c"cgroups", supervisor.console)?,
         None => mounts::cgroups(&mut |why| supervisor.console.warn(why))?,
@@ -172,7 +163,7 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
     limit_open_files()?;
     let identity = resolve_user(supervisor, &config)?;
     fill_environment(supervisor, &config, &identity)?;
-    if let Err(why) = supervisor.api.listen(&supervisor.poller) {
+    if let Err(why) = supervisor.api.listen(&supervisor.host.poller) {
         supervisor.console.warn(text!("no API: ", why));
     }
     supervisor.run(&config, &identity)
@@ -181,14 +172,14 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
 /// /dev/null as descriptors 0 to 2: no other ever gets one of these numbers, and commands without
 /// input have this one.
 fn standard_streams() -> Outcome {
-    use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
-    let what = why!("open /dev/null");
-    let null = rustix::fs::open(c"/dev/null", OFlags::RDWR, Mode::empty()).map_err(what)?;
-    dup2_stdin(&null)
-        .and_then(|()| dup2_stdout(&null))
-        .and_then(|()| dup2_stderr(&null))
-        .map_err(what)?;
-    if null.as_raw_fd() <= 2 {
+    let opened = rustix::fs::open(c"/dev/null", OFlags::RDWR, Mode::empty());
+    let connected = opened.and_then(|null| {
+        let streams = [Some(null), None, None];
+        sys::set_streams(&streams)?;
+        Ok(streams)
+    });
+    let [null, ..] = connected.map_err(why!("open /dev/null"))?;
+    if let Some(null) = null.filter(|null| null.as_raw_fd() <= 2) {
         let _for_ever = null.into_raw_fd();
     }
     Ok(())
@@ -203,14 +194,17 @@ fn limit_open_files() -> Outcome {
 }
 
 fn resolve_user(supervisor: &mut Supervisor, config: &Config) -> Outcome<Identity> {
-    let identity = spawn::resolve(config.user().bytes(), supervisor.scratch)?;
+    let identity = spawn::resolve(config.user().bytes(), supervisor.host.scratch)?;
     supervisor.console.set_identity(identity.uid, identity.gid);
     Ok(identity)
 }
 
 fn fill_environment(supervisor: &mut Supervisor, config: &Config, identity: &Identity) -> Outcome {
-    cli::fill_environment(supervisor.environment, config)?;
-    let home = supervisor.environment.set_default(b"HOME", &identity.home);
+    cli::fill_environment(supervisor.host.environment, config)?;
+    let home = supervisor
+        .host
+        .environment
+        .set_default(b"HOME", &identity.home);
     home.map_err(|_| text!("the environment is too large"))
 }
 

@@ -4,7 +4,7 @@ use crate::console::Console;
 use crate::task::{Outcome, name};
 use core::ffi::CStr;
 use pigeon_init::text;
-use pigeon_init::text::{Level, Show};
+use pigeon_init::text::{Level, Line};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
@@ -24,8 +24,10 @@ pub fn load(console: &mut Console, scratch: &mut [u8]) -> Outcome {
         match loaded {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(errno) => {
-                let fields: [(&str, &dyn Show); 2] = [("path", &line), ("error", &name(errno))];
-                console.log(Level::Warn, text!("cannot load a module"), &fields);
+                let mut fields = Line::new();
+                fields.field("path", &line);
+                let fields = text!(fields, " error=", name(errno));
+                console.log(Level::Warn, text!("cannot load a module"), fields);
             }
         }
     }

@@ -1,29 +1,43 @@
 //! A fixed number of slots, reused, each use with a number of its own.
 
-/// Names one use of one slot: the slot's index and how often it was used before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Key {
+/// Names one use of one slot: the slot's index, and how often it was used before.
+///
+/// That counter has 16 bits: a key must not be kept while its slot is used 65,536 times.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Key(u32);
+
+impl Key {
+    fn new(index: usize, generation: u16) -> Self {
+        Self(u32::from(generation) << 16 | index as u32 & 0xffff)
+    }
+
     /// Which slot.
-    pub index: u32,
-    /// Which use of it.
-    pub generation: u32,
+    pub fn index(self) -> usize {
+        self.0 as usize & 0xffff
+    }
+
+    /// The key as a number.
+    pub fn to_bits(self) -> u32 {
+        self.0
+    }
+
+    /// The key that gave this number.
+    pub fn from_bits(bits: u32) -> Self {
+        Self(bits)
+    }
 }
 
-/// At most `N` values. The slot freed last is used first, so few values touch few pages.
+/// At most `N` values, 65,536 at most. The first free slot is used, so few values touch few pages.
 ///
 /// Empty it is all zeros: as a static it takes no room in the program's file, and a slot's memory is
 /// first touched when the slot is first used.
 pub struct Slab<T, const N: usize> {
     slots: heapless::Vec<Slot<T>, N>,
-    /// First of the chain of free slots, plus 1; 0 ends it.
-    free: u32,
-    length: usize,
 }
 
 struct Slot<T> {
+    generation: u16,
     value: Option<T>,
-    generation: u32,
-    next: u32,
 }
 
 impl<T, const N: usize> Slab<T, N> {
@@ -31,94 +45,56 @@ impl<T, const N: usize> Slab<T, N> {
     pub const fn new() -> Self {
         Self {
             slots: heapless::Vec::new(),
-            free: 0,
-            length: 0,
         }
     }
 
-    /// How many values there are.
-    pub fn len(&self) -> usize {
-        self.length
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
+    /// Stores a value; when all slots are taken, it is dropped.
+    pub fn insert(&mut self, value: T) -> Option<Key> {
+        let index = match self.slots.iter().position(|slot| slot.value.is_none()) {
+            Some(index) => index,
+            None => {
+                let fresh = Slot {
+                    generation: 0,
+                    value: None,
+                };
+                self.slots.push(fresh).ok()?;
+                self.slots.len() - 1
+            }
+        };
+        let slot = self.slots.get_mut(index)?;
+        slot.value = Some(value);
+        Some(Key::new(index, slot.generation))
     }
 
     /// Whether all slots are taken.
     pub fn is_full(&self) -> bool {
-        self.length == N
-    }
-
-    /// Stores a value, or gives it back when all slots are taken.
-    pub fn insert(&mut self, value: T) -> Result<Key, T> {
-        let index = match self.free.checked_sub(1) {
-            Some(index) => index,
-            None => {
-                let index = self.slots.len();
-                let fresh = Slot {
-                    value: None,
-                    generation: 0,
-                    next: 0,
-                };
-                if self.slots.push(fresh).is_err() {
-                    return Err(value);
-                }
-                index as u32
-            }
-        };
-        let Some(slot) = self.slots.get_mut(index as usize) else {
-            return Err(value);
-        };
-        self.free = slot.next;
-        slot.next = 0;
-        slot.value = Some(value);
-        self.length += 1;
-        Ok(Key {
-            index,
-            generation: slot.generation,
-        })
-    }
-
-    /// The value stored under `key`, unless it was removed.
-    pub fn get(&self, key: Key) -> Option<&T> {
-        let slot = self.slots.get(key.index as usize)?;
-        slot.value
-            .as_ref()
-            .filter(|_| slot.generation == key.generation)
+        self.slots.is_full() && self.slots.iter().all(|slot| slot.value.is_some())
     }
 
     /// The value stored under `key`, unless it was removed.
     pub fn get_mut(&mut self, key: Key) -> Option<&mut T> {
-        let slot = self.slots.get_mut(key.index as usize)?;
-        slot.value
-            .as_mut()
-            .filter(|_| slot.generation == key.generation)
-    }
-
-    /// Takes the value stored under `key` out.
-    pub fn remove(&mut self, key: Key) -> Option<T> {
-        let slot = self.slots.get_mut(key.index as usize)?;
-        if slot.generation != key.generation {
+        let slot = self.slots.get_mut(key.index())?;
+        if Key::new(key.index(), slot.generation) != key {
             return None;
         }
-        let value = slot.value.take()?;
-        slot.generation = slot.generation.wrapping_add(1);
-        slot.next = self.free;
-        self.free = key.index + 1;
-        self.length -= 1;
-        Some(value)
+        slot.value.as_mut()
+    }
+
+    /// Drops the value stored under `key`.
+    pub fn remove(&mut self, key: Key) {
+        if self.get_mut(key).is_some()
+            && let Some(slot) = self.slots.get_mut(key.index())
+        {
+            slot.value = None;
+            slot.generation = slot.generation.wrapping_add(1);
+        }
     }
 
     /// The key of the value in slot `index`, for walks during which values come and go.
     pub fn key_at(&self, index: usize) -> Option<Key> {
         let slot = self.slots.get(index)?;
         slot.value.as_ref()?;
-        Some(Key {
-            index: index as u32,
-            generation: slot.generation,
-        })
+        Some(Key::new(index, slot.generation))
     }
 
     /// All slots that were ever used: the range of indexes for [`key_at`](Self::key_at).
@@ -128,13 +104,9 @@ impl<T, const N: usize> Slab<T, N> {
 
     /// All values with their keys.
     pub fn iter(&self) -> impl Iterator<Item = (Key, &T)> {
-        let slots = self.slots.iter();
-        slots.enumerate().filter_map(|(index, slot)| {
-            let key = Key {
-                index: index as u32,
-                generation: slot.generation,
-            };
-            Some((key, slot.value.as_ref()?))
+        let slots = self.slots.iter().enumerate();
+        slots.filter_map(|(index, slot)| {
+            Some((Key::new(index, slot.generation), slot.value.as_ref()?))
         })
     }
 }
@@ -159,38 +131,44 @@ mod tests {
         for step in 0..20_000u32 {
             random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             if random >> 31 == 0 {
+                assert_eq!(slab.is_full(), model.len() == 8);
                 match slab.insert(step) {
-                    Ok(key) => {
-                        assert!(model.insert((key.index, key.generation), step).is_none());
-                    }
-                    Err(value) => assert_eq!((value, model.len()), (step, 8)),
+                    Some(key) => assert!(model.insert(key, step).is_none()),
+                    None => assert_eq!(model.len(), 8),
                 }
             } else if let Some(key) = slab.key_at((random >> 24) as usize % 8) {
-                assert_eq!(slab.remove(key), model.remove(&(key.index, key.generation)));
+                assert_eq!(slab.get_mut(key).copied(), model.remove(&key));
+                slab.remove(key);
+                slab.remove(key);
                 dead.push(key);
             }
-            assert_eq!(slab.len(), model.len());
             assert_eq!(slab.iter().count(), model.len());
-            assert!(
-                slab.iter()
-                    .all(|(key, value)| model[&(key.index, key.generation)] == *value)
-            );
+            assert!(slab.iter().all(|(key, value)| model[&key] == *value));
             assert!(
                 dead.iter()
                     .rev()
                     .take(20)
-                    .all(|key| slab.get(*key).is_none())
+                    .all(|key| slab.get_mut(*key).is_none())
             );
         }
     }
 
     #[test]
-    fn the_slot_freed_last_is_used_first() {
+    fn the_first_free_slot_is_used() {
         let mut slab = Slab::<u8, 4>::new();
         let first = slab.insert(1).unwrap();
         slab.insert(2).unwrap();
         slab.remove(first);
-        assert_eq!(slab.insert(3).unwrap().index, first.index);
+        assert_eq!(slab.insert(3).unwrap().index(), first.index());
         assert_eq!(slab.used(), 2);
+    }
+
+    #[test]
+    fn a_key_is_a_number_and_back() {
+        let mut slab = Slab::<u8, 4>::new();
+        let key = slab.insert(1).unwrap();
+        slab.remove(key);
+        let key = slab.insert(2).unwrap();
+        assert_eq!(slab.get_mut(Key::from_bits(key.to_bits())), Some(&mut 2));
     }
 }

@@ -10,12 +10,12 @@ use core::ffi::CStr;
 use pigeon_init::accounts::{self, Identity};
 use pigeon_init::command::{self, ENV_ENTRIES, Environment};
 use pigeon_init::config::{ARGV, DOCUMENT, PATH};
-use pigeon_init::json::Text;
+use pigeon_init::json::{Text, Texts};
 use pigeon_init::text;
-use rustix::fd::{BorrowedFd, OwnedFd};
+use pigeon_init::text::Line;
+use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::process::{Gid, Uid};
 
 /// The root's users.
 pub const PASSWD: &CStr = c"/etc/passwd";
@@ -29,13 +29,15 @@ const NOT_EXECUTABLE: i32 = 126;
 
 /// What a child uses between fork and execve; in the parent it stays untouched.
 struct Scratch {
-    argv_pointers: [usize; ARGV + 1],
-    environment_pointers: [usize; ENV_ENTRIES + 1],
+    argv: [usize; ARGV + 1],
+    environment: [usize; ENV_ENTRIES + 1],
+    path: heapless::Vec<u8, { PATH + 256 }>,
 }
 
 static SCRATCH: Static<Scratch> = Static::new(Scratch {
-    argv_pointers: [0; ARGV + 1],
-    environment_pointers: [0; ENV_ENTRIES + 1],
+    argv: [0; ARGV + 1],
+    environment: [0; ENV_ENTRIES + 1],
+    path: heapless::Vec::new(),
 });
 
 /// Who a command of the host's runs as: root, unless it names a user.
@@ -59,190 +61,152 @@ pub fn resolve(user: &[u8], scratch: &mut [u8; 2 * DOCUMENT]) -> Outcome<Identit
     Ok(identity)
 }
 
-/// Standard input, output and error of a command.
-pub enum Streams<'a> {
-    /// Three descriptors.
-    Each([BorrowedFd<'a>; 3]),
-    /// Output and error; input stays what PID 1's is: /dev/null.
-    Output([BorrowedFd<'a>; 2]),
-    /// One terminal for all three, which becomes the session's controlling terminal.
-    Terminal(BorrowedFd<'a>),
+/// What connects us with a command: our end, which does not block, and the command's.
+pub type Ends = (Option<OwnedFd>, Option<OwnedFd>);
+
+/// A pipe to or from a command.
+pub fn pipe(to_command: bool) -> Outcome<Ends> {
+    let (read, write) = task::pipe()?;
+    let (ours, theirs) = if to_command {
+        (write, read)
+    } else {
+        (read, write)
+    };
+    task::block(&theirs)?;
+    Ok((Some(ours), Some(theirs)))
+}
+
+/// Standard input, output and error of a command, as [`sys::set_streams`] has them.
+pub type Streams = [Option<OwnedFd>; 3];
+
+/// First thing in a child: a session of its own, and no descriptors but its streams and its report.
+pub fn enter_session(streams: &Streams, terminal: bool, report: &Report) -> Outcome {
+    rustix::process::setsid().map_err(why!("start a session"))?;
+    let controlled = match streams {
+        [Some(input), ..] if terminal => rustix::process::ioctl_tiocsctty(input),
+        _ => Ok(()),
+    };
+    controlled
+        .and_then(|()| sys::set_streams(streams))
+        .map_err(why!("connect the standard streams"))?;
+    sys::close_others(report.pipe(), report.pipe());
+    Ok(())
 }
 
 /// What a child becomes.
-pub struct Command<'a, A: Iterator<Item = Text<'a>> + Clone> {
-    /// The arguments; the first is the name to look for.
-    pub argv: A,
+pub struct Command<'a> {
+    /// The arguments, a list behind another; the first is the name to look for.
+    pub argv: [Texts<'a>; 2],
     /// The environment, PATH among it.
-    pub environment: &'a mut Environment,
+    pub environment: &'a Environment,
     /// Who it runs as.
     pub identity: &'a Identity,
     /// Working directory, created if absent; empty is `/`.
     pub directory: Text<'a>,
 }
 
-/// First thing in a child: a session of its own, and no descriptors but its streams and its report.
-pub fn enter_session(streams: &Streams, report: &Report) -> Outcome {
-    use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
-    rustix::process::setsid().map_err(why!("start a session"))?;
-    let connected = (|| {
-        let (input, [output, error]) = match *streams {
-            Streams::Each([input, output, error]) => (Some(input), [output, error]),
-            Streams::Output(streams) => (None, streams),
-            Streams::Terminal(terminal) => {
-                rustix::process::ioctl_tiocsctty(terminal)?;
-                (Some(terminal), [terminal; 2])
-            }
-        };
-        if let Some(input) = input {
-            dup2_stdin(input)?;
-        }
-        dup2_stdout(output)?;
-        dup2_stderr(error)
-    })();
-    connected.map_err(why!("connect the standard streams"))?;
-    sys::close_others(report.pipe(), report.pipe());
-    Ok(())
-}
-
-/// A failure between fork and execve: the words, and the exit code for it.
-struct Failure(text::Line, i32);
-
-impl<'a, A: Iterator<Item = Text<'a>> + Clone> Command<'a, A> {
+impl Command<'_> {
     /// Turns this process into the command; returns an exit code only when that failed, with the
     /// reason in the report.
-    pub fn become_it(self, report: &Report) -> i32 {
-        let Some(scratch) = SCRATCH.take() else {
-            return NOT_EXECUTABLE;
-        };
-        match self.execute(scratch) {
-            Ok(never) => match never {},
-            Err(Failure(why, code)) => {
-                report.fail(why);
-                code
-            }
+    #[inline(never)]
+    pub fn become_it(&self, report: &Report) -> i32 {
+        let (errno, what, code) = self.attempt();
+        report.fail(task::failure(errno, what));
+        code
+    }
+
+    /// What failed, and the exit code for it.
+    fn attempt(&self) -> (Errno, Line, i32) {
+        if let Err(errno) = self.enter_directory() {
+            return (errno, text!("enter ", self.directory), NOT_EXECUTABLE);
         }
-    }
-
-    fn execute(mut self, scratch: &mut Scratch) -> Result<core::convert::Infallible, Failure> {
-        self.enter_directory()?;
-        self.drop_privileges().map_err(|errno| {
-            Failure(
-                task::failure(errno, text!("become the user")),
-                NOT_EXECUTABLE,
-            )
-        })?;
-        point(
-            &mut scratch.argv_pointers,
-            self.argv
-                .clone()
-                .map(|argument| argument.c_str().to_bytes_with_nul()),
-        );
-        point(&mut scratch.environment_pointers, self.environment.iter());
-        sys::block_signals(SignalSet::EMPTY);
-        let command = self.argv.next().map_or(c"", Text::c_str);
-        let (errno, code) = search(command, self.environment, |path| {
-            // SAFETY: both vectors end with null, and point at NUL-terminated strings that stay.
-            unsafe {
-                let argv = scratch.argv_pointers.as_ptr().cast();
-                sys::execve(path, argv, scratch.environment_pointers.as_ptr().cast())
-            }
-        });
-        Err(Failure(
-            task::failure(errno, text!("execute ", command)),
-            code,
-        ))
-    }
-
-    fn enter_directory(&self) -> Result<(), Failure> {
-        if self.directory.is_empty() {
-            return Ok(());
-        }
-        let directory = self.directory;
-        let entered = match rustix::process::chdir(directory.c_str()) {
-            Err(Errno::NOENT) => make_directories(directory.bytes())
-                .and_then(|()| rustix::process::chdir(directory.c_str())),
-            other => other,
-        };
-        entered.map_err(|errno| {
-            Failure(
-                task::failure(errno, text!("enter ", directory)),
-                NOT_EXECUTABLE,
-            )
-        })
-    }
-
-    /// Groups first: without root they cannot be set.
-    fn drop_privileges(&self) -> Result<(), Errno> {
-        use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
         let Identity {
             uid, gid, groups, ..
         } = self.identity;
-        let mut list = heapless::Vec::<Gid, { accounts::GROUPS }>::new();
-        for group in groups {
-            let _fits = list.push(Gid::from_raw(*group));
+        if let Err(errno) = sys::become_user(*uid, *gid, groups) {
+            return (errno, text!("become the user"), NOT_EXECUTABLE);
         }
-        let (uid, gid) = (Uid::from_raw(*uid), Gid::from_raw(*gid));
-        set_thread_groups(&list)?;
-        set_thread_res_gid(gid, gid, gid)?;
-        set_thread_res_uid(uid, uid, uid)
-    }
-}
-
-/// Fills a vector of pointers for execve(2); the last one is null.
-fn point<'s>(pointers: &mut [usize], strings: impl Iterator<Item = &'s [u8]>) {
-    pointers
-        .iter_mut()
-        .zip(strings)
-        .for_each(|(slot, string)| *slot = string.as_ptr() as usize);
-}
-
-/// Tries the command in the directories of PATH, as execvp(3) does; a name with `/` is a path.
-fn search(
-    command: &CStr,
-    environment: &Environment,
-    execute: impl Fn(&CStr) -> Errno,
-) -> (Errno, i32) {
-    let missing = |errno| matches!(errno, Errno::NOENT | Errno::NOTDIR);
-    let answer = |errno| {
-        (
-            errno,
-            if missing(errno) {
-                NOT_FOUND
-            } else {
-                NOT_EXECUTABLE
-            },
-        )
-    };
-    if command.is_empty() {
-        return answer(Errno::NOENT);
-    }
-    if command.to_bytes().contains(&b'/') {
-        return answer(execute(command));
-    }
-    let mut failure = Errno::NOENT;
-    let path = environment.get(b"PATH").unwrap_or(command::PATH);
-    for directory in path.split(|byte| *byte == b':') {
-        let mut candidate = heapless::Vec::<u8, { PATH + 256 }>::new();
-        // An empty entry is the working directory.
-        let directory = if directory.is_empty() {
-            b"."
+        let name = self.argv.iter().find_map(|list| list.iter().next());
+        let name = name.map_or(c"", Text::c_str);
+        let errno = match SCRATCH.take() {
+            Some(scratch) => self.search(name, scratch),
+            None => Errno::NOMEM,
+        };
+        let code = if is_missing(errno) {
+            NOT_FOUND
         } else {
-            directory
+            NOT_EXECUTABLE
         };
-        let fits = [directory, b"/", command.to_bytes_with_nul()]
-            .iter()
-            .all(|part| candidate.extend_from_slice(part).is_ok());
-        let Some(candidate) = CStr::from_bytes_until_nul(&candidate).ok().filter(|_| fits) else {
-            continue;
-        };
-        match execute(candidate) {
-            errno if missing(errno) => {}
-            Errno::ACCESS => failure = Errno::ACCESS,
-            errno => return answer(errno),
+        (errno, text!("execute ", name), code)
+    }
+
+    fn enter_directory(&self) -> Result<(), Errno> {
+        if self.directory.is_empty() {
+            return Ok(());
+        }
+        let enter = || rustix::process::chdir(self.directory.c_str());
+        match enter() {
+            Err(Errno::NOENT) => make_directories(self.directory.bytes()).and_then(|()| enter()),
+            other => other,
         }
     }
-    answer(failure)
+
+    /// Tries the command in the directories of PATH, as execvp(3) does; a name with `/` is a path.
+    fn search(&self, name: &CStr, scratch: &mut Scratch) -> Errno {
+        let [first, last] = self.argv;
+        let argv = first.iter().chain(last.iter());
+        for (slot, argument) in scratch.argv.iter_mut().zip(argv) {
+            *slot = argument.c_str().as_ptr() as usize;
+        }
+        for (slot, entry) in scratch.environment.iter_mut().zip(self.environment.iter()) {
+            *slot = entry.as_ptr() as usize;
+        }
+        sys::block_signals(SignalSet::EMPTY);
+        let execute = |path: &CStr| {
+            // SAFETY: both vectors end with null, and point at NUL-terminated strings that stay.
+            unsafe {
+                let argv = scratch.argv.as_ptr().cast();
+                sys::execve(path, argv, scratch.environment.as_ptr().cast())
+            }
+        };
+        if name.is_empty() {
+            return Errno::NOENT;
+        }
+        if name.to_bytes().contains(&b'/') {
+            return execute(name);
+        }
+        let mut failure = Errno::NOENT;
+        let path = self.environment.get(b"PATH").unwrap_or(command::PATH);
+        for directory in path.split(|byte| *byte == b':') {
+            // An empty entry is the working directory.
+            let directory = if directory.is_empty() {
+                b"."
+            } else {
+                directory
+            };
+            scratch.path.clear();
+            let fits = [directory, b"/", name.to_bytes_with_nul()]
+                .iter()
+                .all(|part| scratch.path.extend_from_slice(part).is_ok());
+            let Some(candidate) = CStr::from_bytes_until_nul(&scratch.path)
+                .ok()
+                .filter(|_| fits)
+            else {
+                continue;
+            };
+            match execute(candidate) {
+                errno if is_missing(errno) => {}
+                Errno::ACCESS => failure = Errno::ACCESS,
+                errno => return errno,
+            }
+        }
+        failure
+    }
+}
+
+/// Whether a command is not there, other than that it cannot be executed.
+fn is_missing(errno: Errno) -> bool {
+    matches!(errno, Errno::NOENT | Errno::NOTDIR)
 }
 
 /// The console as a command's standard input: opened anew, so that it blocks as a terminal does.

@@ -165,6 +165,11 @@ pub fn read_report(report: &OwnedFd, mut console: Option<&mut Console>) -> Optio
 }
 
 impl Task {
+    /// The outcome of a task that was reaped: its warnings are logged.
+    pub fn outcome(self, status: WaitStatus, console: &mut Console) -> Outcome {
+        outcome(read_report(&self.report, Some(console)), status)
+    }
+
     /// Waits for the end, before there is an event loop: its warnings are logged. One that hangs,
     /// as a disk may, is left alone.
     #[inline(never)]
@@ -175,7 +180,7 @@ impl Task {
             return Err(text!("mount ", what, ": no answer after 30 s"));
         }
         match rustix::process::waitpid(Some(self.pid), WaitOptions::empty()) {
-            Ok(Some((_, status))) => outcome(read_report(&self.report, Some(console)), status),
+            Ok(Some((_, status))) => self.outcome(status, console),
             _ => Err(text!("a boot task was lost")),
         }
     }
@@ -183,7 +188,7 @@ impl Task {
 
 /// A finished task's outcome.
 #[inline(never)]
-pub fn outcome(error: Option<Line>, status: WaitStatus) -> Outcome {
+fn outcome(error: Option<Line>, status: WaitStatus) -> Outcome {
     match error {
         Some(why) => Err(why),
         None if status.exit_status() == Some(0) => Ok(()),

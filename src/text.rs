@@ -281,6 +281,16 @@ fn number(line: &mut Line, mut rest: u64, base: u64) {
     line.push(digits.get(start..).unwrap_or(&[]));
 }
 
+/// What is not there is shown as in JSON.
+impl<T: Show> Show for Option<T> {
+    fn show(&self, line: &mut Line) {
+        match self {
+            Some(value) => value.show(line),
+            None => line.push(b"null"),
+        }
+    }
+}
+
 impl Show for u64 {
     fn show(&self, line: &mut Line) {
         number(line, *self, 10);

@@ -13,6 +13,7 @@ use core::ffi::{CStr, c_char};
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicBool, Ordering};
 use linux_raw_sys::general as uapi;
+use rustix::event::epoll::Event;
 use rustix::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use rustix::io::{Errno, Result};
 use rustix::process::Pid;
@@ -310,6 +311,8 @@ pub fn release(buffer: &mut [u8]) {
 }
 
 /// Memory from the kernel, given back when dropped (mmap(2)). Untouched pages cost nothing.
+///
+/// By default there is none.
 pub struct Region {
     start: NonNull<u8>,
     length: usize,
@@ -334,10 +337,27 @@ impl Region {
     }
 }
 
+impl Region {
+    /// These bytes; none when not all of them are there.
+    #[inline(never)]
+    pub fn part(&mut self, range: core::ops::Range<usize>) -> &mut [u8] {
+        self.get_mut(range).unwrap_or(&mut [])
+    }
+}
+
+impl Default for Region {
+    fn default() -> Self {
+        Self {
+            start: NonNull::dangling(),
+            length: 0,
+        }
+    }
+}
+
 impl core::ops::Deref for Region {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        // SAFETY: the mapping is ours, readable, initialised and `length` bytes long.
+        // SAFETY: the mapping is ours, readable, initialised and `length` bytes long, or that is 0.
         unsafe { core::slice::from_raw_parts(self.start.as_ptr(), self.length) }
     }
 }
@@ -351,8 +371,10 @@ impl core::ops::DerefMut for Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        // SAFETY: `new` mapped exactly this range, and no borrow of it outlives `self`.
-        let _gone = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.length) };
+        if self.length > 0 {
+            // SAFETY: `new` mapped exactly this range, and no borrow of it outlives `self`.
+            let _gone = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.length) };
+        }
     }
 }
 
@@ -514,4 +536,71 @@ pub fn set_option(socket: BorrowedFd, level: u32, option: u32, value: u32) -> Re
     ];
     // SAFETY: reads four bytes at `value`.
     answer(unsafe { syscall(uapi::__NR_setsockopt, args) }).map(drop)
+}
+
+/// Operations of [`epoll_control`].
+pub use uapi::{
+    EPOLL_CTL_ADD as EPOLL_ADD, EPOLL_CTL_DEL as EPOLL_DELETE, EPOLL_CTL_MOD as EPOLL_MODIFY,
+};
+
+/// Changes what an epoll instance waits for (epoll_ctl(2)).
+pub fn epoll_control(epoll: &OwnedFd, operation: u32, fd: &OwnedFd, event: &Event) -> Result<()> {
+    let args = [
+        epoll.as_raw_fd() as usize,
+        operation as usize,
+        fd.as_raw_fd() as usize,
+        &raw const *event as usize,
+        0,
+        0,
+    ];
+    // SAFETY: reads one event, which rustix lays out as the kernel does.
+    answer(unsafe { syscall(uapi::__NR_epoll_ctl, args) }).map(drop)
+}
+
+/// Waits for events, `timeout` milliseconds, for ever when it is negative (epoll_wait(2)); how many
+/// came.
+pub fn epoll_wait(epoll: &OwnedFd, events: &mut [Event], timeout: i32) -> usize {
+    let args = [
+        epoll.as_raw_fd() as usize,
+        events.as_mut_ptr() as usize,
+        events.len(),
+        timeout as usize,
+        0,
+        0,
+    ];
+    // SAFETY: writes at most `events.len()` events, and does not touch the signal mask.
+    answer(unsafe { syscall(uapi::__NR_epoll_pwait, args) }).unwrap_or(0)
+}
+
+/// Makes standard input, output and error copies of these (dup3(2)). One that is not given is a copy
+/// of the one before it; the first stays as it is.
+pub fn set_streams(streams: &[Option<OwnedFd>; 3]) -> Result<()> {
+    let mut source = None;
+    for (number, stream) in streams.iter().enumerate() {
+        source = stream.as_ref().or(source);
+        if let Some(fd) = source.map(|fd| fd.as_raw_fd() as usize)
+            && fd != number
+        {
+            let args = [fd, number, 0, 0, 0, 0];
+            // SAFETY: takes numbers; nobody owns descriptors 0 to 2.
+            answer(unsafe { syscall(uapi::__NR_dup3, args) })?;
+        }
+    }
+    Ok(())
+}
+
+/// Gives up root: groups first, without root they cannot be set (setgroups(2), setresgid(2),
+/// setresuid(2)).
+pub fn become_user(uid: u32, gid: u32, groups: &[u32]) -> Result<()> {
+    let (user, group) = (uid as usize, gid as usize);
+    let list = [groups.len(), groups.as_ptr() as usize, 0, 0, 0, 0];
+    for (call, args) in [
+        (uapi::__NR_setgroups, list),
+        (uapi::__NR_setresgid, [group, group, group, 0, 0, 0]),
+        (uapi::__NR_setresuid, [user, user, user, 0, 0, 0]),
+    ] {
+        // SAFETY: reads the groups, whose number is given; the others take numbers.
+        answer(unsafe { syscall(call, args) })?;
+    }
+    Ok(())
 }
