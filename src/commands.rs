@@ -4,7 +4,7 @@ use crate::api::Host;
 use crate::files;
 use crate::poll::Source;
 use crate::spawn::{self, Ends, Streams};
-use crate::sys::{self, Region};
+use crate::sys::{self, Region, terminal};
 use crate::task::{self, Outcome, Report};
 use crate::why;
 use pigeon_init::json::escape;
@@ -14,10 +14,9 @@ use pigeon_init::text;
 use pigeon_init::text::Line;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::process::{Pid, WaitStatus};
-use rustix::pty::OpenptFlags;
-use rustix::termios::Winsize;
 
 /// Most commands at once: those that run, and those whose output is not answered yet.
 pub const COMMANDS: usize = 128;
@@ -327,12 +326,10 @@ fn become_command(
 
 /// A new terminal of the wanted size.
 fn open_terminal(exec: &Exec) -> Outcome<Ends> {
-    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-    let opened = rustix::pty::openpt(flags).and_then(|ours| {
-        rustix::pty::unlockpt(&ours)?;
-        rustix::io::ioctl_fionbio(&ours, true)?;
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK;
+    let opened = files::open(c"/dev/ptmx", flags).and_then(|ours| {
+        let theirs = terminal::open_peer(&ours)?;
         resize(&ours, exec.size());
-        let theirs = rustix::pty::ioctl_tiocgptpeer(&ours, flags)?;
         Ok((Some(ours), Some(theirs)))
     });
     opened.map_err(why!("open a terminal"))
@@ -341,13 +338,7 @@ fn open_terminal(exec: &Exec) -> Outcome<Ends> {
 /// Tells a terminal its size; a size of 0 is none.
 fn resize(terminal: &OwnedFd, (cols, rows): (u32, u32)) {
     if cols > 0 && rows > 0 {
-        let size = Winsize {
-            ws_col: cols as u16,
-            ws_row: rows as u16,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        let _gone = rustix::termios::tcsetwinsize(terminal, size);
+        let _gone = terminal::resize(terminal, cols, rows);
     }
 }
 

@@ -7,7 +7,7 @@ use crate::sys::{self, SignalSet, Static};
 use crate::task::{self, Outcome, Report};
 use crate::why;
 use core::ffi::CStr;
-use pigeon_init::accounts::{self, Identity};
+use pigeon_init::accounts::Identity;
 use pigeon_init::command::{self, ENV_ENTRIES, Environment};
 use pigeon_init::config::{ARGV, DOCUMENT, PATH};
 use pigeon_init::json::{Text, Texts};
@@ -83,7 +83,7 @@ pub type Streams = [Option<OwnedFd>; 3];
 pub fn enter_session(streams: &Streams, terminal: bool, report: &Report) -> Outcome {
     rustix::process::setsid().map_err(why!("start a session"))?;
     let controlled = match streams {
-        [Some(input), ..] if terminal => rustix::process::ioctl_tiocsctty(input),
+        [Some(input), ..] if terminal => sys::terminal::control(input),
         _ => Ok(()),
     };
     controlled

@@ -256,6 +256,44 @@ pub unsafe fn ioctl_struct<T>(fd: BorrowedFd, request: u32, value: &mut T) -> Re
     unsafe { ioctl_number(fd, request, &raw mut *value as usize) }
 }
 
+/// Terminals (ioctl_tty(2)).
+pub mod terminal {
+    use super::{AsRawFd, answer, fd, syscall, uapi};
+    use super::{OwnedFd, Result, ioctl_number, ioctl_struct};
+    use rustix::fd::AsFd;
+
+    // asm-generic/ioctls.h
+    const TIOCSCTTY: u32 = 0x540e;
+    const TIOCSWINSZ: u32 = 0x5414;
+    const TIOCSPTLCK: u32 = 0x4004_5431;
+    const TIOCGPTPEER: u32 = 0x5441;
+
+    /// Opens the other end of a new terminal, for this process only.
+    pub fn open_peer(master: &OwnedFd) -> Result<OwnedFd> {
+        // SAFETY: reads an int.
+        unsafe { ioctl_struct(master.as_fd(), TIOCSPTLCK, &mut 0i32) }?;
+        let flags = uapi::O_RDWR | uapi::O_NOCTTY | uapi::O_CLOEXEC;
+        let number = master.as_raw_fd() as usize;
+        let args = [number, TIOCGPTPEER as usize, flags as usize, 0, 0, 0];
+        // SAFETY: takes numbers; the answer is a new descriptor.
+        answer(unsafe { syscall(uapi::__NR_ioctl, args) }).map(fd)
+    }
+
+    /// Makes it the controlling terminal of this session.
+    pub fn control(terminal: &OwnedFd) -> Result<()> {
+        // SAFETY: takes numbers.
+        unsafe { ioctl_number(terminal.as_fd(), TIOCSCTTY, 0) }
+    }
+
+    /// Tells it its size.
+    pub fn resize(terminal: &OwnedFd, cols: u32, rows: u32) -> Result<()> {
+        // struct winsize: rows, columns, and their pixels.
+        let mut size = [rows as u16, cols as u16, 0, 0];
+        // SAFETY: reads four u16.
+        unsafe { ioctl_struct(terminal.as_fd(), TIOCSWINSZ, &mut size) }
+    }
+}
+
 /// Memory with one owner: large buffers that must not lie on the stack.
 ///
 /// It is zero pages until it is touched.
