@@ -26,7 +26,7 @@ const PORT: u32 = 10_000;
 /// Most connections at once; one more waits for an idle one to go, or is told 503.
 const CONNECTIONS: usize = 288;
 /// Connections the kernel keeps for us while we are at something else.
-const BACKLOG: i32 = 128;
+const BACKLOG: usize = 128;
 
 /// Time for a request's head, in milliseconds, from its first byte.
 const HEAD_TIME: u64 = 10_000;
@@ -240,7 +240,7 @@ impl Api {
             return;
         };
         // Only the host may steer PID 1, not a process in the VM by its own or the local CID.
-        if peer != Some(vsock::HOST) {
+        if peer != vsock::HOST {
             return;
         }
         if self.connections.is_full() {

@@ -1,10 +1,13 @@
 //! What the program does when it is not PID 1: it looks at a configuration.
 
-use crate::sys::{Static, Words};
+use crate::files;
+use crate::sys::{self, Static, Words};
+use crate::task::Outcome;
+use core::ffi::CStr;
 use pigeon_init::command::Environment;
 use pigeon_init::config::{Config, DOCUMENT};
 use pigeon_init::json::Text;
-use pigeon_init::text::{Line, Show};
+use pigeon_init::text::Line;
 use pigeon_init::{command, text};
 
 static DOCUMENT_BUFFER: Static<[u8; DOCUMENT]> = Static::new([0; DOCUMENT]);
@@ -24,39 +27,42 @@ As PID 1 it takes no arguments. The kernel command line may have
   INIT_LOG_LEVEL=debug|info|warn
 ";
 
+const VERSION: &str = concat!("pigeon-init ", env!("CARGO_PKG_VERSION"), "\n");
+
 /// Runs a command line; the answer is the exit code.
 pub fn run(arguments: Words, environment: &mut Environment) -> i32 {
-    let mut words = arguments.iter().skip(1).map(core::ffi::CStr::to_bytes);
-    match (words.next(), words.next(), words.next()) {
-        (Some(b"--version"), None, None) => {
-            print(concat!("pigeon-init ", env!("CARGO_PKG_VERSION"), "\n"))
-        }
-        (Some(b"--help" | b"-h"), None, None) => print(HELP),
-        (Some(b"--check"), Some(path), None) => match check(path, environment) {
+    let mut words = arguments.iter();
+    let _program = words.next();
+    let option = words.next().unwrap_or_default().to_bytes();
+    let (file, more) = (words.next(), words.next());
+    if let (Some(path), None) = (file, more)
+        && option == b"--check"
+    {
+        return match check(path, environment) {
             Ok(()) => 0,
             Err(why) => {
                 complain(text!("init: ", path, ": ", why));
                 1
             }
-        },
+        };
+    }
+    let answer = match file {
+        None if option == b"--version" => VERSION,
+        None if option == b"--help" || option == b"-h" => HELP,
         _ => {
             complain(text!("init: not PID 1; see init --help"));
-            2
+            return 2;
         }
-    }
+    };
+    print(answer.as_bytes())
 }
 
-fn check(path: &[u8], environment: &mut Environment) -> Result<(), Line> {
+#[inline(never)]
+fn check(path: &CStr, environment: &mut Environment) -> Outcome {
     let Some(document) = DOCUMENT_BUFFER.take() else {
         return Err(text!("read twice"));
     };
-    let mut name = heapless::Vec::<u8, { pigeon_init::config::PATH }>::new();
-    let fits = name.extend_from_slice(path).is_ok() && name.push(0).is_ok();
-    let name = core::ffi::CStr::from_bytes_with_nul(&name)
-        .ok()
-        .filter(|_| fits);
-    let name = name.ok_or_else(|| text!("the path is too long"))?;
-    let length = crate::files::read_found(name, document)?.ok_or_else(|| text!("no such file"))?;
+    let length = files::read_found(path, document)?.ok_or_else(|| text!("no such file"))?;
     let document = document.get_mut(..length).unwrap_or(&mut []);
     let spans = Config::decode(document)?;
     let config = Config::new(document, spans);
@@ -67,71 +73,68 @@ fn check(path: &[u8], environment: &mut Environment) -> Result<(), Line> {
     fill_environment(environment, &config)?;
 
     for argument in config.argv() {
-        print(text!("argv: ", Quoted(argument.bytes()), "\n"));
+        quote("argv", argument.bytes());
     }
     for entry in environment.iter() {
-        let entry = entry.strip_suffix(b"\0").unwrap_or(entry);
-        print(text!("env: ", Quoted(entry), "\n"));
+        quote("env", entry.strip_suffix(b"\0").unwrap_or(entry));
     }
-    let or = |given: Text<'_>, default: &str| {
-        if given.is_empty() {
-            text!(default)
-        } else {
-            text!(given)
-        }
-    };
-    print(text!("user: ", or(config.user(), "root"), "\n"));
-    print(text!("directory: ", or(config.working_dir(), "/"), "\n"));
-    print(text!("root: ", config.root_device(), "\n"));
+    tell("user", or(config.user(), "root"));
+    tell("directory", or(config.working_dir(), "/"));
+    tell("root", config.root_device().to_bytes());
     for mount in config.mounts() {
-        print(text!(
-            "mount: ",
-            mount.device_path,
-            " on ",
-            mount.mount_path,
-            "\n"
-        ));
+        tell_both("mount", mount.device_path, " on ", mount.mount_path);
     }
     if !config.hostname().is_empty() {
-        print(text!("hostname: ", config.hostname(), "\n"));
+        tell("hostname", config.hostname().bytes());
     }
-    for entry in config.ip_configs() {
-        let address = entry.address()?;
-        let via = address
-            .gateway
-            .map_or(Line::new(), |gateway| text!(" via ", gateway));
+    config.addresses(&mut |address| {
         let prefix = u32::from(address.prefix);
-        print(text!(
-            "address: ",
-            address.ip,
-            "/",
-            prefix,
-            " mtu ",
-            config.mtu(),
-            via,
-            "\n"
-        ));
-    }
+        let mut line = text!(address.ip, "/", prefix, " mtu ", config.mtu());
+        if let Some(gateway) = &address.gateway {
+            line = line.with(" via ").with(gateway);
+        }
+        tell("address", line.as_bytes());
+        Ok(())
+    })?;
     for server in config.nameservers().iter() {
-        print(text!("nameserver: ", server, "\n"));
+        tell("nameserver", server.bytes());
     }
     for host in config.etc_hosts() {
-        print(text!("host: ", host.ip, " ", host.host, "\n"));
+        tell_both("host", host.ip, " ", host.host);
     }
     Ok(())
 }
 
-/// Shown as a JSON string.
-struct Quoted<'a>(&'a [u8]);
-
-impl Show for Quoted<'_> {
-    fn show(&self, line: &mut Line) {
-        line.quoted(self.0);
+fn or<'a>(given: Text<'a>, default: &'a str) -> &'a [u8] {
+    match given.is_empty() {
+        true => default.as_bytes(),
+        false => given.bytes(),
     }
 }
 
+#[inline(never)]
+fn tell(what: &str, value: &[u8]) {
+    print(what.as_bytes());
+    print(b": ");
+    print(value);
+    print(b"\n");
+}
+
+#[inline(never)]
+fn tell_both(what: &str, one: Text, between: &str, other: Text) {
+    tell(what, text!(one, between, other).as_bytes());
+}
+
+/// The value as a JSON string.
+#[inline(never)]
+fn quote(what: &str, value: &[u8]) {
+    let mut line = Line::new();
+    line.quoted(value);
+    tell(what, line.as_bytes());
+}
+
 /// The workload's environment, but for HOME, which only the root's accounts tell.
-pub fn fill_environment(environment: &mut Environment, config: &Config) -> Result<(), Line> {
+pub fn fill_environment(environment: &mut Environment, config: &Config) -> Outcome {
     let full = |_| text!("the environment is too large");
     for entry in config.environment() {
         environment.set(entry.bytes()).map_err(full)?;
@@ -141,22 +144,15 @@ pub fn fill_environment(environment: &mut Environment, config: &Config) -> Resul
         .map_err(full)
 }
 
-fn print(text: impl Show) -> i32 {
-    let mut line = Line::new();
-    text.show(&mut line);
-    // SAFETY: descriptor 1 is borrowed for one write; a closed one is an error of that write.
-    let output = unsafe { rustix::fd::BorrowedFd::borrow_raw(1) };
-    i32::from(rustix::io::write(output, line.as_bytes()).is_err())
+fn print(bytes: &[u8]) -> i32 {
+    i32::from(sys::write_standard(1, bytes).is_err())
 }
 
+/// One line, also about a name that has lines or a terminal's commands in it.
 fn complain(text: Line) {
-    // One line, also about a name that has lines or a terminal's commands in it.
     let mut line = Line::new();
     for byte in text.as_bytes() {
         line.put(if byte.is_ascii_control() { b'?' } else { *byte });
     }
-    line.put(b'\n');
-    // SAFETY: as above.
-    let errors = unsafe { rustix::fd::BorrowedFd::borrow_raw(2) };
-    let _nobody_listens = rustix::io::write(errors, line.as_bytes());
+    let _nobody_listens = sys::write_standard(2, line.with("\n").as_bytes());
 }

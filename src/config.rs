@@ -244,6 +244,21 @@ impl<'a> Config<'a> {
         self.0.records(10).iter().map(IpConfig)
     }
 
+    /// Calls `each` with the addresses of eth0, until one is wrong or `each` fails.
+    #[inline(never)]
+    pub fn addresses(
+        &self,
+        each: &mut dyn FnMut(&Address) -> Result<(), Line>,
+    ) -> Result<(), Line> {
+        for (at, entry) in self.ip_configs().enumerate() {
+            match &entry.address() {
+                Ok(address) => each(address)?,
+                Err(why) => return Err(text!("IPConfigs[", at, "].", why)),
+            }
+        }
+        Ok(())
+    }
+
     /// Host name of the guest; empty is none.
     pub fn hostname(&self) -> Text<'a> {
         self.0.text(11)
@@ -299,11 +314,7 @@ impl<'a> Config<'a> {
         if self.hostname().bytes().len() > HOSTNAME {
             return Err(text!("Hostname: longer than ", HOSTNAME, " bytes"));
         }
-        for (at, entry) in self.ip_configs().enumerate() {
-            entry
-                .address()
-                .map_err(|why| text!("IPConfigs[", at, "].", why))?;
-        }
+        self.addresses(&mut |_| Ok(()))?;
         for (at, mount) in self.mounts().enumerate() {
             mount
                 .check()

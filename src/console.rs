@@ -5,7 +5,7 @@ use core::ffi::CStr;
 use pigeon_init::buffer::Buffer;
 use pigeon_init::text;
 use pigeon_init::text::{Level, Line};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
@@ -140,8 +140,7 @@ impl Console {
         let mut driver: i32 = 0;
         if let Some((device, _)) = &self.device {
             // SAFETY: TIOCOUTQ writes an int (ioctl_tty(2)).
-            let _no_terminal =
-                unsafe { crate::sys::ioctl_struct(device.as_fd(), TIOCOUTQ, &mut driver) };
+            let _no_terminal = unsafe { crate::sys::ioctl_struct(device, TIOCOUTQ, &mut driver) };
         }
         self.queue.filled().len() + driver.unsigned_abs() as usize
     }

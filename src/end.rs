@@ -1,14 +1,16 @@
 //! The end: unmounting, and everything written to the disks.
 
+use crate::mounts::TREES;
 use crate::root::pause;
-use crate::sys::{self, Watch};
-use crate::task::name;
+use crate::sys::Watch;
+use crate::task::{failed, failure};
+use crate::{files, sys};
 use core::ffi::CStr;
-use pigeon_init::mountinfo::{self, Mount};
+use pigeon_init::mountinfo;
 use pigeon_init::text;
 use pigeon_init::text::Line;
-use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{Mode, OFlags};
+use rustix::fd::OwnedFd;
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::system::RebootCommand;
@@ -20,25 +22,22 @@ const RETRY: i64 = 10;
 /// Volumes that can be kept for freezing when they cannot be unmounted.
 const STUCK: usize = 128;
 
+/// Volumes that could not be unmounted.
+type Stuck = heapless::Vec<OwnedFd, STUCK>;
+
 /// Unmounts volumes in reverse, makes the root read-only, and writes everything out.
 ///
 /// What cannot be unmounted or made read-only is frozen instead (FIFREEZE, ioctl_fs(2)): that
 /// leaves its journal empty as well.
+#[inline(never)]
 pub fn quiesce(mounts: Option<&OwnedFd>, buffer: &mut [u8], warn: &mut dyn FnMut(Line)) {
     // A boot that failed half-way has its root here.
-    let _none = rustix::mount::unmount(c"/newroot", UnmountFlags::NOFOLLOW);
-    let mut stuck = heapless::Vec::<OwnedFd, STUCK>::new();
+    let _none = unmount(c"/newroot", UnmountFlags::empty());
+    let mut stuck = Stuck::new();
     let watch = Watch::start();
-    loop {
-        let patient = watch.passed() < BUSY;
-        let table = mounts.map_or(0, |file| read_table(file, buffer));
-        let busy = unmount_all(
-            buffer.get(..table).unwrap_or(&[]),
-            patient,
-            &mut stuck,
-            warn,
-        );
-        if !busy {
+    while let Some(mounts) = mounts {
+        let table = read_table(mounts, buffer);
+        if !unmount_all(table, watch.passed() < BUSY, &mut stuck, warn) {
             break;
         }
         pause(RETRY);
@@ -46,110 +45,102 @@ pub fn quiesce(mounts: Option<&OwnedFd>, buffer: &mut [u8], warn: &mut dyn FnMut
     // Volumes before the root: a volume may be a file on the root.
     for volume in &stuck {
         if let Err(errno) = freeze(volume) {
-            warn(text!("cannot freeze a busy volume: ", name(errno)));
+            warn(failed(errno, "cannot freeze a busy volume"));
         }
     }
     let read_only = MountFlags::RDONLY | MountFlags::RELATIME;
     if let Err(errno) = rustix::mount::mount_remount(c"/", read_only, c"") {
         // EBUSY: something in the kernel, a loop device perhaps, has a file open for writing.
-        let frozen = open_directory(c"/").and_then(|root| freeze(&root));
-        if let Err(frozen) = frozen {
-            warn(text!(
-                "cannot make / read-only: ",
-                name(errno),
-                ", nor freeze it: ",
-                name(frozen)
-            ));
+        if let Err(frozen) = freeze_root() {
+            let why = failed(errno, "cannot make / read-only");
+            warn(failure(frozen, why.with(", nor freeze it")));
         }
     }
     rustix::fs::sync();
 }
 
 /// The mount table as it is now (proc_pid_mountinfo(5)); a table over the buffer loses its end.
-fn read_table(file: &OwnedFd, buffer: &mut [u8]) -> usize {
+#[inline(never)]
+fn read_table<'b>(file: &OwnedFd, buffer: &'b mut [u8]) -> &'b [u8] {
     let mut length = 0;
     let _start = rustix::fs::seek(file, rustix::fs::SeekFrom::Start(0));
-    while let Some(room @ [_, ..]) = buffer.get_mut(length..) {
-        match rustix::io::read(file, room) {
-            Ok(0) => break,
-            Ok(count) => length += count,
-            Err(Errno::INTR) => {}
-            Err(_) => break,
-        }
+    while let Ok(count @ 1..) = files::read(file, buffer.get_mut(length..).unwrap_or(&mut [])) {
+        length += count;
     }
-    length
+    buffer.get(..length).unwrap_or(&[])
 }
 
 /// Tries to unmount every volume, the last mounted first; whether one is still busy.
-fn unmount_all(
-    table: &[u8],
-    patient: bool,
-    stuck: &mut heapless::Vec<OwnedFd, STUCK>,
-    warn: &mut dyn FnMut(Line),
-) -> bool {
+#[inline(never)]
+fn unmount_all(table: &[u8], patient: bool, stuck: &mut Stuck, warn: &mut dyn FnMut(Line)) -> bool {
     let mut busy = false;
-    for mount in table
-        .rsplit(|byte| *byte == b'\n')
-        .filter_map(mountinfo::parse)
-    {
-        if !is_volume(&mount) {
-            continue;
-        }
-        let Ok(target) = CStr::from_bytes_with_nul(&mount.target) else {
+    let mut path = mountinfo::Target::new();
+    for line in table.rsplit(|byte| *byte == b'\n') {
+        let Some(on_device) = mountinfo::parse(line, &mut path) else {
             continue;
         };
-        match rustix::mount::unmount(target, UnmountFlags::NOFOLLOW) {
+        let target = files::c_str(&path);
+        if !is_volume(target.to_bytes(), on_device) {
+            continue;
+        }
+        match unmount(target, UnmountFlags::empty()) {
             // Gone with another one, or hidden below another one that is tried again.
             Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
             Err(_) if patient => busy = true,
             Err(errno) => {
-                warn(text!(target, " stays busy: ", name(errno), ": detached"));
-                if mount.on_device {
+                let why = failure(errno, text!(target, " stays busy"));
+                warn(why.with(": detached"));
+                if on_device {
                     let _table_full = open_directory(target).map(|volume| stuck.push(volume));
                 }
-                let _detached =
-                    rustix::mount::unmount(target, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+                let _detached = unmount(target, UnmountFlags::DETACH);
             }
         }
     }
     busy
 }
 
+#[inline(never)]
+fn unmount(target: &CStr, flags: UnmountFlags) -> Result<(), Errno> {
+    rustix::mount::unmount(target, flags | UnmountFlags::NOFOLLOW)
+}
+
 /// What has to be unmounted: all but the root and the kernel's own trees, whose content ends with it.
-fn is_volume(mount: &Mount) -> bool {
-    let path = mount.target.strip_suffix(b"\0").unwrap_or(&mount.target);
-    let kernels = crate::mounts::TREES.iter().any(|tree| {
+fn is_volume(path: &[u8], on_device: bool) -> bool {
+    let kernels = TREES.iter().any(|tree| {
         let rest = path.strip_prefix(tree.to_bytes());
-        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(b"/"))
+        rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'/')))
     });
-    path != b"/" && (mount.on_device || !kernels)
+    path != b"/" && (on_device || !kernels)
 }
 
 fn open_directory(path: &CStr) -> Result<OwnedFd, Errno> {
-    rustix::fs::open(
-        path,
-        OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
-        Mode::empty(),
-    )
+    files::open(path, OFlags::NONBLOCK)
 }
 
 /// Writes a file system out and stops all writing to it.
+#[inline(never)]
 fn freeze(volume: &OwnedFd) -> Result<(), Errno> {
     // linux/fs.h: _IOWR('X', 119, int)
     const FIFREEZE: u32 = 0xc004_5877;
     // SAFETY: the kernel does not look at FIFREEZE's argument.
-    match unsafe { sys::ioctl_number(volume.as_fd(), FIFREEZE, 0) } {
+    match unsafe { sys::ioctl_number(volume, FIFREEZE, 0) } {
         // Frozen already, by way of another mount of the same file system.
         Err(Errno::BUSY) => Ok(()),
         other => other,
     }
 }
 
+#[inline(never)]
+fn freeze_root() -> Result<(), Errno> {
+    freeze(&open_directory(c"/")?)
+}
+
 /// The end after a fault in this program: what can be saved without waiting for anybody.
 pub fn emergency() -> ! {
     sys::kill_all(9);
     rustix::fs::sync();
-    let _not_frozen = open_directory(c"/").and_then(|root| freeze(&root));
+    let _not_frozen = freeze_root();
     reboot()
 }
 

@@ -1,8 +1,8 @@
 //! The contents of /etc/hosts and /etc/resolv.conf.
 
+use crate::bytes::{find, split, trim};
 use crate::config::Host;
 use crate::json::Texts;
-use crate::text::Line;
 
 /// Marks a line of /etc/hosts as ours, so that the next boot replaces it.
 const MARK: &[u8] = b"# pigeon-init";
@@ -14,67 +14,92 @@ const LOCALHOST: &[u8] = b"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip
 ///
 /// Lines of an earlier boot go, all others stay as they are, and each entry is added unless a
 /// line that stays says the same already.
-pub fn hosts<'h, E>(
+pub fn hosts<'h>(
     old: &[u8],
     entries: impl Iterator<Item = Host<'h>>,
-    mut write: impl FnMut(&[u8]) -> Result<(), E>,
-) -> Result<(), E> {
-    let kept = || {
-        old.split_inclusive(|byte| *byte == b'\n')
-            .filter(|line| !line.windows(MARK.len()).any(|window| window == MARK))
-    };
-    let mut ends = true;
-    for line in kept() {
-        write(line)?;
-        ends = line.ends_with(b"\n");
+    write: &mut dyn FnMut(&[u8]),
+) {
+    let mut blank = true;
+    keep(old, &mut |line| {
+        blank &= trim(line).is_empty();
+        write(line);
+        write(b"\n");
+    });
+    if blank {
+        write(LOCALHOST);
     }
-    if !ends {
-        write(b"\n")?;
-    }
-    if kept().all(|line| line.trim_ascii().is_empty()) {
-        write(LOCALHOST)?;
-    }
-    for entry in entries {
-        let (ip, name) = (entry.ip.bytes(), entry.host.bytes());
-        if kept().any(|line| says(line, ip, name)) {
+    for Host { ip, host, desc } in entries {
+        let mut said = false;
+        keep(old, &mut |line| {
+            said |= says(line, ip.bytes(), host.bytes())
+        });
+        if said {
             continue;
         }
-        for piece in [ip, b"\t", name, b"\t", MARK] {
-            write(piece)?;
-        }
-        if !entry.desc.is_empty() {
-            write(b":")?;
+        write(ip.bytes());
+        write(b"\t");
+        write(host.bytes());
+        write(b"\t");
+        write(MARK);
+        if !desc.is_empty() {
+            write(b": ");
             // A line break here would start a line of its own.
-            for word in entry.desc.bytes().split(|byte| *byte < b' ') {
-                write(b" ")?;
-                write(word)?;
+            for byte in desc.bytes() {
+                write(&[b' '.max(*byte)]);
             }
         }
-        write(b"\n")?;
+        write(b"\n");
     }
-    Ok(())
+}
+
+/// Calls `each` with the lines that are not ours.
+#[inline(never)]
+fn keep(old: &[u8], each: &mut dyn FnMut(&[u8])) {
+    let mut lines = split(old, b'\n');
+    while let Some(line) = lines.next() {
+        // Behind the last line's end there is no line.
+        let is_line = !line.is_empty() || lines.clone().next().is_some();
+        if is_line && !halves(line).1.starts_with(MARK) {
+            each(line);
+        }
+    }
+}
+
+/// A line up to its comment, and its comment.
+#[inline(never)]
+fn halves(line: &[u8]) -> (&[u8], &[u8]) {
+    let end = find(line, b'#').unwrap_or(line.len());
+    line.split_at_checked(end).unwrap_or((line, &[]))
 }
 
 /// Whether a line maps `name` to `ip`.
+#[inline(never)]
 fn says(line: &[u8], ip: &[u8], name: &[u8]) -> bool {
-    let content = line.split(|byte| *byte == b'#').next().unwrap_or(&[]);
-    let mut words = content
-        .split(u8::is_ascii_whitespace)
-        .filter(|word| !word.is_empty());
-    words.next() == Some(ip) && words.any(|word| word == name)
+    let mut is_first = true;
+    for piece in split(halves(line).0, b' ') {
+        for word in split(piece, b'\t').map(trim) {
+            if word.is_empty() {
+                continue;
+            }
+            if is_first && word != ip {
+                return false;
+            }
+            if !is_first && word == name {
+                return true;
+            }
+            is_first = false;
+        }
+    }
+    false
 }
 
 /// Gives the new /etc/resolv.conf to `write` (resolv.conf(5)).
-pub fn resolv<E>(
-    nameservers: Texts,
-    mut write: impl FnMut(&[u8]) -> Result<(), E>,
-) -> Result<(), E> {
+pub fn resolv(nameservers: Texts, write: &mut dyn FnMut(&[u8])) {
     for server in nameservers.iter() {
-        let mut line = Line::new();
-        line.add("nameserver ").add(server).put(b'\n');
-        write(line.as_bytes())?;
+        write(b"nameserver ");
+        write(server.bytes());
+        write(b"\n");
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -87,11 +112,9 @@ mod tests {
         let spans = Config::decode(&mut document).unwrap();
         let config = Config::new(&document, spans);
         let mut new = Vec::new();
-        hosts(old.as_bytes(), config.etc_hosts(), |piece| {
+        hosts(old.as_bytes(), config.etc_hosts(), &mut |piece| {
             new.extend_from_slice(piece);
-            Ok::<(), ()>(())
-        })
-        .unwrap();
+        });
         String::from_utf8(new).unwrap()
     }
 
@@ -143,11 +166,9 @@ mod tests {
         let spans = Config::decode(&mut document).unwrap();
         let config = Config::new(&document, spans);
         let mut file = Vec::new();
-        resolv(config.nameservers(), |piece| {
+        resolv(config.nameservers(), &mut |piece| {
             file.extend_from_slice(piece);
-            Ok::<(), ()>(())
-        })
-        .unwrap();
+        });
         assert_eq!(file, b"nameserver 8.8.8.8\nnameserver fd00::1\n");
     }
 }

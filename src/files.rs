@@ -6,6 +6,7 @@
 
 use crate::task::{Outcome, name};
 use core::ffi::CStr;
+use pigeon_init::config::PATH;
 use pigeon_init::text;
 use rustix::fd::OwnedFd;
 use rustix::fs::{FileType, Mode, OFlags};
@@ -27,6 +28,31 @@ pub fn read(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
 #[inline(never)]
 pub fn write(file: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
     rustix::io::write(file, bytes)
+}
+
+/// Room for a path and a name behind it.
+pub type Path = heapless::Vec<u8, { PATH + 256 }>;
+
+/// The parts one behind the other as a path for the kernel; `None` when they do not fit.
+#[inline(never)]
+pub fn join<'p>(parts: &[&[u8]], path: &'p mut Path) -> Option<&'p CStr> {
+    path.clear();
+    for part in parts {
+        path.extend_from_slice(part).ok()?;
+    }
+    path.push(0).ok()?;
+    Some(c_str(path))
+}
+
+/// The bytes up to the first NUL; empty when there is none.
+#[inline(never)]
+pub fn c_str(bytes: &[u8]) -> &CStr {
+    CStr::from_bytes_until_nul(bytes).unwrap_or_default()
+}
+
+/// What is behind the first `count` bytes.
+pub fn behind(path: &CStr, count: usize) -> &CStr {
+    c_str(path.to_bytes_with_nul().get(count..).unwrap_or(&[]))
 }
 
 /// Reads a regular file whole into `buffer`; a file that is not there is empty.
@@ -78,30 +104,33 @@ fn read_regular(file: &OwnedFd, buffer: &mut [u8]) -> Outcome<usize> {
 /// Bytes of a file collected into larger writes.
 pub struct Writer {
     file: OwnedFd,
+    /// The first failure; what comes behind it is dropped.
+    written: Result<(), Errno>,
     queue: heapless::Vec<u8, 1024>,
 }
 
 impl Writer {
     /// Adds bytes.
-    pub fn put(&mut self, bytes: &[u8]) -> Result<(), Errno> {
+    #[inline(never)]
+    pub fn put(&mut self, bytes: &[u8]) {
         for &byte in bytes {
-            if self.queue.is_full() {
-                self.flush()?;
+            if self.queue.push(byte).is_err() {
+                self.flush();
+                let _fits = self.queue.push(byte);
             }
-            let _fits = self.queue.push(byte);
         }
-        Ok(())
     }
 
     #[inline(never)]
-    fn flush(&mut self) -> Result<(), Errno> {
+    fn flush(&mut self) {
         let mut rest = &self.queue[..];
-        while !rest.is_empty() {
-            let count = write(&self.file, rest)?;
-            rest = rest.get(count..).unwrap_or(&[]);
+        while self.written.is_ok() && !rest.is_empty() {
+            match write(&self.file, rest) {
+                Ok(count) => rest = rest.get(count..).unwrap_or(&[]),
+                Err(errno) => self.written = Err(errno),
+            }
         }
         self.queue.clear();
-        Ok(())
     }
 }
 
@@ -110,7 +139,7 @@ impl Writer {
 pub fn replace(
     path: &CStr,
     temporary: &CStr,
-    fill: &mut dyn FnMut(&mut Writer) -> Result<(), Errno>,
+    fill: &mut dyn FnMut(&mut Writer),
 ) -> Result<(), Errno> {
     // What a crash left, or somebody put there; never followed.
     match remove(temporary) {
@@ -119,16 +148,19 @@ pub fn replace(
     }
     let mut writer = Writer {
         file: open(temporary, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL)?,
+        written: Ok(()),
         queue: heapless::Vec::new(),
     };
-    let written = fill(&mut writer)
-        .and_then(|()| writer.flush())
+    fill(&mut writer);
+    writer.flush();
+    let replaced = writer
+        .written
         .and_then(|()| rustix::fs::fsync(&writer.file))
         .and_then(|()| rustix::fs::rename(temporary, path));
-    if written.is_err() {
+    if replaced.is_err() {
         let _left = remove(temporary);
     }
-    written
+    replaced
 }
 
 #[inline(never)]

@@ -1,31 +1,30 @@
 //! Network interfaces: applying the configuration through rtnetlink.
 
-use crate::sys;
-use crate::task::{Outcome, name};
+use crate::task::{Outcome, failed, name};
 use crate::why;
-use core::ffi::CStr;
-use pigeon_init::bytes::decimal;
-use pigeon_init::config::Config;
-use pigeon_init::netlink::{self, Refusal, Request};
+use crate::{files, sys};
+use pigeon_init::bytes::{decimal, trim};
+use pigeon_init::config::{Address, Config};
+use pigeon_init::netlink::{self, Acknowledgement, Request};
 use pigeon_init::text;
-use pigeon_init::text::Line;
-use rustix::fd::{AsFd, OwnedFd};
+use pigeon_init::text::{Errno as Name, Line};
+use rustix::fd::OwnedFd;
+use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::net::netlink::SocketAddrNetlink;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-/// The only network interface a Firecracker VM needs.
-const ETH0: &CStr = c"eth0";
 /// Index of lo, the first interface of every network namespace (LOOPBACK_IFINDEX, net/net_namespace.h).
 const LO_INDEX: u32 = 1;
 
-/// The index of eth0, `None` when there is no such interface.
+/// The index of eth0, the only interface a Firecracker VM needs; `None` when it is not there.
 ///
 /// From sysfs: SIOCGIFINDEX would make the kernel look for a module of that name (dev_load).
+#[inline(never)]
 pub fn eth0_index() -> Option<u32> {
+    let file = files::open(c"/sys/class/net/eth0/ifindex", OFlags::RDONLY).ok()?;
     let mut text = [0; 16];
-    let length = crate::files::read_found(c"/sys/class/net/eth0/ifindex", &mut text).ok()??;
-    decimal(text.get(..length)?.trim_ascii())
+    let length = files::read(&file, &mut text).ok()?;
+    decimal(trim(text.get(..length)?))
 }
 
 /// A channel to the kernel's network configuration.
@@ -39,106 +38,78 @@ const NETLINK_EXT_ACK: u32 = 11;
 
 impl Channel {
     /// Opens one, with the kernel's words asked for. Protocol 0 is NETLINK_ROUTE.
+    #[inline(never)]
     pub fn open() -> Outcome<Self> {
-        let flags = SocketFlags::CLOEXEC;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)
             .map_err(why!("open a netlink socket"))?;
         // An older kernel gives the errno alone.
-        let _words = sys::set_option(socket.as_fd(), SOL_NETLINK, NETLINK_EXT_ACK, 1);
+        let _words = sys::set_option(&socket, SOL_NETLINK, NETLINK_EXT_ACK, 1);
         Ok(Self { socket })
     }
 
-    /// Sends a request and reads its acknowledgement; the kernel answers within the send.
-    pub fn request(&self, request: &Request) -> Result<(), Refusal> {
-        self.exchange(request).unwrap_or_else(|errno| {
-            Err(Refusal {
-                errno: errno.raw_os_error(),
-                message: Line::new(),
-            })
-        })
-    }
-
-    fn exchange(&self, request: &Request) -> Result<Result<(), Refusal>, Errno> {
-        let kernel = SocketAddrNetlink::new(0, 0);
-        rustix::net::sendto(
-            &self.socket,
-            request.as_bytes(),
-            SendFlags::empty(),
-            &kernel,
-        )?;
-        let mut reply = [0u8; 1024];
+    /// Sends a request and reads its acknowledgement, which the kernel gives within the send. What
+    /// exists already is success; the error is the kernel's reason alone.
+    #[inline(never)]
+    pub fn request(&self, request: &Request) -> Outcome {
+        let mut reply = [0; 1024];
+        let mut done = files::write(&self.socket, request.as_bytes());
         loop {
-            let (count, _) = rustix::net::recv(&self.socket, &mut reply, RecvFlags::DONTWAIT)?;
+            done = done.and_then(|_| files::read(&self.socket, &mut reply));
+            let count = done.map_err(|errno| text!(name(errno)))?;
             let answer = netlink::acknowledgement(reply.get(..count).unwrap_or(&[]));
-            if let Some(answer) = answer {
-                return Ok(answer);
+            if let Some(Acknowledgement { errno, words }) = answer {
+                if errno == 0 || errno == Errno::EXIST.raw_os_error() {
+                    return Ok(());
+                }
+                let why = text!(Name(errno));
+                return Err(match words {
+                    [] => why,
+                    _ => why.with(" (").with(words).with(")"),
+                });
             }
-        }
-    }
-
-    /// The same, where "exists already" is success.
-    pub fn ensure(&self, request: &Request) -> Result<(), Refusal> {
-        match self.request(request) {
-            Err(refusal) if refusal.errno == Errno::EXIST.raw_os_error() => Ok(()),
-            other => other,
         }
     }
 }
 
 /// Brings lo up, and eth0 with its MTU, addresses and routes.
-pub fn configure(config: &Config, mut warn: impl FnMut(Line)) -> Outcome {
+#[inline(never)]
+pub fn configure(config: &Config, warn: &mut dyn FnMut(Line)) -> Outcome {
     let channel = Channel::open()?;
     channel
         .request(&netlink::link_up(LO_INDEX, None))
-        .map_err(|refusal| text!("bring lo up: ", refusal))?;
+        .map_err(|why| why.after("bring lo up: "))?;
     if config.ip_configs().next().is_none() {
         return Ok(());
     }
-    let eth0 = eth0_index().ok_or_else(|| text!("no network interface ", ETH0))?;
+    let eth0 = eth0_index().ok_or_else(|| text!("no network interface eth0"))?;
     let mtu = config.mtu();
     channel
         .request(&netlink::link_up(eth0, Some(mtu)))
-        .map_err(|refusal| text!("bring ", ETH0, " up with MTU ", mtu, ": ", refusal))?;
+        .map_err(|why| text!("bring eth0 up with MTU ", mtu, ": ", why))?;
     if let Err(errno) = checksums_off(&channel.socket) {
-        warn(text!(
-            "cannot switch ",
-            ETH0,
-            "'s checksum offload off: ",
-            name(errno)
-        ));
+        warn(failed(errno, "cannot switch eth0's checksum offload off"));
     }
-    for entry in config.ip_configs() {
-        let address = entry.address()?;
+    config.addresses(&mut |Address { ip, prefix, .. }| {
+        let prefix = *prefix;
         channel
-            .ensure(&netlink::add_address(eth0, address.ip, address.prefix))
-            .map_err(|refusal| {
-                text!(
-                    "add ",
-                    address.ip,
-                    "/",
-                    u32::from(address.prefix),
-                    " to ",
-                    ETH0,
-                    ": ",
-                    refusal
-                )
-            })?;
-    }
+            .request(&netlink::add_address(eth0, ip, prefix))
+            .map_err(|why| text!("add ", ip, "/", u32::from(prefix), " to eth0: ", why))
+    })?;
     // After all addresses: a gateway may be in the subnet of a later one.
-    for entry in config.ip_configs() {
-        let Some(gateway) = entry.address()?.gateway else {
-            continue;
+    config.addresses(&mut |Address { gateway, .. }| {
+        let Some(gateway) = gateway else {
+            return Ok(());
         };
-        let reachable = config.ip_configs().any(|entry| {
-            entry
-                .address()
-                .is_ok_and(|near| netlink::same_subnet(near.ip, gateway, near.prefix))
-        });
+        let mut on_link = true;
+        config.addresses(&mut |near| {
+            on_link &= !netlink::same_subnet(&near.ip, gateway, near.prefix);
+            Ok(())
+        })?;
         channel
-            .ensure(&netlink::default_route(eth0, gateway, !reachable))
-            .map_err(|refusal| text!("route through ", gateway, ": ", refusal))?;
-    }
-    Ok(())
+            .request(&netlink::default_route(eth0, gateway, on_link))
+            .map_err(|why| text!("route through ", gateway, ": ", why))
+    })
 }
 
 // linux/sockios.h, linux/ethtool.h
@@ -163,19 +134,15 @@ struct InterfaceRequest<'a> {
 /// Packets on a virtual wire need no checksums of the device's. Those received are the device's own
 /// business: virtio_net has no switch for them.
 fn checksums_off(socket: &OwnedFd) -> Result<(), Errno> {
-    let mut name = [0; 16];
-    name.iter_mut()
-        .zip(ETH0.to_bytes())
-        .for_each(|(slot, byte)| *slot = *byte);
     let mut toggle = Toggle {
         command: ETHTOOL_STXCSUM,
         data: 0,
     };
     let mut request = InterfaceRequest {
-        name,
+        name: *b"eth0\0\0\0\0\0\0\0\0\0\0\0\0",
         toggle: &mut toggle,
         rest: [0; 2],
     };
     // SAFETY: SIOCETHTOOL reads an ifreq, and through its pointer an ethtool_value, which lives.
-    unsafe { sys::ioctl_struct(socket.as_fd(), SIOCETHTOOL, &mut request) }
+    unsafe { sys::ioctl_struct(socket, SIOCETHTOOL, &mut request) }
 }

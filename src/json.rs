@@ -134,7 +134,7 @@ impl Shape {
 }
 
 /// Where the values of a decoded document lie: start and end, by slot.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Spans([(u32, u32); SLOTS]);
 
 /// Most slots of a shape.

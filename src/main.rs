@@ -23,14 +23,16 @@ mod task;
 
 use crate::api::{Api, Host, SINK};
 use crate::console::Console;
-use crate::metadata::Source;
+use crate::metadata::{PATIENCE, Source};
 use crate::poll::Poller;
 use crate::supervisor::{HANDLED, LINGER, Supervisor};
 use crate::sys::{Static, Words};
 use crate::task::Outcome;
 use pigeon_init::accounts::Identity;
+use pigeon_init::bytes::decimal;
 use pigeon_init::command::Environment;
 use pigeon_init::config::{Config, DOCUMENT};
+use pigeon_init::json::Spans;
 use pigeon_init::text;
 use pigeon_init::text::Level;
 use rustix::fd::{AsRawFd, IntoRawFd};
@@ -53,24 +55,24 @@ const OPEN_FILES: u64 = 10_240;
 struct Knobs {
     level: Level,
     source: Source,
-    mmds_patience: Option<u64>,
+    /// How long MMDS is asked, in milliseconds.
+    patience: u64,
+    /// How long the exit code can be read, in milliseconds.
     linger: u64,
 }
 
 impl Knobs {
-    fn read(environment: Words) -> Self {
-        let word = |name: &[u8]| environment.get(name);
+    #[inline(never)]
+    fn read(words: Words) -> Self {
+        let number = |name: &[u8], default| {
+            let number = words.get(name).and_then(decimal);
+            number.map_or(default, u64::from)
+        };
         Self {
-            level: word(b"INIT_LOG_LEVEL")
-                .and_then(Level::parse)
-                .unwrap_or(Level::Info),
-            source: word(b"PIGEON_CONFIG")
-                .and_then(Source::parse)
-                .unwrap_or(Source::Auto),
-            mmds_patience: word(b"PIGEON_MMDS_TIMEOUT_MS").and_then(metadata::milliseconds),
-            linger: word(b"PIGEON_EXIT_LINGER_MS")
-                .and_then(metadata::milliseconds)
-                .unwrap_or(LINGER),
+            level: Level::parse(words.get(b"INIT_LOG_LEVEL").unwrap_or_default()),
+            source: Source::parse(words.get(b"PIGEON_CONFIG").unwrap_or_default()),
+            patience: number(b"PIGEON_MMDS_TIMEOUT_MS", PATIENCE),
+            linger: number(b"PIGEON_EXIT_LINGER_MS", LINGER),
         }
     }
 }
@@ -140,11 +142,10 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
         false => None,
     };
     mounts::rest(&mut |why| supervisor.console.warn(why))?;
-    let (spans, source) = metadata::load(knobs.source, knobs.mmds_patience, document)?;
+    let mut spans = Spans::default();
+    let source = metadata::load(knobs.source, knobs.patience, document, &mut spans)?;
     let config = Config::new(document, spans);
-    config
-        .check()
-        .map_err(|why| text!("configuration: ", why))?;
+    config.check().map_err(|why| why.after("configuration: "))?;
     let console = &mut *supervisor.console;
     console.log(
         Level::Info,

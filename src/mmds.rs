@@ -3,7 +3,8 @@
 //! The service (docs/mmds in Firecracker) answers with an empty reason phrase, always gives a
 //! Content-Length, never sends chunks and never closes first: a reader stops at the length.
 
-use crate::bytes::decimal;
+use crate::bytes::{decimal, find, same_word, split, trim};
+use crate::text::{Line, Show};
 use core::net::Ipv4Addr;
 
 /// Where the service listens, on port 80.
@@ -26,30 +27,29 @@ pub const TOKEN: usize = 256;
 /// Longest response head.
 pub const HEAD: usize = 4096;
 
+/// A request: at most this long.
+pub type Request = heapless::Vec<u8, 512>;
+
 /// A request for the whole document, with the token of a V2 session.
-pub fn document_request(token: Option<&[u8]>) -> heapless::Vec<u8, 512> {
-    let mut request = heapless::Vec::new();
-    let mut put = |bytes: &[u8]| {
-        let fits = request.extend_from_slice(bytes);
-        debug_assert!(fits.is_ok());
+#[inline(never)]
+pub fn document_request(token: Option<&[u8]>, request: &mut Request) {
+    request.clear();
+    let (name, token, end) = match token {
+        Some(token) => (TOKEN_HEADER, token, &b"\r\n"[..]),
+        None => (&b""[..], &b""[..], &b""[..]),
     };
-    put(DOCUMENT_REQUEST);
-    if let Some(token) = token {
-        put(TOKEN_HEADER);
-        put(token.get(..TOKEN).unwrap_or(token));
-        put(b"\r\n");
+    for part in &[DOCUMENT_REQUEST, name, token, end, b"\r\n"] {
+        let fits = request.extend_from_slice(part);
+        debug_assert!(fits.is_ok());
     }
-    put(b"\r\n");
-    request
 }
 
 /// The token of a response's body; `None` when it cannot stand in a header.
-pub fn token(body: &[u8]) -> Option<heapless::Vec<u8, TOKEN>> {
-    let body = body.trim_ascii();
-    if body.is_empty() || !body.iter().all(u8::is_ascii_graphic) {
-        return None;
-    }
-    heapless::Vec::from_slice(body).ok()
+#[inline(never)]
+pub fn token(body: &[u8]) -> Option<&[u8]> {
+    let body = trim(body);
+    let fits = (1..=TOKEN).contains(&body.len()) && body.iter().all(u8::is_ascii_graphic);
+    fits.then_some(body)
 }
 
 /// Why an answer is no answer.
@@ -63,63 +63,64 @@ pub enum Fault {
     NoLength,
 }
 
+impl Show for Fault {
+    fn show(&self, line: &mut Line) {
+        line.add(match self {
+            Self::Malformed => "an answer that is not HTTP",
+            Self::LongHead => "an answer's header is too long",
+            Self::NoLength => "an answer without a length",
+        });
+    }
+}
+
 /// The head of a response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head {
     /// The status code.
     pub status: u16,
     /// Length of the head in bytes.
-    pub length: usize,
+    pub length: u16,
     /// Length of the body in bytes.
-    pub body: usize,
+    pub body: u32,
 }
 
 /// Reads a response's head; `Ok(None)` when it has not come whole.
+#[inline(never)]
 pub fn head(bytes: &[u8]) -> Result<Option<Head>, Fault> {
     const VERSION: &[u8] = b"HTTP/1.";
-    if bytes
-        .iter()
-        .zip(VERSION)
-        .any(|(byte, wanted)| byte != wanted)
-    {
+    let version = bytes.get(..VERSION.len()).unwrap_or(bytes);
+    if !VERSION.starts_with(version) {
         return Err(Fault::Malformed);
     }
-    let Some(end) = bytes.windows(4).position(|window| window == b"\r\n\r\n") else {
-        return if bytes.len() < HEAD {
-            Ok(None)
-        } else {
-            Err(Fault::LongHead)
+    let head = bytes.get(..HEAD).unwrap_or(bytes);
+    let Some(end) = head.windows(4).position(|end| end == b"\r\n\r\n") else {
+        return match head.len() {
+            HEAD => Err(Fault::LongHead),
+            _ => Ok(None),
         };
     };
-    let mut lines = bytes
-        .get(..end)
-        .unwrap_or(&[])
-        .split(|byte| *byte == b'\n')
-        .map(<[u8]>::trim_ascii);
+    let mut lines = split(bytes.get(..end).unwrap_or(&[]), b'\n');
     // HTTP/1.1 200 [reason]
-    let mut words = lines.next().unwrap_or(&[]).split(|byte| *byte == b' ');
-    let status = words
-        .nth(1)
-        .filter(|digits| digits.len() == 3)
-        .and_then(decimal);
+    let mut words = split(lines.next().unwrap_or(&[]), b' ');
+    let _version = words.next();
+    let status = trim(words.next().unwrap_or(&[]));
+    let status = decimal(status).filter(|_| status.len() == 3);
     let status = status.ok_or(Fault::Malformed)? as u16;
     let mut body = None;
     for line in lines {
-        let mut halves = line.splitn(2, |byte| *byte == b':');
-        let (Some(name), Some(value)) = (halves.next(), halves.next()) else {
-            return Err(Fault::Malformed);
-        };
-        if name.eq_ignore_ascii_case(b"content-length") {
-            let value = decimal(value.trim_ascii()).ok_or(Fault::NoLength)? as usize;
-            if body.is_some_and(|earlier| earlier != value) {
+        let colon = find(line, b':').ok_or(Fault::Malformed)?;
+        let (name, value) = line.split_at_checked(colon).unwrap_or_default();
+        if same_word(trim(name), b"content-length") {
+            let value = decimal(trim(value.get(1..).unwrap_or(&[])));
+            if value.is_none() || body.is_some() && body != value {
                 return Err(Fault::NoLength);
             }
-            body = Some(value);
+            body = value;
         }
     }
     Ok(Some(Head {
         status,
-        length: end + 4,
+        length: end as u16 + 4,
         body: body.ok_or(Fault::NoLength)?,
     }))
 }
@@ -136,12 +137,12 @@ mod tests {
     fn an_answer_with_an_empty_reason_phrase_is_read() {
         let head = head(MEASURED).unwrap().unwrap();
         assert_eq!((head.status, head.body), (200, 2));
-        assert_eq!(&MEASURED[head.length..], b"{}");
+        assert_eq!(&MEASURED[usize::from(head.length)..], b"{}");
     }
 
     #[test]
     fn an_answer_may_come_a_byte_at_a_time() {
-        let whole = head(MEASURED).unwrap().unwrap().length;
+        let whole = usize::from(head(MEASURED).unwrap().unwrap().length);
         for end in 0..whole {
             assert_eq!(head(&MEASURED[..end]), Ok(None), "{end}");
         }
@@ -170,22 +171,25 @@ mod tests {
         assert_eq!(head(b"HTTP/1.1 2000 OK\r\n\r\n"), Err(Fault::Malformed));
     }
 
+    fn requested(token: Option<&[u8]>) -> Request {
+        let mut request = Request::new();
+        document_request(token, &mut request);
+        request
+    }
+
     #[test]
     fn a_token_goes_into_the_request_and_a_strange_one_does_not() {
         let token = token(b"q83vEjRWeJCrze8SNFZ4kKvN7xI0VniQq83vEjRWeJCrze8S\n").unwrap();
-        let request = document_request(Some(&token));
+        let request = requested(Some(token));
         assert!(request.ends_with(
             b"\r\nX-metadata-token: q83vEjRWeJCrze8SNFZ4kKvN7xI0VniQq83vEjRWeJCrze8S\r\n\r\n"
         ));
-        assert!(
-            !document_request(None)
-                .windows(5)
-                .any(|part| part == b"token")
-        );
+        assert!(!requested(None).windows(5).any(|part| part == b"token"));
         for strange in [&b""[..], b"a\r\nX: y", b"a b", &[b'a'; TOKEN + 1]] {
             assert_eq!(super::token(strange), None);
         }
-        let longest = super::token(&[b'a'; TOKEN]).unwrap();
-        assert!(document_request(Some(&longest)).ends_with(b"\r\n\r\n"));
+        let longest = &[b'a'; TOKEN];
+        assert_eq!(super::token(longest), Some(&longest[..]));
+        assert!(requested(Some(longest)).ends_with(b"\r\n\r\n"));
     }
 }

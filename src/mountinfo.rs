@@ -1,46 +1,31 @@
 //! Lines of /proc/self/mountinfo (proc_pid_mountinfo(5)).
 
-/// One mount.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mount {
-    /// Where it is mounted, with a NUL at the end.
-    pub target: heapless::Vec<u8, { crate::config::PATH }>,
-    /// Whether a block device is behind it: its device's major number is not 0.
-    pub on_device: bool,
-}
+use crate::bytes::split;
 
-/// Reads a line: `36 35 98:0 /root /target options optional… - type source options`.
-pub fn parse(line: &[u8]) -> Option<Mount> {
-    let mut fields = line.split(|byte| *byte == b' ');
-    let device = fields.nth(2)?;
-    let escaped = fields.nth(1)?;
-    let mut target = heapless::Vec::new();
-    let mut rest = escaped;
+/// Where something is mounted, with a NUL at the end.
+pub type Target = heapless::Vec<u8, { crate::config::PATH }>;
+
+/// Reads a line: `36 35 98:0 /root /target options optional… - type source options`. The answer is
+/// whether a block device is behind it: its device's major number is not 0.
+#[inline(never)]
+pub fn parse(line: &[u8], target: &mut Target) -> Option<bool> {
+    let mut fields = split(line, b' ');
+    let (_id, _parent) = (fields.next(), fields.next());
+    let on_device = !fields.next()?.starts_with(b"0:");
+    let _root = fields.next();
+    let mut rest = fields.next()?;
+    target.clear();
     while let [first, others @ ..] = rest {
-        rest = others;
-        let byte = match (first, others) {
+        let byte;
+        (byte, rest) = match rest {
             // Space, tab, line feed and backslash are in octal.
-            (
-                b'\\',
-                [
-                    a @ b'0'..=b'3',
-                    b @ b'0'..=b'7',
-                    c @ b'0'..=b'7',
-                    others @ ..,
-                ],
-            ) => {
-                rest = others;
-                (a - b'0') << 6 | (b - b'0') << 3 | (c - b'0')
-            }
-            _ => *first,
+            [b'\\', a, b, c, others @ ..] => ((a & 3) << 6 | (b & 7) << 3 | (c & 7), others),
+            _ => (*first, others),
         };
         target.push(byte).ok()?;
     }
     target.push(0).ok()?;
-    Some(Mount {
-        target,
-        on_device: !device.starts_with(b"0:"),
-    })
+    Some(on_device)
 }
 
 #[cfg(test)]
@@ -48,12 +33,10 @@ mod tests {
     use super::*;
 
     fn read(line: &str) -> Option<(String, bool)> {
-        let mount = parse(line.as_bytes())?;
-        let target = String::from_utf8(mount.target.to_vec()).unwrap();
-        Some((
-            target.strip_suffix('\0').unwrap().to_owned(),
-            mount.on_device,
-        ))
+        let mut target = Target::new();
+        let on_device = parse(line.as_bytes(), &mut target)?;
+        let target = String::from_utf8(target.to_vec()).unwrap();
+        Some((target.strip_suffix('\0').unwrap().to_owned(), on_device))
     }
 
     #[test]

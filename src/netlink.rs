@@ -1,6 +1,6 @@
 //! rtnetlink requests and their acknowledgements (rtnetlink(7), netlink(7)): bytes only.
 
-use crate::text::{Errno, Line, Show};
+use crate::bytes::split;
 use core::net::{IpAddr, Ipv4Addr};
 
 // include/uapi/linux/netlink.h
@@ -38,7 +38,7 @@ const IFA_LOCAL: u16 = 2;
 const IFA_FLAGS: u16 = 8;
 const IFA_F_NODAD: u32 = 0x02;
 const IFF_UP: u32 = 0x1;
-const AF_UNSPEC: u8 = 0;
+const AF_UNSPEC: u32 = 0;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
@@ -54,21 +54,23 @@ pub struct Request {
 }
 
 impl Request {
+    #[inline(never)]
     fn new(kind: u16, flags: u16) -> Self {
         let mut request = Self {
             bytes: heapless::Vec::new(),
         };
         request
-            .put(&0u32.to_ne_bytes())
-            .put(&kind.to_ne_bytes())
-            .put(&(NLM_F_REQUEST | NLM_F_ACK | flags).to_ne_bytes())
-            .put(&1u32.to_ne_bytes())
-            .put(&0u32.to_ne_bytes());
+            .put(0)
+            .put(pair(kind, NLM_F_REQUEST | NLM_F_ACK | flags))
+            .put(1)
+            .put(0);
         request
     }
 
-    fn put(&mut self, bytes: &[u8]) -> &mut Self {
-        let fits = self.bytes.extend_from_slice(bytes);
+    /// Adds four bytes; the length, which comes first, follows.
+    #[inline(never)]
+    fn put(&mut self, word: u32) -> &mut Self {
+        let fits = self.bytes.extend_from_slice(&word.to_ne_bytes());
         debug_assert!(fits.is_ok());
         let length = self.bytes.len() as u32;
         if let Some(field) = self.bytes.first_chunk_mut::<4>() {
@@ -77,18 +79,24 @@ impl Request {
         self
     }
 
-    /// struct rtattr: length, type, data; every data used here is a multiple of 4 bytes.
-    fn attribute(&mut self, kind: u16, data: &[u8]) -> &mut Self {
-        debug_assert!(data.len().is_multiple_of(4));
-        self.put(&(4 + data.len() as u16).to_ne_bytes())
-            .put(&kind.to_ne_bytes())
-            .put(data)
+    /// struct rtattr: length, type, data of four bytes.
+    #[inline(never)]
+    fn number(&mut self, kind: u16, number: u32) -> &mut Self {
+        self.put(pair(8, kind)).put(number)
     }
 
-    fn address_attribute(&mut self, kind: u16, ip: IpAddr) -> &mut Self {
+    /// An attribute that is an address.
+    #[inline(never)]
+    fn address(&mut self, kind: u16, ip: &IpAddr) -> &mut Self {
         match ip {
-            IpAddr::V4(ip) => self.attribute(kind, &ip.octets()),
-            IpAddr::V6(ip) => self.attribute(kind, &ip.octets()),
+            IpAddr::V4(ip) => self.number(kind, u32::from_ne_bytes(ip.octets())),
+            IpAddr::V6(ip) => {
+                self.put(pair(20, kind));
+                for word in ip.octets().as_chunks().0 {
+                    self.put(u32::from_ne_bytes(*word));
+                }
+                self
+            }
         }
     }
 
@@ -98,64 +106,81 @@ impl Request {
     }
 }
 
-fn family(ip: IpAddr) -> u8 {
+/// Two fields of two bytes as one of four.
+fn pair(first: u16, second: u16) -> u32 {
+    let ([a, b], [c, d]) = (first.to_ne_bytes(), second.to_ne_bytes());
+    u32::from_ne_bytes([a, b, c, d])
+}
+
+/// The two fields.
+fn halves(word: u32) -> (u16, u16) {
+    let [a, b, c, d] = word.to_ne_bytes();
+    (u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]))
+}
+
+fn family(ip: &IpAddr) -> u8 {
     if ip.is_ipv4() { AF_INET } else { AF_INET6 }
 }
 
 /// Brings interface `index` up, and sets its MTU where one is given.
+#[inline(never)]
 pub fn link_up(index: u32, mtu: Option<u32>) -> Request {
     let mut request = Request::new(RTM_NEWLINK, 0);
     // struct ifinfomsg: family, padding, type (2), index (4), flags (4), change mask (4)
-    request
-        .put(&[AF_UNSPEC, 0, 0, 0])
-        .put(&index.to_ne_bytes())
-        .put(&IFF_UP.to_ne_bytes())
-        .put(&IFF_UP.to_ne_bytes());
+    request.put(AF_UNSPEC).put(index).put(IFF_UP).put(IFF_UP);
     if let Some(mtu) = mtu {
-        request.attribute(IFLA_MTU, &mtu.to_ne_bytes());
+        request.number(IFLA_MTU, mtu);
     }
     request
 }
 
-fn address(kind: u16, flags: u16, index: u32, ip: IpAddr, prefix: u8) -> Request {
+#[inline(never)]
+fn address(kind: u16, flags: u16, index: u32, ip: &IpAddr, prefix: u8) -> Request {
     let mut request = Request::new(kind, flags);
     // struct ifaddrmsg: family, prefix length, flags, scope, index (4)
     request
-        .put(&[family(ip), prefix, IFA_F_NODAD as u8, RT_SCOPE_UNIVERSE])
-        .put(&index.to_ne_bytes())
-        .address_attribute(IFA_LOCAL, ip)
-        .address_attribute(IFA_ADDRESS, ip)
-        .attribute(IFA_FLAGS, &IFA_F_NODAD.to_ne_bytes());
+        .put(u32::from_ne_bytes([
+            family(ip),
+            prefix,
+            IFA_F_NODAD as u8,
+            RT_SCOPE_UNIVERSE,
+        ]))
+        .put(index)
+        .address(IFA_LOCAL, ip)
+        .address(IFA_ADDRESS, ip)
+        .number(IFA_FLAGS, IFA_F_NODAD);
     request
 }
 
 /// Gives interface `index` an address, usable at once (no duplicate address detection).
-pub fn add_address(index: u32, ip: IpAddr, prefix: u8) -> Request {
+pub fn add_address(index: u32, ip: &IpAddr, prefix: u8) -> Request {
     address(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, index, ip, prefix)
 }
 
 /// Takes the address away.
-pub fn remove_address(index: u32, ip: IpAddr, prefix: u8) -> Request {
+pub fn remove_address(index: u32, ip: &IpAddr, prefix: u8) -> Request {
     address(RTM_DELADDR, 0, index, ip, prefix)
 }
 
 /// A default route through `gateway`; `on_link`: reach it without a route to it.
 ///
 /// A second one is tried after the first, not before it.
-pub fn default_route(index: u32, gateway: IpAddr, on_link: bool) -> Request {
+#[inline(never)]
+pub fn default_route(index: u32, gateway: &IpAddr, on_link: bool) -> Request {
     let flags = if on_link { RTNH_F_ONLINK } else { 0 };
     let mut request = Request::new(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_APPEND);
     rtmsg(&mut request, family(gateway), 0, RT_SCOPE_UNIVERSE, flags)
-        .address_attribute(RTA_GATEWAY, gateway)
-        .attribute(RTA_OIF, &index.to_ne_bytes());
+        .address(RTA_GATEWAY, gateway)
+        .number(RTA_OIF, index);
     request
 }
 
+#[inline(never)]
 fn host_route(kind: u16, flags: u16, index: u32, peer: Ipv4Addr) -> Request {
     let mut request = Request::new(kind, flags);
     rtmsg(&mut request, AF_INET, 32, RT_SCOPE_LINK, 0)
-        .attribute(RTA_DST, &peer.octets())
-        .attribute(RTA_OIF, &index.to_ne_bytes());
+        .number(RTA_DST, u32::from_ne_bytes(peer.octets()))
+        .number(RTA_OIF, index);
     request
 }
 
@@ -171,23 +196,22 @@ pub fn remove_host_route(index: u32, peer: Ipv4Addr) -> Request {
 
 /// struct rtmsg: family, destination and source prefix lengths, tos, table, protocol, scope, type,
 /// flags (4)
+#[inline(never)]
 fn rtmsg(request: &mut Request, family: u8, prefix: u8, scope: u8, flags: u32) -> &mut Request {
     request
-        .put(&[
-            family,
-            prefix,
-            0,
-            0,
+        .put(u32::from_ne_bytes([family, prefix, 0, 0]))
+        .put(u32::from_ne_bytes([
             RT_TABLE_MAIN,
             RTPROT_BOOT,
             scope,
             RTN_UNICAST,
-        ])
-        .put(&flags.to_ne_bytes())
+        ]))
+        .put(flags)
 }
 
 /// Whether `ip` and `other` share their first `prefix` bits.
-pub fn same_subnet(ip: IpAddr, other: IpAddr, prefix: u8) -> bool {
+#[inline(never)]
+pub fn same_subnet(ip: &IpAddr, other: &IpAddr, prefix: u8) -> bool {
     let (bits, width) = match (ip, other) {
         (IpAddr::V4(a), IpAddr::V4(b)) => (u128::from(a.to_bits() ^ b.to_bits()), 32),
         (IpAddr::V6(a), IpAddr::V6(b)) => (a.to_bits() ^ b.to_bits(), 128),
@@ -197,65 +221,42 @@ pub fn same_subnet(ip: IpAddr, other: IpAddr, prefix: u8) -> bool {
     bits.checked_shr(host_bits).unwrap_or(0) == 0
 }
 
-/// The kernel's refusal.
-#[derive(Debug)]
-pub struct Refusal {
-    /// errno.
+/// The kernel's answer to a request.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Acknowledgement<'a> {
+    /// errno, 0 for success.
     pub errno: i32,
     /// The extended acknowledgement's text, empty when the kernel gave none.
-    pub message: Line,
-}
-
-impl Show for Refusal {
-    fn show(&self, line: &mut Line) {
-        line.add(Errno(self.errno));
-        if !self.message.as_bytes().is_empty() {
-            line.add(" (").add(&self.message).add(")");
-        }
-    }
+    pub words: &'a [u8],
 }
 
 /// Reads the acknowledgement of a request; `None` when it is something else.
-pub fn acknowledgement(reply: &[u8]) -> Option<Result<(), Refusal>> {
-    let kind = u16_at(reply, 4)?;
-    let flags = u16_at(reply, 6)?;
-    let length = u32_at(reply, 0)? as usize;
-    let reply = reply.get(..length)?;
+#[inline(never)]
+pub fn acknowledgement(reply: &[u8]) -> Option<Acknowledgement<'_>> {
+    let reply = reply.get(..word(reply, 0)? as usize)?;
+    let (kind, flags) = halves(word(reply, 4)?);
     if kind != NLMSG_ERROR {
         return None;
     }
     // struct nlmsgerr: negative errno (4), the request's header, and its payload unless capped
-    let error = i32::from_ne_bytes(*reply.get(HEADER..)?.first_chunk()?);
-    if error == 0 {
-        return Some(Ok(()));
-    }
-    let mut message = Line::new();
+    let errno = (word(reply, HEADER)? as i32).wrapping_neg();
+    let mut words = &[][..];
     if flags & NLM_F_ACK_TLVS != 0 {
-        let echoed = if flags & NLM_F_CAPPED != 0 {
-            HEADER
-        } else {
-            align(u32_at(reply, HEADER + 4)? as usize)
+        let mut at = HEADER + 4;
+        at += match flags & NLM_F_CAPPED {
+            0 => align(word(reply, at)? as usize),
+            _ => HEADER,
         };
-        let mut rest = reply
-            .get((HEADER + 4).checked_add(echoed)?..)
-            .unwrap_or(&[]);
-        while let (Some(length), Some(kind)) = (u16_at(rest, 0), u16_at(rest, 2)) {
-            let length = usize::from(length).max(4);
+        while let Some(attribute) = word(reply, at) {
+            let (length, kind) = halves(attribute);
+            let next = at + align(usize::from(length).max(4));
             if kind & NLA_TYPE_MASK == NLMSGERR_ATTR_MSG {
-                let text = rest.get(4..length).unwrap_or(&[]);
-                let end = text
-                    .iter()
-                    .position(|byte| *byte == 0)
-                    .unwrap_or(text.len());
-                message.push(text.get(..end).unwrap_or(text));
+                words = split(reply.get(at + 4..next).unwrap_or(&[]), 0).next()?;
             }
-            rest = rest.get(align(length)..).unwrap_or(&[]);
+            at = next;
         }
     }
-    Some(Err(Refusal {
-        errno: error.saturating_neg(),
-        message,
-    }))
+    Some(Acknowledgement { errno, words })
 }
 
 /// NLMSG_ALIGN, NLA_ALIGN
@@ -263,11 +264,9 @@ fn align(length: usize) -> usize {
     length.saturating_add(3) & !3
 }
 
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+/// The four bytes at an offset.
+#[inline(never)]
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
@@ -299,12 +298,12 @@ mod tests {
             8, 0, 1, 0, 10, 0, 0, 2, // IFA_ADDRESS
             8, 0, 8, 0, 2, 0, 0, 0, // IFA_FLAGS
         ];
-        assert_eq!(add_address(2, ip("10.0.0.2"), 24).as_bytes(), expected);
+        assert_eq!(add_address(2, &ip("10.0.0.2"), 24).as_bytes(), expected);
     }
 
     #[test]
     fn an_ipv6_address_takes_sixteen_bytes() {
-        let request = add_address(3, ip("fd00::2"), 64);
+        let request = add_address(3, &ip("fd00::2"), 64);
         let bytes = request.as_bytes();
         assert_eq!(bytes.len(), 16 + 8 + 20 + 20 + 8);
         assert_eq!(bytes[16..24], [10, 64, 2, 0, 3, 0, 0, 0]);
@@ -324,11 +323,11 @@ mod tests {
             8, 0, 4, 0, 2, 0, 0, 0, // RTA_OIF
         ];
         assert_eq!(
-            default_route(2, ip("169.254.0.1"), true).as_bytes(),
+            default_route(2, &ip("169.254.0.1"), true).as_bytes(),
             expected
         );
         assert_eq!(
-            default_route(2, ip("10.0.0.1"), false).as_bytes()[24..28],
+            default_route(2, &ip("10.0.0.1"), false).as_bytes()[24..28],
             [0; 4]
         );
     }
@@ -345,21 +344,21 @@ mod tests {
 
     #[test]
     fn the_largest_request_fits() {
-        let default = default_route(u32::MAX, ip("fd00::1"), true);
+        let default = default_route(u32::MAX, &ip("fd00::1"), true);
         assert_eq!(default.as_bytes().len(), 16 + 12 + 20 + 8);
-        assert!(add_address(1, ip("fd00::1"), 128).as_bytes().len() <= REQUEST);
+        assert!(add_address(1, &ip("fd00::1"), 128).as_bytes().len() <= REQUEST);
     }
 
     #[test]
     fn subnets_are_compared_bit_by_bit() {
-        assert!(same_subnet(ip("10.0.0.2"), ip("10.0.0.1"), 24));
-        assert!(!same_subnet(ip("10.0.0.2"), ip("169.254.0.1"), 24));
-        assert!(same_subnet(ip("10.0.0.2"), ip("10.0.0.3"), 31));
-        assert!(!same_subnet(ip("10.0.0.2"), ip("10.0.0.3"), 32));
-        assert!(same_subnet(ip("10.0.0.2"), ip("1.2.3.4"), 0));
-        assert!(same_subnet(ip("fd00::2"), ip("fd00::1"), 64));
-        assert!(same_subnet(ip("fd00::2"), ip("::"), 0));
-        assert!(!same_subnet(ip("fd00::2"), ip("10.0.0.1"), 0));
+        assert!(same_subnet(&ip("10.0.0.2"), &ip("10.0.0.1"), 24));
+        assert!(!same_subnet(&ip("10.0.0.2"), &ip("169.254.0.1"), 24));
+        assert!(same_subnet(&ip("10.0.0.2"), &ip("10.0.0.3"), 31));
+        assert!(!same_subnet(&ip("10.0.0.2"), &ip("10.0.0.3"), 32));
+        assert!(same_subnet(&ip("10.0.0.2"), &ip("1.2.3.4"), 0));
+        assert!(same_subnet(&ip("fd00::2"), &ip("fd00::1"), 64));
+        assert!(same_subnet(&ip("fd00::2"), &ip("::"), 0));
+        assert!(!same_subnet(&ip("fd00::2"), &ip("10.0.0.1"), 0));
     }
 
     fn reply(errno: i32, flags: u16, tail: &[u8]) -> Vec<u8> {
@@ -381,26 +380,22 @@ mod tests {
         let capped = [&[0u8; 16][..], &attribute].concat();
         let whole = [&28u32.to_ne_bytes()[..], &[0u8; 24], &attribute].concat();
         for (flags, tail) in [(0x300, capped), (0x200, whole)] {
-            let refusal = acknowledgement(&reply(22, flags, &tail))
-                .unwrap()
-                .unwrap_err();
+            let words = b"Invalid MTU.";
             assert_eq!(
-                (refusal.errno, refusal.message.as_bytes()),
-                (22, &b"Invalid MTU."[..])
+                acknowledgement(&reply(22, flags, &tail)),
+                Some(Acknowledgement { errno: 22, words })
             );
         }
     }
 
     #[test]
     fn an_acknowledgement_is_success_and_a_torn_one_is_none() {
-        assert!(matches!(
-            acknowledgement(&reply(0, 0, &[0; 16])),
-            Some(Ok(()))
-        ));
+        let errno = |reply: &[u8]| acknowledgement(reply).map(|answer| answer.errno);
+        assert_eq!(errno(&reply(0, 0, &[0; 16])), Some(0));
         let whole = reply(17, 0x200, &[28, 0, 0, 0, 9, 9, 9, 9]);
         for end in 0..whole.len() {
             assert!(acknowledgement(&whole[..end]).is_none());
         }
-        assert_eq!(acknowledgement(&whole).unwrap().unwrap_err().errno, 17);
+        assert_eq!(errno(&whole), Some(17));
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::mounts::{self, exists, make_directory};
 use crate::sys::Watch;
-use crate::task::{Outcome, Report, name};
+use crate::task::{Outcome, Report, failed};
 use crate::why;
 use crate::{files, spawn};
 use core::ffi::CStr;
@@ -20,8 +20,8 @@ const NEW: &CStr = c"/newroot";
 const DEVICE_WAIT: u64 = 2000;
 
 /// Mounts an ext4 volume, when its device has appeared; read-only where the device is.
+#[inline(never)]
 pub fn mount_volume(device: &CStr, target: &CStr, report: &Report) -> Outcome {
-    let what = why!("mount ", device, " on ", target);
     let watch = Watch::start();
     while !exists(device) {
         if watch.passed() >= DEVICE_WAIT {
@@ -35,22 +35,15 @@ pub fn mount_volume(device: &CStr, target: &CStr, report: &Report) -> Outcome {
         }
         pause(1);
     }
-    let flags = MountFlags::RELATIME;
-    match rustix::mount::mount(device, target, c"ext4", flags, None::<&CStr>) {
+    let mount = |flags| rustix::mount::mount(device, target, c"ext4", flags, None::<&CStr>);
+    let mounted = match mount(MountFlags::RELATIME) {
         Err(errno @ (Errno::ACCESS | Errno::ROFS)) => {
             report.warn(text!(device, " is write-protected: mounted read-only"));
-            rustix::mount::mount(
-                device,
-                target,
-                c"ext4",
-                flags | MountFlags::RDONLY,
-                None::<&CStr>,
-            )
-            .map_err(|_| errno)
-            .map_err(what)
+            mount(MountFlags::RELATIME | MountFlags::RDONLY).map_err(|_| errno)
         }
-        other => other.map_err(what),
-    }
+        other => other,
+    };
+    mounted.map_err(why!("mount ", device, " on ", target))
 }
 
 /// Sleeps; for children only.
@@ -65,92 +58,86 @@ pub fn pause(milliseconds: i64) {
 /// Mounts the root beside the initramfs, and touches all of it that PID 1 looks at: a disk that
 /// hangs stops this child, not PID 1, which finds everything in memory.
 pub fn mount(device: &CStr, scratch: &mut [u8], report: &Report) -> Outcome {
-    make_directory(NEW, 0o755).map_err(why!("create ", NEW))?;
+    make_directory(NEW, 0o755).map_err(why!("create /newroot"))?;
     mount_volume(device, NEW, report)?;
-    rustix::process::chroot(NEW).map_err(why!("enter ", NEW))?;
-    for tree in mounts::TREES {
+    rustix::process::chroot(NEW).map_err(why!("enter /newroot"))?;
+    for tree in &mounts::TREES {
         // A root without the directory, perhaps read-only, is told apart by the move's error.
         let _made = make_directory(tree, 0o755);
     }
     if let Err(errno) = make_directory(c"/root", 0o700) {
-        report.warn(text!("create /root: ", name(errno)));
+        report.warn(failed(errno, "create /root"));
     }
-    for accounts in [spawn::PASSWD, spawn::GROUP] {
+    for accounts in &[spawn::PASSWD, spawn::GROUP] {
         let _told_later = files::read_whole(accounts, scratch);
     }
     Ok(())
 }
 
 /// Moves the kernel's file systems onto the root and makes it `/`; the initramfs is emptied.
-pub fn switch(report: &mut impl FnMut(Line)) -> Outcome {
-    let old = rustix::fs::open(c"/", OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(why!("open /"))?;
-    rustix::process::chdir(NEW).map_err(why!("enter ", NEW))?;
-    for tree in mounts::TREES {
-        let target = tree
-            .to_bytes_with_nul()
-            .get(1..)
-            .and_then(|name| CStr::from_bytes_with_nul(name).ok());
-        let target = target.unwrap_or(c".");
+#[inline(never)]
+pub fn switch(warn: &mut dyn FnMut(Line)) -> Outcome {
+    let old = files::open(c"/", OFlags::DIRECTORY).map_err(why!("open /"))?;
+    rustix::process::chdir(NEW).map_err(why!("enter /newroot"))?;
+    for tree in &mounts::TREES {
         // A link there would lead out of the root, to what is deleted below: it is not followed.
-        move_mount(CWD, tree, CWD, target, MoveMountFlags::empty()).map_err(why!(
+        let target = files::behind(tree, 1);
+        move_mount(CWD, *tree, CWD, target, MoveMountFlags::empty()).map_err(why!(
             "move ",
             tree,
             " onto the root"
         ))?;
     }
-    if let Err(errno) = empty(&old) {
-        report(text!("empty the initramfs: ", name(errno)));
+    if let Err(errno) = empty(old) {
+        warn(failed(errno, "empty the initramfs"));
     }
     rustix::mount::mount_move(c".", c"/").map_err(why!("move the root onto /"))?;
-    rustix::process::chroot(c".").map_err(why!("chroot"))?;
-    rustix::process::chdir(c"/").map_err(why!("enter /"))
+    rustix::process::chroot(c".")
+        .and_then(|()| rustix::process::chdir(c"/"))
+        .map_err(why!("enter the root"))
 }
 
 // linux/magic.h
 const RAMFS_MAGIC: u64 = 0x8584_58f6;
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
-/// A file's name (NAME_MAX, limits.h).
-type Name = heapless::Vec<u8, 255>;
-
-/// Deepest directory of an initramfs that is emptied.
-const DEPTH: usize = 32;
-
 /// Deletes everything in the initramfs: it is the guest's memory, and may hold secrets.
 ///
 /// Only where the old root is a file system in memory (else EXDEV), and never across a mount.
-fn empty(old: &OwnedFd) -> Result<(), Errno> {
-    let kind = rustix::fs::fstatfs(old)?.f_type as u64;
+#[inline(never)]
+fn empty(old: OwnedFd) -> Result<(), Errno> {
+    let kind = rustix::fs::fstatfs(&old)?.f_type as u64;
     if kind != RAMFS_MAGIC && kind != TMPFS_MAGIC {
         return Err(Errno::XDEV);
     }
-    // Down into the first directory that is not empty, deleting on the way back: no recursion.
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let mut open = heapless::Vec::<OwnedFd, DEPTH>::new();
+    // Down into the first directory that is not empty, and up again when it is: no recursion.
+    let mut here = old;
+    let mut depth = 0u32;
     loop {
-        let here = open.last().unwrap_or(old);
-        match delete_entries(here)? {
-            Some(name) => {
-                let inner = rustix::fs::openat(here, &name[..], flags, Mode::empty())?;
-                open.push(inner).map_err(|_| Errno::NAMETOOLONG)?;
+        here = match delete_entries(&here, depth == 0)? {
+            Some(inner) => {
+                depth += 1;
+                inner
             }
             // Its parent deletes it now.
-            None if open.pop().is_some() => {}
+            None if depth > 0 => {
+                depth -= 1;
+                enter(&here, c"..")?
+            }
             None => return Ok(()),
         }
     }
 }
 
-/// Deletes a directory's entries, up to the first directory that is not empty: its name.
-fn delete_entries(directory: &OwnedFd) -> Result<Option<Name>, Errno> {
-    rustix::fs::seek(directory, rustix::fs::SeekFrom::Start(0))?;
+/// Deletes a directory's entries, up to the first directory that is not empty, which is the answer.
+#[inline(never)]
+fn delete_entries(directory: &OwnedFd, is_root: bool) -> Result<Option<OwnedFd>, Errno> {
     let mut buffer = [MaybeUninit::uninit(); 1024];
     let mut entries = RawDir::new(directory, &mut buffer);
     while let Some(entry) = entries.next() {
         let entry = entry?;
         let name = entry.file_name();
-        if matches!(name.to_bytes(), b"." | b"..") {
+        if name == c"." || name == c".." {
             continue;
         }
         let flags = match entry.file_type() {
@@ -158,15 +145,18 @@ fn delete_entries(directory: &OwnedFd) -> Result<Option<Name>, Errno> {
             _ => AtFlags::empty(),
         };
         match rustix::fs::unlinkat(directory, name, flags) {
+            Ok(()) => {}
             // A mount point (rmdir(2)): that is the new root, or what somebody else mounted.
-            Ok(()) | Err(Errno::BUSY) => {}
-            Err(Errno::NOTEMPTY) => {
-                return heapless::Vec::from_slice(name.to_bytes())
-                    .map(Some)
-                    .map_err(|_| Errno::NAMETOOLONG);
-            }
+            Err(Errno::BUSY) if is_root => {}
+            Err(Errno::NOTEMPTY) => return enter(directory, name).map(Some),
             Err(errno) => return Err(errno),
         }
     }
     Ok(None)
+}
+
+#[inline(never)]
+fn enter(directory: &OwnedFd, name: &CStr) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(directory, name, flags, Mode::empty())
 }

@@ -11,7 +11,6 @@ use pigeon_init::config::Config;
 use pigeon_init::etc;
 use pigeon_init::text;
 use pigeon_init::text::Line;
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, statat};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
@@ -30,37 +29,38 @@ pub fn disks(config: &Config, identity: &Identity, scratch: &mut [u8], report: &
 }
 
 /// The host name and step 13: calls that do not wait for anything.
-pub fn network(config: &Config, warn: impl FnMut(Line)) -> Outcome {
+pub fn network(config: &Config, warn: &mut dyn FnMut(Line)) -> Outcome {
     host_name(config)?;
     interface::configure(config, warn)
 }
 
 fn volumes(config: &Config, identity: &Identity, report: &Report) -> Outcome {
+    let (uid, gid) = (Uid::from_raw(identity.uid), Gid::from_raw(identity.gid));
     for mount in config.mounts() {
         let target = mount.mount_path.c_str();
-        mounts::make_directories(target.to_bytes()).map_err(why!("create ", mount.mount_path))?;
+        mounts::make_directories(target.to_bytes()).map_err(why!("create ", target))?;
         // Links of the root are followed, as everywhere in it, but not onto what the end needs.
-        for tree in mounts::TREES.into_iter().chain([c"/"]) {
-            if same(target, tree) {
-                return Err(text!("mount on ", target, ": would hide ", tree));
+        let place = identify(target);
+        for needed in &NEEDED {
+            if place.is_some() && place == identify(needed) {
+                return Err(text!("mount on ", target, ": would hide ", needed));
             }
         }
         root::mount_volume(mount.device_path.c_str(), target, report)?;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let owned = rustix::fs::open(target, flags, Mode::empty()).and_then(|directory| {
-            let (uid, gid) = (Uid::from_raw(identity.uid), Gid::from_raw(identity.gid));
-            rustix::fs::fchown(&directory, Some(uid), Some(gid))
-        });
-        unless_read_only(owned, report).map_err(why!("change the owner of ", mount.mount_path))?;
+        let owned = rustix::fs::chown(target, Some(uid), Some(gid));
+        unless_read_only(owned, report).map_err(why!("change the owner of ", target))?;
     }
     Ok(())
 }
 
-/// Whether two paths lead to the same directory.
-fn same(one: &CStr, other: &CStr) -> bool {
-    let identity =
-        |path| statat(CWD, path, AtFlags::empty()).map(|stat| (stat.st_dev, stat.st_ino));
-    matches!((identity(one), identity(other)), (Ok(one), Ok(other)) if one == other)
+/// What no volume may hide.
+const NEEDED: [&CStr; 5] = [c"/", c"/dev", c"/sys", c"/proc", c"/run"];
+
+/// What two paths to one directory have in common: its device and its number there.
+#[inline(never)]
+fn identify(path: &CStr) -> Option<(u64, u64)> {
+    let status = rustix::fs::stat(path).ok()?;
+    Some((status.st_dev, status.st_ino))
 }
 
 fn host_name(config: &Config) -> Outcome {
@@ -74,25 +74,33 @@ fn hosts(config: &Config, scratch: &mut [u8], report: &Report) -> Outcome {
     if config.etc_hosts().next().is_none() {
         return Ok(());
     }
-    let old = files::read_whole(c"/etc/hosts", scratch)?;
-    mounts::make_directories(b"/etc").map_err(why!("create /etc"))?;
-    let written = files::replace(c"/etc/hosts", c"/etc/.hosts.pigeon", &mut |file| {
-        etc::hosts(old, config.etc_hosts(), |piece| file.put(piece))
-    });
-    unless_read_only(written, report).map_err(why!("write /etc/hosts"))
+    let path = c"/etc/hosts";
+    let old = files::read_whole(path, scratch)?;
+    replace(path, c"/etc/.hosts.pigeon", report, &mut |file| {
+        etc::hosts(old, config.etc_hosts(), &mut |piece| file.put(piece));
+    })
 }
 
 fn name_servers(config: &Config, report: &Report) -> Outcome {
     if config.nameservers().is_empty() {
         return Ok(());
     }
+    let temporary = c"/etc/.resolv.conf.pigeon";
+    replace(c"/etc/resolv.conf", temporary, report, &mut |file| {
+        etc::resolv(config.nameservers(), &mut |piece| file.put(piece));
+    })
+}
+
+#[inline(never)]
+fn replace(
+    path: &CStr,
+    temporary: &CStr,
+    report: &Report,
+    fill: &mut dyn FnMut(&mut files::Writer),
+) -> Outcome {
     mounts::make_directories(b"/etc").map_err(why!("create /etc"))?;
-    let written = files::replace(
-        c"/etc/resolv.conf",
-        c"/etc/.resolv.conf.pigeon",
-        &mut |file| etc::resolv(config.nameservers(), |piece| file.put(piece)),
-    );
-    unless_read_only(written, report).map_err(why!("write /etc/resolv.conf"))
+    let written = files::replace(path, temporary, fill);
+    unless_read_only(written, report).map_err(why!("write ", path))
 }
 
 /// A root or volume that is mounted read-only keeps what it has; that is worth a warning.

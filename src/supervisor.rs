@@ -14,7 +14,7 @@ use pigeon_init::slab::Key;
 use pigeon_init::text::{Level, Line};
 use pigeon_init::{kmsg, text};
 use rustix::event::epoll::EventFlags;
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
@@ -145,7 +145,7 @@ impl Supervisor {
             self.child = Some(task);
             self.phase = Phase::Setup;
         }
-        setup::network(config, |why| self.console.warn(why))?;
+        setup::network(config, &mut |why| self.console.warn(why))?;
         while let Phase::Setup = self.phase {
             self.turn();
         }
@@ -227,7 +227,7 @@ impl Supervisor {
 
     /// One a turn: those that wait make the next turn.
     fn read_signal(&mut self) {
-        let Ok(signal) = sys::read_signal(self.signals.as_fd()) else {
+        let Ok(signal) = sys::read_signal(&self.signals) else {
             return;
         };
         match signal.number {

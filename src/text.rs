@@ -141,6 +141,12 @@ impl Line {
         Self::new().with(words)
     }
 
+    /// The line behind some words: what failed, before why.
+    #[inline(never)]
+    pub fn after(self, words: &str) -> Self {
+        Self::start(words).with(&self)
+    }
+
     /// Appends raw bytes.
     #[inline(never)]
     pub fn push(&mut self, bytes: &[u8]) {
@@ -403,13 +409,14 @@ pub enum Level {
 }
 
 impl Level {
-    /// Reads `debug`, `info` or `warn`.
-    pub fn parse(word: &[u8]) -> Option<Self> {
-        match word {
-            b"debug" => Some(Self::Debug),
-            b"info" => Some(Self::Info),
-            b"warn" => Some(Self::Warn),
-            _ => None,
+    /// Reads `debug` or `warn`; anything else is `info`.
+    pub fn parse(word: &[u8]) -> Self {
+        if word == b"debug" {
+            Self::Debug
+        } else if word == b"warn" {
+            Self::Warn
+        } else {
+            Self::Info
         }
     }
 

@@ -14,7 +14,7 @@ use core::ptr::NonNull;
 use core::sync::atomic::{AtomicBool, Ordering};
 use linux_raw_sys::general as uapi;
 use rustix::event::epoll::Event;
-use rustix::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use rustix::fd::{AsRawFd, FromRawFd, OwnedFd};
 use rustix::io::{Errno, Result};
 use rustix::process::Pid;
 
@@ -113,6 +113,13 @@ pub unsafe fn execve(path: &CStr, argv: *const *const u8, envp: *const *const u8
     }
 }
 
+/// Writes to standard output (1) or standard error (2), which may be closed (write(2)).
+pub fn write_standard(descriptor: usize, bytes: &[u8]) -> Result<usize> {
+    let args = [descriptor, bytes.as_ptr() as usize, bytes.len(), 0, 0, 0];
+    // SAFETY: reads the bytes of a live slice.
+    answer(unsafe { syscall(uapi::__NR_write, args) })
+}
+
 /// A set of signals as the kernel has it: bit `n - 1` is signal `n`.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
@@ -173,7 +180,7 @@ pub struct Signal {
 }
 
 /// Reads one waiting signal.
-pub fn read_signal(fd: BorrowedFd) -> Result<Signal> {
+pub fn read_signal(fd: &OwnedFd) -> Result<Signal> {
     // struct signalfd_siginfo: ssi_signo, ssi_errno, ssi_code, …; 128 bytes on every architecture.
     let mut info = [0u8; 128];
     if rustix::io::read(fd, &mut info)? != info.len() {
@@ -241,7 +248,7 @@ impl Watch {
 ///
 /// # Safety
 /// `request` must take a number, not a pointer.
-pub unsafe fn ioctl_number(fd: BorrowedFd, request: u32, value: usize) -> Result<()> {
+pub unsafe fn ioctl_number(fd: &OwnedFd, request: u32, value: usize) -> Result<()> {
     let args = [fd.as_raw_fd() as usize, request as usize, value, 0, 0, 0];
     // SAFETY: as promised by the caller.
     answer(unsafe { syscall(uapi::__NR_ioctl, args) }).map(drop)
@@ -251,7 +258,7 @@ pub unsafe fn ioctl_number(fd: BorrowedFd, request: u32, value: usize) -> Result
 ///
 /// # Safety
 /// `request` must read and write at most a `T`, and any bytes it writes must be a valid `T`.
-pub unsafe fn ioctl_struct<T>(fd: BorrowedFd, request: u32, value: &mut T) -> Result<()> {
+pub unsafe fn ioctl_struct<T>(fd: &OwnedFd, request: u32, value: &mut T) -> Result<()> {
     // SAFETY: as promised by the caller; `value` is exclusive for the call.
     unsafe { ioctl_number(fd, request, &raw mut *value as usize) }
 }
@@ -260,7 +267,6 @@ pub unsafe fn ioctl_struct<T>(fd: BorrowedFd, request: u32, value: &mut T) -> Re
 pub mod terminal {
     use super::{AsRawFd, answer, fd, syscall, uapi};
     use super::{OwnedFd, Result, ioctl_number, ioctl_struct};
-    use rustix::fd::AsFd;
 
     // asm-generic/ioctls.h
     const TIOCSCTTY: u32 = 0x540e;
@@ -271,7 +277,7 @@ pub mod terminal {
     /// Opens the other end of a new terminal, for this process only.
     pub fn open_peer(master: &OwnedFd) -> Result<OwnedFd> {
         // SAFETY: reads an int.
-        unsafe { ioctl_struct(master.as_fd(), TIOCSPTLCK, &mut 0i32) }?;
+        unsafe { ioctl_struct(master, TIOCSPTLCK, &mut 0i32) }?;
         let flags = uapi::O_RDWR | uapi::O_NOCTTY | uapi::O_CLOEXEC;
         let number = master.as_raw_fd() as usize;
         let args = [number, TIOCGPTPEER as usize, flags as usize, 0, 0, 0];
@@ -282,7 +288,7 @@ pub mod terminal {
     /// Makes it the controlling terminal of this session.
     pub fn control(terminal: &OwnedFd) -> Result<()> {
         // SAFETY: takes numbers.
-        unsafe { ioctl_number(terminal.as_fd(), TIOCSCTTY, 0) }
+        unsafe { ioctl_number(terminal, TIOCSCTTY, 0) }
     }
 
     /// Tells it its size.
@@ -290,7 +296,7 @@ pub mod terminal {
         // struct winsize: rows, columns, and their pixels.
         let mut size = [rows as u16, cols as u16, 0, 0];
         // SAFETY: reads four u16.
-        unsafe { ioctl_struct(terminal.as_fd(), TIOCSWINSZ, &mut size) }
+        unsafe { ioctl_struct(terminal, TIOCSWINSZ, &mut size) }
     }
 }
 
@@ -416,39 +422,38 @@ impl Drop for Region {
     }
 }
 
-/// A vsock address (struct sockaddr_vm, linux/vm_sockets.h).
+/// Sockets between the VM and its host (linux/vm_sockets.h).
 pub mod vsock {
-    use super::{OwnedFd, Result};
-    use rustix::net::addr::{SocketAddrArg, SocketAddrLen, SocketAddrOpaque};
+    use super::{AsRawFd, Errno, OwnedFd, Result, answer, fd, syscall, uapi};
+    use rustix::fs::OFlags;
     use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
     /// VMADDR_CID_ANY
     const ANY: u32 = u32::MAX;
     /// VMADDR_CID_HOST
     pub const HOST: u32 = 2;
-    /// Where svm_cid lies.
-    const CID: usize = 8;
 
+    /// struct sockaddr_vm
     #[repr(C)]
     struct Address {
         family: u16,
         reserved: u16,
         port: u32,
         cid: u32,
-        flags: u8,
-        zero: [u8; 3],
+        /// Flags, and zeros.
+        rest: u32,
     }
 
-    // SAFETY: gives out a live `struct sockaddr_vm` and its exact size.
-    unsafe impl SocketAddrArg for Address {
-        unsafe fn with_sockaddr<R>(
-            &self,
-            f: impl FnOnce(*const SocketAddrOpaque, SocketAddrLen) -> R,
-        ) -> R {
-            f(
-                (&raw const *self).cast(),
-                size_of::<Self>() as SocketAddrLen,
-            )
+    impl Address {
+        /// A port of any CID.
+        fn new(port: u32) -> Self {
+            Self {
+                family: AddressFamily::VSOCK.as_raw(),
+                reserved: 0,
+                port,
+                cid: ANY,
+                rest: 0,
+            }
         }
     }
 
@@ -456,52 +461,50 @@ pub mod vsock {
     fn has_device() -> Result<bool> {
         // linux/vm_sockets.h
         const IOCTL_VM_SOCKETS_GET_LOCAL_CID: u32 = 0x7b9;
-        use rustix::fd::AsFd;
-        use rustix::fs::{Mode, OFlags};
-        let device = rustix::fs::open(
-            c"/dev/vsock",
-            OFlags::RDONLY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
+        let device = crate::files::open(c"/dev/vsock", OFlags::RDONLY)?;
         let mut cid = ANY;
         // SAFETY: the call writes an unsigned int.
-        unsafe { super::ioctl_struct(device.as_fd(), IOCTL_VM_SOCKETS_GET_LOCAL_CID, &mut cid) }?;
+        unsafe { super::ioctl_struct(&device, IOCTL_VM_SOCKETS_GET_LOCAL_CID, &mut cid) }?;
         Ok(cid != ANY)
     }
 
     /// A socket that listens on `port` of every CID of this VM.
-    pub fn listen(port: u32, backlog: i32) -> Result<OwnedFd> {
+    #[inline(never)]
+    pub fn listen(port: u32, backlog: usize) -> Result<OwnedFd> {
         if !has_device()? {
-            return Err(super::Errno::NODEV);
+            return Err(Errno::NODEV);
         }
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket =
             rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)?;
-        let address = Address {
-            family: AddressFamily::VSOCK.as_raw(),
-            reserved: 0,
-            port,
-            cid: ANY,
-            flags: 0,
-            zero: [0; 3],
-        };
-        rustix::net::bind(&socket, &address)?;
-        rustix::net::listen(&socket, backlog)?;
+        let address = Address::new(port);
+        let number = socket.as_raw_fd() as usize;
+        let place = &raw const address as usize;
+        let bind = [number, place, size_of::<Address>(), 0, 0, 0];
+        // SAFETY: reads the address, whose size is given.
+        answer(unsafe { syscall(uapi::__NR_bind, bind) })?;
+        // SAFETY: takes numbers.
+        answer(unsafe { syscall(uapi::__NR_listen, [number, backlog, 0, 0, 0, 0]) })?;
         Ok(socket)
     }
 
     /// Takes a waiting connection, and says from which CID it came.
-    pub fn accept(socket: &OwnedFd) -> Result<(OwnedFd, Option<u32>)> {
+    #[inline(never)]
+    pub fn accept(socket: &OwnedFd) -> Result<(OwnedFd, u32)> {
+        let mut peer = Address::new(0);
+        let mut length = size_of::<Address>() as u32;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let (connection, peer) = rustix::net::acceptfrom_with(socket, flags)?;
-        let cid = peer.and_then(|peer| {
-            let length = peer.addr_len() as usize;
-            // SAFETY: the address is `length` initialised bytes, written by the kernel.
-            let bytes = unsafe { core::slice::from_raw_parts(peer.as_ptr().cast::<u8>(), length) };
-            let cid = bytes.get(CID..)?.first_chunk::<4>()?;
-            Some(u32::from_ne_bytes(*cid))
-        });
-        Ok((connection, cid))
+        let args = [
+            socket.as_raw_fd() as usize,
+            &raw mut peer as usize,
+            &raw mut length as usize,
+            flags.bits() as usize,
+            0,
+            0,
+        ];
+        // SAFETY: writes at most the address, whose size is given, and its length.
+        let connection = answer(unsafe { syscall(uapi::__NR_accept4, args) })?;
+        Ok((fd(connection), peer.cid))
     }
 }
 
@@ -562,17 +565,30 @@ pub fn set_oom_score(score: &[u8]) {
     let _unchanged = file.and_then(|file| files::write(&file, score));
 }
 
+/// Sets how long sending and receiving wait, in milliseconds under a second (SO_SNDTIMEO, SO_RCVTIMEO).
+pub fn set_timeouts(socket: &OwnedFd, milliseconds: u32) {
+    use linux_raw_sys::net::{SO_RCVTIMEO_OLD, SO_SNDTIMEO_OLD, SOL_SOCKET};
+    // struct timeval of 64-bit architectures: seconds, microseconds
+    let time = [0, i64::from(milliseconds) * 1000];
+    let _set = set(socket, SOL_SOCKET, SO_SNDTIMEO_OLD, &time);
+    let _set = set(socket, SOL_SOCKET, SO_RCVTIMEO_OLD, &time);
+}
+
 /// Sets a socket option that is a number (setsockopt(2)).
-pub fn set_option(socket: BorrowedFd, level: u32, option: u32, value: u32) -> Result<()> {
+pub fn set_option(socket: &OwnedFd, level: u32, option: u32, value: u32) -> Result<()> {
+    set(socket, level, option, &value)
+}
+
+fn set<T: Copy>(socket: &OwnedFd, level: u32, option: u32, value: &T) -> Result<()> {
     let args = [
         socket.as_raw_fd() as usize,
         level as usize,
         option as usize,
-        &raw const value as usize,
-        size_of::<u32>(),
+        &raw const *value as usize,
+        size_of::<T>(),
         0,
     ];
-    // SAFETY: reads four bytes at `value`.
+    // SAFETY: reads the value's bytes.
     answer(unsafe { syscall(uapi::__NR_setsockopt, args) }).map(drop)
 }
 

@@ -18,8 +18,9 @@ fuzz_target!(|data: &[u8]| {
         assert!(number.parse::<u32>().unwrap() < 8);
     }
     for line in data.split(|byte| *byte == b'\n') {
-        if let Some(mount) = mountinfo::parse(line) {
-            assert_eq!(mount.target.last(), Some(&0));
+        let mut target = mountinfo::Target::new();
+        if mountinfo::parse(line, &mut target).is_some() {
+            assert_eq!(target.last(), Some(&0));
         }
     }
     let _answer = netlink::acknowledgement(data);
