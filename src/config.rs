@@ -1,8 +1,8 @@
 //! The configuration document: the contract between the host driver and this program.
 
 use crate::address;
-use crate::bytes::decimal;
-use crate::json::{self, Document, Fields, Record, Shape, Spans, Text, Texts};
+use crate::bytes::{Split, decimal, split};
+use crate::json::{self, Document, Fields, Record, Records, Shape, Spans, Text, Texts};
 use crate::text;
 use crate::text::Line;
 use core::net::IpAddr;
@@ -141,40 +141,43 @@ pub struct Address {
 
 impl IpConfig<'_> {
     /// Checks and converts the entry; the error says what is wrong with which field.
+    #[inline(never)]
     pub fn address(&self) -> Result<Address, Line> {
-        let (gateway, ip) = (self.0.text(b'G'), self.0.text(b'I'));
-        let mask = self.0.number(b'M') as u8;
-        let ip = ip.ip().ok_or_else(|| text!("IP: not an address: ", ip))?;
-        let bits = if ip.is_ipv4() { 32 } else { 128 };
-        if mask > bits {
-            return Err(text!("Mask: must be from 0 to ", u32::from(bits)));
-        }
-        let gateway = match gateway.is_empty() {
-            true => None,
-            false => Some(
-                without_prefix(gateway)
-                    .filter(|gateway| gateway.is_ipv4() == ip.is_ipv4())
-                    .ok_or_else(|| {
-                        text!("Gateway: not an address of the IP's family: ", gateway)
-                    })?,
-            ),
+        let (gateway, text) = (self.0.text(b'G'), self.0.text(b'I'));
+        let Some(ip) = text.ip() else {
+            return Err(text!("IP: not an address: ", text));
         };
-        Ok(Address {
+        let (prefix, bits) = (self.0.number(b'M'), if ip.is_ipv4() { 32 } else { 128 });
+        if prefix > bits {
+            return Err(text!("Mask: must be from 0 to ", bits));
+        }
+        let address = Address {
             ip,
-            prefix: mask,
-            gateway,
-        })
+            prefix: prefix as u8,
+            gateway: without_prefix(gateway),
+        };
+        let right = |gateway: IpAddr| gateway.is_ipv4() == ip.is_ipv4();
+        if !gateway.is_empty() && !address.gateway.is_some_and(right) {
+            return Err(text!(
+                "Gateway: not an address of the IP's family: ",
+                gateway
+            ));
+        }
+        Ok(address)
     }
 }
 
 /// An address without the prefix length behind it, which says nothing a route needs.
 fn without_prefix(gateway: Text) -> Option<IpAddr> {
-    let mut parts = gateway.bytes().splitn(2, |byte| *byte == b'/');
+    let mut parts = split(gateway.bytes(), b'/');
     let address = parts.next()?;
     if let Some(prefix) = parts.next() {
         decimal(prefix).filter(|bits| *bits <= 128)?;
     }
-    address::parse(address)
+    match parts.next() {
+        Some(_) => None,
+        None => address::parse(address),
+    }
 }
 
 impl<'a> Config<'a> {
@@ -304,110 +307,126 @@ impl<'a> Config<'a> {
         if !self.0.text(13).is_empty() {
             check_path("RootDevice", self.0.text(13))?;
         }
-        if self.working_dir().bytes().len() >= PATH {
-            return Err(text!(
-                "ImageConfig.WorkingDir: longer than ",
-                PATH - 1,
-                " bytes"
-            ));
-        }
-        if self.hostname().bytes().len() > HOSTNAME {
-            return Err(text!("Hostname: longer than ", HOSTNAME, " bytes"));
-        }
+        check_length("ImageConfig.WorkingDir", self.working_dir(), PATH - 1)?;
+        check_length("Hostname", self.hostname(), HOSTNAME)?;
         self.addresses(&mut |_| Ok(()))?;
-        for (at, mount) in self.mounts().enumerate() {
-            mount
-                .check()
-                .map_err(|why| text!("Mounts[", at, "].", why))?;
-            let mut earlier = self.mounts().take(at);
-            if earlier.any(|other| parts(other.mount_path).eq(parts(mount.mount_path))) {
-                return Err(text!(
-                    "Mounts[",
-                    at,
-                    "].MountPath: used twice: ",
-                    mount.mount_path
-                ));
-            }
-        }
+        self.check_each("Mounts", 12, check_mount)?;
         for (at, server) in self.nameservers().iter().enumerate() {
             if !is_name_server(server) {
-                return Err(text!(
-                    "EtcResolv.Nameservers[",
-                    at,
-                    "]: not an address: ",
-                    server
-                ));
+                let why = text!("not an address: ", server);
+                return Err(text!("EtcResolv.Nameservers[", at, "]: ", why));
             }
         }
-        for (at, host) in self.etc_hosts().enumerate() {
-            host.check()
-                .map_err(|why| text!("EtcHosts[", at, "].", why))?;
+        self.check_each("EtcHosts", 15, |_, entry| check_host(entry))
+    }
+
+    /// Checks the objects of a list; the check is given the list, too.
+    #[inline(never)]
+    fn check_each(
+        &self,
+        name: &str,
+        slot: u8,
+        check: fn(Records<'a>, Record<'a>) -> Result<(), Line>,
+    ) -> Result<(), Line> {
+        let all = self.0.records(slot);
+        for (at, entry) in all.iter().enumerate() {
+            check(all, entry).map_err(|why| text!(name, "[", at, "].", why))?;
         }
         Ok(())
     }
 }
 
-/// A path for the kernel: absolute, and not too long.
-fn check_path(field: &str, path: Text) -> Result<(), Line> {
-    if path.bytes().first() != Some(&b'/') {
-        return Err(text!(field, ": not an absolute path: ", path));
-    }
-    if path.bytes().len() >= PATH {
-        return Err(text!(field, ": longer than ", PATH - 1, " bytes"));
+#[inline(never)]
+fn check_length(field: &str, text: Text, most: usize) -> Result<(), Line> {
+    if text.bytes().len() > most {
+        return Err(text!(field, ": longer than ", most, " bytes"));
     }
     Ok(())
 }
 
+/// A path for the kernel: absolute, and not too long.
+#[inline(never)]
+fn check_path(field: &str, path: Text) -> Result<(), Line> {
+    if !path.bytes().starts_with(b"/") {
+        return Err(text!(field, ": not an absolute path: ", path));
+    }
+    check_length(field, path, PATH - 1)
+}
+
 /// The names of a path, without empty ones and `.`.
-fn parts(path: Text<'_>) -> impl Iterator<Item = &[u8]> {
-    let names = path.bytes().split(|byte| *byte == b'/');
-    names.filter(|name| !name.is_empty() && *name != b".")
+#[derive(Clone)]
+struct Names<'a>(Split<'a>);
+
+impl<'a> Names<'a> {
+    fn of(path: Text<'a>) -> Self {
+        Self(split(path.bytes(), b'/'))
+    }
+}
+
+impl<'a> Iterator for Names<'a> {
+    type Item = &'a [u8];
+
+    #[inline(never)]
+    fn next(&mut self) -> Option<&'a [u8]> {
+        self.0.find(|name| !matches!(*name, b"" | b"."))
+    }
 }
 
 /// An address, perhaps with an IPv6 zone (`fe80::1%eth0`, resolv.conf(5)).
 fn is_name_server(server: Text) -> bool {
-    let mut halves = server.bytes().splitn(2, |byte| *byte == b'%');
+    let mut halves = split(server.bytes(), b'%');
     let Some(ip) = halves.next().and_then(address::parse) else {
         return false;
     };
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
     match halves.next() {
-        Some(zone) => ip.is_ipv6() && !zone.is_empty() && zone.iter().all(plain),
+        Some(zone) => {
+            let ends = halves.next().is_none();
+            ends && ip.is_ipv6() && !zone.is_empty() && zone.iter().all(plain)
+        }
         None => true,
     }
 }
 
-impl Mount<'_> {
-    fn check(&self) -> Result<(), Line> {
-        check_path("DevicePath", self.device_path)?;
-        check_path("MountPath", self.mount_path)?;
-        let mut names = parts(self.mount_path);
-        match names.next() {
-            None => return Err(text!("MountPath: would hide the root")),
-            // What this program mounts itself, and needs to the end.
-            Some(b"proc" | b"sys" | b"dev" | b"run") if names.next().is_none() => {
-                return Err(text!("MountPath: would hide ", self.mount_path));
-            }
-            Some(_) => {}
-        }
-        if parts(self.mount_path).any(|name| name == b"..") {
-            return Err(text!("MountPath: has '..': ", self.mount_path));
-        }
-        Ok(())
+/// What this program mounts itself, and needs to the end.
+const OURS: [&[u8]; 4] = [b"proc", b"sys", b"dev", b"run"];
+
+fn check_mount(all: Records, entry: Record) -> Result<(), Line> {
+    let path = entry.text(b'M');
+    check_path("DevicePath", entry.text(b'D'))?;
+    check_path("MountPath", path)?;
+    let wrong = |why: &str| Err(text!("MountPath: ", why, path));
+    let mut names = Names::of(path);
+    let Some(first) = names.next() else {
+        return Err(text!("MountPath: would hide the root"));
+    };
+    if OURS.contains(&first) && names.next().is_none() {
+        return wrong("would hide ");
     }
+    if Names::of(path).any(|name| name == b"..") {
+        return wrong("has '..': ");
+    }
+    for earlier in all.iter() {
+        if earlier == entry {
+            break;
+        }
+        if Names::of(earlier.text(b'M')).eq(Names::of(path)) {
+            return wrong("used twice: ");
+        }
+    }
+    Ok(())
 }
 
-impl Host<'_> {
-    fn check(&self) -> Result<(), Line> {
-        if self.ip.ip().is_none() {
-            return Err(text!("IP: not an address: ", self.ip));
-        }
-        let plain = |byte: &u8| *byte > b' ' && *byte != 0x7f && *byte != b'#';
-        if self.host.is_empty() || !self.host.bytes().iter().all(plain) {
-            return Err(text!("Host: not a host name: ", self.host));
-        }
-        Ok(())
+fn check_host(entry: Record) -> Result<(), Line> {
+    let (host, ip) = (entry.text(b'H'), entry.text(b'I'));
+    if ip.ip().is_none() {
+        return Err(text!("IP: not an address: ", ip));
     }
+    let plain = |byte: &u8| *byte > b' ' && *byte != 0x7f && *byte != b'#';
+    if host.is_empty() || !host.bytes().iter().all(plain) {
+        return Err(text!("Host: not a host name: ", host));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -189,6 +189,7 @@ pub struct Text<'a>(&'a [u8]);
 
 impl<'a> Text<'a> {
     /// The characters as UTF-8.
+    #[inline(never)]
     pub fn bytes(self) -> &'a [u8] {
         self.0.split_last().map_or(&[], |(_, bytes)| bytes)
     }
@@ -222,7 +223,7 @@ impl Show for Text<'_> {
 }
 
 /// A list of strings of a decoded document.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Texts<'a>(&'a [u8]);
 
 impl<'a> Texts<'a> {
@@ -284,7 +285,7 @@ impl<'a> Records<'a> {
 }
 
 /// An object in such a list: its members, an empty string, and what follows in the list.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Record<'a>(Texts<'a>);
 
 impl<'a> Record<'a> {
