@@ -714,7 +714,7 @@ impl Connection {
             if count > 0 {
                 *messages = messages.saturating_sub(1);
                 // The header lies directly before the output.
-                let header = websocket::binary_header(count);
+                let header = websocket::header(websocket::BINARY, count);
                 let start = START - header.len();
                 self.unsent = start..start;
                 self.queue(&header);
@@ -737,27 +737,31 @@ impl Connection {
             return false;
         }
         let input = self.memory.part(0..IN);
-        match (self.decoder.next(input, &mut self.received), self.mode) {
+        let event = self.decoder.next(input, &mut self.received);
+        let payload = self.decoder.payload.clone();
+        match (event, self.mode) {
             (Event::More, _) => return false,
             (Event::Pong, _) => {}
             // The answer to our close frame; anything before it is late.
             (Event::Close(_) | Event::Fail(_), Mode::Ended) => self.mode = Mode::Gone,
             (_, Mode::Ended) => {}
-            (Event::Ping(payload), _) => {
-                self.queue(&websocket::pong_header(payload.len()));
-                self.queue(&payload);
+            (Event::Ping, _) => {
+                self.queue(&websocket::header(websocket::PONG, payload.len()));
+                let end = self.unsent.end;
+                self.unsent.end += payload.len();
+                self.memory.copy_within(payload, end);
             }
             (Event::Close(code), _) => self.close_session(code, host),
             (Event::Fail(code), _) => self.close_session(Some(code as u16), host),
-            (Event::Text(message), Mode::Opened) => match self.start(message, true, host) {
+            (Event::Text, Mode::Opened) => match self.start(payload, true, host) {
                 Ok(()) => self.mode = Mode::Session,
                 Err(Refused(_, why)) => self.fail_session(why),
             },
-            (Event::Binary(_), Mode::Opened) => {
+            (Event::Binary, Mode::Opened) => {
                 self.fail_session(text!("the first message must be a text with the command"));
             }
-            (Event::Binary(message), _) => self.pending = message,
-            (Event::Text(message), _) => self.control(message, host),
+            (Event::Binary, _) => self.pending = payload,
+            (Event::Text, _) => self.control(payload, host),
         }
         true
     }
@@ -804,7 +808,10 @@ impl Connection {
     fn finish_session(&mut self, message: Line, code: CloseCode) {
         self.mode = Mode::Ended;
         self.pending = 0..0;
-        self.queue(&websocket::text_header(message.as_bytes().len()));
+        self.queue(&websocket::header(
+            websocket::TEXT,
+            message.as_bytes().len(),
+        ));
         self.queue(message.as_bytes());
         self.queue(&websocket::close_frame(Some(code as u16)));
     }

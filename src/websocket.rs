@@ -1,5 +1,6 @@
 //! WebSocket frames (RFC 6455 section 5): an incremental decoder over one buffer, and headers out.
 
+use crate::bytes::valid_up_to;
 use core::ops::Range;
 
 /// Longest message accepted, in bytes.
@@ -13,11 +14,14 @@ const HEADER: usize = 14;
 
 // Opcodes (section 5.2).
 const CONTINUATION: u8 = 0;
-const TEXT: u8 = 1;
-const BINARY: u8 = 2;
+/// A text message.
+pub const TEXT: u8 = 1;
+/// A binary message.
+pub const BINARY: u8 = 2;
 const CLOSE: u8 = 8;
 const PING: u8 = 9;
-const PONG: u8 = 10;
+/// An answer to a ping.
+pub const PONG: u8 = 10;
 
 /// Why a connection is closed (section 7.4.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,17 +43,17 @@ pub enum CloseCode {
     Internal = 1011,
 }
 
-/// What the decoder found.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What the decoder found. Its bytes are the decoder's [`payload`](Decoder::payload).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
     /// The rest of a frame has not come.
     More,
-    /// A whole text message, valid UTF-8, at this place of the buffer until the next call.
-    Text(Range<usize>),
-    /// A whole binary message, at this place of the buffer until the next call.
-    Binary(Range<usize>),
+    /// A whole text message, valid UTF-8.
+    Text,
+    /// A whole binary message.
+    Binary,
     /// A ping whose payload is to be sent back.
-    Ping(heapless::Vec<u8, CONTROL>),
+    Ping,
     /// An answer to a ping.
     Pong,
     /// The client closes, with the code to answer with, if it gave one.
@@ -63,211 +67,172 @@ pub enum Event {
 pub struct Decoder {
     /// Bytes at the front of the buffer that belong to a message not yet whole.
     assembled: usize,
-    /// Opcode of that message.
-    opcode: Option<u8>,
-    /// Bytes at the front of the buffer that the last call gave out.
-    given: usize,
-}
-
-struct Frame {
-    fin: bool,
+    /// Where in the buffer the bytes of the last event lie, until the next call.
+    pub payload: Range<usize>,
+    /// Opcode of that message; [`CONTINUATION`] when there is none.
     opcode: u8,
-    mask: [u8; 4],
-    payload: Range<usize>,
 }
 
 impl Decoder {
     /// Looks at the first `filled` bytes of `buffer`; what is decoded is moved to its front.
+    #[inline(never)]
     pub fn next(&mut self, buffer: &mut [u8], filled: &mut usize) -> Event {
-        if self.given > 0 {
-            remove(buffer, filled, 0..self.given);
-            self.given = 0;
-        }
-        match self.step(buffer, filled) {
-            Ok(event) => event,
-            Err(code) => Event::Fail(code),
-        }
-    }
-
-    fn step(&mut self, buffer: &mut [u8], filled: &mut usize) -> Result<Event, CloseCode> {
+        remove(buffer, filled, core::mem::take(&mut self.payload));
         loop {
-            let Some(frame) = self.frame(buffer.get(..*filled).unwrap_or(&[]))? else {
-                return Ok(Event::More);
+            let start = self.assembled;
+            let bytes = buffer.get_mut(start..*filled).unwrap_or(&mut []);
+            let [first, second, rest @ ..] = bytes else {
+                return Event::More;
             };
-            let payload = buffer.get_mut(frame.payload.clone()).unwrap_or(&mut []);
-            for (byte, mask) in payload.iter_mut().zip(frame.mask.iter().cycle()) {
-                *byte ^= mask;
-            }
-            if frame.opcode >= CLOSE {
-                let event = control(frame.opcode, payload);
-                remove(buffer, filled, self.assembled..frame.payload.end);
-                return event;
-            }
-            let end = self.assembled + frame.payload.len();
-            remove(buffer, filled, self.assembled..frame.payload.start);
-            self.assembled = end;
-            self.opcode = self.opcode.or(Some(frame.opcode));
-            if !frame.fin {
-                continue;
-            }
-            let text = self.opcode.take() == Some(TEXT);
-            self.assembled = 0;
-            self.given = end;
-            if !text {
-                return Ok(Event::Binary(0..end));
-            }
-            return match core::str::from_utf8(buffer.get(..end).unwrap_or(&[])) {
-                Ok(_) => Ok(Event::Text(0..end)),
-                Err(_) => Err(CloseCode::NotUtf8),
+            let (fin, opcode, short) = (*first & 0x80 != 0, *first & 0x0f, *second & 0x7f);
+            let known = match opcode {
+                CONTINUATION => self.opcode != CONTINUATION,
+                TEXT | BINARY => self.opcode == CONTINUATION,
+                CLOSE | PING | PONG => fin && usize::from(short) <= CONTROL,
+                _ => false,
             };
+            if !known || *first & 0x70 != 0 || *second & 0x80 == 0 {
+                return Event::Fail(CloseCode::Protocol);
+            }
+            let (wide, least) = match short {
+                126 => (2, 126),
+                127 => (8, 1 << 16),
+                _ => (0, 0),
+            };
+            let Some((field, rest)) = rest.split_at_mut_checked(wide) else {
+                return Event::More;
+            };
+            let length = match field {
+                [] => u64::from(short),
+                _ => field
+                    .iter()
+                    .fold(0, |sum, byte| sum << 8 | u64::from(*byte)),
+            };
+            // Not in the fewest bytes, or negative (section 5.2).
+            if length < least || length >> 63 != 0 {
+                return Event::Fail(CloseCode::Protocol);
+            }
+            let before = if opcode < CLOSE { start } else { 0 };
+            if length > MESSAGE.saturating_sub(before) as u64 {
+                return Event::Fail(CloseCode::TooBig);
+            }
+            let length = length as usize;
+            let Some((mask, rest)) = rest.split_first_chunk_mut() else {
+                return Event::More;
+            };
+            let Some(payload) = rest.get_mut(..length) else {
+                return Event::More;
+            };
+            let mut mask = u32::from_le_bytes(*mask);
+            for byte in payload {
+                *byte ^= mask as u8;
+                mask = mask.rotate_right(8);
+            }
+            remove(buffer, filled, start..start + 2 + wide + 4);
+            if opcode >= CLOSE {
+                self.payload = start..start + length;
+                return control(opcode, buffer.get(self.payload.clone()).unwrap_or(&[]));
+            }
+            self.assembled += length;
+            if self.opcode == CONTINUATION {
+                self.opcode = opcode;
+            }
+            if fin {
+                return self.message(buffer);
+            }
         }
     }
 
-    /// The frame behind the assembled bytes, when it has come whole.
-    fn frame(&self, bytes: &[u8]) -> Result<Option<Frame>, CloseCode> {
-        let mut rest = bytes.get(self.assembled..).unwrap_or(&[]).iter().copied();
-        let (Some(first), Some(second)) = (rest.next(), rest.next()) else {
-            return Ok(None);
-        };
-        let fin = first & 0x80 != 0;
-        let opcode = first & 0x0f;
-        let masked = second & 0x80 != 0;
-        let known = match opcode {
-            CONTINUATION => self.opcode.is_some(),
-            TEXT | BINARY => self.opcode.is_none(),
-            CLOSE | PING | PONG => fin && second & 0x7f <= CONTROL as u8,
-            _ => false,
-        };
-        if first & 0x70 != 0 || !masked || !known {
-            return Err(CloseCode::Protocol);
+    /// A message is whole.
+    fn message(&mut self, buffer: &[u8]) -> Event {
+        self.payload = 0..core::mem::take(&mut self.assembled);
+        if core::mem::take(&mut self.opcode) == BINARY {
+            return Event::Binary;
         }
-        let (wide, least) = match second & 0x7f {
-            126 => (2, 126),
-            127 => (8, 1 << 16),
-            _ => (0, 0),
-        };
-        let mut length = if wide == 0 {
-            u64::from(second & 0x7f)
+        let text = buffer.get(self.payload.clone()).unwrap_or(&[]);
+        if valid_up_to(text) == text.len() {
+            Event::Text
         } else {
-            0
-        };
-        for _ in 0..wide {
-            let Some(byte) = rest.next() else {
-                return Ok(None);
-            };
-            length = length << 8 | u64::from(byte);
+            Event::Fail(CloseCode::NotUtf8)
         }
-        // Not in the fewest bytes, or negative (section 5.2).
-        if length < least || length >> 63 != 0 {
-            return Err(CloseCode::Protocol);
-        }
-        let room = MESSAGE.saturating_sub(if opcode < CLOSE { self.assembled } else { 0 });
-        if length > room as u64 {
-            return Err(CloseCode::TooBig);
-        }
-        let mut mask = [0; 4];
-        for slot in &mut mask {
-            match rest.next() {
-                Some(byte) => *slot = byte,
-                None => return Ok(None),
-            }
-        }
-        let start = self.assembled + 2 + wide + mask.len();
-        let end = start + length as usize;
-        Ok((bytes.len() >= end).then_some(Frame {
-            fin,
-            opcode,
-            mask,
-            payload: start..end,
-        }))
     }
 }
 
 /// Takes `range` out of the filled bytes.
+#[inline(never)]
 fn remove(buffer: &mut [u8], filled: &mut usize, range: Range<usize>) {
-    if range.start <= range.end && range.end <= *filled && *filled <= buffer.len() {
+    if range.start < range.end && range.end <= *filled && *filled <= buffer.len() {
         buffer.copy_within(range.end..*filled, range.start);
         *filled -= range.len();
     }
 }
 
-fn control(opcode: u8, payload: &[u8]) -> Result<Event, CloseCode> {
+fn control(opcode: u8, payload: &[u8]) -> Event {
     match (opcode, payload) {
-        (PING, payload) => {
-            let payload = heapless::Vec::from_slice(payload).map_err(|_| CloseCode::Protocol)?;
-            Ok(Event::Ping(payload))
-        }
-        (PONG, _) => Ok(Event::Pong),
-        (_, []) => Ok(Event::Close(None)),
+        (PING, _) => Event::Ping,
+        (PONG, _) => Event::Pong,
+        (_, []) => Event::Close(None),
         (_, [high, low, reason @ ..]) => {
             let code = u16::from_be_bytes([*high, *low]);
             // Codes that may stand in a frame (section 7.4).
             if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
-                return Err(CloseCode::Protocol);
-            }
-            match core::str::from_utf8(reason) {
-                Ok(_) => Ok(Event::Close(Some(code))),
-                Err(_) => Err(CloseCode::NotUtf8),
+                Event::Fail(CloseCode::Protocol)
+            } else if valid_up_to(reason) != reason.len() {
+                Event::Fail(CloseCode::NotUtf8)
+            } else {
+                Event::Close(Some(code))
             }
         }
-        (_, [_]) => Err(CloseCode::Protocol),
+        (_, [_]) => Event::Fail(CloseCode::Protocol),
     }
 }
 
 /// Longest header of a frame this program sends.
 pub const HEADER_OUT: usize = 10;
 
-fn header(opcode: u8, length: usize) -> heapless::Vec<u8, HEADER_OUT> {
-    let mut header = heapless::Vec::new();
-    let mut put = |bytes: &[u8]| {
-        let fits = header.extend_from_slice(bytes);
-        debug_assert!(fits.is_ok());
-    };
-    put(&[0x80 | opcode]);
-    match (length, u16::try_from(length)) {
-        (0..126, _) => put(&[length as u8]),
-        (_, Ok(length)) => {
-            put(&[126]);
-            put(&length.to_be_bytes());
-        }
-        (_, Err(_)) => {
-            put(&[127]);
-            put(&(length as u64).to_be_bytes());
-        }
+/// The start of a frame to send, or all of it.
+#[derive(Debug)]
+pub struct Header {
+    bytes: [u8; HEADER_OUT],
+    start: usize,
+}
+
+impl core::ops::Deref for Header {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.bytes.get(self.start..).unwrap_or(&[])
     }
-    header
 }
 
-/// Header of an unfragmented text message.
-pub fn text_header(length: usize) -> heapless::Vec<u8, HEADER_OUT> {
-    header(TEXT, length)
-}
-
-/// Header of an unfragmented binary message.
-pub fn binary_header(length: usize) -> heapless::Vec<u8, HEADER_OUT> {
-    header(BINARY, length)
-}
-
-/// A pong frame's header.
-pub fn pong_header(length: usize) -> heapless::Vec<u8, HEADER_OUT> {
-    header(PONG, length)
+/// The header of an unfragmented frame.
+#[inline(never)]
+pub fn header(opcode: u8, length: usize) -> Header {
+    let [.., a, b, c, d] = (length as u64).to_be_bytes();
+    let (start, short) = match length {
+        0..126 => (8, d),
+        126..0x10000 => (6, 126),
+        _ => (0, 127),
+    };
+    let mut bytes = [0, 0, 0, 0, 0, 0, a, b, c, d];
+    if let Some([first, second, ..]) = bytes.get_mut(start..) {
+        *first = 0x80 | opcode;
+        *second = short;
+    }
+    Header { bytes, start }
 }
 
 /// A close frame, without a code where the other side gave none.
-pub fn close_frame(code: Option<u16>) -> heapless::Vec<u8, 4> {
-    let mut frame = heapless::Vec::new();
-    let mut put = |bytes: &[u8]| {
-        let fits = frame.extend_from_slice(bytes);
-        debug_assert!(fits.is_ok());
-    };
-    match code {
-        None => put(&[0x80 | CLOSE, 0]),
-        Some(code) => {
-            put(&[0x80 | CLOSE, 2]);
-            put(&code.to_be_bytes());
-        }
+#[inline(never)]
+pub fn close_frame(code: Option<u16>) -> Header {
+    let [high, low] = code.unwrap_or(0).to_be_bytes();
+    let (start, length) = if code.is_some() { (6, 2) } else { (8, 0) };
+    let mut bytes = [0, 0, 0, 0, 0, 0, 0, 0, high, low];
+    if let Some([first, second, ..]) = bytes.get_mut(start..) {
+        *first = 0x80 | CLOSE;
+        *second = length;
     }
-    frame
+    Header { bytes, start }
 }
 
 #[cfg(test)]
@@ -324,11 +289,12 @@ mod tests {
                     filled += count;
                     rest = &rest[count..];
                 }
-                Event::Text(at) => {
-                    seen.push(Seen::Text(String::from_utf8(buffer[at].to_vec()).unwrap()))
+                Event::Text => {
+                    let payload = buffer[decoder.payload.clone()].to_vec();
+                    seen.push(Seen::Text(String::from_utf8(payload).unwrap()));
                 }
-                Event::Binary(at) => seen.push(Seen::Binary(buffer[at].to_vec())),
-                Event::Ping(payload) => seen.push(Seen::Ping(payload.to_vec())),
+                Event::Binary => seen.push(Seen::Binary(buffer[decoder.payload.clone()].to_vec())),
+                Event::Ping => seen.push(Seen::Ping(buffer[decoder.payload.clone()].to_vec())),
                 Event::Pong => seen.push(Seen::Pong),
                 Event::Close(code) => seen.push(Seen::Close(code)),
                 Event::Fail(code) => {
@@ -464,15 +430,15 @@ mod tests {
 
     #[test]
     fn headers_are_as_short_as_the_length_allows() {
-        assert_eq!(text_header(5)[..], [0x81, 5]);
-        assert_eq!(binary_header(125)[..], [0x82, 125]);
-        assert_eq!(binary_header(126)[..], [0x82, 126, 0, 126]);
-        assert_eq!(binary_header(65_535)[..], [0x82, 126, 255, 255]);
+        assert_eq!(header(TEXT, 5)[..], [0x81, 5]);
+        assert_eq!(header(BINARY, 125)[..], [0x82, 125]);
+        assert_eq!(header(BINARY, 126)[..], [0x82, 126, 0, 126]);
+        assert_eq!(header(BINARY, 65_535)[..], [0x82, 126, 255, 255]);
         assert_eq!(
-            binary_header(65_536)[..],
+            header(BINARY, 65_536)[..],
             [0x82, 127, 0, 0, 0, 0, 0, 1, 0, 0]
         );
-        assert_eq!(pong_header(0)[..], [0x8a, 0]);
+        assert_eq!(header(PONG, 0)[..], [0x8a, 0]);
         assert_eq!(close_frame(None)[..], [0x88, 0]);
         assert_eq!(close_frame(Some(1000))[..], [0x88, 2, 3, 0xe8]);
     }

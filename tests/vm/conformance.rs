@@ -127,9 +127,9 @@ fn the_frame_decoder_conforms_however_the_bytes_are_cut() {
                 loop {
                     match decoder.next(&mut buffer, &mut filled) {
                         Event::More => break,
-                        Event::Binary(at) => seen.extend_from_slice(&buffer[at]),
-                        Event::Ping(payload) => pinged.push(payload.to_vec()),
-                        Event::Text(_) | Event::Pong => {}
+                        Event::Binary => seen.extend_from_slice(&buffer[decoder.payload.clone()]),
+                        Event::Ping => pinged.push(buffer[decoder.payload.clone()].to_vec()),
+                        Event::Text | Event::Pong => {}
                         Event::Close(code) => {
                             closed = Some(code);
                             break 'bytes;

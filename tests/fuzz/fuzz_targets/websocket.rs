@@ -28,14 +28,16 @@ fn decoded(bytes: &[u8], step: usize) -> Vec<Seen> {
             buffer[filled..filled + piece.len()].copy_from_slice(piece);
             filled += piece.len();
             loop {
-                seen.push(match decoder.next(buffer, &mut filled) {
+                let event = decoder.next(buffer, &mut filled);
+                let payload = &buffer[decoder.payload.clone()];
+                seen.push(match event {
                     Event::More => break,
-                    Event::Text(at) => {
-                        assert!(std::str::from_utf8(&buffer[at.clone()]).is_ok());
-                        Seen::Text(buffer[at].to_vec())
+                    Event::Text => {
+                        assert!(std::str::from_utf8(payload).is_ok());
+                        Seen::Text(payload.to_vec())
                     }
-                    Event::Binary(at) => Seen::Binary(buffer[at].to_vec()),
-                    Event::Ping(payload) => Seen::Ping(payload.to_vec()),
+                    Event::Binary => Seen::Binary(payload.to_vec()),
+                    Event::Ping => Seen::Ping(payload.to_vec()),
                     Event::Pong => Seen::Pong,
                     Event::Close(code) => Seen::Close(code),
                     Event::Fail(code) => {
