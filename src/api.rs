@@ -8,7 +8,7 @@ use crate::why;
 use core::ops::Range;
 use pigeon_init::command::Environment;
 use pigeon_init::config::DOCUMENT;
-use pigeon_init::http::{self, Call, Progress, Reader, Refusal, Request, Status, Style, Target};
+use pigeon_init::http::{self, Call, Progress, Reader, Refusal, Status, Style, Target};
 use pigeon_init::json::Text;
 use pigeon_init::request::{self, Control, Exec};
 use pigeon_init::slab::{Key, Slab};
@@ -364,16 +364,9 @@ impl Api {
 
 /// Tells a client that there is no room; what the socket does not take now is lost with it.
 fn refuse(socket: &OwnedFd) {
-    let mut answer = Line::new();
     let body = r#"{"error":"too many connections"}"#;
-    http::response(
-        &mut answer,
-        Status::ServiceUnavailable,
-        Style::CLOSE,
-        body.len(),
-        "",
-    );
-    answer.add(body);
+    let head = http::response(Status::ServiceUnavailable, Style::CLOSE, body.len(), "");
+    let answer = head.with(body);
     let _client_gone = rustix::net::send(socket, answer.as_bytes(), SendFlags::NOSIGNAL);
 }
 
@@ -486,15 +479,17 @@ impl Connection {
                 }
                 asked
             }
-            Progress::Ready(request) => {
+            Progress::Ready => {
                 self.deadline = NEVER;
-                self.style = request.style;
-                self.dispatch(&request, host);
-                self.discard(request.body.end);
+                self.style = self.reader.style;
+                let body = self.reader.body();
+                self.dispatch(body.clone(), host);
+                self.reader = Reader::default();
+                self.discard(body.end);
                 true
             }
-            Progress::Refused(Refusal(status, why)) => {
-                self.refuse_and_close(*status, why);
+            Progress::Refused(&Refusal(status, why)) => {
+                self.refuse_and_close(status, why);
                 true
             }
         }
@@ -508,36 +503,29 @@ impl Connection {
     }
 
     /// Does what a request asks for; its body is still among the received bytes.
-    fn dispatch(&mut self, request: &Request, host: &mut Host) {
-        self.reader = Reader::default();
-        match request.target {
+    fn dispatch(&mut self, body: Range<usize>, host: &mut Host) {
+        match self.reader.target {
             Target::Unknown => self.refuse(Status::NotFound, text!("no such path")),
             Target::NoUpgrade => {
-                let headers =
-                    "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n";
                 let body = br#"{"error":"a WebSocket handshake, version 13, is needed"}"#;
-                self.answer(Status::UpgradeRequired, body, headers);
+                self.answer(Status::UpgradeRequired, body, "");
             }
             Target::WrongMethod(methods) => {
-                let allow = text!("Allow: ", methods, "\r\n");
-                let allow = core::str::from_utf8(allow.as_bytes()).unwrap_or("");
                 let body = br#"{"error":"method not allowed"}"#;
-                self.answer(Status::MethodNotAllowed, body, allow);
+                self.answer(Status::MethodNotAllowed, body, methods);
             }
             Target::Upgrade(accept) => {
-                let mut head = Line::new();
-                http::switching(&mut head, &accept);
                 self.mode = Mode::Opened;
                 self.decoder = Decoder::default();
-                self.queue(head.as_bytes());
+                self.queue(http::switching(&accept).as_bytes());
             }
             Target::Call(Call::Status) => self.answer(Status::Ok, OK, ""),
             Target::Call(Call::ExitCode) => self.mode = Mode::ExitCode,
-            Target::Call(Call::Signals) => match self.signal(request.body.clone(), host) {
+            Target::Call(Call::Signals) => match self.signal(body, host) {
                 Ok(()) => self.answer(Status::Ok, OK, ""),
                 Err(Refused(status, why)) => self.refuse(status, why),
             },
-            Target::Call(Call::Exec) => match self.start(request.body.clone(), false, host) {
+            Target::Call(Call::Exec) => match self.start(body, false, host) {
                 Ok(()) => self.mode = Mode::Command,
                 Err(Refused(status, why)) => self.refuse(status, why),
             },
@@ -618,8 +606,7 @@ impl Connection {
         self.deadline = NEVER;
         self.stream = 0;
         self.at = 0;
-        let mut head = Line::new();
-        http::response(&mut head, Status::Ok, self.style, length, "");
+        let head = http::response(Status::Ok, self.style, length, "");
         self.queue(head.as_bytes());
         self.queue(start.as_bytes());
         // A short answer goes out with its head.
@@ -675,10 +662,9 @@ impl Connection {
     }
 
     /// Queues a whole answer.
-    fn answer(&mut self, status: Status, body: &[u8], headers: &str) {
-        let mut answer = Line::new();
-        http::response(&mut answer, status, self.style, body.len(), headers);
-        self.queue(answer.as_bytes());
+    fn answer(&mut self, status: Status, body: &[u8], allow: &str) {
+        let head = http::response(status, self.style, body.len(), allow);
+        self.queue(head.as_bytes());
         if !self.style.head_only {
             self.queue(body);
         }

@@ -2,6 +2,7 @@
 
 use crate::bytes::{decimal, find, hexadecimal, same_word, split, trim, valid_up_to};
 use crate::digest;
+use crate::text;
 use crate::text::Line;
 use core::ops::Range;
 
@@ -144,17 +145,6 @@ pub enum Target {
     Unknown,
 }
 
-/// A whole request.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Request {
-    /// What it asks for.
-    pub target: Target,
-    /// How it wants its answer.
-    pub style: Style,
-    /// Where the body lies in the buffer. Its end is the request's.
-    pub body: Range<usize>,
-}
-
 /// How a response is framed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Style {
@@ -176,14 +166,14 @@ impl Style {
 }
 
 /// What the reader found.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
     /// The rest of the request has not come.
     More,
     /// The same, and the client wants to hear [`CONTINUE`] before it sends it.
     Continue,
     /// A whole request. The next one starts at the end of its body, with a new reader.
-    Ready(Request),
+    Ready,
     /// An answer is due, and the connection cannot be understood any further.
     Refused(&'static Refusal),
 }
@@ -205,8 +195,10 @@ pub struct Reader {
     part: Part,
     /// The client wants to hear [`CONTINUE`].
     expects: bool,
-    style: Style,
-    target: Target,
+    /// How the request wants its answer.
+    pub style: Style,
+    /// What it asks for.
+    pub target: Target,
 }
 
 /// What comes next.
@@ -250,6 +242,11 @@ impl Reader {
         self.part != Part::Head
     }
 
+    /// Where the body lies in the buffer. Its end is the request's.
+    pub fn body(&self) -> Range<usize> {
+        self.scanned..self.end
+    }
+
     /// Looks at the first `filled` bytes of `buffer`, in which the request starts at 0.
     ///
     /// A chunked body is decoded in place, which moves what follows it: `filled` shrinks.
@@ -259,11 +256,7 @@ impl Reader {
             return Progress::Refused(refusal);
         }
         match self.part {
-            Part::End => Progress::Ready(Request {
-                target: self.target,
-                style: self.style,
-                body: self.scanned..self.end,
-            }),
+            Part::End => Progress::Ready,
             Part::Head => Progress::More,
             _ if core::mem::take(&mut self.expects) && *filled == self.scanned => {
                 Progress::Continue
@@ -641,29 +634,40 @@ fn line(bytes: &[u8]) -> Result<Option<&[u8]>, Refused> {
     }
 }
 
-/// Writes the head of a response with a JSON body of `length` bytes.
+/// The head of a response with a JSON body of `length` bytes. `allow`: the methods there are, for
+/// [`Status::MethodNotAllowed`].
 #[inline(never)]
-pub fn response(line: &mut Line, status: Status, style: Style, length: usize, extra: &str) {
-    line.push(b"HTTP/1.1 ");
-    line.push(status.line());
-    line.push(b"\r\nContent-Type: application/json\r\nContent-Length: ");
-    line.add(length).add("\r\n").add(extra);
-    if !style.keep_alive {
-        line.push(b"Connection: close\r\n");
-    } else if style.old {
-        line.push(b"Connection: keep-alive\r\n");
+pub fn response(status: Status, style: Style, length: usize, allow: &str) -> Line {
+    let mut line = text!(
+        "HTTP/1.1 ",
+        status.line(),
+        "\r\nContent-Type: application/json\r\nContent-Length: ",
+        length,
+        "\r\n"
+    );
+    if !allow.is_empty() {
+        line = line.with("Allow: ").with(allow).with("\r\n");
     }
-    line.push(b"\r\n");
+    if status == Status::UpgradeRequired {
+        line =
+            line.with("Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n");
+    }
+    if !style.keep_alive {
+        line = line.with("Connection: close\r\n");
+    } else if style.old {
+        line = line.with("Connection: keep-alive\r\n");
+    }
+    line.with("\r\n")
 }
 
-/// Writes the head that accepts a WebSocket handshake.
-pub fn switching(line: &mut Line, accept: &Accept) {
-    line.push(
-        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+/// The head that accepts a WebSocket handshake.
+pub fn switching(accept: &Accept) -> Line {
+    text!(
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
         Sec-WebSocket-Accept: ",
-    );
-    line.push(accept);
-    line.push(b"\r\n\r\n");
+        accept[..],
+        "\r\n\r\n"
+    )
 }
 
 #[cfg(test)]
@@ -684,14 +688,15 @@ mod tests {
             loop {
                 match reader.advance(&mut buffer, &mut filled) {
                     Progress::More | Progress::Continue => break,
-                    Progress::Ready(request) => {
+                    Progress::Ready => {
+                        let body = reader.body();
                         answers.push(Ok((
-                            request.target,
-                            request.style,
-                            buffer[request.body.clone()].to_vec(),
+                            reader.target,
+                            reader.style,
+                            buffer[body.clone()].to_vec(),
                         )));
-                        buffer.copy_within(request.body.end..filled, 0);
-                        filled -= request.body.end;
+                        buffer.copy_within(body.end..filled, 0);
+                        filled -= body.end;
                         reader = Reader::default();
                     }
                     Progress::Refused(refusal) => {
@@ -800,7 +805,7 @@ mod tests {
         filled += 2;
         assert!(matches!(
             reader.advance(&mut buffer, &mut filled),
-            Progress::Ready(_)
+            Progress::Ready
         ));
     }
 
@@ -958,14 +963,7 @@ mod tests {
     #[test]
     fn response_heads_say_how_the_connection_goes_on() {
         let head = |style| {
-            let mut line = Line::new();
-            response(
-                &mut line,
-                Status::MethodNotAllowed,
-                style,
-                5,
-                "Allow: GET\r\n",
-            );
+            let line = response(Status::MethodNotAllowed, style, 5, "GET");
             String::from_utf8(line.as_bytes().to_vec()).unwrap()
         };
         let start = "HTTP/1.1 405 Method Not Allowed\r\nContent-Type: application/json\r\nContent-Length: 5\r\nAllow: GET\r\n";

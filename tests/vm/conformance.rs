@@ -47,16 +47,17 @@ fn parse(bytes: &[u8], step: usize) -> (Vec<u16>, bool) {
         buffer[filled..filled + piece.len()].copy_from_slice(piece);
         filled += piece.len();
         loop {
-            let request = match reader.advance(&mut buffer, &mut filled) {
+            match reader.advance(&mut buffer, &mut filled) {
                 Progress::More | Progress::Continue => break,
-                Progress::Ready(request) => request,
+                Progress::Ready => {}
                 Progress::Refused(refusal) => {
                     statuses.push(refusal.0 as u16);
                     return (statuses, false);
                 }
-            };
-            let body = &mut buffer[request.body.clone()];
-            statuses.push(match request.target {
+            }
+            let end = reader.body().end;
+            let body = &mut buffer[reader.body()];
+            statuses.push(match reader.target {
                 Target::Call(Call::Signals) if request::signal(body).unwrap_or(0) == 0 => 400,
                 Target::Call(Call::Exec) if Exec::read(body).is_err() => 400,
                 Target::Call(_) => 200,
@@ -68,11 +69,11 @@ fn parse(bytes: &[u8], step: usize) -> (Vec<u16>, bool) {
                     return (statuses, false);
                 }
             });
-            if !request.style.keep_alive {
+            if !reader.style.keep_alive {
                 return (statuses, false);
             }
-            buffer.copy_within(request.body.end..filled, 0);
-            filled -= request.body.end;
+            buffer.copy_within(end..filled, 0);
+            filled -= end;
             reader = Reader::default();
         }
     }

@@ -29,12 +29,13 @@ fn answers(bytes: &[u8], step: usize) -> Vec<Answer> {
                 assert!(filled <= before);
                 match progress {
                     Progress::More | Progress::Continue => break,
-                    Progress::Ready(request) => {
-                        let end = request.body.end;
+                    Progress::Ready => {
+                        let body = reader.body();
+                        let end = body.end;
                         assert!(end <= filled);
-                        assert!(request.body.len() <= BODY);
-                        let body = buffer[request.body].to_vec();
-                        answers.push(Answer::Request(request.target, request.style, body));
+                        assert!(body.len() <= BODY);
+                        let body = buffer[body].to_vec();
+                        answers.push(Answer::Request(reader.target, reader.style, body));
                         buffer.copy_within(end..filled, 0);
                         filled -= end;
                         reader = Reader::default();
