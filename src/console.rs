@@ -155,7 +155,7 @@ impl Console {
             match files::write(device, self.queue.filled()) {
                 Ok(count) => self.queue.consume(count),
                 Err(Errno::AGAIN) => return,
-                // A port without hardware opens well and fails here: the next one, or none.
+                // It is gone: the next one, or none.
                 Err(_) => self.device = open_from(index + 1),
             }
         }
@@ -167,7 +167,9 @@ fn open_from(first: usize) -> Option<(OwnedFd, usize)> {
     let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
     let mut index = first;
     loop {
-        match files::open(DEVICES.get(index)?, flags) {
+        let device = files::open(DEVICES.get(index)?, flags);
+        // A port without hardware opens well, and takes not even nothing.
+        match device.and_then(|device| files::write(&device, &[]).map(|_| device)) {
             Ok(device) => return Some((device, index)),
             Err(_) => index += 1,
         }
