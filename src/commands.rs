@@ -23,7 +23,7 @@ pub const COMMANDS: usize = 128;
 /// Output kept of each stream of a one-shot command.
 const CAPTURE: usize = 1 << 20;
 /// What a pipe can hold (pipe(7)): all that a command that has ended can have left in it.
-const PIPE: usize = 64 << 10;
+const PIPE: usize = 16 * sys::PAGE;
 
 const SIGKILL: u32 = 9;
 

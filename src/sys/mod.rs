@@ -331,15 +331,13 @@ impl<T> Static<T> {
     }
 }
 
+/// The largest page that a kernel for this architecture may have.
+pub const PAGE: usize = arch::PAGE;
+
 /// Gives the pages of a buffer that is no longer needed back (MADV_DONTNEED, madvise(2)); its bytes
 /// are zero then.
 pub fn release(buffer: &mut [u8]) {
-    // The largest page the architecture has: shorter ranges are rounded up by the kernel.
-    const PAGE: usize = if cfg!(target_arch = "aarch64") {
-        64 << 10
-    } else {
-        4 << 10
-    };
+    // A range of smaller pages is one of those, too.
     let start = (buffer.as_mut_ptr() as usize).next_multiple_of(PAGE);
     let end = (buffer.as_mut_ptr() as usize + buffer.len()) / PAGE * PAGE;
     if start < end {

@@ -2,6 +2,9 @@
 
 use core::arch::{asm, global_asm};
 
+/// There is no other.
+pub const PAGE: usize = 4 << 10;
+
 // The kernel enters here with the stack pointer at argc (System V ABI, AMD64 supplement, 3.4.1).
 global_asm!(
     ".globl _start",
