@@ -3,13 +3,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-# The target whose core library is used; nothing of a C library is linked. musl's is there for every
-# host to cross-compile with.
-case ${ARCH:-$(uname -m)} in
-    "$(uname -m)") target=$(uname -m)-unknown-linux-gnu ;;
-    *) target=$ARCH-unknown-linux-musl ;;
-esac
-readonly target
 readonly lab=(--locked --manifest-path tests/Cargo.toml)
 
 # Bytes that build/init may have. It is meant to have 64 KiB: this goes down with it, never up.
@@ -17,16 +10,17 @@ readonly budget=$((107 * 1024))
 
 help() {
     cat <<'EOF'
-usage: ./build.sh COMMAND
+usage: ./build.sh COMMAND [--arch x86_64|aarch64] ...
 
   run [run.json [WORD...]]    build, and boot the example (or run.json) in a VM, console shown;
                               the words go on the kernel command line
-  test [FILTER]               unit tests, then VM tests (those whose name contains FILTER)
+  test [AREA...] [FILTER]     unit tests, then VM tests: of these files in tests/vm, or all; those
+                              whose name contains FILTER
 
   bench [--runs N] [--vs NAME=PATH[:CONFIGPATH]]... [--json FILE]
                               the figures in one table, beside the sequential floor and others
 
-  build                       build/init, the static binary; ARCH=aarch64 cross-compiles it
+  build                       build/init, the static binary
   initrd [run.json]           build/initrd.cpio: the init, and the configuration if one is given
   rootfs SOURCE OUT [SIZE]    an ext4 image of a container image: docker save or OCI archive, OCI
                               folder, tar file, directory, image name; SIZE as 64M, 1G
@@ -34,6 +28,8 @@ usage: ./build.sh COMMAND
   setup                       install and fetch what VMs need
   vendor                      the crates' sources to vendor/, which build then uses, offline
   clean                       remove all that was built; --cache: and the kernel and tools fetched
+
+For an architecture that is not this machine's, build/ is build/ARCH/.
 EOF
 }
 
@@ -64,6 +60,25 @@ need_rust() {
     need cc=gcc
 }
 
+# choose ARCH: of what is built, and of the VMs. The lab and `pigeon` hear of it by PIGEON_ARCH.
+choose() {
+    case $1 in
+        x86_64) qemu=qemu-system-x86 debian=amd64 ;;
+        aarch64) qemu=qemu-system-arm debian=arm64 ;;
+        *) die "there is no init for $1: Firecracker has x86_64 and aarch64" ;;
+    esac
+    export PIGEON_ARCH=$1
+    if [[ $1 == "$(uname -m)" ]]; then
+        out=build
+        target=$1-unknown-linux-gnu
+    else
+        out=build/$1
+        # Its core library is used, and nothing of a C library: this one is there for every host.
+        target=$1-unknown-linux-musl
+    fi
+    readonly out target qemu debian
+}
+
 cache() { echo "${PIGEON_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/pigeon-init}"; }
 
 # One static binary: no libc, no loader, no start files.
@@ -83,12 +98,12 @@ build() {
     need_rust
     [[ $target == *-gnu ]] || rustup target add "$target"
     cargo_init
-    mkdir -p build
-    install -m 755 "target/$target/release/init" build/init
+    mkdir -p "$out"
+    install -m 755 "target/$target/release/init" "$out/init"
     local size
-    size=$(stat -c %s build/init)
-    say "build/init: $size bytes"
-    ((size <= budget)) || die "build/init has more than $budget bytes: look what has come in (nm --size-sort)"
+    size=$(stat -c %s "$out/init")
+    say "$out/init: $size bytes"
+    ((size <= budget)) || die "$out/init has more than $budget bytes: look what has come in (nm --size-sort)"
 }
 
 # initrd RUN_JSON, which may be empty.
@@ -99,15 +114,15 @@ initrd() {
     stage=$(mktemp -d)
     # shellcheck disable=SC2064 # the name of now
     trap "rm -rf '$stage'" EXIT
-    install -m 755 build/init "$stage/init"
+    install -m 755 "$out/init" "$stage/init"
     [[ -z $1 ]] || install -D -m 600 "$1" "$stage/pigeon/run.json"
     (
         cd "$stage"
         find . -mindepth 1 -exec touch -h -d @0 {} +
         find . -mindepth 1 -printf '%P\n' | LC_ALL=C sort |
             cpio --quiet --create --format=newc --reproducible --owner=+0:+0
-    ) >build/initrd.cpio
-    say "build/initrd.cpio: $(stat -c %s build/initrd.cpio) bytes"
+    ) >"$out/initrd.cpio"
+    say "$out/initrd.cpio: $(stat -c %s "$out/initrd.cpio") bytes"
 }
 
 # As the files themselves say, whoever runs this: mkfs.ext4 works under fakeroot.
@@ -128,7 +143,7 @@ pigeon_command() {
 pigeon() {
     need_rust
     if [[ ${1-} == run ]]; then
-        [[ -e build/initrd.cpio ]] || initrd ''
+        [[ -e $out/initrd.cpio ]] || initrd ''
         setup
     fi
     pigeon_command "$@"
@@ -136,13 +151,14 @@ pigeon() {
 
 setup() {
     need_rust
-    need qemu-system-x86_64=qemu-system-x86 fakeroot=fakeroot mkfs.ext4=e2fsprogs \
+    local arch=$PIGEON_ARCH foreign=()
+    # The guest's programs are compiled here, and some run here.
+    [[ $out == build ]] || foreign=("$arch-linux-gnu-gcc=gcc-${arch/_/-}-linux-gnu"
+        "$arch-linux-gnu-gcc=libc6-dev-$debian-cross" "qemu-$arch=qemu-user")
+    need "qemu-system-$arch=$qemu" "${foreign[@]}" fakeroot=fakeroot mkfs.ext4=e2fsprogs \
         debugfs=e2fsprogs ip=iproute2 lz4=lz4 xz=xz-utils zstd=zstd cpio=cpio socat=socat curl=curl python3=python3
     # Python's virtual environments are a package of their own in Debian.
     python3 -c 'import ensurepip' 2>/dev/null || need ensurepip=python3-venv
-    if [[ ! -d $(cache)/kernel || ! -d $(cache)/busybox ]]; then
-        apt update -qq # so that what is downloaded below is still there
-    fi
     say "building the lab"
     cargo build "${lab[@]}"
     cargo run "${lab[@]}" --quiet --bin pigeon-lab -- setup
@@ -165,8 +181,14 @@ run_tests() {
     say "unit tests of the lab"
     cargo test "${lab[@]}" --workspace --lib --bins
     cargo test "${lab[@]}" --workspace --doc
-    say "VM tests (consoles are kept in build/logs)"
-    cargo test "${lab[@]}" --workspace --test '*' -- "$@"
+    local areas=()
+    while [[ -e tests/vm/${1-}.rs ]]; do
+        areas+=(--test "$1")
+        shift
+    done
+    ((${#areas[@]})) || areas=(--workspace --test '*')
+    say "VM tests (consoles are kept in $out/logs)"
+    cargo test "${lab[@]}" "${areas[@]}" -- "$@"
 }
 
 bench() {
@@ -186,10 +208,18 @@ clean() {
     [[ ${1-} != --cache ]] || rm -rf "$(cache)"
 }
 
-case ${1-} in
-    build | rootfs | pigeon | setup | run | bench | vendor | clean) "$@" ;;
-    initrd) initrd "${2-}" ;;
-    test) run_tests "${@:2}" ;;
+command=${1-}
+shift $(($# > 0))
+if [[ ${1-} == --arch ]]; then
+    choose "${2-}"
+    shift 2
+else
+    choose "${PIGEON_ARCH:-$(uname -m)}"
+fi
+case $command in
+    build | rootfs | pigeon | setup | run | bench | vendor | clean) "$command" "$@" ;;
+    initrd) initrd "${1-}" ;;
+    test) run_tests "$@" ;;
     help | -h | --help) help ;;
     *) help >&2; exit 2 ;;
 esac

@@ -10,7 +10,7 @@
 static void make(const char *source, const char *target, const char *type, long flags,
                  const char *data)
 {
-    sys(mkdir, target, 0755);
+    sys_mkdir(target, 0755);
     sys(mount, source, target, type, flags, data);
 }
 
@@ -24,17 +24,17 @@ __attribute__((used)) void begin(long *stack)
     (void)stack;
     // 1. devtmpfs, console
     make("devtmpfs", "/dev", "devtmpfs", NOSUID, "mode=0755");
-    long console = sys(open, "/dev/ttyS0", O_RDWR | O_NOCTTY);
+    long console = sys_open(CONSOLE, O_RDWR | O_NOCTTY);
     for (long fd = 0; fd < 3; fd++)
-        sys(dup2, console, fd);
+        sys(dup3, console, fd, 0);
     sys(close, console);
     // 4. root
-    sys(mkdir, "/newroot", 0755);
+    sys_mkdir("/newroot", 0755);
     sys(mount, "/dev/vda", "/newroot", "ext4", MS_RELATIME, NULL);
     sys(mount, "/dev", "/newroot/dev", NULL, MS_MOVE, NULL);
-    sys(unlink, "/pigeon/run.json");
-    sys(rmdir, "/pigeon");
-    sys(unlink, "/init");
+    sys_unlink("/pigeon/run.json");
+    sys_rmdir("/pigeon");
+    sys_unlink("/init");
     sys(chdir, "/newroot");
     sys(mount, ".", "/", NULL, MS_MOVE, NULL);
     sys(chroot, ".");
@@ -49,13 +49,13 @@ __attribute__((used)) void begin(long *stack)
     make("sysfs", "/sys", "sysfs", STRICT, NULL);
     make("binfmt_misc", "/proc/sys/fs/binfmt_misc", "binfmt_misc", MS_RELATIME, NULL);
     make("tmpfs", "/run", "tmpfs", NOSUID | NODEV, "mode=0755");
-    sys(mkdir, "/run/lock", 0755);
-    sys(chmod, "/run/lock", 01777);
-    sys(mkdir, "/root", 0700);
-    sys(symlink, "/proc/self/fd", "/dev/fd");
-    sys(symlink, "/proc/self/fd/0", "/dev/stdin");
-    sys(symlink, "/proc/self/fd/1", "/dev/stdout");
-    sys(symlink, "/proc/self/fd/2", "/dev/stderr");
+    sys_mkdir("/run/lock", 0755);
+    sys(fchmodat, AT_FDCWD, "/run/lock", 01777);
+    sys_mkdir("/root", 0700);
+    sys(symlinkat, "/proc/self/fd", AT_FDCWD, "/dev/fd");
+    sys(symlinkat, "/proc/self/fd/0", AT_FDCWD, "/dev/stdin");
+    sys(symlinkat, "/proc/self/fd/1", AT_FDCWD, "/dev/stdout");
+    sys(symlinkat, "/proc/self/fd/2", AT_FDCWD, "/dev/stderr");
     // 6. cgroups
     make("tmpfs", "/sys/fs/cgroup", "tmpfs", STRICT, "mode=755");
     make("cgroup2", "/sys/fs/cgroup/unified", "cgroup2", STRICT | MS_RELATIME, "nsdelegate");
@@ -73,7 +73,7 @@ __attribute__((used)) void begin(long *stack)
     struct rlimit files = {10240, 10240};
     sys(setrlimit, RLIMIT_NOFILE, &files);
     // 14. workload
-    long pid = sys(fork);
+    long pid = sys_fork();
     if (pid == 0) {
         char *argv[] = {"/bin/workload", NULL}, *envp[] = {NULL};
         sys(setsid);

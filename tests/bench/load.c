@@ -37,16 +37,16 @@ static void lines(const char *path, void each(const char *line))
 
 static void load(const char *path)
 {
-    long file = sys(open, path, O_RDONLY);
+    long file = sys_open(path, O_RDONLY);
     if (sys(finit_module, file, "", 0) < 0)
         fatal(path);
     sys(close, file);
-    sys(unlink, path);
+    sys_unlink(path);
 }
 
 static void delete(const char *path)
 {
-    sys(unlink, path);
+    sys_unlink(path);
 }
 
 // A line of /bench/trace is a tracefs file, a blank, and what to write to it.
@@ -56,7 +56,7 @@ static void trace(const char *line)
     while (*line && *line != ' ')
         *end++ = *line++;
     *end = 0;
-    long file = sys(open, path, O_WRONLY | O_APPEND);
+    long file = sys_open(path, O_WRONLY | O_APPEND);
     char text[512], *text_end = put(put(text, *line ? line + 1 : line), "\n");
     if (sys(write, file, text, text_end - text) < 0)
         fatal(path);
@@ -179,7 +179,7 @@ static void serve_mmds(void)
 // Starts the peer; returns its pid.
 static long start_mmds(void)
 {
-    long pid = sys(fork);
+    long pid = sys_fork();
     if (pid == 0) {
         if (sys(unshare, CLONE_NEWNET))
             fatal("mmds: network namespace");
@@ -217,24 +217,24 @@ static void tell_unpacking(long log)
 __attribute__((used)) void begin(long *stack)
 {
     char **argv = (char **)(stack + 1), **envp = argv + *stack + 1;
-    sys(mknod, "/bench/kmsg", S_IFCHR | 0600, 1 << 8 | 11);
-    long log = sys(open, "/bench/kmsg", O_RDWR | O_NONBLOCK | O_CLOEXEC);
+    sys(mknodat, AT_FDCWD, "/bench/kmsg", S_IFCHR | 0600, 1 << 8 | 11);
+    long log = sys_open("/bench/kmsg", O_RDWR | O_NONBLOCK | O_CLOEXEC);
     if (*slurp("/bench/unpack", buffer, sizeof buffer))
         tell_unpacking(log);
     lines("/bench/modules", load);
     long mmds = *slurp("/bench/run.json", document, sizeof document) ? start_mmds() : 0;
     if (*slurp("/bench/trace", buffer, sizeof buffer)) {
-        sys(mkdir, "/bench/tracing", 0700);
+        sys_mkdir("/bench/tracing", 0700);
         sys(mount, "tracefs", "/bench/tracing", "tracefs", 0, NULL);
         lines("/bench/trace", trace);
         sys(umount2, "/bench/tracing", 0);
-        sys(rmdir, "/bench/tracing");
+        sys_rmdir("/bench/tracing");
     }
     unsigned long phase = number(slurp("/bench/phase", buffer, sizeof buffer));
     lines("/bench/files", delete);
-    sys(unlink, "/bench/kmsg");
-    sys(rmdir, "/bench/lib");
-    sys(rmdir, "/bench");
+    sys_unlink("/bench/kmsg");
+    sys_rmdir("/bench/lib");
+    sys_rmdir("/bench");
 
     // What the kernel waits for often ends with a tick: the start is told where between two.
     const unsigned long TICK = 4000000;

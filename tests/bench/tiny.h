@@ -1,5 +1,5 @@
 // What the benchmark's guest programs share: system calls, numbers, the kernel's log.
-// No libc: its start-up would be measured with them. x86-64, as the lab is.
+// No libc: its start-up would be measured with them.
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <signal.h>
@@ -13,6 +13,9 @@
 #include <sys/wait.h>
 #include <time.h>
 
+#ifdef __x86_64__
+#define CONSOLE "/dev/ttyS0"
+
 static long call(long number, long a, long b, long c, long d, long e, long f)
 {
     register long r10 __asm__("r10") = d;
@@ -25,9 +28,6 @@ static long call(long number, long a, long b, long c, long d, long e, long f)
                      : "rcx", "r11", "memory");
     return answer;
 }
-#define FIRST_SEVEN(n, a, b, c, d, e, f, ...) \
-    call(n, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e), (long)(f))
-#define sys(number, ...) FIRST_SEVEN(__NR_##number, ##__VA_ARGS__, 0, 0, 0, 0, 0, 0)
 
 // The program: `stack` holds argc, argv, NULL, envp, NULL (execve(2)).
 void begin(long *stack);
@@ -46,6 +46,57 @@ void *memset(void *to, int byte, unsigned long size)
     __asm__ volatile("rep stosb" : "+D"(to), "+c"(size) : "a"(byte) : "memory");
     return start;
 }
+#endif
+
+#ifdef __aarch64__
+#define CONSOLE "/dev/ttyAMA0"
+
+static long call(long number, long a, long b, long c, long d, long e, long f)
+{
+    register long x8 __asm__("x8") = number;
+    register long x0 __asm__("x0") = a;
+    register long x1 __asm__("x1") = b;
+    register long x2 __asm__("x2") = c;
+    register long x3 __asm__("x3") = d;
+    register long x4 __asm__("x4") = e;
+    register long x5 __asm__("x5") = f;
+    __asm__ volatile("svc #0"
+                     : "+r"(x0)
+                     : "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(x5)
+                     : "memory");
+    return x0;
+}
+
+void begin(long *stack);
+__asm__(".globl _start\n_start: mov x0, sp\n bl begin\n");
+
+void *memcpy(void *to, const void *from, unsigned long size)
+{
+    void *start = to;
+    for (; size; size--)
+        __asm__ volatile("ldrb w9, [%1], #1\n strb w9, [%0], #1"
+                         : "+r"(to), "+r"(from)::"w9", "memory");
+    return start;
+}
+void *memset(void *to, int byte, unsigned long size)
+{
+    void *start = to;
+    for (; size; size--)
+        __asm__ volatile("strb %w1, [%0], #1" : "+r"(to) : "r"(byte) : "memory");
+    return start;
+}
+#endif
+
+#define FIRST_SEVEN(n, a, b, c, d, e, f, ...) \
+    call(n, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e), (long)(f))
+#define sys(number, ...) FIRST_SEVEN(__NR_##number, ##__VA_ARGS__, 0, 0, 0, 0, 0, 0)
+
+// As open(2), mkdir(2) and so on: not every architecture has the calls of these names.
+#define sys_open(path, flags) sys(openat, AT_FDCWD, path, flags)
+#define sys_mkdir(path, mode) sys(mkdirat, AT_FDCWD, path, mode)
+#define sys_unlink(path) sys(unlinkat, AT_FDCWD, path, 0)
+#define sys_rmdir(path) sys(unlinkat, AT_FDCWD, path, AT_REMOVEDIR)
+#define sys_fork() sys(clone, SIGCHLD)
 
 __attribute__((unused)) static unsigned long length(const char *text)
 {
@@ -115,7 +166,7 @@ __attribute__((unused)) static void tell(const char *name, unsigned long value)
 // Contents of a file, at most `room - 1` bytes; empty where there is none.
 __attribute__((unused)) static char *slurp(const char *path, char *buffer, long room)
 {
-    long size = 0, count, file = sys(open, path, O_RDONLY);
+    long size = 0, count, file = sys_open(path, O_RDONLY);
     while (size < room - 1 && (count = sys(read, file, buffer + size, room - 1 - size)) > 0)
         size += count;
     buffer[size] = 0;
@@ -125,7 +176,7 @@ __attribute__((unused)) static char *slurp(const char *path, char *buffer, long 
 
 __attribute__((unused)) static void spill(const char *path, const char *text)
 {
-    long file = sys(open, path, O_WRONLY);
+    long file = sys_open(path, O_WRONLY);
     sys(write, file, text, length(text));
     sys(close, file);
 }

@@ -99,7 +99,7 @@ static const char tracing[] = "/sys/kernel/tracing";
 static void forget_trace(void)
 {
     sys(mount, "tracefs", tracing, "tracefs", 0, NULL);
-    long file = sys(open, "/sys/kernel/tracing/trace", O_WRONLY | O_TRUNC);
+    long file = sys_open("/sys/kernel/tracing/trace", O_WRONLY | O_TRUNC);
     sys(close, file);
     sys(umount2, tracing, 0);
 }
@@ -108,7 +108,7 @@ static void dump_trace(void)
 {
     sys(mount, "tracefs", tracing, "tracefs", 0, NULL);
     spill("/sys/kernel/tracing/tracing_on", "0");
-    long size, file = sys(open, "/sys/kernel/tracing/trace", O_RDONLY);
+    long size, file = sys_open("/sys/kernel/tracing/trace", O_RDONLY);
     if (file < 0)
         fatal("no trace");
     while ((size = sys(read, file, buffer, sizeof buffer - 1)) > 0) {
@@ -155,6 +155,7 @@ __attribute__((used)) static void become_command(void)
 // vfork(2), on a stack of the child's own, so that it cannot overwrite this frame.
 static long start_command(void)
 {
+#ifdef __x86_64__
     long pid;
     register long none __asm__("r10") = 0;
     __asm__ volatile("syscall\n test %%eax, %%eax\n jnz 1f\n call become_command\n1:"
@@ -163,6 +164,20 @@ static long start_command(void)
                        "S"(stack + sizeof stack), "d"(0), "r"(none)
                      : "rcx", "r8", "r9", "r11", "memory");
     return pid;
+#endif
+#ifdef __aarch64__
+    register long number __asm__("x8") = __NR_clone;
+    register long pid __asm__("x0") = CLONE_VM | CLONE_VFORK | SIGCHLD;
+    register long top __asm__("x1") = (long)(stack + sizeof stack);
+    register long none2 __asm__("x2") = 0;
+    register long none3 __asm__("x3") = 0;
+    register long none4 __asm__("x4") = 0;
+    __asm__ volatile("svc #0\n cbnz x0, 1f\n bl become_command\n1:"
+                     : "+r"(pid)
+                     : "r"(number), "r"(top), "r"(none2), "r"(none3), "r"(none4)
+                     : "x30", "memory");
+    return pid;
+#endif
 }
 
 // Reads a count, runs the command that often, answers with the nanoseconds it took.
@@ -191,9 +206,9 @@ static void spawn(long listener)
 static void serve(void)
 {
     long echo_listener = listen_on(20000), spawn_listener = listen_on(20001);
-    if (sys(fork) == 0)
+    if (sys_fork() == 0)
         echo(echo_listener);
-    if (sys(fork) == 0)
+    if (sys_fork() == 0)
         spawn(spawn_listener);
 }
 
@@ -214,7 +229,7 @@ __attribute__((used)) void begin(long *argv)
     unsigned long first = now(CLOCK_MONOTONIC), cpu = now(cpu_clock(1));
     static char line[4096];
     (void)argv;
-    long log = sys(open, "/dev/kmsg", O_RDWR | O_NONBLOCK | O_CLOEXEC);
+    long log = sys_open("/dev/kmsg", O_RDWR | O_NONBLOCK | O_CLOEXEC);
     const char *mode = find(slurp("/proc/cmdline", line, sizeof line), "bench.mode=");
     mode = mode ? mode + length("bench.mode=") : "";
     tell_boot(log, first, cpu);

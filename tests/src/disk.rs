@@ -68,7 +68,7 @@ impl Tree {
             .file("etc/group", 0o644, GROUP)?
             .dir("home/app", 0o755)?
             .owned("home/app", 1000, 1000);
-        for applet in run(Command::new(&busybox).arg("--list"))?.lines() {
+        for applet in run(assets::run_here(&busybox)?.arg("--list"))?.lines() {
             if applet != "busybox" {
                 tree = tree.symlink(&format!("bin/{applet}"), "busybox")?;
             }

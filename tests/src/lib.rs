@@ -17,9 +17,11 @@
 //! ```
 //!
 //! A VM runs on Firecracker where `/dev/kvm` works and a `firecracker` binary is found, otherwise
-//! (and always when a test asks for what Firecracker cannot do) on QEMU's `microvm` machine.
+//! (and always when a test asks for what Firecracker cannot do) on QEMU. Its architecture is that of
+//! [`assets::arch`].
 //! Everything is synchronous, and nothing outlives the process that started it.
 
+pub mod assets;
 pub mod disk;
 pub mod guest;
 pub mod mmds;
@@ -29,5 +31,5 @@ pub mod serial;
 pub mod vm;
 pub mod ws;
 
-pub use pigeon::{assets, http, initrd, proxy, qmp, tsc, vsock};
+pub use pigeon::{Arch, http, initrd, proxy, qmp, vsock};
 pub use vm::{End, Vm};

@@ -48,13 +48,14 @@ enum Nic {
 }
 
 /// A VM to be booted. What is not said is as in a common Firecracker set-up: 256 MiB, one
-/// processor, vsock, an i8042 keyboard controller; no network until there is MMDS or a NIC.
+/// processor, vsock, a keyboard controller on x86_64; no network until there is MMDS or a NIC.
 pub struct Builder {
     name: String,
     /// Whether the initramfs starts with the product, build/initrd.cpio.
     product: bool,
     files: Initrd,
     modules: bool,
+    kernel: Option<Kernel>,
     disks: Vec<Disk>,
     nic: Nic,
     vsock: Option<PathBuf>,
@@ -64,6 +65,7 @@ pub struct Builder {
     cpus: u32,
     deterministic: bool,
     i8042: bool,
+    firecrackers_console: bool,
     echo: bool,
     quiet: bool,
     on_qemu: bool,
@@ -139,6 +141,14 @@ impl Builder {
         }
     }
 
+    /// Another kernel than the stock one.
+    pub fn kernel(self, kernel: Kernel) -> Self {
+        Builder {
+            kernel: Some(kernel),
+            ..self
+        }
+    }
+
     /// No vsock device.
     pub fn without_vsock(self) -> Self {
         Builder {
@@ -187,6 +197,14 @@ impl Builder {
         }
     }
 
+    /// Firecracker's console, which [`Serial::hold`] makes slow on each architecture.
+    pub fn firecrackers_console(self) -> Self {
+        Builder {
+            firecrackers_console: true,
+            ..self
+        }
+    }
+
     /// Copies the console to standard output as it comes.
     pub fn echo(self) -> Self {
         Builder {
@@ -225,7 +243,10 @@ impl Builder {
     pub fn boot(self) -> Result<Vm> {
         let slot = Slot::acquire()?;
         let dir = TempDir::with_prefix("pigeon-vm-")?;
-        let kernel = Kernel::stock()?;
+        let kernel = match &self.kernel {
+            Some(kernel) => kernel.clone(),
+            None => assets::kernel()?,
+        };
         let initrd = dir.path().join("initrd");
         fs::write(&initrd, self.archive(&kernel)?)?;
         let vsock = self.has_vsock.then(|| {
@@ -242,8 +263,9 @@ impl Builder {
             disks: self.disks.clone(),
             vsock,
             i8042: self.i8042,
+            firecrackers_console: self.firecrackers_console,
             deterministic: self.deterministic,
-            ..Spec::new(dir.path(), &kernel.image(), &initrd)
+            ..Spec::new(dir.path(), assets::arch(), &kernel.image(), &initrd)
         };
         let (mut machine, traffic) = match assets::firecracker().filter(|_| self.firecracker_can())
         {
@@ -370,6 +392,7 @@ impl Vm {
             product: true,
             files: Initrd::default(),
             modules: true,
+            kernel: None,
             disks: vec![],
             nic: Nic::None,
             vsock: None,
@@ -379,6 +402,7 @@ impl Vm {
             cpus: 1,
             deterministic: false,
             i8042: true,
+            firecrackers_console: false,
             echo: false,
             quiet: false,
             on_qemu: false,
@@ -466,9 +490,19 @@ impl Vm {
         self.traffic.requests()
     }
 
-    /// The keys Ctrl, Alt and Del.
+    /// The keys Ctrl, Alt and Del, of which only x86_64 machines have a keyboard.
     pub fn ctrl_alt_delete(&mut self) -> Result<()> {
         self.machine.ctrl_alt_delete()
+    }
+
+    /// Asks the workload to stop, as a host does that means well: by Ctrl-Alt-Del, or by a signal
+    /// where there is no keyboard.
+    pub fn stop(&mut self) -> Result<()> {
+        if assets::arch().has_keyboard() {
+            return self.ctrl_alt_delete();
+        }
+        let term = serde_json::json!({"signal": 15});
+        self.api()?.post("/v1/signals", &term)?.success().map(drop)
     }
 
     /// Stops the virtual processors.

@@ -499,10 +499,10 @@ fn the_default_time_limit_of_a_command_is_thirty_seconds() -> Result<()> {
 /// status and prints what came back. A byte from PID 1 is a way in.
 const PROBE: &str = r#"
 #include <errno.h>
-#include <linux/vm_sockets.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <linux/vm_sockets.h>
 #include <sys/time.h>
 #include <unistd.h>
 
@@ -538,7 +538,7 @@ fn nobody_inside_the_guest_reaches_the_api_not_even_over_loopback() -> Result<()
     let dir = tempfile::tempdir()?;
     let [source, probe] = ["probe.c", "probe"].map(|name| dir.path().join(name));
     std::fs::write(&source, PROBE)?;
-    let mut cc = std::process::Command::new(assets::tool("cc")?);
+    let mut cc = assets::c_compiler()?;
     run(cc.args(["-static", "-o"]).arg(&probe).arg(&source))?;
     let tree = Tree::busybox()?
         .file("/probe", 0o755, std::fs::read(probe)?)?

@@ -248,7 +248,7 @@ fn modules_load_in_order_and_one_that_cannot_is_a_warning() -> Result<()> {
     let root = root()?;
     let mut builder = Vm::builder().without_modules().disk(&root);
     let mut list = String::from("/pigeon/lib/missing.ko\n\n");
-    for (name, contents) in pigeon_lab::assets::Kernel::stock()?.modules()? {
+    for (name, contents) in pigeon_lab::assets::kernel()?.modules()? {
         builder = builder.file(&format!("/pigeon/lib/{name}"), 0o644, contents);
         list += &format!("/pigeon/lib/{name}\n");
     }

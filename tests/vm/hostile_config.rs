@@ -8,8 +8,7 @@ use std::{collections::HashSet, fs, process::Command};
 
 use anyhow::{Context, Result, ensure};
 use pigeon_lab::{
-    End, Vm,
-    assets::{self, Kernel},
+    End, Vm, assets,
     disk::{Image, Tree},
     guest,
 };
@@ -635,7 +634,7 @@ fn boots() -> Vec<Boot> {
         ),
         boot(
             "passwd-terminal",
-            "ln -sf /dev/ttyS0 /mnt/etc/passwd",
+            "ln -sf /dev/console /mnt/etc/passwd",
             json!({}),
             "read /etc/passwd: not a regular file",
         ),
@@ -878,9 +877,9 @@ while [ -e /proc/fs/ext4/vdb ] || [ -e /proc/fs/ext4/vdc ]; do sleep 0.01; done
 if [ -e /cases/$case.sh ]; then
     rm -f /dev/late /dev/later
     cat /pristine >/dev/vdb
-    mount -t ext4 /dev/vdb /mnt && . /cases/$case.sh; umount /mnt || echo "cannot unmount" >/dev/ttyS0
+    mount -t ext4 /dev/vdb /mnt && . /cases/$case.sh; umount /mnt || echo "cannot unmount" >/dev/console
 fi
-echo "<<< $case" >/dev/ttyS0
+echo "<<< $case" >/dev/console
 export PIGEON_CONFIG=file PIGEON_EXIT_LINGER_MS=0
 unshare -m -p -f -n -u -i sh -ec '
     mount -t tmpfs tmpfs /initramfs
@@ -894,7 +893,7 @@ unshare -m -p -f -n -u -i sh -ec '
     /old/bin/busybox umount -l /old
     [ ! -e /told ] || export PIGEON_EXIT_LINGER_MS=60000
     exec /init' $case
-echo ">>> $case $?" >/dev/ttyS0
+echo ">>> $case $?" >/dev/console
 "#;
 
 /// What unshare(1) exits with when a PID namespace has rebooted: its PID 1 counts as killed by SIGHUP
@@ -938,7 +937,7 @@ fn every_bad_document_and_every_bad_root_ends_with_one_clear_line_and_clean_disk
         run += &format!("/nested {name}\n");
     }
     // This VM's PID 1 has no vsock: the driver comes after it.
-    let (vsock, others): (Vec<_>, Vec<_>) = Kernel::stock()?
+    let (vsock, others): (Vec<_>, Vec<_>) = assets::kernel()?
         .modules()?
         .into_iter()
         .partition(|(name, _)| name.contains("vsock"));

@@ -4,7 +4,6 @@
 use std::{
     fs,
     os::unix::fs::symlink,
-    path::Path,
     process::{Command, Output},
 };
 
@@ -14,7 +13,10 @@ use serde_json::{Value, json};
 
 fn init(arguments: &[&str]) -> Result<Output> {
     let init = assets::build_dir().join("init");
-    Ok(Command::new(init).args(arguments).env_clear().output()?)
+    Ok(assets::run_here(&init)?
+        .args(arguments)
+        .env_clear()
+        .output()?)
 }
 
 /// `--check` of a document: its exit code, and what it says.
@@ -84,12 +86,13 @@ fn a_build_in_another_place_makes_the_same_bytes() -> Result<()> {
     let script = place.path().join("build.sh");
     process::run(
         Command::new(&script)
-            .arg("initrd")
+            .args(["initrd", "--arch", assets::arch().name()])
             .env_remove("CARGO_TARGET_DIR"),
     )?;
     for name in ["init", "initrd.cpio"] {
-        let bytes = |repository: &Path| fs::read(repository.join("build").join(name));
-        let same = bytes(place.path())? == bytes(assets::repository())?;
+        let built = assets::build_dir().join(name);
+        let below = built.strip_prefix(assets::repository())?;
+        let same = fs::read(place.path().join(below))? == fs::read(&built)?;
         assert!(same, "{name} differs: is build/ that of this source?");
     }
     Ok(())

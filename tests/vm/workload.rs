@@ -212,6 +212,7 @@ fn a_mebibyte_of_output_arrives_whole_also_over_a_console_that_stops() -> Result
     let mut vm = Vm::builder()
         .config(&guest::shell(&script, json!({})))
         .disk(&root)
+        .firecrackers_console()
         .boot()?;
     vm.wait_for("msg=\"workload started\"")?;
     vm.serial().hold();

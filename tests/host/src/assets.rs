@@ -13,10 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::process::run;
-
-/// Debian's metapackage of the kernel to boot.
-const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
+use crate::{Arch, process::run};
 
 /// The vhost-user device behind QEMU's vsock.
 const VHOST_VSOCK: (&str, &str) = ("vhost-device-vsock", "0.3.0");
@@ -25,12 +22,14 @@ const VHOST_VSOCK: (&str, &str) = ("vhost-device-vsock", "0.3.0");
 const PYTHON_PACKAGE: &str = "websockets==15.0.1";
 
 /// The modules that a micro-VM's devices and pigeon-init's mounts need, where they are not built in.
-const MODULES: [&str; 5] = [
+const MODULES: [&str; 7] = [
     "virtio_mmio",
     "virtio_blk",
     "virtio_net",
     "vmw_vsock_virtio_transport",
     "binfmt_misc",
+    "crc32c_generic",
+    "ext4",
 ];
 
 /// The repository this crate is part of.
@@ -41,21 +40,28 @@ pub fn repository() -> &'static Path {
         .expect("the crate lies in the repository")
 }
 
-/// The directory of what the build makes.
-pub fn build_dir() -> PathBuf {
-    repository().join("build")
+/// The directory of what the build makes for an architecture.
+pub fn build_dir(arch: Arch) -> PathBuf {
+    let build = repository().join("build");
+    if arch == Arch::HOST {
+        build
+    } else {
+        build.join(arch.name())
+    }
 }
 
 /// The archive under test: the product itself, as `./build.sh initrd` made it.
-pub fn initrd() -> Result<Vec<u8>> {
-    let [init, initrd] = ["init", "initrd.cpio"].map(|name| build_dir().join(name));
+pub fn initrd(arch: Arch) -> Result<Vec<u8>> {
+    let [init, initrd] = ["init", "initrd.cpio"].map(|name| build_dir(arch).join(name));
     let modified = |path: &Path| {
         let time = fs::metadata(path).and_then(|metadata| metadata.modified());
-        time.with_context(|| format!("no {}: ./build.sh initrd makes it", path.display()))
+        let command = format!("./build.sh initrd --arch {}", arch.name());
+        time.with_context(|| format!("no {}: {command} makes it", path.display()))
     };
     ensure!(
         modified(&initrd)? >= modified(&init)?,
-        "build/initrd.cpio is older than build/init: ./build.sh initrd makes it anew"
+        "{} is older than the init beside it: ./build.sh initrd makes it anew",
+        initrd.display()
     );
     Ok(fs::read(initrd)?)
 }
@@ -99,22 +105,38 @@ pub fn firecracker() -> Option<PathBuf> {
 }
 
 /// A stock kernel, taken apart.
+#[derive(Clone)]
 pub struct Kernel {
     dir: PathBuf,
 }
 
 impl Kernel {
     /// Debian's cloud kernel, fetched on the first call.
-    pub fn stock() -> Result<Kernel> {
-        let dir = cached("kernel", |dir| {
-            let package = kernel_package()?;
-            let files = unpack(&package, dir)?;
+    pub fn stock(arch: Arch) -> Result<Kernel> {
+        let debian = Debian::of_this_host(arch);
+        let package = format!("linux-image-cloud-{}", arch.debian_name());
+        Kernel::of(&debian, &format!("kernel-{}", arch.name()), &package)
+    }
+
+    /// Debian 13's kernel with pages of 16 KiB, which aarch64 alone has.
+    pub fn with_16k_pages() -> Result<Kernel> {
+        Kernel::of(
+            &Debian::TRIXIE,
+            "kernel-aarch64-16k",
+            "linux-image-arm64-16k",
+        )
+    }
+
+    /// The kernel that a metapackage stands for.
+    fn of(debian: &Debian, name: &str, metapackage: &str) -> Result<Kernel> {
+        let dir = cached(name, |dir| {
+            let files = debian.unpack_dependency(metapackage, dir)?;
             let boot = fs::read_dir(files.join("boot"))?.collect::<Result<Vec<_>, _>>()?;
             let image = boot
                 .iter()
                 .find(|f| f.file_name().as_encoded_bytes().starts_with(b"vmlinuz"));
             let image = fs::read(image.context("no vmlinuz in the package")?.path())?;
-            fs::write(dir.join("vmlinux"), decompress(payload(&image)?)?)?;
+            fs::write(dir.join("vmlinux"), uncompressed(image)?)?;
             fs::create_dir(dir.join("modules"))?;
             for (number, (name, module)) in ordered_modules(&files, &MODULES)?.iter().enumerate() {
                 fs::write(dir.join(format!("modules/{number:02}-{name}.ko")), module)?;
@@ -124,7 +146,7 @@ impl Kernel {
         Ok(Kernel { dir })
     }
 
-    /// The uncompressed ELF image.
+    /// The uncompressed image: on x86_64 an ELF file.
     pub fn image(&self) -> PathBuf {
         self.dir.join("vmlinux")
     }
@@ -144,10 +166,10 @@ impl Kernel {
 }
 
 /// A module of the stock kernel that no VM loads by itself.
-pub fn module(name: &str) -> Result<Vec<u8>> {
-    let dir = cached(&format!("module-{name}"), |dir| {
-        let package = kernel_package()?;
-        let files = unpack(&package, dir)?;
+pub fn module(arch: Arch, name: &str) -> Result<Vec<u8>> {
+    let dir = cached(&format!("module-{name}-{}", arch.name()), |dir| {
+        let package = format!("linux-image-cloud-{}", arch.debian_name());
+        let files = Debian::of_this_host(arch).unpack_dependency(&package, dir)?;
         let (_, module) = ordered_modules(&files, &[name])?
             .pop()
             .with_context(|| format!("{package} has no module {name}"))?;
@@ -155,14 +177,6 @@ pub fn module(name: &str) -> Result<Vec<u8>> {
         Ok(fs::remove_dir_all(files)?)
     })?;
     Ok(fs::read(dir.join("module.ko"))?)
-}
-
-/// The package that the metapackage stands for.
-fn kernel_package() -> Result<String> {
-    run(Command::new("apt-cache").args(["depends", KERNEL_PACKAGE]))?
-        .lines()
-        .find_map(|line| line.trim().strip_prefix("Depends: ").map(String::from))
-        .with_context(|| format!("apt knows no {KERNEL_PACKAGE}: is this Debian 12 or 13?"))
 }
 
 /// The wanted modules of an unpacked kernel package, each after those it depends on.
@@ -237,6 +251,30 @@ fn dependencies(module: &[u8]) -> Vec<String> {
         .collect()
 }
 
+/// The kernel of a package, whichever way its boot loader would have it.
+fn uncompressed(image: Vec<u8>) -> Result<Vec<u8>> {
+    // Documentation/arch/arm64/booting.rst; drivers/firmware/efi/libstub/zboot-header.S
+    if image.get(0x38..0x3c) == Some(b"ARMd") {
+        Ok(image)
+    } else if image.get(4..8) == Some(b"zimg") {
+        decompress(zboot_payload(&image)?)
+    } else {
+        decompress(payload(&image)?)
+    }
+}
+
+/// The compressed kernel inside an EFI zboot image.
+fn zboot_payload(image: &[u8]) -> Result<&[u8]> {
+    let word = |at: usize| {
+        let bytes = image.get(at..at + 4).context("an image cut short")?;
+        anyhow::Ok(u32::from_le_bytes(bytes.try_into()?) as usize)
+    };
+    let (start, length) = (word(8)?, word(12)?);
+    image
+        .get(start..start + length)
+        .context("the payload lies outside the zboot image")
+}
+
 /// The compressed kernel inside a bzImage (kernel Documentation/arch/x86/boot.rst).
 fn payload(image: &[u8]) -> Result<&[u8]> {
     const SETUP_SECTS: usize = 0x1f1;
@@ -279,9 +317,9 @@ fn decompress(bytes: &[u8]) -> Result<Vec<u8>> {
 }
 
 /// A statically linked busybox.
-pub fn busybox() -> Result<PathBuf> {
-    let dir = cached("busybox", |dir| {
-        let files = unpack("busybox-static", dir)?;
+pub fn busybox(arch: Arch) -> Result<PathBuf> {
+    let dir = cached(&format!("busybox-{}", arch.name()), |dir| {
+        let files = Debian::of_this_host(arch).unpack("busybox-static", dir)?;
         let binary = ["bin/busybox", "usr/bin/busybox"].map(|path| files.join(path));
         let binary = binary
             .iter()
@@ -295,10 +333,11 @@ pub fn busybox() -> Result<PathBuf> {
 
 /// A Python with the `websockets` package, in an environment of its own below `build/`.
 pub fn python() -> Result<PathBuf> {
-    let dir = build_dir().join("python");
+    let build = build_dir(Arch::HOST);
+    let dir = build.join("python");
     let [python, stamp] = ["bin/python3", PYTHON_PACKAGE].map(|name| dir.join(name));
-    fs::create_dir_all(build_dir())?;
-    let lock = File::create(build_dir().join("python.lock"))?;
+    fs::create_dir_all(&build)?;
+    let lock = File::create(build.join("python.lock"))?;
     lock.lock()?;
     if !stamp.exists() {
         eprintln!("installing {PYTHON_PACKAGE} into {}", dir.display());
@@ -364,21 +403,85 @@ fn cached(name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf>
     Ok(path)
 }
 
-/// Downloads a Debian package and unpacks it in a directory below `dir`.
-fn unpack(package: &str, dir: &Path) -> Result<PathBuf> {
-    eprintln!("downloading {package}");
-    let [debs, files] = ["debs", "files"].map(|name| dir.join(name));
-    fs::create_dir(&debs)?;
-    run(Command::new("apt-get")
-        .args(["download", package])
-        .current_dir(&debs))?;
-    let deb = fs::read_dir(&debs)?
-        .next()
-        .context("apt-get downloaded nothing")??
-        .path();
-    run(Command::new("dpkg").arg("-x").arg(deb).arg(&files))?;
-    fs::remove_dir_all(debs)?;
-    Ok(files)
+/// Packages of a Debian release for an architecture, whatever this host's own is.
+struct Debian {
+    arch: Arch,
+    /// apt's sources (sources.list(5)), where they are not this host's.
+    sources: Option<&'static str>,
+}
+
+impl Debian {
+    const TRIXIE: Debian = Debian {
+        arch: Arch::Aarch64,
+        sources: Some(
+            "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] \
+             http://deb.debian.org/debian trixie main\n",
+        ),
+    };
+
+    /// The release that this host has.
+    fn of_this_host(arch: Arch) -> Debian {
+        let sources = None;
+        Debian { arch, sources }
+    }
+
+    /// apt with lists of its own below `dir`, for which one need not be root; the host's own state
+    /// has no part in it. (apt.conf(5))
+    fn apt(&self, program: &str, dir: &Path) -> Result<Command> {
+        let state = dir.join("apt");
+        fs::create_dir_all(state.join("lists/partial"))?;
+        let mut apt = Command::new(program);
+        let mut option = |name: &str, value: &str| {
+            apt.args(["-o", &format!("{name}={value}")]);
+        };
+        let state = state.to_str().context("not UTF-8")?;
+        option("APT::Architecture", self.arch.debian_name());
+        option("APT::Architectures::", self.arch.debian_name());
+        option("Acquire::Languages", "none");
+        option("Dir::State", state);
+        option("Dir::State::status", "/dev/null");
+        option("Dir::Cache", state);
+        if let Some(sources) = self.sources {
+            let list = dir.join("apt/sources.list");
+            fs::write(&list, sources)?;
+            option("Dir::Etc::sourcelist", list.to_str().context("not UTF-8")?);
+            option("Dir::Etc::sourceparts", "/dev/null");
+        }
+        Ok(apt)
+    }
+
+    /// Unpacks the package that a metapackage stands for.
+    fn unpack_dependency(&self, metapackage: &str, dir: &Path) -> Result<PathBuf> {
+        run(self.apt("apt-get", dir)?.args(["update", "-qq"]))?;
+        let depends = run(self.apt("apt-cache", dir)?.args(["depends", metapackage]))?;
+        let package = depends
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("Depends: "))
+            .with_context(|| format!("apt knows no {metapackage}: is this Debian 12 or 13?"))?;
+        self.unpack(package, dir)
+    }
+
+    /// Downloads a package and unpacks it in a directory below `dir`.
+    fn unpack(&self, package: &str, dir: &Path) -> Result<PathBuf> {
+        eprintln!("downloading {package} for {}", self.arch.name());
+        let [debs, files, apt] = ["debs", "files", "apt"].map(|name| dir.join(name));
+        if !apt.exists() {
+            run(self.apt("apt-get", dir)?.args(["update", "-qq"]))?;
+        }
+        fs::create_dir(&debs)?;
+        run(self
+            .apt("apt-get", dir)?
+            .args(["download", package])
+            .current_dir(&debs))?;
+        let deb = fs::read_dir(&debs)?
+            .next()
+            .context("apt-get downloaded nothing")??
+            .path();
+        run(Command::new("dpkg").arg("-x").arg(deb).arg(&files))?;
+        fs::remove_dir_all(debs)?;
+        fs::remove_dir_all(apt)?;
+        Ok(files)
+    }
 }
 
 #[cfg(test)]
@@ -387,7 +490,8 @@ mod tests {
 
     #[test]
     fn modules_follow_what_they_depend_on() {
-        let modules = Kernel::stock().unwrap().modules().unwrap();
+        let arch = Arch::chosen().unwrap();
+        let modules = Kernel::stock(arch).unwrap().modules().unwrap();
         assert!(
             modules
                 .iter()
@@ -407,9 +511,24 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_image_is_an_elf_file() {
-        let image = Kernel::stock().unwrap().image();
-        assert!(fs::read(image).unwrap().starts_with(b"\x7fELF"));
+    fn the_kernel_image_is_what_hypervisors_take() {
+        let arch = Arch::chosen().unwrap();
+        let image = fs::read(Kernel::stock(arch).unwrap().image()).unwrap();
+        match arch {
+            Arch::X86_64 => assert!(image.starts_with(b"\x7fELF")),
+            Arch::Aarch64 => assert_eq!(&image[0x38..0x3c], b"ARMd"),
+        }
+    }
+
+    #[test]
+    fn a_zboot_image_is_unpacked() {
+        let script = ["-c", "printf hello | gzip -c"];
+        let compressed = Command::new("sh").args(script).output().unwrap().stdout;
+        let length = (compressed.len() as u32).to_le_bytes();
+        let header = [b"MZ\0\0zimg", &[24, 0, 0, 0][..], &length, &[0; 8]].concat();
+        let image = [header.clone(), compressed].concat();
+        assert_eq!(uncompressed(image).unwrap(), b"hello");
+        assert!(uncompressed(header).is_err());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //!
 //! Everything is synchronous.
 
+mod arch;
 pub mod assets;
 mod client;
 mod error;
@@ -20,6 +21,7 @@ pub mod signal;
 pub mod tsc;
 pub mod vsock;
 
+pub use arch::Arch;
 pub use client::{Client, Command, Exit, Output};
 pub use error::Error;
 pub use session::Session;

@@ -9,6 +9,7 @@ use std::{
 };
 
 use common::{Place, Tar, docker_save, owner};
+use pigeon::Arch;
 use serde_json::{Value, json};
 
 /// Standard output, standard error and exit code of `pigeon WORDS` in a place of its own.
@@ -20,6 +21,7 @@ fn pigeon(place: &Place, words: &[&str]) -> (String, String, i32) {
         .env("PATH", format!("{}:{path}", place.0.path().display()))
         .env("XDG_RUNTIME_DIR", place.0.path())
         .env_remove("PIGEON_UDS")
+        .env_remove("PIGEON_ARCH")
         .stdin(Stdio::null())
         .output()
         .unwrap();
@@ -135,6 +137,16 @@ fn an_image_by_name_comes_from_docker_and_is_pulled_first_if_it_must() {
         ["info", "image", "pull", "save", "info", "image", "save"]
     );
     assert_eq!(log.matches(" -- demo:1\n").count(), 5, "{log}");
+    // For another architecture what is here already says nothing.
+    let (foreign, platform) = match Arch::HOST {
+        Arch::X86_64 => ("aarch64", "linux/arm64"),
+        Arch::Aarch64 => ("x86_64", "linux/amd64"),
+    };
+    let words = ["rootfs", "--arch", foreign, "demo:1", "demo.ext4"];
+    assert_eq!(pigeon(&place, &words).2, 0);
+    let log = fs::read_to_string(place.path("docker.log")).unwrap();
+    let pull = format!("\ninfo\npull --platform {platform} -- demo:1\nsave ");
+    assert!(log.contains(&pull), "{log}");
 }
 
 #[test]

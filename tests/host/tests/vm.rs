@@ -38,7 +38,7 @@ impl Lab {
         let lock = LOCK.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let place = Place::new();
         let config = json!({
-            "architecture": if cfg!(target_arch = "x86_64") { "amd64" } else { "arm64" },
+            "architecture": common::arch().debian_name(),
             "os": "linux",
             "config": {
                 "Entrypoint": ["/bin/serve"],
@@ -286,7 +286,10 @@ fn input_and_output(lab: &Lab) {
         (b"0\n".to_vec(), Some(0))
     );
     let (output, code) = lab.fed(&["exec", "cat", "/bin/busybox"], b"");
-    assert!(output == fs::read(pigeon::assets::busybox().unwrap()).unwrap() && code == Some(0));
+    assert!(
+        output == fs::read(pigeon::assets::busybox(common::arch()).unwrap()).unwrap()
+            && code == Some(0)
+    );
     let refused = lab.pigeon(&["exec", "-it", "sh"]);
     assert!(
         String::from_utf8_lossy(&refused.stderr).contains("no terminal"),

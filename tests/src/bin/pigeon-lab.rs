@@ -54,7 +54,7 @@ fn main() -> ExitCode {
 }
 
 fn setup() -> Result<()> {
-    assets::Kernel::stock()?;
+    assets::kernel()?;
     assets::busybox()?;
     assets::vhost_device_vsock().map(drop)
 }
@@ -101,8 +101,8 @@ fn run(config: &Path, args: &[&str]) -> Result<()> {
             if asked {
                 vm.kill();
             } else {
-                eprintln!("[pigeon-lab] Ctrl-Alt-Del to the VM; Ctrl-C again to kill it");
-                vm.ctrl_alt_delete()?;
+                eprintln!("[pigeon-lab] stopping the VM; Ctrl-C again to kill it");
+                vm.stop()?;
                 asked = true;
             }
         }

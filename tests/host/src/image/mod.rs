@@ -26,13 +26,15 @@ use serde_json::{Value, json};
 use source::Source;
 use tree::{Place, Tree};
 
-use crate::assets;
+use crate::{Arch, assets};
 
 /// How an image is made.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
     /// Bytes; computed when absent.
     pub size: Option<u64>,
+    /// Which of an image's architectures; this machine's by default.
+    pub arch: Arch,
     /// Which of several images in an archive.
     pub tag: Option<String>,
     /// Shows on standard error how far it is.
@@ -52,7 +54,7 @@ pub struct Built {
     pub files: u64,
     /// The `ImageConfig` of the container image, which is in the [run.json](run_json_path) too.
     pub image_config: Option<Value>,
-    /// Platform of an image that is not for this machine.
+    /// Platform of an image that is not for the architecture asked for.
     pub foreign_platform: Option<String>,
 }
 
@@ -72,8 +74,8 @@ pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
         .prefix(".pigeon-")
         .tempdir_in(dir.unwrap_or(Path::new(".")))
         .with_context(|| format!("unable to write beside {}", out.display()))?;
-    let path = fetch(source, scratch.path(), &mut progress)?;
-    let source = Source::open(&path, options.tag.as_deref())?;
+    let path = fetch(source, options.arch, scratch.path(), &mut progress)?;
+    let source = Source::open(&path, options.arch, options.tag.as_deref())?;
 
     let mut tree = Tree::new(source.layered);
     let total = source.layers.iter().map(layer::Layer::size).sum();
@@ -106,12 +108,12 @@ pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
         layers: source.layers.len(),
         files: extent.inodes,
         image_config,
-        foreign_platform: source.foreign_platform(),
+        foreign_platform: source.foreign_platform(options.arch),
     })
 }
 
 /// The uncompressed archive or the directory that `source` stands for.
-fn fetch(source: &Path, scratch: &Path, progress: &mut Progress) -> Result<PathBuf> {
+fn fetch(source: &Path, arch: Arch, scratch: &Path, progress: &mut Progress) -> Result<PathBuf> {
     let archive = scratch.join("archive");
     if source == Path::new("-") {
         progress.phase("reading standard input", 0);
@@ -123,7 +125,7 @@ fn fetch(source: &Path, scratch: &Path, progress: &mut Progress) -> Result<PathB
     }
     if !source.exists() {
         let name = source.to_str().context("not UTF-8")?;
-        pull(name, &archive)?;
+        pull(name, arch, &archive)?;
         return Ok(archive);
     }
     if !layer::is_compressed(source).with_context(|| format!("unable to read {source:?}"))? {
@@ -137,9 +139,10 @@ fn fetch(source: &Path, scratch: &Path, progress: &mut Progress) -> Result<PathB
 }
 
 /// Gets the image called `name` as an archive, from docker or by skopeo.
-fn pull(name: &str, archive: &Path) -> Result<()> {
+fn pull(name: &str, arch: Arch, archive: &Path) -> Result<()> {
     let looks_like_file = name.starts_with(['/', '.']) || name.ends_with(".tar");
     ensure!(!looks_like_file, "there is no {name}");
+    let foreign = arch != Arch::HOST;
     let works = |command: &mut Command| {
         let quiet = command
             .stdin(Stdio::null())
@@ -156,7 +159,10 @@ fn pull(name: &str, archive: &Path) -> Result<()> {
     if let Ok(docker) = assets::tool("docker")
         && works(Command::new(&docker).arg("info"))
     {
-        if !works(Command::new(&docker).args(["image", "inspect", "--", name])) {
+        if foreign {
+            let platform = format!("linux/{}", arch.debian_name());
+            must(Command::new(&docker).args(["pull", "--platform", &platform, "--", name]))?;
+        } else if !works(Command::new(&docker).args(["image", "inspect", "--", name])) {
             must(Command::new(&docker).args(["pull", "--", name]))?;
         }
         return must(
@@ -169,12 +175,11 @@ fn pull(name: &str, archive: &Path) -> Result<()> {
     }
     if let Ok(skopeo) = assets::tool("skopeo") {
         let target = format!("docker-archive:{}", archive.display());
-        return must(Command::new(skopeo).args([
-            "copy",
-            "--",
-            &format!("docker://{name}"),
-            &target,
-        ]));
+        let mut skopeo = Command::new(skopeo);
+        if foreign {
+            skopeo.args(["--override-arch", arch.debian_name()]);
+        }
+        return must(skopeo.args(["copy", "--", &format!("docker://{name}"), &target]));
     }
     bail!(
         "there is no file {name}, and neither a docker that works nor skopeo to get an image of \

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::layer::{Blob, Layer};
+use crate::Arch;
 
 /// Index documents inside of index documents.
 const MAX_INDEXES: usize = 8;
@@ -32,8 +33,8 @@ pub struct Source {
 
 impl Source {
     /// Looks at what lies at `path`: a directory, or an uncompressed archive. `tag` chooses among
-    /// several images in one archive.
-    pub fn open(path: &Path, tag: Option<&str>) -> Result<Source> {
+    /// several images in one archive, and `arch` among those of one image.
+    pub fn open(path: &Path, arch: Arch, tag: Option<&str>) -> Result<Source> {
         let blobs = if path.is_dir() {
             Blobs::Folder(path.into())
         } else {
@@ -43,7 +44,7 @@ impl Source {
             return from_saved(&blobs, &images, tag);
         }
         if blobs.get("oci-layout")?.is_some() && blobs.get("index.json")?.is_some() {
-            return from_layout(&blobs, tag);
+            return from_layout(&blobs, arch, tag);
         }
         ensure!(
             tag.is_none(),
@@ -66,22 +67,13 @@ impl Source {
         self.config.as_ref().map(image_config)
     }
 
-    /// What the image is for, if that is not this machine: `linux/arm64`.
-    pub fn foreign_platform(&self) -> Option<String> {
+    /// What the image is for, if that is not this architecture: `linux/arm64`.
+    pub fn foreign_platform(&self, arch: Arch) -> Option<String> {
         let config = self.config.as_ref()?;
         let [os, architecture] = ["os", "architecture"].map(|key| config[key].as_str());
         let (os, architecture) = (os.unwrap_or("linux"), architecture?);
-        let ours = os == "linux" && architecture == host_architecture();
+        let ours = os == "linux" && architecture == arch.debian_name();
         (!ours).then(|| format!("{os}/{architecture}"))
-    }
-}
-
-/// This machine's architecture by the name that images use (Go's).
-fn host_architecture() -> &'static str {
-    match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64",
-        other => other,
     }
 }
 
@@ -244,16 +236,16 @@ fn from_saved(blobs: &Blobs, images: &[Value], tag: Option<&str>) -> Result<Sour
     })
 }
 
-fn from_layout(blobs: &Blobs, tag: Option<&str>) -> Result<Source> {
+fn from_layout(blobs: &Blobs, arch: Arch, tag: Option<&str>) -> Result<Source> {
     let index = blobs
         .json(&blobs.need("index.json")?)
         .context("index.json")?;
     let mut manifests = BTreeMap::new();
-    collect_manifests(blobs, &index, &[], 0, &mut manifests)?;
+    collect_manifests(blobs, arch, &index, &[], 0, &mut manifests)?;
     ensure!(
         !manifests.is_empty(),
         "there is no image for linux/{} in it",
-        host_architecture()
+        arch.debian_name()
     );
     let named = manifests
         .values()
@@ -274,9 +266,10 @@ fn from_layout(blobs: &Blobs, tag: Option<&str>) -> Result<Source> {
 
 type Manifests = BTreeMap<String, (Vec<String>, Value)>;
 
-/// The manifests of images for this machine, by digest, with their tags.
+/// The manifests of images for this architecture, by digest, with their tags.
 fn collect_manifests(
     blobs: &Blobs,
+    arch: Arch,
     index: &Value,
     above: &[String],
     depth: usize,
@@ -288,7 +281,7 @@ fn collect_manifests(
         let platform = &descriptor["platform"];
         // Signatures and provenance are stored as if they were images of an unknown platform.
         let ours = platform.is_null()
-            || (platform["os"] == "linux" && platform["architecture"] == host_architecture());
+            || (platform["os"] == "linux" && platform["architecture"] == arch.debian_name());
         if !ours || !annotations["vnd.docker.reference.type"].is_null() {
             continue;
         }
@@ -303,7 +296,7 @@ fn collect_manifests(
             .json(&blobs.need_digest(descriptor)?)
             .context("a manifest")?;
         if document["manifests"].is_array() {
-            collect_manifests(blobs, &document, &tags, depth + 1, manifests)?;
+            collect_manifests(blobs, arch, &document, &tags, depth + 1, manifests)?;
         } else if document["config"].is_object() {
             let digest = descriptor["digest"].as_str().unwrap_or_default();
             let entry = manifests.entry(digest.into()).or_insert((vec![], document));

@@ -88,7 +88,7 @@ fn configuration(spec: &Spec) -> Result<Value> {
         "boot-source": {
             "kernel_image_path": spec.kernel,
             "initrd_path": spec.initrd,
-            "boot_args": spec.command_line("i8042.noaux i8042.nomux i8042.nopnp pci=off"),
+            "boot_args": spec.command_line("ttyS0", spec.arch.words_on_firecracker()),
         },
         "machine-config": {"vcpu_count": spec.cpus, "mem_size_mib": spec.memory_mib},
         "drives": drives.collect::<Vec<_>>(),
@@ -192,13 +192,17 @@ impl Machine for Firecracker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::{Disk, Metadata};
+    use crate::{
+        Arch,
+        machine::{Disk, Metadata},
+    };
 
     fn spec() -> Spec {
         Spec {
             vsock: Some("/d/vm.vsock".into()),
             ..Spec::new(
                 Path::new("/d"),
+                Arch::X86_64,
                 Path::new("/k/vmlinux"),
                 Path::new("/d/initrd"),
             )

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Result, bail};
 use serde_json::Value;
 
-use crate::{assets, process::Process};
+use crate::{Arch, assets, process::Process};
 
 pub use firecracker::put_metadata;
 
@@ -138,6 +138,8 @@ pub struct Metadata {
 pub struct Spec {
     /// A directory for the sockets and logs of this VM alone.
     pub dir: PathBuf,
+    /// What the kernel and all programs are for.
+    pub arch: Arch,
     /// An uncompressed kernel.
     pub kernel: PathBuf,
     /// The initramfs.
@@ -156,8 +158,11 @@ pub struct Spec {
     pub metadata: Option<Metadata>,
     /// Where the host's socket of the guest's vsock is to be; None is no vsock.
     pub vsock: Option<PathBuf>,
-    /// A keyboard controller, which Ctrl-Alt-Del needs.
+    /// A keyboard controller, which Ctrl-Alt-Del needs, if the architecture has one.
     pub i8042: bool,
+    /// Firecracker's console also on QEMU. One that nobody reads is waited for by the guest's
+    /// kernel; the PL011 of QEMU's aarch64 stops the whole machine then. (QEMU hw/char/pl011.c)
+    pub firecrackers_console: bool,
     /// The guest's clock counts its instructions. QEMU only.
     pub deterministic: bool,
 }
@@ -168,9 +173,10 @@ pub const VSOCK: &str = "vm.vsock";
 impl Spec {
     /// A VM as a common Firecracker set-up has it: 256 MiB, one processor, vsock, no disk and no
     /// network.
-    pub fn new(dir: &Path, kernel: &Path, initrd: &Path) -> Spec {
+    pub fn new(dir: &Path, arch: Arch, kernel: &Path, initrd: &Path) -> Spec {
         Spec {
             dir: dir.into(),
+            arch,
             kernel: kernel.into(),
             initrd: initrd.into(),
             args: vec![],
@@ -181,6 +187,7 @@ impl Spec {
             metadata: None,
             vsock: Some(dir.join(VSOCK)),
             i8042: true,
+            firecrackers_console: false,
             deterministic: false,
         }
     }
@@ -196,13 +203,13 @@ impl Spec {
     }
 
     /// The kernel command line: what both hypervisors need, what one needs, what was asked for.
-    fn command_line(&self, specific: &str) -> String {
+    fn command_line(&self, console: &str, specific: &str) -> String {
         // A panic restarts at once, which ends the VM; the console has its text.
-        let common = "console=ttyS0 reboot=k panic=-1 quiet";
-        [common, specific, &self.args.join(" ")]
-            .join(" ")
-            .trim_end()
-            .into()
+        let common = format!("console={console} reboot=k panic=-1 quiet");
+        let mut words = vec![common.as_str(), specific];
+        words.extend(self.args.iter().map(String::as_str));
+        words.retain(|word| !word.is_empty());
+        words.join(" ")
     }
 }
 
@@ -212,7 +219,7 @@ pub trait Machine: Send {
     fn process(&mut self) -> &mut Process;
     /// Its name.
     fn hypervisor(&self) -> &'static str;
-    /// The keys Ctrl, Alt and Del.
+    /// The keys Ctrl, Alt and Del: an error where there is [no keyboard](Arch::has_keyboard).
     fn ctrl_alt_delete(&mut self) -> Result<()>;
     /// Stops the virtual processors.
     fn pause(&mut self) -> Result<()>;

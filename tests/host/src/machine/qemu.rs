@@ -1,5 +1,5 @@
-//! QEMU's `microvm` machine under software emulation: the closest to Firecracker that runs
-//! anywhere. (QEMU docs/system/i386/microvm.rst.)
+//! QEMU under software emulation, with the machines that are closest to Firecracker's: they run
+//! anywhere.
 
 use std::{
     fs,
@@ -10,16 +10,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{End, GUEST_CID, GUEST_MAC, LONE_TAP, Machine, Nic, Spec, beside_tap};
-use crate::{assets, process::Process, qmp::Qmp, tsc};
-
-/// TSC of a guest in deterministic time: one instruction is one nanosecond.
-const DETERMINISTIC_KHZ: u64 = 1_000_000;
+use crate::{Arch, assets, process::Process, qmp::Qmp};
 
 struct Qemu {
+    arch: Arch,
     process: Process,
     qmp: Qmp,
     /// The vsock device, which QEMU is connected to.
@@ -32,7 +30,7 @@ pub(super) fn start(spec: &Spec) -> Result<Box<dyn Machine>> {
         .is_some()
         .then(|| start_vsock(spec))
         .transpose()?;
-    let mut command = Command::new(assets::tool("qemu-system-x86_64")?);
+    let mut command = Command::new(assets::tool(&format!("qemu-system-{}", spec.arch.name()))?);
     command.args(arguments(spec)?);
     if spec.nic == Nic::LoneTap {
         command = beside_tap(&command)?;
@@ -48,6 +46,7 @@ pub(super) fn start(spec: &Spec) -> Result<Box<dyn Machine>> {
         Err(error.context(format!("QEMU does not start: {}", said.trim_end())))
     })?;
     Ok(Box::new(Qemu {
+        arch: spec.arch,
         process,
         qmp,
         _vsock: vsock,
@@ -115,7 +114,7 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
     let mut line: Vec<String> = Vec::new();
     let mut add = |words: &[&str]| line.extend(words.iter().map(|word| word.to_string()));
 
-    // The stock kernel finds virtio-mmio devices by ACPI alone.
+    let [machine, cpu] = spec.arch.machine();
     let backend = if spec.vsock.is_some() {
         ",memory-backend=mem0"
     } else {
@@ -123,7 +122,9 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
     };
     add(&[
         "-M",
-        &format!("microvm,acpi=on,rtc=on{backend}"),
+        &format!("{machine}{backend}"),
+        "-cpu",
+        cpu,
         "-accel",
         "tcg",
     ]);
@@ -141,26 +142,15 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
         "-smp",
         &spec.cpus.to_string(),
     ]);
-    add(&[
-        "-chardev",
-        "stdio,id=console,signal=off",
-        "-serial",
-        "chardev:console",
-    ]);
+    let (console, serial) = spec.arch.console_on_qemu(spec.firecrackers_console);
+    add(&["-chardev", "stdio,id=console,signal=off"]);
+    add(&serial);
     add(&[
         "-qmp",
         &format!("unix:{},server=on,wait=off", path("qmp.sock")?),
     ]);
 
-    // With neither PIT nor HPET there is nothing to calibrate the TSC against.
-    let khz = if spec.deterministic {
-        DETERMINISTIC_KHZ
-    } else {
-        tsc::khz()
-    };
-    let mut specific = format!("tsc_early_khz={khz} tsc=reliable no_timer_check");
     if spec.deterministic {
-        specific += " nokaslr norandmaps";
         add(&["-icount", "shift=0,sleep=off", "-seed", "1"]);
         // A disk request is on its way before the guest goes idle, and its clock ahead.
         add(&["-global", "virtio-mmio.ioeventfd=off"]);
@@ -168,9 +158,10 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
     }
     add(&["-kernel", spec.kernel.to_str().context("not UTF-8")?]);
     add(&["-initrd", spec.initrd.to_str().context("not UTF-8")?]);
-    add(&["-append", &spec.command_line(&specific)]);
+    let words = spec.arch.words_on_qemu(spec.deterministic)?;
+    add(&["-append", &spec.command_line(console, &words)]);
 
-    if spec.i8042 {
+    if spec.i8042 && spec.arch.has_keyboard() {
         add(&["-device", "i8042"]);
     }
     if spec.vsock.is_some() {
@@ -210,7 +201,11 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
             &format!("virtio-net-device,netdev=net,mac={GUEST_MAC}"),
         ]);
     }
-    for (number, disk) in spec.disks.iter().enumerate() {
+    let mut disks: Vec<_> = spec.disks.iter().enumerate().collect();
+    if spec.arch.names_disks_backwards() {
+        disks.reverse();
+    }
+    for (number, disk) in disks {
         let file = option_value(disk.path.to_str().context("not UTF-8")?);
         let image = match &disk.blkdebug {
             None => format!("file={file}"),
@@ -246,6 +241,7 @@ impl Machine for Qemu {
     }
 
     fn ctrl_alt_delete(&mut self) -> Result<()> {
+        ensure!(self.arch.has_keyboard(), "this machine has no keyboard");
         let keys = ["ctrl", "alt", "delete"].map(|key| json!({"type": "qcode", "data": key}));
         self.qmp("send-key", json!({"keys": keys})).map(drop)
     }

@@ -132,7 +132,7 @@ impl Lab {
             .dir("newroot", 0o755)?;
         Ok(Lab {
             root: Image::ext4(&tree, 32)?,
-            kernel: Kernel::stock()?,
+            kernel: assets::kernel()?,
             names: programs.system_calls()?,
             programs,
         })
@@ -232,7 +232,11 @@ impl Lab {
             } else {
                 ""
             };
-            builder = add(builder, "trace", [trace::ORDERS, end].concat().into());
+            builder = add(
+                builder,
+                "trace",
+                (trace::orders(assets::arch()) + end).into(),
+            );
         }
         let list = files.join("\n") + "\n";
         builder = builder.file("/bench/files", 0o644, list);

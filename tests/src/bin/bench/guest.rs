@@ -1,16 +1,16 @@
 //! The guest's programs of the benchmark's own, compiled from `tests/bench`.
 
-use std::{io::Write, path::PathBuf, process::Command};
+use std::{io::Write, path::PathBuf};
 
 use anyhow::Result;
-use pigeon_lab::{assets, process::run};
+use pigeon_lab::{Arch, assets, process::run};
 use tempfile::TempDir;
 
 use crate::trace::Names;
 
 /// Static, without libc and without what only a linker or debugger reads: small, so that the disk
 /// they are read from is not what is measured.
-const FLAGS: [&str; 15] = [
+const FLAGS: [&str; 14] = [
     "-std=gnu11",
     "-Os",
     "-Wall",
@@ -21,7 +21,6 @@ const FLAGS: [&str; 15] = [
     "-ffreestanding",
     "-fno-stack-protector",
     "-fno-asynchronous-unwind-tables",
-    "-fcf-protection=none",
     "-fno-pie",
     "-no-pie",
     "-Wl,--build-id=none,-z,noseparate-code",
@@ -39,8 +38,9 @@ impl Programs {
         let dir = tempfile::tempdir()?;
         for name in ["load", "floor", "workload"] {
             let source = assets::repository().join(format!("tests/bench/{name}.c"));
-            run(Command::new(assets::tool("cc")?)
+            run(assets::c_compiler()?
                 .args(FLAGS)
+                .args((assets::arch() == Arch::X86_64).then_some("-fcf-protection=none"))
                 .arg("-o")
                 .arg(dir.path().join(name))
                 .arg(source))?;
@@ -52,9 +52,7 @@ impl Programs {
     pub fn system_calls(&self) -> Result<Names> {
         let source = self.dir.path().join("names.c");
         std::fs::File::create(&source)?.write_all(b"#include <sys/syscall.h>\n")?;
-        let macros = run(Command::new(assets::tool("cc")?)
-            .args(["-E", "-dM"])
-            .arg(source))?;
+        let macros = run(assets::c_compiler()?.args(["-E", "-dM"]).arg(source))?;
         let named = |line: &str| {
             let (name, number) = line.strip_prefix("#define __NR_")?.split_once(' ')?;
             Some((number.parse().ok()?, name.to_string()))

@@ -7,12 +7,22 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use pigeon_lab::Arch;
 use serde_json::{Value, json};
 
 use crate::boots::Figures;
 
 /// What the loader writes to tracefs before it becomes /init: a file and its new line each.
-pub const ORDERS: &str = "\
+pub fn orders(arch: Arch) -> String {
+    // Where the architecture tells of no page faults, they are counted where they are handled.
+    let faults = match arch {
+        Arch::X86_64 => "events/exceptions/page_fault_user/enable 1\n",
+        Arch::Aarch64 => "kprobe_events p:bench/page_fault_user handle_mm_fault\n",
+    };
+    [faults, ORDERS].concat()
+}
+
+const ORDERS: &str = "\
 trace_clock mono
 buffer_size_kb 8192
 options/irq-info 0
@@ -24,7 +34,6 @@ events/raw_syscalls/enable 1
 events/sched/sched_switch/enable 1
 events/sched/sched_process_fork/enable 1
 events/sched/sched_process_exec/enable 1
-events/exceptions/page_fault_user/enable 1
 ";
 
 /// And for the trace of the end: the kernel prints it all on the console when it restarts.

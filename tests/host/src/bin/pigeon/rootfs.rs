@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use pigeon::image::{self, Options, disk::parse_size, run_json_path};
+use pigeon::{
+    Arch,
+    image::{self, Options, disk::parse_size, run_json_path},
+};
 use serde_json::json;
 
 #[derive(Args)]
@@ -16,6 +19,15 @@ pub struct Rootfs {
     out: PathBuf,
     /// Its size, as 64M or 1G; computed when not given
     size: Option<String>,
+    /// Which of an image's architectures
+    #[arg(
+        long,
+        env = "PIGEON_ARCH",
+        default_value_t,
+        value_enum,
+        hide_env = true
+    )]
+    arch: Arch,
     /// Which of several images in an archive
     #[arg(long)]
     tag: Option<String>,
@@ -28,6 +40,7 @@ impl Rootfs {
     pub fn run(&self) -> Result<()> {
         let options = Options {
             size: self.size.as_deref().map(parse_size).transpose()?,
+            arch: self.arch,
             tag: self.tag.clone(),
             progress: true,
         };
@@ -62,7 +75,10 @@ impl Rootfs {
             None => println!("It says nothing of what to run: pigeon run {out} COMMAND..."),
         }
         if let Some(platform) = built.foreign_platform {
-            eprintln!("pigeon: note that the image is for {platform}, not for this machine");
+            eprintln!(
+                "pigeon: note that the image is for {platform}, not for {}",
+                self.arch.name()
+            );
         }
         Ok(())
     }

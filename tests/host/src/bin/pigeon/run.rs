@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use pigeon::{
-    Client, Exit, assets,
+    Arch, Client, Exit, assets,
     image::run_json_path,
     initrd::Initrd,
     machine::{Disk, End, Machine, Nic, Spec, USER_NETWORK, VSOCK},
@@ -98,6 +98,15 @@ pub struct Run {
     /// A word of the kernel command line, such as INIT_LOG_LEVEL=debug
     #[arg(long, value_name = "WORD")]
     append: Vec<String>,
+    /// What the image is for
+    #[arg(
+        long,
+        env = "PIGEON_ARCH",
+        default_value_t,
+        value_enum,
+        hide_env = true
+    )]
+    arch: Arch,
     /// What runs the VM
     #[arg(long, value_enum, default_value = "auto")]
     vmm: Hypervisor,
@@ -245,13 +254,13 @@ impl Run {
             Some(path) => {
                 fs::read(path).with_context(|| format!("unable to read {}", path.display()))?
             }
-            None => assets::initrd()?,
+            None => assets::initrd(self.arch)?,
         };
         let mut files = Initrd::default();
         let kernel = match &self.kernel {
             Some(kernel) => kernel.clone(),
             None => {
-                let kernel = assets::Kernel::stock()?;
+                let kernel = assets::Kernel::stock(self.arch)?;
                 files.modules(&kernel)?;
                 kernel.image()
             }
@@ -281,7 +290,7 @@ impl Run {
         // There is no MMDS to be waited for.
         let mut args = vec!["PIGEON_CONFIG=file".to_string()];
         args.extend(self.append.iter().cloned());
-        let firecracker = assets::firecracker();
+        let firecracker = assets::firecracker().filter(|_| self.arch == Arch::HOST);
         let on_qemu = match (self.vmm, &nic) {
             (Hypervisor::Auto, Nic::User(_)) | (Hypervisor::Qemu, _) => true,
             (Hypervisor::Auto, _) => firecracker.is_none(),
@@ -295,7 +304,7 @@ impl Run {
             nic,
             // On QEMU, who connects too early ends the vsock device: see Machine::takes_connections.
             vsock: Some(if on_qemu { dir.join(VSOCK) } else { uds.into() }),
-            ..Spec::new(dir, &kernel, &initrd)
+            ..Spec::new(dir, self.arch, &kernel, &initrd)
         };
         if on_qemu {
             return spec.start_qemu();
@@ -350,7 +359,11 @@ impl Run {
                     killed = true;
                 } else {
                     eprintln!("pigeon: stopping it; once more kills it");
-                    machine.ctrl_alt_delete()?;
+                    if self.arch.has_keyboard() {
+                        machine.ctrl_alt_delete()?;
+                    } else {
+                        terminate(uds);
+                    }
                     stopping = true;
                 }
             }
@@ -475,6 +488,17 @@ fn logged_exit(tail: &str) -> Option<Exit> {
         oom_killed: value("oom_killed=")? == "true",
         error: None,
     })
+}
+
+/// Sends the workload SIGTERM as soon as there is an API, as Ctrl-Alt-Del would.
+fn terminate(uds: &Path) {
+    const TERM: u8 = 15;
+    let uds = uds.to_path_buf();
+    thread::spawn(move || {
+        // A VM that has ended meanwhile needs no signal.
+        let client = Client::connect_within(&uds, Duration::from_secs(60));
+        let _ = client.and_then(|client| client.signal(TERM));
+    });
 }
 
 /// Asks for the workload's exit code as soon as there is an API, and waits for it.

@@ -1,0 +1,142 @@
+//! The two architectures that Firecracker runs on, and what differs between their guests.
+
+use std::{env, path::Path, process::Command};
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+
+use crate::{assets, tsc};
+
+/// A guest's architecture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Arch {
+    /// Intel's and AMD's
+    #[value(name = "x86_64")]
+    X86_64,
+    /// Arm's, such as Graviton
+    Aarch64,
+}
+
+impl Default for Arch {
+    fn default() -> Arch {
+        Arch::HOST
+    }
+}
+
+impl Arch {
+    /// This machine's.
+    pub const HOST: Arch = if cfg!(target_arch = "aarch64") {
+        Arch::Aarch64
+    } else {
+        Arch::X86_64
+    };
+
+    /// The one that `PIGEON_ARCH` names, as `./build.sh … --arch` sets it; this machine's without.
+    pub fn chosen() -> Result<Arch> {
+        match env::var("PIGEON_ARCH") {
+            Err(_) => Ok(Arch::HOST),
+            Ok(name) => match Arch::from_str(&name, false) {
+                Ok(arch) => Ok(arch),
+                Err(_) => bail!("PIGEON_ARCH={name}: it is x86_64 or aarch64"),
+            },
+        }
+    }
+
+    /// As the kernel, QEMU and Rust call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Arch::X86_64 => "x86_64",
+            Arch::Aarch64 => "aarch64",
+        }
+    }
+
+    /// As Debian calls it, and Go, and so container images do.
+    pub fn debian_name(self) -> &'static str {
+        match self {
+            Arch::X86_64 => "amd64",
+            Arch::Aarch64 => "arm64",
+        }
+    }
+
+    /// Whether its machines have a keyboard controller (i8042), and with it Ctrl-Alt-Del.
+    pub fn has_keyboard(self) -> bool {
+        self == Arch::X86_64
+    }
+
+    /// The C compiler for programs of the guest.
+    pub fn c_compiler(self) -> Result<Command> {
+        let cross = format!("{}-linux-gnu-gcc", self.name());
+        let name = if self == Arch::HOST { "cc" } else { &cross };
+        Ok(Command::new(assets::tool(name)?))
+    }
+
+    /// A program of the guest, to be run here: under QEMU's user emulation if need be.
+    pub fn run_here(self, program: &Path) -> Result<Command> {
+        if self == Arch::HOST {
+            return Ok(Command::new(program));
+        }
+        let mut emulator = Command::new(assets::tool(&format!("qemu-{}", self.name()))?);
+        emulator.arg(program);
+        Ok(emulator)
+    }
+
+    /// QEMU's machine and processor that are closest to Firecracker's.
+    pub(crate) fn machine(self) -> [&'static str; 2] {
+        match self {
+            // The stock kernel finds virtio-mmio devices by ACPI alone. (QEMU
+            // docs/system/i386/microvm.rst.)
+            Arch::X86_64 => ["microvm,acpi=on,rtc=on", "qemu64"],
+            // Here a device tree tells. A guest spends most of its time on pointer authentication
+            // if that is emulated with the architecture's own cipher. (docs/system/arm/virt.rst,
+            // cpu-features.rst.)
+            Arch::Aarch64 => ["virt,gic-version=3", "max,pauth-impdef=on"],
+        }
+    }
+
+    /// Whether its kernel gives the first name, /dev/vda, to the last of that machine's disks.
+    /// (QEMU hw/arm/virt.c, create_virtio_devices.)
+    pub(crate) fn names_disks_backwards(self) -> bool {
+        self == Arch::Aarch64
+    }
+
+    /// The console of that machine, or the 16550 that Firecracker has, and QEMU's option for it.
+    pub(crate) fn console_on_qemu(self, firecrackers: bool) -> (&'static str, [&'static str; 2]) {
+        match self {
+            Arch::Aarch64 if !firecrackers => ("ttyAMA0", ["-serial", "chardev:console"]),
+            Arch::Aarch64 => ("ttyS0", ["-device", "pci-serial,chardev=console"]),
+            Arch::X86_64 => ("ttyS0", ["-serial", "chardev:console"]),
+        }
+    }
+
+    /// Kernel command line on QEMU. In deterministic time an instruction is a nanosecond.
+    pub(crate) fn words_on_qemu(self, deterministic: bool) -> Result<String> {
+        /// That, as the frequency of the time stamp counter.
+        const DETERMINISTIC_KHZ: u64 = 1_000_000;
+        let fixed = if deterministic {
+            " nokaslr norandmaps"
+        } else {
+            ""
+        };
+        Ok(match self {
+            // With neither PIT nor HPET there is nothing to calibrate the TSC against.
+            Arch::X86_64 => {
+                let khz = match deterministic {
+                    true => DETERMINISTIC_KHZ,
+                    false => {
+                        tsc::khz().context("an x86_64 guest needs the TSC of an x86_64 host")?
+                    }
+                };
+                format!("tsc_early_khz={khz} tsc=reliable no_timer_check{fixed}")
+            }
+            Arch::Aarch64 => fixed.trim_start().into(),
+        })
+    }
+
+    /// Kernel command line on Firecracker.
+    pub(crate) fn words_on_firecracker(self) -> &'static str {
+        match self {
+            Arch::X86_64 => "i8042.noaux i8042.nomux i8042.nopnp pci=off",
+            Arch::Aarch64 => "keep_bootcon",
+        }
+    }
+}

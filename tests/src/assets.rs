@@ -1,0 +1,57 @@
+//! What the VMs of this process are made of: [`pigeon::assets`] for one architecture.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    sync::LazyLock,
+};
+
+use anyhow::Result;
+pub use pigeon::assets::{Kernel, cache_dir, python, repository, tool, vhost_device_vsock};
+use pigeon::{Arch, assets};
+
+/// The architecture of the guests: `PIGEON_ARCH`, as `./build.sh test --arch` sets it.
+pub fn arch() -> Arch {
+    static ARCH: LazyLock<Arch> = LazyLock::new(|| Arch::chosen().expect("a known architecture"));
+    *ARCH
+}
+
+/// The `firecracker` binary, where it can run the guests.
+pub fn firecracker() -> Option<PathBuf> {
+    assets::firecracker().filter(|_| arch() == Arch::HOST)
+}
+
+/// The directory of what the build makes.
+pub fn build_dir() -> PathBuf {
+    assets::build_dir(arch())
+}
+
+/// The archive under test.
+pub fn initrd() -> Result<Vec<u8>> {
+    assets::initrd(arch())
+}
+
+/// Debian's cloud kernel.
+pub fn kernel() -> Result<Kernel> {
+    Kernel::stock(arch())
+}
+
+/// A module of it that no VM loads by itself.
+pub fn module(name: &str) -> Result<Vec<u8>> {
+    assets::module(arch(), name)
+}
+
+/// A statically linked busybox.
+pub fn busybox() -> Result<PathBuf> {
+    assets::busybox(arch())
+}
+
+/// The C compiler for programs of the guest.
+pub fn c_compiler() -> Result<Command> {
+    arch().c_compiler()
+}
+
+/// A program of the guest, to be run here.
+pub fn run_here(program: &Path) -> Result<Command> {
+    arch().run_here(program)
+}
