@@ -176,6 +176,7 @@ impl Command {
         let limit = room.len().min(PIPE - pipe.late);
         match files::read(end, room.get_mut(..limit).unwrap_or(&mut [])) {
             Ok(count @ 1..) => {
+                let count = count as usize;
                 if ended {
                     pipe.late += count;
                 }
@@ -195,7 +196,7 @@ impl Command {
         let pipe = self.pipes.get(if self.terminal { OUTPUT } else { INPUT });
         let end = pipe.and_then(|pipe| pipe.end.as_ref());
         match end.map(|end| files::write(end, bytes)) {
-            Some(Ok(count)) => count,
+            Some(Ok(count)) => count as usize,
             Some(Err(Errno::AGAIN)) => 0,
             Some(Err(_)) | None => bytes.len(),
         }

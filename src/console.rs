@@ -153,7 +153,7 @@ impl Console {
                 return;
             };
             match files::write(device, self.queue.filled()) {
-                Ok(count) => self.queue.consume(count),
+                Ok(count) => self.queue.consume(count as usize),
                 Err(Errno::AGAIN) => return,
                 // It is gone: the next one, or none.
                 Err(_) => self.device = open_from(index + 1),

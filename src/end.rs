@@ -65,7 +65,7 @@ fn read_table<'b>(file: &OwnedFd, buffer: &'b mut [u8]) -> &'b [u8] {
     let mut length = 0;
     let _start = rustix::fs::seek(file, rustix::fs::SeekFrom::Start(0));
     while let Ok(count @ 1..) = files::read(file, buffer.get_mut(length..).unwrap_or(&mut [])) {
-        length += count;
+        length += count as usize;
     }
     buffer.get(..length).unwrap_or(&[])
 }

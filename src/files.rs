@@ -18,16 +18,16 @@ pub fn open(path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
     rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::from_raw_mode(0o644))
 }
 
-/// read(2)
+/// read(2). The count has 32 bits, so that the result is returned in a register.
 #[inline(never)]
-pub fn read(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
-    rustix::io::read(file, buffer)
+pub fn read(file: &OwnedFd, buffer: &mut [u8]) -> Result<u32, Errno> {
+    rustix::io::read(file, buffer).map(|count| count as u32)
 }
 
-/// write(2)
+/// write(2), likewise.
 #[inline(never)]
-pub fn write(file: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
-    rustix::io::write(file, bytes)
+pub fn write(file: &OwnedFd, bytes: &[u8]) -> Result<u32, Errno> {
+    rustix::io::write(file, bytes).map(|count| count as u32)
 }
 
 /// Room for a path and a name behind it.
@@ -94,7 +94,7 @@ fn read_regular(file: &OwnedFd, buffer: &mut [u8]) -> Outcome<usize> {
         };
         match read(file, room) {
             Ok(0) => return Ok(length),
-            Ok(count) => length += count,
+            Ok(count) => length += count as usize,
             Err(errno) => return Err(text!(name(errno))),
         }
     }
@@ -126,7 +126,7 @@ impl Writer {
         let mut rest = &self.queue[..];
         while self.written.is_ok() && !rest.is_empty() {
             match write(&self.file, rest) {
-                Ok(count) => rest = rest.get(count..).unwrap_or(&[]),
+                Ok(count) => rest = rest.get(count as usize..).unwrap_or(&[]),
                 Err(errno) => self.written = Err(errno),
             }
         }

@@ -24,7 +24,7 @@ pub fn eth0_index() -> Option<u32> {
     let file = files::open(c"/sys/class/net/eth0/ifindex", OFlags::RDONLY).ok()?;
     let mut text = [0; 16];
     let length = files::read(&file, &mut text).ok()?;
-    decimal(trim(text.get(..length)?))
+    decimal(trim(text.get(..length as usize)?))
 }
 
 /// A channel to the kernel's network configuration.
@@ -57,7 +57,7 @@ impl Channel {
         loop {
             done = done.and_then(|_| files::read(&self.socket, &mut reply));
             let count = done.map_err(|errno| text!(name(errno)))?;
-            let answer = netlink::acknowledgement(reply.get(..count).unwrap_or(&[]));
+            let answer = netlink::acknowledgement(reply.get(..count as usize).unwrap_or(&[]));
             if let Some(Acknowledgement { errno, words }) = answer {
                 if errno == 0 || errno == Errno::EXIST.raw_os_error() {
                     return Ok(());

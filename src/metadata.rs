@@ -234,7 +234,7 @@ impl Session<'_> {
         let room = self.document.get_mut(filled..).unwrap_or(&mut []);
         match files::read(connection, room) {
             Ok(0) => Err(text!("closed before its answer was whole")),
-            Ok(count) => Ok(count),
+            Ok(count) => Ok(count as usize),
             Err(errno) => Err(unanswered(errno, "receive")),
         }
     }

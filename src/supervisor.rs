@@ -361,7 +361,7 @@ impl Supervisor {
             match files::read(log, &mut *self.host.sink) {
                 Ok(0) => return false,
                 Ok(count) => {
-                    let record = self.host.sink.get(..count).unwrap_or(&[]);
+                    let record = self.host.sink.get(..count as usize).unwrap_or(&[]);
                     if kmsg::killed_by_oom(record, pid) {
                         return true;
                     }
@@ -390,7 +390,7 @@ impl Supervisor {
             && self.console.has_room()
         {
             match files::read(output, self.console.room()) {
-                Ok(count @ 1..) => self.console.commit(count),
+                Ok(count @ 1..) => self.console.commit(count as usize),
                 Err(Errno::AGAIN) => return,
                 Ok(_) | Err(_) => self.output = None,
             }

@@ -141,7 +141,7 @@ pub fn read_report(report: &OwnedFd, mut console: Option<&mut Console>) -> Optio
     let mut piece = [0; 64];
     loop {
         let bytes = match files::read(report, &mut piece) {
-            Ok(count @ 1..) => piece.get(..count).unwrap_or(&[]),
+            Ok(count @ 1..) => piece.get(..count as usize).unwrap_or(&[]),
             // A line that was cut has lost its end.
             _ if kind != 0 => b"\n",
             _ => return error,

@@ -18,12 +18,17 @@ use rustix::fd::{AsRawFd, FromRawFd, OwnedFd};
 use rustix::io::{Errno, Result};
 use rustix::process::Pid;
 
-/// A call's answer: non-negative, or an errno negated.
-fn answer(value: isize) -> Result<usize> {
-    usize::try_from(value).map_err(|_| Errno::from_raw_os_error(value.unsigned_abs() as i32))
+/// A call's answer: a descriptor, a process or a count; or an errno negated. 32 bits, so that the
+/// result is returned in a register.
+#[inline(never)]
+fn answer(value: isize) -> Result<u32> {
+    match value {
+        0.. => Ok(value as u32),
+        _ => Err(Errno::from_raw_os_error(-value as i32)),
+    }
 }
 
-fn fd(value: usize) -> OwnedFd {
+fn fd(value: u32) -> OwnedFd {
     // SAFETY: the kernel has just given this descriptor to us and to nobody else.
     unsafe { OwnedFd::from_raw_fd(value as i32) }
 }
@@ -117,7 +122,7 @@ pub unsafe fn execve(path: &CStr, argv: *const *const u8, envp: *const *const u8
 pub fn write_standard(descriptor: usize, bytes: &[u8]) -> Result<usize> {
     let args = [descriptor, bytes.as_ptr() as usize, bytes.len(), 0, 0, 0];
     // SAFETY: reads the bytes of a live slice.
-    answer(unsafe { syscall(uapi::__NR_write, args) })
+    answer(unsafe { syscall(uapi::__NR_write, args) }).map(|count| count as usize)
 }
 
 /// A set of signals as the kernel has it: bit `n - 1` is signal `n`.
@@ -621,7 +626,7 @@ pub fn epoll_wait(epoll: &OwnedFd, events: &mut [Event], timeout: i32) -> usize 
         0,
     ];
     // SAFETY: writes at most `events.len()` events, and does not touch the signal mask.
-    answer(unsafe { syscall(uapi::__NR_epoll_pwait, args) }).unwrap_or(0)
+    answer(unsafe { syscall(uapi::__NR_epoll_pwait, args) }).unwrap_or(0) as usize
 }
 
 /// Makes standard input, output and error copies of these (dup3(2)). One that is not given is a copy
