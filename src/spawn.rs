@@ -8,8 +8,9 @@ use crate::task::{self, Outcome, Report};
 use crate::why;
 use core::ffi::CStr;
 use pigeon_init::accounts::Identity;
+use pigeon_init::bytes::{find, split};
 use pigeon_init::command::{self, ENV_ENTRIES, Environment};
-use pigeon_init::config::{ARGV, DOCUMENT, PATH};
+use pigeon_init::config::{ARGV, DOCUMENT};
 use pigeon_init::json::{Text, Texts};
 use pigeon_init::text;
 use pigeon_init::text::Line;
@@ -31,13 +32,13 @@ const NOT_EXECUTABLE: i32 = 126;
 struct Scratch {
     argv: [usize; ARGV + 1],
     environment: [usize; ENV_ENTRIES + 1],
-    path: heapless::Vec<u8, { PATH + 256 }>,
+    path: files::Path,
 }
 
 static SCRATCH: Static<Scratch> = Static::new(Scratch {
     argv: [0; ARGV + 1],
     environment: [0; ENV_ENTRIES + 1],
-    path: heapless::Vec::new(),
+    path: files::Path::new(),
 });
 
 /// Who a command of the host's runs as: root, unless it names a user.
@@ -126,12 +127,26 @@ impl Command<'_> {
         if let Err(errno) = sys::become_user(*uid, *gid, groups) {
             return (errno, text!("become the user"), NOT_EXECUTABLE);
         }
-        let name = self.argv.iter().find_map(|list| list.iter().next());
-        let name = name.map_or(c"", Text::c_str);
-        let errno = match SCRATCH.take() {
-            Some(scratch) => self.search(name, scratch),
-            None => Errno::NOMEM,
+        let Some(scratch) = SCRATCH.take() else {
+            return (Errno::NOMEM, text!("execute"), NOT_EXECUTABLE);
         };
+        let mut slots = scratch.argv.iter_mut();
+        let mut name = None;
+        for list in &self.argv {
+            for argument in list.iter() {
+                let argument = argument.c_str();
+                name = name.or(Some(argument));
+                if let Some(slot) = slots.next() {
+                    *slot = argument.as_ptr() as usize;
+                }
+            }
+        }
+        for (slot, entry) in scratch.environment.iter_mut().zip(self.environment.iter()) {
+            *slot = entry.as_ptr() as usize;
+        }
+        sys::block_signals(SignalSet::EMPTY);
+        let name = name.unwrap_or(c"");
+        let errno = self.search(name, scratch);
         let code = if is_missing(errno) {
             NOT_FOUND
         } else {
@@ -153,15 +168,6 @@ impl Command<'_> {
 
     /// Tries the command in the directories of PATH, as execvp(3) does; a name with `/` is a path.
     fn search(&self, name: &CStr, scratch: &mut Scratch) -> Errno {
-        let [first, last] = self.argv;
-        let argv = first.iter().chain(last.iter());
-        for (slot, argument) in scratch.argv.iter_mut().zip(argv) {
-            *slot = argument.c_str().as_ptr() as usize;
-        }
-        for (slot, entry) in scratch.environment.iter_mut().zip(self.environment.iter()) {
-            *slot = entry.as_ptr() as usize;
-        }
-        sys::block_signals(SignalSet::EMPTY);
         let execute = |path: &CStr| {
             // SAFETY: both vectors end with null, and point at NUL-terminated strings that stay.
             unsafe {
@@ -169,29 +175,23 @@ impl Command<'_> {
                 sys::execve(path, argv, scratch.environment.as_ptr().cast())
             }
         };
+        let mut failure = Errno::NOENT;
         if name.is_empty() {
-            return Errno::NOENT;
+            return failure;
         }
-        if name.to_bytes().contains(&b'/') {
+        if find(name.to_bytes(), b'/').is_some() {
             return execute(name);
         }
-        let mut failure = Errno::NOENT;
         let path = self.environment.get(b"PATH").unwrap_or(command::PATH);
-        for directory in path.split(|byte| *byte == b':') {
+        for directory in split(path, b':') {
             // An empty entry is the working directory.
             let directory = if directory.is_empty() {
                 b"."
             } else {
                 directory
             };
-            scratch.path.clear();
-            let fits = [directory, b"/", name.to_bytes_with_nul()]
-                .iter()
-                .all(|part| scratch.path.extend_from_slice(part).is_ok());
-            let Some(candidate) = CStr::from_bytes_until_nul(&scratch.path)
-                .ok()
-                .filter(|_| fits)
-            else {
+            let parts = [directory, b"/", name.to_bytes()];
+            let Some(candidate) = files::join(&parts, &mut scratch.path) else {
                 continue;
             };
             match execute(candidate) {

@@ -651,13 +651,13 @@ pub fn set_streams(streams: &[Option<OwnedFd>; 3]) -> Result<()> {
 pub fn become_user(uid: u32, gid: u32, groups: &[u32]) -> Result<()> {
     let (user, group) = (uid as usize, gid as usize);
     let list = [groups.len(), groups.as_ptr() as usize, 0, 0, 0, 0];
-    for (call, args) in [
-        (uapi::__NR_setgroups, list),
-        (uapi::__NR_setresgid, [group, group, group, 0, 0, 0]),
-        (uapi::__NR_setresuid, [user, user, user, 0, 0, 0]),
-    ] {
-        // SAFETY: reads the groups, whose number is given; the others take numbers.
-        answer(unsafe { syscall(call, args) })?;
+    // SAFETY: reads the groups, whose number is given; the others take numbers.
+    unsafe {
+        answer(syscall(uapi::__NR_setgroups, list))?;
+        answer(syscall(
+            uapi::__NR_setresgid,
+            [group, group, group, 0, 0, 0],
+        ))?;
+        answer(syscall(uapi::__NR_setresuid, [user, user, user, 0, 0, 0])).map(drop)
     }
-    Ok(())
 }
