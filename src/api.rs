@@ -1,6 +1,7 @@
 //! The API: HTTP/1.1 and WebSocket connections from the host over vsock.
 
 use crate::commands::{COMMANDS, Command, OUTPUT};
+use crate::files;
 use crate::poll::{Poller, Source};
 use crate::sys::{Region, vsock};
 use crate::task::{Outcome, name};
@@ -18,7 +19,6 @@ use pigeon_init::websocket::{self, CloseCode, Decoder, Event};
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags};
 use rustix::process::{Pid, WaitStatus};
 
 /// The vsock port.
@@ -367,7 +367,7 @@ fn refuse(socket: &OwnedFd) {
     let body = r#"{"error":"too many connections"}"#;
     let head = http::response(Status::ServiceUnavailable, Style::CLOSE, body.len(), "");
     let answer = head.with(body);
-    let _client_gone = rustix::net::send(socket, answer.as_bytes(), SendFlags::NOSIGNAL);
+    let _client_gone = files::write(socket, answer.as_bytes());
 }
 
 impl Connection {
@@ -421,12 +421,12 @@ impl Connection {
     fn receive(&mut self) {
         let end = IN.min(self.received + READ);
         let room = self.memory.part(self.received..end);
-        match rustix::net::recv(&self.socket, room, RecvFlags::empty()) {
-            Ok((count @ 1.., _)) => {
-                self.received += count;
+        match files::read(&self.socket, room) {
+            Ok(count @ 1..) => {
+                self.received += count as usize;
                 self.frugal &= self.received <= LITTLE;
             }
-            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(Errno::AGAIN) => {}
             Ok(_) | Err(_) => self.mode = Mode::Gone,
         }
     }
@@ -820,12 +820,12 @@ impl Connection {
         self.frugal &= self.unsent.end <= IN + LITTLE;
         while !self.unsent.is_empty() {
             let bytes = self.memory.part(self.unsent.clone());
-            match rustix::net::send(&self.socket, bytes, SendFlags::NOSIGNAL) {
+            // Without a reader PID 1 gets EPIPE alone: it has no handler for SIGPIPE (signal(7)).
+            match files::write(&self.socket, bytes) {
                 Ok(count) => {
-                    self.unsent.start += count;
+                    self.unsent.start += count as usize;
                     self.deadline = NEVER;
                 }
-                Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return,
                 Err(_) => {
                     self.mode = Mode::Gone;

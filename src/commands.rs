@@ -3,7 +3,7 @@
 use crate::api::Host;
 use crate::files;
 use crate::poll::Source;
-use crate::spawn::{self, Ends, Streams};
+use crate::spawn::{self, Failure, Streams};
 use crate::sys::{self, Region, terminal};
 use crate::task::{self, Outcome, Report};
 use crate::why;
@@ -92,23 +92,21 @@ impl Command {
         let [input, output, error] = &mut self.pipes;
         self.terminal = exec.tty();
         if self.terminal {
-            (output.end, *theirs_in) = open_terminal(exec)?;
+            open_terminal(exec, &mut output.end, theirs_in)?;
         } else {
-            (output.end, *theirs_out) = spawn::pipe(false)?;
+            spawn::pipe(false, &mut output.end, theirs_out)?;
             // Input of a one-shot command stays what PID 1's is: /dev/null.
             let (last, theirs) = if session {
                 (input, theirs_in)
             } else {
                 (error, theirs_error)
             };
-            (last.end, *theirs) = spawn::pipe(session)?;
+            spawn::pipe(session, &mut last.end, theirs)?;
         }
-        let task = task::spawn(
-            &mut |report| match become_command(exec, &streams, host, report) {
-                Ok(code) => code,
-                Err(why) => task::finish(Err(why), report),
-            },
-        )?;
+        let task = task::spawn(&mut |report| {
+            let failure = become_command(exec, &streams, host, report);
+            failure.unwrap_or_else(Failure::from).tell(report)
+        })?;
         self.pid = Some(task.pid);
         self.report = Some(task.report);
         host.commands += 1;
@@ -237,7 +235,9 @@ impl Command {
         for index in 0..self.captures.len() {
             while self.capture(index, sink) {}
         }
-        self.pipes = Default::default();
+        for pipe in &mut self.pipes {
+            pipe.end = None;
+        }
         // One that was killed and cannot be reaped counts as killed.
         let signal = self
             .status
@@ -266,17 +266,14 @@ impl Command {
         if index == 0 {
             return text!("\",\"stderr\":\"");
         }
-        let mut line = text!("\"");
-        for (capture, note) in self
-            .captures
-            .iter()
-            .zip([",\"stdout_truncated\":true", ",\"stderr_truncated\":true"])
-        {
-            if capture.truncated {
-                line.add(note);
-            }
-        }
-        text!(line, "}")
+        let [output, error] = &self.captures;
+        let note = |capture: &Capture, note| if capture.truncated { note } else { "" };
+        text!(
+            "\"",
+            note(output, ",\"stdout_truncated\":true"),
+            note(error, ",\"stderr_truncated\":true"),
+            "}"
+        )
     }
 
     /// Writes a stream's escaped form from its byte `at` on into `room`, as much as fits: how much
@@ -299,13 +296,13 @@ impl Command {
     }
 }
 
-/// In the child: becomes the command, or gives its exit code.
+/// In the child: becomes the command.
 fn become_command(
     exec: &Exec,
     streams: &Streams,
     host: &mut Host,
     report: &Report,
-) -> Outcome<i32> {
+) -> Outcome<Failure> {
     spawn::enter_session(streams, exec.tty(), report)?;
     sys::set_oom_score(b"0");
     let identity = spawn::resolve_or_root(exec.user().bytes(), host.scratch)?;
@@ -322,18 +319,17 @@ fn become_command(
         identity: &identity,
         directory: exec.cwd(),
     };
-    Ok(command.become_it(report))
+    Ok(command.become_it())
 }
 
-/// A new terminal of the wanted size.
-fn open_terminal(exec: &Exec) -> Outcome<Ends> {
+/// A new terminal of the wanted size: our end, which does not block, and the command's.
+fn open_terminal(exec: &Exec, ours: &mut Option<OwnedFd>, theirs: &mut Option<OwnedFd>) -> Outcome {
+    let what = why!("open a terminal");
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK;
-    let opened = files::open(c"/dev/ptmx", flags).and_then(|ours| {
-        let theirs = terminal::open_peer(&ours)?;
-        resize(&ours, exec.size());
-        Ok((Some(ours), Some(theirs)))
-    });
-    opened.map_err(why!("open a terminal"))
+    let ours = ours.insert(files::open(c"/dev/ptmx", flags).map_err(what)?);
+    *theirs = Some(terminal::open_peer(ours).map_err(what)?);
+    resize(ours, exec.size());
+    Ok(())
 }
 
 /// Tells a terminal its size; a size of 0 is none.

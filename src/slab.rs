@@ -7,13 +7,14 @@
 pub struct Key(u32);
 
 impl Key {
-    fn new(index: usize, generation: u16) -> Self {
-        Self(u32::from(generation) << 16 | index as u32 & 0xffff)
-    }
-
     /// Which slot.
     pub fn index(self) -> usize {
         self.0 as usize & 0xffff
+    }
+
+    /// The key of the slot's next use.
+    fn next(self) -> Self {
+        Self(self.0.wrapping_add(1 << 16))
     }
 
     /// The key as a number.
@@ -36,7 +37,7 @@ pub struct Slab<T, const N: usize> {
 }
 
 struct Slot<T> {
-    generation: u16,
+    key: Key,
     value: Option<T>,
 }
 
@@ -50,20 +51,15 @@ impl<T, const N: usize> Slab<T, N> {
 
     /// Stores a value; when all slots are taken, it is dropped.
     pub fn insert(&mut self, value: T) -> Option<Key> {
-        let index = match self.slots.iter().position(|slot| slot.value.is_none()) {
-            Some(index) => index,
-            None => {
-                let fresh = Slot {
-                    generation: 0,
-                    value: None,
-                };
-                self.slots.push(fresh).ok()?;
-                self.slots.len() - 1
-            }
-        };
-        let slot = self.slots.get_mut(index)?;
+        let used = self.slots.len();
+        let free = self.slots.iter().position(|slot| slot.value.is_none());
+        if free.is_none() {
+            let key = Key(used as u32);
+            self.slots.push(Slot { key, value: None }).ok()?;
+        }
+        let slot = self.slots.get_mut(free.unwrap_or(used))?;
         slot.value = Some(value);
-        Some(Key::new(index, slot.generation))
+        Some(slot.key)
     }
 
     /// Whether all slots are taken.
@@ -71,22 +67,22 @@ impl<T, const N: usize> Slab<T, N> {
         self.slots.is_full() && self.slots.iter().all(|slot| slot.value.is_some())
     }
 
-    /// The value stored under `key`, unless it was removed.
-    pub fn get_mut(&mut self, key: Key) -> Option<&mut T> {
+    fn slot(&mut self, key: Key) -> Option<&mut Slot<T>> {
         let slot = self.slots.get_mut(key.index())?;
-        if Key::new(key.index(), slot.generation) != key {
-            return None;
-        }
-        slot.value.as_mut()
+        (slot.key == key).then_some(slot)
+    }
+
+    /// The value stored under `key`, unless it was removed.
+    #[inline(never)]
+    pub fn get_mut(&mut self, key: Key) -> Option<&mut T> {
+        self.slot(key)?.value.as_mut()
     }
 
     /// Drops the value stored under `key`.
     pub fn remove(&mut self, key: Key) {
-        if self.get_mut(key).is_some()
-            && let Some(slot) = self.slots.get_mut(key.index())
-        {
+        if let Some(slot) = self.slot(key) {
             slot.value = None;
-            slot.generation = slot.generation.wrapping_add(1);
+            slot.key = key.next();
         }
     }
 
@@ -94,7 +90,7 @@ impl<T, const N: usize> Slab<T, N> {
     pub fn key_at(&self, index: usize) -> Option<Key> {
         let slot = self.slots.get(index)?;
         slot.value.as_ref()?;
-        Some(Key::new(index, slot.generation))
+        Some(slot.key)
     }
 
     /// All slots that were ever used: the range of indexes for [`key_at`](Self::key_at).
@@ -104,10 +100,8 @@ impl<T, const N: usize> Slab<T, N> {
 
     /// All values with their keys.
     pub fn iter(&self) -> impl Iterator<Item = (Key, &T)> {
-        let slots = self.slots.iter().enumerate();
-        slots.filter_map(|(index, slot)| {
-            Some((Key::new(index, slot.generation), slot.value.as_ref()?))
-        })
+        let slots = self.slots.iter();
+        slots.filter_map(|slot| Some((slot.key, slot.value.as_ref()?)))
     }
 }
 

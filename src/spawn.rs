@@ -62,19 +62,16 @@ pub fn resolve(user: &[u8], scratch: &mut [u8; 2 * DOCUMENT]) -> Outcome<Identit
     Ok(identity)
 }
 
-/// What connects us with a command: our end, which does not block, and the command's.
-pub type Ends = (Option<OwnedFd>, Option<OwnedFd>);
-
-/// A pipe to or from a command.
-pub fn pipe(to_command: bool) -> Outcome<Ends> {
+/// A pipe to or from a command: our end, which does not block, and the command's.
+pub fn pipe(to_command: bool, ours: &mut Option<OwnedFd>, theirs: &mut Option<OwnedFd>) -> Outcome {
     let (read, write) = task::pipe()?;
-    let (ours, theirs) = if to_command {
+    let (our, their) = if to_command {
         (write, read)
     } else {
         (read, write)
     };
-    task::block(&theirs)?;
-    Ok((Some(ours), Some(theirs)))
+    *ours = Some(our);
+    task::block(theirs.insert(their))
 }
 
 /// Standard input, output and error of a command, as [`sys::set_streams`] has them.
@@ -106,29 +103,42 @@ pub struct Command<'a> {
     pub directory: Text<'a>,
 }
 
-impl Command<'_> {
-    /// Turns this process into the command; returns an exit code only when that failed, with the
-    /// reason in the report.
-    #[inline(never)]
-    pub fn become_it(&self, report: &Report) -> i32 {
-        let (errno, what, code) = self.attempt();
-        report.fail(task::failure(errno, what));
-        code
+/// Why a child has not become a command, and its exit code.
+pub struct Failure(Line, i32);
+
+impl From<Line> for Failure {
+    fn from(why: Line) -> Self {
+        Self(why, 1)
+    }
+}
+
+impl Failure {
+    fn new(errno: Errno, what: Line) -> Self {
+        Self(task::failure(errno, what), NOT_EXECUTABLE)
     }
 
-    /// What failed, and the exit code for it.
-    fn attempt(&self) -> (Errno, Line, i32) {
+    /// Reports it; the exit code.
+    pub fn tell(self, report: &Report) -> i32 {
+        report.fail(self.0);
+        self.1
+    }
+}
+
+impl Command<'_> {
+    /// Turns this process into the command; returns only when that failed.
+    #[inline(never)]
+    pub fn become_it(&self) -> Failure {
         if let Err(errno) = self.enter_directory() {
-            return (errno, text!("enter ", self.directory), NOT_EXECUTABLE);
+            return Failure::new(errno, text!("enter ", self.directory));
         }
         let Identity {
             uid, gid, groups, ..
         } = self.identity;
         if let Err(errno) = sys::become_user(*uid, *gid, groups) {
-            return (errno, text!("become the user"), NOT_EXECUTABLE);
+            return Failure::new(errno, text!("become the user"));
         }
         let Some(scratch) = SCRATCH.take() else {
-            return (Errno::NOMEM, text!("execute"), NOT_EXECUTABLE);
+            return Failure::new(Errno::NOMEM, text!("execute"));
         };
         let mut slots = scratch.argv.iter_mut();
         let mut name = None;
@@ -147,12 +157,11 @@ impl Command<'_> {
         sys::block_signals(SignalSet::EMPTY);
         let name = name.unwrap_or(c"");
         let errno = self.search(name, scratch);
-        let code = if is_missing(errno) {
-            NOT_FOUND
-        } else {
-            NOT_EXECUTABLE
-        };
-        (errno, text!("execute ", name), code)
+        let mut failure = Failure::new(errno, text!("execute ", name));
+        if is_missing(errno) {
+            failure.1 = NOT_FOUND;
+        }
+        failure
     }
 
     fn enter_directory(&self) -> Result<(), Errno> {

@@ -3,9 +3,9 @@
 use crate::api::{Api, Exit, Host, NEVER, SINK};
 use crate::console::Console;
 use crate::poll::Source;
-use crate::spawn::{self, Command};
+use crate::spawn::{self, Command, Failure};
 use crate::sys::{self, SignalSet};
-use crate::task::{self, Outcome, Task};
+use crate::task::{self, Outcome, Report, Task};
 use crate::why;
 use crate::{end, files, setup};
 use pigeon_init::accounts::Identity;
@@ -297,24 +297,11 @@ impl Supervisor {
 
     /// Step 14.
     fn start_workload(&mut self, config: &Config, identity: &Identity) -> Outcome {
-        let (output, mut end) = spawn::pipe(false)?;
+        let mut end = None;
+        spawn::pipe(false, &mut self.output, &mut end)?;
         let task = task::spawn(&mut |report| {
-            let input = spawn::console_input(self.console).map_err(why!("open standard input"));
-            let entered = input.and_then(|input| {
-                spawn::enter_session(&[Some(input), end.take(), None], false, report)
-            });
-            match entered {
-                Ok(()) => {
-                    let command = Command {
-                        argv: config.arguments(),
-                        environment: self.host.environment,
-                        identity,
-                        directory: config.working_dir(),
-                    };
-                    command.become_it(report)
-                }
-                Err(why) => task::finish(Err(why), report),
-            }
+            let failure = self.become_workload(config, identity, end.take(), report);
+            failure.unwrap_or_else(Failure::from).tell(report)
         })?;
         // The workload has the kernel's default; what PID 1 forks from now on is spared like itself.
         sys::set_oom_score(b"-1000");
@@ -323,8 +310,26 @@ impl Supervisor {
         self.console
             .log(Level::Info, text!("workload started"), fields);
         self.child = Some(task);
-        self.output = output;
         Ok(())
+    }
+
+    /// In the child: becomes the workload.
+    fn become_workload(
+        &self,
+        config: &Config,
+        identity: &Identity,
+        end: Option<OwnedFd>,
+        report: &Report,
+    ) -> Outcome<Failure> {
+        let input = spawn::console_input(self.console).map_err(why!("open standard input"))?;
+        spawn::enter_session(&[Some(input), end, None], false, report)?;
+        let command = Command {
+            argv: config.arguments(),
+            environment: self.host.environment,
+            identity,
+            directory: config.working_dir(),
+        };
+        Ok(command.become_it())
     }
 
     fn workload_ended(&mut self, workload: Task, status: WaitStatus) {
@@ -415,7 +420,7 @@ impl Supervisor {
                     self.signal_workload(SIGKILL);
                     self.until = NEVER;
                 }
-                Phase::Linger if self.host.workload.told || late => {
+                Phase::Linger if late || self.host.workload.told => {
                     self.api.close(&mut self.host);
                     sys::kill_all(SIGTERM);
                     self.enter(Phase::Terminate, LEFTOVERS);
