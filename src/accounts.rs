@@ -79,11 +79,9 @@ impl Identity {
         Ok(())
     }
 
-    /// Root, in no group but its own.
-    pub fn root() -> Self {
-        let mut root = Self::default();
-        root.join(0);
-        root
+    /// Makes a new one root, in no group but its own.
+    pub fn be_root(&mut self) {
+        self.join(0);
     }
 
     /// Whether there was room for the group.

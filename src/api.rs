@@ -102,6 +102,7 @@ pub struct Host {
 
 impl Host {
     /// No workload and no command.
+    #[inline(never)]
     pub fn new(
         poller: Poller,
         environment: &'static mut Environment,
@@ -517,7 +518,7 @@ impl Connection {
             Target::Upgrade(accept) => {
                 self.mode = Mode::Opened;
                 self.decoder = Decoder::default();
-                self.queue(http::switching(&accept).as_bytes());
+                self.say(http::switching(&accept));
             }
             Target::Call(Call::Status) => self.answer(Status::Ok, OK, ""),
             Target::Call(Call::ExitCode) => self.mode = Mode::ExitCode,
@@ -607,8 +608,8 @@ impl Connection {
         self.stream = 0;
         self.at = 0;
         let head = http::response(Status::Ok, self.style, length, "");
-        self.queue(head.as_bytes());
-        self.queue(start.as_bytes());
+        self.say(head);
+        self.say(start);
         // A short answer goes out with its head.
         self.send_output(host)
     }
@@ -623,7 +624,7 @@ impl Connection {
                 return true;
             }
             let behind = self.command.behind(self.stream);
-            self.queue(behind.as_bytes());
+            self.say(behind);
             self.stream += 1;
             self.at = 0;
         }
@@ -800,6 +801,11 @@ impl Connection {
         ));
         self.queue(message.as_bytes());
         self.queue(&websocket::close_frame(Some(code as u16)));
+    }
+
+    /// Adds a line to what is to be sent.
+    fn say(&mut self, line: Line) {
+        self.queue(line.as_bytes());
     }
 
     /// Adds bytes to those that are to be sent. There is room ([`CONTROL`]), or the connection is

@@ -7,6 +7,7 @@ use crate::spawn::{self, Failure, Streams};
 use crate::sys::{self, Region, terminal};
 use crate::task::{self, Outcome, Report};
 use crate::why;
+use pigeon_init::accounts::Identity;
 use pigeon_init::json::escape;
 use pigeon_init::request::Exec;
 use pigeon_init::slab::Key;
@@ -305,7 +306,11 @@ fn become_command(
 ) -> Outcome<Failure> {
     spawn::enter_session(streams, exec.tty(), report)?;
     sys::set_oom_score(b"0");
-    let identity = spawn::resolve_or_root(exec.user().bytes(), host.scratch)?;
+    let mut identity = Identity::default();
+    match exec.user().bytes() {
+        b"" => identity.be_root(),
+        user => spawn::resolve(user, host.scratch, &mut identity)?,
+    }
     let full = |_| text!("the environment is too large");
     if exec.tty() {
         let _fits = host.environment.set(b"TERM=xterm-256color");

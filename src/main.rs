@@ -162,7 +162,8 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
     root::switch(&mut |why| supervisor.console.warn(why))?;
     drop(expedited);
     limit_open_files()?;
-    let identity = resolve_user(supervisor, &config)?;
+    let mut identity = Identity::default();
+    resolve_user(supervisor, &config, &mut identity)?;
     fill_environment(supervisor, &config, &identity)?;
     if let Err(why) = supervisor.api.listen(&supervisor.host.poller) {
         supervisor.console.warn(text!("no API: ", why));
@@ -194,10 +195,11 @@ fn limit_open_files() -> Outcome {
     rustix::process::setrlimit(Resource::Nofile, limit).map_err(why!("set the limit of open files"))
 }
 
-fn resolve_user(supervisor: &mut Supervisor, config: &Config) -> Outcome<Identity> {
-    let identity = spawn::resolve(config.user().bytes(), supervisor.host.scratch)?;
+fn resolve_user(supervisor: &mut Supervisor, config: &Config, identity: &mut Identity) -> Outcome {
+    let user = config.user().bytes();
+    spawn::resolve(user, supervisor.host.scratch, identity)?;
     supervisor.console.set_identity(identity.uid, identity.gid);
-    Ok(identity)
+    Ok(())
 }
 
 fn fill_environment(supervisor: &mut Supervisor, config: &Config, identity: &Identity) -> Outcome {

@@ -41,25 +41,14 @@ static SCRATCH: Static<Scratch> = Static::new(Scratch {
     path: files::Path::new(),
 });
 
-/// Who a command of the host's runs as: root, unless it names a user.
-pub fn resolve_or_root(user: &[u8], files: &mut [u8; 2 * DOCUMENT]) -> Outcome<Identity> {
-    if user.is_empty() {
-        Ok(Identity::root())
-    } else {
-        resolve(user, files)
-    }
-}
-
 /// Resolves a user from the files of the root.
-pub fn resolve(user: &[u8], scratch: &mut [u8; 2 * DOCUMENT]) -> Outcome<Identity> {
+pub fn resolve(user: &[u8], scratch: &mut [u8; 2 * DOCUMENT], identity: &mut Identity) -> Outcome {
     let (passwd, group) = scratch
         .split_at_mut_checked(DOCUMENT)
         .unwrap_or((&mut [], &mut []));
     let passwd = files::read_whole(PASSWD, passwd)?;
     let group = files::read_whole(GROUP, group)?;
-    let mut identity = Identity::default();
-    identity.resolve(user, passwd, group)?;
-    Ok(identity)
+    identity.resolve(user, passwd, group)
 }
 
 /// A pipe to or from a command: our end, which does not block, and the command's.

@@ -131,6 +131,7 @@ impl Supervisor {
     }
 
     /// The time that deadlines are measured in: it stands still while the VM is paused.
+    #[inline(never)]
     fn clock(&self) -> u64 {
         sys::milliseconds().saturating_sub(self.paused)
     }
