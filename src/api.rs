@@ -94,10 +94,10 @@ pub struct Host {
     pub sink: &'static mut [u8; SINK],
     /// Commands that run, or whose output is not answered yet.
     pub commands: usize,
-    /// Those of them that were killed because their clients are gone.
-    pub abandoned: heapless::Vec<Pid, COMMANDS>,
     /// The event loop's descriptor.
     pub poller: Poller,
+    /// Those of the commands that were killed because their clients are gone.
+    pub abandoned: heapless::Vec<Pid, COMMANDS>,
 }
 
 impl Host {

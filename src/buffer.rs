@@ -2,10 +2,11 @@
 
 /// Bytes waiting to go from one file descriptor to another.
 #[derive(Debug)]
+#[repr(C)]
 pub struct Buffer<const N: usize> {
-    bytes: [u8; N],
     start: usize,
     end: usize,
+    bytes: [u8; N],
 }
 
 impl<const N: usize> Default for Buffer<N> {

@@ -18,15 +18,16 @@ const RESERVE: usize = 4 << 10;
 const DEVICES: [&CStr; 3] = [c"/dev/ttyS0", c"/dev/ttyAMA0", c"/dev/console"];
 
 /// Where the log and the workload's output go.
+#[repr(C)]
 pub struct Console {
     /// The device and its place in [`DEVICES`].
     device: Option<(OwnedFd, usize)>,
-    queue: Buffer<QUEUE>,
     level: Level,
     /// Who the workload is, once known: a part of every line.
     identity: Option<(u32, u32)>,
     /// Log lines that found no room.
     lost: u32,
+    queue: Buffer<QUEUE>,
 }
 
 impl Console {

@@ -43,6 +43,7 @@ const SOURCES: [Source; 8] = [
 const EVENTS: usize = 32;
 
 /// An epoll instance, and the events it has given out.
+#[repr(C)]
 pub struct Poller {
     epoll: OwnedFd,
     next: usize,
