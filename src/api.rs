@@ -640,9 +640,9 @@ impl Connection {
         };
         let mut body = text!("{\"code\":", exit.code, ",\"oom_killed\":", exit.oom_killed);
         if let Some(why) = &exit.error {
-            body.add(",\"error\":").quoted(why.as_bytes());
+            body = body.with(",\"error\":").quoted(why.as_bytes());
         }
-        body.add("}");
+        let body = body.with("}");
         self.tells = !self.style.head_only;
         self.answer(Status::Ok, body.as_bytes(), "");
         true
@@ -650,8 +650,7 @@ impl Connection {
 
     /// Answers with an error.
     fn refuse(&mut self, status: Status, why: Line) {
-        let mut body = text!("{\"error\":");
-        body.quoted(why.as_bytes()).add("}");
+        let body = text!("{\"error\":").quoted(why.as_bytes()).with("}");
         self.answer(status, body.as_bytes(), "");
     }
 
@@ -787,9 +786,8 @@ impl Connection {
 
     /// The command cannot be started.
     fn fail_session(&mut self, why: Line) {
-        let mut message = text!("{\"Error\":{\"message\":");
-        message.quoted(why.as_bytes()).add("}}");
-        self.finish_session(message, CloseCode::Internal);
+        let message = text!("{\"Error\":{\"message\":").quoted(why.as_bytes());
+        self.finish_session(message.with("}}"), CloseCode::Internal);
     }
 
     fn finish_session(&mut self, message: Line, code: CloseCode) {

@@ -128,9 +128,7 @@ fn tell_both(what: &str, one: Text, between: &str, other: Text) {
 /// The value as a JSON string.
 #[inline(never)]
 fn quote(what: &str, value: &[u8]) {
-    let mut line = Line::new();
-    line.quoted(value);
-    tell(what, line.as_bytes());
+    tell(what, Line::new().quoted(value).as_bytes());
 }
 
 /// The workload's environment, but for HOME, which only the root's accounts tell.

@@ -172,27 +172,9 @@ impl Line {
         }
     }
 
-    /// Appends ` key=value`; a value with spaces, quotes or control bytes is quoted.
+    /// The line with `"…"`: a JSON string.
     #[inline(never)]
-    pub fn field(&mut self, key: &str, value: &dyn Show) -> &mut Self {
-        self.put(b' ');
-        self.push(key.as_bytes());
-        self.put(b'=');
-        let mut raw = Line::new();
-        value.show(&mut raw);
-        let plain =
-            |b: &u8| b.is_ascii_graphic() && !matches!(b, b'"' | b'\\' | b'=') || *b >= 0x80;
-        if !raw.as_bytes().is_empty() && raw.as_bytes().iter().all(plain) {
-            self.push(raw.as_bytes());
-        } else {
-            self.quoted(raw.as_bytes());
-        }
-        self
-    }
-
-    /// Appends `"…"`: a JSON string.
-    #[inline(never)]
-    pub fn quoted(&mut self, bytes: &[u8]) -> &mut Self {
+    pub fn quoted(mut self, bytes: &[u8]) -> Self {
         self.put(b'"');
         crate::json::escape(bytes, true, &mut |piece| {
             self.push(piece);
@@ -433,12 +415,7 @@ impl Level {
 
 /// Starts a log line: `pigeon-init: level=info msg="…"`.
 pub fn log_line(level: Level, message: &[u8]) -> Line {
-    let mut line = Line::new();
-    line.add("pigeon-init: level=")
-        .add(level.name())
-        .add(" msg=");
-    line.quoted(message);
-    line
+    text!("pigeon-init: level=", level.name(), " msg=").quoted(message)
 }
 
 #[cfg(test)]
@@ -473,14 +450,11 @@ mod tests {
     }
 
     #[test]
-    fn a_log_line_quotes_what_needs_quotes() {
-        let mut line = log_line(Level::Info, b"workload exited");
-        line.field("exit_code", &0u32)
-            .field("path", &"/a b\n")
-            .field("empty", &"");
+    fn a_log_line_quotes_its_message() {
+        let line = log_line(Level::Info, b"cannot open \"/a b\n\"");
         assert_eq!(
-            line.as_bytes(),
-            br#"pigeon-init: level=info msg="workload exited" exit_code=0 path="/a b\n" empty="""#
+            text!(line, " exit_code=", 0u32).as_bytes(),
+            br#"pigeon-init: level=info msg="cannot open \"/a b\n\"" exit_code=0"#
         );
     }
 
