@@ -1,16 +1,14 @@
 //! What the program does when it is not PID 1: it looks at a configuration.
 
 use crate::files;
-use crate::sys::{self, Static, Words};
+use crate::sys::{self, Words};
 use crate::task::Outcome;
 use core::ffi::CStr;
 use pigeon_init::command::Environment;
-use pigeon_init::config::{Config, DOCUMENT};
+use pigeon_init::config::Config;
 use pigeon_init::json::Text;
 use pigeon_init::text::Line;
 use pigeon_init::{command, text};
-
-static DOCUMENT_BUFFER: Static<[u8; DOCUMENT]> = Static::new([0; DOCUMENT]);
 
 const HELP: &str = "\
 pigeon-init: PID 1 for Firecracker micro-VMs
@@ -30,7 +28,7 @@ As PID 1 it takes no arguments. The kernel command line may have
 const VERSION: &str = concat!("pigeon-init ", env!("CARGO_PKG_VERSION"), "\n");
 
 /// Runs a command line; the answer is the exit code.
-pub fn run(arguments: Words, environment: &mut Environment) -> i32 {
+pub fn run(arguments: Words, environment: &mut Environment, document: &mut [u8]) -> i32 {
     let mut words = arguments.iter();
     let _program = words.next();
     let option = words.next().unwrap_or_default().to_bytes();
@@ -38,7 +36,7 @@ pub fn run(arguments: Words, environment: &mut Environment) -> i32 {
     if let (Some(path), None) = (file, more)
         && option == b"--check"
     {
-        return match check(path, environment) {
+        return match check(path, environment, document) {
             Ok(()) => 0,
             Err(why) => {
                 complain(text!("init: ", path, ": ", why));
@@ -58,10 +56,7 @@ pub fn run(arguments: Words, environment: &mut Environment) -> i32 {
 }
 
 #[inline(never)]
-fn check(path: &CStr, environment: &mut Environment) -> Outcome {
-    let Some(document) = DOCUMENT_BUFFER.take() else {
-        return Err(text!("read twice"));
-    };
+fn check(path: &CStr, environment: &mut Environment, document: &mut [u8]) -> Outcome {
     let length = files::read_found(path, document)?.ok_or_else(|| text!("no such file"))?;
     let document = document.get_mut(..length).unwrap_or(&mut []);
     let spans = Config::decode(document)?;
@@ -143,7 +138,7 @@ pub fn fill_environment(environment: &mut Environment, config: &Config) -> Outco
 }
 
 fn print(bytes: &[u8]) -> i32 {
-    i32::from(sys::write_standard(1, bytes).is_err())
+    i32::from(sys::write_to(1, bytes).is_err())
 }
 
 /// One line, also about a name that has lines or a terminal's commands in it.
@@ -152,5 +147,5 @@ fn complain(text: Line) {
     for byte in text.as_bytes() {
         line.put(if byte.is_ascii_control() { b'?' } else { *byte });
     }
-    let _nobody_listens = sys::write_standard(2, line.with("\n").as_bytes());
+    let _nobody_listens = sys::write_to(2, line.with("\n").as_bytes());
 }

@@ -164,7 +164,8 @@ impl Console {
 }
 
 /// Opens the first device that can be opened, from a place in [`DEVICES`] on.
-fn open_from(first: usize) -> Option<(OwnedFd, usize)> {
+#[inline(never)]
+pub fn open_from(first: usize) -> Option<(OwnedFd, usize)> {
     let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
     let mut index = first;
     loop {

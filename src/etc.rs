@@ -10,45 +10,71 @@ const MARK: &[u8] = b"# pigeon-init";
 /// What a root without /etc/hosts gets (hosts(5)).
 const LOCALHOST: &[u8] = b"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n";
 
-/// Gives the new /etc/hosts to `write`, piece by piece.
+/// A file being put together.
+pub struct Contents<'a> {
+    room: &'a mut [u8],
+    /// What was put in so far, whether it found room or not.
+    length: usize,
+}
+
+impl<'a> Contents<'a> {
+    /// An empty one, with room for this many bytes.
+    pub fn new(room: &'a mut [u8]) -> Self {
+        Self { room, length: 0 }
+    }
+
+    /// Adds bytes.
+    #[inline(never)]
+    pub fn put(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            if let Some(slot) = self.room.get_mut(self.length) {
+                *slot = *byte;
+            }
+            self.length += 1;
+        }
+    }
+
+    /// All of it; `None` when there was not enough room.
+    pub fn bytes(&self) -> Option<&[u8]> {
+        self.room.get(..self.length)
+    }
+}
+
+/// Writes the new /etc/hosts.
 ///
 /// Lines of an earlier boot go, all others stay as they are, and each entry is added unless a
 /// line that stays says the same already.
-pub fn hosts<'h>(
-    old: &[u8],
-    entries: impl Iterator<Item = Host<'h>>,
-    write: &mut dyn FnMut(&[u8]),
-) {
+#[inline(never)]
+pub fn hosts<'h>(old: &[u8], entries: impl Iterator<Item = Host<'h>>, new: &mut Contents) {
     let mut blank = true;
     keep(old, &mut |line| {
         blank &= trim(line).is_empty();
-        write(line);
-        write(b"\n");
+        new.put(line);
+        new.put(b"\n");
     });
     if blank {
-        write(LOCALHOST);
+        new.put(LOCALHOST);
     }
     for Host { ip, host, desc } in entries {
+        let (ip, host) = (ip.bytes(), host.bytes());
         let mut said = false;
-        keep(old, &mut |line| {
-            said |= says(line, ip.bytes(), host.bytes())
-        });
+        keep(old, &mut |line| said |= says(line, ip, host));
         if said {
             continue;
         }
-        write(ip.bytes());
-        write(b"\t");
-        write(host.bytes());
-        write(b"\t");
-        write(MARK);
+        new.put(ip);
+        new.put(b"\t");
+        new.put(host);
+        new.put(b"\t");
+        new.put(MARK);
         if !desc.is_empty() {
-            write(b": ");
+            new.put(b": ");
             // A line break here would start a line of its own.
             for byte in desc.bytes() {
-                write(&[b' '.max(*byte)]);
+                new.put(&[b' '.max(*byte)]);
             }
         }
-        write(b"\n");
+        new.put(b"\n");
     }
 }
 
@@ -93,12 +119,13 @@ fn says(line: &[u8], ip: &[u8], name: &[u8]) -> bool {
     false
 }
 
-/// Gives the new /etc/resolv.conf to `write` (resolv.conf(5)).
-pub fn resolv(nameservers: Texts, write: &mut dyn FnMut(&[u8])) {
+/// Writes the new /etc/resolv.conf (resolv.conf(5)).
+#[inline(never)]
+pub fn resolv(nameservers: Texts, new: &mut Contents) {
     for server in nameservers.iter() {
-        write(b"nameserver ");
-        write(server.bytes());
-        write(b"\n");
+        new.put(b"nameserver ");
+        new.put(server.bytes());
+        new.put(b"\n");
     }
 }
 
@@ -111,11 +138,10 @@ mod tests {
         let mut document = format!(r#"{{"EtcHosts":[{entries}]}}"#).into_bytes();
         let spans = Config::decode(&mut document).unwrap();
         let config = Config::new(&document, spans);
-        let mut new = Vec::new();
-        hosts(old.as_bytes(), config.etc_hosts(), &mut |piece| {
-            new.extend_from_slice(piece);
-        });
-        String::from_utf8(new).unwrap()
+        let mut room = [0; 4096];
+        let mut new = Contents::new(&mut room);
+        hosts(old.as_bytes(), config.etc_hosts(), &mut new);
+        String::from_utf8(new.bytes().unwrap().to_vec()).unwrap()
     }
 
     const ALIAS: &str = r#"{"Host":"my-app.internal","IP":"10.0.0.2","Desc":"app\nalias"}"#;
@@ -165,10 +191,13 @@ mod tests {
         let mut document = br#"{"EtcResolv":{"Nameservers":["8.8.8.8","fd00::1"]}}"#.to_vec();
         let spans = Config::decode(&mut document).unwrap();
         let config = Config::new(&document, spans);
-        let mut file = Vec::new();
-        resolv(config.nameservers(), &mut |piece| {
-            file.extend_from_slice(piece);
-        });
-        assert_eq!(file, b"nameserver 8.8.8.8\nnameserver fd00::1\n");
+        let expected = b"nameserver 8.8.8.8\nnameserver fd00::1\n";
+        let mut room = [0; 256];
+        let mut new = Contents::new(&mut room);
+        resolv(config.nameservers(), &mut new);
+        assert_eq!(new.bytes(), Some(&expected[..]));
+        let mut new = Contents::new(room.split_at_mut(expected.len() - 1).0);
+        resolv(config.nameservers(), &mut new);
+        assert_eq!(new.bytes(), None);
     }
 }

@@ -18,17 +18,8 @@ pub fn open(path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
     rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::from_raw_mode(0o644))
 }
 
-/// read(2). The count has 32 bits, so that the result is returned in a register.
-#[inline(never)]
-pub fn read(file: &OwnedFd, buffer: &mut [u8]) -> Result<u32, Errno> {
-    rustix::io::read(file, buffer).map(|count| count as u32)
-}
-
-/// write(2), likewise.
-#[inline(never)]
-pub fn write(file: &OwnedFd, bytes: &[u8]) -> Result<u32, Errno> {
-    rustix::io::write(file, bytes).map(|count| count as u32)
-}
+/// Counts have 32 bits, so that results are returned in a register.
+pub use crate::sys::{read, write};
 
 /// Room for a path and a name behind it.
 pub type Path = heapless::Vec<u8, { PATH + 256 }>;
@@ -101,66 +92,30 @@ fn read_regular(file: &OwnedFd, buffer: &mut [u8]) -> Outcome<usize> {
     Err(text!("over ", limit, " bytes"))
 }
 
-/// Bytes of a file collected into larger writes.
-pub struct Writer {
-    file: OwnedFd,
-    /// The first failure; what comes behind it is dropped.
-    written: Result<(), Errno>,
-    queue: heapless::Vec<u8, 1024>,
-}
-
-impl Writer {
-    /// Adds bytes.
-    #[inline(never)]
-    pub fn put(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            if self.queue.push(byte).is_err() {
-                self.flush();
-                let _fits = self.queue.push(byte);
-            }
-        }
-    }
-
-    #[inline(never)]
-    fn flush(&mut self) {
-        let mut rest = &self.queue[..];
-        while self.written.is_ok() && !rest.is_empty() {
-            match write(&self.file, rest) {
-                Ok(count) => rest = rest.get(count as usize..).unwrap_or(&[]),
-                Err(errno) => self.written = Err(errno),
-            }
-        }
-        self.queue.clear();
-    }
-}
-
-/// Replaces the file or link `path` by what `fill` writes, by way of `temporary` beside it.
+/// Replaces the file or link `path` by one with these bytes, by way of `temporary` beside it.
 #[inline(never)]
-pub fn replace(
-    path: &CStr,
-    temporary: &CStr,
-    fill: &mut dyn FnMut(&mut Writer),
-) -> Result<(), Errno> {
+pub fn replace(path: &CStr, temporary: &CStr, contents: &[u8]) -> Result<(), Errno> {
     // What a crash left, or somebody put there; never followed.
     match remove(temporary) {
         Ok(()) | Err(Errno::NOENT) => {}
         other => return other,
     }
-    let mut writer = Writer {
-        file: open(temporary, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL)?,
-        written: Ok(()),
-        queue: heapless::Vec::new(),
-    };
-    fill(&mut writer);
-    writer.flush();
-    let replaced = writer
-        .written
-        .and_then(|()| rustix::fs::fsync(&writer.file))
+    let file = open(temporary, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL)?;
+    let replaced = write_whole(&file, contents)
+        .and_then(|()| rustix::fs::fsync(&file))
         .and_then(|()| rustix::fs::rename(temporary, path));
     if replaced.is_err() {
         let _left = remove(temporary);
     }
     replaced
+}
+
+fn write_whole(file: &OwnedFd, mut bytes: &[u8]) -> Result<(), Errno> {
+    while !bytes.is_empty() {
+        let count = write(file, bytes)?;
+        bytes = bytes.get(count as usize..).unwrap_or(&[]);
+    }
+    Ok(())
 }
 
 #[inline(never)]

@@ -39,14 +39,27 @@ use rustix::fd::{AsRawFd, IntoRawFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Resource, Rlimit};
 
-static CONSOLE: Static<Console> = Static::new(Console::new());
-static API: Static<Api> = Static::new(Api::new());
-static ENVIRONMENT: Static<Environment> = Static::new(Environment::new());
-/// The configuration document; given back when the workload runs.
-static CONFIG: Static<[u8; DOCUMENT]> = Static::new([0; DOCUMENT]);
-/// Files being read, by whoever reads one.
-static SCRATCH: Static<[u8; 2 * DOCUMENT]> = Static::new([0; 2 * DOCUMENT]);
-static DROPPED: Static<[u8; SINK]> = Static::new([0; SINK]);
+/// All that is too large for the stack. It is zero pages until it is touched.
+struct Memory {
+    console: Console,
+    api: Api,
+    environment: Environment,
+    /// The configuration document; given back when the workload runs.
+    document: [u8; DOCUMENT],
+    /// Files being read, by whoever reads one.
+    scratch: [u8; 2 * DOCUMENT],
+    /// Output that is dropped.
+    sink: [u8; SINK],
+}
+
+static MEMORY: Static<Memory> = Static::new(Memory {
+    console: Console::new(),
+    api: Api::new(),
+    environment: Environment::new(),
+    document: [0; DOCUMENT],
+    scratch: [0; 2 * DOCUMENT],
+    sink: [0; SINK],
+});
 
 /// Open files a process may have.
 const OPEN_FILES: u64 = 10_240;
@@ -79,22 +92,20 @@ impl Knobs {
 
 /// What was taken from the kernel; [`sys`] comes here first.
 fn start(arguments: Words, words: Words) -> ! {
-    let Some(environment) = ENVIRONMENT.take() else {
+    let Some(memory) = MEMORY.take() else {
         sys::exit(1);
     };
+    let Memory {
+        console,
+        api,
+        environment,
+        document,
+        scratch,
+        sink,
+    } = memory;
     if rustix::process::getpid() != Pid::INIT {
-        sys::exit(cli::run(arguments, environment));
+        sys::exit(cli::run(arguments, environment, document));
     }
-    let statics = (
-        CONSOLE.take(),
-        API.take(),
-        CONFIG.take(),
-        SCRATCH.take(),
-        DROPPED.take(),
-    );
-    let (Some(console), Some(api), Some(document), Some(scratch), Some(sink)) = statics else {
-        end::reboot();
-    };
     sys::block_signals(HANDLED);
     let knobs = Knobs::read(words);
     let devices = mounts::devices().and_then(|()| standard_streams());
@@ -219,8 +230,8 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
     if rustix::process::getpid() != Pid::INIT {
         sys::exit(1);
     }
-    let mut console = Console::new();
-    console.open(Level::Error);
-    console.error(text!("panic"));
+    if let Some((device, _)) = console::open_from(0) {
+        let _written = files::write(&device, b"pigeon-init: level=error msg=\"panic\"\n");
+    }
     end::emergency()
 }

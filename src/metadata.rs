@@ -15,7 +15,7 @@ use pigeon_init::text::Line;
 use pigeon_init::{netlink, text};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 /// The configuration baked into the initrd.
 const FILE: &CStr = c"/pigeon/run.json";
@@ -199,8 +199,9 @@ impl Session<'_> {
             Some(connection) => connection,
             None => self.connect()?,
         };
-        let sent = rustix::net::send(&connection, request, SendFlags::NOSIGNAL);
-        if sent.map_err(why!("send"))? != request.len() {
+        // PID 1 gets no SIGPIPE (pid_namespaces(7)).
+        let sent = files::write(&connection, request);
+        if sent.map_err(why!("send"))? as usize != request.len() {
             return Err(text!("send: short"));
         }
         let mut filled = 0;

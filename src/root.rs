@@ -137,7 +137,7 @@ fn delete_entries(directory: &OwnedFd, is_root: bool) -> Result<Option<OwnedFd>,
     while let Some(entry) = entries.next() {
         let entry = entry?;
         let name = entry.file_name();
-        if name == c"." || name == c".." {
+        if matches!(name.to_bytes(), b"." | b"..") {
             continue;
         }
         let flags = match entry.file_type() {

@@ -7,8 +7,8 @@ use crate::why;
 use crate::{files, interface, mounts, root};
 use core::ffi::CStr;
 use pigeon_init::accounts::Identity;
-use pigeon_init::config::Config;
-use pigeon_init::etc;
+use pigeon_init::config::{Config, DOCUMENT};
+use pigeon_init::etc::{self, Contents};
 use pigeon_init::text;
 use pigeon_init::text::Line;
 use rustix::io::Errno;
@@ -25,7 +25,7 @@ pub fn may_block(config: &Config) -> bool {
 pub fn disks(config: &Config, identity: &Identity, scratch: &mut [u8], report: &Report) -> Outcome {
     volumes(config, identity, report)?;
     hosts(config, scratch, report)?;
-    name_servers(config, report)
+    name_servers(config, scratch, report)
 }
 
 /// The host name and step 13: calls that do not wait for anything.
@@ -75,31 +75,33 @@ fn hosts(config: &Config, scratch: &mut [u8], report: &Report) -> Outcome {
         return Ok(());
     }
     let path = c"/etc/hosts";
-    let old = files::read_whole(path, scratch)?;
-    replace(path, c"/etc/.hosts.pigeon", report, &mut |file| {
-        etc::hosts(old, config.etc_hosts(), &mut |piece| file.put(piece));
-    })
+    let (old, new) = scratch.split_at_mut_checked(DOCUMENT).unwrap_or_default();
+    let mut new = Contents::new(new);
+    etc::hosts(files::read_whole(path, old)?, config.etc_hosts(), &mut new);
+    replace(path, c"/etc/.hosts.pigeon", &new, report)
 }
 
-fn name_servers(config: &Config, report: &Report) -> Outcome {
+fn name_servers(config: &Config, scratch: &mut [u8], report: &Report) -> Outcome {
     if config.nameservers().is_empty() {
         return Ok(());
     }
-    let temporary = c"/etc/.resolv.conf.pigeon";
-    replace(c"/etc/resolv.conf", temporary, report, &mut |file| {
-        etc::resolv(config.nameservers(), &mut |piece| file.put(piece));
-    })
+    let mut new = Contents::new(scratch);
+    etc::resolv(config.nameservers(), &mut new);
+    replace(
+        c"/etc/resolv.conf",
+        c"/etc/.resolv.conf.pigeon",
+        &new,
+        report,
+    )
 }
 
 #[inline(never)]
-fn replace(
-    path: &CStr,
-    temporary: &CStr,
-    report: &Report,
-    fill: &mut dyn FnMut(&mut files::Writer),
-) -> Outcome {
+fn replace(path: &CStr, temporary: &CStr, new: &Contents, report: &Report) -> Outcome {
     mounts::make_directories(b"/etc").map_err(why!("create /etc"))?;
-    let written = files::replace(path, temporary, fill);
+    let written = new
+        .bytes()
+        .ok_or(Errno::FBIG)
+        .and_then(|bytes| files::replace(path, temporary, bytes));
     unless_read_only(written, report).map_err(why!("write ", path))
 }
 

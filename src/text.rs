@@ -318,13 +318,13 @@ impl Show for IpAddr {
         };
         match self {
             IpAddr::V4(ip) => {
-                for (at, octet) in ip.octets().into_iter().enumerate() {
-                    join(at, u16::from(octet), b'.', 10);
+                for (at, octet) in ip.octets().iter().enumerate() {
+                    join(at, u16::from(*octet), b'.', 10);
                 }
             }
             IpAddr::V6(ip) => {
-                for (at, group) in ip.segments().into_iter().enumerate() {
-                    join(at, group, b':', 16);
+                for (at, group) in ip.segments().iter().enumerate() {
+                    join(at, *group, b':', 16);
                 }
             }
         }

@@ -18,19 +18,62 @@ use rustix::fd::{AsRawFd, FromRawFd, OwnedFd};
 use rustix::io::{Errno, Result};
 use rustix::process::Pid;
 
-/// A call's answer: a descriptor, a process or a count; or an errno negated. 32 bits, so that the
-/// result is returned in a register.
+/// One system call of up to three arguments: a descriptor, a count or a process id is the answer.
+///
+/// # Safety
+/// As for [`syscall`].
 #[inline(never)]
-fn answer(value: isize) -> Result<u32> {
-    match value {
-        0.. => Ok(value as u32),
-        _ => Err(Errno::from_raw_os_error(-value as i32)),
+unsafe fn call(number: u32, a: usize, b: usize, c: usize) -> Result<u32> {
+    // SAFETY: as promised by the caller.
+    unsafe { call_with(number, a, b, c, 0, 0) }
+}
+
+/// One of up to five.
+///
+/// # Safety
+/// As for [`syscall`].
+#[inline(never)]
+unsafe fn call_with(number: u32, a: usize, b: usize, c: usize, d: usize, e: usize) -> Result<u32> {
+    // SAFETY: as promised by the caller.
+    match unsafe { syscall(number, [a, b, c, d, e, 0]) } as i32 {
+        errno @ ..0 => Err(Errno::from_raw_os_error(errno.wrapping_neg())),
+        value => Ok(value as u32),
     }
+}
+
+/// A descriptor as a call has it.
+fn raw(fd: &OwnedFd) -> usize {
+    fd.as_raw_fd() as usize
 }
 
 fn fd(value: u32) -> OwnedFd {
     // SAFETY: the kernel has just given this descriptor to us and to nobody else.
     unsafe { OwnedFd::from_raw_fd(value as i32) }
+}
+
+/// Reads some bytes (read(2)).
+pub fn read(file: &OwnedFd, buffer: &mut [u8]) -> Result<u32> {
+    let start = buffer.as_mut_ptr() as usize;
+    // SAFETY: writes at most the buffer's bytes.
+    unsafe { call(uapi::__NR_read, raw(file), start, buffer.len()) }
+}
+
+/// Writes some bytes (write(2)).
+pub fn write(file: &OwnedFd, bytes: &[u8]) -> Result<u32> {
+    write_to(raw(file), bytes)
+}
+
+/// The same to a descriptor by its number, which may be closed.
+pub fn write_to(number: usize, bytes: &[u8]) -> Result<u32> {
+    // SAFETY: reads the bytes of a live slice.
+    unsafe {
+        call(
+            uapi::__NR_write,
+            number,
+            bytes.as_ptr() as usize,
+            bytes.len(),
+        )
+    }
 }
 
 /// Argument and environment strings as the kernel laid them on the stack.
@@ -93,8 +136,7 @@ pub enum Fork {
 pub fn fork() -> Result<Fork> {
     // SAFETY: without CLONE_VM the child has a copy of all memory, this stack included. There is
     // one thread, so no lock is held by another.
-    let pid =
-        answer(unsafe { syscall(uapi::__NR_clone, [uapi::SIGCHLD as usize, 0, 0, 0, 0, 0]) })?;
+    let pid = unsafe { call_with(uapi::__NR_clone, uapi::SIGCHLD as usize, 0, 0, 0, 0) }?;
     Ok(Pid::from_raw(pid as i32).map_or(Fork::Child, Fork::Parent))
 }
 
@@ -103,26 +145,18 @@ pub fn fork() -> Result<Fork> {
 /// # Safety
 /// `argv` and `envp` must be vectors of NUL-terminated strings, each ended by a null pointer.
 pub unsafe fn execve(path: &CStr, argv: *const *const u8, envp: *const *const u8) -> Errno {
-    let args = [
-        path.as_ptr() as usize,
-        argv as usize,
-        envp as usize,
-        0,
-        0,
-        0,
-    ];
     // SAFETY: as promised by the caller.
-    match answer(unsafe { syscall(uapi::__NR_execve, args) }) {
+    match unsafe {
+        call(
+            uapi::__NR_execve,
+            path.as_ptr() as usize,
+            argv as usize,
+            envp as usize,
+        )
+    } {
         Err(errno) => errno,
         Ok(_) => Errno::NOSYS,
     }
-}
-
-/// Writes to standard output (1) or standard error (2), which may be closed (write(2)).
-pub fn write_standard(descriptor: usize, bytes: &[u8]) -> Result<usize> {
-    let args = [descriptor, bytes.as_ptr() as usize, bytes.len(), 0, 0, 0];
-    // SAFETY: reads the bytes of a live slice.
-    answer(unsafe { syscall(uapi::__NR_write, args) }).map(|count| count as usize)
 }
 
 /// A set of signals as the kernel has it: bit `n - 1` is signal `n`.
@@ -148,32 +182,37 @@ impl SignalSet {
 
 /// Blocks exactly these signals (rt_sigprocmask(2)).
 pub fn block_signals(set: SignalSet) {
-    let args = [
-        uapi::SIG_SETMASK as usize,
-        &raw const set as usize,
-        0,
-        size_of::<SignalSet>(),
-        0,
-        0,
-    ];
+    let (how, place) = (uapi::SIG_SETMASK as usize, &raw const set as usize);
     // SAFETY: reads eight bytes at `set`; no handler exists that the mask could surprise.
-    unsafe { syscall(uapi::__NR_rt_sigprocmask, args) };
+    let _set = unsafe {
+        call_with(
+            uapi::__NR_rt_sigprocmask,
+            how,
+            place,
+            0,
+            size_of_val(&set),
+            0,
+        )
+    };
 }
 
 /// A descriptor from which the signals of `set` are read (signalfd(2)).
 pub fn signalfd(set: SignalSet) -> Result<OwnedFd> {
     // SFD_CLOEXEC and SFD_NONBLOCK are defined as these (linux/signalfd.h).
     let flags = uapi::O_CLOEXEC | uapi::O_NONBLOCK;
-    let args = [
-        usize::MAX,
-        &raw const set as usize,
-        size_of::<SignalSet>(),
-        flags as usize,
-        0,
-        0,
-    ];
+    let (place, size) = (&raw const set as usize, size_of_val(&set));
     // SAFETY: reads eight bytes at `set`; -1 asks for a new descriptor.
-    answer(unsafe { syscall(uapi::__NR_signalfd4, args) }).map(fd)
+    unsafe {
+        call_with(
+            uapi::__NR_signalfd4,
+            usize::MAX,
+            place,
+            size,
+            flags as usize,
+            0,
+        )
+    }
+    .map(fd)
 }
 
 /// A signal read from a signalfd.
@@ -187,17 +226,14 @@ pub struct Signal {
 /// Reads one waiting signal.
 pub fn read_signal(fd: &OwnedFd) -> Result<Signal> {
     // struct signalfd_siginfo: ssi_signo, ssi_errno, ssi_code, …; 128 bytes on every architecture.
-    let mut info = [0u8; 128];
-    if rustix::io::read(fd, &mut info)? != info.len() {
-        return Err(Errno::IO);
-    }
-    let word = |at: usize| {
-        let bytes = info.get(at..).and_then(|rest| rest.first_chunk::<4>());
-        u32::from_ne_bytes(bytes.copied().unwrap_or_default())
-    };
+    let mut info = [0u32; 32];
+    let place = &raw mut info as usize;
+    // SAFETY: writes at most the array; a signal comes whole or not at all.
+    unsafe { call(uapi::__NR_read, raw(fd), place, size_of_val(&info)) }?;
+    let [number, _, code, ..] = info;
     Ok(Signal {
-        number: word(0),
-        from_kernel: word(8) == uapi::SI_KERNEL,
+        number,
+        from_kernel: code == uapi::SI_KERNEL,
     })
 }
 
@@ -207,16 +243,9 @@ pub fn milliseconds() -> u64 {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    let args = [
-        uapi::CLOCK_MONOTONIC as usize,
-        &raw mut time as usize,
-        0,
-        0,
-        0,
-        0,
-    ];
+    let (clock, place) = (uapi::CLOCK_MONOTONIC as usize, &raw mut time as usize);
     // SAFETY: writes one timespec at `time`.
-    unsafe { syscall(uapi::__NR_clock_gettime, args) };
+    let _told = unsafe { call(uapi::__NR_clock_gettime, clock, place, 0) };
     (time.tv_sec as u64)
         .wrapping_mul(1000)
         .wrapping_add(time.tv_nsec as u64 / 1_000_000)
@@ -254,9 +283,8 @@ impl Watch {
 /// # Safety
 /// `request` must take a number, not a pointer.
 pub unsafe fn ioctl_number(fd: &OwnedFd, request: u32, value: usize) -> Result<()> {
-    let args = [fd.as_raw_fd() as usize, request as usize, value, 0, 0, 0];
     // SAFETY: as promised by the caller.
-    answer(unsafe { syscall(uapi::__NR_ioctl, args) }).map(drop)
+    unsafe { call(uapi::__NR_ioctl, raw(fd), request as usize, value) }.map(drop)
 }
 
 /// An ioctl(2) on a structure.
@@ -270,8 +298,7 @@ pub unsafe fn ioctl_struct<T>(fd: &OwnedFd, request: u32, value: &mut T) -> Resu
 
 /// Terminals (ioctl_tty(2)).
 pub mod terminal {
-    use super::{AsRawFd, answer, fd, syscall, uapi};
-    use super::{OwnedFd, Result, ioctl_number, ioctl_struct};
+    use super::{OwnedFd, Result, call, fd, ioctl_number, ioctl_struct, raw, uapi};
 
     // asm-generic/ioctls.h
     const TIOCSCTTY: u32 = 0x540e;
@@ -284,10 +311,9 @@ pub mod terminal {
         // SAFETY: reads an int.
         unsafe { ioctl_struct(master, TIOCSPTLCK, &mut 0i32) }?;
         let flags = uapi::O_RDWR | uapi::O_NOCTTY | uapi::O_CLOEXEC;
-        let number = master.as_raw_fd() as usize;
-        let args = [number, TIOCGPTPEER as usize, flags as usize, 0, 0, 0];
+        let (request, flags) = (TIOCGPTPEER as usize, flags as usize);
         // SAFETY: takes numbers; the answer is a new descriptor.
-        answer(unsafe { syscall(uapi::__NR_ioctl, args) }).map(fd)
+        unsafe { call(uapi::__NR_ioctl, raw(master), request, flags) }.map(fd)
     }
 
     /// Makes it the controlling terminal of this session.
@@ -427,7 +453,7 @@ impl Drop for Region {
 
 /// Sockets between the VM and its host (linux/vm_sockets.h).
 pub mod vsock {
-    use super::{AsRawFd, Errno, OwnedFd, Result, answer, fd, syscall, uapi};
+    use super::{Errno, OwnedFd, Result, call, call_with, fd, raw, uapi};
     use rustix::fs::OFlags;
     use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
@@ -481,13 +507,11 @@ pub mod vsock {
         let socket =
             rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)?;
         let address = Address::new(port);
-        let number = socket.as_raw_fd() as usize;
         let place = &raw const address as usize;
-        let bind = [number, place, size_of::<Address>(), 0, 0, 0];
         // SAFETY: reads the address, whose size is given.
-        answer(unsafe { syscall(uapi::__NR_bind, bind) })?;
+        unsafe { call(uapi::__NR_bind, raw(&socket), place, size_of_val(&address)) }?;
         // SAFETY: takes numbers.
-        answer(unsafe { syscall(uapi::__NR_listen, [number, backlog, 0, 0, 0, 0]) })?;
+        unsafe { call(uapi::__NR_listen, raw(&socket), backlog, 0) }?;
         Ok(socket)
     }
 
@@ -497,16 +521,11 @@ pub mod vsock {
         let mut peer = Address::new(0);
         let mut length = size_of::<Address>() as u32;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let args = [
-            socket.as_raw_fd() as usize,
-            &raw mut peer as usize,
-            &raw mut length as usize,
-            flags.bits() as usize,
-            0,
-            0,
-        ];
+        let (place, size) = (&raw mut peer as usize, &raw mut length as usize);
+        let flags = flags.bits() as usize;
         // SAFETY: writes at most the address, whose size is given, and its length.
-        let connection = answer(unsafe { syscall(uapi::__NR_accept4, args) })?;
+        let connection =
+            unsafe { call_with(uapi::__NR_accept4, raw(socket), place, size, flags, 0) }?;
         Ok((fd(connection), peer.cid))
     }
 }
@@ -528,36 +547,25 @@ pub fn close_others(one: &OwnedFd, other: &OwnedFd) {
 fn close_range(first: u32, last: u32) {
     if first <= last {
         // SAFETY: takes numbers. The owners of these descriptors live in the parent.
-        unsafe {
-            syscall(
-                uapi::__NR_close_range,
-                [first as usize, last as usize, 0, 0, 0, 0],
-            )
-        };
+        let _closed = unsafe { call(uapi::__NR_close_range, first as usize, last as usize, 0) };
     }
 }
 
 /// Sends a signal, by number, to a process group (kill(2)), or to its leader while it is not one yet.
+#[inline(never)]
 pub fn kill_group(leader: Pid, signal: u32) -> Result<()> {
-    let kill = |target: i32| {
-        // SAFETY: takes numbers.
-        answer(unsafe {
-            syscall(
-                uapi::__NR_kill,
-                [target as usize, signal as usize, 0, 0, 0, 0],
-            )
-        })
-    };
     let leader = leader.as_raw_pid();
-    kill(leader.wrapping_neg())
-        .or_else(|_| kill(leader))
-        .map(drop)
+    kill(leader.wrapping_neg(), signal).or_else(|_| kill(leader, signal))
 }
 
 /// Sends a signal to every process but this one (kill(2)).
 pub fn kill_all(signal: u32) {
+    let _nobody_left = kill(-1, signal);
+}
+
+fn kill(target: i32, signal: u32) -> Result<()> {
     // SAFETY: takes numbers.
-    unsafe { syscall(uapi::__NR_kill, [usize::MAX, signal as usize, 0, 0, 0, 0]) };
+    unsafe { call(uapi::__NR_kill, target as usize, signal as usize, 0) }.map(drop)
 }
 
 /// Sets how gladly the OOM killer takes this process, its children to come included
@@ -583,16 +591,20 @@ pub fn set_option(socket: &OwnedFd, level: u32, option: u32, value: u32) -> Resu
 }
 
 fn set<T: Copy>(socket: &OwnedFd, level: u32, option: u32, value: &T) -> Result<()> {
-    let args = [
-        socket.as_raw_fd() as usize,
-        level as usize,
-        option as usize,
-        &raw const *value as usize,
-        size_of::<T>(),
-        0,
-    ];
+    let (level, option) = (level as usize, option as usize);
+    let (place, size) = (&raw const *value as usize, size_of::<T>());
     // SAFETY: reads the value's bytes.
-    answer(unsafe { syscall(uapi::__NR_setsockopt, args) }).map(drop)
+    unsafe {
+        call_with(
+            uapi::__NR_setsockopt,
+            raw(socket),
+            level,
+            option,
+            place,
+            size,
+        )
+    }
+    .map(drop)
 }
 
 /// Operations of [`epoll_control`].
@@ -602,31 +614,37 @@ pub use uapi::{
 
 /// Changes what an epoll instance waits for (epoll_ctl(2)).
 pub fn epoll_control(epoll: &OwnedFd, operation: u32, fd: &OwnedFd, event: &Event) -> Result<()> {
-    let args = [
-        epoll.as_raw_fd() as usize,
-        operation as usize,
-        fd.as_raw_fd() as usize,
-        &raw const *event as usize,
-        0,
-        0,
-    ];
+    let (operation, place) = (operation as usize, &raw const *event as usize);
     // SAFETY: reads one event, which rustix lays out as the kernel does.
-    answer(unsafe { syscall(uapi::__NR_epoll_ctl, args) }).map(drop)
+    unsafe {
+        call_with(
+            uapi::__NR_epoll_ctl,
+            raw(epoll),
+            operation,
+            raw(fd),
+            place,
+            0,
+        )
+    }
+    .map(drop)
 }
 
 /// Waits for events, `timeout` milliseconds, for ever when it is negative (epoll_wait(2)); how many
 /// came.
 pub fn epoll_wait(epoll: &OwnedFd, events: &mut [Event], timeout: i32) -> usize {
-    let args = [
-        epoll.as_raw_fd() as usize,
-        events.as_mut_ptr() as usize,
-        events.len(),
-        timeout as usize,
-        0,
-        0,
-    ];
+    let (place, size) = (events.as_mut_ptr() as usize, events.len());
     // SAFETY: writes at most `events.len()` events, and does not touch the signal mask.
-    answer(unsafe { syscall(uapi::__NR_epoll_pwait, args) }).unwrap_or(0) as usize
+    let came = unsafe {
+        call_with(
+            uapi::__NR_epoll_pwait,
+            raw(epoll),
+            place,
+            size,
+            timeout as usize,
+            0,
+        )
+    };
+    came.unwrap_or(0) as usize
 }
 
 /// Makes standard input, output and error copies of these (dup3(2)). One that is not given is a copy
@@ -635,12 +653,11 @@ pub fn set_streams(streams: &[Option<OwnedFd>; 3]) -> Result<()> {
     let mut source = None;
     for (number, stream) in streams.iter().enumerate() {
         source = stream.as_ref().or(source);
-        if let Some(fd) = source.map(|fd| fd.as_raw_fd() as usize)
+        if let Some(fd) = source.map(raw)
             && fd != number
         {
-            let args = [fd, number, 0, 0, 0, 0];
             // SAFETY: takes numbers; nobody owns descriptors 0 to 2.
-            answer(unsafe { syscall(uapi::__NR_dup3, args) })?;
+            unsafe { call(uapi::__NR_dup3, fd, number, 0) }?;
         }
     }
     Ok(())
@@ -650,14 +667,11 @@ pub fn set_streams(streams: &[Option<OwnedFd>; 3]) -> Result<()> {
 /// setresuid(2)).
 pub fn become_user(uid: u32, gid: u32, groups: &[u32]) -> Result<()> {
     let (user, group) = (uid as usize, gid as usize);
-    let list = [groups.len(), groups.as_ptr() as usize, 0, 0, 0, 0];
-    // SAFETY: reads the groups, whose number is given; the others take numbers.
-    unsafe {
-        answer(syscall(uapi::__NR_setgroups, list))?;
-        answer(syscall(
-            uapi::__NR_setresgid,
-            [group, group, group, 0, 0, 0],
-        ))?;
-        answer(syscall(uapi::__NR_setresuid, [user, user, user, 0, 0, 0])).map(drop)
-    }
+    let list = groups.as_ptr() as usize;
+    // SAFETY: reads the groups, whose number is given.
+    unsafe { call(uapi::__NR_setgroups, groups.len(), list, 0) }?;
+    // SAFETY: takes numbers.
+    unsafe { call(uapi::__NR_setresgid, group, group, group) }?;
+    // SAFETY: takes numbers.
+    unsafe { call(uapi::__NR_setresuid, user, user, user) }.map(drop)
 }
