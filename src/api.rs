@@ -244,39 +244,37 @@ impl Api {
         if peer != vsock::HOST {
             return;
         }
-        if self.connections.is_full() {
-            self.make_room(host);
-        }
         let memory = match self.spare.take() {
+            _ if self.connections.is_full() && !self.make_room(host) => None,
             None => Region::new(IN + OUT).ok(),
             spare => spare,
         };
-        match memory {
-            Some(memory) if !self.connections.is_full() => {
-                let connection = Connection::new(socket, memory, host.now);
-                if let Some(key) = self.connections.insert(connection) {
-                    // What the client sends first may have come along.
-                    self.on_event(Source::Connection, key, EventFlags::IN, host);
-                }
-            }
-            _ => refuse(&socket),
+        let Some(memory) = memory else {
+            return refuse(&socket);
+        };
+        let connection = Connection::new(socket, memory, host.now);
+        if let Some(key) = self.connections.insert(connection) {
+            // What the client sends first may have come along.
+            self.on_event(Source::Connection, key, EventFlags::IN, host);
         }
     }
 
-    /// Drops the connection that has been idle longest, if one is.
-    fn make_room(&mut self, host: &mut Host) {
-        let mut oldest = (NEVER, Key::default());
+    /// Drops the connection that has been idle longest; whether there was one.
+    fn make_room(&mut self, host: &mut Host) -> bool {
+        let mut oldest = NEVER;
+        let mut found = Key::default();
         for (key, connection) in self.connections.iter() {
-            if connection.is_idle() && connection.idle_since < oldest.0 {
-                oldest = (connection.idle_since, key);
+            if connection.is_idle() && connection.idle_since < oldest {
+                oldest = connection.idle_since;
+                found = key;
             }
         }
-        if let Some(connection) = self.connections.get_mut(oldest.1)
-            && oldest.0 != NEVER
-        {
-            connection.mode = Mode::Gone;
-            self.proceed(oldest.1, host);
+        match self.connections.get_mut(found) {
+            Some(connection) if oldest != NEVER => connection.mode = Mode::Gone,
+            _ => return false,
         }
+        self.proceed(found, host);
+        true
     }
 
     /// Something happened to a connection or its command.

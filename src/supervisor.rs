@@ -207,7 +207,7 @@ impl Supervisor {
             self.reap();
         }
         self.api.on_time(&mut self.host);
-        self.on_time();
+        while self.move_on() {}
     }
 
     /// Registers for what can be done next.
@@ -410,42 +410,45 @@ impl Supervisor {
         self.until = self.host.now.saturating_add(time);
     }
 
-    /// Moves on when what is waited for has happened, or has taken too long.
-    fn on_time(&mut self) {
-        loop {
-            let late = self.until <= self.host.now;
-            match self.phase {
-                Phase::Running if late => {
-                    self.console
-                        .warn(text!("the workload does not stop: killed"));
-                    self.signal_workload(SIGKILL);
-                    self.until = NEVER;
-                }
-                Phase::Linger if late || self.host.workload.told => {
-                    self.api.close(&mut self.host);
-                    sys::kill_all(SIGTERM);
-                    self.enter(Phase::Terminate, LEFTOVERS);
-                    self.reap();
-                }
-                Phase::Terminate | Phase::Kill if self.alone => self.quiesce(),
-                Phase::Terminate if late => {
-                    sys::kill_all(SIGKILL);
-                    self.enter(Phase::Kill, UNKILLABLE);
-                    self.reap();
-                }
-                Phase::Kill if late => {
-                    self.console.warn(text!("a process cannot be killed"));
-                    self.quiesce();
-                }
-                Phase::Quiesce if late => {
-                    self.console
-                        .warn(text!("the file systems cannot be left clean in time"));
-                    self.enter(Phase::Drain, SILENCE);
-                }
-                Phase::Drain => return self.drain(late),
-                _ => return,
+    /// Moves on when what is waited for has happened, or has taken too long; whether it did.
+    #[inline(never)]
+    fn move_on(&mut self) -> bool {
+        let late = self.until <= self.host.now;
+        match self.phase {
+            Phase::Running if late => {
+                self.console
+                    .warn(text!("the workload does not stop: killed"));
+                self.signal_workload(SIGKILL);
+                self.until = NEVER;
             }
+            Phase::Linger if late || self.host.workload.told => {
+                self.api.close(&mut self.host);
+                sys::kill_all(SIGTERM);
+                self.enter(Phase::Terminate, LEFTOVERS);
+                self.reap();
+            }
+            Phase::Terminate | Phase::Kill if self.alone => self.quiesce(),
+            Phase::Terminate if late => {
+                sys::kill_all(SIGKILL);
+                self.enter(Phase::Kill, UNKILLABLE);
+                self.reap();
+            }
+            Phase::Kill if late => {
+                self.console.warn(text!("a process cannot be killed"));
+                self.quiesce();
+            }
+            Phase::Quiesce if late => {
+                self.console
+                    .warn(text!("the file systems cannot be left clean in time"));
+                self.enter(Phase::Drain, SILENCE);
+            }
+            Phase::Drain => {
+                self.drain(late);
+                return false;
+            }
+            _ => return false,
         }
+        true
     }
 
     /// Leaves the file systems clean, in a child: a disk may take its time.
