@@ -10,7 +10,7 @@ use core::ops::Range;
 use pigeon_init::command::Environment;
 use pigeon_init::config::DOCUMENT;
 use pigeon_init::http::{self, Call, Progress, Reader, Refusal, Status, Style, Target};
-use pigeon_init::json::Text;
+use pigeon_init::json::{Spans, Text};
 use pigeon_init::request::{self, Control, Exec};
 use pigeon_init::slab::{Key, Slab};
 use pigeon_init::text;
@@ -557,9 +557,10 @@ impl Connection {
     /// Starts the command that a request's body, or a session's first message, asks for.
     fn start(&mut self, body: Range<usize>, session: bool, host: &mut Host) -> Result<(), Refused> {
         let body = self.memory.part(body);
+        let mut spans = Spans::default();
         let (exec, what) = match session {
-            false => (Exec::read(body), "cmd"),
-            true => (Exec::read_session(body), "command"),
+            false => (Exec::read(body, &mut spans), "cmd"),
+            true => (Exec::read_session(body, &mut spans), "command"),
         };
         let exec = exec.map_err(|why| Refused(Status::BadRequest, why))?;
         if exec.command().iter().next().is_none_or(Text::is_empty) {
@@ -752,7 +753,8 @@ impl Connection {
 
     /// A text message to a running session: a new size, or the end of input.
     fn control(&mut self, message: Range<usize>, host: &mut Host) {
-        match Control::read(self.memory.part(message)) {
+        let mut spans = Spans::default();
+        match Control::read(self.memory.part(message), &mut spans) {
             Ok(control) => {
                 self.command.resize(control.size());
                 if control.ends_stdin() {

@@ -1,5 +1,7 @@
 //! What all texts are read with: not generic, so each of these is in the program once.
 
+use core::ops::Range;
+
 /// The pieces of `bytes` between the separators `at`, one more than there are separators.
 pub fn split(bytes: &[u8], at: u8) -> Split<'_> {
     Split {
@@ -102,6 +104,15 @@ pub fn valid_up_to(bytes: &[u8]) -> usize {
         at += length;
     }
     at
+}
+
+/// Takes `range` out of the first `filled` bytes of `buffer`: what is behind it moves.
+#[inline(never)]
+pub fn remove(buffer: &mut [u8], filled: &mut usize, range: Range<usize>) {
+    if range.start < range.end && range.end <= *filled && *filled <= buffer.len() {
+        buffer.copy_within(range.end..*filled, range.start);
+        *filled -= range.len();
+    }
 }
 
 #[cfg(test)]

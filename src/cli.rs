@@ -6,6 +6,7 @@ use crate::task::Outcome;
 use core::ffi::CStr;
 use pigeon_init::command::Environment;
 use pigeon_init::config::Config;
+use pigeon_init::json::Spans;
 use pigeon_init::json::Text;
 use pigeon_init::text::Line;
 use pigeon_init::{command, text};
@@ -59,8 +60,9 @@ pub fn run(arguments: Words, environment: &mut Environment, document: &mut [u8])
 fn check(path: &CStr, environment: &mut Environment, document: &mut [u8]) -> Outcome {
     let length = files::read_found(path, document)?.ok_or_else(|| text!("no such file"))?;
     let document = document.get_mut(..length).unwrap_or(&mut []);
-    let spans = Config::decode(document)?;
-    let config = Config::new(document, spans);
+    let mut spans = Spans::default();
+    Config::decode(document, &mut spans)?;
+    let config = Config::new(document, &spans);
     config.check()?;
     if !config.has_command() {
         return Err(text!("nothing to run"));

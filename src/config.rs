@@ -182,12 +182,12 @@ fn without_prefix(gateway: Text) -> Option<IpAddr> {
 
 impl<'a> Config<'a> {
     /// Checks a document and decodes it where it lies. The error names the field.
-    pub fn decode(document: &mut [u8]) -> Result<Spans, Line> {
-        json::read(document, FIELDS)
+    pub fn decode(document: &mut [u8], spans: &mut Spans) -> Result<(), Line> {
+        json::read(document, FIELDS, spans)
     }
 
     /// A decoded document.
-    pub fn new(document: &'a [u8], spans: Spans) -> Self {
+    pub fn new(document: &'a [u8], spans: &'a Spans) -> Self {
         Self(Document::new(document, spans))
     }
 
@@ -446,8 +446,9 @@ mod tests {
 
     fn with<R>(document: &str, look: impl FnOnce(Config) -> R) -> R {
         let mut bytes = document.as_bytes().to_vec();
-        let spans = Config::decode(&mut bytes).unwrap();
-        look(Config::new(&bytes, spans))
+        let mut spans = Spans::default();
+        Config::decode(&mut bytes, &mut spans).unwrap();
+        look(Config::new(&bytes, &spans))
     }
 
     fn string(text: Text) -> String {
@@ -582,7 +583,7 @@ mod tests {
             );
         });
         let mut over = format!(r#"{{"Mounts":[{}]}}"#, list(MOUNTS + 1, "{}")).into_bytes();
-        let why = Config::decode(&mut over).unwrap_err();
+        let why = Config::decode(&mut over, &mut Spans::default()).unwrap_err();
         assert_eq!(why.as_bytes(), b"Mounts[64]: more than 64 entries");
     }
 

@@ -133,11 +133,13 @@ pub fn resolv(nameservers: Texts, new: &mut Contents) {
 mod tests {
     use super::*;
     use crate::config::Config;
+    use crate::json::Spans;
 
     fn boot(old: &str, entries: &str) -> String {
         let mut document = format!(r#"{{"EtcHosts":[{entries}]}}"#).into_bytes();
-        let spans = Config::decode(&mut document).unwrap();
-        let config = Config::new(&document, spans);
+        let mut spans = Spans::default();
+        Config::decode(&mut document, &mut spans).unwrap();
+        let config = Config::new(&document, &spans);
         let mut room = [0; 4096];
         let mut new = Contents::new(&mut room);
         hosts(old.as_bytes(), config.etc_hosts(), &mut new);
@@ -189,8 +191,9 @@ mod tests {
     #[test]
     fn each_name_server_is_a_line() {
         let mut document = br#"{"EtcResolv":{"Nameservers":["8.8.8.8","fd00::1"]}}"#.to_vec();
-        let spans = Config::decode(&mut document).unwrap();
-        let config = Config::new(&document, spans);
+        let mut spans = Spans::default();
+        Config::decode(&mut document, &mut spans).unwrap();
+        let config = Config::new(&document, &spans);
         let expected = b"nameserver 8.8.8.8\nnameserver fd00::1\n";
         let mut room = [0; 256];
         let mut new = Contents::new(&mut room);

@@ -1,6 +1,6 @@
 //! HTTP/1.1 requests and response heads (RFC 9112): an incremental reader over one buffer.
 
-use crate::bytes::{decimal, find, hexadecimal, same_word, split, trim, valid_up_to};
+use crate::bytes::{decimal, find, hexadecimal, remove, same_word, split, trim, valid_up_to};
 use crate::digest;
 use crate::text;
 use crate::text::Line;
@@ -383,58 +383,57 @@ impl Reader {
         }
     }
 
-    /// Decodes what has come.
-    ///
-    /// Undecoded bytes are moved to the end of what is decoded.
+    /// Decodes what has come: what is no data is taken out of the buffer.
     #[inline(never)]
     fn decode(&mut self, buffer: &mut [u8], filled: &mut usize) -> Result<(), Refused> {
-        let mut read = self.end;
-        loop {
-            let rest = buffer.get(read..*filled).unwrap_or(&[]);
-            match (self.part, rest) {
-                (Part::Data, _) => {
-                    let count = self.left.min(rest.len());
-                    if count == 0 {
-                        break;
-                    }
-                    buffer.copy_within(read..read + count, self.end);
-                    read += count;
-                    self.end += count;
-                    self.left -= count;
-                    if self.left == 0 {
-                        self.part = Part::DataEnd;
-                    }
+        while self.part != Part::End {
+            let rest = buffer.get(self.end..*filled).unwrap_or(&[]);
+            let mut used = 0;
+            if self.part == Part::Data {
+                let count = self.left.min(rest.len());
+                self.end += count;
+                self.left -= count;
+                if self.left > 0 {
+                    break;
                 }
-                (Part::DataEnd, [b'\r', b'\n', ..]) => {
-                    read += 2;
-                    self.part = Part::Size;
+                self.part = Part::DataEnd;
+            } else if self.part == Part::DataEnd {
+                match rest {
+                    [b'\r', b'\n', ..] => used = 2,
+                    [] | [b'\r'] => break,
+                    _ => return bad!("a chunk does not end with CRLF"),
                 }
-                (Part::DataEnd, [] | [b'\r']) | (Part::End, _) => break,
-                (Part::DataEnd, _) => return bad!("a chunk does not end with CRLF"),
-                _ => {
-                    let line = line(rest)?;
-                    let used = line.map_or(rest.len(), |line| line.len() + 2);
-                    if self.overhead + used > HEAD {
-                        return Err(LONG_HEAD);
-                    }
-                    let Some(line) = line else {
-                        break;
-                    };
-                    self.overhead += used;
-                    read += used;
-                    if self.part == Part::Size {
-                        self.chunk(line)?;
-                    } else if line.is_empty() {
-                        self.part = Part::End;
-                    } else if find(line, b':').is_none() || line.starts_with(b" ") {
-                        return bad!("a trailer is malformed");
-                    }
+                self.part = Part::Size;
+            } else {
+                let end = find(rest, b'\n');
+                used = end.map_or(rest.len(), |end| end + 1);
+                if self.overhead + used > HEAD {
+                    return Err(LONG_HEAD);
                 }
+                if end.is_none() {
+                    break;
+                }
+                self.overhead += used;
+                self.line(rest.get(..used).unwrap_or(&[]))?;
             }
+            remove(buffer, filled, self.end..self.end + used);
         }
-        if read > self.end {
-            buffer.copy_within(read..*filled, self.end);
-            *filled -= read - self.end;
+        Ok(())
+    }
+
+    /// A line between the data: a chunk's size, or a trailer.
+    fn line(&mut self, line: &[u8]) -> Result<(), Refused> {
+        let line = match line {
+            [line @ .., b'\r', b'\n'] if find(line, b'\r').is_none() => line,
+            _ => return bad!("a line does not end with CRLF"),
+        };
+        if self.part == Part::Size {
+            return self.chunk(line);
+        }
+        if line.is_empty() {
+            self.part = Part::End;
+        } else if find(line, b':').is_none() || line.starts_with(b" ") || find(line, 0).is_some() {
+            return bad!("a trailer is malformed");
         }
         Ok(())
     }
@@ -620,18 +619,6 @@ fn accept(key: &[u8]) -> Option<Accept> {
         *slot = *byte;
     }
     Some(digest::base64(&digest::sha1(&message)))
-}
-
-/// The bytes up to CRLF; `None` when it has not come.
-fn line(bytes: &[u8]) -> Result<Option<&[u8]>, Refused> {
-    let Some(end) = find(bytes, b'\n') else {
-        return Ok(None);
-    };
-    let line = bytes.get(..end).and_then(|line| line.strip_suffix(b"\r"));
-    match line {
-        Some(line) if find(line, b'\r').is_none() && find(line, 0).is_none() => Ok(Some(line)),
-        _ => bad!("a line does not end with CRLF"),
-    }
 }
 
 /// The head of a response with a JSON body of `length` bytes. `allow`: the methods there are, for

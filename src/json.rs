@@ -144,12 +144,12 @@ const SLOTS: usize = 20;
 #[derive(Clone, Copy, Debug)]
 pub struct Document<'a> {
     bytes: &'a [u8],
-    spans: Spans,
+    spans: &'a Spans,
 }
 
 impl<'a> Document<'a> {
     /// A document that [`read`] decoded, with the spans it gave.
-    pub fn new(bytes: &'a [u8], spans: Spans) -> Self {
+    pub fn new(bytes: &'a [u8], spans: &'a Spans) -> Self {
         Self { bytes, spans }
     }
 
@@ -361,7 +361,8 @@ pub fn escape(bytes: &[u8], last: bool, put: &mut dyn FnMut(&[u8]) -> bool) -> u
 /// Checks `document` against the members of the object it must be, and decodes it where it lies.
 ///
 /// The error says which value is wrong (`IPConfigs[0].Mask`), and what is wrong with it.
-pub fn read(document: &mut [u8], fields: Fields) -> Result<Spans, Line> {
+pub fn read(document: &mut [u8], fields: Fields, spans: &mut Spans) -> Result<(), Line> {
+    *spans = Spans::default();
     let root = Shape::record(fields);
     let mut pass = Pass {
         read: 0,
@@ -377,11 +378,11 @@ pub fn read(document: &mut [u8], fields: Fields) -> Result<Spans, Line> {
             count: 0,
             end: 0,
         },
-        spans: Spans([(0, 0); SLOTS]),
+        spans,
         outer: heapless::Vec::new(),
     };
     match pass.document() {
-        Ok(()) => Ok(pass.spans),
+        Ok(()) => Ok(()),
         Err(fault) => Err(pass.refusal(fault)),
     }
 }
@@ -434,7 +435,7 @@ struct Pass<'d> {
     bytes: &'d mut [u8],
     /// The innermost container.
     frame: Frame<'d>,
-    spans: Spans,
+    spans: &'d mut Spans,
     /// Those around it.
     outer: heapless::Vec<Frame<'d>, DEPTH>,
 }
@@ -829,8 +830,9 @@ mod tests {
 
     fn with<R>(document: &[u8], look: impl FnOnce(Document) -> R) -> Result<R, String> {
         let mut bytes = document.to_vec();
-        match read(&mut bytes, FIELDS) {
-            Ok(spans) => Ok(look(Document::new(&bytes, spans))),
+        let mut spans = Spans::default();
+        match read(&mut bytes, FIELDS, &mut spans) {
+            Ok(()) => Ok(look(Document::new(&bytes, &spans))),
             Err(why) => Err(String::from_utf8(why.as_bytes().to_vec()).unwrap()),
         }
     }

@@ -155,7 +155,7 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
     mounts::rest(&mut |why| supervisor.console.warn(why))?;
     let mut spans = Spans::default();
     let source = metadata::load(knobs.source, knobs.patience, document, &mut spans)?;
-    let config = Config::new(document, spans);
+    let config = Config::new(document, &spans);
     config.check().map_err(|why| why.after("configuration: "))?;
     let console = &mut *supervisor.console;
     console.log(

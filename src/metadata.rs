@@ -90,8 +90,8 @@ fn load_file(document: &mut [u8], spans: &mut Spans) -> Outcome<bool> {
 /// Decodes a document; false when it has nothing to run.
 #[inline(never)]
 fn decode(document: &mut [u8], spans: &mut Spans) -> Outcome<bool> {
-    *spans = Config::decode(document)?;
-    Ok(Config::new(document, *spans).has_command())
+    Config::decode(document, spans)?;
+    Ok(Config::new(document, spans).has_command())
 }
 
 /// Why the service gave no configuration.

@@ -1,7 +1,7 @@
 //! The JSON bodies of the API's calls.
 
 use crate::config;
-use crate::json::{self, Document, Fields, Shape, Text, Texts};
+use crate::json::{self, Document, Fields, Shape, Spans, Text, Texts};
 use crate::text::Line;
 
 /// Longest time a one-shot command may be given, in milliseconds: a day.
@@ -10,15 +10,20 @@ const TIMEOUT: u32 = 86_400_000;
 const CELLS: u32 = 65_535;
 
 /// A body of `fields`, decoded where it lies.
-fn read<'a>(body: &'a mut [u8], fields: Fields) -> Result<Document<'a>, Line> {
-    let spans = json::read(body, fields)?;
+fn read<'a>(
+    body: &'a mut [u8],
+    fields: Fields,
+    spans: &'a mut Spans,
+) -> Result<Document<'a>, Line> {
+    json::read(body, fields, spans)?;
     Ok(Document::new(body, spans))
 }
 
 /// `POST /v1/signals`: the signal's number, 0 when absent.
 pub fn signal(body: &mut [u8]) -> Result<u32, Line> {
     const FIELDS: Fields = &[("signal", Shape::number(0, 64))];
-    read(body, FIELDS).map(|body| body.number(0))
+    let mut spans = Spans::default();
+    read(body, FIELDS, &mut spans).map(|body| body.number(0))
 }
 
 /// `POST /v1/exec`, or the first message of `GET /v1/ws/exec`.
@@ -27,7 +32,7 @@ pub struct Exec<'a>(Document<'a>);
 
 impl<'a> Exec<'a> {
     /// Reads the body of a one-shot command.
-    pub fn read(body: &'a mut [u8]) -> Result<Self, Line> {
+    pub fn read(body: &'a mut [u8], spans: &'a mut Spans) -> Result<Self, Line> {
         const FIELDS: Fields = &[
             ("cmd", Shape::texts(0, config::ARGV)),
             ("env", Shape::texts(1, config::ENV)),
@@ -35,11 +40,11 @@ impl<'a> Exec<'a> {
             ("user", Shape::text(3)),
             ("timeout_ms", Shape::number(4, TIMEOUT)),
         ];
-        read(body, FIELDS).map(Self)
+        read(body, FIELDS, spans).map(Self)
     }
 
     /// Reads the first message of a session.
-    pub fn read_session(message: &'a mut [u8]) -> Result<Self, Line> {
+    pub fn read_session(message: &'a mut [u8], spans: &'a mut Spans) -> Result<Self, Line> {
         const FIELDS: Fields = &[
             ("command", Shape::texts(0, config::ARGV)),
             ("env", Shape::texts(1, config::ENV)),
@@ -49,7 +54,7 @@ impl<'a> Exec<'a> {
             ("cols", Shape::number(6, CELLS)),
             ("rows", Shape::number(7, CELLS)),
         ];
-        read(message, FIELDS).map(Self)
+        read(message, FIELDS, spans).map(Self)
     }
 
     /// The command: `cmd` of a one-shot command, `command` of a session.
@@ -94,13 +99,13 @@ pub struct Control<'a>(Document<'a>);
 
 impl<'a> Control<'a> {
     /// Reads a message.
-    pub fn read(message: &'a mut [u8]) -> Result<Self, Line> {
+    pub fn read(message: &'a mut [u8], spans: &'a mut Spans) -> Result<Self, Line> {
         const FIELDS: Fields = &[
             ("cols", Shape::number(0, CELLS)),
             ("rows", Shape::number(1, CELLS)),
             ("stdin", Shape::text(2)),
         ];
-        read(message, FIELDS).map(Self)
+        read(message, FIELDS, spans).map(Self)
     }
 
     /// The terminal's new size in columns and rows; 0 is no change.
@@ -137,12 +142,13 @@ mod tests {
 
     #[test]
     fn a_command_is_cmd_in_one_call_and_command_in_the_other() {
+        let mut spans = Spans::default();
         let mut body = br#"{"cmd":["ls","-la"],"timeout_ms":5,"command":["x"]}"#.to_vec();
-        let exec = Exec::read(&mut body).unwrap();
+        let exec = Exec::read(&mut body, &mut spans).unwrap();
         assert_eq!((exec.command().iter().count(), exec.timeout_ms()), (2, 5));
         let mut message =
             br#"{"command":["sh"],"tty":true,"cols":80,"rows":24,"cmd":["x","y"]}"#.to_vec();
-        let exec = Exec::read_session(&mut message).unwrap();
+        let exec = Exec::read_session(&mut message, &mut spans).unwrap();
         assert_eq!(
             (exec.command().iter().count(), exec.tty(), exec.size()),
             (1, true, (80, 24))
@@ -151,10 +157,15 @@ mod tests {
 
     #[test]
     fn a_control_message_resizes_or_ends_stdin() {
+        let mut spans = Spans::default();
         let mut message = br#"{"cols":100,"rows":50}"#.to_vec();
-        let control = Control::read(&mut message).unwrap();
+        let control = Control::read(&mut message, &mut spans).unwrap();
         assert_eq!((control.size(), control.ends_stdin()), ((100, 50), false));
         let mut message = br#"{"stdin":"eof"}"#.to_vec();
-        assert!(Control::read(&mut message).unwrap().ends_stdin());
+        assert!(
+            Control::read(&mut message, &mut spans)
+                .unwrap()
+                .ends_stdin()
+        );
     }
 }

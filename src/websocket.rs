@@ -1,6 +1,6 @@
 //! WebSocket frames (RFC 6455 section 5): an incremental decoder over one buffer, and headers out.
 
-use crate::bytes::valid_up_to;
+use crate::bytes::{remove, valid_up_to};
 use core::ops::Range;
 
 /// Longest message accepted, in bytes.
@@ -155,15 +155,6 @@ impl Decoder {
         } else {
             Event::Fail(CloseCode::NotUtf8)
         }
-    }
-}
-
-/// Takes `range` out of the filled bytes.
-#[inline(never)]
-fn remove(buffer: &mut [u8], filled: &mut usize, range: Range<usize>) {
-    if range.start < range.end && range.end <= *filled && *filled <= buffer.len() {
-        buffer.copy_within(range.end..*filled, range.start);
-        *filled -= range.len();
     }
 }
 

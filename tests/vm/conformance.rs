@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 use cases::{ERROR, Exchange, Frames};
 use pigeon_init::{
     http::{self, Call, Progress, Reader, Target},
+    json::Spans,
     request::{self, Exec},
     websocket::{self, Decoder, Event},
 };
@@ -59,7 +60,7 @@ fn parse(bytes: &[u8], step: usize) -> (Vec<u16>, bool) {
             let body = &mut buffer[reader.body()];
             statuses.push(match reader.target {
                 Target::Call(Call::Signals) if request::signal(body).unwrap_or(0) == 0 => 400,
-                Target::Call(Call::Exec) if Exec::read(body).is_err() => 400,
+                Target::Call(Call::Exec) if Exec::read(body, &mut Spans::default()).is_err() => 400,
                 Target::Call(_) => 200,
                 Target::WrongMethod(_) => 405,
                 Target::NoUpgrade => 426,

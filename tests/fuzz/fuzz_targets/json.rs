@@ -5,7 +5,7 @@
 use libfuzzer_sys::fuzz_target;
 use pigeon_init::{
     config::Config,
-    json::{Text, Texts},
+    json::{Spans, Text, Texts},
     request::{self, Control, Exec},
     text::Line,
 };
@@ -67,6 +67,7 @@ fn agreed<T>(bytes: &[u8], ours: &Result<T, Line>, known: &[&str]) -> Option<Val
 }
 
 fuzz_target!(|data: &[u8]| {
+    let mut spans = Spans::default();
     let mut bytes = data.to_vec();
     let ours = request::signal(&mut bytes);
     if let Some(value) = agreed(data, &ours, &["signal"]) {
@@ -74,7 +75,7 @@ fuzz_target!(|data: &[u8]| {
     }
 
     let mut bytes = data.to_vec();
-    let ours = Exec::read(&mut bytes);
+    let ours = Exec::read(&mut bytes, &mut spans);
     if let Some(value) = agreed(data, &ours, &["cmd", "env", "cwd", "user", "timeout_ms"]) {
         let ours = ours.unwrap();
         same_texts(ours.command(), value.get("cmd"));
@@ -85,7 +86,7 @@ fuzz_target!(|data: &[u8]| {
     }
 
     let mut bytes = data.to_vec();
-    let ours = Exec::read_session(&mut bytes);
+    let ours = Exec::read_session(&mut bytes, &mut spans);
     let known = ["command", "env", "cwd", "user", "tty", "cols", "rows"];
     if let Some(value) = agreed(data, &ours, &known) {
         let ours = ours.unwrap();
@@ -96,7 +97,7 @@ fuzz_target!(|data: &[u8]| {
     }
 
     let mut bytes = data.to_vec();
-    let ours = Control::read(&mut bytes);
+    let ours = Control::read(&mut bytes, &mut spans);
     if let Some(value) = agreed(data, &ours, &["cols", "rows", "stdin"]) {
         let ours = ours.unwrap();
         same_number(ours.size().0, value.get("cols"));
@@ -107,7 +108,7 @@ fuzz_target!(|data: &[u8]| {
     }
 
     let mut bytes = data.to_vec();
-    let ours = Config::decode(&mut bytes);
+    let ours = Config::decode(&mut bytes, &mut spans);
     let known = [
         "ImageConfig",
         "ExecOverride",
@@ -123,7 +124,7 @@ fuzz_target!(|data: &[u8]| {
         "EtcHosts",
     ];
     if let Some(value) = agreed(data, &ours, &known) {
-        let config = Config::new(&bytes, ours.unwrap());
+        let config = Config::new(&bytes, &spans);
         let image = |name| value.get("ImageConfig").and_then(|image| image.get(name));
         same_text(config.working_dir(), image("WorkingDir"));
         same_text(config.hostname(), value.get("Hostname"));
