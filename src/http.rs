@@ -422,6 +422,7 @@ impl Reader {
     }
 
     /// A line between the data: a chunk's size, or a trailer.
+    #[inline(never)]
     fn line(&mut self, line: &[u8]) -> Result<(), Refused> {
         let line = match line {
             [line @ .., b'\r', b'\n'] if find(line, b'\r').is_none() => line,
