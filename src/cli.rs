@@ -130,13 +130,10 @@ fn quote(what: &str, value: &[u8]) {
 
 /// The workload's environment, but for HOME, which only the root's accounts tell.
 pub fn fill_environment(environment: &mut Environment, config: &Config) -> Outcome {
-    let full = |_| text!("the environment is too large");
-    for entry in config.environment() {
-        environment.set(entry.bytes()).map_err(full)?;
-    }
-    environment
-        .set_default(b"PATH", command::PATH)
-        .map_err(full)
+    let [image, extra] = config.environment();
+    environment.set_all(image)?;
+    environment.set_all(extra)?;
+    environment.set_default(b"PATH=", command::PATH)
 }
 
 fn print(bytes: &[u8]) -> i32 {

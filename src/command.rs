@@ -1,6 +1,10 @@
 //! Environments in the form execve(2) wants them.
 
+use crate::bytes::find;
 use crate::config;
+use crate::json::Texts;
+use crate::text;
+use crate::text::Line;
 
 /// Room for the bytes of an environment: a whole document's and a whole exec request's.
 pub const ENV_BYTES: usize = config::DOCUMENT + (192 << 10);
@@ -9,10 +13,6 @@ pub const ENV_ENTRIES: usize = 3 * config::ENV + 8;
 
 /// A name is searched in these directories when the environment has no PATH.
 pub const PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
-/// There are more strings, or more bytes, than there is room for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Full;
 
 /// An environment: one entry a name, the last one set.
 pub struct Environment<const BYTES: usize = ENV_BYTES, const ENTRIES: usize = ENV_ENTRIES> {
@@ -43,82 +43,72 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
         }
     }
 
-    /// Sets `NAME=value`; a string without a name or without `=` is dropped.
-    pub fn set(&mut self, entry: &[u8]) -> Result<(), Full> {
-        self.set_parts([entry, b"", b""])
+    /// Sets each `NAME=value`; a string without a name or without `=` is dropped. The error: they
+    /// are more strings, or more bytes, than there is room for.
+    pub fn set_all(&mut self, entries: Texts) -> Result<(), Line> {
+        for entry in entries.iter() {
+            self.set(entry.bytes(), b"")?;
+        }
+        Ok(())
     }
 
-    fn set_parts(&mut self, parts: [&[u8]; 3]) -> Result<(), Full> {
-        let start = self.bytes.len();
-        for part in parts.into_iter().chain([&b"\0"[..]]) {
-            self.bytes.extend_from_slice(part).map_err(|_| Full)?;
+    /// Sets `NAME=` to a value unless the name is set.
+    pub fn set_default(&mut self, name: &[u8], value: &[u8]) -> Result<(), Line> {
+        match self.get(name) {
+            Some(_) => Ok(()),
+            None => self.set(name, value),
         }
-        let name = name(self.bytes.get(start..).unwrap_or(&[]));
-        if name.is_empty() {
-            self.bytes.truncate(start);
+    }
+
+    /// Sets `NAME=value`, which may be in two pieces.
+    #[inline(never)]
+    pub fn set(&mut self, start: &[u8], end: &[u8]) -> Result<(), Line> {
+        let full = || text!("the environment is too large");
+        let at = self.bytes.len();
+        for part in [start, end, b"\0"].iter() {
+            self.bytes.extend_from_slice(part).map_err(|_| full())?;
+        }
+        let entry = self.bytes.get(at..).unwrap_or(&[]);
+        let sign = find(entry, b'=').unwrap_or(0);
+        if sign == 0 {
+            self.bytes.truncate(at);
             return Ok(());
         }
-        let hash = fnv1a(name);
+        let name = entry.get(..=sign).unwrap_or(entry);
         let fresh = Entry {
-            start: start as u32,
-            hash,
+            start: at as u32,
+            hash: fnv1a(name),
         };
-        let known = |entry: &Entry| {
-            entry.hash == hash
-                && self
-                    .bytes
-                    .get(entry.start as usize..)
-                    .is_some_and(|old| self::name(old) == name)
-        };
-        let position = self.entries.iter().position(known);
-        match position.and_then(|at| self.entries.get_mut(at)) {
-            Some(old) => {
+        for old in &mut self.entries {
+            let other = self.bytes.get(old.start as usize..).unwrap_or(&[]);
+            if old.hash == fresh.hash && other.starts_with(name) {
                 *old = fresh;
-                Ok(())
+                return Ok(());
             }
-            None => self.entries.push(fresh).map_err(|_| Full),
         }
+        self.entries.push(fresh).map_err(|_| full())
     }
 
-    /// Sets `NAME=value` unless the name is set.
-    pub fn set_default(&mut self, name: &[u8], value: &[u8]) -> Result<(), Full> {
-        if self.get(name).is_some() {
-            return Ok(());
-        }
-        self.set_parts([name, b"=", value])
-    }
-
-    /// The value of a name.
+    /// The value of `NAME=`.
+    #[inline(never)]
     pub fn get(&self, name: &[u8]) -> Option<&[u8]> {
         self.iter().find_map(|entry| {
-            let value = entry.strip_prefix(name)?.strip_prefix(b"=")?;
+            let value = entry.strip_prefix(name)?;
             value.strip_suffix(b"\0")
         })
     }
 
     /// The entries, each with its NUL, in the order in which their names were first set.
     pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
-        self.entries.iter().map(|entry| {
-            let rest = self.bytes.get(entry.start as usize..).unwrap_or(b"\0");
-            first_string(rest)
-        })
+        self.entries.iter().map(|entry| self.string(*entry))
     }
-}
 
-/// The first NUL-terminated string, its NUL included.
-fn first_string(bytes: &[u8]) -> &[u8] {
-    bytes
-        .split_inclusive(|byte| *byte == 0)
-        .next()
-        .unwrap_or(b"\0")
-}
-
-/// The name of `NAME=value\0`; empty when there is no `=`.
-fn name(entry: &[u8]) -> &[u8] {
-    let end = entry.iter().position(|byte| matches!(byte, b'=' | 0));
-    match end.and_then(|end| entry.split_at_checked(end)) {
-        Some((name, [b'=', ..])) => name,
-        _ => &[],
+    #[inline(never)]
+    fn string(&self, entry: Entry) -> &[u8] {
+        let start = entry.start as usize;
+        let rest = self.bytes.get(start..).unwrap_or(&[]);
+        let end = find(rest, 0).unwrap_or(0);
+        rest.get(..=end).unwrap_or(b"\0")
     }
 }
 
@@ -138,7 +128,7 @@ mod tests {
     fn environment(entries: &[&str]) -> Small {
         let mut environment = Small::new();
         for entry in entries {
-            environment.set(entry.as_bytes()).unwrap();
+            environment.set(entry.as_bytes(), b"").unwrap();
         }
         environment
     }
@@ -163,19 +153,19 @@ mod tests {
     #[test]
     fn a_default_is_set_only_where_the_name_is_not() {
         let mut environment = environment(&["HOME=/x"]);
-        environment.set_default(b"HOME", b"/").unwrap();
-        environment.set_default(b"PATH", b"/bin").unwrap();
+        environment.set_default(b"HOME=", b"/").unwrap();
+        environment.set_default(b"PATH=", b"/bin").unwrap();
         assert_eq!(listed(&environment), ["HOME=/x", "PATH=/bin"]);
-        assert_eq!(environment.get(b"PATH"), Some(&b"/bin"[..]));
-        assert_eq!(environment.get(b"PAT"), None);
+        assert_eq!(environment.get(b"PATH="), Some(&b"/bin"[..]));
+        assert_eq!(environment.get(b"PAT="), None);
     }
 
     #[test]
     fn what_does_not_fit_is_an_error_and_not_a_truncation() {
         let mut environment = environment(&["A=", "B=", "C=", "D=", "E=", "F=", "G=", "H="]);
-        assert_eq!(environment.set(b"A=again"), Ok(()));
-        assert_eq!(environment.set(b"I="), Err(Full));
-        let long = "x".repeat(256);
-        assert_eq!(Small::new().set(format!("A={long}").as_bytes()), Err(Full));
+        assert!(environment.set(b"A=again", b"").is_ok());
+        let why = environment.set(b"I=", b"").unwrap_err();
+        assert_eq!(why.as_bytes(), b"the environment is too large");
+        assert!(Small::new().set(b"A=", &[b'x'; 256]).is_err());
     }
 }

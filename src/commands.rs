@@ -311,13 +311,10 @@ fn become_command(
         b"" => identity.be_root(),
         user => spawn::resolve(user, host.scratch, &mut identity)?,
     }
-    let full = |_| text!("the environment is too large");
     if exec.tty() {
-        let _fits = host.environment.set(b"TERM=xterm-256color");
+        host.environment.set(b"TERM=xterm-256color", b"")?;
     }
-    for entry in exec.env().iter() {
-        host.environment.set(entry.bytes()).map_err(full)?;
-    }
+    host.environment.set_all(exec.env())?;
     let command = spawn::Command {
         argv: [exec.command(), Default::default()],
         environment: host.environment,

@@ -215,8 +215,8 @@ impl<'a> Config<'a> {
     }
 
     /// The environment: `ImageConfig.Env`, then `ExtraEnv` on top.
-    pub fn environment(&self) -> impl Iterator<Item = Text<'a>> {
-        self.0.texts(2).iter().chain(self.0.texts(8).iter())
+    pub fn environment(&self) -> [Texts<'a>; 2] {
+        [self.0.texts(2), self.0.texts(8)]
     }
 
     /// Working directory; empty is `/`.
@@ -474,7 +474,10 @@ mod tests {
             assert_eq!(string(config.user()), "nobody");
             assert_eq!(config.mtu(), 1500);
             assert_eq!(
-                config.environment().map(string).collect::<Vec<_>>(),
+                config
+                    .environment()
+                    .map(|entries| entries.iter().map(string).collect::<Vec<_>>())
+                    .concat(),
                 [
                     "PATH=/usr/local/bin:/usr/bin:/bin",
                     "DATABASE_URL=postgres://...",
@@ -572,7 +575,7 @@ mod tests {
         );
         with(&document, |config| {
             assert_eq!(config.argv().count(), ARGV);
-            assert_eq!(config.environment().count(), ENV);
+            assert_eq!(config.environment()[0].iter().count(), ENV);
             assert_eq!(
                 (
                     config.ip_configs().count(),

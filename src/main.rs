@@ -215,11 +215,8 @@ fn resolve_user(supervisor: &mut Supervisor, config: &Config, identity: &mut Ide
 
 fn fill_environment(supervisor: &mut Supervisor, config: &Config, identity: &Identity) -> Outcome {
     cli::fill_environment(supervisor.host.environment, config)?;
-    let home = supervisor
-        .host
-        .environment
-        .set_default(b"HOME", &identity.home);
-    home.map_err(|_| text!("the environment is too large"))
+    let environment = &mut supervisor.host.environment;
+    environment.set_default(b"HOME=", &identity.home)
 }
 
 /// A panic is a fault in this program: it says so and takes the VM down in order.

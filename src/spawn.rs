@@ -180,7 +180,7 @@ impl Command<'_> {
         if find(name.to_bytes(), b'/').is_some() {
             return execute(name);
         }
-        let path = self.environment.get(b"PATH").unwrap_or(command::PATH);
+        let path = self.environment.get(b"PATH=").unwrap_or(command::PATH);
         for directory in split(path, b':') {
             // An empty entry is the working directory.
             let directory = if directory.is_empty() {

@@ -140,7 +140,8 @@ fuzz_target!(|data: &[u8]| {
         {
             assert_eq!(config.argv().count(), theirs.len());
         }
-        let mut limit = config.environment().map(|entry| entry.bytes().len());
+        let entries = config.environment().into_iter().flat_map(Texts::iter);
+        let mut limit = entries.map(|entry| entry.bytes().len());
         assert!(limit.all(|length| length <= data.len()));
         let _whatever = (
             config.check().is_ok(),
