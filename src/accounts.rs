@@ -1,6 +1,6 @@
 //! Users and groups from the text of passwd(5) and group(5).
 
-use crate::bytes::{Split, decimal, find, split, trim};
+use crate::bytes::{Split, decimal, split, trim};
 use crate::text;
 use crate::text::Line;
 
@@ -30,10 +30,10 @@ impl Identity {
     /// makes no sense is no account. A number that is no known id stands for itself.
     #[inline(never)]
     pub fn resolve(&mut self, spec: &[u8], passwd: &[u8], group: &[u8]) -> Result<(), Line> {
-        let colon = find(spec, b':').unwrap_or(spec.len());
-        let (user, wanted) = spec.split_at_checked(colon).unwrap_or_default();
-        let user = if user.is_empty() { b"root" } else { user };
-        let wanted = wanted.get(1..).unwrap_or(&[]);
+        let mut parts = split(spec, b':');
+        let user = parts.next().filter(|user| !user.is_empty());
+        let user = user.unwrap_or(b"root");
+        let wanted = parts.rest();
         let id = number(user);
         let mut account = Entry::before(passwd, true);
         let mut found = account.seek(user, None);

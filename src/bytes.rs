@@ -10,11 +10,26 @@ pub fn split(bytes: &[u8], at: u8) -> Split<'_> {
     }
 }
 
+/// What is before the first `at`; all where there is none.
+#[inline(never)]
+pub fn before(bytes: &[u8], at: u8) -> &[u8] {
+    find(bytes, at)
+        .and_then(|end| bytes.get(..end))
+        .unwrap_or(bytes)
+}
+
 /// See [`split`].
 #[derive(Clone, Debug)]
 pub struct Split<'a> {
     rest: Option<&'a [u8]>,
     at: u8,
+}
+
+impl<'a> Split<'a> {
+    /// All that is behind the pieces given.
+    pub fn rest(&self) -> &'a [u8] {
+        self.rest.unwrap_or(&[])
+    }
 }
 
 impl<'a> Iterator for Split<'a> {

@@ -1,6 +1,8 @@
 //! HTTP/1.1 requests and response heads (RFC 9112): an incremental reader over one buffer.
 
-use crate::bytes::{decimal, find, hexadecimal, remove, same_word, split, trim, valid_up_to};
+use crate::bytes::{
+    before, decimal, find, hexadecimal, remove, same_word, split, trim, valid_up_to,
+};
 use crate::digest;
 use crate::text;
 use crate::text::Line;
@@ -489,7 +491,7 @@ fn path(target: &[u8]) -> Result<&[u8], Refused> {
         _ => target,
     };
     match path {
-        [b'/', ..] | b"*" => Ok(split(path, b'?').next().unwrap_or(path)),
+        [b'/', ..] | b"*" => Ok(before(path, b'?')),
         _ => bad!("the request target is malformed"),
     }
 }

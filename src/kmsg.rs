@@ -1,6 +1,6 @@
 //! Records of /dev/kmsg (Documentation/ABI/testing/dev-kmsg): did the OOM killer kill this process?
 
-use crate::bytes::decimal;
+use crate::bytes::{before, decimal, split};
 
 /// Whether `record` is the kernel's own word that its OOM killer chose process `pid`.
 ///
@@ -8,24 +8,25 @@ use crate::bytes::decimal;
 /// kernel's own: what user space writes gets another one (kernel/printk/printk.c, devkmsg_write).
 /// The kernel says it twice (mm/oom_kill.c), and either line counts: the first comes before the
 /// kill but is rate limited, the second may come after the process is reaped.
+#[inline(never)]
 pub fn killed_by_oom(record: &[u8], pid: u32) -> bool {
-    let Some((prefix, text)) = split_at_byte(record, b';') else {
-        return false;
-    };
-    let priority = prefix.split(|byte| *byte == b',').next().and_then(decimal);
-    if priority.is_none_or(|priority| priority >> 3 != 0) {
-        return false;
-    }
-    let text = text.split(|byte| *byte == b'\n').next().unwrap_or(&[]);
-    chosen(text).or_else(|| killed(text)) == Some(pid)
+    let prefix = before(record, b';');
+    let text = record.get(prefix.len() + 1..).unwrap_or(&[]);
+    let text = before(text, b'\n');
+    decimal(before(prefix, b',')).is_some_and(|priority| priority >> 3 == 0)
+        && chosen(text).or_else(|| killed(text)) == Some(pid)
 }
 
 /// `oom-kill:constraint=…,task=NAME,pid=N,uid=N`: NAME is the process's to choose, so from the end.
 fn chosen(text: &[u8]) -> Option<u32> {
     let fields = text.strip_prefix(b"oom-kill:")?;
-    let mut last = fields.rsplit(|byte| *byte == b',');
-    decimal(last.next()?.strip_prefix(b"uid=")?)?;
-    decimal(last.next()?.strip_prefix(b"pid=")?)
+    let (mut pid, mut uid): (&[u8], &[u8]) = (&[], &[]);
+    for field in split(fields, b',') {
+        pid = uid;
+        uid = field;
+    }
+    decimal(uid.strip_prefix(b"uid=")?)?;
+    decimal(pid.strip_prefix(b"pid=")?)
 }
 
 /// `Out of memory: Killed process N (NAME) …` and its forms for cgroups and allocating tasks.
@@ -36,12 +37,8 @@ fn killed(text: &[u8]) -> Option<u32> {
         b"Out of memory (oom_kill_allocating_task): Killed process ",
     ];
     let rest = STARTS.iter().find_map(|start| text.strip_prefix(*start))?;
-    decimal(split_at_byte(rest, b' ')?.0)
-}
-
-fn split_at_byte(bytes: &[u8], at: u8) -> Option<(&[u8], &[u8])> {
-    let position = bytes.iter().position(|byte| *byte == at)?;
-    Some((bytes.get(..position)?, bytes.get(position + 1..)?))
+    let digits = before(rest, b' ');
+    decimal(digits).filter(|_| digits.len() < rest.len())
 }
 
 #[cfg(test)]
