@@ -58,7 +58,7 @@ impl Identity {
             return Err(text!("unknown user ", user));
         }
         if self.home.extend_from_slice(home).is_err() {
-            return Err(text!("home directory of ", user, " is too long"));
+            return Err(text!("home directory of % is too long", user));
         }
         let mut entry = Entry::before(group, false);
         if !wanted.is_empty() {
@@ -73,7 +73,7 @@ impl Identity {
         while found && entry.advance() {
             let member = split(entry.fourth, b',').any(|member| member == account.name);
             if member && !self.join(entry.id) {
-                return Err(text!("user ", user, " is in more than ", GROUPS, " groups"));
+                return Err(text!("user % is in more than % groups", user, GROUPS));
             }
         }
         Ok(())

@@ -564,7 +564,7 @@ impl Connection {
         };
         let exec = exec.map_err(|why| Refused(Status::BadRequest, why))?;
         if exec.command().iter().next().is_none_or(Text::is_empty) {
-            let why = text!(what, ": must have a command");
+            let why = text!("%: must have a command", what);
             return Err(Refused(Status::BadRequest, why));
         }
         if host.commands == COMMANDS {
@@ -637,7 +637,7 @@ impl Connection {
         let Some(exit) = &host.workload.exit else {
             return false;
         };
-        let mut body = text!("{\"code\":", exit.code, ",\"oom_killed\":", exit.oom_killed);
+        let mut body = text!("{\"code\":%,\"oom_killed\":%", exit.code, exit.oom_killed);
         if let Some(why) = &exit.error {
             body = body.with(",\"error\":").quoted(why.as_bytes());
         }
@@ -775,11 +775,9 @@ impl Connection {
     /// The command has ended and its output is sent: how it ended, then the close frame.
     fn end_session(&mut self, status: WaitStatus) {
         let message = text!(
-            "{\"Exit\":{\"code\":",
+            "{\"Exit\":{\"code\":%,\"signal\":%}}",
             status.exit_status(),
-            ",\"signal\":",
-            status.terminating_signal(),
-            "}}"
+            status.terminating_signal()
         );
         self.finish_session(message, CloseCode::Normal);
     }

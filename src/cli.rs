@@ -40,7 +40,7 @@ pub fn run(arguments: Words, environment: &mut Environment, document: &mut [u8])
         return match check(path, environment, document) {
             Ok(()) => 0,
             Err(why) => {
-                complain(text!("init: ", path, ": ", why));
+                complain(text!("init: %: %", path, why));
                 1
             }
         };
@@ -86,7 +86,7 @@ fn check(path: &CStr, environment: &mut Environment, document: &mut [u8]) -> Out
     }
     config.addresses(&mut |address| {
         let prefix = u32::from(address.prefix);
-        let mut line = text!(address.ip, "/", prefix, " mtu ", config.mtu());
+        let mut line = text!("%/% mtu %", address.ip, prefix, config.mtu());
         if let Some(gateway) = &address.gateway {
             line = line.with(" via ").with(gateway);
         }

@@ -245,11 +245,9 @@ impl Command {
             .map_or(Some(9), |status| status.terminating_signal());
         let code = self.status.and_then(|status| status.exit_status());
         let start = text!(
-            "{\"exit_code\":",
+            "{\"exit_code\":%,\"exit_signal\":%,\"stdout\":\"",
             code.unwrap_or(-1),
-            ",\"exit_signal\":",
-            signal.unwrap_or(0),
-            ",\"stdout\":\""
+            signal.unwrap_or(0)
         );
         let mut length = start.as_bytes().len();
         for index in 0..self.captures.len() {
@@ -270,10 +268,9 @@ impl Command {
         let [output, error] = &self.captures;
         let note = |capture: &Capture, note| if capture.truncated { note } else { "" };
         text!(
-            "\"",
+            "\"%%}",
             note(output, ",\"stdout_truncated\":true"),
-            note(error, ",\"stderr_truncated\":true"),
-            "}"
+            note(error, ",\"stderr_truncated\":true")
         )
     }
 

@@ -256,7 +256,7 @@ impl<'a> Config<'a> {
         for (at, entry) in self.ip_configs().enumerate() {
             match &entry.address() {
                 Ok(address) => each(address)?,
-                Err(why) => return Err(text!("IPConfigs[", at, "].", why)),
+                Err(why) => return Err(text!("IPConfigs[%].%", at, why)),
             }
         }
         Ok(())
@@ -314,7 +314,7 @@ impl<'a> Config<'a> {
         for (at, server) in self.nameservers().iter().enumerate() {
             if !is_name_server(server) {
                 let why = text!("not an address: ", server);
-                return Err(text!("EtcResolv.Nameservers[", at, "]: ", why));
+                return Err(text!("EtcResolv.Nameservers[%]: %", at, why));
             }
         }
         self.check_each("EtcHosts", 15, |_, entry| check_host(entry))
@@ -330,7 +330,7 @@ impl<'a> Config<'a> {
     ) -> Result<(), Line> {
         let all = self.0.records(slot);
         for (at, entry) in all.iter().enumerate() {
-            check(all, entry).map_err(|why| text!(name, "[", at, "].", why))?;
+            check(all, entry).map_err(|why| text!("%[%].%", name, at, why))?;
         }
         Ok(())
     }
@@ -339,7 +339,7 @@ impl<'a> Config<'a> {
 #[inline(never)]
 fn check_length(field: &str, text: Text, most: usize) -> Result<(), Line> {
     if text.bytes().len() > most {
-        return Err(text!(field, ": longer than ", most, " bytes"));
+        return Err(text!("%: longer than % bytes", field, most));
     }
     Ok(())
 }
@@ -348,7 +348,7 @@ fn check_length(field: &str, text: Text, most: usize) -> Result<(), Line> {
 #[inline(never)]
 fn check_path(field: &str, path: Text) -> Result<(), Line> {
     if !path.bytes().starts_with(b"/") {
-        return Err(text!(field, ": not an absolute path: ", path));
+        return Err(text!("%: not an absolute path: %", field, path));
     }
     check_length(field, path, PATH - 1)
 }

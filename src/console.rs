@@ -75,7 +75,7 @@ impl Console {
         }
         let mut line = text!(text::log_line(level, message.as_bytes()), fields);
         if let Some((uid, gid)) = self.identity {
-            line = text!(line, " uid=", uid, " gid=", gid);
+            line = text!("% uid=% gid=%", line, uid, gid);
         }
         self.write_line(&line);
     }
@@ -94,7 +94,7 @@ impl Console {
         self.flush();
         if self.lost > 0 {
             let note = text::log_line(Level::Warn, b"the console was too slow");
-            if !self.push_line(&text!(note, " lost_lines=", self.lost)) {
+            if !self.push_line(&text!("% lost_lines=%", note, self.lost)) {
                 self.lost = self.lost.saturating_add(1);
                 return;
             }

@@ -88,7 +88,7 @@ fn unmount_all(table: &[u8], patient: bool, stuck: &mut Stuck, warn: &mut dyn Fn
             Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
             Err(_) if patient => busy = true,
             Err(errno) => {
-                let why = failure(errno, text!(target, " stays busy"));
+                let why = failure(errno, text!("% stays busy", target));
                 warn(why.with(": detached"));
                 if on_device {
                     let _table_full = open_directory(target).map(|volume| stuck.push(volume));

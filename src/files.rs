@@ -65,7 +65,7 @@ pub fn read_found(path: &CStr, buffer: &mut [u8]) -> Outcome<Option<usize>> {
     file.map_err(|errno| text!(name(errno)))
         .and_then(|file| read_regular(&file, buffer))
         .map(Some)
-        .map_err(|why| text!("read ", path, ": ", why))
+        .map_err(|why| text!("read %: %", path, why))
 }
 
 /// Reads to the end; the error is the reason alone.
@@ -89,7 +89,7 @@ fn read_regular(file: &OwnedFd, buffer: &mut [u8]) -> Outcome<usize> {
             Err(errno) => return Err(text!(name(errno))),
         }
     }
-    Err(text!("over ", limit, " bytes"))
+    Err(text!("over % bytes", limit))
 }
 
 /// Replaces the file or link `path` by one with these bytes, by way of `temporary` beside it.

@@ -629,11 +629,9 @@ fn accept(key: &[u8]) -> Option<Accept> {
 #[inline(never)]
 pub fn response(status: Status, style: Style, length: usize, allow: &str) -> Line {
     let mut line = text!(
-        "HTTP/1.1 ",
+        "HTTP/1.1 %\r\nContent-Type: application/json\r\nContent-Length: %\r\n",
         status.line(),
-        "\r\nContent-Type: application/json\r\nContent-Length: ",
-        length,
-        "\r\n"
+        length
     );
     if !allow.is_empty() {
         line = line.with("Allow: ").with(allow).with("\r\n");
@@ -654,9 +652,8 @@ pub fn response(status: Status, style: Style, length: usize, allow: &str) -> Lin
 pub fn switching(accept: &Accept) -> Line {
     text!(
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
-        Sec-WebSocket-Accept: ",
-        accept[..],
-        "\r\n\r\n"
+        Sec-WebSocket-Accept: %\r\n\r\n",
+        accept[..]
     )
 }
 

@@ -86,7 +86,7 @@ pub fn configure(config: &Config, warn: &mut dyn FnMut(Line)) -> Outcome {
     let mtu = config.mtu();
     channel
         .request(&netlink::link_up(eth0, Some(mtu)))
-        .map_err(|why| text!("bring eth0 up with MTU ", mtu, ": ", why))?;
+        .map_err(|why| text!("bring eth0 up with MTU %: %", mtu, why))?;
     if let Err(errno) = checksums_off(&channel.socket) {
         warn(failed(errno, "cannot switch eth0's checksum offload off"));
     }
@@ -94,7 +94,7 @@ pub fn configure(config: &Config, warn: &mut dyn FnMut(Line)) -> Outcome {
         let prefix = *prefix;
         channel
             .request(&netlink::add_address(eth0, ip, prefix))
-            .map_err(|why| text!("add ", ip, "/", u32::from(prefix), " to eth0: ", why))
+            .map_err(|why| text!("add %/% to eth0: %", ip, u32::from(prefix), why))
     })?;
     // After all addresses: a gateway may be in the subnet of a later one.
     config.addresses(&mut |Address { gateway, .. }| {
@@ -108,7 +108,7 @@ pub fn configure(config: &Config, warn: &mut dyn FnMut(Line)) -> Outcome {
         })?;
         channel
             .request(&netlink::default_route(eth0, gateway, on_link))
-            .map_err(|why| text!("route through ", gateway, ": ", why))
+            .map_err(|why| text!("route through %: %", gateway, why))
     })
 }
 

@@ -214,7 +214,7 @@ impl Session<'_> {
             }
         };
         if head.body as usize > self.document.len() {
-            return Err(text!("a document over ", self.document.len(), " bytes"));
+            return Err(text!("a document over % bytes", self.document.len()));
         }
         self.document
             .copy_within(usize::from(head.length)..filled, 0);

@@ -62,7 +62,7 @@ impl Mount {
             Err(errno) => errno,
         };
         let verb = if self.required { "mount " } else { "no " };
-        let why = failure(errno, text!(verb, self.kind, " on ", self.target));
+        let why = failure(errno, text!("%% on %", verb, self.kind, self.target));
         if self.required {
             return Err(why);
         }

@@ -26,11 +26,9 @@ pub fn mount_volume(device: &CStr, target: &CStr, report: &Report) -> Outcome {
     while !exists(device) {
         if watch.passed() >= DEVICE_WAIT {
             return Err(text!(
-                "mount ",
+                "mount % on %: no such device after 2 s",
                 device,
-                " on ",
-                target,
-                ": no such device after 2 s"
+                target
             ));
         }
         pause(1);
@@ -38,12 +36,12 @@ pub fn mount_volume(device: &CStr, target: &CStr, report: &Report) -> Outcome {
     let mount = |flags| rustix::mount::mount(device, target, c"ext4", flags, None::<&CStr>);
     let mounted = match mount(MountFlags::RELATIME) {
         Err(errno @ (Errno::ACCESS | Errno::ROFS)) => {
-            report.warn(text!(device, " is write-protected: mounted read-only"));
+            report.warn(text!("% is write-protected: mounted read-only", device));
             mount(MountFlags::RELATIME | MountFlags::RDONLY).map_err(|_| errno)
         }
         other => other,
     };
-    mounted.map_err(why!("mount ", device, " on ", target))
+    mounted.map_err(why!("mount % on %", device, target))
 }
 
 /// Sleeps; for children only.
@@ -82,11 +80,8 @@ pub fn switch(warn: &mut dyn FnMut(Line)) -> Outcome {
     for tree in &mounts::TREES {
         // A link there would lead out of the root, to what is deleted below: it is not followed.
         let target = files::behind(tree, 1);
-        move_mount(CWD, *tree, CWD, target, MoveMountFlags::empty()).map_err(why!(
-            "move ",
-            tree,
-            " onto the root"
-        ))?;
+        move_mount(CWD, *tree, CWD, target, MoveMountFlags::empty())
+            .map_err(why!("move % onto the root", tree))?;
     }
     if let Err(errno) = empty(old) {
         warn(failed(errno, "empty the initramfs"));

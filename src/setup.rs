@@ -43,7 +43,7 @@ fn volumes(config: &Config, identity: &Identity, report: &Report) -> Outcome {
         let place = identify(target);
         for needed in &NEEDED {
             if place.is_some() && place == identify(needed) {
-                return Err(text!("mount on ", target, ": would hide ", needed));
+                return Err(text!("mount on %: would hide %", target, needed));
             }
         }
         root::mount_volume(mount.device_path.c_str(), target, report)?;

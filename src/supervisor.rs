@@ -345,7 +345,7 @@ impl Supervisor {
             Some(code) => code,
             None => KILLED + signal.unwrap_or(0),
         };
-        let fields = text!(" exit_code=", code, " oom_killed=", oom_killed);
+        let fields = text!(" exit_code=% oom_killed=%", code, oom_killed);
         self.console
             .log(Level::Info, text!("workload exited"), fields);
         self.host.workload.group = None;

@@ -73,7 +73,7 @@ impl Report {
     /// One write of less than PIPE_BUF bytes, so whole; the pipe holds all that a child has to say.
     #[inline(never)]
     fn send(&self, kind: &str, line: Line) {
-        let _parent_gone = files::write(&self.0, text!(kind, line, "\n").as_bytes());
+        let _parent_gone = files::write(&self.0, text!("%%\n", kind, line).as_bytes());
     }
 }
 
@@ -177,7 +177,7 @@ impl Task {
         // Its end of the pipe is closed with it; until then that holds all it says.
         let hang_up = PollFd::new(&self.report, PollFlags::empty());
         if let Ok(0) = poll(&mut [hang_up], Some(&PATIENCE)) {
-            return Err(text!("mount ", what, ": no answer after 30 s"));
+            return Err(text!("mount %: no answer after 30 s", what));
         }
         match rustix::process::waitpid(Some(self.pid), WaitOptions::empty()) {
             Ok(Some((_, status))) => self.outcome(status, console),
@@ -193,9 +193,8 @@ fn outcome(error: Option<Line>, status: WaitStatus) -> Outcome {
         Some(why) => Err(why),
         None if status.exit_status() == Some(0) => Ok(()),
         None => Err(text!(
-            "a task ended with code ",
+            "a task ended with code %, signal %",
             status.exit_status().unwrap_or(-1),
-            ", signal ",
             status.terminating_signal().unwrap_or(0)
         )),
     }

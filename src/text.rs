@@ -1,6 +1,6 @@
 //! Lines of text without `core::fmt`: log lines, error messages, small JSON answers.
 
-use crate::bytes::{character, split};
+use crate::bytes::{character, find, split};
 use core::net::IpAddr;
 
 /// Longest line: a message, a path of 255 bytes twice, and room for the rest.
@@ -23,6 +23,8 @@ const CUT: &[u8] = "…".as_bytes();
 /// A line's bytes.
 struct Content {
     length: usize,
+    /// What follows the next part of a [`text!`](crate::text!).
+    rest: Option<&'static [u8]>,
     bytes: [u8; LINE],
 }
 
@@ -48,6 +50,7 @@ mod buffers {
                 taken: AtomicBool::new(false),
                 content: UnsafeCell::new(Content {
                     length: 0,
+                    rest: None,
                     bytes: [0; LINE],
                 }),
             }
@@ -68,6 +71,7 @@ mod buffers {
             let mut buffer = Self(SLOTS.iter().find(free).unwrap_or(&NONE));
             if let Some(content) = buffer.content_mut() {
                 content.length = 0;
+                content.rest = None;
             }
             buffer
         }
@@ -135,15 +139,32 @@ impl Line {
         part.append(self)
     }
 
-    /// A line that starts with these words.
+    /// A line that starts with these words, up to the `%` that stands for the first part; each part
+    /// is followed by the words up to the next one.
     #[inline(never)]
-    pub fn start(words: &str) -> Self {
-        Self::new().with(words)
+    pub fn start(words: &'static str) -> Self {
+        let mut line = Self::new();
+        if let Some(content) = line.0.content_mut() {
+            content.rest = Some(words.as_bytes());
+        }
+        line.go_on()
+    }
+
+    #[inline(never)]
+    fn go_on(mut self) -> Self {
+        if let Some(content) = self.0.content_mut()
+            && let Some(words) = content.rest
+        {
+            let end = find(words, b'%').unwrap_or(words.len());
+            content.rest = words.get(end + 1..);
+            self.push(words.get(..end).unwrap_or(&[]));
+        }
+        self
     }
 
     /// The line behind some words: what failed, before why.
     #[inline(never)]
-    pub fn after(self, words: &str) -> Self {
+    pub fn after(self, words: &'static str) -> Self {
         Self::start(words).with(&self)
     }
 
@@ -194,7 +215,7 @@ pub trait Show {
     #[inline(never)]
     fn append(&self, mut line: Line) -> Line {
         self.show(&mut line);
-        line
+        line.go_on()
     }
 }
 
@@ -366,15 +387,27 @@ errno_names! {
     EINPROGRESS EOPNOTSUPP EPROTONOSUPPORT ESTALE EUCLEAN EDQUOT EKEYREJECTED ENOKEY
 }
 
-/// Puts a [`Line`] together from parts: `text!("mount ", path, ": ", error)`.
+/// Puts a [`Line`] together: `text!("mount % on %: no such device", device, target)`. A part without
+/// a `%` of its own comes at the end: `text!("mount ", device)`.
 #[macro_export]
 macro_rules! text {
-    ($first:literal $(, $part:expr)* $(,)?) => {
+    ($first:literal $(, $part:expr)* $(,)?) => {{
+        const { $crate::text::check($first, &[$(stringify!($part)),*]) };
         $crate::text::Line::start($first)$(.with(&$part))*
-    };
+    }};
     ($($part:expr),* $(,)?) => {
         $crate::text::Line::new()$(.with(&$part))*
     };
+}
+
+/// Whether a template has a place for each part, or none; else the program does not compile.
+pub const fn check(words: &str, parts: &[&str]) {
+    let (mut places, mut rest) = (0, words.as_bytes());
+    while let [first, others @ ..] = rest {
+        places += (*first == b'%') as usize;
+        rest = others;
+    }
+    assert!(places == 0 || places == parts.len());
 }
 
 /// How much is logged; `INIT_LOG_LEVEL` on the kernel command line.
@@ -415,7 +448,7 @@ impl Level {
 
 /// Starts a log line: `pigeon-init: level=info msg="…"`.
 pub fn log_line(level: Level, message: &[u8]) -> Line {
-    text!("pigeon-init: level=", level.name(), " msg=").quoted(message)
+    text!("pigeon-init: level=% msg=", level.name()).quoted(message)
 }
 
 #[cfg(test)]
@@ -453,9 +486,17 @@ mod tests {
     fn a_log_line_quotes_its_message() {
         let line = log_line(Level::Info, b"cannot open \"/a b\n\"");
         assert_eq!(
-            text!(line, " exit_code=", 0u32).as_bytes(),
+            text!("% exit_code=%", line, 0u32).as_bytes(),
             br#"pigeon-init: level=info msg="cannot open \"/a b\n\"" exit_code=0"#
         );
+    }
+
+    #[test]
+    fn parts_stand_where_the_template_has_them_or_at_the_end() {
+        let (one, two) = (1u32, "2%");
+        assert_eq!(text!("% of %.", one, two).as_bytes(), b"1 of 2%.");
+        assert_eq!(text!("of ", two).with(&one).as_bytes(), b"of 2%1");
+        assert_eq!(text!("a % b", text!("c % d", one)).as_bytes(), b"a c 1 d b");
     }
 
     #[test]
