@@ -365,6 +365,14 @@ impl Reader {
         self.place.path("clone").join(name)
     }
 
+    /// What the README calls build/NAME, for the architecture at hand.
+    fn built(&self, name: &str) -> PathBuf {
+        let dir = assets::build_dir(common::arch());
+        let dir = dir.strip_prefix(assets::repository()).unwrap();
+        let name = name.strip_prefix("build/").unwrap();
+        self.place.path("clone").join(dir).join(name)
+    }
+
     /// In the repository, with this PATH.
     fn prepare(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let path = env::var("PATH").unwrap();
@@ -513,7 +521,7 @@ impl Reader {
         if document.get("boot-source").is_some() {
             // Firecracker itself needs KVM.
             let initrd = document["boot-source"]["initrd_path"].as_str().unwrap();
-            assert!(self.path(initrd).exists(), "no {initrd}");
+            assert!(self.built(initrd).exists(), "no {initrd}");
             return;
         }
         assert!(
@@ -521,7 +529,8 @@ impl Reader {
             "whose document is {document}?"
         );
         let path = self.place.write("run.json", document.to_string());
-        let mut init = self.prepare(self.path("build/init"));
+        let init = self.built("build/init");
+        let mut init = common::arch().run_here(&init).unwrap();
         init.arg("--check").arg(path);
         let said = self.output(init, 0).join("\n");
         assert!(
