@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 readonly lab=(--locked --manifest-path tests/Cargo.toml)
 
 # Bytes that build/init may have. It is meant to have 64 KiB: this goes down with it, never up.
-readonly budget=$((107 * 1024))
+readonly budget=$((72 * 1024))
 
 help() {
     cat <<'EOF'
@@ -86,9 +86,11 @@ cargo_init() {
     local offline=()
     [[ ! -d vendor ]] || offline=(--offline --config vendor-config/config.toml)
     # Static, at a fixed address, without anything that only an unwinder or a debugger reads. The
-    # toolchain's own linker makes the same bytes on every machine.
+    # toolchain's own linker makes the same bytes on every machine. A jump table has 8 bytes a case,
+    # more than the branches it saves.
     cargo rustc --release --bin init --locked --target "$target" "${offline[@]}" -- \
         -C relocation-model=static -C force-unwind-tables=no \
+        -C llvm-args=-min-jump-table-entries=1000 -C llvm-args=-enable-ext-tsp-block-placement \
         -C linker=rust-lld -C linker-flavor=ld.lld -C link-self-contained=no \
         -C link-arg=-static -C link-arg=--no-eh-frame-hdr -C link-arg=--build-id=none \
         -C link-arg=-znorelro -C link-arg=--icf=all -C link-arg=-Tsrc/init.ld
