@@ -77,7 +77,7 @@ fn check(path: &CStr, environment: &mut Environment, document: &mut [u8]) -> Out
     }
     tell("user", or(config.user(), "root"));
     tell("directory", or(config.working_dir(), "/"));
-    tell("root", config.root_device().to_bytes());
+    tell("root", config.root_device().bytes());
     for mount in config.mounts() {
         tell_both("mount", mount.device_path, " on ", mount.mount_path);
     }

@@ -27,7 +27,7 @@ pub const PATH: usize = 4096;
 pub const HOSTNAME: usize = 64;
 
 /// The root device unless the configuration names another.
-pub const ROOT_DEVICE: &core::ffi::CStr = c"/dev/vda";
+pub const ROOT_DEVICE: Text = Text::of(c"/dev/vda");
 /// The MTU of eth0 unless the configuration names another.
 pub const MTU: u32 = 1500;
 
@@ -276,12 +276,12 @@ impl<'a> Config<'a> {
     }
 
     /// Block device of the root.
-    pub fn root_device(&self) -> &'a core::ffi::CStr {
+    pub fn root_device(&self) -> Text<'a> {
         let device = self.0.text(13);
         if device.is_empty() {
             ROOT_DEVICE
         } else {
-            device.c_str()
+            device
         }
     }
 

@@ -79,7 +79,7 @@ fn unmount_all(table: &[u8], patient: bool, stuck: &mut Stuck, warn: &mut dyn Fn
         let Some(on_device) = mountinfo::parse(line, &mut path) else {
             continue;
         };
-        let target = files::c_str(&path);
+        let target = sys::c_str(&path);
         if !is_volume(target.to_bytes(), on_device) {
             continue;
         }

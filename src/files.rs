@@ -4,6 +4,7 @@
 //! Nothing here looks for EINTR: without handlers the kernel starts these calls again itself
 //! (signal(7)).
 
+use crate::sys;
 use crate::task::{Outcome, name};
 use core::ffi::CStr;
 use pigeon_init::config::PATH;
@@ -32,18 +33,12 @@ pub fn join<'p>(parts: &[&[u8]], path: &'p mut Path) -> Option<&'p CStr> {
         path.extend_from_slice(part).ok()?;
     }
     path.push(0).ok()?;
-    Some(c_str(path))
-}
-
-/// The bytes up to the first NUL; empty when there is none.
-#[inline(never)]
-pub fn c_str(bytes: &[u8]) -> &CStr {
-    CStr::from_bytes_until_nul(bytes).unwrap_or_default()
+    Some(sys::c_str(path))
 }
 
 /// What is behind the first `count` bytes.
 pub fn behind(path: &CStr, count: usize) -> &CStr {
-    c_str(path.to_bytes_with_nul().get(count..).unwrap_or(&[]))
+    sys::c_str(path.to_bytes_with_nul().get(count..).unwrap_or(&[]))
 }
 
 /// Reads a regular file whole into `buffer`; a file that is not there is empty.

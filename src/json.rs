@@ -194,10 +194,14 @@ impl<'a> Text<'a> {
         self.0.split_last().map_or(&[], |(_, bytes)| bytes)
     }
 
-    /// The same with the NUL behind them.
-    #[inline(never)]
-    pub fn c_str(self) -> &'a CStr {
-        CStr::from_bytes_until_nul(self.0).unwrap_or_default()
+    /// The same with the NUL behind them, which one that is absent does not have.
+    pub fn bytes_with_nul(self) -> &'a [u8] {
+        self.0
+    }
+
+    /// A string of the program's own.
+    pub const fn of(text: &'a CStr) -> Self {
+        Self(text.to_bytes_with_nul())
     }
 
     /// Whether it is `""`.
@@ -229,7 +233,7 @@ pub struct Texts<'a>(&'a [u8]);
 impl<'a> Texts<'a> {
     /// A list of one string.
     pub fn one(text: Text<'a>) -> Self {
-        Self(text.c_str().to_bytes_with_nul())
+        Self(text.0)
     }
 
     /// The items in their order.
@@ -856,7 +860,7 @@ mod tests {
             "List": [ {"Name":"n","Size":128,"More":{}} , {} ], "Record":{"Deep":["d"]}} "#;
         with(document.as_bytes(), |document| {
             assert_eq!(string(document.text(0)), "hi");
-            assert_eq!(document.text(0).c_str(), c"hi");
+            assert_eq!(document.text(0).bytes_with_nul(), b"hi\0");
             assert!(document.flag(1));
             assert_eq!(document.number(2), 0);
             assert_eq!(strings(document.texts(3)), ["a", "b c", ""]);

@@ -163,7 +163,7 @@ fn boot(supervisor: &mut Supervisor, knobs: &Knobs, document: &mut [u8; DOCUMENT
         text!("configuration loaded"),
         text!(" source=", source),
     );
-    let device = config.root_device();
+    let device = sys::c_str(config.root_device().bytes_with_nul());
     let root = task::start(&mut |report| root::mount(device, supervisor.host.scratch, report))?;
     match cgroups {
         Some(task) => task.wait(c"cgroups", supervisor.console)?,

@@ -3,9 +3,9 @@
 //! They are mounted in the initramfs, beside everything else that waits during boot, and moved
 //! with all that is mounted in them when the root is there.
 
-use crate::files;
 use crate::task::{Outcome, failure};
 use crate::why;
+use crate::{files, sys};
 use core::ffi::CStr;
 use pigeon_init::bytes::split;
 use pigeon_init::text;
@@ -209,7 +209,7 @@ pub fn make_directories(path: &[u8]) -> Result<(), Errno> {
         if !fits {
             return Err(Errno::NAMETOOLONG);
         }
-        match make_directory(files::c_str(&prefix), 0o755) {
+        match make_directory(sys::c_str(&prefix), 0o755) {
             // What is in the way of the next part, or of the use of the last, says so itself.
             Ok(()) | Err(Errno::ISDIR) => {}
             other => return other,

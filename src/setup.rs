@@ -4,7 +4,7 @@
 
 use crate::task::{Outcome, Report};
 use crate::why;
-use crate::{files, interface, mounts, root};
+use crate::{files, interface, mounts, root, sys};
 use core::ffi::CStr;
 use pigeon_init::accounts::Identity;
 use pigeon_init::config::{Config, DOCUMENT};
@@ -37,7 +37,7 @@ pub fn network(config: &Config, warn: &mut dyn FnMut(Line)) -> Outcome {
 fn volumes(config: &Config, identity: &Identity, report: &Report) -> Outcome {
     let (uid, gid) = (Uid::from_raw(identity.uid), Gid::from_raw(identity.gid));
     for mount in config.mounts() {
-        let target = mount.mount_path.c_str();
+        let target = sys::c_str(mount.mount_path.bytes_with_nul());
         mounts::make_directories(target.to_bytes()).map_err(why!("create ", target))?;
         // Links of the root are followed, as everywhere in it, but not onto what the end needs.
         let place = identify(target);
@@ -46,7 +46,8 @@ fn volumes(config: &Config, identity: &Identity, report: &Report) -> Outcome {
                 return Err(text!("mount on %: would hide %", target, needed));
             }
         }
-        root::mount_volume(mount.device_path.c_str(), target, report)?;
+        let device = sys::c_str(mount.device_path.bytes_with_nul());
+        root::mount_volume(device, target, report)?;
         let owned = rustix::fs::chown(target, Some(uid), Some(gid));
         unless_read_only(owned, report).map_err(why!("change the owner of ", target))?;
     }

@@ -133,7 +133,7 @@ impl Command<'_> {
         let mut name = None;
         for list in &self.argv {
             for argument in list.iter() {
-                let argument = argument.c_str();
+                let argument = sys::c_str(argument.bytes_with_nul());
                 name = name.or(Some(argument));
                 if let Some(slot) = slots.next() {
                     *slot = argument.as_ptr() as usize;
@@ -157,7 +157,7 @@ impl Command<'_> {
         if self.directory.is_empty() {
             return Ok(());
         }
-        let enter = || rustix::process::chdir(self.directory.c_str());
+        let enter = || rustix::process::chdir(sys::c_str(self.directory.bytes_with_nul()));
         match enter() {
             Err(Errno::NOENT) => make_directories(self.directory.bytes()).and_then(|()| enter()),
             other => other,

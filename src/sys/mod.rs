@@ -13,6 +13,7 @@ use core::ffi::{CStr, c_char};
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicBool, Ordering};
 use linux_raw_sys::general as uapi;
+use pigeon_init::bytes::find;
 use rustix::event::epoll::Event;
 use rustix::fd::{AsRawFd, FromRawFd, OwnedFd};
 use rustix::io::{Errno, Result};
@@ -74,6 +75,16 @@ pub fn write_to(number: usize, bytes: &[u8]) -> Result<u32> {
             bytes.len(),
         )
     }
+}
+
+/// The bytes up to the first NUL; empty when there is none. core's has a fast search of 250 bytes.
+#[inline(never)]
+pub fn c_str(bytes: &[u8]) -> &CStr {
+    let text = find(bytes, 0).and_then(|end| bytes.get(..=end));
+    // SAFETY: the first NUL of these bytes is their last.
+    text.map_or(c"", |text| unsafe {
+        CStr::from_bytes_with_nul_unchecked(text)
+    })
 }
 
 /// Argument and environment strings as the kernel laid them on the stack.
