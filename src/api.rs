@@ -505,7 +505,7 @@ impl Connection {
     fn dispatch(&mut self, body: Range<usize>, host: &mut Host) {
         match self.reader.target {
             Target::Unknown => self.refuse(Status::NotFound, text!("no such path")),
-            Target::NoUpgrade => {
+            Target::NoUpgrade | Target::Call(Call::Session) => {
                 let body = br#"{"error":"a WebSocket handshake, version 13, is needed"}"#;
                 self.answer(Status::UpgradeRequired, body, "");
             }
@@ -528,9 +528,6 @@ impl Connection {
                 Ok(()) => self.mode = Mode::Command,
                 Err(Refused(status, why)) => self.refuse(status, why),
             },
-            Target::Call(Call::Session) => {
-                self.refuse(Status::UpgradeRequired, text!("a handshake is needed"));
-            }
         }
     }
 
@@ -724,29 +721,30 @@ impl Connection {
         let input = self.memory.part(0..IN);
         let event = self.decoder.next(input, &mut self.received);
         let payload = self.decoder.payload.clone();
-        match (event, self.mode) {
-            (Event::More, _) => return false,
-            (Event::Pong, _) => {}
+        let (ended, opened) = (self.mode == Mode::Ended, self.mode == Mode::Opened);
+        match event {
+            Event::More => return false,
             // The answer to our close frame; anything before it is late.
-            (Event::Close(_) | Event::Fail(_), Mode::Ended) => self.mode = Mode::Gone,
-            (_, Mode::Ended) => {}
-            (Event::Ping, _) => {
+            Event::Close(_) | Event::Fail(_) if ended => self.mode = Mode::Gone,
+            _ if ended => {}
+            Event::Pong => {}
+            Event::Ping => {
                 self.queue(&websocket::header(websocket::PONG, payload.len()));
                 let end = self.unsent.end;
                 self.unsent.end += payload.len();
                 self.memory.copy_within(payload, end);
             }
-            (Event::Close(code), _) => self.close_session(code, host),
-            (Event::Fail(code), _) => self.close_session(Some(code as u16), host),
-            (Event::Text, Mode::Opened) => match self.start(payload, true, host) {
+            Event::Close(code) => self.close_session(code, host),
+            Event::Fail(code) => self.close_session(Some(code as u16), host),
+            Event::Text if opened => match self.start(payload, true, host) {
                 Ok(()) => self.mode = Mode::Session,
                 Err(Refused(_, why)) => self.fail_session(why),
             },
-            (Event::Binary, Mode::Opened) => {
+            Event::Binary if opened => {
                 self.fail_session(text!("the first message must be a text with the command"));
             }
-            (Event::Binary, _) => self.pending = payload,
-            (Event::Text, _) => self.control(payload, host),
+            Event::Binary => self.pending = payload,
+            Event::Text => self.control(payload, host),
         }
         true
     }
