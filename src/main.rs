@@ -24,7 +24,7 @@ mod task;
 use crate::api::{Api, Host, SINK};
 use crate::console::Console;
 use crate::metadata::{PATIENCE, Source};
-use crate::poll::Poller;
+use crate::poll::{Events, NO_EVENTS, Poller};
 use crate::supervisor::{HANDLED, LINGER, Supervisor};
 use crate::sys::{Static, Words};
 use crate::task::Outcome;
@@ -50,6 +50,7 @@ struct Memory {
     scratch: [u8; 2 * DOCUMENT],
     /// Output that is dropped.
     sink: [u8; SINK],
+    events: Events,
 }
 
 static MEMORY: Static<Memory> = Static::new(Memory {
@@ -59,6 +60,7 @@ static MEMORY: Static<Memory> = Static::new(Memory {
     document: [0; DOCUMENT],
     scratch: [0; 2 * DOCUMENT],
     sink: [0; SINK],
+    events: NO_EVENTS,
 });
 
 /// Open files a process may have.
@@ -102,6 +104,7 @@ fn start(arguments: Words, words: Words) -> ! {
         document,
         scratch,
         sink,
+        events,
     } = memory;
     if rustix::process::getpid() != Pid::INIT {
         sys::exit(cli::run(arguments, environment, document));
@@ -111,7 +114,7 @@ fn start(arguments: Words, words: Words) -> ! {
     let devices = mounts::devices().and_then(|()| standard_streams());
     console.open(knobs.level);
     let started = devices.and_then(|()| {
-        let poller = Poller::new()?;
+        let poller = Poller::new(events)?;
         let signals = sys::signalfd(HANDLED).map_err(why!("create a signalfd"))?;
         Ok((poller, signals))
     });

@@ -39,32 +39,33 @@ const SOURCES: [Source; 8] = [
     Source::ErrorOutput,
 ];
 
-/// Most events taken at once.
-const EVENTS: usize = 32;
+/// Room for the events taken at once.
+pub type Events = [Event; 32];
+
+/// No events.
+pub const NO_EVENTS: Events = [Event {
+    flags: EventFlags::empty(),
+    data: EventData::new_u64(0),
+}; 32];
 
 /// An epoll instance, and the events it has given out.
-#[repr(C)]
 pub struct Poller {
     epoll: OwnedFd,
     next: usize,
     count: usize,
-    events: [Event; EVENTS],
+    events: &'static mut Events,
 }
 
 impl Poller {
     /// Creates one.
-    pub fn new() -> Outcome<Self> {
-        let event = Event {
-            flags: EventFlags::empty(),
-            data: EventData::new_u64(0),
-        };
+    pub fn new(events: &'static mut Events) -> Outcome<Self> {
         let epoll =
             epoll::create(CreateFlags::CLOEXEC).map_err(why!("create an epoll instance"))?;
         Ok(Self {
             epoll,
             next: 0,
             count: 0,
-            events: [event; EVENTS],
+            events,
         })
     }
 
@@ -103,7 +104,7 @@ impl Poller {
         // -1: for ever, which is what a month is here.
         let timeout = i32::try_from(milliseconds).unwrap_or(-1);
         self.next = 0;
-        self.count = sys::epoll_wait(&self.epoll, &mut self.events, timeout);
+        self.count = sys::epoll_wait(&self.epoll, self.events, timeout);
     }
 
     /// The next of the events that came.
