@@ -58,8 +58,7 @@ pub fn run(arguments: Words, environment: &mut Environment, document: &mut [u8])
 
 #[inline(never)]
 fn check(path: &CStr, environment: &mut Environment, document: &mut [u8]) -> Outcome {
-    let length = files::read_found(path, document)?.ok_or_else(|| text!("no such file"))?;
-    let document = document.get_mut(..length).unwrap_or(&mut []);
+    let document = files::read_whole(path, document)?.ok_or_else(|| text!("no such file"))?;
     let mut spans = Spans::default();
     Config::decode(document, &mut spans)?;
     let config = Config::new(document, &spans);

@@ -41,26 +41,18 @@ pub fn behind(path: &CStr, count: usize) -> &CStr {
     sys::c_str(path.to_bytes_with_nul().get(count..).unwrap_or(&[]))
 }
 
-/// Reads a regular file whole into `buffer`; a file that is not there is empty.
+/// Reads a regular file whole into `buffer`; `None` when it is not there.
 ///
 /// Anything else under that name (a pipe would block) and a file over the buffer's size are errors.
 #[inline(never)]
-pub fn read_whole<'b>(path: &CStr, buffer: &'b mut [u8]) -> Outcome<&'b mut [u8]> {
-    let length = read_found(path, buffer)?.unwrap_or(0);
-    Ok(buffer.get_mut(..length).unwrap_or(&mut []))
-}
-
-/// The same, but the answer is the length, `None` for a file that is not there.
-#[inline(never)]
-pub fn read_found(path: &CStr, buffer: &mut [u8]) -> Outcome<Option<usize>> {
-    let file = match open(path, OFlags::NONBLOCK | OFlags::NOCTTY) {
+pub fn read_whole<'b>(path: &CStr, buffer: &'b mut [u8]) -> Outcome<Option<&'b mut [u8]>> {
+    let found = match open(path, OFlags::NONBLOCK | OFlags::NOCTTY) {
+        Ok(file) => read_regular(&file, buffer),
         Err(Errno::NOENT) => return Ok(None),
-        other => other,
+        Err(errno) => Err(text!(name(errno))),
     };
-    file.map_err(|errno| text!(name(errno)))
-        .and_then(|file| read_regular(&file, buffer))
-        .map(Some)
-        .map_err(|why| text!("read %: %", path, why))
+    let length = found.map_err(|why| text!("read %: %", path, why))?;
+    Ok(buffer.get_mut(..length))
 }
 
 /// Reads to the end; the error is the reason alone.

@@ -78,10 +78,10 @@ pub fn load(
 
 /// False when there is no such file.
 fn load_file(document: &mut [u8], spans: &mut Spans) -> Outcome<bool> {
-    let Some(length) = files::read_found(FILE, document)? else {
+    let Some(document) = files::read_whole(FILE, document)? else {
         return Ok(false);
     };
-    match decode(document.get_mut(..length).unwrap_or(&mut []), spans) {
+    match decode(document, spans) {
         Ok(false) => Err(text!("nothing to run")),
         other => other,
     }

@@ -78,7 +78,8 @@ fn hosts(config: &Config, scratch: &mut [u8], report: &Report) -> Outcome {
     let path = c"/etc/hosts";
     let (old, new) = scratch.split_at_mut_checked(DOCUMENT).unwrap_or_default();
     let mut new = Contents::new(new);
-    etc::hosts(files::read_whole(path, old)?, config.etc_hosts(), &mut new);
+    let old = files::read_whole(path, old)?.unwrap_or_default();
+    etc::hosts(old, config.etc_hosts(), &mut new);
     replace(path, c"/etc/.hosts.pigeon", &new, report)
 }
 

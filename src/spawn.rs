@@ -46,8 +46,8 @@ pub fn resolve(user: &[u8], scratch: &mut [u8; 2 * DOCUMENT], identity: &mut Ide
     let (passwd, group) = scratch
         .split_at_mut_checked(DOCUMENT)
         .unwrap_or((&mut [], &mut []));
-    let passwd = files::read_whole(PASSWD, passwd)?;
-    let group = files::read_whole(GROUP, group)?;
+    let passwd = files::read_whole(PASSWD, passwd)?.unwrap_or_default();
+    let group = files::read_whole(GROUP, group)?.unwrap_or_default();
     identity.resolve(user, passwd, group)
 }
 
