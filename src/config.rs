@@ -32,72 +32,37 @@ pub const ROOT_DEVICE: Text = Text::of(c"/dev/vda");
 pub const MTU: u32 = 1500;
 
 /// The document's members, with their slots.
+#[rustfmt::skip]
 static FIELDS: Fields = &[
-    (
-        "ImageConfig",
-        Shape::record(&[
-            ("Entrypoint", Shape::texts(0, ARGV)),
-            ("Cmd", Shape::texts(1, ARGV)),
-            ("Env", Shape::texts(2, ENV)),
-            ("WorkingDir", Shape::text(3)),
-            ("User", Shape::text(4)),
-        ]),
-    ),
+    ("ImageConfig", Shape::record(5)),
+        ("Entrypoint", Shape::texts(0, ARGV)),
+        ("Cmd", Shape::texts(1, ARGV)),
+        ("Env", Shape::texts(2, ENV)),
+        ("WorkingDir", Shape::text(3)),
+        ("User", Shape::text(4)),
     ("ExecOverride", Shape::texts(5, ARGV)),
     ("CmdOverride", Shape::text(6)),
     ("UserOverride", Shape::text(7)),
     ("ExtraEnv", Shape::pairs(8, ENV)),
     ("MTU", Shape::number(9, 65_535)),
-    (
-        "IPConfigs",
-        Shape::records(
-            10,
-            ADDRESSES,
-            &[(
-                "[]",
-                Shape::record(&[
-                    ("Gateway", Shape::text(b'G')),
-                    ("IP", Shape::text(b'I')),
-                    ("Mask", Shape::number(b'M', 128)),
-                ]),
-            )],
-        ),
-    ),
+    ("IPConfigs", Shape::records(10, ADDRESSES, 4)),
+        ("[]", Shape::record(3)),
+            ("Gateway", Shape::text(b'G')),
+            ("IP", Shape::text(b'I')),
+            ("Mask", Shape::number(b'M', 128)),
     ("Hostname", Shape::text(11)),
-    (
-        "Mounts",
-        Shape::records(
-            12,
-            MOUNTS,
-            &[(
-                "[]",
-                Shape::record(&[
-                    ("DevicePath", Shape::text(b'D')),
-                    ("MountPath", Shape::text(b'M')),
-                ]),
-            )],
-        ),
-    ),
+    ("Mounts", Shape::records(12, MOUNTS, 3)),
+        ("[]", Shape::record(2)),
+            ("DevicePath", Shape::text(b'D')),
+            ("MountPath", Shape::text(b'M')),
     ("RootDevice", Shape::text(13)),
-    (
-        "EtcResolv",
-        Shape::record(&[("Nameservers", Shape::texts(14, NAMESERVERS))]),
-    ),
-    (
-        "EtcHosts",
-        Shape::records(
-            15,
-            HOSTS,
-            &[(
-                "[]",
-                Shape::record(&[
-                    ("Host", Shape::text(b'H')),
-                    ("IP", Shape::text(b'I')),
-                    ("Desc", Shape::text(b'D')),
-                ]),
-            )],
-        ),
-    ),
+    ("EtcResolv", Shape::record(1)),
+        ("Nameservers", Shape::texts(14, NAMESERVERS)),
+    ("EtcHosts", Shape::records(15, HOSTS, 4)),
+        ("[]", Shape::record(3)),
+            ("Host", Shape::text(b'H')),
+            ("IP", Shape::text(b'I')),
+            ("Desc", Shape::text(b'D')),
 ];
 
 /// The whole document; what is absent is empty or 0.

@@ -29,17 +29,17 @@ use core::net::IpAddr;
 pub const DEPTH: usize = 64;
 
 /// What a value must be, and the slot of the [`Spans`] that tells where it is.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Shape {
-    kind: Kind,
-    slot: u8,
     /// The largest number, or most entries.
     max: u32,
-    /// Of a record. All other containers have one here, the shape of all their entries.
-    members: Fields,
+    kind: Kind,
+    slot: u8,
+    /// How many fields behind this one are inside of it.
+    inside: u8,
 }
 
-/// The members of an object by name, all optional.
+/// The members of an object by name, all optional. What is inside of a member follows it.
 pub type Fields = &'static [(&'static str, Shape)];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,54 +83,57 @@ impl Kind {
 /// Of a value that has no slot.
 const NOWHERE: u8 = u8::MAX;
 
-/// What the entries of [`Kind::Texts`] and [`Kind::Pairs`] are.
-const STRINGS: Fields = &[("", Shape::text(NOWHERE))];
-
 impl Shape {
-    const fn new(kind: Kind, slot: u8, max: u32, members: Fields) -> Self {
+    const fn new(kind: Kind, slot: u8, max: u32, inside: u8) -> Self {
         Self {
+            max,
             kind,
             slot,
-            max,
-            members,
+            inside,
         }
     }
 
     /// A string.
     pub const fn text(slot: u8) -> Self {
-        Self::new(Kind::Text, slot, 0, &[])
+        Self::new(Kind::Text, slot, 0, 0)
     }
 
     /// `true` or `false`.
     pub const fn flag(slot: u8) -> Self {
-        Self::new(Kind::Flag, slot, 0, &[])
+        Self::new(Kind::Flag, slot, 0, 0)
     }
 
     /// An integer from 0 to `max`.
     pub const fn number(slot: u8, max: u32) -> Self {
-        Self::new(Kind::Number, slot, max, &[])
+        Self::new(Kind::Number, slot, max, 0)
     }
 
     /// A list of at most `max` strings.
     pub const fn texts(slot: u8, max: usize) -> Self {
-        Self::new(Kind::Texts, slot, max as u32, STRINGS)
+        Self::new(Kind::Texts, slot, max as u32, 0)
     }
 
     /// An object of at most `max` members, names and values strings.
     pub const fn pairs(slot: u8, max: usize) -> Self {
-        Self::new(Kind::Pairs, slot, max as u32, STRINGS)
+        Self::new(Kind::Pairs, slot, max as u32, 0)
     }
 
-    /// A list of at most `max` objects, whose shape is the one member of `items`. The slots of their
-    /// members, strings and numbers, are capital letters.
-    pub const fn records(slot: u8, max: usize, items: Fields) -> Self {
-        Self::new(Kind::Records, slot, max as u32, items)
+    /// A list of at most `max` objects: the first of the fields inside is their shape. The slots of
+    /// their members, strings and numbers, are capital letters.
+    pub const fn records(slot: u8, max: usize, inside: u8) -> Self {
+        Self::new(Kind::Records, slot, max as u32, inside)
     }
 
-    /// An object with these members.
-    pub const fn record(members: Fields) -> Self {
-        Self::new(Kind::Record, NOWHERE, u32::MAX, members)
+    /// An object: the fields inside are its members.
+    pub const fn record(inside: u8) -> Self {
+        Self::new(Kind::Record, NOWHERE, u32::MAX, inside)
     }
+
+    /// An entry of [`Kind::Texts`] or [`Kind::Pairs`].
+    const ENTRY: Self = Self::text(NOWHERE);
+
+    /// A member nobody knows, and all inside of it.
+    const ANY: Self = Self::new(Kind::Any, NOWHERE, u32::MAX, 0);
 }
 
 /// Where the values of a decoded document lie: start and end, by slot.
@@ -367,19 +370,21 @@ pub fn escape(bytes: &[u8], last: bool, put: &mut dyn FnMut(&[u8]) -> bool) -> u
 /// The error says which value is wrong (`IPConfigs[0].Mask`), and what is wrong with it.
 pub fn read(document: &mut [u8], fields: Fields, spans: &mut Spans) -> Result<(), Line> {
     *spans = Spans::default();
-    let root = Shape::record(fields);
     let mut pass = Pass {
         read: 0,
         write: 0,
-        shape: &root,
+        shape: Shape::record(fields.len() as u8),
+        first: 0,
+        fields,
         bytes: document,
         // Around the document: null is no member of it.
         frame: Frame {
-            shape: &root,
+            shape: Shape::ANY,
             known: None,
             start: 0,
             mark: 0,
             count: 0,
+            first: 0,
             end: 0,
         },
         spans,
@@ -414,16 +419,18 @@ enum Fault {
 
 /// A container being read.
 #[derive(Clone, Copy)]
-struct Frame<'s> {
-    shape: &'s Shape,
+struct Frame {
+    shape: Shape,
     /// The member being read, where it is a known one of a record.
-    known: Option<&'static (&'static str, Shape)>,
+    known: Option<&'static str>,
     /// Where the output stood before the container.
     start: u32,
     /// Where it stood before the member being read.
     mark: u32,
     /// Values begun.
     count: u32,
+    /// Which field is the first inside of it.
+    first: u8,
     /// The bracket that closes it.
     end: u8,
 }
@@ -435,13 +442,16 @@ struct Pass<'d> {
     /// Never past `read`: every piece is written no longer than it was read.
     write: usize,
     /// What the value being read must be.
-    shape: &'d Shape,
+    shape: Shape,
+    /// Which field is the first inside of it.
+    first: u8,
+    fields: Fields,
     bytes: &'d mut [u8],
     /// The innermost container.
-    frame: Frame<'d>,
+    frame: Frame,
     spans: &'d mut Spans,
     /// Those around it.
-    outer: heapless::Vec<Frame<'d>, DEPTH>,
+    outer: heapless::Vec<Frame, DEPTH>,
 }
 
 impl<'d> Pass<'d> {
@@ -467,7 +477,7 @@ impl<'d> Pass<'d> {
 
     /// A value, up to the first member of a container.
     fn value(&mut self) -> Result<(), Fault> {
-        let Shape { kind, slot, .. } = *self.shape;
+        let Shape { kind, slot, .. } = self.shape;
         let first = self.peek();
         let start = match first {
             b'f' => b't',
@@ -520,6 +530,7 @@ impl<'d> Pass<'d> {
             start,
             mark: start,
             count: 0,
+            first: self.first,
             end,
         };
         Ok(())
@@ -552,10 +563,35 @@ impl<'d> Pass<'d> {
         if frame.end == b'}' {
             self.name()?;
         }
-        if shape.kind != Kind::Record {
-            self.shape = shape.members.first().map_or(&ANY, |(_, shape)| shape);
+        match shape.kind {
+            Kind::Record => {}
+            Kind::Records => self.know(self.frame.first),
+            Kind::Any => self.shape = Shape::ANY,
+            _ => self.shape = Shape::ENTRY,
         }
         Ok(true)
+    }
+
+    /// The value that comes is a field's.
+    fn know(&mut self, at: u8) {
+        if let Some((_, shape)) = self.fields.get(usize::from(at)) {
+            self.shape = *shape;
+            self.first = at + 1;
+        }
+    }
+
+    /// The field of that name in the record being read.
+    fn member(&self, name: &[u8]) -> Option<u8> {
+        let mut at = self.frame.first;
+        let end = at + self.shape.inside;
+        while at < end {
+            let (known, shape) = self.fields.get(usize::from(at))?;
+            if known.as_bytes() == name {
+                return Some(at);
+            }
+            at += 1 + shape.inside;
+        }
+        None
     }
 
     /// The name of a member; of a record's, what its value must be.
@@ -572,13 +608,16 @@ impl<'d> Pass<'d> {
         self.read += 1;
         let name = self.bytes.get(start..self.write).unwrap_or(&[]);
         if shape.kind == Kind::Record {
-            let mut members = shape.members.iter();
-            let known = members.find(|(known, _)| known.as_bytes() == name);
+            let known = self.member(name);
             self.write = start;
-            self.frame.known = known;
-            self.shape = known.map_or(&ANY, |(_, shape)| shape);
-            if self.shape.slot.is_ascii_uppercase() {
-                self.put(self.shape.slot);
+            self.shape = Shape::ANY;
+            if let Some(at) = known {
+                self.know(at);
+                let field = self.fields.get(usize::from(at));
+                self.frame.known = field.map(|(name, _)| *name);
+                if self.shape.slot.is_ascii_uppercase() {
+                    self.put(self.shape.slot);
+                }
             }
         } else if shape.kind == Kind::Pairs {
             if name.is_empty() || find(name, b'=').is_some() {
@@ -770,9 +809,9 @@ impl<'d> Pass<'d> {
     #[inline(never)]
     fn refusal(&self, fault: Fault) -> Line {
         let mut line = Line::new();
-        for frame in self.outer.iter().chain([&self.frame]) {
+        for frame in self.outer.iter().chain(Some(&self.frame)) {
             match (frame.known, frame.shape.kind) {
-                (Some((name, _)), _) => {
+                (Some(name), _) => {
                     if !line.as_bytes().is_empty() {
                         line.put(b'.');
                     }
@@ -802,9 +841,6 @@ impl<'d> Pass<'d> {
     }
 }
 
-/// What an unknown member may be.
-static ANY: Shape = Shape::new(Kind::Any, NOWHERE, u32::MAX, &[]);
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -815,21 +851,12 @@ mod tests {
         ("Number", Shape::number(2, 65_535)),
         ("Texts", Shape::texts(3, 3)),
         ("Pairs", Shape::pairs(4, 2)),
-        (
-            "List",
-            Shape::records(
-                5,
-                2,
-                &[(
-                    "[]",
-                    Shape::record(&[
-                        ("Name", Shape::text(b'N')),
-                        ("Size", Shape::number(b'S', 128)),
-                    ]),
-                )],
-            ),
-        ),
-        ("Record", Shape::record(&[("Deep", Shape::texts(6, 2))])),
+        ("List", Shape::records(5, 2, 3)),
+        ("[]", Shape::record(2)),
+        ("Name", Shape::text(b'N')),
+        ("Size", Shape::number(b'S', 128)),
+        ("Record", Shape::record(1)),
+        ("Deep", Shape::texts(6, 2)),
     ];
 
     fn with<R>(document: &[u8], look: impl FnOnce(Document) -> R) -> Result<R, String> {
@@ -868,6 +895,14 @@ mod tests {
             assert_eq!(strings(document.texts(6)), ["d"]);
         })
         .unwrap();
+    }
+
+    #[test]
+    fn what_is_inside_of_a_member_is_nothing_outside_of_it() {
+        let document =
+            r#"{"[]":5,"Name":6,"Size":"x","Deep":{},"Record":{"Name":7,"Text":8},"Text":"t"}"#;
+        let text = with(document.as_bytes(), |document| string(document.text(0)));
+        assert_eq!(text.unwrap(), "t");
     }
 
     #[test]
