@@ -14,6 +14,10 @@ const QUEUE: usize = 16 << 10;
 /// Output of the workload leaves this much free, so that log lines are not lost behind it.
 const RESERVE: usize = 4 << 10;
 
+/// Bytes written at once: a serial port that is as fast as its driver takes any number of them, and
+/// the driver's time for each.
+const AT_ONCE: usize = 4 << 10;
+
 /// In this order; a VM without a serial port goes on without a console.
 const DEVICES: [&CStr; 3] = [c"/dev/ttyS0", c"/dev/ttyAMA0", c"/dev/console"];
 
@@ -146,15 +150,16 @@ impl Console {
         self.queue.filled().len() + driver.unsigned_abs() as usize
     }
 
-    /// Writes what the device takes now.
+    /// Writes what the device takes now, but no more than [`AT_ONCE`].
     pub fn flush(&mut self) {
         while !self.queue.is_empty() {
             let Some((device, index)) = &self.device else {
                 self.queue.consume(QUEUE);
                 return;
             };
-            match files::write(device, self.queue.filled()) {
-                Ok(count) => self.queue.consume(count as usize),
+            let filled = self.queue.filled();
+            match files::write(device, filled.get(..AT_ONCE).unwrap_or(filled)) {
+                Ok(count) => return self.queue.consume(count as usize),
                 Err(Errno::AGAIN) => return,
                 // It is gone: the next one, or none.
                 Err(_) => self.device = open_from(index + 1),

@@ -80,6 +80,10 @@ fn unmount_all(table: &[u8], patient: bool, stuck: &mut Stuck, warn: &mut dyn Fn
             continue;
         };
         let target = sys::c_str(&path);
+        if target == c"/" {
+            // What is mounted over the root, or the root, which only becomes read-only (umount(2)).
+            let _tried_again = unmount(target, UnmountFlags::empty());
+        }
         if !is_volume(target.to_bytes(), on_device) {
             continue;
         }

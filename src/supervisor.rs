@@ -37,6 +37,11 @@ const QUIESCE: u64 = 30_000;
 /// How long a console that takes nothing is waited for at the end, in milliseconds.
 const SILENCE: u64 = 3000;
 
+/// Pieces of output copied at the end: together more than a pipe holds (pipe(7)).
+const PIECES: usize = 8;
+/// Records of the kernel's log looked at: more than there can be, unless somebody writes on.
+const RECORDS: usize = 1 << 16;
+
 const SIGCHLD: u32 = 17;
 const SIGKILL: u32 = 9;
 const SIGINT: u32 = 2;
@@ -199,7 +204,9 @@ impl Supervisor {
                 Source::Signals => self.read_signal(),
                 Source::Listener => self.api.accept(&mut self.host),
                 Source::Console => self.console.flush(),
-                Source::Workload => self.copy_output(),
+                Source::Workload => {
+                    self.copy_output(1);
+                }
                 _ => self.api.on_event(source, key, flags, &mut self.host),
             }
         }
@@ -334,7 +341,7 @@ impl Supervisor {
     }
 
     fn workload_ended(&mut self, workload: Task, status: WaitStatus) {
-        self.copy_output();
+        self.copy_output(PIECES);
         if let Some(why) = task::read_report(&workload.report, None) {
             self.console.error(why);
         }
@@ -363,7 +370,7 @@ impl Supervisor {
         };
         // CONSOLE_EXT_LOG_MAX, kernel/printk
         const _: () = assert!(SINK >= 8192);
-        loop {
+        for _ in 0..RECORDS {
             match files::read(log, &mut *self.host.sink) {
                 Ok(0) => return false,
                 Ok(count) => {
@@ -377,6 +384,7 @@ impl Supervisor {
                 Err(_) => return false,
             }
         }
+        false
     }
 
     /// How it ended is known: those who wait are told, and the end begins.
@@ -390,17 +398,23 @@ impl Supervisor {
         self.enter(Phase::Linger, wait);
     }
 
-    /// Copies the workload's output to the console, as much as that has room for.
-    fn copy_output(&mut self) {
-        while let Some(output) = &self.output
-            && self.console.has_room()
-        {
+    /// Copies so many pieces of the workload's output to the console, as far as that has room for
+    /// them: not for as long as output comes, as others wait, too. True when there may be more.
+    fn copy_output(&mut self, pieces: usize) -> bool {
+        for _ in 0..pieces {
+            let Some(output) = &self.output else {
+                return false;
+            };
+            if !self.console.has_room() {
+                return false;
+            }
             match files::read(output, self.console.room()) {
                 Ok(count @ 1..) => self.console.commit(count as usize),
-                Err(Errno::AGAIN) => return,
+                Err(Errno::AGAIN) => return false,
                 Ok(_) | Err(_) => self.output = None,
             }
         }
+        true
     }
 
     #[inline(never)]
@@ -481,10 +495,10 @@ impl Supervisor {
     /// Reboots when the console has taken all, or has taken nothing for too long.
     fn drain(&mut self, late: bool) {
         let before = self.console.waiting();
-        self.copy_output();
+        let more = self.copy_output(PIECES);
         self.console.flush();
         let left = self.console.waiting();
-        if left == 0 || late {
+        if left == 0 && !more || late {
             end::reboot();
         }
         if left != before {

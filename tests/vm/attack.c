@@ -1,0 +1,124 @@
+/* What a workload can do to its PID 1 that no shell has a command for. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/ptrace.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static void tried(const char *what, long result)
+{
+    printf("%s: %s\n", what, result == -1 ? strerrorname_np(errno) : "done");
+}
+
+/* All that needs no more than a process id. */
+static void meddle(void)
+{
+    char bytes[8] = "";
+    struct iovec near = {bytes, sizeof bytes}, far = {(void *)0x200000, sizeof bytes};
+    struct rlimit none = {0, 0};
+    struct sched_param param = {1};
+    cpu_set_t set;
+
+    CPU_ZERO(&set);
+    CPU_SET(0, &set);
+    tried("attach", ptrace(PTRACE_ATTACH, 1, 0, 0));
+    tried("seize", ptrace(PTRACE_SEIZE, 1, 0, 0));
+    tried("read memory", process_vm_readv(1, &near, 1, &far, 1, 0));
+    tried("write memory", process_vm_writev(1, &near, 1, &far, 1, 0));
+    tried("open memory", open("/proc/1/mem", O_RDWR));
+    tried("open environment", open("/proc/1/environ", O_RDONLY));
+    tried("open output", open("/proc/1/fd/3", O_WRONLY));
+    tried("open OOM score", open("/proc/1/oom_score_adj", O_WRONLY));
+    tried("enter root", open("/proc/1/root", O_RDONLY));
+    tried("limit", prlimit(1, RLIMIT_NOFILE, &none, 0));
+    tried("schedule", sched_setscheduler(1, SCHED_FIFO, &param));
+    tried("pin", sched_setaffinity(1, sizeof set, &set));
+    tried("priority", setpriority(PRIO_PROCESS, 1, 19));
+    int pidfd = syscall(SYS_pidfd_open, 1, 0);
+    tried("take descriptor", syscall(SYS_pidfd_getfd, pidfd, 3, 0));
+    tried("kill", kill(1, SIGKILL));
+    tried("stop", kill(1, SIGSTOP));
+    tried("end", kill(1, SIGTERM));
+}
+
+/* Holds a file by a mapping alone, with a page of it dirty. */
+static void map(const char *path)
+{
+    int fd = open(path, O_RDWR | O_CREAT, 0644);
+    if (fd < 0 || ftruncate(fd, 4096))
+        abort();
+    char *page = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    close(fd);
+    strcpy(page, "mapped\n");
+    for (;;)
+        pause();
+}
+
+/* So many children, each with a child, all of which die at once. */
+static void orphans(int count)
+{
+    int gate[2];
+    if (pipe(gate))
+        abort();
+    for (int i = 0; i < count; i++) {
+        int pid = fork();
+        if (pid < 0)
+            break;
+        if (pid == 0) {
+            close(gate[1]);
+            if (fork() >= 0)
+                read(gate[0], &gate, 1);
+            _exit(7);
+        }
+    }
+    close(gate[1]);
+    _exit(0);
+}
+
+/* Forks as often as it can, deaf to all that can be ignored. */
+static void bomb(void)
+{
+    for (int i = 1; i < 32; i++)
+        signal(i, SIG_IGN);
+    for (;;)
+        fork();
+}
+
+/* All the memory there is, every page of it. */
+static void eat(void)
+{
+    for (;;) {
+        char *piece = malloc(1 << 20);
+        if (piece)
+            memset(piece, 1, 1 << 20);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    const char *what = argc > 1 ? argv[1] : "";
+    setvbuf(stdout, 0, _IOLBF, 0);
+    if (!strcmp(what, "meddle"))
+        meddle();
+    else if (!strcmp(what, "map"))
+        map(argv[2]);
+    else if (!strcmp(what, "orphans"))
+        orphans(atoi(argv[2]));
+    else if (!strcmp(what, "bomb"))
+        bomb();
+    else if (!strcmp(what, "eat"))
+        eat();
+    else
+        return 2;
+    return 0;
+}

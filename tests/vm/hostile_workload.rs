@@ -1,0 +1,242 @@
+//! Workloads that turn on their PID 1, on its end, and on the machine's memory.
+
+use std::{
+    os::unix::net::UnixStream,
+    process::Command,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use pigeon_lab::{
+    End, Vm, assets,
+    disk::{Image, Tree},
+    guest,
+    http::Client,
+    process::run,
+    vsock,
+};
+use serde_json::{Value, json};
+
+type Api = Client<UnixStream>;
+
+/// Generous: other VMs may run beside this one.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// A root with the program of `attack.c`.
+fn tree() -> Result<Tree> {
+    let dir = tempfile::tempdir()?;
+    let program = dir.path().join("attack");
+    let source = assets::repository().join("tests/vm/attack.c");
+    run(Command::new(assets::tool("cc")?)
+        .args(["-O1", "-Wall", "-Wextra", "-Werror", "-static", "-s", "-o"])
+        .args([&program, &source]))?;
+    Tree::busybox()?.file("/bin/attack", 0o755, std::fs::read(program)?)
+}
+
+/// Runs a command of the shell's as `user`.
+fn exec(api: &mut Api, user: &str, script: &str) -> Result<Value> {
+    let body = json!({"cmd": ["sh", "-c", script], "user": user, "timeout_ms": 120_000});
+    api.post("/v1/exec", &body)?.success()?.json()
+}
+
+/// What it prints, when it succeeds.
+fn output(api: &mut Api, script: &str) -> Result<String> {
+    let start = Instant::now();
+    let answer = exec(api, "root", script)?;
+    println!("{:?}: {script:.60}", start.elapsed());
+    ensure!(answer["exit_code"] == 0, "{script}: {answer}");
+    Ok(answer["stdout"].as_str().context("no text")?.into())
+}
+
+/// Calls and commands one after the other, each on a connection of its own, until it is told to stop:
+/// how many were answered as they should be, and the slowest.
+fn burst(socket: &std::path::Path, stop: &AtomicBool) -> Result<(u32, Duration)> {
+    let (mut count, mut slowest) = (0, Duration::ZERO);
+    while !stop.load(Ordering::Relaxed) {
+        let start = Instant::now();
+        let stream = vsock::connect(socket, vsock::API_PORT, PATIENCE)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut api = Client::new(stream);
+        ensure!(api.get("/v1/status")?.status == 200);
+        let answer = api.post("/v1/exec", &json!({"cmd": ["/bin/echo", "here"]}))?;
+        ensure!(answer.json()?["stdout"] == "here\n", "{answer}");
+        slowest = slowest.max(start.elapsed());
+        count += 1;
+    }
+    Ok((count, slowest))
+}
+
+/// The numbers of PID 1's system calls since the start of its trace.
+const TRACE: &str = "
+    mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null
+    cd /sys/kernel/tracing && echo 16384 >buffer_size_kb
+    echo 'common_pid == 1' >events/raw_syscalls/sys_enter/filter
+    echo 1 >events/raw_syscalls/sys_enter/enable";
+const TRACED: &str = "sed -n 's/.*sys_enter: NR \\([0-9]*\\) .*/\\1/p' /sys/kernel/tracing/trace | sort -n | uniq -c";
+
+#[test]
+fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
+    let root = Image::ext4(&tree()?, 32)?;
+    let volume = Image::ext4(&Tree::empty()?, 16)?;
+    // Deaf to what PID 1 forwards, and loud when it is told to.
+    let script = "trap '' HUP INT QUIT USR1 USR2 TERM; echo kept >/data/file
+        setsid sh -c 'while [ ! -e /run/now ]; do sleep 0.05; done; kill -KILL -1' &
+        echo ready
+        while :; do [ ! -e /run/flood ] || yes 'a flood of output' | head -c 200000; sleep 0.05; done";
+    let config = guest::shell(
+        script,
+        json!({"Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/data"}]}),
+    );
+    let mut vm = Vm::builder()
+        .config(&config)
+        .disk(&root)
+        .disk(&volume)
+        .patience(PATIENCE)
+        .boot()?;
+    vm.wait_for("ready")?;
+    let (mut api, mut waiting) = (vm.api()?, vm.api()?);
+    waiting.send(b"GET /v1/exit_code HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    output(&mut api, TRACE)?;
+
+    // Exec bursts while all of it goes on.
+    let socket = vm.vsock().context("no vsock")?.to_owned();
+    let stop = AtomicBool::new(false);
+    let bursts = thread::scope(|scope| {
+        let burst = scope.spawn(|| burst(&socket, &stop));
+        let attacked = attack(&mut api);
+        stop.store(true, Ordering::Relaxed);
+        let bursts = burst.join().expect("no panic");
+        attacked.and(bursts)
+    })?;
+    println!("{} bursts, the slowest in {:?}", bursts.0, bursts.1);
+    assert!(bursts.0 >= 10, "{}", bursts.0);
+
+    let calls = output(&mut api, TRACED)?;
+    println!("{calls}");
+
+    // Not one more process: a fork bomb has them all.
+    output(&mut api, "echo 400 >/proc/sys/kernel/pid_max")?;
+    let mut bomb = vm.api()?;
+    bomb.send(&exec_request(&["attack", "bomb"]))?;
+    let start = Instant::now();
+    loop {
+        let answer = api.post("/v1/exec", &json!({"cmd": ["true"]}))?;
+        if answer.status == 500 {
+            assert!(answer.text().contains("fork: EAGAIN"), "{answer}");
+            break;
+        }
+        ensure!(
+            start.elapsed() < PATIENCE,
+            "the bomb does not go off: {answer}"
+        );
+    }
+    assert_eq!(api.get("/v1/status")?.status, 200);
+    // Root's kill(-1) reaches all but PID 1; it was begun before.
+    drop(bomb);
+    let start = Instant::now();
+    let ended = loop {
+        let answer = api.post("/v1/exec", &json!({"cmd": ["touch", "/run/now"]}));
+        if answer.is_err() || answer.is_ok_and(|answer| answer.status == 200) {
+            break waiting.receive(false)?.json()?;
+        }
+        ensure!(start.elapsed() < PATIENCE, "no process to be had");
+    };
+    assert_eq!(ended, json!({"code": 137, "oom_killed": false}));
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()?;
+    volume.check()?;
+    assert_eq!(volume.read("/file")?, "kept\n");
+    Ok(())
+}
+
+fn exec_request(command: &[&str]) -> Vec<u8> {
+    let body = json!({"cmd": command, "timeout_ms": 3_600_000}).to_string();
+    let head = "POST /v1/exec HTTP/1.1\r\nHost: x\r\nContent-Length: ";
+    format!("{head}{}\r\n\r\n{body}", body.len()).into_bytes()
+}
+
+fn attack(api: &mut Api) -> Result<()> {
+    let memory = "awk '/^Pss:/ {print $2}' /proc/1/smaps_rollup";
+    let before: u32 = output(api, memory)?.trim().parse()?;
+
+    // What the OOM killer thinks of whom.
+    let scores = output(
+        api,
+        "cat /proc/1/oom_score_adj /proc/self/oom_score_adj; for p in /proc/[0-9]*; do [ $p = /proc/1 ] || cat $p/oom_score_adj; done 2>/dev/null | sort -u",
+    )?;
+    assert_eq!(scores, "-1000\n0\n0\n");
+
+    // All signals, as root and as nobody: PID 1 has no handler, so the kernel drops them.
+    let signals = "for s in $(seq 1 64); do kill -$s 1 2>/dev/null || echo refused $s; done";
+    assert_eq!(output(api, signals)?, "");
+    let refused = exec(api, "nobody", signals)?;
+    let refused = refused["stdout"].as_str().unwrap_or_default();
+    assert_eq!(refused.matches("refused").count(), 64, "{refused}");
+    assert_eq!(
+        output(api, "awk '/^State/ {print $2}' /proc/1/status")?,
+        "S\n"
+    );
+
+    // An unprivileged workload gets nowhere.
+    let meddled = exec(api, "nobody", "attack meddle")?;
+    let meddled = meddled["stdout"].as_str().unwrap_or_default();
+    assert_eq!(meddled.lines().count(), 17, "{meddled}");
+    for line in meddled.lines() {
+        assert!(
+            line.ends_with(": EPERM") || line.ends_with(": EACCES"),
+            "{meddled}"
+        );
+    }
+
+    // Output without end: on the console, and in a command's answer.
+    let much = |api: &mut Api, blocks: u32| -> Result<()> {
+        let script = format!("dd if=/dev/zero bs=64k count={blocks} 2>/dev/null; echo the end >&2");
+        let answer = exec(api, "root", &script)?;
+        let ended = (&answer["exit_code"], &answer["stderr"]);
+        assert_eq!(ended, (&json!(0), &json!("the end\n")));
+        assert_eq!(answer["stdout_truncated"], true);
+        Ok(())
+    };
+    output(api, "touch /run/flood")?;
+    much(api, 32)?;
+    output(api, "rm /run/flood")?;
+    much(api, 1024)?;
+
+    // Every byte of a disk, and every inode.
+    let full = output(
+        api,
+        "dd if=/dev/zero of=/var/full bs=64k 2>&1; i=0; mkdir /data/n; while : >/data/n/$i; do i=$((i + 1)); done 2>/dev/null; echo inodes $i",
+    )?;
+    assert!(full.contains("No space left on device"), "{full}");
+    output(api, "rm -r /var/full /data/n")?;
+
+    // A thousand orphans that die at once, twice.
+    for _ in 0..2 {
+        output(
+            api,
+            "echo 16000 >/proc/sys/kernel/threads-max; attack orphans 500",
+        )?;
+    }
+    let start = Instant::now();
+    while output(
+        api,
+        "cat /proc/[0-9]*/stat 2>/dev/null | grep -c ') Z ' || true",
+    )? != "0\n"
+    {
+        ensure!(start.elapsed() < PATIENCE, "zombies stay");
+    }
+
+    // A bomb in a cage.
+    let caged = "cage=/sys/fs/cgroup/pids/cage; mkdir -p $cage; echo 200 >$cage/pids.max
+        (echo 0 >$cage/cgroup.procs; exec attack bomb) &
+        while [ $(cat $cage/pids.current) -lt 200 ]; do sleep 0.05; done
+        sleep 1; while [ $(cat $cage/pids.current) -gt 0 ]; do kill -KILL $(cat $cage/cgroup.procs) 2>/dev/null; done; rmdir $cage";
+    output(api, caged)?;
+
+    let after: u32 = output(api, memory)?.trim().parse()?;
+    println!("PID 1: {before} KiB before, {after} KiB after");
+    assert!(after <= before + 64, "{before} {after}");
+    Ok(())
+}
