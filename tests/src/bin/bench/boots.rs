@@ -67,6 +67,8 @@ pub enum Mode {
     Unpack,
     /// The API in real time.
     Serve,
+    /// The processor time of commands.
+    Commands,
     /// The boot's system calls.
     Trace,
     /// The boot's system calls with MMDS.
@@ -80,9 +82,12 @@ impl Mode {
     pub fn suits(self, kind: Kind) -> bool {
         match self {
             Mode::File | Mode::Unpack | Mode::Trace => true,
-            Mode::Mmds | Mode::Reader | Mode::Serve | Mode::TraceMmds | Mode::TraceEnd => {
-                kind != Kind::Floor
-            }
+            Mode::Mmds
+            | Mode::Reader
+            | Mode::Serve
+            | Mode::Commands
+            | Mode::TraceMmds
+            | Mode::TraceEnd => kind != Kind::Floor,
         }
     }
 
@@ -90,7 +95,7 @@ impl Mode {
     pub fn is_repeated(self) -> bool {
         !matches!(
             self,
-            Mode::Unpack | Mode::Trace | Mode::TraceMmds | Mode::TraceEnd
+            Mode::Unpack | Mode::Commands | Mode::Trace | Mode::TraceMmds | Mode::TraceEnd
         )
     }
 
@@ -101,6 +106,7 @@ impl Mode {
             Mode::Reader => "reader",
             Mode::Unpack => "unpack",
             Mode::Serve => "serve",
+            Mode::Commands => "commands",
             Mode::Trace => "trace",
             Mode::TraceMmds => "trace-mmds",
             Mode::TraceEnd => "trace-end",
@@ -244,7 +250,7 @@ impl Lab {
             Mode::File => "full",
             Mode::Mmds | Mode::Unpack => "boot",
             Mode::Reader => "reader",
-            Mode::Serve => "serve",
+            Mode::Serve | Mode::Commands => "serve",
             Mode::Trace | Mode::TraceMmds => "trace",
             Mode::TraceEnd => "end",
         };
@@ -271,6 +277,11 @@ fn measure(vm: &mut Vm, mode: Mode) -> Result<Figures> {
         Mode::Serve => {
             vm.wait_for("bench: serving")?;
             serve(vm, &mut figures)?;
+            vm.type_text("\n")?;
+        }
+        Mode::Commands => {
+            vm.wait_for("bench: serving")?;
+            commands(vm, &mut figures)?;
             vm.type_text("\n")?;
         }
         _ => {}
@@ -370,6 +381,41 @@ fn exchange(stream: &mut UnixStream, message: &[u8]) -> Result<()> {
     stream.write_all(message)?;
     ensure!(stream.read(&mut buffer)? > 0, "no answer");
     Ok(())
+}
+
+/// What commands cost the guest, host and wire left out: the time in which it was not idle.
+fn commands(vm: &mut Vm, figures: &mut Figures) -> Result<()> {
+    const COMMANDS: usize = 1000;
+    let mut api = vm.api()?;
+    let mut bare = vm.connect(SPAWN_PORT)?;
+    let command = json!({"cmd": ["/bin/true"]});
+    let mut runs: [(_, &mut dyn FnMut() -> Result<()>); 2] = [
+        ("exec_busy_us", &mut || {
+            for _ in 0..COMMANDS {
+                let answer: Value = api.post("/v1/exec", &command)?.success()?.json()?;
+                ensure!(answer["exit_code"] == 0, "/bin/true: {answer}");
+            }
+            Ok(())
+        }),
+        ("spawn_busy_us", &mut || {
+            exchange(&mut bare, format!("{COMMANDS}\n").as_bytes())
+        }),
+    ];
+    for (name, run) in &mut runs {
+        let before = busy_us(vm)?;
+        run()?;
+        figures.insert((*name).into(), (busy_us(vm)? - before) / COMMANDS as f64);
+    }
+    Ok(())
+}
+
+/// Microseconds for which a guest with one processor was not idle (proc_uptime(5)).
+fn busy_us(vm: &mut Vm) -> Result<f64> {
+    let command = json!({"cmd": ["cat", "/proc/uptime"]});
+    let answer = vm.api()?.post("/v1/exec", &command)?.success()?.json()?;
+    let text = answer["stdout"].as_str().context("no output")?;
+    let (up, idle) = text.trim_end().split_once(' ').context("half a line")?;
+    Ok((up.parse::<f64>()? - idle.parse::<f64>()?) * 1e6)
 }
 
 /// Microseconds that `f` takes.

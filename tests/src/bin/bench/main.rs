@@ -54,18 +54,19 @@ usage: bench [--runs N] [--vs NAME=PATH[:CONFIGPATH]]... [--only MODE[,MODE...]]
 
   --runs N    boots of each kind; 5 when not said
   --vs        another init, and where in its initrd it has its configuration (/pigeon/run.json)
-  --only      of file, mmds, reader, unpack, serve, trace, trace-mmds, trace-end
+  --only      of file, mmds, reader, unpack, serve, commands, trace, trace-mmds, trace-end
   --json      all samples and all traces, too";
 
 /// Where an init finds its configuration unless it is said.
 const CONFIG_PATH: &str = "/pigeon/run.json";
 
-const MODES: [Mode; 8] = [
+const MODES: [Mode; 9] = [
     Mode::File,
     Mode::Mmds,
     Mode::Reader,
     Mode::Unpack,
     Mode::Serve,
+    Mode::Commands,
     Mode::Trace,
     Mode::TraceMmds,
     Mode::TraceEnd,

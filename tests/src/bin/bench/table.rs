@@ -108,7 +108,7 @@ fn memory(entry: &Entry) -> Option<f64> {
 }
 
 /// Each row's function gets the subject and the floor.
-const ROWS: [Row; 26] = [
+const ROWS: [Row; 29] = [
     row("binary", "B", 0, |e, _| Some(e.binary_size)).bar(65536.0),
     row(
         "initrd without configuration and modules",
@@ -203,6 +203,20 @@ const ROWS: [Row; 26] = [
     }),
     row("  time of the one against the other", "x", 2, |e, _| {
         e.samples.ratio(Mode::Serve, "exec_us", "spawn_us")
+    })
+    .bar(1.5),
+    row(
+        "/v1/exec of /bin/true, the guest's time",
+        "us",
+        0,
+        |e, _| e.samples.median(Mode::Commands, "exec_busy_us"),
+    ),
+    row("bare vfork, exec, wait of it", "us", 0, |e, _| {
+        e.samples.median(Mode::Commands, "spawn_busy_us")
+    }),
+    row("  the one against the other", "x", 2, |e, _| {
+        e.samples
+            .ratio(Mode::Commands, "exec_busy_us", "spawn_busy_us")
     })
     .bar(1.5),
 ];
