@@ -9,7 +9,7 @@ use crate::why;
 use core::ops::Range;
 use pigeon_init::command::Environment;
 use pigeon_init::config::DOCUMENT;
-use pigeon_init::http::{self, Call, Progress, Reader, Refusal, Status, Style, Target};
+use pigeon_init::http::{self, Call, Progress, Reader, Status, Style, Target};
 use pigeon_init::json::{Spans, Text};
 use pigeon_init::request::{self, Control, Exec};
 use pigeon_init::slab::{Key, Slab};
@@ -487,8 +487,8 @@ impl Connection {
                 self.discard(body.end);
                 true
             }
-            Progress::Refused(&Refusal(status, why)) => {
-                self.refuse_and_close(status, why);
+            Progress::Refused(refusal) => {
+                self.refuse_and_close(refusal.status(), refusal.why());
                 true
             }
         }
@@ -651,7 +651,7 @@ impl Connection {
     }
 
     /// Answers with an error to what cannot be understood any further.
-    fn refuse_and_close(&mut self, status: Status, why: &str) {
+    fn refuse_and_close(&mut self, status: Status, why: &[u8]) {
         self.deadline = NEVER;
         self.style = Style::CLOSE;
         self.refuse(status, text!(why));
@@ -844,7 +844,7 @@ impl Connection {
     fn expire(&mut self, host: &mut Host) {
         match self.mode {
             Mode::Request if self.reader.started() && self.unsent.is_empty() => {
-                self.refuse_and_close(Status::RequestTimeout, "the request took too long");
+                self.refuse_and_close(Status::RequestTimeout, b"the request took too long");
             }
             Mode::Command if !self.command.killed => {
                 self.command.killed = true;

@@ -69,18 +69,59 @@ impl Status {
     }
 }
 
-/// A request that gets an error: the status, and the sentence of the body.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Refusal(pub Status, pub &'static str);
+/// Defines [`Refusal`] and its sentences, in one order.
+macro_rules! refusals {
+    ($($name:ident: $status:ident, $why:literal;)*) => {
+        /// A request that gets an error, with a status, and a sentence as its body.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[allow(missing_docs)]
+        pub enum Refusal {
+            $($name),*
+        }
 
-/// All of them are constants.
-type Refused = &'static Refusal;
+        const SENTENCES: &str = concat!($($why, "\n"),*);
 
-/// The refusal of what breaks the protocol.
-macro_rules! bad {
-    ($why:literal) => {
-        Err(&Refusal(Status::BadRequest, $why))
+        impl Refusal {
+            /// The answer's status.
+            pub fn status(self) -> Status {
+                match self {
+                    $(Self::$name => Status::$status),*
+                }
+            }
+        }
     };
+}
+
+refusals! {
+    LineEnd: BadRequest, "a line does not end with CRLF";
+    LongHead: HeaderFieldsTooLarge, "the header is over 16 KiB or 64 lines";
+    RequestLine: BadRequest, "the request line is malformed";
+    Version: VersionNotSupported, "the version is not HTTP/1.0 or HTTP/1.1";
+    RequestTarget: BadRequest, "the request target is malformed";
+    Header: BadRequest, "the header is malformed";
+    Host: BadRequest, "there must be one Host header";
+    NoNumber: BadRequest, "Content-Length is not a number";
+    TwoLengths: BadRequest, "two Content-Length headers differ";
+    NoEncoding: BadRequest, "Transfer-Encoding is empty";
+    TwoFramings: BadRequest, "both Content-Length and Transfer-Encoding are given";
+    OldEncoding: BadRequest, "HTTP/1.0 has no Transfer-Encoding";
+    UnknownEncoding: NotImplemented, "the only transfer encoding is chunked";
+    TwoEncodings: BadRequest, "there must be one transfer encoding";
+    LargeBody: ContentTooLarge, "the body is over 128 KiB";
+    Expectation: ExpectationFailed, "only 100-continue can be expected";
+    ExpectedMethod: MethodNotAllowed, "method not allowed";
+    ExpectedPath: NotFound, "no such path";
+    ChunkSize: BadRequest, "a chunk size is malformed";
+    ChunkEnd: BadRequest, "a chunk does not end with CRLF";
+    Trailer: BadRequest, "a trailer is malformed";
+}
+
+impl Refusal {
+    /// The sentence.
+    pub fn why(self) -> &'static [u8] {
+        let mut sentences = split(SENTENCES.as_bytes(), b'\n');
+        sentences.nth(self as usize).unwrap_or(&[])
+    }
 }
 
 /// The API's calls.
@@ -177,7 +218,7 @@ pub enum Progress {
     /// A whole request. The next one starts at the end of its body, with a new reader.
     Ready,
     /// An answer is due, and the connection cannot be understood any further.
-    Refused(&'static Refusal),
+    Refused(Refusal),
 }
 
 /// The interim response to `Expect: 100-continue`.
@@ -267,7 +308,7 @@ impl Reader {
         }
     }
 
-    fn step(&mut self, buffer: &mut [u8], filled: &mut usize) -> Result<(), Refused> {
+    fn step(&mut self, buffer: &mut [u8], filled: &mut usize) -> Result<(), Refusal> {
         if self.part == Part::Head {
             self.find_end(buffer.get(..*filled).unwrap_or(&[]))?;
             if self.part == Part::Head {
@@ -285,17 +326,17 @@ impl Reader {
     }
 
     /// Looks for the head's end. Lines end with CRLF; a lone LF is where smuggling starts.
-    fn find_end(&mut self, bytes: &[u8]) -> Result<(), Refused> {
+    fn find_end(&mut self, bytes: &[u8]) -> Result<(), Refusal> {
         while let Some((seen, [byte, ..])) = bytes.split_at_checked(self.scanned) {
             self.scanned += 1;
             if self.scanned > HEAD {
-                return Err(LONG_HEAD);
+                return Err(Refusal::LongHead);
             }
             if *byte != b'\n' {
                 continue;
             }
             let Some(lines) = seen.strip_suffix(b"\r") else {
-                return bad!("a line does not end with CRLF");
+                return Err(Refusal::LineEnd);
             };
             // Empty lines before the request line are no head (RFC 9112 section 2.2).
             let blank = lines.is_empty() || lines.ends_with(b"\n");
@@ -309,7 +350,7 @@ impl Reader {
     }
 
     #[inline(never)]
-    fn head(&mut self, mut bytes: &[u8]) -> Result<(), Refused> {
+    fn head(&mut self, mut bytes: &[u8]) -> Result<(), Refusal> {
         while let [b'\r', b'\n', rest @ ..] = bytes {
             bytes = rest;
         }
@@ -319,36 +360,33 @@ impl Reader {
         let (Some(method), Some(target), Some(version), None) =
             (words.next(), words.next(), words.next(), words.next())
         else {
-            return bad!("the request line is malformed");
+            return Err(Refusal::RequestLine);
         };
         let of_token = |byte: &u8| byte.is_ascii_graphic() && find(DELIMITERS, *byte).is_none();
         if method.is_empty() || !method.iter().all(of_token) {
-            return bad!("the request line is malformed");
+            return Err(Refusal::RequestLine);
         }
         let old = version == b"HTTP/1.0";
         if !old && version != b"HTTP/1.1" {
-            return Err(VERSION);
+            return Err(Refusal::Version);
         }
         let path = path(target)?;
         let mut fields = Fields::default();
         fields.read(lines.get(2..).unwrap_or(&[]))?;
         if !old && fields.hosts != 1 {
-            return bad!("there must be one Host header");
+            return Err(Refusal::Host);
         }
         self.frame(&fields, old)?;
         self.target = route(method, path, old, &fields);
         if fields.unknown_expectation && !old {
-            return Err(&Refusal(
-                Status::ExpectationFailed,
-                "only 100-continue can be expected",
-            ));
+            return Err(Refusal::Expectation);
         }
         self.expects = fields.expects && !old;
         // A client that asks first is told at once; it will not send the body then.
         if self.expects && !matches!(self.target, Target::Call(_)) {
             return Err(match self.target {
-                Target::WrongMethod(_) => &Refusal(Status::MethodNotAllowed, "method not allowed"),
-                _ => &Refusal(Status::NotFound, "no such path"),
+                Target::WrongMethod(_) => Refusal::ExpectedMethod,
+                _ => Refusal::ExpectedPath,
             });
         }
         self.style = Style {
@@ -360,34 +398,31 @@ impl Reader {
     }
 
     /// How the body is framed.
-    fn frame(&mut self, fields: &Fields, old: bool) -> Result<(), Refused> {
+    fn frame(&mut self, fields: &Fields, old: bool) -> Result<(), Refusal> {
         self.end = self.scanned;
         self.part = Part::Size;
         match (fields.encodings, fields.length) {
             (0, length) => {
                 let length = length.unwrap_or(0) as usize;
                 if length > BODY {
-                    return Err(LARGE_BODY);
+                    return Err(Refusal::LargeBody);
                 }
                 self.end += length;
                 self.part = Part::Body;
                 Ok(())
             }
             // Both, or an encoding a 1.0 client cannot know: somebody on the way may see another end.
-            (_, Some(_)) => bad!("both Content-Length and Transfer-Encoding are given"),
-            _ if old => bad!("HTTP/1.0 has no Transfer-Encoding"),
-            (1, _) if fields.unknown_encoding => Err(&Refusal(
-                Status::NotImplemented,
-                "the only transfer encoding is chunked",
-            )),
+            (_, Some(_)) => Err(Refusal::TwoFramings),
+            _ if old => Err(Refusal::OldEncoding),
+            (1, _) if fields.unknown_encoding => Err(Refusal::UnknownEncoding),
             (1, _) => Ok(()),
-            _ => bad!("there must be one transfer encoding"),
+            _ => Err(Refusal::TwoEncodings),
         }
     }
 
     /// Decodes what has come: what is no data is taken out of the buffer.
     #[inline(never)]
-    fn decode(&mut self, buffer: &mut [u8], filled: &mut usize) -> Result<(), Refused> {
+    fn decode(&mut self, buffer: &mut [u8], filled: &mut usize) -> Result<(), Refusal> {
         while self.part != Part::End {
             let rest = buffer.get(self.end..*filled).unwrap_or(&[]);
             let mut used = 0;
@@ -403,14 +438,14 @@ impl Reader {
                 match rest {
                     [b'\r', b'\n', ..] => used = 2,
                     [] | [b'\r'] => break,
-                    _ => return bad!("a chunk does not end with CRLF"),
+                    _ => return Err(Refusal::ChunkEnd),
                 }
                 self.part = Part::Size;
             } else {
                 let end = find(rest, b'\n');
                 used = end.map_or(rest.len(), |end| end + 1);
                 if self.overhead + used > HEAD {
-                    return Err(LONG_HEAD);
+                    return Err(Refusal::LongHead);
                 }
                 if end.is_none() {
                     break;
@@ -425,10 +460,10 @@ impl Reader {
 
     /// A line between the data: a chunk's size, or a trailer.
     #[inline(never)]
-    fn line(&mut self, line: &[u8]) -> Result<(), Refused> {
+    fn line(&mut self, line: &[u8]) -> Result<(), Refusal> {
         let line = match line {
             [line @ .., b'\r', b'\n'] if find(line, b'\r').is_none() => line,
-            _ => return bad!("a line does not end with CRLF"),
+            _ => return Err(Refusal::LineEnd),
         };
         if self.part == Part::Size {
             return self.chunk(line);
@@ -436,13 +471,13 @@ impl Reader {
         if line.is_empty() {
             self.part = Part::End;
         } else if find(line, b':').is_none() || line.starts_with(b" ") || find(line, 0).is_some() {
-            return bad!("a trailer is malformed");
+            return Err(Refusal::Trailer);
         }
         Ok(())
     }
 
     /// chunk-size [ chunk-ext ]
-    fn chunk(&mut self, line: &[u8]) -> Result<(), Refused> {
+    fn chunk(&mut self, line: &[u8]) -> Result<(), Refusal> {
         let mut rest = line;
         self.left = 0;
         while let [digit, others @ ..] = rest
@@ -454,10 +489,10 @@ impl Reader {
         }
         let extends = rest.is_empty() || trim(rest).starts_with(b";");
         if rest.len() == line.len() || !extends {
-            return bad!("a chunk size is malformed");
+            return Err(Refusal::ChunkSize);
         }
         if self.end - self.scanned + self.left > BODY {
-            return Err(LARGE_BODY);
+            return Err(Refusal::LargeBody);
         }
         self.part = match self.left {
             0 => Part::Trailer,
@@ -467,19 +502,9 @@ impl Reader {
     }
 }
 
-const LONG_HEAD: Refused = &Refusal(
-    Status::HeaderFieldsTooLarge,
-    "the header is over 16 KiB or 64 lines",
-);
-const LARGE_BODY: Refused = &Refusal(Status::ContentTooLarge, "the body is over 128 KiB");
-const VERSION: Refused = &Refusal(
-    Status::VersionNotSupported,
-    "the version is not HTTP/1.0 or HTTP/1.1",
-);
-
 /// The path of a request target, in origin form or absolute form (RFC 9112 section 3.2).
 #[inline(never)]
-fn path(target: &[u8]) -> Result<&[u8], Refused> {
+fn path(target: &[u8]) -> Result<&[u8], Refusal> {
     const SCHEME: &[u8] = b"http://";
     let visible = |byte: &u8| *byte > b' ' && *byte != 0x7f;
     let path = match target.split_at_checked(SCHEME.len()) {
@@ -492,7 +517,7 @@ fn path(target: &[u8]) -> Result<&[u8], Refused> {
     };
     match path {
         [b'/', ..] | b"*" => Ok(before(path, b'?')),
-        _ => bad!("the request target is malformed"),
+        _ => Err(Refusal::RequestTarget),
     }
 }
 
@@ -533,12 +558,12 @@ struct Fields {
 
 impl Fields {
     #[inline(never)]
-    fn read(&mut self, bytes: &[u8]) -> Result<(), Refused> {
+    fn read(&mut self, bytes: &[u8]) -> Result<(), Refusal> {
         let mut lines = [httparse::EMPTY_HEADER; HEADERS];
         let lines = match httparse::parse_headers(bytes, &mut lines) {
             Ok(httparse::Status::Complete((_, lines))) => lines,
-            Err(httparse::Error::TooManyHeaders) => return Err(LONG_HEAD),
-            _ => return bad!("the header is malformed"),
+            Err(httparse::Error::TooManyHeaders) => return Err(Refusal::LongHead),
+            _ => return Err(Refusal::Header),
         };
         for line in lines {
             self.line(line.name.as_bytes(), trim(line.value))?;
@@ -547,7 +572,7 @@ impl Fields {
     }
 
     #[inline(never)]
-    fn line(&mut self, name: &[u8], value: &[u8]) -> Result<(), Refused> {
+    fn line(&mut self, name: &[u8], value: &[u8]) -> Result<(), Refusal> {
         let is = |other: &str| same_word(name, other.as_bytes());
         if is("host") {
             self.hosts += 1;
@@ -556,13 +581,13 @@ impl Fields {
             for member in members(value) {
                 let length = length(member)?;
                 if self.length.is_some_and(|earlier| earlier != length) {
-                    return bad!("two Content-Length headers differ");
+                    return Err(Refusal::TwoLengths);
                 }
                 self.length = Some(length);
             }
         } else if is("transfer-encoding") {
             if value.is_empty() {
-                return bad!("Transfer-Encoding is empty");
+                return Err(Refusal::NoEncoding);
             }
             for member in members(value) {
                 self.encodings += 1;
@@ -597,11 +622,11 @@ fn lists(value: &[u8], word: &str) -> bool {
 }
 
 /// 1*DIGIT; what is larger than any body is [`u32::MAX`].
-fn length(digits: &[u8]) -> Result<u32, Refused> {
+fn length(digits: &[u8]) -> Result<u32, Refusal> {
     match decimal(digits) {
         Some(length) => Ok(length),
         None if !digits.is_empty() && digits.iter().all(u8::is_ascii_digit) => Ok(u32::MAX),
-        None => bad!("Content-Length is not a number"),
+        None => Err(Refusal::NoNumber),
     }
 }
 
@@ -662,7 +687,7 @@ mod tests {
     use super::*;
 
     /// Feeds `bytes` in pieces of `step`; all answers, with their bodies, up to the first refusal.
-    type Answer = Result<(Target, Style, Vec<u8>), Refused>;
+    type Answer = Result<(Target, Style, Vec<u8>), Refusal>;
 
     fn feed(bytes: &[u8], step: usize) -> Vec<Answer> {
         let mut buffer = vec![0; BUFFER];
@@ -696,7 +721,7 @@ mod tests {
         answers
     }
 
-    fn one(text: &str) -> Result<(Target, Style, Vec<u8>), Refused> {
+    fn one(text: &str) -> Result<(Target, Style, Vec<u8>), Refusal> {
         let whole = feed(text.as_bytes(), text.len());
         for step in [1, 2, 7] {
             assert_eq!(
@@ -710,7 +735,7 @@ mod tests {
     }
 
     fn status(text: &str) -> u16 {
-        one(text).map_or_else(|refusal| refusal.0 as u16, |_| 200)
+        one(text).map_or_else(|refusal| refusal.status() as u16, |_| 200)
     }
 
     const STATUS: &str = "GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n";
@@ -776,7 +801,7 @@ mod tests {
             BODY
         );
         let over = chunked.replace("\r\n0\r\n", "\r\n1\r\nx\r\n0\r\n");
-        assert_eq!(feed(over.as_bytes(), 4096), [Err(LARGE_BODY)]);
+        assert_eq!(feed(over.as_bytes(), 4096), [Err(Refusal::LargeBody)]);
     }
 
     #[test]
@@ -928,23 +953,31 @@ mod tests {
             assert_eq!(status(&format!("{head}{body}")), expected, "{body:?}");
         }
         let long = format!("{head}1;{}\r\nx\r\n0\r\n\r\n", "e".repeat(HEAD));
-        assert_eq!(feed(long.as_bytes(), 4096), [Err(LONG_HEAD)]);
+        assert_eq!(feed(long.as_bytes(), 4096), [Err(Refusal::LongHead)]);
+    }
+
+    #[test]
+    fn each_refusal_has_its_sentence() {
+        for (refusal, why) in [
+            (Refusal::LineEnd, "a line does not end with CRLF"),
+            (Refusal::LargeBody, "the body is over 128 KiB"),
+            (Refusal::Trailer, "a trailer is malformed"),
+        ] {
+            assert_eq!(refusal.why(), why.as_bytes());
+        }
     }
 
     #[test]
     fn long_heads_are_refused_before_they_end() {
         let long = format!("GET /v1/status HTTP/1.1\r\nA: {}", "x".repeat(HEAD));
-        assert_eq!(feed(long.as_bytes(), 100), [Err(LONG_HEAD)]);
+        assert_eq!(feed(long.as_bytes(), 100), [Err(Refusal::LongHead)]);
         let many = format!(
             "GET /v1/status HTTP/1.1\r\nHost: x\r\n{}\r\n",
             "A: b\r\n".repeat(HEADERS)
         );
-        assert_eq!(feed(many.as_bytes(), 100), [Err(LONG_HEAD)]);
+        assert_eq!(feed(many.as_bytes(), 100), [Err(Refusal::LongHead)]);
         let blank = "\r\n".repeat(HEAD);
-        assert_eq!(
-            feed(blank.as_bytes(), 100),
-            [bad!("the request line is malformed")]
-        );
+        assert_eq!(feed(blank.as_bytes(), 100), [Err(Refusal::RequestLine)]);
     }
 
     #[test]

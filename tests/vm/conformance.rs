@@ -52,7 +52,7 @@ fn parse(bytes: &[u8], step: usize) -> (Vec<u16>, bool) {
                 Progress::More | Progress::Continue => break,
                 Progress::Ready => {}
                 Progress::Refused(refusal) => {
-                    statuses.push(refusal.0 as u16);
+                    statuses.push(refusal.status() as u16);
                     return (statuses, false);
                 }
             }

@@ -41,7 +41,7 @@ fn answers(bytes: &[u8], step: usize) -> Vec<Answer> {
                         reader = Reader::default();
                     }
                     Progress::Refused(refusal) => {
-                        answers.push(Answer::Refused(refusal.0));
+                        answers.push(Answer::Refused(refusal.status()));
                         return answers;
                     }
                 }
