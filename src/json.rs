@@ -19,7 +19,7 @@
 //! is to find members again, at 9 KiB of code.
 
 use crate::address;
-use crate::bytes::{character, decimal, find, hexadecimal, valid_up_to};
+use crate::bytes::{character, decimal, find, hexadecimal, split, valid_up_to};
 use crate::text;
 use crate::text::{Line, Show};
 use core::ffi::CStr;
@@ -67,16 +67,19 @@ impl Kind {
         }
     }
 
-    fn name(self) -> &'static str {
-        match self {
-            Kind::Any | Kind::Text => "a string",
-            Kind::Flag => "true or false",
-            Kind::Number => "a whole number",
-            Kind::Texts => "a list of strings",
-            Kind::Pairs => "an object of strings",
-            Kind::Records => "a list",
-            Kind::Record => "an object",
-        }
+    /// What such a value is called; in the order of the kinds.
+    fn name(self) -> &'static [u8] {
+        const NAMES: &str = "\
+            a string\n\
+            a string\n\
+            true or false\n\
+            a whole number\n\
+            a list of strings\n\
+            an object of strings\n\
+            a list\n\
+            an object";
+        let mut names = split(NAMES.as_bytes(), b'\n');
+        names.nth(self as usize).unwrap_or(&[])
     }
 }
 
@@ -573,6 +576,7 @@ impl<'d> Pass<'d> {
     }
 
     /// The value that comes is a field's.
+    #[inline(never)]
     fn know(&mut self, at: u8) {
         if let Some((_, shape)) = self.fields.get(usize::from(at)) {
             self.shape = *shape;
@@ -581,6 +585,7 @@ impl<'d> Pass<'d> {
     }
 
     /// The field of that name in the record being read.
+    #[inline(never)]
     fn member(&self, name: &[u8]) -> Option<u8> {
         let mut at = self.frame.first;
         let end = at + self.shape.inside;
