@@ -60,7 +60,6 @@ pub fn quiesce(mounts: Option<&OwnedFd>, buffer: &mut [u8], warn: &mut dyn FnMut
 }
 
 /// The mount table as it is now (proc_pid_mountinfo(5)); a table over the buffer loses its end.
-#[inline(never)]
 fn read_table<'b>(file: &OwnedFd, buffer: &'b mut [u8]) -> &'b [u8] {
     let mut length = 0;
     let _start = rustix::fs::seek(file, rustix::fs::SeekFrom::Start(0));

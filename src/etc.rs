@@ -99,7 +99,6 @@ fn halves(line: &[u8]) -> (&[u8], &[u8]) {
 }
 
 /// Whether a line maps `name` to `ip`.
-#[inline(never)]
 fn says(line: &[u8], ip: &[u8], name: &[u8]) -> bool {
     let mut is_first = true;
     for piece in split(halves(line).0, b' ') {
@@ -120,7 +119,6 @@ fn says(line: &[u8], ip: &[u8], name: &[u8]) -> bool {
 }
 
 /// Writes the new /etc/resolv.conf (resolv.conf(5)).
-#[inline(never)]
 pub fn resolv(nameservers: Texts, new: &mut Contents) {
     for server in nameservers.iter() {
         new.put(b"nameserver ");

@@ -80,7 +80,6 @@ fn read_regular(file: &OwnedFd, buffer: &mut [u8]) -> Outcome<usize> {
 }
 
 /// Replaces the file or link `path` by one with these bytes, by way of `temporary` beside it.
-#[inline(never)]
 pub fn replace(path: &CStr, temporary: &CStr, contents: &[u8]) -> Result<(), Errno> {
     // What a crash left, or somebody put there; never followed.
     match remove(temporary) {

@@ -77,7 +77,6 @@ struct Knobs {
 }
 
 impl Knobs {
-    #[inline(never)]
     fn read(words: Words) -> Self {
         let number = |name: &[u8], default| {
             let number = words.get(name).and_then(decimal);

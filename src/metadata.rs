@@ -241,7 +241,6 @@ impl Session<'_> {
     }
 
     /// A connection on which no call waits longer than an answer may pause, and time is not up.
-    #[inline(never)]
     fn connect(&self) -> Outcome<OwnedFd> {
         let flags = SocketFlags::CLOEXEC;
         let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)

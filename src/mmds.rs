@@ -31,7 +31,6 @@ pub const HEAD: usize = 4096;
 pub type Request = heapless::Vec<u8, 512>;
 
 /// A request for the whole document, with the token of a V2 session.
-#[inline(never)]
 pub fn document_request(token: Option<&[u8]>, request: &mut Request) {
     request.clear();
     let (name, token, end) = match token {
@@ -45,7 +44,6 @@ pub fn document_request(token: Option<&[u8]>, request: &mut Request) {
 }
 
 /// The token of a response's body; `None` when it cannot stand in a header.
-#[inline(never)]
 pub fn token(body: &[u8]) -> Option<&[u8]> {
     let body = trim(body);
     let fits = (1..=TOKEN).contains(&body.len()) && body.iter().all(u8::is_ascii_graphic);

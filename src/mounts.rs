@@ -235,7 +235,6 @@ pub struct Expedited {
 
 impl Expedited {
     /// Switches them on; a kernel without the switch boots slower.
-    #[inline(never)]
     pub fn on() -> Self {
         let switch = files::open(c"/sys/kernel/rcu_expedited", OFlags::RDWR);
         Self {

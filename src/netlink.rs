@@ -165,7 +165,6 @@ pub fn remove_address(index: u32, ip: &IpAddr, prefix: u8) -> Request {
 /// A default route through `gateway`; `on_link`: reach it without a route to it.
 ///
 /// A second one is tried after the first, not before it.
-#[inline(never)]
 pub fn default_route(index: u32, gateway: &IpAddr, on_link: bool) -> Request {
     let flags = if on_link { RTNH_F_ONLINK } else { 0 };
     let mut request = Request::new(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_APPEND);

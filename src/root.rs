@@ -99,7 +99,6 @@ const TMPFS_MAGIC: u64 = 0x0102_1994;
 /// Deletes everything in the initramfs: it is the guest's memory, and may hold secrets.
 ///
 /// Only where the old root is a file system in memory (else EXDEV), and never across a mount.
-#[inline(never)]
 fn empty(old: OwnedFd) -> Result<(), Errno> {
     let kind = rustix::fs::fstatfs(&old)?.f_type as u64;
     if kind != RAMFS_MAGIC && kind != TMPFS_MAGIC {
