@@ -70,7 +70,6 @@ fn read_table<'b>(file: &OwnedFd, buffer: &'b mut [u8]) -> &'b [u8] {
 }
 
 /// Tries to unmount every volume, the last mounted first; whether one is still busy.
-#[inline(never)]
 fn unmount_all(table: &[u8], patient: bool, stuck: &mut Stuck, warn: &mut dyn FnMut(Line)) -> bool {
     let mut busy = false;
     let mut path = mountinfo::Target::new();

@@ -83,7 +83,6 @@ pub struct Head {
 }
 
 /// Reads a response's head; `Ok(None)` when it has not come whole.
-#[inline(never)]
 pub fn head(bytes: &[u8]) -> Result<Option<Head>, Fault> {
     const VERSION: &[u8] = b"HTTP/1.";
     let version = bytes.get(..VERSION.len()).unwrap_or(bytes);

@@ -13,7 +13,6 @@ use rustix::io::Errno;
 const LIST: &CStr = c"/pigeon/modules";
 
 /// Loads the modules on the list. One that cannot be loaded is a warning: what needs it says more.
-#[inline(never)]
 pub fn load(console: &mut Console, scratch: &mut [u8]) -> Outcome {
     let list = files::read_whole(LIST, scratch)?.unwrap_or_default();
     for line in split(list, b'\n').map(trim) {

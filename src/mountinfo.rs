@@ -7,7 +7,6 @@ pub type Target = heapless::Vec<u8, { crate::config::PATH }>;
 
 /// Reads a line: `36 35 98:0 /root /target options optional… - type source options`. The answer is
 /// whether a block device is behind it: its device's major number is not 0.
-#[inline(never)]
 pub fn parse(line: &[u8], target: &mut Target) -> Option<bool> {
     let mut fields = split(line, b' ');
     let (_id, _parent) = (fields.next(), fields.next());

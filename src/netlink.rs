@@ -209,7 +209,6 @@ fn rtmsg(request: &mut Request, family: u8, prefix: u8, scope: u8, flags: u32) -
 }
 
 /// Whether `ip` and `other` share their first `prefix` bits.
-#[inline(never)]
 pub fn same_subnet(ip: &IpAddr, other: &IpAddr, prefix: u8) -> bool {
     let (bits, width) = match (ip, other) {
         (IpAddr::V4(a), IpAddr::V4(b)) => (u128::from(a.to_bits() ^ b.to_bits()), 32),
@@ -230,7 +229,6 @@ pub struct Acknowledgement<'a> {
 }
 
 /// Reads the acknowledgement of a request; `None` when it is something else.
-#[inline(never)]
 pub fn acknowledgement(reply: &[u8]) -> Option<Acknowledgement<'_>> {
     let reply = reply.get(..word(reply, 0)? as usize)?;
     let (kind, flags) = halves(word(reply, 4)?);

@@ -73,7 +73,6 @@ pub fn mount(device: &CStr, scratch: &mut [u8], report: &Report) -> Outcome {
 }
 
 /// Moves the kernel's file systems onto the root and makes it `/`; the initramfs is emptied.
-#[inline(never)]
 pub fn switch(warn: &mut dyn FnMut(Line)) -> Outcome {
     let old = files::open(c"/", OFlags::DIRECTORY).map_err(why!("open /"))?;
     rustix::process::chdir(NEW).map_err(why!("enter /newroot"))?;
@@ -124,7 +123,6 @@ fn empty(old: OwnedFd) -> Result<(), Errno> {
 }
 
 /// Deletes a directory's entries, up to the first directory that is not empty, which is the answer.
-#[inline(never)]
 fn delete_entries(directory: &OwnedFd, is_root: bool) -> Result<Option<OwnedFd>, Errno> {
     let mut buffer = [MaybeUninit::uninit(); 1024];
     let mut entries = RawDir::new(directory, &mut buffer);
