@@ -78,7 +78,7 @@ const SECTIONS: &[(&str, &str)] = &[
     ("memory", "grep -E '^(Shmem|MemTotal):' /proc/meminfo"),
     (
         "processes",
-        r"for p in /proc/[0-9]*; do read -r pid name state parent rest <$p/stat; [ $parent != 1 ] || echo $pid $name $state; done 2>/dev/null; echo $$",
+        r"for p in /proc/[0-9]*; do read -r pid name state parent rest <$p/stat && [ $parent = 1 ] && echo $pid $name $state; done 2>/dev/null; echo $$",
     ),
     ("expedited", "cat /sys/kernel/rcu_expedited"),
     ("binfmt", "cat /proc/sys/fs/binfmt_misc/status"),

@@ -4,7 +4,7 @@
 //! a PID namespace, in an initramfs and on a root of its own, and its reboot ends the namespace
 //! (pid_namespaces(7)). The VM's own PID 1 leaves the vsock port to them.
 
-use std::{collections::HashSet, fs, process::Command};
+use std::{collections::HashSet, fs};
 
 use anyhow::{Context, Result, ensure};
 use pigeon_lab::{
@@ -455,7 +455,7 @@ fn check_says_in_one_line_what_is_wrong_with_each_bad_document() -> Result<()> {
     } in &cases
     {
         fs::write(&file, document)?;
-        let output = Command::new(assets::build_dir().join("init"))
+        let output = assets::run_here(&assets::build_dir().join("init"))?
             .arg("--check")
             .arg(&file)
             .output()?;

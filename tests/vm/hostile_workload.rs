@@ -2,7 +2,6 @@
 
 use std::{
     os::unix::net::UnixStream,
-    process::Command,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -29,7 +28,7 @@ fn tree() -> Result<Tree> {
     let dir = tempfile::tempdir()?;
     let program = dir.path().join("attack");
     let source = assets::repository().join("tests/vm/attack.c");
-    run(Command::new(assets::tool("cc")?)
+    run(assets::c_compiler()?
         .args(["-O1", "-Wall", "-Wextra", "-Werror", "-static", "-s", "-o"])
         .args([&program, &source]))?;
     Tree::busybox()?.file("/bin/attack", 0o755, std::fs::read(program)?)
