@@ -235,7 +235,7 @@ impl Supervisor {
 
     /// One a turn: those that wait make the next turn.
     fn read_signal(&mut self) {
-        let Ok(signal) = sys::read_signal(&self.signals) else {
+        let Some(signal) = sys::read_signal(&self.signals, self.host.sink) else {
             return;
         };
         match signal.number {
