@@ -234,18 +234,17 @@ pub struct Signal {
     pub from_kernel: bool,
 }
 
-/// Reads one waiting signal, by way of `room`.
-pub fn read_signal(signals: &OwnedFd, room: &mut [u8]) -> Option<Signal> {
+/// Reads one waiting signal.
+pub fn read_signal(fd: &OwnedFd) -> Result<Signal> {
     // struct signalfd_siginfo: ssi_signo, ssi_errno, ssi_code, …; 128 bytes on every architecture.
-    let info = room.get_mut(..128)?;
-    crate::files::read(signals, info).ok()?;
-    let (words, _) = info.as_chunks();
-    let [number, _, code, ..] = words else {
-        return None;
-    };
-    Some(Signal {
-        number: u32::from_ne_bytes(*number),
-        from_kernel: u32::from_ne_bytes(*code) == uapi::SI_KERNEL,
+    let mut info = [0u32; 32];
+    let place = &raw mut info as usize;
+    // SAFETY: writes at most the array; a signal comes whole or not at all.
+    unsafe { call(uapi::__NR_read, raw(fd), place, size_of_val(&info)) }?;
+    let [number, _, code, ..] = info;
+    Ok(Signal {
+        number,
+        from_kernel: code == uapi::SI_KERNEL,
     })
 }
 
