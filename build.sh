@@ -16,6 +16,7 @@ usage: ./build.sh COMMAND [--arch x86_64|aarch64] ...
 
   bench [--runs N] [--vs NAME=PATH[:CONFIGPATH]]... [--json FILE]
                               the figures in one table, beside the sequential floor and others
+  soak [MINUTES]              50 boots of the same disks, then one VM under load for 20 minutes
 
   build                       build/init, the static binary
   initrd [run.json]           build/initrd.cpio: the init, and the configuration if one is given
@@ -197,6 +198,20 @@ bench() {
     cargo run "${lab[@]}" --quiet --bin bench -- "$@"
 }
 
+soak() {
+    initrd ''
+    setup
+    cargo run "${lab[@]}" --quiet --bin soak -- "$@"
+}
+
+# The same program with its symbols, for .ci/panics: its path.
+symbols() {
+    need_rust
+    CARGO_TARGET_DIR=target/symbols CARGO_PROFILE_RELEASE_STRIP=none CARGO_PROFILE_RELEASE_DEBUG=2 \
+        cargo_init
+    echo "target/symbols/$target/release/init"
+}
+
 vendor() {
     need_rust
     cargo vendor --locked --quiet vendor >/dev/null
@@ -217,7 +232,7 @@ else
     choose "${PIGEON_ARCH:-$(uname -m)}"
 fi
 case $command in
-    build | rootfs | pigeon | setup | run | bench | vendor | clean) "$command" "$@" ;;
+    build | rootfs | pigeon | setup | run | bench | soak | symbols | vendor | clean) "$command" "$@" ;;
     initrd) initrd "${1-}" ;;
     test) run_tests "$@" ;;
     help | -h | --help) help ;;

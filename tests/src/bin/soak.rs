@@ -1,0 +1,249 @@
+//! `./build.sh soak [MINUTES]`: what takes too long for a test. One root and one volume live through
+//! 50 boots, then one VM through so many minutes of everything at once.
+
+use std::{
+    env, fmt,
+    os::unix::net::UnixStream,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use pigeon_lab::{
+    End, Vm,
+    disk::{Image, Tree},
+    guest,
+    http::Client,
+    vsock,
+};
+use serde_json::json;
+
+/// Boots on the same disks.
+const CYCLES: usize = 50;
+/// Other VMs may run beside this one.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn main() -> Result<()> {
+    let minutes = env::args()
+        .nth(1)
+        .map_or(Ok(20), |minutes| minutes.parse())?;
+    durability().context("durability")?;
+    soak(Duration::from_secs(60 * minutes)).context("soak")
+}
+
+/// What each life writes, synced and not, is there after its end, however that comes.
+fn durability() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let volume = Image::ext4(&Tree::empty()?, 16)?;
+    let start = Instant::now();
+    for cycle in 0..CYCLES {
+        let script = format!(
+            "for dir in /var /data; do
+                echo {cycle} >>$dir/synced; sync; echo {cycle} >>$dir/written
+                dd if=/dev/urandom of=$dir/noise bs=4k count=$((1 + {cycle} % 9 * 40)) 2>/dev/null
+            done
+            trap 'exit 3' TERM
+            echo written; [ {kind} != 0 ] || exit 4; while :; do sleep 0.05; done",
+            kind = cycle % 3
+        );
+        let mounts = json!({"Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/data"}]});
+        let mut vm = Vm::builder()
+            .name("soak-durability")
+            .config(&guest::shell(&script, mounts))
+            .disk(&root)
+            .disk(&volume)
+            .patience(PATIENCE)
+            .quiet()
+            .boot()?;
+        vm.wait_for("written")?;
+        match cycle % 3 {
+            1 => drop(
+                vm.api()?
+                    .post("/v1/signals", &json!({"signal": 9}))?
+                    .success()?,
+            ),
+            2 => vm.ctrl_alt_delete()?,
+            _ => {}
+        }
+        let code = vm
+            .api()?
+            .get("/v1/exit_code")
+            .and_then(|answer| answer.json());
+        let wanted = [4, 137, 3][cycle % 3];
+        // Who comes late finds nobody.
+        ensure!(code.is_err() || code.is_ok_and(|code| code["code"] == wanted));
+        ensure!(vm.wait_end()? == End::Reboot, "cycle {cycle}");
+        let lines: String = (0..=cycle).map(|cycle| format!("{cycle}\n")).collect();
+        for (image, dir) in [(&root, "/var"), (&volume, "")] {
+            image.check().with_context(|| format!("cycle {cycle}"))?;
+            for name in ["synced", "written"] {
+                let found = image.read(&format!("{dir}/{name}"))?;
+                ensure!(found == lines, "cycle {cycle}: {dir}/{name}: {found}");
+            }
+        }
+    }
+    println!(
+        "{CYCLES} boots of the same disks in {:.0?}: clean, nothing lost",
+        start.elapsed()
+    );
+    Ok(())
+}
+
+/// What PID 1 holds, and how fast it answers.
+struct State {
+    /// Pss and page tables, KiB.
+    memory: u64,
+    files: u64,
+    zombies: u64,
+    /// Of 500 calls.
+    median: Duration,
+    late: Duration,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let State {
+            memory,
+            files,
+            zombies,
+            median,
+            late,
+        } = self;
+        write!(
+            f,
+            "{memory} KiB, {files} files, {zombies} zombies, status in {median:.2?}, 99 % in {late:.2?}"
+        )
+    }
+}
+
+fn state(vm: &mut Vm) -> Result<State> {
+    let mut api = vm.api()?;
+    let script =
+        "awk '/^Pss:/ {print $2}' /proc/1/smaps_rollup; awk '/^VmPTE:/ {print $2}' /proc/1/status
+        ls /proc/1/fd | wc -l; cat /proc/[0-9]*/stat 2>/dev/null | grep -c ') Z '; true";
+    let answer = api
+        .post("/v1/exec", &json!({"cmd": ["sh", "-c", script]}))?
+        .success()?
+        .json()?;
+    let text = answer["stdout"].as_str().context("no text")?;
+    let numbers: Vec<u64> = text.lines().map(str::parse).collect::<Result<_, _>>()?;
+    let [pss, tables, files, zombies] = numbers[..] else {
+        anyhow::bail!("{text}");
+    };
+    let mut times = vec![];
+    for _ in 0..500 {
+        let start = Instant::now();
+        api.get("/v1/status")?.success()?;
+        times.push(start.elapsed());
+    }
+    times.sort();
+    Ok(State {
+        memory: pss + tables,
+        files,
+        zombies,
+        median: times[250],
+        late: times[495],
+    })
+}
+
+fn soak(time: Duration) -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    // Output at full speed and orphans, while there is a file that says so.
+    let script = "while :; do
+            if [ -e /run/busy ]; then seq 1 500; (for i in 1 2 3 4 5; do (sleep 0.0$i &); done) &
+            else wait; sleep 0.1; fi
+        done";
+    let mut vm = Vm::builder()
+        .name("soak")
+        .config(&guest::shell(script, json!({})))
+        .disk(&root)
+        .patience(PATIENCE)
+        .quiet()
+        .boot()?;
+    vm.wait_for("workload started")?;
+    let socket = vm.vsock().context("no vsock")?.to_owned();
+    let connect = || -> Result<Client<UnixStream>> {
+        let stream = vsock::connect(&socket, vsock::API_PORT, PATIENCE)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(Client::new(stream))
+    };
+    let busy = |vm: &mut Vm, command: &[&str]| -> Result<()> {
+        let body = json!({"cmd": command});
+        vm.api()?.post("/v1/exec", &body)?.success().map(drop)
+    };
+    let (stop, calls) = (AtomicBool::new(false), AtomicU64::new(0));
+    let load = |round: &(dyn Fn() -> Result<()> + Sync)| -> Result<()> {
+        while !stop.load(Ordering::Relaxed) {
+            round()?;
+            calls.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    };
+    let status = || -> Result<()> {
+        let mut api = connect()?;
+        for _ in 0..20 {
+            api.get("/v1/status")?.success()?;
+        }
+        Ok(())
+    };
+    let exec = || -> Result<()> {
+        let body = json!({"cmd": ["sh", "-c", "head -c 100000 /dev/zero; (sleep 0.1 &)"]});
+        let answer = connect()?.post("/v1/exec", &body)?.success()?.json()?;
+        ensure!(answer["exit_code"] == 0, "{answer}");
+        Ok(())
+    };
+    // A client that goes while its command runs and while it waits.
+    let vanish = || -> Result<()> {
+        let body = r#"{"cmd":["sleep","1000"]}"#;
+        let head = format!(
+            "POST /v1/exec HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        connect()?.send((head + body).as_bytes())?;
+        connect()?.send(b"GET /v1/exit_code HTTP/1.1\r\nHost: x\r\n\r\n")?;
+        connect()?.send(b"POST /v1/exec HTTP/1.1\r\nContent-Le")?;
+        thread::sleep(Duration::from_millis(20));
+        Ok(())
+    };
+    let round = |vm: &mut Vm, time: Duration| -> Result<State> {
+        stop.store(false, Ordering::Relaxed);
+        busy(vm, &["touch", "/run/busy"])?;
+        thread::scope(|scope| {
+            let rounds: [&(dyn Fn() -> Result<()> + Sync); 3] = [&status, &exec, &vanish];
+            let loads = rounds.map(|round| scope.spawn(|| load(round)));
+            let start = Instant::now();
+            while start.elapsed() < time && !loads.iter().any(|load| load.is_finished()) {
+                thread::sleep(Duration::from_millis(200));
+            }
+            stop.store(true, Ordering::Relaxed);
+            loads
+                .into_iter()
+                .try_for_each(|load| load.join().expect("no panic"))
+        })?;
+        busy(vm, &["rm", "/run/busy"])?;
+        // The console takes the last of the output, the guest hears of the last closed connection.
+        thread::sleep(Duration::from_secs(10));
+        state(vm)
+    };
+    // Everything has been used once, and is used again from here on.
+    let before = round(&mut vm, Duration::from_secs(20).min(time))?;
+    println!("before: {before}");
+    let after = round(&mut vm, time)?;
+    println!(
+        "after {time:?}, {} rounds of calls: {after}",
+        calls.load(Ordering::Relaxed)
+    );
+    ensure!(after.memory <= before.memory + 16, "memory has grown");
+    ensure!(after.files <= before.files, "files stay open");
+    ensure!(after.zombies == 0, "zombies stay");
+    ensure!(
+        after.median <= before.median * 2,
+        "calls have become slower"
+    );
+    vm.api()?
+        .post("/v1/signals", &json!({"signal": 9}))?
+        .success()?;
+    ensure!(vm.wait_end()? == End::Reboot);
+    root.check()
+}

@@ -1,0 +1,268 @@
+//! Disks that fail, hang and fill, a machine that stands still, a network on which nobody is.
+
+use std::{fs, thread, time::Duration};
+
+use anyhow::{Context, Result};
+use pigeon_lab::{
+    End, Vm,
+    disk::{Disk, Image, Tree},
+    guest,
+    mmds::{Mmds, Push},
+};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+/// Generous: other VMs may run beside this one.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+fn root() -> Result<Image> {
+    Image::ext4(&Tree::busybox()?, 32)
+}
+
+fn with_volume(script: &str) -> Value {
+    guest::shell(
+        script,
+        json!({"Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/data"}]}),
+    )
+}
+
+/// A disk that answers so many requests, and then fails each in which one of `events` comes.
+fn fails_after(requests: u32, image: &Image, events: &[&str]) -> Disk {
+    let mut faults = String::new();
+    for event in events {
+        for state in 1..requests {
+            let next = state + 1;
+            faults += &format!(
+                "[set-state]\nevent = \"{event}\"\nstate = \"{state}\"\nnew_state = \"{next}\"\n"
+            );
+        }
+        faults += &format!(
+            "[inject-error]\nevent = \"{event}\"\nerrno = \"5\"\nstate = \"{requests}\"\n"
+        );
+    }
+    Disk::from(image).blkdebug(&faults)
+}
+
+/// The hypervisor's process.
+fn hypervisor(vm: &Vm) -> Result<Pid> {
+    let dir = vm
+        .vsock()
+        .and_then(|socket| socket.parent())
+        .context("no vsock")?;
+    let dir = dir.to_str().context("not UTF-8")?.as_bytes();
+    for entry in fs::read_dir("/proc")? {
+        let entry = entry?;
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if line.starts_with(b"qemu") || line.windows(5).any(|part| part == b"/qemu") {
+            let ours = line.windows(dir.len()).any(|part| part == dir);
+            let pid = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok());
+            if let (true, Some(pid)) = (ours, pid.and_then(Pid::from_raw)) {
+                return Ok(pid);
+            }
+        }
+    }
+    anyhow::bail!("the VM has no process")
+}
+
+/// Stops the whole machine; unlike after QMP's `stop`, the guest's clock has gone on meanwhile.
+fn pause(vm: &Vm, time: Duration) -> Result<()> {
+    let process = hypervisor(vm)?;
+    kill_process(process, Signal::STOP)?;
+    thread::sleep(time);
+    Ok(kill_process(process, Signal::CONT)?)
+}
+
+#[test]
+fn a_pause_ends_no_command_no_request_and_no_unmounting() -> Result<()> {
+    let (root, volume) = (root()?, Image::ext4(&Tree::empty()?, 32)?);
+    let script = "echo ready; read -r line; dd if=/dev/zero of=/data/file bs=64k count=128 2>/dev/null; echo kept >/data/last";
+    let builder = Vm::builder().config(&with_volume(script)).on_qemu();
+    let mut vm = builder
+        .disk(&root)
+        .disk(&volume)
+        .patience(PATIENCE)
+        .boot()?;
+    vm.wait_for("ready")?;
+    // Longer than a command, a request's head and the hypervisor's own stop may last.
+    let (mut waiting, mut command, mut slow) = (vm.api()?, vm.api()?, vm.api()?);
+    waiting.send(b"GET /v1/exit_code HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    let body = r#"{"cmd":["sh","-c","echo begun >/dev/console; read -r line </run/go; echo done"],"timeout_ms":10000}"#;
+    let mut api = vm.api()?;
+    assert_eq!(
+        api.post("/v1/exec", &json!({"cmd": ["mkfifo", "/run/go"]}))?
+            .json()?["exit_code"],
+        0
+    );
+    let head = format!(
+        "POST /v1/exec HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    command.send((head + body).as_bytes())?;
+    slow.send(b"GET /v1/status HTTP/1.1\r\nHo")?;
+    vm.wait_for("begun")?;
+    pause(&vm, Duration::from_secs(20))?;
+    slow.send(b"st: x\r\n\r\n")?;
+    assert_eq!(slow.receive(false)?.status, 200);
+    let go = json!({"cmd": ["sh", "-c", "echo >/run/go"]});
+    assert_eq!(api.post("/v1/exec", &go)?.json()?["exit_code"], 0);
+    let answer = command.receive(false)?.json()?;
+    assert_eq!(
+        (&answer["exit_code"], &answer["stdout"]),
+        (&json!(0), &json!("done\n"))
+    );
+    vm.pause()?;
+    vm.resume()?;
+
+    // The volume is slow enough to be caught in the midst of being left clean.
+    let limits = ["bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"].map(|name| (name, 0));
+    let mut throttle: serde_json::Map<_, _> = limits
+        .map(|(name, limit)| (name.to_string(), json!(limit)))
+        .into_iter()
+        .collect();
+    throttle.insert("bps".into(), json!(1 << 20));
+    throttle.insert("device".into(), json!("disk1"));
+    vm.qmp("block_set_io_throttle", throttle.into())?;
+    vm.type_text("\n")?;
+    assert_eq!(waiting.receive(false)?.json()?["code"], 0);
+    thread::sleep(Duration::from_secs(2));
+    assert!(vm.ended()?.is_none(), "the disk is too fast for this test");
+    // More than the disks are given.
+    pause(&vm, Duration::from_secs(35))?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    assert!(!vm.console().contains("level=warn"), "{}", vm.console());
+    root.check()?;
+    volume.check()?;
+    assert_eq!(volume.read("/last")?, "kept\n");
+    Ok(())
+}
+
+#[test]
+fn a_root_that_hangs_is_told_of_and_does_not_hang_pid_1() -> Result<()> {
+    let root = root()?;
+    let document = guest::shell("echo the workload runs", json!({}));
+    let mmds = Mmds::serving(document).push(Push::After(Duration::from_secs(2)));
+    let builder = Vm::builder().mmds(mmds).disk(&root).on_qemu();
+    let mut vm = builder
+        .arg("PIGEON_MMDS_TIMEOUT_MS=60000")
+        .patience(PATIENCE)
+        .boot()?;
+    while vm.mmds_requests().is_empty() {
+        thread::sleep(Duration::from_millis(20));
+    }
+    // From here on a byte a second.
+    let throttle = json!({"device": "disk0", "bps": 1, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
+    vm.qmp("block_set_io_throttle", throttle)?;
+    vm.wait_for("mount /dev/vda: no answer after 30 s")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let console = vm.console();
+    assert_eq!(console.matches("level=error").count(), 1, "{console}");
+    assert!(!console.contains("the workload runs"), "{console}");
+    Ok(())
+}
+
+#[test]
+fn a_volume_that_fails_harms_neither_the_end_nor_the_root() -> Result<()> {
+    let (root, volume) = (root()?, Image::ext4(&Tree::empty()?, 16)?);
+    let script = "echo kept >/var/file
+        i=0; while dd if=/dev/zero of=/data/$i bs=4k count=4 conv=fsync 2>/dev/null; do i=$((i + 1)); done
+        echo failed after $i; grep ' /data ' /proc/mounts; exit 6";
+    let builder = Vm::builder().config(&with_volume(script)).disk(&root);
+    let mut vm = builder
+        .disk(fails_after(60, &volume, &["write_aio"]))
+        .patience(PATIENCE)
+        .boot()?;
+    let failed = vm.wait_for("failed after")?;
+    assert_ne!(failed, "failed after 0", "it never worked");
+    let exit = vm.api()?.get("/v1/exit_code")?.json()?;
+    assert_eq!(exit, json!({"code": 6, "oom_killed": false}));
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()?;
+    assert_eq!(root.read("/var/file")?, "kept\n");
+    Ok(())
+}
+
+#[test]
+fn a_root_that_fails_under_way_leaves_the_api_and_the_end_as_they_are() -> Result<()> {
+    let tree = Tree::busybox()?.file("/bin/cold", 0o755, "#!/bin/sh\necho warm\n")?;
+    let (root, volume) = (Image::ext4(&tree, 32)?, Image::ext4(&Tree::empty()?, 16)?);
+    let script = "echo kept >/data/file; sync
+        i=0; while dd if=/dev/zero of=/var/$i bs=4k count=4 conv=fsync 2>/dev/null; do i=$((i + 1)); done
+        echo failed after $i; trap 'exit 6' TERM; while :; do sleep 0.1; done";
+    let builder = Vm::builder().config(&with_volume(script));
+    let mut vm = builder
+        .disk(fails_after(120, &root, &["write_aio"]))
+        .disk(&volume)
+        .patience(PATIENCE)
+        .boot()?;
+    let failed = vm.wait_for("failed after")?;
+    assert_ne!(failed, "failed after 0", "it never worked");
+    let mut api = vm.api()?;
+    // Its journal is gone, and with it all writing.
+    let exec = |command: &str| json!({"cmd": ["sh", "-c", command]});
+    let write = api
+        .post("/v1/exec", &exec("echo x >/var/more 2>&1"))?
+        .json()?;
+    assert_ne!(write["exit_code"], 0, "{write}");
+    // Nor may a command be read any more; it is answered for.
+    let read = api.post("/v1/exec", &exec("cold"))?;
+    let failed = read.status == 500 && read.text().contains("EIO");
+    assert!(failed || read.text().contains("warm"), "{read}");
+    assert_eq!(api.get("/v1/status")?.status, 200);
+    api.post("/v1/signals", &json!({"signal": 15}))?.success()?;
+    assert_eq!(api.get("/v1/exit_code")?.json()?["code"], 6);
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    volume.check()?;
+    assert_eq!(volume.read("/file")?, "kept\n");
+    Ok(())
+}
+
+#[test]
+fn a_command_on_a_root_that_cannot_be_read_is_an_error_of_its_own() -> Result<()> {
+    let noise: Vec<u8> = (0..1 << 20)
+        .map(|n: u32| (n.wrapping_mul(2_654_435_761) >> 13) as u8)
+        .collect();
+    let mut tree = Tree::busybox()?.dir("/cold", 0o755)?;
+    for n in 0..24 {
+        tree = tree.file(&format!("/cold/{n}"), 0o755, &noise)?;
+    }
+    let root = Image::ext4(&tree, 64)?;
+    let script = "i=0; while cat /cold/$i >/dev/null 2>&1; do i=$((i + 1)); done; echo failed after $i; read -r line; exit 6";
+    let builder = Vm::builder().config(&guest::shell(script, json!({})));
+    let mut vm = builder
+        .disk(fails_after(150, &root, &["read_aio"]))
+        .patience(PATIENCE)
+        .boot()?;
+    let failed = vm.wait_for("failed after")?;
+    assert!(
+        failed != "failed after 0" && failed != "failed after 24",
+        "{failed}"
+    );
+    let mut api = vm.api()?;
+    let answer = api.post("/v1/exec", &json!({"cmd": ["/cold/23"]}))?;
+    assert_eq!(
+        (answer.status, answer.text().contains("EIO")),
+        (500, true),
+        "{answer}"
+    );
+    let answer = api.post("/v1/exec", &json!({"cmd": ["/bin/echo", "still"]}))?;
+    assert_eq!(answer.json()?["stdout"], "still\n");
+    vm.type_text("\n")?;
+    assert_eq!(api.get("/v1/exit_code")?.json()?["code"], 6);
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    Ok(())
+}
+
+#[test]
+fn a_network_without_anybody_costs_the_wait_for_mmds_and_no_more() -> Result<()> {
+    let root = root()?;
+    let config = guest::shell("exit 8", json!({}));
+    let builder = Vm::builder().tap().config(&config).disk(&root);
+    let mut vm = builder.arg("PIGEON_MMDS_TIMEOUT_MS=1000").boot()?;
+    vm.wait_for("msg=\"configuration loaded\" source=file")?;
+    vm.wait_for("exit_code=8")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
