@@ -11,6 +11,7 @@ const HOME: usize = 256;
 
 /// Who a command runs as.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
 pub struct Identity {
     /// User id.
     pub uid: u32,
@@ -35,12 +36,9 @@ impl Identity {
         let user = user.unwrap_or(b"root");
         let wanted = parts.rest();
         let id = number(user);
-        let mut account = Entry::before(passwd, true);
-        let mut found = account.seek(user, None);
-        if !found && id.is_some() {
-            account = Entry::before(passwd, true);
-            found = account.seek(b"", id);
-        }
+        let mut account = Entry::of(true);
+        let mut found =
+            account.seek(passwd, user, None) || (id.is_some() && account.seek(passwd, b"", id));
         let mut home: &[u8] = b"/";
         if found {
             self.uid = account.id;
@@ -60,16 +58,17 @@ impl Identity {
         if self.home.extend_from_slice(home).is_err() {
             return Err(text!("home directory of % is too long", user));
         }
-        let mut entry = Entry::before(group, false);
+        let mut entry = Entry::of(false);
         if !wanted.is_empty() {
             // That one, and no other.
-            self.gid = match entry.seek(wanted, None) {
+            self.gid = match entry.seek(group, wanted, None) {
                 true => entry.id,
                 false => number(wanted).ok_or_else(|| text!("unknown group ", wanted))?,
             };
             found = false;
         }
         self.join(self.gid);
+        entry.lines = split(group, b'\n');
         while found && entry.advance() {
             let member = split(entry.fourth, b',').any(|member| member == account.name);
             if member && !self.join(entry.id) {
@@ -97,25 +96,26 @@ impl Identity {
 /// group(5): group_name:password:GID:user_list
 struct Entry<'a> {
     id: u32,
+    is_account: bool,
     name: &'a [u8],
     /// The primary group's id, or a group's members.
     fourth: &'a [u8],
     home: &'a [u8],
-    is_account: bool,
     /// The lines behind it.
     lines: Split<'a>,
 }
 
 impl<'a> Entry<'a> {
-    /// To be [advanced](Self::advance) to the first line.
-    fn before(file: &'a [u8], is_account: bool) -> Self {
+    /// Nothing yet.
+    #[inline(never)]
+    fn of(is_account: bool) -> Self {
         Self {
             id: 0,
+            is_account,
             name: &[],
             fourth: &[],
             home: &[],
-            is_account,
-            lines: split(file, b'\n'),
+            lines: split(&[], b'\n'),
         }
     }
 
@@ -139,9 +139,10 @@ impl<'a> Entry<'a> {
         false
     }
 
-    /// On to the first line of that name or id.
+    /// On to a file's first line of that name or id.
     #[inline(never)]
-    fn seek(&mut self, name: &[u8], id: Option<u32>) -> bool {
+    fn seek(&mut self, file: &'a [u8], name: &[u8], id: Option<u32>) -> bool {
+        self.lines = split(file, b'\n');
         while self.advance() {
             if self.name == name || Some(self.id) == id {
                 return true;
