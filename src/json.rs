@@ -424,8 +424,8 @@ enum Fault {
 #[derive(Clone, Copy)]
 struct Frame {
     shape: Shape,
-    /// The member being read, where it is a known one of a record.
-    known: Option<&'static str>,
+    /// The field being read, where it is one of a record.
+    known: Option<u8>,
     /// Where the output stood before the container.
     start: u32,
     /// Where it stood before the member being read.
@@ -618,8 +618,7 @@ impl<'d> Pass<'d> {
             self.shape = Shape::ANY;
             if let Some(at) = known {
                 self.know(at);
-                let field = self.fields.get(usize::from(at));
-                self.frame.known = field.map(|(name, _)| *name);
+                self.frame.known = known;
                 if self.shape.slot.is_ascii_uppercase() {
                     self.put(self.shape.slot);
                 }
@@ -637,9 +636,10 @@ impl<'d> Pass<'d> {
     fn leave(&mut self) {
         self.read += 1;
         let Frame { shape, start, .. } = self.frame;
-        if let Some(outer) = self.outer.pop() {
-            self.frame = outer;
+        if let Some(outer) = self.outer.last() {
+            self.frame = *outer;
         }
+        self.outer.pop();
         if self.frame.shape.kind == Kind::Records {
             self.put(0);
         }
@@ -814,35 +814,38 @@ impl<'d> Pass<'d> {
     #[inline(never)]
     fn refusal(&self, fault: Fault) -> Line {
         let mut line = Line::new();
-        for frame in self.outer.iter().chain(Some(&self.frame)) {
-            match (frame.known, frame.shape.kind) {
-                (Some(name), _) => {
-                    if !line.as_bytes().is_empty() {
-                        line.put(b'.');
-                    }
-                    line.add(name);
+        for depth in 0..=self.outer.len() {
+            let frame = self.outer.get(depth).unwrap_or(&self.frame);
+            let field = frame.known.and_then(|at| self.fields.get(usize::from(at)));
+            if let Some((name, _)) = field {
+                if !line.as_bytes().is_empty() {
+                    line.put(b'.');
                 }
-                (None, Kind::Texts | Kind::Records) => {
-                    line.add("[").add(frame.count.saturating_sub(1)).add("]");
-                }
-                _ => {}
+                line = line.with(*name);
+            } else if matches!(frame.shape.kind, Kind::Texts | Kind::Records) {
+                let entry = frame.count.saturating_sub(1);
+                line = line.with("[").with(&entry).with("]");
             }
         }
         if !line.as_bytes().is_empty() {
-            line.add(": ");
+            line = line.with(": ");
         }
-        let shape = self.shape;
-        match fault {
-            Fault::Malformed => line.add("not JSON at byte ").add(self.read),
-            Fault::NotUtf8 => line.add("not UTF-8 at byte ").add(self.read),
-            Fault::TooDeep => line.add("nested deeper than ").add(DEPTH).add(" levels"),
-            Fault::Nul => line.add("has a NUL character"),
-            Fault::Type => line.add("must be ").add(shape.kind.name()),
-            Fault::OutOfRange => line.add("must be from 0 to ").add(shape.max),
-            Fault::TooMany => line.add("more than ").add(shape.max).add(" entries"),
-            Fault::Name => line.add("a name is empty or has '=' in it"),
+        let Shape { kind, max, .. } = self.shape;
+        let (words, number, rest): (&str, Option<usize>, &[u8]) = match fault {
+            Fault::Malformed => ("not JSON at byte ", Some(self.read), b""),
+            Fault::NotUtf8 => ("not UTF-8 at byte ", Some(self.read), b""),
+            Fault::TooDeep => ("nested deeper than ", Some(DEPTH), b" levels"),
+            Fault::Nul => ("has a NUL character", None, b""),
+            Fault::Type => ("must be ", None, kind.name()),
+            Fault::OutOfRange => ("must be from 0 to ", Some(max as usize), b""),
+            Fault::TooMany => ("more than ", Some(max as usize), b" entries"),
+            Fault::Name => ("a name is empty or has '=' in it", None, b""),
         };
-        line
+        line = line.with(words);
+        if let Some(number) = number {
+            line = line.with(&number);
+        }
+        line.with(rest)
     }
 }
 
