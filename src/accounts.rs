@@ -29,7 +29,6 @@ impl Identity {
     ///
     /// `passwd` and `group` are the files' contents, empty where there is no such file. A line that
     /// makes no sense is no account. A number that is no known id stands for itself.
-    #[inline(never)]
     pub fn resolve(&mut self, spec: &[u8], passwd: &[u8], group: &[u8]) -> Result<(), Line> {
         let mut parts = split(spec, b':');
         let user = parts.next().filter(|user| !user.is_empty());

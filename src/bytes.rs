@@ -27,6 +27,7 @@ pub struct Split<'a> {
 
 impl<'a> Split<'a> {
     /// All that is behind the pieces given.
+    #[inline(never)]
     pub fn rest(&self) -> &'a [u8] {
         self.rest.unwrap_or(&[])
     }

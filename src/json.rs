@@ -70,14 +70,14 @@ impl Kind {
     /// What such a value is called; in the order of the kinds.
     fn name(self) -> &'static [u8] {
         const NAMES: &str = "\
-            a string\n\
-            a string\n\
-            true or false\n\
-            a whole number\n\
-            a list of strings\n\
-            an object of strings\n\
-            a list\n\
-            an object";
+a string
+a string
+true or false
+a whole number
+a list of strings
+an object of strings
+a list
+an object";
         let mut names = split(NAMES.as_bytes(), b'\n');
         names.nth(self as usize).unwrap_or(&[])
     }
@@ -419,6 +419,17 @@ enum Fault {
     /// A name in an object of strings that is empty or holds `=`.
     Name,
 }
+
+/// The faults in their order; `%` is the number at hand.
+const SENTENCES: &str = "\
+not JSON at byte %
+not UTF-8 at byte %
+nested deeper than % levels
+has a NUL character
+must be\x20
+must be from 0 to %
+more than % entries
+a name is empty or has '=' in it";
 
 /// A container being read.
 #[derive(Clone, Copy)]
@@ -830,22 +841,22 @@ impl<'d> Pass<'d> {
         if !line.as_bytes().is_empty() {
             line = line.with(": ");
         }
-        let Shape { kind, max, .. } = self.shape;
-        let (words, number, rest): (&str, Option<usize>, &[u8]) = match fault {
-            Fault::Malformed => ("not JSON at byte ", Some(self.read), b""),
-            Fault::NotUtf8 => ("not UTF-8 at byte ", Some(self.read), b""),
-            Fault::TooDeep => ("nested deeper than ", Some(DEPTH), b" levels"),
-            Fault::Nul => ("has a NUL character", None, b""),
-            Fault::Type => ("must be ", None, kind.name()),
-            Fault::OutOfRange => ("must be from 0 to ", Some(max as usize), b""),
-            Fault::TooMany => ("more than ", Some(max as usize), b" entries"),
-            Fault::Name => ("a name is empty or has '=' in it", None, b""),
+        let number = match fault {
+            Fault::Malformed | Fault::NotUtf8 => self.read,
+            Fault::TooDeep => DEPTH,
+            _ => self.shape.max as usize,
         };
-        line = line.with(words);
-        if let Some(number) = number {
-            line = line.with(&number);
+        let mut sentences = split(SENTENCES.as_bytes(), b'\n');
+        let sentence = sentences.nth(fault as usize).unwrap_or(&[]);
+        let mut halves = split(sentence, b'%');
+        line = line.with(halves.next().unwrap_or(&[]));
+        if let Some(rest) = halves.next() {
+            line = line.with(&number).with(rest);
         }
-        line.with(rest)
+        match fault {
+            Fault::Type => line.with(self.shape.kind.name()),
+            _ => line,
+        }
     }
 }
 
