@@ -1,7 +1,7 @@
 //! The configuration document: the contract between the host driver and this program.
 
 use crate::address;
-use crate::bytes::{Split, decimal, split};
+use crate::bytes::{Split, before, decimal, split};
 use crate::json::{self, Document, Fields, Record, Records, Shape, Spans, Text, Texts};
 use crate::text;
 use crate::text::Line;
@@ -134,15 +134,13 @@ impl IpConfig<'_> {
 
 /// An address without the prefix length behind it, which says nothing a route needs.
 fn without_prefix(gateway: Text) -> Option<IpAddr> {
-    let mut parts = split(gateway.bytes(), b'/');
-    let address = parts.next()?;
-    if let Some(prefix) = parts.next() {
-        decimal(prefix).filter(|bits| *bits <= 128)?;
+    let text = gateway.bytes();
+    let address = before(text, b'/');
+    let wrong = |prefix| decimal(prefix).is_none_or(|bits| bits > 128);
+    if text.get(address.len() + 1..).is_some_and(wrong) {
+        return None;
     }
-    match parts.next() {
-        Some(_) => None,
-        None => address::parse(address),
-    }
+    address::parse(address)
 }
 
 impl<'a> Config<'a> {
@@ -323,6 +321,7 @@ fn check_path(field: &str, path: Text) -> Result<(), Line> {
 struct Names<'a>(Split<'a>);
 
 impl<'a> Names<'a> {
+    #[inline(never)]
     fn of(path: Text<'a>) -> Self {
         Self(split(path.bytes(), b'/'))
     }
@@ -339,17 +338,12 @@ impl<'a> Iterator for Names<'a> {
 
 /// An address, perhaps with an IPv6 zone (`fe80::1%eth0`, resolv.conf(5)).
 fn is_name_server(server: Text) -> bool {
-    let mut halves = split(server.bytes(), b'%');
-    let Some(ip) = halves.next().and_then(address::parse) else {
-        return false;
-    };
+    let text = server.bytes();
+    let address = before(text, b'%');
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
-    match halves.next() {
-        Some(zone) => {
-            let ends = halves.next().is_none();
-            ends && ip.is_ipv6() && !zone.is_empty() && zone.iter().all(plain)
-        }
-        None => true,
+    match (address::parse(address), text.get(address.len() + 1..)) {
+        (Some(IpAddr::V6(_)), Some(zone)) => !zone.is_empty() && zone.iter().all(plain),
+        (ip, zone) => ip.is_some() && zone.is_none(),
     }
 }
 

@@ -6,7 +6,6 @@
 pub const BASE64: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
 /// SHA-1 (RFC 3174) of a message of at most 119 bytes: two blocks with their padding.
-#[inline(never)]
 pub fn sha1(message: &[u8]) -> [u32; 5] {
     let padded = |at: usize| match message.get(at) {
         Some(byte) => *byte,
@@ -41,7 +40,6 @@ pub fn sha1(message: &[u8]) -> [u32; 5] {
     digest
 }
 
-#[inline(never)]
 fn compress(digest: &mut [u32; 5], schedule: &[u32; 80]) {
     let [mut a, mut b, mut c, mut d, mut e] = *digest;
     for (round, word) in schedule.iter().enumerate() {
@@ -65,7 +63,6 @@ fn compress(digest: &mut [u32; 5], schedule: &[u32; 80]) {
 }
 
 /// A digest as base64, with its padding: 6 bits a character, and zeros behind the last ones.
-#[inline(never)]
 pub fn base64(digest: &[u32; 5]) -> [u8; 28] {
     let word = |at: usize| u64::from(digest.get(at).copied().unwrap_or(0));
     let mut text = [b'='; 28];

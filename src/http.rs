@@ -260,6 +260,7 @@ enum Part {
 }
 
 impl Default for Reader {
+    #[inline(never)]
     fn default() -> Self {
         Self {
             scanned: 0,
