@@ -109,7 +109,7 @@ fn unmount(target: &CStr, flags: UnmountFlags) -> Result<(), Errno> {
 
 /// What has to be unmounted: all but the root and the kernel's own trees, whose content ends with it.
 fn is_volume(path: &[u8], on_device: bool) -> bool {
-    let kernels = TREES.iter().any(|tree| {
+    let kernels = TREES.into_iter().any(|tree| {
         let rest = path.strip_prefix(tree.to_bytes());
         rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'/')))
     });

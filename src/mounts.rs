@@ -3,9 +3,10 @@
 //! They are mounted in the initramfs, beside everything else that waits during boot, and moved
 //! with all that is mounted in them when the root is there.
 
+use crate::files;
+use crate::sys::{self, List};
 use crate::task::{Outcome, failure};
 use crate::why;
-use crate::{files, sys};
 use core::ffi::CStr;
 use pigeon_init::bytes::split;
 use pigeon_init::text;
@@ -17,105 +18,87 @@ use rustix::mount::MountFlags;
 
 /// One mount, of a file system that needs no source.
 struct Mount {
-    kind: &'static CStr,
-    target: &'static CStr,
-    /// Empty is none.
-    data: &'static CStr,
+    /// Its kind, where, and its options, as in fstab(5); each ends with NUL.
+    words: &'static [u8],
     flags: MountFlags,
     /// A kernel without one that is not gets a warning.
     required: bool,
 }
 
 impl Mount {
-    /// A required mount.
-    const fn new(
-        target: &'static CStr,
-        kind: &'static CStr,
-        flags: MountFlags,
-        data: &'static CStr,
-    ) -> Self {
+    const fn required(words: &'static [u8], flags: MountFlags) -> Self {
         Self {
-            kind,
-            target,
-            data,
+            words,
             flags,
             required: true,
         }
     }
 
-    const fn optional(self) -> Self {
+    const fn optional(words: &'static [u8], flags: MountFlags) -> Self {
         Self {
+            words,
+            flags,
             required: false,
-            ..self
         }
     }
 
-    #[inline(never)]
     fn make(&self, warn: &mut dyn FnMut(Line)) -> Outcome {
-        let data = Some(self.data).filter(|data| !data.is_empty());
-        let made = make_directory(self.target, 0o755).and_then(|()| {
-            rustix::mount::mount(self.kind, self.target, self.kind, self.flags, data)
-        });
-        let errno = match made {
-            // "Already mounted" is success.
-            Ok(()) | Err(Errno::BUSY) => return Ok(()),
-            Err(errno) => errno,
-        };
-        let verb = if self.required { "mount " } else { "no " };
-        let why = failure(errno, text!("%% on %", verb, self.kind, self.target));
-        if self.required {
-            return Err(why);
+        let mut words = List(self.words);
+        let mut word = || words.next().unwrap_or_default();
+        match mount(word(), word(), word(), self.flags) {
+            Err(why) if self.required => return Err(text!("mount %", why)),
+            Err(why) => warn(text!("no %", why)),
+            Ok(()) => {}
         }
-        warn(why);
         Ok(())
+    }
+}
+
+/// Mounts `kind` on a directory, which is made; empty options are none.
+#[inline(never)]
+fn mount(kind: &CStr, target: &CStr, data: &CStr, flags: MountFlags) -> Outcome {
+    let data = Some(data).filter(|data| !data.is_empty());
+    let made = make_directory(target, 0o755)
+        .and_then(|()| rustix::mount::mount(kind, target, kind, flags, data));
+    match made {
+        // "Already mounted" is success.
+        Ok(()) | Err(Errno::BUSY) => Ok(()),
+        Err(errno) => Err(failure(errno, text!("% on %", kind, target))),
     }
 }
 
 const NODEV: MountFlags = MountFlags::NODEV;
 const NOEXEC: MountFlags = MountFlags::NOEXEC;
 const NOSUID: MountFlags = MountFlags::NOSUID;
+const RELATIME: MountFlags = MountFlags::RELATIME;
 const STRICT: MountFlags = NODEV.union(NOEXEC).union(NOSUID);
 
-static DEV: Mount = Mount::new(c"/dev", c"devtmpfs", NOSUID, c"mode=0755");
-static SYS: Mount = Mount::new(c"/sys", c"sysfs", STRICT, c"");
+static DEV: Mount = Mount::required(b"devtmpfs\0/dev\0mode=0755\0", NOSUID);
+static SYS: Mount = Mount::required(b"sysfs\0/sys\0", STRICT);
 
 static REST: [Mount; 7] = [
-    Mount::new(c"/proc", c"proc", STRICT, c""),
-    Mount::new(
-        c"/dev/pts",
-        c"devpts",
+    Mount::required(b"proc\0/proc\0", STRICT),
+    Mount::required(
+        b"devpts\0/dev/pts\0mode=0620,gid=5,ptmxmode=666\0",
         NOEXEC.union(NOSUID).union(MountFlags::NOATIME),
-        c"mode=0620,gid=5,ptmxmode=666",
     ),
-    Mount::new(c"/dev/shm", c"tmpfs", NOSUID.union(NODEV), c"mode=1777"),
-    Mount::new(c"/run", c"tmpfs", NOSUID.union(NODEV), c"mode=0755"),
-    Mount::new(c"/dev/mqueue", c"mqueue", STRICT, c"").optional(),
-    Mount::new(
-        c"/dev/hugepages",
-        c"hugetlbfs",
-        MountFlags::RELATIME,
-        c"pagesize=2M",
-    )
-    .optional(),
-    Mount::new(
-        c"/proc/sys/fs/binfmt_misc",
-        c"binfmt_misc",
-        MountFlags::RELATIME,
-        c"",
-    )
-    .optional(),
+    Mount::required(b"tmpfs\0/dev/shm\0mode=1777\0", NOSUID.union(NODEV)),
+    Mount::required(b"tmpfs\0/run\0mode=0755\0", NOSUID.union(NODEV)),
+    Mount::optional(b"mqueue\0/dev/mqueue\0", STRICT),
+    Mount::optional(b"hugetlbfs\0/dev/hugepages\0pagesize=2M\0", RELATIME),
+    Mount::optional(b"binfmt_misc\0/proc/sys/fs/binfmt_misc\0", RELATIME),
 ];
 
-/// Links in /dev, and where they lead.
-const LINKS: [(&CStr, &CStr); 4] = [
-    (c"/dev/fd", c"/proc/self/fd"),
-    (c"/dev/stdin", c"/proc/self/fd/0"),
-    (c"/dev/stdout", c"/proc/self/fd/1"),
-    (c"/dev/stderr", c"/proc/self/fd/2"),
-];
+/// Links in /dev, each followed by where it leads.
+const LINKS: List = List(
+    b"/dev/fd\0/proc/self/fd\0\
+      /dev/stdin\0/proc/self/fd/0\0\
+      /dev/stdout\0/proc/self/fd/1\0\
+      /dev/stderr\0/proc/self/fd/2\0",
+);
 
 /// The trees to move onto the root, each with what is mounted in it.
-pub const TREES: [&CStr; 4] = [c"/dev", c"/sys", c"/proc", c"/run"];
+pub const TREES: List = List(b"/dev\0/sys\0/proc\0/run\0");
 
 /// Device nodes, before anything else: there is no console without them.
 pub fn devices() -> Outcome {
@@ -133,8 +116,9 @@ pub fn rest(warn: &mut dyn FnMut(Line)) -> Outcome {
         mount.make(warn)?;
     }
     make_directory(c"/run/lock", 0o1777).map_err(why!("create /run/lock"))?;
-    for (link, target) in &LINKS {
-        match rustix::fs::symlink(*target, *link) {
+    let mut links = LINKS;
+    while let (Some(link), Some(target)) = (links.next(), links.next()) {
+        match rustix::fs::symlink(target, link) {
             Err(Errno::EXIST) => {}
             other => other.map_err(why!("link ", link))?,
         }
@@ -143,45 +127,32 @@ pub fn rest(warn: &mut dyn FnMut(Line)) -> Outcome {
 }
 
 static CGROUPS: [Mount; 2] = [
-    Mount::new(c"/sys/fs/cgroup", c"tmpfs", STRICT, c"mode=755"),
-    Mount::new(
-        c"/sys/fs/cgroup/unified",
-        c"cgroup2",
-        STRICT.union(MountFlags::RELATIME),
-        c"nsdelegate",
-    )
-    .optional(),
+    Mount::required(b"tmpfs\0/sys/fs/cgroup\0mode=755\0", STRICT),
+    Mount::optional(
+        b"cgroup2\0/sys/fs/cgroup/unified\0nsdelegate\0",
+        STRICT.union(RELATIME),
+    ),
 ];
 
-/// The v1 hierarchies' directories, named after their controllers.
-const CONTROLLERS: [&CStr; 10] = [
-    c"/sys/fs/cgroup/net_cls,net_prio",
-    c"/sys/fs/cgroup/hugetlb",
-    c"/sys/fs/cgroup/pids",
-    c"/sys/fs/cgroup/freezer",
-    c"/sys/fs/cgroup/cpu,cpuacct",
-    c"/sys/fs/cgroup/devices",
-    c"/sys/fs/cgroup/blkio",
-    c"/sys/fs/cgroup/memory",
-    c"/sys/fs/cgroup/perf_event",
-    c"/sys/fs/cgroup/cpuset",
-];
+/// Controllers with a v1 hierarchy, whose directory has their name.
+const CONTROLLERS: List = List(
+    b"net_cls,net_prio\0hugetlb\0pids\0freezer\0cpu,cpuacct\0devices\0blkio\0memory\0\
+      perf_event\0cpuset\0",
+);
 
 /// The hybrid cgroup tree: v2 on `unified`, and a v1 hierarchy a controller.
 pub fn cgroups(warn: &mut dyn FnMut(Line)) -> Outcome {
     for mount in &CGROUPS {
         mount.make(warn)?;
     }
-    for target in CONTROLLERS {
-        let controllers = files::behind(target, "/sys/fs/cgroup/".len());
-        Mount::new(
-            target,
-            c"cgroup",
-            STRICT.union(MountFlags::RELATIME),
-            controllers,
-        )
-        .optional()
-        .make(warn)?;
+    let mut path = files::Path::new();
+    for controllers in CONTROLLERS {
+        let parts: [&[u8]; 2] = [b"/sys/fs/cgroup/", controllers.to_bytes()];
+        let target = files::join(&parts, &mut path).unwrap_or_default();
+        let made = mount(c"cgroup", target, controllers, STRICT.union(RELATIME));
+        if let Err(why) = made {
+            warn(text!("no %", why));
+        }
     }
     Ok(())
 }

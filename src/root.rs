@@ -59,7 +59,7 @@ pub fn mount(device: &CStr, scratch: &mut [u8], report: &Report) -> Outcome {
     make_directory(NEW, 0o755).map_err(why!("create /newroot"))?;
     mount_volume(device, NEW, report)?;
     rustix::process::chroot(NEW).map_err(why!("enter /newroot"))?;
-    for tree in &mounts::TREES {
+    for tree in mounts::TREES {
         // A root without the directory, perhaps read-only, is told apart by the move's error.
         let _made = make_directory(tree, 0o755);
     }
@@ -76,10 +76,10 @@ pub fn mount(device: &CStr, scratch: &mut [u8], report: &Report) -> Outcome {
 pub fn switch(warn: &mut dyn FnMut(Line)) -> Outcome {
     let old = files::open(c"/", OFlags::DIRECTORY).map_err(why!("open /"))?;
     rustix::process::chdir(NEW).map_err(why!("enter /newroot"))?;
-    for tree in &mounts::TREES {
+    for tree in mounts::TREES {
         // A link there would lead out of the root, to what is deleted below: it is not followed.
         let target = files::behind(tree, 1);
-        move_mount(CWD, *tree, CWD, target, MoveMountFlags::empty())
+        move_mount(CWD, tree, CWD, target, MoveMountFlags::empty())
             .map_err(why!("move % onto the root", tree))?;
     }
     if let Err(errno) = empty(old) {

@@ -2,9 +2,10 @@
 //!
 //! What may wait for a device runs in a child.
 
+use crate::sys::{self, List};
 use crate::task::{Outcome, Report};
 use crate::why;
-use crate::{files, interface, mounts, root, sys};
+use crate::{files, interface, mounts, root};
 use core::ffi::CStr;
 use pigeon_init::accounts::Identity;
 use pigeon_init::config::{Config, DOCUMENT};
@@ -41,7 +42,7 @@ fn volumes(config: &Config, identity: &Identity, report: &Report) -> Outcome {
         mounts::make_directories(target.to_bytes()).map_err(why!("create ", target))?;
         // Links of the root are followed, as everywhere in it, but not onto what the end needs.
         let place = identify(target);
-        for needed in &NEEDED {
+        for needed in NEEDED {
             if place.is_some() && place == identify(needed) {
                 return Err(text!("mount on %: would hide %", target, needed));
             }
@@ -55,7 +56,7 @@ fn volumes(config: &Config, identity: &Identity, report: &Report) -> Outcome {
 }
 
 /// What no volume may hide.
-const NEEDED: [&CStr; 5] = [c"/", c"/dev", c"/sys", c"/proc", c"/run"];
+const NEEDED: List = List(b"/\0/dev\0/sys\0/proc\0/run\0");
 
 /// What two paths to one directory have in common: its device and its number there.
 #[inline(never)]

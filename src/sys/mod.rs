@@ -87,6 +87,22 @@ pub fn c_str(bytes: &[u8]) -> &CStr {
     })
 }
 
+/// Strings one behind the other, each ended by NUL.
+#[derive(Clone, Copy)]
+pub struct List(pub &'static [u8]);
+
+impl Iterator for List {
+    type Item = &'static CStr;
+
+    #[inline(never)]
+    fn next(&mut self) -> Option<&'static CStr> {
+        let (_, _) = self.0.split_first()?;
+        let string = c_str(self.0);
+        self.0 = self.0.get(string.to_bytes_with_nul().len()..)?;
+        Some(string)
+    }
+}
+
 /// Argument and environment strings as the kernel laid them on the stack.
 #[derive(Clone, Copy)]
 pub struct Words(NonNull<*const c_char>);
