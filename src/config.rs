@@ -2,7 +2,7 @@
 
 use crate::address;
 use crate::bytes::{Split, before, decimal, split};
-use crate::json::{self, Document, Fields, Record, Records, Shape, Spans, Text, Texts};
+use crate::json::{self, Document, Fields, Record, Records, Shape, Spans, Text, Texts, field};
 use crate::text;
 use crate::text::Line;
 use core::net::IpAddr;
@@ -34,35 +34,35 @@ pub const MTU: u32 = 1500;
 /// The document's members, with their slots.
 #[rustfmt::skip]
 static FIELDS: Fields = &[
-    ("ImageConfig", Shape::record(5)),
-        ("Entrypoint", Shape::texts(0, ARGV)),
-        ("Cmd", Shape::texts(1, ARGV)),
-        ("Env", Shape::texts(2, ENV)),
-        ("WorkingDir", Shape::text(3)),
-        ("User", Shape::text(4)),
-    ("ExecOverride", Shape::texts(5, ARGV)),
-    ("CmdOverride", Shape::text(6)),
-    ("UserOverride", Shape::text(7)),
-    ("ExtraEnv", Shape::pairs(8, ENV)),
-    ("MTU", Shape::number(9, 65_535)),
-    ("IPConfigs", Shape::records(10, ADDRESSES, 4)),
-        ("[]", Shape::record(3)),
-            ("Gateway", Shape::text(b'G')),
-            ("IP", Shape::text(b'I')),
-            ("Mask", Shape::number(b'M', 128)),
-    ("Hostname", Shape::text(11)),
-    ("Mounts", Shape::records(12, MOUNTS, 3)),
-        ("[]", Shape::record(2)),
-            ("DevicePath", Shape::text(b'D')),
-            ("MountPath", Shape::text(b'M')),
-    ("RootDevice", Shape::text(13)),
-    ("EtcResolv", Shape::record(1)),
-        ("Nameservers", Shape::texts(14, NAMESERVERS)),
-    ("EtcHosts", Shape::records(15, HOSTS, 4)),
-        ("[]", Shape::record(3)),
-            ("Host", Shape::text(b'H')),
-            ("IP", Shape::text(b'I')),
-            ("Desc", Shape::text(b'D')),
+    field("ImageConfig", Shape::record(5)),
+        field("Entrypoint", Shape::texts(0, ARGV)),
+        field("Cmd", Shape::texts(1, ARGV)),
+        field("Env", Shape::texts(2, ENV)),
+        field("WorkingDir", Shape::text(3)),
+        field("User", Shape::text(4)),
+    field("ExecOverride", Shape::texts(5, ARGV)),
+    field("CmdOverride", Shape::text(6)),
+    field("UserOverride", Shape::text(7)),
+    field("ExtraEnv", Shape::pairs(8, ENV)),
+    field("MTU", Shape::number(9, 65_535)),
+    field("IPConfigs", Shape::records(10, ADDRESSES, 4)),
+        field("[]", Shape::record(3)),
+            field("Gateway", Shape::text(b'G')),
+            field("IP", Shape::text(b'I')),
+            field("Mask", Shape::number(b'M', 128)),
+    field("Hostname", Shape::text(11)),
+    field("Mounts", Shape::records(12, MOUNTS, 3)),
+        field("[]", Shape::record(2)),
+            field("DevicePath", Shape::text(b'D')),
+            field("MountPath", Shape::text(b'M')),
+    field("RootDevice", Shape::text(13)),
+    field("EtcResolv", Shape::record(1)),
+        field("Nameservers", Shape::texts(14, NAMESERVERS)),
+    field("EtcHosts", Shape::records(15, HOSTS, 4)),
+        field("[]", Shape::record(3)),
+            field("Host", Shape::text(b'H')),
+            field("IP", Shape::text(b'I')),
+            field("Desc", Shape::text(b'D')),
 ];
 
 /// The whole document; what is absent is empty or 0.

@@ -19,7 +19,7 @@
 //! is to find members again, at 9 KiB of code.
 
 use crate::address;
-use crate::bytes::{character, decimal, find, hexadecimal, split, valid_up_to};
+use crate::bytes::{before, character, decimal, find, hexadecimal, split, valid_up_to};
 use crate::text;
 use crate::text::{Line, Show};
 use core::ffi::CStr;
@@ -40,7 +40,25 @@ pub struct Shape {
 }
 
 /// The members of an object by name, all optional. What is inside of a member follows it.
-pub type Fields = &'static [(&'static str, Shape)];
+pub type Fields = &'static [Field];
+
+/// A member: its name, filled up with zeros, and what it must be.
+#[derive(Debug)]
+pub struct Field([u8; 12], Shape);
+
+impl Field {
+    fn name(&self) -> &[u8] {
+        before(&self.0, 0)
+    }
+}
+
+/// A member of that name, which has 12 characters at most.
+pub const fn field(name: &str, shape: Shape) -> Field {
+    let mut filled = [0; 12];
+    let (start, _zeros) = filled.split_at_mut(name.len());
+    start.copy_from_slice(name.as_bytes());
+    Field(filled, shape)
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -589,7 +607,7 @@ impl<'d> Pass<'d> {
     /// The value that comes is a field's.
     #[inline(never)]
     fn know(&mut self, at: u8) {
-        if let Some((_, shape)) = self.fields.get(usize::from(at)) {
+        if let Some(Field(_, shape)) = self.fields.get(usize::from(at)) {
             self.shape = *shape;
             self.first = at + 1;
         }
@@ -601,11 +619,11 @@ impl<'d> Pass<'d> {
         let mut at = self.frame.first;
         let end = at + self.shape.inside;
         while at < end {
-            let (known, shape) = self.fields.get(usize::from(at))?;
-            if known.as_bytes() == name {
+            let field = self.fields.get(usize::from(at))?;
+            if field.name() == name {
                 return Some(at);
             }
-            at += 1 + shape.inside;
+            at += 1 + field.1.inside;
         }
         None
     }
@@ -828,11 +846,11 @@ impl<'d> Pass<'d> {
         for depth in 0..=self.outer.len() {
             let frame = self.outer.get(depth).unwrap_or(&self.frame);
             let field = frame.known.and_then(|at| self.fields.get(usize::from(at)));
-            if let Some((name, _)) = field {
+            if let Some(field) = field {
                 if !line.as_bytes().is_empty() {
                     line.put(b'.');
                 }
-                line = line.with(*name);
+                line = line.with(field.name());
             } else if matches!(frame.shape.kind, Kind::Texts | Kind::Records) {
                 let entry = frame.count.saturating_sub(1);
                 line = line.with("[").with(&entry).with("]");
@@ -865,17 +883,17 @@ mod tests {
     use super::*;
 
     static FIELDS: Fields = &[
-        ("Text", Shape::text(0)),
-        ("Flag", Shape::flag(1)),
-        ("Number", Shape::number(2, 65_535)),
-        ("Texts", Shape::texts(3, 3)),
-        ("Pairs", Shape::pairs(4, 2)),
-        ("List", Shape::records(5, 2, 3)),
-        ("[]", Shape::record(2)),
-        ("Name", Shape::text(b'N')),
-        ("Size", Shape::number(b'S', 128)),
-        ("Record", Shape::record(1)),
-        ("Deep", Shape::texts(6, 2)),
+        field("Text", Shape::text(0)),
+        field("Flag", Shape::flag(1)),
+        field("Number", Shape::number(2, 65_535)),
+        field("Texts", Shape::texts(3, 3)),
+        field("Pairs", Shape::pairs(4, 2)),
+        field("List", Shape::records(5, 2, 3)),
+        field("[]", Shape::record(2)),
+        field("Name", Shape::text(b'N')),
+        field("Size", Shape::number(b'S', 128)),
+        field("Record", Shape::record(1)),
+        field("Deep", Shape::texts(6, 2)),
     ];
 
     fn with<R>(document: &[u8], look: impl FnOnce(Document) -> R) -> Result<R, String> {

@@ -1,7 +1,7 @@
 //! The JSON bodies of the API's calls.
 
 use crate::config;
-use crate::json::{self, Document, Fields, Shape, Spans, Text, Texts};
+use crate::json::{self, Document, Fields, Shape, Spans, Text, Texts, field};
 use crate::text::Line;
 
 /// Longest time a one-shot command may be given, in milliseconds: a day.
@@ -21,7 +21,7 @@ fn read<'a>(
 
 /// `POST /v1/signals`: the signal's number, 0 when absent.
 pub fn signal(body: &mut [u8]) -> Result<u32, Line> {
-    const FIELDS: Fields = &[("signal", Shape::number(0, 64))];
+    const FIELDS: Fields = &[field("signal", Shape::number(0, 64))];
     let mut spans = Spans::default();
     read(body, FIELDS, &mut spans).map(|body| body.number(0))
 }
@@ -34,11 +34,11 @@ impl<'a> Exec<'a> {
     /// Reads the body of a one-shot command.
     pub fn read(body: &'a mut [u8], spans: &'a mut Spans) -> Result<Self, Line> {
         const FIELDS: Fields = &[
-            ("cmd", Shape::texts(0, config::ARGV)),
-            ("env", Shape::texts(1, config::ENV)),
-            ("cwd", Shape::text(2)),
-            ("user", Shape::text(3)),
-            ("timeout_ms", Shape::number(4, TIMEOUT)),
+            field("cmd", Shape::texts(0, config::ARGV)),
+            field("env", Shape::texts(1, config::ENV)),
+            field("cwd", Shape::text(2)),
+            field("user", Shape::text(3)),
+            field("timeout_ms", Shape::number(4, TIMEOUT)),
         ];
         read(body, FIELDS, spans).map(Self)
     }
@@ -46,13 +46,13 @@ impl<'a> Exec<'a> {
     /// Reads the first message of a session.
     pub fn read_session(message: &'a mut [u8], spans: &'a mut Spans) -> Result<Self, Line> {
         const FIELDS: Fields = &[
-            ("command", Shape::texts(0, config::ARGV)),
-            ("env", Shape::texts(1, config::ENV)),
-            ("cwd", Shape::text(2)),
-            ("user", Shape::text(3)),
-            ("tty", Shape::flag(5)),
-            ("cols", Shape::number(6, CELLS)),
-            ("rows", Shape::number(7, CELLS)),
+            field("command", Shape::texts(0, config::ARGV)),
+            field("env", Shape::texts(1, config::ENV)),
+            field("cwd", Shape::text(2)),
+            field("user", Shape::text(3)),
+            field("tty", Shape::flag(5)),
+            field("cols", Shape::number(6, CELLS)),
+            field("rows", Shape::number(7, CELLS)),
         ];
         read(message, FIELDS, spans).map(Self)
     }
@@ -101,9 +101,9 @@ impl<'a> Control<'a> {
     /// Reads a message.
     pub fn read(message: &'a mut [u8], spans: &'a mut Spans) -> Result<Self, Line> {
         const FIELDS: Fields = &[
-            ("cols", Shape::number(0, CELLS)),
-            ("rows", Shape::number(1, CELLS)),
-            ("stdin", Shape::text(2)),
+            field("cols", Shape::number(0, CELLS)),
+            field("rows", Shape::number(1, CELLS)),
+            field("stdin", Shape::text(2)),
         ];
         read(message, FIELDS, spans).map(Self)
     }
