@@ -327,6 +327,7 @@ impl Reader {
     }
 
     /// Looks for the head's end. Lines end with CRLF; a lone LF is where smuggling starts.
+    #[inline(never)]
     fn find_end(&mut self, bytes: &[u8]) -> Result<(), Refusal> {
         while let Some((seen, [byte, ..])) = bytes.split_at_checked(self.scanned) {
             self.scanned += 1;
@@ -422,7 +423,6 @@ impl Reader {
     }
 
     /// Decodes what has come: what is no data is taken out of the buffer.
-    #[inline(never)]
     fn decode(&mut self, buffer: &mut [u8], filled: &mut usize) -> Result<(), Refusal> {
         while self.part != Part::End {
             let rest = buffer.get(self.end..*filled).unwrap_or(&[]);
@@ -522,7 +522,6 @@ fn path(target: &[u8]) -> Result<&[u8], Refusal> {
     }
 }
 
-#[inline(never)]
 fn route(method: &[u8], path: &[u8], old: bool, fields: &Fields) -> Target {
     let Some(route) = ROUTES.iter().find(|route| route.path.as_bytes() == path) else {
         return Target::Unknown;
@@ -632,7 +631,6 @@ fn length(digits: &[u8]) -> Result<u32, Refusal> {
 }
 
 /// The answer to a handshake's key, which is base64 of 16 bytes (RFC 6455 section 4.2.2).
-#[inline(never)]
 fn accept(key: &[u8]) -> Option<Accept> {
     let digits = key.strip_suffix(b"==")?;
     if digits.len() != 22

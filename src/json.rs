@@ -213,7 +213,6 @@ pub struct Text<'a>(&'a [u8]);
 
 impl<'a> Text<'a> {
     /// The characters as UTF-8.
-    #[inline(never)]
     pub fn bytes(self) -> &'a [u8] {
         self.0.split_last().map_or(&[], |(_, bytes)| bytes)
     }
