@@ -16,7 +16,7 @@ usage: ./build.sh COMMAND [--arch x86_64|aarch64] ...
 
   bench [--runs N] [--vs NAME=PATH[:CONFIGPATH]]... [--json FILE]
                               the figures in one table, beside the sequential floor and others
-  soak [MINUTES]              50 boots of the same disks, then one VM under load for 20 minutes
+  soak [MINUTES [BOOTS]]      50 boots of the same disks, then one VM under load for 20 minutes
 
   build                       build/init, the static binary
   initrd [run.json]           build/initrd.cpio: the init, and the configuration if one is given

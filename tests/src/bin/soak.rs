@@ -1,5 +1,5 @@
-//! `./build.sh soak [MINUTES]`: what takes too long for a test. One root and one volume live through
-//! 50 boots, then one VM through so many minutes of everything at once.
+//! `./build.sh soak [MINUTES [BOOTS]]`: what takes too long for a test. One root and one volume live through
+//! so many boots (50), then one VM through so many minutes (20) of everything at once.
 
 use std::{
     env, fmt,
@@ -19,25 +19,23 @@ use pigeon_lab::{
 };
 use serde_json::json;
 
-/// Boots on the same disks.
-const CYCLES: usize = 50;
 /// Other VMs may run beside this one.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn main() -> Result<()> {
-    let minutes = env::args()
-        .nth(1)
-        .map_or(Ok(20), |minutes| minutes.parse())?;
-    durability().context("durability")?;
+    let mut numbers = env::args().skip(1).map(|number| number.parse());
+    let minutes = numbers.next().unwrap_or(Ok(20))?;
+    let cycles = numbers.next().unwrap_or(Ok(50))?;
+    durability(cycles as usize).context("durability")?;
     soak(Duration::from_secs(60 * minutes)).context("soak")
 }
 
 /// What each life writes, synced and not, is there after its end, however that comes.
-fn durability() -> Result<()> {
+fn durability(cycles: usize) -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let volume = Image::ext4(&Tree::empty()?, 16)?;
     let start = Instant::now();
-    for cycle in 0..CYCLES {
+    for cycle in 0..cycles {
         let script = format!(
             "for dir in /var /data; do
                 echo {cycle} >>$dir/synced; sync; echo {cycle} >>$dir/written
@@ -84,7 +82,7 @@ fn durability() -> Result<()> {
         }
     }
     println!(
-        "{CYCLES} boots of the same disks in {:.0?}: clean, nothing lost",
+        "{cycles} boots of the same disks in {:.0?}: clean, nothing lost",
         start.elapsed()
     );
     Ok(())
@@ -163,8 +161,18 @@ fn soak(time: Duration) -> Result<()> {
         .boot()?;
     vm.wait_for("workload started")?;
     let socket = vm.vsock().context("no vsock")?.to_owned();
+    // A listener with a full queue refuses, as one that is not there.
+    let refused = AtomicU64::new(0);
     let connect = || -> Result<Client<UnixStream>> {
-        let stream = vsock::connect(&socket, vsock::API_PORT, PATIENCE)?;
+        let start = Instant::now();
+        let stream = loop {
+            match vsock::connect(&socket, vsock::API_PORT, PATIENCE) {
+                Ok(stream) => break stream,
+                Err(error) if start.elapsed() > PATIENCE => return Err(error.into()),
+                Err(_) => refused.fetch_add(1, Ordering::Relaxed),
+            };
+            thread::sleep(Duration::from_millis(10));
+        };
         stream.set_read_timeout(Some(PATIENCE))?;
         Ok(Client::new(stream))
     };
@@ -231,8 +239,9 @@ fn soak(time: Duration) -> Result<()> {
     println!("before: {before}");
     let after = round(&mut vm, time)?;
     println!(
-        "after {time:?}, {} rounds of calls: {after}",
-        calls.load(Ordering::Relaxed)
+        "after {time:?}, {} rounds of calls, {} connections refused: {after}",
+        calls.load(Ordering::Relaxed),
+        refused.load(Ordering::Relaxed)
     );
     ensure!(after.memory <= before.memory + 16, "memory has grown");
     ensure!(after.files <= before.files, "files stay open");
