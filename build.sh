@@ -86,10 +86,12 @@ cargo_init() {
     [[ ! -d vendor ]] || offline=(--offline --config vendor-config/config.toml)
     # Static, at a fixed address, without anything that only an unwinder or a debugger reads. The
     # toolchain's own linker makes the same bytes on every machine. A jump table has 8 bytes a case,
-    # more than the branches it saves.
+    # more than the branches it saves; who calls a function of this program (ipra) may know which
+    # registers it leaves alone.
     cargo rustc --release --bin init --locked --target "$target" "${offline[@]}" -- \
         -C relocation-model=static -C force-unwind-tables=no \
         -C llvm-args=-min-jump-table-entries=1000 -C llvm-args=-enable-ext-tsp-block-placement \
+        -C llvm-args=-enable-ipra \
         -C linker=rust-lld -C linker-flavor=ld.lld -C link-self-contained=no \
         -C link-arg=-static -C link-arg=--no-eh-frame-hdr -C link-arg=--build-id=none \
         -C link-arg=-znorelro -C link-arg=--icf=all -C link-arg=-Tsrc/init.ld
