@@ -364,7 +364,7 @@ impl Api {
 /// Tells a client that there is no room; what the socket does not take now is lost with it.
 fn refuse(socket: &OwnedFd) {
     let body = r#"{"error":"too many connections"}"#;
-    let head = http::response(Status::ServiceUnavailable, Style::CLOSE, body.len(), "");
+    let head = http::response(Status::ServiceUnavailable, Style::CLOSE, body.len(), b"");
     let answer = head.with(body);
     let _client_gone = files::write(socket, answer.as_bytes());
 }
@@ -507,7 +507,7 @@ impl Connection {
             Target::Unknown => self.refuse(Status::NotFound, text!("no such path")),
             Target::NoUpgrade | Target::Call(Call::Session) => {
                 let body = br#"{"error":"a WebSocket handshake, version 13, is needed"}"#;
-                self.answer(Status::UpgradeRequired, body, "");
+                self.answer(Status::UpgradeRequired, body, b"");
             }
             Target::WrongMethod(methods) => {
                 let body = br#"{"error":"method not allowed"}"#;
@@ -518,10 +518,10 @@ impl Connection {
                 self.decoder = Decoder::default();
                 self.say(http::switching(&accept));
             }
-            Target::Call(Call::Status) => self.answer(Status::Ok, OK, ""),
+            Target::Call(Call::Status) => self.answer(Status::Ok, OK, b""),
             Target::Call(Call::ExitCode) => self.mode = Mode::ExitCode,
             Target::Call(Call::Signals) => match self.signal(body, host) {
-                Ok(()) => self.answer(Status::Ok, OK, ""),
+                Ok(()) => self.answer(Status::Ok, OK, b""),
                 Err(Refused(status, why)) => self.refuse(status, why),
             },
             Target::Call(Call::Exec) => match self.start(body, false, host) {
@@ -603,7 +603,7 @@ impl Connection {
         self.deadline = NEVER;
         self.stream = 0;
         self.at = 0;
-        let head = http::response(Status::Ok, self.style, length, "");
+        let head = http::response(Status::Ok, self.style, length, b"");
         self.say(head);
         self.say(start);
         // A short answer goes out with its head.
@@ -640,14 +640,14 @@ impl Connection {
         }
         let body = body.with("}");
         self.tells = !self.style.head_only;
-        self.answer(Status::Ok, body.as_bytes(), "");
+        self.answer(Status::Ok, body.as_bytes(), b"");
         true
     }
 
     /// Answers with an error.
     fn refuse(&mut self, status: Status, why: Line) {
         let body = text!("{\"error\":").quoted(why.as_bytes()).with("}");
-        self.answer(status, body.as_bytes(), "");
+        self.answer(status, body.as_bytes(), b"");
     }
 
     /// Answers with an error to what cannot be understood any further.
@@ -658,7 +658,7 @@ impl Connection {
     }
 
     /// Queues a whole answer.
-    fn answer(&mut self, status: Status, body: &[u8], allow: &str) {
+    fn answer(&mut self, status: Status, body: &[u8], allow: &[u8]) {
         let head = http::response(status, self.style, body.len(), allow);
         self.queue(head.as_bytes());
         if !self.style.head_only {

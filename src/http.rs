@@ -135,39 +135,21 @@ pub enum Call {
     Session,
 }
 
-/// A path of the API, and the methods it takes.
-struct Route {
-    path: &'static str,
-    call: Call,
-    methods: &'static str,
-}
+/// The paths of the API, and the methods they take.
+const ROUTES: &str = "\
+/v1/status GET, HEAD
+/v1/exit_code GET, HEAD
+/v1/signals POST
+/v1/exec POST
+/v1/ws/exec GET";
 
-const ROUTES: [Route; 5] = [
-    Route {
-        path: "/v1/status",
-        call: Call::Status,
-        methods: "GET, HEAD",
-    },
-    Route {
-        path: "/v1/exit_code",
-        call: Call::ExitCode,
-        methods: "GET, HEAD",
-    },
-    Route {
-        path: "/v1/signals",
-        call: Call::Signals,
-        methods: "POST",
-    },
-    Route {
-        path: "/v1/exec",
-        call: Call::Exec,
-        methods: "POST",
-    },
-    Route {
-        path: "/v1/ws/exec",
-        call: Call::Session,
-        methods: "GET",
-    },
+/// The calls of [`ROUTES`].
+const CALLS: [Call; 5] = [
+    Call::Status,
+    Call::ExitCode,
+    Call::Signals,
+    Call::Exec,
+    Call::Session,
 ];
 
 /// `Sec-WebSocket-Accept` for a handshake (RFC 6455 section 4.2.2).
@@ -181,7 +163,7 @@ pub enum Target {
     /// A WebSocket handshake for [`Call::Session`].
     Upgrade(Accept),
     /// A call with a method it does not take; the text lists those it takes.
-    WrongMethod(&'static str),
+    WrongMethod(&'static [u8]),
     /// [`Call::Session`] without a handshake, or of another WebSocket version.
     NoUpgrade,
     /// No such path.
@@ -523,14 +505,16 @@ fn path(target: &[u8]) -> Result<&[u8], Refusal> {
 }
 
 fn route(method: &[u8], path: &[u8], old: bool, fields: &Fields) -> Target {
-    let Some(route) = ROUTES.iter().find(|route| route.path.as_bytes() == path) else {
+    let mut routes = split(ROUTES.as_bytes(), b'\n').zip(&CALLS);
+    let Some((route, call)) = routes.find(|(route, _)| before(route, b' ') == path) else {
         return Target::Unknown;
     };
-    if !members(route.methods.as_bytes()).any(|allowed| allowed == method) {
-        return Target::WrongMethod(route.methods);
+    let methods = route.get(path.len() + 1..).unwrap_or(&[]);
+    if !members(methods).any(|allowed| allowed == method) {
+        return Target::WrongMethod(methods);
     }
-    if route.call != Call::Session {
-        return Target::Call(route.call);
+    if *call != Call::Session {
+        return Target::Call(*call);
     }
     let handshake = !old && fields.upgrade && fields.upgrade_websocket && fields.version_13;
     match fields.accept {
@@ -651,7 +635,7 @@ fn accept(key: &[u8]) -> Option<Accept> {
 /// The head of a response with a JSON body of `length` bytes. `allow`: the methods there are, for
 /// [`Status::MethodNotAllowed`].
 #[inline(never)]
-pub fn response(status: Status, style: Style, length: usize, allow: &str) -> Line {
+pub fn response(status: Status, style: Style, length: usize, allow: &[u8]) -> Line {
     let mut line = text!(
         "HTTP/1.1 %\r\nContent-Type: application/json\r\nContent-Length: %\r\n",
         status.line(),
@@ -869,10 +853,10 @@ mod tests {
         assert_eq!(target("GET /v1/status/"), Target::Unknown);
         assert_eq!(target("OPTIONS *"), Target::Unknown);
         assert_eq!(target("GET http://vm"), Target::Unknown);
-        assert_eq!(target("POST /v1/status"), Target::WrongMethod("GET, HEAD"));
-        assert_eq!(target("GET /v1/exec"), Target::WrongMethod("POST"));
-        assert_eq!(target("HEAD /v1/ws/exec"), Target::WrongMethod("GET"));
-        assert_eq!(target("get /v1/status"), Target::WrongMethod("GET, HEAD"));
+        assert_eq!(target("POST /v1/status"), Target::WrongMethod(b"GET, HEAD"));
+        assert_eq!(target("GET /v1/exec"), Target::WrongMethod(b"POST"));
+        assert_eq!(target("HEAD /v1/ws/exec"), Target::WrongMethod(b"GET"));
+        assert_eq!(target("get /v1/status"), Target::WrongMethod(b"GET, HEAD"));
     }
 
     #[test]
@@ -982,7 +966,7 @@ mod tests {
     #[test]
     fn response_heads_say_how_the_connection_goes_on() {
         let head = |style| {
-            let line = response(Status::MethodNotAllowed, style, 5, "GET");
+            let line = response(Status::MethodNotAllowed, style, 5, b"GET");
             String::from_utf8(line.as_bytes().to_vec()).unwrap()
         };
         let start = "HTTP/1.1 405 Method Not Allowed\r\nContent-Type: application/json\r\nContent-Length: 5\r\nAllow: GET\r\n";
