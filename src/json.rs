@@ -486,7 +486,6 @@ struct Pass<'d> {
 }
 
 impl<'d> Pass<'d> {
-    #[inline(never)]
     fn document(&mut self) -> Result<(), Fault> {
         self.read = valid_up_to(self.bytes);
         if self.read != self.bytes.len() {
@@ -544,6 +543,7 @@ impl<'d> Pass<'d> {
     }
 
     /// What was written since `start` is the value of a slot.
+    #[inline(never)]
     fn note(&mut self, slot: u8, start: usize) {
         if let Some(span) = self.spans.0.get_mut(usize::from(slot)) {
             *span = (start as u32, self.write as u32);
