@@ -16,7 +16,7 @@ pub const BODY: usize = 128 << 10;
 pub const BUFFER: usize = HEAD + BODY + (4 << 10);
 /// Most empty lines before a request line.
 const BLANK_LINES: usize = 4;
-/// What may be in no token (RFC 9110 section 5.6.2).
+/// What may be in no token.
 const DELIMITERS: &[u8] = b"\"(),/:;<=>?@[\\]{}";
 /// Most header lines of a request.
 const HEADERS: usize = 64;
@@ -346,8 +346,7 @@ impl Reader {
         else {
             return Err(Refusal::RequestLine);
         };
-        let of_token = |byte: &u8| byte.is_ascii_graphic() && find(DELIMITERS, *byte).is_none();
-        if method.is_empty() || !method.iter().all(of_token) {
+        if !is_token(method) {
             return Err(Refusal::RequestLine);
         }
         let old = version == b"HTTP/1.0";
@@ -523,6 +522,56 @@ fn route(method: &[u8], path: &[u8], old: bool, fields: &Fields) -> Target {
     }
 }
 
+/// A header line (RFC 9112 section 5): the name is a token up to its colon, the value has no control
+/// characters but tabs. No white space around the name: that is where smuggling starts.
+#[derive(Debug)]
+pub struct HeaderLine<'a> {
+    /// The name.
+    pub name: &'a [u8],
+    /// The value, without white space around it.
+    pub value: &'a [u8],
+    /// The lines behind it.
+    rest: &'a [u8],
+}
+
+impl<'a> HeaderLine<'a> {
+    /// To be [advanced](Self::advance) to the first line.
+    pub fn before(lines: &'a [u8]) -> Self {
+        Self {
+            name: &[],
+            value: &[],
+            rest: lines,
+        }
+    }
+
+    /// On to the next line; false when that is the empty one at the end, `None` when it is no
+    /// header line.
+    #[inline(never)]
+    pub fn advance(&mut self) -> Option<bool> {
+        let end = find(self.rest, b'\n')?;
+        let line = self.rest.get(..end)?.strip_suffix(b"\r")?;
+        self.rest = self.rest.get(end + 1..)?;
+        if line.is_empty() {
+            return Some(false);
+        }
+        self.name = before(line, b':');
+        let value = line.get(self.name.len() + 1..)?;
+        let plain = |byte: &u8| !byte.is_ascii_control() || *byte == b'\t';
+        if !is_token(self.name) || !value.iter().all(plain) {
+            return None;
+        }
+        self.value = trim(value);
+        Some(true)
+    }
+}
+
+/// Whether it is a token (RFC 9110 section 5.6.2).
+#[inline(never)]
+fn is_token(word: &[u8]) -> bool {
+    let right = |byte: &u8| byte.is_ascii_graphic() && find(DELIMITERS, *byte).is_none();
+    !word.is_empty() && word.iter().all(right)
+}
+
 /// What the header lines say.
 #[derive(Default)]
 struct Fields {
@@ -543,16 +592,15 @@ struct Fields {
 impl Fields {
     #[inline(never)]
     fn read(&mut self, bytes: &[u8]) -> Result<(), Refusal> {
-        let mut lines = [httparse::EMPTY_HEADER; HEADERS];
-        let lines = match httparse::parse_headers(bytes, &mut lines) {
-            Ok(httparse::Status::Complete((_, lines))) => lines,
-            Err(httparse::Error::TooManyHeaders) => return Err(Refusal::LongHead),
-            _ => return Err(Refusal::Header),
-        };
-        for line in lines {
-            self.line(line.name.as_bytes(), trim(line.value))?;
+        let mut line = HeaderLine::before(bytes);
+        for _ in 0..=HEADERS {
+            match line.advance() {
+                Some(true) => self.line(line.name, line.value)?,
+                Some(false) => return Ok(()),
+                None => return Err(Refusal::Header),
+            }
         }
-        Ok(())
+        Err(Refusal::LongHead)
     }
 
     #[inline(never)]
@@ -947,6 +995,41 @@ mod tests {
             (Refusal::Trailer, "a trailer is malformed"),
         ] {
             assert_eq!(refusal.why(), why.as_bytes());
+        }
+    }
+
+    #[test]
+    fn a_header_line_is_a_token_a_colon_and_no_control_characters() {
+        for byte in 0..=255u8 {
+            let of_token = byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
+            let lines = [b"X", &[byte][..], b": 1\r\n\r\n"].concat();
+            let mut line = HeaderLine::before(&lines);
+            let right = of_token || byte == b':';
+            assert_eq!(line.advance(), right.then_some(true), "{byte:x} in a name");
+            let lines = [b"X: ", &[byte][..], b"1\r\n\r\n"].concat();
+            let mut line = HeaderLine::before(&lines);
+            let right = byte == b'\t' || (byte >= b' ' && byte != 0x7f);
+            assert_eq!(line.advance(), right.then_some(true), "{byte:x} in a value");
+        }
+        let mut line = HeaderLine::before(b"A:\r\nB: \t c d \r\n\r\nrest");
+        assert_eq!(line.advance(), Some(true));
+        assert_eq!((line.name, line.value), (&b"A"[..], &b""[..]));
+        assert_eq!(line.advance(), Some(true));
+        assert_eq!((line.name, line.value), (&b"B"[..], &b"c d"[..]));
+        assert_eq!(line.advance(), Some(false));
+        for bad in [
+            "A: b\n\r\n",
+            " A: b\r\n",
+            "A : b\r\n",
+            "A\r\n",
+            ": b\r\n",
+            "A: b",
+        ] {
+            assert_eq!(
+                HeaderLine::before(bad.as_bytes()).advance(),
+                None,
+                "{bad:?}"
+            );
         }
     }
 

@@ -3,7 +3,8 @@
 //! The service (docs/mmds in Firecracker) answers with an empty reason phrase, always gives a
 //! Content-Length, never sends chunks and never closes first: a reader stops at the length.
 
-use crate::bytes::{decimal, find, same_word, split, trim};
+use crate::bytes::{before, decimal, same_word, split, trim};
+use crate::http::HeaderLine;
 use crate::text::{Line, Show};
 use core::net::Ipv4Addr;
 
@@ -96,19 +97,18 @@ pub fn head(bytes: &[u8]) -> Result<Option<Head>, Fault> {
             _ => Ok(None),
         };
     };
-    let mut lines = split(bytes.get(..end).unwrap_or(&[]), b'\n');
+    let first = before(bytes, b'\n');
     // HTTP/1.1 200 [reason]
-    let mut words = split(lines.next().unwrap_or(&[]), b' ');
+    let mut words = split(first, b' ');
     let _version = words.next();
     let status = trim(words.next().unwrap_or(&[]));
     let status = decimal(status).filter(|_| status.len() == 3);
     let status = status.ok_or(Fault::Malformed)? as u16;
     let mut body = None;
-    for line in lines {
-        let colon = find(line, b':').ok_or(Fault::Malformed)?;
-        let (name, value) = line.split_at_checked(colon).unwrap_or_default();
-        if same_word(trim(name), b"content-length") {
-            let value = decimal(trim(value.get(1..).unwrap_or(&[])));
+    let mut line = HeaderLine::before(bytes.get(first.len() + 1..).unwrap_or(&[]));
+    while line.advance().ok_or(Fault::Malformed)? {
+        if same_word(line.name, b"content-length") {
+            let value = decimal(line.value);
             if value.is_none() || body.is_some() && body != value {
                 return Err(Fault::NoLength);
             }

@@ -191,6 +191,7 @@ pub struct Header {
 impl core::ops::Deref for Header {
     type Target = [u8];
 
+    #[inline(never)]
     fn deref(&self) -> &[u8] {
         self.bytes.get(self.start..).unwrap_or(&[])
     }
