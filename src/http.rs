@@ -485,7 +485,6 @@ impl Reader {
 }
 
 /// The path of a request target, in origin form or absolute form (RFC 9112 section 3.2).
-#[inline(never)]
 fn path(target: &[u8]) -> Result<&[u8], Refusal> {
     const SCHEME: &[u8] = b"http://";
     let visible = |byte: &u8| *byte > b' ' && *byte != 0x7f;
