@@ -337,6 +337,10 @@ impl<'a> Record<'a> {
     }
 }
 
+/// What has a short escape, and the letters of those; `/` needs none.
+const ESCAPED: &[u8; 8] = b"\"\\\n\r\t\x08\x0c/";
+const LETTERS: &[u8; 8] = b"\"\\nrtbf/";
+
 /// Gives `bytes` to `put` as they stand in a JSON string, until it takes no more; how many of them
 /// were given.
 ///
@@ -345,15 +349,15 @@ impl<'a> Record<'a> {
 pub fn escape(bytes: &[u8], last: bool, put: &mut dyn FnMut(&[u8]) -> bool) -> usize {
     let mut at = 0;
     while let Some(rest @ [first, ..]) = bytes.get(at..) {
-        let control;
+        let (short, control);
         let mut used = 1;
-        let piece: &[u8] = match first {
-            b'"' => b"\\\"",
-            b'\\' => b"\\\\",
-            b'\n' => b"\\n",
-            b'\r' => b"\\r",
-            b'\t' => b"\\t",
-            0..0x20 => {
+        let letter = find(ESCAPED, *first).and_then(|at| LETTERS.get(at));
+        let piece: &[u8] = match (letter, first) {
+            (Some(letter), _) if *letter != b'/' => {
+                short = [b'\\', *letter];
+                &short
+            }
+            (_, 0..0x20) => {
                 let low = text::DIGITS.get(usize::from(first & 15));
                 control = [
                     b'\\',
@@ -680,19 +684,15 @@ impl<'d> Pass<'d> {
         loop {
             let byte = match self.take() {
                 b'"' => return Ok(()),
-                b'\\' => match self.take() {
-                    b'b' => 0x08,
-                    b'f' => 0x0c,
-                    b'n' => b'\n',
-                    b'r' => b'\r',
-                    b't' => b'\t',
-                    plain @ (b'/' | b'"' | b'\\') => plain,
-                    b'u' => {
+                b'\\' => {
+                    let letter = self.take();
+                    if letter == b'u' {
                         self.code_unit(keep)?;
                         continue;
                     }
-                    _ => return Err(Fault::Malformed),
-                },
+                    let at = find(LETTERS, letter).ok_or(Fault::Malformed)?;
+                    ESCAPED.get(at).copied().unwrap_or(letter)
+                }
                 0..0x20 => return Err(Fault::Malformed),
                 byte => byte,
             };
