@@ -91,6 +91,8 @@ pub struct Supervisor {
     child: Option<Task>,
     /// The workload's standard output and error.
     output: Option<OwnedFd>,
+    /// How it ended, to be logged behind its output.
+    note: Option<Line>,
     output_watched: EventFlags,
     console_watched: EventFlags,
     signals: OwnedFd,
@@ -126,6 +128,7 @@ impl Supervisor {
             paused: 0,
             child: None,
             output: None,
+            note: None,
             output_watched: EventFlags::empty(),
             console_watched: EventFlags::empty(),
             signals,
@@ -215,6 +218,9 @@ impl Supervisor {
             self.reap();
         }
         self.api.on_time(&mut self.host);
+        if self.note.is_some() {
+            self.finish_output();
+        }
         while self.move_on() {}
     }
 
@@ -342,7 +348,6 @@ impl Supervisor {
     }
 
     fn workload_ended(&mut self, workload: Task, status: WaitStatus) {
-        self.copy_output(PIECES);
         if let Some(why) = task::read_report(&workload.report, None) {
             self.console.error(why);
         }
@@ -353,9 +358,8 @@ impl Supervisor {
             Some(code) => code,
             None => KILLED + signal.unwrap_or(0),
         };
-        let fields = text!(" exit_code=% oom_killed=%", code, oom_killed);
-        self.console
-            .log(Level::Info, text!("workload exited"), fields);
+        self.note = Some(text!(" exit_code=% oom_killed=%", code, oom_killed));
+        self.finish_output();
         self.host.workload.group = None;
         self.ended(Exit {
             code,
@@ -418,7 +422,20 @@ impl Supervisor {
         true
     }
 
-    #[inline(never)]
+    /// Copies what is left of the output, and says behind it how the workload ended. True when there
+    /// may be more.
+    fn finish_output(&mut self) -> bool {
+        let more = self.copy_output(PIECES);
+        if !more
+            && self.console.has_room()
+            && let Some(fields) = self.note.take()
+        {
+            self.console
+                .log(Level::Info, text!("workload exited"), fields);
+        }
+        more
+    }
+
     /// The next phase, and how long it may take in milliseconds.
     fn enter(&mut self, phase: Phase, time: u64) {
         self.phase = phase;
@@ -496,7 +513,7 @@ impl Supervisor {
     /// Reboots when the console has taken all, or has taken nothing for too long.
     fn drain(&mut self, late: bool) {
         let before = self.console.waiting();
-        let more = self.copy_output(PIECES);
+        let more = self.finish_output();
         self.console.flush();
         let left = self.console.waiting();
         if left == 0 && !more || late {
