@@ -106,7 +106,6 @@ pub struct Address {
 
 impl IpConfig<'_> {
     /// Checks and converts the entry; the error says what is wrong with which field.
-    #[inline(never)]
     pub fn address(&self) -> Result<Address, Line> {
         let (gateway, text) = (self.0.text(b'G'), self.0.text(b'I'));
         let Some(ip) = text.ip() else {

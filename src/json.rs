@@ -701,6 +701,7 @@ impl<'d> Pass<'d> {
     }
 
     /// A `\u` escape, with the second half of a surrogate pair if it is there.
+    #[inline(never)]
     fn code_unit(&mut self, keep: bool) -> Result<(), Fault> {
         let mut code = self.hex4()?;
         if code >> 10 == 0xd800 >> 10 {

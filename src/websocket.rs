@@ -144,6 +144,7 @@ impl Decoder {
     }
 
     /// A message is whole.
+    #[inline(never)]
     fn message(&mut self, buffer: &[u8]) -> Event {
         self.payload = 0..core::mem::take(&mut self.assembled);
         if core::mem::take(&mut self.opcode) == BINARY {
