@@ -12,18 +12,15 @@ use pigeon_init::text::Line;
 use pigeon_init::{command, text};
 
 const HELP: &str = "\
-pigeon-init: PID 1 for Firecracker micro-VMs
+PID 1 for Firecracker micro-VMs
 
 usage:
-  init --check FILE   read a run.json and print what would be run
+  init --check FILE   print what a run.json would run
   init --version
   init --help
 
-As PID 1 it takes no arguments. The kernel command line may have
-  PIGEON_CONFIG=auto|mmds|file     where the configuration comes from
-  PIGEON_MMDS_TIMEOUT_MS=N         how long MMDS is asked (3000)
-  PIGEON_EXIT_LINGER_MS=N          how long the exit code can be read (1000)
-  INIT_LOG_LEVEL=debug|info|warn
+Words of the kernel command line:
+  PIGEON_CONFIG PIGEON_MMDS_TIMEOUT_MS PIGEON_EXIT_LINGER_MS INIT_LOG_LEVEL
 ";
 
 const VERSION: &str = concat!("pigeon-init ", env!("CARGO_PKG_VERSION"), "\n");
