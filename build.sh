@@ -80,7 +80,7 @@ choose() {
 
 cache() { echo "${PIGEON_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/pigeon-init}"; }
 
-# One static binary: no libc, no loader, no start files.
+# One static binary: no libc, no loader, no start files. Arguments: for rustc.
 cargo_init() {
     local offline=()
     [[ ! -d vendor ]] || offline=(--offline --config vendor-config/config.toml)
@@ -94,16 +94,21 @@ cargo_init() {
         -C llvm-args=-enable-ipra \
         -C linker=rust-lld -C linker-flavor=ld.lld -C link-self-contained=no \
         -C link-arg=-static -C link-arg=--no-eh-frame-hdr -C link-arg=--build-id=none \
-        -C link-arg=-znorelro -C link-arg=--icf=all -C link-arg=-Tsrc/init.ld
+        -C link-arg=-znorelro -C link-arg=--icf=all -C link-arg=-Tsrc/init.ld "$@"
 }
 
 build() {
     need_rust
     [[ $target == *-gnu ]] || rustup target add "$target"
-    cargo_init
+    cargo_init -C link-arg=-znosectionheader
     mkdir -p "$out"
     install -m 755 "target/$target/release/init" "$out/init"
-    local size
+    # Behind what is loaded the linker leaves room for headers that there are not.
+    local kind offset size end=0
+    while read -r kind offset _ _ size _; do
+        [[ $kind != LOAD ]] || end=$((offset + size))
+    done < <(readelf -lW "$out/init")
+    truncate -s "$end" "$out/init"
     size=$(stat -c %s "$out/init")
     say "$out/init: $size bytes"
     ((size <= budget * 1024)) || die "$out/init has more than $budget KiB: look what has come in (nm --size-sort)"

@@ -102,7 +102,6 @@ pub struct Host {
 
 impl Host {
     /// No workload and no command.
-    #[inline(never)]
     pub fn new(
         poller: Poller,
         environment: &'static mut Environment,

@@ -443,7 +443,6 @@ impl Supervisor {
     }
 
     /// Moves on when what is waited for has happened, or has taken too long; whether it did.
-    #[inline(never)]
     fn move_on(&mut self) -> bool {
         let late = self.until <= self.host.now;
         match self.phase {

@@ -92,7 +92,6 @@ pub fn pipe() -> Outcome<(OwnedFd, OwnedFd)> {
 }
 
 /// Makes a command's end of a pipe block, as commands expect.
-#[inline(never)]
 pub fn block(end: &OwnedFd) -> Outcome {
     rustix::io::ioctl_fionbio(end, false).map_err(why!("create a pipe"))
 }
@@ -108,7 +107,6 @@ pub fn start(work: &mut dyn FnMut(&Report) -> Outcome) -> Outcome<Task> {
 }
 
 /// The exit code for an outcome; the error goes into the report.
-#[inline(never)]
 pub fn finish(outcome: Outcome, report: &Report) -> i32 {
     match outcome {
         Ok(()) => 0,
@@ -187,7 +185,6 @@ impl Task {
 }
 
 /// A finished task's outcome.
-#[inline(never)]
 fn outcome(error: Option<Line>, status: WaitStatus) -> Outcome {
     match error {
         Some(why) => Err(why),

@@ -329,7 +329,6 @@ impl Show for i32 {
 
 /// IPv6 with every group, uncompressed: valid, and enough for a log line.
 impl Show for IpAddr {
-    #[inline(never)]
     fn show(&self, line: &mut Line) {
         let mut join = |at: usize, number: u16, sign, base| {
             if at > 0 {
@@ -357,7 +356,6 @@ impl Show for IpAddr {
 pub struct Errno(pub i32);
 
 impl Show for Errno {
-    #[inline(never)]
     fn show(&self, line: &mut Line) {
         let mut names = ERRNO.iter().zip(split(ERRNO_NAMES.as_bytes(), b' '));
         match names.find(|(number, _)| i32::from(**number) == self.0) {

@@ -525,7 +525,6 @@ pub mod vsock {
     }
 
     /// A socket that listens on `port` of every CID of this VM.
-    #[inline(never)]
     pub fn listen(port: u32, backlog: usize) -> Result<OwnedFd> {
         if !has_device()? {
             return Err(Errno::NODEV);
@@ -543,7 +542,6 @@ pub mod vsock {
     }
 
     /// Takes a waiting connection, and says from which CID it came.
-    #[inline(never)]
     pub fn accept(socket: &OwnedFd) -> Result<(OwnedFd, u32)> {
         let mut peer = Address::new(0);
         let mut length = size_of::<Address>() as u32;
