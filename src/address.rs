@@ -76,7 +76,6 @@ fn ipv6(text: &[u8]) -> Option<[u8; 16]> {
 }
 
 /// One to four hexadecimal digits.
-#[inline(never)]
 fn group(digits: &[u8]) -> Option<u16> {
     if !(1..=4).contains(&digits.len()) {
         return None;

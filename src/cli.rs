@@ -53,7 +53,6 @@ pub fn run(arguments: Words, environment: &mut Environment, document: &mut [u8])
     print(answer.as_bytes())
 }
 
-#[inline(never)]
 fn check(path: &CStr, environment: &mut Environment, document: &mut [u8]) -> Outcome {
     let document = files::read_whole(path, document)?.ok_or_else(|| text!("no such file"))?;
     let mut spans = Spans::default();

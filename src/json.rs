@@ -547,7 +547,6 @@ impl<'d> Pass<'d> {
     }
 
     /// What was written since `start` is the value of a slot.
-    #[inline(never)]
     fn note(&mut self, slot: u8, start: usize) {
         if let Some(span) = self.spans.0.get_mut(usize::from(slot)) {
             *span = (start as u32, self.write as u32);

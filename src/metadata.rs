@@ -139,7 +139,6 @@ struct Session<'d> {
 }
 
 impl Session<'_> {
-    #[inline(never)]
     fn ask_until(&mut self, spans: &mut Spans) -> Result<(), Answer> {
         let (mut wait, longest) = POLL;
         // For the document; empty until it is known whether it has a token.

@@ -221,7 +221,6 @@ impl Expedited {
 }
 
 impl Drop for Expedited {
-    #[inline(never)]
     fn drop(&mut self) {
         if let Some((switch, before)) = &self.switch {
             // A value just read is taken back.

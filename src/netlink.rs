@@ -262,7 +262,6 @@ fn align(length: usize) -> usize {
 }
 
 /// The four bytes at an offset.
-#[inline(never)]
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
 }

@@ -71,7 +71,7 @@ fn late(builder: Builder, parts: &[&str]) -> Result<()> {
 #[test]
 fn without_a_configuration_it_is_told_what_each_source_answered() -> Result<()> {
     let mmds = Mmds::serving(Value::Null).push(Push::Never);
-    let builder = Vm::builder().mmds(mmds).arg("PIGEON_MMDS_TIMEOUT_MS=300");
+    let builder = Vm::builder().mmds(mmds).arg("PIGEON_MMDS_TIMEOUT_MS=1500");
     early(
         builder,
         &[
@@ -112,7 +112,7 @@ fn a_store_that_stays_without_the_document_is_told_by_its_status() -> Result<()>
     let mmds = Mmds::serving(Value::Null)
         .before(Before::NotFound)
         .push(Push::Never);
-    let builder = Vm::builder().mmds(mmds).arg("PIGEON_MMDS_TIMEOUT_MS=300");
+    let builder = Vm::builder().mmds(mmds).arg("PIGEON_MMDS_TIMEOUT_MS=1500");
     early(builder, &["no configuration", "404", "/pigeon/run.json"])
 }
 
