@@ -27,6 +27,8 @@ const PORT: u32 = 10_000;
 const CONNECTIONS: usize = 288;
 /// Connections the kernel keeps for us while we are at something else.
 const BACKLOG: usize = 128;
+/// Connections taken in a turn: a turn with output for the console takes its time.
+const ACCEPT: usize = 16;
 
 /// Time for a request's head, in milliseconds, from its first byte.
 const HEAD_TIME: u64 = 10_000;
@@ -231,30 +233,33 @@ impl Api {
         });
     }
 
-    /// The listener has a connection.
+    /// The listener has connections: takes so many that none is refused while others wait, too.
     pub fn accept(&mut self, host: &mut Host) {
-        let Some(listener) = &self.listener else {
-            return;
-        };
-        let Ok((socket, peer)) = vsock::accept(listener) else {
-            return;
-        };
-        // Only the host may steer PID 1, not a process in the VM by its own or the local CID.
-        if peer != vsock::HOST {
-            return;
-        }
-        let memory = match self.spare.take() {
-            _ if self.connections.is_full() && !self.make_room(host) => None,
-            None => Region::new(IN + OUT).ok(),
-            spare => spare,
-        };
-        let Some(memory) = memory else {
-            return refuse(&socket);
-        };
-        let connection = Connection::new(socket, memory, host.now);
-        if let Some(key) = self.connections.insert(connection) {
-            // What the client sends first may have come along.
-            self.on_event(Source::Connection, key, EventFlags::IN, host);
+        for _ in 0..ACCEPT {
+            let Some(listener) = &self.listener else {
+                return;
+            };
+            let Ok((socket, peer)) = vsock::accept(listener) else {
+                return;
+            };
+            // Only the host may steer PID 1, not a process in the VM by its own or the local CID.
+            if peer != vsock::HOST {
+                continue;
+            }
+            let memory = match self.spare.take() {
+                _ if self.connections.is_full() && !self.make_room(host) => None,
+                None => Region::new(IN + OUT).ok(),
+                spare => spare,
+            };
+            let Some(memory) = memory else {
+                refuse(&socket);
+                continue;
+            };
+            let connection = Connection::new(socket, memory, host.now);
+            if let Some(key) = self.connections.insert(connection) {
+                // What the client sends first may have come along.
+                self.on_event(Source::Connection, key, EventFlags::IN, host);
+            }
         }
     }
 

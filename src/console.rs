@@ -15,8 +15,8 @@ const QUEUE: usize = 16 << 10;
 const RESERVE: usize = 4 << 10;
 
 /// Bytes written at once: a serial port that is as fast as its driver takes any number of them, and
-/// the driver's time for each.
-const AT_ONCE: usize = 4 << 10;
+/// the driver's time for each. A turn writes twice at most.
+const AT_ONCE: usize = 512;
 
 /// In this order; a VM without a serial port goes on without a console.
 const DEVICES: [&CStr; 3] = [c"/dev/ttyS0", c"/dev/ttyAMA0", c"/dev/console"];
