@@ -437,12 +437,18 @@ impl Reader {
                 self.start(command);
                 wait_until("a socket", || self.path("api.sock").exists());
             }
-            "curl -s --unix-socket api.sock http://vm/v1/exit_code &" => self.start(command),
+            "curl -s --unix-socket api.sock http://vm/v1/exit_code &" => {
+                self.start(command);
+                // It has to be there before the workload ends, as the VM does not wait for it when
+                // `pigeon run` has the code: a person takes longer to type the next line.
+                thread::sleep(Duration::from_secs(1));
+            }
             "curl -s --unix-socket api.sock -d '{\"signal\":15}' http://vm/v1/signals" => {
                 let mut lines = self.output(self.shell(command), 0);
                 let (mut waiter, output) = self.behind.pop().expect("somebody waits");
-                assert!(waiter.wait().unwrap().success());
+                let status = waiter.wait().unwrap();
                 lines.extend(read_lines(&output));
+                assert!(status.success(), "{status}: {lines:?}");
                 assert_shown(&lines, shown);
                 let mut vm = self.vm.take().expect("a VM is there by now");
                 assert_eq!(vm.wait().code(), Some(0), "{}", vm.shown());
