@@ -70,10 +70,13 @@ fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
     let volume = Image::ext4(&Tree::empty()?, 16)?;
     // Deaf to what PID 1 forwards, and loud when it is told to.
+    // What has to outlive the fork bomb forks nothing: a shell that cannot fork ends.
     let script = "trap '' HUP INT QUIT USR1 USR2 TERM; echo kept >/data/file
-        setsid sh -c 'while [ ! -e /run/now ]; do sleep 0.05; done; kill -KILL -1' &
+        mkfifo /run/now /run/never
+        setsid sh -c 'read word </run/now; kill -KILL -1' &
+        (while :; do [ ! -e /run/flood ] || yes 'a flood of output' | head -c 200000; sleep 0.05; done) &
         echo ready
-        while :; do [ ! -e /run/flood ] || yes 'a flood of output' | head -c 200000; sleep 0.05; done";
+        read word </run/never";
     let config = guest::shell(
         script,
         json!({"Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/data"}]}),
@@ -122,7 +125,7 @@ fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
     drop(bomb);
     let start = Instant::now();
     let ended = loop {
-        let answer = api.post("/v1/exec", &json!({"cmd": ["touch", "/run/now"]}));
+        let answer = api.post("/v1/exec", &json!({"cmd": ["sh", "-c", "echo >/run/now"]}));
         if answer.is_err() || answer.is_ok_and(|answer| answer.status == 200) {
             break waiting.receive(false)?.json()?;
         }
