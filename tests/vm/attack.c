@@ -94,6 +94,13 @@ static void bomb(void)
         fork();
 }
 
+/* Kills all that it may as soon as somebody opens the pipe to write. */
+static void last(const char *path)
+{
+    int fd = open(path, O_RDONLY);
+    kill(fd < 0 ? 0 : -1, SIGKILL);
+}
+
 /* All the memory there is, every page of it. */
 static void eat(void)
 {
@@ -118,6 +125,10 @@ int main(int argc, char **argv)
         bomb();
     else if (!strcmp(what, "eat"))
         eat();
+    else if (!strcmp(what, "last"))
+        last(argv[2]);
+    else if (!strcmp(what, "nothing"))
+        pause();
     else
         return 2;
     return 0;
