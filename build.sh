@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything there is to do with pigeon-init: ./build.sh help
 set -euo pipefail
+readonly caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 readonly lab=(--locked --manifest-path tests/Cargo.toml)
@@ -116,6 +117,8 @@ build() {
 
 # initrd RUN_JSON, which may be empty.
 initrd() {
+    local config=$1
+    [[ -z $config || $config == /* ]] || config=$caller/$config
     need cpio=cpio
     build
     local stage
@@ -123,7 +126,7 @@ initrd() {
     # shellcheck disable=SC2064 # the name of now
     trap "rm -rf '$stage'" EXIT
     install -m 755 "$out/init" "$stage/init"
-    [[ -z $1 ]] || install -D -m 600 "$1" "$stage/pigeon/run.json"
+    [[ -z $config ]] || install -D -m 600 "$config" "$stage/pigeon/run.json"
     (
         cd "$stage"
         find . -mindepth 1 -exec touch -h -d @0 {} +
@@ -138,13 +141,13 @@ rootfs() {
     (($# >= 2)) || die "usage: ./build.sh rootfs SOURCE OUT [SIZE]"
     need_rust
     need mkfs.ext4=e2fsprogs fakeroot=fakeroot
-    pigeon_command rootfs "$@"
+    program pigeon rootfs "$@"
 }
 
-# pigeon_command ARGUMENT...: the host command, built.
-pigeon_command() {
-    cargo build "${lab[@]}" --quiet --package pigeon
-    "${CARGO_TARGET_DIR:-tests/target}/debug/pigeon" "$@"
+# program NAME ARGUMENT...: one of tests/, built; paths are those of whoever calls this script.
+program() {
+    cargo build "${lab[@]}" --quiet --workspace --bin "$1"
+    env -C "$caller" "$(realpath "${CARGO_TARGET_DIR:-tests/target}")/debug/$1" "${@:2}"
 }
 
 # The host command; with what a VM needs, when it is to boot one.
@@ -154,7 +157,7 @@ pigeon() {
         [[ -e $out/initrd.cpio ]] || initrd ''
         setup
     fi
-    pigeon_command "$@"
+    program pigeon "$@"
 }
 
 setup() {
@@ -169,13 +172,13 @@ setup() {
     python3 -c 'import ensurepip' 2>/dev/null || need ensurepip=python3-venv
     say "building the lab"
     cargo build "${lab[@]}"
-    cargo run "${lab[@]}" --quiet --bin pigeon-lab -- setup
+    program pigeon-lab setup
 }
 
 run() {
     initrd ''
     setup
-    cargo run "${lab[@]}" --quiet --bin pigeon-lab -- run "$@"
+    program pigeon-lab run "$@"
 }
 
 run_tests() {
@@ -196,19 +199,19 @@ run_tests() {
     done
     ((${#areas[@]})) || areas=(--workspace --test '*')
     say "VM tests (consoles are kept in $out/logs)"
-    cargo test "${lab[@]}" "${areas[@]}" -- "$@"
+    cargo test "${lab[@]}" --no-fail-fast "${areas[@]}" -- "$@"
 }
 
 bench() {
     initrd ''
     setup
-    cargo run "${lab[@]}" --quiet --bin bench -- "$@"
+    program bench "$@"
 }
 
 soak() {
     initrd ''
     setup
-    cargo run "${lab[@]}" --quiet --bin soak -- "$@"
+    program soak "$@"
 }
 
 # The same program with its symbols, for .ci/panics: its path.

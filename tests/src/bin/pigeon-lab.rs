@@ -60,12 +60,12 @@ fn setup() -> Result<()> {
 }
 
 /// Boots the example with `config` from MMDS. The disks are made once and then kept, so that a
-/// second boot finds what the first one left, in `build/` where `./build.sh` is.
+/// second boot finds what the first one left, in `build/`.
 fn run(config: &Path, args: &[&str]) -> Result<()> {
     let text = fs::read(config).with_context(|| format!("unable to read {}", config.display()))?;
     let config: Value = serde_json::from_slice(&text)
         .with_context(|| format!("{} is not JSON", config.display()))?;
-    let build = env::current_dir()?.join("build");
+    let build = assets::repository().join("build");
     let [root, data, vsock] = ["rootfs.ext4", "data.ext4", "vm.vsock"].map(|name| build.join(name));
     let app = include_bytes!("../../example/myapp");
     make(&root, ROOT_SIZE, || {
