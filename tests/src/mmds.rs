@@ -8,6 +8,8 @@ use std::{
 
 use serde_json::Value;
 
+use crate::http::Headers;
+
 /// A request this long or longer is reset, not answered.
 pub const MAX_REQUEST: usize = 2500;
 
@@ -153,8 +155,7 @@ pub struct Request {
     pub at: Instant,
     pub method: String,
     pub path: String,
-    /// Names as they were sent, in order.
-    pub headers: Vec<(String, String)>,
+    pub headers: Headers,
 }
 
 impl Request {
@@ -168,26 +169,19 @@ impl Request {
         let httparse::Status::Complete(length) = parsed.parse(bytes)? else {
             return Ok(None);
         };
-        let headers = parsed.headers.iter();
         let request = Request {
             connection,
             at: Instant::now(),
             method: parsed.method.unwrap_or_default().into(),
             path: parsed.path.unwrap_or_default().into(),
-            headers: headers
-                .map(|h| (h.name.into(), String::from_utf8_lossy(h.value).into_owned()))
-                .collect(),
+            headers: Headers::of(parsed.headers),
         };
         Ok(Some((request, length)))
     }
 
     /// The first header of this name, in any case.
     pub fn header(&self, name: &str) -> Option<&str> {
-        let mut named = self
-            .headers
-            .iter()
-            .filter(|(n, _)| n.eq_ignore_ascii_case(name));
-        named.next().map(|(_, value)| value.as_str())
+        self.headers.get(name)
     }
 }
 

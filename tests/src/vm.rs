@@ -239,6 +239,13 @@ impl Builder {
         }
     }
 
+    /// Boots, and waits until the workload has been started.
+    pub fn start(self) -> Result<Vm> {
+        let vm = self.boot()?;
+        vm.wait_for("workload started")?;
+        Ok(vm)
+    }
+
     /// Starts the VM, once there is a [`Slot`] for it.
     pub fn boot(self) -> Result<Vm> {
         let slot = Slot::acquire()?;

@@ -77,8 +77,7 @@ fn each_path_answers_its_methods_and_the_workloads_group_gets_signals() -> Resul
         (trap 'echo child got USR1' USR1; echo child ready; while :; do sleep 100000 & wait; done) &
         echo parent ready; while :; do wait; done";
     let (builder, _root) = vm(script)?;
-    let mut vm = builder.boot()?;
-    vm.wait_for("workload started")?;
+    let mut vm = builder.start()?;
     let mut api = vm.api()?;
 
     let status = api.get("/v1/status")?;
@@ -154,8 +153,7 @@ fn each_path_answers_its_methods_and_the_workloads_group_gets_signals() -> Resul
 fn everybody_who_waits_hears_how_the_workload_was_killed_and_then_there_is_nothing_to_signal()
 -> Result<()> {
     let (builder, root) = vm(IDLE)?;
-    let mut vm = builder.arg("PIGEON_EXIT_LINGER_MS=120000").boot()?;
-    vm.wait_for("workload started")?;
+    let mut vm = builder.arg("PIGEON_EXIT_LINGER_MS=120000").start()?;
     // HEAD does not read the code: the API stays up for somebody who does.
     let mut head = vm.api()?;
     head.send(b"HEAD /v1/exit_code HTTP/1.1\r\nHost: x\r\n\r\n")?;
@@ -229,8 +227,7 @@ fn a_command_runs_as_it_is_told() -> Result<()> {
         .file("/garbage", 0o755, "\x7fELF and no more")?
         .dir("/srv", 0o755)?;
     let (builder, _root) = tree_vm(tree, IDLE)?;
-    let mut vm = builder.boot()?;
-    vm.wait_for("workload started")?;
+    let mut vm = builder.start()?;
     let mut api = vm.api()?;
     let mut run = |body: Value| exec(&mut api, &body);
 
@@ -352,8 +349,7 @@ fn a_command_runs_as_it_is_told() -> Result<()> {
 fn a_commands_output_is_bounded_and_always_text() -> Result<()> {
     const LIMIT: usize = 1 << 20;
     let (builder, _root) = vm(IDLE)?;
-    let mut vm = builder.boot()?;
-    vm.wait_for("workload started")?;
+    let mut vm = builder.start()?;
     let mut api = vm.api()?;
 
     let lossy = shell(
@@ -406,8 +402,7 @@ fn a_commands_output_is_bounded_and_always_text() -> Result<()> {
 #[test]
 fn a_command_ends_in_time_with_its_whole_group() -> Result<()> {
     let (builder, _root) = vm(IDLE)?;
-    let mut vm = builder.boot()?;
-    vm.wait_for("workload started")?;
+    let mut vm = builder.start()?;
     let mut api = vm.api()?;
 
     // A time limit; what was said before it counts.
@@ -472,8 +467,7 @@ fn a_command_ends_in_time_with_its_whole_group() -> Result<()> {
 #[test]
 fn the_default_time_limit_of_a_command_is_thirty_seconds() -> Result<()> {
     let (builder, _root) = vm(IDLE)?;
-    let mut vm = builder.boot()?;
-    vm.wait_for("workload started")?;
+    let mut vm = builder.start()?;
     let mut api = vm.api()?;
     // In the guest's own time, whatever the host's load.
     let uptime = |api: &mut Client<UnixStream>| -> Result<f64> {
@@ -548,8 +542,7 @@ fn nobody_inside_the_guest_reaches_the_api_not_even_over_loopback() -> Result<()
             assets::module("vsock_loopback")?,
         )?;
     let (builder, _root) = tree_vm(tree, IDLE)?;
-    let mut vm = builder.boot()?;
-    vm.wait_for("workload started")?;
+    let mut vm = builder.start()?;
     let mut api = vm.api()?;
     let mut probe = |user: &str| -> Result<String> {
         let answer = exec(

@@ -29,8 +29,7 @@ fn boot() -> Result<(Vm, Image)> {
         .config(&config)
         .disk(&root)
         .patience(PATIENCE)
-        .boot()?;
-    vm.wait_for("workload started")?;
+        .start()?;
     Ok((vm, root))
 }
 

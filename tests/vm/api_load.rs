@@ -26,8 +26,7 @@ fn boot(script: &str) -> Result<(Vm, Image)> {
         .config(&config)
         .disk(&root)
         .patience(PATIENCE)
-        .boot()?;
-    vm.wait_for("workload started")?;
+        .start()?;
     Ok((vm, root))
 }
 

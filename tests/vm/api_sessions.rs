@@ -32,8 +32,7 @@ fn boot() -> Result<(Vm, Image)> {
         .config(&config)
         .disk(&root)
         .patience(PATIENCE)
-        .boot()?;
-    vm.wait_for("workload started")?;
+        .start()?;
     vm.connect(API_PORT)?;
     Ok((vm, root))
 }

@@ -23,9 +23,31 @@ pub struct Client<S> {
 pub struct Response {
     pub status: u16,
     pub reason: String,
-    /// Names as they were sent, in order.
-    pub headers: Vec<(String, String)>,
+    pub headers: Headers,
     pub body: Vec<u8>,
+}
+
+/// The headers of a message: names as they were sent, in order.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Headers(pub Vec<(String, String)>);
+
+impl Headers {
+    /// Those of a parsed head.
+    pub fn of(parsed: &[httparse::Header]) -> Self {
+        let text = |value| String::from_utf8_lossy(value).into_owned();
+        Self(
+            parsed
+                .iter()
+                .map(|header| (header.name.into(), text(header.value)))
+                .collect(),
+        )
+    }
+
+    /// The first header of this name, in any case.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        let mut named = self.0.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name));
+        named.next().map(|(_, value)| value.as_str())
+    }
 }
 
 impl<S: Read + Write> Client<S> {
@@ -43,35 +65,22 @@ impl<S: Read + Write> Client<S> {
 
     /// `POST path` with a JSON body.
     pub fn post(&mut self, path: &str, body: &Value) -> Result<Response> {
-        let body = body.to_string();
-        self.request(
-            "POST",
-            path,
-            &[("Content-Type", "application/json")],
-            body.as_bytes(),
-        )
+        self.json("POST", path, body)
     }
 
     /// `PUT path` with a JSON body.
     pub fn put(&mut self, path: &str, body: &Value) -> Result<Response> {
-        let body = body.to_string();
-        self.request(
-            "PUT",
-            path,
-            &[("Content-Type", "application/json")],
-            body.as_bytes(),
-        )
+        self.json("PUT", path, body)
     }
 
     /// `PATCH path` with a JSON body.
     pub fn patch(&mut self, path: &str, body: &Value) -> Result<Response> {
-        let body = body.to_string();
-        self.request(
-            "PATCH",
-            path,
-            &[("Content-Type", "application/json")],
-            body.as_bytes(),
-        )
+        self.json("PATCH", path, body)
+    }
+
+    fn json(&mut self, method: &str, path: &str, body: &Value) -> Result<Response> {
+        let headers = [("Content-Type", "application/json")];
+        self.request(method, path, &headers, body.to_string().as_bytes())
     }
 
     /// Sends a request and reads its response.
@@ -126,11 +135,7 @@ impl<S: Read + Write> Client<S> {
         let mut response = Response {
             status: parsed.code.unwrap_or_default(),
             reason: parsed.reason.unwrap_or_default().into(),
-            headers: parsed
-                .headers
-                .iter()
-                .map(|h| (h.name.into(), String::from_utf8_lossy(h.value).into_owned()))
-                .collect(),
+            headers: Headers::of(parsed.headers),
             body: Vec::new(),
         };
         if !bodiless && !matches!(response.status, 100..200 | 204 | 304) {
@@ -198,11 +203,7 @@ impl Client<UnixStream> {
 impl Response {
     /// The first header of this name, in any case.
     pub fn header(&self, name: &str) -> Option<&str> {
-        let mut named = self
-            .headers
-            .iter()
-            .filter(|(n, _)| n.eq_ignore_ascii_case(name));
-        named.next().map(|(_, value)| value.as_str())
+        self.headers.get(name)
     }
 
     /// The body as text.

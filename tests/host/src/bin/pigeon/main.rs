@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use pigeon::{Client, Error};
+use pigeon::{Arch, Client, Error};
 use serde_json::{Value, json};
 use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGTERM},
@@ -53,6 +53,20 @@ enum Action {
     List(List),
     /// Make a root image (ext4) of a container image
     Rootfs(rootfs::Rootfs),
+}
+
+/// What is to run in a VM, or runs in it.
+#[derive(Args)]
+struct Guest {
+    /// The guest's architecture, also of an image that has several
+    #[arg(
+        long,
+        env = "PIGEON_ARCH",
+        default_value_t,
+        value_enum,
+        hide_env = true
+    )]
+    arch: Arch,
 }
 
 /// Which VM.

@@ -4,11 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use pigeon::{
-    Arch,
-    image::{self, Options, disk::parse_size, run_json_path},
-};
+use pigeon::image::{self, Options, disk::parse_size, run_json_path};
 use serde_json::json;
+
+use crate::Guest;
 
 #[derive(Args)]
 pub struct Rootfs {
@@ -19,15 +18,8 @@ pub struct Rootfs {
     out: PathBuf,
     /// Its size, as 64M or 1G; computed when not given
     size: Option<String>,
-    /// Which of an image's architectures
-    #[arg(
-        long,
-        env = "PIGEON_ARCH",
-        default_value_t,
-        value_enum,
-        hide_env = true
-    )]
-    arch: Arch,
+    #[command(flatten)]
+    guest: Guest,
     /// Which of several images in an archive
     #[arg(long)]
     tag: Option<String>,
@@ -40,7 +32,7 @@ impl Rootfs {
     pub fn run(&self) -> Result<()> {
         let options = Options {
             size: self.size.as_deref().map(parse_size).transpose()?,
-            arch: self.arch,
+            arch: self.guest.arch,
             tag: self.tag.clone(),
             progress: true,
         };
@@ -77,7 +69,7 @@ impl Rootfs {
         if let Some(platform) = built.foreign_platform {
             eprintln!(
                 "pigeon: note that the image is for {platform}, not for {}",
-                self.arch.name()
+                self.guest.arch.name()
             );
         }
         Ok(())

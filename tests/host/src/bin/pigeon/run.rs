@@ -26,7 +26,7 @@ use signal_hook::{
     iterator::Signals,
 };
 
-use crate::{FAILED, exec::variable, terminal, vms};
+use crate::{FAILED, Guest, exec::variable, terminal, vms};
 
 /// Exit code after a kill, as a shell has it: 128 + SIGKILL.
 const KILLED: u8 = 137;
@@ -98,15 +98,8 @@ pub struct Run {
     /// A word of the kernel command line, such as INIT_LOG_LEVEL=debug
     #[arg(long, value_name = "WORD")]
     append: Vec<String>,
-    /// What the image is for
-    #[arg(
-        long,
-        env = "PIGEON_ARCH",
-        default_value_t,
-        value_enum,
-        hide_env = true
-    )]
-    arch: Arch,
+    #[command(flatten)]
+    guest: Guest,
     /// What runs the VM
     #[arg(long, value_enum, default_value = "auto")]
     vmm: Hypervisor,
@@ -254,13 +247,13 @@ impl Run {
             Some(path) => {
                 fs::read(path).with_context(|| format!("unable to read {}", path.display()))?
             }
-            None => assets::initrd(self.arch)?,
+            None => assets::initrd(self.guest.arch)?,
         };
         let mut files = Initrd::default();
         let kernel = match &self.kernel {
             Some(kernel) => kernel.clone(),
             None => {
-                let kernel = assets::Kernel::stock(self.arch)?;
+                let kernel = assets::Kernel::stock(self.guest.arch)?;
                 files.modules(&kernel)?;
                 kernel.image()
             }
@@ -290,7 +283,7 @@ impl Run {
         // There is no MMDS to be waited for.
         let mut args = vec!["PIGEON_CONFIG=file".to_string()];
         args.extend(self.append.iter().cloned());
-        let firecracker = assets::firecracker().filter(|_| self.arch == Arch::HOST);
+        let firecracker = assets::firecracker().filter(|_| self.guest.arch == Arch::HOST);
         let on_qemu = match (self.vmm, &nic) {
             (Hypervisor::Auto, Nic::User(_)) | (Hypervisor::Qemu, _) => true,
             (Hypervisor::Auto, _) => firecracker.is_none(),
@@ -304,7 +297,7 @@ impl Run {
             nic,
             // On QEMU, who connects too early ends the vsock device: see Machine::takes_connections.
             vsock: Some(if on_qemu { dir.join(VSOCK) } else { uds.into() }),
-            ..Spec::new(dir, self.arch, &kernel, &initrd)
+            ..Spec::new(dir, self.guest.arch, &kernel, &initrd)
         };
         if on_qemu {
             return spec.start_qemu();
@@ -359,7 +352,7 @@ impl Run {
                     killed = true;
                 } else {
                     eprintln!("pigeon: stopping it; once more kills it");
-                    if self.arch.has_keyboard() {
+                    if self.guest.arch.has_keyboard() {
                         machine.ctrl_alt_delete()?;
                     } else {
                         terminate(uds);
