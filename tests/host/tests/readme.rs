@@ -503,6 +503,18 @@ impl Reader {
         let program =
             format!("fn main() -> Result<(), Box<dyn std::error::Error>> {{\n{code}\nOk(())\n}}\n");
         let source = self.place.write("driver.rs", program);
+        // The library, where a rustc without cargo finds it.
+        let lab = assets::repository().join("tests/Cargo.toml");
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.args([
+            "build",
+            "--quiet",
+            "--locked",
+            "--package",
+            "pigeon",
+            "--lib",
+        ]);
+        run(cargo.arg("--manifest-path").arg(lab)).unwrap();
         let built = Path::new(env!("CARGO_BIN_EXE_pigeon")).parent().unwrap();
         let mut rustc = self.prepare("rustc");
         rustc.args(["--edition", "2024", "-D", "warnings", "--extern"]);
