@@ -64,7 +64,7 @@ choose() {
     # The budget is KiB that build/init may have. It is meant to have 64: it goes down, never up.
     case $1 in
         x86_64) qemu=qemu-system-x86 debian=amd64 budget=64 ;;
-        aarch64) qemu=qemu-system-arm debian=arm64 budget=70 ;;
+        aarch64) qemu=qemu-system-arm debian=arm64 budget=64 ;;
         *) die "there is no init for $1: Firecracker has x86_64 and aarch64" ;;
     esac
     export PIGEON_ARCH=$1
@@ -87,12 +87,19 @@ cargo_init() {
     [[ ! -d vendor ]] || offline=(--offline --config vendor-config/config.toml)
     # Static, at a fixed address, without anything that only an unwinder or a debugger reads. The
     # toolchain's own linker makes the same bytes on every machine. A jump table has 8 bytes a case,
-    # more than the branches it saves; who calls a function of this program (ipra) may know which
-    # registers it leaves alone.
+    # more than the branches it saves.
+    local smaller
+    case $PIGEON_ARCH in
+        # Who calls a function of this program (ipra) may know which registers it leaves alone.
+        x86_64) smaller=(-C llvm-args=-enable-ipra -C llvm-args=-enable-ext-tsp-block-placement) ;;
+        # An address in one instruction, as all symbols start within 1 MiB (init.ld); registers are
+        # saved and restored by functions that all share. No ipra: the outliner, which runs for
+        # aarch64, uses registers behind its back.
+        aarch64) smaller=(-C code-model=tiny -C llvm-args=-homogeneous-prolog-epilog) ;;
+    esac
     cargo rustc --release --bin init --locked --target "$target" "${offline[@]}" -- \
         -C relocation-model=static -C force-unwind-tables=no \
-        -C llvm-args=-min-jump-table-entries=1000 -C llvm-args=-enable-ext-tsp-block-placement \
-        -C llvm-args=-enable-ipra \
+        -C llvm-args=-min-jump-table-entries=1000 "${smaller[@]}" \
         -C linker=rust-lld -C linker-flavor=ld.lld -C link-self-contained=no \
         -C link-arg=-static -C link-arg=--no-eh-frame-hdr -C link-arg=--build-id=none \
         -C link-arg=-znorelro -C link-arg=--icf=all -C link-arg=-Tsrc/init.ld "$@"

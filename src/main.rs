@@ -53,6 +53,8 @@ struct Memory {
     events: Events,
 }
 
+// SAFETY: a name that only init.ld knows, which puts it behind all others.
+#[unsafe(link_section = ".bss.memory")]
 static MEMORY: Static<Memory> = Static::new(Memory {
     console: Console::new(),
     api: Api::new(),

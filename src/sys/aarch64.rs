@@ -122,10 +122,15 @@ global_asm!(
     "sub x0, x1, x0",
     "sub x0, x0, #1",
     "ret",
-    // The compiler's run-time library wants to ask for LSE atomics in a constructor that is never
-    // run here (init.ld).
-    ".globl getauxval",
-    "getauxval:",
-    "mov x0, #0",
+    // What swaps a bool (text.rs): the run-time library's own asks a constructor, which would have
+    // to run, for LSE atomics.
+    ".globl __aarch64_swp1_acq",
+    ".globl __aarch64_swp1_relax",
+    "__aarch64_swp1_acq:",
+    "__aarch64_swp1_relax:",
+    "ldaxrb w16, [x1]",
+    "stxrb w17, w0, [x1]",
+    "cbnz w17, __aarch64_swp1_acq",
+    "mov w0, w16",
     "ret",
 );
