@@ -90,8 +90,10 @@ cargo_init() {
     # more than the branches it saves.
     local smaller
     case $PIGEON_ARCH in
-        # Who calls a function of this program (ipra) may know which registers it leaves alone.
-        x86_64) smaller=(-C llvm-args=-enable-ipra -C llvm-args=-enable-ext-tsp-block-placement) ;;
+        # Who calls a function of this program (ipra) may know which registers it leaves alone. A
+        # cmov stays one: branches would be faster, and longer.
+        x86_64) smaller=(-C llvm-args=-enable-ipra -C llvm-args=-enable-ext-tsp-block-placement
+            -C llvm-args=-x86-cmov-converter=false) ;;
         # An address in one instruction, as all symbols start within 1 MiB (init.ld); registers are
         # saved and restored by functions that all share. No ipra: the outliner, which runs for
         # aarch64, uses registers behind its back.
