@@ -338,8 +338,8 @@ impl Reader {
         while let [b'\r', b'\n', rest @ ..] = bytes {
             bytes = rest;
         }
-        let end = find(bytes, b'\r').unwrap_or(0);
-        let (line, lines) = bytes.split_at_checked(end).unwrap_or_default();
+        let line = before(bytes, b'\n');
+        let lines = bytes.get(line.len() + 1..).unwrap_or(&[]);
         let mut words = split(line, b' ');
         let (Some(method), Some(target), Some(version), None) =
             (words.next(), words.next(), words.next(), words.next())
@@ -349,13 +349,14 @@ impl Reader {
         if !is_token(method) {
             return Err(Refusal::RequestLine);
         }
-        let old = version == b"HTTP/1.0";
-        if !old && version != b"HTTP/1.1" {
+        // The line's CR stands behind it.
+        let old = version == b"HTTP/1.0\r";
+        if !old && version != b"HTTP/1.1\r" {
             return Err(Refusal::Version);
         }
         let path = path(target)?;
         let mut fields = Fields::default();
-        fields.read(lines.get(2..).unwrap_or(&[]))?;
+        fields.read(lines)?;
         if !old && fields.hosts != 1 {
             return Err(Refusal::Host);
         }
@@ -945,6 +946,11 @@ mod tests {
             ("PRI * HTTP/2.0\r\n\r\n".into(), 505),
             ("GET  /v1/status HTTP/1.1\r\nHost: x\r\n\r\n".into(), 400),
             ("GET /v1/status\r\n\r\n".into(), 400),
+            ("GET /v1/status HTTP/1.1\rXHost:x\r\n\r\n".into(), 505),
+            (
+                "POST /v1/exec HTTP/1.0\rX\r\nContent-Length: 9\r\n\r\n".into(),
+                505,
+            ),
             ("GET v1/status HTTP/1.1\r\nHost: x\r\n\r\n".into(), 400),
             ("CONNECT a:1 HTTP/1.1\r\nHost: x\r\n\r\n".into(), 400),
             (
