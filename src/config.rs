@@ -9,7 +9,7 @@ use core::net::IpAddr;
 
 /// Largest document, in bytes: 20 times Firecracker's default MMDS store.
 pub const DOCUMENT: usize = 1 << 20;
-/// Most arguments of a command.
+/// Most arguments of a list: of `Entrypoint`, and of `Cmd`.
 pub const ARGV: usize = 1024;
 /// Most entries of an environment list or map.
 pub const ENV: usize = 4096;

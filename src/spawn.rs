@@ -30,13 +30,14 @@ const NOT_EXECUTABLE: i32 = 126;
 
 /// What a child uses between fork and execve; in the parent it stays untouched.
 struct Scratch {
-    argv: [usize; ARGV + 1],
+    /// Of two lists, and null.
+    argv: [usize; 2 * ARGV + 1],
     environment: [usize; ENV_ENTRIES + 1],
     path: files::Path,
 }
 
 static SCRATCH: Static<Scratch> = Static::new(Scratch {
-    argv: [0; ARGV + 1],
+    argv: [0; 2 * ARGV + 1],
     environment: [0; ENV_ENTRIES + 1],
     path: files::Path::new(),
 });

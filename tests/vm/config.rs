@@ -172,7 +172,7 @@ fn with_the_file_wished_for_mmds_is_not_asked_and_a_warn_level_says_nothing() ->
 fn a_document_at_all_limits_is_taken_whole() -> Result<()> {
     let root = root()?;
     let script = guest::report(&[
-        ("argv", r#"echo $# "$1" "${1020}""#),
+        ("argv", r#"echo $# "$1" "${1020}" "${2044}""#),
         (
             "environment",
             r"tr '\0' '\n' </proc/$$/environ | grep -c ^ENTRY_; echo $ENTRY_0 $ENTRY_4095",
@@ -183,12 +183,13 @@ fn a_document_at_all_limits_is_taken_whole() -> Result<()> {
         ),
         ("hosts", r"grep -c '\.internal' /etc/hosts"),
     ]);
-    let arguments = (0..1021).map(|n| format!("argument {n}"));
+    let arguments = (0..2045).map(|n| format!("argument {n}"));
     let argv: Vec<_> = ["/bin/sh", "-c", &script]
         .map(String::from)
         .into_iter()
         .chain(arguments)
         .collect();
+    let (entrypoint, cmd) = argv.split_at(1024);
     let environment: Vec<_> = (0..4096).map(|n| format!("ENTRY_{n}={n}")).collect();
     let addresses: Vec<_> = (0..64)
         .map(|n| json!({"IP": format!("10.{n}.0.2"), "Mask": 24}))
@@ -197,8 +198,8 @@ fn a_document_at_all_limits_is_taken_whole() -> Result<()> {
         .map(|n| json!({"IP": format!("10.1.2.{n}"), "Host": format!("host{n}.internal"), "Desc": null}))
         .collect();
     let mut document = json!({
-        "ExecOverride": argv,
-        "ImageConfig": {"Env": environment, "Unknown": [{"deep": [1, -2.5e3, true, null]}]},
+        "ImageConfig": {"Entrypoint": entrypoint, "Cmd": cmd, "Env": environment,
+            "Unknown": [{"deep": [1, -2.5e3, true, null]}]},
         "IPConfigs": addresses,
         "EtcHosts": hosts,
         "MTU": 0,
@@ -214,7 +215,10 @@ fn a_document_at_all_limits_is_taken_whole() -> Result<()> {
     let builder = Vm::builder().disk(&root).mmds(mmds);
     let mut vm = builder.arg("PIGEON_MMDS_TIMEOUT_MS=30000").boot()?;
     // The shell's $0 is the first of them.
-    assert_eq!(vm.section("argv")?, ["1020 argument 1 argument 1020"]);
+    assert_eq!(
+        vm.section("argv")?,
+        ["2044 argument 1 argument 1020 argument 2044"]
+    );
     assert_eq!(vm.section("environment")?, ["4096", "0 4095"]);
     assert_eq!(vm.section("addresses")?, ["64"]);
     assert_eq!(vm.section("hosts")?, ["256"]);
