@@ -469,12 +469,12 @@ impl Connection {
         let progress = self.reader.advance(input, &mut self.received);
         match progress {
             Progress::More | Progress::Continue => {
+                let in_body = self.reader.in_body();
                 if !self.reader.started() {
                     self.deadline = NEVER;
-                } else if self.reader.in_body() && !was_in_body {
-                    self.deadline = host.now + BODY_TIME;
-                } else if self.deadline == NEVER {
-                    self.deadline = host.now + HEAD_TIME;
+                } else if in_body != was_in_body || self.deadline == NEVER {
+                    let time = if in_body { BODY_TIME } else { HEAD_TIME };
+                    self.deadline = host.now + time;
                 }
                 let asked = progress == Progress::Continue;
                 if asked {

@@ -109,8 +109,6 @@ refusals! {
     TwoEncodings: BadRequest, "there must be one transfer encoding";
     LargeBody: ContentTooLarge, "the body is over 128 KiB";
     Expectation: ExpectationFailed, "only 100-continue can be expected";
-    ExpectedMethod: MethodNotAllowed, "method not allowed";
-    ExpectedPath: NotFound, "no such path";
     ChunkSize: BadRequest, "a chunk size is malformed";
     ChunkEnd: BadRequest, "a chunk does not end with CRLF";
     Trailer: BadRequest, "a trailer is malformed";
@@ -367,14 +365,13 @@ impl Reader {
         }
         self.expects = fields.expects && !old;
         // A client that asks first is told at once; it will not send the body then.
-        if self.expects && !matches!(self.target, Target::Call(_)) {
-            return Err(match self.target {
-                Target::WrongMethod(_) => Refusal::ExpectedMethod,
-                _ => Refusal::ExpectedPath,
-            });
+        let declined = self.expects && !matches!(self.target, Target::Call(_));
+        if declined {
+            self.end = self.scanned;
+            self.part = Part::End;
         }
         self.style = Style {
-            keep_alive: !fields.close && (fields.keep_alive || !old),
+            keep_alive: !fields.close && (fields.keep_alive || !old) && !declined,
             old,
             head_only: method == b"HEAD",
         };
@@ -850,6 +847,20 @@ mod tests {
             reader.advance(&mut buffer, &mut filled),
             Progress::Ready
         ));
+    }
+
+    #[test]
+    fn one_who_asks_for_what_there_is_not_hears_so_at_once_and_the_connection_closes() {
+        for (line, target) in [
+            ("GET /v1/exec", Target::WrongMethod(b"POST")),
+            ("POST /none", Target::Unknown),
+        ] {
+            let head = format!(
+                "{line} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n"
+            );
+            let (seen, style, body) = one(&head).unwrap();
+            assert_eq!((seen, style.keep_alive, body.len()), (target, false, 0));
+        }
     }
 
     #[test]
