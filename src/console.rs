@@ -1,15 +1,18 @@
 //! The console: log lines and the workload's output, written without ever waiting.
 
 use crate::files;
+use crate::poll::{Poller, Source};
 use core::ffi::CStr;
 use pigeon_init::buffer::Buffer;
+use pigeon_init::slab::Key;
 use pigeon_init::text;
 use pigeon_init::text::{Level, Line};
+use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-/// Bytes waiting for the console: two pages of output, and room that is kept for log lines.
+/// Bytes waiting for the console: three pages of output, and room that is kept for log lines.
 const QUEUE: usize = 16 << 10;
 /// Output of the workload leaves this much free, so that log lines are not lost behind it.
 const RESERVE: usize = 4 << 10;
@@ -31,6 +34,8 @@ pub struct Console {
     identity: Option<(u32, u32)>,
     /// Log lines that found no room.
     lost: u32,
+    /// What is waited for of this device.
+    watched: EventFlags,
     queue: Buffer<QUEUE>,
 }
 
@@ -43,6 +48,7 @@ impl Console {
             level: Level::Debug,
             identity: None,
             lost: 0,
+            watched: EventFlags::empty(),
         }
     }
 
@@ -61,9 +67,16 @@ impl Console {
             .unwrap_or(c"/dev/null")
     }
 
-    /// The device, to wait for.
-    pub fn device(&self) -> Option<&OwnedFd> {
-        self.device.as_ref().map(|(device, _)| device)
+    /// Registers for when the device takes bytes again, while there are any.
+    pub fn watch(&mut self, poller: &Poller) {
+        let wanted = match self.queue.is_empty() {
+            true => EventFlags::empty(),
+            false => EventFlags::OUT,
+        };
+        if let Some((device, _)) = &self.device {
+            let watched = &mut self.watched;
+            poller.watch(device, Source::Console, Key::default(), watched, wanted);
+        }
     }
 
     /// From now on lines say who the workload is.
@@ -133,11 +146,6 @@ impl Console {
         self.queue.free() > RESERVE
     }
 
-    /// Whether anything waits for the device.
-    pub fn is_flushed(&self) -> bool {
-        self.queue.is_empty()
-    }
-
     /// Bytes that are not out yet: those that wait here, and those in the device's driver.
     pub fn waiting(&self) -> usize {
         // asm-generic/ioctls.h
@@ -161,8 +169,11 @@ impl Console {
             match files::write(device, filled.get(..AT_ONCE).unwrap_or(filled)) {
                 Ok(count) => return self.queue.consume(count as usize),
                 Err(Errno::AGAIN) => return,
-                // It is gone: the next one, or none.
-                Err(_) => self.device = open_from(index + 1),
+                // It is gone, as one that was hung up is: the next one, or none.
+                Err(_) => {
+                    self.device = open_from(index + 1);
+                    self.watched = EventFlags::empty();
+                }
             }
         }
     }

@@ -94,7 +94,6 @@ pub struct Supervisor {
     /// How it ended, to be logged behind its output.
     note: Option<Line>,
     output_watched: EventFlags,
-    console_watched: EventFlags,
     signals: OwnedFd,
     /// /dev/kmsg, from the workload's start on.
     kernel_log: Option<OwnedFd>,
@@ -130,7 +129,6 @@ impl Supervisor {
             output: None,
             note: None,
             output_watched: EventFlags::empty(),
-            console_watched: EventFlags::empty(),
             signals,
             kernel_log: None,
             mounts: None,
@@ -227,14 +225,12 @@ impl Supervisor {
     /// Registers for what can be done next.
     fn watch(&mut self) {
         let poller = &self.host.poller;
-        let flag = |wanted, flag| if wanted { flag } else { EventFlags::empty() };
-        if let Some(device) = self.console.device() {
-            let wanted = flag(!self.console.is_flushed(), EventFlags::OUT);
-            let watched = &mut self.console_watched;
-            poller.watch(device, Source::Console, Key::default(), watched, wanted);
-        }
+        self.console.watch(poller);
         if let Some(output) = &self.output {
-            let wanted = flag(self.console.has_room(), EventFlags::IN);
+            let wanted = match self.console.has_room() {
+                true => EventFlags::IN,
+                false => EventFlags::empty(),
+            };
             let (output, watched) = (output, &mut self.output_watched);
             poller.watch(output, Source::Workload, Key::default(), watched, wanted);
         }
