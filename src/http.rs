@@ -100,13 +100,11 @@ refusals! {
     RequestTarget: BadRequest, "the request target is malformed";
     Header: BadRequest, "the header is malformed";
     Host: BadRequest, "there must be one Host header";
-    NoNumber: BadRequest, "Content-Length is not a number";
-    TwoLengths: BadRequest, "two Content-Length headers differ";
-    NoEncoding: BadRequest, "Transfer-Encoding is empty";
+    Length: BadRequest, "Content-Length is not one number";
     TwoFramings: BadRequest, "both Content-Length and Transfer-Encoding are given";
     OldEncoding: BadRequest, "HTTP/1.0 has no Transfer-Encoding";
     UnknownEncoding: NotImplemented, "the only transfer encoding is chunked";
-    TwoEncodings: BadRequest, "there must be one transfer encoding";
+    Encodings: BadRequest, "there must be one transfer encoding";
     LargeBody: ContentTooLarge, "the body is over 128 KiB";
     Expectation: ExpectationFailed, "only 100-continue can be expected";
     ChunkSize: BadRequest, "a chunk size is malformed";
@@ -397,7 +395,7 @@ impl Reader {
             _ if old => Err(Refusal::OldEncoding),
             (1, _) if fields.unknown_encoding => Err(Refusal::UnknownEncoding),
             (1, _) => Ok(()),
-            _ => Err(Refusal::TwoEncodings),
+            _ => Err(Refusal::Encodings),
         }
     }
 
@@ -610,13 +608,13 @@ impl Fields {
             for member in members(value) {
                 let length = length(member)?;
                 if self.length.is_some_and(|earlier| earlier != length) {
-                    return Err(Refusal::TwoLengths);
+                    return Err(Refusal::Length);
                 }
                 self.length = Some(length);
             }
         } else if is("transfer-encoding") {
             if value.is_empty() {
-                return Err(Refusal::NoEncoding);
+                return Err(Refusal::Encodings);
             }
             for member in members(value) {
                 self.encodings += 1;
@@ -655,7 +653,7 @@ fn length(digits: &[u8]) -> Result<u32, Refusal> {
     match decimal(digits) {
         Some(length) => Ok(length),
         None if !digits.is_empty() && digits.iter().all(u8::is_ascii_digit) => Ok(u32::MAX),
-        None => Err(Refusal::NoNumber),
+        None => Err(Refusal::Length),
     }
 }
 
