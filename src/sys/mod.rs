@@ -689,9 +689,14 @@ pub fn set_streams(streams: &[Option<OwnedFd>; 3]) -> Result<()> {
 }
 
 /// Gives up root: groups first, without root they cannot be set (setgroups(2), setresgid(2),
-/// setresuid(2)).
+/// setresuid(2)). Standard output and error become the user's, who could not open them by their
+/// names else (/dev/stdout).
 pub fn become_user(uid: u32, gid: u32, groups: &[u32]) -> Result<()> {
     let (user, group) = (uid as usize, gid as usize);
+    for stream in 1..3 {
+        // SAFETY: takes numbers; -1 leaves the group as it is.
+        let _no_file = unsafe { call(uapi::__NR_fchown, stream, user, usize::MAX) };
+    }
     let list = groups.as_ptr() as usize;
     // SAFETY: reads the groups, whose number is given.
     unsafe { call(uapi::__NR_setgroups, groups.len(), list, 0) }?;

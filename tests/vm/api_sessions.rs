@@ -11,6 +11,7 @@ use anyhow::{Result, ensure};
 use pigeon_lab::{
     Vm,
     disk::{Image, Tree},
+    guest,
     http::Client,
     vsock::API_PORT,
     ws::{self, BINARY, CONTINUATION, Ended, Frame, LAST, PING, PONG, Socket, TEXT},
@@ -584,5 +585,33 @@ fn a_late_pong_or_ping_after_the_exit_is_no_fault() -> Result<()> {
     }
     assert_eq!(frames, [BINARY, TEXT, ws::CLOSE]);
     assert_eq!(vm.api()?.get("/v1/status")?.status, 200);
+    Ok(())
+}
+
+#[test]
+fn whoever_runs_can_open_the_output_by_its_name() -> Result<()> {
+    const SCRIPT: &str = "echo out >/dev/stdout; echo err >/dev/stderr";
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let script = format!("{SCRIPT}; echo done; sleep 1000");
+    let config = guest::shell(&script, json!({"UserOverride": "4242"}));
+    let mut vm = Vm::builder().config(&config).disk(&root).boot()?;
+    vm.wait_for("done")?;
+    assert!(vm.console().contains("out\nerr\n"), "{}", vm.console());
+    let body = json!({"cmd": ["sh", "-c", SCRIPT], "user": "4243"});
+    let answer = vm.api()?.post("/v1/exec", &body)?.json()?;
+    assert_eq!(
+        answer,
+        json!({"exit_code": 0, "exit_signal": 0, "stdout": "out\n", "stderr": "err\n"})
+    );
+    for tty in [false, true] {
+        let body = json!({"command": ["sh", "-c", SCRIPT], "user": "4243", "tty": tty});
+        let ended = session(&mut vm, &body)?.wait_end()?;
+        let line = if tty { "\r\n" } else { "\n" };
+        assert_eq!(
+            ended,
+            exit(json!(0), json!(null), &format!("out{line}err{line}"))
+        );
+    }
+    vm.kill();
     Ok(())
 }
