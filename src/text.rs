@@ -17,6 +17,9 @@ const BUFFERS: usize = if cfg!(test) { 256 } else { 16 };
 #[derive(Debug)]
 pub struct Line(buffers::Buffer);
 
+/// Room behind a string that is cut: ` uid=4294967295 gid=4294967295`, or closing braces.
+const END: usize = 64;
+
 /// The mark of a cut line: U+2026 in UTF-8.
 const CUT: &[u8] = "…".as_bytes();
 
@@ -193,13 +196,14 @@ impl Line {
         }
     }
 
-    /// The line with `"…"`: a JSON string.
+    /// The line with `"…"`: a JSON string, which is cut so that there is room for what ends a line.
     #[inline(never)]
     pub fn quoted(mut self, bytes: &[u8]) -> Self {
         self.put(b'"');
         crate::json::escape(bytes, true, &mut |piece| {
-            self.push(piece);
-            true
+            let fits = self.as_bytes().len() < LINE - END;
+            self.push(if fits { piece } else { CUT });
+            fits
         });
         self.put(b'"');
         self
@@ -451,6 +455,27 @@ pub fn log_line(level: Level, message: &[u8]) -> Line {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_string_that_is_cut_still_ends() {
+        for byte in ["x", "\u{1}", "\u{1f426}"] {
+            let long = byte.repeat(LINE);
+            let line = text!("{\"Error\":{\"message\":").quoted(long.as_bytes());
+            let line = line.with("}}");
+            assert!(line.as_bytes().ends_with("…\"}}".as_bytes()), "{byte:?}");
+            assert!(std::str::from_utf8(line.as_bytes()).is_ok());
+            let line = text!(
+                "% uid=% gid=%",
+                log_line(Level::Error, long.as_bytes()),
+                u32::MAX,
+                u32::MAX
+            );
+            assert!(
+                line.as_bytes()
+                    .ends_with("…\" uid=4294967295 gid=4294967295".as_bytes())
+            );
+        }
+    }
 
     fn shown(part: impl Show) -> String {
         String::from_utf8(text!(part).as_bytes().to_vec()).unwrap()
