@@ -23,8 +23,9 @@ use rustix::process::{Pid, WaitStatus};
 pub const COMMANDS: usize = 128;
 /// Output kept of each stream of a one-shot command.
 const CAPTURE: usize = 1 << 20;
-/// What a pipe can hold (pipe(7)): all that a command that has ended can have left in it.
-const PIPE: usize = 16 * sys::PAGE;
+/// What a pipe can be made to hold (pipe-max-size, pipe(7)): all that a command that has ended can
+/// have left in it.
+const PIPE: usize = 1 << 20;
 
 const SIGKILL: u32 = 9;
 

@@ -2,7 +2,7 @@
 
 use core::arch::{asm, global_asm};
 
-/// CONFIG_ARM64_64K_PAGES; there are kernels with 4 and 16 KiB, too.
+/// The largest page size (CONFIG_ARM64_64K_PAGES); there are kernels with 4 and 16 KiB, too.
 pub const PAGE: usize = 64 << 10;
 
 // The kernel enters here with the stack pointer at argc.

@@ -7,7 +7,7 @@ mod arch;
 #[path = "x86_64.rs"]
 mod arch;
 
-use arch::syscall;
+use arch::{PAGE, syscall};
 use core::cell::{Cell, UnsafeCell};
 use core::ffi::{CStr, c_char};
 use core::ptr::NonNull;
@@ -388,9 +388,6 @@ impl<T> Static<T> {
         Some(unsafe { &mut *self.value.get() })
     }
 }
-
-/// The largest page that a kernel for this architecture may have.
-pub const PAGE: usize = arch::PAGE;
 
 /// Gives the pages of a buffer that is no longer needed back (MADV_DONTNEED, madvise(2)); its bytes
 /// are zero then.

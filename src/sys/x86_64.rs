@@ -2,7 +2,7 @@
 
 use core::arch::{asm, global_asm};
 
-/// There is no other.
+/// The only page size.
 pub const PAGE: usize = 4 << 10;
 
 // The kernel enters here with the stack pointer at argc (System V ABI, AMD64 supplement, 3.4.1).

@@ -14,6 +14,7 @@ use pigeon_lab::{
     process::run,
     vm::Builder,
     vsock,
+    ws::Socket,
 };
 use serde_json::{Value, json};
 
@@ -398,6 +399,37 @@ fn a_commands_output_is_bounded_and_always_text() -> Result<()> {
         assert_eq!(both[&format!("{name}_truncated")], json!(true));
     }
     assert_eq!(api.get("/v1/status")?.status, 200);
+    Ok(())
+}
+
+/// Leaves a million bytes in its standard output, and ends.
+const FULL: &str = r#"
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <unistd.h>
+int main(void) {
+    static char zeros[1000000];
+    return fcntl(1, F_SETPIPE_SZ, 1 << 20) < 0 || write(1, zeros, sizeof zeros) != sizeof zeros;
+}
+"#;
+
+#[test]
+fn the_output_of_a_command_that_enlarged_its_pipe_is_whole() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let [source, program] = ["full.c", "full"].map(|name| dir.path().join(name));
+    std::fs::write(&source, FULL)?;
+    let mut cc = assets::c_compiler()?;
+    run(cc.args(["-static", "-o"]).arg(&program).arg(&source))?;
+    let tree = Tree::busybox()?.file("/full", 0o755, std::fs::read(program)?)?;
+    let (builder, _root) = tree_vm(tree, IDLE)?;
+    let mut vm = builder.start()?;
+    let answer = shell(&mut vm.api()?, "exec /full")?;
+    assert_eq!(answer["exit_code"], 0);
+    assert_eq!(answer["stdout"].as_str().map(str::len), Some(1_000_000));
+    let mut session = Socket::open(vm.connect(vsock::API_PORT)?, "/v1/ws/exec")?;
+    session.text(&json!({"command": ["/full"]}))?;
+    let end = session.wait_end()?;
+    assert_eq!((end.output.len(), end.close), (1_000_000, Some(1000)));
     Ok(())
 }
 
