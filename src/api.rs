@@ -39,7 +39,7 @@ const BODY_TIME: u64 = 30_000;
 const READ_TIME: u64 = 30_000;
 /// How long a one-shot command may take, in milliseconds, unless it is told otherwise.
 const COMMAND_TIME: u64 = 30_000;
-/// How long a killed command is waited for before it is answered for.
+/// How long a killed command is waited for before it is answered for, in milliseconds.
 const KILLED_TIME: u64 = 2_000;
 /// A time that does not come.
 pub const NEVER: u64 = u64::MAX;
@@ -57,7 +57,7 @@ const OUT: usize = MESSAGE + 1024;
 const LITTLE: usize = 4096;
 /// Room for control frames, an answer's head, or what stands around output, behind what waits.
 const CONTROL: usize = 512;
-/// Output of commands that is dropped or copied elsewhere, a piece at a time.
+/// Room for a piece of a command's output on its way, or for a record of the kernel's log.
 pub const SINK: usize = 16 << 10;
 
 /// How the workload ended.

@@ -45,7 +45,7 @@ impl Console {
         Self {
             device: None,
             queue: Buffer::new(),
-            level: Level::Debug,
+            level: Level::Info,
             identity: None,
             lost: 0,
             watched: EventFlags::empty(),

@@ -712,9 +712,9 @@ pub fn switching(accept: &Accept) -> Line {
 mod tests {
     use super::*;
 
-    /// Feeds `bytes` in pieces of `step`; all answers, with their bodies, up to the first refusal.
     type Answer = Result<(Target, Style, Vec<u8>), Refusal>;
 
+    /// Feeds `bytes` in pieces of `step`; all answers, with their bodies, up to the first refusal.
     fn feed(bytes: &[u8], step: usize) -> Vec<Answer> {
         let mut buffer = vec![0; BUFFER];
         let mut filled = 0;

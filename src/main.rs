@@ -48,7 +48,7 @@ struct Memory {
     document: [u8; DOCUMENT],
     /// Files being read, by whoever reads one.
     scratch: [u8; 2 * DOCUMENT],
-    /// Output that is dropped.
+    /// What is read to be looked at once.
     sink: [u8; SINK],
     events: Events,
 }

@@ -414,8 +414,6 @@ pub const fn check(words: &str, parts: &[&str]) {
 /// How much is logged; `INIT_LOG_LEVEL` on the kernel command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
-    /// Every step.
-    Debug,
     /// What an operator wants to see of a healthy boot.
     Info,
     /// Something is missing and the boot goes on.
@@ -425,21 +423,17 @@ pub enum Level {
 }
 
 impl Level {
-    /// Reads `debug` or `warn`; anything else is `info`.
+    /// Reads `warn`; anything else is `info`, `debug` too: there is nothing more to say.
     pub fn parse(word: &[u8]) -> Self {
-        if word == b"debug" {
-            Self::Debug
-        } else if word == b"warn" {
-            Self::Warn
-        } else {
-            Self::Info
+        match word {
+            b"warn" => Self::Warn,
+            _ => Self::Info,
         }
     }
 
     /// The level's name in a log line.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Debug => "debug",
             Self::Info => "info",
             Self::Warn => "warn",
             Self::Error => "error",
