@@ -4,9 +4,9 @@ use std::{thread, time::Duration};
 
 use anyhow::Result;
 use pigeon_lab::{
-    End, Vm,
+    End, Vm, assets,
     disk::{Image, Tree},
-    guest,
+    guest, process,
 };
 use serde_json::{Value, json};
 
@@ -289,4 +289,34 @@ fn output_goes_on_when_a_command_has_hung_up_the_console() -> Result<()> {
     );
     assert_eq!(vm.wait_end()?, End::Reboot);
     root.check()
+}
+
+/// Takes its standard input's line discipline away, or stops its output; then says so, and exits.
+const STOP: &str = r#"
+#include <stdio.h>
+#include <sys/ioctl.h>
+#include <termios.h>
+int main(int count, char **arguments) {
+    int null = 27; /* N_NULL, linux/tty.h */
+    if (count > 1 ? ioctl(0, TIOCSETD, &null) : tcflow(0, TCOOFF)) return 1;
+    for (int line = 0; line < 1000; line++) printf("line %d\n", line);
+    return 3;
+}
+"#;
+
+#[test]
+fn a_workload_that_stops_its_terminal_the_console_stops_nothing_else() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let [source, program] = ["stop.c", "stop"].map(|name| dir.path().join(name));
+    std::fs::write(&source, STOP)?;
+    let mut cc = assets::c_compiler()?;
+    process::run(cc.args(["-static", "-o"]).arg(&program).arg(&source))?;
+    let tree = Tree::busybox()?.file("/stop", 0o755, std::fs::read(program)?)?;
+    let root = Image::ext4(&tree, 32)?;
+    for command in [json!(["/stop"]), json!(["/stop", "for good"])] {
+        let config = json!({"ExecOverride": command, "UserOverride": "4242"});
+        let (exit, _) = run(&config, &root)?;
+        assert_eq!(exit, json!({"code": 3, "oom_killed": false}), "{command}");
+    }
+    Ok(())
 }
