@@ -50,7 +50,7 @@ fn volumes(config: &Config, identity: &Identity, report: &Report) -> Outcome {
         let device = sys::c_str(mount.device_path.bytes_with_nul());
         root::mount_volume(device, target, report)?;
         let owned = rustix::fs::chown(target, Some(uid), Some(gid));
-        unless_read_only(owned, report).map_err(why!("change the owner of ", target))?;
+        unless_read_only(owned, target, report).map_err(why!("change the owner of ", target))?;
     }
     Ok(())
 }
@@ -105,14 +105,14 @@ fn replace(path: &CStr, temporary: &CStr, new: &Contents, report: &Report) -> Ou
         .bytes()
         .ok_or(Errno::FBIG)
         .and_then(|bytes| files::replace(path, temporary, bytes));
-    unless_read_only(written, report).map_err(why!("write ", path))
+    unless_read_only(written, path, report).map_err(why!("write ", path))
 }
 
 /// A root or volume that is mounted read-only keeps what it has; that is worth a warning.
-fn unless_read_only(result: Result<(), Errno>, report: &Report) -> Result<(), Errno> {
+fn unless_read_only(result: Result<(), Errno>, path: &CStr, report: &Report) -> Result<(), Errno> {
     match result {
         Err(Errno::ROFS) => {
-            report.warn(text!("the file system is read-only: left as it is"));
+            report.warn(text!("% is read-only: left as it is", path));
             Ok(())
         }
         other => other,

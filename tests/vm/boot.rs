@@ -8,7 +8,7 @@ use std::{
 use anyhow::Result;
 use pigeon_lab::{
     End, Vm, assets,
-    disk::{Image, Tree},
+    disk::{Disk, Image, Tree},
     guest,
 };
 use serde_json::{Value, json};
@@ -647,6 +647,42 @@ fn all_disks_are_clean_afterwards_and_hold_what_was_written() -> Result<()> {
     // What was mounted elsewhere left nothing below its mount points.
     assert!(SEEN.root.stat("/data/note").is_err());
     Ok(())
+}
+
+#[test]
+fn write_protected_disks_are_mounted_as_they_are_and_keep_what_they_have() -> Result<()> {
+    let tree = Tree::busybox()?.file("/etc/hosts", 0o644, "192.0.2.9 old\n")?;
+    let root = Image::ext4(&tree.dir("/vol", 0o755)?, 32)?;
+    let volume = Image::ext4(&Tree::empty()?.file("/note", 0o644, "kept")?, 8)?;
+    let more = json!({
+        "EtcHosts": [{"Host": "one", "IP": "192.0.2.1"}],
+        "Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/vol"}],
+        "UserOverride": "4242"
+    });
+    let mut vm = Vm::builder()
+        .config(&guest::shell(
+            "cat /vol/note /etc/hosts; echo; touch /x /vol/x",
+            more,
+        ))
+        .disk(Disk::from(&root).read_only())
+        .disk(Disk::from(&volume).read_only())
+        .boot()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let console = vm.console();
+    for words in [
+        "/dev/vda is write-protected: mounted read-only",
+        "/dev/vdb is write-protected: mounted read-only",
+        "/vol is read-only: left as it is",
+        "/etc/hosts is read-only: left as it is",
+        "kept192.0.2.9 old",
+        "/x: Read-only file system",
+        "exit_code=1",
+    ] {
+        assert!(console.contains(words), "{words}");
+    }
+    assert!(!console.contains("level=error"));
+    root.check()?;
+    volume.check()
 }
 
 #[test]
