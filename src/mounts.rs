@@ -12,7 +12,7 @@ use pigeon_init::bytes::split;
 use pigeon_init::text;
 use pigeon_init::text::Line;
 use rustix::fd::OwnedFd;
-use rustix::fs::{Access, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 
@@ -188,11 +188,6 @@ pub fn make_directories(path: &[u8]) -> Result<(), Errno> {
         prefix.pop();
     }
     Ok(())
-}
-
-/// Whether the path leads to something.
-pub fn exists(path: &CStr) -> bool {
-    rustix::fs::access(path, Access::EXISTS).is_ok()
 }
 
 /// Expedited RCU grace periods, while boot waits for them; the value before is put back on drop.

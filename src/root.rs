@@ -1,6 +1,6 @@
 //! The root file system: mounting it, and leaving the initramfs for it.
 
-use crate::mounts::{self, exists, make_directory};
+use crate::mounts::{self, make_directory};
 use crate::sys::Watch;
 use crate::task::{Outcome, Report, failed};
 use crate::why;
@@ -23,7 +23,8 @@ const DEVICE_WAIT: u64 = 2000;
 #[inline(never)]
 pub fn mount_volume(device: &CStr, target: &CStr, report: &Report) -> Outcome {
     let watch = Watch::start();
-    while !exists(device) {
+    // A disk's node is there a moment before the disk is: ENXIO (device_add_disk, block/genhd.c).
+    while let Err(Errno::NOENT | Errno::NXIO) = files::open(device, OFlags::NONBLOCK) {
         if watch.passed() >= DEVICE_WAIT {
             return Err(text!(
                 "mount % on %: no such device after 2 s",

@@ -191,9 +191,10 @@ impl Supervisor {
             Phase::Drain => self.host.now + 1,
             _ => self.until.min(self.api.deadline()),
         };
-        let start = self.clock();
+        // From the last look at the clock on: the VM may also have been paused in the midst of a turn.
+        let start = self.host.now;
         let timeout = deadline.saturating_sub(start);
-        self.host.poller.wait(timeout);
+        self.host.poller.wait(deadline.saturating_sub(self.clock()));
         self.host.now = self.clock();
         // Half of it counts: what is waited for has a chance then, and its time still comes.
         if self.host.now.saturating_sub(start) > timeout.saturating_add(sys::PAUSED) {

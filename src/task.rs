@@ -14,9 +14,11 @@ use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 
-/// How long a boot task may take: what a disk with a long journal needs, and more.
-const PATIENCE: Timespec = Timespec {
-    tv_sec: 30,
+/// How long a boot task may take, in seconds: what a disk with a long journal needs, and more.
+const PATIENCE: u32 = 30;
+/// It is waited for in steps: a pause of the VM ends one of them.
+const STEP: Timespec = Timespec {
+    tv_sec: 1,
     tv_nsec: 0,
 };
 
@@ -173,9 +175,13 @@ impl Task {
     #[inline(never)]
     pub fn wait(self, what: &CStr, console: &mut Console) -> Outcome {
         // Its end of the pipe is closed with it; until then that holds all it says.
-        let hang_up = PollFd::new(&self.report, PollFlags::empty());
-        if let Ok(0) = poll(&mut [hang_up], Some(&PATIENCE)) {
-            return Err(text!("mount %: no answer after 30 s", what));
+        let mut hang_up = [PollFd::new(&self.report, PollFlags::empty())];
+        let mut left = PATIENCE;
+        while let Ok(0) = poll(&mut hang_up, Some(&STEP)) {
+            left -= 1;
+            if left == 0 {
+                return Err(text!("mount %: no answer after 30 s", what));
+            }
         }
         match rustix::process::waitpid(Some(self.pid), WaitOptions::empty()) {
             Ok(Some((_, status))) => self.outcome(status, console),

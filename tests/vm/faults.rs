@@ -1,15 +1,14 @@
-//! Disks that fail, hang and fill, a machine that stands still, a network on which nobody is.
+//! Disks that fail, hang and fill, a network on which nobody is.
 
-use std::{fs, thread, time::Duration};
+use std::{thread, time::Duration};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use pigeon_lab::{
     End, Vm,
     disk::{Disk, Image, Tree},
     guest,
     mmds::{Mmds, Push},
 };
-use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 /// Generous: other VMs may run beside this one.
@@ -41,102 +40,6 @@ fn fails_after(requests: u32, image: &Image, events: &[&str]) -> Disk {
         );
     }
     Disk::from(image).blkdebug(&faults)
-}
-
-/// The hypervisor's process.
-fn hypervisor(vm: &Vm) -> Result<Pid> {
-    let dir = vm
-        .vsock()
-        .and_then(|socket| socket.parent())
-        .context("no vsock")?;
-    let dir = dir.to_str().context("not UTF-8")?.as_bytes();
-    for entry in fs::read_dir("/proc")? {
-        let entry = entry?;
-        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        if line.starts_with(b"qemu") || line.windows(5).any(|part| part == b"/qemu") {
-            let ours = line.windows(dir.len()).any(|part| part == dir);
-            let pid = entry
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse().ok());
-            if let (true, Some(pid)) = (ours, pid.and_then(Pid::from_raw)) {
-                return Ok(pid);
-            }
-        }
-    }
-    anyhow::bail!("the VM has no process")
-}
-
-/// Stops the whole machine; unlike after QMP's `stop`, the guest's clock has gone on meanwhile.
-fn pause(vm: &Vm, time: Duration) -> Result<()> {
-    let process = hypervisor(vm)?;
-    kill_process(process, Signal::STOP)?;
-    thread::sleep(time);
-    Ok(kill_process(process, Signal::CONT)?)
-}
-
-#[test]
-fn a_pause_ends_no_command_no_request_and_no_unmounting() -> Result<()> {
-    let (root, volume) = (root()?, Image::ext4(&Tree::empty()?, 32)?);
-    let script = "echo ready; read -r line; dd if=/dev/zero of=/data/file bs=64k count=128 2>/dev/null; echo kept >/data/last";
-    let builder = Vm::builder().config(&with_volume(script)).on_qemu();
-    let mut vm = builder
-        .disk(&root)
-        .disk(&volume)
-        .patience(PATIENCE)
-        .boot()?;
-    vm.wait_for("ready")?;
-    // Longer than a command, a request's head and the hypervisor's own stop may last.
-    let (mut waiting, mut command, mut slow) = (vm.api()?, vm.api()?, vm.api()?);
-    waiting.send(b"GET /v1/exit_code HTTP/1.1\r\nHost: x\r\n\r\n")?;
-    let body = r#"{"cmd":["sh","-c","echo begun >/dev/console; read -r line </run/go; echo done"],"timeout_ms":10000}"#;
-    let mut api = vm.api()?;
-    assert_eq!(
-        api.post("/v1/exec", &json!({"cmd": ["mkfifo", "/run/go"]}))?
-            .json()?["exit_code"],
-        0
-    );
-    let head = format!(
-        "POST /v1/exec HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n",
-        body.len()
-    );
-    command.send((head + body).as_bytes())?;
-    slow.send(b"GET /v1/status HTTP/1.1\r\nHo")?;
-    vm.wait_for("begun")?;
-    pause(&vm, Duration::from_secs(20))?;
-    slow.send(b"st: x\r\n\r\n")?;
-    assert_eq!(slow.receive(false)?.status, 200);
-    let go = json!({"cmd": ["sh", "-c", "echo >/run/go"]});
-    assert_eq!(api.post("/v1/exec", &go)?.json()?["exit_code"], 0);
-    let answer = command.receive(false)?.json()?;
-    assert_eq!(
-        (&answer["exit_code"], &answer["stdout"]),
-        (&json!(0), &json!("done\n"))
-    );
-    vm.pause()?;
-    vm.resume()?;
-
-    // The volume is slow enough to be caught in the midst of being left clean.
-    let limits = ["bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"].map(|name| (name, 0));
-    let mut throttle: serde_json::Map<_, _> = limits
-        .map(|(name, limit)| (name.to_string(), json!(limit)))
-        .into_iter()
-        .collect();
-    throttle.insert("bps".into(), json!(1 << 20));
-    throttle.insert("device".into(), json!("disk1"));
-    vm.qmp("block_set_io_throttle", throttle.into())?;
-    vm.type_text("\n")?;
-    assert_eq!(waiting.receive(false)?.json()?["code"], 0);
-    thread::sleep(Duration::from_secs(2));
-    assert!(vm.ended()?.is_none(), "the disk is too fast for this test");
-    // More than the disks are given.
-    pause(&vm, Duration::from_secs(35))?;
-    assert_eq!(vm.wait_end()?, End::Reboot);
-    assert!(!vm.console().contains("level=warn"), "{}", vm.console());
-    root.check()?;
-    volume.check()?;
-    assert_eq!(volume.read("/last")?, "kept\n");
-    Ok(())
 }
 
 #[test]
