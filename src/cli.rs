@@ -6,8 +6,7 @@ use crate::task::Outcome;
 use core::ffi::CStr;
 use pigeon_init::command::Environment;
 use pigeon_init::config::Config;
-use pigeon_init::json::Spans;
-use pigeon_init::json::Text;
+use pigeon_init::json::{Spans, Text, escape};
 use pigeon_init::text::Line;
 use pigeon_init::{command, text};
 
@@ -117,10 +116,13 @@ fn tell_both(what: &str, one: Text, between: &str, other: Text) {
     tell(what, text!(one, between, other).as_bytes());
 }
 
-/// The value as a JSON string.
+/// The value as a JSON string, however long it is.
 #[inline(never)]
 fn quote(what: &str, value: &[u8]) {
-    tell(what, Line::new().quoted(value).as_bytes());
+    print(what.as_bytes());
+    print(b": \"");
+    escape(value, true, &mut |piece| print(piece) == 0);
+    print(b"\"\n");
 }
 
 /// The workload's environment, but for HOME, which only the root's accounts tell.

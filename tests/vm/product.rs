@@ -151,6 +151,11 @@ fn check_prints_what_the_example_would_run() -> Result<()> {
     ] {
         assert!(printed.contains(words), "no {words} in {printed}");
     }
+    // However long it is.
+    let script = "echo \"\u{1f426}\u{1}\"\n".repeat(1000);
+    let (_, printed, _) = check(json!({"ExecOverride": ["sh", script]}).to_string())?;
+    let line = format!("argv: {}\n", json!(script));
+    assert!(printed.contains(&line), "{printed}");
     Ok(())
 }
 
