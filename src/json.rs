@@ -245,7 +245,7 @@ impl<'a> Text<'a> {
 
 impl Show for Text<'_> {
     fn show(&self, line: &mut Line) {
-        line.push(self.bytes());
+        self.bytes().show(line);
     }
 }
 

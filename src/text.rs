@@ -20,6 +20,9 @@ pub struct Line(buffers::Buffer);
 /// Room behind a string that is cut: ` uid=4294967295 gid=4294967295`, or closing braces.
 const END: usize = 64;
 
+/// Longest name that is shown whole (NAME_MAX, limits.h).
+const NAME: usize = 255;
+
 /// The mark of a cut line: U+2026 in UTF-8.
 const CUT: &[u8] = "…".as_bytes();
 
@@ -240,12 +243,16 @@ impl Show for str {
     }
 }
 
-/// Bytes are shown as they are; invalid UTF-8 becomes U+FFFD.
+/// Bytes are shown as they are; invalid UTF-8 becomes U+FFFD. Of many the first [`NAME`] are: what
+/// stands behind them is often why.
 impl Show for [u8] {
     #[inline(never)]
     fn show(&self, line: &mut Line) {
         let mut rest = self;
         while !rest.is_empty() {
+            if rest.len() + NAME <= self.len() {
+                return line.push(CUT);
+            }
             let (piece, used) = match character(rest) {
                 Ok(length) => (rest.get(..length).unwrap_or(&[]), length),
                 Err(0) => ("\u{fffd}".as_bytes(), rest.len()),
@@ -449,6 +456,14 @@ pub fn log_line(level: Level, message: &[u8]) -> Line {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_name_is_cut_and_not_what_stands_behind_it() {
+        let long = "/\u{e9}".repeat(1000);
+        let line = text!("execute %: %", long.as_bytes(), Errno(2));
+        let shown = String::from_utf8(line.as_bytes().to_vec()).unwrap();
+        assert!(shown.len() < 300 && shown.ends_with("…: ENOENT"), "{shown}");
+    }
 
     #[test]
     fn a_string_that_is_cut_still_ends() {

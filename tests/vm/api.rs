@@ -302,7 +302,11 @@ fn a_command_runs_as_it_is_told() -> Result<()> {
             vec!["no-such-command", "ENOENT"],
         ),
         (json!({"cmd": ["/no/such"]}), vec!["/no/such", "ENOENT"]),
-        // Too long for a line: it is cut, and JSON all the same.
+        // Too long for a line: the name is cut, and not why, nor the JSON.
+        (
+            json!({"cmd": ["x".repeat(2000)]}),
+            vec!["x", "…: ENAMETOOLONG"],
+        ),
         (json!({"cmd": ["\u{1}".repeat(2000)]}), vec!["\u{1}", "…"]),
         (json!({"cmd": ["/plain"]}), vec!["/plain", "EACCES"]),
         (json!({"cmd": ["/srv"]}), vec!["/srv", "EACCES"]),
