@@ -27,8 +27,8 @@ const DEVICES: [&CStr; 3] = [c"/dev/ttyS0", c"/dev/ttyAMA0", c"/dev/console"];
 /// Where the log and the workload's output go.
 #[repr(C)]
 pub struct Console {
-    /// The device and its place in [`DEVICES`].
-    device: Option<(OwnedFd, usize)>,
+    /// The device and its path.
+    device: Option<(OwnedFd, &'static CStr)>,
     level: Level,
     /// Who the workload is, once known: a part of every line.
     identity: Option<(u32, u32)>,
@@ -55,16 +55,13 @@ impl Console {
     /// Opens the first device there is, and writes what waits.
     pub fn open(&mut self, level: Level) {
         self.level = level;
-        self.device = open_from(0);
+        self.device = open_first();
         self.flush();
     }
 
     /// The device's path, for opening it anew: a descriptor's flags are shared by its copies.
     pub fn path(&self) -> &'static CStr {
-        let index = self.device.as_ref().map(|(_, index)| *index);
-        index
-            .and_then(|index| DEVICES.get(index).copied())
-            .unwrap_or(c"/dev/null")
+        self.device.as_ref().map_or(c"/dev/null", |(_, path)| *path)
     }
 
     /// Registers for when the device takes bytes again, while there are any.
@@ -160,18 +157,17 @@ impl Console {
 
     /// Writes what the device takes now, but no more than [`AT_ONCE`].
     pub fn flush(&mut self) {
-        while !self.queue.is_empty() {
-            let Some((device, index)) = &self.device else {
-                self.queue.consume(QUEUE);
-                return;
+        if !self.queue.is_empty() {
+            let Some((device, _)) = &self.device else {
+                return self.queue.consume(QUEUE);
             };
             let filled = self.queue.filled();
             match files::write(device, filled.get(..AT_ONCE).unwrap_or(filled)) {
-                Ok(count) => return self.queue.consume(count as usize),
-                Err(Errno::AGAIN) => return,
-                // It is gone, as one that was hung up is: the next one, or none.
+                Ok(count) => self.queue.consume(count as usize),
+                Err(Errno::AGAIN) => {}
+                // It is gone, or was hung up: it is opened anew, or another one, or none.
                 Err(_) => {
-                    self.device = open_from(index + 1);
+                    self.device = open_first();
                     self.watched = EventFlags::empty();
                 }
             }
@@ -179,17 +175,14 @@ impl Console {
     }
 }
 
-/// Opens the first device that can be opened, from a place in [`DEVICES`] on.
+/// Opens the first device that can be opened.
 #[inline(never)]
-pub fn open_from(first: usize) -> Option<(OwnedFd, usize)> {
+pub fn open_first() -> Option<(OwnedFd, &'static CStr)> {
     let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let mut index = first;
-    loop {
-        let device = files::open(DEVICES.get(index)?, flags);
+    DEVICES.iter().find_map(|path| {
+        let device = files::open(path, flags).ok()?;
         // A port without hardware opens well, and takes not even nothing.
-        match device.and_then(|device| files::write(&device, &[]).map(|_| device)) {
-            Ok(device) => return Some((device, index)),
-            Err(_) => index += 1,
-        }
-    }
+        files::write(&device, &[]).ok()?;
+        Some((device, *path))
+    })
 }

@@ -231,7 +231,7 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
     if rustix::process::getpid() != Pid::INIT {
         sys::exit(1);
     }
-    if let Some((device, _)) = console::open_from(0) {
+    if let Some((device, _)) = console::open_first() {
         let _written = files::write(&device, b"pigeon-init: level=error msg=\"panic\"\n");
     }
     end::emergency()

@@ -256,39 +256,45 @@ fn a_mebibyte_of_output_arrives_whole_also_over_a_console_that_stops() -> Result
 #[test]
 fn output_goes_on_when_a_command_has_hung_up_the_console() -> Result<()> {
     let root = root()?;
-    let mut vm = Vm::builder()
-        .config(&guest::shell(
-            "yes | head -c 1000000; echo the end",
-            json!({}),
-        ))
-        .disk(&root)
-        .firecrackers_console()
-        .boot()?;
-    vm.wait_for("msg=\"workload started\"")?;
-    vm.serial().hold();
-    let mut api = vm.api()?;
-    // Whether the workload waits for the console, what was on the way being full.
-    let mut is_stuck = || -> Result<bool> {
-        let look = json!({"cmd": ["sh", "-c", "sleep 0.3; cat /proc/[0-9]*/wchan"]});
-        let seen = api.post("/v1/exec", &look)?.json()?;
-        Ok(seen["stdout"]
-            .as_str()
-            .is_some_and(|text| text.contains("pipe_w")))
-    };
-    while !is_stuck()? {}
-    // The leader of a session has what it opens as its terminal, and hangs it up when it ends.
-    let leader = json!({"cmd": ["sh", "-c", "exec 3</dev/$(cat /sys/class/tty/console/active)"]});
-    assert_eq!(vm.api()?.post("/v1/exec", &leader)?.json()?["exit_code"], 0);
-    while !is_stuck()? {}
-    let exit = thread::spawn(move || api.get("/v1/exit_code")?.json());
-    vm.serial().release();
-    vm.wait_for("the end")?;
-    assert_eq!(
-        exit.join().unwrap()?,
-        json!({"code": 0, "oom_killed": false})
-    );
-    assert_eq!(vm.wait_end()?, End::Reboot);
-    root.check()
+    // The second time /dev/console is something else.
+    for more in ["panic=1", "console=tty0"] {
+        let mut vm = Vm::builder()
+            .config(&guest::shell(
+                "yes | head -c 1000000; echo the end",
+                json!({}),
+            ))
+            .disk(&root)
+            .firecrackers_console()
+            .arg(more)
+            .boot()?;
+        vm.wait_for("msg=\"workload started\"")?;
+        vm.serial().hold();
+        let mut api = vm.api()?;
+        // Whether the workload waits for the console, what was on the way being full.
+        let mut is_stuck = || -> Result<bool> {
+            let look = json!({"cmd": ["sh", "-c", "sleep 0.3; cat /proc/[0-9]*/wchan"]});
+            let seen = api.post("/v1/exec", &look)?.json()?;
+            Ok(seen["stdout"]
+                .as_str()
+                .is_some_and(|text| text.contains("pipe_w")))
+        };
+        while !is_stuck()? {}
+        // The leader of a session has what it opens as its terminal, and hangs it up when it ends.
+        let script = "exec 3<$(readlink /proc/$(pidof yes)/fd/0)";
+        let leader = json!({"cmd": ["sh", "-c", script]});
+        assert_eq!(vm.api()?.post("/v1/exec", &leader)?.json()?["exit_code"], 0);
+        while !is_stuck()? {}
+        let exit = thread::spawn(move || api.get("/v1/exit_code")?.json());
+        vm.serial().release();
+        vm.wait_for("the end")?;
+        assert_eq!(
+            exit.join().unwrap()?,
+            json!({"code": 0, "oom_killed": false})
+        );
+        assert_eq!(vm.wait_end()?, End::Reboot);
+        root.check()?;
+    }
+    Ok(())
 }
 
 /// Takes its standard input's line discipline away, or stops its output; then says so, and exits.
