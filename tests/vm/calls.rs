@@ -1,0 +1,153 @@
+//! The system calls of PID 1, from the workload's start to the reboot, as the kernel traces them.
+
+use std::{
+    collections::BTreeSet,
+    os::unix::net::UnixStream,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use pigeon_lab::{
+    End, Vm,
+    disk::{Image, Tree},
+    guest,
+    http::Client,
+    vsock,
+    ws::Socket,
+};
+use serde_json::json;
+
+/// Generous: other VMs may run beside this one.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The list that has to be right.
+const LIST: &str = include_str!("../THREATS.md");
+
+/// The names in the block of the list that starts with this word.
+fn listed(word: &str) -> Result<BTreeSet<String>> {
+    let (_, rest) = LIST
+        .split_once(&format!("\n{word}:"))
+        .with_context(|| format!("no {word} in the list"))?;
+    let (names, _) = rest.split_once("\n```").context("no end")?;
+    let (names, _) = names.split_once("\n\n").unwrap_or((names, ""));
+    Ok(names.split_whitespace().map(String::from).collect())
+}
+
+fn shell(api: &mut Client<UnixStream>, script: &str) -> Result<String> {
+    let answer = api.post("/v1/exec", &json!({"cmd": ["sh", "-c", script]}))?;
+    let answer = answer.success()?.json()?;
+    ensure!(answer["exit_code"] == 0, "{script}: {answer}");
+    Ok(answer["stdout"].as_str().unwrap_or_default().into())
+}
+
+/// Everything that a host can ask for, once.
+fn use_all(vm: &mut Vm, api: &mut Client<UnixStream>) -> Result<()> {
+    assert_eq!(api.get("/v1/status")?.status, 200);
+    assert_eq!(api.get("/v1/none")?.status, 404);
+    api.post("/v1/signals", &json!({"signal": 1}))?.success()?;
+    // More than is kept, both streams, in a command that forks and leaves orphans.
+    let much =
+        "head -c 3000000 /dev/zero; head -c 3000000 /dev/zero >&2; (sleep 0.1 &); (sleep 0.2 &)";
+    let much = api.post("/v1/exec", &json!({"cmd": ["sh", "-c", much]}))?;
+    assert_eq!(much.json()?["stdout_truncated"], true);
+    let absent = api.post("/v1/exec", &json!({"cmd": ["nothing"]}))?;
+    assert_eq!(absent.status, 500);
+    let slow = api.post(
+        "/v1/exec",
+        &json!({"cmd": ["sleep", "100"], "timeout_ms": 200}),
+    )?;
+    assert_eq!(slow.json()?["exit_signal"], 9);
+    let mut vanishes = vm.api()?;
+    vanishes.send(b"POST /v1/exec HTTP/1.1\r\nHost: x\r\nContent-Length: 21\r\n\r\n{\"cmd\":[\"sleep\",\"99\"]}")?;
+    drop(vanishes);
+
+    let first = json!({"command": ["sh"], "tty": true, "env": ["PS1=pigeon> "]});
+    let mut terminal = Socket::open(vm.connect(vsock::API_PORT)?, "/v1/ws/exec")?;
+    terminal.text(&first)?;
+    terminal.output_with("pigeon> ")?;
+    terminal.text(&json!({"cols": 80, "rows": 30}))?;
+    terminal.binary(b"stty size\n")?;
+    terminal.output_with("30 80")?;
+    terminal.output_with("pigeon> ")?;
+    terminal.text(&json!({"stdin": "eof"}))?;
+    terminal.wait_end()?;
+    let mut session = Socket::open(vm.connect(vsock::API_PORT)?, "/v1/ws/exec")?;
+    session.text(&json!({"command": ["cat"]}))?;
+    session.binary(&[b'x'; 100_000])?;
+    session.text(&json!({"stdin": "eof"}))?;
+    assert_eq!(session.wait_end()?.output.len(), 100_000);
+    let mut killed = Socket::open(vm.connect(vsock::API_PORT)?, "/v1/ws/exec")?;
+    killed.text(&json!({"command": ["sleep", "99"]}))?;
+    killed.close(1000)?;
+    // What was killed is reaped, beside the orphans.
+    let start = Instant::now();
+    while shell(api, "ps -o args | grep -cE '^sleep (0.*|99|100)$' || true")? != "0\n" {
+        ensure!(start.elapsed() < PATIENCE, "somebody still sleeps");
+        thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+/// The names of `sys_NAME` in front of `end`.
+fn names(text: &str, end: char) -> BTreeSet<String> {
+    let parts = text.split("sys_").skip(1);
+    let names = parts.filter_map(|part| part.split_once(end).map(|(name, _)| name));
+    let is_name = |name: &&str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+    // aarch64 has no open(2).
+    let name = |name: &str| if name == "openat" { "open" } else { name }.to_owned();
+    names.filter(is_name).map(name).collect()
+}
+
+#[test]
+fn pid_1_makes_no_system_call_that_is_not_listed() -> Result<()> {
+    const TRACING: &str = "mkdir -p /sys/kernel/tracing; mount -t tracefs tracefs /sys/kernel/tracing; cd /sys/kernel/tracing
+        echo 'hist:keys=id.syscall:size=1024 if common_pid == 1' >events/raw_syscalls/sys_enter/trigger";
+    /// Each call of PID 1 is a line on the console from now on, up to the last.
+    const PRINTING: &str = "cd /sys/kernel/tracing; cat events/raw_syscalls/sys_enter/hist
+        echo 8 >/proc/sys/kernel/printk; echo 1 >/proc/sys/kernel/tracepoint_printk
+        echo 'common_pid == 1' >events/syscalls/filter
+        for call in events/syscalls/sys_enter_*; do echo 1 >$call/enable; done";
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let volume = Image::ext4(&Tree::empty()?, 8)?;
+    let script = "trap 'echo hung up' HUP; (trap '' HUP TERM; exec sleep 1000) &
+        echo ready; while ! read -t 1 -r line; do :; done; head -c 70000 /dev/zero | tr '\\0' x; exit 3";
+    let config = guest::shell(
+        script,
+        json!({"Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/data"}]}),
+    );
+    let mut vm = Vm::builder()
+        .config(&config)
+        .disk(&root)
+        .disk(&volume)
+        .arg("tp_printk")
+        .patience(PATIENCE)
+        .boot()?;
+    vm.wait_for("ready")?;
+    let (mut api, mut waiting) = (vm.api()?, vm.api()?);
+    shell(&mut api, TRACING)?;
+    waiting.send(b"GET /v1/exit_code HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    use_all(&mut vm, &mut api)?;
+    vm.wait_for("hung up")?;
+    let running = names(&shell(&mut api, PRINTING)?, ' ');
+    vm.type_text("\n")?;
+    assert_eq!(
+        waiting.receive(false)?.json()?,
+        json!({"code": 3, "oom_killed": false})
+    );
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let console = vm.console();
+    let ending = names(&console, '(');
+    println!("running: {running:?}\nending: {ending:?}");
+    let unlisted = |seen: &BTreeSet<String>, list: &BTreeSet<String>| {
+        let names: Vec<_> = seen.difference(list).cloned().collect();
+        names.join(" ")
+    };
+    let (in_running, in_ending) = (listed("running")?, listed("ending")?);
+    assert_eq!(unlisted(&running, &in_running), "", "not listed as running");
+    assert_eq!(unlisted(&in_running, &running), "", "listed, and not made");
+    let all = &in_running | &in_ending;
+    assert_eq!(unlisted(&ending, &all), "", "not listed as ending");
+    assert_eq!(unlisted(&in_ending, &ending), "", "listed, and not made");
+    Ok(())
+}
