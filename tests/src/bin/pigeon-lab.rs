@@ -65,7 +65,7 @@ fn run(config: &Path, args: &[&str]) -> Result<()> {
     let text = fs::read(config).with_context(|| format!("unable to read {}", config.display()))?;
     let config: Value = serde_json::from_slice(&text)
         .with_context(|| format!("{} is not JSON", config.display()))?;
-    let build = assets::repository().join("build");
+    let build = assets::build_dir();
     let [root, data, vsock] = ["rootfs.ext4", "data.ext4", "vm.vsock"].map(|name| build.join(name));
     let app = include_bytes!("../../example/myapp");
     make(&root, ROOT_SIZE, || {
