@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::vsock::{self, API_PORT};
 
@@ -30,9 +30,7 @@ impl Proxy {
     /// Makes `socket`, for this user alone, which leads to the API behind `uds`. One that is left
     /// of an earlier proxy is replaced.
     pub fn start(socket: &Path, uds: &Path) -> Result<Proxy> {
-        if UnixStream::connect(socket).is_ok() {
-            bail!("{} is somebody's already", socket.display());
-        }
+        vsock::ensure_vacant(socket)?;
         let cannot = || format!("unable to create {}", socket.display());
         // Nobody else may connect before its mode is set.
         let parent = socket.parent().filter(|parent| *parent != Path::new(""));
@@ -104,6 +102,10 @@ mod tests {
     fn the_socket_is_its_users_alone_and_an_old_one_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let [uds, socket] = ["vm.vsock", "api.sock"].map(|name| dir.path().join(name));
+        fs::write(&socket, "a file").unwrap();
+        assert!(Proxy::start(&socket, &uds).is_err());
+        assert_eq!(fs::read_to_string(&socket).unwrap(), "a file");
+        fs::remove_file(&socket).unwrap();
         drop(UnixListener::bind(&socket).unwrap());
         // A child that another test starts has it, too, until it is another program.
         while UnixStream::connect(&socket).is_ok() {}

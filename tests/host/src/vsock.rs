@@ -2,11 +2,14 @@
 //! (Firecracker docs/vsock.md; vhost-device-vsock speaks the same.)
 
 use std::{
+    fs,
     io::{self, Read, Write},
-    os::unix::net::UnixStream,
+    os::unix::{fs::FileTypeExt, net::UnixStream},
     path::Path,
     time::Duration,
 };
+
+use anyhow::bail;
 
 use crate::Error;
 
@@ -26,6 +29,20 @@ pub fn connect(socket: &Path, port: u32, timeout: Duration) -> Result<UnixStream
     let listening = handshake(&mut stream, port, timeout);
     listening.map_err(|source| Error::NotListening { port, source })?;
     Ok(stream)
+}
+
+/// An error when a new socket at `path` would take the place of one that is in use, or of a file.
+/// One that somebody who ended has left, or a link to it, is nobody's.
+pub fn ensure_vacant(path: &Path) -> anyhow::Result<()> {
+    if UnixStream::connect(path).is_ok() {
+        bail!("{} is somebody's already", path.display());
+    }
+    match fs::metadata(path) {
+        Ok(there) if !there.file_type().is_socket() => {
+            bail!("{} is there, and no socket", path.display())
+        }
+        _ => Ok(()),
+    }
 }
 
 fn handshake(stream: &mut UnixStream, port: u32, timeout: Duration) -> io::Result<()> {

@@ -74,6 +74,9 @@ fn an_error_says_what_to_do_next() {
         said.contains("nothing to run") && said.contains("app.run.json"),
         "{said}"
     );
+    let words = ["run", "--uds", "app.ext4", "app.ext4", "id"];
+    let said = complaint(&place, &words);
+    assert!(said.contains("app.ext4 is there, and no socket"), "{said}");
     let said = complaint(&place, &["rootfs", "./none.tar", "out.ext4"]);
     assert!(said.contains("there is no ./none.tar"), "{said}");
     let said = complaint(&place, &["rootfs", "app.ext4", "nowhere/out.ext4"]);

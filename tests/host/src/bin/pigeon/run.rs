@@ -19,6 +19,7 @@ use pigeon::{
     image::run_json_path,
     initrd::Initrd,
     machine::{Disk, End, Machine, Nic, Spec, USER_NETWORK, VSOCK},
+    vsock,
 };
 use serde_json::{Value, json};
 use signal_hook::{
@@ -147,6 +148,7 @@ impl Run {
             .to_string_lossy();
         let claim = vms::claim(self.name.as_deref(), &stem)?;
         let uds = self.uds.as_ref().unwrap_or(&claim.uds);
+        vsock::ensure_vacant(uds)?;
         match fs::remove_file(uds) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(error).with_context(|| format!("unable to replace {}", uds.display()));
