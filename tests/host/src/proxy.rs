@@ -15,8 +15,12 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use serde_json::json;
 
-use crate::vsock::{self, API_PORT};
+use crate::{
+    Error,
+    vsock::{self, API_PORT},
+};
 
 /// How long the guest may take to accept a connection.
 const HANDSHAKE: Duration = Duration::from_secs(3);
@@ -65,9 +69,12 @@ impl Drop for Proxy {
     }
 }
 
-/// One connection. What cannot be connected is closed, which is what a client expects.
+/// One connection.
 fn relay(client: UnixStream, uds: &Path) -> Option<()> {
-    let guest = vsock::connect(uds, API_PORT, HANDSHAKE).ok()?;
+    let guest = match vsock::connect(uds, API_PORT, HANDSHAKE) {
+        Ok(guest) => guest,
+        Err(error) => return refuse(client, &error),
+    };
     // Who waits for an exit code, waits long.
     guest.set_read_timeout(None).ok()?;
     let (from_client, to_client) = (client.try_clone().ok()?, client);
@@ -81,6 +88,21 @@ fn relay(client: UnixStream, uds: &Path) -> Option<()> {
     let _ = copy(from_guest, &to_client);
     let _ = to_client.shutdown(Shutdown::Both);
     there.join().ok()
+}
+
+/// The answer when there is no VM (any more): what is closed without one looks like a broken proxy.
+fn refuse(mut client: UnixStream, error: &Error) -> Option<()> {
+    let body = json!({"error": error.to_string()}).to_string();
+    let answer = format!(
+        "HTTP/1.1 502 Bad Gateway\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
+         Connection: close\r\n\r\n{body}",
+        body.len()
+    );
+    client.write_all(answer.as_bytes()).ok()?;
+    client.shutdown(Shutdown::Write).ok()?;
+    // The request: a client that cannot send it does not look at the answer.
+    client.set_read_timeout(Some(HANDSHAKE)).ok()?;
+    copy(client, io::sink()).ok()
 }
 
 /// Copies bytes as they come.
@@ -111,6 +133,7 @@ mod tests {
         while UnixStream::connect(&socket).is_ok() {}
         let guest = UnixListener::bind(&uds).unwrap();
         let proxy = Proxy::start(&socket, &uds).unwrap();
+        let gone = uds.clone();
         assert_eq!(
             fs::metadata(&socket).unwrap().permissions().mode() & 0o777,
             0o600
@@ -137,6 +160,17 @@ mod tests {
         client.read_to_string(&mut answer).unwrap();
         assert_eq!(answer, "answer");
         assert_eq!(&host.join().unwrap(), b"CONNECT 10000\n");
+        // The VM has ended, and its socket is there no more.
+        fs::remove_file(&gone).unwrap();
+        let mut client = UnixStream::connect(&socket).unwrap();
+        client.write_all(b"GET /v1/status").unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 502 "), "{answer}");
+        assert!(
+            answer.contains("{\"error\":\"unable to connect to "),
+            "{answer}"
+        );
         drop(proxy);
         assert!(!socket.exists());
     }
