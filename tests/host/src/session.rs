@@ -12,8 +12,10 @@ use std::{
 use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::{Value, json};
 use tungstenite::{
-    Bytes, HandshakeError, Message, WebSocket, client::IntoClientRequest,
-    client::client_with_config, protocol::WebSocketConfig,
+    Bytes, HandshakeError, Message, WebSocket,
+    client::IntoClientRequest,
+    client::client_with_config,
+    protocol::{WebSocketConfig, frame::coding::CloseCode},
 };
 
 use crate::{Client, Command, Error, client::refusal, vsock::API_PORT};
@@ -240,8 +242,12 @@ impl Session {
                     event => return Ok(event),
                 },
                 Ok(Message::Close(frame)) => {
-                    let why = frame.map_or("it was closed".into(), |frame| frame.to_string());
-                    return Err(Error::Broken(why));
+                    return Err(Error::Broken(match frame {
+                        // All that the init says with it.
+                        Some(frame) if frame.code == CloseCode::Away => "the VM goes down".into(),
+                        Some(frame) => format!("closed with {} {}", frame.code, frame.reason),
+                        None => "it was closed".into(),
+                    }));
                 }
                 Ok(_) => {}
                 Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
