@@ -74,6 +74,14 @@ fn an_error_says_what_to_do_next() {
         said.contains("nothing to run") && said.contains("app.run.json"),
         "{said}"
     );
+    let said = complaint(&place, &["run", "app.ext4", "id"]);
+    assert!(said.contains("app.ext4 is no ext4 image"), "{said}");
+    let mut ext4 = vec![0; 2 << 10];
+    ext4[1080..1082].copy_from_slice(&[0x53, 0xef]);
+    place.write("app.ext4", ext4);
+    let words = ["run", "--disk", "none:/data", "app.ext4", "id"];
+    let said = complaint(&place, &words);
+    assert!(said.contains("unable to open none"), "{said}");
     let words = ["run", "--uds", "app.ext4", "app.ext4", "id"];
     let said = complaint(&place, &words);
     assert!(said.contains("app.ext4 is there, and no socket"), "{said}");

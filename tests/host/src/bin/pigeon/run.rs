@@ -2,9 +2,9 @@
 
 use std::{
     collections::VecDeque,
-    fs,
+    fs::{self, File},
     io::{self, IsTerminal, Read, Write},
-    os::unix::fs::symlink,
+    os::unix::fs::{FileExt, symlink},
     path::{Path, PathBuf},
     process::{ChildStdin, ChildStdout},
     sync::mpsc,
@@ -66,10 +66,10 @@ pub struct Run {
     /// The guest's hostname
     #[arg(long, value_name = "NAME")]
     hostname: Option<String>,
-    /// Mount another ext4 image
+    /// Mount another ext4 image; those given are mounted in place of the configuration's Mounts
     #[arg(long, value_name = "IMAGE:PATH")]
     disk: Vec<String>,
-    /// The host's network for the guest, by address translation (QEMU)
+    /// The host's network for the guest, by address translation (QEMU), in place of IPConfigs
     #[arg(long)]
     net: bool,
     /// Pass a TCP port of the host on to the guest (QEMU; means --net)
@@ -141,6 +141,10 @@ impl Run {
             println!("{}", serde_json::to_string_pretty(&document)?);
             return Ok(0);
         }
+        ensure_ext4(self.image())?;
+        for disk in &self.disk {
+            ensure_ext4(Path::new(pair("--disk", disk)?.0))?;
+        }
         let stem = self
             .image()
             .file_stem()
@@ -210,6 +214,10 @@ impl Run {
         if let Some(hostname) = &self.hostname {
             document["Hostname"] = json!(hostname);
         }
+        ensure!(
+            document["ExtraEnv"].is_object() || document["ExtraEnv"].is_null(),
+            "ExtraEnv: must be an object of strings"
+        );
         for (name, value) in self.env.iter().filter_map(|text| variable(text)) {
             document["ExtraEnv"][name] = json!(value);
         }
@@ -237,6 +245,16 @@ impl Run {
             beside.display(),
             self.image().display()
         );
+        if !given(&document["ExecOverride"]) && !given(&image["Entrypoint"]) {
+            ensure!(
+                !self
+                    .command()
+                    .first()
+                    .is_some_and(|word| word.starts_with('-')),
+                "{} would be the program, as there is no Entrypoint: options go before the image",
+                self.command()[0]
+            );
+        }
         document
             .as_object_mut()
             .expect("checked above")
@@ -511,6 +529,21 @@ fn ask_exit_code(uds: &Path) -> mpsc::Receiver<Exit> {
     exit
 }
 
+/// What the guest's kernel says of another file is an errno, and which one depends on the file.
+fn ensure_ext4(image: &Path) -> Result<()> {
+    /// The superblock's `s_magic` (linux/Documentation/filesystems/ext4/super.rst).
+    const MAGIC: (u64, [u8; 2]) = (1024 + 0x38, 0xef53_u16.to_le_bytes());
+    let mut magic = [0; 2];
+    let file = File::open(image).with_context(|| format!("unable to open {}", image.display()))?;
+    let read = file.read_exact_at(&mut magic, MAGIC.0);
+    ensure!(
+        read.is_ok() && magic == MAGIC.1,
+        "{} is no ext4 image; `./build.sh rootfs` makes one of a container image",
+        image.display()
+    );
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -591,6 +624,12 @@ mod tests {
     fn nothing_to_run_is_said_before_the_boot() {
         let error = document(&json!({}), &["IMAGE"]).unwrap_err().to_string();
         assert!(error.starts_with("nothing to run"), "{error}");
+        let words = ["IMAGE", "-m", "512"];
+        let error = document(&json!({}), &words).unwrap_err().to_string();
+        assert!(error.contains("options go before the image"), "{error}");
+        let words = ["-e", "A=B", "IMAGE", "/a"];
+        let error = document(&json!({"ExtraEnv": ["A=B"]}), &words).unwrap_err();
+        assert!(error.to_string().starts_with("ExtraEnv: "), "{error}");
         assert!(document(&json!({"ExecOverride": ["/a"]}), &["--disk", "x", "IMAGE"]).is_err());
     }
 }
