@@ -205,8 +205,9 @@ impl Command {
     /// Ends the command's standard input. A terminal's has no end of its own: its character is typed.
     pub fn end_input(&mut self) {
         if self.terminal {
-            /// VEOF of a new terminal (termios(3)): Ctrl-D.
-            const EOF: &[u8] = b"\x04";
+            /// VEOF of a new terminal (termios(3)): Ctrl-D, twice, as one behind an unfinished line
+            /// only hands that line over.
+            const EOF: &[u8] = b"\x04\x04";
             let _full = self.write(EOF);
         } else if let Some(pipe) = self.pipes.get_mut(INPUT) {
             pipe.end = None;
