@@ -33,6 +33,7 @@ EOF
 }
 
 say() { printf '==> %s\n' "$*" >&2; }
+wrong() { printf 'build.sh: %s; ./build.sh help lists what there is\n' "$*" >&2; exit 2; }
 die() { printf 'build.sh: %s\n' "$*" >&2; exit 1; }
 
 # need COMMAND=PACKAGE...: installs the Debian packages of the commands that are missing.
@@ -147,7 +148,7 @@ initrd() {
 
 # As the files themselves say, whoever runs this: mkfs.ext4 works under fakeroot.
 rootfs() {
-    (($# >= 2)) || die "usage: ./build.sh rootfs SOURCE OUT [SIZE]"
+    (($# >= 2)) || wrong "it is: rootfs SOURCE OUT [SIZE]"
     need_rust
     need mkfs.ext4=e2fsprogs fakeroot=fakeroot
     program pigeon rootfs "$@"
@@ -245,15 +246,19 @@ clean() {
 command=${1-}
 shift $(($# > 0))
 if [[ ${1-} == --arch ]]; then
-    choose "${2-}"
+    (($# > 1)) || wrong "--arch needs x86_64 or aarch64"
+    choose "$2"
     shift 2
 else
     choose "${PIGEON_ARCH:-$(uname -m)}"
 fi
 case $command in
+    build | setup | symbols | vendor) (($# == 0)) || wrong "$command takes no ${1@Q}" ;;&
+    initrd) (($# <= 1)) || wrong "initrd takes no ${2@Q}" ;;&
     build | rootfs | pigeon | setup | run | bench | soak | symbols | vendor | clean) "$command" "$@" ;;
     initrd) initrd "${1-}" ;;
     test) run_tests "$@" ;;
     help | -h | --help) help ;;
-    *) help >&2; exit 2 ;;
+    '') help >&2; exit 2 ;;
+    *) wrong "there is no command $command" ;;
 esac
