@@ -132,8 +132,7 @@ fn introduce(vsock: &Path) {
         r#"[pigeon-lab] The VM boots; its console follows. Ctrl-C stops it in good order.
 [pigeon-lab] Its API is HTTP on vsock port 10000, through the Unix socket {vsock}.
 [pigeon-lab] From another terminal:
-  (echo CONNECT 10000; sleep 1; printf 'GET /v1/status HTTP/1.1\r\nHost: vm\r\nConnection: close\r\n\r\n') |
-    socat -t 5 -,ignoreeof UNIX-CONNECT:{vsock}
+  ./build.sh pigeon exec --uds '{vsock}' -it sh
 "#
     );
 }
