@@ -151,6 +151,30 @@ fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn whoever_fills_all_there_is_for_files_in_memory_leaves_some() -> Result<()> {
+    let root = Image::ext4(&tree()?, 32)?;
+    let script = "for dir in /dev/shm /run/lock; do
+            dd if=/dev/zero of=$dir/full bs=64k 2>&1 | grep -o 'No space left on device'
+        done
+        echo both are full; while :; do sleep 1; done";
+    let config = guest::shell(script, json!({"UserOverride": "app"}));
+    let mut vm = Vm::builder()
+        .config(&config)
+        .disk(&root)
+        .patience(PATIENCE)
+        .boot()?;
+    vm.wait_for("both are full")?;
+    let mut api = vm.api()?;
+    for _ in 0..20 {
+        assert_eq!(output(&mut api, "echo here")?, "here\n");
+    }
+    api.post("/v1/signals", &json!({"signal": 9}))?.success()?;
+    assert_eq!(api.get("/v1/exit_code")?.json()?["code"], 137);
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
 fn exec_request(command: &[&str]) -> Vec<u8> {
     let body = json!({"cmd": command, "timeout_ms": 3_600_000}).to_string();
     let head = "POST /v1/exec HTTP/1.1\r\nHost: x\r\nContent-Length: ";
