@@ -10,7 +10,7 @@ use core::mem::MaybeUninit;
 use pigeon_init::text;
 use pigeon_init::text::Line;
 use rustix::fd::OwnedFd;
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir};
+use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags, RawDir};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MoveMountFlags, move_mount};
 
@@ -23,19 +23,26 @@ const DEVICE_WAIT: u64 = 2000;
 #[inline(never)]
 pub fn mount_volume(device: &CStr, target: &CStr, report: &Report) -> Outcome {
     let watch = Watch::start();
-    // A disk's node is there a moment before the disk is: ENXIO (device_add_disk, block/genhd.c).
-    while let Err(Errno::NOENT | Errno::NXIO) = files::open(device, OFlags::NONBLOCK) {
-        if watch.passed() >= DEVICE_WAIT {
+    let mount = |flags| rustix::mount::mount(device, target, c"ext4", flags, None::<&CStr>);
+    let mounted = loop {
+        let mounted = match rustix::fs::access(device, Access::EXISTS) {
+            Ok(()) => mount(MountFlags::RELATIME),
+            Err(_) => Err(Errno::NXIO),
+        };
+        match mounted {
+            // A disk's node is there a moment before the disk is (device_add_disk, block/genhd.c).
+            Err(Errno::NXIO) if watch.passed() < DEVICE_WAIT => pause(1),
+            other => break other,
+        }
+    };
+    let mounted = match mounted {
+        Err(Errno::NXIO) => {
             return Err(text!(
                 "mount % on %: no such device after 2 s",
                 device,
                 target
             ));
         }
-        pause(1);
-    }
-    let mount = |flags| rustix::mount::mount(device, target, c"ext4", flags, None::<&CStr>);
-    let mounted = match mount(MountFlags::RELATIME) {
         Err(errno @ (Errno::ACCESS | Errno::ROFS)) => {
             report.warn(text!("% is write-protected: mounted read-only", device));
             mount(MountFlags::RELATIME | MountFlags::RDONLY).map_err(|_| errno)

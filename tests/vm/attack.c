@@ -111,6 +111,29 @@ static void eat(void)
     }
 }
 
+/* All the memory there is: first in files in these places, which stay when their owner is killed, then
+ * in its own pages. Whoever is killed for it has a successor. */
+static void fill(char **places)
+{
+    static char piece[1 << 14];
+
+    /* Only a child goes on. */
+    while (fork())
+        wait(0);
+    int score = open("/proc/self/oom_score_adj", O_WRONLY);
+    if (write(score, "1000", 4) != 4)
+        abort();
+    for (; *places; places++) {
+        char name[64];
+        snprintf(name, sizeof name, "%s/%d", *places, getpid());
+        int file = open(name, O_WRONLY | O_CREAT, 0600);
+        while (write(file, piece, sizeof piece) > 0)
+            ;
+        close(file);
+    }
+    eat();
+}
+
 int main(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "";
@@ -125,6 +148,8 @@ int main(int argc, char **argv)
         bomb();
     else if (!strcmp(what, "eat"))
         eat();
+    else if (!strcmp(what, "fill"))
+        fill(argv + 2);
     else if (!strcmp(what, "last"))
         last(argv[2]);
     else if (!strcmp(what, "nothing"))

@@ -1,13 +1,14 @@
 //! Disks that fail, hang and fill, a network on which nobody is.
 
-use std::{thread, time::Duration};
+use std::{fs, os::unix::fs::FileExt, process::Command, thread, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use pigeon_lab::{
-    End, Vm,
+    End, Vm, assets,
     disk::{Disk, Image, Tree},
     guest,
     mmds::{Mmds, Push},
+    process::run,
 };
 use serde_json::{Value, json};
 
@@ -120,6 +121,121 @@ fn a_root_that_fails_under_way_leaves_the_api_and_the_end_as_they_are() -> Resul
     volume.check()?;
     assert_eq!(volume.read("/file")?, "kept\n");
     Ok(())
+}
+
+/// A root that is to become read-only at its first error, of which it has had one already: each
+/// request of debugfs's damages it.
+fn damaged(requests: &[&str]) -> Result<Image> {
+    let tree = Tree::busybox()?
+        .file("/etc/hosts", 0o644, "127.0.0.1 localhost\n")?
+        .file("/var/broken", 0o644, "")?
+        .dir("/data", 0o755)?;
+    let root = Image::ext4(&tree, 32)?;
+    let policy = ["-e", "remount-ro"];
+    run(Command::new(assets::tool("tune2fs")?)
+        .args(policy)
+        .arg(root.path()))?;
+    for request in [&["ssv state 2"], requests].concat() {
+        let arguments = ["-w", "-R", request];
+        run(Command::new(assets::tool("debugfs")?)
+            .args(arguments)
+            .arg(root.path()))?;
+    }
+    Ok(root)
+}
+
+fn boot_damaged(root: &Image, volume: &Image, script: &str) -> Result<Vm> {
+    let mut config = with_volume(script);
+    config["EtcHosts"] = json!([{"Host": "app", "IP": "10.0.0.2"}]);
+    config["EtcResolv"] = json!({"Nameservers": ["10.0.0.3"]});
+    let builder = Vm::builder().config(&config).disk(root).disk(volume);
+    builder
+        .arg("PIGEON_EXIT_LINGER_MS=60000")
+        .patience(PATIENCE)
+        .boot()
+}
+
+#[test]
+fn a_root_that_becomes_read_only_for_its_errors_harms_nothing_else() -> Result<()> {
+    let (root, volume) = (
+        damaged(&["clri /var/broken"])?,
+        Image::ext4(&Tree::empty()?, 16)?,
+    );
+    let script =
+        "cat /etc/hosts; echo kept >/data/file; cat /var/broken; echo x >/var/more; exit 6";
+    let mut vm = boot_damaged(&root, &volume, script)?;
+    let mut api = vm.api()?;
+    assert_eq!(api.get("/v1/exit_code")?.json()?["code"], 6);
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let console = vm.console();
+    for said in [
+        "10.0.0.2\tapp",
+        "Structure needs cleaning",
+        "Read-only file system",
+    ] {
+        assert!(console.contains(said), "no {said:?} in {console}");
+    }
+    assert!(!console.contains("level=error"), "{console}");
+    volume.check()?;
+    assert_eq!(volume.read("/file")?, "kept\n");
+    Ok(())
+}
+
+#[test]
+fn a_root_that_becomes_read_only_as_pid_1_writes_to_it_keeps_its_files_and_the_workload_runs()
+-> Result<()> {
+    // No inode of it can be had.
+    let (root, volume) = (damaged(&[])?, Image::ext4(&Tree::empty()?, 16)?);
+    let layout = run(Command::new(assets::tool("dumpe2fs")?).arg(root.path()))?;
+    let number = |line: &str, name: &str| -> Option<u64> {
+        let word = line.split_once(name)?.1.split_whitespace().next()?;
+        word.parse().ok()
+    };
+    let size = layout.lines().find_map(|line| number(line, "Block size:"));
+    let size = size.context("no block size")?;
+    let image = fs::File::options().write(true).open(root.path())?;
+    let mut bitmaps = 0;
+    for block in layout
+        .lines()
+        .filter_map(|line| number(line, "Inode bitmap at "))
+    {
+        image.write_all_at(&[0x55; 256], block * size)?;
+        bitmaps += 1;
+    }
+    ensure!(bitmaps > 0, "{layout}");
+    let script = "cat /etc/hosts; echo kept >/data/file; exit 6";
+    let mut vm = boot_damaged(&root, &volume, script)?;
+    let exit = vm.api()?.get("/v1/exit_code")?.json()?;
+    assert_eq!(exit["code"], 6, "{exit}");
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let console = vm.console();
+    for said in [
+        "warn msg=\"/etc/hosts is read-only: left as it is\"",
+        "warn msg=\"/etc/resolv.conf is read-only: left as it is\"",
+        "\n127.0.0.1 localhost\n",
+    ] {
+        assert!(console.contains(said), "no {said:?} in {console}");
+    }
+    volume.check()?;
+    assert_eq!(volume.read("/file")?, "kept\n");
+    Ok(())
+}
+
+#[test]
+fn a_root_whose_own_files_are_damaged_is_told_of() -> Result<()> {
+    let (root, volume) = (
+        damaged(&["clri /etc/hosts"])?,
+        Image::ext4(&Tree::empty()?, 16)?,
+    );
+    let mut vm = boot_damaged(&root, &volume, "echo the workload runs")?;
+    let exit = vm.api()?.get("/v1/exit_code")?.json()?;
+    assert_eq!(exit["code"], 125);
+    assert_eq!(exit["error"], "read /etc/hosts: EUCLEAN");
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let console = vm.console();
+    assert_eq!(console.matches("level=error").count(), 1, "{console}");
+    assert!(!console.contains("the workload runs"), "{console}");
+    volume.check()
 }
 
 #[test]

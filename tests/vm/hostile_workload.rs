@@ -319,6 +319,62 @@ fn disks_are_clean_also_when_pid_1_can_have_no_child() -> Result<()> {
 }
 
 #[test]
+fn a_gibibyte_of_a_command_and_output_without_end_are_taken_in_passing() -> Result<()> {
+    let root = Image::ext4(&tree()?, 32)?;
+    // It writes until it is killed: the console takes as much as it can.
+    let config = guest::shell("echo ready; read -r line; exec yes", json!({}));
+    let builder = Vm::builder().config(&config).disk(&root);
+    let mut vm = builder.patience(PATIENCE).boot()?;
+    vm.wait_for("ready")?;
+    let mut api = vm.api()?;
+    let memory = "awk '/^Pss:/ {print $2}' /proc/1/smaps_rollup";
+    let before: u32 = output(&mut api, memory)?.trim().parse()?;
+    let mut much = vm.api()?;
+    let script = "dd if=/dev/zero bs=64k count=16384; echo >/run/done";
+    much.send(&exec_request(&["sh", "-c", script]))?;
+    let call = |vm: &mut Vm| -> Result<Duration> {
+        let start = Instant::now();
+        assert_eq!(vm.api()?.get("/v1/status")?.status, 200);
+        Ok(start.elapsed())
+    };
+    let (start, mut calls, mut slowest) = (Instant::now(), 0, Duration::ZERO);
+    while exec(&mut api, "root", "[ -e /run/done ]")?["exit_code"] != 0 {
+        slowest = slowest.max(call(&mut vm)?);
+        calls += 1;
+        ensure!(start.elapsed() < PATIENCE, "the command does not end");
+        thread::sleep(Duration::from_millis(200));
+    }
+    let answer = much.receive(false)?.success()?.json()?;
+    println!(
+        "a gibibyte in {:?}, {calls} calls beside it",
+        start.elapsed()
+    );
+    let stderr = answer["stderr"].as_str().unwrap_or_default();
+    let whole = stderr.contains("16384+0 records out");
+    assert!(answer["exit_code"] == 0 && whole, "{stderr}");
+    assert_eq!(answer["stdout_truncated"], true);
+
+    vm.type_text("\n")?;
+    for _ in 0..20 {
+        slowest = slowest.max(call(&mut vm)?);
+        output(&mut api, "true")?;
+    }
+    println!("the slowest call took {slowest:?}");
+    assert!(slowest < Duration::from_secs(20), "{slowest:?}");
+    // A connection keeps the pages that an answer of its took.
+    drop(much);
+    api = vm.api()?;
+    let after: u32 = output(&mut api, memory)?.trim().parse()?;
+    println!("PID 1: {before} KiB before, {after} KiB after");
+    assert!(after <= before + 64, "{before} {after}");
+    api.post("/v1/signals", &json!({"signal": 9}))?.success()?;
+    let exit = api.get("/v1/exit_code")?.json()?;
+    assert_eq!(exit, json!({"code": 137, "oom_killed": false}));
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+#[test]
 fn a_workload_that_eats_all_memory_is_the_only_one_to_be_killed_for_it() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
     let volume = Image::ext4(&Tree::empty()?, 16)?;
@@ -342,6 +398,48 @@ fn a_workload_that_eats_all_memory_is_the_only_one_to_be_killed_for_it() -> Resu
     assert_eq!(vm.wait_end()?, End::Reboot);
     let console = vm.console();
     assert_eq!(console.matches("Killed process").count(), 1, "{console}");
+    root.check()?;
+    volume.check()?;
+    assert_eq!(volume.read("/file")?, "kept\n");
+    Ok(())
+}
+
+#[test]
+fn files_in_memory_that_nobody_can_kill_leave_the_api_and_the_end_their_part() -> Result<()> {
+    let root = Image::ext4(&tree()?, 32)?;
+    let volume = Image::ext4(&Tree::empty()?, 16)?;
+    // Half of the memory is what it may have.
+    let script = "echo kept >/data/file; exec attack fill /dev/shm";
+    let config = guest::shell(
+        script,
+        json!({"UserOverride": "app", "Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/data"}]}),
+    );
+    let mut vm = Vm::builder()
+        .config(&config)
+        .disk(&root)
+        .disk(&volume)
+        .memory_mib(160)
+        .arg("PIGEON_EXIT_LINGER_MS=600000")
+        .patience(PATIENCE)
+        .boot()?;
+    vm.wait_for("Out of memory")?;
+    let mut slowest = Duration::ZERO;
+    for _ in 0..30 {
+        let start = Instant::now();
+        let mut api = vm.api()?;
+        assert_eq!(api.get("/v1/status")?.status, 200);
+        // There may be no memory for a command; its caller hears of it.
+        let answer = api.post("/v1/exec", &json!({"cmd": ["/bin/echo", "here"]}))?;
+        assert!(matches!(answer.status, 200 | 500), "{answer}");
+        slowest = slowest.max(start.elapsed());
+    }
+    println!("the slowest call and command took {slowest:?}");
+    let mut api = vm.api()?;
+    // Unless the kernel has done so.
+    let killed = api.post("/v1/signals", &json!({"signal": 9}))?;
+    assert!(matches!(killed.status, 200 | 409), "{killed}");
+    assert_eq!(api.get("/v1/exit_code")?.json()?["code"], 137);
+    assert_eq!(vm.wait_end()?, End::Reboot);
     root.check()?;
     volume.check()?;
     assert_eq!(volume.read("/file")?, "kept\n");
