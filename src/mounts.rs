@@ -84,8 +84,8 @@ static REST: [Mount; 7] = [
     ),
     Mount::required(b"tmpfs\0/dev/shm\0mode=1777\0", NOSUID.union(NODEV)),
     // Of the memory /dev/shm can have half, and everybody may fill both: /run/lock. A kernel that finds
-    // none, and nobody to kill for it, panics. It is as much as systemd gives it.
-    Mount::required(b"tmpfs\0/run\0mode=0755,size=20%\0", NOSUID.union(NODEV)),
+    // none, and nobody to kill for it, panics.
+    Mount::required(b"tmpfs\0/run\0mode=0755,size=10%\0", NOSUID.union(NODEV)),
     Mount::optional(b"mqueue\0/dev/mqueue\0", STRICT),
     Mount::optional(b"hugetlbfs\0/dev/hugepages\0pagesize=2M\0", RELATIME),
     Mount::optional(b"binfmt_misc\0/proc/sys/fs/binfmt_misc\0", RELATIME),

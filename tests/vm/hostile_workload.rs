@@ -162,6 +162,7 @@ fn whoever_fills_all_there_is_for_files_in_memory_leaves_some() -> Result<()> {
     let mut vm = Vm::builder()
         .config(&config)
         .disk(&root)
+        .memory_mib(128)
         .patience(PATIENCE)
         .boot()?;
     vm.wait_for("both are full")?;
