@@ -88,7 +88,7 @@ cargo_init() {
     [[ ! -d vendor ]] || offline=(--offline --config vendor-config/config.toml)
     # Static, at a fixed address, without anything that only an unwinder or a debugger reads. The
     # toolchain's own linker makes the same bytes on every machine. A jump table has 8 bytes a case,
-    # more than the branches it saves.
+    # more than the branches it saves. What is carried out of a loop (licm) has to be kept somewhere.
     local smaller
     case $PIGEON_ARCH in
         # Who calls a function of this program (ipra) may know which registers it leaves alone. A
@@ -102,7 +102,7 @@ cargo_init() {
     esac
     cargo rustc --release --bin init --locked --target "$target" "${offline[@]}" -- \
         -C relocation-model=static -C force-unwind-tables=no \
-        -C llvm-args=-min-jump-table-entries=1000 "${smaller[@]}" \
+        -C llvm-args=-min-jump-table-entries=1000 -C llvm-args=-disable-machine-licm "${smaller[@]}" \
         -C linker=rust-lld -C linker-flavor=ld.lld -C link-self-contained=no \
         -C link-arg=-static -C link-arg=--no-eh-frame-hdr -C link-arg=--build-id=none \
         -C link-arg=-znorelro -C link-arg=--icf=all -C link-arg=-Tsrc/init.ld "$@"

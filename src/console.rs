@@ -36,6 +36,8 @@ pub struct Console {
     lost: u32,
     /// What is waited for of this device.
     watched: EventFlags,
+    /// The workload's last line has no end yet.
+    open_line: bool,
     queue: Buffer<QUEUE>,
 }
 
@@ -49,6 +51,7 @@ impl Console {
             identity: None,
             lost: 0,
             watched: EventFlags::empty(),
+            open_line: false,
         }
     }
 
@@ -106,6 +109,10 @@ impl Console {
 
     fn write_line(&mut self, line: &Line) {
         self.flush();
+        // A log line is one from its first byte on.
+        if self.open_line {
+            self.open_line = !self.queue.push(b"\n");
+        }
         if self.lost > 0 {
             let note = text::log_line(Level::Warn, b"the console was too slow");
             if !self.push_line(&text!("% lost_lines=%", note, self.lost)) {
@@ -135,6 +142,7 @@ impl Console {
     /// Queues the first `count` bytes of [`room`](Self::room).
     pub fn commit(&mut self, count: usize) {
         self.queue.commit(count);
+        self.open_line = self.queue.filled().last() != Some(&b'\n');
         self.flush();
     }
 

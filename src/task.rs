@@ -8,7 +8,6 @@ use crate::sys::{self, Fork};
 use core::ffi::CStr;
 use pigeon_init::text;
 use pigeon_init::text::{Errno as Name, Line};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
@@ -16,12 +15,6 @@ use rustix::process::{Pid, WaitOptions, WaitStatus};
 
 /// How long a boot task may take, in seconds: what a disk with a long journal needs, and more.
 const PATIENCE: u32 = 30;
-/// It is waited for in steps: a pause of the VM ends one of them.
-const STEP: Timespec = Timespec {
-    tv_sec: 1,
-    tv_nsec: 0,
-};
-
 /// The result of what can fail: the error says what failed, on what, and why.
 pub type Outcome<T = ()> = Result<T, Line>;
 
@@ -175,9 +168,9 @@ impl Task {
     #[inline(never)]
     pub fn wait(self, what: &CStr, console: &mut Console) -> Outcome {
         // Its end of the pipe is closed with it; until then that holds all it says.
-        let mut hang_up = [PollFd::new(&self.report, PollFlags::empty())];
         let mut left = PATIENCE;
-        while let Ok(0) = poll(&mut hang_up, Some(&STEP)) {
+        // In steps of a second: a pause of the VM ends one of them.
+        while let Ok(0) = sys::poll(&self.report, 0, 1) {
             left -= 1;
             if left == 0 {
                 return Err(text!("mount %: no answer after 30 s", what));

@@ -475,6 +475,17 @@ impl Drop for Region {
     }
 }
 
+/// Waits so many seconds for one of the events, or a hang-up: 1 when it has come (ppoll(2)).
+#[inline(never)]
+pub fn poll(fd: &OwnedFd, events: u32, seconds: usize) -> Result<u32> {
+    // struct pollfd, and struct timespec.
+    let mut polled = [raw(fd) as u32, events];
+    let time = [seconds, 0];
+    let (polled, time) = (&raw mut polled as usize, &raw const time as usize);
+    // SAFETY: one of these is read, and its other half written; a time is read; no mask is given.
+    unsafe { call_with(uapi::__NR_ppoll, polled, 1, time, 0, 0) }
+}
+
 /// Sockets between the VM and its host (linux/vm_sockets.h).
 pub mod vsock {
     use super::{Errno, OwnedFd, Result, call, call_with, fd, raw, uapi};
@@ -540,6 +551,11 @@ pub mod vsock {
 
     /// Takes a waiting connection, and says from which CID it came.
     pub fn accept(socket: &OwnedFd) -> Result<(OwnedFd, u32)> {
+        // An accept4 that finds none sleeps to the next tick, also where it must not block
+        // (vsock_accept, net/vmw_vsock/af_vsock.c).
+        if super::poll(socket, uapi::POLLIN, 0)? == 0 {
+            return Err(Errno::AGAIN);
+        }
         let mut peer = Address::new(0);
         let mut length = size_of::<Address>() as u32;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;

@@ -31,7 +31,7 @@ fn assert_exit((exit, console): &(Value, String), code: i32, oom_killed: bool) {
     let words = format!("exit_code={code} oom_killed={oom_killed} ");
     let lines = console
         .lines()
-        .filter(|line| line.contains("msg=\"workload exited\""));
+        .filter(|line| line.starts_with("pigeon-init: level=info msg=\"workload exited\""));
     let lines: Vec<_> = lines.collect();
     assert!(lines.len() == 1 && lines[0].contains(&words), "{lines:?}");
 }
@@ -249,7 +249,8 @@ fn a_mebibyte_of_output_arrives_whole_also_over_a_console_that_stops() -> Result
         lines.into_iter().eq(1..=LINES),
         "lines are missing or out of order"
     );
-    assert!(console.contains("the end"));
+    // What the log says stands on lines of its own.
+    assert!(console.contains("the end\npigeon-init: level=info msg=\"workload exited\""));
     Ok(())
 }
 
