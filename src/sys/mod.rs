@@ -7,15 +7,18 @@ mod arch;
 #[path = "x86_64.rs"]
 mod arch;
 
+pub mod epoll;
+pub mod files;
+
 use arch::{PAGE, syscall};
 use core::cell::{Cell, UnsafeCell};
 use core::ffi::{CStr, c_char};
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicBool, Ordering};
 use linux_raw_sys::general as uapi;
-use pigeon_init::bytes::find;
-use rustix::event::epoll::Event;
-use rustix::fd::{AsRawFd, FromRawFd, OwnedFd};
+use proto::bytes::find;
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use rustix::io::{Errno, Result};
 use rustix::process::Pid;
 
@@ -23,7 +26,6 @@ use rustix::process::Pid;
 ///
 /// # Safety
 /// As for [`syscall`].
-#[inline(never)]
 unsafe fn call(number: u32, a: usize, b: usize, c: usize) -> Result<u32> {
     // SAFETY: as promised by the caller.
     unsafe { call_with(number, a, b, c, 0, 0) }
@@ -33,7 +35,6 @@ unsafe fn call(number: u32, a: usize, b: usize, c: usize) -> Result<u32> {
 ///
 /// # Safety
 /// As for [`syscall`].
-#[inline(never)]
 unsafe fn call_with(number: u32, a: usize, b: usize, c: usize, d: usize, e: usize) -> Result<u32> {
     // SAFETY: as promised by the caller.
     match unsafe { syscall(number, [a, b, c, d, e, 0]) } as i32 {
@@ -52,33 +53,7 @@ fn fd(value: u32) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(value as i32) }
 }
 
-/// Reads some bytes (read(2)).
-pub fn read(file: &OwnedFd, buffer: &mut [u8]) -> Result<u32> {
-    let start = buffer.as_mut_ptr() as usize;
-    // SAFETY: writes at most the buffer's bytes.
-    unsafe { call(uapi::__NR_read, raw(file), start, buffer.len()) }
-}
-
-/// Writes some bytes (write(2)).
-pub fn write(file: &OwnedFd, bytes: &[u8]) -> Result<u32> {
-    write_to(raw(file), bytes)
-}
-
-/// The same to a descriptor by its number, which may be closed.
-pub fn write_to(number: usize, bytes: &[u8]) -> Result<u32> {
-    // SAFETY: reads the bytes of a live slice.
-    unsafe {
-        call(
-            uapi::__NR_write,
-            number,
-            bytes.as_ptr() as usize,
-            bytes.len(),
-        )
-    }
-}
-
 /// The bytes up to the first NUL; empty when there is none. core's has a fast search of 250 bytes.
-#[inline(never)]
 pub fn c_str(bytes: &[u8]) -> &CStr {
     let text = find(bytes, 0).and_then(|end| bytes.get(..=end));
     // SAFETY: the first NUL of these bytes is their last.
@@ -94,7 +69,6 @@ pub struct List(pub &'static [u8]);
 impl Iterator for List {
     type Item = &'static CStr;
 
-    #[inline(never)]
     fn next(&mut self) -> Option<&'static CStr> {
         let (_, _) = self.0.split_first()?;
         let string = c_str(self.0);
@@ -123,12 +97,6 @@ impl Words {
                 Some(CStr::from_ptr(word))
             }
         })
-    }
-
-    /// The value of `NAME=value`.
-    pub fn get(self, name: &[u8]) -> Option<&'static [u8]> {
-        self.iter()
-            .find_map(|word| word.to_bytes().strip_prefix(name)?.strip_prefix(b"="))
     }
 }
 
@@ -282,26 +250,26 @@ pub fn milliseconds() -> u64 {
 pub const PAUSED: u64 = 1000;
 
 /// How long something takes, in milliseconds; the VM's pauses count as [`PAUSED`] at most.
-pub struct Watch {
+pub struct Stopwatch {
     last: Cell<u64>,
-    passed: Cell<u64>,
+    elapsed: Cell<u64>,
 }
 
-impl Watch {
+impl Stopwatch {
     /// Starts at 0.
     pub fn start() -> Self {
         Self {
             last: Cell::new(milliseconds()),
-            passed: Cell::new(0),
+            elapsed: Cell::new(0),
         }
     }
 
     /// The time up to now; to be asked again and again.
-    pub fn passed(&self) -> u64 {
+    pub fn elapsed(&self) -> u64 {
         let now = milliseconds();
         let step = now.saturating_sub(self.last.replace(now)).min(PAUSED);
-        self.passed.set(self.passed.get().saturating_add(step));
-        self.passed.get()
+        self.elapsed.set(self.elapsed.get().saturating_add(step));
+        self.elapsed.get()
     }
 }
 
@@ -325,10 +293,9 @@ pub unsafe fn ioctl_struct<T>(fd: &OwnedFd, request: u32, value: &mut T) -> Resu
 
 /// Terminals (ioctl_tty(2)).
 pub mod terminal {
-    use super::{OwnedFd, Result, call, fd, ioctl_number, ioctl_struct, raw, uapi};
+    use super::{OwnedFd, Result, call, fd, ioctl_struct, raw, uapi};
 
     // asm-generic/ioctls.h
-    const TIOCSCTTY: u32 = 0x540e;
     const TIOCSWINSZ: u32 = 0x5414;
     const TIOCSPTLCK: u32 = 0x4004_5431;
     const TIOCGPTPEER: u32 = 0x5441;
@@ -341,12 +308,6 @@ pub mod terminal {
         let (request, flags) = (TIOCGPTPEER as usize, flags as usize);
         // SAFETY: takes numbers; the answer is a new descriptor.
         unsafe { call(uapi::__NR_ioctl, raw(master), request, flags) }.map(fd)
-    }
-
-    /// Makes it the controlling terminal of this session.
-    pub fn control(terminal: &OwnedFd) -> Result<()> {
-        // SAFETY: takes numbers.
-        unsafe { ioctl_number(terminal, TIOCSCTTY, 0) }
     }
 
     /// Tells it its size.
@@ -381,10 +342,12 @@ impl<T> Static<T> {
     /// The value, for the first caller in this process; `None` for later ones.
     #[allow(clippy::mut_from_ref, reason = "given out once")]
     pub fn take(&'static self) -> Option<&'static mut T> {
-        if self.taken.swap(true, Ordering::Relaxed) {
+        if self.taken.load(Ordering::Relaxed) {
             return None;
         }
-        // SAFETY: the flag was false until now, so no other reference exists.
+        self.taken.store(true, Ordering::Relaxed);
+        // SAFETY: the flag was false until now, and there is one thread, so no other reference
+        // exists.
         Some(unsafe { &mut *self.value.get() })
     }
 }
@@ -436,7 +399,6 @@ impl Region {
 
 impl Region {
     /// These bytes; none when not all of them are there.
-    #[inline(never)]
     pub fn part(&mut self, range: core::ops::Range<usize>) -> &mut [u8] {
         self.get_mut(range).unwrap_or(&mut [])
     }
@@ -475,20 +437,33 @@ impl Drop for Region {
     }
 }
 
-/// Waits so many seconds for one of the events, or a hang-up: 1 when it has come (ppoll(2)).
-#[inline(never)]
-pub fn poll(fd: &OwnedFd, events: u32, seconds: usize) -> Result<u32> {
-    // struct pollfd, and struct timespec.
-    let mut polled = [raw(fd) as u32, events];
-    let time = [seconds, 0];
-    let (polled, time) = (&raw mut polled as usize, &raw const time as usize);
-    // SAFETY: one of these is read, and its other half written; a time is read; no mask is given.
-    unsafe { call_with(uapi::__NR_ppoll, polled, 1, time, 0, 0) }
+/// Waits at most so many seconds for the other end of a pipe to close (poll(2)).
+pub fn has_hung_up(pipe: &OwnedFd, seconds: i64) -> Result<bool> {
+    wait_for(pipe, PollFlags::empty(), seconds)
+}
+
+/// Waits at most so many seconds for one of `events`, or a hang-up.
+fn wait_for(fd: &OwnedFd, events: PollFlags, seconds: i64) -> Result<bool> {
+    let timeout = Timespec {
+        tv_sec: seconds,
+        tv_nsec: 0,
+    };
+    let ready = rustix::event::poll(&mut [PollFd::new(fd, events)], Some(&timeout))?;
+    Ok(ready > 0)
+}
+
+/// Sleeps; for children only.
+pub fn sleep(milliseconds: i64) {
+    let time = Timespec {
+        tv_sec: milliseconds / 1000,
+        tv_nsec: milliseconds % 1000 * 1_000_000,
+    };
+    let _interrupted = rustix::thread::nanosleep(&time);
 }
 
 /// Sockets between the VM and its host (linux/vm_sockets.h).
 pub mod vsock {
-    use super::{Errno, OwnedFd, Result, call, call_with, fd, raw, uapi};
+    use super::{Errno, OwnedFd, PollFlags, Result, call, call_with, fd, raw, uapi};
     use rustix::fs::OFlags;
     use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
@@ -525,7 +500,7 @@ pub mod vsock {
     fn has_device() -> Result<bool> {
         // linux/vm_sockets.h
         const IOCTL_VM_SOCKETS_GET_LOCAL_CID: u32 = 0x7b9;
-        let device = crate::files::open(c"/dev/vsock", OFlags::RDONLY)?;
+        let device = super::files::open(c"/dev/vsock", OFlags::RDONLY)?;
         let mut cid = ANY;
         // SAFETY: the call writes an unsigned int.
         unsafe { super::ioctl_struct(&device, IOCTL_VM_SOCKETS_GET_LOCAL_CID, &mut cid) }?;
@@ -553,7 +528,7 @@ pub mod vsock {
     pub fn accept(socket: &OwnedFd) -> Result<(OwnedFd, u32)> {
         // An accept4 that finds none sleeps to the next tick, also where it must not block
         // (vsock_accept, net/vmw_vsock/af_vsock.c).
-        if super::poll(socket, uapi::POLLIN, 0)? == 0 {
+        if !super::wait_for(socket, PollFlags::IN, 0)? {
             return Err(Errno::AGAIN);
         }
         let mut peer = Address::new(0);
@@ -568,20 +543,20 @@ pub mod vsock {
     }
 }
 
-/// Closes all descriptors from 3 on but these two, which may be one (close_range(2)).
+/// Closes all descriptors from 3 on but these, which are in ascending order or the same
+/// (close_range(2)).
 ///
 /// For children that do not run Rust code that owns the closed ones.
-pub fn close_others(one: &OwnedFd, other: &OwnedFd) {
-    let (one, other) = (one.as_raw_fd() as u32, other.as_raw_fd() as u32);
+pub fn close_others(keep: &[&OwnedFd]) {
     let mut first = 3;
-    for keep in [one.min(other), one.max(other)] {
-        close_range(first, keep.wrapping_sub(1));
-        first = keep + 1;
+    for fd in keep {
+        let fd = fd.as_raw_fd() as u32;
+        close_range(first, fd.wrapping_sub(1));
+        first = first.max(fd + 1);
     }
     close_range(first, u32::MAX);
 }
 
-#[inline(never)]
 fn close_range(first: u32, last: u32) {
     if first <= last {
         // SAFETY: takes numbers. The owners of these descriptors live in the parent.
@@ -590,7 +565,6 @@ fn close_range(first: u32, last: u32) {
 }
 
 /// Sends a signal, by number, to a process group (kill(2)), or to its leader while it is not one yet.
-#[inline(never)]
 pub fn kill_group(leader: Pid, signal: u32) -> Result<()> {
     let leader = leader.as_raw_pid();
     kill(leader.wrapping_neg(), signal).or_else(|_| kill(leader, signal))
@@ -609,7 +583,7 @@ fn kill(target: i32, signal: u32) -> Result<()> {
 /// Sets how gladly the OOM killer takes this process, its children to come included
 /// (proc_pid_oom_score_adj(5)). Without /proc it stays as it is.
 pub fn set_oom_score(score: &[u8]) {
-    use crate::files;
+    use crate::sys::files;
     let file = files::open(c"/proc/self/oom_score_adj", rustix::fs::OFlags::WRONLY);
     let _unchanged = file.and_then(|file| files::write(&file, score));
 }
@@ -645,53 +619,11 @@ fn set<T: Copy>(socket: &OwnedFd, level: u32, option: u32, value: &T) -> Result<
     .map(drop)
 }
 
-/// Operations of [`epoll_control`].
-pub use uapi::{
-    EPOLL_CTL_ADD as EPOLL_ADD, EPOLL_CTL_DEL as EPOLL_DELETE, EPOLL_CTL_MOD as EPOLL_MODIFY,
-};
-
-/// Changes what an epoll instance waits for (epoll_ctl(2)).
-pub fn epoll_control(epoll: &OwnedFd, operation: u32, fd: &OwnedFd, event: &Event) -> Result<()> {
-    let (operation, place) = (operation as usize, &raw const *event as usize);
-    // SAFETY: reads one event, which rustix lays out as the kernel does.
-    unsafe {
-        call_with(
-            uapi::__NR_epoll_ctl,
-            raw(epoll),
-            operation,
-            raw(fd),
-            place,
-            0,
-        )
-    }
-    .map(drop)
-}
-
-/// Waits for events, `timeout` milliseconds, for ever when it is negative (epoll_wait(2)); how many
-/// came.
-pub fn epoll_wait(epoll: &OwnedFd, events: &mut [Event], timeout: i32) -> usize {
-    let (place, size) = (events.as_mut_ptr() as usize, events.len());
-    // SAFETY: writes at most `events.len()` events, and does not touch the signal mask.
-    let came = unsafe {
-        call_with(
-            uapi::__NR_epoll_pwait,
-            raw(epoll),
-            place,
-            size,
-            timeout as usize,
-            0,
-        )
-    };
-    came.unwrap_or(0) as usize
-}
-
-/// Makes standard input, output and error copies of these (dup3(2)). One that is not given is a copy
-/// of the one before it; the first stays as it is.
-pub fn set_streams(streams: &[Option<OwnedFd>; 3]) -> Result<()> {
-    let mut source = None;
-    for (number, stream) in streams.iter().enumerate() {
-        source = stream.as_ref().or(source);
-        if let Some(fd) = source.map(raw)
+/// Makes standard input, output and error copies of these (dup3(2)); without an input that stays as
+/// it is.
+pub fn set_streams(input: Option<&OwnedFd>, output: &OwnedFd, error: &OwnedFd) -> Result<()> {
+    for (number, stream) in [input, Some(output), Some(error)].into_iter().enumerate() {
+        if let Some(fd) = stream.map(raw)
             && fd != number
         {
             // SAFETY: takes numbers; nobody owns descriptors 0 to 2.
@@ -699,6 +631,12 @@ pub fn set_streams(streams: &[Option<OwnedFd>; 3]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Standard output and error of a process that is not PID 1.
+pub fn standard_streams() -> [BorrowedFd<'static>; 2] {
+    // SAFETY: nobody owns or closes descriptors 1 and 2; a write to a closed one only fails.
+    unsafe { [rustix::stdio::stdout(), rustix::stdio::stderr()] }
 }
 
 /// Gives up root: groups first, without root they cannot be set (setgroups(2), setresgid(2),

@@ -10,10 +10,10 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use cases::{ERROR, Exchange, Frames};
-use pigeon_init::{
+use proto::{
     http::{self, Call, Progress, Reader, Target},
     json::Spans,
-    request::{self, Exec},
+    bodies::{self, Exec},
     websocket::{self, Decoder, Event},
 };
 use pigeon_lab::{
@@ -59,7 +59,7 @@ fn parse(bytes: &[u8], step: usize) -> (Vec<u16>, bool) {
             let end = reader.body().end;
             let body = &mut buffer[reader.body()];
             statuses.push(match reader.target {
-                Target::Call(Call::Signals) if request::signal(body).unwrap_or(0) == 0 => 400,
+                Target::Call(Call::Signals) if bodies::signal(body).unwrap_or(0) == 0 => 400,
                 Target::Call(Call::Exec) if Exec::read(body, &mut Spans::default()).is_err() => 400,
                 Target::Call(_) => 200,
                 Target::WrongMethod(_) => 405,

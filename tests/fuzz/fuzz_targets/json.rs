@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use pigeon_init::{
+use proto::{
     config::Config,
     json::{Spans, Text, Texts},
     request::{self, Control, Exec},

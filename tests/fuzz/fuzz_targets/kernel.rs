@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use pigeon_init::{kmsg, mountinfo, netlink};
+use proto::{kmsg, mountinfo, netlink};
 
 fuzz_target!(|data: &[u8]| {
     if kmsg::killed_by_oom(data, 1234) {

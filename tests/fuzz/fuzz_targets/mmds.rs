@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use pigeon_init::mmds;
+use proto::mmds;
 
 fuzz_target!(|data: &[u8]| {
     match mmds::head(data) {

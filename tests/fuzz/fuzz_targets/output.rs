@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use pigeon_init::json::escape;
+use proto::json::escape;
 
 fn escaped(bytes: &[u8], step: usize) -> String {
     let (mut text, mut at, mut end) = (vec![b'"'], 0, 0);

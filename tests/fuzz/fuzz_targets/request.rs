@@ -5,7 +5,7 @@
 use std::cell::RefCell;
 
 use libfuzzer_sys::fuzz_target;
-use pigeon_init::http::{BODY, BUFFER, Progress, Reader, Status, Style, Target};
+use proto::http::{BODY, BUFFER, Progress, Reader, Status, Style, Target};
 
 #[derive(Debug, PartialEq)]
 enum Answer {

@@ -5,7 +5,7 @@
 use std::cell::RefCell;
 
 use libfuzzer_sys::fuzz_target;
-use pigeon_init::websocket::{BUFFER, CloseCode, Decoder, Event, MESSAGE};
+use proto::websocket::{BUFFER, CloseCode, Decoder, Event, MESSAGE};
 
 #[derive(Debug, PartialEq)]
 enum Seen {

@@ -1,0 +1,260 @@
+//! The configuration from Firecracker's metadata service, or from the initrd's file.
+
+use crate::boot::network::{self, Channel};
+use crate::context;
+use crate::error::Result;
+use crate::sys::files;
+use crate::sys::{self, Stopwatch};
+use core::ffi::CStr;
+use core::net::{IpAddr, SocketAddrV4};
+use proto::bytes::trim;
+use proto::config::Config;
+use proto::json::Spans;
+use proto::message::{Message, ToLossy};
+use proto::mmds;
+use proto::{message, netlink};
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+/// The configuration baked into the initrd.
+const FILE: &CStr = c"/pigeon/run.json";
+/// How long the service is asked, in milliseconds, unless the kernel command line says otherwise.
+pub const TIMEOUT: u64 = 3000;
+/// How long an answer may pause, in milliseconds, under a second: a lost segment is never sent again.
+const PAUSE: u64 = 250;
+/// Time between two questions: the first, and the longest, in milliseconds.
+const POLL: (u64, u64) = (1, 50);
+
+/// Which sources are asked: `PIGEON_CONFIG` on the kernel command line.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Source {
+    /// The service where there is a network interface, else the file.
+    Auto,
+    /// The service only.
+    Mmds,
+    /// The file only.
+    File,
+}
+
+/// Loads the configuration into `document`, decoded: its spans, and where it came from.
+pub fn load(
+    source: Source,
+    timeout: u64,
+    document: &mut [u8],
+    spans: &mut Spans,
+) -> Result<&'static str> {
+    let mut answers = message!("no configuration");
+    if source != Source::File {
+        match fetch(timeout, document, spans) {
+            Ok(()) => return Ok("mmds"),
+            Err(Answer::Wrong(why)) => return Err(message!("configuration from MMDS: {why}")),
+            Err(Answer::None(why)) => answers = message!("{answers}; MMDS: {why}"),
+        }
+    }
+    if source != Source::Mmds {
+        match load_file(document, spans) {
+            Ok(true) => return Ok("file"),
+            Ok(false) => answers = message!("{answers}; {}: no such file", FILE.lossy()),
+            Err(why) => return Err(message!("configuration in /pigeon/run.json: {why}")),
+        }
+    }
+    Err(answers)
+}
+
+/// False when there is no such file.
+fn load_file(document: &mut [u8], spans: &mut Spans) -> Result<bool> {
+    let Some(document) = files::read_whole(FILE, document)? else {
+        return Ok(false);
+    };
+    match decode(document, spans) {
+        Ok(false) => Err(message!("nothing to run")),
+        other => other,
+    }
+}
+
+/// Decodes a document; false when it has nothing to run.
+fn decode(document: &mut [u8], spans: &mut Spans) -> Result<bool> {
+    Config::decode(document, spans)?;
+    Ok(Config::new(document, spans).has_command())
+}
+
+/// Why the service gave no configuration.
+enum Answer {
+    /// A document that is wrong: waiting does not make it better.
+    Wrong(Message),
+    /// No document with something to run, yet.
+    None(Message),
+}
+
+/// Asks the service until it gives a document with something to run, or time is up.
+fn fetch(timeout: u64, document: &mut [u8], spans: &mut Spans) -> Result<(), Answer> {
+    let index =
+        network::eth0_index().ok_or_else(|| Answer::None(message!("no network interface eth0")))?;
+    let channel = Channel::open().map_err(Answer::None)?;
+    let guest = IpAddr::V4(mmds::GUEST);
+    let up = channel
+        .request(&netlink::link_up(index, None))
+        .and_then(|()| channel.request(&netlink::add_address(index, &guest, mmds::PREFIX)))
+        .and_then(|()| channel.request(&netlink::add_host_route(index, mmds::ADDRESS)));
+    let mut session = Session {
+        watch: Stopwatch::start(),
+        timeout,
+        connection: None,
+        document,
+    };
+    let answer = match up {
+        Ok(()) => session.ask_until(spans),
+        Err(why) => Err(Answer::None(message!("prepare eth0: {why}"))),
+    };
+    // Whether it worked or not; what was never added cannot be removed.
+    let _route = channel.request(&netlink::remove_host_route(index, mmds::ADDRESS));
+    let _address = channel.request(&netlink::remove_address(index, &guest, mmds::PREFIX));
+    answer
+}
+
+/// A conversation with the service over one connection at a time.
+struct Session<'d> {
+    watch: Stopwatch,
+    /// How long the watch may run, in milliseconds.
+    timeout: u64,
+    connection: Option<OwnedFd>,
+    /// Where responses are received.
+    document: &'d mut [u8],
+}
+
+impl Session<'_> {
+    fn ask_until(&mut self, spans: &mut Spans) -> Result<(), Answer> {
+        let (mut wait, longest) = POLL;
+        // For the document; empty until it is known whether it has a token.
+        let mut request = mmds::Request::new();
+        loop {
+            let why = match self.ask(&mut request) {
+                Ok((200, body)) => match read_answer(self.body(body), spans) {
+                    Err(Answer::None(why)) => why,
+                    found => return found,
+                },
+                Ok((status, _)) => message!("status {}", u32::from(status)),
+                Err(why) => {
+                    self.connection = None;
+                    why
+                }
+            };
+            // A last question without time for its answer would only hide this one.
+            if self.left() <= wait {
+                return Err(Answer::None(why));
+            }
+            sys::sleep(wait as i64);
+            wait = longest.min(wait * 2);
+        }
+    }
+
+    /// One document request: its status, and the length of its body.
+    fn ask(&mut self, request: &mut mmds::Request) -> Result<(u16, u32)> {
+        if request.is_empty() {
+            let (status, body) = self.exchange(mmds::TOKEN_REQUEST)?;
+            // V2 was refused: ask without a token.
+            let token = mmds::token(self.body(body)).filter(|_| status == 200);
+            mmds::document_request(token, request);
+        }
+        let answer = self.exchange(request)?;
+        if answer.0 == 401 {
+            // The token is unknown or there was none: start over with V2.
+            request.clear();
+        }
+        Ok(answer)
+    }
+
+    /// Milliseconds until time is up.
+    fn left(&self) -> u64 {
+        self.timeout.saturating_sub(self.watch.elapsed())
+    }
+
+    fn body(&mut self, length: u32) -> &mut [u8] {
+        self.document.get_mut(..length as usize).unwrap_or(&mut [])
+    }
+
+    /// Sends a request and reads its whole response: its status, and the length of its body, which
+    /// is what `document` starts with then.
+    fn exchange(&mut self, request: &[u8]) -> Result<(u16, u32)> {
+        let connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => self.connect()?,
+        };
+        // PID 1 gets no SIGPIPE (pid_namespaces(7)).
+        let sent = files::write(&connection, request);
+        if sent.map_err(context!("send"))? as usize != request.len() {
+            return Err(message!("send: short"));
+        }
+        let mut filled = 0;
+        let head = loop {
+            filled += self.receive(&connection, filled)?;
+            match mmds::head(self.document.get(..filled).unwrap_or(&[])) {
+                Ok(Some(head)) => break head,
+                Ok(None) => {}
+                Err(fault) => return Err(message!("{fault}")),
+            }
+        };
+        if head.body as usize > self.document.len() {
+            return Err(message!("a document over {} bytes", self.document.len()));
+        }
+        self.document
+            .copy_within(usize::from(head.length)..filled, 0);
+        filled -= usize::from(head.length);
+        while filled < head.body as usize {
+            filled += self.receive(&connection, filled)?;
+        }
+        self.connection = Some(connection);
+        Ok((head.status, head.body))
+    }
+
+    /// Receives more of a response, behind what there is of it.
+    fn receive(&mut self, connection: &OwnedFd, filled: usize) -> Result<usize> {
+        if self.left() == 0 {
+            return Err(message!("no answer"));
+        }
+        let room = self.document.get_mut(filled..).unwrap_or(&mut []);
+        match files::read(connection, room) {
+            Ok(0) => Err(message!("closed before its answer was whole")),
+            Ok(count) => Ok(count),
+            Err(errno) => Err(unanswered(errno, "receive")),
+        }
+    }
+
+    /// A connection on which no call waits longer than an answer may pause, and time is not up.
+    fn connect(&self) -> Result<OwnedFd> {
+        let flags = SocketFlags::CLOEXEC;
+        let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)
+            .map_err(context!("create a socket"))?;
+        sys::set_timeouts(&socket, self.left().clamp(1, PAUSE) as u32);
+        // With a port of its own: choosing one in connect() costs the kernel 6 ms of randomness.
+        rustix::net::bind(&socket, &SocketAddrV4::new(mmds::GUEST, 0))
+            .and_then(|()| rustix::net::connect(&socket, &SocketAddrV4::new(mmds::ADDRESS, 80)))
+            .map_err(|errno| unanswered(errno, "connect"))?;
+        Ok(socket)
+    }
+}
+
+/// A body of status 200: the configuration, `null` before the host's push, or something wrong.
+fn read_answer(body: &mut [u8], spans: &mut Spans) -> Result<(), Answer> {
+    let content = trim(body);
+    if content.is_empty() {
+        return Err(Answer::None(message!("an empty document")));
+    }
+    if content == b"null" {
+        return Err(Answer::None(message!("null")));
+    }
+    match decode(body, spans) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Answer::None(message!("nothing to run"))),
+        Err(why) => Err(Answer::Wrong(why)),
+    }
+}
+
+/// A call's failure, where that may be that its time was up (SO_RCVTIMEO and SO_SNDTIMEO, socket(7)).
+fn unanswered(errno: Errno, what: &str) -> Message {
+    match errno {
+        Errno::AGAIN | Errno::INPROGRESS => message!("no answer"),
+        _ => context!("{what}")(errno),
+    }
+}

@@ -1,0 +1,84 @@
+//! Kernel parameters: words of the kernel command line that the kernel does not know reach init as
+//! environment variables (Documentation/admin-guide/kernel-parameters).
+
+use super::config_source::{self, Source};
+use crate::supervisor::LINGER;
+use crate::sys::Words;
+use proto::bytes::decimal;
+use proto::message;
+use proto::message::{Level, Message, ToLossy};
+
+/// What the kernel command line may say.
+pub struct KernelParams {
+    /// `INIT_LOG_LEVEL=debug|info|warn`: the lowest level that is logged. There is nothing to say at
+    /// `debug` that is not said at `info`.
+    pub level: Level,
+    /// `PIGEON_CONFIG=auto|mmds|file`: where the configuration comes from.
+    pub source: Source,
+    /// `PIGEON_MMDS_TIMEOUT_MS`: how long MMDS is asked, in milliseconds.
+    pub mmds_timeout: u64,
+    /// `PIGEON_EXIT_LINGER_MS`: how long the exit code can be read, in milliseconds.
+    pub linger: u64,
+    /// A value that was none of the allowed ones.
+    pub refused: Option<Message>,
+}
+
+impl KernelParams {
+    /// Reads them.
+    pub fn read(words: Words) -> Self {
+        let mut params = Self {
+            level: Level::Info,
+            source: Source::Auto,
+            mmds_timeout: config_source::TIMEOUT,
+            linger: LINGER,
+            refused: None,
+        };
+        for word in words.iter() {
+            let word = word.to_bytes();
+            let Some(sign) = word.iter().position(|byte| *byte == b'=') else {
+                continue;
+            };
+            let (name, value) = word.split_at_checked(sign).unwrap_or_default();
+            let value = value.get(1..).unwrap_or(&[]);
+            let allowed = match name {
+                b"INIT_LOG_LEVEL" => params.set_level(value),
+                b"PIGEON_CONFIG" => params.set_source(value),
+                b"PIGEON_MMDS_TIMEOUT_MS" => set_number(&mut params.mmds_timeout, value),
+                b"PIGEON_EXIT_LINGER_MS" => set_number(&mut params.linger, value),
+                _ => continue,
+            };
+            if let Err(allowed) = allowed {
+                params.refused = Some(message!(
+                    "kernel parameter {}={}: must be {allowed}",
+                    name.lossy(),
+                    value.lossy()
+                ));
+            }
+        }
+        params
+    }
+
+    fn set_level(&mut self, value: &[u8]) -> Result<(), &'static str> {
+        self.level = match value {
+            b"debug" | b"info" => Level::Info,
+            b"warn" => Level::Warn,
+            _ => return Err("debug, info or warn"),
+        };
+        Ok(())
+    }
+
+    fn set_source(&mut self, value: &[u8]) -> Result<(), &'static str> {
+        self.source = match value {
+            b"auto" => Source::Auto,
+            b"mmds" => Source::Mmds,
+            b"file" => Source::File,
+            _ => return Err("auto, mmds or file"),
+        };
+        Ok(())
+    }
+}
+
+fn set_number(number: &mut u64, value: &[u8]) -> Result<(), &'static str> {
+    *number = decimal(value).map(u64::from).ok_or("a whole number")?;
+    Ok(())
+}

@@ -1,0 +1,201 @@
+//! From a fork to a command: session, identity, directory, environment, execve.
+
+use crate::context;
+use crate::error::Result;
+use crate::process::helper::HelperLog;
+use crate::sys::files;
+use crate::sys::{self, SignalSet, Static};
+use core::ffi::CStr;
+use proto::bytes::{find, split};
+use proto::config::{ARGV, DOCUMENT};
+use proto::environment::{self, ENV_ENTRIES, Environment};
+use proto::json::{Strings, Text};
+use proto::message;
+use proto::message::{Message, ToLossy};
+use proto::users::Identity;
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+
+/// The root's users.
+pub const PASSWD: &CStr = c"/etc/passwd";
+/// The root's groups.
+pub const GROUP: &CStr = c"/etc/group";
+
+/// Exit code of a command that is not there.
+const NOT_FOUND: i32 = 127;
+/// Exit code of a command that is there and cannot be executed.
+const NOT_EXECUTABLE: i32 = 126;
+
+/// What a child uses between fork and execve; in the parent it stays untouched.
+struct Scratch {
+    /// Of two lists, and null.
+    argv: [usize; 2 * ARGV + 1],
+    environment: [usize; ENV_ENTRIES + 1],
+    path: files::Path,
+}
+
+static SCRATCH: Static<Scratch> = Static::new(Scratch {
+    argv: [0; 2 * ARGV + 1],
+    environment: [0; ENV_ENTRIES + 1],
+    path: files::Path::new(),
+});
+
+/// Resolves a user from the files of the root.
+pub fn resolve(user: &[u8], scratch: &mut [u8; 2 * DOCUMENT], identity: &mut Identity) -> Result {
+    let (passwd, group) = scratch
+        .split_at_mut_checked(DOCUMENT)
+        .unwrap_or((&mut [], &mut []));
+    let passwd = files::read_whole(PASSWD, passwd)?.unwrap_or_default();
+    let group = files::read_whole(GROUP, group)?.unwrap_or_default();
+    identity.resolve(user, passwd, group)
+}
+
+/// Standard input, output and error of a command.
+pub struct Streams<'a> {
+    /// Without one it stays what PID 1's is: /dev/null.
+    pub input: Option<&'a OwnedFd>,
+    /// Standard output.
+    pub output: &'a OwnedFd,
+    /// Standard error.
+    pub error: &'a OwnedFd,
+}
+
+/// First thing in a child: a session of its own, and no descriptors but its streams and its log.
+pub fn enter_session(streams: &Streams, terminal: bool, log: &HelperLog) -> Result {
+    rustix::process::setsid().map_err(context!("start a session"))?;
+    let controlled = match streams.input {
+        Some(input) if terminal => rustix::process::ioctl_tiocsctty(input),
+        _ => Ok(()),
+    };
+    controlled
+        .and_then(|()| sys::set_streams(streams.input, streams.output, streams.error))
+        .map_err(context!("connect the standard streams"))?;
+    sys::close_others(&[log.pipe()]);
+    Ok(())
+}
+
+/// What a child becomes.
+pub struct Command<'a> {
+    /// The arguments, a list behind another; the first is the name to look for.
+    pub argv: [Strings<'a>; 2],
+    /// Who it runs as.
+    pub identity: &'a Identity,
+    /// Working directory, created if absent; empty is `/`.
+    pub directory: Text<'a>,
+}
+
+/// Why a child has not become a command, and its exit code.
+pub struct Failure(Message, i32);
+
+impl From<Message> for Failure {
+    fn from(why: Message) -> Self {
+        Self(why, 1)
+    }
+}
+
+impl Failure {
+    fn new(errno: Errno, what: Message) -> Self {
+        Self(context!("{what}")(errno), NOT_EXECUTABLE)
+    }
+
+    /// Reports it; the exit code.
+    pub fn report(self, log: &HelperLog) -> i32 {
+        log.fail(self.0);
+        self.1
+    }
+}
+
+impl Command<'_> {
+    /// Turns this process into the command; returns only when that failed.
+    pub fn exec(&self, environment: &Environment) -> Failure {
+        if let Err(errno) = self.enter_directory() {
+            return Failure::new(errno, message!("enter {}", self.directory));
+        }
+        let Identity {
+            uid, gid, groups, ..
+        } = self.identity;
+        if let Err(errno) = sys::become_user(*uid, *gid, groups) {
+            return Failure::new(errno, message!("become the user"));
+        }
+        let Some(scratch) = SCRATCH.take() else {
+            return Failure::new(Errno::NOMEM, message!("execute"));
+        };
+        let mut slots = scratch.argv.iter_mut();
+        let mut name = None;
+        for list in &self.argv {
+            for argument in list.iter() {
+                let argument = sys::c_str(argument.bytes_with_nul());
+                name = name.or(Some(argument));
+                if let Some(slot) = slots.next() {
+                    *slot = argument.as_ptr() as usize;
+                }
+            }
+        }
+        for (slot, entry) in scratch.environment.iter_mut().zip(environment.iter()) {
+            *slot = entry.as_ptr() as usize;
+        }
+        sys::block_signals(SignalSet::EMPTY);
+        let name = name.unwrap_or(c"");
+        let errno = search(name, environment, scratch);
+        let mut failure = Failure::new(errno, message!("execute {}", name.lossy()));
+        if is_missing(errno) {
+            failure.1 = NOT_FOUND;
+        }
+        failure
+    }
+
+    fn enter_directory(&self) -> Result<(), Errno> {
+        if self.directory.is_empty() {
+            return Ok(());
+        }
+        let enter = || rustix::process::chdir(sys::c_str(self.directory.bytes_with_nul()));
+        match enter() {
+            Err(Errno::NOENT) => {
+                files::make_directories(self.directory.bytes()).and_then(|()| enter())
+            }
+            other => other,
+        }
+    }
+}
+
+/// Tries the command in the directories of PATH, as execvp(3) does; a name with `/` is a path.
+fn search(name: &CStr, environment: &Environment, scratch: &mut Scratch) -> Errno {
+    let execute = |path: &CStr| {
+        // SAFETY: both vectors end with null, and point at NUL-terminated strings that stay.
+        unsafe {
+            let argv = scratch.argv.as_ptr().cast();
+            sys::execve(path, argv, scratch.environment.as_ptr().cast())
+        }
+    };
+    let mut failure = Errno::NOENT;
+    if name.is_empty() {
+        return failure;
+    }
+    if find(name.to_bytes(), b'/').is_some() {
+        return execute(name);
+    }
+    let path = environment.get(b"PATH=").unwrap_or(environment::PATH);
+    for directory in split(path, b':') {
+        // An empty entry is the working directory.
+        let directory = if directory.is_empty() {
+            b"."
+        } else {
+            directory
+        };
+        let parts = [directory, b"/", name.to_bytes()];
+        let Some(candidate) = files::join(&parts, &mut scratch.path) else {
+            continue;
+        };
+        match execute(candidate) {
+            errno if is_missing(errno) => {}
+            Errno::ACCESS => failure = Errno::ACCESS,
+            errno => return errno,
+        }
+    }
+    failure
+}
+
+/// Whether a command is not there, other than that it cannot be executed.
+fn is_missing(errno: Errno) -> bool {
+    matches!(errno, Errno::NOENT | Errno::NOTDIR)
+}

@@ -1,0 +1,176 @@
+//! Short-lived children for what may block: mounting, unmounting, reading and writing files.
+//!
+//! A helper is a fork of this program that does one thing, sends lines to its parent through a
+//! pipe, and exits.
+
+use crate::context;
+use crate::error::Result;
+use crate::sys::{self, Fork, files};
+use proto::message;
+use proto::message::Message;
+use rustix::fd::OwnedFd;
+use rustix::pipe::PipeFlags;
+use rustix::process::{Pid, WaitOptions, WaitStatus};
+
+/// How long a helper may take, in milliseconds: what a disk with a long journal needs, and more.
+pub const TIMEOUT: u64 = 30_000;
+
+/// What a line from a helper is; its first byte.
+const WARNING: u8 = b'w';
+const STEP: u8 = b's';
+const ERROR: u8 = b'e';
+
+/// A helper's way to tell its parent something.
+pub struct HelperLog(OwnedFd);
+
+impl HelperLog {
+    /// A warning for the log.
+    pub fn warn(&self, message: Message) {
+        self.send(WARNING, message);
+    }
+
+    /// What the helper is at, in case it hangs: `mount /dev/vdb on /data`.
+    pub fn step(&self, message: Message) {
+        self.send(STEP, message);
+    }
+
+    /// Why the helper gives up. Only the first one counts.
+    pub fn fail(&self, message: Message) {
+        self.send(ERROR, message);
+    }
+
+    /// The pipe, to be kept open.
+    pub fn pipe(&self) -> &OwnedFd {
+        &self.0
+    }
+
+    /// One write of less than PIPE_BUF bytes, so whole (pipe(7)). It does not block: of more than a
+    /// pipe holds the end is lost.
+    fn send(&self, kind: u8, message: Message) {
+        let line = message!("{}{message}\n", char::from(kind));
+        let _parent_gone = files::write(&self.0, line.as_bytes());
+    }
+}
+
+/// A child at work.
+pub struct Helper {
+    /// Its process.
+    pub pid: Pid,
+    /// Where its lines are read.
+    pub log: OwnedFd,
+}
+
+/// A pipe, its reading end first; neither end blocks.
+pub fn pipe() -> Result<(OwnedFd, OwnedFd)> {
+    rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)
+        .map_err(context!("create a pipe"))
+}
+
+/// Makes a command's end of a pipe block, as commands expect.
+pub fn set_blocking(end: &OwnedFd) -> Result {
+    rustix::io::ioctl_fionbio(end, false).map_err(context!("create a pipe"))
+}
+
+/// Forks; the child exits with the code that `work` returns.
+pub fn spawn(work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
+    let (log, end) = pipe()?;
+    match sys::fork().map_err(context!("fork"))? {
+        Fork::Child => {
+            drop(log);
+            sys::exit(work(&HelperLog(end)))
+        }
+        Fork::Parent(pid) => Ok(Helper { pid, log }),
+    }
+}
+
+/// The lines of a helper so far.
+#[derive(Default)]
+pub struct Lines {
+    /// Why it gave up.
+    pub error: Option<Message>,
+    /// What it did last.
+    pub step: Option<Message>,
+}
+
+/// Reads what a child has sent; its warnings go to `warn`.
+pub fn read_lines(log: &OwnedFd, warn: &mut dyn FnMut(Message)) -> Lines {
+    let mut lines = Lines::default();
+    let mut line = heapless::Vec::<u8, { message::MESSAGE }>::new();
+    let mut piece = [0; 512];
+    while let Ok(count @ 1..) = files::read(log, &mut piece) {
+        for &byte in piece.get(..count).unwrap_or(&[]) {
+            if byte != b'\n' {
+                let _cut = line.push(byte);
+                continue;
+            }
+            if let Some((kind, text)) = line.split_first() {
+                let message = message!("{}", core::str::from_utf8(text).unwrap_or("?"));
+                match *kind {
+                    ERROR if lines.error.is_none() => lines.error = Some(message),
+                    STEP => lines.step = Some(message),
+                    WARNING => warn(message),
+                    _ => {}
+                }
+            }
+            line.clear();
+        }
+    }
+    lines
+}
+
+impl Helper {
+    /// Forks; `work` runs in the child, and its error is the helper's.
+    pub fn start(work: &mut dyn FnMut(&HelperLog) -> Result) -> Result<Self> {
+        spawn(&mut |log| {
+            // What PID 1 closes must be closed, whatever this child waits for.
+            sys::close_others(&[log.pipe()]);
+            match work(log) {
+                Ok(()) => 0,
+                Err(error) => {
+                    log.fail(error);
+                    1
+                }
+            }
+        })
+    }
+
+    /// The result of a helper that was reaped.
+    pub fn result(self, status: WaitStatus, warn: &mut dyn FnMut(Message)) -> Result {
+        match read_lines(&self.log, warn).error {
+            Some(error) => Err(error),
+            None if status.exit_status() == Some(0) => Ok(()),
+            None => Err(message!(
+                "a helper ended with code {}, signal {}",
+                status.exit_status().unwrap_or(-1),
+                status.terminating_signal().unwrap_or(0)
+            )),
+        }
+    }
+
+    /// Gives a helper up that has taken too long: it is killed, and the error says what it was at.
+    pub fn give_up(self, warn: &mut dyn FnMut(Message)) -> Message {
+        let step = read_lines(&self.log, warn).step;
+        let _ended = rustix::process::kill_process(self.pid, rustix::process::Signal::KILL);
+        message!(
+            "{}: timed out after {} s",
+            step.unwrap_or_else(|| message!("boot")),
+            TIMEOUT / 1000
+        )
+    }
+
+    /// Waits for the end where there is no event loop. One that hangs, as a disk may, is given up.
+    pub fn wait(self, warn: &mut dyn FnMut(Message)) -> Result {
+        // Its end of the pipe is closed with it. In steps of a second: a pause of the VM ends one.
+        let mut left = TIMEOUT / 1000;
+        while let Ok(false) = sys::has_hung_up(&self.log, 1) {
+            left -= 1;
+            if left == 0 {
+                return Err(self.give_up(warn));
+            }
+        }
+        match rustix::process::waitpid(Some(self.pid), WaitOptions::empty()) {
+            Ok(Some((_, status))) => self.result(status, warn),
+            _ => Err(message!("a helper was lost")),
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! Environments in the form execve(2) wants them.
+
+use crate::bytes::find;
+use crate::config;
+use crate::json::Strings;
+use crate::message;
+use crate::message::Message;
+
+/// Room for the bytes of an environment: a whole document's and a whole exec request's.
+pub const ENV_BYTES: usize = config::DOCUMENT + (192 << 10);
+/// Entries of an environment: `Env`, `ExtraEnv`, an exec request's, and our own.
+pub const ENV_ENTRIES: usize = 3 * config::ENV + 8;
+
+/// A name is searched in these directories when the environment has no PATH.
+pub const PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// An environment: one entry a name, the last one set.
+pub struct Environment<const BYTES: usize = ENV_BYTES, const ENTRIES: usize = ENV_ENTRIES> {
+    /// `NAME=value\0` after `NAME=value\0`.
+    bytes: heapless::Vec<u8, BYTES>,
+    entries: heapless::Vec<Entry, ENTRIES>,
+}
+
+/// Where a string lies, and its name's hash so that most comparisons are of one number.
+#[derive(Clone, Copy)]
+struct Entry {
+    start: u32,
+    hash: u32,
+}
+
+impl<const BYTES: usize, const ENTRIES: usize> Default for Environment<BYTES, ENTRIES> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
+    /// An empty environment.
+    pub const fn new() -> Self {
+        Self {
+            bytes: heapless::Vec::new(),
+            entries: heapless::Vec::new(),
+        }
+    }
+
+    /// Sets each `NAME=value`; a string without a name or without `=` is dropped. The error: they
+    /// are more strings, or more bytes, than there is room for.
+    pub fn set_all(&mut self, entries: Strings) -> Result<(), Message> {
+        for entry in entries.iter() {
+            self.set(entry.bytes(), b"")?;
+        }
+        Ok(())
+    }
+
+    /// Sets `NAME=` to a value unless the name is set.
+    pub fn set_default(&mut self, name: &[u8], value: &[u8]) -> Result<(), Message> {
+        match self.get(name) {
+            Some(_) => Ok(()),
+            None => self.set(name, value),
+        }
+    }
+
+    /// Sets `NAME=value`, which may be in two pieces.
+    pub fn set(&mut self, start: &[u8], end: &[u8]) -> Result<(), Message> {
+        let full = || message!("the environment is too large");
+        let at = self.bytes.len();
+        for part in [start, end, b"\0"].iter() {
+            self.bytes.extend_from_slice(part).map_err(|_| full())?;
+        }
+        let entry = self.bytes.get(at..).unwrap_or(&[]);
+        let sign = find(entry, b'=').unwrap_or(0);
+        if sign == 0 {
+            self.bytes.truncate(at);
+            return Ok(());
+        }
+        let name = entry.get(..=sign).unwrap_or(entry);
+        let fresh = Entry {
+            start: at as u32,
+            hash: fnv1a(name),
+        };
+        for old in &mut self.entries {
+            let other = self.bytes.get(old.start as usize..).unwrap_or(&[]);
+            if old.hash == fresh.hash && other.starts_with(name) {
+                *old = fresh;
+                return Ok(());
+            }
+        }
+        self.entries.push(fresh).map_err(|_| full())
+    }
+
+    /// The value of `NAME=`.
+    pub fn get(&self, name: &[u8]) -> Option<&[u8]> {
+        self.iter().find_map(|entry| {
+            let value = entry.strip_prefix(name)?;
+            value.strip_suffix(b"\0")
+        })
+    }
+
+    /// The entries, each with its NUL, in the order in which their names were first set.
+    pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
+        self.entries.iter().map(|entry| self.string(*entry))
+    }
+
+    fn string(&self, entry: Entry) -> &[u8] {
+        let start = entry.start as usize;
+        let rest = self.bytes.get(start..).unwrap_or(&[]);
+        let end = find(rest, 0).unwrap_or(0);
+        rest.get(..=end).unwrap_or(b"\0")
+    }
+}
+
+/// FNV-1a, 32 bits (draft-eastlake-fnv).
+fn fnv1a(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(0x811c_9dc5, |hash, byte| {
+        (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Small = Environment<256, 8>;
+
+    fn environment(entries: &[&str]) -> Small {
+        let mut environment = Small::new();
+        for entry in entries {
+            environment.set(entry.as_bytes(), b"").unwrap();
+        }
+        environment
+    }
+
+    fn listed(environment: &Small) -> Vec<String> {
+        let text =
+            |entry: &[u8]| String::from_utf8(entry.strip_suffix(b"\0").unwrap().to_vec()).unwrap();
+        environment.iter().map(text).collect()
+    }
+
+    #[test]
+    fn the_last_entry_of_a_name_wins_and_keeps_the_first_place() {
+        let environment = environment(&["A=1", "B=2", "A=3", "AB=4", "B="]);
+        assert_eq!(listed(&environment), ["A=3", "B=", "AB=4"]);
+    }
+
+    #[test]
+    fn entries_without_a_name_or_a_sign_are_dropped() {
+        assert_eq!(listed(&environment(&["A", "=x", "", "B=a=b"])), ["B=a=b"]);
+    }
+
+    #[test]
+    fn a_default_is_set_only_where_the_name_is_not() {
+        let mut environment = environment(&["HOME=/x"]);
+        environment.set_default(b"HOME=", b"/").unwrap();
+        environment.set_default(b"PATH=", b"/bin").unwrap();
+        assert_eq!(listed(&environment), ["HOME=/x", "PATH=/bin"]);
+        assert_eq!(environment.get(b"PATH="), Some(&b"/bin"[..]));
+        assert_eq!(environment.get(b"PAT="), None);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_an_error_and_not_a_truncation() {
+        let mut environment = environment(&["A=", "B=", "C=", "D=", "E=", "F=", "G=", "H="]);
+        assert!(environment.set(b"A=again", b"").is_ok());
+        let why = environment.set(b"I=", b"").unwrap_err();
+        assert_eq!(why.as_bytes(), b"the environment is too large");
+        assert!(Small::new().set(b"A=", &[b'x'; 256]).is_err());
+    }
+}

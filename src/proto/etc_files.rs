@@ -1,0 +1,200 @@
+//! The contents of /etc/hosts and /etc/resolv.conf.
+
+use crate::bytes::{find, split, trim};
+use crate::config::Host;
+use crate::json::Strings;
+
+/// Marks a line of /etc/hosts as ours, so that the next boot replaces it.
+const MARK: &[u8] = b"# pigeon-init";
+
+/// What a root without /etc/hosts gets (hosts(5)).
+const LOCALHOST: &[u8] = b"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n";
+
+/// A file being put together.
+pub struct Contents<'a> {
+    room: &'a mut [u8],
+    /// What was put in so far, whether it found room or not.
+    length: usize,
+}
+
+impl<'a> Contents<'a> {
+    /// An empty one, with room for this many bytes.
+    pub fn new(room: &'a mut [u8]) -> Self {
+        Self { room, length: 0 }
+    }
+
+    /// Adds bytes.
+    pub fn put(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            if let Some(slot) = self.room.get_mut(self.length) {
+                *slot = *byte;
+            }
+            self.length += 1;
+        }
+    }
+
+    /// All of it; `None` when there was not enough room.
+    pub fn bytes(&self) -> Option<&[u8]> {
+        self.room.get(..self.length)
+    }
+}
+
+/// Writes the new /etc/hosts.
+///
+/// Lines of an earlier boot go, all others stay as they are, and each entry is added unless a
+/// line that stays says the same already.
+pub fn hosts<'h>(old: &[u8], entries: impl Iterator<Item = Host<'h>>, new: &mut Contents) {
+    let mut blank = true;
+    keep(old, &mut |line| {
+        blank &= trim(line).is_empty();
+        new.put(line);
+        new.put(b"\n");
+    });
+    if blank {
+        new.put(LOCALHOST);
+    }
+    for Host { ip, host, desc } in entries {
+        let (ip, host) = (ip.bytes(), host.bytes());
+        let mut said = false;
+        keep(old, &mut |line| said |= says(line, ip, host));
+        if said {
+            continue;
+        }
+        new.put(ip);
+        new.put(b"\t");
+        new.put(host);
+        new.put(b"\t");
+        new.put(MARK);
+        if !desc.is_empty() {
+            new.put(b": ");
+            // A line break here would start a line of its own.
+            for byte in desc.bytes() {
+                new.put(&[b' '.max(*byte)]);
+            }
+        }
+        new.put(b"\n");
+    }
+}
+
+/// Calls `each` with the lines that are not ours.
+fn keep(old: &[u8], each: &mut dyn FnMut(&[u8])) {
+    let mut lines = split(old, b'\n');
+    while let Some(line) = lines.next() {
+        // Behind the last line's end there is no line.
+        let is_line = !line.is_empty() || lines.clone().next().is_some();
+        if is_line && !halves(line).1.starts_with(MARK) {
+            each(line);
+        }
+    }
+}
+
+/// A line up to its comment, and its comment.
+fn halves(line: &[u8]) -> (&[u8], &[u8]) {
+    let end = find(line, b'#').unwrap_or(line.len());
+    line.split_at_checked(end).unwrap_or((line, &[]))
+}
+
+/// Whether a line maps `name` to `ip`.
+fn says(line: &[u8], ip: &[u8], name: &[u8]) -> bool {
+    let mut is_first = true;
+    for piece in split(halves(line).0, b' ') {
+        for word in split(piece, b'\t').map(trim) {
+            if word.is_empty() {
+                continue;
+            }
+            if is_first && word != ip {
+                return false;
+            }
+            if !is_first && word == name {
+                return true;
+            }
+            is_first = false;
+        }
+    }
+    false
+}
+
+/// Writes the new /etc/resolv.conf (resolv.conf(5)).
+pub fn resolv(nameservers: Strings, new: &mut Contents) {
+    for server in nameservers.iter() {
+        new.put(b"nameserver ");
+        new.put(server.bytes());
+        new.put(b"\n");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::json::Spans;
+
+    fn boot(old: &str, entries: &str) -> String {
+        let mut document = format!(r#"{{"EtcHosts":[{entries}]}}"#).into_bytes();
+        let mut spans = Spans::default();
+        Config::decode(&mut document, &mut spans).unwrap();
+        let config = Config::new(&document, &spans);
+        let mut room = [0; 4096];
+        let mut new = Contents::new(&mut room);
+        hosts(old.as_bytes(), config.etc_hosts(), &mut new);
+        String::from_utf8(new.bytes().unwrap().to_vec()).unwrap()
+    }
+
+    const ALIAS: &str = r#"{"Host":"my-app.internal","IP":"10.0.0.2","Desc":"app\nalias"}"#;
+
+    #[test]
+    fn entries_appear_once_however_often_the_root_boots() {
+        let once = boot("127.0.0.1 localhost\n", ALIAS);
+        assert_eq!(
+            once,
+            "127.0.0.1 localhost\n10.0.0.2\tmy-app.internal\t# pigeon-init: app alias\n"
+        );
+        assert_eq!(boot(&boot(&once, ALIAS), ALIAS), once);
+    }
+
+    #[test]
+    fn an_entry_that_changed_or_went_leaves_nothing_behind() {
+        let once = boot("127.0.0.1 localhost\n", ALIAS);
+        assert_eq!(
+            boot(&once, r#"{"Host":"my-app.internal","IP":"10.0.0.3"}"#),
+            "127.0.0.1 localhost\n10.0.0.3\tmy-app.internal\t# pigeon-init\n"
+        );
+        assert_eq!(boot(&once, ""), "127.0.0.1 localhost\n");
+    }
+
+    #[test]
+    fn an_entry_the_image_has_already_is_not_repeated() {
+        let image = "127.0.0.1 localhost\n10.0.0.2   other my-app.internal # mine\n";
+        assert_eq!(boot(image, ALIAS), image);
+        let commented = "127.0.0.1 localhost\n#10.0.0.2 my-app.internal\n";
+        assert!(boot(commented, ALIAS).ends_with("alias\n"));
+    }
+
+    #[test]
+    fn a_missing_or_blank_file_gets_localhost() {
+        assert!(boot("", ALIAS).starts_with("127.0.0.1\tlocalhost\n::1\tlocalhost"));
+        assert!(boot(" \n\n", "").contains("127.0.0.1\tlocalhost\n"));
+        assert_eq!(boot(&boot("", ALIAS), ALIAS), boot("", ALIAS));
+    }
+
+    #[test]
+    fn a_last_line_without_an_end_gets_one() {
+        assert!(boot("1.2.3.4 x", ALIAS).starts_with("1.2.3.4 x\n10.0.0.2\t"));
+    }
+
+    #[test]
+    fn each_name_server_is_a_line() {
+        let mut document = br#"{"EtcResolv":{"Nameservers":["8.8.8.8","fd00::1"]}}"#.to_vec();
+        let mut spans = Spans::default();
+        Config::decode(&mut document, &mut spans).unwrap();
+        let config = Config::new(&document, &spans);
+        let expected = b"nameserver 8.8.8.8\nnameserver fd00::1\n";
+        let mut room = [0; 256];
+        let mut new = Contents::new(&mut room);
+        resolv(config.nameservers(), &mut new);
+        assert_eq!(new.bytes(), Some(&expected[..]));
+        let mut new = Contents::new(room.split_at_mut(expected.len() - 1).0);
+        resolv(config.nameservers(), &mut new);
+        assert_eq!(new.bytes(), None);
+    }
+}

@@ -1,0 +1,33 @@
+//! Wire formats and file formats: parsers and encoders that take bytes and give values.
+//!
+//! Nothing here makes a system call, so all of it is tested and fuzzed on the host.
+#![cfg_attr(not(test), no_std)]
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::unwrap_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::expect_used
+    )
+)]
+
+pub mod address;
+pub mod bodies;
+pub mod buffer;
+pub mod bytes;
+pub mod config;
+pub mod digest;
+pub mod environment;
+pub mod etc_files;
+pub mod http;
+pub mod json;
+pub mod kmsg;
+pub mod message;
+pub mod mmds;
+pub mod mountinfo;
+pub mod netlink;
+pub mod slab;
+pub mod users;
+pub mod websocket;

@@ -1,0 +1,229 @@
+//! The console: log lines and the workload's output, written without ever waiting.
+
+use crate::context::Source;
+use crate::sys::epoll::Poller;
+use crate::sys::files;
+use core::ffi::CStr;
+use core::fmt::{self, Display};
+use proto::buffer::Buffer;
+use proto::json::Quoted;
+use proto::message;
+use proto::message::{Level, Message};
+use proto::slab::Key;
+use rustix::event::epoll::EventFlags;
+use rustix::fd::OwnedFd;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+/// Bytes waiting for the console: three pages of output, and room that is kept for log lines.
+const QUEUE: usize = 16 << 10;
+/// Output of the workload leaves this much free, so that log lines are not lost behind it.
+const RESERVE: usize = 4 << 10;
+
+/// Bytes written at once: a serial port that is as fast as its driver takes any number of them, and
+/// the driver's time for each. A turn writes twice at most.
+const AT_ONCE: usize = 512;
+
+/// In this order; a VM without a serial port goes on without a console.
+const DEVICES: [&CStr; 3] = [c"/dev/ttyS0", c"/dev/ttyAMA0", c"/dev/console"];
+
+/// Where the log and the workload's output go.
+#[repr(C)]
+pub struct Console {
+    /// The device and its path.
+    device: Option<(OwnedFd, &'static CStr)>,
+    level: Level,
+    /// Who the workload is, once known: a part of every line.
+    identity: Option<(u32, u32)>,
+    /// Log lines that found no room.
+    lost: u32,
+    /// What is waited for of this device.
+    watched: EventFlags,
+    /// The workload's last line has no end yet.
+    open_line: bool,
+    queue: Buffer<QUEUE>,
+}
+
+impl Console {
+    /// A console without a device: lines wait in the queue.
+    pub const fn new() -> Self {
+        Self {
+            device: None,
+            queue: Buffer::new(),
+            level: Level::Info,
+            identity: None,
+            lost: 0,
+            watched: EventFlags::empty(),
+            open_line: false,
+        }
+    }
+
+    /// Opens the first device there is, and writes what waits.
+    pub fn open(&mut self, level: Level) {
+        self.level = level;
+        self.device = open_first();
+        self.flush();
+    }
+
+    /// The device's path, for opening it anew: a descriptor's flags are shared by its copies.
+    fn path(&self) -> &'static CStr {
+        self.device.as_ref().map_or(c"/dev/null", |(_, path)| *path)
+    }
+
+    /// The console as a command's standard input: opened anew, so that it blocks as a terminal does.
+    pub fn open_input(&self) -> Result<OwnedFd, Errno> {
+        files::open(self.path(), OFlags::NOCTTY)
+            .or_else(|_| files::open(c"/dev/null", OFlags::RDWR))
+    }
+
+    /// Registers for when the device takes bytes again, while there are any.
+    pub fn watch(&mut self, poller: &Poller) {
+        let wanted = match self.queue.is_empty() {
+            true => EventFlags::empty(),
+            false => EventFlags::OUT,
+        };
+        if let Some((device, _)) = &self.device {
+            let watched = &mut self.watched;
+            poller.watch(
+                device,
+                Source::Console.token(Key::default()),
+                watched,
+                wanted,
+            );
+        }
+    }
+
+    /// From now on lines say who the workload is.
+    pub fn set_identity(&mut self, uid: u32, gid: u32) {
+        self.identity = Some((uid, gid));
+    }
+
+    /// Writes a line; `fields` stands behind its message, as ` key=value`.
+    pub fn log(&mut self, level: Level, message: Message, fields: Message) {
+        if level < self.level {
+            return;
+        }
+        let mut line = message!("{}{fields}", LogLine(level, &message));
+        if let Some((uid, gid)) = self.identity {
+            line = message!("{line} uid={uid} gid={gid}");
+        }
+        self.write_line(&line);
+    }
+
+    /// Writes a line at level info; `fields` stands behind its message, as ` key=value`.
+    pub fn info(&mut self, message: Message, fields: Message) {
+        self.log(Level::Info, message, fields);
+    }
+
+    /// Writes a line at level warn.
+    pub fn warn(&mut self, message: Message) {
+        self.log(Level::Warn, message, Message::new());
+    }
+
+    /// Writes a line at level error.
+    pub fn error(&mut self, message: Message) {
+        self.log(Level::Error, message, Message::new());
+    }
+
+    fn write_line(&mut self, line: &Message) {
+        self.flush();
+        // A log line is one from its first byte on.
+        if self.open_line {
+            self.open_line = !self.queue.push(b"\n");
+        }
+        if self.lost > 0 {
+            let message = message!("the console was too slow");
+            let note = LogLine(Level::Warn, &message);
+            if !self.push_line(&message!("{note} lost_lines={}", self.lost)) {
+                self.lost = self.lost.saturating_add(1);
+                return;
+            }
+            self.lost = 0;
+        }
+        if !self.push_line(line) {
+            self.lost = self.lost.saturating_add(1);
+        }
+        self.flush();
+    }
+
+    fn push_line(&mut self, line: &Message) -> bool {
+        let text = line.as_bytes();
+        text.len() < self.queue.free() && self.queue.push(text) && self.queue.push(b"\n")
+    }
+
+    /// Room for output of the workload; follow with [`commit`](Self::commit).
+    pub fn room(&mut self) -> &mut [u8] {
+        let spare = self.queue.spare();
+        let room = spare.len().saturating_sub(RESERVE);
+        spare.get_mut(..room).unwrap_or(&mut [])
+    }
+
+    /// Queues the first `count` bytes of [`room`](Self::room).
+    pub fn commit(&mut self, count: usize) {
+        self.queue.commit(count);
+        self.open_line = self.queue.filled().last() != Some(&b'\n');
+        self.flush();
+    }
+
+    /// Whether there is room for output of the workload.
+    pub fn has_room(&self) -> bool {
+        self.queue.free() > RESERVE
+    }
+
+    /// Bytes that are not out yet: those that wait here, and those in the device's driver.
+    pub fn waiting(&self) -> usize {
+        // asm-generic/ioctls.h
+        const TIOCOUTQ: u32 = 0x5411;
+        let mut driver: i32 = 0;
+        if let Some((device, _)) = &self.device {
+            // SAFETY: TIOCOUTQ writes an int (ioctl_tty(2)).
+            let _no_terminal = unsafe { crate::sys::ioctl_struct(device, TIOCOUTQ, &mut driver) };
+        }
+        self.queue.filled().len() + driver.unsigned_abs() as usize
+    }
+
+    /// Writes what the device takes now, but no more than [`AT_ONCE`].
+    pub fn flush(&mut self) {
+        if !self.queue.is_empty() {
+            let Some((device, _)) = &self.device else {
+                return self.queue.consume(QUEUE);
+            };
+            let filled = self.queue.filled();
+            match files::write(device, filled.get(..AT_ONCE).unwrap_or(filled)) {
+                Ok(count) => self.queue.consume(count),
+                Err(Errno::AGAIN) => {}
+                // It is gone, or was hung up: it is opened anew, or another one, or none.
+                Err(_) => {
+                    self.device = open_first();
+                    self.watched = EventFlags::empty();
+                }
+            }
+        }
+    }
+}
+
+/// The start of a log line, for display: `pigeon-init: level=info msg="…"`.
+struct LogLine<'a>(Level, &'a Message);
+
+impl Display for LogLine<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(level, message) = self;
+        let message = Quoted(message.as_bytes());
+        write!(
+            formatter,
+            "pigeon-init: level={} msg={message}",
+            level.name()
+        )
+    }
+}
+
+/// Opens the first device that can be opened.
+pub fn open_first() -> Option<(OwnedFd, &'static CStr)> {
+    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+    DEVICES.iter().find_map(|path| {
+        let device = files::open(path, flags).ok()?;
+        // A port without hardware opens well, and takes not even nothing.
+        files::write(&device, &[]).ok()?;
+        Some((device, *path))
+    })
+}

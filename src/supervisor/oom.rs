@@ -1,0 +1,30 @@
+//! Did the kernel's OOM killer kill this process?
+
+use crate::context::SINK;
+use crate::sys::files;
+use proto::kmsg;
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+
+/// Records of the kernel's log looked at: more than there can be, unless somebody writes on.
+const RECORDS: usize = 1 << 16;
+
+/// Whether the kernel's log says so, as far as it is written and was not read yet.
+pub fn killed(log: &OwnedFd, pid: u32, record: &mut [u8; SINK]) -> bool {
+    // CONSOLE_EXT_LOG_MAX, kernel/printk
+    const _: () = assert!(SINK >= 8192);
+    for _ in 0..RECORDS {
+        match files::read(log, &mut *record) {
+            Ok(0) => return false,
+            Ok(count) => {
+                if kmsg::killed_by_oom(record.get(..count).unwrap_or(&[]), pid) {
+                    return true;
+                }
+            }
+            // EPIPE: records were overwritten; the next read goes on behind them.
+            Err(Errno::PIPE) => {}
+            Err(_) => return false,
+        }
+    }
+    false
+}

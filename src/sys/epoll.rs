@@ -1,0 +1,82 @@
+//! One epoll instance and the events it gives out (epoll(7)).
+
+use crate::context;
+use crate::error::Result;
+use rustix::event::Timespec;
+use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+use rustix::fd::OwnedFd;
+
+/// Events taken at once: a turn of the loop handles these before it looks at anything else.
+const EVENTS: usize = 32;
+
+/// Room for the events taken at once.
+pub type Events = [Event; EVENTS];
+
+/// No events.
+pub const NO_EVENTS: Events = [Event {
+    flags: EventFlags::empty(),
+    data: EventData::new_u64(0),
+}; EVENTS];
+
+/// An epoll instance, and the events it has given out.
+pub struct Poller {
+    epoll: OwnedFd,
+    next: usize,
+    count: usize,
+    events: &'static mut Events,
+}
+
+impl Poller {
+    /// Creates one.
+    pub fn new(events: &'static mut Events) -> Result<Self> {
+        let epoll =
+            epoll::create(CreateFlags::CLOEXEC).map_err(context!("create an epoll instance"))?;
+        Ok(Self {
+            epoll,
+            next: 0,
+            count: 0,
+            events,
+        })
+    }
+
+    /// Waits for `wanted` events of `fd` instead of those `watched`, which says so afterwards. An
+    /// event comes back with `token`.
+    ///
+    /// With nothing wanted the descriptor is not registered: the kernel reports hang-ups always.
+    pub fn watch(&self, fd: &OwnedFd, token: u64, watched: &mut EventFlags, wanted: EventFlags) {
+        if *watched == wanted {
+            return;
+        }
+        let data = EventData::new_u64(token);
+        let changed = match (watched.is_empty(), wanted.is_empty()) {
+            (true, _) => epoll::add(&self.epoll, fd, data, wanted),
+            (_, true) => epoll::delete(&self.epoll, fd),
+            _ => epoll::modify(&self.epoll, fd, data, wanted),
+        };
+        // Only memory can be missing (epoll_ctl(2)); then the next change tries again.
+        if changed.is_ok() {
+            *watched = wanted;
+        }
+    }
+
+    /// Waits for events, at most so many milliseconds.
+    pub fn wait(&mut self, milliseconds: u64) {
+        // More than a month is for ever: longer times need a system call that Linux 5.10 has not.
+        let timeout = i32::try_from(milliseconds)
+            .ok()
+            .map(|milliseconds| Timespec {
+                tv_sec: i64::from(milliseconds / 1000),
+                tv_nsec: i64::from(milliseconds % 1000 * 1_000_000),
+            });
+        self.next = 0;
+        // An error leaves nothing to do but to look again.
+        self.count = epoll::wait(&self.epoll, &mut self.events[..], timeout.as_ref()).unwrap_or(0);
+    }
+
+    /// The next of the events that came: its token and what happened.
+    pub fn next(&mut self) -> Option<(u64, EventFlags)> {
+        let event = self.events.get(..self.count)?.get(self.next)?;
+        self.next += 1;
+        Some((event.data.u64(), event.flags))
+    }
+}

@@ -1,0 +1,145 @@
+//! Files: opened, read and written; whole ones read with a limit, and replaced so that a crash
+//! leaves the old or the new one.
+//!
+//! Nothing here looks for EINTR: without handlers the kernel starts these calls again itself
+//! (signal(7)).
+
+use crate::error::{Result, name};
+use crate::sys;
+use core::ffi::CStr;
+use proto::config::PATH;
+use proto::message;
+use proto::message::ToLossy;
+use rustix::fd::OwnedFd;
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+/// Opens a file for this process only (open(2), O_CLOEXEC); one that is created has mode 0644.
+pub fn open(path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
+    rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::from_raw_mode(0o644))
+}
+
+/// Reads some bytes (read(2)).
+pub fn read(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
+    rustix::io::read(file, buffer)
+}
+
+/// Writes some bytes (write(2)).
+pub fn write(file: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
+    rustix::io::write(file, bytes)
+}
+
+/// Room for a path and a name behind it.
+pub type Path = heapless::Vec<u8, { PATH + 256 }>;
+
+/// The parts one behind the other as a path for the kernel; `None` when they do not fit.
+pub fn join<'p>(parts: &[&[u8]], path: &'p mut Path) -> Option<&'p CStr> {
+    path.clear();
+    for part in parts {
+        path.extend_from_slice(part).ok()?;
+    }
+    path.push(0).ok()?;
+    Some(sys::c_str(path))
+}
+
+/// What is behind the first `count` bytes.
+pub fn behind(path: &CStr, count: usize) -> &CStr {
+    sys::c_str(path.to_bytes_with_nul().get(count..).unwrap_or(&[]))
+}
+
+/// Reads a regular file whole into `buffer`; `None` when it is not there.
+///
+/// Anything else under that name (a pipe would block) and a file over the buffer's size are errors.
+pub fn read_whole<'b>(path: &CStr, buffer: &'b mut [u8]) -> Result<Option<&'b mut [u8]>> {
+    let found = match open(path, OFlags::NONBLOCK | OFlags::NOCTTY) {
+        Ok(file) => read_regular(&file, buffer),
+        Err(Errno::NOENT) => return Ok(None),
+        Err(errno) => Err(message!("{}", name(errno))),
+    };
+    let length = found.map_err(|why| message!("read {}: {why}", path.lossy()))?;
+    Ok(buffer.get_mut(..length))
+}
+
+/// Reads to the end; the error is the reason alone.
+fn read_regular(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize> {
+    let kind = rustix::fs::fstat(file).map(|status| FileType::from_raw_mode(status.st_mode));
+    if kind != Ok(FileType::RegularFile) {
+        return Err(message!("not a regular file"));
+    }
+    let limit = buffer.len();
+    let mut length = 0;
+    while length <= limit {
+        // Full: that is all of it only when nothing more can be read.
+        let mut more = [0];
+        let room = match buffer.get_mut(length..) {
+            Some(room @ [_, ..]) => room,
+            _ => &mut more,
+        };
+        match read(file, room) {
+            Ok(0) => return Ok(length),
+            Ok(count) => length += count,
+            Err(errno) => return Err(message!("{}", name(errno))),
+        }
+    }
+    Err(message!("over {limit} bytes"))
+}
+
+/// Replaces the file or link `path` by one with these bytes, by way of `temporary` beside it.
+pub fn replace(path: &CStr, temporary: &CStr, contents: &[u8]) -> Result<(), Errno> {
+    // What a crash left, or somebody put there; never followed.
+    match remove(temporary) {
+        Ok(()) | Err(Errno::NOENT) => {}
+        other => return other,
+    }
+    let file = open(temporary, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL)?;
+    let replaced = write_whole(&file, contents)
+        .and_then(|()| rustix::fs::fsync(&file))
+        .and_then(|()| rustix::fs::rename(temporary, path));
+    if replaced.is_err() {
+        let _left = remove(temporary);
+    }
+    replaced
+}
+
+fn write_whole(file: &OwnedFd, mut bytes: &[u8]) -> Result<(), Errno> {
+    while !bytes.is_empty() {
+        let count = write(file, bytes)?;
+        bytes = bytes.get(count..).unwrap_or(&[]);
+    }
+    Ok(())
+}
+
+fn remove(path: &CStr) -> Result<(), Errno> {
+    rustix::fs::unlink(path)
+}
+
+/// Creates a directory with exactly this mode; one that is there keeps its own.
+pub fn make_directory(path: &CStr, mode: u32) -> Result<(), Errno> {
+    /// What PID 1's umask takes away (INIT_FS, include/linux/init_task.h).
+    const UMASK: u32 = 0o022;
+    let bits = Mode::from_raw_mode(mode);
+    match rustix::fs::mkdir(path, bits) {
+        Ok(()) if mode & UMASK != 0 => rustix::fs::chmod(path, bits),
+        Err(Errno::EXIST) => Ok(()),
+        other => other,
+    }
+}
+
+/// Creates a directory and those above it that are missing, with mode 0755.
+pub fn make_directories(path: &[u8]) -> Result<(), Errno> {
+    let mut prefix = Path::new();
+    for part in path.split(|byte| *byte == b'/') {
+        let fits =
+            prefix.extend_from_slice(part).is_ok() && prefix.extend_from_slice(b"/\0").is_ok();
+        if !fits {
+            return Err(Errno::NAMETOOLONG);
+        }
+        match make_directory(sys::c_str(&prefix), 0o755) {
+            // What is in the way of the next part, or of the use of the last, says so itself.
+            Ok(()) | Err(Errno::ISDIR) => {}
+            other => return other,
+        }
+        prefix.pop();
+    }
+    Ok(())
+}
