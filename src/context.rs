@@ -1,23 +1,24 @@
 //! What all rooms share: the time, the workload's state, and buffers that have one owner.
 
+use crate::error::Error;
 use crate::sys;
 use crate::sys::epoll::Poller;
-use proto::config::DOCUMENT;
+use proto::config::{DOCUMENT, PATH};
 use proto::environment::Environment;
+use proto::json::Quoted;
+use proto::message;
 use proto::message::Message;
 use proto::slab::Key;
+use proto::users::MAX_HOME;
 use rustix::process::Pid;
 
 /// A time that does not come.
 pub const NEVER: u64 = u64::MAX;
 
-/// Most commands at once: those that run, and those whose output is not answered yet.
-pub const COMMANDS: usize = 128;
-
 /// Room for a piece of a command's output on its way, or for a record of the kernel's log.
 pub const SINK: usize = 16 << 10;
 
-/// Where an event comes from. The last four carry the key of a connection.
+/// Where an event comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// The signalfd.
@@ -28,9 +29,9 @@ pub enum Source {
     Console,
     /// The workload's standard output and error.
     Workload,
-    /// A connection of the API.
+    /// A connection of the API, by its key.
     Connection,
-    /// The standard input of a connection's command takes bytes again.
+    /// The standard input of a command, by its key, takes bytes again.
     Input,
     /// Its standard output, or all streams of a terminal.
     Output,
@@ -69,7 +70,23 @@ pub struct Exit {
     /// Its main process was killed by the kernel's OOM killer.
     pub oom_killed: bool,
     /// Why it could not be run.
-    pub error: Option<Message>,
+    pub error: Option<Error>,
+}
+
+impl Exit {
+    /// `{"code":N,"oom_killed":bool}`, and the error if there is one.
+    pub fn json(&self) -> Message {
+        let Self {
+            code, oom_killed, ..
+        } = self;
+        match &self.error {
+            None => message!("{{\"code\":{code},\"oom_killed\":{oom_killed}}}"),
+            Some(error) => message!(
+                "{{\"code\":{code},\"oom_killed\":{oom_killed},\"error\":{}}}",
+                Quoted(message!("{error}").as_bytes())
+            ),
+        }
+    }
 }
 
 /// The state of the workload.
@@ -83,22 +100,55 @@ pub struct Workload {
     pub exit_code_delivered: bool,
 }
 
+/// What a command has of the workload, unless the call says otherwise.
+pub struct CommandDefaults {
+    /// The workload's environment.
+    pub environment: Environment,
+    /// The image or the document sets HOME; else it is that of the user a command runs as.
+    pub sets_home: bool,
+    /// The workload's working directory, with a NUL behind it.
+    pub working_dir: heapless::Vec<u8, PATH>,
+    /// The home directory of root.
+    pub root_home: heapless::Vec<u8, MAX_HOME>,
+}
+
+impl CommandDefaults {
+    /// Nothing.
+    pub const fn new() -> Self {
+        Self {
+            environment: Environment::new(),
+            sets_home: false,
+            working_dir: heapless::Vec::new(),
+            root_home: heapless::Vec::new(),
+        }
+    }
+}
+
+/// Large buffers, each with one use.
+pub struct Buffers {
+    /// Files being read, by whoever reads one.
+    pub scratch: [u8; 2 * DOCUMENT],
+    /// The strings of the document, or of a request, being looked at.
+    pub arena: [u8; DOCUMENT],
+    /// What is read to be looked at once.
+    pub sink: [u8; SINK],
+}
+
 /// What the supervisor and the API share.
 pub struct Context {
     /// Now, in milliseconds.
     pub now: u64,
     /// The workload.
     pub workload: Workload,
-    /// The workload's environment.
-    pub environment: &'static mut Environment,
-    /// Room for files.
+    /// What commands have of it.
+    pub defaults: &'static mut CommandDefaults,
+    /// See [`Buffers`].
     pub scratch: &'static mut [u8; 2 * DOCUMENT],
-    /// Room for what is read to be looked at once.
+    /// See [`Buffers`].
     pub sink: &'static mut [u8; SINK],
-    /// Commands that run, or whose output is not answered yet.
-    pub commands: usize,
-    /// Those of the commands that were killed because their clients are gone.
-    pub abandoned: heapless::Vec<Pid, COMMANDS>,
+    arena: &'static mut [u8],
+    /// Connections that last as long as their clients like.
+    pub long_connections: usize,
     /// The event loop's descriptor.
     pub poller: Poller,
 }
@@ -107,19 +157,26 @@ impl Context {
     /// No workload and no command.
     pub fn new(
         poller: Poller,
-        environment: &'static mut Environment,
-        scratch: &'static mut [u8; 2 * DOCUMENT],
-        sink: &'static mut [u8; SINK],
+        defaults: &'static mut CommandDefaults,
+        buffers: &'static mut Buffers,
     ) -> Self {
         Self {
             now: sys::milliseconds(),
             workload: Workload::default(),
-            environment,
-            scratch,
-            sink,
-            commands: 0,
-            abandoned: heapless::Vec::new(),
+            defaults,
+            scratch: &mut buffers.scratch,
+            sink: &mut buffers.sink,
+            arena: &mut buffers.arena,
+            long_connections: 0,
             poller,
         }
+    }
+
+    /// Lends the memory for the strings of a request.
+    pub fn with_arena<T>(&mut self, work: impl FnOnce(&mut [u8], &mut Self) -> T) -> T {
+        let arena = core::mem::take(&mut self.arena);
+        let result = work(arena, self);
+        self.arena = arena;
+        result
     }
 }

@@ -1,12 +1,65 @@
 //! Errors: what failed, on what, and the errno's name.
 
-use core::fmt;
-use proto::message;
+use crate::page::PageBox;
+use core::fmt::{self, Display};
 use proto::message::{ErrnoName, Message};
 use rustix::io::Errno;
 
-/// The result of what can fail; the error is a whole sentence for the log and the API.
-pub type Result<T = (), E = Message> = core::result::Result<T, E>;
+/// The result of what can fail.
+pub type Result<T = (), E = Error> = core::result::Result<T, E>;
+
+/// A whole sentence for the log and the API.
+///
+/// Errors pass through many hands: this is one pointer, to a message in a page of its own.
+pub struct Error {
+    /// `None`: there was no memory for it.
+    message: Option<PageBox<Message>>,
+}
+
+impl Error {
+    /// Formats an error; [`error!`](crate::error!) calls it.
+    pub fn format(arguments: fmt::Arguments<'_>) -> Self {
+        Self::from(Message::format(arguments))
+    }
+}
+
+impl From<Message> for Error {
+    fn from(message: Message) -> Self {
+        Self {
+            message: PageBox::new(message).ok(),
+        }
+    }
+}
+
+impl Display for Error {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.message {
+            Some(message) => formatter.write_str(message.as_str()),
+            None => formatter.write_str("out of memory"),
+        }
+    }
+}
+
+/// Where warnings go: the console, or the parent of a helper.
+pub trait Log {
+    /// Something is missing, and the boot or the end goes on.
+    fn warn(&mut self, message: &dyn Display);
+}
+
+/// Nowhere.
+pub struct Discard;
+
+impl Log for Discard {
+    fn warn(&mut self, _: &dyn Display) {}
+}
+
+/// Formats an [`Error`]: `error!("no network interface {name}")`.
+#[macro_export]
+macro_rules! error {
+    ($($arguments:tt)*) => {
+        $crate::error::Error::format(::core::format_args!($($arguments)*))
+    };
+}
 
 /// For `map_err`: an errno becomes an error that says what failed, on what, and why.
 ///
@@ -19,8 +72,8 @@ macro_rules! context {
 }
 
 /// What failed, and the errno's name behind it.
-pub fn describe(what: fmt::Arguments<'_>, errno: Errno) -> Message {
-    message!("{what}: {}", name(errno))
+pub fn describe(what: fmt::Arguments<'_>, errno: Errno) -> Error {
+    Error::format(format_args!("{what}: {}", name(errno)))
 }
 
 /// The errno's name, for display.

@@ -10,6 +10,7 @@ mod api;
 mod boot;
 mod context;
 mod error;
+mod page;
 mod process;
 mod shutdown;
 mod supervisor;
@@ -19,14 +20,13 @@ use crate::api::Api;
 use crate::boot::check;
 use crate::boot::kernel_params::KernelParams;
 use crate::boot::mounts;
-use crate::context::{Context, SINK};
+use crate::context::{Buffers, CommandDefaults, Context, SINK};
 use crate::error::Result;
 use crate::supervisor::console::{self, Console};
 use crate::supervisor::{HANDLED, Supervisor};
 use crate::sys::epoll::{Events, NO_EVENTS, Poller};
 use crate::sys::{Static, Words, files};
 use proto::config::DOCUMENT;
-use proto::environment::Environment;
 use rustix::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use rustix::fs::OFlags;
 use rustix::process::Pid;
@@ -35,23 +35,26 @@ use rustix::process::Pid;
 struct Memory {
     console: Console,
     api: Api,
-    environment: Environment,
+    defaults: CommandDefaults,
     /// The configuration document; given back when the workload runs.
     document: [u8; DOCUMENT],
-    /// Files being read, by whoever reads one.
-    scratch: [u8; 2 * DOCUMENT],
-    /// What is read to be looked at once.
-    sink: [u8; SINK],
+    /// Its strings; given back likewise.
+    strings: [u8; DOCUMENT],
+    buffers: Buffers,
     events: Events,
 }
 
 static MEMORY: Static<Memory> = Static::new(Memory {
     console: Console::new(),
     api: Api::new(),
-    environment: Environment::new(),
+    defaults: CommandDefaults::new(),
     document: [0; DOCUMENT],
-    scratch: [0; 2 * DOCUMENT],
-    sink: [0; SINK],
+    strings: [0; DOCUMENT],
+    buffers: Buffers {
+        scratch: [0; 2 * DOCUMENT],
+        arena: [0; DOCUMENT],
+        sink: [0; SINK],
+    },
     events: NO_EVENTS,
 });
 
@@ -62,11 +65,17 @@ fn start(arguments: Words, environment: Words) -> ! {
     };
     if rustix::process::getpid() != Pid::INIT {
         let Memory {
-            environment,
+            defaults,
             document,
+            strings,
             ..
         } = memory;
-        sys::exit(check::run(arguments, environment, document));
+        sys::exit(check::run(
+            arguments,
+            &mut defaults.environment,
+            document,
+            strings,
+        ));
     }
     live(memory, &KernelParams::read(environment))
 }
@@ -76,10 +85,10 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     let Memory {
         console,
         api,
-        environment,
+        defaults,
         document,
-        scratch,
-        sink,
+        strings,
+        buffers,
         events,
     } = memory;
     sys::block_signals(HANDLED);
@@ -89,16 +98,17 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     let (poller, signals) = match started {
         Ok(started) => started,
         Err(error) => {
-            console.error(error);
+            console.error(&error);
             shutdown::reboot();
         }
     };
     // Ctrl-Alt-Del becomes a signal for us (reboot(2)).
     let _without = rustix::system::reboot(rustix::system::RebootCommand::CadOff);
-    let context = Context::new(poller, environment, scratch, sink);
+    let context = Context::new(poller, defaults, buffers);
     let mut supervisor = Supervisor::new(console, api, context, signals, params.linger);
-    let booted = boot::run(&mut supervisor, params, document);
+    let booted = boot::run(&mut supervisor, params, document, strings);
     sys::release(document);
+    sys::release(strings);
     sys::release(supervisor.context.scratch);
     if let Err(error) = booted {
         supervisor.fail(error);

@@ -1,12 +1,15 @@
 //! What the program does when it is not PID 1: it looks at a configuration.
 
+use crate::error;
 use crate::error::Result;
 use crate::sys::files;
 use crate::sys::{self, Words};
 use core::ffi::CStr;
-use proto::config::Config;
+use proto::address;
+use proto::arena::Arena;
+use proto::config::{Address, Config, Host};
 use proto::environment::Environment;
-use proto::json::{Spans, Text, escape};
+use proto::json::escape;
 use proto::message::{Message, ToLossy};
 use proto::{environment, message};
 
@@ -25,7 +28,12 @@ Words of the kernel command line:
 const VERSION: &str = concat!("pigeon-init ", env!("CARGO_PKG_VERSION"), "\n");
 
 /// Runs a command line; the answer is the exit code.
-pub fn run(arguments: Words, environment: &mut Environment, document: &mut [u8]) -> i32 {
+pub fn run(
+    arguments: Words,
+    environment: &mut Environment,
+    document: &mut [u8],
+    memory: &mut [u8],
+) -> i32 {
     let mut words = arguments.iter();
     let _program = words.next();
     let option = words.next().unwrap_or_default().to_bytes();
@@ -33,7 +41,7 @@ pub fn run(arguments: Words, environment: &mut Environment, document: &mut [u8])
     if let (Some(path), None) = (file, more)
         && option == b"--check"
     {
-        return match check(path, environment, document) {
+        return match check(path, environment, document, memory) {
             Ok(()) => 0,
             Err(why) => {
                 complain(message!("init: {}: {why}", path.lossy()));
@@ -52,73 +60,77 @@ pub fn run(arguments: Words, environment: &mut Environment, document: &mut [u8])
     print(answer.as_bytes())
 }
 
-fn check(path: &CStr, environment: &mut Environment, document: &mut [u8]) -> Result {
-    let document = files::read_whole(path, document)?.ok_or_else(|| message!("no such file"))?;
-    let mut spans = Spans::default();
-    Config::decode(document, &mut spans)?;
-    let config = Config::new(document, &spans);
+fn check(
+    path: &CStr,
+    environment: &mut Environment,
+    document: &mut [u8],
+    memory: &mut [u8],
+) -> Result {
+    let document = files::read_whole(path, document)?.ok_or_else(|| error!("no such file"))?;
+    let mut config = Config::new();
+    config.decode(document, &mut Arena::new(memory))?;
     config.check()?;
     if !config.has_command() {
-        return Err(message!("nothing to run"));
+        return Err(error!("nothing to run"));
     }
     fill_environment(environment, &config)?;
 
     for argument in config.argv() {
-        quote("argv", argument.bytes());
+        print_quoted("argv", argument.to_bytes());
     }
     for entry in environment.iter() {
-        quote("env", entry.strip_suffix(b"\0").unwrap_or(entry));
+        print_quoted("env", entry.strip_suffix(b"\0").unwrap_or(entry));
     }
-    tell("user", or(config.user(), "root"));
-    tell("directory", or(config.working_dir(), "/"));
-    tell("root", config.root_device().bytes());
-    for mount in config.mounts() {
-        tell_both("mount", mount.device_path, " on ", mount.mount_path);
+    print_line("user", or(config.user().as_bytes(), b"root"));
+    print_line(
+        "directory",
+        or(config.image_config.working_dir.to_bytes(), b"/"),
+    );
+    print_line("root", config.root_device().to_bytes());
+    for mount in &config.mounts {
+        let (device, target) = (mount.device_path.lossy(), mount.mount_path.lossy());
+        print_line("mount", message!("{device} on {target}").as_bytes());
     }
-    if !config.hostname().is_empty() {
-        tell("hostname", config.hostname().bytes());
+    if !config.hostname.is_empty() {
+        print_line("hostname", config.hostname.as_bytes());
     }
-    config.addresses(&mut |address| {
-        let prefix = u32::from(address.prefix);
-        let mut line = message!("{}/{prefix} mtu {}", address.ip, config.mtu());
-        if let Some(gateway) = &address.gateway {
-            line = message!("{line} via {gateway}");
+    for address in config.addresses() {
+        let Address { ip, prefix, .. } = address;
+        let mut line = message!("{}/{prefix} mtu {}", address::Text(&ip), config.mtu());
+        if let Some(gateway) = address.gateway {
+            line = message!("{line} via {}", address::Text(&gateway));
         }
-        tell("address", line.as_bytes());
-        Ok(())
-    })?;
-    for server in config.nameservers().iter() {
-        tell("nameserver", server.bytes());
+        print_line("address", line.as_bytes());
     }
-    for host in config.etc_hosts() {
-        tell_both("host", host.ip, " ", host.host);
+    for server in config.etc_resolv.nameservers {
+        print_line("nameserver", server.to_bytes());
+    }
+    for Host { host, ip, .. } in &config.etc_hosts {
+        print_line("host", message!("{ip} {host}").as_bytes());
     }
     Ok(())
 }
 
-fn or<'a>(given: Text<'a>, default: &'a str) -> &'a [u8] {
-    match given.is_empty() {
-        true => default.as_bytes(),
-        false => given.bytes(),
+/// The value, or the default where it is empty.
+fn or<'a>(value: &'a [u8], default: &'a [u8]) -> &'a [u8] {
+    match value.is_empty() {
+        true => default,
+        false => value,
     }
 }
 
-fn tell(what: &str, value: &[u8]) {
-    print(what.as_bytes());
+fn print_line(name: &str, value: &[u8]) {
+    print(name.as_bytes());
     print(b": ");
     print(value);
     print(b"\n");
 }
 
-fn tell_both(what: &str, one: Text, between: &str, other: Text) {
-    tell(what, message!("{one}{between}{other}").as_bytes());
-}
-
 /// The value as a JSON string, however long it is.
-fn quote(what: &str, value: &[u8]) {
-    print(what.as_bytes());
+fn print_quoted(name: &str, value: &[u8]) {
+    print(name.as_bytes());
     print(b": \"");
-    escape(value, true, &mut |piece| print(piece) == 0);
+    escape(value, true, &mut |piece| print(piece.as_bytes()) == 0);
     print(b"\"\n");
 }
 
@@ -127,7 +139,8 @@ pub fn fill_environment(environment: &mut Environment, config: &Config) -> Resul
     let [image, extra] = config.environment();
     environment.set_all(image)?;
     environment.set_all(extra)?;
-    environment.set_default(b"PATH=", environment::PATH)
+    environment.set_default(b"PATH=", environment::PATH)?;
+    Ok(())
 }
 
 fn print(bytes: &[u8]) -> i32 {

@@ -2,17 +2,17 @@
 
 use crate::boot::network::{self, Channel};
 use crate::context;
-use crate::error::Result;
+use crate::error;
+use crate::error::{Error, Result};
 use crate::sys::files;
 use crate::sys::{self, Stopwatch};
 use core::ffi::CStr;
 use core::net::{IpAddr, SocketAddrV4};
-use proto::bytes::trim;
+use proto::arena::Arena;
 use proto::config::Config;
-use proto::json::Spans;
-use proto::message::{Message, ToLossy};
+use proto::message::ToLossy;
 use proto::mmds;
-use proto::{message, netlink};
+use proto::netlink;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
@@ -37,60 +37,65 @@ pub enum Source {
     File,
 }
 
-/// Loads the configuration into `document`, decoded: its spans, and where it came from.
+/// Loads the configuration's text into `document`: how long it is, and where it came from.
+///
+/// `memory` is for looking whether it has something to run.
 pub fn load(
     source: Source,
     timeout: u64,
     document: &mut [u8],
-    spans: &mut Spans,
-) -> Result<&'static str> {
-    let mut answers = message!("no configuration");
+    memory: &mut [u8],
+) -> Result<(usize, &'static str)> {
+    let mut answers = error!("no configuration");
     if source != Source::File {
-        match fetch(timeout, document, spans) {
-            Ok(()) => return Ok("mmds"),
-            Err(Answer::Wrong(why)) => return Err(message!("configuration from MMDS: {why}")),
-            Err(Answer::None(why)) => answers = message!("{answers}; MMDS: {why}"),
+        match fetch(timeout, document, memory) {
+            Ok(length) => return Ok((length, "mmds")),
+            Err(Answer::Wrong(error)) => return Err(error!("configuration from MMDS: {error}")),
+            Err(Answer::None(error)) => answers = error!("{answers}; MMDS: {error}"),
         }
     }
     if source != Source::Mmds {
-        match load_file(document, spans) {
-            Ok(true) => return Ok("file"),
-            Ok(false) => answers = message!("{answers}; {}: no such file", FILE.lossy()),
-            Err(why) => return Err(message!("configuration in /pigeon/run.json: {why}")),
+        match load_file(document, memory) {
+            Ok(Some(length)) => return Ok((length, "file")),
+            Ok(None) => answers = error!("{answers}; {}: no such file", FILE.lossy()),
+            Err(error) => {
+                return Err(error!("configuration in {}: {error}", FILE.lossy()));
+            }
         }
     }
     Err(answers)
 }
 
-/// False when there is no such file.
-fn load_file(document: &mut [u8], spans: &mut Spans) -> Result<bool> {
+/// The length of the file's text; `None` when there is no such file.
+fn load_file(document: &mut [u8], memory: &mut [u8]) -> Result<Option<usize>> {
     let Some(document) = files::read_whole(FILE, document)? else {
-        return Ok(false);
+        return Ok(None);
     };
-    match decode(document, spans) {
-        Ok(false) => Err(message!("nothing to run")),
-        other => other,
+    match has_command(document, memory)? {
+        true => Ok(Some(document.len())),
+        false => Err(error!("nothing to run")),
     }
 }
 
-/// Decodes a document; false when it has nothing to run.
-fn decode(document: &mut [u8], spans: &mut Spans) -> Result<bool> {
-    Config::decode(document, spans)?;
-    Ok(Config::new(document, spans).has_command())
+/// Whether a document has something to run.
+fn has_command(document: &mut [u8], memory: &mut [u8]) -> Result<bool> {
+    let mut config = Config::new();
+    config.decode(document, &mut Arena::new(memory))?;
+    Ok(config.has_command())
 }
 
 /// Why the service gave no configuration.
 enum Answer {
     /// A document that is wrong: waiting does not make it better.
-    Wrong(Message),
+    Wrong(Error),
     /// No document with something to run, yet.
-    None(Message),
+    None(Error),
 }
 
 /// Asks the service until it gives a document with something to run, or time is up.
-fn fetch(timeout: u64, document: &mut [u8], spans: &mut Spans) -> Result<(), Answer> {
+fn fetch(timeout: u64, document: &mut [u8], memory: &mut [u8]) -> Result<usize, Answer> {
     let index =
-        network::eth0_index().ok_or_else(|| Answer::None(message!("no network interface eth0")))?;
+        network::eth0_index().ok_or_else(|| Answer::None(error!("no network interface eth0")))?;
     let channel = Channel::open().map_err(Answer::None)?;
     let guest = IpAddr::V4(mmds::GUEST);
     let up = channel
@@ -104,8 +109,8 @@ fn fetch(timeout: u64, document: &mut [u8], spans: &mut Spans) -> Result<(), Ans
         document,
     };
     let answer = match up {
-        Ok(()) => session.ask_until(spans),
-        Err(why) => Err(Answer::None(message!("prepare eth0: {why}"))),
+        Ok(()) => session.ask_until(memory),
+        Err(why) => Err(Answer::None(error!("prepare eth0: {why}"))),
     };
     // Whether it worked or not; what was never added cannot be removed.
     let _route = channel.request(&netlink::remove_host_route(index, mmds::ADDRESS));
@@ -124,17 +129,18 @@ struct Session<'d> {
 }
 
 impl Session<'_> {
-    fn ask_until(&mut self, spans: &mut Spans) -> Result<(), Answer> {
+    fn ask_until(&mut self, memory: &mut [u8]) -> Result<usize, Answer> {
         let (mut wait, longest) = POLL;
-        // For the document; empty until it is known whether it has a token.
-        let mut request = mmds::Request::new();
+        // For the document, once it is known whether it has a token.
+        let mut request = None;
         loop {
             let why = match self.ask(&mut request) {
-                Ok((200, body)) => match read_answer(self.body(body), spans) {
-                    Err(Answer::None(why)) => why,
-                    found => return found,
+                Ok((200, length)) => match read_answer(self.body(length), memory) {
+                    Ok(()) => return Ok(length),
+                    Err(Answer::None(error)) => error,
+                    Err(wrong) => return Err(wrong),
                 },
-                Ok((status, _)) => message!("status {}", u32::from(status)),
+                Ok((status, _)) => error!("status {status}"),
                 Err(why) => {
                     self.connection = None;
                     why
@@ -150,17 +156,23 @@ impl Session<'_> {
     }
 
     /// One document request: its status, and the length of its body.
-    fn ask(&mut self, request: &mut mmds::Request) -> Result<(u16, u32)> {
-        if request.is_empty() {
-            let (status, body) = self.exchange(mmds::TOKEN_REQUEST)?;
-            // V2 was refused: ask without a token.
-            let token = mmds::token(self.body(body)).filter(|_| status == 200);
-            mmds::document_request(token, request);
-        }
-        let answer = self.exchange(request)?;
+    fn ask(&mut self, request: &mut Option<mmds::Request>) -> Result<(u16, usize)> {
+        let document_request = match request {
+            Some(request) => request.clone(),
+            None => {
+                let (status, length) = self.exchange(mmds::TOKEN_REQUEST)?;
+                // V2 was refused: ask without a token.
+                let token = mmds::token(self.body(length)).filter(|_| status == 200);
+                let fresh = mmds::document_request(token);
+                request
+                    .insert(fresh.ok_or_else(|| error!("the token is too long"))?)
+                    .clone()
+            }
+        };
+        let answer = self.exchange(&document_request)?;
         if answer.0 == 401 {
             // The token is unknown or there was none: start over with V2.
-            request.clear();
+            *request = None;
         }
         Ok(answer)
     }
@@ -170,52 +182,52 @@ impl Session<'_> {
         self.timeout.saturating_sub(self.watch.elapsed())
     }
 
-    fn body(&mut self, length: u32) -> &mut [u8] {
-        self.document.get_mut(..length as usize).unwrap_or(&mut [])
+    fn body(&mut self, length: usize) -> &mut [u8] {
+        self.document.get_mut(..length).unwrap_or(&mut [])
     }
 
     /// Sends a request and reads its whole response: its status, and the length of its body, which
     /// is what `document` starts with then.
-    fn exchange(&mut self, request: &[u8]) -> Result<(u16, u32)> {
+    fn exchange(&mut self, request: &[u8]) -> Result<(u16, usize)> {
         let connection = match self.connection.take() {
             Some(connection) => connection,
             None => self.connect()?,
         };
         // PID 1 gets no SIGPIPE (pid_namespaces(7)).
         let sent = files::write(&connection, request);
-        if sent.map_err(context!("send"))? as usize != request.len() {
-            return Err(message!("send: short"));
+        if sent.map_err(context!("send"))? != request.len() {
+            return Err(error!("send: short"));
         }
         let mut filled = 0;
         let head = loop {
             filled += self.receive(&connection, filled)?;
-            match mmds::head(self.document.get(..filled).unwrap_or(&[])) {
+            match mmds::parse_head(self.document.get(..filled).unwrap_or(&[])) {
                 Ok(Some(head)) => break head,
                 Ok(None) => {}
-                Err(fault) => return Err(message!("{fault}")),
+                Err(error) => return Err(error!("{error}")),
             }
         };
-        if head.body as usize > self.document.len() {
-            return Err(message!("a document over {} bytes", self.document.len()));
+        let length = head.content_length as usize;
+        if length > self.document.len() {
+            return Err(error!("a document over {} bytes", self.document.len()));
         }
-        self.document
-            .copy_within(usize::from(head.length)..filled, 0);
-        filled -= usize::from(head.length);
-        while filled < head.body as usize {
+        self.document.copy_within(head.length..filled, 0);
+        filled -= head.length;
+        while filled < length {
             filled += self.receive(&connection, filled)?;
         }
         self.connection = Some(connection);
-        Ok((head.status, head.body))
+        Ok((head.status, length))
     }
 
     /// Receives more of a response, behind what there is of it.
     fn receive(&mut self, connection: &OwnedFd, filled: usize) -> Result<usize> {
         if self.left() == 0 {
-            return Err(message!("no answer"));
+            return Err(error!("no answer"));
         }
         let room = self.document.get_mut(filled..).unwrap_or(&mut []);
         match files::read(connection, room) {
-            Ok(0) => Err(message!("closed before its answer was whole")),
+            Ok(0) => Err(error!("closed before its answer was whole")),
             Ok(count) => Ok(count),
             Err(errno) => Err(unanswered(errno, "receive")),
         }
@@ -236,25 +248,25 @@ impl Session<'_> {
 }
 
 /// A body of status 200: the configuration, `null` before the host's push, or something wrong.
-fn read_answer(body: &mut [u8], spans: &mut Spans) -> Result<(), Answer> {
-    let content = trim(body);
+fn read_answer(body: &mut [u8], memory: &mut [u8]) -> Result<(), Answer> {
+    let content = body.trim_ascii();
     if content.is_empty() {
-        return Err(Answer::None(message!("an empty document")));
+        return Err(Answer::None(error!("an empty document")));
     }
     if content == b"null" {
-        return Err(Answer::None(message!("null")));
+        return Err(Answer::None(error!("null")));
     }
-    match decode(body, spans) {
+    match has_command(body, memory) {
         Ok(true) => Ok(()),
-        Ok(false) => Err(Answer::None(message!("nothing to run"))),
+        Ok(false) => Err(Answer::None(error!("nothing to run"))),
         Err(why) => Err(Answer::Wrong(why)),
     }
 }
 
 /// A call's failure, where that may be that its time was up (SO_RCVTIMEO and SO_SNDTIMEO, socket(7)).
-fn unanswered(errno: Errno, what: &str) -> Message {
+fn unanswered(errno: Errno, what: &str) -> Error {
     match errno {
-        Errno::AGAIN | Errno::INPROGRESS => message!("no answer"),
+        Errno::AGAIN | Errno::INPROGRESS => error!("no answer"),
         _ => context!("{what}")(errno),
     }
 }

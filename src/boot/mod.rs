@@ -13,16 +13,15 @@ pub mod root;
 pub mod volumes;
 
 use crate::context;
+use crate::error;
 use crate::error::Result;
 use crate::process::exec::{self, Command};
 use crate::process::helper::Helper;
 use crate::supervisor::Supervisor;
-use crate::sys;
 use config_source::Source;
 use kernel_params::KernelParams;
+use proto::arena::Arena;
 use proto::config::{Config, DOCUMENT};
-use proto::json::Spans;
-use proto::message;
 use proto::users::Identity;
 use rustix::process::{Resource, Rlimit};
 
@@ -34,58 +33,50 @@ pub fn run(
     supervisor: &mut Supervisor,
     params: &KernelParams,
     document: &mut [u8; DOCUMENT],
+    memory: &mut [u8],
 ) -> Result {
     if let Some(refused) = &params.refused {
-        supervisor.console.warn(refused.clone());
+        supervisor.console.warn(refused);
     }
     mounts::sysfs()?;
     let expedited = mounts::ExpeditedRcu::on();
-    modules::load(supervisor.context.scratch, &mut |warning| {
-        supervisor.console.warn(warning)
-    })?;
+    modules::load(supervisor.context.scratch, supervisor.console)?;
     // Beside an answer from the network in a helper; beside the root mount alone here, a fork less.
     let fetches = params.source != Source::File && network::eth0_index().is_some();
     let cgroups = match fetches {
-        true => Some(Helper::start(&mut |log| {
-            mounts::cgroups(&mut |warning| log.warn(warning))
-        })?),
+        true => Some(Helper::start(&mut |log| mounts::cgroups(&mut &*log))?),
         false => None,
     };
-    mounts::mount_remaining(&mut |warning| supervisor.console.warn(warning))?;
+    mounts::mount_remaining(supervisor.console)?;
 
-    let mut spans = Spans::default();
-    let source = config_source::load(params.source, params.mmds_timeout, document, &mut spans)?;
-    let config = Config::new(document, &spans);
+    let (length, source) =
+        config_source::load(params.source, params.mmds_timeout, document, memory)?;
+    let mut config = Config::new();
+    let document = document.get_mut(..length).unwrap_or(&mut []);
+    config.decode(document, &mut Arena::new(memory))?;
     config
         .check()
-        .map_err(|error| message!("configuration: {error}"))?;
-    supervisor.console.info(
-        message!("configuration loaded"),
-        message!(" source={source}"),
-    );
+        .map_err(|error| error!("configuration: {error}"))?;
+    supervisor
+        .console
+        .info(&"configuration loaded", &format_args!(" source={source}"));
 
-    let device = sys::c_str(config.root_device().bytes_with_nul());
+    let device = config.root_device();
     let root = Helper::start(&mut |log| root::mount(device, supervisor.context.scratch, log))?;
-    let warn = &mut |warning| supervisor.console.warn(warning);
+    let log = &mut *supervisor.console;
     match cgroups {
-        Some(cgroups) => cgroups.wait(warn)?,
-        None => mounts::cgroups(warn)?,
+        Some(cgroups) => cgroups.wait(log)?,
+        None => mounts::cgroups(log)?,
     }
-    root.wait(warn)?;
-    root::switch(warn)?;
+    root.wait(log)?;
+    root::switch(log)?;
     drop(expedited);
 
     limit_open_files()?;
     let mut identity = Identity::default();
-    exec::resolve(
-        config.user().bytes(),
-        supervisor.context.scratch,
-        &mut identity,
-    )?;
+    exec::resolve(config.user(), supervisor.context.scratch, &mut identity)?;
     supervisor.console.set_identity(identity.uid, identity.gid);
-    let environment = &mut *supervisor.context.environment;
-    check::fill_environment(environment, &config)?;
-    environment.set_default(b"HOME=", &identity.home)?;
+    set_defaults(supervisor, &config, &identity)?;
 
     supervisor.listen();
     prepare(supervisor, &config, &identity)?;
@@ -95,7 +86,7 @@ pub fn run(
     supervisor.start_workload(&Command {
         argv: config.arguments(),
         identity: &identity,
-        directory: config.working_dir(),
+        directory: config.image_config.working_dir,
     })
 }
 
@@ -107,8 +98,23 @@ fn prepare(supervisor: &mut Supervisor, config: &Config, identity: &Identity) ->
         supervisor.begin_setup(helper);
     }
     volumes::host_name(config)?;
-    network::configure(config, &mut |warning| supervisor.console.warn(warning))?;
+    network::configure(config, supervisor.console)?;
     supervisor.finish_setup();
+    Ok(())
+}
+
+/// The workload's environment and directory, which commands start with, too.
+fn set_defaults(supervisor: &mut Supervisor, config: &Config, identity: &Identity) -> Result {
+    let mut root = Identity::default();
+    exec::resolve("root", supervisor.context.scratch, &mut root)?;
+    let defaults = &mut *supervisor.context.defaults;
+    check::fill_environment(&mut defaults.environment, config)?;
+    defaults.sets_home = defaults.environment.get(b"HOME=").is_some();
+    defaults.environment.set_default(b"HOME=", &identity.home)?;
+    let directory = config.image_config.working_dir.to_bytes_with_nul();
+    // The document's check has seen to it that a path fits.
+    let _fits = defaults.working_dir.extend_from_slice(directory);
+    defaults.root_home = root.home;
     Ok(())
 }
 

@@ -1,11 +1,11 @@
 //! Kernel modules that the initrd brings along.
 
 use crate::context;
-use crate::error::Result;
+use crate::error::{Log, Result};
 use crate::sys::files;
 use core::ffi::CStr;
 use proto::bytes::{split, trim};
-use proto::message::{Message, ToLossy};
+use proto::message::ToLossy;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
@@ -13,14 +13,14 @@ use rustix::io::Errno;
 const LIST: &CStr = c"/pigeon/modules";
 
 /// Loads the modules on the list. One that cannot be loaded is a warning: what needs it says more.
-pub fn load(scratch: &mut [u8], warn: &mut dyn FnMut(Message)) -> Result {
+pub fn load(scratch: &mut [u8], log: &mut dyn Log) -> Result {
     let list = files::read_whole(LIST, scratch)?.unwrap_or_default();
     for line in split(list, b'\n').map(trim) {
         if line.is_empty() {
             continue;
         }
         if let Err(errno) = load_one(line) {
-            warn(context!("load module {}", line.lossy())(errno));
+            log.warn(&context!("load module {}", line.lossy())(errno));
         }
     }
     Ok(())

@@ -4,12 +4,12 @@
 //! with all that is mounted in them when the root is there.
 
 use crate::context;
-use crate::error::Result;
+use crate::error;
+use crate::error::{Discard, Log, Result};
 use crate::sys::List;
 use crate::sys::files;
 use core::ffi::CStr;
-use proto::message;
-use proto::message::{Message, ToLossy};
+use proto::message::ToLossy;
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -41,12 +41,12 @@ impl Mount {
         }
     }
 
-    fn make(&self, warn: &mut dyn FnMut(Message)) -> Result {
+    fn make(&self, log: &mut dyn Log) -> Result {
         let mut words = List(self.words);
         let mut word = || words.next().unwrap_or_default();
         match mount(word(), word(), word(), self.flags) {
-            Err(why) if self.required => return Err(message!("mount {why}")),
-            Err(why) => warn(message!("no {why}")),
+            Err(why) if self.required => return Err(error!("mount {why}")),
+            Err(why) => log.warn(&format_args!("no {why}")),
             Ok(()) => {}
         }
         Ok(())
@@ -102,18 +102,18 @@ pub const TREES: List = List(b"/dev\0/sys\0/proc\0/run\0");
 
 /// Device nodes, before anything else: there is no console without them.
 pub fn devices() -> Result {
-    DEV.make(&mut drop)
+    DEV.make(&mut Discard)
 }
 
 /// sysfs, where expedited grace periods are switched on.
 pub fn sysfs() -> Result {
-    SYS.make(&mut drop)
+    SYS.make(&mut Discard)
 }
 
 /// Everything else that is not a cgroup.
-pub fn mount_remaining(warn: &mut dyn FnMut(Message)) -> Result {
+pub fn mount_remaining(log: &mut dyn Log) -> Result {
     for mount in &REST {
-        mount.make(warn)?;
+        mount.make(log)?;
     }
     files::make_directory(c"/run/lock", 0o1777).map_err(context!("create /run/lock"))?;
     let mut links = LINKS;
@@ -141,9 +141,9 @@ const CONTROLLERS: List = List(
 );
 
 /// The hybrid cgroup tree: v2 on `unified`, and a v1 hierarchy a controller.
-pub fn cgroups(warn: &mut dyn FnMut(Message)) -> Result {
+pub fn cgroups(log: &mut dyn Log) -> Result {
     for mount in &CGROUPS {
-        mount.make(warn)?;
+        mount.make(log)?;
     }
     let mut path = files::Path::new();
     for controllers in CONTROLLERS {
@@ -151,7 +151,7 @@ pub fn cgroups(warn: &mut dyn FnMut(Message)) -> Result {
         let target = files::join(&parts, &mut path).unwrap_or_default();
         let made = mount(c"cgroup", target, controllers, STRICT.union(RELATIME));
         if let Err(why) = made {
-            warn(message!("no {why}"));
+            log.warn(&format_args!("no {why}"));
         }
     }
     Ok(())

@@ -1,14 +1,15 @@
 //! Network interfaces: applying the configuration through rtnetlink.
 
 use crate::context;
-use crate::error::{Result, name};
+use crate::error;
+use crate::error::{Log, Result, name};
 use crate::sys;
 use crate::sys::files;
+use proto::address;
 use proto::bytes::{decimal, trim};
 use proto::config::{Address, Config};
-use proto::message;
-use proto::message::{ErrnoName, Message, ToLossy};
-use proto::netlink::{self, Acknowledgement, Request};
+use proto::message::{ErrnoName, ToLossy};
+use proto::netlink::{self, Acknowledgement, Existing, Request};
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -54,16 +55,16 @@ impl Channel {
         let mut done = files::write(&self.socket, request.as_bytes());
         loop {
             done = done.and_then(|_| files::read(&self.socket, &mut reply));
-            let count = done.map_err(|errno| message!("{}", name(errno)))?;
+            let count = done.map_err(|errno| error!("{}", name(errno)))?;
             let answer = netlink::acknowledgement(reply.get(..count as usize).unwrap_or(&[]));
-            if let Some(Acknowledgement { errno, words }) = answer {
+            if let Some(Acknowledgement { errno, text }) = answer {
                 if errno == 0 || errno == Errno::EXIST.raw_os_error() {
                     return Ok(());
                 }
-                let why = message!("{}", ErrnoName(errno));
-                return Err(match words {
-                    [] => why,
-                    _ => message!("{why} ({})", words.lossy()),
+                let name = ErrnoName(errno);
+                return Err(match text {
+                    [] => error!("{name}"),
+                    _ => error!("{name} ({})", text.lossy()),
                 });
             }
         }
@@ -71,42 +72,43 @@ impl Channel {
 }
 
 /// Brings lo up, and eth0 with its MTU, addresses and routes.
-pub fn configure(config: &Config, warn: &mut dyn FnMut(Message)) -> Result {
+pub fn configure(config: &Config, log: &mut dyn Log) -> Result {
     let channel = Channel::open()?;
     channel
         .request(&netlink::link_up(LO_INDEX, None))
-        .map_err(|why| message!("bring lo up: {why}"))?;
-    if config.ip_configs().next().is_none() {
+        .map_err(|why| error!("bring lo up: {why}"))?;
+    if config.ip_configs.is_empty() {
         return Ok(());
     }
-    let eth0 = eth0_index().ok_or_else(|| message!("no network interface eth0"))?;
+    let eth0 = eth0_index().ok_or_else(|| error!("no network interface eth0"))?;
     let mtu = config.mtu();
     channel
         .request(&netlink::link_up(eth0, Some(mtu)))
-        .map_err(|why| message!("bring eth0 up with MTU {mtu}: {why}"))?;
+        .map_err(|error| error!("bring eth0 up with MTU {mtu}: {error}"))?;
     if let Err(errno) = checksums_off(&channel.socket) {
-        warn(context!("cannot switch eth0's checksum offload off")(errno));
+        log.warn(&context!("cannot switch eth0's checksum offload off")(
+            errno,
+        ));
     }
-    config.addresses(&mut |Address { ip, prefix, .. }| {
-        let prefix = *prefix;
+    for Address { ip, prefix, .. } in config.addresses() {
         channel
-            .request(&netlink::add_address(eth0, ip, prefix))
-            .map_err(|why| message!("add {ip}/{} to eth0: {why}", u32::from(prefix)))
-    })?;
+            .request(&netlink::add_address(eth0, &ip, prefix))
+            .map_err(|error| error!("add {}/{prefix} to eth0: {error}", address::Text(&ip)))?;
+    }
     // After all addresses: a gateway may be in the subnet of a later one.
-    config.addresses(&mut |Address { gateway, .. }| {
+    for Address { gateway, .. } in config.addresses() {
         let Some(gateway) = gateway else {
-            return Ok(());
+            continue;
         };
-        let mut on_link = true;
-        config.addresses(&mut |near| {
-            on_link &= !netlink::same_subnet(&near.ip, gateway, near.prefix);
-            Ok(())
-        })?;
+        let on_link = !config
+            .addresses()
+            .any(|near| netlink::same_subnet(&near.ip, &gateway, near.prefix));
+        let route = netlink::default_route(eth0, &gateway, on_link, Existing::Keep);
         channel
-            .request(&netlink::default_route(eth0, gateway, on_link))
-            .map_err(|why| message!("route through {gateway}: {why}"))
-    })
+            .request(&route)
+            .map_err(|error| error!("route through {}: {error}", address::Text(&gateway)))?;
+    }
+    Ok(())
 }
 
 // linux/sockios.h, linux/ethtool.h

@@ -2,15 +2,15 @@
 
 use crate::boot::mounts;
 use crate::context;
-use crate::error::Result;
+use crate::error;
+use crate::error::{Log, Result};
 use crate::process::exec;
 use crate::process::helper::HelperLog;
 use crate::sys::files;
 use crate::sys::{self, Stopwatch};
 use core::ffi::CStr;
 use core::mem::MaybeUninit;
-use proto::message;
-use proto::message::{Message, ToLossy};
+use proto::message::ToLossy;
 use rustix::fd::OwnedFd;
 use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags, RawDir};
 use rustix::io::Errno;
@@ -38,14 +38,14 @@ pub fn mount_volume(device: &CStr, target: &CStr, report: &HelperLog) -> Result 
     };
     let mounted = match mounted {
         Err(Errno::NXIO) => {
-            return Err(message!(
+            return Err(error!(
                 "mount {} on {}: no such device after 2 s",
                 device.lossy(),
                 target.lossy()
             ));
         }
         Err(errno @ (Errno::ACCESS | Errno::ROFS)) => {
-            report.warn(message!(
+            report.warn(&format_args!(
                 "{} is write-protected: mounted read-only",
                 device.lossy()
             ));
@@ -67,7 +67,7 @@ pub fn mount(device: &CStr, scratch: &mut [u8], report: &HelperLog) -> Result {
         let _made = files::make_directory(tree, 0o755);
     }
     if let Err(errno) = files::make_directory(c"/root", 0o700) {
-        report.warn(context!("create /root")(errno));
+        report.warn(&context!("create /root")(errno));
     }
     for accounts in &[exec::PASSWD, exec::GROUP] {
         let _told_later = files::read_whole(accounts, scratch);
@@ -76,7 +76,7 @@ pub fn mount(device: &CStr, scratch: &mut [u8], report: &HelperLog) -> Result {
 }
 
 /// Moves the kernel's file systems onto the root and makes it `/`; the initramfs is emptied.
-pub fn switch(warn: &mut dyn FnMut(Message)) -> Result {
+pub fn switch(log: &mut dyn Log) -> Result {
     let old = files::open(c"/", OFlags::DIRECTORY).map_err(context!("open /"))?;
     rustix::process::chdir(NEW).map_err(context!("enter /newroot"))?;
     for tree in mounts::TREES {
@@ -86,7 +86,7 @@ pub fn switch(warn: &mut dyn FnMut(Message)) -> Result {
             .map_err(context!("move {} onto the root", tree.lossy()))?;
     }
     if let Err(errno) = empty(old) {
-        warn(context!("empty the initramfs")(errno));
+        log.warn(&context!("empty the initramfs")(errno));
     }
     rustix::mount::mount_move(c".", c"/").map_err(context!("move the root onto /"))?;
     rustix::process::chroot(c".")

@@ -4,14 +4,14 @@
 
 use crate::boot::root;
 use crate::context;
+use crate::error;
 use crate::error::Result;
 use crate::process::helper::HelperLog;
+use crate::sys::List;
 use crate::sys::files;
-use crate::sys::{self, List};
 use core::ffi::CStr;
 use proto::config::{Config, DOCUMENT};
 use proto::etc_files::{self, Contents};
-use proto::message;
 use proto::message::ToLossy;
 use proto::users::Identity;
 use rustix::io::Errno;
@@ -19,9 +19,7 @@ use rustix::process::{Gid, Uid};
 
 /// Whether anything of this may wait for a disk.
 pub fn may_block(config: &Config) -> bool {
-    config.mounts().next().is_some()
-        || config.etc_hosts().next().is_some()
-        || !config.nameservers().is_empty()
+    !config.mounts.is_empty() || !config.etc_hosts.is_empty() || !config.etc_resolv.is_empty()
 }
 
 /// Steps 11 and 12, but for the host name.
@@ -38,23 +36,27 @@ pub fn disks(
 
 fn volumes(config: &Config, identity: &Identity, report: &HelperLog) -> Result {
     let (uid, gid) = (Uid::from_raw(identity.uid), Gid::from_raw(identity.gid));
-    for mount in config.mounts() {
-        let target = sys::c_str(mount.mount_path.bytes_with_nul());
+    for mount in &config.mounts {
+        let target = mount.mount_path;
         files::make_directories(target.to_bytes())
             .map_err(context!("create {}", target.lossy()))?;
         // Links of the root are followed, as everywhere in it, but not onto what the end needs.
         let place = identify(target);
         for needed in NEEDED {
             if place.is_some() && place == identify(needed) {
-                return Err(message!(
+                return Err(error!(
                     "mount on {}: would hide {}",
                     target.lossy(),
                     needed.lossy()
                 ));
             }
         }
-        let device = sys::c_str(mount.device_path.bytes_with_nul());
-        report.step(message!("mount {} on {}", device.lossy(), target.lossy()));
+        let device = mount.device_path;
+        report.step(&format_args!(
+            "mount {} on {}",
+            device.lossy(),
+            target.lossy()
+        ));
         root::mount_volume(device, target, report)?;
         let owned = rustix::fs::chown(target, Some(uid), Some(gid));
         unless_read_only(owned, target, report)
@@ -74,30 +76,30 @@ fn identify(path: &CStr) -> Option<(u64, u64)> {
 
 /// Sets the host name.
 pub fn host_name(config: &Config) -> Result {
-    if config.hostname().is_empty() {
+    if config.hostname.is_empty() {
         return Ok(());
     }
-    rustix::system::sethostname(config.hostname().bytes()).map_err(context!("set the host name"))
+    rustix::system::sethostname(config.hostname.as_bytes()).map_err(context!("set the host name"))
 }
 
 fn hosts(config: &Config, scratch: &mut [u8], report: &HelperLog) -> Result {
-    if config.etc_hosts().next().is_none() {
+    if config.etc_hosts.is_empty() {
         return Ok(());
     }
     let path = c"/etc/hosts";
     let (old, new) = scratch.split_at_mut_checked(DOCUMENT).unwrap_or_default();
     let mut new = Contents::new(new);
     let old = files::read_whole(path, old)?.unwrap_or_default();
-    etc_files::hosts(old, config.etc_hosts(), &mut new);
+    etc_files::hosts(old, &config.etc_hosts, &mut new);
     replace(path, c"/etc/.hosts.pigeon", &new, report)
 }
 
 fn name_servers(config: &Config, scratch: &mut [u8], report: &HelperLog) -> Result {
-    if config.nameservers().is_empty() {
+    if config.etc_resolv.is_empty() {
         return Ok(());
     }
     let mut new = Contents::new(scratch);
-    etc_files::resolv(config.nameservers(), &mut new);
+    etc_files::resolv(&config.etc_resolv, &mut new);
     replace(
         c"/etc/resolv.conf",
         c"/etc/.resolv.conf.pigeon",
@@ -123,7 +125,10 @@ fn unless_read_only(
 ) -> Result<(), Errno> {
     match result {
         Err(Errno::ROFS) => {
-            report.warn(message!("{} is read-only: left as it is", path.lossy()));
+            report.warn(&format_args!(
+                "{} is read-only: left as it is",
+                path.lossy()
+            ));
             Ok(())
         }
         other => other,

@@ -1,15 +1,16 @@
 //! From a fork to a command: session, identity, directory, environment, execve.
 
 use crate::context;
-use crate::error::Result;
+use crate::error;
+use crate::error::{Error, Result};
 use crate::process::helper::HelperLog;
 use crate::sys::files;
 use crate::sys::{self, SignalSet, Static};
 use core::ffi::CStr;
+use proto::arena::Strings;
 use proto::bytes::{find, split};
 use proto::config::{ARGV, DOCUMENT};
 use proto::environment::{self, ENV_ENTRIES, Environment};
-use proto::json::{Strings, Text};
 use proto::message;
 use proto::message::{Message, ToLossy};
 use proto::users::Identity;
@@ -41,13 +42,15 @@ static SCRATCH: Static<Scratch> = Static::new(Scratch {
 });
 
 /// Resolves a user from the files of the root.
-pub fn resolve(user: &[u8], scratch: &mut [u8; 2 * DOCUMENT], identity: &mut Identity) -> Result {
+pub fn resolve(user: &str, scratch: &mut [u8; 2 * DOCUMENT], identity: &mut Identity) -> Result {
     let (passwd, group) = scratch
         .split_at_mut_checked(DOCUMENT)
         .unwrap_or((&mut [], &mut []));
     let passwd = files::read_whole(PASSWD, passwd)?.unwrap_or_default();
     let group = files::read_whole(GROUP, group)?.unwrap_or_default();
-    identity.resolve(user, passwd, group)
+    identity
+        .resolve(user.as_bytes(), passwd, group)
+        .map_err(|error| error!("{error}"))
 }
 
 /// Standard input, output and error of a command.
@@ -81,15 +84,15 @@ pub struct Command<'a> {
     /// Who it runs as.
     pub identity: &'a Identity,
     /// Working directory, created if absent; empty is `/`.
-    pub directory: Text<'a>,
+    pub directory: &'a CStr,
 }
 
 /// Why a child has not become a command, and its exit code.
-pub struct Failure(Message, i32);
+pub struct Failure(Error, i32);
 
-impl From<Message> for Failure {
-    fn from(why: Message) -> Self {
-        Self(why, 1)
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self(error, 1)
     }
 }
 
@@ -100,7 +103,7 @@ impl Failure {
 
     /// Reports it; the exit code.
     pub fn report(self, log: &HelperLog) -> i32 {
-        log.fail(self.0);
+        log.fail(&self.0);
         self.1
     }
 }
@@ -109,7 +112,7 @@ impl Command<'_> {
     /// Turns this process into the command; returns only when that failed.
     pub fn exec(&self, environment: &Environment) -> Failure {
         if let Err(errno) = self.enter_directory() {
-            return Failure::new(errno, message!("enter {}", self.directory));
+            return Failure::new(errno, message!("enter {}", self.directory.lossy()));
         }
         let Identity {
             uid, gid, groups, ..
@@ -124,7 +127,6 @@ impl Command<'_> {
         let mut name = None;
         for list in &self.argv {
             for argument in list.iter() {
-                let argument = sys::c_str(argument.bytes_with_nul());
                 name = name.or(Some(argument));
                 if let Some(slot) = slots.next() {
                     *slot = argument.as_ptr() as usize;
@@ -148,10 +150,10 @@ impl Command<'_> {
         if self.directory.is_empty() {
             return Ok(());
         }
-        let enter = || rustix::process::chdir(sys::c_str(self.directory.bytes_with_nul()));
+        let enter = || rustix::process::chdir(self.directory);
         match enter() {
             Err(Errno::NOENT) => {
-                files::make_directories(self.directory.bytes()).and_then(|()| enter())
+                files::make_directories(self.directory.to_bytes()).and_then(|()| enter())
             }
             other => other,
         }

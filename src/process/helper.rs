@@ -4,10 +4,11 @@
 //! pipe, and exits.
 
 use crate::context;
-use crate::error::Result;
+use crate::error;
+use crate::error::{Error, Log, Result};
 use crate::sys::{self, Fork, files};
+use core::fmt::Display;
 use proto::message;
-use proto::message::Message;
 use rustix::fd::OwnedFd;
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
@@ -25,17 +26,17 @@ pub struct HelperLog(OwnedFd);
 
 impl HelperLog {
     /// A warning for the log.
-    pub fn warn(&self, message: Message) {
+    pub fn warn(&self, message: &dyn Display) {
         self.send(WARNING, message);
     }
 
     /// What the helper is at, in case it hangs: `mount /dev/vdb on /data`.
-    pub fn step(&self, message: Message) {
+    pub fn step(&self, message: &dyn Display) {
         self.send(STEP, message);
     }
 
     /// Why the helper gives up. Only the first one counts.
-    pub fn fail(&self, message: Message) {
+    pub fn fail(&self, message: &dyn Display) {
         self.send(ERROR, message);
     }
 
@@ -46,9 +47,15 @@ impl HelperLog {
 
     /// One write of less than PIPE_BUF bytes, so whole (pipe(7)). It does not block: of more than a
     /// pipe holds the end is lost.
-    fn send(&self, kind: u8, message: Message) {
+    fn send(&self, kind: u8, message: &dyn Display) {
         let line = message!("{}{message}\n", char::from(kind));
         let _parent_gone = files::write(&self.0, line.as_bytes());
+    }
+}
+
+impl Log for &HelperLog {
+    fn warn(&mut self, message: &dyn Display) {
+        HelperLog::warn(self, message);
     }
 }
 
@@ -87,17 +94,17 @@ pub fn spawn(work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
 #[derive(Default)]
 pub struct Lines {
     /// Why it gave up.
-    pub error: Option<Message>,
+    pub error: Option<Error>,
     /// What it did last.
-    pub step: Option<Message>,
+    pub step: Option<Error>,
 }
 
 /// Reads what a child has sent; its warnings go to `warn`.
-pub fn read_lines(log: &OwnedFd, warn: &mut dyn FnMut(Message)) -> Lines {
+pub fn read_lines(pipe: &OwnedFd, log: &mut dyn Log) -> Lines {
     let mut lines = Lines::default();
     let mut line = heapless::Vec::<u8, { message::MESSAGE }>::new();
     let mut piece = [0; 512];
-    while let Ok(count @ 1..) = files::read(log, &mut piece) {
+    while let Ok(count @ 1..) = files::read(pipe, &mut piece) {
         for &byte in piece.get(..count).unwrap_or(&[]) {
             if byte != b'\n' {
                 let _cut = line.push(byte);
@@ -106,9 +113,9 @@ pub fn read_lines(log: &OwnedFd, warn: &mut dyn FnMut(Message)) -> Lines {
             if let Some((kind, text)) = line.split_first() {
                 let message = message!("{}", core::str::from_utf8(text).unwrap_or("?"));
                 match *kind {
-                    ERROR if lines.error.is_none() => lines.error = Some(message),
-                    STEP => lines.step = Some(message),
-                    WARNING => warn(message),
+                    ERROR if lines.error.is_none() => lines.error = Some(message.into()),
+                    STEP => lines.step = Some(message.into()),
+                    WARNING => log.warn(&message),
                     _ => {}
                 }
             }
@@ -127,7 +134,7 @@ impl Helper {
             match work(log) {
                 Ok(()) => 0,
                 Err(error) => {
-                    log.fail(error);
+                    log.fail(&error);
                     1
                 }
             }
@@ -135,11 +142,11 @@ impl Helper {
     }
 
     /// The result of a helper that was reaped.
-    pub fn result(self, status: WaitStatus, warn: &mut dyn FnMut(Message)) -> Result {
-        match read_lines(&self.log, warn).error {
+    pub fn result(self, status: WaitStatus, log: &mut dyn Log) -> Result {
+        match read_lines(&self.log, log).error {
             Some(error) => Err(error),
             None if status.exit_status() == Some(0) => Ok(()),
-            None => Err(message!(
+            None => Err(error!(
                 "a helper ended with code {}, signal {}",
                 status.exit_status().unwrap_or(-1),
                 status.terminating_signal().unwrap_or(0)
@@ -148,29 +155,29 @@ impl Helper {
     }
 
     /// Gives a helper up that has taken too long: it is killed, and the error says what it was at.
-    pub fn give_up(self, warn: &mut dyn FnMut(Message)) -> Message {
-        let step = read_lines(&self.log, warn).step;
+    pub fn give_up(self, log: &mut dyn Log) -> Error {
+        let step = read_lines(&self.log, log).step;
         let _ended = rustix::process::kill_process(self.pid, rustix::process::Signal::KILL);
-        message!(
+        error!(
             "{}: timed out after {} s",
-            step.unwrap_or_else(|| message!("boot")),
+            step.unwrap_or_else(|| error!("boot")),
             TIMEOUT / 1000
         )
     }
 
     /// Waits for the end where there is no event loop. One that hangs, as a disk may, is given up.
-    pub fn wait(self, warn: &mut dyn FnMut(Message)) -> Result {
+    pub fn wait(self, log: &mut dyn Log) -> Result {
         // Its end of the pipe is closed with it. In steps of a second: a pause of the VM ends one.
         let mut left = TIMEOUT / 1000;
         while let Ok(false) = sys::has_hung_up(&self.log, 1) {
             left -= 1;
             if left == 0 {
-                return Err(self.give_up(warn));
+                return Err(self.give_up(log));
             }
         }
         match rustix::process::waitpid(Some(self.pid), WaitOptions::empty()) {
-            Ok(Some((_, status))) => self.result(status, warn),
-            _ => Err(message!("a helper was lost")),
+            Ok(Some((_, status))) => self.result(status, log),
+            _ => Err(error!("a helper was lost")),
         }
     }
 }

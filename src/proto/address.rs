@@ -1,63 +1,65 @@
-//! IP addresses from text, as inet_pton(3) reads them.
+//! IP addresses in text, as inet_pton(3) reads them.
 //!
-//! core's parser says the same, at three times the code and with panics in it.
+//! core reads and writes the same in 7 KiB, one part in fourteen of the smallest build.
 
-use crate::bytes::{decimal, find, hexadecimal, split};
+use crate::decimal;
+use core::fmt::{self, Display};
 use core::net::IpAddr;
 
 /// Reads an IPv4 address in dotted quads, or an IPv6 address (RFC 4291 section 2.2).
-pub fn parse(text: &[u8]) -> Option<IpAddr> {
-    if find(text, b':').is_some() {
-        ipv6(text).map(IpAddr::from)
-    } else {
-        ipv4(text).map(|octets| IpAddr::from(octets.to_be_bytes()))
+pub fn parse(text: &str) -> Option<IpAddr> {
+    match text.contains(':') {
+        true => parse_ipv6(text).map(IpAddr::from),
+        false => parse_ipv4(text).map(IpAddr::from),
     }
 }
 
-fn ipv4(text: &[u8]) -> Option<u32> {
-    let mut octets = split(text, b'.');
-    let mut address = 0;
-    for _ in 0..4 {
-        let digits = octets.next()?;
+fn parse_ipv4(text: &str) -> Option<[u8; 4]> {
+    let mut parts = text.split('.');
+    let mut octets = [0; 4];
+    for octet in &mut octets {
+        let digits = parts.next()?;
         // A leading zero would be octal to some.
-        if digits.len() > 1 && digits.starts_with(b"0") {
+        if digits.len() > 1 && digits.starts_with('0') {
             return None;
         }
-        let octet = decimal(digits).filter(|octet| *octet < 256)?;
-        address = address << 8 | octet;
+        *octet = decimal::parse(digits.as_bytes())?;
     }
-    octets.next().is_none().then_some(address)
+    parts.next().is_none().then_some(octets)
 }
 
-fn ipv6(text: &[u8]) -> Option<[u8; 16]> {
+fn parse_ipv6(text: &str) -> Option<[u8; 16]> {
     let mut bytes = [0; 16];
     let mut length = 0;
     // Where `::` stands for zeros.
     let mut gap = None;
     let mut rest = text;
-    if let [b':', b':', others @ ..] = rest {
+    if let Some(others) = text.strip_prefix("::") {
         gap = Some(0);
         rest = others;
     }
     while !rest.is_empty() {
-        let end = find(rest, b':').unwrap_or(rest.len());
+        let end = rest.find(':').unwrap_or(rest.len());
         let (piece, others) = rest.split_at_checked(end)?;
-        if others.is_empty() && find(piece, b'.').is_some() {
+        if others.is_empty() && piece.contains('.') {
             // The last two groups may be an IPv4 address.
-            *bytes.get_mut(length..)?.first_chunk_mut()? = ipv4(piece)?.to_be_bytes();
+            *bytes.get_mut(length..)?.first_chunk_mut()? = parse_ipv4(piece)?;
             length += 4;
             break;
         }
-        *bytes.get_mut(length..)?.first_chunk_mut()? = group(piece)?.to_be_bytes();
+        *bytes.get_mut(length..)?.first_chunk_mut()? = parse_group(piece)?.to_be_bytes();
         length += 2;
-        rest = match others {
-            [b':', b':', others @ ..] if gap.is_none() => {
-                gap = Some(length);
-                others
+        rest = if let Some(others) = others.strip_prefix("::")
+            && gap.is_none()
+        {
+            gap = Some(length);
+            others
+        } else {
+            match others.strip_prefix(':') {
+                None if others.is_empty() => "",
+                Some(others) if !others.is_empty() => others,
+                _ => return None,
             }
-            [b':', others @ ..] if !others.is_empty() => others,
-            [] => &[],
-            _ => return None,
         };
     }
     match gap {
@@ -74,13 +76,35 @@ fn ipv6(text: &[u8]) -> Option<[u8; 16]> {
 }
 
 /// One to four hexadecimal digits.
-fn group(digits: &[u8]) -> Option<u16> {
+fn parse_group(digits: &str) -> Option<u16> {
     if !(1..=4).contains(&digits.len()) {
         return None;
     }
-    digits.iter().try_fold(0, |sum, digit| {
-        Some(sum << 4 | u16::from(hexadecimal(*digit)?))
-    })
+    digits
+        .chars()
+        .try_fold(0, |sum, digit| Some(sum << 4 | digit.to_digit(16)? as u16))
+}
+
+/// An address for display; IPv6 with every group: valid, and enough for a log line.
+pub struct Text<'a>(pub &'a IpAddr);
+
+impl Display for Text<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            IpAddr::V4(ip) => {
+                let [a, b, c, d] = ip.octets();
+                write!(formatter, "{a}.{b}.{c}.{d}")
+            }
+            IpAddr::V6(ip) => {
+                let mut separator = "";
+                for group in ip.segments() {
+                    write!(formatter, "{separator}{group:x}")?;
+                    separator = ":";
+                }
+                Ok(())
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -118,7 +142,15 @@ mod tests {
             texts.push(text.to_owned());
         }
         for text in texts {
-            assert_eq!(parse(text.as_bytes()), text.parse().ok(), "{text:?}");
+            assert_eq!(parse(&text), text.parse().ok(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_shown_is_read_back() {
+        for ip in ["10.0.0.2", "255.255.255.255", "::1", "fd00:0:0:1::a0b:1000"] {
+            let ip: IpAddr = ip.parse().unwrap();
+            assert_eq!(Text(&ip).to_string().parse::<IpAddr>().unwrap(), ip);
         }
     }
 }

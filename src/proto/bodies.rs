@@ -1,121 +1,383 @@
-//! The JSON bodies of the API's calls.
+//! The JSON bodies of the API's calls, and the texts of a session.
 
-use crate::config;
-use crate::json::{self, Document, Fields, Shape, Spans, Strings, Text, field};
+use crate::arena::{Arena, Strings};
+use crate::config::{ARGV, Config, ENV, Mount};
+use crate::json::{self, Object, Parse, Place};
+use crate::message;
 use crate::message::Message;
+use crate::signal::Signal;
+use core::ffi::CStr;
+use serde::Deserialize;
+use serde::de::IntoDeserializer;
+use serde::de::value::Error;
 
-/// Longest time a one-shot command may be given, in milliseconds: a day.
-const TIMEOUT: u32 = 86_400_000;
+/// Longest time that can be given, in milliseconds: a day.
+const TIMEOUT: u64 = 86_400_000;
 /// Largest terminal, in rows or columns (struct winsize has 16 bits, ioctl_tty(2)).
-const CELLS: u32 = 65_535;
+const CELLS: u64 = 65_535;
+/// Longest name of a session, and longest token, in bytes.
+pub const ID: usize = 64;
 
-/// A body of `fields`, decoded where it lies.
-fn read<'a>(
-    body: &'a mut [u8],
-    fields: Fields,
-    spans: &'a mut Spans,
-) -> Result<Document<'a>, Message> {
-    json::read(body, fields, spans)?;
-    Ok(Document::new(body, spans))
+/// `POST /v1/signals`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SignalRequest {
+    /// From 1 to 64.
+    pub signal: u8,
 }
 
-/// `POST /v1/signals`: the signal's number, 0 when absent.
-pub fn signal(body: &mut [u8]) -> Result<u32, Message> {
-    const FIELDS: Fields = &[field("signal", Shape::number(0, 64))];
-    let mut spans = Spans::default();
-    read(body, FIELDS, &mut spans).map(|body| body.number(0))
+impl<'a> Object<'a> for SignalRequest {
+    fn member(&mut self, name: &str) -> Place<'_, 'a> {
+        match name {
+            "signal" => Place::Number(&mut self.signal, 1..=64),
+            _ => Place::Unknown,
+        }
+    }
 }
 
-/// `POST /v1/exec`, or the first message of `GET /v1/ws/exec`.
-#[derive(Clone, Copy, Debug)]
-pub struct Exec<'a>(Document<'a>);
-
-impl<'a> Exec<'a> {
-    /// Reads the body of a one-shot command.
-    pub fn read(body: &'a mut [u8], spans: &'a mut Spans) -> Result<Self, Message> {
-        const FIELDS: Fields = &[
-            field("cmd", Shape::texts(0, config::ARGV)),
-            field("env", Shape::texts(1, config::ENV)),
-            field("cwd", Shape::text(2)),
-            field("user", Shape::text(3)),
-            field("timeout_ms", Shape::number(4, TIMEOUT)),
-        ];
-        read(body, FIELDS, spans).map(Self)
+impl SignalRequest {
+    /// Decodes a body.
+    pub fn decode(body: &mut [u8], arena: &mut Arena) -> Result<Self, Message> {
+        let mut request = Self::default();
+        json::decode(body, arena, &mut request)?;
+        if request.signal == 0 {
+            return Err(message!("signal: missing"));
+        }
+        Ok(request)
     }
+}
 
-    /// Reads the first message of a session.
-    pub fn read_session(message: &'a mut [u8], spans: &'a mut Spans) -> Result<Self, Message> {
-        const FIELDS: Fields = &[
-            field("command", Shape::texts(0, config::ARGV)),
-            field("env", Shape::texts(1, config::ENV)),
-            field("cwd", Shape::text(2)),
-            field("user", Shape::text(3)),
-            field("tty", Shape::flag(5)),
-            field("cols", Shape::number(6, CELLS)),
-            field("rows", Shape::number(7, CELLS)),
-        ];
-        read(message, FIELDS, spans).map(Self)
-    }
-
-    /// The command: `cmd` of a one-shot command, `command` of a session.
-    pub fn command(&self) -> Strings<'a> {
-        self.0.texts(0)
-    }
-
-    /// Set on top of the workload's environment, as `NAME=value` items.
-    pub fn env(&self) -> Strings<'a> {
-        self.0.texts(1)
-    }
-
-    /// Working directory; empty is `/`.
-    pub fn cwd(&self) -> Text<'a> {
-        self.0.text(2)
-    }
-
+/// `POST /v1/exec`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ExecRequest<'a> {
+    /// The command; its first string is not empty.
+    pub cmd: Strings<'a>,
+    /// Set on top of the workload's environment: `NAME=value`.
+    pub env: Strings<'a>,
+    /// Working directory; empty is the workload's.
+    pub cwd: &'a CStr,
     /// As `UserOverride` in the configuration; empty is root.
-    pub fn user(&self) -> Text<'a> {
-        self.0.text(3)
-    }
-
+    pub user: &'a str,
     /// Time limit in milliseconds; 0 is the default.
-    pub fn timeout_ms(&self) -> u32 {
-        self.0.number(4)
-    }
+    pub timeout_ms: u32,
+}
 
-    /// Whether the session has a terminal.
-    pub fn tty(&self) -> bool {
-        self.0.flag(5)
-    }
-
-    /// The terminal's size in columns and rows; 0 is unknown.
-    pub fn size(&self) -> (u32, u32) {
-        (self.0.number(6), self.0.number(7))
+impl<'a> Object<'a> for ExecRequest<'a> {
+    fn member(&mut self, name: &str) -> Place<'_, 'a> {
+        match name {
+            "cmd" => Place::Strings(&mut self.cmd, ARGV),
+            "env" => Place::Strings(&mut self.env, ENV),
+            "cwd" => Place::CStr(&mut self.cwd),
+            "user" => Place::Str(&mut self.user),
+            "timeout_ms" => Place::Number(&mut self.timeout_ms, 0..=TIMEOUT),
+            _ => Place::Unknown,
+        }
     }
 }
 
-/// A later text message of a session: `{"cols":N,"rows":N}` or `{"stdin":"eof"}`.
-#[derive(Clone, Copy, Debug)]
-pub struct Control<'a>(Document<'a>);
+impl<'a> ExecRequest<'a> {
+    /// Decodes a body.
+    pub fn decode(body: &mut [u8], arena: &mut Arena<'a>) -> Result<Self, Message> {
+        let mut request = Self::default();
+        json::decode(body, arena, &mut request)?;
+        check_command("cmd", request.cmd)?;
+        Ok(request)
+    }
+}
 
-impl<'a> Control<'a> {
-    /// Reads a message.
-    pub fn read(message: &'a mut [u8], spans: &'a mut Spans) -> Result<Self, Message> {
-        const FIELDS: Fields = &[
-            field("cols", Shape::number(0, CELLS)),
-            field("rows", Shape::number(1, CELLS)),
-            field("stdin", Shape::text(2)),
-        ];
-        read(message, FIELDS, spans).map(Self)
+fn check_command(field: &str, command: Strings) -> Result<(), Message> {
+    if command.first().is_none_or(CStr::is_empty) {
+        return Err(message!("{field}: must have a command"));
+    }
+    Ok(())
+}
+
+/// The first text of `GET /v1/ws/exec`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SessionRequest<'a> {
+    /// The command; its first string is not empty. Empty where a session is continued.
+    pub command: Strings<'a>,
+    /// Whether the session has a terminal.
+    pub tty: bool,
+    /// Set on top of the workload's environment: `NAME=value`.
+    pub env: Strings<'a>,
+    /// Working directory; empty is the workload's.
+    pub cwd: &'a CStr,
+    /// As `UserOverride` in the configuration; empty is root.
+    pub user: &'a str,
+    /// The terminal's columns; 0 is unknown.
+    pub cols: u16,
+    /// The terminal's rows; 0 is unknown.
+    pub rows: u16,
+    /// Whether each binary message begins with the number of its stream.
+    pub streams: bool,
+    /// Name of the session; empty is none.
+    pub id: &'a str,
+    /// Name of the session that is continued; empty is none.
+    pub attach: &'a str,
+}
+
+impl<'a> Object<'a> for SessionRequest<'a> {
+    fn member(&mut self, name: &str) -> Place<'_, 'a> {
+        match name {
+            "command" => Place::Strings(&mut self.command, ARGV),
+            "tty" => Place::Flag(&mut self.tty),
+            "env" => Place::Strings(&mut self.env, ENV),
+            "cwd" => Place::CStr(&mut self.cwd),
+            "user" => Place::Str(&mut self.user),
+            "cols" => Place::Number(&mut self.cols, 0..=CELLS),
+            "rows" => Place::Number(&mut self.rows, 0..=CELLS),
+            "streams" => Place::Flag(&mut self.streams),
+            "id" => Place::Str(&mut self.id),
+            "attach" => Place::Str(&mut self.attach),
+            _ => Place::Unknown,
+        }
+    }
+}
+
+impl<'a> SessionRequest<'a> {
+    /// Decodes a text.
+    pub fn decode(text: &mut [u8], arena: &mut Arena<'a>) -> Result<Self, Message> {
+        let mut request = Self::default();
+        json::decode(text, arena, &mut request)?;
+        for (field, id) in [("id", request.id), ("attach", request.attach)] {
+            if !id.is_empty() {
+                check_id(field, id)?;
+            }
+        }
+        if request.attach.is_empty() {
+            check_command("command", request.command)?;
+        } else if !request.command.is_empty() || !request.id.is_empty() {
+            return Err(message!("attach: must be without command and id"));
+        }
+        Ok(request)
+    }
+}
+
+/// Whether a text can be the name of a session: 1 to 64 of `A-Z a-z 0-9 . _ -`.
+pub fn is_id(text: &str) -> bool {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    (1..=ID).contains(&text.len()) && text.bytes().all(is_plain)
+}
+
+fn check_id(field: &str, id: &str) -> Result<(), Message> {
+    if !is_id(id) {
+        return Err(message!("{field}: must be 1 to {ID} of A-Z a-z 0-9 . _ -"));
+    }
+    Ok(())
+}
+
+/// A later text of a session: `{"cols":N,"rows":N}` or `{"stdin":"eof"}`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SessionControl {
+    /// The terminal's new columns; 0 is no change.
+    pub cols: u16,
+    /// The terminal's new rows; 0 is no change.
+    pub rows: u16,
+    /// What happens to standard input.
+    pub stdin: Option<Stdin>,
+}
+
+/// What can happen to the standard input of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stdin {
+    /// It ends.
+    Eof,
+}
+
+impl Parse for Option<Stdin> {
+    fn parse(&mut self, text: &str) -> Result<(), &'static str> {
+        let text = IntoDeserializer::<Error>::into_deserializer(text);
+        *self = Some(Stdin::deserialize(text).map_err(|_| "must be eof")?);
+        Ok(())
+    }
+}
+
+impl<'a> Object<'a> for SessionControl {
+    fn member(&mut self, name: &str) -> Place<'_, 'a> {
+        match name {
+            "cols" => Place::Number(&mut self.cols, 0..=CELLS),
+            "rows" => Place::Number(&mut self.rows, 0..=CELLS),
+            "stdin" => Place::Parsed(&mut self.stdin),
+            _ => Place::Unknown,
+        }
+    }
+}
+
+impl SessionControl {
+    /// Decodes a text.
+    pub fn decode(text: &mut [u8], arena: &mut Arena) -> Result<Self, Message> {
+        let mut control = Self::default();
+        json::decode(text, arena, &mut control)?;
+        Ok(control)
+    }
+}
+
+/// `POST /v1/stop`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StopRequest {
+    /// What is sent first; the image's own when absent.
+    pub signal: Option<Signal>,
+    /// Time until SIGKILL in milliseconds; the default when absent.
+    pub timeout_ms: Option<u32>,
+}
+
+impl<'a> Object<'a> for StopRequest {
+    fn member(&mut self, name: &str) -> Place<'_, 'a> {
+        match name {
+            "signal" => Place::ParsedOrNumber(&mut self.signal),
+            "timeout_ms" => Place::Number(&mut self.timeout_ms, 0..=TIMEOUT),
+            _ => Place::Unknown,
+        }
+    }
+}
+
+impl StopRequest {
+    /// Decodes a body.
+    pub fn decode(body: &mut [u8], arena: &mut Arena) -> Result<Self, Message> {
+        let mut request = Self::default();
+        json::decode(body, arena, &mut request)?;
+        Ok(request)
+    }
+}
+
+/// `POST /v1/mounts`: an object as in the configuration's `Mounts`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct MountRequest<'a> {
+    /// What is mounted, checked.
+    pub mount: Mount<'a>,
+}
+
+impl<'a> MountRequest<'a> {
+    /// Decodes a body.
+    pub fn decode(body: &mut [u8], arena: &mut Arena<'a>) -> Result<Self, Message> {
+        let mut request = Self::default();
+        json::decode(body, arena, &mut request.mount)?;
+        let checked = request.mount.check(&[]);
+        checked.map_err(|fault| message!("{fault}"))?;
+        Ok(request)
+    }
+}
+
+/// `POST /v1/snapshot/prepare`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PrepareRequest<'a> {
+    /// Names the hold; 1 to 64 bytes.
+    pub token: &'a str,
+    /// Time for all processes to stand still in milliseconds; the default when absent.
+    pub timeout_ms: Option<u32>,
+    /// Whether file systems are synced; the default when absent.
+    pub sync: Option<bool>,
+    /// Time until the guest thaws itself in milliseconds; the default when absent.
+    pub hold_ms: Option<u32>,
+}
+
+impl<'a> Object<'a> for PrepareRequest<'a> {
+    fn member(&mut self, name: &str) -> Place<'_, 'a> {
+        match name {
+            "token" => Place::Str(&mut self.token),
+            "timeout_ms" => Place::Number(&mut self.timeout_ms, 0..=TIMEOUT),
+            "sync" => Place::Flag(self.sync.get_or_insert_default()),
+            "hold_ms" => Place::Number(&mut self.hold_ms, 0..=TIMEOUT),
+            _ => Place::Unknown,
+        }
+    }
+}
+
+impl<'a> PrepareRequest<'a> {
+    /// Decodes a body.
+    pub fn decode(body: &mut [u8], arena: &mut Arena<'a>) -> Result<Self, Message> {
+        let mut request = Self::default();
+        json::decode(body, arena, &mut request)?;
+        check_token(request.token)?;
+        Ok(request)
+    }
+}
+
+fn check_token(token: &str) -> Result<(), Message> {
+    match token.len() {
+        0 => Err(message!("token: missing")),
+        1..=ID => Ok(()),
+        _ => Err(message!("token: longer than {ID} bytes")),
+    }
+}
+
+/// `POST /v1/snapshot/cancel`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CancelRequest<'a> {
+    /// That of the hold.
+    pub token: &'a str,
+}
+
+impl<'a> Object<'a> for CancelRequest<'a> {
+    fn member(&mut self, name: &str) -> Place<'_, 'a> {
+        match name {
+            "token" => Place::Str(&mut self.token),
+            _ => Place::Unknown,
+        }
+    }
+}
+
+impl<'a> CancelRequest<'a> {
+    /// Decodes a body.
+    pub fn decode(body: &mut [u8], arena: &mut Arena<'a>) -> Result<Self, Message> {
+        let mut request = Self::default();
+        json::decode(body, arena, &mut request)?;
+        check_token(request.token)?;
+        Ok(request)
+    }
+}
+
+/// `POST /v1/restore`; as large as a [`Config`].
+#[derive(Clone, Debug, Default)]
+pub struct RestoreRequest<'a> {
+    /// That of the hold; empty is none.
+    pub token: &'a str,
+    /// The time in microseconds since 1970.
+    pub unix_us: Option<u64>,
+    /// Random bytes in base64 (RFC 4648 section 4).
+    pub entropy: &'a str,
+    /// Whether there is a configuration.
+    pub has_config: bool,
+    /// The new configuration.
+    pub config: Config<'a>,
+}
+
+impl<'a> Object<'a> for RestoreRequest<'a> {
+    fn member(&mut self, name: &str) -> Place<'_, 'a> {
+        match name {
+            "token" => Place::Str(&mut self.token),
+            // A clock of the kernel's has nanoseconds in 63 bits.
+            "unix_us" => Place::Number(&mut self.unix_us, 0..=i64::MAX as u64 / 1000),
+            "entropy" => Place::Str(&mut self.entropy),
+            "config" => {
+                self.has_config = true;
+                Place::Object(&mut self.config)
+            }
+            _ => Place::Unknown,
+        }
+    }
+}
+
+impl<'a> RestoreRequest<'a> {
+    /// An empty one.
+    pub const fn new() -> Self {
+        Self {
+            token: "",
+            unix_us: None,
+            entropy: "",
+            has_config: false,
+            config: Config::new(),
+        }
     }
 
-    /// The terminal's new size in columns and rows; 0 is no change.
-    pub fn size(&self) -> (u32, u32) {
-        (self.0.number(0), self.0.number(1))
-    }
-
-    /// Whether it ends standard input.
-    pub fn ends_stdin(&self) -> bool {
-        self.0.text(2).bytes() == b"eof"
+    /// Decodes a body into a new one. Its configuration is not checked.
+    pub fn decode(&mut self, body: &mut [u8], arena: &mut Arena<'a>) -> Result<(), Message> {
+        json::decode(body, arena, self)?;
+        if !self.token.is_empty() {
+            check_token(self.token)?;
+        }
+        Ok(())
     }
 }
 
@@ -123,49 +385,261 @@ impl<'a> Control<'a> {
 mod tests {
     use super::*;
 
+    /// What `decode` makes of a body: shown by `look`, or its error.
+    macro_rules! decoded {
+        ($request:ident, $body:expr, $look:expr) => {{
+            let mut body = $body.as_bytes().to_vec();
+            let mut memory = vec![0; body.len()];
+            let decoded = $request::decode(&mut body, &mut Arena::new(&mut memory));
+            decoded.map($look).map_err(|why| why.as_str().to_owned())
+        }};
+    }
+
+    fn strings(strings: Strings) -> Vec<String> {
+        let shown = strings.iter().map(|string| string.to_str().unwrap());
+        shown.map(str::to_owned).collect()
+    }
+
     #[test]
     fn a_signal_is_a_number_up_to_64() {
-        let signal = |body: &str| signal(&mut body.as_bytes().to_vec());
-        assert_eq!(signal(r#"{"signal":15}"#).unwrap(), 15);
-        assert_eq!(signal("{}").unwrap(), 0);
-        for bad in [
-            r#"{"signal":65}"#,
-            r#"{"signal":-1}"#,
-            r#"{"signal":"TERM"}"#,
-            r#"{"signal":1.5}"#,
-            "[]",
-            "",
+        let signal = |body: &str| decoded!(SignalRequest, body, |request| request.signal);
+        assert_eq!(signal(r#"{"signal":15}"#), Ok(15));
+        assert_eq!(signal(r#"{"signal":64,"x":[null]}"#), Ok(64));
+        for (body, why) in [
+            ("{}", "signal: missing"),
+            (r#"{"signal":null}"#, "signal: missing"),
+            (r#"{"signal":0}"#, "signal: must be from 1 to 64"),
+            (r#"{"signal":65}"#, "signal: must be from 1 to 64"),
+            (r#"{"signal":-1}"#, "signal: must be from 1 to 64"),
+            (r#"{"signal":"TERM"}"#, "signal: must be a whole number"),
+            (r#"{"signal":1.5}"#, "signal: must be a whole number"),
+            (r#"{"signal":1e1}"#, "signal: must be a whole number"),
+            ("[]", "must be an object"),
+            ("", "not JSON at byte 0"),
         ] {
-            assert!(signal(bad).is_err(), "{bad}");
+            assert_eq!(signal(body), Err(why.to_owned()), "{body}");
         }
     }
 
     #[test]
     fn a_command_is_cmd_in_one_call_and_command_in_the_other() {
-        let mut spans = Spans::default();
-        let mut body = br#"{"cmd":["ls","-la"],"timeout_ms":5,"command":["x"]}"#.to_vec();
-        let exec = Exec::read(&mut body, &mut spans).unwrap();
-        assert_eq!((exec.command().iter().count(), exec.timeout_ms()), (2, 5));
-        let mut message =
-            br#"{"command":["sh"],"tty":true,"cols":80,"rows":24,"cmd":["x","y"]}"#.to_vec();
-        let exec = Exec::read_session(&mut message, &mut spans).unwrap();
+        let body = r#"{"cmd":["ls","-la"],"timeout_ms":5,"command":["x"],"env":["A=b"],"cwd":"/tmp","user":"app:staff"}"#;
+        let exec = decoded!(ExecRequest, body, |request| (
+            strings(request.cmd),
+            strings(request.env),
+            request.cwd.to_owned(),
+            request.user.to_owned(),
+            request.timeout_ms
+        ));
+        let list = |strings: &[&str]| strings.iter().map(|string| string.to_string()).collect();
         assert_eq!(
-            (exec.command().iter().count(), exec.tty(), exec.size()),
-            (1, true, (80, 24))
+            exec.unwrap(),
+            (
+                list(&["ls", "-la"]),
+                list(&["A=b"]),
+                c"/tmp".to_owned(),
+                "app:staff".to_owned(),
+                5
+            )
+        );
+        let text = r#"{"command":["sh"],"tty":true,"cols":80,"rows":24,"cmd":["x","y"],"id":"build-1","streams":true}"#;
+        let session = decoded!(SessionRequest, text, |request| (
+            strings(request.command),
+            request.tty,
+            (request.cols, request.rows),
+            request.id.to_owned(),
+            request.streams
+        ));
+        assert_eq!(
+            session.unwrap(),
+            (list(&["sh"]), true, (80, 24), "build-1".to_owned(), true)
+        );
+        for body in ["{}", r#"{"cmd":[]}"#, r#"{"cmd":["","x"]}"#] {
+            let exec = decoded!(ExecRequest, body, drop);
+            assert_eq!(exec.unwrap_err(), "cmd: must have a command");
+        }
+        let session = decoded!(SessionRequest, r#"{"cmd":["x"]}"#, drop);
+        assert_eq!(session.unwrap_err(), "command: must have a command");
+    }
+
+    #[test]
+    fn a_session_is_started_with_a_command_or_continued_by_its_name() {
+        let attach =
+            |text: &str| decoded!(SessionRequest, text, |request| request.attach.to_owned());
+        assert_eq!(attach(r#"{"attach":"build-1"}"#), Ok("build-1".to_owned()));
+        for text in [
+            r#"{"attach":"a","command":["x"]}"#,
+            r#"{"attach":"a","id":"b"}"#,
+        ] {
+            assert_eq!(
+                attach(text),
+                Err("attach: must be without command and id".to_owned())
+            );
+        }
+        for (field, rest) in [("attach", ""), ("id", r#","command":["x"]"#)] {
+            for id in ["a b", "é", "a/b", &"x".repeat(65)] {
+                assert_eq!(
+                    attach(&format!(r#"{{"{field}":"{id}"{rest}}}"#)),
+                    Err(format!("{field}: must be 1 to 64 of A-Z a-z 0-9 . _ -"))
+                );
+            }
+            let longest = "x".repeat(64);
+            assert!(attach(&format!(r#"{{"{field}":"{longest}"{rest}}}"#)).is_ok());
+        }
+    }
+
+    #[test]
+    fn a_control_text_resizes_or_ends_stdin() {
+        let control = |text: &str| {
+            decoded!(SessionControl, text, |control| (
+                control.cols,
+                control.rows,
+                control.stdin
+            ))
+        };
+        assert_eq!(control(r#"{"cols":100,"rows":50}"#), Ok((100, 50, None)));
+        assert_eq!(control(r#"{"stdin":"eof"}"#), Ok((0, 0, Some(Stdin::Eof))));
+        assert_eq!(control(r#"{"other":1}"#), Ok((0, 0, None)));
+        for (text, why) in [
+            (r#"{"stdin":"end"}"#, "stdin: must be eof: end"),
+            (r#"{"stdin":true}"#, "stdin: must be a string"),
+            (r#"{"cols":65536}"#, "cols: must be from 0 to 65535"),
+        ] {
+            assert_eq!(control(text), Err(why.to_owned()));
+        }
+    }
+
+    #[test]
+    fn a_stop_names_its_signal_or_numbers_it() {
+        let stop = |body: &str| {
+            decoded!(StopRequest, body, |request| (
+                request.signal.map(Signal::number),
+                request.timeout_ms
+            ))
+        };
+        assert_eq!(stop("{}"), Ok((None, None)));
+        assert_eq!(
+            stop(r#"{"signal":"SIGRTMIN+3","timeout_ms":0}"#),
+            Ok((Some(37), Some(0)))
+        );
+        assert_eq!(stop(r#"{"signal" : 2}"#), Ok((Some(2), None)));
+        for (body, why) in [
+            (r#"{"signal":"SIGFOO"}"#, "signal: not a signal: SIGFOO"),
+            (r#"{"signal":65}"#, "signal: not a signal: 65"),
+            (
+                r#"{"signal":2.5}"#,
+                "signal: must be a string or a whole number from 0 on",
+            ),
+            (
+                r#"{"signal":-2}"#,
+                "signal: must be a string or a whole number from 0 on",
+            ),
+            (
+                r#"{"signal":[2]}"#,
+                "signal: must be a string or a whole number from 0 on",
+            ),
+            (
+                r#"{"timeout_ms":86400001}"#,
+                "timeout_ms: must be from 0 to 86400000",
+            ),
+        ] {
+            assert_eq!(stop(body), Err(why.to_owned()));
+        }
+    }
+
+    #[test]
+    fn a_mount_is_checked_as_in_the_configuration() {
+        let mount = |body: &str| {
+            decoded!(MountRequest, body, |request| (
+                request.mount.mount_path.to_owned(),
+                request.mount.read_only
+            ))
+        };
+        assert_eq!(
+            mount(r#"{"DevicePath":"/dev/vdc","MountPath":"/a","ReadOnly":true}"#),
+            Ok((c"/a".to_owned(), true))
+        );
+        assert_eq!(
+            mount(r#"{"DevicePath":"/dev/vdc","MountPath":"/dev"}"#),
+            Err("MountPath: would hide /dev".to_owned())
         );
     }
 
     #[test]
-    fn a_control_message_resizes_or_ends_stdin() {
-        let mut spans = Spans::default();
-        let mut message = br#"{"cols":100,"rows":50}"#.to_vec();
-        let control = Control::read(&mut message, &mut spans).unwrap();
-        assert_eq!((control.size(), control.ends_stdin()), ((100, 50), false));
-        let mut message = br#"{"stdin":"eof"}"#.to_vec();
-        assert!(
-            Control::read(&mut message, &mut spans)
-                .unwrap()
-                .ends_stdin()
+    fn a_hold_has_a_token() {
+        let prepare = |body: &str| {
+            decoded!(PrepareRequest, body, |request| (
+                request.token.to_owned(),
+                request.timeout_ms,
+                request.sync,
+                request.hold_ms
+            ))
+        };
+        let token = || "a1".to_owned();
+        assert_eq!(
+            prepare(r#"{"token":"a1"}"#),
+            Ok((token(), None, None, None))
         );
+        assert_eq!(
+            prepare(r#"{"token":"a1","timeout_ms":2000,"sync":false,"hold_ms":600000}"#),
+            Ok((token(), Some(2000), Some(false), Some(600_000)))
+        );
+        assert_eq!(
+            prepare(r#"{"token":"a1","sync":null}"#),
+            Ok((token(), None, None, None))
+        );
+        let cancel = |body: &str| decoded!(CancelRequest, body, |request| request.token.to_owned());
+        assert_eq!(cancel(r#"{"token":"a1"}"#), Ok(token()));
+        for (token, why) in [
+            ("".to_owned(), "token: missing"),
+            ("t".repeat(65), "token: longer than 64 bytes"),
+        ] {
+            let body = format!(r#"{{"token":"{token}"}}"#);
+            assert_eq!(prepare(&body), Err(why.to_owned()));
+            assert_eq!(cancel(&body), Err(why.to_owned()));
+        }
+    }
+
+    #[test]
+    fn a_restore_has_a_document_in_it() {
+        let decode = |body: &str, look: &dyn Fn(&RestoreRequest)| {
+            let mut body = body.as_bytes().to_vec();
+            let mut memory = vec![0; body.len()];
+            let mut request = RestoreRequest::new();
+            let decoded = request.decode(&mut body, &mut Arena::new(&mut memory));
+            decoded.map_err(|why| why.as_str().to_owned())?;
+            look(&request);
+            Ok::<(), String>(())
+        };
+        decode(
+            r#"{"token":"a1","unix_us":1767225600000000,"entropy":"AAE=","config":{"Hostname":"b","IPConfigs":[{"IP":"10.0.0.3","Mask":24}]}}"#,
+            &|request| {
+                assert_eq!((request.token, request.entropy), ("a1", "AAE="));
+                assert_eq!(request.unix_us, Some(1_767_225_600_000_000));
+                assert!(request.has_config);
+                assert_eq!(request.config.hostname, "b");
+                assert_eq!(request.config.addresses().count(), 1);
+            },
+        )
+        .unwrap();
+        for body in ["{}", r#"{"config":null}"#] {
+            decode(body, &|request| {
+                assert!(!request.has_config && request.unix_us.is_none());
+            })
+            .unwrap();
+        }
+        for (body, why) in [
+            (
+                r#"{"config":{"IPConfigs":[{"Mask":129}]}}"#,
+                "config.IPConfigs[0].Mask: must be from 0 to 128",
+            ),
+            (r#"{"config":[]}"#, "config: must be an object"),
+            (
+                r#"{"unix_us":9223372036854776}"#,
+                "unix_us: must be from 0 to 9223372036854775",
+            ),
+        ] {
+            assert_eq!(decode(body, &|_| ()), Err(why.to_owned()));
+        }
     }
 }

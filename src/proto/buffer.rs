@@ -2,7 +2,6 @@
 
 /// Bytes waiting to go from one file descriptor to another.
 #[derive(Debug)]
-#[repr(C)]
 pub struct Buffer<const N: usize> {
     start: usize,
     end: usize,

@@ -11,6 +11,7 @@ pub fn split(bytes: &[u8], at: u8) -> Split<'_> {
 }
 
 /// What is before the first `at`; all where there is none.
+#[inline(never)]
 pub fn before(bytes: &[u8], at: u8) -> &[u8] {
     find(bytes, at)
         .and_then(|end| bytes.get(..end))
@@ -26,6 +27,7 @@ pub struct Split<'a> {
 
 impl<'a> Split<'a> {
     /// All that is behind the pieces given.
+    #[inline(never)]
     pub fn rest(&self) -> &'a [u8] {
         self.rest.unwrap_or(&[])
     }
@@ -34,6 +36,7 @@ impl<'a> Split<'a> {
 impl<'a> Iterator for Split<'a> {
     type Item = &'a [u8];
 
+    #[inline(never)]
     fn next(&mut self) -> Option<&'a [u8]> {
         let rest = self.rest?;
         let Some(end) = find(rest, self.at) else {
@@ -45,22 +48,26 @@ impl<'a> Iterator for Split<'a> {
 }
 
 /// Where the first `byte` is.
+#[inline(never)]
 pub fn find(bytes: &[u8], byte: u8) -> Option<usize> {
     bytes.iter().position(|other| *other == byte)
 }
 
 /// Without white space at both ends.
+#[inline(never)]
 pub fn trim(bytes: &[u8]) -> &[u8] {
     bytes.trim_ascii()
 }
 
 /// Whether two words differ in the case of letters at most.
+#[inline(never)]
 pub fn same_word(word: &[u8], other: &[u8]) -> bool {
     let lower = |byte: &u8| byte.to_ascii_lowercase();
     word.len() == other.len() && word.iter().map(lower).eq(other.iter().map(lower))
 }
 
 /// A decimal number up to 2^32 - 1, of digits alone; no digits are no number.
+#[inline(never)]
 pub fn decimal(digits: &[u8]) -> Option<u32> {
     let (_first, _) = digits.split_first()?;
     digits.iter().try_fold(0u32, |sum, digit| {
@@ -82,6 +89,7 @@ pub fn hexadecimal(digit: u8) -> Option<u8> {
 
 /// Length of the character (RFC 3629) that comes first; of the bytes that are none is the error,
 /// 0 where the rest of a character is missing.
+#[inline(never)]
 pub fn character(bytes: &[u8]) -> Result<usize, usize> {
     let (length, second) = match *bytes.first().ok_or(0usize)? {
         0..0x80 => return Ok(1),
@@ -115,6 +123,7 @@ pub fn valid_up_to(bytes: &[u8]) -> usize {
 }
 
 /// Takes `range` out of the first `filled` bytes of `buffer`: what is behind it moves.
+#[inline(never)]
 pub fn remove(buffer: &mut [u8], filled: &mut usize, range: Range<usize>) {
     if range.start < range.end && range.end <= *filled && *filled <= buffer.len() {
         buffer.copy_within(range.end..*filled, range.start);

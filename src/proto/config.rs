@@ -1,10 +1,16 @@
 //! The configuration document: the contract between the host driver and this program.
 
 use crate::address;
-use crate::bytes::{Split, before, decimal, split};
-use crate::json::{self, Document, Fields, Objects, Record, Shape, Spans, Strings, Text, field};
+use crate::arena::{Arena, Strings};
+use crate::decimal;
+use crate::json::{self, Object, Parse, Place};
 use crate::message;
-use crate::message::Message;
+use crate::message::{Message, ToLossy};
+use crate::rlimit::Rlimits;
+use crate::signal::Signal;
+use crate::sysctl;
+use core::ffi::CStr;
+use core::fmt::{self, Display};
 use core::net::IpAddr;
 
 /// Largest document, in bytes: 20 times Firecracker's default MMDS store.
@@ -13,7 +19,7 @@ pub const DOCUMENT: usize = 1 << 20;
 pub const ARGV: usize = 1024;
 /// Most entries of an environment list or map.
 pub const ENV: usize = 4096;
-/// Most addresses of eth0.
+/// Most addresses.
 pub const ADDRESSES: usize = 64;
 /// Most extra volumes.
 pub const MOUNTS: usize = 64;
@@ -21,135 +27,292 @@ pub const MOUNTS: usize = 64;
 pub const HOSTS: usize = 256;
 /// Most name servers; resolvers use the first three.
 pub const NAMESERVERS: usize = 16;
+/// Most search domains, and most options, of /etc/resolv.conf.
+pub const RESOLV_WORDS: usize = 32;
+/// Most kernel parameters.
+pub const SYSCTLS: usize = 256;
 /// Longest path, its NUL included (PATH_MAX, limits.h).
 pub const PATH: usize = 4096;
 /// Longest host name (HOST_NAME_MAX, sethostname(2)).
 pub const HOSTNAME: usize = 64;
+/// Longest name of a network interface (IFNAMSIZ less its NUL, linux/if.h).
+pub const INTERFACE: usize = 15;
 
 /// The root device unless the configuration names another.
-pub const ROOT_DEVICE: Text = Text::of(c"/dev/vda");
+pub const ROOT_DEVICE: &CStr = c"/dev/vda";
+/// The network interface of an address unless it names another.
+pub const DEVICE: &str = "eth0";
 /// The MTU of eth0 unless the configuration names another.
 pub const MTU: u32 = 1500;
 
-/// The document's members, with their slots.
-#[rustfmt::skip]
-static FIELDS: Fields = &[
-    field("ImageConfig", Shape::record(5)),
-        field("Entrypoint", Shape::texts(0, ARGV)),
-        field("Cmd", Shape::texts(1, ARGV)),
-        field("Env", Shape::texts(2, ENV)),
-        field("WorkingDir", Shape::text(3)),
-        field("User", Shape::text(4)),
-    field("ExecOverride", Shape::texts(5, ARGV)),
-    field("CmdOverride", Shape::text(6)),
-    field("UserOverride", Shape::text(7)),
-    field("ExtraEnv", Shape::pairs(8, ENV)),
-    field("MTU", Shape::number(9, 65_535)),
-    field("IPConfigs", Shape::records(10, ADDRESSES, 4)),
-        field("[]", Shape::record(3)),
-            field("Gateway", Shape::text(b'G')),
-            field("IP", Shape::text(b'I')),
-            field("Mask", Shape::number(b'M', 128)),
-    field("Hostname", Shape::text(11)),
-    field("Mounts", Shape::records(12, MOUNTS, 3)),
-        field("[]", Shape::record(2)),
-            field("DevicePath", Shape::text(b'D')),
-            field("MountPath", Shape::text(b'M')),
-    field("RootDevice", Shape::text(13)),
-    field("EtcResolv", Shape::record(1)),
-        field("Nameservers", Shape::texts(14, NAMESERVERS)),
-    field("EtcHosts", Shape::records(15, HOSTS, 4)),
-        field("[]", Shape::record(3)),
-            field("Host", Shape::text(b'H')),
-            field("IP", Shape::text(b'I')),
-            field("Desc", Shape::text(b'D')),
-];
-
-/// The whole document; what is absent is empty or 0.
-#[derive(Clone, Copy, Debug)]
-pub struct Config<'a>(Document<'a>);
-
-/// One address of eth0, as written.
-#[derive(Clone, Copy, Debug)]
-pub struct IpConfig<'a>(Record<'a>);
-
-/// One extra volume.
-#[derive(Clone, Copy, Debug)]
-pub struct Mount<'a> {
-    /// The block device.
-    pub device_path: Text<'a>,
-    /// Where it is mounted.
-    pub mount_path: Text<'a>,
+/// The whole document, some 22 KiB: a large one, to be kept in static memory. What is absent is
+/// empty, false or `None`. Its strings lie in an [`Arena`].
+#[derive(Clone, Debug)]
+pub struct Config<'a> {
+    /// The image's own.
+    pub image_config: ImageConfig<'a>,
+    /// Replaces the image's command altogether.
+    pub exec_override: Strings<'a>,
+    /// Replaces the image's `Cmd`, as one argument.
+    pub cmd_override: &'a CStr,
+    /// Replaces the image's `User`.
+    pub user_override: &'a str,
+    /// Set on top of the image's environment: `NAME=value`.
+    pub extra_env: Strings<'a>,
+    mtu: u32,
+    /// Host name of the guest; empty is none.
+    pub hostname: &'a str,
+    root_device: &'a CStr,
+    /// Mount the root read-only.
+    pub root_read_only: bool,
+    root_overlay: &'a CStr,
+    /// For /etc/resolv.conf.
+    pub etc_resolv: EtcResolv<'a>,
+    /// Resource limits of the workload.
+    pub rlimits: Rlimits,
+    sysctls: Strings<'a>,
+    /// Standard error is a pipe of its own.
+    pub separate_stderr: bool,
+    /// Sent to the workload after a restore.
+    pub restore_signal: Option<Signal>,
+    /// Addresses of network interfaces.
+    pub ip_configs: heapless::Vec<IpConfig<'a>, ADDRESSES>,
+    /// Extra volumes.
+    pub mounts: heapless::Vec<Mount<'a>, MOUNTS>,
+    /// Entries for /etc/hosts.
+    pub etc_hosts: heapless::Vec<Host<'a>, HOSTS>,
 }
 
-/// One entry for /etc/hosts.
+/// What an image says of its command (OCI image specification, config.md).
 #[derive(Clone, Copy, Debug)]
-pub struct Host<'a> {
-    /// The name.
-    pub host: Text<'a>,
-    /// The address.
-    pub ip: Text<'a>,
-    /// A comment.
-    pub desc: Text<'a>,
+pub struct ImageConfig<'a> {
+    /// The first arguments.
+    pub entrypoint: Strings<'a>,
+    /// The arguments behind them.
+    pub cmd: Strings<'a>,
+    /// The environment: `NAME=value`.
+    pub env: Strings<'a>,
+    /// Working directory; empty is `/`.
+    pub working_dir: &'a CStr,
+    /// Who runs it, as [`Identity::resolve`](crate::users::Identity::resolve) has it; empty is root.
+    pub user: &'a str,
+    /// What an orderly stop sends; SIGTERM when absent.
+    pub stop_signal: Option<Signal>,
 }
 
-/// One address of eth0, checked.
+/// An address of a network interface.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct IpConfig<'a> {
+    gateway: Gateway,
+    ip: Option<IpAddr>,
+    mask: Option<u8>,
+    device: &'a str,
+}
+
+/// A gateway; the prefix length behind it, if any, says nothing that a route needs.
+#[derive(Clone, Copy, Debug, Default)]
+struct Gateway(Option<IpAddr>);
+
+/// An address of a network interface, complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Address {
+pub struct Address<'a> {
     /// The address.
     pub ip: IpAddr,
     /// Its prefix length in bits.
     pub prefix: u8,
     /// The default gateway, of the same family.
     pub gateway: Option<IpAddr>,
+    /// The interface's name.
+    pub device: &'a str,
 }
 
-impl IpConfig<'_> {
-    /// Checks and converts the entry; the error says what is wrong with which field.
-    pub fn address(&self) -> Result<Address, Message> {
-        let (gateway, text) = (self.0.text(b'G'), self.0.text(b'I'));
-        let Some(ip) = text.ip() else {
-            return Err(message!("IP: not an address: {text}"));
-        };
-        let (prefix, bits) = (self.0.number(b'M'), if ip.is_ipv4() { 32 } else { 128 });
-        if prefix > bits {
-            return Err(message!("Mask: must be from 0 to {bits}"));
+/// An extra volume.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Mount<'a> {
+    /// The block device; empty for a tmpfs.
+    pub device_path: &'a CStr,
+    /// Where it is mounted.
+    pub mount_path: &'a CStr,
+    /// Type of its file system; empty: what the superblock says.
+    pub fs_type: &'a CStr,
+    /// Mount it read-only.
+    pub read_only: bool,
+    /// Options of the file system, with commas between (mount(2), data).
+    pub options: &'a CStr,
+}
+
+/// For /etc/resolv.conf (resolv.conf(5)).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct EtcResolv<'a> {
+    /// Addresses of name servers.
+    pub nameservers: Strings<'a>,
+    /// Domains in which a short name is looked for.
+    pub search: Strings<'a>,
+    /// Options of the resolver.
+    pub options: Strings<'a>,
+}
+
+/// An entry for /etc/hosts.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Host<'a> {
+    /// The name.
+    pub host: &'a str,
+    /// The address.
+    pub ip: &'a str,
+    /// A comment.
+    pub desc: &'a str,
+}
+
+/// Where what is written to an overlaid root goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Overlay<'a> {
+    /// Into memory, by a tmpfs with these options.
+    Tmpfs(&'a CStr),
+    /// To the ext4 on this device.
+    Device(&'a CStr),
+}
+
+impl<'a> Object<'a> for Config<'a> {
+    fn member(&mut self, name: &str) -> Place<'_, 'a> {
+        match name {
+            "ImageConfig" => Place::Object(&mut self.image_config),
+            "ExecOverride" => Place::Strings(&mut self.exec_override, ARGV),
+            "CmdOverride" => Place::CStr(&mut self.cmd_override),
+            "UserOverride" => Place::Str(&mut self.user_override),
+            "ExtraEnv" => Place::StringMap(&mut self.extra_env, ENV),
+            "MTU" => Place::Number(&mut self.mtu, 0..=65_535),
+            "IPConfigs" => Place::Objects(&mut self.ip_configs),
+            "Hostname" => Place::Str(&mut self.hostname),
+            "Mounts" => Place::Objects(&mut self.mounts),
+            "RootDevice" => Place::CStr(&mut self.root_device),
+            "RootReadOnly" => Place::Flag(&mut self.root_read_only),
+            "RootOverlay" => Place::CStr(&mut self.root_overlay),
+            "EtcResolv" => Place::Object(&mut self.etc_resolv),
+            "EtcHosts" => Place::Objects(&mut self.etc_hosts),
+            "Rlimits" => Place::Object(&mut self.rlimits),
+            "Sysctls" => Place::StringMap(&mut self.sysctls, SYSCTLS),
+            "SeparateStderr" => Place::Flag(&mut self.separate_stderr),
+            "RestoreSignal" => Place::ParsedOrNumber(&mut self.restore_signal),
+            _ => Place::Unknown,
         }
-        let address = Address {
-            ip,
-            prefix: prefix as u8,
-            gateway: without_prefix(gateway),
-        };
-        let right = |gateway: IpAddr| gateway.is_ipv4() == ip.is_ipv4();
-        if !gateway.is_empty() && !address.gateway.is_some_and(right) {
-            return Err(message!(
-                "Gateway: not an address of the IP's family: {gateway}"
-            ));
-        }
-        Ok(address)
     }
 }
 
-/// An address without the prefix length behind it, which says nothing a route needs.
-fn without_prefix(gateway: Text) -> Option<IpAddr> {
-    let text = gateway.bytes();
-    let address = before(text, b'/');
-    let wrong = |prefix| decimal(prefix).is_none_or(|bits| bits > 128);
-    if text.get(address.len() + 1..).is_some_and(wrong) {
-        return None;
+impl<'a> Object<'a> for ImageConfig<'a> {
+    fn member(&mut self, name: &str) -> Place<'_, 'a> {
+        match name {
+            "Entrypoint" => Place::Strings(&mut self.entrypoint, ARGV),
+            "Cmd" => Place::Strings(&mut self.cmd, ARGV),
+            "Env" => Place::Strings(&mut self.env, ENV),
+            "WorkingDir" => Place::CStr(&mut self.working_dir),
+            "User" => Place::Str(&mut self.user),
+            "StopSignal" => Place::ParsedOrNumber(&mut self.stop_signal),
+            _ => Place::Unknown,
+        }
     }
-    address::parse(address)
+}
+
+impl<'a> Object<'a> for IpConfig<'a> {
+    fn member(&mut self, name: &str) -> Place<'_, 'a> {
+        match name {
+            "Gateway" => Place::Parsed(&mut self.gateway),
+            "IP" => Place::Parsed(&mut self.ip),
+            "Mask" => Place::Number(&mut self.mask, 0..=128),
+            "Device" => Place::Str(&mut self.device),
+            _ => Place::Unknown,
+        }
+    }
+}
+
+impl<'a> Object<'a> for Mount<'a> {
+    fn member(&mut self, name: &str) -> Place<'_, 'a> {
+        match name {
+            "DevicePath" => Place::CStr(&mut self.device_path),
+            "MountPath" => Place::CStr(&mut self.mount_path),
+            "FSType" => Place::CStr(&mut self.fs_type),
+            "ReadOnly" => Place::Flag(&mut self.read_only),
+            "Options" => Place::CStr(&mut self.options),
+            _ => Place::Unknown,
+        }
+    }
+}
+
+impl<'a> Object<'a> for EtcResolv<'a> {
+    fn member(&mut self, name: &str) -> Place<'_, 'a> {
+        match name {
+            "Nameservers" => Place::Strings(&mut self.nameservers, NAMESERVERS),
+            "Search" => Place::Strings(&mut self.search, RESOLV_WORDS),
+            "Options" => Place::Strings(&mut self.options, RESOLV_WORDS),
+            _ => Place::Unknown,
+        }
+    }
+}
+
+impl<'a> Object<'a> for Host<'a> {
+    fn member(&mut self, name: &str) -> Place<'_, 'a> {
+        match name {
+            "Host" => Place::Str(&mut self.host),
+            "IP" => Place::Str(&mut self.ip),
+            "Desc" => Place::Str(&mut self.desc),
+            _ => Place::Unknown,
+        }
+    }
+}
+
+impl Parse for Option<IpAddr> {
+    fn parse(&mut self, text: &str) -> Result<(), &'static str> {
+        *self = Some(address::parse(text).ok_or("not an address")?);
+        Ok(())
+    }
+}
+
+impl Parse for Gateway {
+    fn parse(&mut self, text: &str) -> Result<(), &'static str> {
+        if text.is_empty() {
+            self.0 = None;
+            return Ok(());
+        }
+        let (address, prefix) = text.split_once('/').unwrap_or((text, "0"));
+        match decimal::parse(prefix.as_bytes()) {
+            Some(0..=128) => self.0.parse(address),
+            _ => Err("not an address"),
+        }
+    }
 }
 
 impl<'a> Config<'a> {
-    /// Checks a document and decodes it where it lies. The error names the field.
-    pub fn decode(document: &mut [u8], spans: &mut Spans) -> Result<(), Message> {
-        json::read(document, FIELDS, spans)
+    /// One in which all is absent.
+    pub const fn new() -> Self {
+        Self {
+            image_config: ImageConfig::new(),
+            exec_override: Strings::new(&[]),
+            cmd_override: c"",
+            user_override: "",
+            extra_env: Strings::new(&[]),
+            mtu: 0,
+            hostname: "",
+            root_device: c"",
+            root_read_only: false,
+            root_overlay: c"",
+            etc_resolv: EtcResolv {
+                nameservers: Strings::new(&[]),
+                search: Strings::new(&[]),
+                options: Strings::new(&[]),
+            },
+            rlimits: Rlimits::new(),
+            sysctls: Strings::new(&[]),
+            separate_stderr: false,
+            restore_signal: None,
+            ip_configs: heapless::Vec::new(),
+            mounts: heapless::Vec::new(),
+            etc_hosts: heapless::Vec::new(),
+        }
     }
 
-    /// A decoded document.
-    pub fn new(document: &'a [u8], spans: &'a Spans) -> Self {
-        Self(Document::new(document, spans))
+    /// Decodes a document into a new one. The error names the field. The document can be decoded
+    /// again afterwards.
+    pub fn decode(&mut self, document: &mut [u8], arena: &mut Arena<'a>) -> Result<(), Message> {
+        json::decode(document, arena, self)
     }
 
     /// Whether there is something to run.
@@ -158,224 +321,353 @@ impl<'a> Config<'a> {
     }
 
     /// What is run: `ExecOverride`, else `Entrypoint` and (`CmdOverride` as one argument, else `Cmd`).
-    pub fn argv(&self) -> impl Iterator<Item = Text<'a>> + Clone {
+    pub fn argv(&self) -> impl Iterator<Item = &'a CStr> + Clone {
         let [first, last] = self.arguments();
-        first.iter().chain(last.iter())
+        first.iter().chain(last)
     }
 
     /// The same, as one list behind another.
     pub fn arguments(&self) -> [Strings<'a>; 2] {
-        let (exec_override, cmd_override) = (self.0.texts(5), self.0.text(6));
-        if !exec_override.is_empty() {
-            [exec_override, Strings::default()]
-        } else if !cmd_override.is_empty() {
-            [self.0.texts(0), Strings::one(cmd_override)]
+        let image = &self.image_config;
+        if !self.exec_override.is_empty() {
+            [self.exec_override, Strings::default()]
+        } else if !self.cmd_override.is_empty() {
+            [image.entrypoint, Strings::one(self.cmd_override)]
         } else {
-            [self.0.texts(0), self.0.texts(1)]
+            [image.entrypoint, image.cmd]
         }
     }
 
     /// The environment: `ImageConfig.Env`, then `ExtraEnv` on top.
     pub fn environment(&self) -> [Strings<'a>; 2] {
-        [self.0.texts(2), self.0.texts(8)]
-    }
-
-    /// Working directory; empty is `/`.
-    pub fn working_dir(&self) -> Text<'a> {
-        self.0.text(3)
+        [self.image_config.env, self.extra_env]
     }
 
     /// Who runs it: `UserOverride`, else `ImageConfig.User`; empty is root.
-    pub fn user(&self) -> Text<'a> {
-        let user_override = self.0.text(7);
-        if user_override.is_empty() {
-            self.0.text(4)
+    pub fn user(&self) -> &'a str {
+        if self.user_override.is_empty() {
+            self.image_config.user
         } else {
-            user_override
+            self.user_override
         }
     }
 
-    /// MTU of eth0.
+    /// MTU of the interfaces that get addresses.
     pub fn mtu(&self) -> u32 {
-        match self.0.number(9) {
+        match self.mtu {
             0 => MTU,
             mtu => mtu,
         }
     }
 
-    /// The addresses of eth0.
-    pub fn ip_configs(&self) -> impl Iterator<Item = IpConfig<'a>> {
-        self.0.records(10).iter().map(IpConfig)
-    }
-
-    /// Calls `each` with the addresses of eth0, until one is wrong or `each` fails.
-    pub fn addresses(
-        &self,
-        each: &mut dyn FnMut(&Address) -> Result<(), Message>,
-    ) -> Result<(), Message> {
-        for (at, entry) in self.ip_configs().enumerate() {
-            match &entry.address() {
-                Ok(address) => each(address)?,
-                Err(why) => return Err(message!("IPConfigs[{at}].{why}")),
-            }
-        }
-        Ok(())
-    }
-
-    /// Host name of the guest; empty is none.
-    pub fn hostname(&self) -> Text<'a> {
-        self.0.text(11)
-    }
-
-    /// The extra volumes.
-    pub fn mounts(&self) -> impl Iterator<Item = Mount<'a>> {
-        self.0.records(12).iter().map(|record| Mount {
-            device_path: record.text(b'D'),
-            mount_path: record.text(b'M'),
-        })
+    /// The addresses of a configuration that was checked.
+    pub fn addresses(&self) -> impl Iterator<Item = Address<'a>> + Clone {
+        self.ip_configs.iter().filter_map(IpConfig::address)
     }
 
     /// Block device of the root.
-    pub fn root_device(&self) -> Text<'a> {
-        let device = self.0.text(13);
-        if device.is_empty() {
+    pub fn root_device(&self) -> &'a CStr {
+        if self.root_device.is_empty() {
             ROOT_DEVICE
         } else {
-            device
+            self.root_device
         }
     }
 
-    /// Addresses for /etc/resolv.conf.
-    pub fn nameservers(&self) -> Strings<'a> {
-        self.0.texts(14)
+    /// Where what is written to the root goes, if not to its device.
+    pub fn root_overlay(&self) -> Option<Overlay<'a>> {
+        let text = self.root_overlay.to_bytes_with_nul();
+        let behind = |start: &[u8]| CStr::from_bytes_with_nul(text.strip_prefix(start)?).ok();
+        if text.starts_with(b"/") {
+            Some(Overlay::Device(self.root_overlay))
+        } else if text == b"tmpfs\0" {
+            Some(Overlay::Tmpfs(c""))
+        } else {
+            behind(b"tmpfs:").map(Overlay::Tmpfs)
+        }
     }
 
-    /// The entries for /etc/hosts.
-    pub fn etc_hosts(&self) -> impl Iterator<Item = Host<'a>> {
-        self.0.records(15).iter().map(|record| Host {
-            host: record.text(b'H'),
-            ip: record.text(b'I'),
-            desc: record.text(b'D'),
-        })
+    /// Kernel parameters: their names, as [`sysctl::Path`] has them, and values.
+    pub fn sysctls(&self) -> impl Iterator<Item = (&'a str, &'a str)> + Clone {
+        let pairs = self.sysctls.iter().filter_map(|pair| pair.to_str().ok());
+        pairs.filter_map(|pair| pair.split_once('='))
     }
 
     /// Checks what the document's form does not show. The error names the field.
     pub fn check(&self) -> Result<(), Message> {
-        if self.argv().next().is_some_and(Text::is_empty) {
-            return Err(message!("the command's name is empty"));
+        self.find_fault().map_err(|fault| message!("{fault}"))
+    }
+
+    fn find_fault(&self) -> Result<(), Fault<'_>> {
+        if self.argv().next().is_some_and(CStr::is_empty) {
+            return Err(Fault::new("", "the command's name is empty", b""));
         }
-        if !self.0.text(13).is_empty() {
-            check_path("RootDevice", self.0.text(13))?;
-        }
-        check_length("ImageConfig.WorkingDir", self.working_dir(), PATH - 1)?;
-        check_length("Hostname", self.hostname(), HOSTNAME)?;
-        self.addresses(&mut |_| Ok(()))?;
-        self.check_each("Mounts", 12, check_mount)?;
-        for (at, server) in self.nameservers().iter().enumerate() {
-            if !is_name_server(server) {
-                let why = message!("not an address: {server}");
-                return Err(message!("EtcResolv.Nameservers[{at}]: {why}"));
+        check_path("RootDevice", self.root_device())?;
+        match self.root_overlay() {
+            Some(Overlay::Tmpfs(_)) => {}
+            Some(Overlay::Device(device)) => check_path("RootOverlay", device)?,
+            None if self.root_overlay.is_empty() => {}
+            None => {
+                let why = "neither tmpfs nor a device: ";
+                return Err(Fault::new("RootOverlay", why, self.root_overlay.to_bytes()));
             }
         }
-        self.check_each("EtcHosts", 15, |_, entry| check_host(entry))
+        let working_dir = self.image_config.working_dir;
+        check_path_length("ImageConfig.WorkingDir", working_dir)?;
+        if self.hostname.len() > HOSTNAME {
+            return Err(Fault::new("Hostname", "longer than 64 bytes", b""));
+        }
+        for (at, entry) in self.ip_configs.iter().enumerate() {
+            entry
+                .check()
+                .map_err(|fault| fault.inside("IPConfigs", at))?;
+        }
+        for (at, entry) in self.mounts.iter().enumerate() {
+            let earlier = self.mounts.get(..at).unwrap_or_default();
+            let checked = entry.check(earlier);
+            checked.map_err(|fault| fault.inside("Mounts", at))?;
+        }
+        self.etc_resolv.check()?;
+        for (at, entry) in self.etc_hosts.iter().enumerate() {
+            entry
+                .check()
+                .map_err(|fault| fault.inside("EtcHosts", at))?;
+        }
+        match self
+            .sysctls()
+            .find(|(name, _)| sysctl::Path::new(name).is_none())
+        {
+            None => Ok(()),
+            Some((name, _)) => {
+                let why = "not a kernel parameter: ";
+                Err(Fault::new("Sysctls", why, name.as_bytes()))
+            }
+        }
+    }
+}
+
+/// What is wrong with a value.
+#[derive(Clone, Copy, Debug)]
+pub struct Fault<'c> {
+    /// The list it is in, and the number of its entry.
+    list: Option<(&'static str, usize)>,
+    field: &'static str,
+    why: &'static str,
+    /// Shown behind the reason.
+    value: &'c [u8],
+}
+
+impl<'c> Fault<'c> {
+    fn new(field: &'static str, why: &'static str, value: &'c [u8]) -> Self {
+        Self {
+            list: None,
+            field,
+            why,
+            value,
+        }
     }
 
-    /// Checks the objects of a list; the check is given the list, too.
-    fn check_each(
-        &self,
-        name: &str,
-        slot: u8,
-        check: fn(Objects<'a>, Record<'a>) -> Result<(), Message>,
-    ) -> Result<(), Message> {
-        let all = self.0.records(slot);
-        for (at, entry) in all.iter().enumerate() {
-            check(all, entry).map_err(|why| message!("{name}[{at}].{why}"))?;
+    fn inside(mut self, list: &'static str, at: usize) -> Self {
+        self.list = Some((list, at));
+        self
+    }
+}
+
+impl Display for Fault<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            list, field, why, ..
+        } = self;
+        if let Some((list, at)) = list {
+            write!(formatter, "{list}[{at}]")?;
+            formatter.write_str(if field.is_empty() { ": " } else { "." })?;
+        }
+        if !field.is_empty() {
+            write!(formatter, "{field}: ")?;
+        }
+        write!(formatter, "{why}{}", self.value.lossy())
+    }
+}
+
+impl Default for Config<'_> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl ImageConfig<'_> {
+    const fn new() -> Self {
+        Self {
+            entrypoint: Strings::new(&[]),
+            cmd: Strings::new(&[]),
+            env: Strings::new(&[]),
+            working_dir: c"",
+            user: "",
+            stop_signal: None,
+        }
+    }
+}
+
+impl<'a> IpConfig<'a> {
+    /// The address, when the entry is complete.
+    fn address(&self) -> Option<Address<'a>> {
+        Some(Address {
+            ip: self.ip?,
+            prefix: self.mask?,
+            gateway: self.gateway.0,
+            device: if self.device.is_empty() {
+                DEVICE
+            } else {
+                self.device
+            },
+        })
+    }
+
+    fn check(&self) -> Result<(), Fault<'a>> {
+        let Some(ip) = self.ip else {
+            return Err(Fault::new("IP", "missing", b""));
+        };
+        let wrong_mask = |why| Err(Fault::new("Mask", why, b""));
+        match (self.mask, ip) {
+            (None, _) => return wrong_mask("missing"),
+            (Some(33..), IpAddr::V4(_)) => return wrong_mask("must be from 0 to 32"),
+            (Some(129..), IpAddr::V6(_)) => return wrong_mask("must be from 0 to 128"),
+            _ => {}
+        }
+        let is_same_family = |gateway: IpAddr| gateway.is_ipv4() == ip.is_ipv4();
+        if !self.gateway.0.is_none_or(is_same_family) {
+            return Err(Fault::new("Gateway", "not of the IP's family", b""));
+        }
+        // dev_valid_name, net/core/dev.c
+        let name = self.device.as_bytes();
+        let is_plain = |byte: &u8| is_graphic(*byte) && *byte != b'/';
+        if name.len() > INTERFACE || matches!(name, b"." | b"..") || !name.iter().all(is_plain) {
+            return Err(Fault::new("Device", "not a network interface: ", name));
         }
         Ok(())
-    }
-}
-
-fn check_length(field: &str, text: Text, most: usize) -> Result<(), Message> {
-    if text.bytes().len() > most {
-        return Err(message!("{field}: longer than {most} bytes"));
-    }
-    Ok(())
-}
-
-/// A path for the kernel: absolute, and not too long.
-fn check_path(field: &str, path: Text) -> Result<(), Message> {
-    if !path.bytes().starts_with(b"/") {
-        return Err(message!("{field}: not an absolute path: {path}"));
-    }
-    check_length(field, path, PATH - 1)
-}
-
-/// The names of a path, without empty ones and `.`.
-#[derive(Clone)]
-struct Names<'a>(Split<'a>);
-
-impl<'a> Names<'a> {
-    fn of(path: Text<'a>) -> Self {
-        Self(split(path.bytes(), b'/'))
-    }
-}
-
-impl<'a> Iterator for Names<'a> {
-    type Item = &'a [u8];
-
-    fn next(&mut self) -> Option<&'a [u8]> {
-        self.0.find(|name| !matches!(*name, b"" | b"."))
-    }
-}
-
-/// An address, perhaps with an IPv6 zone (`fe80::1%eth0`, resolv.conf(5)).
-fn is_name_server(server: Text) -> bool {
-    let text = server.bytes();
-    let address = before(text, b'%');
-    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
-    match (address::parse(address), text.get(address.len() + 1..)) {
-        (Some(IpAddr::V6(_)), Some(zone)) => !zone.is_empty() && zone.iter().all(plain),
-        (ip, zone) => ip.is_some() && zone.is_none(),
     }
 }
 
 /// What this program mounts itself, and needs to the end.
 const OURS: [&[u8]; 4] = [b"proc", b"sys", b"dev", b"run"];
 
-fn check_mount(all: Objects, entry: Record) -> Result<(), Message> {
-    let path = entry.text(b'M');
-    check_path("DevicePath", entry.text(b'D'))?;
-    check_path("MountPath", path)?;
-    let wrong = |why: &str| Err(message!("MountPath: {why}{path}"));
-    let mut names = Names::of(path);
-    let Some(first) = names.next() else {
-        return Err(message!("MountPath: would hide the root"));
-    };
-    if OURS.contains(&first) && names.next().is_none() {
-        return wrong("would hide ");
-    }
-    if Names::of(path).any(|name| name == b"..") {
-        return wrong("has '..': ");
-    }
-    for earlier in all.iter() {
-        if earlier == entry {
-            break;
+impl<'a> Mount<'a> {
+    /// Checks the entry, of which `earlier` come before.
+    pub fn check(&self, earlier: &[Self]) -> Result<(), Fault<'a>> {
+        let fs_type = self.fs_type.to_bytes();
+        let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"._-".contains(byte);
+        if !fs_type.iter().all(is_plain) {
+            return Err(Fault::new("FSType", "not a type of file system: ", fs_type));
         }
-        if Names::of(earlier.text(b'M')).eq(Names::of(path)) {
+        if !(fs_type == b"tmpfs" && self.device_path.is_empty()) {
+            check_path("DevicePath", self.device_path)?;
+        }
+        check_path("MountPath", self.mount_path)?;
+        check_path_length("Options", self.options)?;
+        let path = self.mount_path.to_bytes();
+        let wrong = |why| Err(Fault::new("MountPath", why, path));
+        let mut names = names(self.mount_path);
+        let Some(first) = names.next() else {
+            return Err(Fault::new("MountPath", "would hide the root", b""));
+        };
+        if OURS.contains(&first) && names.next().is_none() {
+            return wrong("would hide ");
+        }
+        if self::names(self.mount_path).any(|name| name == b"..") {
+            return wrong("has '..': ");
+        }
+        let is_same = |other: &Self| self::names(other.mount_path).eq(self::names(self.mount_path));
+        if earlier.iter().any(is_same) {
             return wrong("used twice: ");
+        }
+        Ok(())
+    }
+}
+
+/// The names of a path, without empty ones and `.`.
+fn names(path: &CStr) -> impl Iterator<Item = &[u8]> {
+    let names = path.to_bytes().split(|byte| *byte == b'/');
+    names.filter(|name| !matches!(*name, b"" | b"."))
+}
+
+impl<'a> EtcResolv<'a> {
+    /// Whether there is anything for /etc/resolv.conf.
+    pub fn is_empty(&self) -> bool {
+        self.nameservers.is_empty() && self.search.is_empty() && self.options.is_empty()
+    }
+
+    fn check(&self) -> Result<(), Fault<'a>> {
+        let is_word = |word: &str| !word.is_empty() && word.bytes().all(is_graphic);
+        let Self {
+            nameservers,
+            search,
+            options,
+        } = *self;
+        let why = "not an address: ";
+        check_each("EtcResolv.Nameservers", nameservers, &is_name_server, why)?;
+        check_each("EtcResolv.Search", search, &is_word, "not a domain: ")?;
+        check_each("EtcResolv.Options", options, &is_word, "not an option: ")
+    }
+}
+
+fn check_each<'a>(
+    list: &'static str,
+    strings: Strings<'a>,
+    is_right: &dyn Fn(&str) -> bool,
+    why: &'static str,
+) -> Result<(), Fault<'a>> {
+    for (at, string) in strings.iter().enumerate() {
+        if !string.to_str().is_ok_and(is_right) {
+            return Err(Fault::new("", why, string.to_bytes()).inside(list, at));
         }
     }
     Ok(())
 }
 
-fn check_host(entry: Record) -> Result<(), Message> {
-    let (host, ip) = (entry.text(b'H'), entry.text(b'I'));
-    if ip.ip().is_none() {
-        return Err(message!("IP: not an address: {ip}"));
+/// An address, perhaps with an IPv6 zone (`fe80::1%eth0`, resolv.conf(5)).
+fn is_name_server(server: &str) -> bool {
+    let is_zone = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    match server.split_once('%') {
+        None => address::parse(server).is_some(),
+        Some((address, zone)) => {
+            matches!(address::parse(address), Some(IpAddr::V6(_)))
+                && !zone.is_empty()
+                && zone.bytes().all(is_zone)
+        }
     }
-    let plain = |byte: &u8| *byte > b' ' && *byte != 0x7f && *byte != b'#';
-    if host.is_empty() || !host.bytes().iter().all(plain) {
-        return Err(message!("Host: not a host name: {host}"));
+}
+
+impl<'a> Host<'a> {
+    fn check(&self) -> Result<(), Fault<'a>> {
+        if address::parse(self.ip).is_none() {
+            return Err(Fault::new("IP", "not an address: ", self.ip.as_bytes()));
+        }
+        let is_plain = |byte| is_graphic(byte) && byte != b'#';
+        if self.host.is_empty() || !self.host.bytes().all(is_plain) {
+            let host = self.host.as_bytes();
+            return Err(Fault::new("Host", "not a host name: ", host));
+        }
+        Ok(())
+    }
+}
+
+/// Neither a blank nor a control character; part of a character of UTF-8 may be.
+fn is_graphic(byte: u8) -> bool {
+    byte > b' ' && byte != 0x7f
+}
+
+/// A path for the kernel: absolute, and not too long.
+fn check_path<'c>(field: &'static str, path: &'c CStr) -> Result<(), Fault<'c>> {
+    let bytes = path.to_bytes();
+    if !bytes.starts_with(b"/") {
+        return Err(Fault::new(field, "not an absolute path: ", bytes));
+    }
+    check_path_length(field, path)
+}
+
+fn check_path_length<'c>(field: &'static str, path: &'c CStr) -> Result<(), Fault<'c>> {
+    if path.count_bytes() >= PATH {
+        return Err(Fault::new(field, "longer than 4095 bytes", b""));
     }
     Ok(())
 }
@@ -383,6 +675,7 @@ fn check_host(entry: Record) -> Result<(), Message> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rlimit::{Limit, Resource};
 
     /// The example of the project's first description, whole.
     pub const EXAMPLE: &str = r#"{
@@ -395,67 +688,148 @@ mod tests {
         "RootDevice": null, "EtcResolv": {"Nameservers": ["8.8.8.8"]},
         "EtcHosts": [{"Host": "my-app.internal", "IP": "10.0.0.2", "Desc": "app alias"}]}"#;
 
-    fn with<R>(document: &str, look: impl FnOnce(Config) -> R) -> R {
+    fn with<R>(document: &str, look: impl FnOnce(&Config) -> R) -> Result<R, String> {
         let mut bytes = document.as_bytes().to_vec();
-        let mut spans = Spans::default();
-        Config::decode(&mut bytes, &mut spans).unwrap();
-        look(Config::new(&bytes, &spans))
+        let mut memory = vec![0; bytes.len()];
+        let mut config = Config::new();
+        let decoded = config.decode(&mut bytes, &mut Arena::new(&mut memory));
+        decoded.map_err(|why| why.as_str().to_owned())?;
+        Ok(look(&config))
     }
 
-    fn string(text: Text) -> String {
-        String::from_utf8(text.bytes().to_vec()).unwrap()
+    fn listed<'a>(strings: impl IntoIterator<Item = &'a CStr>) -> Vec<String> {
+        let shown = strings.into_iter().map(|string| string.to_str().unwrap());
+        shown.map(str::to_owned).collect()
     }
 
     fn argv(document: &str) -> Vec<String> {
-        with(document, |config| config.argv().map(string).collect())
+        with(document, |config| listed(config.argv())).unwrap()
     }
 
+    /// What is wrong with a document; empty when nothing is.
     fn complaint(document: &str) -> String {
-        with(document, |config| match config.check() {
-            Ok(()) => String::new(),
-            Err(line) => String::from_utf8(line.as_bytes().to_vec()).unwrap(),
-        })
+        let checked = with(document, |config| {
+            config.check().map_err(|why| why.as_str().to_owned())
+        });
+        checked
+            .and_then(|checked| checked)
+            .err()
+            .unwrap_or_default()
     }
 
     #[test]
     fn the_example_is_read_whole() {
         with(EXAMPLE, |config| {
             config.check().unwrap();
-            assert_eq!(string(config.working_dir()), "/app");
-            assert_eq!(string(config.user()), "nobody");
+            assert_eq!(config.image_config.working_dir, c"/app");
+            assert_eq!(config.user(), "nobody");
             assert_eq!(config.mtu(), 1500);
             assert_eq!(
-                config
-                    .environment()
-                    .map(|entries| entries.iter().map(string).collect::<Vec<_>>())
-                    .concat(),
+                config.environment().map(listed).concat(),
                 [
                     "PATH=/usr/local/bin:/usr/bin:/bin",
                     "DATABASE_URL=postgres://...",
                     "LOG_LEVEL=info"
                 ]
             );
-            assert_eq!(
-                config.ip_configs().next().unwrap().address().unwrap(),
-                Address {
-                    ip: "10.0.0.2".parse().unwrap(),
-                    prefix: 24,
-                    gateway: "169.254.0.1".parse().ok()
-                }
-            );
-            assert_eq!(
-                string(config.mounts().next().unwrap().device_path),
-                "/dev/vdb"
-            );
-            assert_eq!(string(config.mounts().next().unwrap().mount_path), "/data");
-            assert_eq!(
-                string(config.nameservers().iter().next().unwrap()),
-                "8.8.8.8"
-            );
-            assert_eq!(string(config.etc_hosts().next().unwrap().desc), "app alias");
-            assert_eq!(string(config.hostname()), "my-app-abcdef");
-        });
+            let address = Address {
+                ip: "10.0.0.2".parse().unwrap(),
+                prefix: 24,
+                gateway: "169.254.0.1".parse().ok(),
+                device: "eth0",
+            };
+            assert_eq!(config.addresses().collect::<Vec<_>>(), [address]);
+            assert_eq!(config.mounts[0].device_path, c"/dev/vdb");
+            assert_eq!(config.mounts[0].mount_path, c"/data");
+            assert_eq!(config.root_device(), c"/dev/vda");
+            assert_eq!(listed(config.etc_resolv.nameservers), ["8.8.8.8"]);
+            assert_eq!(config.etc_hosts[0].desc, "app alias");
+            assert_eq!(config.hostname, "my-app-abcdef");
+        })
+        .unwrap();
         assert_eq!(argv(EXAMPLE), ["/bin/myapp", "--port", "8080"]);
+    }
+
+    #[test]
+    fn fields_beside_those_of_the_example_are_read() {
+        let document = r#"{
+            "ImageConfig": {"Entrypoint": ["/e"], "StopSignal": "SIGQUIT"},
+            "IPConfigs": [{"IP": "fd00::2", "Mask": 64, "Device": "eth1"}],
+            "Mounts": [
+                {"MountPath": "/tmp", "FSType": "tmpfs", "Options": "size=64m"},
+                {"DevicePath": "/dev/vdc", "MountPath": "/ro", "ReadOnly": true}],
+            "RootDevice": "/dev/pmem0", "RootReadOnly": true, "RootOverlay": "tmpfs:size=64m",
+            "EtcResolv": {"Search": ["example.com", "example.org"], "Options": ["ndots:2"]},
+            "Rlimits": {"NOFILE": 65536, "CORE": "unlimited", "RLIMIT_NPROC": "10:20"},
+            "Sysctls": {"net.core.somaxconn": "1024", "vm/swappiness": "10"},
+            "SeparateStderr": true, "RestoreSignal": 10}"#;
+        with(document, |config| {
+            config.check().unwrap();
+            let signals = [config.image_config.stop_signal, config.restore_signal];
+            assert_eq!(signals.map(|signal| signal.unwrap().number()), [3, 10]);
+            let address = config.addresses().next().unwrap();
+            assert_eq!((address.device, address.gateway), ("eth1", None));
+            assert_eq!(config.mounts[0].fs_type, c"tmpfs");
+            assert_eq!(config.mounts[0].options, c"size=64m");
+            assert!(!config.mounts[0].read_only && config.mounts[1].read_only);
+            assert_eq!(config.root_device(), c"/dev/pmem0");
+            assert!(config.root_read_only && config.separate_stderr);
+            assert_eq!(config.root_overlay(), Some(Overlay::Tmpfs(c"size=64m")));
+            assert_eq!(
+                listed(config.etc_resolv.search),
+                ["example.com", "example.org"]
+            );
+            assert_eq!(listed(config.etc_resolv.options), ["ndots:2"]);
+            let limit = |soft, hard| Limit { soft, hard };
+            assert_eq!(
+                config.rlimits.iter().collect::<Vec<_>>(),
+                [
+                    (Resource::Nofile, limit(Some(65536), Some(65536))),
+                    (Resource::Core, limit(None, None)),
+                    (Resource::Nproc, limit(Some(10), Some(20))),
+                ]
+            );
+            assert_eq!(
+                config.sysctls().collect::<Vec<_>>(),
+                [("net.core.somaxconn", "1024"), ("vm/swappiness", "10")]
+            );
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn a_root_overlay_is_in_memory_or_on_a_device() {
+        let overlay = |text: &str| {
+            let document = format!(r#"{{"RootOverlay":"{text}"}}"#);
+            with(&document, |config| match config.root_overlay() {
+                Some(Overlay::Tmpfs(options)) => format!("tmpfs {}", options.to_str().unwrap()),
+                Some(Overlay::Device(device)) => format!("device {}", device.to_str().unwrap()),
+                None => String::new(),
+            })
+            .unwrap()
+        };
+        assert_eq!(overlay("tmpfs"), "tmpfs ");
+        assert_eq!(overlay("tmpfs:"), "tmpfs ");
+        assert_eq!(overlay("tmpfs:size=64m"), "tmpfs size=64m");
+        assert_eq!(overlay("/dev/vdb"), "device /dev/vdb");
+        assert_eq!(overlay("tmpfsx"), "");
+        assert_eq!(overlay(""), "");
+    }
+
+    #[test]
+    fn a_limit_of_a_resource_given_twice_is_the_last_one() {
+        let document = r#"{"Rlimits":{"NOFILE":1,"CORE":2,"RLIMIT_NOFILE":3}}"#;
+        let limits = with(document, |config| {
+            let softs = config
+                .rlimits
+                .iter()
+                .map(|(resource, limit)| (resource, limit.soft));
+            softs.collect::<Vec<_>>()
+        });
+        assert_eq!(
+            limits.unwrap(),
+            [(Resource::Core, Some(2)), (Resource::Nofile, Some(3))]
+        );
     }
 
     #[test]
@@ -482,124 +856,261 @@ mod tests {
 
     #[test]
     fn mtu_zero_and_no_mtu_are_the_default() {
-        assert_eq!(with("{}", |config| config.mtu()), 1500);
-        assert_eq!(with(r#"{"MTU":0}"#, |config| config.mtu()), 1500);
-        assert_eq!(with(r#"{"MTU":9000}"#, |config| config.mtu()), 9000);
+        for (document, mtu) in [
+            ("{}", 1500),
+            (r#"{"MTU":null}"#, 1500),
+            (r#"{"MTU":0}"#, 1500),
+            (r#"{"MTU":9000}"#, 9000),
+        ] {
+            assert_eq!(with(document, |config| config.mtu()), Ok(mtu));
+        }
     }
 
     #[test]
     fn a_gateway_may_be_absent_empty_or_carry_a_prefix_length() {
         let gateway = |text: &str| {
-            with(
-                &format!(r#"{{"IPConfigs":[{{"IP":"10.0.0.2","Mask":24{text}}}]}}"#),
-                |config| {
-                    config
-                        .ip_configs()
-                        .next()
-                        .unwrap()
-                        .address()
-                        .map(|address| address.gateway)
-                        .map_err(|_| ())
-                },
-            )
+            let document = format!(r#"{{"IPConfigs":[{{"IP":"10.0.0.2","Mask":24{text}}}]}}"#);
+            with(&document, |config| {
+                let checked = config.check().map_err(|why| why.as_str().to_owned());
+                checked.map(|()| config.addresses().next().unwrap().gateway)
+            })?
         };
+        let address = Ok("10.0.0.1".parse().ok());
         assert_eq!(gateway(""), Ok(None));
         assert_eq!(gateway(r#","Gateway":"""#), Ok(None));
+        assert_eq!(gateway(r#","Gateway":"10.0.0.1""#), address);
+        assert_eq!(gateway(r#","Gateway":"10.0.0.1/24""#), address);
+        for text in [
+            "10.0.0.1/x",
+            "10.0.0.1/",
+            "10.0.0.1/+1",
+            "10.0.0.1/129",
+            "x",
+            "/24",
+        ] {
+            assert_eq!(
+                gateway(&format!(r#","Gateway":"{text}""#)),
+                Err(format!("IPConfigs[0].Gateway: not an address: {text}"))
+            );
+        }
         assert_eq!(
-            gateway(r#","Gateway":"10.0.0.1/24""#),
-            Ok("10.0.0.1".parse().ok())
+            gateway(r#","Gateway":"fd00::1""#),
+            Err("IPConfigs[0].Gateway: not of the IP's family".to_owned())
         );
-        assert_eq!(gateway(r#","Gateway":"fd00::1""#), Err(()));
-        assert_eq!(gateway(r#","Gateway":"10.0.0.1/x""#), Err(()));
     }
 
     #[test]
-    fn the_promised_numbers_of_entries_fit() {
-        let list = |count: usize, item: &str| vec![item; count].join(",");
-        let document = format!(
-            r#"{{"ExecOverride":[{}],"ImageConfig":{{"Env":[{}]}},"IPConfigs":[{}],"Mounts":[{}],"EtcHosts":[{}]}}"#,
-            list(ARGV, r#""a""#),
-            list(ENV, r#""a=b""#),
-            list(ADDRESSES, r#"{"IP":"10.0.0.2"}"#),
-            list(MOUNTS, "{}"),
-            list(HOSTS, "{}"),
-        );
-        with(&document, |config| {
-            assert_eq!(config.argv().count(), ARGV);
-            assert_eq!(config.environment()[0].iter().count(), ENV);
+    fn the_promised_numbers_of_entries_fit_and_one_more_is_an_error() {
+        let list = |count: usize, entry: &str| format!("[{}]", vec![entry; count].join(","));
+        let map = |count: usize| {
+            let entries = (0..count).map(|at| format!(r#""a{at}":"b""#));
+            format!("{{{}}}", entries.collect::<Vec<_>>().join(","))
+        };
+        let image = |name: &str, value: String| format!(r#""ImageConfig":{{"{name}":{value}}}"#);
+        let resolv = |name: &str, value: String| format!(r#""EtcResolv":{{"{name}":{value}}}"#);
+        let member = |name: &str, value: String| format!(r#""{name}":{value}"#);
+        type Member<'m> = &'m dyn Fn(usize) -> String;
+        let members: [(&str, usize, Member); 12] = [
+            ("ExecOverride", ARGV, &|n| {
+                member("ExecOverride", list(n, r#""a""#))
+            }),
+            ("ImageConfig.Entrypoint", ARGV, &|n| {
+                image("Entrypoint", list(n, r#""""#))
+            }),
+            ("ImageConfig.Cmd", ARGV, &|n| image("Cmd", list(n, r#""""#))),
+            ("ImageConfig.Env", ENV, &|n| {
+                image("Env", list(n, r#""a=b""#))
+            }),
+            ("ExtraEnv", ENV, &|n| member("ExtraEnv", map(n))),
+            ("IPConfigs", ADDRESSES, &|n| {
+                member("IPConfigs", list(n, r#"{"IP":"::1"}"#))
+            }),
+            ("Mounts", MOUNTS, &|n| member("Mounts", list(n, "{}"))),
+            ("EtcHosts", HOSTS, &|n| member("EtcHosts", list(n, "{}"))),
+            ("EtcResolv.Nameservers", NAMESERVERS, &|n| {
+                resolv("Nameservers", list(n, r#""::1""#))
+            }),
+            ("EtcResolv.Search", RESOLV_WORDS, &|n| {
+                resolv("Search", list(n, r#""a""#))
+            }),
+            ("EtcResolv.Options", RESOLV_WORDS, &|n| {
+                resolv("Options", list(n, r#""a""#))
+            }),
+            ("Sysctls", SYSCTLS, &|n| member("Sysctls", map(n))),
+        ];
+        let all = members.map(|(_, most, member)| member(most)).join(",");
+        with(&format!("{{{all}}}"), |config| {
+            let argv = [
+                config.exec_override,
+                config.image_config.entrypoint,
+                config.image_config.cmd,
+            ];
+            assert_eq!(argv.map(|list| list.iter().count()), [ARGV; 3]);
             assert_eq!(
-                (
-                    config.ip_configs().count(),
-                    config.mounts().count(),
-                    config.etc_hosts().count()
-                ),
-                (ADDRESSES, MOUNTS, HOSTS)
+                config.environment().map(|list| list.iter().count()),
+                [ENV; 2]
             );
-        });
-        let mut over = format!(r#"{{"Mounts":[{}]}}"#, list(MOUNTS + 1, "{}")).into_bytes();
-        let why = Config::decode(&mut over, &mut Spans::default()).unwrap_err();
-        assert_eq!(why.as_bytes(), b"Mounts[64]: more than 64 entries");
+            assert_eq!(config.ip_configs.len(), ADDRESSES);
+            assert_eq!(config.mounts.len(), MOUNTS);
+            assert_eq!(config.etc_hosts.len(), HOSTS);
+            assert_eq!(config.etc_resolv.nameservers.iter().count(), NAMESERVERS);
+            assert_eq!(config.etc_resolv.search.iter().count(), RESOLV_WORDS);
+            assert_eq!(config.etc_resolv.options.iter().count(), RESOLV_WORDS);
+            assert_eq!(config.sysctls().count(), SYSCTLS);
+        })
+        .unwrap();
+        for (path, most, member) in members {
+            assert_eq!(
+                complaint(&format!("{{{}}}", member(most + 1))),
+                format!("{path}: more than {most} entries")
+            );
+        }
     }
 
     #[test]
     fn what_cannot_work_is_named() {
+        let mount = |rest: &str| format!(r#"{{"Mounts":[{{{rest}}}]}}"#);
+        let at = |path: &str| mount(&format!(r#""DevicePath":"/dev/vdb","MountPath":"{path}""#));
+        let ip = |rest: &str| format!(r#"{{"IPConfigs":[{{{rest}}}]}}"#);
+        let resolv = |rest: &str| format!(r#"{{"EtcResolv":{{{rest}}}}}"#);
+        let text = |field: &str, value: &str| format!(r#"{{"{field}":"{value}"}}"#);
+        let ip_device = |name: &str| ip(&format!(r#""IP":"::1","Mask":128,"Device":"{name}""#));
         for (document, wanted) in [
-            (r#"{"ExecOverride":[""]}"#, "the command's name is empty"),
             (
-                r#"{"RootDevice":"vda"}"#,
+                r#"{"ExecOverride":[""]}"#.to_owned(),
+                "the command's name is empty",
+            ),
+            (
+                text("RootDevice", "vda"),
                 "RootDevice: not an absolute path: vda",
             ),
             (
-                r#"{"IPConfigs":[{"IP":"10.0.0.2","Mask":33}]}"#,
+                text("RootDevice", &format!("/{}", "d".repeat(4095))),
+                "RootDevice: longer than 4095 bytes",
+            ),
+            (
+                format!(
+                    r#"{{"ImageConfig":{{"WorkingDir":"/{}"}}}}"#,
+                    "d".repeat(4095)
+                ),
+                "ImageConfig.WorkingDir: longer than 4095 bytes",
+            ),
+            (
+                text("RootOverlay", "ramfs"),
+                "RootOverlay: neither tmpfs nor a device: ramfs",
+            ),
+            (
+                text("Hostname", &"h".repeat(65)),
+                "Hostname: longer than 64 bytes",
+            ),
+            (
+                ip(r#""IP":"10.0.0.2","Mask":33"#),
                 "IPConfigs[0].Mask: must be from 0 to 32",
             ),
             (
-                r#"{"IPConfigs":[{"IP":"10.0.0.256","Mask":24}]}"#,
+                ip(r#""IP":"::1","Mask":129"#),
+                "IPConfigs[0].Mask: must be from 0 to 128",
+            ),
+            (ip(r#""IP":"10.0.0.2""#), "IPConfigs[0].Mask: missing"),
+            (
+                ip(r#""IP":"10.0.0.2","Mask":null"#),
+                "IPConfigs[0].Mask: missing",
+            ),
+            (
+                ip(r#""IP":"10.0.0.256","Mask":24"#),
                 "IPConfigs[0].IP: not an address: 10.0.0.256",
             ),
-            (r#"{"IPConfigs":[{}]}"#, "IPConfigs[0].IP: not an address: "),
+            (ip(""), "IPConfigs[0].IP: missing"),
             (
-                r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"//./"}]}"#,
-                "Mounts[0].MountPath: would hide the root",
+                ip_device("a/b"),
+                "IPConfigs[0].Device: not a network interface: a/b",
             ),
             (
-                r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"/proc"}]}"#,
-                "Mounts[0].MountPath: would hide /proc",
+                ip_device(".."),
+                "IPConfigs[0].Device: not a network interface: ..",
             ),
             (
-                r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"/a/../b"}]}"#,
-                "Mounts[0].MountPath: has '..': /a/../b",
+                ip_device("0123456789abcdef"),
+                "IPConfigs[0].Device: not a network interface: 0123456789abcdef",
             ),
+            (at("//./"), "Mounts[0].MountPath: would hide the root"),
+            (at("/proc"), "Mounts[0].MountPath: would hide /proc"),
+            (at("/./dev/"), "Mounts[0].MountPath: would hide /./dev/"),
+            (at("/a/../b"), "Mounts[0].MountPath: has '..': /a/../b"),
+            (at("a"), "Mounts[0].MountPath: not an absolute path: a"),
             (
-                r#"{"Mounts":[{"DevicePath":"","MountPath":"/a"}]}"#,
+                mount(r#""DevicePath":"","MountPath":"/a""#),
                 "Mounts[0].DevicePath: not an absolute path: ",
             ),
             (
-                r#"{"Mounts":[{"DevicePath":"/dev/vdb","MountPath":"/a/b"},{"DevicePath":"/dev/vdc","MountPath":"/a//b/"}]}"#,
-                "Mounts[1].MountPath: used twice: /a//b/",
+                mount(
+                    r#""DevicePath":"/dev/vdb","MountPath":"/a"},{"DevicePath":"/dev/vdc","MountPath":"//a/.""#,
+                ),
+                "Mounts[1].MountPath: used twice: //a/.",
             ),
             (
-                r#"{"EtcResolv":{"Nameservers":["8.8.8.8","x"]}}"#,
+                mount(r#""DevicePath":"/dev/vdb","MountPath":"/a","FSType":"a b""#),
+                "Mounts[0].FSType: not a type of file system: a b",
+            ),
+            (
+                mount(r#""DevicePath":"vdb","MountPath":"/a","FSType":"tmpfs""#),
+                "Mounts[0].DevicePath: not an absolute path: vdb",
+            ),
+            (
+                resolv(r#""Nameservers":["8.8.8.8","x"]"#),
                 "EtcResolv.Nameservers[1]: not an address: x",
             ),
             (
-                r#"{"EtcHosts":[{"Host":"a b","IP":"10.0.0.2"}]}"#,
+                resolv(r#""Nameservers":["8.8.8.8%eth0"]"#),
+                "EtcResolv.Nameservers[0]: not an address: 8.8.8.8%eth0",
+            ),
+            (
+                resolv(r#""Search":["a","b c"]"#),
+                "EtcResolv.Search[1]: not a domain: b c",
+            ),
+            (
+                resolv(r#""Options":[""]"#),
+                "EtcResolv.Options[0]: not an option: ",
+            ),
+            (
+                r#"{"EtcHosts":[{"Host":"a b","IP":"10.0.0.2"}]}"#.to_owned(),
                 "EtcHosts[0].Host: not a host name: a b",
             ),
             (
-                r#"{"EtcHosts":[{"Host":"a","IP":""}]}"#,
+                r#"{"EtcHosts":[{"Host":"a","IP":""}]}"#.to_owned(),
                 "EtcHosts[0].IP: not an address: ",
             ),
+            (
+                r#"{"Sysctls":{"../x":"1"}}"#.to_owned(),
+                "Sysctls: not a kernel parameter: ../x",
+            ),
+            (
+                r#"{"Sysctls":{"vm.swappiness":10}}"#.to_owned(),
+                "Sysctls.vm.swappiness: must be a string",
+            ),
+            (
+                r#"{"Rlimits":{"NOFILES":1}}"#.to_owned(),
+                "Rlimits.NOFILES: not a resource with a limit",
+            ),
+            (
+                r#"{"Rlimits":{"NOFILE":"2:1"}}"#.to_owned(),
+                "Rlimits.NOFILE: not a limit: 2:1",
+            ),
+            (
+                r#"{"ImageConfig":{"StopSignal":"SIGFOO"}}"#.to_owned(),
+                "ImageConfig.StopSignal: not a signal: SIGFOO",
+            ),
+            (
+                r#"{"ExtraEnv":{"A":"1","B":2}}"#.to_owned(),
+                "ExtraEnv.B: must be a string",
+            ),
+            (
+                resolv(r#""Nameservers":["fe80::1%eth0","::1"],"Search":["é.example"]"#),
+                "",
+            ),
+            (mount(r#""MountPath":"/a","FSType":"tmpfs""#), ""),
         ] {
-            assert_eq!(complaint(document), wanted);
+            assert_eq!(complaint(&document), wanted);
         }
-        assert_eq!(
-            complaint(&format!(r#"{{"Hostname":"{}"}}"#, "h".repeat(65))),
-            "Hostname: longer than 64 bytes"
-        );
-        assert_eq!(
-            complaint(r#"{"EtcResolv":{"Nameservers":["fe80::1%eth0","::1"]}}"#),
-            ""
-        );
     }
 }

@@ -1,52 +1,67 @@
-//! SHA-1 and base64 for the WebSocket handshake, and for nothing else.
-//!
-//! The crates for them are fast and general at 6 KiB; this is one block of each a connection.
+//! SHA-1 (FIPS 180-4) and base64 (RFC 4648) for the WebSocket handshake, and for nothing else.
 
 /// The alphabet (RFC 4648 section 4).
 pub const BASE64: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
-/// SHA-1 (RFC 3174) of a message of at most 119 bytes: two blocks with their padding.
-pub fn sha1(message: &[u8]) -> [u32; 5] {
-    let padded = |at: usize| match message.get(at) {
-        Some(byte) => *byte,
-        None if at == message.len() => 0x80,
-        None => 0,
+/// Bytes of a block.
+const BLOCK: usize = 64;
+/// The message's length in bits, at the end of the last block.
+const LENGTH: usize = 8;
+
+/// The initial hash value (section 5.3.1).
+const INITIAL: [u32; 5] = [
+    0x6745_2301,
+    0xefcd_ab89,
+    0x98ba_dcfe,
+    0x1032_5476,
+    0xc3d2_e1f0,
+];
+
+/// The SHA-1 digest of a message.
+pub fn sha1(message: &[u8]) -> [u8; 20] {
+    let (blocks, rest) = message.as_chunks();
+    // What is left, a bit, zeros, and the length: one block or two (section 5.1.1).
+    let mut padded = [0; 2 * BLOCK];
+    for (slot, byte) in padded.iter_mut().zip(rest) {
+        *slot = *byte;
+    }
+    if let Some(slot) = padded.get_mut(rest.len()) {
+        *slot = 0x80;
+    }
+    let last = if rest.len() + 1 + LENGTH <= BLOCK {
+        1
+    } else {
+        2
     };
-    let words = if message.len() < 56 { 16 } else { 32 };
-    let mut digest = [
-        0x6745_2301u32,
-        0xefcd_ab89,
-        0x98ba_dcfe,
-        0x1032_5476,
-        0xc3d2_e1f0,
-    ];
-    let mut schedule = [0u32; 80];
-    for start in (0..words).step_by(16) {
-        for round in 0..80 {
-            let back = |by: usize| schedule.get(round - by).unwrap_or(&0);
-            let word = match round {
-                15 if start + 16 == words => message.len() as u32 * 8,
-                0..16 => (0..4).fold(0, |word, at| {
-                    word << 8 | u32::from(padded(4 * (start + round) + at))
-                }),
-                _ => (back(3) ^ back(8) ^ back(14) ^ back(16)).rotate_left(1),
-            };
-            if let Some(slot) = schedule.get_mut(round) {
-                *slot = word;
-            }
-        }
-        compress(&mut digest, &schedule);
+    let bits = (message.len() as u64).wrapping_mul(8).to_be_bytes();
+    let length = padded.iter_mut().skip(last * BLOCK - LENGTH);
+    for (slot, byte) in length.zip(&bits) {
+        *slot = *byte;
+    }
+    let mut state = INITIAL;
+    for block in blocks.iter().chain(padded.as_chunks().0.iter().take(last)) {
+        compress(&mut state, block);
+    }
+    let mut digest = [0; 20];
+    for (slot, word) in digest.as_chunks_mut().0.iter_mut().zip(&state) {
+        *slot = word.to_be_bytes();
     }
     digest
 }
 
-fn compress(digest: &mut [u32; 5], schedule: &[u32; 80]) {
-    let [mut a, mut b, mut c, mut d, mut e] = *digest;
-    for (round, word) in schedule.iter().enumerate() {
-        let (mix, constant) = match round / 20 {
-            0 => (b & c | !b & d, 0x5a82_7999),
-            1 => (b ^ c ^ d, 0x6ed9_eba1),
-            2 => (b & c | b & d | c & d, 0x8f1b_bcdc),
+/// Adds a block to the hash value (section 6.1.2).
+fn compress(state: &mut [u32; 5], block: &[u8; BLOCK]) {
+    // The message schedule, of which sixteen words matter at a time.
+    let mut schedule = [0; 16];
+    for (slot, word) in schedule.iter_mut().zip(block.as_chunks().0) {
+        *slot = u32::from_be_bytes(*word);
+    }
+    let [mut a, mut b, mut c, mut d, mut e] = *state;
+    for round in 0..80 {
+        let (mix, constant) = match round {
+            0..20 => (b & c | !b & d, 0x5a82_7999),
+            20..40 => (b ^ c ^ d, 0x6ed9_eba1),
+            40..60 => (b & c | b & d | c & d, 0x8f1b_bcdc),
             _ => (b ^ c ^ d, 0xca62_c1d6u32),
         };
         let next = a
@@ -54,23 +69,30 @@ fn compress(digest: &mut [u32; 5], schedule: &[u32; 80]) {
             .wrapping_add(mix)
             .wrapping_add(e)
             .wrapping_add(constant)
-            .wrapping_add(*word);
+            .wrapping_add(schedule[0]);
         (e, d, c, b, a) = (d, c, b.rotate_left(30), a, next);
+        let word = (schedule[13] ^ schedule[8] ^ schedule[2] ^ schedule[0]).rotate_left(1);
+        schedule.copy_within(1.., 0);
+        schedule[15] = word;
     }
-    for (sum, value) in digest.iter_mut().zip(&[a, b, c, d, e]) {
+    for (sum, value) in state.iter_mut().zip(&[a, b, c, d, e]) {
         *sum = sum.wrapping_add(*value);
     }
 }
 
-/// A digest as base64, with its padding: 6 bits a character, and zeros behind the last ones.
-pub fn base64(digest: &[u32; 5]) -> [u8; 28] {
-    let word = |at: usize| u64::from(digest.get(at).copied().unwrap_or(0));
+/// A digest as base64, with its padding.
+pub fn base64(digest: &[u8; 20]) -> [u8; 28] {
     let mut text = [b'='; 28];
-    for (at, slot) in text.iter_mut().enumerate().take(27) {
-        let bit = 6 * at;
-        let bits = word(bit / 32) << 32 | word(bit / 32 + 1);
-        let index = bits >> (58 - bit % 32) & 63;
-        *slot = BASE64.get(index as usize).copied().unwrap_or(b'=');
+    for (bytes, characters) in digest.chunks(3).zip(text.chunks_mut(4)) {
+        let group = bytes
+            .iter()
+            .fold(0, |group, byte| group << 8 | usize::from(*byte));
+        // Three bytes are four characters; two are three, and one is two.
+        let group = group << (8 * (3 - bytes.len()));
+        for (at, character) in characters.iter_mut().take(bytes.len() + 1).enumerate() {
+            let index = group >> (18 - 6 * at) & 63;
+            *character = BASE64.get(index).copied().unwrap_or(b'=');
+        }
     }
     text
 }
@@ -82,7 +104,7 @@ mod tests {
     fn hex(message: &[u8]) -> String {
         sha1(message)
             .iter()
-            .map(|word| format!("{word:08x}"))
+            .map(|byte| format!("{byte:02x}"))
             .collect()
     }
 
@@ -92,7 +114,24 @@ mod tests {
         assert_eq!(hex(b""), "da39a3ee5e6b4b0d3255bfef95601890afd80709");
         let two_blocks = b"abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq";
         assert_eq!(hex(two_blocks), "84983e441c3bd26ebaae4aa1f95129e5e54670f1");
-        assert_eq!(base64(&[0; 5]), *b"AAAAAAAAAAAAAAAAAAAAAAAAAAA=");
+        let million = vec![b'a'; 1_000_000];
+        assert_eq!(hex(&million), "34aa973cd4c4daa4f61eeb2bdbad27316534016f");
+        assert_eq!(base64(&[0; 20]), *b"AAAAAAAAAAAAAAAAAAAAAAAAAAA=");
+        assert_eq!(base64(&[255; 20]), *b"//////////////////////////8=");
         assert_eq!(base64(&sha1(b"abc")), *b"qZk+NkcGgWq6PiVxeFDCbJzQ2J0=");
+    }
+
+    #[test]
+    fn the_padding_is_right_around_the_end_of_a_block() {
+        for (length, expected) in [
+            (55, "c1c8bbdc22796e28c0e15163d20899b65621d65a"),
+            (56, "c2db330f6083854c99d4b5bfb6e8f29f201be699"),
+            (63, "03f09f5b158a7a8cdad920bddc29b81c18a551f5"),
+            (64, "0098ba824b5c16427bd7a1122a5a442a25ec644d"),
+            (119, "ee971065aaa017e0632a8ca6c77bb3bf8b1dfc56"),
+            (120, "f34c1488385346a55709ba056ddd08280dd4c6d6"),
+        ] {
+            assert_eq!(hex(&vec![b'a'; length]), expected, "{length}");
+        }
     }
 }

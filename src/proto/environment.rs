@@ -1,8 +1,8 @@
 //! Environments in the form execve(2) wants them.
 
+use crate::arena::Strings;
 use crate::bytes::find;
 use crate::config;
-use crate::json::Strings;
 use crate::message;
 use crate::message::Message;
 
@@ -46,8 +46,8 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
     /// Sets each `NAME=value`; a string without a name or without `=` is dropped. The error: they
     /// are more strings, or more bytes, than there is room for.
     pub fn set_all(&mut self, entries: Strings) -> Result<(), Message> {
-        for entry in entries.iter() {
-            self.set(entry.bytes(), b"")?;
+        for entry in entries {
+            self.set(entry.to_bytes(), b"")?;
         }
         Ok(())
     }

@@ -1,8 +1,8 @@
 //! The contents of /etc/hosts and /etc/resolv.conf.
 
+use crate::arena::Strings;
 use crate::bytes::{find, split, trim};
-use crate::config::Host;
-use crate::json::Strings;
+use crate::config::{EtcResolv, Host};
 
 /// Marks a line of /etc/hosts as ours, so that the next boot replaces it.
 const MARK: &[u8] = b"# pigeon-init";
@@ -43,7 +43,8 @@ impl<'a> Contents<'a> {
 ///
 /// Lines of an earlier boot go, all others stay as they are, and each entry is added unless a
 /// line that stays says the same already.
-pub fn hosts<'h>(old: &[u8], entries: impl Iterator<Item = Host<'h>>, new: &mut Contents) {
+#[inline(never)]
+pub fn hosts(old: &[u8], entries: &[Host], new: &mut Contents) {
     let mut blank = true;
     keep(old, &mut |line| {
         blank &= trim(line).is_empty();
@@ -54,7 +55,7 @@ pub fn hosts<'h>(old: &[u8], entries: impl Iterator<Item = Host<'h>>, new: &mut 
         new.put(LOCALHOST);
     }
     for Host { ip, host, desc } in entries {
-        let (ip, host) = (ip.bytes(), host.bytes());
+        let (ip, host) = (ip.as_bytes(), host.as_bytes());
         let mut said = false;
         keep(old, &mut |line| said |= says(line, ip, host));
         if said {
@@ -69,7 +70,7 @@ pub fn hosts<'h>(old: &[u8], entries: impl Iterator<Item = Host<'h>>, new: &mut 
             new.put(b": ");
             // A line break here would start a line of its own.
             for byte in desc.bytes() {
-                new.put(&[b' '.max(*byte)]);
+                new.put(&[b' '.max(byte)]);
             }
         }
         new.put(b"\n");
@@ -115,86 +116,115 @@ fn says(line: &[u8], ip: &[u8], name: &[u8]) -> bool {
 }
 
 /// Writes the new /etc/resolv.conf (resolv.conf(5)).
-pub fn resolv(nameservers: Strings, new: &mut Contents) {
-    for server in nameservers.iter() {
+pub fn resolv(resolv: &EtcResolv, new: &mut Contents) {
+    for server in resolv.nameservers {
         new.put(b"nameserver ");
-        new.put(server.bytes());
+        new.put(server.to_bytes());
         new.put(b"\n");
     }
+    line(b"search", resolv.search, new);
+    line(b"options", resolv.options, new);
+}
+
+/// A line of a keyword and words, if there are words.
+fn line(keyword: &[u8], words: Strings, new: &mut Contents) {
+    if words.is_empty() {
+        return;
+    }
+    new.put(keyword);
+    for word in words {
+        new.put(b" ");
+        new.put(word.to_bytes());
+    }
+    new.put(b"\n");
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Config;
-    use crate::json::Spans;
 
-    fn boot(old: &str, entries: &str) -> String {
-        let mut document = format!(r#"{{"EtcHosts":[{entries}]}}"#).into_bytes();
-        let mut spans = Spans::default();
-        Config::decode(&mut document, &mut spans).unwrap();
-        let config = Config::new(&document, &spans);
+    const ALIAS: Host = Host {
+        host: "my-app.internal",
+        ip: "10.0.0.2",
+        desc: "app\nalias",
+    };
+
+    fn boot(old: &str, entries: &[Host]) -> String {
         let mut room = [0; 4096];
         let mut new = Contents::new(&mut room);
-        hosts(old.as_bytes(), config.etc_hosts(), &mut new);
+        hosts(old.as_bytes(), entries, &mut new);
         String::from_utf8(new.bytes().unwrap().to_vec()).unwrap()
     }
 
-    const ALIAS: &str = r#"{"Host":"my-app.internal","IP":"10.0.0.2","Desc":"app\nalias"}"#;
-
     #[test]
     fn entries_appear_once_however_often_the_root_boots() {
-        let once = boot("127.0.0.1 localhost\n", ALIAS);
+        let once = boot("127.0.0.1 localhost\n", &[ALIAS]);
         assert_eq!(
             once,
             "127.0.0.1 localhost\n10.0.0.2\tmy-app.internal\t# pigeon-init: app alias\n"
         );
-        assert_eq!(boot(&boot(&once, ALIAS), ALIAS), once);
+        assert_eq!(boot(&boot(&once, &[ALIAS]), &[ALIAS]), once);
     }
 
     #[test]
     fn an_entry_that_changed_or_went_leaves_nothing_behind() {
-        let once = boot("127.0.0.1 localhost\n", ALIAS);
+        let once = boot("127.0.0.1 localhost\n", &[ALIAS]);
+        let moved = Host {
+            host: "my-app.internal",
+            ip: "10.0.0.3",
+            desc: "",
+        };
         assert_eq!(
-            boot(&once, r#"{"Host":"my-app.internal","IP":"10.0.0.3"}"#),
+            boot(&once, &[moved]),
             "127.0.0.1 localhost\n10.0.0.3\tmy-app.internal\t# pigeon-init\n"
         );
-        assert_eq!(boot(&once, ""), "127.0.0.1 localhost\n");
+        assert_eq!(boot(&once, &[]), "127.0.0.1 localhost\n");
     }
 
     #[test]
     fn an_entry_the_image_has_already_is_not_repeated() {
         let image = "127.0.0.1 localhost\n10.0.0.2   other my-app.internal # mine\n";
-        assert_eq!(boot(image, ALIAS), image);
+        assert_eq!(boot(image, &[ALIAS]), image);
         let commented = "127.0.0.1 localhost\n#10.0.0.2 my-app.internal\n";
-        assert!(boot(commented, ALIAS).ends_with("alias\n"));
+        assert!(boot(commented, &[ALIAS]).ends_with("alias\n"));
     }
 
     #[test]
     fn a_missing_or_blank_file_gets_localhost() {
-        assert!(boot("", ALIAS).starts_with("127.0.0.1\tlocalhost\n::1\tlocalhost"));
-        assert!(boot(" \n\n", "").contains("127.0.0.1\tlocalhost\n"));
-        assert_eq!(boot(&boot("", ALIAS), ALIAS), boot("", ALIAS));
+        assert!(boot("", &[ALIAS]).starts_with("127.0.0.1\tlocalhost\n::1\tlocalhost"));
+        assert!(boot(" \n\n", &[]).contains("127.0.0.1\tlocalhost\n"));
+        assert_eq!(boot(&boot("", &[ALIAS]), &[ALIAS]), boot("", &[ALIAS]));
     }
 
     #[test]
     fn a_last_line_without_an_end_gets_one() {
-        assert!(boot("1.2.3.4 x", ALIAS).starts_with("1.2.3.4 x\n10.0.0.2\t"));
+        assert!(boot("1.2.3.4 x", &[ALIAS]).starts_with("1.2.3.4 x\n10.0.0.2\t"));
     }
 
     #[test]
-    fn each_name_server_is_a_line() {
-        let mut document = br#"{"EtcResolv":{"Nameservers":["8.8.8.8","fd00::1"]}}"#.to_vec();
-        let mut spans = Spans::default();
-        Config::decode(&mut document, &mut spans).unwrap();
-        let config = Config::new(&document, &spans);
+    fn each_name_server_is_a_line_and_the_words_of_a_list_share_one() {
+        let both = EtcResolv {
+            nameservers: Strings::new(b"8.8.8.8\0fd00::1\0"),
+            search: Strings::new(b"a.example\0b.example\0"),
+            options: Strings::new(b"ndots:2\0"),
+        };
+        let servers = EtcResolv {
+            nameservers: both.nameservers,
+            ..EtcResolv::default()
+        };
         let expected = b"nameserver 8.8.8.8\nnameserver fd00::1\n";
-        let mut room = [0; 256];
-        let mut new = Contents::new(&mut room);
-        resolv(config.nameservers(), &mut new);
-        assert_eq!(new.bytes(), Some(&expected[..]));
-        let mut new = Contents::new(room.split_at_mut(expected.len() - 1).0);
-        resolv(config.nameservers(), &mut new);
-        assert_eq!(new.bytes(), None);
+        let more = b"search a.example b.example\noptions ndots:2\n";
+        for (given, expected) in [
+            (servers, expected.to_vec()),
+            (both, [&expected[..], more].concat()),
+        ] {
+            let mut room = vec![0; expected.len()];
+            let mut new = Contents::new(&mut room);
+            resolv(&given, &mut new);
+            assert_eq!(new.bytes(), Some(&expected[..]));
+            let mut new = Contents::new(room.split_last_mut().unwrap().1);
+            resolv(&given, &mut new);
+            assert_eq!(new.bytes(), None);
+        }
     }
 }

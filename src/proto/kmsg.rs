@@ -1,31 +1,39 @@
-//! Objects of /dev/kmsg (Documentation/ABI/testing/dev-kmsg): did the OOM killer kill this process?
+//! Records of /dev/kmsg (Documentation/ABI/testing/dev-kmsg): what the kernel itself says.
 
-use crate::bytes::{before, decimal, split};
+use crate::decimal;
 
 /// Whether `record` is the kernel's own word that its OOM killer chose process `pid`.
 ///
-/// A record is `prefix;text`, its prefix starts with `facility * 8 + level`. Facility 0 is the
-/// kernel's own: what user space writes gets another one (kernel/printk/printk.c, devkmsg_write).
-/// The kernel says it twice (mm/oom_kill.c), and either line counts: the first comes before the
-/// kill but is rate limited, the second may come after the process is reaped.
+/// The kernel says it twice (mm/oom_kill.c), and either line counts: the first comes before the kill
+/// but is rate limited, the second may come after the process is reaped.
 pub fn killed_by_oom(record: &[u8], pid: u32) -> bool {
-    let prefix = before(record, b';');
-    let text = record.get(prefix.len() + 1..).unwrap_or(&[]);
-    let text = before(text, b'\n');
-    decimal(before(prefix, b',')).is_some_and(|priority| priority >> 3 == 0)
-        && chosen(text).or_else(|| killed(text)) == Some(pid)
+    kernel_text(record).and_then(|text| chosen(text).or_else(|| killed(text))) == Some(pid)
+}
+
+/// Whether `record` is the kernel's own word that this VM was restored from a snapshot: it has a new
+/// VMGenID, for which random numbers were reseeded (drivers/char/random.c).
+pub fn is_virtual_machine_fork(record: &[u8]) -> bool {
+    kernel_text(record) == Some(b"random: crng reseeded due to virtual machine fork")
+}
+
+/// A record's text without its continuation lines, if it is the kernel's own.
+///
+/// A record is `prefix;text`, and its prefix starts with `facility * 8 + level`. Facility 0 is the
+/// kernel's: what user space writes gets another one (kernel/printk/printk.c, devkmsg_write).
+fn kernel_text(record: &[u8]) -> Option<&[u8]> {
+    let mut parts = record.splitn(2, |byte| *byte == b';');
+    let priority: u32 = decimal::parse(parts.next()?.split(|byte| *byte == b',').next()?)?;
+    let text = parts.next()?.split(|byte| *byte == b'\n').next()?;
+    (priority >> 3 == 0).then_some(text)
 }
 
 /// `oom-kill:constraint=…,task=NAME,pid=N,uid=N`: NAME is the process's to choose, so from the end.
 fn chosen(text: &[u8]) -> Option<u32> {
-    let fields = text.strip_prefix(b"oom-kill:")?;
-    let (mut pid, mut uid): (&[u8], &[u8]) = (&[], &[]);
-    for field in split(fields, b',') {
-        pid = uid;
-        uid = field;
-    }
-    decimal(uid.strip_prefix(b"uid=")?)?;
-    decimal(pid.strip_prefix(b"pid=")?)
+    let mut fields = text
+        .strip_prefix(b"oom-kill:")?
+        .rsplit(|byte| *byte == b',');
+    let _uid: u32 = decimal::parse(fields.next()?.strip_prefix(b"uid=")?)?;
+    decimal::parse(fields.next()?.strip_prefix(b"pid=")?)
 }
 
 /// `Out of memory: Killed process N (NAME) …` and its forms for cgroups and allocating tasks.
@@ -36,8 +44,8 @@ fn killed(text: &[u8]) -> Option<u32> {
         b"Out of memory (oom_kill_allocating_task): Killed process ",
     ];
     let rest = STARTS.iter().find_map(|start| text.strip_prefix(*start))?;
-    let digits = before(rest, b' ');
-    decimal(digits).filter(|_| digits.len() < rest.len())
+    let (digits, _name) = rest.split_at_checked(rest.iter().position(|byte| *byte == b' ')?)?;
+    decimal::parse(digits)
 }
 
 #[cfg(test)]
@@ -72,6 +80,28 @@ mod tests {
             "",
         ] {
             assert!(!killed_by_oom(record.as_bytes(), 71), "{record}");
+        }
+    }
+
+    #[test]
+    fn a_restored_vm_is_recognised_by_the_kernels_word_alone() {
+        let text = "random: crng reseeded due to virtual machine fork";
+        for (record, expected) in [
+            (format!("5,301,77,-;{text}\n"), true),
+            (format!("5,301,77,-,caller=T1;{text}"), true),
+            (format!("5,301,77,-;{text}\n SUBSYSTEM=x\n"), true),
+            (format!("13,301,77,-;{text}\n"), false),
+            (format!("5,301,77,-;x {text}\n"), false),
+            (format!("5,301,77,-;{text}ed\n"), false),
+            (format!("5,301,77,-;x\n{text}\n"), false),
+            (text.into(), false),
+            ("5,301,77,-;random: crng init done\n".into(), false),
+        ] {
+            assert_eq!(
+                is_virtual_machine_fork(record.as_bytes()),
+                expected,
+                "{record}"
+            );
         }
     }
 }

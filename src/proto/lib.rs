@@ -14,11 +14,14 @@
 )]
 
 pub mod address;
+pub mod arena;
 pub mod bodies;
 pub mod buffer;
 pub mod bytes;
 pub mod config;
+pub mod decimal;
 pub mod digest;
+pub mod docker_frames;
 pub mod environment;
 pub mod etc_files;
 pub mod http;
@@ -28,6 +31,9 @@ pub mod message;
 pub mod mmds;
 pub mod mountinfo;
 pub mod netlink;
+pub mod rlimit;
+pub mod signal;
 pub mod slab;
+pub mod sysctl;
 pub mod users;
 pub mod websocket;

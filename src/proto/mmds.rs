@@ -1,16 +1,15 @@
-//! Firecracker's metadata service: its requests, and its answers.
+//! Firecracker's metadata service (MMDS): requests and response heads.
 //!
 //! The service (docs/mmds in Firecracker) answers with an empty reason phrase, always gives a
 //! Content-Length, never sends chunks and never closes first: a reader stops at the length.
 
-use crate::bytes::{before, decimal, same_word, split, trim};
-use crate::http::HeaderLine;
+use crate::decimal;
 use core::fmt::{self, Display};
 use core::net::Ipv4Addr;
 
 /// Where the service listens, on port 80.
 pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
-/// What the guest calls itself while it asks.
+/// The guest's address while it asks.
 pub const GUEST: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 1);
 /// Prefix length of [`GUEST`].
 pub const PREFIX: u8 = 16;
@@ -23,51 +22,61 @@ const DOCUMENT_REQUEST: &[u8] =
     b"GET / HTTP/1.1\r\nHost: 169.254.169.254\r\nAccept: application/json\r\n";
 const TOKEN_HEADER: &[u8] = b"X-metadata-token: ";
 
-/// Longest token taken; Firecracker's has 48 characters.
-pub const TOKEN: usize = 256;
-/// Longest response head.
-pub const HEAD: usize = 4096;
+/// Longest token taken in bytes; Firecracker's has 48.
+pub const MAX_TOKEN: usize = 256;
+/// Longest response head in bytes; Firecracker's has about 130.
+pub const MAX_HEAD: usize = 4096;
+/// Most header lines of a response; Firecracker's has four.
+const MAX_HEADERS: usize = 32;
 
-/// A request: at most this long.
-pub type Request = heapless::Vec<u8, 512>;
+/// Room for a request with the longest token.
+const MAX_REQUEST: usize = 512;
 
-/// A request for the whole document, with the token of a V2 session.
-pub fn document_request(token: Option<&[u8]>, request: &mut Request) {
-    request.clear();
-    let (name, token, end) = match token {
-        Some(token) => (TOKEN_HEADER, token, &b"\r\n"[..]),
-        None => (&b""[..], &b""[..], &b""[..]),
-    };
-    for part in &[DOCUMENT_REQUEST, name, token, end, b"\r\n"] {
-        let fits = request.extend_from_slice(part);
-        debug_assert!(fits.is_ok());
+/// A request for the document.
+pub type Request = heapless::Vec<u8, MAX_REQUEST>;
+
+const _: () = assert!(
+    DOCUMENT_REQUEST.len() + TOKEN_HEADER.len() + MAX_TOKEN + 4 <= MAX_REQUEST,
+    "the longest request fits"
+);
+
+/// A request for the whole document, with the token of a V2 session; `None` for a token longer than
+/// [`MAX_TOKEN`].
+pub fn document_request(token: Option<&[u8]>) -> Option<Request> {
+    let mut request = Request::from_slice(DOCUMENT_REQUEST).ok()?;
+    if let Some(token) = token {
+        for part in [TOKEN_HEADER, token, b"\r\n"] {
+            request.extend_from_slice(part).ok()?;
+        }
     }
+    request.extend_from_slice(b"\r\n").ok()?;
+    Some(request)
 }
 
 /// The token of a response's body; `None` when it cannot stand in a header.
 pub fn token(body: &[u8]) -> Option<&[u8]> {
-    let body = trim(body);
-    let fits = (1..=TOKEN).contains(&body.len()) && body.iter().all(u8::is_ascii_graphic);
+    let body = body.trim_ascii();
+    let fits = (1..=MAX_TOKEN).contains(&body.len()) && body.iter().all(u8::is_ascii_graphic);
     fits.then_some(body)
 }
 
-/// Why an answer is no answer.
+/// Why a response cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
+pub enum ResponseError {
     /// Not HTTP/1.
     Malformed,
-    /// A head over [`HEAD`] bytes.
+    /// A head over [`MAX_HEAD`] bytes or [`MAX_HEADERS`] header lines.
     LongHead,
-    /// No Content-Length, or two that differ.
-    NoLength,
+    /// No Content-Length, or several that differ.
+    ContentLength,
 }
 
-impl Display for Fault {
+impl Display for ResponseError {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
-            Self::Malformed => "an answer that is not HTTP",
-            Self::LongHead => "an answer's header is too long",
-            Self::NoLength => "an answer without a length",
+            Self::Malformed => "the response is not HTTP/1",
+            Self::LongHead => "the response's head is too long",
+            Self::ContentLength => "the response has no valid Content-Length",
         })
     }
 }
@@ -77,48 +86,39 @@ impl Display for Fault {
 pub struct Head {
     /// The status code.
     pub status: u16,
-    /// Length of the head in bytes.
-    pub length: u16,
+    /// Length of the head in bytes, at most [`MAX_HEAD`].
+    pub length: usize,
     /// Length of the body in bytes.
-    pub body: u32,
+    pub content_length: u32,
 }
 
-/// Reads a response's head; `Ok(None)` when it has not come whole.
-pub fn head(bytes: &[u8]) -> Result<Option<Head>, Fault> {
-    const VERSION: &[u8] = b"HTTP/1.";
-    let version = bytes.get(..VERSION.len()).unwrap_or(bytes);
-    if !VERSION.starts_with(version) {
-        return Err(Fault::Malformed);
-    }
-    let head = bytes.get(..HEAD).unwrap_or(bytes);
-    let Some(end) = head.windows(4).position(|end| end == b"\r\n\r\n") else {
-        return match head.len() {
-            HEAD => Err(Fault::LongHead),
-            _ => Ok(None),
-        };
+/// Parses a response's head from the bytes received so far; `Ok(None)` when it is not complete.
+pub fn parse_head(bytes: &[u8]) -> Result<Option<Head>, ResponseError> {
+    let bytes = bytes.get(..MAX_HEAD).unwrap_or(bytes);
+    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut response = httparse::Response::new(&mut headers);
+    let length = match response.parse(bytes) {
+        Ok(httparse::Status::Complete(length)) => length,
+        Ok(httparse::Status::Partial) if bytes.len() < MAX_HEAD => return Ok(None),
+        Ok(httparse::Status::Partial) | Err(httparse::Error::TooManyHeaders) => {
+            return Err(ResponseError::LongHead);
+        }
+        Err(_) => return Err(ResponseError::Malformed),
     };
-    let first = before(bytes, b'\n');
-    // HTTP/1.1 200 [reason]
-    let mut words = split(first, b' ');
-    let _version = words.next();
-    let status = trim(words.next().unwrap_or(&[]));
-    let status = decimal(status).filter(|_| status.len() == 3);
-    let status = status.ok_or(Fault::Malformed)? as u16;
-    let mut body = None;
-    let mut line = HeaderLine::before(bytes.get(first.len() + 1..).unwrap_or(&[]));
-    while line.advance().ok_or(Fault::Malformed)? {
-        if same_word(line.name, b"content-length") {
-            let value = decimal(line.value);
-            if value.is_none() || body.is_some() && body != value {
-                return Err(Fault::NoLength);
+    let mut content_length = None;
+    for header in &*response.headers {
+        if header.name.eq_ignore_ascii_case("content-length") {
+            let value = decimal::parse(header.value);
+            if value.is_none() || content_length.is_some() && content_length != value {
+                return Err(ResponseError::ContentLength);
             }
-            body = value;
+            content_length = value;
         }
     }
     Ok(Some(Head {
-        status,
-        length: end as u16 + 4,
-        body: body.ok_or(Fault::NoLength)?,
+        status: response.code.ok_or(ResponseError::Malformed)?,
+        length,
+        content_length: content_length.ok_or(ResponseError::ContentLength)?,
     }))
 }
 
@@ -132,46 +132,69 @@ mod tests {
 
     #[test]
     fn an_answer_with_an_empty_reason_phrase_is_read() {
-        let head = head(MEASURED).unwrap().unwrap();
-        assert_eq!((head.status, head.body), (200, 2));
-        assert_eq!(&MEASURED[usize::from(head.length)..], b"{}");
+        // With and without the space before it.
+        for start in ["HTTP/1.1 401 \r\n", "HTTP/1.1 401\r\n"] {
+            let answer = format!("{start}Content-Length: 0\r\n\r\n");
+            assert_eq!(parse_head(answer.as_bytes()).unwrap().unwrap().status, 401);
+        }
+        let head = parse_head(MEASURED).unwrap().unwrap();
+        assert_eq!((head.status, head.content_length), (200, 2));
+        assert_eq!(&MEASURED[head.length..], b"{}");
     }
 
     #[test]
     fn an_answer_may_come_a_byte_at_a_time() {
-        let whole = usize::from(head(MEASURED).unwrap().unwrap().length);
+        let whole = parse_head(MEASURED).unwrap().unwrap().length;
         for end in 0..whole {
-            assert_eq!(head(&MEASURED[..end]), Ok(None), "{end}");
+            assert_eq!(parse_head(&MEASURED[..end]), Ok(None), "{end}");
         }
     }
 
     #[test]
     fn an_answer_whose_end_is_not_known_is_refused() {
-        assert_eq!(head(b"HTTP/1.1 200 OK\r\n\r\n"), Err(Fault::NoLength));
+        assert_eq!(
+            parse_head(b"HTTP/1.1 200 OK\r\n\r\n"),
+            Err(ResponseError::ContentLength)
+        );
         for bad in ["-1", "x", "99999999999999999999999", "1, 1", ""] {
             let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {bad}\r\n\r\n");
-            assert_eq!(head(answer.as_bytes()), Err(Fault::NoLength), "{bad}");
+            assert_eq!(
+                parse_head(answer.as_bytes()),
+                Err(ResponseError::ContentLength),
+                "{bad}"
+            );
         }
         let two = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n";
-        assert_eq!(head(two), Err(Fault::NoLength));
+        assert_eq!(parse_head(two), Err(ResponseError::ContentLength));
     }
 
     #[test]
     fn what_is_not_http_or_has_no_end_is_refused() {
-        assert_eq!(head(b"SSH-2.0-x\r\n\r\n"), Err(Fault::Malformed));
-        let endless = [b"HTTP/1.1 200 OK\r\nX: ", vec![b'x'; HEAD].as_slice()].concat();
-        assert_eq!(head(&endless), Err(Fault::LongHead));
         assert_eq!(
-            head(b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n"),
-            Err(Fault::Malformed)
+            parse_head(b"SSH-2.0-x\r\n\r\n"),
+            Err(ResponseError::Malformed)
         );
-        assert_eq!(head(b"HTTP/1.1 2000 OK\r\n\r\n"), Err(Fault::Malformed));
+        let many = [
+            b"HTTP/1.1 200 OK\r\n",
+            "A: b\r\n".repeat(33).as_bytes(),
+            b"\r\n",
+        ]
+        .concat();
+        assert_eq!(parse_head(&many), Err(ResponseError::LongHead));
+        let endless = [b"HTTP/1.1 200 OK\r\nX: ", vec![b'x'; MAX_HEAD].as_slice()].concat();
+        assert_eq!(parse_head(&endless), Err(ResponseError::LongHead));
+        assert_eq!(
+            parse_head(b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n"),
+            Err(ResponseError::Malformed)
+        );
+        assert_eq!(
+            parse_head(b"HTTP/1.1 2000 OK\r\n\r\n"),
+            Err(ResponseError::Malformed)
+        );
     }
 
     fn requested(token: Option<&[u8]>) -> Request {
-        let mut request = Request::new();
-        document_request(token, &mut request);
-        request
+        document_request(token).unwrap()
     }
 
     #[test]
@@ -182,10 +205,11 @@ mod tests {
             b"\r\nX-metadata-token: q83vEjRWeJCrze8SNFZ4kKvN7xI0VniQq83vEjRWeJCrze8S\r\n\r\n"
         ));
         assert!(!requested(None).windows(5).any(|part| part == b"token"));
-        for strange in [&b""[..], b"a\r\nX: y", b"a b", &[b'a'; TOKEN + 1]] {
+        for strange in [&b""[..], b"a\r\nX: y", b"a b", &[b'a'; MAX_TOKEN + 1]] {
             assert_eq!(super::token(strange), None);
         }
-        let longest = &[b'a'; TOKEN];
+        assert_eq!(document_request(Some(&[b'a'; MAX_REQUEST])), None);
+        let longest = &[b'a'; MAX_TOKEN];
         assert_eq!(super::token(longest), Some(&longest[..]));
         assert!(requested(Some(longest)).ends_with(b"\r\n\r\n"));
     }

@@ -1,67 +1,209 @@
 //! Lines of /proc/self/mountinfo (proc_pid_mountinfo(5)).
 
-use crate::bytes::split;
+use crate::decimal;
+use core::ffi::CStr;
 
-/// Where something is mounted, with a NUL at the end.
-pub type Target = heapless::Vec<u8, { crate::config::PATH }>;
+/// Room for the longest path that a system call takes, with its NUL (include/uapi/linux/limits.h).
+/// Mount points can be deeper than that.
+pub const PATH_MAX: usize = 4096;
 
-/// Reads a line: `36 35 98:0 /root /target options optional… - type source options`. The answer is
-/// whether a block device is behind it: its device's major number is not 0.
-pub fn parse(line: &[u8], target: &mut Target) -> Option<bool> {
-    let mut fields = split(line, b' ');
-    let (_id, _parent) = (fields.next(), fields.next());
-    let on_device = !fields.next()?.starts_with(b"0:");
-    let _root = fields.next();
-    let mut rest = fields.next()?;
-    target.clear();
-    while let [first, others @ ..] = rest {
-        let byte;
-        (byte, rest) = match rest {
-            // Space, tab, line feed and backslash are in octal.
-            [b'\\', a, b, c, others @ ..] => ((a & 3) << 6 | (b & 7) << 3 | (c & 7), others),
-            _ => (*first, others),
-        };
-        target.push(byte).ok()?;
+/// A mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mount<'a> {
+    /// Its number, unique while it lasts.
+    pub id: u32,
+    /// Major number of its device: 0 when no block device is behind it.
+    pub major: u32,
+    /// Minor number of its device.
+    pub minor: u32,
+    /// Where it is mounted.
+    pub mount_point: Escaped<'a>,
+    /// The file system's type. Empty when the line ends before it.
+    pub fs_type: Escaped<'a>,
+    /// What is mounted, which a file system may name as it likes. Empty when the line ends before it.
+    pub source: Escaped<'a>,
+    /// The line ends before its last field, as one that did not fit in a buffer does: the last field
+    /// that it has may be cut.
+    pub is_truncated: bool,
+}
+
+/// A field with spaces, tabs, line feeds, `\` and `#` as `\` and three octal digits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Escaped<'a>(&'a [u8]);
+
+/// A field decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decoded<'r> {
+    /// As much of it as there was room for.
+    pub text: &'r CStr,
+    /// There was more.
+    pub is_truncated: bool,
+}
+
+/// Parses a line, with or without its line feed:
+/// `id parent major:minor root mount-point options optional… - type source super-options`.
+/// `None` when it does not reach its mount point.
+pub fn parse(line: &[u8]) -> Option<Mount<'_>> {
+    let mut fields = line.trim_ascii_end().split(|byte| *byte == b' ');
+    let id = decimal::parse(fields.next()?)?;
+    let _parent = fields.next()?;
+    let mut device = fields.next()?.splitn(2, |byte| *byte == b':');
+    let (major, minor) = (device.next()?, device.next()?);
+    let _root = fields.next()?;
+    let mount_point = fields.next().filter(|path| !path.is_empty())?;
+    let mut last = fields.skip_while(|field| *field != b"-").skip(1);
+    let (fs_type, source, options) = (last.next(), last.next(), last.next());
+    Some(Mount {
+        id,
+        major: decimal::parse(major)?,
+        minor: decimal::parse(minor)?,
+        mount_point: Escaped(mount_point),
+        fs_type: Escaped(fs_type.unwrap_or(&[])),
+        source: Escaped(source.unwrap_or(&[])),
+        is_truncated: options.is_none(),
+    })
+}
+
+impl<'a> Escaped<'a> {
+    /// As it stands in the line: for types, and for messages about what does not fit.
+    pub fn raw(self) -> &'a [u8] {
+        self.0
     }
-    target.push(0).ok()?;
-    Some(on_device)
+
+    /// Decodes it into `room`, as much as fits with a NUL behind it.
+    pub fn decode(self, room: &mut [u8]) -> Decoded<'_> {
+        let mut rest = self.0;
+        let mut length = 0;
+        let limit = room.len().saturating_sub(1);
+        while let Some((byte, others)) = next_byte(rest)
+            && let Some(slot) = room.get_mut(..limit).and_then(|room| room.get_mut(length))
+        {
+            *slot = byte;
+            length += 1;
+            rest = others;
+        }
+        if let Some(slot) = room.get_mut(length) {
+            *slot = 0;
+        }
+        Decoded {
+            text: CStr::from_bytes_until_nul(room).unwrap_or(c""),
+            is_truncated: !rest.is_empty(),
+        }
+    }
+}
+
+/// The first byte of an escaped text, and what is behind it.
+fn next_byte(text: &[u8]) -> Option<(u8, &[u8])> {
+    if let [
+        b'\\',
+        a @ b'0'..=b'3',
+        b @ b'0'..=b'7',
+        c @ b'0'..=b'7',
+        rest @ ..,
+    ] = text
+    {
+        // No name has a NUL.
+        let byte = (a & 3) << 6 | (b & 7) << 3 | (c & 7);
+        if byte != 0 {
+            return Some((byte, rest));
+        }
+    }
+    text.split_first().map(|(byte, rest)| (*byte, rest))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn read(line: &str) -> Option<(String, bool)> {
-        let mut target = Target::new();
-        let on_device = parse(line.as_bytes(), &mut target)?;
-        let target = String::from_utf8(target.to_vec()).unwrap();
-        Some((target.strip_suffix('\0').unwrap().to_owned(), on_device))
+    fn decoded(field: Escaped<'_>) -> String {
+        let mut room = [0xff; PATH_MAX];
+        let decoded = field.decode(&mut room);
+        assert!(!decoded.is_truncated);
+        decoded.text.to_str().unwrap().to_owned()
+    }
+
+    fn mount_point(line: &str) -> Option<String> {
+        parse(line.as_bytes()).map(|mount| decoded(mount.mount_point))
     }
 
     #[test]
-    fn the_target_and_the_kind_of_device_are_found() {
-        let volume = "36 35 254:16 / /data rw,relatime shared:1 - ext4 /dev/vdb rw";
-        assert_eq!(read(volume), Some(("/data".into(), true)));
-        let memory = "24 1 0:22 / /run rw,nosuid,nodev - tmpfs tmpfs rw,mode=755";
-        assert_eq!(read(memory), Some(("/run".into(), false)));
+    fn the_fields_of_a_mount_are_found() {
+        let mount =
+            parse(b"36 35 254:16 / /data rw,relatime shared:1 - ext4 /dev/vdb rw\n").unwrap();
+        assert_eq!((mount.id, mount.major, mount.minor), (36, 254, 16));
+        assert_eq!(decoded(mount.mount_point), "/data");
+        assert_eq!(mount.fs_type.raw(), b"ext4");
+        assert_eq!(decoded(mount.source), "/dev/vdb");
+        assert!(!mount.is_truncated);
+        let memory = parse(b"24 1 0:22 / /run rw,nosuid,nodev - tmpfs my\\040tmpfs rw,mode=755");
+        let memory = memory.unwrap();
+        assert_eq!((memory.major, memory.minor), (0, 22));
+        assert_eq!(decoded(memory.source), "my tmpfs");
+        let optional =
+            b"1 2 8:1 / /a rw shared:1 master:2 propagate_from:3 unbindable - xfs none rw";
+        assert_eq!(parse(optional).unwrap().fs_type.raw(), b"xfs");
     }
 
     #[test]
     fn escaped_characters_are_decoded() {
         assert_eq!(
-            read(r"1 2 8:1 / /a\040b\134c\012 rw - ext4 x rw"),
-            Some(("/a b\\c\n".into(), true))
+            mount_point(r"1 2 8:1 / /a\040b\134c\012\043 rw - ext4 x rw"),
+            Some("/a b\\c\n#".into())
         );
+        for odd in [r"/a\04", r"/a\", r"/a\08x", r"/a\000", r"/a\400", r"/a\x41"] {
+            assert_eq!(
+                mount_point(&format!("1 2 8:1 / {odd} rw - ext4 x rw")),
+                Some(odd.into())
+            );
+        }
         assert_eq!(
-            read(r"1 2 8:1 / /a\04 rw - ext4 x rw"),
-            Some((r"/a\04".into(), true))
+            mount_point(r"1 2 8:1 / /\303\251 rw - ext4 x rw"),
+            Some("/é".into())
         );
     }
 
     #[test]
-    fn a_torn_line_is_no_mount() {
-        for line in ["", "36", "36 35 8:1", "36 35 8:1 /"] {
-            assert_eq!(read(line), None);
+    fn a_line_without_a_mount_point_is_no_mount() {
+        for line in [
+            "",
+            "36",
+            "36 35 8:1",
+            "36 35 8:1 /",
+            "36 35 8:1 / ",
+            "36 35 8 / /a",
+            "x 35 8:1 / /a",
+        ] {
+            assert_eq!(mount_point(line), None, "{line}");
         }
+    }
+
+    #[test]
+    fn a_line_that_is_cut_says_so_and_gives_what_it_has() {
+        let line = "36 35 254:16 / /data rw,relatime shared:1 - ext4 /dev/vdb rw";
+        let start = line.find(" rw,").unwrap();
+        for end in start..line.len() - 3 {
+            let mount = parse(&line.as_bytes()[..end]).unwrap();
+            assert!(mount.is_truncated, "{end}");
+            assert_eq!(decoded(mount.mount_point), "/data");
+            assert_eq!((mount.id, mount.major), (36, 254));
+        }
+    }
+
+    #[test]
+    fn a_path_longer_than_the_room_is_cut_and_says_so() {
+        let deep = "/d".repeat(PATH_MAX);
+        let line = format!("1 2 8:1 / {deep} rw - ext4 /dev/vdb rw");
+        let mount = parse(line.as_bytes()).unwrap();
+        assert!(!mount.is_truncated);
+        assert_eq!(mount.fs_type.raw(), b"ext4");
+        let mut room = [0; PATH_MAX];
+        let decoded = mount.mount_point.decode(&mut room);
+        assert!(decoded.is_truncated);
+        assert_eq!(decoded.text.to_bytes(), &deep.as_bytes()[..PATH_MAX - 1]);
+        let mut exact = [0; 3];
+        let decoded = Escaped(b"/d").decode(&mut exact);
+        assert_eq!((decoded.text, decoded.is_truncated), (c"/d", false));
+        let none = Escaped(b"/d").decode(&mut []);
+        assert_eq!((none.text, none.is_truncated), (c"", true));
     }
 }

@@ -1,98 +1,134 @@
-//! rtnetlink requests and their acknowledgements (rtnetlink(7), netlink(7)): bytes only.
+//! rtnetlink messages (rtnetlink(7), netlink(7)): requests, acknowledgements, and dumps. Bytes only.
 
-use crate::bytes::split;
-use core::net::{IpAddr, Ipv4Addr};
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 // include/uapi/linux/netlink.h
+/// struct nlmsghdr: length (4), type (2), flags (2), sequence number (4), port id (4).
+const NLMSG_HDRLEN: usize = 16;
+const NLMSG_ALIGNTO: usize = 4;
 const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 0x1;
 const NLM_F_ACK: u16 = 0x4;
+const NLM_F_DUMP_INTR: u16 = 0x10;
+/// NLM_F_ROOT and NLM_F_MATCH
+const NLM_F_DUMP: u16 = 0x300;
 const NLM_F_REPLACE: u16 = 0x100;
+const NLM_F_EXCL: u16 = 0x200;
 const NLM_F_CREATE: u16 = 0x400;
-const NLM_F_APPEND: u16 = 0x800;
 const NLM_F_CAPPED: u16 = 0x100;
 const NLM_F_ACK_TLVS: u16 = 0x200;
+/// struct nlmsgerr: negative errno (4), the request's header, and its payload unless capped.
+const NLMSGERR_ERROR: usize = 4;
 const NLMSGERR_ATTR_MSG: u16 = 1;
+/// struct nlattr, struct rtattr: length with itself (2), type (2).
+const NLA_HDRLEN: usize = 4;
 const NLA_TYPE_MASK: u16 = 0x3fff;
 
 // include/uapi/linux/rtnetlink.h
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
+const RTM_GETADDR: u16 = 22;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
+const RTM_GETROUTE: u16 = 26;
+const RTM_NEWNEIGH: u16 = 28;
+const RTM_DELNEIGH: u16 = 29;
+const RTM_GETNEIGH: u16 = 30;
+/// struct rtmsg: family, destination's prefix length, source's, tos, table, protocol, scope, type,
+/// flags (4).
+const RTMSG_LEN: usize = 12;
 const RT_TABLE_MAIN: u8 = 254;
+const RTPROT_KERNEL: u8 = 2;
 const RTPROT_BOOT: u8 = 3;
 const RTN_UNICAST: u8 = 1;
 const RT_SCOPE_UNIVERSE: u8 = 0;
 const RT_SCOPE_LINK: u8 = 253;
 const RTNH_F_ONLINK: u32 = 4;
+const RTM_F_CLONED: u32 = 0x200;
 const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
+const RTA_PRIORITY: u16 = 6;
 
-// include/uapi/linux/if_link.h, if_addr.h, if.h, include/linux/socket.h
+// include/uapi/linux/if_link.h, if.h
+/// struct ifinfomsg: family, padding, type (2), index (4), flags (4), change mask (4).
+const IFINFOMSG_LEN: usize = 16;
 const IFLA_MTU: u16 = 4;
+const IFF_UP: u32 = 0x1;
+
+// include/uapi/linux/if_addr.h
+/// struct ifaddrmsg: family, prefix length, flags, scope, index (4).
+const IFADDRMSG_LEN: usize = 8;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFA_FLAGS: u16 = 8;
-const IFA_F_NODAD: u32 = 0x02;
-const IFF_UP: u32 = 0x1;
-const AF_UNSPEC: u32 = 0;
+const IFA_F_NODAD: u8 = 0x02;
+
+// include/uapi/linux/neighbour.h
+/// struct ndmsg: family, padding (3), index (4), state (2), flags, type.
+const NDMSG_LEN: usize = 12;
+const NDA_DST: u16 = 1;
+const NUD_NOARP: u16 = 0x40;
+
+// include/linux/socket.h
+const AF_UNSPEC: u8 = 0;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
-/// struct nlmsghdr: length, type, flags, sequence number, port id.
-const HEADER: usize = 16;
-/// The largest request, a route between IPv6 addresses with a gateway, takes 84 bytes.
-const REQUEST: usize = 96;
+/// The largest request, which deletes an IPv6 route, takes 84 bytes.
+const MAX_REQUEST: usize = 96;
 
-/// One request with its acknowledgement asked for.
-#[derive(Debug)]
+/// One request.
+#[derive(Clone, Debug)]
 pub struct Request {
-    bytes: heapless::Vec<u8, REQUEST>,
+    bytes: heapless::Vec<u8, MAX_REQUEST>,
 }
 
 impl Request {
-    fn new(kind: u16, flags: u16) -> Self {
+    /// A request for an acknowledgement, or for a dump.
+    fn new(kind: u16, flags: u16, body: &[u8]) -> Self {
         let mut request = Self {
             bytes: heapless::Vec::new(),
         };
-        request
-            .put(0)
-            .put(pair(kind, NLM_F_REQUEST | NLM_F_ACK | flags))
-            .put(1)
-            .put(0);
+        request.put(&[0; 4]);
+        request.put(&kind.to_ne_bytes());
+        request.put(&(NLM_F_REQUEST | flags).to_ne_bytes());
+        // The sequence number: one request is under way at a time. The port id is the kernel's to know.
+        request.put(&1u32.to_ne_bytes());
+        request.put(&[0; 4]);
+        request.put(body);
         request
     }
 
-    /// Adds four bytes; the length, which comes first, follows.
-    fn put(&mut self, word: u32) -> &mut Self {
-        let fits = self.bytes.extend_from_slice(&word.to_ne_bytes());
+    /// Adds bytes; the length, which comes first, follows.
+    fn put(&mut self, bytes: &[u8]) {
+        let fits = self.bytes.extend_from_slice(bytes);
         debug_assert!(fits.is_ok());
         let length = self.bytes.len() as u32;
-        if let Some(field) = self.bytes.first_chunk_mut::<4>() {
+        if let Some(field) = self.bytes.first_chunk_mut() {
             *field = length.to_ne_bytes();
         }
+    }
+
+    /// Adds an attribute. Its data is a multiple of NLA_ALIGNTO: a number or an address.
+    fn attribute(mut self, kind: u16, data: &[u8]) -> Self {
+        let length = (NLA_HDRLEN + data.len()) as u16;
+        self.put(&length.to_ne_bytes());
+        self.put(&kind.to_ne_bytes());
+        self.put(data);
         self
     }
 
-    /// struct rtattr: length, type, data of four bytes.
-    fn number(&mut self, kind: u16, number: u32) -> &mut Self {
-        self.put(pair(8, kind)).put(number)
+    fn number(self, kind: u16, number: u32) -> Self {
+        self.attribute(kind, &number.to_ne_bytes())
     }
 
-    /// An attribute that is an address.
-    fn address(&mut self, kind: u16, ip: &IpAddr) -> &mut Self {
+    fn address(self, kind: u16, ip: &IpAddr) -> Self {
         match ip {
-            IpAddr::V4(ip) => self.number(kind, u32::from_ne_bytes(ip.octets())),
-            IpAddr::V6(ip) => {
-                self.put(pair(20, kind));
-                for word in ip.octets().as_chunks().0 {
-                    self.put(u32::from_ne_bytes(*word));
-                }
-                self
-            }
+            IpAddr::V4(ip) => self.attribute(kind, &ip.octets()),
+            IpAddr::V6(ip) => self.attribute(kind, &ip.octets()),
         }
     }
 
@@ -102,48 +138,43 @@ impl Request {
     }
 }
 
-/// Two fields of two bytes as one of four.
-fn pair(first: u16, second: u16) -> u32 {
-    let ([a, b], [c, d]) = (first.to_ne_bytes(), second.to_ne_bytes());
-    u32::from_ne_bytes([a, b, c, d])
-}
-
-/// The two fields.
-fn halves(word: u32) -> (u16, u16) {
-    let [a, b, c, d] = word.to_ne_bytes();
-    (u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d]))
-}
-
 fn family(ip: &IpAddr) -> u8 {
-    if ip.is_ipv4() { AF_INET } else { AF_INET6 }
+    match ip {
+        IpAddr::V4(_) => AF_INET,
+        IpAddr::V6(_) => AF_INET6,
+    }
 }
 
 /// Brings interface `index` up, and sets its MTU where one is given.
 pub fn link_up(index: u32, mtu: Option<u32>) -> Request {
-    let mut request = Request::new(RTM_NEWLINK, 0);
-    // struct ifinfomsg: family, padding, type (2), index (4), flags (4), change mask (4)
-    request.put(AF_UNSPEC).put(index).put(IFF_UP).put(IFF_UP);
-    if let Some(mtu) = mtu {
-        request.number(IFLA_MTU, mtu);
+    let mut body = [0; IFINFOMSG_LEN];
+    let fields = [0, index, IFF_UP, IFF_UP];
+    for (field, value) in body.as_chunks_mut().0.iter_mut().zip(fields) {
+        *field = value.to_ne_bytes();
     }
-    request
+    let request = Request::new(RTM_NEWLINK, NLM_F_ACK, &body);
+    match mtu {
+        Some(mtu) => request.number(IFLA_MTU, mtu),
+        None => request,
+    }
 }
 
 fn address(kind: u16, flags: u16, index: u32, ip: &IpAddr, prefix: u8) -> Request {
-    let mut request = Request::new(kind, flags);
-    // struct ifaddrmsg: family, prefix length, flags, scope, index (4)
-    request
-        .put(u32::from_ne_bytes([
-            family(ip),
-            prefix,
-            IFA_F_NODAD as u8,
-            RT_SCOPE_UNIVERSE,
-        ]))
-        .put(index)
+    let [a, b, c, d] = index.to_ne_bytes();
+    let body: [u8; IFADDRMSG_LEN] = [
+        family(ip),
+        prefix,
+        IFA_F_NODAD,
+        RT_SCOPE_UNIVERSE,
+        a,
+        b,
+        c,
+        d,
+    ];
+    Request::new(kind, NLM_F_ACK | flags, &body)
         .address(IFA_LOCAL, ip)
         .address(IFA_ADDRESS, ip)
-        .number(IFA_FLAGS, IFA_F_NODAD);
-    request
+        .number(IFA_FLAGS, u32::from(IFA_F_NODAD))
 }
 
 /// Gives interface `index` an address, usable at once (no duplicate address detection).
@@ -156,29 +187,44 @@ pub fn remove_address(index: u32, ip: &IpAddr, prefix: u8) -> Request {
     address(RTM_DELADDR, 0, index, ip, prefix)
 }
 
+/// What becomes of a route to the same destination that is there already. In neither case there are
+/// two: of two default routes the kernel makes one with two next hops (ECMP) for IPv6.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    /// It stays, and the request fails with EEXIST.
+    Keep,
+    /// The new one takes its place.
+    Replace,
+}
+
+impl Existing {
+    fn flags(self) -> u16 {
+        match self {
+            Self::Keep => NLM_F_CREATE | NLM_F_EXCL,
+            Self::Replace => NLM_F_CREATE | NLM_F_REPLACE,
+        }
+    }
+}
+
 /// A default route through `gateway`; `on_link`: reach it without a route to it.
-///
-/// A second one is tried after the first, not before it.
-pub fn default_route(index: u32, gateway: &IpAddr, on_link: bool) -> Request {
+pub fn default_route(index: u32, gateway: &IpAddr, on_link: bool, existing: Existing) -> Request {
     let flags = if on_link { RTNH_F_ONLINK } else { 0 };
-    let mut request = Request::new(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_APPEND);
-    rtmsg(&mut request, family(gateway), 0, RT_SCOPE_UNIVERSE, flags)
+    let body = rtmsg(family(gateway), 0, RTPROT_BOOT, RT_SCOPE_UNIVERSE, flags);
+    Request::new(RTM_NEWROUTE, NLM_F_ACK | existing.flags(), &body)
         .address(RTA_GATEWAY, gateway)
-        .number(RTA_OIF, index);
-    request
+        .number(RTA_OIF, index)
 }
 
 fn host_route(kind: u16, flags: u16, index: u32, peer: Ipv4Addr) -> Request {
-    let mut request = Request::new(kind, flags);
-    rtmsg(&mut request, AF_INET, 32, RT_SCOPE_LINK, 0)
-        .number(RTA_DST, u32::from_ne_bytes(peer.octets()))
-        .number(RTA_OIF, index);
-    request
+    let body = rtmsg(AF_INET, 32, RTPROT_BOOT, RT_SCOPE_LINK, 0);
+    Request::new(kind, NLM_F_ACK | flags, &body)
+        .attribute(RTA_DST, &peer.octets())
+        .number(RTA_OIF, index)
 }
 
 /// A /32 route to a peer on the link.
 pub fn add_host_route(index: u32, peer: Ipv4Addr) -> Request {
-    host_route(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, index, peer)
+    host_route(RTM_NEWROUTE, Existing::Replace.flags(), index, peer)
 }
 
 /// Takes the route away.
@@ -186,18 +232,23 @@ pub fn remove_host_route(index: u32, peer: Ipv4Addr) -> Request {
     host_route(RTM_DELROUTE, 0, index, peer)
 }
 
-/// struct rtmsg: family, destination and source prefix lengths, tos, table, protocol, scope, type,
-/// flags (4)
-fn rtmsg(request: &mut Request, family: u8, prefix: u8, scope: u8, flags: u32) -> &mut Request {
-    request
-        .put(u32::from_ne_bytes([family, prefix, 0, 0]))
-        .put(u32::from_ne_bytes([
-            RT_TABLE_MAIN,
-            RTPROT_BOOT,
-            scope,
-            RTN_UNICAST,
-        ]))
-        .put(flags)
+/// A unicast route in the main table.
+fn rtmsg(family: u8, prefix: u8, protocol: u8, scope: u8, flags: u32) -> [u8; RTMSG_LEN] {
+    let [a, b, c, d] = flags.to_ne_bytes();
+    [
+        family,
+        prefix,
+        0,
+        0,
+        RT_TABLE_MAIN,
+        protocol,
+        scope,
+        RTN_UNICAST,
+        a,
+        b,
+        c,
+        d,
+    ]
 }
 
 /// Whether `ip` and `other` share their first `prefix` bits.
@@ -211,51 +262,305 @@ pub fn same_subnet(ip: &IpAddr, other: &IpAddr, prefix: u8) -> bool {
     bits.checked_shr(host_bits).unwrap_or(0) == 0
 }
 
+/// Asks for all addresses, of all interfaces and families.
+pub fn dump_addresses() -> Request {
+    Request::new(RTM_GETADDR, NLM_F_DUMP, &[AF_UNSPEC; IFADDRMSG_LEN])
+}
+
+/// Asks for all routes.
+pub fn dump_routes() -> Request {
+    Request::new(RTM_GETROUTE, NLM_F_DUMP, &[AF_UNSPEC; RTMSG_LEN])
+}
+
+/// Asks for all neighbours.
+pub fn dump_neighbours() -> Request {
+    Request::new(RTM_GETNEIGH, NLM_F_DUMP, &[AF_UNSPEC; NDMSG_LEN])
+}
+
+/// A message from the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Message<'a> {
+    kind: u16,
+    flags: u16,
+    /// What follows the header.
+    payload: &'a [u8],
+}
+
+/// What a message from the kernel says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply<'a> {
+    /// The answer to a request that is no dump, or why a dump is refused.
+    Acknowledgement(Acknowledgement<'a>),
+    /// One entry of a dump.
+    Entry(Entry),
+    /// A dump has ended, with an errno or 0.
+    Done(i32),
+    /// Something else, or an entry of a kind that is not looked for.
+    Other,
+}
+
+/// The messages in what was received at once; the last is left out where it is cut.
+pub fn messages(received: &[u8]) -> impl Iterator<Item = Message<'_>> {
+    let mut rest = received;
+    core::iter::from_fn(move || {
+        let length = u32_at(rest, 0)? as usize;
+        let message = Message {
+            kind: u16_at(rest, 4)?,
+            flags: u16_at(rest, 6)?,
+            payload: rest.get(NLMSG_HDRLEN..length)?,
+        };
+        rest = rest.get(align(length)..).unwrap_or(&[]);
+        Some(message)
+    })
+}
+
+impl<'a> Message<'a> {
+    /// What it says.
+    pub fn reply(&self) -> Reply<'a> {
+        let entry = match self.kind {
+            NLMSG_ERROR => {
+                return Acknowledgement::parse(self).map_or(Reply::Other, Reply::Acknowledgement);
+            }
+            NLMSG_DONE => return Reply::Done(errno(self.payload).unwrap_or(0)),
+            RTM_NEWADDR => Entry::address(self.payload),
+            RTM_NEWROUTE => Entry::route(self.payload),
+            RTM_NEWNEIGH => Entry::neighbour(self.payload),
+            _ => None,
+        };
+        entry.map_or(Reply::Other, Reply::Entry)
+    }
+
+    /// Whether something changed while the dump went on, so that it may lack entries: ask again.
+    pub fn is_interrupted(&self) -> bool {
+        self.flags & NLM_F_DUMP_INTR != 0
+    }
+}
+
 /// The kernel's answer to a request.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Acknowledgement<'a> {
     /// errno, 0 for success.
     pub errno: i32,
     /// The extended acknowledgement's text, empty when the kernel gave none.
-    pub words: &'a [u8],
+    pub text: &'a [u8],
 }
 
-/// Reads the acknowledgement of a request; `None` when it is something else.
-pub fn acknowledgement(reply: &[u8]) -> Option<Acknowledgement<'_>> {
-    let reply = reply.get(..word(reply, 0)? as usize)?;
-    let (kind, flags) = halves(word(reply, 4)?);
-    if kind != NLMSG_ERROR {
-        return None;
+impl<'a> Acknowledgement<'a> {
+    fn parse(message: &Message<'a>) -> Option<Self> {
+        Some(Self {
+            errno: errno(message.payload)?,
+            text: Self::text(message).unwrap_or(&[]),
+        })
     }
-    // struct nlmsgerr: negative errno (4), the request's header, and its payload unless capped
-    let errno = (word(reply, HEADER)? as i32).wrapping_neg();
-    let mut words = &[][..];
-    if flags & NLM_F_ACK_TLVS != 0 {
-        let mut at = HEADER + 4;
-        at += match flags & NLM_F_CAPPED {
-            0 => align(word(reply, at)? as usize),
-            _ => HEADER,
+
+    fn text(message: &Message<'a>) -> Option<&'a [u8]> {
+        if message.flags & NLM_F_ACK_TLVS == 0 {
+            return None;
+        }
+        // The length of the request that is repeated here.
+        let echo = match message.flags & NLM_F_CAPPED {
+            0 => align(u32_at(message.payload, NLMSGERR_ERROR)? as usize),
+            _ => NLMSG_HDRLEN,
         };
-        while let Some(attribute) = word(reply, at) {
-            let (length, kind) = halves(attribute);
-            let next = at + align(usize::from(length).max(4));
-            if kind & NLA_TYPE_MASK == NLMSGERR_ATTR_MSG {
-                words = split(reply.get(at + 4..next).unwrap_or(&[]), 0).next()?;
-            }
-            at = next;
+        let attributes = message.payload.get(NLMSGERR_ERROR.saturating_add(echo)..)?;
+        attribute(attributes, NLMSGERR_ATTR_MSG)?
+            .split(|byte| *byte == 0)
+            .next()
+    }
+}
+
+/// The acknowledgement of a request in what was received; `None` when it is something else.
+pub fn acknowledgement(received: &[u8]) -> Option<Acknowledgement<'_>> {
+    messages(received).find_map(|message| match message.reply() {
+        Reply::Acknowledgement(acknowledgement) => Some(acknowledgement),
+        _ => None,
+    })
+}
+
+/// An entry of a dump, with what is needed to delete it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Entry {
+    Address {
+        index: u32,
+        ip: IpAddr,
+        prefix: u8,
+    },
+    /// A unicast route in the main table, over one interface.
+    Route {
+        index: u32,
+        family: u8,
+        prefix: u8,
+        /// `None` for a default route.
+        destination: Option<IpAddr>,
+        gateway: Option<IpAddr>,
+        priority: Option<u32>,
+        protocol: u8,
+        scope: u8,
+    },
+    Neighbour {
+        index: u32,
+        ip: IpAddr,
+        state: u16,
+    },
+}
+
+impl Entry {
+    fn address(payload: &[u8]) -> Option<Self> {
+        let (body, attributes) = payload.split_at_checked(IFADDRMSG_LEN)?;
+        let [family, prefix, ..] = *body else {
+            return None;
+        };
+        // Of an address with a peer, IFA_ADDRESS is the peer's.
+        let ip = attribute(attributes, IFA_LOCAL).or_else(|| attribute(attributes, IFA_ADDRESS));
+        Some(Self::Address {
+            index: u32_at(body, 4)?,
+            ip: ip_address(family, ip?)?,
+            prefix,
+        })
+    }
+
+    fn route(payload: &[u8]) -> Option<Self> {
+        let (body, attributes) = payload.split_at_checked(RTMSG_LEN)?;
+        let [
+            family,
+            prefix,
+            _,
+            _,
+            RT_TABLE_MAIN,
+            protocol,
+            scope,
+            RTN_UNICAST,
+            ..,
+        ] = *body
+        else {
+            return None;
+        };
+        if !matches!(family, AF_INET | AF_INET6) || u32_at(body, 8)? & RTM_F_CLONED != 0 {
+            return None;
+        }
+        let ip = |kind| {
+            let bytes = attribute(attributes, kind)?;
+            ip_address(family, bytes)
+        };
+        Some(Self::Route {
+            index: u32_at(attribute(attributes, RTA_OIF)?, 0)?,
+            family,
+            prefix,
+            destination: ip(RTA_DST),
+            gateway: ip(RTA_GATEWAY),
+            priority: attribute(attributes, RTA_PRIORITY).and_then(|bytes| u32_at(bytes, 0)),
+            protocol,
+            scope,
+        })
+    }
+
+    fn neighbour(payload: &[u8]) -> Option<Self> {
+        let (body, attributes) = payload.split_at_checked(NDMSG_LEN)?;
+        Some(Self::Neighbour {
+            index: u32_at(body, 4)?,
+            ip: ip_address(*body.first()?, attribute(attributes, NDA_DST)?)?,
+            state: u16_at(body, 8)?,
+        })
+    }
+
+    /// The interface it belongs to.
+    pub fn index(&self) -> u32 {
+        match self {
+            Self::Address { index, .. }
+            | Self::Route { index, .. }
+            | Self::Neighbour { index, .. } => *index,
         }
     }
-    Some(Acknowledgement { errno, words })
+
+    /// Whether the kernel made it by itself, and will make or drop it by itself: link-local IPv6
+    /// addresses, routes that follow from addresses, neighbours that are never asked for.
+    pub fn is_automatic(&self) -> bool {
+        match self {
+            Self::Address { ip, .. } => match ip {
+                IpAddr::V4(_) => false,
+                IpAddr::V6(ip) => ip.is_unicast_link_local(),
+            },
+            Self::Route { protocol, .. } => *protocol == RTPROT_KERNEL,
+            Self::Neighbour { state, .. } => state & NUD_NOARP != 0,
+        }
+    }
+
+    /// The request that deletes it. What went with another entry (secondary addresses with their
+    /// primary one, routes with their address) is answered with EADDRNOTAVAIL, ESRCH or ENOENT.
+    pub fn delete(&self) -> Request {
+        match self {
+            Self::Address { index, ip, prefix } => remove_address(*index, ip, *prefix),
+            Self::Route {
+                index,
+                family,
+                prefix,
+                destination,
+                gateway,
+                priority,
+                protocol,
+                scope,
+            } => {
+                let body = rtmsg(*family, *prefix, *protocol, *scope, 0);
+                let mut request = Request::new(RTM_DELROUTE, NLM_F_ACK, &body);
+                for (kind, ip) in [(RTA_DST, destination), (RTA_GATEWAY, gateway)] {
+                    if let Some(ip) = ip {
+                        request = request.address(kind, ip);
+                    }
+                }
+                if let Some(priority) = priority {
+                    request = request.number(RTA_PRIORITY, *priority);
+                }
+                request.number(RTA_OIF, *index)
+            }
+            Self::Neighbour { index, ip, .. } => {
+                let [a, b, c, d] = index.to_ne_bytes();
+                let body: [u8; NDMSG_LEN] = [family(ip), 0, 0, 0, a, b, c, d, 0, 0, 0, 0];
+                Request::new(RTM_DELNEIGH, NLM_F_ACK, &body).address(NDA_DST, ip)
+            }
+        }
+    }
+}
+
+/// The data of the first attribute of a type.
+fn attribute(attributes: &[u8], kind: u16) -> Option<&[u8]> {
+    let mut rest = attributes;
+    loop {
+        let length = usize::from(u16_at(rest, 0)?);
+        let data = rest.get(NLA_HDRLEN..length)?;
+        if u16_at(rest, 2)? & NLA_TYPE_MASK == kind {
+            return Some(data);
+        }
+        rest = rest.get(align(length)..)?;
+    }
+}
+
+fn ip_address(family: u8, bytes: &[u8]) -> Option<IpAddr> {
+    match family {
+        AF_INET => Some(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?).into()),
+        AF_INET6 => Some(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).into()),
+        _ => None,
+    }
+}
+
+/// The errno that a payload starts with, negative on the wire.
+fn errno(payload: &[u8]) -> Option<i32> {
+    Some((u32_at(payload, 0)? as i32).wrapping_neg())
 }
 
 /// NLMSG_ALIGN, NLA_ALIGN
 fn align(length: usize) -> usize {
-    length.saturating_add(3) & !3
+    length
+        .checked_next_multiple_of(NLMSG_ALIGNTO)
+        .unwrap_or(length)
 }
 
-/// The four bytes at an offset.
-fn word(bytes: &[u8], at: usize) -> Option<u32> {
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
 }
 
 #[cfg(all(test, target_endian = "little"))]
@@ -305,19 +610,22 @@ mod tests {
     #[test]
     fn a_default_route_has_a_gateway_an_interface_and_no_destination() {
         let expected = [
-            44, 0, 0, 0, 24, 0, 5, 0x0c, 1, 0, 0, 0, 0, 0, 0, 0, // nlmsghdr
+            44, 0, 0, 0, 24, 0, 5, 5, 1, 0, 0, 0, 0, 0, 0, 0, // nlmsghdr
             2, 0, 0, 0, 254, 3, 0, 1, 4, 0, 0, 0, // rtmsg, RTNH_F_ONLINK
             8, 0, 5, 0, 169, 254, 0, 1, // RTA_GATEWAY
             8, 0, 4, 0, 2, 0, 0, 0, // RTA_OIF
         ];
         assert_eq!(
-            default_route(2, &ip("169.254.0.1"), true).as_bytes(),
+            default_route(2, &ip("169.254.0.1"), true, Existing::Replace).as_bytes(),
             expected
         );
         assert_eq!(
-            default_route(2, &ip("10.0.0.1"), false).as_bytes()[24..28],
+            default_route(2, &ip("10.0.0.1"), false, Existing::Replace).as_bytes()[24..28],
             [0; 4]
         );
+        // NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE: never NLM_F_APPEND.
+        let second = default_route(2, &ip("fd00::1"), false, Existing::Keep);
+        assert_eq!(second.as_bytes()[6..8], [5, 6]);
     }
 
     #[test]
@@ -332,9 +640,20 @@ mod tests {
 
     #[test]
     fn the_largest_request_fits() {
-        let default = default_route(u32::MAX, &ip("fd00::1"), true);
+        let default = default_route(u32::MAX, &ip("fd00::1"), true, Existing::Keep);
         assert_eq!(default.as_bytes().len(), 16 + 12 + 20 + 8);
-        assert!(add_address(1, &ip("fd00::1"), 128).as_bytes().len() <= REQUEST);
+        assert!(add_address(1, &ip("fd00::1"), 128).as_bytes().len() <= MAX_REQUEST);
+        let route = Entry::Route {
+            index: 2,
+            family: AF_INET6,
+            prefix: 64,
+            destination: Some(ip("fd01::")),
+            gateway: Some(ip("fd00::1")),
+            priority: Some(1024),
+            protocol: RTPROT_BOOT,
+            scope: RT_SCOPE_UNIVERSE,
+        };
+        assert_eq!(route.delete().as_bytes().len(), 16 + 12 + 20 + 20 + 8 + 8);
     }
 
     #[test]
@@ -363,15 +682,15 @@ mod tests {
     }
 
     #[test]
-    fn the_kernels_words_are_found_behind_a_capped_and_a_whole_echo() {
+    fn the_kernels_text_is_found_behind_a_capped_and_a_whole_echo() {
         let attribute = [&[17, 0, 1, 0][..], b"Invalid MTU.\0", &[0, 0, 0]].concat();
         let capped = [&[0u8; 16][..], &attribute].concat();
         let whole = [&28u32.to_ne_bytes()[..], &[0u8; 24], &attribute].concat();
         for (flags, tail) in [(0x300, capped), (0x200, whole)] {
-            let words = b"Invalid MTU.";
+            let text = b"Invalid MTU.";
             assert_eq!(
                 acknowledgement(&reply(22, flags, &tail)),
-                Some(Acknowledgement { errno: 22, words })
+                Some(Acknowledgement { errno: 22, text })
             );
         }
     }
@@ -385,5 +704,176 @@ mod tests {
             assert!(acknowledgement(&whole[..end]).is_none());
         }
         assert_eq!(errno(&whole), Some(17));
+    }
+
+    #[test]
+    fn a_dump_is_asked_for_by_its_header_alone() {
+        let expected = [
+            24, 0, 0, 0, 22, 0, 1, 3, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+        ];
+        assert_eq!(dump_addresses().as_bytes(), expected);
+        assert_eq!(dump_routes().as_bytes()[..8], [28, 0, 0, 0, 26, 0, 1, 3]);
+        assert_eq!(
+            dump_neighbours().as_bytes()[..8],
+            [28, 0, 0, 0, 30, 0, 1, 3]
+        );
+    }
+
+    /// What a Linux 6.1 kernel answers, in the form of its messages: type, flags, payload.
+    fn message(kind: u16, flags: u16, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = (16 + payload.len() as u32).to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(flags.to_ne_bytes());
+        bytes.extend([1, 0, 0, 0, 9, 0, 0, 0]);
+        bytes.extend(payload);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    fn entries(received: &[u8]) -> Vec<Entry> {
+        let replies = messages(received).map(|message| message.reply());
+        replies
+            .filter_map(|reply| match reply {
+                Reply::Entry(entry) => Some(entry),
+                _ => None,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn addresses_of_a_dump_are_found_and_deleted() {
+        let v4 = [
+            2, 24, 0x80, 0, 2, 0, 0, 0, // ifaddrmsg
+            8, 0, 1, 0, 10, 0, 0, 9, // IFA_ADDRESS, the peer
+            8, 0, 2, 0, 10, 0, 0, 2, // IFA_LOCAL
+            9, 0, 3, 0, b'e', b't', b'h', b'0', 0, 0, 0, 0, // IFA_LABEL, padded
+            8, 0, 8, 0, 0x80, 0, 0, 0, // IFA_FLAGS
+        ];
+        let v6 = [
+            &[10, 64, 0x80, 253, 2, 0, 0, 0, 20, 0, 1, 0, 0xfe, 0x80][..],
+            &[0; 13],
+            &[7],
+        ]
+        .concat();
+        let received = [
+            message(20, 2, &v4),
+            message(20, 2, &v6),
+            message(3, 2, &[0; 4]),
+        ]
+        .concat();
+        let found = entries(&received);
+        let address = |text: &str, prefix| Entry::Address {
+            index: 2,
+            ip: ip(text),
+            prefix,
+        };
+        assert_eq!(found, [address("10.0.0.2", 24), address("fe80::7", 64)]);
+        assert_eq!(
+            found.iter().map(Entry::is_automatic).collect::<Vec<_>>(),
+            [false, true]
+        );
+        assert_eq!(
+            found[0].delete().as_bytes(),
+            remove_address(2, &ip("10.0.0.2"), 24).as_bytes()
+        );
+        let last = messages(&received).last().unwrap();
+        assert_eq!(
+            (last.reply(), last.is_interrupted()),
+            (Reply::Done(0), false)
+        );
+    }
+
+    #[test]
+    fn routes_of_a_dump_are_found_and_deleted() {
+        let default = [
+            2, 0, 0, 0, 254, 3, 0, 1, 0, 0, 0, 0, // rtmsg
+            8, 0, 15, 0, 254, 0, 0, 0, // RTA_TABLE
+            8, 0, 5, 0, 10, 0, 0, 1, // RTA_GATEWAY
+            8, 0, 4, 0, 2, 0, 0, 0, // RTA_OIF
+        ];
+        let connected = [
+            2, 24, 0, 0, 254, 2, 253, 1, 0, 0, 0, 0, // rtmsg, RTPROT_KERNEL
+            8, 0, 1, 0, 10, 0, 0, 0, // RTA_DST
+            8, 0, 4, 0, 2, 0, 0, 0, // RTA_OIF
+        ];
+        let metric = [
+            2, 8, 0, 0, 254, 3, 253, 1, 0, 0, 0, 0, // rtmsg
+            8, 0, 1, 0, 11, 0, 0, 0, // RTA_DST
+            8, 0, 6, 0, 7, 0, 0, 0, // RTA_PRIORITY
+            8, 0, 4, 0, 3, 0, 0, 0, // RTA_OIF
+        ];
+        let mut local = connected;
+        local[4] = 255;
+        let mut cached = default;
+        cached[9] = 2;
+        let received: Vec<u8> = [&default[..], &connected, &metric, &local, &cached]
+            .iter()
+            .flat_map(|payload| message(24, 2, payload))
+            .collect();
+        let found = entries(&received);
+        let seen: Vec<_> = found
+            .iter()
+            .map(|entry| (entry.index(), entry.is_automatic()))
+            .collect();
+        assert_eq!(seen, [(2, false), (2, true), (3, false)]);
+        let deleted = [
+            44, 0, 0, 0, 25, 0, 5, 0, 1, 0, 0, 0, 0, 0, 0, 0, // nlmsghdr
+            2, 0, 0, 0, 254, 3, 0, 1, 0, 0, 0, 0, // rtmsg
+            8, 0, 5, 0, 10, 0, 0, 1, // RTA_GATEWAY
+            8, 0, 4, 0, 2, 0, 0, 0, // RTA_OIF
+        ];
+        assert_eq!(found[0].delete().as_bytes(), deleted);
+        assert_eq!(found[2].delete().as_bytes()[28..], metric[12..]);
+    }
+
+    #[test]
+    fn neighbours_of_a_dump_are_found_and_deleted() {
+        let stale = [
+            2, 0, 0, 0, 2, 0, 0, 0, 4, 0, 0, 1, // ndmsg, NUD_STALE
+            8, 0, 1, 0, 10, 0, 0, 1, // NDA_DST
+            10, 0, 2, 0, 2, 0, 0, 0, 0, 1, 0, 0, // NDA_LLADDR, padded
+        ];
+        let mut multicast = stale;
+        multicast[8] = 0x40;
+        let received = [message(28, 2, &stale), message(28, 0x12, &multicast)].concat();
+        let found = entries(&received);
+        assert_eq!(
+            found.iter().map(Entry::is_automatic).collect::<Vec<_>>(),
+            [false, true]
+        );
+        let deleted = [
+            36, 0, 0, 0, 29, 0, 5, 0, 1, 0, 0, 0, 0, 0, 0, 0, // nlmsghdr
+            2, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, // ndmsg
+            8, 0, 1, 0, 10, 0, 0, 1, // NDA_DST
+        ];
+        assert_eq!(found[0].delete().as_bytes(), deleted);
+        let interrupted: Vec<_> = messages(&received)
+            .map(|message| message.is_interrupted())
+            .collect();
+        assert_eq!(interrupted, [false, true]);
+    }
+
+    #[test]
+    fn what_is_cut_or_of_another_family_is_no_entry() {
+        let bridge = [7, 0, 0, 0, 2, 0, 0, 0, 4, 0, 0, 1, 8, 0, 1, 0, 10, 0, 0, 1];
+        assert_eq!(entries(&message(28, 2, &bridge)), []);
+        let short = [10, 64, 0, 0, 2, 0, 0, 0, 8, 0, 1, 0, 10, 0, 0, 1];
+        assert_eq!(entries(&message(20, 2, &short)), []);
+        let whole = [2, 24, 0, 0, 2, 0, 0, 0, 8, 0, 2, 0, 10, 0, 0, 2];
+        let received = message(20, 2, &whole);
+        for end in 0..received.len() {
+            assert_eq!(messages(&received[..end]).count(), 0, "{end}");
+            let payload = &whole[..end.min(whole.len() - 1)];
+            assert_eq!(entries(&message(20, 2, payload)), [], "{end}");
+        }
+        // Lengths that would not end.
+        for length in [0u32, 15, u32::MAX] {
+            let bytes = [&length.to_ne_bytes()[..], &[0; 12]].concat();
+            assert_eq!(messages(&bytes).count(), 0, "{length}");
+        }
+        assert_eq!(
+            entries(&message(20, 2, &[2, 24, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0])),
+            []
+        );
     }
 }

@@ -30,8 +30,7 @@ impl Key {
 
 /// At most `N` values, 65,536 at most. The first free slot is used, so few values touch few pages.
 ///
-/// Empty it is all zeros: as a static it takes no room in the program's file, and a slot's memory is
-/// first touched when the slot is first used.
+/// A slot's memory is first touched when the slot is first used.
 pub struct Slab<T, const N: usize> {
     slots: heapless::Vec<Slot<T>, N>,
 }
@@ -77,12 +76,11 @@ impl<T, const N: usize> Slab<T, N> {
         self.slot(key)?.value.as_mut()
     }
 
-    /// Drops the value stored under `key`.
-    pub fn remove(&mut self, key: Key) {
-        if let Some(slot) = self.slot(key) {
-            slot.value = None;
-            slot.key = key.next();
-        }
+    /// Takes the value stored under `key` out.
+    pub fn remove(&mut self, key: Key) -> Option<T> {
+        let slot = self.slot(key)?;
+        slot.key = key.next();
+        slot.value.take()
     }
 
     /// The key of the value in slot `index`, for walks during which values come and go.

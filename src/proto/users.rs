@@ -1,17 +1,16 @@
 //! Users and groups from the text of passwd(5) and group(5).
 
-use crate::bytes::{Split, decimal, split, trim};
-use crate::message;
-use crate::message::{Message, ToLossy};
+use crate::decimal;
+use crate::message::ToLossy;
+use core::fmt::{self, Display};
 
-/// Most supplementary groups of a user.
-pub const GROUPS: usize = 256;
-/// Longest home directory.
-const HOME: usize = 256;
+/// Most groups of a user, the primary one among them.
+pub const MAX_GROUPS: usize = 256;
+/// Longest home directory in bytes.
+pub const MAX_HOME: usize = 256;
 
 /// Who a command runs as.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
 pub struct Identity {
     /// User id.
     pub uid: u32,
@@ -19,142 +18,229 @@ pub struct Identity {
     pub gid: u32,
     /// Supplementary group ids, the primary one among them, as initgroups(3) has it: only that one
     /// when a group was given.
-    pub groups: heapless::Vec<u32, GROUPS>,
+    pub groups: heapless::Vec<u32, MAX_GROUPS>,
     /// Home directory.
-    pub home: heapless::Vec<u8, HOME>,
+    pub home: heapless::Vec<u8, MAX_HOME>,
+}
+
+/// Why a user cannot be resolved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IdentityError<'a> {
+    /// No account has this name.
+    UnknownUser(&'a [u8]),
+    /// No group has this name.
+    UnknownGroup(&'a [u8]),
+    /// A number that is no user id.
+    UserId(&'a [u8]),
+    /// A number that is no group id.
+    GroupId(&'a [u8]),
+    /// The user is in more than [`MAX_GROUPS`] groups.
+    TooManyGroups(&'a [u8]),
+    /// The user's home directory is over [`MAX_HOME`] bytes.
+    LongHome(&'a [u8]),
+}
+
+impl Display for IdentityError<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::UnknownUser(name) => write!(formatter, "unknown user {}", name.lossy()),
+            Self::UnknownGroup(name) => write!(formatter, "unknown group {}", name.lossy()),
+            Self::UserId(id) => write!(
+                formatter,
+                "user id {} is not from 0 to {MAX_ID}",
+                id.lossy()
+            ),
+            Self::GroupId(id) => write!(
+                formatter,
+                "group id {} is not from 0 to {MAX_ID}",
+                id.lossy()
+            ),
+            Self::TooManyGroups(user) => {
+                write!(
+                    formatter,
+                    "user {} is in more than {MAX_GROUPS} groups",
+                    user.lossy()
+                )
+            }
+            Self::LongHome(user) => {
+                write!(
+                    formatter,
+                    "the home directory of {} is over {MAX_HOME} bytes",
+                    user.lossy()
+                )
+            }
+        }
+    }
 }
 
 impl Identity {
-    /// From a default, resolves `user`, `uid`, `user:group` or `uid:gid`; an empty user is root.
+    /// Resolves `user`, `uid`, `user:group` or `uid:gid`, where either side can be a name or an id;
+    /// an empty user is root.
     ///
     /// `passwd` and `group` are the files' contents, empty where there is no such file. A line that
-    /// makes no sense is no account. A number that is no known id stands for itself.
-    pub fn resolve(&mut self, spec: &[u8], passwd: &[u8], group: &[u8]) -> Result<(), Message> {
-        let mut parts = split(spec, b':');
+    /// makes no sense is no account. A number is an id and never a name (CVE-2016-3697); one without
+    /// an account stands for itself, as user and as group.
+    pub fn resolve<'a>(
+        &mut self,
+        spec: &'a [u8],
+        passwd: &[u8],
+        group: &[u8],
+    ) -> Result<(), IdentityError<'a>> {
+        let mut parts = spec.splitn(2, |byte| *byte == b':');
         let user = parts.next().filter(|user| !user.is_empty());
         let user = user.unwrap_or(b"root");
-        let wanted = parts.rest();
-        let id = number(user);
-        let mut account = Entry::of(true);
-        let mut found =
-            account.seek(passwd, user, None) || (id.is_some() && account.seek(passwd, b"", id));
-        let mut home: &[u8] = b"/";
-        if found {
-            self.uid = account.id;
-            self.gid = number(account.fourth).unwrap_or(0);
-            if !account.home.is_empty() {
-                home = account.home;
-            }
-        } else if let Some(id) = id {
-            self.uid = id;
-            self.gid = id;
-        } else if user == b"root" {
+        let given_group = parts.next().filter(|group| !group.is_empty());
+
+        let wanted = Wanted::parse(user).ok_or(IdentityError::UserId(user))?;
+        let account = accounts(passwd).find(|account| wanted.is(account.name, account.uid));
+        let home;
+        (self.uid, self.gid, home) = match (account, wanted) {
+            (
+                Some(Account {
+                    home: b"",
+                    uid,
+                    gid,
+                    ..
+                }),
+                _,
+            ) => (uid, gid, &b"/"[..]),
+            (Some(account), _) => (account.uid, account.gid, account.home),
+            (None, Wanted::Id(id)) => (id, id, &b"/"[..]),
             // An image without /etc/passwd still has its root.
-            home = b"/root";
-        } else {
-            return Err(message!("unknown user {}", user.lossy()));
-        }
+            (None, Wanted::Name(b"root")) => (0, 0, &b"/root"[..]),
+            (None, Wanted::Name(name)) => return Err(IdentityError::UnknownUser(name)),
+        };
+        self.home.clear();
         if self.home.extend_from_slice(home).is_err() {
-            return Err(message!("home directory of {} is too long", user.lossy()));
+            return Err(IdentityError::LongHome(user));
         }
-        let mut entry = Entry::of(false);
-        if !wanted.is_empty() {
-            // That one, and no other.
-            self.gid = match entry.seek(group, wanted, None) {
-                true => entry.id,
-                false => {
-                    number(wanted).ok_or_else(|| message!("unknown group {}", wanted.lossy()))?
-                }
-            };
-            found = false;
+        if let Some(name) = given_group {
+            self.gid = find_group(name, group)?;
         }
-        self.join(self.gid);
-        entry.lines = split(group, b'\n');
-        while found && entry.advance() {
-            let member = split(entry.fourth, b',').any(|member| member == account.name);
-            if member && !self.join(entry.id) {
-                return Err(message!(
-                    "user {} is in more than {GROUPS} groups",
-                    user.lossy()
-                ));
+        self.groups.clear();
+        let mut join = |gid| self.groups.contains(&gid) || self.groups.push(gid).is_ok();
+        let mut fits = join(self.gid);
+        if let (None, Some(account)) = (given_group, account) {
+            for group in groups(group).filter(|group| group.has_member(account.name)) {
+                fits &= join(group.gid);
             }
         }
-        Ok(())
+        if fits {
+            Ok(())
+        } else {
+            Err(IdentityError::TooManyGroups(user))
+        }
     }
 
-    /// Makes a new one root, in no group but its own.
-    pub fn be_root(&mut self) {
-        self.join(0);
-    }
-
-    /// Whether there was room for the group.
-    fn join(&mut self, gid: u32) -> bool {
-        self.groups.contains(&gid) || self.groups.push(gid).is_ok()
+    /// Makes it root without a look at any file, in no group but its own.
+    pub fn set_root(&mut self) {
+        *self = Self {
+            groups: heapless::Vec::from_array([0]),
+            ..Self::default()
+        };
+        // Five bytes of MAX_HOME.
+        let _fits = self.home.extend_from_slice(b"/root");
     }
 }
 
-/// A line of either file:
-///
-/// passwd(5): name:password:UID:GID:GECOS:directory:shell;
-/// group(5): group_name:password:GID:user_list
-struct Entry<'a> {
-    id: u32,
-    is_account: bool,
+/// The id of a group, given by its name or as that id.
+fn find_group<'a>(wanted: &'a [u8], group: &[u8]) -> Result<u32, IdentityError<'a>> {
+    match Wanted::parse(wanted).ok_or(IdentityError::GroupId(wanted))? {
+        Wanted::Id(id) => Ok(id),
+        Wanted::Name(name) => groups(group)
+            .find(|group| group.name == name)
+            .map(|group| group.gid)
+            .ok_or(IdentityError::UnknownGroup(name)),
+    }
+}
+
+/// What a user or group is given by.
+#[derive(Clone, Copy)]
+enum Wanted<'a> {
+    Id(u32),
+    Name(&'a [u8]),
+}
+
+impl<'a> Wanted<'a> {
+    /// `None` for a number that is no id.
+    fn parse(text: &'a [u8]) -> Option<Self> {
+        let digits = match text {
+            [b'-' | b'+', digits @ ..] if !digits.is_empty() => digits,
+            text => text,
+        };
+        if !digits.iter().all(u8::is_ascii_digit) {
+            return Some(Self::Name(text));
+        }
+        id(text).map(Self::Id)
+    }
+
+    fn is(&self, name: &[u8], id: u32) -> bool {
+        match self {
+            Self::Id(wanted) => *wanted == id,
+            Self::Name(wanted) => *wanted == name,
+        }
+    }
+}
+
+/// A line of passwd(5).
+#[derive(Clone, Copy)]
+struct Account<'a> {
     name: &'a [u8],
-    /// The primary group's id, or a group's members.
-    fourth: &'a [u8],
+    uid: u32,
+    gid: u32,
     home: &'a [u8],
-    /// The lines behind it.
-    lines: Split<'a>,
 }
 
-impl<'a> Entry<'a> {
-    /// Nothing yet.
-    fn of(is_account: bool) -> Self {
-        Self {
-            id: 0,
-            is_account,
-            name: &[],
-            fourth: &[],
-            home: &[],
-            lines: split(&[], b'\n'),
-        }
-    }
+/// name:password:UID:GID:GECOS:directory:shell
+fn accounts(passwd: &[u8]) -> impl Iterator<Item = Account<'_>> {
+    lines(passwd).filter_map(|line| {
+        let mut fields = line.split(|byte| *byte == b':');
+        Some(Account {
+            name: fields.next().filter(|name| !name.is_empty())?,
+            uid: fields.nth(1).and_then(id)?,
+            gid: fields.next().and_then(id)?,
+            home: fields.nth(1).unwrap_or(&[]),
+        })
+    })
+}
 
-    /// On to the next line that makes sense.
-    fn advance(&mut self) -> bool {
-        for line in self.lines.by_ref() {
-            let mut fields = split(trim(line), b':');
-            self.name = fields.next().unwrap_or(&[]);
-            let id = fields.nth(1).and_then(number);
-            self.fourth = fields.next().unwrap_or(&[]);
-            self.home = fields.nth(1).unwrap_or(&[]);
-            if let Some(id) = id
-                && !self.name.is_empty()
-                && (!self.is_account || number(self.fourth).is_some())
-            {
-                self.id = id;
-                return true;
-            }
-        }
-        false
-    }
+/// A line of group(5).
+struct Group<'a> {
+    name: &'a [u8],
+    gid: u32,
+    /// Names, with commas between them.
+    members: &'a [u8],
+}
 
-    /// On to a file's first line of that name or id.
-    fn seek(&mut self, file: &'a [u8], name: &[u8], id: Option<u32>) -> bool {
-        self.lines = split(file, b'\n');
-        while self.advance() {
-            if self.name == name || Some(self.id) == id {
-                return true;
-            }
-        }
-        false
+impl Group<'_> {
+    fn has_member(&self, name: &[u8]) -> bool {
+        self.members
+            .split(|byte| *byte == b',')
+            .any(|member| member == name)
     }
 }
 
-/// An id: decimal digits, below 2^32 - 1, which the kernel takes for "no change" (setuid(2)).
-fn number(digits: &[u8]) -> Option<u32> {
-    decimal(digits).filter(|value| *value != u32::MAX)
+/// group_name:password:GID:user_list
+fn groups(group: &[u8]) -> impl Iterator<Item = Group<'_>> {
+    lines(group).filter_map(|line| {
+        let mut fields = line.split(|byte| *byte == b':');
+        Some(Group {
+            name: fields.next().filter(|name| !name.is_empty())?,
+            gid: fields.nth(1).and_then(id)?,
+            members: fields.next().unwrap_or(&[]),
+        })
+    })
+}
+
+fn lines(file: &[u8]) -> impl Iterator<Item = &[u8]> {
+    file.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii)
+}
+
+/// The largest id: 2^32 - 1 means "no change" to the kernel (setuid(2)).
+const MAX_ID: u32 = u32::MAX - 1;
+
+fn id(digits: &[u8]) -> Option<u32> {
+    decimal::parse(digits).filter(|id| *id <= MAX_ID)
 }
 
 #[cfg(test)]
@@ -166,25 +252,24 @@ mod tests {
         app:x:1000:100:App:/home/app:/bin/sh\nbare:x:7:8\n1234:x:55:56::/digits:\n\
         nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin";
     const GROUP: &[u8] = b"root:x:0:\nusers:x:100:app\nwheel:x:10:root,app\n\nbad\n:x:3:app\n\
-        disk:x:6:app,other\ndisk2:x:6:app\napplication:x:77:application\n";
+        digits:x:9:1234\n\
+        4321:x:0:\ndisk:x:6:app,other\ndisk2:x:6:app\napplication:x:77:application\n";
 
-    fn resolved(spec: &[u8], passwd: &[u8], group: &[u8]) -> Result<Identity, Message> {
+    fn resolved(spec: &[u8], passwd: &[u8], group: &[u8]) -> Result<Identity, String> {
         let mut identity = Identity::default();
-        identity.resolve(spec, passwd, group).map(|()| identity)
+        let result = identity.resolve(spec, passwd, group);
+        result.map_err(|error| error.to_string()).map(|()| identity)
     }
 
     fn ids(spec: &str) -> Result<(u32, u32, Vec<u32>, String), String> {
-        let text = |why: Message| String::from_utf8(why.as_bytes().to_vec()).unwrap();
-        resolved(spec.as_bytes(), PASSWD, GROUP)
-            .map_err(text)
-            .map(|who| {
-                (
-                    who.uid,
-                    who.gid,
-                    who.groups.to_vec(),
-                    String::from_utf8(who.home.to_vec()).unwrap(),
-                )
-            })
+        resolved(spec.as_bytes(), PASSWD, GROUP).map(|who| {
+            (
+                who.uid,
+                who.gid,
+                who.groups.to_vec(),
+                String::from_utf8(who.home.to_vec()).unwrap(),
+            )
+        })
     }
 
     #[test]
@@ -222,22 +307,60 @@ mod tests {
         assert_eq!(ids("1000"), ids("app"));
         assert_eq!(ids("2000"), Ok((2000, 2000, vec![2000], "/".into())));
         assert_eq!(ids("2000:3000"), Ok((2000, 3000, vec![3000], "/".into())));
-        assert_eq!(ids("1234"), Ok((55, 56, vec![56], "/digits".into())));
+        assert_eq!(ids("55"), Ok((55, 56, vec![56, 9], "/digits".into())));
+        assert_eq!(ids("0000"), ids("0"));
     }
 
     #[test]
-    fn unknown_names_and_impossible_numbers_are_named() {
+    fn a_number_is_an_id_and_never_a_name() {
+        // An account and a group that are named as a number, with ids of their own.
+        assert_eq!(ids("1234"), Ok((1234, 1234, vec![1234], "/".into())));
+        assert_eq!(
+            ids("app:4321"),
+            Ok((1000, 4321, vec![4321], "/home/app".into()))
+        );
+        let root = b"1234:x:0:0::/root:\n4294967296:x:0:0::/root:\n-1:x:0:0::/:";
+        let uid = |spec: &[u8]| resolved(spec, root, b"").map(|who| who.uid);
+        assert_eq!(uid(b"1234"), Ok(1234));
+        assert!(uid(b"4294967296").is_err() && uid(b"-1").is_err());
+    }
+
+    #[test]
+    fn unknown_names_and_impossible_ids_are_named() {
         assert_eq!(ids("nosuch"), Err("unknown user nosuch".into()));
         assert_eq!(ids("app:nosuch"), Err("unknown group nosuch".into()));
-        assert_eq!(ids("4294967295"), Err("unknown user 4294967295".into()));
-        assert_eq!(
-            ids("99999999999999999999"),
-            Err("unknown user 99999999999999999999".into())
-        );
-        assert_eq!(ids("-1"), Err("unknown user -1".into()));
-        for garbage in ["garbage", "noid", "big", "minus"] {
+        assert_eq!(ids("app:wheel:x"), Err("unknown group wheel:x".into()));
+        for id in [
+            "4294967295",
+            "4294967296",
+            "99999999999999999999",
+            "-1",
+            "+1",
+            "-0",
+        ] {
+            let range = "is not from 0 to 4294967294";
+            assert_eq!(ids(id), Err(format!("user id {id} {range}")));
+            assert_eq!(
+                ids(&format!("app:{id}")),
+                Err(format!("group id {id} {range}"))
+            );
+        }
+        assert_eq!(ids("4294967294").map(|who| who.0), Ok(4_294_967_294));
+        for garbage in [
+            "garbage", "noid", "big", "minus", "12a", "0x1", "1 ", "-", "+",
+        ] {
             assert_eq!(ids(garbage), Err(format!("unknown user {garbage}")));
         }
+    }
+
+    #[test]
+    fn a_second_resolution_leaves_nothing_of_the_first() {
+        let mut identity = Identity::default();
+        identity.resolve(b"app", PASSWD, GROUP).unwrap();
+        identity.resolve(b"bare", PASSWD, GROUP).unwrap();
+        assert_eq!(identity, resolved(b"bare", PASSWD, GROUP).unwrap());
+        identity.set_root();
+        assert_eq!(identity, resolved(b"", b"", b"").unwrap());
     }
 
     #[test]
@@ -248,13 +371,13 @@ mod tests {
 
     #[test]
     fn more_than_there_is_room_for_is_an_error_and_not_a_truncation() {
-        let group: String = (0..=GROUPS)
+        let group: String = (0..=MAX_GROUPS)
             .map(|at| format!("g{at}:x:{}:app\n", 5000 + at))
             .collect();
         let why = resolved(b"app", PASSWD, group.as_bytes()).unwrap_err();
-        assert_eq!(why.as_bytes(), b"user app is in more than 256 groups");
-        let home = format!("app:x:1:1::/{}:", "h".repeat(HOME));
+        assert_eq!(why, "user app is in more than 256 groups");
+        let home = format!("app:x:1:1::/{}:", "h".repeat(MAX_HOME));
         let why = resolved(b"app", home.as_bytes(), b"").unwrap_err();
-        assert_eq!(why.as_bytes(), b"home directory of app is too long");
+        assert_eq!(why, "the home directory of app is over 256 bytes");
     }
 }

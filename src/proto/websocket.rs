@@ -1,226 +1,379 @@
-//! WebSocket frames (RFC 6455 section 5): an incremental decoder over one buffer, and headers out.
+//! WebSocket frames (RFC 6455 section 5): an incremental decoder over one buffer, and frame headers
+//! to send.
 
-use crate::bytes::{remove, valid_up_to};
 use core::ops::Range;
+use core::str;
 
 /// Longest message accepted, in bytes.
-pub const MESSAGE: usize = 128 << 10;
-/// What a decoder's buffer must hold: a message put together so far, a whole frame, a control frame.
-pub const BUFFER: usize = MESSAGE + 2 * (HEADER + CONTROL);
+pub const MAX_MESSAGE: usize = 128 << 10;
+/// What a decoder's buffer must hold: a message joined so far, a whole frame, a control frame.
+pub const BUFFER: usize = MAX_MESSAGE + 2 * (MAX_CLIENT_HEADER + MAX_CONTROL);
 /// Longest payload of a control frame (section 5.5).
-pub const CONTROL: usize = 125;
-/// Longest frame header of a client: 2 bytes, 8 of length, 4 of mask.
-const HEADER: usize = 14;
+pub const MAX_CONTROL: usize = 125;
+/// Longest reason of a close frame, in bytes: its code comes first.
+pub const MAX_REASON: usize = MAX_CONTROL - 2;
+/// Longest frame header of a client: 2 bytes, 8 of length, 4 of masking key.
+const MAX_CLIENT_HEADER: usize = 14;
+/// Longest frame header of a server: no masking key.
+pub const MAX_HEADER: usize = 10;
 
-// Opcodes (section 5.2).
-const CONTINUATION: u8 = 0;
-/// A text message.
-pub const TEXT: u8 = 1;
-/// A binary message.
-pub const BINARY: u8 = 2;
-const CLOSE: u8 = 8;
-const PING: u8 = 9;
-/// An answer to a ping.
-pub const PONG: u8 = 10;
+// The first two bytes of a frame (section 5.2).
+const FIN: u8 = 0x80;
+const RESERVED: u8 = 0x70;
+const OPCODE: u8 = 0x0f;
+const MASKED: u8 = 0x80;
+const LENGTH: u8 = 0x7f;
+/// In the place of the length: 2 bytes of it follow.
+const LENGTH_16: u8 = 126;
+/// In the place of the length: 8 bytes of it follow.
+const LENGTH_64: u8 = 127;
+
+/// What a frame is (section 5.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Opcode {
+    Continuation = 0,
+    Text = 1,
+    Binary = 2,
+    Close = 8,
+    Ping = 9,
+    Pong = 10,
+}
+
+impl Opcode {
+    fn parse(first: u8) -> Option<Self> {
+        Some(match first & OPCODE {
+            0 => Self::Continuation,
+            1 => Self::Text,
+            2 => Self::Binary,
+            8 => Self::Close,
+            9 => Self::Ping,
+            10 => Self::Pong,
+            _ => return None,
+        })
+    }
+
+    fn is_control(self) -> bool {
+        matches!(self, Self::Close | Self::Ping | Self::Pong)
+    }
+}
 
 /// Why a connection is closed (section 7.4.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u16)]
 pub enum CloseCode {
     /// The session has ended.
     Normal = 1000,
     /// The VM goes down.
     GoingAway = 1001,
     /// The client broke the protocol.
-    Protocol = 1002,
+    ProtocolError = 1002,
     /// A text that is not UTF-8.
-    NotUtf8 = 1007,
-    /// A message this program cannot take.
-    Policy = 1008,
-    /// A message over [`MESSAGE`] bytes.
-    TooBig = 1009,
+    InvalidPayload = 1007,
+    /// A message that has no meaning here; the reason says why.
+    PolicyViolation = 1008,
+    /// A message over [`MAX_MESSAGE`] bytes.
+    MessageTooBig = 1009,
     /// The command cannot be started.
-    Internal = 1011,
+    InternalError = 1011,
 }
 
-/// What the decoder found. Its bytes are the decoder's [`payload`](Decoder::payload).
+/// A frame for which the connection has to be closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FrameError {
+    /// A reserved bit is set, and no extension was agreed on.
+    ReservedBit,
+    /// The opcode is reserved.
+    Opcode,
+    /// A client's frame without a mask.
+    Unmasked,
+    /// A control frame in fragments, or over [`MAX_CONTROL`] bytes.
+    Control,
+    /// A continuation of nothing.
+    Continuation,
+    /// A new message before the last one has ended.
+    Unfinished,
+    /// A length that is not encoded in the fewest bytes, or over 2^63 - 1.
+    Length,
+    /// A close frame of one byte, or with a code that must not be sent.
+    CloseCode,
+    /// A text or a reason that is not UTF-8.
+    Utf8,
+    /// A message over [`MAX_MESSAGE`] bytes.
+    TooBig,
+}
+
+impl FrameError {
+    /// The code to close with.
+    pub fn close_code(self) -> CloseCode {
+        match self {
+            Self::Utf8 => CloseCode::InvalidPayload,
+            Self::TooBig => CloseCode::MessageTooBig,
+            _ => CloseCode::ProtocolError,
+        }
+    }
+
+    /// The reason to close with.
+    pub fn message(self) -> &'static str {
+        match self {
+            Self::ReservedBit => "a reserved bit is set",
+            Self::Opcode => "the opcode is reserved",
+            Self::Unmasked => "a frame is not masked",
+            Self::Control => "a control frame is fragmented or over 125 bytes",
+            Self::Continuation => "there is no message to continue",
+            Self::Unfinished => "the last message is not finished",
+            Self::Length => "a length is not encoded in the fewest bytes",
+            Self::CloseCode => "the close code is invalid",
+            Self::Utf8 => "a text is not UTF-8",
+            Self::TooBig => "the message is over 128 KiB",
+        }
+    }
+}
+
+/// What the decoder found. A range says where in the buffer the payload lies; it is valid until the
+/// decoder's next call.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The rest of a frame has not come.
-    More,
+    /// The next frame has not come whole.
+    Incomplete,
     /// A whole text message, valid UTF-8.
-    Text,
+    Text(Range<usize>),
     /// A whole binary message.
-    Binary,
-    /// A ping whose payload is to be sent back.
-    Ping,
+    Binary(Range<usize>),
+    /// A ping, whose payload is to be sent back.
+    Ping(Range<usize>),
     /// An answer to a ping.
     Pong,
     /// The client closes, with the code to answer with, if it gave one.
     Close(Option<u16>),
-    /// The connection has to be closed with this code.
-    Fail(CloseCode),
+    /// The connection has to be closed.
+    Error(FrameError),
 }
 
 /// Decodes a client's frames.
-#[derive(Debug, Default)]
+///
+/// Time is linear in the bytes received: a message in one frame stays where it is, fragments are
+/// joined at the front of the buffer, and what has come of the next frame moves to the front once,
+/// when there is nothing else to do.
+#[derive(Clone, Debug, Default)]
 pub struct Decoder {
-    /// Bytes at the front of the buffer that belong to a message not yet whole.
-    assembled: usize,
-    /// Where in the buffer the bytes of the last event lie, until the next call.
-    pub payload: Range<usize>,
-    /// Opcode of that message; [`CONTINUATION`] when there is none.
-    opcode: u8,
+    /// Length of the unfinished message at the front of the buffer.
+    joined: usize,
+    /// What that message is.
+    unfinished: Option<Opcode>,
+    /// Where the next frame starts.
+    next: usize,
+}
+
+/// A frame's header.
+struct Header {
+    fin: bool,
+    opcode: Opcode,
+    mask: [u8; 4],
+    /// Its own length.
+    size: usize,
+    /// The payload's length.
+    length: usize,
 }
 
 impl Decoder {
-    /// Looks at the first `filled` bytes of `buffer`; what is decoded is moved to its front.
+    /// Looks at the first `filled` bytes of `buffer`. Unmasks payloads in place, and moves what has
+    /// come of an incomplete frame to the front, so that `filled` shrinks and there is room for more.
     pub fn next(&mut self, buffer: &mut [u8], filled: &mut usize) -> Event {
-        remove(buffer, filled, core::mem::take(&mut self.payload));
+        self.decode(buffer, filled).unwrap_or_else(Event::Error)
+    }
+
+    fn decode(&mut self, buffer: &mut [u8], filled: &mut usize) -> Result<Event, FrameError> {
         loop {
-            let start = self.assembled;
-            let bytes = buffer.get_mut(start..*filled).unwrap_or(&mut []);
-            let [first, second, rest @ ..] = bytes else {
-                return Event::More;
+            let received = buffer.get_mut(self.next..*filled).unwrap_or(&mut []);
+            let Some(header) = self.header(received)? else {
+                break;
             };
-            let (fin, opcode, short) = (*first & 0x80 != 0, *first & 0x0f, *second & 0x7f);
-            let known = match opcode {
-                CONTINUATION => self.opcode != CONTINUATION,
-                TEXT | BINARY => self.opcode == CONTINUATION,
-                CLOSE | PING | PONG => fin && usize::from(short) <= CONTROL,
-                _ => false,
+            let frame = header.size + header.length;
+            let Some(payload) = received.get_mut(header.size..frame) else {
+                break;
             };
-            if !known || *first & 0x70 != 0 || *second & 0x80 == 0 {
-                return Event::Fail(CloseCode::Protocol);
+            for (byte, mask) in payload.iter_mut().zip(header.mask.iter().cycle()) {
+                *byte ^= mask;
             }
-            let (wide, least) = match short {
-                126 => (2, 126),
-                127 => (8, 1 << 16),
-                _ => (0, 0),
-            };
-            let Some((field, rest)) = rest.split_at_mut_checked(wide) else {
-                return Event::More;
-            };
-            let length = match field {
-                [] => u64::from(short),
-                _ => field
-                    .iter()
-                    .fold(0, |sum, byte| sum << 8 | u64::from(*byte)),
-            };
-            // Not in the fewest bytes, or negative (section 5.2).
-            if length < least || length >> 63 != 0 {
-                return Event::Fail(CloseCode::Protocol);
+            let payload = self.next + header.size..self.next + frame;
+            self.next += frame;
+            let bytes = buffer.get(payload.clone()).unwrap_or(&[]);
+            match (header.opcode, self.unfinished) {
+                (Opcode::Close, _) => return close_event(bytes),
+                (Opcode::Ping, _) => return Ok(Event::Ping(payload)),
+                (Opcode::Pong, _) => return Ok(Event::Pong),
+                (opcode, None) if header.fin => return message_event(opcode, bytes, payload),
+                _ => {}
             }
-            let before = if opcode < CLOSE { start } else { 0 };
-            if length > MESSAGE.saturating_sub(before) as u64 {
-                return Event::Fail(CloseCode::TooBig);
-            }
-            let length = length as usize;
-            let Some((mask, rest)) = rest.split_first_chunk_mut() else {
-                return Event::More;
-            };
-            let Some(payload) = rest.get_mut(..length) else {
-                return Event::More;
-            };
-            let mut mask = u32::from_le_bytes(*mask);
-            for byte in payload {
-                *byte ^= mask as u8;
-                mask = mask.rotate_right(8);
-            }
-            remove(buffer, filled, start..start + 2 + wide + 4);
-            if opcode >= CLOSE {
-                self.payload = start..start + length;
-                return control(opcode, buffer.get(self.payload.clone()).unwrap_or(&[]));
-            }
-            self.assembled += length;
-            if self.opcode == CONTINUATION {
-                self.opcode = opcode;
-            }
-            if fin {
-                return self.message(buffer);
+            // Fragments: their headers are what is between them, so this never overtakes.
+            let end = self.joined + payload.len();
+            buffer.copy_within(payload, self.joined);
+            let opcode = *self.unfinished.get_or_insert(header.opcode);
+            self.joined = end;
+            if header.fin {
+                self.joined = 0;
+                self.unfinished = None;
+                return message_event(opcode, buffer.get(..end).unwrap_or(&[]), 0..end);
             }
         }
+        if self.next > self.joined && self.next <= *filled {
+            buffer.copy_within(self.next..*filled, self.joined);
+            *filled -= self.next - self.joined;
+            self.next = self.joined;
+        }
+        Ok(Event::Incomplete)
     }
 
-    /// A message is whole.
-    fn message(&mut self, buffer: &[u8]) -> Event {
-        self.payload = 0..core::mem::take(&mut self.assembled);
-        if core::mem::take(&mut self.opcode) == BINARY {
-            return Event::Binary;
+    /// The header that `bytes` start with; `None` when it has not come whole.
+    fn header(&self, bytes: &[u8]) -> Result<Option<Header>, FrameError> {
+        let [first, second, rest @ ..] = bytes else {
+            return Ok(None);
+        };
+        let (fin, short) = (first & FIN != 0, second & LENGTH);
+        let opcode = Opcode::parse(*first).ok_or(FrameError::Opcode)?;
+        if first & RESERVED != 0 {
+            return Err(FrameError::ReservedBit);
         }
-        let text = buffer.get(self.payload.clone()).unwrap_or(&[]);
-        if valid_up_to(text) == text.len() {
-            Event::Text
-        } else {
-            Event::Fail(CloseCode::NotUtf8)
+        if second & MASKED == 0 {
+            return Err(FrameError::Unmasked);
         }
-    }
-}
-
-fn control(opcode: u8, payload: &[u8]) -> Event {
-    match (opcode, payload) {
-        (PING, _) => Event::Ping,
-        (PONG, _) => Event::Pong,
-        (_, []) => Event::Close(None),
-        (_, [high, low, reason @ ..]) => {
-            let code = u16::from_be_bytes([*high, *low]);
-            // Codes that may stand in a frame (section 7.4).
-            if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
-                Event::Fail(CloseCode::Protocol)
-            } else if valid_up_to(reason) != reason.len() {
-                Event::Fail(CloseCode::NotUtf8)
-            } else {
-                Event::Close(Some(code))
+        match opcode {
+            Opcode::Continuation if self.unfinished.is_none() => {
+                return Err(FrameError::Continuation);
             }
+            Opcode::Text | Opcode::Binary if self.unfinished.is_some() => {
+                return Err(FrameError::Unfinished);
+            }
+            _ if opcode.is_control() && (!fin || usize::from(short) > MAX_CONTROL) => {
+                return Err(FrameError::Control);
+            }
+            _ => {}
         }
-        (_, [_]) => Event::Fail(CloseCode::Protocol),
+        let (length, size, least) = match (short, rest) {
+            (LENGTH_16, [a, b, ..]) => (u64::from(u16::from_be_bytes([*a, *b])), 4, 126),
+            (LENGTH_64, rest) => match rest.first_chunk() {
+                Some(length) => (u64::from_be_bytes(*length), 10, 1 << 16),
+                None => return Ok(None),
+            },
+            (LENGTH_16, _) => return Ok(None),
+            (short, _) => (u64::from(short), 2, 0),
+        };
+        if length < least || length >> 63 != 0 {
+            return Err(FrameError::Length);
+        }
+        let joined = if opcode.is_control() { 0 } else { self.joined };
+        let length = usize::try_from(length)
+            .ok()
+            .filter(|length| *length <= MAX_MESSAGE - joined)
+            .ok_or(FrameError::TooBig)?;
+        let mask = bytes.get(size..).and_then(<[u8]>::first_chunk);
+        Ok(mask.map(|mask| Header {
+            fin,
+            opcode,
+            mask: *mask,
+            size: size + mask.len(),
+            length,
+        }))
     }
 }
 
-/// Longest header of a frame this program sends.
-pub const HEADER_OUT: usize = 10;
-
-/// The start of a frame to send, or all of it.
-#[derive(Debug)]
-pub struct Header {
-    bytes: [u8; HEADER_OUT],
-    start: usize,
-}
-
-impl core::ops::Deref for Header {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        self.bytes.get(self.start..).unwrap_or(&[])
+fn message_event(opcode: Opcode, message: &[u8], range: Range<usize>) -> Result<Event, FrameError> {
+    match opcode {
+        Opcode::Text if str::from_utf8(message).is_err() => Err(FrameError::Utf8),
+        Opcode::Text => Ok(Event::Text(range)),
+        _ => Ok(Event::Binary(range)),
     }
 }
 
-/// The header of an unfragmented frame.
-pub fn header(opcode: u8, length: usize) -> Header {
-    let [.., a, b, c, d] = (length as u64).to_be_bytes();
-    let (start, short) = match length {
-        0..126 => (8, d),
-        126..0x10000 => (6, 126),
-        _ => (0, 127),
+/// A close frame is empty, or a code and a reason (section 5.5.1).
+fn close_event(payload: &[u8]) -> Result<Event, FrameError> {
+    let (high, low, reason) = match payload {
+        [] => return Ok(Event::Close(None)),
+        [high, low, reason @ ..] => (*high, *low, reason),
+        [_] => return Err(FrameError::CloseCode),
     };
-    let mut bytes = [0, 0, 0, 0, 0, 0, a, b, c, d];
-    if let Some([first, second, ..]) = bytes.get_mut(start..) {
-        *first = 0x80 | opcode;
-        *second = short;
+    let code = u16::from_be_bytes([high, low]);
+    // Codes that may stand in a frame (section 7.4).
+    if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
+        return Err(FrameError::CloseCode);
     }
-    Header { bytes, start }
+    match str::from_utf8(reason) {
+        Ok(_) => Ok(Event::Close(Some(code))),
+        Err(_) => Err(FrameError::Utf8),
+    }
 }
 
-/// A close frame, without a code where the other side gave none.
-pub fn close_frame(code: Option<u16>) -> Header {
-    let [high, low] = code.unwrap_or(0).to_be_bytes();
-    let (start, length) = if code.is_some() { (6, 2) } else { (8, 0) };
-    let mut bytes = [0, 0, 0, 0, 0, 0, 0, 0, high, low];
-    if let Some([first, second, ..]) = bytes.get_mut(start..) {
-        *first = 0x80 | CLOSE;
-        *second = length;
+/// The header of an unfragmented frame to send; the payload follows it, unmasked.
+#[derive(Clone, Debug)]
+pub struct FrameHeader {
+    bytes: heapless::Vec<u8, MAX_HEADER>,
+}
+
+impl FrameHeader {
+    /// For a payload of `length` bytes.
+    pub fn new(opcode: Opcode, length: usize) -> Self {
+        let first = FIN | opcode as u8;
+        let bytes = (length as u64).to_be_bytes();
+        let [.., high, low] = bytes;
+        let mut header = heapless::Vec::new();
+        // The longest is MAX_HEADER bytes.
+        let _fits = match length {
+            0..126 => header.extend_from_slice(&[first, low]),
+            126..0x1_0000 => header.extend_from_slice(&[first, LENGTH_16, high, low]),
+            _ => header
+                .extend_from_slice(&[first, LENGTH_64])
+                .and_then(|()| header.extend_from_slice(&bytes)),
+        };
+        Self { bytes: header }
     }
-    Header { bytes, start }
+
+    /// The bytes to send.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+/// A whole close frame to send (section 5.5.1).
+#[derive(Clone, Debug)]
+pub struct CloseFrame {
+    bytes: heapless::Vec<u8, { 2 + MAX_CONTROL }>,
+}
+
+impl CloseFrame {
+    /// With a code and a reason. Of a reason over [`MAX_REASON`] bytes the end is replaced by `…`.
+    pub fn new(code: CloseCode, reason: &str) -> Self {
+        const ELLIPSIS: &str = "…";
+        let (shown, mark) = if reason.len() > MAX_REASON {
+            let end = reason.floor_char_boundary(MAX_REASON - ELLIPSIS.len());
+            (reason.get(..end).unwrap_or(""), ELLIPSIS)
+        } else {
+            (reason, "")
+        };
+        Self::build(Some(code as u16), shown, mark)
+    }
+
+    /// The answer to a client's close frame: its own code, if it gave one.
+    pub fn echo(code: Option<u16>) -> Self {
+        Self::build(code, "", "")
+    }
+
+    fn build(code: Option<u16>, reason: &str, mark: &str) -> Self {
+        let code = code.map(u16::to_be_bytes);
+        let code = code.as_ref().map_or(&[][..], <[u8; 2]>::as_slice);
+        let length = code.len() + reason.len() + mark.len();
+        let header = FrameHeader::new(Opcode::Close, length);
+        let mut bytes = heapless::Vec::new();
+        for part in [header.as_bytes(), code, reason.as_bytes(), mark.as_bytes()] {
+            // A reason is at most MAX_REASON bytes.
+            let _fits = bytes.extend_from_slice(part);
+        }
+        Self { bytes }
+    }
+
+    /// The bytes to send.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 #[cfg(test)]
@@ -258,7 +411,7 @@ mod tests {
         Ping(Vec<u8>),
         Pong,
         Close(Option<u16>),
-        Fail(CloseCode),
+        Error(FrameError),
     }
 
     fn feed(bytes: &[u8], step: usize) -> Vec<Seen> {
@@ -268,25 +421,26 @@ mod tests {
         let mut seen = Vec::new();
         let mut rest = bytes;
         loop {
-            match decoder.next(&mut buffer, &mut filled) {
-                Event::More if rest.is_empty() => return seen,
-                Event::More => {
+            let event = decoder.next(&mut buffer, &mut filled);
+            let payload = |range: Range<usize>| buffer[range].to_vec();
+            match event {
+                Event::Incomplete if rest.is_empty() => return seen,
+                Event::Incomplete => {
                     let count = step.min(rest.len()).min(BUFFER - filled);
                     assert!(count > 0, "the buffer is too small for a legal message");
                     buffer[filled..filled + count].copy_from_slice(&rest[..count]);
                     filled += count;
                     rest = &rest[count..];
                 }
-                Event::Text => {
-                    let payload = buffer[decoder.payload.clone()].to_vec();
-                    seen.push(Seen::Text(String::from_utf8(payload).unwrap()));
+                Event::Text(range) => {
+                    seen.push(Seen::Text(String::from_utf8(payload(range)).unwrap()));
                 }
-                Event::Binary => seen.push(Seen::Binary(buffer[decoder.payload.clone()].to_vec())),
-                Event::Ping => seen.push(Seen::Ping(buffer[decoder.payload.clone()].to_vec())),
+                Event::Binary(range) => seen.push(Seen::Binary(payload(range))),
+                Event::Ping(range) => seen.push(Seen::Ping(payload(range))),
                 Event::Pong => seen.push(Seen::Pong),
                 Event::Close(code) => seen.push(Seen::Close(code)),
-                Event::Fail(code) => {
-                    seen.push(Seen::Fail(code));
+                Event::Error(error) => {
+                    seen.push(Seen::Error(error));
                     return seen;
                 }
             }
@@ -336,12 +490,12 @@ mod tests {
 
     #[test]
     fn messages_up_to_the_limit_fit_however_they_are_cut() {
-        let payload: Vec<u8> = (0..MESSAGE).map(|at| at as u8).collect();
+        let payload: Vec<u8> = (0..MAX_MESSAGE).map(|at| at as u8).collect();
         assert_eq!(
             feed(&frame(0x82, &payload), 4096),
             [Seen::Binary(payload.clone())]
         );
-        let (first, second) = payload.split_at(MESSAGE - 7);
+        let (first, second) = payload.split_at(MAX_MESSAGE - 7);
         let bytes = [
             frame(0x02, first),
             frame(0x89, &[1; 125]),
@@ -353,56 +507,99 @@ mod tests {
             [Seen::Ping(vec![1; 125]), Seen::Binary(payload.clone())]
         );
         let over = [frame(0x02, &payload), frame(0x80, b"x")].concat();
-        assert_eq!(feed(&over, 4096), [Seen::Fail(CloseCode::TooBig)]);
+        assert_eq!(feed(&over, 4096), [Seen::Error(FrameError::TooBig)]);
         let announced = [0x82, 0xff, 0, 0, 0, 0, 0, 2, 0, 1];
-        assert_eq!(all(&announced), [Seen::Fail(CloseCode::TooBig)]);
+        assert_eq!(all(&announced), [Seen::Error(FrameError::TooBig)]);
     }
 
     #[test]
     fn what_breaks_the_protocol_fails_the_connection() {
-        for bytes in [
-            frame(0xc1, b"x"),
-            frame(0xa1, b"x"),
-            frame(0x91, b"x"),
-            frame(0x83, b""),
-            frame(0x8b, b""),
-            frame(0x80, b"no start"),
-            frame(0x00, b""),
-            [frame(0x01, b"a"), frame(0x81, b"b")].concat(),
-            frame(0x09, b""),
-            frame(0x08, b""),
-            frame(0x89, &[0; 126]),
-            frame(0x88, &[3]),
-            frame(0x88, &999u16.to_be_bytes()),
-            frame(0x88, &1005u16.to_be_bytes()),
-            frame(0x88, &1006u16.to_be_bytes()),
-            frame(0x88, &2999u16.to_be_bytes()),
-            frame(0x88, &5000u16.to_be_bytes()),
-            vec![0x81, 0x01, b'x'],
-            vec![0x82, 0xfe, 0, 125, 0, 0, 0, 0],
-            vec![0x82, 0xff, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0],
-            vec![0x82, 0xff, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        use FrameError::*;
+        for (bytes, error) in [
+            (frame(0xc1, b"x"), ReservedBit),
+            (frame(0xa1, b"x"), ReservedBit),
+            (frame(0x91, b"x"), ReservedBit),
+            (frame(0x83, b""), Opcode),
+            (frame(0x8b, b""), Opcode),
+            (frame(0x80, b"no start"), Continuation),
+            (frame(0x00, b""), Continuation),
+            ([frame(0x01, b"a"), frame(0x81, b"b")].concat(), Unfinished),
+            (frame(0x09, b""), Control),
+            (frame(0x08, b""), Control),
+            (frame(0x89, &[0; 126]), Control),
+            (frame(0x88, &[3]), CloseCode),
+            (frame(0x88, &999u16.to_be_bytes()), CloseCode),
+            (frame(0x88, &1005u16.to_be_bytes()), CloseCode),
+            (frame(0x88, &1006u16.to_be_bytes()), CloseCode),
+            (frame(0x88, &2999u16.to_be_bytes()), CloseCode),
+            (frame(0x88, &5000u16.to_be_bytes()), CloseCode),
+            (vec![0x81, 0x01, b'x'], Unmasked),
+            (vec![0x82, 0xfe, 0, 125, 0, 0, 0, 0], Length),
+            (
+                vec![0x82, 0xff, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0],
+                Length,
+            ),
+            (
+                vec![0x82, 0xff, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+                Length,
+            ),
         ] {
-            assert_eq!(
-                all(&bytes).last(),
-                Some(&Seen::Fail(CloseCode::Protocol)),
-                "{bytes:x?}"
-            );
+            assert_eq!(all(&bytes).last(), Some(&Seen::Error(error)), "{bytes:x?}");
+            assert_eq!(error.close_code(), super::CloseCode::ProtocolError);
         }
+        assert_eq!(Utf8.close_code() as u16, 1007);
+        assert_eq!(TooBig.close_code() as u16, 1009);
+    }
+
+    #[test]
+    fn many_small_frames_do_not_move_what_follows_them() {
+        let mut buffer = frame(0x01, b"");
+        while buffer.len() + 16 < BUFFER {
+            buffer.extend(frame(0x00, b""));
+        }
+        let ping = buffer.len() + 6;
+        buffer.extend(frame(0x89, b"ping"));
+        let (all, mut filled) = (buffer.len(), buffer.len());
+        let mut decoder = Decoder::default();
+        let event = decoder.next(&mut buffer, &mut filled);
+        assert_eq!((event, filled), (Event::Ping(ping..all), all));
+        assert_eq!(decoder.next(&mut buffer, &mut filled), Event::Incomplete);
+        assert_eq!((filled, decoder.next), (0, 0));
+    }
+
+    #[test]
+    fn a_payload_stays_where_it_is_until_the_next_call() {
+        let mut bytes = [
+            frame(0x82, b"one"),
+            frame(0x89, b"two"),
+            frame(0x82, b"three"),
+        ]
+        .concat();
+        let mut filled = bytes.len() - 1;
+        let mut decoder = Decoder::default();
+        assert_eq!(decoder.next(&mut bytes, &mut filled), Event::Binary(6..9));
+        assert_eq!(decoder.next(&mut bytes, &mut filled), Event::Ping(15..18));
+        assert_eq!((&bytes[15..18], filled), (&b"two"[..], 28));
+        assert_eq!(decoder.next(&mut bytes, &mut filled), Event::Incomplete);
+        assert_eq!(filled, 10);
+        bytes[filled] = b'e' ^ 0x37;
+        filled += 1;
+        assert_eq!(decoder.next(&mut bytes, &mut filled), Event::Binary(6..11));
+        assert_eq!(&bytes[6..11], b"three");
     }
 
     #[test]
     fn texts_and_reasons_must_be_utf8() {
-        assert_eq!(all(&frame(0x81, b"\xff")), [Seen::Fail(CloseCode::NotUtf8)]);
+        assert_eq!(all(&frame(0x81, b"\xff")), [Seen::Error(FrameError::Utf8)]);
         assert_eq!(
             all(&frame(0x81, b"\xed\xa0\x80")),
-            [Seen::Fail(CloseCode::NotUtf8)]
+            [Seen::Error(FrameError::Utf8)]
         );
         let split = [frame(0x01, b"\xf0\x9f"), frame(0x80, b"\x90")].concat();
-        assert_eq!(all(&split), [Seen::Fail(CloseCode::NotUtf8)]);
+        assert_eq!(all(&split), [Seen::Error(FrameError::Utf8)]);
         assert_eq!(
             all(&frame(0x88, b"\x03\xe8\xff")),
-            [Seen::Fail(CloseCode::NotUtf8)]
+            [Seen::Error(FrameError::Utf8)]
         );
     }
 
@@ -418,16 +615,42 @@ mod tests {
 
     #[test]
     fn headers_are_as_short_as_the_length_allows() {
-        assert_eq!(header(TEXT, 5)[..], [0x81, 5]);
-        assert_eq!(header(BINARY, 125)[..], [0x82, 125]);
-        assert_eq!(header(BINARY, 126)[..], [0x82, 126, 0, 126]);
-        assert_eq!(header(BINARY, 65_535)[..], [0x82, 126, 255, 255]);
+        let header = |opcode, length| FrameHeader::new(opcode, length).bytes.to_vec();
+        assert_eq!(header(Opcode::Text, 5), [0x81, 5]);
+        assert_eq!(header(Opcode::Binary, 125), [0x82, 125]);
+        assert_eq!(header(Opcode::Binary, 126), [0x82, 126, 0, 126]);
+        assert_eq!(header(Opcode::Binary, 65_535), [0x82, 126, 255, 255]);
         assert_eq!(
-            header(BINARY, 65_536)[..],
+            header(Opcode::Binary, 65_536),
             [0x82, 127, 0, 0, 0, 0, 0, 1, 0, 0]
         );
-        assert_eq!(header(PONG, 0)[..], [0x8a, 0]);
-        assert_eq!(close_frame(None)[..], [0x88, 0]);
-        assert_eq!(close_frame(Some(1000))[..], [0x88, 2, 3, 0xe8]);
+        assert_eq!(header(Opcode::Pong, 0), [0x8a, 0]);
+    }
+
+    #[test]
+    fn a_close_frame_has_a_code_and_a_reason_that_fits() {
+        assert_eq!(CloseFrame::echo(None).as_bytes(), [0x88, 0]);
+        assert_eq!(
+            CloseFrame::echo(Some(4000)).as_bytes(),
+            [0x88, 2, 0x0f, 0xa0]
+        );
+        let frame = CloseFrame::new(CloseCode::Normal, "");
+        assert_eq!(frame.as_bytes(), [0x88, 2, 3, 0xe8]);
+        let frame = CloseFrame::new(CloseCode::PolicyViolation, "cols: no");
+        assert_eq!(frame.as_bytes(), b"\x88\x0a\x03\xf0cols: no");
+        let longest = "x".repeat(MAX_REASON);
+        let frame = CloseFrame::new(CloseCode::PolicyViolation, &longest);
+        assert_eq!(&frame.as_bytes()[..4], [0x88, 125, 3, 0xf0]);
+        assert_eq!(&frame.as_bytes()[4..], longest.as_bytes());
+        for character in ["x", "é", "€", "🐦"] {
+            let reason = format!("a{}", character.repeat(MAX_REASON));
+            let frame = CloseFrame::new(CloseCode::PolicyViolation, &reason);
+            let [_, length, _, _, shown @ ..] = frame.as_bytes() else {
+                panic!("no close frame");
+            };
+            let shown = str::from_utf8(shown).unwrap();
+            assert!(shown.ends_with('…') && usize::from(*length) == shown.len() + 2);
+            assert!(shown.len() > MAX_REASON - 4 && shown.len() <= MAX_REASON);
+        }
     }
 }

@@ -2,14 +2,13 @@
 
 use crate::boot::mounts::TREES;
 use crate::context;
-use crate::error::name;
+use crate::error::{Log, name};
 use crate::sys::Stopwatch;
 
 use crate::sys;
 use crate::sys::files;
 use core::ffi::CStr;
-use proto::message;
-use proto::message::{Message, ToLossy};
+use proto::message::ToLossy;
 use proto::mountinfo;
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
@@ -31,14 +30,14 @@ type Stuck = heapless::Vec<OwnedFd, STUCK>;
 ///
 /// What cannot be unmounted or made read-only is frozen instead (FIFREEZE, ioctl_fs(2)): that
 /// leaves its journal empty as well.
-pub fn unmount_all(mounts: Option<&OwnedFd>, buffer: &mut [u8], warn: &mut dyn FnMut(Message)) {
+pub fn unmount_all(mounts: Option<&OwnedFd>, buffer: &mut [u8], log: &mut dyn Log) {
     // A boot that failed half-way has its root here.
     let _none = unmount(c"/newroot", UnmountFlags::empty());
     let mut stuck = Stuck::new();
     let watch = Stopwatch::start();
     while let Some(mounts) = mounts {
         let table = read_table(mounts, buffer);
-        if !try_unmounting(table, watch.elapsed() < BUSY, &mut stuck, warn) {
+        if !try_unmounting(table, watch.elapsed() < BUSY, &mut stuck, log) {
             break;
         }
         sys::sleep(RETRY);
@@ -46,7 +45,7 @@ pub fn unmount_all(mounts: Option<&OwnedFd>, buffer: &mut [u8], warn: &mut dyn F
     // Volumes before the root: a volume may be a file on the root.
     for volume in &stuck {
         if let Err(errno) = freeze(volume) {
-            warn(context!("cannot freeze a busy volume")(errno));
+            log.warn(&context!("cannot freeze a busy volume")(errno));
         }
     }
     let read_only = MountFlags::RDONLY | MountFlags::RELATIME;
@@ -54,7 +53,7 @@ pub fn unmount_all(mounts: Option<&OwnedFd>, buffer: &mut [u8], warn: &mut dyn F
         // EBUSY: something in the kernel, a loop device perhaps, has a file open for writing.
         if let Err(frozen) = freeze_root() {
             let why = context!("cannot make / read-only")(errno);
-            warn(message!("{why}, nor freeze it: {}", name(frozen)));
+            log.warn(&format_args!("{why}, nor freeze it: {}", name(frozen)));
         }
     }
     rustix::fs::sync();
@@ -71,19 +70,15 @@ fn read_table<'b>(file: &OwnedFd, buffer: &'b mut [u8]) -> &'b [u8] {
 }
 
 /// Tries to unmount every volume, the last mounted first; whether one is still busy.
-fn try_unmounting(
-    table: &[u8],
-    patient: bool,
-    stuck: &mut Stuck,
-    warn: &mut dyn FnMut(Message),
-) -> bool {
+fn try_unmounting(table: &[u8], patient: bool, stuck: &mut Stuck, log: &mut dyn Log) -> bool {
     let mut busy = false;
-    let mut path = mountinfo::Target::new();
+    let mut room = [0; mountinfo::PATH_MAX];
     for line in table.rsplit(|byte| *byte == b'\n') {
-        let Some(on_device) = mountinfo::parse(line, &mut path) else {
+        let Some(mount) = mountinfo::parse(line) else {
             continue;
         };
-        let target = sys::c_str(&path);
+        let on_device = mount.major != 0;
+        let target = mount.mount_point.decode(&mut room).text;
         if target == c"/" {
             // What is mounted over the root, or the root, which only becomes read-only (umount(2)).
             let _tried_again = unmount(target, UnmountFlags::empty());
@@ -97,7 +92,7 @@ fn try_unmounting(
             Err(_) if patient => busy = true,
             Err(errno) => {
                 let why = context!("{} stays busy", target.lossy())(errno);
-                warn(message!("{why}: detached"));
+                log.warn(&format_args!("{why}: detached"));
                 if on_device {
                     let _table_full = open_directory(target).map(|volume| stuck.push(volume));
                 }

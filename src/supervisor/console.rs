@@ -1,6 +1,7 @@
 //! The console: log lines and the workload's output, written without ever waiting.
 
 use crate::context::Source;
+use crate::error::Log;
 use crate::sys::epoll::Poller;
 use crate::sys::files;
 use core::ffi::CStr;
@@ -99,11 +100,11 @@ impl Console {
     }
 
     /// Writes a line; `fields` stands behind its message, as ` key=value`.
-    pub fn log(&mut self, level: Level, message: Message, fields: Message) {
+    pub fn log(&mut self, level: Level, message: &dyn Display, fields: &dyn Display) {
         if level < self.level {
             return;
         }
-        let mut line = message!("{}{fields}", LogLine(level, &message));
+        let mut line = message!("{}{fields}", LogLine(level, message));
         if let Some((uid, gid)) = self.identity {
             line = message!("{line} uid={uid} gid={gid}");
         }
@@ -111,18 +112,18 @@ impl Console {
     }
 
     /// Writes a line at level info; `fields` stands behind its message, as ` key=value`.
-    pub fn info(&mut self, message: Message, fields: Message) {
+    pub fn info(&mut self, message: &dyn Display, fields: &dyn Display) {
         self.log(Level::Info, message, fields);
     }
 
     /// Writes a line at level warn.
-    pub fn warn(&mut self, message: Message) {
-        self.log(Level::Warn, message, Message::new());
+    pub fn warn(&mut self, message: &dyn Display) {
+        self.log(Level::Warn, message, &"");
     }
 
     /// Writes a line at level error.
-    pub fn error(&mut self, message: Message) {
-        self.log(Level::Error, message, Message::new());
+    pub fn error(&mut self, message: &dyn Display) {
+        self.log(Level::Error, message, &"");
     }
 
     fn write_line(&mut self, line: &Message) {
@@ -132,8 +133,7 @@ impl Console {
             self.open_line = !self.queue.push(b"\n");
         }
         if self.lost > 0 {
-            let message = message!("the console was too slow");
-            let note = LogLine(Level::Warn, &message);
+            let note = LogLine(Level::Warn, &"the console was too slow");
             if !self.push_line(&message!("{note} lost_lines={}", self.lost)) {
                 self.lost = self.lost.saturating_add(1);
                 return;
@@ -202,12 +202,19 @@ impl Console {
     }
 }
 
+impl Log for Console {
+    fn warn(&mut self, message: &dyn Display) {
+        Self::warn(self, message);
+    }
+}
+
 /// The start of a log line, for display: `pigeon-init: level=info msg="…"`.
-struct LogLine<'a>(Level, &'a Message);
+struct LogLine<'a>(Level, &'a dyn Display);
 
 impl Display for LogLine<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(level, message) = self;
+        let message = message!("{message}");
         let message = Quoted(message.as_bytes());
         write!(
             formatter,

@@ -7,11 +7,11 @@ mod workload;
 
 use crate::api::Api;
 use crate::context::{Context, Exit, NEVER, Source};
+use crate::error::Error;
 use crate::process::helper::{self, Helper};
 use crate::sys::{self, SignalSet, files};
 use console::Console;
 use phase::Phase;
-use proto::message;
 use proto::message::Message;
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
@@ -112,8 +112,8 @@ impl Supervisor {
     /// Opens the API; a VM without vsock goes on without.
     pub fn listen(&mut self) {
         self.mounts = files::open(c"/proc/self/mountinfo", OFlags::RDONLY).ok();
-        if let Err(error) = self.api.listen(&self.context.poller) {
-            self.console.warn(message!("no API: {error}"));
+        if let Err(error) = self.api.listen(&self.context) {
+            self.console.warn(&format_args!("no API: {error}"));
         }
     }
 
@@ -137,10 +137,10 @@ impl Supervisor {
     }
 
     /// Something that has to be there is not: says so, and goes to the end.
-    pub fn fail(&mut self, error: Message) {
+    pub fn fail(&mut self, error: Error) {
         // Before the first turn there was no look at the clock.
         self.context.now = self.clock();
-        self.console.error(error.clone());
+        self.console.error(&error);
         self.ended(Exit {
             code: NOT_RUN,
             oom_killed: false,
@@ -236,6 +236,7 @@ impl Supervisor {
     /// Takes the exit codes of children.
     fn reap(&mut self) {
         self.reap_more = false;
+        self.childless = false;
         for _ in 0..REAP_AT_ONCE {
             match rustix::process::wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, status))) => self.reaped(pid, status),
@@ -253,17 +254,17 @@ impl Supervisor {
         let Some(child) = self.child.take_if(|child| child.pid == pid) else {
             return self.api.on_exit(pid, status, &mut self.context);
         };
-        let warn = &mut |warning| self.console.warn(warning);
+        let log = &mut *self.console;
         match self.phase {
             Phase::Running => self.workload_ended(child, status),
             Phase::Setup => {
-                if let Err(error) = child.result(status, warn) {
+                if let Err(error) = child.result(status, log) {
                     self.fail(error);
                 }
             }
             Phase::Unmount => {
-                if let Err(error) = child.result(status, warn) {
-                    self.console.warn(error);
+                if let Err(error) = child.result(status, log) {
+                    self.console.warn(&error);
                 }
                 self.drain();
             }

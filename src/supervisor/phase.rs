@@ -2,9 +2,10 @@
 
 use super::{SIGKILL, SIGTERM, Supervisor};
 use crate::context::NEVER;
+use crate::error;
+use crate::error::Discard;
 use crate::process::helper;
 use crate::{shutdown, sys};
-use proto::message;
 
 /// How long a workload that is asked to stop may take, in milliseconds.
 const STOP_GRACE: u64 = 10_000;
@@ -45,16 +46,14 @@ impl Supervisor {
 
     /// Asks the workload to stop; one that does not is killed after [`STOP_GRACE`].
     pub(super) fn stop_workload(&mut self) {
-        self.console.info(
-            message!("ctrl-alt-del: stopping the workload"),
-            message!(""),
-        );
+        self.console
+            .info(&"ctrl-alt-del: stopping the workload", &"");
         match self.phase {
             Phase::Running if self.deadline == NEVER => {
                 self.signal_workload(SIGTERM);
                 self.deadline = self.context.now + STOP_GRACE;
             }
-            Phase::Setup => self.fail(message!("stopped before the workload was started")),
+            Phase::Setup => self.fail(error!("stopped before the workload was started")),
             _ => {}
         }
     }
@@ -66,13 +65,13 @@ impl Supervisor {
             Phase::Setup if late => {
                 self.deadline = NEVER;
                 if let Some(helper) = self.child.take() {
-                    let error = helper.give_up(&mut |warning| self.console.warn(warning));
+                    let error = helper.give_up(self.console);
                     self.fail(error);
                 }
             }
             Phase::Running if late => {
                 self.console
-                    .warn(message!("the workload does not stop: killed"));
+                    .warn(&format_args!("the workload does not stop: killed"));
                 self.signal_workload(SIGKILL);
                 self.deadline = NEVER;
             }
@@ -89,17 +88,18 @@ impl Supervisor {
                 self.reap();
             }
             Phase::Kill if late => {
-                self.console.warn(message!("a process cannot be killed"));
+                self.console
+                    .warn(&format_args!("a process cannot be killed"));
                 self.unmount();
             }
             Phase::Unmount if late => {
                 let step = self
                     .child
                     .as_ref()
-                    .and_then(|helper| helper::read_lines(&helper.log, &mut drop).step);
-                self.console.warn(message!(
+                    .and_then(|helper| helper::read_lines(&helper.log, &mut Discard).step);
+                self.console.warn(&format_args!(
                     "timed out {}",
-                    step.unwrap_or_else(|| message!("unmounting"))
+                    step.unwrap_or_else(|| error!("unmounting"))
                 ));
                 self.drain();
             }
@@ -121,7 +121,7 @@ impl Supervisor {
                 Some(mounts) => sys::close_others(&[mounts, log.pipe()]),
                 None => sys::close_others(&[log.pipe()]),
             }
-            shutdown::unmount_all(mounts, scratch, &mut |warning| log.warn(warning));
+            shutdown::unmount_all(mounts, scratch, &mut &*log);
             0
         });
         match helper {
@@ -131,10 +131,8 @@ impl Supervisor {
             }
             // No memory, or a limit that the workload has put on PID 1. Nobody waits for PID 1 now.
             Err(error) => {
-                self.console.warn(error);
-                shutdown::unmount_all(self.mounts.as_ref(), self.context.scratch, &mut |warning| {
-                    self.console.warn(warning)
-                });
+                self.console.warn(&error);
+                shutdown::unmount_all(self.mounts.as_ref(), self.context.scratch, self.console);
                 self.context.now = self.clock();
                 self.drain();
             }

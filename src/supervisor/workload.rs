@@ -5,7 +5,7 @@ use super::phase::Phase;
 use super::{SIGKILL, Supervisor, oom};
 use crate::context;
 use crate::context::{Exit, Source};
-use crate::error::Result;
+use crate::error::{Discard, Result};
 use crate::process::exec::{self, Command, Failure, Streams};
 use crate::process::helper::{self, Helper, HelperLog};
 use crate::sys::epoll::Poller;
@@ -71,7 +71,7 @@ impl Supervisor {
         self.kernel_log = files::open(c"/dev/kmsg", OFlags::NONBLOCK).ok();
         let (ours, theirs) = helper::pipe()?;
         helper::set_blocking(&theirs)?;
-        let environment = &*self.context.environment;
+        let environment = &self.context.defaults.environment;
         let console = &*self.console;
         let child = helper::spawn(&mut |log| {
             exec_workload(command, environment, console, &theirs, log)
@@ -82,8 +82,9 @@ impl Supervisor {
         // The workload has the kernel's default; what PID 1 forks from now on is spared like itself.
         sys::set_oom_score(b"-1000");
         self.context.workload.group = Some(child.pid);
-        let fields = message!(" pid={}", child.pid.as_raw_pid());
-        self.console.info(message!("workload started"), fields);
+        let pid = child.pid.as_raw_pid();
+        self.console
+            .info(&"workload started", &format_args!(" pid={pid}"));
         self.child = Some(child);
         self.phase = Phase::Running;
         Ok(())
@@ -91,8 +92,8 @@ impl Supervisor {
 
     /// The workload's process was reaped.
     pub(super) fn workload_ended(&mut self, workload: Helper, status: WaitStatus) {
-        if let Some(error) = helper::read_lines(&workload.log, &mut drop).error {
-            self.console.error(error);
+        if let Some(error) = helper::read_lines(&workload.log, &mut Discard).error {
+            self.console.error(&error);
         }
         let signal = status.terminating_signal();
         let pid = workload.pid.as_raw_pid() as u32;
@@ -123,7 +124,7 @@ impl Supervisor {
             && self.console.has_room()
             && let Some(fields) = self.exit_fields.take()
         {
-            self.console.info(message!("workload exited"), fields);
+            self.console.info(&"workload exited", &fields);
         }
         more
     }

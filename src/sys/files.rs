@@ -4,11 +4,11 @@
 //! Nothing here looks for EINTR: without handlers the kernel starts these calls again itself
 //! (signal(7)).
 
+use crate::error;
 use crate::error::{Result, name};
 use crate::sys;
 use core::ffi::CStr;
 use proto::config::PATH;
-use proto::message;
 use proto::message::ToLossy;
 use rustix::fd::OwnedFd;
 use rustix::fs::{FileType, Mode, OFlags};
@@ -54,9 +54,9 @@ pub fn read_whole<'b>(path: &CStr, buffer: &'b mut [u8]) -> Result<Option<&'b mu
     let found = match open(path, OFlags::NONBLOCK | OFlags::NOCTTY) {
         Ok(file) => read_regular(&file, buffer),
         Err(Errno::NOENT) => return Ok(None),
-        Err(errno) => Err(message!("{}", name(errno))),
+        Err(errno) => Err(error!("{}", name(errno))),
     };
-    let length = found.map_err(|why| message!("read {}: {why}", path.lossy()))?;
+    let length = found.map_err(|why| error!("read {}: {why}", path.lossy()))?;
     Ok(buffer.get_mut(..length))
 }
 
@@ -64,7 +64,7 @@ pub fn read_whole<'b>(path: &CStr, buffer: &'b mut [u8]) -> Result<Option<&'b mu
 fn read_regular(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize> {
     let kind = rustix::fs::fstat(file).map(|status| FileType::from_raw_mode(status.st_mode));
     if kind != Ok(FileType::RegularFile) {
-        return Err(message!("not a regular file"));
+        return Err(error!("not a regular file"));
     }
     let limit = buffer.len();
     let mut length = 0;
@@ -78,10 +78,10 @@ fn read_regular(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize> {
         match read(file, room) {
             Ok(0) => return Ok(length),
             Ok(count) => length += count,
-            Err(errno) => return Err(message!("{}", name(errno))),
+            Err(errno) => return Err(error!("{}", name(errno))),
         }
     }
-    Err(message!("over {limit} bytes"))
+    Err(error!("over {limit} bytes"))
 }
 
 /// Replaces the file or link `path` by one with these bytes, by way of `temporary` beside it.

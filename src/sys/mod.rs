@@ -294,11 +294,18 @@ pub unsafe fn ioctl_struct<T>(fd: &OwnedFd, request: u32, value: &mut T) -> Resu
 /// Terminals (ioctl_tty(2)).
 pub mod terminal {
     use super::{OwnedFd, Result, call, fd, ioctl_struct, raw, uapi};
+    use rustix::fs::OFlags;
 
     // asm-generic/ioctls.h
     const TIOCSWINSZ: u32 = 0x5414;
     const TIOCSPTLCK: u32 = 0x4004_5431;
     const TIOCGPTPEER: u32 = 0x5441;
+
+    /// Opens a new terminal: its master, which does not block (pts(4)).
+    pub fn open() -> Result<OwnedFd> {
+        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK;
+        super::files::open(c"/dev/pts/ptmx", flags)
+    }
 
     /// Opens the other end of a new terminal, for this process only.
     pub fn open_peer(master: &OwnedFd) -> Result<OwnedFd> {
@@ -311,9 +318,9 @@ pub mod terminal {
     }
 
     /// Tells it its size.
-    pub fn resize(terminal: &OwnedFd, cols: u32, rows: u32) -> Result<()> {
+    pub fn resize(terminal: &OwnedFd, cols: u16, rows: u16) -> Result<()> {
         // struct winsize: rows, columns, and their pixels.
-        let mut size = [rows as u16, cols as u16, 0, 0];
+        let mut size = [rows, cols, 0, 0];
         // SAFETY: reads four u16.
         unsafe { ioctl_struct(terminal, TIOCSWINSZ, &mut size) }
     }
@@ -394,13 +401,6 @@ impl Region {
         }?;
         let start = NonNull::new(start.cast()).ok_or(Errno::NOMEM)?;
         Ok(Self { start, length })
-    }
-}
-
-impl Region {
-    /// These bytes; none when not all of them are there.
-    pub fn part(&mut self, range: core::ops::Range<usize>) -> &mut [u8] {
-        self.get_mut(range).unwrap_or(&mut [])
     }
 }
 
@@ -568,6 +568,11 @@ fn close_range(first: u32, last: u32) {
 pub fn kill_group(leader: Pid, signal: u32) -> Result<()> {
     let leader = leader.as_raw_pid();
     kill(leader.wrapping_neg(), signal).or_else(|_| kill(leader, signal))
+}
+
+/// Kills what is left of a process group whose leader was reaped (kill(2)).
+pub fn kill_rest_of_group(leader: Pid) {
+    let _nobody_left = kill(leader.as_raw_pid().wrapping_neg(), 9);
 }
 
 /// Sends a signal to every process but this one (kill(2)).

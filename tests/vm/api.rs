@@ -451,7 +451,7 @@ fn a_command_ends_in_time_with_its_whole_group() -> Result<()> {
     let late = exec(&mut api, &body)?.success()?.json()?;
     assert_eq!(
         late,
-        json!({"exit_code": -1, "exit_signal": 9, "stdout": "said\n", "stderr": ""})
+        json!({"exit_code": -1, "exit_signal": 9, "stdout": "said\n", "stderr": "", "timed_out": true})
     );
     wait_until(&mut api, "! ps -o args | grep -E '^sleep 777[12]'")?;
 

@@ -30,24 +30,36 @@ fuzz_target!(|data: &[u8]| {
         identity.uid != u32::MAX && identity.gid != u32::MAX,
         "-1 is no id"
     );
-    // A uid comes from the file, from the number given, or is root's.
-    let uid = identity.uid.to_string();
-    let contains = |bytes: &[u8]| {
-        let digits = String::from_utf8_lossy(bytes).into_owned();
-        digits
-            .split(|c: char| !c.is_ascii_digit())
-            .any(|word| word.trim_start_matches('0') == uid)
+    let mut parts = spec.splitn(2, |byte| *byte == b':');
+    let (user, wanted_group) = (parts.next().unwrap(), parts.next().unwrap_or_default());
+    let number = |text: &[u8]| -> Option<u32> {
+        let is_number = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
+        is_number.then(|| std::str::from_utf8(text).unwrap().parse().unwrap())
     };
-    assert!(identity.uid == 0 || contains(spec) || contains(&passwd));
-    let wanted_group = spec
-        .splitn(2, |byte| *byte == b':')
-        .nth(1)
-        .unwrap_or_default();
+    // A number is that id, whatever the files call so. A name's id is in the file, or is root's.
+    let has = |file: &[u8], name: &[u8], id: u32| {
+        file.split(|byte| *byte == b'\n').any(|line| {
+            let line = String::from_utf8_lossy(line.trim_ascii()).into_owned();
+            let fields: Vec<_> = line.split(':').collect();
+            fields.len() > 2
+                && fields[0] == String::from_utf8_lossy(name)
+                && fields[2].parse() == Ok(id)
+        })
+    };
+    let name = if user.is_empty() { b"root" } else { user };
+    match number(user) {
+        Some(id) => assert_eq!(identity.uid, id),
+        None => assert!(has(&passwd, name, identity.uid) || (name == b"root" && identity.uid == 0)),
+    }
     if !wanted_group.is_empty() {
         assert_eq!(
             identity.groups.len(),
             1,
             "a group that is given is the only one"
         );
+        match number(wanted_group) {
+            Some(id) => assert_eq!(identity.gid, id),
+            None => assert!(has(&group, wanted_group, identity.gid)),
+        }
     }
 });

@@ -3,6 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use proto::netlink::{Entry, Reply};
 use proto::{kmsg, mountinfo, netlink};
 
 fuzz_target!(|data: &[u8]| {
@@ -17,10 +18,48 @@ fuzz_target!(|data: &[u8]| {
             .collect();
         assert!(number.parse::<u32>().unwrap() < 8);
     }
+    if kmsg::is_virtual_machine_fork(data) {
+        assert!(
+            data[..1]
+                .iter()
+                .all(|priority| (b'0'..b'8').contains(priority))
+        );
+    }
     for line in data.split(|byte| *byte == b'\n') {
-        let mut target = mountinfo::Target::new();
-        if mountinfo::parse(line, &mut target).is_some() {
-            assert_eq!(target.last(), Some(&0));
+        let Some(mount) = mountinfo::parse(line) else {
+            continue;
+        };
+        for field in [mount.mount_point, mount.fs_type, mount.source] {
+            // A path that ends at a NUL, which none has, is another's.
+            if field.raw().contains(&0) {
+                continue;
+            }
+            let mut room = vec![0xff; field.raw().len() + 1];
+            let whole = field.decode(&mut room);
+            assert!(!whole.is_truncated);
+            let mut small = [0xff; 4];
+            let start = field.decode(&mut small);
+            assert_eq!(start.is_truncated, whole.text.count_bytes() > 3);
+            assert!(whole.text.to_bytes().starts_with(start.text.to_bytes()));
+        }
+    }
+    for message in netlink::messages(data) {
+        if let Reply::Entry(entry) = message.reply() {
+            let _either = entry.is_automatic();
+            // The request to delete it says the same of it as the entry.
+            let mut request = entry.delete().as_bytes().to_vec();
+            assert_eq!(request[..4], (request.len() as u32).to_ne_bytes());
+            // RTM_DEL… to RTM_NEW…
+            request[4] -= 1;
+            let again = netlink::messages(&request).next().unwrap().reply();
+            match (again, entry) {
+                (Reply::Entry(Entry::Neighbour { index, ip, .. }), entry) => {
+                    assert!(
+                        matches!(entry, Entry::Neighbour { index: i, ip: p, .. } if (i, p) == (index, ip))
+                    );
+                }
+                (again, entry) => assert_eq!(again, Reply::Entry(entry)),
+            }
         }
     }
     let _answer = netlink::acknowledgement(data);

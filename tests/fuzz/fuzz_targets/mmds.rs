@@ -6,23 +6,26 @@ use libfuzzer_sys::fuzz_target;
 use proto::mmds;
 
 fuzz_target!(|data: &[u8]| {
-    match mmds::head(data) {
+    match mmds::parse_head(data) {
         Ok(Some(head)) => {
-            let length = usize::from(head.length);
+            let length = head.length;
+            assert!(length <= mmds::MAX_HEAD);
             assert!(length <= data.len());
             assert!(data[..length].ends_with(b"\n"));
-            assert_eq!(mmds::head(&data[..length]), Ok(Some(head)));
+            assert_eq!(mmds::parse_head(&data[..length]), Ok(Some(head)));
             for end in 0..length {
-                assert!(!matches!(mmds::head(&data[..end]), Ok(Some(_))), "at {end}");
+                assert!(
+                    !matches!(mmds::parse_head(&data[..end]), Ok(Some(_))),
+                    "at {end}"
+                );
             }
         }
-        Ok(None) => assert!(data.len() < mmds::HEAD),
+        Ok(None) => assert!(data.len() < mmds::MAX_HEAD),
         Err(_) => {}
     }
     if let Some(token) = mmds::token(data) {
-        let [mut with, mut without] = [mmds::Request::new(), mmds::Request::new()];
-        mmds::document_request(Some(token), &mut with);
-        mmds::document_request(None, &mut without);
+        let request = |token| mmds::document_request(token).unwrap();
+        let (with, without) = (request(Some(token)), request(None));
         let lines: Vec<_> = with.split(|byte| *byte == b'\n').collect();
         assert!(
             with.ends_with(b"\r\n\r\n")

@@ -3,9 +3,10 @@
 #![no_main]
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use libfuzzer_sys::fuzz_target;
-use proto::websocket::{BUFFER, CloseCode, Decoder, Event, MESSAGE};
+use proto::websocket::{BUFFER, CloseCode, Decoder, Event, MAX_MESSAGE, MAX_REASON};
 
 #[derive(Debug, PartialEq)]
 enum Seen {
@@ -14,7 +15,7 @@ enum Seen {
     Ping(Vec<u8>),
     Pong,
     Close(Option<u16>),
-    Fail(CloseCode),
+    Error(CloseCode),
 }
 
 thread_local! {
@@ -28,20 +29,27 @@ fn decoded(bytes: &[u8], step: usize) -> Vec<Seen> {
             buffer[filled..filled + piece.len()].copy_from_slice(piece);
             filled += piece.len();
             loop {
+                let before = filled;
                 let event = decoder.next(buffer, &mut filled);
-                let payload = &buffer[decoder.payload.clone()];
+                assert!(filled <= before);
+                let payload = |range: Range<usize>| {
+                    assert!(range.end <= filled);
+                    buffer[range].to_vec()
+                };
                 seen.push(match event {
-                    Event::More => break,
-                    Event::Text => {
-                        assert!(std::str::from_utf8(payload).is_ok());
-                        Seen::Text(payload.to_vec())
+                    Event::Incomplete => break,
+                    Event::Text(range) => {
+                        let text = payload(range);
+                        assert!(std::str::from_utf8(&text).is_ok());
+                        Seen::Text(text)
                     }
-                    Event::Binary => Seen::Binary(payload.to_vec()),
-                    Event::Ping => Seen::Ping(payload.to_vec()),
+                    Event::Binary(range) => Seen::Binary(payload(range)),
+                    Event::Ping(range) => Seen::Ping(payload(range)),
                     Event::Pong => Seen::Pong,
                     Event::Close(code) => Seen::Close(code),
-                    Event::Fail(code) => {
-                        seen.push(Seen::Fail(code));
+                    Event::Error(error) => {
+                        assert!(error.message().len() <= MAX_REASON);
+                        seen.push(Seen::Error(error.close_code()));
                         return seen;
                     }
                 });
@@ -70,7 +78,7 @@ fn expected(mut bytes: &[u8]) -> Vec<Seen> {
                 }
             }
             Err(code) => {
-                seen.push(Seen::Fail(code));
+                seen.push(Seen::Error(code));
                 return seen;
             }
         }
@@ -93,7 +101,7 @@ fn frame(
         _ => false,
     };
     if first & 0x70 != 0 || second & 0x80 == 0 || !right {
-        return Err(CloseCode::Protocol);
+        return Err(CloseCode::ProtocolError);
     }
     let (length, head) = match short {
         126 => match bytes.get(2..4) {
@@ -107,14 +115,14 @@ fn frame(
         short => (u64::from(short), 2),
     };
     if (short == 126 && length < 126) || (short == 127 && !(0x1_0000..1 << 63).contains(&length)) {
-        return Err(CloseCode::Protocol);
+        return Err(CloseCode::ProtocolError);
     }
     let so_far = match message {
         Some((_, so_far)) if opcode < 8 => so_far.len(),
         _ => 0,
     };
-    if length + so_far as u64 > MESSAGE as u64 {
-        return Err(CloseCode::TooBig);
+    if length + so_far as u64 > MAX_MESSAGE as u64 {
+        return Err(CloseCode::MessageTooBig);
     }
     let Some(masked) = bytes.get(head..head + 4 + length as usize) else {
         return Ok(None);
@@ -131,13 +139,13 @@ fn frame(
         10 => Seen::Pong,
         8 => match payload.as_slice() {
             [] => Seen::Close(None),
-            [_] => return Err(CloseCode::Protocol),
+            [_] => return Err(CloseCode::ProtocolError),
             [high, low, reason @ ..] => {
                 let code = u16::from_be_bytes([*high, *low]);
                 if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
-                    return Err(CloseCode::Protocol);
+                    return Err(CloseCode::ProtocolError);
                 }
-                std::str::from_utf8(reason).map_err(|_| CloseCode::NotUtf8)?;
+                std::str::from_utf8(reason).map_err(|_| CloseCode::InvalidPayload)?;
                 Seen::Close(Some(code))
             }
         },
@@ -154,7 +162,7 @@ fn frame(
             } else if std::str::from_utf8(&whole).is_ok() {
                 Seen::Text(whole)
             } else {
-                return Err(CloseCode::NotUtf8);
+                return Err(CloseCode::InvalidPayload);
             }
         }
     };

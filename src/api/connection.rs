@@ -1,0 +1,653 @@
+//! A connection: what it waits for is its state, and a state holds what is valid in it.
+
+use super::commands::Commands;
+use super::io::{CallError, Io, MAX_BODY, OK, error_body};
+use super::routes::{Call, RouteError, route};
+use super::session::{self, Progress};
+use super::signals;
+use crate::context::{Context, NEVER, Source};
+use crate::error;
+use crate::error::Error;
+use crate::sys::Region;
+use core::mem;
+use core::ops::Range;
+use proto::http::{
+    self, Accept, BodyDecoder, Content, HeadParser, Reply, RequestError, ResponseHead, Status,
+    Target,
+};
+use proto::json::Quoted;
+use proto::message;
+use proto::message::Message;
+use proto::slab::Key;
+use proto::websocket::{CloseCode, CloseFrame, Decoder, Event, FrameHeader, Opcode};
+use rustix::event::epoll::EventFlags;
+use rustix::fd::OwnedFd;
+
+/// Time for a request's head, in milliseconds, from its first byte.
+const HEAD_TIMEOUT: u64 = 10_000;
+/// Time for a request's body, in milliseconds, from the end of its head.
+const BODY_TIMEOUT: u64 = 30_000;
+/// Time for a WebSocket's first message, in milliseconds.
+const COMMAND_TIMEOUT: u64 = 10_000;
+/// Time in which a client must take some of what waits for it, or answer a close frame, in
+/// milliseconds.
+const SEND_TIMEOUT: u64 = 30_000;
+/// Most connections that last as long as their clients like: the last 32 are for calls.
+const LONG_CONNECTIONS: usize = 256;
+
+/// What the connections share.
+pub struct Shared<'a> {
+    /// The commands they have started.
+    pub commands: &'a mut Commands,
+    /// What all rooms share.
+    pub context: &'a mut Context,
+}
+
+/// A connection of the API.
+pub struct Connection {
+    io: Io,
+    state: State,
+    /// Its own, for its commands.
+    key: Key,
+    watched: EventFlags,
+    /// When the client has taken too long.
+    pub deadline: u64,
+    /// When something last happened to it, for choosing which idle one has to go.
+    pub idle_since: u64,
+    /// The answer being sent tells how the workload ended.
+    carries_exit_code: bool,
+}
+
+/// What a connection is at.
+enum State {
+    /// Reading a request's head.
+    Head(HeadParser),
+    /// Reading a request's body.
+    Body(Request),
+    /// Waiting for the workload's end.
+    ExitCode(Reply),
+    /// Waiting for a one-shot command's end, or sending its answer.
+    Exec(Key),
+    /// A WebSocket whose command has not come.
+    AwaitingCommand(Decoder),
+    /// A WebSocket and its command.
+    Session(Decoder, Key),
+    /// A WebSocket on which a close frame was sent: waiting for the client's.
+    CloseSent(Decoder),
+    /// Sending the last bytes.
+    Closing,
+    /// Over.
+    Closed,
+}
+
+/// A request whose body is being read: the content is what the received bytes start with.
+struct Request {
+    call: Result<Call, RouteError>,
+    websocket: Option<Accept>,
+    body: BodyDecoder,
+    /// Bytes of content so far.
+    length: usize,
+    reply: Reply,
+}
+
+/// Whether a state did something, so that there may be more to do, or waits.
+#[derive(PartialEq, Eq)]
+enum Step {
+    Again,
+    Wait,
+}
+
+impl State {
+    fn is_websocket(&self) -> bool {
+        matches!(
+            self,
+            Self::AwaitingCommand(_) | Self::Session(..) | Self::CloseSent(_)
+        )
+    }
+
+    /// Whether it may last as long as the client likes.
+    fn is_long(&self) -> bool {
+        self.is_websocket() || matches!(self, Self::ExitCode(_))
+    }
+
+    fn command(&self) -> Option<Key> {
+        match self {
+            Self::Exec(key) | Self::Session(_, key) => Some(*key),
+            _ => None,
+        }
+    }
+}
+
+impl Connection {
+    /// A connection that has received nothing.
+    pub fn new(socket: OwnedFd, memory: Region, now: u64) -> Self {
+        Self {
+            io: Io::new(socket, memory),
+            state: State::Head(HeadParser::default()),
+            key: Key::default(),
+            watched: EventFlags::empty(),
+            deadline: NEVER,
+            idle_since: now,
+            carries_exit_code: false,
+        }
+    }
+
+    /// Tells the connection its key.
+    pub fn set_key(&mut self, key: Key) {
+        self.key = key;
+    }
+
+    /// Whether it is over.
+    pub fn is_closed(&self) -> bool {
+        matches!(self.state, State::Closed)
+    }
+
+    /// Whether it waits for a request of which nothing has come.
+    pub fn is_idle(&self) -> bool {
+        matches!(&self.state, State::Head(parser) if !parser.started()) && self.io.is_sent()
+    }
+
+    /// Whether it waits for the workload's end.
+    pub fn waits_for_exit(&self) -> bool {
+        matches!(self.state, State::ExitCode(_))
+    }
+
+    /// Its memory, if another connection can have it.
+    pub fn reuse(self) -> Option<Region> {
+        self.io.reuse()
+    }
+
+    /// The VM goes down, or another connection needs the room.
+    pub fn close(&mut self, shared: &mut Shared) {
+        if self.state.is_websocket() {
+            let frame = CloseFrame::new(CloseCode::GoingAway, "the VM shuts down");
+            self.io.queue(frame.as_bytes());
+            self.io.send();
+        }
+        self.enter(State::Closed, shared);
+    }
+
+    /// Another state follows; the command that it does not go on with is given up.
+    fn enter(&mut self, state: State, shared: &mut Shared) {
+        let context = &mut *shared.context;
+        context.long_connections += usize::from(state.is_long());
+        context.long_connections -= usize::from(self.state.is_long());
+        if let Some(key) = self.state.command() {
+            shared.commands.release(key, context.now);
+        }
+        self.deadline = match state {
+            State::Body(_) => context.now + BODY_TIMEOUT,
+            State::AwaitingCommand(_) => context.now + COMMAND_TIMEOUT,
+            State::CloseSent(_) => context.now + SEND_TIMEOUT,
+            _ => NEVER,
+        };
+        self.state = state;
+    }
+
+    /// An answer is queued: the next request follows, or the end.
+    fn finish(&mut self, reply: Reply, shared: &mut Shared) {
+        let next = match reply.keep_alive {
+            true => State::Head(HeadParser::default()),
+            false => State::Closing,
+        };
+        self.enter(next, shared);
+    }
+
+    /// Answers with an error.
+    fn fail(&mut self, reply: Reply, error: &CallError, shared: &mut Shared) {
+        self.io.respond_error(reply, error);
+        self.finish(reply, shared);
+    }
+
+    /// Something happened to the socket.
+    pub fn on_socket(&mut self, events: EventFlags, shared: &mut Shared) {
+        if events.contains(EventFlags::IN) && self.wants_input(shared.commands) {
+            self.io.receive();
+        } else if events.intersects(EventFlags::HUP | EventFlags::ERR | EventFlags::RDHUP) {
+            self.io.broken = true;
+        }
+        self.proceed(shared);
+    }
+
+    /// Whether bytes of the client are of use now; the kernel keeps them otherwise.
+    fn wants_input(&self, commands: &mut Commands) -> bool {
+        self.io.has_room()
+            && match self.state {
+                State::Closing | State::Closed => false,
+                State::Session(_, key) => commands
+                    .session(key)
+                    .is_some_and(|session| session.takes_messages()),
+                _ => true,
+            }
+    }
+
+    /// Does whatever can be done now.
+    pub fn proceed(&mut self, shared: &mut Shared) {
+        // How many messages of output a session may still send, as others wait, too.
+        let mut messages = 1;
+        while !self.is_closed() {
+            self.send(shared.context);
+            if self.io.broken {
+                return self.enter(State::Closed, shared);
+            }
+            // The client reads first. A session still takes what does not have to be answered.
+            if !self.io.is_sent() && !self.state.is_websocket() {
+                return;
+            }
+            if self.step(&mut messages, shared) == Step::Wait {
+                return;
+            }
+        }
+    }
+
+    fn step(&mut self, messages: &mut u32, shared: &mut Shared) -> Step {
+        match &mut self.state {
+            State::Head(_) => self.read_head(shared),
+            State::Body(_) => self.read_body(shared),
+            State::ExitCode(reply) => {
+                let reply = *reply;
+                self.answer_exit_code(reply, shared)
+            }
+            State::Exec(key) => {
+                let key = *key;
+                self.answer_exec(key, shared)
+            }
+            State::Session(_, key) => {
+                let key = *key;
+                self.proceed_session(key, messages, shared)
+            }
+            State::AwaitingCommand(_) | State::CloseSent(_) => self.take_message(shared),
+            State::Closing | State::Closed => {
+                self.enter(State::Closed, shared);
+                Step::Wait
+            }
+        }
+    }
+
+    /// Sends what the socket takes.
+    fn send(&mut self, context: &mut Context) {
+        if self.io.is_sent() {
+            return;
+        }
+        let waits_for_client =
+            matches!(self.state, State::AwaitingCommand(_) | State::CloseSent(_));
+        if self.io.send() && !waits_for_client {
+            self.deadline = NEVER;
+        }
+        if self.io.is_sent() && mem::take(&mut self.carries_exit_code) {
+            context.workload.exit_code_delivered = true;
+        }
+    }
+
+    /// Takes a request's head from the received bytes, if it is there whole.
+    fn read_head(&mut self, shared: &mut Shared) -> Step {
+        let State::Head(parser) = &mut self.state else {
+            return Step::Wait;
+        };
+        let head = match parser.parse(self.io.received()) {
+            Ok(Some(head)) => head,
+            Ok(None) => {
+                if !parser.started() {
+                    self.deadline = NEVER;
+                } else if self.deadline == NEVER {
+                    self.deadline = shared.context.now + HEAD_TIMEOUT;
+                }
+                return Step::Wait;
+            }
+            Err(error) => return self.refuse(error, shared),
+        };
+        let call = match head.target {
+            Target::Resource { path, .. } => route(head.method, path),
+            Target::Authority { .. } => return self.refuse(RequestError::RequestTarget, shared),
+        };
+        let body = match BodyDecoder::new(head.framing, MAX_BODY as u64) {
+            Ok(body) => body,
+            Err(error) => return self.refuse(error, shared),
+        };
+        let mut request = Request {
+            call,
+            websocket: head.websocket,
+            body,
+            length: 0,
+            reply: head.reply,
+        };
+        let (length, expects_continue) = (head.length, head.expects_continue);
+        self.io.discard(0..length);
+        if expects_continue && request.call.is_err() {
+            // The client is told at once; it may send the body or not.
+            request.reply = request.reply.close();
+            self.dispatch(&request, shared);
+            return Step::Again;
+        }
+        if expects_continue && self.io.received().is_empty() {
+            self.io.queue(http::CONTINUE);
+        }
+        self.enter(State::Body(request), shared);
+        Step::Again
+    }
+
+    /// Takes a request's body from the received bytes, and does what the request asks for when it is
+    /// there whole.
+    fn read_body(&mut self, shared: &mut Shared) -> Step {
+        let State::Body(request) = &mut self.state else {
+            return Step::Wait;
+        };
+        let (input, received) = self.io.input();
+        let undecoded = input.get_mut(request.length..*received).unwrap_or(&mut []);
+        let decoded = match request.body.decode(undecoded) {
+            Ok(decoded) => decoded,
+            Err(error) => return self.refuse(error, shared),
+        };
+        let end = request.length + decoded.consumed;
+        request.length += decoded.content;
+        self.io.discard(request.length..end);
+        if !request.body.is_complete() {
+            return Step::Wait;
+        }
+        if let State::Body(request) = mem::replace(&mut self.state, State::Closing) {
+            self.dispatch(&request, shared);
+        }
+        Step::Again
+    }
+
+    /// Answers to what cannot be understood, and closes.
+    fn refuse(&mut self, error: RequestError, shared: &mut Shared) -> Step {
+        let error = CallError::new(error.status(), error!("{}", error.message()));
+        self.fail(Reply::CLOSE, &error, shared);
+        Step::Again
+    }
+
+    /// Does what a request asks for; its body is what the received bytes start with.
+    fn dispatch(&mut self, request: &Request, shared: &mut Shared) {
+        let reply = request.reply;
+        let called = match request.call {
+            Ok(call) => self.call(call, request, shared),
+            Err(RouteError::NotFound) => {
+                Err(CallError::new(Status::NotFound, error!("no such path")))
+            }
+            Err(RouteError::MethodNotAllowed(allow)) => {
+                let body = error_body(&"method not allowed");
+                let content = Content::Length(body.as_bytes().len() as u64);
+                let mut head = ResponseHead::new(Status::MethodNotAllowed, reply, content);
+                head.header("Allow", allow);
+                self.io.respond_with(head, reply, body.as_bytes());
+                self.finish(reply, shared);
+                Ok(())
+            }
+        };
+        self.io.discard(0..request.length);
+        if let Err(error) = called {
+            self.fail(reply, &error, shared);
+        }
+    }
+
+    fn call(
+        &mut self,
+        call: Call,
+        request: &Request,
+        shared: &mut Shared,
+    ) -> Result<(), CallError> {
+        let reply = request.reply;
+        let (input, _) = self.io.input();
+        let body = input.get_mut(..request.length).unwrap_or(&mut []);
+        match call {
+            Call::Status => {}
+            Call::Signals => signals::send(body, shared.context)?,
+            Call::ExitCode => {
+                if shared.context.workload.exit.is_none() {
+                    check_long_connections(shared.context)?;
+                }
+                self.enter(State::ExitCode(reply), shared);
+                return Ok(());
+            }
+            Call::Exec => {
+                let context = &mut *shared.context;
+                let key = shared.commands.start_exec(body, reply, self.key, context)?;
+                self.enter(State::Exec(key), shared);
+                return Ok(());
+            }
+            Call::Session => {
+                let Some(accept) = &request.websocket else {
+                    let error = error!("a WebSocket handshake, version 13, is needed");
+                    return Err(CallError::new(Status::UpgradeRequired, error));
+                };
+                check_long_connections(shared.context)?;
+                let head = ResponseHead::switching_protocols(accept);
+                self.io.queue(head.finish().as_bytes());
+                self.enter(State::AwaitingCommand(Decoder::default()), shared);
+                return Ok(());
+            }
+        }
+        self.io.respond(reply, Status::Ok, OK);
+        self.finish(reply, shared);
+        Ok(())
+    }
+
+    /// Answers with how the workload ended, if it has.
+    fn answer_exit_code(&mut self, reply: Reply, shared: &mut Shared) -> Step {
+        let Some(exit) = &shared.context.workload.exit else {
+            return Step::Wait;
+        };
+        self.carries_exit_code = !reply.head_only;
+        self.io.respond(reply, Status::Ok, exit.json().as_bytes());
+        self.finish(reply, shared);
+        Step::Again
+    }
+
+    /// Answers with what a command has said, if it has ended.
+    fn answer_exec(&mut self, key: Key, shared: &mut Shared) -> Step {
+        let Some((exec, left)) = shared.commands.exec(key) else {
+            self.io.broken = true;
+            return Step::Again;
+        };
+        if !exec.is_over() {
+            return Step::Wait;
+        }
+        let reply = exec.reply;
+        if let Some(error) = exec.process.failure() {
+            let error = CallError::new(Status::InternalServerError, error);
+            self.fail(reply, &error, shared);
+        } else if exec.queue_answer(&mut self.io, left, shared.context) {
+            self.finish(reply, shared);
+        }
+        // What is queued is sent first.
+        Step::Again
+    }
+
+    /// Moves a session's bytes both ways.
+    fn proceed_session(&mut self, key: Key, messages: &mut u32, shared: &mut Shared) -> Step {
+        let Some(session) = shared.commands.session(key) else {
+            self.io.broken = true;
+            return Step::Again;
+        };
+        match session.proceed(messages, &mut self.io) {
+            Progress::Waits => return Step::Wait,
+            Progress::Again => {}
+            Progress::TakesMessage => return self.take_message(shared),
+            Progress::Ended(status) => match session.process.failure() {
+                Some(error) => self.fail_session(&error, shared),
+                None => {
+                    let message = session::exit_message(status);
+                    self.end_session(&message, CloseCode::Normal, "", shared);
+                }
+            },
+        }
+        Step::Again
+    }
+
+    /// Takes a WebSocket message from the received bytes, if a whole one is there and an answer has
+    /// room.
+    fn take_message(&mut self, shared: &mut Shared) -> Step {
+        if !self.io.has_reserve() {
+            return Step::Wait;
+        }
+        let (State::AwaitingCommand(decoder)
+        | State::Session(decoder, _)
+        | State::CloseSent(decoder)) = &mut self.state
+        else {
+            return Step::Wait;
+        };
+        let (input, received) = self.io.input();
+        let event = decoder.next(input, received);
+        match (event, &mut self.state) {
+            (Event::Incomplete, _) => return Step::Wait,
+            // The answer to our close frame; anything before it is late.
+            (Event::Close(_) | Event::Error(_), State::CloseSent(_)) => {
+                self.enter(State::Closed, shared);
+            }
+            (_, State::CloseSent(_)) | (Event::Pong, _) => {}
+            (Event::Ping(payload), _) => {
+                let header = FrameHeader::new(Opcode::Pong, payload.len());
+                self.io.queue(header.as_bytes());
+                self.io.queue_received(payload);
+            }
+            (Event::Close(code), _) => self.close_session(&CloseFrame::echo(code), shared),
+            (Event::Error(error), _) => {
+                let frame = CloseFrame::new(error.close_code(), error.message());
+                self.close_session(&frame, shared);
+            }
+            (Event::Text(payload), State::AwaitingCommand(_)) => {
+                self.start_session(payload, shared);
+            }
+            (Event::Binary(_), State::AwaitingCommand(_)) => {
+                let reason = error!("the first message must be a text with the command");
+                self.fail_session(&reason, shared);
+            }
+            (Event::Binary(payload), State::Session(_, key)) => {
+                if let Some(session) = shared.commands.session(*key) {
+                    session.take_input(payload);
+                }
+            }
+            (Event::Text(payload), State::Session(_, key)) => {
+                let key = *key;
+                self.take_control(payload, key, shared);
+            }
+            _ => {}
+        }
+        Step::Again
+    }
+
+    /// Starts the command of a session.
+    fn start_session(&mut self, message: Range<usize>, shared: &mut Shared) {
+        let (input, _) = self.io.input();
+        let message = input.get_mut(message).unwrap_or(&mut []);
+        let context = &mut *shared.context;
+        match shared.commands.start_session(message, self.key, context) {
+            Ok(key) => {
+                if let State::AwaitingCommand(decoder) = &mut self.state {
+                    let decoder = mem::take(decoder);
+                    self.enter(State::Session(decoder, key), shared);
+                }
+            }
+            Err(error) => self.fail_session(&error.error, shared),
+        }
+    }
+
+    /// A new size of a session's terminal, or the end of its input.
+    fn take_control(&mut self, message: Range<usize>, key: Key, shared: &mut Shared) {
+        let (input, _) = self.io.input();
+        let message = input.get_mut(message).unwrap_or(&mut []);
+        if let Some(session) = shared.commands.session(key)
+            && let Err(error) = session.take_control(message, shared.context)
+        {
+            let frame = CloseFrame::new(CloseCode::PolicyViolation, error.as_str());
+            self.close_session(&frame, shared);
+        }
+    }
+
+    /// The client closes, or must not go on.
+    fn close_session(&mut self, frame: &CloseFrame, shared: &mut Shared) {
+        self.io.queue(frame.as_bytes());
+        self.enter(State::Closing, shared);
+    }
+
+    /// A command cannot be started.
+    fn fail_session(&mut self, error: &Error, shared: &mut Shared) {
+        let reason = message!("{error}");
+        let message = message!(
+            "{{\"Error\":{{\"message\":{}}}}}",
+            Quoted(reason.as_bytes())
+        );
+        self.end_session(&message, CloseCode::InternalError, reason.as_str(), shared);
+    }
+
+    /// The last message of a session, and the close frame.
+    fn end_session(
+        &mut self,
+        message: &Message,
+        code: CloseCode,
+        reason: &str,
+        shared: &mut Shared,
+    ) {
+        let header = FrameHeader::new(Opcode::Text, message.as_bytes().len());
+        self.io.queue(header.as_bytes());
+        self.io.queue(message.as_bytes());
+        self.io.queue(CloseFrame::new(code, reason).as_bytes());
+        if let State::AwaitingCommand(decoder) | State::Session(decoder, _) = &mut self.state {
+            let decoder = mem::take(decoder);
+            self.enter(State::CloseSent(decoder), shared);
+        }
+    }
+
+    /// Time is up for whatever was waited for.
+    pub fn expire(&mut self, shared: &mut Shared) {
+        match &self.state {
+            State::Head(_) | State::Body(_) if self.io.is_sent() => {
+                let error = error!("the request took too long");
+                let error = CallError::new(Status::RequestTimeout, error);
+                self.fail(Reply::CLOSE, &error, shared);
+            }
+            State::AwaitingCommand(_) if self.io.is_sent() => {
+                let reason = "no command came within 10 s";
+                let frame = CloseFrame::new(CloseCode::PolicyViolation, reason);
+                self.close_session(&frame, shared);
+            }
+            _ => self.enter(State::Closed, shared),
+        }
+        self.proceed(shared);
+    }
+
+    /// Registers for what is waited for.
+    pub fn watch(&mut self, shared: &mut Shared) {
+        let context = &mut *shared.context;
+        self.idle_since = context.now;
+        let sent = self.io.is_sent();
+        let mut wanted = EventFlags::RDHUP;
+        if self.wants_input(shared.commands) {
+            wanted |= EventFlags::IN;
+        }
+        if !sent {
+            wanted |= EventFlags::OUT;
+        }
+        // A session that goes on may leave its output unread: that stops its command.
+        if !sent && !matches!(self.state, State::Session(..)) {
+            self.deadline = self.deadline.min(context.now + SEND_TIMEOUT);
+        }
+        let token = Source::Connection.token(self.key);
+        context
+            .poller
+            .watch(self.io.socket(), token, &mut self.watched, wanted);
+        match self.state {
+            State::Exec(key) => {
+                if let Some((exec, _)) = shared.commands.exec(key) {
+                    exec.watch(key, context);
+                }
+            }
+            State::Session(_, key) => {
+                if let Some(session) = shared.commands.session(key) {
+                    session.watch(key, &self.io, context);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Whether one more connection may last as long as its client likes.
+fn check_long_connections(context: &Context) -> Result<(), CallError> {
+    if context.long_connections < LONG_CONNECTIONS {
+        return Ok(());
+    }
+    let error = error!("too many waiting calls and sessions");
+    Err(CallError::new(Status::ServiceUnavailable, error))
+}

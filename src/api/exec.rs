@@ -1,0 +1,304 @@
+//! `POST /v1/exec`: a command, and its output as one answer.
+
+use super::io::{CallError, Io};
+use super::process::{Channel, Process, Read, Spec, output_pipe};
+use crate::context::{Context, Source};
+use crate::error::Result;
+use crate::process::exec::Streams;
+use crate::sys::Region;
+use core::fmt::{self, Display};
+use proto::arena::Arena;
+use proto::bodies::ExecRequest;
+use proto::http::{Content, Reply, ResponseHead, Status};
+use proto::json;
+use proto::message;
+use proto::message::Message;
+use proto::slab::Key;
+use rustix::event::epoll::EventFlags;
+
+/// How long a command may take, in milliseconds, unless the call says otherwise.
+const TIMEOUT: u64 = 30_000;
+/// How long a killed command is waited for before it is answered for, in milliseconds.
+const KILL_TIMEOUT: u64 = 2_000;
+/// Output kept of each stream, in bytes.
+const CAPTURE: usize = 1 << 20;
+
+/// A command, and what it has said so far.
+pub struct Exec {
+    /// Its process.
+    pub process: Process,
+    /// Standard output and standard error.
+    streams: [Stream; 2],
+    /// When it is killed; once it is, when it is answered for though it was not reaped.
+    pub deadline: u64,
+    /// How its answer is framed.
+    pub reply: Reply,
+    /// Its answer has begun: how much of it is queued.
+    queued: Option<Position>,
+}
+
+#[derive(Default)]
+struct Stream {
+    channel: Channel,
+    capture: Capture,
+}
+
+/// A place in an answer: a stream, and a byte in it.
+#[derive(Clone, Copy, Default)]
+struct Position {
+    stream: usize,
+    byte: usize,
+}
+
+impl Exec {
+    /// Starts what the body of a request asks for.
+    pub fn start(body: &mut [u8], reply: Reply, context: &mut Context) -> Result<Self, CallError> {
+        context.with_arena(|memory, context| {
+            let request = ExecRequest::decode(body, &mut Arena::new(memory))
+                .map_err(CallError::bad_request)?;
+            let spec = Spec {
+                argv: request.cmd,
+                env: request.env,
+                cwd: request.cwd,
+                user: request.user,
+                tty: false,
+            };
+            let timeout = match request.timeout_ms {
+                0 => TIMEOUT,
+                timeout => u64::from(timeout),
+            };
+            Self::spawn(&spec, timeout, reply, context)
+                .map_err(|error| CallError::new(Status::InternalServerError, error))
+        })
+    }
+
+    fn spawn(spec: &Spec, timeout: u64, reply: Reply, context: &mut Context) -> Result<Self> {
+        let (output, their_output) = output_pipe()?;
+        let (error, their_error) = output_pipe()?;
+        let streams = Streams {
+            input: None,
+            output: &their_output,
+            error: &their_error,
+        };
+        let process = Process::start(spec, &streams, context)?;
+        Ok(Self {
+            process,
+            streams: [output, error].map(|channel| Stream {
+                channel,
+                capture: Capture::default(),
+            }),
+            deadline: context.now.saturating_add(timeout),
+            reply,
+            queued: None,
+        })
+    }
+
+    /// Reads what waits in one of its streams. `left`: how much more output may be kept.
+    pub fn on_output(&mut self, source: Source, left: &mut usize, context: &mut Context) {
+        let [output, error] = &mut self.streams;
+        let stream = match source {
+            Source::Output => output,
+            _ => error,
+        };
+        stream.read(self.process.is_over(), left, context.sink);
+    }
+
+    /// Its time is over: it is killed. When it was killed already and cannot be reaped, it counts as
+    /// ended.
+    pub fn expire(&mut self, now: u64) {
+        self.deadline = match self.process.was_killed() {
+            false => now.saturating_add(KILL_TIMEOUT),
+            true => 0,
+        };
+        self.process.kill();
+    }
+
+    /// Whether it can be answered.
+    pub fn is_over(&self) -> bool {
+        self.process.status().is_some() || (self.process.was_killed() && self.deadline == 0)
+    }
+
+    /// Registers for its output.
+    pub fn watch(&mut self, key: Key, context: &Context) {
+        let [output, error] = &mut self.streams;
+        let wanted = EventFlags::IN;
+        output.channel.watch(Source::Output, key, wanted, context);
+        error
+            .channel
+            .watch(Source::ErrorOutput, key, wanted, context);
+    }
+
+    /// Queues as much of the answer as there is room for; whether that was the rest.
+    pub fn queue_answer(&mut self, io: &mut Io, left: &mut usize, context: &mut Context) -> bool {
+        let mut position = match self.queued {
+            Some(position) => position,
+            None => {
+                self.conclude(left, context);
+                self.queue_head(io);
+                Position::default()
+            }
+        };
+        while let Some(stream) = self.streams.get(position.stream) {
+            let capture = &stream.capture;
+            let room = io.spare();
+            let mut written = 0;
+            position.byte += json::escape(capture.bytes(position.byte), true, &mut |piece| {
+                let end = written + piece.len();
+                let Some(to) = room.get_mut(written..end) else {
+                    return false;
+                };
+                to.copy_from_slice(piece.as_bytes());
+                written = end;
+                true
+            });
+            io.commit(written);
+            self.queued = Some(position);
+            if position.byte < capture.length {
+                return false;
+            }
+            match position.stream {
+                0 => io.queue(BETWEEN),
+                _ => io.queue(self.end().as_bytes()),
+            }
+            position = Position {
+                stream: position.stream + 1,
+                byte: 0,
+            };
+        }
+        true
+    }
+
+    /// Takes what is left in its pipes, which others may hold open.
+    fn conclude(&mut self, left: &mut usize, context: &mut Context) {
+        for stream in &mut self.streams {
+            while stream.read(true, left, context.sink) {}
+            stream.channel.close();
+            stream.capture.measure(true);
+        }
+    }
+
+    /// The answer up to the output.
+    fn queue_head(&self, io: &mut Io) {
+        // One that was killed and cannot be reaped counts as killed.
+        let status = self.process.status();
+        let signal = status.map_or(Some(9), |status| status.terminating_signal());
+        let code = status.and_then(|status| status.exit_status());
+        let start = message!(
+            "{{\"exit_code\":{},\"exit_signal\":{},\"stdout\":\"",
+            code.unwrap_or(-1),
+            signal.unwrap_or(0)
+        );
+        let end = self.end();
+        let mut length = start.as_bytes().len() + BETWEEN.len() + end.as_bytes().len();
+        for stream in &self.streams {
+            length += stream.capture.escaped;
+        }
+        let content = Content::Length(length as u64);
+        let head = ResponseHead::new(Status::Ok, self.reply, content);
+        io.queue(head.finish().as_bytes());
+        io.queue(start.as_bytes());
+    }
+
+    /// The answer behind the output.
+    fn end(&self) -> Message {
+        let [output, error] = &self.streams;
+        message!(
+            "\"{}{}{}}}",
+            Flag("stdout_truncated", output.capture.truncated),
+            Flag("stderr_truncated", error.capture.truncated),
+            Flag("timed_out", self.process.was_killed())
+        )
+    }
+
+    /// How much of the output that may be kept it has.
+    pub fn kept(&self) -> usize {
+        let [output, error] = &self.streams;
+        output.capture.length + error.capture.length
+    }
+
+    /// Nobody waits for its answer any more: gives back all but its process.
+    pub fn release(&mut self) {
+        self.streams = Default::default();
+    }
+}
+
+/// What stands between the streams.
+const BETWEEN: &[u8] = b"\",\"stderr\":\"";
+
+/// A member that is there when it is true, for display.
+struct Flag(&'static str, bool);
+
+impl Display for Flag {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self(name, true) => write!(formatter, ",\"{name}\":true"),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Stream {
+    /// Reads once, by way of `sink`; whether anything came.
+    fn read(&mut self, over: bool, left: &mut usize, sink: &mut [u8]) -> bool {
+        match self.channel.read(sink, over) {
+            Read::Bytes(count) => {
+                let bytes = sink.get(..count).unwrap_or(&[]);
+                self.capture.keep(bytes, left);
+                self.capture.measure(false);
+                true
+            }
+            Read::Empty => false,
+            Read::End => {
+                self.channel.close();
+                false
+            }
+        }
+    }
+}
+
+/// Output that is kept.
+#[derive(Default)]
+struct Capture {
+    /// [`CAPTURE`] bytes, from the first output on.
+    memory: Option<Region>,
+    length: usize,
+    truncated: bool,
+    /// Bytes whose escaped form is measured.
+    measured: usize,
+    /// Length of their escaped form.
+    escaped: usize,
+}
+
+impl Capture {
+    /// Keeps bytes as far as there is room for them: in this capture, and in all of them together.
+    fn keep(&mut self, bytes: &[u8], left: &mut usize) {
+        if self.memory.is_none() {
+            self.memory = Region::new(CAPTURE).ok();
+        }
+        let memory = self.memory.as_deref_mut().unwrap_or(&mut []);
+        let room = memory.get_mut(self.length..).unwrap_or(&mut []);
+        let kept = bytes.len().min(room.len()).min(*left);
+        for (to, from) in room.iter_mut().zip(bytes.iter().take(kept)) {
+            *to = *from;
+        }
+        self.length += kept;
+        *left -= kept;
+        self.truncated |= kept < bytes.len();
+    }
+
+    /// What was kept, from byte `at` on.
+    fn bytes(&self, at: usize) -> &[u8] {
+        let memory = self.memory.as_deref().unwrap_or(&[]);
+        memory.get(at..self.length).unwrap_or(&[])
+    }
+
+    /// Measures the escaped form of what came, so that the answer's length is known at the end.
+    fn measure(&mut self, last: bool) {
+        let mut length = 0;
+        self.measured += json::escape(self.bytes(self.measured), last, &mut |piece| {
+            length += piece.len();
+            true
+        });
+        self.escaped += length;
+    }
+}

@@ -1,0 +1,78 @@
+//! The API's calls by method and path.
+
+use core::fmt::{self, Display};
+use proto::http::Method;
+
+/// A call of the API.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// `GET /v1/status`
+    Status,
+    /// `GET /v1/exit_code`
+    ExitCode,
+    /// `POST /v1/signals`
+    Signals,
+    /// `POST /v1/exec`
+    Exec,
+    /// `GET /v1/ws/exec`, a WebSocket.
+    Session,
+}
+
+/// All calls. A GET can be a HEAD, too, but for a WebSocket's.
+const ROUTES: &[(Method, &str, Call)] = &[
+    (Method::Get, "/v1/status", Call::Status),
+    (Method::Get, "/v1/exit_code", Call::ExitCode),
+    (Method::Post, "/v1/signals", Call::Signals),
+    (Method::Post, "/v1/exec", Call::Exec),
+    (Method::Get, "/v1/ws/exec", Call::Session),
+];
+
+/// Why there is no call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouteError {
+    /// No call has this path.
+    NotFound,
+    /// Calls of this path have other methods.
+    MethodNotAllowed(Allow),
+}
+
+/// Finds the call of a request.
+pub fn route(method: Method, path: &str) -> Result<Call, RouteError> {
+    let mut found = None;
+    for (allowed, known, call) in ROUTES {
+        if *known != path {
+            continue;
+        }
+        if *allowed == method || (method == Method::Head && allows_head(*allowed, *call)) {
+            return Ok(*call);
+        }
+        found = Some(Allow { path: known });
+    }
+    Err(found.map_or(RouteError::NotFound, RouteError::MethodNotAllowed))
+}
+
+fn allows_head(allowed: Method, call: Call) -> bool {
+    allowed == Method::Get && call != Call::Session
+}
+
+/// The methods of a path, for display as the value of `Allow` (RFC 9110 section 10.2.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allow {
+    path: &'static str,
+}
+
+impl Display for Allow {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
+        for (method, path, call) in ROUTES {
+            if *path == self.path {
+                write!(formatter, "{separator}{}", method.name())?;
+                separator = ", ";
+                if allows_head(*method, *call) {
+                    write!(formatter, "{separator}{}", Method::Head.name())?;
+                }
+            }
+        }
+        Ok(())
+    }
+}

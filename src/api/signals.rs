@@ -1,0 +1,29 @@
+//! `POST /v1/signals`: a signal to the workload's process group.
+
+use super::io::CallError;
+use crate::context::Context;
+use crate::error;
+use crate::error::name;
+use crate::sys;
+use proto::arena::Arena;
+use proto::bodies::SignalRequest;
+use proto::http::Status;
+use rustix::io::Errno;
+
+/// Sends the signal that the body names.
+pub fn send(body: &mut [u8], context: &mut Context) -> Result<(), CallError> {
+    let request = context
+        .with_arena(|memory, _| SignalRequest::decode(body, &mut Arena::new(memory)))
+        .map_err(CallError::bad_request)?;
+    let sent = match context.workload.group {
+        Some(group) => sys::kill_group(group, u32::from(request.signal)),
+        None => Err(Errno::SRCH),
+    };
+    sent.map_err(|errno| match errno {
+        Errno::SRCH => CallError::new(Status::Conflict, error!("the workload is not running")),
+        _ => CallError::new(
+            Status::InternalServerError,
+            error!("send the signal: {}", name(errno)),
+        ),
+    })
+}

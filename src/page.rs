@@ -1,0 +1,60 @@
+//! Values in pages of their own: there is no heap.
+
+use core::mem::{align_of, size_of};
+use core::ops::{Deref, DerefMut};
+use core::ptr::NonNull;
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+
+/// Owns a value in memory from the kernel, which is given back on drop (mmap(2)).
+pub struct PageBox<T> {
+    value: NonNull<T>,
+}
+
+impl<T> PageBox<T> {
+    /// Moves a value there.
+    pub fn new(value: T) -> Result<Self, Errno> {
+        // Pages are aligned to their own size.
+        const { assert!(size_of::<T>() > 0 && align_of::<T>() <= 4096) };
+        let flags = MapFlags::PRIVATE;
+        // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
+        let memory = unsafe {
+            mmap_anonymous(
+                core::ptr::null_mut(),
+                size_of::<T>(),
+                ProtFlags::READ | ProtFlags::WRITE,
+                flags,
+            )
+        }?;
+        let place = NonNull::new(memory.cast::<T>()).ok_or(Errno::NOMEM)?;
+        // SAFETY: the mapping is large enough for a `T`, aligned for it, and nobody else has it.
+        unsafe { place.write(value) };
+        Ok(Self { value: place })
+    }
+}
+
+impl<T> Deref for PageBox<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        // SAFETY: `new` wrote a `T` there, and it stays until `self` is dropped.
+        unsafe { self.value.as_ref() }
+    }
+}
+
+impl<T> DerefMut for PageBox<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        // SAFETY: as above; `self` is borrowed exclusively.
+        unsafe { self.value.as_mut() }
+    }
+}
+
+impl<T> Drop for PageBox<T> {
+    fn drop(&mut self) {
+        // SAFETY: the value is dropped once, and its mapping is exactly the one that `new` made.
+        unsafe {
+            self.value.drop_in_place();
+            let _gone = munmap(self.value.as_ptr().cast(), size_of::<T>());
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! Strings of a document, in memory that the caller lends.
+
+use core::ffi::CStr;
+use core::mem;
+
+/// Hands out strings, one behind the other; none is given back before all of the memory is.
+///
+/// A string or a list of strings is put together at the start of the free memory, and then taken.
+#[derive(Debug)]
+pub struct Arena<'a> {
+    free: &'a mut [u8],
+    /// How much of `free` is filled with what is being put together.
+    filled: usize,
+}
+
+/// There is no more memory.
+#[derive(Debug)]
+pub struct Full;
+
+impl<'a> Arena<'a> {
+    /// An arena of that memory. For a document it is enough to have as much as the document is long.
+    pub fn new(memory: &'a mut [u8]) -> Self {
+        Self {
+            free: memory,
+            filled: 0,
+        }
+    }
+
+    /// Appends to what is being put together.
+    pub fn push(&mut self, bytes: &[u8]) -> Result<(), Full> {
+        let free = self.free.get_mut(self.filled..).unwrap_or_default();
+        let room = free.get_mut(..bytes.len()).ok_or(Full)?;
+        room.copy_from_slice(bytes);
+        self.filled += bytes.len();
+        Ok(())
+    }
+
+    /// What is being put together.
+    pub fn filled(&self) -> &[u8] {
+        self.free.get(..self.filled).unwrap_or_default()
+    }
+
+    /// Drops what was appended behind the first `length` bytes.
+    pub fn truncate(&mut self, length: usize) {
+        self.filled = self.filled.min(length);
+    }
+
+    /// Takes what was put together.
+    pub fn take(&mut self) -> &'a [u8] {
+        let memory = mem::take(&mut self.free);
+        let (taken, free) = memory.split_at_mut_checked(self.filled).unwrap_or_default();
+        self.free = free;
+        self.filled = 0;
+        taken
+    }
+}
+
+/// A list of C strings, one behind the other as in `/proc/PID/environ` (proc_pid_environ(5)).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Strings<'a>(&'a [u8]);
+
+impl<'a> Strings<'a> {
+    /// A list of strings that each have their NUL behind them.
+    pub const fn new(strings: &'a [u8]) -> Self {
+        Self(strings)
+    }
+
+    /// A list of one string.
+    pub const fn one(string: &'a CStr) -> Self {
+        Self(string.to_bytes_with_nul())
+    }
+
+    /// Whether there is no string, not even an empty one.
+    pub const fn is_empty(self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The first string.
+    pub fn first(self) -> Option<&'a CStr> {
+        CStr::from_bytes_until_nul(self.0).ok()
+    }
+
+    /// The strings in their order.
+    pub const fn iter(self) -> Iter<'a> {
+        Iter(self)
+    }
+}
+
+impl<'a> IntoIterator for Strings<'a> {
+    type Item = &'a CStr;
+    type IntoIter = Iter<'a>;
+
+    fn into_iter(self) -> Iter<'a> {
+        self.iter()
+    }
+}
+
+/// Gives the strings of a list.
+#[derive(Clone, Debug)]
+pub struct Iter<'a>(Strings<'a>);
+
+impl<'a> Iterator for Iter<'a> {
+    type Item = &'a CStr;
+
+    fn next(&mut self) -> Option<&'a CStr> {
+        let first = self.0.first()?;
+        let rest = self.0.0.get(first.count_bytes() + 1..);
+        self.0 = Strings(rest.unwrap_or_default());
+        Some(first)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_taken_stays_and_what_is_dropped_is_used_again() {
+        let mut memory = [0; 8];
+        let mut arena = Arena::new(&mut memory);
+        arena.push(b"ab").unwrap();
+        arena.push(b"\0").unwrap();
+        let first = arena.take();
+        arena.push(b"xyz").unwrap();
+        arena.truncate(1);
+        arena.push(b"123").unwrap();
+        assert_eq!(arena.filled(), b"x123");
+        let second = arena.take();
+        assert_eq!((first, second), (&b"ab\0"[..], &b"x123"[..]));
+        assert_eq!(arena.take(), b"");
+    }
+
+    #[test]
+    fn memory_that_is_full_takes_nothing_of_what_is_too_long() {
+        let mut memory = [0; 3];
+        let mut arena = Arena::new(&mut memory);
+        arena.push(b"ab").unwrap();
+        assert!(arena.push(b"cd").is_err());
+        arena.push(b"c").unwrap();
+        assert!(arena.push(b"d").is_err());
+        assert_eq!(arena.take(), b"abc");
+    }
+
+    #[test]
+    fn strings_are_read_one_behind_the_other() {
+        let strings = Strings::new(b"a\0\0bc\0");
+        assert_eq!(strings.first(), Some(c"a"));
+        assert_eq!(strings.iter().collect::<Vec<_>>(), [c"a", c"", c"bc"]);
+        assert_eq!(Strings::one(c"").iter().count(), 1);
+        assert!(Strings::default().is_empty() && Strings::default().first().is_none());
+    }
+}

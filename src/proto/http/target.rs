@@ -1,0 +1,232 @@
+//! Request targets (RFC 9112 section 3.2), their queries and percent-encoding.
+
+use super::RequestError;
+use crate::{address, decimal};
+use core::net::IpAddr;
+
+/// What a request is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target<'a> {
+    /// A resource of this server: origin-form, or absolute-form without its scheme and authority.
+    Resource {
+        /// Starts with `/`, or is `*`; percent-encoded as it came.
+        path: &'a str,
+        /// What stands behind `?`, percent-encoded; empty where there is none.
+        query: &'a str,
+    },
+    /// CONNECT's authority-form.
+    Authority {
+        /// A name or an address; an IPv6 address without its brackets.
+        host: &'a str,
+        /// Not 0.
+        port: u16,
+    },
+}
+
+impl<'a> Target<'a> {
+    /// Parses the target of a request other than CONNECT.
+    pub(super) fn parse(target: &'a str) -> Result<Self, RequestError> {
+        const SCHEME: &str = "http://";
+        // A fragment is never sent (RFC 9110 section 7.1).
+        if target.contains('#') {
+            return Err(RequestError::RequestTarget);
+        }
+        let mut path = target;
+        if let Some((scheme, rest)) = target.split_at_checked(SCHEME.len())
+            && scheme.eq_ignore_ascii_case(SCHEME)
+        {
+            let end = rest.find(['/', '?']).unwrap_or(rest.len());
+            let (authority, resource) = rest.split_at(end);
+            if authority.is_empty() {
+                return Err(RequestError::RequestTarget);
+            }
+            path = resource;
+            if !path.starts_with('/') {
+                // An empty path is the root (RFC 9110 section 4.2.3).
+                return Ok(Self::Resource {
+                    path: "/",
+                    query: path.strip_prefix('?').unwrap_or(""),
+                });
+            }
+        }
+        if !path.starts_with('/') && path != "*" {
+            return Err(RequestError::RequestTarget);
+        }
+        let (path, query) = path.split_once('?').unwrap_or((path, ""));
+        Ok(Self::Resource { path, query })
+    }
+
+    /// Parses `host:port`, where an IPv6 address has brackets (RFC 9112 section 3.2.3).
+    pub(super) fn parse_authority(target: &'a str) -> Result<Self, RequestError> {
+        let authority = || {
+            let (host, port) = target.rsplit_once(':')?;
+            let port = decimal::parse(port.as_bytes()).filter(|port| *port != 0)?;
+            if let Some(address) = host.strip_prefix('[') {
+                let host = address.strip_suffix(']')?;
+                address::parse(host).filter(IpAddr::is_ipv6)?;
+                return Some(Self::Authority { host, port });
+            }
+            let is_name = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
+            (!host.is_empty() && host.bytes().all(is_name))
+                .then_some(Self::Authority { host, port })
+        };
+        authority().ok_or(RequestError::RequestTarget)
+    }
+
+    /// The value of the query's first parameter of that name, still encoded; empty where it has no
+    /// `=`. For [`decode_query`].
+    pub fn parameter(&self, name: &str) -> Option<&'a str> {
+        let Self::Resource { query, .. } = self else {
+            return None;
+        };
+        query
+            .split('&')
+            .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+            .find_map(|(key, value)| (key == name).then_some(value))
+    }
+}
+
+/// Why a percent-encoded text cannot be decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DecodeError {
+    /// A `%` without two hexadecimal digits behind it.
+    Escape,
+    /// An encoded NUL: no path or name has one.
+    Nul,
+    /// More than there is room for.
+    TooLong,
+}
+
+/// Decodes a path, or a segment of one, into `room` (RFC 3986 section 2.1).
+pub fn decode_path<'r>(text: &str, room: &'r mut [u8]) -> Result<&'r [u8], DecodeError> {
+    decode(text, b'+', room)
+}
+
+/// Decodes a parameter's value into `room`, where `+` is a space as in what forms send
+/// (application/x-www-form-urlencoded), and `%2B` a plus sign.
+pub fn decode_query<'r>(text: &str, room: &'r mut [u8]) -> Result<&'r [u8], DecodeError> {
+    decode(text, b' ', room)
+}
+
+fn decode<'r>(text: &str, plus: u8, room: &'r mut [u8]) -> Result<&'r [u8], DecodeError> {
+    let mut bytes = text.bytes();
+    let mut length = 0;
+    while let Some(byte) = bytes.next() {
+        let decoded = match byte {
+            b'%' => {
+                let mut digit = || char::from(bytes.next()?).to_digit(16);
+                let (Some(high), Some(low)) = (digit(), digit()) else {
+                    return Err(DecodeError::Escape);
+                };
+                (high << 4 | low) as u8
+            }
+            b'+' => plus,
+            other => other,
+        };
+        if decoded == 0 {
+            return Err(DecodeError::Nul);
+        }
+        *room.get_mut(length).ok_or(DecodeError::TooLong)? = decoded;
+        length += 1;
+    }
+    Ok(room.get(..length).unwrap_or(&[]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resource(target: &str) -> Option<(&str, &str)> {
+        match Target::parse(target).ok()? {
+            Target::Resource { path, query } => Some((path, query)),
+            Target::Authority { .. } => None,
+        }
+    }
+
+    #[test]
+    fn a_path_is_found_in_origin_form_and_in_absolute_form() {
+        for (target, expected) in [
+            ("/v1/status", ("/v1/status", "")),
+            ("/v1/status?x=/y?z", ("/v1/status", "x=/y?z")),
+            ("//double", ("//double", "")),
+            ("*", ("*", "")),
+            ("http://vm:1/v1/status", ("/v1/status", "")),
+            ("HTTP://vm/a?b", ("/a", "b")),
+            ("http://vm", ("/", "")),
+            ("http://vm?a=b", ("/", "a=b")),
+            ("/\u{e9}", ("/\u{e9}", "")),
+        ] {
+            assert_eq!(resource(target), Some(expected), "{target}");
+        }
+        for bad in [
+            "",
+            "v1",
+            "https://vm/",
+            "http:///v1",
+            "http://?x",
+            "/a#b",
+            "vm:1",
+            "**",
+            "*?a",
+        ] {
+            assert_eq!(resource(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn connect_takes_a_host_and_a_port() {
+        for (target, host, port) in [
+            ("127.0.0.1:5432", "127.0.0.1", 5432),
+            ("localhost:1", "localhost", 1),
+            ("[::1]:65535", "::1", 65_535),
+        ] {
+            assert_eq!(
+                Target::parse_authority(target),
+                Ok(Target::Authority { host, port })
+            );
+        }
+        for bad in [
+            "", "a", "a:", ":1", "a:0", "a:65536", "a:+1", "a:1/", "/:1", "::1:1", "[::1]",
+            "[::1]1", "[a]:1", "[::1:1", "u@a:1", "a b:1",
+        ] {
+            assert!(Target::parse_authority(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_first_parameter_of_a_name_is_found() {
+        let target = Target::parse("/v1/files?path=/a%20b&mode=0644&path=/c&flag&=x").unwrap();
+        assert_eq!(target.parameter("path"), Some("/a%20b"));
+        assert_eq!(target.parameter("mode"), Some("0644"));
+        assert_eq!(target.parameter("flag"), Some(""));
+        assert_eq!(target.parameter("mod"), None);
+        assert_eq!(Target::parse("/").unwrap().parameter("path"), None);
+    }
+
+    #[test]
+    fn percent_encoding_is_decoded_and_plus_only_in_queries() {
+        let mut room = [0; 16];
+        assert_eq!(
+            decode_path("/a%2fb+%c3%A9", &mut room),
+            Ok("/a/b+é".as_bytes())
+        );
+        assert_eq!(decode_query("/a%2Bb+c", &mut room), Ok(&b"/a+b c"[..]));
+        assert_eq!(decode_query("", &mut room), Ok(&b""[..]));
+        assert_eq!(decode_query("%ff", &mut room), Ok(&[0xff][..]));
+        assert_eq!(decode_query("%25%32%35", &mut room), Ok(&b"%25"[..]));
+        for bad in ["%", "%1", "a%g1", "%1g", "%+1", "%\u{e9}"] {
+            assert_eq!(
+                decode_path(bad, &mut room),
+                Err(DecodeError::Escape),
+                "{bad}"
+            );
+        }
+        assert_eq!(decode_path("a%00b", &mut room), Err(DecodeError::Nul));
+        assert_eq!(decode_path("a\0", &mut room), Err(DecodeError::Nul));
+        assert!(decode_path("1234567890123456", &mut room).is_ok());
+        assert_eq!(
+            decode_path("12345678901234567", &mut room),
+            Err(DecodeError::TooLong)
+        );
+    }
+}

@@ -1,0 +1,146 @@
+//! Strings of JSON, written.
+
+use core::fmt::{self, Display, Write};
+
+/// Gives `bytes` to `put` as they stand in a JSON string, until it takes no more; how many of them
+/// were given.
+///
+/// A piece is one character or its escape. Bytes that are not UTF-8 become U+FFFD, as in a lossy
+/// conversion. A character that is cut off at the end stays, unless these are the `last` bytes.
+pub fn escape(bytes: &[u8], last: bool, put: &mut dyn FnMut(&str) -> bool) -> usize {
+    let mut used = 0;
+    for chunk in bytes.utf8_chunks() {
+        for character in chunk.valid().chars() {
+            if !put_character(character, put) {
+                return used;
+            }
+            used += character.len_utf8();
+        }
+        let invalid = chunk.invalid();
+        let at_end = used + invalid.len() == bytes.len();
+        let cut_off = core::str::from_utf8(invalid).is_err_and(|error| error.error_len().is_none());
+        let wait = at_end && cut_off && !last;
+        if invalid.is_empty() || wait || !put_character(char::REPLACEMENT_CHARACTER, put) {
+            return used;
+        }
+        used += invalid.len();
+    }
+    used
+}
+
+/// RFC 8259 section 7.
+fn put_character(character: char, put: &mut dyn FnMut(&str) -> bool) -> bool {
+    match character {
+        '"' => put("\\\""),
+        '\\' => put("\\\\"),
+        '\n' => put("\\n"),
+        '\r' => put("\\r"),
+        '\t' => put("\\t"),
+        '\0'..' ' => {
+            let mut escape = heapless::String::<6>::new();
+            let _fits = write!(escape, "\\u{:04x}", u32::from(character));
+            put(&escape)
+        }
+        _ => put(character.encode_utf8(&mut [0; 4])),
+    }
+}
+
+/// Most bytes of [`Quoted`]: with what stands around it it fits into a
+/// [`Message`](crate::message::Message).
+const QUOTED: usize = 896;
+
+/// Text as a JSON string with its quotes, for display; what is over 896 bytes is cut.
+pub struct Quoted<'a>(pub &'a [u8]);
+
+impl Display for Quoted<'_> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_char('"')?;
+        let mut room = QUOTED;
+        let mut written = Ok(());
+        let used = escape(self.0, true, &mut |piece| {
+            let fits = piece.len() <= room;
+            if fits {
+                room -= piece.len();
+                written = formatter.write_str(piece);
+            }
+            fits && written.is_ok()
+        });
+        written?;
+        if used < self.0.len() {
+            formatter.write_char('…')?;
+        }
+        formatter.write_char('"')
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message;
+
+    fn escaped(bytes: &[u8], step: usize) -> String {
+        let mut text = String::new();
+        let mut at = 0;
+        for end in (0..bytes.len()).step_by(step).skip(1).chain([bytes.len()]) {
+            at += escape(&bytes[at..end], end == bytes.len(), &mut |piece| {
+                text.push_str(piece);
+                true
+            });
+        }
+        assert_eq!(at, bytes.len());
+        text
+    }
+
+    #[test]
+    fn output_is_escaped_as_a_lossy_conversion_has_it_wherever_it_is_cut() {
+        for (bytes, wanted) in [
+            (
+                &b"plain \"quoted\" back\\slash\n\r\t\x08\x0c\x01\x1f\x7f/"[..],
+                r#"plain \"quoted\" back\\slash\n\r\t\u0008\u000c\u0001\u001f"#.to_owned() + "\x7f/",
+            ),
+            ("é 鳩 🐦 mixed".as_bytes(), "é 鳩 🐦 mixed".to_owned()),
+            (
+                b"\xff\xfe a \xc3( \xe2\x82( \xf0\x9f\x90 \xed\xa0\x80 end \xf0\x9f",
+                "\u{fffd}\u{fffd} a \u{fffd}( \u{fffd}( \u{fffd} \u{fffd}\u{fffd}\u{fffd} end \u{fffd}"
+                    .to_owned(),
+            ),
+            (b"\xe2\x82", "\u{fffd}".to_owned()),
+            (b"", String::new()),
+        ] {
+            for step in [1000, 1, 2, 3, 4, 5] {
+                assert_eq!(escaped(bytes, step), wanted);
+            }
+        }
+    }
+
+    #[test]
+    fn a_sink_that_is_full_gets_the_rest_later() {
+        let bytes = "a\"é\u{1}🐦\u{fffd}z".repeat(9).into_bytes();
+        let whole = escaped(&bytes, 1000);
+        let (mut text, mut at) = (String::new(), 0);
+        while at < bytes.len() {
+            let mut room = 7;
+            at += escape(&bytes[at..], true, &mut |piece| {
+                let fits = piece.len() <= room;
+                if fits {
+                    room -= piece.len();
+                    text.push_str(piece);
+                }
+                fits
+            });
+        }
+        assert_eq!(text, whole);
+    }
+
+    #[test]
+    fn a_quoted_text_is_a_string_of_json_and_cut_where_it_is_long() {
+        let quoted = |text: &str| message!("{}", Quoted(text.as_bytes())).as_str().to_owned();
+        assert_eq!(quoted("say \"hi\"\n"), r#""say \"hi\"\n""#);
+        let exact = "\"".repeat(448);
+        assert_eq!(quoted(&exact), format!("\"{}\"", "\\\"".repeat(448)));
+        assert_eq!(
+            quoted(&format!("{exact}x")),
+            format!("\"{}…\"", "\\\"".repeat(448))
+        );
+    }
+}

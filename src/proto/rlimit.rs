@@ -1,0 +1,165 @@
+//! Resource limits by the names of prlimit(1).
+
+use crate::decimal;
+use crate::json::{Object, Parse, Place};
+use serde::Deserialize;
+use serde::de::IntoDeserializer;
+use serde::de::value::Error;
+
+/// A resource by its number (include/uapi/asm-generic/resource.h; x86_64 and aarch64 have the same).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+#[allow(missing_docs, reason = "getrlimit(2) describes them")]
+pub enum Resource {
+    Cpu,
+    Fsize,
+    Data,
+    Stack,
+    Core,
+    Rss,
+    Nproc,
+    Nofile,
+    Memlock,
+    As,
+    Locks,
+    Sigpending,
+    Msgqueue,
+    Nice,
+    Rtprio,
+    Rttime,
+}
+
+/// How many resources there are (RLIM_NLIMITS).
+const RESOURCES: usize = 16;
+
+impl Resource {
+    /// Reads `NOFILE` or `RLIMIT_NOFILE`.
+    pub fn parse(name: &str) -> Option<Self> {
+        let name = name.strip_prefix("RLIMIT_").unwrap_or(name);
+        let name = IntoDeserializer::<Error>::into_deserializer(name);
+        Self::deserialize(name).ok()
+    }
+}
+
+/// A soft and a hard limit; `None` is unlimited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limit {
+    /// What counts.
+    pub soft: Option<u64>,
+    /// How far the soft limit can be raised.
+    pub hard: Option<u64>,
+}
+
+impl Limit {
+    /// Reads `65536`, `unlimited`, or both limits: `1024:unlimited`.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (soft, hard) = text.split_once(':').unwrap_or((text, text));
+        let limit = Self {
+            soft: limit(soft)?,
+            hard: limit(hard)?,
+        };
+        let is_over = match (limit.soft, limit.hard) {
+            (_, None) => false,
+            (None, Some(_)) => true,
+            (Some(soft), Some(hard)) => soft > hard,
+        };
+        (!is_over).then_some(limit)
+    }
+}
+
+fn limit(text: &str) -> Option<Option<u64>> {
+    if text == "unlimited" {
+        return Some(None);
+    }
+    // The largest number is what the kernel takes for no limit (RLIM_INFINITY).
+    decimal::parse(text.as_bytes())
+        .filter(|limit| *limit != u64::MAX)
+        .map(Some)
+}
+
+impl Parse for Limit {
+    fn parse(&mut self, text: &str) -> Result<(), &'static str> {
+        *self = Self::parse(text).ok_or("not a limit")?;
+        Ok(())
+    }
+}
+
+/// Limits, one a resource.
+#[derive(Clone, Debug, Default)]
+pub struct Rlimits(heapless::Vec<(Resource, Limit), RESOURCES>);
+
+impl Rlimits {
+    /// None.
+    pub const fn new() -> Self {
+        Self(heapless::Vec::new())
+    }
+
+    /// The limits in the order in which they were given.
+    pub fn iter(&self) -> impl Iterator<Item = (Resource, Limit)> {
+        self.0.iter().copied()
+    }
+}
+
+/// An object: a member's name is a resource, its value a limit.
+impl<'a> Object<'a> for Rlimits {
+    fn member(&mut self, name: &str) -> Place<'_, 'a> {
+        let Some(resource) = Resource::parse(name) else {
+            return Place::Refused("not a resource with a limit");
+        };
+        self.0.retain(|(other, _)| *other != resource);
+        let _one_a_resource = self.0.push((resource, Limit::default()));
+        match self.0.last_mut() {
+            Some((_, limit)) => Place::ParsedOrNumber(limit),
+            None => Place::Unknown,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn resources_have_the_names_of_prlimit_and_the_kernels_numbers() {
+        for (name, number) in [
+            ("CPU", 0),
+            ("CORE", 4),
+            ("NOFILE", 7),
+            ("RLIMIT_NOFILE", 7),
+            ("AS", 9),
+            ("RTTIME", 15),
+        ] {
+            let resource = Resource::parse(name).unwrap();
+            assert_eq!(resource as u32, number, "{name}");
+        }
+        for name in ["", "nofile", "RLIMIT_", "RLIMIT_RLIMIT_AS", "FILES", "7"] {
+            assert_eq!(Resource::parse(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_limit_is_one_number_or_two() {
+        let both = |soft, hard| Some(Limit { soft, hard });
+        for (text, wanted) in [
+            ("65536", both(Some(65536), Some(65536))),
+            ("0", both(Some(0), Some(0))),
+            ("unlimited", both(None, None)),
+            ("1024:4096", both(Some(1024), Some(4096))),
+            ("1024:unlimited", both(Some(1024), None)),
+            ("unlimited:unlimited", both(None, None)),
+            ("4096:1024", None),
+            ("unlimited:1", None),
+            ("", None),
+            (":", None),
+            ("1:", None),
+            ("1:2:3", None),
+            ("-1", None),
+            ("+1", None),
+            ("1k", None),
+            ("18446744073709551615", None),
+            ("18446744073709551616", None),
+        ] {
+            assert_eq!(Limit::parse(text), wanted, "{text}");
+        }
+    }
+}
