@@ -1,6 +1,7 @@
 //! What all rooms share: the time, the workload's state, and buffers that have one owner.
 
 use crate::error::Error;
+use crate::output_log::OutputLog;
 use crate::sys;
 use crate::sys::epoll::Poller;
 use proto::config::{DOCUMENT, PATH};
@@ -27,8 +28,10 @@ pub enum Source {
     Listener,
     /// The console takes bytes again.
     Console,
-    /// The workload's standard output and error.
+    /// The workload's standard output, and its standard error unless that is apart.
     Workload,
+    /// The workload's standard error.
+    WorkloadError,
     /// A connection of the API, by its key.
     Connection,
     /// The standard input of a command, by its key, takes bytes again.
@@ -40,11 +43,12 @@ pub enum Source {
 }
 
 impl Source {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Signals,
         Self::Listener,
         Self::Console,
         Self::Workload,
+        Self::WorkloadError,
         Self::Connection,
         Self::Input,
         Self::Output,
@@ -147,6 +151,10 @@ pub struct Context {
     /// See [`Buffers`].
     pub sink: &'static mut [u8; SINK],
     arena: &'static mut [u8],
+    /// The workload's last output.
+    pub output_log: OutputLog,
+    /// Connections that read the log.
+    pub log_readers: usize,
     /// Connections that last as long as their clients like.
     pub long_connections: usize,
     /// The event loop's descriptor.
@@ -167,6 +175,8 @@ impl Context {
             scratch: &mut buffers.scratch,
             sink: &mut buffers.sink,
             arena: &mut buffers.arena,
+            output_log: OutputLog::none(),
+            log_readers: 0,
             long_connections: 0,
             poller,
         }

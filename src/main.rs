@@ -10,6 +10,7 @@ mod api;
 mod boot;
 mod context;
 mod error;
+mod output_log;
 mod page;
 mod process;
 mod shutdown;
@@ -106,6 +107,7 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     let _without = rustix::system::reboot(rustix::system::RebootCommand::CadOff);
     let context = Context::new(poller, defaults, buffers);
     let mut supervisor = Supervisor::new(console, api, context, signals, params.linger);
+    supervisor.set_output(params.output, params.output_log());
     let booted = boot::run(&mut supervisor, params, document, strings);
     sys::release(document);
     sys::release(strings);

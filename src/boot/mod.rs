@@ -83,11 +83,12 @@ pub fn run(
     if supervisor.has_ended() {
         return Ok(());
     }
-    supervisor.start_workload(&Command {
+    let command = Command {
         argv: config.arguments(),
         identity: &identity,
         directory: config.image_config.working_dir,
-    })
+    };
+    supervisor.start_workload(&command, config.separate_stderr)
 }
 
 /// Volumes, names and network: what may wait for a disk runs in a helper, while the API is served.

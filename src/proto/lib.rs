@@ -31,6 +31,7 @@ pub mod message;
 pub mod mmds;
 pub mod mountinfo;
 pub mod netlink;
+pub mod ring;
 pub mod rlimit;
 pub mod signal;
 pub mod slab;

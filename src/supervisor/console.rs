@@ -160,9 +160,22 @@ impl Console {
 
     /// Queues the first `count` bytes of [`room`](Self::room).
     pub fn commit(&mut self, count: usize) {
+        if count == 0 {
+            return;
+        }
         self.queue.commit(count);
         self.open_line = self.queue.filled().last() != Some(&b'\n');
         self.flush();
+    }
+
+    /// Queues output of the workload, for which there is [`room`](Self::room).
+    pub fn write(&mut self, output: &[u8]) {
+        let room = self.room();
+        let count = output.len().min(room.len());
+        for (to, from) in room.iter_mut().zip(output) {
+            *to = *from;
+        }
+        self.commit(count);
     }
 
     /// Whether there is room for output of the workload.

@@ -96,7 +96,7 @@ impl Supervisor {
             linger,
             paused: 0,
             child: None,
-            output: Output::default(),
+            output: Output::new(),
             exit_fields: None,
             signals,
             kernel_log: None,
@@ -167,9 +167,7 @@ impl Supervisor {
                 Source::Signals => self.read_signal(),
                 Source::Listener => self.api.accept(&mut self.context),
                 Source::Console => self.console.flush(),
-                Source::Workload => {
-                    self.output.copy(1, self.console);
-                }
+                Source::Workload | Source::WorkloadError => self.copy_output(),
                 _ => self.api.on_event(source, key, flags, &mut self.context),
             }
         }
@@ -185,9 +183,9 @@ impl Supervisor {
 
     /// Registers for what can be done next.
     fn watch(&mut self) {
-        let poller = &self.context.poller;
-        self.console.watch(poller);
-        self.output.watch(poller, self.console.has_room());
+        self.console.watch(&self.context.poller);
+        self.api.protect_log(&mut self.context);
+        self.output.watch(self.console, &mut self.context);
     }
 
     /// Waits for events, at most until the next deadline, and looks at the clock.
@@ -211,6 +209,13 @@ impl Supervisor {
             self.paused += self.context.now - then;
             self.context.now = then;
         }
+    }
+
+    /// Copies a piece of the workload's output, and lets those who follow it read it.
+    fn copy_output(&mut self) {
+        self.output
+            .copy(1, self.console, &mut self.context.output_log);
+        self.api.on_output(&mut self.context);
     }
 
     /// One a turn: those that wait make the next turn.

@@ -75,7 +75,7 @@ impl Supervisor {
                 self.signal_workload(SIGKILL);
                 self.deadline = NEVER;
             }
-            Phase::Linger if late || self.context.workload.exit_code_delivered => {
+            Phase::Linger if late || self.is_told() => {
                 self.api.close(&mut self.context);
                 sys::kill_all(SIGTERM);
                 self.enter(Phase::Terminate, TERM_GRACE);
@@ -110,6 +110,11 @@ impl Supervisor {
             _ => return false,
         }
         true
+    }
+
+    /// Whether those who wait for the workload's end, and for the last of its output, have it.
+    fn is_told(&self) -> bool {
+        self.context.workload.exit_code_delivered && self.context.log_readers == 0
     }
 
     /// Leaves the file systems clean, in a helper: a disk may take its time.

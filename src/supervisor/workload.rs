@@ -4,12 +4,13 @@ use super::console::Console;
 use super::phase::Phase;
 use super::{SIGKILL, Supervisor, oom};
 use crate::context;
-use crate::context::{Exit, Source};
+use crate::context::{Context, Exit, Source};
 use crate::error::{Discard, Result};
+use crate::output_log::{Destination, OutputLog};
 use crate::process::exec::{self, Command, Failure, Streams};
 use crate::process::helper::{self, Helper, HelperLog};
-use crate::sys::epoll::Poller;
 use crate::sys::{self, files};
+use proto::docker_frames::Stream;
 use proto::environment::Environment;
 use proto::message;
 use proto::slab::Key;
@@ -25,60 +26,178 @@ const KILLED: i32 = 128;
 /// Pieces of output copied at the end: together more than a pipe holds (pipe(7)).
 const PIECES: usize = 8;
 
-/// The workload's standard output and error: our end of the pipe.
-#[derive(Default)]
+/// The workload's standard output and error: our ends of their pipes.
 pub struct Output {
-    pipe: Option<OwnedFd>,
+    /// Where it goes.
+    pub destination: Destination,
+    pipes: [Pipe; 2],
+}
+
+struct Pipe {
+    stream: Stream,
+    end: Option<OwnedFd>,
     watched: EventFlags,
 }
 
+impl Pipe {
+    const fn closed(stream: Stream) -> Self {
+        Self {
+            stream,
+            end: None,
+            watched: EventFlags::empty(),
+        }
+    }
+}
+
+/// What became of a piece of output.
+#[derive(PartialEq, Eq)]
+enum Copied {
+    /// It was copied: there may be more.
+    Some,
+    /// There is none, or no room for it.
+    None,
+}
+
 impl Output {
+    /// No output.
+    pub const fn new() -> Self {
+        Self {
+            destination: Destination::Console,
+            pipes: [Pipe::closed(Stream::Stdout), Pipe::closed(Stream::Stderr)],
+        }
+    }
+
     /// Waits for output while there is room for it.
-    pub fn watch(&mut self, poller: &Poller, has_room: bool) {
-        if let Some(pipe) = &self.pipe {
+    pub fn watch(&mut self, console: &Console, context: &mut Context) {
+        for pipe in &mut self.pipes {
+            let Some(end) = &pipe.end else {
+                continue;
+            };
+            let has_room = match self.destination {
+                Destination::Console => console.has_room(),
+                Destination::Log => !context.output_log.room(pipe.stream).is_empty(),
+                Destination::Both => {
+                    console.has_room() && !context.output_log.room(pipe.stream).is_empty()
+                }
+            };
             let wanted = match has_room {
                 true => EventFlags::IN,
                 false => EventFlags::empty(),
             };
-            let token = Source::Workload.token(Key::default());
-            poller.watch(pipe, token, &mut self.watched, wanted);
+            let source = match pipe.stream {
+                Stream::Stdout => Source::Workload,
+                Stream::Stderr => Source::WorkloadError,
+            };
+            let token = source.token(Key::default());
+            context.poller.watch(end, token, &mut pipe.watched, wanted);
         }
     }
 
-    /// Copies so many pieces to the console, as far as that has room for them: not for as long as
+    /// Copies so many pieces of each stream, as far as there is room for them: not for as long as
     /// output comes, as others wait, too. True when there may be more.
-    pub fn copy(&mut self, pieces: usize, console: &mut Console) -> bool {
-        for _ in 0..pieces {
-            let Some(pipe) = &self.pipe else {
-                return false;
-            };
-            if !console.has_room() {
-                return false;
+    pub fn copy(&mut self, pieces: usize, console: &mut Console, log: &mut OutputLog) -> bool {
+        let mut more = false;
+        for pipe in &mut self.pipes {
+            let copied =
+                (0..pieces).all(|_| pipe.copy(self.destination, console, log) == Copied::Some);
+            more |= copied && pieces > 0;
+        }
+        if self.pipes.iter().all(|pipe| pipe.end.is_none()) {
+            log.end();
+        }
+        more
+    }
+}
+
+impl Pipe {
+    fn copy(
+        &mut self,
+        destination: Destination,
+        console: &mut Console,
+        log: &mut OutputLog,
+    ) -> Copied {
+        let Some(end) = &self.end else {
+            return Copied::None;
+        };
+        let read = match destination {
+            Destination::Console => {
+                let read = read_piece(end, console.room());
+                console.commit(*read.as_ref().unwrap_or(&0));
+                read
             }
-            match files::read(pipe, console.room()) {
-                Ok(count @ 1..) => console.commit(count),
-                Err(Errno::AGAIN) => return false,
-                Ok(_) | Err(_) => self.pipe = None,
+            Destination::Log | Destination::Both => {
+                let room = log.room(self.stream);
+                let limit = match destination {
+                    Destination::Both => console.room().len().min(room.len()),
+                    _ => room.len(),
+                };
+                let room = room.get_mut(..limit).unwrap_or(&mut []);
+                let read = read_piece(end, room);
+                let count = *read.as_ref().unwrap_or(&0);
+                if destination == Destination::Both {
+                    console.write(room.get(..count).unwrap_or(&[]));
+                }
+                log.commit(self.stream, count);
+                read
+            }
+        };
+        match read {
+            Ok(1..) => Copied::Some,
+            Err(Errno::AGAIN) => Copied::None,
+            Ok(_) | Err(_) => {
+                self.end = None;
+                Copied::None
             }
         }
-        true
+    }
+}
+
+/// Reads once, when there is room: EAGAIN when nothing came.
+fn read_piece(end: &OwnedFd, room: &mut [u8]) -> Result<usize, Errno> {
+    match room.is_empty() {
+        true => Err(Errno::AGAIN),
+        false => files::read(end, room),
     }
 }
 
 impl Supervisor {
+    /// Says where the workload's output goes.
+    pub fn set_output(&mut self, destination: Destination, log: OutputLog) {
+        // Without memory for a log there is none.
+        self.output.destination = match log.is_kept() {
+            true => destination,
+            false => Destination::Console,
+        };
+        self.context.output_log = log;
+    }
+
     /// Starts the workload.
-    pub fn start_workload(&mut self, command: &Command) -> Result {
+    ///
+    /// Standard output and error are one pipe, which keeps their order, unless `separate_stderr`.
+    pub fn start_workload(&mut self, command: &Command, separate_stderr: bool) -> Result {
         self.kernel_log = files::open(c"/dev/kmsg", OFlags::NONBLOCK).ok();
-        let (ours, theirs) = helper::pipe()?;
-        helper::set_blocking(&theirs)?;
+        let (output, their_output) = output_pipe()?;
+        let errors = match separate_stderr {
+            true => Some(output_pipe()?),
+            false => None,
+        };
+        let their_errors = errors.as_ref().map_or(&their_output, |(_, theirs)| theirs);
         let environment = &self.context.defaults.environment;
         let console = &*self.console;
         let child = helper::spawn(&mut |log| {
-            exec_workload(command, environment, console, &theirs, log)
-                .unwrap_or_else(Failure::from)
-                .report(log)
+            exec_workload(
+                command,
+                environment,
+                console,
+                (&their_output, their_errors),
+                log,
+            )
+            .unwrap_or_else(Failure::from)
+            .report(log)
         })?;
-        self.output.pipe = Some(ours);
+        let [stdout, stderr] = &mut self.output.pipes;
+        stdout.end = Some(output);
+        stderr.end = errors.map(|(ours, _)| ours);
         // The workload has the kernel's default; what PID 1 forks from now on is spared like itself.
         sys::set_oom_score(b"-1000");
         self.context.workload.group = Some(child.pid);
@@ -119,7 +238,9 @@ impl Supervisor {
     /// Copies what is left of the output, and says behind it how the workload ended. True when there
     /// may be more.
     pub(super) fn finish_output(&mut self) -> bool {
-        let more = self.output.copy(PIECES, self.console);
+        let log = &mut self.context.output_log;
+        let more = self.output.copy(PIECES, self.console, log);
+        self.api.on_output(&mut self.context);
         if !more
             && self.console.has_room()
             && let Some(fields) = self.exit_fields.take()
@@ -130,12 +251,19 @@ impl Supervisor {
     }
 }
 
+/// A pipe for output: our end, which does not block, and the workload's.
+fn output_pipe() -> Result<(OwnedFd, OwnedFd)> {
+    let (ours, theirs) = helper::pipe()?;
+    helper::set_blocking(&theirs)?;
+    Ok((ours, theirs))
+}
+
 /// In the child: becomes the workload.
 fn exec_workload(
     command: &Command,
     environment: &Environment,
     console: &Console,
-    output: &OwnedFd,
+    (output, error): (&OwnedFd, &OwnedFd),
     log: &HelperLog,
 ) -> Result<Failure> {
     let input = console
@@ -144,7 +272,7 @@ fn exec_workload(
     let streams = Streams {
         input: Some(&input),
         output,
-        error: output,
+        error,
     };
     exec::enter_session(&streams, false, log)?;
     Ok(command.exec(environment))

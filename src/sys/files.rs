@@ -29,6 +29,12 @@ pub fn write(file: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
     rustix::io::write(file, bytes)
 }
 
+/// Writes some bytes of several pieces (writev(2)).
+#[cfg(feature = "logs")]
+pub fn write_vectored(file: &OwnedFd, pieces: &[rustix::io::IoSlice]) -> Result<usize, Errno> {
+    rustix::io::writev(file, pieces)
+}
+
 /// Room for a path and a name behind it.
 pub type Path = heapless::Vec<u8, { PATH + 256 }>;
 
