@@ -10,18 +10,18 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use cases::{ERROR, Exchange, Frames};
-use proto::{
-    http::{self, Call, Progress, Reader, Target},
-    json::Spans,
-    bodies::{self, Exec},
-    websocket::{self, Decoder, Event},
-};
 use pigeon_lab::{
     Vm,
     disk::{Image, Tree},
     http::Client,
     vsock::API_PORT,
     ws::{BINARY, CLOSE, Frame, PONG, Socket},
+};
+use proto::{
+    bodies::{self, Exec},
+    http::{self, Call, Progress, Reader, Target},
+    json::Spans,
+    websocket::{self, Decoder, Event},
 };
 use serde_json::json;
 

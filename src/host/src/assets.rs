@@ -6,6 +6,7 @@
 use std::{
     collections::HashMap,
     env,
+    ffi::OsString,
     fs::{self, File},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -40,14 +41,27 @@ pub fn repository() -> &'static Path {
         .expect("the crate lies in the repository")
 }
 
+/// Whether it is the init without optional features, as `./build.sh … --minimal` says by
+/// `PIGEON_MINIMAL`.
+pub fn is_minimal() -> bool {
+    variable("PIGEON_MINIMAL").is_some()
+}
+
 /// The directory of what the build makes for an architecture.
 pub fn build_dir(arch: Arch) -> PathBuf {
-    let build = repository().join("build");
-    if arch == Arch::HOST {
-        build
-    } else {
-        build.join(arch.name())
+    let mut build = repository().join("build");
+    if arch != Arch::HOST {
+        build.push(arch.name());
     }
+    if is_minimal() {
+        build.push("minimal");
+    }
+    build
+}
+
+/// A variable of the environment, if it is set and not empty.
+fn variable(name: &str) -> Option<OsString> {
+    env::var_os(name).filter(|value| !value.is_empty())
 }
 
 /// The archive under test: the product itself, as `./build.sh initrd` made it.
@@ -55,7 +69,8 @@ pub fn initrd(arch: Arch) -> Result<Vec<u8>> {
     let [init, initrd] = ["init", "initrd.cpio"].map(|name| build_dir(arch).join(name));
     let modified = |path: &Path| {
         let time = fs::metadata(path).and_then(|metadata| metadata.modified());
-        let command = format!("./build.sh initrd --arch {}", arch.name());
+        let minimal = if is_minimal() { " --minimal" } else { "" };
+        let command = format!("./build.sh initrd --arch {}{minimal}", arch.name());
         time.with_context(|| format!("no {}: {command} makes it", path.display()))
     };
     ensure!(
@@ -68,14 +83,10 @@ pub fn initrd(arch: Arch) -> Result<Vec<u8>> {
 
 /// The directory of everything that is downloaded or built once a user.
 pub fn cache_dir() -> PathBuf {
-    let variable = |name| {
-        env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    variable("PIGEON_CACHE")
-        .or_else(|| Some(variable("XDG_CACHE_HOME")?.join("pigeon-init")))
-        .or_else(|| Some(variable("HOME")?.join(".cache/pigeon-init")))
+    let directory = |name| variable(name).map(PathBuf::from);
+    directory("PIGEON_CACHE")
+        .or_else(|| Some(directory("XDG_CACHE_HOME")?.join("pigeon-init")))
+        .or_else(|| Some(directory("HOME")?.join(".cache/pigeon-init")))
         .unwrap_or_else(|| env::temp_dir().join("pigeon-init"))
 }
 
@@ -333,7 +344,7 @@ pub fn busybox(arch: Arch) -> Result<PathBuf> {
 
 /// A Python with the `websockets` package, in an environment of its own below `build/`.
 pub fn python() -> Result<PathBuf> {
-    let build = build_dir(Arch::HOST);
+    let build = repository().join("build");
     let dir = build.join("python");
     let [python, stamp] = ["bin/python3", PYTHON_PACKAGE].map(|name| dir.join(name));
     fs::create_dir_all(&build)?;
