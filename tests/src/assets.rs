@@ -33,14 +33,15 @@ pub fn initrd() -> Result<Vec<u8>> {
     assets::initrd(arch())
 }
 
-/// Debian's cloud kernel.
+/// The kernel of the VMs: `PIGEON_KERNEL`, as `./build.sh test --kernel` sets it, or Debian's cloud
+/// kernel.
 pub fn kernel() -> Result<Kernel> {
-    Kernel::stock(arch())
+    Kernel::chosen(arch())
 }
 
 /// A module of it that no VM loads by itself.
 pub fn module(name: &str) -> Result<Vec<u8>> {
-    assets::module(arch(), name)
+    kernel()?.module(name)
 }
 
 /// A statically linked busybox.

@@ -56,6 +56,7 @@ pub struct Builder {
     product: bool,
     files: Initrd,
     modules: bool,
+    more_modules: Vec<String>,
     kernel: Option<Kernel>,
     disks: Vec<Disk>,
     nic: Nic,
@@ -134,6 +135,13 @@ impl Builder {
         .file("/init", 0o755, program))
     }
 
+    /// Another module in `/pigeon/modules`, after those it depends on, unless the kernel has it
+    /// built in.
+    pub fn module(mut self, name: &str) -> Self {
+        self.more_modules.push(name.into());
+        self
+    }
+
     /// No `/pigeon/modules`: on a stock kernel then no device has a driver.
     pub fn without_modules(self) -> Self {
         Builder {
@@ -142,7 +150,7 @@ impl Builder {
         }
     }
 
-    /// Another kernel than the stock one.
+    /// Another kernel than [`assets::kernel`].
     pub fn kernel(self, kernel: Kernel) -> Self {
         Builder {
             kernel: Some(kernel),
@@ -372,7 +380,7 @@ impl Builder {
         };
         let mut files = self.files.clone();
         if self.modules {
-            files.modules(kernel)?;
+            files.modules_and(kernel, &self.more_modules)?;
         }
         Ok(files.on_top_of(product))
     }
@@ -400,6 +408,7 @@ impl Vm {
             product: true,
             files: Initrd::default(),
             modules: true,
+            more_modules: vec![],
             kernel: None,
             disks: vec![],
             nic: Nic::None,
