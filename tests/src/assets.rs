@@ -7,9 +7,7 @@ use std::{
 };
 
 use anyhow::Result;
-pub use pigeon::assets::{
-    Kernel, cache_dir, is_minimal, python, repository, tool, vhost_device_vsock,
-};
+pub use pigeon::assets::{Kernel, cache_dir, is_minimal, python, repository, tool};
 use pigeon::{Arch, assets};
 
 /// The architecture of the guests: `PIGEON_ARCH`, as `./build.sh test --arch` sets it.

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 pub use pigeon::machine::End;
 use pigeon::machine::{self, Machine, Metadata, Spec};
 use rustix::process::{Pid, Signal, kill_process};
@@ -469,14 +469,6 @@ impl Vm {
     pub fn connect(&mut self, port: u32) -> Result<UnixStream> {
         let socket = self.vsock.clone().context("the VM has no vsock")?;
         let deadline = Instant::now() + self.patience;
-        if !self.machine.takes_connections().unwrap_or(true) {
-            while !self.machine.takes_connections().unwrap_or(true) {
-                ensure!(Instant::now() < deadline, "the guest has no vsock driver");
-                thread::sleep(Duration::from_millis(10));
-            }
-            // The device hears of the driver a moment after QEMU does.
-            thread::sleep(Duration::from_millis(20));
-        }
         loop {
             match vsock::connect(&socket, port, HANDSHAKE) {
                 Ok(stream) => {
@@ -522,8 +514,7 @@ impl Vm {
         self.api()?.post("/v1/signals", &term)?.success().map(drop)
     }
 
-    /// Stops the virtual processors. On QEMU, vsock may be dead afterwards: vhost-device-vsock 0.3.0
-    /// sometimes does not hear of its queues again.
+    /// Stops the virtual processors.
     pub fn pause(&mut self) -> Result<()> {
         self.machine.pause()
     }
