@@ -6,12 +6,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # The lab is built of the host's library: they share what they build.
 readonly std_target=${CARGO_TARGET_DIR:-target/std}
+readonly init_target=${CARGO_TARGET_DIR:-target}
 readonly host=(--locked --manifest-path src/host/Cargo.toml --target-dir "$std_target")
 readonly lab=(--locked --manifest-path tests/Cargo.toml --target-dir "$std_target")
 
 help() {
     cat <<'EOF'
-usage: ./build.sh COMMAND [--arch x86_64|aarch64] ...
+usage: ./build.sh COMMAND [--arch x86_64|aarch64] [--minimal] [--kernel 6.1|6.12|PATH] ...
 
   run [run.json [WORD...]]    build, and boot the example (or run.json) in a VM, console shown;
                               the words go on the kernel command line
@@ -31,7 +32,9 @@ usage: ./build.sh COMMAND [--arch x86_64|aarch64] ...
   vendor                      the crates' sources to vendor/, which build then uses, offline
   clean                       remove all that was built; --cache: and the kernel and tools fetched
 
-For an architecture that is not this machine's, build/ is build/ARCH/.
+--minimal is the init without optional features. --kernel is that of the VMs: one of Debian's, by
+default this release's, or a kernel image that has its drivers built in. For an architecture that is
+not this machine's, build/ is build/ARCH/; without features, that directory's minimal/.
 EOF
 }
 
@@ -63,15 +66,17 @@ need_rust() {
     need cc=gcc
 }
 
-# choose ARCH: of what is built, and of the VMs. The lab and `pigeon` hear of it by PIGEON_ARCH.
+# KiB that build/init may have, with all features and without: they go down, never up.
+readonly budget_whole=200 budget_minimal=160
+
+# choose ARCH MINIMAL KERNEL: of what is built, and of the VMs. The lab and `pigeon` read them from
+# PIGEON_ARCH, PIGEON_MINIMAL and PIGEON_KERNEL.
 choose() {
-    # The budget is KiB that build/init may have: it goes down, never up.
     case $1 in
-        x86_64) qemu=qemu-system-x86 debian=amd64 budget=140 ;;
-        aarch64) qemu=qemu-system-arm debian=arm64 budget=140 ;;
+        x86_64) qemu=qemu-system-x86 debian=amd64 ;;
+        aarch64) qemu=qemu-system-arm debian=arm64 ;;
         *) die "there is no init for $1: Firecracker has x86_64 and aarch64" ;;
     esac
-    export PIGEON_ARCH=$1
     if [[ $1 == "$(uname -m)" ]]; then
         out=build
         target=$1-unknown-linux-gnu
@@ -80,18 +85,24 @@ choose() {
         # Its core library is used, and nothing of a C library: this one is there for every host.
         target=$1-unknown-linux-musl
     fi
-    readonly out target qemu debian budget
+    features=() budget=$budget_whole
+    if [[ -n $2 ]]; then
+        out+=/minimal features=(--no-default-features) budget=$budget_minimal
+    fi
+    readonly out target qemu debian features budget
+    export PIGEON_ARCH=$1 PIGEON_MINIMAL=$2 PIGEON_KERNEL=$3
 }
 
 cache() { echo "${PIGEON_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/pigeon-init}"; }
 
-# One static binary: no libc, no loader, no start files.
+# cargo_init TARGET_DIR: one static binary: no libc, no loader, no start files.
 cargo_init() {
     local offline=()
     [[ ! -d vendor ]] || offline=(--offline --config vendor-config/config.toml)
     # Static, at a fixed address, laid out by init.ld. The toolchain's own linker makes the same
     # bytes on every machine.
-    cargo rustc --release --bin init --locked --target "$target" "${offline[@]}" -- \
+    cargo rustc --release --bin init --locked --target-dir "$1" --target "$target" \
+        "${features[@]}" "${offline[@]}" -- \
         -C relocation-model=static -C force-unwind-tables=no \
         -C linker=rust-lld -C linker-flavor=ld.lld -C link-self-contained=no \
         -C link-arg=-static -C link-arg=--no-eh-frame-hdr -C link-arg=--build-id=none \
@@ -101,9 +112,9 @@ cargo_init() {
 build() {
     need_rust
     [[ $target == *-gnu ]] || rustup target add "$target"
-    cargo_init
+    cargo_init "$init_target"
     mkdir -p "$out"
-    install -m 755 "target/$target/release/init" "$out/init"
+    install -m 755 "$init_target/$target/release/init" "$out/init"
     local size
     size=$(stat -c %s "$out/init")
     say "$out/init: $size bytes"
@@ -114,7 +125,7 @@ build() {
 initrd() {
     local config=$1
     [[ -z $config || $config == /* ]] || config=$caller/$config
-    need cpio=cpio
+    need cpio=cpio zstd=zstd
     build
     local stage
     stage=$(mktemp -d)
@@ -128,7 +139,9 @@ initrd() {
         find . -mindepth 1 -printf '%P\n' | LC_ALL=C sort |
             cpio --quiet --create --format=newc --reproducible --owner=+0:+0
     ) >"$out/initrd.cpio"
-    say "$out/initrd.cpio: $(stat -c %s "$out/initrd.cpio") bytes"
+    say "$out/initrd.cpio: $(wc -c <"$out/initrd.cpio") bytes;" \
+        "$(gzip -9n <"$out/initrd.cpio" | wc -c) with gzip -9," \
+        "$(zstd -19 -q <"$out/initrd.cpio" | wc -c) with zstd -19"
 }
 
 # As the files themselves say, whoever runs this: mkfs.ext4 works under fakeroot.
@@ -162,7 +175,7 @@ setup() {
     need_rust
     local arch=$PIGEON_ARCH foreign=()
     # The guest's programs are compiled here, and some run here.
-    [[ $out == build ]] || foreign=("$arch-linux-gnu-gcc=gcc-${arch/_/-}-linux-gnu"
+    [[ $arch == "$(uname -m)" ]] || foreign=("$arch-linux-gnu-gcc=gcc-${arch/_/-}-linux-gnu"
         "$arch-linux-gnu-gcc=libc6-dev-$debian-cross" "qemu-$arch=qemu-user")
     need "qemu-system-$arch=$qemu" "${foreign[@]}" fakeroot=fakeroot mkfs.ext4=e2fsprogs \
         debugfs=e2fsprogs ip=iproute2 lz4=lz4 xz=xz-utils zstd=zstd cpio=cpio socat=socat curl=curl python3=python3
@@ -182,15 +195,17 @@ run() {
 run_tests() {
     need_rust
     say "unit tests of the init"
-    cargo test --locked
+    cargo test --locked "${features[@]}"
     initrd ''
     setup
     # An error's text says where it comes from; its backtrace is the test runner's.
     export RUST_LIB_BACKTRACE=0
-    say "unit tests of the lab"
-    cargo test "${host[@]}" --lib --bins
-    cargo test "${lab[@]}" --lib --bins
-    cargo test "${lab[@]}" --doc
+    if [[ -z $PIGEON_MINIMAL ]]; then
+        say "unit tests of the lab"
+        cargo test "${host[@]}" --lib --bins
+        cargo test "${lab[@]}" --lib --bins
+        cargo test "${lab[@]}" --doc
+    fi
     local lab_areas=() host_areas=() failed=0
     while [[ -n ${1-} ]]; do
         if [[ -e tests/vm/$1.rs ]]; then
@@ -203,12 +218,14 @@ run_tests() {
         shift
     done
     if ((!${#lab_areas[@]} && !${#host_areas[@]})); then
-        lab_areas=(--test '*') host_areas=(--test '*')
+        lab_areas=(--test '*')
+        # The host's command is for the whole init.
+        [[ -n $PIGEON_MINIMAL ]] || host_areas=(--test '*')
     fi
     say "VM tests (consoles are kept in $out/logs)"
     # One area that fails does not hide the others.
     if ((${#lab_areas[@]})); then
-        cargo test "${lab[@]}" --no-fail-fast "${lab_areas[@]}" -- "$@" || failed=1
+        cargo test "${lab[@]}" "${features[@]}" --no-fail-fast "${lab_areas[@]}" -- "$@" || failed=1
     fi
     if ((${#host_areas[@]})); then
         cargo test "${host[@]}" --no-fail-fast "${host_areas[@]}" -- "$@" || failed=1
@@ -231,9 +248,8 @@ soak() {
 # The same program with its symbols, for .ci/panics: its path.
 symbols() {
     need_rust
-    CARGO_TARGET_DIR=target/symbols CARGO_PROFILE_RELEASE_STRIP=none CARGO_PROFILE_RELEASE_DEBUG=2 \
-        cargo_init
-    echo "target/symbols/$target/release/init"
+    CARGO_PROFILE_RELEASE_STRIP=none CARGO_PROFILE_RELEASE_DEBUG=2 cargo_init "$init_target/symbols"
+    echo "$init_target/symbols/$target/release/init"
 }
 
 vendor() {
@@ -249,13 +265,28 @@ clean() {
 
 command=${1-}
 shift $(($# > 0))
-if [[ ${1-} == --arch ]]; then
-    (($# > 1)) || wrong "--arch needs x86_64 or aarch64"
-    choose "$2"
-    shift 2
-else
-    choose "${PIGEON_ARCH:-$(uname -m)}"
-fi
+arch=${PIGEON_ARCH:-$(uname -m)} minimal=${PIGEON_MINIMAL-} kernel=${PIGEON_KERNEL-}
+while (($#)); do
+    case $1 in
+        --arch)
+            (($# > 1)) || wrong "--arch needs x86_64 or aarch64"
+            arch=$2
+            shift 2
+            ;;
+        --kernel)
+            (($# > 1)) || wrong "--kernel needs 6.1, 6.12 or a path"
+            kernel=$2
+            shift 2
+            [[ $kernel != */* || $kernel == /* ]] || kernel=$caller/$kernel
+            ;;
+        --minimal)
+            minimal=1
+            shift
+            ;;
+        *) break ;;
+    esac
+done
+choose "$arch" "$minimal" "$kernel"
 case $command in
     build | setup | symbols | vendor) (($# == 0)) || wrong "$command takes no ${1@Q}" ;;&
     initrd) (($# <= 1)) || wrong "initrd takes no ${2@Q}" ;;&

@@ -6,17 +6,15 @@
 use std::{
     collections::HashMap,
     env,
+    ffi::OsString,
     fs::{self, File},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
 };
 
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::{Arch, process::run};
-
-/// The vhost-user device behind QEMU's vsock.
-const VHOST_VSOCK: (&str, &str) = ("vhost-device-vsock", "0.3.0");
 
 /// The Python WebSocket client that is tested with.
 const PYTHON_PACKAGE: &str = "websockets==15.0.1";
@@ -40,14 +38,27 @@ pub fn repository() -> &'static Path {
         .expect("the crate lies in the repository")
 }
 
+/// Whether it is the init without optional features, as `./build.sh … --minimal` says by
+/// `PIGEON_MINIMAL`.
+pub fn is_minimal() -> bool {
+    variable("PIGEON_MINIMAL").is_some()
+}
+
 /// The directory of what the build makes for an architecture.
 pub fn build_dir(arch: Arch) -> PathBuf {
-    let build = repository().join("build");
-    if arch == Arch::HOST {
-        build
-    } else {
-        build.join(arch.name())
+    let mut build = repository().join("build");
+    if arch != Arch::HOST {
+        build.push(arch.name());
     }
+    if is_minimal() {
+        build.push("minimal");
+    }
+    build
+}
+
+/// A variable of the environment, if it is set and not empty.
+fn variable(name: &str) -> Option<OsString> {
+    env::var_os(name).filter(|value| !value.is_empty())
 }
 
 /// The archive under test: the product itself, as `./build.sh initrd` made it.
@@ -55,7 +66,8 @@ pub fn initrd(arch: Arch) -> Result<Vec<u8>> {
     let [init, initrd] = ["init", "initrd.cpio"].map(|name| build_dir(arch).join(name));
     let modified = |path: &Path| {
         let time = fs::metadata(path).and_then(|metadata| metadata.modified());
-        let command = format!("./build.sh initrd --arch {}", arch.name());
+        let minimal = if is_minimal() { " --minimal" } else { "" };
+        let command = format!("./build.sh initrd --arch {}{minimal}", arch.name());
         time.with_context(|| format!("no {}: {command} makes it", path.display()))
     };
     ensure!(
@@ -68,14 +80,10 @@ pub fn initrd(arch: Arch) -> Result<Vec<u8>> {
 
 /// The directory of everything that is downloaded or built once a user.
 pub fn cache_dir() -> PathBuf {
-    let variable = |name| {
-        env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    variable("PIGEON_CACHE")
-        .or_else(|| Some(variable("XDG_CACHE_HOME")?.join("pigeon-init")))
-        .or_else(|| Some(variable("HOME")?.join(".cache/pigeon-init")))
+    let directory = |name| variable(name).map(PathBuf::from);
+    directory("PIGEON_CACHE")
+        .or_else(|| Some(directory("XDG_CACHE_HOME")?.join("pigeon-init")))
+        .or_else(|| Some(directory("HOME")?.join(".cache/pigeon-init")))
         .unwrap_or_else(|| env::temp_dir().join("pigeon-init"))
 }
 
@@ -104,33 +112,71 @@ pub fn firecracker() -> Option<PathBuf> {
         .or_else(|| find("firecracker"))
 }
 
-/// A stock kernel, taken apart.
-#[derive(Clone)]
-pub struct Kernel {
-    dir: PathBuf,
+/// A kernel for VMs.
+#[derive(Clone, Debug)]
+pub enum Kernel {
+    /// One of Debian's, taken apart in a directory of the cache: the uncompressed image `vmlinux`,
+    /// the modules that VMs load as `modules/NN-NAME.ko`, and all modules below `tree`.
+    Debian(PathBuf),
+    /// An image that has all drivers built in.
+    Image(PathBuf),
 }
 
 impl Kernel {
-    /// Debian's cloud kernel, fetched on the first call.
+    /// The one that `PIGEON_KERNEL` names, as `./build.sh … --kernel` sets it: a version that
+    /// Debian has, `6.1` or `6.12`, or the path of an image. Without it the [stock](Self::stock) one.
+    pub fn chosen(arch: Arch) -> Result<Kernel> {
+        let Some(name) = variable("PIGEON_KERNEL") else {
+            return Kernel::stock(arch);
+        };
+        let path = Path::new(&name);
+        if path.components().count() > 1 {
+            ensure!(path.is_file(), "no kernel at {}", path.display());
+            return Ok(Kernel::Image(path.into()));
+        }
+        let kernel = DEBIAN_KERNELS.iter().find(|kernel| name == kernel.version);
+        let wanted = || {
+            format!(
+                "PIGEON_KERNEL={}: it is 6.1, 6.12 or a path",
+                path.display()
+            )
+        };
+        Kernel::debian(arch, kernel.with_context(wanted)?)
+    }
+
+    /// The cloud kernel of the Debian release that this host has.
     pub fn stock(arch: Arch) -> Result<Kernel> {
-        let debian = Debian::of_this_host(arch);
-        let package = format!("linux-image-cloud-{}", arch.debian_name());
-        Kernel::of(&debian, &format!("kernel-{}", arch.name()), &package)
+        let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+        let bookworm = release
+            .lines()
+            .any(|line| line.trim_end() == "VERSION_ID=\"12\"");
+        Kernel::debian(arch, &DEBIAN_KERNELS[usize::from(!bookworm)])
+    }
+
+    /// Debian's cloud kernel of a version, fetched on the first call.
+    fn debian(arch: Arch, kernel: &DebianKernel) -> Result<Kernel> {
+        Kernel::unpacked(
+            &format!("linux-{}-{}", kernel.version, arch.name()),
+            |dir| kernel.unpack(arch, dir),
+        )
     }
 
     /// Debian 13's kernel with pages of 16 KiB, which aarch64 alone has.
     pub fn with_16k_pages() -> Result<Kernel> {
-        Kernel::of(
-            &Debian::TRIXIE,
-            "kernel-aarch64-16k",
-            "linux-image-arm64-16k",
-        )
+        Kernel::unpacked("linux-16k-aarch64", |dir| {
+            let trixie = Debian {
+                arch: Arch::Aarch64,
+                sources: Some(TRIXIE),
+            };
+            let package = trixie.dependency("linux-image-arm64-16k", dir)?;
+            trixie.unpack(&package.context("Debian 13 has no such kernel")?, dir)
+        })
     }
 
-    /// The kernel that a metapackage stands for.
-    fn of(debian: &Debian, name: &str, metapackage: &str) -> Result<Kernel> {
+    /// A kernel in the cache's directory `name`, from the package that `unpack` unpacks below it.
+    fn unpacked(name: &str, unpack: impl FnOnce(&Path) -> Result<PathBuf>) -> Result<Kernel> {
         let dir = cached(name, |dir| {
-            let files = debian.unpack_dependency(metapackage, dir)?;
+            let files = unpack(dir)?;
             let boot = fs::read_dir(files.join("boot"))?.collect::<Result<Vec<_>, _>>()?;
             let image = boot
                 .iter()
@@ -141,19 +187,31 @@ impl Kernel {
             for (number, (name, module)) in ordered_modules(&files, &MODULES)?.iter().enumerate() {
                 fs::write(dir.join(format!("modules/{number:02}-{name}.ko")), module)?;
             }
+            let modules = ["lib/modules", "usr/lib/modules"].map(|path| files.join(path));
+            let modules = modules.iter().find(|path| path.exists());
+            fs::rename(
+                modules.context("no modules in the package")?,
+                dir.join("tree"),
+            )?;
             Ok(fs::remove_dir_all(files)?)
         })?;
-        Ok(Kernel { dir })
+        Ok(Kernel::Debian(dir))
     }
 
-    /// The uncompressed image: on x86_64 an ELF file.
+    /// The image. Debian's is uncompressed, on x86_64 an ELF file.
     pub fn image(&self) -> PathBuf {
-        self.dir.join("vmlinux")
+        match self {
+            Kernel::Debian(dir) => dir.join("vmlinux"),
+            Kernel::Image(path) => path.clone(),
+        }
     }
 
-    /// File names and contents of the modules to load, in an order that satisfies them all.
+    /// File names and contents of the modules that VMs load, in an order that satisfies them all.
     pub fn modules(&self) -> Result<Vec<(String, Vec<u8>)>> {
-        let mut paths: Vec<_> = fs::read_dir(self.dir.join("modules"))?
+        let Kernel::Debian(dir) = self else {
+            return Ok(vec![]);
+        };
+        let mut paths: Vec<_> = fs::read_dir(dir.join("modules"))?
             .map(|entry| anyhow::Ok(entry?.path()))
             .collect::<Result<_>>()?;
         paths.sort();
@@ -163,20 +221,95 @@ impl Kernel {
         };
         paths.into_iter().map(named).collect()
     }
+
+    /// The same, and after them these modules with those they depend on. One that is built in adds
+    /// nothing.
+    pub fn modules_and(&self, more: &[String]) -> Result<Vec<(String, Vec<u8>)>> {
+        let mut modules = self.modules()?;
+        if let Kernel::Debian(dir) = self
+            && !more.is_empty()
+        {
+            let wanted: Vec<_> = MODULES
+                .into_iter()
+                .chain(more.iter().map(String::as_str))
+                .collect();
+            let all = ordered_modules(&dir.join("tree"), &wanted)?;
+            let named = all.into_iter().skip(modules.len()).enumerate();
+            let number = modules.len();
+            modules.extend(
+                named.map(|(n, (name, module))| (format!("{:02}-{name}.ko", number + n), module)),
+            );
+        }
+        Ok(modules)
+    }
+
+    /// A module, uncompressed.
+    pub fn module(&self, name: &str) -> Result<Vec<u8>> {
+        let (_, bytes) = self.module_file(name)?;
+        uncompressed_module(bytes)
+    }
+
+    /// The file name and contents of a module as the package has it, which may be compressed.
+    pub fn module_file(&self, name: &str) -> Result<(String, Vec<u8>)> {
+        let Kernel::Debian(dir) = self else {
+            bail!("{} has no modules", self.image().display());
+        };
+        let mut files = HashMap::new();
+        find_modules(&dir.join("tree"), &mut files)?;
+        let missing = || format!("{} has no module {name}", dir.display());
+        let path = files.get(&name.replace('-', "_")).with_context(missing)?;
+        let file_name = path.file_name().context("a file has a name")?;
+        Ok((file_name.to_string_lossy().into_owned(), fs::read(path)?))
+    }
 }
 
-/// A module of the stock kernel that no VM loads by itself.
-pub fn module(arch: Arch, name: &str) -> Result<Vec<u8>> {
-    let dir = cached(&format!("module-{name}-{}", arch.name()), |dir| {
-        let package = format!("linux-image-cloud-{}", arch.debian_name());
-        let files = Debian::of_this_host(arch).unpack_dependency(&package, dir)?;
-        let (_, module) = ordered_modules(&files, &[name])?
-            .pop()
-            .with_context(|| format!("{package} has no module {name}"))?;
-        fs::write(dir.join("module.ko"), module)?;
-        Ok(fs::remove_dir_all(files)?)
-    })?;
-    Ok(fs::read(dir.join("module.ko"))?)
+/// A version that Debian has a cloud kernel of, and where.
+struct DebianKernel {
+    version: &'static str,
+    /// Metapackages of this host's own release, the likelier one first; ARCH stands for the
+    /// architecture. Which version one leads to depends on the release.
+    metapackages: &'static [&'static str],
+    /// The release that has it if this host's has not.
+    elsewhere: &'static str,
+}
+
+/// The first is Debian 12's, the second Debian 13's; Debian 12 has that, too, from its security
+/// archive.
+const DEBIAN_KERNELS: [DebianKernel; 2] = [
+    DebianKernel {
+        version: "6.1",
+        metapackages: &["linux-image-cloud-ARCH"],
+        elsewhere: BOOKWORM,
+    },
+    DebianKernel {
+        version: "6.12",
+        metapackages: &["linux-image-6.12-cloud-ARCH", "linux-image-cloud-ARCH"],
+        elsewhere: TRIXIE,
+    },
+];
+
+impl DebianKernel {
+    /// Unpacks the kernel's package below `dir`.
+    fn unpack(&self, arch: Arch, dir: &Path) -> Result<PathBuf> {
+        let own = Debian::of_this_host(arch);
+        let elsewhere = Debian {
+            arch,
+            sources: Some(self.elsewhere),
+        };
+        let metapackages = self.metapackages.iter().map(|name| (&own, *name));
+        let prefix = format!("linux-image-{}.", self.version);
+        for (debian, name) in metapackages.chain([(&elsewhere, "linux-image-cloud-ARCH")]) {
+            let metapackage = name.replace("ARCH", arch.debian_name());
+            let package = debian.dependency(&metapackage, dir)?;
+            if let Some(package) = package.filter(|package| package.starts_with(&prefix)) {
+                return debian.unpack(&package, dir);
+            }
+        }
+        bail!(
+            "apt knows no kernel {}: is this Debian 12 or 13?",
+            self.version
+        )
+    }
 }
 
 /// The wanted modules of an unpacked kernel package, each after those it depends on.
@@ -194,12 +327,7 @@ fn ordered_modules(package: &Path, wanted: &[&str]) -> Result<Vec<(String, Vec<u
         else {
             return Ok(());
         };
-        let bytes = fs::read(path)?;
-        let module = if bytes.starts_with(b"\x7fELF") {
-            bytes
-        } else {
-            decompress(&bytes)?
-        };
+        let module = uncompressed_module(fs::read(path)?)?;
         for dependency in dependencies(&module) {
             add(&dependency, files, ordered)?;
         }
@@ -213,6 +341,14 @@ fn ordered_modules(package: &Path, wanted: &[&str]) -> Result<Vec<(String, Vec<u
         add(name, &files, &mut ordered)?;
     }
     Ok(ordered)
+}
+
+fn uncompressed_module(bytes: Vec<u8>) -> Result<Vec<u8>> {
+    if bytes.starts_with(b"\x7fELF") {
+        Ok(bytes)
+    } else {
+        decompress(&bytes)
+    }
 }
 
 /// Paths of all module files below `dir`, by module name.
@@ -333,7 +469,7 @@ pub fn busybox(arch: Arch) -> Result<PathBuf> {
 
 /// A Python with the `websockets` package, in an environment of its own below `build/`.
 pub fn python() -> Result<PathBuf> {
-    let build = build_dir(Arch::HOST);
+    let build = repository().join("build");
     let dir = build.join("python");
     let [python, stamp] = ["bin/python3", PYTHON_PACKAGE].map(|name| dir.join(name));
     fs::create_dir_all(&build)?;
@@ -348,39 +484,6 @@ pub fn python() -> Result<PathBuf> {
         fs::write(stamp, "")?;
     }
     Ok(python)
-}
-
-/// The vhost-user vsock device: one that is installed, else built from crates.io.
-pub fn vhost_device_vsock() -> Result<PathBuf> {
-    let (name, version) = VHOST_VSOCK;
-    let right = |path: &PathBuf| {
-        run(Command::new(path).arg("--version")).is_ok_and(|v| v.trim_end().ends_with(version))
-    };
-    let cargo_bin = env::var_os("HOME").map(|home| Path::new(&home).join(".cargo/bin").join(name));
-    if let Some(path) = [find(name), cargo_bin].into_iter().flatten().find(right) {
-        return Ok(path);
-    }
-    let dir = cached(&format!("{name}-{version}"), |dir| {
-        eprintln!("building {name} {version} (a minute or two)");
-        let status = Command::new(env::var_os("CARGO").unwrap_or("cargo".into()))
-            .args([
-                "install",
-                "--locked",
-                "--quiet",
-                "--version",
-                version,
-                name,
-                "--root",
-            ])
-            .arg(dir)
-            .env_remove("CARGO_TARGET_DIR")
-            .stdin(Stdio::null())
-            .status()
-            .context("unable to start cargo")?;
-        ensure!(status.success(), "cargo install {name}: {status}");
-        Ok(())
-    })?;
-    Ok(dir.join("bin").join(name))
 }
 
 /// The cache's directory `name`, filled by `fill` unless it is there. Other processes wait
@@ -410,15 +513,15 @@ struct Debian {
     sources: Option<&'static str>,
 }
 
-impl Debian {
-    const TRIXIE: Debian = Debian {
-        arch: Arch::Aarch64,
-        sources: Some(
-            "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] \
-             http://deb.debian.org/debian trixie main\n",
-        ),
-    };
+/// Sources of Debian 12.
+const BOOKWORM: &str = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] \
+                        http://deb.debian.org/debian bookworm main\n";
 
+/// Sources of Debian 13.
+const TRIXIE: &str = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] \
+                      http://deb.debian.org/debian trixie main\n";
+
+impl Debian {
     /// The release that this host has.
     fn of_this_host(arch: Arch) -> Debian {
         let sources = None;
@@ -450,15 +553,16 @@ impl Debian {
         Ok(apt)
     }
 
-    /// Unpacks the package that a metapackage stands for.
-    fn unpack_dependency(&self, metapackage: &str, dir: &Path) -> Result<PathBuf> {
+    /// The package that a metapackage stands for, if apt knows it.
+    fn dependency(&self, metapackage: &str, dir: &Path) -> Result<Option<String>> {
         run(self.apt("apt-get", dir)?.args(["update", "-qq"]))?;
-        let depends = run(self.apt("apt-cache", dir)?.args(["depends", metapackage]))?;
-        let package = depends
+        // apt-cache fails for a name that it does not know.
+        let depends = run(self.apt("apt-cache", dir)?.args(["depends", metapackage]));
+        let depends = depends.unwrap_or_default();
+        let mut packages = depends
             .lines()
-            .find_map(|line| line.trim().strip_prefix("Depends: "))
-            .with_context(|| format!("apt knows no {metapackage}: is this Debian 12 or 13?"))?;
-        self.unpack(package, dir)
+            .filter_map(|line| line.trim().strip_prefix("Depends: "));
+        Ok(packages.next().map(String::from))
     }
 
     /// Downloads a package and unpacks it in a directory below `dir`.
@@ -491,7 +595,13 @@ mod tests {
     #[test]
     fn modules_follow_what_they_depend_on() {
         let arch = Arch::chosen().unwrap();
-        let modules = Kernel::stock(arch).unwrap().modules().unwrap();
+        let kernel = Kernel::chosen(arch).unwrap();
+        let modules = kernel.modules_and(&["vsock_loopback".into()]).unwrap();
+        assert!(
+            modules
+                .last()
+                .is_some_and(|(name, _)| name.ends_with("-vsock_loopback.ko"))
+        );
         assert!(
             modules
                 .iter()

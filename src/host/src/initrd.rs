@@ -40,8 +40,13 @@ impl Initrd {
 
     /// Adds a kernel's modules and the list by which pigeon-init loads them.
     pub fn modules(&mut self, kernel: &Kernel) -> Result<&mut Self> {
+        self.modules_and(kernel, &[])
+    }
+
+    /// The same with these modules, and those they depend on, in the list's end.
+    pub fn modules_and(&mut self, kernel: &Kernel, more: &[String]) -> Result<&mut Self> {
         let mut list = String::new();
-        for (name, contents) in kernel.modules()? {
+        for (name, contents) in kernel.modules_and(more)? {
             let path = format!("/pigeon/lib/{name}");
             list += &format!("{path}\n");
             self.file(&path, 0o644, contents);

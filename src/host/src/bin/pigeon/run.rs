@@ -4,7 +4,7 @@ use std::{
     collections::VecDeque,
     fs::{self, File},
     io::{self, IsTerminal, Read, Write},
-    os::unix::fs::{FileExt, symlink},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::{ChildStdin, ChildStdout},
     sync::mpsc,
@@ -18,7 +18,7 @@ use pigeon::{
     Arch, Client, Exit, assets,
     image::run_json_path,
     initrd::Initrd,
-    machine::{Disk, End, Machine, Nic, Spec, USER_NETWORK, VSOCK},
+    machine::{Disk, End, Machine, Nic, Spec, USER_NETWORK},
     vsock,
 };
 use serde_json::{Value, json};
@@ -171,7 +171,7 @@ impl Run {
                 Some(uds) => format!("--uds {}", uds.display()),
             }
         );
-        let ended = self.watch(machine.as_mut(), dir.path(), uds, &mut signals)?;
+        let ended = self.watch(machine.as_mut(), uds, &mut signals)?;
         if self.uds.is_some() {
             let _ = fs::remove_file(uds); // the hypervisor may have done so
         }
@@ -315,8 +315,7 @@ impl Run {
             cpus: self.cpus,
             disks,
             nic,
-            // On QEMU, who connects too early ends the vsock device: see Machine::takes_connections.
-            vsock: Some(if on_qemu { dir.join(VSOCK) } else { uds.into() }),
+            vsock: Some(uds.into()),
             ..Spec::new(dir, self.guest.arch, &kernel, &initrd)
         };
         if on_qemu {
@@ -330,13 +329,7 @@ impl Run {
     }
 
     /// Shows the console and passes keys and signals on until the VM has ended.
-    fn watch(
-        &self,
-        machine: &mut dyn Machine,
-        dir: &Path,
-        uds: &Path,
-        signals: &mut Signals,
-    ) -> Result<Ended> {
+    fn watch(&self, machine: &mut dyn Machine, uds: &Path, signals: &mut Signals) -> Result<Ended> {
         let child = machine.process().child();
         let (console, keyboard) = (child.stdout.take(), child.stdin.take());
         let _restore = match terminal::is_ours() {
@@ -349,22 +342,12 @@ impl Run {
         let console = console.context("the console is piped")?;
         let json = self.json;
         let console = thread::spawn(move || show(console, json));
-        let mut exit = None;
+        let exit = ask_exit_code(uds);
         let mut stopping = false;
         let mut killed = false;
         let status = loop {
             if let Some(status) = machine.process().wait(Duration::from_millis(20))? {
                 break status;
-            }
-            if exit.is_none() && machine.takes_connections().unwrap_or(false) {
-                let private = dir.join(VSOCK);
-                if private.exists() {
-                    // The device hears of the driver a moment after QEMU does.
-                    thread::sleep(Duration::from_millis(20));
-                    symlink(&private, uds)
-                        .with_context(|| format!("unable to create {}", uds.display()))?;
-                }
-                exit = Some(ask_exit_code(uds));
             }
             for _ in signals.pending() {
                 if stopping {
@@ -388,7 +371,7 @@ impl Run {
             end => end,
         };
         // What was answered has come before the VM's end; nothing else will.
-        let exit = exit.and_then(|exit| exit.recv_timeout(Duration::from_millis(200)).ok());
+        let exit = exit.recv_timeout(Duration::from_millis(200)).ok();
         let exit = exit.or_else(|| logged_exit(&tail));
         Ok(Ended { exit, end, killed })
     }
