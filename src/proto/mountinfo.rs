@@ -65,6 +65,11 @@ pub fn parse(line: &[u8]) -> Option<Mount<'_>> {
 }
 
 impl<'a> Escaped<'a> {
+    /// A field of another of the kernel's tables that escapes like this one: /proc/swaps.
+    pub fn new(field: &'a [u8]) -> Self {
+        Self(field)
+    }
+
     /// As it stands in the line: for types, and for messages about what does not fit.
     pub fn raw(self) -> &'a [u8] {
         self.0

@@ -4,7 +4,7 @@ use super::console::Console;
 use super::phase::Phase;
 use super::{SIGKILL, Supervisor, oom};
 use crate::context;
-use crate::context::{Exit, Source};
+use crate::context::{Exit, NEVER, Source};
 use crate::error::{Discard, Result};
 use crate::process::exec::{self, Command, Failure, Streams};
 use crate::process::helper::{self, Helper, HelperLog};
@@ -86,7 +86,7 @@ impl Supervisor {
         self.console
             .info(&"workload started", &format_args!(" pid={pid}"));
         self.child = Some(child);
-        self.phase = Phase::Running;
+        self.enter(Phase::Running, NEVER);
         Ok(())
     }
 

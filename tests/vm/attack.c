@@ -1,5 +1,6 @@
 /* What a workload can do to its PID 1 that no shell has a command for. */
 #define _GNU_SOURCE
+#include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
@@ -12,6 +13,7 @@
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/user.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -134,6 +136,32 @@ static void fill(char **places)
     eat();
 }
 
+/* Leads PID 1, wherever it is, to one of its own functions, as if that had been called. */
+static void panic(unsigned long function)
+{
+    if (ptrace(PTRACE_SEIZE, 1, 0, 0) || ptrace(PTRACE_INTERRUPT, 1, 0, 0) || waitpid(1, 0, __WALL) != 1)
+        abort();
+    struct user_regs_struct regs;
+    struct iovec all = {&regs, sizeof regs};
+    if (ptrace(PTRACE_GETREGSET, 1, NT_PRSTATUS, &all))
+        abort();
+#ifdef __x86_64__
+    regs.rip = function;
+    regs.rsp = ((regs.rsp - 1024) & ~15ul) - 8;
+    /* No call to be started again. */
+    regs.orig_rax = -1;
+#else
+    int none = -1;
+    struct iovec call = {&none, sizeof none};
+    regs.pc = function;
+    regs.sp = (regs.sp - 1024) & ~15ul;
+    if (ptrace(PTRACE_SETREGSET, 1, NT_ARM_SYSTEM_CALL, &call))
+        abort();
+#endif
+    if (ptrace(PTRACE_SETREGSET, 1, NT_PRSTATUS, &all) || ptrace(PTRACE_DETACH, 1, 0, 0))
+        abort();
+}
+
 int main(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "";
@@ -152,6 +180,8 @@ int main(int argc, char **argv)
         fill(argv + 2);
     else if (!strcmp(what, "last"))
         last(argv[2]);
+    else if (!strcmp(what, "panic"))
+        panic(strtoul(argv[2], 0, 16));
     else if (!strcmp(what, "nothing"))
         pause();
     else
