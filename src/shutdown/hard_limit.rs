@@ -3,11 +3,15 @@
 use crate::context;
 use crate::error::Log;
 use crate::process::helper::{self, Helper};
-use crate::shutdown::{self, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT, private};
+use crate::shutdown::{
+    self, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT,
+    private::{self, Text},
+};
 use crate::supervisor::console::Console;
 use crate::sys::{self, Stopwatch, files};
 use core::sync::atomic::{AtomicBool, Ordering};
-use proto::message::Level;
+use proto::message::{Level, ToLossy};
+use proto::mountinfo::{self, PATH_MAX};
 use rustix::fd::OwnedFd;
 use rustix::fs::{FileType, Mode, OFlags, SeekFrom, makedev};
 use rustix::io::Errno;
@@ -90,8 +94,24 @@ pub fn remount_by_kernel(log: &mut dyn Log) {
     });
     match done {
         Ok(true) => {}
-        Ok(false) => log.warn(&"timed out making all file systems read-only"),
+        Ok(false) => name_writable(log),
         Err(errno) => log.warn(&context!("make all file systems read-only")(errno)),
+    }
+}
+
+/// Names what is still writable.
+fn name_writable(log: &mut dyn Log) {
+    let mounts = private::proc().and_then(|proc| Text::read(&proc, c"self/mountinfo"));
+    let Ok(mounts) = mounts else {
+        return log.warn(&"timed out making all file systems read-only");
+    };
+    let mut paths = ([0; PATH_MAX], [0; PATH_MAX]);
+    for mount in mounts.lines().filter_map(mountinfo::parse) {
+        if mount.major != 0 && mount.is_writable {
+            let target = mount.mount_point.decode(&mut paths.0).text.lossy();
+            let source = mount.source.decode(&mut paths.1).text.lossy();
+            log.warn(&format_args!("timed out unmounting {target} ({source})"));
+        }
     }
 }
 

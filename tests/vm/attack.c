@@ -3,8 +3,11 @@
 #include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <sched.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -136,30 +139,86 @@ static void fill(char **places)
     eat();
 }
 
-/* Leads PID 1, wherever it is, to one of its own functions, as if that had been called. */
-static void panic(unsigned long function)
+/* PID 1's registers, by what they are for. */
+#ifdef __x86_64__
+#define PC rip
+#define SP rsp
+#define CALL rax
+#define ARGUMENTS(r, a, b, c) (r.rdi = a, r.rsi = b, r.rdx = c, r.orig_rax = -1)
+enum { INSTRUCTION = 2, RETURN_ADDRESS = 8 };
+#else
+#define PC pc
+#define SP sp
+#define CALL regs[8]
+#define ARGUMENTS(r, a, b, c) (r.regs[0] = a, r.regs[1] = b, r.regs[2] = c)
+enum { INSTRUCTION = 4, RETURN_ADDRESS = 0 };
+#endif
+
+static void or_die(int failed)
 {
-    if (ptrace(PTRACE_SEIZE, 1, 0, 0) || ptrace(PTRACE_INTERRUPT, 1, 0, 0) || waitpid(1, 0, __WALL) != 1)
-        abort();
+    if (failed) {
+        perror("PID 1");
+        _exit(1);
+    }
+}
+
+/* Stops PID 1, which waits in a system call, and gives its registers. */
+static struct user_regs_struct stop(void)
+{
     struct user_regs_struct regs;
     struct iovec all = {&regs, sizeof regs};
-    if (ptrace(PTRACE_GETREGSET, 1, NT_PRSTATUS, &all))
-        abort();
-#ifdef __x86_64__
-    regs.rip = function;
-    regs.rsp = ((regs.rsp - 1024) & ~15ul) - 8;
-    /* No call to be started again. */
-    regs.orig_rax = -1;
-#else
+    or_die(ptrace(PTRACE_SEIZE, 1, 0, 0) || ptrace(PTRACE_INTERRUPT, 1, 0, 0) ||
+           waitpid(1, 0, __WALL) != 1 || ptrace(PTRACE_GETREGSET, 1, NT_PRSTATUS, &all));
+    return regs;
+}
+
+static void set(struct user_regs_struct regs)
+{
+    struct iovec all = {&regs, sizeof regs};
+    or_die(ptrace(PTRACE_SETREGSET, 1, NT_PRSTATUS, &all));
+}
+
+/* Leads PID 1 to one of its own functions, as if that had been called. */
+static void panic(unsigned long function)
+{
+    struct user_regs_struct regs = stop();
+    regs.PC = function;
+    regs.SP = ((regs.SP - 1024) & ~15ul) - RETURN_ADDRESS;
+    ARGUMENTS(regs, 0, 0, 0);
+#ifndef __x86_64__
     int none = -1;
     struct iovec call = {&none, sizeof none};
-    regs.pc = function;
-    regs.sp = (regs.sp - 1024) & ~15ul;
-    if (ptrace(PTRACE_SETREGSET, 1, NT_ARM_SYSTEM_CALL, &call))
-        abort();
+    or_die(ptrace(PTRACE_SETREGSET, 1, NT_ARM_SYSTEM_CALL, &call));
 #endif
-    if (ptrace(PTRACE_SETREGSET, 1, NT_PRSTATUS, &all) || ptrace(PTRACE_DETACH, 1, 0, 0))
-        abort();
+    set(regs);
+    or_die(ptrace(PTRACE_DETACH, 1, 0, 0));
+}
+
+/* Has PID 1 take a filter by which it never forks again. */
+static void sterilize(void)
+{
+    struct user_regs_struct before = stop(), regs = before;
+    struct {
+        struct sock_fprog program;
+        struct sock_filter filter[4];
+    } there = {.filter = {
+                   BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+                   BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_clone, 0, 1),
+                   BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EAGAIN),
+                   BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+               }};
+    unsigned long place = (before.SP - 1024) & ~15ul;
+    there.program.len = 4;
+    there.program.filter = (void *)(place + offsetof(typeof(there), filter));
+    struct iovec near = {&there, sizeof there}, far = {(void *)place, sizeof there};
+    or_die(process_vm_writev(1, &near, 1, &far, 1, 0) != sizeof there);
+    regs.PC -= INSTRUCTION;
+    ARGUMENTS(regs, SECCOMP_SET_MODE_FILTER, 0, place);
+    regs.CALL = SYS_seccomp;
+    set(regs);
+    or_die(ptrace(PTRACE_SINGLESTEP, 1, 0, 0) || waitpid(1, 0, __WALL) != 1);
+    set(before);
+    or_die(ptrace(PTRACE_DETACH, 1, 0, 0));
 }
 
 int main(int argc, char **argv)
@@ -182,6 +241,8 @@ int main(int argc, char **argv)
         last(argv[2]);
     else if (!strcmp(what, "panic"))
         panic(strtoul(argv[2], 0, 16));
+    else if (!strcmp(what, "sterilize"))
+        sterilize();
     else if (!strcmp(what, "nothing"))
         pause();
     else

@@ -374,6 +374,37 @@ fn without_room_for_a_child_a_disk_that_hangs_costs_no_other() -> Result<()> {
 }
 
 #[test]
+fn a_pid_1_that_can_never_fork_has_the_kernel_make_all_read_only() -> Result<()> {
+    let (root, data, other) = (attacker()?, volume()?, volume()?);
+    let script = format!("{WRITE}; attack sterilize; exit 3");
+    let mut vm = boot(&with_volumes(&script), &[&root, &data, &other])?;
+    vm.wait_for("ready")?;
+    vm.type_text("\n")?;
+    vm.wait_for("exit_code=3")?;
+    let took = time_of_end(&mut vm)?;
+    assert!(took < Duration::from_secs(15), "{took:?}");
+    let warnings = warnings(&vm);
+    let why = |line: &String| line.contains("\"fork: EAGAIN\"");
+    assert!(matches!(&warnings[..], [one] if why(one)), "{warnings:?}");
+    root.check()?;
+    assert_eq!(root.read("/var/more")?, "more\n");
+    assert_kept(&[("vdb", &data), ("vdc", &other)])?;
+
+    let (root, data, other) = (attacker()?, volume()?, volume()?);
+    let mut vm = boot(&with_volumes(&script), &[&root, &data, &other])?;
+    vm.wait_for("ready")?;
+    hang(&mut vm, "disk1")?;
+    vm.type_text("\n")?;
+    vm.wait_for("exit_code=3")?;
+    let took = time_of_end(&mut vm)?;
+    assert!(took < END_LIMIT, "{took:?}");
+    let warnings = self::warnings(&vm);
+    let named = |line: &String| line.contains("timed out") && line.contains("/data (/dev/vdb)");
+    assert!(warnings.iter().any(named), "{warnings:?}");
+    Ok(())
+}
+
+#[test]
 fn what_a_v1_cgroup_has_frozen_is_killed_in_time_and_its_disk_is_clean() -> Result<()> {
     let (root, data, other) = (root()?, volume()?, without_journal()?);
     let script = "set -e
