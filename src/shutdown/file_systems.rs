@@ -40,7 +40,7 @@ type Devices = heapless::Vec<(Volume, State), DEVICES>;
 
 /// Leaves every file system clean, and names those that are not. For a helper.
 pub fn leave_clean(log: &HelperLog) -> Result {
-    let root = files::open(c"/", OFlags::PATH).map_err(context!("open /"))?;
+    let root = files::open(c"/", OFlags::DIRECTORY).map_err(context!("open /"))?;
     // What becomes of mounts here does not become of mounts elsewhere.
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     let _unmounted_in_all = rustix::mount::mount_change(c"/", private);

@@ -190,13 +190,15 @@ fn disks_below_overlays_loop_devices_and_paths_without_end_are_clean() -> Result
 fn a_disk_that_cannot_be_left_clean_is_named() -> Result<()> {
     let tree = Tree::busybox()?.file("/loop.ko", 0o600, assets::module("loop")?)?;
     let (root, data, other) = (root_of(tree)?, volume()?, without_journal()?);
-    // The loop device's own file system is in another namespace: its file stays open for writing, and
-    // a file system without a journal is not clean when it is frozen.
+    // The loop devices' own file systems are in another namespace: their files stay open for writing.
+    // So the root is frozen, which leaves it clean, and one without a journal is not clean then.
     let script = "set -e
-        insmod /loop.ko; dd if=/dev/zero of=/other/img bs=64k count=16 2>/dev/null
-        mke2fs -F /other/img >/dev/null; losetup /dev/loop0 /other/img
-        mkdir /run/ns; mount -t tmpfs x /run/ns; touch /run/ns/mnt
-        unshare --mount=/run/ns/mnt sh -c 'mount /dev/loop0 /mnt; echo kept >/mnt/file'
+        insmod /loop.ko; mkdir /run/ns; mount -t tmpfs x /run/ns; touch /run/ns/mnt
+        i=0; for dir in /other /var; do
+            dd if=/dev/zero of=$dir/img bs=64k count=16 2>/dev/null
+            mke2fs -F $dir/img >/dev/null; losetup /dev/loop$i $dir/img; i=$((i + 1))
+        done
+        unshare --mount=/run/ns/mnt sh -c 'mount /dev/loop0 /mnt; mount /dev/loop1 /root; echo kept >/mnt/file'
         echo kept >/data/file; echo kept >/other/file";
     let mut vm = boot(&with_volumes(script), &[&root, &data, &other])?;
     vm.wait_for("exit_code=0")?;
