@@ -23,7 +23,7 @@ use crate::boot::kernel_params::KernelParams;
 use crate::boot::mounts;
 use crate::context::{Buffers, CommandDefaults, Context, SINK};
 use crate::error::Result;
-use crate::supervisor::console::{self, Console};
+use crate::supervisor::console::Console;
 use crate::supervisor::{HANDLED, Supervisor};
 use crate::sys::epoll::{Events, NO_EVENTS, Poller};
 use crate::sys::{Static, Words, files};
@@ -145,8 +145,5 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
     if rustix::process::getpid() != Pid::INIT {
         sys::exit(1);
     }
-    if let Some((device, _)) = console::open_first() {
-        let _written = files::write(&device, b"pigeon-init: level=error msg=\"panic\"\n");
-    }
-    shutdown::emergency()
+    shutdown::hard_limit::after_panic()
 }

@@ -44,12 +44,26 @@ pub fn mount_volume(device: &CStr, target: &CStr, report: &HelperLog) -> Result 
                 target.lossy()
             ));
         }
-        Err(errno @ (Errno::ACCESS | Errno::ROFS)) => {
-            report.warn(&format_args!(
-                "{} is write-protected: mounted read-only",
-                device.lossy()
-            ));
-            mount(MountFlags::RELATIME | MountFlags::RDONLY).map_err(|_| errno)
+        Err(Errno::ACCESS | Errno::ROFS) => {
+            match mount(MountFlags::RELATIME | MountFlags::RDONLY) {
+                // Only a journal is written to by a mount that is read-only.
+                Err(Errno::ROFS) => {
+                    return Err(error!(
+                        "mount {} on {}: read-only device has a journal that must be recovered",
+                        device.lossy(),
+                        target.lossy()
+                    ));
+                }
+                mounted => {
+                    if mounted.is_ok() {
+                        report.warn(&format_args!(
+                            "{} is write-protected: mounted read-only",
+                            device.lossy()
+                        ));
+                    }
+                    mounted
+                }
+            }
         }
         other => other,
     };
@@ -60,6 +74,7 @@ pub fn mount_volume(device: &CStr, target: &CStr, report: &HelperLog) -> Result 
 /// hangs stops this child, not PID 1, which finds everything in memory.
 pub fn mount(device: &CStr, scratch: &mut [u8], report: &HelperLog) -> Result {
     files::make_directory(NEW, 0o755).map_err(context!("create /newroot"))?;
+    report.step(&format_args!("mount {}", device.lossy()));
     mount_volume(device, NEW, report)?;
     rustix::process::chroot(NEW).map_err(context!("enter /newroot"))?;
     for tree in mounts::TREES {

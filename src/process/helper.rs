@@ -6,7 +6,7 @@
 use crate::context;
 use crate::error;
 use crate::error::{Error, Log, Result};
-use crate::sys::{self, Fork, files};
+use crate::sys::{self, Fork, Stopwatch, files};
 use core::fmt::Display;
 use proto::message;
 use rustix::fd::OwnedFd;
@@ -163,6 +163,22 @@ impl Helper {
             step.unwrap_or_else(|| error!("boot")),
             TIMEOUT / 1000
         )
+    }
+
+    /// Waits so many milliseconds for the end at most; one that has not ended is killed. Whether it has.
+    pub fn wait_for(&self, timeout: u64) -> bool {
+        let watch = Stopwatch::start();
+        loop {
+            match rustix::process::waitpid(Some(self.pid), WaitOptions::NOHANG) {
+                Ok(None) if watch.elapsed() < timeout => sys::sleep(1),
+                Ok(None) => {
+                    let _ended =
+                        rustix::process::kill_process(self.pid, rustix::process::Signal::KILL);
+                    return false;
+                }
+                _ => return true,
+            }
+        }
     }
 
     /// Waits for the end where there is no event loop. One that hangs, as a disk may, is given up.

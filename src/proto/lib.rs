@@ -15,6 +15,7 @@
 
 pub mod address;
 pub mod arena;
+pub mod block;
 pub mod bodies;
 pub mod buffer;
 pub mod bytes;

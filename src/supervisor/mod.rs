@@ -9,14 +9,13 @@ use crate::api::Api;
 use crate::context::{Context, Exit, NEVER, Source};
 use crate::error::Error;
 use crate::process::helper::{self, Helper};
-use crate::sys::{self, SignalSet, files};
+use crate::sys::{self, SignalSet};
 use console::Console;
 use phase::Phase;
 use proto::message::Message;
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 use workload::Output;
@@ -51,6 +50,8 @@ pub struct Supervisor {
     /// When the phase has taken too long; while the workload runs, when one that was asked to stop
     /// is killed.
     deadline: u64,
+    /// When the end has taken too long.
+    end: u64,
     /// There are more children to reap than were reaped at once.
     reap_more: bool,
     /// There was no child left when one was last reaped.
@@ -67,8 +68,6 @@ pub struct Supervisor {
     signals: OwnedFd,
     /// /dev/kmsg, from the workload's start on.
     kernel_log: Option<OwnedFd>,
-    /// /proc/self/mountinfo, opened before anybody could hide it.
-    mounts: Option<OwnedFd>,
 }
 
 impl Supervisor {
@@ -91,6 +90,7 @@ impl Supervisor {
             context,
             phase: Phase::Setup,
             deadline: NEVER,
+            end: NEVER,
             reap_more: false,
             childless: false,
             linger,
@@ -100,7 +100,6 @@ impl Supervisor {
             exit_fields: None,
             signals,
             kernel_log: None,
-            mounts: None,
         }
     }
 
@@ -111,7 +110,6 @@ impl Supervisor {
 
     /// Opens the API; a VM without vsock goes on without.
     pub fn listen(&mut self) {
-        self.mounts = files::open(c"/proc/self/mountinfo", OFlags::RDONLY).ok();
         if let Err(error) = self.api.listen(&self.context) {
             self.console.warn(&format_args!("no API: {error}"));
         }

@@ -4,7 +4,7 @@ use super::console::Console;
 use super::phase::Phase;
 use super::{SIGKILL, Supervisor, oom};
 use crate::context;
-use crate::context::{Context, Exit, Source};
+use crate::context::{Context, Exit, NEVER, Source};
 use crate::error::{Discard, Result};
 use crate::output_log::{Destination, OutputLog};
 use crate::process::exec::{self, Command, Failure, Streams};
@@ -205,7 +205,7 @@ impl Supervisor {
         self.console
             .info(&"workload started", &format_args!(" pid={pid}"));
         self.child = Some(child);
-        self.phase = Phase::Running;
+        self.enter(Phase::Running, NEVER);
         Ok(())
     }
 

@@ -442,6 +442,11 @@ pub fn has_hung_up(pipe: &OwnedFd, seconds: i64) -> Result<bool> {
     wait_for(pipe, PollFlags::empty(), seconds)
 }
 
+/// Waits at most so many seconds for something to read (poll(2)).
+pub fn is_readable(fd: &OwnedFd, seconds: i64) -> Result<bool> {
+    wait_for(fd, PollFlags::IN, seconds)
+}
+
 /// Waits at most so many seconds for one of `events`, or a hang-up.
 fn wait_for(fd: &OwnedFd, events: PollFlags, seconds: i64) -> Result<bool> {
     let timeout = Timespec {
@@ -583,6 +588,12 @@ pub fn kill_all(signal: u32) {
 fn kill(target: i32, signal: u32) -> Result<()> {
     // SAFETY: takes numbers.
     unsafe { call(uapi::__NR_kill, target as usize, signal as usize, 0) }.map(drop)
+}
+
+/// Stops swapping to a file or device (swapoff(2)).
+pub fn swap_off(path: &CStr) -> Result<()> {
+    // SAFETY: reads a path that ends with NUL.
+    unsafe { call(uapi::__NR_swapoff, path.as_ptr() as usize, 0, 0) }.map(drop)
 }
 
 /// Sets how gladly the OOM killer takes this process, its children to come included
