@@ -1,6 +1,7 @@
 //! Kernel parameters: words of the kernel command line that the kernel does not know reach init as
 //! environment variables (Documentation/admin-guide/kernel-parameters).
 
+use super::cgroups::Layout;
 use super::config_source::{self, Source};
 use crate::supervisor::LINGER;
 use crate::sys::Words;
@@ -8,7 +9,7 @@ use proto::bytes::decimal;
 use proto::message;
 use proto::message::{Level, Message, ToLossy};
 
-/// What the kernel command line may say.
+/// The kernel parameters.
 pub struct KernelParams {
     /// `INIT_LOG_LEVEL=debug|info|warn`: the lowest level that is logged. There is nothing to say at
     /// `debug` that is not said at `info`.
@@ -17,6 +18,8 @@ pub struct KernelParams {
     pub source: Source,
     /// `PIGEON_MMDS_TIMEOUT_MS`: how long MMDS is asked, in milliseconds.
     pub mmds_timeout: u64,
+    /// `PIGEON_CGROUPS=hybrid|unified|none`: which hierarchies of control groups there are.
+    pub cgroups: Layout,
     /// `PIGEON_EXIT_LINGER_MS`: how long the exit code can be read, in milliseconds.
     pub linger: u64,
     /// A value that was none of the allowed ones.
@@ -30,6 +33,7 @@ impl KernelParams {
             level: Level::Info,
             source: Source::Auto,
             mmds_timeout: config_source::TIMEOUT,
+            cgroups: Layout::Hybrid,
             linger: LINGER,
             refused: None,
         };
@@ -43,6 +47,7 @@ impl KernelParams {
             let allowed = match name {
                 b"INIT_LOG_LEVEL" => params.set_level(value),
                 b"PIGEON_CONFIG" => params.set_source(value),
+                b"PIGEON_CGROUPS" => params.set_cgroups(value),
                 b"PIGEON_MMDS_TIMEOUT_MS" => set_number(&mut params.mmds_timeout, value),
                 b"PIGEON_EXIT_LINGER_MS" => set_number(&mut params.linger, value),
                 _ => continue,
@@ -73,6 +78,16 @@ impl KernelParams {
             b"mmds" => Source::Mmds,
             b"file" => Source::File,
             _ => return Err("auto, mmds or file"),
+        };
+        Ok(())
+    }
+
+    fn set_cgroups(&mut self, value: &[u8]) -> Result<(), &'static str> {
+        self.cgroups = match value {
+            b"hybrid" => Layout::Hybrid,
+            b"unified" => Layout::Unified,
+            b"none" => Layout::None,
+            _ => return Err("hybrid, unified or none"),
         };
         Ok(())
     }

@@ -34,6 +34,7 @@ pub mod netlink;
 pub mod rlimit;
 pub mod signal;
 pub mod slab;
+pub mod superblock;
 pub mod sysctl;
 pub mod users;
 pub mod websocket;

@@ -3,10 +3,7 @@
 use crate::boot::mounts::TREES;
 use crate::context;
 use crate::error::{Log, name};
-use crate::sys::Stopwatch;
-
-use crate::sys;
-use crate::sys::files;
+use crate::sys::{self, Stopwatch, disk, files};
 use core::ffi::CStr;
 use proto::message::ToLossy;
 use proto::mountinfo;
@@ -44,7 +41,7 @@ pub fn unmount_all(mounts: Option<&OwnedFd>, buffer: &mut [u8], log: &mut dyn Lo
     }
     // Volumes before the root: a volume may be a file on the root.
     for volume in &stuck {
-        if let Err(errno) = freeze(volume) {
+        if let Err(errno) = disk::freeze(volume) {
             log.warn(&context!("cannot freeze a busy volume")(errno));
         }
     }
@@ -109,7 +106,7 @@ fn unmount(target: &CStr, flags: UnmountFlags) -> Result<(), Errno> {
 
 /// What has to be unmounted: all but the root and the kernel's own trees, whose content ends with it.
 fn is_volume(path: &[u8], on_device: bool) -> bool {
-    let kernels = TREES.into_iter().any(|tree| {
+    let kernels = TREES.iter().any(|tree| {
         let rest = path.strip_prefix(tree.to_bytes());
         rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'/')))
     });
@@ -120,20 +117,8 @@ fn open_directory(path: &CStr) -> Result<OwnedFd, Errno> {
     files::open(path, OFlags::NONBLOCK)
 }
 
-/// Writes a file system out and stops all writing to it.
-fn freeze(volume: &OwnedFd) -> Result<(), Errno> {
-    // linux/fs.h: _IOWR('X', 119, int)
-    const FIFREEZE: u32 = 0xc004_5877;
-    // SAFETY: the kernel does not look at FIFREEZE's argument.
-    match unsafe { sys::ioctl_number(volume, FIFREEZE, 0) } {
-        // Frozen already, by way of another mount of the same file system.
-        Err(Errno::BUSY) => Ok(()),
-        other => other,
-    }
-}
-
 fn freeze_root() -> Result<(), Errno> {
-    freeze(&open_directory(c"/")?)
+    disk::freeze(&open_directory(c"/")?)
 }
 
 /// The end after a fault in this program: what can be saved without waiting for anybody.

@@ -116,7 +116,7 @@ impl Supervisor {
     fn unmount(&mut self) {
         let scratch = &mut *self.context.scratch;
         let mounts = self.mounts.as_ref();
-        let helper = helper::spawn(&mut |log| {
+        let helper = helper::spawn(None, &mut |log| {
             match mounts {
                 Some(mounts) => sys::close_others(&[mounts, log.pipe()]),
                 None => sys::close_others(&[log.pipe()]),

@@ -8,8 +8,9 @@ use crate::context::{Exit, Source};
 use crate::error::{Discard, Result};
 use crate::process::exec::{self, Command, Failure, Streams};
 use crate::process::helper::{self, Helper, HelperLog};
+use crate::process::oom_score;
 use crate::sys::epoll::Poller;
-use crate::sys::{self, files};
+use crate::sys::files;
 use proto::environment::Environment;
 use proto::message;
 use proto::slab::Key;
@@ -73,14 +74,14 @@ impl Supervisor {
         helper::set_blocking(&theirs)?;
         let environment = &self.context.defaults.environment;
         let console = &*self.console;
-        let child = helper::spawn(&mut |log| {
-            exec_workload(command, environment, console, &theirs, log)
+        let proc = &self.context.proc;
+        let cgroup = self.context.cgroups.workload.as_ref();
+        let child = helper::spawn(cgroup, &mut |log| {
+            exec_workload(command, environment, proc, console, &theirs, log)
                 .unwrap_or_else(Failure::from)
                 .report(log)
         })?;
         self.output.pipe = Some(ours);
-        // The workload has the kernel's default; what PID 1 forks from now on is spared like itself.
-        sys::set_oom_score(b"-1000");
         self.context.workload.group = Some(child.pid);
         let pid = child.pid.as_raw_pid();
         self.console
@@ -134,10 +135,12 @@ impl Supervisor {
 fn exec_workload(
     command: &Command,
     environment: &Environment,
+    proc: &OwnedFd,
     console: &Console,
     output: &OwnedFd,
     log: &HelperLog,
 ) -> Result<Failure> {
+    oom_score::set(proc, oom_score::DEFAULT)?;
     let input = console
         .open_input()
         .map_err(context!("open standard input"))?;
