@@ -241,3 +241,166 @@ fn hosts_and_resolv_conf_are_mounted_over_those_of_a_read_only_root() -> Result<
     assert!(console.contains("exit_code=6"), "{console}");
     root.check()
 }
+
+#[test]
+fn resource_limits_are_the_workloads_and_its_commands_and_not_pid_1s() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let rest = json!({
+        "UserOverride": "app",
+        "Rlimits": {"NOFILE": "1000:20000", "CORE": "unlimited", "NICE": 30, "STACK": 4_194_304}
+    });
+    let script = "ulimit -Sn; ulimit -Hn; ulimit -c; ulimit -s; grep 'Max nice' /proc/self/limits; read -r line";
+    let mut vm = Vm::builder()
+        .config(&guest::shell(script, rest))
+        .disk(&root)
+        .boot()?;
+    vm.wait_for("Max nice priority         30                   30")?;
+    let console = vm.console();
+    assert!(
+        console.contains("\n1000\n20000\nunlimited\n4096\n"),
+        "{console}"
+    );
+    let look = "ulimit -Sn; ulimit -Hn; grep -E 'open files' /proc/1/limits | tr -s ' '";
+    assert_eq!(
+        shell(&mut vm, look)?,
+        "1000\n20000\nMax open files 10240 10240 files \n"
+    );
+    vm.type_text("\n")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+#[test]
+fn kernel_parameters_are_set_and_one_that_fails_is_fatal_and_named() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let rest = json!({"Sysctls": {
+        "net.core.somaxconn": "1234",
+        "net/ipv4/ip_unprivileged_port_start": "81",
+        "net.ipv4.conf.lo.forwarding": "1"
+    }});
+    let script = "cd /proc/sys/net; cat core/somaxconn ipv4/ip_unprivileged_port_start ipv4/conf/lo/forwarding; exit 3";
+    let mut vm = Vm::builder()
+        .config(&guest::shell(script, rest))
+        .disk(&root)
+        .boot()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let console = vm.console();
+    assert!(console.contains("\n1234\n81\n1\n"), "{console}");
+    assert!(console.contains("exit_code=3"), "{console}");
+
+    for (name, value, why) in [
+        ("net.core.nosuch", "1", "ENOENT"),
+        ("net.core.somaxconn", "many", "EINVAL"),
+    ] {
+        let rest = json!({"Sysctls": {name: value}});
+        let mut vm = Vm::builder()
+            .config(&guest::shell("exit 0", rest))
+            .arg("PIGEON_EXIT_LINGER_MS=60000")
+            .disk(&root)
+            .boot()?;
+        let exit = vm.api()?.get("/v1/exit_code")?.json()?;
+        assert_eq!(
+            exit,
+            json!({"code": 125, "oom_killed": false, "error": format!("set {name} to {value}: {why}")})
+        );
+        assert_eq!(vm.wait_end()?, End::Reboot);
+    }
+    root.check()
+}
+
+#[test]
+fn addresses_go_to_the_interface_that_they_name() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let boot = |device: &str| {
+        let rest = json!({"IPConfigs": [
+            {"IP": "10.0.0.2", "Mask": 24, "Gateway": "10.0.0.1"},
+            {"IP": "192.0.2.7", "Mask": 32, "Device": device},
+            {"IP": "fd00::2", "Mask": 64, "Gateway": "fd00::1"},
+            {"IP": "fd01::2", "Mask": 64, "Gateway": "fd01::1"}
+        ]});
+        let script = "ip -o -4 address show | sed 's/^[0-9]*: //; s/  */ /g'; ip -6 route show default; echo end of routes";
+        Vm::builder()
+            .config(&guest::shell(script, rest))
+            .disk(&root)
+            .tap()
+            .boot()
+    };
+    let mut vm = boot("lo")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let console = vm.console();
+    assert!(console.contains("lo inet 192.0.2.7/32 "), "{console}");
+    assert!(console.contains("eth0 inet 10.0.0.2/24 "), "{console}");
+    // The first gateway is for all; a second one would be a second path of the same route.
+    assert!(
+        console.contains("default via fd00::1 dev eth0"),
+        "{console}"
+    );
+    assert!(!console.contains("fd01::1"), "{console}");
+    let mut vm = boot("eth7")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let console = vm.console();
+    assert!(
+        console.contains("level=error msg=\"no network interface eth7\""),
+        "{console}"
+    );
+    root.check()
+}
+
+/// Writes and flushes of the root's disk until now.
+fn writes(vm: &mut Vm) -> Result<(u64, u64)> {
+    let stats = vm.qmp("query-blockstats", json!({}))?;
+    let disk = stats.as_array().into_iter().flatten().find(|disk| {
+        disk["qdev"]
+            .as_str()
+            .is_some_and(|name| name.contains("d0"))
+            || disk["device"]
+                .as_str()
+                .is_some_and(|name| name.ends_with('0'))
+            || disk["node-name"].is_string()
+    });
+    let count = |name: &str| disk.and_then(|disk| disk["stats"][name].as_u64());
+    match (count("wr_operations"), count("flush_operations")) {
+        (Some(writes), Some(flushes)) => Ok((writes, flushes)),
+        _ => anyhow::bail!("no disk in {stats}"),
+    }
+}
+
+#[test]
+fn names_are_not_written_again_and_never_flushed() -> Result<()> {
+    let tree = Tree::busybox()?
+        .file("/etc/hosts", 0o644, "127.0.0.1 localhost\n")?
+        .dir("/data", 0o755)?;
+    let root = Image::ext4(&tree, 32)?;
+    let mut boot = |rest: Value| -> Result<(u64, u64)> {
+        let mut vm = Vm::builder()
+            .on_qemu()
+            .config(&guest::shell("echo ready; read -r line", rest))
+            .disk(&root)
+            .boot()?;
+        vm.wait_for("ready")?;
+        let counts = writes(&mut vm)?;
+        vm.type_text("\n")?;
+        assert_eq!(vm.wait_end()?, End::Reboot);
+        root.check()?;
+        Ok(counts)
+    };
+    let names = || {
+        json!({
+            "Hostname": "named",
+            "EtcHosts": [{"Host": "one", "IP": "192.0.2.1", "Desc": "first"}],
+            "EtcResolv": {"Nameservers": ["192.0.2.53"], "Search": ["internal"], "Options": ["ndots:2"]}
+        })
+    };
+    let (_, bare_flushes) = boot(json!({}))?;
+    let (_, first_flushes) = boot(names())?;
+    let bare = boot(json!({}))?;
+    let second = boot(names())?;
+    assert_eq!(first_flushes, bare_flushes);
+    assert_eq!(second, bare);
+    assert_eq!(
+        root.read("/etc/resolv.conf")?,
+        "nameserver 192.0.2.53\nsearch internal\noptions ndots:2\n"
+    );
+    assert!(root.read("/etc/hosts")?.contains("192.0.2.1\tone"));
+    Ok(())
+}
