@@ -37,20 +37,18 @@ fn mount(volume: &Mount, user: &Identity, log: &HelperLog) -> Result {
         false => Access::ReadWrite,
     };
     FileSystem {
-        device: volume.device_path,
+        device: match volume.device_path.is_empty() {
+            true => volume.fs_type,
+            false => volume.device_path,
+        },
         fs_type: volume.fs_type,
         options: volume.options,
         access,
     }
     .mount(target, log)?;
     match own(target, user) {
-        Err(Errno::ROFS) if volume.read_only => Ok(()),
-        // One that is mounted read-only for its device's sake keeps what it has.
-        Err(Errno::ROFS) => {
-            let target = target.lossy();
-            log.warn(&format_args!("{target} is read-only: left as it is"));
-            Ok(())
-        }
+        // One that is mounted read-only keeps what it has.
+        Ok(()) | Err(Errno::ROFS) => Ok(()),
         other => other.map_err(context!("change the owner of {}", target.lossy())),
     }
 }

@@ -673,7 +673,6 @@ fn write_protected_disks_are_mounted_as_they_are_and_keep_what_they_have() -> Re
     for words in [
         "/dev/vda is write-protected: mounted read-only",
         "/dev/vdb is write-protected: mounted read-only",
-        "/vol is read-only: left as it is",
         "kept192.0.2.9 old",
         "192.0.2.1\tone",
         "/x: Read-only file system",

@@ -118,7 +118,7 @@ fn a_full_layer_is_the_workloads_affair() -> Result<()> {
     vm.wait_for("ready")?;
     let answer = vm.api()?.post(
         "/v1/exec",
-        &json!({"cmd": ["sh", "-c", "df / | tail -n 1 | grep -c 100%; touch /y"]}),
+        &json!({"cmd": ["sh", "-c", "df / | tail -n 1 | grep -c 100%; echo more >/y"]}),
     )?;
     let answer = answer.success()?.json()?;
     assert_eq!(answer["stdout"], "1\n", "{answer}");
@@ -276,7 +276,7 @@ fn volumes_have_types_and_options_and_can_be_read_only_or_in_memory() -> Result<
             "/data 755 1000",
             "/dev/vdb /kept ext4 ro,relatime",
             "/dev/vdc /packed squashfs ro,relatime",
-            "/dev/vdd /data ext4 rw,nosuid,noexec,noatime,data=journal",
+            "/dev/vdd /data ext4 rw,nosuid,noexec,noatime,nodelalloc,data=journal",
             "tmpfs /scratch tmpfs rw,relatime,size=4096k,mode=700",
         ],
     );
