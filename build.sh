@@ -178,7 +178,7 @@ setup() {
     [[ $arch == "$(uname -m)" ]] || foreign=("$arch-linux-gnu-gcc=gcc-${arch/_/-}-linux-gnu"
         "$arch-linux-gnu-gcc=libc6-dev-$debian-cross" "qemu-$arch=qemu-user")
     need "qemu-system-$arch=$qemu" "${foreign[@]}" fakeroot=fakeroot mkfs.ext4=e2fsprogs \
-        debugfs=e2fsprogs ip=iproute2 lz4=lz4 xz=xz-utils zstd=zstd cpio=cpio socat=socat curl=curl python3=python3
+        debugfs=e2fsprogs mksquashfs=squashfs-tools mkfs.erofs=erofs-utils ip=iproute2 lz4=lz4 xz=xz-utils zstd=zstd cpio=cpio socat=socat curl=curl python3=python3
     # Python's virtual environments are a package of their own in Debian.
     python3 -c 'import ensurepip' 2>/dev/null || need ensurepip=python3-venv
     say "building the lab"

@@ -9,8 +9,10 @@ use proto::environment::Environment;
 use proto::json::Quoted;
 use proto::message;
 use proto::message::Message;
+use proto::rlimit::Rlimits;
 use proto::slab::Key;
 use proto::users::MAX_HOME;
+use rustix::fd::OwnedFd;
 use rustix::process::Pid;
 
 /// A time that does not come.
@@ -112,6 +114,8 @@ pub struct CommandDefaults {
     pub sets_home: bool,
     /// The workload's working directory, with a NUL behind it.
     pub working_dir: heapless::Vec<u8, PATH>,
+    /// The workload's resource limits.
+    pub rlimits: Rlimits,
     /// The home directory of root.
     pub root_home: heapless::Vec<u8, MAX_HOME>,
 }
@@ -123,9 +127,22 @@ impl CommandDefaults {
             environment: Environment::new(),
             sets_home: false,
             working_dir: heapless::Vec::new(),
+            rlimits: Rlimits::new(),
             root_home: heapless::Vec::new(),
         }
     }
+}
+
+/// Control groups that processes are born in, directories of the v2 hierarchy; PID 1's own stands in
+/// for what there is not.
+///
+/// Apart from each other: a user who freezes his own group must not freeze the host's way in.
+#[derive(Default)]
+pub struct Cgroups {
+    /// The workload's, which its user owns.
+    pub workload: Option<OwnedFd>,
+    /// That of commands, which is root's.
+    pub commands: Option<OwnedFd>,
 }
 
 /// Large buffers, each with one use.
@@ -159,6 +176,10 @@ pub struct Context {
     pub long_connections: usize,
     /// The event loop's descriptor.
     pub poller: Poller,
+    /// /proc, opened before anybody could mount something over it.
+    pub proc: OwnedFd,
+    /// Where the workload and commands are born.
+    pub cgroups: Cgroups,
 }
 
 impl Context {
@@ -167,6 +188,7 @@ impl Context {
         poller: Poller,
         defaults: &'static mut CommandDefaults,
         buffers: &'static mut Buffers,
+        proc: OwnedFd,
     ) -> Self {
         Self {
             now: sys::milliseconds(),
@@ -179,6 +201,8 @@ impl Context {
             log_readers: 0,
             long_connections: 0,
             poller,
+            proc,
+            cgroups: Cgroups::default(),
         }
     }
 

@@ -59,7 +59,9 @@ static MEMORY: Static<Memory> = Static::new(Memory {
     events: NO_EVENTS,
 });
 
-/// The first safe code of the process; [`sys`] comes here with what the kernel laid on the stack.
+entry!(start);
+
+/// The first safe code of the process: [`entry!`] comes here with what the kernel laid on the stack.
 fn start(arguments: Words, environment: Words) -> ! {
     let Some(memory) = MEMORY.take() else {
         sys::exit(1);
@@ -95,8 +97,8 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     sys::block_signals(HANDLED);
     let devices = mounts::devices().and_then(|()| open_standard_streams());
     console.open(params.level);
-    let started = devices.and_then(|()| event_loop(events));
-    let (poller, signals) = match started {
+    let started = devices.and_then(|()| Ok((event_loop(events)?, mounts::procfs()?)));
+    let ((poller, signals), proc) = match started {
         Ok(started) => started,
         Err(error) => {
             console.error(&error);
@@ -105,13 +107,19 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     };
     // Ctrl-Alt-Del becomes a signal for us (reboot(2)).
     let _without = rustix::system::reboot(rustix::system::RebootCommand::CadOff);
-    let context = Context::new(poller, defaults, buffers);
+    let context = Context::new(poller, defaults, buffers, proc);
     let mut supervisor = Supervisor::new(console, api, context, signals, params.linger);
     supervisor.set_output(params.output, params.output_log());
     let booted = boot::run(&mut supervisor, params, document, strings);
     sys::release(document);
     sys::release(strings);
     sys::release(supervisor.context.scratch);
+    sys::release_stack();
+    if let Err(errno) = sys::lock_memory() {
+        supervisor
+            .console
+            .warn(&context!("lock the memory of PID 1")(errno));
+    }
     if let Err(error) = booted {
         supervisor.fail(error);
     }

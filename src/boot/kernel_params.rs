@@ -1,6 +1,7 @@
 //! Kernel parameters: words of the kernel command line that the kernel does not know reach init as
 //! environment variables (Documentation/admin-guide/kernel-parameters).
 
+use super::cgroups::Layout;
 use super::config_source::{self, Source};
 use crate::output_log::{Destination, OutputLog};
 use crate::supervisor::LINGER;
@@ -21,7 +22,7 @@ const LOG_KIB: u64 = 64;
 /// Most that can be kept, in KiB.
 const MAX_LOG_KIB: u64 = 64 << 10;
 
-/// What the kernel command line may say.
+/// The kernel parameters.
 pub struct KernelParams {
     /// `INIT_LOG_LEVEL=debug|info|warn`: the lowest level that is logged. There is nothing to say at
     /// `debug` that is not said at `info`.
@@ -30,6 +31,8 @@ pub struct KernelParams {
     pub source: Source,
     /// `PIGEON_MMDS_TIMEOUT_MS`: how long MMDS is asked, in milliseconds.
     pub mmds_timeout: u64,
+    /// `PIGEON_CGROUPS=hybrid|unified|none`: which hierarchies of control groups there are.
+    pub cgroups: Layout,
     /// `PIGEON_EXIT_LINGER_MS`: how long the exit code can be read, in milliseconds.
     pub linger: u64,
     /// `PIGEON_OUTPUT=both|console|log`: where the workload's output goes.
@@ -47,6 +50,7 @@ impl KernelParams {
             level: Level::Info,
             source: Source::Auto,
             mmds_timeout: config_source::TIMEOUT,
+            cgroups: Layout::Hybrid,
             linger: LINGER,
             output: DEFAULT_OUTPUT,
             log_kib: LOG_KIB,
@@ -62,6 +66,7 @@ impl KernelParams {
             let allowed = match name {
                 b"INIT_LOG_LEVEL" => params.set_level(value),
                 b"PIGEON_CONFIG" => params.set_source(value),
+                b"PIGEON_CGROUPS" => params.set_cgroups(value),
                 b"PIGEON_MMDS_TIMEOUT_MS" => set_number(&mut params.mmds_timeout, value),
                 #[cfg(feature = "logs")]
                 b"PIGEON_OUTPUT" => params.set_output(value),
@@ -115,6 +120,16 @@ impl KernelParams {
             b"mmds" => Source::Mmds,
             b"file" => Source::File,
             _ => return Err("auto, mmds or file"),
+        };
+        Ok(())
+    }
+
+    fn set_cgroups(&mut self, value: &[u8]) -> Result<(), &'static str> {
+        self.cgroups = match value {
+            b"hybrid" => Layout::Hybrid,
+            b"unified" => Layout::Unified,
+            b"none" => Layout::None,
+            _ => return Err("hybrid, unified or none"),
         };
         Ok(())
     }

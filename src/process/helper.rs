@@ -78,10 +78,12 @@ pub fn set_blocking(end: &OwnedFd) -> Result {
     rustix::io::ioctl_fionbio(end, false).map_err(context!("create a pipe"))
 }
 
-/// Forks; the child exits with the code that `work` returns.
-pub fn spawn(work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
+/// Forks; the child exits with the code that `work` returns. It is born in `cgroup`, unless that
+/// takes no processes, as when root has removed it, or in PID 1's own.
+pub fn spawn(cgroup: Option<&OwnedFd>, work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
     let (log, end) = pipe()?;
-    match sys::fork().map_err(context!("fork"))? {
+    let forked = sys::fork(cgroup).or_else(|_| sys::fork(None));
+    match forked.map_err(context!("fork"))? {
         Fork::Child => {
             drop(log);
             sys::exit(work(&HelperLog(end)))
@@ -128,7 +130,7 @@ pub fn read_lines(pipe: &OwnedFd, log: &mut dyn Log) -> Lines {
 impl Helper {
     /// Forks; `work` runs in the child, and its error is the helper's.
     pub fn start(work: &mut dyn FnMut(&HelperLog) -> Result) -> Result<Self> {
-        spawn(&mut |log| {
+        spawn(None, &mut |log| {
             // What PID 1 closes must be closed, whatever this child waits for.
             sys::close_others(&[log.pipe()]);
             match work(log) {

@@ -36,6 +36,7 @@ pub mod ring;
 pub mod rlimit;
 pub mod signal;
 pub mod slab;
+pub mod superblock;
 pub mod sysctl;
 pub mod users;
 pub mod websocket;

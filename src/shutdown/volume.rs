@@ -8,7 +8,7 @@ use crate::error;
 use crate::error::{Result, name};
 use crate::process::helper;
 use crate::shutdown::private::{self, Text};
-use crate::sys::{self, Stopwatch, files};
+use crate::sys::{self, Stopwatch, disk, files};
 use core::ffi::CStr;
 use proto::block::{self, DeviceNumber};
 use proto::bytes::before;
@@ -30,9 +30,6 @@ const SWAPOFF_TIMEOUT: u64 = 3000;
 
 /// Major number of loop devices (linux/major.h).
 const LOOP_MAJOR: u32 = 7;
-// linux/loop.h
-const LOOP_CLR_FD: u32 = 0x4c01;
-const LOOP_GET_STATUS64: u32 = 0x4c05;
 
 /// Room for a device's name (DISK_NAME_LEN, linux/blkdev.h), the number of a partition, and NUL.
 type Name = heapless::Vec<u8, 48>;
@@ -88,15 +85,9 @@ impl Volume {
         if self.number.major != LOOP_MAJOR {
             return;
         }
-        // struct loop_info64 has 29 words: lo_device, lo_inode, lo_rdevice, …
-        let mut info = [0u64; 29];
-        let Ok(node) = self.open(OFlags::empty()) else {
-            return;
-        };
-        // SAFETY: writes a struct loop_info64.
-        if unsafe { sys::ioctl_struct(&node, LOOP_GET_STATUS64, &mut info) }.is_ok() {
-            let [of_file, _, device, ..] = info;
-            let number = if device == 0 { of_file } else { device };
+        if let Ok(node) = self.open(OFlags::empty())
+            && let Ok(number) = disk::loop_backing(&node)
+        {
             self.below = Some(number_of(number));
         }
     }
@@ -137,8 +128,7 @@ impl Volume {
         if self.number.major == LOOP_MAJOR
             && let Ok(node) = self.open(OFlags::empty())
         {
-            // SAFETY: takes no argument.
-            let _not_bound = unsafe { sys::ioctl_number(&node, LOOP_CLR_FD, 0) };
+            let _not_bound = disk::detach_loop(&node);
         }
         shut
     }
@@ -204,7 +194,7 @@ impl Volume {
                 Err(errno) => break errno,
             }
         };
-        freeze(directory).map_err(|errno| {
+        disk::freeze(directory).map_err(|errno| {
             error!(
                 "{}: cannot be made read-only: {}, nor frozen: {}",
                 self.label(tables),
@@ -224,16 +214,17 @@ impl Volume {
         if swaps.lines().nth(1).is_none_or(<[u8]>::is_empty) {
             return;
         }
-        let child = helper::spawn(&mut |_| {
+        let child = helper::spawn(None, &mut |_| {
             let mut room = [0; PATH_MAX];
             for line in swaps.lines().skip(1) {
                 let absolute = Escaped::new(before(line, b' ')).decode(&mut room).text;
-                if self.holds(absolute) && sys::swap_off(absolute).is_ok() {
+                if self.holds(absolute) && disk::swap_off(absolute).is_ok() {
                     continue;
                 }
-                let relative = files::behind(absolute, 1);
+                let relative = absolute.to_bytes_with_nul().get(1..).unwrap_or(&[]);
+                let relative = sys::c_str(relative);
                 if rustix::process::fchdir(directory).is_ok() && self.holds(relative) {
-                    let _deleted = sys::swap_off(relative);
+                    let _deleted = disk::swap_off(relative);
                 }
             }
             0
@@ -279,16 +270,4 @@ pub fn read_only(directory: &OwnedFd) -> Result<(), Errno> {
     let context = rustix::mount::fspick(directory, c"", flags)?;
     rustix::mount::fsconfig_set_flag(&context, c"ro")?;
     rustix::mount::fsconfig_reconfigure(&context)
-}
-
-/// Writes a file system out and stops all writing to it (ioctl_fs(2)).
-fn freeze(directory: &OwnedFd) -> Result<(), Errno> {
-    // linux/fs.h: _IOWR('X', 119, int)
-    const FIFREEZE: u32 = 0xc004_5877;
-    // SAFETY: the kernel does not look at FIFREEZE's argument.
-    match unsafe { sys::ioctl_number(directory, FIFREEZE, 0) } {
-        // It is frozen already.
-        Err(Errno::BUSY) => Ok(()),
-        other => other,
-    }
 }

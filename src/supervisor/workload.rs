@@ -9,7 +9,8 @@ use crate::error::{Discard, Result};
 use crate::output_log::{Destination, OutputLog};
 use crate::process::exec::{self, Command, Failure, Streams};
 use crate::process::helper::{self, Helper, HelperLog};
-use crate::sys::{self, files};
+use crate::process::oom_score;
+use crate::sys::files;
 use proto::docker_frames::Stream;
 use proto::environment::Environment;
 use proto::message;
@@ -184,22 +185,17 @@ impl Supervisor {
         let their_errors = errors.as_ref().map_or(&their_output, |(_, theirs)| theirs);
         let environment = &self.context.defaults.environment;
         let console = &*self.console;
-        let child = helper::spawn(&mut |log| {
-            exec_workload(
-                command,
-                environment,
-                console,
-                (&their_output, their_errors),
-                log,
-            )
-            .unwrap_or_else(Failure::from)
-            .report(log)
+        let proc = &self.context.proc;
+        let cgroup = self.context.cgroups.workload.as_ref();
+        let child = helper::spawn(cgroup, &mut |log| {
+            let streams = (&their_output, their_errors);
+            exec_workload(command, environment, proc, console, streams, log)
+                .unwrap_or_else(Failure::from)
+                .report(log)
         })?;
         let [stdout, stderr] = &mut self.output.pipes;
         stdout.end = Some(output);
         stderr.end = errors.map(|(ours, _)| ours);
-        // The workload has the kernel's default; what PID 1 forks from now on is spared like itself.
-        sys::set_oom_score(b"-1000");
         self.context.workload.group = Some(child.pid);
         let pid = child.pid.as_raw_pid();
         self.console
@@ -262,10 +258,12 @@ fn output_pipe() -> Result<(OwnedFd, OwnedFd)> {
 fn exec_workload(
     command: &Command,
     environment: &Environment,
+    proc: &OwnedFd,
     console: &Console,
     (output, error): (&OwnedFd, &OwnedFd),
     log: &HelperLog,
 ) -> Result<Failure> {
+    oom_score::set(proc, oom_score::DEFAULT)?;
     let input = console
         .open_input()
         .map_err(context!("open standard input"))?;
