@@ -25,8 +25,8 @@ pub use clock::{PAUSED, Stopwatch, milliseconds, sleep};
 pub use files::c_str;
 pub use memory::{Region, Static, lock_memory, release, release_stack};
 pub use process::{
-    Fork, close_others, execve, exit, fork, has_hung_up, is_readable, kill_all, kill_group, kill_rest_of_group,
-    set_streams, standard_streams,
+    Fork, close_others, execve, exit, fork, has_hung_up, is_readable, kill_all, kill_group,
+    kill_rest_of_group, set_streams, standard_streams,
 };
 pub use signal::{SignalSet, block_signals, read_signal, signalfd};
 pub use start::Words;

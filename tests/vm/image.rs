@@ -371,7 +371,7 @@ fn names_are_not_written_again_and_never_flushed() -> Result<()> {
         .file("/etc/hosts", 0o644, "127.0.0.1 localhost\n")?
         .dir("/data", 0o755)?;
     let root = Image::ext4(&tree, 32)?;
-    let mut boot = |rest: Value| -> Result<(u64, u64)> {
+    let boot = |rest: Value| -> Result<(u64, u64)> {
         let mut vm = Vm::builder()
             .on_qemu()
             .config(&guest::shell("echo ready; read -r line", rest))
