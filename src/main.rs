@@ -8,6 +8,7 @@
 
 mod api;
 mod boot;
+mod console;
 mod context;
 mod error;
 mod output_log;
@@ -21,9 +22,9 @@ use crate::api::Api;
 use crate::boot::check;
 use crate::boot::kernel_params::KernelParams;
 use crate::boot::mounts;
+use crate::console::Console;
 use crate::context::{Buffers, CommandDefaults, Context, SINK};
 use crate::error::Result;
-use crate::supervisor::console::Console;
 use crate::supervisor::{HANDLED, Supervisor};
 use crate::sys::epoll::{Events, NO_EVENTS, Poller};
 use crate::sys::{Static, Words, files};

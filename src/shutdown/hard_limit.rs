@@ -1,5 +1,6 @@
 //! The end where nothing can be relied on: after a panic, and where PID 1 cannot fork.
 
+use crate::console::Console;
 use crate::context;
 use crate::error::Log;
 use crate::process::helper::{self, Helper};
@@ -7,7 +8,6 @@ use crate::shutdown::{
     self, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT,
     private::{self, Text},
 };
-use crate::supervisor::console::Console;
 use crate::sys::{self, Stopwatch, files};
 use core::sync::atomic::{AtomicBool, Ordering};
 use proto::message::{Level, ToLossy};

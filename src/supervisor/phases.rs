@@ -1,11 +1,14 @@
 //! The phases of a VM's life, and how one follows the other.
 
-use super::{SIGKILL, SIGTERM, Supervisor};
+use super::state::{Phase, Supervisor};
 use crate::context::NEVER;
 use crate::error;
 use crate::process::helper;
 use crate::shutdown::{self, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT, hard_limit};
 use crate::sys;
+
+const SIGKILL: u32 = 9;
+const SIGTERM: u32 = 15;
 
 /// How long a workload that is asked to stop may take, in milliseconds.
 const STOP_GRACE: u64 = 10_000;
@@ -14,32 +17,7 @@ const END_TIMEOUT: u64 = 45_000;
 /// How long a console that takes nothing is waited for at the end, in milliseconds.
 const CONSOLE_DRAIN_TIMEOUT: u64 = 3000;
 
-/// What is going on.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
-    /// The boot; what may wait for a disk runs in a helper.
-    Setup,
-    /// The workload runs.
-    Running,
-    /// It has ended; somebody may yet ask how.
-    Linger,
-    /// What is left is asked to go.
-    Terminate,
-    /// What is left is killed.
-    Kill,
-    /// The file systems are being left clean.
-    Unmount,
-    /// The console gets its last bytes, as long as it takes any.
-    Drain,
-}
-
 impl Supervisor {
-    /// The next phase, and how long it may take in milliseconds.
-    pub(super) fn enter(&mut self, phase: Phase, time: u64) {
-        self.phase = phase;
-        self.deadline = self.context.now.saturating_add(time).min(self.end);
-    }
-
     /// Asks the workload to stop; one that does not is killed after [`STOP_GRACE`].
     pub(super) fn stop_workload(&mut self) {
         self.console
