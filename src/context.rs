@@ -10,6 +10,7 @@ use proto::json::Quoted;
 use proto::message;
 use proto::message::Message;
 use proto::rlimit::Rlimits;
+use proto::signal::Signal;
 use proto::slab::Key;
 use proto::users::MAX_HOME;
 use rustix::fd::OwnedFd;
@@ -34,6 +35,8 @@ pub enum Source {
     Workload,
     /// The workload's standard error.
     WorkloadError,
+    /// The connection for events takes bytes again.
+    Events,
     /// A connection of the API, by its key.
     Connection,
     /// The standard input of a command, by its key, takes bytes again.
@@ -45,12 +48,13 @@ pub enum Source {
 }
 
 impl Source {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Signals,
         Self::Listener,
         Self::Console,
         Self::Workload,
         Self::WorkloadError,
+        Self::Events,
         Self::Connection,
         Self::Input,
         Self::Output,
@@ -104,6 +108,19 @@ pub struct Workload {
     pub exit: Option<Exit>,
     /// Somebody has read how.
     pub exit_code_delivered: bool,
+    /// What asks it to stop, if not SIGTERM.
+    pub stop_signal: Option<Signal>,
+    /// Somebody wants it to stop.
+    pub stop: Option<Stop>,
+}
+
+/// How the workload is to stop.
+#[derive(Clone, Copy, Default)]
+pub struct Stop {
+    /// What is sent to it; `None`: its own stop signal.
+    pub signal: Option<Signal>,
+    /// When it is killed, in milliseconds from now; `None`: after the usual time.
+    pub timeout: Option<u64>,
 }
 
 /// What a command has of the workload, unless the call says otherwise.

@@ -25,8 +25,8 @@ use crate::boot::mounts;
 use crate::console::Console;
 use crate::context::{Buffers, CommandDefaults, Context, SINK};
 use crate::error::Result;
-use crate::supervisor::{HANDLED, Supervisor};
-use crate::sys::epoll::{Events, NO_EVENTS, Poller};
+use crate::supervisor::{Events, HANDLED, Supervisor};
+use crate::sys::epoll::{EventBuffer, NO_EVENTS, Poller};
 use crate::sys::{Static, Words, files};
 use proto::config::DOCUMENT;
 use rustix::fd::{AsRawFd, IntoRawFd, OwnedFd};
@@ -43,7 +43,7 @@ struct Memory {
     /// Its strings; given back likewise.
     strings: [u8; DOCUMENT],
     buffers: Buffers,
-    events: Events,
+    events: EventBuffer,
 }
 
 static MEMORY: Static<Memory> = Static::new(Memory {
@@ -110,6 +110,7 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     let _without = rustix::system::reboot(rustix::system::RebootCommand::CadOff);
     let context = Context::new(poller, defaults, buffers, proc);
     let mut supervisor = Supervisor::new(console, api, context, signals, params.linger);
+    supervisor.events = Events::new(params.events_port);
     supervisor.set_output(params.output, params.output_log());
     let booted = boot::run(&mut supervisor, params, document, strings);
     sys::release(document);
@@ -127,7 +128,7 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     supervisor.serve()
 }
 
-fn event_loop(events: &'static mut Events) -> Result<(Poller, OwnedFd)> {
+fn event_loop(events: &'static mut EventBuffer) -> Result<(Poller, OwnedFd)> {
     let poller = Poller::new(events)?;
     let signals = sys::signalfd(HANDLED).map_err(context!("create a signalfd"))?;
     Ok((poller, signals))

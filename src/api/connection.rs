@@ -6,7 +6,7 @@ use super::io::{CallError, Io, MAX_BODY, OK, error_body};
 use super::logs::{self, LogReader, LogsRequest};
 use super::routes::{Call, RouteError, route};
 use super::session::{self, Progress};
-use super::signals;
+use super::{signals, stop};
 use crate::context::{Context, NEVER, Source};
 use crate::error;
 use crate::error::Error;
@@ -451,6 +451,7 @@ impl Connection {
         match call {
             Call::Status => {}
             Call::Signals => signals::send(body, shared.context)?,
+            Call::Stop => stop::stop(body, shared.context)?,
             Call::ExitCode => {
                 if shared.context.workload.exit.is_none() {
                     check_long_connections(shared.context)?;

@@ -10,6 +10,7 @@ mod process;
 mod routes;
 mod session;
 mod signals;
+mod stop;
 
 use crate::context;
 use crate::context::{Context, Source};

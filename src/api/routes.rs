@@ -12,6 +12,8 @@ pub enum Call {
     ExitCode,
     /// `POST /v1/signals`
     Signals,
+    /// `POST /v1/stop`
+    Stop,
     /// `POST /v1/exec`
     Exec,
     /// `GET /v1/ws/exec`, a WebSocket.
@@ -26,6 +28,7 @@ const ROUTES: &[(Method, &str, Call)] = &[
     (Method::Get, "/v1/status", Call::Status),
     (Method::Get, "/v1/exit_code", Call::ExitCode),
     (Method::Post, "/v1/signals", Call::Signals),
+    (Method::Post, "/v1/stop", Call::Stop),
     (Method::Post, "/v1/exec", Call::Exec),
     (Method::Get, "/v1/ws/exec", Call::Session),
     #[cfg(feature = "logs")]

@@ -39,6 +39,8 @@ pub struct KernelParams {
     pub output: Destination,
     /// `PIGEON_LOG_KIB`: how much output is kept for the API, in KiB.
     pub log_kib: u64,
+    /// `PIGEON_EVENTS_PORT`: the host's vsock port that is told of events.
+    pub events_port: Option<u32>,
     /// A value that was none of the allowed ones.
     pub refused: Option<Message>,
 }
@@ -54,6 +56,7 @@ impl KernelParams {
             linger: LINGER,
             output: DEFAULT_OUTPUT,
             log_kib: LOG_KIB,
+            events_port: None,
             refused: None,
         };
         for word in words.iter() {
@@ -72,6 +75,7 @@ impl KernelParams {
                 b"PIGEON_OUTPUT" => params.set_output(value),
                 #[cfg(feature = "logs")]
                 b"PIGEON_LOG_KIB" => set_number(&mut params.log_kib, value),
+                b"PIGEON_EVENTS_PORT" => params.set_events_port(value),
                 b"PIGEON_EXIT_LINGER_MS" => set_number(&mut params.linger, value),
                 _ => continue,
             };
@@ -111,6 +115,11 @@ impl KernelParams {
             b"log" => Destination::Log,
             _ => return Err("both, console or log"),
         };
+        Ok(())
+    }
+
+    fn set_events_port(&mut self, value: &[u8]) -> Result<(), &'static str> {
+        self.events_port = Some(decimal(value).ok_or("a port")?);
         Ok(())
     }
 

@@ -93,6 +93,7 @@ pub fn run(
     supervisor.context.cgroups = cgroups::open(params.cgroups, &identity, supervisor.console);
     set_defaults(supervisor, &config, &identity)?;
 
+    supervisor.context.workload.stop_signal = config.image_config.stop_signal;
     supervisor.listen();
     prepare(supervisor, &config, &identity)?;
     if supervisor.has_ended() {

@@ -67,7 +67,11 @@ fn real_time(sign: char, offset: &str) -> Option<u64> {
 
 impl Parse for Option<Signal> {
     fn parse(&mut self, text: &str) -> Result<(), &'static str> {
-        *self = Some(parse(text).ok_or("not a signal")?);
+        // Images have an empty text where they have none.
+        *self = match text {
+            "" => None,
+            text => Some(parse(text).ok_or("not a signal")?),
+        };
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! The event loop.
 
 use super::state::{Phase, Supervisor};
-use crate::context::Source;
+use crate::context::{Source, Stop};
 use crate::process::helper::{self, Helper};
 use crate::sys::{self, SignalSet};
 use rustix::io::Errno;
@@ -24,6 +24,7 @@ impl Supervisor {
         if let Err(error) = self.api.listen(&self.context) {
             self.console.warn(&format_args!("no API: {error}"));
         }
+        self.events.send(&"{\"event\":\"ready\"}");
     }
 
     /// From now on a helper prepares what the workload needs.
@@ -59,6 +60,7 @@ impl Supervisor {
                 Source::Signals => self.read_signal(),
                 Source::Listener => self.api.accept(&mut self.context),
                 Source::Console => self.console.flush(),
+                Source::Events => self.events.on_event(flags),
                 Source::Workload | Source::WorkloadError => self.copy_output(),
                 _ => self.api.on_event(source, key, flags, &mut self.context),
             }
@@ -67,6 +69,9 @@ impl Supervisor {
             self.reap();
         }
         self.api.on_time(&mut self.context);
+        if let Some(stop) = self.context.workload.stop.take() {
+            self.stop_workload(stop);
+        }
         if self.exit_fields.is_some() {
             self.finish_output();
         }
@@ -76,6 +81,7 @@ impl Supervisor {
     /// Registers for what can be done next.
     fn watch(&mut self) {
         self.console.watch(&self.context.poller);
+        self.events.watch(&self.context.poller);
         self.api.protect_log(&mut self.context);
         self.output.watch(self.console, &mut self.context);
     }
@@ -118,8 +124,12 @@ impl Supervisor {
         match signal.number {
             SIGCHLD => self.reap(),
             // Ctrl-Alt-Del: the kernel's own SIGINT (kernel/reboot.c, ctrl_alt_del).
-            SIGINT if signal.from_kernel => self.stop_workload(),
+            SIGINT if signal.from_kernel => {
+                self.console.info(&"ctrl-alt-del", &"");
+                self.stop_workload(Stop::default());
+            }
             // HANDLED has no other: they are for the workload.
+            _ if self.phase == Phase::Setup => self.stop_workload(Stop::default()),
             number => self.signal_workload(number),
         }
     }

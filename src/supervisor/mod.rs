@@ -2,6 +2,7 @@
 //! reboot.
 
 mod event_loop;
+mod events;
 mod oom;
 mod output;
 mod phases;
@@ -9,6 +10,7 @@ mod state;
 mod workload;
 
 pub use event_loop::HANDLED;
+pub use events::Events;
 pub use state::Supervisor;
 
 /// How long the API waits for somebody to read the exit code, in milliseconds.

@@ -1,11 +1,12 @@
 //! The phases of a VM's life, and how one follows the other.
 
 use super::state::{Phase, Supervisor};
-use crate::context::NEVER;
+use crate::context::{NEVER, Stop};
 use crate::error;
 use crate::process::helper;
 use crate::shutdown::{self, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT, hard_limit};
 use crate::sys;
+use proto::signal::Signal;
 
 const SIGKILL: u32 = 9;
 const SIGTERM: u32 = 15;
@@ -18,14 +19,19 @@ const END_TIMEOUT: u64 = 45_000;
 const CONSOLE_DRAIN_TIMEOUT: u64 = 3000;
 
 impl Supervisor {
-    /// Asks the workload to stop; one that does not is killed after [`STOP_GRACE`].
-    pub(super) fn stop_workload(&mut self) {
-        self.console
-            .info(&"ctrl-alt-del: stopping the workload", &"");
+    /// Asks the workload to stop, and sees to it that it does in time. Asked again, it has no more time
+    /// than before.
+    pub(super) fn stop_workload(&mut self, stop: Stop) {
         match self.phase {
-            Phase::Running if self.deadline == NEVER => {
-                self.signal_workload(SIGTERM);
-                self.deadline = self.context.now + STOP_GRACE;
+            Phase::Running => {
+                let own = self.context.workload.stop_signal;
+                let signal = stop.signal.or(own).map_or(SIGTERM, Signal::number);
+                let timeout = stop.timeout.unwrap_or(STOP_GRACE);
+                let fields = format_args!(" signal={signal} timeout_ms={timeout}");
+                self.console.info(&"stopping the workload", &fields);
+                self.signal_workload(signal);
+                let deadline = self.context.now.saturating_add(timeout);
+                self.deadline = self.deadline.min(deadline);
             }
             Phase::Setup => self.fail(error!("stopped before the workload was started")),
             _ => {}
@@ -87,7 +93,8 @@ impl Supervisor {
 
     /// Whether those who wait for the workload's end, and for the last of its output, have it.
     fn is_told(&self) -> bool {
-        self.context.workload.exit_code_delivered && self.context.log_readers == 0
+        let told = self.context.workload.exit_code_delivered || self.events.has_told_exit();
+        told && self.context.log_readers == 0
     }
 
     /// Leaves the file systems clean.

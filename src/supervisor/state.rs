@@ -1,5 +1,6 @@
 //! The supervisor's state.
 
+use super::events::Events;
 use super::output::Output;
 use crate::api::Api;
 use crate::console::Console;
@@ -57,6 +58,8 @@ pub struct Supervisor {
     pub(super) paused: u64,
     /// What this phase is about: a helper, or the workload.
     pub(super) child: Option<Helper>,
+    /// What the host is told without asking.
+    pub events: Events,
     /// The workload's standard output and error.
     pub(super) output: Output,
     /// How the workload ended, as fields of a log line that stands behind its output.
@@ -92,6 +95,7 @@ impl Supervisor {
             linger,
             paused: 0,
             child: None,
+            events: Events::new(None),
             output: Output::new(),
             exit_fields: None,
             signals,
@@ -132,6 +136,12 @@ impl Supervisor {
         if self.has_ended() {
             return;
         }
+        let Exit {
+            code, oom_killed, ..
+        } = exit;
+        self.events.send_exit(&format_args!(
+            "{{\"event\":\"exited\",\"code\":{code},\"oom_killed\":{oom_killed}}}"
+        ));
         self.context.workload.exit = Some(exit);
         self.api.on_workload_exit(&mut self.context);
         let linger = if self.api.is_up() { self.linger } else { 0 };

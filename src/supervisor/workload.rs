@@ -62,6 +62,8 @@ impl Supervisor {
         let pid = child.pid.as_raw_pid();
         self.console
             .info(&"workload started", &format_args!(" pid={pid}"));
+        let event = format_args!("{{\"event\":\"started\",\"pid\":{pid}}}");
+        self.events.send(&event);
         self.child = Some(child);
         self.enter(Phase::Running, NEVER);
         Ok(())

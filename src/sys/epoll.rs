@@ -10,10 +10,10 @@ use rustix::fd::OwnedFd;
 const EVENTS: usize = 32;
 
 /// Room for the events taken at once.
-pub type Events = [Event; EVENTS];
+pub type EventBuffer = [Event; EVENTS];
 
 /// No events.
-pub const NO_EVENTS: Events = [Event {
+pub const NO_EVENTS: EventBuffer = [Event {
     flags: EventFlags::empty(),
     data: EventData::new_u64(0),
 }; EVENTS];
@@ -23,12 +23,12 @@ pub struct Poller {
     epoll: OwnedFd,
     next: usize,
     count: usize,
-    events: &'static mut Events,
+    events: &'static mut EventBuffer,
 }
 
 impl Poller {
     /// Creates one.
-    pub fn new(events: &'static mut Events) -> Result<Self> {
+    pub fn new(events: &'static mut EventBuffer) -> Result<Self> {
         let epoll =
             epoll::create(CreateFlags::CLOEXEC).map_err(context!("create an epoll instance"))?;
         Ok(Self {

@@ -68,6 +68,17 @@ pub fn listen(port: u32, backlog: usize) -> Result<OwnedFd> {
     Ok(socket)
 }
 
+/// A connection to a port of the host, or one that is being made: it can be written to when it is,
+/// or has failed (connect(2), EINPROGRESS).
+pub fn connect(port: u32) -> Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)?;
+    match rustix::net::connect(&socket, &Address { cid: HOST, port }) {
+        Ok(()) | Err(Errno::INPROGRESS) => Ok(socket),
+        Err(errno) => Err(errno),
+    }
+}
+
 /// Takes a waiting connection, and says from which CID it came.
 pub fn accept(socket: &OwnedFd) -> Result<(OwnedFd, u32)> {
     // An accept4 that finds none sleeps to the next tick, also where it must not block

@@ -1,0 +1,104 @@
+//! Events for the host: lines of JSON on a vsock connection that PID 1 makes.
+
+use crate::context::Source;
+use crate::sys::epoll::Poller;
+use crate::sys::{files, vsock};
+use core::fmt::Display;
+use proto::buffer::Buffer;
+use proto::message;
+use proto::slab::Key;
+use rustix::event::epoll::EventFlags;
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+
+/// Bytes of events that wait for their connection: a VM's life has four, of at most 100 bytes.
+const QUEUE: usize = 1024;
+
+/// The connection to the host, made when there is something to say.
+pub struct Events {
+    /// `None`: nobody wants to hear of them.
+    port: Option<u32>,
+    socket: Option<OwnedFd>,
+    watched: EventFlags,
+    queue: Buffer<QUEUE>,
+    /// The last event says how the workload ended.
+    has_exit: bool,
+}
+
+impl Events {
+    /// For the host's port, if there is one.
+    pub const fn new(port: Option<u32>) -> Self {
+        Self {
+            port,
+            socket: None,
+            watched: EventFlags::empty(),
+            queue: Buffer::new(),
+            has_exit: false,
+        }
+    }
+
+    /// Tells the host something. When nobody is there, nothing happens.
+    pub fn send(&mut self, event: &dyn Display) {
+        let Some(port) = self.port else {
+            return;
+        };
+        if self.socket.is_none() {
+            self.close();
+            self.socket = vsock::connect(port).ok();
+        }
+        // More than there is room for has not been taken by anybody.
+        let _lost = self.queue.push(message!("{event}\n").as_bytes());
+        self.flush();
+    }
+
+    /// The same of how the workload ended.
+    pub fn send_exit(&mut self, event: &dyn Display) {
+        self.send(event);
+        self.has_exit = self.socket.is_some();
+    }
+
+    /// Whether the host has been told how the workload ended.
+    pub fn has_told_exit(&self) -> bool {
+        self.has_exit && self.queue.is_empty()
+    }
+
+    /// Writes what the connection takes; before it is made that is nothing.
+    pub fn flush(&mut self) {
+        while !self.queue.is_empty()
+            && let Some(socket) = &self.socket
+        {
+            match files::write(socket, self.queue.filled()) {
+                Ok(count) => self.queue.consume(count),
+                Err(Errno::AGAIN | Errno::NOTCONN) => return,
+                Err(_) => self.close(),
+            }
+        }
+    }
+
+    fn close(&mut self) {
+        self.socket = None;
+        self.watched = EventFlags::empty();
+        self.queue.consume(QUEUE);
+        self.has_exit = false;
+    }
+
+    /// The connection can be written to, or is gone.
+    pub fn on_event(&mut self, flags: EventFlags) {
+        if flags.intersects(EventFlags::ERR | EventFlags::HUP) {
+            self.close();
+        }
+        self.flush();
+    }
+
+    /// Registers for when the connection takes bytes, while there are any.
+    pub fn watch(&mut self, poller: &Poller) {
+        let wanted = match self.queue.is_empty() {
+            true => EventFlags::empty(),
+            false => EventFlags::OUT,
+        };
+        if let Some(socket) = &self.socket {
+            let token = Source::Events.token(Key::default());
+            poller.watch(socket, token, &mut self.watched, wanted);
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! Events to the host without a question, and orderly stops.
+
+use std::{
+    io::{BufRead, BufReader},
+    os::unix::net::UnixListener,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use pigeon_lab::{
+    End, Vm,
+    disk::{Image, Tree},
+    vm::Builder,
+};
+use serde_json::{Value, json};
+
+/// Generous: other VMs may run beside this one.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+fn vm(script: &str, stop_signal: &str) -> Result<(Builder, Image)> {
+    let root = Image::ext4(&Tree::busybox()?, 48)?;
+    let config = json!({
+        "ExecOverride": ["/bin/sh", "-c", script],
+        "ImageConfig": {"StopSignal": stop_signal},
+    });
+    let builder = Vm::builder().config(&config).disk(&root).patience(PATIENCE);
+    Ok((builder, root))
+}
+
+#[test]
+fn the_host_is_told_of_the_vms_life_without_asking() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let socket = dir.path().join("vm.vsock");
+    // As Firecracker has it: the port's socket lies beside the VM's.
+    let listener = UnixListener::bind(dir.path().join("vm.vsock_7077"))?;
+    let (events, received) = std::sync::mpsc::channel();
+    thread::spawn(move || -> Result<()> {
+        // A line an event, on as many connections as the guest likes.
+        for stream in listener.incoming() {
+            for line in BufReader::new(stream?).lines() {
+                events.send((Instant::now(), serde_json::from_str::<Value>(&line?)?))?;
+            }
+        }
+        Ok(())
+    });
+    let (builder, _root) = vm("echo hello; sleep 0.2; exit 7", "")?;
+    let mut vm = builder
+        .vsock(&socket)
+        .arg("PIGEON_EVENTS_PORT=7077")
+        .boot()?;
+    let next = || received.recv_timeout(PATIENCE).context("no event");
+    let (_, ready) = next()?;
+    assert_eq!(ready, json!({"event": "ready"}));
+    let (_, started) = next()?;
+    assert_eq!(started["event"], "started");
+    assert!(
+        started["pid"].as_u64().is_some_and(|pid| pid > 1),
+        "{started}"
+    );
+    let (exited, event) = next()?;
+    assert_eq!(
+        event,
+        json!({"event": "exited", "code": 7, "oom_killed": false})
+    );
+    // That is as good as an answered call: nobody is waited for.
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    assert!(
+        exited.elapsed() < Duration::from_millis(900),
+        "{:?}",
+        exited.elapsed()
+    );
+    Ok(())
+}
+
+#[test]
+fn nothing_happens_when_nobody_listens_for_events() -> Result<()> {
+    let (builder, _root) = vm("echo hello; exec sleep 1000", "")?;
+    let mut vm = builder.arg("PIGEON_EVENTS_PORT=7078").boot()?;
+    vm.wait_for("hello")?;
+    vm.api()?.get("/v1/status")?.success()?;
+    assert!(!vm.console().contains("level=warn"), "{}", vm.console());
+    Ok(())
+}
+
+#[test]
+fn a_stop_sends_the_stop_signal_and_kills_what_does_not_go() -> Result<()> {
+    // Real-time signals have names relative to the first one, which is 34.
+    let script = "trap 'echo got it; exit 3' 37; echo ready; while :; do sleep 0.1; done";
+    let (builder, _root) = vm(script, "SIGRTMIN+3")?;
+    let mut vm = builder.boot()?;
+    vm.wait_for("ready")?;
+    let mut api = vm.api()?;
+    let answer = api.post("/v1/stop", &json!({}))?.success()?.json()?;
+    assert_eq!(answer, json!({"ok": true}));
+    let exit = api.get("/v1/exit_code")?.success()?.json()?;
+    assert_eq!(exit, json!({"code": 3, "oom_killed": false}));
+    assert_eq!(vm.wait_end()?, End::Reboot);
+
+    Ok(())
+}
+
+#[test]
+fn a_second_stop_shortens_the_time_and_cannot_lengthen_it() -> Result<()> {
+    let script = "trap '' TERM INT; echo ready; while :; do sleep 0.1; done";
+    let (builder, _root) = vm(script, "SIGINT")?;
+    let mut vm = builder.boot()?;
+    vm.wait_for("ready")?;
+    let mut api = vm.api()?;
+    for (body, status) in [
+        (json!({"signal": "SIGTERM", "timeout_ms": 60_000}), 200),
+        (json!({"signal": 15, "timeout_ms": 500}), 200),
+        (json!({"timeout_ms": 60_000}), 200),
+        (json!({"signal": "SIGNOTHING"}), 400),
+        (json!({"timeout_ms": -1}), 400),
+    ] {
+        assert_eq!(api.post("/v1/stop", &body)?.status, status, "{body}");
+    }
+    let start = Instant::now();
+    let exit = api.get("/v1/exit_code")?.success()?.json()?;
+    assert_eq!(exit["code"], 137);
+    assert!(start.elapsed() < Duration::from_secs(30));
+    Ok(())
+}
