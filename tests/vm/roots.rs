@@ -111,7 +111,7 @@ fn a_root_with_an_overlay_in_memory_is_never_written_to() -> Result<()> {
 fn a_full_layer_is_the_workloads_affair() -> Result<()> {
     let root = Image::packed(&tree()?, Format::Erofs)?;
     let script =
-        "head -c 20000000 /dev/zero >/filled; echo filled $?; echo ready; read -r line; exit 8";
+        "dd if=/dev/zero of=/filled bs=64k count=300; echo filled $?; echo ready; read -r line; exit 8";
     let rest = json!({"RootOverlay": "tmpfs:size=8m"});
     let mut vm = vm(script, rest).disk(&root).boot()?;
     vm.wait_for("filled 1")?;
