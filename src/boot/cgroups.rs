@@ -98,7 +98,12 @@ fn mount_hierarchy(parent: &OwnedFd, name: &CStr, controllers: &[&CStr]) -> Resu
         | MountAttrFlags::MOUNT_ATTR_NODEV
         | MountAttrFlags::MOUNT_ATTR_NOEXEC
         | MountAttrFlags::MOUNT_ATTR_RELATIME;
-    rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o755))?;
+    match make_directory(parent, name) {
+        Ok(()) => {}
+        // Mounted already.
+        Err(Errno::EXIST) => return Ok(()),
+        other => return other,
+    }
     let hierarchy = fsopen(c"cgroup", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&hierarchy, c"source", c"cgroup")?;
     for controller in controllers {
@@ -117,7 +122,10 @@ fn make_groups(layout: Layout, log: &mut dyn Log) {
             enable_controllers(&root)?;
         }
         for group in [WORKLOAD, COMMANDS] {
-            rustix::fs::mkdirat(&root, group, Mode::from_raw_mode(0o755))?;
+            match make_directory(&root, group) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                other => return other,
+            }
         }
         Ok(())
     });
@@ -180,6 +188,10 @@ fn delegate(group: &OwnedFd, user: &Identity) -> Result<(), Errno> {
         rustix::fs::chownat(group, name, Some(uid), Some(gid), AtFlags::empty())?;
     }
     Ok(())
+}
+
+fn make_directory(parent: &OwnedFd, name: &CStr) -> Result<(), Errno> {
+    rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o755))
 }
 
 fn open_directory(parent: impl rustix::fd::AsFd, name: &CStr) -> Result<OwnedFd, Errno> {

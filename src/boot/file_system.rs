@@ -52,6 +52,7 @@ impl<'a> FileSystem<'a> {
     }
 
     /// One in memory.
+    #[cfg(feature = "overlay")]
     pub fn tmpfs(options: &'a CStr) -> Self {
         Self {
             device: c"tmpfs",
