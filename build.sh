@@ -24,8 +24,9 @@ usage: ./build.sh COMMAND [--arch x86_64|aarch64] ...
 
   build                       build/init, the static binary
   initrd [run.json]           build/initrd.cpio: the init, and the configuration if one is given
-  rootfs SOURCE OUT [SIZE]    an ext4 image of a container image: docker save or OCI archive, OCI
-                              folder, tar file, directory, image name; SIZE as 64M, 1G
+  rootfs SOURCE OUT [SIZE]    an image of a container image: docker save or OCI archive, OCI folder,
+                              tar file, directory, image name; SIZE as 64M, 1.5G;
+                              --format ext4|squashfs|erofs
   pigeon ARGUMENT...          the host command: run, exec, signal, wait, status; see pigeon --help
   setup                       install and fetch what VMs need
   vendor                      the crates' sources to vendor/, which build then uses, offline
@@ -131,11 +132,10 @@ initrd() {
     say "$out/initrd.cpio: $(stat -c %s "$out/initrd.cpio") bytes"
 }
 
-# As the files themselves say, whoever runs this: mkfs.ext4 works under fakeroot.
 rootfs() {
-    (($# >= 2)) || wrong "it is: rootfs SOURCE OUT [SIZE]"
+    (($# >= 2)) || wrong "it is: rootfs SOURCE OUT [SIZE] [--format ext4|squashfs|erofs] [--force]"
     need_rust
-    need mkfs.ext4=e2fsprogs fakeroot=fakeroot
+    [[ " $* " != *squashfs* ]] || need sqfstar=squashfs-tools
     program pigeon rootfs "$@"
 }
 
@@ -165,7 +165,9 @@ setup() {
     [[ $out == build ]] || foreign=("$arch-linux-gnu-gcc=gcc-${arch/_/-}-linux-gnu"
         "$arch-linux-gnu-gcc=libc6-dev-$debian-cross" "qemu-$arch=qemu-user")
     need "qemu-system-$arch=$qemu" "${foreign[@]}" fakeroot=fakeroot mkfs.ext4=e2fsprogs \
-        debugfs=e2fsprogs ip=iproute2 lz4=lz4 xz=xz-utils zstd=zstd cpio=cpio socat=socat curl=curl python3=python3
+        debugfs=e2fsprogs ip=iproute2 lz4=lz4 xz=xz-utils bzip2=bzip2 zstd=zstd cpio=cpio socat=socat \
+        curl=curl python3=python3 umoci=umoci bsdtar=libarchive-tools sqfstar=squashfs-tools \
+        fsck.erofs=erofs-utils
     # Python's virtual environments are a package of their own in Debian.
     python3 -c 'import ensurepip' 2>/dev/null || need ensurepip=python3-venv
     say "building the lab"

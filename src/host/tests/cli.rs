@@ -130,7 +130,7 @@ fn an_image_by_name_comes_from_docker_and_is_pulled_first_if_it_must() {
         esac\n";
     program(&place, "docker", script);
     for _ in 0..2 {
-        let (out, said, code) = pigeon(&place, &["rootfs", "demo:1", "demo.ext4"]);
+        let (out, said, code) = pigeon(&place, &["rootfs", "--force", "demo:1", "demo.ext4"]);
         assert_eq!(code, 0, "{said}");
         assert!(
             out.contains("from a docker save archive\ndemo.run.json: runs /bin/true\n"),
@@ -153,7 +153,7 @@ fn an_image_by_name_comes_from_docker_and_is_pulled_first_if_it_must() {
         Arch::X86_64 => ("aarch64", "linux/arm64"),
         Arch::Aarch64 => ("x86_64", "linux/amd64"),
     };
-    let words = ["rootfs", "--arch", foreign, "demo:1", "demo.ext4"];
+    let words = ["rootfs", "-f", "--arch", foreign, "demo:1", "demo.ext4"];
     assert_eq!(pigeon(&place, &words).2, 0);
     let log = fs::read_to_string(place.path("docker.log")).unwrap();
     let pull = format!("\ninfo\npull --platform {platform} -- demo:1\nsave ");
@@ -205,4 +205,37 @@ fn an_archive_may_come_on_standard_input() {
         .status();
     assert!(status.unwrap().success());
     assert_eq!(fs::metadata(place.path("a.ext4")).unwrap().len(), 64 << 20);
+}
+
+#[test]
+fn without_root_files_that_nobody_may_read_are_taken_with_their_owners() {
+    let place = Place::new();
+    let entry = |tar: Tar, name: &[u8], mode| {
+        tar.entry(tar::EntryType::Regular, name, b"", (0, 42), mode, b"secret")
+    };
+    let tar = Tar::new().dir("etc/", 0o000, (0, 0)).xattr(
+        "security.capability",
+        b"\x01\0\0\x02\x0a\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
+    );
+    let tar = entry(entry(tar, b"etc/shadow", 0o000), b"etc/drop", 0o200);
+    place.write("a.tar", tar.bytes());
+    fs::set_permissions(place.0.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pigeon"));
+    command
+        .args(["rootfs", "a.tar", "a.ext4"])
+        .current_dir(place.0.path());
+    if rustix::process::geteuid().is_root() {
+        use std::os::unix::process::CommandExt;
+        command.uid(65_534).gid(65_534);
+    }
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let image = place.path("a.ext4");
+    common::check(&image);
+    assert_eq!(owner(&image, "/etc"), "0000 0 0");
+    assert_eq!(owner(&image, "/etc/shadow"), "0000 0 42");
+    assert_eq!(owner(&image, "/etc/drop"), "0200 0 42");
+    assert_eq!(common::debugfs(&image, "cat /etc/drop"), "secret");
+    let stat = common::debugfs(&image, "stat /etc/shadow");
+    assert!(stat.contains("security.capability (20)"), "{stat}");
 }

@@ -3,16 +3,22 @@
 //! ```no_run
 //! use pigeon::image::{Options, build};
 //! let built = build("app.tar".as_ref(), "app.ext4".as_ref(), &Options::default())?;
-//! println!("{} MiB, run as {:?}", built.size >> 20, built.image_config);
+//! println!("{} MiB, runs {:?}", built.size >> 20, built.image_config);
 //! # anyhow::Ok(())
 //! ```
 
+pub mod archive;
 pub mod disk;
+pub mod erofs;
+pub mod ext4;
+pub mod inodes;
 pub mod layer;
 pub mod source;
+pub mod squashfs;
 pub mod tree;
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::{self, IsTerminal, Write},
     path::{Path, PathBuf},
@@ -23,6 +29,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
+use disk::{Format, directory_of};
 use source::Source;
 use tree::{Place, Tree};
 
@@ -37,6 +44,10 @@ pub struct Options {
     pub arch: Arch,
     /// Which of several images in an archive.
     pub tag: Option<String>,
+    /// The file system.
+    pub format: Format,
+    /// Replaces an image, and the configuration beside it, that are there already.
+    pub force: bool,
     /// Shows on standard error how far it is.
     pub progress: bool,
 }
@@ -56,6 +67,8 @@ pub struct Built {
     pub image_config: Option<Value>,
     /// Platform of an image that is not for the architecture asked for.
     pub foreign_platform: Option<String>,
+    /// What the source has that the image has not, a sentence each.
+    pub warnings: Vec<String>,
 }
 
 /// Where an image's configuration is: beside it, `app.run.json` for `app.ext4`.
@@ -63,21 +76,33 @@ pub fn run_json_path(image: &Path) -> PathBuf {
     image.with_extension("run.json")
 }
 
-/// Makes an ext4 image of `source`: a directory, a tar archive (`docker export`), a `docker save`
-/// or OCI archive, an OCI image layout, `-` for one of the archives on standard input, or the name
-/// of an image for docker or skopeo. Compressed archives may be. A container image's configuration
-/// is written beside it.
+/// Makes an image of `source`: a directory, a tar archive (`docker export`), a `docker save` or OCI
+/// archive, an OCI image layout, `-` for one of the archives on standard input, or the name of an
+/// image for docker or skopeo. Compressed archives may be. A container image's configuration is
+/// written beside it. What is there already is an error unless [`Options::force`] is set.
 pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
+    ensure_separate(source, out)?;
+    ensure_replaceable(out, options.force)?;
     let mut progress = Progress::new(options.progress);
-    let dir = out.parent().filter(|dir| !dir.as_os_str().is_empty());
     let scratch = tempfile::Builder::new()
         .prefix(".pigeon-")
-        .tempdir_in(dir.unwrap_or(Path::new(".")))
+        .tempdir_in(directory_of(out))
         .with_context(|| format!("unable to write beside {}", out.display()))?;
     let path = fetch(source, options.arch, scratch.path(), &mut progress)?;
     let source = Source::open(&path, options.arch, options.tag.as_deref())?;
+    let image_config = source.image_config();
+    let run_json = match &image_config {
+        Some(config) => Some(serde_json::to_string_pretty(&json!({"ImageConfig": config}))? + "\n"),
+        None => None,
+    };
+    let run_json_path = run_json_path(out);
+    let is_same = |text: &String| fs::read_to_string(&run_json_path).is_ok_and(|old| old == *text);
+    if run_json.as_ref().is_some_and(|text| !is_same(text)) {
+        ensure_replaceable(&run_json_path, options.force)?;
+    }
 
     let mut tree = Tree::new(source.layered);
+    let mut lost = Lost::default();
     let total = source.layers.iter().map(layer::Layer::size).sum();
     progress.phase("reading layers", total);
     for (number, layer) in source.layers.iter().enumerate() {
@@ -87,29 +112,94 @@ pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
                     layer: number,
                     entry,
                 };
+                lost.add(&described.path, &described.lost);
                 tree.apply(place, described)
             })
             .with_context(|| format!("layer {} of {}", number + 1, source.layers.len()))?;
     }
-    let extent = tree.extent();
-    let size = options.size.unwrap_or_else(|| disk::good_size(&extent));
-    disk::write(&tree, &source.layers, out, size, &mut progress)?;
+    let files = tree.extent().inodes;
+    let layers = &source.layers;
+    let size = disk::write(
+        &tree,
+        layers,
+        out,
+        options.format,
+        options.size,
+        &mut progress,
+    )?;
     progress.end();
-
-    let image_config = source.image_config();
-    if let Some(config) = &image_config {
-        let path = run_json_path(out);
-        let text = serde_json::to_string_pretty(&json!({"ImageConfig": config}))? + "\n";
-        fs::write(&path, text).with_context(|| format!("unable to write {}", path.display()))?;
+    if let Some(text) = run_json {
+        let cannot = || format!("unable to write {}", run_json_path.display());
+        fs::write(&run_json_path, text).with_context(cannot)?;
     }
     Ok(Built {
         form: source.form,
         size,
         layers: source.layers.len(),
-        files: extent.inodes,
+        files,
         image_config,
         foreign_platform: source.foreign_platform(options.arch),
+        warnings: lost.warnings(),
     })
+}
+
+/// An error where the image would take the place of what it is made of, or lie in it.
+fn ensure_separate(source: &Path, out: &Path) -> Result<()> {
+    let (Ok(source), Ok(dir)) = (source.canonicalize(), directory_of(out).canonicalize()) else {
+        return Ok(()); // one of them is not there, which is told later
+    };
+    let shown = out.display();
+    let same = out.canonicalize().is_ok_and(|out| out == source);
+    ensure!(!same, "{shown} is the source itself");
+    ensure!(
+        !dir.starts_with(&source),
+        "{shown} would lie in the directory that it is made of"
+    );
+    Ok(())
+}
+
+/// An error where something is that must not be replaced.
+fn ensure_replaceable(path: &Path, force: bool) -> Result<()> {
+    let Ok(found) = path.symlink_metadata() else {
+        return Ok(());
+    };
+    let shown = path.display();
+    ensure!(
+        found.is_file() || found.is_symlink() && path.is_file(),
+        "{shown} is there, and not a file"
+    );
+    ensure!(
+        force,
+        "{shown} is there already; --force replaces it, with all that is in it"
+    );
+    Ok(())
+}
+
+/// Attributes that an image cannot have, and the files that have them.
+#[derive(Default)]
+struct Lost(BTreeMap<String, Vec<String>>);
+
+impl Lost {
+    fn add(&mut self, path: &[u8], attributes: &[String]) {
+        for attribute in attributes {
+            let paths = self.0.entry(attribute.clone()).or_default();
+            paths.push(path.escape_ascii().to_string());
+        }
+    }
+
+    /// A sentence for each attribute, which names the first files.
+    fn warnings(&self) -> Vec<String> {
+        const NAMED: usize = 3;
+        let warning = |(attribute, paths): (&String, &Vec<String>)| {
+            let named = paths.iter().take(NAMED).cloned().collect::<Vec<_>>();
+            let more = match paths.len().saturating_sub(NAMED) {
+                0 => String::new(),
+                more => format!(" and {more} more"),
+            };
+            format!("{attribute} is left out: {}{more}", named.join(", "))
+        };
+        self.0.iter().map(warning).collect()
+    }
 }
 
 /// The uncompressed archive or the directory that `source` stands for.

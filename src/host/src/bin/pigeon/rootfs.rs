@@ -4,7 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use pigeon::image::{self, Options, disk::parse_size, run_json_path};
+use pigeon::image::{
+    self, Options,
+    disk::{Format, parse_size},
+    run_json_path,
+};
 use serde_json::json;
 
 use crate::Guest;
@@ -16,8 +20,14 @@ pub struct Rootfs {
     source: PathBuf,
     /// The image to make; its configuration goes beside it, to NAME.run.json
     out: PathBuf,
-    /// Its size, as 64M or 1G; computed when not given
+    /// Its size, as 64M or 1.5G, of ext4; computed when not given
     size: Option<String>,
+    /// The file system
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    /// Replace an image, and its configuration, that are there already
+    #[arg(short, long)]
+    force: bool,
     #[command(flatten)]
     guest: Guest,
     /// Which of several images in an archive
@@ -34,9 +44,14 @@ impl Rootfs {
             size: self.size.as_deref().map(parse_size).transpose()?,
             arch: self.guest.arch,
             tag: self.tag.clone(),
+            format: self.format,
+            force: self.force,
             progress: true,
         };
         let built = image::build(&self.source, &self.out, &options)?;
+        for warning in &built.warnings {
+            eprintln!("pigeon: {warning}");
+        }
         let out = self.out.display();
         let config_path = run_json_path(&self.out);
         let config_path = config_path.display();
@@ -49,6 +64,8 @@ impl Rootfs {
                 "layers": built.layers,
                 "image_config": built.image_config,
                 "platform": built.foreign_platform,
+                "format": self.format.name(),
+                "warnings": built.warnings,
             });
             println!("{result}");
             return Ok(());
