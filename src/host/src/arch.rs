@@ -11,9 +11,10 @@ use crate::{assets, tsc};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Arch {
     /// Intel's and AMD's
-    #[value(name = "x86_64")]
+    #[value(name = "x86_64", alias = "amd64")]
     X86_64,
     /// Arm's, such as Graviton
+    #[value(alias = "arm64")]
     Aarch64,
 }
 
@@ -56,6 +57,11 @@ impl Arch {
             Arch::X86_64 => "amd64",
             Arch::Aarch64 => "arm64",
         }
+    }
+
+    /// As images name it: `linux/arm64`.
+    pub fn platform(self) -> String {
+        format!("linux/{}", self.debian_name())
     }
 
     /// Whether its machines have a keyboard controller (i8042), and with it Ctrl-Alt-Del.

@@ -8,6 +8,7 @@
 mod arch;
 pub mod assets;
 mod client;
+pub mod config;
 mod error;
 pub mod http;
 pub mod image;

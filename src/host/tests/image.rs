@@ -50,6 +50,7 @@ fn config() -> Value {
             "Env": ["PATH=/bin", "A=b"],
             "WorkingDir": "/srv",
             "User": "app",
+            "StopSignal": "SIGQUIT",
             "Labels": {"x": "y"},
             "ExposedPorts": {"80/tcp": {}},
             "Volumes": null,
@@ -136,7 +137,9 @@ fn a_docker_save_archive_becomes_an_image_with_its_owners_and_its_configuration(
         "Env": ["PATH=/bin", "A=b"],
         "WorkingDir": "/srv",
         "User": "app",
-    }});
+        "StopSignal": "SIGQUIT",
+        "ExposedPorts": {"80/tcp": {}},
+    }, "Platform": "linux/amd64"});
     assert_eq!(written, expected);
 }
 
@@ -379,7 +382,7 @@ fn hostile_layers_reach_nothing_outside_of_the_image() {
     let mut image = layout.image(&[], &json!({}));
     image["digest"] = json!("sha256:../../../victim");
     layout.index(&[image]).folder(&place.path("layout"));
-    assert!(refused(&place.path("layout"), &out).contains("a digest of a kind not known here"));
+    assert!(refused(&place.path("layout"), &out).contains("a digest of an unknown kind"));
     assert_eq!(fs::read_to_string(victim).unwrap(), "untouched");
 }
 
@@ -702,4 +705,61 @@ fn layers_compressed_in_every_usual_way_are_taken() {
         make(&save, &out).unwrap();
         assert_eq!(debugfs(&out, "cat /x"), "x\n", "{program}");
     }
+}
+
+#[test]
+fn a_folder_of_skopeos_is_an_image() {
+    let place = Place::new();
+    let dir = place.path("dir");
+    fs::create_dir(&dir).unwrap();
+    let mut layout = Layout::default();
+    let mut blob = |bytes: &[u8]| {
+        let descriptor = layout.blob("", bytes);
+        let digest = descriptor["digest"].as_str().unwrap();
+        fs::write(dir.join(digest.strip_prefix("sha256:").unwrap()), bytes).unwrap();
+        descriptor
+    };
+    let layer = blob(&gzip(&Tar::new().file("x", "x\n").bytes()));
+    let config = blob(config().to_string().as_bytes());
+    let manifest = json!({"schemaVersion": 2, "config": config, "layers": [layer]});
+    fs::write(dir.join("manifest.json"), manifest.to_string()).unwrap();
+    fs::write(dir.join("version"), "Directory Transport Version: 1.1\n").unwrap();
+    let out = place.path("x.ext4");
+    let built = make(&dir, &out).unwrap();
+    assert_eq!((built.form, built.layers), ("skopeo directory", 1));
+    assert_eq!(debugfs(&out, "cat /x"), "x\n");
+    assert_eq!(built.image_config.unwrap()["User"], "app");
+    let name = layer["digest"]
+        .as_str()
+        .unwrap()
+        .strip_prefix("sha256:")
+        .unwrap()
+        .to_string();
+    fs::write(dir.join(name), gzip(&Tar::new().file("x", "y\n").bytes())).unwrap();
+    let error = format!("{:#}", make(&dir, &out).unwrap_err());
+    assert!(error.contains("its SHA-256 is"), "{error}");
+}
+
+#[test]
+fn what_is_no_image_is_told_by_its_name_and_kind() {
+    let place = Place::new();
+    let out = place.path("x.ext4");
+    for (bytes, kind) in [
+        (&b"\x7fELF\x02\x01\x01\0"[..], "a program (ELF)"),
+        (b"PK\x03\x04", "a zip archive"),
+        (b"FROM scratch\n", "a Dockerfile"),
+        (b"", "empty"),
+        (b"hsqs", "an image with squashfs"),
+    ] {
+        let error = refused(&place.write("thing", bytes), &out);
+        let expected = format!("thing is {kind}, not a container image or an archive");
+        assert!(error.ends_with(&expected), "{error}");
+        assert!(error.is_ascii(), "{error}");
+    }
+    // A layer that breaks off is told by its number.
+    let packed = gzip(&Tar::new().file("a", vec![1; 50_000]).bytes());
+    let half = packed[..packed.len() / 2].to_vec();
+    let save = docker_save(&[Tar::new().bytes(), half], &json!({}), "a:1");
+    let error = refused(&place.write("save.tar", save), &out);
+    assert!(error.starts_with("layer 2 of 2: "), "{error}");
 }

@@ -39,28 +39,6 @@ impl Format {
             Format::Erofs => "erofs",
         }
     }
-
-    /// As the file's superblock tells; None if it is none of these.
-    pub fn of(path: &Path) -> Result<Option<Format>> {
-        /// Where magic numbers are (linux/magic.h; ext4: `s_magic`).
-        const MAGIC: [(Format, usize, &[u8]); 3] = [
-            (Format::Ext4, 1024 + 0x38, &[0x53, 0xef]),
-            (Format::Squashfs, 0, b"hsqs"),
-            (Format::Erofs, 1024, &[0xe2, 0xe1, 0xf5, 0xe0]),
-        ];
-        let shown = path.display();
-        let mut start = vec![];
-        let file = fs::File::open(path).with_context(|| format!("unable to open {shown}"))?;
-        file.take(2048)
-            .read_to_end(&mut start)
-            .with_context(|| format!("unable to read {shown}"))?;
-        let found = MAGIC.into_iter().find(|(_, at, magic)| {
-            start
-                .get(*at..at + magic.len())
-                .is_some_and(|bytes| bytes == *magic)
-        });
-        Ok(found.map(|(format, ..)| format))
-    }
 }
 
 /// Reads `64M`, `1.5G`, `1GiB`, `65536K`, `512MB` or bytes. Units are powers of 1024; only those

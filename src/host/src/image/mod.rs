@@ -12,6 +12,7 @@ pub mod disk;
 pub mod erofs;
 pub mod ext4;
 pub mod inodes;
+pub mod kind;
 pub mod layer;
 pub mod source;
 pub mod squashfs;
@@ -92,7 +93,13 @@ pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
     let source = Source::open(&path, options.arch, options.tag.as_deref())?;
     let image_config = source.image_config();
     let run_json = match &image_config {
-        Some(config) => Some(serde_json::to_string_pretty(&json!({"ImageConfig": config}))? + "\n"),
+        Some(config) => {
+            let mut document = json!({"ImageConfig": config});
+            if let Some(platform) = source.platform() {
+                document["Platform"] = json!(platform);
+            }
+            Some(serde_json::to_string_pretty(&document)? + "\n")
+        }
         None => None,
     };
     let run_json_path = run_json_path(out);
@@ -218,6 +225,11 @@ fn fetch(source: &Path, arch: Arch, scratch: &Path, progress: &mut Progress) -> 
         pull(name, arch, &archive)?;
         return Ok(archive);
     }
+    ensure!(
+        source.is_file(),
+        "{} is neither a file nor a directory",
+        source.display()
+    );
     if !layer::is_compressed(source).with_context(|| format!("unable to read {source:?}"))? {
         return Ok(source.into());
     }
