@@ -383,7 +383,7 @@ fn the_library(uds: &Path) {
     let mut received = vec![];
     let ended = loop {
         match session.next().unwrap().unwrap() {
-            Event::Output(bytes) => received.extend(bytes),
+            Event::Output(_, bytes) => received.extend(bytes),
             Event::Exit(ended) => break ended,
         }
     };

@@ -156,7 +156,7 @@ fn pass(mut session: Session, interactive: bool, tty: bool) -> Result<u8> {
     loop {
         while let Some(event) = session.try_next()? {
             match event {
-                Event::Output(bytes) => {
+                Event::Output(_, bytes) => {
                     let mut stdout = io::stdout().lock();
                     let written = stdout.write_all(&bytes).and_then(|()| stdout.flush());
                     written.context("unable to write to standard output")?;
