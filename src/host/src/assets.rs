@@ -32,6 +32,9 @@ const MODULES: [&str; 7] = [
     "ext4",
 ];
 
+/// The modules of file systems that a root or a volume may have, where they are not built in.
+const FILE_SYSTEMS: [&str; 5] = ["overlay", "squashfs", "erofs", "xfs", "btrfs"];
+
 /// The repository this crate is part of.
 pub fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -115,14 +118,14 @@ impl Kernel {
     pub fn stock(arch: Arch) -> Result<Kernel> {
         let debian = Debian::of_this_host(arch);
         let package = format!("linux-image-cloud-{}", arch.debian_name());
-        Kernel::of(&debian, &format!("kernel-{}", arch.name()), &package)
+        Kernel::of(&debian, &format!("kernel-{}-fs", arch.name()), &package)
     }
 
     /// Debian 13's kernel with pages of 16 KiB, which aarch64 alone has.
     pub fn with_16k_pages() -> Result<Kernel> {
         Kernel::of(
             &Debian::TRIXIE,
-            "kernel-aarch64-16k",
+            "kernel-aarch64-16k-fs",
             "linux-image-arm64-16k",
         )
     }
@@ -140,6 +143,10 @@ impl Kernel {
             fs::create_dir(dir.join("modules"))?;
             for (number, (name, module)) in ordered_modules(&files, &MODULES)?.iter().enumerate() {
                 fs::write(dir.join(format!("modules/{number:02}-{name}.ko")), module)?;
+            }
+            fs::create_dir(dir.join("file-systems"))?;
+            for (name, module) in ordered_modules(&files, &FILE_SYSTEMS)? {
+                fs::write(dir.join(format!("file-systems/{name}.ko")), module)?;
             }
             Ok(fs::remove_dir_all(files)?)
         })?;
@@ -162,6 +169,23 @@ impl Kernel {
             Ok((name.to_string_lossy().into_owned(), fs::read(&path)?))
         };
         paths.into_iter().map(named).collect()
+    }
+}
+
+impl Kernel {
+    /// Names and contents of the modules for these file systems, in the order to load them in,
+    /// after [those of all VMs](Kernel::modules). What is built in has none.
+    pub fn file_system_modules(&self, names: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
+        let base: Vec<_> = self.modules()?.into_iter().map(|(name, _)| name).collect();
+        let mut modules = ordered_modules(&self.dir.join("file-systems"), names)?;
+        let is_new = |name: &String| {
+            !base
+                .iter()
+                .any(|base| base.ends_with(&format!("-{name}.ko")))
+        };
+        modules.retain(|(name, _)| is_new(name));
+        let named = |(name, module)| (format!("{name}.ko"), module);
+        Ok(modules.into_iter().map(named).collect())
     }
 }
 
@@ -508,6 +532,28 @@ mod tests {
                 assert!(earlier, "{name} comes before {file}");
             }
         }
+    }
+
+    #[test]
+    fn a_file_systems_modules_come_with_what_they_depend_on() {
+        let arch = Arch::chosen().unwrap();
+        let kernel = Kernel::stock(arch).unwrap();
+        let modules = kernel
+            .file_system_modules(&["erofs", "overlay", "none"])
+            .unwrap();
+        let names: Vec<_> = modules.iter().map(|(name, _)| name.as_str()).collect();
+        assert!(
+            names.contains(&"erofs.ko") && names.contains(&"overlay.ko"),
+            "{names:?}"
+        );
+        for (at, (name, contents)) in modules.iter().enumerate() {
+            for dependency in dependencies(contents) {
+                let file = format!("{}.ko", dependency.replace('-', "_"));
+                let later = modules[at..].iter().any(|(name, _)| *name == file);
+                assert!(!later, "{name} comes before {file}");
+            }
+        }
+        assert!(kernel.file_system_modules(&[]).unwrap().is_empty());
     }
 
     #[test]

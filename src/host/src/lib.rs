@@ -13,6 +13,7 @@ mod error;
 pub mod events;
 pub mod files;
 pub mod forward;
+pub mod hold;
 pub mod http;
 pub mod image;
 pub mod initrd;

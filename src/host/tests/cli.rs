@@ -20,6 +20,7 @@ fn pigeon(place: &Place, words: &[&str]) -> (String, String, i32) {
         .current_dir(place.0.path())
         .env("PATH", format!("{}:{path}", place.0.path().display()))
         .env("XDG_RUNTIME_DIR", place.0.path())
+        .env("XDG_STATE_HOME", place.0.path())
         .env_remove("PIGEON_UDS")
         .env_remove("PIGEON_ARCH")
         .stdin(Stdio::null())
@@ -60,31 +61,53 @@ fn an_error_says_what_to_do_next() {
     );
     let said = complaint(&place, &["wait", "--uds", "none.vsock"]);
     assert!(
-        said.contains("none.vsock: No such file") && said.contains("`pigeon list`"),
+        said.contains("none.vsock: No such file") && said.contains("`pigeon ps`"),
         "{said}"
     );
     let said = complaint(&place, &["run", "app.ext4"]);
     assert!(
-        said.contains("no image app.ext4") && said.contains("./build.sh rootfs"),
+        said.contains("no image app.ext4") && said.contains("`pigeon rootfs SOURCE app.ext4`"),
         "{said}"
     );
     place.write("app.ext4", "");
     let said = complaint(&place, &["run", "app.ext4"]);
     assert!(
-        said.contains("nothing to run") && said.contains("app.run.json"),
+        said.contains("app.ext4 is empty, not a root image"),
         "{said}"
     );
-    let said = complaint(&place, &["run", "app.ext4", "id"]);
-    assert!(said.contains("app.ext4 is no ext4 image"), "{said}");
+    let archive = Tar::new().file("x", "x").bytes();
+    place.write("app.tar", &archive);
+    let said = complaint(&place, &["run", "app.tar"]);
+    let expected = "app.tar is a tar archive, not a root image; `pigeon rootfs app.tar NAME.ext4`";
+    assert!(said.contains(expected), "{said}");
     let mut ext4 = vec![0; 2 << 10];
     ext4[1080..1082].copy_from_slice(&[0x53, 0xef]);
     place.write("app.ext4", ext4);
+    let said = complaint(&place, &["run", "app.ext4"]);
+    assert!(
+        said.contains("nothing to run") && said.contains("app.run.json"),
+        "{said}"
+    );
+    place.write(
+        "mine.json",
+        json!({"ImageConfig": {"Entrypoint": "/s"}}).to_string(),
+    );
+    let said = complaint(&place, &["run", "-c", "mine.json", "app.ext4"]);
+    assert!(
+        said.contains("mine.json: ImageConfig.Entrypoint: a list of strings is wanted"),
+        "{said}"
+    );
+    let said = complaint(&place, &["run", "-m", "8", "app.ext4", "id"]);
+    assert!(said.contains("8 MiB of memory are too little"), "{said}");
     let words = ["run", "--disk", "none:/data", "app.ext4", "id"];
     let said = complaint(&place, &words);
-    assert!(said.contains("unable to open none"), "{said}");
+    assert!(said.contains("there is no none: with ,size=1G"), "{said}");
     let words = ["run", "--uds", "app.ext4", "app.ext4", "id"];
     let said = complaint(&place, &words);
-    assert!(said.contains("app.ext4 is there, and no socket"), "{said}");
+    assert!(
+        said.contains("app.ext4 is there, and is not a socket"),
+        "{said}"
+    );
     let said = complaint(&place, &["rootfs", "./none.tar", "out.ext4"]);
     assert!(said.contains("there is no ./none.tar"), "{said}");
     let said = complaint(&place, &["rootfs", "app.ext4", "nowhere/out.ext4"]);
@@ -92,7 +115,8 @@ fn an_error_says_what_to_do_next() {
         said.contains("unable to write beside nowhere/out.ext4"),
         "{said}"
     );
-    assert_eq!(pigeon(&place, &["signal", "NOSUCH"]).2, 2);
+    assert_eq!(pigeon(&place, &["signal", "NOSUCH"]).2, 125);
+    assert_eq!(pigeon(&place, &["run", "--help"]).2, 0);
     assert_eq!(pigeon(&place, &["list", "--json"]).0, "[]\n");
 }
 
@@ -104,7 +128,7 @@ fn a_vm_without_the_init_is_told_from_none() {
     let host = std::thread::spawn(move || listener.incoming().for_each(drop));
     let said = complaint(
         &place,
-        &["status", "--uds", "vm.vsock", "--patience", "0.2"],
+        &["status", "--uds", "vm.vsock", "--boot-timeout", "0.2"],
     );
     assert!(
         said.contains("nothing listens on the guest's port 10000"),
@@ -238,4 +262,61 @@ fn without_root_files_that_nobody_may_read_are_taken_with_their_owners() {
     assert_eq!(common::debugfs(&image, "cat /etc/drop"), "secret");
     let stat = common::debugfs(&image, "stat /etc/shadow");
     assert!(stat.contains("security.capability (20)"), "{stat}");
+}
+
+#[test]
+fn nobody_who_reads_is_no_panic() {
+    let place = Place::new();
+    let full = format!(
+        "{} completions bash | true; {0} ps --json 2>&1 | true",
+        env!("CARGO_BIN_EXE_pigeon")
+    );
+    let output = Command::new("bash")
+        .args([
+            "-c",
+            &format!("for n in 1 2 3 4 5; do {full}; done; echo ${{PIPESTATUS[0]}}"),
+        ])
+        .env("XDG_RUNTIME_DIR", place.0.path())
+        .env("XDG_STATE_HOME", place.0.path())
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    // A reader that is gone before the first byte.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pigeon"));
+    let output = command
+        .args(["completions", "bash"])
+        .stdout(writer)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(141));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}
+
+#[test]
+fn shells_complete_and_the_manual_has_every_command() {
+    let place = Place::new();
+    for shell in ["bash", "zsh", "fish"] {
+        let (script, said, code) = pigeon(&place, &["completions", shell]);
+        assert_eq!(code, 0, "{said}");
+        assert!(
+            script.contains("rootfs") && script.contains("stop-timeout"),
+            "{shell}"
+        );
+        if pigeon::assets::tool(shell).is_ok() {
+            let path = place.write(shell, &script);
+            let checked = Command::new(shell).arg("-n").arg(path).output().unwrap();
+            assert!(checked.status.success(), "{checked:?}");
+        }
+    }
+    let (page, _, code) = pigeon(&place, &["man"]);
+    assert_eq!(code, 0);
+    for command in ["run", "exec", "logs", "rootfs", "forward"] {
+        assert!(page.contains(&format!("pigeon\\-{command}")), "{command}");
+        let (page, _, code) = pigeon(&place, &["man", command]);
+        assert_eq!(code, 0);
+        assert!(page.starts_with(".ie"), "{page}");
+    }
+    assert!(complaint(&place, &["man", "nosuch"]).contains("there is no command nosuch"));
 }

@@ -5,6 +5,7 @@ mod qemu;
 
 use std::{
     env,
+    net::Ipv4Addr,
     path::{Path, PathBuf},
     process::{Command, ExitStatus},
 };
@@ -46,11 +47,22 @@ pub enum Nic {
     Stream(PathBuf),
     /// The host's own network, by address translation and without privileges, in
     /// [`USER_NETWORK`]; TCP ports of the host lead to ports of the guest. QEMU only.
-    User(Vec<(u16, u16)>),
+    User(Vec<HostPort>),
     /// A tap device that is there.
     Tap(String),
     /// A tap device in a network namespace of the VM's own: nobody answers behind it.
     LoneTap,
+}
+
+/// A TCP port of the host that leads to one of the guest.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HostPort {
+    /// Where the host listens.
+    pub address: Ipv4Addr,
+    /// The port there.
+    pub host: u16,
+    /// The guest's port.
+    pub guest: u16,
 }
 
 /// Addresses in the network of [`Nic::User`].

@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::{End, GUEST_CID, GUEST_MAC, LONE_TAP, Machine, Nic, Spec, beside_tap};
+use super::{End, GUEST_CID, GUEST_MAC, HostPort, LONE_TAP, Machine, Nic, Spec, beside_tap};
 use crate::{Arch, assets, process::Process, qmp::Qmp};
 
 struct Qemu {
@@ -187,7 +187,14 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
             ))
         }
         Nic::User(ports) => {
-            let forward = |(host, guest): &(u16, u16)| format!(",hostfwd=tcp::{host}-:{guest}");
+            let forward = |port: &HostPort| {
+                let HostPort {
+                    address,
+                    host,
+                    guest,
+                } = port;
+                format!(",hostfwd=tcp:{address}:{host}-:{guest}")
+            };
             let forward: String = ports.iter().map(forward).collect();
             Some(format!("user,id=net{forward}"))
         }

@@ -11,7 +11,10 @@ use pigeon::image::{
 };
 use serde_json::json;
 
-use crate::Guest;
+use crate::{
+    Guest,
+    output::{note, say},
+};
 
 #[derive(Args)]
 pub struct Rootfs {
@@ -50,7 +53,7 @@ impl Rootfs {
         };
         let built = image::build(&self.source, &self.out, &options)?;
         for warning in &built.warnings {
-            eprintln!("pigeon: {warning}");
+            note!("{warning}");
         }
         let out = self.out.display();
         let config_path = run_json_path(&self.out);
@@ -67,26 +70,26 @@ impl Rootfs {
                 "format": self.format.name(),
                 "warnings": built.warnings,
             });
-            println!("{result}");
+            say!("{result}");
             return Ok(());
         }
         let from = match built.layers {
             1 => built.form.into(),
             layers => format!("{} of {layers} layers", built.form),
         };
-        println!(
+        say!(
             "{out}: {} MiB, {} files, from a {from}",
             built.size >> 20,
             built.files
         );
         match &built.image_config {
-            Some(config) => println!("{config_path}: {}", command_line(config)),
-            None => println!("It says nothing of what to run: pigeon run {out} COMMAND..."),
+            Some(config) => say!("{config_path}: {}", command_line(config)),
+            None => say!("It says nothing of what to run: pigeon run {out} COMMAND..."),
         }
         if let Some(platform) = built.foreign_platform {
-            eprintln!(
-                "pigeon: note that the image is for {platform}, not for {}",
-                self.guest.arch.name()
+            note!(
+                "note that the image is for {platform}, not for {}",
+                self.guest.arch.platform()
             );
         }
         Ok(())

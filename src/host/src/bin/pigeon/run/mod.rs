@@ -1,0 +1,570 @@
+//! `pigeon run`: a root image, booted.
+
+mod detach;
+mod document;
+mod health;
+mod owner;
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, ValueEnum};
+use pigeon::{
+    Arch, assets,
+    image::{
+        disk::{Format, parse_size},
+        kind::{Kind, describe},
+    },
+    initrd::Initrd,
+    machine::{Disk, HostPort, Machine, Nic, Spec, VSOCK},
+    vsock,
+};
+use serde_json::json;
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGTERM},
+    iterator::Signals,
+};
+
+use crate::{
+    Guest,
+    output::{note, say},
+    vms,
+};
+use document::{Plan, file_systems};
+use owner::Owner;
+
+/// MiB that Debian's kernel needs at least, so that the init is started.
+const LEAST_MEMORY: u32 = 72;
+/// The host's port that the init tells its events to.
+const EVENTS_PORT: u32 = 10_001;
+/// KiB of output that the init keeps until it is fetched, where the console does not show it.
+const LOG_KIB: u32 = 256;
+/// What the directories of VMs that run are called.
+const SCRATCH: &str = "pigeon-vm-";
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Hypervisor {
+    /// Firecracker where it and KVM are there, else QEMU
+    Auto,
+    Firecracker,
+    Qemu,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum CgroupMode {
+    /// Controllers of version 1, and version 2 beside them
+    Hybrid,
+    /// Version 2 alone: what systemd, Docker and k3s need
+    Unified,
+    /// Nothing is mounted
+    None,
+}
+
+#[derive(Args)]
+pub struct Run {
+    /// A root image, such as `pigeon rootfs` makes; then arguments in place of its Cmd (after
+    /// its Entrypoint, if it has one)
+    #[arg(required = true, trailing_var_arg = true, value_name = "IMAGE [CMD]")]
+    words: Vec<String>,
+    /// The configuration [default: IMAGE's NAME.run.json, if it is there]
+    #[arg(short, long, value_name = "RUN.JSON")]
+    config: Option<PathBuf>,
+    /// A command in place of the image's Entrypoint
+    #[arg(long, value_name = "PROGRAM")]
+    entrypoint: Option<String>,
+    /// Pass standard input on to the workload
+    #[arg(short, long)]
+    interactive: bool,
+    /// Give the workload a terminal
+    #[arg(short, long)]
+    tty: bool,
+    /// Return once the VM is started; its name is printed
+    #[arg(short, long, conflicts_with_all = ["interactive", "tty", "json"])]
+    detach: bool,
+    /// The workload's output alone, without the console
+    #[arg(short, long)]
+    quiet: bool,
+    /// Keep nothing of the VM when it has ended
+    #[arg(long)]
+    rm: bool,
+    /// Set a variable, or pass on one that is set here
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    env: Vec<String>,
+    /// Set the variables in a file, one a line
+    #[arg(long, value_name = "FILE")]
+    env_file: Vec<PathBuf>,
+    /// Run as this user
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+    /// Run in this directory
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<String>,
+    /// The guest's hostname [default: the VM's name]
+    #[arg(long, value_name = "NAME")]
+    hostname: Option<String>,
+    /// Mount another image; with ,size=1G it is made if it is not there; ,ro keeps it as it is.
+    /// Those given are mounted in place of the configuration's Mounts
+    #[arg(short, long, visible_alias = "disk", value_name = "FILE:PATH")]
+    volume: Vec<String>,
+    /// Mount a file system in memory, with options such as size=64m
+    #[arg(long, value_name = "PATH[:OPTIONS]")]
+    tmpfs: Vec<String>,
+    /// Mount the root read-only
+    #[arg(long)]
+    read_only: bool,
+    /// Leave the image as it is: what is written goes to memory, or to FILE, which is made
+    #[arg(long, value_name = "FILE[,size=SIZE]", num_args = 0..=1, require_equals = true,
+        default_missing_value = "tmpfs", conflicts_with = "read_only")]
+    overlay: Option<String>,
+    /// Set a parameter of the guest's kernel
+    #[arg(long, value_name = "NAME=VALUE")]
+    sysctl: Vec<String>,
+    /// Limit a resource of the workload, such as nofile=65536
+    #[arg(long, value_name = "NAME=SOFT[:HARD]")]
+    ulimit: Vec<String>,
+    /// The signal by which the workload is stopped [default: the image's, else SIGTERM]
+    #[arg(long, value_name = "SIGNAL")]
+    stop_signal: Option<String>,
+    /// How long the workload may take to end before it is killed
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
+    stop_timeout: f64,
+    /// The host's network for the guest, by address translation (QEMU), in place of IPConfigs
+    #[arg(long)]
+    net: bool,
+    /// Lead a TCP port of the host, on 127.0.0.1 unless told otherwise, to one of the guest
+    #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST")]
+    publish: Vec<String>,
+    /// Lead a free port of the host to every port that the image says it listens on
+    #[arg(short = 'P', long)]
+    publish_all: bool,
+    /// A tap device that is there; its addresses come from --config
+    #[arg(long, value_name = "DEVICE", conflicts_with = "net")]
+    tap: Option<String>,
+    /// Memory: in MiB, or with a unit, as 1.5G
+    #[arg(short, long, value_name = "SIZE", default_value = "256", value_parser = parse_memory)]
+    memory: u32,
+    /// Virtual processors
+    #[arg(long, default_value_t = 1)]
+    cpus: u32,
+    /// The control groups of the guest [default: hybrid]
+    #[arg(long, value_enum, value_name = "MODE")]
+    cgroup_mode: Option<CgroupMode>,
+    /// The VM's name [default: the image's]
+    #[arg(long)]
+    name: Option<String>,
+    /// Where the Unix socket of the VM's vsock is to be
+    #[arg(long, value_name = "SOCKET")]
+    uds: Option<PathBuf>,
+    /// An uncompressed kernel with all drivers in it [default: Debian's cloud kernel]
+    #[arg(long, value_name = "VMLINUX")]
+    kernel: Option<PathBuf>,
+    /// The initramfs with pigeon-init [default: build/initrd.cpio of the repository]
+    #[arg(
+        long,
+        value_name = "CPIO",
+        env = "PIGEON_INITRD",
+        hide_env_values = true
+    )]
+    initrd: Option<PathBuf>,
+    /// A kernel parameter, such as INIT_LOG_LEVEL=debug
+    #[arg(long, value_name = "PARAMETER")]
+    append: Vec<String>,
+    #[command(flatten)]
+    guest: Guest,
+    /// What runs the VM
+    #[arg(long, value_enum, default_value = "auto")]
+    vmm: Hypervisor,
+    /// Print the configuration and do not boot
+    #[arg(long)]
+    dry_run: bool,
+    /// Print the end as JSON on standard output; the console goes to standard error
+    #[arg(long)]
+    json: bool,
+}
+
+/// MiB of `512`, `512M`, `1.5G`.
+fn parse_memory(text: &str) -> Result<u32, String> {
+    let mib = match text.parse::<u32>() {
+        Ok(mib) => mib,
+        Err(_) => match parse_size(text) {
+            Ok(bytes) => u32::try_from(bytes >> 20).unwrap_or(u32::MAX),
+            Err(error) => return Err(error.to_string()),
+        },
+    };
+    match mib {
+        1..0x10_0000 => Ok(mib),
+        _ => Err(format!(
+            "{mib} MiB are not to be had; a number without a unit is MiB"
+        )),
+    }
+}
+
+impl Run {
+    fn image(&self) -> &Path {
+        Path::new(&self.words[0])
+    }
+
+    fn command(&self) -> &[String] {
+        &self.words[1..]
+    }
+
+    /// Whether the console is shown as it is.
+    fn shows_console(&self) -> bool {
+        !self.quiet && !self.detach && !self.interactive && !self.tty
+    }
+
+    pub fn run(&self) -> Result<u8> {
+        let root = self.check_image()?;
+        let stem = self.image().file_stem().unwrap_or_default();
+        let stem = stem.to_string_lossy();
+        // What is wrong is said before anything is made.
+        let plan = self.plan(self.name.as_deref().unwrap_or(&stem))?;
+        if self.dry_run {
+            say!("{}", serde_json::to_string_pretty(&plan.document)?);
+            return Ok(0);
+        }
+        self.check_memory()?;
+        if self.detach && !detach::is_detached() {
+            return detach::start();
+        }
+        let claim = vms::claim(self.name.as_deref(), &stem)?;
+        let name = claim.record().name;
+        // The name is known only now.
+        let plan = self.plan(&name)?;
+        let locks = lock_disks(&plan)?;
+        let mut kinds = vec![root];
+        for disk in &plan.disks[1..] {
+            kinds.push(disk.prepare()?);
+        }
+        let uds = self.uds.clone().unwrap_or_else(|| claim.record().uds);
+        vacate(&uds)?;
+        sweep();
+        let scratch = Scratch::new()?;
+        let signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+        let mut ports = vec![];
+        for port in plan.ports.iter().filter(|port| !self.by_hypervisor(port)) {
+            let address = port.forward(&uds)?;
+            ports.push(format!("{address}->{}/tcp", port.guest));
+        }
+        ports.extend(
+            plan.ports
+                .iter()
+                .filter(|port| self.by_hypervisor(port))
+                .map(ToString::to_string),
+        );
+        let (machine, on_qemu) = self.start(&plan, &kinds, scratch.path(), &uds)?;
+        claim.update(|record| {
+            record.image = fs::canonicalize(self.image()).unwrap_or_else(|_| self.image().into());
+            record.uds = uds.clone();
+            record.arch = self.guest.arch.name().into();
+            record.hypervisor = machine.hypervisor().into();
+            (record.memory_mib, record.cpus) = (self.memory, self.cpus);
+            record.config = plan.document.clone();
+            record.ports = ports.clone();
+        })?;
+        if self.shows_console() {
+            let target = match &self.uds {
+                None => format!("--vm {name}"),
+                Some(uds) => format!("--uds {}", uds.display()),
+            };
+            note!(
+                "{name} boots on {}; Ctrl-C stops it; from elsewhere: pigeon exec -it {target} sh",
+                machine.hypervisor()
+            );
+            for port in &ports {
+                note!("{port}");
+            }
+            for path in &plan.unkept {
+                note!(
+                    "the image keeps data in {path}: -v FILE:{path},size=1G puts that into a file \
+                     of its own"
+                );
+            }
+        }
+        if self.detach {
+            detach::report(&name, &claim.dir)?;
+        }
+        let owner = Owner {
+            run: self,
+            claim: Arc::new(claim),
+            plan,
+            dir: scratch.path().into(),
+            uds,
+            on_qemu,
+        };
+        let code = owner.watch(machine, signals);
+        drop(locks);
+        code
+    }
+
+    /// What the root is.
+    fn check_image(&self) -> Result<Kind> {
+        let image = self.image();
+        let shown = image.display();
+        ensure!(
+            image.exists(),
+            "there is no image {shown}; `pigeon rootfs SOURCE {shown}` makes one of a container \
+             image"
+        );
+        ensure!(
+            !image.is_dir(),
+            "{shown} is a directory; `pigeon rootfs` makes an image of it"
+        );
+        let kind = describe(image)?;
+        match kind {
+            Kind::Image(format) => {
+                ensure!(
+                    self.overlay.is_none() || !self.read_only,
+                    "a read-only root has no overlay"
+                );
+                let _: Format = format;
+                Ok(kind)
+            }
+            Kind::OtherImage(_) => Ok(kind),
+            Kind::Archive | Kind::Compressed(_) => anyhow::bail!(
+                "{shown} is {kind}, not a root image; `pigeon rootfs {shown} NAME.ext4` makes one \
+                 of it"
+            ),
+            kind => anyhow::bail!(
+                "{shown} is {kind}, not a root image; `pigeon rootfs` makes one of a container \
+                 image"
+            ),
+        }
+    }
+
+    fn check_memory(&self) -> Result<()> {
+        ensure!(
+            self.kernel.is_some() || self.memory >= LEAST_MEMORY,
+            "{} MiB of memory are too little: Debian's kernel needs {LEAST_MEMORY} to start the \
+             init",
+            self.memory
+        );
+        Ok(())
+    }
+
+    /// Whether the hypervisor passes a port on: then it needs nothing of the init.
+    fn by_hypervisor(&self, port: &crate::ports::Port) -> bool {
+        self.net && port.address.is_ipv4() && port.host != 0
+    }
+
+    fn start(
+        &self,
+        plan: &Plan,
+        kinds: &[Kind],
+        dir: &Path,
+        uds: &Path,
+    ) -> Result<(Box<dyn Machine>, bool)> {
+        let product = match &self.initrd {
+            Some(path) => {
+                fs::read(path).with_context(|| format!("unable to read {}", path.display()))?
+            }
+            None => assets::initrd(self.guest.arch)?,
+        };
+        let mut files = Initrd::default();
+        let kernel = match &self.kernel {
+            Some(kernel) => kernel.clone(),
+            None => {
+                let kernel = assets::Kernel::stock(self.guest.arch)?;
+                files.modules_with(&kernel, &file_systems(kinds, self.overlay.is_some()))?;
+                kernel.image()
+            }
+        };
+        files.file("/pigeon/run.json", 0o600, plan.document.to_string());
+        let initrd = dir.join("initrd");
+        fs::write(&initrd, files.on_top_of(product))?;
+
+        let mut disks = vec![];
+        for (disk, kind) in plan.disks.iter().zip(kinds) {
+            let path = fs::canonicalize(&disk.path)
+                .with_context(|| format!("unable to find {}", disk.path.display()))?;
+            // What can be read only is not to be written to by accident either.
+            let packed = matches!(kind, Kind::Image(Format::Squashfs | Format::Erofs));
+            disks.push(match disk.read_only || packed {
+                true => Disk::file(&path).read_only(),
+                false => Disk::file(&path),
+            });
+        }
+        if plan.session.is_some() {
+            let hold = dir.join("hold.ext4");
+            pigeon::hold::write_volume(&hold, self.guest.arch)?;
+            disks.push(Disk::file(&hold).scratch());
+        }
+        let ports = plan.ports.iter().filter_map(|port| match port.address {
+            std::net::IpAddr::V4(address) if self.by_hypervisor(port) => Some(HostPort {
+                address,
+                host: port.host,
+                guest: port.guest,
+            }),
+            _ => None,
+        });
+        let nic = match &self.tap {
+            Some(tap) => Nic::Tap(tap.clone()),
+            None if self.net => Nic::User(ports.collect()),
+            None => Nic::None,
+        };
+        let firecracker = assets::firecracker().filter(|_| self.guest.arch == Arch::HOST);
+        let on_qemu = match (self.vmm, &nic) {
+            (Hypervisor::Auto, Nic::User(_)) | (Hypervisor::Qemu, _) => true,
+            (Hypervisor::Auto, _) => firecracker.is_none(),
+            (Hypervisor::Firecracker, _) => false,
+        };
+        let spec = Spec {
+            args: self.kernel_parameters(),
+            memory_mib: self.memory,
+            cpus: self.cpus,
+            disks,
+            nic,
+            // On QEMU, who connects too early ends the vsock device: see Machine::takes_connections.
+            vsock: Some(if on_qemu { dir.join(VSOCK) } else { uds.into() }),
+            ..Spec::new(dir, self.guest.arch, &kernel, &initrd)
+        };
+        if on_qemu {
+            return Ok((spec.start_qemu()?, true));
+        }
+        let program = firecracker.context(
+            "there is no Firecracker that could run: it needs /dev/kvm, and to be in PATH or named \
+             by FIRECRACKER; --vmm qemu needs neither",
+        )?;
+        Ok((spec.start_firecracker(&program)?, false))
+    }
+
+    fn kernel_parameters(&self) -> Vec<String> {
+        // There is no MMDS to be waited for.
+        let mut parameters = vec![
+            "PIGEON_CONFIG=file".to_string(),
+            format!("PIGEON_EVENTS_PORT={EVENTS_PORT}"),
+        ];
+        if !self.shows_console() {
+            // The serial console is slow, and nobody looks at it.
+            parameters.push("PIGEON_OUTPUT=log".into());
+            parameters.push(format!("PIGEON_LOG_KIB={LOG_KIB}"));
+        }
+        if let Some(mode) = self.cgroup_mode {
+            let mode = match mode {
+                CgroupMode::Hybrid => "hybrid",
+                CgroupMode::Unified => "unified",
+                CgroupMode::None => "none",
+            };
+            parameters.push(format!("PIGEON_CGROUPS={mode}"));
+        }
+        parameters.extend(self.append.iter().cloned());
+        parameters
+    }
+
+    fn stop_timeout(&self) -> Result<Duration> {
+        Duration::try_from_secs_f64(self.stop_timeout).context("bad --stop-timeout")
+    }
+}
+
+/// Makes room for a socket.
+fn vacate(uds: &Path) -> Result<()> {
+    vsock::ensure_vacant(uds)?;
+    match fs::remove_file(uds) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("unable to replace {}", uds.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Two VMs that write to one disk destroy what is on it.
+fn lock_disks(plan: &Plan) -> Result<Vec<File>> {
+    let mut locks = vec![];
+    for disk in plan.disks.iter().filter(|disk| disk.path.exists()) {
+        let shown = disk.path.display();
+        let file = File::open(&disk.path).with_context(|| format!("unable to open {shown}"))?;
+        let locked = match disk.read_only {
+            true => file.try_lock_shared(),
+            false => file.try_lock(),
+        };
+        match locked {
+            Ok(()) => locks.push(file),
+            Err(fs::TryLockError::WouldBlock) => anyhow::bail!(
+                "{shown} is a disk of another VM that runs; with --read-only, --overlay or ,ro \
+                 several can have it"
+            ),
+            // A file system that knows no locks.
+            Err(fs::TryLockError::Error(_)) => {}
+        }
+    }
+    Ok(locks)
+}
+
+/// The directory of a VM that runs, with a lock by which it is told from one of a VM that was
+/// killed.
+struct Scratch {
+    dir: tempfile::TempDir,
+    _lock: File,
+}
+
+/// The lock's name.
+const LOCK: &str = "lock";
+
+impl Scratch {
+    fn new() -> Result<Scratch> {
+        let dir = tempfile::Builder::new().prefix(SCRATCH).tempdir()?;
+        let lock = File::create(dir.path().join(LOCK))?;
+        lock.lock()?;
+        Ok(Scratch { dir, _lock: lock })
+    }
+
+    fn path(&self) -> &Path {
+        self.dir.path()
+    }
+}
+
+/// Removes the directories of VMs whose owners were killed.
+fn sweep() {
+    let Ok(entries) = fs::read_dir(std::env::temp_dir()) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let is_ours = entry.file_name().to_string_lossy().starts_with(SCRATCH);
+        // Without a lock it is one that is being made.
+        let lock = File::open(entry.path().join(LOCK));
+        if is_ours && lock.is_ok_and(|lock| lock.try_lock().is_ok()) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// A VM's end as `pigeon run --json` prints it.
+fn describe_end(exit: Option<&pigeon::Exit>, end: &str, code: u8) -> serde_json::Value {
+    json!({"exit": exit, "end": end, "exit_code": code})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_in_mib_or_has_a_unit() {
+        for (text, mib) in [("256", 256), ("512M", 512), ("1.5G", 1536), ("1GiB", 1024)] {
+            assert_eq!(parse_memory(text), Ok(mib), "{text}");
+        }
+        for text in ["0", "x", "1K", "9999999T", "-1"] {
+            assert!(parse_memory(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_a_killed_vm_has_left_is_swept_and_what_runs_is_not() {
+        let running = Scratch::new().unwrap();
+        let killed = Scratch::new().unwrap();
+        let left = killed.path().to_path_buf();
+        fs::write(left.join("initrd"), "x").unwrap();
+        // As after SIGKILL: the lock is gone, the directory is not.
+        let Scratch { dir, _lock } = killed;
+        let _ = dir.keep();
+        drop(_lock);
+        sweep();
+        assert!(!left.exists());
+        assert!(running.path().exists());
+    }
+}
