@@ -27,7 +27,7 @@ usage: ./build.sh COMMAND [--arch x86_64|aarch64] ...
   rootfs SOURCE OUT [SIZE]    an image of a container image: docker save or OCI archive, OCI folder,
                               tar file, directory, image name; SIZE as 64M, 1.5G;
                               --format ext4|squashfs|erofs
-  pigeon ARGUMENT...          the host command: run, exec, signal, wait, status; see pigeon --help
+  pigeon ARGUMENT...          the host command: run, exec, logs, ps, stop, cp, …; see pigeon --help
   setup                       install and fetch what VMs need
   vendor                      the crates' sources to vendor/, which build then uses, offline
   clean                       remove all that was built; --cache: and the kernel and tools fetched
@@ -152,7 +152,7 @@ program() {
 pigeon() {
     need_rust
     if [[ ${1-} == run ]]; then
-        [[ -e $out/initrd.cpio ]] || initrd ''
+        [[ -e $out/initrd.cpio && ! $out/initrd.cpio -ot $out/init ]] || initrd ''
         setup
     fi
     program pigeon "$@"

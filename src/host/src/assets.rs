@@ -6,6 +6,7 @@
 use std::{
     collections::HashMap,
     env,
+    ffi::OsString,
     fs::{self, File},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -32,9 +33,6 @@ const MODULES: [&str; 7] = [
     "ext4",
 ];
 
-/// The modules of file systems that a root or a volume may have, where they are not built in.
-const FILE_SYSTEMS: [&str; 5] = ["overlay", "squashfs", "erofs", "xfs", "btrfs"];
-
 /// The repository this crate is part of.
 pub fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -43,14 +41,27 @@ pub fn repository() -> &'static Path {
         .expect("the crate lies in the repository")
 }
 
+/// Whether it is the init without optional features, as `./build.sh … --minimal` says by
+/// `PIGEON_MINIMAL`.
+pub fn is_minimal() -> bool {
+    variable("PIGEON_MINIMAL").is_some()
+}
+
 /// The directory of what the build makes for an architecture.
 pub fn build_dir(arch: Arch) -> PathBuf {
-    let build = repository().join("build");
-    if arch == Arch::HOST {
-        build
-    } else {
-        build.join(arch.name())
+    let mut build = repository().join("build");
+    if arch != Arch::HOST {
+        build.push(arch.name());
     }
+    if is_minimal() {
+        build.push("minimal");
+    }
+    build
+}
+
+/// A variable of the environment, if it is set and not empty.
+fn variable(name: &str) -> Option<OsString> {
+    env::var_os(name).filter(|value| !value.is_empty())
 }
 
 /// The archive under test: the product itself, as `./build.sh initrd` made it.
@@ -58,7 +69,8 @@ pub fn initrd(arch: Arch) -> Result<Vec<u8>> {
     let [init, initrd] = ["init", "initrd.cpio"].map(|name| build_dir(arch).join(name));
     let modified = |path: &Path| {
         let time = fs::metadata(path).and_then(|metadata| metadata.modified());
-        let command = format!("./build.sh initrd --arch {}", arch.name());
+        let minimal = if is_minimal() { " --minimal" } else { "" };
+        let command = format!("./build.sh initrd --arch {}{minimal}", arch.name());
         time.with_context(|| format!("no {}: {command} makes it", path.display()))
     };
     ensure!(
@@ -71,14 +83,10 @@ pub fn initrd(arch: Arch) -> Result<Vec<u8>> {
 
 /// The directory of everything that is downloaded or built once a user.
 pub fn cache_dir() -> PathBuf {
-    let variable = |name| {
-        env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    variable("PIGEON_CACHE")
-        .or_else(|| Some(variable("XDG_CACHE_HOME")?.join("pigeon-init")))
-        .or_else(|| Some(variable("HOME")?.join(".cache/pigeon-init")))
+    let directory = |name| variable(name).map(PathBuf::from);
+    directory("PIGEON_CACHE")
+        .or_else(|| Some(directory("XDG_CACHE_HOME")?.join("pigeon-init")))
+        .or_else(|| Some(directory("HOME")?.join(".cache/pigeon-init")))
         .unwrap_or_else(|| env::temp_dir().join("pigeon-init"))
 }
 
@@ -107,33 +115,71 @@ pub fn firecracker() -> Option<PathBuf> {
         .or_else(|| find("firecracker"))
 }
 
-/// A stock kernel, taken apart.
-#[derive(Clone)]
-pub struct Kernel {
-    dir: PathBuf,
+/// A kernel for VMs.
+#[derive(Clone, Debug)]
+pub enum Kernel {
+    /// One of Debian's, taken apart in a directory of the cache: the uncompressed image `vmlinux`,
+    /// the modules that VMs load as `modules/NN-NAME.ko`, and all modules below `tree`.
+    Debian(PathBuf),
+    /// An image that has all drivers built in.
+    Image(PathBuf),
 }
 
 impl Kernel {
-    /// Debian's cloud kernel, fetched on the first call.
+    /// The one that `PIGEON_KERNEL` names, as `./build.sh … --kernel` sets it: a version that
+    /// Debian has, `6.1` or `6.12`, or the path of an image. Without it the [stock](Self::stock) one.
+    pub fn chosen(arch: Arch) -> Result<Kernel> {
+        let Some(name) = variable("PIGEON_KERNEL") else {
+            return Kernel::stock(arch);
+        };
+        let path = Path::new(&name);
+        if path.components().count() > 1 {
+            ensure!(path.is_file(), "no kernel at {}", path.display());
+            return Ok(Kernel::Image(path.into()));
+        }
+        let kernel = DEBIAN_KERNELS.iter().find(|kernel| name == kernel.version);
+        let wanted = || {
+            format!(
+                "PIGEON_KERNEL={}: it is 6.1, 6.12 or a path",
+                path.display()
+            )
+        };
+        Kernel::debian(arch, kernel.with_context(wanted)?)
+    }
+
+    /// The cloud kernel of the Debian release that this host has.
     pub fn stock(arch: Arch) -> Result<Kernel> {
-        let debian = Debian::of_this_host(arch);
-        let package = format!("linux-image-cloud-{}", arch.debian_name());
-        Kernel::of(&debian, &format!("kernel-{}-fs", arch.name()), &package)
+        let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+        let bookworm = release
+            .lines()
+            .any(|line| line.trim_end() == "VERSION_ID=\"12\"");
+        Kernel::debian(arch, &DEBIAN_KERNELS[usize::from(!bookworm)])
+    }
+
+    /// Debian's cloud kernel of a version, fetched on the first call.
+    fn debian(arch: Arch, kernel: &DebianKernel) -> Result<Kernel> {
+        Kernel::unpacked(
+            &format!("linux-{}-{}", kernel.version, arch.name()),
+            |dir| kernel.unpack(arch, dir),
+        )
     }
 
     /// Debian 13's kernel with pages of 16 KiB, which aarch64 alone has.
     pub fn with_16k_pages() -> Result<Kernel> {
-        Kernel::of(
-            &Debian::TRIXIE,
-            "kernel-aarch64-16k-fs",
-            "linux-image-arm64-16k",
-        )
+        Kernel::unpacked("linux-16k-aarch64", |dir| {
+            let trixie = Debian {
+                arch: Arch::Aarch64,
+                sources: Some(TRIXIE),
+            };
+            let package = trixie.dependency("linux-image-arm64-16k", dir)?;
+            trixie.unpack(&package.context("Debian 13 has no such kernel")?, dir)
+        })
     }
 
-    /// The kernel that a metapackage stands for.
-    fn of(debian: &Debian, name: &str, metapackage: &str) -> Result<Kernel> {
+    /// A kernel in the cache's directory `name`, from the package that `unpack` unpacks below it.
+    fn unpacked(name: &str, unpack: impl FnOnce(&Path) -> Result<PathBuf>) -> Result<Kernel> {
         let dir = cached(name, |dir| {
-            let files = debian.unpack_dependency(metapackage, dir)?;
+            let files = unpack(dir)?;
             let boot = fs::read_dir(files.join("boot"))?.collect::<Result<Vec<_>, _>>()?;
             let image = boot
                 .iter()
@@ -144,23 +190,31 @@ impl Kernel {
             for (number, (name, module)) in ordered_modules(&files, &MODULES)?.iter().enumerate() {
                 fs::write(dir.join(format!("modules/{number:02}-{name}.ko")), module)?;
             }
-            fs::create_dir(dir.join("file-systems"))?;
-            for (name, module) in ordered_modules(&files, &FILE_SYSTEMS)? {
-                fs::write(dir.join(format!("file-systems/{name}.ko")), module)?;
-            }
+            let modules = ["lib/modules", "usr/lib/modules"].map(|path| files.join(path));
+            let modules = modules.iter().find(|path| path.exists());
+            fs::rename(
+                modules.context("no modules in the package")?,
+                dir.join("tree"),
+            )?;
             Ok(fs::remove_dir_all(files)?)
         })?;
-        Ok(Kernel { dir })
+        Ok(Kernel::Debian(dir))
     }
 
-    /// The uncompressed image: on x86_64 an ELF file.
+    /// The image. Debian's is uncompressed, on x86_64 an ELF file.
     pub fn image(&self) -> PathBuf {
-        self.dir.join("vmlinux")
+        match self {
+            Kernel::Debian(dir) => dir.join("vmlinux"),
+            Kernel::Image(path) => path.clone(),
+        }
     }
 
-    /// File names and contents of the modules to load, in an order that satisfies them all.
+    /// File names and contents of the modules that VMs load, in an order that satisfies them all.
     pub fn modules(&self) -> Result<Vec<(String, Vec<u8>)>> {
-        let mut paths: Vec<_> = fs::read_dir(self.dir.join("modules"))?
+        let Kernel::Debian(dir) = self else {
+            return Ok(vec![]);
+        };
+        let mut paths: Vec<_> = fs::read_dir(dir.join("modules"))?
             .map(|entry| anyhow::Ok(entry?.path()))
             .collect::<Result<_>>()?;
         paths.sort();
@@ -170,37 +224,95 @@ impl Kernel {
         };
         paths.into_iter().map(named).collect()
     }
-}
 
-impl Kernel {
-    /// Names and contents of the modules for these file systems, in the order to load them in,
-    /// after [those of all VMs](Kernel::modules). What is built in has none.
-    pub fn file_system_modules(&self, names: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
-        let base: Vec<_> = self.modules()?.into_iter().map(|(name, _)| name).collect();
-        let mut modules = ordered_modules(&self.dir.join("file-systems"), names)?;
-        let is_new = |name: &String| {
-            !base
-                .iter()
-                .any(|base| base.ends_with(&format!("-{name}.ko")))
+    /// The same, and after them these modules with those they depend on. One that is built in adds
+    /// nothing.
+    pub fn modules_and(&self, more: &[String]) -> Result<Vec<(String, Vec<u8>)>> {
+        let mut modules = self.modules()?;
+        if let Kernel::Debian(dir) = self
+            && !more.is_empty()
+        {
+            let wanted: Vec<_> = MODULES
+                .into_iter()
+                .chain(more.iter().map(String::as_str))
+                .collect();
+            let all = ordered_modules(&dir.join("tree"), &wanted)?;
+            let named = all.into_iter().skip(modules.len()).enumerate();
+            let number = modules.len();
+            modules.extend(
+                named.map(|(n, (name, module))| (format!("{:02}-{name}.ko", number + n), module)),
+            );
+        }
+        Ok(modules)
+    }
+
+    /// A module, uncompressed.
+    pub fn module(&self, name: &str) -> Result<Vec<u8>> {
+        let (_, bytes) = self.module_file(name)?;
+        uncompressed_module(bytes)
+    }
+
+    /// The file name and contents of a module as the package has it, which may be compressed.
+    pub fn module_file(&self, name: &str) -> Result<(String, Vec<u8>)> {
+        let Kernel::Debian(dir) = self else {
+            bail!("{} has no modules", self.image().display());
         };
-        modules.retain(|(name, _)| is_new(name));
-        let named = |(name, module)| (format!("{name}.ko"), module);
-        Ok(modules.into_iter().map(named).collect())
+        let mut files = HashMap::new();
+        find_modules(&dir.join("tree"), &mut files)?;
+        let missing = || format!("{} has no module {name}", dir.display());
+        let path = files.get(&name.replace('-', "_")).with_context(missing)?;
+        let file_name = path.file_name().context("a file has a name")?;
+        Ok((file_name.to_string_lossy().into_owned(), fs::read(path)?))
     }
 }
 
-/// A module of the stock kernel that no VM loads by itself.
-pub fn module(arch: Arch, name: &str) -> Result<Vec<u8>> {
-    let dir = cached(&format!("module-{name}-{}", arch.name()), |dir| {
-        let package = format!("linux-image-cloud-{}", arch.debian_name());
-        let files = Debian::of_this_host(arch).unpack_dependency(&package, dir)?;
-        let (_, module) = ordered_modules(&files, &[name])?
-            .pop()
-            .with_context(|| format!("{package} has no module {name}"))?;
-        fs::write(dir.join("module.ko"), module)?;
-        Ok(fs::remove_dir_all(files)?)
-    })?;
-    Ok(fs::read(dir.join("module.ko"))?)
+/// A version that Debian has a cloud kernel of, and where.
+struct DebianKernel {
+    version: &'static str,
+    /// Metapackages of this host's own release, the likelier one first; ARCH stands for the
+    /// architecture. Which version one leads to depends on the release.
+    metapackages: &'static [&'static str],
+    /// The release that has it if this host's has not.
+    elsewhere: &'static str,
+}
+
+/// The first is Debian 12's, the second Debian 13's; Debian 12 has that, too, from its security
+/// archive.
+const DEBIAN_KERNELS: [DebianKernel; 2] = [
+    DebianKernel {
+        version: "6.1",
+        metapackages: &["linux-image-cloud-ARCH"],
+        elsewhere: BOOKWORM,
+    },
+    DebianKernel {
+        version: "6.12",
+        metapackages: &["linux-image-6.12-cloud-ARCH", "linux-image-cloud-ARCH"],
+        elsewhere: TRIXIE,
+    },
+];
+
+impl DebianKernel {
+    /// Unpacks the kernel's package below `dir`.
+    fn unpack(&self, arch: Arch, dir: &Path) -> Result<PathBuf> {
+        let own = Debian::of_this_host(arch);
+        let elsewhere = Debian {
+            arch,
+            sources: Some(self.elsewhere),
+        };
+        let metapackages = self.metapackages.iter().map(|name| (&own, *name));
+        let prefix = format!("linux-image-{}.", self.version);
+        for (debian, name) in metapackages.chain([(&elsewhere, "linux-image-cloud-ARCH")]) {
+            let metapackage = name.replace("ARCH", arch.debian_name());
+            let package = debian.dependency(&metapackage, dir)?;
+            if let Some(package) = package.filter(|package| package.starts_with(&prefix)) {
+                return debian.unpack(&package, dir);
+            }
+        }
+        bail!(
+            "apt knows no kernel {}: is this Debian 12 or 13?",
+            self.version
+        )
+    }
 }
 
 /// The wanted modules of an unpacked kernel package, each after those it depends on.
@@ -218,12 +330,7 @@ fn ordered_modules(package: &Path, wanted: &[&str]) -> Result<Vec<(String, Vec<u
         else {
             return Ok(());
         };
-        let bytes = fs::read(path)?;
-        let module = if bytes.starts_with(b"\x7fELF") {
-            bytes
-        } else {
-            decompress(&bytes)?
-        };
+        let module = uncompressed_module(fs::read(path)?)?;
         for dependency in dependencies(&module) {
             add(&dependency, files, ordered)?;
         }
@@ -237,6 +344,14 @@ fn ordered_modules(package: &Path, wanted: &[&str]) -> Result<Vec<(String, Vec<u
         add(name, &files, &mut ordered)?;
     }
     Ok(ordered)
+}
+
+fn uncompressed_module(bytes: Vec<u8>) -> Result<Vec<u8>> {
+    if bytes.starts_with(b"\x7fELF") {
+        Ok(bytes)
+    } else {
+        decompress(&bytes)
+    }
 }
 
 /// Paths of all module files below `dir`, by module name.
@@ -357,7 +472,7 @@ pub fn busybox(arch: Arch) -> Result<PathBuf> {
 
 /// A Python with the `websockets` package, in an environment of its own below `build/`.
 pub fn python() -> Result<PathBuf> {
-    let build = build_dir(Arch::HOST);
+    let build = repository().join("build");
     let dir = build.join("python");
     let [python, stamp] = ["bin/python3", PYTHON_PACKAGE].map(|name| dir.join(name));
     fs::create_dir_all(&build)?;
@@ -434,15 +549,15 @@ struct Debian {
     sources: Option<&'static str>,
 }
 
-impl Debian {
-    const TRIXIE: Debian = Debian {
-        arch: Arch::Aarch64,
-        sources: Some(
-            "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] \
-             http://deb.debian.org/debian trixie main\n",
-        ),
-    };
+/// Sources of Debian 12.
+const BOOKWORM: &str = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] \
+                        http://deb.debian.org/debian bookworm main\n";
 
+/// Sources of Debian 13.
+const TRIXIE: &str = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] \
+                      http://deb.debian.org/debian trixie main\n";
+
+impl Debian {
     /// The release that this host has.
     fn of_this_host(arch: Arch) -> Debian {
         let sources = None;
@@ -474,15 +589,16 @@ impl Debian {
         Ok(apt)
     }
 
-    /// Unpacks the package that a metapackage stands for.
-    fn unpack_dependency(&self, metapackage: &str, dir: &Path) -> Result<PathBuf> {
+    /// The package that a metapackage stands for, if apt knows it.
+    fn dependency(&self, metapackage: &str, dir: &Path) -> Result<Option<String>> {
         run(self.apt("apt-get", dir)?.args(["update", "-qq"]))?;
-        let depends = run(self.apt("apt-cache", dir)?.args(["depends", metapackage]))?;
-        let package = depends
+        // apt-cache fails for a name that it does not know.
+        let depends = run(self.apt("apt-cache", dir)?.args(["depends", metapackage]));
+        let depends = depends.unwrap_or_default();
+        let mut packages = depends
             .lines()
-            .find_map(|line| line.trim().strip_prefix("Depends: "))
-            .with_context(|| format!("apt knows no {metapackage}: is this Debian 12 or 13?"))?;
-        self.unpack(package, dir)
+            .filter_map(|line| line.trim().strip_prefix("Depends: "));
+        Ok(packages.next().map(String::from))
     }
 
     /// Downloads a package and unpacks it in a directory below `dir`.
@@ -515,7 +631,13 @@ mod tests {
     #[test]
     fn modules_follow_what_they_depend_on() {
         let arch = Arch::chosen().unwrap();
-        let modules = Kernel::stock(arch).unwrap().modules().unwrap();
+        let kernel = Kernel::chosen(arch).unwrap();
+        let modules = kernel.modules_and(&["vsock_loopback".into()]).unwrap();
+        assert!(
+            modules
+                .last()
+                .is_some_and(|(name, _)| name.ends_with("-vsock_loopback.ko"))
+        );
         assert!(
             modules
                 .iter()
@@ -532,28 +654,6 @@ mod tests {
                 assert!(earlier, "{name} comes before {file}");
             }
         }
-    }
-
-    #[test]
-    fn a_file_systems_modules_come_with_what_they_depend_on() {
-        let arch = Arch::chosen().unwrap();
-        let kernel = Kernel::stock(arch).unwrap();
-        let modules = kernel
-            .file_system_modules(&["erofs", "overlay", "none"])
-            .unwrap();
-        let names: Vec<_> = modules.iter().map(|(name, _)| name.as_str()).collect();
-        assert!(
-            names.contains(&"erofs.ko") && names.contains(&"overlay.ko"),
-            "{names:?}"
-        );
-        for (at, (name, contents)) in modules.iter().enumerate() {
-            for dependency in dependencies(contents) {
-                let file = format!("{}.ko", dependency.replace('-', "_"));
-                let later = modules[at..].iter().any(|(name, _)| *name == file);
-                assert!(!later, "{name} comes before {file}");
-            }
-        }
-        assert!(kernel.file_system_modules(&[]).unwrap().is_empty());
     }
 
     #[test]

@@ -244,9 +244,27 @@ impl Client {
         }
     }
 
-    /// `GET /v1/ws/exec`: runs a command whose input and output are streams.
+    /// `GET /v1/ws/exec`: runs a command whose input and output are streams. An init built without
+    /// the feature `sessions` cannot tell its two outputs apart, whatever the command says.
     pub fn session(&self, command: &Command) -> Result<Session, Error> {
+        if command.streams && command.id.is_none() && !self.has_sessions()? {
+            let merged = Command {
+                streams: false,
+                ..command.clone()
+            };
+            return Session::start(self, &merged, None);
+        }
         Session::start(self, command, None)
+    }
+
+    /// Whether the init has the feature `sessions`.
+    fn has_sessions(&self) -> Result<bool, Error> {
+        match self.sessions() {
+            Err(Error::Refused {
+                status: 404 | 405, ..
+            }) => Ok(false),
+            sessions => sessions.map(|_| true),
+        }
     }
 
     /// [`session`](Client::session) on a terminal of so many columns and rows.

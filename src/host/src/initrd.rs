@@ -40,15 +40,13 @@ impl Initrd {
 
     /// Adds a kernel's modules and the list by which pigeon-init loads them.
     pub fn modules(&mut self, kernel: &Kernel) -> Result<&mut Self> {
-        self.modules_with(kernel, &[])
+        self.modules_and(kernel, &[])
     }
 
-    /// Adds a kernel's modules, those of some file systems among them.
-    pub fn modules_with(&mut self, kernel: &Kernel, file_systems: &[&str]) -> Result<&mut Self> {
-        let mut modules = kernel.modules()?;
-        modules.extend(kernel.file_system_modules(file_systems)?);
+    /// The same with these modules, and those they depend on, in the list's end.
+    pub fn modules_and(&mut self, kernel: &Kernel, more: &[String]) -> Result<&mut Self> {
         let mut list = String::new();
-        for (name, contents) in modules {
+        for (name, contents) in kernel.modules_and(more)? {
             let path = format!("/pigeon/lib/{name}");
             list += &format!("{path}\n");
             self.file(&path, 0o644, contents);

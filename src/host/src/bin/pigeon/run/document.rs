@@ -2,7 +2,7 @@
 //! it.
 
 use std::{
-    collections::BTreeMap,
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
 };
@@ -463,21 +463,17 @@ fn unkept_volumes(document: &Value) -> Vec<String> {
 }
 
 /// File systems that the guest's kernel needs for these disks.
-pub fn file_systems(kinds: &[Kind], overlay: bool) -> Vec<&'static str> {
-    let mut wanted = BTreeMap::new();
-    for kind in kinds {
-        match kind {
-            Kind::Image(Format::Squashfs) => wanted.insert("squashfs", ()),
-            Kind::Image(Format::Erofs) => wanted.insert("erofs", ()),
-            Kind::OtherImage("XFS") => wanted.insert("xfs", ()),
-            Kind::OtherImage("Btrfs") => wanted.insert("btrfs", ()),
-            _ => None,
-        };
-    }
-    if overlay {
-        wanted.insert("overlay", ());
-    }
-    wanted.into_keys().collect()
+pub fn file_systems(kinds: &[Kind], overlay: bool) -> Vec<String> {
+    let module = |kind: &Kind| match kind {
+        Kind::Image(Format::Squashfs) => Some("squashfs"),
+        Kind::Image(Format::Erofs) => Some("erofs"),
+        Kind::OtherImage("XFS") => Some("xfs"),
+        Kind::OtherImage("Btrfs") => Some("btrfs"),
+        _ => None,
+    };
+    let overlay = overlay.then_some("overlay");
+    let wanted: BTreeSet<_> = kinds.iter().filter_map(module).chain(overlay).collect();
+    wanted.into_iter().map(String::from).collect()
 }
 
 #[cfg(test)]

@@ -370,8 +370,8 @@ impl Run {
         let kernel = match &self.kernel {
             Some(kernel) => kernel.clone(),
             None => {
-                let kernel = assets::Kernel::stock(self.guest.arch)?;
-                files.modules_with(&kernel, &file_systems(kinds, self.overlay.is_some()))?;
+                let kernel = assets::Kernel::chosen(self.guest.arch)?;
+                files.modules_and(&kernel, &file_systems(kinds, self.overlay.is_some()))?;
                 kernel.image()
             }
         };

@@ -421,6 +421,8 @@ impl Owner<'_> {
         };
         if unseen && !(good && exit.is_some()) && !killed {
             show_console_end(&console);
+        } else if unseen && let Some(line) = complaint(&console) {
+            let _ = writeln!(io::stderr(), "{line}");
         }
         note!("{said}");
         Ok(code)
@@ -437,6 +439,14 @@ fn show_quietly(frame: &Frame) -> io::Result<()> {
         }
         pigeon::logs::Stream::Stderr => io::stderr().write_all(&frame.bytes),
     }
+}
+
+/// The last of what the init complains about on a console.
+fn complaint(console: &str) -> Option<&str> {
+    console.lines().rfind(|line| {
+        let level = line.strip_prefix("pigeon-init: level=");
+        level.is_some_and(|rest| !rest.starts_with("info") && !rest.starts_with("debug"))
+    })
 }
 
 /// The last lines of a console that nobody has seen.
