@@ -1,6 +1,7 @@
 //! Container images made by hand.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod fake;
 pub mod listing;
 
 use std::{
