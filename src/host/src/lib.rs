@@ -20,6 +20,7 @@ pub mod initrd;
 pub mod logs;
 pub mod machine;
 pub mod process;
+pub mod progress;
 pub mod proxy;
 pub mod qmp;
 pub mod session;

@@ -1,6 +1,8 @@
 //! The command where there is no VM: what it says then, and how it gets images by name.
 
 mod common;
+#[path = "common/pty.rs"]
+mod pty;
 
 use std::{
     fs,
@@ -319,4 +321,25 @@ fn shells_complete_and_the_manual_has_every_command() {
         assert!(page.starts_with(".ie"), "{page}");
     }
     assert!(complaint(&place, &["man", "nosuch"]).contains("there is no command nosuch"));
+}
+
+#[test]
+fn what_takes_long_shows_how_far_it_is_on_a_terminal_only() {
+    let place = Place::new();
+    place.write("a.tar", Tar::new().file("x", vec![1; 300_000]).bytes());
+    let script = format!(
+        "(cat a.tar; sleep 1.2; cat a.tar; sleep 0.5) | {} rootfs -f - a.ext4",
+        env!("CARGO_BIN_EXE_pigeon")
+    );
+    let shell = || {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &script]).current_dir(place.0.path());
+        shell
+    };
+    let mut terminal = pty::Terminal::spawn(shell(), (80, 24));
+    terminal.expect("reading standard input");
+    assert!(terminal.wait().success(), "{}", terminal.shown());
+    let output = shell().output().unwrap();
+    assert!(output.status.success());
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
 }

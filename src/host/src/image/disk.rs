@@ -11,12 +11,13 @@ use clap::ValueEnum;
 use sha2::{Digest, Sha256};
 
 use super::{
-    Progress, erofs, ext4,
+    erofs, ext4,
     inodes::{InodeKind, Inodes},
     layer::Layer,
     squashfs,
     tree::{Contents, LeafKind, Tree},
 };
+use crate::progress::Progress;
 
 /// A file system that a root can have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

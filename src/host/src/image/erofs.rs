@@ -9,12 +9,12 @@ use std::{fs::File, io::Read, os::unix::fs::FileExt};
 use anyhow::{Context, Result, ensure};
 
 use super::{
-    Progress,
     ext4::{name_index, new_encode_dev},
     inodes::{Inode, InodeKind, Inodes},
     layer::Layer,
     tree::{Extent, LeafKind, Meta},
 };
+use crate::progress::Progress;
 
 const BLOCK: u64 = 4096;
 /// What inodes are numbered by: their offset in units of this.

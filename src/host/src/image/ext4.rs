@@ -11,11 +11,11 @@ use std::{fs::File, io::Read, os::unix::fs::FileExt};
 use anyhow::{Context, Result, ensure};
 
 use super::{
-    Progress,
     inodes::{Inode, InodeKind, Inodes},
     layer::Layer,
     tree::{Extent, LeafKind, Meta, Time},
 };
+use crate::progress::Progress;
 
 /// Bytes of a block.
 pub const BLOCK: u64 = 4096;

@@ -8,10 +8,10 @@ use std::{
 use anyhow::{Context, Result, ensure};
 
 use super::{
-    Progress,
     layer::Layer,
     tree::{Contents, Item, Kind, LeafKind, Meta, Place, Tree},
 };
+use crate::progress::Progress;
 
 /// All files of a tree; the first one is the root directory.
 pub struct Inodes<'a> {

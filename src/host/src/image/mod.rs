@@ -20,11 +20,9 @@ pub mod tree;
 
 use std::{
     collections::BTreeMap,
-    fs,
-    io::{self, IsTerminal, Write},
+    fs, io,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -34,7 +32,7 @@ use disk::{Format, directory_of};
 use source::Source;
 use tree::{Place, Tree};
 
-use crate::{Arch, assets};
+use crate::{Arch, assets, progress::Progress};
 
 /// How an image is made.
 #[derive(Clone, Debug, Default)]
@@ -287,72 +285,4 @@ fn pull(name: &str, arch: Arch, archive: &Path) -> Result<()> {
         "there is no file {name}, and neither a docker that works nor skopeo to get an image of \
          that name; where there is one: docker save {name} --output image.tar"
     )
-}
-
-/// A line on standard error that tells how far it is: on a terminal only.
-pub struct Progress {
-    shown: bool,
-    phase: &'static str,
-    done: u64,
-    total: u64,
-    last: Option<Instant>,
-}
-
-impl Progress {
-    /// Nothing done. Without a terminal it shows nothing in any case.
-    pub fn new(wanted: bool) -> Progress {
-        Progress {
-            shown: wanted && io::stderr().is_terminal(),
-            phase: "",
-            done: 0,
-            total: 0,
-            last: None,
-        }
-    }
-
-    /// Starts on something else, of so many bytes; 0 is unknown.
-    pub fn phase(&mut self, phase: &'static str, total: u64) {
-        (self.phase, self.done, self.total, self.last) = (phase, 0, total, None);
-        self.add(0);
-    }
-
-    /// So many bytes more are done.
-    pub fn add(&mut self, bytes: u64) {
-        const REFRESH: Duration = Duration::from_millis(100);
-        self.done += bytes;
-        if self.shown && self.last.is_none_or(|last| last.elapsed() >= REFRESH) {
-            self.last = Some(Instant::now());
-            // A terminal that is gone must not end the work.
-            let _ = write!(io::stderr(), "\r\x1b[K{}", self.line());
-        }
-    }
-
-    /// Removes the line.
-    pub fn end(&mut self) {
-        if self.shown {
-            let _ = write!(io::stderr(), "\r\x1b[K");
-        }
-    }
-
-    fn line(&self) -> String {
-        const WIDTH: u64 = 30;
-        let mib = |bytes: u64| format!("{}.{}", bytes >> 20, ((bytes & 0xf_ffff) * 10) >> 20);
-        match self.total {
-            0 if self.done == 0 => format!("{} ...", self.phase),
-            0 => format!("{} {} MiB", self.phase, mib(self.done)),
-            total => {
-                let done = self.done.min(total);
-                let full = (done * WIDTH / total) as usize;
-                let bar = "#".repeat(full) + &" ".repeat(WIDTH as usize - full);
-                let (done, total) = (mib(done), mib(total));
-                format!("{:<15} [{bar}] {done} of {total} MiB", self.phase)
-            }
-        }
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        self.end();
-    }
 }

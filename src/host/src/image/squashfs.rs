@@ -12,12 +12,11 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{
-    Progress,
     inodes::{Inode, InodeKind, Inodes},
     layer::Layer,
     tree::{Extent, LeafKind, Meta},
 };
-use crate::assets;
+use crate::{assets, progress::Progress};
 
 /// Makes the image `out`, which must not be there.
 pub fn write(

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Write},
+    io::{self, Read, Write},
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
 };
@@ -12,6 +12,7 @@ use clap::Args;
 use pigeon::{
     Client, Command, Error, Session,
     files::WriteOptions,
+    progress::Progress,
     session::{Event, MESSAGE},
 };
 
@@ -148,8 +149,11 @@ impl Cp {
             .filter(|dir| !dir.as_os_str().is_empty());
         let mut file = tempfile::NamedTempFile::new_in(dir.unwrap_or(Path::new(".")))
             .with_context(|| format!("unable to write {shown}"))?;
-        let copied =
-            io::copy(&mut contents, &mut file).with_context(|| format!("{path} broke off"))?;
+        let mut progress = Progress::new(true);
+        progress.phase("receiving", info.size);
+        let copied = io::copy(&mut Counted(&mut contents, &mut progress), &mut file);
+        let copied = copied.with_context(|| format!("{path} broke off"))?;
+        progress.end();
         ensure!(copied == info.size, "{path} broke off after {copied} bytes");
         let mode = info.mode.unwrap_or(0o644) & 0o777;
         file.as_file()
@@ -157,6 +161,17 @@ impl Cp {
         let kept = file.persist(&destination).map_err(|error| error.error);
         kept.with_context(|| format!("unable to write {shown}"))?;
         Ok(())
+    }
+}
+
+/// A reader that tells how far it is.
+struct Counted<'a>(&'a mut dyn Read, &'a mut Progress);
+
+impl Read for Counted<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let size = self.0.read(buffer)?;
+        self.1.add(size as u64);
+        Ok(size)
     }
 }
 
@@ -219,7 +234,11 @@ fn send_file(client: &Client, source: &Path, path: &str, options: &WriteOptions)
     };
     // A pipe has no length before its end.
     let length = found.is_file().then_some(found.len());
-    let written = client.write_file(path, &mut file, length, &options);
+    let mut progress = Progress::new(true);
+    progress.phase("sending", length.unwrap_or(0));
+    let mut counted = Counted(&mut file, &mut progress);
+    let written = client.write_file(path, &mut counted, length, &options);
+    progress.end();
     written.with_context(|| format!("unable to write {path} in the VM"))?;
     Ok(())
 }

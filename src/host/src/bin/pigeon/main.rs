@@ -178,10 +178,11 @@ fn hint(error: &anyhow::Error) -> Option<&'static str> {
         }
         Error::Refused { status: 409, .. } => "Its workload has ended, or is held for a snapshot.",
         Error::Refused { status: 503, .. } => "It has as many connections as it can: try again.",
+        // The init's words for a call that it has not.
         Error::Refused {
             status: 404 | 405,
             message,
-        } if !message.contains('/') => {
+        } if message == "no such path" || message == "method not allowed" => {
             "Is that socket pigeon-init's, and was its init built with this feature? It knows no \
              such call."
         }

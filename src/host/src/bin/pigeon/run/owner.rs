@@ -23,6 +23,7 @@ use pigeon::{
     events::{self, Event},
     logs::Frame,
     machine::{End, Machine, VSOCK},
+    progress::Progress,
 };
 use serde_json::json;
 use signal_hook::iterator::Signals;
@@ -323,7 +324,9 @@ impl Owner<'_> {
         let program = plan.argv.first().cloned().unwrap_or_default();
         thread::spawn(move || {
             let run = || {
+                let waiting = Progress::spinner("booting");
                 let client = Client::connect_within(&uds, BOOT)?;
+                drop(waiting);
                 let session = match tty {
                     true => client.terminal(&command, terminal::size().unwrap_or((80, 24))),
                     false => client.session(&command.separate_stderr()),
