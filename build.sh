@@ -6,12 +6,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # The lab is built of the host's library: they share what they build.
 readonly std_target=${CARGO_TARGET_DIR:-target/std}
+readonly init_target=${CARGO_TARGET_DIR:-target}
 readonly host=(--locked --manifest-path src/host/Cargo.toml --target-dir "$std_target")
 readonly lab=(--locked --manifest-path tests/Cargo.toml --target-dir "$std_target")
 
 help() {
     cat <<'EOF'
-usage: ./build.sh COMMAND [--arch x86_64|aarch64] ...
+usage: ./build.sh COMMAND [--arch x86_64|aarch64] [--minimal] [--kernel 6.1|6.12|PATH] ...
 
   run [run.json [WORD...]]    build, and boot the example (or run.json) in a VM, console shown;
                               the words go on the kernel command line
@@ -28,11 +29,16 @@ usage: ./build.sh COMMAND [--arch x86_64|aarch64] ...
                               tar file, directory, image name; SIZE as 64M, 1.5G;
                               --format ext4|squashfs|erofs
   pigeon ARGUMENT...          the host command: run, exec, logs, ps, stop, cp, …; see pigeon --help
+  dist                        dist/: archives of init, initrd and pigeon for both architectures, with
+                              checksums and bills of materials
+  package                     the same for one architecture
   setup                       install and fetch what VMs need
   vendor                      the crates' sources to vendor/, which build then uses, offline
   clean                       remove all that was built; --cache: and the kernel and tools fetched
 
-For an architecture that is not this machine's, build/ is build/ARCH/.
+--minimal is the init without optional features. --kernel is that of the VMs: one of Debian's, by
+default this release's, or a kernel image that has its drivers built in. For an architecture that is
+not this machine's, build/ is build/ARCH/; without features, that directory's minimal/.
 EOF
 }
 
@@ -64,15 +70,17 @@ need_rust() {
     need cc=gcc
 }
 
-# choose ARCH: of what is built, and of the VMs. The lab and `pigeon` hear of it by PIGEON_ARCH.
+# KiB that build/init may have, with all features and without: they go down, never up.
+readonly budget_whole=140 budget_minimal=96
+
+# choose ARCH MINIMAL KERNEL: of what is built, and of the VMs. The lab and `pigeon` read them from
+# PIGEON_ARCH, PIGEON_MINIMAL and PIGEON_KERNEL.
 choose() {
-    # The budget is KiB that build/init may have: it goes down, never up.
     case $1 in
-        x86_64) qemu=qemu-system-x86 debian=amd64 budget=140 ;;
-        aarch64) qemu=qemu-system-arm debian=arm64 budget=140 ;;
+        x86_64) qemu=qemu-system-x86 debian=amd64 ;;
+        aarch64) qemu=qemu-system-arm debian=arm64 ;;
         *) die "there is no init for $1: Firecracker has x86_64 and aarch64" ;;
     esac
-    export PIGEON_ARCH=$1
     if [[ $1 == "$(uname -m)" ]]; then
         out=build
         target=$1-unknown-linux-gnu
@@ -81,18 +89,24 @@ choose() {
         # Its core library is used, and nothing of a C library: this one is there for every host.
         target=$1-unknown-linux-musl
     fi
-    readonly out target qemu debian budget
+    features=() budget=$budget_whole
+    if [[ -n $2 ]]; then
+        out+=/minimal features=(--no-default-features) budget=$budget_minimal
+    fi
+    readonly out target qemu debian features budget
+    export PIGEON_ARCH=$1 PIGEON_MINIMAL=$2 PIGEON_KERNEL=$3
 }
 
 cache() { echo "${PIGEON_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/pigeon-init}"; }
 
-# One static binary: no libc, no loader, no start files.
+# cargo_init TARGET_DIR: one static binary: no libc, no loader, no start files.
 cargo_init() {
     local offline=()
     [[ ! -d vendor ]] || offline=(--offline --config vendor-config/config.toml)
     # Static, at a fixed address, laid out by init.ld. The toolchain's own linker makes the same
     # bytes on every machine.
-    cargo rustc --release --bin init --locked --target "$target" "${offline[@]}" -- \
+    cargo rustc --release --bin init --locked --target-dir "$1" --target "$target" \
+        "${features[@]}" "${offline[@]}" -- \
         -C relocation-model=static -C force-unwind-tables=no \
         -C linker=rust-lld -C linker-flavor=ld.lld -C link-self-contained=no \
         -C link-arg=-static -C link-arg=--no-eh-frame-hdr -C link-arg=--build-id=none \
@@ -102,9 +116,9 @@ cargo_init() {
 build() {
     need_rust
     [[ $target == *-gnu ]] || rustup target add "$target"
-    cargo_init
+    cargo_init "$init_target"
     mkdir -p "$out"
-    install -m 755 "target/$target/release/init" "$out/init"
+    install -m 755 "$init_target/$target/release/init" "$out/init"
     local size
     size=$(stat -c %s "$out/init")
     say "$out/init: $size bytes"
@@ -115,7 +129,7 @@ build() {
 initrd() {
     local config=$1
     [[ -z $config || $config == /* ]] || config=$caller/$config
-    need cpio=cpio
+    need cpio=cpio zstd=zstd
     build
     local stage
     stage=$(mktemp -d)
@@ -129,7 +143,9 @@ initrd() {
         find . -mindepth 1 -printf '%P\n' | LC_ALL=C sort |
             cpio --quiet --create --format=newc --reproducible --owner=+0:+0
     ) >"$out/initrd.cpio"
-    say "$out/initrd.cpio: $(stat -c %s "$out/initrd.cpio") bytes"
+    say "$out/initrd.cpio: $(wc -c <"$out/initrd.cpio") bytes;" \
+        "$(gzip -9n <"$out/initrd.cpio" | wc -c) with gzip -9," \
+        "$(zstd -19 -q <"$out/initrd.cpio" | wc -c) with zstd -19"
 }
 
 rootfs() {
@@ -162,7 +178,7 @@ setup() {
     need_rust
     local arch=$PIGEON_ARCH foreign=()
     # The guest's programs are compiled here, and some run here.
-    [[ $out == build ]] || foreign=("$arch-linux-gnu-gcc=gcc-${arch/_/-}-linux-gnu"
+    [[ $arch == "$(uname -m)" ]] || foreign=("$arch-linux-gnu-gcc=gcc-${arch/_/-}-linux-gnu"
         "$arch-linux-gnu-gcc=libc6-dev-$debian-cross" "qemu-$arch=qemu-user")
     need "qemu-system-$arch=$qemu" "${foreign[@]}" fakeroot=fakeroot mkfs.ext4=e2fsprogs \
         debugfs=e2fsprogs ip=iproute2 lz4=lz4 xz=xz-utils bzip2=bzip2 zstd=zstd cpio=cpio socat=socat \
@@ -181,18 +197,76 @@ run() {
     program pigeon-lab run "$@"
 }
 
+# Archives for both architectures. The same sources and tools make the same bytes.
+dist() {
+    rm -rf dist
+    local arch
+    for arch in x86_64 aarch64; do
+        bash build.sh package --arch "$arch"
+    done
+    (cd dist && sha256sum -- *.tar.gz >SHA256SUMS)
+    say "dist/ holds $(cd dist && echo *)"
+}
+
+# dist/pigeon-init-VERSION-ARCH.tar.gz: all that a host needs but for a hypervisor and a kernel.
+package() {
+    need_rust
+    need zstd=zstd
+    initrd ''
+    local version name stage epoch musl=$PIGEON_ARCH-unknown-linux-musl
+    version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+    name=pigeon-init-$version-$PIGEON_ARCH
+    epoch=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 0)}
+    stage=$(mktemp -d)
+    # shellcheck disable=SC2064 # the name of now
+    trap "rm -rf '$stage'" EXIT
+    mkdir "$stage/$name"
+    rustup target add "$musl"
+    # Static, so that it runs on every distribution; and nothing of where it was built is in it.
+    PIGEON_DIST=1 RUSTFLAGS="-C linker=rust-lld --remap-path-prefix=$PWD=/pigeon-init \
+        --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=/cargo" \
+        cargo build --release "${host[@]}" --bin pigeon --target "$musl"
+    install -m 755 "$std_target/$musl/release/pigeon" "$out/init" "$stage/$name"
+    install -m 644 "$out/initrd.cpio" LICENSE README.md "$stage/$name"
+    program pigeon man >"$stage/$name/pigeon.1"
+    local shell
+    for shell in bash zsh fish; do
+        program pigeon completions "$shell" >"$stage/$name/pigeon.$shell"
+    done
+    materials Cargo.toml "$target" "${features[@]}" >"$stage/$name/init.cdx.json"
+    materials src/host/Cargo.toml "$musl" >"$stage/$name/pigeon.cdx.json"
+    (
+        cd "$stage/$name"
+        gzip -9nk initrd.cpio
+        zstd -19 -q -k initrd.cpio
+        sha256sum -- * >SHA256SUMS
+    )
+    mkdir -p dist
+    tar --create --directory="$stage" --format=ustar --sort=name --mtime="@$epoch" \
+        --owner=0 --group=0 --numeric-owner --mode=u+rw,go+r-w "$name" | gzip -9n >"dist/$name.tar.gz"
+    say "dist/$name.tar.gz: $(stat -c %s "dist/$name.tar.gz") bytes"
+}
+
+# materials MANIFEST TARGET OPTION...: what a program is made of (CycloneDX).
+materials() {
+    cargo metadata --format-version 1 --locked --manifest-path "$1" --filter-platform "$2" "${@:3}" |
+        cargo run --quiet "${host[@]}" --example materials -- "$(dirname "$1")/Cargo.lock"
+}
+
 run_tests() {
     need_rust
     say "unit tests of the init"
-    cargo test --locked
+    cargo test --locked "${features[@]}"
     initrd ''
     setup
     # An error's text says where it comes from; its backtrace is the test runner's.
     export RUST_LIB_BACKTRACE=0
-    say "unit tests of the lab"
-    cargo test "${host[@]}" --lib --bins
-    cargo test "${lab[@]}" --lib --bins
-    cargo test "${lab[@]}" --doc
+    if [[ -z $PIGEON_MINIMAL ]]; then
+        say "unit tests of the lab"
+        cargo test "${host[@]}" --lib --bins
+        cargo test "${lab[@]}" --lib --bins
+        cargo test "${lab[@]}" --doc
+    fi
     local lab_areas=() host_areas=() failed=0
     while [[ -n ${1-} ]]; do
         if [[ -e tests/vm/$1.rs ]]; then
@@ -205,12 +279,14 @@ run_tests() {
         shift
     done
     if ((!${#lab_areas[@]} && !${#host_areas[@]})); then
-        lab_areas=(--test '*') host_areas=(--test '*')
+        lab_areas=(--test '*')
+        # The host's command is for the whole init.
+        [[ -n $PIGEON_MINIMAL ]] || host_areas=(--test '*')
     fi
     say "VM tests (consoles are kept in $out/logs)"
     # One area that fails does not hide the others.
     if ((${#lab_areas[@]})); then
-        cargo test "${lab[@]}" --no-fail-fast "${lab_areas[@]}" -- "$@" || failed=1
+        cargo test "${lab[@]}" "${features[@]}" --no-fail-fast "${lab_areas[@]}" -- "$@" || failed=1
     fi
     if ((${#host_areas[@]})); then
         cargo test "${host[@]}" --no-fail-fast "${host_areas[@]}" -- "$@" || failed=1
@@ -233,9 +309,8 @@ soak() {
 # The same program with its symbols, for .ci/panics: its path.
 symbols() {
     need_rust
-    CARGO_TARGET_DIR=target/symbols CARGO_PROFILE_RELEASE_STRIP=none CARGO_PROFILE_RELEASE_DEBUG=2 \
-        cargo_init
-    echo "target/symbols/$target/release/init"
+    CARGO_PROFILE_RELEASE_STRIP=none CARGO_PROFILE_RELEASE_DEBUG=2 cargo_init "$init_target/symbols"
+    echo "$init_target/symbols/$target/release/init"
 }
 
 vendor() {
@@ -245,23 +320,38 @@ vendor() {
 }
 
 clean() {
-    rm -rf build target vendor
+    rm -rf build dist target vendor
     [[ ${1-} != --cache ]] || rm -rf "$(cache)"
 }
 
 command=${1-}
 shift $(($# > 0))
-if [[ ${1-} == --arch ]]; then
-    (($# > 1)) || wrong "--arch needs x86_64 or aarch64"
-    choose "$2"
-    shift 2
-else
-    choose "${PIGEON_ARCH:-$(uname -m)}"
-fi
+arch=${PIGEON_ARCH:-$(uname -m)} minimal=${PIGEON_MINIMAL-} kernel=${PIGEON_KERNEL-}
+while (($#)); do
+    case $1 in
+        --arch)
+            (($# > 1)) || wrong "--arch needs x86_64 or aarch64"
+            arch=$2
+            shift 2
+            ;;
+        --kernel)
+            (($# > 1)) || wrong "--kernel needs 6.1, 6.12 or a path"
+            kernel=$2
+            shift 2
+            [[ $kernel != */* || $kernel == /* ]] || kernel=$caller/$kernel
+            ;;
+        --minimal)
+            minimal=1
+            shift
+            ;;
+        *) break ;;
+    esac
+done
+choose "$arch" "$minimal" "$kernel"
 case $command in
-    build | setup | symbols | vendor) (($# == 0)) || wrong "$command takes no ${1@Q}" ;;&
+    build | dist | package | setup | symbols | vendor) (($# == 0)) || wrong "$command takes no ${1@Q}" ;;&
     initrd) (($# <= 1)) || wrong "initrd takes no ${2@Q}" ;;&
-    build | rootfs | pigeon | setup | run | bench | soak | symbols | vendor | clean) "$command" "$@" ;;
+    build | rootfs | pigeon | dist | package | setup | run | bench | soak | symbols | vendor | clean) "$command" "$@" ;;
     initrd) initrd "${1-}" ;;
     test) run_tests "$@" ;;
     help | -h | --help) help ;;

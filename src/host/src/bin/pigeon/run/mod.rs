@@ -164,7 +164,8 @@ pub struct Run {
     /// An uncompressed kernel with all drivers in it [default: Debian's cloud kernel]
     #[arg(long, value_name = "VMLINUX")]
     kernel: Option<PathBuf>,
-    /// The initramfs with pigeon-init [default: build/initrd.cpio of the repository]
+    /// The initramfs with pigeon-init [default: initrd.cpio beside this program, else
+    /// build/initrd.cpio of the repository]
     #[arg(
         long,
         value_name = "CPIO",
@@ -360,7 +361,8 @@ impl Run {
         dir: &Path,
         uds: &Path,
     ) -> Result<(Box<dyn Machine>, bool)> {
-        let product = match &self.initrd {
+        let beside = assets::initrd_beside().filter(|_| self.guest.arch == Arch::HOST);
+        let product = match self.initrd.as_ref().or(beside.as_ref()) {
             Some(path) => {
                 fs::read(path).with_context(|| format!("unable to read {}", path.display()))?
             }
