@@ -27,7 +27,7 @@ const HANDSHAKE: Duration = Duration::from_secs(3);
 const SHORT_HANDSHAKE: Duration = Duration::from_millis(500);
 /// The init's own time limit of a one-shot command.
 const EXEC_LIMIT: Duration = Duration::from_secs(30);
-/// Bytes of an error's body that are looked at.
+/// Bytes of an error body that are read.
 const MAX_ERROR: u64 = 64 << 10;
 /// How often a VM that boots is asked.
 const RETRY: Duration = Duration::from_millis(10);
@@ -81,7 +81,7 @@ pub struct Output {
     /// There was more of it than an answer holds.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub stderr_truncated: bool,
-    /// It was killed because its time was over.
+    /// It was killed by the time limit.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub timed_out: bool,
 }
@@ -131,14 +131,14 @@ impl Command {
         self
     }
 
-    /// In a session: what it writes to standard error is told from its standard output.
+    /// In a session: keeps standard error separate from standard output.
     pub fn separate_stderr(mut self) -> Command {
         self.streams = true;
         self
     }
 
-    /// In a session: a name, by which it is [attached](Client::attach) to again. It outlives its
-    /// connection.
+    /// Names the session, so that it outlives its connection and can be
+    /// [attached](Client::attach) to.
     pub fn id(mut self, id: &str) -> Command {
         self.id = Some(id.into());
         self
@@ -161,10 +161,10 @@ impl Command {
 }
 
 impl Client {
-    /// How long an answer may take that does not wait for anything.
+    /// Timeout of calls that do not wait for anything.
     pub(crate) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 
-    /// The VM behind `uds`, whether it is up or not.
+    /// A client for the VM behind `uds`, which need not be up yet.
     pub fn new(uds: impl Into<PathBuf>) -> Client {
         Client { uds: uds.into() }
     }
@@ -245,7 +245,7 @@ impl Client {
     }
 
     /// `GET /v1/ws/exec`: runs a command whose input and output are streams. An init built without
-    /// the feature `sessions` cannot tell its two outputs apart, whatever the command says.
+    /// the feature `sessions` merges standard error into standard output.
     pub fn session(&self, command: &Command) -> Result<Session, Error> {
         if command.streams && command.id.is_none() && !self.has_sessions()? {
             let merged = Command {
@@ -272,13 +272,13 @@ impl Client {
         Session::start(self, command, Some(size))
     }
 
-    /// [`session`](Client::session), for one of a name whose connection was lost or let go: it goes
-    /// on behind what it missed. `terminal` is the size of ours, for a session that is on one.
+    /// Attaches to a named session; output that was missed comes first. `terminal` is the size of
+    /// the caller's terminal, for a session on a terminal.
     pub fn attach(&self, id: &str, terminal: Option<(u16, u16)>) -> Result<Session, Error> {
         Session::attach(self, id, terminal)
     }
 
-    /// `GET /v1/sessions`: those that have names.
+    /// `GET /v1/sessions`: the named sessions.
     pub fn sessions(&self) -> Result<Vec<SessionInfo>, Error> {
         let answer = self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
             http.get("/v1/sessions")
@@ -286,7 +286,7 @@ impl Client {
         parse(answer)
     }
 
-    /// `DELETE /v1/sessions/ID`: ends one.
+    /// `DELETE /v1/sessions/ID`: ends a named session.
     pub fn end_session(&self, id: &str) -> Result<(), Error> {
         let target = format!("/v1/sessions/{}", escape(id));
         self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
@@ -295,8 +295,8 @@ impl Client {
         Ok(())
     }
 
-    /// `POST /v1/stop`: the workload's end in order, by a signal, and by SIGKILL when it has not
-    /// ended in time. What is not given is as the image or the init has it.
+    /// `POST /v1/stop`: sends the stop signal to the workload, and SIGKILL after the timeout.
+    /// `None` is the image's or the init's default.
     pub fn stop(&self, signal: Option<u8>, timeout: Option<Duration>) -> Result<(), Error> {
         let mut body = json!({});
         if let Some(signal) = signal {
@@ -311,8 +311,8 @@ impl Client {
         Ok(())
     }
 
-    /// `GET /v1/logs`: what the workload has written and is still kept, from the byte `offset` on;
-    /// with `follow` also what it writes from now on, until it ends.
+    /// `GET /v1/logs`: the workload's output that is still in the ring, from byte `offset` on; with
+    /// `follow` also further output until the workload exits.
     pub fn logs(&self, follow: bool, offset: Option<u64>) -> Result<Logs, Error> {
         let mut target = String::from("/v1/logs");
         let offset = offset.map(|offset| format!("offset={offset}"));
@@ -336,7 +336,7 @@ impl Client {
         })?)
     }
 
-    /// `POST /v1/mounts`: mounts another volume, an object as in the configuration's `Mounts`.
+    /// `POST /v1/mounts`: mounts a volume; `mount` is an object as in the configuration's `Mounts`.
     pub fn mount(&self, mount: &Value) -> Result<(), Error> {
         self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
             http.post("/v1/mounts", mount)
@@ -344,7 +344,7 @@ impl Client {
         Ok(())
     }
 
-    /// `DELETE /v1/mounts`: unmounts one.
+    /// `DELETE /v1/mounts`: unmounts a volume.
     pub fn unmount(&self, path: &str) -> Result<(), Error> {
         let target = format!("/v1/mounts?path={}", escape(path));
         self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
@@ -363,7 +363,7 @@ impl Client {
         Ok(http::Client::new(stream))
     }
 
-    /// A `GET` whose body is read as it comes.
+    /// Sends a `GET` and reads the head of the response; the body is streamed.
     pub(crate) fn start_get(
         &self,
         target: &str,
@@ -379,7 +379,7 @@ impl Client {
         Ok((head, http))
     }
 
-    /// The error of an answer whose head has been read.
+    /// The error in a response whose head has been read.
     pub(crate) fn refused(head: http::Response, http: http::Client<UnixStream>) -> Error {
         let status = head.status;
         let mut body = vec![];
@@ -392,7 +392,7 @@ impl Client {
         }
     }
 
-    /// A `POST` whose answer is JSON.
+    /// A `POST` whose response is JSON.
     pub(crate) fn post_within<T: for<'a> Deserialize<'a>>(
         &self,
         timeout: Duration,

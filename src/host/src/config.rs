@@ -1,10 +1,10 @@
-//! The configuration document of a VM, looked at before it boots: the init reads it, but its words
-//! come late and on a console.
+//! Checking a VM's configuration document before it boots. The init checks it as well, but its
+//! errors appear late and only on the console.
 
 use anyhow::{Result, bail};
 use serde_json::Value;
 
-/// What a value has to be.
+/// The type of a value.
 #[derive(Clone, Copy)]
 enum Shape {
     Text,
@@ -20,7 +20,7 @@ enum Shape {
     Object(Fields),
     /// A list of objects.
     Objects(Fields),
-    /// Something that only `pigeon` reads.
+    /// Anything: only `pigeon` reads it.
     Other,
 }
 
@@ -80,8 +80,8 @@ const DOCUMENT: Fields = &[
     ("Platform", Text),
 ];
 
-/// An error that names the first field of the wrong type, or with the wrong case. Fields that are
-/// not known are ignored, as the init does.
+/// Fails on the first field with a wrong type or wrong case, and names it. Unknown fields are
+/// ignored, as the init does.
 pub fn check(document: &Value) -> Result<()> {
     check_value(document, Object(DOCUMENT), "")
 }
@@ -100,7 +100,7 @@ fn check_value(value: &Value, shape: Shape, path: &str) -> Result<()> {
             Value::Array(_) => "a list".into(),
             Value::Object(_) => "an object".into(),
         };
-        bail!("{place}: {what} is wanted, not {found}")
+        bail!("{place}: {what} expected, found {found}")
     };
     if value.is_null() && !path.is_empty() {
         return Ok(());
@@ -133,7 +133,7 @@ fn check_value(value: &Value, shape: Shape, path: &str) -> Result<()> {
                 let plain = |name: &str| name.replace(['_', '-'], "").to_ascii_lowercase();
                 let meant = fields.iter().find(|(known, _)| plain(known) == plain(name));
                 if let Some((known, _)) = meant {
-                    bail!("{}: this field is written {known}", below(name));
+                    bail!("{}: did you mean {known}?", below(name));
                 }
             }
             Ok(())
@@ -171,27 +171,27 @@ mod tests {
         for (document, expected) in [
             (
                 json!({"ImageConfig": {"Entrypoint": "/s"}}),
-                "ImageConfig.Entrypoint: a list of strings is wanted, not the string \"/s\"",
+                "ImageConfig.Entrypoint: a list of strings expected, found the string \"/s\"",
             ),
             (
                 json!({"imageConfig": {}}),
-                "imageConfig: this field is written ImageConfig",
+                "imageConfig: did you mean ImageConfig?",
             ),
             (
                 json!({"ImageConfig": {"working_dir": "/"}}),
-                "ImageConfig.working_dir: this field is written WorkingDir",
+                "ImageConfig.working_dir: did you mean WorkingDir?",
             ),
             (
                 json!({"ExtraEnv": {"A": 1}}),
-                "ExtraEnv.A: a string is wanted, not the number 1",
+                "ExtraEnv.A: a string expected, found the number 1",
             ),
             (
                 json!({"ExtraEnv": ["A=B"]}),
-                "ExtraEnv: an object of strings is wanted, not a list",
+                "ExtraEnv: an object of strings expected, found a list",
             ),
             (
                 json!({"IPConfigs": [{"Mask": 24}, {"Mask": "24"}]}),
-                "IPConfigs[1].Mask: a number that is not negative is wanted, not the string \"24\"",
+                "IPConfigs[1].Mask: a number that is not negative expected, found the string \"24\"",
             ),
             (
                 json!({"ExecOverride": ["a", null]}),
@@ -199,11 +199,11 @@ mod tests {
             ),
             (
                 json!({"Rlimits": {"NOFILE": true}}),
-                "Rlimits.NOFILE: a string or a number is wanted, not true",
+                "Rlimits.NOFILE: a string or a number expected, found true",
             ),
             (
                 json!([]),
-                "the configuration: an object is wanted, not a list",
+                "the configuration: an object expected, found a list",
             ),
         ] {
             assert_eq!(check(&document).unwrap_err().to_string(), expected);

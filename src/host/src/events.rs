@@ -1,5 +1,5 @@
-//! What the init tells the host by itself (`PIGEON_EVENTS_PORT`): it connects to a port of the
-//! host's, which Firecracker, and whoever speaks its hybrid vsock, leads to a Unix socket.
+//! Events that the init sends to the host (`PIGEON_EVENTS_PORT`): it connects to a vsock port of
+//! the host, which hybrid vsock maps to a Unix socket.
 
 use std::{
     fs,
@@ -33,10 +33,10 @@ pub enum Event {
     },
     /// The VM was restored from a snapshot.
     Restored {
-        /// How often it was.
+        /// How often it has been restored.
         generation: u64,
     },
-    /// Something that a later init says.
+    /// An event of a later version.
     #[serde(other)]
     Unknown,
 }
@@ -47,7 +47,7 @@ pub struct Listener {
     path: PathBuf,
 }
 
-/// Where the guest's connections to a port of the host's arrive. (Firecracker docs/vsock.md,
+/// The Unix socket for the guest's connections to a port of the host. (Firecracker docs/vsock.md,
 /// "Guest-initiated connections")
 pub fn socket_path(uds: &Path, port: u32) -> PathBuf {
     let mut path = uds.as_os_str().to_os_string();
@@ -56,8 +56,7 @@ pub fn socket_path(uds: &Path, port: u32) -> PathBuf {
 }
 
 impl Listener {
-    /// For the VM whose vsock is, or is to be, the Unix socket `uds`. It has to be there before the
-    /// guest is up.
+    /// Listens for the VM whose vsock socket is `uds`; call it before the VM starts.
     pub fn bind(uds: &Path, port: u32) -> Result<Listener> {
         let path = socket_path(uds, port);
         vsock::ensure_vacant(&path)?;

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::{Client, Error, client::refusal, http};
 
-/// What the init says of a regular file.
+/// Metadata of a regular file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FileInfo {
     /// Bytes.
@@ -24,12 +24,11 @@ pub struct FileInfo {
 pub struct WriteOptions {
     /// Permission bits; 0644 when not given.
     pub mode: Option<u32>,
-    /// Whose it is to be: name or number, with a group after a colon if wanted; root's when not
-    /// given.
+    /// The owner, `user[:group]` by name or number; root by default.
     pub user: Option<String>,
 }
 
-/// What writing a file came to.
+/// The result of writing a file.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
 pub struct Written {
     /// Bytes that it has now.
@@ -64,7 +63,7 @@ fn info(response: &http::Response) -> FileInfo {
 }
 
 impl Client {
-    /// `HEAD /v1/files`: what a regular file is like.
+    /// `HEAD /v1/files`: metadata of a regular file.
     pub fn file_info(&self, path: &str) -> Result<FileInfo, Error> {
         let target = format!("/v1/files?path={}", escape(path));
         let mut http = self.http(Some(Client::RESPONSE_TIMEOUT))?;
@@ -75,13 +74,12 @@ impl Client {
             200 => Ok(info(&answer)),
             status => Err(Error::Refused {
                 status,
-                // An answer without a body says no more.
                 message: format!("{path}: {}", answer.reason),
             }),
         }
     }
 
-    /// `GET /v1/files`: a regular file, to be read.
+    /// `GET /v1/files`: metadata and contents of a regular file.
     pub fn read_file(&self, path: &str) -> Result<(FileInfo, http::Body<UnixStream>), Error> {
         let target = format!("/v1/files?path={}", escape(path));
         let (head, http) = self.start_get(&target)?;
@@ -90,8 +88,8 @@ impl Client {
         Ok((info, body))
     }
 
-    /// `PUT /v1/files`: replaces or makes a regular file, and the directories above it, in one
-    /// step. Without a length it ends where the contents end.
+    /// `PUT /v1/files`: writes a regular file atomically, and creates its parent directories.
+    /// Without a length the body is sent in chunks.
     pub fn write_file(
         &self,
         path: &str,

@@ -1,4 +1,4 @@
-//! TCP ports of the host that lead to ports of a VM (`CONNECT`), without a network between them.
+//! Forwarding TCP ports of the host to a VM by `CONNECT`, without a network device.
 
 use std::{
     io::{self, Read, Write},
@@ -12,15 +12,14 @@ use anyhow::{Context, Result};
 
 use crate::{Client, Error};
 
-/// Connections to one port are passed on from now to the process's end.
+/// A forwarded port; it stays forwarded until the process exits.
 pub struct Forward {
     address: std::net::SocketAddr,
 }
 
 impl Forward {
-    /// Listens at `address`, whose port may be 0, and leads to `target`, `127.0.0.1:80` as the
-    /// guest sees it, in the VM whose vsock `uds` is. `failed` hears of connections that could not
-    /// be made.
+    /// Listens on `address` (port 0: any free port) and connects to `target`, such as
+    /// `127.0.0.1:80`, in the VM behind `uds`. `failed` is called for connections that fail.
     pub fn start(
         address: impl ToSocketAddrs + std::fmt::Debug,
         uds: &Path,
@@ -36,7 +35,6 @@ impl Forward {
                 let (uds, target, failed) = (uds.clone(), target.clone(), failed.clone());
                 thread::spawn(move || {
                     if let Err(error) = relay(&client, uds, &target) {
-                        // A reset tells a client more than an end without a byte.
                         let _ = client.shutdown(Shutdown::Both);
                         failed(error);
                     }
@@ -66,7 +64,6 @@ fn relay(client: &TcpStream, uds: PathBuf, target: &str) -> Result<(), Error> {
             let _ = guest.shutdown(Shutdown::Write);
         });
         let ended = copy(guest, client);
-        // Who cannot be written to is not read from either.
         let how = if ended.is_ok() {
             Shutdown::Write
         } else {

@@ -1,5 +1,5 @@
-//! A program that does nothing until it is killed: the workload of a VM whose real one is a
-//! session, with a terminal of its own.
+//! A program that does nothing until it is killed: the workload of `pigeon run -it`, where the
+//! real command runs as a session on a terminal.
 
 use anyhow::Result;
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};

@@ -1,5 +1,5 @@
-//! The workload's output, as `GET /v1/logs` gives it: in the frames in which Docker multiplexes
-//! two streams (Docker Engine API, "Attach to a container", Stream format).
+//! The workload's output from `GET /v1/logs`, in Docker's frames for multiplexed streams
+//!  (Docker Engine API, "Attach to a container", Stream format).
 
 use std::{
     io::{self, Read},
@@ -64,8 +64,7 @@ impl Frame {
     }
 }
 
-/// Reads the next frame; None at the end of what there is. A stream that ends in the middle of a
-/// frame ends before it.
+/// Reads the next frame; None at the end of the stream. An incomplete last frame is ignored.
 pub fn read_frame(source: &mut impl Read) -> io::Result<Option<Frame>> {
     let mut header = [0; HEADER];
     if !fill(source, &mut header)? {
@@ -99,14 +98,14 @@ impl Logs {
         Logs { body, offset }
     }
 
-    /// The number of the byte that comes next, from the workload's start on. One that is greater
-    /// than what was asked for tells how many bytes are lost.
+    /// The number of the next byte, counted from the workload's start. If it is greater than the
+    /// offset asked for, the bytes between are lost.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Waits for the next piece; None when there is no more, or, of a follower, when the workload
-    /// has ended or the connection has.
+    /// Waits for the next frame; None at the end: when all was read, or, following, when the
+    /// workload has exited.
     pub fn next_frame(&mut self) -> Result<Option<Frame>, Error> {
         let frame = read_frame(&mut self.body).map_err(Error::broken)?;
         if let Some(frame) = &frame {

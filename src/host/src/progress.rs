@@ -1,4 +1,4 @@
-//! How far something is that takes long: on a terminal, once it has taken a second.
+//! Progress bars, on a terminal, for what takes longer than a second.
 
 use std::{
     io::{self, IsTerminal},
@@ -7,22 +7,22 @@ use std::{
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// What takes less is not worth a bar.
-const PATIENT: Duration = Duration::from_secs(1);
-/// How often a bar that says nothing but that it goes on is drawn.
+/// No bar is shown before this time.
+const SHOW_AFTER: Duration = Duration::from_secs(1);
+/// Refresh interval of a spinner.
 const TICK: Duration = Duration::from_millis(100);
 
 /// A line on standard error, removed at the end.
 pub struct Progress {
     bar: ProgressBar,
-    /// Somebody may look at it.
+    /// Standard error is a terminal.
     wanted: bool,
     shown: bool,
     begun: Instant,
 }
 
 impl Progress {
-    /// Nothing done. Without a terminal it shows nothing in any case.
+    /// A new one; without a terminal nothing is shown.
     pub fn new(wanted: bool) -> Progress {
         Progress {
             bar: ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden()),
@@ -32,7 +32,7 @@ impl Progress {
         }
     }
 
-    /// One that only says what goes on, by itself, until it is dropped.
+    /// A spinner, shown at once until dropped.
     pub fn spinner(phase: &'static str) -> Progress {
         let mut progress = Progress::new(true);
         progress.phase(phase, 0);
@@ -45,7 +45,7 @@ impl Progress {
         progress
     }
 
-    /// Starts on something else, of so many bytes; 0 is unknown.
+    /// Starts a new phase of `total` bytes; 0 if unknown.
     pub fn phase(&mut self, phase: &'static str, total: u64) {
         let template = match total {
             0 => "{spinner} {msg} {bytes}",
@@ -63,9 +63,9 @@ impl Progress {
         self.add(0);
     }
 
-    /// So many bytes more are done.
+    /// Adds to the bytes done.
     pub fn add(&mut self, bytes: u64) {
-        if self.wanted && !self.shown && self.begun.elapsed() >= PATIENT {
+        if self.wanted && !self.shown && self.begun.elapsed() >= SHOW_AFTER {
             self.bar.set_draw_target(ProgressDrawTarget::stderr());
             self.shown = true;
         }

@@ -27,8 +27,8 @@ pub const MESSAGE: usize = 32 << 10;
 /// What comes from a session.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// Output; all of it is of standard output unless the command is
-    /// [told](Command::separate_stderr) to keep them apart.
+    /// Output. It is all standard output unless the command was started with
+    /// [`separate_stderr`](Command::separate_stderr).
     Output(Stream, Bytes),
     /// The end, after all output.
     Exit(Ended),
@@ -194,7 +194,7 @@ impl Session {
         self.drain()
     }
 
-    /// Tells the terminal's size.
+    /// Sets the terminal's size.
     pub fn resize(&mut self, columns: u16, rows: u16) -> Result<(), Error> {
         self.queue_resize(columns, rows)?;
         self.drain()
@@ -325,9 +325,7 @@ impl Session {
             Some(stream) => Ok(Event::Output(stream, bytes.slice(1..))),
             None => {
                 self.over = true;
-                Err(Error::Broken(
-                    "output of an unknown stream: the init is older than this pigeon".into(),
-                ))
+                Err(Error::Broken("a message of an unknown stream".into()))
             }
         }
     }

@@ -1,5 +1,5 @@
-//! Snapshots of a running VM (`/v1/snapshot/…`, `/v1/restore`): its part of the work. The
-//! hypervisor's is done between the two.
+//! The guest's part of snapshots (`/v1/snapshot/…`, `/v1/restore`); the hypervisor takes and loads
+//! the snapshot in between.
 
 use std::time::Duration;
 
@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 
 use crate::{Client, Error};
 
-/// What a VM is to do before its snapshot.
+/// Parameters of the preparation of a snapshot.
 #[derive(Clone, Debug, Serialize)]
 pub struct Prepare {
-    /// Names this preparation: a later call gives it.
+    /// Identifies this preparation in later calls.
     pub token: String,
     /// How long freezing may take.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -19,12 +19,12 @@ pub struct Prepare {
     /// Whether all file systems are written out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sync: Option<bool>,
-    /// After what time it goes on by itself.
+    /// After how long the guest thaws itself.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hold_ms: Option<u64>,
 }
 
-/// What preparing came to.
+/// The result of a preparation.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
 pub struct Prepared {
     /// The token of the call.
@@ -40,7 +40,7 @@ pub struct Prepared {
     pub sync_ms: f64,
 }
 
-/// What a VM that was restored is told.
+/// Parameters of a restore.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Restore {
     /// That of the preparation.
@@ -57,7 +57,7 @@ pub struct Restore {
     pub config: Option<Value>,
 }
 
-/// What restoring came to.
+/// The result of a restore.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Restored {
     /// How often the VM was restored.

@@ -52,10 +52,7 @@ fn program(place: &Place, name: &str, script: &str) {
 fn an_error_says_what_to_do_next() {
     let place = Place::new();
     let said = complaint(&place, &["status"]);
-    assert!(
-        said.contains("no VM of `pigeon run` is there: start one"),
-        "{said}"
-    );
+    assert!(said.contains("no VM is running: start one"), "{said}");
     let said = complaint(&place, &["exec", "--vm", "app", "id"]);
     assert!(
         said.contains("there is no VM called app") && said.contains("pigeon run IMAGE"),
@@ -96,14 +93,14 @@ fn an_error_says_what_to_do_next() {
     );
     let said = complaint(&place, &["run", "-c", "mine.json", "app.ext4"]);
     assert!(
-        said.contains("mine.json: ImageConfig.Entrypoint: a list of strings is wanted"),
+        said.contains("mine.json: ImageConfig.Entrypoint: a list of strings expected"),
         "{said}"
     );
     let said = complaint(&place, &["run", "-m", "8", "app.ext4", "id"]);
-    assert!(said.contains("8 MiB of memory are too little"), "{said}");
+    assert!(said.contains("8 MiB of memory are not enough"), "{said}");
     let words = ["run", "--disk", "none:/data", "app.ext4", "id"];
     let said = complaint(&place, &words);
-    assert!(said.contains("there is no none: with ,size=1G"), "{said}");
+    assert!(said.contains("none does not exist: add ,size=1G"), "{said}");
     let words = ["run", "--uds", "app.ext4", "app.ext4", "id"];
     let said = complaint(&place, &words);
     assert!(

@@ -494,7 +494,7 @@ fn what_is_there_already_is_replaced_only_when_told_to() {
     fs::write(&out, "state").unwrap();
     let error = plainly(&source, &out).unwrap_err();
     assert!(
-        error.contains("app.ext4 is there already; --force replaces it"),
+        error.contains("app.ext4 exists already; --force overwrites it"),
         "{error}"
     );
     assert_eq!(fs::read(&out).unwrap(), b"state");
@@ -505,7 +505,7 @@ fn what_is_there_already_is_replaced_only_when_told_to() {
     fs::remove_file(&out).unwrap();
     fs::write(place.path("app.run.json"), "{}").unwrap();
     let error = plainly(&source, &out).unwrap_err();
-    assert!(error.contains("app.run.json is there already"), "{error}");
+    assert!(error.contains("app.run.json exists already"), "{error}");
     assert!(!out.exists());
     make(&source, &out).unwrap();
     assert!(
@@ -528,10 +528,10 @@ fn what_is_there_already_is_replaced_only_when_told_to() {
     }
     assert_eq!(fs::read(&source).unwrap(), bytes);
     let error = format!("{:#}", make(place.0.path(), &out).unwrap_err());
-    assert!(error.contains("would lie in the directory"), "{error}");
+    assert!(error.contains("is inside the source directory"), "{error}");
     let error = format!("{:#}", make(&source, Path::new("/dev/null")).unwrap_err());
     assert!(
-        error.contains("/dev/null is there, and not a file"),
+        error.contains("/dev/null exists and is not a regular file"),
         "{error}"
     );
 }
@@ -553,9 +553,9 @@ fn attributes_that_an_image_cannot_have_are_named_with_their_files() {
     let out = place.path("x.ext4");
     let built = make(&place.write("x.tar", files.bytes()), &out).unwrap();
     let expected = [
-        "SCHILY.acl.access is left out: acl",
-        "security.selinux is left out: f0, f1, f2 and 2 more",
-        "trusted.overlay.opaque is left out: d/",
+        "extended attribute SCHILY.acl.access dropped: acl",
+        "extended attribute security.selinux dropped: f0, f1, f2 and 2 more",
+        "extended attribute trusted.overlay.opaque dropped: d/",
     ];
     assert_eq!(built.warnings, expected);
     // One that the file system has no room for is an error.

@@ -16,7 +16,7 @@ use std::{
 
 use common::{Place, Tar, busybox_layer, docker_save};
 use pigeon::{assets, process::run};
-use pty::{PATIENCE, Terminal};
+use pty::{TIMEOUT, Terminal};
 use serde_json::{Value, json};
 
 /// Commands that are not run, and why.
@@ -258,7 +258,7 @@ fn missing<'a>(
 
 /// Waits until a terminal has shown all these, other lines among them.
 fn wait_for<'a>(terminal: &mut Terminal, shown: impl IntoIterator<Item = &'a String> + Clone) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     loop {
         let ended = terminal.has_ended();
         if ended {
@@ -296,7 +296,7 @@ fn read_lines(path: &Path) -> Vec<String> {
 }
 
 fn wait_until(what: &str, mut is_there: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while !is_there() {
         assert!(Instant::now() < deadline, "never {what}");
         thread::sleep(Duration::from_millis(10));

@@ -16,7 +16,7 @@ use std::{
 
 use common::{Place, Tar, busybox_layer, check, docker_save};
 use pigeon::{Client, session::Event};
-use pty::{PATIENCE, Terminal};
+use pty::{TIMEOUT, Terminal};
 use serde_json::{Value, json};
 
 /// What the image runs: it says who it is, and ends when it is told to.
@@ -125,7 +125,7 @@ impl Lab {
     }
 
     fn wait_for(&self, text: &str) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while !self.log().contains(text) {
             assert!(Instant::now() < deadline, "no {text:?} in {}", self.log());
             thread::sleep(Duration::from_millis(20));
@@ -207,7 +207,7 @@ fn an_archive_of_docker_save_becomes_a_vm_that_is_used_like_a_container() {
     check(&lab.place.path("app.ext4"));
     let gone = lab.pigeon(&["exec", "true"]);
     assert_eq!(gone.status.code(), Some(125));
-    assert!(String::from_utf8_lossy(&gone.stderr).contains("no VM of `pigeon run` is there"));
+    assert!(String::from_utf8_lossy(&gone.stderr).contains("no VM is running"));
 }
 
 fn commands_as_of_docker_exec(lab: &Lab) {
@@ -314,7 +314,7 @@ fn input_and_output(lab: &Lab) {
             .0
     };
     let becomes = |count: &str| {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while sleeps() != count {
             assert!(Instant::now() < deadline, "never {count:?}");
         }
@@ -327,7 +327,7 @@ fn input_and_output(lab: &Lab) {
 
 fn a_shell_on_a_terminal(lab: &Lab) {
     let prompt = "/ # ";
-    let mut shell = Terminal::spawn(lab.command(&["exec", "-it", "sh"]), (97, 31));
+    let mut shell = Terminal::spawn(lab.command(&["exec", "-it", "-w", "/", "sh"]), (97, 31));
     let before = shell.modes();
     shell.expect(prompt);
     shell.type_text("tty; stty size; echo $TERM\r");
@@ -446,10 +446,10 @@ fn keys_go_to_the_console_and_ctrl_c_is_an_orderly_stop() {
     vm.type_text("some words\r");
     vm.expect("got: some words");
     vm.type_text("\x03");
-    vm.expect("stopping it; once more kills it");
+    vm.expect("stopping the VM; once more kills it");
     vm.expect("stopping\r");
     assert_eq!(vm.wait().code(), Some(9));
-    vm.expect("ended with exit code 9");
+    vm.expect("exit code 9");
     assert_eq!(before.local_modes, vm.modes().local_modes);
     check(&lab.place.path("app.ext4"));
 }
@@ -493,15 +493,18 @@ fn a_vm_in_the_background_is_steered_by_its_name_and_remembered() {
     let begin = Instant::now();
     let (name, code) = lab.said(&["run", "-d", "--name", "web", &image]);
     assert_eq!((name.as_str(), code), ("web\n", Some(0)));
-    assert!(begin.elapsed() < PATIENCE);
+    assert!(begin.elapsed() < TIMEOUT);
     let again = lab.pigeon(&["run", "-d", "--name", "web", &image]);
     assert_eq!(again.status.code(), Some(125));
     let said = String::from_utf8_lossy(&again.stderr).into_owned();
-    assert!(said.contains("there is a VM called web already"), "{said}");
+    assert!(
+        said.contains("a VM called web is running already"),
+        "{said}"
+    );
     // Its disk is its own.
     let other = lab.pigeon(&["run", "-d", "--name", "other", &image]);
     let said = String::from_utf8_lossy(&other.stderr).into_owned();
-    assert!(said.contains("is a disk of another VM that runs"), "{said}");
+    assert!(said.contains("is in use by another running VM"), "{said}");
 
     let follower = thread::spawn({
         let mut command = lab.command(&["logs", "-f", "web"]);
@@ -670,7 +673,7 @@ fn a_volume_is_made_once_and_keeps_what_is_written_to_it() {
     };
     let (out, said, code) = run("stat -c '%U' /data; echo kept >/data/file; sync");
     assert_eq!((out.as_str(), code), ("app\n", Some(0)), "{said}");
-    assert!(said.contains("data.img: made, empty, 32 MiB"), "{said}");
+    assert!(said.contains("data.img: created, 32 MiB"), "{said}");
     check(Path::new(&volume));
     let (out, said, code) = run("cat /data/file; ls -a /data | wc -l");
     assert_eq!((out.as_str(), code), ("kept\n3\n", Some(0)), "{said}");

@@ -1,9 +1,8 @@
 //! Reading tar streams (POSIX.1-2017 pax(1), "pax Interchange Format" and "ustar Interchange
 //! Format"; GNU tar manual, "Basic Tar Format" and "Storing Sparse Files").
 //!
-//! A reader of its own, because the image has to have what the records of a pax header say to the
-//! byte: attribute values that hold line feeds, times with fractions and before 1970, sparse files
-//! of every format.
+//! This is not the `tar` crate because pax records have to be read to the byte: attribute values
+//! with line feeds, fractional and negative times, and all formats of sparse files.
 
 use std::{collections::BTreeMap, io::Read};
 
@@ -47,23 +46,23 @@ pub struct Member {
     pub path: Vec<u8>,
     /// Owner, mode, time and attributes.
     pub meta: Meta,
-    /// What it is; None for a kind that no file has.
+    /// Its type; None for types that are not files.
     pub kind: Option<Kind>,
-    /// The pieces that its contents consist of: offset and length. Between them are zeros.
+    /// Its data: offset and length of each piece. What is between them is zeros.
     pub pieces: Vec<(u64, u64)>,
-    /// What the archive says of it that a [`Meta`] has no room for.
+    /// Attributes in the archive that [`Meta`] cannot represent.
     pub lost: Vec<String>,
 }
 
-/// Members of an archive, one after the other. As a reader it gives the stored bytes of the last
-/// one's contents: its pieces.
+/// Iterates over the members of an archive. Reading from it gives the stored data of the current
+/// member.
 pub struct Archive<R> {
     source: R,
-    /// Bytes of the current member's contents that are not read yet.
+    /// Unread bytes of the current member.
     left: u64,
-    /// And zeros behind them, up to the end of a block.
+    /// Padding after them, up to the end of a block.
     padding: u64,
-    /// Records that hold for all members.
+    /// Records of global headers.
     global: Records,
 }
 
@@ -104,7 +103,7 @@ impl<R: Read> Archive<R> {
         }
     }
 
-    /// What one header with the records before it says.
+    /// The member described by a header and the records before it.
     fn member(
         &mut self,
         header: &[u8; BLOCK],
@@ -115,7 +114,7 @@ impl<R: Read> Archive<R> {
     ) -> Result<Member> {
         let mut member = Description::of(header, size, name, link)?;
         let global = self.global.clone();
-        // A later record of a name counts, and an empty one takes an earlier one back.
+        // The last record of a keyword counts; an empty value deletes an earlier one.
         let mut last: BTreeMap<Vec<u8>, Vec<u8>> = BTreeMap::new();
         let mut sparse = Sparse::default();
         for (key, value) in global.into_iter().chain(records) {
@@ -131,7 +130,7 @@ impl<R: Read> Archive<R> {
             })?;
         }
         let stored = match header[TYPE] {
-            // Kinds whose headers may have a size that says nothing.
+            // Types whose size field is meaningless.
             b'1'..=b'6' => 0,
             _ => member.size,
         };
@@ -163,7 +162,7 @@ impl<R: Read> Archive<R> {
         let data = pieces.iter().map(|(_, length)| length).sum();
         let file = Kind::File { size: real, data };
         let kind = match header[TYPE] {
-            // An old archive's directory is a file whose name ends in a slash.
+            // In old archives a directory is a file whose name ends in a slash.
             b'0' | 0 if path.ends_with(b"/") => Some(Kind::Directory),
             b'0' | 0 | b'7' | b'S' => Some(file),
             b'1' => Some(Kind::HardLink(member.link)),
@@ -183,14 +182,14 @@ impl<R: Read> Archive<R> {
         })
     }
 
-    /// Reads the next header; None at the end mark, or where the stream ends before one.
+    /// Reads the next header; None at the end marker or the end of the stream.
     fn header(&mut self) -> Result<Option<[u8; BLOCK]>> {
         let mut header = [0; BLOCK];
         let mut read = 0;
         while read < BLOCK {
             match self.source.read(&mut header[read..])? {
                 0 if read == 0 => return Ok(None),
-                0 => bail!("it ends in the middle of a header"),
+                0 => bail!("the archive ends in the middle of a header"),
                 size => read += size,
             }
         }
@@ -235,7 +234,7 @@ impl<R: Read> Archive<R> {
                 match block.pop() {
                     Some(b'\n') => break decimal(&digits),
                     Some(digit) if digits.len() < 20 => digits.push(digit),
-                    _ => bail!("its map is none"),
+                    _ => bail!("bad map of a sparse file"),
                 }
             }
         };
@@ -244,17 +243,17 @@ impl<R: Read> Archive<R> {
         (0..count).map(|_| Ok((next()?, next()?))).collect()
     }
 
-    /// Passes over what is not read of the current member.
+    /// Skips the rest of the current member.
     fn skip(&mut self) -> Result<()> {
         let left = self.left + self.padding;
         let mut rest = (&mut self.source).take(left);
         let skipped = std::io::copy(&mut rest, &mut std::io::sink())?;
-        ensure!(skipped == left, "it ends in the middle of a file");
+        ensure!(skipped == left, "the archive ends in the middle of a file");
         (self.left, self.padding) = (0, 0);
         Ok(())
     }
 
-    /// What follows the end mark.
+    /// The source, positioned behind the end marker.
     pub fn into_inner(self) -> R {
         self.source
     }
@@ -266,14 +265,16 @@ impl<R: Read> Read for Archive<R> {
         let most = most.min(buffer.len());
         let size = self.source.read(&mut buffer[..most])?;
         if size == 0 && most > 0 {
-            return Err(std::io::Error::other("it ends in the middle of a file"));
+            return Err(std::io::Error::other(
+                "the archive ends in the middle of a file",
+            ));
         }
         self.left -= size as u64;
         Ok(size)
     }
 }
 
-/// What header and records say alike.
+/// Fields that header and pax records share.
 struct Description {
     path: Vec<u8>,
     link: Vec<u8>,
@@ -321,7 +322,7 @@ impl Description {
         })
     }
 
-    /// A record that is not of a sparse file.
+    /// Applies a pax record other than those of sparse files.
     fn record(&mut self, key: &str, value: &[u8]) -> Result<()> {
         /// Extended attributes, as star writes them and all others.
         const XATTR: &str = "SCHILY.xattr.";
@@ -349,19 +350,19 @@ impl Description {
     }
 }
 
-/// What records and headers say of a sparse file.
+/// The description of a sparse file.
 #[derive(Default)]
 struct Sparse {
     version: [Option<u64>; 2],
     name: Option<Vec<u8>>,
     real_size: Option<u64>,
     pieces: Vec<(u64, u64)>,
-    /// Of version 0.0: an offset whose length is to follow.
+    /// Version 0.0: an offset whose length has not come yet.
     offset: Option<u64>,
 }
 
 impl Sparse {
-    /// Takes a record of GNU's; whether it was one.
+    /// Applies a `GNU.sparse.` record; false for any other record.
     fn record(&mut self, key: &[u8], value: &[u8]) -> Result<bool> {
         let Some(key) = key.strip_prefix(b"GNU.sparse.") else {
             return Ok(false);
@@ -400,7 +401,7 @@ impl Sparse {
         self.version == [Some(1), Some(0)]
     }
 
-    /// GNU's format before pax headers.
+    /// The old GNU format, in the header itself.
     fn old_format(&mut self, header: &[u8; BLOCK], source: &mut impl Read) -> Result<()> {
         let real = number(field(header, GNU_REAL_SIZE)).context("a bad size")?;
         self.real_size = Some(real.try_into().context("a size below zero")?);
@@ -433,7 +434,7 @@ impl Sparse {
     }
 }
 
-/// Pieces lie one behind the other in the file, and all their bytes are stored.
+/// Pieces must be in order and within the file, and all of their bytes stored.
 fn check_pieces(pieces: &[(u64, u64)], size: u64, stored: u64) -> Result<()> {
     let mut end = 0;
     let mut total = 0u64;
@@ -460,7 +461,7 @@ fn number(text: &[u8]) -> Result<i64> {
     if let Some((&first, rest)) = text.split_first()
         && first & 0x80 != 0
     {
-        // Two's complement, of which the bit that tells this form from digits is no part.
+        // Two's complement without the top bit, which marks this form.
         let mut value = i128::from(first & 0x7f);
         if first & 0x40 != 0 {
             value -= 0x80;

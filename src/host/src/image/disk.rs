@@ -1,4 +1,4 @@
-//! Writing a tree into an image file: in which format, how large, and in one step.
+//! Writing a tree to an image file: format, size, and an atomic rename at the end.
 
 use std::{
     fs,
@@ -81,7 +81,7 @@ pub fn parse_size(text: &str) -> Result<u64> {
     bytes.with_context(|| format!("{text:?} is not a size, such as 64M, 1.5G or 1GiB"))
 }
 
-/// Makes the image at `out`, in one step: what was there before is there until then. Its size.
+/// Writes the image to `out` by a temporary file and rename, and returns its size.
 pub fn write(
     tree: &Tree,
     layers: &[Layer],
@@ -127,7 +127,7 @@ pub fn write(
     Ok(size)
 }
 
-/// Makes an empty ext4 image, for a volume. One that is there is an error.
+/// Makes an empty ext4 image for a volume. It is an error if `out` exists.
 pub fn write_volume(out: &Path, size: u64) -> Result<()> {
     let cannot = || format!("unable to create {}", out.display());
     let stage = tempfile::Builder::new()
@@ -138,7 +138,7 @@ pub fn write_volume(out: &Path, size: u64) -> Result<()> {
     let mut uuid = [0; 16];
     fs::File::open("/dev/urandom")?.read_exact(&mut uuid)?;
     ext4::write_empty(&create(&image)?, size, as_uuid(uuid)).with_context(cannot)?;
-    // A name that somebody else has given meanwhile stays theirs.
+    // Unlike rename, this fails if the name has been taken meanwhile.
     fs::hard_link(&image, out).with_context(cannot)
 }
 
@@ -160,14 +160,14 @@ fn create(path: &Path) -> io::Result<fs::File> {
 fn no_size(size: Option<u64>, format: Format) -> Result<()> {
     if size.is_some() {
         bail!(
-            "{} has the size of its files: leave the size out",
+            "{} images are as large as their files: no size can be given",
             format.name()
         );
     }
     Ok(())
 }
 
-/// A UUID that is the same whenever the same files are put into an image.
+/// A UUID derived from the files, so that the same source gives the same image.
 fn identity(inodes: &Inodes, format: Format) -> [u8; 16] {
     let mut digest = Sha256::new();
     digest.update(format.name());
@@ -194,7 +194,7 @@ fn identity(inodes: &Inodes, format: Format) -> [u8; 16] {
     as_uuid(uuid)
 }
 
-/// With the bits that tell a UUID of no meaning (RFC 9562, version 4).
+/// Sets the version and variant bits (RFC 9562, version 4).
 fn as_uuid(mut bytes: [u8; 16]) -> [u8; 16] {
     bytes[6] = bytes[6] & 0x0f | 0x40;
     bytes[8] = bytes[8] & 0x3f | 0x80;

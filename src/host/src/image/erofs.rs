@@ -1,5 +1,5 @@
-//! Writing EROFS (kernel Documentation/filesystems/erofs.rst, fs/erofs/erofs_fs.h), uncompressed:
-//! of all read-only file systems the one that is mounted fastest and read without any work.
+//! Writing uncompressed EROFS (kernel Documentation/filesystems/erofs.rst, fs/erofs/erofs_fs.h), the
+//! read-only file system that is fastest to mount and to read.
 //!
 //! The metadata comes first: inodes, each with its attributes and, where it fits into the same
 //! block, the last part of its contents. Whole blocks of contents follow.

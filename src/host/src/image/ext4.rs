@@ -1,10 +1,10 @@
-//! Writing ext4 (kernel Documentation/filesystems/ext4/), without privileges and without a program:
-//! owners, modes, times, devices and attributes go into the inodes as the image has them.
+//! Writing ext4 (kernel Documentation/filesystems/ext4/), without privileges and without mke2fs:
+//! owners, modes, times, devices and attributes go straight into the inodes.
 //!
-//! What is written is what mke2fs 1.47 makes for a root: 4 KiB blocks, a journal, checksums over
-//! all metadata, and room for times up to 2446; but no blocks reserved for root, and no
-//! `lost+found`. Every group of blocks has its own bitmaps and inodes, and files lie behind each
-//! other, so that a block is in use exactly if it is metadata or before the first free one.
+//! The layout is mke2fs 1.47's: 4 KiB blocks, a journal, metadata checksums, and 256-byte inodes
+//! (timestamps up to 2446), but no reserved blocks and no `lost+found`. Each group has its own
+//! bitmaps and inode table, and blocks are allocated in order: a block is in use if it is metadata
+//! or lies before the first free block.
 
 use std::{fs::File, io::Read, os::unix::fs::FileExt};
 
@@ -105,7 +105,7 @@ impl Layout {
         let mut blocks = size / BLOCK;
         ensure!(
             blocks >= LEAST_BLOCKS,
-            "an ext4 file system of {size} bytes: it has at least {} MiB",
+            "{size} bytes are too small for an ext4 file system: at least {} MiB are needed",
             (LEAST_BLOCKS * BLOCK) >> 20
         );
         loop {
@@ -114,7 +114,7 @@ impl Layout {
             let inodes_per_group = inodes.div_ceil(groups).next_multiple_of(per_block);
             ensure!(
                 inodes_per_group <= GROUP,
-                "{inodes} files are too many for {} MiB",
+                "{} MiB cannot hold {inodes} files",
                 size >> 20
             );
             let layout = Layout {
@@ -187,17 +187,17 @@ fn journal_blocks(blocks: u64) -> u64 {
     }
 }
 
-/// Inodes that an image of a tree gets: room for a quarter more files, and for those of a small one.
+/// Inodes of an image: 4096 and a quarter more than it has files.
 fn inodes(extent: &Extent) -> u64 {
     extent.inodes * 5 / 4 + 4096
 }
 
-/// Bytes that an image has to have at least.
+/// The minimum size of an image.
 pub fn least_size(extent: &Extent) -> u64 {
     fitting(extent, extent.blocks)
 }
 
-/// Bytes that an image gets if nobody says how many: with a quarter of its contents and 64 MiB free.
+/// The default size of an image: a quarter of its contents and 64 MiB are free.
 pub fn good_size(extent: &Extent) -> u64 {
     fitting(extent, extent.blocks * 5 / 4 + (64 << 20) / BLOCK).next_multiple_of(1 << 20)
 }
@@ -337,7 +337,7 @@ impl<'a> Writer<'a> {
         loop {
             ensure!(
                 self.next < self.layout.blocks,
-                "the image is full: a size of {} MiB is too small for it",
+                "{} MiB are too small for the files",
                 (self.layout.blocks * BLOCK) >> 20
             );
             let group = self.next / GROUP;
@@ -750,7 +750,7 @@ impl<'a> Writer<'a> {
         let used = u64::from(RESERVED) + files as u64 - 1;
         ensure!(
             used <= u64::from(per_group) * layout.groups,
-            "{files} files are too many for this size"
+            "this size cannot hold {files} files"
         );
         let mut used_directories = vec![0u32; layout.groups as usize];
         for number in directories {

@@ -1,4 +1,4 @@
-//! A tree as file systems have it: a list of inodes, and directories that name them by number.
+//! A tree in the form that file systems have: a list of inodes, and directories that refer to them.
 
 use std::{
     collections::HashMap,
@@ -26,7 +26,7 @@ pub struct Inode<'a> {
     pub path: Vec<u8>,
     /// Owner, mode, time and attributes.
     pub meta: &'a Meta,
-    /// How often directories name it.
+    /// Its link count.
     pub links: u32,
     /// What it is.
     pub kind: InodeKind<'a>,
@@ -162,7 +162,7 @@ impl<'a> Inodes<'a> {
                 ensure!(
                     matches!(described.kind, Kind::File { size, data }
                         if (size, data) == (contents.size, contents.data)),
-                    "{} has changed meanwhile",
+                    "{} has changed since it was listed",
                     path()
                 );
                 let mut bytes = Whole {
@@ -178,7 +178,7 @@ impl<'a> Inodes<'a> {
     }
 }
 
-/// So many bytes: a file that has shrunk is an error, and one that has grown is cut.
+/// Exactly as many bytes as expected: it is an error if the file has shrunk; growth is ignored.
 struct Whole<'a> {
     inner: &'a mut dyn Read,
     left: u64,
@@ -191,7 +191,7 @@ impl Read for Whole<'_> {
         let most = most.min(buffer.len());
         let size = self.inner.read(&mut buffer[..most])?;
         if size == 0 && most > 0 {
-            return Err(io::Error::other("it has become shorter meanwhile"));
+            return Err(io::Error::other("the file has become shorter"));
         }
         self.left -= size as u64;
         self.progress.add(size as u64);

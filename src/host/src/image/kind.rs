@@ -1,4 +1,4 @@
-//! What a file is, for a person who has given one that is of no use.
+//! Detecting what a file is, for error messages.
 
 use std::{fmt, fs::File, io::Read, path::Path};
 
@@ -25,11 +25,11 @@ pub enum Kind {
     Disk(&'static str),
     /// Something else that has a name.
     Other(&'static str),
-    /// Who knows.
+    /// None of these.
     Unknown,
 }
 
-/// Bytes at an offset, and what they tell.
+/// Magic numbers by offset.
 const MAGIC: [(usize, &[u8], Kind); 20] = [
     (1080, &[0x53, 0xef], Kind::Image(Format::Ext4)),
     (0, b"hsqs", Kind::Image(Format::Squashfs)),

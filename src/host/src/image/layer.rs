@@ -41,7 +41,7 @@ impl Compression {
     /// Bytes that are looked at.
     const START: usize = 6;
 
-    /// As the first bytes tell (RFC 1952, RFC 8878, xz-file-format.txt 2.1.1.1).
+    /// Detects it from the first bytes (RFC 1952, RFC 8878, xz-file-format.txt 2.1.1.1).
     fn of(start: &[u8]) -> Option<Compression> {
         match start {
             [0x1f, 0x8b, ..] => Some(Compression::Gzip),
@@ -53,8 +53,8 @@ impl Compression {
     }
 }
 
-/// Whether an image can have an extended attribute. SELinux labels are the host's, overlayfs's
-/// attributes are of the mount that the files were in, and other namespaces are of one file system.
+/// Whether an extended attribute is kept. SELinux labels belong to the host, overlayfs's own
+/// attributes to the mount that the files came from, and other namespaces to one file system.
 fn is_kept(attribute: &str) -> bool {
     let namespaces = ["security.", "trusted.", "user."];
     match attribute {
@@ -65,7 +65,7 @@ fn is_kept(attribute: &str) -> bool {
     }
 }
 
-/// Removes the attributes that an image cannot have; their names.
+/// Removes attributes that are not kept, and returns their names.
 fn drop_attributes(meta: &mut Meta) -> Vec<String> {
     let mut lost = vec![];
     meta.xattrs.retain(|name, _| {
@@ -80,9 +80,9 @@ fn drop_attributes(meta: &mut Meta) -> Vec<String> {
 
 /// A regular file's contents.
 pub struct Body<'a> {
-    /// Its pieces, offset and length, in their order; zeros are between them.
+    /// Offset and length of each piece of data, in order; between them are zeros.
     pub pieces: Vec<(u64, u64)>,
-    /// The bytes of the pieces, one behind the other.
+    /// The data of all pieces.
     pub bytes: &'a mut dyn Read,
 }
 
@@ -413,7 +413,7 @@ fn attributes(path: &Path) -> io::Result<BTreeMap<String, Vec<u8>>> {
     Ok(attributes)
 }
 
-/// A file opened when it is read: most passes do not.
+/// A file that is opened when first read: most passes do not read it.
 struct Lazy(PathBuf, Option<File>);
 
 impl Lazy {
@@ -427,7 +427,7 @@ impl Lazy {
             .ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
-    /// Where its data is (lseek(2), SEEK_DATA). Behind the last piece may be a hole.
+    /// The pieces of data between its holes (lseek(2), SEEK_DATA).
     fn pieces(&mut self, size: u64) -> io::Result<Vec<(u64, u64)>> {
         use rustix::fs::{SeekFrom, seek};
         let file = self.open()?;

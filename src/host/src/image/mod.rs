@@ -45,7 +45,7 @@ pub struct Options {
     pub tag: Option<String>,
     /// The file system.
     pub format: Format,
-    /// Replaces an image, and the configuration beside it, that are there already.
+    /// Overwrites an existing image and configuration.
     pub force: bool,
     /// Shows on standard error how far it is.
     pub progress: bool,
@@ -66,7 +66,7 @@ pub struct Built {
     pub image_config: Option<Value>,
     /// Platform of an image that is not for the architecture asked for.
     pub foreign_platform: Option<String>,
-    /// What the source has that the image has not, a sentence each.
+    /// Parts of the source that are missing in the image, one sentence each.
     pub warnings: Vec<String>,
 }
 
@@ -78,7 +78,7 @@ pub fn run_json_path(image: &Path) -> PathBuf {
 /// Makes an image of `source`: a directory, a tar archive (`docker export`), a `docker save` or OCI
 /// archive, an OCI image layout, `-` for one of the archives on standard input, or the name of an
 /// image for docker or skopeo. Compressed archives may be. A container image's configuration is
-/// written beside it. What is there already is an error unless [`Options::force`] is set.
+/// written beside it. It is an error if they exist, unless [`Options::force`] is set.
 pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
     ensure_separate(source, out)?;
     ensure_replaceable(out, options.force)?;
@@ -148,22 +148,22 @@ pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
     })
 }
 
-/// An error where the image would take the place of what it is made of, or lie in it.
+/// Fails if the image would overwrite its own source, or lie inside it.
 fn ensure_separate(source: &Path, out: &Path) -> Result<()> {
     let (Ok(source), Ok(dir)) = (source.canonicalize(), directory_of(out).canonicalize()) else {
-        return Ok(()); // one of them is not there, which is told later
+        return Ok(()); // one of them does not exist, which is reported later
     };
     let shown = out.display();
     let same = out.canonicalize().is_ok_and(|out| out == source);
     ensure!(!same, "{shown} is the source itself");
     ensure!(
         !dir.starts_with(&source),
-        "{shown} would lie in the directory that it is made of"
+        "{shown} is inside the source directory"
     );
     Ok(())
 }
 
-/// An error where something is that must not be replaced.
+/// Fails if `path` exists and must not be overwritten.
 fn ensure_replaceable(path: &Path, force: bool) -> Result<()> {
     let Ok(found) = path.symlink_metadata() else {
         return Ok(());
@@ -171,16 +171,13 @@ fn ensure_replaceable(path: &Path, force: bool) -> Result<()> {
     let shown = path.display();
     ensure!(
         found.is_file() || found.is_symlink() && path.is_file(),
-        "{shown} is there, and not a file"
+        "{shown} exists and is not a regular file"
     );
-    ensure!(
-        force,
-        "{shown} is there already; --force replaces it, with all that is in it"
-    );
+    ensure!(force, "{shown} exists already; --force overwrites it");
     Ok(())
 }
 
-/// Attributes that an image cannot have, and the files that have them.
+/// Attributes that were dropped, with the paths of their files.
 #[derive(Default)]
 struct Lost(BTreeMap<String, Vec<String>>);
 
@@ -192,7 +189,7 @@ impl Lost {
         }
     }
 
-    /// A sentence for each attribute, which names the first files.
+    /// One warning an attribute, naming the first files.
     fn warnings(&self) -> Vec<String> {
         const NAMED: usize = 3;
         let warning = |(attribute, paths): (&String, &Vec<String>)| {
@@ -201,7 +198,10 @@ impl Lost {
                 0 => String::new(),
                 more => format!(" and {more} more"),
             };
-            format!("{attribute} is left out: {}{more}", named.join(", "))
+            format!(
+                "extended attribute {attribute} dropped: {}{more}",
+                named.join(", ")
+            )
         };
         self.0.iter().map(warning).collect()
     }

@@ -1,5 +1,5 @@
-//! Making squashfs by squashfs-tools, from a tar stream: the smallest of the read-only file
-//! systems, and the slowest to read.
+//! Making squashfs images with squashfs-tools, from a tar stream: the smallest read-only format,
+//! and the slowest to read.
 
 use std::{
     fs::File,
@@ -31,11 +31,11 @@ pub fn write(
         root.xattrs.is_empty(),
         "squashfs-tools cannot give the root directory its extended attributes"
     );
-    // Not a pipe, which would be full while nobody reads it.
+    // A pipe could fill up while nobody reads it.
     let mut said = tempfile::tempfile()?;
     let mut child = Command::new(assets::tool("sqfstar")?)
         .args(["-quiet", "-no-progress", "-exports", "-xattrs"])
-        // Inodes as they are: one is changed below.
+        // Uncompressed inodes: the root's is patched below.
         .arg("-noI")
         .args(["-mkfs-time", "0", "-root-mode"])
         .arg(format!("{:o}", root.mode))
@@ -53,7 +53,7 @@ pub fn write(
     let sent = send(inodes, extent, layers, pipe, progress);
     progress.phase("compressing", 0);
     let status = child.wait()?;
-    // What it says tells more than the pipe that it broke.
+    // Its own message is more useful than the broken pipe.
     let broken = sent.as_ref().is_err_and(|error| {
         let cause = error.root_cause().downcast_ref::<io::Error>();
         cause.is_some_and(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
@@ -76,7 +76,7 @@ fn seconds(meta: &Meta) -> u32 {
     u32::try_from(seconds).unwrap_or(0)
 }
 
-/// Sets the time of the root, which sqfstar 4.5 takes from the clock whatever -root-time says.
+/// Sets the root's mtime: sqfstar 4.5 ignores -root-time and uses the current time.
 /// (squashfs_fs.h: squashfs_super_block, squashfs_base_inode)
 fn set_root_time(image: &Path, seconds: u32) -> Result<()> {
     /// Of the superblock: the root's inode, and where the table of inodes is.
@@ -171,7 +171,7 @@ fn send(
     Ok(stream.flush()?)
 }
 
-/// A pax header with all that a plain one has no room for, and the plain one.
+/// A pax header, and the ustar header behind it.
 fn header(
     stream: &mut impl Write,
     inode: &Inode,
@@ -198,7 +198,7 @@ fn header(
     record("size", size.to_string().as_bytes());
     record("uid", meta.uid.to_string().as_bytes());
     record("gid", meta.gid.to_string().as_bytes());
-    // sqfstar 4.5 wants to see a fraction.
+    // sqfstar 4.5 requires a fraction.
     record("mtime", format!("{}.0", seconds(meta)).as_bytes());
     if kind != b'1' {
         for (name, value) in &meta.xattrs {

@@ -70,7 +70,7 @@ pub struct Place {
     pub entry: usize,
 }
 
-/// What is no directory, and may have several names.
+/// A file other than a directory, which may have several names.
 #[derive(Debug)]
 pub struct Leaf {
     /// Owner and mode.
@@ -145,7 +145,7 @@ pub struct Entry {
     pub meta: Meta,
     /// What it makes.
     pub kind: Kind,
-    /// Attributes of it that an image cannot have.
+    /// Names of attributes that were dropped.
     pub lost: Vec<String>,
 }
 
@@ -248,7 +248,7 @@ impl Tree {
         let parents = self.resolve(&parents, Some(place.layer))?;
         let children = self
             .directory(&parents)
-            .context("its directory is no directory")?;
+            .context("its parent is not a directory")?;
         let node = Node {
             layer: place.layer,
             content,
@@ -505,7 +505,7 @@ mod tests {
                     "h" => Kind::HardLink(target()),
                     other => panic!("{other}"),
                 };
-                // The mode tells which layer has said it last.
+                // The mode is the layer's number.
                 let meta = Meta::root(layer as u32);
                 let path = words[1].into();
                 let place = Place {

@@ -43,7 +43,7 @@ pub(super) fn start(spec: &Spec) -> Result<Box<dyn Machine>> {
     let mut process = Process::spawn(command)?;
     let qmp = connect(spec, &mut process).or_else(|error| {
         let said = fs::read_to_string(spec.dir.join("qemu.log"))?;
-        Err(error.context(format!("QEMU does not start: {}", said.trim_end())))
+        Err(error.context(format!("unable to start QEMU: {}", said.trim_end())))
     })?;
     Ok(Box::new(Qemu {
         arch: spec.arch,
@@ -88,7 +88,7 @@ fn start_vsock(spec: &Spec) -> Result<Process> {
         let ended = process.status()?;
         if ended.is_some() || Instant::now() > deadline {
             let said = fs::read_to_string(spec.dir.join("vhost.log"))?;
-            bail!("the vsock device does not start: {ended:?} {said}");
+            bail!("unable to start the vsock device: {ended:?} {said}");
         }
         thread::sleep(Duration::from_millis(5));
     }
@@ -158,8 +158,8 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
     }
     add(&["-kernel", spec.kernel.to_str().context("not UTF-8")?]);
     add(&["-initrd", spec.initrd.to_str().context("not UTF-8")?]);
-    let words = spec.arch.words_on_qemu(spec.deterministic)?;
-    add(&["-append", &spec.command_line(console, &words)]);
+    let parameters = spec.arch.parameters_on_qemu(spec.deterministic)?;
+    add(&["-append", &spec.command_line(console, &parameters)]);
 
     if spec.i8042 && spec.arch.has_keyboard() {
         add(&["-device", "i8042"]);

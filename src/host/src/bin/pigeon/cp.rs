@@ -20,14 +20,14 @@ use crate::{output::note, target::Target};
 
 #[derive(Args)]
 pub struct Cp {
-    /// A file or directory: here, or in a VM as NAME:/PATH (:/PATH while there is one VM only); -
-    /// is standard input
+    /// A file or directory, local or in a VM as NAME:/PATH (:/PATH if only one VM runs); - is
+    /// standard input
     source: String,
-    /// Where it is to be, in the other place; - is standard output
+    /// The destination, in the other place; - is standard output
     destination: String,
     #[command(flatten)]
     target: Target,
-    /// In the VM, whose it is to be [default: root's]
+    /// The owner of files copied to a VM [default: root]
     #[arg(short, long, value_name = "USER[:GROUP]")]
     user: Option<String>,
 }
@@ -62,7 +62,7 @@ impl Cp {
                 absolute(path)?;
                 self.fetch(&self.target.client(name)?, path, destination)
             }
-            _ => bail!("one of the two is in a VM, as NAME:/PATH, and one is not"),
+            _ => bail!("exactly one of source and destination must be in a VM, as NAME:/PATH"),
         }
     }
 
@@ -100,7 +100,7 @@ impl Cp {
         if has_mkdir && has_tar(client) {
             let mut session = client.session(&tar.separate_stderr())?;
             let sent = send_archive(&mut session, source);
-            // What tar says tells more than the connection that it has ended.
+            // tar's own message is more useful than the broken connection.
             if sent.is_ok() {
                 session.end_input()?;
             }
@@ -129,7 +129,7 @@ impl Cp {
         if is_directory(client, path)? {
             ensure!(
                 destination != Path::new("-"),
-                "{path} is a directory: its files cannot go to standard output"
+                "{path} is a directory: it cannot be written to standard output"
             );
             return fetch_directory(client, path, destination);
         }
@@ -164,7 +164,7 @@ impl Cp {
     }
 }
 
-/// A reader that tells how far it is.
+/// A reader that advances a progress bar.
 struct Counted<'a>(&'a mut dyn Read, &'a mut Progress);
 
 impl Read for Counted<'_> {
@@ -178,7 +178,7 @@ impl Read for Counted<'_> {
 fn absolute(path: &str) -> Result<()> {
     ensure!(
         path.starts_with('/'),
-        "{path:?}: a path in a VM begins with a slash"
+        "{path:?}: paths in a VM must be absolute"
     );
     Ok(())
 }
@@ -247,7 +247,7 @@ fn send_file(client: &Client, source: &Path, path: &str, options: &WriteOptions)
 fn fetch_directory(client: &Client, path: &str, destination: &Path) -> Result<()> {
     ensure!(
         has_tar(client),
-        "there is no tar in the VM, which a directory needs: copy the files one by one"
+        "copying a directory needs tar in the VM, which it does not have"
     );
     let into = match destination.is_dir() {
         true => destination.join(base_name(Path::new(path))?),

@@ -31,16 +31,16 @@ use crate::{
 pub struct Exec {
     #[command(flatten)]
     target: Target,
-    /// Pass standard input on
+    /// Keep standard input open
     #[arg(short, long)]
     interactive: bool,
-    /// Give the command a terminal
+    /// Allocate a terminal
     #[arg(short, long)]
     tty: bool,
-    /// Start it and return; its name is printed, for `pigeon attach`
+    /// Run in the background and print the session's name
     #[arg(short, long, conflicts_with_all = ["interactive", "json"])]
     detach: bool,
-    /// A name for it, by which it is attached to again: it outlives this command
+    /// Name the session, so that it survives a disconnect (see pigeon attach)
     #[arg(long, value_name = "NAME", conflicts_with = "json")]
     id: Option<String>,
     /// Run as this user: name or number, with a group after a colon if wanted
@@ -102,7 +102,7 @@ pub fn variables(
     Ok(found)
 }
 
-/// The exit code of what could not be started, whose reason is told here; other errors are.
+/// Reports that a command could not be started and returns its exit code; passes on other errors.
 pub fn start_error(error: anyhow::Error, program: &str) -> Result<u8> {
     let Some(Error::NotStarted(why)) = error.downcast_ref::<Error>() else {
         return Err(error);
@@ -214,7 +214,7 @@ fn detach(client: &pigeon::Client, command: &Command, tty: bool, id: &str) -> Re
         session.end_input()?;
     }
     let deadline = std::time::Instant::now() + START;
-    // Once it is listed the command has its own life; that it cannot start is told before.
+    // Once it is listed it outlives this connection; a failure to start is reported before.
     loop {
         if let Some(Event::Exit(_)) = session.try_next()? {
             break;
@@ -235,11 +235,11 @@ fn detach(client: &pigeon::Client, command: &Command, tty: bool, id: &str) -> Re
 
 #[derive(Args)]
 pub struct Attach {
-    /// The session's name, as `pigeon exec --id` gave it; none lists them
+    /// The session's name; without it the sessions are listed
     id: Option<String>,
     #[command(flatten)]
     target: Target,
-    /// End it
+    /// End the session
     #[arg(long, requires = "id")]
     kill: bool,
     /// Print the list as JSON
@@ -294,13 +294,13 @@ fn status(number: i32) -> u8 {
     u8::try_from(number & 0xff).expect("a byte")
 }
 
-/// What goes to and fro between a session and this command.
+/// Connects a session to the standard streams.
 pub struct Pass {
     /// Standard input is the session's.
     pub interactive: bool,
     /// The session is on a terminal.
     pub tty: bool,
-    /// Ctrl-P Ctrl-Q leaves it to itself.
+    /// Ctrl-P Ctrl-Q detaches.
     pub detachable: bool,
 }
 

@@ -19,10 +19,10 @@ const SHUTDOWN: Duration = Duration::from_secs(15);
 
 #[derive(Args)]
 pub struct Ps {
-    /// Those that have ended, too
+    /// Include VMs that have ended
     #[arg(short, long)]
     all: bool,
-    /// Names alone
+    /// Print only names
     #[arg(short, long)]
     quiet: bool,
     /// Print JSON
@@ -91,7 +91,7 @@ fn describe(vm: &Vm) -> Value {
 
 #[derive(Args)]
 pub struct Inspect {
-    /// VMs; the only one if none is named
+    /// VMs; optional if there is only one
     names: Vec<String>,
 }
 
@@ -112,14 +112,14 @@ impl Inspect {
 
 #[derive(Args)]
 pub struct Stop {
-    /// VMs; the only one if none is named
+    /// VMs; optional if there is only one
     names: Vec<String>,
     #[command(flatten)]
     target: Target,
-    /// How long a workload may take to end before it is killed
+    /// How long the workload may take to exit before it is killed
     #[arg(short, long, value_name = "SECONDS", default_value_t = 10.0)]
     timeout: f64,
-    /// In place of the image's stop signal
+    /// Use this signal instead of the image's stop signal
     #[arg(short, long, value_parser = crate::parse_signal)]
     signal: Option<u8>,
 }
@@ -149,9 +149,9 @@ impl Stop {
                 vm.signal_owner(Signal::TERM)?;
             }
             if !vm.wait(timeout + SHUTDOWN) {
-                note!("{} does not end: it is killed", vm.record.name);
+                note!("{} does not stop: killing it", vm.record.name);
                 vm.signal_owner(Signal::KILL)?;
-                ensure!(vm.wait(SHUTDOWN), "{} goes on", vm.record.name);
+                ensure!(vm.wait(SHUTDOWN), "{} is still running", vm.record.name);
             }
         }
         say!("{}", vm.record.name);
@@ -164,7 +164,7 @@ pub struct Rm {
     /// VMs
     #[arg(required = true)]
     names: Vec<String>,
-    /// Kill those that run
+    /// Kill running VMs
     #[arg(short, long)]
     force: bool,
 }
@@ -176,10 +176,10 @@ impl Rm {
             if vm.running {
                 ensure!(
                     self.force,
-                    "{name} runs: `pigeon stop {name}` stops it, --force kills it"
+                    "{name} is running: `pigeon stop {name}` stops it, --force kills it"
                 );
                 vm.signal_owner(Signal::KILL)?;
-                ensure!(vm.wait(SHUTDOWN), "{name} goes on");
+                ensure!(vm.wait(SHUTDOWN), "{name} is still running");
             }
             vm.remove()?;
             say!("{name}");
@@ -190,7 +190,7 @@ impl Rm {
 
 #[derive(Args)]
 pub struct Wait {
-    /// A VM of `pigeon run`, which may have ended; not needed while there is one only
+    /// A VM of `pigeon run`, running or ended; optional if there is only one
     name: Option<String>,
     #[command(flatten)]
     target: Target,
@@ -219,10 +219,10 @@ impl Wait {
             Some(vm) => recorded(&vm)?,
         };
         if exit.oom_killed && !self.json {
-            note!("the kernel killed it, out of memory");
+            note!("the workload was killed: out of memory");
         }
         if let Some(error) = exit.error.as_ref().filter(|_| !self.json) {
-            note!("it could not be run: {error}");
+            note!("the workload could not be started: {error}");
         }
         match self.json {
             true => say!("{}", json!(exit)),
@@ -241,7 +241,7 @@ fn recorded(vm: &Vm) -> Result<Exit> {
     let code = record.exit_code.map(i32::from);
     let code = code.with_context(|| {
         format!(
-            "the exit code of {} is not known: its owner was killed",
+            "the exit code of {} is unknown: the process that ran it was killed",
             record.name
         )
     })?;
@@ -254,7 +254,7 @@ fn recorded(vm: &Vm) -> Result<Exit> {
 
 #[derive(Args)]
 pub struct Status {
-    /// A VM of `pigeon run`; not needed while there is one only
+    /// A VM of `pigeon run`; optional if only one is running
     name: Option<String>,
     #[command(flatten)]
     target: Target,
@@ -280,7 +280,7 @@ pub struct SendSignal {
     /// A name or number: TERM, SIGTERM, SIGRTMIN+3, 15
     #[arg(value_parser = crate::parse_signal)]
     signal: u8,
-    /// A VM of `pigeon run`; not needed while there is one only
+    /// A VM of `pigeon run`; optional if only one is running
     name: Option<String>,
     #[command(flatten)]
     target: Target,
@@ -302,11 +302,11 @@ impl SendSignal {
 
 #[derive(Args)]
 pub struct Stats {
-    /// A VM of `pigeon run`; not needed while there is one only
+    /// A VM of `pigeon run`; optional if only one is running
     name: Option<String>,
     #[command(flatten)]
     target: Target,
-    /// Print all that the guest says, as JSON
+    /// Print the full answer as JSON
     #[arg(long)]
     json: bool,
 }
@@ -320,14 +320,14 @@ impl Stats {
         }
         let rows = summary(&info);
         if rows.is_empty() {
-            bail!("the guest's answer has nothing that is known here: --json shows it");
+            bail!("unknown format: --json shows the answer");
         }
-        table(&["WHAT", "NOW"], &rows);
+        table(&["RESOURCE", "USAGE"], &rows);
         Ok(())
     }
 }
 
-/// The lines that a person looks for, of those that are there.
+/// A summary for humans.
 fn summary(info: &Value) -> Vec<Vec<String>> {
     let number = |value: &Value| value.as_f64();
     let mut rows = vec![];

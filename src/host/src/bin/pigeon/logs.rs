@@ -1,5 +1,4 @@
-//! `pigeon logs` and `pigeon events`: what a VM's workload has written and what has happened to
-//! it, also when it is gone.
+//! `pigeon logs` and `pigeon events`, also for VMs that have ended.
 
 use std::{
     fs::File,
@@ -28,17 +27,17 @@ const REFRESH: Duration = Duration::from_millis(50);
 
 #[derive(Args)]
 pub struct Logs {
-    /// A VM of `pigeon run`, which may have ended; not needed while there is one only
+    /// A VM of `pigeon run`, running or ended; optional if there is only one
     name: Option<String>,
     #[command(flatten)]
     target: Target,
-    /// Go on with what comes, until the workload has ended
+    /// Follow the output until the workload exits
     #[arg(short, long)]
     follow: bool,
-    /// Leave out what comes before the byte of this number
+    /// Start at this byte of the output
     #[arg(long, value_name = "N", default_value_t = 0)]
     since_offset: u64,
-    /// The console, with the words of the kernel and the init
+    /// Show the console instead, with messages of the kernel and the init
     #[arg(long, conflicts_with = "since_offset")]
     console: bool,
 }
@@ -165,11 +164,11 @@ fn write_to(stream: &mut dyn Write, bytes: &[u8]) -> Result<()> {
 
 #[derive(Args)]
 pub struct Events {
-    /// A VM of `pigeon run`, which may have ended; not needed while there is one only
+    /// A VM of `pigeon run`, running or ended; optional if there is only one
     name: Option<String>,
     #[command(flatten)]
     target: Target,
-    /// Go on with what comes, until the VM has ended
+    /// Follow the events until the VM ends
     #[arg(short, long)]
     follow: bool,
     /// With --uds: listen for a VM that is started with PIGEON_EVENTS_PORT=PORT
@@ -217,8 +216,8 @@ fn listen(uds: &Path, port: u32) -> Result<()> {
     Ok(())
 }
 
-/// Takes the workload's bytes out of a console: without lines of the kernel and the init, and
-/// without the carriage returns that a terminal adds.
+/// Extracts the workload's output from a console: drops lines of the kernel and the init, and the
+/// carriage returns that the terminal adds.
 #[derive(Default)]
 pub struct ConsoleFilter {
     /// The beginning of a line, as long as it may be one of the others.

@@ -47,15 +47,15 @@ enum Action {
     /// List the VMs that run
     #[command(visible_alias = "list")]
     Ps(lifecycle::Ps),
-    /// Show what a VM's workload has written
+    /// Show the output of a VM's workload
     Logs(logs::Logs),
     /// Run a command in a VM
     Exec(exec::Exec),
-    /// Go on with a command that has a name, or list those
+    /// Attach to a named session, or list the sessions
     Attach(exec::Attach),
     /// Copy files from or to a VM
     Cp(cp::Cp),
-    /// Lead TCP ports of the host to ports of a VM, until Ctrl-C
+    /// Forward TCP ports of the host to a VM until Ctrl-C
     Forward(ports::ForwardPorts),
     /// Send a signal to a VM's workload
     #[command(visible_alias = "kill")]
@@ -64,21 +64,21 @@ enum Action {
     Stop(lifecycle::Stop),
     /// Wait for the end of a VM's workload and print its exit code
     Wait(lifecycle::Wait),
-    /// Remove what is kept of VMs that have ended
+    /// Remove VMs that have ended: record, logs and console
     Rm(lifecycle::Rm),
-    /// Show all that is known of VMs, as JSON
+    /// Show details of VMs as JSON
     Inspect(lifecycle::Inspect),
-    /// Show what a VM uses
+    /// Show a VM's resource usage
     Stats(lifecycle::Stats),
-    /// Show what has happened to a VM: a line of JSON for each event
+    /// Show the events of a VM, one JSON object a line
     Events(logs::Events),
-    /// Tell whether a VM is up
+    /// Check whether a VM is up
     Status(lifecycle::Status),
-    /// Lead a Unix socket to a VM's API, for curl and other HTTP clients, until Ctrl-C
+    /// Expose a VM's API on a Unix socket, for curl and other HTTP clients, until Ctrl-C
     Proxy(Proxy),
     /// Make a root image of a container image
     Rootfs(rootfs::Rootfs),
-    /// Print a script that completes this command's words in a shell
+    /// Print a shell completion script
     Completions(shell::Completions),
     /// Print the manual page
     Man(shell::Man),
@@ -169,24 +169,25 @@ fn hint(error: &anyhow::Error) -> Option<&'static str> {
     let error = error.downcast_ref::<Error>()?;
     Some(match error {
         Error::NoVm { .. } => {
-            "There is no VM at that socket (any more). `pigeon ps` shows those of `pigeon run`; \
-             for another, give the vsock's uds_path as --uds, not that of a port."
+            "No VM is listening on that socket. `pigeon ps` lists those of `pigeon run`; for other \
+             VMs pass the vsock's uds_path as --uds, without a port suffix."
         }
         Error::NotListening { .. } => {
-            "The VM's socket is there, but its init does not answer: look at its console. It may \
-             still boot (--boot-timeout waits longer), have failed, or have no vsock driver."
+            "The VM's socket exists, but its init does not answer: look at its console. It may still \
+             be booting (--boot-timeout waits longer), have failed, or lack a vsock driver."
         }
-        Error::Refused { status: 409, .. } => "Its workload has ended, or is held for a snapshot.",
-        Error::Refused { status: 503, .. } => "It has as many connections as it can: try again.",
+        Error::Refused { status: 409, .. } => {
+            "The workload has exited, or is frozen for a snapshot."
+        }
+        Error::Refused { status: 503, .. } => "The VM has reached its connection limit: try again.",
         // The init's words for a call that it has not.
         Error::Refused {
             status: 404 | 405,
             message,
         } if message == "no such path" || message == "method not allowed" => {
-            "Is that socket pigeon-init's, and was its init built with this feature? It knows no \
-             such call."
+            "The init does not know this call: was it built without this feature?"
         }
-        Error::Broken(_) => "The VM may have ended meanwhile: look at its console.",
+        Error::Broken(_) => "The VM may have stopped: look at its console.",
         _ => return None,
     })
 }

@@ -1,4 +1,4 @@
-//! What is printed: results on standard output, all else on standard error.
+//! Printing: results go to standard output, messages to standard error.
 
 use std::{
     env,
@@ -6,15 +6,15 @@ use std::{
     process,
 };
 
-/// Exit code when nobody reads any more, as a shell has it: 128 + SIGPIPE.
+/// Exit code on a broken pipe, as in a shell: 128 + SIGPIPE.
 const BROKEN_PIPE: i32 = 141;
 
-/// Prints a line of a result. Without a reader the command is over, without a word.
+/// Prints a line to standard output. On a broken pipe the process exits silently.
 macro_rules! say {
     ($($words:tt)*) => { $crate::output::print(&format!("{}\n", format_args!($($words)*))) };
 }
 
-/// Prints a line for the person who waits.
+/// Prints a message to standard error.
 macro_rules! note {
     ($($words:tt)*) => { $crate::output::print_note(format_args!($($words)*)) };
 }
@@ -38,7 +38,7 @@ pub fn print(text: &str) {
 }
 
 pub fn print_note(text: std::fmt::Arguments) {
-    // A terminal that has gone must not end what goes on.
+    // A closed terminal must not end the process.
     let _ = writeln!(io::stderr(), "pigeon: {text}");
 }
 

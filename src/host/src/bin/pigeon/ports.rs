@@ -1,4 +1,4 @@
-//! Ports of the host that lead to ports of a VM.
+//! Port forwarding.
 
 use std::{
     fmt,
@@ -20,12 +20,12 @@ use crate::{
     target::Target,
 };
 
-/// `[ADDRESS:]HOST:GUEST`, as `docker run -p` has it, but on 127.0.0.1 unless told otherwise.
+/// `[ADDRESS:]HOST:GUEST`, as `docker run -p` has it, but on 127.0.0.1 by default.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Port {
     /// Where the host listens.
     pub address: IpAddr,
-    /// 0 is any that is free.
+    /// 0: any free port.
     pub host: u16,
     pub guest: u16,
 }
@@ -40,7 +40,7 @@ impl Port {
         }
     }
 
-    /// Leads it to the VM from now on; where it listens.
+    /// Starts forwarding, and returns the address it listens on.
     pub fn forward(self, uds: &Path) -> Result<SocketAddr> {
         let target = format!("127.0.0.1:{}", self.guest);
         let guest = self.guest;
@@ -57,7 +57,7 @@ impl FromStr for Port {
         let usage = || format!("{text:?} is not [ADDRESS:]HOST:GUEST, such as 8080:80");
         let (ports, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
         if protocol != "tcp" {
-            bail!("{text:?}: only TCP is passed on");
+            bail!("{text:?}: only TCP can be forwarded");
         }
         let (before, guest) = ports.rsplit_once(':').with_context(usage)?;
         let (address, host) = match before.rsplit_once(':') {

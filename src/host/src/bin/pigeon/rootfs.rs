@@ -18,17 +18,17 @@ use crate::{
 
 #[derive(Args)]
 pub struct Rootfs {
-    /// A directory, a tar archive (docker export), a `docker save` or OCI archive, an OCI layout
-    /// folder, - for an archive on standard input, or the name of an image for docker or skopeo
+    /// A directory, a tar archive (docker export), a docker save or OCI archive, an OCI layout, a
+    /// skopeo dir:, - for an archive on standard input, or an image name for docker or skopeo
     source: PathBuf,
-    /// The image to make; its configuration goes beside it, to NAME.run.json
+    /// The image file; the configuration is written beside it, to NAME.run.json
     out: PathBuf,
-    /// Its size, as 64M or 1.5G, of ext4; computed when not given
+    /// Size of an ext4 image, such as 64M or 1.5G [default: computed]
     size: Option<String>,
     /// The file system
     #[arg(long, value_enum, default_value_t)]
     format: Format,
-    /// Replace an image, and its configuration, that are there already
+    /// Overwrite an existing image and configuration
     #[arg(short, long)]
     force: bool,
     #[command(flatten)]
@@ -84,11 +84,11 @@ impl Rootfs {
         );
         match &built.image_config {
             Some(config) => say!("{config_path}: {}", command_line(config)),
-            None => say!("It says nothing of what to run: pigeon run {out} COMMAND..."),
+            None => say!("no command is configured: pigeon run {out} COMMAND..."),
         }
         if let Some(platform) = built.foreign_platform {
             note!(
-                "note that the image is for {platform}, not for {}",
+                "the image is for {platform}, not for {}",
                 self.guest.arch.platform()
             );
         }
@@ -105,7 +105,7 @@ fn command_line(config: &serde_json::Value) -> String {
         .filter_map(|word| word.as_str())
         .collect();
     match words[..] {
-        [] => "the image names no command".into(),
+        [] => "no command is configured".into(),
         _ => format!("runs {}", words.join(" ")),
     }
 }

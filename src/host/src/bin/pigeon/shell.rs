@@ -1,4 +1,4 @@
-//! `pigeon completions` and `pigeon man`: for the shell and the manual's reader.
+//! `pigeon completions` and `pigeon man`.
 
 use anyhow::{Context, Result};
 use clap::{Args, CommandFactory};
@@ -23,7 +23,7 @@ impl Completions {
 
 #[derive(Args)]
 pub struct Man {
-    /// The page of one command; of all of them, briefly, if none is named
+    /// A subcommand; without it the page of pigeon itself
     command: Option<String>,
 }
 

@@ -22,10 +22,10 @@ pub struct Target {
         hide_env_values = true
     )]
     uds: Option<PathBuf>,
-    /// A VM of `pigeon run`; not needed while there is one only
+    /// A VM of `pigeon run`; optional if only one is running
     #[arg(long, value_name = "NAME", conflicts_with = "uds")]
     vm: Option<String>,
-    /// How long to wait for a VM that still boots
+    /// How long to wait for a VM that is still booting
     #[arg(
         long,
         value_name = "SECONDS",
@@ -54,7 +54,7 @@ impl Target {
     pub fn vm(&self, name: Option<&str>) -> Result<Option<Vm>> {
         ensure!(
             name.is_none() || !self.is_given(),
-            "the VM is named twice: leave out --vm, or --uds"
+            "the VM is given twice: by name and by option"
         );
         Ok(match (name.or(self.vm.as_deref()), &self.uds) {
             (Some(name), _) => Some(vms::find(name)?),
@@ -67,7 +67,7 @@ impl Target {
     pub fn client(&self, name: Option<&str>) -> Result<Client> {
         ensure!(
             name.is_none() || !self.is_given(),
-            "the VM is named twice: leave out --vm, or --uds"
+            "the VM is given twice: by name and by option"
         );
         let timeout = self.timeout()?;
         let vm = match (&self.uds, name.or(self.vm.as_deref())) {

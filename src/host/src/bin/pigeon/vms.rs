@@ -1,6 +1,6 @@
-//! The VMs of `pigeon run`, by name. Each has a directory, which stays when it has ended, with a
-//! record of it, its output and its console; and a socket in the user's runtime directory. There
-//! is no daemon: whoever runs a VM holds a lock on its directory.
+//! The VMs of `pigeon run`, by name. Each has a directory with its record, output and console, which
+//! is kept when it ends, and a socket in the user's runtime directory. There is no daemon: the
+//! process that runs a VM holds a lock on its directory.
 
 use std::{
     env,
@@ -21,12 +21,12 @@ use serde_json::Value;
 /// Most bytes of a VM's name: a Unix socket's path has 107, a host name 64.
 const MAX_NAME: usize = 40;
 
-/// What is known of a VM.
+/// The record of a VM.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default)]
 pub struct Record {
     pub name: String,
-    /// Nobody asked for this name: a later VM may take it once this one has ended.
+    /// The name was derived from the image: a later VM may reuse it.
     pub auto: bool,
     pub image: PathBuf,
     /// The Unix socket of its vsock.
@@ -44,9 +44,9 @@ pub struct Record {
     /// Seconds since 1970.
     pub started: u64,
     pub ended: Option<u64>,
-    /// How its workload ended, if that was told.
+    /// How its workload ended, if known.
     pub exit: Option<Exit>,
-    /// How it ended itself: `orderly`, `panic`, `killed`, `hypervisor`.
+    /// How the VM ended: `orderly`, `panic`, `killed`, `hypervisor`.
     pub end: Option<String>,
     /// What `pigeon run` exits with.
     pub exit_code: Option<u8>,
@@ -103,7 +103,7 @@ pub const OUTPUT: &str = "output";
 pub const CONSOLE: &str = "console";
 /// Events of the init, a line of JSON each.
 pub const EVENTS: &str = "events";
-/// What a `pigeon run -d` would have said on a terminal.
+/// Messages of `pigeon run -d`.
 pub const MESSAGES: &str = "messages";
 
 impl Vm {
@@ -260,10 +260,9 @@ pub fn claim(wanted: Option<&str>, stem: &str) -> Result<Claim> {
         );
         return match try_claim(name, false)? {
             Ok(claim) => Ok(claim),
-            Err(Taken::Running) => bail!("there is a VM called {name} already"),
+            Err(Taken::Running) => bail!("a VM called {name} is running already"),
             Err(Taken::Ended) => bail!(
-                "there was a VM called {name}, which has ended: `pigeon rm {name}` removes what is \
-                 kept of it"
+                "a VM called {name} has ended and is still recorded: `pigeon rm {name}` removes it"
             ),
         };
     }
@@ -405,15 +404,18 @@ pub fn only_running() -> Result<Vm> {
     match vms.len() {
         1 => Ok(vms.swap_remove(0)),
         0 => bail!(
-            "no VM of `pigeon run` is there: start one, or give the Unix socket of a VM's vsock \
-             as --uds"
+            "no VM is running: start one with `pigeon run`, or pass the Unix socket of a VM's \
+             vsock as --uds"
         ),
         _ => {
             let names: Vec<_> = vms
                 .iter()
                 .map(|vm| format!("--vm {}", vm.record.name))
                 .collect();
-            bail!("there are several VMs: choose by {}", names.join(" or "))
+            bail!(
+                "several VMs are running: choose with {}",
+                names.join(" or ")
+            )
         }
     }
 }

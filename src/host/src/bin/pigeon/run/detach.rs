@@ -1,4 +1,4 @@
-//! `pigeon run -d`: the same command once more, as a process of its own that nobody waits for.
+//! `pigeon run -d`: runs the same command again as a detached process.
 
 use std::{
     env,
@@ -16,7 +16,7 @@ use crate::{FAILED, output::say, vms::MESSAGES};
 
 /// Set in that process.
 const VARIABLE: &str = "PIGEON_DETACHED";
-/// Begins the line that tells that the VM is started; its name follows.
+/// Prefix of the line that reports the VM's name.
 const STARTED: &str = "started: ";
 
 /// Whether this is that process.
@@ -24,7 +24,7 @@ pub fn is_detached() -> bool {
     env::var_os(VARIABLE).is_some()
 }
 
-/// Starts it, and waits until the VM is started, or what it was is told.
+/// Starts it, and waits until the VM has started or failed.
 pub fn start() -> Result<u8> {
     let (mut reader, writer) = io::pipe()?;
     let mut command = Command::new("/proc/self/exe");
@@ -68,7 +68,7 @@ fn split(said: &str) -> (String, Option<String>) {
     (others, name.map(String::from))
 }
 
-/// Tells that the VM is started; what is said from now on goes to a file.
+/// Reports that the VM has started, and redirects further messages to a file.
 pub fn report(name: &str, dir: &Path) -> Result<()> {
     say!("{STARTED}{name}");
     let messages = OpenOptions::new()

@@ -1,5 +1,4 @@
-//! What the options of `pigeon run` say: the configuration document, and the disks that go with
-//! it.
+//! From the options of `pigeon run` to the configuration document and the disks.
 
 use std::{
     collections::BTreeSet,
@@ -74,18 +73,18 @@ impl DiskFile {
     pub fn prepare(&self) -> Result<Kind> {
         let shown = self.path.display();
         if !self.path.exists() {
-            let size = self.size.with_context(|| {
-                format!("there is no {shown}: with ,size=1G behind its path it is made")
-            })?;
+            let size = self
+                .size
+                .with_context(|| format!("{shown} does not exist: add ,size=1G to create it"))?;
             write_volume(&self.path, size)?;
-            note!("{shown}: made, empty, {} MiB", size >> 20);
+            note!("{shown}: created, {} MiB", size >> 20);
         }
         let kind = describe(&self.path)?;
         match kind {
             Kind::Image(_) | Kind::OtherImage(_) => Ok(kind),
             Kind::Empty => bail!(
-                "{shown} has no file system: `mkfs.ext4 {shown}` makes one, or remove it and give \
-                 a size, as in {shown}:/data,size=1G"
+                "{shown} has no file system: run `mkfs.ext4 {shown}`, or remove it and give a size, \
+                 as in {shown}:/data,size=1G"
             ),
             kind => bail!("{shown} is {kind}, not an image with a file system"),
         }
@@ -117,7 +116,7 @@ impl Overlay {
     }
 }
 
-/// All that follows from the options, but for what only the start of a VM can tell.
+/// Everything that follows from the options.
 pub struct Plan {
     /// The configuration document.
     pub document: Value,
@@ -251,8 +250,7 @@ impl Run {
         if let Some(first) = self.command().first().filter(|_| !has_program) {
             ensure!(
                 !first.starts_with('-'),
-                "{first} would be the program, as there is no Entrypoint: options go before the \
-                 image"
+                "{first} would be the program, as there is no Entrypoint: options go before the image"
             );
         }
         Ok(())
@@ -262,8 +260,7 @@ impl Run {
         let ours = self.guest.arch.platform();
         match document["Platform"].as_str() {
             Some(platform) if platform != ours => bail!(
-                "the image is for {platform}, and the VM would be {ours}: --arch {} boots one that \
-                 fits, if it is one of pigeon's",
+                "the image is for {platform}, but the VM is {ours}: try --arch {}",
                 platform.rsplit('/').next().unwrap_or_default()
             ),
             _ => Ok(()),
@@ -629,10 +626,7 @@ mod tests {
             size,
         };
         let error = disk(None).prepare().unwrap_err().to_string();
-        assert!(
-            error.contains("with ,size=1G behind its path it is made"),
-            "{error}"
-        );
+        assert!(error.contains("add ,size=1G to create it"), "{error}");
         assert_eq!(
             disk(Some(16 << 20)).prepare().unwrap(),
             Kind::Image(Format::Ext4)
@@ -645,7 +639,10 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().len(), 16 << 20);
         fs::write(&path, [0; 4096]).unwrap();
         let error = disk(None).prepare().unwrap_err().to_string();
-        assert!(error.contains("has no file system: `mkfs.ext4"), "{error}");
+        assert!(
+            error.contains("has no file system: run `mkfs.ext4"),
+            "{error}"
+        );
         fs::write(&path, "hello").unwrap();
         let error = disk(None).prepare().unwrap_err().to_string();
         assert!(error.contains("is of an unknown kind"), "{error}");
@@ -757,7 +754,7 @@ mod tests {
         let said = error(&json!({"ExtraEnv": ["A=B"]}), &["-e", "A=B", "IMAGE", "/a"]);
         assert!(said.contains("app.run.json: ExtraEnv: "), "{said}");
         let said = error(&json!({"ImageConfig": {"entrypoint": ["/a"]}}), &["IMAGE"]);
-        assert!(said.contains("this field is written Entrypoint"), "{said}");
+        assert!(said.contains("did you mean Entrypoint?"), "{said}");
         let said = error(&json!({"Platform": "linux/s390x"}), &["IMAGE", "/a"]);
         assert!(said.contains("the image is for linux/s390x"), "{said}");
         assert!(

@@ -41,9 +41,9 @@ use owner::Owner;
 
 /// MiB that Debian's kernel needs at least, so that the init is started.
 const LEAST_MEMORY: u32 = 72;
-/// The host's port that the init tells its events to.
+/// The vsock port for the init's events.
 const EVENTS_PORT: u32 = 10_001;
-/// KiB of output that the init keeps until it is fetched, where the console does not show it.
+/// KiB of the init's log ring when the console is not shown.
 const LOG_KIB: u32 = 256;
 /// What the directories of VMs that run are called.
 const SCRATCH: &str = "pigeon-vm-";
@@ -58,11 +58,11 @@ enum Hypervisor {
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum CgroupMode {
-    /// Controllers of version 1, and version 2 beside them
+    /// v1 controllers, and cgroup2 beside them
     Hybrid,
-    /// Version 2 alone: what systemd, Docker and k3s need
+    /// cgroup2 only: for systemd, Docker and k3s
     Unified,
-    /// Nothing is mounted
+    /// Not mounted
     None,
 }
 
@@ -78,19 +78,19 @@ pub struct Run {
     /// A command in place of the image's Entrypoint
     #[arg(long, value_name = "PROGRAM")]
     entrypoint: Option<String>,
-    /// Pass standard input on to the workload
+    /// Pass standard input to the workload
     #[arg(short, long)]
     interactive: bool,
-    /// Give the workload a terminal
+    /// Allocate a terminal for the workload
     #[arg(short, long)]
     tty: bool,
-    /// Return once the VM is started; its name is printed
+    /// Run in the background and print the VM's name
     #[arg(short, long, conflicts_with_all = ["interactive", "tty", "json"])]
     detach: bool,
-    /// The workload's output alone, without the console
+    /// Show only the workload's output
     #[arg(short, long)]
     quiet: bool,
-    /// Keep nothing of the VM when it has ended
+    /// Remove the VM's record when it ends
     #[arg(long)]
     rm: bool,
     /// Set a variable, or pass on one that is set here
@@ -108,57 +108,57 @@ pub struct Run {
     /// The guest's hostname [default: the VM's name]
     #[arg(long, value_name = "NAME")]
     hostname: Option<String>,
-    /// Mount another image; with ,size=1G it is made if it is not there; ,ro keeps it as it is.
-    /// Those given are mounted in place of the configuration's Mounts
+    /// Mount an image file; ,size=1G creates it if it does not exist, ,ro mounts it read-only.
+    /// Replaces the configuration's Mounts
     #[arg(short, long, visible_alias = "disk", value_name = "FILE:PATH")]
     volume: Vec<String>,
-    /// Mount a file system in memory, with options such as size=64m
+    /// Mount a tmpfs, with options such as size=64m
     #[arg(long, value_name = "PATH[:OPTIONS]")]
     tmpfs: Vec<String>,
     /// Mount the root read-only
     #[arg(long)]
     read_only: bool,
-    /// Leave the image as it is: what is written goes to memory, or to FILE, which is made
+    /// Keep the image unchanged: writes go to memory, or to FILE, which is created if needed
     #[arg(long, value_name = "FILE[,size=SIZE]", num_args = 0..=1, require_equals = true,
         default_missing_value = "tmpfs", conflicts_with = "read_only")]
     overlay: Option<String>,
-    /// Set a parameter of the guest's kernel
+    /// Set a sysctl in the guest
     #[arg(long, value_name = "NAME=VALUE")]
     sysctl: Vec<String>,
-    /// Limit a resource of the workload, such as nofile=65536
+    /// Set a resource limit of the workload, such as nofile=65536
     #[arg(long, value_name = "NAME=SOFT[:HARD]")]
     ulimit: Vec<String>,
-    /// The signal by which the workload is stopped [default: the image's, else SIGTERM]
+    /// The signal that stops the workload [default: the image's, else SIGTERM]
     #[arg(long, value_name = "SIGNAL")]
     stop_signal: Option<String>,
-    /// How long the workload may take to end before it is killed
+    /// How long the workload may take to exit before it is killed
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
     stop_timeout: f64,
-    /// The host's network for the guest, by address translation (QEMU), in place of IPConfigs
+    /// Give the guest the host's network by address translation (QEMU); replaces IPConfigs
     #[arg(long)]
     net: bool,
-    /// Lead a TCP port of the host, on 127.0.0.1 unless told otherwise, to one of the guest
+    /// Forward a TCP port of the host, by default on 127.0.0.1, to the guest
     #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST")]
     publish: Vec<String>,
-    /// Lead a free port of the host to every port that the image says it listens on
+    /// Forward free ports of the host to all ports that the image exposes
     #[arg(short = 'P', long)]
     publish_all: bool,
-    /// A tap device that is there; its addresses come from --config
+    /// Use an existing tap device; its addresses come from --config
     #[arg(long, value_name = "DEVICE", conflicts_with = "net")]
     tap: Option<String>,
-    /// Memory: in MiB, or with a unit, as 1.5G
+    /// Memory in MiB, or with a unit, such as 1.5G
     #[arg(short, long, value_name = "SIZE", default_value = "256", value_parser = parse_memory)]
     memory: u32,
     /// Virtual processors
     #[arg(long, default_value_t = 1)]
     cpus: u32,
-    /// The control groups of the guest [default: hybrid]
+    /// How cgroups are mounted in the guest [default: hybrid]
     #[arg(long, value_enum, value_name = "MODE")]
     cgroup_mode: Option<CgroupMode>,
-    /// The VM's name [default: the image's]
+    /// The VM's name [default: derived from the image]
     #[arg(long)]
     name: Option<String>,
-    /// Where the Unix socket of the VM's vsock is to be
+    /// Where to create the Unix socket of the VM's vsock
     #[arg(long, value_name = "SOCKET")]
     uds: Option<PathBuf>,
     /// An uncompressed kernel with all drivers in it [default: Debian's cloud kernel]
@@ -181,10 +181,10 @@ pub struct Run {
     /// What runs the VM
     #[arg(long, value_enum, default_value = "auto")]
     vmm: Hypervisor,
-    /// Print the configuration and do not boot
+    /// Print the configuration without booting
     #[arg(long)]
     dry_run: bool,
-    /// Print the end as JSON on standard output; the console goes to standard error
+    /// Print the result as JSON on standard output; the console goes to standard error
     #[arg(long)]
     json: bool,
 }
@@ -201,7 +201,7 @@ fn parse_memory(text: &str) -> Result<u32, String> {
     match mib {
         1..0x10_0000 => Ok(mib),
         _ => Err(format!(
-            "{mib} MiB are not to be had; a number without a unit is MiB"
+            "{mib} MiB is out of range; numbers without a unit are MiB"
         )),
     }
 }
@@ -283,8 +283,8 @@ impl Run {
             }
             for path in &plan.unkept {
                 note!(
-                    "the image keeps data in {path}: -v FILE:{path},size=1G puts that into a file \
-                     of its own"
+                    "the image declares a volume at {path}: -v FILE:{path},size=1G keeps its data in \
+                     a file of its own"
                 );
             }
         }
@@ -310,12 +310,12 @@ impl Run {
         let shown = image.display();
         ensure!(
             image.exists(),
-            "there is no image {shown}; `pigeon rootfs SOURCE {shown}` makes one of a container \
+            "there is no image {shown}; `pigeon rootfs SOURCE {shown}` makes one from a container \
              image"
         );
         ensure!(
             !image.is_dir(),
-            "{shown} is a directory; `pigeon rootfs` makes an image of it"
+            "{shown} is a directory; `pigeon rootfs` makes an image from it"
         );
         let kind = describe(image)?;
         match kind {
@@ -330,10 +330,10 @@ impl Run {
             Kind::OtherImage(_) => Ok(kind),
             Kind::Archive | Kind::Compressed(_) => anyhow::bail!(
                 "{shown} is {kind}, not a root image; `pigeon rootfs {shown} NAME.ext4` makes one \
-                 of it"
+                 from it"
             ),
             kind => anyhow::bail!(
-                "{shown} is {kind}, not a root image; `pigeon rootfs` makes one of a container \
+                "{shown} is {kind}, not a root image; `pigeon rootfs` makes one from a container \
                  image"
             ),
         }
@@ -342,14 +342,14 @@ impl Run {
     fn check_memory(&self) -> Result<()> {
         ensure!(
             self.kernel.is_some() || self.memory >= LEAST_MEMORY,
-            "{} MiB of memory are too little: Debian's kernel needs {LEAST_MEMORY} to start the \
+            "{} MiB of memory are not enough: Debian's kernel needs {LEAST_MEMORY} to start the \
              init",
             self.memory
         );
         Ok(())
     }
 
-    /// Whether the hypervisor passes a port on: then it needs nothing of the init.
+    /// Whether the hypervisor forwards a port, rather than the init's tunnel.
     fn by_hypervisor(&self, port: &crate::ports::Port) -> bool {
         self.net && port.address.is_ipv4() && port.host != 0
     }
@@ -430,8 +430,8 @@ impl Run {
             return Ok((spec.start_qemu()?, true));
         }
         let program = firecracker.context(
-            "there is no Firecracker that could run: it needs /dev/kvm, and to be in PATH or named \
-             by FIRECRACKER; --vmm qemu needs neither",
+            "Firecracker is not available: it needs /dev/kvm, and to be in PATH or named by \
+             FIRECRACKER; --vmm qemu needs neither",
         )?;
         Ok((spec.start_firecracker(&program)?, false))
     }
@@ -475,7 +475,7 @@ fn vacate(uds: &Path) -> Result<()> {
     }
 }
 
-/// Two VMs that write to one disk destroy what is on it.
+/// Locks the disks: two VMs that write to one disk would destroy it.
 fn lock_disks(plan: &Plan) -> Result<Vec<File>> {
     let mut locks = vec![];
     for disk in plan.disks.iter().filter(|disk| disk.path.exists()) {
@@ -488,8 +488,8 @@ fn lock_disks(plan: &Plan) -> Result<Vec<File>> {
         match locked {
             Ok(()) => locks.push(file),
             Err(fs::TryLockError::WouldBlock) => anyhow::bail!(
-                "{shown} is a disk of another VM that runs; with --read-only, --overlay or ,ro \
-                 several can have it"
+                "{shown} is in use by another running VM; --read-only, --overlay or ,ro allow \
+                 sharing it"
             ),
             // A file system that knows no locks.
             Err(fs::TryLockError::Error(_)) => {}
@@ -498,8 +498,7 @@ fn lock_disks(plan: &Plan) -> Result<Vec<File>> {
     Ok(locks)
 }
 
-/// The directory of a VM that runs, with a lock by which it is told from one of a VM that was
-/// killed.
+/// The directory of a running VM. Its lock distinguishes it from that of a killed one.
 struct Scratch {
     dir: tempfile::TempDir,
     _lock: File,

@@ -1,5 +1,4 @@
-//! The process that runs a VM: it shows what comes from it, passes on what goes to it, and writes
-//! down what has to outlive it.
+//! Running a VM: console, output, signals, and the record that outlives it.
 
 use std::{
     collections::VecDeque,
@@ -136,7 +135,7 @@ impl Owner<'_> {
                 match kill_at {
                     None => {
                         if shows_console {
-                            note!("stopping it; once more kills it");
+                            note!("stopping the VM; once more kills it");
                         }
                         let timeout = self.run.stop_timeout()?;
                         kill_at = Some(Instant::now() + timeout + SHUTDOWN);
@@ -169,12 +168,12 @@ impl Owner<'_> {
         {
             session = receiver.recv_timeout(LAST_OUTPUT).ok();
         }
-        // What was answered has come before the VM's end; nothing else will.
+        // An answer arrives before the VM ends, or never.
         let answered =
             asked.and_then(|asked| asked.exit.recv_timeout(Duration::from_millis(200)).ok());
-        let told = events.try_iter().last();
+        let event = events.try_iter().last();
         let ended = Ended {
-            exit: answered.or(told).or_else(|| logged_exit(&console)),
+            exit: answered.or(event).or_else(|| logged_exit(&console)),
             end,
             killed,
             session,
@@ -213,7 +212,7 @@ impl Owner<'_> {
         file.with_context(|| format!("unable to write {}", path.display()))
     }
 
-    /// Writes down what the init tells by itself. An exit is as good as an answer.
+    /// Records the init's events. An exit event is as reliable as the API's answer.
     fn listen_for_events(&self) -> mpsc::Receiver<Exit> {
         let (sender, exit) = mpsc::channel();
         let uds = match self.on_qemu {
@@ -221,7 +220,7 @@ impl Owner<'_> {
             false => self.uds.clone(),
         };
         let path = self.claim.dir.join(vms::EVENTS);
-        // Without this socket nobody is told, and all else works.
+        // Events are optional.
         let listener = match events::Listener::bind(&uds, EVENTS_PORT) {
             Ok(listener) => listener,
             Err(error) => {
@@ -291,7 +290,7 @@ impl Owner<'_> {
         receiver
     }
 
-    /// Asks the init to stop the workload; where it cannot, `fallback` is told.
+    /// Asks the init to stop the workload; signals `fallback` if that fails.
     fn request_stop(&self, timeout: Duration, fallback: mpsc::Sender<()>) {
         let uds = self.uds.clone();
         let has_keyboard = self.run.guest.arch.has_keyboard();
@@ -403,24 +402,23 @@ impl Owner<'_> {
         let unseen = !self.run.shows_console();
         let said = match (&exit, end) {
             _ if killed => "killed".into(),
-            (Some(exit), End::Reboot | End::PowerOff) if exit.oom_killed => format!(
-                "ended with exit code {}: the kernel killed it, out of memory (-m gives more)",
-                exit.code
-            ),
+            (Some(exit), End::Reboot | End::PowerOff) if exit.oom_killed => {
+                format!("exit code {}: out of memory (-m gives more)", exit.code)
+            }
             (Some(exit), End::Reboot | End::PowerOff) if exit.error.is_some() => {
                 let error = exit.error.as_deref().unwrap_or_default();
-                format!("it could not be run: {error}")
+                format!("the workload could not be started: {error}")
             }
             // Output that is asked for alone has nothing behind it.
             (Some(_), End::Reboot | End::PowerOff) if unseen && code < CANNOT_START - 1 => {
                 return Ok(code);
             }
             (Some(exit), End::Reboot | End::PowerOff) => {
-                format!("ended with exit code {}", exit.code)
+                format!("exit code {}", exit.code)
             }
-            (_, End::Panic) => "the guest's kernel panicked: its console says why".into(),
+            (_, End::Panic) => "the guest's kernel panicked: see the console".into(),
             (_, End::Failed(status)) => format!("the hypervisor failed ({status:?})"),
-            (None, _) => "it ended before its API came up: the console says why".into(),
+            (None, _) => "the VM ended before its API came up: see the console".into(),
         };
         if unseen && !(good && exit.is_some()) && !killed {
             show_console_end(&console);
@@ -577,8 +575,8 @@ fn ask_exit_code(uds: &Path) -> mpsc::Receiver<Exit> {
     thread::spawn(move || {
         // Until the process ends, which is when the VM has.
         let forever = Duration::from_secs(u32::MAX.into());
-        let told = Client::connect_within(&uds, forever).and_then(|client| client.exit_code());
-        if let Ok(exit) = told {
+        let answer = Client::connect_within(&uds, forever).and_then(|client| client.exit_code());
+        if let Ok(exit) = answer {
             let _ = sender.send(exit);
         }
     });
