@@ -55,6 +55,7 @@ const DOCKER: &str = "#!/bin/sh\n\
 /// Cargo, for the repository's own manifests: to cargo, a package at another path is another one.
 const CARGO: &str = "#!/usr/bin/env bash\n\
     set -- \"${@/#tests\\/Cargo.toml/REPOSITORY/tests/Cargo.toml}\"\n\
+    set -- \"${@/#src\\/host\\/Cargo.toml/REPOSITORY/src/host/Cargo.toml}\"\n\
     [[ \" $* \" == *' --manifest-path '* ]] ||\n\
     \tset -- \"$1\" --manifest-path 'REPOSITORY/Cargo.toml' \"${@:2}\"\n\
     exec 'CARGO' \"$@\"\n";
@@ -384,6 +385,7 @@ impl Reader {
                 format!("{}:{path}", self.place.path("bin").display()),
             )
             .env("XDG_RUNTIME_DIR", self.place.path("runtime"))
+            .env("XDG_STATE_HOME", self.place.path("runtime"))
             .env_remove("PIGEON_UDS")
             // The README has this machine's architecture, whichever the tests are for.
             .env_remove("PIGEON_ARCH")
@@ -506,7 +508,8 @@ impl Reader {
             format!("fn main() -> Result<(), Box<dyn std::error::Error>> {{\n{code}\nOk(())\n}}\n");
         let source = self.place.write("driver.rs", program);
         // The library, where a rustc without cargo finds it.
-        let lab = assets::repository().join("tests/Cargo.toml");
+        let manifest = assets::repository().join("src/host/Cargo.toml");
+        let built = Path::new(env!("CARGO_BIN_EXE_pigeon")).parent().unwrap();
         let mut cargo = Command::new(env!("CARGO"));
         cargo.args([
             "build",
@@ -516,8 +519,8 @@ impl Reader {
             "pigeon",
             "--lib",
         ]);
-        run(cargo.arg("--manifest-path").arg(lab)).unwrap();
-        let built = Path::new(env!("CARGO_BIN_EXE_pigeon")).parent().unwrap();
+        cargo.arg("--manifest-path").arg(manifest);
+        run(cargo.arg("--target-dir").arg(built.parent().unwrap())).unwrap();
         let mut rustc = self.prepare("rustc");
         rustc.args(["--edition", "2024", "-D", "warnings", "--extern"]);
         rustc.arg(format!("pigeon={}", built.join("libpigeon.rlib").display()));

@@ -553,7 +553,7 @@ fn a_vm_in_the_background_is_steered_by_its_name_and_remembered() {
     );
     let ended: Value = serde_json::from_str(&lab.said(&["inspect", "web"]).0).unwrap();
     assert_eq!(ended[0]["exit"], json!({"code": 3, "oom_killed": false}));
-    let gone = lab.pigeon(&["exec", "--vm", "web", "true"]);
+    let gone = lab.pigeon(&["exec", "web", "true"]);
     assert!(
         String::from_utf8_lossy(&gone.stderr).contains("has ended (exited (3)"),
         "{gone:?}"

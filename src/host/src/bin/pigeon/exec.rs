@@ -138,7 +138,7 @@ impl Exec {
         if let [name, command @ ..] = &self.command[..]
             && !command.is_empty()
             && !self.target.is_given()
-            && vms::find(name).is_ok_and(|vm| vm.running)
+            && vms::find(name).is_ok_and(|vm| vm.running || vms::only_running().is_err())
         {
             return (Some(name), command);
         }
