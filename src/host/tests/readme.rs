@@ -184,8 +184,9 @@ fn parts(readme: &str) -> Vec<Part> {
 
 /// Whether a line is the one that the README shows, but for what differs from run to run.
 fn is_shown(line: &str, shown: &str) -> bool {
-    let (line, shown) = (after_kernel_time(line), after_kernel_time(shown));
-    let [line, shown] = [line, shown].map(|line| line.trim_end().split(' ').collect::<Vec<_>>());
+    let columns = |line: &str| in_columns(after_kernel_time(line));
+    let (line, shown) = (columns(line), columns(shown));
+    let [line, shown] = [&line, &shown].map(|line| line.trim_end().split(' ').collect::<Vec<_>>());
     let stable = |words: &[&str], at: usize| {
         let unit = words.get(at + 1).copied().unwrap_or_default();
         let before = at.checked_sub(1).map_or("", |before| words[before]);
@@ -196,6 +197,15 @@ fn is_shown(line: &str, shown: &str) -> bool {
         None => stable(&line, at) == stable(&shown, at),
     };
     line.len() == shown.len() && (0..line.len()).all(same)
+}
+
+/// A line of a table, whose columns are as wide as what is in them.
+fn in_columns(line: &str) -> String {
+    let mut line = line.to_string();
+    while line.contains("    ") {
+        line = line.replace("    ", "   ");
+    }
+    line
 }
 
 fn after_kernel_time(line: &str) -> &str {
@@ -210,7 +220,13 @@ fn after_kernel_time(line: &str) -> &str {
 fn stable(before: &str, word: &str, unit: &str) -> String {
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     let prefix = word.trim_end_matches(|c: char| c.is_ascii_digit());
-    if is_number(word) && matches!(unit, "MiB," | "files,") {
+    let is_time = |word: &str| {
+        let units = ["second", "minute", "hour", "day"];
+        units.contains(&word.trim_end_matches('s'))
+    };
+    if is_number(before) && is_time(word) {
+        "TIME".into()
+    } else if is_number(word) && (matches!(unit, "MiB," | "files,") || is_time(unit)) {
         "NUMBER".into()
     } else if before == "pid" && is_number(word.trim_end_matches(',')) {
         "PID".into()
@@ -457,7 +473,7 @@ impl Reader {
                 let mut vm = self.vm.take().expect("a VM is there by now");
                 assert_eq!(vm.wait().code(), Some(0), "{}", vm.shown());
             }
-            _ if command.starts_with("curl ") => {
+            _ if command.starts_with("curl ") || command.starts_with("pigeon ") => {
                 assert_shown(&self.output(self.shell(command), 0), shown);
             }
             _ => panic!(
@@ -675,6 +691,7 @@ fn a_commands_output_is_compared_but_for_what_differs() {
         ("/dev/pts/1", "/dev/pts/0"),
         ("6.12.3-cloud-amd64", "6.1.0-56-cloud-amd64"),
         ("end ", "end"),
+        ("web    up 1 second   x", "web    up 59 seconds    x"),
     ] {
         assert!(is_shown(line, shown), "{line:?} is not {shown:?}");
     }

@@ -79,7 +79,7 @@ impl Rootfs {
         };
         say!(
             "{out}: {} MiB, {} files, from a {from}",
-            built.size >> 20,
+            built.size.div_ceil(1 << 20),
             built.files
         );
         match &built.image_config {

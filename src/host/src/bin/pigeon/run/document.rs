@@ -285,13 +285,8 @@ impl Run {
                     hosts.push(own);
                 }
             }
-            None => {
-                document["EtcHosts"] = json!([
-                    {"Host": "localhost", "IP": "127.0.0.1"},
-                    {"Host": "localhost", "IP": "::1"},
-                    own,
-                ]);
-            }
+            // The init writes the lines of localhost where the image has none.
+            None => document["EtcHosts"] = json!([own]),
         }
     }
 
@@ -556,7 +551,7 @@ mod tests {
     }
 
     #[test]
-    fn the_vms_name_and_localhost_resolve() {
+    fn the_vms_name_resolves() {
         let names = |config: &Value, words: &[&str]| {
             let document = plan(config, words).unwrap().document;
             (document["Hostname"].clone(), document["EtcHosts"].clone())
@@ -564,15 +559,10 @@ mod tests {
         let command = json!({"ExecOverride": ["/a"]});
         let (hostname, hosts) = names(&command, &["IMAGE"]);
         assert_eq!(hostname, "app");
-        let expected = json!([
-            {"Host": "localhost", "IP": "127.0.0.1"},
-            {"Host": "localhost", "IP": "::1"},
-            {"Host": "app", "IP": "127.0.1.1"},
-        ]);
-        assert_eq!(hosts, expected);
+        assert_eq!(hosts, json!([{"Host": "app", "IP": "127.0.1.1"}]));
         let (hostname, hosts) = names(&command, &["--net", "--hostname", "db", "IMAGE"]);
         assert_eq!(hostname, "db");
-        assert_eq!(hosts[2], json!({"Host": "db", "IP": "10.0.2.15"}));
+        assert_eq!(hosts, json!([{"Host": "db", "IP": "10.0.2.15"}]));
         // What a configuration says stays.
         let own = json!({
             "ExecOverride": ["/a"],
