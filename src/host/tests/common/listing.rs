@@ -209,6 +209,7 @@ pub fn of_erofs(image: &Path) -> Listing {
     let dir = scratch.path().join("files");
     run(Command::new(tool("fsck.erofs").unwrap())
         .arg(format!("--extract={}", dir.display()))
+        .arg("--preserve-perms")
         .arg(image))
     .unwrap();
     of_directory(&dir)
