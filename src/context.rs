@@ -1,6 +1,7 @@
 //! What all rooms share: the time, the workload's state, and buffers that have one owner.
 
 use crate::error::Error;
+use crate::output_log::OutputLog;
 use crate::sys;
 use crate::sys::epoll::Poller;
 use proto::config::{DOCUMENT, PATH};
@@ -8,8 +9,10 @@ use proto::environment::Environment;
 use proto::json::Quoted;
 use proto::message;
 use proto::message::Message;
+use proto::rlimit::Rlimits;
 use proto::slab::Key;
 use proto::users::MAX_HOME;
+use rustix::fd::OwnedFd;
 use rustix::process::Pid;
 
 /// A time that does not come.
@@ -27,8 +30,10 @@ pub enum Source {
     Listener,
     /// The console takes bytes again.
     Console,
-    /// The workload's standard output and error.
+    /// The workload's standard output, and its standard error unless that is apart.
     Workload,
+    /// The workload's standard error.
+    WorkloadError,
     /// A connection of the API, by its key.
     Connection,
     /// The standard input of a command, by its key, takes bytes again.
@@ -40,11 +45,12 @@ pub enum Source {
 }
 
 impl Source {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Signals,
         Self::Listener,
         Self::Console,
         Self::Workload,
+        Self::WorkloadError,
         Self::Connection,
         Self::Input,
         Self::Output,
@@ -108,6 +114,8 @@ pub struct CommandDefaults {
     pub sets_home: bool,
     /// The workload's working directory, with a NUL behind it.
     pub working_dir: heapless::Vec<u8, PATH>,
+    /// The workload's resource limits.
+    pub rlimits: Rlimits,
     /// The home directory of root.
     pub root_home: heapless::Vec<u8, MAX_HOME>,
 }
@@ -119,9 +127,22 @@ impl CommandDefaults {
             environment: Environment::new(),
             sets_home: false,
             working_dir: heapless::Vec::new(),
+            rlimits: Rlimits::new(),
             root_home: heapless::Vec::new(),
         }
     }
+}
+
+/// Control groups that processes are born in, directories of the v2 hierarchy; PID 1's own stands in
+/// for what there is not.
+///
+/// Apart from each other: a user who freezes his own group must not freeze the host's way in.
+#[derive(Default)]
+pub struct Cgroups {
+    /// The workload's, which its user owns.
+    pub workload: Option<OwnedFd>,
+    /// That of commands, which is root's.
+    pub commands: Option<OwnedFd>,
 }
 
 /// Large buffers, each with one use.
@@ -147,10 +168,18 @@ pub struct Context {
     /// See [`Buffers`].
     pub sink: &'static mut [u8; SINK],
     arena: &'static mut [u8],
+    /// The workload's last output.
+    pub output_log: OutputLog,
+    /// Connections that read the log.
+    pub log_readers: usize,
     /// Connections that last as long as their clients like.
     pub long_connections: usize,
     /// The event loop's descriptor.
     pub poller: Poller,
+    /// /proc, opened before anybody could mount something over it.
+    pub proc: OwnedFd,
+    /// Where the workload and commands are born.
+    pub cgroups: Cgroups,
 }
 
 impl Context {
@@ -159,6 +188,7 @@ impl Context {
         poller: Poller,
         defaults: &'static mut CommandDefaults,
         buffers: &'static mut Buffers,
+        proc: OwnedFd,
     ) -> Self {
         Self {
             now: sys::milliseconds(),
@@ -167,8 +197,12 @@ impl Context {
             scratch: &mut buffers.scratch,
             sink: &mut buffers.sink,
             arena: &mut buffers.arena,
+            output_log: OutputLog::none(),
+            log_readers: 0,
             long_connections: 0,
             poller,
+            proc,
+            cgroups: Cgroups::default(),
         }
     }
 

@@ -26,7 +26,7 @@ impl Error {
 impl From<Message> for Error {
     fn from(message: Message) -> Self {
         Self {
-            message: PageBox::new(message).ok(),
+            message: PageBox::new(|| message).ok(),
         }
     }
 }

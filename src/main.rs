@@ -8,8 +8,10 @@
 
 mod api;
 mod boot;
+mod console;
 mod context;
 mod error;
+mod output_log;
 mod page;
 mod process;
 mod shutdown;
@@ -20,9 +22,9 @@ use crate::api::Api;
 use crate::boot::check;
 use crate::boot::kernel_params::KernelParams;
 use crate::boot::mounts;
+use crate::console::Console;
 use crate::context::{Buffers, CommandDefaults, Context, SINK};
 use crate::error::Result;
-use crate::supervisor::console::{self, Console};
 use crate::supervisor::{HANDLED, Supervisor};
 use crate::sys::epoll::{Events, NO_EVENTS, Poller};
 use crate::sys::{Static, Words, files};
@@ -58,7 +60,9 @@ static MEMORY: Static<Memory> = Static::new(Memory {
     events: NO_EVENTS,
 });
 
-/// The first safe code of the process; [`sys`] comes here with what the kernel laid on the stack.
+entry!(start);
+
+/// The first safe code of the process: [`entry!`] comes here with what the kernel laid on the stack.
 fn start(arguments: Words, environment: Words) -> ! {
     let Some(memory) = MEMORY.take() else {
         sys::exit(1);
@@ -94,8 +98,8 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     sys::block_signals(HANDLED);
     let devices = mounts::devices().and_then(|()| open_standard_streams());
     console.open(params.level);
-    let started = devices.and_then(|()| event_loop(events));
-    let (poller, signals) = match started {
+    let started = devices.and_then(|()| Ok((event_loop(events)?, mounts::procfs()?)));
+    let ((poller, signals), proc) = match started {
         Ok(started) => started,
         Err(error) => {
             console.error(&error);
@@ -104,12 +108,19 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     };
     // Ctrl-Alt-Del becomes a signal for us (reboot(2)).
     let _without = rustix::system::reboot(rustix::system::RebootCommand::CadOff);
-    let context = Context::new(poller, defaults, buffers);
+    let context = Context::new(poller, defaults, buffers, proc);
     let mut supervisor = Supervisor::new(console, api, context, signals, params.linger);
+    supervisor.set_output(params.output, params.output_log());
     let booted = boot::run(&mut supervisor, params, document, strings);
     sys::release(document);
     sys::release(strings);
     sys::release(supervisor.context.scratch);
+    sys::release_stack();
+    if let Err(errno) = sys::lock_memory() {
+        supervisor
+            .console
+            .warn(&context!("lock the memory of PID 1")(errno));
+    }
     if let Err(error) = booted {
         supervisor.fail(error);
     }
@@ -143,8 +154,5 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
     if rustix::process::getpid() != Pid::INIT {
         sys::exit(1);
     }
-    if let Some((device, _)) = console::open_first() {
-        let _written = files::write(&device, b"pigeon-init: level=error msg=\"panic\"\n");
-    }
-    shutdown::emergency()
+    shutdown::hard_limit::after_panic()
 }

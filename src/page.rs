@@ -12,23 +12,22 @@ pub struct PageBox<T> {
 }
 
 impl<T> PageBox<T> {
-    /// Moves a value there.
-    pub fn new(value: T) -> Result<Self, Errno> {
+    /// Makes a value there: a large one without a way over the stack.
+    pub fn new(value: impl FnOnce() -> T) -> Result<Self, Errno> {
         // Pages are aligned to their own size.
         const { assert!(size_of::<T>() > 0 && align_of::<T>() <= 4096) };
-        let flags = MapFlags::PRIVATE;
         // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
         let memory = unsafe {
             mmap_anonymous(
                 core::ptr::null_mut(),
                 size_of::<T>(),
                 ProtFlags::READ | ProtFlags::WRITE,
-                flags,
+                MapFlags::PRIVATE,
             )
         }?;
         let place = NonNull::new(memory.cast::<T>()).ok_or(Errno::NOMEM)?;
         // SAFETY: the mapping is large enough for a `T`, aligned for it, and nobody else has it.
-        unsafe { place.write(value) };
+        unsafe { place.write(value()) };
         Ok(Self { value: place })
     }
 }

@@ -2,6 +2,8 @@
 
 use super::commands::Commands;
 use super::io::{CallError, Io, MAX_BODY, OK, error_body};
+#[cfg(feature = "logs")]
+use super::logs::{self, LogReader, LogsRequest};
 use super::routes::{Call, RouteError, route};
 use super::session::{self, Progress};
 use super::signals;
@@ -74,6 +76,9 @@ enum State {
     Session(Decoder, Key),
     /// A WebSocket on which a close frame was sent: waiting for the client's.
     CloseSent(Decoder),
+    /// Sending the workload's output.
+    #[cfg(feature = "logs")]
+    Logs(LogReader),
     /// Sending the last bytes.
     Closing,
     /// Over.
@@ -84,6 +89,8 @@ enum State {
 struct Request {
     call: Result<Call, RouteError>,
     websocket: Option<Accept>,
+    #[cfg(feature = "logs")]
+    logs: Option<LogsRequest>,
     body: BodyDecoder,
     /// Bytes of content so far.
     length: usize,
@@ -107,7 +114,16 @@ impl State {
 
     /// Whether it may last as long as the client likes.
     fn is_long(&self) -> bool {
-        self.is_websocket() || matches!(self, Self::ExitCode(_))
+        self.is_websocket() || self.reads_log() || matches!(self, Self::ExitCode(_))
+    }
+
+    /// Whether it reads the log.
+    fn reads_log(&self) -> bool {
+        #[cfg(feature = "logs")]
+        if let Self::Logs(_) = self {
+            return true;
+        }
+        false
     }
 
     fn command(&self) -> Option<Key> {
@@ -152,6 +168,29 @@ impl Connection {
         matches!(self.state, State::ExitCode(_))
     }
 
+    /// Whether it reads the log.
+    pub fn reads_log(&self) -> bool {
+        self.state.reads_log()
+    }
+
+    /// What of the log it still needs, if the workload waits for it.
+    pub fn needs_log(&self) -> Option<u64> {
+        #[cfg(feature = "logs")]
+        if let State::Logs(reader) = &self.state {
+            return reader.needs();
+        }
+        None
+    }
+
+    /// Whether it waits for its client to take output.
+    fn sends_log(&self) -> bool {
+        #[cfg(feature = "logs")]
+        if let State::Logs(_) = self.state {
+            return self.deadline != NEVER;
+        }
+        false
+    }
+
     /// Its memory, if another connection can have it.
     pub fn reuse(self) -> Option<Region> {
         self.io.reuse()
@@ -172,6 +211,8 @@ impl Connection {
         let context = &mut *shared.context;
         context.long_connections += usize::from(state.is_long());
         context.long_connections -= usize::from(self.state.is_long());
+        context.log_readers += usize::from(state.reads_log());
+        context.log_readers -= usize::from(self.state.reads_log());
         if let Some(key) = self.state.command() {
             shared.commands.release(key, context.now);
         }
@@ -257,6 +298,8 @@ impl Connection {
                 self.proceed_session(key, messages, shared)
             }
             State::AwaitingCommand(_) | State::CloseSent(_) => self.take_message(shared),
+            #[cfg(feature = "logs")]
+            State::Logs(_) => self.send_log(shared),
             State::Closing | State::Closed => {
                 self.enter(State::Closed, shared);
                 Step::Wait
@@ -304,9 +347,24 @@ impl Connection {
             Ok(body) => body,
             Err(error) => return self.refuse(error, shared),
         };
+        #[cfg(feature = "logs")]
+        let logs = match call {
+            Ok(Call::Logs) => match LogsRequest::parse(&head.target) {
+                Ok(logs) => Some(logs),
+                Err(error) => {
+                    let (reply, length) = (head.reply.close(), head.length);
+                    self.io.discard(0..length);
+                    self.fail(reply, &error, shared);
+                    return Step::Again;
+                }
+            },
+            _ => None,
+        };
         let mut request = Request {
             call,
             websocket: head.websocket,
+            #[cfg(feature = "logs")]
+            logs,
             body,
             length: 0,
             reply: head.reply,
@@ -406,6 +464,14 @@ impl Connection {
                 self.enter(State::Exec(key), shared);
                 return Ok(());
             }
+            #[cfg(feature = "logs")]
+            Call::Logs => {
+                check_long_connections(shared.context)?;
+                let logs = request.logs.unwrap_or_default();
+                let reader = LogReader::start(logs, reply, &mut self.io, shared.context)?;
+                self.enter(State::Logs(reader), shared);
+                return Ok(());
+            }
             Call::Session => {
                 let Some(accept) = &request.websocket else {
                     let error = error!("a WebSocket handshake, version 13, is needed");
@@ -452,6 +518,30 @@ impl Connection {
         }
         // What is queued is sent first.
         Step::Again
+    }
+
+    /// Sends output of the workload. A client that takes none for too long is given up.
+    #[cfg(feature = "logs")]
+    fn send_log(&mut self, shared: &mut Shared) -> Step {
+        let State::Logs(reader) = &mut self.state else {
+            return Step::Wait;
+        };
+        let before = reader.position();
+        let progress = reader.proceed(&mut self.io, shared.context);
+        let moved = reader.position() != before;
+        match progress {
+            logs::Progress::Blocked if self.deadline == NEVER || moved => {
+                self.deadline = shared.context.now + SEND_TIMEOUT;
+            }
+            logs::Progress::Blocked => {}
+            logs::Progress::Idle => self.deadline = NEVER,
+            logs::Progress::Done => {
+                let reply = reader.reply;
+                self.finish(reply, shared);
+                return Step::Again;
+            }
+        }
+        Step::Wait
     }
 
     /// Moves a session's bytes both ways.
@@ -616,7 +706,7 @@ impl Connection {
         if self.wants_input(shared.commands) {
             wanted |= EventFlags::IN;
         }
-        if !sent {
+        if !sent || self.sends_log() {
             wanted |= EventFlags::OUT;
         }
         // A session that goes on may leave its output unread: that stops its command.

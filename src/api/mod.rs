@@ -4,6 +4,8 @@ mod commands;
 mod connection;
 mod exec;
 mod io;
+#[cfg(feature = "logs")]
+mod logs;
 mod process;
 mod routes;
 mod session;
@@ -185,6 +187,26 @@ impl Api {
             &Connection::waits_for_exit,
             &mut Connection::proceed,
         );
+    }
+
+    /// There is more output of the workload, or the last of it: those who follow it read on.
+    pub fn on_output(&mut self, context: &mut Context) {
+        if context.log_readers > 0 {
+            self.each(context, &Connection::reads_log, &mut Connection::proceed);
+        }
+    }
+
+    /// Keeps in the log what the slowest follower still needs: the workload waits for it.
+    pub fn protect_log(&mut self, context: &mut Context) {
+        let needs = self
+            .connections
+            .iter()
+            .filter_map(|(_, connection)| connection.needs_log());
+        let keep = match context.log_readers {
+            0 => None,
+            _ => needs.min(),
+        };
+        context.output_log.set_keep(keep.unwrap_or(u64::MAX));
     }
 
     /// The next time at which something has to be done.

@@ -1,12 +1,14 @@
 //! The process of a command, and our ends of its streams.
 
-use crate::context::{Context, Source};
+use crate::context::{CommandDefaults, Context, Source};
 use crate::error::{Discard, Error, Result};
 use crate::process::exec::{self, Command, Failure, Streams};
 use crate::process::helper::{self, Helper, HelperLog};
+use crate::process::{credentials, oom_score};
 use crate::sys::{self, files};
 use core::ffi::CStr;
 use proto::arena::Strings;
+use proto::config::DOCUMENT;
 use proto::slab::Key;
 use proto::users::Identity;
 use rustix::event::epoll::EventFlags;
@@ -48,8 +50,15 @@ pub struct Process {
 impl Process {
     /// Starts a command with these streams.
     pub fn start(spec: &Spec, streams: &Streams, context: &mut Context) -> Result<Self> {
-        let Helper { pid, log } = helper::spawn(&mut |log| {
-            exec_command(spec, streams, context, log)
+        let Context {
+            defaults,
+            scratch,
+            proc,
+            cgroups,
+            ..
+        } = context;
+        let Helper { pid, log } = helper::spawn(cgroups.commands.as_ref(), &mut |log| {
+            exec_command(spec, streams, defaults, scratch, proc, log)
                 .unwrap_or_else(Failure::from)
                 .report(log)
         })?;
@@ -110,18 +119,19 @@ impl Process {
 fn exec_command(
     spec: &Spec,
     streams: &Streams,
-    context: &mut Context,
+    defaults: &mut CommandDefaults,
+    scratch: &mut [u8; 2 * DOCUMENT],
+    proc: &OwnedFd,
     log: &HelperLog,
 ) -> Result<Failure> {
+    oom_score::set(proc, oom_score::DEFAULT)?;
     exec::enter_session(streams, spec.tty, log)?;
-    sys::set_oom_score(b"0");
-    let defaults = &mut *context.defaults;
     let mut identity = Identity::default();
     if spec.user.is_empty() {
         identity.set_root();
         identity.home = defaults.root_home.clone();
     } else {
-        exec::resolve(spec.user, context.scratch, &mut identity)?;
+        credentials::resolve(spec.user, scratch, &mut identity)?;
     }
     if !defaults.sets_home {
         defaults.environment.set(b"HOME=", &identity.home)?;
@@ -138,6 +148,7 @@ fn exec_command(
         argv: [spec.argv, Strings::default()],
         identity: &identity,
         directory,
+        rlimits: &defaults.rlimits,
     };
     Ok(command.exec(&defaults.environment))
 }

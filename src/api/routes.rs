@@ -16,6 +16,9 @@ pub enum Call {
     Exec,
     /// `GET /v1/ws/exec`, a WebSocket.
     Session,
+    /// `GET /v1/logs`
+    #[cfg(feature = "logs")]
+    Logs,
 }
 
 /// All calls. A GET can be a HEAD, too, but for a WebSocket's.
@@ -25,6 +28,8 @@ const ROUTES: &[(Method, &str, Call)] = &[
     (Method::Post, "/v1/signals", Call::Signals),
     (Method::Post, "/v1/exec", Call::Exec),
     (Method::Get, "/v1/ws/exec", Call::Session),
+    #[cfg(feature = "logs")]
+    (Method::Get, "/v1/logs", Call::Logs),
 ];
 
 /// Why there is no call.

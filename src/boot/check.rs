@@ -21,8 +21,8 @@ usage:
   init --version
   init --help
 
-Words of the kernel command line:
-  PIGEON_CONFIG PIGEON_MMDS_TIMEOUT_MS PIGEON_EXIT_LINGER_MS INIT_LOG_LEVEL
+Kernel parameters:
+  PIGEON_CGROUPS PIGEON_CONFIG PIGEON_MMDS_TIMEOUT_MS PIGEON_EXIT_LINGER_MS INIT_LOG_LEVEL
 ";
 
 const VERSION: &str = concat!("pigeon-init ", env!("CARGO_PKG_VERSION"), "\n");
@@ -144,13 +144,13 @@ pub fn fill_environment(environment: &mut Environment, config: &Config) -> Resul
 }
 
 fn print(bytes: &[u8]) -> i32 {
-    let [stdout, _] = sys::standard_streams();
+    let [_, stdout, _] = sys::standard_streams();
     i32::from(rustix::io::write(stdout, bytes).is_err())
 }
 
 /// One line, also about a name that has lines or a terminal's commands in it.
 fn complain(text: Message) {
-    let [_, stderr] = sys::standard_streams();
+    let [_, _, stderr] = sys::standard_streams();
     for byte in text.as_bytes() {
         let shown = if byte.is_ascii_control() { b'?' } else { *byte };
         let _nobody_listens = rustix::io::write(stderr, &[shown]);

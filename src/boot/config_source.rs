@@ -8,6 +8,7 @@ use crate::sys::files;
 use crate::sys::{self, Stopwatch};
 use core::ffi::CStr;
 use core::net::{IpAddr, SocketAddrV4};
+use core::time::Duration;
 use proto::arena::Arena;
 use proto::config::Config;
 use proto::message::ToLossy;
@@ -15,6 +16,7 @@ use proto::mmds;
 use proto::netlink;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 /// The configuration baked into the initrd.
@@ -238,7 +240,10 @@ impl Session<'_> {
         let flags = SocketFlags::CLOEXEC;
         let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)
             .map_err(context!("create a socket"))?;
-        sys::set_timeouts(&socket, self.left().clamp(1, PAUSE) as u32);
+        let timeout = Some(Duration::from_millis(self.left().clamp(1, PAUSE)));
+        set_socket_timeout(&socket, Timeout::Send, timeout)
+            .and_then(|()| set_socket_timeout(&socket, Timeout::Recv, timeout))
+            .map_err(context!("limit the time of a socket"))?;
         // With a port of its own: choosing one in connect() costs the kernel 6 ms of randomness.
         rustix::net::bind(&socket, &SocketAddrV4::new(mmds::GUEST, 0))
             .and_then(|()| rustix::net::connect(&socket, &SocketAddrV4::new(mmds::ADDRESS, 80)))

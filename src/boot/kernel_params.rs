@@ -1,14 +1,28 @@
 //! Kernel parameters: words of the kernel command line that the kernel does not know reach init as
 //! environment variables (Documentation/admin-guide/kernel-parameters).
 
+use super::cgroups::Layout;
 use super::config_source::{self, Source};
+use crate::output_log::{Destination, OutputLog};
 use crate::supervisor::LINGER;
 use crate::sys::Words;
 use proto::bytes::decimal;
 use proto::message;
 use proto::message::{Level, Message, ToLossy};
 
-/// What the kernel command line may say.
+/// Without the API's call for it no output is kept.
+const DEFAULT_OUTPUT: Destination = match cfg!(feature = "logs") {
+    true => Destination::Both,
+    false => Destination::Console,
+};
+
+/// How much output is kept for the API, in KiB, unless the kernel command line says otherwise.
+const LOG_KIB: u64 = 64;
+
+/// Most that can be kept, in KiB.
+const MAX_LOG_KIB: u64 = 64 << 10;
+
+/// The kernel parameters.
 pub struct KernelParams {
     /// `INIT_LOG_LEVEL=debug|info|warn`: the lowest level that is logged. There is nothing to say at
     /// `debug` that is not said at `info`.
@@ -17,8 +31,14 @@ pub struct KernelParams {
     pub source: Source,
     /// `PIGEON_MMDS_TIMEOUT_MS`: how long MMDS is asked, in milliseconds.
     pub mmds_timeout: u64,
+    /// `PIGEON_CGROUPS=hybrid|unified|none`: which hierarchies of control groups there are.
+    pub cgroups: Layout,
     /// `PIGEON_EXIT_LINGER_MS`: how long the exit code can be read, in milliseconds.
     pub linger: u64,
+    /// `PIGEON_OUTPUT=both|console|log`: where the workload's output goes.
+    pub output: Destination,
+    /// `PIGEON_LOG_KIB`: how much output is kept for the API, in KiB.
+    pub log_kib: u64,
     /// A value that was none of the allowed ones.
     pub refused: Option<Message>,
 }
@@ -30,7 +50,10 @@ impl KernelParams {
             level: Level::Info,
             source: Source::Auto,
             mmds_timeout: config_source::TIMEOUT,
+            cgroups: Layout::Hybrid,
             linger: LINGER,
+            output: DEFAULT_OUTPUT,
+            log_kib: LOG_KIB,
             refused: None,
         };
         for word in words.iter() {
@@ -43,7 +66,12 @@ impl KernelParams {
             let allowed = match name {
                 b"INIT_LOG_LEVEL" => params.set_level(value),
                 b"PIGEON_CONFIG" => params.set_source(value),
+                b"PIGEON_CGROUPS" => params.set_cgroups(value),
                 b"PIGEON_MMDS_TIMEOUT_MS" => set_number(&mut params.mmds_timeout, value),
+                #[cfg(feature = "logs")]
+                b"PIGEON_OUTPUT" => params.set_output(value),
+                #[cfg(feature = "logs")]
+                b"PIGEON_LOG_KIB" => set_number(&mut params.log_kib, value),
                 b"PIGEON_EXIT_LINGER_MS" => set_number(&mut params.linger, value),
                 _ => continue,
             };
@@ -58,11 +86,30 @@ impl KernelParams {
         params
     }
 
+    /// The log that they ask for.
+    pub fn output_log(&self) -> OutputLog {
+        match self.output {
+            Destination::Console => OutputLog::none(),
+            _ => OutputLog::new((self.log_kib.min(MAX_LOG_KIB) << 10) as usize),
+        }
+    }
+
     fn set_level(&mut self, value: &[u8]) -> Result<(), &'static str> {
         self.level = match value {
             b"debug" | b"info" => Level::Info,
             b"warn" => Level::Warn,
             _ => return Err("debug, info or warn"),
+        };
+        Ok(())
+    }
+
+    #[cfg(feature = "logs")]
+    fn set_output(&mut self, value: &[u8]) -> Result<(), &'static str> {
+        self.output = match value {
+            b"both" => Destination::Both,
+            b"console" => Destination::Console,
+            b"log" => Destination::Log,
+            _ => return Err("both, console or log"),
         };
         Ok(())
     }
@@ -73,6 +120,16 @@ impl KernelParams {
             b"mmds" => Source::Mmds,
             b"file" => Source::File,
             _ => return Err("auto, mmds or file"),
+        };
+        Ok(())
+    }
+
+    fn set_cgroups(&mut self, value: &[u8]) -> Result<(), &'static str> {
+        self.cgroups = match value {
+            b"hybrid" => Layout::Hybrid,
+            b"unified" => Layout::Unified,
+            b"none" => Layout::None,
+            _ => return Err("hybrid, unified or none"),
         };
         Ok(())
     }

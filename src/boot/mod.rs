@@ -3,20 +3,28 @@
 //! The kernel waits long in two places, the first mount of a disk and the cgroup mounts: they are
 //! made side by side, the root's in a helper, and the cgroups' beside the configuration's arrival.
 
+pub mod cgroups;
 pub mod check;
 pub mod config_source;
+pub mod etc_files;
+pub mod file_system;
 pub mod kernel_params;
 pub mod modules;
 pub mod mounts;
 pub mod network;
+#[cfg(feature = "overlay")]
+pub mod overlay;
 pub mod root;
+pub mod run_dir;
+pub mod sysctls;
 pub mod volumes;
 
 use crate::context;
 use crate::error;
 use crate::error::Result;
-use crate::process::exec::{self, Command};
+use crate::process::exec::Command;
 use crate::process::helper::Helper;
+use crate::process::{credentials, oom_score};
 use crate::supervisor::Supervisor;
 use config_source::Source;
 use kernel_params::KernelParams;
@@ -29,6 +37,9 @@ use rustix::process::{Resource, Rlimit};
 const OPEN_FILES: u64 = 10_240;
 
 /// Boots: devices and console are there already.
+///
+/// In a frame of its own, which is given back with the stack.
+#[inline(never)]
 pub fn run(
     supervisor: &mut Supervisor,
     params: &KernelParams,
@@ -38,13 +49,16 @@ pub fn run(
     if let Some(refused) = &params.refused {
         supervisor.console.warn(refused);
     }
+    oom_score::set(&supervisor.context.proc, oom_score::NEVER)?;
     mounts::sysfs()?;
     let expedited = mounts::ExpeditedRcu::on();
     modules::load(supervisor.context.scratch, supervisor.console)?;
     // Beside an answer from the network in a helper; beside the root mount alone here, a fork less.
     let fetches = params.source != Source::File && network::eth0_index().is_some();
-    let cgroups = match fetches {
-        true => Some(Helper::start(&mut |log| mounts::cgroups(&mut &*log))?),
+    let cgroup_helper = match fetches {
+        true => Some(Helper::start(&mut |log| {
+            cgroups::mount(params.cgroups, &mut &*log)
+        })?),
         false => None,
     };
     mounts::mount_remaining(supervisor.console)?;
@@ -61,12 +75,12 @@ pub fn run(
         .console
         .info(&"configuration loaded", &format_args!(" source={source}"));
 
-    let device = config.root_device();
-    let root = Helper::start(&mut |log| root::mount(device, supervisor.context.scratch, log))?;
+    let scratch = &mut *supervisor.context.scratch;
+    let root = Helper::start(&mut |log| root::mount(&config, scratch, log))?;
     let log = &mut *supervisor.console;
-    match cgroups {
-        Some(cgroups) => cgroups.wait(log)?,
-        None => mounts::cgroups(log)?,
+    match cgroup_helper {
+        Some(helper) => helper.wait(log)?,
+        None => cgroups::mount(params.cgroups, log)?,
     }
     root.wait(log)?;
     root::switch(log)?;
@@ -74,8 +88,9 @@ pub fn run(
 
     limit_open_files()?;
     let mut identity = Identity::default();
-    exec::resolve(config.user(), supervisor.context.scratch, &mut identity)?;
+    credentials::resolve(config.user(), supervisor.context.scratch, &mut identity)?;
     supervisor.console.set_identity(identity.uid, identity.gid);
+    supervisor.context.cgroups = cgroups::open(params.cgroups, &identity, supervisor.console);
     set_defaults(supervisor, &config, &identity)?;
 
     supervisor.listen();
@@ -83,30 +98,42 @@ pub fn run(
     if supervisor.has_ended() {
         return Ok(());
     }
-    supervisor.start_workload(&Command {
+    let command = Command {
         argv: config.arguments(),
         identity: &identity,
         directory: config.image_config.working_dir,
-    })
+        rlimits: &config.rlimits,
+    };
+    supervisor.start_workload(&command, config.separate_stderr)
 }
 
-/// Volumes, names and network: what may wait for a disk runs in a helper, while the API is served.
+/// Volumes, names, network and kernel parameters: what may wait for a disk, or for memory, runs in a
+/// helper, while the API is served.
 fn prepare(supervisor: &mut Supervisor, config: &Config, identity: &Identity) -> Result {
-    if volumes::may_block(config) {
+    if !config.mounts.is_empty() || etc_files::are_configured(config) {
         let scratch = &mut *supervisor.context.scratch;
-        let helper = Helper::start(&mut |log| volumes::disks(config, identity, scratch, log))?;
+        let helper = Helper::start(&mut |log| {
+            volumes::mount_all(config, identity, log)?;
+            etc_files::write(config, scratch, log)
+        })?;
         supervisor.begin_setup(helper);
     }
-    volumes::host_name(config)?;
+    etc_files::set_host_name(config)?;
     network::configure(config, supervisor.console)?;
+    sysctls::set_defaults(supervisor.console);
     supervisor.finish_setup();
+    if sysctls::are_configured(config) && !supervisor.has_ended() {
+        let helper = Helper::start(&mut |log| sysctls::set_all(config, log))?;
+        supervisor.begin_setup(helper);
+        supervisor.finish_setup();
+    }
     Ok(())
 }
 
 /// The workload's environment and directory, which commands start with, too.
 fn set_defaults(supervisor: &mut Supervisor, config: &Config, identity: &Identity) -> Result {
     let mut root = Identity::default();
-    exec::resolve("root", supervisor.context.scratch, &mut root)?;
+    credentials::resolve("root", supervisor.context.scratch, &mut root)?;
     let defaults = &mut *supervisor.context.defaults;
     check::fill_environment(&mut defaults.environment, config)?;
     defaults.sets_home = defaults.environment.get(b"HOME=").is_some();
@@ -115,6 +142,7 @@ fn set_defaults(supervisor: &mut Supervisor, config: &Config, identity: &Identit
     // The document's check has seen to it that a path fits.
     let _fits = defaults.working_dir.extend_from_slice(directory);
     defaults.root_home = root.home;
+    defaults.rlimits = config.rlimits.clone();
     Ok(())
 }
 

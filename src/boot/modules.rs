@@ -12,6 +12,11 @@ use rustix::io::Errno;
 /// One path a line, in the order in which they are loaded.
 const LIST: &CStr = c"/pigeon/modules";
 
+/// How a module's file ends that the kernel is asked to decompress.
+const COMPRESSED: [&[u8]; 3] = [b".xz", b".zst", b".gz"];
+/// linux/module.h
+const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
+
 /// Loads the modules on the list. One that cannot be loaded is a warning: what needs it says more.
 pub fn load(scratch: &mut [u8], log: &mut dyn Log) -> Result {
     let list = files::read_whole(LIST, scratch)?.unwrap_or_default();
@@ -19,19 +24,29 @@ pub fn load(scratch: &mut [u8], log: &mut dyn Log) -> Result {
         if line.is_empty() {
             continue;
         }
-        if let Err(errno) = load_one(line) {
-            log.warn(&context!("load module {}", line.lossy())(errno));
+        let is_compressed = COMPRESSED.iter().any(|ending| line.ends_with(ending));
+        match load_one(line, is_compressed) {
+            Ok(()) => {}
+            Err(errno @ (Errno::OPNOTSUPP | Errno::INVAL)) if is_compressed => {
+                let why = context!("load module {}", line.lossy())(errno);
+                log.warn(&format_args!("{why} (this kernel cannot decompress it)"));
+            }
+            Err(errno) => log.warn(&context!("load module {}", line.lossy())(errno)),
         }
     }
     Ok(())
 }
 
 /// One that is loaded already is fine.
-fn load_one(path: &[u8]) -> Result<(), Errno> {
+fn load_one(path: &[u8], is_compressed: bool) -> Result<(), Errno> {
     let mut buffer = files::Path::new();
     let path = files::join(&[path], &mut buffer).ok_or(Errno::NAMETOOLONG)?;
     let file = files::open(path, OFlags::RDONLY)?;
-    match rustix::system::finit_module(&file, c"", 0) {
+    let flags = match is_compressed {
+        true => MODULE_INIT_COMPRESSED_FILE,
+        false => 0,
+    };
+    match rustix::system::finit_module(&file, c"", flags) {
         Err(Errno::EXIST) => Ok(()),
         other => other,
     }

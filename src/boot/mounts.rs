@@ -4,9 +4,7 @@
 //! with all that is mounted in them when the root is there.
 
 use crate::context;
-use crate::error;
 use crate::error::{Discard, Log, Result};
-use crate::sys::List;
 use crate::sys::files;
 use core::ffi::CStr;
 use proto::message::ToLossy;
@@ -15,109 +13,121 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 
-/// One mount, of a file system that needs no source.
+/// A mount of a file system that needs no source.
 struct Mount {
-    /// Its kind, where, and its options, as in fstab(5); each ends with NUL.
-    words: &'static [u8],
+    fs_type: &'static CStr,
+    target: &'static CStr,
     flags: MountFlags,
+    /// As in fstab(5); none when empty.
+    options: &'static CStr,
     /// A kernel without one that is not gets a warning.
     required: bool,
 }
 
 impl Mount {
-    const fn required(words: &'static [u8], flags: MountFlags) -> Self {
+    const fn required(fs_type: &'static CStr, target: &'static CStr, flags: MountFlags) -> Self {
         Self {
-            words,
+            fs_type,
+            target,
             flags,
+            options: c"",
             required: true,
         }
     }
 
-    const fn optional(words: &'static [u8], flags: MountFlags) -> Self {
+    const fn optional(fs_type: &'static CStr, target: &'static CStr, flags: MountFlags) -> Self {
         Self {
-            words,
-            flags,
             required: false,
+            ..Self::required(fs_type, target, flags)
         }
     }
 
+    const fn with(self, options: &'static CStr) -> Self {
+        Self { options, ..self }
+    }
+
     fn make(&self, log: &mut dyn Log) -> Result {
-        let mut words = List(self.words);
-        let mut word = || words.next().unwrap_or_default();
-        match mount(word(), word(), word(), self.flags) {
-            Err(why) if self.required => return Err(error!("mount {why}")),
-            Err(why) => log.warn(&format_args!("no {why}")),
-            Ok(()) => {}
+        match mount(self.fs_type, self.target, self.flags, self.options) {
+            Err(why) if !self.required => log.warn(&why),
+            other => return other,
         }
         Ok(())
     }
 }
 
-/// Mounts `kind` on a directory, which is made; empty options are none.
-fn mount(kind: &CStr, target: &CStr, data: &CStr, flags: MountFlags) -> Result {
-    let data = Some(data).filter(|data| !data.is_empty());
-    let made = files::make_directory(target, 0o755)
-        .and_then(|()| rustix::mount::mount(kind, target, kind, flags, data));
-    match made {
-        // "Already mounted" is success.
+/// Mounts a file system on a directory, which is made.
+fn mount(fs_type: &CStr, target: &CStr, flags: MountFlags, options: &CStr) -> Result {
+    let mounted = files::make_directory(target, 0o755)
+        .and_then(|()| rustix::mount::mount(fs_type, target, fs_type, flags, options));
+    match mounted {
+        // Mounted already.
         Ok(()) | Err(Errno::BUSY) => Ok(()),
-        Err(errno) => Err(context!("{} on {}", kind.lossy(), target.lossy())(errno)),
+        Err(errno) => {
+            let why = context!("mount {} on {}", fs_type.lossy(), target.lossy());
+            Err(why(errno))
+        }
     }
 }
 
 const NODEV: MountFlags = MountFlags::NODEV;
 const NOEXEC: MountFlags = MountFlags::NOEXEC;
 const NOSUID: MountFlags = MountFlags::NOSUID;
+const NOATIME: MountFlags = MountFlags::NOATIME;
 const RELATIME: MountFlags = MountFlags::RELATIME;
 const STRICT: MountFlags = NODEV.union(NOEXEC).union(NOSUID);
 
-static DEV: Mount = Mount::required(b"devtmpfs\0/dev\0mode=0755\0", NOSUID);
-static SYS: Mount = Mount::required(b"sysfs\0/sys\0", STRICT);
+const DEV: Mount = Mount::required(c"devtmpfs", c"/dev", NOSUID).with(c"mode=0755");
 
-static REST: [Mount; 7] = [
-    Mount::required(b"proc\0/proc\0", STRICT),
-    Mount::required(
-        b"devpts\0/dev/pts\0mode=0620,gid=5,ptmxmode=666\0",
-        NOEXEC.union(NOSUID).union(MountFlags::NOATIME),
-    ),
-    Mount::required(b"tmpfs\0/dev/shm\0mode=1777\0", NOSUID.union(NODEV)),
-    // Of the memory /dev/shm can have half, and everybody may fill both: /run/lock. A kernel that finds
-    // none, and nobody to kill for it, panics.
-    Mount::required(b"tmpfs\0/run\0mode=0755,size=10%\0", NOSUID.union(NODEV)),
-    Mount::optional(b"mqueue\0/dev/mqueue\0", STRICT),
-    Mount::optional(b"hugetlbfs\0/dev/hugepages\0pagesize=2M\0", RELATIME),
-    Mount::optional(b"binfmt_misc\0/proc/sys/fs/binfmt_misc\0", RELATIME),
+const SYSFS: Mount = Mount::required(c"sysfs", c"/sys", STRICT);
+
+const PROC: Mount = Mount::required(c"proc", c"/proc", STRICT);
+
+const REMAINING: [Mount; 6] = [
+    Mount::required(c"devpts", c"/dev/pts", NOEXEC.union(NOSUID).union(NOATIME))
+        .with(c"mode=0620,gid=5,ptmxmode=666"),
+    Mount::required(c"tmpfs", c"/dev/shm", NOSUID.union(NODEV)).with(c"mode=1777"),
+    // Of the memory /dev/shm can have half, and everybody may fill both: /run/lock. A kernel that
+    // finds none, and nobody to kill for it, panics.
+    Mount::required(c"tmpfs", c"/run", NOSUID.union(NODEV)).with(c"mode=0755,size=10%"),
+    Mount::optional(c"mqueue", c"/dev/mqueue", STRICT),
+    Mount::optional(c"hugetlbfs", c"/dev/hugepages", RELATIME).with(c"pagesize=2M"),
+    Mount::optional(c"binfmt_misc", c"/proc/sys/fs/binfmt_misc", RELATIME),
 ];
 
-/// Links in /dev, each followed by where it leads.
-const LINKS: List = List(
-    b"/dev/fd\0/proc/self/fd\0\
-      /dev/stdin\0/proc/self/fd/0\0\
-      /dev/stdout\0/proc/self/fd/1\0\
-      /dev/stderr\0/proc/self/fd/2\0",
-);
+/// Links in /dev, and where they lead.
+const LINKS: [(&CStr, &CStr); 4] = [
+    (c"/dev/fd", c"/proc/self/fd"),
+    (c"/dev/stdin", c"/proc/self/fd/0"),
+    (c"/dev/stdout", c"/proc/self/fd/1"),
+    (c"/dev/stderr", c"/proc/self/fd/2"),
+];
 
 /// The trees to move onto the root, each with what is mounted in it.
-pub const TREES: List = List(b"/dev\0/sys\0/proc\0/run\0");
+pub const TREES: [&CStr; 4] = [c"/dev", c"/sys", c"/proc", c"/run"];
 
 /// Device nodes, before anything else: there is no console without them.
 pub fn devices() -> Result {
     DEV.make(&mut Discard)
 }
 
+/// Processes. The descriptor is of the file system, whatever is mounted over it later.
+pub fn procfs() -> Result<OwnedFd> {
+    PROC.make(&mut Discard)?;
+    files::open(c"/proc", OFlags::PATH | OFlags::DIRECTORY).map_err(context!("open /proc"))
+}
+
 /// sysfs, where expedited grace periods are switched on.
 pub fn sysfs() -> Result {
-    SYS.make(&mut Discard)
+    SYSFS.make(&mut Discard)
 }
 
 /// Everything else that is not a cgroup.
 pub fn mount_remaining(log: &mut dyn Log) -> Result {
-    for mount in &REST {
+    for mount in &REMAINING {
         mount.make(log)?;
     }
     files::make_directory(c"/run/lock", 0o1777).map_err(context!("create /run/lock"))?;
-    let mut links = LINKS;
-    while let (Some(link), Some(target)) = (links.next(), links.next()) {
+    for (link, target) in LINKS {
         match rustix::fs::symlink(target, link) {
             Err(Errno::EXIST) => {}
             other => other.map_err(context!("link {}", link.lossy()))?,
@@ -126,38 +136,20 @@ pub fn mount_remaining(log: &mut dyn Log) -> Result {
     Ok(())
 }
 
-static CGROUPS: [Mount; 2] = [
-    Mount::required(b"tmpfs\0/sys/fs/cgroup\0mode=755\0", STRICT),
-    Mount::optional(
-        b"cgroup2\0/sys/fs/cgroup/unified\0nsdelegate\0",
-        STRICT.union(RELATIME),
-    ),
-];
+/// Where control groups are.
+pub const CGROUP: &CStr = c"/sys/fs/cgroup";
 
-/// Controllers with a v1 hierarchy, whose directory has their name.
-const CONTROLLERS: List = List(
-    b"net_cls,net_prio\0hugetlb\0pids\0freezer\0cpu,cpuacct\0devices\0blkio\0memory\0\
-      perf_event\0cpuset\0",
-);
-
-/// The hybrid cgroup tree: v2 on `unified`, and a v1 hierarchy a controller.
-pub fn cgroups(log: &mut dyn Log) -> Result {
-    for mount in &CGROUPS {
-        mount.make(log)?;
-    }
-    let mut path = files::Path::new();
-    for controllers in CONTROLLERS {
-        let parts: [&[u8]; 2] = [b"/sys/fs/cgroup/", controllers.to_bytes()];
-        let target = files::join(&parts, &mut path).unwrap_or_default();
-        let made = mount(c"cgroup", target, controllers, STRICT.union(RELATIME));
-        if let Err(why) = made {
-            log.warn(&format_args!("no {why}"));
-        }
-    }
-    Ok(())
+/// The directory of several hierarchies of control groups.
+pub fn cgroup_directory() -> Result {
+    mount(c"tmpfs", CGROUP, STRICT, c"mode=755")
 }
 
-/// ExpeditedRcu RCU grace periods, while boot waits for them; the value before is put back on drop.
+/// The v2 hierarchy of control groups.
+pub fn cgroup2(target: &CStr) -> Result {
+    mount(c"cgroup2", target, STRICT.union(RELATIME), c"nsdelegate")
+}
+
+/// Expedited RCU grace periods while boot waits for them; the value before is put back on drop.
 ///
 /// The kernel waits several grace periods in cgroup mounts and unmounts; expedited ones take
 /// microseconds instead of ticks (Documentation/RCU, rcu_expedited in sysfs).

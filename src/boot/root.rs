@@ -1,78 +1,69 @@
 //! The root file system: mounting it, and leaving the initramfs for it.
 
-use crate::boot::mounts;
+use crate::boot::file_system::{Access, FileSystem};
+#[cfg(feature = "overlay")]
+use crate::boot::overlay;
+use crate::boot::{mounts, run_dir};
 use crate::context;
 use crate::error;
 use crate::error::{Log, Result};
-use crate::process::exec;
+use crate::process::credentials;
 use crate::process::helper::HelperLog;
 use crate::sys::files;
-use crate::sys::{self, Stopwatch};
 use core::ffi::CStr;
 use core::mem::MaybeUninit;
+use proto::config::{Config, Overlay};
 use proto::message::ToLossy;
 use rustix::fd::OwnedFd;
-use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags, RawDir};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, MoveMountFlags, move_mount};
+use rustix::mount::{MoveMountFlags, move_mount};
 
 /// Where the root is mounted before it becomes the root.
 const NEW: &CStr = c"/newroot";
-/// How long a device may take to appear, in milliseconds.
-const DEVICE_WAIT: u64 = 2000;
-
-/// Mounts an ext4 volume, when its device has appeared; read-only where the device is.
-pub fn mount_volume(device: &CStr, target: &CStr, report: &HelperLog) -> Result {
-    let watch = Stopwatch::start();
-    let mount = |flags| rustix::mount::mount(device, target, c"ext4", flags, None::<&CStr>);
-    let mounted = loop {
-        let mounted = match rustix::fs::access(device, Access::EXISTS) {
-            Ok(()) => mount(MountFlags::RELATIME),
-            Err(_) => Err(Errno::NXIO),
-        };
-        match mounted {
-            // A disk's node is there a moment before the disk is (device_add_disk, block/genhd.c).
-            Err(Errno::NXIO) if watch.elapsed() < DEVICE_WAIT => sys::sleep(1),
-            other => break other,
-        }
-    };
-    let mounted = match mounted {
-        Err(Errno::NXIO) => {
-            return Err(error!(
-                "mount {} on {}: no such device after 2 s",
-                device.lossy(),
-                target.lossy()
-            ));
-        }
-        Err(errno @ (Errno::ACCESS | Errno::ROFS)) => {
-            report.warn(&format_args!(
-                "{} is write-protected: mounted read-only",
-                device.lossy()
-            ));
-            mount(MountFlags::RELATIME | MountFlags::RDONLY).map_err(|_| errno)
-        }
-        other => other,
-    };
-    mounted.map_err(context!("mount {} on {}", device.lossy(), target.lossy()))
-}
 
 /// Mounts the root beside the initramfs, and touches all of it that PID 1 looks at: a disk that
 /// hangs stops this child, not PID 1, which finds everything in memory.
-pub fn mount(device: &CStr, scratch: &mut [u8], report: &HelperLog) -> Result {
+pub fn mount(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result {
     files::make_directory(NEW, 0o755).map_err(context!("create /newroot"))?;
-    mount_volume(device, NEW, report)?;
+    let mut root = FileSystem::on(config.root_device());
+    match config.root_overlay() {
+        Some(layer) => mount_overlay(root, layer, log)?,
+        None => {
+            if config.root_read_only {
+                root.access = Access::ReadOnly;
+            }
+            root.mount(NEW, log)?;
+        }
+    }
+    let run = files::open(c"/run", OFlags::DIRECTORY).map_err(context!("open /run"))?;
     rustix::process::chroot(NEW).map_err(context!("enter /newroot"))?;
+    run_dir::carry(c"/run", run, scratch, log);
     for tree in mounts::TREES {
-        // A root without the directory, perhaps read-only, is told apart by the move's error.
-        let _made = files::make_directory(tree, 0o755);
+        files::make_directory(tree, 0o755).map_err(|errno| match errno {
+            Errno::ROFS => error!("the root is read-only and has no {}", tree.lossy()),
+            errno => context!("create {}", tree.lossy())(errno),
+        })?;
     }
     if let Err(errno) = files::make_directory(c"/root", 0o700) {
-        report.warn(&context!("create /root")(errno));
+        log.warn(&context!("create /root")(errno));
     }
-    for accounts in &[exec::PASSWD, exec::GROUP] {
+    for accounts in [credentials::PASSWD, credentials::GROUP] {
         let _told_later = files::read_whole(accounts, scratch);
     }
     Ok(())
+}
+
+#[cfg(feature = "overlay")]
+fn mount_overlay(root: FileSystem, layer: Overlay, log: &HelperLog) -> Result {
+    overlay::mount(root, layer, NEW, log)
+}
+
+#[cfg(not(feature = "overlay"))]
+fn mount_overlay(_: FileSystem, _: Overlay, _: &HelperLog) -> Result {
+    Err(error!(
+        "RootOverlay: this program was built without overlays"
+    ))
 }
 
 /// Moves the kernel's file systems onto the root and makes it `/`; the initramfs is emptied.
@@ -80,8 +71,9 @@ pub fn switch(log: &mut dyn Log) -> Result {
     let old = files::open(c"/", OFlags::DIRECTORY).map_err(context!("open /"))?;
     rustix::process::chdir(NEW).map_err(context!("enter /newroot"))?;
     for tree in mounts::TREES {
-        // A link there would lead out of the root, to what is deleted below: it is not followed.
-        let target = files::behind(tree, 1);
+        // Below the working directory. A link there would lead out of the root, to what is deleted
+        // below: it is not followed.
+        let target = tree.to_bytes().strip_prefix(b"/").unwrap_or_default();
         move_mount(CWD, tree, CWD, target, MoveMountFlags::empty())
             .map_err(context!("move {} onto the root", tree.lossy()))?;
     }

@@ -1,26 +1,23 @@
 //! From a fork to a command: session, identity, directory, environment, execve.
 
 use crate::context;
-use crate::error;
 use crate::error::{Error, Result};
 use crate::process::helper::HelperLog;
+use crate::process::{credentials, rlimits};
 use crate::sys::files;
 use crate::sys::{self, SignalSet, Static};
-use core::ffi::CStr;
+use core::ffi::{CStr, c_char};
+use core::ptr::null;
 use proto::arena::Strings;
 use proto::bytes::{find, split};
-use proto::config::{ARGV, DOCUMENT};
+use proto::config::ARGV;
 use proto::environment::{self, ENV_ENTRIES, Environment};
 use proto::message;
 use proto::message::{Message, ToLossy};
+use proto::rlimit::Rlimits;
 use proto::users::Identity;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
-
-/// The root's users.
-pub const PASSWD: &CStr = c"/etc/passwd";
-/// The root's groups.
-pub const GROUP: &CStr = c"/etc/group";
 
 /// Exit code of a command that is not there.
 const NOT_FOUND: i32 = 127;
@@ -30,28 +27,16 @@ const NOT_EXECUTABLE: i32 = 126;
 /// What a child uses between fork and execve; in the parent it stays untouched.
 struct Scratch {
     /// Of two lists, and null.
-    argv: [usize; 2 * ARGV + 1],
-    environment: [usize; ENV_ENTRIES + 1],
+    argv: [*const c_char; 2 * ARGV + 1],
+    environment: [*const c_char; ENV_ENTRIES + 1],
     path: files::Path,
 }
 
 static SCRATCH: Static<Scratch> = Static::new(Scratch {
-    argv: [0; 2 * ARGV + 1],
-    environment: [0; ENV_ENTRIES + 1],
+    argv: [null(); 2 * ARGV + 1],
+    environment: [null(); ENV_ENTRIES + 1],
     path: files::Path::new(),
 });
-
-/// Resolves a user from the files of the root.
-pub fn resolve(user: &str, scratch: &mut [u8; 2 * DOCUMENT], identity: &mut Identity) -> Result {
-    let (passwd, group) = scratch
-        .split_at_mut_checked(DOCUMENT)
-        .unwrap_or((&mut [], &mut []));
-    let passwd = files::read_whole(PASSWD, passwd)?.unwrap_or_default();
-    let group = files::read_whole(GROUP, group)?.unwrap_or_default();
-    identity
-        .resolve(user.as_bytes(), passwd, group)
-        .map_err(|error| error!("{error}"))
-}
 
 /// Standard input, output and error of a command.
 pub struct Streams<'a> {
@@ -85,6 +70,8 @@ pub struct Command<'a> {
     pub identity: &'a Identity,
     /// Working directory, created if absent; empty is `/`.
     pub directory: &'a CStr,
+    /// Its resource limits.
+    pub rlimits: &'a Rlimits,
 }
 
 /// Why a child has not become a command, and its exit code.
@@ -114,10 +101,11 @@ impl Command<'_> {
         if let Err(errno) = self.enter_directory() {
             return Failure::new(errno, message!("enter {}", self.directory.lossy()));
         }
-        let Identity {
-            uid, gid, groups, ..
-        } = self.identity;
-        if let Err(errno) = sys::become_user(*uid, *gid, groups) {
+        if let Err(error) = rlimits::apply(self.rlimits) {
+            return Failure(error, NOT_EXECUTABLE);
+        }
+        credentials::own_standard_streams(self.identity);
+        if let Err(errno) = credentials::drop_to(self.identity) {
             return Failure::new(errno, message!("become the user"));
         }
         let Some(scratch) = SCRATCH.take() else {
@@ -129,12 +117,12 @@ impl Command<'_> {
             for argument in list.iter() {
                 name = name.or(Some(argument));
                 if let Some(slot) = slots.next() {
-                    *slot = argument.as_ptr() as usize;
+                    *slot = argument.as_ptr();
                 }
             }
         }
         for (slot, entry) in scratch.environment.iter_mut().zip(environment.iter()) {
-            *slot = entry.as_ptr() as usize;
+            *slot = sys::c_str(entry).as_ptr();
         }
         sys::block_signals(SignalSet::EMPTY);
         let name = name.unwrap_or(c"");
@@ -164,10 +152,7 @@ impl Command<'_> {
 fn search(name: &CStr, environment: &Environment, scratch: &mut Scratch) -> Errno {
     let execute = |path: &CStr| {
         // SAFETY: both vectors end with null, and point at NUL-terminated strings that stay.
-        unsafe {
-            let argv = scratch.argv.as_ptr().cast();
-            sys::execve(path, argv, scratch.environment.as_ptr().cast())
-        }
+        unsafe { sys::execve(path, scratch.argv.as_ptr(), scratch.environment.as_ptr()) }
     };
     let mut failure = Errno::NOENT;
     if name.is_empty() {

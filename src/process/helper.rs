@@ -6,7 +6,7 @@
 use crate::context;
 use crate::error;
 use crate::error::{Error, Log, Result};
-use crate::sys::{self, Fork, files};
+use crate::sys::{self, Fork, Stopwatch, files};
 use core::fmt::Display;
 use proto::message;
 use rustix::fd::OwnedFd;
@@ -78,10 +78,12 @@ pub fn set_blocking(end: &OwnedFd) -> Result {
     rustix::io::ioctl_fionbio(end, false).map_err(context!("create a pipe"))
 }
 
-/// Forks; the child exits with the code that `work` returns.
-pub fn spawn(work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
+/// Forks; the child exits with the code that `work` returns. It is born in `cgroup`, unless that
+/// takes no processes, as when root has removed it, or in PID 1's own.
+pub fn spawn(cgroup: Option<&OwnedFd>, work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
     let (log, end) = pipe()?;
-    match sys::fork().map_err(context!("fork"))? {
+    let forked = sys::fork(cgroup).or_else(|_| sys::fork(None));
+    match forked.map_err(context!("fork"))? {
         Fork::Child => {
             drop(log);
             sys::exit(work(&HelperLog(end)))
@@ -128,7 +130,7 @@ pub fn read_lines(pipe: &OwnedFd, log: &mut dyn Log) -> Lines {
 impl Helper {
     /// Forks; `work` runs in the child, and its error is the helper's.
     pub fn start(work: &mut dyn FnMut(&HelperLog) -> Result) -> Result<Self> {
-        spawn(&mut |log| {
+        spawn(None, &mut |log| {
             // What PID 1 closes must be closed, whatever this child waits for.
             sys::close_others(&[log.pipe()]);
             match work(log) {
@@ -163,6 +165,22 @@ impl Helper {
             step.unwrap_or_else(|| error!("boot")),
             TIMEOUT / 1000
         )
+    }
+
+    /// Waits so many milliseconds for the end at most; one that has not ended is killed. Whether it has.
+    pub fn wait_for(&self, timeout: u64) -> bool {
+        let watch = Stopwatch::start();
+        loop {
+            match rustix::process::waitpid(Some(self.pid), WaitOptions::NOHANG) {
+                Ok(None) if watch.elapsed() < timeout => sys::sleep(1),
+                Ok(None) => {
+                    let _ended =
+                        rustix::process::kill_process(self.pid, rustix::process::Signal::KILL);
+                    return false;
+                }
+                _ => return true,
+            }
+        }
     }
 
     /// Waits for the end where there is no event loop. One that hangs, as a disk may, is given up.

@@ -1,4 +1,7 @@
 //! Child processes: forking, short-lived helpers, commands and who they run as.
 
+pub mod credentials;
 pub mod exec;
 pub mod helper;
+pub mod oom_score;
+pub mod rlimits;

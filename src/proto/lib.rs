@@ -15,6 +15,7 @@
 
 pub mod address;
 pub mod arena;
+pub mod block;
 pub mod bodies;
 pub mod buffer;
 pub mod bytes;
@@ -31,9 +32,11 @@ pub mod message;
 pub mod mmds;
 pub mod mountinfo;
 pub mod netlink;
+pub mod ring;
 pub mod rlimit;
 pub mod signal;
 pub mod slab;
+pub mod superblock;
 pub mod sysctl;
 pub mod users;
 pub mod websocket;

@@ -22,6 +22,8 @@ pub struct Mount<'a> {
     pub fs_type: Escaped<'a>,
     /// What is mounted, which a file system may name as it likes. Empty when the line ends before it.
     pub source: Escaped<'a>,
+    /// The file system itself can be written to, whatever this mount allows.
+    pub is_writable: bool,
     /// The line ends before its last field, as one that did not fit in a buffer does: the last field
     /// that it has may be cut.
     pub is_truncated: bool,
@@ -60,11 +62,17 @@ pub fn parse(line: &[u8]) -> Option<Mount<'_>> {
         mount_point: Escaped(mount_point),
         fs_type: Escaped(fs_type.unwrap_or(&[])),
         source: Escaped(source.unwrap_or(&[])),
+        is_writable: options.is_some_and(|options| options.starts_with(b"rw")),
         is_truncated: options.is_none(),
     })
 }
 
 impl<'a> Escaped<'a> {
+    /// A field of another of the kernel's tables that escapes like this one: /proc/swaps.
+    pub fn new(field: &'a [u8]) -> Self {
+        Self(field)
+    }
+
     /// As it stands in the line: for types, and for messages about what does not fit.
     pub fn raw(self) -> &'a [u8] {
         self.0
@@ -139,6 +147,9 @@ mod tests {
         let memory = memory.unwrap();
         assert_eq!((memory.major, memory.minor), (0, 22));
         assert_eq!(decoded(memory.source), "my tmpfs");
+        assert!(mount.is_writable && memory.is_writable);
+        let read_only = parse(b"24 1 8:1 / /a rw - ext4 /dev/sda ro,discard").unwrap();
+        assert!(!read_only.is_writable);
         let optional =
             b"1 2 8:1 / /a rw shared:1 master:2 propagate_from:3 unbindable - xfs none rw";
         assert_eq!(parse(optional).unwrap().fs_type.raw(), b"xfs");

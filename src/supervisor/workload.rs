@@ -1,23 +1,23 @@
 //! The workload: its start, its output, its end.
 
-use super::console::Console;
-use super::phase::Phase;
-use super::{SIGKILL, Supervisor, oom};
+use super::oom;
+use super::state::{Phase, Supervisor};
+use crate::console::Console;
 use crate::context;
-use crate::context::{Exit, Source};
+use crate::context::{Exit, NEVER};
 use crate::error::{Discard, Result};
+use crate::output_log::{Destination, OutputLog};
 use crate::process::exec::{self, Command, Failure, Streams};
 use crate::process::helper::{self, Helper, HelperLog};
-use crate::sys::epoll::Poller;
-use crate::sys::{self, files};
+use crate::process::oom_score;
+use crate::sys::files;
 use proto::environment::Environment;
 use proto::message;
-use proto::slab::Key;
-use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
-use rustix::io::Errno;
 use rustix::process::WaitStatus;
+
+const SIGKILL: u32 = 9;
 
 /// What a killed process's exit code is counted from, as in a shell.
 const KILLED: i32 = 128;
@@ -25,68 +25,45 @@ const KILLED: i32 = 128;
 /// Pieces of output copied at the end: together more than a pipe holds (pipe(7)).
 const PIECES: usize = 8;
 
-/// The workload's standard output and error: our end of the pipe.
-#[derive(Default)]
-pub struct Output {
-    pipe: Option<OwnedFd>,
-    watched: EventFlags,
-}
-
-impl Output {
-    /// Waits for output while there is room for it.
-    pub fn watch(&mut self, poller: &Poller, has_room: bool) {
-        if let Some(pipe) = &self.pipe {
-            let wanted = match has_room {
-                true => EventFlags::IN,
-                false => EventFlags::empty(),
-            };
-            let token = Source::Workload.token(Key::default());
-            poller.watch(pipe, token, &mut self.watched, wanted);
-        }
-    }
-
-    /// Copies so many pieces to the console, as far as that has room for them: not for as long as
-    /// output comes, as others wait, too. True when there may be more.
-    pub fn copy(&mut self, pieces: usize, console: &mut Console) -> bool {
-        for _ in 0..pieces {
-            let Some(pipe) = &self.pipe else {
-                return false;
-            };
-            if !console.has_room() {
-                return false;
-            }
-            match files::read(pipe, console.room()) {
-                Ok(count @ 1..) => console.commit(count),
-                Err(Errno::AGAIN) => return false,
-                Ok(_) | Err(_) => self.pipe = None,
-            }
-        }
-        true
-    }
-}
-
 impl Supervisor {
+    /// Says where the workload's output goes.
+    pub fn set_output(&mut self, destination: Destination, log: OutputLog) {
+        // Without memory for a log there is none.
+        self.output.destination = match log.is_kept() {
+            true => destination,
+            false => Destination::Console,
+        };
+        self.context.output_log = log;
+    }
+
     /// Starts the workload.
-    pub fn start_workload(&mut self, command: &Command) -> Result {
+    ///
+    /// Standard output and error are one pipe, which keeps their order, unless `separate_stderr`.
+    pub fn start_workload(&mut self, command: &Command, separate_stderr: bool) -> Result {
         self.kernel_log = files::open(c"/dev/kmsg", OFlags::NONBLOCK).ok();
-        let (ours, theirs) = helper::pipe()?;
-        helper::set_blocking(&theirs)?;
+        let (output, their_output) = output_pipe()?;
+        let errors = match separate_stderr {
+            true => Some(output_pipe()?),
+            false => None,
+        };
+        let their_errors = errors.as_ref().map_or(&their_output, |(_, theirs)| theirs);
         let environment = &self.context.defaults.environment;
         let console = &*self.console;
-        let child = helper::spawn(&mut |log| {
-            exec_workload(command, environment, console, &theirs, log)
+        let proc = &self.context.proc;
+        let cgroup = self.context.cgroups.workload.as_ref();
+        let child = helper::spawn(cgroup, &mut |log| {
+            let streams = (&their_output, their_errors);
+            exec_workload(command, environment, proc, console, streams, log)
                 .unwrap_or_else(Failure::from)
                 .report(log)
         })?;
-        self.output.pipe = Some(ours);
-        // The workload has the kernel's default; what PID 1 forks from now on is spared like itself.
-        sys::set_oom_score(b"-1000");
+        self.output.open(output, errors.map(|(ours, _)| ours));
         self.context.workload.group = Some(child.pid);
         let pid = child.pid.as_raw_pid();
         self.console
             .info(&"workload started", &format_args!(" pid={pid}"));
         self.child = Some(child);
-        self.phase = Phase::Running;
+        self.enter(Phase::Running, NEVER);
         Ok(())
     }
 
@@ -119,7 +96,9 @@ impl Supervisor {
     /// Copies what is left of the output, and says behind it how the workload ended. True when there
     /// may be more.
     pub(super) fn finish_output(&mut self) -> bool {
-        let more = self.output.copy(PIECES, self.console);
+        let log = &mut self.context.output_log;
+        let more = self.output.copy(PIECES, self.console, log);
+        self.api.on_output(&mut self.context);
         if !more
             && self.console.has_room()
             && let Some(fields) = self.exit_fields.take()
@@ -130,21 +109,30 @@ impl Supervisor {
     }
 }
 
+/// A pipe for output: our end, which does not block, and the workload's.
+fn output_pipe() -> Result<(OwnedFd, OwnedFd)> {
+    let (ours, theirs) = helper::pipe()?;
+    helper::set_blocking(&theirs)?;
+    Ok((ours, theirs))
+}
+
 /// In the child: becomes the workload.
 fn exec_workload(
     command: &Command,
     environment: &Environment,
+    proc: &OwnedFd,
     console: &Console,
-    output: &OwnedFd,
+    (output, error): (&OwnedFd, &OwnedFd),
     log: &HelperLog,
 ) -> Result<Failure> {
+    oom_score::set(proc, oom_score::DEFAULT)?;
     let input = console
         .open_input()
         .map_err(context!("open standard input"))?;
     let streams = Streams {
         input: Some(&input),
         output,
-        error: output,
+        error,
     };
     exec::enter_session(&streams, false, log)?;
     Ok(command.exec(environment))

@@ -14,18 +14,17 @@ global_asm!(
     "mov x0, sp",
     "and x1, x0, #-16",
     "mov sp, x1",
-    "bl {start}",
+    "bl start_with_stack",
     "brk #1",
-    start = sym super::start,
 );
 
-/// One system call; the answer is as the kernel gives it, an errno negated.
+/// One system call of up to five arguments; the answer is as the kernel gives it, an errno negated.
 ///
 /// # Safety
 /// The arguments must be what call `number` takes; pointers among them must be good for it.
 #[inline(always)]
-pub unsafe fn syscall(number: u32, args: [usize; 6]) -> isize {
-    let [a, b, c, d, e, f] = args;
+pub unsafe fn syscall(number: u32, args: [usize; 5]) -> isize {
+    let [a, b, c, d, e] = args;
     let result;
     // SAFETY: the kernel's calling convention (syscall(2)); the caller answers for the arguments.
     unsafe {
@@ -33,7 +32,7 @@ pub unsafe fn syscall(number: u32, args: [usize; 6]) -> isize {
             "svc #0",
             in("x8") number as usize,
             inlateout("x0") a => result,
-            in("x1") b, in("x2") c, in("x3") d, in("x4") e, in("x5") f,
+            in("x1") b, in("x2") c, in("x3") d, in("x4") e,
             options(nostack),
         );
     }
@@ -121,16 +120,5 @@ global_asm!(
     "cbnz w2, 1b",
     "sub x0, x1, x0",
     "sub x0, x0, #1",
-    "ret",
-    // What swaps a bool (text.rs): the run-time library's own asks a constructor, which would have
-    // to run, for LSE atomics.
-    ".globl __aarch64_swp1_acq",
-    ".globl __aarch64_swp1_relax",
-    "__aarch64_swp1_acq:",
-    "__aarch64_swp1_relax:",
-    "ldaxrb w16, [x1]",
-    "stxrb w17, w0, [x1]",
-    "cbnz w17, __aarch64_swp1_acq",
-    "mov w0, w16",
     "ret",
 );

@@ -1,18 +1,21 @@
-//! Files: opened, read and written; whole ones read with a limit, and replaced so that a crash
-//! leaves the old or the new one.
+//! Files: opened, read and written; whole ones read with a limit, and replaced.
 //!
 //! Nothing here looks for EINTR: without handlers the kernel starts these calls again itself
 //! (signal(7)).
 
 use crate::error;
 use crate::error::{Result, name};
-use crate::sys;
 use core::ffi::CStr;
 use proto::config::PATH;
 use proto::message::ToLossy;
 use rustix::fd::OwnedFd;
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
+
+/// The bytes up to the first NUL; empty when there is none.
+pub fn c_str(bytes: &[u8]) -> &CStr {
+    CStr::from_bytes_until_nul(bytes).unwrap_or_default()
+}
 
 /// Opens a file for this process only (open(2), O_CLOEXEC); one that is created has mode 0644.
 pub fn open(path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
@@ -29,6 +32,12 @@ pub fn write(file: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
     rustix::io::write(file, bytes)
 }
 
+/// Writes some bytes of several pieces (writev(2)).
+#[cfg(feature = "logs")]
+pub fn write_vectored(file: &OwnedFd, pieces: &[rustix::io::IoSlice]) -> Result<usize, Errno> {
+    rustix::io::writev(file, pieces)
+}
+
 /// Room for a path and a name behind it.
 pub type Path = heapless::Vec<u8, { PATH + 256 }>;
 
@@ -39,12 +48,7 @@ pub fn join<'p>(parts: &[&[u8]], path: &'p mut Path) -> Option<&'p CStr> {
         path.extend_from_slice(part).ok()?;
     }
     path.push(0).ok()?;
-    Some(sys::c_str(path))
-}
-
-/// What is behind the first `count` bytes.
-pub fn behind(path: &CStr, count: usize) -> &CStr {
-    sys::c_str(path.to_bytes_with_nul().get(count..).unwrap_or(&[]))
+    Some(c_str(path))
 }
 
 /// Reads a regular file whole into `buffer`; `None` when it is not there.
@@ -84,7 +88,8 @@ fn read_regular(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize> {
     Err(error!("over {limit} bytes"))
 }
 
-/// Replaces the file or link `path` by one with these bytes, by way of `temporary` beside it.
+/// Replaces the file or link `path` by one with these bytes, by way of `temporary` beside it: after a
+/// crash the old or the new one is there. Not by fsync, which costs a flush of the disk.
 pub fn replace(path: &CStr, temporary: &CStr, contents: &[u8]) -> Result<(), Errno> {
     // What a crash left, or somebody put there; never followed.
     match remove(temporary) {
@@ -92,16 +97,15 @@ pub fn replace(path: &CStr, temporary: &CStr, contents: &[u8]) -> Result<(), Err
         other => return other,
     }
     let file = open(temporary, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL)?;
-    let replaced = write_whole(&file, contents)
-        .and_then(|()| rustix::fs::fsync(&file))
-        .and_then(|()| rustix::fs::rename(temporary, path));
+    let replaced = write_whole(&file, contents).and_then(|()| rustix::fs::rename(temporary, path));
     if replaced.is_err() {
         let _left = remove(temporary);
     }
     replaced
 }
 
-fn write_whole(file: &OwnedFd, mut bytes: &[u8]) -> Result<(), Errno> {
+/// Writes all of it.
+pub fn write_whole(file: &OwnedFd, mut bytes: &[u8]) -> Result<(), Errno> {
     while !bytes.is_empty() {
         let count = write(file, bytes)?;
         bytes = bytes.get(count..).unwrap_or(&[]);
@@ -134,7 +138,7 @@ pub fn make_directories(path: &[u8]) -> Result<(), Errno> {
         if !fits {
             return Err(Errno::NAMETOOLONG);
         }
-        match make_directory(sys::c_str(&prefix), 0o755) {
+        match make_directory(c_str(&prefix), 0o755) {
             // What is in the way of the next part, or of the use of the last, says so itself.
             Ok(()) | Err(Errno::ISDIR) => {}
             other => return other,

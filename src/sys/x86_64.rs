@@ -12,25 +12,24 @@ global_asm!(
     "xor ebp, ebp",
     "mov rdi, rsp",
     "and rsp, -16",
-    "call {start}",
+    "call start_with_stack",
     "ud2",
-    start = sym super::start,
 );
 
-/// One system call; the answer is as the kernel gives it, an errno negated.
+/// One system call of up to five arguments; the answer is as the kernel gives it, an errno negated.
 ///
 /// # Safety
 /// The arguments must be what call `number` takes; pointers among them must be good for it.
 #[inline(always)]
-pub unsafe fn syscall(number: u32, args: [usize; 6]) -> isize {
-    let [a, b, c, d, e, f] = args;
+pub unsafe fn syscall(number: u32, args: [usize; 5]) -> isize {
+    let [a, b, c, d, e] = args;
     let result;
     // SAFETY: the kernel's calling convention (syscall(2)); the caller answers for the arguments.
     unsafe {
         asm!(
             "syscall",
             inlateout("rax") number as usize => result,
-            in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d, in("r8") e, in("r9") f,
+            in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d, in("r8") e,
             lateout("rcx") _, lateout("r11") _,
             options(nostack),
         );

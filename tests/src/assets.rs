@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::Result;
-pub use pigeon::assets::{Kernel, cache_dir, python, repository, tool, vhost_device_vsock};
+pub use pigeon::assets::{Kernel, cache_dir, is_minimal, python, repository, tool};
 use pigeon::{Arch, assets};
 
 /// The architecture of the guests: `PIGEON_ARCH`, as `./build.sh test --arch` sets it.
@@ -31,14 +31,15 @@ pub fn initrd() -> Result<Vec<u8>> {
     assets::initrd(arch())
 }
 
-/// Debian's cloud kernel.
+/// The kernel of the VMs: `PIGEON_KERNEL`, as `./build.sh test --kernel` sets it, or Debian's cloud
+/// kernel.
 pub fn kernel() -> Result<Kernel> {
-    Kernel::stock(arch())
+    Kernel::chosen(arch())
 }
 
 /// A module of it that no VM loads by itself.
 pub fn module(name: &str) -> Result<Vec<u8>> {
-    assets::module(arch(), name)
+    kernel()?.module(name)
 }
 
 /// A statically linked busybox.

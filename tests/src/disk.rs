@@ -122,7 +122,16 @@ impl Tree {
     }
 }
 
-/// An ext4 image in a file, removed when dropped unless [kept](Image::keep).
+/// A file system that is made once, and only read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Compressed by gzip.
+    Squashfs,
+    /// Not compressed.
+    Erofs,
+}
+
+/// An image of a file system in a file, removed when dropped unless [kept](Image::keep).
 pub struct Image {
     path: TempPath,
 }
@@ -140,6 +149,25 @@ impl Image {
             .args(["--", "sh", "-euc", &script, "sh"])
             .arg(tree.stage.path())
             .arg(assets::tool("mkfs.ext4")?)
+            .arg(&path))?;
+        Ok(Image { path })
+    }
+
+    /// Makes an image that holds `tree`, and is only read.
+    pub fn packed(tree: &Tree, format: Format) -> Result<Image> {
+        let path = NamedTempFile::with_suffix(".img")?.into_temp_path();
+        let (tool, make) = match format {
+            Format::Squashfs => (
+                "mksquashfs",
+                "\"$2\" . \"$3\" -noappend -quiet -no-progress",
+            ),
+            Format::Erofs => ("mkfs.erofs", "\"$2\" --quiet \"$3\" ."),
+        };
+        let script = format!("cd \"$1\"\n{}{make}", tree.owners);
+        run(Command::new(assets::tool("fakeroot")?)
+            .args(["--", "sh", "-euc", &script, "sh"])
+            .arg(tree.stage.path())
+            .arg(assets::tool(tool)?)
             .arg(&path))?;
         Ok(Image { path })
     }

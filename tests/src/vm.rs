@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 pub use pigeon::machine::End;
 use pigeon::machine::{self, Machine, Metadata, Spec};
 use rustix::process::{Pid, Signal, kill_process};
@@ -56,6 +56,7 @@ pub struct Builder {
     product: bool,
     files: Initrd,
     modules: bool,
+    more_modules: Vec<String>,
     kernel: Option<Kernel>,
     disks: Vec<Disk>,
     nic: Nic,
@@ -134,6 +135,13 @@ impl Builder {
         .file("/init", 0o755, program))
     }
 
+    /// Another module in `/pigeon/modules`, after those it depends on, unless the kernel has it
+    /// built in.
+    pub fn module(mut self, name: &str) -> Self {
+        self.more_modules.push(name.into());
+        self
+    }
+
     /// No `/pigeon/modules`: on a stock kernel then no device has a driver.
     pub fn without_modules(self) -> Self {
         Builder {
@@ -142,7 +150,7 @@ impl Builder {
         }
     }
 
-    /// Another kernel than the stock one.
+    /// Another kernel than [`assets::kernel`].
     pub fn kernel(self, kernel: Kernel) -> Self {
         Builder {
             kernel: Some(kernel),
@@ -372,7 +380,7 @@ impl Builder {
         };
         let mut files = self.files.clone();
         if self.modules {
-            files.modules(kernel)?;
+            files.modules_and(kernel, &self.more_modules)?;
         }
         Ok(files.on_top_of(product))
     }
@@ -400,6 +408,7 @@ impl Vm {
             product: true,
             files: Initrd::default(),
             modules: true,
+            more_modules: vec![],
             kernel: None,
             disks: vec![],
             nic: Nic::None,
@@ -460,14 +469,6 @@ impl Vm {
     pub fn connect(&mut self, port: u32) -> Result<UnixStream> {
         let socket = self.vsock.clone().context("the VM has no vsock")?;
         let deadline = Instant::now() + self.patience;
-        if !self.machine.takes_connections().unwrap_or(true) {
-            while !self.machine.takes_connections().unwrap_or(true) {
-                ensure!(Instant::now() < deadline, "the guest has no vsock driver");
-                thread::sleep(Duration::from_millis(10));
-            }
-            // The device hears of the driver a moment after QEMU does.
-            thread::sleep(Duration::from_millis(20));
-        }
         loop {
             match vsock::connect(&socket, port, HANDSHAKE) {
                 Ok(stream) => {
@@ -513,8 +514,7 @@ impl Vm {
         self.api()?.post("/v1/signals", &term)?.success().map(drop)
     }
 
-    /// Stops the virtual processors. On QEMU, vsock may be dead afterwards: vhost-device-vsock 0.3.0
-    /// sometimes does not hear of its queues again.
+    /// Stops the virtual processors.
     pub fn pause(&mut self) -> Result<()> {
         self.machine.pause()
     }

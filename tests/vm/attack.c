@@ -1,9 +1,13 @@
 /* What a workload can do to its PID 1 that no shell has a command for. */
 #define _GNU_SOURCE
+#include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <sched.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,6 +16,7 @@
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/user.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -134,6 +139,88 @@ static void fill(char **places)
     eat();
 }
 
+/* PID 1's registers, by what they are for. */
+#ifdef __x86_64__
+#define PC rip
+#define SP rsp
+#define CALL rax
+#define ARGUMENTS(r, a, b, c) (r.rdi = a, r.rsi = b, r.rdx = c, r.orig_rax = -1)
+enum { INSTRUCTION = 2, RETURN_ADDRESS = 8 };
+#else
+#define PC pc
+#define SP sp
+#define CALL regs[8]
+#define ARGUMENTS(r, a, b, c) (r.regs[0] = a, r.regs[1] = b, r.regs[2] = c)
+enum { INSTRUCTION = 4, RETURN_ADDRESS = 0 };
+#endif
+
+static void or_die(int failed)
+{
+    if (failed) {
+        perror("PID 1");
+        _exit(1);
+    }
+}
+
+/* Stops PID 1, which waits in a system call, and gives its registers. */
+static struct user_regs_struct stop(void)
+{
+    struct user_regs_struct regs;
+    struct iovec all = {&regs, sizeof regs};
+    or_die(ptrace(PTRACE_SEIZE, 1, 0, 0) || ptrace(PTRACE_INTERRUPT, 1, 0, 0) ||
+           waitpid(1, 0, __WALL) != 1 || ptrace(PTRACE_GETREGSET, 1, NT_PRSTATUS, &all));
+    return regs;
+}
+
+static void set(struct user_regs_struct regs)
+{
+    struct iovec all = {&regs, sizeof regs};
+    or_die(ptrace(PTRACE_SETREGSET, 1, NT_PRSTATUS, &all));
+}
+
+/* Leads PID 1 to one of its own functions, as if that had been called. */
+static void panic(unsigned long function)
+{
+    struct user_regs_struct regs = stop();
+    regs.PC = function;
+    regs.SP = ((regs.SP - 1024) & ~15ul) - RETURN_ADDRESS;
+    ARGUMENTS(regs, 0, 0, 0);
+#ifndef __x86_64__
+    int none = -1;
+    struct iovec call = {&none, sizeof none};
+    or_die(ptrace(PTRACE_SETREGSET, 1, NT_ARM_SYSTEM_CALL, &call));
+#endif
+    set(regs);
+    or_die(ptrace(PTRACE_DETACH, 1, 0, 0));
+}
+
+/* Has PID 1 take a filter by which it never forks again. */
+static void sterilize(void)
+{
+    struct user_regs_struct before = stop(), regs = before;
+    struct {
+        struct sock_fprog program;
+        struct sock_filter filter[4];
+    } there = {.filter = {
+                   BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+                   BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_clone, 0, 1),
+                   BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EAGAIN),
+                   BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+               }};
+    unsigned long place = (before.SP - 1024) & ~15ul;
+    there.program.len = 4;
+    there.program.filter = (void *)(place + offsetof(typeof(there), filter));
+    struct iovec near = {&there, sizeof there}, far = {(void *)place, sizeof there};
+    or_die(process_vm_writev(1, &near, 1, &far, 1, 0) != sizeof there);
+    regs.PC -= INSTRUCTION;
+    ARGUMENTS(regs, SECCOMP_SET_MODE_FILTER, 0, place);
+    regs.CALL = SYS_seccomp;
+    set(regs);
+    or_die(ptrace(PTRACE_SINGLESTEP, 1, 0, 0) || waitpid(1, 0, __WALL) != 1);
+    set(before);
+    or_die(ptrace(PTRACE_DETACH, 1, 0, 0));
+}
+
 int main(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "";
@@ -152,6 +239,10 @@ int main(int argc, char **argv)
         fill(argv + 2);
     else if (!strcmp(what, "last"))
         last(argv[2]);
+    else if (!strcmp(what, "panic"))
+        panic(strtoul(argv[2], 0, 16));
+    else if (!strcmp(what, "sterilize"))
+        sterilize();
     else if (!strcmp(what, "nothing"))
         pause();
     else

@@ -512,19 +512,19 @@ fn boots() -> Vec<Boot> {
             "root-directory",
             "",
             device("/dev"),
-            "mount /dev on /newroot: ENOTBLK",
+            "mount /dev on /newroot: read the superblock: EISDIR",
         ),
         boot(
             "root-character",
             "",
             device("/dev/null"),
-            "mount /dev/null on /newroot: ENOTBLK",
+            "mount /dev/null on /newroot: no ext2, ext3, ext4, xfs, btrfs, squashfs or erofs",
         ),
         boot(
             "root-blank",
             "",
             device("/dev/vdd"),
-            "mount /dev/vdd on /newroot: EINVAL",
+            "mount /dev/vdd on /newroot: no ext2, ext3, ext4, xfs, btrfs, squashfs or erofs",
         ),
         boot(
             "root-late",
@@ -691,7 +691,7 @@ fn boots() -> Vec<Boot> {
             "link-loop",
             "ln -s data /mnt/data",
             volume("/data"),
-            "mount /dev/vdc on /data: ELOOP",
+            "mount /dev/vdc on /data: ext4: ELOOP",
         ),
         told(
             "link-loop-above",
@@ -703,7 +703,7 @@ fn boots() -> Vec<Boot> {
             "link-dangling",
             "ln -s /nowhere /mnt/data",
             volume("/data"),
-            "mount /dev/vdc on /data: ENOENT",
+            "mount /dev/vdc on /data: ext4: ENOENT",
         ),
         boot(
             "link-inside",
@@ -718,7 +718,7 @@ fn boots() -> Vec<Boot> {
             "volume-on-file",
             "",
             volume("/etc/passwd"),
-            "mount /dev/vdc on /etc/passwd: ENOTDIR",
+            "mount /dev/vdc on /etc/passwd: ext4: ENOTDIR",
         ),
         told(
             "volume-below-file",
@@ -742,19 +742,19 @@ fn boots() -> Vec<Boot> {
             "volume-blank",
             "",
             json!({"Mounts": [{"DevicePath": "/dev/vdd", "MountPath": "/data"}]}),
-            "mount /dev/vdd on /data: EINVAL",
+            "mount /dev/vdd on /data: no ext2, ext3",
         ),
         told(
             "volume-character",
             "",
             json!({"Mounts": [{"DevicePath": "/dev/null", "MountPath": "/data"}]}),
-            "mount /dev/null on /data: ENOTBLK",
+            "mount /dev/null on /data: no ext2, ext3",
         ),
         told(
             "volume-is-root",
             "",
             json!({"Mounts": [{"DevicePath": "/dev/vdc", "MountPath": "/data"}, {"DevicePath": "/dev/vdd", "MountPath": "/data/more"}]}),
-            "mount /dev/vdd on /data/more: EINVAL",
+            "mount /dev/vdd on /data/more: no ext2, ext3",
         ),
         boot(
             "volume-late",

@@ -87,6 +87,7 @@ fn a_build_in_another_place_makes_the_same_bytes() -> Result<()> {
     process::run(
         Command::new(&script)
             .args(["initrd", "--arch", assets::arch().name()])
+            .args(assets::is_minimal().then_some("--minimal"))
             .env_remove("CARGO_TARGET_DIR"),
     )?;
     for name in ["init", "initrd.cpio"] {
@@ -95,6 +96,26 @@ fn a_build_in_another_place_makes_the_same_bytes() -> Result<()> {
         let same = fs::read(place.path().join(below))? == fs::read(&built)?;
         assert!(same, "{name} differs: is build/ that of this source?");
     }
+    Ok(())
+}
+
+#[test]
+fn the_lab_has_the_features_of_the_init() -> Result<()> {
+    let features = |manifest: &str| {
+        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
+        cargo.args(["metadata", "--no-deps", "--offline", "--format-version=1"]);
+        cargo.arg("--manifest-path");
+        let metadata = process::run(cargo.arg(assets::repository().join(manifest)))?;
+        let metadata: Value = serde_json::from_str(&metadata)?;
+        anyhow::Ok(metadata["packages"][0]["features"].clone())
+    };
+    let of_the_init = features("Cargo.toml")?;
+    assert!(
+        of_the_init["default"]
+            .as_array()
+            .is_some_and(|all| !all.is_empty())
+    );
+    assert_eq!(of_the_init, features("tests/Cargo.toml")?);
     Ok(())
 }
 

@@ -9,15 +9,12 @@ use std::{
     ffi::OsString,
     fs::{self, File},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
 };
 
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::{Arch, process::run};
-
-/// The vhost-user device behind QEMU's vsock.
-const VHOST_VSOCK: (&str, &str) = ("vhost-device-vsock", "0.3.0");
 
 /// The Python WebSocket client that is tested with.
 const PYTHON_PACKAGE: &str = "websockets==15.0.1";
@@ -498,39 +495,6 @@ pub fn python() -> Result<PathBuf> {
         fs::write(stamp, "")?;
     }
     Ok(python)
-}
-
-/// The vhost-user vsock device: one that is installed, else built from crates.io.
-pub fn vhost_device_vsock() -> Result<PathBuf> {
-    let (name, version) = VHOST_VSOCK;
-    let right = |path: &PathBuf| {
-        run(Command::new(path).arg("--version")).is_ok_and(|v| v.trim_end().ends_with(version))
-    };
-    let cargo_bin = env::var_os("HOME").map(|home| Path::new(&home).join(".cargo/bin").join(name));
-    if let Some(path) = [find(name), cargo_bin].into_iter().flatten().find(right) {
-        return Ok(path);
-    }
-    let dir = cached(&format!("{name}-{version}"), |dir| {
-        eprintln!("building {name} {version} (a minute or two)");
-        let status = Command::new(env::var_os("CARGO").unwrap_or("cargo".into()))
-            .args([
-                "install",
-                "--locked",
-                "--quiet",
-                "--version",
-                version,
-                name,
-                "--root",
-            ])
-            .arg(dir)
-            .env_remove("CARGO_TARGET_DIR")
-            .stdin(Stdio::null())
-            .status()
-            .context("unable to start cargo")?;
-        ensure!(status.success(), "cargo install {name}: {status}");
-        Ok(())
-    })?;
-    Ok(dir.join("bin").join(name))
 }
 
 /// The cache's directory `name`, filled by `fill` unless it is there. Other processes wait

@@ -1,5 +1,5 @@
 //! The host's side of Firecracker's hybrid vsock: a Unix socket that leads to any guest port.
-//! (Firecracker docs/vsock.md; vhost-device-vsock speaks the same.)
+//! (Firecracker docs/vsock.md; on QEMU the device is our own, and speaks the same.)
 
 use std::{
     fs,

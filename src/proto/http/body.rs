@@ -1,7 +1,7 @@
 //! Bodies of a known length and chunked ones (RFC 9112 section 7.1), decoded where they lie.
 
+use super::error::{RequestError, is_token_byte, is_value_byte};
 use super::head::Framing;
-use super::{RequestError, is_token_byte, is_value_byte};
 
 /// Longest line of a chunk's size and extensions, in bytes.
 pub const MAX_CHUNK_LINE: usize = 4 << 10;

@@ -1,7 +1,8 @@
 //! Request heads: httparse reads them, and what it takes and RFC 9112 does not is refused here.
 
+use super::error::RequestError;
+use super::response::{Accept, Reply};
 use super::target::Target;
-use super::{Reply, RequestError};
 use crate::{decimal, digest};
 
 /// Longest head in bytes, with the empty lines before it.
@@ -10,9 +11,6 @@ pub const MAX_HEAD: usize = 16 << 10;
 pub const MAX_HEADERS: usize = 64;
 /// Most empty lines before a request line: RFC 9112 section 2.2 asks for one at least.
 const MAX_BLANK_LINES: u8 = 4;
-
-/// `Sec-WebSocket-Accept` for a handshake's key (RFC 6455 section 4.2.2).
-pub type Accept = [u8; 28];
 
 /// The methods of the API's calls (RFC 9110 section 9). They are case-sensitive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -590,13 +588,13 @@ mod tests {
             feed(&text, text.len()).is_ok()
         };
         for byte in 0..=255u8 {
-            let of_token = super::super::is_token_byte(byte) || byte == b':';
+            let of_token = super::super::error::is_token_byte(byte) || byte == b':';
             assert_eq!(
                 taken(&[b"X", &[byte][..], b": 1"].concat()),
                 of_token,
                 "{byte:x}"
             );
-            let of_value = super::super::is_value_byte(byte);
+            let of_value = super::super::error::is_value_byte(byte);
             assert_eq!(
                 taken(&[b"X: ", &[byte][..], b"1"].concat()),
                 of_value,

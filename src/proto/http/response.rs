@@ -1,6 +1,6 @@
 //! Response heads (RFC 9112 section 4), and the chunks of responses whose length is not known.
 
-use super::{Accept, Status};
+use super::status::Status;
 use core::fmt::{self, Display, Write};
 
 /// The interim response to `Expect: 100-continue`.
@@ -11,6 +11,9 @@ pub const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
 
 /// Longest response head in bytes: those of the API have at most seven short header lines.
 const MAX_RESPONSE_HEAD: usize = 512;
+
+/// `Sec-WebSocket-Accept` for a handshake's key (RFC 6455 section 4.2.2).
+pub type Accept = [u8; 28];
 
 /// What a response has to know of its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

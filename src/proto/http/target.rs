@@ -1,6 +1,6 @@
 //! Request targets (RFC 9112 section 3.2), their queries and percent-encoding.
 
-use super::RequestError;
+use super::error::RequestError;
 use crate::{address, decimal};
 use core::net::IpAddr;
 

@@ -55,8 +55,7 @@ fn main() -> ExitCode {
 
 fn setup() -> Result<()> {
     assets::kernel()?;
-    assets::busybox()?;
-    assets::vhost_device_vsock().map(drop)
+    assets::busybox().map(drop)
 }
 
 /// Boots the example with `config` from MMDS. The disks are made once and then kept, so that a

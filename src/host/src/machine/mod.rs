@@ -2,6 +2,8 @@
 
 mod firecracker;
 mod qemu;
+mod vhost_user;
+mod vsock_device;
 
 use std::{
     env,
@@ -239,10 +241,6 @@ pub trait Machine: Send {
     fn resume(&mut self) -> Result<()>;
     /// What the end with this status meant, but for a panic.
     fn end(&mut self, status: ExitStatus) -> End;
-    /// Whether the host may connect to the guest's vsock without doing harm.
-    fn takes_connections(&mut self) -> Result<bool> {
-        Ok(true)
-    }
     /// A QMP command, where the VM runs on QEMU.
     fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let _ = arguments;

@@ -4,7 +4,6 @@
 use std::{
     fs,
     os::unix::net::UnixStream,
-    path::Path,
     process::{Command, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
@@ -13,7 +12,10 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::{End, GUEST_CID, GUEST_MAC, HostPort, LONE_TAP, Machine, Nic, Spec, beside_tap};
+use super::{
+    End, GUEST_CID, GUEST_MAC, HostPort, LONE_TAP, Machine, Nic, Spec, beside_tap,
+    vsock_device::VsockDevice,
+};
 use crate::{Arch, assets, process::Process, qmp::Qmp};
 
 struct Qemu {
@@ -21,15 +23,15 @@ struct Qemu {
     process: Process,
     qmp: Qmp,
     /// The vsock device, which QEMU is connected to.
-    _vsock: Option<Process>,
+    _vsock: Option<VsockDevice>,
 }
 
 pub(super) fn start(spec: &Spec) -> Result<Box<dyn Machine>> {
-    let vsock = spec
-        .vsock
-        .is_some()
-        .then(|| start_vsock(spec))
-        .transpose()?;
+    let vsock = spec.vsock.as_ref().map(|socket| {
+        let [vhost, log] = ["vhost.sock", "vsock.log"].map(|name| spec.dir.join(name));
+        VsockDevice::start(GUEST_CID, &vhost, socket, &log)
+    });
+    let vsock = vsock.transpose()?;
     let mut command = Command::new(assets::tool(&format!("qemu-system-{}", spec.arch.name()))?);
     command.args(arguments(spec)?);
     if spec.nic == Nic::LoneTap {
@@ -66,44 +68,6 @@ fn connect(spec: &Spec, process: &mut Process) -> Result<Qmp> {
             bail!("{status}");
         }
     }
-}
-
-/// Starts the vhost-user device behind the guest's vsock and waits for its socket.
-fn start_vsock(spec: &Spec) -> Result<Process> {
-    let socket = spec.dir.join("vhost.sock");
-    let log = fs::File::create(spec.dir.join("vhost.log"))?;
-    let mut command = Command::new(assets::vhost_device_vsock()?);
-    command
-        .args(["--guest-cid", &GUEST_CID.to_string(), "--socket"])
-        .arg(&socket)
-        .arg("--uds-path")
-        .args(&spec.vsock)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log);
-    let mut process = Process::spawn(command)?;
-    let deadline = Instant::now() + Duration::from_secs(30);
-    // A socket is there before it takes connections; QEMU's is the only one it takes.
-    while !is_listening(&socket)? {
-        let ended = process.status()?;
-        if ended.is_some() || Instant::now() > deadline {
-            let said = fs::read_to_string(spec.dir.join("vhost.log"))?;
-            bail!("unable to start the vsock device: {ended:?} {said}");
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
-    Ok(process)
-}
-
-/// Whether a Unix socket of this path is one to connect to (proc_net(5): /proc/net/unix).
-fn is_listening(socket: &Path) -> Result<bool> {
-    /// `__SO_ACCEPTCON`, linux/net.h
-    const LISTENING: &str = "00010000";
-    let path = socket.to_str().context("not UTF-8")?;
-    let sockets = fs::read_to_string("/proc/net/unix")?;
-    Ok(sockets
-        .lines()
-        .any(|line| line.ends_with(path) && line.split_whitespace().nth(3) == Some(LISTENING)))
 }
 
 fn arguments(spec: &Spec) -> Result<Vec<String>> {
@@ -270,14 +234,6 @@ impl Machine for Qemu {
             Some("guest-panic") => End::Panic,
             _ => End::Failed(status.code()),
         }
-    }
-
-    /// A connection that comes between the driver's memory table and its queues ends
-    /// vhost-device-vsock's only thread (0.3.0), and with it the device.
-    fn takes_connections(&mut self) -> Result<bool> {
-        let path = json!({"path": "/machine/peripheral/vsock"});
-        let status = self.qmp("x-query-virtio-status", path)?;
-        Ok(status["vhost-started"] == true)
     }
 
     fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {

@@ -68,8 +68,8 @@ impl HealthCheck {
                 let healthy = match client.exec(&command) {
                     Ok(output) => output.exit_code == 0,
                     Err(Error::NotStarted(_)) => false,
-                    Err(Error::Refused { .. }) => continue, // it is held, or has too much to do
-                    Err(_) => return,
+                    // It boots, is frozen, or busy.
+                    Err(_) => continue,
                 };
                 match healthy {
                     true => failures = 0,

@@ -22,7 +22,7 @@ use pigeon::{
         kind::{Kind, describe},
     },
     initrd::Initrd,
-    machine::{Disk, HostPort, Machine, Nic, Spec, VSOCK},
+    machine::{Disk, HostPort, Machine, Nic, Spec},
     vsock,
 };
 use serde_json::json;
@@ -259,7 +259,7 @@ impl Run {
                 .filter(|port| self.by_hypervisor(port))
                 .map(ToString::to_string),
         );
-        let (machine, on_qemu) = self.start(&plan, &kinds, scratch.path(), &uds)?;
+        let machine = self.start(&plan, &kinds, scratch.path(), &uds)?;
         claim.update(|record| {
             record.image = fs::canonicalize(self.image()).unwrap_or_else(|_| self.image().into());
             record.uds = uds.clone();
@@ -295,9 +295,7 @@ impl Run {
             run: self,
             claim: Arc::new(claim),
             plan,
-            dir: scratch.path().into(),
             uds,
-            on_qemu,
         };
         let code = owner.watch(machine, signals);
         drop(locks);
@@ -360,7 +358,7 @@ impl Run {
         kinds: &[Kind],
         dir: &Path,
         uds: &Path,
-    ) -> Result<(Box<dyn Machine>, bool)> {
+    ) -> Result<Box<dyn Machine>> {
         let beside = assets::initrd_beside().filter(|_| self.guest.arch == Arch::HOST);
         let product = match self.initrd.as_ref().or(beside.as_ref()) {
             Some(path) => {
@@ -422,18 +420,17 @@ impl Run {
             cpus: self.cpus,
             disks,
             nic,
-            // On QEMU, who connects too early ends the vsock device: see Machine::takes_connections.
-            vsock: Some(if on_qemu { dir.join(VSOCK) } else { uds.into() }),
+            vsock: Some(uds.into()),
             ..Spec::new(dir, self.guest.arch, &kernel, &initrd)
         };
         if on_qemu {
-            return Ok((spec.start_qemu()?, true));
+            return spec.start_qemu();
         }
         let program = firecracker.context(
             "Firecracker is not available: it needs /dev/kvm, and to be in PATH or named by \
              FIRECRACKER; --vmm qemu needs neither",
         )?;
-        Ok((spec.start_firecracker(&program)?, false))
+        spec.start_firecracker(&program)
     }
 
     fn kernel_parameters(&self) -> Vec<String> {

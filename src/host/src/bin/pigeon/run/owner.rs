@@ -4,7 +4,6 @@ use std::{
     collections::VecDeque,
     fs::{File, OpenOptions},
     io::{self, IsTerminal, Read, Write},
-    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{ChildStdin, ChildStdout},
     sync::{
@@ -21,7 +20,7 @@ use pigeon::{
     Client, Command, Error, Exit,
     events::{self, Event},
     logs::Frame,
-    machine::{End, Machine, VSOCK},
+    machine::{End, Machine},
     progress::Progress,
 };
 use serde_json::json;
@@ -61,10 +60,7 @@ pub struct Owner<'a> {
     pub run: &'a Run,
     pub claim: Arc<Claim>,
     pub plan: Plan,
-    /// The directory of this VM's sockets.
-    pub dir: PathBuf,
     pub uds: PathBuf,
-    pub on_qemu: bool,
 }
 
 /// How a VM has ended.
@@ -77,7 +73,7 @@ struct Ended {
     console: String,
 }
 
-/// What the VM is asked for once it is up.
+/// What the VM is asked for.
 struct Asked {
     exit: mpsc::Receiver<Exit>,
     session: Option<mpsc::Receiver<Result<u8>>>,
@@ -111,7 +107,7 @@ impl Owner<'_> {
         let over = Arc::new(AtomicBool::new(false));
         let output = self.follow_output(over.clone());
 
-        let mut asked = None;
+        let asked = self.ask();
         let mut session = None;
         // When it is killed, once somebody wants it to end.
         let mut kill_at: Option<Instant> = None;
@@ -121,10 +117,7 @@ impl Owner<'_> {
             if let Some(status) = machine.process().wait(Duration::from_millis(20))? {
                 break status;
             }
-            if asked.is_none() && machine.takes_connections().unwrap_or(false) {
-                asked = Some(self.greet()?);
-            }
-            if let Some(receiver) = asked.as_ref().and_then(|asked| asked.session.as_ref())
+            if let Some(receiver) = &asked.session
                 && session.is_none()
                 && let Ok(result) = receiver.try_recv()
             {
@@ -163,14 +156,13 @@ impl Owner<'_> {
             _ if console.contains("Kernel panic - not syncing") => End::Panic,
             end => end,
         };
-        if let Some(receiver) = asked.as_ref().and_then(|asked| asked.session.as_ref())
+        if let Some(receiver) = &asked.session
             && session.is_none()
         {
             session = receiver.recv_timeout(LAST_OUTPUT).ok();
         }
         // An answer arrives before the VM ends, or never.
-        let answered =
-            asked.and_then(|asked| asked.exit.recv_timeout(Duration::from_millis(200)).ok());
+        let answered = asked.exit.recv_timeout(Duration::from_millis(200)).ok();
         let event = events.try_iter().last();
         let ended = Ended {
             exit: answered.or(event).or_else(|| logged_exit(&console)),
@@ -182,26 +174,19 @@ impl Owner<'_> {
         self.finish(ended)
     }
 
-    /// What there is to do once the VM takes connections.
-    fn greet(&self) -> Result<Asked> {
-        let private = self.dir.join(VSOCK);
-        if self.on_qemu {
-            // The device hears of the driver a moment after QEMU does.
-            thread::sleep(Duration::from_millis(20));
-            symlink(&private, &self.uds)
-                .with_context(|| format!("unable to create {}", self.uds.display()))?;
-        }
+    /// Asks the VM for everything that waits until it is up.
+    fn ask(&self) -> Asked {
         if let Some(check) = HealthCheck::of(&self.plan.document) {
             check.start(self.uds.clone(), self.claim.clone());
         }
-        Ok(Asked {
+        Asked {
             exit: ask_exit_code(&self.uds),
             session: self
                 .plan
                 .session
                 .as_ref()
                 .map(|plan| self.start_session(plan)),
-        })
+        }
     }
 
     /// A file of what is kept of the VM, empty.
@@ -215,13 +200,9 @@ impl Owner<'_> {
     /// Records the init's events. An exit event is as reliable as the API's answer.
     fn listen_for_events(&self) -> mpsc::Receiver<Exit> {
         let (sender, exit) = mpsc::channel();
-        let uds = match self.on_qemu {
-            true => self.dir.join(VSOCK),
-            false => self.uds.clone(),
-        };
         let path = self.claim.dir.join(vms::EVENTS);
         // Events are optional.
-        let listener = match events::Listener::bind(&uds, EVENTS_PORT) {
+        let listener = match events::Listener::bind(&self.uds, EVENTS_PORT) {
             Ok(listener) => listener,
             Err(error) => {
                 note!("{error:#}");

@@ -3,7 +3,7 @@
 use crate::context::Source;
 use crate::error::Log;
 use crate::sys::epoll::Poller;
-use crate::sys::files;
+use crate::sys::{files, terminal};
 use core::ffi::CStr;
 use core::fmt::{self, Display};
 use proto::buffer::Buffer;
@@ -160,9 +160,22 @@ impl Console {
 
     /// Queues the first `count` bytes of [`room`](Self::room).
     pub fn commit(&mut self, count: usize) {
+        if count == 0 {
+            return;
+        }
         self.queue.commit(count);
         self.open_line = self.queue.filled().last() != Some(&b'\n');
         self.flush();
+    }
+
+    /// Queues output of the workload, for which there is [`room`](Self::room).
+    pub fn write(&mut self, output: &[u8]) {
+        let room = self.room();
+        let count = output.len().min(room.len());
+        for (to, from) in room.iter_mut().zip(output) {
+            *to = *from;
+        }
+        self.commit(count);
     }
 
     /// Whether there is room for output of the workload.
@@ -172,14 +185,10 @@ impl Console {
 
     /// Bytes that are not out yet: those that wait here, and those in the device's driver.
     pub fn waiting(&self) -> usize {
-        // asm-generic/ioctls.h
-        const TIOCOUTQ: u32 = 0x5411;
-        let mut driver: i32 = 0;
-        if let Some((device, _)) = &self.device {
-            // SAFETY: TIOCOUTQ writes an int (ioctl_tty(2)).
-            let _no_terminal = unsafe { crate::sys::ioctl_struct(device, TIOCOUTQ, &mut driver) };
-        }
-        self.queue.filled().len() + driver.unsigned_abs() as usize
+        let device = self.device.as_ref();
+        // What is no terminal has nothing waiting.
+        let driver = device.map_or(0, |(device, _)| terminal::unsent(device).unwrap_or(0));
+        self.queue.filled().len() + driver
     }
 
     /// Writes what the device takes now, but no more than [`AT_ONCE`].

@@ -1,49 +1,23 @@
 //! The phases of a VM's life, and how one follows the other.
 
-use super::{SIGKILL, SIGTERM, Supervisor};
+use super::state::{Phase, Supervisor};
 use crate::context::NEVER;
 use crate::error;
-use crate::error::Discard;
 use crate::process::helper;
-use crate::{shutdown, sys};
+use crate::shutdown::{self, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT, hard_limit};
+use crate::sys;
+
+const SIGKILL: u32 = 9;
+const SIGTERM: u32 = 15;
 
 /// How long a workload that is asked to stop may take, in milliseconds.
 const STOP_GRACE: u64 = 10_000;
-/// How long what is left after the workload may take to stop, in milliseconds.
-const TERM_GRACE: u64 = 500;
-/// How long what is killed may take to go, in milliseconds: a process in the kernel may stay.
-const KILL_TIMEOUT: u64 = 2000;
-/// How long the disks may take, in milliseconds.
-const UNMOUNT_TIMEOUT: u64 = 30_000;
+/// How long the end may take from the first signal to the reboot, in milliseconds.
+const END_TIMEOUT: u64 = 45_000;
 /// How long a console that takes nothing is waited for at the end, in milliseconds.
 const CONSOLE_DRAIN_TIMEOUT: u64 = 3000;
 
-/// What is going on.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
-    /// The boot; what may wait for a disk runs in a helper.
-    Setup,
-    /// The workload runs.
-    Running,
-    /// It has ended; somebody may yet ask how.
-    Linger,
-    /// What is left is asked to go.
-    Terminate,
-    /// What is left is killed.
-    Kill,
-    /// The file systems are being left clean.
-    Unmount,
-    /// The console gets its last bytes, as long as it takes any.
-    Drain,
-}
-
 impl Supervisor {
-    /// The next phase, and how long it may take in milliseconds.
-    pub(super) fn enter(&mut self, phase: Phase, time: u64) {
-        self.phase = phase;
-        self.deadline = self.context.now.saturating_add(time);
-    }
-
     /// Asks the workload to stop; one that does not is killed after [`STOP_GRACE`].
     pub(super) fn stop_workload(&mut self) {
         self.console
@@ -75,8 +49,9 @@ impl Supervisor {
                 self.signal_workload(SIGKILL);
                 self.deadline = NEVER;
             }
-            Phase::Linger if late || self.context.workload.exit_code_delivered => {
+            Phase::Linger if late || self.is_told() => {
                 self.api.close(&mut self.context);
+                self.end = self.context.now.saturating_add(END_TIMEOUT);
                 sys::kill_all(SIGTERM);
                 self.enter(Phase::Terminate, TERM_GRACE);
                 self.reap();
@@ -84,6 +59,7 @@ impl Supervisor {
             Phase::Terminate | Phase::Kill if self.childless => self.unmount(),
             Phase::Terminate if late => {
                 sys::kill_all(SIGKILL);
+                self.child = shutdown::kill().ok();
                 self.enter(Phase::Kill, KILL_TIMEOUT);
                 self.reap();
             }
@@ -93,14 +69,11 @@ impl Supervisor {
                 self.unmount();
             }
             Phase::Unmount if late => {
-                let step = self
-                    .child
-                    .as_ref()
-                    .and_then(|helper| helper::read_lines(&helper.log, &mut Discard).step);
-                self.console.warn(&format_args!(
-                    "timed out {}",
-                    step.unwrap_or_else(|| error!("unmounting"))
-                ));
+                if let Some(helper) = self.child.take()
+                    && let Some(step) = helper::read_lines(&helper.log, self.console).step
+                {
+                    self.console.warn(&format_args!("timed out {step}"));
+                }
                 self.drain();
             }
             Phase::Drain => {
@@ -112,27 +85,22 @@ impl Supervisor {
         true
     }
 
-    /// Leaves the file systems clean, in a helper: a disk may take its time.
+    /// Whether those who wait for the workload's end, and for the last of its output, have it.
+    fn is_told(&self) -> bool {
+        self.context.workload.exit_code_delivered && self.context.log_readers == 0
+    }
+
+    /// Leaves the file systems clean.
     fn unmount(&mut self) {
-        let scratch = &mut *self.context.scratch;
-        let mounts = self.mounts.as_ref();
-        let helper = helper::spawn(&mut |log| {
-            match mounts {
-                Some(mounts) => sys::close_others(&[mounts, log.pipe()]),
-                None => sys::close_others(&[log.pipe()]),
-            }
-            shutdown::unmount_all(mounts, scratch, &mut &*log);
-            0
-        });
-        match helper {
+        match shutdown::leave_clean() {
             Ok(helper) => {
                 self.child = Some(helper);
                 self.enter(Phase::Unmount, UNMOUNT_TIMEOUT);
             }
-            // No memory, or a limit that the workload has put on PID 1. Nobody waits for PID 1 now.
+            // No memory. Nobody waits for PID 1 now.
             Err(error) => {
                 self.console.warn(&error);
-                shutdown::unmount_all(self.mounts.as_ref(), self.context.scratch, self.console);
+                hard_limit::remount_by_kernel(self.console);
                 self.context.now = self.clock();
                 self.drain();
             }

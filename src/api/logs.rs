@@ -1,0 +1,186 @@
+//! `GET /v1/logs`: the workload's output in Docker's frames, from the log straight to the socket.
+
+use super::io::{CallError, Io};
+use crate::context::Context;
+use crate::error;
+use crate::sys::files;
+use proto::decimal;
+use proto::docker_frames::{self, MEDIA_TYPE};
+use proto::http::{ChunkHeader, Content, LAST_CHUNK, Reply, ResponseHead, Status, Target};
+use proto::ring::Cursor;
+use rustix::io::{Errno, IoSlice};
+
+/// Frames sent in a turn, as others wait, too.
+const FRAMES: usize = 8;
+
+/// Behind a chunk's content.
+const CRLF: &[u8] = b"\r\n";
+
+/// Room for a chunk's size line and a frame's header.
+const PREFIX: usize = 32;
+
+/// What a call asks for.
+#[derive(Clone, Copy, Default)]
+pub struct LogsRequest {
+    follow: bool,
+    offset: u64,
+}
+
+impl LogsRequest {
+    /// Reads `follow` and `offset`.
+    pub fn parse(target: &Target) -> Result<Self, CallError> {
+        let number = |name| match target.parameter(name) {
+            None => Ok(0),
+            Some(text) => decimal::parse(text.as_bytes())
+                .ok_or_else(|| CallError::bad_request(error!("{name}: not a number"))),
+        };
+        Ok(Self {
+            follow: number("follow")? != 0,
+            offset: number("offset")?,
+        })
+    }
+}
+
+/// A reader of the log.
+pub struct LogReader {
+    cursor: Cursor,
+    /// Where to stop; `None`: with the workload.
+    end: Option<u64>,
+    /// How the response is framed.
+    pub reply: Reply,
+    chunked: bool,
+    /// The frame being sent: what stands before its bytes, how many those are, and how much of all of
+    /// it is sent.
+    prefix: heapless::Vec<u8, PREFIX>,
+    length: usize,
+    sent: usize,
+}
+
+/// What a reader did.
+#[derive(PartialEq, Eq)]
+pub enum Progress {
+    /// It has read everything there is.
+    Idle,
+    /// The client has to read first, or others have to have their turn.
+    Blocked,
+    /// The response is complete.
+    Done,
+}
+
+impl LogReader {
+    /// Begins a response.
+    pub fn start(
+        request: LogsRequest,
+        mut reply: Reply,
+        io: &mut Io,
+        context: &Context,
+    ) -> Result<Self, CallError> {
+        let log = &context.output_log;
+        if !log.is_kept() {
+            let error = error!("the output is not kept: PIGEON_OUTPUT, PIGEON_LOG_KIB");
+            return Err(CallError::new(Status::NotFound, error));
+        }
+        let cursor = log.seek(request.offset);
+        let content = reply.stream();
+        let mut head = ResponseHead::with_type(Status::Ok, reply, content, MEDIA_TYPE);
+        head.header("Log-Offset", cursor.offset());
+        io.queue(head.finish().as_bytes());
+        Ok(Self {
+            cursor,
+            end: (!request.follow).then(|| log.written()),
+            reply,
+            chunked: content == Content::Chunked,
+            prefix: heapless::Vec::new(),
+            length: 0,
+            sent: 0,
+        })
+    }
+
+    /// From where on the log must be kept: for a follower, and for a frame that is being sent.
+    pub fn needs(&self) -> Option<u64> {
+        (self.end.is_none() || self.length > 0).then(|| self.cursor.position())
+    }
+
+    /// How far it has come, to see whether it moves.
+    pub fn position(&self) -> (u64, usize) {
+        (self.cursor.offset(), self.sent)
+    }
+
+    /// Sends what there is and the client takes.
+    pub fn proceed(&mut self, io: &mut Io, context: &Context) -> Progress {
+        if self.reply.head_only {
+            return Progress::Done;
+        }
+        for _ in 0..FRAMES {
+            if self.length == 0 && !self.begin_frame(context) {
+                let ended = match self.end {
+                    Some(end) => self.cursor.offset() >= end,
+                    None => context.output_log.has_ended(),
+                };
+                if !ended {
+                    return Progress::Idle;
+                }
+                if self.chunked {
+                    io.queue(LAST_CHUNK);
+                }
+                return Progress::Done;
+            }
+            match self.send_frame(io, context) {
+                Ok(true) => {}
+                Ok(false) => return Progress::Blocked,
+                Err(_) => {
+                    io.broken = true;
+                    return Progress::Blocked;
+                }
+            }
+        }
+        Progress::Blocked
+    }
+
+    /// Begins a frame of the next bytes; false when there are none to be sent.
+    fn begin_frame(&mut self, context: &Context) -> bool {
+        let Some((stream, bytes)) = context.output_log.read(&mut self.cursor) else {
+            return false;
+        };
+        let left = self
+            .end
+            .map_or(u64::MAX, |end| end.saturating_sub(self.cursor.offset()));
+        self.length = usize::try_from(left).map_or(bytes.len(), |left| left.min(bytes.len()));
+        let header = docker_frames::header(stream, self.length as u32);
+        self.prefix.clear();
+        self.sent = 0;
+        let chunk = ChunkHeader::new(header.len() + self.length);
+        let size_line = if self.chunked { chunk.as_bytes() } else { &[] };
+        // A size line is at most 18 bytes, and a header 8.
+        let _fits = self.prefix.extend_from_slice(size_line);
+        let _fits = self.prefix.extend_from_slice(&header);
+        self.length > 0
+    }
+
+    /// Sends what the socket takes of the frame; whether that was the rest.
+    fn send_frame(&mut self, io: &Io, context: &Context) -> Result<bool, Errno> {
+        let mut cursor = self.cursor;
+        let bytes = context.output_log.read(&mut cursor).map(|(_, bytes)| bytes);
+        let bytes = bytes.and_then(|bytes| bytes.get(..self.length));
+        let end = if self.chunked { CRLF } else { &[] };
+        let parts = [&self.prefix, bytes.unwrap_or(&[]), end];
+        let mut skip = self.sent;
+        let slices = parts.map(|part| {
+            let start = skip.min(part.len());
+            skip -= start;
+            IoSlice::new(part.get(start..).unwrap_or(&[]))
+        });
+        match files::write_vectored(io.socket(), &slices) {
+            Ok(count) => self.sent += count,
+            Err(Errno::AGAIN) => return Ok(false),
+            Err(errno) => return Err(errno),
+        }
+        let total = parts.iter().map(|part| part.len()).sum::<usize>();
+        if self.sent < total {
+            return Ok(false);
+        }
+        context.output_log.advance(&mut self.cursor, self.length);
+        self.length = 0;
+        Ok(true)
+    }
+}

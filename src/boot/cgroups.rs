@@ -1,0 +1,192 @@
+//! Control groups (cgroups(7)): the hierarchies, and the groups of the workload and of commands.
+
+use crate::boot::mounts;
+use crate::context;
+use crate::context::Cgroups;
+use crate::error::{Log, Result};
+use crate::sys::files;
+use core::ffi::CStr;
+use proto::message::ToLossy;
+use proto::users::Identity;
+use rustix::fd::OwnedFd;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
+    fsconfig_set_string, fsmount, fsopen, move_mount,
+};
+use rustix::process::{Gid, Uid};
+
+/// Which hierarchies there are: `PIGEON_CGROUPS`, a kernel parameter.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// v1 hierarchies of the controllers, and v2 without one on `unified`, as in systemd's hybrid
+    /// layout.
+    Hybrid,
+    /// v2 alone, with all controllers.
+    Unified,
+    /// None.
+    None,
+}
+
+/// The v1 hierarchies: directory, and controllers.
+const V1: [(&CStr, &[&CStr]); 10] = [
+    (c"net_cls,net_prio", &[c"net_cls", c"net_prio"]),
+    (c"hugetlb", &[c"hugetlb"]),
+    (c"pids", &[c"pids"]),
+    (c"freezer", &[c"freezer"]),
+    (c"cpu,cpuacct", &[c"cpu", c"cpuacct"]),
+    (c"devices", &[c"devices"]),
+    (c"blkio", &[c"blkio"]),
+    (c"memory", &[c"memory"]),
+    (c"perf_event", &[c"perf_event"]),
+    (c"cpuset", &[c"cpuset"]),
+];
+
+/// The group of the v2 hierarchy that the workload is born in.
+const WORKLOAD: &CStr = c"workload";
+/// The group of commands.
+const COMMANDS: &CStr = c"commands";
+
+/// What the owner of a group owns of it: all that delegation needs (cgroups(7)).
+const DELEGATED: [&CStr; 4] = [
+    c".",
+    c"cgroup.procs",
+    c"cgroup.subtree_control",
+    c"cgroup.threads",
+];
+
+impl Layout {
+    /// Where the v2 hierarchy is.
+    fn v2(self) -> &'static CStr {
+        match self {
+            Self::Hybrid => c"/sys/fs/cgroup/unified",
+            _ => mounts::CGROUP,
+        }
+    }
+}
+
+/// Mounts the hierarchies and makes the groups. What the kernel lacks is a warning.
+pub fn mount(layout: Layout, log: &mut dyn Log) -> Result {
+    if layout == Layout::None {
+        return Ok(());
+    }
+    if layout == Layout::Hybrid {
+        mounts::cgroup_directory()?;
+        mount_v1(log)?;
+    }
+    match mounts::cgroup2(layout.v2()) {
+        Ok(()) => make_groups(layout, log),
+        Err(why) => log.warn(&why),
+    }
+    Ok(())
+}
+
+fn mount_v1(log: &mut dyn Log) -> Result {
+    let directory = open_directory(CWD, mounts::CGROUP).map_err(context!("open /sys/fs/cgroup"))?;
+    for (name, controllers) in V1 {
+        if let Err(errno) = mount_hierarchy(&directory, name, controllers) {
+            log.warn(&context!("mount cgroup on /sys/fs/cgroup/{}", name.lossy())(errno));
+        }
+    }
+    Ok(())
+}
+
+/// By the mount API, which keeps the kernel's words on an unknown controller out of its log.
+fn mount_hierarchy(parent: &OwnedFd, name: &CStr, controllers: &[&CStr]) -> Result<(), Errno> {
+    let flags = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC
+        | MountAttrFlags::MOUNT_ATTR_RELATIME;
+    rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o755))?;
+    let hierarchy = fsopen(c"cgroup", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&hierarchy, c"source", c"cgroup")?;
+    for controller in controllers {
+        fsconfig_set_flag(&hierarchy, *controller)?;
+    }
+    fsconfig_create(&hierarchy)?;
+    let mount = fsmount(&hierarchy, FsMountFlags::FSMOUNT_CLOEXEC, flags)?;
+    let from_descriptor = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    move_mount(&mount, c"", parent, name, from_descriptor)
+}
+
+/// Makes the groups; in the unified layout they can use all controllers.
+fn make_groups(layout: Layout, log: &mut dyn Log) {
+    let made = open_directory(CWD, layout.v2()).and_then(|root| {
+        if layout == Layout::Unified {
+            enable_controllers(&root)?;
+        }
+        for group in [WORKLOAD, COMMANDS] {
+            rustix::fs::mkdirat(&root, group, Mode::from_raw_mode(0o755))?;
+        }
+        Ok(())
+    });
+    if let Err(errno) = made {
+        log.warn(&context!(
+            "make the cgroups of the workload and of commands"
+        )(errno));
+    }
+}
+
+/// Names of all controllers there are take a line of some 60 bytes.
+const LINE: usize = 256;
+
+/// Enables all controllers for the groups below: `cpu io memory` read, `+cpu +io +memory` written.
+fn enable_controllers(root: &OwnedFd) -> Result<(), Errno> {
+    let mut names = [0; LINE];
+    let file = open_file(root, c"cgroup.controllers", OFlags::RDONLY)?;
+    let length = files::read(&file, &mut names)?;
+    let mut line = heapless::Vec::<u8, { 2 * LINE }>::new();
+    for name in names
+        .get(..length)
+        .unwrap_or_default()
+        .split(u8::is_ascii_whitespace)
+    {
+        if !name.is_empty() {
+            let _fits = line
+                .extend_from_slice(b" +")
+                .and_then(|()| line.extend_from_slice(name));
+        }
+    }
+    let file = open_file(root, c"cgroup.subtree_control", OFlags::WRONLY)?;
+    files::write(&file, &line).map(drop)
+}
+
+/// Gives the workload's group to its user, and opens the groups.
+pub fn open(layout: Layout, user: &Identity, log: &mut dyn Log) -> Cgroups {
+    let group = |name| {
+        let root = open_directory(CWD, layout.v2())?;
+        open_directory(&root, name)
+    };
+    if layout == Layout::None {
+        return Cgroups::default();
+    }
+    let workload = group(WORKLOAD).ok();
+    if let Some(Err(errno)) = workload.as_ref().map(|workload| delegate(workload, user)) {
+        log.warn(&context!("delegate the workload's cgroup")(errno));
+    }
+    Cgroups {
+        workload,
+        commands: group(COMMANDS).ok(),
+    }
+}
+
+fn delegate(group: &OwnedFd, user: &Identity) -> Result<(), Errno> {
+    if user.uid == 0 {
+        return Ok(());
+    }
+    let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+    for name in DELEGATED {
+        rustix::fs::chownat(group, name, Some(uid), Some(gid), AtFlags::empty())?;
+    }
+    Ok(())
+}
+
+fn open_directory(parent: impl rustix::fd::AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat(parent, name, flags, Mode::empty())
+}
+
+fn open_file(parent: &OwnedFd, name: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
+    rustix::fs::openat(parent, name, flags | OFlags::CLOEXEC, Mode::empty())
+}

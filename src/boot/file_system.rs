@@ -1,0 +1,185 @@
+//! Mounting the file systems of disks, in a helper: a device may take its time.
+
+use crate::context;
+use crate::error;
+use crate::error::Result;
+use crate::process::helper::HelperLog;
+use crate::sys::{self, Stopwatch, disk, files};
+use core::ffi::CStr;
+use proto::config::PATH;
+use proto::message::ToLossy;
+use proto::superblock;
+use rustix::fd::OwnedFd;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::mount::MountFlags;
+
+/// How long a device may take to appear, in milliseconds.
+const DEVICE_TIMEOUT: u64 = 2000;
+
+/// A file system to be mounted.
+pub struct FileSystem<'a> {
+    /// Its block device; of a tmpfs anything.
+    pub device: &'a CStr,
+    /// Its type; empty: what the superblock says.
+    pub fs_type: &'a CStr,
+    /// Its options (mount(2), data).
+    pub options: &'a CStr,
+    /// What may be done to it.
+    pub access: Access,
+}
+
+/// What may be done to a file system.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Anything, unless its device is write-protected.
+    ReadWrite,
+    /// Mounted read-only: a journal that was left is still replayed.
+    ReadOnly,
+    /// Its device becomes write-protected.
+    Shared,
+}
+
+impl<'a> FileSystem<'a> {
+    /// The one on a device.
+    pub fn on(device: &'a CStr) -> Self {
+        Self {
+            device,
+            fs_type: c"",
+            options: c"",
+            access: Access::ReadWrite,
+        }
+    }
+
+    /// One in memory.
+    pub fn tmpfs(options: &'a CStr) -> Self {
+        Self {
+            device: c"tmpfs",
+            fs_type: c"tmpfs",
+            options,
+            access: Access::ReadWrite,
+        }
+    }
+
+    /// Mounts it when its device has appeared; read-only where the device is.
+    pub fn mount(&self, target: &CStr, log: &HelperLog) -> Result {
+        let (device, place) = (self.device.lossy(), target.lossy());
+        log.step(&format_args!("mount {device} on {place}"));
+        self.try_to_mount(target, log)
+            .map_err(|why| error!("mount {device} on {place}: {why}"))
+    }
+
+    fn try_to_mount(&self, target: &CStr, log: &HelperLog) -> Result {
+        let mut fs_type = self.fs_type;
+        let mut is_write_protected = false;
+        if fs_type != c"tmpfs" {
+            let device = open_device(self.device)?;
+            if self.access == Access::Shared {
+                disk::write_protect(&device).map_err(context!("write-protect the device"))?;
+            }
+            is_write_protected = disk::is_write_protected(&device).unwrap_or(false);
+            if fs_type.is_empty() {
+                fs_type = identify(&device)?;
+            }
+        }
+        let wants_read_only = self.access != Access::ReadWrite || superblock::is_read_only(fs_type);
+        let mut options = Options::new(self.options);
+        let mut flags = options.flags | MountFlags::RELATIME;
+        if wants_read_only || is_write_protected {
+            flags |= MountFlags::RDONLY;
+        }
+        rustix::mount::mount(self.device, target, fs_type, flags, options.data()).map_err(
+            |errno| {
+                let why = context!("{}", fs_type.lossy())(errno);
+                match errno {
+                    Errno::NODEV => error!("{why} (the kernel has no such file system)"),
+                    // What is mounted read-only has its journal replayed; nothing else is written.
+                    Errno::ACCESS | Errno::ROFS if is_write_protected => error!(
+                        "{why} (its journal must be replayed, and the device is write-protected)"
+                    ),
+                    _ => why,
+                }
+            },
+        )?;
+        if is_write_protected && !wants_read_only {
+            let device = self.device.lossy();
+            log.warn(&format_args!(
+                "{device} is write-protected: mounted read-only"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Options as fstab(5) has them: some are flags of mount(2), the rest is the file system's.
+struct Options {
+    flags: MountFlags,
+    data: heapless::Vec<u8, PATH>,
+}
+
+/// Options that are flags.
+const FLAGS: [(&[u8], MountFlags); 8] = [
+    (b"ro", MountFlags::RDONLY),
+    (b"nosuid", MountFlags::NOSUID),
+    (b"nodev", MountFlags::NODEV),
+    (b"noexec", MountFlags::NOEXEC),
+    (b"sync", MountFlags::SYNCHRONOUS),
+    (b"noatime", MountFlags::NOATIME),
+    (b"nodiratime", MountFlags::NODIRATIME),
+    (b"strictatime", MountFlags::STRICTATIME),
+];
+
+impl Options {
+    fn new(text: &CStr) -> Self {
+        let mut options = Self {
+            flags: MountFlags::empty(),
+            data: heapless::Vec::new(),
+        };
+        for option in text.to_bytes().split(|byte| *byte == b',') {
+            match FLAGS.iter().find(|(name, _)| *name == option) {
+                Some((_, flag)) => options.flags |= *flag,
+                None => options.push(option),
+            }
+        }
+        options
+    }
+
+    /// They fit: all of them did, with their NUL.
+    fn push(&mut self, option: &[u8]) {
+        if !self.data.is_empty() {
+            let _fits = self.data.push(b',');
+        }
+        let _fits = self.data.extend_from_slice(option);
+    }
+
+    /// What the file system gets.
+    fn data(&mut self) -> &CStr {
+        let _fits = self.data.push(0);
+        sys::c_str(&self.data)
+    }
+}
+
+/// Opens a device when it has appeared. Its node is there a moment before the disk is
+/// (device_add_disk, block/genhd.c).
+fn open_device(path: &CStr) -> Result<OwnedFd> {
+    let watch = Stopwatch::start();
+    loop {
+        match files::open(path, OFlags::NONBLOCK) {
+            Err(Errno::NOENT | Errno::NXIO) if watch.elapsed() < DEVICE_TIMEOUT => sys::sleep(1),
+            Err(Errno::NOENT | Errno::NXIO) => {
+                return Err(error!("no such device after 2 s"));
+            }
+            other => return other.map_err(context!("open the device")),
+        }
+    }
+}
+
+/// The type of the file system on a device.
+fn identify(device: &OwnedFd) -> Result<&'static CStr> {
+    let found = superblock::identify(|offset, buffer| {
+        rustix::io::pread(device, buffer, offset as u64).map(drop)
+    });
+    found
+        .map_err(context!("read the superblock"))?
+        .ok_or_else(|| error!("no ext2, ext3, ext4, xfs, btrfs, squashfs or erofs"))
+}

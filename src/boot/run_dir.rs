@@ -1,0 +1,183 @@
+//! What the image has in /run: carried into the tmpfs that hides it, as container engines do.
+//!
+//! Servers expect the directories that their packages made: /run/sshd, /run/postgresql.
+
+use crate::context;
+use crate::process::helper::HelperLog;
+use crate::sys::files;
+use core::ffi::CStr;
+use core::mem::MaybeUninit;
+use rustix::fd::OwnedFd;
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, SeekFrom, Stat};
+use rustix::io::Errno;
+use rustix::process::{Gid, Uid};
+
+/// Most entries that are carried.
+const ENTRIES: usize = 1024;
+/// Largest file that is carried, in bytes.
+const FILE: usize = 64 << 10;
+/// Most bytes of all files together.
+const BYTES: usize = 1 << 20;
+/// Most directories in each other.
+const DEPTH: usize = 32;
+/// Longest name of an entry, its NUL included (NAME_MAX, limits.h).
+const NAME: usize = 256;
+
+/// A directory on the way.
+struct Level {
+    from: OwnedFd,
+    to: OwnedFd,
+    /// Where its reading goes on.
+    offset: u64,
+}
+
+/// Why a copy ends early.
+enum Stop {
+    /// It is larger than what is carried.
+    Limit(&'static str),
+    Failed(Errno),
+}
+
+impl From<Errno> for Stop {
+    fn from(errno: Errno) -> Self {
+        Self::Failed(errno)
+    }
+}
+
+/// Copies directories, links and small files with their owners and modes. Nothing there is followed.
+pub fn carry(from: &CStr, to: OwnedFd, buffer: &mut [u8], log: &HelperLog) {
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW;
+    // Without such a directory there is nothing to carry; mounting on it says so.
+    let Ok(from) = files::open(from, flags) else {
+        return;
+    };
+    match copy_tree(from, to, buffer) {
+        Ok(()) => {}
+        Err(Stop::Limit(limit)) => log.warn(&format_args!("/run of the image: {limit}: left out")),
+        Err(Stop::Failed(errno)) => log.warn(&context!("copy /run of the image")(errno)),
+    }
+}
+
+fn copy_tree(from: OwnedFd, to: OwnedFd, buffer: &mut [u8]) -> Result<(), Stop> {
+    let mut levels = heapless::Vec::<Level, DEPTH>::new();
+    let mut next = Some(Level {
+        from,
+        to,
+        offset: 0,
+    });
+    let (mut entries, mut bytes) = (0, 0);
+    let mut limit = None;
+    loop {
+        if let Some(level) = next.take()
+            && levels.push(level).is_err()
+        {
+            limit = Some("more than 32 directories in each other");
+        }
+        let Some(level) = levels.last_mut() else {
+            return limit.map_or(Ok(()), |limit| Err(Stop::Limit(limit)));
+        };
+        let mut name = heapless::Vec::new();
+        if !next_entry(level, &mut name)? {
+            levels.pop();
+            continue;
+        }
+        entries += 1;
+        if entries > ENTRIES {
+            return Err(Stop::Limit("more than 1,024 entries"));
+        }
+        let name = crate::sys::c_str(&name);
+        let status = rustix::fs::statat(&level.from, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        match FileType::from_raw_mode(status.st_mode) {
+            FileType::Directory => next = Some(copy_directory(level, name, &status)?),
+            FileType::Symlink => copy_link(level, name, &status, buffer)?,
+            FileType::RegularFile => {
+                let size = usize::try_from(status.st_size).unwrap_or(usize::MAX);
+                if size > FILE {
+                    limit = Some("a file over 64 KiB");
+                    continue;
+                }
+                bytes += size;
+                if bytes > BYTES {
+                    return Err(Stop::Limit("more than 1 MiB"));
+                }
+                copy_file(level, name, &status, buffer)?;
+            }
+            // A socket or a device of the machine that the image was made on is nothing here.
+            _ => {}
+        }
+    }
+}
+
+/// The next entry's name with its NUL; false at the end.
+fn next_entry(level: &mut Level, name: &mut heapless::Vec<u8, NAME>) -> Result<bool, Errno> {
+    rustix::fs::seek(&level.from, SeekFrom::Start(level.offset))?;
+    let mut buffer = [MaybeUninit::uninit(); 1024];
+    let mut listing = RawDir::new(&level.from, &mut buffer);
+    while let Some(entry) = listing.next() {
+        let entry = entry?;
+        level.offset = entry.next_entry_cookie();
+        if matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            continue;
+        }
+        let bytes = entry.file_name().to_bytes_with_nul();
+        return match name.extend_from_slice(bytes) {
+            Ok(()) => Ok(true),
+            Err(_) => Err(Errno::NAMETOOLONG),
+        };
+    }
+    Ok(false)
+}
+
+/// One that is there already, /run/lock, keeps its owner and mode.
+fn copy_directory(level: &Level, name: &CStr, status: &Stat) -> Result<Level, Errno> {
+    let made = rustix::fs::mkdirat(&level.to, name, Mode::RWXU);
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let open = |parent| rustix::fs::openat(parent, name, flags, Mode::empty());
+    let next = Level {
+        from: open(&level.from)?,
+        to: open(&level.to)?,
+        offset: 0,
+    };
+    match made {
+        Ok(()) => copy_owner_and_mode(&next.to, status)?,
+        Err(Errno::EXIST) => {}
+        Err(errno) => return Err(errno),
+    }
+    Ok(next)
+}
+
+fn copy_link(level: &Level, name: &CStr, status: &Stat, buffer: &mut [u8]) -> Result<(), Errno> {
+    let length = rustix::fs::readlinkat_raw(&level.from, name, &mut *buffer)?;
+    let target = buffer.get(..length).unwrap_or_default();
+    rustix::fs::symlinkat(target, &level.to, name)?;
+    let (uid, gid) = owner(status);
+    rustix::fs::chownat(&level.to, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)
+}
+
+fn copy_file(level: &Level, name: &CStr, status: &Stat, buffer: &mut [u8]) -> Result<(), Errno> {
+    let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let from = rustix::fs::openat(&level.from, name, flags, Mode::empty())?;
+    let flags = flags | OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
+    let to = rustix::fs::openat(&level.to, name, flags, Mode::RUSR)?;
+    loop {
+        let count = files::read(&from, buffer)?;
+        if count == 0 {
+            return copy_owner_and_mode(&to, status);
+        }
+        files::write_whole(&to, buffer.get(..count).unwrap_or_default())?;
+    }
+}
+
+/// In this order: a change of owner clears set-user-id (chown(2)).
+fn copy_owner_and_mode(to: &OwnedFd, status: &Stat) -> Result<(), Errno> {
+    let (uid, gid) = owner(status);
+    rustix::fs::fchown(to, uid, gid)?;
+    rustix::fs::fchmod(to, Mode::from_raw_mode(status.st_mode))
+}
+
+fn owner(status: &Stat) -> (Option<Uid>, Option<Gid>) {
+    (
+        Some(Uid::from_raw(status.st_uid)),
+        Some(Gid::from_raw(status.st_gid)),
+    )
+}

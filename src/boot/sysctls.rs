@@ -1,0 +1,50 @@
+//! Parameters of the kernel (sysctl(8), proc_sys(5)).
+
+use crate::context;
+use crate::error::{Log, Result};
+use crate::process::helper::HelperLog;
+use crate::sys::files;
+use core::ffi::CStr;
+use proto::config::Config;
+use proto::message::ToLossy;
+use proto::sysctl;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+/// What containers are used to: everybody may serve port 80, and ping (Docker's defaults).
+const DEFAULTS: [(&CStr, &[u8]); 2] = [
+    (c"/proc/sys/net/ipv4/ip_unprivileged_port_start", b"0"),
+    (c"/proc/sys/net/ipv4/ping_group_range", b"0 2147483647"),
+];
+
+/// Sets the defaults, before what the configuration has; a kernel without IPv4 has none of them.
+pub fn set_defaults(log: &mut dyn Log) {
+    for (path, value) in DEFAULTS {
+        match set(path, value) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(errno) => log.warn(&context!("set {}", path.lossy())(errno)),
+        }
+    }
+}
+
+/// Whether the configuration has any.
+pub fn are_configured(config: &Config) -> bool {
+    config.sysctls().next().is_some()
+}
+
+/// Sets the configured ones, in a helper: huge pages may take their time.
+pub fn set_all(config: &Config, log: &HelperLog) -> Result {
+    for (name, value) in config.sysctls() {
+        log.step(&format_args!("set {name}"));
+        sysctl::Path::new(name)
+            .ok_or(Errno::INVAL)
+            .and_then(|path| set(path.as_c_str(), value.as_bytes()))
+            .map_err(context!("set {name} to {value}"))?;
+    }
+    Ok(())
+}
+
+fn set(path: &CStr, value: &[u8]) -> Result<(), Errno> {
+    let file = files::open(path, OFlags::WRONLY)?;
+    files::write(&file, value).map(drop)
+}

@@ -1,0 +1,56 @@
+//! Who a command runs as (credentials(7)).
+
+use crate::error;
+use crate::error::Result;
+use crate::sys::{self, files};
+use core::ffi::CStr;
+use proto::config::DOCUMENT;
+use proto::users::{Identity, MAX_GROUPS};
+use rustix::fs::Mode;
+use rustix::io::Errno;
+use rustix::process::{Gid, Uid};
+use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+
+/// The root's users.
+pub const PASSWD: &CStr = c"/etc/passwd";
+/// The root's groups.
+pub const GROUP: &CStr = c"/etc/group";
+
+/// Resolves a user from the files of the root.
+pub fn resolve(user: &str, scratch: &mut [u8; 2 * DOCUMENT], identity: &mut Identity) -> Result {
+    let (passwd, group) = scratch
+        .split_at_mut_checked(DOCUMENT)
+        .unwrap_or((&mut [], &mut []));
+    let passwd = files::read_whole(PASSWD, passwd)?.unwrap_or_default();
+    let group = files::read_whole(GROUP, group)?.unwrap_or_default();
+    identity
+        .resolve(user.as_bytes(), passwd, group)
+        .map_err(|error| error!("{error}"))
+}
+
+/// Gives up root: groups first, without root they cannot be set.
+///
+/// A process of this program has one thread: the credentials of the thread are the process's.
+pub fn drop_to(identity: &Identity) -> Result<(), Errno> {
+    let (uid, gid) = (Uid::from_raw(identity.uid), Gid::from_raw(identity.gid));
+    let mut groups = heapless::Vec::<Gid, MAX_GROUPS>::new();
+    for gid in &identity.groups {
+        let _fits = groups.push(Gid::from_raw(*gid));
+    }
+    set_thread_groups(&groups)?;
+    set_thread_res_gid(gid, gid, gid)?;
+    set_thread_res_uid(uid, uid, uid)
+}
+
+/// Standard input, output and error become the user's, who could not open them by their names else
+/// (/dev/stdin). What everybody may open stays as it is: /dev/null.
+pub fn own_standard_streams(identity: &Identity) {
+    const EVERYBODY: Mode = Mode::ROTH.union(Mode::WOTH);
+    for stream in sys::standard_streams() {
+        let mode = rustix::fs::fstat(stream).map(|status| Mode::from_raw_mode(status.st_mode));
+        if mode.is_ok_and(|mode| !mode.contains(EVERYBODY)) {
+            // One that has no owner can be read and written all the same.
+            let _as_it_is = rustix::fs::fchown(stream, Some(Uid::from_raw(identity.uid)), None);
+        }
+    }
+}

@@ -1,0 +1,367 @@
+//! A ring of output: the last bytes of several streams, in the order in which they came.
+//!
+//! A byte's offset is how many bytes came before it, whichever their streams. Bytes are kept in
+//! records, each of one stream and in one piece of the memory; the oldest record goes first.
+
+use core::ops::DerefMut;
+
+/// A record's header: its stream, and its length as a u32.
+const HEADER: usize = 5;
+
+/// Most bytes that are asked for at once, and so free at times.
+pub const PIECE: usize = 16 << 10;
+
+/// The last bytes of several streams.
+pub struct Ring<M> {
+    memory: M,
+    /// Position of the oldest record. Positions only grow: their place is the remainder by the
+    /// memory's length.
+    tail: u64,
+    /// Where the next record begins.
+    head: u64,
+    /// The last record's position, and its stream.
+    last: Option<(u64, u8)>,
+    /// Offset of the first byte kept.
+    oldest: u64,
+    /// How many bytes have come.
+    written: u64,
+}
+
+/// A reader's place in a [`Ring`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cursor {
+    /// Position of the record.
+    record: u64,
+    /// Bytes of it that were read.
+    taken: usize,
+    /// Offset of the next byte.
+    offset: u64,
+}
+
+impl Cursor {
+    /// From where on the ring must be kept for this reader; see [`Ring::room`].
+    pub fn position(&self) -> u64 {
+        self.record + self.taken as u64
+    }
+
+    /// Offset of the next byte.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+}
+
+impl<M: DerefMut<Target = [u8]>> Ring<M> {
+    /// An empty ring. Memory of less than a page is as good as none.
+    pub fn new(memory: M) -> Self {
+        Self {
+            memory,
+            tail: 0,
+            head: 0,
+            last: None,
+            oldest: 0,
+            written: 0,
+        }
+    }
+
+    /// How many bytes have come.
+    pub fn written(&self) -> u64 {
+        self.written
+    }
+
+    /// Offset of the first byte that is kept.
+    pub fn oldest(&self) -> u64 {
+        self.oldest
+    }
+
+    fn size(&self) -> u64 {
+        self.memory.len() as u64
+    }
+
+    fn index(&self, position: u64) -> usize {
+        position.checked_rem(self.size()).unwrap_or(0) as usize
+    }
+
+    fn byte(&self, position: u64) -> u8 {
+        let index = self.index(position);
+        self.memory.get(index).copied().unwrap_or(0)
+    }
+
+    fn set_byte(&mut self, position: u64, byte: u8) {
+        let index = self.index(position);
+        if let Some(slot) = self.memory.get_mut(index) {
+            *slot = byte;
+        }
+    }
+
+    fn record(&self, position: u64) -> (u8, usize) {
+        let [a, b, c, d] = [1, 2, 3, 4].map(|at| self.byte(position + at));
+        (
+            self.byte(position),
+            u32::from_be_bytes([a, b, c, d]) as usize,
+        )
+    }
+
+    fn set_record(&mut self, position: u64, stream: u8, length: usize) {
+        self.set_byte(position, stream);
+        for (at, byte) in (1..).zip((length as u32).to_be_bytes()) {
+            self.set_byte(position + at, byte);
+        }
+    }
+
+    /// Whether output of that stream continues the last record: nothing else came since, and the
+    /// memory goes on behind it.
+    fn continues(&self, stream: u8) -> bool {
+        self.last.is_some_and(|(_, last)| last == stream) && self.index(self.head) != 0
+    }
+
+    /// Drops the oldest bytes until so many are free, but none from position `keep` on.
+    fn make_room(&mut self, wanted: u64, keep: u64) {
+        loop {
+            let missing = wanted.saturating_sub(self.size() - (self.head - self.tail));
+            let droppable = self.head.min(keep).saturating_sub(self.tail);
+            if missing == 0 || droppable == 0 {
+                return;
+            }
+            let (stream, length) = self.record(self.tail);
+            let whole = (HEADER + length) as u64;
+            if missing >= length as u64 && droppable >= whole {
+                // What continued the last record starts anew.
+                self.last = self.last.filter(|(last, _)| *last != self.tail);
+                self.tail += whole;
+                self.oldest += length as u64;
+                continue;
+            }
+            // The header of what is left takes the place of what goes.
+            let count = missing.min(droppable).min(length as u64);
+            if count == 0 {
+                return;
+            }
+            self.set_record(self.tail + count, stream, length - count as usize);
+            if let Some((last, _)) = &mut self.last
+                && *last == self.tail
+            {
+                *last += count;
+            }
+            self.tail += count;
+            self.oldest += count;
+        }
+    }
+
+    /// Room for bytes of a stream, in one piece; follow with [`commit`](Self::commit). Old records go
+    /// to make it, but not from position `keep` on: then there may be none.
+    pub fn room(&mut self, stream: u8, keep: u64) -> &mut [u8] {
+        let wanted = PIECE.min(self.memory.len() / 4);
+        self.make_room((wanted + HEADER) as u64, keep);
+        let free = (self.size() - (self.head - self.tail)) as usize;
+        let header = if self.continues(stream) { 0 } else { HEADER };
+        let start = self.index(self.head + header as u64);
+        let length = free.saturating_sub(header).min(wanted);
+        let end = self.memory.len().min(start + length);
+        self.memory.get_mut(start..end).unwrap_or_default()
+    }
+
+    /// Keeps the first `count` bytes of the last [`room`](Self::room) for that stream.
+    pub fn commit(&mut self, stream: u8, count: usize) {
+        if count == 0 {
+            return;
+        }
+        match self.last {
+            Some((position, _)) if self.continues(stream) => {
+                let (_, length) = self.record(position);
+                self.set_record(position, stream, length + count);
+            }
+            _ => {
+                self.set_record(self.head, stream, count);
+                self.last = Some((self.head, stream));
+                self.head += HEADER as u64;
+            }
+        }
+        self.head += count as u64;
+        self.written += count as u64;
+    }
+
+    /// A reader's place at that offset, or at the nearest one there is.
+    pub fn seek(&self, offset: u64) -> Cursor {
+        let offset = offset.clamp(self.oldest, self.written);
+        let mut cursor = Cursor {
+            record: self.tail,
+            taken: 0,
+            offset: self.oldest,
+        };
+        while cursor.offset < offset {
+            let (_, length) = self.record(cursor.record);
+            let step = (offset - cursor.offset).min(length as u64);
+            cursor.offset += step;
+            cursor.taken = step as usize;
+            if cursor.offset < offset {
+                cursor.record += (HEADER + length) as u64;
+                cursor.taken = 0;
+            }
+        }
+        cursor
+    }
+
+    /// The bytes at a reader's place: their stream, and all of them that are in one piece. `None`
+    /// when it has read everything. A reader whose place is gone goes on at the oldest byte.
+    pub fn read(&self, cursor: &mut Cursor) -> Option<(u8, &[u8])> {
+        if cursor.record < self.tail {
+            *cursor = self.seek(cursor.offset);
+        }
+        while cursor.record < self.head {
+            let (stream, length) = self.record(cursor.record);
+            if cursor.taken < length {
+                let start = self.index(cursor.record + HEADER as u64);
+                let bytes = self.memory.get(start + cursor.taken..start + length)?;
+                return Some((stream, bytes));
+            }
+            let next = cursor.record + (HEADER + length) as u64;
+            if next == self.head {
+                // It may be continued.
+                return None;
+            }
+            cursor.record = next;
+            cursor.taken = 0;
+        }
+        None
+    }
+
+    /// So many of the bytes of [`read`](Self::read) are done with.
+    pub fn advance(&self, cursor: &mut Cursor, count: usize) {
+        cursor.taken = cursor.taken.saturating_add(count);
+        cursor.offset = cursor.offset.saturating_add(count as u64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::VecDeque;
+
+    fn push(ring: &mut Ring<Vec<u8>>, stream: u8, mut bytes: &[u8], keep: u64) -> usize {
+        let mut pushed = 0;
+        while !bytes.is_empty() {
+            let room = ring.room(stream, keep);
+            let count = room.len().min(bytes.len());
+            if count == 0 {
+                break;
+            }
+            room[..count].copy_from_slice(&bytes[..count]);
+            ring.commit(stream, count);
+            bytes = &bytes[count..];
+            pushed += count;
+        }
+        pushed
+    }
+
+    fn read_all(ring: &Ring<Vec<u8>>, cursor: &mut Cursor) -> Vec<(u8, u8)> {
+        let mut all = vec![];
+        while let Some((stream, bytes)) = ring.read(cursor) {
+            all.extend(bytes.iter().map(|byte| (stream, *byte)));
+            let count = bytes.len();
+            ring.advance(cursor, count);
+        }
+        all
+    }
+
+    #[test]
+    fn the_last_bytes_are_kept_with_their_streams_and_offsets() {
+        let mut random = 5u32;
+        let mut ring = Ring::new(vec![0; 256]);
+        let mut model = VecDeque::new();
+        let mut written = 0u64;
+        let mut follower = ring.seek(0);
+        let mut late = ring.seek(0);
+        let mut followed = vec![];
+        let mut all = vec![];
+        for step in 0..20_000u32 {
+            random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let stream = 1 + (random >> 31) as u8;
+            let count = (random >> 20) as usize % 40;
+            let bytes = vec![step as u8; count];
+            assert_eq!(push(&mut ring, stream, &bytes, u64::MAX), count);
+            model.extend(bytes.iter().map(|byte| (stream, *byte)));
+            all.extend(bytes.iter().map(|byte| (stream, *byte)));
+            written += count as u64;
+            assert_eq!(ring.written(), written);
+            let kept = (written - ring.oldest()) as usize;
+            assert!(written < 200 || kept >= 32, "{kept}");
+            model.drain(..model.len() - kept);
+            let mut cursor = ring.seek(0);
+            assert_eq!(cursor.offset(), ring.oldest());
+            assert_eq!(model, read_all(&ring, &mut cursor));
+            // Any offset there is can be read from.
+            let offset = ring.oldest() + u64::from(random >> 16) % (kept as u64 + 1);
+            let mut cursor = ring.seek(offset);
+            assert_eq!(cursor.offset(), offset);
+            let behind = (offset - ring.oldest()) as usize;
+            assert_eq!(
+                read_all(&ring, &mut cursor),
+                model.iter().skip(behind).copied().collect::<Vec<_>>()
+            );
+            followed.extend(read_all(&ring, &mut follower));
+            // One that reads a few bytes now and then loses some, and reads none twice.
+            if let Some((_, bytes)) = ring.read(&mut late) {
+                let count = bytes.len().min(3);
+                let expected = all
+                    .iter()
+                    .skip(late.offset() as usize)
+                    .map(|(_, byte)| *byte);
+                assert!(expected.take(count).eq(bytes[..count].iter().copied()));
+                ring.advance(&mut late, count);
+            }
+        }
+        assert_eq!(followed, all);
+    }
+
+    #[test]
+    fn what_a_reader_needs_is_kept_and_then_there_is_no_room() {
+        let mut ring = Ring::new(vec![0; 256]);
+        let mut cursor = ring.seek(0);
+        let mut written = 0;
+        for _ in 0..100 {
+            // One long record, which goes as it is read.
+            written += push(&mut ring, 1, &[3; 90], cursor.position());
+            let (_, bytes) = ring.read(&mut cursor).unwrap();
+            let count = bytes.len().min(70);
+            ring.advance(&mut cursor, count);
+        }
+        assert!(written > 6000, "{written}");
+        let mut ring = Ring::new(vec![0; 256]);
+        let mut cursor = ring.seek(0);
+        let pushed = push(&mut ring, 1, &[7; 1000], cursor.position());
+        assert!((150..256).contains(&pushed), "{pushed}");
+        assert_eq!(ring.oldest(), 0);
+        assert_eq!(read_all(&ring, &mut cursor).len(), pushed);
+        // The record that is read may be continued, and so is still the reader's.
+        push(&mut ring, 2, &[8; 1], u64::MAX);
+        assert_eq!(read_all(&ring, &mut cursor), [(2, 8)]);
+        assert!(push(&mut ring, 1, &[9; 10], cursor.position()) > 0);
+    }
+
+    #[test]
+    fn a_reader_that_was_overtaken_goes_on_at_the_oldest_byte() {
+        let mut ring = Ring::new(vec![0; 128]);
+        let mut cursor = ring.seek(0);
+        push(&mut ring, 1, &[1; 500], u64::MAX);
+        let lost = ring.oldest();
+        assert!(lost > 300);
+        assert_eq!(read_all(&ring, &mut cursor).len() as u64, 500 - lost);
+    }
+
+    #[test]
+    fn an_offset_beyond_the_end_is_the_end() {
+        let mut ring = Ring::new(vec![0; 128]);
+        push(&mut ring, 1, b"abc", u64::MAX);
+        let mut cursor = ring.seek(99);
+        assert_eq!((cursor.offset(), ring.read(&mut cursor)), (3, None));
+        push(&mut ring, 2, b"d", u64::MAX);
+        assert_eq!(ring.read(&mut cursor), Some((2, &b"d"[..])));
+    }
+
+    #[test]
+    fn no_memory_keeps_nothing() {
+        let mut ring = Ring::new(vec![]);
+        assert!(ring.room(1, u64::MAX).is_empty());
+        assert_eq!(ring.seek(5), Cursor::default());
+    }
+}

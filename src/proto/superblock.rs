@@ -1,0 +1,103 @@
+//! The file system of a device by its superblock.
+
+use core::ffi::CStr;
+
+/// What identifies a file system.
+struct Magic {
+    /// Where on the device, in bytes.
+    offset: usize,
+    bytes: &'static [u8],
+    fs_type: &'static CStr,
+}
+
+/// Kernel sources: fs/xfs/libxfs/xfs_format.h, include/uapi/linux/magic.h, fs/erofs/erofs_fs.h,
+/// fs/ext4/ext4.h, include/uapi/linux/btrfs_tree.h. The shortest one last of those in the first page.
+const MAGICS: [Magic; 5] = [
+    Magic {
+        offset: 0,
+        bytes: b"XFSB",
+        fs_type: c"xfs",
+    },
+    Magic {
+        offset: 0,
+        bytes: b"hsqs",
+        fs_type: c"squashfs",
+    },
+    Magic {
+        offset: 0x400,
+        bytes: &0xe0f5_e1e2_u32.to_le_bytes(),
+        fs_type: c"erofs",
+    },
+    // ext2 and ext3, too: the ext4 driver mounts all three.
+    Magic {
+        offset: 0x438,
+        bytes: &0xef53_u16.to_le_bytes(),
+        fs_type: c"ext4",
+    },
+    Magic {
+        offset: 0x1_0040,
+        bytes: b"_BHRfS_M",
+        fs_type: c"btrfs",
+    },
+];
+
+/// The type of the file system, or `None`. `read_at` fills a buffer from an offset of the device;
+/// past the device's end it leaves zeros.
+pub fn identify<E>(
+    mut read_at: impl FnMut(usize, &mut [u8]) -> Result<(), E>,
+) -> Result<Option<&'static CStr>, E> {
+    for magic in &MAGICS {
+        let mut bytes = [0; 8];
+        let bytes = bytes.get_mut(..magic.bytes.len()).unwrap_or_default();
+        read_at(magic.offset, bytes)?;
+        if bytes == magic.bytes {
+            return Ok(Some(magic.fs_type));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether a file system of this type is never written to.
+pub fn is_read_only(fs_type: &CStr) -> bool {
+    fs_type == c"squashfs" || fs_type == c"erofs"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn identify(device: &[u8]) -> Option<&'static CStr> {
+        super::identify(|offset, buffer| {
+            if let Some(bytes) = device.get(offset..offset + buffer.len()) {
+                buffer.copy_from_slice(bytes);
+            }
+            Ok::<_, ()>(())
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn each_file_system_is_known_by_its_magic_at_its_place() {
+        for (offset, magic, fs_type) in [
+            (0, &b"XFSB"[..], c"xfs"),
+            (0, b"hsqs", c"squashfs"),
+            (1024, b"\xe2\xe1\xf5\xe0", c"erofs"),
+            (1024 + 56, b"\x53\xef", c"ext4"),
+            (65536 + 64, b"_BHRfS_M", c"btrfs"),
+        ] {
+            let mut device = vec![0; 128 << 10];
+            assert_eq!(identify(&device), None);
+            device[offset..offset + magic.len()].copy_from_slice(magic);
+            assert_eq!(identify(&device), Some(fs_type));
+            device[offset] ^= 1;
+            assert_eq!(identify(&device), None);
+        }
+    }
+
+    #[test]
+    fn a_device_too_short_for_a_superblock_has_none() {
+        assert_eq!(identify(b""), None);
+        assert_eq!(identify(b"XFS"), None);
+        assert_eq!(identify(b"hsqs"), Some(c"squashfs"));
+    }
+}

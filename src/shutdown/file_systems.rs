@@ -1,0 +1,202 @@
+//! All file systems at the end, the root's last.
+//!
+//! A child a device: one that hangs costs no other, and is named.
+
+use crate::context;
+use crate::error::Result;
+use crate::process::helper::HelperLog;
+use crate::shutdown::private::{self, Text};
+use crate::shutdown::volume::{self, Tables, Volume};
+use crate::sys::{self, Fork, SignalSet, Stopwatch, files};
+use proto::block::DeviceNumber;
+use rustix::fd::OwnedFd;
+use rustix::fs::{FileType, Mode, OFlags, makedev};
+use rustix::mount::MountPropagationFlags;
+use rustix::process::{Pid, WaitOptions};
+
+/// Most devices: far more than a VM has buses for.
+const DEVICES: usize = 256;
+
+/// How long all devices but the root's may take together, in milliseconds.
+const VOLUMES_TIMEOUT: u64 = 20_000;
+
+/// Major number of RAM disks, which end with the memory (linux/major.h).
+const RAMDISK_MAJOR: u32 = 1;
+
+const SIGCHLD: u32 = 17;
+
+/// How far a device is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Others have to come first.
+    Waiting,
+    /// A child is at it.
+    Running(Pid),
+    /// Done, or given up.
+    Ended,
+}
+
+type Devices = heapless::Vec<(Volume, State), DEVICES>;
+
+/// Leaves every file system clean, and names those that are not. For a helper.
+pub fn leave_clean(log: &HelperLog) -> Result {
+    let root = files::open(c"/", OFlags::DIRECTORY).map_err(context!("open /"))?;
+    // What becomes of mounts here does not become of mounts elsewhere.
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    let _unmounted_in_all = rustix::mount::mount_change(c"/", private);
+    let found = find_devices();
+    let (tables, mut devices) = match found {
+        Ok(found) => found,
+        Err(error) => {
+            log.warn(&format_args!("cannot look for volumes: {error}"));
+            return volume::read_only(&root).map_err(context!("make / read-only"));
+        }
+    };
+    if devices.is_full() {
+        log.warn(&format_args!("only {DEVICES} disks are looked at"));
+    }
+    let root_device = rustix::fs::fstat(&root).map(|status| volume::number_of(status.st_dev));
+    let is_root = |volume: &Volume| Ok(volume.number) == root_device;
+    // Its turn comes last.
+    if let Some((_, state)) = devices.iter_mut().find(|(volume, _)| is_root(volume)) {
+        *state = State::Ended;
+    }
+    let in_time = shut_all(&mut devices, &tables, log);
+    if let Some((volume, _)) = devices.iter().find(|(volume, _)| is_root(volume)) {
+        log.step(&format_args!("unmounting {}", volume.label(&tables)));
+        if let Err(error) = volume.shut_root(&tables, &root) {
+            log.warn(&error);
+        }
+    }
+    // A disk that hangs would hang this, too.
+    if in_time {
+        log.step(&format_args!("writing all file systems out"));
+        rustix::fs::sync();
+    }
+    Ok(())
+}
+
+/// The mount table, and all block devices, each with a node in what becomes the working directory.
+fn find_devices() -> Result<(Tables, Devices)> {
+    let proc = private::proc().map_err(context!("mount proc"))?;
+    let nodes = private::mount(c"tmpfs", core::iter::empty()).map_err(context!("mount tmpfs"))?;
+    rustix::process::fchdir(&nodes).map_err(context!("enter the nodes' directory"))?;
+    let mounts = Text::read(&proc, c"self/mountinfo").map_err(context!("read mountinfo"))?;
+    let partitions = Text::read(&proc, c"partitions").map_err(context!("read partitions"))?;
+    let mut devices = Devices::new();
+    for line in partitions.lines() {
+        let Some(mut volume) = Volume::parse(line) else {
+            continue;
+        };
+        let DeviceNumber { major, minor } = volume.number;
+        if major == RAMDISK_MAJOR {
+            continue;
+        }
+        let (kind, mode) = (FileType::BlockDevice, Mode::RUSR | Mode::WUSR);
+        rustix::fs::mknodat(&nodes, volume.name(), kind, mode, makedev(major, minor))
+            .map_err(context!("make a device node"))?;
+        volume.find_below();
+        let _full = devices.push((volume, State::Waiting));
+    }
+    Ok((Tables { proc, mounts }, devices))
+}
+
+/// Shuts all devices, each in a child of its own, those that stand on another one before it. False
+/// when some have not ended in time.
+fn shut_all(devices: &mut Devices, tables: &Tables, log: &HelperLog) -> bool {
+    if all_ended(devices) {
+        return true;
+    }
+    let watch = Stopwatch::start();
+    let ended = sys::signalfd(SignalSet::of([SIGCHLD]));
+    loop {
+        start_all(devices, tables, log);
+        if all_ended(devices) {
+            return true;
+        }
+        if watch.elapsed() >= VOLUMES_TIMEOUT {
+            for (volume, state) in devices.iter() {
+                if *state != State::Ended {
+                    log.warn(&format_args!(
+                        "timed out unmounting {}",
+                        volume.label(tables)
+                    ));
+                }
+            }
+            return false;
+        }
+        wait_for_child(ended.as_ref().ok());
+        reap(devices, tables, log);
+    }
+}
+
+fn all_ended(devices: &Devices) -> bool {
+    devices.iter().all(|(_, state)| *state == State::Ended)
+}
+
+/// Starts what can be started now.
+fn start_all(devices: &mut Devices, tables: &Tables, log: &HelperLog) {
+    for at in 0..devices.len() {
+        let Some((volume, State::Waiting)) = devices.get(at) else {
+            continue;
+        };
+        // A disk and its partitions are tried one after the other: to try claims both.
+        let waits = devices.iter().any(|(other, state)| {
+            *state != State::Ended
+                && (other.below == Some(volume.number) || volume.is_partition_of(other))
+        });
+        if waits {
+            continue;
+        }
+        let shut = || match volume.shut(tables) {
+            Ok(()) => 0,
+            Err(error) => {
+                log.warn(&error);
+                0
+            }
+        };
+        let running = |(_, state): &(Volume, State)| matches!(state, State::Running(_));
+        let state = match sys::fork(None) {
+            Ok(Fork::Child) => sys::exit(shut()),
+            Ok(Fork::Parent(pid)) => State::Running(pid),
+            // There is room for another one when one has ended.
+            Err(_) if devices.iter().any(running) => return,
+            Err(_) => {
+                log.step(&format_args!("unmounting {}", volume.label(tables)));
+                shut();
+                State::Ended
+            }
+        };
+        if let Some(device) = devices.get_mut(at) {
+            device.1 = state;
+        }
+    }
+}
+
+/// Waits for a child to end, for a second at most: a pause of the VM ends one wait.
+fn wait_for_child(ended: Option<&OwnedFd>) {
+    match ended {
+        Some(ended) => {
+            let _waited = sys::is_readable(ended, 1);
+            let _signal = sys::read_signal(ended);
+        }
+        None => sys::sleep(10),
+    }
+}
+
+fn reap(devices: &mut Devices, tables: &Tables, log: &HelperLog) {
+    while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
+        for (volume, state) in devices.iter_mut() {
+            if *state != State::Running(pid) {
+                continue;
+            }
+            *state = State::Ended;
+            if status.exit_status() != Some(0) {
+                let label = volume.label(tables);
+                log.warn(&format_args!(
+                    "{label}: a helper was killed while unmounting"
+                ));
+            }
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! The end where nothing can be relied on: after a panic, and where PID 1 cannot fork.
+
+use crate::console::Console;
+use crate::context;
+use crate::error::Log;
+use crate::process::helper::{self, Helper};
+use crate::shutdown::{
+    self, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT,
+    private::{self, Text},
+};
+use crate::sys::{self, Stopwatch, files};
+use core::sync::atomic::{AtomicBool, Ordering};
+use proto::message::{Level, ToLossy};
+use proto::mountinfo::{self, PATH_MAX};
+use rustix::fd::OwnedFd;
+use rustix::fs::{FileType, Mode, OFlags, SeekFrom, makedev};
+use rustix::io::Errno;
+use rustix::process::WaitOptions;
+
+/// How long the kernel may take to write all out, and again to make all read-only, in milliseconds.
+const SYSRQ_TIMEOUT: u64 = 15_000;
+/// How long the console may take at the end, in milliseconds.
+const CONSOLE_TIMEOUT: u64 = 1000;
+/// Time between two looks, in milliseconds.
+const RETRY: i64 = 5;
+
+const SIGTERM: u32 = 15;
+const SIGKILL: u32 = 9;
+
+/// The end after a panic: in the same order as ever, with nothing of what panicked.
+pub fn after_panic() -> ! {
+    static ENTERED: AtomicBool = AtomicBool::new(false);
+    // A panic on this way: there is no other.
+    if ENTERED.swap(true, Ordering::Relaxed) {
+        shutdown::reboot();
+    }
+    let mut console = Console::new();
+    console.open(Level::Info);
+    console.error(&"panic");
+    sys::kill_all(SIGTERM);
+    if !wait_for_children(TERM_GRACE) {
+        sys::kill_all(SIGKILL);
+        let _killed_above = shutdown::kill();
+        if !wait_for_children(KILL_TIMEOUT) {
+            console.warn(&"a process cannot be killed");
+        }
+    }
+    match shutdown::leave_clean() {
+        Ok(helper) => wait_for_helper(&helper, &mut console),
+        Err(error) => {
+            console.warn(&error);
+            remount_by_kernel(&mut console);
+        }
+    }
+    let watch = Stopwatch::start();
+    while console.waiting() > 0 && watch.elapsed() < CONSOLE_TIMEOUT {
+        console.flush();
+        sys::sleep(1);
+    }
+    shutdown::reboot()
+}
+
+/// Reaps until there is no child left; false when there still are some after so many milliseconds.
+fn wait_for_children(timeout: u64) -> bool {
+    let watch = Stopwatch::start();
+    loop {
+        match rustix::process::wait(WaitOptions::NOHANG) {
+            Ok(Some(_)) | Err(Errno::INTR) => {}
+            Err(_) => return true,
+            Ok(None) if watch.elapsed() >= timeout => return false,
+            Ok(None) => sys::sleep(RETRY),
+        }
+    }
+}
+
+fn wait_for_helper(helper: &Helper, console: &mut Console) {
+    let ended = helper.wait_for(UNMOUNT_TIMEOUT);
+    let lines = helper::read_lines(&helper.log, console);
+    if let Some(error) = lines.error {
+        console.warn(&error);
+    }
+    if !ended && let Some(step) = lines.step {
+        console.warn(&format_args!("timed out {step}"));
+    }
+}
+
+/// Has the kernel write all file systems out and make them read-only (sysrq `s` and `u`,
+/// Documentation/admin-guide/sysrq.rst). Its own threads do it, so PID 1 never waits for a disk;
+/// they do it one after the other, so a disk that hangs costs those behind it.
+pub fn remount_by_kernel(log: &mut dyn Log) {
+    let done = kernel_log().and_then(|(proc, kernel)| {
+        sysrq(&proc, &kernel, b"s", b"Emergency Sync complete")
+            .and_then(|_| sysrq(&proc, &kernel, b"u", b"Emergency Remount complete"))
+    });
+    match done {
+        Ok(true) => {}
+        Ok(false) => name_writable(log),
+        Err(errno) => log.warn(&context!("make all file systems read-only")(errno)),
+    }
+}
+
+/// Names what is still writable.
+fn name_writable(log: &mut dyn Log) {
+    let mounts = private::proc().and_then(|proc| Text::read(&proc, c"self/mountinfo"));
+    let Ok(mounts) = mounts else {
+        return log.warn(&"timed out making all file systems read-only");
+    };
+    let mut paths = ([0; PATH_MAX], [0; PATH_MAX]);
+    for mount in mounts.lines().filter_map(mountinfo::parse) {
+        if mount.major != 0 && mount.is_writable {
+            let target = mount.mount_point.decode(&mut paths.0).text.lossy();
+            let source = mount.source.decode(&mut paths.1).text.lossy();
+            log.warn(&format_args!("timed out unmounting {target} ({source})"));
+        }
+    }
+}
+
+/// A procfs, and the kernel's log from now on.
+fn kernel_log() -> Result<(OwnedFd, OwnedFd), Errno> {
+    let proc = private::proc()?;
+    let nodes = private::mount(c"tmpfs", core::iter::empty())?;
+    // /dev/kmsg (Documentation/admin-guide/devices.txt)
+    let (kind, mode) = (FileType::CharacterDevice, Mode::RUSR);
+    rustix::fs::mknodat(&nodes, c"kmsg", kind, mode, makedev(1, 11))?;
+    let log = private::open(&nodes, c"kmsg", OFlags::NONBLOCK)?;
+    rustix::fs::seek(&log, SeekFrom::End(0))?;
+    Ok((proc, log))
+}
+
+/// Asks for a function and waits for the kernel to say that it is done; false when it did not in time.
+fn sysrq(proc: &OwnedFd, log: &OwnedFd, key: &[u8], done: &[u8]) -> Result<bool, Errno> {
+    private::write(proc, c"sysrq-trigger", key)?;
+    let watch = Stopwatch::start();
+    // The longest record (CONSOLE_EXT_LOG_MAX, linux/printk.h).
+    let mut record = [0; 8192];
+    while watch.elapsed() < SYSRQ_TIMEOUT {
+        match files::read(log, &mut record) {
+            Ok(count) => {
+                let record = record.get(..count).unwrap_or(&[]);
+                if record.windows(done.len()).any(|words| words == done) {
+                    return Ok(true);
+                }
+            }
+            // Records that were overwritten meanwhile.
+            Err(Errno::PIPE) => {}
+            Err(_) => sys::sleep(RETRY),
+        }
+    }
+    Ok(false)
+}

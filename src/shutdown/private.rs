@@ -1,0 +1,80 @@
+//! Instances of the kernel's file systems that are mounted nowhere (fsopen(2), fsmount(2)): nobody in
+//! the VM can have hidden or changed what is read and written there.
+
+use crate::sys::Region;
+use crate::sys::files;
+use core::ffi::CStr;
+use rustix::fd::OwnedFd;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
+
+/// Most bytes of a table that are read: some thousand mounts.
+const TABLE: usize = 1 << 20;
+
+/// A new instance of a file system without a device; the options are words.
+pub fn mount<'o>(kind: &CStr, options: impl Iterator<Item = &'o CStr>) -> Result<OwnedFd, Errno> {
+    let context = rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for option in options {
+        rustix::mount::fsconfig_set_flag(&context, option)?;
+    }
+    finish(&context)
+}
+
+/// The file system on a device, once more where it is mounted already; `device` is a path.
+pub fn mount_device(kind: &CStr, device: &CStr) -> Result<OwnedFd, Errno> {
+    let context = rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+    rustix::mount::fsconfig_set_string(&context, c"source", device)?;
+    let mounted = finish(&context)?;
+    open(&mounted, c".", OFlags::DIRECTORY)
+}
+
+fn finish(context: &OwnedFd) -> Result<OwnedFd, Errno> {
+    rustix::mount::fsconfig_create(context)?;
+    rustix::mount::fsmount(
+        context,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::empty(),
+    )
+}
+
+/// A new instance of procfs.
+pub fn proc() -> Result<OwnedFd, Errno> {
+    mount(c"proc", core::iter::empty())
+}
+
+/// Opens a file by its path below `directory`.
+pub fn open(directory: &OwnedFd, path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
+    rustix::fs::openat(directory, path, flags | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// Writes to one of the kernel's files.
+pub fn write(directory: &OwnedFd, path: &CStr, value: &[u8]) -> Result<(), Errno> {
+    let file = open(directory, path, OFlags::WRONLY)?;
+    files::write(&file, value).map(drop)
+}
+
+/// The text of one of the kernel's files.
+pub struct Text {
+    memory: Region,
+    length: usize,
+}
+
+impl Text {
+    /// Reads it, up to [`TABLE`] bytes.
+    pub fn read(directory: &OwnedFd, path: &CStr) -> Result<Self, Errno> {
+        let file = open(directory, path, OFlags::RDONLY)?;
+        let mut memory = Region::new(TABLE)?;
+        let mut length = 0;
+        while let count @ 1.. = files::read(&file, memory.get_mut(length..).unwrap_or(&mut []))? {
+            length += count;
+        }
+        Ok(Self { memory, length })
+    }
+
+    /// Its lines.
+    pub fn lines(&self) -> impl DoubleEndedIterator<Item = &[u8]> {
+        let text = self.memory.get(..self.length).unwrap_or(&[]);
+        text.split(|byte| *byte == b'\n')
+    }
+}

@@ -1,0 +1,110 @@
+//! Processes at the end: those that a cgroup keeps from dying, and limits that keep PID 1 from forking.
+
+use crate::shutdown::private::{self, Text};
+use crate::sys;
+use core::ffi::CStr;
+use core::mem::MaybeUninit;
+use proto::bytes::split;
+use rustix::fd::OwnedFd;
+use rustix::fs::{FileType, OFlags, RawDir};
+use rustix::process::{Resource, Rlimit};
+
+/// Kills all that is left: in each cgroup below the v2 root, and what a v1 cgroup has frozen. For a
+/// helper, after SIGKILL was sent to all.
+pub fn kill() {
+    let Ok(proc) = private::proc() else {
+        return;
+    };
+    leave_cgroups(&proc);
+    if let Ok(root) = unified() {
+        each_directory(&root, |name| {
+            let group = private::open(&root, name, OFlags::DIRECTORY | OFlags::NOFOLLOW);
+            // It counts for all cgroups below (Documentation/admin-guide/cgroup-v2.rst).
+            let _before_5_14 = group.and_then(|group| private::write(&group, c"cgroup.kill", b"1"));
+        });
+    }
+    // Who comes into a cgroup that is not frozen is thawed (freezer_attach,
+    // kernel/cgroup/legacy_freezer.c), and dies of the signal that waits.
+    if let Some(freezer) = hierarchy(&proc, b"freezer") {
+        each_directory(&proc, |name| {
+            if name.to_bytes().iter().all(u8::is_ascii_digit) {
+                let _of_the_kernel = private::write(&freezer, c"cgroup.procs", name.to_bytes());
+            }
+        });
+    }
+}
+
+/// Takes away what keeps PID 1 from forking: a cgroup with a limit, and the limits of processes and
+/// of the program itself.
+pub fn lift_limits() {
+    let unlimited = || Rlimit {
+        current: None,
+        maximum: None,
+    };
+    let _unprivileged = rustix::process::setrlimit(Resource::As, unlimited());
+    let files = Rlimit {
+        current: Some(1024),
+        maximum: Some(1024),
+    };
+    let _unprivileged = rustix::process::setrlimit(Resource::Nofile, files);
+    let Ok(proc) = private::proc() else {
+        return;
+    };
+    leave_cgroups(&proc);
+    // The kernel's own defaults for pid_max (linux/threads.h); it takes no more threads than it has
+    // memory for.
+    for limit in [c"sys/kernel/pid_max", c"sys/kernel/threads-max"] {
+        let _lower = private::write(&proc, limit, b"32768");
+    }
+}
+
+/// Moves this process to the root of the hierarchies that may limit it.
+fn leave_cgroups(proc: &OwnedFd) {
+    let hierarchies = [
+        unified().ok(),
+        hierarchy(proc, b"pids"),
+        hierarchy(proc, b"memory"),
+    ];
+    for root in hierarchies.iter().flatten() {
+        let _there_already = private::write(root, c"cgroup.procs", b"0");
+    }
+}
+
+/// The root of cgroup v2.
+fn unified() -> rustix::io::Result<OwnedFd> {
+    private::mount(c"cgroup2", core::iter::empty())
+}
+
+/// The root of the v1 hierarchy with this controller: it can only be mounted with all it has
+/// (proc_pid_cgroup(5)).
+fn hierarchy(proc: &OwnedFd, controller: &[u8]) -> Option<OwnedFd> {
+    let hierarchies = Text::read(proc, c"self/cgroup").ok()?;
+    // `4:cpu,cpuacct:/path`
+    let controllers = hierarchies.lines().find_map(|line| {
+        let controllers = split(line, b':').nth(1)?;
+        let found = split(controllers, b',').any(|one| one == controller);
+        found.then_some(controllers)
+    })?;
+    let mut names = heapless::Vec::<u8, 256>::new();
+    for &byte in controllers {
+        names.push(if byte == b',' { 0 } else { byte }).ok()?;
+    }
+    names.push(0).ok()?;
+    let options = names.split_inclusive(|byte| *byte == 0).map(sys::c_str);
+    private::mount(c"cgroup", options).ok()
+}
+
+/// Calls `visit` with the name of each directory in `parent`.
+fn each_directory(parent: &OwnedFd, mut visit: impl FnMut(&CStr)) {
+    let Ok(parent) = private::open(parent, c".", OFlags::DIRECTORY) else {
+        return;
+    };
+    let mut buffer = [MaybeUninit::uninit(); 4096];
+    let mut entries = RawDir::new(&parent, &mut buffer);
+    while let Some(Ok(entry)) = entries.next() {
+        let name = entry.file_name();
+        if entry.file_type() == FileType::Directory && !name.to_bytes().starts_with(b".") {
+            visit(name);
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! One block device at the end: its file system is left clean, wherever it is mounted.
+//!
+//! A superblock lives as long as anybody holds it, be it another mount namespace, an overlay, a swap
+//! file or a path that nobody can reach. So the device decides: while a file system has claimed it, it
+//! is mounted once more, and made read-only there, which counts for all its mounts.
+
+use crate::error;
+use crate::error::{Result, name};
+use crate::process::helper;
+use crate::shutdown::private::{self, Text};
+use crate::sys::{self, Stopwatch, disk, files};
+use core::ffi::CStr;
+use proto::block::{self, DeviceNumber};
+use proto::bytes::before;
+use proto::message;
+use proto::message::{Message, ToLossy};
+use proto::mountinfo::{self, Escaped, PATH_MAX};
+use rustix::fd::OwnedFd;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::mount::{FsPickFlags, UnmountFlags};
+
+/// How long a file system may stay busy, in milliseconds: the kernel closes some files of dead
+/// processes in its own time.
+const BUSY_TIMEOUT: u64 = 1000;
+/// Time between two tries, in milliseconds.
+const RETRY: i64 = 10;
+/// How long swap files may take to be given up, in milliseconds: what is in them goes to memory.
+const SWAPOFF_TIMEOUT: u64 = 3000;
+
+/// Major number of loop devices (linux/major.h).
+const LOOP_MAJOR: u32 = 7;
+
+/// Room for a device's name (DISK_NAME_LEN, linux/blkdev.h), the number of a partition, and NUL.
+type Name = heapless::Vec<u8, 48>;
+
+/// What is known of all mounts.
+pub struct Tables {
+    /// A procfs of our own.
+    pub proc: OwnedFd,
+    /// Its self/mountinfo, read before anything was unmounted.
+    pub mounts: Text,
+}
+
+/// A block device; a node of its name is in the working directory.
+pub struct Volume {
+    /// Its number.
+    pub number: DeviceNumber,
+    name: Name,
+    /// The device on which the file of a loop device lies, or which it stands for.
+    pub below: Option<DeviceNumber>,
+}
+
+impl Volume {
+    /// The device of a line of /proc/partitions.
+    pub fn parse(line: &[u8]) -> Option<Self> {
+        let (number, name) = block::partition(line)?;
+        let mut with_nul = Name::from_slice(name).ok()?;
+        with_nul.push(0).ok()?;
+        Some(Self {
+            number,
+            name: with_nul,
+            below: None,
+        })
+    }
+
+    /// Its name, which is its path in the working directory too.
+    pub fn name(&self) -> &CStr {
+        sys::c_str(&self.name)
+    }
+
+    /// Whether it is a partition of `disk` (disk_name, block/partitions/core.c).
+    pub fn is_partition_of(&self, disk: &Self) -> bool {
+        let disk = disk.name().to_bytes();
+        let number = self.name().to_bytes().strip_prefix(disk);
+        match (number, disk.last()) {
+            (Some([b'p', b'0'..=b'9', ..]), Some(b'0'..=b'9')) => true,
+            (Some([b'0'..=b'9', ..]), last) => !matches!(last, Some(b'0'..=b'9')),
+            _ => false,
+        }
+    }
+
+    /// Finds what a loop device stands on.
+    pub fn find_below(&mut self) {
+        if self.number.major != LOOP_MAJOR {
+            return;
+        }
+        if let Ok(node) = self.open(OFlags::empty())
+            && let Ok(number) = disk::loop_backing(&node)
+        {
+            self.below = Some(number_of(number));
+        }
+    }
+
+    /// Where it is mounted and what it is, for messages: `/data (/dev/vdb)`.
+    pub fn label(&self, tables: &Tables) -> Message {
+        let name = self.name().lossy();
+        let mut room = [0; PATH_MAX];
+        match tables
+            .mounts
+            .lines()
+            .find_map(|line| self.mount_point(line))
+        {
+            Some(target) => message!("{} (/dev/{name})", target.decode(&mut room).text.lossy()),
+            None => message!("/dev/{name}"),
+        }
+    }
+
+    /// Leaves what is on it clean, or says why not.
+    pub fn shut(&self, tables: &Tables) -> Result {
+        let was_mounted = self.unmount(tables);
+        // Claimed by a file system, a partition of it, a swap area, or a device on top of it.
+        let held = self.open(OFlags::EXCL).err() == Some(Errno::BUSY);
+        let mounted = match held {
+            true => self.mount_again(tables),
+            false => None,
+        };
+        let shut = match &mounted {
+            Some(directory) => self.make_read_only(directory, tables),
+            // Read-only already, if it is a file system's.
+            None => Ok(()),
+        };
+        let shut = match was_mounted || held {
+            true => shut.and_then(|()| self.check(tables)),
+            false => shut,
+        };
+        drop(mounted);
+        if self.number.major == LOOP_MAJOR
+            && let Ok(node) = self.open(OFlags::empty())
+        {
+            let _not_bound = disk::detach_loop(&node);
+        }
+        shut
+    }
+
+    /// The same for the root, which is not unmounted.
+    pub fn shut_root(&self, tables: &Tables, root: &OwnedFd) -> Result {
+        self.make_read_only(root, tables)
+            .and_then(|()| self.check(tables))
+    }
+
+    fn open(&self, flags: OFlags) -> Result<OwnedFd, Errno> {
+        files::open(self.name(), flags | OFlags::NONBLOCK)
+    }
+
+    /// Unmounts what can be unmounted by its path, the last mounted first; whether there was anything.
+    fn unmount(&self, tables: &Tables) -> bool {
+        let mut found = false;
+        let mut room = [0; PATH_MAX];
+        for line in tables.mounts.lines().rev() {
+            if let Some(target) = self.mount_point(line) {
+                found = true;
+                let target = target.decode(&mut room).text;
+                let _busy_or_hidden = rustix::mount::unmount(target, UnmountFlags::NOFOLLOW);
+            }
+        }
+        found
+    }
+
+    /// Where it is mounted, if this line of the mount table is about it.
+    fn mount_point<'l>(&self, line: &'l [u8]) -> Option<Escaped<'l>> {
+        let mount = mountinfo::parse(line)?;
+        let DeviceNumber { major, minor } = self.number;
+        ((mount.major, mount.minor) == (major, minor)).then_some(mount.mount_point)
+    }
+
+    /// Mounts the file system that holds the device once more: any other kind is refused, and one that
+    /// is read-only as well.
+    fn mount_again(&self, tables: &Tables) -> Option<OwnedFd> {
+        let kinds = Text::read(&tables.proc, c"filesystems").ok()?;
+        let mut name = Name::new();
+        kinds.lines().find_map(|line| {
+            // `nodev` stands before the tab where a kind has no device.
+            let kind = line.strip_prefix(b"\t")?;
+            name.clear();
+            name.extend_from_slice(kind).ok()?;
+            name.push(0).ok()?;
+            private::mount_device(sys::c_str(&name), self.name()).ok()
+        })
+    }
+
+    /// Makes the file system read-only; one that stays busy is frozen, which empties its journal, too.
+    fn make_read_only(&self, directory: &OwnedFd, tables: &Tables) -> Result {
+        let watch = Stopwatch::start();
+        let mut swaps = true;
+        let refused = loop {
+            match read_only(directory) {
+                Ok(()) => return Ok(()),
+                Err(Errno::BUSY) if swaps => {
+                    swaps = false;
+                    self.swap_off(directory, tables);
+                }
+                Err(Errno::BUSY) if watch.elapsed() < BUSY_TIMEOUT => sys::sleep(RETRY),
+                Err(errno) => break errno,
+            }
+        };
+        disk::freeze(directory).map_err(|errno| {
+            error!(
+                "{}: cannot be made read-only: {}, nor frozen: {}",
+                self.label(tables),
+                name(refused),
+                name(errno)
+            )
+        })
+    }
+
+    /// Gives up the swap files on it, in a child that is killed when they take too long. A path counts
+    /// from its mount's root when that is mounted nowhere.
+    fn swap_off(&self, directory: &OwnedFd, tables: &Tables) {
+        let Ok(swaps) = Text::read(&tables.proc, c"swaps") else {
+            return;
+        };
+        // Its header, and nothing else.
+        if swaps.lines().nth(1).is_none_or(<[u8]>::is_empty) {
+            return;
+        }
+        let child = helper::spawn(None, &mut |_| {
+            let mut room = [0; PATH_MAX];
+            for line in swaps.lines().skip(1) {
+                let absolute = Escaped::new(before(line, b' ')).decode(&mut room).text;
+                if self.holds(absolute) && disk::swap_off(absolute).is_ok() {
+                    continue;
+                }
+                let relative = absolute.to_bytes_with_nul().get(1..).unwrap_or(&[]);
+                let relative = sys::c_str(relative);
+                if rustix::process::fchdir(directory).is_ok() && self.holds(relative) {
+                    let _deleted = disk::swap_off(relative);
+                }
+            }
+            0
+        });
+        if let Ok(child) = child {
+            child.wait_for(SWAPOFF_TIMEOUT);
+        }
+    }
+
+    fn holds(&self, path: &CStr) -> bool {
+        rustix::fs::stat(path).is_ok_and(|status| number_of(status.st_dev) == self.number)
+    }
+
+    /// Looks whether it is clean: that it could be made read-only does not mean that it had no errors.
+    fn check(&self, tables: &Tables) -> Result {
+        let (offset, size) = block::EXT_SUPERBLOCK;
+        let mut buffer = [0; 256];
+        let superblock = buffer.get_mut(..size).unwrap_or(&mut []);
+        let read = self
+            .open(OFlags::empty())
+            .and_then(|node| rustix::io::pread(&node, superblock, offset));
+        match read {
+            Ok(_) => match block::ext_fault(&buffer) {
+                Some(fault) => Err(error!("{} is not clean: {fault}", self.label(tables))),
+                None => Ok(()),
+            },
+            Err(errno) => Err(error!("read {}: {}", self.label(tables), name(errno))),
+        }
+    }
+}
+
+/// A number as stat(2) gives it.
+pub fn number_of(device: u64) -> DeviceNumber {
+    DeviceNumber {
+        major: rustix::fs::major(device),
+        minor: rustix::fs::minor(device),
+    }
+}
+
+/// Makes the file system on which `directory` is read-only, however many mounts it has.
+pub fn read_only(directory: &OwnedFd) -> Result<(), Errno> {
+    let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
+    let context = rustix::mount::fspick(directory, c"", flags)?;
+    rustix::mount::fsconfig_set_flag(&context, c"ro")?;
+    rustix::mount::fsconfig_reconfigure(&context)
+}

@@ -1,0 +1,166 @@
+//! The event loop.
+
+use super::state::{Phase, Supervisor};
+use crate::context::Source;
+use crate::process::helper::{self, Helper};
+use crate::sys::{self, SignalSet};
+use rustix::io::Errno;
+use rustix::process::{Pid, WaitOptions, WaitStatus};
+
+/// Children reaped in a turn: so many that nothing else waits long.
+const REAP_AT_ONCE: usize = 256;
+
+const SIGCHLD: u32 = 17;
+const SIGINT: u32 = 2;
+const SIGTERM: u32 = 15;
+
+/// All signals that are read from the signalfd: SIGCHLD, and HUP INT QUIT USR1 USR2 TERM, which are
+/// passed on to the workload.
+pub const HANDLED: SignalSet = SignalSet::of([1, SIGINT, 3, 10, 12, SIGTERM, SIGCHLD]);
+
+impl Supervisor {
+    /// Opens the API; a VM without vsock goes on without.
+    pub fn listen(&mut self) {
+        if let Err(error) = self.api.listen(&self.context) {
+            self.console.warn(&format_args!("no API: {error}"));
+        }
+    }
+
+    /// From now on a helper prepares what the workload needs.
+    pub fn begin_setup(&mut self, helper: Helper) {
+        self.child = Some(helper);
+        self.context.now = self.clock();
+        self.enter(Phase::Setup, helper::TIMEOUT);
+    }
+
+    /// Serves until the helper has ended; one that fails is the end of the boot.
+    pub fn finish_setup(&mut self) {
+        while self.phase == Phase::Setup && self.child.is_some() {
+            self.turn();
+        }
+    }
+
+    /// Serves until the reboot.
+    pub fn serve(&mut self) -> ! {
+        loop {
+            self.turn();
+        }
+    }
+
+    /// Waits for something to happen and does what follows from it.
+    fn turn(&mut self) {
+        self.watch();
+        self.wait();
+        while let Some((token, flags)) = self.context.poller.next() {
+            let Some((source, key)) = Source::of_token(token) else {
+                continue;
+            };
+            match source {
+                Source::Signals => self.read_signal(),
+                Source::Listener => self.api.accept(&mut self.context),
+                Source::Console => self.console.flush(),
+                Source::Workload | Source::WorkloadError => self.copy_output(),
+                _ => self.api.on_event(source, key, flags, &mut self.context),
+            }
+        }
+        if self.reap_more {
+            self.reap();
+        }
+        self.api.on_time(&mut self.context);
+        if self.exit_fields.is_some() {
+            self.finish_output();
+        }
+        while self.advance() {}
+    }
+
+    /// Registers for what can be done next.
+    fn watch(&mut self) {
+        self.console.watch(&self.context.poller);
+        self.api.protect_log(&mut self.context);
+        self.output.watch(self.console, &mut self.context);
+    }
+
+    /// Waits for events, at most until the next deadline, and looks at the clock.
+    fn wait(&mut self) {
+        let deadline = match self.phase {
+            _ if self.reap_more => 0,
+            // The console's driver does not tell when its last byte is out.
+            Phase::Drain => self.context.now + 1,
+            _ => self.deadline.min(self.api.deadline()),
+        };
+        // From the last look at the clock on: the VM may also have been paused in the midst of a turn.
+        let start = self.context.now;
+        let timeout = deadline.saturating_sub(start);
+        let remaining = deadline.saturating_sub(self.clock());
+        self.context.poller.wait(remaining);
+        self.context.now = self.clock();
+        // Half of it counts: what is waited for has a chance then, and its time still comes.
+        let elapsed = self.context.now.saturating_sub(start);
+        if elapsed > timeout.saturating_add(sys::PAUSED) {
+            let then = start + timeout.div_ceil(2);
+            self.paused += self.context.now - then;
+            self.context.now = then;
+        }
+    }
+
+    /// Copies a piece of the workload's output, and lets those who follow it read it.
+    fn copy_output(&mut self) {
+        self.output
+            .copy(1, self.console, &mut self.context.output_log);
+        self.api.on_output(&mut self.context);
+    }
+
+    /// One a turn: those that wait make the next turn.
+    fn read_signal(&mut self) {
+        let Ok(signal) = sys::read_signal(&self.signals) else {
+            return;
+        };
+        match signal.number {
+            SIGCHLD => self.reap(),
+            // Ctrl-Alt-Del: the kernel's own SIGINT (kernel/reboot.c, ctrl_alt_del).
+            SIGINT if signal.from_kernel => self.stop_workload(),
+            // HANDLED has no other: they are for the workload.
+            number => self.signal_workload(number),
+        }
+    }
+
+    /// Takes the exit codes of children.
+    pub(super) fn reap(&mut self) {
+        self.reap_more = false;
+        self.childless = false;
+        for _ in 0..REAP_AT_ONCE {
+            match rustix::process::wait(WaitOptions::NOHANG) {
+                Ok(Some((pid, status))) => self.reaped(pid, status),
+                Err(Errno::INTR) => {}
+                other => {
+                    self.childless = other.is_err();
+                    return;
+                }
+            }
+        }
+        self.reap_more = true;
+    }
+
+    /// A child was reaped.
+    fn reaped(&mut self, pid: Pid, status: WaitStatus) {
+        let Some(child) = self.child.take_if(|child| child.pid == pid) else {
+            return self.api.on_exit(pid, status, &mut self.context);
+        };
+        let log = &mut *self.console;
+        match self.phase {
+            Phase::Running => self.workload_ended(child, status),
+            Phase::Setup => {
+                if let Err(error) = child.result(status, log) {
+                    self.fail(error);
+                }
+            }
+            Phase::Unmount => {
+                if let Err(error) = child.result(status, log) {
+                    self.console.warn(&error);
+                }
+                self.drain();
+            }
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! The supervisor's state.
+
+use super::output::Output;
+use crate::api::Api;
+use crate::console::Console;
+use crate::context::{Context, Exit, NEVER, Source};
+use crate::error::Error;
+use crate::process::helper::Helper;
+use crate::sys;
+use proto::message::Message;
+use proto::slab::Key;
+use rustix::event::epoll::EventFlags;
+use rustix::fd::OwnedFd;
+
+/// Exit code when the workload could not even be started, as in Docker.
+const NOT_RUN: i32 = 125;
+
+/// What is going on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// The boot; what may wait for a disk runs in a helper.
+    Setup,
+    /// The workload runs.
+    Running,
+    /// It has ended; somebody may yet ask how.
+    Linger,
+    /// What is left is asked to go.
+    Terminate,
+    /// What is left is killed.
+    Kill,
+    /// The file systems are being left clean.
+    Unmount,
+    /// The console gets its last bytes, as long as it takes any.
+    Drain,
+}
+
+/// The program's state once it is PID 1.
+pub struct Supervisor {
+    /// Log and output.
+    pub console: &'static mut Console,
+    /// Connections and commands.
+    pub api: &'static mut Api,
+    /// What all rooms share.
+    pub context: Context,
+    pub(super) phase: Phase,
+    /// When the phase has taken too long; while the workload runs, when one that was asked to stop
+    /// is killed.
+    pub(super) deadline: u64,
+    /// When the end has taken too long.
+    pub(super) end: u64,
+    /// There are more children to reap than were reaped at once.
+    pub(super) reap_more: bool,
+    /// There was no child left when one was last reaped.
+    pub(super) childless: bool,
+    pub(super) linger: u64,
+    /// How long the VM was paused, as far as deadlines ran meanwhile, in milliseconds.
+    pub(super) paused: u64,
+    /// What this phase is about: a helper, or the workload.
+    pub(super) child: Option<Helper>,
+    /// The workload's standard output and error.
+    pub(super) output: Output,
+    /// How the workload ended, as fields of a log line that stands behind its output.
+    pub(super) exit_fields: Option<Message>,
+    pub(super) signals: OwnedFd,
+    /// /dev/kmsg, from the workload's start on.
+    pub(super) kernel_log: Option<OwnedFd>,
+}
+
+impl Supervisor {
+    /// A supervisor that does not run yet.
+    pub fn new(
+        console: &'static mut Console,
+        api: &'static mut Api,
+        context: Context,
+        signals: OwnedFd,
+        linger: u64,
+    ) -> Self {
+        let token = Source::Signals.token(Key::default());
+        let mut watched = EventFlags::empty();
+        context
+            .poller
+            .watch(&signals, token, &mut watched, EventFlags::IN);
+        Self {
+            console,
+            api,
+            context,
+            phase: Phase::Setup,
+            deadline: NEVER,
+            end: NEVER,
+            reap_more: false,
+            childless: false,
+            linger,
+            paused: 0,
+            child: None,
+            output: Output::new(),
+            exit_fields: None,
+            signals,
+            kernel_log: None,
+        }
+    }
+
+    /// The time that deadlines are measured in: it stands still while the VM is paused.
+    pub(super) fn clock(&self) -> u64 {
+        sys::milliseconds().saturating_sub(self.paused)
+    }
+
+    /// The next phase, and how long it may take in milliseconds.
+    pub(super) fn enter(&mut self, phase: Phase, time: u64) {
+        self.phase = phase;
+        self.deadline = self.context.now.saturating_add(time).min(self.end);
+    }
+
+    /// Whether the boot is over without a workload.
+    pub fn has_ended(&self) -> bool {
+        self.context.workload.exit.is_some()
+    }
+
+    /// Something that has to be there is not: says so, and goes to the end.
+    pub fn fail(&mut self, error: Error) {
+        // Before the first turn there was no look at the clock.
+        self.context.now = self.clock();
+        self.console.error(&error);
+        self.ended(Exit {
+            code: NOT_RUN,
+            oom_killed: false,
+            error: Some(error),
+        });
+    }
+
+    /// How it ended is known: those who wait are told, and the end begins.
+    pub(super) fn ended(&mut self, exit: Exit) {
+        if self.has_ended() {
+            return;
+        }
+        self.context.workload.exit = Some(exit);
+        self.api.on_workload_exit(&mut self.context);
+        let linger = if self.api.is_up() { self.linger } else { 0 };
+        self.enter(Phase::Linger, linger);
+    }
+
+    /// Sends a signal to the workload's process group.
+    pub(super) fn signal_workload(&self, number: u32) {
+        if let Some(group) = self.context.workload.group {
+            let _just_ended = sys::kill_group(group, number);
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! Memory: buffers with one owner, and mappings (mmap(2), madvise(2)).
+
+use super::arch::PAGE;
+use core::cell::{Cell, UnsafeCell};
+use core::ptr::NonNull;
+use rustix::io::{Errno, Result};
+use rustix::mm::{Advice, MapFlags, MlockAllFlags, ProtFlags};
+
+/// A large value with one owner, which must not lie on the stack.
+pub struct Static<T> {
+    taken: Cell<bool>,
+    value: UnsafeCell<T>,
+}
+
+// SAFETY: a process of this program has one thread.
+unsafe impl<T> Sync for Static<T> {}
+
+impl<T> Static<T> {
+    /// Wraps a value.
+    pub const fn new(value: T) -> Self {
+        Self {
+            taken: Cell::new(false),
+            value: UnsafeCell::new(value),
+        }
+    }
+
+    /// The value, for the first caller in this process; `None` for later ones.
+    #[allow(clippy::mut_from_ref, reason = "given out once")]
+    pub fn take(&'static self) -> Option<&'static mut T> {
+        if self.taken.replace(true) {
+            return None;
+        }
+        // SAFETY: the flag was false until now, so no other reference exists.
+        Some(unsafe { &mut *self.value.get() })
+    }
+}
+
+/// Keeps this process in memory when the VM swaps (mlockall(2)). Pages that are not touched stay away.
+pub fn lock_memory() -> Result<()> {
+    rustix::mm::mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT)
+}
+
+/// Gives the pages of a buffer that is no longer needed back (MADV_DONTNEED); its bytes are zero
+/// then.
+pub fn release(buffer: &mut [u8]) {
+    // Whole pages of the largest size there is are whole pages of the kernel's.
+    let skipped = buffer.as_ptr().align_offset(PAGE);
+    let Some(pages) = buffer.get_mut(skipped..) else {
+        return;
+    };
+    let length = pages.len() / PAGE * PAGE;
+    let start = pages.as_mut_ptr().cast();
+    // SAFETY: whole pages inside a buffer that is borrowed exclusively; zeros are valid bytes. Locked
+    // pages are not given back (madvise(2)).
+    let _advice = unsafe {
+        rustix::mm::munlock(start, length)
+            .and_then(|()| rustix::mm::madvise(start, length, Advice::LinuxDontNeed))
+    };
+}
+
+/// Gives the stack back that deeper calls have used: boot goes deep, serving does not.
+pub fn release_stack() {
+    /// Deeper than anything goes.
+    const DEPTH: usize = 256 << 10;
+    let here = 0u8;
+    // A page is left to this call.
+    let end = (&raw const here as usize / PAGE - 1) * PAGE;
+    let start = end.saturating_sub(DEPTH) as *mut _;
+    // SAFETY: nothing is alive below the frame of the innermost call. What of the range is not mapped
+    // stays so.
+    let _advice = unsafe { rustix::mm::madvise(start, DEPTH, Advice::LinuxDontNeed) };
+}
+
+/// Memory from the kernel, given back when dropped. Untouched pages cost nothing.
+///
+/// By default there is none.
+pub struct Region {
+    start: NonNull<u8>,
+    length: usize,
+}
+
+impl Region {
+    /// Maps `length` zero bytes.
+    pub fn new(length: usize) -> Result<Self> {
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
+        let start =
+            unsafe { rustix::mm::mmap_anonymous(core::ptr::null_mut(), length, access, flags) }?;
+        let start = NonNull::new(start.cast()).ok_or(Errno::NOMEM)?;
+        Ok(Self { start, length })
+    }
+}
+
+impl Default for Region {
+    fn default() -> Self {
+        Self {
+            start: NonNull::dangling(),
+            length: 0,
+        }
+    }
+}
+
+impl core::ops::Deref for Region {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the mapping is ours, readable, initialised and `length` bytes long, or that is 0.
+        unsafe { core::slice::from_raw_parts(self.start.as_ptr(), self.length) }
+    }
+}
+
+impl core::ops::DerefMut for Region {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, writable, and borrowed exclusively through `self`.
+        unsafe { core::slice::from_raw_parts_mut(self.start.as_ptr(), self.length) }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        if self.length > 0 {
+            // SAFETY: `new` mapped exactly this range, and no borrow of it outlives `self`.
+            let _gone = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.length) };
+        }
+    }
+}

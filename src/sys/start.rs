@@ -1,0 +1,54 @@
+//! From the kernel's entry to the first safe code.
+
+use core::ffi::{CStr, c_char};
+use core::ptr::NonNull;
+
+/// Argument and environment strings as the kernel laid them on the stack.
+#[derive(Clone, Copy)]
+pub struct Words(NonNull<*const c_char>);
+
+impl Words {
+    /// The strings in their order.
+    pub fn iter(self) -> impl Iterator<Item = &'static CStr> {
+        let mut next = self.0;
+        core::iter::from_fn(move || {
+            // SAFETY: the vector ends with a null pointer, behind which `next` never moves; the
+            // strings are NUL-terminated and stay for as long as the process (execve(2)).
+            unsafe {
+                let word = *next.as_ptr();
+                if word.is_null() {
+                    return None;
+                }
+                next = next.add(1);
+                Some(CStr::from_ptr(word))
+            }
+        })
+    }
+}
+
+/// The arguments and the environment above the initial stack pointer.
+///
+/// # Safety
+/// `stack` must be the stack pointer at the process's entry, and nothing above it have changed.
+pub unsafe fn words(stack: NonNull<usize>) -> (Words, Words) {
+    // SAFETY: at entry the stack holds argc, argv and its null, envp and its null (execve(2)).
+    unsafe {
+        let argc = *stack.as_ptr();
+        let argv = stack.add(1);
+        (Words(argv.cast()), Words(argv.add(argc + 1).cast()))
+    }
+}
+
+/// Makes a `fn(Words, Words) -> !` the first safe code of the process.
+#[macro_export]
+macro_rules! entry {
+    ($start:path) => {
+        /// Where `_start` goes on.
+        #[unsafe(no_mangle)]
+        unsafe extern "C" fn start_with_stack(stack: ::core::ptr::NonNull<usize>) -> ! {
+            // SAFETY: `_start` calls this with the stack pointer as the kernel has set it.
+            let (arguments, environment) = unsafe { $crate::sys::start::words(stack) };
+            $start(arguments, environment)
+        }
+    };
+}

@@ -1,0 +1,41 @@
+//! Terminals (ioctl_tty(2)).
+
+use super::files;
+use linux_raw_sys::ioctl::TIOCOUTQ;
+use rustix::fd::OwnedFd;
+use rustix::fs::OFlags;
+use rustix::io::Result;
+use rustix::ioctl::{Getter, ioctl};
+use rustix::pty::OpenptFlags;
+use rustix::termios::Winsize;
+
+/// Opens a new terminal: its master, which does not block (pts(4)).
+pub fn open() -> Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK;
+    files::open(c"/dev/pts/ptmx", flags)
+}
+
+/// Opens the other end of a new terminal, for this process only.
+pub fn open_peer(master: &OwnedFd) -> Result<OwnedFd> {
+    rustix::pty::unlockpt(master)?;
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    rustix::pty::ioctl_tiocgptpeer(master, flags)
+}
+
+/// Tells it its size.
+pub fn resize(terminal: &OwnedFd, cols: u16, rows: u16) -> Result<()> {
+    let size = Winsize {
+        ws_row: rows,
+        ws_col: cols,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    rustix::termios::tcsetwinsize(terminal, size)
+}
+
+/// Bytes written to it that its driver has not sent yet.
+pub fn unsent(terminal: &OwnedFd) -> Result<usize> {
+    // SAFETY: TIOCOUTQ writes an int.
+    let count = unsafe { ioctl(terminal, Getter::<TIOCOUTQ, i32>::new()) }?;
+    Ok(usize::try_from(count).unwrap_or(0))
+}

@@ -1,0 +1,235 @@
+//! The workload's output over the API: the log, its offsets and its followers.
+
+use std::{
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use pigeon_lab::{
+    End, Vm,
+    disk::{Image, Tree},
+    vm::Builder,
+    vsock::API_PORT,
+};
+use serde_json::{Value, json};
+
+/// Generous: other VMs may run beside this one.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// Waits for a line on standard input of a command in the guest: `/go` is a FIFO.
+const WAIT: &str = "cat /go >/dev/null";
+
+fn vm(script: &str, more: Value) -> Result<(Builder, Image)> {
+    let root = Image::ext4(&Tree::busybox()?, 48)?;
+    let mut config = json!({"ExecOverride": ["/bin/sh", "-c", script]});
+    for (key, value) in more.as_object().context("an object")? {
+        config[key] = value.clone();
+    }
+    let builder = Vm::builder().config(&config).disk(&root).patience(PATIENCE);
+    Ok((builder, root))
+}
+
+/// A response of `/v1/logs`, read as it comes.
+struct Logs {
+    stream: UnixStream,
+    head: String,
+    /// Bytes of frames that are not taken apart yet.
+    frames: Vec<u8>,
+    /// Bytes of chunks that are not.
+    chunks: Vec<u8>,
+    ended: bool,
+}
+
+impl Logs {
+    fn open(vm: &mut Vm, query: &str) -> Result<Self> {
+        let mut stream = vm.connect(API_PORT)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        write!(stream, "GET /v1/logs{query} HTTP/1.1\r\nHost: vm\r\n\r\n")?;
+        let mut received = vec![];
+        let end = loop {
+            if let Some(end) = received.windows(4).position(|four| four == b"\r\n\r\n") {
+                break end + 4;
+            }
+            let mut piece = [0; 4096];
+            let count = stream.read(&mut piece)?;
+            ensure!(count > 0, "no head");
+            received.extend_from_slice(&piece[..count]);
+        };
+        let chunks = received.split_off(end);
+        Ok(Self {
+            stream,
+            head: String::from_utf8(received)?,
+            frames: vec![],
+            chunks,
+            ended: false,
+        })
+    }
+
+    fn offset(&self) -> Result<u64> {
+        let line = self
+            .head
+            .lines()
+            .find_map(|line| line.strip_prefix("Log-Offset: "));
+        Ok(line.context("no Log-Offset")?.parse()?)
+    }
+
+    /// One frame; `None` at the end.
+    fn frame(&mut self) -> Result<Option<(u8, Vec<u8>)>> {
+        loop {
+            if let Some((header, rest)) = self.frames.split_first_chunk::<8>() {
+                let [stream, 0, 0, 0, a, b, c, d] = *header else {
+                    anyhow::bail!("not a frame: {header:?}");
+                };
+                let length = u32::from_be_bytes([a, b, c, d]) as usize;
+                if rest.len() >= length {
+                    let bytes = rest[..length].to_vec();
+                    self.frames.drain(..8 + length);
+                    return Ok(Some((stream, bytes)));
+                }
+            }
+            if self.ended {
+                ensure!(self.frames.is_empty(), "half a frame at the end");
+                return Ok(None);
+            }
+            self.chunk()?;
+        }
+    }
+
+    /// Takes a chunk from the socket.
+    fn chunk(&mut self) -> Result<()> {
+        loop {
+            if let Some(end) = self.chunks.windows(2).position(|two| two == b"\r\n") {
+                let size = std::str::from_utf8(&self.chunks[..end])?;
+                let size = usize::from_str_radix(size, 16)?;
+                if self.chunks.len() >= end + 2 + size + 2 {
+                    self.frames.extend(&self.chunks[end + 2..end + 2 + size]);
+                    ensure!(&self.chunks[end + 2 + size..][..2] == b"\r\n", "no CRLF");
+                    self.chunks.drain(..end + 2 + size + 2);
+                    self.ended = size == 0;
+                    return Ok(());
+                }
+            }
+            let mut piece = [0; 65536];
+            let count = self.stream.read(&mut piece)?;
+            ensure!(count > 0, "closed before the last chunk");
+            self.chunks.extend_from_slice(&piece[..count]);
+        }
+    }
+
+    /// All that is left, a stream behind the other.
+    fn rest(&mut self) -> Result<[Vec<u8>; 2]> {
+        let mut all = [vec![], vec![]];
+        while let Some((stream, bytes)) = self.frame()? {
+            all[usize::from(stream) - 1].extend(bytes);
+        }
+        Ok(all)
+    }
+}
+
+#[test]
+fn output_is_kept_with_its_offsets_and_a_reader_that_comes_back_sees_what_it_lost() -> Result<()> {
+    let script = format!("mkfifo /go; echo first; {WAIT}; seq -w 40000; {WAIT}; echo last; exit 3");
+    let (builder, _root) = vm(&script, json!({}))?;
+    let mut vm = builder.boot()?;
+    vm.wait_for("first")?;
+    let mut logs = Logs::open(&mut vm, "")?;
+    assert!(
+        logs.head
+            .contains("application/vnd.docker.multiplexed-stream"),
+        "{}",
+        logs.head
+    );
+    assert_eq!(
+        (logs.offset()?, logs.rest()?),
+        (0, [b"first\n".to_vec(), vec![]])
+    );
+    let mut logs = Logs::open(&mut vm, "?offset=2")?;
+    assert_eq!(
+        (logs.offset()?, logs.rest()?),
+        (2, [b"rst\n".to_vec(), vec![]])
+    );
+    assert_eq!(Logs::open(&mut vm, "?offset=99")?.offset()?, 6);
+
+    // 240,006 bytes: of those the last 64 KiB are there.
+    vm.api()?
+        .post(
+            "/v1/exec",
+            &json!({"cmd": ["sh", "-c", "until [ -p /go ]; do sleep 0.1; done; echo >/go"]}),
+        )?
+        .success()?;
+    vm.wait_for("40000")?;
+    let mut logs = Logs::open(&mut vm, "?offset=6")?;
+    let offset = logs.offset()?;
+    let kept = 240_006 - offset;
+    assert!((65_000..90_000).contains(&kept), "{kept}");
+    let expected: String = (1..=40_000)
+        .map(|number| format!("{number:05}\n"))
+        .collect();
+    let [stdout, stderr] = logs.rest()?;
+    assert_eq!(stdout, &expected.as_bytes()[offset as usize - 6..]);
+    assert_eq!(stderr, b"");
+
+    // A follower is told the rest, and ends with the workload.
+    let mut logs = Logs::open(&mut vm, "?follow=1&offset=240006")?;
+    let go = thread::spawn({
+        let mut api = vm.api()?;
+        move || {
+            api.post(
+                "/v1/exec",
+                &json!({"cmd": ["sh", "-c", "sleep 0.3; echo >/go"]}),
+            )
+            .map(drop)
+        }
+    });
+    assert_eq!(
+        (logs.offset()?, logs.rest()?),
+        (240_006, [b"last\n".to_vec(), vec![]])
+    );
+    let _vm_gone = go.join();
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    Ok(())
+}
+
+#[test]
+fn a_follower_reads_everything_and_streams_can_be_kept_apart() -> Result<()> {
+    // With the console out of the way; the workload waits for its follower, who reads slowly.
+    let script = format!(
+        "mkfifo /go; {WAIT}; for i in 1 2 3 4; do seq 20000; seq 5 >&2; done; exec sleep 1000"
+    );
+    let (builder, _root) = vm(&script, json!({"SeparateStderr": true}))?;
+    let mut vm = builder
+        .arg("PIGEON_OUTPUT=log")
+        .arg("PIGEON_LOG_KIB=16")
+        .boot()?;
+    let mut logs = Logs::open(&mut vm, "?follow=1")?;
+    vm.api()?
+        .post(
+            "/v1/exec",
+            &json!({"cmd": ["sh", "-c", "until [ -p /go ]; do sleep 0.1; done; echo >/go"]}),
+        )?
+        .success()?;
+    let block: String = (1..=20_000).map(|number| format!("{number}\n")).collect();
+    let (mut stdout, mut stderr) = (vec![], vec![]);
+    while stdout.len() < 4 * block.len() || stderr.len() < 40 {
+        let (stream, bytes) = logs.frame()?.context("the log ended")?;
+        match stream {
+            1 => stdout.extend(bytes),
+            _ => stderr.extend(bytes),
+        }
+        if stdout.len() % 7 == 0 {
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+    assert!(stdout == block.repeat(4).as_bytes());
+    assert_eq!(stderr, b"1\n2\n3\n4\n5\n".repeat(4));
+    assert!(!vm.console().contains("19999"));
+
+    // Calls go on while a follower does not read; one that stays away is given up, and the oldest goes.
+    drop(logs);
+    let _silent = Logs::open(&mut vm, "?follow=1")?;
+    vm.api()?.get("/v1/status")?.success()?;
+    Ok(())
+}

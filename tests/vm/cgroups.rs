@@ -1,0 +1,184 @@
+//! Control groups: the layouts, who is born where, and what the workload's user may do.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use pigeon_lab::{
+    End, Vm,
+    disk::{Image, Tree},
+    guest,
+};
+use serde_json::json;
+
+fn root() -> Result<Image> {
+    Image::ext4(&Tree::busybox()?, 32)
+}
+
+/// The standard output of a command in the VM.
+fn exec(vm: &mut Vm, script: &str) -> Result<String> {
+    let answer = vm
+        .api()?
+        .post("/v1/exec", &json!({"cmd": ["sh", "-c", script]}))?;
+    let answer = answer.success()?.json()?;
+    ensure!(answer["exit_code"] == 0, "{script}: {answer}");
+    Ok(answer["stdout"].as_str().unwrap_or_default().into())
+}
+
+#[test]
+fn unified_is_v2_alone_with_all_controllers_for_the_groups() -> Result<()> {
+    let root = root()?;
+    let script = guest::report(&[
+        ("mounts", "grep cgroup /proc/mounts"),
+        ("own", "cat /proc/self/cgroup"),
+        ("all", "cat /sys/fs/cgroup/cgroup.controllers"),
+        ("enabled", "cat /sys/fs/cgroup/cgroup.subtree_control"),
+        ("mine", "cat /sys/fs/cgroup/workload/cgroup.controllers"),
+        ("one", "cat /proc/1/cgroup"),
+    ]);
+    let mut vm = Vm::builder()
+        .config(&guest::shell(&(script + "read -r line"), json!({})))
+        .arg("PIGEON_CGROUPS=unified")
+        .disk(&root)
+        .boot()?;
+    let mounts = vm.section("mounts")?;
+    assert_eq!(mounts.len(), 1, "{mounts:?}");
+    assert!(
+        mounts[0].starts_with("cgroup2 /sys/fs/cgroup cgroup2 ")
+            && mounts[0].contains("nosuid,nodev,noexec,relatime,nsdelegate"),
+        "{mounts:?}"
+    );
+    assert_eq!(vm.section("own")?, ["0::/workload"]);
+    assert_eq!(vm.section("one")?, ["0::/"]);
+    let all = vm.section("all")?;
+    for controller in ["cpu", "memory", "pids", "io", "cpuset"] {
+        assert!(
+            all[0].split(' ').any(|name| name == controller),
+            "no {controller}: {all:?}"
+        );
+    }
+    assert_eq!(vm.section("enabled")?, all);
+    assert_eq!(vm.section("mine")?, all);
+    assert_eq!(exec(&mut vm, "cat /proc/self/cgroup")?, "0::/commands\n");
+    assert!(!vm.console().contains("level=warn"), "{}", vm.console());
+    vm.type_text("\n")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+#[test]
+fn without_cgroups_nothing_is_mounted_and_all_runs() -> Result<()> {
+    let root = root()?;
+    let script = "grep -c cgroup /proc/mounts; ls -A /sys/fs/cgroup; read -r line; exit 4";
+    let mut vm = Vm::builder()
+        .config(&guest::shell(script, json!({"UserOverride": "app"})))
+        .arg("PIGEON_CGROUPS=none")
+        .disk(&root)
+        .boot()?;
+    assert_eq!(exec(&mut vm, "echo fine")?, "fine\n");
+    vm.type_text("\n")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let console = vm.console();
+    assert!(console.contains("\n0\n"), "{console}");
+    assert!(console.contains("exit_code=4"), "{console}");
+    assert!(!console.contains("level=warn"), "{console}");
+    root.check()
+}
+
+#[test]
+fn a_layout_that_is_none_is_a_warning_and_the_boot_is_hybrid() -> Result<()> {
+    let root = root()?;
+    let mut vm = Vm::builder()
+        .config(&guest::shell("cat /proc/self/cgroup", json!({})))
+        .arg("PIGEON_CGROUPS=v2")
+        .disk(&root)
+        .boot()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let console = vm.console();
+    assert!(
+        console.contains("kernel parameter PIGEON_CGROUPS=v2: must be hybrid, unified or none"),
+        "{console}"
+    );
+    assert!(console.contains("0::/workload"), "{console}");
+    root.check()
+}
+
+#[test]
+fn the_workloads_user_owns_his_group_and_root_the_commands() -> Result<()> {
+    for (layout, v2) in [
+        ("hybrid", "/sys/fs/cgroup/unified"),
+        ("unified", "/sys/fs/cgroup"),
+    ] {
+        let root = root()?;
+        // What a user's container engine does: groups of his own, processes moved, limits set.
+        let script = format!(
+            "cd {v2}/workload && mkdir inner outer && echo $$ >inner/cgroup.procs && cat /proc/self/cgroup | tail -n 1
+            if [ {layout} = unified ]; then
+                echo '+memory +pids' >cgroup.subtree_control && echo 50000000 >outer/memory.max &&
+                echo 20 >outer/pids.max && cat outer/pids.max
+            fi
+            echo $$ >{v2}/commands/cgroup.procs || echo kept out of commands
+            echo $$ >{v2}/cgroup.procs || echo kept out of the root
+            read -r line"
+        );
+        let mut vm = Vm::builder()
+            .config(&guest::shell(&script, json!({"UserOverride": "app"})))
+            .arg(&format!("PIGEON_CGROUPS={layout}"))
+            .disk(&root)
+            .boot()?;
+        vm.wait_for("kept out of the root")?;
+        let console = vm.console();
+        assert!(console.contains("kept out of commands"), "{console}");
+        assert!(console.contains("0::/workload/inner"), "{console}");
+        assert_eq!(console.contains("\n20\n"), layout == "unified", "{console}");
+        let owners = format!(
+            "cd {v2}; stat -c '%n %u:%g' workload workload/cgroup.procs workload/cgroup.threads \
+             workload/cgroup.subtree_control workload/cgroup.freeze commands commands/cgroup.procs"
+        );
+        assert_eq!(
+            exec(&mut vm, &owners)?,
+            "workload 1000:1000\nworkload/cgroup.procs 1000:1000\n\
+             workload/cgroup.threads 1000:1000\nworkload/cgroup.subtree_control 1000:1000\n\
+             workload/cgroup.freeze 0:0\ncommands 0:0\ncommands/cgroup.procs 0:0\n"
+        );
+        vm.type_text("\n")?;
+        assert_eq!(vm.wait_end()?, End::Reboot);
+        root.check()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_workload_that_freezes_its_own_group_does_not_keep_the_host_out() -> Result<()> {
+    let root = root()?;
+    let script = "echo frozen soon; echo 1 >/sys/fs/cgroup/unified/workload/cgroup.freeze; exit 7";
+    let mut vm = Vm::builder()
+        .config(&guest::shell(script, json!({})))
+        .disk(&root)
+        .patience(Duration::from_secs(120))
+        .boot()?;
+    vm.wait_for("frozen soon")?;
+    let group = "/sys/fs/cgroup/unified/workload";
+    let frozen = format!("until grep -q 'frozen 1' {group}/cgroup.events; do sleep 0.1; done");
+    exec(&mut vm, &frozen)?;
+    let gone = vm.api()?.get("/v1/status")?;
+    assert_eq!(gone.status, 200);
+    exec(&mut vm, &format!("echo 0 >{group}/cgroup.freeze"))?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    assert!(vm.console().contains("exit_code=7"), "{}", vm.console());
+    root.check()
+}
+
+#[test]
+fn commands_are_born_in_the_root_when_root_has_taken_their_group_away() -> Result<()> {
+    let root = root()?;
+    let script = "rmdir /sys/fs/cgroup/unified/commands && echo taken; read -r line";
+    let mut vm = Vm::builder()
+        .config(&guest::shell(script, json!({})))
+        .disk(&root)
+        .boot()?;
+    vm.wait_for("taken")?;
+    assert_eq!(exec(&mut vm, "tail -n 1 /proc/self/cgroup")?, "0::/\n");
+    vm.type_text("\n")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}

@@ -1,0 +1,480 @@
+//! Disks at the end: file systems that hide, disks that hang, and an end that is never longer than 45 s.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use pigeon_lab::{
+    End, Vm, assets,
+    disk::{Disk, Image, Tree},
+    guest,
+    mmds::{Mmds, Push},
+    process::run,
+    vm::Builder,
+};
+use serde_json::{Value, json};
+
+/// Generous: other VMs may run beside this one.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// What no end takes longer than.
+const END_LIMIT: Duration = Duration::from_secs(45);
+
+fn root() -> Result<Image> {
+    root_of(Tree::busybox()?)
+}
+
+fn root_of(tree: Tree) -> Result<Image> {
+    Image::ext4(&tree.dir("/data", 0o755)?.dir("/other", 0o755)?, 32)
+}
+
+fn volume() -> Result<Image> {
+    Image::ext4(&Tree::empty()?, 8)
+}
+
+/// A volume without a journal: ext2, which only its superblock says to be clean.
+fn without_journal() -> Result<Image> {
+    let image = volume()?;
+    run(Command::new(assets::tool("tune2fs")?)
+        .args(["-O", "^has_journal"])
+        .arg(image.path()))?;
+    Ok(image)
+}
+
+/// A shell's script, with /dev/vdb on /data and /dev/vdc on /other.
+fn with_volumes(script: &str) -> Value {
+    guest::shell(
+        script,
+        json!({"Mounts": [
+            {"DevicePath": "/dev/vdb", "MountPath": "/data"},
+            {"DevicePath": "/dev/vdc", "MountPath": "/other"},
+        ]}),
+    )
+}
+
+fn boot(config: &Value, disks: &[&Image]) -> Result<Vm> {
+    builder(config, disks).boot()
+}
+
+fn builder(config: &Value, disks: &[&Image]) -> Builder {
+    let mut builder = Vm::builder().config(config).patience(PATIENCE).on_qemu();
+    for disk in disks {
+        builder = builder.disk(*disk);
+    }
+    builder
+}
+
+/// A disk answers no request from now on: a byte a second.
+fn hang(vm: &mut Vm, disk: &str) -> Result<()> {
+    let limits = json!({"device": disk, "bps": 1, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
+    vm.qmp("block_set_io_throttle", limits).map(drop)
+}
+
+/// How long the VM takes to its reboot.
+fn time_of_end(vm: &mut Vm) -> Result<Duration> {
+    let start = Instant::now();
+    ensure!(vm.wait_end()? == End::Reboot, "{}", vm.console());
+    println!("the end took {:?}", start.elapsed());
+    Ok(start.elapsed())
+}
+
+/// The warnings of the console.
+fn warnings(vm: &Vm) -> Vec<String> {
+    let console = vm.console();
+    let warnings = console.lines().filter(|line| line.contains("level=warn"));
+    warnings.map(String::from).collect()
+}
+
+#[track_caller]
+fn assert_no_warnings(vm: &Vm) {
+    let none: Vec<String> = vec![];
+    assert_eq!(warnings(vm), none);
+}
+
+/// Each is clean, and has what was written to it.
+fn assert_kept(disks: &[(&str, &Image)]) -> Result<()> {
+    for (name, disk) in disks {
+        disk.check().with_context(|| name.to_string())?;
+        let kept = disk.read("/file").with_context(|| name.to_string())?;
+        assert_eq!(kept, "kept\n", "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_volume_that_another_mount_namespace_holds_is_clean() -> Result<()> {
+    let (root, data, other) = (root()?, volume()?, without_journal()?);
+    let script = "set -e
+        mkdir /run/ns; mount -t tmpfs x /run/ns; touch /run/ns/mnt; unshare --mount=/run/ns/mnt true
+        echo kept >/data/file; echo kept >/other/file";
+    let mut vm = boot(&with_volumes(script), &[&root, &data, &other])?;
+    vm.wait_for("exit_code=0")?;
+    time_of_end(&mut vm)?;
+    assert_no_warnings(&vm);
+    root.check()?;
+    assert_kept(&[("vdb", &data), ("vdc", &other)])
+}
+
+#[test]
+fn a_disk_is_clean_whose_swap_file_is_on_a_mount_that_was_detached() -> Result<()> {
+    let (root, data, other, plain) = (root()?, volume()?, volume()?, without_journal()?);
+    let script = "set -e
+        swap() { dd if=/dev/zero of=$1 bs=64k count=16 2>/dev/null; chmod 600 $1; mkswap $1 >/dev/null; swapon $1; }
+        mkdir /d; mount /dev/vdd /d
+        for dir in /data /d; do echo kept >$dir/file; swap $dir/s; done
+        umount -l /d; cat /proc/swaps; echo kept >/other/file; swap /var/s";
+    let mut vm = boot(&with_volumes(script), &[&root, &data, &other, &plain])?;
+    vm.wait_for("exit_code=0")?;
+    time_of_end(&mut vm)?;
+    assert_no_warnings(&vm);
+    root.check()?;
+    assert_kept(&[("vdb", &data), ("vdc", &other), ("vdd", &plain)])
+}
+
+#[test]
+fn disks_below_overlays_loop_devices_and_paths_without_end_are_clean() -> Result<()> {
+    let tree = Tree::busybox()?
+        .file("/overlay.ko", 0o600, assets::module("overlay")?)?
+        .file("/loop.ko", 0o600, assets::module("loop")?)?;
+    let root = root_of(tree)?;
+    let (data, other) = (volume()?, volume()?);
+    let (upper, outer, deep) = (volume()?, volume()?, without_journal()?);
+    // An overlay as containerd makes it, whose upper layer was detached; a loop device's file on a mount
+    // that was detached, and a file system of its own; a mount point deeper than PATH_MAX.
+    let script = "set -e
+        insmod /overlay.ko; insmod /loop.ko
+        mkdir /u; mount /dev/vdd /u; mkdir -p /u/upper /u/work /run/containerd/rootfs
+        echo kept >/u/file
+        mount -t overlay -o lowerdir=/bin,upperdir=/u/upper,workdir=/u/work overlay /run/containerd/rootfs
+        echo kept >/run/containerd/rootfs/layer; umount -l /u
+        mkdir /l /inner; mount /dev/vde /l; echo kept >/l/file
+        dd if=/dev/zero of=/l/img bs=64k count=16 2>/dev/null; mke2fs -F /l/img >/dev/null
+        losetup /dev/loop0 /l/img; mount /dev/loop0 /inner; echo kept >/inner/file; umount -l /l
+        long=$(printf %0200d 0); for i in $(seq 1 25); do mkdir $long; cd -P $long; done
+        mkdir m; mount /dev/vdf m; echo kept >m/file
+        echo kept >/data/file; echo kept >/other/file";
+    let disks = [&root, &data, &other, &upper, &outer, &deep];
+    let mut vm = boot(&with_volumes(script), &disks)?;
+    vm.wait_for("exit_code=0")?;
+    time_of_end(&mut vm)?;
+    assert_no_warnings(&vm);
+    root.check()?;
+    let kept = [
+        ("vdb", &data),
+        ("vdc", &other),
+        ("vdd", &upper),
+        ("vde", &outer),
+        ("vdf", &deep),
+    ];
+    assert_kept(&kept)?;
+    assert_eq!(upper.read("/upper/layer")?, "kept\n");
+    // The file system in the file.
+    let inner = tempfile::NamedTempFile::new()?.into_temp_path();
+    let dump = format!("dump /img {}", inner.display());
+    run(Command::new(assets::tool("debugfs")?)
+        .args(["-R", &dump])
+        .arg(outer.path()))?;
+    run(Command::new(assets::tool("e2fsck")?).arg("-fn").arg(&inner))?;
+    let file = run(Command::new(assets::tool("debugfs")?)
+        .args(["-R", "cat /file"])
+        .arg(&inner))?;
+    assert_eq!(file, "kept\n");
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_cannot_be_left_clean_is_named() -> Result<()> {
+    let tree = Tree::busybox()?.file("/loop.ko", 0o600, assets::module("loop")?)?;
+    let (root, data, other) = (root_of(tree)?, volume()?, without_journal()?);
+    // The loop devices' own file systems are in another namespace: their files stay open for writing.
+    // So the root is frozen, which leaves it clean, and one without a journal is not clean then.
+    let script = "set -e
+        insmod /loop.ko; mkdir /run/ns; mount -t tmpfs x /run/ns; touch /run/ns/mnt
+        i=0; for dir in /other /var; do
+            dd if=/dev/zero of=$dir/img bs=64k count=16 2>/dev/null
+            mke2fs -F $dir/img >/dev/null; losetup /dev/loop$i $dir/img; i=$((i + 1))
+        done
+        unshare --mount=/run/ns/mnt sh -c 'mount /dev/loop0 /mnt; mount /dev/loop1 /root; echo kept >/mnt/file'
+        echo kept >/data/file; echo kept >/other/file";
+    let mut vm = boot(&with_volumes(script), &[&root, &data, &other])?;
+    vm.wait_for("exit_code=0")?;
+    time_of_end(&mut vm)?;
+    let warnings = warnings(&vm);
+    let named =
+        |line: &String| line.contains("/other (/dev/vdc) is not clean: it was not unmounted");
+    assert!(matches!(&warnings[..], [one] if named(one)), "{warnings:?}");
+    root.check()?;
+    assert_kept(&[("vdb", &data)])
+}
+
+#[test]
+fn a_volume_that_hangs_while_it_is_mounted_ends_the_boot_and_is_named() -> Result<()> {
+    let (root, data, other) = (root()?, volume()?, volume()?);
+    let document = with_volumes("echo the workload runs");
+    let mmds = Mmds::serving(document).push(Push::After(Duration::from_secs(2)));
+    let builder = Vm::builder()
+        .mmds(mmds)
+        .disk(&root)
+        .disk(&data)
+        .disk(&other);
+    let mut vm = builder
+        .arg("PIGEON_MMDS_TIMEOUT_MS=60000")
+        .arg("PIGEON_EXIT_LINGER_MS=60000")
+        .patience(PATIENCE)
+        .on_qemu()
+        .boot()?;
+    while vm.mmds_requests().is_empty() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    hang(&mut vm, "disk1")?;
+    let mut api = vm.api()?;
+    assert_eq!(api.get("/v1/status")?.status, 200);
+    let exit = api.get("/v1/exit_code")?.json()?;
+    assert_eq!(exit["code"], 125, "{exit}");
+    assert_eq!(
+        exit["error"],
+        "mount /dev/vdb on /data: timed out after 30 s"
+    );
+    let took = time_of_end(&mut vm)?;
+    assert!(took < END_LIMIT, "{took:?}");
+    let console = vm.console();
+    assert_eq!(console.matches("level=error").count(), 1, "{console}");
+    assert!(!console.contains("the workload runs"), "{console}");
+    root.check()?;
+    other.check()
+}
+
+/// Writes to all disks, and keeps writing to those that do not hang.
+const WRITE: &str = "echo kept >/data/file; echo kept >/other/file; echo kept >/var/file; sync
+    echo ready; read -r line; for dir in /var /data /other; do echo more >$dir/more; done";
+
+#[test]
+fn a_volume_that_hangs_at_the_end_costs_no_other_disk_and_is_named() -> Result<()> {
+    let (root, data, other) = (root()?, volume()?, volume()?);
+    let script = format!("{WRITE}; exit 3");
+    let mut vm = boot(&with_volumes(&script), &[&root, &data, &other])?;
+    vm.wait_for("ready")?;
+    hang(&mut vm, "disk1")?;
+    vm.type_text("\n")?;
+    vm.wait_for("exit_code=3")?;
+    let took = time_of_end(&mut vm)?;
+    assert!(took < END_LIMIT, "{took:?}");
+    let warnings = warnings(&vm);
+    let named = |line: &String| line.contains("\"timed out unmounting /data (/dev/vdb)\"");
+    assert!(matches!(&warnings[..], [one] if named(one)), "{warnings:?}");
+    root.check()?;
+    assert_eq!(root.read("/var/more")?, "more\n");
+    assert_kept(&[("vdc", &other)])?;
+    assert_eq!(other.read("/more")?, "more\n");
+    Ok(())
+}
+
+#[test]
+fn a_root_that_hangs_at_the_end_costs_no_volume_and_is_named() -> Result<()> {
+    let (root, data, other) = (root()?, volume()?, volume()?);
+    let script = format!("{WRITE}; exit 3");
+    let mut vm = boot(&with_volumes(&script), &[&root, &data, &other])?;
+    vm.wait_for("ready")?;
+    hang(&mut vm, "disk0")?;
+    vm.type_text("\n")?;
+    vm.wait_for("exit_code=3")?;
+    let took = time_of_end(&mut vm)?;
+    assert!(took < END_LIMIT, "{took:?}");
+    let warnings = warnings(&vm);
+    let named = |line: &String| line.contains("\"timed out unmounting / (/dev/vda)\"");
+    assert!(matches!(&warnings[..], [one] if named(one)), "{warnings:?}");
+    assert_kept(&[("vdb", &data), ("vdc", &other)])
+}
+
+/// The same program with its symbols, and where its panic handler is.
+fn with_symbols() -> Result<(PathBuf, u64)> {
+    let build = assets::repository().join("build.sh");
+    let program = run(Command::new(build).arg("symbols"))?;
+    let program = assets::repository().join(program.trim());
+    let symbols = run(Command::new(assets::tool("nm")?).arg(&program))?;
+    let handler = symbols
+        .lines()
+        .find(|line| line.ends_with("rust_begin_unwind"))
+        .and_then(|line| line.split(' ').next())
+        .context("no panic handler")?;
+    Ok((program, u64::from_str_radix(handler, 16)?))
+}
+
+/// A root with the program of `attack.c`.
+fn attacker() -> Result<Image> {
+    let dir = tempfile::tempdir()?;
+    let program = dir.path().join("attack");
+    let source = assets::repository().join("tests/vm/attack.c");
+    run(assets::c_compiler()?
+        .args(["-O1", "-Wall", "-Wextra", "-Werror", "-static", "-s", "-o"])
+        .args([&program, &source]))?;
+    root_of(Tree::busybox()?.file("/bin/attack", 0o755, fs::read(program)?)?)
+}
+
+/// A VM whose PID 1 is led to its panic handler when a line is typed.
+fn boot_to_panic(program: &Path, handler: u64, disks: &[&Image]) -> Result<Vm> {
+    let script = format!("{WRITE}; (trap '' TERM; exec sleep 1000) & attack panic {handler:x}");
+    let vm = builder(&with_volumes(&script), disks)
+        .init(program)?
+        .boot()?;
+    vm.wait_for("ready")?;
+    Ok(vm)
+}
+
+#[test]
+fn a_panic_takes_the_same_orderly_end_and_the_same_limit() -> Result<()> {
+    let (program, handler) = with_symbols()?;
+    let (root, data, other) = (attacker()?, volume()?, volume()?);
+    let mut vm = boot_to_panic(&program, handler, &[&root, &data, &other])?;
+    vm.type_text("\n")?;
+    vm.wait_for("level=error msg=\"panic\"")?;
+    let took = time_of_end(&mut vm)?;
+    assert!(took < Duration::from_secs(15), "{took:?}");
+    assert_no_warnings(&vm);
+    root.check()?;
+    assert_eq!(root.read("/var/more")?, "more\n");
+    assert_kept(&[("vdb", &data), ("vdc", &other)])?;
+
+    let (root, data, other) = (attacker()?, volume()?, volume()?);
+    let mut vm = boot_to_panic(&program, handler, &[&root, &data, &other])?;
+    hang(&mut vm, "disk1")?;
+    vm.type_text("\n")?;
+    vm.wait_for("level=error msg=\"panic\"")?;
+    let took = time_of_end(&mut vm)?;
+    assert!(took < END_LIMIT, "{took:?}");
+    let warnings = warnings(&vm);
+    let named = |line: &String| line.contains("\"timed out unmounting /data (/dev/vdb)\"");
+    assert!(warnings.iter().any(named), "{warnings:?}");
+    root.check()?;
+    assert_kept(&[("vdc", &other)])
+}
+
+/// PID 1 in a cgroup that has room for nobody else.
+const TRAP: &str =
+    "mkdir -p $pids/trap; echo 1 >$pids/trap/cgroup.procs; echo 1 >$pids/trap/pids.max";
+
+#[test]
+fn without_room_for_a_child_a_disk_that_hangs_costs_no_other() -> Result<()> {
+    let (root, data, other) = (root()?, volume()?, volume()?);
+    let script = format!("{WRITE}; pids=/sys/fs/cgroup/pids; {TRAP}; exit 3");
+    let mut vm = boot(&with_volumes(&script), &[&root, &data, &other])?;
+    vm.wait_for("ready")?;
+    hang(&mut vm, "disk1")?;
+    vm.type_text("\n")?;
+    vm.wait_for("exit_code=3")?;
+    let took = time_of_end(&mut vm)?;
+    assert!(took < END_LIMIT, "{took:?}");
+    let warnings = warnings(&vm);
+    let named = |line: &String| line.contains("\"timed out unmounting /data (/dev/vdb)\"");
+    assert!(matches!(&warnings[..], [one] if named(one)), "{warnings:?}");
+    root.check()?;
+    assert_kept(&[("vdc", &other)])
+}
+
+#[test]
+fn a_pid_1_that_can_never_fork_has_the_kernel_make_all_read_only() -> Result<()> {
+    let (root, data, other) = (attacker()?, volume()?, volume()?);
+    let script = format!("{WRITE}; attack sterilize; exit 3");
+    let mut vm = boot(&with_volumes(&script), &[&root, &data, &other])?;
+    vm.wait_for("ready")?;
+    vm.type_text("\n")?;
+    vm.wait_for("exit_code=3")?;
+    let took = time_of_end(&mut vm)?;
+    assert!(took < Duration::from_secs(15), "{took:?}");
+    let warnings = warnings(&vm);
+    let why = |line: &String| line.contains("\"fork: EAGAIN\"");
+    assert!(matches!(&warnings[..], [one] if why(one)), "{warnings:?}");
+    root.check()?;
+    assert_eq!(root.read("/var/more")?, "more\n");
+    assert_kept(&[("vdb", &data), ("vdc", &other)])?;
+
+    let (root, data, other) = (attacker()?, volume()?, volume()?);
+    let mut vm = boot(&with_volumes(&script), &[&root, &data, &other])?;
+    vm.wait_for("ready")?;
+    hang(&mut vm, "disk1")?;
+    vm.type_text("\n")?;
+    vm.wait_for("exit_code=3")?;
+    let took = time_of_end(&mut vm)?;
+    assert!(took < END_LIMIT, "{took:?}");
+    let warnings = self::warnings(&vm);
+    let named = |line: &String| line.contains("timed out") && line.contains("/data (/dev/vdb)");
+    assert!(warnings.iter().any(named), "{warnings:?}");
+    Ok(())
+}
+
+#[test]
+fn what_a_v1_cgroup_has_frozen_is_killed_in_time_and_its_disk_is_clean() -> Result<()> {
+    let (root, data, other) = (root()?, volume()?, without_journal()?);
+    let script = "set -e
+        f=/sys/fs/cgroup/freezer/a/b; mkdir -p $f
+        (echo 0 >$f/cgroup.procs; exec setsid sh -c 'exec 9>/other/open; echo kept >/other/file; echo >/run/up; while :; do sleep 0.1; done') &
+        while [ ! -e /run/up ]; do sleep 0.05; done
+        echo FROZEN >$f/freezer.state; echo FROZEN >/sys/fs/cgroup/freezer/a/freezer.state
+        while [ $(cat $f/freezer.state) != FROZEN ]; do sleep 0.05; done
+        u=/sys/fs/cgroup/unified/c; mkdir $u
+        (echo 0 >$u/cgroup.procs; exec setsid sleep 1000) &
+        while ! grep -q . $u/cgroup.procs; do sleep 0.05; done; echo 1 >$u/cgroup.freeze
+        echo kept >/data/file; exit 3";
+    let mut vm = boot(&with_volumes(script), &[&root, &data, &other])?;
+    vm.wait_for("exit_code=3")?;
+    time_of_end(&mut vm)?;
+    assert_no_warnings(&vm);
+    root.check()?;
+    assert_kept(&[("vdb", &data), ("vdc", &other)])
+}
+
+#[test]
+fn mounts_shared_with_a_copy_of_the_whole_tree_are_no_trouble() -> Result<()> {
+    let (root, data, other) = (root()?, volume()?, without_journal()?);
+    let script = "set -e
+        mount --make-rshared /; mkdir /host; mount --rbind / /host
+        echo kept >/data/file; echo kept >/host/other/file; exit 3";
+    let mut vm = boot(&with_volumes(script), &[&root, &data, &other])?;
+    vm.wait_for("exit_code=3")?;
+    time_of_end(&mut vm)?;
+    assert_no_warnings(&vm);
+    root.check()?;
+    assert_kept(&[("vdb", &data), ("vdc", &other)])
+}
+
+/// An image whose journal waits to be recovered.
+fn dirty(image: Image) -> Result<Image> {
+    run(Command::new(assets::tool("debugfs")?)
+        .args(["-w", "-R", "feature +needs_recovery"])
+        .arg(image.path()))?;
+    Ok(image)
+}
+
+#[test]
+fn a_read_only_disk_with_a_dirty_journal_is_refused_for_that() -> Result<()> {
+    const WHY: &str = "its journal must be replayed, and the device is write-protected";
+    let root = dirty(root()?)?;
+    let builder = Vm::builder().config(&guest::shell("echo the workload runs", json!({})));
+    let mut vm = builder.disk(Disk::from(&root).read_only()).boot()?;
+    vm.wait_for(&format!(
+        "level=error msg=\"mount /dev/vda on /newroot: {WHY}\""
+    ))?;
+    time_of_end(&mut vm)?;
+
+    let (root, data) = (self::root()?, dirty(volume()?)?);
+    let config = guest::shell(
+        "echo the workload runs",
+        json!({"Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/data"}]}),
+    );
+    let builder = Vm::builder().config(&config).disk(&root);
+    let builder = builder.arg("PIGEON_EXIT_LINGER_MS=60000");
+    let mut vm = builder.disk(Disk::from(&data).read_only()).boot()?;
+    let exit = vm.api()?.get("/v1/exit_code")?.json()?;
+    assert_eq!(
+        exit["error"],
+        format!("mount /dev/vdb on /data: {WHY}"),
+        "{exit}"
+    );
+    time_of_end(&mut vm)?;
+    assert!(!vm.console().contains("the workload runs"));
+    root.check()
+}
