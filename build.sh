@@ -25,9 +25,13 @@ usage: ./build.sh COMMAND [--arch x86_64|aarch64] [--minimal] [--kernel 6.1|6.12
 
   build                       build/init, the static binary
   initrd [run.json]           build/initrd.cpio: the init, and the configuration if one is given
-  rootfs SOURCE OUT [SIZE]    an ext4 image of a container image: docker save or OCI archive, OCI
-                              folder, tar file, directory, image name; SIZE as 64M, 1G
-  pigeon ARGUMENT...          the host command: run, exec, signal, wait, status; see pigeon --help
+  rootfs SOURCE OUT [SIZE]    an image of a container image: docker save or OCI archive, OCI folder,
+                              tar file, directory, image name; SIZE as 64M, 1.5G;
+                              --format ext4|squashfs|erofs
+  pigeon ARGUMENT...          the host command: run, exec, logs, ps, stop, cp, …; see pigeon --help
+  dist                        dist/: archives of init, initrd and pigeon for both architectures, with
+                              checksums and bills of materials
+  package                     the same for one architecture
   setup                       install and fetch what VMs need
   vendor                      the crates' sources to vendor/, which build then uses, offline
   clean                       remove all that was built; --cache: and the kernel and tools fetched
@@ -144,11 +148,10 @@ initrd() {
         "$(zstd -19 -q <"$out/initrd.cpio" | wc -c) with zstd -19"
 }
 
-# As the files themselves say, whoever runs this: mkfs.ext4 works under fakeroot.
 rootfs() {
-    (($# >= 2)) || wrong "it is: rootfs SOURCE OUT [SIZE]"
+    (($# >= 2)) || wrong "it is: rootfs SOURCE OUT [SIZE] [--format ext4|squashfs|erofs] [--force]"
     need_rust
-    need mkfs.ext4=e2fsprogs fakeroot=fakeroot
+    [[ " $* " != *squashfs* ]] || need sqfstar=squashfs-tools
     program pigeon rootfs "$@"
 }
 
@@ -165,7 +168,7 @@ program() {
 pigeon() {
     need_rust
     if [[ ${1-} == run ]]; then
-        [[ -e $out/initrd.cpio ]] || initrd ''
+        [[ -e $out/initrd.cpio && ! $out/initrd.cpio -ot $out/init ]] || initrd ''
         setup
     fi
     program pigeon "$@"
@@ -178,7 +181,9 @@ setup() {
     [[ $arch == "$(uname -m)" ]] || foreign=("$arch-linux-gnu-gcc=gcc-${arch/_/-}-linux-gnu"
         "$arch-linux-gnu-gcc=libc6-dev-$debian-cross" "qemu-$arch=qemu-user")
     need "qemu-system-$arch=$qemu" "${foreign[@]}" fakeroot=fakeroot mkfs.ext4=e2fsprogs \
-        debugfs=e2fsprogs mksquashfs=squashfs-tools mkfs.erofs=erofs-utils ip=iproute2 lz4=lz4 xz=xz-utils zstd=zstd cpio=cpio socat=socat curl=curl python3=python3
+        debugfs=e2fsprogs mksquashfs=squashfs-tools mkfs.erofs=erofs-utils umoci=umoci \
+        bsdtar=libarchive-tools ip=iproute2 lz4=lz4 xz=xz-utils bzip2=bzip2 zstd=zstd cpio=cpio \
+        socat=socat curl=curl python3=python3
     # Python's virtual environments are a package of their own in Debian.
     python3 -c 'import ensurepip' 2>/dev/null || need ensurepip=python3-venv
     say "building the lab"
@@ -190,6 +195,62 @@ run() {
     initrd ''
     setup
     program pigeon-lab run "$@"
+}
+
+# Archives for both architectures. The same sources and tools make the same bytes.
+dist() {
+    rm -rf dist
+    local arch
+    for arch in x86_64 aarch64; do
+        bash build.sh package --arch "$arch"
+    done
+    (cd dist && sha256sum -- *.tar.gz >SHA256SUMS)
+    say "dist/ holds $(cd dist && echo *)"
+}
+
+# dist/pigeon-init-VERSION-ARCH.tar.gz: all that a host needs but for a hypervisor and a kernel.
+package() {
+    need_rust
+    need zstd=zstd
+    initrd ''
+    local version name stage epoch musl=$PIGEON_ARCH-unknown-linux-musl
+    version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+    name=pigeon-init-$version-$PIGEON_ARCH
+    epoch=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 0)}
+    stage=$(mktemp -d)
+    # shellcheck disable=SC2064 # the name of now
+    trap "rm -rf '$stage'" EXIT
+    mkdir "$stage/$name"
+    rustup target add "$musl"
+    # Static, so that it runs on every distribution; and nothing of where it was built is in it.
+    PIGEON_DIST=1 RUSTFLAGS="-C linker=rust-lld --remap-path-prefix=$PWD=/pigeon-init \
+        --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=/cargo" \
+        cargo build --release "${host[@]}" --bin pigeon --target "$musl"
+    install -m 755 "$std_target/$musl/release/pigeon" "$out/init" "$stage/$name"
+    install -m 644 "$out/initrd.cpio" LICENSE README.md "$stage/$name"
+    program pigeon man >"$stage/$name/pigeon.1"
+    local shell
+    for shell in bash zsh fish; do
+        program pigeon completions "$shell" >"$stage/$name/pigeon.$shell"
+    done
+    materials Cargo.toml "$target" "${features[@]}" >"$stage/$name/init.cdx.json"
+    materials src/host/Cargo.toml "$musl" >"$stage/$name/pigeon.cdx.json"
+    (
+        cd "$stage/$name"
+        gzip -9nk initrd.cpio
+        zstd -19 -q -k initrd.cpio
+        sha256sum -- * >SHA256SUMS
+    )
+    mkdir -p dist
+    tar --create --directory="$stage" --format=ustar --sort=name --mtime="@$epoch" \
+        --owner=0 --group=0 --numeric-owner --mode=u+rw,go+r-w "$name" | gzip -9n >"dist/$name.tar.gz"
+    say "dist/$name.tar.gz: $(stat -c %s "dist/$name.tar.gz") bytes"
+}
+
+# materials MANIFEST TARGET OPTION...: what a program is made of (CycloneDX).
+materials() {
+    cargo metadata --format-version 1 --locked --manifest-path "$1" --filter-platform "$2" "${@:3}" |
+        cargo run --quiet "${host[@]}" --example materials -- "$(dirname "$1")/Cargo.lock"
 }
 
 run_tests() {
@@ -259,7 +320,7 @@ vendor() {
 }
 
 clean() {
-    rm -rf build target vendor
+    rm -rf build dist target vendor
     [[ ${1-} != --cache ]] || rm -rf "$(cache)"
 }
 
@@ -288,9 +349,9 @@ while (($#)); do
 done
 choose "$arch" "$minimal" "$kernel"
 case $command in
-    build | setup | symbols | vendor) (($# == 0)) || wrong "$command takes no ${1@Q}" ;;&
+    build | dist | package | setup | symbols | vendor) (($# == 0)) || wrong "$command takes no ${1@Q}" ;;&
     initrd) (($# <= 1)) || wrong "initrd takes no ${2@Q}" ;;&
-    build | rootfs | pigeon | setup | run | bench | soak | symbols | vendor | clean) "$command" "$@" ;;
+    build | rootfs | pigeon | dist | package | setup | run | bench | soak | symbols | vendor | clean) "$command" "$@" ;;
     initrd) initrd "${1-}" ;;
     test) run_tests "$@" ;;
     help | -h | --help) help ;;

@@ -11,9 +11,10 @@ use crate::{assets, tsc};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Arch {
     /// Intel's and AMD's
-    #[value(name = "x86_64")]
+    #[value(name = "x86_64", alias = "amd64")]
     X86_64,
     /// Arm's, such as Graviton
+    #[value(alias = "arm64")]
     Aarch64,
 }
 
@@ -31,18 +32,18 @@ impl Arch {
         Arch::X86_64
     };
 
-    /// The one that `PIGEON_ARCH` names, as `./build.sh … --arch` sets it; this machine's without.
+    /// The architecture that `PIGEON_ARCH` names, as `./build.sh … --arch` sets it; the host's if unset.
     pub fn chosen() -> Result<Arch> {
         match env::var("PIGEON_ARCH") {
             Err(_) => Ok(Arch::HOST),
             Ok(name) => match Arch::from_str(&name, false) {
                 Ok(arch) => Ok(arch),
-                Err(_) => bail!("PIGEON_ARCH={name}: it is x86_64 or aarch64"),
+                Err(_) => bail!("PIGEON_ARCH={name}: must be x86_64 or aarch64"),
             },
         }
     }
 
-    /// As the kernel, QEMU and Rust call it.
+    /// The name that the kernel, QEMU and Rust use.
     pub fn name(self) -> &'static str {
         match self {
             Arch::X86_64 => "x86_64",
@@ -50,12 +51,17 @@ impl Arch {
         }
     }
 
-    /// As Debian calls it, and Go, and so container images do.
+    /// The name that Debian, Go and container images use.
     pub fn debian_name(self) -> &'static str {
         match self {
             Arch::X86_64 => "amd64",
             Arch::Aarch64 => "arm64",
         }
+    }
+
+    /// The platform in an image's configuration: `linux/arm64`.
+    pub fn platform(self) -> String {
+        format!("linux/{}", self.debian_name())
     }
 
     /// Whether its machines have a keyboard controller (i8042), and with it Ctrl-Alt-Del.
@@ -86,7 +92,7 @@ impl Arch {
             // The stock kernel finds virtio-mmio devices by ACPI alone. (QEMU
             // docs/system/i386/microvm.rst.)
             Arch::X86_64 => ["microvm,acpi=on,rtc=on", "qemu64"],
-            // Here a device tree tells. A guest spends most of its time on pointer authentication
+            // Here the device tree lists the devices. A guest spends most of its time on pointer authentication
             // if that is emulated with the architecture's own cipher. (docs/system/arm/virt.rst,
             // cpu-features.rst.)
             Arch::Aarch64 => ["virt,gic-version=3", "max,pauth-impdef=on"],
@@ -108,8 +114,8 @@ impl Arch {
         }
     }
 
-    /// Kernel command line on QEMU. In deterministic time an instruction is a nanosecond.
-    pub(crate) fn words_on_qemu(self, deterministic: bool) -> Result<String> {
+    /// Kernel parameters on QEMU. In deterministic time an instruction is a nanosecond.
+    pub(crate) fn parameters_on_qemu(self, deterministic: bool) -> Result<String> {
         /// That, as the frequency of the time stamp counter.
         const DETERMINISTIC_KHZ: u64 = 1_000_000;
         let fixed = if deterministic {
@@ -134,8 +140,8 @@ impl Arch {
         })
     }
 
-    /// Kernel command line on Firecracker.
-    pub(crate) fn words_on_firecracker(self) -> &'static str {
+    /// Kernel parameters on Firecracker.
+    pub(crate) fn parameters_on_firecracker(self) -> &'static str {
         match self {
             Arch::X86_64 => "i8042.noaux i8042.nomux i8042.nopnp pci=off",
             Arch::Aarch64 => "keep_bootcon",

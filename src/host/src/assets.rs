@@ -30,12 +30,23 @@ const MODULES: [&str; 7] = [
     "ext4",
 ];
 
-/// The repository this crate is part of.
+/// The repository this crate is part of: where it was built, but of a binary that is distributed
+/// (`./build.sh dist`), which knows nothing of that.
 pub fn repository() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
+    const CRATE: &str = match option_env!("PIGEON_DIST") {
+        Some(_) => "/nonexistent/src/host",
+        None => env!("CARGO_MANIFEST_DIR"),
+    };
+    Path::new(CRATE)
         .ancestors()
         .nth(2)
         .expect("the crate lies in the repository")
+}
+
+/// The archive that a binary which is distributed has beside it, for this machine's architecture.
+pub fn initrd_beside() -> Option<PathBuf> {
+    let program = env::current_exe().ok()?.canonicalize().ok()?;
+    Some(program.parent()?.join("initrd.cpio")).filter(|path| path.is_file())
 }
 
 /// Whether it is the init without optional features, as `./build.sh … --minimal` says by

@@ -1,6 +1,7 @@
 //! The API of a VM's pigeon-init, for host drivers.
 
 use std::{
+    io::Read,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     thread,
@@ -11,13 +12,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
-    Error, http,
-    session::Session,
+    Error,
+    files::escape,
+    http,
+    logs::Logs,
+    session::{Session, SessionInfo},
     vsock::{self, API_PORT},
 };
 
-/// How long an answer may take that does not wait for anything.
-const PATIENCE: Duration = Duration::from_secs(30);
 /// How long one try to reach the guest may take: a handshake that begins while the guest's driver
 /// starts can get lost.
 const HANDSHAKE: Duration = Duration::from_secs(3);
@@ -25,6 +27,8 @@ const HANDSHAKE: Duration = Duration::from_secs(3);
 const SHORT_HANDSHAKE: Duration = Duration::from_millis(500);
 /// The init's own time limit of a one-shot command.
 const EXEC_LIMIT: Duration = Duration::from_secs(30);
+/// Bytes of an error body that are read.
+const MAX_ERROR: u64 = 64 << 10;
 /// How often a VM that boots is asked.
 const RETRY: Duration = Duration::from_millis(10);
 
@@ -77,6 +81,9 @@ pub struct Output {
     /// There was more of it than an answer holds.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub stderr_truncated: bool,
+    /// It was killed by the time limit.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub timed_out: bool,
 }
 
 /// A command to be run beside the workload.
@@ -87,6 +94,8 @@ pub struct Command {
     pub(crate) cwd: Option<String>,
     pub(crate) user: Option<String>,
     pub(crate) timeout: Option<Duration>,
+    pub(crate) streams: bool,
+    pub(crate) id: Option<String>,
 }
 
 impl Command {
@@ -104,7 +113,7 @@ impl Command {
         self
     }
 
-    /// The working directory, in place of `/`.
+    /// The working directory, in place of the workload's.
     pub fn dir(mut self, dir: &str) -> Command {
         self.cwd = Some(dir.into());
         self
@@ -119,6 +128,19 @@ impl Command {
     /// The time limit of a one-shot command, in place of 30 s. Its end is the group's, by SIGKILL.
     pub fn timeout(mut self, timeout: Duration) -> Command {
         self.timeout = Some(timeout);
+        self
+    }
+
+    /// In a session: keeps standard error separate from standard output.
+    pub fn separate_stderr(mut self) -> Command {
+        self.streams = true;
+        self
+    }
+
+    /// Names the session, so that it outlives its connection and can be
+    /// [attached](Client::attach) to.
+    pub fn id(mut self, id: &str) -> Command {
+        self.id = Some(id.into());
         self
     }
 
@@ -139,6 +161,14 @@ impl Command {
 }
 
 impl Client {
+    /// Timeout of calls that do not wait for anything.
+    pub(crate) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
+
+    /// A client for the VM behind `uds`, which need not be up yet.
+    pub fn new(uds: impl Into<PathBuf>) -> Client {
+        Client { uds: uds.into() }
+    }
+
     /// The VM behind `uds`, once: an error when its init is not there.
     pub fn connect(uds: impl AsRef<Path>) -> Result<Client, Error> {
         let client = Client {
@@ -150,11 +180,9 @@ impl Client {
 
     /// The VM behind `uds`, as soon as its init is there: its root is mounted then, and its
     /// configuration good.
-    pub fn connect_within(uds: impl AsRef<Path>, patience: Duration) -> Result<Client, Error> {
-        let deadline = Instant::now() + patience;
-        let client = Client {
-            uds: uds.as_ref().into(),
-        };
+    pub fn connect_within(uds: impl AsRef<Path>, timeout: Duration) -> Result<Client, Error> {
+        let deadline = Instant::now() + timeout;
+        let client = Client::new(uds.as_ref());
         loop {
             let connected = vsock::connect(&client.uds, API_PORT, SHORT_HANDSHAKE);
             match connected.and_then(|_| client.status()) {
@@ -180,7 +208,9 @@ impl Client {
 
     /// `GET /v1/status`: whether the init is well.
     pub fn status(&self) -> Result<(), Error> {
-        self.call(Some(PATIENCE), |http| http.get("/v1/status"))?;
+        self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
+            http.get("/v1/status")
+        })?;
         Ok(())
     }
 
@@ -192,7 +222,9 @@ impl Client {
     /// `POST /v1/signals`: a signal to the workload's process group.
     pub fn signal(&self, signal: u8) -> Result<(), Error> {
         let body = json!({"signal": signal});
-        self.call(Some(PATIENCE), |http| http.post("/v1/signals", &body))?;
+        self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
+            http.post("/v1/signals", &body)
+        })?;
         Ok(())
     }
 
@@ -202,8 +234,8 @@ impl Client {
         if let Some(timeout) = command.timeout {
             body["timeout_ms"] = json!(timeout.as_millis());
         }
-        let patience = command.timeout.unwrap_or(EXEC_LIMIT) + PATIENCE;
-        match self.call(Some(patience), |http| http.post("/v1/exec", &body)) {
+        let timeout = command.timeout.unwrap_or(EXEC_LIMIT) + Client::RESPONSE_TIMEOUT;
+        match self.call(Some(timeout), |http| http.post("/v1/exec", &body)) {
             Err(Error::Refused {
                 status: 500,
                 message,
@@ -212,9 +244,27 @@ impl Client {
         }
     }
 
-    /// `GET /v1/ws/exec`: runs a command whose input and output are streams.
+    /// `GET /v1/ws/exec`: runs a command whose input and output are streams. An init built without
+    /// the feature `sessions` merges standard error into standard output.
     pub fn session(&self, command: &Command) -> Result<Session, Error> {
+        if command.streams && command.id.is_none() && !self.has_sessions()? {
+            let merged = Command {
+                streams: false,
+                ..command.clone()
+            };
+            return Session::start(self, &merged, None);
+        }
         Session::start(self, command, None)
+    }
+
+    /// Whether the init has the feature `sessions`.
+    fn has_sessions(&self) -> Result<bool, Error> {
+        match self.sessions() {
+            Err(Error::Refused {
+                status: 404 | 405, ..
+            }) => Ok(false),
+            sessions => sessions.map(|_| true),
+        }
     }
 
     /// [`session`](Client::session) on a terminal of so many columns and rows.
@@ -222,14 +272,142 @@ impl Client {
         Session::start(self, command, Some(size))
     }
 
+    /// Attaches to a named session; output that was missed comes first. `terminal` is the size of
+    /// the caller's terminal, for a session on a terminal.
+    pub fn attach(&self, id: &str, terminal: Option<(u16, u16)>) -> Result<Session, Error> {
+        Session::attach(self, id, terminal)
+    }
+
+    /// `GET /v1/sessions`: the named sessions.
+    pub fn sessions(&self) -> Result<Vec<SessionInfo>, Error> {
+        let answer = self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
+            http.get("/v1/sessions")
+        })?;
+        parse(answer)
+    }
+
+    /// `DELETE /v1/sessions/ID`: ends a named session.
+    pub fn end_session(&self, id: &str) -> Result<(), Error> {
+        let target = format!("/v1/sessions/{}", escape(id));
+        self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
+            http.request("DELETE", &target, &[], b"")
+        })?;
+        Ok(())
+    }
+
+    /// `POST /v1/stop`: sends the stop signal to the workload, and SIGKILL after the timeout.
+    /// `None` is the image's or the init's default.
+    pub fn stop(&self, signal: Option<u8>, timeout: Option<Duration>) -> Result<(), Error> {
+        let mut body = json!({});
+        if let Some(signal) = signal {
+            body["signal"] = json!(signal);
+        }
+        if let Some(timeout) = timeout {
+            body["timeout_ms"] = json!(timeout.as_millis());
+        }
+        self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
+            http.post("/v1/stop", &body)
+        })?;
+        Ok(())
+    }
+
+    /// `GET /v1/logs`: the workload's output that is still in the ring, from byte `offset` on; with
+    /// `follow` also further output until the workload exits.
+    pub fn logs(&self, follow: bool, offset: Option<u64>) -> Result<Logs, Error> {
+        let mut target = String::from("/v1/logs");
+        let offset = offset.map(|offset| format!("offset={offset}"));
+        let follow = follow.then(|| "follow=1".to_string());
+        for (query, mark) in follow.into_iter().chain(offset).zip(["?", "&"]) {
+            target += mark;
+            target += &query;
+        }
+        let (head, http) = self.start_get(&target)?;
+        let offset = head
+            .header("log-offset")
+            .and_then(|offset| offset.parse().ok());
+        let body = http.into_body(&head).map_err(Error::broken)?;
+        Ok(Logs::new(body, offset.unwrap_or(0)))
+    }
+
+    /// `GET /v1/sysinfo`: memory, load, file descriptors, processors, disks and network.
+    pub fn sysinfo(&self) -> Result<Value, Error> {
+        parse(self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
+            http.get("/v1/sysinfo")
+        })?)
+    }
+
+    /// `POST /v1/mounts`: mounts a volume; `mount` is an object as in the configuration's `Mounts`.
+    pub fn mount(&self, mount: &Value) -> Result<(), Error> {
+        self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
+            http.post("/v1/mounts", mount)
+        })?;
+        Ok(())
+    }
+
+    /// `DELETE /v1/mounts`: unmounts a volume.
+    pub fn unmount(&self, path: &str) -> Result<(), Error> {
+        let target = format!("/v1/mounts?path={}", escape(path));
+        self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
+            http.request("DELETE", &target, &[], b"")
+        })?;
+        Ok(())
+    }
+
+    /// A connection to the API.
+    pub(crate) fn http(
+        &self,
+        timeout: Option<Duration>,
+    ) -> Result<http::Client<UnixStream>, Error> {
+        let stream = self.port(API_PORT)?;
+        stream.set_read_timeout(timeout).map_err(Error::broken)?;
+        Ok(http::Client::new(stream))
+    }
+
+    /// Sends a `GET` and reads the head of the response; the body is streamed.
+    pub(crate) fn start_get(
+        &self,
+        target: &str,
+    ) -> Result<(http::Response, http::Client<UnixStream>), Error> {
+        let mut http = self.http(Some(Client::RESPONSE_TIMEOUT))?;
+        let request = format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        http.send(request.as_bytes()).map_err(Error::broken)?;
+        let head = http.receive_head().map_err(Error::broken)?;
+        if head.status != 200 {
+            return Err(Client::refused(head, http));
+        }
+        http.wait_forever().map_err(Error::broken)?;
+        Ok((head, http))
+    }
+
+    /// The error in a response whose head has been read.
+    pub(crate) fn refused(head: http::Response, http: http::Client<UnixStream>) -> Error {
+        let status = head.status;
+        let mut body = vec![];
+        match http.into_body(&head) {
+            Ok(reader) => match reader.take(MAX_ERROR).read_to_end(&mut body) {
+                Ok(_) => refusal(status, &body),
+                Err(error) => Error::broken(error),
+            },
+            Err(error) => Error::broken(error),
+        }
+    }
+
+    /// A `POST` whose response is JSON.
+    pub(crate) fn post_within<T: for<'a> Deserialize<'a>>(
+        &self,
+        timeout: Duration,
+        target: &str,
+        body: &Value,
+    ) -> Result<T, Error> {
+        parse(self.call(Some(timeout), |http| http.post(target, body))?)
+    }
+
     fn call(
         &self,
-        patience: Option<Duration>,
+        timeout: Option<Duration>,
         call: impl FnOnce(&mut http::Client<UnixStream>) -> anyhow::Result<http::Response>,
     ) -> Result<http::Response, Error> {
-        let stream = self.port(API_PORT)?;
-        stream.set_read_timeout(patience).map_err(Error::broken)?;
-        let response = call(&mut http::Client::new(stream)).map_err(Error::broken)?;
+        let response = call(&mut self.http(timeout)?).map_err(Error::broken)?;
         if (200..300).contains(&response.status) {
             return Ok(response);
         }

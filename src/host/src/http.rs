@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    io::{BufRead, BufReader, Read, Write},
+    io::{self, BufRead, BufReader, Read, Write},
     os::unix::net::UnixStream,
     time::Duration,
 };
@@ -115,6 +115,15 @@ impl<S: Read + Write> Client<S> {
 
     /// Reads the next response; `bodiless` when it answers a HEAD.
     pub fn receive(&mut self, bodiless: bool) -> Result<Response> {
+        let mut response = self.receive_head()?;
+        if !bodiless && !matches!(response.status, 100..200 | 204 | 304) {
+            response.body = self.body(&response)?;
+        }
+        Ok(response)
+    }
+
+    /// Reads the head of the next response; its body is left to be read.
+    pub fn receive_head(&mut self) -> Result<Response> {
         let mut head = Vec::new();
         loop {
             let size = self.stream.read_until(b'\n', &mut head)?;
@@ -132,16 +141,85 @@ impl<S: Read + Write> Client<S> {
         parsed
             .parse(&head)
             .with_context(|| format!("bad head {:?}", head.escape_ascii().to_string()))?;
-        let mut response = Response {
+        Ok(Response {
             status: parsed.code.unwrap_or_default(),
             reason: parsed.reason.unwrap_or_default().into(),
             headers: Headers::of(parsed.headers),
             body: Vec::new(),
+        })
+    }
+
+    /// The body of a response whose head has been read, as it comes: for one that is long, or has
+    /// no end.
+    pub fn into_body(self, response: &Response) -> Result<Body<S>> {
+        let left = if response.header("transfer-encoding") == Some("chunked") {
+            Left::Chunk(0)
+        } else {
+            match response.header("content-length") {
+                Some(length) => Left::Bytes(
+                    length
+                        .parse()
+                        .with_context(|| format!("bad length {length:?}"))?,
+                ),
+                None => Left::All,
+            }
         };
-        if !bodiless && !matches!(response.status, 100..200 | 204 | 304) {
-            response.body = self.body(&response)?;
+        Ok(Body {
+            stream: self.stream,
+            left,
+            first: true,
+        })
+    }
+
+    /// Sends a request with a body of any length, and reads the response. Without a length the
+    /// body is sent in chunks. A server that has answered before all was sent is heard.
+    pub fn send_body(
+        &mut self,
+        method: &str,
+        path: &str,
+        body: &mut dyn Read,
+        length: Option<u64>,
+    ) -> Result<Response> {
+        let framing = match length {
+            Some(length) => format!("Content-Length: {length}"),
+            None => "Transfer-Encoding: chunked".into(),
+        };
+        let head = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n");
+        self.send(head.as_bytes())?;
+        let mut buffer = vec![0; 64 << 10];
+        let mut left = length;
+        loop {
+            let most = left.map_or(buffer.len(), |left| {
+                buffer
+                    .len()
+                    .min(usize::try_from(left).unwrap_or(usize::MAX))
+            });
+            let size = match most {
+                0 => 0,
+                most => body.read(&mut buffer[..most]).context("unable to read")?,
+            };
+            if size == 0 && left.is_some_and(|left| left > 0) {
+                bail!("what is to be sent has become shorter meanwhile");
+            }
+            let sent = match left {
+                Some(_) => self.send(&buffer[..size]),
+                None => {
+                    let mut chunk = format!("{size:x}\r\n").into_bytes();
+                    chunk.extend_from_slice(&buffer[..size]);
+                    chunk.extend(b"\r\n");
+                    self.send(&chunk)
+                }
+            };
+            left = left.map(|left| left - size as u64);
+            // Who does not take any more has said why, or has gone.
+            if sent.is_err() || size == 0 {
+                let answer = self.receive(false);
+                return match sent {
+                    Err(error) if answer.is_err() => Err(error),
+                    _ => answer.with_context(|| format!("no answer to {method} {path}")),
+                };
+            }
         }
-        Ok(response)
     }
 
     fn body(&mut self, response: &Response) -> Result<Vec<u8>> {
@@ -193,7 +271,78 @@ impl<S: Read + Write> Client<S> {
     }
 }
 
+/// What is left of a body.
+enum Left {
+    /// So many bytes.
+    Bytes(u64),
+    /// So many bytes of a chunk, and more chunks.
+    Chunk(u64),
+    /// All that comes until the connection ends.
+    All,
+}
+
+/// The body of a response, as it comes.
+pub struct Body<S> {
+    stream: BufReader<S>,
+    left: Left,
+    first: bool,
+}
+
+impl<S> Body<S> {
+    /// The connection that it comes over.
+    pub fn get_ref(&self) -> &S {
+        self.stream.get_ref()
+    }
+}
+
+impl<S: Read> Body<S> {
+    /// The size of the next chunk; 0 is the end.
+    fn next_chunk(&mut self) -> io::Result<u64> {
+        let bad = |line: &str| io::Error::other(format!("bad chunk size {line:?}"));
+        let mut line = String::new();
+        if !std::mem::take(&mut self.first) {
+            self.stream.read_line(&mut line)?;
+            if line.trim_end() != "" {
+                return Err(bad(&line));
+            }
+        }
+        line.clear();
+        self.stream.read_line(&mut line)?;
+        let digits = line.trim_end().split(';').next().unwrap_or_default();
+        u64::from_str_radix(digits, 16).map_err(|_| bad(&line))
+    }
+}
+
+impl<S: Read> Read for Body<S> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if let Left::Chunk(0) = self.left {
+            self.left = match self.next_chunk()? {
+                0 => Left::Bytes(0),
+                size => Left::Chunk(size),
+            };
+        }
+        let left = match &mut self.left {
+            Left::All => return self.stream.read(buffer),
+            Left::Bytes(left) | Left::Chunk(left) => left,
+        };
+        let most = usize::try_from(*left).unwrap_or(usize::MAX);
+        let most = most.min(buffer.len());
+        let size = self.stream.read(&mut buffer[..most])?;
+        if size == 0 && most > 0 {
+            let error = "the connection ended in the body";
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, error));
+        }
+        *left -= size as u64;
+        Ok(size)
+    }
+}
+
 impl Client<UnixStream> {
+    /// An answer may take as long as it likes from now on.
+    pub fn wait_forever(&mut self) -> Result<()> {
+        Ok(self.stream.get_ref().set_read_timeout(None)?)
+    }
+
     /// How long an answer is waited for from now on.
     pub fn set_read_timeout(&mut self, timeout: Duration) -> Result<()> {
         Ok(self.stream.get_ref().set_read_timeout(Some(timeout))?)
@@ -258,6 +407,68 @@ mod tests {
         assert_eq!(client.receive(false).unwrap().text(), "abcd");
         assert_eq!(client.receive(false).unwrap().text(), "gone");
         client.wait_closed().unwrap();
+    }
+
+    #[test]
+    fn a_body_can_be_read_as_it_comes() {
+        let read = |answer: &[u8]| {
+            let mut client = client(answer);
+            let head = client.receive_head().unwrap();
+            let mut body = String::new();
+            let result = client.into_body(&head).unwrap().read_to_string(&mut body);
+            result.map(|_| body)
+        };
+        let chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n\
+                        3\r\nabc\r\n2;x=y\r\nde\r\n0\r\n\r\n";
+        assert_eq!(read(chunked).unwrap(), "abcde");
+        assert_eq!(
+            read(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nabc").unwrap(),
+            "ab"
+        );
+        assert_eq!(
+            read(b"HTTP/1.1 200 OK\r\n\r\nall of it").unwrap(),
+            "all of it"
+        );
+        assert!(read(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc").is_err());
+        assert!(read(&chunked[..chunked.len() - 7]).is_err());
+    }
+
+    #[test]
+    fn an_answer_that_comes_before_all_is_sent_is_heard() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        thread::spawn(move || {
+            let mut head = [0; 100];
+            let _ = far.read(&mut head);
+            let _ = far.write_all(b"HTTP/1.1 507 Full\r\nContent-Length: 4\r\n\r\nfull");
+        });
+        let mut endless = io::repeat(7).take(1 << 30);
+        let answer = Client::new(near).send_body("PUT", "/f", &mut endless, Some(1 << 30));
+        let answer = answer.unwrap();
+        assert_eq!((answer.status, answer.text().as_str()), (507, "full"));
+    }
+
+    #[test]
+    fn a_body_of_unknown_length_is_sent_in_chunks() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let server = thread::spawn(move || {
+            let mut request = vec![];
+            while !request.ends_with(b"\r\n0\r\n\r\n") {
+                let mut byte = [0];
+                far.read_exact(&mut byte).unwrap();
+                request.push(byte[0]);
+            }
+            far.write_all(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+                .unwrap();
+            String::from_utf8(request).unwrap()
+        });
+        let mut body = &b"hello"[..];
+        let answer = Client::new(near).send_body("PUT", "/f", &mut body, None);
+        assert_eq!(answer.unwrap().status, 201);
+        let request = server.join().unwrap();
+        assert!(
+            request.ends_with("Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
+            "{request}"
+        );
     }
 
     #[test]

@@ -8,16 +8,24 @@
 mod arch;
 pub mod assets;
 mod client;
+pub mod config;
 mod error;
+pub mod events;
+pub mod files;
+pub mod forward;
+pub mod hold;
 pub mod http;
 pub mod image;
 pub mod initrd;
+pub mod logs;
 pub mod machine;
 pub mod process;
+pub mod progress;
 pub mod proxy;
 pub mod qmp;
 pub mod session;
 pub mod signal;
+pub mod snapshot;
 pub mod tsc;
 pub mod vsock;
 

@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, Permissions},
-    io::{self, Read, Write},
+    io::{self, Write},
     net::Shutdown,
     os::unix::{
         fs::PermissionsExt,
@@ -19,6 +19,7 @@ use serde_json::json;
 
 use crate::{
     Error,
+    forward::copy,
     vsock::{self, API_PORT},
 };
 
@@ -105,20 +106,10 @@ fn refuse(mut client: UnixStream, error: &Error) -> Option<()> {
     copy(client, io::sink()).ok()
 }
 
-/// Copies bytes as they come.
-fn copy(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
-    let mut buffer = [0; 16 << 10];
-    loop {
-        match from.read(&mut buffer)? {
-            0 => return Ok(()),
-            size => to.write_all(&buffer[..size])?,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read;
 
     #[test]
     fn the_socket_is_its_users_alone_and_an_old_one_is_replaced() {

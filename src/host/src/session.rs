@@ -10,6 +10,7 @@ use std::{
 };
 
 use rustix::event::{PollFd, PollFlags, poll};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tungstenite::{
     Bytes, HandshakeError, Message, WebSocket,
@@ -18,7 +19,7 @@ use tungstenite::{
     protocol::{WebSocketConfig, frame::coding::CloseCode},
 };
 
-use crate::{Client, Command, Error, client::refusal, vsock::API_PORT};
+use crate::{Client, Command, Error, client::refusal, logs::Stream, vsock::API_PORT};
 
 /// Most bytes of input in one message; the init takes 128 KiB.
 pub const MESSAGE: usize = 32 << 10;
@@ -26,10 +27,33 @@ pub const MESSAGE: usize = 32 << 10;
 /// What comes from a session.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// Output, standard output and standard error merged.
-    Output(Bytes),
+    /// Output. It is all standard output unless the command was started with
+    /// [`separate_stderr`](Command::separate_stderr).
+    Output(Stream, Bytes),
     /// The end, after all output.
     Exit(Ended),
+}
+
+/// A session that has a name.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct SessionInfo {
+    /// The name.
+    pub id: String,
+    /// Its command's process id.
+    #[serde(default)]
+    pub pid: Option<u32>,
+    /// The command and its arguments.
+    #[serde(default)]
+    pub command: Vec<String>,
+    /// Whether it is on a terminal.
+    #[serde(default)]
+    pub tty: bool,
+    /// Whether somebody is connected.
+    #[serde(default)]
+    pub attached: bool,
+    /// How it has ended; null while it runs.
+    #[serde(default)]
+    pub exit: Value,
 }
 
 /// How a session's command ended.
@@ -52,7 +76,8 @@ impl Ended {
     }
 }
 
-/// A running command. It is killed, with its group, when this is dropped before its end.
+/// A running command. It is killed, with its group, when this is dropped before its end, unless
+/// it has a [name](Command::id).
 ///
 /// The methods that wait are for a program that reads and writes in turn. One that polls several
 /// descriptors waits for [`as_fd`](Session::as_fd) to be readable, and writable while
@@ -67,7 +92,7 @@ impl Ended {
 /// session.end_input()?;
 /// while let Some(event) = session.next()? {
 ///     match event {
-///         Event::Output(bytes) => print!("{}", String::from_utf8_lossy(&bytes)),
+///         Event::Output(_, bytes) => print!("{}", String::from_utf8_lossy(&bytes)),
 ///         Event::Exit(ended) => println!("status {}", ended.status()),
 ///     }
 /// }
@@ -80,6 +105,8 @@ pub struct Session {
     /// Came while something had to be sent first.
     ahead: VecDeque<Event>,
     over: bool,
+    /// Messages begin with the number of their stream.
+    streams: bool,
 }
 
 impl Session {
@@ -88,13 +115,43 @@ impl Session {
         command: &Command,
         terminal: Option<(u16, u16)>,
     ) -> Result<Session, Error> {
+        let mut request = command.request("command");
+        request["tty"] = json!(terminal.is_some());
+        if command.streams {
+            request["streams"] = json!(true);
+        }
+        if let Some(id) = &command.id {
+            request["id"] = json!(id);
+        }
+        Session::open(client, request, terminal, command.streams)
+    }
+
+    pub(crate) fn attach(
+        client: &Client,
+        id: &str,
+        terminal: Option<(u16, u16)>,
+    ) -> Result<Session, Error> {
+        let mut request = json!({"attach": id});
+        let streams = terminal.is_none();
+        if streams {
+            request["streams"] = json!(true);
+        }
+        Session::open(client, request, terminal, streams)
+    }
+
+    fn open(
+        client: &Client,
+        mut request: Value,
+        terminal: Option<(u16, u16)>,
+        streams: bool,
+    ) -> Result<Session, Error> {
         let stream = client.port(API_PORT)?;
         // Only a flush writes: what is written is in one piece then, and nothing is written twice.
         let config = WebSocketConfig::default().write_buffer_size(usize::MAX >> 1);
-        let request = "ws://localhost/v1/ws/exec".into_client_request();
-        let request = request.map_err(Error::broken)?;
+        let upgrade = "ws://localhost/v1/ws/exec".into_client_request();
+        let upgrade = upgrade.map_err(Error::broken)?;
         let (socket, _) =
-            client_with_config(request, stream, Some(config)).map_err(|error| match error {
+            client_with_config(upgrade, stream, Some(config)).map_err(|error| match error {
                 HandshakeError::Failure(tungstenite::Error::Http(response)) => {
                     let body = response.body().as_deref().unwrap_or_default();
                     refusal(response.status().as_u16(), body)
@@ -111,9 +168,8 @@ impl Session {
             sending: false,
             ahead: VecDeque::new(),
             over: false,
+            streams,
         };
-        let mut request = command.request("command");
-        request["tty"] = json!(terminal.is_some());
         if let Some((columns, rows)) = terminal {
             (request["cols"], request["rows"]) = (json!(columns), json!(rows));
         }
@@ -138,7 +194,7 @@ impl Session {
         self.drain()
     }
 
-    /// Tells the terminal's size.
+    /// Sets the terminal's size.
     pub fn resize(&mut self, columns: u16, rows: u16) -> Result<(), Error> {
         self.queue_resize(columns, rows)?;
         self.drain()
@@ -236,8 +292,8 @@ impl Session {
     fn receive(&mut self) -> Result<Option<Event>, Error> {
         while !self.over {
             match self.socket.read() {
-                Ok(Message::Binary(bytes)) => return Ok(Some(Event::Output(bytes))),
-                Ok(Message::Text(text)) => match self.told(&text)? {
+                Ok(Message::Binary(bytes)) => return self.output(bytes).map(Some),
+                Ok(Message::Text(text)) => match self.text(&text)? {
                     None => continue,
                     event => return Ok(event),
                 },
@@ -259,8 +315,23 @@ impl Session {
         Ok(None)
     }
 
+    /// A binary message from the init.
+    fn output(&mut self, bytes: Bytes) -> Result<Event, Error> {
+        if !self.streams {
+            return Ok(Event::Output(Stream::Stdout, bytes));
+        }
+        let stream = bytes.first().copied().and_then(Stream::of);
+        match stream {
+            Some(stream) => Ok(Event::Output(stream, bytes.slice(1..))),
+            None => {
+                self.over = true;
+                Err(Error::Broken("a message of an unknown stream".into()))
+            }
+        }
+    }
+
     /// A text message from the init.
-    fn told(&mut self, text: &str) -> Result<Option<Event>, Error> {
+    fn text(&mut self, text: &str) -> Result<Option<Event>, Error> {
         let message: Value = serde_json::from_str(text).map_err(Error::broken)?;
         if let Some(why) = message["Error"]["message"].as_str() {
             self.over = true;

@@ -7,19 +7,43 @@ const NAMES: [&str; 31] = [
     "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
 ];
 
-/// The number of `TERM`, `SIGTERM`, `sigterm` or `15`.
+/// The first and the last real-time signal that programs have: the C library keeps two.
+const RTMIN: u8 = 34;
+const RTMAX: u8 = 64;
+
+/// The number of `TERM`, `SIGTERM`, `sigterm`, `SIGRTMIN+3`, `RTMAX-1` or `15`.
 pub fn number(text: &str) -> Option<u8> {
     if let Ok(number) = text.parse() {
-        return (1..=64).contains(&number).then_some(number);
+        return (1..=RTMAX).contains(&number).then_some(number);
     }
     let upper = text.to_ascii_uppercase();
     let name = upper.strip_prefix("SIG").unwrap_or(&upper);
+    if let Some(offset) = name.strip_prefix("RTMIN") {
+        let number = match offset {
+            "" => RTMIN,
+            _ => RTMIN.checked_add(offset.strip_prefix('+')?.parse().ok()?)?,
+        };
+        return (number <= RTMAX).then_some(number);
+    }
+    if let Some(offset) = name.strip_prefix("RTMAX") {
+        let number = match offset {
+            "" => RTMAX,
+            _ => RTMAX.checked_sub(offset.strip_prefix('-')?.parse().ok()?)?,
+        };
+        return (number >= RTMIN).then_some(number);
+    }
     let index = NAMES.iter().position(|known| *known == name)?;
     u8::try_from(index + 1).ok()
 }
 
-/// `SIGTERM` of 15; a number where there is no name.
+/// `SIGTERM` of 15, `SIGRTMIN+3` of 37; a number where there is no name.
 pub fn name(number: i32) -> String {
+    if (i32::from(RTMIN)..=i32::from(RTMAX)).contains(&number) {
+        return match number - i32::from(RTMIN) {
+            0 => "SIGRTMIN".into(),
+            offset => format!("SIGRTMIN+{offset}"),
+        };
+    }
     let index = usize::try_from(number)
         .ok()
         .and_then(|number| number.checked_sub(1));
@@ -46,8 +70,35 @@ mod tests {
             assert_eq!(number(text), None, "{text}");
         }
         assert_eq!(
-            (name(9).as_str(), name(34).as_str()),
-            ("SIGKILL", "signal 34")
+            (name(9).as_str(), name(32).as_str()),
+            ("SIGKILL", "signal 32")
+        );
+    }
+
+    #[test]
+    fn real_time_signals_count_from_either_end() {
+        for (text, expected) in [
+            ("SIGRTMIN", 34),
+            ("RTMIN+3", 37),
+            ("sigrtmin+30", 64),
+            ("SIGRTMAX", 64),
+            ("RTMAX-30", 34),
+        ] {
+            assert_eq!(number(text), Some(expected), "{text}");
+        }
+        for text in [
+            "RTMIN+31",
+            "RTMIN-1",
+            "RTMAX-31",
+            "RTMAX+1",
+            "RTMIN+",
+            "RTMIN+999",
+        ] {
+            assert_eq!(number(text), None, "{text}");
+        }
+        assert_eq!(
+            (name(34), name(37)),
+            ("SIGRTMIN".into(), "SIGRTMIN+3".into())
         );
     }
 }

@@ -35,11 +35,11 @@ pub fn connect(socket: &Path, port: u32, timeout: Duration) -> Result<UnixStream
 /// One that somebody who ended has left, or a link to it, is nobody's.
 pub fn ensure_vacant(path: &Path) -> anyhow::Result<()> {
     if UnixStream::connect(path).is_ok() {
-        bail!("{} is somebody's already", path.display());
+        bail!("{} is in use already", path.display());
     }
     match fs::metadata(path) {
         Ok(there) if !there.file_type().is_socket() => {
-            bail!("{} is there, and no socket", path.display())
+            bail!("{} is there, and is not a socket", path.display())
         }
         _ => Ok(()),
     }

@@ -1,6 +1,8 @@
 //! The command where there is no VM: what it says then, and how it gets images by name.
 
 mod common;
+#[path = "common/pty.rs"]
+mod pty;
 
 use std::{
     fs,
@@ -20,6 +22,7 @@ fn pigeon(place: &Place, words: &[&str]) -> (String, String, i32) {
         .current_dir(place.0.path())
         .env("PATH", format!("{}:{path}", place.0.path().display()))
         .env("XDG_RUNTIME_DIR", place.0.path())
+        .env("XDG_STATE_HOME", place.0.path())
         .env_remove("PIGEON_UDS")
         .env_remove("PIGEON_ARCH")
         .stdin(Stdio::null())
@@ -49,10 +52,7 @@ fn program(place: &Place, name: &str, script: &str) {
 fn an_error_says_what_to_do_next() {
     let place = Place::new();
     let said = complaint(&place, &["status"]);
-    assert!(
-        said.contains("no VM of `pigeon run` is there: start one"),
-        "{said}"
-    );
+    assert!(said.contains("no VM is running: start one"), "{said}");
     let said = complaint(&place, &["exec", "--vm", "app", "id"]);
     assert!(
         said.contains("there is no VM called app") && said.contains("pigeon run IMAGE"),
@@ -60,31 +60,53 @@ fn an_error_says_what_to_do_next() {
     );
     let said = complaint(&place, &["wait", "--uds", "none.vsock"]);
     assert!(
-        said.contains("none.vsock: No such file") && said.contains("`pigeon list`"),
+        said.contains("none.vsock: No such file") && said.contains("`pigeon ps`"),
         "{said}"
     );
     let said = complaint(&place, &["run", "app.ext4"]);
     assert!(
-        said.contains("no image app.ext4") && said.contains("./build.sh rootfs"),
+        said.contains("no image app.ext4") && said.contains("`pigeon rootfs SOURCE app.ext4`"),
         "{said}"
     );
     place.write("app.ext4", "");
     let said = complaint(&place, &["run", "app.ext4"]);
     assert!(
-        said.contains("nothing to run") && said.contains("app.run.json"),
+        said.contains("app.ext4 is empty, not a root image"),
         "{said}"
     );
-    let said = complaint(&place, &["run", "app.ext4", "id"]);
-    assert!(said.contains("app.ext4 is no ext4 image"), "{said}");
+    let archive = Tar::new().file("x", "x").bytes();
+    place.write("app.tar", &archive);
+    let said = complaint(&place, &["run", "app.tar"]);
+    let expected = "app.tar is a tar archive, not a root image; `pigeon rootfs app.tar NAME.ext4`";
+    assert!(said.contains(expected), "{said}");
     let mut ext4 = vec![0; 2 << 10];
     ext4[1080..1082].copy_from_slice(&[0x53, 0xef]);
     place.write("app.ext4", ext4);
+    let said = complaint(&place, &["run", "app.ext4"]);
+    assert!(
+        said.contains("nothing to run") && said.contains("app.run.json"),
+        "{said}"
+    );
+    place.write(
+        "mine.json",
+        json!({"ImageConfig": {"Entrypoint": "/s"}}).to_string(),
+    );
+    let said = complaint(&place, &["run", "-c", "mine.json", "app.ext4"]);
+    assert!(
+        said.contains("mine.json: ImageConfig.Entrypoint: a list of strings expected"),
+        "{said}"
+    );
+    let said = complaint(&place, &["run", "-m", "8", "app.ext4", "id"]);
+    assert!(said.contains("8 MiB of memory are not enough"), "{said}");
     let words = ["run", "--disk", "none:/data", "app.ext4", "id"];
     let said = complaint(&place, &words);
-    assert!(said.contains("unable to open none"), "{said}");
+    assert!(said.contains("none does not exist: add ,size=1G"), "{said}");
     let words = ["run", "--uds", "app.ext4", "app.ext4", "id"];
     let said = complaint(&place, &words);
-    assert!(said.contains("app.ext4 is there, and no socket"), "{said}");
+    assert!(
+        said.contains("app.ext4 is there, and is not a socket"),
+        "{said}"
+    );
     let said = complaint(&place, &["rootfs", "./none.tar", "out.ext4"]);
     assert!(said.contains("there is no ./none.tar"), "{said}");
     let said = complaint(&place, &["rootfs", "app.ext4", "nowhere/out.ext4"]);
@@ -92,7 +114,8 @@ fn an_error_says_what_to_do_next() {
         said.contains("unable to write beside nowhere/out.ext4"),
         "{said}"
     );
-    assert_eq!(pigeon(&place, &["signal", "NOSUCH"]).2, 2);
+    assert_eq!(pigeon(&place, &["signal", "NOSUCH"]).2, 125);
+    assert_eq!(pigeon(&place, &["run", "--help"]).2, 0);
     assert_eq!(pigeon(&place, &["list", "--json"]).0, "[]\n");
 }
 
@@ -104,7 +127,7 @@ fn a_vm_without_the_init_is_told_from_none() {
     let host = std::thread::spawn(move || listener.incoming().for_each(drop));
     let said = complaint(
         &place,
-        &["status", "--uds", "vm.vsock", "--patience", "0.2"],
+        &["status", "--uds", "vm.vsock", "--boot-timeout", "0.2"],
     );
     assert!(
         said.contains("nothing listens on the guest's port 10000"),
@@ -130,7 +153,7 @@ fn an_image_by_name_comes_from_docker_and_is_pulled_first_if_it_must() {
         esac\n";
     program(&place, "docker", script);
     for _ in 0..2 {
-        let (out, said, code) = pigeon(&place, &["rootfs", "demo:1", "demo.ext4"]);
+        let (out, said, code) = pigeon(&place, &["rootfs", "--force", "demo:1", "demo.ext4"]);
         assert_eq!(code, 0, "{said}");
         assert!(
             out.contains("from a docker save archive\ndemo.run.json: runs /bin/true\n"),
@@ -153,7 +176,7 @@ fn an_image_by_name_comes_from_docker_and_is_pulled_first_if_it_must() {
         Arch::X86_64 => ("aarch64", "linux/arm64"),
         Arch::Aarch64 => ("x86_64", "linux/amd64"),
     };
-    let words = ["rootfs", "--arch", foreign, "demo:1", "demo.ext4"];
+    let words = ["rootfs", "-f", "--arch", foreign, "demo:1", "demo.ext4"];
     assert_eq!(pigeon(&place, &words).2, 0);
     let log = fs::read_to_string(place.path("docker.log")).unwrap();
     let pull = format!("\ninfo\npull --platform {platform} -- demo:1\nsave ");
@@ -205,4 +228,115 @@ fn an_archive_may_come_on_standard_input() {
         .status();
     assert!(status.unwrap().success());
     assert_eq!(fs::metadata(place.path("a.ext4")).unwrap().len(), 64 << 20);
+}
+
+#[test]
+fn without_root_files_that_nobody_may_read_are_taken_with_their_owners() {
+    let place = Place::new();
+    let entry = |tar: Tar, name: &[u8], mode| {
+        tar.entry(tar::EntryType::Regular, name, b"", (0, 42), mode, b"secret")
+    };
+    let tar = Tar::new().dir("etc/", 0o000, (0, 0)).xattr(
+        "security.capability",
+        b"\x01\0\0\x02\x0a\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
+    );
+    let tar = entry(entry(tar, b"etc/shadow", 0o000), b"etc/drop", 0o200);
+    place.write("a.tar", tar.bytes());
+    fs::set_permissions(place.0.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pigeon"));
+    command
+        .args(["rootfs", "a.tar", "a.ext4"])
+        .current_dir(place.0.path());
+    if rustix::process::geteuid().is_root() {
+        use std::os::unix::process::CommandExt;
+        command.uid(65_534).gid(65_534);
+    }
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let image = place.path("a.ext4");
+    common::check(&image);
+    assert_eq!(owner(&image, "/etc"), "0000 0 0");
+    assert_eq!(owner(&image, "/etc/shadow"), "0000 0 42");
+    assert_eq!(owner(&image, "/etc/drop"), "0200 0 42");
+    assert_eq!(common::debugfs(&image, "cat /etc/drop"), "secret");
+    let stat = common::debugfs(&image, "stat /etc/shadow");
+    assert!(stat.contains("security.capability (20)"), "{stat}");
+}
+
+#[test]
+fn nobody_who_reads_is_no_panic() {
+    let place = Place::new();
+    let full = format!(
+        "{} completions bash | true; {0} ps --json 2>&1 | true",
+        env!("CARGO_BIN_EXE_pigeon")
+    );
+    let output = Command::new("bash")
+        .args([
+            "-c",
+            &format!("for n in 1 2 3 4 5; do {full}; done; echo ${{PIPESTATUS[0]}}"),
+        ])
+        .env("XDG_RUNTIME_DIR", place.0.path())
+        .env("XDG_STATE_HOME", place.0.path())
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    // A reader that is gone before the first byte.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pigeon"));
+    let output = command
+        .args(["completions", "bash"])
+        .stdout(writer)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(141));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}
+
+#[test]
+fn shells_complete_and_the_manual_has_every_command() {
+    let place = Place::new();
+    for shell in ["bash", "zsh", "fish"] {
+        let (script, said, code) = pigeon(&place, &["completions", shell]);
+        assert_eq!(code, 0, "{said}");
+        assert!(
+            script.contains("rootfs") && script.contains("stop-timeout"),
+            "{shell}"
+        );
+        if pigeon::assets::tool(shell).is_ok() {
+            let path = place.write(shell, &script);
+            let checked = Command::new(shell).arg("-n").arg(path).output().unwrap();
+            assert!(checked.status.success(), "{checked:?}");
+        }
+    }
+    let (page, _, code) = pigeon(&place, &["man"]);
+    assert_eq!(code, 0);
+    for command in ["run", "exec", "logs", "rootfs", "forward"] {
+        assert!(page.contains(&format!("pigeon\\-{command}")), "{command}");
+        let (page, _, code) = pigeon(&place, &["man", command]);
+        assert_eq!(code, 0);
+        assert!(page.starts_with(".ie"), "{page}");
+    }
+    assert!(complaint(&place, &["man", "nosuch"]).contains("there is no command nosuch"));
+}
+
+#[test]
+fn what_takes_long_shows_how_far_it_is_on_a_terminal_only() {
+    let place = Place::new();
+    place.write("a.tar", Tar::new().file("x", vec![1; 300_000]).bytes());
+    let script = format!(
+        "(cat a.tar; sleep 1.2; cat a.tar; sleep 0.5) | {} rootfs -f - a.ext4",
+        env!("CARGO_BIN_EXE_pigeon")
+    );
+    let shell = || {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &script]).current_dir(place.0.path());
+        shell
+    };
+    let mut terminal = pty::Terminal::spawn(shell(), (80, 24));
+    terminal.expect("reading standard input");
+    assert!(terminal.wait().success(), "{}", terminal.shown());
+    let output = shell().output().unwrap();
+    assert!(output.status.success());
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
 }

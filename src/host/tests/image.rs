@@ -7,7 +7,10 @@ use std::{fs, io::Write, os::unix::fs::symlink, path::Path};
 use anyhow::Result;
 use common::{Layout, Place, Tar, check, debugfs, docker_save, owner};
 use flate2::{Compression, write::GzEncoder};
-use pigeon::image::{Built, Options, build, disk::parse_size};
+use pigeon::image::{
+    Built, Options, build,
+    disk::{parse_size, write_volume},
+};
 use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 use serde_json::{Value, json};
 use tar::EntryType;
@@ -18,8 +21,16 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
+/// Options that replace an image of before.
+fn anew() -> Options {
+    Options {
+        force: true,
+        ..Options::default()
+    }
+}
+
 fn make(source: &Path, out: &Path) -> Result<Built> {
-    build(source, out, &Options::default())
+    build(source, out, &anew())
 }
 
 /// The error that `source` ends in.
@@ -39,6 +50,7 @@ fn config() -> Value {
             "Env": ["PATH=/bin", "A=b"],
             "WorkingDir": "/srv",
             "User": "app",
+            "StopSignal": "SIGQUIT",
             "Labels": {"x": "y"},
             "ExposedPorts": {"80/tcp": {}},
             "Volumes": null,
@@ -125,7 +137,9 @@ fn a_docker_save_archive_becomes_an_image_with_its_owners_and_its_configuration(
         "Env": ["PATH=/bin", "A=b"],
         "WorkingDir": "/srv",
         "User": "app",
-    }});
+        "StopSignal": "SIGQUIT",
+        "ExposedPorts": {"80/tcp": {}},
+    }, "Platform": "linux/amd64"});
     assert_eq!(written, expected);
 }
 
@@ -245,14 +259,14 @@ fn one_of_several_images_is_chosen_by_its_tag() {
     for (tag, cmd) in [("two:2", "two"), ("one:1", "one"), ("uno:1", "one")] {
         let options = Options {
             tag: Some(tag.into()),
-            ..Options::default()
+            ..anew()
         };
         let built = build(&source, &out, &options).unwrap();
         assert_eq!(built.image_config.unwrap()["Cmd"][0], cmd);
     }
     let options = Options {
         tag: Some("three".into()),
-        ..Options::default()
+        ..anew()
     };
     assert!(
         build(&source, &out, &options)
@@ -368,7 +382,7 @@ fn hostile_layers_reach_nothing_outside_of_the_image() {
     let mut image = layout.image(&[], &json!({}));
     image["digest"] = json!("sha256:../../../victim");
     layout.index(&[image]).folder(&place.path("layout"));
-    assert!(refused(&place.path("layout"), &out).contains("a digest of a kind not known here"));
+    assert!(refused(&place.path("layout"), &out).contains("a digest of an unknown kind"));
     assert_eq!(fs::read_to_string(victim).unwrap(), "untouched");
 }
 
@@ -434,27 +448,17 @@ fn a_size_that_is_given_is_kept_or_refused() {
     let out = place.path("a.ext4");
     let sized = |size: &str| {
         let size = Some(parse_size(size).unwrap());
-        build(
-            &source,
-            &out,
-            &Options {
-                size,
-                ..Options::default()
-            },
-        )
+        build(&source, &out, &Options { size, ..anew() })
     };
     assert!(
         sized("16M")
             .unwrap_err()
             .to_string()
-            .starts_with("16 MiB are too few: it takes")
+            .starts_with("a size of 16 MiB is too small")
     );
     assert!(!out.exists());
     sized("96M").unwrap();
     assert_eq!(fs::metadata(&out).unwrap().len(), 96 << 20);
-    for bad in ["", "M", "x", "-1", "1T", "99999999999G"] {
-        assert!(parse_size(bad).is_err(), "{bad}");
-    }
 }
 
 #[test]
@@ -472,4 +476,290 @@ fn nothing_is_left_behind_beside_the_image() {
         .collect();
     names.sort();
     assert_eq!(names, ["a.ext4", "a.tar", "bad.tar"]);
+}
+
+#[test]
+fn what_is_there_already_is_replaced_only_when_told_to() {
+    let place = Place::new();
+    let source = place.write(
+        "app.tar",
+        docker_save(&[Tar::new().file("a", "a").bytes()], &config(), "app:1"),
+    );
+    let out = place.path("app.ext4");
+    let plainly = |source: &Path, out: &Path| {
+        let built = build(source, out, &Options::default());
+        built.map_err(|error| format!("{error:#}"))
+    };
+    plainly(&source, &out).unwrap();
+    fs::write(&out, "state").unwrap();
+    let error = plainly(&source, &out).unwrap_err();
+    assert!(
+        error.contains("app.ext4 exists already; --force overwrites it"),
+        "{error}"
+    );
+    assert_eq!(fs::read(&out).unwrap(), b"state");
+
+    // A configuration that somebody has changed, and one that is as it would be.
+    fs::remove_file(&out).unwrap();
+    plainly(&source, &out).unwrap();
+    fs::remove_file(&out).unwrap();
+    fs::write(place.path("app.run.json"), "{}").unwrap();
+    let error = plainly(&source, &out).unwrap_err();
+    assert!(error.contains("app.run.json exists already"), "{error}");
+    assert!(!out.exists());
+    make(&source, &out).unwrap();
+    assert!(
+        fs::read_to_string(place.path("app.run.json"))
+            .unwrap()
+            .contains("/app")
+    );
+    // Files alone say nothing of what to run, and leave that of before.
+    fs::write(place.path("app.run.json"), "mine").unwrap();
+    let files = place.write("files.tar", Tar::new().file("a", "a").bytes());
+    make(&files, &out).unwrap();
+    assert_eq!(fs::read(place.path("app.run.json")).unwrap(), b"mine");
+
+    // The source is never replaced, whatever its name here is.
+    let bytes = fs::read(&source).unwrap();
+    symlink(&source, place.path("link.tar")).unwrap();
+    for out in [&source, &place.path("link.tar")] {
+        let error = format!("{:#}", make(&source, out).unwrap_err());
+        assert!(error.contains("is the source itself"), "{error}");
+    }
+    assert_eq!(fs::read(&source).unwrap(), bytes);
+    let error = format!("{:#}", make(place.0.path(), &out).unwrap_err());
+    assert!(error.contains("is inside the source directory"), "{error}");
+    let error = format!("{:#}", make(&source, Path::new("/dev/null")).unwrap_err());
+    assert!(
+        error.contains("/dev/null exists and is not a regular file"),
+        "{error}"
+    );
+}
+
+#[test]
+fn attributes_that_an_image_cannot_have_are_named_with_their_files() {
+    let place = Place::new();
+    let mut files = Tar::new();
+    for number in 0..5 {
+        files = files
+            .xattr("security.selinux", b"label")
+            .file(&format!("f{number}"), "");
+    }
+    let files = files
+        .xattr("trusted.overlay.opaque", b"y")
+        .dir("d/", 0o755, (0, 0))
+        .record("SCHILY.acl.access", b"user::rw-")
+        .file("acl", "");
+    let out = place.path("x.ext4");
+    let built = make(&place.write("x.tar", files.bytes()), &out).unwrap();
+    let expected = [
+        "extended attribute SCHILY.acl.access dropped: acl",
+        "extended attribute security.selinux dropped: f0, f1, f2 and 2 more",
+        "extended attribute trusted.overlay.opaque dropped: d/",
+    ];
+    assert_eq!(built.warnings, expected);
+    // One that the file system has no room for is an error.
+    let files = Tar::new().xattr("user.much", &[0; 5000]).file("f", "");
+    fs::remove_file(&out).unwrap();
+    let error = refused(&place.write("y.tar", files.bytes()), &out);
+    assert!(error.contains("f:") || error.contains("write f"), "{error}");
+    assert!(error.contains("attribute much of 5000 bytes"), "{error}");
+}
+
+#[test]
+fn a_directorys_attributes_are_the_images() {
+    let place = Place::new();
+    let dir = place.path("dir");
+    fs::create_dir_all(dir.join("sub")).unwrap();
+    fs::write(dir.join("sub/file"), "").unwrap();
+    let set = |path: &Path, name: &str, value: &[u8]| {
+        rustix::fs::lsetxattr(path, name, value, rustix::fs::XattrFlags::empty()).unwrap();
+    };
+    set(&dir.join("sub"), "user.of-directory", b"1\n2");
+    set(&dir.join("sub/file"), "user.of-file", b"f");
+    symlink("sub", dir.join("link")).unwrap();
+    // A link can have attributes of the trusted namespace only, which is root's.
+    let root = rustix::process::geteuid().is_root();
+    if root {
+        set(&dir.join("link"), "trusted.of-link", b"l");
+    }
+    let out = place.path("dir.ext4");
+    make(&dir, &out).unwrap();
+    check(&out);
+    let get = |path: &str, name: &str| debugfs(&out, &format!("ea_get -V {path} {name}"));
+    assert_eq!(get("/sub", "user.of-directory"), "1\n2\n");
+    assert_eq!(get("/sub/file", "user.of-file"), "f\n");
+    if root {
+        assert_eq!(get("/link", "trusted.of-link"), "l\n");
+    }
+}
+
+#[test]
+fn a_root_image_has_all_of_its_blocks_and_nothing_but_the_images_files() {
+    let place = Place::new();
+    let source = place.write("a.tar", Tar::new().file("a", "a").bytes());
+    let out = place.path("a.ext4");
+    make(&source, &out).unwrap();
+    let superblock = debugfs(&out, "show_super_stats -h");
+    let is_zero = |key: &str| {
+        let line = superblock
+            .lines()
+            .find(|line| line.starts_with(key))
+            .unwrap();
+        line.ends_with(" 0")
+    };
+    assert!(is_zero("Reserved block count:"), "{superblock}");
+    assert_eq!(
+        debugfs(&out, "ls -p /")
+            .lines()
+            .filter(|l| !l.is_empty())
+            .count(),
+        3
+    );
+    // The same source gives the same bytes.
+    let again = place.path("again.ext4");
+    make(&source, &again).unwrap();
+    assert!(fs::read(&out).unwrap() == fs::read(&again).unwrap());
+}
+
+#[test]
+fn a_file_in_thousands_of_pieces_and_a_large_image_are_sound() {
+    let place = Place::new();
+    let pieces: Vec<_> = (0..3000)
+        .map(|n| format!("{},4096", n * 3 * 4096))
+        .collect();
+    let size = 3000 * 3 * 4096;
+    let contents: Vec<u8> = (0..3000u32).flat_map(|n| vec![n as u8 | 1; 4096]).collect();
+    let files = Tar::new()
+        .records(&[
+            ("GNU.sparse.size", size.to_string().as_bytes()),
+            ("GNU.sparse.map", pieces.join(",").as_bytes()),
+        ])
+        .file("pieces", &contents);
+    let source = place.write("pieces.tar", files.bytes());
+    let out = place.path("pieces.ext4");
+    make(&source, &out).unwrap();
+    check(&out);
+    let copy = place.path("copy");
+    debugfs(&out, &format!("dump /pieces {}", copy.display()));
+    let copy = fs::read(copy).unwrap();
+    assert_eq!(copy.len(), size);
+    for (n, group) in copy.chunks(3 * 4096).enumerate() {
+        assert!(
+            group[..4096].iter().all(|&byte| byte == n as u32 as u8 | 1),
+            "{n}"
+        );
+        assert!(group[4096..].iter().all(|&byte| byte == 0), "{n}");
+    }
+    // Several groups, the last of them a small one.
+    for size in ["1G", "20G", "129M"] {
+        let options = Options {
+            size: Some(parse_size(size).unwrap()),
+            ..anew()
+        };
+        build(&source, &out, &options).unwrap();
+        check(&out);
+    }
+}
+
+#[test]
+fn a_volume_is_an_empty_file_system_with_an_identity_of_its_own() {
+    let place = Place::new();
+    let [one, two] = ["one.img", "two.img"].map(|name| place.path(name));
+    for (volume, size) in [(&one, 64 << 20), (&two, 3 << 30)] {
+        write_volume(volume, size).unwrap();
+        check(volume);
+        assert_eq!(fs::metadata(volume).unwrap().len(), size);
+    }
+    let uuid = |volume: &Path| {
+        let superblock = debugfs(volume, "show_super_stats -h");
+        let line = superblock
+            .lines()
+            .find(|line| line.starts_with("Filesystem UUID"));
+        line.unwrap().to_string()
+    };
+    assert_ne!(uuid(&one), uuid(&two));
+    assert!(write_volume(&one, 64 << 20).is_err());
+    assert!(write_volume(&place.path("small"), 1 << 20).is_err());
+    let left: Vec<_> = fs::read_dir(place.0.path()).unwrap().collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+}
+
+#[test]
+fn layers_compressed_in_every_usual_way_are_taken() {
+    let place = Place::new();
+    let layer = place.write("layer", Tar::new().file("x", "x\n").bytes());
+    for program in ["gzip", "bzip2", "xz", "zstd"] {
+        let packed = std::process::Command::new(pigeon::assets::tool(program).unwrap())
+            .arg("-c")
+            .arg(&layer)
+            .output()
+            .unwrap()
+            .stdout;
+        // As a whole archive, and as a layer of one; twice in one stream is allowed.
+        let whole = place.write("whole", &packed);
+        let out = place.path(&format!("{program}.ext4"));
+        make(&whole, &out).unwrap();
+        assert_eq!(debugfs(&out, "cat /x"), "x\n", "{program}");
+        let save = place.write("save.tar", docker_save(&[packed], &json!({}), "a:1"));
+        make(&save, &out).unwrap();
+        assert_eq!(debugfs(&out, "cat /x"), "x\n", "{program}");
+    }
+}
+
+#[test]
+fn a_folder_of_skopeos_is_an_image() {
+    let place = Place::new();
+    let dir = place.path("dir");
+    fs::create_dir(&dir).unwrap();
+    let mut layout = Layout::default();
+    let mut blob = |bytes: &[u8]| {
+        let descriptor = layout.blob("", bytes);
+        let digest = descriptor["digest"].as_str().unwrap();
+        fs::write(dir.join(digest.strip_prefix("sha256:").unwrap()), bytes).unwrap();
+        descriptor
+    };
+    let layer = blob(&gzip(&Tar::new().file("x", "x\n").bytes()));
+    let config = blob(config().to_string().as_bytes());
+    let manifest = json!({"schemaVersion": 2, "config": config, "layers": [layer]});
+    fs::write(dir.join("manifest.json"), manifest.to_string()).unwrap();
+    fs::write(dir.join("version"), "Directory Transport Version: 1.1\n").unwrap();
+    let out = place.path("x.ext4");
+    let built = make(&dir, &out).unwrap();
+    assert_eq!((built.form, built.layers), ("skopeo directory", 1));
+    assert_eq!(debugfs(&out, "cat /x"), "x\n");
+    assert_eq!(built.image_config.unwrap()["User"], "app");
+    let name = layer["digest"]
+        .as_str()
+        .unwrap()
+        .strip_prefix("sha256:")
+        .unwrap()
+        .to_string();
+    fs::write(dir.join(name), gzip(&Tar::new().file("x", "y\n").bytes())).unwrap();
+    let error = format!("{:#}", make(&dir, &out).unwrap_err());
+    assert!(error.contains("its SHA-256 is"), "{error}");
+}
+
+#[test]
+fn what_is_no_image_is_told_by_its_name_and_kind() {
+    let place = Place::new();
+    let out = place.path("x.ext4");
+    for (bytes, kind) in [
+        (&b"\x7fELF\x02\x01\x01\0"[..], "a program (ELF)"),
+        (b"PK\x03\x04", "a zip archive"),
+        (b"FROM scratch\n", "a Dockerfile"),
+        (b"", "empty"),
+        (b"hsqs", "an image with squashfs"),
+    ] {
+        let error = refused(&place.write("thing", bytes), &out);
+        let expected = format!("thing is {kind}, not a container image or an archive");
+        assert!(error.ends_with(&expected), "{error}");
+        assert!(error.is_ascii(), "{error}");
+    }
+    // A layer that breaks off is told by its number.
+    let packed = gzip(&Tar::new().file("a", vec![1; 50_000]).bytes());
+    let half = packed[..packed.len() / 2].to_vec();
+    let save = docker_save(&[Tar::new().bytes(), half], &json!({}), "a:1");
+    let error = refused(&place.write("save.tar", save), &out);
+    assert!(error.starts_with("layer 2 of 2: "), "{error}");
 }

@@ -16,7 +16,7 @@ use std::{
 
 use common::{Place, Tar, busybox_layer, docker_save};
 use pigeon::{assets, process::run};
-use pty::{PATIENCE, Terminal};
+use pty::{TIMEOUT, Terminal};
 use serde_json::{Value, json};
 
 /// Commands that are not run, and why.
@@ -55,6 +55,7 @@ const DOCKER: &str = "#!/bin/sh\n\
 /// Cargo, for the repository's own manifests: to cargo, a package at another path is another one.
 const CARGO: &str = "#!/usr/bin/env bash\n\
     set -- \"${@/#tests\\/Cargo.toml/REPOSITORY/tests/Cargo.toml}\"\n\
+    set -- \"${@/#src\\/host\\/Cargo.toml/REPOSITORY/src/host/Cargo.toml}\"\n\
     [[ \" $* \" == *' --manifest-path '* ]] ||\n\
     \tset -- \"$1\" --manifest-path 'REPOSITORY/Cargo.toml' \"${@:2}\"\n\
     exec 'CARGO' \"$@\"\n";
@@ -183,8 +184,9 @@ fn parts(readme: &str) -> Vec<Part> {
 
 /// Whether a line is the one that the README shows, but for what differs from run to run.
 fn is_shown(line: &str, shown: &str) -> bool {
-    let (line, shown) = (after_kernel_time(line), after_kernel_time(shown));
-    let [line, shown] = [line, shown].map(|line| line.trim_end().split(' ').collect::<Vec<_>>());
+    let columns = |line: &str| in_columns(after_kernel_time(line));
+    let (line, shown) = (columns(line), columns(shown));
+    let [line, shown] = [&line, &shown].map(|line| line.trim_end().split(' ').collect::<Vec<_>>());
     let stable = |words: &[&str], at: usize| {
         let unit = words.get(at + 1).copied().unwrap_or_default();
         let before = at.checked_sub(1).map_or("", |before| words[before]);
@@ -195,6 +197,15 @@ fn is_shown(line: &str, shown: &str) -> bool {
         None => stable(&line, at) == stable(&shown, at),
     };
     line.len() == shown.len() && (0..line.len()).all(same)
+}
+
+/// A line of a table, whose columns are as wide as what is in them.
+fn in_columns(line: &str) -> String {
+    let mut line = line.to_string();
+    while line.contains("    ") {
+        line = line.replace("    ", "   ");
+    }
+    line
 }
 
 fn after_kernel_time(line: &str) -> &str {
@@ -209,7 +220,13 @@ fn after_kernel_time(line: &str) -> &str {
 fn stable(before: &str, word: &str, unit: &str) -> String {
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     let prefix = word.trim_end_matches(|c: char| c.is_ascii_digit());
-    if is_number(word) && matches!(unit, "MiB," | "files,") {
+    let is_time = |word: &str| {
+        let units = ["second", "minute", "hour", "day"];
+        units.contains(&word.trim_end_matches('s'))
+    };
+    if is_number(before) && is_time(word) {
+        "TIME".into()
+    } else if is_number(word) && (matches!(unit, "MiB," | "files,") || is_time(unit)) {
         "NUMBER".into()
     } else if before == "pid" && is_number(word.trim_end_matches(',')) {
         "PID".into()
@@ -258,7 +275,7 @@ fn missing<'a>(
 
 /// Waits until a terminal has shown all these, other lines among them.
 fn wait_for<'a>(terminal: &mut Terminal, shown: impl IntoIterator<Item = &'a String> + Clone) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     loop {
         let ended = terminal.has_ended();
         if ended {
@@ -296,7 +313,7 @@ fn read_lines(path: &Path) -> Vec<String> {
 }
 
 fn wait_until(what: &str, mut is_there: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while !is_there() {
         assert!(Instant::now() < deadline, "never {what}");
         thread::sleep(Duration::from_millis(10));
@@ -384,6 +401,7 @@ impl Reader {
                 format!("{}:{path}", self.place.path("bin").display()),
             )
             .env("XDG_RUNTIME_DIR", self.place.path("runtime"))
+            .env("XDG_STATE_HOME", self.place.path("runtime"))
             .env_remove("PIGEON_UDS")
             // The README has this machine's architecture, whichever the tests are for.
             .env_remove("PIGEON_ARCH")
@@ -455,7 +473,7 @@ impl Reader {
                 let mut vm = self.vm.take().expect("a VM is there by now");
                 assert_eq!(vm.wait().code(), Some(0), "{}", vm.shown());
             }
-            _ if command.starts_with("curl ") => {
+            _ if command.starts_with("curl ") || command.starts_with("pigeon ") => {
                 assert_shown(&self.output(self.shell(command), 0), shown);
             }
             _ => panic!(
@@ -506,7 +524,8 @@ impl Reader {
             format!("fn main() -> Result<(), Box<dyn std::error::Error>> {{\n{code}\nOk(())\n}}\n");
         let source = self.place.write("driver.rs", program);
         // The library, where a rustc without cargo finds it.
-        let lab = assets::repository().join("tests/Cargo.toml");
+        let manifest = assets::repository().join("src/host/Cargo.toml");
+        let built = Path::new(env!("CARGO_BIN_EXE_pigeon")).parent().unwrap();
         let mut cargo = Command::new(env!("CARGO"));
         cargo.args([
             "build",
@@ -516,8 +535,8 @@ impl Reader {
             "pigeon",
             "--lib",
         ]);
-        run(cargo.arg("--manifest-path").arg(lab)).unwrap();
-        let built = Path::new(env!("CARGO_BIN_EXE_pigeon")).parent().unwrap();
+        cargo.arg("--manifest-path").arg(manifest);
+        run(cargo.arg("--target-dir").arg(built.parent().unwrap())).unwrap();
         let mut rustc = self.prepare("rustc");
         rustc.args(["--edition", "2024", "-D", "warnings", "--extern"]);
         rustc.arg(format!("pigeon={}", built.join("libpigeon.rlib").display()));
@@ -672,6 +691,7 @@ fn a_commands_output_is_compared_but_for_what_differs() {
         ("/dev/pts/1", "/dev/pts/0"),
         ("6.12.3-cloud-amd64", "6.1.0-56-cloud-amd64"),
         ("end ", "end"),
+        ("web    up 1 second   x", "web    up 59 seconds    x"),
     ] {
         assert!(is_shown(line, shown), "{line:?} is not {shown:?}");
     }

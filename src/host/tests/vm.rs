@@ -16,7 +16,7 @@ use std::{
 
 use common::{Place, Tar, busybox_layer, check, docker_save};
 use pigeon::{Client, session::Event};
-use pty::{PATIENCE, Terminal};
+use pty::{TIMEOUT, Terminal};
 use serde_json::{Value, json};
 
 /// What the image runs: it says who it is, and ends when it is told to.
@@ -74,6 +74,7 @@ impl Lab {
         command
             .args(words)
             .env("XDG_RUNTIME_DIR", self.place.0.path())
+            .env("XDG_STATE_HOME", self.place.0.path())
             .env_remove("PIGEON_UDS")
             .stdin(Stdio::null());
         command
@@ -124,7 +125,7 @@ impl Lab {
     }
 
     fn wait_for(&self, text: &str) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while !self.log().contains(text) {
             assert!(Instant::now() < deadline, "no {text:?} in {}", self.log());
             thread::sleep(Duration::from_millis(20));
@@ -165,7 +166,18 @@ fn an_archive_of_docker_save_becomes_a_vm_that_is_used_like_a_container() {
     let status: Value =
         serde_json::from_str(&lab.said(&["status", "--json", "--uds", &uds]).0).unwrap();
     assert_eq!(status["ok"], true);
-    assert_eq!(lab.said(&["list"]), (format!("app\t{uds}\n"), Some(0)));
+    let (listed, code) = lab.said(&["ps"]);
+    let row = listed.lines().nth(1).unwrap();
+    assert!(
+        row.starts_with("app ") && row.contains(" up ") && row.contains("/bin/serve"),
+        "{row}"
+    );
+    assert_eq!(code, Some(0));
+    let listed: Value = serde_json::from_str(&lab.said(&["list", "--json"]).0).unwrap();
+    assert_eq!(
+        (&listed[0]["vm"], &listed[0]["uds"]),
+        (&json!("app"), &json!(uds))
+    );
 
     commands_as_of_docker_exec(&lab);
     input_and_output(&lab);
@@ -195,7 +207,7 @@ fn an_archive_of_docker_save_becomes_a_vm_that_is_used_like_a_container() {
     check(&lab.place.path("app.ext4"));
     let gone = lab.pigeon(&["exec", "true"]);
     assert_eq!(gone.status.code(), Some(125));
-    assert!(String::from_utf8_lossy(&gone.stderr).contains("no VM of `pigeon run` is there"));
+    assert!(String::from_utf8_lossy(&gone.stderr).contains("no VM is running"));
 }
 
 fn commands_as_of_docker_exec(lab: &Lab) {
@@ -292,7 +304,7 @@ fn input_and_output(lab: &Lab) {
     );
     let refused = lab.pigeon(&["exec", "-it", "sh"]);
     assert!(
-        String::from_utf8_lossy(&refused.stderr).contains("no terminal"),
+        String::from_utf8_lossy(&refused.stderr).contains("not a terminal"),
         "{refused:?}"
     );
     // A client that is killed takes its command along.
@@ -302,7 +314,7 @@ fn input_and_output(lab: &Lab) {
             .0
     };
     let becomes = |count: &str| {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while sleeps() != count {
             assert!(Instant::now() < deadline, "never {count:?}");
         }
@@ -315,7 +327,7 @@ fn input_and_output(lab: &Lab) {
 
 fn a_shell_on_a_terminal(lab: &Lab) {
     let prompt = "/ # ";
-    let mut shell = Terminal::spawn(lab.command(&["exec", "-it", "sh"]), (97, 31));
+    let mut shell = Terminal::spawn(lab.command(&["exec", "-it", "-w", "/", "sh"]), (97, 31));
     let before = shell.modes();
     shell.expect(prompt);
     shell.type_text("tty; stty size; echo $TERM\r");
@@ -383,7 +395,7 @@ fn the_library(uds: &Path) {
     let mut received = vec![];
     let ended = loop {
         match session.next().unwrap().unwrap() {
-            Event::Output(bytes) => received.extend(bytes),
+            Event::Output(_, bytes) => received.extend(bytes),
             Event::Exit(ended) => break ended,
         }
     };
@@ -434,10 +446,10 @@ fn keys_go_to_the_console_and_ctrl_c_is_an_orderly_stop() {
     vm.type_text("some words\r");
     vm.expect("got: some words");
     vm.type_text("\x03");
-    vm.expect("stopping it; once more kills it");
+    vm.expect("stopping the VM; once more kills it");
     vm.expect("stopping\r");
     assert_eq!(vm.wait().code(), Some(9));
-    vm.expect("ended with exit code 9");
+    vm.expect("exit code 9");
     assert_eq!(before.local_modes, vm.modes().local_modes);
     check(&lab.place.path("app.ext4"));
 }
@@ -472,4 +484,235 @@ fn a_workload_that_cannot_run_is_told_with_its_reason() {
     assert!(lab.log().contains("stranger"), "{}", lab.log());
     let vm = lab.run(&["--entrypoint", "/bin/none", &lab.path("app.ext4")]);
     assert_eq!(vm.end().1, Some(127), "{}", lab.log());
+}
+
+#[test]
+fn a_vm_in_the_background_is_steered_by_its_name_and_remembered() {
+    let lab = Lab::new();
+    let image = lab.path("app.ext4");
+    let begin = Instant::now();
+    let (name, code) = lab.said(&["run", "-d", "--name", "web", &image]);
+    assert_eq!((name.as_str(), code), ("web\n", Some(0)));
+    assert!(begin.elapsed() < TIMEOUT);
+    let again = lab.pigeon(&["run", "-d", "--name", "web", &image]);
+    assert_eq!(again.status.code(), Some(125));
+    let said = String::from_utf8_lossy(&again.stderr).into_owned();
+    assert!(
+        said.contains("a VM called web is running already"),
+        "{said}"
+    );
+    // Its disk is its own.
+    let other = lab.pigeon(&["run", "-d", "--name", "other", &image]);
+    let said = String::from_utf8_lossy(&other.stderr).into_owned();
+    assert!(said.contains("is in use by another running VM"), "{said}");
+
+    let follower = thread::spawn({
+        let mut command = lab.command(&["logs", "-f", "web"]);
+        move || command.output().unwrap()
+    });
+    // As docker exec has it, and as a name of the VM in its own hosts file.
+    let (names, _) = lab.said(&["exec", "web", "sh", "-c", "hostname; cat /etc/hosts"]);
+    assert!(names.starts_with("web\n"), "{names}");
+    assert!(
+        names.contains("127.0.1.1\tweb") && names.contains("127.0.0.1\tlocalhost"),
+        "{names}"
+    );
+    let (listed, _) = lab.said(&["ps", "-q"]);
+    assert_eq!(listed, "web\n");
+    let running: Value = serde_json::from_str(&lab.said(&["inspect", "web"]).0).unwrap();
+    assert_eq!(
+        (&running[0]["running"], &running[0]["name"]),
+        (&json!(true), &json!("web"))
+    );
+    let refused = lab.pigeon(&["rm", "web"]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("`pigeon stop web`"));
+
+    assert_eq!(lab.said(&["stop", "web"]), ("web\n".into(), Some(0)));
+    let followed = follower.join().unwrap();
+    let expected = "serving as app in /home/app, hello\nTerminated\ngood bye\n";
+    assert_eq!(String::from_utf8_lossy(&followed.stdout), expected);
+    check(&lab.place.path("app.ext4"));
+
+    // What is left of it.
+    assert_eq!(lab.said(&["ps", "-q"]).0, "");
+    let (listed, _) = lab.said(&["ps", "-a"]);
+    assert!(
+        listed.contains("web ") && listed.contains("exited (3)"),
+        "{listed}"
+    );
+    assert_eq!(lab.said(&["wait", "web"]), ("3\n".into(), Some(0)));
+    assert_eq!(lab.said(&["logs", "web"]), (expected.into(), Some(0)));
+    assert_eq!(
+        lab.said(&["logs", "--since-offset", "46", "web"]).0,
+        "good bye\n"
+    );
+    assert!(
+        lab.said(&["logs", "--console", "web"])
+            .0
+            .contains("workload exited")
+    );
+    let ended: Value = serde_json::from_str(&lab.said(&["inspect", "web"]).0).unwrap();
+    assert_eq!(ended[0]["exit"], json!({"code": 3, "oom_killed": false}));
+    let gone = lab.pigeon(&["exec", "web", "true"]);
+    assert!(
+        String::from_utf8_lossy(&gone.stderr).contains("has ended (exited (3)"),
+        "{gone:?}"
+    );
+    assert_eq!(lab.said(&["rm", "web"]), ("web\n".into(), Some(0)));
+    assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
+    // One that is removed by force, and one that keeps nothing.
+    assert_eq!(lab.said(&["run", "-d", "--name", "web", &image]).1, Some(0));
+    assert_eq!(lab.said(&["rm", "-f", "web"]), ("web\n".into(), Some(0)));
+    let words = ["run", "-q", "--rm", "--entrypoint", "true", &image];
+    assert_eq!(lab.said(&words).1, Some(0));
+    assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
+}
+
+#[test]
+fn quiet_gives_the_workloads_bytes_alone_and_its_exit_code() {
+    let lab = Lab::new();
+    let script = "echo one; printf 'two\\n\\nthree\\n'; exit 4";
+    let words = [
+        "run",
+        "-q",
+        "--entrypoint",
+        "sh",
+        &lab.path("app.ext4"),
+        "-c",
+        script,
+    ];
+    let output = lab.pigeon(&words);
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "one\ntwo\n\nthree\n"
+    );
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert_eq!(output.status.code(), Some(4));
+    // A command that is not there, and an image that does not boot, are told.
+    let words = ["run", "-q", "--entrypoint", "/none", &lab.path("app.ext4")];
+    let output = lab.pigeon(&words);
+    assert_eq!(output.status.code(), Some(127), "{output:?}");
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains("/none"),
+        "{output:?}"
+    );
+}
+
+#[test]
+fn a_workload_on_a_terminal_has_its_size_a_prompt_and_ctrl_c() {
+    let lab = Lab::new();
+    let words = [
+        "run",
+        "-it",
+        "--rm",
+        "--entrypoint",
+        "sh",
+        &lab.path("app.ext4"),
+    ];
+    let mut shell = Terminal::spawn(lab.command(&words), (91, 33));
+    let before = shell.modes();
+    let prompt = "$ ";
+    shell.expect(prompt);
+    shell.type_text("stty size; id -un; pwd\r");
+    shell.expect("33 91\r\napp\r\n/home/app\r\n");
+    shell.expect(prompt);
+    shell.type_text("sleep 1000\r");
+    shell.expect("sleep 1000\r\n");
+    thread::sleep(Duration::from_millis(500));
+    shell.type_text("\x03");
+    shell.expect("^C");
+    shell.expect(prompt);
+    shell.resize((100, 40));
+    thread::sleep(Duration::from_millis(500));
+    shell.type_text("stty size; exit 6\r");
+    shell.expect("40 100\r\n");
+    assert_eq!(shell.wait().code(), Some(6), "{}", shell.shown());
+    assert_eq!(before.local_modes, shell.modes().local_modes);
+    assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
+    check(&lab.place.path("app.ext4"));
+
+    let words = [
+        "run",
+        "-i",
+        "--entrypoint",
+        "tr",
+        &lab.path("app.ext4"),
+        "a-z",
+        "A-Z",
+    ];
+    assert_eq!(lab.fed(&words, b"hello\n"), (b"HELLO\n".to_vec(), Some(0)));
+    let words = ["run", "-i", "--entrypoint", "/none", &lab.path("app.ext4")];
+    assert_eq!(lab.fed(&words, b"").1, Some(127));
+}
+
+#[test]
+fn a_volume_is_made_once_and_keeps_what_is_written_to_it() {
+    let lab = Lab::new();
+    let volume = lab.path("data.img");
+    let image = lab.path("app.ext4");
+    let run = |script: &str| {
+        let place = format!("{volume}:/data,size=32M");
+        let words = [
+            "run",
+            "-q",
+            "-v",
+            &place,
+            "--entrypoint",
+            "sh",
+            &image,
+            "-c",
+            script,
+        ];
+        let output = lab.pigeon(&words);
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (
+            text(output.stdout),
+            text(output.stderr),
+            output.status.code(),
+        )
+    };
+    let (out, said, code) = run("stat -c '%U' /data; echo kept >/data/file; sync");
+    assert_eq!((out.as_str(), code), ("app\n", Some(0)), "{said}");
+    assert!(said.contains("data.img: created, 32 MiB"), "{said}");
+    check(Path::new(&volume));
+    let (out, said, code) = run("cat /data/file; ls -a /data | wc -l");
+    assert_eq!((out.as_str(), code), ("kept\n3\n", Some(0)), "{said}");
+    assert_eq!(said, "");
+    check(Path::new(&volume));
+}
+
+#[test]
+fn one_sigterm_ends_a_vm_that_does_not_even_boot() {
+    let lab = Lab::new();
+    let kernel = pigeon::assets::Kernel::chosen(common::arch())
+        .unwrap()
+        .image();
+    let kernel = kernel.to_str().unwrap();
+    let words = [
+        "run",
+        "-m",
+        "8",
+        "--kernel",
+        kernel,
+        "--stop-timeout",
+        "0.5",
+        &lab.path("app.ext4"),
+    ];
+    let mut child = lab.command(&words).spawn().unwrap();
+    thread::sleep(Duration::from_secs(3));
+    let pid = rustix::process::Pid::from_child(&child);
+    assert_eq!(
+        child.try_wait().unwrap(),
+        None,
+        "it has something to be stopped"
+    );
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let begin = Instant::now();
+    let status = child.wait().unwrap();
+    assert_eq!(status.code(), Some(137));
+    assert!(
+        begin.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        begin.elapsed()
+    );
 }

@@ -1,6 +1,8 @@
 //! Reading layers: tar streams, compressed or not, and directories of the host.
 
 use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    ffi::OsStr,
     fs::{self, File},
     io::{self, BufReader, Read, Seek, SeekFrom, Write},
     os::unix::{
@@ -11,19 +13,78 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use bzip2::bufread::MultiBzDecoder;
 use flate2::bufread::MultiGzDecoder;
+use lzma_rust2::XzReader;
+use rustix::{
+    fs::{lgetxattr, llistxattr},
+    io::Errno,
+};
 use ruzstd::decoding::StreamingDecoder;
 use sha2::{Digest, Sha256};
 
-use super::tree::{Device, Entry, Kind, Meta};
+use super::{
+    archive::Archive,
+    tree::{Device, Entry, Kind, Meta, Time},
+};
 
-/// Bytes that tell a compression (RFC 1952, RFC 8878).
-const GZIP: [u8; 2] = [0x1f, 0x8b];
-const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+/// How a stream is compressed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Compression {
+    Bzip2,
+    Gzip,
+    Xz,
+    Zstd,
+}
 
-/// Extended attributes that a guest has a use for; others (SELinux labels, the host's own) are not
-/// the image's.
-const XATTRS: [&str; 2] = ["security.capability", "user."];
+impl Compression {
+    /// Bytes that are looked at.
+    const START: usize = 6;
+
+    /// Detects it from the first bytes (RFC 1952, RFC 8878, xz-file-format.txt 2.1.1.1).
+    fn of(start: &[u8]) -> Option<Compression> {
+        match start {
+            [0x1f, 0x8b, ..] => Some(Compression::Gzip),
+            [0x28, 0xb5, 0x2f, 0xfd, ..] => Some(Compression::Zstd),
+            [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Some(Compression::Xz),
+            [b'B', b'Z', b'h', b'1'..=b'9', ..] => Some(Compression::Bzip2),
+            _ => None,
+        }
+    }
+}
+
+/// Whether an extended attribute is kept. SELinux labels belong to the host, overlayfs's own
+/// attributes to the mount that the files came from, and other namespaces to one file system.
+fn is_kept(attribute: &str) -> bool {
+    let namespaces = ["security.", "trusted.", "user."];
+    match attribute {
+        "security.selinux" => false,
+        "system.posix_acl_access" | "system.posix_acl_default" => true,
+        _ if attribute.starts_with("trusted.overlay.") => false,
+        _ => namespaces.iter().any(|space| attribute.starts_with(space)),
+    }
+}
+
+/// Removes attributes that are not kept, and returns their names.
+fn drop_attributes(meta: &mut Meta) -> Vec<String> {
+    let mut lost = vec![];
+    meta.xattrs.retain(|name, _| {
+        let keep = is_kept(name);
+        if !keep {
+            lost.push(name.clone());
+        }
+        keep
+    });
+    lost
+}
+
+/// A regular file's contents.
+pub struct Body<'a> {
+    /// Offset and length of each piece of data, in order; between them are zeros.
+    pub pieces: Vec<(u64, u64)>,
+    /// The data of all pieces.
+    pub bytes: &'a mut dyn Read,
+}
 
 /// A part of a file.
 #[derive(Clone, Debug, PartialEq)]
@@ -144,7 +205,7 @@ impl Layer {
     pub fn read(
         &self,
         count: &mut dyn FnMut(u64),
-        mut visit: impl FnMut(usize, Entry, &mut dyn Read) -> Result<()>,
+        mut visit: impl FnMut(usize, Entry, Body) -> Result<()>,
     ) -> Result<()> {
         match self {
             Layer::Tar(blob) => read_tar(blob, count, &mut visit),
@@ -153,7 +214,7 @@ impl Layer {
     }
 }
 
-type Visit<'a> = &'a mut dyn FnMut(usize, Entry, &mut dyn Read) -> Result<()>;
+type Visit<'a> = &'a mut dyn FnMut(usize, Entry, Body) -> Result<()>;
 
 fn read_tar(blob: &Blob, count: &mut dyn FnMut(u64), visit: Visit) -> Result<()> {
     let mut source = BufReader::with_capacity(
@@ -166,13 +227,27 @@ fn read_tar(blob: &Blob, count: &mut dyn FnMut(u64), visit: Visit) -> Result<()>
     );
     {
         let mut plain = decompressed(&mut source)?;
-        let mut archive = tar::Archive::new(&mut plain);
-        for (number, entry) in archive.entries()?.enumerate() {
-            let mut entry = entry.context("not a whole tar archive")?;
-            if let Some(described) = describe(&mut entry)? {
-                visit(number, described, &mut entry)?;
+        let mut archive = Archive::new(&mut plain);
+        let mut number = 0;
+        while let Some(mut member) = archive.next_member().context("not a whole tar archive")? {
+            let mut lost = drop_attributes(&mut member.meta);
+            lost.extend(member.lost);
+            if let Some(kind) = member.kind {
+                let entry = Entry {
+                    path: member.path,
+                    meta: member.meta,
+                    kind,
+                    lost,
+                };
+                let body = Body {
+                    pieces: member.pieces,
+                    bytes: &mut archive,
+                };
+                visit(number, entry, body)?;
             }
+            number += 1;
         }
+        drop(archive);
         // What follows the end mark counts for the digest.
         io::copy(&mut plain, &mut io::sink())?;
     }
@@ -189,25 +264,25 @@ fn read_tar(blob: &Blob, count: &mut dyn FnMut(u64), visit: Visit) -> Result<()>
 
 /// The bytes behind whatever compression there is.
 pub fn decompressed<'a>(mut source: impl io::BufRead + 'a) -> Result<Box<dyn Read + 'a>> {
-    let start = source.fill_buf()?;
-    let (gzip, zstd) = (start.starts_with(&GZIP), start.starts_with(&ZSTD));
-    Ok(if gzip {
-        Box::new(MultiGzDecoder::new(source))
-    } else if zstd {
-        Box::new(ZstdFrames {
+    Ok(match Compression::of(source.fill_buf()?) {
+        Some(Compression::Bzip2) => Box::new(MultiBzDecoder::new(source)),
+        Some(Compression::Gzip) => Box::new(MultiGzDecoder::new(source)),
+        Some(Compression::Xz) => Box::new(XzReader::new(source, true)),
+        Some(Compression::Zstd) => Box::new(ZstdFrames {
             source: Some(source),
             frame: None,
-        })
-    } else {
-        Box::new(source)
+        }),
+        None => Box::new(source),
     })
 }
 
 /// Whether a file starts as a compressed one does.
 pub fn is_compressed(path: &Path) -> Result<bool> {
     let mut start = vec![];
-    File::open(path)?.take(4).read_to_end(&mut start)?;
-    Ok(start.starts_with(&GZIP) || start.starts_with(&ZSTD))
+    let file = File::open(path)?;
+    file.take(Compression::START as u64)
+        .read_to_end(&mut start)?;
+    Ok(Compression::of(&start).is_some())
 }
 
 /// Zstandard frames, one after the other (RFC 8878 section 3).
@@ -239,91 +314,33 @@ impl<R: io::BufRead> Read for ZstdFrames<R> {
     }
 }
 
-/// What a tar entry says; None for one that is not a file.
-fn describe<R: Read>(entry: &mut tar::Entry<R>) -> Result<Option<Entry>> {
-    use tar::EntryType;
-    let path = entry.path_bytes().into_owned();
-    let header = entry.header();
-    let target = || {
-        let target = entry.link_name_bytes();
-        anyhow::Ok(target.context("a link to nothing")?.into_owned())
-    };
-    let device = |character| {
-        anyhow::Ok(Kind::Device(Device {
-            character,
-            major: header.device_major()?.context("a device without number")?,
-            minor: header.device_minor()?.context("a device without number")?,
-        }))
-    };
-    let kind = match header.entry_type() {
-        // An old archive's directory is a file whose name ends in a slash.
-        EntryType::Regular if path.ends_with(b"/") => Kind::Directory,
-        EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
-            Kind::File(entry.size())
-        }
-        EntryType::Directory => Kind::Directory,
-        EntryType::Link => Kind::HardLink(target()?),
-        EntryType::Symlink => Kind::Symlink(target()?),
-        EntryType::Char => device(true)?,
-        EntryType::Block => device(false)?,
-        EntryType::Fifo => Kind::Fifo,
-        _ => return Ok(None),
-    };
-    let meta = Meta {
-        mode: header.mode()? & 0o7777,
-        uid: header.uid()?,
-        gid: header.gid()?,
-        mtime: header.mtime().unwrap_or(0),
-        xattrs: vec![],
-    };
-    let mut described = Entry { path, meta, kind };
-    let Some(extensions) = entry.pax_extensions()? else {
-        return Ok(Some(described));
-    };
-    for extension in extensions {
-        let name = described.path.escape_ascii();
-        let Ok(extension) = extension else {
-            eprintln!("pigeon: {name}: an extended attribute that holds a line feed is left out");
-            continue;
-        };
-        let attribute = extension.key().ok();
-        let attribute = attribute.and_then(|key| key.strip_prefix("SCHILY.xattr."));
-        if let Some(attribute) = attribute.filter(|name| XATTRS.iter().any(|x| name.starts_with(x)))
-        {
-            let value = extension.value_bytes().to_vec();
-            described.meta.xattrs.push((attribute.into(), value));
-        }
-    }
-    Ok(Some(described))
-}
-
 fn read_directory(root: &Path, paths: &[PathBuf], visit: Visit) -> Result<()> {
     // Ownership is the host's only for root: what another user staged is meant to be root's.
     let as_is = rustix::process::geteuid().is_root();
-    let mut inodes = std::collections::HashMap::new();
+    let mut inodes = HashMap::new();
     for (number, path) in paths.iter().enumerate() {
         let place = root.join(path);
         let unreadable = || format!("unable to read {place:?}");
         let found = place.symlink_metadata().with_context(unreadable)?;
         let kind = found.file_type();
-        let own = |id: u32| if as_is { u64::from(id) } else { 0 };
-        let meta = Meta {
+        let own = |id: u32| if as_is { id } else { 0 };
+        let mut meta = Meta {
             mode: found.mode() & 0o7777,
             uid: own(found.uid()),
             gid: own(found.gid()),
-            mtime: found.mtime().try_into().unwrap_or(0),
-            xattrs: vec![],
+            mtime: Time {
+                seconds: found.mtime(),
+                nanoseconds: u32::try_from(found.mtime_nsec()).unwrap_or(0),
+            },
+            xattrs: attributes(&place).with_context(unreadable)?,
         };
-        let mut contents: Box<dyn Read> = Box::new(io::empty());
+        let lost = drop_attributes(&mut meta);
+        let (mut file, mut pieces) = (None, vec![]);
         let kind = if kind.is_dir() {
             Kind::Directory
         } else if kind.is_symlink() {
-            Kind::Symlink(
-                fs::read_link(&place)
-                    .with_context(unreadable)?
-                    .into_os_string()
-                    .into_vec(),
-            )
+            let target = fs::read_link(&place).with_context(unreadable)?;
+            Kind::Symlink(target.into_os_string().into_vec())
         } else if kind.is_fifo() {
             Kind::Fifo
         } else if kind.is_char_device() || kind.is_block_device() {
@@ -335,31 +352,126 @@ fn read_directory(root: &Path, paths: &[PathBuf], visit: Visit) -> Result<()> {
         } else if kind.is_socket() {
             continue; // it means nothing without the process that listens
         } else if !kind.is_file() {
-            bail!("{place:?} is no file of a kind known here");
+            bail!("{place:?} is a file of an unknown kind");
         } else if let Some(first) = inodes.get(&(found.dev(), found.ino())) {
             Kind::HardLink(Vec::clone(first))
         } else {
             let name = path.as_os_str().as_bytes().to_vec();
             inodes.insert((found.dev(), found.ino()), name);
-            contents = Box::new(Lazy(place.clone(), None));
-            Kind::File(found.len())
+            let size = found.len();
+            let mut contents = Lazy(place.clone(), None);
+            // A file with holes has fewer blocks than bytes.
+            pieces = match found.blocks().saturating_mul(512) < size {
+                true => contents.pieces(size).with_context(unreadable)?,
+                false => vec![(0, size)],
+            };
+            file = Some(contents);
+            let data = pieces.iter().map(|(_, length)| length).sum();
+            Kind::File { size, data }
         };
-        let path = path.as_os_str().as_bytes().to_vec();
-        visit(number, Entry { path, meta, kind }, &mut contents)?;
+        let entry = Entry {
+            path: path.as_os_str().as_bytes().to_vec(),
+            meta,
+            kind,
+            lost,
+        };
+        let mut bytes: Box<dyn Read> = match file {
+            None => Box::new(io::empty()),
+            Some(file) => Box::new(Pieces {
+                file,
+                pieces: pieces.clone().into(),
+            }),
+        };
+        let body = Body {
+            pieces,
+            bytes: &mut bytes,
+        };
+        visit(number, entry, body)?;
     }
     Ok(())
 }
 
-/// A file opened when it is read: most passes do not.
+/// The extended attributes of a file, a link's own.
+fn attributes(path: &Path) -> io::Result<BTreeMap<String, Vec<u8>>> {
+    /// XATTR_LIST_MAX and XATTR_SIZE_MAX (linux/limits.h).
+    const LIMIT: usize = 64 << 10;
+    let mut names = vec![0; LIMIT];
+    let size = match llistxattr(path, &mut names) {
+        Err(Errno::NOTSUP) => 0, // a file system without them
+        size => size?,
+    };
+    let mut attributes = BTreeMap::new();
+    for name in names[..size].split(|&byte| byte == 0) {
+        if name.is_empty() {
+            continue;
+        }
+        let mut value = vec![0; LIMIT];
+        let size = lgetxattr(path, OsStr::from_bytes(name), &mut value)?;
+        value.truncate(size);
+        attributes.insert(String::from_utf8_lossy(name).into_owned(), value);
+    }
+    Ok(attributes)
+}
+
+/// A file that is opened when first read: most passes do not read it.
 struct Lazy(PathBuf, Option<File>);
 
-impl Read for Lazy {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+impl Lazy {
+    fn open(&mut self) -> io::Result<&mut File> {
         if self.1.is_none() {
             let explain = |error| io::Error::other(format!("unable to read {:?}: {error}", self.0));
             self.1 = Some(File::open(&self.0).map_err(explain)?);
         }
-        self.1.as_mut().map_or(Ok(0), |file| file.read(buffer))
+        self.1
+            .as_mut()
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    /// The pieces of data between its holes (lseek(2), SEEK_DATA).
+    fn pieces(&mut self, size: u64) -> io::Result<Vec<(u64, u64)>> {
+        use rustix::fs::{SeekFrom, seek};
+        let file = self.open()?;
+        let mut pieces = vec![];
+        let mut at = 0;
+        while at < size {
+            let start = match seek(&*file, SeekFrom::Data(at)) {
+                Err(Errno::NXIO) => break,
+                start => start?,
+            };
+            let end = seek(&*file, SeekFrom::Hole(start))?.min(size);
+            if start >= size {
+                break;
+            }
+            pieces.push((start, end - start));
+            at = end;
+        }
+        Ok(pieces)
+    }
+}
+
+/// The data of a file, without its holes.
+struct Pieces {
+    file: Lazy,
+    pieces: VecDeque<(u64, u64)>,
+}
+
+impl Read for Pieces {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        use std::os::unix::fs::FileExt;
+        let Some((offset, length)) = self.pieces.front_mut() else {
+            return Ok(0);
+        };
+        let most = usize::try_from(*length).unwrap_or(usize::MAX);
+        let most = most.min(buffer.len());
+        let size = self.file.open()?.read_at(&mut buffer[..most], *offset)?;
+        if size == 0 && most > 0 {
+            return Ok(0);
+        }
+        (*offset, *length) = (*offset + size as u64, *length - size as u64);
+        if *length == 0 {
+            self.pieces.pop_front();
+        }
+        Ok(size)
     }
 }
 

@@ -3,30 +3,36 @@
 //! ```no_run
 //! use pigeon::image::{Options, build};
 //! let built = build("app.tar".as_ref(), "app.ext4".as_ref(), &Options::default())?;
-//! println!("{} MiB, run as {:?}", built.size >> 20, built.image_config);
+//! println!("{} MiB, runs {:?}", built.size >> 20, built.image_config);
 //! # anyhow::Ok(())
 //! ```
 
+pub mod archive;
 pub mod disk;
+pub mod erofs;
+pub mod ext4;
+pub mod inodes;
+pub mod kind;
 pub mod layer;
 pub mod source;
+pub mod squashfs;
 pub mod tree;
 
 use std::{
-    fs,
-    io::{self, IsTerminal, Write},
+    collections::BTreeMap,
+    fs, io,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
+use disk::{Format, directory_of};
 use source::Source;
 use tree::{Place, Tree};
 
-use crate::{Arch, assets};
+use crate::{Arch, assets, progress::Progress};
 
 /// How an image is made.
 #[derive(Clone, Debug, Default)]
@@ -37,6 +43,10 @@ pub struct Options {
     pub arch: Arch,
     /// Which of several images in an archive.
     pub tag: Option<String>,
+    /// The file system.
+    pub format: Format,
+    /// Overwrites an existing image and configuration.
+    pub force: bool,
     /// Shows on standard error how far it is.
     pub progress: bool,
 }
@@ -56,6 +66,8 @@ pub struct Built {
     pub image_config: Option<Value>,
     /// Platform of an image that is not for the architecture asked for.
     pub foreign_platform: Option<String>,
+    /// Parts of the source that are missing in the image, one sentence each.
+    pub warnings: Vec<String>,
 }
 
 /// Where an image's configuration is: beside it, `app.run.json` for `app.ext4`.
@@ -63,21 +75,39 @@ pub fn run_json_path(image: &Path) -> PathBuf {
     image.with_extension("run.json")
 }
 
-/// Makes an ext4 image of `source`: a directory, a tar archive (`docker export`), a `docker save`
-/// or OCI archive, an OCI image layout, `-` for one of the archives on standard input, or the name
-/// of an image for docker or skopeo. Compressed archives may be. A container image's configuration
-/// is written beside it.
+/// Makes an image of `source`: a directory, a tar archive (`docker export`), a `docker save` or OCI
+/// archive, an OCI image layout, `-` for one of the archives on standard input, or the name of an
+/// image for docker or skopeo. Compressed archives may be. A container image's configuration is
+/// written beside it. It is an error if they exist, unless [`Options::force`] is set.
 pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
+    ensure_separate(source, out)?;
+    ensure_replaceable(out, options.force)?;
     let mut progress = Progress::new(options.progress);
-    let dir = out.parent().filter(|dir| !dir.as_os_str().is_empty());
     let scratch = tempfile::Builder::new()
         .prefix(".pigeon-")
-        .tempdir_in(dir.unwrap_or(Path::new(".")))
+        .tempdir_in(directory_of(out))
         .with_context(|| format!("unable to write beside {}", out.display()))?;
     let path = fetch(source, options.arch, scratch.path(), &mut progress)?;
     let source = Source::open(&path, options.arch, options.tag.as_deref())?;
+    let image_config = source.image_config();
+    let run_json = match &image_config {
+        Some(config) => {
+            let mut document = json!({"ImageConfig": config});
+            if let Some(platform) = source.platform() {
+                document["Platform"] = json!(platform);
+            }
+            Some(serde_json::to_string_pretty(&document)? + "\n")
+        }
+        None => None,
+    };
+    let run_json_path = run_json_path(out);
+    let is_same = |text: &String| fs::read_to_string(&run_json_path).is_ok_and(|old| old == *text);
+    if run_json.as_ref().is_some_and(|text| !is_same(text)) {
+        ensure_replaceable(&run_json_path, options.force)?;
+    }
 
     let mut tree = Tree::new(source.layered);
+    let mut lost = Lost::default();
     let total = source.layers.iter().map(layer::Layer::size).sum();
     progress.phase("reading layers", total);
     for (number, layer) in source.layers.iter().enumerate() {
@@ -87,29 +117,94 @@ pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
                     layer: number,
                     entry,
                 };
+                lost.add(&described.path, &described.lost);
                 tree.apply(place, described)
             })
             .with_context(|| format!("layer {} of {}", number + 1, source.layers.len()))?;
     }
-    let extent = tree.extent();
-    let size = options.size.unwrap_or_else(|| disk::good_size(&extent));
-    disk::write(&tree, &source.layers, out, size, &mut progress)?;
+    let files = tree.extent().inodes;
+    let layers = &source.layers;
+    let size = disk::write(
+        &tree,
+        layers,
+        out,
+        options.format,
+        options.size,
+        &mut progress,
+    )?;
     progress.end();
-
-    let image_config = source.image_config();
-    if let Some(config) = &image_config {
-        let path = run_json_path(out);
-        let text = serde_json::to_string_pretty(&json!({"ImageConfig": config}))? + "\n";
-        fs::write(&path, text).with_context(|| format!("unable to write {}", path.display()))?;
+    if let Some(text) = run_json {
+        let cannot = || format!("unable to write {}", run_json_path.display());
+        fs::write(&run_json_path, text).with_context(cannot)?;
     }
     Ok(Built {
         form: source.form,
         size,
         layers: source.layers.len(),
-        files: extent.inodes,
+        files,
         image_config,
         foreign_platform: source.foreign_platform(options.arch),
+        warnings: lost.warnings(),
     })
+}
+
+/// Fails if the image would overwrite its own source, or lie inside it.
+fn ensure_separate(source: &Path, out: &Path) -> Result<()> {
+    let (Ok(source), Ok(dir)) = (source.canonicalize(), directory_of(out).canonicalize()) else {
+        return Ok(()); // one of them does not exist, which is reported later
+    };
+    let shown = out.display();
+    let same = out.canonicalize().is_ok_and(|out| out == source);
+    ensure!(!same, "{shown} is the source itself");
+    ensure!(
+        !dir.starts_with(&source),
+        "{shown} is inside the source directory"
+    );
+    Ok(())
+}
+
+/// Fails if `path` exists and must not be overwritten.
+fn ensure_replaceable(path: &Path, force: bool) -> Result<()> {
+    let Ok(found) = path.symlink_metadata() else {
+        return Ok(());
+    };
+    let shown = path.display();
+    ensure!(
+        found.is_file() || found.is_symlink() && path.is_file(),
+        "{shown} exists and is not a regular file"
+    );
+    ensure!(force, "{shown} exists already; --force overwrites it");
+    Ok(())
+}
+
+/// Attributes that were dropped, with the paths of their files.
+#[derive(Default)]
+struct Lost(BTreeMap<String, Vec<String>>);
+
+impl Lost {
+    fn add(&mut self, path: &[u8], attributes: &[String]) {
+        for attribute in attributes {
+            let paths = self.0.entry(attribute.clone()).or_default();
+            paths.push(path.escape_ascii().to_string());
+        }
+    }
+
+    /// One warning an attribute, naming the first files.
+    fn warnings(&self) -> Vec<String> {
+        const NAMED: usize = 3;
+        let warning = |(attribute, paths): (&String, &Vec<String>)| {
+            let named = paths.iter().take(NAMED).cloned().collect::<Vec<_>>();
+            let more = match paths.len().saturating_sub(NAMED) {
+                0 => String::new(),
+                more => format!(" and {more} more"),
+            };
+            format!(
+                "extended attribute {attribute} dropped: {}{more}",
+                named.join(", ")
+            )
+        };
+        self.0.iter().map(warning).collect()
+    }
 }
 
 /// The uncompressed archive or the directory that `source` stands for.
@@ -128,6 +223,11 @@ fn fetch(source: &Path, arch: Arch, scratch: &Path, progress: &mut Progress) -> 
         pull(name, arch, &archive)?;
         return Ok(archive);
     }
+    ensure!(
+        source.is_file(),
+        "{} is neither a file nor a directory",
+        source.display()
+    );
     if !layer::is_compressed(source).with_context(|| format!("unable to read {source:?}"))? {
         return Ok(source.into());
     }
@@ -185,72 +285,4 @@ fn pull(name: &str, arch: Arch, archive: &Path) -> Result<()> {
         "there is no file {name}, and neither a docker that works nor skopeo to get an image of \
          that name; where there is one: docker save {name} --output image.tar"
     )
-}
-
-/// A line on standard error that tells how far it is: on a terminal only.
-pub struct Progress {
-    shown: bool,
-    phase: &'static str,
-    done: u64,
-    total: u64,
-    last: Option<Instant>,
-}
-
-impl Progress {
-    /// Nothing done. Without a terminal it shows nothing in any case.
-    pub fn new(wanted: bool) -> Progress {
-        Progress {
-            shown: wanted && io::stderr().is_terminal(),
-            phase: "",
-            done: 0,
-            total: 0,
-            last: None,
-        }
-    }
-
-    /// Starts on something else, of so many bytes; 0 is unknown.
-    pub fn phase(&mut self, phase: &'static str, total: u64) {
-        (self.phase, self.done, self.total, self.last) = (phase, 0, total, None);
-        self.add(0);
-    }
-
-    /// So many bytes more are done.
-    pub fn add(&mut self, bytes: u64) {
-        const REFRESH: Duration = Duration::from_millis(100);
-        self.done += bytes;
-        if self.shown && self.last.is_none_or(|last| last.elapsed() >= REFRESH) {
-            self.last = Some(Instant::now());
-            // A terminal that is gone must not end the work.
-            let _ = write!(io::stderr(), "\r\x1b[K{}", self.line());
-        }
-    }
-
-    /// Removes the line.
-    pub fn end(&mut self) {
-        if self.shown {
-            let _ = write!(io::stderr(), "\r\x1b[K");
-        }
-    }
-
-    fn line(&self) -> String {
-        const WIDTH: u64 = 30;
-        let mib = |bytes: u64| format!("{}.{}", bytes >> 20, ((bytes & 0xf_ffff) * 10) >> 20);
-        match self.total {
-            0 if self.done == 0 => format!("{} ...", self.phase),
-            0 => format!("{} {} MiB", self.phase, mib(self.done)),
-            total => {
-                let done = self.done.min(total);
-                let full = (done * WIDTH / total) as usize;
-                let bar = "#".repeat(full) + &" ".repeat(WIDTH as usize - full);
-                let (done, total) = (mib(done), mib(total));
-                format!("{:<15} [{bar}] {done} of {total} MiB", self.phase)
-            }
-        }
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        self.end();
-    }
 }

@@ -12,7 +12,10 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::layer::{Blob, Layer};
+use super::{
+    kind::{Kind, describe},
+    layer::{Blob, Layer},
+};
 use crate::Arch;
 
 /// Index documents inside of index documents.
@@ -46,6 +49,9 @@ impl Source {
         if blobs.get("oci-layout")?.is_some() && blobs.get("index.json")?.is_some() {
             return from_layout(&blobs, arch, tag);
         }
+        if is_skopeo_dir(&blobs)? {
+            return from_skopeo_dir(&blobs);
+        }
         ensure!(
             tag.is_none(),
             "there are no images in {path:?} to choose from by a tag"
@@ -67,24 +73,41 @@ impl Source {
         self.config.as_ref().map(image_config)
     }
 
-    /// What the image is for, if that is not this architecture: `linux/arm64`.
-    pub fn foreign_platform(&self, arch: Arch) -> Option<String> {
+    /// What the image is for: `linux/arm64`.
+    pub fn platform(&self) -> Option<String> {
         let config = self.config.as_ref()?;
         let [os, architecture] = ["os", "architecture"].map(|key| config[key].as_str());
-        let (os, architecture) = (os.unwrap_or("linux"), architecture?);
-        let ours = os == "linux" && architecture == arch.debian_name();
-        (!ours).then(|| format!("{os}/{architecture}"))
+        Some(format!("{}/{}", os.unwrap_or("linux"), architecture?))
+    }
+
+    /// That, if it is not this architecture.
+    pub fn foreign_platform(&self, arch: Arch) -> Option<String> {
+        self.platform()
+            .filter(|platform| *platform != arch.platform())
     }
 }
 
-/// Entrypoint, Cmd, Env, WorkingDir and User of an image's configuration.
+/// What a run.json has of an image's configuration: what the init reads, and what `pigeon` makes
+/// use of besides (ports for `-P`, volumes, the health check).
 pub fn image_config(config: &Value) -> Value {
+    const KEYS: [&str; 9] = [
+        "Entrypoint",
+        "Cmd",
+        "Env",
+        "WorkingDir",
+        "User",
+        "StopSignal",
+        "ExposedPorts",
+        "Volumes",
+        "Healthcheck",
+    ];
     let config = &config["config"];
     let mut result = json!({});
-    for key in ["Entrypoint", "Cmd", "Env", "WorkingDir", "User"] {
+    for key in KEYS {
         let value = &config[key];
         let empty = value.as_str().is_some_and(str::is_empty)
-            || value.as_array().is_some_and(Vec::is_empty);
+            || value.as_array().is_some_and(Vec::is_empty)
+            || value.as_object().is_some_and(serde_json::Map::is_empty);
         if !value.is_null() && !empty {
             result[key] = value.clone();
         }
@@ -137,19 +160,23 @@ impl Blobs {
     }
 
     fn need_digest(&self, descriptor: &Value) -> Result<Blob> {
-        let digest = descriptor["digest"]
-            .as_str()
-            .context("a descriptor without digest")?;
-        let hex = digest.strip_prefix("sha256:");
-        let hex =
-            hex.filter(|hex| hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()));
-        let hex = hex.with_context(|| format!("a digest of a kind not known here: {digest:?}"))?;
-        self.need(&format!("blobs/sha256/{hex}"))
+        self.need(&format!("blobs/sha256/{}", hex_digest(descriptor)?))
     }
 
     fn json(&self, blob: &Blob) -> Result<Value> {
         Ok(serde_json::from_slice(&blob.read()?)?)
     }
+}
+
+/// The SHA-256 in a descriptor, in hexadecimal.
+fn hex_digest(descriptor: &Value) -> Result<String> {
+    let digest = descriptor["digest"]
+        .as_str()
+        .context("a descriptor without digest")?;
+    let hex = digest.strip_prefix("sha256:");
+    let hex = hex.filter(|hex| hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()));
+    let hex = hex.with_context(|| format!("a digest of an unknown kind: {digest:?}"))?;
+    Ok(hex.into())
 }
 
 /// A relative path without detours; None for one that leads out.
@@ -170,7 +197,18 @@ fn index(path: &Path) -> Result<HashMap<String, Part>> {
     let file = File::open(path).with_context(|| format!("unable to open {path:?}"))?;
     let mut archive = tar::Archive::new(io::BufReader::new(file));
     let mut parts = HashMap::new();
-    let whole = || format!("{} is not a whole tar archive", path.display());
+    let whole = || match describe(path) {
+        Ok(Kind::Archive) => format!("{} is not a whole tar archive", path.display()),
+        Ok(kind) => format!(
+            "{} is {kind}, not a container image or an archive",
+            path.display()
+        ),
+        Err(error) => format!("{error:#}"),
+    };
+    // What a parser of something else says of it helps nobody.
+    if matches!(describe(path), Ok(kind) if kind != Kind::Archive && kind != Kind::Unknown) {
+        bail!(whole());
+    }
     for entry in archive.entries_with_seek().with_context(whole)? {
         let entry = entry.with_context(whole)?;
         let Some(name) = inside(&String::from_utf8_lossy(&entry.path_bytes())) else {
@@ -233,6 +271,42 @@ fn from_saved(blobs: &Blobs, images: &[Value], tag: Option<&str>) -> Result<Sour
             .collect::<Result<_>>()?,
         layered: true,
         config: Some(blobs.json(&config).context("its configuration")?),
+    })
+}
+
+/// Whether a folder is what skopeo writes to `dir:`. (containers-transports(5))
+fn is_skopeo_dir(blobs: &Blobs) -> Result<bool> {
+    let Some(version) = blobs.get("version")? else {
+        return Ok(false);
+    };
+    let is_one = version.size < 100 && version.read()?.starts_with(b"Directory Transport Version");
+    Ok(is_one && blobs.get("manifest.json")?.is_some())
+}
+
+fn from_skopeo_dir(blobs: &Blobs) -> Result<Source> {
+    let manifest = blobs.json(&blobs.need("manifest.json")?);
+    let manifest = manifest.context("manifest.json")?;
+    let blob = |descriptor: &Value| {
+        let hex = hex_digest(descriptor)?;
+        let mut blob = blobs.need(&hex)?;
+        blob.sha256 = Some(hex);
+        anyhow::Ok(blob)
+    };
+    let layers = manifest["layers"]
+        .as_array()
+        .context("a manifest without layers")?;
+    Ok(Source {
+        form: "skopeo directory",
+        layers: layers
+            .iter()
+            .map(|layer| Ok(Layer::Tar(blob(layer)?)))
+            .collect::<Result<_>>()?,
+        layered: true,
+        config: Some(
+            blobs
+                .json(&blob(&manifest["config"])?)
+                .context("its configuration")?,
+        ),
     })
 }
 

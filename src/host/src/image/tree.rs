@@ -24,19 +24,28 @@ const WHITEOUT_META: &[u8] = b".wh..wh.";
 /// The marker that hides what lower layers have in its directory.
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
+/// A point in time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Time {
+    /// Seconds since 1970, whole ones downwards.
+    pub seconds: i64,
+    /// Nanoseconds after that.
+    pub nanoseconds: u32,
+}
+
 /// What all kinds of file have.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Meta {
     /// Permission bits with set-user-ID, set-group-ID and sticky.
     pub mode: u32,
     /// Owner.
-    pub uid: u64,
+    pub uid: u32,
     /// Group.
-    pub gid: u64,
-    /// Seconds since 1970.
-    pub mtime: u64,
-    /// Extended attributes.
-    pub xattrs: Vec<(String, Vec<u8>)>,
+    pub gid: u32,
+    /// Last modification.
+    pub mtime: Time,
+    /// Extended attributes (xattr(7)) by their full names.
+    pub xattrs: BTreeMap<String, Vec<u8>>,
 }
 
 impl Meta {
@@ -46,8 +55,8 @@ impl Meta {
             mode,
             uid: 0,
             gid: 0,
-            mtime: 0,
-            xattrs: vec![],
+            mtime: Time::default(),
+            xattrs: BTreeMap::new(),
         }
     }
 }
@@ -61,14 +70,36 @@ pub struct Place {
     pub entry: usize,
 }
 
-/// A regular file, which may have several names.
+/// A file other than a directory, which may have several names.
 #[derive(Debug)]
-pub struct File {
+pub struct Leaf {
     /// Owner and mode.
     pub meta: Meta,
-    /// Bytes.
+    /// What it is.
+    pub kind: LeafKind,
+}
+
+/// The kinds of file that may have several names.
+#[derive(Debug, PartialEq)]
+pub enum LeafKind {
+    /// A regular file.
+    File(Contents),
+    /// A symbolic link to this.
+    Symlink(Vec<u8>),
+    /// A device.
+    Device(Device),
+    /// A named pipe.
+    Fifo,
+}
+
+/// What a regular file holds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Contents {
+    /// Bytes, with holes.
     pub size: u64,
-    /// Contents.
+    /// Bytes without holes.
+    pub data: u64,
+    /// Where they are.
     pub place: Place,
 }
 
@@ -88,8 +119,13 @@ pub struct Device {
 pub enum Kind {
     /// A directory.
     Directory,
-    /// A regular file of so many bytes.
-    File(u64),
+    /// A regular file.
+    File {
+        /// Bytes, with holes.
+        size: u64,
+        /// Bytes without holes.
+        data: u64,
+    },
     /// One more name of the file at this path.
     HardLink(Vec<u8>),
     /// A symbolic link to this.
@@ -109,6 +145,8 @@ pub struct Entry {
     pub meta: Meta,
     /// What it makes.
     pub kind: Kind,
+    /// Names of attributes that were dropped.
+    pub lost: Vec<String>,
 }
 
 type Children = BTreeMap<Vec<u8>, Node>;
@@ -123,10 +161,7 @@ struct Node {
 #[derive(Debug)]
 enum Content {
     Directory(Meta, Children),
-    File(Rc<File>),
-    Symlink(Meta, Vec<u8>),
-    Device(Meta, Device),
-    Fifo(Meta),
+    Leaf(Rc<Leaf>),
 }
 
 /// The file system so far.
@@ -143,16 +178,10 @@ pub struct Tree {
 pub enum Item<'a> {
     /// A directory.
     Directory(&'a Meta),
-    /// A regular file under its first name.
-    File(&'a File),
+    /// Anything else under its first name.
+    Leaf(&'a Leaf),
     /// A further name of the file at this path.
-    HardLink(&'a [u8]),
-    /// A symbolic link.
-    Symlink(&'a Meta, &'a [u8]),
-    /// A device.
-    Device(&'a Meta, Device),
-    /// A named pipe.
-    Fifo(&'a Meta),
+    HardLink(Rc<[u8]>),
 }
 
 /// How much a tree holds.
@@ -160,7 +189,7 @@ pub enum Item<'a> {
 pub struct Extent {
     /// Files of all kinds.
     pub inodes: u64,
-    /// Bytes of all regular files.
+    /// Bytes of all regular files, with holes.
     pub bytes: u64,
     /// Blocks of 4 KiB that their contents and the directories take.
     pub blocks: u64,
@@ -201,22 +230,25 @@ impl Tree {
         if self.whiteouts && name.starts_with(WHITEOUT) {
             return self.hide(place.layer, &parents, &name);
         }
+        let meta = entry.meta;
+        let leaf = |kind| {
+            Content::Leaf(Rc::new(Leaf {
+                meta: meta.clone(),
+                kind,
+            }))
+        };
         let content = match entry.kind {
-            Kind::Directory => Content::Directory(entry.meta, Children::new()),
-            Kind::File(size) => Content::File(Rc::new(File {
-                meta: entry.meta,
-                size,
-                place,
-            })),
-            Kind::Symlink(target) => Content::Symlink(entry.meta, target),
-            Kind::Device(device) => Content::Device(entry.meta, device),
-            Kind::Fifo => Content::Fifo(entry.meta),
-            Kind::HardLink(target) => self.linked(&target)?,
+            Kind::Directory => Content::Directory(meta, Children::new()),
+            Kind::File { size, data } => leaf(LeafKind::File(Contents { size, data, place })),
+            Kind::Symlink(target) => leaf(LeafKind::Symlink(target)),
+            Kind::Device(device) => leaf(LeafKind::Device(device)),
+            Kind::Fifo => leaf(LeafKind::Fifo),
+            Kind::HardLink(target) => Content::Leaf(self.linked(&target)?),
         };
         let parents = self.resolve(&parents, Some(place.layer))?;
         let children = self
             .directory(&parents)
-            .context("its directory is no directory")?;
+            .context("its parent is not a directory")?;
         let node = Node {
             layer: place.layer,
             content,
@@ -238,8 +270,8 @@ impl Tree {
         Ok(())
     }
 
-    /// What one more name of the file at `target` holds.
-    fn linked(&mut self, target: &[u8]) -> Result<Content> {
+    /// The file at `target`, which gets one more name.
+    fn linked(&mut self, target: &[u8]) -> Result<Rc<Leaf>> {
         let shown = target.escape_ascii().to_string();
         let found = (|| {
             let mut parents = components(target)?;
@@ -248,13 +280,10 @@ impl Tree {
             let node = self
                 .directory(&parents)
                 .and_then(|children| children.get(&name));
-            Ok(match &node.context("there is no such file")?.content {
+            match &node.context("there is no such file")?.content {
                 Content::Directory(..) => bail!("it is a directory"),
-                Content::File(file) => Content::File(file.clone()),
-                Content::Symlink(meta, target) => Content::Symlink(meta.clone(), target.clone()),
-                Content::Device(meta, device) => Content::Device(meta.clone(), *device),
-                Content::Fifo(meta) => Content::Fifo(meta.clone()),
-            })
+                Content::Leaf(leaf) => Ok(leaf.clone()),
+            }
         })();
         found.with_context(|| format!("unable to link to {shown:?}"))
     }
@@ -308,7 +337,10 @@ impl Tree {
             let children = self.directory(&done).context("a path through a file")?;
             match children.get(&name).map(|node| &node.content) {
                 Some(Content::Directory(..)) => done.push(name),
-                Some(Content::Symlink(_, target)) => {
+                Some(Content::Leaf(leaf)) => {
+                    let LeafKind::Symlink(target) = &leaf.kind else {
+                        bail!("{:?} is not a directory", name.escape_ascii().to_string());
+                    };
                     links += 1;
                     ensure!(links <= MAX_LINKS, "too many symbolic links in its path");
                     if target.starts_with(b"/") {
@@ -318,7 +350,6 @@ impl Tree {
                         todo.push_front(name.to_vec());
                     }
                 }
-                Some(_) => bail!("{:?} is no directory", name.escape_ascii().to_string()),
                 None => {
                     let layer = make.context("there is no such directory")?;
                     let content = Content::Directory(Meta::root(0o755), Children::new());
@@ -342,8 +373,8 @@ impl Tree {
 
     /// Calls `visit` for every file but the root: directories before what they hold, hard links
     /// after the name they link to. Paths have neither a slash at the start nor symbolic links.
-    pub fn walk(&self, mut visit: impl FnMut(&[u8], Item) -> Result<()>) -> Result<()> {
-        let mut names: BTreeMap<*const File, Rc<[u8]>> = BTreeMap::new();
+    pub fn walk<'a>(&'a self, mut visit: impl FnMut(&[u8], Item<'a>) -> Result<()>) -> Result<()> {
+        let mut names: BTreeMap<*const Leaf, Rc<[u8]>> = BTreeMap::new();
         let mut links: Vec<(Vec<u8>, Rc<[u8]>)> = vec![];
         // A stack of its own: a layer may be deeper than a thread's.
         let mut stack = vec![(Vec::new(), self.children.iter())];
@@ -357,59 +388,61 @@ impl Tree {
                 path.push(b'/');
             }
             path.extend(name);
-            let item = match &node.content {
+            match &node.content {
                 Content::Directory(meta, children) => {
                     visit(&path, Item::Directory(meta))?;
                     stack.push((path, children.iter()));
-                    continue;
                 }
-                Content::File(file) => {
-                    if let Some(first) = names.get(&Rc::as_ptr(file)) {
+                Content::Leaf(leaf) => {
+                    if let Some(first) = names.get(&Rc::as_ptr(leaf)) {
                         links.push((path, first.clone()));
                         continue;
                     }
-                    names.insert(Rc::as_ptr(file), path.as_slice().into());
-                    Item::File(file)
+                    if Rc::strong_count(leaf) > 1 {
+                        names.insert(Rc::as_ptr(leaf), path.as_slice().into());
+                    }
+                    visit(&path, Item::Leaf(leaf))?;
                 }
-                Content::Symlink(meta, target) => Item::Symlink(meta, target),
-                Content::Device(meta, device) => Item::Device(meta, *device),
-                Content::Fifo(meta) => Item::Fifo(meta),
-            };
-            visit(&path, item)?;
+            }
         }
         links
-            .iter()
-            .try_for_each(|(path, first)| visit(path, Item::HardLink(first)))
+            .into_iter()
+            .try_for_each(|(path, first)| visit(&path, Item::HardLink(first)))
     }
 
     /// How much it holds.
     pub fn extent(&self) -> Extent {
         let mut extent = Extent::default();
-        let mut seen: HashSet<*const File> = HashSet::new();
-        let mut todo = vec![&self.children];
-        while let Some(children) = todo.pop() {
+        let mut seen: HashSet<*const Leaf> = HashSet::new();
+        let mut todo = vec![(&self.root, &self.children)];
+        while let Some((meta, children)) = todo.pop() {
             extent.inodes += 1;
+            extent.blocks += u64::from(!meta.xattrs.is_empty());
             // A directory entry is 8 bytes and its name, in blocks that are not always full.
             let names: usize = children.keys().map(|name| name.len() + 12).sum();
             extent.blocks += (names as u64 * 2).div_ceil(4096).max(1);
             for node in children.values() {
-                match &node.content {
-                    Content::Directory(_, children) => todo.push(children),
-                    Content::File(file) => {
-                        if seen.insert(Rc::as_ptr(file)) {
-                            extent.inodes += 1;
-                            extent.bytes += file.size;
-                            // A block more, for the extent tree and the attributes.
-                            let blocks = file.size.div_ceil(4096);
-                            extent.blocks += blocks + blocks.div_ceil(8192);
-                            extent.blocks += u64::from(!file.meta.xattrs.is_empty());
-                        }
+                let leaf = match &node.content {
+                    Content::Directory(meta, children) => {
+                        todo.push((meta, children));
+                        continue;
                     }
-                    Content::Symlink(_, target) => {
-                        extent.inodes += 1;
+                    Content::Leaf(leaf) if seen.insert(Rc::as_ptr(leaf)) => leaf,
+                    Content::Leaf(_) => continue,
+                };
+                extent.inodes += 1;
+                extent.blocks += u64::from(!leaf.meta.xattrs.is_empty());
+                match &leaf.kind {
+                    LeafKind::File(contents) => {
+                        extent.bytes += contents.size;
+                        // A block more, for the extent tree.
+                        let blocks = contents.data.div_ceil(4096);
+                        extent.blocks += blocks + blocks.div_ceil(8192);
+                    }
+                    LeafKind::Symlink(target) => {
                         extent.blocks += u64::from(target.len() >= 60);
                     }
-                    Content::Device(..) | Content::Fifo(_) => extent.inodes += 1,
+                    LeafKind::Device(_) | LeafKind::Fifo => {}
                 }
             }
         }
@@ -467,19 +500,25 @@ mod tests {
                 let target = || words[2].as_bytes().to_vec();
                 let kind = match words[0] {
                     "d" => Kind::Directory,
-                    "f" => Kind::File(1),
+                    "f" => Kind::File { size: 1, data: 1 },
                     "l" => Kind::Symlink(target()),
                     "h" => Kind::HardLink(target()),
                     other => panic!("{other}"),
                 };
-                // The mode tells which layer has said it last.
+                // The mode is the layer's number.
                 let meta = Meta::root(layer as u32);
                 let path = words[1].into();
                 let place = Place {
                     layer,
                     entry: number,
                 };
-                tree.apply(place, Entry { path, meta, kind })?;
+                let entry = Entry {
+                    path,
+                    meta,
+                    kind,
+                    lost: vec![],
+                };
+                tree.apply(place, entry)?;
             }
         }
         Ok(tree)
@@ -493,10 +532,12 @@ mod tests {
             let path = text(path);
             lines.push(match item {
                 Item::Directory(_) => format!("{path}/"),
-                Item::File(file) => format!("{path} {}", file.place.layer),
-                Item::HardLink(first) => format!("{path} = {}", text(first)),
-                Item::Symlink(_, target) => format!("{path} -> {}", text(target)),
-                Item::Device(..) | Item::Fifo(_) => path,
+                Item::HardLink(first) => format!("{path} = {}", text(&first)),
+                Item::Leaf(leaf) => match &leaf.kind {
+                    LeafKind::File(contents) => format!("{path} {}", contents.place.layer),
+                    LeafKind::Symlink(target) => format!("{path} -> {}", text(target)),
+                    LeafKind::Device(_) | LeafKind::Fifo => path,
+                },
             });
             Ok(())
         })
@@ -616,7 +657,8 @@ mod tests {
         let entry = Entry {
             path: b".wh.a".into(),
             meta: Meta::root(0),
-            kind: Kind::File(0),
+            kind: Kind::File { size: 0, data: 0 },
+            lost: vec![],
         };
         tree.apply(Place { layer: 0, entry: 0 }, entry).unwrap();
         assert_eq!(listing(&tree), [".wh.a 0"]);
@@ -631,6 +673,14 @@ mod tests {
         assert_eq!(tree, ["a 0", "c = a"]);
         assert!(error(&["h a nowhere"]).contains(r#"unable to link to "nowhere""#));
         assert!(error(&["d d", "h a d"]).contains("it is a directory"));
+    }
+
+    #[test]
+    fn a_symbolic_link_may_have_several_names() {
+        assert_eq!(
+            layers(&[&["l a target", "h b a"]]),
+            ["a -> target", "b = a"]
+        );
     }
 
     #[test]
@@ -675,7 +725,7 @@ mod tests {
         assert!(error(&[&format!("f {}", "n".repeat(256))]).contains("too long"));
         assert!(error(&[&format!("f {}", "d/".repeat(2048))]).contains("too long"));
         assert!(error(&["l a b", "l b a", "f a/x"]).contains("too many symbolic links"));
-        assert!(error(&["f a", "f a/x"]).contains("no directory"));
+        assert!(error(&["f a", "f a/x"]).contains("not a directory"));
         assert!(error(&["f ."]).contains("the root is a directory"));
         // Harmless, if odd.
         assert_eq!(

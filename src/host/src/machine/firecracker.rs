@@ -68,7 +68,7 @@ pub(super) fn start(spec: &Spec, program: &Path) -> Result<Box<dyn Machine>> {
     };
     if let Err(error) = machine.wait_started() {
         let said = fs::read_to_string(log_path)?;
-        return Err(error.context(format!("Firecracker does not start: {}", said.trim_end())));
+        return Err(error.context(format!("unable to start Firecracker: {}", said.trim_end())));
     }
     Ok(Box::new(machine))
 }
@@ -88,7 +88,7 @@ fn configuration(spec: &Spec) -> Result<Value> {
         "boot-source": {
             "kernel_image_path": spec.kernel,
             "initrd_path": spec.initrd,
-            "boot_args": spec.command_line("ttyS0", spec.arch.words_on_firecracker()),
+            "boot_args": spec.command_line("ttyS0", spec.arch.parameters_on_firecracker()),
         },
         "machine-config": {"vcpu_count": spec.cpus, "mem_size_mib": spec.memory_mib},
         "drives": drives.collect::<Vec<_>>(),
@@ -146,7 +146,7 @@ impl Firecracker {
             if let Some(status) = self.process.status()? {
                 bail!("{status}");
             }
-            ensure!(Instant::now() < deadline, "it does not come up");
+            ensure!(Instant::now() < deadline, "no answer from its API in 30 s");
             thread::sleep(Duration::from_millis(5));
         }
     }

@@ -7,6 +7,7 @@ mod vsock_device;
 
 use std::{
     env,
+    net::Ipv4Addr,
     path::{Path, PathBuf},
     process::{Command, ExitStatus},
 };
@@ -46,13 +47,24 @@ pub enum Nic {
     None,
     /// A listening Unix socket that takes frames, each after its length in 4 bytes. QEMU only.
     Stream(PathBuf),
-    /// The host's own network, by address translation and without privileges, in
-    /// [`USER_NETWORK`]; TCP ports of the host lead to ports of the guest. QEMU only.
-    User(Vec<(u16, u16)>),
+    /// The host's network by address translation, without privileges, in [`USER_NETWORK`]; TCP
+    /// ports of the host are forwarded to the guest. QEMU only.
+    User(Vec<HostPort>),
     /// A tap device that is there.
     Tap(String),
     /// A tap device in a network namespace of the VM's own: nobody answers behind it.
     LoneTap,
+}
+
+/// A TCP port of the host that is forwarded to the guest.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HostPort {
+    /// The address on which the host listens.
+    pub address: Ipv4Addr,
+    /// The host's port.
+    pub host: u16,
+    /// The guest's port.
+    pub guest: u16,
 }
 
 /// Addresses in the network of [`Nic::User`].
@@ -67,7 +79,7 @@ pub struct UserNetwork {
     pub nameserver: &'static str,
 }
 
-/// As QEMU's user network has them unless told otherwise.
+/// QEMU's defaults.
 pub const USER_NETWORK: UserNetwork = UserNetwork {
     guest: "10.0.2.15",
     mask: 24,
@@ -146,7 +158,7 @@ pub struct Spec {
     pub kernel: PathBuf,
     /// The initramfs.
     pub initrd: PathBuf,
-    /// Words of the kernel command line, after those a micro-VM needs.
+    /// Kernel parameters, after those a micro-VM needs.
     pub args: Vec<String>,
     /// Memory in MiB.
     pub memory_mib: u32,
@@ -204,14 +216,14 @@ impl Spec {
         qemu::start(self)
     }
 
-    /// The kernel command line: what both hypervisors need, what one needs, what was asked for.
+    /// The kernel command line: parameters for both hypervisors, for this one, and those requested.
     fn command_line(&self, console: &str, specific: &str) -> String {
         // A panic restarts at once, which ends the VM; the console has its text.
         let common = format!("console={console} reboot=k panic=-1 quiet");
-        let mut words = vec![common.as_str(), specific];
-        words.extend(self.args.iter().map(String::as_str));
-        words.retain(|word| !word.is_empty());
-        words.join(" ")
+        let mut parameters = vec![common.as_str(), specific];
+        parameters.extend(self.args.iter().map(String::as_str));
+        parameters.retain(|parameter| !parameter.is_empty());
+        parameters.join(" ")
     }
 }
 

@@ -13,7 +13,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{
-    End, GUEST_CID, GUEST_MAC, LONE_TAP, Machine, Nic, Spec, beside_tap, vsock_device::VsockDevice,
+    End, GUEST_CID, GUEST_MAC, HostPort, LONE_TAP, Machine, Nic, Spec, beside_tap,
+    vsock_device::VsockDevice,
 };
 use crate::{Arch, assets, process::Process, qmp::Qmp};
 
@@ -44,7 +45,7 @@ pub(super) fn start(spec: &Spec) -> Result<Box<dyn Machine>> {
     let mut process = Process::spawn(command)?;
     let qmp = connect(spec, &mut process).or_else(|error| {
         let said = fs::read_to_string(spec.dir.join("qemu.log"))?;
-        Err(error.context(format!("QEMU does not start: {}", said.trim_end())))
+        Err(error.context(format!("unable to start QEMU: {}", said.trim_end())))
     })?;
     Ok(Box::new(Qemu {
         arch: spec.arch,
@@ -121,8 +122,8 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
     }
     add(&["-kernel", spec.kernel.to_str().context("not UTF-8")?]);
     add(&["-initrd", spec.initrd.to_str().context("not UTF-8")?]);
-    let words = spec.arch.words_on_qemu(spec.deterministic)?;
-    add(&["-append", &spec.command_line(console, &words)]);
+    let parameters = spec.arch.parameters_on_qemu(spec.deterministic)?;
+    add(&["-append", &spec.command_line(console, &parameters)]);
 
     if spec.i8042 && spec.arch.has_keyboard() {
         add(&["-device", "i8042"]);
@@ -150,7 +151,14 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
             ))
         }
         Nic::User(ports) => {
-            let forward = |(host, guest): &(u16, u16)| format!(",hostfwd=tcp::{host}-:{guest}");
+            let forward = |port: &HostPort| {
+                let HostPort {
+                    address,
+                    host,
+                    guest,
+                } = port;
+                format!(",hostfwd=tcp:{address}:{host}-:{guest}")
+            };
             let forward: String = ports.iter().map(forward).collect();
             Some(format!("user,id=net{forward}"))
         }

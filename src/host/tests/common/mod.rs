@@ -1,6 +1,9 @@
 //! Container images made by hand.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod fake;
+pub mod listing;
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -94,11 +97,20 @@ impl Tar {
         )
     }
 
-    /// Extended attributes of the next entry.
-    pub fn xattr(mut self, name: &str, value: &[u8]) -> Tar {
-        let name = format!("SCHILY.xattr.{name}");
+    /// An extended attribute of the next entry.
+    pub fn xattr(self, name: &str, value: &[u8]) -> Tar {
+        self.record(&format!("SCHILY.xattr.{name}"), value)
+    }
+
+    /// The record in the next entry's extended header.
+    pub fn record(self, key: &str, value: &[u8]) -> Tar {
+        self.records(&[(key, value)])
+    }
+
+    /// The records in the next entry's extended header.
+    pub fn records(mut self, records: &[(&str, &[u8])]) -> Tar {
         self.0
-            .append_pax_extensions([(name.as_str(), value)])
+            .append_pax_extensions(records.iter().copied())
             .unwrap();
         self
     }
@@ -119,7 +131,7 @@ impl Tar {
     }
 }
 
-fn digest(bytes: &[u8]) -> String {
+pub fn digest(bytes: &[u8]) -> String {
     Sha256::digest(bytes)
         .iter()
         .map(|byte| format!("{byte:02x}"))

@@ -17,7 +17,7 @@ use rustix::{
 };
 
 /// Generous: the machine may be busy with other VMs.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The other end of a terminal, which records what is shown.
 pub struct Terminal {
@@ -85,15 +85,15 @@ impl Terminal {
     #[track_caller]
     pub fn expect(&mut self, text: &str) {
         assert!(
-            self.shows(text, PATIENCE),
+            self.shows(text, TIMEOUT),
             "no {text:?} in {:?}",
             self.shown()
         );
     }
 
     /// Whether `text` is shown in time, after what was expected before.
-    pub fn shows(&mut self, text: &str, patience: Duration) -> bool {
-        let deadline = Instant::now() + patience;
+    pub fn shows(&mut self, text: &str, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
         let mut ended = false;
         loop {
             let shown = self.shown.lock().unwrap().clone();
@@ -108,8 +108,11 @@ impl Terminal {
                 return false;
             }
             thread::sleep(Duration::from_millis(10));
-            // What it has shown last is still to be seen.
             ended = self.child.try_wait().unwrap().is_some();
+            if ended {
+                // Its last output may still be on its way.
+                thread::sleep(Duration::from_millis(300));
+            }
         }
     }
 
@@ -129,7 +132,7 @@ impl Terminal {
 
     /// Waits for the program's end.
     pub fn wait(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status;

@@ -1,7 +1,7 @@
 //! `pigeon exec`: what `docker exec` is to a container.
 
 use std::{
-    io::{self, IsTerminal, Read, Write},
+    io::{self, IsTerminal, Read},
     os::{fd::AsFd, unix::net::UnixStream},
     time::Duration,
 };
@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use pigeon::{
     Command, Error, Session,
+    logs::Frame,
     session::{Event, MESSAGE},
 };
 use rustix::event::{PollFd, PollFlags, poll};
@@ -19,24 +20,38 @@ use signal_hook::{
     low_level::pipe,
 };
 
-use crate::{CANNOT_START, NOT_FOUND, Target, terminal};
+use crate::{
+    CANNOT_START, NOT_FOUND, logs,
+    output::{note, say},
+    target::Target,
+    terminal, vms,
+};
 
 #[derive(Args)]
 pub struct Exec {
     #[command(flatten)]
     target: Target,
-    /// Pass standard input on
+    /// Keep standard input open
     #[arg(short, long)]
     interactive: bool,
-    /// Give the command a terminal
+    /// Allocate a terminal
     #[arg(short, long)]
     tty: bool,
+    /// Run in the background and print the session's name
+    #[arg(short, long, conflicts_with_all = ["interactive", "json"])]
+    detach: bool,
+    /// Name the session, so that it survives a disconnect (see pigeon attach)
+    #[arg(long, value_name = "NAME", conflicts_with = "json")]
+    id: Option<String>,
     /// Run as this user: name or number, with a group after a colon if wanted
     #[arg(short, long, value_name = "USER[:GROUP]")]
     user: Option<String>,
     /// Set a variable, or pass on one that is set here
     #[arg(short, long, value_name = "NAME[=VALUE]")]
     env: Vec<String>,
+    /// Set the variables in a file, one a line
+    #[arg(long, value_name = "FILE")]
+    env_file: Vec<std::path::PathBuf>,
     /// Run in this directory
     #[arg(short, long, value_name = "DIR")]
     workdir: Option<String>,
@@ -46,7 +61,7 @@ pub struct Exec {
     /// With --json: kill the command after this time [default: 30]
     #[arg(long, value_name = "SECONDS", requires = "json")]
     timeout: Option<f64>,
-    /// The command and its arguments
+    /// The command and its arguments; a VM's name may come first
     #[arg(required = true, trailing_var_arg = true, value_name = "CMD")]
     command: Vec<String>,
 }
@@ -59,29 +74,80 @@ pub fn variable(text: &str) -> Option<(String, String)> {
     }
 }
 
-impl Exec {
-    pub fn run(&self) -> Result<u8> {
-        let result = if self.json {
-            self.run_json()
-        } else {
-            self.run_session()
-        };
-        let Err(error) = result else {
-            return result;
-        };
-        match error.downcast_ref::<Error>() {
-            Some(Error::NotStarted(why)) => {
-                eprintln!("pigeon: {why}");
-                let absent = why.contains("ENOENT") || why.contains("not found");
-                Ok(if absent { NOT_FOUND } else { CANNOT_START })
+/// Variables of files, one a line, and of options, which come on top.
+pub fn variables(
+    files: &[std::path::PathBuf],
+    options: &[String],
+) -> Result<Vec<(String, String)>> {
+    let mut found = vec![];
+    for path in files {
+        let shown = path.display();
+        let text = std::fs::read_to_string(path);
+        let text = text.with_context(|| format!("unable to read {shown}"))?;
+        for (number, line) in text.lines().enumerate() {
+            let line = line.trim_start();
+            if line.is_empty() || line.starts_with('#') {
+                continue;
             }
-            _ => Err(error),
+            let name = line.split('=').next().unwrap_or_default();
+            ensure!(
+                !name.is_empty() && !name.contains(char::is_whitespace),
+                "{shown}:{}: {line:?} is not NAME=VALUE",
+                number + 1
+            );
+            found.extend(variable(line));
         }
     }
+    found.extend(options.iter().filter_map(|text| variable(text)));
+    Ok(found)
+}
 
-    fn command(&self) -> Command {
-        let mut command = Command::new(self.command.iter().cloned());
-        for (name, value) in self.env.iter().filter_map(|text| variable(text)) {
+/// Reports that a command could not be started and returns its exit code; passes on other errors.
+pub fn start_error(error: anyhow::Error, program: &str) -> Result<u8> {
+    let Some(Error::NotStarted(why)) = error.downcast_ref::<Error>() else {
+        return Err(error);
+    };
+    if why.contains("ENOENT") || why.contains("not found") {
+        note!("{program}: not found in the VM ({why})");
+        return Ok(NOT_FOUND);
+    }
+    if why.contains("ENOEXEC") {
+        note!(
+            "{program}: neither a program for the VM's architecture nor a script that begins with \
+             #! ({why})"
+        );
+        return Ok(CANNOT_START);
+    }
+    note!("{program}: {why}");
+    Ok(CANNOT_START)
+}
+
+impl Exec {
+    pub fn run(&self) -> Result<u8> {
+        let (vm, words) = self.words();
+        let result = if self.json {
+            self.run_json(vm, words)
+        } else {
+            self.run_session(vm, words)
+        };
+        result.or_else(|error| start_error(error, &words[0]))
+    }
+
+    /// The VM that the first word names, as it does for docker, and the command.
+    fn words(&self) -> (Option<&str>, &[String]) {
+        if let [name, command @ ..] = &self.command[..]
+            && !command.is_empty()
+            && !self.target.is_given()
+            && vms::find(name).is_ok_and(|vm| vm.running || vms::only_running().is_err())
+        {
+            return (Some(name), command);
+        }
+        (None, &self.command)
+    }
+
+    fn command(&self, words: &[String]) -> Result<Command> {
+        let mut command = Command::new(words.iter().cloned());
+        for (name, value) in variables(&self.env_file, &self.env)? {
             command = command.env(&name, &value);
         }
         if let Some(user) = &self.user {
@@ -90,39 +156,136 @@ impl Exec {
         if let Some(dir) = &self.workdir {
             command = command.dir(dir);
         }
-        command
+        Ok(command)
     }
 
-    fn run_json(&self) -> Result<u8> {
-        let mut command = self.command();
+    fn run_json(&self, vm: Option<&str>, words: &[String]) -> Result<u8> {
+        let mut command = self.command(words)?;
         if let Some(seconds) = self.timeout {
             let timeout = Duration::try_from_secs_f64(seconds).context("bad --timeout")?;
             command = command.timeout(timeout);
         }
-        let output = self.target.client()?.exec(&command)?;
-        println!("{}", json!(output));
+        let output = self.target.client(vm)?.exec(&command)?;
+        say!("{}", json!(output));
         Ok(status(match output.exit_code {
             -1 => 128 + output.exit_signal,
             code => code,
         }))
     }
 
-    fn run_session(&self) -> Result<u8> {
+    fn run_session(&self, vm: Option<&str>, words: &[String]) -> Result<u8> {
         if self.tty && self.interactive && !io::stdin().is_terminal() {
-            bail!("standard input is no terminal: leave out -t, or -i");
+            bail!("standard input is not a terminal: leave out -t, or -i");
         }
-        let client = self.target.client()?;
-        let session = if self.tty {
-            client.terminal(&self.command(), terminal::size().unwrap_or((80, 24)))
-        } else {
-            client.session(&self.command())
-        }?;
-        let _restore = if self.tty && self.interactive {
-            Some(terminal::raw().context("unable to set the terminal up")?)
-        } else {
-            None
+        let mut command = self.command(words)?;
+        let id = match (&self.id, self.detach) {
+            (None, true) => Some(format!("exec-{}", std::process::id())),
+            (id, _) => id.clone(),
         };
-        pass(session, self.interactive, self.tty)
+        if let Some(id) = &id {
+            command = command.id(id);
+        }
+        let client = self.target.client(vm)?;
+        if let (Some(id), true) = (&id, self.detach) {
+            return detach(&client, &command, self.tty, id);
+        }
+        let session = match self.tty {
+            true => client.terminal(&command, terminal::size().unwrap_or((80, 24))),
+            false => client.session(&command.separate_stderr()),
+        }?;
+        Pass {
+            interactive: self.interactive,
+            tty: self.tty,
+            detachable: id.is_some(),
+        }
+        .run(session)
+    }
+}
+
+/// Starts a command that nobody is connected to.
+fn detach(client: &pigeon::Client, command: &Command, tty: bool, id: &str) -> Result<u8> {
+    /// How long a command may take to start.
+    const START: Duration = Duration::from_secs(10);
+    let mut session = match tty {
+        true => client.terminal(command, (80, 24)),
+        false => client.session(&command.clone().separate_stderr()),
+    }?;
+    if !tty {
+        session.end_input()?;
+    }
+    let deadline = std::time::Instant::now() + START;
+    // Once it is listed it outlives this connection; a failure to start is reported before.
+    loop {
+        if let Some(Event::Exit(_)) = session.try_next()? {
+            break;
+        }
+        if client.sessions()?.iter().any(|session| session.id == id) {
+            break;
+        }
+        ensure!(
+            std::time::Instant::now() < deadline,
+            "{id} has not started in {} s",
+            START.as_secs()
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    say!("{id}");
+    Ok(0)
+}
+
+#[derive(Args)]
+pub struct Attach {
+    /// The session's name; without it the sessions are listed
+    id: Option<String>,
+    #[command(flatten)]
+    target: Target,
+    /// End the session
+    #[arg(long, requires = "id")]
+    kill: bool,
+    /// Print the list as JSON
+    #[arg(long, conflicts_with = "id")]
+    json: bool,
+}
+
+impl Attach {
+    pub fn run(&self) -> Result<u8> {
+        let client = self.target.client(None)?;
+        let Some(id) = &self.id else {
+            self.list(&client.sessions()?);
+            return Ok(0);
+        };
+        if self.kill {
+            client.end_session(id)?;
+            return Ok(0);
+        }
+        let sessions = client.sessions()?;
+        let known = sessions.iter().find(|session| session.id == *id);
+        let known = known.with_context(|| format!("there is no session {id} in the VM"))?;
+        let size = known.tty.then(|| terminal::size().unwrap_or((80, 24)));
+        let session = client.attach(id, size)?;
+        Pass {
+            interactive: true,
+            tty: known.tty && io::stdin().is_terminal(),
+            detachable: true,
+        }
+        .run(session)
+    }
+
+    fn list(&self, sessions: &[pigeon::session::SessionInfo]) {
+        if self.json {
+            say!("{}", json!(sessions));
+            return;
+        }
+        let row = |session: &pigeon::session::SessionInfo| {
+            let state = match (session.exit.is_null(), session.attached) {
+                (true, true) => "attached",
+                (true, false) => "running",
+                (false, _) => "ended",
+            };
+            vec![session.id.clone(), state.into(), session.command.join(" ")]
+        };
+        let rows: Vec<_> = sessions.iter().map(row).collect();
+        crate::output::table(&["ID", "STATE", "COMMAND"], &rows);
     }
 }
 
@@ -131,8 +294,61 @@ fn status(number: i32) -> u8 {
     u8::try_from(number & 0xff).expect("a byte")
 }
 
+/// Connects a session to the standard streams.
+pub struct Pass {
+    /// Standard input is the session's.
+    pub interactive: bool,
+    /// The session is on a terminal.
+    pub tty: bool,
+    /// Ctrl-P Ctrl-Q detaches.
+    pub detachable: bool,
+}
+
+impl Pass {
+    /// Until the command ends: its exit code.
+    pub fn run(&self, session: Session) -> Result<u8> {
+        let _restore = match self.tty && self.interactive && io::stdin().is_terminal() {
+            true => Some(terminal::raw().context("unable to set the terminal up")?),
+            false => None,
+        };
+        pass(session, self)
+    }
+}
+
+/// Keys that leave a session, as docker has them.
+const DETACH: [u8; 2] = [0x10, 0x11];
+
+/// Looks for the keys that leave a session in what is typed.
+#[derive(Default)]
+struct DetachKeys {
+    /// The first one was typed last.
+    first: bool,
+}
+
+impl DetachKeys {
+    /// What is the session's of this input, and whether it is left.
+    fn look(&mut self, input: &[u8]) -> (Vec<u8>, bool) {
+        let mut passed = vec![];
+        for &byte in input {
+            if std::mem::take(&mut self.first) {
+                if byte == DETACH[1] {
+                    return (passed, true);
+                }
+                passed.push(DETACH[0]);
+            }
+            match byte == DETACH[0] {
+                true => self.first = true,
+                false => passed.push(byte),
+            }
+        }
+        (passed, false)
+    }
+}
+
 /// Passes input, output and the terminal's size on until the command ends.
-fn pass(mut session: Session, interactive: bool, tty: bool) -> Result<u8> {
+fn pass(mut session: Session, how: &Pass) -> Result<u8> {
+    let (interactive, tty) = (how.interactive, how.tty);
+    let mut keys = DetachKeys::default();
     let signals = |signals: &[i32]| -> io::Result<(UnixStream, UnixStream)> {
         let (near, far) = UnixStream::pair()?;
         near.set_nonblocking(true)?;
@@ -156,11 +372,10 @@ fn pass(mut session: Session, interactive: bool, tty: bool) -> Result<u8> {
     loop {
         while let Some(event) = session.try_next()? {
             match event {
-                Event::Output(bytes) => {
-                    let mut stdout = io::stdout().lock();
-                    let written = stdout.write_all(&bytes).and_then(|()| stdout.flush());
-                    written.context("unable to write to standard output")?;
-                }
+                Event::Output(stream, bytes) => logs::show(&Frame {
+                    stream,
+                    bytes: bytes.to_vec(),
+                })?,
                 Event::Exit(ended) => return Ok(status(ended.status())),
             }
         }
@@ -211,8 +426,54 @@ fn pass(mut session: Session, interactive: bool, tty: bool) -> Result<u8> {
                     input = false;
                     session.queue_end_of_input()?;
                 }
+                Ok(size) if how.detachable && tty => {
+                    let (input, left) = keys.look(&buffer[..size]);
+                    if !input.is_empty() {
+                        session.queue_input(&input)?;
+                    }
+                    if left {
+                        return Ok(0);
+                    }
+                }
                 Ok(size) => session.queue_input(&buffer[..size])?,
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_detach_keys_are_found_across_reads_and_others_are_passed_on() {
+        let mut keys = DetachKeys::default();
+        assert_eq!(keys.look(b"ls\r"), (b"ls\r".to_vec(), false));
+        assert_eq!(keys.look(b"a\x10"), (b"a".to_vec(), false));
+        assert_eq!(keys.look(b"b"), (b"\x10b".to_vec(), false));
+        assert_eq!(keys.look(b"\x10\x10"), (b"\x10".to_vec(), false));
+        assert_eq!(keys.look(b"\x11rest"), (b"".to_vec(), true));
+    }
+
+    #[test]
+    fn a_file_of_variables_has_comments_and_names_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("env");
+        std::fs::write(
+            &path,
+            "# comment\n\nA=1=2\n B= x \nPATH\nNOT_SET_ANYWHERE\n",
+        )
+        .unwrap();
+        let found = variables(std::slice::from_ref(&path), &["A=3".into()]).unwrap();
+        let pair = |name: &str, value: &str| (name.to_string(), value.to_string());
+        assert_eq!(found[..2], [pair("A", "1=2"), pair("B", " x ")]);
+        assert_eq!(found[2], pair("PATH", &std::env::var("PATH").unwrap()));
+        assert_eq!(found[3..], [pair("A", "3")]);
+        std::fs::write(&path, "A=1\nB C=2\n").unwrap();
+        let error = variables(&[path], &[]).unwrap_err().to_string();
+        assert!(
+            error.ends_with(":2: \"B C=2\" is not NAME=VALUE"),
+            "{error}"
+        );
     }
 }

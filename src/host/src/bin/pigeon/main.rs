@@ -1,25 +1,30 @@
 //! `pigeon`: micro-VMs of container images from the command line.
 
+mod cp;
 mod exec;
+mod lifecycle;
+mod logs;
+mod output;
+mod ports;
 mod rootfs;
 mod run;
+mod shell;
+mod target;
 mod terminal;
 mod vms;
 
-use std::{
-    path::PathBuf,
-    process::ExitCode,
-    time::{Duration, Instant},
-};
+use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
-use pigeon::{Arch, Client, Error};
-use serde_json::{Value, json};
+use pigeon::{Arch, Error};
 use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGTERM},
     iterator::Signals,
 };
+
+use output::note;
+use target::Target;
 
 /// Exit code of this command's own failures, as docker has it.
 const FAILED: u8 = 125;
@@ -29,7 +34,7 @@ const NOT_FOUND: u8 = 127;
 
 /// Runs container images in micro-VMs and steers them.
 #[derive(Parser)]
-#[command(version, max_term_width = 100)]
+#[command(name = "pigeon", version, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     action: Action,
@@ -39,20 +44,44 @@ struct Cli {
 enum Action {
     /// Boot a root image; the console is shown, Ctrl-C stops it, the exit code is the workload's
     Run(Box<run::Run>),
+    /// List the VMs that run
+    #[command(visible_alias = "list")]
+    Ps(lifecycle::Ps),
+    /// Show the output of a VM's workload
+    Logs(logs::Logs),
     /// Run a command in a VM
     Exec(exec::Exec),
+    /// Attach to a named session, or list the sessions
+    Attach(exec::Attach),
+    /// Copy files from or to a VM
+    Cp(cp::Cp),
+    /// Forward TCP ports of the host to a VM until Ctrl-C
+    Forward(ports::ForwardPorts),
     /// Send a signal to a VM's workload
-    Signal(Signal),
+    #[command(visible_alias = "kill")]
+    Signal(lifecycle::SendSignal),
+    /// Stop VMs
+    Stop(lifecycle::Stop),
     /// Wait for the end of a VM's workload and print its exit code
-    Wait(Wait),
-    /// Tell whether a VM is up
-    Status(Status),
-    /// Lead a Unix socket to a VM's API, for curl and other HTTP clients, until Ctrl-C
+    Wait(lifecycle::Wait),
+    /// Remove VMs that have ended: record, logs and console
+    Rm(lifecycle::Rm),
+    /// Show details of VMs as JSON
+    Inspect(lifecycle::Inspect),
+    /// Show a VM's resource usage
+    Stats(lifecycle::Stats),
+    /// Show the events of a VM, one JSON object a line
+    Events(logs::Events),
+    /// Check whether a VM is up
+    Status(lifecycle::Status),
+    /// Expose a VM's API on a Unix socket, for curl and other HTTP clients, until Ctrl-C
     Proxy(Proxy),
-    /// List the VMs that run
-    List(List),
-    /// Make a root image (ext4) of a container image
+    /// Make a root image of a container image
     Rootfs(rootfs::Rootfs),
+    /// Print a shell completion script
+    Completions(shell::Completions),
+    /// Print the manual page
+    Man(shell::Man),
 }
 
 /// What is to run in a VM, or runs in it.
@@ -69,76 +98,6 @@ struct Guest {
     arch: Arch,
 }
 
-/// Which VM.
-#[derive(Args)]
-struct Target {
-    /// The Unix socket of the VM's vsock
-    #[arg(long, value_name = "SOCKET", env = "PIGEON_UDS")]
-    uds: Option<PathBuf>,
-    /// A VM of `pigeon run`; not needed while there is one only
-    #[arg(long, value_name = "NAME", conflicts_with = "uds")]
-    vm: Option<String>,
-    /// How long to wait for a VM that still boots
-    #[arg(long, value_name = "SECONDS", default_value_t = 30.0)]
-    patience: f64,
-}
-
-impl Target {
-    fn client(&self) -> Result<Client> {
-        let patience = Duration::try_from_secs_f64(self.patience).context("bad --patience")?;
-        let name = match (&self.uds, &self.vm) {
-            (Some(uds), _) => {
-                // A socket that nobody has open will not get better: the VM is gone.
-                let client = Client::connect(uds).or_else(|error| match error {
-                    Error::NotListening { .. } => Client::connect_within(uds, patience),
-                    error => Err(error),
-                });
-                return Ok(client?);
-            }
-            (None, Some(name)) => name.clone(),
-            (None, None) => vms::only()?,
-        };
-        let deadline = Instant::now() + patience;
-        loop {
-            let uds = vms::find(&name)?;
-            match Client::connect_within(&uds, Duration::from_millis(500)) {
-                Err(error) if error.is_not_yet() && Instant::now() < deadline => {}
-                client => return Ok(client?),
-            }
-        }
-    }
-}
-
-#[derive(Args)]
-struct Signal {
-    #[command(flatten)]
-    target: Target,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-    /// A name or number: TERM, SIGTERM, 15
-    #[arg(value_parser = parse_signal)]
-    signal: u8,
-}
-
-#[derive(Args)]
-struct Wait {
-    #[command(flatten)]
-    target: Target,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(Args)]
-struct Status {
-    #[command(flatten)]
-    target: Target,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-}
-
 #[derive(Args)]
 struct Proxy {
     #[command(flatten)]
@@ -147,25 +106,27 @@ struct Proxy {
     socket: PathBuf,
 }
 
-#[derive(Args)]
-struct List {
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-}
-
 fn parse_signal(text: &str) -> Result<u8, String> {
-    pigeon::signal::number(text).ok_or_else(|| "names are as in kill -l, numbers 1 to 64".into())
+    pigeon::signal::number(text)
+        .ok_or_else(|| "names are as in kill -l, also SIGRTMIN+N; numbers are 1 to 64".into())
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            // Help that was asked for is no failure.
+            return ExitCode::from(if error.use_stderr() { FAILED } else { 0 });
+        }
+    };
     match act(cli.action) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("pigeon: {error:#}");
+            note!("{error:#}");
             if let Some(hint) = hint(&error) {
-                eprintln!("  {hint}");
+                use std::io::Write;
+                let _ = writeln!(std::io::stderr(), "  {hint}");
             }
             ExitCode::from(FAILED)
         }
@@ -174,66 +135,33 @@ fn main() -> ExitCode {
 
 fn act(action: Action) -> Result<u8> {
     match action {
-        Action::Run(run) => run.run(),
-        Action::Exec(exec) => exec.run(),
-        Action::Rootfs(rootfs) => rootfs.run().map(|()| 0),
-        Action::Signal(Signal {
-            target,
-            json,
-            signal,
-        }) => {
-            target.client()?.signal(signal)?;
-            say(json, json!({"ok": true}), "");
-            Ok(0)
-        }
-        Action::Wait(Wait { target, json }) => {
-            let exit = target.client()?.exit_code()?;
-            if exit.oom_killed && !json {
-                eprintln!("pigeon: the kernel killed it, out of memory");
-            }
-            if let Some(error) = exit.error.as_ref().filter(|_| !json) {
-                eprintln!("pigeon: it could not be run: {error}");
-            }
-            say(json, json!(exit), &exit.code.to_string());
-            Ok(0)
-        }
-        Action::Status(Status { target, json }) => {
-            let client = target.client()?;
-            let uds = client.uds().display().to_string();
-            say(json, json!({"ok": true, "uds": uds}), &format!("up: {uds}"));
-            Ok(0)
-        }
+        Action::Run(run) => return run.run(),
+        Action::Exec(exec) => return exec.run(),
+        Action::Attach(attach) => return attach.run(),
+        Action::Ps(ps) => ps.run(),
+        Action::Logs(logs) => logs.run(),
+        Action::Cp(cp) => cp.run(),
+        Action::Forward(forward) => forward.run(),
+        Action::Signal(signal) => signal.run(),
+        Action::Stop(stop) => stop.run(),
+        Action::Wait(wait) => wait.run(),
+        Action::Rm(rm) => rm.run(),
+        Action::Inspect(inspect) => inspect.run(),
+        Action::Stats(stats) => stats.run(),
+        Action::Events(events) => events.run(),
+        Action::Status(status) => status.run(),
+        Action::Rootfs(rootfs) => rootfs.run(),
+        Action::Completions(completions) => completions.run(),
+        Action::Man(man) => man.run(),
         Action::Proxy(Proxy { target, socket }) => {
             let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
-            let client = target.client()?;
+            let client = target.client(None)?;
             let _proxy = pigeon::proxy::Proxy::start(&socket, client.uds())?;
             signals.forever().next();
-            Ok(0)
+            Ok(())
         }
-        Action::List(List { json }) => {
-            let vms = vms::all()?;
-            if json {
-                let vms = vms
-                    .iter()
-                    .map(|(name, uds)| json!({"vm": name, "uds": uds}));
-                println!("{}", Value::Array(vms.collect()));
-            } else {
-                for (name, uds) in &vms {
-                    println!("{name}\t{}", uds.display());
-                }
-            }
-            Ok(0)
-        }
-    }
-}
-
-/// Prints a result.
-fn say(json: bool, value: Value, text: &str) {
-    if json {
-        println!("{value}");
-    } else if !text.is_empty() {
-        println!("{text}");
-    }
+    }?;
+    Ok(0)
 }
 
 /// What to do about an error.
@@ -241,19 +169,36 @@ fn hint(error: &anyhow::Error) -> Option<&'static str> {
     let error = error.downcast_ref::<Error>()?;
     Some(match error {
         Error::NoVm { .. } => {
-            "There is no VM at that socket (any more). `pigeon list` shows those of `pigeon run`; \
-             for another, give the vsock's uds_path as --uds, not that of a port."
+            "No VM is listening on that socket. `pigeon ps` lists those of `pigeon run`; for other \
+             VMs pass the vsock's uds_path as --uds, without a port suffix."
         }
         Error::NotListening { .. } => {
-            "The VM's socket is there, but its init does not answer: look at its console. It may \
-             still boot (--patience waits longer), have failed, or have no vsock driver."
+            "The VM's socket exists, but its init does not answer: look at its console. It may still \
+             be booting (--boot-timeout waits longer), have failed, or lack a vsock driver."
         }
-        Error::Refused { status: 409, .. } => "Its workload has ended.",
-        Error::Refused { status: 503, .. } => "It has as many connections as it can: try again.",
-        Error::Refused { status: 404, .. } => {
-            "Is that socket pigeon-init's? It knows no such call."
+        Error::Refused { status: 409, .. } => {
+            "The workload has exited, or is frozen for a snapshot."
         }
-        Error::Broken(_) => "The VM may have ended meanwhile: look at its console.",
+        Error::Refused { status: 503, .. } => "The VM has reached its connection limit: try again.",
+        // The init's words for a call that it has not.
+        Error::Refused {
+            status: 404 | 405,
+            message,
+        } if message == "no such path" || message == "method not allowed" => {
+            "The init does not know this call: was it built without this feature?"
+        }
+        Error::Broken(_) => "The VM may have stopped: look at its console.",
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_commands_are_sound() {
+        Cli::command().debug_assert();
+    }
 }

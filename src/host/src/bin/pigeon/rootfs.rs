@@ -4,20 +4,33 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Args;
-use pigeon::image::{self, Options, disk::parse_size, run_json_path};
+use pigeon::image::{
+    self, Options,
+    disk::{Format, parse_size},
+    run_json_path,
+};
 use serde_json::json;
 
-use crate::Guest;
+use crate::{
+    Guest,
+    output::{note, say},
+};
 
 #[derive(Args)]
 pub struct Rootfs {
-    /// A directory, a tar archive (docker export), a `docker save` or OCI archive, an OCI layout
-    /// folder, - for an archive on standard input, or the name of an image for docker or skopeo
+    /// A directory, a tar archive (docker export), a docker save or OCI archive, an OCI layout, a
+    /// skopeo dir:, - for an archive on standard input, or an image name for docker or skopeo
     source: PathBuf,
-    /// The image to make; its configuration goes beside it, to NAME.run.json
+    /// The image file; the configuration is written beside it, to NAME.run.json
     out: PathBuf,
-    /// Its size, as 64M or 1G; computed when not given
+    /// Size of an ext4 image, such as 64M or 1.5G [default: computed]
     size: Option<String>,
+    /// The file system
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    /// Overwrite an existing image and configuration
+    #[arg(short, long)]
+    force: bool,
     #[command(flatten)]
     guest: Guest,
     /// Which of several images in an archive
@@ -34,9 +47,14 @@ impl Rootfs {
             size: self.size.as_deref().map(parse_size).transpose()?,
             arch: self.guest.arch,
             tag: self.tag.clone(),
+            format: self.format,
+            force: self.force,
             progress: true,
         };
         let built = image::build(&self.source, &self.out, &options)?;
+        for warning in &built.warnings {
+            note!("{warning}");
+        }
         let out = self.out.display();
         let config_path = run_json_path(&self.out);
         let config_path = config_path.display();
@@ -49,27 +67,29 @@ impl Rootfs {
                 "layers": built.layers,
                 "image_config": built.image_config,
                 "platform": built.foreign_platform,
+                "format": self.format.name(),
+                "warnings": built.warnings,
             });
-            println!("{result}");
+            say!("{result}");
             return Ok(());
         }
         let from = match built.layers {
             1 => built.form.into(),
             layers => format!("{} of {layers} layers", built.form),
         };
-        println!(
+        say!(
             "{out}: {} MiB, {} files, from a {from}",
-            built.size >> 20,
+            built.size.div_ceil(1 << 20),
             built.files
         );
         match &built.image_config {
-            Some(config) => println!("{config_path}: {}", command_line(config)),
-            None => println!("It says nothing of what to run: pigeon run {out} COMMAND..."),
+            Some(config) => say!("{config_path}: {}", command_line(config)),
+            None => say!("no command is configured: pigeon run {out} COMMAND..."),
         }
         if let Some(platform) = built.foreign_platform {
-            eprintln!(
-                "pigeon: note that the image is for {platform}, not for {}",
-                self.guest.arch.name()
+            note!(
+                "the image is for {platform}, not for {}",
+                self.guest.arch.platform()
             );
         }
         Ok(())
@@ -85,7 +105,7 @@ fn command_line(config: &serde_json::Value) -> String {
         .filter_map(|word| word.as_str())
         .collect();
     match words[..] {
-        [] => "the image names no command".into(),
+        [] => "no command is configured".into(),
         _ => format!("runs {}", words.join(" ")),
     }
 }

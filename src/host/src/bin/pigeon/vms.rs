@@ -1,41 +1,211 @@
-//! The VMs of `pigeon run`, by name: a socket and a lock each in the user's runtime directory.
+//! The VMs of `pigeon run`, by name. Each has a directory with its record, output and console, which
+//! is kept when it ends, and a socket in the user's runtime directory. There is no daemon: the
+//! process that runs a VM holds a lock on its directory.
 
 use std::{
     env,
     fs::{self, File, Permissions},
+    io,
     os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
-    path::PathBuf,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use pigeon::Exit;
+use rustix::process::{Pid, Signal, kill_process};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-/// Most bytes of a VM's name: a Unix socket's path has 107.
+/// Most bytes of a VM's name: a Unix socket's path has 107, a host name 64.
 const MAX_NAME: usize = 40;
+
+/// The record of a VM.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+pub struct Record {
+    pub name: String,
+    /// The name was derived from the image: a later VM may reuse it.
+    pub auto: bool,
+    pub image: PathBuf,
+    /// The Unix socket of its vsock.
+    pub uds: PathBuf,
+    /// The process that runs it.
+    pub pid: u32,
+    pub arch: String,
+    pub hypervisor: String,
+    pub memory_mib: u32,
+    pub cpus: u32,
+    /// Its configuration document.
+    pub config: Value,
+    /// Ports of the host that lead to it, `127.0.0.1:8080->80/tcp`.
+    pub ports: Vec<String>,
+    /// Seconds since 1970.
+    pub started: u64,
+    pub ended: Option<u64>,
+    /// How its workload ended, if known.
+    pub exit: Option<Exit>,
+    /// How the VM ended: `orderly`, `panic`, `killed`, `hypervisor`.
+    pub end: Option<String>,
+    /// What `pigeon run` exits with.
+    pub exit_code: Option<u8>,
+    /// Of the image's health check: `starting`, `healthy`, `unhealthy`.
+    pub health: Option<String>,
+}
+
+impl Record {
+    /// For a person to read.
+    pub fn status(&self, running: bool) -> String {
+        let since = |then: u64| crate::output::duration(now().saturating_sub(then));
+        match (running, self.ended) {
+            (true, _) => {
+                let health = self.health.as_ref();
+                let health = health
+                    .map(|health| format!(" ({health})"))
+                    .unwrap_or_default();
+                format!("up {}{health}", since(self.started))
+            }
+            (false, Some(ended)) => {
+                let what = match self.end.as_deref() {
+                    Some("killed") => "killed",
+                    Some("panic") => "panicked",
+                    _ => "exited",
+                };
+                let code = self.exit_code.map(|code| format!(" ({code})"));
+                format!("{what}{} {} ago", code.unwrap_or_default(), since(ended))
+            }
+            (false, None) => "lost: the process that ran it was killed".into(),
+        }
+    }
+}
+
+/// Seconds since 1970.
+pub fn now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| now.as_secs())
+}
+
+/// A VM that is there, or was.
+pub struct Vm {
+    pub record: Record,
+    pub running: bool,
+    /// Where all that is kept of it is.
+    pub dir: PathBuf,
+}
+
+/// Files in a VM's directory.
+const RECORD: &str = "vm.json";
+const LOCK: &str = "lock";
+/// What the workload writes, in frames.
+pub const OUTPUT: &str = "output";
+/// The console as it is.
+pub const CONSOLE: &str = "console";
+/// Events of the init, a line of JSON each.
+pub const EVENTS: &str = "events";
+/// Messages of `pigeon run -d`.
+pub const MESSAGES: &str = "messages";
+
+impl Vm {
+    /// Whether it runs now.
+    pub fn is_running(&self) -> bool {
+        is_locked(&self.dir)
+    }
+
+    /// Waits until it has ended; whether it has.
+    pub fn wait(&self, timeout: Duration) -> bool {
+        let deadline = std::time::Instant::now() + timeout;
+        while self.is_running() {
+            if std::time::Instant::now() >= deadline {
+                return false;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        true
+    }
+
+    /// As it is recorded now.
+    pub fn reread(&self) -> Result<Record> {
+        read_record(&self.dir)
+    }
+
+    /// A signal to the process that runs it.
+    pub fn signal_owner(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.record.pid).ok().and_then(Pid::from_raw);
+        let pid = pid.context("its process is not known")?;
+        // Its number is another's only once its lock has gone.
+        if self.is_running() {
+            kill_process(pid, signal).context("unable to signal the process that runs it")?;
+        }
+        Ok(())
+    }
+
+    /// Removes all that is kept of it.
+    pub fn remove(&self) -> Result<()> {
+        let _ = fs::remove_file(&self.record.uds);
+        let removed = fs::remove_dir_all(&self.dir);
+        removed.with_context(|| format!("unable to remove {}", self.dir.display()))
+    }
+}
 
 /// A name that is this VM's until dropped, which the kernel sees to whatever happens.
 pub struct Claim {
-    pub name: String,
-    pub uds: PathBuf,
-    lock_path: PathBuf,
+    pub dir: PathBuf,
+    record: std::sync::Mutex<Record>,
     _lock: File,
+}
+
+impl Claim {
+    /// As it is recorded.
+    pub fn record(&self) -> Record {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Record> {
+        self.record
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Changes the record, here and on disk.
+    pub fn update(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
+        let mut record = self.lock();
+        change(&mut record);
+        write_record(&self.dir, &record)
+    }
+
+    /// Removes all that is kept of it.
+    pub fn remove(&self) -> Result<()> {
+        let removed = fs::remove_dir_all(&self.dir);
+        removed.with_context(|| format!("unable to remove {}", self.dir.display()))
+    }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        // Both may be gone already.
-        let _ = fs::remove_file(&self.uds);
-        let _ = fs::remove_file(&self.lock_path);
+        // The hypervisor may have removed it.
+        let _ = fs::remove_file(&self.lock().uds);
     }
 }
 
-/// The directory, which nobody else can write to.
-fn directory() -> Result<PathBuf> {
-    let user = rustix::process::geteuid().as_raw();
-    let runtime = env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    let dir = match runtime.filter(|dir| dir.is_dir()) {
-        Some(dir) => dir.join("pigeon"),
-        None => env::temp_dir().join(format!("pigeon-{user}")),
-    };
+fn read_record(dir: &Path) -> Result<Record> {
+    let path = dir.join(RECORD);
+    let text = fs::read(&path).with_context(|| format!("unable to read {}", path.display()))?;
+    let record = serde_json::from_slice(&text);
+    record.with_context(|| format!("{} is damaged", path.display()))
+}
+
+/// In one step, so that a reader sees an old or a new one.
+fn write_record(dir: &Path, record: &Record) -> Result<()> {
+    let path = dir.join(RECORD);
+    let new = dir.join(format!("{RECORD}.new"));
+    let text = serde_json::to_vec_pretty(record)?;
+    let written = fs::write(&new, text).and_then(|()| fs::rename(&new, &path));
+    written.with_context(|| format!("unable to write {}", path.display()))
+}
+
+/// A directory of this user's alone.
+fn private(dir: PathBuf) -> Result<PathBuf> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -43,12 +213,40 @@ fn directory() -> Result<PathBuf> {
         .with_context(|| format!("unable to create {}", dir.display()))?;
     let found = dir.symlink_metadata()?;
     ensure!(
-        found.is_dir() && found.uid() == user,
+        found.is_dir() && found.uid() == rustix::process::geteuid().as_raw(),
         "{} is another user's",
         dir.display()
     );
     fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
     Ok(dir)
+}
+
+fn variable(name: &str) -> Option<PathBuf> {
+    env::var_os(name)
+        .filter(|value| !value.is_empty())
+        .map(PathBuf::from)
+}
+
+/// Where sockets are.
+fn runtime_dir() -> Result<PathBuf> {
+    private(
+        match variable("XDG_RUNTIME_DIR").filter(|dir| dir.is_dir()) {
+            Some(dir) => dir.join("pigeon"),
+            None => env::temp_dir().join(format!("pigeon-{}", rustix::process::geteuid().as_raw())),
+        },
+    )
+}
+
+/// Where what stays is. (XDG Base Directory Specification)
+fn state_dir() -> Result<PathBuf> {
+    private(
+        match (variable("XDG_STATE_HOME"), variable("HOME")) {
+            (Some(dir), _) => dir.join("pigeon"),
+            (None, Some(home)) => home.join(".local/state/pigeon"),
+            (None, None) => runtime_dir()?.join("state"),
+        }
+        .join("vms"),
+    )
 }
 
 /// A name for a new VM: the wanted one, or one made of `stem`.
@@ -60,8 +258,13 @@ pub fn claim(wanted: Option<&str>, stem: &str) -> Result<Claim> {
             good && !name.is_empty(),
             "a VM's name has letters, digits, '-', '_' and '.', {MAX_NAME} at most"
         );
-        let claim = try_claim(name)?;
-        return claim.with_context(|| format!("there is a VM called {name} already"));
+        return match try_claim(name, false)? {
+            Ok(claim) => Ok(claim),
+            Err(Taken::Running) => bail!("a VM called {name} is running already"),
+            Err(Taken::Ended) => bail!(
+                "a VM called {name} has ended and is still recorded: `pigeon rm {name}` removes it"
+            ),
+        };
     }
     let stem: String = stem
         .chars()
@@ -75,82 +278,153 @@ pub fn claim(wanted: Option<&str>, stem: &str) -> Result<Claim> {
             1 => stem.to_string(),
             _ => format!("{stem}-{number}"),
         };
-        if let Some(claim) = try_claim(&name)? {
+        if let Ok(claim) = try_claim(&name, true)? {
             return Ok(claim);
         }
     }
     bail!("there are too many VMs called {stem}");
 }
 
-fn try_claim(name: &str) -> Result<Option<Claim>> {
-    let dir = directory()?;
-    let lock_path = dir.join(format!("{name}.lock"));
+/// Why a name cannot be had.
+enum Taken {
+    Running,
+    Ended,
+}
+
+fn try_claim(name: &str, auto: bool) -> Result<Result<Claim, Taken>> {
+    let dir = private(state_dir()?.join(name))?;
+    let lock_path = dir.join(LOCK);
     let lock = File::create(&lock_path)?;
-    if lock.try_lock().is_err() {
-        return Ok(None);
+    if !try_lock(&lock, File::try_lock) {
+        return Ok(Err(Taken::Running));
     }
     // Its owner may have removed it between our opening and our locking it.
     if fs::metadata(&lock_path).ok().map(|found| found.ino()) != Some(lock.metadata()?.ino()) {
-        return Ok(None);
+        return Ok(Err(Taken::Running));
     }
-    Ok(Some(Claim {
+    if let Ok(old) = read_record(&dir) {
+        if !(auto && old.auto) {
+            return Ok(Err(Taken::Ended));
+        }
+        for file in [RECORD, OUTPUT, CONSOLE, EVENTS, MESSAGES] {
+            remove_if_there(&dir.join(file))?;
+        }
+    }
+    let record = Record {
         name: name.into(),
-        uds: dir.join(format!("{name}.vsock")),
-        lock_path,
+        auto,
+        uds: runtime_dir()?.join(format!("{name}.vsock")),
+        pid: std::process::id(),
+        started: now(),
+        ..Record::default()
+    };
+    Ok(Ok(Claim {
+        dir,
+        record: record.into(),
         _lock: lock,
     }))
 }
 
-/// Names and sockets of all that run.
-pub fn all() -> Result<Vec<(String, PathBuf)>> {
-    let dir = directory()?;
-    let mut vms = vec![];
-    for entry in fs::read_dir(&dir)? {
-        let path = entry?.path();
-        if path.extension().is_none_or(|extension| extension != "lock") {
-            continue;
+fn remove_if_there(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("unable to remove {}", path.display()))
         }
-        let Ok(lock) = File::open(&path) else {
+        _ => Ok(()),
+    }
+}
+
+/// Whether a lock could be had. Others look whether it is held, for a moment each.
+fn try_lock(lock: &File, try_it: impl Fn(&File) -> Result<(), fs::TryLockError>) -> bool {
+    (0..5).any(|_| {
+        let locked = try_it(lock).is_ok();
+        if !locked {
+            thread::sleep(Duration::from_millis(5));
+        }
+        locked
+    })
+}
+
+fn is_locked(dir: &Path) -> bool {
+    File::open(dir.join(LOCK)).is_ok_and(|lock| lock.try_lock_shared().is_err())
+}
+
+/// All that are there, or were, by name.
+pub fn all() -> Result<Vec<Vm>> {
+    let mut vms = vec![];
+    for entry in fs::read_dir(state_dir()?)? {
+        let dir = entry?.path();
+        let running = is_locked(&dir);
+        // One that has only just begun has no record yet.
+        let Ok(record) = read_record(&dir) else {
             continue;
         };
-        let uds = path.with_extension("vsock");
-        if lock.try_lock_shared().is_ok() {
+        if !running {
             // Of one that was killed.
-            let _ = fs::remove_file(&uds);
-            let _ = fs::remove_file(&path);
-            continue;
+            let _ = fs::remove_file(&record.uds);
         }
-        let name = path.file_stem().unwrap_or_default().to_string_lossy();
-        vms.push((name.into_owned(), uds));
+        vms.push(Vm {
+            record,
+            running,
+            dir,
+        });
     }
-    vms.sort();
+    vms.sort_by(|a, b| a.record.name.cmp(&b.record.name));
     Ok(vms)
 }
 
-/// The socket of the VM called `name`.
-pub fn find(name: &str) -> Result<PathBuf> {
-    let vms = all()?;
-    let names: Vec<_> = vms.iter().map(|(name, _)| name.as_str()).collect();
-    let found = vms.iter().find(|(known, _)| known == name);
-    let (_, uds) = found.with_context(|| match names[..] {
-        [] => format!("there is no VM called {name}, and no other; `pigeon run IMAGE` starts one"),
-        _ => format!("there is no VM called {name}, but {}", names.join(", ")),
-    })?;
-    Ok(uds.clone())
+/// The VM of this name, which may have ended.
+pub fn find(name: &str) -> Result<Vm> {
+    let mut vms = all()?;
+    if let Some(at) = vms.iter().position(|vm| vm.record.name == name) {
+        return Ok(vms.swap_remove(at));
+    }
+    let names: Vec<_> = vms.iter().map(|vm| vm.record.name.as_str()).collect();
+    match names[..] {
+        [] => bail!("there is no VM called {name}, and no other; `pigeon run IMAGE` starts one"),
+        _ => bail!("there is no VM called {name}, but {}", names.join(", ")),
+    }
 }
 
-/// The name of the only VM.
-pub fn only() -> Result<String> {
-    let vms = all()?;
-    match &vms[..] {
-        [(name, _)] => Ok(name.clone()),
-        [] => bail!(
-            "no VM of `pigeon run` is there: start one, or give the Unix socket of a VM's vsock \
-             as --uds"
+/// The VM of this name, which runs.
+pub fn find_running(name: &str) -> Result<Vm> {
+    let vm = find(name)?;
+    ensure!(
+        vm.running,
+        "the VM {name} has ended ({}); `pigeon logs {name}` shows its output",
+        vm.record.status(false)
+    );
+    Ok(vm)
+}
+
+/// The only VM that runs.
+pub fn only_running() -> Result<Vm> {
+    let mut vms = all()?;
+    vms.retain(|vm| vm.running);
+    match vms.len() {
+        1 => Ok(vms.swap_remove(0)),
+        0 => bail!(
+            "no VM is running: start one with `pigeon run`, or pass the Unix socket of a VM's \
+             vsock as --uds"
         ),
         _ => {
-            let names: Vec<_> = vms.iter().map(|(name, _)| format!("--vm {name}")).collect();
-            bail!("there are several VMs: choose by {}", names.join(" or "))
+            let names: Vec<_> = vms
+                .iter()
+                .map(|vm| format!("--vm {}", vm.record.name))
+                .collect();
+            bail!(
+                "several VMs are running: choose with {}",
+                names.join(" or ")
+            )
         }
     }
+}
+
+/// The only VM that runs, or the only one that there was.
+pub fn only() -> Result<Vm> {
+    let mut vms = all()?;
+    if !vms.iter().any(|vm| vm.running) && vms.len() == 1 {
+        return Ok(vms.swap_remove(0));
+    }
+    only_running()
 }

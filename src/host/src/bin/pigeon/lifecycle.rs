@@ -1,0 +1,413 @@
+//! `pigeon ps`, `stop`, `rm`, `inspect`, `wait`, `status`, `signal`, `stats`.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use pigeon::Exit;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::{
+    output::{bytes, note, say, table},
+    target::Target,
+    vms::{self, Vm},
+};
+
+/// How long a VM may take to go down, beside the time that its workload has.
+const SHUTDOWN: Duration = Duration::from_secs(15);
+
+#[derive(Args)]
+pub struct Ps {
+    /// Include VMs that have ended
+    #[arg(short, long)]
+    all: bool,
+    /// Print only names
+    #[arg(short, long)]
+    quiet: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Ps {
+    pub fn run(&self) -> Result<()> {
+        let mut vms = vms::all()?;
+        vms.retain(|vm| self.all || vm.running);
+        if self.json {
+            say!("{}", Value::Array(vms.iter().map(describe).collect()));
+        } else if self.quiet {
+            vms.iter().for_each(|vm| say!("{}", vm.record.name));
+        } else {
+            let row = |vm: &Vm| {
+                let image = vm.record.image.file_name().unwrap_or_default();
+                vec![
+                    vm.record.name.clone(),
+                    vm.record.status(vm.running),
+                    image.to_string_lossy().into_owned(),
+                    command_line(&vm.record.config),
+                    vm.record.ports.join(", "),
+                ]
+            };
+            let rows: Vec<_> = vms.iter().map(row).collect();
+            table(&["NAME", "STATUS", "IMAGE", "COMMAND", "PORTS"], &rows);
+        }
+        Ok(())
+    }
+}
+
+/// What a configuration runs, shortened.
+fn command_line(config: &Value) -> String {
+    const WIDTH: usize = 32;
+    let list = |value: &Value| -> Vec<String> {
+        let words = value.as_array().into_iter().flatten();
+        words.filter_map(Value::as_str).map(String::from).collect()
+    };
+    let image = &config["ImageConfig"];
+    let mut words = list(&config["ExecOverride"]);
+    if words.is_empty() {
+        words = list(&image["Entrypoint"]);
+        match config["CmdOverride"].as_str() {
+            Some(cmd) => words.push(cmd.into()),
+            None => words.extend(list(&image["Cmd"])),
+        }
+    }
+    let line = words.join(" ").replace(['\n', '\t'], " ");
+    match line.char_indices().nth(WIDTH) {
+        Some((at, _)) => format!("{}…", &line[..at]),
+        None => line,
+    }
+}
+
+/// What is known of a VM, as JSON.
+fn describe(vm: &Vm) -> Value {
+    let mut value = json!(vm.record);
+    value["vm"] = json!(vm.record.name);
+    value["running"] = json!(vm.running);
+    value["status"] = json!(vm.record.status(vm.running));
+    value["directory"] = json!(vm.dir);
+    value
+}
+
+#[derive(Args)]
+pub struct Inspect {
+    /// VMs; optional if there is only one
+    names: Vec<String>,
+}
+
+impl Inspect {
+    pub fn run(&self) -> Result<()> {
+        let vms = match &self.names[..] {
+            [] => vec![vms::only()?],
+            names => names
+                .iter()
+                .map(|name| vms::find(name))
+                .collect::<Result<_>>()?,
+        };
+        let described: Vec<_> = vms.iter().map(describe).collect();
+        say!("{}", serde_json::to_string_pretty(&described)?);
+        Ok(())
+    }
+}
+
+#[derive(Args)]
+pub struct Stop {
+    /// VMs; optional if there is only one
+    names: Vec<String>,
+    #[command(flatten)]
+    target: Target,
+    /// How long the workload may take to exit before it is killed
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 10.0)]
+    timeout: f64,
+    /// Use this signal instead of the image's stop signal
+    #[arg(short, long, value_parser = crate::parse_signal)]
+    signal: Option<u8>,
+}
+
+impl Stop {
+    pub fn run(&self) -> Result<()> {
+        let timeout = Duration::try_from_secs_f64(self.timeout).context("bad --timeout")?;
+        if self.names.is_empty() {
+            return match self.target.vm(None)? {
+                Some(vm) => self.stop(&vm, timeout),
+                // Nobody but its own API knows when it is down.
+                None => Ok(self.target.client(None)?.stop(self.signal, Some(timeout))?),
+            };
+        }
+        for name in &self.names {
+            self.stop(&vms::find(name)?, timeout)?;
+        }
+        Ok(())
+    }
+
+    fn stop(&self, vm: &Vm, timeout: Duration) -> Result<()> {
+        if vm.running {
+            let client = pigeon::Client::connect(&vm.record.uds);
+            let asked = client.and_then(|client| client.stop(self.signal, Some(timeout)));
+            // One that still boots, or whose init knows no such call, is stopped by its owner.
+            if asked.is_err() {
+                vm.signal_owner(Signal::TERM)?;
+            }
+            if !vm.wait(timeout + SHUTDOWN) {
+                note!("{} does not stop: killing it", vm.record.name);
+                vm.signal_owner(Signal::KILL)?;
+                ensure!(vm.wait(SHUTDOWN), "{} is still running", vm.record.name);
+            }
+        }
+        say!("{}", vm.record.name);
+        Ok(())
+    }
+}
+
+#[derive(Args)]
+pub struct Rm {
+    /// VMs
+    #[arg(required = true)]
+    names: Vec<String>,
+    /// Kill running VMs
+    #[arg(short, long)]
+    force: bool,
+}
+
+impl Rm {
+    pub fn run(&self) -> Result<()> {
+        for name in &self.names {
+            let vm = vms::find(name)?;
+            if vm.running {
+                ensure!(
+                    self.force,
+                    "{name} is running: `pigeon stop {name}` stops it, --force kills it"
+                );
+                vm.signal_owner(Signal::KILL)?;
+                ensure!(vm.wait(SHUTDOWN), "{name} is still running");
+            }
+            vm.remove()?;
+            say!("{name}");
+        }
+        Ok(())
+    }
+}
+
+#[derive(Args)]
+pub struct Wait {
+    /// A VM of `pigeon run`, running or ended; optional if there is only one
+    name: Option<String>,
+    #[command(flatten)]
+    target: Target,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Wait {
+    pub fn run(&self) -> Result<()> {
+        let exit = match self.target.vm(self.name.as_deref())? {
+            None => self.target.client(None)?.exit_code()?,
+            Some(vm) if vm.running => {
+                match self
+                    .target
+                    .client(Some(&vm.record.name))
+                    .map(|c| c.exit_code())
+                {
+                    Ok(Ok(exit)) => exit,
+                    // It ended before it could be asked.
+                    Ok(Err(_)) | Err(_) if vm.wait(SHUTDOWN) => recorded(&vm)?,
+                    Ok(Err(error)) => return Err(error.into()),
+                    Err(error) => return Err(error),
+                }
+            }
+            Some(vm) => recorded(&vm)?,
+        };
+        if exit.oom_killed && !self.json {
+            note!("the workload was killed: out of memory");
+        }
+        if let Some(error) = exit.error.as_ref().filter(|_| !self.json) {
+            note!("the workload could not be started: {error}");
+        }
+        match self.json {
+            true => say!("{}", json!(exit)),
+            false => say!("{}", exit.code),
+        }
+        Ok(())
+    }
+}
+
+/// The exit code of a VM that has ended.
+fn recorded(vm: &Vm) -> Result<Exit> {
+    let record = vm.reread()?;
+    if let Some(exit) = record.exit {
+        return Ok(exit);
+    }
+    let code = record.exit_code.map(i32::from);
+    let code = code.with_context(|| {
+        format!(
+            "the exit code of {} is unknown: the process that ran it was killed",
+            record.name
+        )
+    })?;
+    Ok(Exit {
+        code,
+        oom_killed: false,
+        error: record.end.filter(|end| end != "orderly"),
+    })
+}
+
+#[derive(Args)]
+pub struct Status {
+    /// A VM of `pigeon run`; optional if only one is running
+    name: Option<String>,
+    #[command(flatten)]
+    target: Target,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Status {
+    pub fn run(&self) -> Result<()> {
+        let client = self.target.client(self.name.as_deref())?;
+        let uds = client.uds().display().to_string();
+        match self.json {
+            true => say!("{}", json!({"ok": true, "uds": uds})),
+            false => say!("up: {uds}"),
+        }
+        Ok(())
+    }
+}
+
+#[derive(Args)]
+pub struct SendSignal {
+    /// A name or number: TERM, SIGTERM, SIGRTMIN+3, 15
+    #[arg(value_parser = crate::parse_signal)]
+    signal: u8,
+    /// A VM of `pigeon run`; optional if only one is running
+    name: Option<String>,
+    #[command(flatten)]
+    target: Target,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl SendSignal {
+    pub fn run(&self) -> Result<()> {
+        let client = self.target.client(self.name.as_deref())?;
+        client.signal(self.signal)?;
+        if self.json {
+            say!("{}", json!({"ok": true}));
+        }
+        Ok(())
+    }
+}
+
+#[derive(Args)]
+pub struct Stats {
+    /// A VM of `pigeon run`; optional if only one is running
+    name: Option<String>,
+    #[command(flatten)]
+    target: Target,
+    /// Print the full answer as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Stats {
+    pub fn run(&self) -> Result<()> {
+        let info = self.target.client(self.name.as_deref())?.sysinfo()?;
+        if self.json {
+            say!("{info}");
+            return Ok(());
+        }
+        let rows = summary(&info);
+        if rows.is_empty() {
+            bail!("unknown format: --json shows the answer");
+        }
+        table(&["RESOURCE", "USAGE"], &rows);
+        Ok(())
+    }
+}
+
+/// A summary for humans.
+fn summary(info: &Value) -> Vec<Vec<String>> {
+    let number = |value: &Value| value.as_f64();
+    let mut rows = vec![];
+    let mut row = |what: &str, now: Option<String>| {
+        if let Some(now) = now {
+            rows.push(vec![what.to_string(), now]);
+        }
+    };
+    let memory = &info["memory"];
+    let size = |key: &str| number(&memory[key]).map(|size| bytes(size as u64));
+    let of_total = |key: &str| {
+        let total = size("mem_total");
+        Some(format!("{} of {}", size(key)?, total?))
+    };
+    row("memory available", of_total("mem_available"));
+    row("memory free", of_total("mem_free"));
+    row("cached", size("cached"));
+    let load = info["load_average"].as_array().map(|loads| {
+        let loads = loads.iter().filter_map(number);
+        loads
+            .map(|load| format!("{load:.2}"))
+            .collect::<Vec<_>>()
+            .join(" ")
+    });
+    row("load average", load);
+    let files = &info["filefd"];
+    let open = number(&files["allocated"]).map(|open| format!("{open}"));
+    row("open files", open);
+    let cpus = info["cpus"]
+        .as_object()
+        .map(serde_json::Map::len)
+        .or_else(|| info["cpus"].as_array().map(Vec::len));
+    row("processors", cpus.map(|cpus| cpus.to_string()));
+    let list = |key: &str| -> Vec<Value> { info[key].as_array().cloned().unwrap_or_default() };
+    for disk in list("disks") {
+        let name = disk["name"].as_str().unwrap_or("disk").to_string();
+        let sectors = |key: &str| number(&disk[key]).map(|n| bytes(n as u64 * 512));
+        let both = sectors("sectors_read").zip(sectors("sectors_written"));
+        row(
+            &name,
+            both.map(|(read, written)| format!("{read} read, {written} written")),
+        );
+    }
+    for net in list("net") {
+        let name = net["name"].as_str().unwrap_or("net").to_string();
+        let size = |key: &str| number(&net[key]).map(|n| bytes(n as u64));
+        let both = size("recv_bytes").zip(size("sent_bytes"));
+        row(
+            &name,
+            both.map(|(received, sent)| format!("{received} received, {sent} sent")),
+        );
+    }
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_is_shown_in_one_short_line() {
+        let config = json!({"ImageConfig": {"Entrypoint": ["/app"], "Cmd": ["a\nb", "c"]}});
+        assert_eq!(command_line(&config), "/app a b c");
+        let config = json!({"ImageConfig": {"Entrypoint": ["/app"]}, "CmdOverride": "x y"});
+        assert_eq!(command_line(&config), "/app x y");
+        let config = json!({"ExecOverride": ["ü".repeat(40)]});
+        assert_eq!(command_line(&config), format!("{}…", "ü".repeat(32)));
+    }
+
+    #[test]
+    fn stats_show_what_the_guest_tells() {
+        let info = json!({
+            "memory": {"mem_total": 256 << 20, "mem_available": 128 << 20},
+            "load_average": [0.5, 0.25, 0.0],
+            "net": [{"name": "eth0", "recv_bytes": 2048, "sent_bytes": 5}],
+        });
+        let rows = summary(&info);
+        assert_eq!(rows[0], ["memory available", "128.0 MiB of 256.0 MiB"]);
+        assert_eq!(rows[1], ["load average", "0.50 0.25 0.00"]);
+        assert_eq!(rows[2], ["eth0", "2.0 KiB received, 5 B sent"]);
+        assert!(summary(&json!({})).is_empty());
+    }
+}

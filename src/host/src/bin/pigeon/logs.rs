@@ -1,0 +1,360 @@
+//! `pigeon logs` and `pigeon events`, also for VMs that have ended.
+
+use std::{
+    fs::File,
+    io::{self, Read, Seek, Write},
+    path::Path,
+    process, thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use pigeon::{
+    events,
+    logs::{Frame, Stream, read_frame},
+};
+use serde_json::json;
+
+use crate::{
+    output::{note, say},
+    target::Target,
+    vms::{self, Vm},
+};
+
+/// How often a file that grows is looked at.
+const REFRESH: Duration = Duration::from_millis(50);
+
+#[derive(Args)]
+pub struct Logs {
+    /// A VM of `pigeon run`, running or ended; optional if there is only one
+    name: Option<String>,
+    #[command(flatten)]
+    target: Target,
+    /// Follow the output until the workload exits
+    #[arg(short, long)]
+    follow: bool,
+    /// Start at this byte of the output
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    since_offset: u64,
+    /// Show the console instead, with messages of the kernel and the init
+    #[arg(long, conflicts_with = "since_offset")]
+    console: bool,
+}
+
+impl Logs {
+    pub fn run(&self) -> Result<()> {
+        match self.target.vm(self.name.as_deref())? {
+            Some(vm) if self.console => self.console(&vm),
+            Some(vm) => self.recorded(&vm),
+            None => self.live(),
+        }
+    }
+
+    /// Of a VM that somebody else runs: what its init still has.
+    fn live(&self) -> Result<()> {
+        let client = self.target.client(None)?;
+        let mut logs = client.logs(self.follow, Some(self.since_offset))?;
+        warn_of_loss(self.since_offset, logs.offset());
+        while let Some(frame) = logs.next_frame()? {
+            show(&frame)?;
+        }
+        Ok(())
+    }
+
+    /// What has been written down.
+    fn recorded(&self, vm: &Vm) -> Result<()> {
+        let Some(file) = open(vm, vms::OUTPUT, self.follow)? else {
+            return Ok(());
+        };
+        let mut source = Growing::new(file, self.follow.then_some(vm));
+        let mut offset = 0;
+        while let Some(mut frame) = read_frame(&mut source).context("the record is damaged")? {
+            let skipped = self.since_offset.saturating_sub(offset);
+            offset += frame.bytes.len() as u64;
+            if skipped > 0 {
+                let skipped = usize::try_from(skipped).unwrap_or(usize::MAX);
+                frame.bytes.drain(..skipped.min(frame.bytes.len()));
+            }
+            show(&frame)?;
+        }
+        Ok(())
+    }
+
+    fn console(&self, vm: &Vm) -> Result<()> {
+        let Some(file) = open(vm, vms::CONSOLE, self.follow)? else {
+            return Ok(());
+        };
+        let mut source = Growing::new(file, self.follow.then_some(vm));
+        let mut buffer = [0; 4096];
+        loop {
+            let size = source.read(&mut buffer).context("unable to read")?;
+            if size == 0 {
+                return Ok(());
+            }
+            write_to(&mut io::stdout().lock(), &buffer[..size])?;
+        }
+    }
+}
+
+/// Says how much of the output is not there any more.
+pub fn warn_of_loss(wanted: u64, first: u64) {
+    if first > wanted {
+        note!("{} bytes of output are lost", first - wanted);
+    }
+}
+
+/// A file of a VM; None where there is none and none will be.
+fn open(vm: &Vm, name: &str, follow: bool) -> Result<Option<File>> {
+    let path = vm.dir.join(name);
+    loop {
+        let running = vm.is_running();
+        match File::open(&path) {
+            Ok(file) => return Ok(Some(file)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("unable to open {}", path.display()));
+            }
+            Err(_) if !follow || !running => return Ok(None),
+            Err(_) => thread::sleep(REFRESH),
+        }
+    }
+}
+
+/// A file that grows as long as a VM runs.
+struct Growing<'a> {
+    file: File,
+    vm: Option<&'a Vm>,
+}
+
+impl<'a> Growing<'a> {
+    fn new(file: File, vm: Option<&'a Vm>) -> Growing<'a> {
+        Growing { file, vm }
+    }
+}
+
+impl Read for Growing<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            // Looked at before: what is written until then is read.
+            let running = self.vm.is_some_and(Vm::is_running);
+            let size = self.file.read(buffer)?;
+            if size > 0 || !running {
+                return Ok(size);
+            }
+            thread::sleep(REFRESH);
+        }
+    }
+}
+
+/// Writes a piece of output to where it belongs.
+pub fn show(frame: &Frame) -> Result<()> {
+    match frame.stream {
+        Stream::Stdout => write_to(&mut io::stdout().lock(), &frame.bytes),
+        Stream::Stderr => write_to(&mut io::stderr().lock(), &frame.bytes),
+    }
+}
+
+/// Without a reader the command is over, without a word.
+fn write_to(stream: &mut dyn Write, bytes: &[u8]) -> Result<()> {
+    match stream.write_all(bytes).and_then(|()| stream.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => process::exit(141),
+        result => result.context("unable to write"),
+    }
+}
+
+#[derive(Args)]
+pub struct Events {
+    /// A VM of `pigeon run`, running or ended; optional if there is only one
+    name: Option<String>,
+    #[command(flatten)]
+    target: Target,
+    /// Follow the events until the VM ends
+    #[arg(short, long)]
+    follow: bool,
+    /// With --uds: listen for a VM that is started with PIGEON_EVENTS_PORT=PORT
+    #[arg(long, requires = "uds")]
+    port: Option<u32>,
+}
+
+impl Events {
+    pub fn run(&self) -> Result<()> {
+        match self.target.vm(self.name.as_deref())? {
+            Some(vm) => recorded_events(&vm, self.follow),
+            None => {
+                let uds = self.target.uds().context("there is a socket")?;
+                let port = self.port.context("--uds needs --port as well")?;
+                listen(uds, port)
+            }
+        }
+    }
+}
+
+fn recorded_events(vm: &Vm, follow: bool) -> Result<()> {
+    let Some(file) = open(vm, vms::EVENTS, follow)? else {
+        return Ok(());
+    };
+    let mut text = vec![];
+    let mut source = Growing::new(file, follow.then_some(vm));
+    let mut byte = [0];
+    while source.read(&mut byte)? == 1 {
+        text.push(byte[0]);
+        if byte == *b"\n" {
+            write_to(&mut io::stdout().lock(), &text)?;
+            text.clear();
+        }
+    }
+    Ok(())
+}
+
+/// Until the VM has ended.
+fn listen(uds: &Path, port: u32) -> Result<()> {
+    let listener = events::Listener::bind(uds, port)?;
+    let mut events = listener.accept()?;
+    while let Some(event) = events.next_event()? {
+        say!("{}", json!(event));
+    }
+    Ok(())
+}
+
+/// Extracts the workload's output from a console: drops lines of the kernel and the init, and the
+/// carriage returns that the terminal adds.
+#[derive(Default)]
+pub struct ConsoleFilter {
+    /// The beginning of a line, as long as it may be one of the others.
+    begin: Vec<u8>,
+    state: LineState,
+    carriage_return: bool,
+}
+
+#[derive(Clone, Copy, Default, PartialEq)]
+enum LineState {
+    #[default]
+    Undecided,
+    Shown,
+    Dropped,
+}
+
+impl ConsoleFilter {
+    /// What of these bytes, and of those before, is the workload's.
+    pub fn filter(&mut self, bytes: &[u8]) -> Vec<u8> {
+        let mut shown = vec![];
+        for &byte in bytes {
+            if std::mem::take(&mut self.carriage_return) && byte != b'\n' {
+                self.byte(b'\r', &mut shown);
+            }
+            match byte {
+                b'\r' => self.carriage_return = true,
+                byte => self.byte(byte, &mut shown),
+            }
+        }
+        shown
+    }
+
+    fn byte(&mut self, byte: u8, shown: &mut Vec<u8>) {
+        if self.state == LineState::Undecided {
+            self.begin.push(byte);
+            self.state = classify(&self.begin);
+            if byte == b'\n' && self.state == LineState::Undecided {
+                self.state = LineState::Shown;
+            }
+            if self.state == LineState::Shown {
+                shown.append(&mut self.begin);
+            }
+        } else if self.state == LineState::Shown {
+            shown.push(byte);
+        }
+        if byte == b'\n' {
+            self.begin.clear();
+            self.state = LineState::Undecided;
+        }
+    }
+
+    /// What is left at the end.
+    pub fn finish(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.begin)
+    }
+}
+
+/// Whether a line that begins so is of the kernel, `[    1.234567] `, or of the init.
+fn classify(begin: &[u8]) -> LineState {
+    const INIT: &[u8] = b"pigeon-init: level=";
+    if begin.starts_with(INIT) {
+        return LineState::Dropped;
+    }
+    if INIT.starts_with(begin) {
+        return LineState::Undecided;
+    }
+    let Some(rest) = begin.strip_prefix(b"[") else {
+        return LineState::Shown;
+    };
+    let rest = rest.trim_ascii_start();
+    let digits = |text: &[u8]| text.iter().take_while(|byte| byte.is_ascii_digit()).count();
+    let whole = digits(rest);
+    let (point, fraction) = match rest[whole..].split_first() {
+        None => return LineState::Undecided,
+        Some((point, fraction)) => (*point, fraction),
+    };
+    let end = digits(fraction);
+    match (point, whole, fraction.get(end)) {
+        (b'.', 1.., None) => LineState::Undecided,
+        (b'.', 1.., Some(b']')) if end > 0 => LineState::Dropped,
+        _ => LineState::Shown,
+    }
+}
+
+/// Passes the workload's bytes of a console that grows on, until it ends and `is_over`.
+pub fn filter_console(
+    path: &Path,
+    is_over: impl Fn() -> bool,
+    mut sink: impl FnMut(Frame) -> Result<()>,
+) -> Result<()> {
+    let mut file = File::open(path).context("there is no console")?;
+    file.rewind()?;
+    let mut filter = ConsoleFilter::default();
+    let mut buffer = [0; 4096];
+    loop {
+        let over = is_over();
+        let size = file.read(&mut buffer)?;
+        let bytes = match size {
+            0 if over => filter.finish(),
+            size => filter.filter(&buffer[..size]),
+        };
+        if !bytes.is_empty() {
+            let stream = Stream::Stdout;
+            sink(Frame { stream, bytes })?;
+        }
+        if size == 0 {
+            if over {
+                return Ok(());
+            }
+            thread::sleep(REFRESH);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_workloads_bytes_are_told_from_those_of_kernel_and_init() {
+        let console = "[    0.000000] Linux\r\npigeon-init: level=info msg=\"x\"\r\n\
+                       hello\r\n[1.5] kernel\r\n[a] not\r\n[12] nor this\r\n\r\n\
+                       bar\rfoo\r\npigeon-init: no\r\npigeon\r\n# ";
+        let expected = "hello\n[a] not\n[12] nor this\n\nbar\rfoo\npigeon-init: no\npigeon\n# ";
+        for step in [1, 2, 7, 4096] {
+            let mut filter = ConsoleFilter::default();
+            let mut shown = vec![];
+            for bytes in console.as_bytes().chunks(step) {
+                shown.extend(filter.filter(bytes));
+            }
+            // A prompt is there before its line ends.
+            assert!(shown.ends_with(b"# "), "{step}");
+            shown.extend(filter.finish());
+            assert_eq!(String::from_utf8(shown).unwrap(), expected, "{step}");
+        }
+        let mut filter = ConsoleFilter::default();
+        assert_eq!(filter.filter(b"[ 12"), b"");
+        assert_eq!(filter.finish(), b"[ 12");
+    }
+}

@@ -1,0 +1,94 @@
+//! `pigeon run -d`: runs the same command again as a detached process.
+
+use std::{
+    env,
+    fs::{File, OpenOptions},
+    io::{self, Read},
+    os::{fd::AsFd, unix::process::CommandExt},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result};
+use rustix::stdio::{dup2_stderr, dup2_stdout};
+
+use crate::{FAILED, output::say, vms::MESSAGES};
+
+/// Set in that process.
+const VARIABLE: &str = "PIGEON_DETACHED";
+/// Prefix of the line that reports the VM's name.
+const STARTED: &str = "started: ";
+
+/// Whether this is that process.
+pub fn is_detached() -> bool {
+    env::var_os(VARIABLE).is_some()
+}
+
+/// Starts it, and waits until the VM has started or failed.
+pub fn start() -> Result<u8> {
+    let (mut reader, writer) = io::pipe()?;
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .args(env::args_os().skip(1))
+        .env(VARIABLE, "1")
+        .stdin(Stdio::null())
+        .stdout(writer.try_clone()?)
+        .stderr(writer);
+    // SAFETY: setsid(2) is async-signal-safe, and nothing of ours is touched.
+    unsafe {
+        command.pre_exec(|| Ok(rustix::process::setsid().map(drop)?));
+    }
+    let mut child = command
+        .spawn()
+        .context("unable to start pigeon once more")?;
+    // Its ends of the pipe are its own alone from now on.
+    drop(command);
+    let mut said = String::new();
+    reader.read_to_string(&mut said)?;
+    let (others, name) = split(&said);
+    if !others.is_empty() {
+        let _ = io::Write::write_all(&mut io::stderr(), others.as_bytes());
+    }
+    if let Some(name) = name {
+        say!("{name}");
+        return Ok(0);
+    }
+    let status = child.wait()?;
+    let code = status.code().and_then(|code| code.try_into().ok());
+    Ok(code.unwrap_or(FAILED))
+}
+
+/// What a VM's owner has said, and the name of its VM if it is started.
+fn split(said: &str) -> (String, Option<String>) {
+    let is_name = |line: &&str| line.starts_with(STARTED);
+    let lines = said.split_inclusive('\n');
+    let name = lines.clone().find(is_name);
+    let name = name.and_then(|line| line.trim_end().strip_prefix(STARTED));
+    let others = lines.filter(|line| !is_name(line)).collect();
+    (others, name.map(String::from))
+}
+
+/// Reports that the VM has started, and redirects further messages to a file.
+pub fn report(name: &str, dir: &Path) -> Result<()> {
+    say!("{STARTED}{name}");
+    let messages = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(dir.join(MESSAGES))?;
+    let nothing = File::options().write(true).open("/dev/null")?;
+    dup2_stdout(nothing.as_fd())?;
+    dup2_stderr(messages.as_fd())?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_is_told_from_what_else_is_said() {
+        let said = "pigeon: a hint\nstarted: app\n";
+        assert_eq!(split(said), ("pigeon: a hint\n".into(), Some("app".into())));
+        assert_eq!(split("pigeon: no\n"), ("pigeon: no\n".into(), None));
+    }
+}

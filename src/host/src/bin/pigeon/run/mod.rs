@@ -1,0 +1,568 @@
+//! `pigeon run`: a root image, booted.
+
+mod detach;
+mod document;
+mod health;
+mod owner;
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, ValueEnum};
+use pigeon::{
+    Arch, assets,
+    image::{
+        disk::{Format, parse_size},
+        kind::{Kind, describe},
+    },
+    initrd::Initrd,
+    machine::{Disk, HostPort, Machine, Nic, Spec},
+    vsock,
+};
+use serde_json::json;
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGTERM},
+    iterator::Signals,
+};
+
+use crate::{
+    Guest,
+    output::{note, say},
+    vms,
+};
+use document::{Plan, file_systems};
+use owner::Owner;
+
+/// MiB that Debian's kernel needs at least, so that the init is started.
+const LEAST_MEMORY: u32 = 72;
+/// The vsock port for the init's events.
+const EVENTS_PORT: u32 = 10_001;
+/// KiB of the init's log ring when the console is not shown.
+const LOG_KIB: u32 = 256;
+/// What the directories of VMs that run are called.
+const SCRATCH: &str = "pigeon-vm-";
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Hypervisor {
+    /// Firecracker where it and KVM are there, else QEMU
+    Auto,
+    Firecracker,
+    Qemu,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum CgroupMode {
+    /// v1 controllers, and cgroup2 beside them
+    Hybrid,
+    /// cgroup2 only: for systemd, Docker and k3s
+    Unified,
+    /// Not mounted
+    None,
+}
+
+#[derive(Args)]
+pub struct Run {
+    /// A root image, such as `pigeon rootfs` makes; then arguments in place of its Cmd (after
+    /// its Entrypoint, if it has one)
+    #[arg(required = true, trailing_var_arg = true, value_name = "IMAGE [CMD]")]
+    words: Vec<String>,
+    /// The configuration [default: IMAGE's NAME.run.json, if it is there]
+    #[arg(short, long, value_name = "RUN.JSON")]
+    config: Option<PathBuf>,
+    /// A command in place of the image's Entrypoint
+    #[arg(long, value_name = "PROGRAM")]
+    entrypoint: Option<String>,
+    /// Pass standard input to the workload
+    #[arg(short, long)]
+    interactive: bool,
+    /// Allocate a terminal for the workload
+    #[arg(short, long)]
+    tty: bool,
+    /// Run in the background and print the VM's name
+    #[arg(short, long, conflicts_with_all = ["interactive", "tty", "json"])]
+    detach: bool,
+    /// Show only the workload's output
+    #[arg(short, long)]
+    quiet: bool,
+    /// Remove the VM's record when it ends
+    #[arg(long)]
+    rm: bool,
+    /// Set a variable, or pass on one that is set here
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    env: Vec<String>,
+    /// Set the variables in a file, one a line
+    #[arg(long, value_name = "FILE")]
+    env_file: Vec<PathBuf>,
+    /// Run as this user
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+    /// Run in this directory
+    #[arg(short, long, value_name = "DIR")]
+    workdir: Option<String>,
+    /// The guest's hostname [default: the VM's name]
+    #[arg(long, value_name = "NAME")]
+    hostname: Option<String>,
+    /// Mount an image file; ,size=1G creates it if it does not exist, ,ro mounts it read-only.
+    /// Replaces the configuration's Mounts
+    #[arg(short, long, visible_alias = "disk", value_name = "FILE:PATH")]
+    volume: Vec<String>,
+    /// Mount a tmpfs, with options such as size=64m
+    #[arg(long, value_name = "PATH[:OPTIONS]")]
+    tmpfs: Vec<String>,
+    /// Mount the root read-only
+    #[arg(long)]
+    read_only: bool,
+    /// Keep the image unchanged: writes go to memory, or to FILE, which is created if needed
+    #[arg(long, value_name = "FILE[,size=SIZE]", num_args = 0..=1, require_equals = true,
+        default_missing_value = "tmpfs", conflicts_with = "read_only")]
+    overlay: Option<String>,
+    /// Set a sysctl in the guest
+    #[arg(long, value_name = "NAME=VALUE")]
+    sysctl: Vec<String>,
+    /// Set a resource limit of the workload, such as nofile=65536
+    #[arg(long, value_name = "NAME=SOFT[:HARD]")]
+    ulimit: Vec<String>,
+    /// The signal that stops the workload [default: the image's, else SIGTERM]
+    #[arg(long, value_name = "SIGNAL")]
+    stop_signal: Option<String>,
+    /// How long the workload may take to exit before it is killed
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
+    stop_timeout: f64,
+    /// Give the guest the host's network by address translation (QEMU); replaces IPConfigs
+    #[arg(long)]
+    net: bool,
+    /// Forward a TCP port of the host, by default on 127.0.0.1, to the guest
+    #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST")]
+    publish: Vec<String>,
+    /// Forward free ports of the host to all ports that the image exposes
+    #[arg(short = 'P', long)]
+    publish_all: bool,
+    /// Use an existing tap device; its addresses come from --config
+    #[arg(long, value_name = "DEVICE", conflicts_with = "net")]
+    tap: Option<String>,
+    /// Memory in MiB, or with a unit, such as 1.5G
+    #[arg(short, long, value_name = "SIZE", default_value = "256", value_parser = parse_memory)]
+    memory: u32,
+    /// Virtual processors
+    #[arg(long, default_value_t = 1)]
+    cpus: u32,
+    /// How cgroups are mounted in the guest [default: hybrid]
+    #[arg(long, value_enum, value_name = "MODE")]
+    cgroup_mode: Option<CgroupMode>,
+    /// The VM's name [default: derived from the image]
+    #[arg(long)]
+    name: Option<String>,
+    /// Where to create the Unix socket of the VM's vsock
+    #[arg(long, value_name = "SOCKET")]
+    uds: Option<PathBuf>,
+    /// An uncompressed kernel with all drivers in it [default: Debian's cloud kernel]
+    #[arg(long, value_name = "VMLINUX")]
+    kernel: Option<PathBuf>,
+    /// The initramfs with pigeon-init [default: initrd.cpio beside this program, else
+    /// build/initrd.cpio of the repository]
+    #[arg(
+        long,
+        value_name = "CPIO",
+        env = "PIGEON_INITRD",
+        hide_env_values = true
+    )]
+    initrd: Option<PathBuf>,
+    /// A kernel parameter, such as INIT_LOG_LEVEL=debug
+    #[arg(long, value_name = "PARAMETER")]
+    append: Vec<String>,
+    #[command(flatten)]
+    guest: Guest,
+    /// What runs the VM
+    #[arg(long, value_enum, default_value = "auto")]
+    vmm: Hypervisor,
+    /// Print the configuration without booting
+    #[arg(long)]
+    dry_run: bool,
+    /// Print the result as JSON on standard output; the console goes to standard error
+    #[arg(long)]
+    json: bool,
+}
+
+/// MiB of `512`, `512M`, `1.5G`.
+fn parse_memory(text: &str) -> Result<u32, String> {
+    let mib = match text.parse::<u32>() {
+        Ok(mib) => mib,
+        Err(_) => match parse_size(text) {
+            Ok(bytes) => u32::try_from(bytes >> 20).unwrap_or(u32::MAX),
+            Err(error) => return Err(error.to_string()),
+        },
+    };
+    match mib {
+        1..0x10_0000 => Ok(mib),
+        _ => Err(format!(
+            "{mib} MiB is out of range; numbers without a unit are MiB"
+        )),
+    }
+}
+
+impl Run {
+    fn image(&self) -> &Path {
+        Path::new(&self.words[0])
+    }
+
+    fn command(&self) -> &[String] {
+        &self.words[1..]
+    }
+
+    /// Whether the console is shown as it is.
+    fn shows_console(&self) -> bool {
+        !self.quiet && !self.detach && !self.interactive && !self.tty
+    }
+
+    pub fn run(&self) -> Result<u8> {
+        let root = self.check_image()?;
+        let stem = self.image().file_stem().unwrap_or_default();
+        let stem = stem.to_string_lossy();
+        // What is wrong is said before anything is made.
+        let plan = self.plan(self.name.as_deref().unwrap_or(&stem))?;
+        if self.dry_run {
+            say!("{}", serde_json::to_string_pretty(&plan.document)?);
+            return Ok(0);
+        }
+        self.check_memory()?;
+        if self.detach && !detach::is_detached() {
+            return detach::start();
+        }
+        let claim = vms::claim(self.name.as_deref(), &stem)?;
+        let name = claim.record().name;
+        // The name is known only now.
+        let plan = self.plan(&name)?;
+        let locks = lock_disks(&plan)?;
+        let mut kinds = vec![root];
+        for disk in &plan.disks[1..] {
+            kinds.push(disk.prepare()?);
+        }
+        let uds = self.uds.clone().unwrap_or_else(|| claim.record().uds);
+        vacate(&uds)?;
+        sweep();
+        let scratch = Scratch::new()?;
+        let signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+        let mut ports = vec![];
+        for port in plan.ports.iter().filter(|port| !self.by_hypervisor(port)) {
+            let address = port.forward(&uds)?;
+            ports.push(format!("{address}->{}/tcp", port.guest));
+        }
+        ports.extend(
+            plan.ports
+                .iter()
+                .filter(|port| self.by_hypervisor(port))
+                .map(ToString::to_string),
+        );
+        let machine = self.start(&plan, &kinds, scratch.path(), &uds)?;
+        claim.update(|record| {
+            record.image = fs::canonicalize(self.image()).unwrap_or_else(|_| self.image().into());
+            record.uds = uds.clone();
+            record.arch = self.guest.arch.name().into();
+            record.hypervisor = machine.hypervisor().into();
+            (record.memory_mib, record.cpus) = (self.memory, self.cpus);
+            record.config = plan.document.clone();
+            record.ports = ports.clone();
+        })?;
+        if self.shows_console() {
+            let target = match &self.uds {
+                None => format!("--vm {name}"),
+                Some(uds) => format!("--uds {}", uds.display()),
+            };
+            note!(
+                "{name} boots on {}; Ctrl-C stops it; from elsewhere: pigeon exec -it {target} sh",
+                machine.hypervisor()
+            );
+            for port in &ports {
+                note!("{port}");
+            }
+            for path in &plan.unkept {
+                note!(
+                    "the image declares a volume at {path}: -v FILE:{path},size=1G keeps its data in \
+                     a file of its own"
+                );
+            }
+        }
+        if self.detach {
+            detach::report(&name, &claim.dir)?;
+        }
+        let owner = Owner {
+            run: self,
+            claim: Arc::new(claim),
+            plan,
+            uds,
+        };
+        let code = owner.watch(machine, signals);
+        drop(locks);
+        code
+    }
+
+    /// What the root is.
+    fn check_image(&self) -> Result<Kind> {
+        let image = self.image();
+        let shown = image.display();
+        ensure!(
+            image.exists(),
+            "there is no image {shown}; `pigeon rootfs SOURCE {shown}` makes one from a container \
+             image"
+        );
+        ensure!(
+            !image.is_dir(),
+            "{shown} is a directory; `pigeon rootfs` makes an image from it"
+        );
+        let kind = describe(image)?;
+        match kind {
+            Kind::Image(format) => {
+                ensure!(
+                    self.overlay.is_none() || !self.read_only,
+                    "a read-only root has no overlay"
+                );
+                let _: Format = format;
+                Ok(kind)
+            }
+            Kind::OtherImage(_) => Ok(kind),
+            Kind::Archive | Kind::Compressed(_) => anyhow::bail!(
+                "{shown} is {kind}, not a root image; `pigeon rootfs {shown} NAME.ext4` makes one \
+                 from it"
+            ),
+            kind => anyhow::bail!(
+                "{shown} is {kind}, not a root image; `pigeon rootfs` makes one from a container \
+                 image"
+            ),
+        }
+    }
+
+    fn check_memory(&self) -> Result<()> {
+        ensure!(
+            self.kernel.is_some() || self.memory >= LEAST_MEMORY,
+            "{} MiB of memory are not enough: Debian's kernel needs {LEAST_MEMORY} to start the \
+             init",
+            self.memory
+        );
+        Ok(())
+    }
+
+    /// Whether the hypervisor forwards a port, rather than the init's tunnel.
+    fn by_hypervisor(&self, port: &crate::ports::Port) -> bool {
+        self.net && port.address.is_ipv4() && port.host != 0
+    }
+
+    fn start(
+        &self,
+        plan: &Plan,
+        kinds: &[Kind],
+        dir: &Path,
+        uds: &Path,
+    ) -> Result<Box<dyn Machine>> {
+        let beside = assets::initrd_beside().filter(|_| self.guest.arch == Arch::HOST);
+        let product = match self.initrd.as_ref().or(beside.as_ref()) {
+            Some(path) => {
+                fs::read(path).with_context(|| format!("unable to read {}", path.display()))?
+            }
+            None => assets::initrd(self.guest.arch)?,
+        };
+        let mut files = Initrd::default();
+        let kernel = match &self.kernel {
+            Some(kernel) => kernel.clone(),
+            None => {
+                let kernel = assets::Kernel::chosen(self.guest.arch)?;
+                files.modules_and(&kernel, &file_systems(kinds, self.overlay.is_some()))?;
+                kernel.image()
+            }
+        };
+        files.file("/pigeon/run.json", 0o600, plan.document.to_string());
+        let initrd = dir.join("initrd");
+        fs::write(&initrd, files.on_top_of(product))?;
+
+        let mut disks = vec![];
+        for (disk, kind) in plan.disks.iter().zip(kinds) {
+            let path = fs::canonicalize(&disk.path)
+                .with_context(|| format!("unable to find {}", disk.path.display()))?;
+            // What can be read only is not to be written to by accident either.
+            let packed = matches!(kind, Kind::Image(Format::Squashfs | Format::Erofs));
+            disks.push(match disk.read_only || packed {
+                true => Disk::file(&path).read_only(),
+                false => Disk::file(&path),
+            });
+        }
+        if plan.session.is_some() {
+            let hold = dir.join("hold.ext4");
+            pigeon::hold::write_volume(&hold, self.guest.arch)?;
+            disks.push(Disk::file(&hold).scratch());
+        }
+        let ports = plan.ports.iter().filter_map(|port| match port.address {
+            std::net::IpAddr::V4(address) if self.by_hypervisor(port) => Some(HostPort {
+                address,
+                host: port.host,
+                guest: port.guest,
+            }),
+            _ => None,
+        });
+        let nic = match &self.tap {
+            Some(tap) => Nic::Tap(tap.clone()),
+            None if self.net => Nic::User(ports.collect()),
+            None => Nic::None,
+        };
+        let firecracker = assets::firecracker().filter(|_| self.guest.arch == Arch::HOST);
+        let on_qemu = match (self.vmm, &nic) {
+            (Hypervisor::Auto, Nic::User(_)) | (Hypervisor::Qemu, _) => true,
+            (Hypervisor::Auto, _) => firecracker.is_none(),
+            (Hypervisor::Firecracker, _) => false,
+        };
+        let spec = Spec {
+            args: self.kernel_parameters(),
+            memory_mib: self.memory,
+            cpus: self.cpus,
+            disks,
+            nic,
+            vsock: Some(uds.into()),
+            ..Spec::new(dir, self.guest.arch, &kernel, &initrd)
+        };
+        if on_qemu {
+            return spec.start_qemu();
+        }
+        let program = firecracker.context(
+            "Firecracker is not available: it needs /dev/kvm, and to be in PATH or named by \
+             FIRECRACKER; --vmm qemu needs neither",
+        )?;
+        spec.start_firecracker(&program)
+    }
+
+    fn kernel_parameters(&self) -> Vec<String> {
+        // There is no MMDS to be waited for.
+        let mut parameters = vec![
+            "PIGEON_CONFIG=file".to_string(),
+            format!("PIGEON_EVENTS_PORT={EVENTS_PORT}"),
+        ];
+        if !self.shows_console() {
+            // The serial console is slow, and nobody looks at it.
+            parameters.push("PIGEON_OUTPUT=log".into());
+            parameters.push(format!("PIGEON_LOG_KIB={LOG_KIB}"));
+        }
+        if let Some(mode) = self.cgroup_mode {
+            let mode = match mode {
+                CgroupMode::Hybrid => "hybrid",
+                CgroupMode::Unified => "unified",
+                CgroupMode::None => "none",
+            };
+            parameters.push(format!("PIGEON_CGROUPS={mode}"));
+        }
+        parameters.extend(self.append.iter().cloned());
+        parameters
+    }
+
+    fn stop_timeout(&self) -> Result<Duration> {
+        Duration::try_from_secs_f64(self.stop_timeout).context("bad --stop-timeout")
+    }
+}
+
+/// Makes room for a socket.
+fn vacate(uds: &Path) -> Result<()> {
+    vsock::ensure_vacant(uds)?;
+    match fs::remove_file(uds) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("unable to replace {}", uds.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Locks the disks: two VMs that write to one disk would destroy it.
+fn lock_disks(plan: &Plan) -> Result<Vec<File>> {
+    let mut locks = vec![];
+    for disk in plan.disks.iter().filter(|disk| disk.path.exists()) {
+        let shown = disk.path.display();
+        let file = File::open(&disk.path).with_context(|| format!("unable to open {shown}"))?;
+        let locked = match disk.read_only {
+            true => file.try_lock_shared(),
+            false => file.try_lock(),
+        };
+        match locked {
+            Ok(()) => locks.push(file),
+            Err(fs::TryLockError::WouldBlock) => anyhow::bail!(
+                "{shown} is in use by another running VM; --read-only, --overlay or ,ro allow \
+                 sharing it"
+            ),
+            // A file system that knows no locks.
+            Err(fs::TryLockError::Error(_)) => {}
+        }
+    }
+    Ok(locks)
+}
+
+/// The directory of a running VM. Its lock distinguishes it from that of a killed one.
+struct Scratch {
+    dir: tempfile::TempDir,
+    _lock: File,
+}
+
+/// The lock's name.
+const LOCK: &str = "lock";
+
+impl Scratch {
+    fn new() -> Result<Scratch> {
+        let dir = tempfile::Builder::new().prefix(SCRATCH).tempdir()?;
+        let lock = File::create(dir.path().join(LOCK))?;
+        lock.lock()?;
+        Ok(Scratch { dir, _lock: lock })
+    }
+
+    fn path(&self) -> &Path {
+        self.dir.path()
+    }
+}
+
+/// Removes the directories of VMs whose owners were killed.
+fn sweep() {
+    let Ok(entries) = fs::read_dir(std::env::temp_dir()) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let is_ours = entry.file_name().to_string_lossy().starts_with(SCRATCH);
+        // Without a lock it is one that is being made.
+        let lock = File::open(entry.path().join(LOCK));
+        if is_ours && lock.is_ok_and(|lock| lock.try_lock().is_ok()) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// A VM's end as `pigeon run --json` prints it.
+fn describe_end(exit: Option<&pigeon::Exit>, end: &str, code: u8) -> serde_json::Value {
+    json!({"exit": exit, "end": end, "exit_code": code})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_in_mib_or_has_a_unit() {
+        for (text, mib) in [("256", 256), ("512M", 512), ("1.5G", 1536), ("1GiB", 1024)] {
+            assert_eq!(parse_memory(text), Ok(mib), "{text}");
+        }
+        for text in ["0", "x", "1K", "9999999T", "-1"] {
+            assert!(parse_memory(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_a_killed_vm_has_left_is_swept_and_what_runs_is_not() {
+        let running = Scratch::new().unwrap();
+        let killed = Scratch::new().unwrap();
+        let left = killed.path().to_path_buf();
+        fs::write(left.join("initrd"), "x").unwrap();
+        // As after SIGKILL: the lock is gone, the directory is not.
+        let Scratch { dir, _lock } = killed;
+        let _ = dir.keep();
+        drop(_lock);
+        sweep();
+        assert!(!left.exists());
+        assert!(running.path().exists());
+    }
+}

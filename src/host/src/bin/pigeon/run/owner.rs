@@ -1,0 +1,579 @@
+//! Running a VM: console, output, signals, and the record that outlives it.
+
+use std::{
+    collections::VecDeque,
+    fs::{File, OpenOptions},
+    io::{self, IsTerminal, Read, Write},
+    path::{Path, PathBuf},
+    process::{ChildStdin, ChildStdout},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use pigeon::{
+    Client, Command, Error, Exit,
+    events::{self, Event},
+    logs::Frame,
+    machine::{End, Machine},
+    progress::Progress,
+};
+use serde_json::json;
+use signal_hook::iterator::Signals;
+
+use super::{
+    EVENTS_PORT, Run, describe_end,
+    document::{Plan, SessionPlan},
+    health::HealthCheck,
+};
+use crate::{
+    CANNOT_START, FAILED,
+    exec::{Pass, start_error},
+    logs::{filter_console, warn_of_loss},
+    output::{note, say},
+    terminal,
+    vms::{self, Claim},
+};
+
+/// Exit code after a kill, as a shell has it: 128 + SIGKILL.
+const KILLED: u8 = 137;
+/// SIGTERM
+const TERM: u8 = 15;
+/// Bytes of the console's end that are looked at for a panic.
+const TAIL: usize = 16 << 10;
+/// Lines of it that are shown when a VM has failed and nobody has seen its console.
+const SHOWN_LINES: usize = 15;
+/// How long a VM may take to go down, beside the time that its workload has.
+const SHUTDOWN: Duration = Duration::from_secs(10);
+/// How long a VM may take until its API is up, for a session.
+const BOOT: Duration = Duration::from_secs(120);
+/// How long the last of the output may take to arrive when the VM has ended.
+const LAST_OUTPUT: Duration = Duration::from_secs(5);
+
+/// What it takes to run a VM.
+pub struct Owner<'a> {
+    pub run: &'a Run,
+    pub claim: Arc<Claim>,
+    pub plan: Plan,
+    pub uds: PathBuf,
+}
+
+/// How a VM has ended.
+struct Ended {
+    exit: Option<Exit>,
+    end: End,
+    killed: bool,
+    /// What a session in place of the workload came to.
+    session: Option<Result<u8>>,
+    console: String,
+}
+
+/// What the VM is asked for.
+struct Asked {
+    exit: mpsc::Receiver<Exit>,
+    session: Option<mpsc::Receiver<Result<u8>>>,
+}
+
+impl Owner<'_> {
+    /// Until the VM has ended: the exit code.
+    pub fn watch(&self, mut machine: Box<dyn Machine>, mut signals: Signals) -> Result<u8> {
+        let machine = machine.as_mut();
+        let child = machine.process().child();
+        let (console, keyboard) = (child.stdout.take(), child.stdin.take());
+        let shows_console = self.run.shows_console();
+        let _restore = match shows_console && terminal::is_ours() {
+            true => Some(terminal::console().context("unable to set the terminal up")?),
+            false => None,
+        };
+        match keyboard {
+            Some(keyboard) if shows_console => pass_keys(keyboard),
+            // The open pipe is left to the VM.
+            keyboard => std::mem::forget(keyboard),
+        }
+        let console = console.context("the console is piped")?;
+        let shown = match (shows_console, self.run.json) {
+            (false, _) => Shown::Nowhere,
+            (true, false) => Shown::Stdout,
+            (true, true) => Shown::Stderr,
+        };
+        let file = self.file(vms::CONSOLE)?;
+        let console = thread::spawn(move || record_console(console, file, shown));
+        let events = self.listen_for_events();
+        let over = Arc::new(AtomicBool::new(false));
+        let output = self.follow_output(over.clone());
+
+        let asked = self.ask();
+        let mut session = None;
+        // When it is killed, once somebody wants it to end.
+        let mut kill_at: Option<Instant> = None;
+        let (fallback, use_keys) = mpsc::channel();
+        let mut killed = false;
+        let status = loop {
+            if let Some(status) = machine.process().wait(Duration::from_millis(20))? {
+                break status;
+            }
+            if let Some(receiver) = &asked.session
+                && session.is_none()
+                && let Ok(result) = receiver.try_recv()
+            {
+                session = Some(result);
+                kill_at.get_or_insert(Instant::now() + SHUTDOWN);
+            }
+            for _ in signals.pending() {
+                match kill_at {
+                    None => {
+                        if shows_console {
+                            note!("stopping the VM; once more kills it");
+                        }
+                        let timeout = self.run.stop_timeout()?;
+                        kill_at = Some(Instant::now() + timeout + SHUTDOWN);
+                        self.request_stop(timeout, fallback.clone());
+                    }
+                    Some(_) => kill_at = Some(Instant::now()),
+                }
+            }
+            if use_keys.try_recv().is_ok() {
+                let has_keyboard = self.run.guest.arch.has_keyboard();
+                if has_keyboard && let Err(error) = machine.ctrl_alt_delete() {
+                    note!("{error:#}");
+                }
+            }
+            if kill_at.is_some_and(|at| Instant::now() >= at) && !killed {
+                killed = true;
+                machine.process().kill();
+            }
+        };
+        let console = console.join().unwrap_or_default();
+        let console = String::from_utf8_lossy(&console).into_owned();
+        over.store(true, Ordering::Relaxed);
+        let _ = output.recv_timeout(LAST_OUTPUT);
+        let end = match machine.end(status) {
+            _ if console.contains("Kernel panic - not syncing") => End::Panic,
+            end => end,
+        };
+        if let Some(receiver) = &asked.session
+            && session.is_none()
+        {
+            session = receiver.recv_timeout(LAST_OUTPUT).ok();
+        }
+        // An answer arrives before the VM ends, or never.
+        let answered = asked.exit.recv_timeout(Duration::from_millis(200)).ok();
+        let event = events.try_iter().last();
+        let ended = Ended {
+            exit: answered.or(event).or_else(|| logged_exit(&console)),
+            end,
+            killed,
+            session,
+            console,
+        };
+        self.finish(ended)
+    }
+
+    /// Asks the VM for everything that waits until it is up.
+    fn ask(&self) -> Asked {
+        if let Some(check) = HealthCheck::of(&self.plan.document) {
+            check.start(self.uds.clone(), self.claim.clone());
+        }
+        Asked {
+            exit: ask_exit_code(&self.uds),
+            session: self
+                .plan
+                .session
+                .as_ref()
+                .map(|plan| self.start_session(plan)),
+        }
+    }
+
+    /// A file of what is kept of the VM, empty.
+    fn file(&self, name: &str) -> Result<File> {
+        let path = self.claim.dir.join(name);
+        let mut options = OpenOptions::new();
+        let file = options.create(true).write(true).truncate(true).open(&path);
+        file.with_context(|| format!("unable to write {}", path.display()))
+    }
+
+    /// Records the init's events. An exit event is as reliable as the API's answer.
+    fn listen_for_events(&self) -> mpsc::Receiver<Exit> {
+        let (sender, exit) = mpsc::channel();
+        let path = self.claim.dir.join(vms::EVENTS);
+        // Events are optional.
+        let listener = match events::Listener::bind(&self.uds, EVENTS_PORT) {
+            Ok(listener) => listener,
+            Err(error) => {
+                note!("{error:#}");
+                return exit;
+            }
+        };
+        thread::spawn(move || {
+            let mut events = listener.accept().ok()?;
+            let mut file = OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(path)
+                .ok()?;
+            while let Ok(Some(event)) = events.next_event() {
+                let mut line = json!(event);
+                line["time"] = json!(vms::now());
+                let _ = writeln!(file, "{line}");
+                if let Event::Exited { code, oom_killed } = event {
+                    let error = None;
+                    let _ = sender.send(Exit {
+                        code,
+                        oom_killed,
+                        error,
+                    });
+                }
+            }
+            Some(())
+        });
+        exit
+    }
+
+    /// Writes the workload's output down, and shows it where the console is not shown. The
+    /// receiver hears when all has come.
+    fn follow_output(&self, over: Arc<AtomicBool>) -> mpsc::Receiver<()> {
+        let (done, receiver) = mpsc::channel();
+        let (uds, dir) = (self.uds.clone(), self.claim.dir.clone());
+        let shown = self.run.quiet && !self.run.detach && self.plan.session.is_none();
+        thread::spawn(move || {
+            let path = dir.join(vms::OUTPUT);
+            let mut file = OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(path)
+                .ok()?;
+            let mut sink = |frame: Frame| {
+                file.write_all(&frame.encode())?;
+                // The VM goes on without anybody who looks.
+                if shown {
+                    let _ = show_quietly(&frame);
+                }
+                anyhow::Ok(())
+            };
+            let followed = follow(&uds, &over, &mut sink);
+            if let Ok(false) = followed {
+                // An init without this call: its console has it, among other things.
+                let is_over = || over.load(Ordering::Relaxed);
+                let filtered = filter_console(&dir.join(vms::CONSOLE), is_over, &mut sink);
+                if let Err(error) = filtered {
+                    note!("{error:#}");
+                }
+            } else if let Err(error) = followed {
+                note!("the workload's output: {error:#}");
+            }
+            done.send(()).ok()
+        });
+        receiver
+    }
+
+    /// Asks the init to stop the workload; signals `fallback` if that fails.
+    fn request_stop(&self, timeout: Duration, fallback: mpsc::Sender<()>) {
+        let uds = self.uds.clone();
+        let has_keyboard = self.run.guest.arch.has_keyboard();
+        thread::spawn(move || {
+            let client = Client::connect(&uds);
+            let Err(_) = client.and_then(|client| client.stop(None, Some(timeout))) else {
+                return;
+            };
+            if has_keyboard {
+                let _ = fallback.send(());
+                return;
+            }
+            // A VM that has ended meanwhile needs no signal.
+            let client = Client::connect_within(&uds, timeout);
+            let _ = client.and_then(|client| client.signal(TERM));
+        });
+    }
+
+    /// Runs the real workload as a session, in a thread, and ends the VM after it.
+    fn start_session(&self, plan: &SessionPlan) -> mpsc::Receiver<Result<u8>> {
+        let (sender, receiver) = mpsc::channel();
+        let mut command = Command::new(plan.argv.clone());
+        if let Some(user) = &plan.user {
+            command = command.user(user);
+        }
+        if let Some(dir) = &plan.workdir {
+            command = command.dir(dir);
+        }
+        let (uds, tty, interactive) = (self.uds.clone(), self.run.tty, self.run.interactive);
+        let program = plan.argv.first().cloned().unwrap_or_default();
+        thread::spawn(move || {
+            let run = || {
+                let waiting = Progress::spinner("booting");
+                let client = Client::connect_within(&uds, BOOT)?;
+                drop(waiting);
+                let session = match tty {
+                    true => client.terminal(&command, terminal::size().unwrap_or((80, 24))),
+                    false => client.session(&command.separate_stderr()),
+                }?;
+                Pass {
+                    interactive,
+                    tty,
+                    detachable: false,
+                }
+                .run(session)
+            };
+            let result = run().or_else(|error| start_error(error, &program));
+            let ended = Client::connect(&uds).and_then(|client| client.signal(TERM));
+            let _ = sender.send(result);
+            drop(ended);
+        });
+        receiver
+    }
+
+    /// Says how the VM has ended, and writes it down.
+    fn finish(&self, ended: Ended) -> Result<u8> {
+        let Ended {
+            exit,
+            end,
+            killed,
+            session,
+            console,
+        } = ended;
+        let good = matches!(end, End::Reboot | End::PowerOff);
+        // Of a session the workload is none of the user's.
+        let exit = match &session {
+            Some(Ok(code)) => Some(Exit {
+                code: (*code).into(),
+                oom_killed: false,
+                error: None,
+            }),
+            _ => exit,
+        };
+        let code = match (&exit, &session) {
+            _ if killed && !matches!(session, Some(Ok(_))) => KILLED,
+            (_, Some(Err(_))) => FAILED,
+            (_, Some(Ok(code))) => *code,
+            (Some(exit), _) if good => u8::try_from(exit.code & 0xff).unwrap_or(FAILED),
+            _ => FAILED,
+        };
+        let name = match end {
+            _ if killed => "killed",
+            End::Reboot | End::PowerOff => "orderly",
+            End::Panic => "panic",
+            End::Failed(_) => "hypervisor",
+        };
+        self.claim.update(|record| {
+            record.exit = exit.clone();
+            record.end = Some(name.into());
+            record.exit_code = Some(code);
+            record.ended = Some(vms::now());
+        })?;
+        if self.run.rm {
+            self.claim.remove()?;
+        }
+        if self.run.uds.is_some() {
+            let _ = std::fs::remove_file(&self.uds); // the hypervisor may have done so
+        }
+        if self.run.json {
+            say!("{}", describe_end(exit.as_ref(), name, code));
+            return Ok(code);
+        }
+        if let Some(Err(error)) = session {
+            if !self.run.shows_console() && !good {
+                show_console_end(&console);
+            }
+            return Err(error);
+        }
+        let unseen = !self.run.shows_console();
+        let said = match (&exit, end) {
+            _ if killed => "killed".into(),
+            (Some(exit), End::Reboot | End::PowerOff) if exit.oom_killed => {
+                format!("exit code {}: out of memory (-m gives more)", exit.code)
+            }
+            (Some(exit), End::Reboot | End::PowerOff) if exit.error.is_some() => {
+                let error = exit.error.as_deref().unwrap_or_default();
+                format!("the workload could not be started: {error}")
+            }
+            // Output that is asked for alone has nothing behind it.
+            (Some(_), End::Reboot | End::PowerOff) if unseen && code < CANNOT_START - 1 => {
+                return Ok(code);
+            }
+            (Some(exit), End::Reboot | End::PowerOff) => {
+                format!("exit code {}", exit.code)
+            }
+            (_, End::Panic) => "the guest's kernel panicked: see the console".into(),
+            (_, End::Failed(status)) => format!("the hypervisor failed ({status:?})"),
+            (None, _) => "the VM ended before its API came up: see the console".into(),
+        };
+        if unseen && !(good && exit.is_some()) && !killed {
+            show_console_end(&console);
+        } else if unseen && let Some(line) = complaint(&console) {
+            let _ = writeln!(io::stderr(), "{line}");
+        }
+        note!("{said}");
+        Ok(code)
+    }
+}
+
+/// Without a reader there is nothing to be shown.
+fn show_quietly(frame: &Frame) -> io::Result<()> {
+    match frame.stream {
+        pigeon::logs::Stream::Stdout => {
+            let mut stdout = io::stdout().lock();
+            stdout.write_all(&frame.bytes)?;
+            stdout.flush()
+        }
+        pigeon::logs::Stream::Stderr => io::stderr().write_all(&frame.bytes),
+    }
+}
+
+/// The last of what the init complains about on a console.
+fn complaint(console: &str) -> Option<&str> {
+    console.lines().rfind(|line| {
+        let level = line.strip_prefix("pigeon-init: level=");
+        level.is_some_and(|rest| !rest.starts_with("info") && !rest.starts_with("debug"))
+    })
+}
+
+/// The last lines of a console that nobody has seen.
+fn show_console_end(console: &str) {
+    let lines: Vec<_> = console.lines().collect();
+    let from = lines.len().saturating_sub(SHOWN_LINES);
+    for line in &lines[from..] {
+        let _ = writeln!(io::stderr(), "{line}");
+    }
+}
+
+/// Passes output on until the workload has ended, over as many connections as it takes; false if
+/// the init has none to give.
+fn follow(
+    uds: &Path,
+    over: &AtomicBool,
+    sink: &mut impl FnMut(Frame) -> Result<()>,
+) -> Result<bool> {
+    /// How often a VM that boots is tried.
+    const RETRY: Duration = Duration::from_millis(20);
+    let client = Client::new(uds);
+    let mut offset = 0;
+    let mut begun = false;
+    while !over.load(Ordering::Relaxed) {
+        let mut logs = match client.logs(true, Some(offset)) {
+            Ok(logs) => logs,
+            Err(Error::Refused {
+                status: 404 | 405, ..
+            }) => return Ok(false),
+            Err(_) => {
+                thread::sleep(RETRY);
+                continue;
+            }
+        };
+        warn_of_loss(offset, logs.offset());
+        begun = true;
+        loop {
+            match logs.next_frame() {
+                Ok(Some(frame)) => sink(frame)?,
+                // The workload has ended, and all has come.
+                Ok(None) => return Ok(true),
+                Err(_) => break,
+            }
+            offset = logs.offset();
+        }
+    }
+    // It ended before it could be asked.
+    Ok(begun)
+}
+
+/// Copies what is typed, or piped in, to the console, as long as there is both.
+fn pass_keys(mut keyboard: ChildStdin) {
+    if io::stdin().is_terminal() && !terminal::is_ours() {
+        // In the background, reading would stop us; the open pipe is left to the VM.
+        std::mem::forget(keyboard);
+        return;
+    }
+    thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(size) = io::stdin().read(&mut buffer) {
+            if size == 0 || keyboard.write_all(&buffer[..size]).is_err() {
+                break;
+            }
+        }
+        // The end of our input is not the end of the console.
+        std::mem::forget(keyboard);
+    });
+}
+
+/// Where a console is shown.
+#[derive(Clone, Copy, PartialEq)]
+enum Shown {
+    Nowhere,
+    Stdout,
+    Stderr,
+}
+
+/// Writes the console down, shows it, and returns its end.
+fn record_console(mut console: ChildStdout, mut file: File, shown: Shown) -> Vec<u8> {
+    let mut tail = VecDeque::new();
+    let mut buffer = [0; 4096];
+    while let Ok(size) = console.read(&mut buffer) {
+        if size == 0 {
+            break;
+        }
+        let chunk = &buffer[..size];
+        // The VM goes on without anybody who looks, and on a full disk.
+        let _ = file.write_all(chunk);
+        let _ = match shown {
+            Shown::Nowhere => Ok(()),
+            Shown::Stderr => io::stderr().write_all(chunk),
+            Shown::Stdout => {
+                let mut stdout = io::stdout().lock();
+                stdout.write_all(chunk).and_then(|()| stdout.flush())
+            }
+        };
+        tail.extend(chunk);
+        let surplus = tail.len().saturating_sub(TAIL);
+        tail.drain(..surplus);
+    }
+    tail.into()
+}
+
+/// The exit code in the init's last words, for a VM that ended before its API was reached.
+fn logged_exit(tail: &str) -> Option<Exit> {
+    const MESSAGE: &str = "msg=\"workload exited\" ";
+    let line = tail
+        .lines()
+        .rfind(|line| line.starts_with("pigeon-init: level=") && line.contains(MESSAGE))?;
+    let value = |key: &str| {
+        let mut words = line.split_whitespace();
+        words.find_map(|word| word.strip_prefix(key))
+    };
+    Some(Exit {
+        code: value("exit_code=")?.parse().ok()?,
+        oom_killed: value("oom_killed=")? == "true",
+        error: None,
+    })
+}
+
+/// Asks for the workload's exit code as soon as there is an API, and waits for it.
+fn ask_exit_code(uds: &Path) -> mpsc::Receiver<Exit> {
+    let (sender, exit) = mpsc::channel();
+    let uds = uds.to_path_buf();
+    thread::spawn(move || {
+        // Until the process ends, which is when the VM has.
+        let forever = Duration::from_secs(u32::MAX.into());
+        let answer = Client::connect_within(&uds, forever).and_then(|client| client.exit_code());
+        if let Ok(exit) = answer {
+            let _ = sender.send(exit);
+        }
+    });
+    exit
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_console_tells_the_exit_code_too() {
+        let console = "serving\r\npigeon-init: level=info msg=\"workload exited\" exit_code=9 \
+                       oom_killed=false uid=0 gid=0\r\n[    8.2] reboot: Restarting system\r\n";
+        let exit = logged_exit(console).unwrap();
+        assert_eq!((exit.code, exit.oom_killed), (9, false));
+        assert_eq!(logged_exit("echo pigeon-init: level=info"), None);
+    }
+}

@@ -1,0 +1,126 @@
+//! Files of a running VM (`/v1/files`).
+
+use std::{io::Read, os::unix::net::UnixStream};
+
+use serde::Deserialize;
+
+use crate::{Client, Error, client::refusal, http};
+
+/// Metadata of a regular file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FileInfo {
+    /// Bytes.
+    pub size: u64,
+    /// Permission bits.
+    pub mode: Option<u32>,
+    /// User and group, as `uid:gid`.
+    pub owner: Option<String>,
+    /// Last modification, as the init has it.
+    pub mtime: Option<String>,
+}
+
+/// How a file is written.
+#[derive(Clone, Debug, Default)]
+pub struct WriteOptions {
+    /// Permission bits; 0644 when not given.
+    pub mode: Option<u32>,
+    /// The owner, `user[:group]` by name or number; root by default.
+    pub user: Option<String>,
+}
+
+/// The result of writing a file.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
+pub struct Written {
+    /// Bytes that it has now.
+    pub bytes: u64,
+}
+
+/// A path or value in a query: all but what is unreserved and slashes is escaped (RFC 3986).
+pub(crate) fn escape(text: &str) -> String {
+    let mut escaped = String::new();
+    for byte in text.bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => {
+                escaped.push(byte.into());
+            }
+            _ => escaped += &format!("%{byte:02X}"),
+        }
+    }
+    escaped
+}
+
+fn info(response: &http::Response) -> FileInfo {
+    let text = |name| response.header(name).map(String::from);
+    let number = |name| response.header(name).and_then(|text| text.parse().ok());
+    FileInfo {
+        size: number("content-length").unwrap_or(0),
+        mode: response
+            .header("file-mode")
+            .and_then(|mode| u32::from_str_radix(mode, 8).ok()),
+        owner: text("file-owner"),
+        mtime: text("file-mtime"),
+    }
+}
+
+impl Client {
+    /// `HEAD /v1/files`: metadata of a regular file.
+    pub fn file_info(&self, path: &str) -> Result<FileInfo, Error> {
+        let target = format!("/v1/files?path={}", escape(path));
+        let mut http = self.http(Some(Client::RESPONSE_TIMEOUT))?;
+        let answer = http
+            .request("HEAD", &target, &[], b"")
+            .map_err(Error::broken)?;
+        match answer.status {
+            200 => Ok(info(&answer)),
+            status => Err(Error::Refused {
+                status,
+                message: format!("{path}: {}", answer.reason),
+            }),
+        }
+    }
+
+    /// `GET /v1/files`: metadata and contents of a regular file.
+    pub fn read_file(&self, path: &str) -> Result<(FileInfo, http::Body<UnixStream>), Error> {
+        let target = format!("/v1/files?path={}", escape(path));
+        let (head, http) = self.start_get(&target)?;
+        let info = info(&head);
+        let body = http.into_body(&head).map_err(Error::broken)?;
+        Ok((info, body))
+    }
+
+    /// `PUT /v1/files`: writes a regular file atomically, and creates its parent directories.
+    /// Without a length the body is sent in chunks.
+    pub fn write_file(
+        &self,
+        path: &str,
+        contents: &mut dyn Read,
+        length: Option<u64>,
+        options: &WriteOptions,
+    ) -> Result<Written, Error> {
+        let mut target = format!("/v1/files?path={}", escape(path));
+        if let Some(mode) = options.mode {
+            target += &format!("&mode={mode:04o}");
+        }
+        if let Some(user) = &options.user {
+            target += &format!("&user={}", escape(user));
+        }
+        let mut http = self.http(None)?;
+        let answer = http.send_body("PUT", &target, contents, length);
+        let answer = answer.map_err(Error::broken)?;
+        match answer.status {
+            200 | 201 => serde_json::from_slice(&answer.body).map_err(Error::broken),
+            status => Err(refusal(status, &answer.body)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_is_escaped_but_for_what_is_unreserved() {
+        assert_eq!(escape("/a-b_c.d~/E9"), "/a-b_c.d~/E9");
+        assert_eq!(escape("/ü &?#%+"), "/%C3%BC%20%26%3F%23%25%2B");
+    }
+}

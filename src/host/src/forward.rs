@@ -1,0 +1,108 @@
+//! Forwarding TCP ports of the host to a VM by `CONNECT`, without a network device.
+
+use std::{
+    io::{self, Read, Write},
+    net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    thread,
+};
+
+use anyhow::{Context, Result};
+
+use crate::{Client, Error};
+
+/// A forwarded port; it stays forwarded until the process exits.
+pub struct Forward {
+    address: std::net::SocketAddr,
+}
+
+impl Forward {
+    /// Listens on `address` (port 0: any free port) and connects to `target`, such as
+    /// `127.0.0.1:80`, in the VM behind `uds`. `failed` is called for connections that fail.
+    pub fn start(
+        address: impl ToSocketAddrs + std::fmt::Debug,
+        uds: &Path,
+        target: &str,
+        failed: impl Fn(Error) + Send + Clone + 'static,
+    ) -> Result<Forward> {
+        let listener = TcpListener::bind(&address)
+            .with_context(|| format!("unable to listen on {address:?}"))?;
+        let address = listener.local_addr()?;
+        let (uds, target) = (uds.to_path_buf(), target.to_string());
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let (uds, target, failed) = (uds.clone(), target.clone(), failed.clone());
+                thread::spawn(move || {
+                    if let Err(error) = relay(&client, uds, &target) {
+                        let _ = client.shutdown(Shutdown::Both);
+                        failed(error);
+                    }
+                });
+            }
+        });
+        Ok(Forward { address })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> std::net::SocketAddr {
+        self.address
+    }
+}
+
+/// One connection, until both ends are done.
+fn relay(client: &TcpStream, uds: PathBuf, target: &str) -> Result<(), Error> {
+    let (guest, early) = Client::new(uds).tunnel(target)?;
+    let (mut client, guest) = (client, &guest);
+    // A small answer is not to wait for a larger one.
+    let _ = client.set_nodelay(true);
+    let sent = client.write_all(&early);
+    sent.map_err(Error::broken)?;
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let _ = copy(client, guest);
+            let _ = guest.shutdown(Shutdown::Write);
+        });
+        let ended = copy(guest, client);
+        let how = if ended.is_ok() {
+            Shutdown::Write
+        } else {
+            Shutdown::Both
+        };
+        let _ = client.shutdown(how);
+        if ended.is_err() {
+            let _ = guest.shutdown(Shutdown::Both);
+        }
+    });
+    Ok(())
+}
+
+/// Copies bytes as they come.
+pub(crate) fn copy(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
+    let mut buffer = [0; 64 << 10];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(size) => to.write_all(&buffer[..size])?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+impl Client {
+    /// `CONNECT host:port`: a connection to a TCP port that the guest reaches, and what has come
+    /// over it already.
+    pub fn tunnel(&self, target: &str) -> Result<(UnixStream, Vec<u8>), Error> {
+        let mut http = self.http(Some(Client::RESPONSE_TIMEOUT))?;
+        let request = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n");
+        http.send(request.as_bytes()).map_err(Error::broken)?;
+        let head = http.receive_head().map_err(Error::broken)?;
+        if head.status != 200 {
+            return Err(Client::refused(head, http));
+        }
+        let (stream, early) = http.into_stream();
+        stream.set_read_timeout(None).map_err(Error::broken)?;
+        Ok((stream, early))
+    }
+}

@@ -1,0 +1,102 @@
+//! The guest's part of snapshots (`/v1/snapshot/…`, `/v1/restore`); the hypervisor takes and loads
+//! the snapshot in between.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::{Client, Error};
+
+/// Parameters of the preparation of a snapshot.
+#[derive(Clone, Debug, Serialize)]
+pub struct Prepare {
+    /// Identifies this preparation in later calls.
+    pub token: String,
+    /// How long freezing may take.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+    /// Whether all file systems are written out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sync: Option<bool>,
+    /// After how long the guest thaws itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hold_ms: Option<u64>,
+}
+
+/// The result of a preparation.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+pub struct Prepared {
+    /// The token of the call.
+    pub token: String,
+    /// Processes that are frozen.
+    #[serde(default)]
+    pub frozen: u64,
+    /// How long that took, in milliseconds.
+    #[serde(default)]
+    pub freeze_ms: f64,
+    /// How long writing out took, in milliseconds.
+    #[serde(default)]
+    pub sync_ms: f64,
+}
+
+/// Parameters of a restore.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Restore {
+    /// That of the preparation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+    /// The time, in microseconds since 1970.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unix_us: Option<u64>,
+    /// Random bytes for the guest's kernel, in base64.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<String>,
+    /// The configuration from now on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub config: Option<Value>,
+}
+
+/// The result of a restore.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Restored {
+    /// How often the VM was restored.
+    pub generation: u64,
+    /// Whether the kernel's random numbers are new.
+    #[serde(default)]
+    pub reseeded: bool,
+    /// By how much the clock was set, in milliseconds.
+    #[serde(default)]
+    pub clock_step_ms: f64,
+    /// Where the configuration came from.
+    #[serde(default)]
+    pub config: Option<String>,
+    /// What of it is new.
+    #[serde(default)]
+    pub changed: Vec<String>,
+    /// How long it took, in microseconds.
+    #[serde(default)]
+    pub elapsed_us: u64,
+}
+
+impl Client {
+    /// `POST /v1/snapshot/prepare`: freezes the workload and writes everything out. The connection
+    /// of every other call is closed.
+    pub fn prepare_snapshot(&self, prepare: &Prepare) -> Result<Prepared, Error> {
+        let timeout = Duration::from_millis(prepare.timeout_ms.unwrap_or(0));
+        let timeout = timeout + Client::RESPONSE_TIMEOUT;
+        self.post_within(timeout, "/v1/snapshot/prepare", &json!(prepare))
+    }
+
+    /// `POST /v1/snapshot/cancel`: lets the workload go on.
+    pub fn cancel_snapshot(&self, token: &str) -> Result<(), Error> {
+        let body = json!({"token": token});
+        let _: Value = self.post_within(Client::RESPONSE_TIMEOUT, "/v1/snapshot/cancel", &body)?;
+        Ok(())
+    }
+
+    /// `POST /v1/restore`: gives a clone an identity of its own, and lets its workload go on.
+    pub fn restore(&self, restore: &Restore) -> Result<Restored, Error> {
+        self.post_within(Client::RESPONSE_TIMEOUT, "/v1/restore", &json!(restore))
+    }
+}

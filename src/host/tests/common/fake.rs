@@ -1,0 +1,152 @@
+//! A stand-in for a VM's API: hybrid vsock's handshake, HTTP, WebSockets, and answers that a test
+//! gives.
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    thread,
+};
+
+/// A request as it came, with its body.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// `GET /v1/status`
+    pub line: String,
+    pub headers: Vec<String>,
+    pub body: Vec<u8>,
+}
+
+/// A connection behind the handshake and the head of its first request.
+pub struct Connection {
+    pub request: Request,
+    pub stream: BufReader<UnixStream>,
+    /// The head as it was sent, for whoever wants to read it again.
+    pub head: Vec<u8>,
+}
+
+impl Connection {
+    /// Reads the body that the head announces.
+    pub fn read_body(&mut self) {
+        let header = |name: &str| {
+            let found = self
+                .request
+                .headers
+                .iter()
+                .find(|line| line.to_ascii_lowercase().starts_with(&format!("{name}:")));
+            found.map(|line| line.split_once(':').unwrap().1.trim().to_string())
+        };
+        let mut body = vec![];
+        if header("transfer-encoding").as_deref() == Some("chunked") {
+            loop {
+                let mut line = String::new();
+                self.stream.read_line(&mut line).unwrap();
+                let size = usize::from_str_radix(line.trim_end(), 16).unwrap();
+                let mut chunk = vec![0; size + 2];
+                self.stream.read_exact(&mut chunk).unwrap();
+                body.extend(&chunk[..size]);
+                if size == 0 {
+                    break;
+                }
+            }
+        } else if let Some(length) = header("content-length") {
+            body.resize(length.parse().unwrap(), 0);
+            self.stream.read_exact(&mut body).unwrap();
+        }
+        self.request.body = body;
+    }
+
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.stream.get_mut().write_all(bytes).unwrap();
+    }
+
+    pub fn answer(&mut self, status: u16, headers: &str, body: &[u8]) {
+        let head = format!(
+            "HTTP/1.1 {status} X\r\n{headers}Content-Length: {}\r\n\r\n",
+            body.len()
+        );
+        self.send(&[head.as_bytes(), body].concat());
+    }
+}
+
+/// The VM, for as long as the test runs.
+pub struct Vm {
+    pub uds: PathBuf,
+    requests: Arc<Mutex<Vec<Request>>>,
+}
+
+impl Vm {
+    /// Answers every connection by `serve`.
+    pub fn start(dir: &Path, serve: impl Fn(Connection) + Send + Sync + 'static) -> Vm {
+        let uds = dir.join("vm.vsock");
+        let listener = UnixListener::bind(&uds).unwrap();
+        let requests = Arc::new(Mutex::new(vec![]));
+        let (seen, serve) = (requests.clone(), Arc::new(serve));
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (seen, serve) = (seen.clone(), serve.clone());
+                thread::spawn(move || {
+                    let Some(mut connection) = accept(stream) else {
+                        return;
+                    };
+                    let is_plain = !connection.request.line.starts_with("CONNECT")
+                        && !connection.request.line.contains("/ws/");
+                    if is_plain {
+                        connection.read_body();
+                    }
+                    if connection.request.line == "GET /v1/status" {
+                        return connection.answer(200, "", b"{\"ok\":true}");
+                    }
+                    seen.lock().unwrap().push(connection.request.clone());
+                    serve(connection);
+                });
+            }
+        });
+        Vm { uds, requests }
+    }
+
+    /// What was asked so far, without the questions whether it is up.
+    pub fn requests(&self) -> Vec<Request> {
+        self.requests.lock().unwrap().clone()
+    }
+
+    pub fn lines(&self) -> Vec<String> {
+        self.requests()
+            .into_iter()
+            .map(|request| request.line)
+            .collect()
+    }
+}
+
+fn accept(mut stream: UnixStream) -> Option<Connection> {
+    let mut byte = [0];
+    let mut line = vec![];
+    while line.last() != Some(&b'\n') {
+        stream.read_exact(&mut byte).ok()?;
+        line.push(byte[0]);
+    }
+    assert_eq!(line, b"CONNECT 10000\n");
+    stream.write_all(b"OK 1073741824\n").ok()?;
+    let mut stream = BufReader::new(stream);
+    let mut head = vec![];
+    while !head.ends_with(b"\r\n\r\n") {
+        if stream.read_until(b'\n', &mut head).ok()? == 0 {
+            return None;
+        }
+    }
+    let text = String::from_utf8(head.clone()).unwrap();
+    let mut lines = text.lines();
+    let line = lines.next()?.strip_suffix(" HTTP/1.1")?.to_string();
+    let headers = lines.filter(|line| !line.is_empty()).map(String::from);
+    Some(Connection {
+        request: Request {
+            line,
+            headers: headers.collect(),
+            body: vec![],
+        },
+        stream,
+        head,
+    })
+}
