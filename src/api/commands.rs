@@ -2,7 +2,7 @@
 
 use super::exec::Exec;
 use super::io::CallError;
-use super::session::Session;
+use super::session::{Request, Session};
 use crate::context::{Context, NEVER, Source};
 use crate::error;
 use crate::error::Result;
@@ -17,21 +17,31 @@ const COMMANDS: usize = 128;
 /// Of the memory, the part that all kept output together may have.
 const CAPTURE_PART: u64 = 8;
 
+/// Most named sessions.
+const SESSIONS: usize = 32;
+
+/// How long a named session that has ended waits for its client, in milliseconds.
+const ENDED_SESSION_TIMEOUT: u64 = 600_000;
+
 /// How long the processes of a terminal have to go after its hang-up, in milliseconds.
 const HANG_UP_GRACE: u64 = 500;
 
 /// The commands there are.
 pub struct Commands {
     slab: Slab<Command, COMMANDS>,
+    /// The connection that has lost its session to another one.
+    replaced: Option<Key>,
     /// Bytes of output that may be kept in addition to what is kept.
     pub capture_left: usize,
 }
 
 /// A command.
 pub struct Command {
-    /// The connection that it is for; `None`: it is waited for until it is reaped.
+    /// The connection that it is for.
     owner: Option<Key>,
-    /// When it is killed, as nobody waits for it.
+    /// Nobody wants anything of it any more: it is waited for until it is reaped.
+    is_abandoned: bool,
+    /// When it is killed, or forgotten if it has ended.
     kill_at: u64,
     /// What it does.
     pub role: Role,
@@ -50,6 +60,7 @@ impl Commands {
     pub const fn new() -> Self {
         Self {
             slab: Slab::new(),
+            replaced: None,
             capture_left: 0,
         }
     }
@@ -73,7 +84,7 @@ impl Commands {
         self.insert(owner, Role::Exec(Exec::start(body, reply, context)?))
     }
 
-    /// Starts what the first message of a session asks for.
+    /// Starts what the first message of a session asks for, or goes on with a session.
     pub fn start_session(
         &mut self,
         message: &mut [u8],
@@ -81,7 +92,84 @@ impl Commands {
         context: &mut Context,
     ) -> Result<Key, CallError> {
         self.check_room()?;
-        self.insert(owner, Role::Session(Session::start(message, context)?))
+        let exists = |id: &str| self.find_session(id).is_some();
+        match Session::start(message, &exists, context)? {
+            Request::Started(session) => {
+                if session.is_named() && self.sessions().count() >= SESSIONS {
+                    session.discard();
+                    let error = error!("there are {SESSIONS} named sessions");
+                    return Err(CallError::new(Status::ServiceUnavailable, error));
+                }
+                self.insert(owner, Role::Session(session))
+            }
+            Request::Attach(id, streams) => self.attach(&id, streams, owner),
+        }
+    }
+
+    /// Goes on with a named session; a client that is attached loses it.
+    fn attach(&mut self, id: &str, streams: bool, owner: Key) -> Result<Key, CallError> {
+        let key = self.find_session(id).ok_or_else(|| no_session(id))?;
+        if let Some(command) = self.slab.get_mut(key) {
+            self.replaced = command.owner.replace(owner);
+            command.kill_at = NEVER;
+            if let Role::Session(session) = &mut command.role {
+                session.attach(streams);
+            }
+        }
+        Ok(key)
+    }
+
+    /// The connection that has lost its session, to be told.
+    pub fn take_replaced(&mut self) -> Option<Key> {
+        self.replaced.take()
+    }
+
+    /// The named sessions.
+    fn sessions(&self) -> impl Iterator<Item = (Key, &Command, &Session)> {
+        self.slab
+            .iter()
+            .filter_map(|(key, command)| match &command.role {
+                Role::Session(session) if session.is_named() && !command.is_abandoned => {
+                    Some((key, command, session))
+                }
+                _ => None,
+            })
+    }
+
+    fn find_session(&self, id: &str) -> Option<Key> {
+        self.sessions()
+            .find(|(_, _, session)| session.id() == Some(id))
+            .map(|(key, _, _)| key)
+    }
+
+    /// Writes the list of named sessions: its length. The largest is some 16 KiB.
+    pub fn list_sessions(&self, list: &mut [u8]) -> usize {
+        let mut length = 0;
+        let mut put = |text: &str| {
+            let end = length + text.len();
+            if let Some(room) = list.get_mut(length..end) {
+                room.copy_from_slice(text.as_bytes());
+                length = end;
+            }
+        };
+        let mut separator = "[";
+        for (_, command, session) in self.sessions() {
+            put(separator);
+            put(session.describe(command.owner.is_some()).as_str());
+            separator = ",";
+        }
+        put(if separator == "[" { "[]" } else { "]" });
+        length
+    }
+
+    /// Ends a named session: a terminal is hung up, and what does not go is killed.
+    pub fn end_session(&mut self, id: &str, now: u64) -> Result<(), CallError> {
+        let key = self.find_session(id).ok_or_else(|| no_session(id))?;
+        if let Some(command) = self.slab.get_mut(key) {
+            self.replaced = command.owner;
+        }
+        self.abandon(key, now);
+        Ok(())
     }
 
     fn check_room(&self) -> Result<(), CallError> {
@@ -94,6 +182,7 @@ impl Commands {
     fn insert(&mut self, owner: Key, role: Role) -> Result<Key, CallError> {
         let command = Command {
             owner: Some(owner),
+            is_abandoned: false,
             kill_at: NEVER,
             role,
         };
@@ -108,47 +197,76 @@ impl Commands {
         }
     }
 
-    /// The command of a connection's session.
-    pub fn session(&mut self, key: Key) -> Option<&mut Session> {
-        match &mut self.slab.get_mut(key)?.role {
-            Role::Session(session) => Some(session),
-            Role::Exec(_) => None,
+    /// The command of a connection's session, as long as that is the connection's.
+    pub fn session(&mut self, key: Key, owner: Key) -> Option<&mut Session> {
+        let command = self.slab.get_mut(key)?;
+        match &mut command.role {
+            Role::Session(session) if command.owner == Some(owner) => Some(session),
+            _ => None,
         }
     }
 
     /// One of a command's streams can be read or written. The connection that can go on.
     pub fn on_event(&mut self, source: Source, key: Key, context: &mut Context) -> Option<Key> {
         let command = self.slab.get_mut(key)?;
-        if let Role::Exec(exec) = &mut command.role {
-            exec.on_output(source, &mut self.capture_left, context);
+        match (&mut command.role, command.owner) {
+            (Role::Exec(exec), _) => exec.on_output(source, &mut self.capture_left, context),
+            (Role::Session(session), None) => {
+                session.keep_output();
+                session.watch(key, true, context);
+            }
+            (Role::Session(_), Some(_)) => {}
         }
         command.owner
     }
 
     /// A process was reaped; it may be a command's. The connection that can go on.
-    pub fn on_exit(&mut self, pid: Pid, status: WaitStatus) -> Option<Key> {
+    pub fn on_exit(&mut self, pid: Pid, status: WaitStatus, now: u64) -> Option<Key> {
         let key = self
             .slab
             .iter()
             .find(|(_, command)| command.owns(pid))
             .map(|(key, _)| key)?;
         let command = self.slab.get_mut(key)?;
+        if command.is_abandoned {
+            // What a hung up shell has left in its group goes with it.
+            sys::kill_rest_of_group(pid);
+            self.slab.remove(key);
+            return None;
+        }
         match &mut command.role {
             Role::Exec(exec) => exec.process.ended(status),
             Role::Session(session) => session.ended(status),
         }
-        let owner = command.owner;
-        if owner.is_none() {
-            // What a hung up shell has left in its group goes with it.
-            sys::kill_rest_of_group(pid);
-            self.slab.remove(key);
+        if command.owner.is_none() {
+            command.kill_at = now.saturating_add(ENDED_SESSION_TIMEOUT);
         }
-        owner
+        command.owner
     }
 
-    /// The connection needs its command no more. While it still runs it is killed, a terminal's after
-    /// the hang-up; and it counts until it is reaped.
-    pub fn release(&mut self, key: Key, now: u64) {
+    /// A connection goes on without its command. A named session's outlives it, any other is killed.
+    pub fn release(&mut self, key: Key, owner: Key, context: &Context) {
+        let Some(command) = self.slab.get_mut(key) else {
+            return;
+        };
+        if command.owner != Some(owner) {
+            // Another connection has it now.
+            return;
+        }
+        match &mut command.role {
+            Role::Session(session) if session.is_named() && session.process.status().is_none() => {
+                command.owner = None;
+                session.detach();
+                session.keep_output();
+                session.watch(key, true, context);
+            }
+            _ => self.abandon(key, context.now),
+        }
+    }
+
+    /// Nobody needs a command any more. While it still runs it is killed, a terminal's after the
+    /// hang-up; and it counts until it is reaped.
+    fn abandon(&mut self, key: Key, now: u64) {
         let Some(command) = self.slab.get_mut(key) else {
             return;
         };
@@ -165,6 +283,7 @@ impl Commands {
             return;
         }
         command.owner = None;
+        command.is_abandoned = true;
         command.kill_at = match has_terminal {
             true => now.saturating_add(HANG_UP_GRACE),
             false => now,
@@ -180,6 +299,11 @@ impl Commands {
                 && command.kill_at <= now
             {
                 command.kill_at = NEVER;
+                if !command.is_abandoned {
+                    // A session that has ended, and nobody came for it.
+                    self.slab.remove(key);
+                    continue;
+                }
                 match &mut command.role {
                     Role::Exec(exec) => exec.process.kill(),
                     Role::Session(session) => session.process.kill(),
@@ -232,6 +356,10 @@ impl Command {
             _ => self.kill_at,
         }
     }
+}
+
+fn no_session(id: &str) -> CallError {
+    CallError::new(Status::NotFound, error!("there is no session {id}"))
 }
 
 fn too_many() -> CallError {

@@ -89,12 +89,39 @@ enum State {
 struct Request {
     call: Result<Call, RouteError>,
     websocket: Option<Accept>,
-    #[cfg(feature = "logs")]
-    logs: Option<LogsRequest>,
+    argument: Argument,
     body: BodyDecoder,
     /// Bytes of content so far.
     length: usize,
     reply: Reply,
+}
+
+/// What a call's path and query say.
+enum Argument {
+    None,
+    #[cfg(feature = "logs")]
+    Logs(LogsRequest),
+    #[cfg(feature = "sessions")]
+    Session(heapless::String<{ proto::bodies::ID }>),
+}
+
+impl Argument {
+    fn parse(call: Call, target: &Target) -> Result<Self, CallError> {
+        match (call, target) {
+            #[cfg(feature = "logs")]
+            (Call::Logs, _) => LogsRequest::parse(target).map(Self::Logs),
+            #[cfg(feature = "sessions")]
+            (Call::EndSession, Target::Resource { path, .. }) => {
+                let id = path.rsplit('/').next().unwrap_or("");
+                heapless::String::try_from(id)
+                    .map(Self::Session)
+                    .map_err(|_| {
+                        CallError::new(Status::NotFound, error!("there is no such session"))
+                    })
+            }
+            _ => Ok(Self::None),
+        }
+    }
 }
 
 /// Whether a state did something, so that there may be more to do, or waits.
@@ -214,7 +241,7 @@ impl Connection {
         context.log_readers += usize::from(state.reads_log());
         context.log_readers -= usize::from(self.state.reads_log());
         if let Some(key) = self.state.command() {
-            shared.commands.release(key, context.now);
+            shared.commands.release(key, self.key, context);
         }
         self.deadline = match state {
             State::Body(_) => context.now + BODY_TIMEOUT,
@@ -256,7 +283,7 @@ impl Connection {
             && match self.state {
                 State::Closing | State::Closed => false,
                 State::Session(_, key) => commands
-                    .session(key)
+                    .session(key, self.key)
                     .is_some_and(|session| session.takes_messages()),
                 _ => true,
             }
@@ -347,24 +374,23 @@ impl Connection {
             Ok(body) => body,
             Err(error) => return self.refuse(error, shared),
         };
-        #[cfg(feature = "logs")]
-        let logs = match call {
-            Ok(Call::Logs) => match LogsRequest::parse(&head.target) {
-                Ok(logs) => Some(logs),
-                Err(error) => {
-                    let (reply, length) = (head.reply.close(), head.length);
-                    self.io.discard(0..length);
-                    self.fail(reply, &error, shared);
-                    return Step::Again;
-                }
-            },
-            _ => None,
+        let argument = match call {
+            Ok(call) => Argument::parse(call, &head.target),
+            Err(_) => Ok(Argument::None),
+        };
+        let argument = match argument {
+            Ok(argument) => argument,
+            Err(error) => {
+                let (reply, length) = (head.reply.close(), head.length);
+                self.io.discard(0..length);
+                self.fail(reply, &error, shared);
+                return Step::Again;
+            }
         };
         let mut request = Request {
             call,
             websocket: head.websocket,
-            #[cfg(feature = "logs")]
-            logs,
+            argument,
             body,
             length: 0,
             reply: head.reply,
@@ -465,10 +491,27 @@ impl Connection {
                 self.enter(State::Exec(key), shared);
                 return Ok(());
             }
+            #[cfg(feature = "sessions")]
+            Call::Sessions => {
+                let sink = &mut *shared.context.sink;
+                let length = shared.commands.list_sessions(sink);
+                let list = sink.get(..length).unwrap_or(&[]);
+                self.io.respond(reply, Status::Ok, list);
+                self.finish(reply, shared);
+                return Ok(());
+            }
+            #[cfg(feature = "sessions")]
+            Call::EndSession => {
+                if let Argument::Session(id) = &request.argument {
+                    shared.commands.end_session(id, shared.context.now)?;
+                }
+            }
             #[cfg(feature = "logs")]
             Call::Logs => {
                 check_long_connections(shared.context)?;
-                let logs = request.logs.unwrap_or_default();
+                let Argument::Logs(logs) = request.argument else {
+                    return Err(CallError::bad_request(error!("no log")));
+                };
                 let reader = LogReader::start(logs, reply, &mut self.io, shared.context)?;
                 self.enter(State::Logs(reader), shared);
                 return Ok(());
@@ -547,8 +590,9 @@ impl Connection {
 
     /// Moves a session's bytes both ways.
     fn proceed_session(&mut self, key: Key, messages: &mut u32, shared: &mut Shared) -> Step {
-        let Some(session) = shared.commands.session(key) else {
-            self.io.broken = true;
+        let Some(session) = shared.commands.session(key, self.key) else {
+            let frame = CloseFrame::new(CloseCode::GoingAway, "the session was taken or ended");
+            self.close_session(&frame, shared);
             return Step::Again;
         };
         match session.proceed(messages, &mut self.io) {
@@ -605,7 +649,7 @@ impl Connection {
                 self.fail_session(&reason, shared);
             }
             (Event::Binary(payload), State::Session(_, key)) => {
-                if let Some(session) = shared.commands.session(*key) {
+                if let Some(session) = shared.commands.session(*key, self.key) {
                     session.take_input(payload);
                 }
             }
@@ -638,7 +682,7 @@ impl Connection {
     fn take_control(&mut self, message: Range<usize>, key: Key, shared: &mut Shared) {
         let (input, _) = self.io.input();
         let message = input.get_mut(message).unwrap_or(&mut []);
-        if let Some(session) = shared.commands.session(key)
+        if let Some(session) = shared.commands.session(key, self.key)
             && let Err(error) = session.take_control(message, shared.context)
         {
             let frame = CloseFrame::new(CloseCode::PolicyViolation, error.as_str());
@@ -725,8 +769,8 @@ impl Connection {
                 }
             }
             State::Session(_, key) => {
-                if let Some(session) = shared.commands.session(key) {
-                    session.watch(key, &self.io, context);
+                if let Some(session) = shared.commands.session(key, self.key) {
+                    session.watch(key, sent, context);
                 }
             }
             _ => {}

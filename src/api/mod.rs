@@ -1,4 +1,8 @@
 //! The API: HTTP/1.1 and WebSocket connections from the host over vsock.
+#![cfg_attr(
+    not(all(feature = "sessions", feature = "logs")),
+    allow(dead_code, reason = "what named sessions and readers of the log need")
+)]
 
 mod commands;
 mod connection;
@@ -143,6 +147,7 @@ impl Api {
         } else if let Some(key) = self.commands.on_event(source, key, context) {
             self.proceed(key, context);
         }
+        self.tell_replaced(context);
     }
 
     /// Lets a connection do what it can do now.
@@ -174,9 +179,16 @@ impl Api {
         }
     }
 
+    /// Tells the connection that has lost its session.
+    fn tell_replaced(&mut self, context: &mut Context) {
+        if let Some(key) = self.commands.take_replaced() {
+            self.proceed(key, context);
+        }
+    }
+
     /// A process was reaped; it may be a command's.
     pub fn on_exit(&mut self, pid: Pid, status: WaitStatus, context: &mut Context) {
-        if let Some(key) = self.commands.on_exit(pid, status) {
+        if let Some(key) = self.commands.on_exit(pid, status, context.now) {
             self.proceed(key, context);
         }
     }

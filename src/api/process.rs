@@ -75,6 +75,11 @@ impl Process {
         self.pid == Some(pid)
     }
 
+    /// Its number, until it is reaped.
+    pub fn pid(&self) -> Option<i32> {
+        self.pid.map(Pid::as_raw_pid)
+    }
+
     /// Whether it was not reaped yet.
     pub fn runs(&self) -> bool {
         self.pid.is_some()

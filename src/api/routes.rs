@@ -18,12 +18,19 @@ pub enum Call {
     Exec,
     /// `GET /v1/ws/exec`, a WebSocket.
     Session,
+    /// `GET /v1/sessions`
+    #[cfg(feature = "sessions")]
+    Sessions,
+    /// `DELETE /v1/sessions/ID`
+    #[cfg(feature = "sessions")]
+    EndSession,
     /// `GET /v1/logs`
     #[cfg(feature = "logs")]
     Logs,
 }
 
-/// All calls. A GET can be a HEAD, too, but for a WebSocket's.
+/// All calls. A GET can be a HEAD, too, but for a WebSocket's. A path that ends with `/` stands for all
+/// that begin with it.
 const ROUTES: &[(Method, &str, Call)] = &[
     (Method::Get, "/v1/status", Call::Status),
     (Method::Get, "/v1/exit_code", Call::ExitCode),
@@ -31,6 +38,10 @@ const ROUTES: &[(Method, &str, Call)] = &[
     (Method::Post, "/v1/stop", Call::Stop),
     (Method::Post, "/v1/exec", Call::Exec),
     (Method::Get, "/v1/ws/exec", Call::Session),
+    #[cfg(feature = "sessions")]
+    (Method::Get, "/v1/sessions", Call::Sessions),
+    #[cfg(feature = "sessions")]
+    (Method::Delete, "/v1/sessions/", Call::EndSession),
     #[cfg(feature = "logs")]
     (Method::Get, "/v1/logs", Call::Logs),
 ];
@@ -48,7 +59,11 @@ pub enum RouteError {
 pub fn route(method: Method, path: &str) -> Result<Call, RouteError> {
     let mut found = None;
     for (allowed, known, call) in ROUTES {
-        if *known != path {
+        let is_known = match known.ends_with('/') {
+            true => path.len() > known.len() && path.starts_with(known),
+            false => path == *known,
+        };
+        if !is_known {
             continue;
         }
         if *allowed == method || (method == Method::Head && allows_head(*allowed, *call)) {

@@ -4,16 +4,20 @@ use super::io::{CallError, Io};
 use super::process::{Channel, Process, Read, Spec, input_pipe, output_pipe};
 use crate::context;
 use crate::context::{Context, Source};
+use crate::error;
 use crate::error::Result;
+use crate::page::PageBox;
 use crate::process::exec::Streams;
-use crate::sys::{self, terminal};
+use crate::sys::{self, Region, terminal};
 use core::fmt::{self, Display};
 use core::ops::Range;
 use proto::arena::Arena;
-use proto::bodies::{SessionControl, SessionRequest, Stdin};
+use proto::bodies::{ID, SessionControl, SessionRequest, Stdin};
 use proto::http::Status;
+use proto::json::Quoted;
 use proto::message;
 use proto::message::Message;
+use proto::ring::{self, Cursor, Ring};
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
@@ -23,21 +27,49 @@ use rustix::process::WaitStatus;
 /// unfinished line only hands that line over.
 const TERMINAL_EOF: &[u8] = b"\x04\x04";
 
-/// A running session.
+/// The first byte of a message of standard output, when each has one.
+const STDOUT: u8 = 1;
+/// The same of standard error.
+const STDERR: u8 = 2;
+
+/// Bytes of output that a named session keeps while nobody is attached.
+const HISTORY: usize = 64 << 10;
+
+/// Bytes of a command that are shown in the list of sessions.
+const SHOWN: usize = 256;
+
+/// A session, attached or not.
 pub struct Session {
     /// Its process.
     pub process: Process,
     streams: SessionStreams,
+    /// Each message of output begins with the number of its stream.
+    has_stream_bytes: bool,
     /// Bytes of the received message that the command has not taken.
     pending: Range<usize>,
     /// The client has ended the input: so much of [`TERMINAL_EOF`] is written.
     eof: Option<usize>,
+    /// It outlives its connection.
+    named: Option<PageBox<Named>>,
+}
+
+/// What a session has that outlives its connection.
+struct Named {
+    id: heapless::String<ID>,
+    /// Its command as the entries of a JSON list, as far as it is shown.
+    command: heapless::String<SHOWN>,
+    /// Its last output, which a client that attaches has perhaps missed.
+    history: Ring<Region>,
+    /// How much of that was sent.
+    sent: Cursor,
 }
 
 enum SessionStreams {
     Pipes {
         input: Channel,
         output: Channel,
+        /// Standard error, unless that goes to `output`.
+        error: Channel,
     },
     Terminal {
         master: Channel,
@@ -59,31 +91,99 @@ pub enum Progress {
     Ended(WaitStatus),
 }
 
+/// What a session's first message asks for.
+pub enum Request {
+    /// A new session.
+    Started(Session),
+    /// To go on with the session of this name; whether messages begin with their streams.
+    Attach(heapless::String<ID>, bool),
+}
+
 impl Session {
-    /// Starts what the first message asks for.
-    pub fn start(message: &mut [u8], context: &mut Context) -> Result<Self, CallError> {
+    /// Reads the first message, and starts what it asks for. `exists`: whether a name is taken.
+    pub fn start(
+        message: &mut [u8],
+        exists: &dyn Fn(&str) -> bool,
+        context: &mut Context,
+    ) -> Result<Request, CallError> {
         context.with_arena(|memory, context| {
             let request = SessionRequest::decode(message, &mut Arena::new(memory))
                 .map_err(CallError::bad_request)?;
-            let spec = Spec {
-                argv: request.command,
-                env: request.env,
-                cwd: request.cwd,
-                user: request.user,
-                tty: request.tty,
-            };
-            let (process, streams) = match request.tty {
-                true => start_on_terminal(&spec, (request.cols, request.rows), context),
-                false => start_on_pipes(&spec, context),
+            let has_name = !request.id.is_empty() || !request.attach.is_empty();
+            if has_name && cfg!(not(feature = "sessions")) {
+                let error = error!("there are no named sessions in this build");
+                return Err(CallError::new(Status::NotImplemented, error));
             }
-            .map_err(|error| CallError::new(Status::InternalServerError, error))?;
-            Ok(Self {
-                process,
-                streams,
-                pending: 0..0,
-                eof: None,
-            })
+            if !request.attach.is_empty() {
+                // It is no longer than an id can be.
+                let id = heapless::String::try_from(request.attach).unwrap_or_default();
+                return Ok(Request::Attach(id, request.streams));
+            }
+            if exists(request.id) {
+                let error = error!("there is a session {} already", request.id);
+                return Err(CallError::new(Status::Conflict, error));
+            }
+            Self::spawn(&request, context)
+                .map(Request::Started)
+                .map_err(|error| CallError::new(Status::InternalServerError, error))
         })
+    }
+
+    fn spawn(request: &SessionRequest, context: &mut Context) -> Result<Self> {
+        let spec = Spec {
+            argv: request.command,
+            env: request.env,
+            cwd: request.cwd,
+            user: request.user,
+            tty: request.tty,
+        };
+        let named = match request.id {
+            "" => None,
+            _ => Some(Named::new(request)?),
+        };
+        let (process, streams) = match request.tty {
+            true => start_on_terminal(&spec, (request.cols, request.rows), context)?,
+            false => start_on_pipes(&spec, request.streams, context)?,
+        };
+        Ok(Self {
+            process,
+            streams,
+            has_stream_bytes: request.streams,
+            pending: 0..0,
+            eof: None,
+            named,
+        })
+    }
+
+    /// Its name, if it outlives its connection.
+    pub fn id(&self) -> Option<&str> {
+        Some(&self.named.as_ref()?.id)
+    }
+
+    /// Whether it outlives its connection.
+    pub fn is_named(&self) -> bool {
+        cfg!(feature = "sessions") && self.named.is_some()
+    }
+
+    /// An entry of the list of sessions.
+    pub fn describe(&self, attached: bool) -> Message {
+        let (id, command) = match &self.named {
+            Some(named) => (named.id.as_str(), named.command.as_str()),
+            None => ("", ""),
+        };
+        let tty = matches!(self.streams, SessionStreams::Terminal { .. });
+        let start = message!(
+            "{{\"id\":\"{id}\",\"pid\":{},\"command\":[{command}],\"tty\":{tty},\"attached\":{attached}",
+            OrNull(self.process.pid())
+        );
+        match self.process.status() {
+            None => message!("{start},\"exit\":null}}"),
+            Some(status) => message!(
+                "{start},\"exit\":{{\"code\":{},\"signal\":{}}}}}",
+                OrNull(status.exit_status()),
+                OrNull(status.terminating_signal())
+            ),
+        }
     }
 
     /// Its process was reaped.
@@ -92,6 +192,52 @@ impl Session {
             *slave = None;
         }
         self.process.ended(status);
+    }
+
+    /// Another client goes on with it.
+    pub fn attach(&mut self, has_stream_bytes: bool) {
+        self.has_stream_bytes = has_stream_bytes;
+        self.pending = 0..0;
+    }
+
+    /// The client is gone and may come back: what it sent last is dropped, as half a message is.
+    pub fn detach(&mut self) {
+        self.pending = 0..0;
+    }
+
+    /// Takes output that nobody reads now, as much as is kept.
+    pub fn keep_output(&mut self) {
+        self.fill_history(u64::MAX);
+    }
+
+    /// Reads output into the history, but not over what position `keep` on still needs; whether any
+    /// came.
+    fn fill_history(&mut self, keep: u64) -> bool {
+        let Some(named) = &mut self.named else {
+            return false;
+        };
+        let over = self.process.is_over();
+        let mut came = false;
+        let (output, error) = self.streams.outputs();
+        for (stream, channel) in [(STDOUT, Some(output)), (STDERR, error)] {
+            let Some(channel) = channel else {
+                continue;
+            };
+            let room = named.history.room(stream, keep);
+            if room.is_empty() {
+                continue;
+            }
+            match channel.read(room, over) {
+                Read::Bytes(count) => {
+                    named.history.commit(stream, count);
+                    came = true;
+                }
+                Read::Empty => {}
+                Read::End if over => {}
+                Read::End => channel.close(),
+            }
+        }
+        came
     }
 
     /// Whether it takes messages now.
@@ -140,18 +286,13 @@ impl Session {
         }
         let status = self.process.status();
         if io.is_sent() && (*messages > 0 || status.is_some()) {
-            let output = match &mut self.streams {
-                SessionStreams::Pipes { output, .. } => output,
-                SessionStreams::Terminal { master, .. } => master,
+            let sent = match self.is_named() {
+                true => self.send_history(io),
+                false => self.send_output(io),
             };
-            match output.read(io.message_room(), status.is_some()) {
-                Read::Bytes(count) => {
-                    *messages = messages.saturating_sub(1);
-                    io.commit_message(count);
-                    return Progress::Again;
-                }
-                Read::End if status.is_none() => output.close(),
-                Read::End | Read::Empty => {}
+            if sent {
+                *messages = messages.saturating_sub(1);
+                return Progress::Again;
             }
             if let Some(status) = status {
                 return Progress::Ended(status);
@@ -161,6 +302,60 @@ impl Session {
             true => Progress::TakesMessage,
             false => Progress::Waits,
         }
+    }
+
+    /// Queues a message of output, from the command straight into it; whether there was any.
+    fn send_output(&mut self, io: &mut Io) -> bool {
+        let over = self.process.is_over();
+        let prefix = usize::from(self.has_stream_bytes);
+        let (output, error) = self.streams.outputs();
+        for (stream, channel) in [(STDOUT, Some(output)), (STDERR, error)] {
+            let Some(channel) = channel else {
+                continue;
+            };
+            let room = io.message_room().get_mut(prefix..).unwrap_or(&mut []);
+            match channel.read(room, over) {
+                Read::Bytes(count) => {
+                    if self.has_stream_bytes
+                        && let Some(first) = io.message_room().first_mut()
+                    {
+                        *first = stream;
+                    }
+                    io.commit_message(prefix + count);
+                    return true;
+                }
+                Read::End if !over => channel.close(),
+                Read::End | Read::Empty => {}
+            }
+        }
+        false
+    }
+
+    /// Queues a message of what the client has not had of the history; whether there was any.
+    fn send_history(&mut self, io: &mut Io) -> bool {
+        let keep = self.named.as_ref().map_or(0, |named| named.sent.position());
+        let came = self.fill_history(keep);
+        let prefix = usize::from(self.has_stream_bytes);
+        let Some(named) = self.named.as_deref_mut() else {
+            return false;
+        };
+        let Some((stream, bytes)) = named.history.read(&mut named.sent) else {
+            return came;
+        };
+        let room = io.message_room();
+        if self.has_stream_bytes
+            && let Some(first) = room.first_mut()
+        {
+            *first = stream;
+        }
+        let room = room.get_mut(prefix..).unwrap_or(&mut []);
+        let count = bytes.len().min(room.len());
+        for (to, from) in room.iter_mut().zip(bytes) {
+            *to = *from;
+        }
+        io.commit_message(prefix + count);
+        named.history.advance(&mut named.sent, count);
+        true
     }
 
     /// Writes input as much as the command takes; whether that was anything.
@@ -185,15 +380,20 @@ impl Session {
         false
     }
 
-    /// Registers for its streams: for output while the client takes it.
-    pub fn watch(&mut self, key: Key, io: &Io, context: &Context) {
+    /// Registers for its streams: for output while the client takes it, or nobody is attached.
+    pub fn watch(&mut self, key: Key, wants_output: bool, context: &Context) {
         let flag = |wanted, flag| if wanted { flag } else { EventFlags::empty() };
         let on_input = flag(!self.takes_messages(), EventFlags::OUT);
-        let on_output = flag(io.is_sent(), EventFlags::IN);
+        let on_output = flag(wants_output, EventFlags::IN);
         match &mut self.streams {
-            SessionStreams::Pipes { input, output } => {
+            SessionStreams::Pipes {
+                input,
+                output,
+                error,
+            } => {
                 input.watch(Source::Input, key, on_input, context);
                 output.watch(Source::Output, key, on_output, context);
+                error.watch(Source::ErrorOutput, key, on_output, context);
             }
             SessionStreams::Terminal { master, .. } => {
                 master.watch(Source::Output, key, on_input | on_output, context);
@@ -201,12 +401,23 @@ impl Session {
         }
     }
 
+    /// It cannot be kept: its command goes at once.
+    pub fn discard(mut self) {
+        self.hang_up();
+        self.process.kill();
+    }
+
     /// The client is gone: closes our ends, which hangs a terminal up. Whether it was one.
     pub fn hang_up(&mut self) -> bool {
         match &mut self.streams {
-            SessionStreams::Pipes { input, output } => {
+            SessionStreams::Pipes {
+                input,
+                output,
+                error,
+            } => {
                 input.close();
                 output.close();
+                error.close();
                 false
             }
             SessionStreams::Terminal { master, slave } => {
@@ -227,16 +438,61 @@ pub fn exit_message(status: WaitStatus) -> Message {
     )
 }
 
-fn start_on_pipes(spec: &Spec, context: &mut Context) -> Result<(Process, SessionStreams)> {
+impl SessionStreams {
+    /// Where output comes from, and error output if that is apart.
+    fn outputs(&mut self) -> (&mut Channel, Option<&mut Channel>) {
+        match self {
+            Self::Pipes { output, error, .. } => (output, Some(error)),
+            Self::Terminal { master, .. } => (master, None),
+        }
+    }
+}
+
+impl Named {
+    fn new(request: &SessionRequest) -> Result<PageBox<Self>> {
+        let memory = Region::new(HISTORY + ring::PIECE).map_err(context!("allocate memory"))?;
+        let mut command = heapless::String::new();
+        for argument in request.command {
+            let separator = if command.is_empty() { "" } else { "," };
+            let entry = message!("{separator}{}", Quoted(argument.to_bytes()));
+            // What does not fit is not shown.
+            if command.push_str(entry.as_str()).is_err() {
+                break;
+            }
+        }
+        PageBox::new(|| Self {
+            id: heapless::String::try_from(request.id).unwrap_or_default(),
+            command,
+            history: Ring::new(memory),
+            sent: Cursor::default(),
+        })
+        .map_err(context!("allocate memory"))
+    }
+}
+
+fn start_on_pipes(
+    spec: &Spec,
+    separate: bool,
+    context: &mut Context,
+) -> Result<(Process, SessionStreams)> {
     let (input, their_input) = input_pipe()?;
     let (output, their_output) = output_pipe()?;
+    let errors = match separate {
+        true => Some(output_pipe()?),
+        false => None,
+    };
     let streams = Streams {
         input: Some(&their_input),
         output: &their_output,
-        error: &their_output,
+        error: errors.as_ref().map_or(&their_output, |(_, theirs)| theirs),
     };
     let process = Process::start(spec, &streams, context)?;
-    Ok((process, SessionStreams::Pipes { input, output }))
+    let streams = SessionStreams::Pipes {
+        input,
+        output,
+        error: errors.map_or_else(Channel::default, |(ours, _)| ours),
+    };
+    Ok((process, streams))
 }
 
 fn start_on_terminal(

@@ -11,6 +11,8 @@ use pigeon_lab::{
     End, Vm,
     disk::{Image, Tree},
     http::Client,
+    vsock::API_PORT,
+    ws::Socket,
 };
 use serde_json::json;
 
@@ -35,48 +37,33 @@ fn ask(api: &mut Client<UnixStream>) -> Result<()> {
 }
 
 #[test]
-fn all_who_wait_for_the_exit_code_get_it_and_one_too_many_is_told_so() -> Result<()> {
+fn all_who_wait_for_the_exit_code_get_it_and_never_take_the_last_places() -> Result<()> {
     let (mut vm, root) = boot("exec sleep 100000")?;
-    // An idle connection has to go when its place is needed.
-    let mut idle = vm.api()?;
-    ensure!(idle.get("/v1/status")?.status == 200);
     let mut waiting = vec![];
-    let refused = loop {
-        ensure!(waiting.len() < 4096, "there is no limit");
+    for _ in 0..CONNECTIONS {
         let mut api = vm.api()?;
-        // Told at once, or after its request.
-        if ask(&mut api).is_err() {
-            break api;
-        }
-        // The first ones are waited for below.
-        if waiting.len() >= CONNECTIONS {
-            api.set_read_timeout(Duration::from_millis(300))?;
-            match api.receive(false) {
-                Ok(answer) => {
-                    assert_eq!(answer.status, 503);
-                    break api;
-                }
-                Err(_) => api.set_read_timeout(PATIENCE)?,
-            }
-        }
+        ask(&mut api)?;
         waiting.push(api);
-    };
-    drop(refused);
-    assert!(waiting.len() >= CONNECTIONS, "{}", waiting.len());
-    idle.wait_closed().context("the idle connection stays")?;
+    }
+    // One more is refused, whether it waits for the end or for a session's command; calls are not.
+    let mut api = vm.api()?;
+    ask(&mut api)?;
+    assert_eq!(api.receive(false)?.status, 503);
+    let refused = Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec");
+    ensure!(refused.is_err(), "a WebSocket took one of the last places");
+    api.get("/v1/status")?.success()?;
 
-    // A place that becomes free is used again.
-    drop(waiting.pop());
-    let start = Instant::now();
-    let mut api = loop {
+    // The last places are for calls: of more than fit the one that is idle longest makes room.
+    let mut idle = vec![api];
+    while idle.len() < 33 {
         let mut api = vm.api()?;
-        if let Ok(answer) = api.get("/v1/status")
-            && answer.status == 200
-        {
-            break api;
-        }
-        ensure!(start.elapsed() < PATIENCE, "no place becomes free");
-    };
+        api.get("/v1/status")?.success()?;
+        idle.push(api);
+    }
+    idle.remove(0)
+        .wait_closed()
+        .context("the idle connection stays")?;
+    let api = idle.last_mut().context("connections")?;
     api.post("/v1/signals", &json!({"signal": 15}))?.success()?;
     let start = Instant::now();
     for api in &mut waiting {
@@ -92,6 +79,25 @@ fn all_who_wait_for_the_exit_code_get_it_and_one_too_many_is_told_so() -> Result
     );
     assert_eq!(vm.wait_end()?, End::Reboot);
     root.check()
+}
+
+#[test]
+fn websockets_that_say_nothing_go_after_ten_seconds() -> Result<()> {
+    let (mut vm, _root) = boot("exec sleep 100000")?;
+    let start = Instant::now();
+    let mut silent = vec![];
+    for _ in 0..CONNECTIONS {
+        silent.push(Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec")?);
+    }
+    vm.api()?.get("/v1/status")?.success()?;
+    for socket in &mut silent {
+        assert_eq!(socket.wait_end()?.close, Some(1008));
+    }
+    println!("closed after {:?}", start.elapsed());
+    let mut socket = Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec")?;
+    socket.text(&json!({"command": ["true"]}))?;
+    assert_eq!(socket.wait_end()?.close, Some(1000));
+    Ok(())
 }
 
 #[test]

@@ -1,0 +1,149 @@
+//! Sessions that outlive their connection, and streams that are told apart.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use pigeon_lab::{
+    Vm,
+    disk::{Image, Tree},
+    vsock::API_PORT,
+    ws::Socket,
+};
+use serde_json::{Value, json};
+
+/// Generous: other VMs may run beside this one.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+fn vm() -> Result<(Vm, Image)> {
+    let root = Image::ext4(&Tree::busybox()?, 48)?;
+    let config = json!({"ExecOverride": ["/bin/sleep", "100000"]});
+    let vm = Vm::builder()
+        .config(&config)
+        .disk(&root)
+        .patience(PATIENCE)
+        .boot()?;
+    Ok((vm, root))
+}
+
+fn open(vm: &mut Vm, first: &Value) -> Result<Socket> {
+    let mut socket = Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec")?;
+    socket.text(first)?;
+    Ok(socket)
+}
+
+fn sessions(vm: &mut Vm) -> Result<Value> {
+    vm.api()?.get("/v1/sessions")?.success()?.json()
+}
+
+/// Waits until the list of sessions is as wanted.
+fn wait_for(vm: &mut Vm, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+    let start = Instant::now();
+    loop {
+        let list = sessions(vm)?;
+        if wanted(&list) {
+            return Ok(list);
+        }
+        ensure!(start.elapsed() < PATIENCE, "still {list}");
+    }
+}
+
+#[test]
+fn a_named_session_goes_on_without_its_client_and_shows_what_was_missed() -> Result<()> {
+    let (mut vm, _root) = vm()?;
+    assert_eq!(sessions(&mut vm)?, json!([]));
+    let script =
+        "echo one; read a; echo two $a; sleep 0.5; echo three; read b; echo four $b; exit 4";
+    let command = json!({"command": ["sh", "-c", script], "id": "build-1"});
+    let mut socket = open(&mut vm, &command)?;
+    socket.output_with("one")?;
+    let list = sessions(&mut vm)?;
+    let session = &list[0];
+    assert_eq!(
+        (
+            &session["id"],
+            &session["tty"],
+            &session["attached"],
+            &session["exit"]
+        ),
+        (&json!("build-1"), &json!(false), &json!(true), &Value::Null)
+    );
+    assert_eq!(session["command"][0], "sh");
+    assert!(session["pid"].as_u64().is_some());
+
+    // A name is one session's; another client takes it over, and the first is told.
+    let refused = open(&mut vm, &command)?.wait_end()?;
+    assert_eq!(refused.close, Some(1011));
+    let mut second = open(&mut vm, &json!({"attach": "build-1"}))?;
+    assert_eq!(socket.wait_end()?.close, Some(1001));
+    second.binary(b"x\n")?;
+    second.output_with("two x")?;
+    drop(second);
+    wait_for(&mut vm, |list| list[0]["attached"] == false)?;
+    std::thread::sleep(Duration::from_secs(2));
+
+    // What was said meanwhile comes first, and nothing that was read already.
+    let mut third = open(&mut vm, &json!({"attach": "build-1"}))?;
+    let missed = third.output_with("three")?;
+    assert!(!missed.contains("two"), "{missed}");
+    third.binary(b"y\n")?;
+    let end = third.wait_end()?;
+    assert_eq!(
+        (end.text().contains("four y"), end.close),
+        (true, Some(1000))
+    );
+    assert_eq!(sessions(&mut vm)?, json!([]));
+    let unknown = open(&mut vm, &json!({"attach": "build-1"}))?.wait_end()?;
+    assert_eq!(unknown.close, Some(1011));
+    Ok(())
+}
+
+#[test]
+fn an_ended_session_is_kept_and_one_can_be_ended_from_outside() -> Result<()> {
+    let (mut vm, _root) = vm()?;
+    let quick = json!({"command": ["sh", "-c", "sleep 1; seq 30000; exit 9"], "id": "quick"});
+    drop(open(&mut vm, &quick)?);
+    let list = wait_for(&mut vm, |list| list[0]["exit"] != Value::Null)?;
+    assert_eq!(list[0]["exit"], json!({"code": 9, "signal": null}));
+    // 168,894 bytes of output: the last 64 KiB are kept.
+    let end = open(&mut vm, &json!({"attach": "quick"}))?.wait_end()?;
+    let text = end.text();
+    assert!(
+        text.len() > 65_000 && text.ends_with("29999\n30000\n"),
+        "{}",
+        text.len()
+    );
+    assert_eq!(end.message.context("no exit")?["Exit"]["code"], 9);
+
+    // Detached a thousand times.
+    let mut socket = open(
+        &mut vm,
+        &json!({"command": ["cat"], "id": "cat", "tty": true}),
+    )?;
+    for _ in 0..100 {
+        drop(socket);
+        socket = open(&mut vm, &json!({"attach": "cat"}))?;
+    }
+    socket.binary(b"still here\n")?;
+    socket.output_with("still here")?;
+    let mut api = vm.api()?;
+    let answer = api
+        .request("DELETE", "/v1/sessions/cat", &[], b"")?
+        .success()?
+        .json()?;
+    assert_eq!(answer, json!({"ok": true}));
+    assert_eq!(socket.wait_end()?.close, Some(1001));
+    let gone = api.request("DELETE", "/v1/sessions/cat", &[], b"")?;
+    assert_eq!(gone.status, 404);
+    assert_eq!(sessions(&mut vm)?, json!([]));
+    Ok(())
+}
+
+#[test]
+fn streams_are_told_apart_by_the_first_byte_of_a_message() -> Result<()> {
+    let (mut vm, _root) = vm()?;
+    let script = "echo out; sleep 0.3; echo err >&2; sleep 0.3; echo out again";
+    let command = json!({"command": ["sh", "-c", script], "streams": true});
+    let end = open(&mut vm, &command)?.wait_end()?;
+    assert_eq!(end.output, b"\x01out\n\x02err\n\x01out again\n");
+    Ok(())
+}
