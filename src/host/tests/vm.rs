@@ -571,7 +571,7 @@ fn a_vm_in_the_background_is_steered_by_its_name_and_remembered() {
 #[test]
 fn quiet_gives_the_workloads_bytes_alone_and_its_exit_code() {
     let lab = Lab::new();
-    let script = "echo one; printf 'two\\n\\nthree\\n'; exit 4";
+    let script = "echo one; printf 'two\\n\\nthree'; exit 4";
     let words = [
         "run",
         "-q",
@@ -584,7 +584,7 @@ fn quiet_gives_the_workloads_bytes_alone_and_its_exit_code() {
     let output = lab.pigeon(&words);
     assert_eq!(
         String::from_utf8_lossy(&output.stdout),
-        "one\ntwo\n\nthree\n"
+        "one\ntwo\n\nthree"
     );
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     assert_eq!(output.status.code(), Some(4));
