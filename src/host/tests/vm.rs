@@ -571,7 +571,7 @@ fn a_vm_in_the_background_is_steered_by_its_name_and_remembered() {
 #[test]
 fn quiet_gives_the_workloads_bytes_alone_and_its_exit_code() {
     let lab = Lab::new();
-    let script = "echo one; printf 'two\\n\\nthree\\n'; exit 4";
+    let script = "echo one; printf 'two\\n\\nthree'; exit 4";
     let words = [
         "run",
         "-q",
@@ -584,7 +584,7 @@ fn quiet_gives_the_workloads_bytes_alone_and_its_exit_code() {
     let output = lab.pigeon(&words);
     assert_eq!(
         String::from_utf8_lossy(&output.stdout),
-        "one\ntwo\n\nthree\n"
+        "one\ntwo\n\nthree"
     );
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     assert_eq!(output.status.code(), Some(4));
@@ -714,5 +714,96 @@ fn one_sigterm_ends_a_vm_that_does_not_even_boot() {
         begin.elapsed() < Duration::from_secs(20),
         "{:?}",
         begin.elapsed()
+    );
+}
+
+#[test]
+fn a_root_of_every_format_boots_and_two_vms_share_one_below_their_own_layers() {
+    let lab = Lab::new();
+    let script = "mount | grep ' / '; echo new >>/etc/passwd && tail -n 1 /etc/passwd; \
+                  mount | grep -c '/tmp type tmpfs.*size=4096k'; ulimit -n; \
+                  cat /proc/sys/net/core/somaxconn";
+    let run = |image: &str, options: &[&str]| {
+        let mut words = vec!["run", "-q", "--rm", "-u", "root", "--entrypoint", "sh"];
+        words.extend(["--tmpfs", "/tmp:size=4m", "--ulimit", "nofile=123"]);
+        words.extend([
+            "--sysctl",
+            "net.core.somaxconn=77",
+            "--cgroup-mode",
+            "unified",
+        ]);
+        words.extend(options);
+        words.extend([image, "-c", script]);
+        let output = lab.pigeon(&words);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (String::from_utf8(output.stdout).unwrap(), said)
+    };
+    for format in ["erofs", "squashfs"] {
+        let image = lab.path(&format!("app.{format}"));
+        let made = lab.pigeon(&[
+            "rootfs",
+            "-f",
+            "--format",
+            format,
+            &lab.path("app.tar"),
+            &image,
+        ]);
+        assert!(made.status.success(), "{made:?}");
+        let (out, said) = run(&image, &[]);
+        assert!(
+            out.contains(&format!("on / type {format} (ro,")),
+            "{out}{said}"
+        );
+        assert!(
+            !out.contains("new\n") && out.ends_with("\n1\n123\n77\n"),
+            "{out}"
+        );
+        let (out, said) = run(&image, &["--overlay"]);
+        assert!(
+            out.starts_with("overlay on / type overlay (rw,"),
+            "{out}{said}"
+        );
+        assert!(out.ends_with("\nnew\n1\n123\n77\n"), "{out}");
+    }
+    let image = lab.path("app.ext4");
+    let before = fs::read(&image).unwrap();
+    let (out, said) = run(&image, &["--read-only"]);
+    assert!(
+        out.contains("on / type ext4 (ro,") && !out.contains("new\n"),
+        "{out}{said}"
+    );
+
+    // One of them stays up while the other one writes.
+    let name = ["run", "-d", "--name", "first", "--overlay", &image];
+    assert_eq!(lab.said(&name).1, Some(0));
+    lab.said(&["exec", "first", "sh", "-c", "echo first >/etc/mark"]);
+    let layer = lab.path("layer.img");
+    let options = format!("--overlay={layer},size=64M");
+    let second = |script: &str| {
+        let words = [
+            "run",
+            "-q",
+            "--rm",
+            "-u",
+            "root",
+            &options,
+            "--entrypoint",
+            "sh",
+        ];
+        lab.said(&[&words[..], &[&image, "-c", script]].concat())
+    };
+    let (seen, code) = second("cat /etc/mark 2>/dev/null; echo second >/etc/mark");
+    assert_eq!((seen.as_str(), code), ("", Some(0)));
+    check(Path::new(&layer));
+    assert_eq!(second("cat /etc/mark").0, "second\n");
+    check(Path::new(&layer));
+    assert_eq!(
+        lab.said(&["exec", "first", "cat", "/etc/mark"]).0,
+        "first\n"
+    );
+    assert_eq!(lab.said(&["stop", "first"]).1, Some(0));
+    assert!(
+        fs::read(&image).unwrap() == before,
+        "the shared image has changed"
     );
 }
