@@ -451,7 +451,8 @@ fn dirty(image: Image) -> Result<Image> {
 
 #[test]
 fn a_read_only_disk_with_a_dirty_journal_is_refused_for_that() -> Result<()> {
-    const WHY: &str = "its journal must be replayed, and the device is write-protected";
+    const WHY: &str =
+        "ext4: EROFS (its journal must be replayed, and the device is write-protected)";
     let root = dirty(root()?)?;
     let builder = Vm::builder().config(&guest::shell("echo the workload runs", json!({})));
     let mut vm = builder.disk(Disk::from(&root).read_only()).boot()?;
