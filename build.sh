@@ -182,6 +182,7 @@ setup() {
         "$arch-linux-gnu-gcc=libc6-dev-$debian-cross" "qemu-$arch=qemu-user")
     need "qemu-system-$arch=$qemu" "${foreign[@]}" fakeroot=fakeroot mkfs.ext4=e2fsprogs \
         debugfs=e2fsprogs mksquashfs=squashfs-tools mkfs.erofs=erofs-utils umoci=umoci \
+        mkfs.xfs=xfsprogs fsck.vfat=dosfstools \
         bsdtar=libarchive-tools ip=iproute2 lz4=lz4 xz=xz-utils bzip2=bzip2 zstd=zstd cpio=cpio \
         socat=socat curl=curl python3=python3
     # Python's virtual environments are a package of their own in Debian.

@@ -9,6 +9,7 @@ use crate::shutdown::private::{self, Text};
 use crate::shutdown::volume::{self, Tables, Volume};
 use crate::sys::{self, Fork, SignalSet, Stopwatch, files};
 use proto::block::DeviceNumber;
+use proto::message::ToLossy;
 use rustix::fd::OwnedFd;
 use rustix::fs::{FileType, Mode, OFlags, makedev};
 use rustix::mount::MountPropagationFlags;
@@ -44,25 +45,15 @@ pub fn leave_clean(log: &HelperLog) -> Result {
     // What becomes of mounts here does not become of mounts elsewhere.
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     let _unmounted_in_all = rustix::mount::mount_change(c"/", private);
-    let found = find_devices();
-    let (tables, mut devices) = match found {
+    let (tables, mut devices) = match find_devices(&root, log) {
         Ok(found) => found,
         Err(error) => {
             log.warn(&format_args!("cannot look for volumes: {error}"));
             return volume::read_only(&root).map_err(context!("make / read-only"));
         }
     };
-    if devices.is_full() {
-        log.warn(&format_args!("only {DEVICES} disks are looked at"));
-    }
-    let root_device = rustix::fs::fstat(&root).map(|status| volume::number_of(status.st_dev));
-    let is_root = |volume: &Volume| Ok(volume.number) == root_device;
-    // Its turn comes last.
-    if let Some((_, state)) = devices.iter_mut().find(|(volume, _)| is_root(volume)) {
-        *state = State::Ended;
-    }
     let in_time = shut_all(&mut devices, &tables, log);
-    if let Some((volume, _)) = devices.iter().find(|(volume, _)| is_root(volume)) {
+    if let Some(volume) = &tables.root {
         log.step(&format_args!("unmounting {}", volume.label(&tables)));
         if let Err(error) = volume.shut_root(&tables, &root) {
             log.warn(&error);
@@ -70,19 +61,20 @@ pub fn leave_clean(log: &HelperLog) -> Result {
     }
     // A disk that hangs would hang this, too.
     if in_time {
-        log.step(&format_args!("writing all file systems out"));
+        log.step(&"writing all file systems out");
         rustix::fs::sync();
     }
     Ok(())
 }
 
-/// The mount table, and all block devices, each with a node in what becomes the working directory.
-fn find_devices() -> Result<(Tables, Devices)> {
+/// Finds the root's device and all others; each gets a node in what becomes the working directory.
+fn find_devices(root: &OwnedFd, log: &HelperLog) -> Result<(Tables, Devices)> {
     let proc = private::proc().map_err(context!("mount proc"))?;
     let nodes = private::mount(c"tmpfs", core::iter::empty()).map_err(context!("mount tmpfs"))?;
     rustix::process::fchdir(&nodes).map_err(context!("enter the nodes' directory"))?;
-    let mounts = Text::read(&proc, c"self/mountinfo").map_err(context!("read mountinfo"))?;
     let partitions = Text::read(&proc, c"partitions").map_err(context!("read partitions"))?;
+    let root = rustix::fs::fstat(root).map(|status| volume::number_of(status.st_dev));
+    let mut root_volume = None;
     let mut devices = Devices::new();
     for line in partitions.lines() {
         let Some(mut volume) = Volume::parse(line) else {
@@ -95,10 +87,29 @@ fn find_devices() -> Result<(Tables, Devices)> {
         let (kind, mode) = (FileType::BlockDevice, Mode::RUSR | Mode::WUSR);
         rustix::fs::mknodat(&nodes, volume.name(), kind, mode, makedev(major, minor))
             .map_err(context!("make a device node"))?;
+        if Ok(volume.number) == root {
+            root_volume = Some(volume);
+            continue;
+        }
         volume.find_below();
-        let _full = devices.push((volume, State::Waiting));
+        if let Err((volume, _)) = devices.push((volume, State::Waiting)) {
+            let name = volume.name().lossy();
+            log.warn(&format_args!(
+                "over {DEVICES} disks: /dev/{name} is left as it is"
+            ));
+        }
     }
-    Ok((Tables { proc, mounts }, devices))
+    let mounts = match devices.is_empty() {
+        true => None,
+        // Without it, paths are not named.
+        false => Text::read(&proc, c"self/mountinfo").ok(),
+    };
+    let tables = Tables {
+        proc,
+        mounts,
+        root: root_volume,
+    };
+    Ok((tables, devices))
 }
 
 /// Shuts all devices, each in a child of its own, those that stand on another one before it. False

@@ -38,8 +38,16 @@ type Name = heapless::Vec<u8, 48>;
 pub struct Tables {
     /// A procfs of our own.
     pub proc: OwnedFd,
-    /// Its self/mountinfo, read before anything was unmounted.
-    pub mounts: Text,
+    /// Its self/mountinfo, read before anything was unmounted, if there is more than the root.
+    pub mounts: Option<Text>,
+    /// The root's device.
+    pub root: Option<Volume>,
+}
+
+impl Tables {
+    fn mounts(&self) -> impl DoubleEndedIterator<Item = &[u8]> {
+        self.mounts.iter().flat_map(Text::lines)
+    }
 }
 
 /// A block device; a node of its name is in the working directory.
@@ -95,12 +103,11 @@ impl Volume {
     /// Where it is mounted and what it is, for messages: `/data (/dev/vdb)`.
     pub fn label(&self, tables: &Tables) -> Message {
         let name = self.name().lossy();
+        if tables.root.as_ref().map(|root| root.number) == Some(self.number) {
+            return message!("/ (/dev/{name})");
+        }
         let mut room = [0; PATH_MAX];
-        match tables
-            .mounts
-            .lines()
-            .find_map(|line| self.mount_point(line))
-        {
+        match tables.mounts().find_map(|line| self.mount_point(line)) {
             Some(target) => message!("{} (/dev/{name})", target.decode(&mut room).text.lossy()),
             None => message!("/dev/{name}"),
         }
@@ -147,7 +154,7 @@ impl Volume {
     fn unmount(&self, tables: &Tables) -> bool {
         let mut found = false;
         let mut room = [0; PATH_MAX];
-        for line in tables.mounts.lines().rev() {
+        for line in tables.mounts().rev() {
             if let Some(target) = self.mount_point(line) {
                 found = true;
                 let target = target.decode(&mut room).text;

@@ -200,15 +200,16 @@ static void sterilize(void)
     struct user_regs_struct before = stop(), regs = before;
     struct {
         struct sock_fprog program;
-        struct sock_filter filter[4];
+        struct sock_filter filter[5];
     } there = {.filter = {
                    BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
-                   BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_clone, 0, 1),
+                   BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_clone, 1, 0),
+                   BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_clone3, 0, 1),
                    BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EAGAIN),
                    BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
                }};
     unsigned long place = (before.SP - 1024) & ~15ul;
-    there.program.len = 4;
+    there.program.len = 5;
     there.program.filter = (void *)(place + offsetof(typeof(there), filter));
     struct iovec near = {&there, sizeof there}, far = {(void *)place, sizeof there};
     or_die(process_vm_writev(1, &near, 1, &far, 1, 0) != sizeof there);

@@ -185,6 +185,45 @@ fn disks_below_overlays_loop_devices_and_paths_without_end_are_clean() -> Result
 }
 
 #[test]
+fn kinds_of_file_systems_that_pid_1_does_not_know_are_clean_too() -> Result<()> {
+    let mut tree = Tree::busybox()?;
+    let mut load = String::new();
+    for name in ["libcrc32c", "xfs", "fat", "nls_ascii", "nls_cp437", "vfat"] {
+        tree = tree.file(&format!("/lib/{name}.ko"), 0o600, assets::module(name)?)?;
+        load += &format!("insmod /lib/{name}.ko; ");
+    }
+    let root = Image::ext4(&tree.dir("/data", 0o755)?.dir("/other", 0o755)?, 32)?;
+    let (data, other) = (volume()?, volume()?);
+    // The smallest there can be of the one.
+    let (xfs, vfat) = (Image::blank(300)?, Image::blank(8)?);
+    run(Command::new(assets::tool("mkfs.xfs")?)
+        .arg("-q")
+        .arg(xfs.path()))?;
+    run(Command::new(assets::tool("mkfs.vfat")?).arg(vfat.path()))?;
+    let script = format!(
+        "{load} set -e; mkdir /run/ns /x /v; mount -t tmpfs x /run/ns; touch /run/ns/mnt
+        mount -t xfs /dev/vdd /x; mount -t vfat /dev/vde /v; unshare --mount=/run/ns/mnt true
+        for dir in /data /other /x /v; do echo kept >$dir/file; done"
+    );
+    let disks = [&root, &data, &other, &xfs, &vfat];
+    let mut vm = boot(&with_volumes(&script), &disks)?;
+    vm.wait_for("exit_code=0")?;
+    time_of_end(&mut vm)?;
+    assert_no_warnings(&vm);
+    root.check()?;
+    assert_kept(&[("vdb", &data), ("vdc", &other)])?;
+    let log = run(Command::new(assets::tool("xfs_logprint")?)
+        .arg("-t")
+        .arg(xfs.path()))?;
+    assert!(log.contains("state: <CLEAN>"), "{log}");
+    // It fails for a volume that was not unmounted.
+    run(Command::new(assets::tool("fsck.vfat")?)
+        .arg("-n")
+        .arg(vfat.path()))
+    .map(drop)
+}
+
+#[test]
 fn a_disk_that_cannot_be_left_clean_is_named() -> Result<()> {
     let tree = Tree::busybox()?.file("/loop.ko", 0o600, assets::module("loop")?)?;
     let (root, data, other) = (root_of(tree)?, volume()?, without_journal()?);
@@ -449,7 +488,8 @@ fn dirty(image: Image) -> Result<Image> {
 
 #[test]
 fn a_read_only_disk_with_a_dirty_journal_is_refused_for_that() -> Result<()> {
-    const WHY: &str = "its journal must be replayed, and the device is write-protected";
+    const WHY: &str =
+        "ext4: EROFS (its journal must be replayed, and the device is write-protected)";
     let root = dirty(root()?)?;
     let builder = Vm::builder().config(&guest::shell("echo the workload runs", json!({})));
     let mut vm = builder.disk(Disk::from(&root).read_only()).boot()?;
