@@ -205,6 +205,40 @@ fn eight_mebibytes_go_through_cat_and_come_back_unharmed() -> Result<()> {
 }
 
 #[test]
+fn a_session_that_sends_and_receives_in_bulk_at_once_does_not_stall() -> Result<()> {
+    const MESSAGE: usize = 50_000;
+    const MESSAGES: usize = 80;
+    for cpus in [1, 2] {
+        let root = Image::ext4(&Tree::busybox()?, 48)?;
+        let mut vm = Vm::builder()
+            .config(&json!({"ExecOverride": ["/bin/sleep", "100000"]}))
+            .disk(&root)
+            .cpus(cpus)
+            .patience(PATIENCE)
+            .start()?;
+        for _ in 0..3 {
+            let mut cat = session(&mut vm, &json!({"command": ["cat"]}))?;
+            let mut sender = cat.sender()?;
+            // Nothing waits for anything but the connection.
+            let sent = thread::spawn(move || -> Result<()> {
+                for number in 0..MESSAGES {
+                    sender.binary(&vec![number as u8; MESSAGE])?;
+                }
+                sender.text(&json!({"stdin": "eof"}))
+            });
+            let end = cat.wait_end()?;
+            sent.join().expect("no panic")?;
+            let expected: Vec<u8> = (0..MESSAGES * MESSAGE)
+                .map(|at| (at / MESSAGE) as u8)
+                .collect();
+            assert!(end.output == expected, "{} bytes", end.output.len());
+            assert_eq!(end.close, Some(1000), "{:?}", end.message);
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn a_terminal_is_one_to_the_last_key() -> Result<()> {
     let (mut vm, _root) = boot()?;
     let vm = &mut vm;
