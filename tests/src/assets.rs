@@ -37,6 +37,18 @@ pub fn kernel() -> Result<Kernel> {
     Kernel::chosen(arch())
 }
 
+/// The cgroup v1 controllers that it does not have any more.
+pub fn missing_v1_controllers() -> Result<Vec<&'static str>> {
+    let kernel = kernel()?;
+    let mut missing = vec![];
+    for (controller, option) in [("memory", "MEMCG_V1"), ("cpuset", "CPUSETS_V1")] {
+        if kernel.is_without(option)? {
+            missing.push(controller);
+        }
+    }
+    Ok(missing)
+}
+
 /// A module of it that no VM loads by itself.
 pub fn module(name: &str) -> Result<Vec<u8>> {
     kernel()?.module(name)

@@ -5,13 +5,28 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::serial::Serial;
+use crate::{assets, serial::Serial};
 
 /// A configuration that has the guest's shell run `script`, with all of `rest` besides.
 pub fn shell(script: &str, rest: Value) -> Value {
     let mut config = rest;
     config["ExecOverride"] = json!(["/bin/sh", "-c", script]);
     config
+}
+
+/// The warnings of pigeon-init on a console, but for those of the cgroup v1 controllers that the
+/// kernel does not have.
+pub fn warnings(console: &str) -> Vec<String> {
+    let missing = assets::missing_v1_controllers().expect("a kernel to boot");
+    let expected = |line: &str| {
+        let of = |name: &&str| line.contains(&format!("mount cgroup on /sys/fs/cgroup/{name}:"));
+        missing.iter().any(of)
+    };
+    let warnings = console.lines().filter(|line| line.contains("level=warn"));
+    warnings
+        .filter(|line| !expected(line))
+        .map(String::from)
+        .collect()
 }
 
 /// A shell script that runs each `(name, command)` and prints its output (both streams) and exit

@@ -176,7 +176,7 @@ fn without_a_terminal_output_comes_first_then_the_exit_then_the_close() -> Resul
 #[test]
 fn eight_mebibytes_go_through_cat_and_come_back_unharmed() -> Result<()> {
     const SIZE: usize = 8 << 20;
-    // What is under way at once: the device between host and guest knows no more both ways.
+    // One thread sends and receives: what it sends before it looks for an answer.
     const AHEAD: usize = 192 << 10;
     let (mut vm, _root) = boot()?;
     let mut random = 1u32;

@@ -84,9 +84,7 @@ fn time_of_end(vm: &mut Vm) -> Result<Duration> {
 
 /// The warnings of the console.
 fn warnings(vm: &Vm) -> Vec<String> {
-    let console = vm.console();
-    let warnings = console.lines().filter(|line| line.contains("level=warn"));
-    warnings.map(String::from).collect()
+    guest::warnings(&vm.console())
 }
 
 #[track_caller]

@@ -127,7 +127,7 @@ pub fn firecracker() -> Option<PathBuf> {
 #[derive(Clone, Debug)]
 pub enum Kernel {
     /// One of Debian's, taken apart in a directory of the cache: the uncompressed image `vmlinux`,
-    /// the modules that VMs load as `modules/NN-NAME.ko`, and all modules below `tree`.
+    /// the modules that VMs load as `modules/NN-NAME.ko`, all modules below `tree`, and `config`.
     Debian(PathBuf),
     /// An image that has all drivers built in.
     Image(PathBuf),
@@ -167,14 +167,14 @@ impl Kernel {
     /// Debian's cloud kernel of a version, fetched on the first call.
     fn debian(arch: Arch, kernel: &DebianKernel) -> Result<Kernel> {
         Kernel::unpacked(
-            &format!("linux-{}-{}", kernel.version, arch.name()),
+            &format!("debian-{}-{}", kernel.version, arch.name()),
             |dir| kernel.unpack(arch, dir),
         )
     }
 
     /// Debian 13's kernel with pages of 16 KiB, which aarch64 alone has.
     pub fn with_16k_pages() -> Result<Kernel> {
-        Kernel::unpacked("linux-16k-aarch64", |dir| {
+        Kernel::unpacked("debian-16k-aarch64", |dir| {
             let trixie = Debian {
                 arch: Arch::Aarch64,
                 sources: Some(TRIXIE),
@@ -189,11 +189,19 @@ impl Kernel {
         let dir = cached(name, |dir| {
             let files = unpack(dir)?;
             let boot = fs::read_dir(files.join("boot"))?.collect::<Result<Vec<_>, _>>()?;
-            let image = boot
-                .iter()
-                .find(|f| f.file_name().as_encoded_bytes().starts_with(b"vmlinuz"));
-            let image = fs::read(image.context("no vmlinuz in the package")?.path())?;
-            fs::write(dir.join("vmlinux"), uncompressed(image)?)?;
+            let file = |start: &str| {
+                let mut named = boot.iter().filter(|f| {
+                    f.file_name()
+                        .as_encoded_bytes()
+                        .starts_with(start.as_bytes())
+                });
+                let file = named
+                    .next()
+                    .with_context(|| format!("no {start} in the package"))?;
+                anyhow::Ok(fs::read(file.path())?)
+            };
+            fs::write(dir.join("vmlinux"), uncompressed(file("vmlinuz")?)?)?;
+            fs::write(dir.join("config"), file("config")?)?;
             fs::create_dir(dir.join("modules"))?;
             for (number, (name, module)) in ordered_modules(&files, &MODULES)?.iter().enumerate() {
                 fs::write(dir.join(format!("modules/{number:02}-{name}.ko")), module)?;
@@ -215,6 +223,16 @@ impl Kernel {
             Kernel::Debian(dir) => dir.join("vmlinux"),
             Kernel::Image(path) => path.clone(),
         }
+    }
+
+    /// Whether it is built without an option that it could have; of an image nothing is known.
+    pub fn is_without(&self, option: &str) -> Result<bool> {
+        let Kernel::Debian(dir) = self else {
+            return Ok(false);
+        };
+        let config = fs::read_to_string(dir.join("config"))?;
+        let off = format!("# CONFIG_{option} is not set");
+        Ok(config.lines().any(|line| line == off))
     }
 
     /// File names and contents of the modules that VMs load, in an order that satisfies them all.
