@@ -6,6 +6,7 @@ use crate::context::Cgroups;
 use crate::error::{Log, Result};
 use crate::sys::files;
 use core::ffi::CStr;
+use proto::bytes::split;
 use proto::message::ToLossy;
 use proto::users::Identity;
 use rustix::fd::OwnedFd;
@@ -137,11 +138,8 @@ fn enable_controllers(root: &OwnedFd) -> Result<(), Errno> {
     let file = open_file(root, c"cgroup.controllers", OFlags::RDONLY)?;
     let length = files::read(&file, &mut names)?;
     let mut line = heapless::Vec::<u8, { 2 * LINE }>::new();
-    for name in names
-        .get(..length)
-        .unwrap_or_default()
-        .split(u8::is_ascii_whitespace)
-    {
+    let names = names.get(..length).unwrap_or_default().trim_ascii();
+    for name in split(names, b' ') {
         if !name.is_empty() {
             let _fits = line
                 .extend_from_slice(b" +")

@@ -6,7 +6,8 @@ use super::config_source::{self, Source};
 use crate::output_log::{Destination, OutputLog};
 use crate::supervisor::LINGER;
 use crate::sys::Words;
-use proto::bytes::decimal;
+use proto::bytes::split_once;
+use proto::decimal;
 use proto::message;
 use proto::message::{Level, Message, ToLossy};
 
@@ -57,12 +58,9 @@ impl KernelParams {
             refused: None,
         };
         for word in words.iter() {
-            let word = word.to_bytes();
-            let Some(sign) = word.iter().position(|byte| *byte == b'=') else {
+            let Some((name, value)) = split_once(word.to_bytes(), b'=') else {
                 continue;
             };
-            let (name, value) = word.split_at_checked(sign).unwrap_or_default();
-            let value = value.get(1..).unwrap_or(&[]);
             let allowed = match name {
                 b"INIT_LOG_LEVEL" => params.set_level(value),
                 b"PIGEON_CONFIG" => params.set_source(value),
@@ -136,6 +134,6 @@ impl KernelParams {
 }
 
 fn set_number(number: &mut u64, value: &[u8]) -> Result<(), &'static str> {
-    *number = decimal(value).map(u64::from).ok_or("a whole number")?;
+    *number = decimal::parse(value).ok_or("a whole number")?;
     Ok(())
 }

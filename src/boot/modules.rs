@@ -4,7 +4,7 @@ use crate::context;
 use crate::error::{Log, Result};
 use crate::sys::files;
 use core::ffi::CStr;
-use proto::bytes::{split, trim};
+use proto::bytes::split;
 use proto::message::ToLossy;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -20,7 +20,7 @@ const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
 /// Loads the modules on the list. One that cannot be loaded is a warning: what needs it says more.
 pub fn load(scratch: &mut [u8], log: &mut dyn Log) -> Result {
     let list = files::read_whole(LIST, scratch)?.unwrap_or_default();
-    for line in split(list, b'\n').map(trim) {
+    for line in split(list, b'\n').map(<[u8]>::trim_ascii) {
         if line.is_empty() {
             continue;
         }

@@ -7,8 +7,8 @@ use crate::sys;
 use crate::sys::files;
 use core::net::IpAddr;
 use proto::address;
-use proto::bytes::{decimal, trim};
 use proto::config::{Address, Config};
+use proto::decimal;
 use proto::message::{ErrnoName, ToLossy};
 use proto::netlink::{self, Acknowledgement, Existing, Request};
 use rustix::fd::OwnedFd;
@@ -28,7 +28,7 @@ pub fn interface_index(name: &str) -> Option<u32> {
     let file = files::open(files::join(&parts, &mut path)?, OFlags::RDONLY).ok()?;
     let mut text = [0; 16];
     let length = files::read(&file, &mut text).ok()?;
-    decimal(trim(text.get(..length)?))
+    decimal::parse(text.get(..length)?.trim_ascii())
 }
 
 /// The index of the interface that Firecracker's metadata service is reached through.

@@ -1,5 +1,6 @@
 //! Users and groups from the text of passwd(5) and group(5).
 
+use crate::bytes::{split, split_once};
 use crate::decimal;
 use crate::message::ToLossy;
 use core::fmt::{self, Display};
@@ -86,10 +87,9 @@ impl Identity {
         passwd: &[u8],
         group: &[u8],
     ) -> Result<(), IdentityError<'a>> {
-        let mut parts = spec.splitn(2, |byte| *byte == b':');
-        let user = parts.next().filter(|user| !user.is_empty());
-        let user = user.unwrap_or(b"root");
-        let given_group = parts.next().filter(|group| !group.is_empty());
+        let (user, given_group) = split_once(spec, b':').unwrap_or((spec, b""));
+        let user = if user.is_empty() { b"root" } else { user };
+        let given_group = Some(given_group).filter(|group| !group.is_empty());
 
         let wanted = Wanted::parse(user).ok_or(IdentityError::UserId(user))?;
         let account = accounts(passwd).find(|account| wanted.is(account.name, account.uid));
@@ -194,7 +194,7 @@ struct Account<'a> {
 /// name:password:UID:GID:GECOS:directory:shell
 fn accounts(passwd: &[u8]) -> impl Iterator<Item = Account<'_>> {
     lines(passwd).filter_map(|line| {
-        let mut fields = line.split(|byte| *byte == b':');
+        let mut fields = split(line, b':');
         Some(Account {
             name: fields.next().filter(|name| !name.is_empty())?,
             uid: fields.nth(1).and_then(id)?,
@@ -214,16 +214,14 @@ struct Group<'a> {
 
 impl Group<'_> {
     fn has_member(&self, name: &[u8]) -> bool {
-        self.members
-            .split(|byte| *byte == b',')
-            .any(|member| member == name)
+        split(self.members, b',').any(|member| member == name)
     }
 }
 
 /// group_name:password:GID:user_list
 fn groups(group: &[u8]) -> impl Iterator<Item = Group<'_>> {
     lines(group).filter_map(|line| {
-        let mut fields = line.split(|byte| *byte == b':');
+        let mut fields = split(line, b':');
         Some(Group {
             name: fields.next().filter(|name| !name.is_empty())?,
             gid: fields.nth(1).and_then(id)?,
@@ -233,7 +231,7 @@ fn groups(group: &[u8]) -> impl Iterator<Item = Group<'_>> {
 }
 
 fn lines(file: &[u8]) -> impl Iterator<Item = &[u8]> {
-    file.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii)
+    split(file, b'\n').map(<[u8]>::trim_ascii)
 }
 
 /// The largest id: 2^32 - 1 means "no change" to the kernel (setuid(2)).

@@ -4,6 +4,7 @@
 use crate::sys::Region;
 use crate::sys::files;
 use core::ffi::CStr;
+use proto::bytes::{Split, split};
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -73,8 +74,8 @@ impl Text {
     }
 
     /// Its lines.
-    pub fn lines(&self) -> impl DoubleEndedIterator<Item = &[u8]> {
+    pub fn lines(&self) -> Split<'_> {
         let text = self.memory.get(..self.length).unwrap_or(&[]);
-        text.split(|byte| *byte == b'\n')
+        split(text, b'\n')
     }
 }

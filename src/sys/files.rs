@@ -6,6 +6,7 @@
 use crate::error;
 use crate::error::{Result, name};
 use core::ffi::CStr;
+use proto::bytes::split;
 use proto::config::PATH;
 use proto::message::ToLossy;
 use rustix::fd::OwnedFd;
@@ -132,7 +133,7 @@ pub fn make_directory(path: &CStr, mode: u32) -> Result<(), Errno> {
 /// Creates a directory and those above it that are missing, with mode 0755.
 pub fn make_directories(path: &[u8]) -> Result<(), Errno> {
     let mut prefix = Path::new();
-    for part in path.split(|byte| *byte == b'/') {
+    for part in split(path, b'/') {
         let fits =
             prefix.extend_from_slice(part).is_ok() && prefix.extend_from_slice(b"/\0").is_ok();
         if !fits {

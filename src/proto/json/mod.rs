@@ -277,7 +277,7 @@ impl<'a> Decoder<'_, 'a> {
         match place {
             Place::CStr(place) => {
                 self.arena.push(b"\0")?;
-                *place = CStr::from_bytes_with_nul(self.arena.take()).unwrap_or_default();
+                *place = CStr::from_bytes_until_nul(self.arena.take()).unwrap_or_default();
             }
             Place::Str(place) => {
                 *place = core::str::from_utf8(self.arena.take()).unwrap_or_default();
