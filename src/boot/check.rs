@@ -1,12 +1,12 @@
 //! What the program does when it is not PID 1: it looks at a configuration.
 
+use crate::boot::config_source;
 use crate::error;
 use crate::error::Result;
 use crate::sys::files;
 use crate::sys::{self, Words};
 use core::ffi::CStr;
 use proto::address;
-use proto::arena::Arena;
 use proto::config::{Address, Config, Host};
 use proto::environment::Environment;
 use proto::json::escape;
@@ -67,8 +67,7 @@ fn check(
     memory: &mut [u8],
 ) -> Result {
     let document = files::read_whole(path, document)?.ok_or_else(|| error!("no such file"))?;
-    let mut config = Config::new();
-    config.decode(document, &mut Arena::new(memory))?;
+    let config = config_source::decode(document, memory)?;
     config.check()?;
     if !config.has_command() {
         return Err(error!("nothing to run"));

@@ -23,6 +23,12 @@ pub fn open(path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
     rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::from_raw_mode(0o644))
 }
 
+/// The same, with the path counted from a directory (openat(2)).
+pub fn open_at(directory: &OwnedFd, path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let mode = Mode::from_raw_mode(0o644);
+    rustix::fs::openat(directory, path, flags | OFlags::CLOEXEC, mode)
+}
+
 /// Reads some bytes (read(2)).
 pub fn read(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
     rustix::io::read(file, buffer)
