@@ -5,6 +5,7 @@ use crate::error::{Log, Result};
 use crate::sys::files;
 use core::ffi::CStr;
 use proto::bytes::split;
+use proto::config::PATH;
 use proto::message::ToLossy;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -39,7 +40,7 @@ pub fn load(scratch: &mut [u8], log: &mut dyn Log) -> Result {
 
 /// One that is loaded already is fine.
 fn load_one(path: &[u8], is_compressed: bool) -> Result<(), Errno> {
-    let mut buffer = files::Path::new();
+    let mut buffer = [0; PATH];
     let path = files::join(&[path], &mut buffer).ok_or(Errno::NAMETOOLONG)?;
     let file = files::open(path, OFlags::RDONLY)?;
     let flags = match is_compressed {

@@ -23,7 +23,7 @@ const LO_INDEX: u32 = 1;
 ///
 /// From sysfs: SIOCGIFINDEX would make the kernel look for a module of that name (dev_load).
 pub fn interface_index(name: &str) -> Option<u32> {
-    let mut path = files::Path::new();
+    let mut path = [0; 64];
     let parts = [b"/sys/class/net/", name.as_bytes(), b"/ifindex"];
     let file = files::open(files::join(&parts, &mut path)?, OFlags::RDONLY).ok()?;
     let mut text = [0; 16];

@@ -113,11 +113,11 @@ pub fn read_lines(pipe: &OwnedFd, log: &mut dyn Log) -> Lines {
                 continue;
             }
             if let Some((kind, text)) = line.split_first() {
-                let message = message!("{}", core::str::from_utf8(text).unwrap_or("?"));
+                let text = core::str::from_utf8(text).unwrap_or("?");
                 match *kind {
-                    ERROR if lines.error.is_none() => lines.error = Some(message.into()),
-                    STEP => lines.step = Some(message.into()),
-                    WARNING => log.warn(&message),
+                    ERROR if lines.error.is_none() => lines.error = Some(error!("{text}")),
+                    STEP => lines.step = Some(error!("{text}")),
+                    WARNING => log.warn(&text),
                     _ => {}
                 }
             }

@@ -6,7 +6,6 @@
 use crate::error;
 use crate::error::{Result, name};
 use core::ffi::CStr;
-use proto::bytes::split;
 use proto::config::PATH;
 use proto::message::ToLossy;
 use rustix::fd::OwnedFd;
@@ -45,17 +44,16 @@ pub fn write_vectored(file: &OwnedFd, pieces: &[rustix::io::IoSlice]) -> Result<
     rustix::io::writev(file, pieces)
 }
 
-/// Room for a path and a name behind it.
-pub type Path = heapless::Vec<u8, { PATH + 256 }>;
-
 /// The parts one behind the other as a path for the kernel; `None` when they do not fit.
-pub fn join<'p>(parts: &[&[u8]], path: &'p mut Path) -> Option<&'p CStr> {
-    path.clear();
+pub fn join<'p>(parts: &[&[u8]], room: &'p mut [u8]) -> Option<&'p CStr> {
+    let mut length = 0;
     for part in parts {
-        path.extend_from_slice(part).ok()?;
+        let place = room.get_mut(length..)?.get_mut(..part.len())?;
+        place.copy_from_slice(part);
+        length += part.len();
     }
-    path.push(0).ok()?;
-    Some(c_str(path))
+    *room.get_mut(length)? = 0;
+    Some(c_str(room))
 }
 
 /// Reads a regular file whole into `buffer`; `None` when it is not there.
@@ -138,19 +136,17 @@ pub fn make_directory(path: &CStr, mode: u32) -> Result<(), Errno> {
 
 /// Creates a directory and those above it that are missing, with mode 0755.
 pub fn make_directories(path: &[u8]) -> Result<(), Errno> {
-    let mut prefix = Path::new();
-    for part in split(path, b'/') {
-        let fits =
-            prefix.extend_from_slice(part).is_ok() && prefix.extend_from_slice(b"/\0").is_ok();
-        if !fits {
-            return Err(Errno::NAMETOOLONG);
+    let mut prefix = [0; PATH];
+    for (at, byte) in path.iter().enumerate() {
+        *prefix.get_mut(at).ok_or(Errno::NAMETOOLONG)? = *byte;
+        if *byte != b'/' && at + 1 < path.len() {
+            continue;
         }
         match make_directory(c_str(&prefix), 0o755) {
             // What is in the way of the next part, or of the use of the last, says so itself.
             Ok(()) | Err(Errno::ISDIR) => {}
             other => return other,
         }
-        prefix.pop();
     }
     Ok(())
 }
