@@ -7,7 +7,7 @@ use crate::sys::files;
 use crate::sys::{self, Words};
 use core::ffi::CStr;
 use proto::address;
-use proto::config::{Address, Config, Host};
+use proto::config::{Config, Host};
 use proto::environment::Environment;
 use proto::json::escape;
 use proto::message::{Message, ToLossy};
@@ -94,8 +94,8 @@ fn check(
         print_line("hostname", config.hostname.as_bytes());
     }
     for address in config.addresses() {
-        let Address { ip, prefix, .. } = address;
-        let mut line = message!("{}/{prefix} mtu {}", address::Text(&ip), config.mtu());
+        let (ip, prefix) = (address::Text(&address.ip), u32::from(address.prefix));
+        let mut line = message!("{ip}/{prefix} mtu {}", config.mtu());
         if let Some(gateway) = address.gateway {
             line = message!("{line} via {}", address::Text(&gateway));
         }

@@ -144,7 +144,7 @@ impl Session<'_> {
                     Err(Answer::None(error)) => error,
                     Err(wrong) => return Err(wrong),
                 },
-                Ok((status, _)) => error!("status {status}"),
+                Ok((status, _)) => error!("status {}", u32::from(status)),
                 Err(why) => {
                     self.connection = None;
                     why

@@ -88,7 +88,7 @@ pub fn configure(config: &Config, log: &mut dyn Log) -> Result {
         let index = bring_up(&channel, device, config.mtu(), log)?;
         let request = netlink::add_address(index, &ip, prefix);
         channel.request(&request).map_err(|error| {
-            let ip = address::Text(&ip);
+            let (ip, prefix) = (address::Text(&ip), u32::from(prefix));
             error!("add {ip}/{prefix} to {device}: {error}")
         })?;
     }

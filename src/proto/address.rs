@@ -94,12 +94,12 @@ impl Display for Text<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             IpAddr::V4(ip) => {
-                let [a, b, c, d] = ip.octets();
+                let [a, b, c, d] = ip.octets().map(u32::from);
                 write!(formatter, "{a}.{b}.{c}.{d}")
             }
             IpAddr::V6(ip) => {
                 let mut separator = "";
-                for group in ip.segments() {
+                for group in ip.segments().map(usize::from) {
                     write!(formatter, "{separator}{group:x}")?;
                     separator = ":";
                 }

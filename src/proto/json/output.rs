@@ -1,5 +1,6 @@
 //! Strings of JSON, written.
 
+use crate::message;
 use core::fmt::{self, Display, Write};
 
 /// Gives `bytes` to `put` as they stand in a JSON string, until it takes no more; how many of them
@@ -37,9 +38,8 @@ fn put_character(character: char, put: &mut dyn FnMut(&str) -> bool) -> bool {
         '\r' => put("\\r"),
         '\t' => put("\\t"),
         '\0'..' ' => {
-            let mut escape = heapless::String::<6>::new();
-            let _fits = write!(escape, "\\u{:04x}", u32::from(character));
-            put(&escape)
+            let escape = message!("\\u{:04x}", character as usize);
+            put(escape.as_str())
         }
         _ => put(character.encode_utf8(&mut [0; 4])),
     }
