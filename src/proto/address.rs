@@ -92,20 +92,22 @@ pub struct Text<'a>(pub &'a IpAddr);
 
 impl Display for Text<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
         match self.0 {
             IpAddr::V4(ip) => {
-                let [a, b, c, d] = ip.octets().map(u32::from);
-                write!(formatter, "{a}.{b}.{c}.{d}")
+                for octet in ip.octets() {
+                    write!(formatter, "{separator}{}", u32::from(octet))?;
+                    separator = ".";
+                }
             }
             IpAddr::V6(ip) => {
-                let mut separator = "";
-                for group in ip.segments().map(usize::from) {
-                    write!(formatter, "{separator}{group:x}")?;
+                for group in ip.segments() {
+                    write!(formatter, "{separator}{:x}", usize::from(group))?;
                     separator = ":";
                 }
-                Ok(())
             }
         }
+        Ok(())
     }
 }
 
