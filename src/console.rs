@@ -5,7 +5,7 @@ use crate::error::Log;
 use crate::sys::epoll::Poller;
 use crate::sys::{files, terminal};
 use core::ffi::CStr;
-use core::fmt::{self, Display};
+use core::fmt::{self, Display, Write};
 use proto::buffer::Buffer;
 use proto::json::Quoted;
 use proto::message;
@@ -106,7 +106,8 @@ impl Console {
         }
         let mut line = message!("{}{fields}", LogLine(level, message));
         if let Some((uid, gid)) = self.identity {
-            line = message!("{line} uid={uid} gid={gid}");
+            // Writing to a message never fails.
+            let _ = write!(line, " uid={uid} gid={gid}");
         }
         self.write_line(&line);
     }
@@ -223,13 +224,8 @@ struct LogLine<'a>(Level, &'a dyn Display);
 impl Display for LogLine<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(level, message) = self;
-        let message = message!("{message}");
-        let message = Quoted(message.as_bytes());
-        write!(
-            formatter,
-            "pigeon-init: level={} msg={message}",
-            level.name()
-        )
+        let (level, message) = (level.name(), Quoted(*message));
+        write!(formatter, "pigeon-init: level={level} msg={message}")
     }
 }
 

@@ -93,7 +93,7 @@ impl Exit {
             None => message!("{{\"code\":{code},\"oom_killed\":{oom_killed}}}"),
             Some(error) => message!(
                 "{{\"code\":{code},\"oom_killed\":{oom_killed},\"error\":{}}}",
-                Quoted(message!("{error}").as_bytes())
+                Quoted(error)
             ),
         }
     }

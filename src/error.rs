@@ -1,7 +1,7 @@
 //! Errors: what failed, on what, and the errno's name.
 
 use crate::page::PageBox;
-use core::fmt::{self, Display};
+use core::fmt::{self, Display, Write};
 use proto::message::{ErrnoName, Message};
 use rustix::io::Errno;
 
@@ -19,15 +19,18 @@ pub struct Error {
 impl Error {
     /// Formats an error; [`error!`](crate::error!) calls it.
     pub fn format(arguments: fmt::Arguments<'_>) -> Self {
-        Self::from(Message::format(arguments))
+        let mut message = PageBox::new(Message::new).ok();
+        if let Some(message) = &mut message {
+            // Writing to a message never fails.
+            let _ = message.write_fmt(arguments);
+        }
+        Self { message }
     }
 }
 
 impl From<Message> for Error {
     fn from(message: Message) -> Self {
-        Self {
-            message: PageBox::new(|| message).ok(),
-        }
+        Self::format(format_args!("{message}"))
     }
 }
 

@@ -699,10 +699,7 @@ impl Connection {
     /// A command cannot be started.
     fn fail_session(&mut self, error: &Error, shared: &mut Shared) {
         let reason = message!("{error}");
-        let message = message!(
-            "{{\"Error\":{{\"message\":{}}}}}",
-            Quoted(reason.as_bytes())
-        );
+        let message = message!("{{\"Error\":{{\"message\":{}}}}}", Quoted(error));
         self.end_session(&message, CloseCode::InternalError, reason.as_str(), shared);
     }
 

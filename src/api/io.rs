@@ -220,7 +220,7 @@ impl Io {
 
 /// `{"error":"…"}`
 pub fn error_body(error: &dyn Display) -> Message {
-    message!("{{\"error\":{}}}", Quoted(message!("{error}").as_bytes()))
+    message!("{{\"error\":{}}}", Quoted(error))
 }
 
 /// Why a call is refused.

@@ -16,7 +16,7 @@ use proto::bodies::{ID, SessionControl, SessionRequest, Stdin};
 use proto::http::Status;
 use proto::json::Quoted;
 use proto::message;
-use proto::message::Message;
+use proto::message::{Message, ToLossy};
 use proto::ring::{self, Cursor, Ring};
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
@@ -454,7 +454,7 @@ impl Named {
         let mut command = heapless::String::new();
         for argument in request.command {
             let separator = if command.is_empty() { "" } else { "," };
-            let entry = message!("{separator}{}", Quoted(argument.to_bytes()));
+            let entry = message!("{separator}{}", Quoted(&argument.lossy()));
             // What does not fit is not shown.
             if command.push_str(entry.as_str()).is_err() {
                 break;

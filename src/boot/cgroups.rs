@@ -6,10 +6,11 @@ use crate::context::Cgroups;
 use crate::error::{Log, Result};
 use crate::sys::files;
 use core::ffi::CStr;
+use proto::bytes::split;
 use proto::message::ToLossy;
 use proto::users::Identity;
 use rustix::fd::OwnedFd;
-use rustix::fs::{AtFlags, CWD, Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
@@ -83,7 +84,7 @@ pub fn mount(layout: Layout, log: &mut dyn Log) -> Result {
 }
 
 fn mount_v1(log: &mut dyn Log) -> Result {
-    let directory = open_directory(CWD, mounts::CGROUP).map_err(context!("open /sys/fs/cgroup"))?;
+    let directory = open_directory(mounts::CGROUP).map_err(context!("open /sys/fs/cgroup"))?;
     for (name, controllers) in V1 {
         if let Err(errno) = mount_hierarchy(&directory, name, controllers) {
             log.warn(&context!("mount cgroup on /sys/fs/cgroup/{}", name.lossy())(errno));
@@ -117,7 +118,7 @@ fn mount_hierarchy(parent: &OwnedFd, name: &CStr, controllers: &[&CStr]) -> Resu
 
 /// Makes the groups; in the unified layout they can use all controllers.
 fn make_groups(layout: Layout, log: &mut dyn Log) {
-    let made = open_directory(CWD, layout.v2()).and_then(|root| {
+    let made = open_directory(layout.v2()).and_then(|root| {
         if layout == Layout::Unified {
             enable_controllers(&root)?;
         }
@@ -142,40 +143,40 @@ const LINE: usize = 256;
 /// Enables all controllers for the groups below: `cpu io memory` read, `+cpu +io +memory` written.
 fn enable_controllers(root: &OwnedFd) -> Result<(), Errno> {
     let mut names = [0; LINE];
-    let file = open_file(root, c"cgroup.controllers", OFlags::RDONLY)?;
+    let file = files::open_at(root, c"cgroup.controllers", OFlags::RDONLY)?;
     let length = files::read(&file, &mut names)?;
     let mut line = heapless::Vec::<u8, { 2 * LINE }>::new();
-    for name in names
-        .get(..length)
-        .unwrap_or_default()
-        .split(u8::is_ascii_whitespace)
-    {
+    let names = names.get(..length).unwrap_or_default().trim_ascii();
+    for name in split(names, b' ') {
         if !name.is_empty() {
             let _fits = line
                 .extend_from_slice(b" +")
                 .and_then(|()| line.extend_from_slice(name));
         }
     }
-    let file = open_file(root, c"cgroup.subtree_control", OFlags::WRONLY)?;
+    let file = files::open_at(root, c"cgroup.subtree_control", OFlags::WRONLY)?;
     files::write(&file, &line).map(drop)
 }
 
 /// Gives the workload's group to its user, and opens the groups.
 pub fn open(layout: Layout, user: &Identity, log: &mut dyn Log) -> Cgroups {
-    let group = |name| {
-        let root = open_directory(CWD, layout.v2())?;
-        open_directory(&root, name)
+    let root = match layout {
+        Layout::None => return Cgroups::default(),
+        _ => open_directory(layout.v2()),
     };
-    if layout == Layout::None {
+    let Ok(root) = root else {
         return Cgroups::default();
-    }
-    let workload = group(WORKLOAD).ok();
-    if let Some(Err(errno)) = workload.as_ref().map(|workload| delegate(workload, user)) {
+    };
+    let group = |name| files::open_at(&root, name, DIRECTORY).ok();
+    let workload = group(WORKLOAD);
+    if let Some(workload) = &workload
+        && let Err(errno) = delegate(workload, user)
+    {
         log.warn(&context!("delegate the workload's cgroup")(errno));
     }
     Cgroups {
         workload,
-        commands: group(COMMANDS).ok(),
+        commands: group(COMMANDS),
     }
 }
 
@@ -194,11 +195,8 @@ fn make_directory(parent: &OwnedFd, name: &CStr) -> Result<(), Errno> {
     rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o755))
 }
 
-fn open_directory(parent: impl rustix::fd::AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    rustix::fs::openat(parent, name, flags, Mode::empty())
-}
+const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY);
 
-fn open_file(parent: &OwnedFd, name: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
-    rustix::fs::openat(parent, name, flags | OFlags::CLOEXEC, Mode::empty())
+fn open_directory(path: &CStr) -> Result<OwnedFd, Errno> {
+    files::open(path, DIRECTORY)
 }

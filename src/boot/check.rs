@@ -1,13 +1,13 @@
 //! What the program does when it is not PID 1: it looks at a configuration.
 
+use crate::boot::config_source;
 use crate::error;
 use crate::error::Result;
 use crate::sys::files;
 use crate::sys::{self, Words};
 use core::ffi::CStr;
 use proto::address;
-use proto::arena::Arena;
-use proto::config::{Address, Config, Host};
+use proto::config::{Config, Host};
 use proto::environment::Environment;
 use proto::json::escape;
 use proto::message::{Message, ToLossy};
@@ -67,8 +67,7 @@ fn check(
     memory: &mut [u8],
 ) -> Result {
     let document = files::read_whole(path, document)?.ok_or_else(|| error!("no such file"))?;
-    let mut config = Config::new();
-    config.decode(document, &mut Arena::new(memory))?;
+    let config = config_source::decode(document, memory)?;
     config.check()?;
     if !config.has_command() {
         return Err(error!("nothing to run"));
@@ -95,8 +94,8 @@ fn check(
         print_line("hostname", config.hostname.as_bytes());
     }
     for address in config.addresses() {
-        let Address { ip, prefix, .. } = address;
-        let mut line = message!("{}/{prefix} mtu {}", address::Text(&ip), config.mtu());
+        let (ip, prefix) = (address::Text(&address.ip), u32::from(address.prefix));
+        let mut line = message!("{ip}/{prefix} mtu {}", config.mtu());
         if let Some(gateway) = address.gateway {
             line = message!("{line} via {}", address::Text(&gateway));
         }

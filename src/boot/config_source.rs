@@ -4,6 +4,7 @@ use crate::boot::network::{self, Channel};
 use crate::context;
 use crate::error;
 use crate::error::{Error, Result};
+use crate::page::PageBox;
 use crate::sys::files;
 use crate::sys::{self, Stopwatch};
 use core::ffi::CStr;
@@ -73,17 +74,18 @@ fn load_file(document: &mut [u8], memory: &mut [u8]) -> Result<Option<usize>> {
     let Some(document) = files::read_whole(FILE, document)? else {
         return Ok(None);
     };
-    match has_command(document, memory)? {
+    match decode(document, memory)?.has_command() {
         true => Ok(Some(document.len())),
         false => Err(error!("nothing to run")),
     }
 }
 
-/// Whether a document has something to run.
-fn has_command(document: &mut [u8], memory: &mut [u8]) -> Result<bool> {
-    let mut config = Config::new();
+/// Decodes a document; its strings come to lie in `memory`.
+pub fn decode<'a>(document: &mut [u8], memory: &'a mut [u8]) -> Result<PageBox<Config<'a>>> {
+    let mut config =
+        PageBox::new(Config::new).map_err(context!("make room for the configuration"))?;
     config.decode(document, &mut Arena::new(memory))?;
-    Ok(config.has_command())
+    Ok(config)
 }
 
 /// Why the service gave no configuration.
@@ -142,7 +144,7 @@ impl Session<'_> {
                     Err(Answer::None(error)) => error,
                     Err(wrong) => return Err(wrong),
                 },
-                Ok((status, _)) => error!("status {status}"),
+                Ok((status, _)) => error!("status {}", u32::from(status)),
                 Err(why) => {
                     self.connection = None;
                     why
@@ -261,9 +263,9 @@ fn read_answer(body: &mut [u8], memory: &mut [u8]) -> Result<(), Answer> {
     if content == b"null" {
         return Err(Answer::None(error!("null")));
     }
-    match has_command(body, memory) {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(Answer::None(error!("nothing to run"))),
+    match decode(body, memory) {
+        Ok(config) if config.has_command() => Ok(()),
+        Ok(_) => Err(Answer::None(error!("nothing to run"))),
         Err(why) => Err(Answer::Wrong(why)),
     }
 }

@@ -9,7 +9,7 @@ use core::ffi::CStr;
 use proto::config::{Config, DOCUMENT};
 use proto::etc_files::{self, Contents};
 use proto::message::ToLossy;
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{CWD, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
@@ -97,12 +97,7 @@ impl File {
         files::write_whole(&substitute, contents)?;
         let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
         let mount = open_tree(CWD, self.substitute, clone)?;
-        let target = rustix::fs::openat(
-            CWD,
-            self.path,
-            OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
+        let target = files::open(self.path, OFlags::PATH | OFlags::NOFOLLOW)?;
         let both_by_descriptor =
             MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
         move_mount(&mount, c"", &target, c"", both_by_descriptor)

@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::process::helper::HelperLog;
 use crate::sys::{self, Stopwatch, disk, files};
 use core::ffi::CStr;
+use proto::bytes::split;
 use proto::config::PATH;
 use proto::message::ToLossy;
 use proto::superblock;
@@ -136,7 +137,7 @@ impl Options {
             flags: MountFlags::empty(),
             data: heapless::Vec::new(),
         };
-        for option in text.to_bytes().split(|byte| *byte == b',') {
+        for option in split(text.to_bytes(), b',') {
             match FLAGS.iter().find(|(name, _)| *name == option) {
                 Some((_, flag)) => options.flags |= *flag,
                 None => options.push(option),

@@ -3,12 +3,14 @@
 
 use super::cgroups::Layout;
 use super::config_source::{self, Source};
+use crate::error;
+use crate::error::Error;
 use crate::output_log::{Destination, OutputLog};
 use crate::supervisor::LINGER;
 use crate::sys::Words;
-use proto::bytes::decimal;
-use proto::message;
-use proto::message::{Level, Message, ToLossy};
+use proto::bytes::split_once;
+use proto::decimal;
+use proto::message::{Level, ToLossy};
 
 /// Without the API's call for it no output is kept.
 const DEFAULT_OUTPUT: Destination = match cfg!(feature = "logs") {
@@ -42,7 +44,7 @@ pub struct KernelParams {
     /// `PIGEON_EVENTS_PORT`: the host's vsock port that is told of events.
     pub events_port: Option<u32>,
     /// A value that was none of the allowed ones.
-    pub refused: Option<Message>,
+    pub refused: Option<Error>,
 }
 
 impl KernelParams {
@@ -60,34 +62,65 @@ impl KernelParams {
             refused: None,
         };
         for word in words.iter() {
-            let word = word.to_bytes();
-            let Some(sign) = word.iter().position(|byte| *byte == b'=') else {
+            let Some((name, value)) = split_once(word.to_bytes(), b'=') else {
                 continue;
             };
-            let (name, value) = word.split_at_checked(sign).unwrap_or_default();
-            let value = value.get(1..).unwrap_or(&[]);
-            let allowed = match name {
-                b"INIT_LOG_LEVEL" => params.set_level(value),
-                b"PIGEON_CONFIG" => params.set_source(value),
-                b"PIGEON_CGROUPS" => params.set_cgroups(value),
-                b"PIGEON_MMDS_TIMEOUT_MS" => set_number(&mut params.mmds_timeout, value),
-                #[cfg(feature = "logs")]
-                b"PIGEON_OUTPUT" => params.set_output(value),
-                #[cfg(feature = "logs")]
-                b"PIGEON_LOG_KIB" => set_number(&mut params.log_kib, value),
-                b"PIGEON_EVENTS_PORT" => params.set_events_port(value),
-                b"PIGEON_EXIT_LINGER_MS" => set_number(&mut params.linger, value),
-                _ => continue,
-            };
-            if let Err(allowed) = allowed {
-                params.refused = Some(message!(
-                    "kernel parameter {}={}: must be {allowed}",
-                    name.lossy(),
-                    value.lossy()
-                ));
+            // What is not UTF-8 is neither a name nor a value that is known.
+            let [known_name, known_value] =
+                [name, value].map(|text| core::str::from_utf8(text).unwrap_or_default());
+            if let Err(allowed) = params.set(known_name, known_value) {
+                let (name, value) = (name.lossy(), value.lossy());
+                params.refused = Some(error!("kernel parameter {name}={value}: must be {allowed}"));
             }
         }
         params
+    }
+
+    /// Sets a parameter, if there is one of that name. The error says which values are allowed.
+    fn set(&mut self, name: &str, value: &str) -> Result<(), &'static str> {
+        match name {
+            "INIT_LOG_LEVEL" => {
+                self.level = match value {
+                    "debug" | "info" => Level::Info,
+                    "warn" => Level::Warn,
+                    _ => return Err("debug, info or warn"),
+                }
+            }
+            "PIGEON_CONFIG" => {
+                self.source = match value {
+                    "auto" => Source::Auto,
+                    "mmds" => Source::Mmds,
+                    "file" => Source::File,
+                    _ => return Err("auto, mmds or file"),
+                }
+            }
+            "PIGEON_CGROUPS" => {
+                self.cgroups = match value {
+                    "hybrid" => Layout::Hybrid,
+                    "unified" => Layout::Unified,
+                    "none" => Layout::None,
+                    _ => return Err("hybrid, unified or none"),
+                }
+            }
+            "PIGEON_MMDS_TIMEOUT_MS" => self.mmds_timeout = number(value)?,
+            #[cfg(feature = "logs")]
+            "PIGEON_OUTPUT" => {
+                self.output = match value {
+                    "both" => Destination::Both,
+                    "console" => Destination::Console,
+                    "log" => Destination::Log,
+                    _ => return Err("both, console or log"),
+                }
+            }
+            #[cfg(feature = "logs")]
+            "PIGEON_LOG_KIB" => self.log_kib = number(value)?,
+            "PIGEON_EVENTS_PORT" => {
+                self.events_port = Some(decimal::parse(value.as_bytes()).ok_or("a port")?);
+            }
+            "PIGEON_EXIT_LINGER_MS" => self.linger = number(value)?,
+            _ => {}
+        }
+        Ok(())
     }
 
     /// The log that they ask for.
@@ -97,54 +130,9 @@ impl KernelParams {
             _ => OutputLog::new((self.log_kib.min(MAX_LOG_KIB) << 10) as usize),
         }
     }
-
-    fn set_level(&mut self, value: &[u8]) -> Result<(), &'static str> {
-        self.level = match value {
-            b"debug" | b"info" => Level::Info,
-            b"warn" => Level::Warn,
-            _ => return Err("debug, info or warn"),
-        };
-        Ok(())
-    }
-
-    #[cfg(feature = "logs")]
-    fn set_output(&mut self, value: &[u8]) -> Result<(), &'static str> {
-        self.output = match value {
-            b"both" => Destination::Both,
-            b"console" => Destination::Console,
-            b"log" => Destination::Log,
-            _ => return Err("both, console or log"),
-        };
-        Ok(())
-    }
-
-    fn set_events_port(&mut self, value: &[u8]) -> Result<(), &'static str> {
-        self.events_port = Some(decimal(value).ok_or("a port")?);
-        Ok(())
-    }
-
-    fn set_source(&mut self, value: &[u8]) -> Result<(), &'static str> {
-        self.source = match value {
-            b"auto" => Source::Auto,
-            b"mmds" => Source::Mmds,
-            b"file" => Source::File,
-            _ => return Err("auto, mmds or file"),
-        };
-        Ok(())
-    }
-
-    fn set_cgroups(&mut self, value: &[u8]) -> Result<(), &'static str> {
-        self.cgroups = match value {
-            b"hybrid" => Layout::Hybrid,
-            b"unified" => Layout::Unified,
-            b"none" => Layout::None,
-            _ => return Err("hybrid, unified or none"),
-        };
-        Ok(())
-    }
 }
 
-fn set_number(number: &mut u64, value: &[u8]) -> Result<(), &'static str> {
-    *number = decimal(value).map(u64::from).ok_or("a whole number")?;
-    Ok(())
+fn number(value: &str) -> Result<u64, &'static str> {
+    let number: Option<u32> = decimal::parse(value.as_bytes());
+    number.map(u64::from).ok_or("a whole number")
 }

@@ -28,7 +28,6 @@ use crate::process::{credentials, oom_score};
 use crate::supervisor::Supervisor;
 use config_source::Source;
 use kernel_params::KernelParams;
-use proto::arena::Arena;
 use proto::config::{Config, DOCUMENT};
 use proto::users::Identity;
 use rustix::process::{Resource, Rlimit};
@@ -65,9 +64,8 @@ pub fn run(
 
     let (length, source) =
         config_source::load(params.source, params.mmds_timeout, document, memory)?;
-    let mut config = Config::new();
     let document = document.get_mut(..length).unwrap_or(&mut []);
-    config.decode(document, &mut Arena::new(memory))?;
+    let config = config_source::decode(document, memory)?;
     config
         .check()
         .map_err(|error| error!("configuration: {error}"))?;

@@ -4,7 +4,8 @@ use crate::context;
 use crate::error::{Log, Result};
 use crate::sys::files;
 use core::ffi::CStr;
-use proto::bytes::{split, trim};
+use proto::bytes::split;
+use proto::config::PATH;
 use proto::message::ToLossy;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -20,7 +21,7 @@ const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
 /// Loads the modules on the list. One that cannot be loaded is a warning: what needs it says more.
 pub fn load(scratch: &mut [u8], log: &mut dyn Log) -> Result {
     let list = files::read_whole(LIST, scratch)?.unwrap_or_default();
-    for line in split(list, b'\n').map(trim) {
+    for line in split(list, b'\n').map(<[u8]>::trim_ascii) {
         if line.is_empty() {
             continue;
         }
@@ -39,7 +40,7 @@ pub fn load(scratch: &mut [u8], log: &mut dyn Log) -> Result {
 
 /// One that is loaded already is fine.
 fn load_one(path: &[u8], is_compressed: bool) -> Result<(), Errno> {
-    let mut buffer = files::Path::new();
+    let mut buffer = [0; PATH];
     let path = files::join(&[path], &mut buffer).ok_or(Errno::NAMETOOLONG)?;
     let file = files::open(path, OFlags::RDONLY)?;
     let flags = match is_compressed {

@@ -7,8 +7,8 @@ use crate::sys;
 use crate::sys::files;
 use core::net::IpAddr;
 use proto::address;
-use proto::bytes::{decimal, trim};
 use proto::config::{Address, Config};
+use proto::decimal;
 use proto::message::{ErrnoName, ToLossy};
 use proto::netlink::{self, Acknowledgement, Existing, Request};
 use rustix::fd::OwnedFd;
@@ -23,12 +23,12 @@ const LO_INDEX: u32 = 1;
 ///
 /// From sysfs: SIOCGIFINDEX would make the kernel look for a module of that name (dev_load).
 pub fn interface_index(name: &str) -> Option<u32> {
-    let mut path = files::Path::new();
+    let mut path = [0; 64];
     let parts = [b"/sys/class/net/", name.as_bytes(), b"/ifindex"];
     let file = files::open(files::join(&parts, &mut path)?, OFlags::RDONLY).ok()?;
     let mut text = [0; 16];
     let length = files::read(&file, &mut text).ok()?;
-    decimal(trim(text.get(..length)?))
+    decimal::parse(text.get(..length)?.trim_ascii())
 }
 
 /// The index of the interface that Firecracker's metadata service is reached through.
@@ -88,7 +88,7 @@ pub fn configure(config: &Config, log: &mut dyn Log) -> Result {
         let index = bring_up(&channel, device, config.mtu(), log)?;
         let request = netlink::add_address(index, &ip, prefix);
         channel.request(&request).map_err(|error| {
-            let ip = address::Text(&ip);
+            let (ip, prefix) = (address::Text(&ip), u32::from(prefix));
             error!("add {ip}/{prefix} to {device}: {error}")
         })?;
     }

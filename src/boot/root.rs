@@ -9,13 +9,13 @@ use crate::error;
 use crate::error::{Log, Result};
 use crate::process::credentials;
 use crate::process::helper::HelperLog;
-use crate::sys::files;
+use crate::sys::{c_str, files};
 use core::ffi::CStr;
 use core::mem::MaybeUninit;
 use proto::config::{Config, Overlay};
 use proto::message::ToLossy;
 use rustix::fd::OwnedFd;
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RawDir};
+use rustix::fs::{AtFlags, CWD, FileType, OFlags, RawDir};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, move_mount};
 
@@ -73,8 +73,8 @@ pub fn switch(log: &mut dyn Log) -> Result {
     for tree in mounts::TREES {
         // Below the working directory. A link there would lead out of the root, to what is deleted
         // below: it is not followed.
-        let target = tree.to_bytes().strip_prefix(b"/").unwrap_or_default();
-        move_mount(CWD, tree, CWD, target, MoveMountFlags::empty())
+        let below = tree.to_bytes_with_nul().get(1..).unwrap_or_default();
+        move_mount(CWD, tree, CWD, c_str(below), MoveMountFlags::empty())
             .map_err(context!("move {} onto the root", tree.lossy()))?;
     }
     if let Err(errno) = empty(old) {
@@ -143,6 +143,5 @@ fn delete_entries(directory: &OwnedFd, is_root: bool) -> Result<Option<OwnedFd>,
 }
 
 fn enter(directory: &OwnedFd, name: &CStr) -> Result<OwnedFd, Errno> {
-    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::openat(directory, name, flags, Mode::empty())
+    files::open_at(directory, name, OFlags::DIRECTORY | OFlags::NOFOLLOW)
 }

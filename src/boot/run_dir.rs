@@ -4,7 +4,7 @@
 
 use crate::context;
 use crate::process::helper::HelperLog;
-use crate::sys::files;
+use crate::sys::{c_str, files};
 use core::ffi::CStr;
 use core::mem::MaybeUninit;
 use rustix::fd::OwnedFd;
@@ -85,7 +85,7 @@ fn copy_tree(from: OwnedFd, to: OwnedFd, buffer: &mut [u8]) -> Result<(), Stop> 
         if entries > ENTRIES {
             return Err(Stop::Limit("more than 1,024 entries"));
         }
-        let name = crate::sys::c_str(&name);
+        let name = c_str(&name);
         let status = rustix::fs::statat(&level.from, name, AtFlags::SYMLINK_NOFOLLOW)?;
         match FileType::from_raw_mode(status.st_mode) {
             FileType::Directory => next = Some(copy_directory(level, name, &status)?),
@@ -131,8 +131,7 @@ fn next_entry(level: &mut Level, name: &mut heapless::Vec<u8, NAME>) -> Result<b
 /// One that is there already, /run/lock, keeps its owner and mode.
 fn copy_directory(level: &Level, name: &CStr, status: &Stat) -> Result<Level, Errno> {
     let made = rustix::fs::mkdirat(&level.to, name, Mode::RWXU);
-    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let open = |parent| rustix::fs::openat(parent, name, flags, Mode::empty());
+    let open = |parent| files::open_at(parent, name, OFlags::DIRECTORY | OFlags::NOFOLLOW);
     let next = Level {
         from: open(&level.from)?,
         to: open(&level.to)?,
@@ -148,17 +147,16 @@ fn copy_directory(level: &Level, name: &CStr, status: &Stat) -> Result<Level, Er
 
 fn copy_link(level: &Level, name: &CStr, status: &Stat, buffer: &mut [u8]) -> Result<(), Errno> {
     let length = rustix::fs::readlinkat_raw(&level.from, name, &mut *buffer)?;
-    let target = buffer.get(..length).unwrap_or_default();
-    rustix::fs::symlinkat(target, &level.to, name)?;
+    *buffer.get_mut(length).ok_or(Errno::NAMETOOLONG)? = 0;
+    rustix::fs::symlinkat(c_str(buffer), &level.to, name)?;
     let (uid, gid) = owner(status);
     rustix::fs::chownat(&level.to, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)
 }
 
 fn copy_file(level: &Level, name: &CStr, status: &Stat, buffer: &mut [u8]) -> Result<(), Errno> {
-    let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let from = rustix::fs::openat(&level.from, name, flags, Mode::empty())?;
-    let flags = flags | OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
-    let to = rustix::fs::openat(&level.to, name, flags, Mode::RUSR)?;
+    let from = files::open_at(&level.from, name, OFlags::NOFOLLOW)?;
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
+    let to = files::open_at(&level.to, name, flags)?;
     loop {
         let count = files::read(&from, buffer)?;
         if count == 0 {

@@ -10,7 +10,7 @@ use core::ffi::{CStr, c_char};
 use core::ptr::null;
 use proto::arena::Strings;
 use proto::bytes::{find, split};
-use proto::config::ARGV;
+use proto::config::{ARGV, PATH};
 use proto::environment::{self, ENV_ENTRIES, Environment};
 use proto::message;
 use proto::message::{Message, ToLossy};
@@ -29,13 +29,13 @@ struct Scratch {
     /// Of two lists, and null.
     argv: [*const c_char; 2 * ARGV + 1],
     environment: [*const c_char; ENV_ENTRIES + 1],
-    path: files::Path,
+    path: [u8; PATH],
 }
 
 static SCRATCH: Static<Scratch> = Static::new(Scratch {
     argv: [null(); 2 * ARGV + 1],
     environment: [null(); ENV_ENTRIES + 1],
-    path: files::Path::new(),
+    path: [0; PATH],
 });
 
 /// Standard input, output and error of a command.

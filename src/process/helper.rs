@@ -7,8 +7,8 @@ use crate::context;
 use crate::error;
 use crate::error::{Error, Log, Result};
 use crate::sys::{self, Fork, Stopwatch, files};
-use core::fmt::Display;
-use proto::message;
+use core::fmt::{Display, Write};
+use proto::message::{MESSAGE, Message};
 use rustix::fd::OwnedFd;
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
@@ -17,9 +17,9 @@ use rustix::process::{Pid, WaitOptions, WaitStatus};
 pub const TIMEOUT: u64 = 30_000;
 
 /// What a line from a helper is; its first byte.
-const WARNING: u8 = b'w';
-const STEP: u8 = b's';
-const ERROR: u8 = b'e';
+const WARNING: char = 'w';
+const STEP: char = 's';
+const ERROR: char = 'e';
 
 /// A helper's way to tell its parent something.
 pub struct HelperLog(OwnedFd);
@@ -47,8 +47,11 @@ impl HelperLog {
 
     /// One write of less than PIPE_BUF bytes, so whole (pipe(7)). It does not block: of more than a
     /// pipe holds the end is lost.
-    fn send(&self, kind: u8, message: &dyn Display) {
-        let line = message!("{}{message}\n", char::from(kind));
+    fn send(&self, kind: char, message: &dyn Display) {
+        let mut line = Message::new();
+        // Writing to a message never fails.
+        let _ = line.write_char(kind);
+        let _ = writeln!(line, "{message}");
         let _parent_gone = files::write(&self.0, line.as_bytes());
     }
 }
@@ -104,7 +107,7 @@ pub struct Lines {
 /// Reads what a child has sent; its warnings go to `warn`.
 pub fn read_lines(pipe: &OwnedFd, log: &mut dyn Log) -> Lines {
     let mut lines = Lines::default();
-    let mut line = heapless::Vec::<u8, { message::MESSAGE }>::new();
+    let mut line = heapless::Vec::<u8, MESSAGE>::new();
     let mut piece = [0; 512];
     while let Ok(count @ 1..) = files::read(pipe, &mut piece) {
         for &byte in piece.get(..count).unwrap_or(&[]) {
@@ -113,11 +116,11 @@ pub fn read_lines(pipe: &OwnedFd, log: &mut dyn Log) -> Lines {
                 continue;
             }
             if let Some((kind, text)) = line.split_first() {
-                let message = message!("{}", core::str::from_utf8(text).unwrap_or("?"));
-                match *kind {
-                    ERROR if lines.error.is_none() => lines.error = Some(message.into()),
-                    STEP => lines.step = Some(message.into()),
-                    WARNING => log.warn(&message),
+                let text = core::str::from_utf8(text).unwrap_or("?");
+                match char::from(*kind) {
+                    ERROR if lines.error.is_none() => lines.error = Some(error!("{text}")),
+                    STEP => lines.step = Some(error!("{text}")),
+                    WARNING => log.warn(&text),
                     _ => {}
                 }
             }

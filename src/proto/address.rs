@@ -2,46 +2,48 @@
 //!
 //! core reads and writes the same in 7 KiB, one part in fourteen of the smallest build.
 
+use crate::bytes::{find, split};
 use crate::decimal;
 use core::fmt::{self, Display};
 use core::net::IpAddr;
 
 /// Reads an IPv4 address in dotted quads, or an IPv6 address (RFC 4291 section 2.2).
 pub fn parse(text: &str) -> Option<IpAddr> {
-    match text.contains(':') {
-        true => parse_ipv6(text).map(IpAddr::from),
-        false => parse_ipv4(text).map(IpAddr::from),
+    let text = text.as_bytes();
+    match find(text, b':') {
+        Some(_) => parse_ipv6(text).map(IpAddr::from),
+        None => parse_ipv4(text).map(IpAddr::from),
     }
 }
 
-fn parse_ipv4(text: &str) -> Option<[u8; 4]> {
-    let mut parts = text.split('.');
+fn parse_ipv4(text: &[u8]) -> Option<[u8; 4]> {
+    let mut parts = split(text, b'.');
     let mut octets = [0; 4];
     for octet in &mut octets {
         let digits = parts.next()?;
         // A leading zero would be octal to some.
-        if digits.len() > 1 && digits.starts_with('0') {
+        if digits.len() > 1 && digits.starts_with(b"0") {
             return None;
         }
-        *octet = decimal::parse(digits.as_bytes())?;
+        *octet = decimal::parse(digits)?;
     }
     parts.next().is_none().then_some(octets)
 }
 
-fn parse_ipv6(text: &str) -> Option<[u8; 16]> {
+fn parse_ipv6(text: &[u8]) -> Option<[u8; 16]> {
     let mut bytes = [0; 16];
     let mut length = 0;
     // Where `::` stands for zeros.
     let mut gap = None;
     let mut rest = text;
-    if let Some(others) = text.strip_prefix("::") {
+    if let Some(others) = text.strip_prefix(b"::") {
         gap = Some(0);
         rest = others;
     }
     while !rest.is_empty() {
-        let end = rest.find(':').unwrap_or(rest.len());
+        let end = find(rest, b':').unwrap_or(rest.len());
         let (piece, others) = rest.split_at_checked(end)?;
-        if others.is_empty() && piece.contains('.') {
+        if others.is_empty() && find(piece, b'.').is_some() {
             // The last two groups may be an IPv4 address.
             *bytes.get_mut(length..)?.first_chunk_mut()? = parse_ipv4(piece)?;
             length += 4;
@@ -49,14 +51,14 @@ fn parse_ipv6(text: &str) -> Option<[u8; 16]> {
         }
         *bytes.get_mut(length..)?.first_chunk_mut()? = parse_group(piece)?.to_be_bytes();
         length += 2;
-        rest = if let Some(others) = others.strip_prefix("::")
+        rest = if let Some(others) = others.strip_prefix(b"::")
             && gap.is_none()
         {
             gap = Some(length);
             others
         } else {
-            match others.strip_prefix(':') {
-                None if others.is_empty() => "",
+            match others.strip_prefix(b":") {
+                None if others.is_empty() => b"",
                 Some(others) if !others.is_empty() => others,
                 _ => return None,
             }
@@ -76,13 +78,13 @@ fn parse_ipv6(text: &str) -> Option<[u8; 16]> {
 }
 
 /// One to four hexadecimal digits.
-fn parse_group(digits: &str) -> Option<u16> {
+fn parse_group(digits: &[u8]) -> Option<u16> {
     if !(1..=4).contains(&digits.len()) {
         return None;
     }
-    digits
-        .chars()
-        .try_fold(0, |sum, digit| Some(sum << 4 | digit.to_digit(16)? as u16))
+    digits.iter().try_fold(0, |sum, digit| {
+        Some(sum << 4 | char::from(*digit).to_digit(16)? as u16)
+    })
 }
 
 /// An address for display; IPv6 with every group: valid, and enough for a log line.
@@ -90,20 +92,22 @@ pub struct Text<'a>(pub &'a IpAddr);
 
 impl Display for Text<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
         match self.0 {
             IpAddr::V4(ip) => {
-                let [a, b, c, d] = ip.octets();
-                write!(formatter, "{a}.{b}.{c}.{d}")
+                for octet in ip.octets() {
+                    write!(formatter, "{separator}{}", u32::from(octet))?;
+                    separator = ".";
+                }
             }
             IpAddr::V6(ip) => {
-                let mut separator = "";
                 for group in ip.segments() {
-                    write!(formatter, "{separator}{group:x}")?;
+                    write!(formatter, "{separator}{:x}", usize::from(group))?;
                     separator = ":";
                 }
-                Ok(())
             }
         }
+        Ok(())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::address;
 use crate::arena::{Arena, Strings};
+use crate::bytes::{split, split_text_once};
 use crate::decimal;
 use crate::json::{self, Object, Parse, Place};
 use crate::message;
@@ -272,7 +273,7 @@ impl Parse for Gateway {
             self.0 = None;
             return Ok(());
         }
-        let (address, prefix) = text.split_once('/').unwrap_or((text, "0"));
+        let (address, prefix) = split_text_once(text, b'/').unwrap_or((text, "0"));
         match decimal::parse(prefix.as_bytes()) {
             Some(0..=128) => self.0.parse(address),
             _ => Err("not an address"),
@@ -377,7 +378,7 @@ impl<'a> Config<'a> {
     /// Where what is written to the root goes, if not to its device.
     pub fn root_overlay(&self) -> Option<Overlay<'a>> {
         let text = self.root_overlay.to_bytes_with_nul();
-        let behind = |start: &[u8]| CStr::from_bytes_with_nul(text.strip_prefix(start)?).ok();
+        let behind = |start: &[u8]| CStr::from_bytes_until_nul(text.strip_prefix(start)?).ok();
         if text.starts_with(b"/") {
             Some(Overlay::Device(self.root_overlay))
         } else if text == b"tmpfs\0" {
@@ -390,7 +391,7 @@ impl<'a> Config<'a> {
     /// Kernel parameters: their names, as [`sysctl::Path`] has them, and values.
     pub fn sysctls(&self) -> impl Iterator<Item = (&'a str, &'a str)> + Clone {
         let pairs = self.sysctls.iter().filter_map(|pair| pair.to_str().ok());
-        pairs.filter_map(|pair| pair.split_once('='))
+        pairs.filter_map(|pair| split_text_once(pair, b'='))
     }
 
     /// Checks what the document's form does not show. The error names the field.
@@ -586,7 +587,7 @@ impl<'a> Mount<'a> {
 
 /// The names of a path, without empty ones and `.`.
 fn names(path: &CStr) -> impl Iterator<Item = &[u8]> {
-    let names = path.to_bytes().split(|byte| *byte == b'/');
+    let names = split(path.to_bytes(), b'/');
     names.filter(|name| !matches!(*name, b"" | b"."))
 }
 
@@ -627,7 +628,7 @@ fn check_each<'a>(
 /// An address, perhaps with an IPv6 zone (`fe80::1%eth0`, resolv.conf(5)).
 fn is_name_server(server: &str) -> bool {
     let is_zone = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-    match server.split_once('%') {
+    match split_text_once(server, b'%') {
         None => address::parse(server).is_some(),
         Some((address, zone)) => {
             matches!(address::parse(address), Some(IpAddr::V6(_)))

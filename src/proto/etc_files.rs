@@ -1,7 +1,7 @@
 //! The contents of /etc/hosts and /etc/resolv.conf.
 
 use crate::arena::Strings;
-use crate::bytes::{find, split, trim};
+use crate::bytes::{find, split};
 use crate::config::{EtcResolv, Host};
 
 /// Marks a line of /etc/hosts as ours, so that the next boot replaces it.
@@ -47,7 +47,7 @@ impl<'a> Contents<'a> {
 pub fn hosts(old: &[u8], entries: &[Host], new: &mut Contents) {
     let mut blank = true;
     keep(old, &mut |line| {
-        blank &= trim(line).is_empty();
+        blank &= line.trim_ascii().is_empty();
         new.put(line);
         new.put(b"\n");
     });
@@ -99,7 +99,7 @@ fn halves(line: &[u8]) -> (&[u8], &[u8]) {
 fn says(line: &[u8], ip: &[u8], name: &[u8]) -> bool {
     let mut is_first = true;
     for piece in split(halves(line).0, b' ') {
-        for word in split(piece, b'\t').map(trim) {
+        for word in split(piece, b'\t').map(<[u8]>::trim_ascii) {
             if word.is_empty() {
                 continue;
             }

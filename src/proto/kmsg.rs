@@ -1,5 +1,6 @@
 //! Records of /dev/kmsg (Documentation/ABI/testing/dev-kmsg): what the kernel itself says.
 
+use crate::bytes::{before, split, split_once};
 use crate::decimal;
 
 /// Whether `record` is the kernel's own word that its OOM killer chose process `pid`.
@@ -21,17 +22,14 @@ pub fn is_virtual_machine_fork(record: &[u8]) -> bool {
 /// A record is `prefix;text`, and its prefix starts with `facility * 8 + level`. Facility 0 is the
 /// kernel's: what user space writes gets another one (kernel/printk/printk.c, devkmsg_write).
 fn kernel_text(record: &[u8]) -> Option<&[u8]> {
-    let mut parts = record.splitn(2, |byte| *byte == b';');
-    let priority: u32 = decimal::parse(parts.next()?.split(|byte| *byte == b',').next()?)?;
-    let text = parts.next()?.split(|byte| *byte == b'\n').next()?;
-    (priority >> 3 == 0).then_some(text)
+    let (prefix, text) = split_once(record, b';')?;
+    let priority: u32 = decimal::parse(before(prefix, b','))?;
+    (priority >> 3 == 0).then_some(before(text, b'\n'))
 }
 
 /// `oom-kill:constraint=…,task=NAME,pid=N,uid=N`: NAME is the process's to choose, so from the end.
 fn chosen(text: &[u8]) -> Option<u32> {
-    let mut fields = text
-        .strip_prefix(b"oom-kill:")?
-        .rsplit(|byte| *byte == b',');
+    let mut fields = split(text.strip_prefix(b"oom-kill:")?, b',').rev();
     let _uid: u32 = decimal::parse(fields.next()?.strip_prefix(b"uid=")?)?;
     decimal::parse(fields.next()?.strip_prefix(b"pid=")?)
 }
@@ -44,7 +42,7 @@ fn killed(text: &[u8]) -> Option<u32> {
         b"Out of memory (oom_kill_allocating_task): Killed process ",
     ];
     let rest = STARTS.iter().find_map(|start| text.strip_prefix(*start))?;
-    let (digits, _name) = rest.split_at_checked(rest.iter().position(|byte| *byte == b' ')?)?;
+    let (digits, _name) = split_once(rest, b' ')?;
     decimal::parse(digits)
 }
 

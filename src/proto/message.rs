@@ -138,18 +138,11 @@ impl Display for Lossy<'_> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ErrnoName(pub i32);
 
-/// Defines [`ErrnoName::name`].
+/// Defines the numbers and their names as in errno(3).
 macro_rules! errno_names {
     ($($name:ident)*) => {
-        impl ErrnoName {
-            /// The name as in errno(3).
-            fn name(self) -> Option<&'static str> {
-                match u32::try_from(self.0).ok()? {
-                    $(linux_raw_sys::errno::$name => Some(stringify!($name)),)*
-                    _ => None,
-                }
-            }
-        }
+        const NUMBERS: &[u32] = &[$(linux_raw_sys::errno::$name),*];
+        const NAMES: &[&str] = &[$(stringify!($name)),*];
     };
 }
 
@@ -164,8 +157,9 @@ errno_names! {
 
 impl Display for ErrnoName {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.name() {
-            Some(name) => formatter.write_str(name),
+        let mut known = NUMBERS.iter().zip(NAMES);
+        match known.find(|(number, _)| i64::from(**number) == i64::from(self.0)) {
+            Some((_, name)) => formatter.write_str(name),
             None => write!(formatter, "errno {}", self.0),
         }
     }

@@ -1,5 +1,6 @@
 //! Lines of /proc/self/mountinfo (proc_pid_mountinfo(5)).
 
+use crate::bytes::{split, split_once};
 use crate::decimal;
 use core::ffi::CStr;
 
@@ -46,11 +47,10 @@ pub struct Decoded<'r> {
 /// `id parent major:minor root mount-point options optional… - type source super-options`.
 /// `None` when it does not reach its mount point.
 pub fn parse(line: &[u8]) -> Option<Mount<'_>> {
-    let mut fields = line.trim_ascii_end().split(|byte| *byte == b' ');
+    let mut fields = split(line.trim_ascii_end(), b' ');
     let id = decimal::parse(fields.next()?)?;
     let _parent = fields.next()?;
-    let mut device = fields.next()?.splitn(2, |byte| *byte == b':');
-    let (major, minor) = (device.next()?, device.next()?);
+    let (major, minor) = split_once(fields.next()?, b':')?;
     let _root = fields.next()?;
     let mount_point = fields.next().filter(|path| !path.is_empty())?;
     let mut last = fields.skip_while(|field| *field != b"-").skip(1);

@@ -1,5 +1,6 @@
 //! rtnetlink messages (rtnetlink(7), netlink(7)): requests, acknowledgements, and dumps. Bytes only.
 
+use crate::bytes::before;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 // include/uapi/linux/netlink.h
@@ -363,9 +364,7 @@ impl<'a> Acknowledgement<'a> {
             _ => NLMSG_HDRLEN,
         };
         let attributes = message.payload.get(NLMSGERR_ERROR.saturating_add(echo)..)?;
-        attribute(attributes, NLMSGERR_ATTR_MSG)?
-            .split(|byte| *byte == 0)
-            .next()
+        Some(before(attribute(attributes, NLMSGERR_ATTR_MSG)?, 0))
     }
 }
 

@@ -1,5 +1,6 @@
 //! Resource limits by the names of prlimit(1).
 
+use crate::bytes::split_text_once;
 use crate::decimal;
 use crate::json::{Object, Parse, Place};
 use serde::Deserialize;
@@ -53,7 +54,7 @@ pub struct Limit {
 impl Limit {
     /// Reads `65536`, `unlimited`, or both limits: `1024:unlimited`.
     pub fn parse(text: &str) -> Option<Self> {
-        let (soft, hard) = text.split_once(':').unwrap_or((text, text));
+        let (soft, hard) = split_text_once(text, b':').unwrap_or((text, text));
         let limit = Self {
             soft: limit(soft)?,
             hard: limit(hard)?,

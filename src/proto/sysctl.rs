@@ -1,5 +1,6 @@
 //! Kernel parameters by the names of sysctl(8).
 
+use crate::bytes::split;
 use core::ffi::CStr;
 
 const ROOT: &[u8] = b"/proc/sys/";
@@ -30,7 +31,7 @@ impl Path {
             };
             path.push(byte).ok()?;
         }
-        let mut parts = path.get(ROOT.len()..)?.split(|byte| *byte == b'/');
+        let mut parts = split(path.get(ROOT.len()..)?, b'/');
         if parts.any(|part| matches!(part, b"" | b"." | b"..")) {
             return None;
         }
@@ -40,7 +41,7 @@ impl Path {
 
     /// The whole path.
     pub fn as_c_str(&self) -> &CStr {
-        CStr::from_bytes_with_nul(&self.0).unwrap_or_default()
+        CStr::from_bytes_until_nul(&self.0).unwrap_or_default()
     }
 }
 

@@ -1,5 +1,6 @@
 //! Users and groups from the text of passwd(5) and group(5).
 
+use crate::bytes::{split, split_once};
 use crate::decimal;
 use crate::message::ToLossy;
 use core::fmt::{self, Display};
@@ -86,49 +87,63 @@ impl Identity {
         passwd: &[u8],
         group: &[u8],
     ) -> Result<(), IdentityError<'a>> {
-        let mut parts = spec.splitn(2, |byte| *byte == b':');
-        let user = parts.next().filter(|user| !user.is_empty());
-        let user = user.unwrap_or(b"root");
-        let given_group = parts.next().filter(|group| !group.is_empty());
+        let (user, given_group) = split_once(spec, b':').unwrap_or((spec, b""));
+        let user = if user.is_empty() { b"root" } else { user };
+        let given_group = Some(given_group).filter(|group| !group.is_empty());
 
         let wanted = Wanted::parse(user).ok_or(IdentityError::UserId(user))?;
-        let account = accounts(passwd).find(|account| wanted.is(account.name, account.uid));
-        let home;
-        (self.uid, self.gid, home) = match (account, wanted) {
-            (
-                Some(Account {
-                    home: b"",
-                    uid,
-                    gid,
-                    ..
-                }),
-                _,
-            ) => (uid, gid, &b"/"[..]),
-            (Some(account), _) => (account.uid, account.gid, account.home),
-            (None, Wanted::Id(id)) => (id, id, &b"/"[..]),
+        let mut account = None;
+        let mut home: &[u8] = b"/";
+        match wanted {
+            Wanted::Id(id) => (self.uid, self.gid) = (id, id),
             // An image without /etc/passwd still has its root.
-            (None, Wanted::Name(b"root")) => (0, 0, &b"/root"[..]),
-            (None, Wanted::Name(name)) => return Err(IdentityError::UnknownUser(name)),
-        };
+            Wanted::Name(b"root") => (self.uid, self.gid, home) = (0, 0, b"/root"),
+            Wanted::Name(_) => {}
+        }
+        for line in split(passwd, b'\n') {
+            // name:password:UID:GID:GECOS:directory:shell
+            let [name, _, uid, gid, _, directory] = fields(line);
+            if let (Some(uid), Some(gid)) = (id(uid), id(gid))
+                && wanted.is(name, uid)
+            {
+                (self.uid, self.gid) = (uid, gid);
+                home = if directory.is_empty() {
+                    b"/"
+                } else {
+                    directory
+                };
+                account = Some(name);
+                break;
+            }
+        }
+        if account.is_none()
+            && let Wanted::Name(name) = wanted
+            && name != b"root"
+        {
+            return Err(IdentityError::UnknownUser(name));
+        }
         self.home.clear();
         if self.home.extend_from_slice(home).is_err() {
             return Err(IdentityError::LongHome(user));
         }
         if let Some(name) = given_group {
             self.gid = find_group(name, group)?;
+            account = None;
         }
         self.groups.clear();
-        let mut join = |gid| self.groups.contains(&gid) || self.groups.push(gid).is_ok();
-        let mut fits = join(self.gid);
-        if let (None, Some(account)) = (given_group, account) {
-            for group in groups(group).filter(|group| group.has_member(account.name)) {
-                fits &= join(group.gid);
+        let mut fits = self.groups.push(self.gid).is_ok();
+        for line in split(group, b'\n') {
+            let [_, _, gid, members, ..] = fields(line);
+            if let (Some(gid), Some(account)) = (id(gid), account)
+                && split(members, b',').any(|member| member == account)
+                && !self.groups.contains(&gid)
+            {
+                fits &= self.groups.push(gid).is_ok();
             }
         }
-        if fits {
-            Ok(())
-        } else {
-            Err(IdentityError::TooManyGroups(user))
+        match fits {
+            true => Ok(()),
+            false => Err(IdentityError::TooManyGroups(user)),
         }
     }
 
@@ -145,13 +160,15 @@ impl Identity {
 
 /// The id of a group, given by its name or as that id.
 fn find_group<'a>(wanted: &'a [u8], group: &[u8]) -> Result<u32, IdentityError<'a>> {
-    match Wanted::parse(wanted).ok_or(IdentityError::GroupId(wanted))? {
-        Wanted::Id(id) => Ok(id),
-        Wanted::Name(name) => groups(group)
-            .find(|group| group.name == name)
-            .map(|group| group.gid)
-            .ok_or(IdentityError::UnknownGroup(name)),
-    }
+    let name = match Wanted::parse(wanted).ok_or(IdentityError::GroupId(wanted))? {
+        Wanted::Id(id) => return Ok(id),
+        Wanted::Name(name) => name,
+    };
+    let found = split(group, b'\n').find_map(|line| {
+        let [group, _, gid, ..] = fields(line);
+        id(gid).filter(|_| group == name)
+    });
+    found.ok_or(IdentityError::UnknownGroup(name))
 }
 
 /// What a user or group is given by.
@@ -182,58 +199,17 @@ impl<'a> Wanted<'a> {
     }
 }
 
-/// A line of passwd(5).
-#[derive(Clone, Copy)]
-struct Account<'a> {
-    name: &'a [u8],
-    uid: u32,
-    gid: u32,
-    home: &'a [u8],
-}
-
-/// name:password:UID:GID:GECOS:directory:shell
-fn accounts(passwd: &[u8]) -> impl Iterator<Item = Account<'_>> {
-    lines(passwd).filter_map(|line| {
-        let mut fields = line.split(|byte| *byte == b':');
-        Some(Account {
-            name: fields.next().filter(|name| !name.is_empty())?,
-            uid: fields.nth(1).and_then(id)?,
-            gid: fields.next().and_then(id)?,
-            home: fields.nth(1).unwrap_or(&[]),
-        })
-    })
-}
-
-/// A line of group(5).
-struct Group<'a> {
-    name: &'a [u8],
-    gid: u32,
-    /// Names, with commas between them.
-    members: &'a [u8],
-}
-
-impl Group<'_> {
-    fn has_member(&self, name: &[u8]) -> bool {
-        self.members
-            .split(|byte| *byte == b',')
-            .any(|member| member == name)
+/// The first fields of a line of passwd(5) or group(5); empty where there are fewer, and where the
+/// line has no name.
+fn fields(line: &[u8]) -> [&[u8]; 6] {
+    let mut all = [&[][..]; 6];
+    let line = line.trim_ascii();
+    if !line.starts_with(b":") {
+        for (place, field) in all.iter_mut().zip(split(line, b':')) {
+            *place = field;
+        }
     }
-}
-
-/// group_name:password:GID:user_list
-fn groups(group: &[u8]) -> impl Iterator<Item = Group<'_>> {
-    lines(group).filter_map(|line| {
-        let mut fields = line.split(|byte| *byte == b':');
-        Some(Group {
-            name: fields.next().filter(|name| !name.is_empty())?,
-            gid: fields.nth(1).and_then(id)?,
-            members: fields.next().unwrap_or(&[]),
-        })
-    })
-}
-
-fn lines(file: &[u8]) -> impl Iterator<Item = &[u8]> {
-    file.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii)
+    all
 }
 
 /// The largest id: 2^32 - 1 means "no change" to the kernel (setuid(2)).

@@ -124,7 +124,7 @@ fn kernel_log() -> Result<(OwnedFd, OwnedFd), Errno> {
     // /dev/kmsg (Documentation/admin-guide/devices.txt)
     let (kind, mode) = (FileType::CharacterDevice, Mode::RUSR);
     rustix::fs::mknodat(&nodes, c"kmsg", kind, mode, makedev(1, 11))?;
-    let log = private::open(&nodes, c"kmsg", OFlags::NONBLOCK)?;
+    let log = files::open_at(&nodes, c"kmsg", OFlags::NONBLOCK)?;
     rustix::fs::seek(&log, SeekFrom::End(0))?;
     Ok((proc, log))
 }

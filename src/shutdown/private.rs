@@ -4,8 +4,9 @@
 use crate::sys::Region;
 use crate::sys::files;
 use core::ffi::CStr;
+use proto::bytes::{Split, split};
 use rustix::fd::OwnedFd;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
@@ -26,7 +27,7 @@ pub fn mount_device(kind: &CStr, device: &CStr) -> Result<OwnedFd, Errno> {
     let context = rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
     rustix::mount::fsconfig_set_string(&context, c"source", device)?;
     let mounted = finish(&context)?;
-    open(&mounted, c".", OFlags::DIRECTORY)
+    files::open_at(&mounted, c".", OFlags::DIRECTORY)
 }
 
 fn finish(context: &OwnedFd) -> Result<OwnedFd, Errno> {
@@ -43,14 +44,9 @@ pub fn proc() -> Result<OwnedFd, Errno> {
     mount(c"proc", core::iter::empty())
 }
 
-/// Opens a file by its path below `directory`.
-pub fn open(directory: &OwnedFd, path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
-    rustix::fs::openat(directory, path, flags | OFlags::CLOEXEC, Mode::empty())
-}
-
 /// Writes to one of the kernel's files.
 pub fn write(directory: &OwnedFd, path: &CStr, value: &[u8]) -> Result<(), Errno> {
-    let file = open(directory, path, OFlags::WRONLY)?;
+    let file = files::open_at(directory, path, OFlags::WRONLY)?;
     files::write(&file, value).map(drop)
 }
 
@@ -63,7 +59,7 @@ pub struct Text {
 impl Text {
     /// Reads it, up to [`TABLE`] bytes.
     pub fn read(directory: &OwnedFd, path: &CStr) -> Result<Self, Errno> {
-        let file = open(directory, path, OFlags::RDONLY)?;
+        let file = files::open_at(directory, path, OFlags::RDONLY)?;
         let mut memory = Region::new(TABLE)?;
         let mut length = 0;
         while let count @ 1.. = files::read(&file, memory.get_mut(length..).unwrap_or(&mut []))? {
@@ -73,8 +69,8 @@ impl Text {
     }
 
     /// Its lines.
-    pub fn lines(&self) -> impl DoubleEndedIterator<Item = &[u8]> {
+    pub fn lines(&self) -> Split<'_> {
         let text = self.memory.get(..self.length).unwrap_or(&[]);
-        text.split(|byte| *byte == b'\n')
+        split(text, b'\n')
     }
 }

@@ -1,7 +1,7 @@
 //! Processes at the end: those that a cgroup keeps from dying, and limits that keep PID 1 from forking.
 
 use crate::shutdown::private::{self, Text};
-use crate::sys;
+use crate::sys::{self, files};
 use core::ffi::CStr;
 use core::mem::MaybeUninit;
 use proto::bytes::split;
@@ -18,7 +18,7 @@ pub fn kill() {
     leave_cgroups(&proc);
     if let Ok(root) = unified() {
         each_directory(&root, |name| {
-            let group = private::open(&root, name, OFlags::DIRECTORY | OFlags::NOFOLLOW);
+            let group = files::open_at(&root, name, OFlags::DIRECTORY | OFlags::NOFOLLOW);
             // It counts for all cgroups below (Documentation/admin-guide/cgroup-v2.rst).
             let _before_5_14 = group.and_then(|group| private::write(&group, c"cgroup.kill", b"1"));
         });
@@ -96,7 +96,7 @@ fn hierarchy(proc: &OwnedFd, controller: &[u8]) -> Option<OwnedFd> {
 
 /// Calls `visit` with the name of each directory in `parent`.
 fn each_directory(parent: &OwnedFd, mut visit: impl FnMut(&CStr)) {
-    let Ok(parent) = private::open(parent, c".", OFlags::DIRECTORY) else {
+    let Ok(parent) = files::open_at(parent, c".", OFlags::DIRECTORY) else {
         return;
     };
     let mut buffer = [MaybeUninit::uninit(); 4096];

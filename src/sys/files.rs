@@ -22,6 +22,12 @@ pub fn open(path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
     rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::from_raw_mode(0o644))
 }
 
+/// The same, with the path counted from a directory (openat(2)).
+pub fn open_at(directory: &OwnedFd, path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let mode = Mode::from_raw_mode(0o644);
+    rustix::fs::openat(directory, path, flags | OFlags::CLOEXEC, mode)
+}
+
 /// Reads some bytes (read(2)).
 pub fn read(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
     rustix::io::read(file, buffer)
@@ -38,17 +44,16 @@ pub fn write_vectored(file: &OwnedFd, pieces: &[rustix::io::IoSlice]) -> Result<
     rustix::io::writev(file, pieces)
 }
 
-/// Room for a path and a name behind it.
-pub type Path = heapless::Vec<u8, { PATH + 256 }>;
-
 /// The parts one behind the other as a path for the kernel; `None` when they do not fit.
-pub fn join<'p>(parts: &[&[u8]], path: &'p mut Path) -> Option<&'p CStr> {
-    path.clear();
+pub fn join<'p>(parts: &[&[u8]], room: &'p mut [u8]) -> Option<&'p CStr> {
+    let mut length = 0;
     for part in parts {
-        path.extend_from_slice(part).ok()?;
+        let place = room.get_mut(length..)?.get_mut(..part.len())?;
+        place.copy_from_slice(part);
+        length += part.len();
     }
-    path.push(0).ok()?;
-    Some(c_str(path))
+    *room.get_mut(length)? = 0;
+    Some(c_str(room))
 }
 
 /// Reads a regular file whole into `buffer`; `None` when it is not there.
@@ -131,19 +136,17 @@ pub fn make_directory(path: &CStr, mode: u32) -> Result<(), Errno> {
 
 /// Creates a directory and those above it that are missing, with mode 0755.
 pub fn make_directories(path: &[u8]) -> Result<(), Errno> {
-    let mut prefix = Path::new();
-    for part in path.split(|byte| *byte == b'/') {
-        let fits =
-            prefix.extend_from_slice(part).is_ok() && prefix.extend_from_slice(b"/\0").is_ok();
-        if !fits {
-            return Err(Errno::NAMETOOLONG);
+    let mut prefix = [0; PATH];
+    for (at, byte) in path.iter().enumerate() {
+        *prefix.get_mut(at).ok_or(Errno::NAMETOOLONG)? = *byte;
+        if *byte != b'/' && at + 1 < path.len() {
+            continue;
         }
         match make_directory(c_str(&prefix), 0o755) {
             // What is in the way of the next part, or of the use of the last, says so itself.
             Ok(()) | Err(Errno::ISDIR) => {}
             other => return other,
         }
-        prefix.pop();
     }
     Ok(())
 }

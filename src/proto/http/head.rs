@@ -3,6 +3,7 @@
 use super::error::RequestError;
 use super::response::{Accept, Reply};
 use super::target::Target;
+use crate::bytes::{find, split};
 use crate::{decimal, digest};
 
 /// Longest head in bytes, with the empty lines before it.
@@ -119,7 +120,7 @@ impl HeadParser {
     fn find_end(&mut self, bytes: &[u8]) -> Result<Option<usize>, RequestError> {
         let limited = bytes.get(..MAX_HEAD).unwrap_or(bytes);
         while let Some(fresh) = limited.get(self.scanned..)
-            && let Some(at) = fresh.iter().position(|byte| *byte == b'\n')
+            && let Some(at) = find(fresh, b'\n')
         {
             let end = self.scanned + at;
             let line = limited.get(self.line..end).unwrap_or(&[]);
@@ -295,7 +296,7 @@ impl<'a> Fields<'a> {
 }
 
 fn members(value: &[u8]) -> impl Iterator<Item = &[u8]> {
-    value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii)
+    split(value, b',').map(<[u8]>::trim_ascii)
 }
 
 fn lists(value: &[u8], token: &str) -> bool {

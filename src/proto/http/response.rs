@@ -1,6 +1,8 @@
 //! Response heads (RFC 9112 section 4), and the chunks of responses whose length is not known.
 
 use super::status::Status;
+use crate::message;
+use crate::message::Message;
 use core::fmt::{self, Display, Write};
 
 /// The interim response to `Expect: 100-continue`.
@@ -8,9 +10,6 @@ pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
 /// Ends a chunked body.
 pub const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
-
-/// Longest response head in bytes: those of the API have at most seven short header lines.
-const MAX_RESPONSE_HEAD: usize = 512;
 
 /// `Sec-WebSocket-Accept` for a handshake's key (RFC 6455 section 4.2.2).
 pub type Accept = [u8; 28];
@@ -68,10 +67,10 @@ pub enum Content {
     UntilClose,
 }
 
-/// A response's head, built line by line.
+/// A response's head, built line by line. A message has room for twice the lines that there are.
 #[derive(Clone, Debug)]
 pub struct ResponseHead {
-    text: heapless::String<MAX_RESPONSE_HEAD>,
+    text: Message,
 }
 
 impl ResponseHead {
@@ -83,11 +82,11 @@ impl ResponseHead {
     /// A response with content of a media type.
     pub fn with_type(status: Status, reply: Reply, content: Content, media_type: &str) -> Self {
         let mut head = Self {
-            text: heapless::String::new(),
+            text: Message::new(),
         };
         head.write(format_args!(
             "HTTP/1.1 {} {}\r\n",
-            status.code(),
+            u32::from(status.code()),
             status.reason()
         ));
         if content != Content::None {
@@ -101,7 +100,7 @@ impl ResponseHead {
         if status == Status::UpgradeRequired {
             head.header("Upgrade", "websocket");
             head.header("Connection", "Upgrade");
-            head.header("Sec-WebSocket-Version", 13);
+            head.header("Sec-WebSocket-Version", "13");
         }
         if !reply.keep_alive || content == Content::UntilClose {
             head.header("Connection", "close");
@@ -133,40 +132,35 @@ impl ResponseHead {
     }
 
     /// Ends the head: its text.
-    pub fn finish(mut self) -> heapless::String<MAX_RESPONSE_HEAD> {
+    pub fn finish(mut self) -> Message {
         self.write(format_args!("\r\n"));
-        if !self.text.ends_with("\r\n\r\n") {
-            // A header line too much, which is a fault of this program. Half a head must not be sent.
-            self.text.clear();
-            self.write(format_args!(
-                "HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-            ));
+        if self.text.as_bytes().ends_with(b"\r\n\r\n") {
+            return self.text;
         }
-        self.text
+        // A header line too much, which is a fault of this program. Half a head must not be sent.
+        message!(
+            "HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        )
     }
 
-    /// Adds text; what does not fit makes the head useless, as [`finish`](Self::finish) finds out.
+    /// Adds text; one that is cut is useless, as [`finish`](Self::finish) finds out.
     fn write(&mut self, text: fmt::Arguments<'_>) {
-        if self.text.write_fmt(text).is_err() {
-            // Nothing more fits.
-            while self.text.push(' ').is_ok() {}
-        }
+        let _cut = self.text.write_fmt(text);
     }
 }
 
 /// The size line before a chunk's content; CRLF follows the content.
 #[derive(Clone, Debug)]
 pub struct ChunkHeader {
-    text: heapless::String<18>,
+    text: Message,
 }
 
 impl ChunkHeader {
     /// For a chunk of `length` bytes. One of none would be [`LAST_CHUNK`].
     pub fn new(length: usize) -> Self {
-        let mut text = heapless::String::new();
-        // 16 digits at most, and CRLF.
-        let _fits = write!(text, "{length:x}\r\n");
-        Self { text }
+        Self {
+            text: message!("{length:x}\r\n"),
+        }
     }
 
     /// The line.
@@ -178,6 +172,7 @@ impl ChunkHeader {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::message::MESSAGE;
 
     const OPEN: Reply = Reply {
         keep_alive: true,
@@ -185,12 +180,16 @@ mod tests {
         head_only: false,
     };
 
+    fn text(head: ResponseHead) -> String {
+        head.finish().as_str().to_owned()
+    }
+
     #[test]
     fn response_heads_say_how_the_connection_goes_on() {
         let head = |reply| {
             let mut head = ResponseHead::new(Status::MethodNotAllowed, reply, Content::Length(5));
             head.header("Allow", "GET");
-            head.finish()
+            text(head)
         };
         let start = "HTTP/1.1 405 Method Not Allowed\r\nContent-Type: application/json\r\nContent-Length: 5\r\n";
         assert_eq!(head(OPEN), *format!("{start}Allow: GET\r\n\r\n"));
@@ -213,26 +212,26 @@ mod tests {
         let head = |mut reply: Reply| {
             let content = reply.stream();
             let head = ResponseHead::with_type(Status::Ok, reply, content, "text/plain");
-            (head.finish(), reply.keep_alive)
+            (text(head), reply.keep_alive)
         };
         let start = "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n";
         let chunked = format!("{start}Transfer-Encoding: chunked\r\n\r\n");
-        assert_eq!(head(OPEN), (chunked.as_str().try_into().unwrap(), true));
+        assert_eq!(head(OPEN), (chunked, true));
         let closing = format!("{start}Connection: close\r\n\r\n");
         let http10 = Reply {
             http10: true,
             ..OPEN
         };
-        assert_eq!(head(http10), (closing.as_str().try_into().unwrap(), false));
+        assert_eq!(head(http10), (closing, false));
     }
 
     #[test]
     fn a_response_without_content_says_nothing_of_it() {
-        let head = ResponseHead::new(Status::NoContent, OPEN, Content::None).finish();
-        assert_eq!(head, "HTTP/1.1 204 No Content\r\n\r\n");
+        let head = ResponseHead::new(Status::NoContent, OPEN, Content::None);
+        assert_eq!(text(head), "HTTP/1.1 204 No Content\r\n\r\n");
         let accept = b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
         assert_eq!(
-            ResponseHead::switching_protocols(accept).finish(),
+            text(ResponseHead::switching_protocols(accept)),
             "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
             Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
         );
@@ -240,8 +239,8 @@ mod tests {
 
     #[test]
     fn a_request_that_has_to_upgrade_is_told_to_what() {
-        let head = ResponseHead::new(Status::UpgradeRequired, OPEN, Content::Length(2)).finish();
-        assert!(head.contains(
+        let head = ResponseHead::new(Status::UpgradeRequired, OPEN, Content::Length(2));
+        assert!(text(head).contains(
             "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
         ));
     }
@@ -252,11 +251,13 @@ mod tests {
             let mut head = ResponseHead::new(Status::Ok, OPEN, Content::Length(5));
             head.header("X", "x".repeat(length));
             head.header("Y", "y");
-            head.finish()
+            text(head)
         };
-        let room = MAX_RESPONSE_HEAD - head(0).len();
-        assert_eq!(head(room).len(), MAX_RESPONSE_HEAD);
-        for more in 1..=MAX_RESPONSE_HEAD {
+        // Room for the mark of a cut is kept.
+        let longest = MESSAGE - "…".len();
+        let room = longest - head(0).len();
+        assert_eq!(head(room).len(), longest);
+        for more in 1..=MESSAGE {
             let head = head(room + more);
             assert!(
                 head.starts_with("HTTP/1.1 500 ") && head.ends_with("close\r\n\r\n"),

@@ -1,6 +1,7 @@
 //! Request targets (RFC 9112 section 3.2), their queries and percent-encoding.
 
 use super::error::RequestError;
+use crate::bytes::{find, split, split_text_once};
 use crate::{address, decimal};
 use core::net::IpAddr;
 
@@ -28,19 +29,19 @@ impl<'a> Target<'a> {
     pub(super) fn parse(target: &'a str) -> Result<Self, RequestError> {
         const SCHEME: &str = "http://";
         // A fragment is never sent (RFC 9110 section 7.1).
-        if target.contains('#') {
+        if find(target.as_bytes(), b'#').is_some() {
             return Err(RequestError::RequestTarget);
         }
         let mut path = target;
         if let Some((scheme, rest)) = target.split_at_checked(SCHEME.len())
             && scheme.eq_ignore_ascii_case(SCHEME)
         {
-            let end = rest.find(['/', '?']).unwrap_or(rest.len());
-            let (authority, resource) = rest.split_at(end);
-            if authority.is_empty() {
+            let end = rest.bytes().position(|byte| matches!(byte, b'/' | b'?'));
+            path = rest.get(end.unwrap_or(rest.len())..).unwrap_or("");
+            if end == Some(0) || rest.is_empty() {
+                // There is no authority.
                 return Err(RequestError::RequestTarget);
             }
-            path = resource;
             if !path.starts_with('/') {
                 // An empty path is the root (RFC 9110 section 4.2.3).
                 return Ok(Self::Resource {
@@ -52,15 +53,18 @@ impl<'a> Target<'a> {
         if !path.starts_with('/') && path != "*" {
             return Err(RequestError::RequestTarget);
         }
-        let (path, query) = path.split_once('?').unwrap_or((path, ""));
+        let (path, query) = split_text_once(path, b'?').unwrap_or((path, ""));
         Ok(Self::Resource { path, query })
     }
 
     /// Parses `host:port`, where an IPv6 address has brackets (RFC 9112 section 3.2.3).
     pub(super) fn parse_authority(target: &'a str) -> Result<Self, RequestError> {
         let authority = || {
-            let (host, port) = target.rsplit_once(':')?;
-            let port = decimal::parse(port.as_bytes()).filter(|port| *port != 0)?;
+            // Behind the last colon: an IPv6 address has more.
+            let mut pieces = split(target.as_bytes(), b':');
+            let digits = pieces.next_back()?;
+            let port = decimal::parse(digits).filter(|port| *port != 0)?;
+            let host = target.get(..target.len().checked_sub(digits.len() + 1)?)?;
             if let Some(address) = host.strip_prefix('[') {
                 let host = address.strip_suffix(']')?;
                 address::parse(host).filter(IpAddr::is_ipv6)?;
@@ -79,10 +83,18 @@ impl<'a> Target<'a> {
         let Self::Resource { query, .. } = self else {
             return None;
         };
-        query
-            .split('&')
-            .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
-            .find_map(|(key, value)| (key == name).then_some(value))
+        let mut rest = *query;
+        loop {
+            let (pair, others) = split_text_once(rest, b'&').unwrap_or((rest, ""));
+            let (key, value) = split_text_once(pair, b'=').unwrap_or((pair, ""));
+            if key == name {
+                return Some(value);
+            }
+            if others.is_empty() {
+                return None;
+            }
+            rest = others;
+        }
     }
 }
 

@@ -17,6 +17,7 @@ pub use normalize::{DEPTH, normalize};
 pub use output::{Quoted, escape};
 
 use crate::arena::{Arena, Full, Strings};
+use crate::message;
 use crate::message::{Message, ToLossy};
 use core::ffi::CStr;
 use core::fmt::{self, Write};
@@ -277,7 +278,7 @@ impl<'a> Decoder<'_, 'a> {
         match place {
             Place::CStr(place) => {
                 self.arena.push(b"\0")?;
-                *place = CStr::from_bytes_with_nul(self.arena.take()).unwrap_or_default();
+                *place = CStr::from_bytes_until_nul(self.arena.take()).unwrap_or_default();
             }
             Place::Str(place) => {
                 *place = core::str::from_utf8(self.arena.take()).unwrap_or_default();
@@ -295,9 +296,7 @@ impl<'a> Decoder<'_, 'a> {
                 false => Err(Wrong::Number(range)),
             },
             Place::ParsedOrNumber(place) => {
-                let mut digits = heapless::String::<20>::new();
-                let _fits = write!(digits, "{number}");
-                self.arena.push(digits.as_bytes())?;
+                self.arena.push(message!("{number}").as_bytes())?;
                 self.parse(place)
             }
             _ => Ok(()),

@@ -1,5 +1,6 @@
 //! Strings of JSON, written.
 
+use crate::message;
 use core::fmt::{self, Display, Write};
 
 /// Gives `bytes` to `put` as they stand in a JSON string, until it takes no more; how many of them
@@ -37,9 +38,8 @@ fn put_character(character: char, put: &mut dyn FnMut(&str) -> bool) -> bool {
         '\r' => put("\\r"),
         '\t' => put("\\t"),
         '\0'..' ' => {
-            let mut escape = heapless::String::<6>::new();
-            let _fits = write!(escape, "\\u{:04x}", u32::from(character));
-            put(&escape)
+            let escape = message!("\\u{:04x}", character as usize);
+            put(escape.as_str())
         }
         _ => put(character.encode_utf8(&mut [0; 4])),
     }
@@ -49,27 +49,43 @@ fn put_character(character: char, put: &mut dyn FnMut(&str) -> bool) -> bool {
 /// [`Message`](crate::message::Message).
 const QUOTED: usize = 896;
 
-/// Text as a JSON string with its quotes, for display; what is over 896 bytes is cut.
-pub struct Quoted<'a>(pub &'a [u8]);
+/// A text as a JSON string with its quotes, for display; what is over 896 bytes is cut.
+pub struct Quoted<'a>(pub &'a dyn Display);
 
 impl Display for Quoted<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_char('"')?;
-        let mut room = QUOTED;
+        formatter.write_str("\"")?;
+        let mut inside = Inside {
+            room: QUOTED,
+            is_cut: false,
+            formatter,
+        };
+        write!(inside, "{}", self.0)?;
+        let end = if inside.is_cut { "…\"" } else { "\"" };
+        formatter.write_str(end)
+    }
+}
+
+/// What stands between the quotes.
+struct Inside<'f, 'b> {
+    /// So many bytes can still be written.
+    room: usize,
+    is_cut: bool,
+    formatter: &'f mut fmt::Formatter<'b>,
+}
+
+impl Write for Inside<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
         let mut written = Ok(());
-        let used = escape(self.0, true, &mut |piece| {
-            let fits = piece.len() <= room;
-            if fits {
-                room -= piece.len();
-                written = formatter.write_str(piece);
+        escape(text.as_bytes(), true, &mut |piece| {
+            self.is_cut |= piece.len() > self.room;
+            if !self.is_cut {
+                self.room -= piece.len();
+                written = self.formatter.write_str(piece);
             }
-            fits && written.is_ok()
+            !self.is_cut && written.is_ok()
         });
-        written?;
-        if used < self.0.len() {
-            formatter.write_char('…')?;
-        }
-        formatter.write_char('"')
+        written
     }
 }
 
@@ -134,7 +150,7 @@ mod tests {
 
     #[test]
     fn a_quoted_text_is_a_string_of_json_and_cut_where_it_is_long() {
-        let quoted = |text: &str| message!("{}", Quoted(text.as_bytes())).as_str().to_owned();
+        let quoted = |text: &str| message!("{}", Quoted(&text)).as_str().to_owned();
         assert_eq!(quoted("say \"hi\"\n"), r#""say \"hi\"\n""#);
         let exact = "\"".repeat(448);
         assert_eq!(quoted(&exact), format!("\"{}\"", "\\\"".repeat(448)));
