@@ -582,10 +582,7 @@ fn quiet_gives_the_workloads_bytes_alone_and_its_exit_code() {
         script,
     ];
     let output = lab.pigeon(&words);
-    assert_eq!(
-        String::from_utf8_lossy(&output.stdout),
-        "one\ntwo\n\nthree"
-    );
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "one\ntwo\n\nthree");
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     assert_eq!(output.status.code(), Some(4));
     // A command that is not there, and an image that does not boot, are told.
