@@ -67,9 +67,7 @@ impl KernelParams {
                 [name, value].map(|text| core::str::from_utf8(text).unwrap_or_default());
             if let Err(allowed) = params.set(known_name, known_value) {
                 let (name, value) = (name.lossy(), value.lossy());
-                params.refused = Some(error!(
-                    "kernel parameter {name}={value}: must be {allowed}"
-                ));
+                params.refused = Some(error!("kernel parameter {name}={value}: must be {allowed}"));
             }
         }
         params

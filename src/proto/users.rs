@@ -107,7 +107,11 @@ impl Identity {
                 && wanted.is(name, uid)
             {
                 (self.uid, self.gid) = (uid, gid);
-                home = if directory.is_empty() { b"/" } else { directory };
+                home = if directory.is_empty() {
+                    b"/"
+                } else {
+                    directory
+                };
                 account = Some(name);
                 break;
             }
