@@ -1,8 +1,9 @@
 //! Errors: what failed, on what, and the errno's name.
 
 use crate::page::PageBox;
+use core::ffi::CStr;
 use core::fmt::{self, Display, Write};
-use proto::message::{ErrnoName, Message};
+use proto::message::{ErrnoName, Message, ToLossy};
 use rustix::io::Errno;
 
 /// The result of what can fail.
@@ -77,6 +78,15 @@ macro_rules! context {
 /// What failed, and the errno's name behind it.
 pub fn describe(what: fmt::Arguments<'_>, errno: Errno) -> Error {
     Error::format(format_args!("{what}: {}", name(errno)))
+}
+
+/// For `map_err`, where what failed is an action on a path: `mount /data: EBUSY`.
+pub fn on(action: &str, path: &CStr) -> impl Fn(Errno) -> Error {
+    move |errno| describe_on(action, path, errno)
+}
+
+fn describe_on(action: &str, path: &CStr, errno: Errno) -> Error {
+    describe(format_args!("{action} {}", path.lossy()), errno)
 }
 
 /// The errno's name, for display.

@@ -85,7 +85,7 @@ pub fn mount(layout: Layout, log: &mut dyn Log) -> Result {
 
 fn mount_v1(log: &mut dyn Log) -> Result {
     let directory = open_directory(mounts::CGROUP).map_err(context!("open /sys/fs/cgroup"))?;
-    for (name, controllers) in V1 {
+    for &(name, controllers) in &V1 {
         if let Err(errno) = mount_hierarchy(&directory, name, controllers) {
             log.warn(&context!("mount cgroup on /sys/fs/cgroup/{}", name.lossy())(errno));
         }
@@ -185,7 +185,7 @@ fn delegate(group: &OwnedFd, user: &Identity) -> Result<(), Errno> {
         return Ok(());
     }
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
-    for name in DELEGATED {
+    for &name in &DELEGATED {
         rustix::fs::chownat(group, name, Some(uid), Some(gid), AtFlags::empty())?;
     }
     Ok(())

@@ -4,7 +4,7 @@
 //! with all that is mounted in them when the root is there.
 
 use crate::context;
-use crate::error::{Discard, Log, Result};
+use crate::error::{self, Discard, Log, Result};
 use crate::sys::files;
 use core::ffi::CStr;
 use proto::message::ToLossy;
@@ -126,11 +126,11 @@ pub fn mount_remaining(log: &mut dyn Log) -> Result {
     for mount in &REMAINING {
         mount.make(log)?;
     }
-    files::make_directory(c"/run/lock", 0o1777).map_err(context!("create /run/lock"))?;
-    for (link, target) in LINKS {
+    files::require_directory(c"/run/lock", 0o1777)?;
+    for &(link, target) in &LINKS {
         match rustix::fs::symlink(target, link) {
             Err(Errno::EXIST) => {}
-            other => other.map_err(context!("link {}", link.lossy()))?,
+            other => other.map_err(error::on("link", link))?,
         }
     }
     Ok(())

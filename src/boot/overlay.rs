@@ -1,13 +1,11 @@
 //! A root that many VMs share: what is written goes to a layer of its own (overlayfs).
 
 use crate::boot::file_system::{Access, FileSystem};
-use crate::context;
-use crate::error::Result;
+use crate::error::{self, Result};
 use crate::process::helper::HelperLog;
 use crate::sys::files;
 use core::ffi::CStr;
 use proto::config::Overlay;
-use proto::message::ToLossy;
 use rustix::mount::{MountFlags, UnmountFlags};
 
 /// The shared root.
@@ -22,8 +20,7 @@ const OPTIONS: &CStr = c"lowerdir=/lower,upperdir=/writable/upper,workdir=/writa
 /// Mounts the root on `target` with a layer over it.
 pub fn mount(root: FileSystem, layer: Overlay, target: &CStr, log: &HelperLog) -> Result {
     for directory in [LOWER, WRITABLE] {
-        files::make_directory(directory, 0o700)
-            .map_err(context!("create {}", directory.lossy()))?;
+        files::require_directory(directory, 0o700)?;
     }
     FileSystem {
         access: Access::Shared,
@@ -36,8 +33,7 @@ pub fn mount(root: FileSystem, layer: Overlay, target: &CStr, log: &HelperLog) -
     }
     .mount(WRITABLE, log)?;
     for directory in [UPPER, WORK] {
-        files::make_directory(directory, 0o755)
-            .map_err(context!("create {}", directory.lossy()))?;
+        files::require_directory(directory, 0o755)?;
     }
     rustix::mount::mount(
         c"overlay",
@@ -46,11 +42,11 @@ pub fn mount(root: FileSystem, layer: Overlay, target: &CStr, log: &HelperLog) -
         MountFlags::RELATIME,
         OPTIONS,
     )
-    .map_err(context!("mount an overlay on {}", target.lossy()))?;
+    .map_err(error::on("mount an overlay on", target))?;
     // The overlay has mounts of its own of its layers (ovl_get_layers, fs/overlayfs/super.c).
     for directory in [LOWER, WRITABLE] {
         rustix::mount::unmount(directory, UnmountFlags::empty())
-            .map_err(context!("unmount {}", directory.lossy()))?;
+            .map_err(error::on("unmount", directory))?;
     }
     Ok(())
 }

@@ -25,7 +25,7 @@ const NEW: &CStr = c"/newroot";
 /// Mounts the root beside the initramfs, and touches all of it that PID 1 looks at: a disk that
 /// hangs stops this child, not PID 1, which finds everything in memory.
 pub fn mount(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result {
-    files::make_directory(NEW, 0o755).map_err(context!("create /newroot"))?;
+    files::require_directory(NEW, 0o755)?;
     let mut root = FileSystem::on(config.root_device());
     match config.root_overlay() {
         Some(layer) => mount_overlay(root, layer, log)?,
@@ -39,16 +39,16 @@ pub fn mount(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result {
     let run = files::open(c"/run", OFlags::DIRECTORY).map_err(context!("open /run"))?;
     rustix::process::chroot(NEW).map_err(context!("enter /newroot"))?;
     run_dir::carry(c"/run", run, scratch, log);
-    for tree in mounts::TREES {
+    for &tree in &mounts::TREES {
         files::make_directory(tree, 0o755).map_err(|errno| match errno {
             Errno::ROFS => error!("the root is read-only and has no {}", tree.lossy()),
-            errno => context!("create {}", tree.lossy())(errno),
+            errno => error::on("create", tree)(errno),
         })?;
     }
-    if let Err(errno) = files::make_directory(c"/root", 0o700) {
-        log.warn(&context!("create /root")(errno));
+    if let Err(error) = files::require_directory(c"/root", 0o700) {
+        log.warn(&error);
     }
-    for accounts in [credentials::PASSWD, credentials::GROUP] {
+    for &accounts in &[credentials::PASSWD, credentials::GROUP] {
         let _told_later = files::read_whole(accounts, scratch);
     }
     Ok(())
@@ -70,7 +70,7 @@ fn mount_overlay(_: FileSystem, _: Overlay, _: &HelperLog) -> Result {
 pub fn switch(log: &mut dyn Log) -> Result {
     let old = files::open(c"/", OFlags::DIRECTORY).map_err(context!("open /"))?;
     rustix::process::chdir(NEW).map_err(context!("enter /newroot"))?;
-    for tree in mounts::TREES {
+    for &tree in &mounts::TREES {
         // Below the working directory. A link there would lead out of the root, to what is deleted
         // below: it is not followed.
         let below = tree.to_bytes_with_nul().get(1..).unwrap_or_default();

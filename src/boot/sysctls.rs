@@ -1,12 +1,11 @@
 //! Parameters of the kernel (sysctl(8), proc_sys(5)).
 
 use crate::context;
-use crate::error::{Log, Result};
+use crate::error::{self, Log, Result};
 use crate::process::helper::HelperLog;
 use crate::sys::files;
 use core::ffi::CStr;
 use proto::config::Config;
-use proto::message::ToLossy;
 use proto::sysctl;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -19,10 +18,10 @@ const DEFAULTS: [(&CStr, &[u8]); 2] = [
 
 /// Sets the defaults, before what the configuration has; a kernel without IPv4 has none of them.
 pub fn set_defaults(log: &mut dyn Log) {
-    for (path, value) in DEFAULTS {
+    for &(path, value) in &DEFAULTS {
         match set(path, value) {
             Ok(()) | Err(Errno::NOENT) => {}
-            Err(errno) => log.warn(&context!("set {}", path.lossy())(errno)),
+            Err(errno) => log.warn(&error::on("set", path)(errno)),
         }
     }
 }

@@ -1,7 +1,6 @@
 //! Extra volumes.
 
 use crate::boot::file_system::{Access, FileSystem};
-use crate::context;
 use crate::error;
 use crate::error::Result;
 use crate::process::helper::HelperLog;
@@ -23,10 +22,10 @@ pub fn mount_all(config: &Config, user: &Identity, log: &HelperLog) -> Result {
 
 fn mount(volume: &Mount, user: &Identity, log: &HelperLog) -> Result {
     let target = volume.mount_path;
-    files::make_directories(target.to_bytes()).map_err(context!("create {}", target.lossy()))?;
+    files::make_directories(target.to_bytes()).map_err(error::on("create", target))?;
     // Links of the root are followed, as everywhere in it, but not onto what the end needs.
     let place = identify(target);
-    for needed in NEEDED {
+    for &needed in &NEEDED {
         if place.is_some() && place == identify(needed) {
             let (target, needed) = (target.lossy(), needed.lossy());
             return Err(error!("mount on {target}: would hide {needed}"));
@@ -49,7 +48,7 @@ fn mount(volume: &Mount, user: &Identity, log: &HelperLog) -> Result {
     match own(target, user) {
         // One that is mounted read-only keeps what it has.
         Ok(()) | Err(Errno::ROFS) => Ok(()),
-        other => other.map_err(context!("change the owner of {}", target.lossy())),
+        other => other.map_err(error::on("change the owner of", target)),
     }
 }
 

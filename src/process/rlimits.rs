@@ -2,7 +2,7 @@
 
 use crate::context;
 use crate::error::Result;
-use proto::rlimit::{Resource, Rlimits};
+use proto::rlimit::Rlimits;
 use rustix::process::{Resource as Raw, Rlimit, setrlimit};
 
 /// Sets them for this process, which is root still: limits may have to be raised.
@@ -12,30 +12,30 @@ pub fn apply(rlimits: &Rlimits) -> Result {
             current: limit.soft,
             maximum: limit.hard,
         };
-        let (resource, name) = raw(resource);
-        setrlimit(resource, limit).map_err(context!("set the limit {name}"))?;
+        let known = RAW.iter().find(|raw| **raw as u32 == resource as u32);
+        if let Some(raw) = known {
+            setrlimit(*raw, limit).map_err(context!("set the limit {}", resource.name()))?;
+        }
     }
     Ok(())
 }
 
-/// The kernel's resource, and its name for errors.
-fn raw(resource: Resource) -> (Raw, &'static str) {
-    match resource {
-        Resource::Cpu => (Raw::Cpu, "CPU"),
-        Resource::Fsize => (Raw::Fsize, "FSIZE"),
-        Resource::Data => (Raw::Data, "DATA"),
-        Resource::Stack => (Raw::Stack, "STACK"),
-        Resource::Core => (Raw::Core, "CORE"),
-        Resource::Rss => (Raw::Rss, "RSS"),
-        Resource::Nproc => (Raw::Nproc, "NPROC"),
-        Resource::Nofile => (Raw::Nofile, "NOFILE"),
-        Resource::Memlock => (Raw::Memlock, "MEMLOCK"),
-        Resource::As => (Raw::As, "AS"),
-        Resource::Locks => (Raw::Locks, "LOCKS"),
-        Resource::Sigpending => (Raw::Sigpending, "SIGPENDING"),
-        Resource::Msgqueue => (Raw::Msgqueue, "MSGQUEUE"),
-        Resource::Nice => (Raw::Nice, "NICE"),
-        Resource::Rtprio => (Raw::Rtprio, "RTPRIO"),
-        Resource::Rttime => (Raw::Rttime, "RTTIME"),
-    }
-}
+/// All resources: rustix takes none by its number.
+const RAW: [Raw; 16] = [
+    Raw::Cpu,
+    Raw::Fsize,
+    Raw::Data,
+    Raw::Stack,
+    Raw::Core,
+    Raw::Rss,
+    Raw::Nproc,
+    Raw::Nofile,
+    Raw::Memlock,
+    Raw::As,
+    Raw::Locks,
+    Raw::Sigpending,
+    Raw::Msgqueue,
+    Raw::Nice,
+    Raw::Rtprio,
+    Raw::Rttime,
+];

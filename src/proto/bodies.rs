@@ -253,8 +253,7 @@ impl<'a> MountRequest<'a> {
     pub fn decode(body: &mut [u8], arena: &mut Arena<'a>) -> Result<Self, Message> {
         let mut request = Self::default();
         json::decode(body, arena, &mut request.mount)?;
-        let checked = request.mount.check(&[]);
-        checked.map_err(|fault| message!("{fault}"))?;
+        request.mount.check()?;
         Ok(request)
     }
 }

@@ -5,13 +5,12 @@ use crate::arena::{Arena, Strings};
 use crate::bytes::{split, split_text_once};
 use crate::decimal;
 use crate::json::{self, Object, Parse, Place};
-use crate::message;
 use crate::message::{Message, ToLossy};
 use crate::rlimit::Rlimits;
 use crate::signal::Signal;
 use crate::sysctl;
 use core::ffi::CStr;
-use core::fmt::{self, Display};
+use core::fmt::Write;
 use core::net::IpAddr;
 
 /// Largest document, in bytes: 20 times Firecracker's default MMDS store.
@@ -396,97 +395,109 @@ impl<'a> Config<'a> {
 
     /// Checks what the document's form does not show. The error names the field.
     pub fn check(&self) -> Result<(), Message> {
-        self.find_fault().map_err(|fault| message!("{fault}"))
-    }
-
-    fn find_fault(&self) -> Result<(), Fault<'_>> {
-        if self.argv().next().is_some_and(CStr::is_empty) {
-            return Err(Fault::new("", "the command's name is empty", b""));
-        }
-        check_path("RootDevice", self.root_device())?;
+        let mut checks = Checks::default();
+        let has_name = !self.argv().next().is_some_and(CStr::is_empty);
+        checks.require(has_name, "the command's name is empty", b"");
+        checks.path("RootDevice", self.root_device());
         match self.root_overlay() {
             Some(Overlay::Tmpfs(_)) => {}
-            Some(Overlay::Device(device)) => check_path("RootOverlay", device)?,
-            None if self.root_overlay.is_empty() => {}
-            None => {
-                let why = "neither tmpfs nor a device: ";
-                return Err(Fault::new("RootOverlay", why, self.root_overlay.to_bytes()));
-            }
+            Some(Overlay::Device(device)) => checks.path("RootOverlay", device),
+            None => checks.require(
+                self.root_overlay.is_empty(),
+                "RootOverlay: neither tmpfs nor a device: ",
+                self.root_overlay.to_bytes(),
+            ),
         }
-        let working_dir = self.image_config.working_dir;
-        check_path_length("ImageConfig.WorkingDir", working_dir)?;
-        if self.hostname.len() > HOSTNAME {
-            return Err(Fault::new("Hostname", "longer than 64 bytes", b""));
+        checks.path_length("ImageConfig.WorkingDir", self.image_config.working_dir);
+        let fits = self.hostname.len() <= HOSTNAME;
+        checks.require(fits, "Hostname: longer than 64 bytes", b"");
+        for (name, _) in self.sysctls() {
+            let is_known = sysctl::Path::new(name).is_some();
+            checks.require(
+                is_known,
+                "Sysctls: not a kernel parameter: ",
+                name.as_bytes(),
+            );
         }
         for (at, entry) in self.ip_configs.iter().enumerate() {
-            entry
-                .check()
-                .map_err(|fault| fault.inside("IPConfigs", at))?;
+            checks.place = Some(("IPConfigs", at, "."));
+            entry.check(&mut checks);
         }
         for (at, entry) in self.mounts.iter().enumerate() {
+            checks.place = Some(("Mounts", at, "."));
             let earlier = self.mounts.get(..at).unwrap_or_default();
-            let checked = entry.check(earlier);
-            checked.map_err(|fault| fault.inside("Mounts", at))?;
+            entry.check_behind(earlier, &mut checks);
         }
-        self.etc_resolv.check()?;
+        self.etc_resolv.check(&mut checks);
         for (at, entry) in self.etc_hosts.iter().enumerate() {
-            entry
-                .check()
-                .map_err(|fault| fault.inside("EtcHosts", at))?;
+            checks.place = Some(("EtcHosts", at, "."));
+            entry.check(&mut checks);
         }
-        match self
-            .sysctls()
-            .find(|(name, _)| sysctl::Path::new(name).is_none())
-        {
-            None => Ok(()),
-            Some((name, _)) => {
-                let why = "not a kernel parameter: ";
-                Err(Fault::new("Sysctls", why, name.as_bytes()))
-            }
-        }
+        checks.result()
     }
 }
 
-/// What is wrong with a value.
-#[derive(Clone, Copy, Debug)]
-pub struct Fault<'c> {
-    /// The list it is in, and the number of its entry.
-    list: Option<(&'static str, usize)>,
-    field: &'static str,
-    why: &'static str,
-    /// Shown behind the reason.
-    value: &'c [u8],
+/// An entry of a list: the list, the entry's number, and what is between that and the fault.
+type Entry = (&'static str, usize, &'static str);
+
+/// Looks for the first fault.
+#[derive(Default)]
+struct Checks {
+    /// The entry that is being checked.
+    place: Option<Entry>,
+    /// `Mounts[1].MountPath: used twice: /data`; empty: none yet.
+    fault: Message,
 }
 
-impl<'c> Fault<'c> {
-    fn new(field: &'static str, why: &'static str, value: &'c [u8]) -> Self {
-        Self {
-            list: None,
-            field,
-            why,
-            value,
+impl Checks {
+    /// Unless something is right, says why not, and shows the value behind it.
+    fn require(&mut self, is_right: bool, why: &str, value: &[u8]) {
+        self.require_of("", is_right, why, value);
+    }
+
+    fn require_of(&mut self, field: &str, is_right: bool, why: &str, value: &[u8]) {
+        if is_right || !self.fault.is_empty() {
+            return;
+        }
+        // Writing to a message never fails.
+        if let Some((list, at, separator)) = self.place {
+            let _ = write!(self.fault, "{list}[{at}]{separator}");
+        }
+        let _ = write!(self.fault, "{field}{why}{}", value.lossy());
+    }
+
+    /// A path for the kernel: absolute, and not too long.
+    fn path(&mut self, field: &'static str, path: &CStr) {
+        let bytes = path.to_bytes();
+        let is_absolute = bytes.starts_with(b"/");
+        self.require_of(field, is_absolute, ": not an absolute path: ", bytes);
+        self.path_length(field, path);
+    }
+
+    fn path_length(&mut self, field: &'static str, path: &CStr) {
+        let fits = path.count_bytes() < PATH;
+        self.require_of(field, fits, ": longer than 4095 bytes", b"");
+    }
+
+    /// A list of strings.
+    fn each(
+        &mut self,
+        list: &'static str,
+        strings: Strings,
+        is_right: &dyn Fn(&str) -> bool,
+        why: &'static str,
+    ) {
+        for (at, string) in strings.iter().enumerate() {
+            self.place = Some((list, at, ": "));
+            self.require(string.to_str().is_ok_and(is_right), why, string.to_bytes());
         }
     }
 
-    fn inside(mut self, list: &'static str, at: usize) -> Self {
-        self.list = Some((list, at));
-        self
-    }
-}
-
-impl Display for Fault<'_> {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            list, field, why, ..
-        } = self;
-        if let Some((list, at)) = list {
-            write!(formatter, "{list}[{at}]")?;
-            formatter.write_str(if field.is_empty() { ": " } else { "." })?;
+    fn result(self) -> Result<(), Message> {
+        match self.fault.is_empty() {
+            true => Ok(()),
+            false => Err(self.fault),
         }
-        if !field.is_empty() {
-            write!(formatter, "{field}: ")?;
-        }
-        write!(formatter, "{why}{}", self.value.lossy())
     }
 }
 
@@ -524,28 +535,25 @@ impl<'a> IpConfig<'a> {
         })
     }
 
-    fn check(&self) -> Result<(), Fault<'a>> {
+    fn check(&self, checks: &mut Checks) {
         let Some(ip) = self.ip else {
-            return Err(Fault::new("IP", "missing", b""));
+            return checks.require(false, "IP: missing", b"");
         };
-        let wrong_mask = |why| Err(Fault::new("Mask", why, b""));
-        match (self.mask, ip) {
-            (None, _) => return wrong_mask("missing"),
-            (Some(33..), IpAddr::V4(_)) => return wrong_mask("must be from 0 to 32"),
-            (Some(129..), IpAddr::V6(_)) => return wrong_mask("must be from 0 to 128"),
-            _ => {}
-        }
+        checks.require(self.mask.is_some(), "Mask: missing", b"");
+        let (longest, why) = match ip {
+            IpAddr::V4(_) => (32, "Mask: must be from 0 to 32"),
+            IpAddr::V6(_) => (128, "Mask: must be from 0 to 128"),
+        };
+        checks.require(self.mask.is_none_or(|mask| mask <= longest), why, b"");
         let is_same_family = |gateway: IpAddr| gateway.is_ipv4() == ip.is_ipv4();
-        if !self.gateway.0.is_none_or(is_same_family) {
-            return Err(Fault::new("Gateway", "not of the IP's family", b""));
-        }
+        let has_route = self.gateway.0.is_none_or(is_same_family);
+        checks.require(has_route, "Gateway: not of the IP's family", b"");
         // dev_valid_name, net/core/dev.c
         let name = self.device.as_bytes();
         let is_plain = |byte: &u8| is_graphic(*byte) && *byte != b'/';
-        if name.len() > INTERFACE || matches!(name, b"." | b"..") || !name.iter().all(is_plain) {
-            return Err(Fault::new("Device", "not a network interface: ", name));
-        }
-        Ok(())
+        let is_name =
+            name.len() <= INTERFACE && !matches!(name, b"." | b"..") && name.iter().all(is_plain);
+        checks.require(is_name, "Device: not a network interface: ", name);
     }
 }
 
@@ -553,35 +561,38 @@ impl<'a> IpConfig<'a> {
 const OURS: [&[u8]; 4] = [b"proc", b"sys", b"dev", b"run"];
 
 impl<'a> Mount<'a> {
-    /// Checks the entry, of which `earlier` come before.
-    pub fn check(&self, earlier: &[Self]) -> Result<(), Fault<'a>> {
+    /// Checks one that stands alone.
+    pub fn check(&self) -> Result<(), Message> {
+        let mut checks = Checks::default();
+        self.check_behind(&[], &mut checks);
+        checks.result()
+    }
+
+    /// Checks one behind `earlier` ones.
+    fn check_behind(&self, earlier: &[Self], checks: &mut Checks) {
         let fs_type = self.fs_type.to_bytes();
         let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"._-".contains(byte);
-        if !fs_type.iter().all(is_plain) {
-            return Err(Fault::new("FSType", "not a type of file system: ", fs_type));
-        }
+        let is_type = fs_type.iter().all(is_plain);
+        checks.require(is_type, "FSType: not a type of file system: ", fs_type);
         if !(fs_type == b"tmpfs" && self.device_path.is_empty()) {
-            check_path("DevicePath", self.device_path)?;
+            checks.path("DevicePath", self.device_path);
         }
-        check_path("MountPath", self.mount_path)?;
-        check_path_length("Options", self.options)?;
+        checks.path("MountPath", self.mount_path);
+        checks.path_length("Options", self.options);
         let path = self.mount_path.to_bytes();
-        let wrong = |why| Err(Fault::new("MountPath", why, path));
         let mut names = names(self.mount_path);
-        let Some(first) = names.next() else {
-            return Err(Fault::new("MountPath", "would hide the root", b""));
-        };
-        if OURS.contains(&first) && names.next().is_none() {
-            return wrong("would hide ");
+        match (names.next(), names.next()) {
+            (None, _) => checks.require(false, "MountPath: would hide the root", b""),
+            (Some(first), None) => {
+                checks.require(!OURS.contains(&first), "MountPath: would hide ", path);
+            }
+            _ => {}
         }
-        if self::names(self.mount_path).any(|name| name == b"..") {
-            return wrong("has '..': ");
-        }
+        let goes_up = self::names(self.mount_path).any(|name| name == b"..");
+        checks.require(!goes_up, "MountPath: has '..': ", path);
         let is_same = |other: &Self| self::names(other.mount_path).eq(self::names(self.mount_path));
-        if earlier.iter().any(is_same) {
-            return wrong("used twice: ");
-        }
-        Ok(())
+        let is_used = earlier.iter().any(is_same);
+        checks.require(!is_used, "MountPath: used twice: ", path);
     }
 }
 
@@ -597,7 +608,7 @@ impl<'a> EtcResolv<'a> {
         self.nameservers.is_empty() && self.search.is_empty() && self.options.is_empty()
     }
 
-    fn check(&self) -> Result<(), Fault<'a>> {
+    fn check(&self, checks: &mut Checks) {
         let is_word = |word: &str| !word.is_empty() && word.bytes().all(is_graphic);
         let Self {
             nameservers,
@@ -605,24 +616,10 @@ impl<'a> EtcResolv<'a> {
             options,
         } = *self;
         let why = "not an address: ";
-        check_each("EtcResolv.Nameservers", nameservers, &is_name_server, why)?;
-        check_each("EtcResolv.Search", search, &is_word, "not a domain: ")?;
-        check_each("EtcResolv.Options", options, &is_word, "not an option: ")
+        checks.each("EtcResolv.Nameservers", nameservers, &is_name_server, why);
+        checks.each("EtcResolv.Search", search, &is_word, "not a domain: ");
+        checks.each("EtcResolv.Options", options, &is_word, "not an option: ");
     }
-}
-
-fn check_each<'a>(
-    list: &'static str,
-    strings: Strings<'a>,
-    is_right: &dyn Fn(&str) -> bool,
-    why: &'static str,
-) -> Result<(), Fault<'a>> {
-    for (at, string) in strings.iter().enumerate() {
-        if !string.to_str().is_ok_and(is_right) {
-            return Err(Fault::new("", why, string.to_bytes()).inside(list, at));
-        }
-    }
-    Ok(())
 }
 
 /// An address, perhaps with an IPv6 zone (`fe80::1%eth0`, resolv.conf(5)).
@@ -639,38 +636,18 @@ fn is_name_server(server: &str) -> bool {
 }
 
 impl<'a> Host<'a> {
-    fn check(&self) -> Result<(), Fault<'a>> {
-        if address::parse(self.ip).is_none() {
-            return Err(Fault::new("IP", "not an address: ", self.ip.as_bytes()));
-        }
+    fn check(&self, checks: &mut Checks) {
+        let is_address = address::parse(self.ip).is_some();
+        checks.require(is_address, "IP: not an address: ", self.ip.as_bytes());
         let is_plain = |byte| is_graphic(byte) && byte != b'#';
-        if self.host.is_empty() || !self.host.bytes().all(is_plain) {
-            let host = self.host.as_bytes();
-            return Err(Fault::new("Host", "not a host name: ", host));
-        }
-        Ok(())
+        let is_name = !self.host.is_empty() && self.host.bytes().all(is_plain);
+        checks.require(is_name, "Host: not a host name: ", self.host.as_bytes());
     }
 }
 
 /// Neither a blank nor a control character; part of a character of UTF-8 may be.
 fn is_graphic(byte: u8) -> bool {
     byte > b' ' && byte != 0x7f
-}
-
-/// A path for the kernel: absolute, and not too long.
-fn check_path<'c>(field: &'static str, path: &'c CStr) -> Result<(), Fault<'c>> {
-    let bytes = path.to_bytes();
-    if !bytes.starts_with(b"/") {
-        return Err(Fault::new(field, "not an absolute path: ", bytes));
-    }
-    check_path_length(field, path)
-}
-
-fn check_path_length<'c>(field: &'static str, path: &'c CStr) -> Result<(), Fault<'c>> {
-    if path.count_bytes() >= PATH {
-        return Err(Fault::new(field, "longer than 4095 bytes", b""));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -182,7 +182,7 @@ impl<M: DerefMut<Target = [u8]>> Ring<M> {
 
     /// A reader's place at that offset, or at the nearest one there is.
     pub fn seek(&self, offset: u64) -> Cursor {
-        let offset = offset.clamp(self.oldest, self.written);
+        let offset = offset.min(self.written).max(self.oldest);
         let mut cursor = Cursor {
             record: self.tail,
             taken: 0,

@@ -3,13 +3,9 @@
 use crate::bytes::split_text_once;
 use crate::decimal;
 use crate::json::{Object, Parse, Place};
-use serde::Deserialize;
-use serde::de::IntoDeserializer;
-use serde::de::value::Error;
 
 /// A resource by its number (include/uapi/asm-generic/resource.h; x86_64 and aarch64 have the same).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "UPPERCASE")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "getrlimit(2) describes them")]
 pub enum Resource {
     Cpu,
@@ -33,12 +29,37 @@ pub enum Resource {
 /// How many resources there are (RLIM_NLIMITS).
 const RESOURCES: usize = 16;
 
+/// All of them, by their numbers, with their names.
+const ALL: [(Resource, &str); RESOURCES] = [
+    (Resource::Cpu, "CPU"),
+    (Resource::Fsize, "FSIZE"),
+    (Resource::Data, "DATA"),
+    (Resource::Stack, "STACK"),
+    (Resource::Core, "CORE"),
+    (Resource::Rss, "RSS"),
+    (Resource::Nproc, "NPROC"),
+    (Resource::Nofile, "NOFILE"),
+    (Resource::Memlock, "MEMLOCK"),
+    (Resource::As, "AS"),
+    (Resource::Locks, "LOCKS"),
+    (Resource::Sigpending, "SIGPENDING"),
+    (Resource::Msgqueue, "MSGQUEUE"),
+    (Resource::Nice, "NICE"),
+    (Resource::Rtprio, "RTPRIO"),
+    (Resource::Rttime, "RTTIME"),
+];
+
 impl Resource {
     /// Reads `NOFILE` or `RLIMIT_NOFILE`.
     pub fn parse(name: &str) -> Option<Self> {
         let name = name.strip_prefix("RLIMIT_").unwrap_or(name);
-        let name = IntoDeserializer::<Error>::into_deserializer(name);
-        Self::deserialize(name).ok()
+        let found = ALL.iter().find(|(_, known)| *known == name);
+        found.map(|(resource, _)| *resource)
+    }
+
+    /// Its name: `NOFILE`.
+    pub fn name(self) -> &'static str {
+        ALL.get(self as usize).map_or("", |(_, name)| name)
     }
 }
 

@@ -134,6 +134,11 @@ pub fn make_directory(path: &CStr, mode: u32) -> Result<(), Errno> {
     }
 }
 
+/// The same, with an error that says so.
+pub fn require_directory(path: &CStr, mode: u32) -> Result {
+    make_directory(path, mode).map_err(error::on("create", path))
+}
+
 /// Creates a directory and those above it that are missing, with mode 0755.
 pub fn make_directories(path: &[u8]) -> Result<(), Errno> {
     let mut prefix = [0; PATH];

@@ -22,7 +22,7 @@ use crate::message::{Message, ToLossy};
 use core::ffi::CStr;
 use core::fmt::{self, Write};
 use core::ops::RangeInclusive;
-use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json_core::de::Error;
 use serde_json_core::str::{EscapedStr, EscapedStringFragment};
 
@@ -355,13 +355,13 @@ impl<'d> DeserializeSeed<'d> for Value<'_, 'd, '_> {
             Place::Refused(why) => Err(self.decoder.fail(Wrong::Refused(why))),
             Place::CStr(_) | Place::Str(_) | Place::Parsed(_) | Place::Entry => {
                 *wrong = Wrong::Type("a string");
-                value.deserialize_str(self)
+                self.string(value)
             }
             Place::ParsedOrNumber(_) => {
                 *wrong = Wrong::Type("a string or a whole number from 0 on");
                 match self.decoder.first_byte() {
                     Some(b'-' | b'0'..=b'9') => value.deserialize_u64(self),
-                    _ => value.deserialize_str(self),
+                    _ => self.string(value),
                 }
             }
             Place::Flag(_) => {
@@ -392,6 +392,15 @@ impl<'d> DeserializeSeed<'d> for Value<'_, 'd, '_> {
     }
 }
 
+impl<'d> Value<'_, 'd, '_> {
+    /// A string as it stands in the document.
+    fn string<D: Deserializer<'d>>(self, value: D) -> Result<(), D::Error> {
+        let EscapedStr(escaped) = EscapedStr::deserialize(value)?;
+        let done = self.decoder.string(escaped, self.place);
+        done.map_err(|wrong| self.decoder.fail(wrong))
+    }
+}
+
 impl<'d> Visitor<'d> for Value<'_, 'd, '_> {
     type Value = ();
 
@@ -408,11 +417,6 @@ impl<'d> Visitor<'d> for Value<'_, 'd, '_> {
 
     fn visit_u64<E: serde::de::Error>(self, number: u64) -> Result<(), E> {
         let done = self.decoder.number(number, self.place);
-        done.map_err(|wrong| self.decoder.fail(wrong))
-    }
-
-    fn visit_borrowed_str<E: serde::de::Error>(self, escaped: &'d str) -> Result<(), E> {
-        let done = self.decoder.string(escaped, self.place);
         done.map_err(|wrong| self.decoder.fail(wrong))
     }
 
