@@ -20,8 +20,9 @@ use pty::{TIMEOUT, Terminal};
 use serde_json::{Value, json};
 
 /// Commands that are not run, and why.
-const NOT_RUN: [(&str, &str); 4] = [
+const NOT_RUN: [(&str, &str); 14] = [
     ("./build.sh test", "it is what runs this test"),
+    ("./build.sh test readme", "the same"),
     (
         "cargo install --locked --path src/host",
         "it builds all anew, optimised; `pigeon` is the one that is built already",
@@ -34,12 +35,45 @@ const NOT_RUN: [(&str, &str); 4] = [
         "curl --unix-socket fc.sock -X PUT -H 'Content-Type: application/json' -d @run.json http://localhost/mmds",
         "it needs Firecracker",
     ),
+    ("cd dist && sha256sum -c SHA256SUMS", "it needs a release"),
+    ("./build.sh rootfs postgres:15 pg.ext4", POSTGRES),
+    (
+        "./build.sh pigeon run -d -m 512 -P -v pgdata.img:/var/lib/postgresql/data,size=1G -e POSTGRES_PASSWORD=secret pg.ext4",
+        POSTGRES,
+    ),
+    (
+        "./build.sh pigeon exec pg psql -U postgres -c \"create table t as select 'kept' as word\"",
+        POSTGRES,
+    ),
+    ("./build.sh pigeon stop pg", POSTGRES),
+    (
+        "./build.sh pigeon run -d -m 512 -P -v pgdata.img:/var/lib/postgresql/data pg.ext4",
+        POSTGRES,
+    ),
+    (
+        "./build.sh pigeon exec pg psql -U postgres -c 'table t'",
+        POSTGRES,
+    ),
+    ("./build.sh pigeon ps", POSTGRES),
+];
+
+const POSTGRES: &str = "it needs an image from a registry";
+
+/// Commands that end with another code than 0.
+const CODES: [(&str, i32); 4] = [
+    (
+        "pigeon exec --json web sh -c 'echo out; echo err >&2; exit 3'",
+        3,
+    ),
+    ("pigeon run app.tar", 125),
+    ("pigeon run -m 32 app.ext4", 125),
+    ("pigeon run -v data.img:/data app.ext4", 125),
 ];
 
 /// What the README's application does.
 const SERVE: &str = "#!/bin/sh\n\
-    trap 'exit 0' TERM\n\
-    trap : HUP\n\
+    trap 'echo \"good bye\"; exit 0' TERM\n\
+    trap 'echo \"configuration read again\"' HUP\n\
     echo \"serving as $(id -un) in $(pwd)\"\n\
     while :; do sleep 0.1; done\n";
 
@@ -192,11 +226,26 @@ fn is_shown(line: &str, shown: &str) -> bool {
         let before = at.checked_sub(1).map_or("", |before| words[before]);
         stable(before, words[at], unit)
     };
-    let same = |at: usize| match shown[at].split_once('…') {
-        Some((start, end)) => line[at].starts_with(start) && line[at].ends_with(end),
-        None => stable(&line, at) == stable(&shown, at),
+    let same = |at: usize| match shown[at].contains('…') {
+        true => is_abridged(line[at], shown[at]),
+        false => stable(&line, at) == stable(&shown, at),
     };
     line.len() == shown.len() && (0..line.len()).all(same)
+}
+
+/// Whether a word is what is shown, with anything in place of each `…`.
+fn is_abridged(word: &str, shown: &str) -> bool {
+    let (start, mut middle) = shown.split_once('…').unwrap();
+    let Some(mut rest) = word.strip_prefix(start) else {
+        return false;
+    };
+    while let Some((piece, behind)) = middle.split_once('…') {
+        let Some((_, after)) = rest.split_once(piece) else {
+            return false;
+        };
+        (rest, middle) = (after, behind);
+    }
+    rest.ends_with(middle)
 }
 
 /// A line of a table, whose columns are as wide as what is in them.
@@ -323,8 +372,6 @@ fn wait_until(what: &str, mut is_there: impl FnMut() -> bool) {
 /// A reader of the README, with a repository and a PATH.
 struct Reader {
     place: Place,
-    /// The VM of the README's `pigeon run`.
-    vm: Option<Terminal>,
     /// Commands in the background, and where their output goes.
     behind: Vec<(Child, PathBuf)>,
 }
@@ -373,7 +420,6 @@ impl Reader {
         fs::write(bin.join("saved"), saved).unwrap();
         Reader {
             place,
-            vm: None,
             behind: vec![],
         }
     }
@@ -438,43 +484,42 @@ impl Reader {
     fn play(&mut self, command: &str, shown: &[String]) {
         match command {
             "./build.sh run" => self.run_example(command, shown),
-            "./build.sh pigeon run app.ext4" => {
-                let mut vm = Terminal::spawn(self.shell(command), (200, 50));
-                wait_for(&mut vm, shown);
-                self.vm = Some(vm);
-            }
-            "./build.sh pigeon exec -it sh" => self.talk(command, shown, 4),
-            "docker save app:latest --output app.tar"
-            | "./build.sh rootfs app.tar app.ext4"
-            | "pigeon exec -u app -w /home/app -e COLOR=blue sh -c 'id -un; pwd; echo $COLOR $GREETING'" =>
-            {
-                assert_shown(&self.output(self.shell(command), 0), shown);
-            }
-            "pigeon exec --json sh -c 'echo out; echo err >&2; exit 3'" => {
-                assert_shown(&self.output(self.shell(command), 3), shown);
-            }
-            "pigeon proxy api.sock &" => {
+            "./build.sh pigeon exec -it web sh" => self.talk(command, shown, 4),
+            "pigeon proxy --vm web api.sock &" => {
                 self.start(command);
                 wait_until("a socket", || self.path("api.sock").exists());
             }
             "curl -s --unix-socket api.sock http://vm/v1/exit_code &" => {
                 self.start(command);
                 // It has to be there before the workload ends, as the VM does not wait for it when
-                // `pigeon run` has the code: a person takes longer to type the next line.
+                // the owner of the VM has the code: a person takes longer to type the next line.
                 thread::sleep(Duration::from_secs(1));
             }
-            "curl -s --unix-socket api.sock -d '{\"signal\":15}' http://vm/v1/signals" => {
+            "curl -s --unix-socket api.sock -d '{\"signal\":\"TERM\",\"timeout_ms\":5000}' http://vm/v1/stop" =>
+            {
                 let mut lines = self.output(self.shell(command), 0);
                 let (mut waiter, output) = self.behind.pop().expect("somebody waits");
                 let status = waiter.wait().unwrap();
                 lines.extend(read_lines(&output));
                 assert!(status.success(), "{status}: {lines:?}");
                 assert_shown(&lines, shown);
-                let mut vm = self.vm.take().expect("a VM is there by now");
-                assert_eq!(vm.wait().code(), Some(0), "{}", vm.shown());
+                // A person takes longer than the VM to go down.
+                self.output(self.shell("pigeon wait web"), 0);
             }
-            _ if command.starts_with("curl ") || command.starts_with("pigeon ") => {
-                assert_shown(&self.output(self.shell(command), 0), shown);
+            _ if command.starts_with("build/init ") => {
+                let init = self.built("build/init");
+                let mut init = common::arch().run_here(&init).unwrap();
+                init.args(command.split(' ').skip(1));
+                init.current_dir(self.place.path("clone"));
+                assert_shown(&self.output(init, 0), shown);
+            }
+            _ if ["curl ", "pigeon ", "docker ", "./build.sh "]
+                .iter()
+                .any(|program| command.starts_with(program)) =>
+            {
+                let known = CODES.iter().find(|(known, _)| *known == command);
+                let code = known.map_or(0, |(_, code)| *code);
+                assert_shown(&self.output(self.shell(command), code), shown);
             }
             _ => panic!(
                 "the README has a new command, which this test is to run or to list: {command}"
@@ -500,9 +545,10 @@ impl Reader {
 
     /// A shell on a terminal, in which one types what the README shows after its prompt.
     fn talk(&self, command: &str, shown: &[String], code: i32) {
-        const PROMPT: &str = "/ # ";
+        const PROMPT: &str = " # ";
         let mut terminal = Terminal::spawn(self.shell(command), (200, 50));
-        for line in shown.iter().filter_map(|line| line.strip_prefix(PROMPT)) {
+        let typed = shown.iter().filter_map(|line| line.split_once(PROMPT));
+        for (_, line) in typed {
             terminal.expect(PROMPT);
             terminal.type_text(&format!("{line}\r"));
             // What is typed is shown, and what the prompt is looked for after.
@@ -519,7 +565,7 @@ impl Reader {
     /// The README's driver.
     fn drive(&self, code: &str) {
         let sockets = self.place.path("runtime").join("pigeon");
-        symlink(sockets.join("app.vsock"), self.path("vm.vsock")).unwrap();
+        symlink(sockets.join("web.vsock"), self.path("vm.vsock")).unwrap();
         let program =
             format!("fn main() -> Result<(), Box<dyn std::error::Error>> {{\n{code}\nOk(())\n}}\n");
         let source = self.place.write("driver.rs", program);
@@ -585,6 +631,8 @@ impl Drop for Reader {
             let _ = child.kill();
             let _ = child.wait();
         }
+        // Gone already, unless the test has failed.
+        let _ = self.prepare("pigeon").args(["rm", "-f", "web"]).output();
     }
 }
 
@@ -661,10 +709,15 @@ fn commands_named_in_the_readmes_text_are_there() {
             }
             _ => continue,
         };
+        let there = |option: &str| {
+            let named = |word: &str| word.split([',', '=', '[']).next() == Some(option);
+            help.split_whitespace().any(named)
+        };
         for option in words.iter().filter(|word| word.starts_with('-')) {
-            let there = |word: &str| word.trim_end_matches(',') == *option;
+            // `-it` is `-i -t`.
+            let mut letters = option.chars().skip(1).map(|letter| format!("-{letter}"));
             assert!(
-                help.split_whitespace().any(there),
+                there(option) || (!option.starts_with("--") && letters.all(|one| there(&one))),
                 "{span}: no {option} in\n{help}"
             );
         }
@@ -692,6 +745,7 @@ fn a_commands_output_is_compared_but_for_what_differs() {
         ("6.12.3-cloud-amd64", "6.1.0-56-cloud-amd64"),
         ("end ", "end"),
         ("web    up 1 second   x", "web    up 59 seconds    x"),
+        (r#"{"pid":84,"time":179}"#, r#"{"pid":…,"time":…}"#),
     ] {
         assert!(is_shown(line, shown), "{line:?} is not {shown:?}");
     }
@@ -701,6 +755,7 @@ fn a_commands_output_is_compared_but_for_what_differs() {
         ("1 layers", "2 layers"),
         ("[1.2] on", "[1.2] off"),
         ("a b", "a b c"),
+        (r#"{"pid":84,"at":179}"#, r#"{"pid":…,"time":…}"#),
     ] {
         assert!(!is_shown(line, shown), "{line:?} is {shown:?}");
     }
