@@ -14,7 +14,7 @@ use proto::arena::Arena;
 use proto::config::Config;
 use proto::message::ToLossy;
 use proto::mmds;
-use proto::netlink;
+use proto::netlink::{self, Request};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -102,10 +102,10 @@ fn fetch(timeout: u64, document: &mut [u8], memory: &mut [u8]) -> Result<usize, 
         network::eth0_index().ok_or_else(|| Answer::None(error!("no network interface eth0")))?;
     let channel = Channel::open().map_err(Answer::None)?;
     let guest = IpAddr::V4(mmds::GUEST);
-    let up = channel
-        .request(&netlink::link_up(index, None))
-        .and_then(|()| channel.request(&netlink::add_address(index, &guest, mmds::PREFIX)))
-        .and_then(|()| channel.request(&netlink::add_host_route(index, mmds::ADDRESS)));
+    let request = |request: &Request| channel.request(request, format_args!("prepare eth0"));
+    let up = request(&netlink::link_up(index, None))
+        .and_then(|()| request(&netlink::add_address(index, &guest, mmds::PREFIX)))
+        .and_then(|()| request(&netlink::add_host_route(index, mmds::ADDRESS)));
     let mut session = Session {
         watch: Stopwatch::start(),
         timeout,
@@ -114,11 +114,11 @@ fn fetch(timeout: u64, document: &mut [u8], memory: &mut [u8]) -> Result<usize, 
     };
     let answer = match up {
         Ok(()) => session.ask_until(memory),
-        Err(why) => Err(Answer::None(error!("prepare eth0: {why}"))),
+        Err(why) => Err(Answer::None(why)),
     };
     // Whether it worked or not; what was never added cannot be removed.
-    let _route = channel.request(&netlink::remove_host_route(index, mmds::ADDRESS));
-    let _address = channel.request(&netlink::remove_address(index, &guest, mmds::PREFIX));
+    let _route = request(&netlink::remove_host_route(index, mmds::ADDRESS));
+    let _address = request(&netlink::remove_address(index, &guest, mmds::PREFIX));
     answer
 }
 

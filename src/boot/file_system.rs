@@ -2,7 +2,7 @@
 
 use crate::context;
 use crate::error;
-use crate::error::Result;
+use crate::error::{Result, name};
 use crate::process::helper::HelperLog;
 use crate::sys::{self, Stopwatch, disk, files};
 use core::ffi::CStr;
@@ -92,15 +92,15 @@ impl<'a> FileSystem<'a> {
         }
         rustix::mount::mount(self.device, target, fs_type, flags, options.data()).map_err(
             |errno| {
-                let why = context!("{}", fs_type.lossy())(errno);
-                match errno {
-                    Errno::NODEV => error!("{why} (the kernel has no such file system)"),
+                let hint = match errno {
+                    Errno::NODEV => " (the kernel has no such file system)",
                     // What is mounted read-only has its journal replayed; nothing else is written.
-                    Errno::ACCESS | Errno::ROFS if is_write_protected => error!(
-                        "{why} (its journal must be replayed, and the device is write-protected)"
-                    ),
-                    _ => why,
-                }
+                    Errno::ACCESS | Errno::ROFS if is_write_protected => {
+                        " (its journal must be replayed, and the device is write-protected)"
+                    }
+                    _ => "",
+                };
+                error!("{}: {}{hint}", fs_type.lossy(), name(errno))
             },
         )?;
         if is_write_protected && !wants_read_only {
