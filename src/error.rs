@@ -3,6 +3,7 @@
 use crate::page::PageBox;
 use core::ffi::CStr;
 use core::fmt::{self, Display, Write};
+use proto::environment::TooLarge;
 use proto::message::{ErrnoName, Message, ToLossy};
 use rustix::io::Errno;
 
@@ -32,6 +33,12 @@ impl Error {
 impl From<Message> for Error {
     fn from(message: Message) -> Self {
         Self::format(format_args!("{message}"))
+    }
+}
+
+impl From<TooLarge> for Error {
+    fn from(_: TooLarge) -> Self {
+        Self::format(format_args!("the environment is too large"))
     }
 }
 
