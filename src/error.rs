@@ -21,12 +21,19 @@ pub struct Error {
 impl Error {
     /// Formats an error; [`error!`](crate::error!) calls it.
     pub fn format(arguments: fmt::Arguments<'_>) -> Self {
-        let mut message = PageBox::new(Message::new).ok();
-        if let Some(message) = &mut message {
+        let mut error = Self {
+            message: PageBox::new(Message::new).ok(),
+        };
+        error.append(arguments);
+        error
+    }
+
+    /// Says more.
+    pub fn append(&mut self, arguments: fmt::Arguments<'_>) {
+        if let Some(message) = &mut self.message {
             // Writing to a message never fails.
             let _ = message.write_fmt(arguments);
         }
-        Self { message }
     }
 }
 

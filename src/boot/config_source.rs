@@ -54,13 +54,13 @@ pub fn load(
         match fetch(timeout, document, memory) {
             Ok(length) => return Ok((length, "mmds")),
             Err(Answer::Wrong(error)) => return Err(error!("configuration from MMDS: {error}")),
-            Err(Answer::None(error)) => answers = error!("{answers}; MMDS: {error}"),
+            Err(Answer::None(error)) => answers.append(format_args!("; MMDS: {error}")),
         }
     }
     if source != Source::Mmds {
         match load_file(document, memory) {
             Ok(Some(length)) => return Ok((length, "file")),
-            Ok(None) => answers = error!("{answers}; {}: no such file", FILE.lossy()),
+            Ok(None) => answers.append(format_args!("; {}: no such file", FILE.lossy())),
             Err(error) => {
                 return Err(error!("configuration in {}: {error}", FILE.lossy()));
             }
@@ -161,19 +161,16 @@ impl Session<'_> {
 
     /// One document request: its status, and the length of its body.
     fn ask(&mut self, request: &mut Option<mmds::Request>) -> Result<(u16, usize)> {
-        let document_request = match request {
-            Some(request) => request.clone(),
-            None => {
-                let (status, length) = self.exchange(mmds::TOKEN_REQUEST)?;
-                // V2 was refused: ask without a token.
-                let token = mmds::token(self.body(length)).filter(|_| status == 200);
-                let fresh = mmds::document_request(token);
-                request
-                    .insert(fresh.ok_or_else(|| error!("the token is too long"))?)
-                    .clone()
-            }
+        if request.is_none() {
+            let (status, length) = self.exchange(mmds::TOKEN_REQUEST)?;
+            // V2 was refused: ask without a token.
+            let token = mmds::token(self.body(length)).filter(|_| status == 200);
+            *request = mmds::document_request(token);
+        }
+        let answer = match request {
+            Some(request) => self.exchange(request)?,
+            None => return Err(error!("the token is too long")),
         };
-        let answer = self.exchange(&document_request)?;
         if answer.0 == 401 {
             // The token is unknown or there was none: start over with V2.
             *request = None;
