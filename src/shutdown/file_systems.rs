@@ -71,7 +71,7 @@ pub fn leave_clean(log: &HelperLog) -> Result {
 /// Finds the root's device and all others; each gets a node in what becomes the working directory.
 fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Result<Tables> {
     let proc = private::proc().map_err(context!("mount proc"))?;
-    let nodes = private::mount(c"tmpfs", core::iter::empty()).map_err(context!("mount tmpfs"))?;
+    let nodes = private::mount(c"tmpfs", b"").map_err(context!("mount tmpfs"))?;
     rustix::process::fchdir(&nodes).map_err(context!("enter the nodes' directory"))?;
     let partitions = Text::read(&proc, c"partitions").map_err(context!("read partitions"))?;
     let root = rustix::fs::fstat(root).map(|status| volume::number_of(status.st_dev));
