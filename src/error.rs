@@ -3,6 +3,7 @@
 use crate::page::PageBox;
 use core::ffi::CStr;
 use core::fmt::{self, Display, Write};
+use proto::environment::TooLarge;
 use proto::message::{ErrnoName, Message, ToLossy};
 use rustix::io::Errno;
 
@@ -20,18 +21,31 @@ pub struct Error {
 impl Error {
     /// Formats an error; [`error!`](crate::error!) calls it.
     pub fn format(arguments: fmt::Arguments<'_>) -> Self {
-        let mut message = PageBox::new(Message::new).ok();
-        if let Some(message) = &mut message {
+        let mut error = Self {
+            message: PageBox::new(Message::new).ok(),
+        };
+        error.append(arguments);
+        error
+    }
+
+    /// Says more.
+    pub fn append(&mut self, arguments: fmt::Arguments<'_>) {
+        if let Some(message) = &mut self.message {
             // Writing to a message never fails.
             let _ = message.write_fmt(arguments);
         }
-        Self { message }
     }
 }
 
 impl From<Message> for Error {
     fn from(message: Message) -> Self {
         Self::format(format_args!("{message}"))
+    }
+}
+
+impl From<TooLarge> for Error {
+    fn from(_: TooLarge) -> Self {
+        Self::format(format_args!("the environment is too large"))
     }
 }
 

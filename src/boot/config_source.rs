@@ -14,7 +14,7 @@ use proto::arena::Arena;
 use proto::config::Config;
 use proto::message::ToLossy;
 use proto::mmds;
-use proto::netlink;
+use proto::netlink::{self, Request};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -54,13 +54,13 @@ pub fn load(
         match fetch(timeout, document, memory) {
             Ok(length) => return Ok((length, "mmds")),
             Err(Answer::Wrong(error)) => return Err(error!("configuration from MMDS: {error}")),
-            Err(Answer::None(error)) => answers = error!("{answers}; MMDS: {error}"),
+            Err(Answer::None(error)) => answers.append(format_args!("; MMDS: {error}")),
         }
     }
     if source != Source::Mmds {
         match load_file(document, memory) {
             Ok(Some(length)) => return Ok((length, "file")),
-            Ok(None) => answers = error!("{answers}; {}: no such file", FILE.lossy()),
+            Ok(None) => answers.append(format_args!("; {}: no such file", FILE.lossy())),
             Err(error) => {
                 return Err(error!("configuration in {}: {error}", FILE.lossy()));
             }
@@ -102,10 +102,10 @@ fn fetch(timeout: u64, document: &mut [u8], memory: &mut [u8]) -> Result<usize, 
         network::eth0_index().ok_or_else(|| Answer::None(error!("no network interface eth0")))?;
     let channel = Channel::open().map_err(Answer::None)?;
     let guest = IpAddr::V4(mmds::GUEST);
-    let up = channel
-        .request(&netlink::link_up(index, None))
-        .and_then(|()| channel.request(&netlink::add_address(index, &guest, mmds::PREFIX)))
-        .and_then(|()| channel.request(&netlink::add_host_route(index, mmds::ADDRESS)));
+    let request = |request: &Request| channel.request(request, format_args!("prepare eth0"));
+    let up = request(&netlink::link_up(index, None))
+        .and_then(|()| request(&netlink::add_address(index, &guest, mmds::PREFIX)))
+        .and_then(|()| request(&netlink::add_host_route(index, mmds::ADDRESS)));
     let mut session = Session {
         watch: Stopwatch::start(),
         timeout,
@@ -114,11 +114,11 @@ fn fetch(timeout: u64, document: &mut [u8], memory: &mut [u8]) -> Result<usize, 
     };
     let answer = match up {
         Ok(()) => session.ask_until(memory),
-        Err(why) => Err(Answer::None(error!("prepare eth0: {why}"))),
+        Err(why) => Err(Answer::None(why)),
     };
     // Whether it worked or not; what was never added cannot be removed.
-    let _route = channel.request(&netlink::remove_host_route(index, mmds::ADDRESS));
-    let _address = channel.request(&netlink::remove_address(index, &guest, mmds::PREFIX));
+    let _route = request(&netlink::remove_host_route(index, mmds::ADDRESS));
+    let _address = request(&netlink::remove_address(index, &guest, mmds::PREFIX));
     answer
 }
 
@@ -161,19 +161,16 @@ impl Session<'_> {
 
     /// One document request: its status, and the length of its body.
     fn ask(&mut self, request: &mut Option<mmds::Request>) -> Result<(u16, usize)> {
-        let document_request = match request {
-            Some(request) => request.clone(),
-            None => {
-                let (status, length) = self.exchange(mmds::TOKEN_REQUEST)?;
-                // V2 was refused: ask without a token.
-                let token = mmds::token(self.body(length)).filter(|_| status == 200);
-                let fresh = mmds::document_request(token);
-                request
-                    .insert(fresh.ok_or_else(|| error!("the token is too long"))?)
-                    .clone()
-            }
+        if request.is_none() {
+            let (status, length) = self.exchange(mmds::TOKEN_REQUEST)?;
+            // V2 was refused: ask without a token.
+            let token = mmds::token(self.body(length)).filter(|_| status == 200);
+            *request = mmds::document_request(token);
+        }
+        let answer = match request {
+            Some(request) => self.exchange(request)?,
+            None => return Err(error!("the token is too long")),
         };
-        let answer = self.exchange(&document_request)?;
         if answer.0 == 401 {
             // The token is unknown or there was none: start over with V2.
             *request = None;

@@ -2,7 +2,7 @@
 
 use crate::context;
 use crate::error;
-use crate::error::Result;
+use crate::error::{Result, name};
 use crate::process::helper::HelperLog;
 use crate::sys::{self, Stopwatch, disk, files};
 use core::ffi::CStr;
@@ -85,22 +85,22 @@ impl<'a> FileSystem<'a> {
             }
         }
         let wants_read_only = self.access != Access::ReadWrite || superblock::is_read_only(fs_type);
-        let mut options = Options::new(self.options);
-        let mut flags = options.flags | MountFlags::RELATIME;
+        let mut data = heapless::Vec::new();
+        let mut flags = read_options(self.options, &mut data) | MountFlags::RELATIME;
         if wants_read_only || is_write_protected {
             flags |= MountFlags::RDONLY;
         }
-        rustix::mount::mount(self.device, target, fs_type, flags, options.data()).map_err(
+        rustix::mount::mount(self.device, target, fs_type, flags, sys::c_str(&data)).map_err(
             |errno| {
-                let why = context!("{}", fs_type.lossy())(errno);
-                match errno {
-                    Errno::NODEV => error!("{why} (the kernel has no such file system)"),
+                let hint = match errno {
+                    Errno::NODEV => " (the kernel has no such file system)",
                     // What is mounted read-only has its journal replayed; nothing else is written.
-                    Errno::ACCESS | Errno::ROFS if is_write_protected => error!(
-                        "{why} (its journal must be replayed, and the device is write-protected)"
-                    ),
-                    _ => why,
-                }
+                    Errno::ACCESS | Errno::ROFS if is_write_protected => {
+                        " (its journal must be replayed, and the device is write-protected)"
+                    }
+                    _ => "",
+                };
+                error!("{}: {}{hint}", fs_type.lossy(), name(errno))
             },
         )?;
         if is_write_protected && !wants_read_only {
@@ -111,12 +111,6 @@ impl<'a> FileSystem<'a> {
         }
         Ok(())
     }
-}
-
-/// Options as fstab(5) has them: some are flags of mount(2), the rest is the file system's.
-struct Options {
-    flags: MountFlags,
-    data: heapless::Vec<u8, PATH>,
 }
 
 /// Options that are flags.
@@ -131,34 +125,23 @@ const FLAGS: [(&[u8], MountFlags); 8] = [
     (b"strictatime", MountFlags::STRICTATIME),
 ];
 
-impl Options {
-    fn new(text: &CStr) -> Self {
-        let mut options = Self {
-            flags: MountFlags::empty(),
-            data: heapless::Vec::new(),
-        };
-        for option in split(text.to_bytes(), b',') {
-            match FLAGS.iter().find(|(name, _)| *name == option) {
-                Some((_, flag)) => options.flags |= *flag,
-                None => options.push(option),
-            }
+/// Takes options as fstab(5) has them apart: those that are flags of mount(2), and into `data` those
+/// of the file system.
+fn read_options(text: &CStr, data: &mut heapless::Vec<u8, PATH>) -> MountFlags {
+    let mut flags = MountFlags::empty();
+    for option in split(text.to_bytes(), b',') {
+        if let Some((_, flag)) = FLAGS.iter().find(|(name, _)| *name == option) {
+            flags |= *flag;
+            continue;
         }
-        options
-    }
-
-    /// They fit: all of them did, with their NUL.
-    fn push(&mut self, option: &[u8]) {
-        if !self.data.is_empty() {
-            let _fits = self.data.push(b',');
+        // They fit: all of them did, with their NUL.
+        if !data.is_empty() {
+            let _fits = data.push(b',');
         }
-        let _fits = self.data.extend_from_slice(option);
+        let _fits = data.extend_from_slice(option);
     }
-
-    /// What the file system gets.
-    fn data(&mut self) -> &CStr {
-        let _fits = self.data.push(0);
-        sys::c_str(&self.data)
-    }
+    let _fits = data.push(0);
+    flags
 }
 
 /// Opens a device when it has appeared. Its node is there a moment before the disk is

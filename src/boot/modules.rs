@@ -1,7 +1,6 @@
 //! Kernel modules that the initrd brings along.
 
-use crate::context;
-use crate::error::{Log, Result};
+use crate::error::{Log, Result, name};
 use crate::sys::files;
 use core::ffi::CStr;
 use proto::bytes::split;
@@ -28,11 +27,16 @@ pub fn load(scratch: &mut [u8], log: &mut dyn Log) -> Result {
         let is_compressed = COMPRESSED.iter().any(|ending| line.ends_with(ending));
         match load_one(line, is_compressed) {
             Ok(()) => {}
-            Err(errno @ (Errno::OPNOTSUPP | Errno::INVAL)) if is_compressed => {
-                let why = context!("load module {}", line.lossy())(errno);
-                log.warn(&format_args!("{why} (this kernel cannot decompress it)"));
+            Err(errno) => {
+                let hint = match errno {
+                    Errno::OPNOTSUPP | Errno::INVAL if is_compressed => {
+                        " (this kernel cannot decompress it)"
+                    }
+                    _ => "",
+                };
+                let (module, why) = (line.lossy(), name(errno));
+                log.warn(&format_args!("load module {module}: {why}{hint}"));
             }
-            Err(errno) => log.warn(&context!("load module {}", line.lossy())(errno)),
         }
     }
     Ok(())

@@ -2,9 +2,10 @@
 
 use crate::context;
 use crate::error;
-use crate::error::{Log, Result, name};
+use crate::error::{Log, Result};
 use crate::sys;
 use crate::sys::files;
+use core::fmt;
 use core::net::IpAddr;
 use proto::address;
 use proto::config::{Address, Config};
@@ -53,13 +54,12 @@ impl Channel {
     }
 
     /// Sends a request and reads its acknowledgement, which the kernel gives within the send. What
-    /// exists already is success; the error is the kernel's reason alone.
-    pub fn request(&self, request: &Request) -> Result {
+    /// exists already is success; the error says `what` failed, and the kernel's reason.
+    pub fn request(&self, request: &Request, what: fmt::Arguments) -> Result {
         let mut reply = [0; 1024];
-        let failed = |errno| error!("{}", name(errno));
-        files::write(&self.socket, request.as_bytes()).map_err(failed)?;
+        files::write(&self.socket, request.as_bytes()).map_err(context!("{what}"))?;
         loop {
-            let count = files::read(&self.socket, &mut reply).map_err(failed)?;
+            let count = files::read(&self.socket, &mut reply).map_err(context!("{what}"))?;
             let answer = netlink::acknowledgement(reply.get(..count).unwrap_or(&[]));
             if let Some(Acknowledgement { errno, text }) = answer {
                 if errno == 0 || errno == Errno::EXIST.raw_os_error() {
@@ -67,8 +67,8 @@ impl Channel {
                 }
                 let name = ErrnoName(errno);
                 return Err(match text {
-                    [] => error!("{name}"),
-                    _ => error!("{name} ({})", text.lossy()),
+                    [] => error!("{what}: {name}"),
+                    _ => error!("{what}: {name} ({})", text.lossy()),
                 });
             }
         }
@@ -78,19 +78,18 @@ impl Channel {
 /// Brings lo up, and the interfaces that have addresses, with their MTU, addresses and routes.
 pub fn configure(config: &Config, log: &mut dyn Log) -> Result {
     let channel = Channel::open()?;
-    channel
-        .request(&netlink::link_up(LO_INDEX, None))
-        .map_err(|error| error!("bring lo up: {error}"))?;
+    channel.request(
+        &netlink::link_up(LO_INDEX, None),
+        format_args!("bring lo up"),
+    )?;
     for Address {
         ip, prefix, device, ..
     } in config.addresses()
     {
         let index = bring_up(&channel, device, config.mtu(), log)?;
         let request = netlink::add_address(index, &ip, prefix);
-        channel.request(&request).map_err(|error| {
-            let (ip, prefix) = (address::Text(&ip), u32::from(prefix));
-            error!("add {ip}/{prefix} to {device}: {error}")
-        })?;
+        let (ip, prefix) = (address::Text(&ip), u32::from(prefix));
+        channel.request(&request, format_args!("add {ip}/{prefix} to {device}"))?;
     }
     // After all addresses: a gateway may be in the subnet of a later one. The first gateway of a
     // family is for all: with a second one it would share the traffic (ECMP).
@@ -113,9 +112,8 @@ fn set_gateway(channel: &Channel, config: &Config, gateway: &IpAddr, device: &st
         .addresses()
         .any(|near| near.device == device && netlink::same_subnet(&near.ip, gateway, near.prefix));
     let route = netlink::default_route(index(device)?, gateway, on_link, Existing::Keep);
-    channel
-        .request(&route)
-        .map_err(|error| error!("route through {}: {error}", address::Text(gateway)))
+    let gateway = address::Text(gateway);
+    channel.request(&route, format_args!("route through {gateway}"))
 }
 
 fn index(device: &str) -> Result<u32> {
@@ -125,9 +123,8 @@ fn index(device: &str) -> Result<u32> {
 /// Brings an interface up, which may be up already; its index.
 fn bring_up(channel: &Channel, device: &str, mtu: u32, log: &mut dyn Log) -> Result<u32> {
     let index = index(device)?;
-    channel
-        .request(&netlink::link_up(index, Some(mtu)))
-        .map_err(|error| error!("bring {device} up with MTU {mtu}: {error}"))?;
+    let request = netlink::link_up(index, Some(mtu));
+    channel.request(&request, format_args!("bring {device} up with MTU {mtu}"))?;
     // Packets on a virtual wire need no checksums of the device's. Those received are the device's
     // own business: virtio_net has no switch for them.
     if let Err(errno) = sys::network::disable_tx_checksum(&channel.socket, device) {

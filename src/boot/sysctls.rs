@@ -33,11 +33,12 @@ pub fn are_configured(config: &Config) -> bool {
 
 /// Sets the configured ones, in a helper: huge pages may take their time.
 pub fn set_all(config: &Config, log: &HelperLog) -> Result {
+    let mut room = sysctl::ROOM;
     for (name, value) in config.sysctls() {
         log.step(&format_args!("set {name}"));
-        sysctl::Path::new(name)
+        sysctl::path(name, &mut room)
             .ok_or(Errno::INVAL)
-            .and_then(|path| set(path.as_c_str(), value.as_bytes()))
+            .and_then(|path| set(path, value.as_bytes()))
             .map_err(context!("set {name} to {value}"))?;
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! From a fork to a command: session, identity, directory, environment, execve.
 
 use crate::context;
-use crate::error::{Error, Result};
+use crate::error::{self, Error, Result};
 use crate::process::helper::HelperLog;
 use crate::process::{credentials, rlimits};
 use crate::sys::files;
@@ -12,8 +12,6 @@ use proto::arena::Strings;
 use proto::bytes::{find, split};
 use proto::config::{ARGV, PATH};
 use proto::environment::{self, ENV_ENTRIES, Environment};
-use proto::message;
-use proto::message::{Message, ToLossy};
 use proto::rlimit::Rlimits;
 use proto::users::Identity;
 use rustix::fd::OwnedFd;
@@ -84,8 +82,8 @@ impl From<Error> for Failure {
 }
 
 impl Failure {
-    fn new(errno: Errno, what: Message) -> Self {
-        Self(context!("{what}")(errno), NOT_EXECUTABLE)
+    fn new(error: Error) -> Self {
+        Self(error, NOT_EXECUTABLE)
     }
 
     /// Reports it; the exit code.
@@ -99,17 +97,17 @@ impl Command<'_> {
     /// Turns this process into the command; returns only when that failed.
     pub fn exec(&self, environment: &Environment) -> Failure {
         if let Err(errno) = self.enter_directory() {
-            return Failure::new(errno, message!("enter {}", self.directory.lossy()));
+            return Failure::new(error::on("enter", self.directory)(errno));
         }
         if let Err(error) = rlimits::apply(self.rlimits) {
-            return Failure(error, NOT_EXECUTABLE);
+            return Failure::new(error);
         }
         credentials::own_standard_streams(self.identity);
         if let Err(errno) = credentials::drop_to(self.identity) {
-            return Failure::new(errno, message!("become the user"));
+            return Failure::new(context!("become the user")(errno));
         }
         let Some(scratch) = SCRATCH.take() else {
-            return Failure::new(Errno::NOMEM, message!("execute"));
+            return Failure::new(context!("execute")(Errno::NOMEM));
         };
         let mut slots = scratch.argv.iter_mut();
         let mut name = None;
@@ -127,7 +125,7 @@ impl Command<'_> {
         sys::block_signals(SignalSet::EMPTY);
         let name = name.unwrap_or(c"");
         let errno = search(name, environment, scratch);
-        let mut failure = Failure::new(errno, message!("execute {}", name.lossy()));
+        let mut failure = Failure::new(error::on("execute", name)(errno));
         if is_missing(errno) {
             failure.1 = NOT_FOUND;
         }

@@ -387,7 +387,7 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// Kernel parameters: their names, as [`sysctl::Path`] has them, and values.
+    /// Kernel parameters: their names, as [`sysctl::path`] has them, and values.
     pub fn sysctls(&self) -> impl Iterator<Item = (&'a str, &'a str)> + Clone {
         let pairs = self.sysctls.iter().filter_map(|pair| pair.to_str().ok());
         pairs.filter_map(|pair| split_text_once(pair, b'='))
@@ -411,8 +411,9 @@ impl<'a> Config<'a> {
         checks.path_length("ImageConfig.WorkingDir", self.image_config.working_dir);
         let fits = self.hostname.len() <= HOSTNAME;
         checks.require(fits, "Hostname: longer than 64 bytes", b"");
+        let mut room = sysctl::ROOM;
         for (name, _) in self.sysctls() {
-            let is_known = sysctl::Path::new(name).is_some();
+            let is_known = sysctl::path(name, &mut room).is_some();
             checks.require(
                 is_known,
                 "Sysctls: not a kernel parameter: ",

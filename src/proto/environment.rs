@@ -3,8 +3,6 @@
 use crate::arena::Strings;
 use crate::bytes::find;
 use crate::config;
-use crate::message;
-use crate::message::Message;
 
 /// Room for the bytes of an environment: a whole document's and a whole exec request's.
 pub const ENV_BYTES: usize = config::DOCUMENT + (192 << 10);
@@ -13,6 +11,10 @@ pub const ENV_ENTRIES: usize = 3 * config::ENV + 8;
 
 /// A name is searched in these directories when the environment has no PATH.
 pub const PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// There is no room for another string, or for its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooLarge;
 
 /// An environment: one entry a name, the last one set.
 pub struct Environment<const BYTES: usize = ENV_BYTES, const ENTRIES: usize = ENV_ENTRIES> {
@@ -45,7 +47,7 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
 
     /// Sets each `NAME=value`; a string without a name or without `=` is dropped. The error: they
     /// are more strings, or more bytes, than there is room for.
-    pub fn set_all(&mut self, entries: Strings) -> Result<(), Message> {
+    pub fn set_all(&mut self, entries: Strings) -> Result<(), TooLarge> {
         for entry in entries {
             self.set(entry.to_bytes(), b"")?;
         }
@@ -53,7 +55,7 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
     }
 
     /// Sets `NAME=` to a value unless the name is set.
-    pub fn set_default(&mut self, name: &[u8], value: &[u8]) -> Result<(), Message> {
+    pub fn set_default(&mut self, name: &[u8], value: &[u8]) -> Result<(), TooLarge> {
         match self.get(name) {
             Some(_) => Ok(()),
             None => self.set(name, value),
@@ -61,11 +63,10 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
     }
 
     /// Sets `NAME=value`, which may be in two pieces.
-    pub fn set(&mut self, start: &[u8], end: &[u8]) -> Result<(), Message> {
-        let full = || message!("the environment is too large");
+    pub fn set(&mut self, start: &[u8], end: &[u8]) -> Result<(), TooLarge> {
         let at = self.bytes.len();
-        for part in [start, end, b"\0"].iter() {
-            self.bytes.extend_from_slice(part).map_err(|_| full())?;
+        for part in &[start, end, b"\0"] {
+            self.bytes.extend_from_slice(part).map_err(|_| TooLarge)?;
         }
         let entry = self.bytes.get(at..).unwrap_or(&[]);
         let sign = find(entry, b'=').unwrap_or(0);
@@ -85,7 +86,7 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
                 return Ok(());
             }
         }
-        self.entries.push(fresh).map_err(|_| full())
+        self.entries.push(fresh).map_err(|_| TooLarge)
     }
 
     /// The value of `NAME=`.
@@ -161,8 +162,7 @@ mod tests {
     fn what_does_not_fit_is_an_error_and_not_a_truncation() {
         let mut environment = environment(&["A=", "B=", "C=", "D=", "E=", "F=", "G=", "H="]);
         assert!(environment.set(b"A=again", b"").is_ok());
-        let why = environment.set(b"I=", b"").unwrap_err();
-        assert_eq!(why.as_bytes(), b"the environment is too large");
+        assert_eq!(environment.set(b"I=", b""), Err(TooLarge));
         assert!(Small::new().set(b"A=", &[b'x'; 256]).is_err());
     }
 }

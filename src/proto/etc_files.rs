@@ -43,7 +43,6 @@ impl<'a> Contents<'a> {
 ///
 /// Lines of an earlier boot go, all others stay as they are, and each entry is added unless a
 /// line that stays says the same already.
-#[inline(never)]
 pub fn hosts(old: &[u8], entries: &[Host], new: &mut Contents) {
     let mut blank = true;
     keep(old, &mut |line| {

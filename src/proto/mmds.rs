@@ -45,7 +45,7 @@ const _: () = assert!(
 pub fn document_request(token: Option<&[u8]>) -> Option<Request> {
     let mut request = Request::from_slice(DOCUMENT_REQUEST).ok()?;
     if let Some(token) = token {
-        for part in [TOKEN_HEADER, token, b"\r\n"] {
+        for part in &[TOKEN_HEADER, token, b"\r\n"] {
             request.extend_from_slice(part).ok()?;
         }
     }

@@ -114,19 +114,18 @@ impl Request {
     }
 
     /// Adds an attribute. Its data is a multiple of NLA_ALIGNTO: a number or an address.
-    fn attribute(mut self, kind: u16, data: &[u8]) -> Self {
+    fn attribute(&mut self, kind: u16, data: &[u8]) {
         let length = (NLA_HDRLEN + data.len()) as u16;
         self.put(&length.to_ne_bytes());
         self.put(&kind.to_ne_bytes());
         self.put(data);
-        self
     }
 
-    fn number(self, kind: u16, number: u32) -> Self {
-        self.attribute(kind, &number.to_ne_bytes())
+    fn number(&mut self, kind: u16, number: u32) {
+        self.attribute(kind, &number.to_ne_bytes());
     }
 
-    fn address(self, kind: u16, ip: &IpAddr) -> Self {
+    fn address(&mut self, kind: u16, ip: &IpAddr) {
         match ip {
             IpAddr::V4(ip) => self.attribute(kind, &ip.octets()),
             IpAddr::V6(ip) => self.attribute(kind, &ip.octets()),
@@ -153,11 +152,11 @@ pub fn link_up(index: u32, mtu: Option<u32>) -> Request {
     for (field, value) in body.as_chunks_mut().0.iter_mut().zip(fields) {
         *field = value.to_ne_bytes();
     }
-    let request = Request::new(RTM_NEWLINK, NLM_F_ACK, &body);
-    match mtu {
-        Some(mtu) => request.number(IFLA_MTU, mtu),
-        None => request,
+    let mut request = Request::new(RTM_NEWLINK, NLM_F_ACK, &body);
+    if let Some(mtu) = mtu {
+        request.number(IFLA_MTU, mtu);
     }
+    request
 }
 
 fn address(kind: u16, flags: u16, index: u32, ip: &IpAddr, prefix: u8) -> Request {
@@ -172,10 +171,11 @@ fn address(kind: u16, flags: u16, index: u32, ip: &IpAddr, prefix: u8) -> Reques
         c,
         d,
     ];
-    Request::new(kind, NLM_F_ACK | flags, &body)
-        .address(IFA_LOCAL, ip)
-        .address(IFA_ADDRESS, ip)
-        .number(IFA_FLAGS, u32::from(IFA_F_NODAD))
+    let mut request = Request::new(kind, NLM_F_ACK | flags, &body);
+    request.address(IFA_LOCAL, ip);
+    request.address(IFA_ADDRESS, ip);
+    request.number(IFA_FLAGS, u32::from(IFA_F_NODAD));
+    request
 }
 
 /// Gives interface `index` an address, usable at once (no duplicate address detection).
@@ -211,16 +211,18 @@ impl Existing {
 pub fn default_route(index: u32, gateway: &IpAddr, on_link: bool, existing: Existing) -> Request {
     let flags = if on_link { RTNH_F_ONLINK } else { 0 };
     let body = rtmsg(family(gateway), 0, RTPROT_BOOT, RT_SCOPE_UNIVERSE, flags);
-    Request::new(RTM_NEWROUTE, NLM_F_ACK | existing.flags(), &body)
-        .address(RTA_GATEWAY, gateway)
-        .number(RTA_OIF, index)
+    let mut request = Request::new(RTM_NEWROUTE, NLM_F_ACK | existing.flags(), &body);
+    request.address(RTA_GATEWAY, gateway);
+    request.number(RTA_OIF, index);
+    request
 }
 
 fn host_route(kind: u16, flags: u16, index: u32, peer: Ipv4Addr) -> Request {
     let body = rtmsg(AF_INET, 32, RTPROT_BOOT, RT_SCOPE_LINK, 0);
-    Request::new(kind, NLM_F_ACK | flags, &body)
-        .attribute(RTA_DST, &peer.octets())
-        .number(RTA_OIF, index)
+    let mut request = Request::new(kind, NLM_F_ACK | flags, &body);
+    request.attribute(RTA_DST, &peer.octets());
+    request.number(RTA_OIF, index);
+    request
 }
 
 /// A /32 route to a peer on the link.
@@ -370,10 +372,9 @@ impl<'a> Acknowledgement<'a> {
 
 /// The acknowledgement of a request in what was received; `None` when it is something else.
 pub fn acknowledgement(received: &[u8]) -> Option<Acknowledgement<'_>> {
-    messages(received).find_map(|message| match message.reply() {
-        Reply::Acknowledgement(acknowledgement) => Some(acknowledgement),
-        _ => None,
-    })
+    messages(received)
+        .filter(|message| message.kind == NLMSG_ERROR)
+        .find_map(|message| Acknowledgement::parse(&message))
 }
 
 /// An entry of a dump, with what is needed to delete it.
@@ -504,18 +505,21 @@ impl Entry {
                 let mut request = Request::new(RTM_DELROUTE, NLM_F_ACK, &body);
                 for (kind, ip) in [(RTA_DST, destination), (RTA_GATEWAY, gateway)] {
                     if let Some(ip) = ip {
-                        request = request.address(kind, ip);
+                        request.address(kind, ip);
                     }
                 }
                 if let Some(priority) = priority {
-                    request = request.number(RTA_PRIORITY, *priority);
+                    request.number(RTA_PRIORITY, *priority);
                 }
-                request.number(RTA_OIF, *index)
+                request.number(RTA_OIF, *index);
+                request
             }
             Self::Neighbour { index, ip, .. } => {
                 let [a, b, c, d] = index.to_ne_bytes();
                 let body: [u8; NDMSG_LEN] = [family(ip), 0, 0, 0, a, b, c, d, 0, 0, 0, 0];
-                Request::new(RTM_DELNEIGH, NLM_F_ACK, &body).address(NDA_DST, ip)
+                let mut request = Request::new(RTM_DELNEIGH, NLM_F_ACK, &body);
+                request.address(NDA_DST, ip);
+                request
             }
         }
     }

@@ -50,10 +50,12 @@ pub fn parse(text: &str) -> Option<Signal> {
     if let Some(offset) = name.strip_prefix("RTMAX") {
         return Signal::new(u64::from(RTMAX) - real_time('-', offset)?);
     }
-    let numbered = NAMES.iter().copied().zip(1..);
-    let mut all = numbered.chain(ALIASES);
-    let (_, number) = all.find(|(known, _)| *known == name)?;
-    Signal::new(number)
+    let mut numbered = NAMES.iter().zip(1..);
+    if let Some((_, number)) = numbered.find(|(known, _)| **known == name) {
+        return Signal::new(number);
+    }
+    let (_, number) = ALIASES.iter().find(|(known, _)| *known == name)?;
+    Signal::new(*number)
 }
 
 /// How far from the first or last real-time signal: a sign and a number, or nothing.

@@ -8,41 +8,36 @@ const ROOT: &[u8] = b"/proc/sys/";
 /// Longest path of a parameter, its NUL included.
 const PATH: usize = 256;
 
-/// The file of a parameter, below `/proc/sys` (proc_sys(5)).
-#[derive(Clone, Debug)]
-pub struct Path(heapless::Vec<u8, PATH>);
+/// Room for the path of a parameter.
+pub type Room = [u8; PATH];
 
-impl Path {
-    /// The file of the parameter of that name; `None`: a part of it is empty, `.` or `..`, or it is
-    /// too long.
-    ///
-    /// What separates the parts is the first `.` or `/` in it. Among dots a slash stands for a dot:
-    /// `net.ipv4.conf.eth0/1.forwarding` is `net/ipv4/conf/eth0.1/forwarding`.
-    pub fn new(name: &str) -> Option<Self> {
-        let separator = name.bytes().find(|byte| b"./".contains(byte));
-        let is_dotted = separator == Some(b'.');
-        let mut path = heapless::Vec::from_slice(ROOT).ok()?;
-        for byte in name.bytes() {
-            let byte = match byte {
-                0 => return None,
-                b'.' if is_dotted => b'/',
-                b'/' if is_dotted => b'.',
-                other => other,
-            };
-            path.push(byte).ok()?;
-        }
-        let mut parts = split(path.get(ROOT.len()..)?, b'/');
-        if parts.any(|part| matches!(part, b"" | b"." | b"..")) {
-            return None;
-        }
-        path.push(0).ok()?;
-        Some(Self(path))
-    }
+/// Room for one.
+pub const ROOM: Room = [0; PATH];
 
-    /// The whole path.
-    pub fn as_c_str(&self) -> &CStr {
-        CStr::from_bytes_until_nul(&self.0).unwrap_or_default()
+/// The file of the parameter of that name, below `/proc/sys` (proc_sys(5)); `None`: a part of the
+/// name is empty, `.` or `..`, or it is too long.
+///
+/// What separates the parts is the first `.` or `/` in it. Among dots a slash stands for a dot:
+/// `net.ipv4.conf.eth0/1.forwarding` is `net/ipv4/conf/eth0.1/forwarding`.
+pub fn path<'r>(name: &str, room: &'r mut Room) -> Option<&'r CStr> {
+    let separator = name.bytes().find(|byte| b"./".contains(byte));
+    let is_dotted = separator == Some(b'.');
+    let below = ROOT.len()..ROOT.len() + name.len();
+    room.get_mut(..ROOT.len())?.copy_from_slice(ROOT);
+    for (place, byte) in room.get_mut(below.clone())?.iter_mut().zip(name.bytes()) {
+        *place = match byte {
+            0 => return None,
+            b'.' if is_dotted => b'/',
+            b'/' if is_dotted => b'.',
+            other => other,
+        };
     }
+    *room.get_mut(below.end)? = 0;
+    let mut parts = split(room.get(below)?, b'/');
+    if parts.any(|part| matches!(part, b"" | b"." | b"..")) {
+        return None;
+    }
+    CStr::from_bytes_until_nul(room).ok()
 }
 
 #[cfg(test)]
@@ -50,7 +45,7 @@ mod tests {
     use super::*;
 
     fn shown(name: &str) -> Option<String> {
-        Path::new(name).map(|path| path.as_c_str().to_str().unwrap().to_owned())
+        path(name, &mut ROOM.clone()).map(|path| path.to_str().unwrap().to_owned())
     }
 
     #[test]

@@ -363,7 +363,7 @@ impl CloseFrame {
         let length = code.len() + reason.len() + mark.len();
         let header = FrameHeader::new(Opcode::Close, length);
         let mut bytes = heapless::Vec::new();
-        for part in [header.as_bytes(), code, reason.as_bytes(), mark.as_bytes()] {
+        for part in &[header.as_bytes(), code, reason.as_bytes(), mark.as_bytes()] {
             // A reason is at most MAX_REASON bytes.
             let _fits = bytes.extend_from_slice(part);
         }

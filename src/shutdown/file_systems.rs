@@ -45,8 +45,9 @@ pub fn leave_clean(log: &HelperLog) -> Result {
     // What becomes of mounts here does not become of mounts elsewhere.
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     let _unmounted_in_all = rustix::mount::mount_change(c"/", private);
-    let (tables, mut devices) = match find_devices(&root, log) {
-        Ok(found) => found,
+    let mut devices = Devices::new();
+    let tables = match find_devices(&root, &mut devices, log) {
+        Ok(tables) => tables,
         Err(error) => {
             log.warn(&format_args!("cannot look for volumes: {error}"));
             return volume::read_only(&root).map_err(context!("make / read-only"));
@@ -68,14 +69,13 @@ pub fn leave_clean(log: &HelperLog) -> Result {
 }
 
 /// Finds the root's device and all others; each gets a node in what becomes the working directory.
-fn find_devices(root: &OwnedFd, log: &HelperLog) -> Result<(Tables, Devices)> {
+fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Result<Tables> {
     let proc = private::proc().map_err(context!("mount proc"))?;
-    let nodes = private::mount(c"tmpfs", core::iter::empty()).map_err(context!("mount tmpfs"))?;
+    let nodes = private::mount(c"tmpfs", b"").map_err(context!("mount tmpfs"))?;
     rustix::process::fchdir(&nodes).map_err(context!("enter the nodes' directory"))?;
     let partitions = Text::read(&proc, c"partitions").map_err(context!("read partitions"))?;
     let root = rustix::fs::fstat(root).map(|status| volume::number_of(status.st_dev));
     let mut root_volume = None;
-    let mut devices = Devices::new();
     for line in partitions.lines() {
         let Some(mut volume) = Volume::parse(line) else {
             continue;
@@ -104,12 +104,11 @@ fn find_devices(root: &OwnedFd, log: &HelperLog) -> Result<(Tables, Devices)> {
         // Without it, paths are not named.
         false => Text::read(&proc, c"self/mountinfo").ok(),
     };
-    let tables = Tables {
+    Ok(Tables {
         proc,
         mounts,
         root: root_volume,
-    };
-    Ok((tables, devices))
+    })
 }
 
 /// Shuts all devices, each in a child of its own, those that stand on another one before it. False

@@ -120,7 +120,7 @@ fn name_writable(log: &mut dyn Log) {
 /// A procfs, and the kernel's log from now on.
 fn kernel_log() -> Result<(OwnedFd, OwnedFd), Errno> {
     let proc = private::proc()?;
-    let nodes = private::mount(c"tmpfs", core::iter::empty())?;
+    let nodes = private::mount(c"tmpfs", b"")?;
     // /dev/kmsg (Documentation/admin-guide/devices.txt)
     let (kind, mode) = (FileType::CharacterDevice, Mode::RUSR);
     rustix::fs::mknodat(&nodes, c"kmsg", kind, mode, makedev(1, 11))?;

@@ -13,10 +13,12 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 /// Most bytes of a table that are read: some thousand mounts.
 const TABLE: usize = 1 << 20;
 
-/// A new instance of a file system without a device; the options are words.
-pub fn mount<'o>(kind: &CStr, options: impl Iterator<Item = &'o CStr>) -> Result<OwnedFd, Errno> {
+/// A new instance of a file system without a device; the options are words with commas between.
+pub fn mount(kind: &CStr, options: &[u8]) -> Result<OwnedFd, Errno> {
     let context = rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
-    for option in options {
+    let mut room = [0; 64];
+    for option in split(options, b',').filter(|option| !option.is_empty()) {
+        let option = files::join(&[option], &mut room).ok_or(Errno::NAMETOOLONG)?;
         rustix::mount::fsconfig_set_flag(&context, option)?;
     }
     finish(&context)
@@ -41,7 +43,7 @@ fn finish(context: &OwnedFd) -> Result<OwnedFd, Errno> {
 
 /// A new instance of procfs.
 pub fn proc() -> Result<OwnedFd, Errno> {
-    mount(c"proc", core::iter::empty())
+    mount(c"proc", b"")
 }
 
 /// Writes to one of the kernel's files.

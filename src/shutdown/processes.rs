@@ -1,7 +1,7 @@
 //! Processes at the end: those that a cgroup keeps from dying, and limits that keep PID 1 from forking.
 
 use crate::shutdown::private::{self, Text};
-use crate::sys::{self, files};
+use crate::sys::files;
 use core::ffi::CStr;
 use core::mem::MaybeUninit;
 use proto::bytes::split;
@@ -72,7 +72,7 @@ fn leave_cgroups(proc: &OwnedFd) {
 
 /// The root of cgroup v2.
 fn unified() -> rustix::io::Result<OwnedFd> {
-    private::mount(c"cgroup2", core::iter::empty())
+    private::mount(c"cgroup2", b"")
 }
 
 /// The root of the v1 hierarchy with this controller: it can only be mounted with all it has
@@ -85,13 +85,7 @@ fn hierarchy(proc: &OwnedFd, controller: &[u8]) -> Option<OwnedFd> {
         let found = split(controllers, b',').any(|one| one == controller);
         found.then_some(controllers)
     })?;
-    let mut names = heapless::Vec::<u8, 256>::new();
-    for &byte in controllers {
-        names.push(if byte == b',' { 0 } else { byte }).ok()?;
-    }
-    names.push(0).ok()?;
-    let options = names.split_inclusive(|byte| *byte == 0).map(sys::c_str);
-    private::mount(c"cgroup", options).ok()
+    private::mount(c"cgroup", controllers).ok()
 }
 
 /// Calls `visit` with the name of each directory in `parent`.

@@ -4,7 +4,7 @@
 //! (signal(7)).
 
 use crate::error;
-use crate::error::{Result, name};
+use crate::error::Result;
 use core::ffi::CStr;
 use proto::config::PATH;
 use proto::message::ToLossy;
@@ -60,20 +60,14 @@ pub fn join<'p>(parts: &[&[u8]], room: &'p mut [u8]) -> Option<&'p CStr> {
 ///
 /// Anything else under that name (a pipe would block) and a file over the buffer's size are errors.
 pub fn read_whole<'b>(path: &CStr, buffer: &'b mut [u8]) -> Result<Option<&'b mut [u8]>> {
-    let found = match open(path, OFlags::NONBLOCK | OFlags::NOCTTY) {
-        Ok(file) => read_regular(&file, buffer),
+    let failed = error::on("read", path);
+    let file = match open(path, OFlags::NONBLOCK | OFlags::NOCTTY) {
         Err(Errno::NOENT) => return Ok(None),
-        Err(errno) => Err(error!("{}", name(errno))),
+        file => file.map_err(&failed)?,
     };
-    let length = found.map_err(|why| error!("read {}: {why}", path.lossy()))?;
-    Ok(buffer.get_mut(..length))
-}
-
-/// Reads to the end; the error is the reason alone.
-fn read_regular(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize> {
-    let kind = rustix::fs::fstat(file).map(|status| FileType::from_raw_mode(status.st_mode));
-    if kind != Ok(FileType::RegularFile) {
-        return Err(error!("not a regular file"));
+    let status = rustix::fs::fstat(&file).map_err(&failed)?;
+    if FileType::from_raw_mode(status.st_mode) != FileType::RegularFile {
+        return Err(error!("read {}: not a regular file", path.lossy()));
     }
     let limit = buffer.len();
     let mut length = 0;
@@ -84,13 +78,12 @@ fn read_regular(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize> {
             Some(room @ [_, ..]) => room,
             _ => &mut more,
         };
-        match read(file, room) {
-            Ok(0) => return Ok(length),
-            Ok(count) => length += count,
-            Err(errno) => return Err(error!("{}", name(errno))),
+        match read(&file, room).map_err(&failed)? {
+            0 => return Ok(buffer.get_mut(..length)),
+            count => length += count,
         }
     }
-    Err(error!("over {limit} bytes"))
+    Err(error!("read {}: over {limit} bytes", path.lossy()))
 }
 
 /// Replaces the file or link `path` by one with these bytes, by way of `temporary` beside it: after a

@@ -22,7 +22,9 @@ use crate::message::{Message, ToLossy};
 use core::ffi::CStr;
 use core::fmt::{self, Write};
 use core::ops::RangeInclusive;
-use serde::de::{Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{
+    Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor,
+};
 use serde_json_core::de::Error;
 use serde_json_core::str::{EscapedStr, EscapedStringFragment};
 
