@@ -112,7 +112,7 @@ impl Argument {
             (Call::Logs, _) => LogsRequest::parse(target).map(Self::Logs),
             #[cfg(feature = "sessions")]
             (Call::EndSession, Target::Resource { path, .. }) => {
-                let id = path.rsplit('/').next().unwrap_or("");
+                let id = path.strip_prefix("/v1/sessions/").unwrap_or("");
                 heapless::String::try_from(id)
                     .map(Self::Session)
                     .map_err(|_| {
