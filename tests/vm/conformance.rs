@@ -108,7 +108,7 @@ impl Request {
     fn new(head: &Head) -> Result<Self, RequestError> {
         let path = match head.target {
             Target::Resource { path, .. } => path.to_owned(),
-            Target::Authority { .. } => String::new(),
+            Target::Authority { .. } => return Err(RequestError::RequestTarget),
         };
         Ok(Self {
             method: head.method,
