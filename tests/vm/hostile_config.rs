@@ -581,15 +581,15 @@ fn boots() -> Vec<Boot> {
             "user-no-change",
             "",
             user("4294967295"),
-            "unknown user 4294967295",
+            "user id 4294967295 is not from 0 to 4294967294",
         ),
         boot(
             "user-wraps",
             "",
             user("18446744073709551617"),
-            "unknown user 18446744073709551617",
+            "user id 18446744073709551617 is not from 0 to 4294967294",
         ),
-        boot("user-negative", "", user("-1"), "unknown user -1"),
+        boot("user-negative", "", user("-1"), "user id -1 is not from 0 to 4294967294"),
         boot(
             "user-passwd-overflow",
             "echo 'big:x:4294967296:0::/:' >>/mnt/etc/passwd",
@@ -606,7 +606,7 @@ fn boots() -> Vec<Boot> {
             "group-overflow",
             "",
             user("app:4294967295"),
-            "unknown group 4294967295",
+            "group id 4294967295 is not from 0 to 4294967294",
         ),
         boot(
             "groups-many",
@@ -618,7 +618,7 @@ fn boots() -> Vec<Boot> {
             "home-long",
             "printf 'far:x:7:7::/%0300d:\\n' 0 >>/mnt/etc/passwd",
             user("far"),
-            "home directory of far is too long",
+            "the home directory of far is over 256 bytes",
         ),
         boot(
             "passwd-directory",
