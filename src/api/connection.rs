@@ -79,6 +79,9 @@ enum State {
     /// Sending the workload's output.
     #[cfg(feature = "logs")]
     Logs(LogReader),
+    /// A child has it, and answers.
+    #[cfg(feature = "files")]
+    Transfer(Key),
     /// Sending the last bytes.
     Closing,
     /// Over.
@@ -156,7 +159,18 @@ impl State {
     fn command(&self) -> Option<Key> {
         match self {
             Self::Exec(key) | Self::Session(_, key) => Some(*key),
+            #[cfg(feature = "files")]
+            Self::Transfer(key) => Some(*key),
             _ => None,
+        }
+    }
+
+    /// Whether its bytes are a child's.
+    fn is_transfer(&self) -> bool {
+        match self {
+            #[cfg(feature = "files")]
+            Self::Transfer(_) => true,
+            _ => false,
         }
     }
 }
@@ -240,6 +254,10 @@ impl Connection {
         context.long_connections -= usize::from(self.state.is_long());
         context.log_readers += usize::from(state.reads_log());
         context.log_readers -= usize::from(self.state.reads_log());
+        if self.state.is_transfer() {
+            // The child, if it still has it, is to end.
+            let _ended = rustix::net::shutdown(self.io.socket(), rustix::net::Shutdown::Both);
+        }
         if let Some(key) = self.state.command() {
             shared.commands.release(key, self.key, context);
         }
@@ -282,6 +300,8 @@ impl Connection {
         self.io.has_room()
             && match self.state {
                 State::Closing | State::Closed => false,
+                #[cfg(feature = "files")]
+                State::Transfer(_) => false,
                 State::Session(_, key) => commands
                     .session(key, self.key)
                     .is_some_and(|session| session.takes_messages()),
@@ -327,6 +347,14 @@ impl Connection {
             State::AwaitingCommand(_) | State::CloseSent(_) => self.take_message(shared),
             #[cfg(feature = "logs")]
             State::Logs(_) => self.send_log(shared),
+            #[cfg(feature = "files")]
+            State::Transfer(key) => {
+                let key = *key;
+                if shared.commands.has_transferred(key) {
+                    self.enter(State::Closed, shared);
+                }
+                Step::Wait
+            }
             State::Closing | State::Closed => {
                 self.enter(State::Closed, shared);
                 Step::Wait
@@ -370,6 +398,11 @@ impl Connection {
             Target::Resource { path, .. } => route(head.method, path),
             Target::Authority { .. } => return self.refuse(RequestError::RequestTarget, shared),
         };
+        #[cfg(feature = "files")]
+        if call == Ok(Call::Files) {
+            let (length, reply) = (head.length, head.reply);
+            return self.start_transfer(length, reply, shared);
+        }
         let body = match BodyDecoder::new(head.framing, MAX_BODY as u64) {
             Ok(body) => body,
             Err(error) => return self.refuse(error, shared),
@@ -407,6 +440,20 @@ impl Connection {
             self.io.queue(http::CONTINUE);
         }
         self.enter(State::Body(request), shared);
+        Step::Again
+    }
+
+    /// Gives the connection to a child, which reads the request once more, from its head on.
+    #[cfg(feature = "files")]
+    fn start_transfer(&mut self, head: usize, reply: Reply, shared: &mut Shared) -> Step {
+        let context = &mut *shared.context;
+        match shared
+            .commands
+            .start_transfer(&mut self.io, head, self.key, context)
+        {
+            Ok(key) => self.enter(State::Transfer(key), shared),
+            Err(error) => self.fail(reply.close(), &error, shared),
+        }
         Step::Again
     }
 
@@ -476,6 +523,9 @@ impl Connection {
         let body = input.get_mut(..request.length).unwrap_or(&mut []);
         match call {
             Call::Status => {}
+            // A child has it, body and all.
+            #[cfg(feature = "files")]
+            Call::Files => {}
             Call::Signals => signals::send(body, shared.context)?,
             Call::Stop => stop::stop(body, shared.context)?,
             Call::ExitCode => {
@@ -744,7 +794,11 @@ impl Connection {
         let context = &mut *shared.context;
         self.idle_since = context.now;
         let sent = self.io.is_sent();
-        let mut wanted = EventFlags::RDHUP;
+        // A child sees itself when its client goes.
+        let mut wanted = match self.state.is_transfer() {
+            true => EventFlags::empty(),
+            false => EventFlags::RDHUP,
+        };
         if self.wants_input(shared.commands) {
             wanted |= EventFlags::IN;
         }

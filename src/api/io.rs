@@ -69,6 +69,13 @@ impl Io {
         &self.socket
     }
 
+    /// The socket, and the bytes received.
+    #[cfg(feature = "files")]
+    pub fn parts(&mut self) -> (&OwnedFd, &mut [u8]) {
+        let received = self.memory.get_mut(..self.received).unwrap_or(&mut []);
+        (&self.socket, received)
+    }
+
     /// Its memory for another connection, if little of it was used.
     pub fn reuse(self) -> Option<Region> {
         self.small.then_some(self.memory)

@@ -7,6 +7,8 @@
 mod commands;
 mod connection;
 mod exec;
+#[cfg(feature = "files")]
+mod files;
 mod io;
 #[cfg(feature = "logs")]
 mod logs;
@@ -19,7 +21,7 @@ mod stop;
 use crate::context;
 use crate::context::{Context, Source};
 use crate::error::Result;
-use crate::sys::{Region, files, vsock};
+use crate::sys::{self, Region, vsock};
 use commands::Commands;
 use connection::{Connection, Shared};
 use io::Io;
@@ -265,5 +267,5 @@ fn refuse(socket: &OwnedFd) {
     let content = Content::Length(body.as_bytes().len() as u64);
     let head = ResponseHead::new(Status::ServiceUnavailable, Reply::CLOSE, content).finish();
     let answer = message!("{head}{body}");
-    let _client_gone = files::write(socket, answer.as_bytes());
+    let _client_gone = sys::files::write(socket, answer.as_bytes());
 }
