@@ -350,8 +350,7 @@ fn file_head(reply: Reply, length: u64, status: &Stat) -> ResponseHead {
 fn open_regular(path: &CStr, proc: &OwnedFd) -> Result<(OwnedFd, Stat), Failure> {
     let place = files::open(path, OFlags::PATH)?;
     let status = rustix::fs::fstat(&place)?;
-    let file_system = rustix::fs::fstatfs(&place)?;
-    if !is_regular(&status) || file_system.f_type == rustix::fs::PROC_SUPER_MAGIC {
+    if !is_regular(&status) || is_in_proc(&place)? {
         return Err(Failure::NotRegular);
     }
     let link = message!("self/fd/{}\0", place.as_raw_fd());
@@ -362,6 +361,10 @@ fn open_regular(path: &CStr, proc: &OwnedFd) -> Result<(OwnedFd, Stat), Failure>
 
 fn is_regular(status: &Stat) -> bool {
     FileType::from_raw_mode(status.st_mode) == FileType::RegularFile
+}
+
+fn is_in_proc(file: &OwnedFd) -> Result<bool, Errno> {
+    rustix::fs::fstatfs(file).map(|found| found.f_type == rustix::fs::PROC_SUPER_MAGIC)
 }
 
 /// Replaces a file by the request's body, or makes one.
@@ -386,13 +389,13 @@ fn put(
         .split_at_checked(start_of_name)
         .unwrap_or_default();
     let name = sys::c_str(name);
-    if name.is_empty() {
-        return Err(Failure::NotRegular);
-    }
     files::make_directories(parent)?;
     let mut room = files::Path::new();
     let parent = files::join(&[parent], &mut room).unwrap_or_default();
     let parent = files::open(parent, OFlags::PATH | OFlags::DIRECTORY)?;
+    if name.is_empty() || is_in_proc(&parent)? {
+        return Err(Failure::NotRegular);
+    }
     // A link is replaced, and not what it leads to; but not one that leads to a directory or device.
     let replaces = match rustix::fs::statat(&parent, name, AtFlags::empty()) {
         Ok(status) if is_regular(&status) => true,

@@ -130,6 +130,12 @@ impl Io {
         self.unsent.is_empty()
     }
 
+    /// Forgets what is not sent.
+    #[cfg(feature = "tunnel")]
+    pub fn drop_unsent(&mut self) {
+        self.unsent = INPUT..INPUT;
+    }
+
     /// Room for content behind what waits, but for the [`RESERVE`]; follow with
     /// [`commit`](Self::commit).
     pub fn spare(&mut self) -> &mut [u8] {

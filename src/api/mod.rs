@@ -17,6 +17,8 @@ mod routes;
 mod session;
 mod signals;
 mod stop;
+#[cfg(feature = "tunnel")]
+mod tunnel;
 
 use crate::context;
 use crate::context::{Context, Source};
@@ -146,6 +148,8 @@ impl Api {
             self.with(key, context, &mut |connection, shared| {
                 connection.on_socket(events, shared)
             });
+        } else if source == Source::Tunnel {
+            self.proceed(key, context);
         } else if let Some(key) = self.commands.on_event(source, key, context) {
             self.proceed(key, context);
         }

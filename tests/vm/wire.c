@@ -5,15 +5,18 @@
 //   wire vsock PORT store FILE     each connection's 8 bytes of length (this machine's order) and bytes
 //                                  become the file; a byte is the answer
 //   wire vsock PORT echo
+//   wire vsock PORT forward TCP    to a TCP port of 127.0.0.1, as a tunnel does
 //   wire tcp ADDRESS PORT echo     ADDRESS is IPv4 or IPv6
 //   wire tcp ADDRESS PORT count    reads to the end, then says how many bytes there were
 //   wire tcp ADDRESS PORT greet    says "hello", ends its half, then counts as above to standard output
 //   wire tcp ADDRESS PORT deaf     accepts and never reads
 //   wire tcp ADDRESS PORT reset    answers the first byte with a reset
 //   wire tcp ADDRESS PORT flood N  N bytes, each the low byte of its number
+//   wire tcp ADDRESS PORT full     accepts nobody, and has room for one who waits
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -65,6 +68,23 @@ static uint64_t count_to_end(int fd)
     return total;
 }
 
+// Both directions of two sockets, until one ends.
+static void forward(int one, int other)
+{
+    struct pollfd ends[2] = {{.fd = one, .events = POLLIN}, {.fd = other, .events = POLLIN}};
+    for (;;) {
+        poll(ends, 2, -1);
+        for (int i = 0; i < 2; i++) {
+            if (!ends[i].revents)
+                continue;
+            ssize_t count = read(ends[i].fd, buffer, sizeof buffer);
+            if (count <= 0)
+                return;
+            send_all(ends[!i].fd, buffer, (size_t)count);
+        }
+    }
+}
+
 static void serve(int fd, const char *what, const char *argument)
 {
     int on = 1;
@@ -84,6 +104,14 @@ static void serve(int fd, const char *what, const char *argument)
     } else if (!strcmp(what, "echo")) {
         for (ssize_t count; (count = read(fd, buffer, sizeof buffer)) > 0;)
             send_all(fd, buffer, (size_t)count);
+    } else if (!strcmp(what, "forward")) {
+        struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(argument))};
+        to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        int server = socket(AF_INET, SOCK_STREAM, 0);
+        setsockopt(server, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+        if (connect(server, (void *)&to, sizeof to))
+            fail("connect");
+        forward(fd, server);
     } else if (!strcmp(what, "count")) {
         char text[32];
         snprintf(text, sizeof text, "%llu", (unsigned long long)count_to_end(fd));
@@ -141,11 +169,14 @@ int main(int argc, char **argv)
         fprintf(stderr, "see the first lines of wire.c\n");
         return 2;
     }
-    if (listen(fd, 512))
+    int is_full = !strcmp(argv[0], "full");
+    if (listen(fd, is_full ? 0 : 512))
         fail("listen");
     signal(SIGCHLD, SIG_IGN);
     printf("listening\n");
     fflush(stdout);
+    while (is_full)
+        pause();
     for (;;) {
         int connection = accept(fd, NULL, NULL);
         if (connection < 0)
