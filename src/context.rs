@@ -50,7 +50,7 @@ pub enum Source {
 }
 
 impl Source {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::Signals,
         Self::Listener,
         Self::Console,

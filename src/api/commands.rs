@@ -91,6 +91,18 @@ impl Commands {
         self.insert(owner, Role::Exec(Exec::start(body, reply, context)?))
     }
 
+    /// Starts a child whose output is the answer.
+    #[cfg(feature = "sysinfo")]
+    pub fn start_report(
+        &mut self,
+        reply: Reply,
+        owner: Key,
+        context: &mut Context,
+    ) -> Result<Key, CallError> {
+        self.check_room()?;
+        self.insert(owner, Role::Exec(Exec::start_report(reply, context)?))
+    }
+
     /// Starts what the first message of a session asks for, or goes on with a session.
     pub fn start_session(
         &mut self,
@@ -247,7 +259,7 @@ impl Commands {
                 session.keep_output();
                 session.watch(key, true, context);
             }
-            (Role::Session(_), Some(_)) => {}
+            _ => {}
         }
         command.owner
     }

@@ -621,6 +621,13 @@ impl Connection {
                 self.enter(State::Logs(reader), shared);
                 return Ok(());
             }
+            #[cfg(feature = "sysinfo")]
+            Call::Sysinfo => {
+                let context = &mut *shared.context;
+                let key = shared.commands.start_report(reply, self.key, context)?;
+                self.enter(State::Exec(key), shared);
+                return Ok(());
+            }
             Call::Session => {
                 let Some(accept) = &request.websocket else {
                     let error = error!("a WebSocket handshake, version 13, is needed");
@@ -659,10 +666,9 @@ impl Connection {
             return Step::Wait;
         }
         let reply = exec.reply;
-        if let Some(error) = exec.process.failure() {
-            let error = CallError::new(Status::InternalServerError, error);
+        if let Some(error) = exec.failure(left, shared.context) {
             self.fail(reply, &error, shared);
-        } else if exec.queue_answer(&mut self.io, left, shared.context) {
+        } else if exec.queue_answer(&mut self.io) {
             self.finish(reply, shared);
         }
         // What is queued is sent first.

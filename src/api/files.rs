@@ -294,15 +294,8 @@ fn get(
     let room = room.get_mut(..PIECE).unwrap_or(&mut []);
     let (file, status) = open_regular(sys::c_str(path), proc)?;
     // Files of sysfs and cgroups have no size that is worth its name: what fits here is measured.
-    let mut filled = 0;
-    let mut at_end = false;
-    while filled < room.len() && !at_end {
-        let free = room.get_mut(filled..).unwrap_or(&mut []);
-        let count = files::read(&file, free)?;
-        filled += count;
-        at_end = count == 0;
-    }
-    let length = match at_end {
+    let filled = files::read_full(&file, room)?;
+    let length = match filled < room.len() {
         true => filled as u64,
         false => u64::try_from(status.st_size).unwrap_or(0),
     };
@@ -354,8 +347,8 @@ fn open_regular(path: &CStr, proc: &OwnedFd) -> Result<(OwnedFd, Stat), Failure>
         return Err(Failure::NotRegular);
     }
     let link = message!("self/fd/{}\0", place.as_raw_fd());
-    let flags = OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let file = rustix::fs::openat(proc, sys::c_str(link.as_bytes()), flags, Mode::empty())?;
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = files::open_at(proc, sys::c_str(link.as_bytes()), flags)?;
     Ok((file, status))
 }
 
@@ -390,7 +383,7 @@ fn put(
         .unwrap_or_default();
     let name = sys::c_str(name);
     files::make_directories(parent)?;
-    let mut room = files::Path::new();
+    let mut room = [0; PATH];
     let parent = files::join(&[parent], &mut room).unwrap_or_default();
     let parent = files::open(parent, OFlags::PATH | OFlags::DIRECTORY)?;
     if name.is_empty() || is_in_proc(&parent)? {

@@ -17,6 +17,8 @@ mod routes;
 mod session;
 mod signals;
 mod stop;
+#[cfg(feature = "sysinfo")]
+mod sysinfo;
 #[cfg(feature = "tunnel")]
 mod tunnel;
 

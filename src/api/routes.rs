@@ -27,6 +27,9 @@ pub enum Call {
     /// `GET /v1/logs`
     #[cfg(feature = "logs")]
     Logs,
+    /// `GET /v1/sysinfo`
+    #[cfg(feature = "sysinfo")]
+    Sysinfo,
     /// `GET` and `PUT /v1/files`
     #[cfg(feature = "files")]
     Files,
@@ -47,6 +50,8 @@ const ROUTES: &[(Method, &str, Call)] = &[
     (Method::Delete, "/v1/sessions/", Call::EndSession),
     #[cfg(feature = "logs")]
     (Method::Get, "/v1/logs", Call::Logs),
+    #[cfg(feature = "sysinfo")]
+    (Method::Get, "/v1/sysinfo", Call::Sysinfo),
     #[cfg(feature = "files")]
     (Method::Get, "/v1/files", Call::Files),
     #[cfg(feature = "files")]

@@ -12,6 +12,7 @@
 //   wire tcp ADDRESS PORT deaf     accepts and never reads
 //   wire tcp ADDRESS PORT reset    answers the first byte with a reset
 //   wire tcp ADDRESS PORT flood N  N bytes, each the low byte of its number
+//   wire stop                      stops everybody but PID 1, and whoever comes, for a few seconds
 //   wire tcp ADDRESS PORT full     accepts nobody, and has room for one who waits
 #include <arpa/inet.h>
 #include <errno.h>
@@ -145,6 +146,15 @@ static void serve(int fd, const char *what, const char *argument)
 int main(int argc, char **argv)
 {
     int fd;
+    if (argc == 2 && !strcmp(argv[1], "stop")) {
+        sleep(1);
+        for (int i = 0; i < 30000; i++) {
+            kill(-1, SIGSTOP);
+            usleep(100);
+        }
+        sleep(5);
+        return kill(-1, SIGCONT);
+    }
     if (argc >= 4 && !strcmp(argv[1], "vsock")) {
         struct sockaddr_vm address = {.svm_family = AF_VSOCK,
                                       .svm_cid = VMADDR_CID_ANY,
