@@ -45,10 +45,12 @@ pub enum Source {
     Output,
     /// Its standard error.
     ErrorOutput,
+    /// The other end of a tunnel, by its connection's key.
+    Tunnel,
 }
 
 impl Source {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::Signals,
         Self::Listener,
         Self::Console,
@@ -59,6 +61,7 @@ impl Source {
         Self::Input,
         Self::Output,
         Self::ErrorOutput,
+        Self::Tunnel,
     ];
 
     /// The token of an epoll registration: the source in the upper half, the key in the lower one.

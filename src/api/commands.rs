@@ -1,7 +1,11 @@
 //! All commands, by key: those of a call, and those of a session.
 
 use super::exec::Exec;
+#[cfg(feature = "files")]
+use super::files::Transfer;
 use super::io::CallError;
+#[cfg(feature = "files")]
+use super::io::Io;
 use super::session::{Request, Session};
 use crate::context::{Context, NEVER, Source};
 use crate::error;
@@ -53,6 +57,9 @@ pub enum Role {
     Exec(Exec),
     /// Its streams are a WebSocket's.
     Session(Session),
+    /// It has its connection, and answers itself.
+    #[cfg(feature = "files")]
+    Transfer(Transfer),
 }
 
 impl Commands {
@@ -82,6 +89,18 @@ impl Commands {
     ) -> Result<Key, CallError> {
         self.check_room()?;
         self.insert(owner, Role::Exec(Exec::start(body, reply, context)?))
+    }
+
+    /// Starts a child whose output is the answer.
+    #[cfg(feature = "sysinfo")]
+    pub fn start_report(
+        &mut self,
+        reply: Reply,
+        owner: Key,
+        context: &mut Context,
+    ) -> Result<Key, CallError> {
+        self.check_room()?;
+        self.insert(owner, Role::Exec(Exec::start_report(reply, context)?))
     }
 
     /// Starts what the first message of a session asks for, or goes on with a session.
@@ -172,6 +191,22 @@ impl Commands {
         Ok(())
     }
 
+    /// Gives a child a connection whose request it is to read on and to answer.
+    #[cfg(feature = "files")]
+    pub fn start_transfer(
+        &mut self,
+        io: &mut Io,
+        head: usize,
+        owner: Key,
+        context: &mut Context,
+    ) -> Result<Key, CallError> {
+        self.check_room()?;
+        let (socket, received) = io.parts();
+        let transfer = Transfer::start(socket, received, head, context)
+            .map_err(|error| CallError::new(Status::InternalServerError, error))?;
+        self.insert(owner, Role::Transfer(transfer))
+    }
+
     fn check_room(&self) -> Result<(), CallError> {
         match self.slab.is_full() {
             true => Err(too_many()),
@@ -193,7 +228,7 @@ impl Commands {
     pub fn exec(&mut self, key: Key) -> Option<(&mut Exec, &mut usize)> {
         match &mut self.slab.get_mut(key)?.role {
             Role::Exec(exec) => Some((exec, &mut self.capture_left)),
-            Role::Session(_) => None,
+            _ => None,
         }
     }
 
@@ -206,6 +241,15 @@ impl Commands {
         }
     }
 
+    /// Whether a connection's transfer is over.
+    #[cfg(feature = "files")]
+    pub fn has_transferred(&mut self, key: Key) -> bool {
+        match self.slab.get_mut(key).map(|command| &command.role) {
+            Some(Role::Transfer(transfer)) => transfer.is_over(),
+            _ => true,
+        }
+    }
+
     /// One of a command's streams can be read or written. The connection that can go on.
     pub fn on_event(&mut self, source: Source, key: Key, context: &mut Context) -> Option<Key> {
         let command = self.slab.get_mut(key)?;
@@ -215,7 +259,7 @@ impl Commands {
                 session.keep_output();
                 session.watch(key, true, context);
             }
-            (Role::Session(_), Some(_)) => {}
+            _ => {}
         }
         command.owner
     }
@@ -237,6 +281,8 @@ impl Commands {
         match &mut command.role {
             Role::Exec(exec) => exec.process.ended(status),
             Role::Session(session) => session.ended(status),
+            #[cfg(feature = "files")]
+            Role::Transfer(transfer) => transfer.process.ended(status),
         }
         if command.owner.is_none() {
             command.kill_at = now.saturating_add(ENDED_SESSION_TIMEOUT);
@@ -270,13 +316,16 @@ impl Commands {
         let Some(command) = self.slab.get_mut(key) else {
             return;
         };
-        let (runs, has_terminal) = match &mut command.role {
+        let (runs, has_grace) = match &mut command.role {
             Role::Exec(exec) => {
                 self.capture_left += exec.kept();
                 exec.release();
                 (exec.process.runs(), false)
             }
             Role::Session(session) => (session.process.runs(), session.hang_up()),
+            // Its connection is shut down, which ends it.
+            #[cfg(feature = "files")]
+            Role::Transfer(transfer) => (transfer.process.runs(), true),
         };
         if !runs {
             self.slab.remove(key);
@@ -284,7 +333,7 @@ impl Commands {
         }
         command.owner = None;
         command.is_abandoned = true;
-        command.kill_at = match has_terminal {
+        command.kill_at = match has_grace {
             true => now.saturating_add(HANG_UP_GRACE),
             false => now,
         };
@@ -307,6 +356,8 @@ impl Commands {
                 match &mut command.role {
                     Role::Exec(exec) => exec.process.kill(),
                     Role::Session(session) => session.process.kill(),
+                    #[cfg(feature = "files")]
+                    Role::Transfer(transfer) => transfer.process.kill(),
                 }
             }
         }
@@ -329,8 +380,11 @@ impl Commands {
             self.kill_late(now);
             return None;
         }
-        if let Role::Exec(exec) = &mut command.role {
-            exec.expire(now);
+        match &mut command.role {
+            Role::Exec(exec) => exec.expire(now),
+            Role::Session(_) => {}
+            #[cfg(feature = "files")]
+            Role::Transfer(transfer) => transfer.look(now),
         }
         command.owner
     }
@@ -346,6 +400,8 @@ impl Command {
         match &self.role {
             Role::Exec(exec) => exec.process.is(pid),
             Role::Session(session) => session.process.is(pid),
+            #[cfg(feature = "files")]
+            Role::Transfer(transfer) => transfer.process.is(pid),
         }
     }
 
@@ -353,6 +409,8 @@ impl Command {
         match (&self.role, self.owner) {
             // What is over is answered for by its connection.
             (Role::Exec(exec), Some(_)) if !exec.is_over() => exec.deadline,
+            #[cfg(feature = "files")]
+            (Role::Transfer(transfer), Some(_)) if !transfer.is_over() => transfer.deadline,
             _ => self.kill_at,
         }
     }

@@ -6,6 +6,8 @@ use super::io::{CallError, Io, MAX_BODY, OK, error_body};
 use super::logs::{self, LogReader, LogsRequest};
 use super::routes::{Call, RouteError, route};
 use super::session::{self, Progress};
+#[cfg(feature = "tunnel")]
+use super::tunnel::Tunnel;
 use super::{signals, stop};
 use crate::context::{Context, NEVER, Source};
 use crate::error;
@@ -24,6 +26,8 @@ use proto::slab::Key;
 use proto::websocket::{CloseCode, CloseFrame, Decoder, Event, FrameHeader, Opcode};
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
+#[cfg(feature = "tunnel")]
+use rustix::io::Errno;
 
 /// Time for a request's head, in milliseconds, from its first byte.
 const HEAD_TIMEOUT: u64 = 10_000;
@@ -34,6 +38,9 @@ const COMMAND_TIMEOUT: u64 = 10_000;
 /// Time in which a client must take some of what waits for it, or answer a close frame, in
 /// milliseconds.
 const SEND_TIMEOUT: u64 = 30_000;
+/// Time for a TCP port to accept a tunnel, in milliseconds.
+#[cfg(feature = "tunnel")]
+const CONNECT_TIMEOUT: u64 = 10_000;
 /// Most connections that last as long as their clients like: the last 32 are for calls.
 const LONG_CONNECTIONS: usize = 256;
 
@@ -79,6 +86,12 @@ enum State {
     /// Sending the workload's output.
     #[cfg(feature = "logs")]
     Logs(LogReader),
+    /// A child has it, and answers.
+    #[cfg(feature = "files")]
+    Transfer(Key),
+    /// Passing bytes between the client and a TCP port.
+    #[cfg(feature = "tunnel")]
+    Tunnel(Tunnel),
     /// Sending the last bytes.
     Closing,
     /// Over.
@@ -141,7 +154,10 @@ impl State {
 
     /// Whether it may last as long as the client likes.
     fn is_long(&self) -> bool {
-        self.is_websocket() || self.reads_log() || matches!(self, Self::ExitCode(_))
+        self.is_websocket()
+            || self.reads_log()
+            || self.is_tunnel()
+            || matches!(self, Self::ExitCode(_))
     }
 
     /// Whether it reads the log.
@@ -156,8 +172,28 @@ impl State {
     fn command(&self) -> Option<Key> {
         match self {
             Self::Exec(key) | Self::Session(_, key) => Some(*key),
+            #[cfg(feature = "files")]
+            Self::Transfer(key) => Some(*key),
             _ => None,
         }
+    }
+
+    /// Whether the client's bytes are for somebody else.
+    fn is_tunnel(&self) -> bool {
+        #[cfg(feature = "tunnel")]
+        if let Self::Tunnel(_) = self {
+            return true;
+        }
+        false
+    }
+
+    /// Whether its bytes are a child's.
+    fn is_transfer(&self) -> bool {
+        #[cfg(feature = "files")]
+        if let Self::Transfer(_) = self {
+            return true;
+        }
+        false
     }
 }
 
@@ -240,6 +276,10 @@ impl Connection {
         context.long_connections -= usize::from(self.state.is_long());
         context.log_readers += usize::from(state.reads_log());
         context.log_readers -= usize::from(self.state.reads_log());
+        if self.state.is_transfer() {
+            // The child, if it still has it, is to end.
+            let _ended = rustix::net::shutdown(self.io.socket(), rustix::net::Shutdown::Both);
+        }
         if let Some(key) = self.state.command() {
             shared.commands.release(key, self.key, context);
         }
@@ -247,6 +287,8 @@ impl Connection {
             State::Body(_) => context.now + BODY_TIMEOUT,
             State::AwaitingCommand(_) => context.now + COMMAND_TIMEOUT,
             State::CloseSent(_) => context.now + SEND_TIMEOUT,
+            #[cfg(feature = "tunnel")]
+            State::Tunnel(_) => context.now + CONNECT_TIMEOUT,
             _ => NEVER,
         };
         self.state = state;
@@ -269,6 +311,15 @@ impl Connection {
 
     /// Something happened to the socket.
     pub fn on_socket(&mut self, events: EventFlags, shared: &mut Shared) {
+        #[cfg(feature = "tunnel")]
+        if let State::Tunnel(tunnel) = &mut self.state {
+            let before = tunnel.timeout();
+            tunnel.receive(events, &mut self.io);
+            if tunnel.timeout() != before {
+                self.limit_tunnel(shared.context.now);
+            }
+            return self.proceed(shared);
+        }
         if events.contains(EventFlags::IN) && self.wants_input(shared.commands) {
             self.io.receive();
         } else if events.intersects(EventFlags::HUP | EventFlags::ERR | EventFlags::RDHUP) {
@@ -282,6 +333,7 @@ impl Connection {
         self.io.has_room()
             && match self.state {
                 State::Closing | State::Closed => false,
+                _ if self.state.is_transfer() || self.state.is_tunnel() => false,
                 State::Session(_, key) => commands
                     .session(key, self.key)
                     .is_some_and(|session| session.takes_messages()),
@@ -295,11 +347,17 @@ impl Connection {
         let mut messages = 1;
         while !self.is_closed() {
             self.send(shared.context);
+            #[cfg(feature = "tunnel")]
+            if self.io.broken
+                && let State::Tunnel(tunnel) = &mut self.state
+            {
+                tunnel.client_is_gone(&mut self.io);
+            }
             if self.io.broken {
                 return self.enter(State::Closed, shared);
             }
             // The client reads first. A session still takes what does not have to be answered.
-            if !self.io.is_sent() && !self.state.is_websocket() {
+            if !self.io.is_sent() && !self.state.is_websocket() && !self.state.is_tunnel() {
                 return;
             }
             if self.step(&mut messages, shared) == Step::Wait {
@@ -327,6 +385,16 @@ impl Connection {
             State::AwaitingCommand(_) | State::CloseSent(_) => self.take_message(shared),
             #[cfg(feature = "logs")]
             State::Logs(_) => self.send_log(shared),
+            #[cfg(feature = "files")]
+            State::Transfer(key) => {
+                let key = *key;
+                if shared.commands.has_transferred(key) {
+                    self.enter(State::Closed, shared);
+                }
+                Step::Wait
+            }
+            #[cfg(feature = "tunnel")]
+            State::Tunnel(_) => self.proceed_tunnel(messages, shared),
             State::Closing | State::Closed => {
                 self.enter(State::Closed, shared);
                 Step::Wait
@@ -340,7 +408,8 @@ impl Connection {
             return;
         }
         let waits_for_client =
-            matches!(self.state, State::AwaitingCommand(_) | State::CloseSent(_));
+            matches!(self.state, State::AwaitingCommand(_) | State::CloseSent(_))
+                || self.state.is_tunnel();
         if self.io.send() && !waits_for_client {
             self.deadline = NEVER;
         }
@@ -368,8 +437,27 @@ impl Connection {
         };
         let call = match head.target {
             Target::Resource { path, .. } => route(head.method, path),
+            #[cfg(feature = "tunnel")]
+            Target::Authority { host, port } => {
+                let tunnel =
+                    check_long_connections(shared.context).and_then(|()| Tunnel::open(host, port));
+                let (length, reply) = (head.length, head.reply);
+                self.io.discard(0..length);
+                match tunnel {
+                    Ok(tunnel) => self.enter(State::Tunnel(tunnel), shared),
+                    // What the client has sent already is no request.
+                    Err(error) => self.fail(reply.close(), &error, shared),
+                }
+                return Step::Again;
+            }
+            #[cfg(not(feature = "tunnel"))]
             Target::Authority { .. } => return self.refuse(RequestError::RequestTarget, shared),
         };
+        #[cfg(feature = "files")]
+        if call == Ok(Call::Files) {
+            let (length, reply) = (head.length, head.reply);
+            return self.start_transfer(length, reply, shared);
+        }
         let body = match BodyDecoder::new(head.framing, MAX_BODY as u64) {
             Ok(body) => body,
             Err(error) => return self.refuse(error, shared),
@@ -407,6 +495,20 @@ impl Connection {
             self.io.queue(http::CONTINUE);
         }
         self.enter(State::Body(request), shared);
+        Step::Again
+    }
+
+    /// Gives the connection to a child, which reads the request once more, from its head on.
+    #[cfg(feature = "files")]
+    fn start_transfer(&mut self, head: usize, reply: Reply, shared: &mut Shared) -> Step {
+        let context = &mut *shared.context;
+        match shared
+            .commands
+            .start_transfer(&mut self.io, head, self.key, context)
+        {
+            Ok(key) => self.enter(State::Transfer(key), shared),
+            Err(error) => self.fail(reply.close(), &error, shared),
+        }
         Step::Again
     }
 
@@ -476,6 +578,9 @@ impl Connection {
         let body = input.get_mut(..request.length).unwrap_or(&mut []);
         match call {
             Call::Status => {}
+            // A child has it, body and all.
+            #[cfg(feature = "files")]
+            Call::Files => {}
             Call::Signals => signals::send(body, shared.context)?,
             Call::Stop => stop::stop(body, shared.context)?,
             Call::ExitCode => {
@@ -516,6 +621,13 @@ impl Connection {
                 self.enter(State::Logs(reader), shared);
                 return Ok(());
             }
+            #[cfg(feature = "sysinfo")]
+            Call::Sysinfo => {
+                let context = &mut *shared.context;
+                let key = shared.commands.start_report(reply, self.key, context)?;
+                self.enter(State::Exec(key), shared);
+                return Ok(());
+            }
             Call::Session => {
                 let Some(accept) = &request.websocket else {
                     let error = error!("a WebSocket handshake, version 13, is needed");
@@ -554,10 +666,9 @@ impl Connection {
             return Step::Wait;
         }
         let reply = exec.reply;
-        if let Some(error) = exec.process.failure() {
-            let error = CallError::new(Status::InternalServerError, error);
+        if let Some(error) = exec.failure(left, shared.context) {
             self.fail(reply, &error, shared);
-        } else if exec.queue_answer(&mut self.io, left, shared.context) {
+        } else if exec.queue_answer(&mut self.io) {
             self.finish(reply, shared);
         }
         // What is queued is sent first.
@@ -608,6 +719,39 @@ impl Connection {
             },
         }
         Step::Again
+    }
+
+    /// Connects, or moves a tunnel's bytes both ways.
+    #[cfg(feature = "tunnel")]
+    fn proceed_tunnel(&mut self, pieces: &mut u32, shared: &mut Shared) -> Step {
+        let State::Tunnel(tunnel) = &mut self.state else {
+            return Step::Wait;
+        };
+        if !tunnel.is_connected() {
+            match tunnel.connect(&mut self.io) {
+                Ok(true) => self.deadline = NEVER,
+                Ok(false) => return Step::Wait,
+                Err(error) => self.fail(Reply::CLOSE, &error, shared),
+            }
+            return Step::Again;
+        }
+        if !tunnel.proceed(&mut self.io, pieces) {
+            return Step::Wait;
+        }
+        if tunnel.is_over() {
+            self.enter(State::Closed, shared);
+        }
+        self.limit_tunnel(shared.context.now);
+        Step::Again
+    }
+
+    /// Something moved in a tunnel: from now on it may be still for so long.
+    #[cfg(feature = "tunnel")]
+    fn limit_tunnel(&mut self, now: u64) {
+        if let State::Tunnel(tunnel) = &self.state {
+            let timeout = tunnel.timeout();
+            self.deadline = timeout.map_or(NEVER, |timeout| now + timeout);
+        }
     }
 
     /// Takes a WebSocket message from the received bytes, if a whole one is there and an answer has
@@ -734,6 +878,11 @@ impl Connection {
                 let frame = CloseFrame::new(CloseCode::PolicyViolation, reason);
                 self.close_session(&frame, shared);
             }
+            #[cfg(feature = "tunnel")]
+            State::Tunnel(tunnel) if !tunnel.is_connected() => {
+                let error = tunnel.failure(Errno::TIMEDOUT);
+                self.fail(Reply::CLOSE, &error, shared);
+            }
             _ => self.enter(State::Closed, shared),
         }
         self.proceed(shared);
@@ -744,16 +893,24 @@ impl Connection {
         let context = &mut *shared.context;
         self.idle_since = context.now;
         let sent = self.io.is_sent();
-        let mut wanted = EventFlags::RDHUP;
+        // A child sees itself when its client goes.
+        let mut wanted = match self.state.is_transfer() {
+            true => EventFlags::empty(),
+            false => EventFlags::RDHUP,
+        };
         if self.wants_input(shared.commands) {
             wanted |= EventFlags::IN;
         }
         if !sent || self.sends_log() {
             wanted |= EventFlags::OUT;
         }
-        // A session that goes on may leave its output unread: that stops its command.
-        if !sent && !matches!(self.state, State::Session(..)) {
+        // A session that goes on, or a tunnel, may leave its output unread: that stops its other end.
+        if !sent && !matches!(self.state, State::Session(..)) && !self.state.is_tunnel() {
             self.deadline = self.deadline.min(context.now + SEND_TIMEOUT);
+        }
+        #[cfg(feature = "tunnel")]
+        if let State::Tunnel(tunnel) = &mut self.state {
+            wanted = tunnel.watch(self.key, &mut self.io, context);
         }
         let token = Source::Connection.token(self.key);
         context

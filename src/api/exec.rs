@@ -2,7 +2,11 @@
 
 use super::io::{CallError, Io};
 use super::process::{Channel, Process, Read, Spec, output_pipe};
+#[cfg(feature = "sysinfo")]
+use super::sysinfo;
 use crate::context::{Context, Source};
+#[cfg(feature = "sysinfo")]
+use crate::error;
 use crate::error::Result;
 use crate::process::exec::Streams;
 use crate::sys::Region;
@@ -35,6 +39,9 @@ pub struct Exec {
     pub reply: Reply,
     /// Its answer has begun: how much of it is queued.
     queued: Option<Position>,
+    /// Its output is the answer as it is.
+    #[cfg(feature = "sysinfo")]
+    is_report: bool,
 }
 
 #[derive(Default)]
@@ -90,6 +97,34 @@ impl Exec {
             deadline: context.now.saturating_add(timeout),
             reply,
             queued: None,
+            #[cfg(feature = "sysinfo")]
+            is_report: false,
+        })
+    }
+
+    /// Starts a child of this program, whose output is the answer.
+    #[cfg(feature = "sysinfo")]
+    pub fn start_report(reply: Reply, context: &mut Context) -> Result<Self, CallError> {
+        Self::spawn_report(reply, context)
+            .map_err(|error| CallError::new(Status::InternalServerError, error))
+    }
+
+    #[cfg(feature = "sysinfo")]
+    fn spawn_report(reply: Reply, context: &mut Context) -> Result<Self> {
+        let (channel, theirs) = output_pipe()?;
+        let Context { proc, scratch, .. } = context;
+        let process = Process::fork(None, &mut |log| sysinfo::run(&theirs, proc, scratch, log))?;
+        let output = Stream {
+            channel,
+            capture: Capture::default(),
+        };
+        Ok(Self {
+            process,
+            streams: [output, Stream::default()],
+            deadline: context.now.saturating_add(sysinfo::TIMEOUT),
+            reply,
+            queued: None,
+            is_report: true,
         })
     }
 
@@ -128,16 +163,40 @@ impl Exec {
             .watch(Source::ErrorOutput, key, wanted, context);
     }
 
+    /// Why there is no answer but that, if so; to be asked when it is over.
+    pub fn failure(&mut self, left: &mut usize, context: &mut Context) -> Option<CallError> {
+        if self.queued.is_none() {
+            self.conclude(left, context);
+        }
+        #[cfg(feature = "sysinfo")]
+        if self.is_report {
+            let [output, _] = &self.streams;
+            if self.process.was_killed() {
+                let error = error!("/proc does not answer");
+                return Some(CallError::new(Status::GatewayTimeout, error));
+            }
+            if output.capture.truncated {
+                let error = error!("commands have all the memory for output");
+                return Some(CallError::new(Status::ServiceUnavailable, error));
+            }
+        }
+        let error = self.process.failure()?;
+        Some(CallError::new(Status::InternalServerError, error))
+    }
+
     /// Queues as much of the answer as there is room for; whether that was the rest.
-    pub fn queue_answer(&mut self, io: &mut Io, left: &mut usize, context: &mut Context) -> bool {
+    pub fn queue_answer(&mut self, io: &mut Io) -> bool {
         let mut position = match self.queued {
             Some(position) => position,
             None => {
-                self.conclude(left, context);
                 self.queue_head(io);
                 Position::default()
             }
         };
+        #[cfg(feature = "sysinfo")]
+        if self.is_report {
+            return self.queue_report(position, io);
+        }
         while let Some(stream) = self.streams.get(position.stream) {
             let capture = &stream.capture;
             let room = io.spare();
@@ -168,6 +227,25 @@ impl Exec {
         true
     }
 
+    /// The same for an answer that is the output as it is.
+    #[cfg(feature = "sysinfo")]
+    fn queue_report(&mut self, mut position: Position, io: &mut Io) -> bool {
+        if self.reply.head_only {
+            return true;
+        }
+        let [output, _] = &self.streams;
+        let rest = output.capture.bytes(position.byte);
+        let room = io.spare();
+        let count = rest.len().min(room.len());
+        for (to, from) in room.iter_mut().zip(rest) {
+            *to = *from;
+        }
+        io.commit(count);
+        position.byte += count;
+        self.queued = Some(position);
+        position.byte == output.capture.length
+    }
+
     /// Takes what is left in its pipes, which others may hold open.
     fn conclude(&mut self, left: &mut usize, context: &mut Context) {
         for stream in &mut self.streams {
@@ -179,6 +257,13 @@ impl Exec {
 
     /// The answer up to the output.
     fn queue_head(&self, io: &mut Io) {
+        #[cfg(feature = "sysinfo")]
+        if self.is_report {
+            let [output, _] = &self.streams;
+            let content = Content::Length(output.capture.length as u64);
+            let head = ResponseHead::new(Status::Ok, self.reply, content);
+            return io.queue(head.finish().as_bytes());
+        }
         // One that was killed and cannot be reaped counts as killed.
         let status = self.process.status();
         let signal = status.map_or(Some(9), |status| status.terminating_signal());

@@ -69,6 +69,13 @@ impl Io {
         &self.socket
     }
 
+    /// The socket, and the bytes received.
+    #[cfg(feature = "files")]
+    pub fn parts(&mut self) -> (&OwnedFd, &mut [u8]) {
+        let received = self.memory.get_mut(..self.received).unwrap_or(&mut []);
+        (&self.socket, received)
+    }
+
     /// Its memory for another connection, if little of it was used.
     pub fn reuse(self) -> Option<Region> {
         self.small.then_some(self.memory)
@@ -121,6 +128,12 @@ impl Io {
     /// Whether all that was queued is sent.
     pub fn is_sent(&self) -> bool {
         self.unsent.is_empty()
+    }
+
+    /// Forgets what is not sent.
+    #[cfg(feature = "tunnel")]
+    pub fn drop_unsent(&mut self) {
+        self.unsent = INPUT..INPUT;
     }
 
     /// Room for content behind what waits, but for the [`RESERVE`]; follow with

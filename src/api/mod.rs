@@ -7,6 +7,8 @@
 mod commands;
 mod connection;
 mod exec;
+#[cfg(feature = "files")]
+mod files;
 mod io;
 #[cfg(feature = "logs")]
 mod logs;
@@ -15,11 +17,15 @@ mod routes;
 mod session;
 mod signals;
 mod stop;
+#[cfg(feature = "sysinfo")]
+mod sysinfo;
+#[cfg(feature = "tunnel")]
+mod tunnel;
 
 use crate::context;
 use crate::context::{Context, Source};
 use crate::error::Result;
-use crate::sys::{Region, files, vsock};
+use crate::sys::{self, Region, vsock};
 use commands::Commands;
 use connection::{Connection, Shared};
 use io::Io;
@@ -144,6 +150,8 @@ impl Api {
             self.with(key, context, &mut |connection, shared| {
                 connection.on_socket(events, shared)
             });
+        } else if source == Source::Tunnel {
+            self.proceed(key, context);
         } else if let Some(key) = self.commands.on_event(source, key, context) {
             self.proceed(key, context);
         }
@@ -265,5 +273,5 @@ fn refuse(socket: &OwnedFd) {
     let content = Content::Length(body.as_bytes().len() as u64);
     let head = ResponseHead::new(Status::ServiceUnavailable, Reply::CLOSE, content).finish();
     let answer = message!("{head}{body}");
-    let _client_gone = files::write(socket, answer.as_bytes());
+    let _client_gone = sys::files::write(socket, answer.as_bytes());
 }

@@ -57,11 +57,16 @@ impl Process {
             cgroups,
             ..
         } = context;
-        let Helper { pid, log } = helper::spawn(cgroups.commands.as_ref(), &mut |log| {
+        Self::fork(cgroups.commands.as_ref(), &mut |log| {
             exec_command(spec, streams, defaults, scratch, proc, log)
                 .unwrap_or_else(Failure::from)
                 .report(log)
-        })?;
+        })
+    }
+
+    /// Forks a child into `cgroup`, or into PID 1's own; it exits with the code that `work` returns.
+    pub fn fork(cgroup: Option<&OwnedFd>, work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Self> {
+        let Helper { pid, log } = helper::spawn(cgroup, work)?;
         Ok(Self {
             pid: Some(pid),
             status: None,
@@ -98,6 +103,12 @@ impl Process {
     /// Whether it was killed.
     pub fn was_killed(&self) -> bool {
         self.killed
+    }
+
+    /// Its time on the processor, in nanoseconds, until it is reaped.
+    #[cfg(feature = "files")]
+    pub fn cpu_time(&self) -> u64 {
+        self.pid.map_or(0, sys::cpu_time)
     }
 
     /// Kills its whole process group.

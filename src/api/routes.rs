@@ -27,6 +27,12 @@ pub enum Call {
     /// `GET /v1/logs`
     #[cfg(feature = "logs")]
     Logs,
+    /// `GET /v1/sysinfo`
+    #[cfg(feature = "sysinfo")]
+    Sysinfo,
+    /// `GET` and `PUT /v1/files`
+    #[cfg(feature = "files")]
+    Files,
 }
 
 /// All calls. A GET can be a HEAD, too, but for a WebSocket's. A path that ends with `/` stands for all
@@ -44,6 +50,12 @@ const ROUTES: &[(Method, &str, Call)] = &[
     (Method::Delete, "/v1/sessions/", Call::EndSession),
     #[cfg(feature = "logs")]
     (Method::Get, "/v1/logs", Call::Logs),
+    #[cfg(feature = "sysinfo")]
+    (Method::Get, "/v1/sysinfo", Call::Sysinfo),
+    #[cfg(feature = "files")]
+    (Method::Get, "/v1/files", Call::Files),
+    #[cfg(feature = "files")]
+    (Method::Put, "/v1/files", Call::Files),
 ];
 
 /// Why there is no call.

@@ -38,5 +38,6 @@ pub mod signal;
 pub mod slab;
 pub mod superblock;
 pub mod sysctl;
+pub mod sysinfo;
 pub mod users;
 pub mod websocket;

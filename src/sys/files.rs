@@ -33,6 +33,19 @@ pub fn read(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
     rustix::io::read(file, buffer)
 }
 
+/// Reads to the file's end, or until the buffer is full: how many bytes those are.
+#[cfg(any(feature = "files", feature = "sysinfo"))]
+pub fn read_full(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
+    let mut length = 0;
+    while let Some(room @ [_, ..]) = buffer.get_mut(length..) {
+        match read(file, room)? {
+            0 => break,
+            count => length += count,
+        }
+    }
+    Ok(length)
+}
+
 /// Writes some bytes (write(2)).
 pub fn write(file: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
     rustix::io::write(file, bytes)

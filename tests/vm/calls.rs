@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    io::Read,
     os::unix::net::UnixStream,
     thread,
     time::{Duration, Instant},
@@ -80,6 +81,29 @@ fn use_all(vm: &mut Vm, api: &mut Client<UnixStream>) -> Result<()> {
     let mut killed = Socket::open(vm.connect(vsock::API_PORT)?, "/v1/ws/exec")?;
     killed.text(&json!({"command": ["sleep", "99"]}))?;
     killed.close(1000)?;
+    let body = [b'x'; 300_000];
+    let path = "/v1/files?path=/tmp/file";
+    assert_eq!(vm.api()?.request("PUT", path, &[], &body)?.status, 201);
+    assert!(vm.api()?.get(path)?.body == body);
+    api.get("/v1/sysinfo")?.success()?;
+    shell(api, "nc -ll -p 7001 -e cat >/dev/null 2>&1 & sleep 1")?;
+    for (port, status) in [(7001, 200), (7002, 502)] {
+        let mut tunnel = vm.api()?;
+        let head = format!("CONNECT 127.0.0.1:{port} HTTP/1.1\r\nHost: x\r\n\r\n");
+        tunnel.send(head.as_bytes())?;
+        assert_eq!(tunnel.receive(true)?.status, status);
+        if status == 200 {
+            tunnel.send(&body)?;
+            let (mut stream, mut back) = tunnel.into_stream();
+            while back.len() < body.len() {
+                let mut piece = [0; 4096];
+                let count = stream.read(&mut piece)?;
+                back.extend(&piece[..count]);
+                ensure!(count > 0, "the tunnel ends");
+            }
+            assert!(back == body);
+        }
+    }
     // What was killed is reaped, beside the orphans.
     let start = Instant::now();
     while shell(api, "ps -o args | grep -cE '^sleep (0.*|99|100)$' || true")? != "0\n" {

@@ -109,6 +109,17 @@ pub enum DecodeError {
     TooLong,
 }
 
+impl DecodeError {
+    /// What is wrong, for the response's body.
+    pub fn message(self) -> &'static str {
+        match self {
+            Self::Escape => "a percent-encoding is malformed",
+            Self::Nul => "a parameter has a NUL",
+            Self::TooLong => "a parameter is too long",
+        }
+    }
+}
+
 /// Decodes a path, or a segment of one, into `room` (RFC 3986 section 2.1).
 pub fn decode_path<'r>(text: &str, room: &'r mut [u8]) -> Result<&'r [u8], DecodeError> {
     decode(text, b'+', room)

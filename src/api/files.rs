@@ -1,0 +1,502 @@
+//! `GET`, `HEAD` and `PUT /v1/files`: a child reads or replaces one regular file.
+//!
+//! Disks may hang, so PID 1 does none of it: once a request's head has come, a child has the
+//! connection. It reads the head again, then the body, and answers; then the connection is closed.
+//! PID 1 looks whether the child still works, and shuts the connection down when it does not.
+
+use super::io::error_body;
+use super::process::Process;
+use crate::context::Context;
+use crate::error::{Result, name};
+use crate::process::credentials;
+use crate::sys::{self, files};
+use core::ffi::CStr;
+use core::fmt::{self, Display};
+use core::time::Duration;
+use proto::config::{DOCUMENT, PATH};
+use proto::http::{
+    self, BodyDecoder, Content, DecodeError, Framing, Head, HeadParser, Method, Reply,
+    RequestError, ResponseHead, Status, Target, decode_query,
+};
+use proto::message;
+use proto::message::{Message, ToLossy};
+use proto::users::Identity;
+use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid};
+use rustix::io::Errno;
+use rustix::net::SendFlags;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+
+/// How often PID 1 looks whether a child gets on, in milliseconds.
+const LOOK: u64 = 10_000;
+/// How long a child may get on with nothing, in milliseconds. One that waits for its client gives up
+/// itself before that.
+const STALLED: u64 = 35_000;
+/// How long a client may send or take nothing.
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long what a refused client still sends is taken, so that it comes to read the answer: without
+/// a byte, and in all, in milliseconds.
+const DRAIN_SILENCE: Duration = Duration::from_secs(1);
+const DRAIN: u64 = 10_000;
+/// Bytes moved at once: as many as vsock holds for a receiver (VIRTIO_VSOCK_DEFAULT_BUF_SIZE).
+const PIECE: usize = 256 << 10;
+/// Longest name of a user, in bytes, and of a group behind it.
+const USER: usize = 256;
+/// Mode of a new file.
+const DEFAULT_MODE: &str = "0644";
+
+/// A call that a child answers.
+pub struct Transfer {
+    /// The child.
+    pub process: Process,
+    /// When PID 1 looks at it again.
+    pub deadline: u64,
+    /// Its time on the processor, in nanoseconds, and when that last was another.
+    cpu_time: u64,
+    progress: u64,
+    stalled: bool,
+}
+
+impl Transfer {
+    /// Gives a child the connection, of which a head of `head` bytes was received, and what follows.
+    pub fn start(
+        socket: &OwnedFd,
+        received: &mut [u8],
+        head: usize,
+        context: &mut Context,
+    ) -> Result<Self> {
+        let Context {
+            proc, scratch, now, ..
+        } = context;
+        let process = Process::fork(None, &mut |_| {
+            // PID 1 has /proc from the start.
+            sys::close_others(&[proc, socket]);
+            let (head, body) = received.split_at_mut_checked(head).unwrap_or_default();
+            serve(socket, head, body, proc, scratch);
+            0
+        })?;
+        let now = *now;
+        Ok(Self {
+            process,
+            deadline: now.saturating_add(LOOK),
+            cpu_time: 0,
+            progress: now,
+            stalled: false,
+        })
+    }
+
+    /// Whether the child has answered, or is given up.
+    pub fn is_over(&self) -> bool {
+        self.stalled || self.process.status().is_some()
+    }
+
+    /// Looks whether the child has done anything: one that moves bytes takes time on the processor,
+    /// and one that waits for a disk takes none.
+    pub fn look(&mut self, now: u64) {
+        let cpu_time = self.process.cpu_time();
+        if cpu_time != self.cpu_time {
+            self.cpu_time = cpu_time;
+            self.progress = now;
+        }
+        self.stalled = now.saturating_sub(self.progress) >= STALLED;
+        self.deadline = now.saturating_add(LOOK);
+    }
+}
+
+/// In the child: does what the request asks for.
+fn serve(
+    socket: &OwnedFd,
+    head: &[u8],
+    body: &mut [u8],
+    proc: &OwnedFd,
+    scratch: &mut [u8; 2 * DOCUMENT],
+) {
+    let Ok(Some(head)) = HeadParser::default().parse(head) else {
+        return;
+    };
+    // The flag is the connection's, not the descriptor's: PID 1 neither reads nor writes any more.
+    let _blocks = rustix::io::ioctl_fionbio(socket, false);
+    let _limited = set_socket_timeout(socket, Timeout::Recv, Some(CLIENT_TIMEOUT));
+    let _limited = set_socket_timeout(socket, Timeout::Send, Some(CLIENT_TIMEOUT));
+    let mut path = [0; PATH];
+    let served = read_path(&head.target, &mut path).and_then(|()| match head.method {
+        Method::Put => put(socket, &head, &path, body, scratch),
+        _ => get(socket, &head, &path, proc, scratch),
+    });
+    let failure = match served {
+        Ok(()) | Err(Failure::Gone) => return,
+        Err(failure) => failure,
+    };
+    let reason = message!("{}: {failure}", sys::c_str(&path).lossy());
+    let status = failure.status(head.method);
+    let told = respond(socket, head.reply, status, &error_body(&reason));
+    if told.is_ok() && head.framing != Framing::None {
+        drain(socket, scratch);
+    }
+}
+
+/// Why a call has come to nothing.
+#[derive(Clone, Copy)]
+enum Failure {
+    /// The client is gone, or what was sent cannot be taken back.
+    Gone,
+    /// The client has not gone on for [`CLIENT_TIMEOUT`].
+    Timeout,
+    /// A path that does not begin with `/`, or none.
+    Path,
+    /// A mode that is not one to four octal digits.
+    Mode,
+    /// A user or group that is not in the root's files.
+    User,
+    /// A parameter that is malformed.
+    Parameter(DecodeError),
+    /// A body that is malformed.
+    Body(RequestError),
+    /// The path leads to something else than a regular file.
+    NotRegular,
+    /// A system call fails.
+    Errno(Errno),
+}
+
+impl Failure {
+    fn status(self, method: Method) -> Status {
+        match self {
+            Self::Timeout => Status::RequestTimeout,
+            Self::Body(error) => error.status(),
+            Self::NotRegular => Status::Conflict,
+            Self::Errno(errno) => match errno {
+                Errno::NOENT => Status::NotFound,
+                // A file is where the path needs a directory.
+                Errno::NOTDIR if method != Method::Put => Status::NotFound,
+                Errno::NOTDIR | Errno::ISDIR | Errno::LOOP | Errno::EXIST | Errno::BUSY => {
+                    Status::Conflict
+                }
+                Errno::ACCESS | Errno::PERM | Errno::ROFS => Status::Forbidden,
+                Errno::NAMETOOLONG => Status::BadRequest,
+                Errno::NOSPC | Errno::DQUOT | Errno::FBIG => Status::InsufficientStorage,
+                _ => Status::InternalServerError,
+            },
+            _ => Status::BadRequest,
+        }
+    }
+}
+
+impl Display for Failure {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Gone => "the client is gone",
+            Self::Timeout => "the request took too long",
+            Self::Path => "the path is not absolute",
+            Self::Mode => "the mode is not one to four octal digits",
+            Self::User => "there is no such user or group",
+            Self::Parameter(error) => error.message(),
+            Self::Body(error) => error.message(),
+            Self::NotRegular => "not a regular file",
+            Self::Errno(errno) => return name(*errno).fmt(formatter),
+        })
+    }
+}
+
+impl From<Errno> for Failure {
+    fn from(errno: Errno) -> Self {
+        Self::Errno(errno)
+    }
+}
+
+impl From<DecodeError> for Failure {
+    fn from(error: DecodeError) -> Self {
+        Self::Parameter(error)
+    }
+}
+
+impl From<RequestError> for Failure {
+    fn from(error: RequestError) -> Self {
+        Self::Body(error)
+    }
+}
+
+/// The parameter `path`, and a NUL behind it.
+fn read_path(target: &Target, path: &mut [u8; PATH]) -> Result<(), Failure> {
+    let text = target.parameter("path").unwrap_or("");
+    let (room, _nul) = path.split_at_mut(PATH - 1);
+    match decode_query(text, room)? {
+        [b'/', ..] => Ok(()),
+        _ => Err(Failure::Path),
+    }
+}
+
+/// The parameter `mode`: one to four octal digits.
+fn read_mode(target: &Target) -> Result<Mode, Failure> {
+    let digits = target.parameter("mode").unwrap_or(DEFAULT_MODE);
+    if !(1..=4).contains(&digits.len()) {
+        return Err(Failure::Mode);
+    }
+    let mut mode = 0;
+    for digit in digits.bytes() {
+        let digit = char::from(digit).to_digit(8).ok_or(Failure::Mode)?;
+        mode = mode << 3 | digit;
+    }
+    Ok(Mode::from_raw_mode(mode))
+}
+
+/// The parameter `user`, as a command's: its ids in the root's files.
+fn read_user(target: &Target, scratch: &mut [u8; 2 * DOCUMENT]) -> Result<(u32, u32), Failure> {
+    let Some(user) = target.parameter("user") else {
+        return Ok((0, 0));
+    };
+    let mut room = [0; USER];
+    let user = decode_query(user, &mut room)?;
+    let user = core::str::from_utf8(user).map_err(|_| Failure::User)?;
+    let mut identity = Identity::default();
+    credentials::resolve(user, scratch, &mut identity).map_err(|_| Failure::User)?;
+    Ok((identity.uid, identity.gid))
+}
+
+/// Sends a whole JSON response.
+fn respond(socket: &OwnedFd, reply: Reply, status: Status, body: &Message) -> Result<(), Failure> {
+    let content = Content::Length(body.as_bytes().len() as u64);
+    let head = ResponseHead::new(status, reply.close(), content).finish();
+    send(socket, head.as_bytes())?;
+    match reply.head_only {
+        true => Ok(()),
+        false => send(socket, body.as_bytes()),
+    }
+}
+
+/// Sends all of it. A client that is gone, or takes nothing for too long, is no concern any more.
+fn send(socket: &OwnedFd, mut bytes: &[u8]) -> Result<(), Failure> {
+    while !bytes.is_empty() {
+        // Unlike PID 1 a child is killed by SIGPIPE.
+        let sent = rustix::net::send(socket, bytes, SendFlags::NOSIGNAL);
+        let count = sent.map_err(|_| Failure::Gone)?;
+        bytes = bytes.get(count..).unwrap_or(&[]);
+    }
+    Ok(())
+}
+
+/// Takes what the client still sends: closed with bytes in it, a connection takes the answer with it.
+fn drain(socket: &OwnedFd, room: &mut [u8]) {
+    let _limited = set_socket_timeout(socket, Timeout::Recv, Some(DRAIN_SILENCE));
+    let start = sys::milliseconds();
+    while let Ok(1..) = files::read(socket, room)
+        && sys::milliseconds().saturating_sub(start) < DRAIN
+    {}
+}
+
+/// Sends a file, or for HEAD what there is to know of it.
+fn get(
+    socket: &OwnedFd,
+    head: &Head,
+    path: &[u8; PATH],
+    proc: &OwnedFd,
+    room: &mut [u8],
+) -> Result<(), Failure> {
+    let room = room.get_mut(..PIECE).unwrap_or(&mut []);
+    let (file, status) = open_regular(sys::c_str(path), proc)?;
+    // Files of sysfs and cgroups have no size that is worth its name: what fits here is measured.
+    let filled = files::read_full(&file, room)?;
+    let length = match filled < room.len() {
+        true => filled as u64,
+        false => u64::try_from(status.st_size).unwrap_or(0),
+    };
+    let mut left = length
+        .checked_sub(filled as u64)
+        .ok_or(Failure::NotRegular)?;
+    let answer = file_head(head.reply, length, &status).finish();
+    send(socket, answer.as_bytes())?;
+    if head.reply.head_only {
+        return Ok(());
+    }
+    send(socket, room.get(..filled).unwrap_or(&[]))?;
+    while left > 0 {
+        let limit = usize::try_from(left).map_or(PIECE, |left| left.min(PIECE));
+        match files::read(&file, room.get_mut(..limit).unwrap_or(&mut [])) {
+            Ok(count @ 1..) => {
+                send(socket, room.get(..count).unwrap_or(&[]))?;
+                left -= count as u64;
+            }
+            // It was cut meanwhile, or its disk fails: the client sees that bytes are missing.
+            Ok(_) | Err(_) => return Err(Failure::Gone),
+        }
+    }
+    Ok(())
+}
+
+/// What there is to know of a file.
+fn file_head(reply: Reply, length: u64, status: &Stat) -> ResponseHead {
+    let content = Content::Length(length);
+    let media_type = "application/octet-stream";
+    let mut head = ResponseHead::with_type(Status::Ok, reply.close(), content, media_type);
+    let mode = status.st_mode & 0o7777;
+    head.header("File-Mode", format_args!("{mode:04o}"));
+    let (uid, gid) = (status.st_uid, status.st_gid);
+    head.header("File-Owner", format_args!("{uid}:{gid}"));
+    head.header("File-Mtime", u64::try_from(status.st_mtime).unwrap_or(0));
+    head
+}
+
+/// Opens a regular file for reading.
+///
+/// Opening a pipe or a device can do something (rewind a tape, start a watchdog), so the name is
+/// opened without its file first (O_PATH, open(2)), and the file when it is known what it is. Those of
+/// /proc are whole processes' memory, or wait, or are gone once they were read.
+fn open_regular(path: &CStr, proc: &OwnedFd) -> Result<(OwnedFd, Stat), Failure> {
+    let place = files::open(path, OFlags::PATH)?;
+    let status = rustix::fs::fstat(&place)?;
+    if !is_regular(&status) || is_in_proc(&place)? {
+        return Err(Failure::NotRegular);
+    }
+    let link = message!("self/fd/{}\0", place.as_raw_fd());
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = files::open_at(proc, sys::c_str(link.as_bytes()), flags)?;
+    Ok((file, status))
+}
+
+fn is_regular(status: &Stat) -> bool {
+    FileType::from_raw_mode(status.st_mode) == FileType::RegularFile
+}
+
+fn is_in_proc(file: &OwnedFd) -> Result<bool, Errno> {
+    rustix::fs::fstatfs(file).map(|found| found.f_type == rustix::fs::PROC_SUPER_MAGIC)
+}
+
+/// Replaces a file by the request's body, or makes one.
+fn put(
+    socket: &OwnedFd,
+    head: &Head,
+    path: &[u8; PATH],
+    body: &mut [u8],
+    scratch: &mut [u8; 2 * DOCUMENT],
+) -> Result<(), Failure> {
+    let mode = read_mode(&head.target)?;
+    let (uid, gid) = read_user(&head.target, scratch)?;
+    let mut decoder = BodyDecoder::new(head.framing, u64::MAX)?;
+    let path = sys::c_str(path);
+    let start_of_name = 1 + path
+        .to_bytes()
+        .iter()
+        .rposition(|byte| *byte == b'/')
+        .unwrap_or(0);
+    let (parent, name) = path
+        .to_bytes_with_nul()
+        .split_at_checked(start_of_name)
+        .unwrap_or_default();
+    let name = sys::c_str(name);
+    files::make_directories(parent)?;
+    let mut room = [0; PATH];
+    let parent = files::join(&[parent], &mut room).unwrap_or_default();
+    let parent = files::open(parent, OFlags::PATH | OFlags::DIRECTORY)?;
+    if name.is_empty() || is_in_proc(&parent)? {
+        return Err(Failure::NotRegular);
+    }
+    // A link is replaced, and not what it leads to; but not one that leads to a directory or device.
+    let replaces = match rustix::fs::statat(&parent, name, AtFlags::empty()) {
+        Ok(status) if is_regular(&status) => true,
+        Ok(_) => return Err(Failure::NotRegular),
+        Err(Errno::NOENT) => false,
+        Err(errno) => return Err(errno.into()),
+    };
+    let mut upload = Upload::create(parent)?;
+    if head.expects_continue && body.is_empty() {
+        send(socket, http::CONTINUE)?;
+    }
+    let room = scratch.get_mut(..PIECE).unwrap_or(&mut []);
+    let bytes = upload.receive(socket, &mut decoder, body, room)?;
+    upload.publish(name, mode, uid, gid)?;
+    let answer = message!("{{\"ok\":true,\"bytes\":{bytes}}}");
+    let status = match replaces {
+        true => Status::Ok,
+        false => Status::Created,
+    };
+    respond(socket, head.reply, status, &answer)
+}
+
+/// A file that is not there under its name yet.
+struct Upload {
+    file: OwnedFd,
+    directory: OwnedFd,
+    /// Beside its name, for the moment before it gets that.
+    temporary: Message,
+    /// It has the temporary name: its file system knows no files without one.
+    is_named: bool,
+}
+
+impl Upload {
+    /// Creates one without a name (O_TMPFILE, open(2)), of which a crash leaves nothing, where there
+    /// are such files.
+    fn create(directory: OwnedFd) -> Result<Self, Failure> {
+        let temporary = message!(".pigeon-{}\0", rustix::process::getpid().as_raw_pid());
+        let private = Mode::from_raw_mode(0o600);
+        let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+        let unnamed = rustix::fs::openat(&directory, c".", flags | OFlags::TMPFILE, private);
+        let is_named = unnamed.is_err();
+        let file = unnamed.or_else(|_| {
+            let name = sys::c_str(temporary.as_bytes());
+            // What a crash has left.
+            let _none = rustix::fs::unlinkat(&directory, name, AtFlags::empty());
+            let flags = flags | OFlags::CREATE | OFlags::EXCL;
+            rustix::fs::openat(&directory, name, flags, private)
+        });
+        Ok(Self {
+            file: file?,
+            directory,
+            temporary,
+            is_named,
+        })
+    }
+
+    /// Writes a request's body, whose first bytes are in `body`: its length.
+    fn receive(
+        &mut self,
+        socket: &OwnedFd,
+        decoder: &mut BodyDecoder,
+        body: &mut [u8],
+        room: &mut [u8],
+    ) -> Result<u64, Failure> {
+        let mut bytes = self.take(decoder, body)?;
+        while !decoder.is_complete() {
+            let count = match files::read(socket, room) {
+                Ok(count @ 1..) => count,
+                Err(Errno::AGAIN) => return Err(Failure::Timeout),
+                Ok(_) | Err(_) => return Err(Failure::Gone),
+            };
+            bytes += self.take(decoder, room.get_mut(..count).unwrap_or(&mut []))?;
+        }
+        Ok(bytes)
+    }
+
+    fn take(&mut self, decoder: &mut BodyDecoder, piece: &mut [u8]) -> Result<u64, Failure> {
+        let content = decoder.decode(piece)?.content;
+        files::write_whole(&self.file, piece.get(..content).unwrap_or(&[]))?;
+        Ok(content as u64)
+    }
+
+    /// Gives it its owner, its mode, which chown(2) can change, and its name.
+    fn publish(&mut self, name: &CStr, mode: Mode, uid: u32, gid: u32) -> Result<(), Failure> {
+        let Self {
+            file, directory, ..
+        } = self;
+        rustix::fs::fchown(&*file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
+            .and_then(|()| rustix::fs::fchmod(&*file, mode))?;
+        let temporary = sys::c_str(self.temporary.as_bytes());
+        if !self.is_named {
+            // A link takes no name's place, as a rename does.
+            let _none = rustix::fs::unlinkat(&*directory, temporary, AtFlags::empty());
+            let from = AtFlags::EMPTY_PATH;
+            rustix::fs::linkat(&*file, c"", &*directory, temporary, from)?;
+            self.is_named = true;
+        }
+        rustix::fs::renameat(&*directory, temporary, &*directory, name)?;
+        self.is_named = false;
+        Ok(())
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        if self.is_named {
+            let temporary = sys::c_str(self.temporary.as_bytes());
+            let _gone = rustix::fs::unlinkat(&self.directory, temporary, AtFlags::empty());
+        }
+    }
+}

@@ -1,0 +1,749 @@
+//! `/v1/files`: files in and out of a running VM.
+
+use std::{
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use pigeon_lab::{
+    End, Vm, assets,
+    disk::{Image, Tree},
+    http::{Client, Response},
+    process::run,
+    vm::Builder,
+    vsock::API_PORT,
+};
+use serde_json::{Value, json};
+
+type Api = Client<UnixStream>;
+
+/// Generous: other VMs may run beside this one.
+const PATIENCE: Duration = Duration::from_secs(240);
+const IDLE: &str = "exec sleep 100000";
+
+fn config(script: &str, mounts: &Value) -> Value {
+    json!({"ExecOverride": ["/bin/sh", "-c", script], "Mounts": mounts})
+}
+
+/// A VM with a volume of so many MiB at `/data`.
+fn with_volume(script: &str, mib: u32) -> Result<(Builder, Image, Image)> {
+    let root = Image::ext4(&Tree::busybox()?, 48)?;
+    let volume = Image::ext4(&Tree::empty()?, mib)?;
+    let mounts = json!([{"DevicePath": "/dev/vdb", "MountPath": "/data"}]);
+    let builder = Vm::builder()
+        .config(&config(script, &mounts))
+        .disk(&root)
+        .disk(&volume)
+        .patience(PATIENCE);
+    Ok((builder, root, volume))
+}
+
+fn target(query: &str) -> String {
+    format!("/v1/files?path={query}")
+}
+
+/// A call on a connection of its own, which is closed behind the answer.
+fn call(vm: &mut Vm, method: &str, query: &str, body: &[u8]) -> Result<Response> {
+    let mut api = vm.api()?;
+    let answer = api.request(method, &target(query), &[], body)?;
+    assert_eq!(answer.header("connection"), Some("close"), "{answer}");
+    api.wait_closed()?;
+    Ok(answer)
+}
+
+fn get(vm: &mut Vm, query: &str) -> Result<Response> {
+    call(vm, "GET", query, b"")
+}
+
+fn put(vm: &mut Vm, query: &str, body: &[u8]) -> Result<Response> {
+    call(vm, "PUT", query, body)
+}
+
+/// The head of a PUT, and nothing of its body.
+fn announce(vm: &mut Vm, query: &str, headers: &str) -> Result<Api> {
+    let mut api = vm.api()?;
+    let path = target(query);
+    api.send(format!("PUT {path} HTTP/1.1\r\nHost: x\r\n{headers}\r\n").as_bytes())?;
+    Ok(api)
+}
+
+fn chunked(body: &[u8], size: usize) -> Vec<u8> {
+    let mut text = vec![];
+    for chunk in body.chunks(size) {
+        text.extend(format!("{:x}\r\n", chunk.len()).bytes());
+        text.extend(chunk);
+        text.extend(b"\r\n");
+    }
+    text.extend(b"0\r\n\r\n");
+    text
+}
+
+fn shell(vm: &mut Vm, script: &str) -> Result<String> {
+    let body = json!({"cmd": ["sh", "-c", script], "timeout_ms": 120_000});
+    let answer = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
+    ensure!(answer["exit_code"] == 0, "{script}: {answer}");
+    Ok(answer["stdout"].as_str().context("no text")?.into())
+}
+
+/// Waits until a shell command in the guest succeeds.
+fn wait_until(vm: &mut Vm, script: &str) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        let body = json!({"cmd": ["sh", "-c", script]});
+        if vm.api()?.post("/v1/exec", &body)?.json()?["exit_code"] == 0 {
+            return Ok(());
+        }
+        ensure!(start.elapsed() < PATIENCE, "still not: {script}");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// An error's status and reason.
+fn refusal(answer: &Response) -> Result<(u16, String)> {
+    let error = answer.json()?["error"].clone();
+    let error = error.as_str().with_context(|| format!("{answer}"))?;
+    assert_eq!(answer.header("content-type"), Some("application/json"));
+    Ok((answer.status, error.into()))
+}
+
+/// Bytes that are never the same for long.
+fn noise(size: usize, seed: u64) -> Vec<u8> {
+    let mut noise = Noise(seed);
+    let mut bytes = vec![0; size];
+    noise.fill(&mut bytes);
+    bytes
+}
+
+/// A stream of them (xorshift64).
+struct Noise(u64);
+
+impl Noise {
+    fn fill(&mut self, bytes: &mut [u8]) {
+        for piece in bytes.chunks_mut(8) {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            piece.copy_from_slice(&self.0.to_le_bytes()[..piece.len()]);
+        }
+    }
+}
+
+#[test]
+fn files_go_in_and_out_whole_with_mode_and_owner() -> Result<()> {
+    let (builder, root, _volume) = with_volume(IDLE, 64)?;
+    let mut vm = builder.start()?;
+    for (number, size) in [0, 1, 4095, 4096, 131_072, 262_144, 262_145, 3_000_000]
+        .into_iter()
+        .enumerate()
+    {
+        let bytes = noise(size, 1 + size as u64);
+        let path = format!("/data/new/{number}/file");
+        let answer = put(&mut vm, &path, &bytes)?;
+        let expected = json!({"ok": true, "bytes": size});
+        assert_eq!((answer.status, answer.json()?), (201, expected.clone()));
+        // Once more, in chunks, with other bytes: it is replaced.
+        let bytes = noise(size, 1000 + size as u64);
+        for chunk in [1000, 70_000] {
+            let mut api = announce(&mut vm, &path, "Transfer-Encoding: chunked\r\n")?;
+            api.send(&chunked(&bytes, chunk))?;
+            let answer = api.receive(false)?;
+            assert_eq!((answer.status, answer.json()?), (200, expected.clone()));
+            let read = get(&mut vm, &path)?;
+            assert_eq!(read.status, 200);
+            assert!(read.body == bytes, "{size} bytes came back otherwise");
+        }
+        let head = call(&mut vm, "HEAD", &path, b"")?;
+        assert_eq!(head.status, 200);
+        assert_eq!(
+            head.header("content-length"),
+            Some(size.to_string().as_str())
+        );
+        let sum = shell(&mut vm, &format!("md5sum <{path}; stat -c %s {path}"))?;
+        let file = tempfile::NamedTempFile::new()?;
+        std::fs::write(file.path(), &bytes)?;
+        let here = run(Command::new("md5sum").arg(file.path()))?;
+        let here = here.split(' ').next().unwrap_or_default();
+        assert_eq!(sum, format!("{here}  -\n{size}\n"));
+    }
+
+    // Mode, owner and time.
+    let stat = |vm: &mut Vm, path: &str| shell(vm, &format!("stat -c '%04a %u:%g %Y' '{path}'"));
+    let described = |answer: &Response| {
+        let header = |name| answer.header(name).unwrap_or_default().to_string();
+        let (mode, owner) = (header("file-mode"), header("file-owner"));
+        format!("{mode} {owner} {}\n", header("file-mtime"))
+    };
+    for (query, expected) in [
+        ("/data/a", "0644 0:0"),
+        ("/data/a&mode=755", "0755 0:0"),
+        ("/data/a&mode=0600&user=app", "0600 1000:1000"),
+        ("/data/a&user=app:staff&mode=4750", "4750 1000:50"),
+        ("/data/a&user=77:78&mode=7", "0007 77:78"),
+        ("/data/a&mode=0", "0000 0:0"),
+        ("/data/a&user=", "0644 0:0"),
+    ] {
+        assert_eq!(put(&mut vm, query, b"x")?.success()?.status / 100, 2);
+        let told = described(&call(&mut vm, "HEAD", "/data/a", b"")?);
+        assert!(told.starts_with(&format!("{expected} ")), "{query}: {told}");
+        assert_eq!(stat(&mut vm, "/data/a")?, told, "{query}");
+        assert_eq!(described(&get(&mut vm, "/data/a")?), told);
+    }
+    assert_eq!(
+        get(&mut vm, "/data/a")?.header("content-type"),
+        Some("application/octet-stream")
+    );
+    // Made on the way.
+    let parents = shell(&mut vm, "umask 077; stat -c '%a %u' /data/new /data/new/0")?;
+    assert_eq!(parents, "755 0\n755 0\n");
+
+    // Names.
+    for (query, name) in [
+        ("/data/%61%20b", "a b"),
+        ("/data/plus+plus%2B", "plus plus+"),
+        ("%2Fdata%2Fslash", "slash"),
+        ("/data/%C3%A9%ff", "é\\377"),
+        ("/data//x/../twice", "twice"),
+        ("/data/q?&mode=0640&path=/data/other", "q?"),
+    ] {
+        let _ = shell(&mut vm, "mkdir -p /data/x")?;
+        put(&mut vm, query, name.as_bytes())?.success()?;
+        assert_eq!(get(&mut vm, query)?.text(), name, "{query}");
+        let named = shell(&mut vm, &format!("cat \"$(printf '/data/{name}')\""))?;
+        assert_eq!(named, name);
+    }
+    let long = format!("/data/{}", "n".repeat(255));
+    assert_eq!(put(&mut vm, &long, b"long")?.status, 201);
+    assert_eq!(get(&mut vm, &long)?.text(), "long");
+    let deep = format!("/data{}", "/d".repeat(2000));
+    assert_eq!(put(&mut vm, &deep, b"deep")?.status, 201);
+    assert_eq!(get(&mut vm, &deep)?.text(), "deep");
+
+    // A link is followed by who reads, and replaced by who writes.
+    shell(
+        &mut vm,
+        "cd /data; echo kept >to; ln -s to link; ln -s none dangles",
+    )?;
+    assert_eq!(get(&mut vm, "/data/link")?.text(), "kept\n");
+    assert_eq!(put(&mut vm, "/data/link", b"new")?.status, 200);
+    assert_eq!(put(&mut vm, "/data/dangles", b"new")?.status, 201);
+    let links = "cd /data; cat to link dangles; ls -l link dangles | cut -c1; ls none || echo none";
+    assert_eq!(
+        shell(&mut vm, &format!("{{ {links}; }} 2>&1"))?
+            .replace("ls: none: No such file or directory\n", ""),
+        "kept\nnewnew-\n-\nnone\n"
+    );
+
+    // Files whose size says nothing.
+    assert_eq!(
+        get(&mut vm, "/sys/class/net/lo/mtu")?.text(),
+        shell(&mut vm, "cat /sys/class/net/lo/mtu")?
+    );
+    let head = call(&mut vm, "HEAD", "/sys/class/net/lo/mtu", b"")?;
+    assert_eq!(head.header("content-length"), Some("6"));
+
+    // Who expects it is told to go on before the body comes.
+    let expects = "Content-Length: 5\r\nExpect: 100-continue\r\n";
+    let mut api = announce(&mut vm, "/data/expected", expects)?;
+    assert_eq!(api.receive(true)?.status, 100);
+    api.send(b"hello")?;
+    assert_eq!(api.receive(false)?.status, 201);
+    let mut api = announce(&mut vm, "/data", expects)?;
+    assert_eq!(api.receive(false)?.status, 409);
+    // HTTP/1.0, and a connection that was used before.
+    let mut api = vm.api()?;
+    assert_eq!(api.get("/v1/status")?.status, 200);
+    api.send(b"GET /v1/files?path=/data/expected HTTP/1.0\r\n\r\n")?;
+    assert_eq!(api.receive(false)?.text(), "hello");
+    api.wait_closed()?;
+
+    // One who reads it meanwhile keeps the old one.
+    let (old, new) = (noise(20 << 20, 1), noise(20 << 20, 2));
+    put(&mut vm, "/data/big", &old)?.success()?;
+    let mut reader = vm.connect(API_PORT)?;
+    write!(
+        reader,
+        "GET {} HTTP/1.1\r\nHost: x\r\n\r\n",
+        target("/data/big")
+    )?;
+    let mut start = [0; 4];
+    reader.read_exact(&mut start)?;
+    put(&mut vm, "/data/big", &new)?.success()?;
+    assert!(get(&mut vm, "/data/big")?.body == new);
+    let mut rest = vec![];
+    reader.read_to_end(&mut rest)?;
+    assert!(rest.ends_with(&old), "the reader has not got the old one");
+
+    // Nothing of all this is left behind.
+    assert_eq!(
+        shell(
+            &mut vm,
+            "find / -xdev -name '.pigeon*'; find /data -name '.pigeon*'"
+        )?,
+        ""
+    );
+    let stopped = vm.stop();
+    stopped?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+#[test]
+fn what_is_no_regular_file_is_refused_and_not_touched() -> Result<()> {
+    let (builder, root, _volume) = with_volume(IDLE, 16)?;
+    let mut vm = builder.start()?;
+    shell(
+        &mut vm,
+        "cd /data; mkdir dir; mkfifo pipe; mknod zero c 1 5; mknod disk b 254 0; echo x >file
+        ln -s loop loop; ln -s dir todir; ln -s zero tozero; syslogd
+        mkdir ro; mount -t tmpfs none ro; mount -o remount,ro ro
+        # It goes on as soon as anybody opens the pipe.
+        (echo x >pipe; echo opened >/tmp/opened) >/dev/null 2>&1 &",
+    )?;
+    let long_name = format!("/data/{}", "n".repeat(256));
+    let long_path = format!("/{}", "d/".repeat(2050));
+    for (method, query, status, reason) in [
+        ("GET", "", 400, "the path is not absolute"),
+        ("PUT", "", 400, "the path is not absolute"),
+        ("PUT", "data/file", 400, "the path is not absolute"),
+        ("PUT", "/data/a%00b", 400, "has a NUL"),
+        ("GET", "/data/a%0", 400, "percent-encoding"),
+        ("GET", "/data/a%zz", 400, "percent-encoding"),
+        ("PUT", &long_path, 400, "too long"),
+        ("GET", &long_path, 400, "too long"),
+        ("PUT", &long_name, 400, "ENAMETOOLONG"),
+        ("GET", &long_name, 400, "ENAMETOOLONG"),
+        ("PUT", "/data/x&mode=", 400, "octal"),
+        ("PUT", "/data/x&mode=8", 400, "octal"),
+        ("PUT", "/data/x&mode=00644", 400, "octal"),
+        ("PUT", "/data/x&mode=%30", 400, "octal"),
+        ("PUT", "/data/x&mode=-1", 400, "octal"),
+        ("PUT", "/data/x&mode=u%2Br", 400, "octal"),
+        ("PUT", "/data/x&user=nobodyelse", 400, "user"),
+        ("PUT", "/data/x&user=app:none", 400, "user"),
+        ("PUT", "/data/x&user=4294967295", 400, "user"),
+        ("PUT", "/data/x&user=%ff", 400, "user"),
+        ("GET", "/data/none", 404, "/data/none: ENOENT"),
+        ("GET", "/none/none", 404, "ENOENT"),
+        ("GET", "/data/file/x", 404, "ENOTDIR"),
+        ("GET", "/data/file/", 404, "ENOTDIR"),
+        ("PUT", "/data/file/x", 409, "ENOTDIR"),
+        ("PUT", "/data/file/x/y", 409, "ENOTDIR"),
+        ("PUT", "/data/dir", 409, "not a regular file"),
+        ("PUT", "/data/dir/", 409, "not a regular file"),
+        ("PUT", "/data/dir/..", 409, "not a regular file"),
+        ("PUT", "/", 409, "not a regular file"),
+        ("GET", "/", 409, "not a regular file"),
+        ("GET", "/data/dir", 409, "not a regular file"),
+        ("GET", "/data/todir", 409, "not a regular file"),
+        ("PUT", "/data/todir", 409, "not a regular file"),
+        ("GET", "/data/loop", 409, "ELOOP"),
+        ("PUT", "/data/loop", 409, "ELOOP"),
+        ("GET", "/data/pipe", 409, "not a regular file"),
+        ("PUT", "/data/pipe", 409, "not a regular file"),
+        ("GET", "/dev/log", 409, "not a regular file"),
+        ("GET", "/data/zero", 409, "not a regular file"),
+        ("PUT", "/data/zero", 409, "not a regular file"),
+        ("GET", "/data/tozero", 409, "not a regular file"),
+        ("PUT", "/data/tozero", 409, "not a regular file"),
+        ("GET", "/data/disk", 409, "not a regular file"),
+        ("GET", "/dev/zero", 409, "not a regular file"),
+        ("GET", "/dev/fd/0", 409, "not a regular file"),
+        ("GET", "/proc/self/mem", 409, "not a regular file"),
+        ("GET", "/proc/1/mem", 409, "not a regular file"),
+        ("GET", "/proc/kmsg", 409, "not a regular file"),
+        (
+            "GET",
+            "/proc/self/root/proc/version",
+            409,
+            "not a regular file",
+        ),
+        ("PUT", "/proc/self/mem", 409, ""),
+        ("PUT", "/data/ro/x", 403, "EROFS"),
+        ("PUT", "/data/ro/x/y", 403, "EROFS"),
+        ("PUT", "/sys/kernel/x", 403, ""),
+    ] {
+        // Of a long body most has not come when the answer goes; of a short one all has.
+        for size in [10, 8 << 20] {
+            if method == "GET" && size > 10 {
+                continue;
+            }
+            let body = match method {
+                "GET" => vec![],
+                _ => noise(size, 3),
+            };
+            let answer = match call(&mut vm, method, query, &body) {
+                Ok(answer) => refusal(&answer)?,
+                Err(error) => return Err(error.context(format!("{method} {query} {size}"))),
+            };
+            assert_eq!(answer.0, status, "{method} {query}: {answer:?}");
+            assert!(answer.1.contains(reason), "{method} {query}: {answer:?}");
+        }
+    }
+    for (path, status) in [("/data/dir", 409), ("/data/none", 404), ("/dev/zero", 409)] {
+        let head = call(&mut vm, "HEAD", path, b"")?;
+        assert_eq!((head.status, head.body.len()), (status, 0), "{path}");
+    }
+    // PID 1 itself knows which methods there are, and goes on with the connection.
+    let mut api = vm.api()?;
+    for method in ["POST", "DELETE"] {
+        let answer = api.request(method, "/v1/files?path=/data/file", &[], b"x")?;
+        assert_eq!(refusal(&answer)?.0, 405);
+        assert_eq!(answer.header("allow"), Some("GET, HEAD, PUT"));
+    }
+    // Bodies that are none.
+    for (headers, body, status) in [
+        (
+            "Transfer-Encoding: chunked\r\n",
+            &b"5\r\nhello!\r\n"[..],
+            400,
+        ),
+        ("Transfer-Encoding: chunked\r\n", b"zz\r\n", 400),
+        (
+            "Transfer-Encoding: chunked\r\n",
+            b"1\r\nx\r\n0\r\nbad\r\n\r\n",
+            400,
+        ),
+        ("Transfer-Encoding: gzip\r\n", b"", 501),
+        ("Content-Length: -1\r\n", b"", 400),
+    ] {
+        let mut api = announce(&mut vm, "/data/body", headers)?;
+        api.send(body)?;
+        assert_eq!(refusal(&api.receive(false)?)?.0, status, "{headers}");
+    }
+    let left = shell(
+        &mut vm,
+        "cat /data/file; test ! -e /tmp/opened; test ! -e /data/body; test ! -e /data/x
+        find /data -name '.pigeon*'; cat /data/pipe",
+    )?;
+    assert_eq!(left, "x\nx\n");
+    vm.stop()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+#[test]
+fn what_does_not_come_to_its_end_leaves_nothing_behind() -> Result<()> {
+    let (builder, root, volume) = with_volume(IDLE, 16)?;
+    let mut vm = builder.start()?;
+    let state = "find /data -type f | sort | xargs md5sum; df -k /data | tail -1";
+    put(&mut vm, "/data/kept", b"kept")?.success()?;
+    let before = shell(&mut vm, state)?;
+
+    // A full disk: by length and in chunks, beside a file and in its place.
+    let large = noise(40 << 20, 4);
+    for path in ["/data/large", "/data/kept"] {
+        let answer = put(&mut vm, path, &large)?;
+        assert_eq!(refusal(&answer)?, (507, format!("{path}: ENOSPC")));
+        let mut api = announce(&mut vm, path, "Transfer-Encoding: chunked\r\n")?;
+        let sent = api.send(&chunked(&large, 50_000));
+        let answer = api.receive(false);
+        let answer = answer.with_context(|| format!("the answer is lost; sent: {sent:?}"))?;
+        assert_eq!(refusal(&answer)?, (507, format!("{path}: ENOSPC")));
+        assert_eq!(shell(&mut vm, state)?, before);
+    }
+    // A client that goes on as if nothing was, and one that does not send what it has announced.
+    let mut api = announce(&mut vm, "/data/large", "Content-Length: 1099511627776\r\n")?;
+    api.send(&large)?;
+    assert_eq!(refusal(&api.receive(false)?)?.0, 507);
+    drop(api);
+    for headers in [
+        "Content-Length: 3000000\r\n",
+        "Transfer-Encoding: chunked\r\n",
+    ] {
+        for path in ["/data/half", "/data/kept"] {
+            let mut api = announce(&mut vm, path, headers)?;
+            api.send(&chunked(&noise(1 << 20, 5), 100_000)[..1 << 20])?;
+            drop(api);
+        }
+    }
+    // Neither its process, nor what it has had.
+    wait_until(&mut vm, "test $(ps -o args | grep -c '^/init') = 1")?;
+    assert_eq!(shell(&mut vm, state)?, before);
+    assert_eq!(get(&mut vm, "/data/kept")?.text(), "kept");
+
+    // As many as there may be commands, each stuck half-way: the next is refused, all else goes on.
+    let mut stuck = vec![];
+    let refused = loop {
+        ensure!(stuck.len() < 1000, "there is no limit");
+        let path = format!("/data/stuck-{}", stuck.len());
+        let mut api = announce(&mut vm, &path, "Content-Length: 10\r\n")?;
+        api.send(b"half")?;
+        api.set_read_timeout(Duration::from_millis(match stuck.len() {
+            ..100 => 1,
+            _ => 500,
+        }))?;
+        if let Ok(answer) = api.receive(false) {
+            break refusal(&answer)?;
+        }
+        stuck.push(api);
+    };
+    assert_eq!((refused.0, stuck.len()), (503, 128));
+    let mut api = vm.api()?;
+    assert_eq!(api.get("/v1/status")?.status, 200);
+    assert_eq!(api.post("/v1/exec", &json!({"cmd": ["true"]}))?.status, 503);
+    // They are told when they take too long, or end when they can.
+    let (first, rest) = stuck.split_at_mut(64);
+    for api in rest {
+        api.set_read_timeout(PATIENCE)?;
+        api.send(b" whole")?;
+        assert_eq!(api.receive(false)?.status, 201);
+    }
+    for api in first {
+        api.set_read_timeout(PATIENCE)?;
+        assert_eq!(refusal(&api.receive(false)?)?.0, 408);
+    }
+    wait_until(&mut vm, "test $(ps -o args | grep -c '^/init') = 1")?;
+    let files = shell(
+        &mut vm,
+        "cat /data/stuck-* | wc -c; rm /data/stuck-*; ls -A /data",
+    )?;
+    assert_eq!(files, "640\nkept\nlost+found\n");
+
+    // The VM's end comes in the midst of one.
+    let mut api = announce(&mut vm, "/data/kept", "Content-Length: 3000000\r\n")?;
+    api.send(&noise(1 << 20, 6))?;
+    vm.stop()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()?;
+    volume.check()?;
+    assert_eq!(volume.read("/kept")?, "kept");
+    let console = vm.console();
+    assert!(!console.contains("level=warn"), "{console}");
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_hangs_costs_one_transfer_and_nobody_else_anything() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 48)?;
+    let volume = Image::ext4(&Tree::empty()?.file("/cold", 0o644, noise(1 << 20, 7))?, 16)?;
+    let mounts = json!([{"DevicePath": "/dev/vdb", "MountPath": "/data"}]);
+    let mut vm = Vm::builder()
+        .config(&config(IDLE, &mounts))
+        .disk(&root)
+        .disk(&volume)
+        .on_qemu()
+        .patience(PATIENCE)
+        .start()?;
+    let throttle = |bps: u64| json!({"device": "disk1", "bps": bps, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
+    let mut api = vm.api()?;
+    api.post(
+        "/v1/exec",
+        &json!({"cmd": ["sh", "-c", "exec sleep 1000"], "timeout_ms": 1}),
+    )?;
+    vm.qmp("block_set_io_throttle", throttle(1))?;
+    let start = Instant::now();
+    let mut reader = vm.api()?;
+    reader.send(format!("GET {} HTTP/1.1\r\nHost: x\r\n\r\n", target("/data/cold")).as_bytes())?;
+    // Beside it all else is as it always is.
+    let mut calls = 0;
+    reader.set_read_timeout(Duration::from_millis(100))?;
+    let closed = loop {
+        assert_eq!(api.get("/v1/status")?.status, 200);
+        calls += 1;
+        match reader.receive(false) {
+            Ok(answer) => anyhow::bail!("the disk does not hang: {}", answer.status),
+            Err(error) => {
+                let kind = error
+                    .downcast_ref::<std::io::Error>()
+                    .map(std::io::Error::kind);
+                if kind != Some(std::io::ErrorKind::WouldBlock) {
+                    break start.elapsed();
+                }
+            }
+        }
+        ensure!(start.elapsed() < PATIENCE, "it is never given up");
+    };
+    println!("given up after {closed:?}, beside {calls} calls");
+    assert!(closed >= Duration::from_secs(30), "{closed:?}");
+    assert!(calls > 100, "{calls}");
+    vm.qmp("block_set_io_throttle", throttle(0))?;
+    wait_until(&mut vm, "test $(ps -o args | grep -c '^/init') = 1")?;
+    assert!(get(&mut vm, "/data/cold")?.body == noise(1 << 20, 7));
+    vm.stop()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    volume.check()
+}
+
+#[test]
+fn a_file_system_without_unnamed_files_is_written_to_by_a_named_one() -> Result<()> {
+    // An overlay of Linux 6.1 has none.
+    let tree = Tree::busybox()?.file("/overlay.ko", 0o600, assets::module("overlay")?)?;
+    let root = Image::ext4(&tree, 48)?;
+    let mut vm = Vm::builder()
+        .config(&config(IDLE, &json!([])))
+        .disk(&root)
+        .patience(PATIENCE)
+        .start()?;
+    shell(
+        &mut vm,
+        "insmod /overlay.ko; cd /mnt; mkdir lower over; mount -t tmpfs none over
+        mkdir over/upper over/work over/merged; echo old >lower/file
+        mount -t overlay -o lowerdir=lower,upperdir=over/upper,workdir=over/work none over/merged",
+    )?;
+    let path = "/mnt/over/merged/file";
+    // The name is seen while it is written.
+    let mut api = announce(&mut vm, path, "Content-Length: 3\r\n")?;
+    api.send(b"n")?;
+    wait_until(&mut vm, "ls -A /mnt/over/merged | grep '^.pigeon-'")?;
+    assert_eq!(get(&mut vm, path)?.text(), "old\n");
+    api.send(b"ew")?;
+    assert_eq!(api.receive(false)?.status, 200);
+    assert_eq!(get(&mut vm, path)?.text(), "new");
+    let mut api = announce(&mut vm, path, "Content-Length: 3\r\n")?;
+    api.send(b"x")?;
+    wait_until(&mut vm, "ls -A /mnt/over/merged | grep '^.pigeon-'")?;
+    drop(api);
+    wait_until(&mut vm, "test $(ps -o args | grep -c '^/init') = 1")?;
+    // One who cannot clean up any more leaves it to the next.
+    let listed = shell(&mut vm, "ls -A /mnt/over/merged; cat /mnt/lower/file")?;
+    assert_eq!(listed, "file\nold\n");
+    Ok(())
+}
+
+/// A program of the guest: `wire.c`.
+fn wire() -> Result<Vec<u8>> {
+    let dir = tempfile::tempdir()?;
+    let program = dir.path().join("wire");
+    run(assets::c_compiler()?
+        .args(["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-s", "-o"])
+        .arg(&program)
+        .arg(assets::repository().join("tests/vm/wire.c")))?;
+    Ok(std::fs::read(program)?)
+}
+
+/// Sends so many bytes of noise.
+fn send_noise(stream: &mut UnixStream, mut left: u64, seed: u64) -> Result<()> {
+    let (mut noise, mut piece) = (Noise(seed), vec![0; 1 << 20]);
+    while left > 0 {
+        noise.fill(&mut piece);
+        let size = piece.len().min(usize::try_from(left)?);
+        stream.write_all(&piece[..size])?;
+        left -= size as u64;
+    }
+    Ok(())
+}
+
+/// Reads the same, and nothing else.
+fn read_noise(stream: &mut impl Read, mut left: u64, seed: u64) -> Result<()> {
+    let (mut noise, mut piece, mut read) = (Noise(seed), vec![0; 1 << 20], vec![0; 1 << 20]);
+    while left > 0 {
+        noise.fill(&mut piece);
+        let size = piece.len().min(usize::try_from(left)?);
+        stream.read_exact(&mut read[..size])?;
+        ensure!(
+            read[..size] == piece[..size],
+            "other bytes, {left} before the end"
+        );
+        left -= size as u64;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_gibibyte_goes_both_ways_and_nearly_as_fast_as_a_bare_copy() -> Result<()> {
+    const SIZE: u64 = 1 << 30;
+    let root = Image::ext4(&Tree::busybox()?.file("/bin/wire", 0o755, wire()?)?, 48)?;
+    let volume = Image::ext4(&Tree::empty()?, 1300)?;
+    let mounts = json!([{"DevicePath": "/dev/vdb", "MountPath": "/data"}]);
+    let script =
+        "wire vsock 5001 send /run/piece & wire vsock 5002 store /run/copy & exec sleep 100000";
+    let mut vm = Vm::builder()
+        .config(&config(script, &mounts))
+        .disk(&root)
+        .disk(&volume)
+        .memory_mib(512)
+        .patience(PATIENCE)
+        .start()?;
+    let start = Instant::now();
+    let mut stream = vm.connect(API_PORT)?;
+    let path = target("/data/large");
+    write!(
+        stream,
+        "PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {SIZE}\r\n\r\n"
+    )?;
+    send_noise(&mut stream, SIZE, 8)?;
+    let answer = Client::new(stream).receive(false)?;
+    assert_eq!(
+        (answer.status, answer.json()?),
+        (201, json!({"ok": true, "bytes": SIZE}))
+    );
+    println!("a gibibyte in: {:?}", start.elapsed());
+    let start = Instant::now();
+    let mut stream = vm.connect(API_PORT)?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    let mut head = vec![];
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        head.extend(byte);
+    }
+    let head = String::from_utf8(head)?;
+    assert!(
+        head.contains("\r\nContent-Length: 1073741824\r\n"),
+        "{head}"
+    );
+    read_noise(&mut stream, SIZE, 8)?;
+    println!("a gibibyte out: {:?}", start.elapsed());
+    // A sparse one is read with its holes as zeros.
+    shell(
+        &mut vm,
+        "rm /data/large; truncate -s 100000000 /data/sparse; echo end >>/data/sparse",
+    )?;
+    let sparse = get(&mut vm, "/data/sparse")?;
+    assert_eq!(sparse.body.len(), 100_000_004);
+    assert!(sparse.body.ends_with(b"end\n") && sparse.body[..100_000_000].iter().all(|b| *b == 0));
+
+    // In memory, so that the disk is not what is measured; the best of some rounds of each in turn.
+    shell(&mut vm, "rm /data/sparse; mount -o remount,size=300m /run")?;
+    const PIECE: u64 = 64 << 20;
+    let mut best = [Duration::MAX; 4];
+    let mut ratios = (0.0, 0.0);
+    for round in 0..12 {
+        let mut time = |at: usize, took: Duration| best[at] = best[at].min(took);
+        let start = Instant::now();
+        let mut stream = vm.connect(API_PORT)?;
+        let path = target("/run/piece");
+        write!(
+            stream,
+            "PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {PIECE}\r\n\r\n"
+        )?;
+        send_noise(&mut stream, PIECE, 9)?;
+        Client::new(stream).receive(false)?.success()?;
+        time(0, start.elapsed());
+        let start = Instant::now();
+        let mut stream = vm.connect(5002)?;
+        stream.write_all(&PIECE.to_ne_bytes())?;
+        send_noise(&mut stream, PIECE, 9)?;
+        stream.read_exact(&mut [0])?;
+        time(1, start.elapsed());
+        let start = Instant::now();
+        let mut stream = vm.connect(API_PORT)?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\n\r\n")?;
+        let mut head = [0; 3];
+        while head != *b"\n\r\n" {
+            head.rotate_left(1);
+            stream.read_exact(&mut head[2..])?;
+        }
+        read_noise(&mut stream, PIECE, 9)?;
+        time(2, start.elapsed());
+        let start = Instant::now();
+        read_noise(&mut vm.connect(5001)?, PIECE, 9)?;
+        time(3, start.elapsed());
+        let ratio = |of: usize| best[of + 1].as_secs_f64() / best[of].as_secs_f64();
+        ratios = (ratio(0), ratio(2));
+        // Others have their turns on this machine: that makes a time longer, never shorter.
+        if round >= 2 && ratios.0 >= 0.9 && ratios.1 >= 0.9 {
+            break;
+        }
+    }
+    println!(
+        "of a bare copy's speed: {:.2} in, {:.2} out; {best:?}",
+        ratios.0, ratios.1
+    );
+    assert!(ratios.0 >= 0.8 && ratios.1 >= 0.8, "{ratios:?}");
+    Ok(())
+}
