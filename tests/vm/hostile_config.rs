@@ -589,7 +589,12 @@ fn boots() -> Vec<Boot> {
             user("18446744073709551617"),
             "user id 18446744073709551617 is not from 0 to 4294967294",
         ),
-        boot("user-negative", "", user("-1"), "user id -1 is not from 0 to 4294967294"),
+        boot(
+            "user-negative",
+            "",
+            user("-1"),
+            "user id -1 is not from 0 to 4294967294",
+        ),
         boot(
             "user-passwd-overflow",
             "echo 'big:x:4294967296:0::/:' >>/mnt/etc/passwd",
