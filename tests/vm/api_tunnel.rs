@@ -379,7 +379,10 @@ fn who_does_not_read_is_waited_for_by_his_other_end_alone() -> Result<()> {
         ensure!(answer["exit_code"] == 0, "{answer}");
         Ok(())
     };
-    shell(&mut vm, "pkill -f '7001 deaf'")?;
+    shell(
+        &mut vm,
+        "ps -o pid,args | grep '[7]001 deaf' | while read -r pid args; do kill $pid; done",
+    )?;
     drop((stuck, unread));
     settle(&mut vm, before.1)?;
     // One that leaves while they wait in the guest is given up 30 s later.
