@@ -112,7 +112,7 @@ fn a_store_that_stays_without_the_document_is_told_by_its_status() -> Result<()>
     let mmds = Mmds::serving(Value::Null)
         .before(Before::NotFound)
         .push(Push::Never);
-    let builder = Vm::builder().mmds(mmds).arg("PIGEON_MMDS_TIMEOUT_MS=1500");
+    let builder = Vm::builder().mmds(mmds).arg("PIGEON_MMDS_TIMEOUT_MS=6000");
     early(builder, &["no configuration", "404", "/pigeon/run.json"])
 }
 
