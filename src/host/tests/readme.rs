@@ -7,6 +7,7 @@ mod pty;
 use std::{
     collections::BTreeSet,
     env, fs,
+    net::TcpStream,
     os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -495,6 +496,10 @@ impl Reader {
             "pigeon proxy --vm web api.sock &" => {
                 self.start(command);
                 wait_until("a socket", || self.path("api.sock").exists());
+            }
+            "pigeon forward --vm web 18080:8080 &" => {
+                self.start(command);
+                wait_until("a port", || TcpStream::connect("127.0.0.1:18080").is_ok());
             }
             "curl -s --unix-socket api.sock http://vm/v1/exit_code &" => {
                 self.start(command);
