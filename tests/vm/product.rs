@@ -205,7 +205,7 @@ fn check_refuses_what_a_boot_would_and_names_the_field() -> Result<()> {
     )?;
     assert_refused(
         with(json!({"IPConfigs": [{"IP": "10.0.0.2", "Mask": 8, "Gateway": "fd00::1"}]})),
-        &["IPConfigs[0]", "Gateway", "fd00::1"],
+        &["IPConfigs[0]", "Gateway", "family"],
     )?;
     assert_refused(
         with(json!({"Mounts": [{"DevicePath": "/dev/vdb"}]})),
