@@ -217,7 +217,7 @@ fn while_output_is_drained() -> Result<()> {
     for round in 0..MINUTE.as_secs() / 10 {
         let script =
             format!("echo begun {round} >/dev/console; exec dd if=/dev/zero bs=64k count=2048");
-        let body = json!({"cmd": ["sh", "-c", script], "timeout_ms": 20000}).to_string();
+        let body = json!({"cmd": ["sh", "-c", script], "timeout_ms": 6000}).to_string();
         let head = "POST /v1/exec HTTP/1.1\r\nHost: x\r\nContent-Length: ";
         api.send(format!("{head}{}\r\n\r\n{body}", body.len()).as_bytes())?;
         vm.wait_for(&format!("begun {round}"))?;
