@@ -9,7 +9,9 @@ use super::process::Process;
 use crate::context::Context;
 use crate::error::{Result, name};
 use crate::process::credentials;
+use crate::process::helper::HelperLog;
 use crate::sys::{self, files};
+use core::cell::Cell;
 use core::ffi::CStr;
 use core::fmt::{self, Display};
 use core::time::Duration;
@@ -51,8 +53,7 @@ pub struct Transfer {
     pub process: Process,
     /// When PID 1 looks at it again.
     pub deadline: u64,
-    /// Its time on the processor, in nanoseconds, and when that last was another.
-    cpu_time: u64,
+    /// When it last was found to have moved bytes.
     progress: u64,
     stalled: bool,
 }
@@ -68,18 +69,22 @@ impl Transfer {
         let Context {
             proc, scratch, now, ..
         } = context;
-        let process = Process::fork(None, &mut |_| {
+        let process = Process::fork(None, &mut |log| {
             // PID 1 has /proc from the start.
-            sys::close_others(&[proc, socket]);
+            sys::close_others(&[proc, socket, log.pipe()]);
             let (head, body) = received.split_at_mut_checked(head).unwrap_or_default();
-            serve(socket, head, body, proc, scratch);
+            let client = Client {
+                socket,
+                log,
+                told: Cell::new(0),
+            };
+            serve(&client, head, body, proc, scratch);
             0
         })?;
         let now = *now;
         Ok(Self {
             process,
             deadline: now.saturating_add(LOOK),
-            cpu_time: 0,
             progress: now,
             stalled: false,
         })
@@ -90,12 +95,9 @@ impl Transfer {
         self.stalled || self.process.status().is_some()
     }
 
-    /// Looks whether the child has done anything: one that moves bytes takes time on the processor,
-    /// and one that waits for a disk takes none.
+    /// Looks whether the child has moved bytes since.
     pub fn look(&mut self, now: u64) {
-        let cpu_time = self.process.cpu_time();
-        if cpu_time != self.cpu_time {
-            self.cpu_time = cpu_time;
+        if self.process.has_moved() {
             self.progress = now;
         }
         self.stalled = now.saturating_sub(self.progress) >= STALLED;
@@ -105,7 +107,7 @@ impl Transfer {
 
 /// In the child: does what the request asks for.
 fn serve(
-    socket: &OwnedFd,
+    client: &Client,
     head: &[u8],
     body: &mut [u8],
     proc: &OwnedFd,
@@ -114,24 +116,24 @@ fn serve(
     let Ok(Some(head)) = HeadParser::default().parse(head) else {
         return;
     };
-    // The flag is the connection's, not the descriptor's: PID 1 neither reads nor writes any more.
-    let _blocks = rustix::io::ioctl_fionbio(socket, false);
-    let _limited = set_socket_timeout(socket, Timeout::Recv, Some(CLIENT_TIMEOUT));
-    let _limited = set_socket_timeout(socket, Timeout::Send, Some(CLIENT_TIMEOUT));
+    client.set_blocking();
     let mut path = [0; PATH];
     let served = read_path(&head.target, &mut path).and_then(|()| match head.method {
-        Method::Put => put(socket, &head, &path, body, scratch),
-        _ => get(socket, &head, &path, proc, scratch),
+        Method::Put => put(client, &head, &path, body, scratch),
+        _ => get(client, &head, &path, proc, scratch),
     });
     let failure = match served {
         Ok(()) | Err(Failure::Gone) => return,
         Err(failure) => failure,
     };
-    let reason = message!("{}: {failure}", sys::c_str(&path).lossy());
+    let reason = match sys::c_str(&path) {
+        path if path.is_empty() => message!("{failure}"),
+        path => message!("{}: {failure}", path.lossy()),
+    };
     let status = failure.status(head.method);
-    let told = respond(socket, head.reply, status, &error_body(&reason));
+    let told = client.respond(head.reply, status, &error_body(&reason));
     if told.is_ok() && head.framing != Framing::None {
-        drain(socket, scratch);
+        client.drain(scratch);
     }
 }
 
@@ -252,40 +254,81 @@ fn read_user(target: &Target, scratch: &mut [u8; 2 * DOCUMENT]) -> Result<(u32, 
     Ok((identity.uid, identity.gid))
 }
 
-/// Sends a whole JSON response.
-fn respond(socket: &OwnedFd, reply: Reply, status: Status, body: &Message) -> Result<(), Failure> {
-    let content = Content::Length(body.as_bytes().len() as u64);
-    let head = ResponseHead::new(status, reply.close(), content).finish();
-    send(socket, head.as_bytes())?;
-    match reply.head_only {
-        true => Ok(()),
-        false => send(socket, body.as_bytes()),
-    }
+/// The client, for the child.
+struct Client<'a> {
+    socket: &'a OwnedFd,
+    log: &'a HelperLog,
+    /// When PID 1 was last told that bytes move.
+    told: Cell<u64>,
 }
 
-/// Sends all of it. A client that is gone, or takes nothing for too long, is no concern any more.
-fn send(socket: &OwnedFd, mut bytes: &[u8]) -> Result<(), Failure> {
-    while !bytes.is_empty() {
-        // Unlike PID 1 a child is killed by SIGPIPE.
-        let sent = rustix::net::send(socket, bytes, SendFlags::NOSIGNAL);
-        let count = sent.map_err(|_| Failure::Gone)?;
-        bytes = bytes.get(count..).unwrap_or(&[]);
+impl Client<'_> {
+    /// Makes calls wait for the client, but not for ever.
+    fn set_blocking(&self) {
+        // The flag is the connection's, not the descriptor's: PID 1 neither reads nor writes any more.
+        let _blocks = rustix::io::ioctl_fionbio(self.socket, false);
+        let limit = Some(CLIENT_TIMEOUT);
+        let _limited = set_socket_timeout(self.socket, Timeout::Recv, limit);
+        let _limited = set_socket_timeout(self.socket, Timeout::Send, limit);
     }
-    Ok(())
-}
 
-/// Takes what the client still sends: closed with bytes in it, a connection takes the answer with it.
-fn drain(socket: &OwnedFd, room: &mut [u8]) {
-    let _limited = set_socket_timeout(socket, Timeout::Recv, Some(DRAIN_SILENCE));
-    let start = sys::milliseconds();
-    while let Ok(1..) = files::read(socket, room)
-        && sys::milliseconds().saturating_sub(start) < DRAIN
-    {}
+    /// Tells PID 1 that bytes move, once a second: so the file's end of them does, too.
+    fn tell_progress(&self) {
+        let now = sys::milliseconds();
+        if now.saturating_sub(self.told.get()) >= 1000 {
+            self.told.set(now);
+            self.log.step(&"moved bytes");
+        }
+    }
+
+    /// Sends all of it. A client that is gone, or takes nothing for too long, is no concern any more.
+    fn send(&self, mut bytes: &[u8]) -> Result<(), Failure> {
+        while !bytes.is_empty() {
+            // Unlike PID 1 a child is killed by SIGPIPE.
+            let sent = rustix::net::send(self.socket, bytes, SendFlags::NOSIGNAL);
+            let count = sent.map_err(|_| Failure::Gone)?;
+            bytes = bytes.get(count..).unwrap_or(&[]);
+            self.tell_progress();
+        }
+        Ok(())
+    }
+
+    /// Receives some bytes.
+    fn receive(&self, room: &mut [u8]) -> Result<usize, Failure> {
+        match files::read(self.socket, room) {
+            Ok(count @ 1..) => {
+                self.tell_progress();
+                Ok(count)
+            }
+            Err(Errno::AGAIN) => Err(Failure::Timeout),
+            Ok(_) | Err(_) => Err(Failure::Gone),
+        }
+    }
+
+    /// Sends a whole JSON response.
+    fn respond(&self, reply: Reply, status: Status, body: &Message) -> Result<(), Failure> {
+        let content = Content::Length(body.as_bytes().len() as u64);
+        let head = ResponseHead::new(status, reply.close(), content).finish();
+        self.send(head.as_bytes())?;
+        match reply.head_only {
+            true => Ok(()),
+            false => self.send(body.as_bytes()),
+        }
+    }
+
+    /// Takes what the client still sends: closed with bytes in it, a connection takes the answer with
+    /// it.
+    fn drain(&self, room: &mut [u8]) {
+        let limit = Some(DRAIN_SILENCE);
+        let _limited = set_socket_timeout(self.socket, Timeout::Recv, limit);
+        let start = sys::milliseconds();
+        while self.receive(room).is_ok() && sys::milliseconds().saturating_sub(start) < DRAIN {}
+    }
 }
 
 /// Sends a file, or for HEAD what there is to know of it.
 fn get(
-    socket: &OwnedFd,
+    client: &Client,
     head: &Head,
     path: &[u8; PATH],
     proc: &OwnedFd,
@@ -303,16 +346,16 @@ fn get(
         .checked_sub(filled as u64)
         .ok_or(Failure::NotRegular)?;
     let answer = file_head(head.reply, length, &status).finish();
-    send(socket, answer.as_bytes())?;
+    client.send(answer.as_bytes())?;
     if head.reply.head_only {
         return Ok(());
     }
-    send(socket, room.get(..filled).unwrap_or(&[]))?;
+    client.send(room.get(..filled).unwrap_or(&[]))?;
     while left > 0 {
         let limit = usize::try_from(left).map_or(PIECE, |left| left.min(PIECE));
         match files::read(&file, room.get_mut(..limit).unwrap_or(&mut [])) {
             Ok(count @ 1..) => {
-                send(socket, room.get(..count).unwrap_or(&[]))?;
+                client.send(room.get(..count).unwrap_or(&[]))?;
                 left -= count as u64;
             }
             // It was cut meanwhile, or its disk fails: the client sees that bytes are missing.
@@ -362,7 +405,7 @@ fn is_in_proc(file: &OwnedFd) -> Result<bool, Errno> {
 
 /// Replaces a file by the request's body, or makes one.
 fn put(
-    socket: &OwnedFd,
+    client: &Client,
     head: &Head,
     path: &[u8; PATH],
     body: &mut [u8],
@@ -398,17 +441,17 @@ fn put(
     };
     let mut upload = Upload::create(parent)?;
     if head.expects_continue && body.is_empty() {
-        send(socket, http::CONTINUE)?;
+        client.send(http::CONTINUE)?;
     }
     let room = scratch.get_mut(..PIECE).unwrap_or(&mut []);
-    let bytes = upload.receive(socket, &mut decoder, body, room)?;
+    let bytes = upload.receive(client, &mut decoder, body, room)?;
     upload.publish(name, mode, uid, gid)?;
     let answer = message!("{{\"ok\":true,\"bytes\":{bytes}}}");
     let status = match replaces {
         true => Status::Ok,
         false => Status::Created,
     };
-    respond(socket, head.reply, status, &answer)
+    client.respond(head.reply, status, &answer)
 }
 
 /// A file that is not there under its name yet.
@@ -448,18 +491,14 @@ impl Upload {
     /// Writes a request's body, whose first bytes are in `body`: its length.
     fn receive(
         &mut self,
-        socket: &OwnedFd,
+        client: &Client,
         decoder: &mut BodyDecoder,
         body: &mut [u8],
         room: &mut [u8],
     ) -> Result<u64, Failure> {
         let mut bytes = self.take(decoder, body)?;
         while !decoder.is_complete() {
-            let count = match files::read(socket, room) {
-                Ok(count @ 1..) => count,
-                Err(Errno::AGAIN) => return Err(Failure::Timeout),
-                Ok(_) | Err(_) => return Err(Failure::Gone),
-            };
+            let count = client.receive(room)?;
             bytes += self.take(decoder, room.get_mut(..count).unwrap_or(&mut []))?;
         }
         Ok(bytes)

@@ -105,10 +105,10 @@ impl Process {
         self.killed
     }
 
-    /// Its time on the processor, in nanoseconds, until it is reaped.
+    /// Whether it has said since it was last asked that it gets on ([`HelperLog::step`]).
     #[cfg(feature = "files")]
-    pub fn cpu_time(&self) -> u64 {
-        self.pid.map_or(0, sys::cpu_time)
+    pub fn has_moved(&self) -> bool {
+        helper::read_lines(&self.log, &mut Discard).step.is_some()
     }
 
     /// Kills its whole process group.

@@ -4,44 +4,27 @@ use super::syscall::call;
 use core::cell::Cell;
 use linux_raw_sys::general as uapi;
 use rustix::event::Timespec;
-#[cfg(feature = "files")]
-use rustix::process::Pid;
 
-/// The time of a clock; 0 when there is none of that number.
+/// Milliseconds of CLOCK_MONOTONIC.
 ///
 /// By a system call: rustix reads the clock through the vDSO, whose lookup is 2.4 KiB of code.
-fn read_clock(clock: u32) -> uapi::__kernel_timespec {
+pub fn milliseconds() -> u64 {
     let mut time = uapi::__kernel_timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    // SAFETY: writes one timespec at `time`.
-    let _none = unsafe {
-        call(
-            uapi::__NR_clock_gettime,
-            [clock as usize, &raw mut time as usize, 0, 0, 0],
-        )
-    };
-    time
-}
-
-/// Milliseconds of CLOCK_MONOTONIC.
-pub fn milliseconds() -> u64 {
-    let time = read_clock(uapi::CLOCK_MONOTONIC);
+    let arguments = [
+        uapi::CLOCK_MONOTONIC as usize,
+        &raw mut time as usize,
+        0,
+        0,
+        0,
+    ];
+    // SAFETY: writes one timespec at `time`. It fails for no clock that every kernel has.
+    let _always = unsafe { call(uapi::__NR_clock_gettime, arguments) };
     (time.tv_sec as u64)
         .wrapping_mul(1000)
         .wrapping_add(time.tv_nsec as u64 / 1_000_000)
-}
-
-/// The time that a process has spent on the processor, in nanoseconds (clock_getcpuclockid(3)).
-#[cfg(feature = "files")]
-pub fn cpu_time(pid: Pid) -> u64 {
-    /// CPUCLOCK_SCHED (include/linux/posix-timers.h).
-    const CPUCLOCK_SCHED: u32 = 2;
-    let time = read_clock(!(pid.as_raw_pid() as u32) << 3 | CPUCLOCK_SCHED);
-    (time.tv_sec as u64)
-        .wrapping_mul(1_000_000_000)
-        .wrapping_add(time.tv_nsec as u64)
 }
 
 /// A longer step of the clock than a second is a pause of the VM, where steps are short.

@@ -21,8 +21,6 @@ mod syscall;
 pub mod terminal;
 pub mod vsock;
 
-#[cfg(feature = "files")]
-pub use clock::cpu_time;
 pub use clock::{PAUSED, Stopwatch, milliseconds, sleep};
 pub use files::c_str;
 pub use memory::{Region, Static, lock_memory, release, release_stack};

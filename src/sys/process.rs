@@ -66,16 +66,15 @@ pub unsafe fn execve(path: &CStr, argv: *const *const c_char, envp: *const *cons
     }
 }
 
-/// Closes all descriptors from 3 on but these, which are in ascending order or the same
-/// (close_range(2)).
+/// Closes all descriptors from 3 on but these (close_range(2)).
 ///
 /// For children that do not run Rust code that owns the closed ones.
 pub fn close_others(keep: &[&OwnedFd]) {
+    let numbers = || keep.iter().map(|fd| fd.as_raw_fd() as u32);
     let mut first = 3;
-    for fd in keep {
-        let fd = fd.as_raw_fd() as u32;
-        close_range(first, fd.wrapping_sub(1));
-        first = first.max(fd + 1);
+    while let Some(next) = numbers().filter(|fd| *fd >= first).min() {
+        close_range(first, next.wrapping_sub(1));
+        first = next + 1;
     }
     close_range(first, u32::MAX);
 }

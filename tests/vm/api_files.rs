@@ -519,12 +519,16 @@ fn what_does_not_come_to_its_end_leaves_nothing_behind() -> Result<()> {
 #[test]
 fn a_disk_that_hangs_costs_one_transfer_and_nobody_else_anything() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 48)?;
-    let volume = Image::ext4(&Tree::empty()?.file("/cold", 0o644, noise(1 << 20, 7))?, 16)?;
+    let volume = Image::ext4(
+        &Tree::empty()?.file("/cold", 0o644, noise(1 << 20, 7))?,
+        300,
+    )?;
     let mounts = json!([{"DevicePath": "/dev/vdb", "MountPath": "/data"}]);
     let mut vm = Vm::builder()
         .config(&config(IDLE, &mounts))
         .disk(&root)
         .disk(&volume)
+        .memory_mib(128)
         .on_qemu()
         .patience(PATIENCE)
         .start()?;
@@ -560,8 +564,29 @@ fn a_disk_that_hangs_costs_one_transfer_and_nobody_else_anything() -> Result<()>
     println!("given up after {closed:?}, beside {calls} calls");
     assert!(closed >= Duration::from_secs(30), "{closed:?}");
     assert!(calls > 100, "{calls}");
+    // One who writes has the memory for it first, and waits then, awake again and again.
+    vm.qmp("block_set_io_throttle", throttle(0))?;
+    let mut writer = announce(&mut vm, "/data/large", "Content-Length: 1000000000\r\n")?
+        .into_stream()
+        .0;
+    writer.write_all(&[b'x'; 2_000_000])?;
+    vm.qmp("block_set_io_throttle", throttle(1))?;
+    writer.set_write_timeout(Some(Duration::from_millis(500)))?;
+    let (mut sent, mut start) = (0, Instant::now());
+    let given_up = loop {
+        match writer.write(&[b'x'; 65_536]) {
+            Ok(count) => (sent, start) = (sent + count, Instant::now()),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(_) => break start.elapsed(),
+        }
+        assert_eq!(api.get("/v1/status")?.status, 200);
+        ensure!(start.elapsed() < PATIENCE, "it is never given up");
+    };
+    println!("given up {given_up:?} after the last of {sent} bytes");
+    assert!(sent > 1 << 20 && given_up >= Duration::from_secs(30));
     vm.qmp("block_set_io_throttle", throttle(0))?;
     wait_until(&mut vm, "test $(ps -o args | grep -c '^/init') = 1")?;
+    assert_eq!(shell(&mut vm, "ls -A /data")?, "cold\nlost+found\n");
     assert!(get(&mut vm, "/data/cold")?.body == noise(1 << 20, 7));
     vm.stop()?;
     assert_eq!(vm.wait_end()?, End::Reboot);

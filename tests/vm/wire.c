@@ -95,12 +95,14 @@ static void serve(int fd, const char *what, const char *argument)
         off_t size = lseek(file, 0, SEEK_END);
         lseek(file, 0, SEEK_SET);
         copy(file, fd, (uint64_t)size);
+        close(file);
     } else if (!strcmp(what, "store")) {
         uint64_t size;
         if (read(fd, &size, sizeof size) != sizeof size)
             fail("length");
         int file = open(argument, O_WRONLY | O_CREAT | O_TRUNC, 0644);
         copy(fd, file, size);
+        close(file);
         send_all(fd, "!", 1);
     } else if (!strcmp(what, "echo")) {
         for (ssize_t count; (count = read(fd, buffer, sizeof buffer)) > 0;)
