@@ -1,6 +1,11 @@
 //! `GET /v1/sysinfo` beside what the guest's own /proc says.
 
-use std::{collections::BTreeSet, os::unix::net::UnixStream, thread, time::Duration};
+use std::{
+    collections::BTreeSet,
+    os::unix::net::UnixStream,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use pigeon_lab::{
@@ -288,8 +293,10 @@ fn sysinfo_is_what_proc_says_in_the_shape_of_flys() -> Result<()> {
         (answer.status, answer.text()),
         (504, r#"{"error":"/proc does not answer"}"#.into())
     );
-    thread::sleep(Duration::from_secs(5));
-    assert_eq!(api.get("/v1/sysinfo")?.status, 200);
+    let start = Instant::now();
+    while api.get("/v1/sysinfo")?.status != 200 {
+        ensure!(start.elapsed() < PATIENCE, "everybody is still stopped");
+    }
     assert_eq!(
         shell(&mut api, "ps -o args | grep -c '^/init' || true")?,
         "1\n"
