@@ -1,6 +1,5 @@
 //! Strings of JSON, written.
 
-use crate::message;
 use core::fmt::{self, Display, Write};
 
 /// Gives `bytes` to `put` as they stand in a JSON string, until it takes no more; how many of them
@@ -38,8 +37,15 @@ fn put_character(character: char, put: &mut dyn FnMut(&str) -> bool) -> bool {
         '\r' => put("\\r"),
         '\t' => put("\\t"),
         '\0'..' ' => {
-            let escape = message!("\\u{:04x}", character as usize);
-            put(escape.as_str())
+            // Without formatting: a command's output can be a MiB of them.
+            let code = character as u8;
+            let high = b'0' + (code >> 4);
+            let low = match code & 15 {
+                low @ ..10 => b'0' + low,
+                low => b'a' - 10 + low,
+            };
+            let escape = [b'\\', b'u', b'0', b'0', high, low];
+            put(core::str::from_utf8(&escape).unwrap_or_default())
         }
         _ => put(character.encode_utf8(&mut [0; 4])),
     }
