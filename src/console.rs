@@ -26,12 +26,14 @@ const RESERVE: usize = 4 << 10;
 const AT_ONCE: usize = 512;
 
 /// In this order; a VM without a serial port goes on without a console.
-const DEVICES: [&CStr; 3] = [c"/dev/ttyS0", c"/dev/ttyAMA0", c"/dev/console"];
+const DEVICES: [&CStr; 3] = [c"ttyS0", c"ttyAMA0", c"console"];
 
 /// Where the log and the workload's output go.
 #[repr(C)]
 pub struct Console {
-    /// The device and its path.
+    /// /dev, opened before anybody could mount something over it.
+    directory: Option<OwnedFd>,
+    /// The device and its name.
     device: Option<(OwnedFd, &'static CStr)>,
     level: Level,
     /// Who the workload is, once known: a part of every line.
@@ -49,6 +51,7 @@ impl Console {
     /// A console without a device: lines wait in the queue.
     pub const fn new() -> Self {
         Self {
+            directory: None,
             device: None,
             queue: Buffer::new(),
             level: Level::Info,
@@ -62,19 +65,33 @@ impl Console {
     /// Opens the first device there is, and writes what waits.
     pub fn open(&mut self, level: Level) {
         self.level = level;
-        self.device = open_first();
+        self.directory = files::open(c"/dev", OFlags::PATH).ok();
+        self.device = self.open_first();
         self.flush();
     }
 
-    /// The device's path, for opening it anew: a descriptor's flags are shared by its copies.
-    fn path(&self) -> &'static CStr {
-        self.device.as_ref().map_or(c"/dev/null", |(_, path)| *path)
+    /// The console as a command's standard input: opened anew, so that it blocks as a terminal does (a
+    /// descriptor's flags are shared by its copies).
+    pub fn open_input(&self) -> Result<OwnedFd, Errno> {
+        let name = self.device.as_ref().map_or(c"null", |(_, name)| *name);
+        self.open_device(name, OFlags::NOCTTY)
+            .or_else(|_| self.open_device(c"null", OFlags::RDWR))
     }
 
-    /// The console as a command's standard input: opened anew, so that it blocks as a terminal does.
-    pub fn open_input(&self) -> Result<OwnedFd, Errno> {
-        files::open(self.path(), OFlags::NOCTTY)
-            .or_else(|_| files::open(c"/dev/null", OFlags::RDWR))
+    fn open_device(&self, name: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
+        let directory = self.directory.as_ref().ok_or(Errno::NOENT)?;
+        files::open_at(directory, name, flags)
+    }
+
+    /// Opens the first device that can be opened.
+    fn open_first(&self) -> Option<(OwnedFd, &'static CStr)> {
+        let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+        DEVICES.iter().find_map(|name| {
+            let device = self.open_device(name, flags).ok()?;
+            // A port without hardware opens well, and takes not even nothing.
+            files::write(&device, &[]).ok()?;
+            Some((device, *name))
+        })
     }
 
     /// Registers for when the device takes bytes again, while there are any.
@@ -204,7 +221,7 @@ impl Console {
                 Err(Errno::AGAIN) => {}
                 // It is gone, or was hung up: it is opened anew, or another one, or none.
                 Err(_) => {
-                    self.device = open_first();
+                    self.device = self.open_first();
                     self.watched = EventFlags::empty();
                 }
             }
@@ -227,15 +244,4 @@ impl Display for LogLine<'_> {
         let (level, message) = (level.name(), Quoted(*message));
         write!(formatter, "pigeon-init: level={level} msg={message}")
     }
-}
-
-/// Opens the first device that can be opened.
-pub fn open_first() -> Option<(OwnedFd, &'static CStr)> {
-    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
-    DEVICES.iter().find_map(|path| {
-        let device = files::open(path, flags).ok()?;
-        // A port without hardware opens well, and takes not even nothing.
-        files::write(&device, &[]).ok()?;
-        Some((device, *path))
-    })
 }

@@ -198,6 +198,8 @@ pub struct Context {
     pub poller: Poller,
     /// /proc, opened before anybody could mount something over it.
     pub proc: OwnedFd,
+    /// /dev/pts, likewise.
+    pub pts: Option<OwnedFd>,
     /// Where the workload and commands are born.
     pub cgroups: Cgroups,
 }
@@ -222,6 +224,7 @@ impl Context {
             long_connections: 0,
             poller,
             proc,
+            pts: None,
             cgroups: Cgroups::default(),
         }
     }

@@ -33,8 +33,8 @@ const HANG_UP_GRACE: u64 = 500;
 /// The commands there are.
 pub struct Commands {
     slab: Slab<Command, COMMANDS>,
-    /// The connection that has lost its session to another one.
-    replaced: Option<Key>,
+    /// The connections that have lost their sessions, to be told.
+    replaced: heapless::Vec<Key, SESSIONS>,
     /// Bytes of output that may be kept in addition to what is kept.
     pub capture_left: usize,
 }
@@ -67,7 +67,7 @@ impl Commands {
     pub const fn new() -> Self {
         Self {
             slab: Slab::new(),
-            replaced: None,
+            replaced: heapless::Vec::new(),
             capture_left: 0,
         }
     }
@@ -129,18 +129,19 @@ impl Commands {
     fn attach(&mut self, id: &str, streams: bool, owner: Key) -> Result<Key, CallError> {
         let key = self.find_session(id).ok_or_else(|| no_session(id))?;
         if let Some(command) = self.slab.get_mut(key) {
-            self.replaced = command.owner.replace(owner);
+            let before = command.owner.replace(owner);
             command.kill_at = NEVER;
             if let Role::Session(session) = &mut command.role {
                 session.attach(streams);
             }
+            self.replaced.extend(before);
         }
         Ok(key)
     }
 
-    /// The connection that has lost its session, to be told.
+    /// A connection that has lost its session, to be told.
     pub fn take_replaced(&mut self) -> Option<Key> {
-        self.replaced.take()
+        self.replaced.pop()
     }
 
     /// The named sessions.
@@ -185,7 +186,7 @@ impl Commands {
     pub fn end_session(&mut self, id: &str, now: u64) -> Result<(), CallError> {
         let key = self.find_session(id).ok_or_else(|| no_session(id))?;
         if let Some(command) = self.slab.get_mut(key) {
-            self.replaced = command.owner;
+            self.replaced.extend(command.owner);
         }
         self.abandon(key, now);
         Ok(())
@@ -369,7 +370,7 @@ impl Commands {
         commands.fold(NEVER, |first, (_, command)| first.min(command.deadline()))
     }
 
-    /// Does what has to be done by now; calls `each` with the connections that can go on.
+    /// Does what has to be done by now; the connection that can go on.
     pub fn on_time(&mut self, now: u64, index: usize) -> Option<Key> {
         let key = self.slab.key_at(index)?;
         let command = self.slab.get_mut(key)?;

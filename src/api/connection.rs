@@ -254,6 +254,14 @@ impl Connection {
         false
     }
 
+    /// Whether a command's answer can go on.
+    fn has_answer(&self, commands: &mut Commands) -> bool {
+        match self.state {
+            State::Exec(key) => commands.exec(key).is_some_and(|(exec, _)| exec.is_over()),
+            _ => false,
+        }
+    }
+
     /// Its memory, if another connection can have it.
     pub fn reuse(self) -> Option<Region> {
         self.io.reuse()
@@ -334,6 +342,8 @@ impl Connection {
             && match self.state {
                 State::Closing | State::Closed => false,
                 _ if self.state.is_transfer() || self.state.is_tunnel() => false,
+                // Of requests that follow, the kernel keeps all but the first bytes.
+                State::Exec(_) | State::ExitCode(_) => !self.io.has_received(),
                 State::Session(_, key) => commands
                     .session(key, self.key)
                     .is_some_and(|session| session.takes_messages()),
@@ -343,7 +353,7 @@ impl Connection {
 
     /// Does whatever can be done now.
     pub fn proceed(&mut self, shared: &mut Shared) {
-        // How many messages of output a session may still send, as others wait, too.
+        // How many pieces of output may still be sent, as others wait, too.
         let mut messages = 1;
         while !self.is_closed() {
             self.send(shared.context);
@@ -376,7 +386,7 @@ impl Connection {
             }
             State::Exec(key) => {
                 let key = *key;
-                self.answer_exec(key, shared)
+                self.answer_exec(key, messages, shared)
             }
             State::Session(_, key) => {
                 let key = *key;
@@ -407,9 +417,10 @@ impl Connection {
         if self.io.is_sent() {
             return;
         }
-        let waits_for_client =
-            matches!(self.state, State::AwaitingCommand(_) | State::CloseSent(_))
-                || self.state.is_tunnel();
+        let waits_for_client = matches!(
+            self.state,
+            State::Body(_) | State::AwaitingCommand(_) | State::CloseSent(_)
+        ) || self.state.is_tunnel();
         if self.io.send() && !waits_for_client {
             self.deadline = NEVER;
         }
@@ -657,14 +668,15 @@ impl Connection {
     }
 
     /// Answers with what a command has said, if it has ended.
-    fn answer_exec(&mut self, key: Key, shared: &mut Shared) -> Step {
+    fn answer_exec(&mut self, key: Key, pieces: &mut u32, shared: &mut Shared) -> Step {
         let Some((exec, left)) = shared.commands.exec(key) else {
             self.io.broken = true;
             return Step::Again;
         };
-        if !exec.is_over() {
+        if !exec.is_over() || *pieces == 0 {
             return Step::Wait;
         }
+        *pieces -= 1;
         let reply = exec.reply;
         if let Some(error) = exec.failure(left, shared.context) {
             self.fail(reply, &error, shared);
@@ -901,7 +913,7 @@ impl Connection {
         if self.wants_input(shared.commands) {
             wanted |= EventFlags::IN;
         }
-        if !sent || self.sends_log() {
+        if !sent || self.sends_log() || self.has_answer(shared.commands) {
             wanted |= EventFlags::OUT;
         }
         // A session that goes on, or a tunnel, may leave its output unread: that stops its other end.

@@ -10,7 +10,7 @@ use crate::context::Context;
 use crate::error::{Result, name};
 use crate::process::credentials;
 use crate::process::helper::HelperLog;
-use crate::sys::{self, files};
+use crate::sys::{self, Stopwatch, files};
 use core::cell::Cell;
 use core::ffi::CStr;
 use core::fmt::{self, Display};
@@ -34,11 +34,12 @@ const LOOK: u64 = 10_000;
 /// How long a child may get on with nothing, in milliseconds. One that waits for its client gives up
 /// itself before that.
 const STALLED: u64 = 35_000;
-/// How long a client may send or take nothing.
-const CLIENT_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long what a refused client still sends is taken, so that it comes to read the answer: without
-/// a byte, and in all, in milliseconds.
-const DRAIN_SILENCE: Duration = Duration::from_secs(1);
+/// How often a client may send or take nothing for a second: one call over it all would take a pause
+/// of the VM for the client's.
+const CLIENT_TRIES: u32 = 30;
+const SECOND: Duration = Duration::from_secs(1);
+/// How long what a refused client still sends is taken, so that it comes to read the answer, in
+/// milliseconds; without a byte, a second.
 const DRAIN: u64 = 10_000;
 /// Bytes moved at once: as many as vsock holds for a receiver (VIRTIO_VSOCK_DEFAULT_BUF_SIZE).
 const PIECE: usize = 256 << 10;
@@ -142,7 +143,7 @@ fn serve(
 enum Failure {
     /// The client is gone, or what was sent cannot be taken back.
     Gone,
-    /// The client has not gone on for [`CLIENT_TIMEOUT`].
+    /// The client has not gone on for [`CLIENT_TRIES`].
     Timeout,
     /// A path that does not begin with `/`, or none.
     Path,
@@ -267,7 +268,7 @@ impl Client<'_> {
     fn set_blocking(&self) {
         // The flag is the connection's, not the descriptor's: PID 1 neither reads nor writes any more.
         let _blocks = rustix::io::ioctl_fionbio(self.socket, false);
-        let limit = Some(CLIENT_TIMEOUT);
+        let limit = Some(SECOND);
         let _limited = set_socket_timeout(self.socket, Timeout::Recv, limit);
         let _limited = set_socket_timeout(self.socket, Timeout::Send, limit);
     }
@@ -285,8 +286,8 @@ impl Client<'_> {
     fn send(&self, mut bytes: &[u8]) -> Result<(), Failure> {
         while !bytes.is_empty() {
             // Unlike PID 1 a child is killed by SIGPIPE.
-            let sent = rustix::net::send(self.socket, bytes, SendFlags::NOSIGNAL);
-            let count = sent.map_err(|_| Failure::Gone)?;
+            let count = retry(&mut || rustix::net::send(self.socket, bytes, SendFlags::NOSIGNAL))
+                .map_err(|_| Failure::Gone)?;
             bytes = bytes.get(count..).unwrap_or(&[]);
             self.tell_progress();
         }
@@ -295,7 +296,7 @@ impl Client<'_> {
 
     /// Receives some bytes.
     fn receive(&self, room: &mut [u8]) -> Result<usize, Failure> {
-        match files::read(self.socket, room) {
+        match retry(&mut || files::read(self.socket, room)) {
             Ok(count @ 1..) => {
                 self.tell_progress();
                 Ok(count)
@@ -319,11 +320,23 @@ impl Client<'_> {
     /// Takes what the client still sends: closed with bytes in it, a connection takes the answer with
     /// it.
     fn drain(&self, room: &mut [u8]) {
-        let limit = Some(DRAIN_SILENCE);
-        let _limited = set_socket_timeout(self.socket, Timeout::Recv, limit);
-        let start = sys::milliseconds();
-        while self.receive(room).is_ok() && sys::milliseconds().saturating_sub(start) < DRAIN {}
+        let watch = Stopwatch::start();
+        while let Ok(1..) = files::read(self.socket, room)
+            && watch.elapsed() < DRAIN
+        {}
     }
+}
+
+/// Calls until something comes of it, as often as the client may make it wait.
+fn retry(call: &mut dyn FnMut() -> Result<usize, Errno>) -> Result<usize, Errno> {
+    let mut result = call();
+    for _ in 1..CLIENT_TRIES {
+        if result != Err(Errno::AGAIN) {
+            break;
+        }
+        result = call();
+    }
+    result
 }
 
 /// Sends a file, or for HEAD what there is to know of it.

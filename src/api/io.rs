@@ -101,6 +101,11 @@ impl Io {
         }
     }
 
+    /// Whether received bytes wait.
+    pub fn has_received(&self) -> bool {
+        self.received > 0
+    }
+
     /// Whether bytes can be received, and an answer to them would find room.
     pub fn has_room(&self) -> bool {
         self.received < INPUT && self.has_reserve()

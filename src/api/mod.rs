@@ -187,9 +187,9 @@ impl Api {
         }
     }
 
-    /// Tells the connection that has lost its session.
+    /// Tells the connections that have lost their sessions.
     fn tell_replaced(&mut self, context: &mut Context) {
-        if let Some(key) = self.commands.take_replaced() {
+        while let Some(key) = self.commands.take_replaced() {
             self.proceed(key, context);
         }
     }

@@ -203,6 +203,9 @@ impl Session {
     /// The client is gone and may come back: what it sent last is dropped, as half a message is.
     pub fn detach(&mut self) {
         self.pending = 0..0;
+        if self.writes_eof() {
+            self.eof = None;
+        }
     }
 
     /// Takes output that nobody reads now, as much as is kept.
@@ -233,7 +236,6 @@ impl Session {
                     came = true;
                 }
                 Read::Empty => {}
-                Read::End if over => {}
                 Read::End => channel.close(),
             }
         }
@@ -324,8 +326,8 @@ impl Session {
                     io.commit_message(prefix + count);
                     return true;
                 }
-                Read::End if !over => channel.close(),
-                Read::End | Read::Empty => {}
+                Read::End => channel.close(),
+                Read::Empty => {}
             }
         }
         false
@@ -500,7 +502,7 @@ fn start_on_terminal(
     (cols, rows): (u16, u16),
     context: &mut Context,
 ) -> Result<(Process, SessionStreams)> {
-    let master = terminal::open().map_err(context!("open a terminal"))?;
+    let master = terminal::open(context.pts.as_ref()).map_err(context!("open a terminal"))?;
     let slave = terminal::open_peer(&master).map_err(context!("open a terminal"))?;
     let master = Channel::new(master);
     resize(&master, cols, rows);

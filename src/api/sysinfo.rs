@@ -6,7 +6,7 @@ use crate::context;
 use crate::error;
 use crate::error::Result;
 use crate::process::helper::HelperLog;
-use crate::sys::files;
+use crate::sys::{self, files};
 use core::fmt::{self, Write};
 use proto::config::DOCUMENT;
 use proto::message::ToLossy;
@@ -24,6 +24,7 @@ pub fn run(
     scratch: &mut [u8; 2 * DOCUMENT],
     log: &HelperLog,
 ) -> i32 {
+    sys::close_others(&[output, proc, log.pipe()]);
     match write(output, proc, scratch) {
         Ok(()) => 0,
         Err(error) => {

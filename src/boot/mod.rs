@@ -26,10 +26,12 @@ use crate::process::exec::Command;
 use crate::process::helper::Helper;
 use crate::process::{credentials, oom_score};
 use crate::supervisor::Supervisor;
+use crate::sys::files;
 use config_source::Source;
 use kernel_params::KernelParams;
 use proto::config::{Config, DOCUMENT};
 use proto::users::Identity;
+use rustix::fs::OFlags;
 use rustix::process::{Resource, Rlimit};
 
 /// Open files a process may have.
@@ -61,6 +63,7 @@ pub fn run(
         false => None,
     };
     mounts::mount_remaining(supervisor.console)?;
+    supervisor.context.pts = files::open(c"/dev/pts", OFlags::PATH).ok();
 
     let (length, source) =
         config_source::load(params.source, params.mmds_timeout, document, memory)?;

@@ -111,6 +111,8 @@ impl Supervisor {
 
     /// Copies a piece of the workload's output, and lets those who follow it read it.
     fn copy_output(&mut self) {
+        // Another one may have begun to read in this turn.
+        self.api.protect_log(&mut self.context);
         self.output
             .copy(1, self.console, &mut self.context.output_log);
         self.api.on_output(&mut self.context);

@@ -42,13 +42,21 @@ impl Events {
         let Some(port) = self.port else {
             return;
         };
-        if self.socket.is_none() {
-            self.close();
-            self.socket = vsock::connect(port).ok();
+        let line = message!("{event}\n");
+        // That the last connection is gone can be known by a write alone: the next one is tried then.
+        let tries = if self.socket.is_some() { 2 } else { 1 };
+        for _ in 0..tries {
+            if self.socket.is_none() {
+                self.close();
+                self.socket = vsock::connect(port).ok();
+            }
+            // More than there is room for has not been taken by anybody.
+            let _lost = self.queue.push(line.as_bytes());
+            self.flush();
+            if self.socket.is_some() {
+                return;
+            }
         }
-        // More than there is room for has not been taken by anybody.
-        let _lost = self.queue.push(message!("{event}\n").as_bytes());
-        self.flush();
     }
 
     /// The same of how the workload ended.

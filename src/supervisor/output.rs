@@ -33,13 +33,15 @@ impl Pipe {
     }
 }
 
-/// What became of a piece of output.
-#[derive(PartialEq, Eq)]
-enum Copied {
+/// What became of output.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Copied {
+    /// Nothing waits.
+    All,
+    /// There is no room for it.
+    Full,
     /// It was copied: there may be more.
     Some,
-    /// There is none, or no room for it.
-    None,
 }
 
 impl Output {
@@ -85,18 +87,23 @@ impl Output {
     }
 
     /// Copies so many pieces of each stream, as far as there is room for them: not for as long as
-    /// output comes, as others wait, too. True when there may be more.
-    pub fn copy(&mut self, pieces: usize, console: &mut Console, log: &mut OutputLog) -> bool {
-        let mut more = false;
+    /// output comes, as others wait, too.
+    pub fn copy(&mut self, pieces: usize, console: &mut Console, log: &mut OutputLog) -> Copied {
+        let mut all = Copied::All;
         for pipe in &mut self.pipes {
-            let copied =
-                (0..pieces).all(|_| pipe.copy(self.destination, console, log) == Copied::Some);
-            more |= copied && pieces > 0;
+            let mut copied = Copied::Some;
+            for _ in 0..pieces {
+                copied = pipe.copy(self.destination, console, log);
+                if copied != Copied::Some {
+                    break;
+                }
+            }
+            all = all.max(copied);
         }
         if self.pipes.iter().all(|pipe| pipe.end.is_none()) {
             log.end();
         }
-        more
+        all
     }
 }
 
@@ -108,7 +115,7 @@ impl Pipe {
         log: &mut OutputLog,
     ) -> Copied {
         let Some(end) = &self.end else {
-            return Copied::None;
+            return Copied::All;
         };
         let read = match destination {
             Destination::Console => {
@@ -134,19 +141,20 @@ impl Pipe {
         };
         match read {
             Ok(1..) => Copied::Some,
-            Err(Errno::AGAIN) => Copied::None,
+            Err(Errno::NOBUFS) => Copied::Full,
+            Err(Errno::AGAIN) => Copied::All,
             Ok(_) | Err(_) => {
                 self.end = None;
-                Copied::None
+                Copied::All
             }
         }
     }
 }
 
-/// Reads once, when there is room: EAGAIN when nothing came.
+/// Reads once: EAGAIN when nothing waits, ENOBUFS without room.
 fn read_piece(end: &OwnedFd, room: &mut [u8]) -> Result<usize, Errno> {
     match room.is_empty() {
-        true => Err(Errno::AGAIN),
+        true => Err(Errno::NOBUFS),
         false => files::read(end, room),
     }
 }

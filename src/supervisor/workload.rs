@@ -10,6 +10,7 @@ use crate::output_log::{Destination, OutputLog};
 use crate::process::exec::{self, Command, Failure, Streams};
 use crate::process::helper::{self, Helper, HelperLog};
 use crate::process::oom_score;
+use crate::supervisor::output::Copied;
 use crate::sys::files;
 use proto::environment::Environment;
 use proto::message;
@@ -98,16 +99,21 @@ impl Supervisor {
     /// Copies what is left of the output, and says behind it how the workload ended. True when there
     /// may be more.
     pub(super) fn finish_output(&mut self) -> bool {
+        self.api.protect_log(&mut self.context);
         let log = &mut self.context.output_log;
-        let more = self.output.copy(PIECES, self.console, log);
+        let copied = self.output.copy(PIECES, self.console, log);
+        if copied == Copied::All {
+            // Others may have the pipes open for as long as they like.
+            log.end();
+        }
         self.api.on_output(&mut self.context);
-        if !more
+        if copied == Copied::All
             && self.console.has_room()
             && let Some(fields) = self.exit_fields.take()
         {
             self.console.info(&"workload exited", &fields);
         }
-        more
+        copied == Copied::Some
     }
 }
 

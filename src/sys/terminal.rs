@@ -4,15 +4,16 @@ use super::files;
 use linux_raw_sys::ioctl::TIOCOUTQ;
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
-use rustix::io::Result;
+use rustix::io::{Errno, Result};
 use rustix::ioctl::{Getter, ioctl};
 use rustix::pty::OpenptFlags;
 use rustix::termios::Winsize;
 
-/// Opens a new terminal: its master, which does not block (pts(4)).
-pub fn open() -> Result<OwnedFd> {
+/// Opens a new terminal in a devpts: its master, which does not block (pts(4)).
+pub fn open(pts: Option<&OwnedFd>) -> Result<OwnedFd> {
+    let pts = pts.ok_or(Errno::NOENT)?;
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK;
-    files::open(c"/dev/pts/ptmx", flags)
+    files::open_at(pts, c"ptmx", flags)
 }
 
 /// Opens the other end of a new terminal, for this process only.

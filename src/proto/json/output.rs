@@ -18,8 +18,9 @@ pub fn escape(bytes: &[u8], last: bool, put: &mut dyn FnMut(&str) -> bool) -> us
         }
         let invalid = chunk.invalid();
         let at_end = used + invalid.len() == bytes.len();
-        let cut_off = core::str::from_utf8(invalid).is_err_and(|error| error.error_len().is_none());
-        let wait = at_end && cut_off && !last;
+        let wait = at_end
+            && !last
+            && core::str::from_utf8(invalid).is_err_and(|error| error.error_len().is_none());
         if invalid.is_empty() || wait || !put_character(char::REPLACEMENT_CHARACTER, put) {
             return used;
         }
