@@ -27,10 +27,10 @@ use crate::context::{Buffers, CommandDefaults, Context, SINK};
 use crate::error::Result;
 use crate::supervisor::{Events, HANDLED, Supervisor};
 use crate::sys::epoll::{EventBuffer, NO_EVENTS, Poller};
-use crate::sys::{Static, Words, files};
+use crate::sys::{Static, Words};
 use proto::config::DOCUMENT;
 use rustix::fd::{AsRawFd, IntoRawFd, OwnedFd};
-use rustix::fs::OFlags;
+use rustix::fs::{Mode, OFlags};
 use rustix::process::Pid;
 
 /// All that is too large for the stack. It is zero pages until it is touched.
@@ -137,7 +137,8 @@ fn event_loop(events: &'static mut EventBuffer) -> Result<(Poller, OwnedFd)> {
 /// /dev/null as descriptors 0 to 2: no other ever gets one of these numbers, and commands without
 /// input have this one.
 fn open_standard_streams() -> Result {
-    let opened = files::open(c"/dev/null", OFlags::RDWR);
+    // Without a console in the initramfs it becomes descriptor 0 at once, so it must outlive an exec.
+    let opened = rustix::fs::open(c"/dev/null", OFlags::RDWR, Mode::empty());
     let null = opened
         .and_then(|null| sys::set_streams(Some(&null), &null, &null).map(|()| null))
         .map_err(context!("open /dev/null"))?;

@@ -134,9 +134,16 @@ impl Commands {
             if let Role::Session(session) = &mut command.role {
                 session.attach(streams);
             }
-            self.replaced.extend(before);
+            self.note_replaced(before);
         }
         Ok(key)
+    }
+
+    fn note_replaced(&mut self, connection: Option<Key>) {
+        if let Some(key) = connection {
+            // Each is that of another session, of which there are no more.
+            let _fits = self.replaced.push(key);
+        }
     }
 
     /// A connection that has lost its session, to be told.
@@ -186,7 +193,8 @@ impl Commands {
     pub fn end_session(&mut self, id: &str, now: u64) -> Result<(), CallError> {
         let key = self.find_session(id).ok_or_else(|| no_session(id))?;
         if let Some(command) = self.slab.get_mut(key) {
-            self.replaced.extend(command.owner);
+            let owner = command.owner;
+            self.note_replaced(owner);
         }
         self.abandon(key, now);
         Ok(())

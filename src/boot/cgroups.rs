@@ -68,19 +68,16 @@ impl Layout {
 }
 
 /// Mounts the hierarchies and makes the groups. What the kernel lacks is a warning.
-pub fn mount(layout: Layout, log: &mut dyn Log) -> Result {
-    if layout == Layout::None {
-        return Ok(());
-    }
-    if layout == Layout::Hybrid {
-        mounts::cgroup_directory()?;
-        mount_v1(log)?;
-    }
-    match mounts::cgroup2(layout.v2()) {
+pub fn mount(layout: Layout, log: &mut dyn Log) {
+    let v1 = match layout {
+        Layout::None => return,
+        Layout::Hybrid => mounts::cgroup_directory().and_then(|()| mount_v1(log)),
+        Layout::Unified => Ok(()),
+    };
+    match v1.and_then(|()| mounts::cgroup2(layout.v2())) {
         Ok(()) => make_groups(layout, log),
         Err(why) => log.warn(&why),
     }
-    Ok(())
 }
 
 fn mount_v1(log: &mut dyn Log) -> Result {

@@ -3,7 +3,6 @@
 
 use super::cgroups::Layout;
 use super::config_source::{self, Source};
-use crate::error;
 use crate::error::Error;
 use crate::output_log::{Destination, OutputLog};
 use crate::supervisor::LINGER;
@@ -70,7 +69,11 @@ impl KernelParams {
                 [name, value].map(|text| core::str::from_utf8(text).unwrap_or_default());
             if let Err(allowed) = params.set(known_name, known_value) {
                 let (name, value) = (name.lossy(), value.lossy());
-                params.refused = Some(error!("kernel parameter {name}={value}: must be {allowed}"));
+                let refused = format_args!("kernel parameter {name}={value}: must be {allowed}");
+                match &mut params.refused {
+                    Some(before) => before.append(format_args!("; {refused}")),
+                    None => params.refused = Some(Error::format(refused)),
+                }
             }
         }
         params

@@ -58,7 +58,8 @@ pub fn run(
     let fetches = params.source != Source::File && network::eth0_index().is_some();
     let cgroup_helper = match fetches {
         true => Some(Helper::start(&mut |log| {
-            cgroups::mount(params.cgroups, &mut &*log)
+            cgroups::mount(params.cgroups, &mut &*log);
+            Ok(())
         })?),
         false => None,
     };
@@ -81,7 +82,7 @@ pub fn run(
     let log = &mut *supervisor.console;
     match cgroup_helper {
         Some(helper) => helper.wait(log)?,
-        None => cgroups::mount(params.cgroups, log)?,
+        None => cgroups::mount(params.cgroups, log),
     }
     root.wait(log)?;
     root::switch(log)?;
@@ -97,6 +98,7 @@ pub fn run(
     supervisor.context.workload.stop_signal = config.image_config.stop_signal;
     supervisor.listen();
     prepare(supervisor, &config, &identity)?;
+    supervisor.read_signals();
     if supervisor.has_ended() {
         return Ok(());
     }

@@ -1,6 +1,7 @@
 //! Kernel modules that the initrd brings along.
 
 use crate::error::{Log, Result, name};
+use crate::process::helper::{Helper, HelperLog};
 use crate::sys::files;
 use core::ffi::CStr;
 use proto::bytes::split;
@@ -17,14 +18,26 @@ const COMPRESSED: [&[u8]; 3] = [b".xz", b".zst", b".gz"];
 /// linux/module.h
 const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
 
-/// Loads the modules on the list. One that cannot be loaded is a warning: what needs it says more.
+/// Loads the modules on the list, in a helper: a driver waits for its devices.
 pub fn load(scratch: &mut [u8], log: &mut dyn Log) -> Result {
-    let list = files::read_whole(LIST, scratch)?.unwrap_or_default();
+    match files::read_whole(LIST, scratch)? {
+        Some(list) => Helper::start(&mut |log| {
+            load_all(list, log);
+            Ok(())
+        })?
+        .wait(log),
+        None => Ok(()),
+    }
+}
+
+/// One that cannot be loaded is a warning: what needs it says more.
+fn load_all(list: &[u8], log: &HelperLog) {
     for line in split(list, b'\n').map(<[u8]>::trim_ascii) {
         if line.is_empty() {
             continue;
         }
         let is_compressed = COMPRESSED.iter().any(|ending| line.ends_with(ending));
+        log.step(&format_args!("load module {}", line.lossy()));
         match load_one(line, is_compressed) {
             Ok(()) => {}
             Err(errno) => {
@@ -39,7 +52,6 @@ pub fn load(scratch: &mut [u8], log: &mut dyn Log) -> Result {
             }
         }
     }
-    Ok(())
 }
 
 /// One that is loaded already is fine.

@@ -6,6 +6,7 @@ use crate::process::helper::HelperLog;
 use crate::sys::files;
 use core::ffi::CStr;
 use proto::config::Config;
+use proto::message::ToLossy;
 use proto::sysctl;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -39,7 +40,7 @@ pub fn set_all(config: &Config, log: &HelperLog) -> Result {
         sysctl::path(name, &mut room)
             .ok_or(Errno::INVAL)
             .and_then(|path| set(path, value.as_bytes()))
-            .map_err(context!("set {name} to {value}"))?;
+            .map_err(context!("set {name} to {}", value.as_bytes().lossy()))?;
     }
     Ok(())
 }

@@ -7,8 +7,9 @@ use crate::context;
 use crate::error;
 use crate::error::{Error, Log, Result};
 use crate::sys::{self, Fork, Stopwatch, files};
-use core::fmt::{Display, Write};
-use proto::message::{MESSAGE, Message};
+use core::fmt::Display;
+use proto::message;
+use proto::message::MESSAGE;
 use rustix::fd::OwnedFd;
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
@@ -16,7 +17,10 @@ use rustix::process::{Pid, WaitOptions, WaitStatus};
 /// How long a helper may take, in milliseconds: what a disk with a long journal needs, and more.
 pub const TIMEOUT: u64 = 30_000;
 
-/// What a line from a helper is; its first byte.
+/// Ends a record: no name and no path has one.
+const END: u8 = b'\0';
+
+/// What a record from a helper is; its first byte.
 const WARNING: char = 'w';
 const STEP: char = 's';
 const ERROR: char = 'e';
@@ -48,11 +52,11 @@ impl HelperLog {
     /// One write of less than PIPE_BUF bytes, so whole (pipe(7)). It does not block: of more than a
     /// pipe holds the end is lost.
     fn send(&self, kind: char, message: &dyn Display) {
-        let mut line = Message::new();
-        // Writing to a message never fails.
-        let _ = line.write_char(kind);
-        let _ = writeln!(line, "{message}");
-        let _parent_gone = files::write(&self.0, line.as_bytes());
+        let text = message!("{kind}{message}");
+        let mut record = heapless::Vec::<u8, { MESSAGE + 1 }>::new();
+        let _fits = record.extend_from_slice(text.as_bytes());
+        let _fits = record.push(END);
+        let _parent_gone = files::write(&self.0, &record);
     }
 }
 
@@ -111,8 +115,8 @@ pub fn read_lines(pipe: &OwnedFd, log: &mut dyn Log) -> Lines {
     let mut piece = [0; 512];
     while let Ok(count @ 1..) = files::read(pipe, &mut piece) {
         for &byte in piece.get(..count).unwrap_or(&[]) {
-            if byte != b'\n' {
-                let _cut = line.push(byte);
+            if byte != END {
+                let _fits = line.push(byte);
                 continue;
             }
             if let Some((kind, text)) = line.split_first() {

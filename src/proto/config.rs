@@ -400,7 +400,7 @@ impl<'a> Config<'a> {
         checks.require(has_name, "the command's name is empty", b"");
         checks.path("RootDevice", self.root_device());
         match self.root_overlay() {
-            Some(Overlay::Tmpfs(_)) => {}
+            Some(Overlay::Tmpfs(options)) => checks.path_length("RootOverlay", options),
             Some(Overlay::Device(device)) => checks.path("RootOverlay", device),
             None => checks.require(
                 self.root_overlay.is_empty(),

@@ -2,7 +2,7 @@
 
 use crate::arena::Strings;
 use crate::bytes::{find, split};
-use crate::config::{EtcResolv, Host};
+use crate::config::{EtcResolv, HOSTS, Host};
 
 /// Marks a line of /etc/hosts as ours, so that the next boot replaces it.
 const MARK: &[u8] = b"# pigeon-init";
@@ -45,21 +45,26 @@ impl<'a> Contents<'a> {
 /// line that stays says the same already.
 pub fn hosts(old: &[u8], entries: &[Host], new: &mut Contents) {
     let mut blank = true;
+    let mut said = [false; HOSTS];
     keep(old, &mut |line| {
-        blank &= line.trim_ascii().is_empty();
         new.put(line);
         new.put(b"\n");
+        let mut words = words(line);
+        let ip = words.next();
+        blank &= line.trim_ascii().is_empty();
+        for (entry, said) in entries.iter().zip(&mut said) {
+            *said |= ip == Some(entry.ip.as_bytes())
+                && words.clone().any(|name| name == entry.host.as_bytes());
+        }
     });
     if blank {
         new.put(LOCALHOST);
     }
-    for Host { ip, host, desc } in entries {
-        let (ip, host) = (ip.as_bytes(), host.as_bytes());
-        let mut said = false;
-        keep(old, &mut |line| said |= says(line, ip, host));
+    for (Host { ip, host, desc }, said) in entries.iter().zip(said) {
         if said {
             continue;
         }
+        let (ip, host) = (ip.as_bytes(), host.as_bytes());
         new.put(ip);
         new.put(b"\t");
         new.put(host);
@@ -94,24 +99,10 @@ fn halves(line: &[u8]) -> (&[u8], &[u8]) {
     line.split_at_checked(end).unwrap_or((line, &[]))
 }
 
-/// Whether a line maps `name` to `ip`.
-fn says(line: &[u8], ip: &[u8], name: &[u8]) -> bool {
-    let mut is_first = true;
-    for piece in split(halves(line).0, b' ') {
-        for word in split(piece, b'\t').map(<[u8]>::trim_ascii) {
-            if word.is_empty() {
-                continue;
-            }
-            if is_first && word != ip {
-                return false;
-            }
-            if !is_first && word == name {
-                return true;
-            }
-            is_first = false;
-        }
-    }
-    false
+/// A line's words, up to its comment.
+fn words(line: &[u8]) -> impl Iterator<Item = &[u8]> + Clone {
+    let words = halves(line).0.split(u8::is_ascii_whitespace);
+    words.filter(|word| !word.is_empty())
 }
 
 /// Writes the new /etc/resolv.conf (resolv.conf(5)).

@@ -3,6 +3,7 @@
 //! A child a device: one that hangs costs no other, and is named.
 
 use crate::context;
+use crate::error;
 use crate::error::Result;
 use crate::process::helper::HelperLog;
 use crate::shutdown::private::{self, Text};
@@ -49,8 +50,11 @@ pub fn leave_clean(log: &HelperLog) -> Result {
     let tables = match find_devices(&root, &mut devices, log) {
         Ok(tables) => tables,
         Err(error) => {
-            log.warn(&format_args!("cannot look for volumes: {error}"));
-            return volume::read_only(&root).map_err(context!("make / read-only"));
+            // The kernel is asked to make all read-only then; it may lack the means to.
+            if let Err(errno) = volume::read_only(&root) {
+                log.warn(&context!("make / read-only")(errno));
+            }
+            return Err(error!("cannot look for volumes: {error}"));
         }
     };
     let in_time = shut_all(&mut devices, &tables, log);
@@ -85,8 +89,12 @@ fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Resul
             continue;
         }
         let (kind, mode) = (FileType::BlockDevice, Mode::RUSR | Mode::WUSR);
-        rustix::fs::mknodat(&nodes, volume.name(), kind, mode, makedev(major, minor))
-            .map_err(context!("make a device node"))?;
+        let device = makedev(major, minor);
+        if let Err(errno) = rustix::fs::mknodat(&nodes, volume.name(), kind, mode, device) {
+            let name = volume.name().lossy();
+            log.warn(&context!("make a node of /dev/{name}")(errno));
+            continue;
+        }
         if Ok(volume.number) == root {
             root_volume = Some(volume);
             continue;

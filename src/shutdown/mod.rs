@@ -36,10 +36,12 @@ pub fn leave_clean() -> Result<Helper> {
     start(&mut || Helper::start(&mut file_systems::leave_clean))
 }
 
-/// Starts a helper; where something keeps PID 1 from forking, that is taken away.
+/// Starts a helper without limits of its own; where something keeps PID 1 from forking, that is taken
+/// away.
 fn start(helper: &mut dyn FnMut() -> Result<Helper>) -> Result<Helper> {
+    processes::lift_resource_limits();
     helper().or_else(|_| {
-        processes::lift_limits();
+        processes::allow_forks();
         helper()
     })
 }

@@ -34,19 +34,24 @@ pub fn kill() {
     }
 }
 
-/// Takes away what keeps PID 1 from forking: a cgroup with a limit, and the limits of processes and
-/// of the program itself.
-pub fn lift_limits() {
-    let unlimited = || Rlimit {
-        current: None,
-        maximum: None,
-    };
-    let _unprivileged = rustix::process::setrlimit(Resource::As, unlimited());
-    let files = Rlimit {
-        current: Some(1024),
-        maximum: Some(1024),
-    };
-    let _unprivileged = rustix::process::setrlimit(Resource::Nofile, files);
+/// Lifts the limits that somebody may have set on PID 1 (prlimit(2)), and that its children have.
+pub fn lift_resource_limits() {
+    let limits = [
+        (Resource::As, None),
+        (Resource::Data, None),
+        (Resource::Nofile, Some(1024)),
+    ];
+    for (resource, value) in limits {
+        let limit = Rlimit {
+            current: value,
+            maximum: value,
+        };
+        let _unprivileged = rustix::process::setrlimit(resource, limit);
+    }
+}
+
+/// Takes away what keeps PID 1 from forking: a cgroup with a limit, and the limits of all processes.
+pub fn allow_forks() {
     let Ok(proc) = private::proc() else {
         return;
     };

@@ -57,7 +57,9 @@ impl Supervisor {
                 continue;
             };
             match source {
-                Source::Signals => self.read_signal(),
+                Source::Signals => {
+                    self.read_signal();
+                }
                 Source::Listener => self.api.accept(&mut self.context),
                 Source::Console => self.console.flush(),
                 Source::Events => self.events.on_event(flags),
@@ -118,10 +120,15 @@ impl Supervisor {
         self.api.on_output(&mut self.context);
     }
 
-    /// One a turn: those that wait make the next turn.
-    fn read_signal(&mut self) {
+    /// Reads the signals that came while the boot waited elsewhere.
+    pub fn read_signals(&mut self) {
+        while self.read_signal() {}
+    }
+
+    /// One a turn: those that wait make the next turn. Whether there was one.
+    fn read_signal(&mut self) -> bool {
         let Ok(signal) = sys::read_signal(&self.signals) else {
-            return;
+            return false;
         };
         match signal.number {
             SIGCHLD => self.reap(),
@@ -134,6 +141,7 @@ impl Supervisor {
             _ if self.phase == Phase::Setup => self.stop_workload(Stop::default()),
             number => self.signal_workload(number),
         }
+        true
     }
 
     /// Takes the exit codes of children.
@@ -166,12 +174,10 @@ impl Supervisor {
                     self.fail(error);
                 }
             }
-            Phase::Unmount => {
-                if let Err(error) = child.result(status, log) {
-                    self.console.warn(&error);
-                }
-                self.drain();
-            }
+            Phase::Unmount => match child.result(status, log) {
+                Ok(()) => self.drain(),
+                Err(error) => self.unmount_by_kernel(&error),
+            },
             _ => {}
         }
     }

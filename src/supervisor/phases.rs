@@ -3,6 +3,7 @@
 use super::state::{Phase, Supervisor};
 use crate::context::{NEVER, Stop};
 use crate::error;
+use crate::error::Error;
 use crate::process::helper;
 use crate::shutdown::{self, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT, hard_limit};
 use crate::sys;
@@ -104,14 +105,17 @@ impl Supervisor {
                 self.child = Some(helper);
                 self.enter(Phase::Unmount, UNMOUNT_TIMEOUT);
             }
-            // No memory. Nobody waits for PID 1 now.
-            Err(error) => {
-                self.console.warn(&error);
-                hard_limit::remount_by_kernel(self.console);
-                self.context.now = self.clock();
-                self.drain();
-            }
+            // No memory.
+            Err(error) => self.unmount_by_kernel(&error),
         }
+    }
+
+    /// No helper has done it: the kernel is asked to. Nobody waits for PID 1 now.
+    pub(super) fn unmount_by_kernel(&mut self, error: &Error) {
+        self.console.warn(error);
+        hard_limit::remount_by_kernel(self.console);
+        self.context.now = self.clock();
+        self.drain();
     }
 
     /// Only the console is left.

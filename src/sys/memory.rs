@@ -59,6 +59,9 @@ pub fn release(buffer: &mut [u8]) {
 }
 
 /// Gives the stack back that deeper calls have used: boot goes deep, serving does not.
+///
+/// In a frame of its own: what is alive in its caller's lies above.
+#[inline(never)]
 pub fn release_stack() {
     /// Deeper than anything goes.
     const DEPTH: usize = 256 << 10;

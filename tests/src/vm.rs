@@ -562,6 +562,8 @@ impl Vm {
         let Some(status) = self.machine.process().wait(self.patience)? else {
             bail!("the VM still runs after {:?}", self.patience);
         };
+        // The test may boot its next VM while it still holds this one.
+        self.slot = None;
         self.serial.wait_end();
         let panicked = self.console().contains("Kernel panic - not syncing");
         Ok(if panicked {
@@ -584,6 +586,7 @@ impl Vm {
     /// Switches the VM off, as a host that fails would.
     pub fn kill(&mut self) {
         self.machine.process().kill();
+        self.slot = None;
     }
 }
 
