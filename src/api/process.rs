@@ -4,7 +4,8 @@ use crate::context::{CommandDefaults, Context, Source};
 use crate::error::{Discard, Error, Result};
 use crate::process::exec::{self, Command, Failure, Streams};
 use crate::process::helper::{self, Helper, HelperLog};
-use crate::process::{credentials, oom_score};
+use crate::process::{credentials, oom_score, pipe};
+use crate::sys::signal::SIGKILL;
 use crate::sys::{self, files};
 use core::ffi::CStr;
 use proto::arena::Strings;
@@ -19,8 +20,6 @@ use rustix::process::{Pid, WaitStatus};
 /// What a pipe can be made to hold (pipe-max-size, pipe(7)): all that a command that has ended can
 /// have left in it.
 const PIPE: usize = 1 << 20;
-
-const SIGKILL: u32 = 9;
 
 /// What a command is.
 pub struct Spec<'a> {
@@ -171,15 +170,13 @@ fn exec_command(
 
 /// A pipe to read a command's output from: our end, which does not block, and the command's.
 pub fn output_pipe() -> Result<(Channel, OwnedFd)> {
-    let (ours, theirs) = helper::pipe()?;
-    helper::set_blocking(&theirs)?;
+    let (ours, theirs) = pipe::output()?;
     Ok((Channel::new(ours), theirs))
 }
 
 /// A pipe to write a command's input to.
 pub fn input_pipe() -> Result<(Channel, OwnedFd)> {
-    let (theirs, ours) = helper::pipe()?;
-    helper::set_blocking(&theirs)?;
+    let (ours, theirs) = pipe::input()?;
     Ok((Channel::new(ours), theirs))
 }
 

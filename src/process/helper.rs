@@ -6,12 +6,12 @@
 use crate::context;
 use crate::error;
 use crate::error::{Error, Log, Result};
+use crate::process::pipe;
 use crate::sys::{self, Fork, Stopwatch, files};
 use core::fmt::Display;
 use proto::message;
 use proto::message::MESSAGE;
 use rustix::fd::OwnedFd;
-use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 
 /// How long a helper may take, in milliseconds: what a disk with a long journal needs, and more.
@@ -74,21 +74,10 @@ pub struct Helper {
     pub log: OwnedFd,
 }
 
-/// A pipe, its reading end first; neither end blocks.
-pub fn pipe() -> Result<(OwnedFd, OwnedFd)> {
-    rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)
-        .map_err(context!("create a pipe"))
-}
-
-/// Makes a command's end of a pipe block, as commands expect.
-pub fn set_blocking(end: &OwnedFd) -> Result {
-    rustix::io::ioctl_fionbio(end, false).map_err(context!("create a pipe"))
-}
-
 /// Forks; the child exits with the code that `work` returns. It is born in `cgroup`, unless that
 /// takes no processes, as when root has removed it, or in PID 1's own.
 pub fn spawn(cgroup: Option<&OwnedFd>, work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
-    let (log, end) = pipe()?;
+    let (log, end) = pipe::new()?;
     let forked = sys::fork(cgroup).or_else(|_| sys::fork(None));
     match forked.map_err(context!("fork"))? {
         Fork::Child => {

@@ -4,4 +4,5 @@ pub mod credentials;
 pub mod exec;
 pub mod helper;
 pub mod oom_score;
+pub mod pipe;
 pub mod rlimits;

@@ -42,11 +42,11 @@ pub const INTERFACE: usize = 15;
 pub const ROOT_DEVICE: &CStr = c"/dev/vda";
 /// The network interface of an address unless it names another.
 pub const DEVICE: &str = "eth0";
-/// The MTU of eth0 unless the configuration names another.
+/// The MTU of interfaces with addresses unless the configuration names another.
 pub const MTU: u32 = 1500;
 
-/// The whole document, some 22 KiB: a large one, to be kept in static memory. What is absent is
-/// empty, false or `None`. Its strings lie in an [`Arena`].
+/// The whole document, some 22 KiB: too large for the stack. What is absent is empty, false or `None`.
+/// Its strings lie in an [`Arena`].
 #[derive(Clone, Debug)]
 pub struct Config<'a> {
     /// The image's own.

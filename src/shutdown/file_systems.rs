@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::process::helper::HelperLog;
 use crate::shutdown::private::{self, Text};
 use crate::shutdown::volume::{self, Tables, Volume};
+use crate::sys::signal::SIGCHLD;
 use crate::sys::{self, Fork, SignalSet, Stopwatch, files};
 use proto::block::DeviceNumber;
 use proto::message::ToLossy;
@@ -24,8 +25,6 @@ const VOLUMES_TIMEOUT: u64 = 20_000;
 
 /// Major number of RAM disks, which end with the memory (linux/major.h).
 const RAMDISK_MAJOR: u32 = 1;
-
-const SIGCHLD: u32 = 17;
 
 /// How far a device is.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -8,6 +8,7 @@ use crate::shutdown::{
     self, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT,
     private::{self, Text},
 };
+use crate::sys::signal::{SIGKILL, SIGTERM};
 use crate::sys::{self, Stopwatch, files};
 use core::sync::atomic::{AtomicBool, Ordering};
 use proto::message::{Level, ToLossy};
@@ -23,9 +24,6 @@ const SYSRQ_TIMEOUT: u64 = 15_000;
 const CONSOLE_TIMEOUT: u64 = 1000;
 /// Time between two looks, in milliseconds.
 const RETRY: i64 = 5;
-
-const SIGTERM: u32 = 15;
-const SIGKILL: u32 = 9;
 
 /// The end after a panic: in the same order as ever, with nothing of what panicked.
 pub fn after_panic() -> ! {

@@ -3,6 +3,7 @@
 use super::state::{Phase, Supervisor};
 use crate::context::{Source, Stop};
 use crate::process::helper::{self, Helper};
+use crate::sys::signal::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use crate::sys::{self, SignalSet};
 use rustix::io::Errno;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
@@ -10,13 +11,9 @@ use rustix::process::{Pid, WaitOptions, WaitStatus};
 /// Children reaped in a turn: so many that nothing else waits long.
 const REAP_AT_ONCE: usize = 256;
 
-const SIGCHLD: u32 = 17;
-const SIGINT: u32 = 2;
-const SIGTERM: u32 = 15;
-
-/// All signals that are read from the signalfd: SIGCHLD, and HUP INT QUIT USR1 USR2 TERM, which are
-/// passed on to the workload.
-pub const HANDLED: SignalSet = SignalSet::of([1, SIGINT, 3, 10, 12, SIGTERM, SIGCHLD]);
+/// All signals that are read from the signalfd; all but SIGCHLD are passed on to the workload.
+pub const HANDLED: SignalSet =
+    SignalSet::of([SIGHUP, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2, SIGTERM, SIGCHLD]);
 
 impl Supervisor {
     /// Opens the API; a VM without vsock goes on without.

@@ -7,10 +7,8 @@ use crate::error::Error;
 use crate::process::helper;
 use crate::shutdown::{self, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT, hard_limit};
 use crate::sys;
+use crate::sys::signal::{SIGKILL, SIGTERM};
 use proto::signal::Signal;
-
-const SIGKILL: u32 = 9;
-const SIGTERM: u32 = 15;
 
 /// How long a workload that is asked to stop may take, in milliseconds.
 const STOP_GRACE: u64 = 10_000;

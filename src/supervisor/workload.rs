@@ -9,16 +9,15 @@ use crate::error::{Discard, Result};
 use crate::output_log::{Destination, OutputLog};
 use crate::process::exec::{self, Command, Failure, Streams};
 use crate::process::helper::{self, Helper, HelperLog};
-use crate::process::oom_score;
+use crate::process::{oom_score, pipe};
 use crate::supervisor::output::Copied;
 use crate::sys::files;
+use crate::sys::signal::SIGKILL;
 use proto::environment::Environment;
 use proto::message;
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::process::WaitStatus;
-
-const SIGKILL: u32 = 9;
 
 /// What a killed process's exit code is counted from, as in a shell.
 const KILLED: i32 = 128;
@@ -42,9 +41,9 @@ impl Supervisor {
     /// Standard output and error are one pipe, which keeps their order, unless `separate_stderr`.
     pub fn start_workload(&mut self, command: &Command, separate_stderr: bool) -> Result {
         self.kernel_log = files::open(c"/dev/kmsg", OFlags::NONBLOCK).ok();
-        let (output, their_output) = output_pipe()?;
+        let (output, their_output) = pipe::output()?;
         let errors = match separate_stderr {
-            true => Some(output_pipe()?),
+            true => Some(pipe::output()?),
             false => None,
         };
         let their_errors = errors.as_ref().map_or(&their_output, |(_, theirs)| theirs);
@@ -115,13 +114,6 @@ impl Supervisor {
         }
         copied == Copied::Some
     }
-}
-
-/// A pipe for output: our end, which does not block, and the workload's.
-fn output_pipe() -> Result<(OwnedFd, OwnedFd)> {
-    let (ours, theirs) = helper::pipe()?;
-    helper::set_blocking(&theirs)?;
-    Ok((ours, theirs))
 }
 
 /// In the child: becomes the workload.

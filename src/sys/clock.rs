@@ -54,7 +54,7 @@ impl Stopwatch {
     }
 }
 
-/// Sleeps; for children only.
+/// Sleeps: in children, and in PID 1 where nothing else is to be done, as in the end after a panic.
 pub fn sleep(milliseconds: i64) {
     let time = Timespec {
         tv_sec: milliseconds / 1000,

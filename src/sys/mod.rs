@@ -15,7 +15,7 @@ pub mod files;
 mod memory;
 pub mod network;
 mod process;
-mod signal;
+pub mod signal;
 pub mod start;
 mod syscall;
 pub mod terminal;

@@ -5,6 +5,8 @@ use linux_raw_sys::general as uapi;
 use rustix::fd::OwnedFd;
 use rustix::io::Result;
 
+pub use uapi::{SIGCHLD, SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
+
 /// A set of signals as the kernel has it: bit `n - 1` is signal `n`.
 #[derive(Clone, Copy)]
 pub struct SignalSet(u64);
