@@ -1,11 +1,13 @@
 //! What the VMs of this process are made of: [`pigeon::assets`] for one architecture.
 
 use std::{
+    fs,
     path::{Path, PathBuf},
     process::Command,
     sync::LazyLock,
 };
 
+use crate::process::run;
 use anyhow::Result;
 pub use pigeon::assets::{Kernel, cache_dir, is_minimal, python, repository, tool};
 use pigeon::{Arch, assets};
@@ -62,6 +64,17 @@ pub fn busybox() -> Result<PathBuf> {
 /// The C compiler for programs of the guest.
 pub fn c_compiler() -> Result<Command> {
     arch().c_compiler()
+}
+
+/// A static program of the guest, compiled from `tests/vm/NAME.c`.
+pub fn guest_program(name: &str) -> Result<Vec<u8>> {
+    let dir = tempfile::tempdir()?;
+    let program = dir.path().join(name);
+    let source = repository().join("tests/vm").join(name).with_extension("c");
+    run(c_compiler()?
+        .args(["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-s", "-o"])
+        .args([&program, &source]))?;
+    Ok(fs::read(program)?)
 }
 
 /// A program of the guest, to be run here.

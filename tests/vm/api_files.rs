@@ -629,17 +629,6 @@ fn a_file_system_without_unnamed_files_is_written_to_by_a_named_one() -> Result<
     Ok(())
 }
 
-/// A program of the guest: `wire.c`.
-fn wire() -> Result<Vec<u8>> {
-    let dir = tempfile::tempdir()?;
-    let program = dir.path().join("wire");
-    run(assets::c_compiler()?
-        .args(["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-s", "-o"])
-        .arg(&program)
-        .arg(assets::repository().join("tests/vm/wire.c")))?;
-    Ok(std::fs::read(program)?)
-}
-
 /// Sends so many bytes of noise.
 fn send_noise(stream: &mut UnixStream, mut left: u64, seed: u64) -> Result<()> {
     let (mut noise, mut piece) = (Noise(seed), vec![0; 1 << 20]);
@@ -671,7 +660,10 @@ fn read_noise(stream: &mut impl Read, mut left: u64, seed: u64) -> Result<()> {
 #[test]
 fn a_gibibyte_goes_both_ways_and_nearly_as_fast_as_a_bare_copy() -> Result<()> {
     const SIZE: u64 = 1 << 30;
-    let root = Image::ext4(&Tree::busybox()?.file("/bin/wire", 0o755, wire()?)?, 48)?;
+    let root = Image::ext4(
+        &Tree::busybox()?.file("/bin/wire", 0o755, assets::guest_program("wire")?)?,
+        48,
+    )?;
     let volume = Image::ext4(&Tree::empty()?, 1300)?;
     let mounts = json!([{"DevicePath": "/dev/vdb", "MountPath": "/data"}]);
     let script =

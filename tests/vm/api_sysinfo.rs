@@ -12,7 +12,6 @@ use pigeon_lab::{
     Vm, assets,
     disk::{Image, Tree},
     http::Client,
-    process::run,
 };
 use serde_json::{Value, json};
 
@@ -122,13 +121,7 @@ fn behind(text: &str, name: &str) -> Result<Vec<f64>> {
 
 #[test]
 fn sysinfo_is_what_proc_says_in_the_shape_of_flys() -> Result<()> {
-    let dir = tempfile::tempdir()?;
-    let program = dir.path().join("wire");
-    run(assets::c_compiler()?
-        .args(["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-s", "-o"])
-        .arg(&program)
-        .arg(assets::repository().join("tests/vm/wire.c")))?;
-    let tree = Tree::busybox()?.file("/bin/wire", 0o755, std::fs::read(program)?)?;
+    let tree = Tree::busybox()?.file("/bin/wire", 0o755, assets::guest_program("wire")?)?;
     let root = Image::ext4(&tree, 48)?;
     let volume = Image::ext4(&Tree::empty()?, 16)?;
     let config = json!({

@@ -12,7 +12,6 @@ use pigeon_lab::{
     End, Vm, assets,
     disk::{Image, Tree},
     http::{Client, Response},
-    process::run,
 };
 use serde_json::json;
 
@@ -23,13 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(240);
 
 /// A VM whose workload is the servers of `wire.c` with these arguments, each listening.
 fn boot(servers: &[&str]) -> Result<(Vm, Image)> {
-    let dir = tempfile::tempdir()?;
-    let program = dir.path().join("wire");
-    run(assets::c_compiler()?
-        .args(["-O2", "-Wall", "-Wextra", "-Werror", "-static", "-s", "-o"])
-        .arg(&program)
-        .arg(assets::repository().join("tests/vm/wire.c")))?;
-    let tree = Tree::busybox()?.file("/bin/wire", 0o755, std::fs::read(program)?)?;
+    let tree = Tree::busybox()?.file("/bin/wire", 0o755, assets::guest_program("wire")?)?;
     let root = Image::ext4(&tree, 48)?;
     let mut script = String::from("ip addr add 10.9.8.7/32 dev lo; ulimit -n 4096\n");
     for server in servers {

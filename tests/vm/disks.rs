@@ -1,7 +1,6 @@
 //! Disks at the end: file systems that hide, disks that hang, and an end that is never longer than 45 s.
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
@@ -66,6 +65,19 @@ fn builder(config: &Value, disks: &[&Image]) -> Builder {
         builder = builder.disk(*disk);
     }
     builder
+}
+
+/// The VM ends in time, and this file system is the only one named.
+fn assert_ends_without(vm: &mut Vm, file_system: &str) -> Result<()> {
+    let took = time_of_end(vm)?;
+    assert!(took < END_LIMIT, "{took:?}");
+    let warnings = warnings(vm);
+    let named = format!("\"timed out unmounting {file_system}\"");
+    assert!(
+        matches!(&warnings[..], [one] if one.contains(&named)),
+        "{warnings:?}"
+    );
+    Ok(())
 }
 
 /// A disk answers no request from now on: a byte a second.
@@ -298,11 +310,7 @@ fn a_volume_that_hangs_at_the_end_costs_no_other_disk_and_is_named() -> Result<(
     hang(&mut vm, "disk1")?;
     vm.type_text("\n")?;
     vm.wait_for("exit_code=3")?;
-    let took = time_of_end(&mut vm)?;
-    assert!(took < END_LIMIT, "{took:?}");
-    let warnings = warnings(&vm);
-    let named = |line: &String| line.contains("\"timed out unmounting /data (/dev/vdb)\"");
-    assert!(matches!(&warnings[..], [one] if named(one)), "{warnings:?}");
+    assert_ends_without(&mut vm, "/data (/dev/vdb)")?;
     root.check()?;
     assert_eq!(root.read("/var/more")?, "more\n");
     assert_kept(&[("vdc", &other)])?;
@@ -319,11 +327,7 @@ fn a_root_that_hangs_at_the_end_costs_no_volume_and_is_named() -> Result<()> {
     hang(&mut vm, "disk0")?;
     vm.type_text("\n")?;
     vm.wait_for("exit_code=3")?;
-    let took = time_of_end(&mut vm)?;
-    assert!(took < END_LIMIT, "{took:?}");
-    let warnings = warnings(&vm);
-    let named = |line: &String| line.contains("\"timed out unmounting / (/dev/vda)\"");
-    assert!(matches!(&warnings[..], [one] if named(one)), "{warnings:?}");
+    assert_ends_without(&mut vm, "/ (/dev/vda)")?;
     assert_kept(&[("vdb", &data), ("vdc", &other)])
 }
 
@@ -343,13 +347,8 @@ fn with_symbols() -> Result<(PathBuf, u64)> {
 
 /// A root with the program of `attack.c`.
 fn attacker() -> Result<Image> {
-    let dir = tempfile::tempdir()?;
-    let program = dir.path().join("attack");
-    let source = assets::repository().join("tests/vm/attack.c");
-    run(assets::c_compiler()?
-        .args(["-O1", "-Wall", "-Wextra", "-Werror", "-static", "-s", "-o"])
-        .args([&program, &source]))?;
-    root_of(Tree::busybox()?.file("/bin/attack", 0o755, fs::read(program)?)?)
+    let program = assets::guest_program("attack")?;
+    root_of(Tree::busybox()?.file("/bin/attack", 0o755, program)?)
 }
 
 /// A VM whose PID 1 is led to its panic handler when a line is typed.
@@ -403,11 +402,7 @@ fn without_room_for_a_child_a_disk_that_hangs_costs_no_other() -> Result<()> {
     hang(&mut vm, "disk1")?;
     vm.type_text("\n")?;
     vm.wait_for("exit_code=3")?;
-    let took = time_of_end(&mut vm)?;
-    assert!(took < END_LIMIT, "{took:?}");
-    let warnings = warnings(&vm);
-    let named = |line: &String| line.contains("\"timed out unmounting /data (/dev/vdb)\"");
-    assert!(matches!(&warnings[..], [one] if named(one)), "{warnings:?}");
+    assert_ends_without(&mut vm, "/data (/dev/vdb)")?;
     root.check()?;
     assert_kept(&[("vdc", &other)])
 }

@@ -14,7 +14,6 @@ use pigeon_lab::{
     disk::{Image, Tree},
     guest,
     http::Client,
-    process::run,
     vsock,
 };
 use serde_json::{Value, json};
@@ -29,13 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(180);
 
 /// A root with the program of `attack.c`.
 fn tree() -> Result<Tree> {
-    let dir = tempfile::tempdir()?;
-    let program = dir.path().join("attack");
-    let source = assets::repository().join("tests/vm/attack.c");
-    run(assets::c_compiler()?
-        .args(["-O1", "-Wall", "-Wextra", "-Werror", "-static", "-s", "-o"])
-        .args([&program, &source]))?;
-    Tree::busybox()?.file("/bin/attack", 0o755, std::fs::read(program)?)
+    Tree::busybox()?.file("/bin/attack", 0o755, assets::guest_program("attack")?)
 }
 
 /// Runs a command of the shell's as `user`.

@@ -15,7 +15,6 @@ use pigeon_lab::{
     disk::{Disk, Image, Tree},
     guest,
     mmds::{Fault, Mmds, Push, Version},
-    process::run,
     vm::Builder,
     vsock,
 };
@@ -281,13 +280,8 @@ const HOST_PORT: u32 = 20_001;
 
 /// A VM in which `vsock.c` runs, and no other program.
 fn vsock_vm() -> Result<Builder> {
-    let dir = tempfile::tempdir()?;
-    let program = dir.path().join("vsock");
-    let source = assets::repository().join("tests/vm/vsock.c");
-    run(assets::c_compiler()?
-        .args(["-O1", "-Wall", "-Wextra", "-Werror", "-static", "-s", "-o"])
-        .args([&program, &source]))?;
-    Ok(busybox("exec /vsock\n")?.file("/vsock", 0o755, std::fs::read(program)?))
+    let program = assets::guest_program("vsock")?;
+    Ok(busybox("exec /vsock\n")?.file("/vsock", 0o755, program))
 }
 
 /// A connection that is an echo.
