@@ -227,9 +227,24 @@ fn a_follower_reads_everything_and_streams_can_be_kept_apart() -> Result<()> {
     assert_eq!(stderr, b"1\n2\n3\n4\n5\n".repeat(4));
     assert!(!vm.console().contains("19999"));
 
-    // Calls go on while a follower does not read; one that stays away is given up, and the oldest goes.
+    // Calls go on while a follower does not read.
     drop(logs);
     let _silent = Logs::open(&mut vm, "?follow=1")?;
     vm.api()?.get("/v1/status")?.success()?;
+    Ok(())
+}
+
+#[test]
+fn a_follower_ends_with_the_workload_although_others_hold_its_output_open() -> Result<()> {
+    let script = "(trap '' HUP TERM; exec sleep 1000) & echo ready; read line; echo last; exit 3";
+    let (builder, _root) = vm(script, json!({}))?;
+    let mut vm = builder.boot()?;
+    vm.wait_for("ready")?;
+    let mut logs = Logs::open(&mut vm, "?follow=1")?;
+    vm.type_text("\n")?;
+    let [stdout, stderr] = logs.rest()?;
+    assert!(stdout.ends_with(b"last\n"));
+    assert_eq!(stderr, b"");
+    assert_eq!(vm.wait_end()?, End::Reboot);
     Ok(())
 }

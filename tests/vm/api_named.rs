@@ -114,7 +114,7 @@ fn an_ended_session_is_kept_and_one_can_be_ended_from_outside() -> Result<()> {
     );
     assert_eq!(end.message.context("no exit")?["Exit"]["code"], 9);
 
-    // Detached a thousand times.
+    // Detached a hundred times.
     let mut socket = open(
         &mut vm,
         &json!({"command": ["cat"], "id": "cat", "tty": true}),
@@ -135,6 +135,64 @@ fn an_ended_session_is_kept_and_one_can_be_ended_from_outside() -> Result<()> {
     let gone = api.request("DELETE", "/v1/sessions/cat", &[], b"")?;
     assert_eq!(gone.status, 404);
     assert_eq!(sessions(&mut vm)?, json!([]));
+
+    // Two that are ended in one write: each client is told.
+    let attached = ["one", "two"].map(|id| json!({"command": ["cat"], "id": id}));
+    let [mut one, mut two] = [open(&mut vm, &attached[0])?, open(&mut vm, &attached[1])?];
+    wait_for(&mut vm, |list| {
+        list.as_array().is_some_and(|list| list.len() == 2)
+    })?;
+    let delete = |id| format!("DELETE /v1/sessions/{id} HTTP/1.1\r\nHost: x\r\n\r\n");
+    api.send((delete("one") + &delete("two")).as_bytes())?;
+    assert_eq!(
+        [api.receive(false)?.status, api.receive(false)?.status],
+        [200, 200]
+    );
+    assert_eq!(
+        [one.wait_end()?.close, two.wait_end()?.close],
+        [Some(1001), Some(1001)]
+    );
+    Ok(())
+}
+
+#[test]
+fn sessions_without_their_clients_leave_pid_1_idle() -> Result<()> {
+    let (mut vm, _root) = vm()?;
+    // A terminal whose command has ended, one whose command waits, and input whose end came when the
+    // pipe was full.
+    let ended = json!({"command": ["sh", "-c", "sleep 0.3; exit 1"], "id": "ended", "tty": true});
+    drop(open(&mut vm, &ended)?);
+    drop(open(
+        &mut vm,
+        &json!({"command": ["cat"], "id": "waiting", "tty": true}),
+    )?);
+    let mut full = open(
+        &mut vm,
+        &json!({"command": ["sleep", "100000"], "id": "full"}),
+    )?;
+    full.binary(&[0; 100_000])?;
+    full.text(&json!({"stdin": "eof"}))?;
+    drop(full);
+    wait_for(&mut vm, |list| {
+        let Some(list) = list.as_array() else {
+            return false;
+        };
+        let is_away = |session: &Value| session["attached"] == false;
+        list.len() == 3 && list.iter().all(is_away) && list[0]["exit"] != Value::Null
+    })?;
+    // The first number is the time on a processor, in nanoseconds.
+    let script = "cut -d' ' -f1 /proc/1/schedstat; sleep 3; cut -d' ' -f1 /proc/1/schedstat";
+    let body = json!({"cmd": ["sh", "-c", script]});
+    let answer = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
+    let times = answer["stdout"].as_str().context("no output")?;
+    let times = times
+        .lines()
+        .map(str::parse)
+        .collect::<Result<Vec<u64>, _>>()?;
+    let [before, after] = times[..] else {
+        anyhow::bail!("{times:?}");
+    };
+    assert!(after - before < 500_000_000, "{before} {after}");
     Ok(())
 }
 

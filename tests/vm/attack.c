@@ -56,6 +56,23 @@ static void meddle(void)
     tried("end", kill(1, SIGTERM));
 }
 
+static void or_die(int failed)
+{
+    if (failed) {
+        perror("PID 1");
+        _exit(1);
+    }
+}
+
+/* Leaves PID 1 no memory and no file to open. */
+static void limits(void)
+{
+    struct rlimit none = {0, 0};
+
+    or_die(prlimit(1, RLIMIT_AS, &none, 0) || prlimit(1, RLIMIT_DATA, &none, 0) ||
+           prlimit(1, RLIMIT_NOFILE, &none, 0));
+}
+
 /* Holds a file by a mapping alone, with a page of it dirty. */
 static void map(const char *path)
 {
@@ -154,14 +171,6 @@ enum { INSTRUCTION = 2, RETURN_ADDRESS = 8 };
 enum { INSTRUCTION = 4, RETURN_ADDRESS = 0 };
 #endif
 
-static void or_die(int failed)
-{
-    if (failed) {
-        perror("PID 1");
-        _exit(1);
-    }
-}
-
 /* Stops PID 1, which waits in a system call, and gives its registers. */
 static struct user_regs_struct stop(void)
 {
@@ -228,6 +237,8 @@ int main(int argc, char **argv)
     setvbuf(stdout, 0, _IOLBF, 0);
     if (!strcmp(what, "meddle"))
         meddle();
+    else if (!strcmp(what, "limits"))
+        limits();
     else if (!strcmp(what, "map"))
         map(argv[2]);
     else if (!strcmp(what, "orphans"))

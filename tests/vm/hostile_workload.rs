@@ -308,10 +308,10 @@ fn disks_held_hidden_and_mounted_elsewhere_are_clean_all_the_same() -> Result<()
 }
 
 #[test]
-fn disks_are_clean_also_when_pid_1_can_have_no_child() -> Result<()> {
-    // It is PID 1 itself that unmounts then.
+fn disks_are_clean_also_when_pid_1_can_have_no_child_no_memory_and_no_file() -> Result<()> {
     resist(
-        "trap=/sys/fs/cgroup/pids/trap; mkdir $trap; echo 1 >$trap/cgroup.procs; echo 1 >$trap/pids.max",
+        "trap=/sys/fs/cgroup/pids/trap; mkdir $trap; echo 1 >$trap/cgroup.procs; echo 1 >$trap/pids.max
+        attack limits",
     )
 }
 
