@@ -26,6 +26,7 @@ pub mod disk;
 pub mod guest;
 pub mod mmds;
 pub mod net;
+pub mod noise;
 pub mod process;
 pub mod serial;
 pub mod vm;

@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use pigeon_lab::{
     Vm, assets,
     disk::{Image, Tree},
+    guest,
     http::Client,
     process::run,
     proxy::Proxy,
@@ -138,6 +139,27 @@ fn pythons_websockets_runs_sessions() -> Result<()> {
         .arg(script)
         .arg(proxy.socket()))?;
     assert_eq!(said, "all sessions went well\n");
+    Ok(())
+}
+
+#[test]
+fn dockers_library_takes_the_logs_frames_apart() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let script = "for n in 1 2 3 4 5; do echo out $n; echo error $n >&2; done; exec sleep 100000";
+    let config = guest::shell(script, json!({"SeparateStderr": true}));
+    let vm = Vm::builder()
+        .config(&config)
+        .disk(&root)
+        .patience(PATIENCE)
+        .boot()?;
+    vm.wait_for("out 5")?;
+    vm.wait_for("error 5")?;
+    let proxy = proxy(&vm)?;
+    let script = assets::repository().join("tests/vm/api_logs.py");
+    let said = run(Command::new(assets::python()?)
+        .arg(script)
+        .arg(proxy.socket()))?;
+    assert_eq!(said, "all frames are Docker's\n");
     Ok(())
 }
 

@@ -13,6 +13,7 @@ use pigeon_lab::{
     End, Vm, assets,
     disk::{Image, Tree},
     http::{Client, Response},
+    noise,
     process::run,
     vm::Builder,
     vsock::API_PORT,
@@ -110,28 +111,6 @@ fn refusal(answer: &Response) -> Result<(u16, String)> {
     Ok((answer.status, error.into()))
 }
 
-/// Bytes that are never the same for long.
-fn noise(size: usize, seed: u64) -> Vec<u8> {
-    let mut noise = Noise(seed);
-    let mut bytes = vec![0; size];
-    noise.fill(&mut bytes);
-    bytes
-}
-
-/// A stream of them (xorshift64).
-struct Noise(u64);
-
-impl Noise {
-    fn fill(&mut self, bytes: &mut [u8]) {
-        for piece in bytes.chunks_mut(8) {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            piece.copy_from_slice(&self.0.to_le_bytes()[..piece.len()]);
-        }
-    }
-}
-
 #[test]
 fn files_go_in_and_out_whole_with_mode_and_owner() -> Result<()> {
     let (builder, root, _volume) = with_volume(IDLE, 64)?;
@@ -140,13 +119,13 @@ fn files_go_in_and_out_whole_with_mode_and_owner() -> Result<()> {
         .into_iter()
         .enumerate()
     {
-        let bytes = noise(size, 1 + size as u64);
+        let bytes = noise::bytes(size, 1 + size as u64);
         let path = format!("/data/new/{number}/file");
         let answer = put(&mut vm, &path, &bytes)?;
         let expected = json!({"ok": true, "bytes": size});
         assert_eq!((answer.status, answer.json()?), (201, expected.clone()));
         // Once more, in chunks, with other bytes: it is replaced.
-        let bytes = noise(size, 1000 + size as u64);
+        let bytes = noise::bytes(size, 1000 + size as u64);
         for chunk in [1000, 70_000] {
             let mut api = announce(&mut vm, &path, "Transfer-Encoding: chunked\r\n")?;
             api.send(&chunked(&bytes, chunk))?;
@@ -261,7 +240,7 @@ fn files_go_in_and_out_whole_with_mode_and_owner() -> Result<()> {
     api.wait_closed()?;
 
     // One who reads it meanwhile keeps the old one.
-    let (old, new) = (noise(20 << 20, 1), noise(20 << 20, 2));
+    let (old, new) = (noise::bytes(20 << 20, 1), noise::bytes(20 << 20, 2));
     put(&mut vm, "/data/big", &old)?.success()?;
     let mut reader = vm.connect(API_PORT)?;
     write!(
@@ -373,7 +352,7 @@ fn what_is_no_regular_file_is_refused_and_not_touched() -> Result<()> {
             }
             let body = match method {
                 "GET" => vec![],
-                _ => noise(size, 3),
+                _ => noise::bytes(size, 3),
             };
             let answer = match call(&mut vm, method, query, &body) {
                 Ok(answer) => refusal(&answer)?,
@@ -434,7 +413,7 @@ fn what_does_not_come_to_its_end_leaves_nothing_behind() -> Result<()> {
     let before = shell(&mut vm, state)?;
 
     // A full disk: by length and in chunks, beside a file and in its place.
-    let large = noise(40 << 20, 4);
+    let large = noise::bytes(40 << 20, 4);
     for path in ["/data/large", "/data/kept"] {
         let answer = put(&mut vm, path, &large)?;
         assert_eq!(refusal(&answer)?, (507, format!("{path}: ENOSPC")));
@@ -456,7 +435,7 @@ fn what_does_not_come_to_its_end_leaves_nothing_behind() -> Result<()> {
     ] {
         for path in ["/data/half", "/data/kept"] {
             let mut api = announce(&mut vm, path, headers)?;
-            api.send(&chunked(&noise(1 << 20, 5), 100_000)[..1 << 20])?;
+            api.send(&chunked(&noise::bytes(1 << 20, 5), 100_000)[..1 << 20])?;
             drop(api);
         }
     }
@@ -505,7 +484,7 @@ fn what_does_not_come_to_its_end_leaves_nothing_behind() -> Result<()> {
 
     // The VM's end comes in the midst of one.
     let mut api = announce(&mut vm, "/data/kept", "Content-Length: 3000000\r\n")?;
-    api.send(&noise(1 << 20, 6))?;
+    api.send(&noise::bytes(1 << 20, 6))?;
     vm.stop()?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     root.check()?;
@@ -520,7 +499,7 @@ fn what_does_not_come_to_its_end_leaves_nothing_behind() -> Result<()> {
 fn a_disk_that_hangs_costs_one_transfer_and_nobody_else_anything() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 48)?;
     let volume = Image::ext4(
-        &Tree::empty()?.file("/cold", 0o644, noise(1 << 20, 7))?,
+        &Tree::empty()?.file("/cold", 0o644, noise::bytes(1 << 20, 7))?,
         300,
     )?;
     let mounts = json!([{"DevicePath": "/dev/vdb", "MountPath": "/data"}]);
@@ -587,7 +566,7 @@ fn a_disk_that_hangs_costs_one_transfer_and_nobody_else_anything() -> Result<()>
     vm.qmp("block_set_io_throttle", throttle(0))?;
     wait_until(&mut vm, "test $(ps -o args | grep -c '^/init') = 1")?;
     assert_eq!(shell(&mut vm, "ls -A /data")?, "cold\nlost+found\n");
-    assert!(get(&mut vm, "/data/cold")?.body == noise(1 << 20, 7));
+    assert!(get(&mut vm, "/data/cold")?.body == noise::bytes(1 << 20, 7));
     vm.stop()?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     volume.check()
@@ -629,34 +608,6 @@ fn a_file_system_without_unnamed_files_is_written_to_by_a_named_one() -> Result<
     Ok(())
 }
 
-/// Sends so many bytes of noise.
-fn send_noise(stream: &mut UnixStream, mut left: u64, seed: u64) -> Result<()> {
-    let (mut noise, mut piece) = (Noise(seed), vec![0; 1 << 20]);
-    while left > 0 {
-        noise.fill(&mut piece);
-        let size = piece.len().min(usize::try_from(left)?);
-        stream.write_all(&piece[..size])?;
-        left -= size as u64;
-    }
-    Ok(())
-}
-
-/// Reads the same, and nothing else.
-fn read_noise(stream: &mut impl Read, mut left: u64, seed: u64) -> Result<()> {
-    let (mut noise, mut piece, mut read) = (Noise(seed), vec![0; 1 << 20], vec![0; 1 << 20]);
-    while left > 0 {
-        noise.fill(&mut piece);
-        let size = piece.len().min(usize::try_from(left)?);
-        stream.read_exact(&mut read[..size])?;
-        ensure!(
-            read[..size] == piece[..size],
-            "other bytes, {left} before the end"
-        );
-        left -= size as u64;
-    }
-    Ok(())
-}
-
 #[test]
 fn a_gibibyte_goes_both_ways_and_nearly_as_fast_as_a_bare_copy() -> Result<()> {
     const SIZE: u64 = 1 << 30;
@@ -682,7 +633,7 @@ fn a_gibibyte_goes_both_ways_and_nearly_as_fast_as_a_bare_copy() -> Result<()> {
         stream,
         "PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {SIZE}\r\n\r\n"
     )?;
-    send_noise(&mut stream, SIZE, 8)?;
+    noise::send(&mut stream, SIZE, 8)?;
     let answer = Client::new(stream).receive(false)?;
     assert_eq!(
         (answer.status, answer.json()?),
@@ -703,7 +654,7 @@ fn a_gibibyte_goes_both_ways_and_nearly_as_fast_as_a_bare_copy() -> Result<()> {
         head.contains("\r\nContent-Length: 1073741824\r\n"),
         "{head}"
     );
-    read_noise(&mut stream, SIZE, 8)?;
+    noise::expect(&mut stream, SIZE, 8)?;
     println!("a gibibyte out: {:?}", start.elapsed());
     // A sparse one is read with its holes as zeros.
     shell(
@@ -728,13 +679,13 @@ fn a_gibibyte_goes_both_ways_and_nearly_as_fast_as_a_bare_copy() -> Result<()> {
             stream,
             "PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {PIECE}\r\n\r\n"
         )?;
-        send_noise(&mut stream, PIECE, 9)?;
+        noise::send(&mut stream, PIECE, 9)?;
         Client::new(stream).receive(false)?.success()?;
         time(0, start.elapsed());
         let start = Instant::now();
         let mut stream = vm.connect(5002)?;
         stream.write_all(&PIECE.to_ne_bytes())?;
-        send_noise(&mut stream, PIECE, 9)?;
+        noise::send(&mut stream, PIECE, 9)?;
         stream.read_exact(&mut [0])?;
         time(1, start.elapsed());
         let start = Instant::now();
@@ -745,10 +696,10 @@ fn a_gibibyte_goes_both_ways_and_nearly_as_fast_as_a_bare_copy() -> Result<()> {
             head.rotate_left(1);
             stream.read_exact(&mut head[2..])?;
         }
-        read_noise(&mut stream, PIECE, 9)?;
+        noise::expect(&mut stream, PIECE, 9)?;
         time(2, start.elapsed());
         let start = Instant::now();
-        read_noise(&mut vm.connect(5001)?, PIECE, 9)?;
+        noise::expect(&mut vm.connect(5001)?, PIECE, 9)?;
         time(3, start.elapsed());
         let ratio = |of: usize| best[of + 1].as_secs_f64() / best[of].as_secs_f64();
         ratios = (ratio(0), ratio(2));

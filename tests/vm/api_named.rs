@@ -114,12 +114,12 @@ fn an_ended_session_is_kept_and_one_can_be_ended_from_outside() -> Result<()> {
     );
     assert_eq!(end.message.context("no exit")?["Exit"]["code"], 9);
 
-    // Detached a hundred times.
+    // Detached a thousand times.
     let mut socket = open(
         &mut vm,
         &json!({"command": ["cat"], "id": "cat", "tty": true}),
     )?;
-    for _ in 0..100 {
+    for _ in 0..1000 {
         drop(socket);
         socket = open(&mut vm, &json!({"attach": "cat"}))?;
     }

@@ -16,8 +16,8 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{Arch, process::run};
 
-/// The Python WebSocket client that is tested with.
-const PYTHON_PACKAGE: &str = "websockets==15.0.1";
+/// The Python clients that are tested with: of WebSockets, and Docker's.
+const PYTHON_PACKAGES: [&str; 2] = ["websockets==15.0.1", "docker==7.1.0"];
 
 /// The modules that a micro-VM's devices and pigeon-init's mounts need, where they are not built in.
 const MODULES: [&str; 7] = [
@@ -496,20 +496,23 @@ pub fn busybox(arch: Arch) -> Result<PathBuf> {
     Ok(dir.join("busybox"))
 }
 
-/// A Python with the `websockets` package, in an environment of its own below `build/`.
+/// A Python with the packages of the tests, in an environment of its own below `build/`.
 pub fn python() -> Result<PathBuf> {
     let build = repository().join("build");
     let dir = build.join("python");
-    let [python, stamp] = ["bin/python3", PYTHON_PACKAGE].map(|name| dir.join(name));
+    let packages = PYTHON_PACKAGES.join(" ");
+    let [python, stamp] = ["bin/python3", &packages].map(|name| dir.join(name));
     fs::create_dir_all(&build)?;
     let lock = File::create(build.join("python.lock"))?;
     lock.lock()?;
     if !stamp.exists() {
-        eprintln!("installing {PYTHON_PACKAGE} into {}", dir.display());
+        eprintln!("installing {packages} into {}", dir.display());
         run(Command::new(tool("python3")?)
             .args(["-m", "venv", "--clear"])
             .arg(&dir))?;
-        run(Command::new(&python).args(["-m", "pip", "install", "--quiet", PYTHON_PACKAGE]))?;
+        run(Command::new(&python)
+            .args(["-m", "pip", "install", "--quiet"])
+            .args(PYTHON_PACKAGES))?;
         fs::write(stamp, "")?;
     }
     Ok(python)
