@@ -1,8 +1,6 @@
 // The workload of the benchmark's VMs. Its first instructions note the time; then it tells what
 // `bench.mode=` on the kernel command line asks for, a line `bench: name value` each.
 #include "tiny.h"
-#include <linux/vm_sockets.h>
-#include <sched.h>
 
 static char buffer[64 << 10];
 
@@ -119,97 +117,19 @@ static void dump_trace(void)
     sys(umount2, tracing, 0);
 }
 
-// -- What the API is compared with.
-
-static long listen_on(unsigned port)
-{
-    struct sockaddr_vm address = {
-        .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = port};
-    long listener = sys(socket, AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (sys(bind, listener, &address, sizeof address) || sys(listen, listener, 8))
-        fatal("no vsock");
-    return listener;
-}
-
-// Sends back what comes, connection after connection.
-static void echo(long listener)
-{
-    for (;;) {
-        long size, connection = sys(accept4, listener, NULL, NULL, SOCK_CLOEXEC);
-        while ((size = sys(read, connection, buffer, sizeof buffer)) > 0)
-            sys(write, connection, buffer, size);
-        sys(close, connection);
-    }
-}
-
-static char *const command[] = {"/bin/true", NULL};
-static char *const environment[] = {"PATH=/bin", NULL};
-static char stack[4096] __attribute__((aligned(16)));
-
-__attribute__((used)) static void become_command(void)
-{
-    sys(execve, command[0], command, environment);
-    sys(exit_group, 127);
-}
-
-// vfork(2), on a stack of the child's own, so that it cannot overwrite this frame.
-static long start_command(void)
-{
-#ifdef __x86_64__
-    long pid;
-    register long none __asm__("r10") = 0;
-    __asm__ volatile("syscall\n test %%eax, %%eax\n jnz 1f\n call become_command\n1:"
-                     : "=a"(pid)
-                     : "a"(__NR_clone), "D"(CLONE_VM | CLONE_VFORK | SIGCHLD),
-                       "S"(stack + sizeof stack), "d"(0), "r"(none)
-                     : "rcx", "r8", "r9", "r11", "memory");
-    return pid;
-#endif
-#ifdef __aarch64__
-    register long number __asm__("x8") = __NR_clone;
-    register long pid __asm__("x0") = CLONE_VM | CLONE_VFORK | SIGCHLD;
-    register long top __asm__("x1") = (long)(stack + sizeof stack);
-    register long none2 __asm__("x2") = 0;
-    register long none3 __asm__("x3") = 0;
-    register long none4 __asm__("x4") = 0;
-    __asm__ volatile("svc #0\n cbnz x0, 1f\n bl become_command\n1:"
-                     : "+r"(pid)
-                     : "r"(number), "r"(top), "r"(none2), "r"(none3), "r"(none4)
-                     : "x30", "memory");
-    return pid;
-#endif
-}
-
-// Reads a count, runs the command that often, answers with the nanoseconds it took.
-static void spawn(long listener)
-{
-    char text[32];
-    for (;;) {
-        long size, connection = sys(accept4, listener, NULL, NULL, SOCK_CLOEXEC);
-        while ((size = sys(read, connection, text, sizeof text - 1)) > 0) {
-            text[size] = 0;
-            unsigned long start = now(CLOCK_MONOTONIC);
-            for (unsigned long left = number(text); left; left--) {
-                int status = -1;
-                sys(wait4, start_command(), &status, 0, NULL);
-                if (status)
-                    fatal("the command");
-            }
-            char *end = put_number(text, now(CLOCK_MONOTONIC) - start);
-            sys(write, connection, text, put(end, "\n") - text);
-        }
-        sys(close, connection);
-    }
-}
-
-// Starts the echo server on port 20000 and the spawn loop on port 20001.
+// Starts what the API is compared with (servers.c).
 static void serve(void)
 {
-    long echo_listener = listen_on(20000), spawn_listener = listen_on(20001);
-    if (sys_fork() == 0)
-        echo(echo_listener);
-    if (sys_fork() == 0)
-        spawn(spawn_listener);
+    char *const argv[] = {"/bin/servers", NULL}, *const envp[] = {NULL};
+    int status = -1;
+    long pid = sys_fork();
+    if (pid == 0) {
+        sys(execve, argv[0], argv, envp);
+        sys(exit_group, 127);
+    }
+    sys(wait4, pid, &status, 0, NULL);
+    if (status)
+        fatal("no servers");
 }
 
 static void wait_for_a_key(void)

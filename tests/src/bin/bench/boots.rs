@@ -14,10 +14,12 @@ use pigeon_lab::{
     End, Vm,
     assets::{self, Kernel},
     disk::{Disk, Image, Tree},
+    http::Client,
     initrd::Initrd,
     vm::Builder,
 };
 use serde_json::{Value, json};
+use tempfile::NamedTempFile;
 
 use crate::{
     guest::Programs,
@@ -61,6 +63,14 @@ pub enum Mode {
     File,
     /// Boot; configuration from MMDS.
     Mmds,
+    /// Boot and end; a document with every field.
+    Whole,
+    /// The same by MMDS.
+    WholeMmds,
+    /// Boot; cgroup v2 alone.
+    Unified,
+    /// Disk requests of two boots of the document with every field.
+    Requests,
     /// The end, with a call of /v1/exit_code that waits for it.
     Reader,
     /// The initrd as `./build.sh initrd` makes it, unpacked and no more.
@@ -83,6 +93,10 @@ impl Mode {
         match self {
             Mode::File | Mode::Unpack | Mode::Trace => true,
             Mode::Mmds
+            | Mode::Whole
+            | Mode::WholeMmds
+            | Mode::Unified
+            | Mode::Requests
             | Mode::Reader
             | Mode::Serve
             | Mode::Commands
@@ -91,11 +105,21 @@ impl Mode {
         }
     }
 
+    /// Whether the document has every field.
+    fn is_whole(self) -> bool {
+        matches!(self, Mode::Whole | Mode::WholeMmds | Mode::Requests)
+    }
+
     /// Whether there is anything to learn from a second boot: figures of a trace do not vary.
     pub fn is_repeated(self) -> bool {
         !matches!(
             self,
-            Mode::Unpack | Mode::Commands | Mode::Trace | Mode::TraceMmds | Mode::TraceEnd
+            Mode::Unpack
+                | Mode::Requests
+                | Mode::Commands
+                | Mode::Trace
+                | Mode::TraceMmds
+                | Mode::TraceEnd
         )
     }
 
@@ -103,6 +127,10 @@ impl Mode {
         match self {
             Mode::File => "file",
             Mode::Mmds => "mmds",
+            Mode::Whole => "whole",
+            Mode::WholeMmds => "whole-mmds",
+            Mode::Unified => "unified",
+            Mode::Requests => "requests",
             Mode::Reader => "reader",
             Mode::Unpack => "unpack",
             Mode::Serve => "serve",
@@ -119,6 +147,9 @@ pub struct Lab {
     programs: Programs,
     kernel: Kernel,
     root: Image,
+    volume: Image,
+    /// The configuration with every field that `tests/example` has.
+    whole: Value,
     names: Names,
 }
 
@@ -128,16 +159,24 @@ const TICK: f64 = 4e6;
 /// The ports that the workload serves beside the API's.
 const ECHO_PORT: u32 = 20_000;
 const SPAWN_PORT: u32 = 20_001;
+const EXEC_PORT: u32 = 20_002;
 
 impl Lab {
     pub fn new() -> Result<Lab> {
         let programs = Programs::compile()?;
-        let workload = fs::read(programs.path("workload"))?;
         let tree = Tree::busybox()?
-            .file("bin/workload", 0o755, workload)?
+            .file("bin/workload", 0o755, fs::read(programs.path("workload"))?)?
+            .file("bin/servers", 0o755, fs::read(programs.path("servers"))?)?
             .dir("newroot", 0o755)?;
+        let example = assets::repository().join("tests/example/run.json");
+        let mut whole: Value = serde_json::from_slice(&fs::read(example)?)?;
+        whole["ExecOverride"] = json!(["/bin/workload"]);
+        // Who reads the kernel's log has to be root.
+        whole["UserOverride"] = json!("root");
         Ok(Lab {
             root: Image::ext4(&tree, 32)?,
+            volume: Image::ext4(&Tree::empty()?, 16)?,
+            whole,
             kernel: assets::kernel()?,
             names: programs.system_calls()?,
             programs,
@@ -161,27 +200,40 @@ impl Lab {
 
     /// Boots `subject` once, its /init started so far between two ticks of the kernel's.
     pub fn boot(&self, subject: &Subject, mode: Mode, phase: f64) -> Result<Told> {
-        // A copy: a mount leaves its traces, and the next boot would find them.
-        let disk = tempfile::Builder::new().suffix(".ext4").tempfile()?;
-        fs::copy(self.root.path(), disk.path())?;
-        let mut builder = self
-            .builder(subject, mode, phase)?
-            .disk(Disk::file(disk.path()))
-            .name(&format!("bench-{}-{}", subject.name, mode.name()))
-            .quiet();
-        builder = match mode {
-            Mode::Serve => builder.on_qemu(),
-            _ => builder.deterministic(),
+        // Copies: a mount leaves its traces, and the next boot would find them.
+        let (root, volume) = (scratch(&self.root)?, scratch(&self.volume)?);
+        let boot = || {
+            let mut builder = self
+                .builder(subject, mode, phase)?
+                .disk(Disk::file(root.path()))
+                .name(&format!("bench-{}-{}", subject.name, mode.name()))
+                .quiet();
+            if mode.is_whole() {
+                builder = builder.disk(Disk::file(volume.path()));
+            }
+            builder = match mode {
+                Mode::Serve | Mode::Requests => builder.on_qemu(),
+                _ => builder.deterministic(),
+            };
+            let mut vm = builder.boot()?;
+            let told = measure(&mut vm, mode).and_then(|figures| {
+                let breakdown = self.breakdown(&vm.console(), &figures, mode)?;
+                Ok(Told { figures, breakdown })
+            });
+            told.with_context(|| {
+                let log = vm.serial().log().display();
+                format!("the console ({log}) ends with\n{}\n", vm.serial().tail(10))
+            })
         };
-        let mut vm = builder.boot()?;
-        let told = measure(&mut vm, mode).and_then(|figures| {
-            let breakdown = self.breakdown(&vm.console(), &figures, mode)?;
-            Ok(Told { figures, breakdown })
-        });
-        told.with_context(|| {
-            let log = vm.serial().log().display();
-            format!("the console ({log}) ends with\n{}\n", vm.serial().tail(10))
-        })
+        let mut told = boot()?;
+        if mode == Mode::Requests {
+            let again = boot()?.figures;
+            let again = again
+                .into_iter()
+                .map(|(name, value)| (name + "_again", value));
+            told.figures.extend(again);
+        }
+        Ok(told)
     }
 
     fn breakdown(&self, console: &str, figures: &Figures, mode: Mode) -> Result<Option<Breakdown>> {
@@ -215,10 +267,20 @@ impl Lab {
             builder = add(builder, "unpack", b"please".to_vec());
             return Ok(builder.arg("initramfs_async=0"));
         }
-        let document =
-            json!({"ImageConfig": {"Cmd": ["/bin/workload"]}, "ExecOverride": ["/bin/workload"]});
+        let document = match mode.is_whole() {
+            true => self.whole.clone(),
+            false => {
+                json!({"ImageConfig": {"Cmd": ["/bin/workload"]}, "ExecOverride": ["/bin/workload"]})
+            }
+        };
+        if matches!(mode, Mode::Whole | Mode::Requests) {
+            builder = builder.nic().arg("PIGEON_CONFIG=file");
+        }
+        if mode == Mode::Unified {
+            builder = builder.arg("PIGEON_CGROUPS=unified");
+        }
         let mut modules = self.kernel.modules()?;
-        if matches!(mode, Mode::Mmds | Mode::TraceMmds) {
+        if matches!(mode, Mode::Mmds | Mode::WholeMmds | Mode::TraceMmds) {
             modules.push(("veth.ko".into(), assets::module("veth")?));
             builder = add(builder, "run.json", document.to_string().into());
         } else if subject.kind != Kind::Floor {
@@ -248,14 +310,21 @@ impl Lab {
         builder = builder.file("/bench/files", 0o644, list);
         let workload = match mode {
             Mode::File => "full",
-            Mode::Mmds | Mode::Unpack => "boot",
-            Mode::Reader => "reader",
+            Mode::Mmds | Mode::Whole | Mode::WholeMmds | Mode::Unified | Mode::Unpack => "boot",
+            Mode::Reader | Mode::Requests => "reader",
             Mode::Serve | Mode::Commands => "serve",
             Mode::Trace | Mode::TraceMmds => "trace",
             Mode::TraceEnd => "end",
         };
         Ok(builder.arg(&format!("bench.mode={workload}")))
     }
+}
+
+/// A copy of an image, which goes with the boot.
+fn scratch(image: &Image) -> Result<NamedTempFile> {
+    let copy = tempfile::Builder::new().suffix(".ext4").tempfile()?;
+    fs::copy(image.path(), copy.path())?;
+    Ok(copy)
 }
 
 fn measure(vm: &mut Vm, mode: Mode) -> Result<Figures> {
@@ -273,6 +342,11 @@ fn measure(vm: &mut Vm, mode: Mode) -> Result<Figures> {
             vm.type_text("\n")?;
             let answer = reader.receive(false)?.json()?;
             ensure!(answer["code"] == 7, "the exit code is told as {answer}");
+        }
+        Mode::Requests => {
+            vm.wait_for("bench: boot_ns")?;
+            requests(vm, &mut figures)?;
+            vm.type_text("\n")?;
         }
         Mode::Serve => {
             vm.wait_for("bench: serving")?;
@@ -294,6 +368,18 @@ fn measure(vm: &mut Vm, mode: Mode) -> Result<Figures> {
         figures.insert("end_us".into(), reboot * 1e6 - exit);
     }
     Ok(figures)
+}
+
+/// Adds what the disks were asked for until now.
+fn requests(vm: &mut Vm, figures: &mut Figures) -> Result<()> {
+    let stats = vm.qmp("query-blockstats", json!({}))?;
+    let devices = stats.as_array().context("no devices")?;
+    for (name, field) in [("writes", "wr_operations"), ("flushes", "flush_operations")] {
+        let counts = devices.iter().map(|device| device["stats"][field].as_f64());
+        let count: Option<f64> = counts.sum();
+        figures.insert(name.into(), count.context("no count")?);
+    }
+    Ok(())
 }
 
 /// Adds the figures that a VM has told on its console.
@@ -357,21 +443,27 @@ fn serve(vm: &mut Vm, figures: &mut Figures) -> Result<()> {
     }
 
     let mut api = vm.api()?;
+    let mut least = Client::new(vm.connect(EXEC_PORT)?);
     let mut bare = vm.connect(SPAWN_PORT)?;
-    let [mut api_us, mut bare_us] = [0.0, 0.0];
-    let command = json!({"cmd": ["/bin/true"]});
+    let [mut api_us, mut least_us, mut bare_us] = [0.0; 3];
     for _ in 0..COMMANDS / BATCH {
-        api_us += timed(|| {
-            for _ in 0..BATCH {
-                let answer: Value = api.post("/v1/exec", &command)?.success()?.json()?;
-                ensure!(answer["exit_code"] == 0, "/bin/true: {answer}");
-            }
-            Ok(())
-        })?;
+        api_us += timed(|| exec(&mut api, BATCH))?;
+        least_us += timed(|| exec(&mut least, BATCH))?;
         bare_us += timed(|| exchange(&mut bare, format!("{BATCH}\n").as_bytes()))?;
     }
     figures.insert("exec_us".into(), api_us / COMMANDS as f64);
+    figures.insert("least_us".into(), least_us / COMMANDS as f64);
     figures.insert("spawn_us".into(), bare_us / COMMANDS as f64);
+    Ok(())
+}
+
+/// Has a command executed so many times.
+fn exec(api: &mut Client<UnixStream>, times: usize) -> Result<()> {
+    for _ in 0..times {
+        let command = json!({"cmd": ["/bin/true"]});
+        let answer: Value = api.post("/v1/exec", &command)?.success()?.json()?;
+        ensure!(answer["exit_code"] == 0, "/bin/true: {answer}");
+    }
     Ok(())
 }
 
@@ -387,16 +479,11 @@ fn exchange(stream: &mut UnixStream, message: &[u8]) -> Result<()> {
 fn commands(vm: &mut Vm, figures: &mut Figures) -> Result<()> {
     const COMMANDS: usize = 1000;
     let mut api = vm.api()?;
+    let mut least = Client::new(vm.connect(EXEC_PORT)?);
     let mut bare = vm.connect(SPAWN_PORT)?;
-    let command = json!({"cmd": ["/bin/true"]});
-    let mut runs: [(_, &mut dyn FnMut() -> Result<()>); 2] = [
-        ("exec_busy_us", &mut || {
-            for _ in 0..COMMANDS {
-                let answer: Value = api.post("/v1/exec", &command)?.success()?.json()?;
-                ensure!(answer["exit_code"] == 0, "/bin/true: {answer}");
-            }
-            Ok(())
-        }),
+    let mut runs: [(_, &mut dyn FnMut() -> Result<()>); 3] = [
+        ("exec_busy_us", &mut || exec(&mut api, COMMANDS)),
+        ("least_busy_us", &mut || exec(&mut least, COMMANDS)),
         ("spawn_busy_us", &mut || {
             exchange(&mut bare, format!("{COMMANDS}\n").as_bytes())
         }),

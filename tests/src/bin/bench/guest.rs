@@ -36,7 +36,7 @@ impl Programs {
     /// Compiles them all.
     pub fn compile() -> Result<Programs> {
         let dir = tempfile::tempdir()?;
-        for name in ["load", "floor", "workload"] {
+        for name in ["load", "floor", "workload", "servers"] {
             let source = assets::repository().join(format!("tests/bench/{name}.c"));
             run(assets::c_compiler()?
                 .args(FLAGS)

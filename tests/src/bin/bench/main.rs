@@ -28,8 +28,13 @@
 //!   workload's start.
 //! - **Idle**: in a minute in which nothing happens, /proc/1/schedstat counts how often PID 1 gets the
 //!   processor. A process that never runs makes no system call.
-//! - **The API** is measured from the host in real time, turn by turn with an echo server and a spawn
-//!   loop in the same VM: of each VM the ratio of medians, of the VMs the median.
+//! - **The API** is measured from the host in real time, turn by turn with an echo server, the least
+//!   server that executes commands, and a spawn loop in the same VM: of each VM the ratio of medians,
+//!   of the VMs the median.
+//! - **The whole document** is the one of `tests/example`, with a volume, names, hosts, resolv.conf
+//!   and a network.
+//! - **Disk requests** are the hypervisor's count when the workload's first line is out, of two boots
+//!   of the whole document on the same disks.
 
 mod boots;
 mod guest;
@@ -54,15 +59,20 @@ usage: bench [--runs N] [--vs NAME=PATH[:CONFIGPATH]]... [--only MODE[,MODE...]]
 
   --runs N    boots of each kind; 5 when not said
   --vs        another init, and where in its initrd it has its configuration (/pigeon/run.json)
-  --only      of file, mmds, reader, unpack, serve, commands, trace, trace-mmds, trace-end
+  --only      of file, mmds, whole, whole-mmds, unified, requests, reader, unpack, serve, commands,
+              trace, trace-mmds, trace-end
   --json      all samples and all traces, too";
 
 /// Where an init finds its configuration unless it is said.
 const CONFIG_PATH: &str = "/pigeon/run.json";
 
-const MODES: [Mode; 9] = [
+const MODES: [Mode; 13] = [
     Mode::File,
     Mode::Mmds,
+    Mode::Whole,
+    Mode::WholeMmds,
+    Mode::Unified,
+    Mode::Requests,
     Mode::Reader,
     Mode::Unpack,
     Mode::Serve,

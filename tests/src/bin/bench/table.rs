@@ -90,14 +90,22 @@ impl Row {
     }
 }
 
+fn ms(entry: &Entry, mode: Mode) -> Option<f64> {
+    Some(entry.samples.median(mode, "boot_ns")? / 1e6)
+}
+
 fn boot_ms(entry: &Entry) -> Option<f64> {
-    Some(entry.samples.median(Mode::File, "boot_ns")? / 1e6)
+    ms(entry, Mode::File)
+}
+
+fn mmds_ms(entry: &Entry) -> Option<f64> {
+    less_peer_ms(entry, Mode::Mmds)
 }
 
 /// Without what the peer itself has computed.
-fn mmds_ms(entry: &Entry) -> Option<f64> {
-    let boots = entry.samples.get(Mode::Mmds, "boot_ns")?.iter();
-    let peers = entry.samples.get(Mode::Mmds, "mmds_ns")?;
+fn less_peer_ms(entry: &Entry, mode: Mode) -> Option<f64> {
+    let boots = entry.samples.get(mode, "boot_ns")?.iter();
+    let peers = entry.samples.get(mode, "mmds_ns")?;
     let own = boots.zip(peers).map(|(boot, peer)| boot - peer);
     Some(median(&mut own.collect::<Vec<_>>()) / 1e6)
 }
@@ -108,15 +116,14 @@ fn memory(entry: &Entry) -> Option<f64> {
 }
 
 /// Each row's function gets the subject and the floor.
-const ROWS: [Row; 29] = [
-    row("binary", "B", 0, |e, _| Some(e.binary_size)).bar(65536.0),
+const ROWS: [Row; 43] = [
+    row("binary", "B", 0, |e, _| Some(e.binary_size)).bar(131_072.0),
     row(
         "initrd without configuration and modules",
         "B",
         0,
         |e, _| Some(e.initrd_size),
-    )
-    .bar(69632.0),
+    ),
     row("to unpack that initrd", "ms", 3, |e, _| {
         Some(e.samples.median(Mode::Unpack, "unpack_us")? / 1e3)
     }),
@@ -152,6 +159,45 @@ const ROWS: [Row; 29] = [
         Some(mmds_ms(e)? - boot_ms(e)?)
     })
     .bar(1.5),
+    row(
+        "exec of /init to workload, whole document",
+        "ms",
+        3,
+        |e, _| ms(e, Mode::Whole),
+    ),
+    row("  against the floor", "x", 3, |e, floor| {
+        Some(ms(e, Mode::Whole)? / boot_ms(floor)?)
+    })
+    .bar(0.25),
+    row("  by MMDS", "ms", 3, |e, _| {
+        less_peer_ms(e, Mode::WholeMmds)
+    }),
+    row("  more than from the file", "ms", 3, |e, _| {
+        Some(less_peer_ms(e, Mode::WholeMmds)? - ms(e, Mode::Whole)?)
+    })
+    .bar(1.5),
+    row("  disk writes", "", 0, |e, _| {
+        e.samples.most(Mode::Requests, "writes")
+    }),
+    row("  disk flushes", "", 0, |e, _| {
+        e.samples.most(Mode::Requests, "flushes")
+    }),
+    row("  disk writes of the second boot", "", 0, |e, _| {
+        e.samples.most(Mode::Requests, "writes_again")
+    }),
+    row("  disk flushes of the second boot", "", 0, |e, _| {
+        e.samples.most(Mode::Requests, "flushes_again")
+    }),
+    row(
+        "exec of /init to workload, cgroup v2 alone",
+        "ms",
+        3,
+        |e, _| ms(e, Mode::Unified),
+    ),
+    row("  against the floor", "x", 3, |e, floor| {
+        Some(ms(e, Mode::Unified)? / boot_ms(floor)?)
+    })
+    .bar(0.15),
     row("workload's exit to reboot, no reader", "ms", 3, |e, _| {
         Some(e.samples.median(Mode::File, "end_us")? / 1e3)
     })
@@ -161,6 +207,13 @@ const ROWS: [Row; 29] = [
         "ms",
         3,
         |e, _| Some(e.samples.median(Mode::Reader, "end_us")? / 1e3),
+    )
+    .bar(3.0),
+    row(
+        "workload's exit to reboot, with a volume",
+        "ms",
+        3,
+        |e, _| Some(e.samples.median(Mode::Whole, "end_us")? / 1e3),
     )
     .bar(3.0),
     row("PID 1, Pss", "KiB", 0, |e, _| {
@@ -203,8 +256,14 @@ const ROWS: [Row; 29] = [
     }),
     row("  time of the one against the other", "x", 2, |e, _| {
         e.samples.ratio(Mode::Serve, "exec_us", "spawn_us")
+    }),
+    row("the least server that executes it", "1/s", 0, |e, _| {
+        Some(1e6 / e.samples.median(Mode::Serve, "least_us")?)
+    }),
+    row("  time of /v1/exec against it", "x", 2, |e, _| {
+        e.samples.ratio(Mode::Serve, "exec_us", "least_us")
     })
-    .bar(1.5),
+    .bar(1.25),
     row(
         "/v1/exec of /bin/true, the guest's time",
         "us",
@@ -217,8 +276,12 @@ const ROWS: [Row; 29] = [
     row("  the one against the other", "x", 2, |e, _| {
         e.samples
             .ratio(Mode::Commands, "exec_busy_us", "spawn_busy_us")
+    }),
+    row("  against the least server", "x", 2, |e, _| {
+        e.samples
+            .ratio(Mode::Commands, "exec_busy_us", "least_busy_us")
     })
-    .bar(1.5),
+    .bar(1.25),
 ];
 
 /// What is shown for a value that there is not.
