@@ -217,7 +217,10 @@ fn member(node: &Node, kind: &Kind, path: &str, values: &mut Values) -> Option<(
                 object(entry, fields, &format!("{path}[{at}]."), values)?;
             }
         }
-        Kind::Signal => put(values, path, signal::parse(&scalar(node)?)?.number()),
+        Kind::Signal => match scalar(node)?.as_str() {
+            "" => put(values, path, ""),
+            text => put(values, path, signal::parse(text)?.number()),
+        },
         Kind::Stdin => {
             (text(node)? == "eof").then_some(())?;
             put(values, path, "eof");
