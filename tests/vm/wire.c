@@ -2,6 +2,7 @@
 // same over vsock, and TCP servers of every temper.
 //
 //   wire vsock PORT send FILE      each connection gets the file
+//   wire vsock PORT output FILE    each connection gets what cat says of the file
 //   wire vsock PORT store FILE     each connection's 8 bytes of length (this machine's order) and bytes
 //                                  become the file; a byte is the answer
 //   wire vsock PORT echo
@@ -97,6 +98,20 @@ static void serve(int fd, const char *what, const char *argument)
         lseek(file, 0, SEEK_SET);
         copy(file, fd, (uint64_t)size);
         close(file);
+    } else if (!strcmp(what, "output")) {
+        int ends[2];
+        if (pipe(ends))
+            fail("pipe");
+        if (!fork()) {
+            dup2(ends[1], 1);
+            close(ends[1]);
+            execlp("cat", "cat", argument, NULL);
+            fail("cat");
+        }
+        close(ends[1]);
+        for (ssize_t count; (count = read(ends[0], buffer, sizeof buffer)) > 0;)
+            send_all(fd, buffer, (size_t)count);
+        close(ends[0]);
     } else if (!strcmp(what, "store")) {
         uint64_t size;
         if (read(fd, &size, sizeof size) != sizeof size)
@@ -195,7 +210,7 @@ int main(int argc, char **argv)
         if (connection < 0)
             fail("accept");
         // The measured ones are one process, as a server is that is no slower than it must be.
-        if (!strcmp(argv[0], "send") || !strcmp(argv[0], "store")) {
+        if (!strcmp(argv[0], "send") || !strcmp(argv[0], "output") || !strcmp(argv[0], "store")) {
             serve(connection, argv[0], argv[1]);
         } else if (!fork()) {
             close(fd);
