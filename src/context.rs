@@ -107,6 +107,8 @@ impl Exit {
 pub struct Workload {
     /// Its process group while it runs.
     pub group: Option<Pid>,
+    /// The user id and the group id that it has, and that volumes get.
+    pub owner: (u32, u32),
     /// How it ended.
     pub exit: Option<Exit>,
     /// Somebody has read how.

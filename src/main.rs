@@ -17,6 +17,7 @@ mod process;
 mod shutdown;
 mod supervisor;
 mod sys;
+mod volumes;
 
 use crate::api::Api;
 use crate::boot::check;

@@ -7,7 +7,6 @@ pub mod cgroups;
 pub mod check;
 pub mod config_source;
 pub mod etc_files;
-pub mod file_system;
 pub mod kernel_params;
 pub mod modules;
 pub mod mounts;
@@ -17,7 +16,6 @@ pub mod overlay;
 pub mod root;
 pub mod run_dir;
 pub mod sysctls;
-pub mod volumes;
 
 use crate::context;
 use crate::error;
@@ -27,6 +25,7 @@ use crate::process::helper::Helper;
 use crate::process::{credentials, oom_score};
 use crate::supervisor::Supervisor;
 use crate::sys::files;
+use crate::volumes;
 use config_source::Source;
 use kernel_params::KernelParams;
 use proto::config::{Config, DOCUMENT};
@@ -96,8 +95,9 @@ pub fn run(
     set_defaults(supervisor, &config, &identity)?;
 
     supervisor.context.workload.stop_signal = config.image_config.stop_signal;
+    supervisor.context.workload.owner = (identity.uid, identity.gid);
     supervisor.listen();
-    prepare(supervisor, &config, &identity)?;
+    prepare(supervisor, &config)?;
     supervisor.read_signals();
     if supervisor.has_ended() {
         return Ok(());
@@ -113,11 +113,12 @@ pub fn run(
 
 /// Volumes, names, network and kernel parameters: what may wait for a disk, or for memory, runs in a
 /// helper, while the API is served.
-fn prepare(supervisor: &mut Supervisor, config: &Config, identity: &Identity) -> Result {
+fn prepare(supervisor: &mut Supervisor, config: &Config) -> Result {
     if !config.mounts.is_empty() || etc_files::are_configured(config) {
+        let owner = supervisor.context.workload.owner;
         let scratch = &mut *supervisor.context.scratch;
         let helper = Helper::start(&mut |log| {
-            volumes::mount_all(config, identity, log)?;
+            volumes::mount_all(config, owner, log)?;
             etc_files::write(config, scratch, log)
         })?;
         supervisor.begin_setup(helper);

@@ -1,9 +1,9 @@
 //! A root that many VMs share: what is written goes to a layer of its own (overlayfs).
 
-use crate::boot::file_system::{Access, FileSystem};
 use crate::error::{self, Result};
 use crate::process::helper::HelperLog;
 use crate::sys::files;
+use crate::volumes::file_system::{Access, FileSystem};
 use core::ffi::CStr;
 use proto::config::Overlay;
 use rustix::mount::{MountFlags, UnmountFlags};

@@ -1,6 +1,5 @@
 //! The root file system: mounting it, and leaving the initramfs for it.
 
-use crate::boot::file_system::{Access, FileSystem};
 #[cfg(feature = "overlay")]
 use crate::boot::overlay;
 use crate::boot::{mounts, run_dir};
@@ -10,6 +9,7 @@ use crate::error::{Log, Result};
 use crate::process::credentials;
 use crate::process::helper::HelperLog;
 use crate::sys::{c_str, files};
+use crate::volumes::file_system::{Access, FileSystem};
 use core::ffi::CStr;
 use core::mem::MaybeUninit;
 use proto::config::{Config, Overlay};

@@ -1,35 +1,37 @@
-//! Extra volumes.
+//! File systems of disks and of memory, mounted at boot and for the host.
 
-use crate::boot::file_system::{Access, FileSystem};
+pub mod file_system;
+
 use crate::error;
 use crate::error::Result;
 use crate::process::helper::HelperLog;
 use crate::sys::files;
 use core::ffi::CStr;
+use file_system::{Access, FileSystem};
 use proto::config::{Config, Mount};
 use proto::message::ToLossy;
-use proto::users::Identity;
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
-/// Mounts them, in a helper: a device may take its time.
-pub fn mount_all(config: &Config, user: &Identity, log: &HelperLog) -> Result {
+/// A user id and a group id.
+pub type Owner = (u32, u32);
+
+/// Mounts the volumes of a configuration, in a helper: a device may take its time.
+pub fn mount_all(config: &Config, owner: Owner, log: &HelperLog) -> Result {
     config
         .mounts
         .iter()
-        .try_for_each(|volume| mount(volume, user, log))
+        .try_for_each(|volume| mount(volume, owner, log))
 }
 
-fn mount(volume: &Mount, user: &Identity, log: &HelperLog) -> Result {
+/// Mounts a volume on its mount point, which is made, and gives it that owner. In a helper, too.
+pub fn mount(volume: &Mount, owner: Owner, log: &HelperLog) -> Result {
     let target = volume.mount_path;
     files::make_directories(target.to_bytes()).map_err(error::on("create", target))?;
     // Links of the root are followed, as everywhere in it, but not onto what the end needs.
-    let place = identify(target);
-    for &needed in &NEEDED {
-        if place.is_some() && place == identify(needed) {
-            let (target, needed) = (target.lossy(), needed.lossy());
-            return Err(error!("mount on {target}: would hide {needed}"));
-        }
+    if let Some(needed) = needed(target) {
+        let (target, needed) = (target.lossy(), needed.lossy());
+        return Err(error!("mount on {target}: would hide {needed}"));
     }
     let access = match volume.read_only {
         true => Access::ReadOnly,
@@ -45,25 +47,32 @@ fn mount(volume: &Mount, user: &Identity, log: &HelperLog) -> Result {
         access,
     }
     .mount(target, log)?;
-    match own(target, user) {
+    match own(target, owner) {
         // One that is mounted read-only keeps what it has.
         Ok(()) | Err(Errno::ROFS) => Ok(()),
         other => other.map_err(error::on("change the owner of", target)),
     }
 }
 
-/// Makes it the user's, unless it is: the disk is not written to for nothing.
-fn own(path: &CStr, user: &Identity) -> Result<(), Errno> {
+/// Gives it that owner, unless it has it: the disk is not written to for nothing.
+fn own(path: &CStr, owner: Owner) -> Result<(), Errno> {
     let status = rustix::fs::stat(path)?;
-    if (status.st_uid, status.st_gid) == (user.uid, user.gid) {
+    if (status.st_uid, status.st_gid) == owner {
         return Ok(());
     }
-    let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+    let (uid, gid) = (Uid::from_raw(owner.0), Gid::from_raw(owner.1));
     rustix::fs::chown(path, Some(uid), Some(gid))
 }
 
-/// What no volume may hide.
+/// What no volume may hide, and nobody unmount.
 const NEEDED: [&CStr; 5] = [c"/", c"/dev", c"/sys", c"/proc", c"/run"];
+
+/// What of that a path leads to, if anything.
+pub fn needed(path: &CStr) -> Option<&'static CStr> {
+    let place = identify(path)?;
+    let is_there = |needed: &&CStr| identify(needed) == Some(place);
+    NEEDED.into_iter().find(is_there)
+}
 
 /// What two paths to one directory have in common: its device and its number there.
 fn identify(path: &CStr) -> Option<(u64, u64)> {
