@@ -11,7 +11,7 @@ use crate::context::{Context, NEVER, Source};
 use crate::error;
 use crate::error::Result;
 use crate::sys;
-use proto::http::{Reply, Status};
+use proto::http::Status;
 use proto::slab::{Key, Slab};
 use rustix::process::{Pid, WaitStatus};
 
@@ -79,28 +79,14 @@ impl Commands {
         self.capture_left = usize::try_from(memory / CAPTURE_PART).unwrap_or(usize::MAX);
     }
 
-    /// Starts what the body of a request asks for.
+    /// Starts what gives one answer.
     pub fn start_exec(
         &mut self,
-        body: &mut [u8],
-        reply: Reply,
         owner: Key,
-        context: &mut Context,
+        start: &mut dyn FnMut() -> Result<Exec, CallError>,
     ) -> Result<Key, CallError> {
         self.check_room()?;
-        self.insert(owner, Role::Exec(Exec::start(body, reply, context)?))
-    }
-
-    /// Starts a child whose output is the answer.
-    #[cfg(feature = "sysinfo")]
-    pub fn start_report(
-        &mut self,
-        reply: Reply,
-        owner: Key,
-        context: &mut Context,
-    ) -> Result<Key, CallError> {
-        self.check_room()?;
-        self.insert(owner, Role::Exec(Exec::start_report(reply, context)?))
+        self.insert(owner, Role::Exec(start()?))
     }
 
     /// Starts what the first message of a session asks for, or goes on with a session.
@@ -325,16 +311,20 @@ impl Commands {
         let Some(command) = self.slab.get_mut(key) else {
             return;
         };
-        let (runs, has_grace) = match &mut command.role {
+        let after_grace = now.saturating_add(HANG_UP_GRACE);
+        let (runs, kill_at) = match &mut command.role {
             Role::Exec(exec) => {
                 self.capture_left += exec.kept();
                 exec.release();
-                (exec.process.runs(), false)
+                (exec.process.runs(), exec.kill_abandoned_at(now))
             }
-            Role::Session(session) => (session.process.runs(), session.hang_up()),
+            Role::Session(session) => match session.hang_up() {
+                true => (session.process.runs(), after_grace),
+                false => (session.process.runs(), now),
+            },
             // Its connection is shut down, which ends it.
             #[cfg(feature = "files")]
-            Role::Transfer(transfer) => (transfer.process.runs(), true),
+            Role::Transfer(transfer) => (transfer.process.runs(), after_grace),
         };
         if !runs {
             self.slab.remove(key);
@@ -342,10 +332,7 @@ impl Commands {
         }
         command.owner = None;
         command.is_abandoned = true;
-        command.kill_at = match has_grace {
-            true => now.saturating_add(HANG_UP_GRACE),
-            false => now,
-        };
+        command.kill_at = kill_at;
         self.kill_late(now);
     }
 

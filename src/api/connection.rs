@@ -1,6 +1,7 @@
 //! A connection: what it waits for is its state, and a state holds what is valid in it.
 
 use super::commands::Commands;
+use super::exec::Exec;
 use super::io::{CallError, Io, MAX_BODY, OK, error_body};
 #[cfg(feature = "logs")]
 use super::logs::{self, LogReader, LogsRequest};
@@ -15,6 +16,8 @@ use crate::error::Error;
 use crate::sys::Region;
 use core::mem;
 use core::ops::Range;
+#[cfg(feature = "mounts")]
+use proto::http::Framing;
 use proto::http::{
     self, Accept, BodyDecoder, Content, HeadParser, Reply, RequestError, ResponseHead, Status,
     Target,
@@ -465,9 +468,21 @@ impl Connection {
             Target::Authority { .. } => return self.refuse(RequestError::RequestTarget, shared),
         };
         #[cfg(feature = "files")]
-        if call == Ok(Call::Files) {
+        if matches!(call, Ok(Call::Files)) {
             let (length, reply) = (head.length, head.reply);
             return self.start_transfer(length, reply, shared);
+        }
+        #[cfg(feature = "mounts")]
+        if let (Ok(Call::Unmount), Framing::None | Framing::Length(0)) = (&call, head.framing) {
+            let (length, reply, context) = (head.length, head.reply, &mut *shared.context);
+            let mut start = || Exec::start_unmount(&head.target, reply, context);
+            let started = shared.commands.start_exec(self.key, &mut start);
+            self.io.discard(0..length);
+            match started {
+                Ok(key) => self.enter(State::Exec(key), shared),
+                Err(error) => self.fail(reply, &error, shared),
+            }
+            return Step::Again;
         }
         let body = match BodyDecoder::new(head.framing, MAX_BODY as u64) {
             Ok(body) => body,
@@ -603,7 +618,8 @@ impl Connection {
             }
             Call::Exec => {
                 let context = &mut *shared.context;
-                let key = shared.commands.start_exec(body, reply, self.key, context)?;
+                let mut start = || Exec::start(body, reply, context);
+                let key = shared.commands.start_exec(self.key, &mut start)?;
                 self.enter(State::Exec(key), shared);
                 return Ok(());
             }
@@ -635,9 +651,23 @@ impl Connection {
             #[cfg(feature = "sysinfo")]
             Call::Sysinfo => {
                 let context = &mut *shared.context;
-                let key = shared.commands.start_report(reply, self.key, context)?;
+                let mut start = || Exec::start_report(reply, context);
+                let key = shared.commands.start_exec(self.key, &mut start)?;
                 self.enter(State::Exec(key), shared);
                 return Ok(());
+            }
+            #[cfg(feature = "mounts")]
+            Call::Mount => {
+                let context = &mut *shared.context;
+                let mut start = || Exec::start_mount(body, reply, context);
+                let key = shared.commands.start_exec(self.key, &mut start)?;
+                self.enter(State::Exec(key), shared);
+                return Ok(());
+            }
+            // Without a body it was started with its head.
+            #[cfg(feature = "mounts")]
+            Call::Unmount => {
+                return Err(CallError::bad_request(error!("this call takes no body")));
             }
             Call::Session => {
                 let Some(accept) = &request.websocket else {

@@ -1,18 +1,27 @@
 //! `POST /v1/exec`: a command, and its output as one answer.
 
+#[cfg(feature = "mounts")]
+use super::io::OK;
 use super::io::{CallError, Io};
+#[cfg(feature = "mounts")]
+use super::mounts::{self, Job};
 use super::process::{Channel, Process, Read, Spec, output_pipe};
 #[cfg(feature = "sysinfo")]
 use super::sysinfo;
 use crate::context::{Context, Source};
-#[cfg(feature = "sysinfo")]
 use crate::error;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::process::exec::Streams;
+#[cfg(feature = "mounts")]
+use crate::process::helper;
 use crate::sys::Region;
 use core::fmt::{self, Display};
 use proto::arena::Arena;
 use proto::bodies::ExecRequest;
+#[cfg(feature = "mounts")]
+use proto::bodies::MountRequest;
+#[cfg(feature = "mounts")]
+use proto::http::Target;
 use proto::http::{Content, Reply, ResponseHead, Status};
 use proto::json;
 use proto::message;
@@ -39,9 +48,20 @@ pub struct Exec {
     pub reply: Reply,
     /// Its answer has begun: how much of it is queued.
     queued: Option<Position>,
-    /// Its output is the answer as it is.
+    kind: Kind,
+}
+
+/// What the process is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// A command of the host's.
+    Command,
+    /// A child of this program, whose output is the answer as it is.
     #[cfg(feature = "sysinfo")]
-    is_report: bool,
+    Report,
+    /// A child of this program that mounts or unmounts, and says nothing when that is done.
+    #[cfg(feature = "mounts")]
+    Mount,
 }
 
 #[derive(Default)]
@@ -88,18 +108,55 @@ impl Exec {
             error: &their_error,
         };
         let process = Process::start(spec, &streams, context)?;
-        Ok(Self {
+        let deadline = context.now.saturating_add(timeout);
+        let mut exec = Self::of(process, Kind::Command, deadline, reply);
+        exec.streams = [output, error].map(Stream::new);
+        Ok(exec)
+    }
+
+    fn of(process: Process, kind: Kind, deadline: u64, reply: Reply) -> Self {
+        Self {
             process,
-            streams: [output, error].map(|channel| Stream {
-                channel,
-                capture: Capture::default(),
-            }),
-            deadline: context.now.saturating_add(timeout),
+            streams: Default::default(),
+            deadline,
             reply,
             queued: None,
-            #[cfg(feature = "sysinfo")]
-            is_report: false,
+            kind,
+        }
+    }
+
+    /// Has a child mount what the body of a request describes.
+    #[cfg(feature = "mounts")]
+    pub fn start_mount(
+        body: &mut [u8],
+        reply: Reply,
+        context: &mut Context,
+    ) -> Result<Self, CallError> {
+        context.with_arena(|memory, context| {
+            let request = MountRequest::decode(body, &mut Arena::new(memory))
+                .map_err(CallError::bad_request)?;
+            let job = Job::Mount(request.mount, context.workload.owner);
+            Self::spawn_mount(&job, reply, context.now)
         })
+    }
+
+    /// Has a child unmount what the query of a request names.
+    #[cfg(feature = "mounts")]
+    pub fn start_unmount(
+        target: &Target,
+        reply: Reply,
+        context: &mut Context,
+    ) -> Result<Self, CallError> {
+        let job = Job::Unmount(mounts::read_path(target, context.sink)?);
+        Self::spawn_mount(&job, reply, context.now)
+    }
+
+    #[cfg(feature = "mounts")]
+    fn spawn_mount(job: &Job, reply: Reply, now: u64) -> Result<Self, CallError> {
+        let deadline = now.saturating_add(helper::TIMEOUT);
+        Process::fork(None, &mut |log| mounts::run(job, log))
+            .map(|process| Self::of(process, Kind::Mount, deadline, reply))
+            .map_err(|error| CallError::new(Status::InternalServerError, error))
     }
 
     /// Starts a child of this program, whose output is the answer.
@@ -114,18 +171,10 @@ impl Exec {
         let (channel, theirs) = output_pipe()?;
         let Context { proc, scratch, .. } = context;
         let process = Process::fork(None, &mut |log| sysinfo::run(&theirs, proc, scratch, log))?;
-        let output = Stream {
-            channel,
-            capture: Capture::default(),
-        };
-        Ok(Self {
-            process,
-            streams: [output, Stream::default()],
-            deadline: context.now.saturating_add(sysinfo::TIMEOUT),
-            reply,
-            queued: None,
-            is_report: true,
-        })
+        let deadline = context.now.saturating_add(sysinfo::TIMEOUT);
+        let mut exec = Self::of(process, Kind::Report, deadline, reply);
+        exec.streams = [Stream::new(channel), Stream::default()];
+        Ok(exec)
     }
 
     /// Reads what waits in one of its streams. `left`: how much more output may be kept.
@@ -168,20 +217,42 @@ impl Exec {
         if self.queued.is_none() {
             self.conclude(left, context);
         }
-        #[cfg(feature = "sysinfo")]
-        if self.is_report {
-            let [output, _] = &self.streams;
-            if self.process.was_killed() {
-                let error = error!("/proc does not answer");
-                return Some(CallError::new(Status::GatewayTimeout, error));
-            }
-            if output.capture.truncated {
+        let lines = self.process.lines();
+        let code = self
+            .process
+            .status()
+            .and_then(|status| status.exit_status());
+        let [output, _] = &self.streams;
+        let (status, error) = match (lines.error, code) {
+            (Some(error), _) => (self.failure_status(code), error),
+            _ if self.kind == Kind::Command => return None,
+            (None, Some(0)) if output.capture.truncated => {
                 let error = error!("commands have all the memory for output");
-                return Some(CallError::new(Status::ServiceUnavailable, error));
+                (Status::ServiceUnavailable, error)
             }
+            (None, Some(0)) => return None,
+            _ if self.process.was_killed() => (Status::GatewayTimeout, self.time_over(lines.step)),
+            _ => (Status::InternalServerError, error!("a helper was killed")),
+        };
+        Some(CallError::new(status, error))
+    }
+
+    /// The status of what a child that ended with this exit code says.
+    fn failure_status(&self, code: Option<i32>) -> Status {
+        match (self.kind, code) {
+            #[cfg(feature = "mounts")]
+            (Kind::Mount, code) => mounts::status_of(code),
+            _ => Status::InternalServerError,
         }
-        let error = self.process.failure()?;
-        Some(CallError::new(Status::InternalServerError, error))
+    }
+
+    /// What a child of this program was at that had to be killed.
+    fn time_over(&self, step: Option<Error>) -> Error {
+        match (self.kind, step) {
+            #[cfg(feature = "mounts")]
+            (Kind::Mount, step) => helper::timed_out(step),
+            _ => error!("/proc does not answer"),
+        }
     }
 
     /// Queues as much of the answer as there is room for; whether that was the rest.
@@ -193,9 +264,12 @@ impl Exec {
                 Position::default()
             }
         };
-        #[cfg(feature = "sysinfo")]
-        if self.is_report {
-            return self.queue_report(position, io);
+        match self.kind {
+            Kind::Command => {}
+            #[cfg(feature = "sysinfo")]
+            Kind::Report => return self.queue_report(position, io),
+            #[cfg(feature = "mounts")]
+            Kind::Mount => return true,
         }
         while let Some(stream) = self.streams.get(position.stream) {
             let capture = &stream.capture;
@@ -257,12 +331,17 @@ impl Exec {
 
     /// The answer up to the output.
     fn queue_head(&self, io: &mut Io) {
-        #[cfg(feature = "sysinfo")]
-        if self.is_report {
-            let [output, _] = &self.streams;
-            let content = Content::Length(output.capture.length as u64);
-            let head = ResponseHead::new(Status::Ok, self.reply, content);
-            return io.queue(head.finish().as_bytes());
+        match self.kind {
+            Kind::Command => {}
+            #[cfg(feature = "sysinfo")]
+            Kind::Report => {
+                let [output, _] = &self.streams;
+                let content = Content::Length(output.capture.length as u64);
+                let head = ResponseHead::new(Status::Ok, self.reply, content);
+                return io.queue(head.finish().as_bytes());
+            }
+            #[cfg(feature = "mounts")]
+            Kind::Mount => return io.respond(self.reply, Status::Ok, OK),
         }
         // One that was killed and cannot be reaped counts as killed.
         let status = self.process.status();
@@ -295,6 +374,15 @@ impl Exec {
         )
     }
 
+    /// When it is killed if nobody waits for its answer any more.
+    pub fn kill_abandoned_at(&self, now: u64) -> u64 {
+        match self.kind {
+            #[cfg(feature = "mounts")]
+            Kind::Mount => self.deadline,
+            _ => now,
+        }
+    }
+
     /// How much of the output that may be kept it has.
     pub fn kept(&self) -> usize {
         let [output, error] = &self.streams;
@@ -323,6 +411,13 @@ impl Display for Flag {
 }
 
 impl Stream {
+    fn new(channel: Channel) -> Self {
+        Self {
+            channel,
+            capture: Capture::default(),
+        }
+    }
+
     /// Reads once, by way of `sink`; whether anything came.
     fn read(&mut self, over: bool, left: &mut usize, sink: &mut [u8]) -> bool {
         match self.channel.read(sink, over) {

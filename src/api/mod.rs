@@ -12,6 +12,8 @@ mod files;
 mod io;
 #[cfg(feature = "logs")]
 mod logs;
+#[cfg(feature = "mounts")]
+mod mounts;
 mod process;
 mod routes;
 mod session;

@@ -3,7 +3,7 @@
 use crate::context::{CommandDefaults, Context, Source};
 use crate::error::{Discard, Error, Result};
 use crate::process::exec::{self, Command, Failure, Streams};
-use crate::process::helper::{self, Helper, HelperLog};
+use crate::process::helper::{self, Helper, HelperLog, Lines};
 use crate::process::{credentials, oom_score, pipe};
 use crate::sys::signal::SIGKILL;
 use crate::sys::{self, files};
@@ -107,7 +107,7 @@ impl Process {
     /// Whether it has said since it was last asked that it gets on ([`HelperLog::step`]).
     #[cfg(feature = "files")]
     pub fn has_moved(&self) -> bool {
-        helper::read_lines(&self.log, &mut Discard).step.is_some()
+        self.lines().step.is_some()
     }
 
     /// Kills its whole process group.
@@ -126,7 +126,12 @@ impl Process {
 
     /// Why it could not be started, if so; to be asked when it has ended.
     pub fn failure(&self) -> Option<Error> {
-        helper::read_lines(&self.log, &mut Discard).error
+        self.lines().error
+    }
+
+    /// What it has said since it was last asked.
+    pub fn lines(&self) -> Lines {
+        helper::read_lines(&self.log, &mut Discard)
     }
 }
 

@@ -33,6 +33,12 @@ pub enum Call {
     /// `GET` and `PUT /v1/files`
     #[cfg(feature = "files")]
     Files,
+    /// `POST /v1/mounts`
+    #[cfg(feature = "mounts")]
+    Mount,
+    /// `DELETE /v1/mounts`
+    #[cfg(feature = "mounts")]
+    Unmount,
 }
 
 /// All calls. A GET can be a HEAD, too, but for a WebSocket's. A path that ends with `/` stands for all
@@ -56,6 +62,10 @@ const ROUTES: &[(Method, &str, Call)] = &[
     (Method::Get, "/v1/files", Call::Files),
     #[cfg(feature = "files")]
     (Method::Put, "/v1/files", Call::Files),
+    #[cfg(feature = "mounts")]
+    (Method::Post, "/v1/mounts", Call::Mount),
+    #[cfg(feature = "mounts")]
+    (Method::Delete, "/v1/mounts", Call::Unmount),
 ];
 
 /// Why there is no call.

@@ -123,6 +123,15 @@ pub fn read_lines(pipe: &OwnedFd, log: &mut dyn Log) -> Lines {
     lines
 }
 
+/// Why a helper was given up after [`TIMEOUT`]: what it was at.
+pub fn timed_out(step: Option<Error>) -> Error {
+    error!(
+        "{}: timed out after {} s",
+        step.unwrap_or_else(|| error!("boot")),
+        TIMEOUT / 1000
+    )
+}
+
 impl Helper {
     /// Forks; `work` runs in the child, and its error is the helper's.
     pub fn start(work: &mut dyn FnMut(&HelperLog) -> Result) -> Result<Self> {
@@ -156,11 +165,7 @@ impl Helper {
     pub fn give_up(self, log: &mut dyn Log) -> Error {
         let step = read_lines(&self.log, log).step;
         let _ended = rustix::process::kill_process(self.pid, rustix::process::Signal::KILL);
-        error!(
-            "{}: timed out after {} s",
-            step.unwrap_or_else(|| error!("boot")),
-            TIMEOUT / 1000
-        )
+        timed_out(step)
     }
 
     /// Waits so many milliseconds for the end at most; one that has not ended is killed. Whether it has.

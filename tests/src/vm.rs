@@ -68,6 +68,7 @@ pub struct Builder {
     deterministic: bool,
     i8042: bool,
     firecrackers_console: bool,
+    pci_port: bool,
     echo: bool,
     quiet: bool,
     on_qemu: bool,
@@ -214,6 +215,15 @@ impl Builder {
         }
     }
 
+    /// A PCI Express port named `pci_port`, to plug a device into by [`Vm::qmp`].
+    pub fn pci_port(self) -> Self {
+        Builder {
+            pci_port: true,
+            on_qemu: true,
+            ..self
+        }
+    }
+
     /// Copies the console to standard output as it comes.
     pub fn echo(self) -> Self {
         Builder {
@@ -281,6 +291,7 @@ impl Builder {
             i8042: self.i8042,
             firecrackers_console: self.firecrackers_console,
             deterministic: self.deterministic,
+            pci_port: self.pci_port,
             ..Spec::new(dir.path(), assets::arch(), &kernel.image(), &initrd)
         };
         let (mut machine, traffic) = match assets::firecracker().filter(|_| self.firecracker_can())
@@ -420,6 +431,7 @@ impl Vm {
             deterministic: false,
             i8042: true,
             firecrackers_console: false,
+            pci_port: false,
             echo: false,
             quiet: false,
             on_qemu: false,

@@ -86,6 +86,10 @@ fn use_all(vm: &mut Vm, api: &mut Client<UnixStream>) -> Result<()> {
     assert_eq!(vm.api()?.request("PUT", path, &[], &body)?.status, 201);
     assert!(vm.api()?.get(path)?.body == body);
     api.get("/v1/sysinfo")?.success()?;
+    let volume = json!({"FSType": "tmpfs", "MountPath": "/scratch"});
+    api.post("/v1/mounts", &volume)?.success()?;
+    api.request("DELETE", "/v1/mounts?path=/scratch", &[], b"")?
+        .success()?;
     shell(api, "nc -ll -p 7001 -e cat >/dev/null 2>&1 & sleep 1")?;
     for (port, status) in [(7001, 200), (7002, 502)] {
         let mut tunnel = vm.api()?;

@@ -99,6 +99,14 @@ impl Arch {
         }
     }
 
+    /// What gives that machine PCI Express, where it has none by itself.
+    pub(crate) fn pcie_on_qemu(self) -> &'static str {
+        match self {
+            Arch::X86_64 => ",pcie=on",
+            Arch::Aarch64 => "",
+        }
+    }
+
     /// Whether its kernel gives the first name, /dev/vda, to the last of that machine's disks.
     /// (QEMU hw/arm/virt.c, create_virtio_devices.)
     pub(crate) fn names_disks_backwards(self) -> bool {

@@ -179,6 +179,9 @@ pub struct Spec {
     pub firecrackers_console: bool,
     /// The guest's clock counts its instructions. QEMU only.
     pub deterministic: bool,
+    /// A PCI Express port named `pci_port`, into which a device can be plugged while the VM runs. QEMU
+    /// only.
+    pub pci_port: bool,
 }
 
 /// What the guest's vsock socket is called in [`Spec::dir`] if nobody cares.
@@ -203,6 +206,7 @@ impl Spec {
             i8042: true,
             firecrackers_console: false,
             deterministic: false,
+            pci_port: false,
         }
     }
 

@@ -79,6 +79,10 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
     let mut add = |words: &[&str]| line.extend(words.iter().map(|word| word.to_string()));
 
     let [machine, cpu] = spec.arch.machine();
+    let pcie = match spec.pci_port {
+        true => spec.arch.pcie_on_qemu(),
+        false => "",
+    };
     let backend = if spec.vsock.is_some() {
         ",memory-backend=mem0"
     } else {
@@ -86,7 +90,7 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
     };
     add(&[
         "-M",
-        &format!("{machine}{backend}"),
+        &format!("{machine}{pcie}{backend}"),
         "-cpu",
         cpu,
         "-accel",
@@ -125,6 +129,11 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
     let parameters = spec.arch.parameters_on_qemu(spec.deterministic)?;
     add(&["-append", &spec.command_line(console, &parameters)]);
 
+    if spec.pci_port {
+        // Its guest does not have to switch the power on.
+        let port = "pcie-root-port,id=pci_port,chassis=1,slot=1,power_controller_present=off";
+        add(&["-device", port]);
+    }
     if spec.i8042 && spec.arch.has_keyboard() {
         add(&["-device", "i8042"]);
     }

@@ -1,0 +1,120 @@
+//! `POST /v1/mounts` and `DELETE /v1/mounts`: volumes that come and go after the boot.
+//!
+//! A disk may hang, so a child does it. Each call has one of its own: one that hangs costs no other.
+//! It ends its work also when its client goes, so that nothing is left half done. Of two calls at once
+//! for one mount point both can come through: the later one lies on top.
+
+use super::io::CallError;
+use crate::context::SINK;
+use crate::error;
+use crate::process::helper::HelperLog;
+use crate::sys::{self, files};
+use crate::volumes::{self, Owner};
+use core::ffi::CStr;
+use proto::config::{Mount, PATH};
+use proto::http::{Status, Target, decode_query};
+use proto::message::ToLossy;
+use rustix::fs::{AtFlags, CWD, OFlags, StatxAttributes, StatxFlags};
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
+
+/// What a child is to do.
+pub enum Job<'a> {
+    /// Mount this, and give it that owner.
+    Mount(Mount<'a>, Owner),
+    /// Unmount what is mounted there.
+    Unmount(&'a CStr),
+}
+
+/// The parameter `path`, decoded into `room`.
+pub fn read_path<'r>(target: &Target, room: &'r mut [u8; SINK]) -> Result<&'r CStr, CallError> {
+    let text = target.parameter("path").unwrap_or("");
+    let (path, _nul) = room.split_at_mut(PATH - 1);
+    let why = match decode_query(text, path) {
+        Ok(path @ [b'/', ..]) => {
+            let length = path.len();
+            if let Some(end) = room.get_mut(length) {
+                *end = 0;
+            }
+            return Ok(sys::c_str(room));
+        }
+        Ok(_) => "not an absolute path",
+        Err(error) => error.message(),
+    };
+    Err(CallError::bad_request(error!("path: {why}")))
+}
+
+/// In the child: does it; the exit code.
+pub fn run(job: &Job, log: &HelperLog) -> i32 {
+    sys::close_others(&[log.pipe()]);
+    let done = match job {
+        Job::Mount(volume, owner) => mount(volume, *owner, log),
+        Job::Unmount(path) => unmount(path, log),
+    };
+    let Err(CallError { status, error }) = done else {
+        return 0;
+    };
+    log.fail(&error);
+    match status {
+        Status::NotFound => NOT_FOUND,
+        Status::Conflict => CONFLICT,
+        _ => 1,
+    }
+}
+
+/// Exit codes of the child, for what is not an internal error.
+const NOT_FOUND: i32 = 2;
+const CONFLICT: i32 = 3;
+
+/// The status of what a child that ended with this exit code has failed with.
+pub fn status_of(code: Option<i32>) -> Status {
+    match code {
+        Some(NOT_FOUND) => Status::NotFound,
+        Some(CONFLICT) => Status::Conflict,
+        _ => Status::InternalServerError,
+    }
+}
+
+fn mount(volume: &Mount, owner: Owner, log: &HelperLog) -> Result<(), CallError> {
+    let (device, place) = (volume.device_path, volume.mount_path);
+    log.step(&format_args!("mount on {}", place.lossy()));
+    if is_mount_point(place) {
+        let error = error!("mount on {}: something is mounted there", place.lossy());
+        return Err(CallError::new(Status::Conflict, error));
+    }
+    if !device.is_empty() && matches!(files::open(device, OFlags::PATH), Err(Errno::NOENT)) {
+        rescan();
+    }
+    volumes::mount(volume, owner, log)
+        .map_err(|error| CallError::new(Status::InternalServerError, error))
+}
+
+/// Whether a path leads to the root of a mount, whatever links it has (statx(2)).
+fn is_mount_point(path: &CStr) -> bool {
+    let found = rustix::fs::statx(CWD, path, AtFlags::empty(), StatxFlags::empty());
+    found.is_ok_and(|status| status.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
+}
+
+/// Has the kernel look for devices that came after the boot: not every hypervisor tells it of them
+/// (sysfs-bus-pci, /sys/bus/pci/rescan). A VM without PCI has none to look for.
+fn rescan() {
+    let _no_pci = files::open(c"/sys/bus/pci/rescan", OFlags::WRONLY)
+        .and_then(|rescan| files::write_whole(&rescan, b"1"));
+}
+
+fn unmount(path: &CStr, log: &HelperLog) -> Result<(), CallError> {
+    log.step(&format_args!("unmount {}", path.lossy()));
+    let unmounted = match volumes::needed(path) {
+        Some(_) => Err(Errno::BUSY),
+        None => rustix::mount::unmount(path, UnmountFlags::empty()),
+    };
+    unmounted.map_err(|errno| {
+        let status = match errno {
+            // It is no mount point (umount(2)).
+            Errno::INVAL | Errno::NOENT | Errno::NOTDIR => Status::NotFound,
+            Errno::BUSY => Status::Conflict,
+            _ => Status::InternalServerError,
+        };
+        CallError::new(status, error::on("unmount", path)(errno))
+    })
+}
