@@ -41,6 +41,10 @@ const COMMAND_TIMEOUT: u64 = 10_000;
 /// Time in which a client must take some of what waits for it, or answer a close frame, in
 /// milliseconds.
 const SEND_TIMEOUT: u64 = 30_000;
+/// Time in which what a refused client still sends is taken, in milliseconds.
+const DRAIN_TIMEOUT: u64 = 10_000;
+/// How long it may send nothing meanwhile, in milliseconds.
+const DRAIN_IDLE: u64 = 1000;
 /// Time for a TCP port to accept a tunnel, in milliseconds.
 #[cfg(feature = "tunnel")]
 const CONNECT_TIMEOUT: u64 = 10_000;
@@ -97,6 +101,10 @@ enum State {
     Tunnel(Tunnel),
     /// Sending the last bytes.
     Closing,
+    /// Sending an answer to a request whose body has not all come; then taking that, until then at
+    /// most: a client that still sends reads the answer later, and is not cut off before
+    /// (RFC 9112 section 9.6).
+    Draining(u64),
     /// Over.
     Closed,
 }
@@ -408,6 +416,12 @@ impl Connection {
             }
             #[cfg(feature = "tunnel")]
             State::Tunnel(_) => self.proceed_tunnel(messages, shared),
+            State::Draining(until) => {
+                self.deadline = (shared.context.now + DRAIN_IDLE).min(*until);
+                let length = self.io.received().len();
+                self.io.discard(0..length);
+                Step::Wait
+            }
             State::Closing | State::Closed => {
                 self.enter(State::Closed, shared);
                 Step::Wait
@@ -533,7 +547,7 @@ impl Connection {
             .start_transfer(&mut self.io, head, self.key, context)
         {
             Ok(key) => self.enter(State::Transfer(key), shared),
-            Err(error) => self.fail(reply.close(), &error, shared),
+            Err(error) => self.decline(reply.close(), &error, shared),
         }
         Step::Again
     }
@@ -564,9 +578,19 @@ impl Connection {
 
     /// Answers to what cannot be understood, and closes.
     fn refuse(&mut self, error: RequestError, shared: &mut Shared) -> Step {
-        let error = CallError::new(error.status(), error!("{}", error.message()));
-        self.fail(Reply::CLOSE, &error, shared);
+        let answer = CallError::new(error.status(), error!("{}", error.message()));
+        match error {
+            RequestError::LargeBody => self.decline(Reply::CLOSE, &answer, shared),
+            _ => self.fail(Reply::CLOSE, &answer, shared),
+        }
         Step::Again
+    }
+
+    /// Answers with an error while the request's body may still be coming.
+    fn decline(&mut self, reply: Reply, error: &CallError, shared: &mut Shared) {
+        self.io.respond_error(reply, error);
+        let until = shared.context.now + DRAIN_TIMEOUT;
+        self.enter(State::Draining(until), shared);
     }
 
     /// Does what a request asks for; its body is what the received bytes start with.

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use pigeon_lab::{
     Vm, assets,
     disk::{Image, Tree},
@@ -200,6 +200,49 @@ fn curl_calls_everything() -> Result<()> {
             assert!(said.ends_with(wanted), "{size} {expect}: {said}");
         }
     }
+    Ok(())
+}
+
+#[test]
+fn who_sends_a_whole_body_first_reads_why_it_was_refused() -> Result<()> {
+    let (mut vm, _root) = boot()?;
+    // Far more than vsock and sockets hold on the way.
+    let piece = vec![b' '; 1 << 20];
+    let chunk = [b"100000\r\n", &piece[..], b"\r\n"].concat();
+    for (framing, piece) in [
+        ("Content-Length: 8388608", &piece),
+        ("Transfer-Encoding: chunked", &chunk),
+    ] {
+        let mut api = vm.api()?;
+        let head = format!("POST /v1/exec HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n");
+        api.send(head.as_bytes())?;
+        for _ in 0..8 {
+            api.send(piece).context("cut off while sending")?;
+        }
+        let answer = api.receive(false)?;
+        assert_eq!(
+            (answer.status, answer.header("connection")),
+            (413, Some("close"))
+        );
+        assert_eq!(answer.text(), r#"{"error":"the body is too large"}"#);
+        // Who has the answer and stays is not waited for.
+        let start = Instant::now();
+        api.wait_closed()?;
+        assert!(start.elapsed() < Duration::from_secs(20));
+    }
+    // One who never stops sending is, at some time.
+    let mut api = vm.api()?;
+    api.send(b"POST /v1/exec HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")?;
+    let start = Instant::now();
+    while api.send(&chunk).is_ok() {
+        ensure!(start.elapsed() < Duration::from_secs(120), "still taken");
+    }
+    assert!(
+        start.elapsed() > Duration::from_secs(5),
+        "{:?}",
+        start.elapsed()
+    );
+    assert_eq!(vm.api()?.get("/v1/status")?.status, 200);
     Ok(())
 }
 
