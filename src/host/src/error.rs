@@ -28,6 +28,8 @@ pub enum Error {
     },
     /// A command could not be started; the reason is the init's.
     NotStarted(String),
+    /// The init has closed a session; the reason is its own.
+    Closed(String),
     /// The connection ended, or what came over it made no sense.
     Broken(String),
 }
@@ -54,6 +56,7 @@ impl fmt::Display for Error {
             }
             Error::Refused { status, message } => write!(f, "refused ({status}): {message}"),
             Error::NotStarted(message) => f.write_str(message),
+            Error::Closed(reason) => f.write_str(reason),
             Error::Broken(what) => write!(f, "the connection broke: {what}"),
         }
     }

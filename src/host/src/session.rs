@@ -298,12 +298,17 @@ impl Session {
                     event => return Ok(event),
                 },
                 Ok(Message::Close(frame)) => {
-                    return Err(Error::Broken(match frame {
-                        // All that the init says with it.
-                        Some(frame) if frame.code == CloseCode::Away => "the VM goes down".into(),
-                        Some(frame) => format!("closed with {} {}", frame.code, frame.reason),
-                        None => "it was closed".into(),
-                    }));
+                    return Err(match frame {
+                        Some(frame)
+                            if frame.code == CloseCode::Away && !frame.reason.is_empty() =>
+                        {
+                            Error::Closed(frame.reason.to_string())
+                        }
+                        Some(frame) => {
+                            Error::Broken(format!("closed with {} {}", frame.code, frame.reason))
+                        }
+                        None => Error::Broken("it was closed".into()),
+                    });
                 }
                 Ok(_) => {}
                 Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {

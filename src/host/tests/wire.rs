@@ -23,7 +23,10 @@ use pigeon::{
     snapshot::{Prepare, Restore},
 };
 use serde_json::{Value, json};
-use tungstenite::{Message, WebSocket, protocol::Role};
+use tungstenite::{
+    Message, WebSocket,
+    protocol::{CloseFrame, Role, frame::coding::CloseCode},
+};
 
 fn pigeon(place: &Place, vm: &Vm, words: &[&str], input: &[u8]) -> Output {
     let mut child = Command::new(env!("CARGO_BIN_EXE_pigeon"))
@@ -476,6 +479,38 @@ fn a_session_with_a_name_is_detached_from_and_attached_to() {
         vm.lines()
             .contains(&"DELETE /v1/sessions/build-1".to_string())
     );
+}
+
+#[test]
+fn a_session_that_the_init_ends_is_told_in_its_words() {
+    let place = Place::new();
+    let vm = Vm::start(place.0.path(), |mut connection| {
+        if connection.request.line == "GET /v1/sessions" {
+            let sessions = json!(["taken", "silent"].map(|id| json!({
+                "id": id, "pid": 9, "command": ["make"], "tty": false, "attached": false, "exit": null,
+            })));
+            return connection.answer(200, "", sessions.to_string().as_bytes());
+        }
+        let mut socket = upgrade(connection);
+        let first: Value = serde_json::from_str(socket.read().unwrap().to_text().unwrap()).unwrap();
+        let reason = match first["attach"].as_str() {
+            Some("taken") => "the session was taken or ended",
+            _ => "",
+        };
+        let code = CloseCode::Away;
+        let reason = reason.into();
+        let _ = socket.close(Some(CloseFrame { code, reason }));
+        while socket.read().is_ok() {}
+    });
+    for (id, words) in [
+        ("taken", "pigeon: the session was taken or ended\n"),
+        ("silent", "pigeon: the connection broke: closed with 1001"),
+    ] {
+        let output = pigeon(&place, &vm, &["attach", id], b"");
+        let said = text(&output.stderr);
+        assert!(said.contains(words), "{said}");
+        assert_eq!(output.status.code(), Some(125));
+    }
 }
 
 #[test]
