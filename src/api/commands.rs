@@ -3,9 +3,9 @@
 use super::exec::Exec;
 #[cfg(feature = "files")]
 use super::files::Transfer;
-use super::io::CallError;
 #[cfg(feature = "files")]
 use super::io::Io;
+use super::io::{CallError, refuse_while_held};
 use super::session::{Request, Session};
 use crate::context::{Context, NEVER, Source};
 use crate::error;
@@ -87,7 +87,7 @@ impl Commands {
         owner: Key,
         context: &mut Context,
     ) -> Result<Key, CallError> {
-        self.check_room()?;
+        self.check_room(context)?;
         self.insert(owner, Role::Exec(Exec::start(body, reply, context)?))
     }
 
@@ -99,7 +99,7 @@ impl Commands {
         owner: Key,
         context: &mut Context,
     ) -> Result<Key, CallError> {
-        self.check_room()?;
+        self.check_room(context)?;
         self.insert(owner, Role::Exec(Exec::start_report(reply, context)?))
     }
 
@@ -110,7 +110,7 @@ impl Commands {
         owner: Key,
         context: &mut Context,
     ) -> Result<Key, CallError> {
-        self.check_room()?;
+        self.check_room(context)?;
         let exists = |id: &str| self.find_session(id).is_some();
         match Session::start(message, &exists, context)? {
             Request::Started(session) => {
@@ -209,14 +209,15 @@ impl Commands {
         owner: Key,
         context: &mut Context,
     ) -> Result<Key, CallError> {
-        self.check_room()?;
+        self.check_room(context)?;
         let (socket, received) = io.parts();
         let transfer = Transfer::start(socket, received, head, context)
             .map_err(|error| CallError::new(Status::InternalServerError, error))?;
         self.insert(owner, Role::Transfer(transfer))
     }
 
-    fn check_room(&self) -> Result<(), CallError> {
+    fn check_room(&self, context: &Context) -> Result<(), CallError> {
+        refuse_while_held(context)?;
         match self.slab.is_full() {
             true => Err(too_many()),
             false => Ok(()),

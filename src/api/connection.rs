@@ -1,9 +1,13 @@
 //! A connection: what it waits for is its state, and a state holds what is valid in it.
 
 use super::commands::Commands;
+#[cfg(any(feature = "tunnel", feature = "snapshot"))]
+use super::io;
 use super::io::{CallError, Io, MAX_BODY, OK, error_body};
 #[cfg(feature = "logs")]
 use super::logs::{self, LogReader, LogsRequest};
+#[cfg(feature = "snapshot")]
+use super::routes::SnapshotCall;
 use super::routes::{Call, RouteError, route};
 use super::session::{self, Progress};
 #[cfg(feature = "tunnel")]
@@ -12,6 +16,8 @@ use super::{signals, stop};
 use crate::context::{Context, NEVER, Source};
 use crate::error;
 use crate::error::Error;
+#[cfg(feature = "snapshot")]
+use crate::sys;
 use crate::sys::Region;
 use core::mem;
 use core::ops::Range;
@@ -92,6 +98,9 @@ enum State {
     /// Passing bytes between the client and a TCP port.
     #[cfg(feature = "tunnel")]
     Tunnel(Tunnel),
+    /// Waiting for the answer to a call about snapshots.
+    #[cfg(feature = "snapshot")]
+    Snapshot(PendingCall),
     /// Sending the last bytes.
     Closing,
     /// Over.
@@ -105,6 +114,18 @@ struct Request {
     argument: Argument,
     body: BodyDecoder,
     /// Bytes of content so far.
+    length: usize,
+    reply: Reply,
+}
+
+/// A call about snapshots, whose body is what the received bytes start with.
+#[cfg(feature = "snapshot")]
+#[derive(Clone, Copy)]
+pub struct PendingCall {
+    /// Which one.
+    pub call: SnapshotCall,
+    /// When it came, in microseconds of the monotonic clock.
+    pub received_us: u64,
     length: usize,
     reply: Reply,
 }
@@ -182,6 +203,15 @@ impl State {
     fn is_tunnel(&self) -> bool {
         #[cfg(feature = "tunnel")]
         if let Self::Tunnel(_) = self {
+            return true;
+        }
+        false
+    }
+
+    /// Whether what was received is a body that is still needed.
+    fn has_body(&self) -> bool {
+        #[cfg(feature = "snapshot")]
+        if let Self::Snapshot(_) = self {
             return true;
         }
         false
@@ -267,10 +297,14 @@ impl Connection {
         self.io.reuse()
     }
 
-    /// The VM goes down, or another connection needs the room.
+    /// The VM goes down, a snapshot is taken, or another connection needs the room.
     pub fn close(&mut self, shared: &mut Shared) {
         if self.state.is_websocket() {
-            let frame = CloseFrame::new(CloseCode::GoingAway, "the VM shuts down");
+            let reason = match shared.context.is_held() {
+                true => "a snapshot is taken",
+                false => "the VM shuts down",
+            };
+            let frame = CloseFrame::new(CloseCode::GoingAway, reason);
             self.io.queue(frame.as_bytes());
             self.io.send();
         }
@@ -284,6 +318,11 @@ impl Connection {
         context.long_connections -= usize::from(self.state.is_long());
         context.log_readers += usize::from(state.reads_log());
         context.log_readers -= usize::from(self.state.reads_log());
+        #[cfg(feature = "snapshot")]
+        {
+            context.snapshot.calls += usize::from(state.has_body());
+            context.snapshot.calls -= usize::from(self.state.has_body());
+        }
         if self.state.is_transfer() {
             // The child, if it still has it, is to end.
             let _ended = rustix::net::shutdown(self.io.socket(), rustix::net::Shutdown::Both);
@@ -342,6 +381,7 @@ impl Connection {
             && match self.state {
                 State::Closing | State::Closed => false,
                 _ if self.state.is_transfer() || self.state.is_tunnel() => false,
+                _ if self.state.has_body() => false,
                 // Of requests that follow, the kernel keeps all but the first bytes.
                 State::Exec(_) | State::ExitCode(_) => !self.io.has_received(),
                 State::Session(_, key) => commands
@@ -405,6 +445,8 @@ impl Connection {
             }
             #[cfg(feature = "tunnel")]
             State::Tunnel(_) => self.proceed_tunnel(messages, shared),
+            #[cfg(feature = "snapshot")]
+            State::Snapshot(_) => Step::Wait,
             State::Closing | State::Closed => {
                 self.enter(State::Closed, shared);
                 Step::Wait
@@ -450,8 +492,9 @@ impl Connection {
             Target::Resource { path, .. } => route(head.method, path),
             #[cfg(feature = "tunnel")]
             Target::Authority { host, port } => {
-                let tunnel =
-                    check_long_connections(shared.context).and_then(|()| Tunnel::open(host, port));
+                let tunnel = check_long_connections(shared.context)
+                    .and_then(|()| io::refuse_while_held(shared.context))
+                    .and_then(|()| Tunnel::open(host, port));
                 let (length, reply) = (head.length, head.reply);
                 self.io.discard(0..length);
                 match tunnel {
@@ -572,7 +615,9 @@ impl Connection {
                 Ok(())
             }
         };
-        self.io.discard(0..request.length);
+        if !self.state.has_body() {
+            self.io.discard(0..request.length);
+        }
         if let Err(error) = called {
             self.fail(reply, &error, shared);
         }
@@ -639,6 +684,18 @@ impl Connection {
                 self.enter(State::Exec(key), shared);
                 return Ok(());
             }
+            #[cfg(feature = "snapshot")]
+            Call::Snapshot(call) => {
+                io::require_workload(shared.context)?;
+                let pending = PendingCall {
+                    call,
+                    received_us: sys::microseconds(),
+                    length: request.length,
+                    reply,
+                };
+                self.enter(State::Snapshot(pending), shared);
+                return Ok(());
+            }
             Call::Session => {
                 let Some(accept) = &request.websocket else {
                     let error = error!("a WebSocket handshake, version 13, is needed");
@@ -654,6 +711,37 @@ impl Connection {
         self.io.respond(reply, Status::Ok, OK);
         self.finish(reply, shared);
         Ok(())
+    }
+
+    /// The call about snapshots that it waits for.
+    #[cfg(feature = "snapshot")]
+    pub fn pending_call(&self) -> Option<PendingCall> {
+        match self.state {
+            State::Snapshot(pending) => Some(pending),
+            _ => None,
+        }
+    }
+
+    /// That call's body.
+    #[cfg(feature = "snapshot")]
+    pub fn body(&mut self) -> &mut [u8] {
+        match self.state {
+            State::Snapshot(PendingCall { length, .. }) => {
+                self.io.received().get_mut(..length).unwrap_or(&mut [])
+            }
+            _ => &mut [],
+        }
+    }
+
+    /// Answers it.
+    #[cfg(feature = "snapshot")]
+    pub fn answer_call(&mut self, status: Status, body: &Message, shared: &mut Shared) {
+        if let State::Snapshot(PendingCall { length, reply, .. }) = self.state {
+            self.io.discard(0..length);
+            self.io.respond(reply, status, body.as_bytes());
+            self.finish(reply, shared);
+            self.proceed(shared);
+        }
     }
 
     /// Answers with how the workload ended, if it has.

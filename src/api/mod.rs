@@ -16,11 +16,20 @@ mod process;
 mod routes;
 mod session;
 mod signals;
+#[cfg(feature = "snapshot")]
+mod snapshot;
 mod stop;
 #[cfg(feature = "sysinfo")]
 mod sysinfo;
 #[cfg(feature = "tunnel")]
 mod tunnel;
+
+#[cfg(feature = "snapshot")]
+pub use {
+    connection::PendingCall,
+    io::{CallError, require_workload},
+    routes::SnapshotCall,
+};
 
 use crate::context;
 use crate::context::{Context, Source};

@@ -6,6 +6,8 @@ use crate::error::Result;
 use crate::process::helper::HelperLog;
 use crate::sys::files;
 use core::ffi::CStr;
+#[cfg(feature = "snapshot")]
+use proto::config::PATH;
 use proto::config::{Config, Mount};
 use proto::message::ToLossy;
 use proto::users::Identity;
@@ -18,6 +20,27 @@ pub fn mount_all(config: &Config, user: &Identity, log: &HelperLog) -> Result {
         .mounts
         .iter()
         .try_for_each(|volume| mount(volume, user, log))
+}
+
+/// Mounts those where nothing is mounted yet.
+#[cfg(feature = "snapshot")]
+pub fn mount_new(config: &Config, user: &Identity, log: &HelperLog) -> Result {
+    let mut volumes = config.mounts.iter();
+    volumes.try_for_each(|volume| match is_mount_point(volume.mount_path) {
+        true => Ok(()),
+        false => mount(volume, user, log),
+    })
+}
+
+/// Whether something is mounted there: it is of another file system than the directory above.
+#[cfg(feature = "snapshot")]
+pub fn is_mount_point(path: &CStr) -> bool {
+    let mut room = [0; PATH + 4];
+    let above = files::join(&[path.to_bytes(), b"/.."], &mut room);
+    match (identify(path), above.and_then(identify)) {
+        (Some((device, _)), Some((above, _))) => device != above,
+        _ => false,
+    }
 }
 
 fn mount(volume: &Mount, user: &Identity, log: &HelperLog) -> Result {
