@@ -4,7 +4,7 @@ use super::files;
 use linux_raw_sys::ioctl::{RNDADDENTROPY, RNDRESEEDCRNG};
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
-use rustix::io::Result;
+use rustix::io::{Errno, Result};
 use rustix::ioctl::{NoArg, Setter, ioctl};
 
 /// Bytes given to the kernel at once: what decodes from base64 three at a time fits.
@@ -41,5 +41,9 @@ pub fn add(device: &OwnedFd, bytes: [u8; PIECE], length: usize) -> Result<()> {
 /// From now on all random numbers come from what was added.
 pub fn reseed(device: &OwnedFd) -> Result<()> {
     // SAFETY: RNDRESEEDCRNG takes no argument.
-    unsafe { ioctl(device, NoArg::<RNDRESEEDCRNG>::new()) }
+    match unsafe { ioctl(device, NoArg::<RNDRESEEDCRNG>::new()) } {
+        // There are none yet: the first ones come from it.
+        Err(Errno::NODATA) => Ok(()),
+        other => other,
+    }
 }

@@ -2,7 +2,9 @@
 //! hypervisor that takes any.
 
 use std::{
-    os::unix::net::UnixStream,
+    io::{BufRead, BufReader},
+    os::unix::net::{UnixListener, UnixStream},
+    sync::mpsc,
     thread,
     time::{Duration, Instant},
 };
@@ -13,6 +15,7 @@ use pigeon_lab::{
     disk::{Image, Tree},
     guest,
     http::{Client, Response},
+    mmds::{Before, Fault, Mmds, Push},
     vsock::API_PORT,
     ws::Socket,
 };
@@ -297,4 +300,358 @@ fn without_cgroup_v2_and_where_it_is_off_there_is_no_hold() -> Result<()> {
         assert_eq!(vm.wait_end()?, End::Reboot);
     }
     Ok(())
+}
+
+fn restore(api: &mut Client<UnixStream>, body: Value) -> Result<Response> {
+    Ok(api.post("/v1/restore", &body)?)
+}
+
+/// The workload counts, and says which signals it gets.
+fn script() -> String {
+    format!(
+        "trap 'echo got usr1 >/dev/console' USR1; trap 'echo got usr2 >/dev/console' USR2\n{}",
+        count("workload")
+    )
+}
+
+/// A document with all that a restore sets anew.
+fn document(name: &str, net: u8, signal: u8) -> Value {
+    guest::shell(
+        &script(),
+        json!({
+            "Hostname": name,
+            "ExtraEnv": {"WHO": name},
+            "MTU": 1400 + u32::from(net),
+            "IPConfigs": [
+                {"IP": format!("10.0.{net}.7"), "Mask": 24, "Gateway": format!("10.0.{net}.1")},
+                {"IP": format!("fd00:{net}::7"), "Mask": 64, "Gateway": format!("fd00:{net}::1")},
+            ],
+            "EtcHosts": [{"Host": "db", "IP": format!("10.0.{net}.9")}],
+            "EtcResolv": {"Nameservers": [format!("10.0.{net}.53")]},
+            "RestoreSignal": signal,
+        }),
+    )
+}
+
+/// What the VM itself says that a document sets.
+fn assert_is(vm: &mut Vm, name: &str, net: u8) -> Result<()> {
+    let state = exec(
+        vm,
+        "hostname; echo $WHO; cat /sys/class/net/eth0/mtu
+        ip -o addr show dev eth0 scope global | awk '{print $4}' | sort
+        ip route | grep default; ip -6 route | grep default | sed 's/ metric.*//'
+        grep db /etc/hosts | cut -f 1; cat /etc/resolv.conf",
+    )?;
+    let wanted = format!(
+        "{name}\n{name}\n{mtu}\n10.0.{net}.7/24\nfd00:{net}::7/64\n\
+         default via 10.0.{net}.1 dev eth0 \ndefault via fd00:{net}::1 dev eth0 \n\
+         10.0.{net}.9\nnameserver 10.0.{net}.53\n",
+        mtu = 1400 + u32::from(net)
+    );
+    assert_eq!(state.replace(" \n", "\n"), wanted.replace(" \n", "\n"));
+    Ok(())
+}
+
+fn seconds(vm: &mut Vm) -> Result<u64> {
+    Ok(exec(vm, "date +%s")?.trim().parse()?)
+}
+
+#[test]
+fn a_restore_by_a_call_makes_the_vm_another_one() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let volume = Image::ext4(&Tree::empty()?.file("here", 0o644, "volume")?, 32)?;
+    let dir = tempfile::tempdir()?;
+    let socket = dir.path().join("vm.vsock");
+    let events = UnixListener::bind(dir.path().join("vm.vsock_7077"))?;
+    let first = document("template", 1, 10);
+    let mut vm = Vm::builder()
+        .config(&first)
+        .nic()
+        .vsock(&socket)
+        .arg("PIGEON_MMDS_TIMEOUT_MS=500")
+        .arg("PIGEON_EVENTS_PORT=7077")
+        .disk(&root)
+        .disk(&volume)
+        .patience(PATIENCE)
+        .boot()?;
+    let (sender, received) = mpsc::channel();
+    thread::spawn(move || -> Result<()> {
+        for stream in events.incoming() {
+            for line in BufReader::new(stream?).lines() {
+                sender.send(serde_json::from_str::<Value>(&line?)?)?;
+            }
+        }
+        Ok(())
+    });
+    assert_counting(&vm, &["workload"])?;
+    assert_is(&mut vm, "template", 1)?;
+
+    // Nothing is held, and nothing is another: routes of the workload's own stay.
+    exec(
+        &mut vm,
+        "ip route add 10.9.0.0/16 via 10.0.1.1; ping -c 1 -W 5 10.0.1.30 && ip neigh | grep -q 10.0.1.30",
+    )?;
+    let mut api = vm.api()?;
+    let same = restore(&mut api, json!({"config": first}))?
+        .success()?
+        .json()?;
+    assert_eq!(
+        (&same["generation"], &same["changed"], &same["config"]),
+        (&json!(2), &json!([]), &json!("call")),
+        "{same}"
+    );
+    assert_eq!(
+        (&same["reseeded"], &same["clock_step_ms"]),
+        (&json!(false), &json!(0))
+    );
+    vm.wait_for("got usr1")?;
+    assert_eq!(
+        exec(
+            &mut vm,
+            "cat /run/pigeon/generation; ip route | grep 10.9.0.0"
+        )?
+        .trim_end(),
+        "2\n10.9.0.0/16 via 10.0.1.1 dev eth0"
+    );
+    assert_eq!(exec(&mut vm, "ip neigh | grep 10.0.1.30 || true")?, "");
+
+    // A hold, and what goes wrong in it: the workload stays where it is.
+    prepare(&mut api, json!({"token": "a1"}))?.success()?;
+    for (body, status, step) in [
+        (json!({"config": first}), 409, Value::Null),
+        (json!({"token": "b2", "config": first}), 409, Value::Null),
+        (
+            json!({"token": "a1", "entropy": "Zg="}),
+            500,
+            json!("entropy"),
+        ),
+        (json!({"token": "a1", "unix_us": 1}), 500, json!("clock")),
+        (
+            json!({"token": "a1", "config": {"MTU": "x"}}),
+            400,
+            Value::Null,
+        ),
+        (
+            json!({"token": "a1", "config": {"Mounts": [{"MountPath": "data"}]}}),
+            500,
+            json!("config"),
+        ),
+        (
+            json!({"token": "a1", "config": {"IPConfigs": [{"IP": "10.0.2.7", "Mask": 24, "Device": "eth9"}]}}),
+            500,
+            json!("network"),
+        ),
+        (
+            json!({"token": "a1", "config": {"Mounts": [{"MountPath": "/data", "DevicePath": "/dev/none"}]}}),
+            500,
+            json!("mounts"),
+        ),
+    ] {
+        let refused = restore(&mut api, body.clone())?;
+        assert_eq!(refused.status, status, "{body}: {}", refused.text());
+        assert_eq!(refused.json()?["step"], step, "{body}: {}", refused.text());
+    }
+    assert_still(&vm, &["workload"]);
+
+    // Another VM, years before.
+    let mut second = document("clone", 2, 12);
+    second["Mounts"] = json!([{"DevicePath": "/dev/vdb", "MountPath": "/data"}]);
+    let body = json!({
+        "token": "a1",
+        "unix_us": 1_000_000_000_000_000u64,
+        "entropy": "bm90aGluZyBidXQgdGhlIGhvc3Qga25vd3MgdGhlc2Uu",
+        "config": second,
+    });
+    let other = restore(&mut api, body)?.success()?.json()?;
+    assert_eq!(
+        (&other["generation"], &other["reseeded"]),
+        (&json!(3), &json!(true)),
+        "{other}"
+    );
+    assert_eq!(
+        other["changed"],
+        json!([
+            "ExtraEnv",
+            "MTU",
+            "IPConfigs",
+            "Hostname",
+            "Mounts",
+            "EtcResolv",
+            "EtcHosts",
+            "RestoreSignal"
+        ])
+    );
+    assert!(
+        other["clock_step_ms"]
+            .as_i64()
+            .is_some_and(|step| step < -600_000_000_000),
+        "{other}"
+    );
+    assert!(
+        other["elapsed_us"].as_u64().is_some_and(|time| time > 0),
+        "{other}"
+    );
+    vm.wait_for("got usr2")?;
+    assert_counting(&vm, &["workload"])?;
+    assert_is(&mut vm, "clone", 2)?;
+    let now = seconds(&mut vm)?;
+    assert!((1_000_000_000..1_000_000_200).contains(&now), "{now}");
+    let rest = exec(
+        &mut vm,
+        "cat /run/pigeon/generation /data/here; ip route | grep -c 10.9.0.0; ip neigh | grep -c 10.0.1; ip -6 route | grep -c fd00:1: || true",
+    )?;
+    assert_eq!(rest, "3\nvolume0\n0\n0\n");
+
+    // And back, years after, without a hold.
+    let body = json!({"unix_us": 2_000_000_000_000_000u64, "config": document("again", 3, 10)});
+    let again = restore(&mut api, body)?.success()?.json()?;
+    assert_eq!(again["generation"], 4, "{again}");
+    assert_is(&mut vm, "again", 3)?;
+    let now = seconds(&mut vm)?;
+    assert!((2_000_000_000..2_000_000_200).contains(&now), "{now}");
+
+    // MMDS is there no more than at the boot: the old document stays.
+    let without = restore(&mut api, json!({}))?.success()?.json()?;
+    assert_eq!(
+        (&without["generation"], &without["config"]),
+        (&json!(5), &json!("none"))
+    );
+    vm.wait_for("restore: MMDS: no answer; the old configuration stays")?;
+    assert_is(&mut vm, "again", 3)?;
+
+    // A full disk.
+    exec(
+        &mut vm,
+        "dd if=/dev/zero of=/fill bs=64k 2>/dev/null; dd if=/dev/zero of=/fill2 bs=512 2>/dev/null; true",
+    )?;
+    let mut long = document("full", 4, 10);
+    let names =
+        (0..200).map(|i| json!({"Host": format!("a-host-with-a-long-name-{i}"), "IP": "10.0.4.9"}));
+    long["EtcHosts"] = names.collect();
+    let full = restore(&mut api, json!({"config": long}))?;
+    assert_eq!(
+        (full.status, &full.json()?["step"]),
+        (500, &json!("etc")),
+        "{}",
+        full.text()
+    );
+    assert!(error(&full)?.contains("ENOSPC"), "{}", full.text());
+    exec(&mut vm, "rm /fill /fill2")?;
+    let last = restore(&mut api, json!({"config": document("last", 4, 10)}))?
+        .success()?
+        .json()?;
+    assert_eq!(last["generation"], 6);
+    assert_is(&mut vm, "last", 4)?;
+
+    let restored: Vec<Value> = received
+        .try_iter()
+        .filter(|event| event["event"] == "restored")
+        .collect();
+    let wanted: Vec<Value> = (2..=6)
+        .map(|generation| json!({"event": "restored", "generation": generation}))
+        .collect();
+    assert_eq!(restored, wanted);
+    vm.stop()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()?;
+    volume.check()
+}
+
+#[test]
+fn a_restore_asks_mmds_as_the_boot_did() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    // What is pushed after the boot's question is the clone's.
+    let mmds = Mmds::serving(document("clone", 2, 12))
+        .before(Before::Document(document("template", 1, 10)))
+        .push(Push::AfterRequests(1));
+    let mut vm = Vm::builder()
+        .mmds(mmds)
+        .on_qemu()
+        .disk(&root)
+        .patience(PATIENCE)
+        .boot()?;
+    assert_counting(&vm, &["workload"])?;
+    assert_is(&mut vm, "template", 1)?;
+    let mut api = vm.api()?;
+    prepare(&mut api, json!({"token": "a1"}))?.success()?;
+    let answer = restore(&mut api, json!({"token": "a1"}))?
+        .success()?
+        .json()?;
+    assert_eq!(
+        (&answer["config"], &answer["changed"]),
+        (
+            &json!("mmds"),
+            &json!([
+                "ExtraEnv",
+                "MTU",
+                "IPConfigs",
+                "Hostname",
+                "EtcResolv",
+                "EtcHosts",
+                "RestoreSignal"
+            ])
+        )
+    );
+    assert_is(&mut vm, "clone", 2)?;
+    vm.wait_for("got usr2")?;
+    let answer = restore(&mut api, json!({}))?.success()?.json()?;
+    assert_eq!(
+        (&answer["config"], &answer["changed"]),
+        (&json!("mmds"), &json!([]))
+    );
+    assert_is(&mut vm, "clone", 2)?;
+    let link = exec(&mut vm, "ip addr show dev eth0; ip route")?;
+    assert!(!link.contains("169.254"), "{link}");
+    vm.stop()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+#[test]
+fn a_call_fails_when_mmds_that_the_boot_had_never_comes() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let mut faults = vec![Fault::Drip(Duration::from_micros(1))];
+    faults.resize(64, Fault::Silent);
+    let first = document("template", 1, 10);
+    let mut vm = Vm::builder()
+        .mmds(Mmds::serving(first.clone()).faults(faults))
+        .on_qemu()
+        .disk(&root)
+        .patience(PATIENCE)
+        .boot()?;
+    assert_counting(&vm, &["workload"])?;
+    let mut api = vm.api()?;
+    prepare(&mut api, json!({"token": "a1"}))?.success()?;
+    // PID 1 waits for nobody.
+    api.send(
+        b"POST /v1/restore HTTP/1.1\r\nHost: x\r\nContent-Length: 14\r\n\r\n{\"token\":\"a1\"}",
+    )?;
+    let start = Instant::now();
+    vm.api()?.get("/v1/status")?.success()?;
+    assert!(
+        start.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        start.elapsed()
+    );
+    let failed = api.receive(false)?;
+    assert_eq!(
+        (failed.status, &failed.json()?["step"]),
+        (500, &json!("config")),
+        "{}",
+        failed.text()
+    );
+    assert!(error(&failed)?.starts_with("MMDS: "), "{}", failed.text());
+    assert_still(&vm, &["workload"]);
+    let given = restore(&mut api, json!({"token": "a1", "config": first}))?
+        .success()?
+        .json()?;
+    assert_eq!(
+        (&given["generation"], &given["changed"]),
+        (&json!(2), &json!([]))
+    );
+    assert_counting(&vm, &["workload"])?;
+    assert_is(&mut vm, "template", 1)?;
+    vm.stop()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
 }
