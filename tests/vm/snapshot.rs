@@ -295,7 +295,13 @@ fn without_cgroup_v2_and_where_it_is_off_there_is_no_hold() -> Result<()> {
         vm.wait_for("workload started")?;
         let refused = prepare(&mut vm.api()?, json!({"token": "a1"}))?;
         assert_eq!((refused.status, error(&refused)?), (501, why.into()));
-        exec(&mut vm, "true")?;
+        // What a process writes into the kernel's log is not the kernel's word.
+        exec(
+            &mut vm,
+            "echo '<5>random: crng reseeded due to virtual machine fork' >/dev/kmsg",
+        )?;
+        exec(&mut vm, "dmesg | grep 'virtual machine fork'; sleep 1")?;
+        assert!(!vm.console().contains("restored"), "{}", vm.console());
         vm.type_text("\n")?;
         assert_eq!(vm.wait_end()?, End::Reboot);
     }
@@ -654,4 +660,126 @@ fn a_call_fails_when_mmds_that_the_boot_had_never_comes() -> Result<()> {
     vm.stop()?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     root.check()
+}
+
+/// How long MMDS is asked in the test below.
+const MMDS_TIMEOUT: Duration = Duration::from_secs(6);
+
+/// A shell command that makes the generation of the vmclock another one.
+fn set_generation(generation: u8) -> String {
+    format!(
+        "printf '\\{generation:03o}' | dd of=/dev/vmclock0 bs=1 seek=104 conv=notrunc 2>/dev/null"
+    )
+}
+
+fn restores(vm: &Vm) -> usize {
+    vm.console().matches("msg=\"restored\"").count()
+}
+
+/// The kernel logs something: help, as the keys Alt, SysRq and H ask for.
+fn make_kernel_log(vm: &mut Vm) -> Result<()> {
+    let keys = ["alt", "sysrq", "h"].map(|key| json!({"type": "qcode", "data": key}));
+    vm.qmp("send-key", json!({"keys": keys})).map(drop)
+}
+
+/// With a file in place of the device, which cannot be waited for: it is looked at when the kernel logs
+/// something.
+#[test]
+fn a_vmclock_with_another_generation_starts_a_restore_by_itself() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let volume = Image::ext4(&Tree::empty()?, 32)?;
+    let mut first = document("template", 1, 10);
+    first["Mounts"] = json!([{"DevicePath": "/dev/vdb", "MountPath": "/data"}]);
+    // The boot's connection, and nothing behind it.
+    let mut faults = vec![Fault::Drip(Duration::from_micros(1))];
+    faults.resize(256, Fault::Silent);
+    let mut vm = Vm::builder()
+        .mmds(
+            Mmds::serving(first)
+                .push(Push::After(Duration::from_secs(4)))
+                .faults(faults),
+        )
+        .on_qemu()
+        .arg(&format!(
+            "PIGEON_MMDS_TIMEOUT_MS={}",
+            MMDS_TIMEOUT.as_millis()
+        ))
+        .disk(&root)
+        .disk(&volume)
+        .patience(PATIENCE)
+        .boot()?;
+    let throttle = |vm: &mut Vm, rate: u64| {
+        let limits = json!({"device": "disk1", "bps": rate, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
+        vm.qmp("block_set_io_throttle", limits).map(drop)
+    };
+    // Once there is an API, the volume keeps the workload from starting.
+    throttle(&mut vm, 1)?;
+    let page = "{ printf 'VCLK\\0\\020\\0\\0\\001'; head -c 16 /dev/zero; printf '\\001'; head -c 86 /dev/zero; } >/dev/vmclock0";
+    exec(&mut vm, page)?;
+    exec(&mut vm, "test $(stat -c %s /dev/vmclock0) = 112")?;
+    let early = restore(&mut vm.api()?, json!({}))?;
+    assert_eq!(
+        (early.status, error(&early)?),
+        (409, "the workload is not running".into())
+    );
+    throttle(&mut vm, 1 << 30)?;
+    assert_counting(&vm, &["workload"])?;
+
+    // Held, and restored by the kernel's word. That waits for MMDS; the host's call does not.
+    exec(&mut vm, &set_generation(2))?;
+    let mut api = vm.api()?;
+    prepare(&mut api, json!({"token": "a1"}))?.success()?;
+    make_kernel_log(&mut vm)?;
+    assert_still(&vm, &["workload"]);
+    let start = Instant::now();
+    let body = json!({"token": "a1", "config": document("clone", 2, 12)});
+    let answer = restore(&mut api, body)?.success()?.json()?;
+    assert!(start.elapsed() < MMDS_TIMEOUT / 2, "{:?}", start.elapsed());
+    assert_eq!(
+        (&answer["generation"], &answer["config"]),
+        (&json!(2), &json!("call"))
+    );
+    assert_counting(&vm, &["workload"])?;
+    assert_is(&mut vm, "clone", 2)?;
+    assert_eq!(restores(&vm), 1, "{}", vm.console());
+    let link = exec(&mut vm, "ip addr show dev eth0; ip route")?;
+    assert!(!link.contains("169.254"), "{link}");
+
+    // Nobody calls, and MMDS never comes: the workload goes on with what it has. Somebody who calls
+    // later speaks of the same restore.
+    exec(&mut vm, &set_generation(3))?;
+    prepare(&mut api, json!({"token": "b2"}))?.success()?;
+    make_kernel_log(&mut vm)?;
+    vm.wait_for("the old configuration stays")?;
+    vm.wait_for("msg=\"restored\" generation=3")?;
+    assert_counting(&vm, &["workload"])?;
+    assert_is(&mut vm, "clone", 2)?;
+    let body = json!({"token": "b2", "config": document("late", 3, 12)});
+    let answer = restore(&mut api, body.clone())?.success()?.json()?;
+    assert_eq!(answer["generation"], 3, "{answer}");
+    assert_is(&mut vm, "late", 3)?;
+    assert_eq!(restore(&mut api, body)?.status, 409);
+
+    // A restore within a restore is not lost.
+    exec(
+        &mut vm,
+        &format!(
+            "{}; echo x >/dev/kmsg; sleep 1; {}; echo x >/dev/kmsg",
+            set_generation(4),
+            set_generation(5)
+        ),
+    )?;
+    vm.wait_for("msg=\"restored\" generation=4")?;
+    vm.wait_for("msg=\"restored\" generation=5")?;
+    // The same generation once more is none.
+    exec(
+        &mut vm,
+        "echo '<5>random: crng reseeded due to virtual machine fork' >/dev/kmsg",
+    )?;
+    thread::sleep(Duration::from_secs(2));
+    assert_eq!(exec(&mut vm, "cat /run/pigeon/generation")?, "5\n");
+    vm.stop()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()?;
+    volume.check()
 }
