@@ -3,6 +3,8 @@
 use crate::context;
 use crate::context::Interfaces;
 use crate::error;
+#[cfg(feature = "snapshot")]
+use crate::error::Discard;
 use crate::error::{Log, Result};
 use crate::sys;
 use crate::sys::files;
@@ -125,8 +127,9 @@ pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
         ip, prefix, device, ..
     } in config.addresses()
     {
-        let index = bring_up(&channel, device, config.mtu(), log)?;
+        let index = index(device)?;
         if !interfaces.contains(&index) {
+            bring_up(&channel, index, device, config.mtu(), log)?;
             let _one_an_address = interfaces.push(index);
         }
         let request = netlink::add_address(index, &ip, prefix);
@@ -152,7 +155,7 @@ pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
 /// others. When one is another, the routes over these interfaces go with the old ones, and the
 /// neighbours always. Which interfaces have addresses then.
 #[cfg(feature = "snapshot")]
-pub fn replace(config: &Config, before: &Interfaces, log: &mut dyn Log) -> Result<Interfaces> {
+pub fn replace(config: &Config, before: &Interfaces) -> Result<Interfaces> {
     let mut interfaces =
         heapless::Vec::<u32, { 2 * ADDRESSES }>::from_slice(before).unwrap_or_default();
     let mut wanted = heapless::Vec::<(Entry, bool), ADDRESSES>::new();
@@ -182,7 +185,8 @@ pub fn replace(config: &Config, before: &Interfaces, log: &mut dyn Log) -> Resul
             is_ours(entry) && !wanted.iter().any(|(one, _)| one == entry)
         })?;
     }
-    let interfaces = configure(config, log)?;
+    // What the device cannot do was said at the boot.
+    let interfaces = configure(config, &mut Discard)?;
     remove(&netlink::dump_neighbours(), "an old neighbour", &is_ours)?;
     Ok(interfaces)
 }
@@ -229,9 +233,8 @@ fn index(device: &str) -> Result<u32> {
     interface_index(device).ok_or_else(|| error!("no network interface {device}"))
 }
 
-/// Brings an interface up, which may be up already; its index.
-fn bring_up(channel: &Channel, device: &str, mtu: u32, log: &mut dyn Log) -> Result<u32> {
-    let index = index(device)?;
+/// Brings an interface up, which may be up already.
+fn bring_up(channel: &Channel, index: u32, device: &str, mtu: u32, log: &mut dyn Log) -> Result {
     let request = netlink::link_up(index, Some(mtu));
     channel.request(&request, format_args!("bring {device} up with MTU {mtu}"))?;
     // Packets on a virtual wire need no checksums of the device's. Those received are the device's
@@ -241,5 +244,5 @@ fn bring_up(channel: &Channel, device: &str, mtu: u32, log: &mut dyn Log) -> Res
             errno,
         ));
     }
-    Ok(index)
+    Ok(())
 }

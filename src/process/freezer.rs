@@ -37,13 +37,20 @@ impl Freezer<'_> {
     pub fn freeze(&self, timeout: u64, running: &mut Message) -> Result<Option<usize>> {
         let watch = Stopwatch::start();
         loop {
-            *running = Message::new();
-            self.gather(running);
-            self.freeze_groups(running)?;
-            if running.is_empty() {
+            let mut is_still = self.freeze_groups(None)?;
+            if is_still {
+                // One that is moved into a frozen group stands still soon.
+                *running = Message::new();
+                self.gather(running);
+                is_still = running.is_empty();
+            }
+            if is_still {
                 return Ok(Some(self.count()));
             }
             if watch.elapsed() >= timeout {
+                if running.is_empty() {
+                    self.freeze_groups(Some(running))?;
+                }
                 return Ok(None);
             }
             sys::sleep(1);
@@ -79,23 +86,26 @@ impl Freezer<'_> {
         Some((status.st_dev, status.st_ino))
     }
 
-    /// Freezes the groups that are not yet, and names who runs still.
-    fn freeze_groups(&self, running: &mut Message) -> Result {
-        let mut result = Ok(());
+    /// Freezes the groups that are not yet, and names who runs still; whether nobody does.
+    fn freeze_groups(&self, mut running: Option<&mut Message>) -> Result<bool> {
+        let (mut is_still, mut result) = (true, Ok(()));
         self.each_group(&mut |name, group| match freeze_group(group) {
             // Another one has removed it.
             Ok(true) | Err(Errno::NOENT | Errno::NODEV) => {}
             Ok(false) => {
-                self.each_process_below(group, &mut |pid| self.describe_running(pid, running));
-                if running.is_empty() {
-                    let _ = write!(running, "the cgroup {}", name.lossy());
+                is_still = false;
+                if let Some(running) = &mut running {
+                    self.each_process_below(group, &mut |pid| self.describe_running(pid, running));
+                    if running.is_empty() {
+                        let _ = write!(running, "the cgroup {}", name.lossy());
+                    }
                 }
             }
             Err(errno) => {
                 result = Err(context!("freeze the cgroup {}", name.lossy())(errno));
             }
         });
-        result
+        result.map(|()| is_still)
     }
 
     /// Lets what was frozen here go on.

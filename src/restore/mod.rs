@@ -59,6 +59,8 @@ pub struct Restore {
     is_due: bool,
     /// The kernel has had new random numbers since the last restore.
     is_reseeded: bool,
+    /// A restore was killed while it asked MMDS.
+    was_cut_short: bool,
     /// The last restore was the kernel's word alone; the token of the hold that it has ended.
     unclaimed: Option<Option<Token>>,
 }
@@ -120,6 +122,7 @@ impl Restore {
             generation: 1,
             is_due: false,
             is_reseeded: false,
+            was_cut_short: false,
             unclaimed: None,
         }
     }
@@ -212,6 +215,7 @@ impl Restore {
         if let Some(task) = self.task.take_if(waits_for_mmds) {
             task.helper.give_up(supervisor.console);
             supervisor.context.snapshot.helper = None;
+            self.was_cut_short = true;
         }
     }
 
@@ -340,6 +344,7 @@ impl Restore {
                 started_us,
                 token,
                 is_held: self.hold.is_some(),
+                was_cut_short: self.was_cut_short,
                 is_reseeded: self.is_reseeded,
                 generation,
                 source: self.source,
@@ -459,6 +464,7 @@ impl Restore {
     ) {
         self.generation = generation;
         self.is_reseeded = false;
+        self.was_cut_short = false;
         let hold = self.hold.take();
         self.unclaimed = match owner {
             Some(_) => None,

@@ -41,6 +41,8 @@ pub struct Job<'a> {
     pub token: Option<&'a str>,
     /// The workload stands still.
     pub is_held: bool,
+    /// One before this was killed while it asked MMDS.
+    pub was_cut_short: bool,
     /// The kernel has new random numbers already.
     pub is_reseeded: bool,
     /// How often this VM was restored, and one more.
@@ -120,6 +122,9 @@ pub fn run(
     let clock_step = set_clock(request.unix_us, received_us)?;
 
     report.step = "config";
+    if job.was_cut_short {
+        config_source::leave_service()?;
+    }
     let mut changed = Message::new();
     let source = if request.has_config {
         apply(
@@ -218,9 +223,8 @@ fn apply(
     etc_files::write(config, scratch, log)?;
 
     report.step = "network";
-    config_source::leave_service()?;
     let before = report.in_force.interfaces.clone();
-    report.in_force.interfaces = network::replace(config, &before, &mut &*log)?;
+    report.in_force.interfaces = network::replace(config, &before)?;
 
     report.step = "mounts";
     let mut identity = Identity::default();

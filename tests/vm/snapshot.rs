@@ -783,3 +783,45 @@ fn a_vmclock_with_another_generation_starts_a_restore_by_itself() -> Result<()> 
     root.check()?;
     volume.check()
 }
+
+/// In the guest's own time, which counts instructions: figures do not depend on the machine.
+#[test]
+fn a_hold_takes_less_than_5_ms_and_a_restore_less_than_1_or_3() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let first = document("template", 1, 10);
+    let mut vm = Vm::builder()
+        .config(&first)
+        .nic()
+        .deterministic()
+        .disk(&root)
+        .patience(PATIENCE)
+        .boot()?;
+    assert_counting(&vm, &["workload"])?;
+    let mut api = vm.api()?;
+    let mut seen = vec![];
+    for (token, config, limit) in [
+        ("a1", first.clone(), 1000),
+        ("b2", first, 1000),
+        ("c3", document("clone", 2, 12), 3000),
+    ] {
+        let held = prepare(&mut api, json!({"token": token}))?
+            .success()?
+            .json()?;
+        let restored = restore(&mut api, json!({"token": token, "config": config}))?
+            .success()?
+            .json()?;
+        seen.push((
+            held["freeze_ms"].as_u64(),
+            restored["elapsed_us"].as_u64(),
+            limit,
+        ));
+    }
+    eprintln!("freeze_ms, elapsed_us, limit: {seen:?}");
+    for (freeze, elapsed, limit) in seen {
+        assert!(freeze.is_some_and(|time| time <= 5));
+        assert!(elapsed.is_some_and(|time| time <= limit));
+    }
+    vm.stop()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
