@@ -686,7 +686,9 @@ impl Connection {
             }
             #[cfg(feature = "snapshot")]
             Call::Snapshot(call) => {
-                io::require_workload(shared.context)?;
+                if shared.context.workload.group.is_none() {
+                    return Err(io::not_running());
+                }
                 let pending = PendingCall {
                     call,
                     received_us: sys::microseconds(),

@@ -283,12 +283,6 @@ pub fn refuse_while_held(context: &Context) -> Result<(), CallError> {
 
 /// What is about the workload is refused before it runs, and when it has ended.
 #[cfg(feature = "snapshot")]
-pub fn require_workload(context: &Context) -> Result<(), CallError> {
-    match context.workload.group {
-        Some(_) => Ok(()),
-        None => {
-            let error = error!("the workload is not running");
-            Err(CallError::new(Status::Conflict, error))
-        }
-    }
+pub fn not_running() -> CallError {
+    CallError::new(Status::Conflict, error!("the workload is not running"))
 }

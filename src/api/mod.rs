@@ -27,7 +27,7 @@ mod tunnel;
 #[cfg(feature = "snapshot")]
 pub use {
     connection::PendingCall,
-    io::{CallError, require_workload},
+    io::{CallError, not_running},
     routes::SnapshotCall,
 };
 

@@ -757,6 +757,73 @@ mod tests {
     }
 
     #[test]
+    fn a_member_has_another_digest_when_its_value_is_another_one() {
+        let digests = |text: &str| {
+            let mut document = text.as_bytes().to_vec();
+            let mut memory = vec![0; document.len()];
+            let mut config = Config::new();
+            let decoded = config.decode(&mut document, &mut Arena::new(&mut memory));
+            decoded.map(|()| config.digests()).unwrap()
+        };
+        let absent = digests("{}");
+        let members = [
+            ("ImageConfig", [r#"{"Cmd":["a","b"]}"#, r#"{"Cmd":["ab"]}"#]),
+            ("ExecOverride", [r#"["a"]"#, r#"["b"]"#]),
+            ("CmdOverride", [r#""a""#, r#""b""#]),
+            ("UserOverride", [r#""a""#, r#""b""#]),
+            ("ExtraEnv", [r#"{"A":"1"}"#, r#"{"A":"2"}"#]),
+            ("MTU", ["1400", "1401"]),
+            (
+                "IPConfigs",
+                [
+                    r#"[{"IP":"10.0.0.2","Mask":24,"Gateway":"10.0.0.1"}]"#,
+                    r#"[{"IP":"10.0.0.2","Mask":24,"Gateway":"10.0.0.3"}]"#,
+                ],
+            ),
+            ("Hostname", [r#""a""#, r#""b""#]),
+            (
+                "Mounts",
+                [
+                    r#"[{"DevicePath":"/dev/vdb","MountPath":"/a"}]"#,
+                    r#"[{"DevicePath":"/dev/vdb","MountPath":"/a","ReadOnly":true}]"#,
+                ],
+            ),
+            ("RootDevice", [r#""/dev/vda1""#, r#""/dev/vda2""#]),
+            ("RootReadOnly", ["true", "true"]),
+            ("RootOverlay", [r#""tmpfs""#, r#""/dev/vdb""#]),
+            ("EtcResolv", [r#"{"Search":["a"]}"#, r#"{"Options":["a"]}"#]),
+            (
+                "EtcHosts",
+                [
+                    r#"[{"Host":"a","IP":"1.1.1.1"}]"#,
+                    r#"[{"Host":"a","IP":"1.1.1.2"}]"#,
+                ],
+            ),
+            ("Rlimits", [r#"{"NOFILE":1}"#, r#"{"NOFILE":2}"#]),
+            ("Sysctls", [r#"{"a.b":"1"}"#, r#"{"a.b":"2"}"#]),
+            ("SeparateStderr", ["true", "true"]),
+            ("RestoreSignal", ["10", r#""USR2""#]),
+        ];
+        assert_eq!(absent.map(|(name, _)| name), members.map(|(name, _)| name));
+        for (at, (name, values)) in members.iter().enumerate() {
+            let seen = values.map(|value| digests(&format!(r#"{{"{name}":{value}}}"#)));
+            for digests in seen {
+                for (other, (digest, none)) in digests.iter().zip(&absent).enumerate() {
+                    assert_eq!(digest == none, other != at, "{name}");
+                }
+            }
+            assert_eq!(seen[0] == seen[1], values[0] == values[1], "{name}");
+        }
+        // How a document is written does not matter.
+        assert_eq!(
+            digests(r#"{"MTU":1400,"ImageConfig":{"Env":["A=<"],"User":"a"}}"#),
+            digests(
+                "{ \"ImageConfig\": {\"User\": \"a\", \"Env\":[\"A=\\u003c\"]}, \"MTU\": 1400}"
+            )
+        );
+    }
+
+    #[test]
     fn the_example_is_read_whole() {
         with(EXAMPLE, |config| {
             config.check().unwrap();

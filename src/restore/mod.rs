@@ -8,7 +8,7 @@
 mod steps;
 mod triggers;
 
-use crate::api::{CallError, PendingCall, SnapshotCall, require_workload};
+use crate::api::{CallError, PendingCall, SnapshotCall, not_running};
 use crate::boot::config_source::Source;
 use crate::boot::kernel_params::{KernelParams, Restore as Mode};
 use crate::context;
@@ -35,6 +35,8 @@ use rustix::process::WaitStatus;
 use steps::{Job, Report};
 use triggers::Triggers;
 
+/// The answer that has nothing to tell.
+const OK: &str = r#"{"ok":true}"#;
 /// How long processes have to stand still, in milliseconds, unless the call says otherwise.
 const FREEZE_TIMEOUT: u64 = 2_000;
 /// How long a hold lasts, in milliseconds, unless the call says otherwise.
@@ -220,16 +222,18 @@ impl Restore {
     }
 
     fn take_call(&mut self, key: Key, pending: PendingCall, supervisor: &mut Supervisor) {
-        let taken = require_workload(&supervisor.context).and_then(|()| match pending.call {
+        let taken = match pending.call {
             _ if self.mode == Mode::Off => {
                 let error = error!("PIGEON_RESTORE is off");
                 Err(CallError::new(Status::NotImplemented, error))
             }
+            // It has ended since the call came, or was asked to stop.
+            _ if !supervisor.is_running() => Err(not_running()),
             SnapshotCall::Restore => {
                 self.start_restore(Some((key, pending.received_us)), supervisor)
             }
             call => self.change_hold(key, call, supervisor),
-        });
+        };
         if let Err(error) = taken {
             finish_call(Some(key), Err(error), "", supervisor);
         }
@@ -292,9 +296,18 @@ impl Restore {
         context.snapshot.is_held = false;
         let helper = spawn(context, &|freezer, log| {
             freezer.thaw()?;
-            log.answer(&"{\"ok\":true}");
+            log.answer(&OK);
             Ok(())
-        })?;
+        });
+        let Ok(helper) = helper else {
+            // There is no memory for one. It has to be done, so PID 1 does it.
+            if let Some(freezer) = freezer(&context.cgroups, &context.proc) {
+                freezer.thaw()?;
+            }
+            let result = failure.map_or_else(|| Ok(error!("{OK}")), Err);
+            finish_call(owner, result, "", supervisor);
+            return Ok(());
+        };
         self.begin_task(helper, 0, owner, Kind::Thaw { failure }, context);
         Ok(())
     }
@@ -444,8 +457,14 @@ impl Restore {
                 environment,
             } => {
                 step = report.step;
-                if result.is_ok() {
-                    self.restored(generation, &report, &environment, owner, supervisor);
+                match &result {
+                    Ok(_) => self.restored(generation, &report, &environment, owner, supervisor),
+                    // A call that was none has cut short what the kernel has asked for.
+                    Err(CallError {
+                        status: Status::BadRequest | Status::Conflict,
+                        ..
+                    }) => self.is_due |= self.was_cut_short,
+                    Err(_) => {}
                 }
                 result
             }
