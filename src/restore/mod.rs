@@ -427,9 +427,8 @@ impl Restore {
         let result = match kind {
             Kind::Freeze { token, hold } => match result {
                 Ok(held) => {
-                    supervisor
-                        .console
-                        .info(&"held for a snapshot", &format_args!(" token={token}"));
+                    let fields = format_args!(" token={}", Quoted(&token));
+                    supervisor.console.info(&"held for a snapshot", &fields);
                     self.unclaimed = None;
                     close_others(supervisor);
                     if let Some(key) = owner {
