@@ -4,7 +4,9 @@ use crate::error::Error;
 use crate::output_log::OutputLog;
 use crate::sys;
 use crate::sys::epoll::Poller;
-use proto::config::{DOCUMENT, PATH};
+use proto::config::{ADDRESSES, DOCUMENT, PATH};
+#[cfg(feature = "snapshot")]
+use proto::config::{Digest, MEMBERS};
 use proto::environment::Environment;
 use proto::json::Quoted;
 use proto::message;
@@ -13,8 +15,12 @@ use proto::rlimit::Rlimits;
 use proto::signal::Signal;
 use proto::slab::Key;
 use proto::users::MAX_HOME;
+#[cfg(feature = "snapshot")]
+use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::process::Pid;
+#[cfg(feature = "snapshot")]
+use rustix::process::WaitStatus;
 
 /// A time that does not come.
 pub const NEVER: u64 = u64::MAX;
@@ -47,10 +53,13 @@ pub enum Source {
     ErrorOutput,
     /// The other end of a tunnel, by its connection's key.
     Tunnel,
+    /// The kernel has news, in its log or by vmclock.
+    #[cfg(feature = "snapshot")]
+    Kernel,
 }
 
 impl Source {
-    const ALL: [Self; 11] = [
+    const ALL: &[Self] = &[
         Self::Signals,
         Self::Listener,
         Self::Console,
@@ -62,6 +71,8 @@ impl Source {
         Self::Output,
         Self::ErrorOutput,
         Self::Tunnel,
+        #[cfg(feature = "snapshot")]
+        Self::Kernel,
     ];
 
     /// The token of an epoll registration: the source in the upper half, the key in the lower one.
@@ -161,10 +172,49 @@ impl CommandDefaults {
 /// Apart from each other: a user who freezes his own group must not freeze the host's way in.
 #[derive(Default)]
 pub struct Cgroups {
+    /// The root of the hierarchy.
+    #[cfg(feature = "snapshot")]
+    pub root: Option<OwnedFd>,
     /// The workload's, which its user owns.
     pub workload: Option<OwnedFd>,
     /// That of commands, which is root's.
     pub commands: Option<OwnedFd>,
+}
+
+/// What snapshots and restores need of all rooms.
+#[cfg(feature = "snapshot")]
+pub struct Snapshot {
+    /// The workload stands still, or soon will: no command starts, and none is told anything.
+    pub is_held: bool,
+    /// Connections that wait for an answer.
+    pub calls: usize,
+    /// The helper at work.
+    pub helper: Option<Pid>,
+    /// How it ended.
+    pub ended: Option<WaitStatus>,
+    /// What came of the kernel's news.
+    pub news: EventFlags,
+    /// When something has to be done.
+    pub deadline: u64,
+    /// The configuration, from the boot or from the last restore.
+    pub in_force: InForce,
+}
+
+/// Indexes of network interfaces.
+pub type Interfaces = heapless::Vec<u32, ADDRESSES>;
+
+/// What is remembered of the configuration: enough to tell what a new one changes.
+#[cfg(feature = "snapshot")]
+#[derive(Clone)]
+pub struct InForce {
+    /// Its members.
+    pub digests: [Digest; MEMBERS],
+    /// What tells the workload of a restore.
+    pub restore_signal: Option<Signal>,
+    /// The interfaces that have its addresses.
+    pub interfaces: Interfaces,
+    /// It came from MMDS.
+    pub is_from_mmds: bool,
 }
 
 /// Large buffers, each with one use.
@@ -204,6 +254,9 @@ pub struct Context {
     pub pts: Option<OwnedFd>,
     /// Where the workload and commands are born.
     pub cgroups: Cgroups,
+    /// See [`Snapshot`].
+    #[cfg(feature = "snapshot")]
+    pub snapshot: Snapshot,
 }
 
 impl Context {
@@ -228,7 +281,47 @@ impl Context {
             proc,
             pts: None,
             cgroups: Cgroups::default(),
+            #[cfg(feature = "snapshot")]
+            snapshot: Snapshot {
+                is_held: false,
+                calls: 0,
+                news: EventFlags::empty(),
+                helper: None,
+                ended: None,
+                deadline: NEVER,
+                in_force: InForce {
+                    digests: [("", 0); MEMBERS],
+                    restore_signal: None,
+                    interfaces: Interfaces::new(),
+                    is_from_mmds: false,
+                },
+            },
         }
+    }
+
+    /// Remembers which interfaces have addresses, for a restore that gives them others.
+    pub fn set_interfaces(&mut self, interfaces: Interfaces) {
+        #[cfg(feature = "snapshot")]
+        return self.snapshot.in_force.interfaces = interfaces;
+        #[cfg(not(feature = "snapshot"))]
+        drop(interfaces);
+    }
+
+    /// Whether the workload is held for a snapshot.
+    pub fn is_held(&self) -> bool {
+        #[cfg(feature = "snapshot")]
+        if self.snapshot.is_held {
+            return true;
+        }
+        false
+    }
+
+    /// The next time at which something has to be done for a snapshot or a restore.
+    pub fn deadline(&self) -> u64 {
+        #[cfg(feature = "snapshot")]
+        return self.snapshot.deadline;
+        #[cfg(not(feature = "snapshot"))]
+        NEVER
     }
 
     /// Lends the memory for the strings of a request.

@@ -2,7 +2,7 @@
 //!
 //! The life of a VM: [`boot`] takes it from the kernel's exec of /init to the running workload, the
 //! [`supervisor`] serves the host through the [`api`] until the workload ends, and [`shutdown`]
-//! leaves the disks clean.
+//! leaves the disks clean. With the feature `snapshot`, `restore` makes a clone a VM of its own.
 #![no_std]
 #![no_main]
 
@@ -14,6 +14,8 @@ mod error;
 mod output_log;
 mod page;
 mod process;
+#[cfg(feature = "snapshot")]
+mod restore;
 mod shutdown;
 mod supervisor;
 mod sys;
@@ -26,6 +28,8 @@ use crate::boot::mounts;
 use crate::console::Console;
 use crate::context::{Buffers, CommandDefaults, Context, SINK};
 use crate::error::Result;
+#[cfg(feature = "snapshot")]
+use crate::restore::Restore;
 use crate::supervisor::{Events, HANDLED, Supervisor};
 use crate::sys::epoll::{EventBuffer, NO_EVENTS, Poller};
 use crate::sys::{Static, Words};
@@ -123,10 +127,20 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
             .console
             .warn(&context!("lock the memory of PID 1")(errno));
     }
-    if let Err(error) = booted {
-        supervisor.fail(error);
+    #[cfg(feature = "snapshot")]
+    let mut restore = Restore::new(params, document, strings);
+    match booted {
+        Ok(()) => {
+            #[cfg(feature = "snapshot")]
+            restore.begin(&supervisor.context);
+        }
+        Err(error) => supervisor.fail(error),
     }
-    supervisor.serve()
+    loop {
+        supervisor.turn();
+        #[cfg(feature = "snapshot")]
+        restore.advance(&mut supervisor);
+    }
 }
 
 fn event_loop(events: &'static mut EventBuffer) -> Result<(Poller, OwnedFd)> {

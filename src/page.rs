@@ -14,6 +14,18 @@ pub struct PageBox<T> {
 impl<T> PageBox<T> {
     /// Makes a value there: a large one without a way over the stack.
     pub fn new(value: impl FnOnce() -> T) -> Result<Self, Errno> {
+        Self::map(value, MapFlags::PRIVATE)
+    }
+
+    /// The same, for this process and a child of it: what one writes, the other reads.
+    ///
+    /// They must not do so at the same time.
+    #[cfg(feature = "snapshot")]
+    pub fn shared(value: impl FnOnce() -> T) -> Result<Self, Errno> {
+        Self::map(value, MapFlags::SHARED)
+    }
+
+    fn map(value: impl FnOnce() -> T, kind: MapFlags) -> Result<Self, Errno> {
         // Pages are aligned to their own size.
         const { assert!(size_of::<T>() > 0 && align_of::<T>() <= 4096) };
         // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
@@ -22,7 +34,7 @@ impl<T> PageBox<T> {
                 core::ptr::null_mut(),
                 size_of::<T>(),
                 ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE,
+                kind,
             )
         }?;
         let place = NonNull::new(memory.cast::<T>()).ok_or(Errno::NOMEM)?;

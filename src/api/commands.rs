@@ -3,9 +3,9 @@
 use super::exec::Exec;
 #[cfg(feature = "files")]
 use super::files::Transfer;
-use super::io::CallError;
 #[cfg(feature = "files")]
 use super::io::Io;
+use super::io::{CallError, refuse_while_held};
 use super::session::{Request, Session};
 use crate::context::{Context, NEVER, Source};
 use crate::error;
@@ -83,10 +83,11 @@ impl Commands {
     pub fn start_exec(
         &mut self,
         owner: Key,
-        start: &mut dyn FnMut() -> Result<Exec, CallError>,
+        context: &mut Context,
+        start: &mut dyn FnMut(&mut Context) -> Result<Exec, CallError>,
     ) -> Result<Key, CallError> {
-        self.check_room()?;
-        self.insert(owner, Role::Exec(start()?))
+        self.check_room(context)?;
+        self.insert(owner, Role::Exec(start(context)?))
     }
 
     /// Starts what the first message of a session asks for, or goes on with a session.
@@ -96,7 +97,7 @@ impl Commands {
         owner: Key,
         context: &mut Context,
     ) -> Result<Key, CallError> {
-        self.check_room()?;
+        self.check_room(context)?;
         let exists = |id: &str| self.find_session(id).is_some();
         match Session::start(message, &exists, context)? {
             Request::Started(session) => {
@@ -195,14 +196,15 @@ impl Commands {
         owner: Key,
         context: &mut Context,
     ) -> Result<Key, CallError> {
-        self.check_room()?;
+        self.check_room(context)?;
         let (socket, received) = io.parts();
         let transfer = Transfer::start(socket, received, head, context)
             .map_err(|error| CallError::new(Status::InternalServerError, error))?;
         self.insert(owner, Role::Transfer(transfer))
     }
 
-    fn check_room(&self) -> Result<(), CallError> {
+    fn check_room(&self, context: &Context) -> Result<(), CallError> {
+        refuse_while_held(context)?;
         match self.slab.is_full() {
             true => Err(too_many()),
             false => Ok(()),

@@ -2,9 +2,13 @@
 
 use super::commands::Commands;
 use super::exec::Exec;
+#[cfg(any(feature = "tunnel", feature = "snapshot"))]
+use super::io;
 use super::io::{CallError, Io, MAX_BODY, OK, error_body};
 #[cfg(feature = "logs")]
 use super::logs::{self, LogReader, LogsRequest};
+#[cfg(feature = "snapshot")]
+use super::routes::SnapshotCall;
 use super::routes::{Call, RouteError, route};
 use super::session::{self, Progress};
 #[cfg(feature = "tunnel")]
@@ -13,6 +17,8 @@ use super::{signals, stop};
 use crate::context::{Context, NEVER, Source};
 use crate::error;
 use crate::error::Error;
+#[cfg(feature = "snapshot")]
+use crate::sys;
 use crate::sys::Region;
 use core::mem;
 use core::ops::Range;
@@ -99,6 +105,9 @@ enum State {
     /// Passing bytes between the client and a TCP port.
     #[cfg(feature = "tunnel")]
     Tunnel(Tunnel),
+    /// Waiting for the answer to a call about snapshots.
+    #[cfg(feature = "snapshot")]
+    Snapshot(PendingCall),
     /// Sending the last bytes.
     Closing,
     /// Sending an answer to a request whose body has not all come; then taking that, until then at
@@ -116,6 +125,18 @@ struct Request {
     argument: Argument,
     body: BodyDecoder,
     /// Bytes of content so far.
+    length: usize,
+    reply: Reply,
+}
+
+/// A call about snapshots, whose body is what the received bytes start with.
+#[cfg(feature = "snapshot")]
+#[derive(Clone, Copy)]
+pub struct PendingCall {
+    /// Which one.
+    pub call: SnapshotCall,
+    /// When it came, in microseconds of the monotonic clock.
+    pub received_us: u64,
     length: usize,
     reply: Reply,
 }
@@ -193,6 +214,15 @@ impl State {
     fn is_tunnel(&self) -> bool {
         #[cfg(feature = "tunnel")]
         if let Self::Tunnel(_) = self {
+            return true;
+        }
+        false
+    }
+
+    /// Whether what was received is a body that is still needed.
+    fn has_body(&self) -> bool {
+        #[cfg(feature = "snapshot")]
+        if let Self::Snapshot(_) = self {
             return true;
         }
         false
@@ -278,10 +308,14 @@ impl Connection {
         self.io.reuse()
     }
 
-    /// The VM goes down, or another connection needs the room.
+    /// The VM goes down, a snapshot is taken, or another connection needs the room.
     pub fn close(&mut self, shared: &mut Shared) {
         if self.state.is_websocket() {
-            let frame = CloseFrame::new(CloseCode::GoingAway, "the VM shuts down");
+            let reason = match shared.context.is_held() {
+                true => "a snapshot is taken",
+                false => "the VM shuts down",
+            };
+            let frame = CloseFrame::new(CloseCode::GoingAway, reason);
             self.io.queue(frame.as_bytes());
             self.io.send();
         }
@@ -295,6 +329,11 @@ impl Connection {
         context.long_connections -= usize::from(self.state.is_long());
         context.log_readers += usize::from(state.reads_log());
         context.log_readers -= usize::from(self.state.reads_log());
+        #[cfg(feature = "snapshot")]
+        {
+            context.snapshot.calls += usize::from(state.has_body());
+            context.snapshot.calls -= usize::from(self.state.has_body());
+        }
         if self.state.is_transfer() {
             // The child, if it still has it, is to end.
             let _ended = rustix::net::shutdown(self.io.socket(), rustix::net::Shutdown::Both);
@@ -353,6 +392,7 @@ impl Connection {
             && match self.state {
                 State::Closing | State::Closed => false,
                 _ if self.state.is_transfer() || self.state.is_tunnel() => false,
+                _ if self.state.has_body() => false,
                 // Of requests that follow, the kernel keeps all but the first bytes.
                 State::Exec(_) | State::ExitCode(_) => !self.io.has_received(),
                 State::Session(_, key) => commands
@@ -422,6 +462,8 @@ impl Connection {
                 self.io.discard(0..length);
                 Step::Wait
             }
+            #[cfg(feature = "snapshot")]
+            State::Snapshot(_) => Step::Wait,
             State::Closing | State::Closed => {
                 self.enter(State::Closed, shared);
                 Step::Wait
@@ -467,8 +509,9 @@ impl Connection {
             Target::Resource { path, .. } => route(head.method, path),
             #[cfg(feature = "tunnel")]
             Target::Authority { host, port } => {
-                let tunnel =
-                    check_long_connections(shared.context).and_then(|()| Tunnel::open(host, port));
+                let tunnel = check_long_connections(shared.context)
+                    .and_then(|()| io::refuse_while_held(shared.context))
+                    .and_then(|()| Tunnel::open(host, port));
                 let (length, reply) = (head.length, head.reply);
                 self.io.discard(0..length);
                 match tunnel {
@@ -488,9 +531,12 @@ impl Connection {
         }
         #[cfg(feature = "mounts")]
         if let (Ok(Call::Unmount), Framing::None | Framing::Length(0)) = (&call, head.framing) {
-            let (length, reply, context) = (head.length, head.reply, &mut *shared.context);
-            let mut start = || Exec::start_unmount(&head.target, reply, context);
-            let started = shared.commands.start_exec(self.key, &mut start);
+            let (length, reply) = (head.length, head.reply);
+            let mut start =
+                |context: &mut Context| Exec::start_unmount(&head.target, reply, context);
+            let started = shared
+                .commands
+                .start_exec(self.key, shared.context, &mut start);
             self.io.discard(0..length);
             match started {
                 Ok(key) => self.enter(State::Exec(key), shared),
@@ -611,7 +657,9 @@ impl Connection {
                 Ok(())
             }
         };
-        self.io.discard(0..request.length);
+        if !self.state.has_body() {
+            self.io.discard(0..request.length);
+        }
         if let Err(error) = called {
             self.fail(reply, &error, shared);
         }
@@ -641,9 +689,10 @@ impl Connection {
                 return Ok(());
             }
             Call::Exec => {
-                let context = &mut *shared.context;
-                let mut start = || Exec::start(body, reply, context);
-                let key = shared.commands.start_exec(self.key, &mut start)?;
+                let mut start = |context: &mut Context| Exec::start(body, reply, context);
+                let key = shared
+                    .commands
+                    .start_exec(self.key, shared.context, &mut start)?;
                 self.enter(State::Exec(key), shared);
                 return Ok(());
             }
@@ -674,17 +723,19 @@ impl Connection {
             }
             #[cfg(feature = "sysinfo")]
             Call::Sysinfo => {
-                let context = &mut *shared.context;
-                let mut start = || Exec::start_report(reply, context);
-                let key = shared.commands.start_exec(self.key, &mut start)?;
+                let mut start = |context: &mut Context| Exec::start_report(reply, context);
+                let key = shared
+                    .commands
+                    .start_exec(self.key, shared.context, &mut start)?;
                 self.enter(State::Exec(key), shared);
                 return Ok(());
             }
             #[cfg(feature = "mounts")]
             Call::Mount => {
-                let context = &mut *shared.context;
-                let mut start = || Exec::start_mount(body, reply, context);
-                let key = shared.commands.start_exec(self.key, &mut start)?;
+                let mut start = |context: &mut Context| Exec::start_mount(body, reply, context);
+                let key = shared
+                    .commands
+                    .start_exec(self.key, shared.context, &mut start)?;
                 self.enter(State::Exec(key), shared);
                 return Ok(());
             }
@@ -692,6 +743,20 @@ impl Connection {
             #[cfg(feature = "mounts")]
             Call::Unmount => {
                 return Err(CallError::bad_request(error!("this call takes no body")));
+            }
+            #[cfg(feature = "snapshot")]
+            Call::Snapshot(call) => {
+                if shared.context.workload.group.is_none() {
+                    return Err(io::not_running());
+                }
+                let pending = PendingCall {
+                    call,
+                    received_us: sys::microseconds(),
+                    length: request.length,
+                    reply,
+                };
+                self.enter(State::Snapshot(pending), shared);
+                return Ok(());
             }
             Call::Session => {
                 let Some(accept) = &request.websocket else {
@@ -708,6 +773,37 @@ impl Connection {
         self.io.respond(reply, Status::Ok, OK);
         self.finish(reply, shared);
         Ok(())
+    }
+
+    /// The call about snapshots that it waits for.
+    #[cfg(feature = "snapshot")]
+    pub fn pending_call(&self) -> Option<PendingCall> {
+        match self.state {
+            State::Snapshot(pending) => Some(pending),
+            _ => None,
+        }
+    }
+
+    /// That call's body.
+    #[cfg(feature = "snapshot")]
+    pub fn body(&mut self) -> &mut [u8] {
+        match self.state {
+            State::Snapshot(PendingCall { length, .. }) => {
+                self.io.received().get_mut(..length).unwrap_or(&mut [])
+            }
+            _ => &mut [],
+        }
+    }
+
+    /// Answers it.
+    #[cfg(feature = "snapshot")]
+    pub fn answer_call(&mut self, status: Status, body: &Message, shared: &mut Shared) {
+        if let State::Snapshot(PendingCall { length, reply, .. }) = self.state {
+            self.io.discard(0..length);
+            self.io.respond(reply, status, body.as_bytes());
+            self.finish(reply, shared);
+            self.proceed(shared);
+        }
     }
 
     /// Answers with how the workload ended, if it has.

@@ -1,5 +1,7 @@
 //! A connection's socket and buffers.
 
+use crate::context::Context;
+use crate::error;
 use crate::error::Error;
 use crate::sys::{Region, files};
 use core::fmt::Display;
@@ -241,6 +243,13 @@ pub fn error_body(error: &dyn Display) -> Message {
     message!("{{\"error\":{}}}", Quoted(error))
 }
 
+#[cfg(feature = "snapshot")]
+impl From<Error> for CallError {
+    fn from(error: Error) -> Self {
+        Self::new(Status::InternalServerError, error)
+    }
+}
+
 /// Why a call is refused.
 pub struct CallError {
     /// The response's status.
@@ -259,4 +268,21 @@ impl CallError {
     pub fn new(status: Status, error: Error) -> Self {
         Self { status, error }
     }
+}
+
+/// While the workload is held for a snapshot nothing new begins.
+pub fn refuse_while_held(context: &Context) -> Result<(), CallError> {
+    match context.is_held() {
+        false => Ok(()),
+        true => {
+            let error = error!("the workload is held for a snapshot");
+            Err(CallError::new(Status::Conflict, error))
+        }
+    }
+}
+
+/// What is about the workload is refused before it runs, and when it has ended.
+#[cfg(feature = "snapshot")]
+pub fn not_running() -> CallError {
+    CallError::new(Status::Conflict, error!("the workload is not running"))
 }

@@ -18,11 +18,20 @@ mod process;
 mod routes;
 mod session;
 mod signals;
+#[cfg(feature = "snapshot")]
+mod snapshot;
 mod stop;
 #[cfg(feature = "sysinfo")]
 mod sysinfo;
 #[cfg(feature = "tunnel")]
 mod tunnel;
+
+#[cfg(feature = "snapshot")]
+pub use {
+    connection::PendingCall,
+    io::{CallError, not_running},
+    routes::SnapshotCall,
+};
 
 use crate::context;
 use crate::context::{Context, Source};

@@ -14,7 +14,7 @@ use core::ffi::CStr;
 use proto::config::{Mount, PATH};
 use proto::http::{Status, Target, decode_query};
 use proto::message::ToLossy;
-use rustix::fs::{AtFlags, CWD, OFlags, StatxAttributes, StatxFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
@@ -78,7 +78,7 @@ pub fn status_of(code: Option<i32>) -> Status {
 fn mount(volume: &Mount, owner: Owner, log: &HelperLog) -> Result<(), CallError> {
     let (device, place) = (volume.device_path, volume.mount_path);
     log.step(&format_args!("mount on {}", place.lossy()));
-    if is_mount_point(place) {
+    if volumes::is_mount_point(place) {
         let error = error!("mount on {}: something is mounted there", place.lossy());
         return Err(CallError::new(Status::Conflict, error));
     }
@@ -87,12 +87,6 @@ fn mount(volume: &Mount, owner: Owner, log: &HelperLog) -> Result<(), CallError>
     }
     volumes::mount(volume, owner, log)
         .map_err(|error| CallError::new(Status::InternalServerError, error))
-}
-
-/// Whether a path leads to the root of a mount, whatever links it has (statx(2)).
-fn is_mount_point(path: &CStr) -> bool {
-    let found = rustix::fs::statx(CWD, path, AtFlags::empty(), StatxFlags::empty());
-    found.is_ok_and(|status| status.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
 
 /// Has the kernel look for devices that came after the boot: not every hypervisor tells it of them

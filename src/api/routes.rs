@@ -39,6 +39,21 @@ pub enum Call {
     /// `DELETE /v1/mounts`
     #[cfg(feature = "mounts")]
     Unmount,
+    /// `POST /v1/snapshot/prepare`, `POST /v1/snapshot/cancel` and `POST /v1/restore`
+    #[cfg(feature = "snapshot")]
+    Snapshot(SnapshotCall),
+}
+
+/// A call that the restore room answers.
+#[cfg(feature = "snapshot")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotCall {
+    /// The workload is to stand still.
+    Prepare,
+    /// It is to go on, there was no snapshot.
+    Cancel,
+    /// There was one, and this VM came out of it.
+    Restore,
 }
 
 /// All calls. A GET can be a HEAD, too, but for a WebSocket's. A path that ends with `/` stands for all
@@ -66,6 +81,24 @@ const ROUTES: &[(Method, &str, Call)] = &[
     (Method::Post, "/v1/mounts", Call::Mount),
     #[cfg(feature = "mounts")]
     (Method::Delete, "/v1/mounts", Call::Unmount),
+    #[cfg(feature = "snapshot")]
+    (
+        Method::Post,
+        "/v1/snapshot/prepare",
+        Call::Snapshot(SnapshotCall::Prepare),
+    ),
+    #[cfg(feature = "snapshot")]
+    (
+        Method::Post,
+        "/v1/snapshot/cancel",
+        Call::Snapshot(SnapshotCall::Cancel),
+    ),
+    #[cfg(feature = "snapshot")]
+    (
+        Method::Post,
+        "/v1/restore",
+        Call::Snapshot(SnapshotCall::Restore),
+    ),
 ];
 
 /// Why there is no call.

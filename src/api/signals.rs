@@ -1,6 +1,6 @@
 //! `POST /v1/signals`: a signal to the workload's process group.
 
-use super::io::CallError;
+use super::io::{self, CallError};
 use crate::context::Context;
 use crate::error;
 use crate::error::name;
@@ -15,6 +15,7 @@ pub fn send(body: &mut [u8], context: &mut Context) -> Result<(), CallError> {
     let request = context
         .with_arena(|memory, _| SignalRequest::decode(body, &mut Arena::new(memory)))
         .map_err(CallError::bad_request)?;
+    io::refuse_while_held(context)?;
     let sent = match context.workload.group {
         Some(group) => sys::kill_group(group, u32::from(request.signal)),
         None => Err(Errno::SRCH),

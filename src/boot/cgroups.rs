@@ -174,6 +174,8 @@ pub fn open(layout: Layout, user: &Identity, log: &mut dyn Log) -> Cgroups {
     Cgroups {
         workload,
         commands: group(COMMANDS),
+        #[cfg(feature = "snapshot")]
+        root: Some(root),
     }
 }
 

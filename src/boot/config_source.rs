@@ -89,7 +89,7 @@ pub fn decode<'a>(document: &mut [u8], memory: &'a mut [u8]) -> Result<PageBox<C
 }
 
 /// Why the service gave no configuration.
-enum Answer {
+pub enum Answer {
     /// A document that is wrong: waiting does not make it better.
     Wrong(Error),
     /// No document with something to run, yet.
@@ -97,7 +97,9 @@ enum Answer {
 }
 
 /// Asks the service until it gives a document with something to run, or time is up.
-fn fetch(timeout: u64, document: &mut [u8], memory: &mut [u8]) -> Result<usize, Answer> {
+///
+/// The document's text comes to lie in `document`: how long it is.
+pub fn fetch(timeout: u64, document: &mut [u8], memory: &mut [u8]) -> Result<usize, Answer> {
     let index =
         network::eth0_index().ok_or_else(|| Answer::None(error!("no network interface eth0")))?;
     let channel = Channel::open().map_err(Answer::None)?;
@@ -116,10 +118,29 @@ fn fetch(timeout: u64, document: &mut [u8], memory: &mut [u8]) -> Result<usize, 
         Ok(()) => session.ask_until(memory),
         Err(why) => Err(Answer::None(why)),
     };
-    // Whether it worked or not; what was never added cannot be removed.
-    let _route = request(&netlink::remove_host_route(index, mmds::ADDRESS));
-    let _address = request(&netlink::remove_address(index, &guest, mmds::PREFIX));
+    // Whether it worked or not.
+    leave(&channel, index);
     answer
+}
+
+/// Takes the way to the service away; what was never added cannot be removed.
+fn leave(channel: &Channel, index: u32) {
+    let guest = IpAddr::V4(mmds::GUEST);
+    for request in [
+        netlink::remove_host_route(index, mmds::ADDRESS),
+        netlink::remove_address(index, &guest, mmds::PREFIX),
+    ] {
+        let _not_there = channel.request(&request, format_args!("leave MMDS"));
+    }
+}
+
+/// Takes the way to the service away that somebody has left who was killed while he asked.
+#[cfg(feature = "snapshot")]
+pub fn leave_service() -> Result {
+    if let Some(index) = network::eth0_index() {
+        leave(&Channel::open()?, index);
+    }
+    Ok(())
 }
 
 /// A conversation with the service over one connection at a time.

@@ -95,11 +95,23 @@ impl File {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW;
         let substitute = files::open(self.substitute, flags)?;
         files::write_whole(&substitute, contents)?;
+        if self.is_covered() {
+            return Ok(());
+        }
         let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
         let mount = open_tree(CWD, self.substitute, clone)?;
         let target = files::open(self.path, OFlags::PATH | OFlags::NOFOLLOW)?;
         let both_by_descriptor =
             MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
         move_mount(&mount, c"", &target, c"", both_by_descriptor)
+    }
+
+    /// Whether that file is mounted over it already.
+    fn is_covered(&self) -> bool {
+        let identify = |path| {
+            let status = rustix::fs::lstat(path)?;
+            Ok::<_, Errno>((status.st_dev, status.st_ino))
+        };
+        identify(self.path).is_ok_and(|file| identify(self.substitute) == Ok(file))
     }
 }

@@ -23,6 +23,18 @@ const LOG_KIB: u64 = 64;
 /// Most that can be kept, in KiB.
 const MAX_LOG_KIB: u64 = 64 << 10;
 
+/// What makes a restored VM a new one.
+#[cfg(feature = "snapshot")]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Restore {
+    /// The kernel's word that there was a restore, and the host's call.
+    Auto,
+    /// The host's call.
+    Host,
+    /// Nothing, and there are no such calls.
+    Off,
+}
+
 /// The kernel parameters.
 pub struct KernelParams {
     /// `INIT_LOG_LEVEL=debug|info|warn`: the lowest level that is logged. There is nothing to say at
@@ -42,6 +54,9 @@ pub struct KernelParams {
     pub log_kib: u64,
     /// `PIGEON_EVENTS_PORT`: the host's vsock port that is told of events.
     pub events_port: Option<u32>,
+    /// `PIGEON_RESTORE=auto|host|off`: what makes a VM that was restored from a snapshot a new one.
+    #[cfg(feature = "snapshot")]
+    pub restore: Restore,
     /// A value that was none of the allowed ones.
     pub refused: Option<Error>,
 }
@@ -58,6 +73,8 @@ impl KernelParams {
             output: DEFAULT_OUTPUT,
             log_kib: LOG_KIB,
             events_port: None,
+            #[cfg(feature = "snapshot")]
+            restore: Restore::Auto,
             refused: None,
         };
         for word in words.iter() {
@@ -117,6 +134,15 @@ impl KernelParams {
             }
             #[cfg(feature = "logs")]
             "PIGEON_LOG_KIB" => self.log_kib = number(value)?,
+            #[cfg(feature = "snapshot")]
+            "PIGEON_RESTORE" => {
+                self.restore = match value {
+                    "auto" => Restore::Auto,
+                    "host" => Restore::Host,
+                    "off" => Restore::Off,
+                    _ => return Err("auto, host or off"),
+                }
+            }
             "PIGEON_EVENTS_PORT" => {
                 self.events_port = Some(decimal::parse(value.as_bytes()).ok_or("a port")?);
             }

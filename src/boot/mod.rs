@@ -96,6 +96,13 @@ pub fn run(
 
     supervisor.context.workload.stop_signal = config.image_config.stop_signal;
     supervisor.context.workload.owner = (identity.uid, identity.gid);
+    #[cfg(feature = "snapshot")]
+    {
+        let in_force = &mut supervisor.context.snapshot.in_force;
+        in_force.digests = config.digests();
+        in_force.restore_signal = config.restore_signal;
+        in_force.is_from_mmds = source == "mmds";
+    }
     supervisor.listen();
     prepare(supervisor, &config)?;
     supervisor.read_signals();
@@ -124,7 +131,8 @@ fn prepare(supervisor: &mut Supervisor, config: &Config) -> Result {
         supervisor.begin_setup(helper);
     }
     etc_files::set_host_name(config)?;
-    network::configure(config, supervisor.console)?;
+    let interfaces = network::configure(config, supervisor.console)?;
+    supervisor.context.set_interfaces(interfaces);
     sysctls::set_defaults(supervisor.console);
     supervisor.finish_setup();
     if sysctls::are_configured(config) && !supervisor.has_ended() {

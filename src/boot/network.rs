@@ -1,17 +1,24 @@
 //! Network interfaces: applying the configuration through rtnetlink.
 
 use crate::context;
+use crate::context::Interfaces;
 use crate::error;
+#[cfg(feature = "snapshot")]
+use crate::error::Discard;
 use crate::error::{Log, Result};
 use crate::sys;
 use crate::sys::files;
 use core::fmt;
 use core::net::IpAddr;
 use proto::address;
+#[cfg(feature = "snapshot")]
+use proto::config::ADDRESSES;
 use proto::config::{Address, Config};
 use proto::decimal;
 use proto::message::{ErrnoName, ToLossy};
-use proto::netlink::{self, Acknowledgement, Existing, Request};
+use proto::netlink::{self, Acknowledgement, Request};
+#[cfg(feature = "snapshot")]
+use proto::netlink::{Entry, Reply};
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -56,13 +63,18 @@ impl Channel {
     /// Sends a request and reads its acknowledgement, which the kernel gives within the send. What
     /// exists already is success; the error says `what` failed, and the kernel's reason.
     pub fn request(&self, request: &Request, what: fmt::Arguments) -> Result {
+        self.request_unless(request, &[Errno::EXIST], what)
+    }
+
+    /// The same, where it is also success that one of these keeps it from being done.
+    fn request_unless(&self, request: &Request, moot: &[Errno], what: fmt::Arguments) -> Result {
         let mut reply = [0; 1024];
         files::write(&self.socket, request.as_bytes()).map_err(context!("{what}"))?;
         loop {
             let count = files::read(&self.socket, &mut reply).map_err(context!("{what}"))?;
             let answer = netlink::acknowledgement(reply.get(..count).unwrap_or(&[]));
             if let Some(Acknowledgement { errno, text }) = answer {
-                if errno == 0 || errno == Errno::EXIST.raw_os_error() {
+                if errno == 0 || moot.iter().any(|moot| moot.raw_os_error() == errno) {
                     return Ok(());
                 }
                 let name = ErrnoName(errno);
@@ -75,9 +87,38 @@ impl Channel {
     }
 }
 
-/// Brings lo up, and the interfaces that have addresses, with their MTU, addresses and routes.
-pub fn configure(config: &Config, log: &mut dyn Log) -> Result {
+#[cfg(feature = "snapshot")]
+impl Channel {
+    /// Calls `visit` with each entry of a dump; whether nothing changed meanwhile, so that these are
+    /// all.
+    fn dump(&self, request: &Request, visit: &mut dyn FnMut(Entry)) -> Result<bool> {
+        let failed = context!("list the network's state");
+        // The kernel gives no more at once than a page, or what is asked for (netlink_recvmsg).
+        let mut received = [0; 8192];
+        files::write(&self.socket, request.as_bytes()).map_err(&failed)?;
+        let mut is_whole = true;
+        loop {
+            let count = files::read(&self.socket, &mut received).map_err(&failed)?;
+            for message in netlink::messages(received.get(..count).unwrap_or(&[])) {
+                is_whole &= !message.is_interrupted();
+                match message.reply() {
+                    Reply::Entry(entry) => visit(entry),
+                    Reply::Done(0) => return Ok(is_whole),
+                    Reply::Done(errno) | Reply::Acknowledgement(Acknowledgement { errno, .. }) => {
+                        return Err(failed(Errno::from_raw_os_error(errno)));
+                    }
+                    Reply::Other => {}
+                }
+            }
+        }
+    }
+}
+
+/// Brings lo up, and the interfaces that have addresses, with their MTU, addresses and routes. Which
+/// interfaces those are.
+pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
     let channel = Channel::open()?;
+    let mut interfaces = Interfaces::new();
     channel.request(
         &netlink::link_up(LO_INDEX, None),
         format_args!("bring lo up"),
@@ -86,7 +127,11 @@ pub fn configure(config: &Config, log: &mut dyn Log) -> Result {
         ip, prefix, device, ..
     } in config.addresses()
     {
-        let index = bring_up(&channel, device, config.mtu(), log)?;
+        let index = index(device)?;
+        if !interfaces.contains(&index) {
+            bring_up(&channel, index, device, config.mtu(), log)?;
+            let _one_an_address = interfaces.push(index);
+        }
         let request = netlink::add_address(index, &ip, prefix);
         let (ip, prefix) = (address::Text(&ip), u32::from(prefix));
         channel.request(&request, format_args!("add {ip}/{prefix} to {device}"))?;
@@ -103,7 +148,75 @@ pub fn configure(config: &Config, log: &mut dyn Log) -> Result {
             set_gateway(&channel, config, &gateway, device)?;
         }
     }
-    Ok(())
+    Ok(interfaces)
+}
+
+/// Gives the interfaces that have addresses, or had them `before`, those of the configuration and no
+/// others. When one is another, the routes over these interfaces go with the old ones, and the
+/// neighbours always. Which interfaces have addresses then.
+#[cfg(feature = "snapshot")]
+pub fn replace(config: &Config, before: &Interfaces) -> Result<Interfaces> {
+    let mut interfaces =
+        heapless::Vec::<u32, { 2 * ADDRESSES }>::from_slice(before).unwrap_or_default();
+    let mut wanted = heapless::Vec::<(Entry, bool), ADDRESSES>::new();
+    for Address {
+        ip, prefix, device, ..
+    } in config.addresses()
+    {
+        let index = index(device)?;
+        if !interfaces.contains(&index) {
+            let _twice_as_many_fit = interfaces.push(index);
+        }
+        let _fits = wanted.push((Entry::Address { index, ip, prefix }, false));
+    }
+    let is_ours = |entry: &Entry| !entry.is_automatic() && interfaces.contains(&entry.index());
+    let mut has_others = false;
+    Channel::open()?.dump(&netlink::dump_addresses(), &mut |entry| {
+        let mut is_wanted = false;
+        for (one, is_there) in &mut wanted {
+            *is_there |= *one == entry;
+            is_wanted |= *one == entry;
+        }
+        has_others |= is_ours(&entry) && !is_wanted;
+    })?;
+    if has_others || wanted.iter().any(|(_, is_there)| !is_there) {
+        remove(&netlink::dump_routes(), "an old route", &is_ours)?;
+        remove(&netlink::dump_addresses(), "an old address", &|entry| {
+            is_ours(entry) && !wanted.iter().any(|(one, _)| one == entry)
+        })?;
+    }
+    // What the device cannot do was said at the boot.
+    let interfaces = configure(config, &mut Discard)?;
+    remove(&netlink::dump_neighbours(), "an old neighbour", &is_ours)?;
+    Ok(interfaces)
+}
+
+/// Deletes the entries of a dump that are picked.
+#[cfg(feature = "snapshot")]
+fn remove(dump: &Request, what: &str, picks: &dyn Fn(&Entry) -> bool) -> Result {
+    /// Entries deleted at once.
+    const AT_ONCE: usize = 64;
+    /// Far more than the kernel keeps of neighbours (gc_thresh3, arp(7)).
+    const PASSES: usize = 256;
+    let channel = Channel::open()?;
+    for _ in 0..PASSES {
+        let mut entries = heapless::Vec::<Entry, AT_ONCE>::new();
+        let mut is_all = true;
+        is_all &= channel.dump(dump, &mut |entry| {
+            if picks(&entry) {
+                is_all &= entries.push(entry).is_ok();
+            }
+        })?;
+        for entry in &entries {
+            // It went with another one.
+            let gone = [Errno::ADDRNOTAVAIL, Errno::SRCH, Errno::NOENT];
+            channel.request_unless(&entry.delete(), &gone, format_args!("remove {what}"))?;
+        }
+        if is_all {
+            return Ok(());
+        }
+    }
+    Err(error!("remove {what}: there are too many"))
 }
 
 /// Makes a gateway the default route.
@@ -111,7 +224,7 @@ fn set_gateway(channel: &Channel, config: &Config, gateway: &IpAddr, device: &st
     let on_link = !config
         .addresses()
         .any(|near| near.device == device && netlink::same_subnet(&near.ip, gateway, near.prefix));
-    let route = netlink::default_route(index(device)?, gateway, on_link, Existing::Keep);
+    let route = netlink::default_route(index(device)?, gateway, on_link);
     let gateway = address::Text(gateway);
     channel.request(&route, format_args!("route through {gateway}"))
 }
@@ -120,9 +233,8 @@ fn index(device: &str) -> Result<u32> {
     interface_index(device).ok_or_else(|| error!("no network interface {device}"))
 }
 
-/// Brings an interface up, which may be up already; its index.
-fn bring_up(channel: &Channel, device: &str, mtu: u32, log: &mut dyn Log) -> Result<u32> {
-    let index = index(device)?;
+/// Brings an interface up, which may be up already.
+fn bring_up(channel: &Channel, index: u32, device: &str, mtu: u32, log: &mut dyn Log) -> Result {
     let request = netlink::link_up(index, Some(mtu));
     channel.request(&request, format_args!("bring {device} up with MTU {mtu}"))?;
     // Packets on a virtual wire need no checksums of the device's. Those received are the device's
@@ -132,5 +244,5 @@ fn bring_up(channel: &Channel, device: &str, mtu: u32, log: &mut dyn Log) -> Res
             errno,
         ));
     }
-    Ok(index)
+    Ok(())
 }

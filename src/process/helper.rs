@@ -24,6 +24,8 @@ const END: u8 = b'\0';
 const WARNING: char = 'w';
 const STEP: char = 's';
 const ERROR: char = 'e';
+#[cfg(feature = "snapshot")]
+const ANSWER: char = 'a';
 
 /// A helper's way to tell its parent something.
 pub struct HelperLog(OwnedFd);
@@ -42,6 +44,12 @@ impl HelperLog {
     /// Why the helper gives up. Only the first one counts.
     pub fn fail(&self, message: &dyn Display) {
         self.send(ERROR, message);
+    }
+
+    /// What it was to find out.
+    #[cfg(feature = "snapshot")]
+    pub fn answer(&self, message: &dyn Display) {
+        self.send(ANSWER, message);
     }
 
     /// The pipe, to be kept open.
@@ -95,6 +103,9 @@ pub struct Lines {
     pub error: Option<Error>,
     /// What it did last.
     pub step: Option<Error>,
+    /// What it found out.
+    #[cfg(feature = "snapshot")]
+    pub answer: Option<Error>,
 }
 
 /// Reads what a child has sent; its warnings go to `warn`.
@@ -113,6 +124,8 @@ pub fn read_lines(pipe: &OwnedFd, log: &mut dyn Log) -> Lines {
                 match char::from(*kind) {
                     ERROR if lines.error.is_none() => lines.error = Some(error!("{text}")),
                     STEP => lines.step = Some(error!("{text}")),
+                    #[cfg(feature = "snapshot")]
+                    ANSWER => lines.answer = Some(error!("{text}")),
                     WARNING => log.warn(&text),
                     _ => {}
                 }

@@ -2,6 +2,8 @@
 
 pub mod credentials;
 pub mod exec;
+#[cfg(feature = "snapshot")]
+pub mod freezer;
 pub mod helper;
 pub mod oom_score;
 pub mod pipe;

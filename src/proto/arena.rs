@@ -56,7 +56,7 @@ impl<'a> Arena<'a> {
 }
 
 /// A list of C strings, one behind the other as in `/proc/PID/environ` (proc_pid_environ(5)).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Strings<'a>(&'a [u8]);
 
 impl<'a> Strings<'a> {

@@ -258,9 +258,9 @@ impl<'a> MountRequest<'a> {
     }
 }
 
-/// `POST /v1/snapshot/prepare`.
+/// `POST /v1/snapshot/prepare`, and `POST /v1/snapshot/cancel`, for which the token is enough.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct PrepareRequest<'a> {
+pub struct HoldRequest<'a> {
     /// Names the hold; 1 to 64 bytes.
     pub token: &'a str,
     /// Time for all processes to stand still in milliseconds; the default when absent.
@@ -271,7 +271,7 @@ pub struct PrepareRequest<'a> {
     pub hold_ms: Option<u32>,
 }
 
-impl<'a> Object<'a> for PrepareRequest<'a> {
+impl<'a> Object<'a> for HoldRequest<'a> {
     fn member(&mut self, name: &str) -> Place<'_, 'a> {
         match name {
             "token" => Place::Str(&mut self.token),
@@ -283,7 +283,7 @@ impl<'a> Object<'a> for PrepareRequest<'a> {
     }
 }
 
-impl<'a> PrepareRequest<'a> {
+impl<'a> HoldRequest<'a> {
     /// Decodes a body.
     pub fn decode(body: &mut [u8], arena: &mut Arena<'a>) -> Result<Self, Message> {
         let mut request = Self::default();
@@ -298,32 +298,6 @@ fn check_token(token: &str) -> Result<(), Message> {
         0 => Err(message!("token: missing")),
         1..=ID => Ok(()),
         _ => Err(message!("token: longer than {ID} bytes")),
-    }
-}
-
-/// `POST /v1/snapshot/cancel`.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct CancelRequest<'a> {
-    /// That of the hold.
-    pub token: &'a str,
-}
-
-impl<'a> Object<'a> for CancelRequest<'a> {
-    fn member(&mut self, name: &str) -> Place<'_, 'a> {
-        match name {
-            "token" => Place::Str(&mut self.token),
-            _ => Place::Unknown,
-        }
-    }
-}
-
-impl<'a> CancelRequest<'a> {
-    /// Decodes a body.
-    pub fn decode(body: &mut [u8], arena: &mut Arena<'a>) -> Result<Self, Message> {
-        let mut request = Self::default();
-        json::decode(body, arena, &mut request)?;
-        check_token(request.token)?;
-        Ok(request)
     }
 }
 
@@ -567,7 +541,7 @@ mod tests {
     #[test]
     fn a_hold_has_a_token() {
         let prepare = |body: &str| {
-            decoded!(PrepareRequest, body, |request| (
+            decoded!(HoldRequest, body, |request| (
                 request.token.to_owned(),
                 request.timeout_ms,
                 request.sync,
@@ -587,15 +561,12 @@ mod tests {
             prepare(r#"{"token":"a1","sync":null}"#),
             Ok((token(), None, None, None))
         );
-        let cancel = |body: &str| decoded!(CancelRequest, body, |request| request.token.to_owned());
-        assert_eq!(cancel(r#"{"token":"a1"}"#), Ok(token()));
         for (token, why) in [
             ("".to_owned(), "token: missing"),
             ("t".repeat(65), "token: longer than 64 bytes"),
         ] {
             let body = format!(r#"{{"token":"{token}"}}"#);
             assert_eq!(prepare(&body), Err(why.to_owned()));
-            assert_eq!(cancel(&body), Err(why.to_owned()));
         }
     }
 

@@ -11,6 +11,7 @@ use crate::signal::Signal;
 use crate::sysctl;
 use core::ffi::CStr;
 use core::fmt::Write;
+use core::hash::{Hash, Hasher};
 use core::net::IpAddr;
 
 /// Largest document, in bytes: 20 times Firecracker's default MMDS store.
@@ -84,7 +85,7 @@ pub struct Config<'a> {
 }
 
 /// What an image says of its command (OCI image specification, config.md).
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Hash)]
 pub struct ImageConfig<'a> {
     /// The first arguments.
     pub entrypoint: Strings<'a>,
@@ -101,7 +102,7 @@ pub struct ImageConfig<'a> {
 }
 
 /// An address of a network interface.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Hash)]
 pub struct IpConfig<'a> {
     gateway: Gateway,
     ip: Option<IpAddr>,
@@ -110,7 +111,7 @@ pub struct IpConfig<'a> {
 }
 
 /// A gateway; the prefix length behind it, if any, says nothing that a route needs.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Hash)]
 struct Gateway(Option<IpAddr>);
 
 /// An address of a network interface, complete.
@@ -127,7 +128,7 @@ pub struct Address<'a> {
 }
 
 /// An extra volume.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Hash)]
 pub struct Mount<'a> {
     /// The block device; empty for a tmpfs.
     pub device_path: &'a CStr,
@@ -142,7 +143,7 @@ pub struct Mount<'a> {
 }
 
 /// For /etc/resolv.conf (resolv.conf(5)).
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Hash)]
 pub struct EtcResolv<'a> {
     /// Addresses of name servers.
     pub nameservers: Strings<'a>,
@@ -153,7 +154,7 @@ pub struct EtcResolv<'a> {
 }
 
 /// An entry for /etc/hosts.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Hash)]
 pub struct Host<'a> {
     /// The name.
     pub host: &'a str,
@@ -393,6 +394,31 @@ impl<'a> Config<'a> {
         pairs.filter_map(|pair| split_text_once(pair, b'='))
     }
 
+    /// A digest of each member, by which two documents can be compared when one of them is gone.
+    pub fn digests(&self) -> [Digest; MEMBERS] {
+        let members: [(&'static str, &dyn Digestible); MEMBERS] = [
+            ("ImageConfig", &self.image_config),
+            ("ExecOverride", &self.exec_override),
+            ("CmdOverride", &self.cmd_override),
+            ("UserOverride", &self.user_override),
+            ("ExtraEnv", &self.extra_env),
+            ("MTU", &self.mtu),
+            ("IPConfigs", &self.ip_configs),
+            ("Hostname", &self.hostname),
+            ("Mounts", &self.mounts),
+            ("RootDevice", &self.root_device),
+            ("RootReadOnly", &self.root_read_only),
+            ("RootOverlay", &self.root_overlay),
+            ("EtcResolv", &self.etc_resolv),
+            ("EtcHosts", &self.etc_hosts),
+            ("Rlimits", &self.rlimits),
+            ("Sysctls", &self.sysctls),
+            ("SeparateStderr", &self.separate_stderr),
+            ("RestoreSignal", &self.restore_signal),
+        ];
+        members.map(|(name, member)| (name, member.digest()))
+    }
+
     /// Checks what the document's form does not show. The error names the field.
     pub fn check(&self) -> Result<(), Message> {
         let mut checks = Checks::default();
@@ -435,6 +461,40 @@ impl<'a> Config<'a> {
             entry.check(&mut checks);
         }
         checks.result()
+    }
+}
+
+/// How many members a document can have.
+pub const MEMBERS: usize = 18;
+
+/// A member's name, and the digest of its value.
+pub type Digest = (&'static str, u64);
+
+/// A value with a digest.
+trait Digestible {
+    fn digest(&self) -> u64;
+}
+
+impl<T: Hash> Digestible for T {
+    fn digest(&self) -> u64 {
+        let mut hasher = Fnv1a(0xcbf2_9ce4_8422_2325);
+        self.hash(&mut hasher);
+        hasher.finish()
+    }
+}
+
+/// FNV-1a, 64 bits (draft-eastlake-fnv).
+struct Fnv1a(u64);
+
+impl Hasher for Fnv1a {
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3);
+        }
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
     }
 }
 
@@ -694,6 +754,73 @@ mod tests {
             .and_then(|checked| checked)
             .err()
             .unwrap_or_default()
+    }
+
+    #[test]
+    fn a_member_has_another_digest_when_its_value_is_another_one() {
+        let digests = |text: &str| {
+            let mut document = text.as_bytes().to_vec();
+            let mut memory = vec![0; document.len()];
+            let mut config = Config::new();
+            let decoded = config.decode(&mut document, &mut Arena::new(&mut memory));
+            decoded.map(|()| config.digests()).unwrap()
+        };
+        let absent = digests("{}");
+        let members = [
+            ("ImageConfig", [r#"{"Cmd":["a","b"]}"#, r#"{"Cmd":["ab"]}"#]),
+            ("ExecOverride", [r#"["a"]"#, r#"["b"]"#]),
+            ("CmdOverride", [r#""a""#, r#""b""#]),
+            ("UserOverride", [r#""a""#, r#""b""#]),
+            ("ExtraEnv", [r#"{"A":"1"}"#, r#"{"A":"2"}"#]),
+            ("MTU", ["1400", "1401"]),
+            (
+                "IPConfigs",
+                [
+                    r#"[{"IP":"10.0.0.2","Mask":24,"Gateway":"10.0.0.1"}]"#,
+                    r#"[{"IP":"10.0.0.2","Mask":24,"Gateway":"10.0.0.3"}]"#,
+                ],
+            ),
+            ("Hostname", [r#""a""#, r#""b""#]),
+            (
+                "Mounts",
+                [
+                    r#"[{"DevicePath":"/dev/vdb","MountPath":"/a"}]"#,
+                    r#"[{"DevicePath":"/dev/vdb","MountPath":"/a","ReadOnly":true}]"#,
+                ],
+            ),
+            ("RootDevice", [r#""/dev/vda1""#, r#""/dev/vda2""#]),
+            ("RootReadOnly", ["true", "true"]),
+            ("RootOverlay", [r#""tmpfs""#, r#""/dev/vdb""#]),
+            ("EtcResolv", [r#"{"Search":["a"]}"#, r#"{"Options":["a"]}"#]),
+            (
+                "EtcHosts",
+                [
+                    r#"[{"Host":"a","IP":"1.1.1.1"}]"#,
+                    r#"[{"Host":"a","IP":"1.1.1.2"}]"#,
+                ],
+            ),
+            ("Rlimits", [r#"{"NOFILE":1}"#, r#"{"NOFILE":2}"#]),
+            ("Sysctls", [r#"{"a.b":"1"}"#, r#"{"a.b":"2"}"#]),
+            ("SeparateStderr", ["true", "true"]),
+            ("RestoreSignal", ["10", r#""USR2""#]),
+        ];
+        assert_eq!(absent.map(|(name, _)| name), members.map(|(name, _)| name));
+        for (at, (name, values)) in members.iter().enumerate() {
+            let seen = values.map(|value| digests(&format!(r#"{{"{name}":{value}}}"#)));
+            for digests in seen {
+                for (other, (digest, none)) in digests.iter().zip(&absent).enumerate() {
+                    assert_eq!(digest == none, other != at, "{name}");
+                }
+            }
+            assert_eq!(seen[0] == seen[1], values[0] == values[1], "{name}");
+        }
+        // How a document is written does not matter.
+        assert_eq!(
+            digests(r#"{"MTU":1400,"ImageConfig":{"Env":["A=<"],"User":"a"}}"#),
+            digests(
+                "{ \"ImageConfig\": {\"User\": \"a\", \"Env\":[\"A=\\u003c\"]}, \"MTU\": 1400}"
+            )
+        );
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! SHA-1 (FIPS 180-4) and base64 (RFC 4648) for the WebSocket handshake, and for nothing else.
+//! SHA-1 (FIPS 180-4) for the WebSocket handshake, and base64 (RFC 4648) for that and for random bytes.
 
 /// The alphabet (RFC 4648 section 4).
 pub const BASE64: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
@@ -97,6 +97,28 @@ pub fn base64(digest: &[u8; 20]) -> [u8; 28] {
     text
 }
 
+/// Decodes base64 with its padding (section 4), three bytes at a time; whether it was that.
+pub fn decode_base64(text: &str, each: &mut dyn FnMut(&[u8])) -> bool {
+    let (groups, rest) = text.as_bytes().as_chunks::<4>();
+    let last = groups.len().saturating_sub(1);
+    for (at, group) in groups.iter().enumerate() {
+        let padding = group.iter().rev().take_while(|byte| **byte == b'=').count();
+        if padding > 2 || padding > 0 && at != last {
+            return false;
+        }
+        let mut bits = 0;
+        for character in group.iter().take(4 - padding) {
+            let Some(value) = BASE64.iter().position(|known| known == character) else {
+                return false;
+            };
+            bits = bits << 6 | value as u32;
+        }
+        let [_, bytes @ ..] = (bits << (6 * padding)).to_be_bytes();
+        each(bytes.get(..3 - padding).unwrap_or(&[]));
+    }
+    rest.is_empty()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,6 +141,34 @@ mod tests {
         assert_eq!(base64(&[0; 20]), *b"AAAAAAAAAAAAAAAAAAAAAAAAAAA=");
         assert_eq!(base64(&[255; 20]), *b"//////////////////////////8=");
         assert_eq!(base64(&sha1(b"abc")), *b"qZk+NkcGgWq6PiVxeFDCbJzQ2J0=");
+    }
+
+    #[test]
+    fn base64_is_decoded_and_what_is_none_refused() {
+        let decode = |text: &str| {
+            let mut bytes = vec![];
+            decode_base64(text, &mut |piece| bytes.extend_from_slice(piece)).then_some(bytes)
+        };
+        // RFC 4648 section 10.
+        for (text, bytes) in [
+            ("", ""),
+            ("Zg==", "f"),
+            ("Zm8=", "fo"),
+            ("Zm9v", "foo"),
+            ("Zm9vYg==", "foob"),
+            ("Zm9vYmE=", "fooba"),
+            ("Zm9vYmFy", "foobar"),
+        ] {
+            assert_eq!(decode(text).as_deref(), Some(bytes.as_bytes()), "{text}");
+        }
+        let digest = sha1(b"abc");
+        let text = base64(&digest);
+        assert_eq!(decode(str::from_utf8(&text).unwrap()).unwrap(), digest);
+        for wrong in [
+            "Zg", "Zg=", "Z===", "====", "Zg==Zg==", "Zm 9", "Zm9v\n", "Zm-_", "Zm9vé",
+        ] {
+            assert_eq!(decode(wrong), None, "{wrong}");
+        }
     }
 
     #[test]

@@ -45,6 +45,12 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
         }
     }
 
+    /// Empties it.
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+        self.entries.clear();
+    }
+
     /// Sets each `NAME=value`; a string without a name or without `=` is dropped. The error: they
     /// are more strings, or more bytes, than there is room for.
     pub fn set_all(&mut self, entries: Strings) -> Result<(), TooLarge> {

@@ -15,8 +15,9 @@ const NLM_F_DUMP_INTR: u16 = 0x10;
 /// NLM_F_ROOT and NLM_F_MATCH
 const NLM_F_DUMP: u16 = 0x300;
 const NLM_F_REPLACE: u16 = 0x100;
-const NLM_F_EXCL: u16 = 0x200;
 const NLM_F_CREATE: u16 = 0x400;
+/// What is there already is replaced.
+const IN_PLACE: u16 = NLM_F_CREATE | NLM_F_REPLACE;
 const NLM_F_CAPPED: u16 = 0x100;
 const NLM_F_ACK_TLVS: u16 = 0x200;
 /// struct nlmsgerr: negative errno (4), the request's header, and its payload unless capped.
@@ -180,7 +181,7 @@ fn address(kind: u16, flags: u16, index: u32, ip: &IpAddr, prefix: u8) -> Reques
 
 /// Gives interface `index` an address, usable at once (no duplicate address detection).
 pub fn add_address(index: u32, ip: &IpAddr, prefix: u8) -> Request {
-    address(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, index, ip, prefix)
+    address(RTM_NEWADDR, IN_PLACE, index, ip, prefix)
 }
 
 /// Takes the address away.
@@ -188,30 +189,12 @@ pub fn remove_address(index: u32, ip: &IpAddr, prefix: u8) -> Request {
     address(RTM_DELADDR, 0, index, ip, prefix)
 }
 
-/// What becomes of a route to the same destination that is there already. In neither case there are
-/// two: of two default routes the kernel makes one with two next hops (ECMP) for IPv6.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Existing {
-    /// It stays, and the request fails with EEXIST.
-    Keep,
-    /// The new one takes its place.
-    Replace,
-}
-
-impl Existing {
-    fn flags(self) -> u16 {
-        match self {
-            Self::Keep => NLM_F_CREATE | NLM_F_EXCL,
-            Self::Replace => NLM_F_CREATE | NLM_F_REPLACE,
-        }
-    }
-}
-
-/// A default route through `gateway`; `on_link`: reach it without a route to it.
-pub fn default_route(index: u32, gateway: &IpAddr, on_link: bool, existing: Existing) -> Request {
+/// Makes `gateway` the default route, in place of one that is there: of two the kernel makes one with
+/// two next hops (ECMP) for IPv6. `on_link`: reach it without a route to it.
+pub fn default_route(index: u32, gateway: &IpAddr, on_link: bool) -> Request {
     let flags = if on_link { RTNH_F_ONLINK } else { 0 };
     let body = rtmsg(family(gateway), 0, RTPROT_BOOT, RT_SCOPE_UNIVERSE, flags);
-    let mut request = Request::new(RTM_NEWROUTE, NLM_F_ACK | existing.flags(), &body);
+    let mut request = Request::new(RTM_NEWROUTE, NLM_F_ACK | IN_PLACE, &body);
     request.address(RTA_GATEWAY, gateway);
     request.number(RTA_OIF, index);
     request
@@ -227,7 +210,7 @@ fn host_route(kind: u16, flags: u16, index: u32, peer: Ipv4Addr) -> Request {
 
 /// A /32 route to a peer on the link.
 pub fn add_host_route(index: u32, peer: Ipv4Addr) -> Request {
-    host_route(RTM_NEWROUTE, Existing::Replace.flags(), index, peer)
+    host_route(RTM_NEWROUTE, IN_PLACE, index, peer)
 }
 
 /// Takes the route away.
@@ -619,16 +602,16 @@ mod tests {
             8, 0, 4, 0, 2, 0, 0, 0, // RTA_OIF
         ];
         assert_eq!(
-            default_route(2, &ip("169.254.0.1"), true, Existing::Replace).as_bytes(),
+            default_route(2, &ip("169.254.0.1"), true).as_bytes(),
             expected
         );
         assert_eq!(
-            default_route(2, &ip("10.0.0.1"), false, Existing::Replace).as_bytes()[24..28],
+            default_route(2, &ip("10.0.0.1"), false).as_bytes()[24..28],
             [0; 4]
         );
-        // NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE: never NLM_F_APPEND.
-        let second = default_route(2, &ip("fd00::1"), false, Existing::Keep);
-        assert_eq!(second.as_bytes()[6..8], [5, 6]);
+        // NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE: never NLM_F_APPEND.
+        let second = default_route(2, &ip("fd00::1"), false);
+        assert_eq!(second.as_bytes()[6..8], [5, 5]);
     }
 
     #[test]
@@ -643,7 +626,7 @@ mod tests {
 
     #[test]
     fn the_largest_request_fits() {
-        let default = default_route(u32::MAX, &ip("fd00::1"), true, Existing::Keep);
+        let default = default_route(u32::MAX, &ip("fd00::1"), true);
         assert_eq!(default.as_bytes().len(), 16 + 12 + 20 + 8);
         assert!(add_address(1, &ip("fd00::1"), 128).as_bytes().len() <= MAX_REQUEST);
         let route = Entry::Route {

@@ -5,7 +5,7 @@ use crate::decimal;
 use crate::json::{Object, Parse, Place};
 
 /// A resource by its number (include/uapi/asm-generic/resource.h; x86_64 and aarch64 have the same).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs, reason = "getrlimit(2) describes them")]
 pub enum Resource {
     Cpu,
@@ -64,7 +64,7 @@ impl Resource {
 }
 
 /// A soft and a hard limit; `None` is unlimited.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Limit {
     /// What counts.
     pub soft: Option<u64>,
@@ -107,7 +107,7 @@ impl Parse for Limit {
 }
 
 /// Limits, one a resource.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Hash)]
 pub struct Rlimits(heapless::Vec<(Resource, Limit), RESOURCES>);
 
 impl Rlimits {

@@ -21,7 +21,7 @@ const RTMIN: u8 = 34;
 const RTMAX: u8 = 64;
 
 /// A signal: from 1 to 64.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Signal(NonZeroU8);
 
 impl Signal {

@@ -129,7 +129,7 @@ fn kernel_log() -> Result<(OwnedFd, OwnedFd), Errno> {
 
 /// Asks for a function and waits for the kernel to say that it is done; false when it did not in time.
 fn sysrq(proc: &OwnedFd, log: &OwnedFd, key: &[u8], done: &[u8]) -> Result<bool, Errno> {
-    private::write(proc, c"sysrq-trigger", key)?;
+    files::write_at(proc, c"sysrq-trigger", key)?;
     let watch = Stopwatch::start();
     // The longest record (CONSOLE_EXT_LOG_MAX, linux/printk.h).
     let mut record = [0; 8192];

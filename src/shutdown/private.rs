@@ -46,12 +46,6 @@ pub fn proc() -> Result<OwnedFd, Errno> {
     mount(c"proc", b"")
 }
 
-/// Writes to one of the kernel's files.
-pub fn write(directory: &OwnedFd, path: &CStr, value: &[u8]) -> Result<(), Errno> {
-    let file = files::open_at(directory, path, OFlags::WRONLY)?;
-    files::write(&file, value).map(drop)
-}
-
 /// The text of one of the kernel's files.
 pub struct Text {
     memory: Region,

@@ -2,11 +2,9 @@
 
 use crate::shutdown::private::{self, Text};
 use crate::sys::files;
-use core::ffi::CStr;
-use core::mem::MaybeUninit;
 use proto::bytes::split;
 use rustix::fd::OwnedFd;
-use rustix::fs::{FileType, OFlags, RawDir};
+use rustix::fs::OFlags;
 use rustix::process::{Resource, Rlimit};
 
 /// Kills all that is left: in each cgroup below the v2 root, and what a v1 cgroup has frozen. For a
@@ -17,18 +15,19 @@ pub fn kill() {
     };
     leave_cgroups(&proc);
     if let Ok(root) = unified() {
-        each_directory(&root, |name| {
+        files::each_directory(&root, &mut |name| {
             let group = files::open_at(&root, name, OFlags::DIRECTORY | OFlags::NOFOLLOW);
             // It counts for all cgroups below (Documentation/admin-guide/cgroup-v2.rst).
-            let _before_5_14 = group.and_then(|group| private::write(&group, c"cgroup.kill", b"1"));
+            let _before_5_14 =
+                group.and_then(|group| files::write_at(&group, c"cgroup.kill", b"1"));
         });
     }
     // Who comes into a cgroup that is not frozen is thawed (freezer_attach,
     // kernel/cgroup/legacy_freezer.c), and dies of the signal that waits.
     if let Some(freezer) = hierarchy(&proc, b"freezer") {
-        each_directory(&proc, |name| {
+        files::each_directory(&proc, &mut |name| {
             if name.to_bytes().iter().all(u8::is_ascii_digit) {
-                let _of_the_kernel = private::write(&freezer, c"cgroup.procs", name.to_bytes());
+                let _of_the_kernel = files::write_at(&freezer, c"cgroup.procs", name.to_bytes());
             }
         });
     }
@@ -59,7 +58,7 @@ pub fn allow_forks() {
     // The kernel's own defaults for pid_max (linux/threads.h); it takes no more threads than it has
     // memory for.
     for limit in [c"sys/kernel/pid_max", c"sys/kernel/threads-max"] {
-        let _lower = private::write(&proc, limit, b"32768");
+        let _lower = files::write_at(&proc, limit, b"32768");
     }
 }
 
@@ -71,7 +70,7 @@ fn leave_cgroups(proc: &OwnedFd) {
         hierarchy(proc, b"memory"),
     ];
     for root in hierarchies.iter().flatten() {
-        let _there_already = private::write(root, c"cgroup.procs", b"0");
+        let _there_already = files::write_at(root, c"cgroup.procs", b"0");
     }
 }
 
@@ -91,19 +90,4 @@ fn hierarchy(proc: &OwnedFd, controller: &[u8]) -> Option<OwnedFd> {
         found.then_some(controllers)
     })?;
     private::mount(c"cgroup", controllers).ok()
-}
-
-/// Calls `visit` with the name of each directory in `parent`.
-fn each_directory(parent: &OwnedFd, mut visit: impl FnMut(&CStr)) {
-    let Ok(parent) = files::open_at(parent, c".", OFlags::DIRECTORY) else {
-        return;
-    };
-    let mut buffer = [MaybeUninit::uninit(); 4096];
-    let mut entries = RawDir::new(&parent, &mut buffer);
-    while let Some(Ok(entry)) = entries.next() {
-        let name = entry.file_name();
-        if entry.file_type() == FileType::Directory && !name.to_bytes().starts_with(b".") {
-            visit(name);
-        }
-    }
 }

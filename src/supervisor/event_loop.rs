@@ -38,15 +38,8 @@ impl Supervisor {
         }
     }
 
-    /// Serves until the reboot.
-    pub fn serve(&mut self) -> ! {
-        loop {
-            self.turn();
-        }
-    }
-
     /// Waits for something to happen and does what follows from it.
-    fn turn(&mut self) {
+    pub fn turn(&mut self) {
         self.watch();
         self.wait();
         while let Some((token, flags)) = self.context.poller.next() {
@@ -60,6 +53,8 @@ impl Supervisor {
                 Source::Listener => self.api.accept(&mut self.context),
                 Source::Console => self.console.flush(),
                 Source::Events => self.events.on_event(flags),
+                #[cfg(feature = "snapshot")]
+                Source::Kernel => self.context.snapshot.news |= flags,
                 Source::Workload | Source::WorkloadError => self.copy_output(),
                 _ => self.api.on_event(source, key, flags, &mut self.context),
             }
@@ -91,7 +86,10 @@ impl Supervisor {
             _ if self.reap_more => 0,
             // The console's driver does not tell when its last byte is out.
             Phase::Drain => self.context.now + 1,
-            _ => self.deadline.min(self.api.deadline()),
+            _ => self
+                .deadline
+                .min(self.api.deadline())
+                .min(self.context.deadline()),
         };
         // From the last look at the clock on: the VM may also have been paused in the midst of a turn.
         let start = self.context.now;
@@ -160,6 +158,11 @@ impl Supervisor {
 
     /// A child was reaped.
     fn reaped(&mut self, pid: Pid, status: WaitStatus) {
+        #[cfg(feature = "snapshot")]
+        if self.context.snapshot.helper == Some(pid) {
+            self.context.snapshot.ended = Some(status);
+            return;
+        }
         let Some(child) = self.child.take_if(|child| child.pid == pid) else {
             return self.api.on_exit(pid, status, &mut self.context);
         };

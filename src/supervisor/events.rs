@@ -83,7 +83,8 @@ impl Events {
         }
     }
 
-    fn close(&mut self) {
+    /// Drops the connection; the next event makes another one.
+    pub fn close(&mut self) {
         self.socket = None;
         self.watched = EventFlags::empty();
         self.queue.consume(QUEUE);

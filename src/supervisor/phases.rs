@@ -37,6 +37,12 @@ impl Supervisor {
         }
     }
 
+    /// Whether the workload runs, and nobody has asked it to stop.
+    #[cfg(feature = "snapshot")]
+    pub fn is_running(&self) -> bool {
+        self.phase == Phase::Running && self.deadline == NEVER
+    }
+
     /// Goes on when what is waited for has happened, or has taken too long; whether it did.
     pub(super) fn advance(&mut self) -> bool {
         let late = self.deadline <= self.context.now;

@@ -149,7 +149,7 @@ impl Supervisor {
     }
 
     /// Sends a signal to the workload's process group.
-    pub(super) fn signal_workload(&self, number: u32) {
+    pub fn signal_workload(&self, number: u32) {
         if let Some(group) = self.context.workload.group {
             let _just_ended = sys::kill_group(group, number);
         }

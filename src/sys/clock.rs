@@ -4,27 +4,68 @@ use super::syscall::call;
 use core::cell::Cell;
 use linux_raw_sys::general as uapi;
 use rustix::event::Timespec;
+#[cfg(feature = "snapshot")]
+use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::io::Result;
 
-/// Milliseconds of CLOCK_MONOTONIC.
+/// A clock's time in nanoseconds.
 ///
 /// By a system call: rustix reads the clock through the vDSO, whose lookup is 2.4 KiB of code.
-pub fn milliseconds() -> u64 {
+fn nanoseconds(clock: u32) -> Result<i64> {
     let mut time = uapi::__kernel_timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
+    let arguments = [clock as i32 as usize, &raw mut time as usize, 0, 0, 0];
+    // SAFETY: writes one timespec at `time`.
+    unsafe { call(uapi::__NR_clock_gettime, arguments) }?;
+    Ok(time
+        .tv_sec
+        .wrapping_mul(1_000_000_000)
+        .wrapping_add(time.tv_nsec))
+}
+
+/// Milliseconds of CLOCK_MONOTONIC.
+pub fn milliseconds() -> u64 {
+    // It fails for no clock that every kernel has.
+    nanoseconds(uapi::CLOCK_MONOTONIC).unwrap_or(0) as u64 / 1_000_000
+}
+
+/// Microseconds of the same clock.
+#[cfg(feature = "snapshot")]
+pub fn microseconds() -> u64 {
+    nanoseconds(uapi::CLOCK_MONOTONIC).unwrap_or(0) as u64 / 1000
+}
+
+/// Microseconds since 1970.
+#[cfg(feature = "snapshot")]
+pub fn real_time() -> Result<i64> {
+    nanoseconds(uapi::CLOCK_REALTIME).map(|time| time / 1000)
+}
+
+/// The time of a clock device, in microseconds since 1970 (FD_TO_CLOCKID, clock_getres(2)).
+#[cfg(feature = "snapshot")]
+pub fn device_time(device: &OwnedFd) -> Result<i64> {
+    const CLOCKFD: u32 = 3;
+    nanoseconds((!(device.as_raw_fd() as u32)) << 3 | CLOCKFD).map(|time| time / 1000)
+}
+
+/// Sets the time, in microseconds since 1970 (clock_settime(2)).
+#[cfg(feature = "snapshot")]
+pub fn set_real_time(time: i64) -> Result<()> {
+    let time = uapi::__kernel_timespec {
+        tv_sec: time.div_euclid(1_000_000),
+        tv_nsec: time.rem_euclid(1_000_000) * 1000,
+    };
     let arguments = [
-        uapi::CLOCK_MONOTONIC as usize,
-        &raw mut time as usize,
+        uapi::CLOCK_REALTIME as usize,
+        &raw const time as usize,
         0,
         0,
         0,
     ];
-    // SAFETY: writes one timespec at `time`. It fails for no clock that every kernel has.
-    let _always = unsafe { call(uapi::__NR_clock_gettime, arguments) };
-    (time.tv_sec as u64)
-        .wrapping_mul(1000)
-        .wrapping_add(time.tv_nsec as u64 / 1_000_000)
+    // SAFETY: reads one timespec at `time`.
+    unsafe { call(uapi::__NR_clock_settime, arguments) }.map(drop)
 }
 
 /// A longer step of the clock than a second is a pause of the VM, where steps are short.

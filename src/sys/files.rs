@@ -6,10 +6,11 @@
 use crate::error;
 use crate::error::Result;
 use core::ffi::CStr;
+use core::mem::MaybeUninit;
 use proto::config::PATH;
 use proto::message::ToLossy;
 use rustix::fd::OwnedFd;
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags, RawDir};
 use rustix::io::Errno;
 
 /// The bytes up to the first NUL; empty when there is none.
@@ -49,6 +50,27 @@ pub fn read_full(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
 /// Writes some bytes (write(2)).
 pub fn write(file: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
     rustix::io::write(file, bytes)
+}
+
+/// Writes to one of the kernel's files, counted from a directory; such are written whole.
+pub fn write_at(directory: &OwnedFd, path: &CStr, value: &[u8]) -> Result<(), Errno> {
+    let file = open_at(directory, path, OFlags::WRONLY)?;
+    write(&file, value).map(drop)
+}
+
+/// Calls `visit` with the name of each directory in `parent` that is not hidden.
+pub fn each_directory(parent: &OwnedFd, visit: &mut dyn FnMut(&CStr)) {
+    let Ok(parent) = open_at(parent, c".", OFlags::DIRECTORY) else {
+        return;
+    };
+    let mut buffer = [MaybeUninit::uninit(); 4096];
+    let mut entries = RawDir::new(&parent, &mut buffer);
+    while let Some(Ok(entry)) = entries.next() {
+        let name = entry.file_name();
+        if entry.file_type() == FileType::Directory && !name.to_bytes().starts_with(b".") {
+            visit(name);
+        }
+    }
 }
 
 /// Writes some bytes of several pieces (writev(2)).

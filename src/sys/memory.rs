@@ -85,8 +85,20 @@ pub struct Region {
 impl Region {
     /// Maps `length` zero bytes.
     pub fn new(length: usize) -> Result<Self> {
+        Self::map(length, MapFlags::PRIVATE)
+    }
+
+    /// The same, for this process and a child of it: what one writes, the other reads.
+    ///
+    /// They must not do so at the same time.
+    #[cfg(feature = "snapshot")]
+    pub fn shared(length: usize) -> Result<Self> {
+        Self::map(length, MapFlags::SHARED)
+    }
+
+    fn map(length: usize, kind: MapFlags) -> Result<Self> {
         let access = ProtFlags::READ | ProtFlags::WRITE;
-        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        let flags = kind | MapFlags::NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
         let start =
             unsafe { rustix::mm::mmap_anonymous(core::ptr::null_mut(), length, access, flags) }?;

@@ -15,6 +15,8 @@ pub mod files;
 mod memory;
 pub mod network;
 mod process;
+#[cfg(feature = "snapshot")]
+pub mod random;
 pub mod signal;
 pub mod start;
 mod syscall;
@@ -22,6 +24,8 @@ pub mod terminal;
 pub mod vsock;
 
 pub use clock::{PAUSED, Stopwatch, milliseconds, sleep};
+#[cfg(feature = "snapshot")]
+pub use clock::{device_time, microseconds, real_time, set_real_time};
 pub use files::c_str;
 pub use memory::{Region, Static, lock_memory, release, release_stack};
 pub use process::{

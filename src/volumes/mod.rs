@@ -10,6 +10,8 @@ use core::ffi::CStr;
 use file_system::{Access, FileSystem};
 use proto::config::{Config, Mount};
 use proto::message::ToLossy;
+#[cfg(any(feature = "mounts", feature = "snapshot"))]
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
@@ -22,6 +24,23 @@ pub fn mount_all(config: &Config, owner: Owner, log: &HelperLog) -> Result {
         .mounts
         .iter()
         .try_for_each(|volume| mount(volume, owner, log))
+}
+
+/// Mounts those where nothing is mounted yet.
+#[cfg(feature = "snapshot")]
+pub fn mount_new(config: &Config, owner: Owner, log: &HelperLog) -> Result {
+    let mut volumes = config.mounts.iter();
+    volumes.try_for_each(|volume| match is_mount_point(volume.mount_path) {
+        true => Ok(()),
+        false => mount(volume, owner, log),
+    })
+}
+
+/// Whether a path leads to the root of a mount, whatever links it has (statx(2)).
+#[cfg(any(feature = "mounts", feature = "snapshot"))]
+pub fn is_mount_point(path: &CStr) -> bool {
+    let found = rustix::fs::statx(CWD, path, AtFlags::empty(), StatxFlags::empty());
+    found.is_ok_and(|status| status.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
 
 /// Mounts a volume on its mount point, which is made, and gives it that owner. In a helper, too.

@@ -6,7 +6,7 @@
 use libfuzzer_sys::fuzz_target;
 use proto::arena::{Arena, Strings};
 use proto::bodies::{
-    CancelRequest, ExecRequest, MountRequest, PrepareRequest, RestoreRequest, SessionControl,
+    ExecRequest, HoldRequest, MountRequest, RestoreRequest, SessionControl,
     SessionRequest, SignalRequest, StopRequest,
 };
 use proto::config::{Config, Mount, Overlay};
@@ -723,7 +723,7 @@ fuzz_target!(|data: &[u8]| {
         document,
         PREPARE,
         &mut memory,
-        PrepareRequest::decode,
+        HoldRequest::decode,
         |request, ours, _| {
             show!(
                 ours,
@@ -732,17 +732,6 @@ fuzz_target!(|data: &[u8]| {
                 "sync" = request.sync.unwrap_or(false),
                 "hold_ms" = request.hold_ms.unwrap_or(0),
             );
-        },
-    );
-
-    const CANCEL: Fields = &[("token", Kind::Text)];
-    same(
-        document,
-        CANCEL,
-        &mut memory,
-        CancelRequest::decode,
-        |request, ours, _| {
-            show!(ours, "token" = request.token);
         },
     );
 

@@ -210,26 +210,29 @@ impl Owner<'_> {
             }
         };
         thread::spawn(move || {
-            let mut events = listener.accept().ok()?;
-            let mut file = OpenOptions::new()
-                .create(true)
-                .append(true)
-                .open(path)
-                .ok()?;
-            while let Ok(Some(event)) = events.next_event() {
-                let mut line = json!(event);
-                line["time"] = json!(vms::now());
-                let _ = writeln!(file, "{line}");
-                if let Event::Exited { code, oom_killed } = event {
-                    let error = None;
-                    let _ = sender.send(Exit {
-                        code,
-                        oom_killed,
-                        error,
-                    });
+            // A VM that is held for a snapshot closes its connection, and makes another one later.
+            loop {
+                let mut events = listener.accept().ok()?;
+                let mut file = OpenOptions::new()
+                    .create(true)
+                    .append(true)
+                    .open(&path)
+                    .ok()?;
+                while let Ok(Some(event)) = events.next_event() {
+                    let mut line = json!(event);
+                    line["time"] = json!(vms::now());
+                    let _ = writeln!(file, "{line}");
+                    if let Event::Exited { code, oom_killed } = event {
+                        let error = None;
+                        let _ = sender.send(Exit {
+                            code,
+                            oom_killed,
+                            error,
+                        });
+                        return Some(());
+                    }
                 }
             }
-            Some(())
         });
         exit
     }

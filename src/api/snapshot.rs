@@ -1,0 +1,44 @@
+//! `/v1/snapshot/prepare`, `/v1/snapshot/cancel` and `/v1/restore`: calls that wait here for the room
+//! above to take and to answer them, as it has all that a restore needs.
+
+use super::connection::{Connection, PendingCall};
+use super::{Api, Context};
+use core::fmt::Display;
+use proto::http::Status;
+use proto::message;
+use proto::slab::Key;
+
+impl Api {
+    /// The call that waits in place `index`; places run up to [`places`](Self::places).
+    pub fn pending_call(&mut self, index: usize) -> Option<(Key, PendingCall)> {
+        let key = self.connections.key_at(index)?;
+        let pending = self.connections.get_mut(key)?.pending_call()?;
+        Some((key, pending))
+    }
+
+    /// How many places there are.
+    pub fn places(&self) -> usize {
+        self.connections.used()
+    }
+
+    /// Its body.
+    pub fn body(&mut self, key: Key) -> &mut [u8] {
+        self.connections
+            .get_mut(key)
+            .map_or(&mut [], Connection::body)
+    }
+
+    /// Answers it, unless its client is gone.
+    pub fn answer(&mut self, key: Key, status: Status, body: &dyn Display, context: &mut Context) {
+        let body = message!("{body}");
+        self.with(key, context, &mut |connection, shared| {
+            connection.answer_call(status, &body, shared);
+        });
+    }
+
+    /// Closes the connections that wait for no such call.
+    pub fn close_others(&mut self, context: &mut Context) {
+        let others = |connection: &Connection| connection.pending_call().is_none();
+        self.each(context, &others, &mut Connection::close);
+    }
+}

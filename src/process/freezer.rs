@@ -1,0 +1,225 @@
+//! All processes held still (the freezer of cgroup v2, Documentation/admin-guide/cgroup-v2.rst): for
+//! helpers, which stay in the root of the hierarchy with PID 1, where nothing is frozen.
+
+use crate::context;
+use crate::error::Result;
+use crate::sys::{self, Stopwatch, files};
+use core::ffi::CStr;
+use core::fmt::Write;
+use proto::message::{Message, ToLossy};
+use proto::process_stat;
+use rustix::fd::OwnedFd;
+use rustix::fs::{AtFlags, OFlags, XattrFlags};
+use rustix::io::Errno;
+
+/// Says of a group that it was frozen here, and not by somebody else before.
+const MARK: &CStr = c"trusted.pigeon.frozen";
+
+/// Bytes of names at which no more processes are named.
+const NAMES: usize = 128;
+
+/// Groups whose processes are still to be counted: with more, some are not counted.
+const GROUPS: usize = 512;
+
+/// What holding still takes.
+pub struct Freezer<'a> {
+    /// The root of cgroup v2.
+    pub root: &'a OwnedFd,
+    /// The group that processes of the root are moved to.
+    pub workload: Option<&'a OwnedFd>,
+    /// /proc
+    pub proc: &'a OwnedFd,
+}
+
+impl Freezer<'_> {
+    /// Freezes every group below the root, and waits at most so many milliseconds for all processes
+    /// to stand still. How many they are; `None` when it is too late, and `running` says who runs still.
+    pub fn freeze(&self, timeout: u64, running: &mut Message) -> Result<Option<usize>> {
+        let watch = Stopwatch::start();
+        loop {
+            let mut is_still = self.freeze_groups(None)?;
+            if is_still {
+                // One that is moved into a frozen group stands still soon.
+                *running = Message::new();
+                self.gather(running);
+                is_still = running.is_empty();
+            }
+            if is_still {
+                return Ok(Some(self.count()));
+            }
+            if watch.elapsed() >= timeout {
+                if running.is_empty() {
+                    self.freeze_groups(Some(running))?;
+                }
+                return Ok(None);
+            }
+            sys::sleep(1);
+        }
+    }
+
+    /// Moves processes of the root to the workload's group, where there are any, and names them: all but
+    /// PID 1, its helpers, which are this program as well, and the kernel's threads, which are none.
+    fn gather(&self, running: &mut Message) {
+        let own = self.program(b"self");
+        each_process(self.root, &mut |pid| {
+            let program = self.program(pid);
+            if program.is_none() || program == own {
+                return;
+            }
+            let moved = self
+                .workload
+                .ok_or(Errno::NOENT)
+                .and_then(|group| files::write_at(group, c"cgroup.procs", pid));
+            self.describe(pid, running);
+            if let Err(errno) = moved {
+                let name = crate::error::name(errno);
+                let _ = write!(running, " cannot be moved to the workload's cgroup: {name}");
+            }
+        });
+    }
+
+    /// The file that a process runs; the kernel's threads, and zombies, have none.
+    fn program(&self, pid: &[u8]) -> Option<(u64, u64)> {
+        let mut path = [0; 32];
+        let path = files::join(&[pid, b"/exe"], &mut path)?;
+        let status = rustix::fs::statat(self.proc, path, AtFlags::empty()).ok()?;
+        Some((status.st_dev, status.st_ino))
+    }
+
+    /// Freezes the groups that are not yet, and names who runs still; whether nobody does.
+    fn freeze_groups(&self, mut running: Option<&mut Message>) -> Result<bool> {
+        let (mut is_still, mut result) = (true, Ok(()));
+        self.each_group(&mut |name, group| match freeze_group(group) {
+            // Another one has removed it.
+            Ok(true) | Err(Errno::NOENT | Errno::NODEV) => {}
+            Ok(false) => {
+                is_still = false;
+                if let Some(running) = &mut running {
+                    self.each_process_below(group, &mut |pid| self.describe_running(pid, running));
+                    if running.is_empty() {
+                        let _ = write!(running, "the cgroup {}", name.lossy());
+                    }
+                }
+            }
+            Err(errno) => {
+                result = Err(context!("freeze the cgroup {}", name.lossy())(errno));
+            }
+        });
+        result.map(|()| is_still)
+    }
+
+    /// Lets what was frozen here go on.
+    pub fn thaw(&self) -> Result {
+        let mut result = Ok(());
+        self.each_group(&mut |name, group| {
+            let mut value = [0];
+            if rustix::fs::fgetxattr(group, MARK, &mut value).is_ok() {
+                let thawed = files::write_at(group, c"cgroup.freeze", b"0")
+                    .and_then(|()| rustix::fs::fremovexattr(group, MARK));
+                if let Err(errno) = thawed {
+                    result = Err(context!("thaw the cgroup {}", name.lossy())(errno));
+                }
+            }
+        });
+        result
+    }
+
+    /// Calls `visit` with each group directly below the root.
+    fn each_group(&self, visit: &mut dyn FnMut(&CStr, &OwnedFd)) {
+        files::each_directory(self.root, &mut |name| {
+            if let Ok(group) = files::open_at(self.root, name, OFlags::DIRECTORY) {
+                visit(name, &group);
+            }
+        });
+    }
+
+    fn count(&self) -> usize {
+        let mut count = 0;
+        self.each_group(&mut |_, group| self.each_process_below(group, &mut |_| count += 1));
+        count
+    }
+
+    /// Calls `visit` with each process of a group and of those below it.
+    fn each_process_below(&self, group: &OwnedFd, visit: &mut dyn FnMut(&[u8])) {
+        let mut groups = heapless::Vec::<OwnedFd, GROUPS>::new();
+        let enter = |group: &OwnedFd, name: &CStr, groups: &mut heapless::Vec<_, GROUPS>| {
+            if let Ok(group) = files::open_at(group, name, OFlags::DIRECTORY) {
+                let _counted = groups.push(group);
+            }
+        };
+        enter(group, c".", &mut groups);
+        while let Some(group) = groups.pop() {
+            each_process(&group, visit);
+            files::each_directory(&group, &mut |name| enter(&group, name, &mut groups));
+        }
+    }
+
+    /// Adds `dd (71)`, with a comma before it.
+    fn describe(&self, pid: &[u8], list: &mut Message) {
+        if list.as_bytes().len() >= NAMES {
+            return;
+        }
+        let mut text = [0; 512];
+        if let Some((name, _)) = self.state(pid, &mut text) {
+            let separator = if list.is_empty() { "" } else { ", " };
+            let _ = write!(list, "{separator}{} ({})", name.lossy(), pid.lossy());
+        }
+    }
+
+    /// The same of a process that is seen not to stand still: frozen ones sleep.
+    fn describe_running(&self, pid: &[u8], list: &mut Message) {
+        let mut text = [0; 512];
+        if let Some((_, b'R' | b'D')) = self.state(pid, &mut text) {
+            self.describe(pid, list);
+        }
+    }
+
+    /// A process's name and state.
+    fn state<'t>(&self, pid: &[u8], text: &'t mut [u8]) -> Option<(&'t [u8], u8)> {
+        let mut path = [0; 32];
+        let path = files::join(&[pid, b"/stat"], &mut path)?;
+        let file = files::open_at(self.proc, path, OFlags::RDONLY).ok()?;
+        let length = files::read(&file, text).ok()?;
+        process_stat::parse(text.get(..length)?)
+    }
+}
+
+/// Freezes a group, unless it is; whether its processes stand still.
+fn freeze_group(group: &OwnedFd) -> Result<bool, Errno> {
+    let mut text = [0; 128];
+    let mut read = |name| {
+        let file = files::open_at(group, name, OFlags::RDONLY)?;
+        let length = files::read(&file, &mut text)?;
+        let text = text.get(..length).unwrap_or(&[]);
+        Ok((text.starts_with(b"1"), is_frozen(text)))
+    };
+    if let (false, _) = read(c"cgroup.freeze")? {
+        rustix::fs::fsetxattr(group, MARK, b"1", XattrFlags::empty())?;
+        files::write_at(group, c"cgroup.freeze", b"1")?;
+    }
+    read(c"cgroup.events").map(|(_, frozen)| frozen)
+}
+
+fn is_frozen(events: &[u8]) -> bool {
+    proto::bytes::split(events, b'\n').any(|line| line == b"frozen 1")
+}
+
+/// Calls `visit` with the number of each process in a group.
+fn each_process(group: &OwnedFd, visit: &mut dyn FnMut(&[u8])) {
+    let Ok(file) = files::open_at(group, c"cgroup.procs", OFlags::RDONLY) else {
+        return;
+    };
+    let mut number = heapless::Vec::<u8, 16>::new();
+    let mut piece = [0; 1024];
+    // A threaded group tells none: they are its domain's (EOPNOTSUPP).
+    while let Ok(count @ 1..) = files::read(&file, &mut piece) {
+        for &byte in piece.get(..count).unwrap_or(&[]) {
+            if byte != b'\n' {
+                let _fits = number.push(byte);
+                continue;
+            }
+            visit(&number);
+            number.clear();
+        }
+    }
+}

@@ -1,0 +1,328 @@
+//! What makes a VM that was restored a new one, step by step, in a helper: disks and MMDS may wait.
+
+use crate::api::CallError;
+use crate::boot::config_source::{self, Answer, Source};
+use crate::boot::{check, etc_files, network};
+use crate::context;
+use crate::context::InForce;
+use crate::error;
+use crate::error::Result;
+use crate::page::PageBox;
+use crate::process::credentials;
+use crate::process::freezer::Freezer;
+use crate::process::helper::HelperLog;
+use crate::sys::{self, files, random};
+use crate::volumes;
+use core::ffi::CStr;
+use core::fmt::Write;
+use proto::arena::Arena;
+use proto::bodies::RestoreRequest;
+use proto::config::{Config, DOCUMENT};
+use proto::digest::decode_base64;
+use proto::environment::Environment;
+use proto::http::Status;
+use proto::message;
+use proto::message::Message;
+use proto::users::Identity;
+use rustix::fd::OwnedFd;
+use rustix::fs::OFlags;
+
+/// By how much the clock may be wrong, in microseconds.
+const CLOCK_TOLERANCE: i64 = 10_000;
+
+/// A restore.
+pub struct Job<'a> {
+    /// The call's body; empty without a call.
+    pub body: &'a mut [u8],
+    /// When the call came, in microseconds of the monotonic clock; `None`: it is by the kernel's word.
+    pub call: Option<u64>,
+    /// When the restore began, likewise.
+    pub started_us: u64,
+    /// The token of the hold, or of the last one.
+    pub token: Option<&'a str>,
+    /// The workload stands still.
+    pub is_held: bool,
+    /// One before this was killed while it asked MMDS.
+    pub was_cut_short: bool,
+    /// The kernel has new random numbers already.
+    pub is_reseeded: bool,
+    /// How often this VM was restored, and one more.
+    pub generation: u64,
+    /// Whether MMDS is asked.
+    pub source: Source,
+    /// How long, in milliseconds.
+    pub mmds_timeout: u64,
+    /// The environment of commands.
+    pub commands: &'a mut Environment,
+    /// Room for a document.
+    pub document: &'a mut [u8],
+    /// Room for its strings.
+    pub strings: &'a mut [u8],
+    /// Room for files.
+    pub scratch: &'a mut [u8; 2 * DOCUMENT],
+}
+
+/// What a restore hands to PID 1, in memory that both have.
+pub struct Report {
+    /// What is being done.
+    pub step: &'static str,
+    /// What is in force then.
+    pub in_force: InForce,
+    /// Bytes of the new environment of commands; `None`: it stays.
+    pub environment: Option<usize>,
+    /// The document sets HOME in it.
+    pub sets_home: bool,
+}
+
+impl Report {
+    /// Nothing is done, and all stays as it is.
+    pub fn new(in_force: &InForce) -> Self {
+        Self {
+            step: "call",
+            in_force: in_force.clone(),
+            environment: None,
+            sets_home: false,
+        }
+    }
+}
+
+/// Restores, and thaws at the end; when it fails it can be done again. `arena` is for the strings of the
+/// call, `environment` for those of the new environment.
+pub fn run(
+    job: &mut Job,
+    arena: &mut [u8],
+    freezer: Option<&Freezer>,
+    report: &mut Report,
+    environment: &mut [u8],
+    log: &HelperLog,
+) -> Result<(), CallError> {
+    let random = random::open().map_err(context!("open /dev/urandom"))?;
+    // The time and the names in it are this VM's alone: worth mixing in.
+    files::write(&random, job.body).map_err(context!("mix the call into the random numbers"))?;
+    let mut request =
+        PageBox::new(RestoreRequest::new).map_err(context!("make room for the call"))?;
+    if job.call.is_some() {
+        request
+            .decode(job.body, &mut Arena::new(arena))
+            .map_err(CallError::bad_request)?;
+        let is_right = match job.is_held || !request.token.is_empty() {
+            true => job.token == Some(request.token),
+            false => true,
+        };
+        if !is_right {
+            let error = error!("the workload is not held under this token");
+            return Err(CallError::new(Status::Conflict, error));
+        }
+    }
+
+    report.step = "entropy";
+    let is_reseeded = add_entropy(&random, request.entropy)? || job.is_reseeded;
+
+    report.step = "clock";
+    let received_us = job.call.unwrap_or(job.started_us);
+    let clock_step = set_clock(request.unix_us, received_us)?;
+
+    report.step = "config";
+    if job.was_cut_short {
+        config_source::leave_service()?;
+    }
+    let mut changed = Message::new();
+    let source = if request.has_config {
+        apply(
+            &request.config,
+            job.commands,
+            job.scratch,
+            report,
+            environment,
+            log,
+            &mut changed,
+        )?;
+        "call"
+    } else if let Some(length) = fetch(job, report, log)? {
+        let document = job.document.get_mut(..length).unwrap_or(&mut []);
+        let config = config_source::decode(document, job.strings)?;
+        apply(
+            &config,
+            job.commands,
+            job.scratch,
+            report,
+            environment,
+            log,
+            &mut changed,
+        )?;
+        "mmds"
+    } else {
+        "none"
+    };
+
+    report.step = "generation";
+    write_generation(job.generation)?;
+
+    report.step = "thaw";
+    if let Some(freezer) = freezer {
+        freezer.thaw()?;
+    }
+    log.answer(&message!(
+        "{{\"ok\":true,\"generation\":{},\"reseeded\":{is_reseeded},\"clock_step_ms\":{},\"config\":\"{source}\",\"changed\":[{changed}],\"elapsed_us\":{}}}",
+        job.generation,
+        clock_step / 1000,
+        sys::microseconds().saturating_sub(job.started_us)
+    ));
+    Ok(())
+}
+
+/// The length of the document that MMDS gives, as at boot; `None` where the old one stays: MMDS is not
+/// asked, or has nothing for a VM that may go on without.
+fn fetch(job: &mut Job, report: &mut Report, log: &HelperLog) -> Result<Option<usize>> {
+    if job.source == Source::File || network::eth0_index().is_none() {
+        return Ok(None);
+    }
+    match config_source::fetch(job.mmds_timeout, job.document, job.strings) {
+        Ok(length) => {
+            report.in_force.is_from_mmds = true;
+            Ok(Some(length))
+        }
+        Err(Answer::Wrong(error)) => Err(error!("MMDS: {error}")),
+        Err(Answer::None(error)) if job.call.is_some() && report.in_force.is_from_mmds => {
+            Err(error!("MMDS: {error}"))
+        }
+        Err(Answer::None(error)) => {
+            log.warn(&format_args!(
+                "restore: MMDS: {error}; the old configuration stays"
+            ));
+            Ok(None)
+        }
+    }
+}
+
+/// Puts a document in force, but for what only a boot can change.
+fn apply(
+    config: &Config,
+    commands: &mut Environment,
+    scratch: &mut [u8; 2 * DOCUMENT],
+    report: &mut Report,
+    environment: &mut [u8],
+    log: &HelperLog,
+    changed: &mut Message,
+) -> Result {
+    config.check()?;
+    let digests = config.digests();
+    let mut is_environment_changed = false;
+    for ((name, new), (_, old)) in digests.iter().zip(&report.in_force.digests) {
+        if new != old {
+            let separator = if changed.is_empty() { "" } else { "," };
+            // Writing to a message never fails.
+            let _ = write!(changed, "{separator}\"{name}\"");
+            is_environment_changed |= matches!(*name, "ImageConfig" | "ExtraEnv");
+        }
+    }
+
+    report.step = "hostname";
+    etc_files::set_host_name(config)?;
+
+    report.step = "etc";
+    etc_files::write(config, scratch, log)?;
+
+    report.step = "network";
+    let before = report.in_force.interfaces.clone();
+    report.in_force.interfaces = network::replace(config, &before)?;
+
+    report.step = "mounts";
+    let mut identity = Identity::default();
+    if is_environment_changed || !config.mounts.is_empty() {
+        credentials::resolve(config.user(), scratch, &mut identity)?;
+    }
+    volumes::mount_new(config, (identity.uid, identity.gid), log)?;
+
+    report.step = "environment";
+    if is_environment_changed {
+        fill_environment(config, &identity, report, commands, environment)?;
+    }
+    report.in_force.digests = digests;
+    report.in_force.restore_signal = config.restore_signal;
+    Ok(())
+}
+
+/// The environment of commands from now on, as at boot, as a list of strings; its length.
+fn fill_environment(
+    config: &Config,
+    identity: &Identity,
+    report: &mut Report,
+    new: &mut Environment,
+    strings: &mut [u8],
+) -> Result {
+    new.clear();
+    check::fill_environment(new, config)?;
+    report.sets_home = new.get(b"HOME=").is_some();
+    new.set_default(b"HOME=", &identity.home)?;
+    let mut length = 0;
+    for entry in new.iter() {
+        let end = length + entry.len();
+        let room = strings.get_mut(length..end);
+        room.ok_or_else(|| error!("the environment is too large"))?
+            .copy_from_slice(entry);
+        length = end;
+    }
+    report.environment = Some(length);
+    Ok(())
+}
+
+/// Makes the kernel's random numbers new: by what the call has, which only this VM was given, and by
+/// what the kernel has met since. Whether there was anything in the call.
+fn add_entropy(device: &OwnedFd, base64: &str) -> Result<bool> {
+    let mut piece = [0; random::PIECE];
+    let mut filled = 0;
+    let mut added = Ok(());
+    let mut add = |bytes: &[u8]| {
+        for byte in bytes {
+            if let Some(slot) = piece.get_mut(filled) {
+                *slot = *byte;
+            }
+            filled += 1;
+        }
+        // All but the last are of three bytes, of which the piece has a multiple.
+        if filled == random::PIECE || bytes.is_empty() && filled > 0 {
+            added = added.and_then(|()| random::add(device, piece, filled));
+            filled = 0;
+        }
+    };
+    if !decode_base64(base64, &mut add) {
+        return Err(error!("entropy: not base64"));
+    }
+    add(b"");
+    added.map_err(context!("add random numbers"))?;
+    random::reseed(device).map_err(context!("make random numbers new"))?;
+    Ok(!base64.is_empty())
+}
+
+/// Sets the clock to what the host says, or a clock device, when it is wrong; by how much it was, in
+/// microseconds. What the host says was right at `then` of the monotonic clock.
+fn set_clock(host: Option<u64>, then: u64) -> Result<i64> {
+    let right = match host {
+        Some(time) => time.saturating_add(sys::microseconds().saturating_sub(then)) as i64,
+        None => {
+            let device = files::open(c"/dev/ptp0", OFlags::RDONLY);
+            match device.and_then(|device| sys::device_time(&device)) {
+                Ok(time) => time,
+                // There is none, or the hypervisor does not tell the time.
+                Err(_) => return Ok(0),
+            }
+        }
+    };
+    let wrong = sys::real_time().map_err(context!("read the clock"))?;
+    let step = right.saturating_sub(wrong);
+    if (-CLOCK_TOLERANCE..=CLOCK_TOLERANCE).contains(&step) {
+        return Ok(0);
+    }
+    sys::set_real_time(right).map_err(context!("set the clock"))?;
+    Ok(step)
+}
+
+/// Tells programs how often this VM was restored.
+fn write_generation(generation: u64) -> Result {
+    const PATH: &CStr = c"/run/pigeon/generation";
+    files::require_directory(c"/run/pigeon", 0o755)?;
+    let text = message!("{generation}\n");
+    files::replace(PATH, c"/run/pigeon/.generation", text.as_bytes())
+        .map_err(error::on("write", PATH))
+}

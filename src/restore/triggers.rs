@@ -1,0 +1,109 @@
+//! How this VM comes to know that it was restored from a snapshot: the kernel's log, and vmclock.
+
+use crate::context::{Context, Source};
+use crate::sys::files;
+use proto::kmsg;
+use proto::slab::Key;
+use proto::vmclock;
+use rustix::event::epoll::EventFlags;
+use rustix::fd::OwnedFd;
+use rustix::fs::{OFlags, SeekFrom};
+use rustix::io::Errno;
+
+/// Records of the kernel's log looked at in a turn: who writes many does not keep others waiting.
+const RECORDS: usize = 64;
+
+/// What tells of restores.
+#[derive(Default)]
+pub struct Triggers {
+    /// /dev/kmsg, from now on.
+    log: Device,
+    /// /dev/vmclock0
+    clock: Device,
+    /// The clock's generation.
+    generation: Option<u64>,
+}
+
+#[derive(Default)]
+struct Device {
+    file: Option<OwnedFd>,
+    watched: EventFlags,
+}
+
+/// What was told.
+#[derive(Clone, Copy, Default)]
+pub struct News {
+    /// There was a restore.
+    pub is_restored: bool,
+    /// The kernel has new random numbers since.
+    pub is_reseeded: bool,
+}
+
+impl Triggers {
+    /// Opens them, and waits for news.
+    pub fn open(&mut self, context: &Context) {
+        let nonblocking = OFlags::RDONLY | OFlags::NONBLOCK;
+        self.log.file = files::open(c"/dev/kmsg", nonblocking)
+            .and_then(|log| rustix::fs::seek(&log, SeekFrom::End(0)).map(|_| log))
+            .ok();
+        self.clock.file = files::open(c"/dev/vmclock0", nonblocking).ok();
+        self.generation = self.read_generation();
+        if self.generation.is_none() {
+            self.clock.file = None;
+        }
+        for device in [&mut self.log, &mut self.clock] {
+            // A clock whose driver cannot be waited for is looked at when the log has news (EPERM).
+            device.watch(context, EventFlags::IN);
+        }
+    }
+
+    /// Looks at what there is; `flags` are what the poller said of either.
+    ///
+    /// Each restore is told of once: where there is a vmclock its generation says whether a line of the
+    /// log is of a restore that the clock told of already.
+    pub fn look(&mut self, flags: EventFlags, context: &mut Context) -> News {
+        let mut has_line = false;
+        for _ in 0..RECORDS {
+            let Some(log) = &self.log.file else {
+                break;
+            };
+            match files::read(log, &mut context.sink[..]) {
+                Ok(count) => {
+                    let record = context.sink.get(..count).unwrap_or(&[]);
+                    has_line |= kmsg::is_virtual_machine_fork(record);
+                }
+                // EPIPE: records were overwritten; the next read goes on behind them.
+                Err(Errno::PIPE) => {}
+                Err(_) => break,
+            }
+        }
+        // A clock that never tells anything by itself (no VMCLOCK_FLAG_NOTIFICATION_PRESENT).
+        if flags.contains(EventFlags::HUP) {
+            self.clock.watch(context, EventFlags::empty());
+        }
+        let before = self.generation;
+        self.generation = self.read_generation();
+        News {
+            is_restored: match self.generation {
+                Some(_) => self.generation != before,
+                None => has_line,
+            },
+            is_reseeded: has_line,
+        }
+    }
+
+    fn read_generation(&self) -> Option<u64> {
+        let mut page = [0; vmclock::LENGTH];
+        rustix::io::pread(self.clock.file.as_ref()?, &mut page, 0).ok()?;
+        vmclock::generation(&page)
+    }
+}
+
+impl Device {
+    fn watch(&mut self, context: &Context, wanted: EventFlags) {
+        if let Some(file) = &self.file {
+            let token = Source::Kernel.token(Key::default());
+            context.poller.watch(file, token, &mut self.watched, wanted);
+        }
+    }
+}

@@ -1,0 +1,840 @@
+//! Held still for a snapshot, and made another VM after one: what the guest does of it, without a
+//! hypervisor that takes any.
+
+use std::{
+    io::{BufRead, BufReader},
+    os::unix::net::{UnixListener, UnixStream},
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use pigeon_lab::{
+    End, Vm,
+    disk::{Image, Tree},
+    guest,
+    http::{Client, Response},
+    mmds::{Before, Fault, Mmds, Push},
+    vsock::API_PORT,
+    ws::Socket,
+};
+use serde_json::{Value, json};
+
+/// Generous: other VMs may run beside this one.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+const V2: &str = "/sys/fs/cgroup/unified";
+
+/// What stands still is watched for so long.
+const STILL: Duration = Duration::from_millis(1500);
+
+/// Counts on the console, a line a tenth of a second.
+fn count(name: &str) -> String {
+    format!("i=0; while :; do i=$((i+1)); echo count-{name} $i >/dev/console; sleep 0.1; done")
+}
+
+fn exec(vm: &mut Vm, script: &str) -> Result<String> {
+    let body = json!({"cmd": ["sh", "-c", script]});
+    let answer = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
+    ensure!(answer["exit_code"] == 0, "{script}: {answer}");
+    Ok(answer["stdout"].as_str().unwrap_or_default().into())
+}
+
+fn lines(vm: &Vm, name: &str) -> usize {
+    let start = format!("count-{name} ");
+    let console = vm.console();
+    console.lines().filter(|line| line.contains(&start)).count()
+}
+
+/// Waits until each counts on.
+fn assert_counting(vm: &Vm, names: &[&str]) -> Result<()> {
+    for name in names {
+        let (before, start) = (lines(vm, name), Instant::now());
+        while lines(vm, name) < before + 3 {
+            ensure!(start.elapsed() < PATIENCE, "{name} does not count");
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+    Ok(())
+}
+
+/// Nothing is counted for a while. What the console had not yet shown is let pass.
+fn assert_still(vm: &Vm, names: &[&str]) {
+    let seen = || names.iter().map(|name| lines(vm, name)).collect::<Vec<_>>();
+    thread::sleep(Duration::from_millis(300));
+    let before = seen();
+    thread::sleep(STILL);
+    assert_eq!(seen(), before, "{names:?}");
+}
+
+fn prepare(api: &mut Client<UnixStream>, body: Value) -> Result<Response> {
+    api.post("/v1/snapshot/prepare", &body)
+}
+
+fn cancel(api: &mut Client<UnixStream>, token: &str) -> Result<Response> {
+    api.post("/v1/snapshot/cancel", &json!({"token": token}))
+}
+
+fn error(response: &Response) -> Result<String> {
+    Ok(response.json()?["error"].as_str().unwrap_or("none").into())
+}
+
+#[test]
+fn all_processes_stand_still_while_held_and_go_on_where_they_were() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let script = format!(
+        "trap 'echo got term; exit 3' TERM; ({}) & wait",
+        count("workload")
+    );
+    let mut vm = Vm::builder()
+        .config(&guest::shell(&script, json!({})))
+        .disk(&root)
+        .patience(PATIENCE)
+        .boot()?;
+    let others = [
+        // A container engine's group, beside the workload's.
+        format!(
+            "mkdir -p {V2}/docker/c1; (echo 0 >{V2}/docker/c1/cgroup.procs; {})",
+            count("container")
+        ),
+        // What root has moved to where PID 1 is.
+        format!("(echo 0 >{V2}/cgroup.procs; {})", count("stray")),
+        // A command that outlives its call.
+        format!("({})", count("command")),
+    ];
+    for other in &others {
+        exec(&mut vm, &format!("{other} >/dev/null 2>&1 </dev/null &"))?;
+    }
+    let mut session = Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec")?;
+    session.text(&json!({"command": ["sh", "-c", count("session")], "id": "count"}))?;
+    let all = ["workload", "container", "stray", "command", "session"];
+    assert_counting(&vm, &all)?;
+
+    let mut api = vm.api()?;
+    for (body, wanted) in [
+        (json!({}), "token: missing"),
+        (
+            json!({"token": "t".repeat(65)}),
+            "token: longer than 64 bytes",
+        ),
+        (
+            json!({"token": "a1", "hold_ms": -1}),
+            "hold_ms: must be from 0 to 86400000",
+        ),
+    ] {
+        let refused = prepare(&mut api, body)?;
+        assert_eq!((refused.status, error(&refused)?), (400, wanted.into()));
+    }
+    assert_eq!(cancel(&mut api, "a1")?.status, 409);
+    assert_counting(&vm, &["workload"])?;
+
+    let mut idle = vm.api()?;
+    idle.get("/v1/status")?.success()?;
+    let held = prepare(&mut api, json!({"token": "a1"}))?;
+    assert_eq!(held.status, 200, "{}", held.text());
+    let answer = held.json()?;
+    assert_eq!(
+        (&answer["ok"], &answer["token"]),
+        (&json!(true), &json!("a1"))
+    );
+    // Shells and their sleeps, if these were not between two.
+    let frozen = answer["frozen"].as_u64().unwrap_or(0);
+    assert!((6..=12).contains(&frozen), "{answer}");
+    assert!(
+        answer["freeze_ms"].is_u64() && answer["sync_ms"].is_u64(),
+        "{answer}"
+    );
+    idle.wait_closed()?;
+    assert_eq!(session.wait_end()?.close, Some(1001));
+    assert_still(&vm, &all);
+
+    api.get("/v1/status")?.success()?;
+    let exec_body = json!({"cmd": ["true"]});
+    for (path, body) in [
+        ("/v1/exec", &exec_body),
+        ("/v1/signals", &json!({"signal": 15})),
+    ] {
+        let refused = api.post(path, body)?;
+        let wanted = "the workload is held for a snapshot";
+        assert_eq!(
+            (refused.status, error(&refused)?),
+            (409, wanted.into()),
+            "{path}"
+        );
+    }
+    let mut refused = Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec")?;
+    refused.text(&json!({"command": ["true"]}))?;
+    assert_eq!(refused.wait_end()?.close, Some(1011));
+    #[cfg(feature = "files")]
+    assert_eq!(vm.api()?.get("/v1/files?path=/etc/passwd")?.status, 409);
+    #[cfg(feature = "tunnel")]
+    assert_eq!(
+        vm.api()?
+            .request("CONNECT", "127.0.0.1:80", &[], b"")?
+            .status,
+        409
+    );
+
+    // The host may not have had the answer.
+    let again = prepare(&mut api, json!({"token": "a1"}))?;
+    assert_eq!((again.status, again.json()?), (200, answer));
+    let other = prepare(&mut api, json!({"token": "b2"}))?;
+    let wanted = "the workload is not held under this token";
+    assert_eq!((other.status, error(&other)?), (409, wanted.into()));
+    assert_eq!(cancel(&mut api, "b2")?.status, 409);
+    assert_still(&vm, &all);
+
+    assert_eq!(
+        cancel(&mut api, "a1")?.success()?.json()?,
+        json!({"ok": true})
+    );
+    assert_counting(&vm, &all)?;
+    let groups = exec(
+        &mut vm,
+        &format!(
+            "grep -c . {V2}/docker/cgroup.procs {V2}/*/cgroup.freeze; cat {V2}/*/cgroup.freeze"
+        ),
+    )?;
+    assert!(groups.ends_with("0\n0\n0\n"), "{groups}");
+    let mut session = Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec")?;
+    session.text(&json!({"attach": "count"}))?;
+
+    // Nobody ends the hold.
+    let held = prepare(
+        &mut api,
+        json!({"token": "c3", "hold_ms": 2000, "sync": false}),
+    )?;
+    assert_eq!(held.success()?.json()?["sync_ms"], 0);
+    assert_still(&vm, &all);
+    vm.wait_for("the hold c3 ends by itself")?;
+    assert_counting(&vm, &all)?;
+    assert_eq!(cancel(&mut api, "c3")?.status, 409);
+    exec(&mut vm, "true")?;
+
+    // The end, out of a hold.
+    prepare(&mut api, json!({"token": "d4"}))?.success()?;
+    api.post("/v1/stop", &json!({}))?.success()?;
+    let exit = api.get("/v1/exit_code")?.success()?.json()?;
+    assert_eq!(exit["code"], 3, "{exit}");
+    assert!(vm.console().contains("got term"), "{}", vm.console());
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+#[test]
+fn who_cannot_be_frozen_is_named_and_all_goes_on() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let volume = Image::ext4(&Tree::empty()?, 32)?;
+    let config = guest::shell(
+        &count("workload"),
+        json!({"Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/data"}]}),
+    );
+    let mut vm = Vm::builder()
+        .config(&config)
+        .disk(&root)
+        .disk(&volume)
+        .patience(PATIENCE)
+        .boot()?;
+    assert_counting(&vm, &["workload"])?;
+    // Who writes to a file system that is frozen waits in the kernel, in a sleep that no signal ends.
+    exec(
+        &mut vm,
+        "fsfreeze --freeze /data; touch /data/file >/dev/null 2>&1 &",
+    )?;
+    exec(
+        &mut vm,
+        "until grep -q ' D ' /proc/[0-9]*/stat; do sleep 0.1; done",
+    )?;
+    let mut api = vm.api()?;
+    let late = prepare(&mut api, json!({"token": "a1", "timeout_ms": 300}))?;
+    assert_eq!(late.status, 504, "{}", late.text());
+    let why = error(&late)?;
+    assert!(
+        why.starts_with("still running after 300 ms: touch ("),
+        "{why}"
+    );
+    assert_counting(&vm, &["workload"])?;
+    exec(&mut vm, "fsfreeze --unfreeze /data")?;
+    prepare(&mut api, json!({"token": "a1"}))?.success()?;
+    assert_still(&vm, &["workload"]);
+    // A workload that is killed while it is held is the end, too.
+    assert!(vm.ended()?.is_none());
+    cancel(&mut api, "a1")?.success()?;
+    // One that root has frozen itself before stays so.
+    exec(
+        &mut vm,
+        &format!("mkdir {V2}/paused; echo 1 >{V2}/paused/cgroup.freeze"),
+    )?;
+    prepare(&mut api, json!({"token": "a2"}))?.success()?;
+    cancel(&mut api, "a2")?.success()?;
+    let frozen = exec(
+        &mut vm,
+        &format!("cat {V2}/paused/cgroup.freeze {V2}/workload/cgroup.freeze"),
+    )?;
+    assert_eq!(frozen, "1\n0\n");
+    vm.stop()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()?;
+    volume.check()
+}
+
+#[test]
+fn without_cgroup_v2_and_where_it_is_off_there_is_no_hold() -> Result<()> {
+    for (arg, why) in [
+        ("PIGEON_CGROUPS=none", "there is no cgroup v2"),
+        ("PIGEON_RESTORE=off", "PIGEON_RESTORE is off"),
+    ] {
+        let root = Image::ext4(&Tree::busybox()?, 32)?;
+        let mut vm = Vm::builder()
+            .config(&guest::shell("read -r line", json!({})))
+            .arg(arg)
+            .disk(&root)
+            .patience(PATIENCE)
+            .boot()?;
+        vm.wait_for("workload started")?;
+        let refused = prepare(&mut vm.api()?, json!({"token": "a1"}))?;
+        assert_eq!((refused.status, error(&refused)?), (501, why.into()));
+        // What a process writes into the kernel's log is not the kernel's word.
+        exec(
+            &mut vm,
+            "echo '<5>random: crng reseeded due to virtual machine fork' >/dev/kmsg",
+        )?;
+        exec(&mut vm, "dmesg | grep 'virtual machine fork'; sleep 1")?;
+        assert!(!vm.console().contains("restored"), "{}", vm.console());
+        vm.type_text("\n")?;
+        assert_eq!(vm.wait_end()?, End::Reboot);
+    }
+    Ok(())
+}
+
+fn restore(api: &mut Client<UnixStream>, body: Value) -> Result<Response> {
+    api.post("/v1/restore", &body)
+}
+
+/// The workload counts, and says which signals it gets.
+fn script() -> String {
+    format!(
+        "trap 'echo got usr1 >/dev/console' USR1; trap 'echo got usr2 >/dev/console' USR2\n{}",
+        count("workload")
+    )
+}
+
+/// A document with all that a restore sets anew.
+fn document(name: &str, net: u8, signal: u8) -> Value {
+    guest::shell(
+        &script(),
+        json!({
+            "Hostname": name,
+            "ExtraEnv": {"WHO": name},
+            "MTU": 1400 + u32::from(net),
+            "IPConfigs": [
+                {"IP": format!("10.0.{net}.7"), "Mask": 24, "Gateway": format!("10.0.{net}.1")},
+                {"IP": format!("fd00:{net}::7"), "Mask": 64, "Gateway": format!("fd00:{net}::1")},
+            ],
+            "EtcHosts": [{"Host": "db", "IP": format!("10.0.{net}.9")}],
+            "EtcResolv": {"Nameservers": [format!("10.0.{net}.53")]},
+            "RestoreSignal": signal,
+        }),
+    )
+}
+
+/// What the VM itself says that a document sets.
+fn assert_is(vm: &mut Vm, name: &str, net: u8) -> Result<()> {
+    let state = exec(
+        vm,
+        "hostname; echo $WHO; cat /sys/class/net/eth0/mtu
+        ip -o addr show dev eth0 scope global | awk '{print $4}' | sort
+        ip route | grep default; ip -6 route | grep default | sed 's/ metric.*//'
+        grep db /etc/hosts | cut -f 1; cat /etc/resolv.conf",
+    )?;
+    let wanted = format!(
+        "{name}\n{name}\n{mtu}\n10.0.{net}.7/24\nfd00:{net}::7/64\n\
+         default via 10.0.{net}.1 dev eth0 \ndefault via fd00:{net}::1 dev eth0 \n\
+         10.0.{net}.9\nnameserver 10.0.{net}.53\n",
+        mtu = 1400 + u32::from(net)
+    );
+    assert_eq!(state.replace(" \n", "\n"), wanted.replace(" \n", "\n"));
+    Ok(())
+}
+
+fn seconds(vm: &mut Vm) -> Result<u64> {
+    Ok(exec(vm, "date +%s")?.trim().parse()?)
+}
+
+#[test]
+fn a_restore_by_a_call_makes_the_vm_another_one() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let volume = Image::ext4(&Tree::empty()?.file("here", 0o644, "volume")?, 32)?;
+    let dir = tempfile::tempdir()?;
+    let socket = dir.path().join("vm.vsock");
+    let events = UnixListener::bind(dir.path().join("vm.vsock_7077"))?;
+    let first = document("template", 1, 10);
+    let mut vm = Vm::builder()
+        .config(&first)
+        .nic()
+        .vsock(&socket)
+        .arg("PIGEON_MMDS_TIMEOUT_MS=500")
+        .arg("PIGEON_EVENTS_PORT=7077")
+        .disk(&root)
+        .disk(&volume)
+        .patience(PATIENCE)
+        .boot()?;
+    let (sender, received) = mpsc::channel();
+    thread::spawn(move || -> Result<()> {
+        for stream in events.incoming() {
+            for line in BufReader::new(stream?).lines() {
+                sender.send(serde_json::from_str::<Value>(&line?)?)?;
+            }
+        }
+        Ok(())
+    });
+    assert_counting(&vm, &["workload"])?;
+    assert_is(&mut vm, "template", 1)?;
+
+    // Nothing is held, and nothing is another: routes of the workload's own stay.
+    exec(
+        &mut vm,
+        "ip route add 10.9.0.0/16 via 10.0.1.1; ping -c 1 -W 5 10.0.1.30 && ip neigh | grep -q 10.0.1.30",
+    )?;
+    let mut api = vm.api()?;
+    let same = restore(&mut api, json!({"config": first}))?
+        .success()?
+        .json()?;
+    assert_eq!(
+        (&same["generation"], &same["changed"], &same["config"]),
+        (&json!(2), &json!([]), &json!("call")),
+        "{same}"
+    );
+    assert_eq!(
+        (&same["reseeded"], &same["clock_step_ms"]),
+        (&json!(false), &json!(0))
+    );
+    vm.wait_for("got usr1")?;
+    assert_eq!(
+        exec(
+            &mut vm,
+            "cat /run/pigeon/generation; ip route | grep 10.9.0.0"
+        )?
+        .trim_end(),
+        "2\n10.9.0.0/16 via 10.0.1.1 dev eth0"
+    );
+    assert_eq!(exec(&mut vm, "ip neigh | grep 10.0.1.30 || true")?, "");
+
+    // A hold, and what goes wrong in it: the workload stays where it is.
+    prepare(&mut api, json!({"token": "a1"}))?.success()?;
+    for (body, status, step) in [
+        (json!({"config": first}), 409, Value::Null),
+        (json!({"token": "b2", "config": first}), 409, Value::Null),
+        (
+            json!({"token": "a1", "entropy": "Zg="}),
+            500,
+            json!("entropy"),
+        ),
+        (json!({"token": "a1", "unix_us": 1}), 500, json!("clock")),
+        (
+            json!({"token": "a1", "config": {"MTU": "x"}}),
+            400,
+            Value::Null,
+        ),
+        (
+            json!({"token": "a1", "config": {"Mounts": [{"MountPath": "data"}]}}),
+            500,
+            json!("config"),
+        ),
+        (
+            json!({"token": "a1", "config": {"IPConfigs": [{"IP": "10.0.2.7", "Mask": 24, "Device": "eth9"}]}}),
+            500,
+            json!("network"),
+        ),
+        (
+            json!({"token": "a1", "config": {"Mounts": [{"MountPath": "/data", "DevicePath": "/dev/none"}]}}),
+            500,
+            json!("mounts"),
+        ),
+    ] {
+        let refused = restore(&mut api, body.clone())?;
+        assert_eq!(refused.status, status, "{body}: {}", refused.text());
+        assert_eq!(refused.json()?["step"], step, "{body}: {}", refused.text());
+    }
+    assert_still(&vm, &["workload"]);
+
+    // Another VM, years before.
+    let mut second = document("clone", 2, 12);
+    second["Mounts"] = json!([{"DevicePath": "/dev/vdb", "MountPath": "/data"}]);
+    let body = json!({
+        "token": "a1",
+        "unix_us": 1_000_000_000_000_000u64,
+        "entropy": "bm90aGluZyBidXQgdGhlIGhvc3Qga25vd3MgdGhlc2Uu",
+        "config": second,
+    });
+    let other = restore(&mut api, body)?.success()?.json()?;
+    assert_eq!(
+        (&other["generation"], &other["reseeded"]),
+        (&json!(3), &json!(true)),
+        "{other}"
+    );
+    assert_eq!(
+        other["changed"],
+        json!([
+            "ExtraEnv",
+            "MTU",
+            "IPConfigs",
+            "Hostname",
+            "Mounts",
+            "EtcResolv",
+            "EtcHosts",
+            "RestoreSignal"
+        ])
+    );
+    assert!(
+        other["clock_step_ms"]
+            .as_i64()
+            .is_some_and(|step| step < -600_000_000_000),
+        "{other}"
+    );
+    assert!(
+        other["elapsed_us"].as_u64().is_some_and(|time| time > 0),
+        "{other}"
+    );
+    vm.wait_for("got usr2")?;
+    assert_counting(&vm, &["workload"])?;
+    assert_is(&mut vm, "clone", 2)?;
+    let now = seconds(&mut vm)?;
+    assert!((1_000_000_000..1_000_000_200).contains(&now), "{now}");
+    let rest = exec(
+        &mut vm,
+        "cat /run/pigeon/generation /data/here; ip route | grep -c 10.9.0.0; ip neigh | grep -c 10.0.1; ip -6 route | grep -c fd00:1: || true",
+    )?;
+    assert_eq!(rest, "3\nvolume0\n0\n0\n");
+
+    // And back, years after, without a hold. A route of the workload's leads to what is no more.
+    exec(&mut vm, "ip -6 route add fd99::/64 via fd00:2::1")?;
+    let body = json!({"unix_us": 2_000_000_000_000_000u64, "config": document("again", 3, 10)});
+    let again = restore(&mut api, body)?.success()?.json()?;
+    assert_eq!(again["generation"], 4, "{again}");
+    assert_is(&mut vm, "again", 3)?;
+    assert_eq!(exec(&mut vm, "ip -6 route | grep fd99 || true")?, "");
+    let now = seconds(&mut vm)?;
+    assert!((2_000_000_000..2_000_000_200).contains(&now), "{now}");
+
+    // MMDS is there no more than at the boot: the old document stays.
+    let without = restore(&mut api, json!({}))?.success()?.json()?;
+    assert_eq!(
+        (&without["generation"], &without["config"]),
+        (&json!(5), &json!("none"))
+    );
+    vm.wait_for("restore: MMDS: no answer; the old configuration stays")?;
+    assert_is(&mut vm, "again", 3)?;
+
+    // A full disk.
+    exec(
+        &mut vm,
+        "dd if=/dev/zero of=/fill bs=64k 2>/dev/null; dd if=/dev/zero of=/fill2 bs=512 2>/dev/null; true",
+    )?;
+    let mut long = document("full", 4, 10);
+    let names =
+        (0..200).map(|i| json!({"Host": format!("a-host-with-a-long-name-{i}"), "IP": "10.0.4.9"}));
+    long["EtcHosts"] = names.collect();
+    let full = restore(&mut api, json!({"config": long}))?;
+    assert_eq!(
+        (full.status, &full.json()?["step"]),
+        (500, &json!("etc")),
+        "{}",
+        full.text()
+    );
+    assert!(error(&full)?.contains("ENOSPC"), "{}", full.text());
+    exec(&mut vm, "rm /fill /fill2")?;
+    let last = restore(&mut api, json!({"config": document("last", 4, 10)}))?
+        .success()?
+        .json()?;
+    assert_eq!(last["generation"], 6);
+    assert_is(&mut vm, "last", 4)?;
+
+    let restored: Vec<Value> = received
+        .try_iter()
+        .filter(|event| event["event"] == "restored")
+        .collect();
+    let wanted: Vec<Value> = (2..=6)
+        .map(|generation| json!({"event": "restored", "generation": generation}))
+        .collect();
+    assert_eq!(restored, wanted);
+    vm.stop()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()?;
+    volume.check()
+}
+
+#[test]
+fn a_restore_asks_mmds_as_the_boot_did() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    // What is pushed after the boot's question is the clone's.
+    let mmds = Mmds::serving(document("clone", 2, 12))
+        .before(Before::Document(document("template", 1, 10)))
+        .push(Push::AfterRequests(1));
+    let mut vm = Vm::builder()
+        .mmds(mmds)
+        .on_qemu()
+        .disk(&root)
+        .patience(PATIENCE)
+        .boot()?;
+    assert_counting(&vm, &["workload"])?;
+    assert_is(&mut vm, "template", 1)?;
+    let mut api = vm.api()?;
+    prepare(&mut api, json!({"token": "a1"}))?.success()?;
+    let answer = restore(&mut api, json!({"token": "a1"}))?
+        .success()?
+        .json()?;
+    assert_eq!(
+        (&answer["config"], &answer["changed"]),
+        (
+            &json!("mmds"),
+            &json!([
+                "ExtraEnv",
+                "MTU",
+                "IPConfigs",
+                "Hostname",
+                "EtcResolv",
+                "EtcHosts",
+                "RestoreSignal"
+            ])
+        )
+    );
+    assert_is(&mut vm, "clone", 2)?;
+    vm.wait_for("got usr2")?;
+    let answer = restore(&mut api, json!({}))?.success()?.json()?;
+    assert_eq!(
+        (&answer["config"], &answer["changed"]),
+        (&json!("mmds"), &json!([]))
+    );
+    assert_is(&mut vm, "clone", 2)?;
+    let link = exec(&mut vm, "ip addr show dev eth0; ip route")?;
+    assert!(!link.contains("169.254"), "{link}");
+    vm.stop()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+#[test]
+fn a_call_fails_when_mmds_that_the_boot_had_never_comes() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let mut faults = vec![Fault::Drip(Duration::from_micros(1))];
+    faults.resize(64, Fault::Silent);
+    let first = document("template", 1, 10);
+    let mut vm = Vm::builder()
+        .mmds(Mmds::serving(first.clone()).faults(faults))
+        .on_qemu()
+        .disk(&root)
+        .patience(PATIENCE)
+        .boot()?;
+    assert_counting(&vm, &["workload"])?;
+    let mut api = vm.api()?;
+    prepare(&mut api, json!({"token": "a1"}))?.success()?;
+    // PID 1 waits for nobody.
+    api.send(
+        b"POST /v1/restore HTTP/1.1\r\nHost: x\r\nContent-Length: 14\r\n\r\n{\"token\":\"a1\"}",
+    )?;
+    let start = Instant::now();
+    vm.api()?.get("/v1/status")?.success()?;
+    assert!(
+        start.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        start.elapsed()
+    );
+    let failed = api.receive(false)?;
+    assert_eq!(
+        (failed.status, &failed.json()?["step"]),
+        (500, &json!("config")),
+        "{}",
+        failed.text()
+    );
+    assert!(error(&failed)?.starts_with("MMDS: "), "{}", failed.text());
+    assert_still(&vm, &["workload"]);
+    let given = restore(&mut api, json!({"token": "a1", "config": first}))?
+        .success()?
+        .json()?;
+    assert_eq!(
+        (&given["generation"], &given["changed"]),
+        (&json!(2), &json!([]))
+    );
+    assert_counting(&vm, &["workload"])?;
+    assert_is(&mut vm, "template", 1)?;
+    vm.stop()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+/// How long MMDS is asked in the test below.
+const MMDS_TIMEOUT: Duration = Duration::from_secs(6);
+
+/// A shell command that makes the generation of the vmclock another one.
+fn set_generation(generation: u8) -> String {
+    format!(
+        "printf '\\{generation:03o}' | dd of=/dev/vmclock0 bs=1 seek=104 conv=notrunc 2>/dev/null"
+    )
+}
+
+fn restores(vm: &Vm) -> usize {
+    vm.console().matches("msg=\"restored\"").count()
+}
+
+/// The kernel logs something: help, as the keys Alt, SysRq and H ask for.
+fn make_kernel_log(vm: &mut Vm) -> Result<()> {
+    let keys = ["alt", "sysrq", "h"].map(|key| json!({"type": "qcode", "data": key}));
+    vm.qmp("send-key", json!({"keys": keys})).map(drop)
+}
+
+/// With a file in place of the device, which cannot be waited for: it is looked at when the kernel logs
+/// something.
+#[test]
+fn a_vmclock_with_another_generation_starts_a_restore_by_itself() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let volume = Image::ext4(&Tree::empty()?, 32)?;
+    let mut first = document("template", 1, 10);
+    first["Mounts"] = json!([{"DevicePath": "/dev/vdb", "MountPath": "/data"}]);
+    // The boot's connection, and nothing behind it.
+    let mut faults = vec![Fault::Drip(Duration::from_micros(1))];
+    faults.resize(256, Fault::Silent);
+    let mut vm = Vm::builder()
+        .mmds(
+            Mmds::serving(first)
+                .push(Push::After(Duration::from_secs(4)))
+                .faults(faults),
+        )
+        .on_qemu()
+        .arg(&format!(
+            "PIGEON_MMDS_TIMEOUT_MS={}",
+            MMDS_TIMEOUT.as_millis()
+        ))
+        .disk(&root)
+        .disk(&volume)
+        .patience(PATIENCE)
+        .boot()?;
+    let throttle = |vm: &mut Vm, rate: u64| {
+        let limits = json!({"device": "disk1", "bps": rate, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
+        vm.qmp("block_set_io_throttle", limits).map(drop)
+    };
+    // Once there is an API, the volume keeps the workload from starting.
+    throttle(&mut vm, 1)?;
+    let page = "{ printf 'VCLK\\0\\020\\0\\0\\001'; head -c 16 /dev/zero; printf '\\001'; head -c 86 /dev/zero; } >/dev/vmclock0";
+    exec(&mut vm, page)?;
+    exec(&mut vm, "test $(stat -c %s /dev/vmclock0) = 112")?;
+    let early = restore(&mut vm.api()?, json!({}))?;
+    assert_eq!(
+        (early.status, error(&early)?),
+        (409, "the workload is not running".into())
+    );
+    throttle(&mut vm, 1 << 30)?;
+    assert_counting(&vm, &["workload"])?;
+
+    // Held, and restored by the kernel's word. That waits for MMDS; the host's call does not.
+    exec(&mut vm, &set_generation(2))?;
+    let mut api = vm.api()?;
+    prepare(&mut api, json!({"token": "a1"}))?.success()?;
+    make_kernel_log(&mut vm)?;
+    assert_still(&vm, &["workload"]);
+    let start = Instant::now();
+    let body = json!({"token": "a1", "config": document("clone", 2, 12)});
+    let answer = restore(&mut api, body)?.success()?.json()?;
+    assert!(start.elapsed() < MMDS_TIMEOUT / 2, "{:?}", start.elapsed());
+    assert_eq!(
+        (&answer["generation"], &answer["config"]),
+        (&json!(2), &json!("call"))
+    );
+    assert_counting(&vm, &["workload"])?;
+    assert_is(&mut vm, "clone", 2)?;
+    assert_eq!(restores(&vm), 1, "{}", vm.console());
+    let link = exec(&mut vm, "ip addr show dev eth0; ip route")?;
+    assert!(!link.contains("169.254"), "{link}");
+
+    // Nobody calls, and MMDS never comes: the workload goes on with what it has. Somebody who calls
+    // later speaks of the same restore.
+    exec(&mut vm, &set_generation(3))?;
+    prepare(&mut api, json!({"token": "b2"}))?.success()?;
+    make_kernel_log(&mut vm)?;
+    vm.wait_for("the old configuration stays")?;
+    vm.wait_for("msg=\"restored\" generation=3")?;
+    assert_counting(&vm, &["workload"])?;
+    assert_is(&mut vm, "clone", 2)?;
+    let body = json!({"token": "b2", "config": document("late", 3, 12)});
+    let answer = restore(&mut api, body.clone())?.success()?.json()?;
+    assert_eq!(answer["generation"], 3, "{answer}");
+    assert_is(&mut vm, "late", 3)?;
+    assert_eq!(restore(&mut api, body)?.status, 409);
+
+    // A restore within a restore is not lost.
+    exec(
+        &mut vm,
+        &format!(
+            "{}; echo x >/dev/kmsg; sleep 1; {}; echo x >/dev/kmsg",
+            set_generation(4),
+            set_generation(5)
+        ),
+    )?;
+    vm.wait_for("msg=\"restored\" generation=4")?;
+    vm.wait_for("msg=\"restored\" generation=5")?;
+    // The same generation once more is none.
+    exec(
+        &mut vm,
+        "echo '<5>random: crng reseeded due to virtual machine fork' >/dev/kmsg",
+    )?;
+    thread::sleep(Duration::from_secs(2));
+    assert_eq!(exec(&mut vm, "cat /run/pigeon/generation")?, "5\n");
+    vm.stop()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()?;
+    volume.check()
+}
+
+/// Pages that PID 1 has touched, or taken a copy of after a fork, since it began (proc_pid_stat(5), minflt).
+fn pages_touched(vm: &mut Vm) -> Result<i64> {
+    Ok(exec(vm, "cut -d ' ' -f 10 /proc/1/stat")?.trim().parse()?)
+}
+
+/// In the guest's own time, which counts instructions: figures do not depend on the machine.
+#[test]
+fn a_hold_and_a_restore_take_little_time_and_few_pages() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let first = document("template", 1, 10);
+    let mut vm = Vm::builder()
+        .config(&first)
+        .nic()
+        .deterministic()
+        .disk(&root)
+        .patience(PATIENCE)
+        .boot()?;
+    assert_counting(&vm, &["workload"])?;
+    let clone = document("clone", 2, 12);
+    // The least of several: now and then something else has the processor meanwhile.
+    for (name, configs, limits) in [
+        ("nothing changed", [&first, &first], [5, 1000, 40]),
+        ("names and addresses", [&clone, &first], [5, 3000, 40]),
+    ] {
+        let mut least = [u64::MAX; 3];
+        for config in configs.iter().cycle().take(4) {
+            // What two commands take, without anything between them and with.
+            let before = pages_touched(&mut vm)?;
+            let between = pages_touched(&mut vm)?;
+            let mut api = vm.api()?;
+            let held = prepare(&mut api, json!({"token": "a1"}))?;
+            let held = held.success()?.json()?;
+            let body = json!({"token": "a1", "config": config});
+            let restored = restore(&mut api, body)?.success()?.json()?;
+            drop(api);
+            let touched = pages_touched(&mut vm)? - between - (between - before);
+            let figures = [
+                held["freeze_ms"].as_u64().context("no freeze_ms")?,
+                restored["elapsed_us"].as_u64().context("no elapsed_us")?,
+                u64::try_from(touched)?,
+            ];
+            least = std::array::from_fn(|at| least[at].min(figures[at]));
+        }
+        eprintln!("{name}: freeze_ms, elapsed_us, pages: {least:?}");
+        for (figure, limit) in least.iter().zip(limits) {
+            assert!(*figure <= limit, "{name}: {least:?}, not {limits:?}");
+        }
+    }
+    vm.stop()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
