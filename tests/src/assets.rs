@@ -39,6 +39,11 @@ pub fn kernel() -> Result<Kernel> {
     Kernel::chosen(arch())
 }
 
+/// The kernel of VMs whose snapshots are restored.
+pub fn restorable_kernel() -> Result<Kernel> {
+    Kernel::restorable(arch())
+}
+
 /// The cgroup v1 controllers that it does not have any more.
 pub fn missing_v1_controllers() -> Result<Vec<&'static str>> {
     let kernel = kernel()?;

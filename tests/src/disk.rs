@@ -181,6 +181,13 @@ impl Image {
         })
     }
 
+    /// A copy of the image at `path`, as it is now.
+    pub fn copy_of(path: &Path) -> Result<Image> {
+        let copy = NamedTempFile::with_suffix(".img")?.into_temp_path();
+        fs::copy(path, &copy).with_context(|| format!("unable to copy {path:?}"))?;
+        Ok(Image { path: copy })
+    }
+
     /// Moves the image to a place where it stays.
     pub fn keep(self, path: &Path) -> Result<()> {
         fs::copy(&self.path, path).with_context(|| format!("unable to write {path:?}"))?;

@@ -1,26 +1,30 @@
 //! A micro-VM from its first instruction to its end, on QEMU or Firecracker.
 
+mod snapshot;
+
 use std::{
     collections::HashMap,
     fs,
     os::unix::net::UnixStream,
     panic::Location,
     path::{Path, PathBuf},
-    sync::{LazyLock, Mutex},
+    sync::{Arc, LazyLock, Mutex, atomic::AtomicU32},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
 pub use pigeon::machine::End;
-use pigeon::machine::{self, Machine, Metadata, Spec};
+use pigeon::machine::{self, Machine, Metadata, Spec, Start};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
+pub use snapshot::{Restore, Snapshot};
+
 use crate::{
     assets::{self, Kernel},
-    disk::Disk,
+    disk::{Disk, Image},
     guest, http,
     initrd::Initrd,
     mmds::{Mmds, Push, Request, Version},
@@ -72,6 +76,8 @@ pub struct Builder {
     echo: bool,
     quiet: bool,
     on_qemu: bool,
+    restorable: bool,
+    generation_id: bool,
     patience: Option<Duration>,
 }
 
@@ -249,6 +255,23 @@ impl Builder {
         }
     }
 
+    /// On a machine whose [snapshots](Vm::snapshot) can be restored: a PC on QEMU with kernel 6.12,
+    /// which knows VMGenID.
+    pub fn restorable(self) -> Self {
+        Builder {
+            restorable: true,
+            ..self
+        }
+    }
+
+    /// No VMGenID: the kernel does not notice that it was restored.
+    pub fn without_generation_id(self) -> Self {
+        Builder {
+            generation_id: false,
+            ..self
+        }
+    }
+
     /// How long [`Vm`]'s methods wait for what they wait for; 60 s by default, 180 s in
     /// deterministic time.
     pub fn patience(self, patience: Duration) -> Self {
@@ -271,6 +294,7 @@ impl Builder {
         let dir = TempDir::with_prefix("pigeon-vm-")?;
         let kernel = match &self.kernel {
             Some(kernel) => kernel.clone(),
+            None if self.restorable => assets::restorable_kernel()?,
             None => assets::kernel()?,
         };
         let initrd = dir.path().join("initrd");
@@ -292,55 +316,33 @@ impl Builder {
             firecrackers_console: self.firecrackers_console,
             deterministic: self.deterministic,
             pci_port: self.pci_port,
+            start: match self.restorable {
+                true => Start::BootRestorable,
+                false => Start::Boot,
+            },
+            generation_id: self.generation_id,
             ..Spec::new(dir.path(), assets::arch(), &kernel.image(), &initrd)
         };
-        let (mut machine, traffic) = match assets::firecracker().filter(|_| self.firecracker_can())
-        {
-            Some(program) => (
-                self.on_firecracker(spec.clone(), &program)?,
-                Traffic::default(),
-            ),
-            None => self.on_qemu_with_traffic(spec.clone())?,
-        };
-        let console = machine
-            .process()
-            .child()
-            .stdout
-            .take()
-            .expect("stdout is piped");
-        let log = assets::build_dir()
-            .join("logs")
-            .join(&self.name)
-            .with_added_extension("log");
-        Ok(Vm {
-            serial: Serial::record(console, &log, self.echo)?,
-            vsock: spec.vsock,
-            machine,
-            traffic,
-            patience: self
-                .patience
-                .unwrap_or(Duration::from_secs(match self.deterministic {
-                    false => 60,
-                    true => 180,
-                })),
-            quiet: self.quiet,
-            _dir: dir,
-            slot: Some(slot),
-        })
-    }
-
-    fn on_qemu_with_traffic(&self, mut spec: Spec) -> Result<(Box<dyn Machine>, Traffic)> {
-        let (nic, traffic) = match &self.nic {
-            Nic::None => (machine::Nic::None, Traffic::default()),
-            Nic::Tap => (machine::Nic::LoneTap, Traffic::default()),
-            Nic::Cable(mmds) => {
-                let socket = spec.dir.join("net.sock");
-                let traffic = net::attach(&socket, mmds.clone())?;
-                (machine::Nic::Stream(socket), traffic)
-            }
-        };
-        spec.nic = nic;
-        Ok((spec.start_qemu()?, traffic))
+        let (spec, machine, traffic) =
+            match assets::firecracker().filter(|_| self.firecracker_can()) {
+                Some(program) => {
+                    let machine = self.on_firecracker(spec.clone(), &program)?;
+                    (spec, machine, Traffic::default())
+                }
+                None => on_qemu(spec, &self.nic)?,
+            };
+        let patience = self
+            .patience
+            .unwrap_or(Duration::from_secs(match self.deterministic {
+                false => 60,
+                true => 180,
+            }));
+        let mut vm = Vm::of(machine, spec, &self.name, dir, self.echo)?;
+        vm.traffic = traffic;
+        vm.patience = patience;
+        vm.quiet = self.quiet;
+        vm.slot = Some(Arc::new(slot));
+        Ok(vm)
     }
 
     fn on_firecracker(&self, mut spec: Spec, program: &Path) -> Result<Box<dyn Machine>> {
@@ -379,7 +381,8 @@ impl Builder {
             Nic::None | Nic::Tap => true,
         };
         let faulty_disk = self.disks.iter().any(|disk| disk.is_faulty());
-        genuine && self.i8042 && !self.on_qemu && !self.deterministic && !faulty_disk
+        let qemus = self.on_qemu || self.deterministic || self.restorable;
+        genuine && self.i8042 && !qemus && !faulty_disk
     }
 
     /// The initramfs: the product, and after it what this VM adds.
@@ -401,16 +404,55 @@ impl Builder {
 /// the test runner shows for a test that fails. All of it is kept as `build/logs/TEST.log`.
 pub struct Vm {
     machine: Box<dyn Machine>,
+    spec: Spec,
+    /// What its log is called, or of a clone, that of the VM that was booted.
+    name: String,
+    /// Of that VM, so far.
+    clones: Arc<AtomicU32>,
     serial: Serial,
-    vsock: Option<PathBuf>,
     traffic: Traffic,
     patience: Duration,
     quiet: bool,
+    /// Disks of its own, of a clone.
+    images: Vec<Image>,
     _dir: TempDir,
-    slot: Option<Slot>,
+    slot: Option<Arc<Slot>>,
 }
 
 impl Vm {
+    /// A machine that has been started.
+    fn of(
+        mut machine: Box<dyn Machine>,
+        spec: Spec,
+        name: &str,
+        dir: TempDir,
+        echo: bool,
+    ) -> Result<Vm> {
+        let console = machine
+            .process()
+            .child()
+            .stdout
+            .take()
+            .expect("stdout is piped");
+        let log = assets::build_dir()
+            .join("logs")
+            .join(name)
+            .with_added_extension("log");
+        Ok(Vm {
+            serial: Serial::record(console, &log, echo)?,
+            machine,
+            spec,
+            name: name.into(),
+            clones: Arc::default(),
+            traffic: Traffic::default(),
+            patience: Duration::from_secs(60),
+            quiet: false,
+            images: vec![],
+            _dir: dir,
+            slot: None,
+        })
+    }
+
     /// A VM named, as its log, after the test that boots it.
     #[track_caller]
     pub fn builder() -> Builder {
@@ -435,6 +477,8 @@ impl Vm {
             echo: false,
             quiet: false,
             on_qemu: false,
+            restorable: false,
+            generation_id: true,
             patience: None,
         }
     }
@@ -474,12 +518,12 @@ impl Vm {
 
     /// The host's socket of the guest's vsock.
     pub fn vsock(&self) -> Option<&Path> {
-        self.vsock.as_deref()
+        self.spec.vsock.as_deref()
     }
 
     /// Connects to a vsock port of the guest as soon as something listens there.
     pub fn connect(&mut self, port: u32) -> Result<UnixStream> {
-        let socket = self.vsock.clone().context("the VM has no vsock")?;
+        let socket = self.vsock().context("the VM has no vsock")?.to_owned();
         let deadline = Instant::now() + self.patience;
         loop {
             match vsock::connect(&socket, port, HANDSHAKE) {
@@ -560,7 +604,7 @@ impl Vm {
     pub fn stand_still(&mut self, time: Duration) -> Result<()> {
         self.slot = None;
         thread::sleep(time);
-        self.slot = Some(Slot::acquire()?);
+        self.slot = Some(Arc::new(Slot::acquire()?));
         Ok(())
     }
 
@@ -604,7 +648,7 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        if let Some(socket) = &self.vsock {
+        if let Some(socket) = self.vsock() {
             let _ = fs::remove_file(socket); // which may lie outside of our directory
         }
         if !self.quiet {
@@ -613,6 +657,22 @@ impl Drop for Vm {
             eprintln!("---- end of the console ({log})\n{tail}\n----");
         }
     }
+}
+
+/// Starts a VM with this network cable on QEMU.
+fn on_qemu(mut spec: Spec, nic: &Nic) -> Result<(Spec, Box<dyn Machine>, Traffic)> {
+    let (nic, traffic) = match nic {
+        Nic::None => (machine::Nic::None, Traffic::default()),
+        Nic::Tap => (machine::Nic::LoneTap, Traffic::default()),
+        Nic::Cable(mmds) => {
+            let socket = spec.dir.join("net.sock");
+            let traffic = net::attach(&socket, mmds.clone())?;
+            (machine::Nic::Stream(socket), traffic)
+        }
+    };
+    spec.nic = nic;
+    let machine = spec.start_qemu()?;
+    Ok((spec, machine, traffic))
 }
 
 /// A file name for the next VM of a test: the second one of a process gets `-2`. A test that runs

@@ -456,6 +456,27 @@ fn a_running_vm_answers_as_the_description_says() -> Result<()> {
         delete("/v1/mounts", "?path=small", 400),
         delete("/v1/mounts", "", 400),
         ("DELETE", "/v1/mounts", "?path=/fixed", b"{}".to_vec(), 400),
+        post("/v1/snapshot/cancel", json!({"token": "a1"}), 409),
+        post("/v1/snapshot/prepare", json!({}), 400),
+        post(
+            "/v1/snapshot/prepare",
+            json!({"token": "a1", "timeout_ms": 60_000, "sync": false, "hold_ms": 600_000}),
+            200,
+        ),
+        post("/v1/snapshot/prepare", json!({"token": "a2"}), 409),
+        post("/v1/exec", json!({"cmd": ["true"]}), 409),
+        post("/v1/snapshot/cancel", json!({"token": "a1"}), 200),
+        post("/v1/restore", json!({"unix_us": -1}), 400),
+        post(
+            "/v1/restore",
+            json!({"config": {"Hostname": "a/b", "RootDevice": "vda"}}),
+            500,
+        ),
+        post(
+            "/v1/restore",
+            json!({"entropy": "AAECAwQFBgc=", "config": {"Hostname": "clone"}}),
+            200,
+        ),
         post(
             "/v1/stop",
             json!({"signal": "SIGNOTHING", "timeout_ms": -1}),

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use pigeon_lab::{
-    End, Vm, assets,
+    Arch, End, Vm, assets,
     disk::{Disk, Image, Tree},
     guest,
     mmds::{Fault, Mmds, Push, Version},
@@ -395,6 +395,32 @@ fn vsock_goes_on_after_a_pause() -> Result<()> {
         exchange(&echo(&mut vm)?, 1000)?;
     }
     Ok(())
+}
+
+#[test]
+fn vsock_is_plugged_again_after_a_snapshot_in_the_vm_and_in_its_clone() -> Result<()> {
+    if assets::arch() != Arch::X86_64 {
+        // There is no machine for it.
+        assert!(vsock_vm()?.restorable().boot().is_err());
+        return Ok(());
+    }
+    let mut vm = vsock_vm()?.restorable().memory_mib(128).boot()?;
+    let before = echo(&mut vm)?;
+    exchange(&before, 100_000)?;
+    let snapshot = vm.snapshot()?;
+    // What was open has ended, as after a restore by Firecracker.
+    assert_eq!((&mut &before).read(&mut [0])?, 0);
+    let mut clone = snapshot.restore().start()?;
+    vm.resume()?;
+    for vm in [&mut clone, &mut vm] {
+        exchange(&echo(vm)?, 1 << 20)?;
+    }
+    // Once more, in both.
+    let snapshot = clone.snapshot()?;
+    exchange(&echo(&mut snapshot.restore().start()?)?, 100_000)?;
+    vm.snapshot()?;
+    vm.resume()?;
+    exchange(&echo(&mut vm)?, 100_000)
 }
 
 #[test]

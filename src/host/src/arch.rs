@@ -107,6 +107,18 @@ impl Arch {
         }
     }
 
+    /// The machine on which QEMU's snapshots can be restored: vsock, which QEMU does not migrate, can
+    /// be unplugged, and VMGenID has an ACPI node. (QEMU docs/specs/vmgenid.txt.)
+    pub(crate) fn restorable_machine(self) -> Result<[&'static str; 2]> {
+        match self {
+            // Firecracker's processors have RDRAND. Without it, the kernel's generator takes a while to
+            // be seeded, and until then says nothing of a new generation. (drivers/char/random.c,
+            // add_vmfork_randomness)
+            Arch::X86_64 => Ok(["q35", "qemu64,+rdrand"]),
+            Arch::Aarch64 => bail!("snapshots on QEMU are for x86_64 guests"),
+        }
+    }
+
     /// Whether its kernel gives the first name, /dev/vda, to the last of that machine's disks.
     /// (QEMU hw/arm/virt.c, create_virtio_devices.)
     pub(crate) fn names_disks_backwards(self) -> bool {

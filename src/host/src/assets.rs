@@ -145,14 +145,23 @@ impl Kernel {
             ensure!(path.is_file(), "no kernel at {}", path.display());
             return Ok(Kernel::Image(path.into()));
         }
-        let kernel = DEBIAN_KERNELS.iter().find(|kernel| name == kernel.version);
-        let wanted = || {
-            format!(
-                "PIGEON_KERNEL={}: it is 6.1, 6.12 or a path",
-                path.display()
-            )
-        };
-        Kernel::debian(arch, kernel.with_context(wanted)?)
+        let version = path.to_str().unwrap_or_default();
+        Kernel::version(arch, version)
+            .with_context(|| format!("PIGEON_KERNEL={}: not 6.1, 6.12 or a path", path.display()))
+    }
+
+    /// For a VM on QEMU whose snapshots can be restored: 6.1 has the drivers for PCI as modules, and
+    /// no VMGenID.
+    pub fn restorable(arch: Arch) -> Result<Kernel> {
+        arch.restorable_machine()?;
+        Kernel::version(arch, "6.12")
+    }
+
+    /// Debian's cloud kernel of a version: 6.1 or 6.12.
+    fn version(arch: Arch, version: &str) -> Result<Kernel> {
+        let mut kernels = DEBIAN_KERNELS.iter();
+        let kernel = kernels.find(|kernel| kernel.version == version);
+        Kernel::debian(arch, kernel.context("there is no such kernel")?)
     }
 
     /// The cloud kernel of the Debian release that this host has.

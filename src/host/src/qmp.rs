@@ -46,6 +46,20 @@ impl Qmp {
         }
     }
 
+    /// Waits for an event of this name and device, and takes it from those that are kept.
+    pub fn device_event(&mut self, name: &str, device: &str) -> Result<()> {
+        loop {
+            let wanted =
+                |event: &Value| event["event"] == name && event["data"]["device"] == device;
+            if let Some(at) = self.events.iter().position(wanted) {
+                self.events.remove(at);
+                return Ok(());
+            }
+            let event = self.next()?.context("QEMU has ended")?;
+            self.events.push(event);
+        }
+    }
+
     /// All events up to QEMU's end.
     pub fn last_events(&mut self) -> Result<&[Value]> {
         while let Some(event) = self.next()? {

@@ -493,9 +493,11 @@ impl Reader {
         match command {
             "./build.sh run" => self.run_example(command, shown),
             "./build.sh pigeon exec -it web sh" => self.talk(command, shown, 4),
-            "pigeon proxy --vm web api.sock &" => {
+            "pigeon proxy --vm web api.sock &" | "pigeon proxy --vm warm warm.sock &" => {
                 self.start(command);
-                wait_until("a socket", || self.path("api.sock").exists());
+                let socket = command.trim_end_matches(" &").rsplit(' ').next();
+                let socket = self.path(socket.expect("it is the last word"));
+                wait_until("a socket", || socket.exists());
             }
             "pigeon forward --vm web 18080:8080 &" => {
                 self.start(command);

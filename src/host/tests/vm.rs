@@ -526,6 +526,8 @@ fn a_vm_in_the_background_is_steered_by_its_name_and_remembered() {
     );
     let refused = lab.pigeon(&["rm", "web"]);
     assert!(String::from_utf8_lossy(&refused.stderr).contains("`pigeon stop web`"));
+    let refused = lab.pigeon(&["snapshot", "web", &lab.path("web.snapshot")]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("`pigeon run --restorable`"));
 
     assert_eq!(lab.said(&["stop", "web"]), ("web\n".into(), Some(0)));
     let followed = follower.join().unwrap();
@@ -566,6 +568,70 @@ fn a_vm_in_the_background_is_steered_by_its_name_and_remembered() {
     let words = ["run", "-q", "--rm", "--entrypoint", "true", &image];
     assert_eq!(lab.said(&words).1, Some(0));
     assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
+}
+
+#[test]
+fn clones_of_a_vm_go_on_under_names_of_their_own() {
+    let lab = Lab::new();
+    let image = lab.path("app.ext4");
+    let words = [
+        "run",
+        "-d",
+        "--restorable",
+        "--name",
+        "web",
+        "-m",
+        "128",
+        &image,
+    ];
+    assert_eq!(lab.said(&words), ("web\n".into(), Some(0)));
+    let uuid = "cat /proc/sys/kernel/random/uuid";
+    let write = "echo mine >note; sync";
+    assert_eq!(lab.said(&["exec", "web", "sh", "-c", write]).1, Some(0));
+    let snapshot = lab.path("web.snapshot");
+    let (said, code) = lab.said(&["snapshot", "web", &snapshot]);
+    let taken: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!((code, &taken["snapshot"]), (Some(0), &json!(snapshot)));
+    assert!(
+        taken["frozen"].as_u64().is_some_and(|frozen| frozen > 0),
+        "{taken}"
+    );
+    // It is there and stays, and the VM goes on.
+    let again = lab.pigeon(&["snapshot", "web", &snapshot]);
+    assert_eq!(again.status.code(), Some(125));
+    assert_eq!(lab.said(&["exec", "web", "hostname"]).0, "web\n");
+
+    let restored = lab.pigeon(&["restore", "--count", "2", &snapshot]);
+    assert_eq!(restored.stdout, b"web-2\nweb-3\n", "{restored:?}");
+    let mut uuids = std::collections::BTreeSet::new();
+    for name in ["web", "web-2", "web-3"] {
+        let script = format!("hostname; cat note; echo more >>note; {uuid}");
+        let (said, code) = lab.said(&["exec", name, "sh", "-c", &script]);
+        let lines: Vec<_> = said.lines().collect();
+        assert_eq!((&lines[..2], code), (&[name, "mine"][..], Some(0)));
+        uuids.insert(lines[2].to_string());
+    }
+    assert_eq!(uuids.len(), 3, "{uuids:?}");
+    assert_eq!(lab.said(&["ps", "-q"]).0, "web\nweb-2\nweb-3\n");
+    let inspected = lab.said(&["inspect", "web-2"]).0;
+    let inspected: Value = serde_json::from_str(&inspected).unwrap();
+    let disk = inspected[0]["restorable"]["disks"][0]["path"].as_str();
+    let disk = disk.unwrap().to_string();
+    for name in ["web-2", "web-3", "web"] {
+        assert_eq!(lab.said(&["stop", name]).1, Some(0));
+        assert_eq!(lab.said(&["wait", name]).0, "3\n");
+        let (logs, _) = lab.said(&["logs", name]);
+        assert!(logs.ends_with("good bye\n"), "{logs}");
+    }
+    let (events, _) = lab.said(&["events", "web-2"]);
+    assert!(
+        events.contains(r#""event":"restored","generation":2"#),
+        "{events}"
+    );
+    check(Path::new(&disk));
+    check(Path::new(&image));
+    assert_eq!(lab.said(&["rm", "web-2"]).1, Some(0));
+    assert!(!Path::new(&disk).exists());
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use pigeon_lab::{
-    End, Vm, assets,
+    Arch, End, Vm, assets,
     disk::{Disk, Image, Tree},
     mmds::Mmds,
 };
@@ -55,6 +55,9 @@ fn main() -> ExitCode {
 
 fn setup() -> Result<()> {
     assets::kernel()?;
+    if assets::arch() == Arch::X86_64 {
+        assets::restorable_kernel()?;
+    }
     assets::busybox().map(drop)
 }
 

@@ -1,12 +1,14 @@
-//! `./build.sh soak [MINUTES [BOOTS]]`: what takes too long for a test. One root and one volume live through
-//! so many boots (50), then one VM through so many minutes (20) of everything at once.
+//! `./build.sh soak [MINUTES [BOOTS [CLONES]]]`: what takes too long for a test. One root and one volume
+//! live through so many boots (50), one VM through so many snapshots (100), each the clone of the one
+//! before, then one through so many minutes (20) of everything at once; 0 leaves a part out.
 
 use std::{
+    collections::HashSet,
     env, fmt,
     os::unix::net::UnixStream,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -26,8 +28,17 @@ fn main() -> Result<()> {
     let mut numbers = env::args().skip(1).map(|number| number.parse());
     let minutes = numbers.next().unwrap_or(Ok(20))?;
     let cycles = numbers.next().unwrap_or(Ok(50))?;
-    durability(cycles as usize).context("durability")?;
-    soak(Duration::from_secs(60 * minutes)).context("soak")
+    let clones = numbers.next().unwrap_or(Ok(100))?;
+    if cycles > 0 {
+        durability(cycles as usize).context("durability")?;
+    }
+    if clones > 0 {
+        lineage(clones).context("lineage")?;
+    }
+    if minutes > 0 {
+        soak(Duration::from_secs(60 * minutes)).context("soak")?;
+    }
+    Ok(())
 }
 
 /// What each life writes, synced and not, is there after its end, however that comes.
@@ -84,6 +95,71 @@ fn durability(cycles: usize) -> Result<()> {
     println!(
         "{cycles} boots of the same disks in {:.0?}: clean, nothing lost",
         start.elapsed()
+    );
+    Ok(())
+}
+
+/// A VM is prepared, snapshotted and restored over and over: nothing is lost, and each clone is new.
+fn lineage(clones: u64) -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let script = "trap 'exit 3' TERM
+        n=0; while :; do n=$((n + 1)); echo $n >>/var/lines; sleep 0.05; done";
+    let mut vm = Vm::builder()
+        .name("soak-lineage")
+        .restorable()
+        .config(&guest::shell(script, json!({})))
+        .arg("PIGEON_CGROUPS=unified")
+        .arg("PIGEON_RESTORE=host")
+        .memory_mib(128)
+        .disk(&root)
+        .patience(PATIENCE)
+        .quiet()
+        .start()?;
+    let start = Instant::now();
+    let mut uuids = HashSet::new();
+    let [mut slowest_prepare, mut slowest_restore] = [0.0_f64; 2];
+    for clone in 1..=clones {
+        let token = format!("clone-{clone}");
+        let prepare = json!({"token": token, "timeout_ms": 30_000});
+        let prepared = vm.api()?.post("/v1/snapshot/prepare", &prepare)?;
+        let prepared = prepared.success()?.json()?;
+        let freeze = prepared["freeze_ms"].as_f64().context("no freeze_ms")?;
+        slowest_prepare = slowest_prepare.max(freeze);
+        let snapshot = vm.snapshot()?;
+        vm.kill();
+        vm = snapshot.restore().start()?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+        let restore = json!({
+            "token": token,
+            "unix_us": now.as_micros() as u64,
+            "entropy": format!("{clone:064}"),
+        });
+        let restored = vm.api()?.post("/v1/restore", &restore)?;
+        let restored = restored.success()?.json()?;
+        ensure!(restored["generation"] == clone + 1, "{restored}");
+        let elapsed = restored["elapsed_us"].as_f64().context("no elapsed_us")?;
+        slowest_restore = slowest_restore.max(elapsed / 1e3);
+        let uuid = json!({"cmd": ["cat", "/proc/sys/kernel/random/uuid"]});
+        let answer = vm.api()?.post("/v1/exec", &uuid)?.success()?.json()?;
+        let uuid = answer["stdout"].as_str().context("no text")?;
+        ensure!(uuids.insert(uuid.to_string()), "{uuid} came twice");
+    }
+    let took = start.elapsed();
+    let mut api = vm.api()?;
+    api.post("/v1/signals", &json!({"signal": 15}))?.success()?;
+    ensure!(api.get("/v1/exit_code")?.success()?.json()?["code"] == 3);
+    ensure!(vm.wait_end()? == End::Reboot);
+    let root = vm.image(0)?;
+    root.check()?;
+    let lines = root.read("/var/lines")?;
+    let numbers: Vec<u64> = lines.lines().map(str::parse).collect::<Result<_, _>>()?;
+    ensure!(
+        numbers.iter().copied().eq(1..=numbers.len() as u64),
+        "a line is missing"
+    );
+    println!(
+        "{clones} clones, each of the one before, in {took:.0?}: clean, nothing lost, the slowest \
+         preparation froze in {slowest_prepare:.1} ms, the slowest restore took {slowest_restore:.1} ms"
     );
     Ok(())
 }

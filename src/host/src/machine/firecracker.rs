@@ -1,9 +1,9 @@
 //! The real thing, where KVM is. (Firecracker docs/getting-started.md, docs/mmds/, docs/vsock.md,
-//! and the API's src/firecracker/swagger/firecracker.yaml.)
+//! docs/snapshotting/, and the API's src/firecracker/swagger/firecracker.yaml.)
 
 use std::{
     fs,
-    os::unix::net::UnixStream,
+    os::unix::{fs::symlink, net::UnixStream},
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
     thread,
@@ -13,13 +13,16 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::{End, GUEST_CID, GUEST_MAC, LONE_TAP, Machine, Nic, Spec, beside_tap};
+use super::{End, GUEST_CID, GUEST_MAC, LONE_TAP, Machine, Nic, Snapshot, Spec, Start, beside_tap};
 use crate::{http, process::Process};
 
 /// The address of the metadata service.
 const MMDS_ADDRESS: &str = "169.254.169.254";
 /// The API's socket in the VM's directory.
 const API: &str = "api.sock";
+
+/// The network card, in calls.
+const NIC_ID: &str = "eth0";
 
 /// Room for the largest document that pigeon-init takes.
 const MMDS_SIZE_LIMIT: usize = 2 << 20;
@@ -36,20 +39,26 @@ pub(super) fn start(spec: &Spec, program: &Path) -> Result<Box<dyn Machine>> {
     };
     let [api, log_path] = [API, "firecracker.log"].map(|name| spec.dir.join(name));
     let log = fs::File::create(&log_path)?;
-    let mut command = Command::new(program);
+    let mut command = Command::new(program.canonicalize()?);
     command.arg("--api-sock").arg(&api);
     // Standard output is the console's alone.
     command
         .arg("--log-path")
         .arg(&log_path)
         .args(["--level", "Error"]);
-    command
-        .arg("--config-file")
-        .arg(file("firecracker.json", &configuration(spec)?)?);
+    let restored = match &spec.start {
+        Start::Restore(snapshot) => Some(snapshot),
+        Start::Boot | Start::BootRestorable => None,
+    };
+    if restored.is_none() {
+        command
+            .arg("--config-file")
+            .arg(file("firecracker.json", &configuration(spec)?)?);
+    }
     if let Some(metadata) = &spec.metadata {
         command.args(["--mmds-size-limit", &MMDS_SIZE_LIMIT.to_string()]);
         command.args(["--http-api-max-payload-size", &MMDS_SIZE_LIMIT.to_string()]);
-        if let Some(document) = &metadata.document {
+        if let Some(document) = metadata.document.as_ref().filter(|_| restored.is_none()) {
             command
                 .arg("--metadata")
                 .arg(file("metadata.json", document)?);
@@ -57,6 +66,13 @@ pub(super) fn start(spec: &Spec, program: &Path) -> Result<Box<dyn Machine>> {
     }
     if spec.nic == Nic::LoneTap {
         command = beside_tap(&command)?;
+    }
+    if !matches!(spec.start, Start::Boot) {
+        for (number, disk) in spec.disks.iter().enumerate() {
+            let file = std::path::absolute(&disk.path)?;
+            symlink(file, spec.dir.join(disk_link(number)))?;
+        }
+        command.current_dir(&spec.dir);
     }
     command
         .stdin(Stdio::piped())
@@ -66,19 +82,98 @@ pub(super) fn start(spec: &Spec, program: &Path) -> Result<Box<dyn Machine>> {
         process: Process::spawn(command)?,
         api,
     };
-    if let Err(error) = machine.wait_started() {
+    let started = match restored {
+        None => machine.wait_for("Running"),
+        Some(snapshot) => machine
+            .wait_for("Not started")
+            .and_then(|()| restore(&machine.api, spec, snapshot)),
+    };
+    if let Err(error) = started {
         let said = fs::read_to_string(log_path)?;
         return Err(error.context(format!("unable to start Firecracker: {}", said.trim_end())));
     }
     Ok(Box::new(machine))
 }
 
+/// The path of a disk of a VM whose snapshots can be restored: in the VM's directory, where a clone
+/// finds its own, for no call replaces a disk. (docs/snapshotting/snapshot-support.md)
+fn disk_link(number: usize) -> String {
+    format!("disk{number}")
+}
+
+/// The tap device of a VM.
+fn tap(spec: &Spec) -> Result<Option<&str>> {
+    Ok(match &spec.nic {
+        Nic::None => None,
+        Nic::Tap(name) => Some(name.as_str()),
+        Nic::LoneTap => Some(LONE_TAP),
+        Nic::Stream(_) | Nic::User(_) => bail!("Firecracker's network is a tap device"),
+    })
+}
+
+/// Has a Firecracker that was started without a configuration load a snapshot. The document is there
+/// when the guest first runs: the store of the VM that was snapshotted is no part of the snapshot.
+fn restore(api: &Path, spec: &Spec, snapshot: &Snapshot) -> Result<()> {
+    let mut load = json!({
+        "snapshot_path": snapshot.state,
+        "mem_backend": {"backend_type": "File", "backend_path": snapshot.memory},
+        "resume_vm": false,
+    });
+    if let Some(tap) = tap(spec)? {
+        load["network_overrides"] = json!([{"iface_id": NIC_ID, "host_dev_name": tap}]);
+    }
+    if let Some(socket) = &spec.vsock {
+        load["vsock_override"] = json!({"uds_path": socket});
+    }
+    request(api, "PUT", "/snapshot/load", &load)?;
+    if let Some(document) = spec.metadata.as_ref().and_then(|m| m.document.as_ref()) {
+        request(api, "PUT", "/mmds", document)?;
+    }
+    set_state(api, "Resumed")
+}
+
+/// Takes a snapshot of a VM of another process, as [`super::snapshot`].
+pub(super) fn snapshot(
+    dir: &Path,
+    files: &Snapshot,
+    meanwhile: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let api = dir.join(API);
+    let taken = create_snapshot(&api, files).and_then(|()| meanwhile());
+    taken.and(set_state(&api, "Resumed"))
+}
+
+/// Whether a Firecracker was started in this directory.
+pub(super) fn is_in(dir: &Path) -> bool {
+    dir.join(API).exists()
+}
+
+/// Stops the VM and takes a full snapshot.
+fn create_snapshot(api: &Path, snapshot: &Snapshot) -> Result<()> {
+    set_state(api, "Paused")?;
+    let create = json!({
+        "snapshot_type": "Full",
+        "snapshot_path": snapshot.state,
+        "mem_file_path": snapshot.memory,
+    });
+    request(api, "PUT", "/snapshot/create", &create).map(drop)
+}
+
+/// Stops or resumes the virtual processors.
+fn set_state(api: &Path, state: &str) -> Result<()> {
+    request(api, "PATCH", "/vm", &json!({"state": state})).map(drop)
+}
+
 /// The configuration file. Firecracker starts the VM at once when it has read it.
 fn configuration(spec: &Spec) -> Result<Value> {
     let drives = spec.disks.iter().enumerate().map(|(number, disk)| {
+        let path = match spec.start {
+            Start::Boot => disk.path.clone(),
+            Start::BootRestorable | Start::Restore(_) => disk_link(number).into(),
+        };
         json!({
             "drive_id": format!("disk{number}"),
-            "path_on_host": disk.path,
+            "path_on_host": path,
             "is_root_device": false, // the init finds it, not the kernel
             "is_read_only": disk.read_only,
             "cache_type": if disk.scratch { "Unsafe" } else { "Writeback" },
@@ -96,20 +191,14 @@ fn configuration(spec: &Spec) -> Result<Value> {
     if let Some(socket) = &spec.vsock {
         configuration["vsock"] = json!({"guest_cid": GUEST_CID, "uds_path": socket});
     }
-    let tap = match &spec.nic {
-        Nic::None => None,
-        Nic::Tap(name) => Some(name.as_str()),
-        Nic::LoneTap => Some(LONE_TAP),
-        Nic::Stream(_) | Nic::User(_) => bail!("Firecracker's network is a tap device"),
-    };
-    if let Some(tap) = tap {
+    if let Some(tap) = tap(spec)? {
         configuration["network-interfaces"] =
-            json!([{"iface_id": "eth0", "guest_mac": GUEST_MAC, "host_dev_name": tap}]);
+            json!([{"iface_id": NIC_ID, "guest_mac": GUEST_MAC, "host_dev_name": tap}]);
     }
     if let Some(metadata) = &spec.metadata {
         configuration["mmds-config"] = json!({
             "version": if metadata.v1 { "V1" } else { "V2" },
-            "network_interfaces": ["eth0"],
+            "network_interfaces": [NIC_ID],
             "ipv4_address": MMDS_ADDRESS,
         });
     }
@@ -135,12 +224,12 @@ fn request(socket: &Path, method: &str, path: &str, body: &Value) -> Result<http
 }
 
 impl Firecracker {
-    /// Waits until the API says that the VM runs.
-    fn wait_started(&mut self) -> Result<()> {
+    /// Waits until the API says that the VM is in this state.
+    fn wait_for(&mut self, wanted: &str) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {
             let state = request(&self.api, "GET", "/", &Value::Null).and_then(|r| r.json());
-            if state.is_ok_and(|state| state["state"] == "Running") {
+            if state.is_ok_and(|state| state["state"] == wanted) {
                 return Ok(());
             }
             if let Some(status) = self.process.status()? {
@@ -172,11 +261,15 @@ impl Machine for Firecracker {
     }
 
     fn pause(&mut self) -> Result<()> {
-        request(&self.api, "PATCH", "/vm", &json!({"state": "Paused"})).map(drop)
+        set_state(&self.api, "Paused")
     }
 
     fn resume(&mut self) -> Result<()> {
-        request(&self.api, "PATCH", "/vm", &json!({"state": "Resumed"})).map(drop)
+        set_state(&self.api, "Resumed")
+    }
+
+    fn snapshot(&mut self, snapshot: &Snapshot) -> Result<()> {
+        create_snapshot(&self.api, snapshot)
     }
 
     fn end(&mut self, status: ExitStatus) -> End {
@@ -191,10 +284,16 @@ impl Machine for Firecracker {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::{BufRead, BufReader, Read, Write},
+        os::unix::net::UnixListener,
+    };
+
     use super::*;
     use crate::{
         Arch,
         machine::{Disk, Metadata},
+        process::run,
     };
 
     fn spec() -> Spec {
@@ -247,6 +346,142 @@ mod tests {
             },
         });
         assert_eq!(configuration(&spec).unwrap(), expected);
+    }
+
+    /// Answers the calls of `calls` as Firecracker does, and returns method, path and body of each.
+    fn calls(calls: impl FnOnce(&Path) -> Result<()>) -> Vec<(String, Value)> {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join(API);
+        let listener = UnixListener::bind(&socket).unwrap();
+        let server = thread::spawn(move || {
+            let mut seen = vec![];
+            loop {
+                let mut stream = BufReader::new(listener.accept().unwrap().0);
+                let mut head = String::new();
+                while !head.ends_with("\r\n\r\n") {
+                    if stream.read_line(&mut head).unwrap() == 0 {
+                        return seen; // the test's own connection
+                    }
+                }
+                let lower = head.to_ascii_lowercase();
+                let length = lower
+                    .lines()
+                    .find_map(|line| line.strip_prefix("content-length:"));
+                let length = length.map_or(0, |length| length.trim().parse().unwrap());
+                let mut body = vec![0; length];
+                stream.read_exact(&mut body).unwrap();
+                let call = head.split(" HTTP/1.1").next().unwrap().to_string();
+                let answer = match call.as_str() {
+                    "GET /" => {
+                        "HTTP/1.1 200 \r\nContent-Length: 23\r\n\r\n{\"state\":\"Not started\"}"
+                    }
+                    _ => "HTTP/1.1 204 \r\nServer: Firecracker API\r\n\r\n",
+                };
+                seen.push((call, serde_json::from_slice(&body).unwrap_or_default()));
+                stream.get_mut().write_all(answer.as_bytes()).unwrap();
+            }
+        });
+        calls(&socket).unwrap();
+        drop(UnixStream::connect(&socket).unwrap());
+        server.join().unwrap()
+    }
+
+    fn snapshot() -> Snapshot {
+        Snapshot {
+            state: "/s/state".into(),
+            memory: "/s/memory".into(),
+        }
+    }
+
+    #[test]
+    fn a_snapshot_is_taken_of_a_paused_vm() {
+        let expected = [
+            ("PATCH /vm".into(), json!({"state": "Paused"})),
+            (
+                "PUT /snapshot/create".into(),
+                json!({
+                    "snapshot_type": "Full",
+                    "snapshot_path": "/s/state",
+                    "mem_file_path": "/s/memory",
+                }),
+            ),
+        ];
+        assert_eq!(calls(|api| create_snapshot(api, &snapshot())), expected);
+    }
+
+    #[test]
+    fn a_clone_has_its_own_tap_socket_and_metadata_before_it_runs() {
+        let document = json!({"Hostname": "clone"});
+        let spec = Spec {
+            nic: Nic::Tap("tap7".into()),
+            metadata: Some(Metadata {
+                v1: false,
+                document: Some(document.clone()),
+            }),
+            start: Start::Restore(snapshot()),
+            ..spec()
+        };
+        let expected = [
+            (
+                "PUT /snapshot/load".into(),
+                json!({
+                    "snapshot_path": "/s/state",
+                    "mem_backend": {"backend_type": "File", "backend_path": "/s/memory"},
+                    "resume_vm": false,
+                    "network_overrides": [{"iface_id": "eth0", "host_dev_name": "tap7"}],
+                    "vsock_override": {"uds_path": "/d/vm.vsock"},
+                }),
+            ),
+            ("PUT /mmds".into(), document),
+            ("PATCH /vm".into(), json!({"state": "Resumed"})),
+        ];
+        assert_eq!(calls(|api| restore(api, &spec, &snapshot())), expected);
+    }
+
+    #[test]
+    fn a_clone_is_a_firecracker_without_a_configuration_where_its_own_disks_are() {
+        let seen = calls(|api| {
+            let dir = api.parent().unwrap();
+            let program = dir.join("firecracker");
+            // It says what it was started with, and where its first disk is.
+            let script = "#!/bin/sh\n\
+                (readlink disk0; printf '%s\\n' \"$@\") >said.new && mv said.new said\n\
+                exec sleep 60\n";
+            fs::write(dir.join("script"), script)?;
+            // Not by this process, which may fork in another thread with the file open (ETXTBSY).
+            let mut install = Command::new("install");
+            run(install.arg("-m755").arg(dir.join("script")).arg(&program))?;
+            let spec = Spec {
+                dir: dir.into(),
+                disks: vec![Disk::file(Path::new("/clones/1.ext4"))],
+                start: Start::Restore(snapshot()),
+                ..spec()
+            };
+            let _machine = start(&spec, &program)?;
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while !dir.join("said").exists() {
+                ensure!(Instant::now() < deadline, "it was not started");
+                thread::sleep(Duration::from_millis(5));
+            }
+            let said = fs::read_to_string(dir.join("said"))?;
+            let socket = format!("/clones/1.ext4\n--api-sock\n{}\n", api.display());
+            assert!(said.starts_with(&socket), "{said}");
+            assert!(!said.contains("--config-file"), "{said}");
+            Ok(())
+        });
+        let seen: Vec<_> = seen.iter().map(|(call, _)| call.as_str()).collect();
+        assert_eq!(seen, ["GET /", "PUT /snapshot/load", "PATCH /vm"]);
+    }
+
+    #[test]
+    fn a_restorable_vm_has_its_disks_where_its_clones_have_theirs() {
+        let spec = Spec {
+            disks: vec![Disk::file(Path::new("/images/root.ext4"))],
+            start: Start::BootRestorable,
+            ..spec()
+        };
+        let configuration = configuration(&spec).unwrap();
+        assert_eq!(configuration["drives"][0]["path_on_host"], "disk0");
     }
 
     #[test]

@@ -132,6 +132,24 @@ impl Disk {
         }
     }
 
+    /// Its file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether the guest can write it.
+    pub fn is_writable(&self) -> bool {
+        !self.read_only
+    }
+
+    /// The same with its contents in another file.
+    pub fn at(self, path: &Path) -> Disk {
+        Disk {
+            path: path.into(),
+            ..self
+        }
+    }
+
     /// Whether it is to fail.
     pub fn is_faulty(&self) -> bool {
         self.blkdebug.is_some()
@@ -145,6 +163,28 @@ pub struct Metadata {
     pub v1: bool,
     /// The document, unless it is [put](put_metadata) there later.
     pub document: Option<Value>,
+}
+
+/// A snapshot of a VM, in files; its disks are no part of it.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// The processors and devices.
+    pub state: PathBuf,
+    /// The guest's memory.
+    pub memory: PathBuf,
+}
+
+/// How a VM comes to life, and whether a snapshot of it can.
+#[derive(Clone, Debug, Default)]
+pub enum Start {
+    /// By booting.
+    #[default]
+    Boot,
+    /// By booting, on a machine whose snapshots can be restored. (Firecracker's always can.)
+    BootRestorable,
+    /// From the snapshot of such a VM, which had the same kernel, processors, memory, disks, network card
+    /// and VMGenID device. What it had on its disks is for the caller to have copied.
+    Restore(Snapshot),
 }
 
 /// A VM to be started.
@@ -182,6 +222,11 @@ pub struct Spec {
     /// A PCI Express port named `pci_port`, into which a device can be plugged while the VM runs. QEMU
     /// only.
     pub pci_port: bool,
+    /// Boot or restore.
+    pub start: Start,
+    /// A device that tells the kernel when it has been restored (VMGenID), where snapshots can be
+    /// restored. Firecracker always has one.
+    pub generation_id: bool,
 }
 
 /// What the guest's vsock socket is called in [`Spec::dir`] if nobody cares.
@@ -207,6 +252,8 @@ impl Spec {
             firecrackers_console: false,
             deterministic: false,
             pci_port: false,
+            start: Start::Boot,
+            generation_id: true,
         }
     }
 
@@ -243,12 +290,29 @@ pub trait Machine: Send {
     fn pause(&mut self) -> Result<()>;
     /// Lets them go on.
     fn resume(&mut self) -> Result<()>;
+    /// Stops the virtual processors and takes a snapshot. [`resume`](Machine::resume) lets the VM
+    /// itself go on.
+    fn snapshot(&mut self, snapshot: &Snapshot) -> Result<()>;
     /// What the end with this status meant, but for a panic.
     fn end(&mut self, status: ExitStatus) -> End;
     /// A QMP command, where the VM runs on QEMU.
     fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let _ = arguments;
         bail!("{command}: only QEMU has QMP")
+    }
+}
+
+/// Takes a snapshot of a VM that another process has started in the directory `dir`, on a machine
+/// whose snapshots can be restored. It goes on afterwards; `meanwhile` it is stopped, and its disks
+/// can be copied.
+pub fn snapshot(
+    dir: &Path,
+    files: &Snapshot,
+    meanwhile: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    match firecracker::is_in(dir) {
+        true => firecracker::snapshot(dir, files, meanwhile),
+        false => qemu::snapshot(dir, files, meanwhile),
     }
 }
 

@@ -4,6 +4,7 @@
 use std::{
     fs,
     os::unix::net::UnixStream,
+    path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
@@ -13,25 +14,54 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{
-    End, GUEST_CID, GUEST_MAC, HostPort, LONE_TAP, Machine, Nic, Spec, beside_tap,
+    End, GUEST_CID, GUEST_MAC, HostPort, LONE_TAP, Machine, Nic, Snapshot, Spec, Start, beside_tap,
     vsock_device::VsockDevice,
 };
 use crate::{Arch, assets, process::Process, qmp::Qmp};
 
+// Files in the VM's directory.
+/// QEMU's monitor, which has one client, and that of a restorable VM for other processes.
+const QMP: &str = "qmp.sock";
+const QMP_OF_OTHERS: &str = "qmp-others.sock";
+/// The vsock device's socket for QEMU.
+const VHOST: &str = "vhost.sock";
+/// A restorable VM's memory.
+const MEMORY: &str = "memory";
+
 struct Qemu {
     arch: Arch,
     process: Process,
-    qmp: Qmp,
-    /// The vsock device, which QEMU is connected to.
+    monitor: Monitor,
     _vsock: Option<VsockDevice>,
+}
+
+/// What can be asked of QEMU.
+struct Monitor {
+    qmp: Qmp,
+    dir: PathBuf,
+    vsock: Vsock,
+}
+
+/// Whether the guest has vsock.
+#[derive(Clone, Copy, PartialEq)]
+enum Vsock {
+    None,
+    Plugged,
+    /// The device is there, and QEMU not connected to it.
+    Unplugged,
 }
 
 pub(super) fn start(spec: &Spec) -> Result<Box<dyn Machine>> {
     let vsock = spec.vsock.as_ref().map(|socket| {
-        let [vhost, log] = ["vhost.sock", "vsock.log"].map(|name| spec.dir.join(name));
+        let [vhost, log] = [VHOST, "vsock.log"].map(|name| spec.dir.join(name));
         VsockDevice::start(GUEST_CID, &vhost, socket, &log)
     });
     let vsock = vsock.transpose()?;
+    if let Start::Restore(snapshot) = &spec.start {
+        // The guest writes to the file.
+        fs::copy(&snapshot.memory, spec.dir.join(MEMORY))
+            .with_context(|| format!("unable to copy {}", snapshot.memory.display()))?;
+    }
     let mut command = Command::new(assets::tool(&format!("qemu-system-{}", spec.arch.name()))?);
     command.args(arguments(spec)?);
     if spec.nic == Nic::LoneTap {
@@ -43,23 +73,54 @@ pub(super) fn start(spec: &Spec) -> Result<Box<dyn Machine>> {
         .stdout(Stdio::piped())
         .stderr(log);
     let mut process = Process::spawn(command)?;
-    let qmp = connect(spec, &mut process).or_else(|error| {
-        let said = fs::read_to_string(spec.dir.join("qemu.log"))?;
-        Err(error.context(format!("unable to start QEMU: {}", said.trim_end())))
-    })?;
+    let explain = |error: anyhow::Error| {
+        let said = fs::read_to_string(spec.dir.join("qemu.log")).unwrap_or_default();
+        error.context(format!("unable to start QEMU: {}", said.trim_end()))
+    };
+    let mut monitor = Monitor {
+        qmp: connect(spec, &mut process).map_err(explain)?,
+        dir: spec.dir.clone(),
+        vsock: match (&spec.start, &vsock) {
+            (_, None) => Vsock::None,
+            (Start::Restore(_), Some(_)) => Vsock::Unplugged,
+            (Start::Boot | Start::BootRestorable, Some(_)) => Vsock::Plugged,
+        },
+    };
+    if let Start::Restore(snapshot) = &spec.start {
+        monitor.restore(snapshot).map_err(explain)?;
+    }
     Ok(Box::new(Qemu {
         arch: spec.arch,
         process,
-        qmp,
+        monitor,
         _vsock: vsock,
     }))
+}
+
+/// Takes a snapshot of a VM of another process, as [`super::snapshot`].
+pub(super) fn snapshot(
+    dir: &Path,
+    files: &Snapshot,
+    meanwhile: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let stream = UnixStream::connect(dir.join(QMP_OF_OTHERS)).context("unable to reach QEMU")?;
+    let mut monitor = Monitor {
+        qmp: Qmp::new(stream)?,
+        dir: dir.into(),
+        vsock: match dir.join(VHOST).exists() {
+            true => Vsock::Plugged,
+            false => Vsock::None,
+        },
+    };
+    let taken = monitor.snapshot(files).and_then(|()| meanwhile());
+    taken.and(monitor.resume())
 }
 
 /// Waits for QEMU's monitor.
 fn connect(spec: &Spec, process: &mut Process) -> Result<Qmp> {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
-        match UnixStream::connect(spec.dir.join("qmp.sock")) {
+        match UnixStream::connect(spec.dir.join(QMP)) {
             Ok(stream) => return Qmp::new(stream),
             Err(error) if Instant::now() > deadline => return Err(error.into()),
             Err(_) => thread::sleep(Duration::from_millis(5)),
@@ -78,15 +139,33 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
     let mut line: Vec<String> = Vec::new();
     let mut add = |words: &[&str]| line.extend(words.iter().map(|word| word.to_string()));
 
-    let [machine, cpu] = spec.arch.machine();
     let pcie = match spec.pci_port {
         true => spec.arch.pcie_on_qemu(),
         false => "",
     };
-    let backend = if spec.vsock.is_some() {
+    let restorable = !matches!(spec.start, Start::Boot);
+    let [machine, cpu] = match restorable {
+        true => spec.arch.restorable_machine()?,
+        false => spec.arch.machine(),
+    };
+    // The vsock device shares the guest's memory; a snapshot has it in a file of its own.
+    let memory = match (restorable, spec.vsock.is_some()) {
+        (true, _) => Some(format!(
+            "memory-backend-file,mem-path={},share=on",
+            path(MEMORY)?
+        )),
+        (false, true) => Some("memory-backend-memfd,share=on".into()),
+        (false, false) => None,
+    };
+    let backend = if memory.is_some() {
         ",memory-backend=mem0"
     } else {
         ""
+    };
+    // The last part of the names of virtio devices: on PCI, or on virtio-mmio.
+    let (bus, rom) = match restorable {
+        true => ("pci", ",romfile="),
+        false => ("device", ""),
     };
     add(&[
         "-M",
@@ -103,7 +182,9 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
         "none",
         "-no-reboot",
     ]);
-    add(&["-global", "virtio-mmio.force-legacy=false"]);
+    if !restorable {
+        add(&["-global", "virtio-mmio.force-legacy=false"]);
+    }
     add(&[
         "-m",
         &format!("{}M", spec.memory_mib),
@@ -113,19 +194,31 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
     let (console, serial) = spec.arch.console_on_qemu(spec.firecrackers_console);
     add(&["-chardev", "stdio,id=console,signal=off"]);
     add(&serial);
-    add(&[
-        "-qmp",
-        &format!("unix:{},server=on,wait=off", path("qmp.sock")?),
-    ]);
+    let mut monitors = vec![QMP];
+    if restorable {
+        monitors.push(QMP_OF_OTHERS);
+    }
+    for monitor in monitors {
+        let socket = format!("unix:{},server=on,wait=off", path(monitor)?);
+        add(&["-qmp", &socket]);
+    }
 
     if spec.deterministic {
         add(&["-icount", "shift=0,sleep=off", "-seed", "1"]);
         // A disk request is on its way before the guest goes idle, and its clock ahead.
-        add(&["-global", "virtio-mmio.ioeventfd=off"]);
+        let transport = if restorable {
+            "virtio-blk-pci"
+        } else {
+            "virtio-mmio"
+        };
+        add(&["-global", &format!("{transport}.ioeventfd=off")]);
         add(&["-rtc", "base=2026-01-01T00:00:00,clock=vm"]);
     }
+    // With a kernel, a machine has other ROMs than without, also one that does not boot.
     add(&["-kernel", spec.kernel.to_str().context("not UTF-8")?]);
-    add(&["-initrd", spec.initrd.to_str().context("not UTF-8")?]);
+    if !matches!(spec.start, Start::Restore(_)) {
+        add(&["-initrd", spec.initrd.to_str().context("not UTF-8")?]);
+    }
     let parameters = spec.arch.parameters_on_qemu(spec.deterministic)?;
     add(&["-append", &spec.command_line(console, &parameters)]);
 
@@ -134,21 +227,38 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
         let port = "pcie-root-port,id=pci_port,chassis=1,slot=1,power_controller_present=off";
         add(&["-device", port]);
     }
-    if spec.i8042 && spec.arch.has_keyboard() {
+    // A PC has one already.
+    if spec.i8042 && spec.arch.has_keyboard() && !restorable {
         add(&["-device", "i8042"]);
     }
-    if spec.vsock.is_some() {
-        // The device shares the guest's memory.
-        let memory = format!(
-            "memory-backend-memfd,id=mem0,size={}M,share=on",
-            spec.memory_mib
-        );
-        add(&["-object", &memory]);
+    if let Some(memory) = memory {
+        let size = format!("{memory},id=mem0,size={}M", spec.memory_mib);
+        add(&["-object", &size]);
+    }
+    let mut vsock_bus = "";
+    if restorable {
+        // Where vsock can be unplugged. Also without it: the same devices have the same places then.
+        add(&[
+            "-device",
+            "pcie-root-port,id=vsock-port,bus=pcie.0,chassis=1,slot=1",
+        ]);
+        vsock_bus = ",bus=vsock-port";
+        if spec.generation_id {
+            add(&["-device", "vmgenid,guid=auto"]);
+        }
+    }
+    if matches!(spec.start, Start::Restore(_)) {
+        // vsock is plugged when the VM runs.
+        add(&["-incoming", "defer"]);
+    } else if spec.vsock.is_some() {
         add(&[
             "-chardev",
-            &format!("socket,id=vsock,path={}", path("vhost.sock")?),
+            &format!("socket,id=vsock,path={}", path(VHOST)?),
         ]);
-        add(&["-device", "vhost-user-vsock-device,id=vsock,chardev=vsock"]);
+        add(&[
+            "-device",
+            &format!("vhost-user-vsock-{bus},id=vsock,chardev=vsock{vsock_bus}"),
+        ]);
     }
     let tap = |name: &str| format!("tap,id=net,ifname={name},script=no,downscript=no");
     let network = match &spec.nic {
@@ -178,7 +288,8 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
         add(&["-netdev", &network]);
         add(&[
             "-device",
-            &format!("virtio-net-device,netdev=net,mac={GUEST_MAC}"),
+            // Nothing boots from it.
+            &format!("virtio-net-{bus},netdev=net,mac={GUEST_MAC}{rom}"),
         ]);
     }
     let mut disks: Vec<_> = spec.disks.iter().enumerate().collect();
@@ -201,7 +312,7 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
         let drive =
             format!("if=none,id=disk{number},format=raw,cache={cache},readonly={read_only}");
         add(&["-drive", &format!("{drive},{image}")]);
-        add(&["-device", &format!("virtio-blk-device,drive=disk{number}")]);
+        add(&["-device", &format!("virtio-blk-{bus},drive=disk{number}")]);
     }
     Ok(line)
 }
@@ -209,6 +320,107 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
 /// A value inside a QEMU option, where a comma is doubled.
 fn option_value(value: &str) -> String {
     value.replace(',', ",,")
+}
+
+/// A URI of a migration that runs a shell command on a file.
+fn exec_uri(command: &str, path: &Path) -> Result<String> {
+    let path = path.to_str().context("not UTF-8")?;
+    Ok(format!("exec:{command} '{}'", path.replace('\'', r"'\''")))
+}
+
+/// How long a migration to or from a file may take.
+const MIGRATION_TIMEOUT: Duration = Duration::from_secs(60);
+
+impl Monitor {
+    fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        self.qmp.execute(command, arguments)
+    }
+
+    /// The memory is in a file that is copied, so that no migration has to carry it.
+    fn leave_out_memory(&mut self) -> Result<()> {
+        let shared = json!([{"capability": "x-ignore-shared", "state": true}]);
+        self.qmp("migrate-set-capabilities", json!({"capabilities": shared}))
+            .map(drop)
+    }
+
+    /// Runs on from a snapshot.
+    fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
+        self.leave_out_memory()?;
+        let uri = exec_uri("cat", &snapshot.state)?;
+        self.qmp("migrate-incoming", json!({"uri": uri}))?;
+        let deadline = Instant::now() + MIGRATION_TIMEOUT;
+        while self.qmp("query-status", json!({}))?["status"] == "inmigrate" {
+            ensure!(Instant::now() < deadline, "timed out restoring");
+            thread::sleep(Duration::from_millis(2));
+        }
+        self.resume()
+    }
+
+    /// vhost-user-vsock does not migrate (QEMU hw/virtio/vhost-user-vsock.c, unmigratable).
+    fn unplug_vsock(&mut self) -> Result<()> {
+        if self.vsock == Vsock::Plugged {
+            self.qmp("device_del", json!({"id": "vsock"}))?;
+            self.qmp.device_event("DEVICE_DELETED", "vsock")?;
+            self.qmp("chardev-remove", json!({"id": "vsock"}))?;
+            self.vsock = Vsock::Unplugged;
+        }
+        Ok(())
+    }
+
+    fn plug_vsock(&mut self) -> Result<()> {
+        if self.vsock == Vsock::Unplugged {
+            let address = json!({"type": "unix", "data": {"path": self.dir.join(VHOST)}});
+            let backend = json!({
+                "type": "socket",
+                "data": {"addr": address, "server": false},
+            });
+            self.qmp("chardev-add", json!({"id": "vsock", "backend": backend}))?;
+            let device = json!({
+                "driver": "vhost-user-vsock-pci",
+                "id": "vsock",
+                "chardev": "vsock",
+                "bus": "vsock-port",
+            });
+            self.qmp("device_add", device)?;
+            self.vsock = Vsock::Plugged;
+        }
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<()> {
+        self.qmp("stop", json!({})).map(drop)
+    }
+
+    fn resume(&mut self) -> Result<()> {
+        self.qmp("cont", json!({}))?;
+        self.plug_vsock()
+    }
+
+    fn snapshot(&mut self, snapshot: &Snapshot) -> Result<()> {
+        let memory = self.dir.join(MEMORY);
+        ensure!(
+            memory.exists(),
+            "snapshots of this machine cannot be restored"
+        );
+        self.unplug_vsock()?;
+        self.leave_out_memory()?;
+        self.pause()?;
+        let uri = exec_uri("cat >", &snapshot.state)?;
+        self.qmp("migrate", json!({"uri": uri}))?;
+        let deadline = Instant::now() + MIGRATION_TIMEOUT;
+        loop {
+            let migration = self.qmp("query-migrate", json!({}))?;
+            match migration["status"].as_str() {
+                Some("completed") => break,
+                Some("failed" | "cancelled") => bail!("the snapshot failed: {migration}"),
+                _ => thread::sleep(Duration::from_millis(2)),
+            }
+            ensure!(Instant::now() < deadline, "timed out taking a snapshot");
+        }
+        fs::copy(memory, &snapshot.memory)
+            .with_context(|| format!("unable to write {}", snapshot.memory.display()))?;
+        Ok(())
+    }
 }
 
 impl Machine for Qemu {
@@ -227,15 +439,19 @@ impl Machine for Qemu {
     }
 
     fn pause(&mut self) -> Result<()> {
-        self.qmp("stop", json!({})).map(drop)
+        self.monitor.pause()
     }
 
     fn resume(&mut self) -> Result<()> {
-        self.qmp("cont", json!({})).map(drop)
+        self.monitor.resume()
+    }
+
+    fn snapshot(&mut self, snapshot: &Snapshot) -> Result<()> {
+        self.monitor.snapshot(snapshot)
     }
 
     fn end(&mut self, status: ExitStatus) -> End {
-        let events = self.qmp.last_events().unwrap_or_default();
+        let events = self.monitor.qmp.last_events().unwrap_or_default();
         let shutdown = events.iter().find(|event| event["event"] == "SHUTDOWN");
         match shutdown.and_then(|event| event["data"]["reason"].as_str()) {
             Some("guest-reset") => End::Reboot,
@@ -246,6 +462,6 @@ impl Machine for Qemu {
     }
 
     fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {
-        self.qmp.execute(command, arguments)
+        self.monitor.qmp(command, arguments)
     }
 }

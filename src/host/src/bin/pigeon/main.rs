@@ -9,6 +9,7 @@ mod ports;
 mod rootfs;
 mod run;
 mod shell;
+mod snapshot;
 mod target;
 mod terminal;
 mod vms;
@@ -74,6 +75,10 @@ enum Action {
     Events(logs::Events),
     /// Check whether a VM is up
     Status(lifecycle::Status),
+    /// Take a snapshot of a VM of `pigeon run --restorable`, which goes on
+    Snapshot(snapshot::TakeSnapshot),
+    /// Start VMs from a snapshot in the background and print their names
+    Restore(run::Restore),
     /// Expose a VM's API on a Unix socket, for curl and other HTTP clients, until Ctrl-C
     Proxy(Proxy),
     /// Make a root image of a container image
@@ -138,6 +143,7 @@ fn act(action: Action) -> Result<u8> {
         Action::Run(run) => return run.run(),
         Action::Exec(exec) => return exec.run(),
         Action::Attach(attach) => return attach.run(),
+        Action::Restore(restore) => return restore.run(),
         Action::Ps(ps) => ps.run(),
         Action::Logs(logs) => logs.run(),
         Action::Cp(cp) => cp.run(),
@@ -150,6 +156,7 @@ fn act(action: Action) -> Result<u8> {
         Action::Stats(stats) => stats.run(),
         Action::Events(events) => events.run(),
         Action::Status(status) => status.run(),
+        Action::Snapshot(snapshot) => snapshot.run(),
         Action::Rootfs(rootfs) => rootfs.run(),
         Action::Completions(completions) => completions.run(),
         Action::Man(man) => man.run(),

@@ -18,6 +18,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::snapshot::Restorable;
+
 /// Most bytes of a VM's name: a Unix socket's path has 107, a host name 64.
 const MAX_NAME: usize = 40;
 
@@ -52,6 +54,8 @@ pub struct Record {
     pub exit_code: Option<u8>,
     /// Of the image's health check: `starting`, `healthy`, `unhealthy`.
     pub health: Option<String>,
+    /// What its snapshots need, if they can be restored.
+    pub restorable: Option<Restorable>,
 }
 
 impl Record {
@@ -306,8 +310,11 @@ fn try_claim(name: &str, auto: bool) -> Result<Result<Claim, Taken>> {
         if !(auto && old.auto) {
             return Ok(Err(Taken::Ended));
         }
-        for file in [RECORD, OUTPUT, CONSOLE, EVENTS, MESSAGES] {
-            remove_if_there(&dir.join(file))?;
+        for entry in fs::read_dir(&dir)? {
+            let path = entry?.path();
+            if path != lock_path {
+                remove_if_there(&path)?;
+            }
         }
     }
     let record = Record {

@@ -4,6 +4,7 @@ mod detach;
 mod document;
 mod health;
 mod owner;
+mod restore;
 
 use std::{
     fs::{self, File},
@@ -22,7 +23,7 @@ use pigeon::{
         kind::{Kind, describe},
     },
     initrd::Initrd,
-    machine::{Disk, HostPort, Machine, Nic, Spec},
+    machine::{Disk, HostPort, Machine, Nic, Spec, Start},
     vsock,
 };
 use serde_json::json;
@@ -34,10 +35,12 @@ use signal_hook::{
 use crate::{
     Guest,
     output::{note, say},
+    snapshot::Restorable,
     vms,
 };
 use document::{Plan, file_systems};
 use owner::Owner;
+pub use restore::Restore;
 
 /// MiB that Debian's kernel needs at least, so that the init is started.
 const LEAST_MEMORY: u32 = 72;
@@ -152,6 +155,10 @@ pub struct Run {
     /// Virtual processors
     #[arg(long, default_value_t = 1)]
     cpus: u32,
+    /// Allow snapshots of the VM to be restored (`pigeon snapshot`). On QEMU (x86_64) the machine is
+    /// another one then: a PC with kernel 6.12
+    #[arg(long, conflicts_with_all = ["interactive", "tty"])]
+    restorable: bool,
     /// How cgroups are mounted in the guest [default: hybrid]
     #[arg(long, value_enum, value_name = "MODE")]
     cgroup_mode: Option<CgroupMode>,
@@ -259,8 +266,14 @@ impl Run {
                 .filter(|port| self.by_hypervisor(port))
                 .map(ToString::to_string),
         );
-        let machine = self.start(&plan, &kinds, scratch.path(), &uds)?;
+        let spec = self.spec(&plan, &kinds, scratch.path(), &uds)?;
+        let restorable = match self.restorable {
+            true => Some(Restorable::of(&spec)?),
+            false => None,
+        };
+        let machine = self.start(&spec)?;
         claim.update(|record| {
+            record.restorable = restorable;
             record.image = fs::canonicalize(self.image()).unwrap_or_else(|_| self.image().into());
             record.uds = uds.clone();
             record.arch = self.guest.arch.name().into();
@@ -297,7 +310,8 @@ impl Run {
             plan,
             uds,
         };
-        let code = owner.watch(machine, signals);
+        let events = owner.listen_for_events();
+        let code = owner.watch(machine, signals, events);
         drop(locks);
         code
     }
@@ -352,13 +366,7 @@ impl Run {
         self.net && port.address.is_ipv4() && port.host != 0
     }
 
-    fn start(
-        &self,
-        plan: &Plan,
-        kinds: &[Kind],
-        dir: &Path,
-        uds: &Path,
-    ) -> Result<Box<dyn Machine>> {
+    fn spec(&self, plan: &Plan, kinds: &[Kind], dir: &Path, uds: &Path) -> Result<Spec> {
         let beside = assets::initrd_beside().filter(|_| self.guest.arch == Arch::HOST);
         let product = match self.initrd.as_ref().or(beside.as_ref()) {
             Some(path) => {
@@ -370,7 +378,10 @@ impl Run {
         let kernel = match &self.kernel {
             Some(kernel) => kernel.clone(),
             None => {
-                let kernel = assets::Kernel::chosen(self.guest.arch)?;
+                let kernel = match self.restorable && self.is_on_qemu() {
+                    true => assets::Kernel::restorable(self.guest.arch)?,
+                    false => assets::Kernel::chosen(self.guest.arch)?,
+                };
                 files.modules_and(&kernel, &file_systems(kinds, self.overlay.is_some()))?;
                 kernel.image()
             }
@@ -408,25 +419,38 @@ impl Run {
             None if self.net => Nic::User(ports.collect()),
             None => Nic::None,
         };
-        let firecracker = assets::firecracker().filter(|_| self.guest.arch == Arch::HOST);
-        let on_qemu = match (self.vmm, &nic) {
-            (Hypervisor::Auto, Nic::User(_)) | (Hypervisor::Qemu, _) => true,
-            (Hypervisor::Auto, _) => firecracker.is_none(),
-            (Hypervisor::Firecracker, _) => false,
-        };
-        let spec = Spec {
+        Ok(Spec {
             args: self.kernel_parameters(),
             memory_mib: self.memory,
             cpus: self.cpus,
             disks,
             nic,
             vsock: Some(uds.into()),
+            start: match self.restorable {
+                true => Start::BootRestorable,
+                false => Start::Boot,
+            },
             ..Spec::new(dir, self.guest.arch, &kernel, &initrd)
-        };
-        if on_qemu {
+        })
+    }
+
+    fn firecracker(&self) -> Option<PathBuf> {
+        assets::firecracker().filter(|_| self.guest.arch == Arch::HOST)
+    }
+
+    fn is_on_qemu(&self) -> bool {
+        match self.vmm {
+            Hypervisor::Auto => self.net || self.firecracker().is_none(),
+            Hypervisor::Qemu => true,
+            Hypervisor::Firecracker => false,
+        }
+    }
+
+    fn start(&self, spec: &Spec) -> Result<Box<dyn Machine>> {
+        if self.is_on_qemu() {
             return spec.start_qemu();
         }
-        let program = firecracker.context(
+        let program = self.firecracker().context(
             "Firecracker is not available: it needs /dev/kvm, and to be in PATH or named by \
              FIRECRACKER; --vmm qemu needs neither",
         )?;
@@ -443,6 +467,10 @@ impl Run {
             // The serial console is slow, and nobody looks at it.
             parameters.push("PIGEON_OUTPUT=log".into());
             parameters.push(format!("PIGEON_LOG_KIB={LOG_KIB}"));
+        }
+        if self.restorable {
+            // A clone is told by `pigeon restore`.
+            parameters.push("PIGEON_RESTORE=host".into());
         }
         if let Some(mode) = self.cgroup_mode {
             let mode = match mode {

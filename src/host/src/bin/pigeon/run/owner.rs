@@ -80,8 +80,13 @@ struct Asked {
 }
 
 impl Owner<'_> {
-    /// Until the VM has ended: the exit code.
-    pub fn watch(&self, mut machine: Box<dyn Machine>, mut signals: Signals) -> Result<u8> {
+    /// Until the VM has ended: the exit code. `events` tells of the workload's, too.
+    pub fn watch(
+        &self,
+        mut machine: Box<dyn Machine>,
+        mut signals: Signals,
+        events: mpsc::Receiver<Exit>,
+    ) -> Result<u8> {
         let machine = machine.as_mut();
         let child = machine.process().child();
         let (console, keyboard) = (child.stdout.take(), child.stdin.take());
@@ -103,7 +108,6 @@ impl Owner<'_> {
         };
         let file = self.file(vms::CONSOLE)?;
         let console = thread::spawn(move || record_console(console, file, shown));
-        let events = self.listen_for_events();
         let over = Arc::new(AtomicBool::new(false));
         let output = self.follow_output(over.clone());
 
@@ -164,6 +168,8 @@ impl Owner<'_> {
         // An answer arrives before the VM ends, or never.
         let answered = asked.exit.recv_timeout(Duration::from_millis(200)).ok();
         let event = events.try_iter().last();
+        // Its listener waits for ever.
+        let _ = std::fs::remove_file(events::socket_path(&self.uds, EVENTS_PORT));
         let ended = Ended {
             exit: answered.or(event).or_else(|| logged_exit(&console)),
             end,
@@ -198,7 +204,7 @@ impl Owner<'_> {
     }
 
     /// Records the init's events. An exit event is as reliable as the API's answer.
-    fn listen_for_events(&self) -> mpsc::Receiver<Exit> {
+    pub fn listen_for_events(&self) -> mpsc::Receiver<Exit> {
         let (sender, exit) = mpsc::channel();
         let path = self.claim.dir.join(vms::EVENTS);
         // Events are optional.
@@ -210,14 +216,14 @@ impl Owner<'_> {
             }
         };
         thread::spawn(move || {
-            // A VM that is held for a snapshot closes its connection, and makes another one later.
+            let mut file = OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(path)
+                .ok()?;
+            // After a snapshot, the init connects anew.
             loop {
                 let mut events = listener.accept().ok()?;
-                let mut file = OpenOptions::new()
-                    .create(true)
-                    .append(true)
-                    .open(&path)
-                    .ok()?;
                 while let Ok(Some(event)) = events.next_event() {
                     let mut line = json!(event);
                     line["time"] = json!(vms::now());
@@ -450,8 +456,6 @@ fn follow(
     over: &AtomicBool,
     sink: &mut impl FnMut(Frame) -> Result<()>,
 ) -> Result<bool> {
-    /// How often a VM that boots is tried.
-    const RETRY: Duration = Duration::from_millis(20);
     let client = Client::new(uds);
     let mut offset = 0;
     let mut begun = false;
@@ -552,6 +556,9 @@ fn logged_exit(tail: &str) -> Option<Exit> {
     })
 }
 
+/// How often a VM is asked that does not answer.
+const RETRY: Duration = Duration::from_millis(20);
+
 /// Asks for the workload's exit code as soon as there is an API, and waits for it.
 fn ask_exit_code(uds: &Path) -> mpsc::Receiver<Exit> {
     let (sender, exit) = mpsc::channel();
@@ -559,9 +566,15 @@ fn ask_exit_code(uds: &Path) -> mpsc::Receiver<Exit> {
     thread::spawn(move || {
         // Until the process ends, which is when the VM has.
         let forever = Duration::from_secs(u32::MAX.into());
-        let answer = Client::connect_within(&uds, forever).and_then(|client| client.exit_code());
-        if let Ok(exit) = answer {
-            let _ = sender.send(exit);
+        loop {
+            let answer =
+                Client::connect_within(&uds, forever).and_then(|client| client.exit_code());
+            match answer {
+                Ok(exit) => break drop(sender.send(exit)),
+                // The preparation of a snapshot closes connections.
+                Err(Error::Broken(_)) => thread::sleep(RETRY),
+                Err(_) => break,
+            }
         }
     });
     exit

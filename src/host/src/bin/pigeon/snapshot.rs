@@ -1,0 +1,256 @@
+//! `pigeon snapshot`: a VM as it is, in a directory of files.
+
+use std::{
+    fs,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    process,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use pigeon::{
+    Client,
+    machine::{self, Nic, Spec},
+    snapshot::Prepare,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::{output::say, vms};
+
+/// After how long a guest whose snapshot was not finished thaws itself.
+const HOLD: Duration = Duration::from_secs(120);
+/// How long a VM may take to answer after the snapshot.
+const UP: Duration = Duration::from_secs(30);
+
+/// What a VM of `pigeon run --restorable` needs to be known for its snapshots.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Restorable {
+    /// The directory of its hypervisor's sockets.
+    pub dir: PathBuf,
+    pub kernel: PathBuf,
+    pub disks: Vec<RecordedDisk>,
+    pub nic: RecordedNic,
+}
+
+impl Restorable {
+    /// What is to be recorded of a VM that is started like this.
+    pub fn of(spec: &Spec) -> Result<Restorable> {
+        let disks = spec.disks.iter().map(|disk| RecordedDisk {
+            path: disk.path().into(),
+            read_only: !disk.is_writable(),
+        });
+        Ok(Restorable {
+            dir: spec.dir.clone(),
+            kernel: fs::canonicalize(&spec.kernel)?,
+            disks: disks.collect(),
+            nic: match &spec.nic {
+                Nic::None => RecordedNic::None,
+                Nic::User(_) => RecordedNic::User,
+                Nic::Tap(name) => RecordedNic::Tap(name.clone()),
+                Nic::Stream(_) | Nic::LoneTap => bail!("no such network card is given by options"),
+            },
+        })
+    }
+}
+
+/// A disk of such a VM.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct RecordedDisk {
+    pub path: PathBuf,
+    pub read_only: bool,
+}
+
+/// The network card of such a VM.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RecordedNic {
+    None,
+    User,
+    Tap(String),
+}
+
+/// What is beside the files of a snapshot.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Manifest {
+    /// The VM's name.
+    pub name: String,
+    pub image: PathBuf,
+    /// The token of the preparation.
+    pub token: String,
+    pub arch: String,
+    pub hypervisor: String,
+    pub memory_mib: u32,
+    pub cpus: u32,
+    pub kernel: PathBuf,
+    /// Those that can be written are copies in the snapshot's directory.
+    pub disks: Vec<RecordedDisk>,
+    pub nic: RecordedNic,
+    pub config: Value,
+}
+
+const MANIFEST: &str = "snapshot.json";
+
+impl Manifest {
+    /// That of the snapshot in `dir`.
+    pub fn read(dir: &Path) -> Result<Manifest> {
+        let path = dir.join(MANIFEST);
+        let text = fs::read(&path)
+            .with_context(|| format!("{} holds no snapshot of `pigeon snapshot`", dir.display()))?;
+        serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))
+    }
+}
+
+/// The hypervisor's files of the snapshot in `dir`.
+pub fn files(dir: &Path) -> machine::Snapshot {
+    machine::Snapshot {
+        state: dir.join("state"),
+        memory: dir.join("memory"),
+    }
+}
+
+/// What does not survive a snapshot, by hypervisor.
+const LIMITS: &str = "\
+The workload is frozen for the snapshot, and thawed afterwards. Open connections over vsock end.
+The snapshot is the machine's memory, state, and copies of the disks that it can write.
+
+On QEMU: x86_64 guests with Debian's kernel 6.12 only, restored by the same version of QEMU; vsock is
+unplugged for the snapshot and plugged again. Snapshots of Firecracker: as it documents them.";
+
+#[derive(Args)]
+#[command(after_help = LIMITS)]
+pub struct TakeSnapshot {
+    /// A VM of `pigeon run --restorable`
+    vm: String,
+    /// The directory to be made
+    dir: PathBuf,
+    /// How long the workload may take to be frozen
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
+    freeze_timeout: f64,
+}
+
+impl TakeSnapshot {
+    pub fn run(&self) -> Result<()> {
+        let vm = vms::find_running(&self.vm)?;
+        let restorable = vm.record.restorable.as_ref().with_context(|| {
+            format!(
+                "snapshots of {} cannot be restored: start it with `pigeon run --restorable`",
+                self.vm
+            )
+        })?;
+        let timeout =
+            Duration::try_from_secs_f64(self.freeze_timeout).context("bad --freeze-timeout")?;
+        // All of the guest's memory is in it.
+        let made = fs::DirBuilder::new().mode(0o700).create(&self.dir);
+        made.with_context(|| format!("unable to create {}", self.dir.display()))?;
+        // The hypervisor has another working directory.
+        let dir = fs::canonicalize(&self.dir)?;
+        let taken = take(&vm.record, restorable, &dir, timeout);
+        if taken.is_err() {
+            let _ = fs::remove_dir_all(&dir);
+        }
+        taken
+    }
+}
+
+/// Takes the snapshot into the directory, and lets the VM go on.
+fn take(
+    record: &vms::Record,
+    restorable: &Restorable,
+    dir: &Path,
+    timeout: Duration,
+) -> Result<()> {
+    let client = Client::connect(&record.uds)?;
+    let token = format!("pigeon-{}-{}", process::id(), vms::now());
+    let prepared = client.prepare_snapshot(&Prepare {
+        token: token.clone(),
+        timeout_ms: Some(timeout.as_millis().try_into().unwrap_or(u64::MAX)),
+        sync: Some(true),
+        hold_ms: Some(HOLD.as_millis() as u64),
+    })?;
+    let mut disks = restorable.disks.clone();
+    let begin = Instant::now();
+    let taken = machine::snapshot(&restorable.dir, &files(dir), || {
+        for (number, disk) in disks.iter_mut().enumerate() {
+            if !disk.read_only {
+                let copy = dir.join(format!("disk{number}"));
+                fs::copy(&disk.path, &copy)
+                    .with_context(|| format!("unable to copy {}", disk.path.display()))?;
+                disk.path = copy;
+            }
+        }
+        Ok(())
+    });
+    let paused = begin.elapsed();
+    // The VM goes on, whatever has become of the snapshot.
+    let thawed =
+        Client::connect_within(&record.uds, UP).and_then(|client| client.cancel_snapshot(&token));
+    taken?;
+    let manifest = Manifest {
+        name: record.name.clone(),
+        image: record.image.clone(),
+        token,
+        arch: record.arch.clone(),
+        hypervisor: record.hypervisor.clone(),
+        memory_mib: record.memory_mib,
+        cpus: record.cpus,
+        kernel: restorable.kernel.clone(),
+        disks,
+        nic: restorable.nic.clone(),
+        config: record.config.clone(),
+    };
+    fs::write(dir.join(MANIFEST), serde_json::to_vec_pretty(&manifest)?)?;
+    thawed?;
+    say!(
+        "{}",
+        json!({
+            "snapshot": dir,
+            "frozen": prepared.frozen,
+            "freeze_ms": prepared.freeze_ms,
+            "sync_ms": prepared.sync_ms,
+            "paused_ms": paused.as_millis() as u64,
+        })
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_without_a_snapshot_is_told_from_one_with_a_damaged_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let said = Manifest::read(dir.path()).unwrap_err().to_string();
+        assert!(
+            said.ends_with("holds no snapshot of `pigeon snapshot`"),
+            "{said}"
+        );
+        fs::write(dir.path().join(MANIFEST), "{}").unwrap();
+        let said = Manifest::read(dir.path()).unwrap_err().to_string();
+        assert!(said.ends_with("snapshot.json is damaged"), "{said}");
+        ensure_readable(dir.path());
+    }
+
+    /// What is written is read again.
+    fn ensure_readable(dir: &Path) {
+        let manifest = Manifest {
+            name: "app".into(),
+            image: "/app.ext4".into(),
+            token: "a1".into(),
+            arch: "x86_64".into(),
+            hypervisor: "QEMU".into(),
+            memory_mib: 256,
+            cpus: 1,
+            kernel: "/vmlinux".into(),
+            disks: vec![],
+            nic: RecordedNic::Tap("tap0".into()),
+            config: json!({"Hostname": "app"}),
+        };
+        fs::write(dir.join(MANIFEST), json!(manifest).to_string()).unwrap();
+        let read = Manifest::read(dir).unwrap();
+        assert_eq!((read.nic, read.config), (manifest.nic, manifest.config));
+    }
+}
