@@ -71,6 +71,7 @@ pub struct Builder {
     echo: bool,
     quiet: bool,
     on_qemu: bool,
+    qemu_options: Vec<String>,
     patience: Option<Duration>,
 }
 
@@ -239,6 +240,15 @@ impl Builder {
         }
     }
 
+    /// Options of QEMU, which it runs on then.
+    pub fn qemu(self, options: &[&str]) -> Self {
+        Builder {
+            on_qemu: true,
+            qemu_options: options.iter().map(|option| option.to_string()).collect(),
+            ..self
+        }
+    }
+
     /// How long [`Vm`]'s methods wait for what they wait for; 60 s by default, 180 s in
     /// deterministic time.
     pub fn patience(self, patience: Duration) -> Self {
@@ -281,6 +291,7 @@ impl Builder {
             i8042: self.i8042,
             firecrackers_console: self.firecrackers_console,
             deterministic: self.deterministic,
+            qemu_options: self.qemu_options.clone(),
             ..Spec::new(dir.path(), assets::arch(), &kernel.image(), &initrd)
         };
         let (mut machine, traffic) = match assets::firecracker().filter(|_| self.firecracker_can())
@@ -423,6 +434,7 @@ impl Vm {
             echo: false,
             quiet: false,
             on_qemu: false,
+            qemu_options: vec![],
             patience: None,
         }
     }

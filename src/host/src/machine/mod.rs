@@ -179,6 +179,8 @@ pub struct Spec {
     pub firecrackers_console: bool,
     /// The guest's clock counts its instructions. QEMU only.
     pub deterministic: bool,
+    /// More of QEMU's options.
+    pub qemu_options: Vec<String>,
 }
 
 /// What the guest's vsock socket is called in [`Spec::dir`] if nobody cares.
@@ -203,6 +205,7 @@ impl Spec {
             i8042: true,
             firecrackers_console: false,
             deterministic: false,
+            qemu_options: vec![],
         }
     }
 
