@@ -16,8 +16,8 @@ usage: ./build.sh COMMAND [--arch x86_64|aarch64] [--minimal] [--kernel 6.1|6.12
 
   run [run.json [WORD...]]    build, and boot the example (or run.json) in a VM, console shown;
                               the words go on the kernel command line
-  test [AREA...] [FILTER]     unit tests, then VM tests: of these files in tests/vm, or all; those
-                              whose name contains FILTER
+  test [AREA...] [FILTER]     unit tests, then VM tests: of these files in tests/vm, or all but
+                              containers; those whose name contains FILTER
 
   bench [--runs N] [--vs NAME=PATH[:CONFIGPATH]]... [--json FILE]
                               the figures in one table, beside the sequential floor and others
@@ -184,7 +184,7 @@ setup() {
         "$arch-linux-gnu-gcc=libc6-dev-$debian-cross" "qemu-$arch=qemu-user")
     need "qemu-system-$arch=$qemu" "${foreign[@]}" fakeroot=fakeroot mkfs.ext4=e2fsprogs \
         debugfs=e2fsprogs mksquashfs=squashfs-tools mkfs.erofs=erofs-utils umoci=umoci \
-        mkfs.xfs=xfsprogs fsck.vfat=dosfstools \
+        mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs sfdisk=fdisk fsck.vfat=dosfstools \
         bsdtar=libarchive-tools ip=iproute2 lz4=lz4 xz=xz-utils bzip2=bzip2 zstd=zstd cpio=cpio \
         socat=socat curl=curl python3=python3
     # Python's virtual environments are a package of their own in Debian.
@@ -270,8 +270,13 @@ run_tests() {
         cargo test "${lab[@]}" --lib --bins
         cargo test "${lab[@]}" --doc
     fi
-    local lab_areas=() host_areas=() failed=0
+    local lab_areas=() host_areas=() lab_features=("${features[@]}") failed=0
     while [[ -n ${1-} ]]; do
+        # It takes minutes, and is not among all areas.
+        if [[ $1 == containers ]]; then
+            need mmdebstrap=mmdebstrap
+            lab_features+=(--features containers)
+        fi
         if [[ -e tests/vm/$1.rs ]]; then
             lab_areas+=(--test "$1")
         elif [[ -e src/host/tests/$1.rs ]]; then
@@ -289,7 +294,7 @@ run_tests() {
     say "VM tests (consoles are kept in $out/logs)"
     # One area that fails does not hide the others.
     if ((${#lab_areas[@]})); then
-        cargo test "${lab[@]}" "${features[@]}" --no-fail-fast "${lab_areas[@]}" -- "$@" || failed=1
+        cargo test "${lab[@]}" "${lab_features[@]}" --no-fail-fast "${lab_areas[@]}" -- "$@" || failed=1
     fi
     if ((${#host_areas[@]})); then
         cargo test "${host[@]}" --no-fail-fast "${host_areas[@]}" -- "$@" || failed=1

@@ -169,6 +169,11 @@ impl Api {
         self.tell_replaced(context);
     }
 
+    /// Registers anew what could not be registered.
+    pub fn watch(&mut self, context: &mut Context) {
+        self.each(context, &|_| true, &mut |_, _| {});
+    }
+
     /// Lets a connection do what it can do now.
     fn proceed(&mut self, key: Key, context: &mut Context) {
         self.with(key, context, &mut Connection::proceed);

@@ -43,6 +43,14 @@ pub struct Decoded<'r> {
     pub is_truncated: bool,
 }
 
+impl Mount<'_> {
+    /// Whether it has a number of its own though it is on a device, which its source names: a btrfs
+    /// can have many devices.
+    pub fn is_btrfs(&self) -> bool {
+        self.major == 0 && self.fs_type.0 == b"btrfs"
+    }
+}
+
 /// Parses a line, with or without its line feed:
 /// `id parent major:minor root mount-point options optional… - type source super-options`.
 /// `None` when it does not reach its mount point.
@@ -146,6 +154,9 @@ mod tests {
         let memory = parse(b"24 1 0:22 / /run rw,nosuid,nodev - tmpfs my\\040tmpfs rw,mode=755");
         let memory = memory.unwrap();
         assert_eq!((memory.major, memory.minor), (0, 22));
+        assert!(!mount.is_btrfs() && !memory.is_btrfs());
+        let btrfs = parse(b"37 35 0:35 / /data rw,relatime - btrfs /dev/vdb rw,space_cache=v2\n");
+        assert!(btrfs.unwrap().is_btrfs());
         assert_eq!(decoded(memory.source), "my tmpfs");
         assert!(mount.is_writable && memory.is_writable);
         let read_only = parse(b"24 1 8:1 / /a rw - ext4 /dev/sda ro,discard").unwrap();

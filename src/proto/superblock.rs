@@ -57,6 +57,19 @@ pub fn identify<E>(
     Ok(None)
 }
 
+/// Where a btrfs superblock has the root of its log tree, `log_root`, which is 0 without one
+/// (include/uapi/linux/btrfs_tree.h).
+const BTRFS_LOG_ROOT: usize = 0x1_0060;
+
+/// Whether a btrfs has a log that is replayed when it is mounted.
+pub fn btrfs_has_log<E>(
+    mut read_at: impl FnMut(usize, &mut [u8]) -> Result<(), E>,
+) -> Result<bool, E> {
+    let mut log_root = [0; 8];
+    read_at(BTRFS_LOG_ROOT, &mut log_root)?;
+    Ok(log_root != [0; 8])
+}
+
 /// Whether a file system of this type is never written to.
 pub fn is_read_only(fs_type: &CStr) -> bool {
     fs_type == c"squashfs" || fs_type == c"erofs"
@@ -92,6 +105,19 @@ mod tests {
             device[offset] ^= 1;
             assert_eq!(identify(&device), None);
         }
+    }
+
+    #[test]
+    fn a_btrfs_tells_whether_it_has_a_log() {
+        let has_log = |log_root: [u8; 8]| {
+            super::btrfs_has_log(|offset, buffer| {
+                assert_eq!(offset, 65536 + 96);
+                buffer.copy_from_slice(&log_root);
+                Ok::<_, ()>(())
+            })
+        };
+        assert_eq!(has_log([0; 8]), Ok(false));
+        assert_eq!(has_log([0, 0, 0, 0x40, 1, 0, 0, 0]), Ok(true));
     }
 
     #[test]

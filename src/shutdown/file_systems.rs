@@ -12,6 +12,7 @@ use crate::sys::signal::SIGCHLD;
 use crate::sys::{self, Fork, SignalSet, Stopwatch, files};
 use proto::block::DeviceNumber;
 use proto::message::ToLossy;
+use proto::mountinfo::{self, Mount};
 use rustix::fd::OwnedFd;
 use rustix::fs::{FileType, Mode, OFlags, makedev};
 use rustix::mount::MountPropagationFlags;
@@ -78,6 +79,16 @@ fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Resul
     rustix::process::fchdir(&nodes).map_err(context!("enter the nodes' directory"))?;
     let partitions = Text::read(&proc, c"partitions").map_err(context!("read partitions"))?;
     let root = rustix::fs::fstat(root).map(|status| volume::number_of(status.st_dev));
+    let read_mounts = || Text::read(&proc, c"self/mountinfo").ok();
+    // A root without a device number may be a btrfs, whose mount names the device.
+    let mut mounts = match root {
+        Ok(DeviceNumber { major: 0, .. }) => read_mounts(),
+        _ => None,
+    };
+    let root_mount = mounts.as_ref().and_then(|mounts| {
+        let mut last_first = mounts.lines().rev().filter_map(mountinfo::parse);
+        last_first.find(|mount| mount.mount_point.raw() == b"/")
+    });
     let mut root_volume = None;
     for line in partitions.lines() {
         let Some(mut volume) = Volume::parse(line) else {
@@ -94,7 +105,8 @@ fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Resul
             log.warn(&context!("make a node of /dev/{name}")(errno));
             continue;
         }
-        if Ok(volume.number) == root {
+        let is_mounted = |mount: &Mount| volume.is_mounted_by(mount);
+        if Ok(volume.number) == root || root_mount.as_ref().is_some_and(is_mounted) {
             root_volume = Some(volume);
             continue;
         }
@@ -106,11 +118,10 @@ fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Resul
             ));
         }
     }
-    let mounts = match devices.is_empty() {
-        true => None,
-        // Without it, paths are not named.
-        false => Text::read(&proc, c"self/mountinfo").ok(),
-    };
+    // Without it, paths are not named.
+    if mounts.is_none() && !devices.is_empty() {
+        mounts = read_mounts();
+    }
     Ok(Tables {
         proc,
         mounts,

@@ -107,7 +107,7 @@ fn name_writable(log: &mut dyn Log) {
     };
     let mut paths = ([0; PATH_MAX], [0; PATH_MAX]);
     for mount in mounts.lines().filter_map(mountinfo::parse) {
-        if mount.major != 0 && mount.is_writable {
+        if (mount.major != 0 || mount.is_btrfs()) && mount.is_writable {
             let target = mount.mount_point.decode(&mut paths.0).text.lossy();
             let source = mount.source.decode(&mut paths.1).text.lossy();
             log.warn(&format_args!("timed out unmounting {target} ({source})"));

@@ -14,7 +14,7 @@ use proto::block::{self, DeviceNumber};
 use proto::bytes::before;
 use proto::message;
 use proto::message::{Message, ToLossy};
-use proto::mountinfo::{self, Escaped, PATH_MAX};
+use proto::mountinfo::{self, Escaped, Mount, PATH_MAX};
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -30,6 +30,10 @@ const SWAPOFF_TIMEOUT: u64 = 3000;
 
 /// Major number of loop devices (linux/major.h).
 const LOOP_MAJOR: u32 = 7;
+
+// linux/magic.h
+const EXT4_SUPER_MAGIC: u64 = 0xef53;
+const BTRFS_SUPER_MAGIC: u64 = 0x9123_683e;
 
 /// Room for a device's name (DISK_NAME_LEN, linux/blkdev.h), the number of a partition, and NUL.
 type Name = heapless::Vec<u8, 48>;
@@ -167,8 +171,16 @@ impl Volume {
     /// Where it is mounted, if this line of the mount table is about it.
     fn mount_point<'l>(&self, line: &'l [u8]) -> Option<Escaped<'l>> {
         let mount = mountinfo::parse(line)?;
+        self.is_mounted_by(&mount).then_some(mount.mount_point)
+    }
+
+    /// Whether this mount is of it.
+    pub fn is_mounted_by(&self, mount: &Mount) -> bool {
+        if mount.is_btrfs() {
+            return mount.source.raw().strip_prefix(b"/dev/") == Some(self.name().to_bytes());
+        }
         let DeviceNumber { major, minor } = self.number;
-        ((mount.major, mount.minor) == (major, minor)).then_some(mount.mount_point)
+        (mount.major, mount.minor) == (major, minor)
     }
 
     /// Mounts the file system that holds the device once more: any other kind is refused, and one that
@@ -208,7 +220,17 @@ impl Volume {
                 name(refused),
                 name(errno)
             )
-        })
+        })?;
+        match rustix::fs::fstatfs(directory).map(|status| status.f_type as u64) {
+            // Its superblock tells. A btrfs has committed all, and its log is empty (btrfs_freeze).
+            Ok(EXT4_SUPER_MAGIC | BTRFS_SUPER_MAGIC) => Ok(()),
+            // An xfs has something in its log on purpose (xfs_fs_freeze, fs/xfs/xfs_super.c); others
+            // are marked as in use.
+            _ => Err(error!(
+                "{} is not clean: it was busy, and could only be frozen",
+                self.label(tables)
+            )),
+        }
     }
 
     /// Gives up the swap files on it, in a child that is killed when they take too long. A path counts
@@ -225,12 +247,12 @@ impl Volume {
             let mut room = [0; PATH_MAX];
             for line in swaps.lines().skip(1) {
                 let absolute = Escaped::new(before(line, b' ')).decode(&mut room).text;
-                if self.holds(absolute) && disk::swap_off(absolute).is_ok() {
+                if is_on(directory, absolute) && disk::swap_off(absolute).is_ok() {
                     continue;
                 }
                 let relative = absolute.to_bytes_with_nul().get(1..).unwrap_or(&[]);
                 let relative = sys::c_str(relative);
-                if rustix::process::fchdir(directory).is_ok() && self.holds(relative) {
+                if rustix::process::fchdir(directory).is_ok() && is_on(directory, relative) {
                     let _deleted = disk::swap_off(relative);
                 }
             }
@@ -239,10 +261,6 @@ impl Volume {
         if let Ok(child) = child {
             child.wait_for(SWAPOFF_TIMEOUT);
         }
-    }
-
-    fn holds(&self, path: &CStr) -> bool {
-        rustix::fs::stat(path).is_ok_and(|status| number_of(status.st_dev) == self.number)
     }
 
     /// Looks whether it is clean: that it could be made read-only does not mean that it had no errors.
@@ -261,6 +279,12 @@ impl Volume {
             Err(errno) => Err(error!("read {}: {}", self.label(tables), name(errno))),
         }
     }
+}
+
+/// Whether `path` is on the file system of `directory`.
+fn is_on(directory: &OwnedFd, path: &CStr) -> bool {
+    let device = rustix::fs::fstat(directory).map(|status| status.st_dev);
+    rustix::fs::stat(path).is_ok_and(|status| Ok(status.st_dev) == device)
 }
 
 /// A number as stat(2) gives it.

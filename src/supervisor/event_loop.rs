@@ -11,6 +11,9 @@ use rustix::process::{Pid, WaitOptions, WaitStatus};
 /// Children reaped in a turn: so many that nothing else waits long.
 const REAP_AT_ONCE: usize = 256;
 
+/// When a registration that failed is tried again, in milliseconds.
+const REGISTER_RETRY: u64 = 100;
+
 /// All signals that are read from the signalfd; all but SIGCHLD are passed on to the workload.
 pub const HANDLED: SignalSet =
     SignalSet::of([SIGHUP, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2, SIGTERM, SIGCHLD]);
@@ -74,6 +77,10 @@ impl Supervisor {
 
     /// Registers for what can be done next.
     fn watch(&mut self) {
+        if self.context.poller.has_failed() {
+            self.context.poller.clear_failed();
+            self.api.watch(&mut self.context);
+        }
         self.console.watch(&self.context.poller);
         self.events.watch(&self.context.poller);
         self.api.protect_log(&mut self.context);
@@ -82,7 +89,7 @@ impl Supervisor {
 
     /// Waits for events, at most until the next deadline, and looks at the clock.
     fn wait(&mut self) {
-        let deadline = match self.phase {
+        let mut deadline = match self.phase {
             _ if self.reap_more => 0,
             // The console's driver does not tell when its last byte is out.
             Phase::Drain => self.context.now + 1,
@@ -91,6 +98,9 @@ impl Supervisor {
                 .min(self.api.deadline())
                 .min(self.context.deadline()),
         };
+        if self.context.poller.has_failed() {
+            deadline = deadline.min(self.context.now.saturating_add(REGISTER_RETRY));
+        }
         // From the last look at the clock on: the VM may also have been paused in the midst of a turn.
         let start = self.context.now;
         let timeout = deadline.saturating_sub(start);

@@ -2,6 +2,7 @@
 
 use crate::context;
 use crate::error::Result;
+use core::cell::Cell;
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::fd::OwnedFd;
@@ -21,6 +22,8 @@ pub const NO_EVENTS: EventBuffer = [Event {
 /// An epoll instance, and the events it has given out.
 pub struct Poller {
     epoll: OwnedFd,
+    /// A registration has failed.
+    failed: Cell<bool>,
     next: usize,
     count: usize,
     events: &'static mut EventBuffer,
@@ -33,6 +36,7 @@ impl Poller {
             epoll::create(CreateFlags::CLOEXEC).map_err(context!("create an epoll instance"))?;
         Ok(Self {
             epoll,
+            failed: Cell::new(false),
             next: 0,
             count: 0,
             events,
@@ -53,10 +57,22 @@ impl Poller {
             (_, true) => epoll::delete(&self.epoll, fd),
             _ => epoll::modify(&self.epoll, fd, data, wanted),
         };
-        // Only memory can be missing (epoll_ctl(2)); then the next change tries again.
-        if changed.is_ok() {
-            *watched = wanted;
+        // Memory can be missing, or fs.epoll.max_user_watches be reached (epoll_ctl(2)).
+        match changed {
+            Ok(()) => *watched = wanted,
+            Err(_) => self.failed.set(true),
         }
+    }
+
+    /// Whether a registration has failed since [`clear_failed`](Self::clear_failed): somebody waits
+    /// in vain.
+    pub fn has_failed(&self) -> bool {
+        self.failed.get()
+    }
+
+    /// All are about to be tried again.
+    pub fn clear_failed(&self) {
+        self.failed.set(false);
     }
 
     /// Waits for events, at most so many milliseconds.

@@ -74,6 +74,7 @@ impl<'a> FileSystem<'a> {
     fn try_to_mount(&self, target: &CStr, log: &HelperLog) -> Result {
         let mut fs_type = self.fs_type;
         let mut is_write_protected = false;
+        let mut has_btrfs_log = false;
         if fs_type != c"tmpfs" {
             let device = open_device(self.device)?;
             if self.access == Access::Shared {
@@ -82,6 +83,9 @@ impl<'a> FileSystem<'a> {
             is_write_protected = disk::is_write_protected(&device).unwrap_or(false);
             if fs_type.is_empty() {
                 fs_type = identify(&device)?;
+            }
+            if is_write_protected && fs_type == c"btrfs" {
+                has_btrfs_log = superblock::btrfs_has_log(reader(&device)).unwrap_or(false);
             }
         }
         let wants_read_only = self.access != Access::ReadWrite || superblock::is_read_only(fs_type);
@@ -92,12 +96,14 @@ impl<'a> FileSystem<'a> {
         }
         rustix::mount::mount(self.device, target, fs_type, flags, sys::c_str(&data)).map_err(
             |errno| {
+                const MUST_BE_REPLAYED: &str =
+                    " (its journal must be replayed, and the device is write-protected)";
                 let hint = match errno {
                     Errno::NODEV => " (the kernel has no such file system)",
                     // What is mounted read-only has its journal replayed; nothing else is written.
-                    Errno::ACCESS | Errno::ROFS if is_write_protected => {
-                        " (its journal must be replayed, and the device is write-protected)"
-                    }
+                    Errno::ACCESS | Errno::ROFS if is_write_protected => MUST_BE_REPLAYED,
+                    // btrfs_replay_log, fs/btrfs/disk-io.c
+                    Errno::IO if has_btrfs_log => MUST_BE_REPLAYED,
                     _ => "",
                 };
                 error!("{}: {}{hint}", fs_type.lossy(), name(errno))
@@ -161,10 +167,11 @@ fn open_device(path: &CStr) -> Result<OwnedFd> {
 
 /// The type of the file system on a device.
 fn identify(device: &OwnedFd) -> Result<&'static CStr> {
-    let found = superblock::identify(|offset, buffer| {
-        rustix::io::pread(device, buffer, offset as u64).map(drop)
-    });
-    found
+    superblock::identify(reader(device))
         .map_err(context!("read the superblock"))?
         .ok_or_else(|| error!("no ext2, ext3, ext4, xfs, btrfs, squashfs or erofs"))
+}
+
+fn reader(device: &OwnedFd) -> impl FnMut(usize, &mut [u8]) -> Result<(), Errno> {
+    move |offset, buffer| rustix::io::pread(device, buffer, offset as u64).map(drop)
 }

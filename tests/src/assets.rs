@@ -66,6 +66,16 @@ pub fn busybox() -> Result<PathBuf> {
     assets::busybox(arch())
 }
 
+/// What Debian packages hold, unpacked into one directory.
+pub fn packages(names: &[&str]) -> Result<PathBuf> {
+    assets::packages(arch(), names)
+}
+
+/// A whole Debian with these packages, and the user `app`: a tar archive.
+pub fn debian(packages: &[&str]) -> Result<PathBuf> {
+    assets::debian(arch(), packages)
+}
+
 /// The C compiler for programs of the guest.
 pub fn c_compiler() -> Result<Command> {
     arch().c_compiler()

@@ -1,14 +1,16 @@
-//! Guest disks: ext4 images made from trees of files, and what is in them after a boot.
+//! Guest disks: images made from trees of files, and what is in them after a boot.
 
 use std::{
+    ffi::OsStr,
     fmt::Write as _,
     fs::{self, Permissions},
+    io::Write as _,
     os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 pub use pigeon::machine::Disk;
 use tempfile::{NamedTempFile, TempDir, TempPath};
 
@@ -98,6 +100,24 @@ impl Tree {
         Ok(self)
     }
 
+    /// Adds what Debian packages hold, and what they depend on if it is named, too. `/lib` is in
+    /// `/usr`, as Debian has it.
+    pub fn packages(self, names: &[&str]) -> Result<Tree> {
+        let files = assets::packages(names)?;
+        let stage = self.stage.path();
+        for (from, to) in [("usr", "usr"), ("lib", "usr/lib"), ("lib64", "usr/lib64")] {
+            if files.join(from).is_dir() {
+                let to = stage.join(to);
+                fs::create_dir_all(&to)?;
+                run(Command::new("cp")
+                    .arg("-a")
+                    .args([files.join(from).join("."), to]))?;
+            }
+        }
+        self.symlink("lib", "usr/lib")?
+            .symlink("lib64", "usr/lib64")
+    }
+
     /// Removes a file or symbolic link.
     pub fn without(self, path: &str) -> Result<Tree> {
         fs::remove_file(self.stage.path().join(path.trim_start_matches('/')))?;
@@ -131,9 +151,31 @@ pub enum Format {
     Erofs,
 }
 
+/// A file system that is written to, and can be checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Ext,
+    Xfs,
+    Btrfs,
+}
+
+/// How a disk is divided into partitions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Table {
+    /// A GUID partition table (UEFI specification, section 5.3).
+    Gpt,
+    /// A master boot record.
+    Mbr,
+}
+
+/// Where the one partition starts, and what is left behind it, in MiB.
+const MARGIN_MIB: u64 = 1;
+
 /// An image of a file system in a file, removed when dropped unless [kept](Image::keep).
 pub struct Image {
     path: TempPath,
+    kind: Kind,
+    is_partitioned: bool,
 }
 
 impl Image {
@@ -150,7 +192,98 @@ impl Image {
             .arg(tree.stage.path())
             .arg(assets::tool("mkfs.ext4")?)
             .arg(&path))?;
-        Ok(Image { path })
+        Ok(Image::new(path))
+    }
+
+    fn new(path: TempPath) -> Image {
+        Image {
+            path,
+            kind: Kind::Ext,
+            is_partitioned: false,
+        }
+    }
+
+    /// Makes an xfs image that holds `tree`, of the least size that mkfs.xfs makes: 300 MiB, most of
+    /// them a hole. Sticky bits are lost.
+    pub fn xfs(tree: &Tree) -> Result<Image> {
+        let image = Image::blank(300)?;
+        // What mkfs.xfs(8) calls a prototype, of a list of what is there.
+        let list = run(Command::new(assets::tool("fakeroot")?)
+            .args(["--", "sh", "-euc"])
+            .arg(format!(
+                "cd \"$1\"\n{}find . -printf '%d %y %m %U %G %f %l\\n'",
+                tree.owners
+            ))
+            .arg("sh")
+            .arg(tree.stage.path()))?;
+        let mut prototype = NamedTempFile::new()?;
+        prototype.write_all(xfs_prototype(&list, tree.stage.path())?.as_bytes())?;
+        run(Command::new(assets::tool("mkfs.xfs")?)
+            .args(["-q", "-K", "-p"])
+            .args([prototype.path(), image.path()]))?;
+        Ok(Image {
+            kind: Kind::Xfs,
+            ..image
+        })
+    }
+
+    /// Makes a btrfs image of 128 MiB that holds `tree`.
+    pub fn btrfs(tree: &Tree) -> Result<Image> {
+        let image = Image::blank(128)?;
+        let script = format!(
+            "cd \"$1\"\n{}\"$2\" --quiet --nodiscard --rootdir . \"$3\"",
+            tree.owners
+        );
+        run(Command::new(assets::tool("fakeroot")?)
+            .args(["--", "sh", "-euc", &script, "sh"])
+            .arg(tree.stage.path())
+            .arg(assets::tool("mkfs.btrfs")?)
+            .arg(image.path()))?;
+        Ok(Image {
+            kind: Kind::Btrfs,
+            ..image
+        })
+    }
+
+    /// A disk with a partition table, and this file system in its first partition.
+    pub fn partitioned(self, table: Table) -> Result<Image> {
+        let size_mib = fs::metadata(&self.path)?.len() >> 20;
+        let disk = Image::blank(u32::try_from(size_mib + 2 * MARGIN_MIB)?)?;
+        let label = match table {
+            Table::Gpt => "gpt",
+            Table::Mbr => "dos",
+        };
+        let mut sfdisk = Command::new(assets::tool("sfdisk")?)
+            .arg("--quiet")
+            .arg(disk.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()?;
+        let partition =
+            format!("label: {label}\nstart={MARGIN_MIB}MiB, size={size_mib}MiB, type=L\n");
+        sfdisk
+            .stdin
+            .take()
+            .context("stdin is piped")?
+            .write_all(partition.as_bytes())?;
+        ensure!(sfdisk.wait()?.success(), "sfdisk failed");
+        copy(&self.path, disk.path(), 0, MARGIN_MIB, size_mib)?;
+        Ok(Image {
+            path: disk.path,
+            kind: self.kind,
+            is_partitioned: true,
+        })
+    }
+
+    /// The file system in the first partition of this disk.
+    fn partition(&self) -> Result<Image> {
+        let size_mib = (fs::metadata(&self.path)?.len() >> 20) - 2 * MARGIN_MIB;
+        let partition = Image::blank(u32::try_from(size_mib)?)?;
+        copy(&self.path, partition.path(), MARGIN_MIB, 0, size_mib)?;
+        Ok(Image {
+            kind: self.kind,
+            ..partition
+        })
     }
 
     /// Makes an image that holds `tree`, and is only read.
@@ -169,23 +302,21 @@ impl Image {
             .arg(tree.stage.path())
             .arg(assets::tool(tool)?)
             .arg(&path))?;
-        Ok(Image { path })
+        Ok(Image::new(path))
     }
 
     /// An image without a file system.
     pub fn blank(mib: u32) -> Result<Image> {
         let file = NamedTempFile::with_suffix(".img")?;
         file.as_file().set_len(u64::from(mib) << 20)?;
-        Ok(Image {
-            path: file.into_temp_path(),
-        })
+        Ok(Image::new(file.into_temp_path()))
     }
 
     /// A copy of the image at `path`, as it is now.
     pub fn copy_of(path: &Path) -> Result<Image> {
         let copy = NamedTempFile::with_suffix(".img")?.into_temp_path();
         fs::copy(path, &copy).with_context(|| format!("unable to copy {path:?}"))?;
-        Ok(Image { path: copy })
+        Ok(Image::new(copy))
     }
 
     /// Moves the image to a place where it stays.
@@ -199,9 +330,44 @@ impl Image {
         &self.path
     }
 
-    /// Ok when the file system is as an orderly end leaves it: `e2fsck -fn` finds no fault, and
-    /// no journal waits to be recovered.
+    /// Ok when the file system is as an orderly end leaves it: its checker finds no fault, and no
+    /// journal waits to be recovered.
     pub fn check(&self) -> Result<()> {
+        match (self.is_partitioned, self.kind) {
+            (true, _) => self.partition()?.check(),
+            (_, Kind::Ext) => self.check_ext(),
+            (_, Kind::Xfs) => self.check_xfs(),
+            (_, Kind::Btrfs) => self.check_btrfs(),
+        }
+    }
+
+    fn check_xfs(&self) -> Result<()> {
+        let log = run(Command::new(assets::tool("xfs_logprint")?)
+            .arg("-t")
+            .arg(&self.path))?;
+        ensure!(log.contains("state: <CLEAN>"), "not clean:\n{log}");
+        run(Command::new(assets::tool("xfs_repair")?)
+            .arg("-n")
+            .arg(&self.path))
+        .map(drop)
+    }
+
+    fn check_btrfs(&self) -> Result<()> {
+        let superblock = run(Command::new(assets::tool("btrfs")?)
+            .args(["inspect-internal", "dump-super"])
+            .arg(&self.path))?;
+        let log = superblock
+            .lines()
+            .find_map(|line| line.strip_prefix("log_root"))
+            .context("no log_root")?;
+        ensure!(log.trim() == "0", "a log to replay:\n{superblock}");
+        run(Command::new(assets::tool("btrfs")?)
+            .args(["check", "--readonly"])
+            .arg(&self.path))
+        .map(drop)
+    }
+
+    fn check_ext(&self) -> Result<()> {
         run(Command::new(assets::tool("e2fsck")?)
             .arg("-fn")
             .arg(&self.path))?;
@@ -242,6 +408,59 @@ impl Image {
     }
 }
 
+/// Copies `size_mib` MiB of a file into another one that is there; holes stay holes.
+fn copy(from: &Path, to: &Path, skip_mib: u64, seek_mib: u64, size_mib: u64) -> Result<()> {
+    run(Command::new(assets::tool("dd")?)
+        .arg(format!("if={}", from.display()))
+        .arg(format!("of={}", to.display()))
+        .arg(format!("skip={skip_mib}"))
+        .arg(format!("seek={seek_mib}"))
+        .arg(format!("count={size_mib}"))
+        .args(["bs=1M", "conv=notrunc,sparse", "status=none"]))
+    .map(drop)
+}
+
+/// The prototype (mkfs.xfs(8)) of the files that find lists with depth, type, mode, user, group, name
+/// and what a link leads to, each directory before what is in it; they lie in `stage`.
+fn xfs_prototype(list: &str, stage: &Path) -> Result<String> {
+    // A boot program and two sizes, of another age.
+    let mut prototype = String::from("-\n0 0\n");
+    let mut above = vec![];
+    for line in list.lines() {
+        let mut fields = line.splitn(7, ' ');
+        let mut field = || fields.next().context("a field is missing");
+        let depth: usize = field()?.parse()?;
+        let (file_type, mode, uid, gid) = (field()?, field()?, field()?, field()?);
+        let (name, target) = (field()?, field()?);
+        while above.len() > depth.max(1) {
+            above.pop();
+            prototype += "$\n";
+        }
+        if depth > 0 {
+            write!(prototype, "{name} ")?;
+        }
+        let mode = u32::from_str_radix(mode, 8)? & 0o777;
+        match file_type {
+            "d" => {
+                writeln!(prototype, "d--{mode:03o} {uid} {gid}")?;
+                above.push(if depth > 0 { name } else { "." });
+            }
+            "l" => writeln!(prototype, "l--{mode:03o} {uid} {gid} {target}")?,
+            "f" => {
+                let path: PathBuf = [stage.as_os_str()]
+                    .into_iter()
+                    .chain(above[1..].iter().map(OsStr::new))
+                    .chain([OsStr::new(name)])
+                    .collect();
+                writeln!(prototype, "---{mode:03o} {uid} {gid} {}", path.display())?;
+            }
+            other => bail!("{name} is of type {other}"),
+        }
+    }
+    prototype += &"$\n".repeat(above.len());
+    Ok(prototype)
+}
+
 /// Everything is initialised now: a guest kernel would do the rest later, in the middle of a test.
 const MKFS: &str = "nodiscard,lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0";
 
@@ -275,6 +494,33 @@ mod tests {
             "{root}"
         );
         assert!(image.read("/srv/none").is_err());
+    }
+
+    #[test]
+    fn images_of_other_kinds_hold_their_tree_and_can_be_in_a_partition() {
+        let tree = Tree::busybox()
+            .and_then(|tree| tree.file("/srv/deep/note", 0o640, "hello\n"))
+            .and_then(|tree| tree.dir("/srv/empty", 0o700))
+            .unwrap()
+            .owned("/srv/deep/note", 1000, 50);
+        let xfs = Image::xfs(&tree).unwrap();
+        xfs.check().unwrap();
+        let db = |command: &str| {
+            run(Command::new(assets::tool("xfs_db").unwrap())
+                .args(["-r", "-c", command, "-c", "print"])
+                .arg(xfs.path()))
+            .unwrap()
+        };
+        let note = db("path /srv/deep/note");
+        for field in ["core.mode = 0100640", "core.uid = 1000", "core.gid = 50"] {
+            assert!(note.contains(field), "{note}");
+        }
+        assert!(db("path /srv/empty").contains("core.mode = 040700"));
+        xfs.partitioned(Table::Gpt).unwrap().check().unwrap();
+
+        let btrfs = Image::btrfs(&tree).unwrap();
+        btrfs.check().unwrap();
+        btrfs.partitioned(Table::Mbr).unwrap().check().unwrap();
     }
 
     #[test]

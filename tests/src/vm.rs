@@ -78,6 +78,7 @@ pub struct Builder {
     on_qemu: bool,
     restorable: bool,
     generation_id: bool,
+    qemu_options: Vec<String>,
     patience: Option<Duration>,
 }
 
@@ -272,6 +273,15 @@ impl Builder {
         }
     }
 
+    /// Options of QEMU, which it runs on then.
+    pub fn qemu(self, options: &[&str]) -> Self {
+        Builder {
+            on_qemu: true,
+            qemu_options: options.iter().map(|option| option.to_string()).collect(),
+            ..self
+        }
+    }
+
     /// How long [`Vm`]'s methods wait for what they wait for; 60 s by default, 180 s in
     /// deterministic time.
     pub fn patience(self, patience: Duration) -> Self {
@@ -321,6 +331,7 @@ impl Builder {
                 false => Start::Boot,
             },
             generation_id: self.generation_id,
+            qemu_options: self.qemu_options.clone(),
             ..Spec::new(dir.path(), assets::arch(), &kernel.image(), &initrd)
         };
         let (spec, machine, traffic) =
@@ -479,6 +490,7 @@ impl Vm {
             on_qemu: false,
             restorable: false,
             generation_id: true,
+            qemu_options: vec![],
             patience: None,
         }
     }

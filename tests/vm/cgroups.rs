@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use pigeon_lab::{
-    End, Vm,
+    End, Vm, assets,
     disk::{Image, Tree},
     guest,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 fn root() -> Result<Image> {
     Image::ext4(&Tree::busybox()?, 32)
@@ -178,6 +178,152 @@ fn commands_are_born_in_the_root_when_root_has_taken_their_group_away() -> Resul
         .boot()?;
     vm.wait_for("taken")?;
     assert_eq!(exec(&mut vm, "tail -n 1 /proc/self/cgroup")?, "0::/\n");
+    vm.type_text("\n")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+/// Limits of a container: 32 MiB and 8 processes.
+fn limits() -> Value {
+    json!({"memory": {"limit": 32 << 20}, "pids": {"limit": 8}})
+}
+
+/// What runs in a container: it takes more memory than it may have, and more processes.
+const CONTAINED: &str = "echo contained $$ $(id -u)
+    cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max 2>/dev/null
+    dd if=/dev/zero of=/dev/null bs=64M count=1; echo memory $?
+    grep '^oom_kill ' /sys/fs/cgroup/memory.events 2>/dev/null
+    (for i in 1 2 3 4 5 6 7 8 9 10; do sleep 1000 & done); echo processes $?; exit 9";
+
+/// A container's part of the OCI configuration (runtime-spec, config-linux.md) for the user `app`.
+fn of_app(resources: Value) -> Value {
+    json!({
+        "uidMappings": [{"containerID": 0, "hostID": 1000, "size": 1}],
+        "gidMappings": [{"containerID": 0, "hostID": 1000, "size": 1}],
+        "namespaces": ["user", "cgroup"],
+        "resources": resources,
+    })
+}
+
+/// A root with Debian's runc and with containers of what it has in `/bin`: a name, and the
+/// configuration's part `linux` for each, which is in `/srv/NAME` then.
+fn with_runc(containers: &[(&str, Value)]) -> Result<Image> {
+    let mut tree = Tree::busybox()?.packages(&["runc", "libseccomp2", "libc6"])?;
+    for (name, linux) in containers {
+        let mut linux = linux.clone();
+        let more = linux["namespaces"].as_array().into_iter().flatten();
+        let all = ["pid", "ipc", "uts", "mount"].map(Value::from);
+        linux["namespaces"] = all
+            .iter()
+            .chain(more)
+            .map(|kind| json!({"type": kind}))
+            .collect();
+        let config = json!({
+            "ociVersion": "1.0.2",
+            "process": {
+                "user": {"uid": 0, "gid": 0}, "cwd": "/", "env": ["PATH=/bin"],
+                "args": ["sh", "-c", CONTAINED], "noNewPrivileges": true,
+            },
+            "root": {"path": "rootfs", "readonly": true},
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
+                {"destination": "/bin", "type": "bind", "source": "/bin", "options": ["rbind", "ro"]},
+                {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]},
+            ],
+            "linux": linux,
+        });
+        let bundle = format!("/srv/{name}");
+        tree = tree.file(&format!("{bundle}/config.json"), 0o644, config.to_string())?;
+        for directory in ["bin", "dev", "proc", "sys/fs/cgroup"] {
+            tree = tree.dir(&format!("{bundle}/rootfs/{directory}"), 0o755)?;
+        }
+    }
+    Image::ext4(&tree, 96)
+}
+
+/// What runs the container in `/srv/NAME`.
+fn runc(name: &str) -> String {
+    format!("runc --root /tmp/runc run --bundle /srv/{name} {name}; echo {name} ended with $?")
+}
+
+#[test]
+fn in_the_unified_layout_a_users_container_has_limits_of_memory_and_processes() -> Result<()> {
+    let mut linux = of_app(limits());
+    linux["cgroupsPath"] = json!("/workload/box");
+    let root = with_runc(&[("box", linux)])?;
+    // A group that has controllers for those below has no process of its own (cgroups(7)).
+    let script = format!(
+        "mkdir /sys/fs/cgroup/workload/shell; echo 0 >/sys/fs/cgroup/workload/shell/cgroup.procs
+        {}",
+        runc("box")
+    );
+    let mut vm = Vm::builder()
+        .config(&guest::shell(&script, json!({"UserOverride": "app"})))
+        .arg("PIGEON_CGROUPS=unified")
+        .disk(&root)
+        .patience(Duration::from_secs(180))
+        .boot()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let console = vm.console();
+    for said in [
+        "contained 1 0\n33554432\n8\n",
+        "memory 137\n",
+        "oom_kill 1\n",
+        "can't fork: Resource temporarily unavailable\n",
+        "processes 2\n",
+        "box ended with 9\n",
+        "exit_code=0 oom_killed=false",
+    ] {
+        assert!(console.contains(said), "no {said:?} in {console}");
+    }
+    root.check()
+}
+
+#[test]
+fn in_the_hybrid_layout_limits_are_for_root_whose_v1_hierarchies_have_the_controllers() -> Result<()>
+{
+    let of_root = json!({"cgroupsPath": "/box", "resources": limits()});
+    let root = with_runc(&[
+        ("free", of_app(json!({}))),
+        ("limited", of_app(limits())),
+        ("box", of_root),
+    ])?;
+    let script = format!(
+        "{}; {}; echo ready; read -r line",
+        runc("free"),
+        runc("limited")
+    );
+    let mut vm = Vm::builder()
+        .config(&guest::shell(&script, json!({"UserOverride": "app"})))
+        .disk(&root)
+        .patience(Duration::from_secs(180))
+        .boot()?;
+    vm.wait_for("ready")?;
+    let console = vm.console();
+    for said in [
+        "contained 1 0\n",
+        "memory 0\nprocesses 0\nfree ended with 9\n",
+        "cannot set memory limit: container could not join or create cgroup",
+        "limited ended with 1\n",
+    ] {
+        assert!(console.contains(said), "no {said:?} in {console}");
+    }
+    // The kernel has no v1 hierarchy for memory any more, or root's container has both limits.
+    let has_memory = !assets::missing_v1_controllers()?.contains(&"memory");
+    let said = exec(&mut vm, &format!("{{ {}; }} 2>&1", runc("box")))?;
+    let expected: &[&str] = match has_memory {
+        true => &[
+            "memory 137\n",
+            "can't fork",
+            "processes 2\n",
+            "box ended with 9\n",
+        ],
+        false => &["cannot set memory limit", "box ended with 1\n"],
+    };
+    for words in expected {
+        assert!(said.contains(words), "no {words:?} in {said}");
+    }
     vm.type_text("\n")?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     root.check()

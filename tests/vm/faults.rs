@@ -1,6 +1,13 @@
 //! Disks that fail, hang and fill, a network on which nobody is.
 
-use std::{fs, os::unix::fs::FileExt, process::Command, thread, time::Duration};
+use std::{
+    fs,
+    io::{Read, Write},
+    os::unix::fs::FileExt,
+    process::Command,
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use pigeon_lab::{
@@ -282,5 +289,32 @@ fn a_network_without_anybody_costs_the_wait_for_mmds_and_no_more() -> Result<()>
     vm.wait_for("msg=\"configuration loaded\" source=file")?;
     vm.wait_for("exit_code=8")?;
     assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+#[test]
+fn a_connection_that_cannot_be_registered_is_served_as_soon_as_it_can() -> Result<()> {
+    let root = root()?;
+    // From here on no epoll instance of root's takes one more file (epoll(7)).
+    let script = "limit=/proc/sys/fs/epoll/max_user_watches; usual=$(cat $limit)
+        echo 1 >$limit; echo full; read -r line; echo $usual >$limit; echo room; read -r line; exit 5";
+    let builder = Vm::builder().config(&guest::shell(script, json!({})));
+    let mut vm = builder.disk(&root).patience(PATIENCE).boot()?;
+    vm.wait_for("full")?;
+    // It is accepted before it says anything.
+    let mut connection = vm.connect(10_000)?;
+    thread::sleep(Duration::from_secs(2));
+    connection.write_all(b"GET /v1/status HTTP/1.1\r\nHost: pigeon\r\n\r\n")?;
+    connection.set_read_timeout(Some(Duration::from_secs(2)))?;
+    let mut answer = [0; 15];
+    let early = connection.read(&mut answer);
+    ensure!(early.is_err(), "it was registered: {early:?}");
+    vm.type_text("\n")?;
+    vm.wait_for("room")?;
+    connection.read_exact(&mut answer)?;
+    assert_eq!(&answer, b"HTTP/1.1 200 OK");
+    vm.type_text("\n")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    assert!(vm.console().contains("exit_code=5"), "{}", vm.console());
     root.check()
 }

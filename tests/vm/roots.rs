@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use anyhow::{Context, Result, ensure};
 use pigeon_lab::{
     End, Vm,
-    disk::{Disk, Format, Image, Tree},
+    disk::{Disk, Format, Image, Table, Tree},
     guest,
     vm::Builder,
 };
@@ -25,6 +25,13 @@ fn vm(script: &str, rest: Value) -> Builder {
     ["overlay", "squashfs", "erofs"]
         .into_iter()
         .fold(builder, Builder::module)
+}
+
+/// The same, with the file systems that a cloud's images have.
+fn vm_with_more(script: &str, rest: Value) -> Builder {
+    ["xfs", "btrfs"]
+        .into_iter()
+        .fold(vm(script, rest), Builder::module)
 }
 
 /// Runs a VM to its end; its console, when the workload ended with that code.
@@ -288,4 +295,225 @@ fn volumes_have_types_and_options_and_can_be_read_only_or_in_memory() -> Result<
     volumes[2].check()?;
     assert!(Path::new(volumes[0].path()).exists());
     volumes[0].check()
+}
+
+#[test]
+fn xfs_and_btrfs_are_roots_on_partitions_and_volumes_and_are_left_clean() -> Result<()> {
+    // Each of them is in another mount namespace, too, which a file keeps.
+    const HOLD: &str = "mkdir /run/ns; mount -t tmpfs x /run/ns; touch /run/ns/mnt
+        unshare --mount=/run/ns/mnt true";
+    let xfs = Image::xfs(&tree()?)?.partitioned(Table::Gpt)?;
+    let data = Image::btrfs(&Tree::empty()?.file("/note", 0o644, "kept\n")?)?;
+    let rest = json!({
+        "RootDevice": "/dev/vda1",
+        "EtcHosts": [{"Host": "one", "IP": "192.0.2.1"}],
+        "Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/data"}],
+    });
+    let script = format!(
+        "cat /etc/note /data/note; grep -E ' (/|/data) ' /proc/mounts; {HOLD}
+        echo mine >/etc/mine; echo mine >/data/mine; exit 4"
+    );
+    let first = vm_with_more(&script, rest).disk(&xfs).disk(&data);
+    let console = run(first, 4)?;
+    assert_says(
+        &console,
+        &[
+            "from the image\nkept\n",
+            " / xfs rw,relatime,",
+            "/dev/vdb /data btrfs rw,relatime,",
+        ],
+    );
+    assert_eq!(guest::warnings(&console), [""; 0], "{console}");
+    xfs.check()?;
+    data.check()?;
+
+    // What that VM wrote is there for the next, whose root is of the other kind.
+    let btrfs = Image::btrfs(&tree()?)?.partitioned(Table::Mbr)?;
+    let fresh = Image::xfs(&Tree::empty()?)?;
+    let rest = json!({
+        "RootDevice": "/dev/vda1",
+        "EtcHosts": [{"Host": "one", "IP": "192.0.2.1"}],
+        "Mounts": [
+            {"DevicePath": "/dev/vdb1", "MountPath": "/before", "ReadOnly": true},
+            {"DevicePath": "/dev/vdc", "MountPath": "/data", "Options": "noatime"},
+            {"DevicePath": "/dev/vdd", "MountPath": "/fresh", "FSType": "xfs"},
+        ],
+    });
+    let script = format!(
+        "cat /etc/note /before/etc/mine /data/mine; grep one /before/etc/hosts
+        grep -E ' /[a-z]* (xfs|btrfs) ' /proc/mounts; touch /before/x || echo kept out; {HOLD}
+        for dir in /etc /data /fresh; do echo more >$dir/more; done; echo ready; sleep 1000"
+    );
+    let mut second = vm_with_more(&script, rest)
+        .disk(&btrfs)
+        .disk(&xfs)
+        .disk(&data)
+        .disk(&fresh)
+        .boot()?;
+    second.wait_for("ready")?;
+    second.stop()?;
+    assert_eq!(second.wait_end()?, End::Reboot);
+    let console = second.console();
+    assert_says(
+        &console,
+        &[
+            "from the image\nmine\nmine\n192.0.2.1\tone",
+            " / btrfs rw,relatime,",
+            "/dev/vdb1 /before xfs ro,relatime,",
+            "/dev/vdc /data btrfs rw,noatime,",
+            "/dev/vdd /fresh xfs rw,relatime,",
+            "kept out",
+        ],
+    );
+    assert_eq!(guest::warnings(&console), [""; 0], "{console}");
+    for disk in [&xfs, &btrfs, &data, &fresh] {
+        disk.check()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn an_xfs_or_btrfs_that_was_not_unmounted_is_replayed_or_refused_for_that() -> Result<()> {
+    let base = Image::ext4(&tree()?.dir("/x", 0o755)?.dir("/b", 0o755)?, 32)?;
+    let (xfs, btrfs) = (Image::xfs(&tree()?)?, Image::btrfs(&tree()?)?);
+    let rest = json!({"Mounts": [
+        {"DevicePath": "/dev/vdb", "MountPath": "/x"},
+        {"DevicePath": "/dev/vdc", "MountPath": "/b"},
+    ]});
+    // A btrfs has a log of what was synced alone until all is committed, every 30 s.
+    let script = "put() { echo $1 | dd of=$2 conv=fsync 2>/dev/null; }; sync
+        for dir in /x /b; do put new $dir/new; done; echo written
+        while :; do for dir in /x /b; do put more $dir/more; done; done";
+    let mut killed = vm_with_more(script, rest)
+        .disk(&base)
+        .disk(&xfs)
+        .disk(&btrfs)
+        .boot()?;
+    killed.wait_for("written")?;
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    killed.kill();
+    for image in [&xfs, &btrfs] {
+        ensure!(image.check().is_err(), "there is nothing to replay");
+    }
+
+    for (root, why) in [(&xfs, "xfs: EROFS"), (&btrfs, "btrfs: EIO")] {
+        let mut refused = vm_with_more("exit 0", json!({}))
+            .disk(Disk::from(root).read_only())
+            .boot()?;
+        assert_eq!(refused.wait_end()?, End::Reboot);
+        let why = format!(
+            "mount /dev/vda on /newroot: {why} (its journal must be replayed, and the device is write-protected)"
+        );
+        assert_says(&refused.console(), &["level=error", &why]);
+    }
+
+    let rest = json!({
+        "RootReadOnly": true,
+        "Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/mnt", "ReadOnly": true}],
+    });
+    let script =
+        "cat /new /mnt/new; grep -E ' (/|/mnt) (xfs|btrfs) ro,' /proc/mounts | wc -l; exit 6";
+    let console = run(vm_with_more(script, rest).disk(&xfs).disk(&btrfs), 6)?;
+    assert_says(&console, &["new\nnew\n2\n"]);
+    assert_eq!(guest::warnings(&console), [""; 0], "{console}");
+    xfs.check()?;
+    btrfs.check()
+}
+
+#[test]
+fn of_those_that_can_only_be_frozen_an_xfs_is_named_and_a_btrfs_is_clean() -> Result<()> {
+    let root = Image::ext4(&tree()?, 32)?;
+    let (xfs, btrfs) = (Image::xfs(&Tree::empty()?)?, Image::btrfs(&Tree::empty()?)?);
+    let rest = json!({"Mounts": [
+        {"DevicePath": "/dev/vdb", "MountPath": "/x"},
+        {"DevicePath": "/dev/vdc", "MountPath": "/b"},
+    ]});
+    // The loop devices' own file systems are in another namespace: their files stay open for writing.
+    let script = "set -e
+        mkdir /run/ns; mount -t tmpfs x /run/ns; touch /run/ns/mnt
+        i=0; for dir in /x /b; do
+            dd if=/dev/zero of=$dir/img bs=64k count=16 2>/dev/null
+            mke2fs -F $dir/img >/dev/null; losetup /dev/loop$i $dir/img; i=$((i + 1))
+        done
+        unshare --mount=/run/ns/mnt sh -c 'mount /dev/loop0 /mnt; mount /dev/loop1 /root'";
+    let builder = vm_with_more(script, rest).module("loop");
+    let console = run(builder.disk(&root).disk(&xfs).disk(&btrfs), 0)?;
+    let warnings = guest::warnings(&console);
+    let named = |line: &String| {
+        line.contains("/x (/dev/vdb) is not clean: it was busy, and could only be frozen")
+    };
+    assert!(matches!(&warnings[..], [one] if named(one)), "{warnings:?}");
+    ensure!(xfs.check().is_err(), "it is clean");
+    root.check()?;
+    btrfs.check()
+}
+
+#[test]
+fn a_btrfs_that_hangs_at_the_end_is_named_and_a_btrfs_root_is_clean() -> Result<()> {
+    let root = Image::btrfs(&tree()?.dir("/b", 0o755)?)?;
+    let btrfs = Image::btrfs(&Tree::empty()?)?;
+    let rest = json!({"Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/b"}]});
+    let script = "echo ready; read -r line; echo more >/b/more; echo more >/etc/more; exit 3";
+    let mut vm = vm_with_more(script, rest)
+        .disk(&root)
+        .disk(&btrfs)
+        .on_qemu()
+        .patience(std::time::Duration::from_secs(120))
+        .boot()?;
+    vm.wait_for("ready")?;
+    let throttle = json!({"device": "disk1", "bps": 1, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
+    vm.qmp("block_set_io_throttle", throttle)?;
+    vm.type_text("\n")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let warnings = guest::warnings(&vm.console());
+    let named = |line: &String| line.contains("\"timed out unmounting /b (/dev/vdb)\"");
+    assert!(matches!(&warnings[..], [one] if named(one)), "{warnings:?}");
+    root.check()
+}
+
+/// Where the guest's memory is persistent, in MiB.
+const PMEM: (u64, u64) = (256, 48);
+
+#[test]
+fn a_root_can_be_in_persistent_memory() -> Result<()> {
+    let (start, size) = PMEM;
+    let root = Image::ext4(&tree()?, u32::try_from(size)?)?;
+    // The machine has no device for it, so it is a part of its memory that the kernel takes for it
+    // (memmap=, Documentation/admin-guide/kernel-parameters.txt), once it knows what PCI leaves free.
+    let loader = format!(
+        "loader,file={},addr={:#x},force-raw=on",
+        root.path().display(),
+        start << 20
+    );
+    let script = "cat /etc/note; grep ' / ' /proc/mounts; cat /sys/block/pmem0/size; echo mine >/etc/mine; exit 3";
+    let mut vm = vm(script, json!({"RootDevice": "/dev/pmem0"}))
+        .module("nd_e820")
+        .module("nd_pmem")
+        .memory_mib(512)
+        .arg(&format!("memmap={size}M!{start}M"))
+        .qemu(&["-machine", "pcie=on", "-device", &loader])
+        .boot()?;
+    // The memory is looked at when the guest has ended.
+    vm.qmp("set-action", json!({"shutdown": "pause"}))?;
+    vm.wait_for("exit_code=3")?;
+    while vm.qmp("query-status", json!({}))?["status"] != "shutdown" {
+        ensure!(vm.ended()?.is_none(), "the VM is gone");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let console = vm.console();
+    assert_says(
+        &console,
+        &[
+            "from the image",
+            "/ ext4 rw,relatime",
+            &format!("\n{}\n", size << 11),
+        ],
+    );
+    assert_eq!(guest::warnings(&console), [""; 0], "{console}");
+    let after = Image::blank(u32::try_from(size)?)?;
+    let memory = json!({"val": start << 20, "size": size << 20, "filename": after.path()});
+    vm.qmp("pmemsave", memory)?;
+    after.check()?;
+    assert_eq!(after.read("/etc/mine")?, "mine\n");
+    Ok(())
 }

@@ -505,6 +505,40 @@ pub fn busybox(arch: Arch) -> Result<PathBuf> {
     Ok(dir.join("busybox"))
 }
 
+/// What packages of this host's release hold, unpacked into one directory.
+pub fn packages(arch: Arch, names: &[&str]) -> Result<PathBuf> {
+    let dir = cached(&format!("{}-{}", names.join("-"), arch.name()), |dir| {
+        let debian = Debian::of_this_host(arch);
+        names
+            .iter()
+            .try_for_each(|name| debian.unpack(name, dir).map(drop))
+    })?;
+    Ok(dir.join("files"))
+}
+
+/// A Debian of this host's release with these packages, and the user `app`, whose id is 1000: a tar
+/// archive in the cache.
+pub fn debian(arch: Arch, packages: &[&str]) -> Result<PathBuf> {
+    let dir = cached(
+        &format!("debian-{}-{}", packages.join("-"), arch.name()),
+        |dir| {
+            eprintln!("making a Debian with {}", packages.join(" "));
+            let release = fs::read_to_string("/etc/os-release")?;
+            let mut lines = release.lines();
+            let suite = lines.find_map(|line| line.strip_prefix("VERSION_CODENAME="));
+            run(Command::new(tool("mmdebstrap")?)
+                .args(["--quiet", "--variant=minbase"])
+                .arg(format!("--architectures={}", arch.debian_name()))
+                .arg(format!("--include={}", packages.join(",")))
+                .arg("--customize-hook=chroot \"$1\" useradd --create-home --uid 1000 app")
+                .arg(suite.context("no code name in /etc/os-release")?)
+                .arg(dir.join("root.tar")))
+            .map(drop)
+        },
+    )?;
+    Ok(dir.join("root.tar"))
+}
+
 /// A Python with the packages of the tests, in an environment of its own below `build/`.
 pub fn python() -> Result<PathBuf> {
     let build = repository().join("build");
@@ -606,7 +640,7 @@ impl Debian {
         Ok(packages.next().map(String::from))
     }
 
-    /// Downloads a package and unpacks it in a directory below `dir`.
+    /// Downloads a package and unpacks it into the directory `files` below `dir`.
     fn unpack(&self, package: &str, dir: &Path) -> Result<PathBuf> {
         eprintln!("downloading {package} for {}", self.arch.name());
         let [debs, files, apt] = ["debs", "files", "apt"].map(|name| dir.join(name));

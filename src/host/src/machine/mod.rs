@@ -227,6 +227,8 @@ pub struct Spec {
     /// A device that tells the kernel when it has been restored (VMGenID), where snapshots can be
     /// restored. Firecracker always has one.
     pub generation_id: bool,
+    /// More of QEMU's options.
+    pub qemu_options: Vec<String>,
 }
 
 /// What the guest's vsock socket is called in [`Spec::dir`] if nobody cares.
@@ -254,6 +256,7 @@ impl Spec {
             pci_port: false,
             start: Start::Boot,
             generation_id: true,
+            qemu_options: vec![],
         }
     }
 

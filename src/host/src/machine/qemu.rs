@@ -314,6 +314,7 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
         add(&["-drive", &format!("{drive},{image}")]);
         add(&["-device", &format!("virtio-blk-{bus},drive=disk{number}")]);
     }
+    line.extend_from_slice(&spec.qemu_options);
     Ok(line)
 }
 

@@ -1,0 +1,112 @@
+//! Container engines and an init system of Debian's in a VM, and what they do with cgroups.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use pigeon::image::{self, Options, disk::Format};
+use pigeon_lab::{End, Vm, assets, disk::Disk, guest, vm::Builder};
+use serde_json::{Value, json};
+use tempfile::{NamedTempFile, TempPath};
+
+/// An image of a Debian with these packages.
+fn debian(packages: &[&str]) -> Result<TempPath> {
+    let image = NamedTempFile::with_suffix(".erofs")?.into_temp_path();
+    let options = Options {
+        arch: assets::arch(),
+        format: Format::Erofs,
+        force: true,
+        ..Options::default()
+    };
+    image::build(&assets::debian(packages)?, &image, &options)?;
+    Ok(image)
+}
+
+fn vm(debian: &TempPath, config: Value) -> Builder {
+    let mut config = config;
+    config["RootOverlay"] = json!("tmpfs:size=300m");
+    ["erofs", "overlay"]
+        .into_iter()
+        .fold(Vm::builder(), Builder::module)
+        .config(&config)
+        .arg("PIGEON_CGROUPS=unified")
+        .disk(Disk::file(debian).read_only())
+        .memory_mib(1024)
+        .patience(Duration::from_secs(400))
+}
+
+/// The standard output of a command in the VM.
+fn exec(vm: &mut Vm, script: &str) -> Result<String> {
+    let command = json!({"cmd": ["sh", "-c", script], "timeout_ms": 300_000});
+    let answer = vm.api()?.post("/v1/exec", &command)?.success()?.json()?;
+    ensure!(answer["exit_code"] == 0, "{script}: {answer}");
+    Ok(answer["stdout"].as_str().unwrap_or_default().into())
+}
+
+#[test]
+fn systemd_in_namespaces_of_its_own_reaches_running() -> Result<()> {
+    let debian = debian(&["dbus", "procps", "systemd-sysv"])?;
+    // A cgroup for systemd alone, as one whose children have controllers has no process of its own;
+    // and a mount of cgroup2 that is made in its cgroup namespace, as paths in a mount are those of the
+    // namespace it was made in.
+    let script = r#"own=/sys/fs/cgroup/workload
+        mkdir $own/shell $own/system; echo 0 >$own/shell/cgroup.procs
+        sed 's/[^ ]*/+&/g' $own/cgroup.controllers >$own/cgroup.subtree_control
+        exec unshare --pid --fork --mount-proc --kill-child sh -c '
+            echo 0 >/sys/fs/cgroup/workload/system/cgroup.procs
+            exec unshare --cgroup sh -c "umount /sys/fs/cgroup; exec /sbin/init"'"#;
+    let config = json!({"ExecOverride": ["sh", "-c", script]});
+    let mut vm = vm(&debian, config).start()?;
+    let report = exec(
+        &mut vm,
+        "enter() { nsenter --all --target=$(pgrep -P $(pgrep -x unshare)) \"$@\"; }
+        until enter test -S /run/systemd/private; do sleep 0.2; done
+        enter systemctl is-system-running --wait; enter systemctl --failed --no-legend
+        enter cat /proc/1/cgroup
+        enter systemd-run --quiet --wait --pipe -p MemoryMax=32M -p TasksMax=8 \\
+            sh -c 'cd /sys/fs/cgroup$(cut -d : -f 3 /proc/self/cgroup); cat memory.max pids.max'",
+    )?;
+    assert_eq!(report, "running\n0::/init.scope\n33554432\n8\n");
+    let console = vm.console();
+    assert!(!console.contains("[FAILED]"), "{console}");
+    exec(
+        &mut vm,
+        "nsenter --all --target=$(pgrep -P $(pgrep -x unshare)) systemctl --no-block poweroff",
+    )?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    assert_eq!(guest::warnings(&vm.console()), [""; 0]);
+    Ok(())
+}
+
+#[test]
+fn podman_runs_a_users_container_with_limits() -> Result<()> {
+    let debian = debian(&["busybox-static", "podman", "procps", "runc", "uidmap"])?;
+    // Its own cgroup is split in two: that of podman's, and that of the container (podman-run(1)).
+    let script = "export HOME=/home/app XDG_RUNTIME_DIR=/run/app
+        mkdir -p ~/box/bin; cp /bin/busybox ~/box/bin
+        for name in sh cat dd sleep; do ln -s busybox ~/box/bin/$name; done
+        cd ~; podman --cgroup-manager=cgroupfs --runtime=runc --events-backend=file run --rm \
+            --cgroups=split --network=none --log-driver=none --memory=32m --pids-limit=8 \
+            --rootfs ~/box /bin/sh -c '
+            cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max
+            dd if=/dev/zero of=/dev/null bs=64M count=1; echo memory $?
+            (for i in 1 2 3 4 5 6 7 8 9 10; do sleep 1000 & done); echo processes $?; exit 9'
+        echo ended with $?";
+    let config = json!({
+        "ExecOverride": ["sh", "-c", script],
+        "UserOverride": "app",
+        "Mounts": [{"FSType": "tmpfs", "MountPath": "/run/app"}],
+    });
+    let mut vm = vm(&debian, config).boot()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let console = vm.console();
+    for said in [
+        "33554432\n8\n",
+        "memory 137\n",
+        "can't fork: Resource temporarily unavailable\n",
+        "processes 2\n",
+        "ended with 9\n",
+    ] {
+        assert!(console.contains(said), "no {said:?} in {console}");
+    }
+    Ok(())
+}
