@@ -287,7 +287,8 @@ run_tests() {
         shift
     done
     if ((!${#lab_areas[@]} && !${#host_areas[@]})); then
-        lab_areas=(--test '*')
+        # Those of features that this build has.
+        lab_areas=(--tests)
         # The host's command is for the whole init.
         [[ -n $PIGEON_MINIMAL ]] || host_areas=(--test '*')
     fi

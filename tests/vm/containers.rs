@@ -2,11 +2,14 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use pigeon::image::{self, Options, disk::Format};
 use pigeon_lab::{End, Vm, assets, disk::Disk, guest, vm::Builder};
 use serde_json::{Value, json};
 use tempfile::{NamedTempFile, TempPath};
+
+/// The script that has systemd run is one of it.
+const README: &str = include_str!("../../README.md");
 
 /// An image of a Debian with these packages.
 fn debian(packages: &[&str]) -> Result<TempPath> {
@@ -48,12 +51,11 @@ fn systemd_in_namespaces_of_its_own_reaches_running() -> Result<()> {
     // A cgroup for systemd alone, as one whose children have controllers has no process of its own;
     // and a mount of cgroup2 that is made in its cgroup namespace, as paths in a mount are those of the
     // namespace it was made in.
-    let script = r#"own=/sys/fs/cgroup/workload
-        mkdir $own/shell $own/system; echo 0 >$own/shell/cgroup.procs
-        sed 's/[^ ]*/+&/g' $own/cgroup.controllers >$own/cgroup.subtree_control
-        exec unshare --pid --fork --mount-proc --kill-child sh -c '
-            echo 0 >/sys/fs/cgroup/workload/system/cgroup.procs
-            exec unshare --cgroup sh -c "umount /sys/fs/cgroup; exec /sbin/init"'"#;
+    let script = README
+        .split("```text\n")
+        .find_map(|block| block.starts_with("own=").then(|| block.split("```").next()))
+        .flatten()
+        .context("no script in the README")?;
     let config = json!({"ExecOverride": ["sh", "-c", script]});
     let mut vm = vm(&debian, config).start()?;
     let report = exec(
