@@ -2,8 +2,11 @@
 
 use std::{
     fs,
-    io::{Read, Write},
+    io::{self, Read, Write},
+    net::{Shutdown, TcpListener},
+    os::unix::net::UnixStream,
     process::Command,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -160,6 +163,49 @@ fn dockers_library_takes_the_logs_frames_apart() -> Result<()> {
         .arg(script)
         .arg(proxy.socket()))?;
     assert_eq!(said, "all frames are Docker's\n");
+    Ok(())
+}
+
+/// Nothing of what its workload, its end or its time depends on, and nothing without an end.
+const NOT_GENERATED: &str = "/v1/(stop|exit_code|signals|ws/exec|logs|mounts|snapshot.*|restore)";
+
+#[test]
+fn requests_made_from_the_openapi_description_get_described_answers() -> Result<()> {
+    let (vm, _root) = boot()?;
+    let proxy = proxy(&vm)?;
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let url = format!("http://{}", listener.local_addr()?);
+    // A bridge, as the client takes no Unix socket. It ends with this process.
+    let socket = proxy.socket().to_owned();
+    thread::spawn(move || -> Result<()> {
+        for client in listener.incoming() {
+            let (client, api) = (client?, UnixStream::connect(&socket)?);
+            let (mut requests, mut to_api) = (client.try_clone()?, api.try_clone()?);
+            let (mut answers, mut to_client) = (api, client);
+            thread::spawn(move || {
+                let _client_gone = io::copy(&mut requests, &mut to_api);
+                to_api.shutdown(Shutdown::Write)
+            });
+            thread::spawn(move || {
+                let _api_gone = io::copy(&mut answers, &mut to_client);
+                to_client.shutdown(Shutdown::Both)
+            });
+        }
+        Ok(())
+    });
+    let said = run(Command::new(assets::python()?)
+        .args(["-m", "schemathesis.cli", "run"])
+        .arg(assets::repository().join("src/api/openapi.yaml"))
+        .args(["--url", &url, "--exclude-path-regex", NOT_GENERATED])
+        .args(["--phases", "coverage,fuzzing", "--max-examples", "30"])
+        .args(["--generation-deterministic", "--request-timeout", "60"])
+        .args(["--checks", "all", "--warnings", "off"])
+        // A command that cannot be executed is 500, and a user that does not exist 400.
+        .args([
+            "--exclude-checks",
+            "not_a_server_error,positive_data_acceptance",
+        ]))?;
+    assert!(said.contains("Tested: 8"), "{said}");
     Ok(())
 }
 

@@ -16,8 +16,13 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{Arch, process::run};
 
-/// The Python clients that are tested with: of WebSockets, and Docker's.
-const PYTHON_PACKAGES: [&str; 2] = ["websockets==15.0.1", "docker==7.1.0"];
+/// The Python clients that are tested with: of WebSockets, Docker's, and one that makes requests from
+/// an OpenAPI description.
+const PYTHON_PACKAGES: [&str; 3] = [
+    "websockets==15.0.1",
+    "docker==7.1.0",
+    "schemathesis==4.32.5",
+];
 
 /// The modules that a micro-VM's devices and pigeon-init's mounts need, where they are not built in.
 const MODULES: [&str; 7] = [
