@@ -274,7 +274,7 @@ run_tests() {
     while [[ -n ${1-} ]]; do
         # It takes minutes, and is not among all areas.
         if [[ $1 == containers ]]; then
-            need mmdebstrap=mmdebstrap
+            need mmdebstrap=mmdebstrap redis-cli=redis-tools
             lab_features+=(--features containers)
         fi
         if [[ -e tests/vm/$1.rs ]]; then

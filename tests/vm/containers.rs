@@ -1,10 +1,14 @@
-//! Container engines and an init system of Debian's in a VM, and what they do with cgroups.
+//! Programs of Debian's in a VM: container engines and an init system, and what they do with cgroups; a
+//! database, whose client is on the host.
 
-use std::time::Duration;
+use std::{process::Command, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use pigeon::image::{self, Options, disk::Format};
-use pigeon_lab::{End, Vm, assets, disk::Disk, guest, vm::Builder};
+use pigeon::{
+    forward::Forward,
+    image::{self, Options, disk::Format},
+};
+use pigeon_lab::{End, Vm, assets, disk::Disk, guest, process::run, vm::Builder};
 use serde_json::{Value, json};
 use tempfile::{NamedTempFile, TempPath};
 
@@ -110,5 +114,45 @@ fn podman_runs_a_users_container_with_limits() -> Result<()> {
     ] {
         assert!(console.contains(said), "no {said:?} in {console}");
     }
+    Ok(())
+}
+
+#[test]
+fn redis_answers_its_own_client_on_the_host_without_a_network_device() -> Result<()> {
+    let debian = debian(&["redis-server"])?;
+    let config = json!({
+        "ExecOverride": ["redis-server", "--port", "6379", "--save", "", "--dir", "/tmp"],
+        "UserOverride": "redis",
+    });
+    let vm = vm(&debian, config).boot()?;
+    vm.wait_for("Ready to accept connections")?;
+    let uds = vm.vsock().context("no vsock")?;
+    let forward = Forward::start("127.0.0.1:0", uds, "127.0.0.1:6379", |error| {
+        eprintln!("{error}")
+    })?;
+    let port = forward.address().port().to_string();
+    let tool = |name, arguments: &[&str]| {
+        run(Command::new(assets::tool(name)?)
+            .args(["-p", &port])
+            .args(arguments))
+    };
+    assert_eq!(tool("redis-cli", &["set", "key", "value"])?, "OK\n");
+    assert_eq!(tool("redis-cli", &["get", "key"])?, "value\n");
+    // 50 connections at once, then one after the other, each with a megabyte.
+    let many = ["-q", "-c", "50", "-n", "5000", "-t", "set,get"];
+    let figures = tool("redis-benchmark", &many)?;
+    assert!(
+        figures.contains("SET: ") && figures.contains("GET: "),
+        "{figures}"
+    );
+    let large = [
+        "-q", "-c", "1", "-n", "20", "-d", "1000000", "-k", "0", "-t", "set",
+    ];
+    assert!(tool("redis-benchmark", &large)?.contains("SET: "));
+    let connections = tool("redis-cli", &["info", "clients"])?;
+    assert!(
+        connections.contains("connected_clients:1\r\n"),
+        "{connections}"
+    );
     Ok(())
 }
