@@ -275,7 +275,7 @@ fn routes() -> Vec<Operation> {
         .split("const ROUTES")
         .nth(1)
         .and_then(|rest| rest.split("];").next());
-    let entries = table.expect("a table").split("(Method::").skip(1);
+    let entries = table.expect("a table").split("Method::").skip(1);
     let routes = entries.map(|entry| {
         let method = entry.split(',').next().expect("a method").to_uppercase();
         let path = entry.split('"').nth(1).expect("a path");
