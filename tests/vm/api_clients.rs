@@ -193,7 +193,10 @@ fn requests_made_from_the_openapi_description_get_described_answers() -> Result<
         }
         Ok(())
     });
+    // Where it keeps what it has found.
+    let dir = tempfile::tempdir()?;
     let said = run(Command::new(assets::python()?)
+        .current_dir(&dir)
         .args(["-m", "schemathesis.cli", "run"])
         .arg(assets::repository().join("src/api/openapi.yaml"))
         .args(["--url", &url, "--exclude-path-regex", NOT_GENERATED])
