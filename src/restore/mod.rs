@@ -32,7 +32,7 @@ use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::process::WaitStatus;
-use steps::{Job, Report};
+use steps::{Job, Report, Step};
 use triggers::Triggers;
 
 /// The answer that has nothing to tell.
@@ -211,7 +211,7 @@ impl Restore {
     /// that call has the document, or asks for it itself.
     fn cut_short(&mut self, supervisor: &mut Supervisor) {
         let waits_for_mmds = |task: &mut Task| match &task.kind {
-            Kind::Restore { report, .. } => task.owner.is_none() && report.step == "config",
+            Kind::Restore { report, .. } => task.owner.is_none() && report.step.is(Step::Config),
             _ => false,
         };
         if let Some(task) = self.task.take_if(waits_for_mmds) {
@@ -455,7 +455,7 @@ impl Restore {
                 report,
                 environment,
             } => {
-                step = report.step;
+                step = report.step.name();
                 match &result {
                     Ok(_) => self.restored(generation, &report, &environment, owner, supervisor),
                     // A call that was none has cut short what the kernel has asked for.

@@ -15,6 +15,7 @@ use crate::sys::{self, files, random};
 use crate::volumes;
 use core::ffi::CStr;
 use core::fmt::Write;
+use core::sync::atomic::{AtomicU8, Ordering};
 use proto::arena::Arena;
 use proto::bodies::RestoreRequest;
 use proto::config::{Config, DOCUMENT};
@@ -62,10 +63,66 @@ pub struct Job<'a> {
     pub scratch: &'a mut [u8; 2 * DOCUMENT],
 }
 
+/// A step of a restore: the README says what each does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    Call,
+    Entropy,
+    Clock,
+    Config,
+    Hostname,
+    Etc,
+    Network,
+    Mounts,
+    Environment,
+    Generation,
+    Thaw,
+}
+
+impl Step {
+    const ALL: [(Self, &'static str); 11] = [
+        (Self::Call, "call"),
+        (Self::Entropy, "entropy"),
+        (Self::Clock, "clock"),
+        (Self::Config, "config"),
+        (Self::Hostname, "hostname"),
+        (Self::Etc, "etc"),
+        (Self::Network, "network"),
+        (Self::Mounts, "mounts"),
+        (Self::Environment, "environment"),
+        (Self::Generation, "generation"),
+        (Self::Thaw, "thaw"),
+    ];
+}
+
+/// The step that a helper is at: PID 1 may look while it goes on.
+#[derive(Default)]
+pub struct CurrentStep(AtomicU8);
+
+impl CurrentStep {
+    /// The next one begins.
+    pub fn set(&self, step: Step) {
+        self.0.store(step as u8, Ordering::Relaxed);
+    }
+
+    /// Whether it is this one.
+    pub fn is(&self, step: Step) -> bool {
+        self.0.load(Ordering::Relaxed) == step as u8
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &'static str {
+        let mut steps = Step::ALL.iter();
+        steps
+            .find(|(step, _)| self.is(*step))
+            .map_or("", |(_, name)| name)
+    }
+}
+
 /// What a restore hands to PID 1, in memory that both have.
 pub struct Report {
     /// What is being done.
-    pub step: &'static str,
+    pub step: CurrentStep,
     /// What is in force then.
     pub in_force: InForce,
     /// Bytes of the new environment of commands; `None`: it stays.
@@ -78,7 +135,7 @@ impl Report {
     /// Nothing is done, and all stays as it is.
     pub fn new(in_force: &InForce) -> Self {
         Self {
-            step: "call",
+            step: CurrentStep::default(),
             in_force: in_force.clone(),
             environment: None,
             sets_home: false,
@@ -115,14 +172,14 @@ pub fn run(
         }
     }
 
-    report.step = "entropy";
+    report.step.set(Step::Entropy);
     let is_reseeded = add_entropy(&random, request.entropy)? || job.is_reseeded;
 
-    report.step = "clock";
+    report.step.set(Step::Clock);
     let received_us = job.call.unwrap_or(job.started_us);
     let clock_step = set_clock(request.unix_us, received_us)?;
 
-    report.step = "config";
+    report.step.set(Step::Config);
     if job.was_cut_short {
         config_source::leave_service()?;
     }
@@ -155,10 +212,10 @@ pub fn run(
         "none"
     };
 
-    report.step = "generation";
+    report.step.set(Step::Generation);
     write_generation(job.generation)?;
 
-    report.step = "thaw";
+    report.step.set(Step::Thaw);
     if let Some(freezer) = freezer {
         freezer.thaw()?;
     }
@@ -217,24 +274,24 @@ fn apply(
         }
     }
 
-    report.step = "hostname";
+    report.step.set(Step::Hostname);
     etc_files::set_host_name(config)?;
 
-    report.step = "etc";
+    report.step.set(Step::Etc);
     etc_files::write(config, scratch, log)?;
 
-    report.step = "network";
+    report.step.set(Step::Network);
     let before = report.in_force.interfaces.clone();
     report.in_force.interfaces = network::replace(config, &before)?;
 
-    report.step = "mounts";
+    report.step.set(Step::Mounts);
     let mut identity = Identity::default();
     if is_environment_changed || !config.mounts.is_empty() {
         credentials::resolve(config.user(), scratch, &mut identity)?;
     }
     volumes::mount_new(config, (identity.uid, identity.gid), log)?;
 
-    report.step = "environment";
+    report.step.set(Step::Environment);
     if is_environment_changed {
         fill_environment(config, &identity, report, commands, environment)?;
     }
