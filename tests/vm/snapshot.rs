@@ -217,8 +217,9 @@ fn all_processes_stand_still_while_held_and_go_on_where_they_were() -> Result<()
     api.post("/v1/stop", &json!({}))?.success()?;
     let exit = api.get("/v1/exit_code")?.success()?.json()?;
     assert_eq!(exit["code"], 3, "{exit}");
-    assert!(vm.console().contains("got term"), "{}", vm.console());
     assert_eq!(vm.wait_end()?, End::Reboot);
+    // The console is slower than the answer.
+    assert!(vm.console().contains("got term"), "{}", vm.console());
     root.check()
 }
 
