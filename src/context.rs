@@ -196,6 +196,8 @@ pub struct Snapshot {
     pub news: EventFlags,
     /// When something has to be done.
     pub deadline: u64,
+    /// /dev/kmsg and /dev/vmclock0, opened before the workload can put anything in their place.
+    pub devices: [Option<OwnedFd>; 2],
     /// The configuration, from the boot or from the last restore.
     pub in_force: InForce,
 }
@@ -289,6 +291,7 @@ impl Context {
                 helper: None,
                 ended: None,
                 deadline: NEVER,
+                devices: [None, None],
                 in_force: InForce {
                     digests: [("", 0); MEMBERS],
                     restore_signal: None,

@@ -132,7 +132,7 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     match booted {
         Ok(()) => {
             #[cfg(feature = "snapshot")]
-            restore.begin(&supervisor.context);
+            restore.begin(&mut supervisor.context);
         }
         Err(error) => supervisor.fail(error),
     }

@@ -109,6 +109,11 @@ pub fn run(
     if supervisor.has_ended() {
         return Ok(());
     }
+    #[cfg(feature = "snapshot")]
+    if params.restore == kernel_params::Restore::Auto {
+        let open = |path| files::open(path, OFlags::RDONLY | OFlags::NONBLOCK).ok();
+        supervisor.context.snapshot.devices = [c"/dev/kmsg", c"/dev/vmclock0"].map(open);
+    }
     let command = Command {
         argv: config.arguments(),
         identity: &identity,

@@ -130,9 +130,9 @@ impl Restore {
     }
 
     /// The workload runs: from now on there can be snapshots of it.
-    pub fn begin(&mut self, context: &Context) {
+    pub fn begin(&mut self, context: &mut Context) {
         if self.mode == Mode::Auto {
-            self.triggers.open(context);
+            self.triggers.watch(context);
         }
     }
 

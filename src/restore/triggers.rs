@@ -7,7 +7,7 @@ use proto::slab::Key;
 use proto::vmclock;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
-use rustix::fs::{OFlags, SeekFrom};
+use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 /// Records of the kernel's log looked at in a turn: who writes many does not keep others waiting.
@@ -40,13 +40,11 @@ pub struct News {
 }
 
 impl Triggers {
-    /// Opens them, and waits for news.
-    pub fn open(&mut self, context: &Context) {
-        let nonblocking = OFlags::RDONLY | OFlags::NONBLOCK;
-        self.log.file = files::open(c"/dev/kmsg", nonblocking)
-            .and_then(|log| rustix::fs::seek(&log, SeekFrom::End(0)).map(|_| log))
-            .ok();
-        self.clock.file = files::open(c"/dev/vmclock0", nonblocking).ok();
+    /// Waits for news from what the boot has opened.
+    pub fn watch(&mut self, context: &mut Context) {
+        let [log, clock] = core::mem::take(&mut context.snapshot.devices);
+        self.log.file = log.filter(|log| rustix::fs::seek(log, SeekFrom::End(0)).is_ok());
+        self.clock.file = clock;
         self.generation = self.read_generation();
         if self.generation.is_none() {
             self.clock.file = None;
