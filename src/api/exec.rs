@@ -28,6 +28,8 @@ use proto::message;
 use proto::message::Message;
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
+#[cfg(feature = "mounts")]
+use rustix::fd::OwnedFd;
 
 /// How long a command may take, in milliseconds, unless the call says otherwise.
 const TIMEOUT: u64 = 30_000;
@@ -136,7 +138,7 @@ impl Exec {
             let request = MountRequest::decode(body, &mut Arena::new(memory))
                 .map_err(CallError::bad_request)?;
             let job = Job::Mount(request.mount, context.workload.owner);
-            Self::spawn_mount(&job, reply, context.now)
+            Self::spawn_mount(&job, reply, &context.proc, context.now)
         })
     }
 
@@ -148,13 +150,13 @@ impl Exec {
         context: &mut Context,
     ) -> Result<Self, CallError> {
         let job = Job::Unmount(mounts::read_path(target, context.sink)?);
-        Self::spawn_mount(&job, reply, context.now)
+        Self::spawn_mount(&job, reply, &context.proc, context.now)
     }
 
     #[cfg(feature = "mounts")]
-    fn spawn_mount(job: &Job, reply: Reply, now: u64) -> Result<Self, CallError> {
+    fn spawn_mount(job: &Job, reply: Reply, proc: &OwnedFd, now: u64) -> Result<Self, CallError> {
         let deadline = now.saturating_add(helper::TIMEOUT);
-        Process::fork(None, &mut |log| mounts::run(job, log))
+        Process::fork(proc, &mut |log| mounts::run(job, log))
             .map(|process| Self::of(process, Kind::Mount, deadline, reply))
             .map_err(|error| CallError::new(Status::InternalServerError, error))
     }
@@ -170,7 +172,7 @@ impl Exec {
     fn spawn_report(reply: Reply, context: &mut Context) -> Result<Self> {
         let (channel, theirs) = output_pipe()?;
         let Context { proc, scratch, .. } = context;
-        let process = Process::fork(None, &mut |log| sysinfo::run(&theirs, proc, scratch, log))?;
+        let process = Process::fork(proc, &mut |log| sysinfo::run(&theirs, proc, scratch, log))?;
         let deadline = context.now.saturating_add(sysinfo::TIMEOUT);
         let mut exec = Self::of(process, Kind::Report, deadline, reply);
         exec.streams = [Stream::new(channel), Stream::default()];

@@ -70,7 +70,7 @@ impl Transfer {
         let Context {
             proc, scratch, now, ..
         } = context;
-        let process = Process::fork(None, &mut |log| {
+        let process = Process::fork(proc, &mut |log| {
             // PID 1 has /proc from the start.
             sys::close_others(&[proc, socket, log.pipe()]);
             let (head, body) = received.split_at_mut_checked(head).unwrap_or_default();

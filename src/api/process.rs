@@ -4,7 +4,7 @@ use crate::context::{CommandDefaults, Context, Source};
 use crate::error::{Discard, Error, Result};
 use crate::process::exec::{self, Command, Failure, Streams};
 use crate::process::helper::{self, Helper, HelperLog, Lines};
-use crate::process::{credentials, oom_score, pipe};
+use crate::process::{credentials, pipe};
 use crate::sys::signal::SIGKILL;
 use crate::sys::{self, files};
 use core::ffi::CStr;
@@ -52,26 +52,30 @@ impl Process {
         let Context {
             defaults,
             scratch,
-            proc,
             cgroups,
             ..
         } = context;
-        Self::fork(cgroups.commands.as_ref(), &mut |log| {
-            exec_command(spec, streams, defaults, scratch, proc, log)
+        let child = helper::spawn(cgroups.commands.as_ref(), &mut |log| {
+            exec_command(spec, streams, defaults, scratch, log)
                 .unwrap_or_else(Failure::from)
                 .report(log)
-        })
+        })?;
+        Ok(Self::of(child))
     }
 
-    /// Forks a child into `cgroup`, or into PID 1's own; it exits with the code that `work` returns.
-    pub fn fork(cgroup: Option<&OwnedFd>, work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Self> {
-        let Helper { pid, log } = helper::spawn(cgroup, work)?;
-        Ok(Self {
+    /// Starts a child of this program, which exits with the code that `work` returns.
+    #[cfg(any(feature = "files", feature = "mounts", feature = "sysinfo"))]
+    pub fn fork(proc: &OwnedFd, work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Self> {
+        helper::spawn_spared(proc, work).map(Self::of)
+    }
+
+    fn of(Helper { pid, log }: Helper) -> Self {
+        Self {
             pid: Some(pid),
             status: None,
             killed: false,
             log,
-        })
+        }
     }
 
     /// Whether this is its process, not reaped yet.
@@ -141,10 +145,8 @@ fn exec_command(
     streams: &Streams,
     defaults: &mut CommandDefaults,
     scratch: &mut [u8; 2 * DOCUMENT],
-    proc: &OwnedFd,
     log: &HelperLog,
 ) -> Result<Failure> {
-    oom_score::set(proc, oom_score::DEFAULT)?;
     exec::enter_session(streams, spec.tty, log)?;
     let mut identity = Identity::default();
     if spec.user.is_empty() {

@@ -20,9 +20,9 @@ pub mod sysctls;
 use crate::context;
 use crate::error;
 use crate::error::Result;
+use crate::process::credentials;
 use crate::process::exec::Command;
 use crate::process::helper::Helper;
-use crate::process::{credentials, oom_score};
 use crate::supervisor::Supervisor;
 use crate::sys::files;
 use crate::volumes;
@@ -49,7 +49,6 @@ pub fn run(
     if let Some(refused) = &params.refused {
         supervisor.console.warn(refused);
     }
-    oom_score::set(&supervisor.context.proc, oom_score::NEVER)?;
     mounts::sysfs()?;
     let expedited = mounts::ExpeditedRcu::on();
     modules::load(supervisor.context.scratch, supervisor.console)?;

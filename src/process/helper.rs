@@ -96,6 +96,26 @@ pub fn spawn(cgroup: Option<&OwnedFd>, work: &mut dyn FnMut(&HelperLog) -> i32) 
     }
 }
 
+#[cfg(any(
+    feature = "files",
+    feature = "mounts",
+    feature = "snapshot",
+    feature = "sysinfo"
+))]
+/// Forks as [`spawn`] does, for work of PID 1's own: the OOM killer spares the child.
+pub fn spawn_spared(proc: &OwnedFd, work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
+    spawn(
+        None,
+        &mut |log| match crate::process::oom_score::spare(proc) {
+            Ok(()) => work(log),
+            Err(error) => {
+                log.fail(&error);
+                1
+            }
+        },
+    )
+}
+
 /// The lines of a helper so far.
 #[derive(Default)]
 pub struct Lines {

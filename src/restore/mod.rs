@@ -368,7 +368,7 @@ impl Restore {
                 scratch,
             };
             let freezer = freezer(cgroups, proc);
-            fork(&mut |log| {
+            fork(proc, &mut |log| {
                 match &freezer {
                     Some(freezer) => close_all_but(freezer, log),
                     None => sys::close_others(&[log.pipe()]),
@@ -527,15 +527,18 @@ fn spawn(
         let error = error!("there is no cgroup v2");
         return Err(CallError::new(Status::NotImplemented, error));
     };
-    Ok(fork(&mut |log| {
+    Ok(fork(&context.proc, &mut |log| {
         close_all_but(&freezer, log);
         work(&freezer, log)
     })?)
 }
 
 /// Starts a helper; its exit code says the status of its error.
-fn fork(work: &mut dyn FnMut(&HelperLog) -> Result<(), CallError>) -> Result<Helper, Error> {
-    helper::spawn(None, &mut |log| match work(log) {
+fn fork(
+    proc: &OwnedFd,
+    work: &mut dyn FnMut(&HelperLog) -> Result<(), CallError>,
+) -> Result<Helper, Error> {
+    helper::spawn_spared(proc, &mut |log| match work(log) {
         Ok(()) => 0,
         Err(CallError { status, error }) => {
             log.fail(&error);

@@ -4,7 +4,7 @@ use super::state::{Phase, Supervisor};
 use crate::context::{NEVER, Stop};
 use crate::error;
 use crate::error::Error;
-use crate::process::helper;
+use crate::process::{helper, oom_score};
 use crate::shutdown::{self, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT, hard_limit};
 use crate::sys;
 use crate::sys::signal::{SIGKILL, SIGTERM};
@@ -63,6 +63,10 @@ impl Supervisor {
             Phase::Linger if late || self.is_told() => {
                 self.api.close(&mut self.context);
                 self.end = self.context.now.saturating_add(END_TIMEOUT);
+                // With all that the end starts.
+                if let Err(error) = oom_score::spare(&self.context.proc) {
+                    self.console.warn(&error);
+                }
                 sys::kill_all(SIGTERM);
                 self.enter(Phase::Terminate, TERM_GRACE);
                 self.reap();

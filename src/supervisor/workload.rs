@@ -9,7 +9,7 @@ use crate::error::{Discard, Result};
 use crate::output_log::{Destination, OutputLog};
 use crate::process::exec::{self, Command, Failure, Streams};
 use crate::process::helper::{self, Helper, HelperLog};
-use crate::process::{oom_score, pipe};
+use crate::process::pipe;
 use crate::supervisor::output::Copied;
 use crate::sys::files;
 use crate::sys::signal::SIGKILL;
@@ -49,11 +49,10 @@ impl Supervisor {
         let their_errors = errors.as_ref().map_or(&their_output, |(_, theirs)| theirs);
         let environment = &self.context.defaults.environment;
         let console = &*self.console;
-        let proc = &self.context.proc;
         let cgroup = self.context.cgroups.workload.as_ref();
         let child = helper::spawn(cgroup, &mut |log| {
             let streams = (&their_output, their_errors);
-            exec_workload(command, environment, proc, console, streams, log)
+            exec_workload(command, environment, console, streams, log)
                 .unwrap_or_else(Failure::from)
                 .report(log)
         })?;
@@ -120,12 +119,10 @@ impl Supervisor {
 fn exec_workload(
     command: &Command,
     environment: &Environment,
-    proc: &OwnedFd,
     console: &Console,
     (output, error): (&OwnedFd, &OwnedFd),
     log: &HelperLog,
 ) -> Result<Failure> {
-    oom_score::set(proc, oom_score::DEFAULT)?;
     let input = console
         .open_input()
         .map_err(context!("open standard input"))?;
