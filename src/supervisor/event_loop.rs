@@ -1,7 +1,7 @@
 //! The event loop.
 
 use super::state::{Phase, Supervisor};
-use crate::context::{Source, Stop};
+use crate::context::{NEVER, Source, Stop};
 use crate::process::helper::{self, Helper};
 use crate::sys::signal::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use crate::sys::{self, SignalSet};
@@ -104,7 +104,10 @@ impl Supervisor {
         // From the last look at the clock on: the VM may also have been paused in the midst of a turn.
         let start = self.context.now;
         let timeout = deadline.saturating_sub(start);
-        let remaining = deadline.saturating_sub(self.clock());
+        let remaining = match deadline {
+            NEVER => NEVER,
+            _ => deadline.saturating_sub(self.clock()),
+        };
         self.context.poller.wait(remaining);
         self.context.now = self.clock();
         // Half of it counts: what is waited for has a chance then, and its time still comes.
