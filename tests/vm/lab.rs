@@ -79,12 +79,18 @@ fn what_a_guest_writes_is_on_its_disk_afterwards() -> Result<()> {
 #[test]
 fn a_disk_fails_as_it_is_told_to() -> Result<()> {
     let image = Image::ext4(&Tree::empty()?, 16)?;
-    let config = "[inject-error]\nevent = \"read_aio\"\nerrno = \"5\"\nsector = \"2\"\n";
-    let script = guest::report(&[("mount", "mount -t ext4 /dev/vda /mnt")]) + "reboot -f\n";
+    let damaged = "[inject-error]\nevent = \"read_aio\"\nerrno = \"5\"\nsector = \"2\"\n";
+    // ENOSPC: the host's own disk is full.
+    let without_room = "[inject-error]\nevent = \"write_aio\"\nerrno = \"28\"\n";
+    let write = "dd if=/dev/zero of=/dev/vdb bs=4k count=1 conv=fsync";
+    let script = guest::report(&[("mount", "mount -t ext4 /dev/vda /mnt"), ("write", write)])
+        + "reboot -f\n";
     let mut vm = busybox(&script)?
-        .disk(Disk::from(&image).blkdebug(config))
+        .disk(Disk::from(&image).blkdebug(damaged))
+        .disk(Disk::from(&Image::blank(1)?).blkdebug(without_room))
         .boot()?;
     assert!(vm.section("mount")?.concat().contains("Input/output error"));
+    assert!(vm.section("write")?.concat().contains("error"));
     assert_eq!(vm.wait_end()?, End::Reboot);
     Ok(())
 }

@@ -309,8 +309,10 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
         };
         let cache = if disk.scratch { "unsafe" } else { "writeback" };
         let read_only = if disk.read_only { "on" } else { "off" };
-        let drive =
-            format!("if=none,id=disk{number},format=raw,cache={cache},readonly={read_only}");
+        // Unless told so, QEMU stops the whole VM when the host has no room left.
+        let drive = format!(
+            "if=none,id=disk{number},format=raw,cache={cache},readonly={read_only},werror=report"
+        );
         add(&["-drive", &format!("{drive},{image}")]);
         add(&["-device", &format!("virtio-blk-{bus},drive=disk{number}")]);
     }
