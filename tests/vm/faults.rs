@@ -318,3 +318,24 @@ fn a_connection_that_cannot_be_registered_is_served_as_soon_as_it_can() -> Resul
     assert!(vm.console().contains("exit_code=5"), "{}", vm.console());
     root.check()
 }
+
+#[test]
+fn signals_and_connections_are_heard_of_although_neither_could_be_registered_at_first() -> Result<()> {
+    let root = root()?;
+    // No epoll instance takes a file until the document's own setting is in force; by then PID 1 has
+    // its signals and its port.
+    let extra = json!({"Sysctls": {"fs.epoll.max_user_watches": "10000"}});
+    let config = guest::shell("echo runs; read -r line; exit 5", extra);
+    let builder = Vm::builder().config(&config).disk(&root);
+    let mut vm = builder
+        .arg("sysctl.fs.epoll.max_user_watches=0")
+        .patience(PATIENCE)
+        .boot()?;
+    vm.wait_for("runs")?;
+    let mut api = vm.api()?;
+    api.get("/v1/status")?.success()?;
+    vm.type_text("\n")?;
+    assert_eq!(api.get("/v1/exit_code")?.json()?["code"], 5);
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
