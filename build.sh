@@ -185,7 +185,7 @@ setup() {
     need "qemu-system-$arch=$qemu" "${foreign[@]}" fakeroot=fakeroot mkfs.ext4=e2fsprogs \
         debugfs=e2fsprogs mksquashfs=squashfs-tools mkfs.erofs=erofs-utils umoci=umoci \
         mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs sfdisk=fdisk fsck.vfat=dosfstools \
-        bsdtar=libarchive-tools ip=iproute2 lz4=lz4 xz=xz-utils bzip2=bzip2 zstd=zstd cpio=cpio \
+        bsdtar=libarchive-tools mmdebstrap=mmdebstrap ip=iproute2 lz4=lz4 xz=xz-utils bzip2=bzip2 zstd=zstd cpio=cpio \
         socat=socat curl=curl python3=python3
     # Python's virtual environments are a package of their own in Debian.
     python3 -c 'import ensurepip' 2>/dev/null || need ensurepip=python3-venv
@@ -277,13 +277,10 @@ run_tests() {
             need mmdebstrap=mmdebstrap redis-cli=redis-tools
             lab_features+=(--features containers)
         fi
-        if [[ -e tests/vm/$1.rs ]]; then
-            lab_areas+=(--test "$1")
-        elif [[ -e src/host/tests/$1.rs ]]; then
-            host_areas+=(--test "$1")
-        else
-            break
-        fi
+        [[ -e tests/vm/$1.rs || -e src/host/tests/$1.rs ]] || break
+        # Each has an `image`.
+        [[ ! -e tests/vm/$1.rs ]] || lab_areas+=(--test "$1")
+        [[ ! -e src/host/tests/$1.rs || -n $PIGEON_MINIMAL ]] || host_areas+=(--test "$1")
         shift
     done
     if ((!${#lab_areas[@]} && !${#host_areas[@]})); then
@@ -295,11 +292,40 @@ run_tests() {
     say "VM tests (consoles are kept in $out/logs)"
     # One area that fails does not hide the others.
     if ((${#lab_areas[@]})); then
-        cargo test "${lab[@]}" "${lab_features[@]}" --no-fail-fast "${lab_areas[@]}" -- "$@" || failed=1
+        areas tests "${lab[@]}" "${lab_features[@]}" "${lab_areas[@]}" -- "$@" || failed=1
     fi
     if ((${#host_areas[@]})); then
-        cargo test "${host[@]}" --no-fail-fast "${host_areas[@]}" -- "$@" || failed=1
+        areas src/host "${host[@]}" "${host_areas[@]}" -- "$@" || failed=1
     fi
+    return $failed
+}
+
+# areas DIRECTORY CARGO_OPTION... -- TEST_ARGUMENT...: a workspace's test programs, several at once: many
+# a VM waits for its turn (PIGEON_VMS), or for a deadline.
+areas() {
+    local dir=$1 options=() logs list
+    shift
+    while [[ $1 != -- ]]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    mkdir -p "$out/logs"
+    logs=$(realpath "$out/logs")
+    list=$(cargo test "${options[@]}" --no-run 2>&1 | tee >(cat >&2) |
+        sed -n 's/^ *Executable [a-z]*\/\([a-z_]*\)\.rs (\(.*\))$/\1\n\2/p')
+    export -f area
+    xargs -r -d '\n' -n 2 -P "$(($(nproc) + 1))" \
+        bash -c 'area "$@"' area "$dir" "$logs" "$@" <<<"$list"
+}
+
+# area DIRECTORY LOGS TEST_ARGUMENT... NAME PROGRAM: one of them, whose output comes when it has ended.
+area() {
+    local name=${*: -2:1} program log=$2/${*: -2:1}.out failed=0
+    program=$(realpath "${*: -1}")
+    printf '==> started %s\n' "$name" >&2
+    env -C "$1" "$program" "${@:3:$#-4}" >"$log" 2>&1 || failed=1
+    flock "$2" cat - "$log" <<<"     Running $name"
     return $failed
 }
 

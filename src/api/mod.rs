@@ -36,6 +36,7 @@ pub use {
 use crate::context;
 use crate::context::{Context, Source};
 use crate::error::Result;
+use crate::sys::epoll::Poller;
 use crate::sys::{self, Region, vsock};
 use commands::Commands;
 use connection::{Connection, Shared};
@@ -59,6 +60,8 @@ const ACCEPT_AT_ONCE: usize = 16;
 /// The API's state.
 pub struct Api {
     listener: Option<OwnedFd>,
+    /// What is waited for of it.
+    listener_watched: EventFlags,
     /// The memory of the last connection that used little of its own, for the next one.
     spare: Option<Region>,
     connections: Slab<Connection, CONNECTIONS>,
@@ -70,6 +73,7 @@ impl Api {
     pub const fn new() -> Self {
         Self {
             listener: None,
+            listener_watched: EventFlags::empty(),
             spare: None,
             connections: Slab::new(),
             commands: Commands::new(),
@@ -77,17 +81,21 @@ impl Api {
     }
 
     /// Starts listening; a VM without a vsock device has no API.
-    pub fn listen(&mut self, context: &Context) -> Result {
+    pub fn listen(&mut self) -> Result {
         let listener =
             vsock::listen(PORT, BACKLOG).map_err(context!("listen on vsock port {PORT}"))?;
-        let token = Source::Listener.token(Key::default());
-        let mut watched = EventFlags::empty();
-        context
-            .poller
-            .watch(&listener, token, &mut watched, EventFlags::IN);
         self.listener = Some(listener);
         self.commands.measure_memory();
         Ok(())
+    }
+
+    /// Registers for connections.
+    pub fn watch_listener(&mut self, poller: &Poller) {
+        if let Some(listener) = &self.listener {
+            let token = Source::Listener.token(Key::default());
+            let watched = &mut self.listener_watched;
+            poller.watch(listener, token, watched, EventFlags::IN);
+        }
     }
 
     /// Whether anybody could reach it.

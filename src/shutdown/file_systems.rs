@@ -12,7 +12,7 @@ use crate::sys::signal::SIGCHLD;
 use crate::sys::{self, Fork, SignalSet, Stopwatch, files};
 use proto::block::DeviceNumber;
 use proto::message::ToLossy;
-use proto::mountinfo::{self, Mount};
+use proto::mountinfo::{self, Mount, PATH_MAX};
 use rustix::fd::OwnedFd;
 use rustix::fs::{FileType, Mode, OFlags, makedev};
 use rustix::mount::MountPropagationFlags;
@@ -57,6 +57,7 @@ pub fn leave_clean(log: &HelperLog) -> Result {
             return Err(error!("cannot look for volumes: {error}"));
         }
     };
+    name_gone(&devices, &tables, log);
     let in_time = shut_all(&mut devices, &tables, log);
     if let Some(volume) = &tables.root {
         log.step(&format_args!("unmounting {}", volume.label(&tables)));
@@ -81,7 +82,7 @@ fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Resul
     let root = rustix::fs::fstat(root).map(|status| volume::number_of(status.st_dev));
     let read_mounts = || Text::read(&proc, c"self/mountinfo").ok();
     // A root without a device number may be a btrfs, whose mount names the device.
-    let mut mounts = match root {
+    let mounts = match root {
         Ok(DeviceNumber { major: 0, .. }) => read_mounts(),
         _ => None,
     };
@@ -118,15 +119,27 @@ fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Resul
             ));
         }
     }
-    // Without it, paths are not named.
-    if mounts.is_none() && !devices.is_empty() {
-        mounts = read_mounts();
-    }
     Ok(Tables {
+        mounts: mounts.or_else(|| Text::read(&proc, c"self/mountinfo").ok()),
         proc,
-        mounts,
         root: root_volume,
     })
+}
+
+/// Names the file systems whose devices were unplugged: there is nothing to be written to.
+fn name_gone(devices: &Devices, tables: &Tables, log: &HelperLog) {
+    let volumes = || devices.iter().map(|(volume, _)| volume).chain(&tables.root);
+    for mount in tables.mounts().filter_map(mountinfo::parse) {
+        let has_device = ![0, RAMDISK_MAJOR].contains(&mount.major);
+        if has_device && mount.is_writable && !volumes().any(|one| one.is_mounted_by(&mount)) {
+            let mut paths = ([0; PATH_MAX], [0; PATH_MAX]);
+            let target = mount.mount_point.decode(&mut paths.0).text.lossy();
+            let source = mount.source.decode(&mut paths.1).text.lossy();
+            log.warn(&format_args!(
+                "{target} ({source}) is not clean: its device is gone"
+            ));
+        }
+    }
 }
 
 /// Shuts all devices, each in a child of its own, those that stand on another one before it. False

@@ -42,14 +42,15 @@ type Name = heapless::Vec<u8, 48>;
 pub struct Tables {
     /// A procfs of our own.
     pub proc: OwnedFd,
-    /// Its self/mountinfo, read before anything was unmounted, if there is more than the root.
+    /// Its self/mountinfo, read before anything was unmounted.
     pub mounts: Option<Text>,
     /// The root's device.
     pub root: Option<Volume>,
 }
 
 impl Tables {
-    fn mounts(&self) -> impl DoubleEndedIterator<Item = &[u8]> {
+    /// Lines of the mount table.
+    pub fn mounts(&self) -> impl DoubleEndedIterator<Item = &[u8]> {
         self.mounts.iter().flat_map(Text::lines)
     }
 }

@@ -5,6 +5,8 @@ use crate::context::{NEVER, Source, Stop};
 use crate::process::helper::{self, Helper};
 use crate::sys::signal::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use crate::sys::{self, SignalSet};
+use proto::slab::Key;
+use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 
@@ -21,7 +23,7 @@ pub const HANDLED: SignalSet =
 impl Supervisor {
     /// Opens the API; a VM without vsock goes on without.
     pub fn listen(&mut self) {
-        if let Err(error) = self.api.listen(&self.context) {
+        if let Err(error) = self.api.listen() {
             self.console.warn(&format_args!("no API: {error}"));
         }
         self.events.send(&"{\"event\":\"ready\"}");
@@ -81,6 +83,11 @@ impl Supervisor {
             self.context.poller.clear_failed();
             self.api.watch(&mut self.context);
         }
+        let token = Source::Signals.token(Key::default());
+        let watched = &mut self.signals_watched;
+        let poller = &self.context.poller;
+        poller.watch(&self.signals, token, watched, EventFlags::IN);
+        self.api.watch_listener(poller);
         self.console.watch(&self.context.poller);
         self.events.watch(&self.context.poller);
         self.api.protect_log(&mut self.context);

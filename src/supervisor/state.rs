@@ -4,12 +4,11 @@ use super::events::Events;
 use super::output::Output;
 use crate::api::Api;
 use crate::console::Console;
-use crate::context::{Context, Exit, NEVER, Source};
+use crate::context::{Context, Exit, NEVER};
 use crate::error::Error;
 use crate::process::helper::Helper;
 use crate::sys;
 use proto::message::Message;
-use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 
@@ -65,6 +64,8 @@ pub struct Supervisor {
     /// How the workload ended, as fields of a log line that stands behind its output.
     pub(super) exit_fields: Option<Message>,
     pub(super) signals: OwnedFd,
+    /// What is waited for of these.
+    pub(super) signals_watched: EventFlags,
     /// /dev/kmsg, from the workload's start on.
     pub(super) kernel_log: Option<OwnedFd>,
 }
@@ -78,11 +79,6 @@ impl Supervisor {
         signals: OwnedFd,
         linger: u64,
     ) -> Self {
-        let token = Source::Signals.token(Key::default());
-        let mut watched = EventFlags::empty();
-        context
-            .poller
-            .watch(&signals, token, &mut watched, EventFlags::IN);
         Self {
             console,
             api,
@@ -99,6 +95,7 @@ impl Supervisor {
             output: Output::new(),
             exit_fields: None,
             signals,
+            signals_watched: EventFlags::empty(),
             kernel_log: None,
         }
     }

@@ -29,6 +29,8 @@ struct State {
     bytes: Vec<u8>,
     ended: bool,
     held: bool,
+    /// Bytes read at once, and the time between two reads.
+    pace: Option<(usize, Duration)>,
 }
 
 impl Serial {
@@ -47,8 +49,9 @@ impl Serial {
         thread::spawn(move || {
             let mut buffer = [0; 16 << 10];
             loop {
-                drop(shared.wait_while(|state| state.held));
-                let size = match source.read(&mut buffer) {
+                let pace = shared.wait_while(|state| state.held).pace;
+                let most = pace.map_or(buffer.len(), |(most, _)| most.min(buffer.len()));
+                let size = match source.read(&mut buffer[..most]) {
                     Ok(size) => size,
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                     Err(_) => 0,
@@ -67,6 +70,9 @@ impl Serial {
                 shared.changed.notify_all();
                 if size == 0 {
                     return;
+                }
+                if let Some((_, time)) = pace {
+                    thread::sleep(time);
                 }
             }
         });
@@ -140,9 +146,19 @@ impl Serial {
         self.shared.state().held = true;
     }
 
-    /// Reads on.
+    /// Reads on, and no more than so many bytes at once, with so much time after them.
+    pub fn trickle(&self, bytes: usize, time: Duration) {
+        let mut state = self.shared.state();
+        (state.held, state.pace) = (false, Some((bytes, time)));
+        drop(state);
+        self.shared.changed.notify_all();
+    }
+
+    /// Reads on, as fast as it can.
     pub fn release(&self) {
-        self.shared.state().held = false;
+        let mut state = self.shared.state();
+        (state.held, state.pace) = (false, None);
+        drop(state);
         self.shared.changed.notify_all();
     }
 }

@@ -620,6 +620,12 @@ impl Vm {
         Ok(())
     }
 
+    /// From now on the machine does little but wait, for a deadline or a disk that hangs: its slot is
+    /// another's.
+    pub fn yield_slot(&mut self) {
+        self.slot = None;
+    }
+
     /// A QMP command, where the VM runs on QEMU.
     pub fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {
         self.machine.qmp(command, arguments)
@@ -632,6 +638,7 @@ impl Vm {
         };
         // The test may boot its next VM while it still holds this one.
         self.slot = None;
+        self.serial.release();
         self.serial.wait_end();
         let panicked = self.console().contains("Kernel panic - not syncing");
         Ok(if panicked {

@@ -517,6 +517,7 @@ fn the_default_time_limit_of_a_command_is_thirty_seconds() -> Result<()> {
             .parse()?)
     };
     let start = uptime(&mut api)?;
+    vm.yield_slot();
     let answer = exec(&mut api, &json!({"cmd": ["sleep", "100"]}))?.json()?;
     let took = uptime(&mut api)? - start;
     assert_eq!(

@@ -472,6 +472,7 @@ fn what_does_not_come_to_its_end_leaves_nothing_behind() -> Result<()> {
         api.send(b" whole")?;
         assert_eq!(api.receive(false)?.status, 201);
     }
+    vm.yield_slot();
     for api in first {
         api.set_read_timeout(PATIENCE)?;
         assert_eq!(refusal(&api.receive(false)?)?.0, 408);
@@ -518,6 +519,7 @@ fn a_disk_that_hangs_costs_one_transfer_and_nobody_else_anything() -> Result<()>
         &json!({"cmd": ["sh", "-c", "exec sleep 1000"], "timeout_ms": 1}),
     )?;
     vm.qmp("block_set_io_throttle", throttle(1))?;
+    vm.yield_slot();
     let start = Instant::now();
     let mut reader = vm.api()?;
     reader.send(format!("GET {} HTTP/1.1\r\nHost: x\r\n\r\n", target("/data/cold")).as_bytes())?;

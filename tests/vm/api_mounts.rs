@@ -312,6 +312,7 @@ fn a_disk_that_hangs_is_given_up_and_costs_neither_other_calls_nor_the_end() -> 
     let mut vm = builder.start()?;
     let limits = json!({"device": "disk1", "bps": 1, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
     vm.qmp("block_set_io_throttle", limits)?;
+    vm.yield_slot();
     let (mut api, mut waiting) = (vm.api()?, vm.api()?);
     let request = |device: &str, place: &str| {
         let body = json!({"DevicePath": device, "MountPath": place}).to_string();

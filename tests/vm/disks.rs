@@ -83,7 +83,9 @@ fn assert_ends_without(vm: &mut Vm, file_system: &str) -> Result<()> {
 /// A disk answers no request from now on: a byte a second.
 fn hang(vm: &mut Vm, disk: &str) -> Result<()> {
     let limits = json!({"device": disk, "bps": 1, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
-    vm.qmp("block_set_io_throttle", limits).map(drop)
+    vm.qmp("block_set_io_throttle", limits)?;
+    vm.yield_slot();
+    Ok(())
 }
 
 /// How long the VM takes to its reboot.

@@ -1,6 +1,9 @@
 //! The end: whoever is left is stopped, and every disk is clean.
 
-use std::time::{Duration, Instant};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 use pigeon_lab::{
@@ -252,5 +255,36 @@ fn without_vsock_nobody_is_waited_for() -> Result<()> {
     let mut vm = builder.arg("PIGEON_EXIT_LINGER_MS=600000").boot()?;
     vm.wait_for("workload exited")?;
     assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+#[test]
+fn a_console_that_trickles_makes_the_end_no_longer_than_45_s() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    // What fills both pipes, PID 1's queue, the driver's and the host's: at 2 KiB a second more than a
+    // minute of it is left when the workload ends, and the console never stands still for 3 s.
+    let script = "seq 1000000 & seq 1000000 >&2 & read -r line; exit 3";
+    let config = guest::shell(script, json!({"SeparateStderr": true}));
+    let builder = Vm::builder().config(&config).disk(&root);
+    let mut vm = builder
+        .firecrackers_console()
+        .patience(Duration::from_secs(180))
+        .boot()?;
+    vm.wait_for("1000")?;
+    vm.serial().hold();
+    let mut api = vm.api()?;
+    thread::sleep(Duration::from_secs(3));
+    vm.serial().trickle(4096, Duration::from_secs(2));
+    vm.type_text("\n")?;
+    assert_eq!(api.get("/v1/exit_code")?.json()?["code"], 3);
+    let start = Instant::now();
+    vm.yield_slot();
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let took = start.elapsed();
+    println!("the end took {took:?}");
+    // Without a limit it would take longer than a minute, and it would be shorter if 3 s without
+    // progress were all.
+    assert!(took > Duration::from_secs(35), "{took:?}");
+    assert!(took < Duration::from_secs(50), "{took:?}");
     root.check()
 }

@@ -66,6 +66,7 @@ fn a_root_that_hangs_is_told_of_and_does_not_hang_pid_1() -> Result<()> {
     // From here on a byte a second.
     let throttle = json!({"device": "disk0", "bps": 1, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
     vm.qmp("block_set_io_throttle", throttle)?;
+    vm.yield_slot();
     vm.wait_for("mount /dev/vda on /newroot: timed out after 30 s")?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     let console = vm.console();
@@ -316,5 +317,27 @@ fn a_connection_that_cannot_be_registered_is_served_as_soon_as_it_can() -> Resul
     vm.type_text("\n")?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     assert!(vm.console().contains("exit_code=5"), "{}", vm.console());
+    root.check()
+}
+
+#[test]
+fn signals_and_connections_are_heard_of_although_neither_could_be_registered_at_first() -> Result<()>
+{
+    let root = root()?;
+    // No epoll instance takes a file until the document's own setting is in force; by then PID 1 has
+    // its signals and its port.
+    let extra = json!({"Sysctls": {"fs.epoll.max_user_watches": "10000"}});
+    let config = guest::shell("echo runs; read -r line; exit 5", extra);
+    let builder = Vm::builder().config(&config).disk(&root);
+    let mut vm = builder
+        .arg("sysctl.fs.epoll.max_user_watches=0")
+        .patience(PATIENCE)
+        .boot()?;
+    vm.wait_for("runs")?;
+    let mut api = vm.api()?;
+    api.get("/v1/status")?.success()?;
+    vm.type_text("\n")?;
+    assert_eq!(api.get("/v1/exit_code")?.json()?["code"], 5);
+    assert_eq!(vm.wait_end()?, End::Reboot);
     root.check()
 }

@@ -463,6 +463,7 @@ fn a_btrfs_that_hangs_at_the_end_is_named_and_a_btrfs_root_is_clean() -> Result<
     vm.wait_for("ready")?;
     let throttle = json!({"device": "disk1", "bps": 1, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
     vm.qmp("block_set_io_throttle", throttle)?;
+    vm.yield_slot();
     vm.type_text("\n")?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     let warnings = guest::warnings(&vm.console());

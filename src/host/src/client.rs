@@ -336,23 +336,6 @@ impl Client {
         })?)
     }
 
-    /// `POST /v1/mounts`: mounts a volume; `mount` is an object as in the configuration's `Mounts`.
-    pub fn mount(&self, mount: &Value) -> Result<(), Error> {
-        self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
-            http.post("/v1/mounts", mount)
-        })?;
-        Ok(())
-    }
-
-    /// `DELETE /v1/mounts`: unmounts a volume.
-    pub fn unmount(&self, path: &str) -> Result<(), Error> {
-        let target = format!("/v1/mounts?path={}", escape(path));
-        self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
-            http.request("DELETE", &target, &[], b"")
-        })?;
-        Ok(())
-    }
-
     /// A connection to the API.
     pub(crate) fn http(
         &self,
@@ -402,7 +385,8 @@ impl Client {
         parse(self.call(Some(timeout), |http| http.post(target, body))?)
     }
 
-    fn call(
+    /// Makes a call, whose failure is an error.
+    pub(crate) fn call(
         &self,
         timeout: Option<Duration>,
         call: impl FnOnce(&mut http::Client<UnixStream>) -> anyhow::Result<http::Response>,

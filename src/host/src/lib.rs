@@ -19,6 +19,7 @@ pub mod image;
 pub mod initrd;
 pub mod logs;
 pub mod machine;
+pub mod mounts;
 pub mod process;
 pub mod progress;
 pub mod proxy;

@@ -756,6 +756,16 @@ fn what_is_no_image_is_told_by_its_name_and_kind() {
         assert!(error.ends_with(&expected), "{error}");
         assert!(error.is_ascii(), "{error}");
     }
+    // What is compressed and breaks off.
+    let files = gzip(&Tar::new().file("a", vec![7; 100_000]).bytes());
+    for (name, packed) in [
+        ("cut.tar.gz", &files[..files.len() / 2]),
+        ("xz", b"\xfd7zXZ\0\0"),
+    ] {
+        let error = refused(&place.write(name, packed), &out);
+        let expected = format!("{name} is damaged or cut short: unable to decompress");
+        assert!(error.contains(&expected), "{error}");
+    }
     // A layer that breaks off is told by its number.
     let packed = gzip(&Tar::new().file("a", vec![1; 50_000]).bytes());
     let half = packed[..packed.len() / 2].to_vec();

@@ -50,6 +50,7 @@ impl Lab {
         let app = Tar::new()
             .dir("home/app", 0o750, (1000, 1000))
             .program("bin/serve", SERVE)
+            .program("bin/foreign", "\x7fELF of another machine")
             .bytes();
         place.write(
             "app.tar",
@@ -181,6 +182,7 @@ fn an_archive_of_docker_save_becomes_a_vm_that_is_used_like_a_container() {
 
     commands_as_of_docker_exec(&lab);
     input_and_output(&lab);
+    a_volume_that_comes_and_goes(&lab);
     a_shell_on_a_terminal(&lab);
     the_library(Path::new(&uds));
 
@@ -258,6 +260,21 @@ fn commands_as_of_docker_exec(lab: &Lab) {
             "{output:?}"
         );
     }
+    let output = lab.pigeon(&["exec", "foreign"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let expected = format!(
+        "foreign: neither a program for {} nor",
+        common::arch().name()
+    );
+    assert!(said.contains(&expected), "{said}");
+    assert_eq!(output.status.code(), Some(126));
+    let output = lab.pigeon(&["exec", "app"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        said.ends_with("pigeon: app is a VM: give a command, as in `pigeon exec app sh`\n"),
+        "{said}"
+    );
+    assert_eq!(output.status.code(), Some(127));
     let (json, code) = lab.said(&[
         "exec",
         "--json",
@@ -323,6 +340,35 @@ fn input_and_output(lab: &Lab) {
     client.kill().unwrap();
     client.wait().unwrap();
     becomes("0\n");
+}
+
+fn a_volume_that_comes_and_goes(lab: &Lab) {
+    let words = [
+        "mount",
+        "-t",
+        "tmpfs",
+        "-o",
+        "size=4m",
+        "tmpfs",
+        "app:/scratch",
+    ];
+    assert_eq!(lab.said(&words), (String::new(), Some(0)));
+    let (mounts, _) = lab.said(&["exec", "cat", "/proc/mounts"]);
+    assert!(
+        mounts.contains(" /scratch tmpfs ") && mounts.contains("size=4096k"),
+        "{mounts}"
+    );
+    let again = lab.pigeon(&words);
+    let said = String::from_utf8_lossy(&again.stderr).into_owned();
+    assert_eq!(again.status.code(), Some(125));
+    // What is wrong, and nothing of the workload.
+    assert!(
+        said.contains("/scratch") && said.lines().count() == 1,
+        "{said}"
+    );
+    assert_eq!(lab.said(&["unmount", "/scratch"]), (String::new(), Some(0)));
+    let (mounts, _) = lab.said(&["exec", "cat", "/proc/mounts"]);
+    assert!(!mounts.contains(" /scratch "), "{mounts}");
 }
 
 fn a_shell_on_a_terminal(lab: &Lab) {
@@ -484,6 +530,17 @@ fn a_workload_that_cannot_run_is_told_with_its_reason() {
     assert!(lab.log().contains("stranger"), "{}", lab.log());
     let vm = lab.run(&["--entrypoint", "/bin/none", &lab.path("app.ext4")]);
     assert_eq!(vm.end().1, Some(127), "{}", lab.log());
+    // What is for another architecture, and what is for none.
+    let words = ["run", "-q", "--entrypoint", "/bin/foreign"];
+    let output = lab.pigeon(&[&words[..], &[&lab.path("app.ext4")]].concat());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let expected = format!(
+        "execute /bin/foreign: ENOEXEC\" uid=1000 gid=1000\npigeon: exit code 126: neither a program \
+         for {} nor a script that begins with #!\n",
+        common::arch().name()
+    );
+    assert!(said.ends_with(&expected), "{said}");
+    assert_eq!(output.status.code(), Some(126));
 }
 
 #[test]

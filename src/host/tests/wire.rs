@@ -20,6 +20,7 @@ use pigeon::{
     files::WriteOptions,
     forward::Forward,
     logs::Stream,
+    mounts::Mount,
     snapshot::{Prepare, Restore},
 };
 use serde_json::{Value, json};
@@ -80,7 +81,13 @@ fn calls_are_as_the_contract_has_them() {
         ("build-1", true)
     );
     client.end_session("a b").unwrap();
-    client.mount(&json!({"MountPath": "/x"})).unwrap();
+    let mount = Mount {
+        device_path: Some("/dev/vdb".into()),
+        mount_path: "/x".into(),
+        read_only: true,
+        ..Mount::default()
+    };
+    client.mount(&mount).unwrap();
     client.unmount("/x y").unwrap();
     let prepare = Prepare {
         token: "a1".into(),
@@ -107,7 +114,10 @@ fn calls_are_as_the_contract_has_them() {
         ("POST /v1/stop", json!({"signal": 3, "timeout_ms": 1500})),
         ("GET /v1/sessions", Value::Null),
         ("DELETE /v1/sessions/a%20b", Value::Null),
-        ("POST /v1/mounts", json!({"MountPath": "/x"})),
+        (
+            "POST /v1/mounts",
+            json!({"DevicePath": "/dev/vdb", "MountPath": "/x", "ReadOnly": true}),
+        ),
         ("DELETE /v1/mounts?path=/x%20y", Value::Null),
         (
             "POST /v1/snapshot/prepare",
@@ -121,6 +131,66 @@ fn calls_are_as_the_contract_has_them() {
         requests,
         expected.map(|(line, body)| (line.to_string(), body))
     );
+}
+
+#[test]
+fn volumes_are_mounted_and_unmounted_by_a_command() {
+    let place = Place::new();
+    let vm = Vm::start(place.0.path(), |mut connection| {
+        match connection.request.line.as_str() {
+            "DELETE /v1/mounts?path=/busy" => {
+                connection.answer(409, "", br#"{"error":"unmount /busy: EBUSY"}"#);
+            }
+            _ => connection.answer(200, "", br#"{"ok":true}"#),
+        };
+    });
+    for words in [
+        &["mount", "/dev/vdb", "/data", "-o", "noatime", "-r"][..],
+        &["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", ":/a:b"],
+        &["unmount", "/data"],
+        &["umount", ":/a:b"],
+    ] {
+        let output = pigeon(&place, &vm, words, b"");
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(
+            (text(&output.stdout), text(&output.stderr)),
+            ("".into(), "".into())
+        );
+    }
+    let output = pigeon(&place, &vm, &["unmount", "/busy"], b"");
+    assert_eq!(output.status.code(), Some(125));
+    assert!(
+        text(&output.stderr).contains("unmount /busy: EBUSY"),
+        "{output:?}"
+    );
+    let output = pigeon(&place, &vm, &["mount", "/dev/vdb", "data"], b"");
+    assert!(
+        text(&output.stderr).contains("not an absolute path"),
+        "{output:?}"
+    );
+    let calls: Vec<_> = vm
+        .requests()
+        .iter()
+        .map(|request| (request.line.clone(), text(&request.body)))
+        .collect();
+    let mounted = calls
+        .iter()
+        .filter(|(line, _)| line.starts_with("POST /v1/mounts"));
+    let mounted: Vec<Value> = mounted
+        .map(|(_, body)| serde_json::from_str(body).unwrap())
+        .collect();
+    let expected = [
+        json!({"DevicePath": "/dev/vdb", "MountPath": "/data", "ReadOnly": true, "Options": "noatime"}),
+        json!({"FSType": "tmpfs", "MountPath": "/a:b", "Options": "size=64m"}),
+    ];
+    assert_eq!(mounted, expected);
+    for target in ["/data", "/a%3Ab"] {
+        let line = format!("DELETE /v1/mounts?path={target}");
+        assert!(
+            calls.iter().any(|(called, _)| *called == line),
+            "{line}: {calls:?}"
+        );
+    }
 }
 
 #[test]
@@ -536,7 +606,7 @@ fn a_command_that_cannot_start_is_told_in_words() {
         ("nosuch", "nosuch: not found in the VM", 127),
         (
             "foreign",
-            "neither a program for the VM's architecture nor a script",
+            "neither a program for the VM's architecture nor a script that begins with #!",
             126,
         ),
         ("secret", "secret: execute secret: EACCES", 126),

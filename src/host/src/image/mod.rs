@@ -212,7 +212,8 @@ fn fetch(source: &Path, arch: Arch, scratch: &Path, progress: &mut Progress) -> 
     let archive = scratch.join("archive");
     if source == Path::new("-") {
         progress.phase("reading standard input", 0);
-        layer::copy_plain(io::stdin().lock(), &archive, &mut |size| progress.add(size))?;
+        layer::copy_plain(io::stdin().lock(), &archive, &mut |size| progress.add(size))
+            .context("standard input is damaged or cut short")?;
         return Ok(archive);
     }
     if source.is_dir() {
@@ -234,7 +235,8 @@ fn fetch(source: &Path, arch: Arch, scratch: &Path, progress: &mut Progress) -> 
     progress.phase("decompressing", fs::metadata(source)?.len());
     layer::copy_plain(fs::File::open(source)?, &archive, &mut |size| {
         progress.add(size)
-    })?;
+    })
+    .with_context(|| format!("{} is damaged or cut short", source.display()))?;
     Ok(archive)
 }
 

@@ -34,14 +34,14 @@ pub struct Cp {
 
 /// A place that is named.
 #[derive(Debug, PartialEq)]
-enum Place<'a> {
+pub enum Place<'a> {
     Here(&'a Path),
     There(Option<&'a str>, &'a str),
 }
 
 impl<'a> Place<'a> {
     /// A path with a slash before its colon is one of here, as with scp and docker.
-    fn of(text: &'a str) -> Place<'a> {
+    pub fn of(text: &'a str) -> Place<'a> {
         match text.split_once(':') {
             Some((name, path)) if !name.contains('/') => {
                 Place::There(Some(name).filter(|name| !name.is_empty()), path)

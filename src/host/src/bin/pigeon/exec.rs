@@ -102,8 +102,13 @@ pub fn variables(
     Ok(found)
 }
 
+/// What a program is that the kernel of a VM does not take (ENOEXEC).
+pub fn no_program(arch: &str) -> String {
+    format!("neither a program for {arch} nor a script that begins with #!")
+}
+
 /// Reports that a command could not be started and returns its exit code; passes on other errors.
-pub fn start_error(error: anyhow::Error, program: &str) -> Result<u8> {
+pub fn start_error(error: anyhow::Error, program: &str, arch: &str) -> Result<u8> {
     let Some(Error::NotStarted(why)) = error.downcast_ref::<Error>() else {
         return Err(error);
     };
@@ -112,10 +117,7 @@ pub fn start_error(error: anyhow::Error, program: &str) -> Result<u8> {
         return Ok(NOT_FOUND);
     }
     if why.contains("ENOEXEC") {
-        note!(
-            "{program}: neither a program for the VM's architecture nor a script that begins with \
-             #! ({why})"
-        );
+        note!("{program}: {} ({why})", no_program(arch));
         return Ok(CANNOT_START);
     }
     note!("{program}: {why}");
@@ -130,7 +132,20 @@ impl Exec {
         } else {
             self.run_session(vm, words)
         };
-        result.or_else(|error| start_error(error, &words[0]))
+        let code = result.or_else(|error| start_error(error, &words[0], &self.arch(vm)))?;
+        if code == NOT_FOUND && words.len() == 1 && vms::find(&words[0]).is_ok() {
+            note!(
+                "{0} is a VM: give a command, as in `pigeon exec {0} sh`",
+                words[0]
+            );
+        }
+        Ok(code)
+    }
+
+    /// The VM's architecture, as far as it is known.
+    fn arch(&self, name: Option<&str>) -> String {
+        let vm = self.target.vm(name).ok().flatten();
+        vm.map_or("the VM's architecture".into(), |vm| vm.record.arch)
     }
 
     /// The VM that the first word names, as it does for docker, and the command.

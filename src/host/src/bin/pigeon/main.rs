@@ -4,6 +4,7 @@ mod cp;
 mod exec;
 mod lifecycle;
 mod logs;
+mod mounts;
 mod output;
 mod ports;
 mod rootfs;
@@ -56,6 +57,11 @@ enum Action {
     Attach(exec::Attach),
     /// Copy files from or to a VM
     Cp(cp::Cp),
+    /// Mount a volume in a VM that runs
+    Mount(mounts::MountVolume),
+    /// Unmount a volume in a VM that runs
+    #[command(visible_alias = "umount")]
+    Unmount(mounts::UnmountVolume),
     /// Forward TCP ports of the host to a VM until Ctrl-C
     Forward(ports::ForwardPorts),
     /// Send a signal to a VM's workload
@@ -147,6 +153,8 @@ fn act(action: Action) -> Result<u8> {
         Action::Ps(ps) => ps.run(),
         Action::Logs(logs) => logs.run(),
         Action::Cp(cp) => cp.run(),
+        Action::Mount(mount) => mount.run(),
+        Action::Unmount(unmount) => unmount.run(),
         Action::Forward(forward) => forward.run(),
         Action::Signal(signal) => signal.run(),
         Action::Stop(stop) => stop.run(),
@@ -183,7 +191,10 @@ fn hint(error: &anyhow::Error) -> Option<&'static str> {
             "The VM's socket exists, but its init does not answer: look at its console. It may still \
              be booting (--boot-timeout waits longer), have failed, or lack a vsock driver."
         }
-        Error::Refused { status: 409, .. } => {
+        Error::Refused {
+            status: 409,
+            message,
+        } if message.starts_with("the workload") => {
             "The workload has exited, or is frozen for a snapshot."
         }
         Error::Refused { status: 503, .. } => "The VM has reached its connection limit: try again.",

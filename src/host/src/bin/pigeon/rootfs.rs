@@ -77,8 +77,12 @@ impl Rootfs {
             1 => built.form.into(),
             layers => format!("{} of {layers} layers", built.form),
         };
+        let article = match from.starts_with("OCI") {
+            true => "an",
+            false => "a",
+        };
         say!(
-            "{out}: {} MiB, {} files, from a {from}",
+            "{out}: {} MiB, {} files, from {article} {from}",
             built.size.div_ceil(1 << 20),
             built.files
         );

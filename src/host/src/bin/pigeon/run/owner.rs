@@ -33,7 +33,7 @@ use super::{
 };
 use crate::{
     CANNOT_START, FAILED,
-    exec::{Pass, start_error},
+    exec::{Pass, no_program, start_error},
     logs::{filter_console, warn_of_loss},
     output::{note, say},
     terminal,
@@ -311,6 +311,7 @@ impl Owner<'_> {
         }
         let (uds, tty, interactive) = (self.uds.clone(), self.run.tty, self.run.interactive);
         let program = plan.argv.first().cloned().unwrap_or_default();
+        let arch = self.run.guest.arch.name();
         thread::spawn(move || {
             let run = || {
                 let waiting = Progress::spinner("booting");
@@ -327,7 +328,7 @@ impl Owner<'_> {
                 }
                 .run(session)
             };
-            let result = run().or_else(|error| start_error(error, &program));
+            let result = run().or_else(|error| start_error(error, &program, arch));
             let ended = Client::connect(&uds).and_then(|client| client.signal(TERM));
             let _ = sender.send(result);
             drop(ended);
@@ -403,6 +404,10 @@ impl Owner<'_> {
             (Some(_), End::Reboot | End::PowerOff) if unseen && code < CANNOT_START - 1 => {
                 return Ok(code);
             }
+            (Some(exit), End::Reboot | End::PowerOff) if is_no_program(code, &console) => {
+                let why = no_program(self.run.guest.arch.name());
+                format!("exit code {}: {why}", exit.code)
+            }
             (Some(exit), End::Reboot | End::PowerOff) => {
                 format!("exit code {}", exit.code)
             }
@@ -438,6 +443,11 @@ fn complaint(console: &str) -> Option<&str> {
         let level = line.strip_prefix("pigeon-init: level=");
         level.is_some_and(|rest| !rest.starts_with("info") && !rest.starts_with("debug"))
     })
+}
+
+/// Whether the workload is nothing that the guest's kernel can execute.
+fn is_no_program(code: u8, console: &str) -> bool {
+    code == CANNOT_START && complaint(console).is_some_and(|line| line.contains(": ENOEXEC\""))
 }
 
 /// The last lines of a console that nobody has seen.

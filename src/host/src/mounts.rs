@@ -1,0 +1,48 @@
+//! Volumes mounted while the workload runs (`/v1/mounts`).
+
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::{Client, Error, files::escape};
+
+/// The init itself gives a device up after 30 s.
+const TIMEOUT: Duration = Duration::from_secs(45);
+
+/// A volume, as in the configuration's `Mounts`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Mount {
+    /// The block device in the guest, such as `/dev/vdb`; a tmpfs has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_path: Option<String>,
+    /// Where it is mounted; created if absent.
+    pub mount_path: String,
+    /// The file system; found from the device's superblock if not given.
+    #[serde(rename = "FSType", skip_serializing_if = "Option::is_none")]
+    pub fs_type: Option<String>,
+    /// Mounts it read-only.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub read_only: bool,
+    /// Options as in fstab(5).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub options: Option<String>,
+}
+
+impl Client {
+    /// `POST /v1/mounts`: mounts a volume; a device that is not there yet is waited for.
+    pub fn mount(&self, mount: &Mount) -> Result<(), Error> {
+        let _: Value = self.post_within(TIMEOUT, "/v1/mounts", &json!(mount))?;
+        Ok(())
+    }
+
+    /// `DELETE /v1/mounts`: unmounts a volume.
+    pub fn unmount(&self, path: &str) -> Result<(), Error> {
+        let target = format!("/v1/mounts?path={}", escape(path));
+        self.call(Some(TIMEOUT), |http| {
+            http.request("DELETE", &target, &[], b"")
+        })?;
+        Ok(())
+    }
+}

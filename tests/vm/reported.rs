@@ -1,0 +1,395 @@
+//! What others reported of their inits, runtimes and agents (runc, crun, conmon, catatonit, dumb-init,
+//! systemd, buildah, kata), tried on this one. Each input has its report.
+
+use std::{
+    os::unix::net::UnixStream,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use pigeon_lab::{
+    End, Vm,
+    disk::{Image, Tree},
+    guest,
+    http::Client,
+    vsock::API_PORT,
+    ws::{Ended, Socket},
+};
+use serde_json::{Value, json};
+
+/// Generous: other VMs may run beside this one.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// Accounts as images and attackers have them.
+const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n\
+    +::::::\n\
+    +@team:x:::::\n\
+    torn:x:abc:def::/:/bin/sh\n\
+    empty:x:::::\n\
+    daemon:x:1:1::/usr/sbin:/bin/false\n\
+    crlf:x:1003:1003::/home/crlf:/bin/sh\r\n\
+    twice:x:1004:1004::/home/first:/bin/sh\n\
+    twice:x:0:0::/root:/bin/sh\n\
+    app:x:1000:1000::/home/app:/bin/sh\n\
+    last:x:1005:1005::/home/last:/bin/sh";
+
+const GROUP: &str = "root:x:0:\n\
+    +:::\n\
+    app:x:1000:\n\
+    video:x:44:app,app,last\n\
+    torn:x:abc:app\n\
+    audio:x:29:app,\n\
+    spaced:x:30: app";
+
+fn exec(api: &mut Client<UnixStream>, body: &Value) -> Result<Value> {
+    api.post("/v1/exec", body)?.json()
+}
+
+/// What a shell command prints.
+fn shell(api: &mut Client<UnixStream>, script: &str) -> Result<String> {
+    let answer = exec(api, &json!({"cmd": ["/bin/sh", "-c", script]}))?;
+    Ok(answer["stdout"].as_str().unwrap_or_default().into())
+}
+
+#[test]
+fn accounts_that_misled_others_do_not_mislead_this_one() -> Result<()> {
+    let tree =
+        Tree::busybox()?
+            .file("/etc/passwd", 0o644, PASSWD)?
+            .file("/etc/group", 0o644, GROUP)?;
+    let root = Image::ext4(&tree, 32)?;
+    let config = json!({
+        "ExecOverride": ["/bin/sh", "-c", "id; exec sleep 100000"],
+        "UserOverride": "app",
+        "ImageConfig": {"WorkingDir": "srv/app"},
+    });
+    let builder = Vm::builder().config(&config).disk(&root);
+    let mut vm = builder.patience(PATIENCE).start()?;
+    // The lines before it are no accounts, and do not end the search (buildah 7047).
+    vm.wait_for("uid=1000(app) gid=1000(app) groups=29(audio),44(video),1000(app)")?;
+    let mut api = vm.api()?;
+    for (user, expected) in [
+        // A number is that id, whatever lies before it (crun, CVE-2026-30892: 1 was 0).
+        ("1", "1 1 1 /usr/sbin"),
+        ("1:0", "1 0 0 /usr/sbin"),
+        // None of the workload's groups (crun 394, 645).
+        ("4242", "4242 4242 4242 /"),
+        ("daemon", "1 1 1 /usr/sbin"),
+        ("app", "1000 1000 1000 29 44 /home/app"),
+        ("app:video", "1000 44 44 /home/app"),
+        // The first of two; a line with CR; the last line without its end.
+        ("twice", "1004 1004 1004 /home/first"),
+        ("crlf", "1003 1003 1003 /home/crlf"),
+        ("last", "1005 1005 1005 44 /home/last"),
+        // Half of it.
+        (":44", "0 44 44 /root"),
+        ("app:", "1000 1000 1000 29 44 /home/app"),
+    ] {
+        let script =
+            "echo $(id -u) $(id -g) $(id -G | tr ' ' '\\n' | sort -n | tr '\\n' ' ') $HOME";
+        let answer = exec(
+            &mut api,
+            &json!({"cmd": ["sh", "-c", script], "user": user}),
+        )?;
+        let said = answer["stdout"].as_str().unwrap_or_default();
+        let sorted = |text: &str| {
+            let mut words: Vec<_> = text.split_whitespace().map(String::from).collect();
+            if words.len() > 3 {
+                let groups = words.len() - 1;
+                words[2..groups].sort();
+            }
+            words
+        };
+        assert_eq!(sorted(said), sorted(expected), "{user}: {answer}");
+    }
+    // An id that is none is not 0 (mql 8659), nor is what looks like a number to others.
+    for user in [
+        "torn",
+        "empty",
+        "+",
+        "-1",
+        "+1",
+        "0x0",
+        " 0",
+        "1e3",
+        "app:torn",
+        "4294967295",
+        "1:-1",
+    ] {
+        let body = json!({"cmd": ["id", "-u"], "user": user});
+        let answer = api.post("/v1/exec", &body)?;
+        ensure!(answer.status != 200, "{user:?}: {answer}");
+    }
+    Ok(())
+}
+
+/// A session that has got its first message.
+fn session(vm: &mut Vm, first: &Value) -> Result<Socket> {
+    let mut socket = Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec")?;
+    socket.text(first)?;
+    Ok(socket)
+}
+
+fn tty(script: &str) -> Value {
+    json!({"command": ["/bin/sh", "-c", script], "tty": true})
+}
+
+fn exited(code: i32) -> Option<Value> {
+    Some(json!({"Exit": {"code": code, "signal": null}}))
+}
+
+#[test]
+fn terminals_and_sessions_that_hung_others_or_lost_output_do_neither_here() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let config = json!({"ExecOverride": ["/bin/sleep", "100000"], "UserOverride": "app"});
+    let builder = Vm::builder().config(&config).disk(&root);
+    let mut vm = builder.patience(PATIENCE).start()?;
+    // The command and its orphans end in one moment: their SIGCHLDs are one (catatonit 4).
+    let scripts = "sh -c 'sleep 0.01 & kill -9 $$'; sleep 0.009; exit 6";
+    for _ in 0..20 {
+        let ended =
+            session(&mut vm, &json!({"command": ["/bin/sh", "-c", scripts]}))?.wait_end()?;
+        assert_eq!(ended.message, exited(6));
+    }
+    // What a short-lived command writes last is not lost with its terminal (socktainer 220).
+    for _ in 0..10 {
+        let Ended {
+            output, message, ..
+        } = session(&mut vm, &tty("seq 3000; exit 4"))?.wait_end()?;
+        let output = String::from_utf8_lossy(&output).into_owned();
+        ensure!(output.ends_with("\r\n3000\r\n"), "{output}");
+        assert_eq!((output.lines().count(), message), (3000, exited(4)));
+    }
+    // A background process that keeps the terminal does not keep the session (conmon-rs 620).
+    let start = Instant::now();
+    let ended =
+        session(&mut vm, &tty("trap '' HUP; sleep 600 & echo begun; exit 5"))?.wait_end()?;
+    assert_eq!(ended.message, exited(5));
+    ensure!(
+        start.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        start.elapsed()
+    );
+    // Ctrl-Z: a shell's job stops, and a session's own leader has nobody who could let it go on
+    // (dumb-init 25): it is not stopped, and Ctrl-C still ends it.
+    let first = json!({"command": ["/bin/sh"], "tty": true, "env": ["PS1=pigeon> "]});
+    let mut shell = session(&mut vm, &first)?;
+    shell.output_with("pigeon> ")?;
+    shell.binary(b"sleep 1000\r")?;
+    thread::sleep(Duration::from_millis(500));
+    shell.binary(b"\x1a")?;
+    shell.output_with("Stopped")?;
+    shell
+        .binary(b"stty tostop; (sleep 0.2; echo behind) & sleep 0.6; kill -9 %1; jobs; exit 7\r")?;
+    assert_eq!(shell.wait_end()?.message, exited(7));
+    let mut leader = session(
+        &mut vm,
+        &tty("trap 'exit 8' INT; echo up; while :; do sleep 0.1; done"),
+    )?;
+    leader.output_with("up")?;
+    leader.binary(b"\x1a")?;
+    leader.binary(b"\x03")?;
+    assert_eq!(leader.wait_end()?.message, exited(8));
+    // Sizes of nothing, of a terminal that ends meanwhile, and of none (kata runtime 3143).
+    let mut sized = session(&mut vm, &tty("read x; stty size; exit 9"))?;
+    for (cols, rows) in [(0, 0), (65_535, 65_535), (80, 24)] {
+        sized.text(&json!({"cols": cols, "rows": rows}))?;
+    }
+    sized.binary(b"\r")?;
+    let _ended = sized.text(&json!({"cols": 1, "rows": 1}));
+    let ended = sized.wait_end()?;
+    ensure!(
+        String::from_utf8_lossy(&ended.output).contains("24 80"),
+        "{ended:?}"
+    );
+    assert_eq!(ended.message, exited(9));
+    // Descriptors that are all closed are no end, with a terminal or without.
+    for terminal in [false, true] {
+        let script = "exec <&- >&- 2>&-; sleep 0.5; exit 3";
+        let first = json!({"command": ["/bin/sh", "-c", script], "tty": terminal});
+        assert_eq!(session(&mut vm, &first)?.wait_end()?.message, exited(3));
+    }
+    Ok(())
+}
+
+#[test]
+fn requests_that_starved_other_agents_do_not_starve_this_one() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let config = json!({"ExecOverride": ["/bin/sleep", "100000"]});
+    let builder = Vm::builder().config(&config).disk(&root);
+    let mut vm = builder.patience(PATIENCE).start()?;
+    let mut api = vm.api()?;
+    // Metrics for many at once (kata 13709): each is answered, and calls between them.
+    #[cfg(feature = "sysinfo")]
+    {
+        let mut asked = vec![];
+        for _ in 0..60 {
+            let mut one = vm.api()?;
+            one.send(b"GET /v1/sysinfo HTTP/1.1\r\nHost: x\r\n\r\n")?;
+            asked.push(one);
+        }
+        let start = Instant::now();
+        assert_eq!(api.get("/v1/status")?.status, 200);
+        ensure!(
+            start.elapsed() < Duration::from_secs(5),
+            "{:?}",
+            start.elapsed()
+        );
+        for mut one in asked {
+            assert_eq!(one.receive(false)?.status, 200);
+        }
+    }
+    // A head a byte at a time, from as many as there may be (kata 13496: one stalled frame stops all).
+    let mut slow = vec![];
+    for _ in 0..200 {
+        let mut one = vm.api()?;
+        one.send(b"GET /v1/st")?;
+        slow.push(one);
+    }
+    for round in 0..3 {
+        for one in &mut slow {
+            one.send(b"a")?;
+        }
+        let start = Instant::now();
+        assert_eq!(vm.api()?.get("/v1/status")?.status, 200, "{round}");
+        assert_eq!(shell(&mut api, "echo $((6 * 7))")?, "42\n");
+        ensure!(
+            start.elapsed() < Duration::from_secs(5),
+            "{:?}",
+            start.elapsed()
+        );
+    }
+    drop(slow);
+    // Commands that cannot start, one after the other: nothing of them stays (runc leaves states).
+    let open =
+        |api: &mut Client<UnixStream>| shell(api, "ls /proc/1/fd | wc -l; ps -o stat | grep -c Z");
+    let before = open(&mut api)?;
+    for number in 0..300 {
+        let command = ["/none", "/etc", "/etc/passwd"][number % 3];
+        let answer = api.post("/v1/exec", &json!({"cmd": [command]}))?;
+        assert_eq!(answer.status, 500, "{answer}");
+    }
+    assert_eq!(open(&mut api)?, before);
+    // More than execve takes (E2BIG), and what no argument can be.
+    let long = "x".repeat(100_000);
+    let many: Vec<_> = (0..200)
+        .map(|n| format!("V{n}={}", "y".repeat(400)))
+        .collect();
+    let answer = exec(&mut api, &json!({"cmd": ["sh", "-c", "echo ${#0}", long]}))?;
+    assert_eq!(answer["stdout"], "100000\n", "{answer}");
+    let answer = exec(
+        &mut api,
+        &json!({"cmd": ["sh", "-c", "env | grep -c ^V"], "env": many}),
+    )?;
+    assert_eq!(answer["stdout"], "200\n", "{answer}");
+    for (body, status) in [
+        (json!({"cmd": ["echo", "a\0b"]}), 400),
+        (json!({"cmd": []}), 400),
+        (json!({"cmd": [""]}), 500),
+        (json!({"cmd": ["true"], "env": ["=x"]}), 400),
+    ] {
+        let answer = api.post("/v1/exec", &body)?;
+        assert_eq!(answer.status, status, "{body}: {answer}");
+    }
+    // A command whose descendants outlive it hold neither the answer nor its place (runc 1721).
+    for _ in 0..100 {
+        let start = Instant::now();
+        assert_eq!(shell(&mut api, "setsid sleep 300 & echo begun")?, "begun\n");
+        ensure!(
+            start.elapsed() < Duration::from_secs(10),
+            "{:?}",
+            start.elapsed()
+        );
+    }
+    assert_eq!(shell(&mut api, "killall sleep; echo gone")?, "");
+    Ok(())
+}
+
+#[test]
+fn disks_that_others_left_dirty_are_clean_or_named() -> Result<()> {
+    let root = Image::ext4(
+        &Tree::busybox()?
+            .dir("/a", 0o755)?
+            .dir("/b", 0o755)?
+            .dir("/c", 0o755)?
+            .dir("/d", 0o755)?,
+        32,
+    )?;
+    let volumes =
+        [(); 4].map(|()| Image::ext4(&Tree::empty().expect("a tree"), 16).expect("an image"));
+    let mounts = ["a", "b", "c", "d"]
+        .iter()
+        .zip(["vdb", "vdc", "vdd", "vde"])
+        .map(|(name, device)| {
+            json!({
+                "DevicePath": format!("/dev/{device}"), "MountPath": format!("/{name}"),
+                "Options": if *name == "c" { "commit=3600,data=journal" } else { "noatime" },
+            })
+        });
+    // A file system that somebody froze, with a writer that waits for it (qemu-ga; kata);
+    // one without room, with data that is not on its disk yet; one whose journal is written once an hour;
+    // one that is read-only by a bind mount alone; the root frozen last.
+    let script = "
+        echo kept >/a/file; echo kept >/c/file; echo kept >/d/file; echo kept >/b/file
+        dd if=/dev/zero of=/b/full bs=64k 2>/dev/null
+        mkdir /run/bound; mount --bind /d /run/bound; mount -o remount,ro,bind /d; echo more >/run/bound/more
+        fsfreeze --freeze /a; (echo never >/a/never) & sleep 0.2
+        echo frozen; exit 3";
+    let config = guest::shell(script, json!({"Mounts": mounts.collect::<Vec<_>>()}));
+    let mut builder = Vm::builder().config(&config).disk(&root);
+    for volume in &volumes {
+        builder = builder.disk(volume);
+    }
+    let mut vm = builder.patience(PATIENCE).boot()?;
+    vm.wait_for("exit_code=3")?;
+    let start = Instant::now();
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    println!("the end took {:?}", start.elapsed());
+    assert_eq!(guest::warnings(&vm.console()), [""; 0], "{}", vm.console());
+    root.check()?;
+    for (volume, name) in volumes.iter().zip(["a", "b", "c", "d"]) {
+        volume.check().context(name)?;
+        assert_eq!(volume.read("/file")?, "kept\n", "{name}");
+    }
+    assert_eq!(volumes[3].read("/more")?, "more\n");
+
+    // The root frozen as well, by a workload that ends then.
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let script = "echo kept >/file; fsfreeze --freeze /; exit 4";
+    let builder = Vm::builder()
+        .config(&guest::shell(script, json!({})))
+        .disk(&root);
+    let mut vm = builder.patience(PATIENCE).boot()?;
+    vm.wait_for("exit_code=4")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    assert_eq!(guest::warnings(&vm.console()), [""; 0], "{}", vm.console());
+    root.check()?;
+    assert_eq!(root.read("/file")?, "kept\n");
+
+    // The driver of a volume taken away from under it: the root is clean.
+    let (root, volume) = (
+        Image::ext4(&Tree::busybox()?.dir("/a", 0o755)?, 32)?,
+        Image::ext4(&Tree::empty()?, 16)?,
+    );
+    let script = "echo kept >/file; echo lost >/a/file
+        driver=$(readlink -f /sys/block/vdb/device); echo ${driver##*/} >/sys/bus/virtio/drivers/virtio_blk/unbind
+        ls /sys/block; echo lost >/a/more; exit 5";
+    let config = guest::shell(
+        script,
+        json!({"Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/a"}]}),
+    );
+    let builder = Vm::builder().config(&config).disk(&root).disk(&volume);
+    let mut vm = builder.patience(PATIENCE).boot()?;
+    vm.wait_for("exit_code=5")?;
+    let start = Instant::now();
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    println!(
+        "the end took {:?}: {:?}",
+        start.elapsed(),
+        guest::warnings(&vm.console())
+    );
+    root.check()?;
+    assert_eq!(root.read("/file")?, "kept\n");
+    Ok(())
+}
