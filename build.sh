@@ -313,7 +313,7 @@ areas() {
     mkdir -p "$out/logs"
     logs=$(realpath "$out/logs")
     list=$(cargo test "${options[@]}" --no-run 2>&1 | tee >(cat >&2) |
-        sed -n 's/^ *Executable [a-z]*\/\([a-z_]*\)\.rs (\(.*\))$/\1\n\2/p')
+        sed -n 's/^ *Executable [a-z]*\/\([a-z_]*\)\.rs (\(.*\))$/\1\n\2/p') || return
     export -f area
     xargs -r -d '\n' -n 2 -P "$(($(nproc) + 1))" \
         bash -c 'area "$@"' area "$dir" "$logs" "$@" <<<"$list"
