@@ -1,9 +1,10 @@
 //! What all rooms share: the time, the workload's state, and buffers that have one owner.
 
-use crate::error::Error;
+use crate::context;
+use crate::error::{Error, Result};
 use crate::output_log::OutputLog;
-use crate::sys;
 use crate::sys::epoll::Poller;
+use crate::sys::{self, Region};
 use proto::config::{ADDRESSES, DOCUMENT, PATH};
 #[cfg(feature = "snapshot")]
 use proto::config::{Digest, MEMBERS};
@@ -27,6 +28,9 @@ pub const NEVER: u64 = u64::MAX;
 
 /// Room for a piece of a command's output on its way, or for a record of the kernel's log.
 pub const SINK: usize = 16 << 10;
+
+/// Room for the strings of a request: as much as a request is long.
+pub const ARENA: usize = 160 << 10;
 
 /// Where an event comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -221,12 +225,15 @@ pub struct InForce {
 
 /// Large buffers, each with one use.
 pub struct Buffers {
-    /// Files being read, by whoever reads one.
-    pub scratch: [u8; 2 * DOCUMENT],
-    /// The strings of the document, or of a request, being looked at.
-    pub arena: [u8; DOCUMENT],
+    /// The strings of the request being looked at.
+    pub arena: [u8; ARENA],
     /// What is read to be looked at once.
     pub sink: [u8; SINK],
+}
+
+/// Room for two files, or for a document and its strings.
+pub fn room() -> Result<Region> {
+    Region::new(2 * DOCUMENT).map_err(context!("allocate memory"))
 }
 
 /// What the supervisor and the API share.
@@ -237,8 +244,8 @@ pub struct Context {
     pub workload: Workload,
     /// What commands have of it.
     pub defaults: &'static mut CommandDefaults,
-    /// See [`Buffers`].
-    pub scratch: &'static mut [u8; 2 * DOCUMENT],
+    /// Files being read, by whoever reads one: in a child, once the workload runs.
+    pub scratch: Region,
     /// See [`Buffers`].
     pub sink: &'static mut [u8; SINK],
     arena: &'static mut [u8],
@@ -267,13 +274,14 @@ impl Context {
         poller: Poller,
         defaults: &'static mut CommandDefaults,
         buffers: &'static mut Buffers,
+        scratch: Region,
         proc: OwnedFd,
     ) -> Self {
         Self {
             now: sys::milliseconds(),
             workload: Workload::default(),
             defaults,
-            scratch: &mut buffers.scratch,
+            scratch,
             sink: &mut buffers.sink,
             arena: &mut buffers.arena,
             output_log: OutputLog::none(),

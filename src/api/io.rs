@@ -1,6 +1,6 @@
 //! A connection's socket and buffers.
 
-use crate::context::Context;
+use crate::context::{ARENA, Context};
 use crate::error;
 use crate::error::Error;
 use crate::sys::{Region, files};
@@ -18,7 +18,7 @@ use rustix::io::Errno;
 pub const MAX_BODY: usize = 128 << 10;
 /// Received bytes: a request's head, or its body, or a message, and the start of what follows.
 const INPUT: usize = MAX_BODY + MAX_HEAD + (4 << 10);
-const _: () = assert!(INPUT >= websocket::BUFFER);
+const _: () = assert!(INPUT >= websocket::BUFFER && INPUT <= ARENA);
 /// Most bytes taken from a connection at once, so that none takes all the time.
 const READ_AT_ONCE: usize = 16 << 10;
 /// Output in one message.

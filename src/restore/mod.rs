@@ -12,7 +12,7 @@ use crate::api::{CallError, PendingCall, SnapshotCall, not_running};
 use crate::boot::config_source::Source;
 use crate::boot::kernel_params::{KernelParams, Restore as Mode};
 use crate::context;
-use crate::context::{Cgroups, Context, NEVER};
+use crate::context::{Cgroups, Context, NEVER, room};
 use crate::error;
 use crate::error::{Error, Log};
 use crate::page::PageBox;
@@ -49,9 +49,6 @@ pub struct Restore {
     mode: Mode,
     source: Source,
     mmds_timeout: u64,
-    /// Memory that the boot has left, for a restore's helper.
-    document: &'static mut [u8],
-    strings: &'static mut [u8],
     triggers: Triggers,
     hold: Option<Hold>,
     task: Option<Task>,
@@ -107,17 +104,11 @@ enum Kind {
 
 impl Restore {
     /// Nothing is held.
-    pub fn new(
-        params: &KernelParams,
-        document: &'static mut [u8],
-        strings: &'static mut [u8],
-    ) -> Self {
+    pub fn new(params: &KernelParams) -> Self {
         Self {
             mode: params.restore,
             source: params.source,
             mmds_timeout: params.mmds_timeout,
-            document,
-            strings,
             triggers: Triggers::default(),
             hold: None,
             task: None,
@@ -363,8 +354,6 @@ impl Restore {
                 source: self.source,
                 mmds_timeout: self.mmds_timeout,
                 commands: &mut defaults.environment,
-                document: self.document,
-                strings: self.strings,
                 scratch,
             };
             let freezer = freezer(cgroups, proc);
@@ -374,7 +363,16 @@ impl Restore {
                     None => sys::close_others(&[log.pipe()]),
                 }
                 let freezer = freezer.as_ref().filter(|_| job.is_held);
-                steps::run(&mut job, arena, freezer, &mut report, &mut environment, log)
+                let room = &mut *room()?;
+                steps::run(
+                    &mut job,
+                    arena,
+                    room,
+                    freezer,
+                    &mut report,
+                    &mut environment,
+                    log,
+                )
             })
         })?;
         let kind = Kind::Restore {
