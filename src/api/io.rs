@@ -6,6 +6,8 @@ use crate::error::Error;
 use crate::sys::{Region, files};
 use core::fmt::Display;
 use core::ops::Range;
+use proto::arena::Arena;
+use proto::bodies::{self, Request};
 use proto::http::{Content, MAX_HEAD, Reply, ResponseHead, Status};
 use proto::json::Quoted;
 use proto::message;
@@ -248,6 +250,15 @@ impl From<Error> for CallError {
     fn from(error: Error) -> Self {
         Self::new(Status::InternalServerError, error)
     }
+}
+
+/// Reads a request's body, whose strings come to lie in `memory`.
+pub fn read_body<'a>(
+    body: &mut [u8],
+    memory: &'a mut [u8],
+    request: &mut dyn Request<'a>,
+) -> Result<(), CallError> {
+    bodies::decode(body, &mut Arena::new(memory), request).map_err(CallError::bad_request)
 }
 
 /// Why a call is refused.

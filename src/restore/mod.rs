@@ -8,7 +8,7 @@
 mod steps;
 mod triggers;
 
-use crate::api::{CallError, PendingCall, SnapshotCall, not_running};
+use crate::api::{CallError, PendingCall, SnapshotCall, not_running, read_body};
 use crate::boot::config_source::Source;
 use crate::boot::kernel_params::{KernelParams, Restore as Mode};
 use crate::context;
@@ -21,7 +21,7 @@ use crate::process::helper::{self, Helper, HelperLog};
 use crate::supervisor::Supervisor;
 use crate::sys::{self, Region};
 use core::fmt::Display;
-use proto::arena::{Arena, Strings};
+use proto::arena::Strings;
 use proto::bodies::{HoldRequest, ID};
 use proto::environment::ENV_BYTES;
 use proto::http::Status;
@@ -239,13 +239,12 @@ impl Restore {
     ) -> Result<(), CallError> {
         let Supervisor { api, context, .. } = supervisor;
         let body = api.body(key);
-        let (token, timeout, sync, hold) = context
-            .with_arena(|memory, _| {
-                let request = HoldRequest::decode(body, &mut Arena::new(memory))?;
-                let token = Token::try_from(request.token).unwrap_or_default();
-                Ok((token, request.timeout_ms, request.sync, request.hold_ms))
-            })
-            .map_err(|error: Message| CallError::bad_request(error))?;
+        let (token, timeout, sync, hold) = context.with_arena(|memory, _| {
+            let mut request = HoldRequest::default();
+            read_body(body, memory, &mut request)?;
+            let token = Token::try_from(request.token).unwrap_or_default();
+            Ok::<_, CallError>((token, request.timeout_ms, request.sync, request.hold_ms))
+        })?;
         match &self.hold {
             Some(hold) if hold.token == token => {
                 if call == SnapshotCall::Cancel {

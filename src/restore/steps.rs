@@ -1,6 +1,6 @@
 //! What makes a VM that was restored a new one, step by step, in a helper: disks and MMDS may wait.
 
-use crate::api::CallError;
+use crate::api::{CallError, read_body};
 use crate::boot::config_source::{self, Answer, Source};
 use crate::boot::{check, etc_files, network};
 use crate::context;
@@ -16,7 +16,6 @@ use crate::volumes;
 use core::ffi::CStr;
 use core::fmt::Write;
 use core::sync::atomic::{AtomicU8, Ordering};
-use proto::arena::Arena;
 use proto::bodies::RestoreRequest;
 use proto::config::{Config, DOCUMENT};
 use proto::digest::decode_base64;
@@ -156,9 +155,7 @@ pub fn run(
     let mut request =
         PageBox::new(RestoreRequest::new).map_err(context!("make room for the call"))?;
     if job.call.is_some() {
-        request
-            .decode(job.body, &mut Arena::new(arena))
-            .map_err(CallError::bad_request)?;
+        read_body(job.body, arena, &mut *request)?;
         let is_right = match job.is_held || !request.token.is_empty() {
             true => job.token == Some(request.token),
             false => true,
