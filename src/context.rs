@@ -5,13 +5,12 @@ use crate::error::{Error, Result};
 use crate::output_log::OutputLog;
 use crate::sys::epoll::Poller;
 use crate::sys::{self, Region};
+use core::fmt::{self, Display};
 use proto::config::{ADDRESSES, DOCUMENT, PATH};
 #[cfg(feature = "snapshot")]
 use proto::config::{Digest, MEMBERS};
 use proto::environment::Environment;
 use proto::json::Quoted;
-use proto::message;
-use proto::message::Message;
 use proto::rlimit::Rlimits;
 use proto::signal::Signal;
 use proto::slab::Key;
@@ -101,19 +100,17 @@ pub struct Exit {
     pub error: Option<Error>,
 }
 
-impl Exit {
-    /// `{"code":N,"oom_killed":bool}`, and the error if there is one.
-    pub fn json(&self) -> Message {
+/// `{"code":N,"oom_killed":bool}`, and the error if there is one.
+impl Display for Exit {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
             code, oom_killed, ..
         } = self;
-        match &self.error {
-            None => message!("{{\"code\":{code},\"oom_killed\":{oom_killed}}}"),
-            Some(error) => message!(
-                "{{\"code\":{code},\"oom_killed\":{oom_killed},\"error\":{}}}",
-                Quoted(error)
-            ),
+        write!(formatter, "{{\"code\":{code},\"oom_killed\":{oom_killed}")?;
+        if let Some(error) = &self.error {
+            write!(formatter, ",\"error\":{}", Quoted(error))?;
         }
+        formatter.write_str("}")
     }
 }
 

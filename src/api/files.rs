@@ -378,10 +378,10 @@ fn file_head(reply: Reply, length: u64, status: &Stat) -> ResponseHead {
     let media_type = "application/octet-stream";
     let mut head = ResponseHead::with_type(Status::Ok, reply.close(), content, media_type);
     let mode = status.st_mode & 0o7777;
-    head.header("File-Mode", format_args!("{mode:04o}"));
+    head.header("File-Mode", &format_args!("{mode:04o}"));
     let (uid, gid) = (status.st_uid, status.st_gid);
-    head.header("File-Owner", format_args!("{uid}:{gid}"));
-    head.header("File-Mtime", u64::try_from(status.st_mtime).unwrap_or(0));
+    head.header("File-Owner", &format_args!("{uid}:{gid}"));
+    head.header("File-Mtime", &u64::try_from(status.st_mtime).unwrap_or(0));
     head
 }
 

@@ -220,6 +220,11 @@ impl Io {
         sent
     }
 
+    /// Queues a whole JSON response that a message has room for.
+    pub fn respond_with_text(&mut self, reply: Reply, status: Status, body: &dyn Display) {
+        self.respond(reply, status, message!("{body}").as_bytes());
+    }
+
     /// Queues a whole JSON response.
     pub fn respond(&mut self, reply: Reply, status: Status, body: &[u8]) {
         let head = ResponseHead::new(status, reply, Content::Length(body.len() as u64));

@@ -434,12 +434,17 @@ impl Session {
 }
 
 /// `{"Exit":{"code":N|null,"signal":N|null}}`
-pub fn exit_message(status: WaitStatus) -> Message {
-    message!(
-        "{{\"Exit\":{{\"code\":{},\"signal\":{}}}}}",
-        OrNull(status.exit_status()),
-        OrNull(status.terminating_signal())
-    )
+pub struct ExitMessage(pub WaitStatus);
+
+impl Display for ExitMessage {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let code = OrNull(self.0.exit_status());
+        let signal = OrNull(self.0.terminating_signal());
+        write!(
+            formatter,
+            "{{\"Exit\":{{\"code\":{code},\"signal\":{signal}}}}}"
+        )
+    }
 }
 
 impl SessionStreams {
