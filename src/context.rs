@@ -6,9 +6,9 @@ use crate::output_log::OutputLog;
 use crate::sys::epoll::Poller;
 use crate::sys::{self, Region};
 use core::fmt::{self, Display};
-use proto::config::{ADDRESSES, DOCUMENT, PATH};
 #[cfg(feature = "snapshot")]
-use proto::config::{Digest, MEMBERS};
+use proto::config::MEMBERS;
+use proto::config::{ADDRESSES, DOCUMENT, PATH};
 use proto::environment::Environment;
 use proto::json::Quoted;
 use proto::rlimit::Rlimits;
@@ -210,8 +210,8 @@ pub type Interfaces = heapless::Vec<u32, ADDRESSES>;
 #[cfg(feature = "snapshot")]
 #[derive(Clone)]
 pub struct InForce {
-    /// Its members.
-    pub digests: [Digest; MEMBERS],
+    /// The digests of its members.
+    pub digests: [u64; MEMBERS.len()],
     /// What tells the workload of a restore.
     pub restore_signal: Option<Signal>,
     /// The interfaces that have its addresses.
@@ -298,7 +298,7 @@ impl Context {
                 deadline: NEVER,
                 devices: [None, None],
                 in_force: InForce {
-                    digests: [("", 0); MEMBERS],
+                    digests: [0; MEMBERS.len()],
                     restore_signal: None,
                     interfaces: Interfaces::new(),
                     is_from_mmds: false,

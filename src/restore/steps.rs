@@ -17,7 +17,7 @@ use core::ffi::CStr;
 use core::fmt::Write;
 use core::sync::atomic::{AtomicU8, Ordering};
 use proto::bodies::RestoreRequest;
-use proto::config::{Config, DOCUMENT};
+use proto::config::{Config, DOCUMENT, MEMBERS};
 use proto::digest::decode_base64;
 use proto::environment::Environment;
 use proto::http::Status;
@@ -251,7 +251,8 @@ fn apply(
     config.check()?;
     let digests = config.digests();
     let mut is_environment_changed = false;
-    for ((name, new), (_, old)) in digests.iter().zip(&report.in_force.digests) {
+    let compared = digests.iter().zip(&report.in_force.digests);
+    for (name, (new, old)) in MEMBERS.iter().zip(compared) {
         if new != old {
             let separator = if changed.is_empty() { "" } else { "," };
             // Writing to a message never fails.
