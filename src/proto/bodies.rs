@@ -282,9 +282,9 @@ fn check_token(token: &str) -> Result<(), Message> {
     }
 }
 
-/// `POST /v1/restore`; as large as a [`Config`].
-#[derive(Clone, Debug, Default)]
-pub struct RestoreRequest<'a> {
+/// `POST /v1/restore`.
+#[derive(Debug)]
+pub struct RestoreRequest<'c, 'a> {
     /// That of the hold; empty is none.
     pub token: &'a str,
     /// The time in microseconds since 1970.
@@ -294,10 +294,10 @@ pub struct RestoreRequest<'a> {
     /// Whether there is a configuration.
     pub has_config: bool,
     /// The new configuration.
-    pub config: Config<'a>,
+    pub config: &'c mut Config<'a>,
 }
 
-impl<'a> Object<'a> for RestoreRequest<'a> {
+impl<'a> Object<'a> for RestoreRequest<'_, 'a> {
     fn member(&mut self, name: &str) -> Place<'_, 'a> {
         match name {
             "token" => Place::Str(&mut self.token),
@@ -306,28 +306,28 @@ impl<'a> Object<'a> for RestoreRequest<'a> {
             "entropy" => Place::Str(&mut self.entropy),
             "config" => {
                 self.has_config = true;
-                Place::Object(&mut self.config)
+                Place::Object(self.config)
             }
             _ => Place::Unknown,
         }
     }
 }
 
-impl<'a> RestoreRequest<'a> {
-    /// An empty one.
-    pub const fn new() -> Self {
+impl<'c, 'a> RestoreRequest<'c, 'a> {
+    /// An empty one, which has this configuration.
+    pub const fn new(config: &'c mut Config<'a>) -> Self {
         Self {
             token: "",
             unix_us: None,
             entropy: "",
             has_config: false,
-            config: Config::new(),
+            config,
         }
     }
 }
 
 /// Its configuration is not checked.
-impl<'a> Request<'a> for RestoreRequest<'a> {
+impl<'a> Request<'a> for RestoreRequest<'_, 'a> {
     fn check(&self) -> Result<(), Message> {
         match self.token {
             "" => Ok(()),
@@ -561,7 +561,8 @@ mod tests {
         let decode = |body: &str, look: &dyn Fn(&RestoreRequest)| {
             let mut body = body.as_bytes().to_vec();
             let mut memory = vec![0; body.len()];
-            let mut request = RestoreRequest::new();
+            let mut config = Config::new();
+            let mut request = RestoreRequest::new(&mut config);
             let decoded = decode(&mut body, &mut Arena::new(&mut memory), &mut request);
             decoded.map_err(|why| why.as_str().to_owned())?;
             look(&request);

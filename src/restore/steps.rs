@@ -152,10 +152,10 @@ pub fn run(
     let random = random::open().map_err(context!("open /dev/urandom"))?;
     // The time and the names in it are this VM's alone: worth mixing in.
     files::write(&random, job.body).map_err(context!("mix the call into the random numbers"))?;
-    let mut request =
-        PageBox::new(RestoreRequest::new).map_err(context!("make room for the call"))?;
+    let mut config = config_source::empty()?;
+    let mut request = RestoreRequest::new(&mut config);
     if job.call.is_some() {
-        read_body(job.body, arena, &mut *request)?;
+        read_body(job.body, arena, &mut request)?;
         let is_right = match job.is_held || !request.token.is_empty() {
             true => job.token == Some(request.token),
             false => true,
@@ -183,7 +183,7 @@ pub fn run(
         false => fetch(job, document, strings, report, log)?,
     };
     let (source, config) = match &fetched {
-        _ if request.has_config => ("call", Some(&request.config)),
+        _ if request.has_config => ("call", Some(&*request.config)),
         Some(config) => ("mmds", Some(&**config)),
         None => ("none", None),
     };

@@ -549,6 +549,35 @@ fn request<'a, R: Request<'a> + Default>(
     Ok(request)
 }
 
+/// A [`RestoreRequest`], with its configuration.
+struct Restore<'a> {
+    token: &'a str,
+    unix_us: Option<u64>,
+    entropy: &'a str,
+    has_config: bool,
+    config: Box<Config<'a>>,
+}
+
+fn restore<'a>(body: &mut [u8], arena: &mut Arena<'a>) -> Result<Restore<'a>, Message> {
+    let mut config = Box::new(Config::new());
+    let mut request = RestoreRequest::new(&mut config);
+    decode(body, arena, &mut request)?;
+    let RestoreRequest {
+        token,
+        unix_us,
+        entropy,
+        has_config,
+        ..
+    } = request;
+    Ok(Restore {
+        token,
+        unix_us,
+        entropy,
+        has_config,
+        config,
+    })
+}
+
 fn config<'a>(document: &mut [u8], arena: &mut Arena<'a>) -> Result<Box<Config<'a>>, Message> {
     let mut config = Box::new(Config::new());
     config.decode(document, arena)?;
@@ -742,7 +771,7 @@ fuzz_target!(|data: &[u8]| {
         document,
         RESTORE,
         &mut memory,
-        request::<RestoreRequest>,
+        restore,
         |request, ours, theirs| {
             show!(
                 ours,
