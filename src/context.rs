@@ -1,16 +1,16 @@
 //! What all rooms share: the time, the workload's state, and buffers that have one owner.
 
-use crate::error::Error;
+use crate::context;
+use crate::error::{Error, Result};
 use crate::output_log::OutputLog;
-use crate::sys;
 use crate::sys::epoll::Poller;
-use proto::config::{ADDRESSES, DOCUMENT, PATH};
+use crate::sys::{self, Region};
+use core::fmt::{self, Display};
 #[cfg(feature = "snapshot")]
-use proto::config::{Digest, MEMBERS};
+use proto::config::MEMBERS;
+use proto::config::{ADDRESSES, DOCUMENT, PATH};
 use proto::environment::Environment;
 use proto::json::Quoted;
-use proto::message;
-use proto::message::Message;
 use proto::rlimit::Rlimits;
 use proto::signal::Signal;
 use proto::slab::Key;
@@ -27,6 +27,9 @@ pub const NEVER: u64 = u64::MAX;
 
 /// Room for a piece of a command's output on its way, or for a record of the kernel's log.
 pub const SINK: usize = 16 << 10;
+
+/// Room for the strings of a request: as much as a request is long.
+pub const ARENA: usize = 160 << 10;
 
 /// Where an event comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,19 +100,17 @@ pub struct Exit {
     pub error: Option<Error>,
 }
 
-impl Exit {
-    /// `{"code":N,"oom_killed":bool}`, and the error if there is one.
-    pub fn json(&self) -> Message {
+/// `{"code":N,"oom_killed":bool}`, and the error if there is one.
+impl Display for Exit {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
             code, oom_killed, ..
         } = self;
-        match &self.error {
-            None => message!("{{\"code\":{code},\"oom_killed\":{oom_killed}}}"),
-            Some(error) => message!(
-                "{{\"code\":{code},\"oom_killed\":{oom_killed},\"error\":{}}}",
-                Quoted(error)
-            ),
+        write!(formatter, "{{\"code\":{code},\"oom_killed\":{oom_killed}")?;
+        if let Some(error) = &self.error {
+            write!(formatter, ",\"error\":{}", Quoted(error))?;
         }
+        formatter.write_str("}")
     }
 }
 
@@ -209,8 +210,8 @@ pub type Interfaces = heapless::Vec<u32, ADDRESSES>;
 #[cfg(feature = "snapshot")]
 #[derive(Clone)]
 pub struct InForce {
-    /// Its members.
-    pub digests: [Digest; MEMBERS],
+    /// The digests of its members.
+    pub digests: [u64; MEMBERS.len()],
     /// What tells the workload of a restore.
     pub restore_signal: Option<Signal>,
     /// The interfaces that have its addresses.
@@ -221,12 +222,15 @@ pub struct InForce {
 
 /// Large buffers, each with one use.
 pub struct Buffers {
-    /// Files being read, by whoever reads one.
-    pub scratch: [u8; 2 * DOCUMENT],
-    /// The strings of the document, or of a request, being looked at.
-    pub arena: [u8; DOCUMENT],
+    /// The strings of the request being looked at.
+    pub arena: [u8; ARENA],
     /// What is read to be looked at once.
     pub sink: [u8; SINK],
+}
+
+/// Room for two files, or for a document and its strings.
+pub fn room() -> Result<Region> {
+    Region::new(2 * DOCUMENT).map_err(context!("allocate memory"))
 }
 
 /// What the supervisor and the API share.
@@ -237,8 +241,8 @@ pub struct Context {
     pub workload: Workload,
     /// What commands have of it.
     pub defaults: &'static mut CommandDefaults,
-    /// See [`Buffers`].
-    pub scratch: &'static mut [u8; 2 * DOCUMENT],
+    /// Files being read, by whoever reads one: in a child, once the workload runs.
+    pub scratch: Region,
     /// See [`Buffers`].
     pub sink: &'static mut [u8; SINK],
     arena: &'static mut [u8],
@@ -267,13 +271,14 @@ impl Context {
         poller: Poller,
         defaults: &'static mut CommandDefaults,
         buffers: &'static mut Buffers,
+        scratch: Region,
         proc: OwnedFd,
     ) -> Self {
         Self {
             now: sys::milliseconds(),
             workload: Workload::default(),
             defaults,
-            scratch: &mut buffers.scratch,
+            scratch,
             sink: &mut buffers.sink,
             arena: &mut buffers.arena,
             output_log: OutputLog::none(),
@@ -293,7 +298,7 @@ impl Context {
                 deadline: NEVER,
                 devices: [None, None],
                 in_force: InForce {
-                    digests: [("", 0); MEMBERS],
+                    digests: [0; MEMBERS.len()],
                     restore_signal: None,
                     interfaces: Interfaces::new(),
                     is_from_mmds: false,

@@ -26,14 +26,13 @@ use crate::boot::check;
 use crate::boot::kernel_params::KernelParams;
 use crate::boot::mounts;
 use crate::console::Console;
-use crate::context::{Buffers, CommandDefaults, Context, SINK};
+use crate::context::{ARENA, Buffers, CommandDefaults, Context, SINK, room};
 use crate::error::Result;
 #[cfg(feature = "snapshot")]
 use crate::restore::Restore;
 use crate::supervisor::{Events, HANDLED, Supervisor};
 use crate::sys::epoll::{EventBuffer, NO_EVENTS, Poller};
 use crate::sys::{Static, Words};
-use proto::config::DOCUMENT;
 use rustix::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::Pid;
@@ -43,10 +42,6 @@ struct Memory {
     console: Console,
     api: Api,
     defaults: CommandDefaults,
-    /// The configuration document; given back when the workload runs.
-    document: [u8; DOCUMENT],
-    /// Its strings; given back likewise.
-    strings: [u8; DOCUMENT],
     buffers: Buffers,
     events: EventBuffer,
 }
@@ -55,11 +50,8 @@ static MEMORY: Static<Memory> = Static::new(Memory {
     console: Console::new(),
     api: Api::new(),
     defaults: CommandDefaults::new(),
-    document: [0; DOCUMENT],
-    strings: [0; DOCUMENT],
     buffers: Buffers {
-        scratch: [0; 2 * DOCUMENT],
-        arena: [0; DOCUMENT],
+        arena: [0; ARENA],
         sink: [0; SINK],
     },
     events: NO_EVENTS,
@@ -73,18 +65,7 @@ fn start(arguments: Words, environment: Words) -> ! {
         sys::exit(1);
     };
     if rustix::process::getpid() != Pid::INIT {
-        let Memory {
-            defaults,
-            document,
-            strings,
-            ..
-        } = memory;
-        sys::exit(check::run(
-            arguments,
-            &mut defaults.environment,
-            document,
-            strings,
-        ));
+        sys::exit(check::run(arguments, &mut memory.defaults.environment));
     }
     live(memory, &KernelParams::read(environment))
 }
@@ -95,16 +76,14 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
         console,
         api,
         defaults,
-        document,
-        strings,
         buffers,
         events,
     } = memory;
     sys::block_signals(HANDLED);
     let devices = mounts::devices().and_then(|()| open_standard_streams());
     console.open(params.level);
-    let started = devices.and_then(|()| Ok((event_loop(events)?, mounts::procfs()?)));
-    let ((poller, signals), proc) = match started {
+    let started = devices.and_then(|()| Ok((event_loop(events)?, mounts::procfs()?, room()?)));
+    let ((poller, signals), proc, scratch) = match started {
         Ok(started) => started,
         Err(error) => {
             console.error(&error);
@@ -113,14 +92,15 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     };
     // Ctrl-Alt-Del becomes a signal for us (reboot(2)).
     let _without = rustix::system::reboot(rustix::system::RebootCommand::CadOff);
-    let context = Context::new(poller, defaults, buffers, proc);
+    let context = Context::new(poller, defaults, buffers, scratch, proc);
     let mut supervisor = Supervisor::new(console, api, context, signals, params.linger);
     supervisor.events = Events::new(params.events_port);
     supervisor.set_output(params.output, params.output_log());
-    let booted = boot::run(&mut supervisor, params, document, strings);
-    sys::release(document);
-    sys::release(strings);
-    sys::release(supervisor.context.scratch);
+    let booted = room().and_then(|mut room| boot::run(&mut supervisor, params, &mut room));
+    // What the boot has used of it goes back, with the page tables; its children use it from now on.
+    if let Ok(room) = room() {
+        supervisor.context.scratch = room;
+    }
     sys::release_stack();
     if let Err(errno) = sys::lock_memory() {
         supervisor
@@ -128,7 +108,7 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
             .warn(&context!("lock the memory of PID 1")(errno));
     }
     #[cfg(feature = "snapshot")]
-    let mut restore = Restore::new(params, document, strings);
+    let mut restore = Restore::new(params);
     match booted {
         Ok(()) => {
             #[cfg(feature = "snapshot")]

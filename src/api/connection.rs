@@ -10,7 +10,7 @@ use super::logs::{self, LogReader, LogsRequest};
 #[cfg(feature = "snapshot")]
 use super::routes::SnapshotCall;
 use super::routes::{Call, RouteError, route};
-use super::session::{self, Progress};
+use super::session::{ExitMessage, Progress};
 #[cfg(feature = "tunnel")]
 use super::tunnel::Tunnel;
 use super::{signals, stop};
@@ -20,6 +20,7 @@ use crate::error::Error;
 #[cfg(feature = "snapshot")]
 use crate::sys;
 use crate::sys::Region;
+use core::fmt::Display;
 use core::mem;
 use core::ops::Range;
 #[cfg(feature = "mounts")]
@@ -30,7 +31,6 @@ use proto::http::{
 };
 use proto::json::Quoted;
 use proto::message;
-use proto::message::Message;
 use proto::slab::Key;
 use proto::websocket::{CloseCode, CloseFrame, Decoder, Event, FrameHeader, Opcode};
 use rustix::event::epoll::EventFlags;
@@ -651,7 +651,7 @@ impl Connection {
                 let body = error_body(&"method not allowed");
                 let content = Content::Length(body.as_bytes().len() as u64);
                 let mut head = ResponseHead::new(Status::MethodNotAllowed, reply, content);
-                head.header("Allow", allow);
+                head.header("Allow", &allow);
                 self.io.respond_with(head, reply, body.as_bytes());
                 self.finish(reply, shared);
                 Ok(())
@@ -688,14 +688,6 @@ impl Connection {
                 self.enter(State::ExitCode(reply), shared);
                 return Ok(());
             }
-            Call::Exec => {
-                let mut start = |context: &mut Context| Exec::start(body, reply, context);
-                let key = shared
-                    .commands
-                    .start_exec(self.key, shared.context, &mut start)?;
-                self.enter(State::Exec(key), shared);
-                return Ok(());
-            }
             #[cfg(feature = "sessions")]
             Call::Sessions => {
                 let sink = &mut *shared.context.sink;
@@ -719,24 +711,6 @@ impl Connection {
                 };
                 let reader = LogReader::start(logs, reply, &mut self.io, shared.context)?;
                 self.enter(State::Logs(reader), shared);
-                return Ok(());
-            }
-            #[cfg(feature = "sysinfo")]
-            Call::Sysinfo => {
-                let mut start = |context: &mut Context| Exec::start_report(reply, context);
-                let key = shared
-                    .commands
-                    .start_exec(self.key, shared.context, &mut start)?;
-                self.enter(State::Exec(key), shared);
-                return Ok(());
-            }
-            #[cfg(feature = "mounts")]
-            Call::Mount => {
-                let mut start = |context: &mut Context| Exec::start_mount(body, reply, context);
-                let key = shared
-                    .commands
-                    .start_exec(self.key, shared.context, &mut start)?;
-                self.enter(State::Exec(key), shared);
                 return Ok(());
             }
             // Without a body it was started with its head.
@@ -769,6 +743,19 @@ impl Connection {
                 self.enter(State::AwaitingCommand(Decoder::default()), shared);
                 return Ok(());
             }
+            call => {
+                let mut start = |context: &mut Context| match call {
+                    #[cfg(feature = "sysinfo")]
+                    Call::Sysinfo => Exec::start_report(reply, context),
+                    #[cfg(feature = "mounts")]
+                    Call::Mount => Exec::start_mount(body, reply, context),
+                    _command => Exec::start(body, reply, context),
+                };
+                let commands = &mut *shared.commands;
+                let key = commands.start_exec(self.key, shared.context, &mut start)?;
+                self.enter(State::Exec(key), shared);
+                return Ok(());
+            }
         }
         self.io.respond(reply, Status::Ok, OK);
         self.finish(reply, shared);
@@ -797,10 +784,10 @@ impl Connection {
 
     /// Answers it.
     #[cfg(feature = "snapshot")]
-    pub fn answer_call(&mut self, status: Status, body: &Message, shared: &mut Shared) {
+    pub fn answer_call(&mut self, status: Status, body: &dyn Display, shared: &mut Shared) {
         if let State::Snapshot(PendingCall { length, reply, .. }) = self.state {
             self.io.discard(0..length);
-            self.io.respond(reply, status, body.as_bytes());
+            self.io.respond_with_text(reply, status, body);
             self.finish(reply, shared);
             self.proceed(shared);
         }
@@ -812,7 +799,7 @@ impl Connection {
             return Step::Wait;
         };
         self.carries_exit_code = !reply.head_only;
-        self.io.respond(reply, Status::Ok, exit.json().as_bytes());
+        self.io.respond_with_text(reply, Status::Ok, exit);
         self.finish(reply, shared);
         Step::Again
     }
@@ -864,8 +851,8 @@ impl Connection {
     /// Moves a session's bytes both ways.
     fn proceed_session(&mut self, key: Key, messages: &mut u32, shared: &mut Shared) -> Step {
         let Some(session) = shared.commands.session(key, self.key) else {
-            let frame = CloseFrame::new(CloseCode::GoingAway, "the session was taken or ended");
-            self.close_session(&frame, shared);
+            let reason = "the session was taken or ended";
+            self.close_session(CloseCode::GoingAway, reason, shared);
             return Step::Again;
         };
         match session.proceed(messages, &mut self.io) {
@@ -875,8 +862,7 @@ impl Connection {
             Progress::Ended(status) => match session.process.failure() {
                 Some(error) => self.fail_session(&error, shared),
                 None => {
-                    let message = session::exit_message(status);
-                    self.end_session(&message, CloseCode::Normal, "", shared);
+                    self.end_session(&ExitMessage(status), CloseCode::Normal, "", shared);
                 }
             },
         }
@@ -942,10 +928,12 @@ impl Connection {
                 self.io.queue(header.as_bytes());
                 self.io.queue_received(payload);
             }
-            (Event::Close(code), _) => self.close_session(&CloseFrame::echo(code), shared),
+            (Event::Close(code), _) => {
+                self.io.queue(CloseFrame::echo(code).as_bytes());
+                self.enter(State::Closing, shared);
+            }
             (Event::Error(error), _) => {
-                let frame = CloseFrame::new(error.close_code(), error.message());
-                self.close_session(&frame, shared);
+                self.close_session(error.close_code(), error.message(), shared);
             }
             (Event::Text(payload), State::AwaitingCommand(_)) => {
                 self.start_session(payload, shared);
@@ -991,32 +979,32 @@ impl Connection {
         if let Some(session) = shared.commands.session(key, self.key)
             && let Err(error) = session.take_control(message, shared.context)
         {
-            let frame = CloseFrame::new(CloseCode::PolicyViolation, error.as_str());
-            self.close_session(&frame, shared);
+            self.close_session(CloseCode::PolicyViolation, error.as_str(), shared);
         }
     }
 
-    /// The client closes, or must not go on.
-    fn close_session(&mut self, frame: &CloseFrame, shared: &mut Shared) {
-        self.io.queue(frame.as_bytes());
+    /// The client must not go on.
+    fn close_session(&mut self, code: CloseCode, reason: &str, shared: &mut Shared) {
+        self.io.queue(CloseFrame::new(code, reason).as_bytes());
         self.enter(State::Closing, shared);
     }
 
     /// A command cannot be started.
     fn fail_session(&mut self, error: &Error, shared: &mut Shared) {
         let reason = message!("{error}");
-        let message = message!("{{\"Error\":{{\"message\":{}}}}}", Quoted(error));
+        let message = format_args!("{{\"Error\":{{\"message\":{}}}}}", Quoted(error));
         self.end_session(&message, CloseCode::InternalError, reason.as_str(), shared);
     }
 
     /// The last message of a session, and the close frame.
     fn end_session(
         &mut self,
-        message: &Message,
+        message: &dyn Display,
         code: CloseCode,
         reason: &str,
         shared: &mut Shared,
     ) {
+        let message = message!("{message}");
         let header = FrameHeader::new(Opcode::Text, message.as_bytes().len());
         self.io.queue(header.as_bytes());
         self.io.queue(message.as_bytes());
@@ -1037,8 +1025,7 @@ impl Connection {
             }
             State::AwaitingCommand(_) if self.io.is_sent() => {
                 let reason = "no command came within 10 s";
-                let frame = CloseFrame::new(CloseCode::PolicyViolation, reason);
-                self.close_session(&frame, shared);
+                self.close_session(CloseCode::PolicyViolation, reason, shared);
             }
             #[cfg(feature = "tunnel")]
             State::Tunnel(tunnel) if !tunnel.is_connected() => {

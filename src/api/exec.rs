@@ -2,7 +2,7 @@
 
 #[cfg(feature = "mounts")]
 use super::io::OK;
-use super::io::{CallError, Io};
+use super::io::{self, CallError, Io};
 #[cfg(feature = "mounts")]
 use super::mounts::{self, Job};
 use super::process::{Channel, Process, Read, Spec, output_pipe};
@@ -16,10 +16,9 @@ use crate::process::exec::Streams;
 use crate::process::helper;
 use crate::sys::Region;
 use core::fmt::{self, Display};
-use proto::arena::Arena;
 use proto::bodies::ExecRequest;
 #[cfg(feature = "mounts")]
-use proto::bodies::MountRequest;
+use proto::config::Mount;
 #[cfg(feature = "mounts")]
 use proto::http::Target;
 use proto::http::{Content, Reply, ResponseHead, Status};
@@ -83,8 +82,8 @@ impl Exec {
     /// Starts what the body of a request asks for.
     pub fn start(body: &mut [u8], reply: Reply, context: &mut Context) -> Result<Self, CallError> {
         context.with_arena(|memory, context| {
-            let request = ExecRequest::decode(body, &mut Arena::new(memory))
-                .map_err(CallError::bad_request)?;
+            let mut request = ExecRequest::default();
+            io::read_body(body, memory, &mut request)?;
             let spec = Spec {
                 argv: request.cmd,
                 env: request.env,
@@ -135,9 +134,9 @@ impl Exec {
         context: &mut Context,
     ) -> Result<Self, CallError> {
         context.with_arena(|memory, context| {
-            let request = MountRequest::decode(body, &mut Arena::new(memory))
-                .map_err(CallError::bad_request)?;
-            let job = Job::Mount(request.mount, context.workload.owner);
+            let mut volume = Mount::default();
+            io::read_body(body, memory, &mut volume)?;
+            let job = Job::Mount(volume, context.workload.owner);
             Self::spawn_mount(&job, reply, &context.proc, context.now)
         })
     }

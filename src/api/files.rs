@@ -15,7 +15,7 @@ use core::cell::Cell;
 use core::ffi::CStr;
 use core::fmt::{self, Display};
 use core::time::Duration;
-use proto::config::{DOCUMENT, PATH};
+use proto::config::PATH;
 use proto::http::{
     self, BodyDecoder, Content, DecodeError, Framing, Head, HeadParser, Method, Reply,
     RequestError, ResponseHead, Status, Target, decode_query,
@@ -107,13 +107,7 @@ impl Transfer {
 }
 
 /// In the child: does what the request asks for.
-fn serve(
-    client: &Client,
-    head: &[u8],
-    body: &mut [u8],
-    proc: &OwnedFd,
-    scratch: &mut [u8; 2 * DOCUMENT],
-) {
+fn serve(client: &Client, head: &[u8], body: &mut [u8], proc: &OwnedFd, scratch: &mut [u8]) {
     let Ok(Some(head)) = HeadParser::default().parse(head) else {
         return;
     };
@@ -243,7 +237,7 @@ fn read_mode(target: &Target) -> Result<Mode, Failure> {
 }
 
 /// The parameter `user`, as a command's: its ids in the root's files.
-fn read_user(target: &Target, scratch: &mut [u8; 2 * DOCUMENT]) -> Result<(u32, u32), Failure> {
+fn read_user(target: &Target, scratch: &mut [u8]) -> Result<(u32, u32), Failure> {
     let Some(user) = target.parameter("user") else {
         return Ok((0, 0));
     };
@@ -384,10 +378,10 @@ fn file_head(reply: Reply, length: u64, status: &Stat) -> ResponseHead {
     let media_type = "application/octet-stream";
     let mut head = ResponseHead::with_type(Status::Ok, reply.close(), content, media_type);
     let mode = status.st_mode & 0o7777;
-    head.header("File-Mode", format_args!("{mode:04o}"));
+    head.header("File-Mode", &format_args!("{mode:04o}"));
     let (uid, gid) = (status.st_uid, status.st_gid);
-    head.header("File-Owner", format_args!("{uid}:{gid}"));
-    head.header("File-Mtime", u64::try_from(status.st_mtime).unwrap_or(0));
+    head.header("File-Owner", &format_args!("{uid}:{gid}"));
+    head.header("File-Mtime", &u64::try_from(status.st_mtime).unwrap_or(0));
     head
 }
 
@@ -422,7 +416,7 @@ fn put(
     head: &Head,
     path: &[u8; PATH],
     body: &mut [u8],
-    scratch: &mut [u8; 2 * DOCUMENT],
+    scratch: &mut [u8],
 ) -> Result<(), Failure> {
     let mode = read_mode(&head.target)?;
     let (uid, gid) = read_user(&head.target, scratch)?;

@@ -1,11 +1,13 @@
 //! A connection's socket and buffers.
 
-use crate::context::Context;
+use crate::context::{ARENA, Context};
 use crate::error;
 use crate::error::Error;
 use crate::sys::{Region, files};
 use core::fmt::Display;
 use core::ops::Range;
+use proto::arena::Arena;
+use proto::bodies::{self, Request};
 use proto::http::{Content, MAX_HEAD, Reply, ResponseHead, Status};
 use proto::json::Quoted;
 use proto::message;
@@ -18,7 +20,7 @@ use rustix::io::Errno;
 pub const MAX_BODY: usize = 128 << 10;
 /// Received bytes: a request's head, or its body, or a message, and the start of what follows.
 const INPUT: usize = MAX_BODY + MAX_HEAD + (4 << 10);
-const _: () = assert!(INPUT >= websocket::BUFFER);
+const _: () = assert!(INPUT >= websocket::BUFFER && INPUT <= ARENA);
 /// Most bytes taken from a connection at once, so that none takes all the time.
 const READ_AT_ONCE: usize = 16 << 10;
 /// Output in one message.
@@ -218,6 +220,11 @@ impl Io {
         sent
     }
 
+    /// Queues a whole JSON response that a message has room for.
+    pub fn respond_with_text(&mut self, reply: Reply, status: Status, body: &dyn Display) {
+        self.respond(reply, status, message!("{body}").as_bytes());
+    }
+
     /// Queues a whole JSON response.
     pub fn respond(&mut self, reply: Reply, status: Status, body: &[u8]) {
         let head = ResponseHead::new(status, reply, Content::Length(body.len() as u64));
@@ -248,6 +255,15 @@ impl From<Error> for CallError {
     fn from(error: Error) -> Self {
         Self::new(Status::InternalServerError, error)
     }
+}
+
+/// Reads a request's body, whose strings come to lie in `memory`.
+pub fn read_body<'a>(
+    body: &mut [u8],
+    memory: &'a mut [u8],
+    request: &mut dyn Request<'a>,
+) -> Result<(), CallError> {
+    bodies::decode(body, &mut Arena::new(memory), request).map_err(CallError::bad_request)
 }
 
 /// Why a call is refused.

@@ -83,7 +83,7 @@ impl LogReader {
         let cursor = log.seek(request.offset);
         let content = reply.stream();
         let mut head = ResponseHead::with_type(Status::Ok, reply, content, MEDIA_TYPE);
-        head.header("Log-Offset", cursor.offset());
+        head.header("Log-Offset", &cursor.offset());
         io.queue(head.finish().as_bytes());
         Ok(Self {
             cursor,

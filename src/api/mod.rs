@@ -29,7 +29,7 @@ mod tunnel;
 #[cfg(feature = "snapshot")]
 pub use {
     connection::PendingCall,
-    io::{CallError, not_running},
+    io::{CallError, not_running, read_body},
     routes::SnapshotCall,
 };
 

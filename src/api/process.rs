@@ -9,7 +9,6 @@ use crate::sys::signal::SIGKILL;
 use crate::sys::{self, files};
 use core::ffi::CStr;
 use proto::arena::Strings;
-use proto::config::DOCUMENT;
 use proto::slab::Key;
 use proto::users::Identity;
 use rustix::event::epoll::EventFlags;
@@ -144,7 +143,7 @@ fn exec_command(
     spec: &Spec,
     streams: &Streams,
     defaults: &mut CommandDefaults,
-    scratch: &mut [u8; 2 * DOCUMENT],
+    scratch: &mut [u8],
     log: &HelperLog,
 ) -> Result<Failure> {
     exec::enter_session(streams, spec.tty, log)?;

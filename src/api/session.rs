@@ -1,6 +1,6 @@
 //! `GET /v1/ws/exec`: a command whose streams are the messages of a WebSocket.
 
-use super::io::{CallError, Io};
+use super::io::{self, CallError, Io};
 use super::process::{Channel, Process, Read, Spec, input_pipe, output_pipe};
 use crate::context;
 use crate::context::{Context, Source};
@@ -12,7 +12,7 @@ use crate::sys::{self, Region, terminal};
 use core::fmt::{self, Display};
 use core::ops::Range;
 use proto::arena::Arena;
-use proto::bodies::{ID, SessionControl, SessionRequest, Stdin};
+use proto::bodies::{self, ID, SessionControl, SessionRequest, Stdin};
 use proto::http::Status;
 use proto::json::Quoted;
 use proto::message;
@@ -107,8 +107,8 @@ impl Session {
         context: &mut Context,
     ) -> Result<Request, CallError> {
         context.with_arena(|memory, context| {
-            let request = SessionRequest::decode(message, &mut Arena::new(memory))
-                .map_err(CallError::bad_request)?;
+            let mut request = SessionRequest::default();
+            io::read_body(message, memory, &mut request)?;
             let has_name = !request.id.is_empty() || !request.attach.is_empty();
             if has_name && cfg!(not(feature = "sessions")) {
                 let error = error!("there are no named sessions in this build");
@@ -267,8 +267,10 @@ impl Session {
         message: &mut [u8],
         context: &mut Context,
     ) -> Result<(), Message> {
-        let control = context
-            .with_arena(|memory, _| SessionControl::decode(message, &mut Arena::new(memory)))?;
+        let mut control = SessionControl::default();
+        context.with_arena(|memory, _| {
+            bodies::decode(message, &mut Arena::new(memory), &mut control)
+        })?;
         if let SessionStreams::Terminal { master, .. } = &self.streams {
             resize(master, control.cols, control.rows);
         }
@@ -432,12 +434,17 @@ impl Session {
 }
 
 /// `{"Exit":{"code":N|null,"signal":N|null}}`
-pub fn exit_message(status: WaitStatus) -> Message {
-    message!(
-        "{{\"Exit\":{{\"code\":{},\"signal\":{}}}}}",
-        OrNull(status.exit_status()),
-        OrNull(status.terminating_signal())
-    )
+pub struct ExitMessage(pub WaitStatus);
+
+impl Display for ExitMessage {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let code = OrNull(self.0.exit_status());
+        let signal = OrNull(self.0.terminating_signal());
+        write!(
+            formatter,
+            "{{\"Exit\":{{\"code\":{code},\"signal\":{signal}}}}}"
+        )
+    }
 }
 
 impl SessionStreams {

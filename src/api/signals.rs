@@ -5,16 +5,14 @@ use crate::context::Context;
 use crate::error;
 use crate::error::name;
 use crate::sys;
-use proto::arena::Arena;
 use proto::bodies::SignalRequest;
 use proto::http::Status;
 use rustix::io::Errno;
 
 /// Sends the signal that the body names.
 pub fn send(body: &mut [u8], context: &mut Context) -> Result<(), CallError> {
-    let request = context
-        .with_arena(|memory, _| SignalRequest::decode(body, &mut Arena::new(memory)))
-        .map_err(CallError::bad_request)?;
+    let mut request = SignalRequest::default();
+    context.with_arena(|memory, _| io::read_body(body, memory, &mut request))?;
     io::refuse_while_held(context)?;
     let sent = match context.workload.group {
         Some(group) => sys::kill_group(group, u32::from(request.signal)),

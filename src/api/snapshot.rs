@@ -5,7 +5,6 @@ use super::connection::{Connection, PendingCall};
 use super::{Api, Context};
 use core::fmt::Display;
 use proto::http::Status;
-use proto::message;
 use proto::slab::Key;
 
 impl Api {
@@ -30,9 +29,8 @@ impl Api {
 
     /// Answers it, unless its client is gone.
     pub fn answer(&mut self, key: Key, status: Status, body: &dyn Display, context: &mut Context) {
-        let body = message!("{body}");
         self.with(key, context, &mut |connection, shared| {
-            connection.answer_call(status, &body, shared);
+            connection.answer_call(status, body, shared);
         });
     }
 

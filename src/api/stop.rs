@@ -1,20 +1,17 @@
 //! `POST /v1/stop`: an orderly stop of the workload.
 
-use super::io::CallError;
+use super::io::{self, CallError};
 use crate::context::{Context, Stop};
 use crate::error;
-use proto::arena::Arena;
 use proto::bodies::StopRequest;
 use proto::http::Status;
 
 /// Has the workload stopped as the body says; an empty one says nothing special.
 pub fn stop(body: &mut [u8], context: &mut Context) -> Result<(), CallError> {
-    let request = match body.is_empty() {
-        true => StopRequest::default(),
-        false => context
-            .with_arena(|memory, _| StopRequest::decode(body, &mut Arena::new(memory)))
-            .map_err(CallError::bad_request)?,
-    };
+    let mut request = StopRequest::default();
+    if !body.is_empty() {
+        context.with_arena(|memory, _| io::read_body(body, memory, &mut request))?;
+    }
     if context.workload.exit.is_some() {
         let error = error!("the workload has ended");
         return Err(CallError::new(Status::Conflict, error));

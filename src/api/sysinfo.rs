@@ -18,12 +18,7 @@ use rustix::fs::OFlags;
 pub const TIMEOUT: u64 = 5_000;
 
 /// In the child: writes the answer; the exit code.
-pub fn run(
-    output: &OwnedFd,
-    proc: &OwnedFd,
-    scratch: &mut [u8; 2 * DOCUMENT],
-    log: &HelperLog,
-) -> i32 {
+pub fn run(output: &OwnedFd, proc: &OwnedFd, scratch: &mut [u8], log: &HelperLog) -> i32 {
     sys::close_others(&[output, proc, log.pipe()]);
     match write(output, proc, scratch) {
         Ok(()) => 0,
@@ -34,8 +29,8 @@ pub fn run(
     }
 }
 
-fn write(output: &OwnedFd, proc: &OwnedFd, scratch: &mut [u8; 2 * DOCUMENT]) -> Result {
-    let (input, text) = scratch.split_at_mut(DOCUMENT);
+fn write(output: &OwnedFd, proc: &OwnedFd, scratch: &mut [u8]) -> Result {
+    let (input, text) = scratch.split_at_mut_checked(DOCUMENT).unwrap_or_default();
     let mut text = Text {
         room: text,
         length: 0,

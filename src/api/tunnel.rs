@@ -245,7 +245,7 @@ fn socket(ip: IpAddr) -> Result<OwnedFd, Errno> {
 }
 
 fn bad_gateway(address: &SocketAddr, errno: Errno) -> CallError {
-    let (ip, port) = (address.ip(), address.port());
+    let (ip, port) = (address.ip(), u32::from(address.port()));
     let ip = address::Text(&ip);
     let error = match errno {
         Errno::ADDRNOTAVAIL => error!("{ip} is no address of the guest"),

@@ -1,13 +1,14 @@
 //! What the program does when it is not PID 1: it looks at a configuration.
 
 use crate::boot::config_source;
+use crate::context::room;
 use crate::error;
 use crate::error::Result;
 use crate::sys::files;
 use crate::sys::{self, Words};
 use core::ffi::CStr;
 use proto::address;
-use proto::config::{Config, Host};
+use proto::config::{Config, DOCUMENT, Host};
 use proto::environment::Environment;
 use proto::json::escape;
 use proto::message::{Message, ToLossy};
@@ -29,12 +30,7 @@ Kernel parameters:
 const VERSION: &str = concat!("pigeon-init ", env!("CARGO_PKG_VERSION"), "\n");
 
 /// Runs a command line; the answer is the exit code.
-pub fn run(
-    arguments: Words,
-    environment: &mut Environment,
-    document: &mut [u8],
-    memory: &mut [u8],
-) -> i32 {
+pub fn run(arguments: Words, environment: &mut Environment) -> i32 {
     let mut words = arguments.iter();
     let _program = words.next();
     let option = words.next().unwrap_or_default().to_bytes();
@@ -42,7 +38,7 @@ pub fn run(
     if let (Some(path), None) = (file, more)
         && option == b"--check"
     {
-        return match check(path, environment, document, memory) {
+        return match check(path, environment) {
             Ok(()) => 0,
             Err(why) => {
                 complain(message!("init: {}: {why}", path.lossy()));
@@ -61,14 +57,11 @@ pub fn run(
     print(answer.as_bytes())
 }
 
-fn check(
-    path: &CStr,
-    environment: &mut Environment,
-    document: &mut [u8],
-    memory: &mut [u8],
-) -> Result {
+fn check(path: &CStr, environment: &mut Environment) -> Result {
+    let mut room = room()?;
+    let (document, strings) = room.split_at_mut_checked(DOCUMENT).unwrap_or_default();
     let document = files::read_whole(path, document)?.ok_or_else(|| error!("no such file"))?;
-    let config = config_source::decode(document, memory)?;
+    let config = config_source::decode(document, strings)?;
     config.check()?;
     if !config.has_command() {
         return Err(error!("nothing to run"));

@@ -82,10 +82,14 @@ fn load_file(document: &mut [u8], memory: &mut [u8]) -> Result<Option<usize>> {
 
 /// Decodes a document; its strings come to lie in `memory`.
 pub fn decode<'a>(document: &mut [u8], memory: &'a mut [u8]) -> Result<PageBox<Config<'a>>> {
-    let mut config =
-        PageBox::new(Config::new).map_err(context!("make room for the configuration"))?;
+    let mut config = empty()?;
     config.decode(document, &mut Arena::new(memory))?;
     Ok(config)
+}
+
+/// A configuration in which all is absent.
+pub fn empty<'a>() -> Result<PageBox<Config<'a>>> {
+    PageBox::new(Config::new).map_err(context!("make room for the configuration"))
 }
 
 /// Why the service gave no configuration.

@@ -36,22 +36,17 @@ use rustix::process::{Resource, Rlimit};
 /// Open files a process may have.
 const OPEN_FILES: u64 = 10_240;
 
-/// Boots: devices and console are there already.
+/// Boots: devices and console are there already; `room` is for the document and its strings.
 ///
 /// In a frame of its own, which is given back with the stack.
 #[inline(never)]
-pub fn run(
-    supervisor: &mut Supervisor,
-    params: &KernelParams,
-    document: &mut [u8; DOCUMENT],
-    memory: &mut [u8],
-) -> Result {
+pub fn run(supervisor: &mut Supervisor, params: &KernelParams, room: &mut [u8]) -> Result {
     if let Some(refused) = &params.refused {
         supervisor.console.warn(refused);
     }
     mounts::sysfs()?;
     let expedited = mounts::ExpeditedRcu::on();
-    modules::load(supervisor.context.scratch, supervisor.console)?;
+    modules::load(&mut supervisor.context.scratch, supervisor.console)?;
     // Beside an answer from the network in a helper; beside the root mount alone here, a fork less.
     let fetches = params.source != Source::File && network::eth0_index().is_some();
     let cgroup_helper = match fetches {
@@ -64,10 +59,11 @@ pub fn run(
     mounts::mount_remaining(supervisor.console)?;
     supervisor.context.pts = files::open(c"/dev/pts", OFlags::PATH).ok();
 
+    let (document, strings) = room.split_at_mut_checked(DOCUMENT).unwrap_or_default();
     let (length, source) =
-        config_source::load(params.source, params.mmds_timeout, document, memory)?;
+        config_source::load(params.source, params.mmds_timeout, document, strings)?;
     let document = document.get_mut(..length).unwrap_or(&mut []);
-    let config = config_source::decode(document, memory)?;
+    let config = config_source::decode(document, strings)?;
     config
         .check()
         .map_err(|error| error!("configuration: {error}"))?;
@@ -75,7 +71,7 @@ pub fn run(
         .console
         .info(&"configuration loaded", &format_args!(" source={source}"));
 
-    let scratch = &mut *supervisor.context.scratch;
+    let scratch = &mut supervisor.context.scratch;
     let root = Helper::start(&mut |log| root::mount(&config, scratch, log))?;
     let log = &mut *supervisor.console;
     match cgroup_helper {
@@ -88,7 +84,11 @@ pub fn run(
 
     limit_open_files()?;
     let mut identity = Identity::default();
-    credentials::resolve(config.user(), supervisor.context.scratch, &mut identity)?;
+    credentials::resolve(
+        config.user(),
+        &mut supervisor.context.scratch,
+        &mut identity,
+    )?;
     supervisor.console.set_identity(identity.uid, identity.gid);
     supervisor.context.cgroups = cgroups::open(params.cgroups, &identity, supervisor.console);
     set_defaults(supervisor, &config, &identity)?;
@@ -127,7 +127,7 @@ pub fn run(
 fn prepare(supervisor: &mut Supervisor, config: &Config) -> Result {
     if !config.mounts.is_empty() || etc_files::are_configured(config) {
         let owner = supervisor.context.workload.owner;
-        let scratch = &mut *supervisor.context.scratch;
+        let scratch = &mut supervisor.context.scratch;
         let helper = Helper::start(&mut |log| {
             volumes::mount_all(config, owner, log)?;
             etc_files::write(config, scratch, log)
@@ -150,7 +150,7 @@ fn prepare(supervisor: &mut Supervisor, config: &Config) -> Result {
 /// The workload's environment and directory, which commands start with, too.
 fn set_defaults(supervisor: &mut Supervisor, config: &Config, identity: &Identity) -> Result {
     let mut root = Identity::default();
-    credentials::resolve("root", supervisor.context.scratch, &mut root)?;
+    credentials::resolve("root", &mut supervisor.context.scratch, &mut root)?;
     let defaults = &mut *supervisor.context.defaults;
     check::fill_environment(&mut defaults.environment, config)?;
     defaults.sets_home = defaults.environment.get(b"HOME=").is_some();

@@ -158,7 +158,7 @@ pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
 pub fn replace(config: &Config, before: &Interfaces) -> Result<Interfaces> {
     let mut interfaces =
         heapless::Vec::<u32, { 2 * ADDRESSES }>::from_slice(before).unwrap_or_default();
-    let mut wanted = heapless::Vec::<(Entry, bool), ADDRESSES>::new();
+    let mut wanted = heapless::Vec::<(Wanted, bool), ADDRESSES>::new();
     for Address {
         ip, prefix, device, ..
     } in config.addresses()
@@ -167,22 +167,24 @@ pub fn replace(config: &Config, before: &Interfaces) -> Result<Interfaces> {
         if !interfaces.contains(&index) {
             let _twice_as_many_fit = interfaces.push(index);
         }
-        let _fits = wanted.push((Entry::Address { index, ip, prefix }, false));
+        let _fits = wanted.push(((index, Some((ip, prefix))), false));
     }
-    let is_ours = |entry: &Entry| !entry.is_automatic() && interfaces.contains(&entry.index());
+    let is_ours = |entry: &Entry| !entry.is_automatic && interfaces.contains(&entry.index);
     let mut has_others = false;
     Channel::open()?.dump(&netlink::dump_addresses(), &mut |entry| {
         let mut is_wanted = false;
         for (one, is_there) in &mut wanted {
-            *is_there |= *one == entry;
-            is_wanted |= *one == entry;
+            let is_it = *one == (entry.index, entry.address);
+            *is_there |= is_it;
+            is_wanted |= is_it;
         }
         has_others |= is_ours(&entry) && !is_wanted;
     })?;
     if has_others || wanted.iter().any(|(_, is_there)| !is_there) {
         remove(&netlink::dump_routes(), "an old route", &is_ours)?;
         remove(&netlink::dump_addresses(), "an old address", &|entry| {
-            is_ours(entry) && !wanted.iter().any(|(one, _)| one == entry)
+            let one = (entry.index, entry.address);
+            is_ours(entry) && !wanted.iter().any(|(wanted, _)| *wanted == one)
         })?;
     }
     // What the device cannot do was said at the boot.
@@ -190,6 +192,10 @@ pub fn replace(config: &Config, before: &Interfaces) -> Result<Interfaces> {
     remove(&netlink::dump_neighbours(), "an old neighbour", &is_ours)?;
     Ok(interfaces)
 }
+
+/// An interface, an address of it, and that one's prefix length.
+#[cfg(feature = "snapshot")]
+type Wanted = (u32, Option<(IpAddr, u8)>);
 
 /// Deletes the entries of a dump that are picked.
 #[cfg(feature = "snapshot")]
@@ -200,17 +206,18 @@ fn remove(dump: &Request, what: &str, picks: &dyn Fn(&Entry) -> bool) -> Result 
     const PASSES: usize = 256;
     let channel = Channel::open()?;
     for _ in 0..PASSES {
-        let mut entries = heapless::Vec::<Entry, AT_ONCE>::new();
+        let mut requests = heapless::Vec::<Request, AT_ONCE>::new();
         let mut is_all = true;
         is_all &= channel.dump(dump, &mut |entry| {
             if picks(&entry) {
-                is_all &= entries.push(entry).is_ok();
+                let request = entry.delete();
+                is_all &= request.is_some_and(|request| requests.push(request).is_ok());
             }
         })?;
-        for entry in &entries {
+        for request in &requests {
             // It went with another one.
             let gone = [Errno::ADDRNOTAVAIL, Errno::SRCH, Errno::NOENT];
-            channel.request_unless(&entry.delete(), &gone, format_args!("remove {what}"))?;
+            channel.request_unless(request, &gone, format_args!("remove {what}"))?;
         }
         if is_all {
             return Ok(());

@@ -17,7 +17,7 @@ pub const PASSWD: &CStr = c"/etc/passwd";
 pub const GROUP: &CStr = c"/etc/group";
 
 /// Resolves a user from the files of the root.
-pub fn resolve(user: &str, scratch: &mut [u8; 2 * DOCUMENT], identity: &mut Identity) -> Result {
+pub fn resolve(user: &str, scratch: &mut [u8], identity: &mut Identity) -> Result {
     let (passwd, group) = scratch
         .split_at_mut_checked(DOCUMENT)
         .unwrap_or((&mut [], &mut []));

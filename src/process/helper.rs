@@ -21,11 +21,11 @@ pub const TIMEOUT: u64 = 30_000;
 const END: u8 = b'\0';
 
 /// What a record from a helper is; its first byte.
-const WARNING: char = 'w';
-const STEP: char = 's';
-const ERROR: char = 'e';
+const WARNING: u8 = b'w';
+const STEP: u8 = b's';
+const ERROR: u8 = b'e';
 #[cfg(feature = "snapshot")]
-const ANSWER: char = 'a';
+const ANSWER: u8 = b'a';
 
 /// A helper's way to tell its parent something.
 pub struct HelperLog(OwnedFd);
@@ -59,11 +59,12 @@ impl HelperLog {
 
     /// One write of less than PIPE_BUF bytes, so whole (pipe(7)). It does not block: of more than a
     /// pipe holds the end is lost.
-    fn send(&self, kind: char, message: &dyn Display) {
-        let text = message!("{kind}{message}");
-        let mut record = heapless::Vec::<u8, { MESSAGE + 1 }>::new();
-        let _fits = record.extend_from_slice(text.as_bytes());
-        let _fits = record.push(END);
+    fn send(&self, kind: u8, message: &dyn Display) {
+        let text = message!("{message}");
+        let mut record = heapless::Vec::<u8, { MESSAGE + 2 }>::new();
+        for part in &[&[kind], text.as_bytes(), &[END]] {
+            let _fits = record.extend_from_slice(part);
+        }
         let _parent_gone = files::write(&self.0, &record);
     }
 }
@@ -131,7 +132,7 @@ pub struct Lines {
 /// Reads what a child has sent; its warnings go to `warn`.
 pub fn read_lines(pipe: &OwnedFd, log: &mut dyn Log) -> Lines {
     let mut lines = Lines::default();
-    let mut line = heapless::Vec::<u8, MESSAGE>::new();
+    let mut line = heapless::Vec::<u8, { MESSAGE + 1 }>::new();
     let mut piece = [0; 512];
     while let Ok(count @ 1..) = files::read(pipe, &mut piece) {
         for &byte in piece.get(..count).unwrap_or(&[]) {
@@ -141,7 +142,7 @@ pub fn read_lines(pipe: &OwnedFd, log: &mut dyn Log) -> Lines {
             }
             if let Some((kind, text)) = line.split_first() {
                 let text = core::str::from_utf8(text).unwrap_or("?");
-                match char::from(*kind) {
+                match *kind {
                     ERROR if lines.error.is_none() => lines.error = Some(error!("{text}")),
                     STEP => lines.step = Some(error!("{text}")),
                     #[cfg(feature = "snapshot")]

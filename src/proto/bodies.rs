@@ -18,6 +18,24 @@ const CELLS: u64 = 65_535;
 /// Longest name of a session, and longest token, in bytes.
 pub const ID: usize = 64;
 
+/// What a body, or a text of a session, is decoded to.
+pub trait Request<'a>: Object<'a> {
+    /// Checks what the form does not show. The error names the field.
+    fn check(&self) -> Result<(), Message> {
+        Ok(())
+    }
+}
+
+/// Decodes a body into an empty request.
+pub fn decode<'a>(
+    body: &mut [u8],
+    arena: &mut Arena<'a>,
+    request: &mut dyn Request<'a>,
+) -> Result<(), Message> {
+    json::decode(body, arena, request)?;
+    request.check()
+}
+
 /// `POST /v1/signals`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SignalRequest {
@@ -34,15 +52,12 @@ impl<'a> Object<'a> for SignalRequest {
     }
 }
 
-impl SignalRequest {
-    /// Decodes a body.
-    pub fn decode(body: &mut [u8], arena: &mut Arena) -> Result<Self, Message> {
-        let mut request = Self::default();
-        json::decode(body, arena, &mut request)?;
-        if request.signal == 0 {
-            return Err(message!("signal: missing"));
+impl<'a> Request<'a> for SignalRequest {
+    fn check(&self) -> Result<(), Message> {
+        match self.signal {
+            0 => Err(message!("signal: missing")),
+            _ => Ok(()),
         }
-        Ok(request)
     }
 }
 
@@ -74,13 +89,9 @@ impl<'a> Object<'a> for ExecRequest<'a> {
     }
 }
 
-impl<'a> ExecRequest<'a> {
-    /// Decodes a body.
-    pub fn decode(body: &mut [u8], arena: &mut Arena<'a>) -> Result<Self, Message> {
-        let mut request = Self::default();
-        json::decode(body, arena, &mut request)?;
-        check_command("cmd", request.cmd)?;
-        Ok(request)
+impl<'a> Request<'a> for ExecRequest<'a> {
+    fn check(&self) -> Result<(), Message> {
+        check_command("cmd", self.cmd)
     }
 }
 
@@ -134,22 +145,20 @@ impl<'a> Object<'a> for SessionRequest<'a> {
     }
 }
 
-impl<'a> SessionRequest<'a> {
-    /// Decodes a text.
-    pub fn decode(text: &mut [u8], arena: &mut Arena<'a>) -> Result<Self, Message> {
-        let mut request = Self::default();
-        json::decode(text, arena, &mut request)?;
-        for (field, id) in [("id", request.id), ("attach", request.attach)] {
+impl<'a> Request<'a> for SessionRequest<'a> {
+    fn check(&self) -> Result<(), Message> {
+        for (field, id) in [("id", self.id), ("attach", self.attach)] {
             if !id.is_empty() {
                 check_id(field, id)?;
             }
         }
-        if request.attach.is_empty() {
-            check_command("command", request.command)?;
-        } else if !request.command.is_empty() || !request.id.is_empty() {
-            return Err(message!("attach: must be without command and id"));
+        if self.attach.is_empty() {
+            check_command("command", self.command)
+        } else if self.command.is_empty() && self.id.is_empty() {
+            Ok(())
+        } else {
+            Err(message!("attach: must be without command and id"))
         }
-        Ok(request)
     }
 }
 
@@ -204,14 +213,7 @@ impl<'a> Object<'a> for SessionControl {
     }
 }
 
-impl SessionControl {
-    /// Decodes a text.
-    pub fn decode(text: &mut [u8], arena: &mut Arena) -> Result<Self, Message> {
-        let mut control = Self::default();
-        json::decode(text, arena, &mut control)?;
-        Ok(control)
-    }
-}
+impl<'a> Request<'a> for SessionControl {}
 
 /// `POST /v1/stop`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -232,29 +234,12 @@ impl<'a> Object<'a> for StopRequest {
     }
 }
 
-impl StopRequest {
-    /// Decodes a body.
-    pub fn decode(body: &mut [u8], arena: &mut Arena) -> Result<Self, Message> {
-        let mut request = Self::default();
-        json::decode(body, arena, &mut request)?;
-        Ok(request)
-    }
-}
+impl<'a> Request<'a> for StopRequest {}
 
 /// `POST /v1/mounts`: an object as in the configuration's `Mounts`.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct MountRequest<'a> {
-    /// What is mounted, checked.
-    pub mount: Mount<'a>,
-}
-
-impl<'a> MountRequest<'a> {
-    /// Decodes a body.
-    pub fn decode(body: &mut [u8], arena: &mut Arena<'a>) -> Result<Self, Message> {
-        let mut request = Self::default();
-        json::decode(body, arena, &mut request.mount)?;
-        request.mount.check()?;
-        Ok(request)
+impl<'a> Request<'a> for Mount<'a> {
+    fn check(&self) -> Result<(), Message> {
+        Mount::check(self)
     }
 }
 
@@ -283,13 +268,9 @@ impl<'a> Object<'a> for HoldRequest<'a> {
     }
 }
 
-impl<'a> HoldRequest<'a> {
-    /// Decodes a body.
-    pub fn decode(body: &mut [u8], arena: &mut Arena<'a>) -> Result<Self, Message> {
-        let mut request = Self::default();
-        json::decode(body, arena, &mut request)?;
-        check_token(request.token)?;
-        Ok(request)
+impl<'a> Request<'a> for HoldRequest<'a> {
+    fn check(&self) -> Result<(), Message> {
+        check_token(self.token)
     }
 }
 
@@ -301,9 +282,9 @@ fn check_token(token: &str) -> Result<(), Message> {
     }
 }
 
-/// `POST /v1/restore`; as large as a [`Config`].
-#[derive(Clone, Debug, Default)]
-pub struct RestoreRequest<'a> {
+/// `POST /v1/restore`.
+#[derive(Debug)]
+pub struct RestoreRequest<'c, 'a> {
     /// That of the hold; empty is none.
     pub token: &'a str,
     /// The time in microseconds since 1970.
@@ -313,10 +294,10 @@ pub struct RestoreRequest<'a> {
     /// Whether there is a configuration.
     pub has_config: bool,
     /// The new configuration.
-    pub config: Config<'a>,
+    pub config: &'c mut Config<'a>,
 }
 
-impl<'a> Object<'a> for RestoreRequest<'a> {
+impl<'a> Object<'a> for RestoreRequest<'_, 'a> {
     fn member(&mut self, name: &str) -> Place<'_, 'a> {
         match name {
             "token" => Place::Str(&mut self.token),
@@ -325,32 +306,33 @@ impl<'a> Object<'a> for RestoreRequest<'a> {
             "entropy" => Place::Str(&mut self.entropy),
             "config" => {
                 self.has_config = true;
-                Place::Object(&mut self.config)
+                Place::Object(self.config)
             }
             _ => Place::Unknown,
         }
     }
 }
 
-impl<'a> RestoreRequest<'a> {
-    /// An empty one.
-    pub const fn new() -> Self {
+impl<'c, 'a> RestoreRequest<'c, 'a> {
+    /// An empty one, which has this configuration.
+    pub const fn new(config: &'c mut Config<'a>) -> Self {
         Self {
             token: "",
             unix_us: None,
             entropy: "",
             has_config: false,
-            config: Config::new(),
+            config,
         }
     }
+}
 
-    /// Decodes a body into a new one. Its configuration is not checked.
-    pub fn decode(&mut self, body: &mut [u8], arena: &mut Arena<'a>) -> Result<(), Message> {
-        json::decode(body, arena, self)?;
-        if !self.token.is_empty() {
-            check_token(self.token)?;
+/// Its configuration is not checked.
+impl<'a> Request<'a> for RestoreRequest<'_, 'a> {
+    fn check(&self) -> Result<(), Message> {
+        match self.token {
+            "" => Ok(()),
+            token => check_token(token),
         }
-        Ok(())
     }
 }
 
@@ -363,8 +345,12 @@ mod tests {
         ($request:ident, $body:expr, $look:expr) => {{
             let mut body = $body.as_bytes().to_vec();
             let mut memory = vec![0; body.len()];
-            let decoded = $request::decode(&mut body, &mut Arena::new(&mut memory));
-            decoded.map($look).map_err(|why| why.as_str().to_owned())
+            let mut request = $request::default();
+            let decoded = decode(&mut body, &mut Arena::new(&mut memory), &mut request);
+            decoded
+                .map(|()| request)
+                .map($look)
+                .map_err(|why| why.as_str().to_owned())
         }};
     }
 
@@ -523,9 +509,9 @@ mod tests {
     #[test]
     fn a_mount_is_checked_as_in_the_configuration() {
         let mount = |body: &str| {
-            decoded!(MountRequest, body, |request| (
-                request.mount.mount_path.to_owned(),
-                request.mount.read_only
+            decoded!(Mount, body, |request| (
+                request.mount_path.to_owned(),
+                request.read_only
             ))
         };
         assert_eq!(
@@ -575,8 +561,9 @@ mod tests {
         let decode = |body: &str, look: &dyn Fn(&RestoreRequest)| {
             let mut body = body.as_bytes().to_vec();
             let mut memory = vec![0; body.len()];
-            let mut request = RestoreRequest::new();
-            let decoded = request.decode(&mut body, &mut Arena::new(&mut memory));
+            let mut config = Config::new();
+            let mut request = RestoreRequest::new(&mut config);
+            let decoded = decode(&mut body, &mut Arena::new(&mut memory), &mut request);
             decoded.map_err(|why| why.as_str().to_owned())?;
             look(&request);
             Ok::<(), String>(())

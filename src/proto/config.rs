@@ -394,29 +394,29 @@ impl<'a> Config<'a> {
         pairs.filter_map(|pair| split_text_once(pair, b'='))
     }
 
-    /// A digest of each member, by which two documents can be compared when one of them is gone.
-    pub fn digests(&self) -> [Digest; MEMBERS] {
-        let members: [(&'static str, &dyn Digestible); MEMBERS] = [
-            ("ImageConfig", &self.image_config),
-            ("ExecOverride", &self.exec_override),
-            ("CmdOverride", &self.cmd_override),
-            ("UserOverride", &self.user_override),
-            ("ExtraEnv", &self.extra_env),
-            ("MTU", &self.mtu),
-            ("IPConfigs", &self.ip_configs),
-            ("Hostname", &self.hostname),
-            ("Mounts", &self.mounts),
-            ("RootDevice", &self.root_device),
-            ("RootReadOnly", &self.root_read_only),
-            ("RootOverlay", &self.root_overlay),
-            ("EtcResolv", &self.etc_resolv),
-            ("EtcHosts", &self.etc_hosts),
-            ("Rlimits", &self.rlimits),
-            ("Sysctls", &self.sysctls),
-            ("SeparateStderr", &self.separate_stderr),
-            ("RestoreSignal", &self.restore_signal),
-        ];
-        members.map(|(name, member)| (name, member.digest()))
+    /// A digest of each of the [`MEMBERS`], by which two documents can be compared when one of them is
+    /// gone.
+    pub fn digests(&self) -> [u64; MEMBERS.len()] {
+        [
+            digest(&self.image_config),
+            digest(&self.exec_override),
+            digest(&self.cmd_override),
+            digest(&self.user_override),
+            digest(&self.extra_env),
+            digest(&self.mtu),
+            digest(&self.ip_configs),
+            digest(&self.hostname),
+            digest(&self.mounts),
+            digest(&self.root_device),
+            digest(&self.root_read_only),
+            digest(&self.root_overlay),
+            digest(&self.etc_resolv),
+            digest(&self.etc_hosts),
+            digest(&self.rlimits),
+            digest(&self.sysctls),
+            digest(&self.separate_stderr),
+            digest(&self.restore_signal),
+        ]
     }
 
     /// Checks what the document's form does not show. The error names the field.
@@ -464,23 +464,32 @@ impl<'a> Config<'a> {
     }
 }
 
-/// How many members a document can have.
-pub const MEMBERS: usize = 18;
+/// The members that a document can have.
+pub const MEMBERS: [&str; 18] = [
+    "ImageConfig",
+    "ExecOverride",
+    "CmdOverride",
+    "UserOverride",
+    "ExtraEnv",
+    "MTU",
+    "IPConfigs",
+    "Hostname",
+    "Mounts",
+    "RootDevice",
+    "RootReadOnly",
+    "RootOverlay",
+    "EtcResolv",
+    "EtcHosts",
+    "Rlimits",
+    "Sysctls",
+    "SeparateStderr",
+    "RestoreSignal",
+];
 
-/// A member's name, and the digest of its value.
-pub type Digest = (&'static str, u64);
-
-/// A value with a digest.
-trait Digestible {
-    fn digest(&self) -> u64;
-}
-
-impl<T: Hash> Digestible for T {
-    fn digest(&self) -> u64 {
-        let mut hasher = Fnv1a(0xcbf2_9ce4_8422_2325);
-        self.hash(&mut hasher);
-        hasher.finish()
-    }
+fn digest(value: &impl Hash) -> u64 {
+    let mut hasher = Fnv1a(0xcbf2_9ce4_8422_2325);
+    value.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// FNV-1a, 64 bits (draft-eastlake-fnv).
@@ -804,7 +813,7 @@ mod tests {
             ("SeparateStderr", ["true", "true"]),
             ("RestoreSignal", ["10", r#""USR2""#]),
         ];
-        assert_eq!(absent.map(|(name, _)| name), members.map(|(name, _)| name));
+        assert_eq!(MEMBERS, members.map(|(name, _)| name));
         for (at, (name, values)) in members.iter().enumerate() {
             let seen = values.map(|value| digests(&format!(r#"{{"{name}":{value}}}"#)));
             for digests in seen {

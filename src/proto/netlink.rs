@@ -36,7 +36,6 @@ const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
 const RTM_GETROUTE: u16 = 26;
 const RTM_NEWNEIGH: u16 = 28;
-const RTM_DELNEIGH: u16 = 29;
 const RTM_GETNEIGH: u16 = 30;
 /// struct rtmsg: family, destination's prefix length, source's, tos, table, protocol, scope, type,
 /// flags (4).
@@ -52,7 +51,6 @@ const RTM_F_CLONED: u32 = 0x200;
 const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
-const RTA_PRIORITY: u16 = 6;
 
 // include/uapi/linux/if_link.h, if.h
 /// struct ifinfomsg: family, padding, type (2), index (4), flags (4), change mask (4).
@@ -71,7 +69,6 @@ const IFA_F_NODAD: u8 = 0x02;
 // include/uapi/linux/neighbour.h
 /// struct ndmsg: family, padding (3), index (4), state (2), flags, type.
 const NDMSG_LEN: usize = 12;
-const NDA_DST: u16 = 1;
 const NUD_NOARP: u16 = 0x40;
 
 // include/linux/socket.h
@@ -79,8 +76,9 @@ const AF_UNSPEC: u8 = 0;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
-/// The largest request, which deletes an IPv6 route, takes 84 bytes.
-const MAX_REQUEST: usize = 96;
+/// The largest request deletes an IPv6 route: of that the kernel tells addresses, numbers and metrics,
+/// some 200 bytes.
+const MAX_REQUEST: usize = 256;
 
 /// One request.
 #[derive(Clone, Debug)]
@@ -278,7 +276,7 @@ pub enum Reply<'a> {
     /// The answer to a request that is no dump, or why a dump is refused.
     Acknowledgement(Acknowledgement<'a>),
     /// One entry of a dump.
-    Entry(Entry),
+    Entry(Entry<'a>),
     /// A dump has ended, with an errno or 0.
     Done(i32),
     /// Something else, or an entry of a kind that is not looked for.
@@ -303,17 +301,13 @@ pub fn messages(received: &[u8]) -> impl Iterator<Item = Message<'_>> {
 impl<'a> Message<'a> {
     /// What it says.
     pub fn reply(&self) -> Reply<'a> {
-        let entry = match self.kind {
+        match self.kind {
             NLMSG_ERROR => {
-                return Acknowledgement::parse(self).map_or(Reply::Other, Reply::Acknowledgement);
+                Acknowledgement::parse(self).map_or(Reply::Other, Reply::Acknowledgement)
             }
-            NLMSG_DONE => return Reply::Done(errno(self.payload).unwrap_or(0)),
-            RTM_NEWADDR => Entry::address(self.payload),
-            RTM_NEWROUTE => Entry::route(self.payload),
-            RTM_NEWNEIGH => Entry::neighbour(self.payload),
-            _ => None,
-        };
-        entry.map_or(Reply::Other, Reply::Entry)
+            NLMSG_DONE => Reply::Done(errno(self.payload).unwrap_or(0)),
+            _ => Entry::parse(self).map_or(Reply::Other, Reply::Entry),
+        }
     }
 
     /// Whether something changed while the dump went on, so that it may lack entries: ask again.
@@ -360,151 +354,87 @@ pub fn acknowledgement(received: &[u8]) -> Option<Acknowledgement<'_>> {
         .find_map(|message| Acknowledgement::parse(&message))
 }
 
-/// An entry of a dump, with what is needed to delete it.
+/// An entry of a dump.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub enum Entry {
-    Address {
-        index: u32,
-        ip: IpAddr,
-        prefix: u8,
-    },
-    /// A unicast route in the main table, over one interface.
-    Route {
-        index: u32,
-        family: u8,
-        prefix: u8,
-        /// `None` for a default route.
-        destination: Option<IpAddr>,
-        gateway: Option<IpAddr>,
-        priority: Option<u32>,
-        protocol: u8,
-        scope: u8,
-    },
-    Neighbour {
-        index: u32,
-        ip: IpAddr,
-        state: u16,
-    },
+pub struct Entry<'a> {
+    /// The interface that it belongs to.
+    pub index: u32,
+    /// Of an address, itself and its prefix length.
+    pub address: Option<(IpAddr, u8)>,
+    /// The kernel made it by itself, and will make or drop it by itself: link-local IPv6 addresses,
+    /// routes that follow from addresses, neighbours that are never asked for.
+    pub is_automatic: bool,
+    message: Message<'a>,
 }
 
-impl Entry {
-    fn address(payload: &[u8]) -> Option<Self> {
-        let (body, attributes) = payload.split_at_checked(IFADDRMSG_LEN)?;
-        let [family, prefix, ..] = *body else {
-            return None;
-        };
-        // Of an address with a peer, IFA_ADDRESS is the peer's.
-        let ip = attribute(attributes, IFA_LOCAL).or_else(|| attribute(attributes, IFA_ADDRESS));
-        Some(Self::Address {
-            index: u32_at(body, 4)?,
-            ip: ip_address(family, ip?)?,
-            prefix,
-        })
-    }
-
-    fn route(payload: &[u8]) -> Option<Self> {
-        let (body, attributes) = payload.split_at_checked(RTMSG_LEN)?;
-        let [
-            family,
-            prefix,
-            _,
-            _,
-            RT_TABLE_MAIN,
-            protocol,
-            scope,
-            RTN_UNICAST,
-            ..,
-        ] = *body
-        else {
-            return None;
-        };
-        if !matches!(family, AF_INET | AF_INET6) || u32_at(body, 8)? & RTM_F_CLONED != 0 {
-            return None;
-        }
-        let ip = |kind| {
-            let bytes = attribute(attributes, kind)?;
-            ip_address(family, bytes)
-        };
-        Some(Self::Route {
-            index: u32_at(attribute(attributes, RTA_OIF)?, 0)?,
-            family,
-            prefix,
-            destination: ip(RTA_DST),
-            gateway: ip(RTA_GATEWAY),
-            priority: attribute(attributes, RTA_PRIORITY).and_then(|bytes| u32_at(bytes, 0)),
-            protocol,
-            scope,
-        })
-    }
-
-    fn neighbour(payload: &[u8]) -> Option<Self> {
-        let (body, attributes) = payload.split_at_checked(NDMSG_LEN)?;
-        Some(Self::Neighbour {
-            index: u32_at(body, 4)?,
-            ip: ip_address(*body.first()?, attribute(attributes, NDA_DST)?)?,
-            state: u16_at(body, 8)?,
-        })
-    }
-
-    /// The interface it belongs to.
-    pub fn index(&self) -> u32 {
-        match self {
-            Self::Address { index, .. }
-            | Self::Route { index, .. }
-            | Self::Neighbour { index, .. } => *index,
-        }
-    }
-
-    /// Whether the kernel made it by itself, and will make or drop it by itself: link-local IPv6
-    /// addresses, routes that follow from addresses, neighbours that are never asked for.
-    pub fn is_automatic(&self) -> bool {
-        match self {
-            Self::Address { ip, .. } => match ip {
-                IpAddr::V4(_) => false,
-                IpAddr::V6(ip) => ip.is_unicast_link_local(),
-            },
-            Self::Route { protocol, .. } => *protocol == RTPROT_KERNEL,
-            Self::Neighbour { state, .. } => state & NUD_NOARP != 0,
-        }
-    }
-
-    /// The request that deletes it. What went with another entry (secondary addresses with their
-    /// primary one, routes with their address) is answered with EADDRNOTAVAIL, ESRCH or ENOENT.
-    pub fn delete(&self) -> Request {
-        match self {
-            Self::Address { index, ip, prefix } => remove_address(*index, ip, *prefix),
-            Self::Route {
-                index,
-                family,
-                prefix,
-                destination,
-                gateway,
-                priority,
-                protocol,
-                scope,
-            } => {
-                let body = rtmsg(*family, *prefix, *protocol, *scope, 0);
-                let mut request = Request::new(RTM_DELROUTE, NLM_F_ACK, &body);
-                for (kind, ip) in [(RTA_DST, destination), (RTA_GATEWAY, gateway)] {
-                    if let Some(ip) = ip {
-                        request.address(kind, ip);
-                    }
-                }
-                if let Some(priority) = priority {
-                    request.number(RTA_PRIORITY, *priority);
-                }
-                request.number(RTA_OIF, *index);
-                request
+impl<'a> Entry<'a> {
+    /// What a message of a dump tells of; `None` when that is of a kind that is not looked for.
+    fn parse(message: &Message<'a>) -> Option<Self> {
+        let payload = message.payload;
+        let (index, address, is_automatic) = match message.kind {
+            RTM_NEWADDR => {
+                let (body, attributes) = payload.split_at_checked(IFADDRMSG_LEN)?;
+                let [family, prefix, ..] = *body else {
+                    return None;
+                };
+                // Of an address with a peer, IFA_ADDRESS is the peer's.
+                let ip =
+                    attribute(attributes, IFA_LOCAL).or_else(|| attribute(attributes, IFA_ADDRESS));
+                let ip = ip_address(family, ip?)?;
+                let is_link_local = match ip {
+                    IpAddr::V4(_) => false,
+                    IpAddr::V6(ip) => ip.is_unicast_link_local(),
+                };
+                (u32_at(body, 4)?, Some((ip, prefix)), is_link_local)
             }
-            Self::Neighbour { index, ip, .. } => {
-                let [a, b, c, d] = index.to_ne_bytes();
-                let body: [u8; NDMSG_LEN] = [family(ip), 0, 0, 0, a, b, c, d, 0, 0, 0, 0];
-                let mut request = Request::new(RTM_DELNEIGH, NLM_F_ACK, &body);
-                request.address(NDA_DST, ip);
-                request
+            // A unicast route in the main table, over one interface.
+            RTM_NEWROUTE => {
+                let (body, attributes) = payload.split_at_checked(RTMSG_LEN)?;
+                let [
+                    AF_INET | AF_INET6,
+                    _,
+                    _,
+                    _,
+                    RT_TABLE_MAIN,
+                    protocol,
+                    _,
+                    RTN_UNICAST,
+                    ..,
+                ] = *body
+                else {
+                    return None;
+                };
+                if u32_at(body, 8)? & RTM_F_CLONED != 0 {
+                    return None;
+                }
+                let index = u32_at(attribute(attributes, RTA_OIF)?, 0)?;
+                (index, None, protocol == RTPROT_KERNEL)
             }
-        }
+            RTM_NEWNEIGH => {
+                let body = payload.get(..NDMSG_LEN)?;
+                let [AF_INET | AF_INET6, ..] = *body else {
+                    return None;
+                };
+                (u32_at(body, 4)?, None, u16_at(body, 8)? & NUD_NOARP != 0)
+            }
+            _ => return None,
+        };
+        Some(Self {
+            index,
+            address,
+            is_automatic,
+            message: *message,
+        })
+    }
+
+    /// The request that deletes it: all that the kernel says of it, as in ip-route(8)'s flush. What went
+    /// with another entry (secondary addresses with their primary one, routes with their address) is
+    /// answered with EADDRNOTAVAIL, ESRCH or ENOENT. `None`: it is longer than any that the kernel has.
+    pub fn delete(&self) -> Option<Request> {
+        let Message { kind, payload, .. } = self.message;
+        let fits = payload.len() <= MAX_REQUEST - NLMSG_HDRLEN;
+        // RTM_DEL… follows RTM_NEW….
+        fits.then(|| Request::new(kind + 1, NLM_F_ACK, payload))
     }
 }
 
@@ -629,17 +559,18 @@ mod tests {
         let default = default_route(u32::MAX, &ip("fd00::1"), true);
         assert_eq!(default.as_bytes().len(), 16 + 12 + 20 + 8);
         assert!(add_address(1, &ip("fd00::1"), 128).as_bytes().len() <= MAX_REQUEST);
-        let route = Entry::Route {
-            index: 2,
-            family: AF_INET6,
-            prefix: 64,
-            destination: Some(ip("fd01::")),
-            gateway: Some(ip("fd00::1")),
-            priority: Some(1024),
-            protocol: RTPROT_BOOT,
-            scope: RT_SCOPE_UNIVERSE,
-        };
-        assert_eq!(route.delete().as_bytes().len(), 16 + 12 + 20 + 20 + 8 + 8);
+        let mut route = vec![0; MAX_REQUEST - NLMSG_HDRLEN];
+        route[..16].copy_from_slice(&[10, 64, 0, 0, 254, 3, 0, 1, 0, 0, 0, 0, 8, 0, 4, 0]);
+        for (more, fits) in [(0, true), (4, false)] {
+            route.resize(MAX_REQUEST - NLMSG_HDRLEN + more, 0);
+            let received = message(RTM_NEWROUTE, 2, &route);
+            let [entry] = &entries(&received)[..] else {
+                panic!("no route");
+            };
+            let deleted = entry.delete();
+            assert_eq!(deleted.is_some(), fits);
+            assert!(deleted.is_none_or(|request| request.as_bytes().len() == MAX_REQUEST));
+        }
     }
 
     #[test]
@@ -716,7 +647,7 @@ mod tests {
         bytes
     }
 
-    fn entries(received: &[u8]) -> Vec<Entry> {
+    fn entries(received: &[u8]) -> Vec<Entry<'_>> {
         let replies = messages(received).map(|message| message.reply());
         replies
             .filter_map(|reply| match reply {
@@ -724,6 +655,15 @@ mod tests {
                 _ => None,
             })
             .collect()
+    }
+
+    /// The request that deletes an entry: its type and flags, and what is behind the header.
+    fn deleted(entry: &Entry) -> Vec<u8> {
+        let request = entry.delete().unwrap();
+        let bytes = request.as_bytes();
+        assert_eq!(bytes[..4], (bytes.len() as u32).to_ne_bytes());
+        assert_eq!(bytes[8..16], [1, 0, 0, 0, 0, 0, 0, 0]);
+        [&bytes[4..8], &bytes[16..]].concat()
     }
 
     #[test]
@@ -748,20 +688,18 @@ mod tests {
         ]
         .concat();
         let found = entries(&received);
-        let address = |text: &str, prefix| Entry::Address {
-            index: 2,
-            ip: ip(text),
-            prefix,
-        };
-        assert_eq!(found, [address("10.0.0.2", 24), address("fe80::7", 64)]);
+        let seen: Vec<_> = found
+            .iter()
+            .map(|entry| (entry.index, entry.address.unwrap(), entry.is_automatic))
+            .collect();
         assert_eq!(
-            found.iter().map(Entry::is_automatic).collect::<Vec<_>>(),
-            [false, true]
+            seen,
+            [
+                (2, (ip("10.0.0.2"), 24), false),
+                (2, (ip("fe80::7"), 64), true)
+            ]
         );
-        assert_eq!(
-            found[0].delete().as_bytes(),
-            remove_address(2, &ip("10.0.0.2"), 24).as_bytes()
-        );
+        assert_eq!(deleted(&found[0]), [&[21, 0, 5, 0][..], &v4].concat());
         let last = messages(&received).last().unwrap();
         assert_eq!(
             (last.reply(), last.is_interrupted()),
@@ -799,17 +737,11 @@ mod tests {
         let found = entries(&received);
         let seen: Vec<_> = found
             .iter()
-            .map(|entry| (entry.index(), entry.is_automatic()))
+            .map(|entry| (entry.index, entry.is_automatic))
             .collect();
         assert_eq!(seen, [(2, false), (2, true), (3, false)]);
-        let deleted = [
-            44, 0, 0, 0, 25, 0, 5, 0, 1, 0, 0, 0, 0, 0, 0, 0, // nlmsghdr
-            2, 0, 0, 0, 254, 3, 0, 1, 0, 0, 0, 0, // rtmsg
-            8, 0, 5, 0, 10, 0, 0, 1, // RTA_GATEWAY
-            8, 0, 4, 0, 2, 0, 0, 0, // RTA_OIF
-        ];
-        assert_eq!(found[0].delete().as_bytes(), deleted);
-        assert_eq!(found[2].delete().as_bytes()[28..], metric[12..]);
+        assert_eq!(deleted(&found[0]), [&[25, 0, 5, 0][..], &default].concat());
+        assert_eq!(deleted(&found[2]), [&[25, 0, 5, 0][..], &metric].concat());
     }
 
     #[test]
@@ -823,16 +755,9 @@ mod tests {
         multicast[8] = 0x40;
         let received = [message(28, 2, &stale), message(28, 0x12, &multicast)].concat();
         let found = entries(&received);
-        assert_eq!(
-            found.iter().map(Entry::is_automatic).collect::<Vec<_>>(),
-            [false, true]
-        );
-        let deleted = [
-            36, 0, 0, 0, 29, 0, 5, 0, 1, 0, 0, 0, 0, 0, 0, 0, // nlmsghdr
-            2, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, // ndmsg
-            8, 0, 1, 0, 10, 0, 0, 1, // NDA_DST
-        ];
-        assert_eq!(found[0].delete().as_bytes(), deleted);
+        let seen: Vec<_> = found.iter().map(|entry| entry.is_automatic).collect();
+        assert_eq!(seen, [false, true]);
+        assert_eq!(deleted(&found[0]), [&[29, 0, 5, 0][..], &stale].concat());
         let interrupted: Vec<_> = messages(&received)
             .map(|message| message.is_interrupted())
             .collect();

@@ -43,34 +43,15 @@ pub enum IdentityError<'a> {
 
 impl Display for IdentityError<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::UnknownUser(name) => write!(formatter, "unknown user {}", name.lossy()),
-            Self::UnknownGroup(name) => write!(formatter, "unknown group {}", name.lossy()),
-            Self::UserId(id) => write!(
-                formatter,
-                "user id {} is not from 0 to {MAX_ID}",
-                id.lossy()
-            ),
-            Self::GroupId(id) => write!(
-                formatter,
-                "group id {} is not from 0 to {MAX_ID}",
-                id.lossy()
-            ),
-            Self::TooManyGroups(user) => {
-                write!(
-                    formatter,
-                    "user {} is in more than {MAX_GROUPS} groups",
-                    user.lossy()
-                )
-            }
-            Self::LongHome(user) => {
-                write!(
-                    formatter,
-                    "the home directory of {} is over {MAX_HOME} bytes",
-                    user.lossy()
-                )
-            }
-        }
+        let (before, name, after) = match self {
+            Self::UnknownUser(name) => ("unknown user ", name, ""),
+            Self::UnknownGroup(name) => ("unknown group ", name, ""),
+            Self::UserId(id) => ("user id ", id, " is not from 0 to 4294967294"),
+            Self::GroupId(id) => ("group id ", id, " is not from 0 to 4294967294"),
+            Self::TooManyGroups(user) => ("user ", user, " is in more than 256 groups"),
+            Self::LongHome(user) => ("the home directory of ", user, " is over 256 bytes"),
+        };
+        write!(formatter, "{before}{}{after}", name.lossy())
     }
 }
 

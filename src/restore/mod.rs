@@ -8,11 +8,11 @@
 mod steps;
 mod triggers;
 
-use crate::api::{CallError, PendingCall, SnapshotCall, not_running};
+use crate::api::{CallError, PendingCall, SnapshotCall, not_running, read_body};
 use crate::boot::config_source::Source;
 use crate::boot::kernel_params::{KernelParams, Restore as Mode};
 use crate::context;
-use crate::context::{Cgroups, Context, NEVER};
+use crate::context::{Cgroups, Context, NEVER, room};
 use crate::error;
 use crate::error::{Error, Log};
 use crate::page::PageBox;
@@ -21,7 +21,7 @@ use crate::process::helper::{self, Helper, HelperLog};
 use crate::supervisor::Supervisor;
 use crate::sys::{self, Region};
 use core::fmt::Display;
-use proto::arena::{Arena, Strings};
+use proto::arena::Strings;
 use proto::bodies::{HoldRequest, ID};
 use proto::environment::ENV_BYTES;
 use proto::http::Status;
@@ -49,9 +49,6 @@ pub struct Restore {
     mode: Mode,
     source: Source,
     mmds_timeout: u64,
-    /// Memory that the boot has left, for a restore's helper.
-    document: &'static mut [u8],
-    strings: &'static mut [u8],
     triggers: Triggers,
     hold: Option<Hold>,
     task: Option<Task>,
@@ -107,17 +104,11 @@ enum Kind {
 
 impl Restore {
     /// Nothing is held.
-    pub fn new(
-        params: &KernelParams,
-        document: &'static mut [u8],
-        strings: &'static mut [u8],
-    ) -> Self {
+    pub fn new(params: &KernelParams) -> Self {
         Self {
             mode: params.restore,
             source: params.source,
             mmds_timeout: params.mmds_timeout,
-            document,
-            strings,
             triggers: Triggers::default(),
             hold: None,
             task: None,
@@ -248,13 +239,12 @@ impl Restore {
     ) -> Result<(), CallError> {
         let Supervisor { api, context, .. } = supervisor;
         let body = api.body(key);
-        let (token, timeout, sync, hold) = context
-            .with_arena(|memory, _| {
-                let request = HoldRequest::decode(body, &mut Arena::new(memory))?;
-                let token = Token::try_from(request.token).unwrap_or_default();
-                Ok((token, request.timeout_ms, request.sync, request.hold_ms))
-            })
-            .map_err(|error: Message| CallError::bad_request(error))?;
+        let (token, timeout, sync, hold) = context.with_arena(|memory, _| {
+            let mut request = HoldRequest::default();
+            read_body(body, memory, &mut request)?;
+            let token = Token::try_from(request.token).unwrap_or_default();
+            Ok::<_, CallError>((token, request.timeout_ms, request.sync, request.hold_ms))
+        })?;
         match &self.hold {
             Some(hold) if hold.token == token => {
                 if call == SnapshotCall::Cancel {
@@ -363,8 +353,6 @@ impl Restore {
                 source: self.source,
                 mmds_timeout: self.mmds_timeout,
                 commands: &mut defaults.environment,
-                document: self.document,
-                strings: self.strings,
                 scratch,
             };
             let freezer = freezer(cgroups, proc);
@@ -374,7 +362,16 @@ impl Restore {
                     None => sys::close_others(&[log.pipe()]),
                 }
                 let freezer = freezer.as_ref().filter(|_| job.is_held);
-                steps::run(&mut job, arena, freezer, &mut report, &mut environment, log)
+                let room = &mut *room()?;
+                steps::run(
+                    &mut job,
+                    arena,
+                    room,
+                    freezer,
+                    &mut report,
+                    &mut environment,
+                    log,
+                )
             })
         })?;
         let kind = Kind::Restore {

@@ -1,6 +1,6 @@
 //! What makes a VM that was restored a new one, step by step, in a helper: disks and MMDS may wait.
 
-use crate::api::CallError;
+use crate::api::{CallError, read_body};
 use crate::boot::config_source::{self, Answer, Source};
 use crate::boot::{check, etc_files, network};
 use crate::context;
@@ -16,9 +16,8 @@ use crate::volumes;
 use core::ffi::CStr;
 use core::fmt::Write;
 use core::sync::atomic::{AtomicU8, Ordering};
-use proto::arena::Arena;
 use proto::bodies::RestoreRequest;
-use proto::config::{Config, DOCUMENT};
+use proto::config::{Config, DOCUMENT, MEMBERS};
 use proto::digest::decode_base64;
 use proto::environment::Environment;
 use proto::http::Status;
@@ -55,12 +54,8 @@ pub struct Job<'a> {
     pub mmds_timeout: u64,
     /// The environment of commands.
     pub commands: &'a mut Environment,
-    /// Room for a document.
-    pub document: &'a mut [u8],
-    /// Room for its strings.
-    pub strings: &'a mut [u8],
     /// Room for files.
-    pub scratch: &'a mut [u8; 2 * DOCUMENT],
+    pub scratch: &'a mut [u8],
 }
 
 /// A step of a restore: the README says what each does.
@@ -144,10 +139,11 @@ impl Report {
 }
 
 /// Restores, and thaws at the end; when it fails it can be done again. `arena` is for the strings of the
-/// call, `environment` for those of the new environment.
+/// call, `room` for a document and its strings, `environment` for those of the new environment.
 pub fn run(
     job: &mut Job,
     arena: &mut [u8],
+    room: &mut [u8],
     freezer: Option<&Freezer>,
     report: &mut Report,
     environment: &mut [u8],
@@ -156,12 +152,10 @@ pub fn run(
     let random = random::open().map_err(context!("open /dev/urandom"))?;
     // The time and the names in it are this VM's alone: worth mixing in.
     files::write(&random, job.body).map_err(context!("mix the call into the random numbers"))?;
-    let mut request =
-        PageBox::new(RestoreRequest::new).map_err(context!("make room for the call"))?;
+    let mut config = config_source::empty()?;
+    let mut request = RestoreRequest::new(&mut config);
     if job.call.is_some() {
-        request
-            .decode(job.body, &mut Arena::new(arena))
-            .map_err(CallError::bad_request)?;
+        read_body(job.body, arena, &mut request)?;
         let is_right = match job.is_held || !request.token.is_empty() {
             true => job.token == Some(request.token),
             false => true,
@@ -183,34 +177,20 @@ pub fn run(
     if job.was_cut_short {
         config_source::leave_service()?;
     }
-    let mut changed = Message::new();
-    let source = if request.has_config {
-        apply(
-            &request.config,
-            job.commands,
-            job.scratch,
-            report,
-            environment,
-            log,
-            &mut changed,
-        )?;
-        "call"
-    } else if let Some(length) = fetch(job, report, log)? {
-        let document = job.document.get_mut(..length).unwrap_or(&mut []);
-        let config = config_source::decode(document, job.strings)?;
-        apply(
-            &config,
-            job.commands,
-            job.scratch,
-            report,
-            environment,
-            log,
-            &mut changed,
-        )?;
-        "mmds"
-    } else {
-        "none"
+    let (document, strings) = room.split_at_mut_checked(DOCUMENT).unwrap_or_default();
+    let fetched = match request.has_config {
+        true => None,
+        false => fetch(job, document, strings, report, log)?,
     };
+    let (source, config) = match &fetched {
+        _ if request.has_config => ("call", Some(&*request.config)),
+        Some(config) => ("mmds", Some(&**config)),
+        None => ("none", None),
+    };
+    let mut changed = Message::new();
+    if let Some(config) = config {
+        apply(config, job, report, environment, log, &mut changed)?;
+    }
 
     report.step.set(Step::Generation);
     write_generation(job.generation)?;
@@ -228,16 +208,23 @@ pub fn run(
     Ok(())
 }
 
-/// The length of the document that MMDS gives, as at boot; `None` where the old one stays: MMDS is not
-/// asked, or has nothing for a VM that may go on without.
-fn fetch(job: &mut Job, report: &mut Report, log: &HelperLog) -> Result<Option<usize>> {
+/// The document that MMDS gives, as at boot; `None` where the old one stays: MMDS is not asked, or has
+/// nothing for a VM that may go on without.
+fn fetch<'a>(
+    job: &Job,
+    document: &mut [u8],
+    strings: &'a mut [u8],
+    report: &mut Report,
+    log: &HelperLog,
+) -> Result<Option<PageBox<Config<'a>>>> {
     if job.source == Source::File || network::eth0_index().is_none() {
         return Ok(None);
     }
-    match config_source::fetch(job.mmds_timeout, job.document, job.strings) {
+    match config_source::fetch(job.mmds_timeout, document, strings) {
         Ok(length) => {
             report.in_force.is_from_mmds = true;
-            Ok(Some(length))
+            let document = document.get_mut(..length).unwrap_or(&mut []);
+            config_source::decode(document, strings).map(Some)
         }
         Err(Answer::Wrong(error)) => Err(error!("MMDS: {error}")),
         Err(Answer::None(error)) if job.call.is_some() && report.in_force.is_from_mmds => {
@@ -255,8 +242,7 @@ fn fetch(job: &mut Job, report: &mut Report, log: &HelperLog) -> Result<Option<u
 /// Puts a document in force, but for what only a boot can change.
 fn apply(
     config: &Config,
-    commands: &mut Environment,
-    scratch: &mut [u8; 2 * DOCUMENT],
+    job: &mut Job,
     report: &mut Report,
     environment: &mut [u8],
     log: &HelperLog,
@@ -265,7 +251,8 @@ fn apply(
     config.check()?;
     let digests = config.digests();
     let mut is_environment_changed = false;
-    for ((name, new), (_, old)) in digests.iter().zip(&report.in_force.digests) {
+    let compared = digests.iter().zip(&report.in_force.digests);
+    for (name, (new, old)) in MEMBERS.iter().zip(compared) {
         if new != old {
             let separator = if changed.is_empty() { "" } else { "," };
             // Writing to a message never fails.
@@ -278,7 +265,7 @@ fn apply(
     etc_files::set_host_name(config)?;
 
     report.step.set(Step::Etc);
-    etc_files::write(config, scratch, log)?;
+    etc_files::write(config, job.scratch, log)?;
 
     report.step.set(Step::Network);
     let before = report.in_force.interfaces.clone();
@@ -287,13 +274,13 @@ fn apply(
     report.step.set(Step::Mounts);
     let mut identity = Identity::default();
     if is_environment_changed || !config.mounts.is_empty() {
-        credentials::resolve(config.user(), scratch, &mut identity)?;
+        credentials::resolve(config.user(), job.scratch, &mut identity)?;
     }
     volumes::mount_new(config, (identity.uid, identity.gid), log)?;
 
     report.step.set(Step::Environment);
     if is_environment_changed {
-        fill_environment(config, &identity, report, commands, environment)?;
+        fill_environment(config, &identity, report, job.commands, environment)?;
     }
     report.in_force.digests = digests;
     report.in_force.restore_signal = config.restore_signal;

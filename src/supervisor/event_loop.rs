@@ -71,7 +71,7 @@ impl Supervisor {
         if let Some(stop) = self.context.workload.stop.take() {
             self.stop_workload(stop);
         }
-        if self.exit_fields.is_some() {
+        if self.unlogged_exit.is_some() {
             self.finish_output();
         }
         while self.advance() {}

@@ -8,7 +8,6 @@ use crate::context::{Context, Exit, NEVER};
 use crate::error::Error;
 use crate::process::helper::Helper;
 use crate::sys;
-use proto::message::Message;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 
@@ -61,8 +60,8 @@ pub struct Supervisor {
     pub events: Events,
     /// The workload's standard output and error.
     pub(super) output: Output,
-    /// How the workload ended, as fields of a log line that stands behind its output.
-    pub(super) exit_fields: Option<Message>,
+    /// The exit code, and whether the OOM killer was it: for a log line behind the workload's output.
+    pub(super) unlogged_exit: Option<(i32, bool)>,
     pub(super) signals: OwnedFd,
     /// What is waited for of these.
     pub(super) signals_watched: EventFlags,
@@ -93,7 +92,7 @@ impl Supervisor {
             child: None,
             events: Events::new(None),
             output: Output::new(),
-            exit_fields: None,
+            unlogged_exit: None,
             signals,
             signals_watched: EventFlags::empty(),
             kernel_log: None,

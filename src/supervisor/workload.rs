@@ -14,7 +14,6 @@ use crate::supervisor::output::Copied;
 use crate::sys::files;
 use crate::sys::signal::SIGKILL;
 use proto::environment::Environment;
-use proto::message;
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::process::WaitStatus;
@@ -84,7 +83,7 @@ impl Supervisor {
             Some(code) => code,
             None => KILLED + signal.unwrap_or(0),
         };
-        self.exit_fields = Some(message!(" exit_code={code} oom_killed={oom_killed}"));
+        self.unlogged_exit = Some((code, oom_killed));
         self.finish_output();
         self.context.workload.group = None;
         self.ended(Exit {
@@ -107,8 +106,9 @@ impl Supervisor {
         self.api.on_output(&mut self.context);
         if copied == Copied::All
             && self.console.has_room()
-            && let Some(fields) = self.exit_fields.take()
+            && let Some((code, oom_killed)) = self.unlogged_exit.take()
         {
+            let fields = format_args!(" exit_code={code} oom_killed={oom_killed}");
             self.console.info(&"workload exited", &fields);
         }
         copied == Copied::Some

@@ -40,24 +40,6 @@ pub fn lock_memory() -> Result<()> {
     rustix::mm::mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT)
 }
 
-/// Gives the pages of a buffer that is no longer needed back (MADV_DONTNEED); its bytes are zero
-/// then.
-pub fn release(buffer: &mut [u8]) {
-    // Whole pages of the largest size there is are whole pages of the kernel's.
-    let skipped = buffer.as_ptr().align_offset(PAGE);
-    let Some(pages) = buffer.get_mut(skipped..) else {
-        return;
-    };
-    let length = pages.len() / PAGE * PAGE;
-    let start = pages.as_mut_ptr().cast();
-    // SAFETY: whole pages inside a buffer that is borrowed exclusively; zeros are valid bytes. Locked
-    // pages are not given back (madvise(2)).
-    let _advice = unsafe {
-        rustix::mm::munlock(start, length)
-            .and_then(|()| rustix::mm::madvise(start, length, Advice::LinuxDontNeed))
-    };
-}
-
 /// Gives the stack back that deeper calls have used: boot goes deep, serving does not.
 ///
 /// In a frame of its own: what is alive in its caller's lies above.

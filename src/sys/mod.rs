@@ -27,7 +27,7 @@ pub use clock::{PAUSED, Stopwatch, milliseconds, sleep};
 #[cfg(feature = "snapshot")]
 pub use clock::{device_time, microseconds, real_time, set_real_time};
 pub use files::c_str;
-pub use memory::{Region, Static, lock_memory, release, release_stack};
+pub use memory::{Region, Static, lock_memory, release_stack};
 pub use process::{
     Fork, close_others, execve, exit, fork, has_hung_up, is_readable, kill_all, kill_group,
     kill_rest_of_group, set_streams, standard_streams,

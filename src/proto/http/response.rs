@@ -2,7 +2,7 @@
 
 use super::status::Status;
 use crate::message;
-use crate::message::Message;
+use crate::message::{Message, ToLossy};
 use core::fmt::{self, Display, Write};
 
 /// The interim response to `Expect: 100-continue`.
@@ -10,6 +10,9 @@ pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
 /// Ends a chunked body.
 pub const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
+
+/// What both answers to a WebSocket handshake say.
+const UPGRADE: &str = "Upgrade: websocket\r\nConnection: Upgrade\r\n";
 
 /// `Sec-WebSocket-Accept` for a handshake's key (RFC 6455 section 4.2.2).
 pub type Accept = [u8; 28];
@@ -90,22 +93,21 @@ impl ResponseHead {
             status.reason()
         ));
         if content != Content::None {
-            head.header("Content-Type", media_type);
+            head.header("Content-Type", &media_type);
         }
         match content {
-            Content::Length(length) => head.header("Content-Length", length),
-            Content::Chunked => head.header("Transfer-Encoding", "chunked"),
+            Content::Length(length) => head.header("Content-Length", &length),
+            Content::Chunked => head.add("Transfer-Encoding: chunked\r\n"),
             Content::None | Content::UntilClose => {}
         }
         if status == Status::UpgradeRequired {
-            head.header("Upgrade", "websocket");
-            head.header("Connection", "Upgrade");
-            head.header("Sec-WebSocket-Version", "13");
+            head.add(UPGRADE);
+            head.add("Sec-WebSocket-Version: 13\r\n");
         }
         if !reply.keep_alive || content == Content::UntilClose {
-            head.header("Connection", "close");
+            head.add("Connection: close\r\n");
         } else if reply.http10 {
-            head.header("Connection", "keep-alive");
+            head.add("Connection: keep-alive\r\n");
         }
         head
     }
@@ -117,23 +119,19 @@ impl ResponseHead {
             ..Reply::CLOSE
         };
         let mut head = Self::new(Status::SwitchingProtocols, open, Content::None);
-        head.header("Upgrade", "websocket");
-        head.header("Connection", "Upgrade");
-        head.header(
-            "Sec-WebSocket-Accept",
-            core::str::from_utf8(accept).unwrap_or(""),
-        );
+        head.add(UPGRADE);
+        head.header("Sec-WebSocket-Accept", &accept.lossy());
         head
     }
 
     /// Adds a header line. The value must have no line breaks.
-    pub fn header(&mut self, name: &str, value: impl Display) {
+    pub fn header(&mut self, name: &str, value: &dyn Display) {
         self.write(format_args!("{name}: {value}\r\n"));
     }
 
     /// Ends the head: its text.
     pub fn finish(mut self) -> Message {
-        self.write(format_args!("\r\n"));
+        self.add("\r\n");
         if self.text.as_bytes().ends_with(b"\r\n\r\n") {
             return self.text;
         }
@@ -141,6 +139,11 @@ impl ResponseHead {
         message!(
             "HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         )
+    }
+
+    /// Adds lines as they are.
+    fn add(&mut self, lines: &str) {
+        self.write(format_args!("{lines}"));
     }
 
     /// Adds text; one that is cut is useless, as [`finish`](Self::finish) finds out.
@@ -188,7 +191,7 @@ mod tests {
     fn response_heads_say_how_the_connection_goes_on() {
         let head = |reply| {
             let mut head = ResponseHead::new(Status::MethodNotAllowed, reply, Content::Length(5));
-            head.header("Allow", "GET");
+            head.header("Allow", &"GET");
             text(head)
         };
         let start = "HTTP/1.1 405 Method Not Allowed\r\nContent-Type: application/json\r\nContent-Length: 5\r\n";
@@ -249,8 +252,8 @@ mod tests {
     fn a_head_that_does_not_fit_becomes_an_error_and_is_never_cut() {
         let head = |length: usize| {
             let mut head = ResponseHead::new(Status::Ok, OPEN, Content::Length(5));
-            head.header("X", "x".repeat(length));
-            head.header("Y", "y");
+            head.header("X", &"x".repeat(length));
+            head.header("Y", &"y");
             text(head)
         };
         // Room for the mark of a cut is kept.

@@ -22,9 +22,7 @@ use crate::message::{Message, ToLossy};
 use core::ffi::CStr;
 use core::fmt::{self, Write};
 use core::ops::RangeInclusive;
-use serde::de::{
-    Deserialize, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor,
-};
+use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json_core::de::Error;
 use serde_json_core::str::{EscapedStr, EscapedStringFragment};
 
@@ -276,6 +274,9 @@ impl<'a> Decoder<'_, 'a> {
 
     /// Decodes a string of the document to its place.
     fn string(&mut self, escaped: &str, place: Place<'_, 'a>) -> Result<(), Wrong> {
+        if let Place::Unknown = place {
+            return Ok(());
+        }
         self.append(escaped)?;
         match place {
             Place::CStr(place) => {
@@ -350,20 +351,17 @@ impl<'d> DeserializeSeed<'d> for Value<'_, 'd, '_> {
     fn deserialize<D: Deserializer<'d>>(self, value: D) -> Result<(), D::Error> {
         let wrong = &mut self.decoder.wrong;
         match &self.place {
-            Place::Unknown => {
-                let IgnoredAny = value.deserialize_ignored_any(IgnoredAny)?;
-                Ok(())
-            }
+            Place::Unknown => value.deserialize_ignored_any(self),
             Place::Refused(why) => Err(self.decoder.fail(Wrong::Refused(why))),
             Place::CStr(_) | Place::Str(_) | Place::Parsed(_) | Place::Entry => {
                 *wrong = Wrong::Type("a string");
-                self.string(value)
+                value.deserialize_str(self)
             }
             Place::ParsedOrNumber(_) => {
                 *wrong = Wrong::Type("a string or a whole number from 0 on");
                 match self.decoder.first_byte() {
                     Some(b'-' | b'0'..=b'9') => value.deserialize_u64(self),
-                    _ => self.string(value),
+                    _ => value.deserialize_str(self),
                 }
             }
             Place::Flag(_) => {
@@ -394,20 +392,22 @@ impl<'d> DeserializeSeed<'d> for Value<'_, 'd, '_> {
     }
 }
 
-impl<'d> Value<'_, 'd, '_> {
-    /// A string as it stands in the document.
-    fn string<D: Deserializer<'d>>(self, value: D) -> Result<(), D::Error> {
-        let EscapedStr(escaped) = EscapedStr::deserialize(value)?;
-        let done = self.decoder.string(escaped, self.place);
-        done.map_err(|wrong| self.decoder.fail(wrong))
-    }
-}
-
 impl<'d> Visitor<'d> for Value<'_, 'd, '_> {
     type Value = ();
 
     fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("what belongs to the place")
+    }
+
+    /// What ends a value that is ignored.
+    fn visit_unit<E>(self) -> Result<(), E> {
+        Ok(())
+    }
+
+    /// A string as it stands in the document: there is no buffer to decode its escapes in.
+    fn visit_borrowed_str<E: serde::de::Error>(self, escaped: &'d str) -> Result<(), E> {
+        let done = self.decoder.string(escaped, self.place);
+        done.map_err(|wrong| self.decoder.fail(wrong))
     }
 
     fn visit_bool<E>(self, flag: bool) -> Result<(), E> {
@@ -450,7 +450,7 @@ impl<'d> Visitor<'d> for Value<'_, 'd, '_> {
         while let Some(name) = map.next_key()? {
             // The last member's name stays until here: only now it is known that its value ends.
             self.decoder.path.truncate(depth);
-            let _known_to_fit = self.decoder.path.push(Step::Member(name));
+            let _fits = self.decoder.path.push(Step::Member(name));
             map.next_value_seed(Member {
                 decoder: self.decoder,
                 map: &mut self.place,
@@ -490,16 +490,19 @@ impl<'d> DeserializeSeed<'d> for Entry<'_, '_, 'd, '_> {
                 object.ok_or(limit)
             }
             Place::Strings(_, limit) if number >= *limit => Err(*limit),
-            _ => Ok(Place::Entry),
+            Place::Strings(..) => Ok(Place::Entry),
+            _ => Ok(Place::Unknown),
         };
         let place = place.map_err(|limit| decoder.fail(Wrong::TooMany(limit)))?;
-        let _known_to_fit = decoder.path.push(Step::Entry(number));
+        let depth = decoder.path.len();
+        // Deeper than that there is only what is ignored.
+        let _fits = decoder.path.push(Step::Entry(number));
         Value {
             decoder: &mut *decoder,
             place,
         }
         .deserialize(value)?;
-        decoder.path.pop();
+        decoder.path.truncate(depth);
         Ok(())
     }
 }
@@ -536,7 +539,8 @@ impl<'d> Visitor<'d> for Member<'_, '_, 'd, '_> {
         let place = match self.map {
             Place::Object(object) => Ok(decoder.member(name, *object)),
             Place::StringMap(_, limit) if self.number >= *limit => Err(Wrong::TooMany(*limit)),
-            _ => decoder.name(name).map(|()| Place::Entry),
+            Place::StringMap(..) => decoder.name(name).map(|()| Place::Entry),
+            _ => Ok(Place::Unknown),
         };
         let place = place.map_err(|wrong| {
             decoder.path.pop();

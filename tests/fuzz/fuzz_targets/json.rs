@@ -6,8 +6,8 @@
 use libfuzzer_sys::fuzz_target;
 use proto::arena::{Arena, Strings};
 use proto::bodies::{
-    ExecRequest, HoldRequest, MountRequest, RestoreRequest, SessionControl,
-    SessionRequest, SignalRequest, StopRequest,
+    ExecRequest, HoldRequest, Request, RestoreRequest, SessionControl, SessionRequest,
+    SignalRequest, StopRequest, decode,
 };
 use proto::config::{Config, Mount, Overlay};
 use proto::json::normalize;
@@ -540,10 +540,42 @@ fn same<'m, T>(
     }
 }
 
-fn restore<'a>(body: &mut [u8], arena: &mut Arena<'a>) -> Result<Box<RestoreRequest<'a>>, Message> {
-    let mut request = Box::new(RestoreRequest::new());
-    request.decode(body, arena)?;
+fn request<'a, R: Request<'a> + Default>(
+    body: &mut [u8],
+    arena: &mut Arena<'a>,
+) -> Result<Box<R>, Message> {
+    let mut request = Box::new(R::default());
+    decode(body, arena, &mut *request)?;
     Ok(request)
+}
+
+/// A [`RestoreRequest`], with its configuration.
+struct Restore<'a> {
+    token: &'a str,
+    unix_us: Option<u64>,
+    entropy: &'a str,
+    has_config: bool,
+    config: Box<Config<'a>>,
+}
+
+fn restore<'a>(body: &mut [u8], arena: &mut Arena<'a>) -> Result<Restore<'a>, Message> {
+    let mut config = Box::new(Config::new());
+    let mut request = RestoreRequest::new(&mut config);
+    decode(body, arena, &mut request)?;
+    let RestoreRequest {
+        token,
+        unix_us,
+        entropy,
+        has_config,
+        ..
+    } = request;
+    Ok(Restore {
+        token,
+        unix_us,
+        entropy,
+        has_config,
+        config,
+    })
 }
 
 fn config<'a>(document: &mut [u8], arena: &mut Arena<'a>) -> Result<Box<Config<'a>>, Message> {
@@ -600,7 +632,7 @@ fuzz_target!(|data: &[u8]| {
         document,
         SIGNAL,
         &mut memory,
-        SignalRequest::decode,
+        request::<SignalRequest>,
         |request, ours, _| {
             show!(ours, "signal" = request.signal);
         },
@@ -617,7 +649,7 @@ fuzz_target!(|data: &[u8]| {
         document,
         EXEC,
         &mut memory,
-        ExecRequest::decode,
+        request::<ExecRequest>,
         |request, ours, _| {
             put_list(ours, "cmd", &strings(request.cmd));
             put_list(ours, "env", &strings(request.env));
@@ -646,7 +678,7 @@ fuzz_target!(|data: &[u8]| {
         document,
         SESSION,
         &mut memory,
-        SessionRequest::decode,
+        request::<SessionRequest>,
         |request, ours, _| {
             put_list(ours, "command", &strings(request.command));
             put_list(ours, "env", &strings(request.env));
@@ -673,7 +705,7 @@ fuzz_target!(|data: &[u8]| {
         document,
         CONTROL,
         &mut memory,
-        SessionControl::decode,
+        request::<SessionControl>,
         |control, ours, _| {
             let stdin = control.stdin.map_or("", |_| "eof");
             show!(
@@ -693,7 +725,7 @@ fuzz_target!(|data: &[u8]| {
         document,
         STOP,
         &mut memory,
-        StopRequest::decode,
+        request::<StopRequest>,
         |request, ours, _| {
             show!(
                 ours,
@@ -707,9 +739,9 @@ fuzz_target!(|data: &[u8]| {
         document,
         MOUNT,
         &mut memory,
-        MountRequest::decode,
+        request::<Mount>,
         |request, ours, _| {
-            mount_values(&request.mount, "", ours);
+            mount_values(request, "", ours);
         },
     );
 
@@ -723,7 +755,7 @@ fuzz_target!(|data: &[u8]| {
         document,
         PREPARE,
         &mut memory,
-        HoldRequest::decode,
+        request::<HoldRequest>,
         |request, ours, _| {
             show!(
                 ours,
