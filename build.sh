@@ -105,14 +105,14 @@ cache() { echo "${PIGEON_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/pigeon-init}"; }
 cargo_init() {
     local offline=()
     [[ ! -d vendor ]] || offline=(--offline --config vendor-config/config.toml)
-    # Static, at a fixed address, laid out by init.ld; functions and ends of strings that are the same
-    # are there once. The toolchain's own linker makes the same bytes on every machine.
+    # Static, at a fixed address, laid out by init.ld. The toolchain's own linker makes the same
+    # bytes on every machine.
     cargo rustc --release --bin init --locked --target-dir "$1" --target "$target" \
         "${features[@]}" "${offline[@]}" -- \
         -C relocation-model=static -C force-unwind-tables=no \
         -C linker=rust-lld -C linker-flavor=ld.lld -C link-self-contained=no \
         -C link-arg=-static -C link-arg=--no-eh-frame-hdr -C link-arg=--build-id=none \
-        -C link-arg=-znorelro -C link-arg=--icf=all -C link-arg=-O2 -C link-arg=-Tsrc/init.ld
+        -C link-arg=-znorelro -C link-arg=-Tsrc/init.ld
 }
 
 build() {
