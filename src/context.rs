@@ -245,7 +245,8 @@ pub struct Context {
     pub scratch: Region,
     /// See [`Buffers`].
     pub sink: &'static mut [u8; SINK],
-    arena: &'static mut [u8],
+    /// See [`Buffers`].
+    pub arena: &'static mut [u8],
     /// The workload's last output.
     pub output_log: OutputLog,
     /// Connections that read the log.

@@ -493,7 +493,8 @@ impl Connection {
         let State::Head(parser) = &mut self.state else {
             return Step::Wait;
         };
-        let head = match parser.parse(self.io.received()) {
+        let parsed = parser.parse(self.io.received());
+        let head = match &parsed {
             Ok(Some(head)) => head,
             Ok(None) => {
                 if !parser.started() {
@@ -503,7 +504,7 @@ impl Connection {
                 }
                 return Step::Wait;
             }
-            Err(error) => return self.refuse(error, shared),
+            Err(error) => return self.refuse(*error, shared),
         };
         let call = match head.target {
             Target::Resource { path, .. } => route(head.method, path),

@@ -248,10 +248,10 @@ impl Api {
             .iter()
             .filter_map(|(_, connection)| connection.needs_log());
         let keep = match context.log_readers {
-            0 => None,
-            _ => needs.min(),
+            0 => u64::MAX,
+            _ => needs.fold(u64::MAX, u64::min),
         };
-        context.output_log.set_keep(keep.unwrap_or(u64::MAX));
+        context.output_log.set_keep(keep);
     }
 
     /// The next time at which something has to be done.

@@ -268,9 +268,7 @@ impl Session {
         context: &mut Context,
     ) -> Result<(), Message> {
         let mut control = SessionControl::default();
-        context.with_arena(|memory, _| {
-            bodies::decode(message, &mut Arena::new(memory), &mut control)
-        })?;
+        bodies::decode(message, &mut Arena::new(context.arena), &mut control)?;
         if let SessionStreams::Terminal { master, .. } = &self.streams {
             resize(master, control.cols, control.rows);
         }

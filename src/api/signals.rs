@@ -12,7 +12,7 @@ use rustix::io::Errno;
 /// Sends the signal that the body names.
 pub fn send(body: &mut [u8], context: &mut Context) -> Result<(), CallError> {
     let mut request = SignalRequest::default();
-    context.with_arena(|memory, _| io::read_body(body, memory, &mut request))?;
+    io::read_body(body, context.arena, &mut request)?;
     io::refuse_while_held(context)?;
     let sent = match context.workload.group {
         Some(group) => sys::kill_group(group, u32::from(request.signal)),

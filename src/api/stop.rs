@@ -10,7 +10,7 @@ use proto::http::Status;
 pub fn stop(body: &mut [u8], context: &mut Context) -> Result<(), CallError> {
     let mut request = StopRequest::default();
     if !body.is_empty() {
-        context.with_arena(|memory, _| io::read_body(body, memory, &mut request))?;
+        io::read_body(body, context.arena, &mut request)?;
     }
     if context.workload.exit.is_some() {
         let error = error!("the workload has ended");

@@ -239,12 +239,15 @@ impl Restore {
     ) -> Result<(), CallError> {
         let Supervisor { api, context, .. } = supervisor;
         let body = api.body(key);
-        let (token, timeout, sync, hold) = context.with_arena(|memory, _| {
-            let mut request = HoldRequest::default();
-            read_body(body, memory, &mut request)?;
-            let token = Token::try_from(request.token).unwrap_or_default();
-            Ok::<_, CallError>((token, request.timeout_ms, request.sync, request.hold_ms))
-        })?;
+        let mut request = HoldRequest::default();
+        read_body(body, context.arena, &mut request)?;
+        let token = Token::try_from(request.token).unwrap_or_default();
+        let HoldRequest {
+            timeout_ms,
+            sync,
+            hold_ms,
+            ..
+        } = request;
         match &self.hold {
             Some(hold) if hold.token == token => {
                 if call == SnapshotCall::Cancel {
@@ -260,7 +263,7 @@ impl Restore {
                 return Err(CallError::new(Status::Conflict, error));
             }
         }
-        let timeout = timeout.map_or(FREEZE_TIMEOUT, u64::from);
+        let timeout = timeout_ms.map_or(FREEZE_TIMEOUT, u64::from);
         let sync = sync.unwrap_or(true);
         let helper = spawn(context, &|freezer, log| {
             freeze(freezer, &token, timeout, sync, log)
@@ -268,7 +271,7 @@ impl Restore {
         context.snapshot.is_held = true;
         let kind = Kind::Freeze {
             token,
-            hold: hold.map_or(HOLD, u64::from),
+            hold: hold_ms.map_or(HOLD, u64::from),
         };
         self.begin_task(helper, timeout, Some(key), kind, context);
         Ok(())

@@ -112,7 +112,7 @@ impl HeadParser {
             return Ok(None);
         };
         *self = Self::default();
-        parse(bytes.get(..length).unwrap_or(&[])).map(Some)
+        parse(bytes.get(..length).unwrap_or(&[]))
     }
 
     /// The head's length, once its empty line has come. httparse takes lines that end with LF alone;
@@ -147,8 +147,8 @@ impl HeadParser {
     }
 }
 
-/// Parses a whole head.
-fn parse(bytes: &[u8]) -> Result<Head<'_>, RequestError> {
+/// Parses a whole head, which there is then.
+fn parse(bytes: &[u8]) -> Result<Option<Head<'_>>, RequestError> {
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut request = httparse::Request::new(&mut headers);
     let parsed = request.parse(bytes).map_err(request_error)?;
@@ -182,7 +182,7 @@ fn parse(bytes: &[u8]) -> Result<Head<'_>, RequestError> {
         return Err(RequestError::Expectation);
     }
     let handshake = method == Method::Get && !http10 && framing == Framing::None;
-    Ok(Head {
+    Ok(Some(Head {
         length: bytes.len(),
         method,
         target,
@@ -194,7 +194,7 @@ fn parse(bytes: &[u8]) -> Result<Head<'_>, RequestError> {
             head_only: method == Method::Head,
         },
         websocket: fields.websocket().filter(|_| handshake),
-    })
+    }))
 }
 
 fn request_error(error: httparse::Error) -> RequestError {
