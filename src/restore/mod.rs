@@ -201,11 +201,13 @@ impl Restore {
     /// A restore by the kernel's word that waits for MMDS is of no use once the host calls for one:
     /// that call has the document, or asks for it itself.
     fn cut_short(&mut self, supervisor: &mut Supervisor) {
-        let waits_for_mmds = |task: &mut Task| match &task.kind {
+        let waits_for_mmds = |task: &Task| match &task.kind {
             Kind::Restore { report, .. } => task.owner.is_none() && report.step.is(Step::Config),
             _ => false,
         };
-        if let Some(task) = self.task.take_if(waits_for_mmds) {
+        if self.task.as_ref().is_some_and(waits_for_mmds)
+            && let Some(task) = self.task.take()
+        {
             task.helper.give_up(supervisor.console);
             supervisor.context.snapshot.helper = None;
             self.was_cut_short = true;
@@ -411,17 +413,20 @@ impl Restore {
         let context = &mut supervisor.context;
         let ended = context.snapshot.ended.take();
         let now = context.now;
-        let is_over = |task: &mut Task| ended.is_some() || task.deadline <= now;
-        let Some(task) = self.task.take_if(is_over) else {
+        let is_over = |task: &Task| ended.is_some() || task.deadline <= now;
+        if !self.task.as_ref().is_some_and(is_over) {
             return;
-        };
-        context.snapshot.helper = None;
-        let Task {
+        }
+        let Some(Task {
             helper,
             owner,
             kind,
             ..
-        } = task;
+        }) = self.task.take()
+        else {
+            return;
+        };
+        context.snapshot.helper = None;
         let result = result(helper, ended, supervisor.console);
         let mut step = "";
         let result = match kind {
