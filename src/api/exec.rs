@@ -110,15 +110,20 @@ impl Exec {
         };
         let process = Process::start(spec, &streams, context)?;
         let deadline = context.now.saturating_add(timeout);
-        let mut exec = Self::of(process, Kind::Command, deadline, reply);
-        exec.streams = [output, error].map(Stream::new);
-        Ok(exec)
+        let streams = [output, error];
+        Ok(Self::of(process, Kind::Command, streams, deadline, reply))
     }
 
-    fn of(process: Process, kind: Kind, deadline: u64, reply: Reply) -> Self {
+    fn of(
+        process: Process,
+        kind: Kind,
+        streams: [Channel; 2],
+        deadline: u64,
+        reply: Reply,
+    ) -> Self {
         Self {
             process,
-            streams: Default::default(),
+            streams: streams.map(Stream::new),
             deadline,
             reply,
             queued: None,
@@ -156,7 +161,7 @@ impl Exec {
     fn spawn_mount(job: &Job, reply: Reply, proc: &OwnedFd, now: u64) -> Result<Self, CallError> {
         let deadline = now.saturating_add(helper::TIMEOUT);
         Process::fork(proc, &mut |log| mounts::run(job, log))
-            .map(|process| Self::of(process, Kind::Mount, deadline, reply))
+            .map(|process| Self::of(process, Kind::Mount, Default::default(), deadline, reply))
             .map_err(|error| CallError::new(Status::InternalServerError, error))
     }
 
@@ -173,9 +178,8 @@ impl Exec {
         let Context { proc, scratch, .. } = context;
         let process = Process::fork(proc, &mut |log| sysinfo::run(&theirs, proc, scratch, log))?;
         let deadline = context.now.saturating_add(sysinfo::TIMEOUT);
-        let mut exec = Self::of(process, Kind::Report, deadline, reply);
-        exec.streams = [Stream::new(channel), Stream::default()];
-        Ok(exec)
+        let streams = [channel, Channel::default()];
+        Ok(Self::of(process, Kind::Report, streams, deadline, reply))
     }
 
     /// Reads what waits in one of its streams. `left`: how much more output may be kept.
