@@ -98,18 +98,23 @@ impl Commands {
         context: &mut Context,
     ) -> Result<Key, CallError> {
         self.check_room(context)?;
-        let exists = |id: &str| self.find_session(id).is_some();
-        match Session::start(message, &exists, context)? {
-            Request::Started(session) => {
-                if session.is_named() && self.sessions().count() >= SESSIONS {
-                    session.discard();
-                    let error = error!("there are {SESSIONS} named sessions");
-                    return Err(CallError::new(Status::ServiceUnavailable, error));
-                }
-                self.insert(owner, Role::Session(session))
-            }
+        match Session::start(message, &|id| self.admit(id), context)? {
+            Request::Started(session) => self.insert(owner, Role::Session(session)),
             Request::Attach(id, streams) => self.attach(&id, streams, owner),
         }
+    }
+
+    /// Whether there can be a session of this name.
+    fn admit(&self, id: &str) -> Result<(), CallError> {
+        if self.find_session(id).is_some() {
+            let error = error!("there is a session {id} already");
+            return Err(CallError::new(Status::Conflict, error));
+        }
+        if self.sessions().count() >= SESSIONS {
+            let error = error!("there are {SESSIONS} named sessions");
+            return Err(CallError::new(Status::ServiceUnavailable, error));
+        }
+        Ok(())
     }
 
     /// Goes on with a named session; a client that is attached loses it.

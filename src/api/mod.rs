@@ -34,7 +34,7 @@ pub use {
 };
 
 use crate::context;
-use crate::context::{Context, Source};
+use crate::context::{Context, NEVER, Source};
 use crate::error::Result;
 use crate::sys::epoll::Poller;
 use crate::sys::{self, Region, vsock};
@@ -144,13 +144,13 @@ impl Api {
 
     /// Drops the connection that has been idle longest; whether there was one.
     fn make_room(&mut self, context: &mut Context) -> bool {
-        let idle = self
-            .connections
-            .iter()
-            .filter(|(_, connection)| connection.is_idle())
-            .min_by_key(|(_, connection)| connection.idle_since)
-            .map(|(key, _)| key);
-        let Some(key) = idle else {
+        let mut first = (NEVER, None);
+        for (key, connection) in self.connections.iter() {
+            if connection.is_idle() && connection.idle_since < first.0 {
+                first = (connection.idle_since, Some(key));
+            }
+        }
+        let (_, Some(key)) = first else {
             return false;
         };
         self.with(key, context, &mut Connection::close);

@@ -100,10 +100,11 @@ pub enum Request {
 }
 
 impl Session {
-    /// Reads the first message, and starts what it asks for. `exists`: whether a name is taken.
+    /// Reads the first message, and starts what it asks for. `admit`: whether there can be a session of
+    /// that name.
     pub fn start(
         message: &mut [u8],
-        exists: &dyn Fn(&str) -> bool,
+        admit: &dyn Fn(&str) -> Result<(), CallError>,
         context: &mut Context,
     ) -> Result<Request, CallError> {
         context.with_arena(|memory, context| {
@@ -119,9 +120,8 @@ impl Session {
                 let id = heapless::String::try_from(request.attach).unwrap_or_default();
                 return Ok(Request::Attach(id, request.streams));
             }
-            if exists(request.id) {
-                let error = error!("there is a session {} already", request.id);
-                return Err(CallError::new(Status::Conflict, error));
+            if !request.id.is_empty() {
+                admit(request.id)?;
             }
             Self::spawn(&request, context)
                 .map(Request::Started)
@@ -401,12 +401,6 @@ impl Session {
                 master.watch(Source::Output, key, on_input | on_output, context);
             }
         }
-    }
-
-    /// It cannot be kept: its command goes at once.
-    pub fn discard(mut self) {
-        self.hang_up();
-        self.process.kill();
     }
 
     /// The client is gone: closes our ends, which hangs a terminal up. Whether it was one.
