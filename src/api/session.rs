@@ -452,22 +452,23 @@ impl SessionStreams {
 impl Named {
     fn new(request: &SessionRequest) -> Result<PageBox<Self>> {
         let memory = Region::new(HISTORY + ring::PIECE).map_err(context!("allocate memory"))?;
-        let mut command = heapless::String::new();
+        let empty = || Self {
+            id: heapless::String::new(),
+            command: heapless::String::new(),
+            history: Ring::new(memory),
+            sent: Cursor::default(),
+        };
+        let mut named = PageBox::new(empty).map_err(context!("allocate memory"))?;
+        let _checked_to_fit = named.id.push_str(request.id);
         for argument in request.command {
-            let separator = if command.is_empty() { "" } else { "," };
+            let separator = if named.command.is_empty() { "" } else { "," };
             let entry = message!("{separator}{}", Quoted(&argument.lossy()));
             // What does not fit is not shown.
-            if command.push_str(entry.as_str()).is_err() {
+            if named.command.push_str(entry.as_str()).is_err() {
                 break;
             }
         }
-        PageBox::new(|| Self {
-            id: heapless::String::try_from(request.id).unwrap_or_default(),
-            command,
-            history: Ring::new(memory),
-            sent: Cursor::default(),
-        })
-        .map_err(context!("allocate memory"))
+        Ok(named)
     }
 }
 
