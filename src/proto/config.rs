@@ -899,9 +899,9 @@ mod tests {
             assert_eq!(
                 config.rlimits.iter().collect::<Vec<_>>(),
                 [
-                    (Resource::Nofile, limit(Some(65536), Some(65536))),
                     (Resource::Core, limit(None, None)),
                     (Resource::Nproc, limit(Some(10), Some(20))),
+                    (Resource::Nofile, limit(Some(65536), Some(65536))),
                 ]
             );
             assert_eq!(

@@ -106,33 +106,39 @@ impl Parse for Limit {
     }
 }
 
-/// Limits, one a resource.
+/// Limits, by the numbers of their resources: whether there is one, and which.
 #[derive(Clone, Debug, Default, Hash)]
-pub struct Rlimits(heapless::Vec<(Resource, Limit), RESOURCES>);
+pub struct Rlimits([(bool, Limit); RESOURCES]);
 
 impl Rlimits {
     /// None.
     pub const fn new() -> Self {
-        Self(heapless::Vec::new())
+        let unlimited = Limit {
+            soft: None,
+            hard: None,
+        };
+        Self([(false, unlimited); RESOURCES])
     }
 
-    /// The limits in the order in which they were given.
+    /// The limits that were given.
     pub fn iter(&self) -> impl Iterator<Item = (Resource, Limit)> {
-        self.0.iter().copied()
+        let limits = ALL.iter().zip(&self.0);
+        limits.filter_map(|((resource, _), (is_given, limit))| {
+            is_given.then_some((*resource, *limit))
+        })
     }
 }
 
 /// An object: a member's name is a resource, its value a limit.
 impl<'a> Object<'a> for Rlimits {
     fn member(&mut self, name: &str) -> Place<'_, 'a> {
-        let Some(resource) = Resource::parse(name) else {
-            return Place::Refused("not a resource with a limit");
-        };
-        self.0.retain(|(other, _)| *other != resource);
-        let _one_a_resource = self.0.push((resource, Limit::default()));
-        match self.0.last_mut() {
-            Some((_, limit)) => Place::ParsedOrNumber(limit),
-            None => Place::Unknown,
+        let limit = Resource::parse(name).and_then(|resource| self.0.get_mut(resource as usize));
+        match limit {
+            Some((is_given, limit)) => {
+                *is_given = true;
+                Place::ParsedOrNumber(limit)
+            }
+            None => Place::Refused("not a resource with a limit"),
         }
     }
 }
