@@ -4,9 +4,10 @@ use super::io::{CallError, Io};
 use crate::context::Context;
 use crate::error;
 use crate::sys::files;
+use core::fmt::Write;
 use proto::decimal;
 use proto::docker_frames::{self, MEDIA_TYPE};
-use proto::http::{ChunkHeader, Content, LAST_CHUNK, Reply, ResponseHead, Status, Target};
+use proto::http::{Content, LAST_CHUNK, Reply, ResponseHead, Status, Target};
 use proto::ring::Cursor;
 use rustix::io::{Errno, IoSlice};
 
@@ -149,10 +150,10 @@ impl LogReader {
         let header = docker_frames::header(stream, self.length as u32);
         self.prefix.clear();
         self.sent = 0;
-        let chunk = ChunkHeader::new(header.len() + self.length);
-        let size_line = if self.chunked { chunk.as_bytes() } else { &[] };
-        // A size line is at most 18 bytes, and a header 8.
-        let _fits = self.prefix.extend_from_slice(size_line);
+        // A chunk's size line (RFC 9112 section 7.1) is at most 18 bytes, and a header 8.
+        if self.chunked {
+            let _fits = write!(self.prefix, "{:x}\r\n", header.len() + self.length);
+        }
         let _fits = self.prefix.extend_from_slice(&header);
         self.length > 0
     }

@@ -13,7 +13,7 @@ mod target;
 pub use body::{BodyDecoder, Decoded, MAX_CHUNK_LINE, MAX_TRAILER};
 pub use error::RequestError;
 pub use head::{Framing, Head, HeadParser, MAX_HEAD, MAX_HEADERS, Method};
-pub use response::{Accept, CONTINUE, ChunkHeader, Content, LAST_CHUNK, Reply, ResponseHead};
+pub use response::{Accept, CONTINUE, Content, LAST_CHUNK, Reply, ResponseHead};
 pub use status::Status;
 pub use target::{DecodeError, Target, decode_path, decode_query};
 

@@ -1,4 +1,4 @@
-//! Response heads (RFC 9112 section 4), and the chunks of responses whose length is not known.
+//! Response heads (RFC 9112 section 4).
 
 use super::status::Status;
 use crate::message;
@@ -152,26 +152,6 @@ impl ResponseHead {
     }
 }
 
-/// The size line before a chunk's content; CRLF follows the content.
-#[derive(Clone, Debug)]
-pub struct ChunkHeader {
-    text: Message,
-}
-
-impl ChunkHeader {
-    /// For a chunk of `length` bytes. One of none would be [`LAST_CHUNK`].
-    pub fn new(length: usize) -> Self {
-        Self {
-            text: message!("{length:x}\r\n"),
-        }
-    }
-
-    /// The line.
-    pub fn as_bytes(&self) -> &[u8] {
-        self.text.as_bytes()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -267,15 +247,5 @@ mod tests {
                 "{head}"
             );
         }
-    }
-
-    #[test]
-    fn a_chunk_has_its_size_before_it() {
-        assert_eq!(ChunkHeader::new(1).as_bytes(), b"1\r\n");
-        assert_eq!(ChunkHeader::new(65_536).as_bytes(), b"10000\r\n");
-        assert_eq!(
-            ChunkHeader::new(usize::MAX).as_bytes(),
-            b"ffffffffffffffff\r\n"
-        );
     }
 }
