@@ -203,8 +203,7 @@ impl Commands {
     ) -> Result<Key, CallError> {
         self.check_room(context)?;
         let (socket, received) = io.parts();
-        let transfer = Transfer::start(socket, received, head, context)
-            .map_err(|error| CallError::new(Status::InternalServerError, error))?;
+        let transfer = Transfer::start(socket, received, head, context)?;
         self.insert(owner, Role::Transfer(transfer))
     }
 

@@ -95,8 +95,7 @@ impl Exec {
                 0 => TIMEOUT,
                 timeout => u64::from(timeout),
             };
-            Self::spawn(&spec, timeout, reply, context)
-                .map_err(|error| CallError::new(Status::InternalServerError, error))
+            Ok(Self::spawn(&spec, timeout, reply, context)?)
         })
     }
 
@@ -160,20 +159,14 @@ impl Exec {
     #[cfg(feature = "mounts")]
     fn spawn_mount(job: &Job, reply: Reply, proc: &OwnedFd, now: u64) -> Result<Self, CallError> {
         let deadline = now.saturating_add(helper::TIMEOUT);
-        Process::fork(proc, &mut |log| mounts::run(job, log))
-            .map(|process| Self::of(process, Kind::Mount, Default::default(), deadline, reply))
-            .map_err(|error| CallError::new(Status::InternalServerError, error))
+        let process = Process::fork(proc, &mut |log| mounts::run(job, log))?;
+        let streams = Default::default();
+        Ok(Self::of(process, Kind::Mount, streams, deadline, reply))
     }
 
     /// Starts a child of this program, whose output is the answer.
     #[cfg(feature = "sysinfo")]
     pub fn start_report(reply: Reply, context: &mut Context) -> Result<Self, CallError> {
-        Self::spawn_report(reply, context)
-            .map_err(|error| CallError::new(Status::InternalServerError, error))
-    }
-
-    #[cfg(feature = "sysinfo")]
-    fn spawn_report(reply: Reply, context: &mut Context) -> Result<Self> {
         let (channel, theirs) = output_pipe()?;
         let Context { proc, scratch, .. } = context;
         let process = Process::fork(proc, &mut |log| sysinfo::run(&theirs, proc, scratch, log))?;

@@ -250,7 +250,6 @@ pub fn error_body(error: &dyn Display) -> Message {
     message!("{{\"error\":{}}}", Quoted(error))
 }
 
-#[cfg(feature = "snapshot")]
 impl From<Error> for CallError {
     fn from(error: Error) -> Self {
         Self::new(Status::InternalServerError, error)
@@ -298,7 +297,6 @@ pub fn refuse_while_held(context: &Context) -> Result<(), CallError> {
 }
 
 /// What is about the workload is refused before it runs, and when it has ended.
-#[cfg(feature = "snapshot")]
 pub fn not_running() -> CallError {
     CallError::new(Status::Conflict, error!("the workload is not running"))
 }

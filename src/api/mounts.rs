@@ -85,8 +85,7 @@ fn mount(volume: &Mount, owner: Owner, log: &HelperLog) -> Result<(), CallError>
     if !device.is_empty() && matches!(files::open(device, OFlags::PATH), Err(Errno::NOENT)) {
         rescan();
     }
-    volumes::mount(volume, owner, log)
-        .map_err(|error| CallError::new(Status::InternalServerError, error))
+    Ok(volumes::mount(volume, owner, log)?)
 }
 
 /// Has the kernel look for devices that came after the boot: not every hypervisor tells it of them

@@ -123,9 +123,7 @@ impl Session {
             if !request.id.is_empty() {
                 admit(request.id)?;
             }
-            Self::spawn(&request, context)
-                .map(Request::Started)
-                .map_err(|error| CallError::new(Status::InternalServerError, error))
+            Ok(Request::Started(Self::spawn(&request, context)?))
         })
     }
 

@@ -1,12 +1,10 @@
 //! `POST /v1/signals`: a signal to the workload's process group.
 
 use super::io::{self, CallError};
+use crate::context;
 use crate::context::Context;
-use crate::error;
-use crate::error::name;
 use crate::sys;
 use proto::bodies::SignalRequest;
-use proto::http::Status;
 use rustix::io::Errno;
 
 /// Sends the signal that the body names.
@@ -19,10 +17,7 @@ pub fn send(body: &mut [u8], context: &mut Context) -> Result<(), CallError> {
         None => Err(Errno::SRCH),
     };
     sent.map_err(|errno| match errno {
-        Errno::SRCH => CallError::new(Status::Conflict, error!("the workload is not running")),
-        _ => CallError::new(
-            Status::InternalServerError,
-            error!("send the signal: {}", name(errno)),
-        ),
+        Errno::SRCH => io::not_running(),
+        errno => context!("send the signal")(errno).into(),
     })
 }
