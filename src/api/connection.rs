@@ -605,9 +605,8 @@ impl Connection {
         let State::Body(request) = &mut self.state else {
             return Step::Wait;
         };
-        let (input, received) = self.io.input();
-        let undecoded = input.get_mut(request.length..*received).unwrap_or(&mut []);
-        let decoded = match request.body.decode(undecoded) {
+        let undecoded = self.io.received().get_mut(request.length..);
+        let decoded = match request.body.decode(undecoded.unwrap_or(&mut [])) {
             Ok(decoded) => decoded,
             Err(error) => return self.refuse(error, shared),
         };
@@ -673,8 +672,7 @@ impl Connection {
         shared: &mut Shared,
     ) -> Result<(), CallError> {
         let reply = request.reply;
-        let (input, _) = self.io.input();
-        let body = input.get_mut(..request.length).unwrap_or(&mut []);
+        let body = self.io.part(0..request.length);
         match call {
             Call::Status => {}
             // A child has it, body and all.
@@ -776,9 +774,7 @@ impl Connection {
     #[cfg(feature = "snapshot")]
     pub fn body(&mut self) -> &mut [u8] {
         match self.state {
-            State::Snapshot(PendingCall { length, .. }) => {
-                self.io.received().get_mut(..length).unwrap_or(&mut [])
-            }
+            State::Snapshot(PendingCall { length, .. }) => self.io.part(0..length),
             _ => &mut [],
         }
     }
@@ -959,8 +955,7 @@ impl Connection {
 
     /// Starts the command of a session.
     fn start_session(&mut self, message: Range<usize>, shared: &mut Shared) {
-        let (input, _) = self.io.input();
-        let message = input.get_mut(message).unwrap_or(&mut []);
+        let message = self.io.part(message);
         let context = &mut *shared.context;
         match shared.commands.start_session(message, self.key, context) {
             Ok(key) => {
@@ -975,8 +970,7 @@ impl Connection {
 
     /// A new size of a session's terminal, or the end of its input.
     fn take_control(&mut self, message: Range<usize>, key: Key, shared: &mut Shared) {
-        let (input, _) = self.io.input();
-        let message = input.get_mut(message).unwrap_or(&mut []);
+        let message = self.io.part(message);
         if let Some(session) = shared.commands.session(key, self.key)
             && let Err(error) = session.take_control(message, shared.context)
         {

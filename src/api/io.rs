@@ -96,6 +96,11 @@ impl Io {
         self.memory.get_mut(..self.received).unwrap_or(&mut [])
     }
 
+    /// A part of them.
+    pub fn part(&mut self, range: Range<usize>) -> &mut [u8] {
+        self.received().get_mut(range).unwrap_or(&mut [])
+    }
+
     /// Drops received bytes; what is behind them moves.
     pub fn discard(&mut self, range: Range<usize>) {
         if range.start < range.end && range.end <= self.received {
