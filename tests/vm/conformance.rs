@@ -19,7 +19,7 @@ use pigeon_lab::{
 };
 use proto::{
     arena::Arena,
-    bodies::{ExecRequest, SignalRequest},
+    bodies::{self, ExecRequest, SignalRequest},
     http::{BodyDecoder, Head, HeadParser, Method, RequestError, Target},
     websocket::{self, Decoder, Event},
 };
@@ -126,18 +126,16 @@ impl Request {
         let mut memory = vec![0; MAX_BODY + 1024];
         let mut arena = Arena::new(&mut memory);
         let mut body = self.body.clone();
+        let mut status = |request| match bodies::decode(&mut body, &mut arena, request) {
+            Ok(()) => 200,
+            Err(_) => 400,
+        };
         match (self.method, self.path.as_str()) {
             (Method::Get | Method::Head, "/v1/status" | "/v1/exit_code") => 200,
             (Method::Post, "/v1/signals") if !self.decoder.is_complete() => 200,
             (Method::Post, "/v1/exec") if !self.decoder.is_complete() => 200,
-            (Method::Post, "/v1/signals") => match SignalRequest::decode(&mut body, &mut arena) {
-                Ok(_) => 200,
-                Err(_) => 400,
-            },
-            (Method::Post, "/v1/exec") => match ExecRequest::decode(&mut body, &mut arena) {
-                Ok(_) => 200,
-                Err(_) => 400,
-            },
+            (Method::Post, "/v1/signals") => status(&mut SignalRequest::default()),
+            (Method::Post, "/v1/exec") => status(&mut ExecRequest::default()),
             (Method::Get, "/v1/ws/exec") if self.websocket => 101,
             (Method::Get, "/v1/ws/exec") => 426,
             (_, "/v1/status" | "/v1/exit_code" | "/v1/signals" | "/v1/exec" | "/v1/ws/exec") => 405,
