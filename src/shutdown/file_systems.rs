@@ -10,6 +10,7 @@ use crate::shutdown::private::{self, Text};
 use crate::shutdown::volume::{self, Tables, Volume};
 use crate::sys::signal::SIGCHLD;
 use crate::sys::{self, Fork, SignalSet, Stopwatch, files};
+use core::fmt::Display;
 use proto::block::DeviceNumber;
 use proto::message::ToLossy;
 use proto::mountinfo::{self, Mount, PATH_MAX};
@@ -129,15 +130,28 @@ fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Resul
 /// Names the file systems whose devices were unplugged: there is nothing to be written to.
 fn name_gone(devices: &Devices, tables: &Tables, log: &HelperLog) {
     let volumes = || devices.iter().map(|(volume, _)| volume).chain(&tables.root);
-    for mount in tables.mounts().filter_map(mountinfo::parse) {
-        let has_device = ![0, RAMDISK_MAJOR].contains(&mount.major);
-        if has_device && mount.is_writable && !volumes().any(|one| one.is_mounted_by(&mount)) {
-            let mut paths = ([0; PATH_MAX], [0; PATH_MAX]);
+    let is_gone = |mount: &Mount| {
+        ![0, RAMDISK_MAJOR].contains(&mount.major) && !volumes().any(|one| one.is_mounted_by(mount))
+    };
+    if let Some(mounts) = &tables.mounts {
+        name_writable(mounts, &is_gone, &mut |place| {
+            log.warn(&format_args!("lost the device of {place}"));
+        });
+    }
+}
+
+/// Names the picked of the file systems that have a device and are writable: `/data (/dev/vdb)`.
+pub fn name_writable(
+    mounts: &Text,
+    picks: &dyn Fn(&Mount) -> bool,
+    log: &mut dyn FnMut(&dyn Display),
+) {
+    let mut paths = ([0; PATH_MAX], [0; PATH_MAX]);
+    for mount in mounts.lines().filter_map(mountinfo::parse) {
+        if (mount.major != 0 || mount.is_btrfs()) && mount.is_writable && picks(&mount) {
             let target = mount.mount_point.decode(&mut paths.0).text.lossy();
             let source = mount.source.decode(&mut paths.1).text.lossy();
-            log.warn(&format_args!(
-                "{target} ({source}) is not clean: its device is gone"
-            ));
+            log(&format_args!("{target} ({source})"));
         }
     }
 }

@@ -176,8 +176,12 @@ fn terminals_and_sessions_that_hung_others_or_lost_output_do_neither_here() -> R
     let first = json!({"command": ["/bin/sh"], "tty": true, "env": ["PS1=pigeon> "]});
     let mut shell = session(&mut vm, &first)?;
     shell.output_with("pigeon> ")?;
-    shell.binary(b"sleep 1000\r")?;
-    thread::sleep(Duration::from_millis(500));
+    shell.binary(b"/bin/busybox sleep 1000\r")?;
+    let mut api = vm.api()?;
+    let start = Instant::now();
+    while self::shell(&mut api, "pgrep -f '^/bin/busybox sleep'")?.is_empty() {
+        ensure!(start.elapsed() < PATIENCE, "it never runs");
+    }
     shell.binary(b"\x1a")?;
     shell.output_with("Stopped")?;
     shell
@@ -286,8 +290,8 @@ fn requests_that_starved_other_agents_do_not_starve_this_one() -> Result<()> {
     for (body, status) in [
         (json!({"cmd": ["echo", "a\0b"]}), 400),
         (json!({"cmd": []}), 400),
-        (json!({"cmd": [""]}), 500),
-        (json!({"cmd": ["true"], "env": ["=x"]}), 400),
+        (json!({"cmd": [""]}), 400),
+        (json!({"cmd": ["true"], "env": ["=x", "x"]}), 200),
     ] {
         let answer = api.post("/v1/exec", &body)?;
         assert_eq!(answer.status, status, "{body}: {answer}");
@@ -346,7 +350,10 @@ fn disks_that_others_left_dirty_are_clean_or_named() -> Result<()> {
     let start = Instant::now();
     assert_eq!(vm.wait_end()?, End::Reboot);
     println!("the end took {:?}", start.elapsed());
-    assert_eq!(guest::warnings(&vm.console()), [""; 0], "{}", vm.console());
+    // The writer that waits is in a sleep that no signal ends.
+    let warnings = guest::warnings(&vm.console());
+    let waits = |line: &String| line.contains("\"a process cannot be killed\"");
+    assert!(matches!(&warnings[..], [one] if waits(one)), "{warnings:?}");
     root.check()?;
     for (volume, name) in volumes.iter().zip(["a", "b", "c", "d"]) {
         volume.check().context(name)?;
@@ -382,12 +389,12 @@ fn disks_that_others_left_dirty_are_clean_or_named() -> Result<()> {
     let builder = Vm::builder().config(&config).disk(&root).disk(&volume);
     let mut vm = builder.patience(PATIENCE).boot()?;
     vm.wait_for("exit_code=5")?;
-    let start = Instant::now();
     assert_eq!(vm.wait_end()?, End::Reboot);
-    println!(
-        "the end took {:?}: {:?}",
-        start.elapsed(),
-        guest::warnings(&vm.console())
+    let warnings = guest::warnings(&vm.console());
+    let named = "lost the device of /a (/dev/vdb)";
+    assert!(
+        matches!(&warnings[..], [one] if one.contains(named)),
+        "{warnings:?}"
     );
     root.check()?;
     assert_eq!(root.read("/file")?, "kept\n");
