@@ -104,8 +104,8 @@ fn name_writable(log: &mut dyn Log) {
     let Ok(mounts) = mounts else {
         return log.warn(&"timed out making all file systems read-only");
     };
-    file_systems::name_writable(&mounts, &|_| true, &mut |place| {
-        log.warn(&format_args!("timed out unmounting {place}"));
+    file_systems::name_writable(&mounts, "timed out unmounting", &mut |_, text| {
+        log.warn(text)
     });
 }
 
