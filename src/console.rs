@@ -42,6 +42,8 @@ pub struct Console {
     lost: u32,
     /// What is waited for of this device.
     watched: EventFlags,
+    /// Bytes written to the device, modulo 2^64.
+    written: usize,
     /// The workload's last line has no end yet.
     open_line: bool,
     queue: Buffer<QUEUE>,
@@ -58,6 +60,7 @@ impl Console {
             identity: None,
             lost: 0,
             watched: EventFlags::empty(),
+            written: 0,
             open_line: false,
         }
     }
@@ -203,10 +206,18 @@ impl Console {
 
     /// Bytes that are not out yet: those that wait here, and those in the device's driver.
     pub fn waiting(&self) -> usize {
+        self.queue.filled().len() + self.unsent()
+    }
+
+    /// Bytes that are out, modulo 2^64.
+    pub fn sent(&self) -> usize {
+        self.written.wrapping_sub(self.unsent())
+    }
+
+    /// Bytes in the device's driver; what is no terminal has none.
+    fn unsent(&self) -> usize {
         let device = self.device.as_ref();
-        // What is no terminal has nothing waiting.
-        let driver = device.map_or(0, |(device, _)| terminal::unsent(device).unwrap_or(0));
-        self.queue.filled().len() + driver
+        device.map_or(0, |(device, _)| terminal::unsent(device).unwrap_or(0))
     }
 
     /// Writes what the device takes now, but no more than [`AT_ONCE`].
@@ -217,7 +228,10 @@ impl Console {
             };
             let filled = self.queue.filled();
             match files::write(device, filled.get(..AT_ONCE).unwrap_or(filled)) {
-                Ok(count) => self.queue.consume(count),
+                Ok(count) => {
+                    self.queue.consume(count);
+                    self.written = self.written.wrapping_add(count);
+                }
                 Err(Errno::AGAIN) => {}
                 // It is gone, or was hung up: it is opened anew, or another one, or none.
                 Err(_) => {

@@ -79,7 +79,8 @@ impl File {
         let written = files::make_directories(b"/etc")
             .and_then(|()| files::replace(self.path, self.temporary, new));
         match written {
-            Err(Errno::ROFS) => {
+            // A read-only root, or a file that is immutable (chattr(1)).
+            Err(Errno::ROFS | Errno::PERM) => {
                 if let Err(errno) = self.cover(new) {
                     log.warn(&context!("{path} is read-only; mount over it")(errno));
                 }

@@ -10,6 +10,7 @@ use crate::shutdown::private::{self, Text};
 use crate::shutdown::volume::{self, Tables, Volume};
 use crate::sys::signal::SIGCHLD;
 use crate::sys::{self, Fork, SignalSet, Stopwatch, files};
+use core::fmt::Display;
 use proto::block::DeviceNumber;
 use proto::message::ToLossy;
 use proto::mountinfo::{self, Mount, PATH_MAX};
@@ -128,16 +129,25 @@ fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Resul
 
 /// Names the file systems whose devices were unplugged: there is nothing to be written to.
 fn name_gone(devices: &Devices, tables: &Tables, log: &HelperLog) {
-    let volumes = || devices.iter().map(|(volume, _)| volume).chain(&tables.root);
-    for mount in tables.mounts().filter_map(mountinfo::parse) {
-        let has_device = ![0, RAMDISK_MAJOR].contains(&mount.major);
-        if has_device && mount.is_writable && !volumes().any(|one| one.is_mounted_by(&mount)) {
-            let mut paths = ([0; PATH_MAX], [0; PATH_MAX]);
+    if let Some(mounts) = &tables.mounts {
+        name_writable(mounts, "lost the device of", &mut |mount, text| {
+            let mut volumes = devices.iter().map(|(volume, _)| volume).chain(&tables.root);
+            let is_disk = ![0, RAMDISK_MAJOR].contains(&mount.major);
+            if is_disk && !volumes.any(|volume| volume.is_mounted_by(mount)) {
+                log.warn(text);
+            }
+        });
+    }
+}
+
+/// Tells of the file systems that have a device and are writable, as `WHAT /data (/dev/vdb)`.
+pub fn name_writable(mounts: &Text, what: &str, log: &mut dyn FnMut(&Mount, &dyn Display)) {
+    let mut paths = ([0; PATH_MAX], [0; PATH_MAX]);
+    for mount in mounts.lines().filter_map(mountinfo::parse) {
+        if (mount.major != 0 || mount.is_btrfs()) && mount.is_writable {
             let target = mount.mount_point.decode(&mut paths.0).text.lossy();
             let source = mount.source.decode(&mut paths.1).text.lossy();
-            log.warn(&format_args!(
-                "{target} ({source}) is not clean: its device is gone"
-            ));
+            log(&mount, &format_args!("{what} {target} ({source})"));
         }
     }
 }

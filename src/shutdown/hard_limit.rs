@@ -5,14 +5,13 @@ use crate::context;
 use crate::error::Log;
 use crate::process::helper::{self, Helper};
 use crate::shutdown::{
-    self, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT,
+    self, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT, file_systems,
     private::{self, Text},
 };
 use crate::sys::signal::{SIGKILL, SIGTERM};
 use crate::sys::{self, Stopwatch, files};
 use core::sync::atomic::{AtomicBool, Ordering};
-use proto::message::{Level, ToLossy};
-use proto::mountinfo::{self, PATH_MAX};
+use proto::message::Level;
 use rustix::fd::OwnedFd;
 use rustix::fs::{FileType, Mode, OFlags, SeekFrom, makedev};
 use rustix::io::Errno;
@@ -105,14 +104,9 @@ fn name_writable(log: &mut dyn Log) {
     let Ok(mounts) = mounts else {
         return log.warn(&"timed out making all file systems read-only");
     };
-    let mut paths = ([0; PATH_MAX], [0; PATH_MAX]);
-    for mount in mounts.lines().filter_map(mountinfo::parse) {
-        if (mount.major != 0 || mount.is_btrfs()) && mount.is_writable {
-            let target = mount.mount_point.decode(&mut paths.0).text.lossy();
-            let source = mount.source.decode(&mut paths.1).text.lossy();
-            log.warn(&format_args!("timed out unmounting {target} ({source})"));
-        }
-    }
+    file_systems::name_writable(&mounts, "timed out unmounting", &mut |_, text| {
+        log.warn(text)
+    });
 }
 
 /// A procfs, and the kernel's log from now on.

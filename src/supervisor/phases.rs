@@ -133,14 +133,15 @@ impl Supervisor {
 
     /// Reboots when the console has taken all, or has taken nothing for too long.
     fn finish_drain(&mut self, late: bool) {
-        let before = self.console.waiting();
         let more = self.finish_output();
         self.console.flush();
-        let left = self.console.waiting();
-        if left == 0 && !more || late {
+        if self.console.waiting() == 0 && !more || late {
             shutdown::reboot();
         }
-        if left != before {
+        // More output may have taken the place of what has gone.
+        let sent = self.console.sent();
+        if sent != self.sent {
+            self.sent = sent;
             self.drain();
         }
     }

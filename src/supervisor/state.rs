@@ -52,6 +52,8 @@ pub struct Supervisor {
     /// There was no child left when one was last reaped.
     pub(super) childless: bool,
     pub(super) linger: u64,
+    /// Bytes that the console had sent at the last look.
+    pub(super) sent: usize,
     /// How long the VM was paused, as far as deadlines ran meanwhile, in milliseconds.
     pub(super) paused: u64,
     /// What this phase is about: a helper, or the workload.
@@ -88,6 +90,7 @@ impl Supervisor {
             reap_more: false,
             childless: false,
             linger,
+            sent: 0,
             paused: 0,
             child: None,
             events: Events::new(None),

@@ -3,16 +3,17 @@
 
 use std::{
     os::unix::net::UnixStream,
-    thread,
+    process::Command,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
 use pigeon_lab::{
-    End, Vm,
+    End, Vm, assets,
     disk::{Image, Tree},
     guest,
     http::Client,
+    process::run,
     vsock::API_PORT,
     ws::{Ended, Socket},
 };
@@ -176,12 +177,16 @@ fn terminals_and_sessions_that_hung_others_or_lost_output_do_neither_here() -> R
     let first = json!({"command": ["/bin/sh"], "tty": true, "env": ["PS1=pigeon> "]});
     let mut shell = session(&mut vm, &first)?;
     shell.output_with("pigeon> ")?;
-    shell.binary(b"sleep 1000\r")?;
-    thread::sleep(Duration::from_millis(500));
+    shell.binary(b"/bin/busybox sleep 1000\r")?;
+    let mut api = vm.api()?;
+    let start = Instant::now();
+    while self::shell(&mut api, "ps -o args | grep '^/bin/busybox sleep'")?.is_empty() {
+        ensure!(start.elapsed() < PATIENCE, "it never runs");
+    }
     shell.binary(b"\x1a")?;
     shell.output_with("Stopped")?;
     shell
-        .binary(b"stty tostop; (sleep 0.2; echo behind) & sleep 0.6; kill -9 %1; jobs; exit 7\r")?;
+        .binary(b"stty tostop; (sleep 0.2; echo behind) & sleep 0.6; kill -9 %1 %2; sleep 0.2; jobs; exit 7\r")?;
     assert_eq!(shell.wait_end()?.message, exited(7));
     let mut leader = session(
         &mut vm,
@@ -286,8 +291,8 @@ fn requests_that_starved_other_agents_do_not_starve_this_one() -> Result<()> {
     for (body, status) in [
         (json!({"cmd": ["echo", "a\0b"]}), 400),
         (json!({"cmd": []}), 400),
-        (json!({"cmd": [""]}), 500),
-        (json!({"cmd": ["true"], "env": ["=x"]}), 400),
+        (json!({"cmd": [""]}), 400),
+        (json!({"cmd": ["true"], "env": ["=x", "x"]}), 200),
     ] {
         let answer = api.post("/v1/exec", &body)?;
         assert_eq!(answer.status, status, "{body}: {answer}");
@@ -302,7 +307,6 @@ fn requests_that_starved_other_agents_do_not_starve_this_one() -> Result<()> {
             start.elapsed()
         );
     }
-    assert_eq!(shell(&mut api, "killall sleep; echo gone")?, "");
     Ok(())
 }
 
@@ -343,10 +347,11 @@ fn disks_that_others_left_dirty_are_clean_or_named() -> Result<()> {
     }
     let mut vm = builder.patience(PATIENCE).boot()?;
     vm.wait_for("exit_code=3")?;
-    let start = Instant::now();
     assert_eq!(vm.wait_end()?, End::Reboot);
-    println!("the end took {:?}", start.elapsed());
-    assert_eq!(guest::warnings(&vm.console()), [""; 0], "{}", vm.console());
+    // The writer that waits is in a sleep that no signal ends.
+    let warnings = guest::warnings(&vm.console());
+    let waits = |line: &String| line.contains("\"a process cannot be killed\"");
+    assert!(matches!(&warnings[..], [one] if waits(one)), "{warnings:?}");
     root.check()?;
     for (volume, name) in volumes.iter().zip(["a", "b", "c", "d"]) {
         volume.check().context(name)?;
@@ -382,14 +387,94 @@ fn disks_that_others_left_dirty_are_clean_or_named() -> Result<()> {
     let builder = Vm::builder().config(&config).disk(&root).disk(&volume);
     let mut vm = builder.patience(PATIENCE).boot()?;
     vm.wait_for("exit_code=5")?;
-    let start = Instant::now();
     assert_eq!(vm.wait_end()?, End::Reboot);
-    println!(
-        "the end took {:?}: {:?}",
-        start.elapsed(),
-        guest::warnings(&vm.console())
+    let warnings = guest::warnings(&vm.console());
+    let named = "lost the device of /a (/dev/vdb)";
+    assert!(
+        matches!(&warnings[..], [one] if one.contains(named)),
+        "{warnings:?}"
     );
     root.check()?;
     assert_eq!(root.read("/file")?, "kept\n");
     Ok(())
+}
+
+#[test]
+fn networks_and_images_that_broke_others_do_not_break_this_one() -> Result<()> {
+    let hosts = "127.0.0.1\tlocalhost\n";
+    let tree = Tree::busybox()?.file("/etc/hosts", 0o644, hosts)?;
+    let root = Image::ext4(&tree, 32)?;
+    // An immutable file (chattr +i): a rename over it is refused to root, too.
+    let debugfs = assets::tool("debugfs")?;
+    run(Command::new(debugfs)
+        .args(["-w", "-R", "set_inode_field /etc/hosts flags 0x80010"])
+        .arg(root.path()))?;
+    let script = guest::report(&[
+        ("where", "pwd; echo \"<$PATH>\"; cat /etc/hosts"),
+        (
+            "addresses",
+            "ip -o address show dev eth0 | sed 's/^[0-9]*: //; s/  */ /g'",
+        ),
+        ("routes", "ip route show; ip -6 route show default"),
+    ]) + "read -r line; exit 3";
+    let config = json!({
+        "ExecOverride": ["/bin/sh", "-c", script],
+        "ImageConfig": {"WorkingDir": "srv/app", "Env": ["PATH="]},
+        "Hostname": "h".repeat(64),
+        "EtcHosts": [{"Host": "db", "IP": "10.1.0.9"}],
+        "IPConfigs": [
+            // Two hosts and no more on a network (RFC 3021), and one alone with its gateway elsewhere.
+            {"IP": "10.0.0.1", "Mask": 31, "Gateway": "10.0.0.0"},
+            {"IP": "10.1.0.5", "Mask": 32},
+            {"IP": "10.1.0.5", "Mask": 32},
+            // A gateway that only its link knows.
+            {"IP": "fd00::5", "Mask": 128, "Gateway": "fe80::1"},
+        ],
+    });
+    let builder = Vm::builder().config(&config).nic().disk(&root);
+    let mut vm = builder.patience(PATIENCE).boot()?;
+    // The directory is made; an empty PATH is the image's own.
+    let place = [
+        "/srv/app",
+        "<>",
+        "127.0.0.1\tlocalhost",
+        "10.1.0.9\tdb\t# pigeon-init",
+    ];
+    assert_eq!(vm.section("where")?, place);
+    let addresses = vm.section("addresses")?.join("\n");
+    for address in [
+        "inet 10.0.0.1/31 ",
+        "inet 10.1.0.5/32 ",
+        "inet6 fd00::5/128 ",
+    ] {
+        assert_eq!(addresses.matches(address).count(), 1, "{addresses}");
+    }
+    let routes: Vec<_> = vm.section("routes")?;
+    let routes: Vec<_> = routes.iter().map(|line| line.trim_end()).collect();
+    let expected = [
+        "default via 10.0.0.0 dev eth0",
+        "10.0.0.0/31 dev eth0 scope link  src 10.0.0.1",
+        "default via fe80::1 dev eth0  metric 1024 onlink",
+    ];
+    assert_eq!(routes, expected);
+    vm.type_text("\n")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()?;
+    assert_eq!(root.read("/etc/hosts")?, hosts);
+
+    // Too little for IPv6 (RFC 8200, 5): told with the address.
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let config = json!({
+        "ExecOverride": ["/bin/sh", "-c", "echo the workload runs"],
+        "MTU": 1200,
+        "IPConfigs": [{"IP": "fd00::5", "Mask": 64}],
+    });
+    let builder = Vm::builder().config(&config).nic().disk(&root);
+    let mut vm = builder.patience(PATIENCE).boot()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let console = vm.console();
+    let said = "level=error msg=\"add fd00:0:0:0:0:0:0:5/64 to eth0: EINVAL\"";
+    ensure!(console.contains(said), "{console}");
+    ensure!(!console.contains("the workload runs"), "{console}");
+    root.check()
 }

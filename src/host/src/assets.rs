@@ -79,16 +79,21 @@ fn variable(name: &str) -> Option<OsString> {
 
 /// The archive under test: the product itself, as `./build.sh initrd` made it.
 pub fn initrd(arch: Arch) -> Result<Vec<u8>> {
-    let [init, initrd] = ["init", "initrd.cpio"].map(|name| build_dir(arch).join(name));
+    let minimal = if is_minimal() { " --minimal" } else { "" };
+    let command = format!("./build.sh initrd --arch {}{minimal}", arch.name());
+    read_initrd(&build_dir(arch), &command)
+}
+
+/// The initrd in `dir`, unless it has an older init than the one beside it; `command` makes it anew.
+fn read_initrd(dir: &Path, command: &str) -> Result<Vec<u8>> {
+    let [init, initrd] = ["init", "initrd.cpio"].map(|name| dir.join(name));
     let modified = |path: &Path| {
         let time = fs::metadata(path).and_then(|metadata| metadata.modified());
-        let minimal = if is_minimal() { " --minimal" } else { "" };
-        let command = format!("./build.sh initrd --arch {}{minimal}", arch.name());
         time.with_context(|| format!("no {}: {command} makes it", path.display()))
     };
     ensure!(
         modified(&initrd)? >= modified(&init)?,
-        "{} is older than the init beside it: ./build.sh initrd makes it anew",
+        "{} is older than the init beside it: {command} makes it anew",
         initrd.display()
     );
     Ok(fs::read(initrd)?)
@@ -671,6 +676,35 @@ impl Debian {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_initrd_that_is_older_than_the_init_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let read = || read_initrd(dir.path(), "make it").map_err(|error| format!("{error:#}"));
+        assert!(
+            read()
+                .unwrap_err()
+                .contains("initrd.cpio: make it makes it")
+        );
+        let [init, initrd] = ["init", "initrd.cpio"].map(|name| {
+            fs::write(dir.path().join(name), name).unwrap();
+            File::options()
+                .write(true)
+                .open(dir.path().join(name))
+                .unwrap()
+        });
+        let now = std::time::SystemTime::now();
+        init.set_modified(now).unwrap();
+        initrd.set_modified(now).unwrap();
+        assert_eq!(read().unwrap(), b"initrd.cpio");
+        init.set_modified(now + std::time::Duration::from_secs(1))
+            .unwrap();
+        assert!(
+            read()
+                .unwrap_err()
+                .contains("older than the init beside it: make it")
+        );
+    }
 
     #[test]
     fn modules_follow_what_they_depend_on() {

@@ -340,3 +340,50 @@ fn what_takes_long_shows_how_far_it_is_on_a_terminal_only() {
     assert!(output.status.success());
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
 }
+
+#[test]
+fn a_table_has_its_titles_in_bold_on_a_terminal_only_and_not_where_colours_are_not_wanted() {
+    let place = Place::new();
+    let command = |no_color: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pigeon"));
+        command
+            .arg("ps")
+            .env("XDG_RUNTIME_DIR", place.0.path())
+            .env("XDG_STATE_HOME", place.0.path())
+            .env("NO_COLOR", no_color);
+        command
+    };
+    // An empty value is none (no-color.org).
+    for (value, is_bold) in [("", true), ("1", false)] {
+        let mut terminal = pty::Terminal::spawn(command(value), (80, 24));
+        terminal.expect("IMAGE");
+        assert!(terminal.wait().success());
+        assert_eq!(terminal.shown().contains('\x1b'), is_bold, "{value:?}");
+    }
+    let piped = command("").output().unwrap().stdout;
+    assert!(!piped.contains(&b'\x1b') && piped.starts_with(b"NAME"));
+}
+
+#[test]
+fn architectures_have_the_names_of_debian_and_docker_too() {
+    let place = Place::new();
+    let mut ext4 = vec![0; 2 << 10];
+    ext4[1080..1082].copy_from_slice(&[0x53, 0xef]);
+    place.write("app.ext4", ext4);
+    for (name, platform) in [("arm64", "linux/arm64"), ("amd64", "linux/amd64")] {
+        let document = json!({"ImageConfig": {"Cmd": ["x"]}, "Platform": platform});
+        place.write("app.run.json", document.to_string());
+        let (out, said, code) = pigeon(&place, &["run", "--dry-run", "--arch", name, "app.ext4"]);
+        assert_eq!((said.as_str(), code), ("", 0));
+        assert!(out.contains(platform), "{out}");
+        let other = ["arm64", "amd64"].into_iter().find(|other| *other != name);
+        let said = complaint(
+            &place,
+            &["run", "--dry-run", "--arch", other.unwrap(), "app.ext4"],
+        );
+        assert!(
+            said.contains(&format!("the image is for {platform}")),
+            "{said}"
+        );
+    }
+}
