@@ -1,40 +1,76 @@
-//! A program that does nothing until it is killed: the workload of `pigeon run -it`, where the
-//! real command runs as a session on a terminal.
+//! A program that does nothing until it is killed: the workload of a VM whose real command runs as a
+//! session, on a terminal or with input.
 
 use anyhow::Result;
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
 use crate::{
     Arch,
-    image::{self, Options},
+    elf::static_program,
+    image::{self, disk::Format},
 };
 
 /// The program's name in the volume that [`write_volume`] makes.
 pub const PROGRAM: &str = "hold";
 
-/// Where the program is loaded.
-const ADDRESS: u64 = 0x40_0000;
-/// Bytes of the file's header and of its only segment's (elf(5)).
-const HEADERS: usize = 64 + 56;
+/// What ends the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// Any signal that ends programs.
+    Signal,
+    /// SIGKILL only: a signal to all processes leaves it.
+    Kill,
+}
 
 /// pause(2), again and again.
-fn code(arch: Arch) -> Vec<u8> {
+fn code(arch: Arch, until: Until) -> Vec<u8> {
+    let mut code = match until {
+        Until::Signal => vec![],
+        Until::Kill => block_signals(arch),
+    };
     match arch {
         // mov eax, SYS_pause; syscall; jmp back to the start
-        Arch::X86_64 => vec![0xb8, 34, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xf7],
+        Arch::X86_64 => code.extend([0xb8, 34, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xf7]),
         Arch::Aarch64 => {
             // There is no pause here: ppoll(0, 0, 0, 0) is one.
-            let load = |register: u32, value: u32| 0xd280_0000 | value << 5 | register;
-            let supervisor_call = 0xd400_0001;
             let branch_back = 0x1400_0000 | (0x3ff_ffff & -6i32 as u32);
-            [
+            let words = [
                 load(0, 0),
                 load(1, 0),
                 load(2, 0),
                 load(3, 0),
                 load(8, 73),
-                supervisor_call,
+                SUPERVISOR_CALL,
                 branch_back,
+            ];
+            code.extend(words.into_iter().flat_map(u32::to_le_bytes));
+        }
+    }
+    code
+}
+
+/// sigprocmask(SIG_SETMASK, all signals), whose set is on the stack.
+fn block_signals(arch: Arch) -> Vec<u8> {
+    match arch {
+        // push -1; mov rsi, rsp; mov edi, SIG_SETMASK; xor edx, edx; mov r10d, 8;
+        // mov eax, SYS_rt_sigprocmask; syscall
+        Arch::X86_64 => vec![
+            0x6a, 0xff, 0x48, 0x89, 0xe6, 0xbf, 2, 0, 0, 0, 0x31, 0xd2, 0x41, 0xba, 8, 0, 0, 0,
+            0xb8, 14, 0, 0, 0, 0x0f, 0x05,
+        ],
+        Arch::Aarch64 => {
+            let all_in_x9 = 0x9280_0009;
+            let push_x9 = 0xf81f_0fe9;
+            let stack_in_x1 = 0x9100_03e1;
+            [
+                all_in_x9,
+                push_x9,
+                load(0, 2),
+                stack_in_x1,
+                load(2, 0),
+                load(3, 8),
+                load(8, 135),
+                SUPERVISOR_CALL,
             ]
             .into_iter()
             .flat_map(u32::to_le_bytes)
@@ -43,51 +79,25 @@ fn code(arch: Arch) -> Vec<u8> {
     }
 }
 
-/// The program: a static ELF file of one segment.
-pub fn program(arch: Arch) -> Vec<u8> {
-    /// e_machine of the two (elf.h: EM_X86_64, EM_AARCH64).
-    const MACHINES: [u16; 2] = [62, 183];
-    let machine = match arch {
-        Arch::X86_64 => MACHINES[0],
-        Arch::Aarch64 => MACHINES[1],
-    };
-    let code = code(arch);
-    let size = (HEADERS + code.len()) as u64;
-    let mut file = vec![];
-    // 64 bits, little-endian, of this version.
-    file.extend(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
-    file.extend(2u16.to_le_bytes()); // an executable
-    file.extend(machine.to_le_bytes());
-    file.extend(1u32.to_le_bytes());
-    file.extend((ADDRESS + HEADERS as u64).to_le_bytes()); // its entry
-    file.extend(64u64.to_le_bytes()); // where the segment's header is
-    file.extend(0u64.to_le_bytes());
-    file.extend(0u32.to_le_bytes());
-    for field in [64u16, 56, 1, 0, 0, 0] {
-        file.extend(field.to_le_bytes());
-    }
-    file.extend(1u32.to_le_bytes()); // to be loaded
-    file.extend(5u32.to_le_bytes()); // to be read and executed
-    for field in [0, ADDRESS, ADDRESS, size, size, 0x1000] {
-        file.extend(field.to_le_bytes());
-    }
-    file.extend(code);
-    file
+/// aarch64: a number into a register, and a system call.
+fn load(register: u32, value: u32) -> u32 {
+    0xd280_0000 | value << 5 | register
+}
+const SUPERVISOR_CALL: u32 = 0xd400_0001;
+
+/// The program: a static ELF file.
+pub fn program(arch: Arch, until: Until) -> Vec<u8> {
+    static_program(arch, &code(arch, until))
 }
 
 /// Makes an image with the program in it.
-pub fn write_volume(out: &Path, arch: Arch) -> Result<()> {
+pub fn write_volume(out: &Path, arch: Arch, until: Until, format: Format) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let path = dir.path().join(PROGRAM);
-    fs::write(&path, program(arch))?;
+    fs::write(&path, program(arch, until))?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755))?;
-    let options = Options {
-        arch,
-        size: Some(16 << 20),
-        ..Options::default()
-    };
-    image::build(dir.path(), out, &options)?;
+    image::pack(dir.path(), out, format)?;
     Ok(())
 }
 
@@ -95,29 +105,61 @@ pub fn write_volume(out: &Path, arch: Arch) -> Result<()> {
 mod tests {
     use super::*;
     use crate::process::Process;
-    use std::{process::Command, time::Duration};
+    use rustix::process::{Pid, Signal, kill_process};
+    use std::{os::unix::process::ExitStatusExt, process::Command, time::Duration};
 
-    #[test]
-    fn the_program_runs_until_it_is_killed() {
+    fn run(until: Until) -> Process {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("hold");
-        fs::write(&path, program(Arch::HOST)).unwrap();
+        fs::write(&path, program(Arch::HOST, until)).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         let mut process = Process::spawn(Command::new(&path)).unwrap();
         let ended = process.wait(Duration::from_millis(200)).unwrap();
         assert_eq!(ended, None);
         let status = fs::read_to_string(format!("/proc/{}/status", process.child().id())).unwrap();
         assert!(status.contains("State:\tS"), "{status}");
+        process
+    }
+
+    #[test]
+    fn the_program_runs_until_a_signal_ends_it() {
+        let mut process = run(Until::Signal);
+        let pid = Pid::from_child(process.child());
+        kill_process(pid, Signal::TERM).unwrap();
+        let status = process.wait(Duration::from_secs(10)).unwrap().unwrap();
+        assert_eq!(status.signal(), Some(15));
+    }
+
+    #[test]
+    fn only_sigkill_ends_the_program_that_blocks_signals() {
+        let mut process = run(Until::Kill);
+        let pid = Pid::from_child(process.child());
+        for signal in [Signal::TERM, Signal::HUP, Signal::INT, Signal::USR1] {
+            kill_process(pid, signal).unwrap();
+        }
+        assert_eq!(process.wait(Duration::from_millis(200)).unwrap(), None);
+        kill_process(pid, Signal::KILL).unwrap();
+        let status = process.wait(Duration::from_secs(10)).unwrap().unwrap();
+        assert_eq!(status.signal(), Some(9));
     }
 
     #[test]
     fn the_foreign_program_is_as_the_architecture_has_it() {
-        let words: Vec<u32> = code(Arch::Aarch64)
+        let words: Vec<u32> = code(Arch::Aarch64, Until::Kill)
             .chunks(4)
             .map(|word| u32::from_le_bytes(word.try_into().unwrap()))
             .collect();
-        // As an assembler has them: mov x0, #0 … mov x8, #73; svc #0; b .-24
+        // As an assembler has them: mov x9, #-1; str x9, [sp, #-16]!; mov x0, #2; mov x1, sp;
+        // mov x2, #0; mov x3, #8; mov x8, #135; svc #0; mov x0, #0 … mov x8, #73; svc #0; b .-24
         let expected = [
+            0x9280_0009,
+            0xf81f_0fe9,
+            0xd280_0040,
+            0x9100_03e1,
+            0xd280_0002,
+            0xd280_0103,
+            0xd280_10e8,
+            0xd400_0001,
             0xd280_0000,
             0xd280_0001,
             0xd280_0002,

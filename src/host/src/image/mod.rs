@@ -148,6 +148,17 @@ pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
     })
 }
 
+/// Makes an image of what lies in a directory, whatever it looks like, and returns its size. An image
+/// that is there is overwritten.
+pub fn pack(directory: &Path, out: &Path, format: Format) -> Result<u64> {
+    let layers = [layer::Layer::directory(directory)?];
+    let mut tree = Tree::new(false);
+    layers[0].read(&mut |_| (), |entry, described, _| {
+        tree.apply(Place { layer: 0, entry }, described)
+    })?;
+    disk::write(&tree, &layers, out, format, None, &mut Progress::new(false))
+}
+
 /// Fails if the image would overwrite its own source, or lie inside it.
 fn ensure_separate(source: &Path, out: &Path) -> Result<()> {
     let (Ok(source), Ok(dir)) = (source.canonicalize(), directory_of(out).canonicalize()) else {

@@ -18,6 +18,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use pigeon::{
     Arch, assets,
+    hold::{self, Until},
     image::{
         disk::{Format, parse_size},
         kind::{Kind, describe},
@@ -402,9 +403,9 @@ impl Run {
             });
         }
         if plan.session.is_some() {
-            let hold = dir.join("hold.ext4");
-            pigeon::hold::write_volume(&hold, self.guest.arch)?;
-            disks.push(Disk::file(&hold).scratch());
+            let volume = dir.join("hold.ext4");
+            hold::write_volume(&volume, self.guest.arch, Until::Signal, Format::Ext4)?;
+            disks.push(Disk::file(&volume).scratch());
         }
         let ports = plan.ports.iter().filter_map(|port| match port.address {
             std::net::IpAddr::V4(address) if self.by_hypervisor(port) => Some(HostPort {

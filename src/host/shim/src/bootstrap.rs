@@ -1,0 +1,144 @@
+//! What containerd runs: `start`, the server that it starts, and `delete`.
+
+use std::{
+    env,
+    fs::{self, File},
+    io::{self, Read, Write},
+    os::{fd::IntoRawFd, unix::net::UnixListener, unix::process::CommandExt},
+    path::Path,
+    process::{Command, Stdio},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use anyhow::{Context, Result, ensure};
+use containerd_shim_protos::{
+    api::DeleteResponse, create_task, protobuf::Message, ttrpc::Server,
+    types::introspection::RuntimeInfo,
+};
+
+use crate::{
+    RUNTIME, container,
+    events::{Publisher, timestamp},
+    flags::Flags,
+    log,
+    service::{Service, Task},
+    state,
+};
+
+/// The server's socket in the container's directory.
+const SOCKET: &str = "shim.sock";
+/// Where containerd looks for it when it has been restarted.
+const ADDRESS: &str = "address";
+/// containerd's socket for events.
+const EVENTS: &str = "TTRPC_ADDRESS";
+
+/// `-info`: what the runtime is.
+pub fn info() -> Result<()> {
+    let info = RuntimeInfo {
+        name: RUNTIME.into(),
+        ..RuntimeInfo::default()
+    };
+    Ok(info.write_to_writer(&mut io::stdout())?)
+}
+
+/// `start`, in the bundle: starts the server and says where it listens.
+pub fn start(flags: &Flags) -> Result<()> {
+    ensure!(
+        !flags.id.is_empty() && !flags.namespace.is_empty(),
+        "-id and -namespace are needed"
+    );
+    state::sweep();
+    let dir = state::container_dir(flags);
+    state::create(&dir)?;
+    let started = start_server(flags);
+    if started.is_err() {
+        let _ = fs::remove_dir_all(&dir);
+    }
+    started?;
+    let address = format!("unix://{}", dir.join(SOCKET).display());
+    fs::write(ADDRESS, &address).context("unable to write the bundle's address")?;
+    print!("{address}");
+    Ok(io::stdout().flush()?)
+}
+
+/// Starts the server, and waits until it listens: then it closes its output.
+fn start_server(flags: &Flags) -> Result<()> {
+    let (mut output, their_output) = io::pipe()?;
+    let mut command = Command::new(env::current_exe()?);
+    command
+        .args(["-namespace", &flags.namespace, "-id", &flags.id])
+        .args(["-address", &flags.address])
+        .stdin(Stdio::null())
+        .stdout(their_output.try_clone()?)
+        .stderr(their_output)
+        .process_group(0);
+    let mut server = command.spawn().context("unable to start the server")?;
+    drop(command);
+    let mut said = String::new();
+    output.read_to_string(&mut said)?;
+    match server.try_wait()? {
+        None if said.is_empty() => Ok(()),
+        _ => anyhow::bail!("the server has ended: {}", said.trim_end()),
+    }
+}
+
+/// The server of a container, until containerd shuts it down.
+pub fn serve(flags: &Flags) -> Result<()> {
+    let bundle = env::current_dir()?;
+    let dir = state::container_dir(flags);
+    let lock = state::lock(&dir)?;
+    log::open(&bundle);
+    let publisher = Publisher::start(env::var(EVENTS).unwrap_or_default(), &flags.namespace);
+    let service = Arc::new(Service::new(flags, &dir, publisher));
+    let socket = dir.join(SOCKET);
+    let _ = fs::remove_file(&socket);
+    let listener = UnixListener::bind(&socket)
+        .with_context(|| format!("unable to listen on {}", socket.display()))?;
+    // containerd 1.6 and 1.7 call the service by its second version, 2.0 by the third: the messages
+    // are the same.
+    let methods = create_task(Arc::new(Task(service.clone())));
+    let second = create_task(Arc::new(Task(service.clone())))
+        .into_iter()
+        .map(|(path, method)| (path.replace("task.v3", "task.v2"), method))
+        .collect();
+    let mut server = Server::new()
+        .add_listener(listener.into_raw_fd())?
+        .register_service(methods)
+        .register_service(second);
+    server.start()?;
+    close_output()?;
+    service.wait();
+    server.shutdown();
+    service.publisher.finish();
+    let _ = fs::remove_dir_all(&dir);
+    drop(lock);
+    Ok(())
+}
+
+/// Whoever has started this process sees that it listens.
+fn close_output() -> Result<()> {
+    let null = File::options().write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdout(&null)?;
+    rustix::stdio::dup2_stderr(&null)?;
+    Ok(())
+}
+
+/// `delete`, in the bundle: cleans up after a shim that was killed. Its VM has ended with it.
+pub fn delete(flags: &Flags) -> Result<()> {
+    let dir = state::container_dir(flags);
+    state::kill(&dir)?;
+    match fs::remove_dir_all(&dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("unable to remove {}", dir.display()));
+        }
+        _ => {}
+    }
+    let _ = fs::remove_file(Path::new(ADDRESS));
+    let response = DeleteResponse {
+        exit_status: container::KILLED,
+        exited_at: Some(timestamp(SystemTime::now())).into(),
+        ..DeleteResponse::default()
+    };
+    Ok(response.write_to_writer(&mut io::stdout())?)
+}

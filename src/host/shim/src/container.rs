@@ -1,0 +1,361 @@
+//! A container: a VM, or a pod's sandbox, which is nothing but a name.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::Read,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use containerd_shim_protos::{
+    api::Mount,
+    cgroups_v2::metrics::Metrics,
+    events::task::{TaskExit, TaskOOM},
+    topics,
+};
+use pigeon::{
+    Error as ApiError,
+    files::WriteOptions,
+    kill::{Sent, Target},
+};
+
+use crate::{
+    events::{Publisher, timestamp},
+    log, metrics,
+    process::{Process, SIGKILL, Stage},
+    service::{Failure, lock},
+    spec::{self, Plan},
+    stdio::Stdio,
+    user,
+    vm::{self, Vm},
+};
+
+/// Exit status after a SIGKILL, as a shell has it.
+pub const KILLED: u32 = 128 + SIGKILL as u32;
+/// How long a container may take to end of a SIGKILL before its VM is ended.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Most bytes of the guest's /etc/passwd and /etc/group that are read.
+const MAX_USERS: u64 = 4 << 20;
+
+/// A created container.
+pub struct Container {
+    /// containerd's name for it.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// Its process.
+    pub process: Arc<Process>,
+    /// Processes that were added.
+    added: Mutex<BTreeMap<String, Arc<Process>>>,
+    /// None is a pod's sandbox.
+    vm: Option<Arc<Vm>>,
+    /// Files of the host that are to be in the VM.
+    files: Vec<(PathBuf, String)>,
+    user: spec::User,
+    added_before: AtomicU32,
+    paused: AtomicBool,
+}
+
+impl Container {
+    /// Makes the root's image and starts the VM, which boots meanwhile.
+    pub fn create(
+        id: &str,
+        bundle: &Path,
+        mounts: &[Mount],
+        stdio: Stdio,
+        dir: &Path,
+    ) -> Result<Container> {
+        let mut plan = spec::read(bundle, id)?;
+        let vm = match plan.is_sandbox {
+            true => None,
+            false => Some(Container::boot(&mut plan, mounts, dir)?),
+        };
+        let user = plan.process.user.clone();
+        let process = Process::new("", "container".into(), plan.process, stdio)?;
+        Ok(Container {
+            id: id.into(),
+            bundle: bundle.into(),
+            process: Arc::new(process),
+            added: Mutex::new(BTreeMap::new()),
+            vm,
+            files: plan.files,
+            user,
+            added_before: AtomicU32::new(0),
+            paused: AtomicBool::new(false),
+        })
+    }
+
+    fn boot(plan: &mut Plan, mounts: &[Mount], dir: &Path) -> Result<Arc<Vm>> {
+        let root = vm::root(mounts, plan, dir)?;
+        Vm::boot(plan, &root, dir)
+    }
+
+    /// The process of the host that its processes are in: the hypervisor, or the shim.
+    pub fn pid(&self) -> u32 {
+        self.vm.as_ref().map_or(std::process::id(), |vm| vm.pid)
+    }
+
+    /// Whether it stands still.
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::SeqCst)
+    }
+
+    /// A process by containerd's name; the container's own has none.
+    pub fn find(&self, exec_id: &str) -> Result<Arc<Process>, Failure> {
+        if exec_id.is_empty() {
+            return Ok(self.process.clone());
+        }
+        let found = lock(&self.added).get(exec_id).cloned();
+        found.ok_or_else(|| Failure::NotFound(format!("process {exec_id}")))
+    }
+
+    fn running_vm(&self) -> Result<&Arc<Vm>, Failure> {
+        let vm = self.vm.as_ref();
+        vm.ok_or_else(|| Failure::Unimplemented("nothing runs in a pod's sandbox".into()))
+    }
+
+    /// Adds a process, to be started.
+    pub fn add(&self, exec_id: &str, spec: &[u8], stdio: Stdio) -> Result<(), Failure> {
+        self.running_vm()?;
+        let spec: spec::Process = serde_json::from_slice(spec).context("the process")?;
+        let number = self.added_before.fetch_add(1, Ordering::SeqCst);
+        let process = Process::new(exec_id, format!("exec-{number}"), spec, stdio)?;
+        let mut added = lock(&self.added);
+        if added.contains_key(exec_id) {
+            return Err(Failure::AlreadyExists(format!("process {exec_id}")));
+        }
+        added.insert(exec_id.into(), Arc::new(process));
+        Ok(())
+    }
+
+    /// Starts a process.
+    pub fn start(
+        self: &Arc<Container>,
+        process: &Arc<Process>,
+        publisher: &Arc<Publisher>,
+    ) -> Result<(), Failure> {
+        let Some(vm) = &self.vm else {
+            process.run_nothing();
+            return Ok(());
+        };
+        vm.wait_started().context("unable to boot the VM")?;
+        let is_own = process.exec_id.is_empty();
+        let user = match is_own {
+            true => {
+                self.copy_files(vm)?;
+                &self.user
+            }
+            false => process.user(),
+        };
+        let [passwd, group] = ["/etc/passwd", "/etc/group"].map(|path| read(vm, path));
+        let user = user::name(user, &passwd?, &group?)?;
+        let (container, publisher) = (self.clone(), publisher.clone());
+        let started = process.start(vm, &user, move |process| {
+            container.ended(process, &publisher);
+        });
+        if started.is_err() && is_own {
+            vm.end();
+        }
+        Ok(started?)
+    }
+
+    fn copy_files(&self, vm: &Vm) -> Result<()> {
+        for (source, target) in &self.files {
+            copy(vm, source, target)
+                .with_context(|| format!("unable to copy {} to {target}", source.display()))?;
+        }
+        Ok(())
+    }
+
+    /// A process has ended; with the container's own all others do.
+    fn ended(&self, process: &Process, publisher: &Publisher) {
+        if process.exec_id.is_empty() {
+            let added: Vec<_> = lock(&self.added).values().cloned().collect();
+            for process in added {
+                process.expect_end();
+                if matches!(process.stage(), Stage::Running(_)) && process.end(KILLED, false) {
+                    self.publish_exit(&process, publisher);
+                }
+            }
+        }
+        self.publish_exit(process, publisher);
+        if process.exec_id.is_empty()
+            && let Some(vm) = &self.vm
+        {
+            vm.end();
+        }
+    }
+
+    fn publish_exit(&self, process: &Process, publisher: &Publisher) {
+        let Stage::Ended(ended) = process.stage() else {
+            return;
+        };
+        if ended.for_memory {
+            let event = TaskOOM {
+                container_id: self.id.clone(),
+                ..TaskOOM::default()
+            };
+            publisher.publish(topics::TASK_OOM_EVENT_TOPIC, &event);
+            log::warn("the guest's OOM killer has ended a process");
+        }
+        let id = match process.exec_id.as_str() {
+            "" => &self.id,
+            id => id,
+        };
+        let event = TaskExit {
+            container_id: self.id.clone(),
+            id: id.into(),
+            pid: self.pid(),
+            exit_status: ended.status,
+            exited_at: Some(timestamp(ended.at)).into(),
+            ..TaskExit::default()
+        };
+        publisher.publish(topics::TASK_EXIT_EVENT_TOPIC, &event);
+    }
+
+    /// Sends a signal to a process, or to all of the container.
+    pub fn kill(
+        self: &Arc<Container>,
+        process: &Arc<Process>,
+        signal: u8,
+        all: bool,
+        publisher: &Arc<Publisher>,
+    ) -> Result<(), Failure> {
+        let pid = match process.stage() {
+            Stage::Ended(_) | Stage::Failed(_) => {
+                return Err(Failure::NotFound("process already finished".into()));
+            }
+            // Before its start.
+            Stage::Created if signal == SIGKILL => {
+                self.end_now(process, publisher);
+                return Ok(());
+            }
+            Stage::Created => {
+                return Err(Failure::Precondition("the process was not started".into()));
+            }
+            Stage::Running(pid) => pid,
+        };
+        let Some(vm) = &self.vm else {
+            // What a pause container does.
+            if process.end(u32::from(signal) + 128, false) {
+                self.publish_exit(process, publisher);
+            }
+            return Ok(());
+        };
+        let is_own = process.exec_id.is_empty();
+        if self.is_paused() {
+            if signal != SIGKILL || !is_own {
+                return Err(Failure::Precondition("the container is paused".into()));
+            }
+            self.end_now(process, publisher);
+            return Ok(());
+        }
+        let target = match (all, pid) {
+            (true, _) => Target::All,
+            (false, Some(pid)) => Target::Process(pid),
+            (false, None) => return Err(Failure::Precondition("the process starts".into())),
+        };
+        if signal == SIGKILL {
+            process.expect_end();
+            if is_own {
+                self.end_later(process, publisher);
+            }
+        }
+        match vm.signal(target, signal) {
+            Ok(Sent::Sent) => Ok(()),
+            Ok(Sent::NoProcess) => Err(Failure::NotFound("process already finished".into())),
+            // What is killed may take the VM with it, and the VM is ended soon.
+            Err(_) if signal == SIGKILL && is_own => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Ends the VM, and the process with it.
+    fn end_now(&self, process: &Arc<Process>, publisher: &Arc<Publisher>) {
+        process.expect_end();
+        if process.end(KILLED, false) {
+            self.ended(process, publisher);
+        }
+    }
+
+    /// The same when a guest does not do what it is told.
+    fn end_later(self: &Arc<Container>, process: &Arc<Process>, publisher: &Arc<Publisher>) {
+        let (container, process) = (self.clone(), process.clone());
+        let publisher = publisher.clone();
+        thread::spawn(move || {
+            thread::sleep(KILL_TIMEOUT);
+            if matches!(process.stage(), Stage::Running(_)) {
+                log::warn("the guest has not ended its process: the VM is ended");
+                container.end_now(&process, &publisher);
+            }
+        });
+    }
+
+    /// Forgets an added process.
+    pub fn remove(&self, exec_id: &str) {
+        lock(&self.added).remove(exec_id);
+    }
+
+    /// Ends the VM.
+    pub fn end(&self) {
+        if let Some(vm) = &self.vm {
+            vm.end();
+        }
+    }
+
+    /// The VM stands still.
+    pub fn pause(&self) -> Result<(), Failure> {
+        self.running_vm()?.pause()?;
+        self.paused.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// And goes on.
+    pub fn resume(&self) -> Result<(), Failure> {
+        self.running_vm()?.resume()?;
+        self.paused.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// What it uses.
+    pub fn metrics(&self) -> Result<Metrics, Failure> {
+        let vm = self.running_vm()?;
+        if self.is_paused() {
+            return Err(Failure::Precondition("the container is paused".into()));
+        }
+        let sysinfo = vm.client.sysinfo().map_err(anyhow::Error::from)?;
+        Ok(metrics::of(&sysinfo))
+    }
+}
+
+/// Copies a file with its mode and owner into the guest.
+fn copy(vm: &Vm, source: &Path, target: &str) -> Result<()> {
+    let mut file = File::open(source)?;
+    let found = file.metadata()?;
+    let options = WriteOptions {
+        mode: Some(found.permissions().mode() & 0o7777),
+        user: Some(format!("{}:{}", found.uid(), found.gid())),
+    };
+    let length = Some(found.len());
+    vm.client.write_file(target, &mut file, length, &options)?;
+    Ok(())
+}
+
+/// A file of the guest, which may not be there.
+fn read(vm: &Vm, path: &str) -> Result<String> {
+    let mut text = String::new();
+    match vm.client.read_file(path) {
+        Ok((_, body)) => drop(body.take(MAX_USERS).read_to_string(&mut text)?),
+        Err(ApiError::Refused { status: 404, .. }) => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(text)
+}

@@ -1,0 +1,484 @@
+//! A process of a container: its own or an added one, as a session of the VM's. A thread moves its
+//! streams.
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::fd::AsFd,
+    sync::{
+        Arc, Condvar, Mutex,
+        mpsc::{self, Receiver, Sender},
+    },
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::{Context, Result, bail};
+use pigeon::{
+    Command, Error, Session,
+    logs::Stream,
+    session::{Event, MESSAGE},
+};
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::{
+    container::KILLED,
+    log,
+    service::lock,
+    spec,
+    stdio::{Input, Output, Stdio},
+    vm::Vm,
+};
+
+/// Bytes of output that wait for a reader before the process is made to wait.
+const PENDING: usize = 1 << 20;
+/// The same once the process was killed: its end comes behind what it has written.
+const PENDING_KILLED: usize = 32 << 20;
+/// How long a process may take to be started.
+const START: Duration = Duration::from_secs(60);
+/// How often it is asked whether it was.
+const RETRY: Duration = Duration::from_millis(2);
+/// How long a VM that has broken a session off may take to end.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+/// How long the kernel's last message may take from the guest's console to here.
+const CONSOLE: Duration = Duration::from_millis(300);
+/// SIGKILL
+pub const SIGKILL: u8 = 9;
+
+/// How a process has ended.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ended {
+    /// Its exit code, or 128 and the signal.
+    pub status: u32,
+    /// When.
+    pub at: SystemTime,
+    /// The guest's kernel killed it because memory ran out.
+    pub for_memory: bool,
+}
+
+/// How far a process is.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Stage {
+    /// It was not started.
+    Created,
+    /// It runs, with this number in the guest once that is known.
+    Running(Option<u32>),
+    /// It could not be started.
+    Failed(String),
+    /// It has ended.
+    Ended(Ended),
+}
+
+enum Order {
+    Resize(u16, u16),
+    CloseInput,
+}
+
+/// A process.
+pub struct Process {
+    /// containerd's name of an added process; the container's own has none.
+    pub exec_id: String,
+    /// Its name as a session.
+    session: String,
+    spec: spec::Process,
+    /// Where its streams are.
+    pub stdio: Stdio,
+    stage: Mutex<Stage>,
+    changed: Condvar,
+    orders: Mutex<(Sender<Order>, io::PipeWriter)>,
+    /// The other ends, until it is started.
+    taken: Mutex<Option<(Receiver<Order>, io::PipeReader)>>,
+    /// It was sent a SIGKILL.
+    killed: Mutex<bool>,
+    /// Its streams are done with.
+    drained: Mutex<bool>,
+    has_drained: Condvar,
+}
+
+impl Process {
+    /// One that is to be started.
+    pub fn new(
+        exec_id: &str,
+        session: String,
+        spec: spec::Process,
+        stdio: Stdio,
+    ) -> Result<Process> {
+        let (sender, orders) = mpsc::channel();
+        let (wake, woken) = io::pipe().map(|(reader, writer)| (writer, reader))?;
+        Ok(Process {
+            exec_id: exec_id.into(),
+            session,
+            spec,
+            stdio,
+            stage: Mutex::new(Stage::Created),
+            changed: Condvar::new(),
+            orders: Mutex::new((sender, wake)),
+            taken: Mutex::new(Some((orders, woken))),
+            killed: Mutex::new(false),
+            drained: Mutex::new(false),
+            has_drained: Condvar::new(),
+        })
+    }
+
+    /// How far it is.
+    pub fn stage(&self) -> Stage {
+        lock(&self.stage).clone()
+    }
+
+    /// Who it runs as.
+    pub fn user(&self) -> &spec::User {
+        &self.spec.user
+    }
+
+    /// It runs from now on, and has nothing to run.
+    pub fn run_nothing(&self) {
+        self.enter(Stage::Running(None));
+        *lock(&self.drained) = true;
+    }
+
+    /// Enters a stage, if it has not ended; whether it has now.
+    fn enter(&self, stage: Stage) -> bool {
+        let mut current = lock(&self.stage);
+        if matches!(*current, Stage::Ended(_) | Stage::Failed(_)) {
+            return false;
+        }
+        *current = stage;
+        self.changed.notify_all();
+        true
+    }
+
+    /// It has ended, now; false if it had before.
+    pub fn end(&self, status: u32, for_memory: bool) -> bool {
+        let at = SystemTime::now();
+        self.enter(Stage::Ended(Ended {
+            status,
+            at,
+            for_memory,
+        }))
+    }
+
+    /// Waits for its end.
+    pub fn wait(&self) -> Ended {
+        let mut stage = lock(&self.stage);
+        loop {
+            match &*stage {
+                Stage::Ended(ended) => return *ended,
+                Stage::Failed(_) => {
+                    return Ended {
+                        status: KILLED,
+                        at: SystemTime::now(),
+                        for_memory: false,
+                    };
+                }
+                _ => {}
+            }
+            stage = match self.changed.wait(stage) {
+                Ok(stage) => stage,
+                Err(poisoned) => poisoned.into_inner(),
+            };
+        }
+    }
+
+    /// Waits until all its output was taken, or for some time; nobody needs it then.
+    pub fn drain(&self, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
+        let mut drained = lock(&self.drained);
+        while !*drained {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                // The thread sees that.
+                *drained = true;
+                break;
+            }
+            drained = match self.has_drained.wait_timeout(drained, left) {
+                Ok((drained, _)) => drained,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+        drop(drained);
+        self.wake();
+    }
+
+    fn order(&self, order: Order) {
+        let _ = lock(&self.orders).0.send(order);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        let _ = lock(&self.orders).1.write(&[0]);
+    }
+
+    /// The size of its terminal.
+    pub fn resize(&self, columns: u32, rows: u32) {
+        let size = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
+        self.order(Order::Resize(size(columns), size(rows)));
+    }
+
+    /// Its input ends when the client has closed it.
+    pub fn close_input(&self) {
+        self.order(Order::CloseInput);
+    }
+
+    /// It is sent a SIGKILL.
+    pub fn expect_end(&self) {
+        *lock(&self.killed) = true;
+        self.wake();
+    }
+
+    /// Starts it; `at_end` is called when it has ended.
+    pub fn start(
+        self: &Arc<Process>,
+        vm: &Arc<Vm>,
+        user: &str,
+        at_end: impl FnOnce(&Process) + Send + 'static,
+    ) -> Result<()> {
+        let taken = lock(&self.taken).take();
+        let (orders, woken) = taken.context("it was started before")?;
+        let input = Input::open(&self.stdio.stdin)?;
+        let outputs = match self.stdio.terminal {
+            true => [Output::open(&self.stdio.stdout)?, Output::default()],
+            false => [
+                Output::open(&self.stdio.stdout)?,
+                Output::open(&self.stdio.stderr)?,
+            ],
+        };
+        let mut command = Command::new(self.spec.args.iter().cloned())
+            .id(&self.session)
+            .user(user)
+            .dir(match self.spec.cwd.as_str() {
+                "" => "/",
+                cwd => cwd,
+            });
+        for variable in &self.spec.env {
+            if let Some((name, value)) = variable.split_once('=') {
+                command = command.env(name, value);
+            }
+        }
+        let mut session = match self.stdio.terminal {
+            true => {
+                let size = self.spec.console_size.unwrap_or_default();
+                vm.client.terminal(&command, (size.width, size.height))
+            }
+            false => vm.client.session(&command.separate_stderr()),
+        }?;
+        if input.is_none() && !self.stdio.terminal {
+            session.end_input()?;
+        }
+        self.enter(Stage::Running(None));
+        let mut streams = Streams {
+            process: self.clone(),
+            vm: vm.clone(),
+            session,
+            input,
+            outputs,
+            orders,
+            woken: File::from(std::os::fd::OwnedFd::from(woken)),
+        };
+        thread::spawn(move || {
+            let stage = streams.run();
+            let failed = matches!(stage, Stage::Failed(_));
+            if streams.process.enter(stage) && !failed {
+                at_end(&streams.process);
+            }
+            // The client may take its time, and then sees the end of the streams.
+            let process = streams.process.clone();
+            if !failed {
+                streams.finish();
+            }
+            drop(streams);
+            *lock(&process.drained) = true;
+            process.has_drained.notify_all();
+        });
+        self.confirm_start(vm)
+    }
+
+    /// Waits until its program runs: until then its process is the init's, of which it was forked.
+    fn confirm_start(&self, vm: &Vm) -> Result<()> {
+        let deadline = Instant::now() + START;
+        let init = vm.client.file_info("/proc/1/exe")?;
+        loop {
+            match self.stage() {
+                Stage::Failed(why) => bail!("{why}"),
+                Stage::Ended(_) | Stage::Running(Some(_)) => return Ok(()),
+                Stage::Created | Stage::Running(None) => {}
+            }
+            let sessions = vm.client.sessions().unwrap_or_default();
+            let mut sessions = sessions.into_iter();
+            let session = sessions.find(|session| session.id == self.session);
+            if let Some(pid) = session.and_then(|session| session.pid) {
+                let program = vm.client.file_info(&format!("/proc/{pid}/exe"));
+                if program.is_ok_and(|program| program != init) {
+                    self.enter(Stage::Running(Some(pid)));
+                    return Ok(());
+                }
+            }
+            if Instant::now() > deadline {
+                bail!("it has not started in {} s", START.as_secs());
+            }
+            thread::sleep(RETRY);
+        }
+    }
+}
+
+/// The streams of a process that runs.
+struct Streams {
+    process: Arc<Process>,
+    vm: Arc<Vm>,
+    session: Session,
+    input: Option<Input>,
+    outputs: [Output; 2],
+    orders: Receiver<Order>,
+    woken: File,
+}
+
+impl Streams {
+    /// Until the process has ended.
+    fn run(&mut self) -> Stage {
+        match self.pass() {
+            Ok(ended) => {
+                let status = u32::try_from(ended.status()).unwrap_or(KILLED);
+                let pid = match self.process.stage() {
+                    Stage::Running(pid) => pid,
+                    _ => None,
+                };
+                let by_guest = ended.signal == Some(SIGKILL.into()) && !*lock(&self.process.killed);
+                let for_memory = by_guest && pid.is_some_and(|pid| self.was_killed_for_memory(pid));
+                Stage::Ended(Ended {
+                    status,
+                    at: SystemTime::now(),
+                    for_memory,
+                })
+            }
+            Err(Error::NotStarted(why)) => Stage::Failed(why),
+            Err(error) => {
+                let why = self.vm.end_within(LAST_WORDS);
+                let why = why.unwrap_or_else(|| error.to_string());
+                if !*lock(&self.process.killed) {
+                    let error = anyhow::anyhow!("{}: {why}", self.process.session);
+                    log::error(&error);
+                }
+                Stage::Ended(Ended {
+                    status: KILLED,
+                    at: SystemTime::now(),
+                    for_memory: false,
+                })
+            }
+        }
+    }
+
+    fn was_killed_for_memory(&self, pid: u32) -> bool {
+        let deadline = Instant::now() + CONSOLE;
+        loop {
+            if self.vm.was_killed_for_memory(pid) {
+                return true;
+            }
+            if Instant::now() > deadline {
+                return false;
+            }
+            thread::sleep(RETRY);
+        }
+    }
+
+    fn pass(&mut self) -> Result<pigeon::session::Ended, Error> {
+        loop {
+            let most = match *lock(&self.process.killed) {
+                true => PENDING_KILLED,
+                false => PENDING,
+            };
+            while self.outputs.iter().all(|output| output.pending() < most) {
+                match self.session.try_next()? {
+                    Some(Event::Output(stream, bytes)) => {
+                        let number = usize::from(stream == Stream::Stderr);
+                        self.outputs[number].write(&bytes);
+                    }
+                    Some(Event::Exit(ended)) => return Ok(ended),
+                    None => break,
+                }
+            }
+            self.session.flush()?;
+            self.wait(most);
+            self.outputs.iter_mut().for_each(Output::flush);
+            self.take_orders()?;
+            self.pass_input()?;
+        }
+    }
+
+    /// Waits until there is something to do.
+    fn wait(&self, most: usize) {
+        let mut wanted = PollFlags::empty();
+        let takes_output = self.outputs.iter().all(|output| output.pending() < most);
+        wanted.set(PollFlags::IN, takes_output);
+        wanted.set(PollFlags::OUT, self.session.is_sending());
+        let mut descriptors = vec![PollFd::new(&self.woken, PollFlags::IN)];
+        if !wanted.is_empty() {
+            descriptors.push(PollFd::new(&self.session, wanted));
+        }
+        if let Some(input) = self.input.as_ref().filter(|_| !self.session.is_sending()) {
+            descriptors.push(PollFd::new(input, PollFlags::IN));
+        }
+        let waiting: Vec<_> = self.outputs.iter().filter_map(Output::waiting).collect();
+        for output in &waiting {
+            descriptors.push(PollFd::new(output, PollFlags::OUT));
+        }
+        let _ = poll(&mut descriptors, None);
+    }
+
+    fn take_orders(&mut self) -> Result<(), Error> {
+        if is_readable(&self.woken) {
+            let _ = self.woken.read(&mut [0; 64]);
+        }
+        while let Ok(order) = self.orders.try_recv() {
+            match order {
+                Order::Resize(columns, rows) => self.session.queue_resize(columns, rows)?,
+                Order::CloseInput => {
+                    if let Some(input) = &mut self.input {
+                        input.end();
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn pass_input(&mut self) -> Result<(), Error> {
+        if self.session.is_sending() {
+            return Ok(());
+        }
+        let Some(input) = &mut self.input else {
+            return Ok(());
+        };
+        let mut buffer = [0; MESSAGE];
+        match input.read(&mut buffer) {
+            Ok(None) => Ok(()),
+            Ok(Some(size @ 1..)) => self.session.queue_input(&buffer[..size]),
+            Ok(Some(0)) | Err(_) => {
+                self.input = None;
+                self.session.queue_end_of_input()
+            }
+        }
+    }
+
+    /// Gives what is left of the output to whoever takes it.
+    fn finish(&mut self) {
+        loop {
+            self.outputs.iter_mut().for_each(Output::flush);
+            if is_readable(&self.woken) {
+                let _ = self.woken.read(&mut [0; 64]);
+            }
+            let waiting: Vec<_> = self.outputs.iter().filter_map(Output::waiting).collect();
+            if waiting.is_empty() || *lock(&self.process.drained) {
+                return;
+            }
+            let mut descriptors = vec![PollFd::new(&self.woken, PollFlags::IN)];
+            for output in &waiting {
+                descriptors.push(PollFd::new(output, PollFlags::OUT));
+            }
+            let _ = poll(&mut descriptors, None);
+        }
+    }
+}
+
+fn is_readable(file: &impl AsFd) -> bool {
+    let mut descriptors = [PollFd::new(file, PollFlags::IN)];
+    poll(&mut descriptors, Some(&rustix::event::Timespec::default())).is_ok_and(|ready| ready > 0)
+}

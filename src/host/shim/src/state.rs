@@ -1,0 +1,99 @@
+//! Where the shim keeps things: `PIGEON_STATE`, by default /var/lib/pigeon. A directory for each
+//! container, and one for root images, which containers share.
+
+use std::{
+    env, fs,
+    fs::{DirBuilder, File},
+    io::{Read, Write},
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use rustix::process::{Pid, Signal, kill_process};
+use sha2::{Digest, Sha256};
+
+use crate::flags::Flags;
+
+/// The default of `PIGEON_STATE`.
+const STATE: &str = "/var/lib/pigeon";
+/// Bytes of a directory's name: a path of a Unix socket in it has at most 107 (unix(7)).
+const NAME: usize = 16;
+
+/// The state's directory.
+pub fn root() -> PathBuf {
+    let given = env::var_os("PIGEON_STATE").filter(|path| !path.is_empty());
+    given.map_or(STATE.into(), PathBuf::from)
+}
+
+/// Makes a directory, and those that it lies in, for root alone.
+pub fn create(dir: &Path) -> Result<()> {
+    let created = DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    created.with_context(|| format!("unable to create {}", dir.display()))
+}
+
+/// The directory of a container, with the VM's sockets, disks and logs.
+pub fn container_dir(flags: &Flags) -> PathBuf {
+    let digest = digest(&[&flags.address, &flags.namespace, &flags.id]);
+    root().join("containers").join(&digest[..NAME])
+}
+
+/// The hexadecimal SHA-256 of texts, each with its length.
+pub fn digest(texts: &[&str]) -> String {
+    let mut hash = Sha256::new();
+    for text in texts {
+        hash.update((text.len() as u64).to_le_bytes());
+        hash.update(text);
+    }
+    hash.finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+/// Held while a container's shim lives, so that what a dead one has left can be told.
+const LOCK: &str = "lock";
+
+/// The lock of a container's directory.
+pub struct Lock(#[expect(dead_code, reason = "it is held")] File);
+
+/// Locks a container's directory, and leaves this process's number in the lock.
+pub fn lock(dir: &Path) -> Result<Lock> {
+    let mut file = File::create(dir.join(LOCK))?;
+    file.try_lock().context("another shim has this container")?;
+    write!(file, "{}", std::process::id())?;
+    Ok(Lock(file))
+}
+
+/// Kills the shim of a container's directory, if it still lives, and its VM with it.
+pub fn kill(dir: &Path) -> Result<()> {
+    let Ok(mut lock) = File::open(dir.join(LOCK)) else {
+        return Ok(());
+    };
+    let mut text = String::new();
+    lock.read_to_string(&mut text)?;
+    let pid = text.parse().ok().and_then(Pid::from_raw);
+    // Its number is another's only once its lock has gone.
+    if lock.try_lock().is_err()
+        && let Some(pid) = pid
+    {
+        kill_process(pid, Signal::KILL).context("unable to kill the shim")?;
+        lock.lock()?;
+    }
+    Ok(())
+}
+
+/// Removes the directories of shims that were killed and never cleaned up after, as when the host
+/// lost power.
+pub fn sweep() {
+    let Ok(entries) = fs::read_dir(root().join("containers")) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        // Without a lock it is one that is being made.
+        let lock = File::open(entry.path().join(LOCK));
+        if lock.is_ok_and(|lock| lock.try_lock().is_ok()) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}

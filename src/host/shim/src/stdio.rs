@@ -1,0 +1,198 @@
+//! A process's streams: FIFOs of containerd's, or a file for its output.
+
+use std::{
+    collections::VecDeque,
+    fs::{File, OpenOptions},
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::OpenOptionsExt,
+    },
+};
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::OFlags;
+
+/// Where a process's streams are, as containerd names them.
+#[derive(Clone, Debug, Default)]
+pub struct Stdio {
+    /// A FIFO, or nothing.
+    pub stdin: String,
+    /// A FIFO, `file://PATH`, or nothing.
+    pub stdout: String,
+    /// The same.
+    pub stderr: String,
+    /// A terminal.
+    pub terminal: bool,
+}
+
+fn open(path: &str, options: &mut OpenOptions) -> Result<File> {
+    let options = options.custom_flags(OFlags::NONBLOCK.bits() as i32);
+    let file = options.open(path);
+    file.with_context(|| format!("unable to open {path}"))
+}
+
+/// A process's input.
+pub struct Input {
+    fifo: File,
+    /// Our own writing end: the input does not end while clients come and go, until somebody says
+    /// so.
+    kept: Option<File>,
+}
+
+impl Input {
+    /// None where there is no input.
+    pub fn open(path: &str) -> Result<Option<Input>> {
+        if path.is_empty() {
+            return Ok(None);
+        }
+        let fifo = open(path, OpenOptions::new().read(true))?;
+        let kept = Some(open(path, OpenOptions::new().write(true))?);
+        Ok(Some(Input { fifo, kept }))
+    }
+
+    /// It ends when the last client has closed it.
+    pub fn end(&mut self) {
+        self.kept = None;
+    }
+
+    /// What there is; None when there is nothing now, and nothing at the end.
+    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        match self.fifo.read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            result => result.map(Some),
+        }
+    }
+}
+
+impl AsFd for Input {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fifo.as_fd()
+    }
+}
+
+/// A process's output. A FIFO is open both ways: it outlives its readers.
+#[derive(Default)]
+pub struct Output {
+    file: Option<File>,
+    pending: VecDeque<u8>,
+}
+
+impl Output {
+    /// Opens it; what is written to nowhere is dropped.
+    pub fn open(place: &str) -> Result<Output> {
+        let file = match place.split_once("://") {
+            None if place.is_empty() => None,
+            None => Some(open(place, OpenOptions::new().read(true).write(true))?),
+            Some(("file", path)) => Some(open(path, OpenOptions::new().append(true).create(true))?),
+            Some((scheme, _)) => bail!("{place}: output to {scheme}:// is not supported"),
+        };
+        Ok(Output {
+            file,
+            pending: VecDeque::new(),
+        })
+    }
+
+    /// Bytes that nobody has taken yet.
+    pub fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// Writes as much as is taken now, and keeps the rest.
+    pub fn write(&mut self, bytes: &[u8]) {
+        if self.file.is_some() {
+            self.pending.extend(bytes);
+            self.flush();
+        }
+    }
+
+    /// Writes as much as is taken now of what waits.
+    pub fn flush(&mut self) {
+        let Some(file) = &mut self.file else {
+            return;
+        };
+        while !self.pending.is_empty() {
+            let (first, _) = self.pending.as_slices();
+            match file.write(first) {
+                Ok(size) => drop(self.pending.drain(..size)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // A full disk: the process goes on.
+                Err(_) => self.pending.clear(),
+            }
+        }
+    }
+
+    /// The file to wait for, while something waits.
+    pub fn waiting(&self) -> Option<BorrowedFd<'_>> {
+        let file = self.file.as_ref().filter(|_| !self.pending.is_empty());
+        file.map(AsFd::as_fd)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    use std::path::PathBuf;
+
+    fn fifo(dir: &tempfile::TempDir) -> PathBuf {
+        let path = dir.path().join("fifo");
+        mknodat(CWD, &path, FileType::Fifo, Mode::RWXU, 0).unwrap();
+        path
+    }
+
+    #[test]
+    fn input_ends_when_it_is_said_to_and_the_client_has_closed_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(&dir);
+        let mut input = Input::open(path.to_str().unwrap()).unwrap().unwrap();
+        let mut buffer = [0; 16];
+        assert_eq!(input.read(&mut buffer).unwrap(), None);
+        let mut client = OpenOptions::new().write(true).open(&path).unwrap();
+        client.write_all(b"abc").unwrap();
+        assert_eq!(input.read(&mut buffer).unwrap(), Some(3));
+        drop(client);
+        assert_eq!(input.read(&mut buffer).unwrap(), None);
+        let client = OpenOptions::new().write(true).open(&path).unwrap();
+        input.end();
+        assert_eq!(input.read(&mut buffer).unwrap(), None);
+        drop(client);
+        assert_eq!(input.read(&mut buffer).unwrap(), Some(0));
+    }
+
+    #[test]
+    fn output_waits_for_a_reader_that_is_late_or_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(&dir);
+        let mut output = Output::open(path.to_str().unwrap()).unwrap();
+        let bytes: Vec<u8> = (0..200_000u32).map(|number| number as u8).collect();
+        output.write(&bytes);
+        assert!(output.pending() > 0 && output.waiting().is_some());
+        let mut read = vec![];
+        let mut buffer = [0; 4096];
+        let mut options = OpenOptions::new();
+        while read.len() < bytes.len() {
+            // A new reader each time.
+            let mut reader = options.read(true).open(&path).unwrap();
+            let size = reader.read(&mut buffer).unwrap();
+            read.extend(&buffer[..size]);
+            output.flush();
+        }
+        assert_eq!(read, bytes);
+        assert_eq!(output.pending(), 0);
+    }
+
+    #[test]
+    fn output_to_a_file_is_appended() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        for text in ["one ", "two"] {
+            let mut output = Output::open(&format!("file://{}", path.display())).unwrap();
+            output.write(text.as_bytes());
+        }
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "one two");
+        Output::open("").unwrap().write(b"nowhere");
+        assert!(Output::open("binary:///bin/logger").is_err());
+    }
+}

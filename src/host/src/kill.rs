@@ -1,0 +1,145 @@
+//! Signals to any process of a guest: the init's own call is for the workload's group. A program of a
+//! few instructions that sends the signal is written into the guest and run there, so that it works
+//! in an image without a `kill`.
+
+use std::time::Duration;
+
+use crate::{Arch, Client, Command, Error, elf::static_program, files::WriteOptions};
+
+/// Where the program is written: a tmpfs of the init's.
+const PATH: &str = "/run/pigeon/kill";
+/// How long a guest may take to run it.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a signal is sent to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The process of this id.
+    Process(u32),
+    /// All processes but the init.
+    All,
+}
+
+/// What sending a signal came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sent {
+    /// It was sent.
+    Sent,
+    /// There is no such process.
+    NoProcess,
+}
+
+/// kill(2), then exit(2) with its error's number.
+fn code(arch: Arch, target: Target, signal: u8) -> Vec<u8> {
+    let pid = match target {
+        Target::Process(pid) => pid,
+        Target::All => -1i32 as u32,
+    };
+    match arch {
+        Arch::X86_64 => {
+            let mut code = vec![0xbf]; // mov edi, pid
+            code.extend(pid.to_le_bytes());
+            code.push(0xbe); // mov esi, signal
+            code.extend(u32::from(signal).to_le_bytes());
+            // mov eax, SYS_kill; syscall; neg eax; mov edi, eax; mov eax, SYS_exit; syscall
+            code.extend([0xb8, 62, 0, 0, 0, 0x0f, 0x05, 0xf7, 0xd8, 0x89, 0xc7]);
+            code.extend([0xb8, 60, 0, 0, 0, 0x0f, 0x05]);
+            code
+        }
+        Arch::Aarch64 => {
+            let load = |register: u32, value: u32| 0x5280_0000 | value << 5 | register;
+            let load_high = |register: u32, value: u32| 0x72a0_0000 | value << 5 | register;
+            let supervisor_call = 0xd400_0001;
+            let negate_w0 = 0x4b00_03e0;
+            [
+                load(0, pid & 0xffff),
+                load_high(0, pid >> 16),
+                load(1, signal.into()),
+                load(8, 129), // kill
+                supervisor_call,
+                negate_w0,
+                load(8, 93), // exit
+                supervisor_call,
+            ]
+            .into_iter()
+            .flat_map(u32::to_le_bytes)
+            .collect()
+        }
+    }
+}
+
+impl Client {
+    /// Sends a signal to a process of the guest, or to all of them. Calls for one VM must not
+    /// overlap: they use one file.
+    pub fn kill(&self, arch: Arch, target: Target, signal: u8) -> Result<Sent, Error> {
+        let program = static_program(arch, &code(arch, target, signal));
+        let options = WriteOptions {
+            mode: Some(0o700),
+            user: None,
+        };
+        let length = program.len() as u64;
+        self.write_file(PATH, &mut program.as_slice(), Some(length), &options)?;
+        let output = self.exec(&Command::new([PATH]).dir("/").timeout(TIMEOUT))?;
+        match output.exit_code {
+            0 => Ok(Sent::Sent),
+            errno if errno == rustix::io::Errno::SRCH.raw_os_error() => Ok(Sent::NoProcess),
+            // It was one of all processes.
+            _ if output.exit_signal != 0 => Ok(Sent::Sent),
+            errno => {
+                let error = std::io::Error::from_raw_os_error(errno);
+                Err(Error::Broken(format!(
+                    "unable to send signal {signal}: {error}"
+                )))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{
+        fs,
+        os::unix::{fs::PermissionsExt, process::ExitStatusExt},
+        process,
+    };
+
+    #[test]
+    fn the_program_sends_its_signal_and_says_when_nobody_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let kill = |pid: u32, signal: u8| {
+            let path = dir.path().join(format!("kill-{pid}-{signal}"));
+            let code = code(Arch::HOST, Target::Process(pid), signal);
+            fs::write(&path, static_program(Arch::HOST, &code)).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            process::Command::new(path).status().unwrap().code()
+        };
+        let mut sleep = process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = sleep.id();
+        assert_eq!(kill(pid, 0), Some(0));
+        assert_eq!(kill(pid, 15), Some(0));
+        assert_eq!(sleep.wait().unwrap().signal(), Some(15));
+        assert_eq!(kill(pid, 15), Some(3));
+    }
+
+    #[test]
+    fn the_foreign_program_is_as_the_architecture_has_it() {
+        let words: Vec<u32> = code(Arch::Aarch64, Target::Process(0x1_0002), 9)
+            .chunks(4)
+            .map(|word| u32::from_le_bytes(word.try_into().unwrap()))
+            .collect();
+        // As an assembler has them: mov w0, #2; movk w0, #1, lsl #16; mov w1, #9; mov w8, #129;
+        // svc #0; neg w0, w0; mov w8, #93; svc #0
+        let expected = [
+            0x5280_0040,
+            0x72a0_0020,
+            0x5280_0121,
+            0x5280_1028,
+            0xd400_0001,
+            0x4b00_03e0,
+            0x5280_0ba8,
+            0xd400_0001,
+        ];
+        assert_eq!(words, expected);
+    }
+}
