@@ -169,7 +169,7 @@ mod tests {
         let bytes: Vec<u8> = (0..200_000u32).map(|number| number as u8).collect();
         output.write(&bytes);
         assert!(output.pending() > 0 && output.waiting().is_some());
-        let mut read = vec![];
+        let mut read: Vec<u8> = vec![];
         let mut buffer = [0; 4096];
         let mut options = OpenOptions::new();
         while read.len() < bytes.len() {

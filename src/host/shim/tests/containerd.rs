@@ -1,0 +1,769 @@
+//! The shim below a containerd of its own, beside runc: the same commands, and the same of them. It
+//! needs root, containerd, ctr and runc.
+
+#[path = "../../tests/common/mod.rs"]
+mod common;
+#[path = "../../tests/common/pty.rs"]
+mod pty;
+
+use std::{
+    fs::{self, File, TryLockError},
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use common::{Place, Tar, busybox_layer, digest, docker_save};
+use pigeon::process::Process;
+use pty::Terminal;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+
+/// The image of all tests, of two layers.
+const IMAGE: &str = "docker.io/library/test:1";
+const RUNC: &str = "io.containerd.runc.v2";
+const PIGEON: &str = "io.containerd.pigeon.v2";
+/// How long a command may take: the machine may be busy with other VMs.
+const TIMEOUT: Duration = Duration::from_secs(150);
+
+/// The right to run a VM, as the lab has it: few run at once on a machine.
+struct Slot(#[expect(dead_code, reason = "it is held")] File);
+
+impl Slot {
+    fn acquire() -> Slot {
+        let count = std::env::var("PIGEON_VMS").ok();
+        let count = count.and_then(|count| count.parse().ok()).unwrap_or(2);
+        let dir = pigeon::assets::cache_dir().join("slots");
+        fs::create_dir_all(&dir).unwrap();
+        loop {
+            for number in 0..count {
+                let lock = File::create(dir.join(number.to_string())).unwrap();
+                match lock.try_lock() {
+                    Ok(()) => return Slot(lock),
+                    Err(TryLockError::WouldBlock) => {}
+                    Err(TryLockError::Error(error)) => panic!("{error}"),
+                }
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// containerd with all that it has in one directory.
+struct Containerd {
+    place: Place,
+    process: Option<Process>,
+    _slot: Slot,
+}
+
+/// What a command came to.
+#[derive(Debug, PartialEq)]
+struct Outcome {
+    status: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+impl Containerd {
+    fn start() -> Containerd {
+        let mut containerd = Containerd {
+            place: Place::new(),
+            process: None,
+            _slot: Slot::acquire(),
+        };
+        let dir = containerd.place.0.path().display();
+        let config = format!(
+            "version = 2\nroot = \"{dir}/root\"\nstate = \"{dir}/state\"\n\
+             disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
+             [grpc]\naddress = \"{dir}/c.sock\"\n[ttrpc]\naddress = \"{dir}/c.sock.ttrpc\"\n"
+        );
+        containerd.place.write("config.toml", config);
+        containerd.restart();
+        let second = Tar::new()
+            .file("etc/second", "of the second layer\n")
+            .bytes();
+        let config = json!({
+            "architecture": pigeon::Arch::HOST.debian_name(),
+            "os": "linux",
+            "config": {"Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["sh"]},
+            "rootfs": {"type": "layers", "diff_ids": []},
+        });
+        let layers = [busybox_layer(), second];
+        let mut config = config;
+        for layer in &layers {
+            let diff_ids = config["rootfs"]["diff_ids"].as_array_mut().unwrap();
+            diff_ids.push(json!(format!("sha256:{}", digest(layer))));
+        }
+        let archive = docker_save(&layers, &config, "test:1");
+        let archive = containerd.place.write("image.tar", archive);
+        containerd.ok(&["image", "import", archive.to_str().unwrap()]);
+        containerd
+    }
+
+    /// Starts it, again if it runs.
+    fn restart(&mut self) {
+        self.process = None;
+        let shim = Path::new(env!("CARGO_BIN_EXE_containerd-shim-pigeon-v2"));
+        let mut path = shim.parent().unwrap().as_os_str().to_os_string();
+        path.push(":/usr/sbin:/sbin:");
+        path.push(std::env::var_os("PATH").unwrap_or_default());
+        let mut log = File::options();
+        let log = log.create(true).append(true);
+        let log = log.open(self.place.path("log")).unwrap();
+        let mut command = Command::new(pigeon::assets::tool("containerd").unwrap());
+        command
+            .arg("--config")
+            .arg(self.place.path("config.toml"))
+            .env("PATH", path)
+            .env("PIGEON_STATE", self.state())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        self.process = Some(Process::spawn(command).unwrap());
+        let deadline = Instant::now() + TIMEOUT;
+        while self.ctr(&["version"]).status != Some(0) {
+            assert!(Instant::now() < deadline, "{}", self.log());
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn state(&self) -> PathBuf {
+        self.place.path("pigeon")
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.place.path("log")).unwrap()
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(pigeon::assets::tool("ctr").unwrap());
+        let address = self.place.path("c.sock");
+        command.arg("--address").arg(address).args(words);
+        // One that hangs is none of the tests that follow.
+        command.stdin(Stdio::null());
+        command
+    }
+
+    fn ctr(&self, words: &[&str]) -> Outcome {
+        self.ctr_with(words, b"")
+    }
+
+    /// With this input.
+    fn ctr_with(&self, words: &[&str], input: &[u8]) -> Outcome {
+        let [stdout, stderr] = ["stdout", "stderr"].map(|name| {
+            let number = thread::current().id();
+            self.place.path(&format!("{name}-{number:?}"))
+        });
+        let mut command = self.command(words);
+        command.stdout(File::create(&stdout).unwrap());
+        command.stderr(File::create(&stderr).unwrap());
+        command.stdin(Stdio::piped());
+        let mut process = Process::spawn(command).unwrap();
+        let mut stdin = process.child().stdin.take().unwrap();
+        let _ = stdin.write_all(input);
+        drop(stdin);
+        let status = process.wait(TIMEOUT).unwrap();
+        let read = |path: &Path| String::from_utf8_lossy(&fs::read(path).unwrap()).into_owned();
+        let status = status.unwrap_or_else(|| {
+            panic!(
+                "{words:?} hangs: {} {} {}",
+                read(&stdout),
+                read(&stderr),
+                self.log()
+            )
+        });
+        Outcome {
+            status: status.code(),
+            stdout: read(&stdout),
+            stderr: read(&stderr),
+        }
+    }
+
+    /// What a command that works prints.
+    #[track_caller]
+    fn ok(&self, words: &[&str]) -> String {
+        let outcome = self.ctr(words);
+        assert_eq!(
+            outcome.status,
+            Some(0),
+            "{words:?}: {outcome:?}\n{}",
+            self.log()
+        );
+        outcome.stdout
+    }
+
+    /// `ctr run` of a container in the foreground.
+    fn run(&self, runtime: &str, options: &[&str], id: &str, command: &[&str]) -> Outcome {
+        let words = ["run", "--rm", "--runtime", runtime];
+        self.ctr(&[&words[..], options, &[IMAGE, id], command].concat())
+    }
+
+    /// Starts a container in the background.
+    #[track_caller]
+    fn run_detached(&self, runtime: &str, options: &[&str], id: &str, command: &[&str]) {
+        let words = ["run", "-d", "--runtime", runtime];
+        self.ok(&[&words[..], options, &[IMAGE, id], command].concat());
+    }
+
+    /// The state of a task, in `ctr task ls`'s words.
+    fn status(&self, id: &str) -> Option<String> {
+        let tasks = self.ok(&["task", "ls"]);
+        let mut lines = tasks
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>());
+        lines.find_map(|words| (words[0] == id).then(|| words[2].to_string()))
+    }
+
+    /// The process that a task is in.
+    fn pid(&self, id: &str) -> Pid {
+        let tasks = self.ok(&["task", "ls"]);
+        let mut lines = tasks
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let pid = lines.find_map(|words| (words[0] == id).then(|| words[1].parse().unwrap()));
+        Pid::from_raw(pid.unwrap()).unwrap()
+    }
+
+    #[track_caller]
+    fn wait_status(&self, id: &str, wanted: &str) {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            let status = self.status(id);
+            if status.as_deref() == Some(wanted) {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{id} is {status:?}, not {wanted}\n{}",
+                self.log()
+            );
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Processes whose command line has the test's directory: shims and their VMs.
+    fn processes(&self) -> Vec<String> {
+        let dir = self.place.0.path().to_str().unwrap().to_string();
+        let own = std::process::id().to_string();
+        let mut found = vec![];
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).replace('\0', " ");
+            let is_containerd = line.contains("config.toml");
+            if entry.file_name() != *own && line.contains(&dir) && !is_containerd {
+                found.push(line);
+            }
+        }
+        found
+    }
+
+    /// Nothing is left of containers but the image.
+    #[track_caller]
+    fn assert_clean(&self) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let containers = fs::read_dir(self.state().join("containers"));
+            let mut left: Vec<_> = containers
+                .into_iter()
+                .flatten()
+                .map(|entry| entry.unwrap().path().display().to_string())
+                .collect();
+            left.extend(self.processes());
+            let bundles = self
+                .place
+                .path("state/io.containerd.runtime.v2.task/default");
+            let bundles = fs::read_dir(bundles).into_iter().flatten();
+            left.extend(bundles.map(|entry| entry.unwrap().path().display().to_string()));
+            let mounts = fs::read_to_string("/proc/mounts").unwrap();
+            let dir = self.place.0.path().to_str().unwrap();
+            left.extend(
+                mounts
+                    .lines()
+                    .filter(|line| line.contains(dir))
+                    .map(String::from),
+            );
+            if left.is_empty() {
+                return;
+            }
+            assert!(Instant::now() < deadline, "left: {left:#?}");
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        // Of a test that has failed.
+        for id in self.ctr(&["task", "ls", "-q"]).stdout.lines() {
+            self.ctr(&["task", "rm", "-f", id]);
+        }
+    }
+}
+
+/// What a script of commands comes to with a runtime. A name's column is as wide as the name, and
+/// numbers of processes are the runtime's own.
+fn script(containerd: &Containerd, runtime: &str) -> Vec<(String, Outcome)> {
+    let mut outcomes = vec![];
+    let mut record = |what: &str, mut outcome: Outcome| {
+        if what.ends_with("ls") {
+            let numbered = |line: &str| {
+                let words: Vec<_> = line.split_whitespace().collect();
+                let is_number = |word: &str| word.parse::<u32>().is_ok();
+                words
+                    .into_iter()
+                    .filter(|word| !is_number(word))
+                    .collect::<Vec<_>>()
+                    .join(" ")
+            };
+            outcome.stdout = outcome
+                .stdout
+                .lines()
+                .map(numbered)
+                .collect::<Vec<_>>()
+                .join("\n");
+        }
+        // How an error is said is the runtime's own, that there is one is not.
+        if outcome.stderr.starts_with("ctr: ") {
+            outcome.stderr = "ctr: …".into();
+        }
+        if let Some(at) = outcome.stderr.find("level=") {
+            outcome.stderr = outcome.stderr[at..].into();
+        }
+        outcomes.push((what.to_string(), outcome));
+    };
+    let loops = "trap 'echo usr1 >>/tmp/signals' USR1; trap 'exit 42' TERM; \
+                 while :; do sleep 0.05; done";
+    record(
+        "run -d",
+        containerd.ctr(&[
+            "run",
+            "-d",
+            "--runtime",
+            runtime,
+            IMAGE,
+            "one",
+            "sh",
+            "-c",
+            loops,
+        ]),
+    );
+    let exec = |number: &str, options: &[&str], command: &[&str], input: &[u8]| {
+        let words = ["task", "exec", "--exec-id", number];
+        containerd.ctr_with(&[&words[..], options, &["one"], command].concat(), input)
+    };
+    let both = ["sh", "-c", "echo out; echo error >&2; exit 7"];
+    record("exec", exec("e1", &[], &both, b""));
+    record("exec with input", exec("e2", &[], &["wc"], b"a\nb c\n"));
+    let user = ["--user", "1000:1000", "--cwd", "/tmp"];
+    record(
+        "exec of a user",
+        exec("e3", &user, &["sh", "-c", "id; pwd; cat /etc/second"], b""),
+    );
+    record("exec of nothing", exec("e4", &[], &["nothing"], b""));
+    record(
+        "exec that kills itself",
+        exec("e5", &[], &["sh", "-c", "kill -15 $$"], b""),
+    );
+    record(
+        "kill -s USR1",
+        containerd.ctr(&["task", "kill", "-s", "USR1", "one"]),
+    );
+    let look = "until grep -q usr1 /tmp/signals 2>/dev/null; do sleep 0.05; done; echo seen";
+    record("its effect", exec("e6", &[], &["sh", "-c", look], b""));
+    record("ls", containerd.ctr(&["task", "ls"]));
+    record("pause", containerd.ctr(&["task", "pause", "one"]));
+    record("paused ls", containerd.ctr(&["task", "ls"]));
+    record("resume", containerd.ctr(&["task", "resume", "one"]));
+    record("exec after it", exec("e7", &[], &["echo", "alive"], b""));
+    record("the id again", exec("e7", &[], &["echo", "again"], b""));
+    let metrics = containerd.ctr(&["task", "metrics", "one"]);
+    assert!(metrics.stdout.contains("memory.usage"), "{metrics:?}");
+    record(
+        "ps",
+        Outcome {
+            stdout: containerd
+                .ok(&["task", "ps", "one"])
+                .lines()
+                .next()
+                .unwrap_or_default()
+                .into(),
+            ..containerd.ctr(&["task", "ps", "one"])
+        },
+    );
+    record("rm of what runs", containerd.ctr(&["task", "rm", "one"]));
+    record("kill", containerd.ctr(&["task", "kill", "one"]));
+    containerd.wait_status("one", "STOPPED");
+    record("kill again", containerd.ctr(&["task", "kill", "one"]));
+    record("rm", containerd.ctr(&["task", "rm", "one"]));
+    record("container rm", containerd.ctr(&["container", "rm", "one"]));
+    let environment = ["--env", "A=B c", "--cwd", "/made"];
+    let command = [
+        "sh",
+        "-c",
+        "echo $A; pwd; id; echo error >&2; cat /none; exit 3",
+    ];
+    record(
+        "run",
+        containerd.run(runtime, &environment, "two", &command),
+    );
+    record(
+        "run of nothing",
+        containerd.run(runtime, &[], "three", &["nothing"]),
+    );
+    record(
+        "the id again",
+        containerd.run(runtime, &[], "three", &["true"]),
+    );
+    outcomes
+}
+
+#[test]
+fn a_script_gives_what_it_gives_with_runc() {
+    let containerd = Containerd::start();
+    let expected = script(&containerd, RUNC);
+    let found = script(&containerd, PIGEON);
+    for (expected, found) in expected.iter().zip(&found) {
+        assert_eq!(expected, found, "{}", containerd.log());
+    }
+    assert_eq!(expected.len(), found.len());
+    containerd.assert_clean();
+}
+
+/// What a terminal shows of a shell that is typed to.
+fn session(containerd: &Containerd, runtime: &str) -> (Vec<String>, Option<i32>) {
+    let words = [
+        "run",
+        "--rm",
+        "-t",
+        "--runtime",
+        runtime,
+        IMAGE,
+        "shell",
+        "sh",
+    ];
+    let mut terminal = Terminal::spawn(containerd.command(&words), (101, 33));
+    let mut shown = vec![];
+    terminal.expect("# ");
+    terminal.resize((120, 44));
+    // The size takes a moment to arrive.
+    let deadline = Instant::now() + TIMEOUT;
+    while Instant::now() < deadline {
+        terminal.type_text("stty size\n");
+        if terminal.shows("44 120", Duration::from_secs(1)) {
+            break;
+        }
+    }
+    terminal.expect("# ");
+    for (typed, expected) in [
+        ("echo $TERM:$((6*7))\n", "xterm:42"),
+        ("tty\n", "/dev/pts/0"),
+        (
+            "stty -a | grep -o 'icrnl\\|onlcr\\|isig' | tr '\\n' ' '\n",
+            "icrnl onlcr isig",
+        ),
+        (
+            "trap 'echo interrupted' INT; sleep 1000 || true\n",
+            "sleep 1000",
+        ),
+        ("\u{3}", "interrupted"),
+        ("echo bell >/dev/tty; echo error $((7*6)) >&2\n", "error 42"),
+    ] {
+        terminal.type_text(typed);
+        let is_there = terminal.shows(expected, TIMEOUT);
+        assert!(is_there, "{typed:?} with {runtime}: {:?}", terminal.shown());
+        shown.push(expected.to_string());
+        if typed.starts_with("trap") {
+            thread::sleep(Duration::from_secs(1));
+        }
+    }
+    terminal.type_text("exit 5\n");
+    (shown, terminal.wait().code())
+}
+
+#[test]
+fn a_terminal_is_what_it_is_with_runc() {
+    let containerd = Containerd::start();
+    let expected = session(&containerd, RUNC);
+    assert_eq!(expected.1, Some(5));
+    assert_eq!(session(&containerd, PIGEON), expected);
+    containerd.assert_clean();
+}
+
+#[test]
+fn containers_one_after_the_other_and_at_once_leave_nothing_and_copy_the_image_once() {
+    let containerd = Containerd::start();
+    let images = || {
+        let images = fs::read_dir(containerd.state().join("images")).unwrap();
+        let mut images: Vec<_> = images
+            .map(|entry| {
+                let entry = entry.unwrap();
+                let found = entry.metadata().unwrap();
+                (entry.file_name(), found.modified().unwrap(), found.len())
+            })
+            .collect();
+        images.sort();
+        images
+    };
+    let outcome = |code: i32| Outcome {
+        status: Some(code),
+        stdout: format!("hello {code}\n"),
+        stderr: format!("level=warning msg=\"task exit with non-zero exit code {code}\"\n"),
+    };
+    let run = |number: i32| {
+        let script = format!("echo hello {number}; exit {number}");
+        let found = containerd.run(PIGEON, &[], &format!("n{number}"), &["sh", "-c", &script]);
+        assert_eq!(
+            found.status,
+            outcome(number).status,
+            "{found:?}\n{}",
+            containerd.log()
+        );
+        assert_eq!(found.stdout, outcome(number).stdout);
+    };
+    run(1);
+    let made = images();
+    let erofs = made
+        .iter()
+        .filter(|(name, ..)| name.to_string_lossy().ends_with(".erofs"));
+    assert_eq!(erofs.count(), 1, "{made:?}");
+    run(2);
+    thread::scope(|scope| {
+        for number in 3..7 {
+            scope.spawn(move || run(number));
+        }
+    });
+    assert_eq!(images(), made);
+    containerd.assert_clean();
+}
+
+#[test]
+fn what_an_image_was_made_of_goes_with_it() {
+    let containerd = Containerd::start();
+    assert_eq!(
+        containerd.run(PIGEON, &[], "one", &["true"]).status,
+        Some(0)
+    );
+    let images = containerd.state().join("images");
+    let first: Vec<_> = fs::read_dir(&images).unwrap().collect();
+    assert_eq!(first.len(), 3);
+    // The same image with other snapshots: its layers have other paths, and the old ones are gone.
+    containerd.ok(&["image", "rm", "--sync", IMAGE]);
+    let archive = containerd.place.path("image.tar");
+    containerd.ok(&["image", "import", archive.to_str().unwrap()]);
+    let outcome = containerd.run(PIGEON, &[], "two", &["cat", "/etc/second"]);
+    assert_eq!(outcome.stdout, "of the second layer\n");
+    let second: Vec<_> = fs::read_dir(&images).unwrap().collect();
+    assert_eq!(second.len(), 3, "{second:?}");
+    containerd.assert_clean();
+}
+
+/// So many MiB of output.
+fn exact_output(mib: u32) {
+    let containerd = Containerd::start();
+    let script = format!(
+        "dd if=/dev/urandom of=/tmp/out bs=1M count={mib} 2>/dev/null; sha256sum </tmp/out >&2; \
+         cat /tmp/out"
+    );
+    let words = [
+        "run",
+        "--rm",
+        "--runtime",
+        PIGEON,
+        IMAGE,
+        "big",
+        "sh",
+        "-c",
+        &script,
+    ];
+    let mut command = containerd.command(&words);
+    let (path, errors) = (containerd.place.path("out"), containerd.place.path("err"));
+    command
+        .stdout(File::create(&path).unwrap())
+        .stderr(File::create(&errors).unwrap());
+    let mut process = Process::spawn(command).unwrap();
+    let status = process.wait(TIMEOUT).unwrap().expect("it hangs");
+    let output = fs::read(path).unwrap();
+    assert!(
+        status.success() && output.len() == mib as usize * (1 << 20),
+        "{}",
+        output.len()
+    );
+    let said = fs::read_to_string(errors).unwrap();
+    assert_eq!(
+        said.split_whitespace().next(),
+        Some(digest(&output).as_str())
+    );
+    containerd.assert_clean();
+}
+
+#[test]
+fn output_is_exact_to_the_byte() {
+    exact_output(50);
+}
+
+#[test]
+fn a_killed_shim_and_a_dead_vm_are_cleaned_up_and_a_restarted_containerd_goes_on() {
+    let mut containerd = Containerd::start();
+    let command = [
+        "sh",
+        "-c",
+        "trap 'exit 9' TERM; while :; do sleep 0.05; done",
+    ];
+    containerd.run_detached(PIGEON, &[], "stays", &command);
+    containerd.restart();
+    assert_eq!(containerd.status("stays").as_deref(), Some("RUNNING"));
+    assert_eq!(
+        containerd.ok(&["task", "exec", "--exec-id", "e", "stays", "echo", "hi"]),
+        "hi\n"
+    );
+    // The VM, not the shim.
+    kill_process(containerd.pid("stays"), Signal::KILL).unwrap();
+    containerd.wait_status("stays", "STOPPED");
+    let removed = containerd.ctr(&["task", "rm", "stays"]);
+    assert!(removed.stderr.contains("exit code 137"), "{removed:?}");
+    containerd.ok(&["container", "rm", "stays"]);
+    let log = containerd.log();
+    assert!(
+        log.contains("container: the hypervisor was killed, or failed"),
+        "{log}"
+    );
+    containerd.assert_clean();
+
+    containerd.run_detached(PIGEON, &[], "gone", &["sleep", "1000"]);
+    let vm = containerd.pid("gone");
+    let status = fs::read_to_string(format!("/proc/{}/status", vm.as_raw_nonzero())).unwrap();
+    let shim = status.lines().find_map(|line| line.strip_prefix("PPid:\t"));
+    let shim = Pid::from_raw(shim.unwrap().parse().unwrap()).unwrap();
+    kill_process(shim, Signal::KILL).unwrap();
+    let deadline = Instant::now() + TIMEOUT;
+    while containerd.status("gone").is_some() {
+        assert!(Instant::now() < deadline, "{}", containerd.log());
+        thread::sleep(Duration::from_millis(50));
+    }
+    containerd.ok(&["container", "rm", "gone"]);
+    containerd.assert_clean();
+}
+
+#[test]
+fn events_limits_mounts_and_signals_to_all_are_as_asked_for() {
+    let containerd = Containerd::start();
+    let seen = containerd.place.path("events");
+    let mut events = containerd.command(&["events"]);
+    events
+        .stdout(File::create(&seen).unwrap())
+        .stderr(Stdio::null());
+    let events = Process::spawn(events).unwrap();
+    thread::sleep(Duration::from_millis(300));
+
+    let folder = containerd.place.path("folder");
+    fs::create_dir_all(folder.join("sub")).unwrap();
+    fs::write(folder.join("sub/file"), "of the host\n").unwrap();
+    let mount = |target: &str, source: &Path, options: &str| {
+        format!(
+            "type=bind,src={},dst={target},options={options}",
+            source.display()
+        )
+    };
+    let [read_only, written, file] = [
+        mount("/ro", &folder, "rbind:ro"),
+        mount("/rw", &folder, "rbind"),
+        mount("/etc/file", &folder.join("sub/file"), "rbind:ro"),
+    ];
+    let options = [
+        "--mount",
+        &read_only,
+        "--mount",
+        &written,
+        "--mount",
+        &file,
+        "--memory-limit",
+        "100000000",
+    ];
+    // Memory is used up by one that is not the shell; then by the container's own process.
+    let script = "cat /ro/sub/file /etc/file; echo x >/ro/y 2>/dev/null || echo read-only; \
+                  echo mine >/rw/sub/file; cat /rw/sub/file; hostname; ulimit -n; \
+                  grep -c processor /proc/cpuinfo; exec tail /dev/zero";
+    let outcome = containerd.run(PIGEON, &options, "limited", &["sh", "-c", script]);
+    let expected = "of the host\nof the host\nread-only\nmine\nlimited\n1024\n1\n";
+    assert_eq!(
+        (outcome.stdout.as_str(), outcome.status),
+        (expected, Some(137)),
+        "{outcome:?}"
+    );
+    assert_eq!(
+        fs::read_to_string(folder.join("sub/file")).unwrap(),
+        "of the host\n"
+    );
+
+    let children = "trap 'kill %1; exit 6' USR2; (trap 'exit 0' USR1; while :; do sleep 0.05; done) \
+                    & trap '' USR1; wait; echo the other has ended";
+    containerd.run_detached(PIGEON, &[], "all", &["sh", "-c", children]);
+    containerd.ok(&["task", "kill", "-a", "-s", "USR1", "all"]);
+    containerd.wait_status("all", "STOPPED");
+    let removed = containerd.ctr(&["task", "rm", "all"]);
+    assert_eq!(removed.status, Some(0), "{removed:?}");
+    containerd.ok(&["container", "rm", "all"]);
+
+    // Refused by name, before a VM is started.
+    let device = mount("/x", Path::new("/dev/null"), "bind");
+    let refused = containerd.run(PIGEON, &["--mount", &device], "refused", &["true"]);
+    assert!(
+        refused
+            .stderr
+            .contains("mount on /x: \"/dev/null\" is a device"),
+        "{refused:?}"
+    );
+    assert_eq!(refused.status, Some(1));
+    containerd.ctr(&["container", "rm", "refused"]);
+
+    containerd.assert_clean();
+    let deadline = Instant::now() + TIMEOUT;
+    let topics = loop {
+        let text = fs::read_to_string(&seen).unwrap();
+        let topic = |line: &str| {
+            let topic = line
+                .split_whitespace()
+                .find(|word| word.starts_with("/tasks/"))?;
+            line.contains("\"limited\"").then(|| topic.to_string())
+        };
+        let topics: Vec<_> = text.lines().filter_map(topic).collect();
+        if topics.iter().any(|topic| topic == "/tasks/delete") {
+            break topics;
+        }
+        assert!(Instant::now() < deadline, "{text}");
+        thread::sleep(Duration::from_millis(50));
+    };
+    drop(events);
+    let expected =
+        ["create", "start", "oom", "exit", "delete"].map(|topic| format!("/tasks/{topic}"));
+    assert_eq!(topics, expected);
+}
+
+#[test]
+fn a_pods_sandbox_has_no_vm_and_a_container_of_the_pod_is_one() {
+    let containerd = Containerd::start();
+    let annotation = "io.kubernetes.cri.container-type=sandbox";
+    let start = Instant::now();
+    containerd.run_detached(PIGEON, &["--annotation", annotation], "pod", &["/pause"]);
+    assert!(
+        containerd
+            .processes()
+            .iter()
+            .all(|line| !line.contains("qemu"))
+    );
+    assert_eq!(containerd.status("pod").as_deref(), Some("RUNNING"));
+    assert!(start.elapsed() < Duration::from_secs(30));
+    let annotation = "io.kubernetes.cri.container-type=container";
+    let outcome = containerd.run(PIGEON, &["--annotation", annotation], "web", &["uname"]);
+    assert_eq!(
+        (outcome.stdout.as_str(), outcome.status),
+        ("Linux\n", Some(0))
+    );
+    containerd.ok(&["task", "kill", "pod"]);
+    containerd.wait_status("pod", "STOPPED");
+    containerd.ctr(&["task", "rm", "pod"]);
+    containerd.ok(&["container", "rm", "pod"]);
+    containerd.assert_clean();
+}
