@@ -17,7 +17,7 @@ usage: ./build.sh COMMAND [--arch x86_64|aarch64] [--minimal] [--kernel 6.1|6.12
   run [run.json [WORD...]]    build, and boot the example (or run.json) in a VM, console shown;
                               the words go on the kernel command line
   test [AREA...] [FILTER]     unit tests, then VM tests: of these files in tests/vm, or all but
-                              containers; those whose name contains FILTER
+                              containers; those whose name contains FILTER; containerd's need root
 
   bench [--runs N] [--vs NAME=PATH[:CONFIGPATH]]... [--json FILE]
                               the figures in one table, beside the sequential floor and others
@@ -31,7 +31,7 @@ usage: ./build.sh COMMAND [--arch x86_64|aarch64] [--minimal] [--kernel 6.1|6.12
                               tar file, directory, image name; SIZE as 64M, 1.5G;
                               --format ext4|squashfs|erofs
   pigeon ARGUMENT...          the host command: run, exec, logs, ps, stop, cp, …; see pigeon --help
-  dist                        dist/: archives of init, initrd and pigeon for both architectures, with
+  dist                        dist/: archives of init, initrd, pigeon and shim for both architectures, with
                               checksums and bills of materials
   package                     the same for one architecture
   setup                       install and fetch what VMs need
@@ -228,16 +228,19 @@ package() {
     # Static, so that it runs on every distribution; and nothing of where it was built is in it.
     PIGEON_DIST=1 RUSTFLAGS="-C linker=rust-lld --remap-path-prefix=$PWD=/pigeon-init \
         --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=/cargo" \
-        cargo build --release "${host[@]}" --bin pigeon --target "$musl"
-    install -m 755 "$std_target/$musl/release/pigeon" "$out/init" "$stage/$name"
+        cargo build --release "${host[@]}" --workspace --bins --target "$musl"
+    install -m 755 "$std_target/$musl/release"/{pigeon,containerd-shim-pigeon-v2} "$out/init" \
+        "$stage/$name"
     install -m 644 "$out/initrd.cpio" LICENSE README.md "$stage/$name"
     program pigeon man >"$stage/$name/pigeon.1"
     local shell
     for shell in bash zsh fish; do
         program pigeon completions "$shell" >"$stage/$name/pigeon.$shell"
     done
-    materials Cargo.toml "$target" "${features[@]}" >"$stage/$name/init.cdx.json"
-    materials src/host/Cargo.toml "$musl" >"$stage/$name/pigeon.cdx.json"
+    materials Cargo.toml Cargo.lock "$target" "${features[@]}" >"$stage/$name/init.cdx.json"
+    local lock=src/host/Cargo.lock shim=containerd-shim-pigeon-v2
+    materials src/host/Cargo.toml $lock "$musl" >"$stage/$name/pigeon.cdx.json"
+    materials src/host/shim/Cargo.toml $lock "$musl" >"$stage/$name/$shim.cdx.json"
     (
         cd "$stage/$name"
         gzip -9nk initrd.cpio
@@ -250,10 +253,10 @@ package() {
     say "dist/$name.tar.gz: $(stat -c %s "dist/$name.tar.gz") bytes"
 }
 
-# materials MANIFEST TARGET OPTION...: what a program is made of (CycloneDX).
+# materials MANIFEST LOCK TARGET OPTION...: what a program is made of (CycloneDX).
 materials() {
-    cargo metadata --format-version 1 --locked --manifest-path "$1" --filter-platform "$2" "${@:3}" |
-        cargo run --quiet "${host[@]}" --example materials -- "$(dirname "$1")/Cargo.lock"
+    cargo metadata --format-version 1 --locked --manifest-path "$1" --filter-platform "$3" "${@:4}" |
+        cargo run --quiet "${host[@]}" --example materials -- "$2"
 }
 
 run_tests() {
@@ -266,28 +269,35 @@ run_tests() {
     export RUST_LIB_BACKTRACE=0
     if [[ -z $PIGEON_MINIMAL ]]; then
         say "unit tests of the lab"
-        cargo test "${host[@]}" --lib --bins
+        cargo test "${host[@]}" --workspace --lib --bins
         cargo test "${lab[@]}" --lib --bins
         cargo test "${lab[@]}" --doc
     fi
-    local lab_areas=() host_areas=() lab_features=("${features[@]}") failed=0
+    local lab_areas=() host_areas=() shim_areas=() lab_features=("${features[@]}") failed=0
     while [[ -n ${1-} ]]; do
         # It takes minutes, and is not among all areas.
         if [[ $1 == containers ]]; then
             need mmdebstrap=mmdebstrap redis-cli=redis-tools
             lab_features+=(--features containers)
         fi
-        [[ -e tests/vm/$1.rs || -e src/host/tests/$1.rs ]] || break
+        [[ -e tests/vm/$1.rs || -e src/host/tests/$1.rs || -e src/host/shim/tests/$1.rs ]] || break
         # Each has an `image`.
         [[ ! -e tests/vm/$1.rs ]] || lab_areas+=(--test "$1")
         [[ ! -e src/host/tests/$1.rs || -n $PIGEON_MINIMAL ]] || host_areas+=(--test "$1")
+        [[ ! -e src/host/shim/tests/$1.rs ]] || shim_areas+=(--test "$1")
         shift
     done
-    if ((!${#lab_areas[@]} && !${#host_areas[@]})); then
+    if ((!${#lab_areas[@]} && !${#host_areas[@]} && !${#shim_areas[@]})); then
         # Those of features that this build has.
         lab_areas=(--tests)
         # The host's command is for the whole init.
         [[ -n $PIGEON_MINIMAL ]] || host_areas=(--test '*')
+        # The shim's VMs are for this machine's architecture, and containerd is root's.
+        if [[ -n $PIGEON_MINIMAL || $PIGEON_ARCH != "$(uname -m)" ]] || ((EUID)); then
+            say "containerd is left out: it needs root, all features and this machine's architecture"
+        else
+            shim_areas=(--test '*')
+        fi
     fi
     say "VM tests (consoles are kept in $out/logs)"
     # One area that fails does not hide the others.
@@ -296,6 +306,11 @@ run_tests() {
     fi
     if ((${#host_areas[@]})); then
         areas src/host "${host[@]}" "${host_areas[@]}" -- "$@" || failed=1
+    fi
+    if ((${#shim_areas[@]})); then
+        need containerd=containerd ctr=containerd runc=runc
+        local shim=("${host[@]}" --package containerd-shim-pigeon)
+        areas src/host/shim "${shim[@]}" "${shim_areas[@]}" -- "$@" || failed=1
     fi
     return $failed
 }

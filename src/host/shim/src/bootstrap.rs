@@ -32,6 +32,8 @@ const SOCKET: &str = "shim.sock";
 const ADDRESS: &str = "address";
 /// containerd's socket for events.
 const EVENTS: &str = "TTRPC_ADDRESS";
+/// Where the kernel is kept.
+const CACHE: &str = "PIGEON_CACHE";
 
 /// `-info`: what the runtime is.
 pub fn info() -> Result<()> {
@@ -73,6 +75,10 @@ fn start_server(flags: &Flags) -> Result<()> {
         .stdout(their_output.try_clone()?)
         .stderr(their_output)
         .process_group(0);
+    // A service of systemd's has no home; the kernel is not to come from where all can write.
+    if env::var_os("HOME").is_none() && env::var_os(CACHE).is_none() {
+        command.env(CACHE, state::root().join("cache"));
+    }
     let mut server = command.spawn().context("unable to start the server")?;
     drop(command);
     let mut said = String::new();
