@@ -9,6 +9,7 @@ use std::{
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, Ordering},
+        mpsc::{self, Sender},
     },
     thread,
     time::Duration,
@@ -136,15 +137,16 @@ impl Container {
         Ok(())
     }
 
-    /// Starts a process.
+    /// Starts a process. Its end is published once what is returned was dropped: behind its start.
     pub fn start(
         self: &Arc<Container>,
         process: &Arc<Process>,
         publisher: &Arc<Publisher>,
-    ) -> Result<(), Failure> {
+    ) -> Result<Sender<()>, Failure> {
+        let (announcement, announced) = mpsc::channel();
         let Some(vm) = &self.vm else {
             process.run_nothing();
-            return Ok(());
+            return Ok(announcement);
         };
         vm.wait_started().context("unable to boot the VM")?;
         let is_own = process.exec_id.is_empty();
@@ -159,12 +161,15 @@ impl Container {
         let user = user::name(user, &passwd?, &group?)?;
         let (container, publisher) = (self.clone(), publisher.clone());
         let started = process.start(vm, &user, move |process| {
+            // Nobody sends anything.
+            let _ = announced.recv();
             container.ended(process, &publisher);
         });
         if started.is_err() && is_own {
             vm.end();
         }
-        Ok(started?)
+        started?;
+        Ok(announcement)
     }
 
     fn copy_files(&self, vm: &Vm) -> Result<()> {

@@ -171,7 +171,7 @@ impl containerd_shim_protos::Task for Task {
     fn start(&self, _: &TtrpcContext, request: StartRequest) -> Result<StartResponse> {
         let publisher = &self.0.publisher;
         let (container, process) = self.0.find(&request.exec_id)?;
-        container.start(&process, publisher)?;
+        let announcement = container.start(&process, publisher)?;
         let pid = container.pid();
         let container_id = container.id.clone();
         if request.exec_id.is_empty() {
@@ -190,6 +190,7 @@ impl containerd_shim_protos::Task for Task {
             };
             publisher.publish(topics::TASK_EXEC_STARTED_EVENT_TOPIC, &event);
         }
+        drop(announcement);
         Ok(StartResponse {
             pid,
             ..StartResponse::default()
