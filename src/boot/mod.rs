@@ -45,7 +45,7 @@ pub fn run(supervisor: &mut Supervisor, params: &KernelParams, room: &mut [u8]) 
         supervisor.console.warn(refused);
     }
     mounts::sysfs()?;
-    let expedited = mounts::ExpeditedRcu::on();
+    let expedited = mounts::expedite_rcu();
     modules::load(&mut supervisor.context.scratch, supervisor.console)?;
     supervisor.events.connect();
     // Beside an answer from the network in a helper; beside the root mount alone here, a fork less.
@@ -83,7 +83,11 @@ pub fn run(supervisor: &mut Supervisor, params: &KernelParams, room: &mut [u8]) 
     }
     root.wait(log)?;
     root::switch(log)?;
-    drop(expedited);
+    if let Some((switch, before)) = expedited {
+        // A value just read is taken back.
+        let _written = files::write(&switch, &before);
+        supervisor.context.rcu_expedited = Some(switch);
+    }
 
     limit_open_files()?;
     let mut identity = Identity::default();
