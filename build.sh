@@ -21,6 +21,8 @@ usage: ./build.sh COMMAND [--arch x86_64|aarch64] [--minimal] [--kernel 6.1|6.12
 
   bench [--runs N] [--vs NAME=PATH[:CONFIGPATH]]... [--json FILE]
                               the figures in one table, beside the sequential floor and others
+  bench --kernel-parameters [--runs N]
+                              what kernel parameters, initrd and root cost a cold start
   soak [MINUTES [BOOTS [CLONES]]]
                               50 boots of the same disks, a VM that is cloned 100 times, then one
                               under load for 20 minutes

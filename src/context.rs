@@ -259,6 +259,8 @@ pub struct Context {
     pub proc: OwnedFd,
     /// /dev/pts, likewise.
     pub pts: Option<OwnedFd>,
+    /// The switch for expedited RCU grace periods, which the end has as the boot had them.
+    pub rcu_expedited: Option<OwnedFd>,
     /// Where the workload and commands are born.
     pub cgroups: Cgroups,
     /// See [`Snapshot`].
@@ -288,6 +290,7 @@ impl Context {
             poller,
             proc,
             pts: None,
+            rcu_expedited: None,
             cgroups: Cgroups::default(),
             #[cfg(feature = "snapshot")]
             snapshot: Snapshot {

@@ -97,6 +97,7 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     supervisor.events = Events::new(params.events_port);
     supervisor.set_output(params.output, params.output_log());
     let booted = room().and_then(|mut room| boot::run(&mut supervisor, params, &mut room));
+    boot::finish(&mut supervisor);
     // What the boot has used of it goes back, with the page tables; its children use it from now on.
     if let Ok(room) = room() {
         supervisor.context.scratch = room;

@@ -46,8 +46,8 @@ const V1: [(&CStr, &[&CStr]); 10] = [
 
 /// The group of the v2 hierarchy that the workload is born in.
 const WORKLOAD: &CStr = c"workload";
-/// The group of commands.
-const COMMANDS: &CStr = c"commands";
+/// The group of commands, seen from that one.
+const COMMANDS: &CStr = c"../commands";
 
 /// What the owner of a group owns of it: all that delegation needs (cgroups(7)).
 const DELEGATED: [&CStr; 4] = [
@@ -67,7 +67,7 @@ impl Layout {
     }
 }
 
-/// Mounts the hierarchies and makes the groups. What the kernel lacks is a warning.
+/// Mounts the hierarchies and makes the workload's group. What the kernel lacks is a warning.
 pub fn mount(layout: Layout, log: &mut dyn Log) {
     let v1 = match layout {
         Layout::None => return,
@@ -75,7 +75,7 @@ pub fn mount(layout: Layout, log: &mut dyn Log) {
         Layout::Unified => Ok(()),
     };
     match v1.and_then(|()| mounts::cgroup2(layout.v2())) {
-        Ok(()) => make_groups(layout, log),
+        Ok(()) => make_workload(layout, log),
         Err(why) => log.warn(&why),
     }
 }
@@ -113,24 +113,34 @@ fn mount_hierarchy(parent: &OwnedFd, name: &CStr, controllers: &[&CStr]) -> Resu
     move_mount(&mount, c"", parent, name, from_descriptor)
 }
 
-/// Makes the groups; in the unified layout they can use all controllers.
-fn make_groups(layout: Layout, log: &mut dyn Log) {
+/// Makes the workload's group; in the unified layout it can use all controllers.
+fn make_workload(layout: Layout, log: &mut dyn Log) {
     let made = open_directory(layout.v2()).and_then(|root| {
         if layout == Layout::Unified {
             enable_controllers(&root)?;
         }
-        for group in [WORKLOAD, COMMANDS] {
-            match make_directory(&root, group) {
-                Ok(()) | Err(Errno::EXIST) => {}
-                other => return other,
-            }
-        }
-        Ok(())
+        make_group(&root, WORKLOAD)
     });
     if let Err(errno) = made {
-        log.warn(&context!(
-            "make the cgroups of the workload and of commands"
-        )(errno));
+        log.warn(&context!("make the workload's cgroup")(errno));
+    }
+}
+
+/// Makes and opens the group of commands. There is none before the workload runs, and a group with
+/// all controllers costs the kernel 0.3 ms. Without it they are born in PID 1's own.
+pub fn make_commands(cgroups: &mut Cgroups) {
+    // Beside the workload's, whatever root has mounted over the hierarchy by now.
+    if let Some(workload) = &cgroups.workload
+        && make_group(workload, COMMANDS).is_ok()
+    {
+        cgroups.commands = files::open_at(workload, COMMANDS, DIRECTORY).ok();
+    }
+}
+
+fn make_group(parent: &OwnedFd, name: &CStr) -> Result<(), Errno> {
+    match make_directory(parent, name) {
+        Err(Errno::EXIST) => Ok(()),
+        other => other,
     }
 }
 
@@ -155,7 +165,7 @@ fn enable_controllers(root: &OwnedFd) -> Result<(), Errno> {
     files::write(&file, &line).map(drop)
 }
 
-/// Gives the workload's group to its user, and opens the groups.
+/// Gives the workload's group to its user, and opens it.
 pub fn open(layout: Layout, user: &Identity, log: &mut dyn Log) -> Cgroups {
     let root = match layout {
         Layout::None => return Cgroups::default(),
@@ -164,8 +174,7 @@ pub fn open(layout: Layout, user: &Identity, log: &mut dyn Log) -> Cgroups {
     let Ok(root) = root else {
         return Cgroups::default();
     };
-    let group = |name| files::open_at(&root, name, DIRECTORY).ok();
-    let workload = group(WORKLOAD);
+    let workload = files::open_at(&root, WORKLOAD, DIRECTORY).ok();
     if let Some(workload) = &workload
         && let Err(errno) = delegate(workload, user)
     {
@@ -173,7 +182,7 @@ pub fn open(layout: Layout, user: &Identity, log: &mut dyn Log) -> Cgroups {
     }
     Cgroups {
         workload,
-        commands: group(COMMANDS),
+        commands: None,
         #[cfg(feature = "snapshot")]
         root: Some(root),
     }

@@ -61,11 +61,7 @@ fn check(path: &CStr, environment: &mut Environment) -> Result {
     let mut room = room()?;
     let (document, strings) = room.split_at_mut_checked(DOCUMENT).unwrap_or_default();
     let document = files::read_whole(path, document)?.ok_or_else(|| error!("no such file"))?;
-    let config = config_source::decode(document, strings)?;
-    config.check()?;
-    if !config.has_command() {
-        return Err(error!("nothing to run"));
-    }
+    let config = config_source::accept(document, strings)?;
     fill_environment(environment, &config)?;
 
     for argument in config.argv() {

@@ -8,6 +8,7 @@ use crate::page::PageBox;
 use crate::sys::files;
 use crate::sys::{self, Stopwatch};
 use core::ffi::CStr;
+use core::fmt::Display;
 use core::net::{IpAddr, SocketAddrV4};
 use core::time::Duration;
 use proto::arena::Arena;
@@ -40,43 +41,49 @@ pub enum Source {
     File,
 }
 
-/// Loads the configuration's text into `document`: how long it is, and where it came from.
+/// Loads the configuration's text into `document`: how long it is, and which source it came from.
 ///
-/// `memory` is for looking whether it has something to run.
+/// `eth0` is the index of the interface that the service is reached through, if it is there and to be
+/// used; `memory` is for looking whether what the service gives has something to run.
 pub fn load(
     source: Source,
+    eth0: Option<u32>,
     timeout: u64,
     document: &mut [u8],
     memory: &mut [u8],
-) -> Result<(usize, &'static str)> {
-    let mut answers = error!("no configuration");
-    if source != Source::File {
-        match fetch(timeout, document, memory) {
-            Ok(length) => return Ok((length, "mmds")),
+) -> Result<(usize, Source)> {
+    let mut unanswered = None;
+    if let Some(eth0) = eth0 {
+        match fetch(eth0, timeout, document, memory) {
+            Ok(length) => return Ok((length, Source::Mmds)),
             Err(Answer::Wrong(error)) => return Err(error!("configuration from MMDS: {error}")),
-            Err(Answer::None(error)) => answers.append(format_args!("; MMDS: {error}")),
+            Err(Answer::None(error)) => unanswered = Some(error),
         }
     }
+    if source != Source::Mmds
+        && let Some(document) = files::read_whole(FILE, document)?
+    {
+        return Ok((document.len(), Source::File));
+    }
+    let mut answers = error!("no configuration");
+    if source != Source::File {
+        let why: &dyn Display = match &unanswered {
+            Some(error) => error,
+            None => &"no network interface eth0",
+        };
+        answers.append(format_args!("; MMDS: {why}"));
+    }
     if source != Source::Mmds {
-        match load_file(document, memory) {
-            Ok(Some(length)) => return Ok((length, "file")),
-            Ok(None) => answers.append(format_args!("; {}: no such file", FILE.lossy())),
-            Err(error) => {
-                return Err(error!("configuration in {}: {error}", FILE.lossy()));
-            }
-        }
+        answers.append(format_args!("; {}: no such file", FILE.lossy()));
     }
     Err(answers)
 }
 
-/// The length of the file's text; `None` when there is no such file.
-fn load_file(document: &mut [u8], memory: &mut [u8]) -> Result<Option<usize>> {
-    let Some(document) = files::read_whole(FILE, document)? else {
-        return Ok(None);
-    };
-    match decode(document, memory)?.has_command() {
-        true => Ok(Some(document.len())),
-        false => Err(error!("nothing to run")),
+/// The index of the interface that the service is reached through, if it is there and to be asked.
+pub fn interface(source: Source) -> Option<u32> {
+    match source {
+        Source::File => None,
+        _ => network::eth0_index(),
     }
 }
 
@@ -92,6 +99,16 @@ pub fn empty<'a>() -> Result<PageBox<Config<'a>>> {
     PageBox::new(Config::new).map_err(context!("make room for the configuration"))
 }
 
+/// Decodes a document, and checks that it can be run.
+pub fn accept<'a>(document: &mut [u8], memory: &'a mut [u8]) -> Result<PageBox<Config<'a>>> {
+    let config = decode(document, memory)?;
+    config.check()?;
+    match config.has_command() {
+        true => Ok(config),
+        false => Err(error!("nothing to run")),
+    }
+}
+
 /// Why the service gave no configuration.
 pub enum Answer {
     /// A document that is wrong: waiting does not make it better.
@@ -100,18 +117,21 @@ pub enum Answer {
     None(Error),
 }
 
-/// Asks the service until it gives a document with something to run, or time is up.
+/// Asks the service, over the interface `eth0`, until it gives a document with something to run, or time is up.
 ///
 /// The document's text comes to lie in `document`: how long it is.
-pub fn fetch(timeout: u64, document: &mut [u8], memory: &mut [u8]) -> Result<usize, Answer> {
-    let index =
-        network::eth0_index().ok_or_else(|| Answer::None(error!("no network interface eth0")))?;
+pub fn fetch(
+    eth0: u32,
+    timeout: u64,
+    document: &mut [u8],
+    memory: &mut [u8],
+) -> Result<usize, Answer> {
     let channel = Channel::open().map_err(Answer::None)?;
     let guest = IpAddr::V4(mmds::GUEST);
     let request = |request: &Request| channel.request(request, format_args!("prepare eth0"));
-    let up = request(&netlink::link_up(index, None))
-        .and_then(|()| request(&netlink::add_address(index, &guest, mmds::PREFIX)))
-        .and_then(|()| request(&netlink::add_host_route(index, mmds::ADDRESS)));
+    let up = request(&netlink::link_up(eth0, None))
+        .and_then(|()| request(&netlink::add_address(eth0, &guest, mmds::PREFIX)))
+        .and_then(|()| request(&netlink::add_host_route(eth0, mmds::ADDRESS)));
     let mut session = Session {
         watch: Stopwatch::start(),
         timeout,
@@ -123,7 +143,7 @@ pub fn fetch(timeout: u64, document: &mut [u8], memory: &mut [u8]) -> Result<usi
         Err(why) => Err(Answer::None(why)),
     };
     // Whether it worked or not.
-    leave(&channel, index);
+    leave(&channel, eth0);
     answer
 }
 

@@ -45,11 +45,12 @@ pub fn run(supervisor: &mut Supervisor, params: &KernelParams, room: &mut [u8]) 
         supervisor.console.warn(refused);
     }
     mounts::sysfs()?;
-    let expedited = mounts::ExpeditedRcu::on();
+    let expedited = mounts::expedite_rcu();
     modules::load(&mut supervisor.context.scratch, supervisor.console)?;
+    supervisor.events.connect();
     // Beside an answer from the network in a helper; beside the root mount alone here, a fork less.
-    let fetches = params.source != Source::File && network::eth0_index().is_some();
-    let cgroup_helper = match fetches {
+    let eth0 = config_source::interface(params.source);
+    let cgroup_helper = match eth0.is_some() {
         true => Some(Helper::start(&mut |log| {
             cgroups::mount(params.cgroups, &mut &*log);
             Ok(())
@@ -61,15 +62,17 @@ pub fn run(supervisor: &mut Supervisor, params: &KernelParams, room: &mut [u8]) 
 
     let (document, strings) = room.split_at_mut_checked(DOCUMENT).unwrap_or_default();
     let (length, source) =
-        config_source::load(params.source, params.mmds_timeout, document, strings)?;
+        config_source::load(params.source, eth0, params.mmds_timeout, document, strings)?;
     let document = document.get_mut(..length).unwrap_or(&mut []);
-    let config = config_source::decode(document, strings)?;
-    config
-        .check()
-        .map_err(|error| error!("configuration: {error}"))?;
+    let (name, place) = match source {
+        Source::Mmds => ("mmds", "MMDS"),
+        _ => ("file", "/pigeon/run.json"),
+    };
+    let config = config_source::accept(document, strings)
+        .map_err(|error| error!("configuration from {place}: {error}"))?;
     supervisor
         .console
-        .info(&"configuration loaded", &format_args!(" source={source}"));
+        .info(&"configuration loaded", &format_args!(" source={name}"));
 
     let scratch = &mut supervisor.context.scratch;
     let root = Helper::start(&mut |log| root::mount(&config, scratch, log))?;
@@ -80,7 +83,11 @@ pub fn run(supervisor: &mut Supervisor, params: &KernelParams, room: &mut [u8]) 
     }
     root.wait(log)?;
     root::switch(log)?;
-    drop(expedited);
+    if let Some((switch, before)) = expedited {
+        // A value just read is taken back.
+        let _written = files::write(&switch, &before);
+        supervisor.context.rcu_expedited = Some(switch);
+    }
 
     limit_open_files()?;
     let mut identity = Identity::default();
@@ -100,7 +107,7 @@ pub fn run(supervisor: &mut Supervisor, params: &KernelParams, room: &mut [u8]) 
         let in_force = &mut supervisor.context.snapshot.in_force;
         in_force.digests = config.digests();
         in_force.restore_signal = config.restore_signal;
-        in_force.is_from_mmds = source == "mmds";
+        in_force.is_from_mmds = source == Source::Mmds;
     }
     supervisor.listen();
     prepare(supervisor, &config)?;
@@ -120,6 +127,11 @@ pub fn run(supervisor: &mut Supervisor, params: &KernelParams, room: &mut [u8]) 
         rlimits: &config.rlimits,
     };
     supervisor.start_workload(&command, config.separate_stderr)
+}
+
+/// What of the boot can wait until the workload runs.
+pub fn finish(supervisor: &mut Supervisor) {
+    cgroups::make_commands(&mut supervisor.context.cgroups);
 }
 
 /// Volumes, names, network and kernel parameters: what may wait for a disk, or for memory, runs in a

@@ -149,36 +149,16 @@ pub fn cgroup2(target: &CStr) -> Result {
     mount(c"cgroup2", target, STRICT.union(RELATIME), c"nsdelegate")
 }
 
-/// Expedited RCU grace periods while boot waits for them; the value before is put back on drop.
+/// Switches expedited RCU grace periods on: the switch, and its value before. A kernel without it boots
+/// slower.
 ///
 /// The kernel waits several grace periods in cgroup mounts and unmounts; expedited ones take
 /// microseconds instead of ticks (Documentation/RCU, rcu_expedited in sysfs).
-pub struct ExpeditedRcu {
-    /// The switch, held open across the change of root, and its value before.
-    switch: Option<(OwnedFd, [u8; 1])>,
-}
-
-impl ExpeditedRcu {
-    /// Switches them on; a kernel without the switch boots slower.
-    pub fn on() -> Self {
-        let switch = files::open(c"/sys/kernel/rcu_expedited", OFlags::RDWR);
-        Self {
-            switch: switch.ok().and_then(|switch| {
-                let mut before = [0];
-                // Attributes of sysfs are written whole, wherever the file stands.
-                files::read(&switch, &mut before).ok()?;
-                files::write(&switch, b"1").ok()?;
-                Some((switch, before))
-            }),
-        }
-    }
-}
-
-impl Drop for ExpeditedRcu {
-    fn drop(&mut self) {
-        if let Some((switch, before)) = &self.switch {
-            // A value just read is taken back.
-            let _written = files::write(switch, before);
-        }
-    }
+pub fn expedite_rcu() -> Option<(OwnedFd, [u8; 1])> {
+    let switch = files::open(c"/sys/kernel/rcu_expedited", OFlags::RDWR).ok()?;
+    let mut before = [0];
+    // Attributes of sysfs are written whole, wherever the file stands.
+    files::read(&switch, &mut before).ok()?;
+    files::write(&switch, b"1").ok()?;
+    Some((switch, before))
 }

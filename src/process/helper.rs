@@ -129,8 +129,13 @@ pub struct Lines {
     pub answer: Option<Error>,
 }
 
-/// Reads what a child has sent; its warnings go to `warn`.
+/// Reads what a child has sent; its warnings go to `log`.
 pub fn read_lines(pipe: &OwnedFd, log: &mut dyn Log) -> Lines {
+    read(pipe, log, true)
+}
+
+/// The same; without steps, each of which costs a page, where they are of no interest any more.
+fn read(pipe: &OwnedFd, log: &mut dyn Log, with_steps: bool) -> Lines {
     let mut lines = Lines::default();
     let mut line = heapless::Vec::<u8, { MESSAGE + 1 }>::new();
     let mut piece = [0; 512];
@@ -144,7 +149,7 @@ pub fn read_lines(pipe: &OwnedFd, log: &mut dyn Log) -> Lines {
                 let text = core::str::from_utf8(text).unwrap_or("?");
                 match *kind {
                     ERROR if lines.error.is_none() => lines.error = Some(error!("{text}")),
-                    STEP => lines.step = Some(error!("{text}")),
+                    STEP if with_steps => lines.step = Some(error!("{text}")),
                     #[cfg(feature = "snapshot")]
                     ANSWER => lines.answer = Some(error!("{text}")),
                     WARNING => log.warn(&text),
@@ -184,7 +189,7 @@ impl Helper {
 
     /// The result of a helper that was reaped.
     pub fn result(self, status: WaitStatus, log: &mut dyn Log) -> Result {
-        match read_lines(&self.log, log).error {
+        match read(&self.log, log, false).error {
             Some(error) => Err(error),
             None if status.exit_status() == Some(0) => Ok(()),
             None => Err(error!(

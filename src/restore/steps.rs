@@ -217,10 +217,10 @@ fn fetch<'a>(
     report: &mut Report,
     log: &HelperLog,
 ) -> Result<Option<PageBox<Config<'a>>>> {
-    if job.source == Source::File || network::eth0_index().is_none() {
+    let Some(eth0) = config_source::interface(job.source) else {
         return Ok(None);
-    }
-    match config_source::fetch(job.mmds_timeout, document, strings) {
+    };
+    match config_source::fetch(eth0, job.mmds_timeout, document, strings) {
         Ok(length) => {
             report.in_force.is_from_mmds = true;
             let document = document.get_mut(..length).unwrap_or(&mut []);

@@ -37,18 +37,25 @@ impl Events {
         }
     }
 
+    /// Begins to connect, so that the first event finds the connection made.
+    pub fn connect(&mut self) {
+        if let Some(port) = self.port {
+            self.socket = vsock::connect(port).ok();
+        }
+    }
+
     /// Tells the host something. When nobody is there, nothing happens.
     pub fn send(&mut self, event: &dyn Display) {
-        let Some(port) = self.port else {
+        if self.port.is_none() {
             return;
-        };
+        }
         let line = message!("{event}\n");
         // That the last connection is gone can be known by a write alone: the next one is tried then.
         let tries = if self.socket.is_some() { 2 } else { 1 };
         for _ in 0..tries {
             if self.socket.is_none() {
                 self.close();
-                self.socket = vsock::connect(port).ok();
+                self.connect();
             }
             // More than there is room for has not been taken by anybody.
             let _lost = self.queue.push(line.as_bytes());

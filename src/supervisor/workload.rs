@@ -21,6 +21,9 @@ use rustix::process::WaitStatus;
 /// What a killed process's exit code is counted from, as in a shell.
 const KILLED: i32 = 128;
 
+/// What the workload has for itself at its start, in milliseconds: execve(2) reads a disk.
+const HEAD_START: u64 = 5;
+
 /// Pieces of output copied at the end: together more than a pipe holds (pipe(7)).
 const PIECES: usize = 8;
 
@@ -58,13 +61,22 @@ impl Supervisor {
         self.output.open(output, errors.map(|(ours, _)| ours));
         self.context.workload.group = Some(child.pid);
         let pid = child.pid.as_raw_pid();
-        self.console
-            .info(&"workload started", &format_args!(" pid={pid}"));
         let event = format_args!("{{\"event\":\"started\",\"pid\":{pid}}}");
         self.events.send(&event);
         self.child = Some(child);
         self.enter(Phase::Running, NEVER);
+        self.let_workload_begin();
+        self.console
+            .info(&"workload started", &format_args!(" pid={pid}"));
         Ok(())
+    }
+
+    /// Leaves the processor to the workload until it has begun, or something happens that the event
+    /// loop sees to. Where there is one processor, what PID 1 does now would come before it.
+    fn let_workload_begin(&mut self) {
+        self.events.watch(&self.context.poller);
+        self.context.poller.wait(HEAD_START);
+        self.events.flush();
     }
 
     /// The workload's process was reaped.

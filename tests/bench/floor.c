@@ -1,5 +1,7 @@
-// The sequential floor: contract section 1, steps 1, 4 to 7 and 14, one system call after the
-// other, and nothing else. What an init costs when the kernel is all there is to wait for.
+// The floors: devices, root, the kernel's file systems, cgroups, limit, workload, and nothing else:
+// what an init costs when the kernel is all there is to wait for. The sequential one makes one system
+// call after the other. With -DPARALLEL the root is mounted in a child, beside everything else, and
+// RCU is expedited meanwhile: what is left then is the kernel's work.
 #include "tiny.h"
 
 #define NODEV MS_NODEV
@@ -19,19 +21,20 @@ static void cgroup(const char *target, const char *controllers)
     make("cgroup", target, "cgroup", STRICT | MS_RELATIME, controllers);
 }
 
-__attribute__((used)) void begin(long *stack)
+static void mount_root(void)
 {
-    (void)stack;
-    // 1. devtmpfs, console
-    make("devtmpfs", "/dev", "devtmpfs", NOSUID, "mode=0755");
-    long console = sys_open(CONSOLE, O_RDWR | O_NOCTTY);
-    for (long fd = 0; fd < 3; fd++)
-        sys(dup3, console, fd, 0);
-    sys(close, console);
-    // 4. root
     sys_mkdir("/newroot", 0755);
     sys(mount, "/dev/vda", "/newroot", "ext4", MS_RELATIME, NULL);
-    sys(mount, "/dev", "/newroot/dev", NULL, MS_MOVE, NULL);
+}
+
+// Makes /newroot the root, with these file systems moved onto it, and empties the initramfs.
+static void switch_root(const char *const *moved)
+{
+    char target[32];
+    for (; *moved; moved++) {
+        put(put(target, "/newroot"), *moved);
+        sys(mount, *moved, target, NULL, MS_MOVE, NULL);
+    }
     sys_unlink("/pigeon/run.json");
     sys_rmdir("/pigeon");
     sys_unlink("/init");
@@ -39,7 +42,10 @@ __attribute__((used)) void begin(long *stack)
     sys(mount, ".", "/", NULL, MS_MOVE, NULL);
     sys(chroot, ".");
     sys(chdir, "/");
-    // 5. the kernel's file systems
+}
+
+static void mount_file_systems(void)
+{
     make("devpts", "/dev/pts", "devpts", NOEXEC | NOSUID | MS_NOATIME,
          "mode=0620,gid=5,ptmxmode=666");
     make("mqueue", "/dev/mqueue", "mqueue", STRICT, NULL);
@@ -51,12 +57,14 @@ __attribute__((used)) void begin(long *stack)
     make("tmpfs", "/run", "tmpfs", NOSUID | NODEV, "mode=0755");
     sys_mkdir("/run/lock", 0755);
     sys(fchmodat, AT_FDCWD, "/run/lock", 01777);
-    sys_mkdir("/root", 0700);
     sys(symlinkat, "/proc/self/fd", AT_FDCWD, "/dev/fd");
     sys(symlinkat, "/proc/self/fd/0", AT_FDCWD, "/dev/stdin");
     sys(symlinkat, "/proc/self/fd/1", AT_FDCWD, "/dev/stdout");
     sys(symlinkat, "/proc/self/fd/2", AT_FDCWD, "/dev/stderr");
-    // 6. cgroups
+}
+
+static void mount_cgroups(void)
+{
     make("tmpfs", "/sys/fs/cgroup", "tmpfs", STRICT, "mode=755");
     make("cgroup2", "/sys/fs/cgroup/unified", "cgroup2", STRICT | MS_RELATIME, "nsdelegate");
     cgroup("/sys/fs/cgroup/net_cls,net_prio", "net_cls,net_prio");
@@ -69,10 +77,49 @@ __attribute__((used)) void begin(long *stack)
     cgroup("/sys/fs/cgroup/memory", "memory");
     cgroup("/sys/fs/cgroup/perf_event", "perf_event");
     cgroup("/sys/fs/cgroup/cpuset", "cpuset");
-    // 7. limit
+}
+
+#ifdef PARALLEL
+static void prepare(void)
+{
+    static const char expedited[] = "/sys/kernel/rcu_expedited";
+    static const char *const moved[] = {"/dev", "/proc", "/sys", "/run", NULL};
+    make("sysfs", "/sys", "sysfs", STRICT, NULL);
+    spill(expedited, "1");
+    long child = sys_fork();
+    if (child == 0) {
+        mount_root();
+        sys(exit, 0);
+    }
+    mount_file_systems();
+    mount_cgroups();
+    sys(wait4, child, NULL, 0, NULL);
+    switch_root(moved);
+    spill(expedited, "0");
+}
+#else
+static void prepare(void)
+{
+    static const char *const moved[] = {"/dev", NULL};
+    mount_root();
+    switch_root(moved);
+    mount_file_systems();
+    mount_cgroups();
+}
+#endif
+
+__attribute__((used)) void begin(long *stack)
+{
+    (void)stack;
+    make("devtmpfs", "/dev", "devtmpfs", NOSUID, "mode=0755");
+    long console = sys_open(CONSOLE, O_RDWR | O_NOCTTY);
+    for (long fd = 0; fd < 3; fd++)
+        sys(dup3, console, fd, 0);
+    sys(close, console);
+    prepare();
+    sys_mkdir("/root", 0700);
     struct rlimit files = {10240, 10240};
     sys(setrlimit, RLIMIT_NOFILE, &files);
-    // 14. workload
     long pid = sys_fork();
     if (pid == 0) {
         char *argv[] = {"/bin/workload", NULL}, *envp[] = {NULL};

@@ -219,9 +219,11 @@ __attribute__((used)) void begin(long *stack)
     char **argv = (char **)(stack + 1), **envp = argv + *stack + 1;
     sys(mknodat, AT_FDCWD, "/bench/kmsg", S_IFCHR | 0600, 1 << 8 | 11);
     long log = sys_open("/bench/kmsg", O_RDWR | O_NONBLOCK | O_CLOEXEC);
+    unsigned long kernel = now(CLOCK_MONOTONIC);
     if (*slurp("/bench/unpack", buffer, sizeof buffer))
         tell_unpacking(log);
     lines("/bench/modules", load);
+    unsigned long modules = now(CLOCK_MONOTONIC) - kernel;
     long mmds = *slurp("/bench/run.json", document, sizeof document) ? start_mmds() : 0;
     if (*slurp("/bench/trace", buffer, sizeof buffer)) {
         sys_mkdir("/bench/tracing", 0700);
@@ -230,6 +232,11 @@ __attribute__((used)) void begin(long *stack)
         sys(umount2, "/bench/tracing", 0);
         sys_rmdir("/bench/tracing");
     }
+    sys_mkdir("/bench/proc", 0700);
+    sys(mount, "proc", "/bench/proc", "proc", 0, NULL);
+    unsigned long disks = disk_milliseconds("/bench/proc/diskstats", buffer, sizeof buffer);
+    sys(umount2, "/bench/proc", 0);
+    sys_rmdir("/bench/proc");
     unsigned long phase = number(slurp("/bench/phase", buffer, sizeof buffer));
     lines("/bench/files", delete);
     sys_unlink("/bench/kmsg");
@@ -240,7 +247,10 @@ __attribute__((used)) void begin(long *stack)
     const unsigned long TICK = 4000000;
     sleep_until((now(CLOCK_MONOTONIC) / TICK + 2) * TICK + phase);
 
-    char line[256], *tail = put(line, "<6>bench: mmds ");
+    char line[256], *tail = put(line, "<7>load: kernel ");
+    tail = put(put_number(tail, kernel), " modules ");
+    tail = put(put_number(tail, modules), " disks ");
+    tail = put(put_number(tail, disks), " mmds ");
     tail = put(put_number(tail, (unsigned long)mmds), " ");
     tail = put(put_number(tail, mmds ? now(cpu_clock((unsigned long)mmds)) : 0), " exec ");
     tail = put(put_number(tail, now(CLOCK_PROCESS_CPUTIME_ID)), " ");

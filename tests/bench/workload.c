@@ -24,16 +24,22 @@ static unsigned long figure(const char *path, const char *word)
 }
 
 // What the loader left in the kernel's log when it became /init.
-static void tell_boot(long log, unsigned long first, unsigned long cpu)
+static void tell_boot(long log, unsigned long first, unsigned long cpu, unsigned long disks)
 {
     unsigned long time;
-    const char *text = next_record(log, "bench: mmds ", buffer, sizeof buffer, &time);
+    const char *text = next_record(log, "load: kernel ", buffer, sizeof buffer, &time);
     if (!text)
         fatal("the loader's record is gone");
-    unsigned long mmds = number(text + length("bench: mmds "));
-    const char *mmds_cpu = find(text + length("bench: mmds "), " ") + 1;
+    unsigned long kernel = number(text + length("load: kernel "));
+    unsigned long modules = number(find(text, "modules ") + length("modules "));
+    const char *peer = find(text, "mmds ") + length("mmds ");
+    unsigned long mmds = number(peer);
+    const char *mmds_cpu = find(peer, " ") + 1;
     const char *exec_cpu = find(text, "exec ") + length("exec ");
     unsigned long exec = number(find(exec_cpu, " ") + 1);
+    tell("kernel_ns", kernel);
+    tell("modules_ns", modules);
+    tell("disk_ms", disks - number(find(text, "disks ") + length("disks ")));
     tell("exec_at_ns", exec);
     tell("first_at_ns", first);
     tell("boot_ns", first - exec);
@@ -152,7 +158,8 @@ __attribute__((used)) void begin(long *argv)
     long log = sys_open("/dev/kmsg", O_RDWR | O_NONBLOCK | O_CLOEXEC);
     const char *mode = find(slurp("/proc/cmdline", line, sizeof line), "bench.mode=");
     mode = mode ? mode + length("bench.mode=") : "";
-    tell_boot(log, first, cpu);
+    unsigned long disks = disk_milliseconds("/proc/diskstats", buffer, sizeof buffer);
+    tell_boot(log, first, cpu, disks);
     if (mode_is(mode, "full")) {
         sleep_until(now(CLOCK_MONOTONIC) + 1000000000);
         tell_memory();

@@ -4,16 +4,17 @@ mod snapshot;
 
 use std::{
     collections::HashMap,
-    fs,
+    fs::{self, File},
     os::unix::net::UnixStream,
     panic::Location,
     path::{Path, PathBuf},
+    process::Command,
     sync::{Arc, LazyLock, Mutex, atomic::AtomicU32},
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 pub use pigeon::machine::End;
 use pigeon::machine::{self, Machine, Metadata, Spec, Start};
 use rustix::process::{Pid, Signal, kill_process};
@@ -79,6 +80,7 @@ pub struct Builder {
     restorable: bool,
     generation_id: bool,
     qemu_options: Vec<String>,
+    compressor: &'static [&'static str],
     patience: Option<Duration>,
 }
 
@@ -282,6 +284,11 @@ impl Builder {
         }
     }
 
+    /// Has this program, a filter, compress the initramfs.
+    pub fn compressed(self, compressor: &'static [&'static str]) -> Self {
+        Builder { compressor, ..self }
+    }
+
     /// How long [`Vm`]'s methods wait for what they wait for; 60 s by default, 180 s in
     /// deterministic time.
     pub fn patience(self, patience: Duration) -> Self {
@@ -309,6 +316,15 @@ impl Builder {
         };
         let initrd = dir.path().join("initrd");
         fs::write(&initrd, self.archive(&kernel)?)?;
+        if let [program, arguments @ ..] = self.compressor {
+            let filter = Command::new(program)
+                .args(arguments)
+                .stdin(File::open(&initrd)?)
+                .output()
+                .with_context(|| format!("unable to run {program}"))?;
+            ensure!(filter.status.success(), "{program}: {}", filter.status);
+            fs::write(&initrd, filter.stdout)?;
+        }
         let vsock = self.has_vsock.then(|| {
             let own = || dir.path().join(machine::VSOCK);
             self.vsock.clone().unwrap_or_else(own)
@@ -491,6 +507,7 @@ impl Vm {
             restorable: false,
             generation_id: true,
             qemu_options: vec![],
+            compressor: &[],
             patience: None,
         }
     }

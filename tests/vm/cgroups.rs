@@ -116,6 +116,7 @@ fn the_workloads_user_owns_his_group_and_root_the_commands() -> Result<()> {
                 echo '+memory +pids' >cgroup.subtree_control && echo 50000000 >outer/memory.max &&
                 echo 20 >outer/pids.max && cat outer/pids.max
             fi
+            until [ -d {v2}/commands ]; do sleep 0.01; done
             echo $$ >{v2}/commands/cgroup.procs || echo kept out of commands
             echo $$ >{v2}/cgroup.procs || echo kept out of the root
             read -r line"
@@ -171,7 +172,8 @@ fn a_workload_that_freezes_its_own_group_does_not_keep_the_host_out() -> Result<
 #[test]
 fn commands_are_born_in_the_root_when_root_has_taken_their_group_away() -> Result<()> {
     let root = root()?;
-    let script = "rmdir /sys/fs/cgroup/unified/commands && echo taken; read -r line";
+    let script = "cd /sys/fs/cgroup/unified; until [ -d commands ]; do sleep 0.01; done
+        rmdir commands && echo taken; read -r line";
     let mut vm = Vm::builder()
         .config(&guest::shell(script, json!({})))
         .disk(&root)

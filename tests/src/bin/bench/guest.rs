@@ -36,10 +36,17 @@ impl Programs {
     /// Compiles them all.
     pub fn compile() -> Result<Programs> {
         let dir = tempfile::tempdir()?;
-        for name in ["load", "floor", "workload", "servers"] {
-            let source = assets::repository().join(format!("tests/bench/{name}.c"));
+        for (name, source, define) in [
+            ("load", "load", None),
+            ("floor", "floor", None),
+            ("parallel", "floor", Some("-DPARALLEL")),
+            ("workload", "workload", None),
+            ("servers", "servers", None),
+        ] {
+            let source = assets::repository().join(format!("tests/bench/{source}.c"));
             run(assets::c_compiler()?
                 .args(FLAGS)
+                .args(define)
                 .args((assets::arch() == Arch::X86_64).then_some("-fcf-protection=none"))
                 .arg("-o")
                 .arg(dir.path().join(name))

@@ -5,16 +5,20 @@
 //!
 //! - **Time** is the guest's. Under `-icount` its clock counts executed instructions, 1 ns each, and
 //!   jumps to the next timer when nobody runs, so that a boot takes the same time whatever else
-//!   the host does; but for a disk request that a busy host answers late, which adds milliseconds.
+//!   the host does.
 //!   What the kernel waits for often ends with a tick: the runs start /init at evenly spread
 //!   instants between two ticks. The *median* of the runs is shown; the JSON has all.
+//! - **The processor** has RDRAND, as each that Firecracker runs on: without it the kernel hashes its
+//!   own state for every inode and process that it makes in this time.
+//! - **Disks that are late**: a boot whose disk requests took over 2 ms together is made again.
 //! - **The start** is a loader (`tests/bench/load.c`), the same for each init. It is the kernel's
 //!   /init: it loads the stock kernel's modules (a kernel made for Firecracker has the drivers built
 //!   in), deletes them, notes the time in the kernel's log and executes the init under test.
 //! - **The workload** (`workload.c`, 4 KiB, no libc) reads the clock with its first instructions, and
 //!   PID 1's processor time with the next.
 //! - **The floor** (`floor.c`) makes the mounts of the boot one after the other, executes the
-//!   workload, and does nothing else.
+//!   workload, and does nothing else. **Parallel** is the same with the root's mount beside the others,
+//!   and expedited RCU: the least that the kernel computes.
 //! - **MMDS** is a process in the same VM, at the other end of a veth pair and in a network namespace
 //!   of its own: a peer outside would answer in the host's time. What it has run is subtracted.
 //! - **The end** is from an instant the workload has announced and spins for to the kernel's line
@@ -22,6 +26,8 @@
 //!   nobody reads the code (`PIGEON_EXIT_LINGER_MS=0`), or a call of /v1/exit_code waits for it.
 //! - **System calls, page faults, steps** come from the kernel's tracing in a boot of its own, as it
 //!   costs time itself. An instruction in user space is a nanosecond between two calls.
+//! - **Ready** is from listen(2) on the API's port to the write of the event that says so, which the
+//!   host has heard; by the same tracing.
 //! - **Unpacking** is between two lines of the kernel's log, with nothing in the initrd but the init
 //!   and the loader (5 KiB).
 //! - **Memory** is what /proc/1/smaps_rollup, /proc/1/status and /proc/meminfo say a second after the
@@ -38,6 +44,7 @@
 
 mod boots;
 mod guest;
+mod parameters;
 mod table;
 mod trace;
 
@@ -56,17 +63,20 @@ use table::{Entry, Samples};
 
 const USAGE: &str = "\
 usage: bench [--runs N] [--vs NAME=PATH[:CONFIGPATH]]... [--only MODE[,MODE...]] [--json FILE]
+       bench --kernel-parameters [--runs N]
 
   --runs N    boots of each kind; 5 when not said
   --vs        another init, and where in its initrd it has its configuration (/pigeon/run.json)
   --only      of file, mmds, whole, whole-mmds, unified, requests, reader, unpack, serve, commands,
-              trace, trace-mmds, trace-end
-  --json      all samples and all traces, too";
+              trace, trace-mmds, trace-end, ready
+  --json      all samples and all traces, too
+  --kernel-parameters
+              what kernel parameters, the initrd and the root cost a cold start, and nothing else";
 
 /// Where an init finds its configuration unless it is said.
 const CONFIG_PATH: &str = "/pigeon/run.json";
 
-const MODES: [Mode; 13] = [
+const MODES: [Mode; 14] = [
     Mode::File,
     Mode::Mmds,
     Mode::Whole,
@@ -80,6 +90,7 @@ const MODES: [Mode; 13] = [
     Mode::Trace,
     Mode::TraceMmds,
     Mode::TraceEnd,
+    Mode::Ready,
 ];
 
 struct Options {
@@ -87,6 +98,7 @@ struct Options {
     others: Vec<Subject>,
     modes: Vec<Mode>,
     json: Option<PathBuf>,
+    parameters: bool,
 }
 
 fn main() -> ExitCode {
@@ -114,6 +126,7 @@ fn parse(words: &[String]) -> Result<Options> {
         others: vec![],
         modes: MODES.into(),
         json: None,
+        parameters: false,
     };
     let mut words = words.iter();
     while let Some(word) = words.next() {
@@ -132,6 +145,7 @@ fn parse(words: &[String]) -> Result<Options> {
                     .map(|name| mode(name).context("no such mode"));
                 options.modes = modes.collect::<Result<_>>()?;
             }
+            "--kernel-parameters" => options.parameters = true,
             "--json" => options.json = Some(value()?.into()),
             _ => bail!("what is {word:?}?"),
         }
@@ -165,13 +179,19 @@ fn run(options: Options) -> Result<bool> {
         config_path: CONFIG_PATH.into(),
         kind,
     };
+    let product = ours(
+        "pigeon-init",
+        assets::build_dir().join("init"),
+        Kind::Product,
+    );
+    if options.parameters {
+        parameters::run(&lab, &product, options.runs)?;
+        return Ok(true);
+    }
     let mut subjects = vec![
-        ours(
-            "pigeon-init",
-            assets::build_dir().join("init"),
-            Kind::Product,
-        ),
-        ours("floor", lab.floor(), Kind::Floor),
+        product,
+        ours("floor", lab.program("floor"), Kind::Floor),
+        ours("parallel", lab.program("parallel"), Kind::Parallel),
     ];
     subjects.extend(options.others);
     let mut entries = Vec::new();

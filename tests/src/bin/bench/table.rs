@@ -116,7 +116,7 @@ fn memory(entry: &Entry) -> Option<f64> {
 }
 
 /// Each row's function gets the subject and the floor.
-const ROWS: [Row; 43] = [
+const ROWS: [Row; 44] = [
     row("binary", "B", 0, |e, _| Some(e.binary_size)).bar(131_072.0),
     row(
         "initrd without configuration and modules",
@@ -198,6 +198,10 @@ const ROWS: [Row; 43] = [
         Some(ms(e, Mode::Unified)? / boot_ms(floor)?)
     })
     .bar(0.15),
+    row("API to the event that says so", "ms", 3, |e, _| {
+        Some(e.samples.median(Mode::Ready, "ready_us")? / 1e3)
+    })
+    .bar(0.3),
     row("workload's exit to reboot, no reader", "ms", 3, |e, _| {
         Some(e.samples.median(Mode::File, "end_us")? / 1e3)
     })

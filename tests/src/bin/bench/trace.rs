@@ -135,6 +135,26 @@ pub fn boot(console: &str, from: f64, to: f64, names: &Names) -> Breakdown {
     )
 }
 
+/// The bytes of the event that says that the API is there.
+const READY: usize = "{\"event\":\"ready\"}\n".len();
+
+/// Microseconds from the return of PID 1's listen to that of the write of the event `ready`.
+pub fn ready(console: &str, names: &Names) -> Result<f64> {
+    let number = |name: &str| {
+        let found = names.iter().find(|(_, n)| *n == name);
+        let (number, _) = found.with_context(|| format!("no call {name}"))?;
+        anyhow::Ok(format!("NR {number} = "))
+    };
+    let events = console.lines().filter_map(parse);
+    let mut returns = events.filter(|event| event.process == 1 && event.kind == "sys_exit");
+    let mut at = |text: &str| {
+        let found = returns.find(|event| event.text == text);
+        anyhow::Ok(found.with_context(|| format!("no {text:?} of PID 1"))?.at)
+    };
+    let listening = at(&(number("listen")? + "0"))?;
+    Ok(at(&format!("{}{READY}", number("write")?))? - listening)
+}
+
 /// The end: from the workload's exit_group to PID 1's reboot.
 pub fn end(console: &str, names: &Names) -> Result<Breakdown> {
     let number = |name| {
@@ -374,6 +394,18 @@ mod tests {
                 "wait4 (1, 0, 0, 0, 0, 0)"
             ]
         );
+    }
+
+    #[test]
+    fn the_host_hears_of_the_listener_by_a_write_of_that_length() {
+        let trace = "\
+            init-1       [000]      1.000000: sys_exit: NR 50 = 0
+            init-1       [000]      1.000050: sys_exit: NR 1 = 64
+           other-9       [000]      1.000060: sys_exit: NR 1 = 18
+            init-1       [000]      1.000070: sys_exit: NR 1 = 18
+";
+        let names = [(50, "listen".to_string()), (1, "write".into())].into();
+        assert_eq!(ready(trace, &names).unwrap().round(), 70.0);
     }
 
     #[test]
