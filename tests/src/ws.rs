@@ -207,6 +207,17 @@ impl Socket {
         Ok(String::from_utf8_lossy(&output).into_owned())
     }
 
+    /// Reads up to the close frame: its code and its reason.
+    pub fn wait_close(&mut self) -> Result<(u16, String)> {
+        loop {
+            let frame = self.next_frame()?.context("no close frame")?;
+            if let (CLOSE, [high, low, reason @ ..]) = (frame.first, frame.payload.as_slice()) {
+                let reason = String::from_utf8(reason.to_vec())?;
+                return Ok((u16::from_be_bytes([*high, *low]), reason));
+            }
+        }
+    }
+
     /// Reads to the end of the connection, answering the close frame. Output comes first, in
     /// messages of at most 64 KiB, then at most one text, then the close frame, then nothing.
     pub fn wait_end(&mut self) -> Result<Ended> {

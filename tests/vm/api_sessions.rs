@@ -477,13 +477,18 @@ fn frames_come_in_pieces_with_pings_between_and_a_close_kills_the_group() -> Res
         wait_gone(&mut api, "^sleep 666[12]")?;
     }
     // A message that is none of a running session's.
-    for message in ["{", "[]", r#"{"cols":"wide"}"#] {
+    for (message, wrong) in [
+        ("{", "JSON"),
+        ("[]", "object"),
+        ("input, as if it was binary", "JSON"),
+        (r#"{"cols":"wide"}"#, "cols: must be"),
+    ] {
         let mut socket = script(&mut vm, "sleep 6663")?;
         socket.send(TEXT, message.as_bytes())?;
-        assert!(
-            matches!(socket.wait_end()?.close, Some(1007 | 1008)),
-            "{message}"
-        );
+        // It says what was wrong.
+        let (code, reason) = socket.wait_close()?;
+        assert_eq!(code, 1008, "{message}: {reason}");
+        assert!(reason.contains(wrong), "{message}: {reason}");
         wait_gone(&mut api, "^sleep 6663")?;
     }
     Ok(())

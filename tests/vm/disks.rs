@@ -299,6 +299,40 @@ fn a_volume_that_hangs_while_it_is_mounted_ends_the_boot_and_is_named() -> Resul
     other.check()
 }
 
+#[test]
+fn a_signal_before_the_workload_has_started_ends_the_boot_in_order() -> Result<()> {
+    let (root, data, other) = (root()?, volume()?, volume()?);
+    let document = with_volumes("echo the workload runs");
+    let mmds = Mmds::serving(document).push(Push::After(Duration::from_secs(2)));
+    let builder = Vm::builder().mmds(mmds).arg("PIGEON_MMDS_TIMEOUT_MS=60000");
+    let builder = builder.arg("PIGEON_EXIT_LINGER_MS=60000").on_qemu();
+    let builder = builder.disk(&root).disk(&data).disk(&other);
+    let mut vm = builder.patience(PATIENCE).boot()?;
+    while vm.mmds_requests().is_empty() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // Until it is mounted there is time for a signal.
+    hang(&mut vm, "disk1")?;
+    let mut api = vm.api()?;
+    let start = Instant::now();
+    match assets::arch().has_keyboard() {
+        true => vm.ctrl_alt_delete()?,
+        false => drop(api.post("/v1/stop", &json!({}))?.success()?),
+    }
+    let exit = api.get("/v1/exit_code")?.json()?;
+    assert_eq!(
+        exit,
+        json!({"code": 125, "oom_killed": false, "error": "stopped before the workload was started"})
+    );
+    // Not when the mount is given up.
+    assert!(start.elapsed() < Duration::from_secs(25));
+    let took = time_of_end(&mut vm)?;
+    assert!(took < END_LIMIT, "{took:?}");
+    assert!(!vm.console().contains("the workload runs"));
+    root.check()?;
+    other.check()
+}
+
 /// Writes to all disks, and keeps writing to those that do not hang.
 const WRITE: &str = "echo kept >/data/file; echo kept >/other/file; echo kept >/var/file; sync
     echo ready; read -r line; for dir in /var /data /other; do echo more >$dir/more; done";

@@ -146,6 +146,12 @@ fn terminals_and_sessions_that_hung_others_or_lost_output_do_neither_here() -> R
     let config = json!({"ExecOverride": ["/bin/sleep", "100000"], "UserOverride": "app"});
     let builder = Vm::builder().config(&config).disk(&root);
     let mut vm = builder.patience(PATIENCE).start()?;
+    // Terminals come from where the boot has mounted them, whatever lies at the usual path.
+    let mut api = vm.api()?;
+    assert_eq!(
+        shell(&mut api, "rm /dev/ptmx; mkfifo /dev/ptmx; echo $?")?,
+        "0\n"
+    );
     // The command and its orphans end in one moment: their SIGCHLDs are one (catatonit 4).
     let scripts = "sh -c 'sleep 0.01 & kill -9 $$'; sleep 0.009; exit 6";
     for _ in 0..20 {
@@ -178,7 +184,6 @@ fn terminals_and_sessions_that_hung_others_or_lost_output_do_neither_here() -> R
     let mut shell = session(&mut vm, &first)?;
     shell.output_with("pigeon> ")?;
     shell.binary(b"/bin/busybox sleep 1000\r")?;
-    let mut api = vm.api()?;
     let start = Instant::now();
     while self::shell(&mut api, "ps -o args | grep '^/bin/busybox sleep'")?.is_empty() {
         ensure!(start.elapsed() < PATIENCE, "it never runs");
@@ -225,6 +230,9 @@ fn requests_that_starved_other_agents_do_not_starve_this_one() -> Result<()> {
     let builder = Vm::builder().config(&config).disk(&root);
     let mut vm = builder.patience(PATIENCE).start()?;
     let mut api = vm.api()?;
+    // No page of PID 1 is ever swapped out.
+    let locked = shell(&mut api, "awk '/^VmLck/ {print $2}' /proc/1/status")?;
+    ensure!(!["", "0\n"].contains(&locked.as_str()), "{locked}");
     // Metrics for many at once (kata 13709): each is answered, and calls between them.
     #[cfg(feature = "sysinfo")]
     {

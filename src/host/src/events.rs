@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Read},
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
 };
@@ -80,6 +80,9 @@ impl Drop for Listener {
     }
 }
 
+/// Bytes of an event that are read.
+const MAX_LINE: u64 = 4096;
+
 /// Events, as they come over one connection.
 pub struct Events(BufReader<UnixStream>);
 
@@ -89,6 +92,8 @@ impl Events {
         let mut line = String::new();
         let size = self
             .0
+            .by_ref()
+            .take(MAX_LINE)
             .read_line(&mut line)
             .context("unable to read events")?;
         if size == 0 {

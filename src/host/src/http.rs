@@ -12,6 +12,12 @@ use serde_json::Value;
 
 /// Header lines that a response may have at most.
 const MAX_HEADERS: usize = 64;
+/// Bytes of a response's head, and of a body that is read as a whole: what a guest announces is
+/// nothing to make room for.
+const MAX_HEAD: u64 = 64 << 10;
+const MAX_BODY: u64 = 64 << 20;
+/// Bytes of a line between two chunks.
+const MAX_LINE: u64 = 4096;
 
 /// One connection. Requests follow each other on it as long as the server keeps it open.
 pub struct Client<S> {
@@ -126,9 +132,11 @@ impl<S: Read + Write> Client<S> {
     pub fn receive_head(&mut self) -> Result<Response> {
         let mut head = Vec::new();
         loop {
-            let size = self.stream.read_until(b'\n', &mut head)?;
+            let room = MAX_HEAD - head.len() as u64;
+            ensure!(room > 0, "a head of over {MAX_HEAD} bytes");
+            let mut line = self.stream.by_ref().take(room);
             ensure!(
-                size > 0,
+                line.read_until(b'\n', &mut head)? > 0,
                 "the connection ended in the head {:?}",
                 head.escape_ascii().to_string()
             );
@@ -227,13 +235,14 @@ impl<S: Read + Write> Client<S> {
         if response.header("transfer-encoding") == Some("chunked") {
             loop {
                 let mut line = String::new();
-                self.stream.read_line(&mut line)?;
-                let size = usize::from_str_radix(line.trim_end(), 16)
+                let mut source = self.stream.by_ref().take(MAX_LINE);
+                source.read_line(&mut line)?;
+                let size = u64::from_str_radix(line.trim_end(), 16)
                     .with_context(|| format!("bad chunk size {line:?}"))?;
-                let mut chunk = vec![0; size + 2];
-                self.stream.read_exact(&mut chunk)?;
-                ensure!(chunk.ends_with(b"\r\n"), "a chunk does not end in CR LF");
-                body.extend(&chunk[..size]);
+                self.append(size, &mut body)?;
+                let mut end = [0; 2];
+                self.stream.read_exact(&mut end)?;
+                ensure!(end == *b"\r\n", "a chunk does not end in CR LF");
                 if size == 0 {
                     return Ok(body);
                 }
@@ -241,19 +250,25 @@ impl<S: Read + Write> Client<S> {
         }
         match response.header("content-length") {
             Some(length) => {
-                body.resize(
-                    length
-                        .parse()
-                        .with_context(|| format!("bad length {length:?}"))?,
-                    0,
-                );
-                self.stream
-                    .read_exact(&mut body)
-                    .context("the connection ended in the body")?;
+                let length = length.parse();
+                self.append(length.context("bad Content-Length")?, &mut body)?;
             }
-            None => drop(self.stream.read_to_end(&mut body)?),
+            None => {
+                let mut rest = self.stream.by_ref().take(MAX_BODY + 1);
+                let size = rest.read_to_end(&mut body)?;
+                ensure!(size as u64 <= MAX_BODY, "a body of over {MAX_BODY} bytes");
+            }
         }
         Ok(body)
+    }
+
+    /// Reads so many bytes more of a body.
+    fn append(&mut self, size: u64, body: &mut Vec<u8>) -> Result<()> {
+        let room = MAX_BODY - body.len() as u64;
+        ensure!(size <= room, "a body of over {MAX_BODY} bytes");
+        let read = self.stream.by_ref().take(size).read_to_end(body)?;
+        ensure!(read as u64 == size, "the connection ended in the body");
+        Ok(())
     }
 
     /// The stream and what has been read from it but not used, as for a WebSocket's start.
@@ -301,13 +316,13 @@ impl<S: Read> Body<S> {
         let bad = |line: &str| io::Error::other(format!("bad chunk size {line:?}"));
         let mut line = String::new();
         if !std::mem::take(&mut self.first) {
-            self.stream.read_line(&mut line)?;
+            self.stream.by_ref().take(MAX_LINE).read_line(&mut line)?;
             if line.trim_end() != "" {
                 return Err(bad(&line));
             }
         }
         line.clear();
-        self.stream.read_line(&mut line)?;
+        self.stream.by_ref().take(MAX_LINE).read_line(&mut line)?;
         let digits = line.trim_end().split(';').next().unwrap_or_default();
         u64::from_str_radix(digits, 16).map_err(|_| bad(&line))
     }
@@ -469,6 +484,32 @@ mod tests {
             request.ends_with("Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
             "{request}"
         );
+    }
+
+    #[test]
+    fn what_a_guest_announces_is_nothing_to_make_room_for() {
+        let receive = |answer: &[u8]| {
+            let error = client(answer).receive(false).unwrap_err();
+            format!("{error:#}")
+        };
+        for length in ["67108865", "18446744073709551615"] {
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\nx");
+            let error = receive(head.as_bytes());
+            assert!(error.contains("a body of over"), "{error}");
+        }
+        for size in ["4000001", "ffffffffffffffff"] {
+            let head = format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{size}\r\nx");
+            let error = receive(head.as_bytes());
+            assert!(error.contains("a body of over"), "{error}");
+        }
+        let head = [&b"HTTP/1.1 200 OK\r\nX: "[..], &[b'x'; 100_000]].concat();
+        assert!(receive(&head).contains("a head of over"));
+        let line = [
+            &b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"[..],
+            &[b'0'; 9000],
+        ]
+        .concat();
+        assert!(receive(&line).contains("a chunk does not end in CR LF"));
     }
 
     #[test]
