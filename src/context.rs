@@ -174,7 +174,6 @@ impl CommandDefaults {
 #[derive(Default)]
 pub struct Cgroups {
     /// The root of the hierarchy.
-    #[cfg(feature = "snapshot")]
     pub root: Option<OwnedFd>,
     /// The workload's, which its user owns.
     pub workload: Option<OwnedFd>,

@@ -10,7 +10,7 @@ use proto::bytes::split;
 use proto::message::ToLossy;
 use proto::users::Identity;
 use rustix::fd::OwnedFd;
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
@@ -46,8 +46,8 @@ const V1: [(&CStr, &[&CStr]); 10] = [
 
 /// The group of the v2 hierarchy that the workload is born in.
 const WORKLOAD: &CStr = c"workload";
-/// The group of commands, seen from that one.
-const COMMANDS: &CStr = c"../commands";
+/// The group of commands.
+const COMMANDS: &CStr = c"commands";
 
 /// What the owner of a group owns of it: all that delegation needs (cgroups(7)).
 const DELEGATED: [&CStr; 4] = [
@@ -119,7 +119,10 @@ fn make_workload(layout: Layout, log: &mut dyn Log) {
         if layout == Layout::Unified {
             enable_controllers(&root)?;
         }
-        make_group(&root, WORKLOAD)
+        match make_directory(&root, WORKLOAD) {
+            Err(Errno::EXIST) => Ok(()),
+            other => other,
+        }
     });
     if let Err(errno) = made {
         log.warn(&context!("make the workload's cgroup")(errno));
@@ -129,18 +132,12 @@ fn make_workload(layout: Layout, log: &mut dyn Log) {
 /// Makes and opens the group of commands. There is none before the workload runs, and a group with
 /// all controllers costs the kernel 0.3 ms. Without it they are born in PID 1's own.
 pub fn make_commands(cgroups: &mut Cgroups) {
-    // Beside the workload's, whatever root has mounted over the hierarchy by now.
-    if let Some(workload) = &cgroups.workload
-        && make_group(workload, COMMANDS).is_ok()
+    if let Some(root) = &cgroups.root
+        && make_directory(root, COMMANDS).is_ok()
     {
-        cgroups.commands = files::open_at(workload, COMMANDS, DIRECTORY).ok();
-    }
-}
-
-fn make_group(parent: &OwnedFd, name: &CStr) -> Result<(), Errno> {
-    match make_directory(parent, name) {
-        Err(Errno::EXIST) => Ok(()),
-        other => other,
+        // A workload that is root may have mounted something on it already.
+        let (flags, within) = (DIRECTORY | OFlags::CLOEXEC, ResolveFlags::NO_XDEV);
+        cgroups.commands = rustix::fs::openat2(root, COMMANDS, flags, Mode::empty(), within).ok();
     }
 }
 
@@ -183,7 +180,6 @@ pub fn open(layout: Layout, user: &Identity, log: &mut dyn Log) -> Cgroups {
     Cgroups {
         workload,
         commands: None,
-        #[cfg(feature = "snapshot")]
         root: Some(root),
     }
 }

@@ -105,16 +105,13 @@ pub fn spawn(cgroup: Option<&OwnedFd>, work: &mut dyn FnMut(&HelperLog) -> i32) 
 ))]
 /// Forks as [`spawn`] does, for work of PID 1's own: the OOM killer spares the child.
 pub fn spawn_spared(proc: &OwnedFd, work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
-    spawn(
-        None,
-        &mut |log| match crate::process::oom_score::spare(proc) {
-            Ok(()) => work(log),
-            Err(error) => {
-                log.fail(&error);
-                1
-            }
-        },
-    )
+    spawn(None, &mut |log| {
+        if let Err(error) = crate::process::oom_score::spare(proc) {
+            log.fail(&error);
+            return 1;
+        }
+        work(log)
+    })
 }
 
 /// The lines of a helper so far.

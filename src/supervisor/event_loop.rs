@@ -78,7 +78,7 @@ impl Supervisor {
     }
 
     /// Registers for what can be done next.
-    fn watch(&mut self) {
+    pub(super) fn watch(&mut self) {
         if self.context.poller.has_failed() {
             self.context.poller.clear_failed();
             self.api.watch(&mut self.context);

@@ -74,7 +74,7 @@ impl Supervisor {
     /// Leaves the processor to the workload until it has begun, or something happens that the event
     /// loop sees to. Where there is one processor, what PID 1 does now would come before it.
     fn let_workload_begin(&mut self) {
-        self.events.watch(&self.context.poller);
+        self.watch();
         self.context.poller.wait(HEAD_START);
         self.events.flush();
     }
