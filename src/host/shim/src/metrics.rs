@@ -86,3 +86,38 @@ fn disks(disks: &Value) -> IOStat {
         ..IOStat::default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_guests_figures_are_those_of_a_cgroup() {
+        let metrics = of(&json!({
+            "memory": {"mem_total": 1000, "mem_free": 300, "mem_available": 600, "cached": 200,
+                "buffers": 50, "slab": 100, "swap_total": null},
+            "cpus": {
+                "0": {"user": 1.5, "nice": 0.25, "system": 0.5, "irq": 0.0, "softirq": null},
+                "1": {"user": 1.0, "system": 0.25},
+            },
+            "disks": [
+                {"name": "loop0", "reads_completed": 9},
+                {"name": "vdb", "reads_completed": 3, "sectors_read": 8, "sectors_written": 2},
+            ],
+        }));
+        let memory = &metrics.memory;
+        assert_eq!((memory.usage, memory.usage_limit), (400, 1000));
+        assert_eq!((memory.file, memory.anon, memory.swap_limit), (250, 350, 0));
+        assert_eq!(
+            (metrics.cpu.user_usec, metrics.cpu.system_usec),
+            (2_750_000, 750_000)
+        );
+        assert_eq!(metrics.cpu.usage_usec, 3_500_000);
+        let [disk] = &metrics.io.usage[..] else {
+            panic!("{metrics}");
+        };
+        assert_eq!((disk.major, disk.minor, disk.rios), (254, 16, 3));
+        assert_eq!((disk.rbytes, disk.wbytes), (4096, 1024));
+    }
+}
