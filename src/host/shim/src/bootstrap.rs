@@ -115,8 +115,9 @@ pub fn serve(flags: &Flags) -> Result<()> {
     server.start()?;
     close_output()?;
     service.wait();
-    server.shutdown();
+    // Whose connection is closed is dead for containerd, which then has `delete` end it.
     service.publisher.finish();
+    server.shutdown();
     let _ = fs::remove_dir_all(&dir);
     drop(lock);
     Ok(())
