@@ -453,6 +453,8 @@ fn put(
     let room = scratch.get_mut(..PIECE).unwrap_or(&mut []);
     let bytes = upload.receive(client, &mut decoder, body, room)?;
     upload.publish(name, mode, uid, gid)?;
+    // The client may have it executed at once, which an open file is not (ETXTBSY, execve(2)).
+    drop(upload);
     let answer = message!("{{\"ok\":true,\"bytes\":{bytes}}}");
     let status = match replaces {
         true => Status::Ok,

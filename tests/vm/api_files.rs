@@ -150,6 +150,12 @@ fn files_go_in_and_out_whole_with_mode_and_owner() -> Result<()> {
         assert_eq!(sum, format!("{here}  -\n{size}\n"));
     }
 
+    // A program can be executed as soon as it is there.
+    for _ in 0..30 {
+        put(&mut vm, "/data/program&mode=755", b"#!/bin/sh\necho ran\n")?.success()?;
+        assert_eq!(shell(&mut vm, "/data/program")?, "ran\n");
+    }
+
     // Mode, owner and time.
     let stat = |vm: &mut Vm, path: &str| shell(vm, &format!("stat -c '%04a %u:%g %Y' '{path}'"));
     let described = |answer: &Response| {

@@ -164,7 +164,9 @@ fn with_the_file_wished_for_mmds_is_not_asked_and_a_warn_level_says_nothing() ->
     let frames = vm.traffic().frames();
     let ipv4 = frames.iter().filter(|frame| frame[12..14] == [8, 0]);
     assert_eq!(ipv4.count(), 0, "the link stays down for IPv4");
-    assert!(!vm.console().contains("pigeon-init: "), "{}", vm.console());
+    let console = vm.console();
+    assert!(!console.contains("pigeon-init: level=info"), "{console}");
+    assert_eq!(guest::warnings(&console), [""; 0]);
     root.check()
 }
 

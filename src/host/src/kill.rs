@@ -2,10 +2,7 @@
 //! few instructions that sends the signal is written into the guest and run there, so that it works
 //! in an image without a `kill`.
 
-use std::{
-    thread,
-    time::{Duration, Instant},
-};
+use std::time::Duration;
 
 use crate::{Arch, Client, Command, Error, elf::static_program, files::WriteOptions};
 
@@ -13,14 +10,6 @@ use crate::{Arch, Client, Command, Error, elf::static_program, files::WriteOptio
 const PATH: &str = "/run/pigeon/kill";
 /// How long a guest may take to run it.
 const TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How often it is tried while the file is still open.
-const RETRY: Duration = Duration::from_millis(2);
-
-/// Whether a program could not be executed because it is open for writing (execve(2)).
-fn is_busy(why: &str) -> bool {
-    why.ends_with("ETXTBSY")
-}
 
 /// What a signal is sent to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,17 +79,7 @@ impl Client {
         };
         let length = program.len() as u64;
         self.write_file(PATH, &mut program.as_slice(), Some(length), &options)?;
-        let command = Command::new([PATH]).dir("/").timeout(TIMEOUT);
-        let deadline = Instant::now() + TIMEOUT;
-        let output = loop {
-            match self.exec(&command) {
-                // The init's child that has written it ends only now.
-                Err(Error::NotStarted(why)) if is_busy(&why) && Instant::now() < deadline => {
-                    thread::sleep(RETRY);
-                }
-                result => break result?,
-            }
-        };
+        let output = self.exec(&Command::new([PATH]).dir("/").timeout(TIMEOUT))?;
         match output.exit_code {
             0 => Ok(Sent::Sent),
             errno if errno == rustix::io::Errno::SRCH.raw_os_error() => Ok(Sent::NoProcess),
