@@ -79,8 +79,9 @@ impl File {
         let written = files::make_directories(b"/etc")
             .and_then(|()| files::replace(self.path, self.temporary, new));
         match written {
-            // A read-only root, or a file that is immutable (chattr(1)).
-            Err(Errno::ROFS | Errno::PERM) => {
+            // A read-only root, one that the kernel has stopped for its errors (EIO since 6.12), or a
+            // file that is immutable (chattr(1)).
+            Err(Errno::ROFS | Errno::IO | Errno::PERM) => {
                 if let Err(errno) = self.cover(new) {
                     log.warn(&context!("{path} is read-only; mount over it")(errno));
                 }
