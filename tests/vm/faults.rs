@@ -219,16 +219,18 @@ fn a_root_that_becomes_read_only_as_pid_1_writes_to_it_keeps_its_files_and_the_w
     let script = "cat /etc/hosts; echo kept >/data/file; exit 6";
     let mut vm = boot_damaged(&root, &volume, script)?;
     let exit = vm.api()?.get("/v1/exit_code")?.json()?;
-    assert_eq!(exit["code"], 6, "{exit}");
     assert_eq!(vm.wait_end()?, End::Reboot);
     let console = vm.console();
-    for said in [
-        "warn msg=\"/etc/resolv.conf is read-only; mount over it: ENOENT\"",
-        "\n127.0.0.1 localhost\n",
-    ] {
-        assert!(console.contains(said), "no {said:?} in {console}");
-    }
+    let warning = "warn msg=\"/etc/resolv.conf is read-only; mount over it: ENOENT\"";
+    assert!(console.contains(warning), "{console}");
     volume.check()?;
+    // Some kernels, 6.12 among them, do not even read from such a root (EXT4_FLAGS_SHUTDOWN).
+    if exit["code"] == 126 {
+        assert!(console.contains("execute /bin/sh: EIO"), "{console}");
+        return Ok(());
+    }
+    assert_eq!(exit["code"], 6, "{exit}");
+    assert!(console.contains("\n127.0.0.1 localhost\n"), "{console}");
     assert_eq!(volume.read("/file")?, "kept\n");
     Ok(())
 }
