@@ -41,6 +41,8 @@ use crate::{
 
 /// Exit status after a SIGKILL, as a shell has it.
 pub const KILLED: u32 = 128 + SIGKILL as u32;
+/// How long a VM may take to end when a signal has ended its process.
+const ENDING: Duration = Duration::from_secs(2);
 /// How long a container may take to end of a SIGKILL before its VM is ended.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most bytes of the guest's /etc/passwd and /etc/group that are read.
@@ -277,8 +279,8 @@ impl Container {
         match vm.signal(target, signal) {
             Ok(Sent::Sent) => Ok(()),
             Ok(Sent::NoProcess) => Err(Failure::NotFound("process already finished".into())),
-            // What is killed may take the VM with it, and the VM is ended soon.
-            Err(_) if signal == SIGKILL && is_own => Ok(()),
+            // The VM ends with its process, maybe before it has answered.
+            Err(_) if is_own && (signal == SIGKILL || vm.end_within(ENDING).is_some()) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
