@@ -812,7 +812,7 @@ fn a_hold_and_a_restore_take_little_time_and_few_pages() -> Result<()> {
         ("names and addresses", [&clone, &first], [5, 3000, 40]),
     ] {
         let mut least = [u64::MAX; 3];
-        for config in configs.iter().cycle().take(4) {
+        for config in configs.iter().cycle().take(8) {
             // What two commands take, without anything between them and with.
             let before = pages_touched(&mut vm)?;
             let between = pages_touched(&mut vm)?;
