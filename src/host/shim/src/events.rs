@@ -3,7 +3,8 @@
 
 use std::{
     sync::{
-        Mutex,
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
         mpsc::{self, Sender},
     },
     thread::{self, JoinHandle},
@@ -57,6 +58,8 @@ pub fn timestamp(time: SystemTime) -> Timestamp {
 pub struct Publisher {
     namespace: String,
     queue: Mutex<Option<Sender<Envelope>>>,
+    /// Events that containerd does not have yet.
+    waiting: Arc<AtomicUsize>,
     sender: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -64,17 +67,21 @@ impl Publisher {
     /// One for containerd's ttrpc socket at `address`.
     pub fn start(address: String, namespace: &str) -> Publisher {
         let (queue, events) = mpsc::channel::<Envelope>();
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let left = waiting.clone();
         let sender = thread::spawn(move || {
             for event in events {
                 let topic = event.topic.clone();
                 if let Err(error) = send(&address, event) {
                     log::error(&error.context(format!("the event {topic} is lost")));
                 }
+                left.fetch_sub(1, Ordering::Release);
             }
         });
         Publisher {
             namespace: namespace.into(),
             queue: Mutex::new(Some(queue)),
+            waiting,
             sender: Mutex::new(Some(sender)),
         }
     }
@@ -90,10 +97,19 @@ impl Publisher {
         });
         match (envelope, crate::service::lock(&self.queue).as_ref()) {
             (Ok(envelope), Some(queue)) => {
+                self.waiting.fetch_add(1, Ordering::Relaxed);
                 let _ = queue.send(envelope);
             }
             (Ok(_), None) => {}
             (Err(error), _) => log::error(&error),
+        }
+    }
+
+    /// Waits until containerd has all, but not for ever.
+    pub fn flush(&self) {
+        let deadline = Instant::now() + FINISH;
+        while self.waiting.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
         }
     }
 

@@ -283,6 +283,8 @@ impl containerd_shim_protos::Task for Task {
             self.0
                 .publisher
                 .publish(topics::TASK_DELETE_EVENT_TOPIC, &event);
+            // containerd ends the shim as soon as it has the answer.
+            self.0.publisher.flush();
         } else {
             container.remove(&request.exec_id);
         }
