@@ -50,7 +50,7 @@ pub struct Tables {
 
 impl Tables {
     /// Lines of the mount table.
-    pub fn mounts(&self) -> impl DoubleEndedIterator<Item = &[u8]> {
+    fn mounts(&self) -> impl DoubleEndedIterator<Item = &[u8]> {
         self.mounts.iter().flat_map(Text::lines)
     }
 }
