@@ -73,12 +73,11 @@ impl Console {
         self.flush();
     }
 
-    /// The console as a command's standard input: opened anew, so that it blocks as a terminal does (a
-    /// descriptor's flags are shared by its copies).
-    pub fn open_input(&self) -> Result<OwnedFd, Errno> {
-        let name = self.device.as_ref().map_or(c"null", |(_, name)| *name);
-        self.open_device(name, OFlags::NOCTTY)
-            .or_else(|_| self.open_device(c"null", OFlags::RDWR))
+    /// The console for a command's standard input, its directory and its name: to be opened anew, so
+    /// that it blocks as a terminal does (a descriptor's flags are shared by its copies).
+    pub fn input(&self) -> Option<(&OwnedFd, &'static CStr)> {
+        let (_, name) = self.device.as_ref()?;
+        Some((self.directory.as_ref()?, *name))
     }
 
     fn open_device(&self, name: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {

@@ -44,8 +44,8 @@ impl From<Message> for Error {
 }
 
 impl From<TooLarge> for Error {
-    fn from(_: TooLarge) -> Self {
-        Self::format(format_args!("the environment is too large"))
+    fn from(error: TooLarge) -> Self {
+        Self::format(format_args!("{error}"))
     }
 }
 

@@ -35,7 +35,7 @@ use crate::sys::epoll::{EventBuffer, NO_EVENTS, Poller};
 use crate::sys::{Static, Words};
 use rustix::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
-use rustix::process::Pid;
+use rustix::process::{DumpableBehavior, Pid};
 
 /// All that is too large for the stack. It is zero pages until it is touched.
 struct Memory {
@@ -80,6 +80,9 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
         events,
     } = memory;
     sys::block_signals(HANDLED);
+    // Before Linux 5.16 a child that shares this memory, and is killed with a core, takes along whoever
+    // has it too.
+    let _by_any_kernel = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
     let devices = mounts::devices().and_then(|()| open_standard_streams());
     console.open(params.level);
     let started = devices.and_then(|()| Ok((event_loop(events)?, mounts::procfs()?, room()?)));

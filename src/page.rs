@@ -1,10 +1,33 @@
-//! Values in pages of their own: there is no heap.
+//! Memory from the kernel, and values in pages of their own: there is no heap.
 
 use core::mem::{align_of, size_of};
 use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+
+/// The smallest huge page (x86_64, and aarch64 with pages of 4 KiB).
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Maps `length` zero bytes (mmap(2)). Pages that are not touched cost nothing, and the first one that
+/// is does not bring 2 MiB with it, as where all memory may have huge pages.
+pub fn map(length: usize, kind: MapFlags) -> Result<NonNull<u8>, Errno> {
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
+    let start = unsafe {
+        mmap_anonymous(
+            core::ptr::null_mut(),
+            length,
+            access,
+            kind | MapFlags::NORESERVE,
+        )
+    }?;
+    if length >= HUGE_PAGE {
+        // SAFETY: changes nothing of what is there. A kernel without huge pages refuses.
+        let _without = unsafe { madvise(start, length, Advice::LinuxNoHugepage) };
+    }
+    NonNull::new(start.cast()).ok_or(Errno::NOMEM)
+}
 
 /// Owns a value in memory from the kernel, which is given back on drop (mmap(2)).
 pub struct PageBox<T> {
@@ -28,16 +51,7 @@ impl<T> PageBox<T> {
     fn map(value: impl FnOnce() -> T, kind: MapFlags) -> Result<Self, Errno> {
         // Pages are aligned to their own size.
         const { assert!(size_of::<T>() > 0 && align_of::<T>() <= 4096) };
-        // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
-        let memory = unsafe {
-            mmap_anonymous(
-                core::ptr::null_mut(),
-                size_of::<T>(),
-                ProtFlags::READ | ProtFlags::WRITE,
-                kind,
-            )
-        }?;
-        let place = NonNull::new(memory.cast::<T>()).ok_or(Errno::NOMEM)?;
+        let place = map(size_of::<T>(), kind)?.cast::<T>();
         // SAFETY: the mapping is large enough for a `T`, aligned for it, and nobody else has it.
         unsafe { place.write(value()) };
         Ok(Self { value: place })

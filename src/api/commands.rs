@@ -6,6 +6,7 @@ use super::files::Transfer;
 #[cfg(feature = "files")]
 use super::io::Io;
 use super::io::{CallError, refuse_while_held};
+use super::process::Process;
 use super::session::{Request, Session};
 use crate::context::{Context, NEVER, Source};
 use crate::error;
@@ -254,6 +255,7 @@ impl Commands {
     /// One of a command's streams can be read or written. The connection that can go on.
     pub fn on_event(&mut self, source: Source, key: Key, context: &mut Context) -> Option<Key> {
         let command = self.slab.get_mut(key)?;
+        command.process().release_launch();
         match (&mut command.role, command.owner) {
             (Role::Exec(exec), _) => exec.on_output(source, &mut self.capture_left, context),
             (Role::Session(session), None) => {
@@ -279,6 +281,7 @@ impl Commands {
             self.slab.remove(key);
             return None;
         }
+        command.process().release_launch();
         match &mut command.role {
             Role::Exec(exec) => exec.process.ended(status),
             Role::Session(session) => session.ended(status),
@@ -355,12 +358,7 @@ impl Commands {
                     self.slab.remove(key);
                     continue;
                 }
-                match &mut command.role {
-                    Role::Exec(exec) => exec.process.kill(),
-                    Role::Session(session) => session.process.kill(),
-                    #[cfg(feature = "files")]
-                    Role::Transfer(transfer) => transfer.process.kill(),
-                }
+                command.process().kill();
             }
         }
     }
@@ -398,6 +396,15 @@ impl Commands {
 }
 
 impl Command {
+    fn process(&mut self) -> &mut Process {
+        match &mut self.role {
+            Role::Exec(exec) => &mut exec.process,
+            Role::Session(session) => &mut session.process,
+            #[cfg(feature = "files")]
+            Role::Transfer(transfer) => &mut transfer.process,
+        }
+    }
+
     fn owns(&self, pid: Pid) -> bool {
         match &self.role {
             Role::Exec(exec) => exec.process.is(pid),

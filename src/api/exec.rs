@@ -11,10 +11,10 @@ use super::sysinfo;
 use crate::context::{Context, Source};
 use crate::error;
 use crate::error::{Error, Result};
-use crate::process::exec::Streams;
+use crate::process::exec::{Input, Streams};
 #[cfg(feature = "mounts")]
 use crate::process::helper;
-use crate::sys::Region;
+use crate::sys::{Inherited, Region};
 use core::fmt::{self, Display};
 use proto::bodies::ExecRequest;
 #[cfg(feature = "mounts")]
@@ -103,11 +103,11 @@ impl Exec {
         let (output, their_output) = output_pipe()?;
         let (error, their_error) = output_pipe()?;
         let streams = Streams {
-            input: None,
-            output: &their_output,
-            error: &their_error,
+            input: Input::Null,
+            output: Inherited::new(&their_output),
+            error: Inherited::new(&their_error),
         };
-        let process = Process::start(spec, &streams, context)?;
+        let process = Process::start(spec, streams, context)?;
         let deadline = context.now.saturating_add(timeout);
         let streams = [output, error];
         Ok(Self::of(process, Kind::Command, streams, deadline, reply))

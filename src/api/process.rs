@@ -1,16 +1,19 @@
 //! The process of a command, and our ends of its streams.
 
 use crate::context::{CommandDefaults, Context, Source};
-use crate::error::{Discard, Error, Result};
-use crate::process::exec::{self, Command, Failure, Streams};
-use crate::process::helper::{self, Helper, HelperLog, Lines};
-use crate::process::{credentials, pipe};
+#[cfg(any(feature = "files", feature = "mounts", feature = "sysinfo"))]
+use crate::error::Discard;
+use crate::error::{Error, Result};
+use crate::process::exec::{Command, Launch, Streams};
+use crate::process::helper::Lines;
+#[cfg(any(feature = "files", feature = "mounts", feature = "sysinfo"))]
+use crate::process::helper::{self, Helper, HelperLog};
+use crate::process::pipe;
 use crate::sys::signal::SIGKILL;
 use crate::sys::{self, files};
 use core::ffi::CStr;
 use proto::arena::Strings;
 use proto::slab::Key;
-use proto::users::Identity;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -42,38 +45,42 @@ pub struct Process {
     status: Option<WaitStatus>,
     /// It was killed.
     killed: bool,
-    log: OwnedFd,
+    origin: Origin,
+}
+
+/// What tells how it gets on.
+enum Origin {
+    /// A command, by its start.
+    Launch(Launch),
+    /// A child of this program, by the pipe that it writes to.
+    #[cfg(any(feature = "files", feature = "mounts", feature = "sysinfo"))]
+    Helper(OwnedFd),
 }
 
 impl Process {
     /// Starts a command with these streams.
-    pub fn start(spec: &Spec, streams: &Streams, context: &mut Context) -> Result<Self> {
-        let Context {
-            defaults,
-            scratch,
-            cgroups,
-            ..
-        } = context;
-        let child = helper::spawn(cgroups.commands.as_ref(), &mut |log| {
-            exec_command(spec, streams, defaults, scratch, log)
-                .unwrap_or_else(Failure::from)
-                .report(log)
+    pub fn start(spec: &Spec, streams: Streams, context: &Context) -> Result<Self> {
+        let cgroup = context.cgroups.commands.as_ref();
+        let launch = Launch::start(cgroup, &mut |command| {
+            command.streams = Some(streams);
+            describe(spec, context.defaults, command)
         })?;
-        Ok(Self::of(child))
+        Ok(Self::of(launch.pid, Origin::Launch(launch)))
     }
 
     /// Starts a child of this program, which exits with the code that `work` returns.
     #[cfg(any(feature = "files", feature = "mounts", feature = "sysinfo"))]
     pub fn fork(proc: &OwnedFd, work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Self> {
-        helper::spawn_spared(proc, work).map(Self::of)
+        let Helper { pid, log } = helper::fork_spared(proc, work)?;
+        Ok(Self::of(pid, Origin::Helper(log)))
     }
 
-    fn of(Helper { pid, log }: Helper) -> Self {
+    fn of(pid: Pid, origin: Origin) -> Self {
         Self {
             pid: Some(pid),
             status: None,
             killed: false,
-            log,
+            origin,
         }
     }
 
@@ -109,7 +116,7 @@ impl Process {
 
     /// Whether it has said since it was last asked that it gets on ([`HelperLog::step`]).
     #[cfg(feature = "files")]
-    pub fn has_moved(&self) -> bool {
+    pub fn has_moved(&mut self) -> bool {
         self.lines().step.is_some()
     }
 
@@ -127,51 +134,59 @@ impl Process {
         self.status = Some(status);
     }
 
+    /// Gives the memory back that it needed to begin, once it has.
+    pub fn release_launch(&mut self) {
+        match &mut self.origin {
+            Origin::Launch(launch) => launch.release(),
+            #[cfg(any(feature = "files", feature = "mounts", feature = "sysinfo"))]
+            Origin::Helper(_) => {}
+        }
+    }
+
     /// Why it could not be started, if so; to be asked when it has ended.
-    pub fn failure(&self) -> Option<Error> {
+    pub fn failure(&mut self) -> Option<Error> {
         self.lines().error
     }
 
     /// What it has said since it was last asked.
-    pub fn lines(&self) -> Lines {
-        helper::read_lines(&self.log, &mut Discard)
+    pub fn lines(&mut self) -> Lines {
+        match &mut self.origin {
+            Origin::Launch(launch) => Lines {
+                error: launch.failure(),
+                ..Lines::default()
+            },
+            #[cfg(any(feature = "files", feature = "mounts", feature = "sysinfo"))]
+            Origin::Helper(log) => helper::read_lines(log, &mut Discard),
+        }
     }
 }
 
-/// In the child: becomes the command.
-fn exec_command(
-    spec: &Spec,
-    streams: &Streams,
-    defaults: &mut CommandDefaults,
-    scratch: &mut [u8],
-    log: &HelperLog,
-) -> Result<Failure> {
-    exec::enter_session(streams, spec.tty, log)?;
-    let mut identity = Identity::default();
-    if spec.user.is_empty() {
-        identity.set_root();
-        identity.home = defaults.root_home.clone();
-    } else {
-        credentials::resolve(spec.user, scratch, &mut identity)?;
-    }
-    if !defaults.sets_home {
-        defaults.environment.set(b"HOME=", &identity.home)?;
-    }
+/// Makes a command of what is wanted, and of what the workload has.
+fn describe(spec: &Spec, defaults: &CommandDefaults, command: &mut Command) -> Result {
+    let environment = &mut command.environment;
+    environment.copy(&defaults.environment);
     if spec.tty {
-        defaults.environment.set(b"TERM=xterm-256color", b"")?;
+        environment.set(b"TERM=xterm-256color", b"")?;
     }
-    defaults.environment.set_all(spec.env)?;
-    let directory = match spec.cwd.is_empty() {
+    let mut sets_home = defaults.sets_home;
+    for entry in spec.env {
+        sets_home |= entry.to_bytes().starts_with(b"HOME=");
+        environment.set(entry.to_bytes(), b"")?;
+    }
+    command.set_arguments(&[spec.argv])?;
+    command.set_directory(match spec.cwd.is_empty() {
         true => sys::c_str(&defaults.working_dir),
         false => spec.cwd,
-    };
-    let command = Command {
-        argv: [spec.argv, Strings::default()],
-        identity: &identity,
-        directory,
-        rlimits: &defaults.rlimits,
-    };
-    Ok(command.exec(&defaults.environment))
+    })?;
+    command.rlimits = defaults.rlimits.clone();
+    if !spec.user.is_empty() {
+        return command.set_user(spec.user, !sets_home);
+    }
+    command.identity.set_root();
+    if !sets_home {
+        command.environment.set(b"HOME=", &defaults.root_home)?;
+    }
+    Ok(())
 }
 
 /// A pipe to read a command's output from: our end, which does not block, and the command's.

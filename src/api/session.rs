@@ -7,8 +7,8 @@ use crate::context::{Context, Source};
 use crate::error;
 use crate::error::Result;
 use crate::page::PageBox;
-use crate::process::exec::Streams;
-use crate::sys::{self, Region, terminal};
+use crate::process::exec::{Input, Streams};
+use crate::sys::{self, Inherited, Region, terminal};
 use core::fmt::{self, Display};
 use core::ops::Range;
 use proto::arena::Arena;
@@ -481,12 +481,13 @@ fn start_on_pipes(
         true => Some(output_pipe()?),
         false => None,
     };
+    let their_error = errors.as_ref().map_or(&their_output, |(_, theirs)| theirs);
     let streams = Streams {
-        input: Some(&their_input),
-        output: &their_output,
-        error: errors.as_ref().map_or(&their_output, |(_, theirs)| theirs),
+        input: Input::Pipe(Inherited::new(&their_input)),
+        output: Inherited::new(&their_output),
+        error: Inherited::new(their_error),
     };
-    let process = Process::start(spec, &streams, context)?;
+    let process = Process::start(spec, streams, context)?;
     let streams = SessionStreams::Pipes {
         input,
         output,
@@ -504,12 +505,13 @@ fn start_on_terminal(
     let slave = terminal::open_peer(&master).map_err(context!("open a terminal"))?;
     let master = Channel::new(master);
     resize(&master, cols, rows);
+    let terminal = Inherited::new(&slave);
     let streams = Streams {
-        input: Some(&slave),
-        output: &slave,
-        error: &slave,
+        input: Input::Terminal(terminal),
+        output: terminal,
+        error: terminal,
     };
-    let process = Process::start(spec, &streams, context)?;
+    let process = Process::start(spec, streams, context)?;
     let streams = SessionStreams::Terminal {
         master,
         slave: Some(slave),

@@ -21,7 +21,6 @@ use crate::context;
 use crate::error;
 use crate::error::Result;
 use crate::process::credentials;
-use crate::process::exec::Command;
 use crate::process::helper::Helper;
 use crate::supervisor::Supervisor;
 use crate::sys::files;
@@ -120,13 +119,12 @@ pub fn run(supervisor: &mut Supervisor, params: &KernelParams, room: &mut [u8]) 
         let open = |path| files::open(path, OFlags::RDONLY | OFlags::NONBLOCK).ok();
         supervisor.context.snapshot.devices = [c"/dev/kmsg", c"/dev/vmclock0"].map(open);
     }
-    let command = Command {
-        argv: config.arguments(),
-        identity: &identity,
-        directory: config.image_config.working_dir,
-        rlimits: &config.rlimits,
-    };
-    supervisor.start_workload(&command, config.separate_stderr)
+    supervisor.start_workload(config.separate_stderr, &|command| {
+        command.identity = identity.clone();
+        command.rlimits = config.rlimits.clone();
+        command.set_arguments(&config.arguments())?;
+        command.set_directory(config.image_config.working_dir)
+    })
 }
 
 /// What of the boot can wait until the workload runs.

@@ -1,10 +1,10 @@
 //! Who a command runs as (credentials(7)).
 
-use crate::error;
-use crate::error::Result;
 use crate::sys::{self, files};
 use core::ffi::CStr;
 use proto::config::DOCUMENT;
+use proto::message;
+use proto::message::Message;
 use proto::users::{Identity, MAX_GROUPS};
 use rustix::fs::Mode;
 use rustix::io::Errno;
@@ -17,7 +17,7 @@ pub const PASSWD: &CStr = c"/etc/passwd";
 pub const GROUP: &CStr = c"/etc/group";
 
 /// Resolves a user from the files of the root.
-pub fn resolve(user: &str, scratch: &mut [u8], identity: &mut Identity) -> Result {
+pub fn resolve(user: &str, scratch: &mut [u8], identity: &mut Identity) -> Result<(), Message> {
     let (passwd, group) = scratch
         .split_at_mut_checked(DOCUMENT)
         .unwrap_or((&mut [], &mut []));
@@ -25,7 +25,7 @@ pub fn resolve(user: &str, scratch: &mut [u8], identity: &mut Identity) -> Resul
     let group = files::read_whole(GROUP, group)?.unwrap_or_default();
     identity
         .resolve(user.as_bytes(), passwd, group)
-        .map_err(|error| error!("{error}"))
+        .map_err(|error| message!("{error}"))
 }
 
 /// Gives up root: groups first, without root they cannot be set.

@@ -1,156 +1,300 @@
-//! From a fork to a command: session, identity, directory, environment, execve.
+//! From a call to a command: session, streams, identity, directory, environment, execve.
 
 use crate::context;
-use crate::error::{self, Error, Result};
-use crate::process::helper::HelperLog;
+use crate::error;
+use crate::error::{Error, Result};
 use crate::process::{credentials, rlimits};
-use crate::sys::files;
-use crate::sys::{self, SignalSet, Static};
+use crate::sys::{self, Inherited, Region, SignalSet, Spawn, files};
 use core::ffi::{CStr, c_char};
+use core::fmt::{self, Display, Write};
+use core::ops::Range;
 use core::ptr::null;
 use proto::arena::Strings;
 use proto::bytes::{find, split};
 use proto::config::{ARGV, PATH};
 use proto::environment::{self, ENV_ENTRIES, Environment};
+use proto::message::{Message, ToLossy};
 use proto::rlimit::Rlimits;
 use proto::users::Identity;
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
+use rustix::process::Pid;
 
 /// Exit code of a command that is not there.
 const NOT_FOUND: i32 = 127;
 /// Exit code of a command that is there and cannot be executed.
 const NOT_EXECUTABLE: i32 = 126;
 
-/// What a child uses between fork and execve; in the parent it stays untouched.
-struct Scratch {
-    /// Of two lists, and null.
-    argv: [*const c_char; 2 * ARGV + 1],
-    environment: [*const c_char; ENV_ENTRIES + 1],
-    path: [u8; PATH],
-}
-
-static SCRATCH: Static<Scratch> = Static::new(Scratch {
-    argv: [null(); 2 * ARGV + 1],
-    environment: [null(); ENV_ENTRIES + 1],
-    path: [0; PATH],
-});
+/// Longest name of a user, with that of a group.
+const USER: usize = 512;
 
 /// Standard input, output and error of a command.
-pub struct Streams<'a> {
-    /// Without one it stays what PID 1's is: /dev/null.
-    pub input: Option<&'a OwnedFd>,
+#[derive(Clone, Copy)]
+pub struct Streams {
+    /// Standard input.
+    pub input: Input,
     /// Standard output.
-    pub output: &'a OwnedFd,
+    pub output: Inherited,
     /// Standard error.
-    pub error: &'a OwnedFd,
+    pub error: Inherited,
 }
 
-/// First thing in a child: a session of its own, and no descriptors but its streams and its log.
-pub fn enter_session(streams: &Streams, terminal: bool, log: &HelperLog) -> Result {
-    rustix::process::setsid().map_err(context!("start a session"))?;
-    let controlled = match streams.input {
-        Some(input) if terminal => rustix::process::ioctl_tiocsctty(input),
-        _ => Ok(()),
-    };
-    controlled
-        .and_then(|()| sys::set_streams(streams.input, streams.output, streams.error))
-        .map_err(context!("connect the standard streams"))?;
-    sys::close_others(&[log.pipe()]);
+/// Standard input of a command.
+#[derive(Clone, Copy)]
+pub enum Input {
+    /// What PID 1's is: /dev/null.
+    Null,
+    /// A pipe.
+    Pipe(Inherited),
+    /// A terminal, which becomes the controlling one of the command's session.
+    Terminal(Inherited),
+    /// A device, by its name in that directory; one that cannot be opened is /dev/null.
+    Device(Inherited, &'static CStr),
+}
+
+/// What a child becomes: all of it copied, as its parent goes on meanwhile.
+pub struct Command {
+    /// Its standard input, output and error.
+    pub streams: Option<Streams>,
+    /// Who it runs as, unless `user` is to be looked up.
+    pub identity: Identity,
+    /// Its resource limits.
+    pub rlimits: Rlimits,
+    user: Option<User>,
+    /// Where its strings are kept, with the environment's.
+    arguments: Range<usize>,
+    directory: Range<usize>,
+    /// Why the child has not become it; empty when it has.
+    failure: Message,
+    /// What it finds in its environment.
+    pub environment: Environment,
+    /// In the child: the arguments, null, the environment, null.
+    pointers: heapless::Vec<*const c_char, { 2 * ARGV + ENV_ENTRIES + 2 }>,
+}
+
+/// A user whose ids are in files of the root: a disk may hang, so that the child reads them.
+struct User {
+    name: heapless::String<USER>,
+    /// HOME is that user's.
+    sets_home: bool,
+    /// Room for the files.
+    files: Region,
+}
+
+/// Why a child has not become a command was noted.
+struct Failed;
+
+/// A command that was started.
+pub struct Launch {
+    /// Its process.
+    pub pid: Pid,
+    child: Option<Spawn<Command>>,
+}
+
+impl Launch {
+    /// Starts what `describe` makes of a command. It is born in `cgroup`, unless that takes no
+    /// processes, as when root has removed it, or in PID 1's own.
+    pub fn start(
+        cgroup: Option<&OwnedFd>,
+        describe: &mut dyn FnMut(&mut Command) -> Result,
+    ) -> Result<Self> {
+        let failed = context!("start a process");
+        let mut child = Spawn::new(Command::new, Command::run).map_err(&failed)?;
+        if let Some(command) = child.value() {
+            describe(command)?;
+        }
+        let started = child.start(cgroup).or_else(|_| child.start(None));
+        let pid = started.map_err(failed)?;
+        let child = Some(child);
+        Ok(Self { pid, child })
+    }
+
+    /// Gives the memory back that the child needed, once it has become a command.
+    pub fn release(&mut self) {
+        let child = self.child.as_mut().and_then(Spawn::value);
+        if child.is_some_and(|command| command.failure.is_empty()) {
+            self.child = None;
+        }
+    }
+
+    /// Why it has not become a command, if so.
+    pub fn failure(&mut self) -> Option<Error> {
+        let failure = &self.child.as_mut()?.value()?.failure;
+        (!failure.is_empty()).then(|| error!("{failure}"))
+    }
+}
+
+impl Command {
+    /// Nothing yet.
+    fn new() -> Self {
+        Self {
+            streams: None,
+            identity: Identity::default(),
+            rlimits: Rlimits::new(),
+            user: None,
+            arguments: 0..0,
+            directory: 0..0,
+            failure: Message::new(),
+            environment: Environment::new(),
+            pointers: heapless::Vec::new(),
+        }
+    }
+
+    /// Sets its arguments, one list behind the other; the first of all is the name to look for.
+    pub fn set_arguments(&mut self, lists: &[Strings]) -> Result {
+        self.arguments = self.environment.keep(&[])?;
+        for list in lists {
+            self.arguments.end = self.environment.keep(list.as_bytes())?.end;
+        }
+        Ok(())
+    }
+
+    /// Sets its working directory, which is created if absent; empty is `/`.
+    pub fn set_directory(&mut self, directory: &CStr) -> Result {
+        self.directory = self.environment.keep(directory.to_bytes_with_nul())?;
+        Ok(())
+    }
+
+    /// Has the child look a user up, and set HOME to that user's if wanted.
+    pub fn set_user(&mut self, name: &str, sets_home: bool) -> Result {
+        let unknown = |_| error!("unknown user {}", name.as_bytes().lossy());
+        self.user = Some(User {
+            name: heapless::String::try_from(name).map_err(unknown)?,
+            sets_home,
+            files: context::room()?,
+        });
+        Ok(())
+    }
+
+    /// In the child: becomes the command; the exit code when that failed.
+    fn run(&mut self) -> i32 {
+        match self.prepare() {
+            Ok(()) => self.exec(),
+            Err(Failed) => NOT_EXECUTABLE,
+        }
+    }
+
+    fn prepare(&mut self) -> Result<(), Failed> {
+        let Self {
+            identity, failure, ..
+        } = self;
+        if let Some(streams) = &self.streams {
+            let what = format_args!("connect the standard streams");
+            enter_session(streams).map_err(|errno| note(failure, what, errno))?;
+        }
+        if let Some(user) = &mut self.user {
+            let resolved = credentials::resolve(&user.name, &mut user.files, identity);
+            resolved.map_err(|message| note_text(failure, &message))?;
+            if user.sets_home {
+                let set = self.environment.set(b"HOME=", &identity.home);
+                set.map_err(|error| note_text(failure, &error))?;
+            }
+        }
+        let directory = sys::c_str(self.environment.kept(self.directory.clone()));
+        let what = format_args!("enter {}", directory.lossy());
+        enter(directory).map_err(|errno| note(failure, what, errno))?;
+        rlimits::apply(&self.rlimits).map_err(|(resource, errno)| {
+            note(
+                failure,
+                format_args!("set the limit {}", resource.name()),
+                errno,
+            )
+        })?;
+        credentials::own_standard_streams(identity);
+        let what = format_args!("become the user");
+        credentials::drop_to(identity).map_err(|errno| note(failure, what, errno))
+    }
+
+    /// Executes it; returns only when that failed.
+    fn exec(&mut self) -> i32 {
+        let arguments = Strings::new(self.environment.kept(self.arguments.clone()));
+        // There is room for all, and for both nulls.
+        for argument in arguments.iter().take(2 * ARGV) {
+            let _fits = self.pointers.push(argument.as_ptr());
+        }
+        let _fits = self.pointers.push(null());
+        let envp = self.pointers.len();
+        for entry in self.environment.iter() {
+            let _fits = self.pointers.push(sys::c_str(entry).as_ptr());
+        }
+        let _fits = self.pointers.push(null());
+        sys::block_signals(SignalSet::EMPTY);
+        let name = arguments.first().unwrap_or_default();
+        let (argv, envp) = self.pointers.split_at_checked(envp).unwrap_or_default();
+        let errno = search(name, &self.environment, argv, envp);
+        let Failed = note(
+            &mut self.failure,
+            format_args!("execute {}", name.lossy()),
+            errno,
+        );
+        match is_missing(errno) {
+            true => NOT_FOUND,
+            false => NOT_EXECUTABLE,
+        }
+    }
+}
+
+/// Notes what failed, and why. In place, as the child must not map the memory of an [`Error`].
+fn note(failure: &mut Message, what: fmt::Arguments<'_>, errno: Errno) -> Failed {
+    note_text(failure, &format_args!("{what}: {}", error::name(errno)))
+}
+
+fn note_text(failure: &mut Message, text: &dyn Display) -> Failed {
+    // What does not fit is cut.
+    let _cut = write!(failure, "{text}");
+    Failed
+}
+
+/// A session of its own, and no descriptors but its streams.
+fn enter_session(streams: &Streams) -> Result<(), Errno> {
+    rustix::process::setsid()?;
+    if let Input::Terminal(terminal) = streams.input {
+        rustix::process::ioctl_tiocsctty(terminal)?;
+    }
+    streams.connect()?;
+    sys::close_others(&[]);
     Ok(())
 }
 
-/// What a child becomes.
-pub struct Command<'a> {
-    /// The arguments, a list behind another; the first is the name to look for.
-    pub argv: [Strings<'a>; 2],
-    /// Who it runs as.
-    pub identity: &'a Identity,
-    /// Working directory, created if absent; empty is `/`.
-    pub directory: &'a CStr,
-    /// Its resource limits.
-    pub rlimits: &'a Rlimits,
-}
-
-/// Why a child has not become a command, and its exit code.
-pub struct Failure(Error, i32);
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Self(error, 1)
-    }
-}
-
-impl Failure {
-    fn new(error: Error) -> Self {
-        Self(error, NOT_EXECUTABLE)
-    }
-
-    /// Reports it; the exit code.
-    pub fn report(self, log: &HelperLog) -> i32 {
-        log.fail(&self.0);
-        self.1
-    }
-}
-
-impl Command<'_> {
-    /// Turns this process into the command; returns only when that failed.
-    pub fn exec(&self, environment: &Environment) -> Failure {
-        if let Err(errno) = self.enter_directory() {
-            return Failure::new(error::on("enter", self.directory)(errno));
-        }
-        if let Err(error) = rlimits::apply(self.rlimits) {
-            return Failure::new(error);
-        }
-        credentials::own_standard_streams(self.identity);
-        if let Err(errno) = credentials::drop_to(self.identity) {
-            return Failure::new(context!("become the user")(errno));
-        }
-        let Some(scratch) = SCRATCH.take() else {
-            return Failure::new(context!("execute")(Errno::NOMEM));
-        };
-        let mut slots = scratch.argv.iter_mut();
-        let mut name = None;
-        for list in &self.argv {
-            for argument in list.iter() {
-                name = name.or(Some(argument));
-                if let Some(slot) = slots.next() {
-                    *slot = argument.as_ptr();
+impl Streams {
+    fn connect(&self) -> Result<(), Errno> {
+        let connect = |input: Option<BorrowedFd>| sys::set_streams(input, self.output, self.error);
+        match &self.input {
+            Input::Null => connect(None),
+            Input::Pipe(end) | Input::Terminal(end) => connect(Some(end.as_fd())),
+            Input::Device(directory, name) => {
+                match files::open_at(directory, name, OFlags::NOCTTY) {
+                    Ok(device) => connect(Some(device.as_fd())),
+                    Err(_) => connect(None),
                 }
             }
         }
-        for (slot, entry) in scratch.environment.iter_mut().zip(environment.iter()) {
-            *slot = sys::c_str(entry).as_ptr();
-        }
-        sys::block_signals(SignalSet::EMPTY);
-        let name = name.unwrap_or(c"");
-        let errno = search(name, environment, scratch);
-        let mut failure = Failure::new(error::on("execute", name)(errno));
-        if is_missing(errno) {
-            failure.1 = NOT_FOUND;
-        }
-        failure
     }
+}
 
-    fn enter_directory(&self) -> Result<(), Errno> {
-        if self.directory.is_empty() {
-            return Ok(());
-        }
-        let enter = || rustix::process::chdir(self.directory);
-        match enter() {
-            Err(Errno::NOENT) => {
-                files::make_directories(self.directory.to_bytes()).and_then(|()| enter())
-            }
-            other => other,
-        }
+/// Makes a directory the working directory.
+fn enter(directory: &CStr) -> Result<(), Errno> {
+    if directory.is_empty() {
+        return Ok(());
+    }
+    let enter = || rustix::process::chdir(directory);
+    match enter() {
+        Err(Errno::NOENT) => files::make_directories(directory.to_bytes()).and_then(|()| enter()),
+        other => other,
     }
 }
 
 /// Tries the command in the directories of PATH, as execvp(3) does; a name with `/` is a path.
-fn search(name: &CStr, environment: &Environment, scratch: &mut Scratch) -> Errno {
+fn search(
+    name: &CStr,
+    environment: &Environment,
+    argv: &[*const c_char],
+    envp: &[*const c_char],
+) -> Errno {
     let execute = |path: &CStr| {
         // SAFETY: both vectors end with null, and point at NUL-terminated strings that stay.
-        unsafe { sys::execve(path, scratch.argv.as_ptr(), scratch.environment.as_ptr()) }
+        unsafe { sys::execve(path, argv.as_ptr(), envp.as_ptr()) }
     };
     let mut failure = Errno::NOENT;
     if name.is_empty() {
@@ -160,6 +304,7 @@ fn search(name: &CStr, environment: &Environment, scratch: &mut Scratch) -> Errn
         return execute(name);
     }
     let path = environment.get(b"PATH=").unwrap_or(environment::PATH);
+    let mut candidate = [0; PATH];
     for directory in split(path, b':') {
         // An empty entry is the working directory.
         let directory = if directory.is_empty() {
@@ -168,10 +313,10 @@ fn search(name: &CStr, environment: &Environment, scratch: &mut Scratch) -> Errn
             directory
         };
         let parts = [directory, b"/", name.to_bytes()];
-        let Some(candidate) = files::join(&parts, &mut scratch.path) else {
+        let Some(path) = files::join(&parts, &mut candidate) else {
             continue;
         };
-        match execute(candidate) {
+        match execute(path) {
             errno if is_missing(errno) => {}
             Errno::ACCESS => failure = Errno::ACCESS,
             errno => return errno,

@@ -83,12 +83,10 @@ pub struct Helper {
     pub log: OwnedFd,
 }
 
-/// Forks; the child exits with the code that `work` returns. It is born in `cgroup`, unless that
-/// takes no processes, as when root has removed it, or in PID 1's own.
-pub fn spawn(cgroup: Option<&OwnedFd>, work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
+/// Forks; the child exits with the code that `work` returns.
+pub fn fork(work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
     let (log, end) = pipe::new()?;
-    let forked = sys::fork(cgroup).or_else(|_| sys::fork(None));
-    match forked.map_err(context!("fork"))? {
+    match sys::fork().map_err(context!("fork"))? {
         Fork::Child => {
             drop(log);
             sys::exit(work(&HelperLog(end)))
@@ -103,9 +101,9 @@ pub fn spawn(cgroup: Option<&OwnedFd>, work: &mut dyn FnMut(&HelperLog) -> i32) 
     feature = "snapshot",
     feature = "sysinfo"
 ))]
-/// Forks as [`spawn`] does, for work of PID 1's own: the OOM killer spares the child.
-pub fn spawn_spared(proc: &OwnedFd, work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
-    spawn(None, &mut |log| {
+/// Forks as [`fork`] does, for work of PID 1's own: the OOM killer spares the child.
+pub fn fork_spared(proc: &OwnedFd, work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
+    fork(&mut |log| {
         if let Err(error) = crate::process::oom_score::spare(proc) {
             log.fail(&error);
             return 1;
@@ -171,7 +169,7 @@ pub fn timed_out(step: Option<Error>) -> Error {
 impl Helper {
     /// Forks; `work` runs in the child, and its error is the helper's.
     pub fn start(work: &mut dyn FnMut(&HelperLog) -> Result) -> Result<Self> {
-        spawn(None, &mut |log| {
+        fork(&mut |log| {
             // What PID 1 closes must be closed, whatever this child waits for.
             sys::close_others(&[log.pipe()]);
             match work(log) {

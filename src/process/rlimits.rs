@@ -1,12 +1,12 @@
 //! Resource limits of the workload and of commands (setrlimit(2)).
 
-use crate::context;
-use crate::error::Result;
-use proto::rlimit::Rlimits;
+use proto::rlimit::{Resource, Rlimits};
+use rustix::io::Errno;
 use rustix::process::{Resource as Raw, Rlimit, setrlimit};
 
-/// Sets them for this process, which is root still: limits may have to be raised.
-pub fn apply(rlimits: &Rlimits) -> Result {
+/// Sets them for this process, which is root still: limits may have to be raised. The error: which one
+/// cannot be set, and why.
+pub fn apply(rlimits: &Rlimits) -> Result<(), (Resource, Errno)> {
     for (resource, limit) in rlimits.iter() {
         let limit = Rlimit {
             current: limit.soft,
@@ -14,7 +14,7 @@ pub fn apply(rlimits: &Rlimits) -> Result {
         };
         let known = RAW.iter().find(|raw| **raw as u32 == resource as u32);
         if let Some(raw) = known {
-            setrlimit(*raw, limit).map_err(context!("set the limit {}", resource.name()))?;
+            setrlimit(*raw, limit).map_err(|errno| (resource, errno))?;
         }
     }
     Ok(())

@@ -70,6 +70,11 @@ impl<'a> Strings<'a> {
         Self(string.to_bytes_with_nul())
     }
 
+    /// The strings, each with its NUL.
+    pub const fn as_bytes(self) -> &'a [u8] {
+        self.0
+    }
+
     /// Whether there is no string, not even an empty one.
     pub const fn is_empty(self) -> bool {
         self.0.is_empty()

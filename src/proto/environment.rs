@@ -3,6 +3,8 @@
 use crate::arena::Strings;
 use crate::bytes::find;
 use crate::config;
+use core::fmt::{self, Display};
+use core::ops::Range;
 
 /// Room for the bytes of an environment: a whole document's and a whole exec request's.
 pub const ENV_BYTES: usize = config::DOCUMENT + (192 << 10);
@@ -15,6 +17,12 @@ pub const PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbi
 /// There is no room for another string, or for its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooLarge;
+
+impl Display for TooLarge {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("the environment is too large")
+    }
+}
 
 /// An environment: one entry a name, the last one set.
 pub struct Environment<const BYTES: usize = ENV_BYTES, const ENTRIES: usize = ENV_ENTRIES> {
@@ -49,6 +57,29 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
     pub fn clear(&mut self) {
         self.bytes.clear();
         self.entries.clear();
+    }
+
+    /// Makes it the same as another.
+    pub fn copy(&mut self, other: &Self) {
+        self.clear();
+        // Both have the same room.
+        let _fits = self.bytes.extend_from_slice(&other.bytes);
+        let _fits = self.entries.extend_from_slice(&other.entries);
+    }
+
+    /// Keeps strings beside the entries, behind those kept before: where they are. What a document and a
+    /// request have besides their environments is shorter than what they may have in these.
+    pub fn keep(&mut self, strings: &[u8]) -> Result<Range<usize>, TooLarge> {
+        let start = self.bytes.len();
+        self.bytes
+            .extend_from_slice(strings)
+            .map_err(|_| TooLarge)?;
+        Ok(start..self.bytes.len())
+    }
+
+    /// Strings that were kept.
+    pub fn kept(&self, place: Range<usize>) -> &[u8] {
+        self.bytes.get(place).unwrap_or_default()
     }
 
     /// Sets each `NAME=value`; a string without a name or without `=` is dropped. The error: they

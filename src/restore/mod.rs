@@ -543,7 +543,7 @@ fn fork(
     proc: &OwnedFd,
     work: &mut dyn FnMut(&HelperLog) -> Result<(), CallError>,
 ) -> Result<Helper, Error> {
-    helper::spawn_spared(proc, &mut |log| match work(log) {
+    helper::fork_spared(proc, &mut |log| match work(log) {
         Ok(()) => 0,
         Err(CallError { status, error }) => {
             log.fail(&error);

@@ -207,7 +207,7 @@ fn start_all(devices: &mut Devices, tables: &Tables, log: &HelperLog) {
             }
         };
         let running = |(_, state): &(Volume, State)| matches!(state, State::Running(_));
-        let state = match sys::fork(None) {
+        let state = match sys::fork() {
             Ok(Fork::Child) => sys::exit(shut()),
             Ok(Fork::Parent(pid)) => State::Running(pid),
             // There is room for another one when one has ended.

@@ -244,7 +244,7 @@ impl Volume {
         if swaps.lines().nth(1).is_none_or(<[u8]>::is_empty) {
             return;
         }
-        let child = helper::spawn(None, &mut |_| {
+        let child = helper::fork(&mut |_| {
             let mut room = [0; PATH_MAX];
             for line in swaps.lines().skip(1) {
                 let absolute = Escaped::new(before(line, b' ')).decode(&mut room).text;

@@ -64,6 +64,7 @@ impl Supervisor {
                 _ => self.api.on_event(source, key, flags, &mut self.context),
             }
         }
+        self.release_launch();
         if self.reap_more {
             self.reap();
         }
@@ -183,12 +184,14 @@ impl Supervisor {
             self.context.snapshot.ended = Some(status);
             return;
         }
+        if let Some(workload) = self.workload.take_if(|workload| workload.pid == pid) {
+            return self.workload_ended(workload, status);
+        }
         let Some(child) = self.child.take_if(|child| child.pid == pid) else {
             return self.api.on_exit(pid, status, &mut self.context);
         };
         let log = &mut *self.console;
         match self.phase {
-            Phase::Running => self.workload_ended(child, status),
             Phase::Setup => {
                 if let Err(error) = child.result(status, log) {
                     self.fail(error);

@@ -6,6 +6,7 @@ use crate::api::Api;
 use crate::console::Console;
 use crate::context::{Context, Exit, NEVER};
 use crate::error::Error;
+use crate::process::exec::Launch;
 use crate::process::helper::Helper;
 use crate::sys;
 use rustix::event::epoll::EventFlags;
@@ -56,8 +57,10 @@ pub struct Supervisor {
     pub(super) sent: usize,
     /// How long the VM was paused, as far as deadlines ran meanwhile, in milliseconds.
     pub(super) paused: u64,
-    /// What this phase is about: a helper, or the workload.
+    /// The helper that this phase is about.
     pub(super) child: Option<Helper>,
+    /// The workload, until it is reaped.
+    pub(super) workload: Option<Launch>,
     /// What the host is told without asking.
     pub events: Events,
     /// The workload's standard output and error.
@@ -93,6 +96,7 @@ impl Supervisor {
             sent: 0,
             paused: 0,
             child: None,
+            workload: None,
             events: Events::new(None),
             output: Output::new(),
             unlogged_exit: None,

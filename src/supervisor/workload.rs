@@ -2,19 +2,14 @@
 
 use super::oom;
 use super::state::{Phase, Supervisor};
-use crate::console::Console;
-use crate::context;
 use crate::context::{Exit, NEVER};
-use crate::error::{Discard, Result};
+use crate::error::Result;
 use crate::output_log::{Destination, OutputLog};
-use crate::process::exec::{self, Command, Failure, Streams};
-use crate::process::helper::{self, Helper, HelperLog};
+use crate::process::exec::{Command, Input, Launch, Streams};
 use crate::process::pipe;
 use crate::supervisor::output::Copied;
-use crate::sys::files;
 use crate::sys::signal::SIGKILL;
-use proto::environment::Environment;
-use rustix::fd::OwnedFd;
+use crate::sys::{Inherited, files};
 use rustix::fs::OFlags;
 use rustix::process::WaitStatus;
 
@@ -41,7 +36,11 @@ impl Supervisor {
     /// Starts the workload.
     ///
     /// Standard output and error are one pipe, which keeps their order, unless `separate_stderr`.
-    pub fn start_workload(&mut self, command: &Command, separate_stderr: bool) -> Result {
+    pub fn start_workload(
+        &mut self,
+        separate_stderr: bool,
+        describe: &dyn Fn(&mut Command) -> Result,
+    ) -> Result {
         self.kernel_log = files::open(c"/dev/kmsg", OFlags::NONBLOCK).ok();
         let (output, their_output) = pipe::output()?;
         let errors = match separate_stderr {
@@ -49,21 +48,27 @@ impl Supervisor {
             false => None,
         };
         let their_errors = errors.as_ref().map_or(&their_output, |(_, theirs)| theirs);
+        let streams = Streams {
+            input: match self.console.input() {
+                Some((directory, name)) => Input::Device(Inherited::new(directory), name),
+                None => Input::Null,
+            },
+            output: Inherited::new(&their_output),
+            error: Inherited::new(their_errors),
+        };
         let environment = &self.context.defaults.environment;
-        let console = &*self.console;
-        let cgroup = self.context.cgroups.workload.as_ref();
-        let child = helper::spawn(cgroup, &mut |log| {
-            let streams = (&their_output, their_errors);
-            exec_workload(command, environment, console, streams, log)
-                .unwrap_or_else(Failure::from)
-                .report(log)
+        let launch = Launch::start(self.context.cgroups.workload.as_ref(), &mut |command| {
+            command.streams = Some(streams);
+            command.environment.copy(environment);
+            describe(command)
         })?;
         self.output.open(output, errors.map(|(ours, _)| ours));
-        self.context.workload.group = Some(child.pid);
-        let pid = child.pid.as_raw_pid();
+        let pid = launch.pid;
+        self.context.workload.group = Some(pid);
+        self.workload = Some(launch);
+        let pid = pid.as_raw_pid();
         let event = format_args!("{{\"event\":\"started\",\"pid\":{pid}}}");
         self.events.send(&event);
-        self.child = Some(child);
         self.enter(Phase::Running, NEVER);
         self.let_workload_begin();
         self.console
@@ -79,9 +84,16 @@ impl Supervisor {
         self.events.flush();
     }
 
+    /// Gives the memory back that the workload needed to begin, once it has.
+    pub(super) fn release_launch(&mut self) {
+        if let Some(workload) = &mut self.workload {
+            workload.release();
+        }
+    }
+
     /// The workload's process was reaped.
-    pub(super) fn workload_ended(&mut self, workload: Helper, status: WaitStatus) {
-        if let Some(error) = helper::read_lines(&workload.log, &mut Discard).error {
+    pub(super) fn workload_ended(&mut self, mut workload: Launch, status: WaitStatus) {
+        if let Some(error) = workload.failure() {
             self.console.error(&error);
         }
         let signal = status.terminating_signal();
@@ -125,24 +137,4 @@ impl Supervisor {
         }
         copied == Copied::Some
     }
-}
-
-/// In the child: becomes the workload.
-fn exec_workload(
-    command: &Command,
-    environment: &Environment,
-    console: &Console,
-    (output, error): (&OwnedFd, &OwnedFd),
-    log: &HelperLog,
-) -> Result<Failure> {
-    let input = console
-        .open_input()
-        .map_err(context!("open standard input"))?;
-    let streams = Streams {
-        input: Some(&input),
-        output,
-        error,
-    };
-    exec::enter_session(&streams, false, log)?;
-    Ok(command.exec(environment))
 }

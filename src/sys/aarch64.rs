@@ -1,6 +1,9 @@
 //! What differs on aarch64: program entry, the system call instruction, memory functions.
 
 use core::arch::{asm, global_asm};
+use core::ffi::c_void;
+use core::ptr::NonNull;
+use linux_raw_sys::general::{__NR_clone3, clone_args};
 
 /// The largest page size (CONFIG_ARM64_64K_PAGES); there are kernels with 4 and 16 KiB, too.
 pub const PAGE: usize = 64 << 10;
@@ -34,6 +37,40 @@ pub unsafe fn syscall(number: u32, args: [usize; 5]) -> isize {
             inlateout("x0") a => result,
             in("x1") b, in("x2") c, in("x3") d, in("x4") e,
             options(nostack),
+        );
+    }
+    result
+}
+
+/// Starts a process with other memory for its stack (clone3(2)), which does `run(argument)` there; the
+/// kernel's answer in the parent.
+///
+/// # Safety
+/// `arguments` must be good for clone3, with a stack that nothing else uses while the process does;
+/// `run` must be sound to call there.
+pub unsafe fn clone_on_stack(
+    arguments: &clone_args,
+    run: extern "C" fn(NonNull<c_void>) -> !,
+    argument: NonNull<c_void>,
+) -> isize {
+    let result;
+    // SAFETY: the child has the registers of the parent, but for x0 and sp; it never comes back from
+    // `run`, so nothing that lies on the parent's stack is touched by it.
+    unsafe {
+        asm!(
+            "svc #0",
+            "cbnz x0, 2f",
+            "mov x29, #0",
+            "mov x0, {argument}",
+            "blr {run}",
+            "brk #1",
+            "2:",
+            run = in(reg) run,
+            argument = in(reg) argument.as_ptr(),
+            in("x8") __NR_clone3 as usize,
+            inlateout("x0") arguments => result,
+            in("x1") size_of::<clone_args>(),
+            out("x30") _,
         );
     }
     result

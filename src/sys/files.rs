@@ -6,10 +6,12 @@
 use crate::error;
 use crate::error::Result;
 use core::ffi::CStr;
+use core::fmt::Display;
 use core::mem::MaybeUninit;
 use proto::config::PATH;
-use proto::message::ToLossy;
-use rustix::fd::OwnedFd;
+use proto::message;
+use proto::message::{Message, ToLossy};
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{FileType, Mode, OFlags, RawDir};
 use rustix::io::Errno;
 
@@ -24,7 +26,7 @@ pub fn open(path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
 }
 
 /// The same, with the path counted from a directory (openat(2)).
-pub fn open_at(directory: &OwnedFd, path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
+pub fn open_at(directory: impl AsFd, path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
     let mode = Mode::from_raw_mode(0o644);
     rustix::fs::openat(directory, path, flags | OFlags::CLOEXEC, mode)
 }
@@ -94,15 +96,16 @@ pub fn join<'p>(parts: &[&[u8]], room: &'p mut [u8]) -> Option<&'p CStr> {
 /// Reads a regular file whole into `buffer`; `None` when it is not there.
 ///
 /// Anything else under that name (a pipe would block) and a file over the buffer's size are errors.
-pub fn read_whole<'b>(path: &CStr, buffer: &'b mut [u8]) -> Result<Option<&'b mut [u8]>> {
-    let failed = error::on("read", path);
+pub fn read_whole<'b>(path: &CStr, buffer: &'b mut [u8]) -> Result<Option<&'b mut [u8]>, Message> {
+    let failed = |why: &dyn Display| message!("read {}: {why}", path.lossy());
+    let failed_with = |errno| failed(&error::name(errno));
     let file = match open(path, OFlags::NONBLOCK | OFlags::NOCTTY) {
         Err(Errno::NOENT) => return Ok(None),
-        file => file.map_err(&failed)?,
+        file => file.map_err(failed_with)?,
     };
-    let status = rustix::fs::fstat(&file).map_err(&failed)?;
+    let status = rustix::fs::fstat(&file).map_err(failed_with)?;
     if FileType::from_raw_mode(status.st_mode) != FileType::RegularFile {
-        return Err(error!("read {}: not a regular file", path.lossy()));
+        return Err(failed(&"not a regular file"));
     }
     let limit = buffer.len();
     let mut length = 0;
@@ -113,12 +116,12 @@ pub fn read_whole<'b>(path: &CStr, buffer: &'b mut [u8]) -> Result<Option<&'b mu
             Some(room @ [_, ..]) => room,
             _ => &mut more,
         };
-        match read(&file, room).map_err(&failed)? {
+        match read(&file, room).map_err(failed_with)? {
             0 => return Ok(buffer.get_mut(..length)),
             count => length += count,
         }
     }
-    Err(error!("read {}: over {limit} bytes", path.lossy()))
+    Err(failed(&format_args!("over {limit} bytes")))
 }
 
 /// Replaces the file or link `path` by one with these bytes, by way of `temporary` beside it: after a

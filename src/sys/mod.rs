@@ -18,6 +18,7 @@ mod process;
 #[cfg(feature = "snapshot")]
 pub mod random;
 pub mod signal;
+mod spawn;
 pub mod start;
 mod syscall;
 pub mod terminal;
@@ -29,8 +30,9 @@ pub use clock::{device_time, microseconds, real_time, set_real_time};
 pub use files::c_str;
 pub use memory::{Region, Static, lock_memory, release_stack};
 pub use process::{
-    Fork, close_others, execve, exit, fork, has_hung_up, is_readable, kill_all, kill_group,
-    kill_rest_of_group, set_streams, standard_streams,
+    Fork, Inherited, close_others, execve, exit, fork, has_hung_up, is_readable, kill_all,
+    kill_group, kill_rest_of_group, set_streams, standard_streams,
 };
 pub use signal::{SignalSet, block_signals, read_signal, signalfd};
+pub use spawn::Spawn;
 pub use start::Words;

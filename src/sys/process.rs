@@ -4,7 +4,7 @@ use super::syscall::call;
 use core::ffi::{CStr, c_char};
 use linux_raw_sys::general as uapi;
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use rustix::io::{Errno, Result};
 use rustix::process::{Pid, Signal};
 
@@ -27,13 +27,19 @@ pub enum Fork {
     Parent(Pid),
 }
 
-/// Splits the process in two (fork(2), as clone3(2)); the child is born in that control group, or in
-/// the parent's.
-///
-/// Never with CLONE_VFORK: a child born in a frozen group does not run, and its parent would wait
-/// for it.
-pub fn fork(cgroup: Option<&OwnedFd>) -> Result<Fork> {
-    let arguments = uapi::clone_args {
+/// Splits the process in two (fork(2), as clone3(2)).
+pub fn fork() -> Result<Fork> {
+    let arguments = clone_arguments(None);
+    let (place, size) = (&raw const arguments as usize, size_of_val(&arguments));
+    // SAFETY: reads the arguments. Without CLONE_VM the child has a copy of all memory, this stack
+    // included. There is one thread, so no lock is held by another.
+    let pid = unsafe { call(uapi::__NR_clone3, [place, size, 0, 0, 0]) }?;
+    Ok(Pid::from_raw(pid as i32).map_or(Fork::Child, Fork::Parent))
+}
+
+/// For a child born in that control group, or in the parent's.
+pub(super) fn clone_arguments(cgroup: Option<&OwnedFd>) -> uapi::clone_args {
+    uapi::clone_args {
         flags: cgroup.map_or(0, |_| CLONE_INTO_CGROUP),
         exit_signal: u64::from(uapi::SIGCHLD),
         cgroup: cgroup.map_or(0, |cgroup| cgroup.as_raw_fd() as u64),
@@ -45,12 +51,7 @@ pub fn fork(cgroup: Option<&OwnedFd>) -> Result<Fork> {
         tls: 0,
         set_tid: 0,
         set_tid_size: 0,
-    };
-    let (place, size) = (&raw const arguments as usize, size_of_val(&arguments));
-    // SAFETY: reads the arguments. Without CLONE_VM the child has a copy of all memory, this stack
-    // included. There is one thread, so no lock is held by another.
-    let pid = unsafe { call(uapi::__NR_clone3, [place, size, 0, 0, 0]) }?;
-    Ok(Pid::from_raw(pid as i32).map_or(Fork::Child, Fork::Parent))
+    }
 }
 
 /// Replaces the program (execve(2)); returns only when that failed.
@@ -135,9 +136,27 @@ fn number(signal: u32) -> Result<Signal> {
     }
 }
 
+/// A descriptor of this process, by its number, for a child that starts with a copy of it.
+#[derive(Clone, Copy)]
+pub struct Inherited(RawFd);
+
+impl Inherited {
+    /// For children that start while `fd` is open.
+    pub fn new(fd: &OwnedFd) -> Self {
+        Self(fd.as_raw_fd())
+    }
+}
+
+impl AsFd for Inherited {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: used by the child alone, where nobody owns the descriptor.
+        unsafe { BorrowedFd::borrow_raw(self.0) }
+    }
+}
+
 /// Makes standard input, output and error copies of these (dup3(2)); without an input that stays as
 /// it is.
-pub fn set_streams(input: Option<&OwnedFd>, output: &OwnedFd, error: &OwnedFd) -> Result<()> {
+pub fn set_streams(input: Option<impl AsFd>, output: impl AsFd, error: impl AsFd) -> Result<()> {
     if let Some(input) = input {
         rustix::stdio::dup2_stdin(input)?;
     }

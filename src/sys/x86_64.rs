@@ -1,6 +1,9 @@
 //! What differs on x86_64: program entry, the system call instruction, memory functions.
 
 use core::arch::{asm, global_asm};
+use core::ffi::c_void;
+use core::ptr::NonNull;
+use linux_raw_sys::general::{__NR_clone3, clone_args};
 
 /// The only page size.
 pub const PAGE: usize = 4 << 10;
@@ -32,6 +35,40 @@ pub unsafe fn syscall(number: u32, args: [usize; 5]) -> isize {
             in("rdi") a, in("rsi") b, in("rdx") c, in("r10") d, in("r8") e,
             lateout("rcx") _, lateout("r11") _,
             options(nostack),
+        );
+    }
+    result
+}
+
+/// Starts a process with other memory for its stack (clone3(2)), which does `run(argument)` there; the
+/// kernel's answer in the parent.
+///
+/// # Safety
+/// `arguments` must be good for clone3, with a stack that nothing else uses while the process does;
+/// `run` must be sound to call there.
+pub unsafe fn clone_on_stack(
+    arguments: &clone_args,
+    run: extern "C" fn(NonNull<c_void>) -> !,
+    argument: NonNull<c_void>,
+) -> isize {
+    let result;
+    // SAFETY: the child has the registers of the parent, but for rax and rsp; it never comes back from
+    // `run`, so nothing that lies on the parent's stack is touched by it.
+    unsafe {
+        asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, {argument}",
+            "call {run}",
+            "ud2",
+            "2:",
+            run = in(reg) run,
+            argument = in(reg) argument.as_ptr(),
+            inlateout("rax") __NR_clone3 as usize => result,
+            in("rdi") arguments, in("rsi") size_of::<clone_args>(),
+            out("rcx") _, out("r11") _,
         );
     }
     result

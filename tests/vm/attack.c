@@ -116,6 +116,22 @@ static void bomb(void)
         fork();
 }
 
+/* Sends each process that is born after this one a signal at once: one that ends it, with a core where
+ * the kernel writes one. */
+static void strike(void)
+{
+    static const int signals[] = {SIGABRT, SIGKILL, SIGSEGV};
+    unsigned struck = 0;
+
+    for (int next = getpid() + 1;; )
+        for (int pid = next; pid < next + 8; pid++)
+            if (!kill(pid, signals[struck % 3])) {
+                struck++;
+                next = pid + 1;
+                break;
+            }
+}
+
 /* Kills all that it may as soon as somebody opens the pipe to write. */
 static void last(const char *path)
 {
@@ -249,6 +265,8 @@ int main(int argc, char **argv)
         eat();
     else if (!strcmp(what, "fill"))
         fill(argv + 2);
+    else if (!strcmp(what, "strike"))
+        strike();
     else if (!strcmp(what, "last"))
         last(argv[2]);
     else if (!strcmp(what, "panic"))

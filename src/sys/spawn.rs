@@ -1,0 +1,117 @@
+//! Children that share this program's memory until they execute another (clone(2), CLONE_VM).
+//!
+//! A fork copies the page tables, and then each page that one of both writes to: most of the time
+//! that a small command takes. posix_spawn(3) saves that, and has its caller wait meanwhile. Nobody
+//! waits here (never CLONE_VFORK: a child born in a frozen group does not run): the child has a stack
+//! and a value of its own, and when it no longer uses them the kernel says so.
+
+use super::arch;
+use super::process::{clone_arguments, exit};
+use crate::page::PageBox;
+use core::cell::UnsafeCell;
+use core::ffi::c_void;
+use core::mem::MaybeUninit;
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU32, Ordering};
+use linux_raw_sys::general as uapi;
+use rustix::fd::OwnedFd;
+use rustix::io::{Errno, Result};
+use rustix::process::Pid;
+
+/// Deeper than anything goes; what is not touched costs nothing.
+const STACK: usize = 256 << 10;
+
+/// A value for a child to work on.
+///
+/// The child has this program's memory, and copies of its descriptors. It must not map memory: what it
+/// has mapped when it is killed is nobody's.
+pub struct Spawn<T: 'static> {
+    /// Always there, until the drop.
+    room: Option<PageBox<Room<T>>>,
+}
+
+/// The stack comes first: it grows down, away from the rest.
+#[repr(C)]
+struct Room<T> {
+    stack: UnsafeCell<MaybeUninit<Stack>>,
+    /// Not 0 from the start until the child has other memory, or none: the kernel clears it then
+    /// (CLONE_CHILD_CLEARTID).
+    in_use: AtomicU32,
+    run: fn(&mut T) -> i32,
+    value: UnsafeCell<T>,
+}
+
+/// Aligned as both architectures want it.
+type Stack = [u128; STACK / size_of::<u128>()];
+
+impl<T> Spawn<T> {
+    /// Makes the value, in memory of its own. `run` is what the child does with it; it returns the exit
+    /// code, if at all.
+    pub fn new(value: impl FnOnce() -> T, run: fn(&mut T) -> i32) -> Result<Self> {
+        let room = PageBox::new(|| Room {
+            stack: UnsafeCell::new(MaybeUninit::uninit()),
+            in_use: AtomicU32::new(0),
+            run,
+            value: UnsafeCell::new(value()),
+        })?;
+        Ok(Self { room: Some(room) })
+    }
+
+    /// Whether a child uses the value.
+    pub fn is_in_use(&self) -> bool {
+        let room = self.room.as_ref();
+        // What the child has written before is seen after.
+        room.is_some_and(|room| room.in_use.load(Ordering::Acquire) != 0)
+    }
+
+    /// The value, unless a child uses it.
+    pub fn value(&mut self) -> Option<&mut T> {
+        if self.is_in_use() {
+            return None;
+        }
+        self.room.as_mut().map(|room| room.value.get_mut())
+    }
+
+    /// Starts the child in that control group, or in this program's.
+    pub fn start(&mut self, cgroup: Option<&OwnedFd>) -> Result<Pid> {
+        if self.is_in_use() {
+            return Err(Errno::BUSY);
+        }
+        let room = self.room.as_ref().ok_or(Errno::NOMEM)?;
+        room.in_use.store(1, Ordering::Relaxed);
+        let mut arguments = clone_arguments(cgroup);
+        arguments.flags |= u64::from(uapi::CLONE_VM | uapi::CLONE_CHILD_CLEARTID);
+        arguments.child_tid = room.in_use.as_ptr() as u64;
+        arguments.stack = room.stack.get() as u64;
+        arguments.stack_size = STACK as u64;
+        let start = NonNull::from(&**room).cast();
+        // SAFETY: the room stays mapped until `in_use` is 0 again, and nobody else touches its stack and
+        // its value until then.
+        let answer = unsafe { arch::clone_on_stack(&arguments, enter::<T>, start) };
+        match Pid::from_raw(answer as i32).filter(|_| answer > 0) {
+            Some(pid) => Ok(pid),
+            None => {
+                room.in_use.store(0, Ordering::Relaxed);
+                Err(Errno::from_raw_os_error(-answer as i32))
+            }
+        }
+    }
+}
+
+/// The child's first and last function.
+extern "C" fn enter<T>(room: NonNull<c_void>) -> ! {
+    // SAFETY: the parent has made a room there, and takes nothing but `in_use` before this process is
+    // over or has other memory.
+    let room = unsafe { room.cast::<Room<T>>().as_ref() };
+    // SAFETY: as above.
+    exit((room.run)(unsafe { &mut *room.value.get() }))
+}
+
+impl<T> Drop for Spawn<T> {
+    fn drop(&mut self) {
+        if self.is_in_use() {
+            // Never given back then: a child that cannot be killed yet may go on.
+            core::mem::forget(self.room.take());
+        }
+    }
+}
