@@ -1,4 +1,4 @@
-//! Values in pages of their own: there is no heap.
+//! Pages from the kernel, and values in pages of their own: there is no heap.
 
 use core::mem::{align_of, size_of};
 use core::ops::{Deref, DerefMut};
@@ -6,7 +6,27 @@ use core::ptr::NonNull;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
-/// Owns a value in memory from the kernel, which is given back on drop (mmap(2)).
+/// Pages of zeros, enough for so many bytes; those that are not touched cost nothing (mmap(2)).
+pub fn map(length: usize, kind: MapFlags) -> Result<NonNull<u8>, Errno> {
+    let (access, flags) = (
+        ProtFlags::READ | ProtFlags::WRITE,
+        kind | MapFlags::NORESERVE,
+    );
+    // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
+    let start = unsafe { mmap_anonymous(core::ptr::null_mut(), length, access, flags) }?;
+    NonNull::new(start.cast()).ok_or(Errno::NOMEM)
+}
+
+/// Gives pages back.
+///
+/// # Safety
+/// They must be from [`map`], with this length, and nothing of them be used any more.
+pub unsafe fn unmap(start: NonNull<u8>, length: usize) {
+    // SAFETY: as promised by the caller.
+    let _gone = unsafe { munmap(start.as_ptr().cast(), length) };
+}
+
+/// Owns a value in pages of its own, which are given back on drop.
 pub struct PageBox<T> {
     value: NonNull<T>,
 }
@@ -28,16 +48,7 @@ impl<T> PageBox<T> {
     fn map(value: impl FnOnce() -> T, kind: MapFlags) -> Result<Self, Errno> {
         // Pages are aligned to their own size.
         const { assert!(size_of::<T>() > 0 && align_of::<T>() <= 4096) };
-        // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
-        let memory = unsafe {
-            mmap_anonymous(
-                core::ptr::null_mut(),
-                size_of::<T>(),
-                ProtFlags::READ | ProtFlags::WRITE,
-                kind,
-            )
-        }?;
-        let place = NonNull::new(memory.cast::<T>()).ok_or(Errno::NOMEM)?;
+        let place = map(size_of::<T>(), kind)?.cast::<T>();
         // SAFETY: the mapping is large enough for a `T`, aligned for it, and nobody else has it.
         unsafe { place.write(value()) };
         Ok(Self { value: place })
@@ -48,7 +59,7 @@ impl<T> Deref for PageBox<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        // SAFETY: `new` wrote a `T` there, and it stays until `self` is dropped.
+        // SAFETY: `map` wrote a `T` there, and it stays until `self` is dropped.
         unsafe { self.value.as_ref() }
     }
 }
@@ -62,10 +73,10 @@ impl<T> DerefMut for PageBox<T> {
 
 impl<T> Drop for PageBox<T> {
     fn drop(&mut self) {
-        // SAFETY: the value is dropped once, and its mapping is exactly the one that `new` made.
+        // SAFETY: the value is dropped once, and its mapping is exactly the one that `map` made.
         unsafe {
             self.value.drop_in_place();
-            let _gone = munmap(self.value.as_ptr().cast(), size_of::<T>());
+            unmap(self.value.cast(), size_of::<T>());
         }
     }
 }

@@ -361,8 +361,8 @@ pub struct Entry<'a> {
     pub index: u32,
     /// Of an address, itself and its prefix length.
     pub address: Option<(IpAddr, u8)>,
-    /// The kernel made it by itself, and will make or drop it by itself: link-local IPv6 addresses,
-    /// routes that follow from addresses, neighbours that are never asked for.
+    /// The kernel made it by itself, and will make or drop it by itself: addresses of lo, link-local IPv6
+    /// addresses, routes that follow from addresses, neighbours that are never asked for.
     pub is_automatic: bool,
     message: Message<'a>,
 }
@@ -381,11 +381,11 @@ impl<'a> Entry<'a> {
                 let ip =
                     attribute(attributes, IFA_LOCAL).or_else(|| attribute(attributes, IFA_ADDRESS));
                 let ip = ip_address(family, ip?)?;
-                let is_link_local = match ip {
-                    IpAddr::V4(_) => false,
-                    IpAddr::V6(ip) => ip.is_unicast_link_local(),
+                let is_automatic = match ip {
+                    IpAddr::V4(ip) => ip.is_loopback(),
+                    IpAddr::V6(ip) => ip.is_loopback() || ip.is_unicast_link_local(),
                 };
-                (u32_at(body, 4)?, Some((ip, prefix)), is_link_local)
+                (u32_at(body, 4)?, Some((ip, prefix)), is_automatic)
             }
             // A unicast route in the main table, over one interface.
             RTM_NEWROUTE => {
@@ -681,9 +681,15 @@ mod tests {
             &[7],
         ]
         .concat();
+        let loopback = [
+            2, 8, 0x80, 254, 1, 0, 0, 0, // ifaddrmsg
+            8, 0, 1, 0, 127, 0, 0, 1, // IFA_ADDRESS
+            8, 0, 2, 0, 127, 0, 0, 1, // IFA_LOCAL
+        ];
         let received = [
             message(20, 2, &v4),
             message(20, 2, &v6),
+            message(20, 2, &loopback),
             message(3, 2, &[0; 4]),
         ]
         .concat();
@@ -696,7 +702,8 @@ mod tests {
             seen,
             [
                 (2, (ip("10.0.0.2"), 24), false),
-                (2, (ip("fe80::7"), 64), true)
+                (2, (ip("fe80::7"), 64), true),
+                (1, (ip("127.0.0.1"), 8), true)
             ]
         );
         assert_eq!(deleted(&found[0]), [&[21, 0, 5, 0][..], &v4].concat());

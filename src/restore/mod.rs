@@ -325,7 +325,7 @@ impl Restore {
         let out_of_memory = context!("make room for a restore");
         let mut environment = Region::shared(ENV_BYTES).map_err(&out_of_memory)?;
         let mut report =
-            PageBox::shared(|| Report::new(&context.snapshot.in_force)).map_err(&out_of_memory)?;
+            PageBox::shared(|| Report::new(&context.snapshot)).map_err(&out_of_memory)?;
         // A call that comes after the kernel's word is about the same restore.
         let is_same = call.is_some() && self.unclaimed.is_some();
         let generation = self.generation + u64::from(!is_same);
@@ -461,6 +461,10 @@ impl Restore {
                 environment,
             } => {
                 step = report.step.name();
+                if ended.is_some() {
+                    // They have addresses by now, whatever has failed after that.
+                    supervisor.context.snapshot.interfaces = report.interfaces.clone();
+                }
                 match &result {
                     Ok(_) => self.restored(generation, &report, &environment, owner, supervisor),
                     // A call that was none has cut short what the kernel has asked for.
@@ -495,7 +499,7 @@ impl Restore {
         };
         let context = &mut supervisor.context;
         context.snapshot.is_held = false;
-        context.snapshot.in_force = report.in_force.clone();
+        context.snapshot.in_force = report.in_force;
         if let Some(length) = report.environment {
             let strings = Strings::new(environment.get(..length).unwrap_or(&[]));
             let defaults = &mut context.defaults;

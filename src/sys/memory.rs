@@ -1,10 +1,11 @@
 //! Memory: buffers with one owner, and mappings (mmap(2), madvise(2)).
 
 use super::arch::PAGE;
+use crate::page;
 use core::cell::{Cell, UnsafeCell};
 use core::ptr::NonNull;
-use rustix::io::{Errno, Result};
-use rustix::mm::{Advice, MapFlags, MlockAllFlags, ProtFlags};
+use rustix::io::Result;
+use rustix::mm::{Advice, MapFlags, MlockAllFlags};
 
 /// A large value with one owner, which must not lie on the stack.
 pub struct Static<T> {
@@ -79,12 +80,7 @@ impl Region {
     }
 
     fn map(length: usize, kind: MapFlags) -> Result<Self> {
-        let access = ProtFlags::READ | ProtFlags::WRITE;
-        let flags = kind | MapFlags::NORESERVE;
-        // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
-        let start =
-            unsafe { rustix::mm::mmap_anonymous(core::ptr::null_mut(), length, access, flags) }?;
-        let start = NonNull::new(start.cast()).ok_or(Errno::NOMEM)?;
+        let start = page::map(length, kind)?;
         Ok(Self { start, length })
     }
 }
@@ -116,8 +112,8 @@ impl core::ops::DerefMut for Region {
 impl Drop for Region {
     fn drop(&mut self) {
         if self.length > 0 {
-            // SAFETY: `new` mapped exactly this range, and no borrow of it outlives `self`.
-            let _gone = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.length) };
+            // SAFETY: `map` made exactly this mapping, and no borrow of it outlives `self`.
+            unsafe { page::unmap(self.start, self.length) };
         }
     }
 }
