@@ -39,7 +39,7 @@ impl<T> PageBox<T> {
 
     /// The same, for this process and a child of it: what one writes, the other reads.
     ///
-    /// They must not do so at the same time.
+    /// They must not do so at the same time, but for atomics.
     #[cfg(feature = "snapshot")]
     pub fn shared(value: impl FnOnce() -> T) -> Result<Self, Errno> {
         Self::map(value, MapFlags::SHARED)
