@@ -16,7 +16,7 @@ use proto::config::ADDRESSES;
 use proto::config::{Address, Config};
 use proto::decimal;
 use proto::message::{ErrnoName, ToLossy};
-use proto::netlink::{self, Acknowledgement, Request};
+use proto::netlink::{self, Acknowledgement, Reach, Request};
 #[cfg(feature = "snapshot")]
 use proto::netlink::{Entry, Reply};
 use rustix::fd::OwnedFd;
@@ -229,10 +229,14 @@ fn remove(dump: &Request, what: &str, picks: &dyn Fn(&Entry) -> bool) -> Result 
 
 /// Makes a gateway the default route.
 fn set_gateway(channel: &Channel, config: &Config, gateway: &IpAddr, device: &str) -> Result {
-    let on_link = !config
+    let is_near = config
         .addresses()
         .any(|near| near.device == device && netlink::same_subnet(&near.ip, gateway, near.prefix));
-    let route = netlink::default_route(index(device)?, gateway, on_link);
+    let reach = match is_near {
+        true => Reach::Routed,
+        false => Reach::OnLink,
+    };
+    let route = netlink::default_route(index(device)?, gateway, reach);
     let gateway = address::Text(gateway);
     channel.request(&route, format_args!("route through {gateway}"))
 }

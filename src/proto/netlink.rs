@@ -187,10 +187,22 @@ pub fn remove_address(index: u32, ip: &IpAddr, prefix: u8) -> Request {
     address(RTM_DELADDR, 0, index, ip, prefix)
 }
 
+/// How a gateway is reached.
+#[derive(Clone, Copy, Debug)]
+pub enum Reach {
+    /// By the route to its subnet.
+    Routed,
+    /// Over the interface, without a route to it.
+    OnLink,
+}
+
 /// Makes `gateway` the default route, in place of one that is there: of two the kernel makes one with
-/// two next hops (ECMP) for IPv6. `on_link`: reach it without a route to it.
-pub fn default_route(index: u32, gateway: &IpAddr, on_link: bool) -> Request {
-    let flags = if on_link { RTNH_F_ONLINK } else { 0 };
+/// two next hops (ECMP) for IPv6.
+pub fn default_route(index: u32, gateway: &IpAddr, reach: Reach) -> Request {
+    let flags = match reach {
+        Reach::Routed => 0,
+        Reach::OnLink => RTNH_F_ONLINK,
+    };
     let body = rtmsg(family(gateway), 0, RTPROT_BOOT, RT_SCOPE_UNIVERSE, flags);
     let mut request = Request::new(RTM_NEWROUTE, NLM_F_ACK | IN_PLACE, &body);
     request.address(RTA_GATEWAY, gateway);
@@ -532,15 +544,15 @@ mod tests {
             8, 0, 4, 0, 2, 0, 0, 0, // RTA_OIF
         ];
         assert_eq!(
-            default_route(2, &ip("169.254.0.1"), true).as_bytes(),
+            default_route(2, &ip("169.254.0.1"), Reach::OnLink).as_bytes(),
             expected
         );
         assert_eq!(
-            default_route(2, &ip("10.0.0.1"), false).as_bytes()[24..28],
+            default_route(2, &ip("10.0.0.1"), Reach::Routed).as_bytes()[24..28],
             [0; 4]
         );
         // NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE: never NLM_F_APPEND.
-        let second = default_route(2, &ip("fd00::1"), false);
+        let second = default_route(2, &ip("fd00::1"), Reach::Routed);
         assert_eq!(second.as_bytes()[6..8], [5, 5]);
     }
 
@@ -556,7 +568,7 @@ mod tests {
 
     #[test]
     fn the_largest_request_fits() {
-        let default = default_route(u32::MAX, &ip("fd00::1"), true);
+        let default = default_route(u32::MAX, &ip("fd00::1"), Reach::OnLink);
         assert_eq!(default.as_bytes().len(), 16 + 12 + 20 + 8);
         assert!(add_address(1, &ip("fd00::1"), 128).as_bytes().len() <= MAX_REQUEST);
         let mut route = vec![0; MAX_REQUEST - NLMSG_HDRLEN];
