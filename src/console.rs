@@ -29,7 +29,6 @@ const AT_ONCE: usize = 512;
 const DEVICES: [&CStr; 3] = [c"ttyS0", c"ttyAMA0", c"console"];
 
 /// Where the log and the workload's output go.
-#[repr(C)]
 pub struct Console {
     /// /dev, opened before anybody could mount something over it.
     directory: Option<OwnedFd>,

@@ -200,6 +200,8 @@ pub struct Snapshot {
     pub devices: [Option<OwnedFd>; 2],
     /// The configuration, from the boot or from the last restore.
     pub in_force: InForce,
+    /// The interfaces that have its addresses.
+    pub interfaces: Interfaces,
 }
 
 /// Indexes of network interfaces.
@@ -207,14 +209,12 @@ pub type Interfaces = heapless::Vec<u32, ADDRESSES>;
 
 /// What is remembered of the configuration: enough to tell what a new one changes.
 #[cfg(feature = "snapshot")]
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 pub struct InForce {
     /// The digests of its members.
     pub digests: [u64; MEMBERS.len()],
     /// What tells the workload of a restore.
     pub restore_signal: Option<Signal>,
-    /// The interfaces that have its addresses.
-    pub interfaces: Interfaces,
     /// It came from MMDS.
     pub is_from_mmds: bool,
 }
@@ -303,9 +303,9 @@ impl Context {
                 in_force: InForce {
                     digests: [0; MEMBERS.len()],
                     restore_signal: None,
-                    interfaces: Interfaces::new(),
                     is_from_mmds: false,
                 },
+                interfaces: Interfaces::new(),
             },
         }
     }
@@ -313,7 +313,7 @@ impl Context {
     /// Remembers which interfaces have addresses, for a restore that gives them others.
     pub fn set_interfaces(&mut self, interfaces: Interfaces) {
         #[cfg(feature = "snapshot")]
-        return self.snapshot.in_force.interfaces = interfaces;
+        return self.snapshot.interfaces = interfaces;
         #[cfg(not(feature = "snapshot"))]
         drop(interfaces);
     }

@@ -1,4 +1,4 @@
-//! Memory from the kernel, and values in pages of their own: there is no heap.
+//! Pages from the kernel, and values in pages of their own: there is no heap.
 
 use core::mem::{align_of, size_of};
 use core::ops::{Deref, DerefMut};
@@ -9,19 +9,15 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 /// The smallest huge page (x86_64, and aarch64 with pages of 4 KiB).
 const HUGE_PAGE: usize = 2 << 20;
 
-/// Maps `length` zero bytes (mmap(2)). Pages that are not touched cost nothing, and the first one that
-/// is does not bring 2 MiB with it, as where all memory may have huge pages.
+/// Pages of zeros, enough for so many bytes (mmap(2)). Those that are not touched cost nothing, and the
+/// first that is does not bring 2 MiB with it where the kernel gives huge pages unasked.
 pub fn map(length: usize, kind: MapFlags) -> Result<NonNull<u8>, Errno> {
-    let access = ProtFlags::READ | ProtFlags::WRITE;
+    let (access, flags) = (
+        ProtFlags::READ | ProtFlags::WRITE,
+        kind | MapFlags::NORESERVE,
+    );
     // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
-    let start = unsafe {
-        mmap_anonymous(
-            core::ptr::null_mut(),
-            length,
-            access,
-            kind | MapFlags::NORESERVE,
-        )
-    }?;
+    let start = unsafe { mmap_anonymous(core::ptr::null_mut(), length, access, flags) }?;
     if length >= HUGE_PAGE {
         // SAFETY: changes nothing of what is there. A kernel without huge pages refuses.
         let _without = unsafe { madvise(start, length, Advice::LinuxNoHugepage) };
@@ -29,7 +25,16 @@ pub fn map(length: usize, kind: MapFlags) -> Result<NonNull<u8>, Errno> {
     NonNull::new(start.cast()).ok_or(Errno::NOMEM)
 }
 
-/// Owns a value in memory from the kernel, which is given back on drop (mmap(2)).
+/// Gives pages back.
+///
+/// # Safety
+/// They must be from [`map`], with this length, and nothing of them be used any more.
+pub unsafe fn unmap(start: NonNull<u8>, length: usize) {
+    // SAFETY: as promised by the caller.
+    let _gone = unsafe { munmap(start.as_ptr().cast(), length) };
+}
+
+/// Owns a value in pages of its own, which are given back on drop.
 pub struct PageBox<T> {
     value: NonNull<T>,
 }
@@ -42,7 +47,7 @@ impl<T> PageBox<T> {
 
     /// The same, for this process and a child of it: what one writes, the other reads.
     ///
-    /// They must not do so at the same time.
+    /// They must not do so at the same time, but for atomics.
     #[cfg(feature = "snapshot")]
     pub fn shared(value: impl FnOnce() -> T) -> Result<Self, Errno> {
         Self::map(value, MapFlags::SHARED)
@@ -62,7 +67,7 @@ impl<T> Deref for PageBox<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        // SAFETY: `new` wrote a `T` there, and it stays until `self` is dropped.
+        // SAFETY: `map` wrote a `T` there, and it stays until `self` is dropped.
         unsafe { self.value.as_ref() }
     }
 }
@@ -76,10 +81,10 @@ impl<T> DerefMut for PageBox<T> {
 
 impl<T> Drop for PageBox<T> {
     fn drop(&mut self) {
-        // SAFETY: the value is dropped once, and its mapping is exactly the one that `new` made.
+        // SAFETY: the value is dropped once, and its mapping is exactly the one that `map` made.
         unsafe {
             self.value.drop_in_place();
-            let _gone = munmap(self.value.as_ptr().cast(), size_of::<T>());
+            unmap(self.value.cast(), size_of::<T>());
         }
     }
 }

@@ -47,16 +47,13 @@ pub fn are_configured(config: &Config) -> bool {
     !config.etc_hosts.is_empty() || !config.etc_resolv.is_empty()
 }
 
-/// Writes the files.
+/// Writes the files that have something configured.
 pub fn write(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result {
-    let (old, new) = scratch.split_at_mut_checked(DOCUMENT).unwrap_or_default();
     if !config.etc_hosts.is_empty() {
-        let mut new = Contents::new(new);
-        let old = files::read_whole(HOSTS.path, old)?.unwrap_or_default();
-        etc_files::hosts(old, &config.etc_hosts, &mut new);
-        HOSTS.replace(old, &new, log)?;
+        write_hosts(config, scratch, log)?;
     }
     if !config.etc_resolv.is_empty() {
+        let (old, new) = scratch.split_at_mut_checked(DOCUMENT).unwrap_or_default();
         let mut new = Contents::new(new);
         etc_files::resolv(&config.etc_resolv, &mut new);
         // What cannot be read is replaced.
@@ -64,6 +61,15 @@ pub fn write(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result {
         RESOLV_CONF.replace(old.ok().flatten().unwrap_or_default(), &new, log)?;
     }
     Ok(())
+}
+
+/// Writes /etc/hosts: also without entries, so that those of another configuration go.
+pub fn write_hosts(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result {
+    let (old, new) = scratch.split_at_mut_checked(DOCUMENT).unwrap_or_default();
+    let mut new = Contents::new(new);
+    let old = files::read_whole(HOSTS.path, old)?.unwrap_or_default();
+    etc_files::hosts(old, &config.etc_hosts, &mut new);
+    HOSTS.replace(old, &new, log)
 }
 
 impl File {

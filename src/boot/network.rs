@@ -16,7 +16,7 @@ use proto::config::ADDRESSES;
 use proto::config::{Address, Config};
 use proto::decimal;
 use proto::message::{ErrnoName, ToLossy};
-use proto::netlink::{self, Acknowledgement, Request};
+use proto::netlink::{self, Acknowledgement, Reach, Request};
 #[cfg(feature = "snapshot")]
 use proto::netlink::{Entry, Reply};
 use rustix::fd::OwnedFd;
@@ -151,13 +151,12 @@ pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
     Ok(interfaces)
 }
 
-/// Gives the interfaces that have addresses, or had them `before`, those of the configuration and no
-/// others. When one is another, the routes over these interfaces go with the old ones, and the
-/// neighbours always. Which interfaces have addresses then.
+/// Gives `interfaces`, which have addresses, and those of the configuration its addresses and no
+/// others. When one is another, or the configuration `is_another`, the routes over them go with the old
+/// ones, and the neighbours always. `interfaces` are then those that have addresses; after a failure,
+/// those that may have.
 #[cfg(feature = "snapshot")]
-pub fn replace(config: &Config, before: &Interfaces) -> Result<Interfaces> {
-    let mut interfaces =
-        heapless::Vec::<u32, { 2 * ADDRESSES }>::from_slice(before).unwrap_or_default();
+pub fn replace(config: &Config, is_another: bool, interfaces: &mut Interfaces) -> Result {
     let mut wanted = heapless::Vec::<(Wanted, bool), ADDRESSES>::new();
     for Address {
         ip, prefix, device, ..
@@ -165,13 +164,14 @@ pub fn replace(config: &Config, before: &Interfaces) -> Result<Interfaces> {
     {
         let index = index(device)?;
         if !interfaces.contains(&index) {
-            let _twice_as_many_fit = interfaces.push(index);
+            let pushed = interfaces.push(index);
+            pushed.map_err(|_| error!("more than {ADDRESSES} interfaces have addresses"))?;
         }
         let _fits = wanted.push(((index, Some((ip, prefix))), false));
     }
     let is_ours = |entry: &Entry| !entry.is_automatic && interfaces.contains(&entry.index);
-    let mut has_others = false;
-    Channel::open()?.dump(&netlink::dump_addresses(), &mut |entry| {
+    let mut has_others = is_another;
+    let is_whole = Channel::open()?.dump(&netlink::dump_addresses(), &mut |entry| {
         let mut is_wanted = false;
         for (one, is_there) in &mut wanted {
             let is_it = *one == (entry.index, entry.address);
@@ -180,7 +180,7 @@ pub fn replace(config: &Config, before: &Interfaces) -> Result<Interfaces> {
         }
         has_others |= is_ours(&entry) && !is_wanted;
     })?;
-    if has_others || wanted.iter().any(|(_, is_there)| !is_there) {
+    if has_others || !is_whole || wanted.iter().any(|(_, is_there)| !is_there) {
         remove(&netlink::dump_routes(), "an old route", &is_ours)?;
         remove(&netlink::dump_addresses(), "an old address", &|entry| {
             let one = (entry.index, entry.address);
@@ -188,9 +188,10 @@ pub fn replace(config: &Config, before: &Interfaces) -> Result<Interfaces> {
         })?;
     }
     // What the device cannot do was said at the boot.
-    let interfaces = configure(config, &mut Discard)?;
+    let configured = configure(config, &mut Discard)?;
     remove(&netlink::dump_neighbours(), "an old neighbour", &is_ours)?;
-    Ok(interfaces)
+    *interfaces = configured;
+    Ok(())
 }
 
 /// An interface, an address of it, and that one's prefix length.
@@ -228,10 +229,14 @@ fn remove(dump: &Request, what: &str, picks: &dyn Fn(&Entry) -> bool) -> Result 
 
 /// Makes a gateway the default route.
 fn set_gateway(channel: &Channel, config: &Config, gateway: &IpAddr, device: &str) -> Result {
-    let on_link = !config
+    let is_near = config
         .addresses()
         .any(|near| near.device == device && netlink::same_subnet(&near.ip, gateway, near.prefix));
-    let route = netlink::default_route(index(device)?, gateway, on_link);
+    let reach = match is_near {
+        true => Reach::Routed,
+        false => Reach::OnLink,
+    };
+    let route = netlink::default_route(index(device)?, gateway, reach);
     let gateway = address::Text(gateway);
     channel.request(&route, format_args!("route through {gateway}"))
 }

@@ -187,10 +187,22 @@ pub fn remove_address(index: u32, ip: &IpAddr, prefix: u8) -> Request {
     address(RTM_DELADDR, 0, index, ip, prefix)
 }
 
+/// How a gateway is reached.
+#[derive(Clone, Copy, Debug)]
+pub enum Reach {
+    /// By the route to its subnet.
+    Routed,
+    /// Over the interface, without a route to it.
+    OnLink,
+}
+
 /// Makes `gateway` the default route, in place of one that is there: of two the kernel makes one with
-/// two next hops (ECMP) for IPv6. `on_link`: reach it without a route to it.
-pub fn default_route(index: u32, gateway: &IpAddr, on_link: bool) -> Request {
-    let flags = if on_link { RTNH_F_ONLINK } else { 0 };
+/// two next hops (ECMP) for IPv6.
+pub fn default_route(index: u32, gateway: &IpAddr, reach: Reach) -> Request {
+    let flags = match reach {
+        Reach::Routed => 0,
+        Reach::OnLink => RTNH_F_ONLINK,
+    };
     let body = rtmsg(family(gateway), 0, RTPROT_BOOT, RT_SCOPE_UNIVERSE, flags);
     let mut request = Request::new(RTM_NEWROUTE, NLM_F_ACK | IN_PLACE, &body);
     request.address(RTA_GATEWAY, gateway);
@@ -361,8 +373,8 @@ pub struct Entry<'a> {
     pub index: u32,
     /// Of an address, itself and its prefix length.
     pub address: Option<(IpAddr, u8)>,
-    /// The kernel made it by itself, and will make or drop it by itself: link-local IPv6 addresses,
-    /// routes that follow from addresses, neighbours that are never asked for.
+    /// The kernel made it by itself, and will make or drop it by itself: addresses of lo, link-local IPv6
+    /// addresses, routes that follow from addresses, neighbours that are never asked for.
     pub is_automatic: bool,
     message: Message<'a>,
 }
@@ -381,11 +393,11 @@ impl<'a> Entry<'a> {
                 let ip =
                     attribute(attributes, IFA_LOCAL).or_else(|| attribute(attributes, IFA_ADDRESS));
                 let ip = ip_address(family, ip?)?;
-                let is_link_local = match ip {
-                    IpAddr::V4(_) => false,
-                    IpAddr::V6(ip) => ip.is_unicast_link_local(),
+                let is_automatic = match ip {
+                    IpAddr::V4(ip) => ip.is_loopback(),
+                    IpAddr::V6(ip) => ip.is_loopback() || ip.is_unicast_link_local(),
                 };
-                (u32_at(body, 4)?, Some((ip, prefix)), is_link_local)
+                (u32_at(body, 4)?, Some((ip, prefix)), is_automatic)
             }
             // A unicast route in the main table, over one interface.
             RTM_NEWROUTE => {
@@ -532,15 +544,15 @@ mod tests {
             8, 0, 4, 0, 2, 0, 0, 0, // RTA_OIF
         ];
         assert_eq!(
-            default_route(2, &ip("169.254.0.1"), true).as_bytes(),
+            default_route(2, &ip("169.254.0.1"), Reach::OnLink).as_bytes(),
             expected
         );
         assert_eq!(
-            default_route(2, &ip("10.0.0.1"), false).as_bytes()[24..28],
+            default_route(2, &ip("10.0.0.1"), Reach::Routed).as_bytes()[24..28],
             [0; 4]
         );
         // NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE: never NLM_F_APPEND.
-        let second = default_route(2, &ip("fd00::1"), false);
+        let second = default_route(2, &ip("fd00::1"), Reach::Routed);
         assert_eq!(second.as_bytes()[6..8], [5, 5]);
     }
 
@@ -556,7 +568,7 @@ mod tests {
 
     #[test]
     fn the_largest_request_fits() {
-        let default = default_route(u32::MAX, &ip("fd00::1"), true);
+        let default = default_route(u32::MAX, &ip("fd00::1"), Reach::OnLink);
         assert_eq!(default.as_bytes().len(), 16 + 12 + 20 + 8);
         assert!(add_address(1, &ip("fd00::1"), 128).as_bytes().len() <= MAX_REQUEST);
         let mut route = vec![0; MAX_REQUEST - NLMSG_HDRLEN];
@@ -681,9 +693,15 @@ mod tests {
             &[7],
         ]
         .concat();
+        let loopback = [
+            2, 8, 0x80, 254, 1, 0, 0, 0, // ifaddrmsg
+            8, 0, 1, 0, 127, 0, 0, 1, // IFA_ADDRESS
+            8, 0, 2, 0, 127, 0, 0, 1, // IFA_LOCAL
+        ];
         let received = [
             message(20, 2, &v4),
             message(20, 2, &v6),
+            message(20, 2, &loopback),
             message(3, 2, &[0; 4]),
         ]
         .concat();
@@ -696,7 +714,8 @@ mod tests {
             seen,
             [
                 (2, (ip("10.0.0.2"), 24), false),
-                (2, (ip("fe80::7"), 64), true)
+                (2, (ip("fe80::7"), 64), true),
+                (1, (ip("127.0.0.1"), 8), true)
             ]
         );
         assert_eq!(deleted(&found[0]), [&[21, 0, 5, 0][..], &v4].concat());

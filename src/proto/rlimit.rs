@@ -107,6 +107,9 @@ impl Parse for Limit {
 }
 
 /// Limits, by the numbers of their resources: whether there is one, and which.
+///
+/// No `Option`, whose `None` is not all zeros here: then the static memory that these are a part of
+/// would not be, either, and lie in the file.
 #[derive(Clone, Debug, Default, Hash)]
 pub struct Rlimits([(bool, Limit); RESOURCES]);
 

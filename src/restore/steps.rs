@@ -4,7 +4,7 @@ use crate::api::{CallError, read_body};
 use crate::boot::config_source::{self, Answer, Source};
 use crate::boot::{check, etc_files, network};
 use crate::context;
-use crate::context::InForce;
+use crate::context::{InForce, Interfaces, Snapshot};
 use crate::error;
 use crate::error::Result;
 use crate::page::PageBox;
@@ -120,6 +120,8 @@ pub struct Report {
     pub step: CurrentStep,
     /// What is in force then.
     pub in_force: InForce,
+    /// The interfaces that have addresses, or may have after a failure.
+    pub interfaces: Interfaces,
     /// Bytes of the new environment of commands; `None`: it stays.
     pub environment: Option<usize>,
     /// The document sets HOME in it.
@@ -128,10 +130,11 @@ pub struct Report {
 
 impl Report {
     /// Nothing is done, and all stays as it is.
-    pub fn new(in_force: &InForce) -> Self {
+    pub fn new(before: &Snapshot) -> Self {
         Self {
             step: CurrentStep::default(),
-            in_force: in_force.clone(),
+            in_force: before.in_force,
+            interfaces: before.interfaces.clone(),
             environment: None,
             sets_home: false,
         }
@@ -250,14 +253,21 @@ fn apply(
 ) -> Result {
     config.check()?;
     let digests = config.digests();
-    let mut is_environment_changed = false;
+    let mut has_other_environment = false;
+    let mut has_other_hosts = false;
+    let mut has_other_addresses = false;
     let compared = digests.iter().zip(&report.in_force.digests);
     for (name, (new, old)) in MEMBERS.iter().zip(compared) {
         if new != old {
             let separator = if changed.is_empty() { "" } else { "," };
             // Writing to a message never fails.
             let _ = write!(changed, "{separator}\"{name}\"");
-            is_environment_changed |= matches!(*name, "ImageConfig" | "ExtraEnv");
+            match *name {
+                "ImageConfig" | "ExtraEnv" => has_other_environment = true,
+                "EtcHosts" => has_other_hosts = true,
+                "IPConfigs" => has_other_addresses = true,
+                _ => {}
+            }
         }
     }
 
@@ -265,21 +275,23 @@ fn apply(
     etc_files::set_host_name(config)?;
 
     report.step.set(Step::Etc);
+    if has_other_hosts && config.etc_hosts.is_empty() {
+        etc_files::write_hosts(config, job.scratch, log)?;
+    }
     etc_files::write(config, job.scratch, log)?;
 
     report.step.set(Step::Network);
-    let before = report.in_force.interfaces.clone();
-    report.in_force.interfaces = network::replace(config, &before)?;
+    network::replace(config, has_other_addresses, &mut report.interfaces)?;
 
     report.step.set(Step::Mounts);
     let mut identity = Identity::default();
-    if is_environment_changed || !config.mounts.is_empty() {
+    if has_other_environment || !config.mounts.is_empty() {
         credentials::resolve(config.user(), job.scratch, &mut identity)?;
     }
     volumes::mount_new(config, (identity.uid, identity.gid), log)?;
 
     report.step.set(Step::Environment);
-    if is_environment_changed {
+    if has_other_environment {
         fill_environment(config, &identity, report, job.commands, environment)?;
     }
     report.in_force.digests = digests;

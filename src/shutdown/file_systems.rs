@@ -15,7 +15,7 @@ use proto::block::DeviceNumber;
 use proto::message::ToLossy;
 use proto::mountinfo::{self, Mount, PATH_MAX};
 use rustix::fd::OwnedFd;
-use rustix::fs::{FileType, Mode, OFlags, makedev};
+use rustix::fs::OFlags;
 use rustix::mount::MountPropagationFlags;
 use rustix::process::{Pid, WaitOptions};
 
@@ -80,35 +80,34 @@ fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Resul
     let nodes = private::mount(c"tmpfs", b"").map_err(context!("mount tmpfs"))?;
     rustix::process::fchdir(&nodes).map_err(context!("enter the nodes' directory"))?;
     let partitions = Text::read(&proc, c"partitions").map_err(context!("read partitions"))?;
+    let mounts = Text::read(&proc, c"self/mountinfo").ok();
     let root = rustix::fs::fstat(root).map(|status| volume::number_of(status.st_dev));
-    let read_mounts = || Text::read(&proc, c"self/mountinfo").ok();
     // A root without a device number may be a btrfs, whose mount names the device.
-    let mounts = match root {
-        Ok(DeviceNumber { major: 0, .. }) => read_mounts(),
+    let root_mount = match (&root, &mounts) {
+        (Ok(DeviceNumber { major: 0, .. }), Some(mounts)) => {
+            let mut last_first = mounts.lines().rev().filter_map(mountinfo::parse);
+            last_first.find(|mount| mount.mount_point.raw() == b"/")
+        }
         _ => None,
     };
-    let root_mount = mounts.as_ref().and_then(|mounts| {
-        let mut last_first = mounts.lines().rev().filter_map(mountinfo::parse);
-        last_first.find(|mount| mount.mount_point.raw() == b"/")
-    });
+    let is_root = |volume: &Volume| {
+        let is_mounted = |mount| volume.is_mounted_by(mount);
+        Ok(volume.number) == root || root_mount.as_ref().is_some_and(is_mounted)
+    };
     let mut root_volume = None;
     for line in partitions.lines() {
         let Some(mut volume) = Volume::parse(line) else {
             continue;
         };
-        let DeviceNumber { major, minor } = volume.number;
-        if major == RAMDISK_MAJOR {
+        if volume.number.major == RAMDISK_MAJOR {
             continue;
         }
-        let (kind, mode) = (FileType::BlockDevice, Mode::RUSR | Mode::WUSR);
-        let device = makedev(major, minor);
-        if let Err(errno) = rustix::fs::mknodat(&nodes, volume.name(), kind, mode, device) {
+        if let Err(errno) = volume.make_node(&nodes) {
             let name = volume.name().lossy();
             log.warn(&context!("make a node of /dev/{name}")(errno));
             continue;
         }
-        let is_mounted = |mount: &Mount| volume.is_mounted_by(mount);
-        if Ok(volume.number) == root || root_mount.as_ref().is_some_and(is_mounted) {
+        if is_root(&volume) {
             root_volume = Some(volume);
             continue;
         }
@@ -121,8 +120,8 @@ fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Resul
         }
     }
     Ok(Tables {
-        mounts: mounts.or_else(|| Text::read(&proc, c"self/mountinfo").ok()),
         proc,
+        mounts,
         root: root_volume,
     })
 }
@@ -199,16 +198,17 @@ fn start_all(devices: &mut Devices, tables: &Tables, log: &HelperLog) {
         if waits {
             continue;
         }
-        let shut = || match volume.shut(tables) {
-            Ok(()) => 0,
-            Err(error) => {
+        let shut = || {
+            if let Err(error) = volume.shut(tables) {
                 log.warn(&error);
-                0
             }
         };
         let running = |(_, state): &(Volume, State)| matches!(state, State::Running(_));
         let state = match sys::fork() {
-            Ok(Fork::Child) => sys::exit(shut()),
+            Ok(Fork::Child) => {
+                shut();
+                sys::exit(0)
+            }
             Ok(Fork::Parent(pid)) => State::Running(pid),
             // There is room for another one when one has ended.
             Err(_) if devices.iter().any(running) => return,

@@ -16,7 +16,7 @@ use proto::message;
 use proto::message::{Message, ToLossy};
 use proto::mountinfo::{self, Escaped, Mount, PATH_MAX};
 use rustix::fd::OwnedFd;
-use rustix::fs::OFlags;
+use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{FsPickFlags, UnmountFlags};
 
@@ -80,6 +80,14 @@ impl Volume {
     /// Its name, which is its path in the working directory too.
     pub fn name(&self) -> &CStr {
         sys::c_str(&self.name)
+    }
+
+    /// Makes its node in that directory.
+    pub fn make_node(&self, directory: &OwnedFd) -> Result<(), Errno> {
+        let (kind, mode) = (FileType::BlockDevice, Mode::RUSR | Mode::WUSR);
+        let DeviceNumber { major, minor } = self.number;
+        let device = rustix::fs::makedev(major, minor);
+        rustix::fs::mknodat(directory, self.name(), kind, mode, device)
     }
 
     /// Whether it is a partition of `disk` (disk_name, block/partitions/core.c).

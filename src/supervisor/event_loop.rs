@@ -48,20 +48,8 @@ impl Supervisor {
         self.watch();
         self.wait();
         while let Some((token, flags)) = self.context.poller.next() {
-            let Some((source, key)) = Source::of_token(token) else {
-                continue;
-            };
-            match source {
-                Source::Signals => {
-                    self.read_signal();
-                }
-                Source::Listener => self.api.accept(&mut self.context),
-                Source::Console => self.console.flush(),
-                Source::Events => self.events.on_event(flags),
-                #[cfg(feature = "snapshot")]
-                Source::Kernel => self.context.snapshot.news |= flags,
-                Source::Workload | Source::WorkloadError => self.copy_output(),
-                _ => self.api.on_event(source, key, flags, &mut self.context),
+            if let Some((source, key)) = Source::of_token(token) {
+                self.on_event(source, key, flags);
             }
         }
         self.release_launch();
@@ -76,6 +64,22 @@ impl Supervisor {
             self.finish_output();
         }
         while self.advance() {}
+    }
+
+    /// Something has happened: whoever it is about does what can be done now.
+    fn on_event(&mut self, source: Source, key: Key, flags: EventFlags) {
+        match source {
+            Source::Signals => {
+                self.read_signal();
+            }
+            Source::Listener => self.api.accept(&mut self.context),
+            Source::Console => self.console.flush(),
+            Source::Events => self.events.on_event(flags),
+            #[cfg(feature = "snapshot")]
+            Source::Kernel => self.context.snapshot.news |= flags,
+            Source::Workload | Source::WorkloadError => self.copy_output(),
+            _ => self.api.on_event(source, key, flags, &mut self.context),
+        }
     }
 
     /// Registers for what can be done next.
@@ -97,33 +101,44 @@ impl Supervisor {
 
     /// Waits for events, at most until the next deadline, and looks at the clock.
     fn wait(&mut self) {
-        let mut deadline = match self.phase {
-            _ if self.reap_more => 0,
-            // The console's driver does not tell when its last byte is out.
-            Phase::Drain => self.context.now + 1,
-            _ => self
-                .deadline
-                .min(self.api.deadline())
-                .min(self.context.deadline()),
-        };
-        if self.context.poller.has_failed() {
-            deadline = deadline.min(self.context.now.saturating_add(REGISTER_RETRY));
-        }
-        // From the last look at the clock on: the VM may also have been paused in the midst of a turn.
-        let start = self.context.now;
-        let timeout = deadline.saturating_sub(start);
+        let deadline = self.next_deadline();
         let remaining = match deadline {
             NEVER => NEVER,
             _ => deadline.saturating_sub(self.clock()),
         };
         self.context.poller.wait(remaining);
-        self.context.now = self.clock();
-        // Half of it counts: what is waited for has a chance then, and its time still comes.
-        let elapsed = self.context.now.saturating_sub(start);
+        self.look_at_clock(deadline.saturating_sub(self.context.now));
+    }
+
+    /// When something has to be done, whatever happens.
+    fn next_deadline(&self) -> u64 {
+        let now = self.context.now;
+        let deadline = match self.phase {
+            _ if self.reap_more => 0,
+            // The console's driver does not tell when its last byte is out.
+            Phase::Drain => now + 1,
+            _ => self
+                .deadline
+                .min(self.api.deadline())
+                .min(self.context.deadline()),
+        };
+        match self.context.poller.has_failed() {
+            true => deadline.min(now.saturating_add(REGISTER_RETRY)),
+            false => deadline,
+        }
+    }
+
+    /// Sets the time, which was to be at most so many milliseconds after the last look. Much later the
+    /// VM was paused since, as we waited or in the midst of a turn: half of the time counts then, so that
+    /// what is waited for has a chance, and its deadline still comes.
+    fn look_at_clock(&mut self, timeout: u64) {
+        let start = self.context.now;
+        let now = self.clock();
+        let elapsed = now.saturating_sub(start);
+        self.context.now = now;
         if elapsed > timeout.saturating_add(sys::PAUSED) {
-            let then = start + timeout.div_ceil(2);
-            self.paused += self.context.now - then;
-            self.context.now = then;
+            self.context.now = start + timeout.div_ceil(2);
+            self.paused += now - self.context.now;
         }
     }
 

@@ -7,6 +7,8 @@ use rustix::event::Timespec;
 #[cfg(feature = "snapshot")]
 use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::io::Result;
+#[cfg(feature = "snapshot")]
+use rustix::time::ClockId;
 
 /// A clock's time in nanoseconds.
 ///
@@ -53,19 +55,11 @@ pub fn device_time(device: &OwnedFd) -> Result<i64> {
 /// Sets the time, in microseconds since 1970 (clock_settime(2)).
 #[cfg(feature = "snapshot")]
 pub fn set_real_time(time: i64) -> Result<()> {
-    let time = uapi::__kernel_timespec {
+    let time = Timespec {
         tv_sec: time.div_euclid(1_000_000),
         tv_nsec: time.rem_euclid(1_000_000) * 1000,
     };
-    let arguments = [
-        uapi::CLOCK_REALTIME as usize,
-        &raw const time as usize,
-        0,
-        0,
-        0,
-    ];
-    // SAFETY: reads one timespec at `time`.
-    unsafe { call(uapi::__NR_clock_settime, arguments) }.map(drop)
+    rustix::time::clock_settime(ClockId::Realtime, time)
 }
 
 /// A longer step of the clock than a second is a pause of the VM, where steps are short.

@@ -60,7 +60,7 @@ pub fn write_at(directory: &OwnedFd, path: &CStr, value: &[u8]) -> Result<(), Er
     write(&file, value).map(drop)
 }
 
-/// Calls `visit` with the name of each directory in `parent` that is not hidden.
+/// Calls `visit` with the name of each directory in `parent`.
 pub fn each_directory(parent: &OwnedFd, visit: &mut dyn FnMut(&CStr)) {
     let Ok(parent) = open_at(parent, c".", OFlags::DIRECTORY) else {
         return;
@@ -69,7 +69,7 @@ pub fn each_directory(parent: &OwnedFd, visit: &mut dyn FnMut(&CStr)) {
     let mut entries = RawDir::new(&parent, &mut buffer);
     while let Some(Ok(entry)) = entries.next() {
         let name = entry.file_name();
-        if entry.file_type() == FileType::Directory && !name.to_bytes().starts_with(b".") {
+        if entry.file_type() == FileType::Directory && !matches!(name.to_bytes(), b"." | b"..") {
             visit(name);
         }
     }

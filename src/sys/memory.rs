@@ -112,8 +112,8 @@ impl core::ops::DerefMut for Region {
 impl Drop for Region {
     fn drop(&mut self) {
         if self.length > 0 {
-            // SAFETY: `new` mapped exactly this range, and no borrow of it outlives `self`.
-            let _gone = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.length) };
+            // SAFETY: `map` made exactly this mapping, and no borrow of it outlives `self`.
+            unsafe { page::unmap(self.start, self.length) };
         }
     }
 }

@@ -117,6 +117,13 @@ fn a_store_that_stays_without_the_document_is_told_by_its_status() -> Result<()>
 }
 
 #[test]
+fn what_ends_the_boot_before_its_first_step_is_on_the_console() -> Result<()> {
+    // The initrd has something else in its place.
+    let builder = Vm::builder().file("/proc", 0o644, "");
+    early(builder, &["mount proc on /proc: ENOTDIR\""])
+}
+
+#[test]
 fn a_wrong_type_in_the_file_names_the_field() -> Result<()> {
     let config = config(
         json!({"EtcHosts": [{"Host": "a", "IP": "10.0.0.1"}, {"Host": 7, "IP": "10.0.0.2"}]}),

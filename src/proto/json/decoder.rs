@@ -1,0 +1,205 @@
+//! What is known while a document is decoded: where the value at hand is, and what is wrong with it.
+
+use super::place::{Object, Parse, Place};
+use crate::arena::{Arena, Full};
+use crate::message;
+use crate::message::{Message, ToLossy};
+use core::ffi::CStr;
+use core::fmt::{self, Write};
+use core::ops::RangeInclusive;
+use serde_json_core::de::Error;
+use serde_json_core::str::{EscapedStr, EscapedStringFragment};
+
+/// What is known while a document is decoded.
+pub struct Decoder<'d, 'a> {
+    pub document: &'d [u8],
+    pub arena: &'d mut Arena<'a>,
+    /// The way to the value at hand.
+    pub path: heapless::Vec<Step<'d>, STEPS>,
+    /// What is wrong, should the value at hand be so.
+    pub wrong: Wrong,
+}
+
+/// Longest path: `config.IPConfigs[0].Mask`, and some to spare.
+pub const STEPS: usize = 8;
+
+/// A step on the way to a value.
+#[derive(Clone, Copy)]
+pub enum Step<'d> {
+    /// A member's name as it stands in the document.
+    Member(&'d str),
+    /// An entry's number.
+    Entry(usize),
+}
+
+/// What can be wrong with a value.
+pub enum Wrong {
+    /// It is not what it must be.
+    Type(&'static str),
+    /// It is no whole number, or not in that range.
+    Number(RangeInclusive<u64>),
+    /// A reason of the object's.
+    Refused(&'static str),
+    /// A reason of the parser's; the text is what fills the arena.
+    Unparsed(&'static str),
+    TooMany(usize),
+    Name,
+    Nul,
+    Full,
+}
+
+impl From<Full> for Wrong {
+    fn from(_: Full) -> Self {
+        Self::Full
+    }
+}
+
+impl<'a> Decoder<'_, 'a> {
+    /// The error that makes serde stop; what is wrong is kept here.
+    pub fn fail<E: serde::de::Error>(&mut self, wrong: Wrong) -> E {
+        self.wrong = wrong;
+        E::custom("")
+    }
+
+    /// The path of the value at hand, and what is wrong with it.
+    pub fn message(&self, error: Error) -> Message {
+        let mut message = Message::new();
+        // Writing to a message never fails.
+        let _ = self.describe(&mut message, error);
+        message
+    }
+
+    fn describe(&self, message: &mut Message, error: Error) -> fmt::Result {
+        for (depth, step) in self.path.iter().enumerate() {
+            match step {
+                Step::Member(name) if depth == 0 => write!(message, "{}", shown(name))?,
+                Step::Member(name) => write!(message, ".{}", shown(name))?,
+                Step::Entry(number) => write!(message, "[{number}]")?,
+            }
+        }
+        if !self.path.is_empty() {
+            message.write_str(": ")?;
+        }
+        match &self.wrong {
+            Wrong::Type(wanted) => write!(message, "must be {wanted}"),
+            Wrong::Number(range) => match error {
+                Error::InvalidNumber | Error::CustomError => {
+                    write!(message, "must be from {} to {}", range.start(), range.end())
+                }
+                // Also what comes behind the whole part of 1.5 or 1e5.
+                _ => message.write_str("must be a whole number"),
+            },
+            Wrong::Refused(why) => message.write_str(why),
+            Wrong::Unparsed(why) => {
+                write!(message, "{why}: {}", self.arena.filled().lossy())
+            }
+            Wrong::TooMany(limit) => write!(message, "more than {limit} entries"),
+            Wrong::Name => message.write_str("a name is empty or has '=' in it"),
+            Wrong::Nul => message.write_str("has a NUL character"),
+            Wrong::Full => message.write_str("too long"),
+        }
+    }
+
+    /// Appends a string of the document to what is being put together, its escapes decoded.
+    fn append(&mut self, escaped: &str) -> Result<(), Wrong> {
+        for fragment in EscapedStr(escaped).fragments() {
+            match fragment {
+                Ok(EscapedStringFragment::NotEscaped(text)) => self.arena.push(text.as_bytes())?,
+                Ok(EscapedStringFragment::Escaped('\0')) => return Err(Wrong::Nul),
+                Ok(EscapedStringFragment::Escaped(character)) => {
+                    let mut bytes = [0; 4];
+                    self.arena
+                        .push(character.encode_utf8(&mut bytes).as_bytes())?;
+                }
+                // There is none in a text that was normalized.
+                Err(_) => return Err(Wrong::Type("a string")),
+            }
+        }
+        Ok(())
+    }
+
+    /// The first byte of the value of the member at hand, which serde-json-core does not show: the
+    /// name lies in the document, so that its address says where the value begins.
+    pub fn first_byte(&self) -> Option<u8> {
+        let Some(Step::Member(name)) = self.path.last() else {
+            return None;
+        };
+        let start = name
+            .as_ptr()
+            .addr()
+            .checked_sub(self.document.as_ptr().addr())?;
+        let mut behind = self.document.get(start + name.len() + 1..)?.iter().copied();
+        behind.find(|byte| !matches!(byte, b' ' | b'\t' | b'\n' | b'\r' | b':'))
+    }
+
+    /// The string that is being put together.
+    fn filled(&self) -> &str {
+        core::str::from_utf8(self.arena.filled()).unwrap_or_default()
+    }
+
+    /// Decodes a string of the document to its place.
+    pub fn string(&mut self, escaped: &str, place: Place<'_, 'a>) -> Result<(), Wrong> {
+        if let Place::Unknown = place {
+            return Ok(());
+        }
+        self.append(escaped)?;
+        match place {
+            Place::CStr(place) => {
+                self.arena.push(b"\0")?;
+                *place = CStr::from_bytes_until_nul(self.arena.take()).unwrap_or_default();
+            }
+            Place::Str(place) => {
+                *place = core::str::from_utf8(self.arena.take()).unwrap_or_default();
+            }
+            Place::Parsed(place) | Place::ParsedOrNumber(place) => self.parse(place)?,
+            _entry => self.arena.push(b"\0")?,
+        }
+        Ok(())
+    }
+
+    pub fn number(&mut self, number: u64, place: Place<'_, 'a>) -> Result<(), Wrong> {
+        match place {
+            Place::Number(place, range) => match range.contains(&number) {
+                true => place.set(number).ok_or(Wrong::Number(range)),
+                false => Err(Wrong::Number(range)),
+            },
+            Place::ParsedOrNumber(place) => {
+                self.arena.push(message!("{number}").as_bytes())?;
+                self.parse(place)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn parse(&mut self, place: &mut dyn Parse) -> Result<(), Wrong> {
+        place.parse(self.filled()).map_err(Wrong::Unparsed)?;
+        self.arena.truncate(0);
+        Ok(())
+    }
+
+    /// The place of a member of an object.
+    pub fn member<'p>(&mut self, name: &str, object: &'p mut dyn Object<'a>) -> Place<'p, 'a> {
+        // A name with a NUL in it, or too long, is none that is known.
+        if self.append(name).is_err() {
+            self.arena.truncate(0);
+        }
+        let place = object.member(self.filled());
+        self.arena.truncate(0);
+        place
+    }
+
+    /// Puts the name of a member of a map of strings before its value.
+    pub fn name(&mut self, name: &str) -> Result<(), Wrong> {
+        let start = self.arena.filled().len();
+        self.append(name)?;
+        let name = self.arena.filled().get(start..).unwrap_or_default();
+        if name.is_empty() || name.contains(&b'=') {
+            return Err(Wrong::Name);
+        }
+        Ok(self.arena.push(b"=")?)
+    }
+}
+
+fn shown(name: &str) -> impl fmt::Display {
+    name.as_bytes().lossy()
+}

@@ -1,0 +1,99 @@
+//! Where the values of a document belong.
+
+use crate::arena::Strings;
+use core::ffi::CStr;
+use core::ops::RangeInclusive;
+
+/// An object of a document, decoded in place.
+pub trait Object<'a> {
+    /// Where the value of the member of that name belongs. It is asked for each member that is not
+    /// `null`.
+    fn member(&mut self, name: &str) -> Place<'_, 'a>;
+}
+
+/// Where a value belongs, and so what it must be. Strings come to lie in an arena.
+pub enum Place<'p, 'a> {
+    /// Nowhere: it is ignored.
+    Unknown,
+    /// Nowhere: there must be no member of that name. Why not.
+    Refused(&'static str),
+    /// A string as the kernel wants it.
+    CStr(&'p mut &'a CStr),
+    /// A string.
+    Str(&'p mut &'a str),
+    /// A string that says something.
+    Parsed(&'p mut dyn Parse),
+    /// A string that says something, or a whole number.
+    ParsedOrNumber(&'p mut dyn Parse),
+    /// `true` or `false`.
+    Flag(&'p mut bool),
+    /// A whole number in that range.
+    Number(&'p mut dyn Integer, RangeInclusive<u64>),
+    /// A list of at most so many strings.
+    Strings(&'p mut Strings<'a>, usize),
+    /// An object of at most so many members, all strings: a list of `NAME=value`.
+    StringMap(&'p mut Strings<'a>, usize),
+    /// An object.
+    Object(&'p mut dyn Object<'a>),
+    /// A list of objects.
+    Objects(&'p mut dyn Objects<'a>),
+    /// The end of what is being put together: an entry of a list of strings. No member's place.
+    Entry,
+}
+
+/// What a string is parsed to.
+pub trait Parse {
+    /// Parses the text. The error says what it is not: "not an address".
+    fn parse(&mut self, text: &str) -> Result<(), &'static str>;
+}
+
+/// A place for a whole number.
+pub trait Integer {
+    /// Takes the number, if it is in the type's range.
+    fn set(&mut self, number: u64) -> Option<()>;
+}
+
+macro_rules! integers {
+    ($($integer:ty)*) => {$(
+        impl Integer for $integer {
+            fn set(&mut self, number: u64) -> Option<()> {
+                *self = number.try_into().ok()?;
+                Some(())
+            }
+        }
+
+        impl Integer for Option<$integer> {
+            fn set(&mut self, number: u64) -> Option<()> {
+                *self = Some(number.try_into().ok()?);
+                Some(())
+            }
+        }
+    )*};
+}
+
+integers! { u8 u16 u32 u64 }
+
+/// A list of objects.
+pub trait Objects<'a> {
+    /// Empties it.
+    fn clear(&mut self);
+    /// Most objects in it.
+    fn limit(&self) -> usize;
+    /// Adds an empty object; `None` when there are as many as can be.
+    fn add(&mut self) -> Option<&mut dyn Object<'a>>;
+}
+
+impl<'a, T: Object<'a> + Default, const N: usize> Objects<'a> for heapless::Vec<T, N> {
+    fn clear(&mut self) {
+        heapless::Vec::clear(self);
+    }
+
+    fn limit(&self) -> usize {
+        N
+    }
+
+    fn add(&mut self) -> Option<&mut dyn Object<'a>> {
+        self.push(T::default()).ok()?;
+        Some(self.last_mut()?)
+    }
+}

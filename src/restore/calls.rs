@@ -1,0 +1,49 @@
+//! The calls that wait for a hold or a restore, as connections of the API.
+
+use crate::api::CallError;
+use crate::error;
+use crate::error::Error;
+use crate::supervisor::Supervisor;
+use core::fmt::Display;
+use proto::http::Status;
+use proto::json::Quoted;
+use proto::slab::Key;
+
+/// Connections other than those of these calls would be cut by the snapshot, one by one.
+pub(super) fn close_others(supervisor: &mut Supervisor) {
+    supervisor.api.close_others(&mut supervisor.context);
+    supervisor.events.close();
+}
+
+/// Answers a call, unless its client is gone.
+pub(super) fn answer(key: Key, status: Status, body: &dyn Display, supervisor: &mut Supervisor) {
+    let Supervisor { api, context, .. } = supervisor;
+    api.answer(key, status, body, context);
+}
+
+/// Tells whoever asked for it what has become of it; a restore that has failed, in which step.
+pub(super) fn finish_call(
+    owner: Option<Key>,
+    result: Result<Error, CallError>,
+    step: &str,
+    supervisor: &mut Supervisor,
+) {
+    match (owner, result) {
+        (Some(key), Ok(body)) => answer(key, Status::Ok, &body, supervisor),
+        (Some(key), Err(CallError { status, error })) => {
+            let error = Quoted(&error);
+            let body = match status {
+                Status::InternalServerError | Status::GatewayTimeout if !step.is_empty() => {
+                    error!("{{\"error\":{error},\"step\":\"{step}\"}}")
+                }
+                _ => error!("{{\"error\":{error}}}"),
+            };
+            answer(key, status, &body, supervisor);
+        }
+        (None, Ok(_)) => {}
+        (None, Err(CallError { error, .. })) => {
+            let step = if step.is_empty() { "snapshot" } else { step };
+            supervisor.console.warn(&format_args!("{step}: {error}"));
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! Helpers that freeze, thaw and restore: how they start, and what they have found out.
+
+use crate::api::CallError;
+use crate::context::{Cgroups, Context};
+use crate::error;
+use crate::error::{Error, Log};
+use crate::process::freezer::Freezer;
+use crate::process::helper::{self, Helper, HelperLog};
+use crate::sys;
+use proto::http::Status;
+use rustix::fd::OwnedFd;
+use rustix::process::WaitStatus;
+
+/// What a helper's exit code is counted from: it says a status, and has eight bits.
+const STATUS: u16 = 300;
+
+/// What to freeze and thaw.
+pub fn freezer<'a>(cgroups: &'a Cgroups, proc: &'a OwnedFd) -> Option<Freezer<'a>> {
+    Some(Freezer {
+        root: cgroups.root.as_ref()?,
+        workload: cgroups.workload.as_ref(),
+        proc,
+    })
+}
+
+/// Starts a helper that freezes or thaws.
+pub fn spawn(
+    context: &Context,
+    work: &dyn Fn(&Freezer, &HelperLog) -> Result<(), CallError>,
+) -> Result<Helper, CallError> {
+    let Some(freezer) = freezer(&context.cgroups, &context.proc) else {
+        let error = error!("there is no cgroup v2");
+        return Err(CallError::new(Status::NotImplemented, error));
+    };
+    Ok(fork(&context.proc, &mut |log| {
+        close_all_but(Some(&freezer), log);
+        work(&freezer, log)
+    })?)
+}
+
+/// Starts a helper; its exit code says the status of its error.
+pub fn fork(
+    proc: &OwnedFd,
+    work: &mut dyn FnMut(&HelperLog) -> Result<(), CallError>,
+) -> Result<Helper, Error> {
+    helper::fork_spared(proc, &mut |log| match work(log) {
+        Ok(()) => 0,
+        Err(CallError { status, error }) => {
+            log.fail(&error);
+            i32::from(status.code().saturating_sub(STATUS))
+        }
+    })
+}
+
+/// What PID 1 closes must be closed, whatever this child waits for.
+pub fn close_all_but(freezer: Option<&Freezer>, log: &HelperLog) {
+    match freezer {
+        Some(Freezer {
+            root,
+            workload,
+            proc,
+        }) => sys::close_others(&[root, workload.unwrap_or(root), proc, log.pipe()]),
+        None => sys::close_others(&[log.pipe()]),
+    }
+}
+
+/// What a helper has found out; one that has not ended is given up.
+pub fn result(
+    helper: Helper,
+    ended: Option<WaitStatus>,
+    log: &mut dyn Log,
+) -> Result<Error, CallError> {
+    let Some(status) = ended else {
+        return Err(CallError::new(Status::GatewayTimeout, helper.give_up(log)));
+    };
+    let lines = helper::read_lines(&helper.log, log);
+    let error = match (lines.error, lines.answer) {
+        (None, Some(answer)) => return Ok(answer),
+        (error, _) => error.unwrap_or_else(|| error!("a helper was killed")),
+    };
+    let code = status.exit_status().unwrap_or(0) + i32::from(STATUS);
+    let known = [Status::BadRequest, Status::Conflict, Status::GatewayTimeout];
+    let known = known.iter().find(|status| i32::from(status.code()) == code);
+    Err(CallError::new(
+        *known.unwrap_or(&Status::InternalServerError),
+        error,
+    ))
+}

@@ -1,0 +1,90 @@
+//! What takes time: one helper at a time.
+
+use super::calls::finish_call;
+use super::helpers::result;
+use super::state::{Kind, Restore, Task};
+use crate::api::CallError;
+use crate::context::Context;
+use crate::process::helper::{self, Helper};
+use crate::supervisor::Supervisor;
+use proto::http::Status;
+use proto::slab::Key;
+
+impl Restore {
+    /// A helper is at work, for so many milliseconds beside what a disk may take.
+    pub(super) fn begin_task(
+        &mut self,
+        helper: Helper,
+        timeout: u64,
+        owner: Option<Key>,
+        kind: Kind,
+        context: &mut Context,
+    ) {
+        context.snapshot.helper = Some(helper.pid);
+        let timeout = timeout.saturating_add(helper::TIMEOUT);
+        self.task = Some(Task {
+            helper,
+            deadline: context.now.saturating_add(timeout),
+            owner,
+            kind,
+        });
+    }
+
+    /// What comes of a helper that has ended, or has taken too long.
+    pub(super) fn finish_task(&mut self, supervisor: &mut Supervisor) {
+        let context = &mut supervisor.context;
+        let ended = context.snapshot.ended.take();
+        let now = context.now;
+        let is_over = |task: &Task| ended.is_some() || task.deadline <= now;
+        if !self.task.as_ref().is_some_and(is_over) {
+            return;
+        }
+        let Some(Task {
+            helper,
+            owner,
+            kind,
+            ..
+        }) = self.task.take()
+        else {
+            return;
+        };
+        context.snapshot.helper = None;
+        let result = result(helper, ended, supervisor.console);
+        let mut step = "";
+        let result = match kind {
+            Kind::Freeze { token, hold } => match result {
+                Ok(held) => return self.held(token, hold, held, owner, supervisor),
+                Err(failure) => match self.start_thaw(owner, Some(failure), supervisor) {
+                    Ok(()) => return,
+                    Err(error) => Err(error),
+                },
+            },
+            Kind::Thaw { failure } => {
+                supervisor.console.info(&"the workload goes on", &"");
+                failure.map_or(result, Err)
+            }
+            Kind::Restore {
+                generation,
+                report,
+                environment,
+            } => {
+                step = report.step.name();
+                if ended.is_some() {
+                    // They have addresses by now, whatever has failed after that.
+                    supervisor.context.snapshot.interfaces = report.interfaces.clone();
+                }
+                match &result {
+                    Ok(_) => self.restored(generation, &report, &environment, owner, supervisor),
+                    // A call that was none has cut short what the kernel has asked for.
+                    Err(CallError {
+                        status: Status::BadRequest | Status::Conflict,
+                        ..
+                    }) => self.is_due |= self.was_cut_short,
+                    Err(_) => {}
+                }
+                result
+            }
+        };
+        finish_call(owner, result, step, supervisor);
+    }
+}
