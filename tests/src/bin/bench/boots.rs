@@ -93,6 +93,10 @@ pub enum Mode {
     Trace,
     /// The boot's system calls with MMDS.
     TraceMmds,
+    /// The boot's system calls with the whole document.
+    TraceWhole,
+    /// The boot's system calls with cgroup v2 alone.
+    TraceUnified,
     /// The end's system calls, with a call of /v1/exit_code that waits for it.
     TraceEnd,
     /// The boot's system calls, with a host that waits for the event `ready`.
@@ -115,6 +119,8 @@ impl Mode {
             | Mode::Serve
             | Mode::Commands
             | Mode::TraceMmds
+            | Mode::TraceWhole
+            | Mode::TraceUnified
             | Mode::TraceEnd
             | Mode::Ready => !kind.is_floor(),
         }
@@ -122,7 +128,7 @@ impl Mode {
 
     /// Whether the document has every field.
     fn is_whole(self) -> bool {
-        matches!(self, Mode::Whole | Mode::WholeMmds | Mode::Requests)
+        matches!(self, Mode::Whole | Mode::WholeMmds | Mode::TraceWhole | Mode::Requests)
     }
 
     /// Whether it is about the time of a boot.
@@ -137,6 +143,8 @@ impl Mode {
                 | Mode::Variant
                 | Mode::Trace
                 | Mode::TraceMmds
+                | Mode::TraceWhole
+                | Mode::TraceUnified
         )
     }
 
@@ -149,6 +157,8 @@ impl Mode {
                 | Mode::Commands
                 | Mode::Trace
                 | Mode::TraceMmds
+                | Mode::TraceWhole
+                | Mode::TraceUnified
                 | Mode::TraceEnd
                 | Mode::Ready
         )
@@ -168,6 +178,8 @@ impl Mode {
             Mode::Commands => "commands",
             Mode::Trace => "trace",
             Mode::TraceMmds => "trace-mmds",
+            Mode::TraceWhole => "trace-whole",
+            Mode::TraceUnified => "trace-unified",
             Mode::TraceEnd => "trace-end",
             Mode::Ready => "ready",
             Mode::Variant => "variant",
@@ -402,7 +414,7 @@ impl Lab {
     fn breakdown(&self, console: &str, figures: &Figures, mode: Mode) -> Result<Option<Breakdown>> {
         let instant = |name| figures.get(name).copied().unwrap_or_default() / 1e3;
         Ok(match mode {
-            Mode::Trace | Mode::TraceMmds => {
+            Mode::Trace | Mode::TraceMmds | Mode::TraceWhole | Mode::TraceUnified => {
                 let (from, to) = (instant("exec_at_ns"), instant("first_at_ns"));
                 Some(trace::boot(console, from, to, &self.names))
             }
@@ -444,10 +456,10 @@ impl Lab {
                 json!({"ImageConfig": {"Cmd": ["/bin/workload"]}, "ExecOverride": ["/bin/workload"]})
             }
         };
-        if matches!(mode, Mode::Whole | Mode::Requests) {
+        if matches!(mode, Mode::Whole | Mode::TraceWhole | Mode::Requests) {
             builder = builder.nic().arg("PIGEON_CONFIG=file");
         }
-        if mode == Mode::Unified {
+        if matches!(mode, Mode::Unified | Mode::TraceUnified) {
             builder = builder.arg("PIGEON_CGROUPS=unified");
         }
         let module: Vec<_> = module.map(String::from).into_iter().collect();
@@ -468,7 +480,12 @@ impl Lab {
         builder = add(builder, "modules", list.into());
         if matches!(
             mode,
-            Mode::Trace | Mode::TraceMmds | Mode::TraceEnd | Mode::Ready
+            Mode::Trace
+                | Mode::TraceMmds
+                | Mode::TraceWhole
+                | Mode::TraceUnified
+                | Mode::TraceEnd
+                | Mode::Ready
         ) {
             let end = if mode == Mode::TraceEnd {
                 trace::ORDERS_AT_END
@@ -493,7 +510,11 @@ impl Lab {
             | Mode::Variant => "boot",
             Mode::Reader | Mode::Requests => "reader",
             Mode::Serve | Mode::Commands => "serve",
-            Mode::Trace | Mode::TraceMmds | Mode::Ready => "trace",
+            Mode::Trace
+            | Mode::TraceMmds
+            | Mode::TraceWhole
+            | Mode::TraceUnified
+            | Mode::Ready => "trace",
             Mode::TraceEnd => "end",
         };
         Ok(builder.arg(&format!("bench.mode={workload}")))

@@ -68,7 +68,7 @@ usage: bench [--runs N] [--vs NAME=PATH[:CONFIGPATH]]... [--only MODE[,MODE...]]
   --runs N    boots of each kind; 5 when not said
   --vs        another init, and where in its initrd it has its configuration (/pigeon/run.json)
   --only      of file, mmds, whole, whole-mmds, unified, requests, reader, unpack, serve, commands,
-              trace, trace-mmds, trace-end, ready
+              trace, trace-mmds, trace-whole, trace-unified, trace-end, ready
   --json      all samples and all traces, too
   --kernel-parameters
               what kernel parameters, the initrd and the root cost a cold start, and nothing else";
@@ -76,7 +76,7 @@ usage: bench [--runs N] [--vs NAME=PATH[:CONFIGPATH]]... [--only MODE[,MODE...]]
 /// Where an init finds its configuration unless it is said.
 const CONFIG_PATH: &str = "/pigeon/run.json";
 
-const MODES: [Mode; 14] = [
+const MODES: [Mode; 16] = [
     Mode::File,
     Mode::Mmds,
     Mode::Whole,
@@ -89,6 +89,8 @@ const MODES: [Mode; 14] = [
     Mode::Commands,
     Mode::Trace,
     Mode::TraceMmds,
+    Mode::TraceWhole,
+    Mode::TraceUnified,
     Mode::TraceEnd,
     Mode::Ready,
 ];
