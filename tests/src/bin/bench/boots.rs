@@ -79,6 +79,10 @@ pub enum Mode {
     WholeMmds,
     /// Boot; cgroup v2 alone.
     Unified,
+    /// Boot; the root is a squashfs below a tmpfs (overlayfs).
+    Overlay,
+    /// Boot; two processors, in real time.
+    TwoProcessors,
     /// Disk requests of two boots of the document with every field.
     Requests,
     /// The end, with a call of /v1/exit_code that waits for it.
@@ -109,17 +113,22 @@ impl Mode {
     /// Whether it says anything about this kind of init.
     pub fn suits(self, kind: Kind) -> bool {
         match self {
-            Mode::File | Mode::Unpack | Mode::Trace | Mode::Variant => true,
-            Mode::Mmds
+            Mode::File
             | Mode::Whole
+            | Mode::TwoProcessors
+            | Mode::Unpack
+            | Mode::Trace
+            | Mode::TraceWhole
+            | Mode::Variant => true,
+            Mode::Mmds
             | Mode::WholeMmds
             | Mode::Unified
+            | Mode::Overlay
             | Mode::Requests
             | Mode::Reader
             | Mode::Serve
             | Mode::Commands
             | Mode::TraceMmds
-            | Mode::TraceWhole
             | Mode::TraceUnified
             | Mode::TraceEnd
             | Mode::Ready => !kind.is_floor(),
@@ -128,7 +137,10 @@ impl Mode {
 
     /// Whether the document has every field.
     fn is_whole(self) -> bool {
-        matches!(self, Mode::Whole | Mode::WholeMmds | Mode::TraceWhole | Mode::Requests)
+        matches!(
+            self,
+            Mode::Whole | Mode::WholeMmds | Mode::TraceWhole | Mode::Requests
+        )
     }
 
     /// Whether it is about the time of a boot.
@@ -140,6 +152,7 @@ impl Mode {
                 | Mode::Whole
                 | Mode::WholeMmds
                 | Mode::Unified
+                | Mode::Overlay
                 | Mode::Variant
                 | Mode::Trace
                 | Mode::TraceMmds
@@ -171,6 +184,8 @@ impl Mode {
             Mode::Whole => "whole",
             Mode::WholeMmds => "whole-mmds",
             Mode::Unified => "unified",
+            Mode::Overlay => "overlay",
+            Mode::TwoProcessors => "two-processors",
             Mode::Requests => "requests",
             Mode::Reader => "reader",
             Mode::Unpack => "unpack",
@@ -204,6 +219,7 @@ pub struct Lab {
     kernel: Kernel,
     tree: Tree,
     root: Image,
+    squashfs: Image,
     volume: Image,
     /// The configuration with every field that `tests/example` has.
     whole: Value,
@@ -283,6 +299,7 @@ impl Lab {
         whole["UserOverride"] = json!("root");
         Ok(Lab {
             root: Image::ext4(&tree, 32)?,
+            squashfs: Image::packed(&tree, Format::Squashfs)?,
             tree,
             volume: Image::ext4(&Tree::empty()?, 16)?,
             whole,
@@ -323,10 +340,14 @@ impl Lab {
 
     fn boot_once(&self, subject: &Subject, mode: Mode, phase: f64) -> Result<Told> {
         // Copies: a mount leaves its traces, and the next boot would find them.
-        let (root, volume) = (scratch(&self.root)?, scratch(&self.volume)?);
+        let root = match mode {
+            Mode::Overlay => scratch(&self.squashfs)?,
+            _ => scratch(&self.root)?,
+        };
+        let volume = scratch(&self.volume)?;
         let boot = || {
             let mut builder = self
-                .builder(subject, mode, phase, None)?
+                .builder(subject, mode, phase, &[])?
                 .disk(Disk::file(root.path()))
                 .name(&format!("bench-{}-{}", subject.name, mode.name()))
                 .qemu(cpu(assets::arch()))
@@ -344,7 +365,7 @@ impl Lab {
                     .arg(&format!("PIGEON_EVENTS_PORT={EVENTS_PORT}"));
             }
             builder = match mode {
-                Mode::Serve | Mode::Requests => builder.on_qemu(),
+                Mode::Serve | Mode::Requests | Mode::TwoProcessors => builder.on_qemu(),
                 _ => builder.deterministic(),
             };
             let mut vm = builder.boot()?;
@@ -389,7 +410,7 @@ impl Lab {
                     subject,
                     Mode::Variant,
                     0.0,
-                    variant.root.map(|(_, module)| module),
+                    variant.root.map(|(_, module)| module).as_slice(),
                 )?
                 .disk(Disk::file(root.path()))
                 .name("bench-variant")
@@ -425,17 +446,22 @@ impl Lab {
 
     /// The loader as the kernel's /init, with its orders in /bench, and the init under test.
     ///
-    /// `module` is one more that the root needs.
+    /// `modules` are more that the root needs.
     fn builder(
         &self,
         subject: &Subject,
         mode: Mode,
         phase: f64,
-        module: Option<&str>,
+        modules: &[&str],
     ) -> Result<Builder> {
+        let init = match subject.kind {
+            Kind::Floor if mode.is_whole() => self.program("floor-whole"),
+            Kind::Parallel if mode.is_whole() => self.program("parallel-whole"),
+            _ => subject.init.clone(),
+        };
         let mut builder = Vm::builder()
             .without_modules()
-            .init(&subject.init)?
+            .init(&init)?
             .arg("rdinit=/bench/load")
             .arg("PIGEON_EXIT_LINGER_MS=0");
         let mut files = vec!["/bench/load".to_string(), "/bench/files".into()];
@@ -450,20 +476,29 @@ impl Lab {
             builder = add(builder, "unpack", b"please".to_vec());
             return Ok(builder.arg("initramfs_async=0"));
         }
-        let document = match mode.is_whole() {
+        let mut document = match mode.is_whole() {
             true => self.whole.clone(),
             false => {
                 json!({"ImageConfig": {"Cmd": ["/bin/workload"]}, "ExecOverride": ["/bin/workload"]})
             }
         };
         if matches!(mode, Mode::Whole | Mode::TraceWhole | Mode::Requests) {
-            builder = builder.nic().arg("PIGEON_CONFIG=file");
+            // On a tap device, as Firecracker's: the only one that lets checksum offload be switched.
+            builder = builder.tap().arg("PIGEON_CONFIG=file");
+        }
+        if mode == Mode::TwoProcessors {
+            builder = builder.cpus(2);
+        }
+        let mut more = modules.to_vec();
+        if mode == Mode::Overlay {
+            document["RootOverlay"] = json!("tmpfs");
+            more.extend(["squashfs", "overlay"]);
         }
         if matches!(mode, Mode::Unified | Mode::TraceUnified) {
             builder = builder.arg("PIGEON_CGROUPS=unified");
         }
-        let module: Vec<_> = module.map(String::from).into_iter().collect();
-        let mut modules = self.kernel.modules_and(&module)?;
+        let more: Vec<_> = more.into_iter().map(String::from).collect();
+        let mut modules = self.kernel.modules_and(&more)?;
         if matches!(mode, Mode::Mmds | Mode::WholeMmds | Mode::TraceMmds) {
             modules.push(("veth.ko".into(), assets::module("veth")?));
             builder = add(builder, "run.json", document.to_string().into());
@@ -506,15 +541,15 @@ impl Lab {
             | Mode::Whole
             | Mode::WholeMmds
             | Mode::Unified
+            | Mode::Overlay
+            | Mode::TwoProcessors
             | Mode::Unpack
             | Mode::Variant => "boot",
             Mode::Reader | Mode::Requests => "reader",
             Mode::Serve | Mode::Commands => "serve",
-            Mode::Trace
-            | Mode::TraceMmds
-            | Mode::TraceWhole
-            | Mode::TraceUnified
-            | Mode::Ready => "trace",
+            Mode::Trace | Mode::TraceMmds | Mode::TraceWhole | Mode::TraceUnified | Mode::Ready => {
+                "trace"
+            }
             Mode::TraceEnd => "end",
         };
         Ok(builder.arg(&format!("bench.mode={workload}")))
