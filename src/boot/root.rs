@@ -98,8 +98,9 @@ pub fn empty(old: OwnedFd) -> Result<(), Errno> {
     if kind != RAMFS_MAGIC && kind != TMPFS_MAGIC {
         return Err(Errno::XDEV);
     }
-    // Down to a directory in which all others are empty, and again from the top: no recursion.
-    while let Some(mut here) = delete_entries(&old, true)? {
+    // Down to a directory in which all others are empty, and again from the top, by a descriptor that
+    // reads from the start: no recursion.
+    while let Some(mut here) = delete_entries(&enter(&old, c".")?, true)? {
         while let Some(inner) = delete_entries(&here, false)? {
             here = inner;
         }
