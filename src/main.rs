@@ -22,6 +22,7 @@ mod sys;
 mod volumes;
 
 use crate::api::Api;
+use crate::boot::Remains;
 use crate::boot::check;
 use crate::boot::kernel_params::KernelParams;
 use crate::boot::mounts;
@@ -99,8 +100,10 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     let mut supervisor = Supervisor::new(console, api, context, signals, params.linger);
     supervisor.events = Events::new(params.events_port);
     supervisor.set_output(params.output, params.output_log());
-    let booted = room().and_then(|mut room| boot::run(&mut supervisor, params, &mut room));
-    boot::finish(&mut supervisor);
+    let mut remains = Remains::default();
+    let booted =
+        room().and_then(|mut room| boot::run(&mut supervisor, params, &mut room, &mut remains));
+    boot::finish(&mut supervisor, remains);
     // What the boot has used of it goes back, with the page tables; its children use it from now on.
     if let Ok(room) = room() {
         supervisor.context.scratch = room;

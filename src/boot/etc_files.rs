@@ -5,6 +5,7 @@ use crate::error;
 use crate::error::Result;
 use crate::process::helper::HelperLog;
 use crate::sys::files;
+use crate::volumes;
 use core::ffi::CStr;
 use proto::config::{Config, DOCUMENT};
 use proto::etc_files::{self, Contents};
@@ -82,7 +83,7 @@ impl File {
         if old == new {
             return Ok(());
         }
-        let written = files::make_directories(b"/etc")
+        let written = files::make_directory(c"/etc", 0o755)
             .and_then(|()| files::replace(self.path, self.temporary, new));
         match written {
             // A read-only root, one that the kernel has stopped for its errors (EIO since 6.12), or a
@@ -103,7 +104,7 @@ impl File {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW;
         let substitute = files::open(self.substitute, flags)?;
         files::write_whole(&substitute, contents)?;
-        if self.is_covered() {
+        if volumes::is_mount_point(self.path) {
             return Ok(());
         }
         let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
@@ -112,14 +113,5 @@ impl File {
         let both_by_descriptor =
             MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
         move_mount(&mount, c"", &target, c"", both_by_descriptor)
-    }
-
-    /// Whether that file is mounted over it already.
-    fn is_covered(&self) -> bool {
-        let identify = |path| {
-            let status = rustix::fs::lstat(path)?;
-            Ok::<_, Errno>((status.st_dev, status.st_ino))
-        };
-        identify(self.path).is_ok_and(|file| identify(self.substitute) == Ok(file))
     }
 }

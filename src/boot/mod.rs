@@ -2,6 +2,8 @@
 //!
 //! The kernel waits long in two places, the first mount of a disk and the cgroup mounts: they are
 //! made side by side, the root's in a helper, and the cgroups' beside the configuration's arrival.
+//! The same helper does all else that may wait, and ends when the workload runs, as the initramfs is
+//! emptied then: neither is waited for.
 
 pub mod cgroups;
 pub mod check;
@@ -21,25 +23,39 @@ use crate::context;
 use crate::error;
 use crate::error::Result;
 use crate::process::credentials;
-use crate::process::helper::Helper;
+use crate::process::helper::{Helper, HelperLog, Midway};
 use crate::supervisor::Supervisor;
 use crate::sys::files;
-use crate::volumes;
+use crate::volumes::{self, Owner};
 use config_source::Source;
 use kernel_params::KernelParams;
 use proto::config::{Config, DOCUMENT};
 use proto::users::Identity;
+use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::process::{Resource, Rlimit};
 
 /// Open files a process may have.
 const OPEN_FILES: u64 = 10_240;
 
+/// What is left of the boot when the workload runs.
+#[derive(Default)]
+pub struct Remains {
+    initramfs: Option<OwnedFd>,
+    /// The helper that mounts disks ends with it.
+    disks: Option<Midway>,
+}
+
 /// Boots: devices and console are there already; `room` is for the document and its strings.
 ///
 /// In a frame of its own, which is given back with the stack.
 #[inline(never)]
-pub fn run(supervisor: &mut Supervisor, params: &KernelParams, room: &mut [u8]) -> Result {
+pub fn run(
+    supervisor: &mut Supervisor,
+    params: &KernelParams,
+    room: &mut [u8],
+    remains: &mut Remains,
+) -> Result {
     if let Some(refused) = &params.refused {
         supervisor.console.warn(refused);
     }
@@ -74,14 +90,21 @@ pub fn run(supervisor: &mut Supervisor, params: &KernelParams, room: &mut [u8]) 
         .info(&"configuration loaded", &format_args!(" source={name}"));
 
     let scratch = &mut supervisor.context.scratch;
-    let root = Helper::start(&mut |log| root::mount(&config, scratch, log))?;
+    let (disks, meeting) = Helper::start_with_midway(&mut |log, midway| {
+        let owner = root::mount(&config, scratch, log)?;
+        match midway.meet() {
+            true => prepare_beside(&config, owner, scratch, midway, log),
+            false => Ok(()),
+        }
+    })?;
+    let meeting = remains.disks.insert(meeting);
     let log = &mut *supervisor.console;
     match cgroup_helper {
         Some(helper) => helper.wait(log)?,
         None => cgroups::mount(params.cgroups, log),
     }
-    root.wait(log)?;
-    root::switch(log)?;
+    let disks = meeting.wait(disks, log)?;
+    remains.initramfs = Some(root::switch()?);
     if let Some((switch, before)) = expedited {
         // A value just read is taken back.
         let _written = files::write(&switch, &before);
@@ -109,7 +132,7 @@ pub fn run(supervisor: &mut Supervisor, params: &KernelParams, room: &mut [u8]) 
         in_force.is_from_mmds = source == Source::Mmds;
     }
     supervisor.listen();
-    prepare(supervisor, &config)?;
+    prepare(supervisor, &config, disks, meeting)?;
     supervisor.read_signals();
     if supervisor.has_ended() {
         return Ok(());
@@ -128,30 +151,55 @@ pub fn run(supervisor: &mut Supervisor, params: &KernelParams, room: &mut [u8]) 
 }
 
 /// What of the boot can wait until the workload runs.
-pub fn finish(supervisor: &mut Supervisor) {
+pub fn finish(supervisor: &mut Supervisor, remains: Remains) {
     cgroups::make_commands(&mut supervisor.context.cgroups);
+    if let Some(initramfs) = remains.initramfs
+        && let Err(errno) = root::empty(initramfs)
+    {
+        let why = context!("empty the initramfs")(errno);
+        supervisor.console.warn(&why);
+    }
 }
 
-/// Volumes, names, network and kernel parameters: what may wait for a disk, or for memory, runs in a
-/// helper, while the API is served.
-fn prepare(supervisor: &mut Supervisor, config: &Config) -> Result {
-    if !config.mounts.is_empty() || etc_files::are_configured(config) {
-        let owner = supervisor.context.workload.owner;
-        let scratch = &mut supervisor.context.scratch;
-        let helper = Helper::start(&mut |log| {
-            volumes::mount_all(config, owner, log)?;
-            etc_files::write(config, scratch, log)
-        })?;
+/// Volumes, names and kernel parameters, in the helper that has mounted the root, while the API is
+/// served: what may wait for a disk, or for memory.
+fn prepare_beside(
+    config: &Config,
+    owner: Owner,
+    scratch: &mut [u8],
+    midway: &Midway,
+    log: &HelperLog,
+) -> Result {
+    volumes::mount_all(config, owner, log)?;
+    etc_files::write(config, scratch, log)?;
+    // Behind the network.
+    match sysctls::are_configured(config) && midway.meet() {
+        true => sysctls::set_all(config, log),
+        false => Ok(()),
+    }
+}
+
+/// Host name, network, and the defaults of kernel parameters, and beside them what the helper does.
+fn prepare(
+    supervisor: &mut Supervisor,
+    config: &Config,
+    helper: Helper,
+    midway: &Midway,
+) -> Result {
+    let has_more = !config.mounts.is_empty()
+        || etc_files::are_configured(config)
+        || sysctls::are_configured(config);
+    if has_more {
+        midway.go_on();
         supervisor.begin_setup(helper);
     }
     etc_files::set_host_name(config)?;
     let interfaces = network::configure(config, supervisor.console)?;
     supervisor.context.set_interfaces(interfaces);
     sysctls::set_defaults(supervisor.console);
-    supervisor.finish_setup();
-    if sysctls::are_configured(config) && !supervisor.has_ended() {
-        let helper = Helper::start(&mut |log| sysctls::set_all(config, log))?;
-        supervisor.begin_setup(helper);
+    if has_more {
+        // The configured ones may be of interfaces, which are there now.
+        midway.go_on();
         supervisor.finish_setup();
     }
     Ok(())
@@ -159,8 +207,14 @@ fn prepare(supervisor: &mut Supervisor, config: &Config) -> Result {
 
 /// The workload's environment and directory, which commands start with, too.
 fn set_defaults(supervisor: &mut Supervisor, config: &Config, identity: &Identity) -> Result {
-    let mut root = Identity::default();
-    credentials::resolve("root", &mut supervisor.context.scratch, &mut root)?;
+    let root_home = match config.user() {
+        "" | "root" => identity.home.clone(),
+        _ => {
+            let mut root = Identity::default();
+            credentials::resolve("root", &mut supervisor.context.scratch, &mut root)?;
+            root.home
+        }
+    };
     let defaults = &mut *supervisor.context.defaults;
     check::fill_environment(&mut defaults.environment, config)?;
     defaults.sets_home = defaults.environment.get(b"HOME=").is_some();
@@ -168,7 +222,7 @@ fn set_defaults(supervisor: &mut Supervisor, config: &Config, identity: &Identit
     let directory = config.image_config.working_dir.to_bytes_with_nul();
     // The document's check has seen to it that a path fits.
     let _fits = defaults.working_dir.extend_from_slice(directory);
-    defaults.root_home = root.home;
+    defaults.root_home = root_home;
     defaults.rlimits = config.rlimits.clone();
     Ok(())
 }

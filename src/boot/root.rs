@@ -5,15 +5,17 @@ use crate::boot::overlay;
 use crate::boot::{mounts, run_dir};
 use crate::context;
 use crate::error;
-use crate::error::{Log, Result};
+use crate::error::Result;
 use crate::process::credentials;
 use crate::process::helper::HelperLog;
 use crate::sys::{c_str, files};
+use crate::volumes::Owner;
 use crate::volumes::file_system::{Access, FileSystem};
 use core::ffi::CStr;
 use core::mem::MaybeUninit;
 use proto::config::{Config, Overlay};
 use proto::message::ToLossy;
+use proto::users::Identity;
 use rustix::fd::OwnedFd;
 use rustix::fs::{AtFlags, CWD, FileType, OFlags, RawDir};
 use rustix::io::Errno;
@@ -23,8 +25,8 @@ use rustix::mount::{MoveMountFlags, move_mount};
 const NEW: &CStr = c"/newroot";
 
 /// Mounts the root beside the initramfs, and touches all of it that PID 1 looks at: a disk that
-/// hangs stops this child, not PID 1, which finds everything in memory.
-pub fn mount(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result {
+/// hangs stops this child, not PID 1, which finds everything in memory. Who owns volumes there.
+pub fn mount(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result<Owner> {
     files::require_directory(NEW, 0o755)?;
     let mut root = FileSystem::on(config.root_device());
     match config.root_overlay() {
@@ -48,10 +50,10 @@ pub fn mount(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result {
     if let Err(error) = files::require_directory(c"/root", 0o700) {
         log.warn(&error);
     }
-    for &accounts in &[credentials::PASSWD, credentials::GROUP] {
-        let _told_later = files::read_whole(accounts, scratch);
-    }
-    Ok(())
+    let mut identity = Identity::default();
+    // What is wrong with it PID 1 finds itself.
+    let _told_later = credentials::resolve(config.user(), scratch, &mut identity);
+    Ok((identity.uid, identity.gid))
 }
 
 #[cfg(feature = "overlay")]
@@ -66,8 +68,8 @@ fn mount_overlay(_: FileSystem, _: Overlay, _: &HelperLog) -> Result {
     ))
 }
 
-/// Moves the kernel's file systems onto the root and makes it `/`; the initramfs is emptied.
-pub fn switch(log: &mut dyn Log) -> Result {
+/// Moves the kernel's file systems onto the root and makes it `/`. The initramfs, to be emptied.
+pub fn switch() -> Result<OwnedFd> {
     let old = files::open(c"/", OFlags::DIRECTORY).map_err(context!("open /"))?;
     rustix::process::chdir(NEW).map_err(context!("enter /newroot"))?;
     for &tree in &mounts::TREES {
@@ -77,13 +79,11 @@ pub fn switch(log: &mut dyn Log) -> Result {
         move_mount(CWD, tree, CWD, c_str(below), MoveMountFlags::empty())
             .map_err(context!("move {} onto the root", tree.lossy()))?;
     }
-    if let Err(errno) = empty(old) {
-        log.warn(&context!("empty the initramfs")(errno));
-    }
     rustix::mount::mount_move(c".", c"/").map_err(context!("move the root onto /"))?;
     rustix::process::chroot(c".")
         .and_then(|()| rustix::process::chdir(c"/"))
-        .map_err(context!("enter the root"))
+        .map_err(context!("enter the root"))?;
+    Ok(old)
 }
 
 // linux/magic.h
@@ -93,28 +93,19 @@ const TMPFS_MAGIC: u64 = 0x0102_1994;
 /// Deletes everything in the initramfs: it is the guest's memory, and may hold secrets.
 ///
 /// Only where the old root is a file system in memory (else EXDEV), and never across a mount.
-fn empty(old: OwnedFd) -> Result<(), Errno> {
+pub fn empty(old: OwnedFd) -> Result<(), Errno> {
     let kind = rustix::fs::fstatfs(&old)?.f_type as u64;
     if kind != RAMFS_MAGIC && kind != TMPFS_MAGIC {
         return Err(Errno::XDEV);
     }
-    // Down into the first directory that is not empty, and up again when it is: no recursion.
-    let mut here = old;
-    let mut depth = 0u32;
-    loop {
-        here = match delete_entries(&here, depth == 0)? {
-            Some(inner) => {
-                depth += 1;
-                inner
-            }
-            // Its parent deletes it now.
-            None if depth > 0 => {
-                depth -= 1;
-                enter(&here, c"..")?
-            }
-            None => return Ok(()),
+    // Down to a directory in which all others are empty, and again from the top, by a descriptor that
+    // reads from the start: no recursion.
+    while let Some(mut here) = delete_entries(&enter(&old, c".")?, true)? {
+        while let Some(inner) = delete_entries(&here, false)? {
+            here = inner;
         }
     }
+    Ok(())
 }
 
 /// Deletes a directory's entries, up to the first directory that is not empty, which is the answer.

@@ -12,6 +12,8 @@ use core::fmt::Display;
 use proto::message;
 use proto::message::MESSAGE;
 use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 
 /// How long a helper may take, in milliseconds: what a disk with a long journal needs, and more.
@@ -72,6 +74,40 @@ impl HelperLog {
 impl Log for &HelperLog {
     fn warn(&mut self, message: &dyn Display) {
         HelperLog::warn(self, message);
+    }
+}
+
+/// Where a helper whose work has two parts meets its parent between them: a socket for each of the two.
+/// The helper waits there until it is told to go on, or the parent drops its own.
+pub struct Midway(OwnedFd);
+
+impl Midway {
+    /// In the helper: says that the first part is done, and waits; whether the second one is wanted.
+    pub fn meet(&self) -> bool {
+        let _parent_gone = files::write(&self.0, &[END]);
+        matches!(files::read(&self.0, &mut [0]), Ok(1))
+    }
+
+    /// In the parent: waits until the helper has done its first part.
+    pub fn wait(&self, helper: Helper, log: &mut dyn Log) -> Result<Helper> {
+        if !in_time(&|| sys::is_readable(&self.0, 1)) {
+            return Err(helper.give_up(log));
+        }
+        match files::read(&self.0, &mut [0]) {
+            Ok(1) => {
+                let _steps = read(&helper.log, log, false);
+                Ok(helper)
+            }
+            // Its socket is closed as it has ended.
+            _ => helper
+                .wait(log)
+                .and_then(|()| Err(error!("a helper was lost"))),
+        }
+    }
+
+    /// In the parent: lets the helper do its second part.
+    pub fn go_on(&self) {
+        let _ended = files::write(&self.0, &[END]);
     }
 }
 
@@ -157,6 +193,23 @@ fn read(pipe: &OwnedFd, log: &mut dyn Log, with_steps: bool) -> Lines {
     lines
 }
 
+/// What a child exits with after this result, the error being its helper's.
+fn report(result: Result, log: &HelperLog) -> i32 {
+    match result {
+        Ok(()) => 0,
+        Err(error) => {
+            log.fail(&error);
+            1
+        }
+    }
+}
+
+/// Whether `happens`, which waits a second, is true within [`TIMEOUT`]; an error ends the wait. In
+/// steps of a second: a pause of the VM ends one.
+fn in_time(happens: &dyn Fn() -> Result<bool, Errno>) -> bool {
+    (0..TIMEOUT / 1000).any(|_| !matches!(happens(), Ok(false)))
+}
+
 /// Why a helper was given up after [`TIMEOUT`]: what it was at.
 pub fn timed_out(step: Option<Error>) -> Error {
     error!(
@@ -172,14 +225,27 @@ impl Helper {
         fork(&mut |log| {
             // What PID 1 closes must be closed, whatever this child waits for.
             sys::close_others(&[log.pipe()]);
-            match work(log) {
-                Ok(()) => 0,
-                Err(error) => {
-                    log.fail(&error);
-                    1
-                }
-            }
+            report(work(log), log)
         })
+    }
+
+    /// The same for work of two parts: a fork less than with a helper for each.
+    pub fn start_with_midway(
+        work: &mut dyn FnMut(&HelperLog, &Midway) -> Result,
+    ) -> Result<(Self, Midway)> {
+        let sockets = socketpair(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        );
+        let (ours, theirs) = sockets.map_err(context!("create a pair of sockets"))?;
+        let midway = Midway(theirs);
+        let helper = fork(&mut |log| {
+            sys::close_others(&[log.pipe(), &midway.0]);
+            report(work(log, &midway), log)
+        })?;
+        Ok((helper, Midway(ours)))
     }
 
     /// The result of a helper that was reaped.
@@ -220,13 +286,9 @@ impl Helper {
 
     /// Waits for the end where there is no event loop. One that hangs, as a disk may, is given up.
     pub fn wait(self, log: &mut dyn Log) -> Result {
-        // Its end of the pipe is closed with it. In steps of a second: a pause of the VM ends one.
-        let mut left = TIMEOUT / 1000;
-        while let Ok(false) = sys::has_hung_up(&self.log, 1) {
-            left -= 1;
-            if left == 0 {
-                return Err(self.give_up(log));
-            }
+        // Its end of the pipe is closed with it.
+        if !in_time(&|| sys::has_hung_up(&self.log, 1)) {
+            return Err(self.give_up(log));
         }
         match rustix::process::waitpid(Some(self.pid), WaitOptions::empty()) {
             Ok(Some((_, status))) => self.result(status, log),

@@ -1,8 +1,17 @@
 // The floors: devices, root, the kernel's file systems, cgroups, limit, workload, and nothing else:
 // what an init costs when the kernel is all there is to wait for. The sequential one makes one system
 // call after the other. With -DPARALLEL the root is mounted in a child, beside everything else, and
-// RCU is expedited meanwhile: what is left then is the kernel's work.
+// RCU is expedited meanwhile: what is left then is the kernel's work. With -DWHOLE it also does what
+// tests/example/run.json asks for: a volume, names, lo and eth0, Docker's two sysctls, a directory.
 #include "tiny.h"
+#ifdef WHOLE
+#include <linux/ethtool.h>
+#include <linux/sockios.h>
+#include <net/if.h>
+#include <net/route.h>
+#include <netinet/in.h>
+#include <sys/ioctl.h>
+#endif
 
 #define NODEV MS_NODEV
 #define NOEXEC MS_NOEXEC
@@ -26,6 +35,113 @@ static void mount_root(void)
     sys_mkdir("/newroot", 0755);
     sys(mount, "/dev/vda", "/newroot", "ext4", MS_RELATIME, NULL);
 }
+
+#ifdef WHOLE
+static void must(long result, const char *what)
+{
+    if (result >= 0)
+        return;
+    print("bench: error floor: ");
+    print(what);
+    print("\n");
+    end();
+}
+
+static void mount_volume(const char *root)
+{
+    char target[32];
+    put(put(target, root), "/data");
+    sys_mkdir(target, 0755);
+    must(sys(mount, "/dev/vdb", target, "ext4", MS_RELATIME, NULL), "volume");
+}
+
+static void replace(const char *path, const char *temporary, const char *text)
+{
+    long file = sys(openat, AT_FDCWD, temporary, O_WRONLY | O_CREAT | O_EXCL, 0644);
+    sys(write, file, text, length(text));
+    sys(close, file);
+    must(sys(renameat2, AT_FDCWD, temporary, AT_FDCWD, path, 0), path);
+}
+
+static void write_names(void)
+{
+    static const char hosts[] = "127.0.0.1\tlocalhost\n"
+                                "::1\tlocalhost ip6-localhost ip6-loopback\n"
+                                "# app alias\n10.0.0.2\tmy-app.internal\n";
+    sys(sethostname, "my-app-abcdef", 13);
+    replace("/etc/hosts", "/etc/.hosts", hosts);
+    replace("/etc/resolv.conf", "/etc/.resolv.conf", "nameserver 8.8.8.8\n");
+}
+
+static struct sockaddr address(unsigned char a, unsigned char b, unsigned char c, unsigned char d)
+{
+    struct sockaddr_in in = {AF_INET, 0, {0}, {0}};
+    unsigned char bytes[] = {a, b, c, d};
+    memcpy(&in.sin_addr, bytes, sizeof bytes);
+    struct sockaddr result;
+    memcpy(&result, &in, sizeof in);
+    return result;
+}
+
+static void set_up_network(void)
+{
+    long socket = sys(socket, AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    struct ifreq lo = {.ifr_name = "lo", .ifr_flags = IFF_UP}, eth0 = {.ifr_name = "eth0"};
+    must(sys(ioctl, socket, SIOCSIFFLAGS, &lo), "lo");
+    eth0.ifr_mtu = 1500;
+    must(sys(ioctl, socket, SIOCSIFMTU, &eth0), "MTU");
+    eth0.ifr_flags = IFF_UP;
+    must(sys(ioctl, socket, SIOCSIFFLAGS, &eth0), "eth0");
+    struct ethtool_value checksums = {ETHTOOL_STXCSUM, 0};
+    eth0.ifr_data = (void *)&checksums;
+    must(sys(ioctl, socket, SIOCETHTOOL, &eth0), "checksum offload");
+    eth0.ifr_addr = address(10, 0, 0, 2);
+    must(sys(ioctl, socket, SIOCSIFADDR, &eth0), "address");
+    eth0.ifr_netmask = address(255, 255, 255, 0);
+    must(sys(ioctl, socket, SIOCSIFNETMASK, &eth0), "mask");
+    // The gateway is not in the subnet.
+    struct rtentry route = {.rt_dst = address(169, 254, 0, 1),
+                            .rt_genmask = address(255, 255, 255, 255),
+                            .rt_flags = RTF_UP | RTF_HOST,
+                            .rt_dev = "eth0"};
+    must(sys(ioctl, socket, SIOCADDRT, &route), "route");
+    route.rt_gateway = route.rt_dst;
+    route.rt_dst = route.rt_genmask = address(0, 0, 0, 0);
+    route.rt_flags = RTF_UP | RTF_GATEWAY;
+    must(sys(ioctl, socket, SIOCADDRT, &route), "default route");
+    sys(close, socket);
+    spill("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
+    spill("/proc/sys/net/ipv4/ping_group_range", "0 2147483647");
+}
+
+static void enter_working_directory(void)
+{
+    sys_mkdir("/app", 0755);
+    must(sys(chdir, "/app"), "/app");
+}
+
+static void unmount_volume(void)
+{
+    sys(umount2, "/data", 0);
+}
+#else
+static void mount_volume(const char *root)
+{
+    (void)root;
+}
+static void write_names(void)
+{
+}
+static void set_up_network(void)
+{
+}
+static void enter_working_directory(void)
+{
+}
+static void unmount_volume(void)
+{
+}
+#endif
 
 // Makes /newroot the root, with these file systems moved onto it, and empties the initramfs.
 static void switch_root(const char *const *moved)
@@ -89,13 +205,16 @@ static void prepare(void)
     long child = sys_fork();
     if (child == 0) {
         mount_root();
+        mount_volume("/newroot");
         sys(exit, 0);
     }
     mount_file_systems();
     mount_cgroups();
+    set_up_network();
     sys(wait4, child, NULL, 0, NULL);
     switch_root(moved);
     spill(expedited, "0");
+    write_names();
 }
 #else
 static void prepare(void)
@@ -105,6 +224,9 @@ static void prepare(void)
     switch_root(moved);
     mount_file_systems();
     mount_cgroups();
+    mount_volume("");
+    write_names();
+    set_up_network();
 }
 #endif
 
@@ -124,12 +246,14 @@ __attribute__((used)) void begin(long *stack)
     if (pid == 0) {
         char *argv[] = {"/bin/workload", NULL}, *envp[] = {NULL};
         sys(setsid);
+        enter_working_directory();
         sys(execve, *argv, argv, envp);
         sys(exit, 127);
     }
     // The end: reap it, leave the root clean.
     while (sys(wait4, -1, NULL, 0, NULL) != pid)
         ;
+    unmount_volume();
     sys(mount, NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL);
     sys(sync);
     end();

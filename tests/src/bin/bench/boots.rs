@@ -79,6 +79,10 @@ pub enum Mode {
     WholeMmds,
     /// Boot; cgroup v2 alone.
     Unified,
+    /// Boot; the root is a squashfs below a tmpfs (overlayfs).
+    Overlay,
+    /// Boot; two processors, in real time.
+    TwoProcessors,
     /// Disk requests of two boots of the document with every field.
     Requests,
     /// The end, with a call of /v1/exit_code that waits for it.
@@ -93,6 +97,10 @@ pub enum Mode {
     Trace,
     /// The boot's system calls with MMDS.
     TraceMmds,
+    /// The boot's system calls with the whole document.
+    TraceWhole,
+    /// The boot's system calls with cgroup v2 alone.
+    TraceUnified,
     /// The end's system calls, with a call of /v1/exit_code that waits for it.
     TraceEnd,
     /// The boot's system calls, with a host that waits for the event `ready`.
@@ -105,16 +113,23 @@ impl Mode {
     /// Whether it says anything about this kind of init.
     pub fn suits(self, kind: Kind) -> bool {
         match self {
-            Mode::File | Mode::Unpack | Mode::Trace | Mode::Variant => true,
-            Mode::Mmds
+            Mode::File
             | Mode::Whole
+            | Mode::TwoProcessors
+            | Mode::Unpack
+            | Mode::Trace
+            | Mode::TraceWhole
+            | Mode::Variant => true,
+            Mode::Mmds
             | Mode::WholeMmds
             | Mode::Unified
+            | Mode::Overlay
             | Mode::Requests
             | Mode::Reader
             | Mode::Serve
             | Mode::Commands
             | Mode::TraceMmds
+            | Mode::TraceUnified
             | Mode::TraceEnd
             | Mode::Ready => !kind.is_floor(),
         }
@@ -122,7 +137,10 @@ impl Mode {
 
     /// Whether the document has every field.
     fn is_whole(self) -> bool {
-        matches!(self, Mode::Whole | Mode::WholeMmds | Mode::Requests)
+        matches!(
+            self,
+            Mode::Whole | Mode::WholeMmds | Mode::TraceWhole | Mode::Requests
+        )
     }
 
     /// Whether it is about the time of a boot.
@@ -134,9 +152,12 @@ impl Mode {
                 | Mode::Whole
                 | Mode::WholeMmds
                 | Mode::Unified
+                | Mode::Overlay
                 | Mode::Variant
                 | Mode::Trace
                 | Mode::TraceMmds
+                | Mode::TraceWhole
+                | Mode::TraceUnified
         )
     }
 
@@ -149,6 +170,8 @@ impl Mode {
                 | Mode::Commands
                 | Mode::Trace
                 | Mode::TraceMmds
+                | Mode::TraceWhole
+                | Mode::TraceUnified
                 | Mode::TraceEnd
                 | Mode::Ready
         )
@@ -161,6 +184,8 @@ impl Mode {
             Mode::Whole => "whole",
             Mode::WholeMmds => "whole-mmds",
             Mode::Unified => "unified",
+            Mode::Overlay => "overlay",
+            Mode::TwoProcessors => "two-processors",
             Mode::Requests => "requests",
             Mode::Reader => "reader",
             Mode::Unpack => "unpack",
@@ -168,6 +193,8 @@ impl Mode {
             Mode::Commands => "commands",
             Mode::Trace => "trace",
             Mode::TraceMmds => "trace-mmds",
+            Mode::TraceWhole => "trace-whole",
+            Mode::TraceUnified => "trace-unified",
             Mode::TraceEnd => "trace-end",
             Mode::Ready => "ready",
             Mode::Variant => "variant",
@@ -192,6 +219,7 @@ pub struct Lab {
     kernel: Kernel,
     tree: Tree,
     root: Image,
+    squashfs: Image,
     volume: Image,
     /// The configuration with every field that `tests/example` has.
     whole: Value,
@@ -271,6 +299,7 @@ impl Lab {
         whole["UserOverride"] = json!("root");
         Ok(Lab {
             root: Image::ext4(&tree, 32)?,
+            squashfs: Image::packed(&tree, Format::Squashfs)?,
             tree,
             volume: Image::ext4(&Tree::empty()?, 16)?,
             whole,
@@ -311,10 +340,14 @@ impl Lab {
 
     fn boot_once(&self, subject: &Subject, mode: Mode, phase: f64) -> Result<Told> {
         // Copies: a mount leaves its traces, and the next boot would find them.
-        let (root, volume) = (scratch(&self.root)?, scratch(&self.volume)?);
+        let root = match mode {
+            Mode::Overlay => scratch(&self.squashfs)?,
+            _ => scratch(&self.root)?,
+        };
+        let volume = scratch(&self.volume)?;
         let boot = || {
             let mut builder = self
-                .builder(subject, mode, phase, None)?
+                .builder(subject, mode, phase, &[])?
                 .disk(Disk::file(root.path()))
                 .name(&format!("bench-{}-{}", subject.name, mode.name()))
                 .qemu(cpu(assets::arch()))
@@ -332,7 +365,7 @@ impl Lab {
                     .arg(&format!("PIGEON_EVENTS_PORT={EVENTS_PORT}"));
             }
             builder = match mode {
-                Mode::Serve | Mode::Requests => builder.on_qemu(),
+                Mode::Serve | Mode::Requests | Mode::TwoProcessors => builder.on_qemu(),
                 _ => builder.deterministic(),
             };
             let mut vm = builder.boot()?;
@@ -377,7 +410,7 @@ impl Lab {
                     subject,
                     Mode::Variant,
                     0.0,
-                    variant.root.map(|(_, module)| module),
+                    variant.root.map(|(_, module)| module).as_slice(),
                 )?
                 .disk(Disk::file(root.path()))
                 .name("bench-variant")
@@ -402,7 +435,7 @@ impl Lab {
     fn breakdown(&self, console: &str, figures: &Figures, mode: Mode) -> Result<Option<Breakdown>> {
         let instant = |name| figures.get(name).copied().unwrap_or_default() / 1e3;
         Ok(match mode {
-            Mode::Trace | Mode::TraceMmds => {
+            Mode::Trace | Mode::TraceMmds | Mode::TraceWhole | Mode::TraceUnified => {
                 let (from, to) = (instant("exec_at_ns"), instant("first_at_ns"));
                 Some(trace::boot(console, from, to, &self.names))
             }
@@ -413,19 +446,28 @@ impl Lab {
 
     /// The loader as the kernel's /init, with its orders in /bench, and the init under test.
     ///
-    /// `module` is one more that the root needs.
+    /// `modules` are more that the root needs.
     fn builder(
         &self,
         subject: &Subject,
         mode: Mode,
         phase: f64,
-        module: Option<&str>,
+        modules: &[&str],
     ) -> Result<Builder> {
+        let init = match subject.kind {
+            Kind::Floor if mode.is_whole() => self.program("floor-whole"),
+            Kind::Parallel if mode.is_whole() => self.program("parallel-whole"),
+            _ => subject.init.clone(),
+        };
         let mut builder = Vm::builder()
             .without_modules()
-            .init(&subject.init)?
+            .init(&init)?
             .arg("rdinit=/bench/load")
             .arg("PIGEON_EXIT_LINGER_MS=0");
+        if mode != Mode::Variant {
+            // Two thirds of the boot before /init, and nothing of what is measured.
+            builder = builder.arg("cryptomgr.notests");
+        }
         let mut files = vec!["/bench/load".to_string(), "/bench/files".into()];
         builder = builder.file("/bench/load", 0o755, fs::read(self.programs.path("load"))?);
         let mut add = |builder: Builder, name: &str, contents: Vec<u8>| {
@@ -438,20 +480,29 @@ impl Lab {
             builder = add(builder, "unpack", b"please".to_vec());
             return Ok(builder.arg("initramfs_async=0"));
         }
-        let document = match mode.is_whole() {
+        let mut document = match mode.is_whole() {
             true => self.whole.clone(),
             false => {
                 json!({"ImageConfig": {"Cmd": ["/bin/workload"]}, "ExecOverride": ["/bin/workload"]})
             }
         };
-        if matches!(mode, Mode::Whole | Mode::Requests) {
-            builder = builder.nic().arg("PIGEON_CONFIG=file");
+        if matches!(mode, Mode::Whole | Mode::TraceWhole | Mode::Requests) {
+            // On a tap device, as Firecracker's: the only one that lets checksum offload be switched.
+            builder = builder.tap().arg("PIGEON_CONFIG=file");
         }
-        if mode == Mode::Unified {
+        if mode == Mode::TwoProcessors {
+            builder = builder.cpus(2);
+        }
+        let mut more = modules.to_vec();
+        if mode == Mode::Overlay {
+            document["RootOverlay"] = json!("tmpfs");
+            more.extend(["squashfs", "overlay"]);
+        }
+        if matches!(mode, Mode::Unified | Mode::TraceUnified) {
             builder = builder.arg("PIGEON_CGROUPS=unified");
         }
-        let module: Vec<_> = module.map(String::from).into_iter().collect();
-        let mut modules = self.kernel.modules_and(&module)?;
+        let more: Vec<_> = more.into_iter().map(String::from).collect();
+        let mut modules = self.kernel.modules_and(&more)?;
         if matches!(mode, Mode::Mmds | Mode::WholeMmds | Mode::TraceMmds) {
             modules.push(("veth.ko".into(), assets::module("veth")?));
             builder = add(builder, "run.json", document.to_string().into());
@@ -468,7 +519,12 @@ impl Lab {
         builder = add(builder, "modules", list.into());
         if matches!(
             mode,
-            Mode::Trace | Mode::TraceMmds | Mode::TraceEnd | Mode::Ready
+            Mode::Trace
+                | Mode::TraceMmds
+                | Mode::TraceWhole
+                | Mode::TraceUnified
+                | Mode::TraceEnd
+                | Mode::Ready
         ) {
             let end = if mode == Mode::TraceEnd {
                 trace::ORDERS_AT_END
@@ -489,11 +545,15 @@ impl Lab {
             | Mode::Whole
             | Mode::WholeMmds
             | Mode::Unified
+            | Mode::Overlay
+            | Mode::TwoProcessors
             | Mode::Unpack
             | Mode::Variant => "boot",
             Mode::Reader | Mode::Requests => "reader",
             Mode::Serve | Mode::Commands => "serve",
-            Mode::Trace | Mode::TraceMmds | Mode::Ready => "trace",
+            Mode::Trace | Mode::TraceMmds | Mode::TraceWhole | Mode::TraceUnified | Mode::Ready => {
+                "trace"
+            }
             Mode::TraceEnd => "end",
         };
         Ok(builder.arg(&format!("bench.mode={workload}")))

@@ -36,17 +36,20 @@ impl Programs {
     /// Compiles them all.
     pub fn compile() -> Result<Programs> {
         let dir = tempfile::tempdir()?;
-        for (name, source, define) in [
-            ("load", "load", None),
-            ("floor", "floor", None),
-            ("parallel", "floor", Some("-DPARALLEL")),
-            ("workload", "workload", None),
-            ("servers", "servers", None),
+        const PARALLEL: &str = "-DPARALLEL";
+        for (name, source, defines) in [
+            ("load", "load", &[] as &[&str]),
+            ("floor", "floor", &[]),
+            ("parallel", "floor", &[PARALLEL]),
+            ("floor-whole", "floor", &["-DWHOLE"]),
+            ("parallel-whole", "floor", &[PARALLEL, "-DWHOLE"]),
+            ("workload", "workload", &[]),
+            ("servers", "servers", &[]),
         ] {
             let source = assets::repository().join(format!("tests/bench/{source}.c"));
             run(assets::c_compiler()?
                 .args(FLAGS)
-                .args(define)
+                .args(defines)
                 .args((assets::arch() == Arch::X86_64).then_some("-fcf-protection=none"))
                 .arg("-o")
                 .arg(dir.path().join(name))

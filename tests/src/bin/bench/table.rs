@@ -116,7 +116,7 @@ fn memory(entry: &Entry) -> Option<f64> {
 }
 
 /// Each row's function gets the subject and the floor.
-const ROWS: [Row; 44] = [
+const ROWS: [Row; 47] = [
     row("binary", "B", 0, |e, _| Some(e.binary_size)).bar(131_072.0),
     row(
         "initrd without configuration and modules",
@@ -169,6 +169,12 @@ const ROWS: [Row; 44] = [
         Some(ms(e, Mode::Whole)? / boot_ms(floor)?)
     })
     .bar(0.25),
+    row(
+        "  against the floor that does the same",
+        "x",
+        3,
+        |e, floor| Some(ms(e, Mode::Whole)? / ms(floor, Mode::Whole)?),
+    ),
     row("  by MMDS", "ms", 3, |e, _| {
         less_peer_ms(e, Mode::WholeMmds)
     }),
@@ -198,6 +204,18 @@ const ROWS: [Row; 44] = [
         Some(ms(e, Mode::Unified)? / boot_ms(floor)?)
     })
     .bar(0.15),
+    row(
+        "exec of /init to workload, squashfs and overlay",
+        "ms",
+        3,
+        |e, _| ms(e, Mode::Overlay),
+    ),
+    row(
+        "exec of /init to workload, two processors, real time",
+        "ms",
+        3,
+        |e, _| ms(e, Mode::TwoProcessors),
+    ),
     row("API to the event that says so", "ms", 3, |e, _| {
         Some(e.samples.median(Mode::Ready, "ready_us")? / 1e3)
     })
