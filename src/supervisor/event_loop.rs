@@ -188,7 +188,7 @@ impl Supervisor {
         };
         let log = &mut *self.console;
         match self.phase {
-            Phase::Running => self.workload_ended(child, status),
+            Phase::Running | Phase::Killed => self.workload_ended(child, status),
             Phase::Setup => {
                 if let Err(error) = child.result(status, log) {
                     self.fail(error);
