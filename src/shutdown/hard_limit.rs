@@ -77,29 +77,22 @@ fn wait_for_helper(helper: &Helper, timeout: u64, console: &mut Console) {
 /// Has the kernel write all file systems out and make them read-only (sysrq `s` and `u`,
 /// Documentation/admin-guide/sysrq.rst). Its own threads do it, so PID 1 never waits for a disk;
 /// they do it one after the other, so a disk that hangs costs those behind it. Each has half of so many
-/// milliseconds.
+/// milliseconds. What is still writable then is named.
 pub fn remount_by_kernel(timeout: u64, log: &mut dyn Log) {
     let half = timeout / 2;
     let done = kernel_log().and_then(|(proc, kernel)| {
-        sysrq(&proc, &kernel, b"s", b"Emergency Sync complete", half)
-            .and_then(|_| sysrq(&proc, &kernel, b"u", b"Emergency Remount complete", half))
+        sysrq(&proc, &kernel, b"s", b"Emergency Sync complete", half)?;
+        if !sysrq(&proc, &kernel, b"u", b"Emergency Remount complete", half)? {
+            let mounts = Text::read(&proc, c"self/mountinfo")?;
+            file_systems::name_writable(&mounts, "timed out unmounting", &mut |_, text| {
+                log.warn(text)
+            });
+        }
+        Ok(())
     });
-    match done {
-        Ok(true) => {}
-        Ok(false) => name_writable(log),
-        Err(errno) => log.warn(&context!("make all file systems read-only")(errno)),
+    if let Err(errno) = done {
+        log.warn(&context!("make all file systems read-only")(errno));
     }
-}
-
-/// Names what is still writable.
-fn name_writable(log: &mut dyn Log) {
-    let mounts = private::proc().and_then(|proc| Text::read(&proc, c"self/mountinfo"));
-    let Ok(mounts) = mounts else {
-        return log.warn(&"timed out making all file systems read-only");
-    };
-    file_systems::name_writable(&mounts, "timed out unmounting", &mut |_, text| {
-        log.warn(text)
-    });
 }
 
 /// A procfs, and the kernel's log from now on.

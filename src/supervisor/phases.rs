@@ -146,6 +146,11 @@ impl Supervisor {
     fn finish_drain(&mut self, late: bool) {
         let more = self.finish_output();
         self.console.flush();
+        if late {
+            // For the kernel's last lines: it would wait 10 ms for each byte of them (wait_for_xmitr,
+            // drivers/tty/serial/8250/8250_port.c).
+            let _printed = files::write_at(&self.context.proc, c"sys/kernel/printk", b"0");
+        }
         if self.console.waiting() == 0 && !more || late {
             shutdown::reboot();
         }
