@@ -5,7 +5,7 @@ use crate::context;
 use crate::error::Log;
 use crate::process::helper::{self, Helper};
 use crate::shutdown::{
-    self, CONSOLE_DRAIN_TIMEOUT, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT, file_systems,
+    self, CONSOLE_DRAIN_TIMEOUT, KILL_TIMEOUT, TERM_GRACE, file_systems,
     private::{self, Text},
 };
 use crate::sys::signal::{SIGKILL, SIGTERM};
@@ -36,7 +36,10 @@ pub fn after_panic() -> ! {
         }
     }
     match shutdown::leave_clean() {
-        Ok(helper) => wait_for_helper(&helper, unmount_timeout, &mut console),
+        Ok(helper) => {
+            let ended = helper.wait_for(unmount_timeout);
+            report(&helper, ended, &mut console);
+        }
         Err(error) => {
             console.warn(&error);
             remount_by_kernel(unmount_timeout, &mut console);
@@ -63,14 +66,14 @@ fn wait_for_children(timeout: u64) -> bool {
     }
 }
 
-fn wait_for_helper(helper: &Helper, timeout: u64, console: &mut Console) {
-    let ended = helper.wait_for(timeout);
-    let lines = helper::read_lines(&helper.log, console);
+/// Passes on what a helper has said; of one that has not ended in time, also what it was at.
+pub fn report(helper: &Helper, ended: bool, log: &mut dyn Log) {
+    let lines = helper::read_lines(&helper.log, log);
     if let Some(error) = lines.error {
-        console.warn(&error);
+        log.warn(&error);
     }
     if !ended && let Some(step) = lines.step {
-        console.warn(&format_args!("timed out {step}"));
+        log.warn(&format_args!("timed out {step}"));
     }
 }
 

@@ -5,7 +5,7 @@ use super::workload::KILLED;
 use crate::context::{NEVER, Stop};
 use crate::error;
 use crate::error::Error;
-use crate::process::{helper, oom_score};
+use crate::process::oom_score;
 use crate::shutdown::{
     self, CONSOLE_DRAIN_TIMEOUT, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT, hard_limit,
 };
@@ -89,10 +89,8 @@ impl Supervisor {
                 self.unmount();
             }
             Phase::Unmount if late => {
-                if let Some(helper) = self.child.take()
-                    && let Some(step) = helper::read_lines(&helper.log, self.console).step
-                {
-                    self.console.warn(&format_args!("timed out {step}"));
+                if let Some(helper) = self.child.take() {
+                    hard_limit::report(&helper, false, self.console);
                 }
                 self.drain();
             }
