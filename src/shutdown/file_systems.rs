@@ -6,7 +6,7 @@ use crate::context;
 use crate::error;
 use crate::error::Result;
 use crate::process::helper::HelperLog;
-use crate::shutdown::VOLUMES_TIMEOUT;
+use crate::shutdown::budget::VOLUMES_TIMEOUT;
 use crate::shutdown::private::{self, Text};
 use crate::shutdown::volume::{self, Tables, Volume};
 use crate::sys::signal::SIGCHLD;

@@ -4,8 +4,9 @@ use crate::console::Console;
 use crate::context;
 use crate::error::Log;
 use crate::process::helper::{self, Helper};
+use crate::shutdown::budget::{self, CONSOLE_DRAIN_TIMEOUT, KILL_TIMEOUT, TERM_GRACE};
 use crate::shutdown::{
-    self, CONSOLE_DRAIN_TIMEOUT, KILL_TIMEOUT, TERM_GRACE, file_systems,
+    self, file_systems,
     private::{self, Text},
 };
 use crate::sys::signal::{SIGKILL, SIGTERM};
@@ -21,7 +22,7 @@ const RETRY: i64 = 5;
 
 /// The end after a panic: in the same order as ever, with nothing of what panicked.
 pub fn after_panic() -> ! {
-    let Some(unmount_timeout) = shutdown::begin_after_panic() else {
+    let Some(unmount_timeout) = budget::begin_after_panic() else {
         shutdown::reboot();
     };
     let mut console = Console::new();

@@ -6,9 +6,10 @@ use crate::context::{NEVER, Stop};
 use crate::error;
 use crate::error::Error;
 use crate::process::oom_score;
-use crate::shutdown::{
-    self, CONSOLE_DRAIN_TIMEOUT, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT, hard_limit,
+use crate::shutdown::budget::{
+    self, CONSOLE_DRAIN_TIMEOUT, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT,
 };
+use crate::shutdown::{self, hard_limit};
 use crate::sys;
 use crate::sys::files;
 use crate::sys::signal::{SIGKILL, SIGTERM};
@@ -67,7 +68,7 @@ impl Supervisor {
             }
             Phase::Linger if late || self.is_told() => {
                 self.api.close(&mut self.context);
-                self.end = self.context.now.saturating_add(shutdown::begin());
+                self.end = self.context.now.saturating_add(budget::begin());
                 // With all that the end starts.
                 if let Err(error) = oom_score::spare(&self.context.proc) {
                     self.console.warn(&error);
