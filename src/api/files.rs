@@ -26,7 +26,6 @@ use proto::users::Identity;
 use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
-use rustix::net::SendFlags;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 /// How often PID 1 looks whether a child gets on, in milliseconds.
@@ -279,9 +278,8 @@ impl Client<'_> {
     /// Sends all of it. A client that is gone, or takes nothing for too long, is no concern any more.
     fn send(&self, mut bytes: &[u8]) -> Result<(), Failure> {
         while !bytes.is_empty() {
-            // Unlike PID 1 a child is killed by SIGPIPE.
-            let count = retry(&mut || rustix::net::send(self.socket, bytes, SendFlags::NOSIGNAL))
-                .map_err(|_| Failure::Gone)?;
+            let count =
+                retry(&mut || files::send(self.socket, bytes)).map_err(|_| Failure::Gone)?;
             bytes = bytes.get(count..).unwrap_or(&[]);
             self.tell_progress();
         }

@@ -210,8 +210,7 @@ impl Io {
         self.small &= self.unsent.end <= INPUT + SMALL;
         while !self.unsent.is_empty() {
             let bytes = self.memory.get(self.unsent.clone()).unwrap_or(&[]);
-            // Without a reader PID 1 gets EPIPE alone: it has no handler for SIGPIPE (signal(7)).
-            match files::write(&self.socket, bytes) {
+            match files::send(&self.socket, bytes) {
                 Ok(count) => self.unsent.start += count,
                 Err(Errno::AGAIN) => return self.unsent.start > before,
                 Err(_) => {

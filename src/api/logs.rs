@@ -171,7 +171,16 @@ impl LogReader {
             skip -= start;
             IoSlice::new(part.get(start..).unwrap_or(&[]))
         });
-        match files::write_vectored(io.socket(), &slices) {
+        let sent = match files::write_vectored(io.socket(), &slices) {
+            // There is no memory for all of it in one piece.
+            Err(Errno::NOMEM) => {
+                let mut slices = slices.iter().map(IoSlice::as_slice);
+                let next = slices.find(|slice| !slice.is_empty());
+                files::send(io.socket(), next.unwrap_or(&[]))
+            }
+            sent => sent,
+        };
+        match sent {
             Ok(count) => self.sent += count,
             Err(Errno::AGAIN) => return Ok(false),
             Err(errno) => return Err(errno),

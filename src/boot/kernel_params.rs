@@ -5,7 +5,7 @@ use super::cgroups::Layout;
 use super::config_source::{self, Source};
 use crate::error::Error;
 use crate::output_log::{Destination, OutputLog};
-use crate::supervisor::LINGER;
+use crate::shutdown::budget::LINGER;
 use crate::sys::Words;
 use proto::bytes::split_once;
 use proto::decimal;

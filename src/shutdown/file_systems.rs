@@ -6,6 +6,7 @@ use crate::context;
 use crate::error;
 use crate::error::Result;
 use crate::process::helper::HelperLog;
+use crate::shutdown::budget::VOLUMES_TIMEOUT;
 use crate::shutdown::private::{self, Text};
 use crate::shutdown::volume::{self, Tables, Volume};
 use crate::sys::signal::SIGCHLD;
@@ -21,9 +22,6 @@ use rustix::process::{Pid, WaitOptions};
 
 /// Most devices: far more than a VM has buses for.
 const DEVICES: usize = 256;
-
-/// How long all devices but the root's may take together, in milliseconds.
-const VOLUMES_TIMEOUT: u64 = 20_000;
 
 /// Major number of RAM disks, which end with the memory (linux/major.h).
 const RAMDISK_MAJOR: u32 = 1;

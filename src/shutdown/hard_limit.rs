@@ -4,35 +4,27 @@ use crate::console::Console;
 use crate::context;
 use crate::error::Log;
 use crate::process::helper::{self, Helper};
+use crate::shutdown::budget::{self, CONSOLE_DRAIN_TIMEOUT, KILL_TIMEOUT, TERM_GRACE};
 use crate::shutdown::{
-    self, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT, file_systems,
+    self, file_systems,
     private::{self, Text},
 };
 use crate::sys::signal::{SIGKILL, SIGTERM};
 use crate::sys::{self, Stopwatch, files};
-use core::sync::atomic::{AtomicBool, Ordering};
 use proto::message::Level;
 use rustix::fd::OwnedFd;
 use rustix::fs::{FileType, Mode, OFlags, SeekFrom, makedev};
 use rustix::io::Errno;
 use rustix::process::WaitOptions;
 
-/// How long the kernel may take to write all out, and again to make all read-only, in milliseconds.
-const SYSRQ_TIMEOUT: u64 = 15_000;
-/// How long the console may take at the end, in milliseconds.
-const CONSOLE_TIMEOUT: u64 = 1000;
 /// Time between two looks, in milliseconds.
 const RETRY: i64 = 5;
 
 /// The end after a panic: in the same order as ever, with nothing of what panicked.
 pub fn after_panic() -> ! {
-    static ENTERED: AtomicBool = AtomicBool::new(false);
-    // A panic on this way: there is no other. There is one thread: a load and a store are a swap, which
-    // on aarch64 would need the run-time library's atomics.
-    if ENTERED.load(Ordering::Relaxed) {
+    let Some(unmount_timeout) = budget::begin_after_panic() else {
         shutdown::reboot();
-    }
-    ENTERED.store(true, Ordering::Relaxed);
+    };
     let mut console = Console::new();
     console.open(Level::Info);
     console.error(&"panic");
@@ -45,14 +37,17 @@ pub fn after_panic() -> ! {
         }
     }
     match shutdown::leave_clean() {
-        Ok(helper) => wait_for_helper(&helper, &mut console),
+        Ok(helper) => {
+            let ended = helper.wait_for(unmount_timeout);
+            report(&helper, ended, &mut console);
+        }
         Err(error) => {
             console.warn(&error);
-            remount_by_kernel(&mut console);
+            remount_by_kernel(unmount_timeout, &mut console);
         }
     }
     let watch = Stopwatch::start();
-    while console.waiting() > 0 && watch.elapsed() < CONSOLE_TIMEOUT {
+    while console.waiting() > 0 && watch.elapsed() < CONSOLE_DRAIN_TIMEOUT {
         console.flush();
         sys::sleep(1);
     }
@@ -72,41 +67,36 @@ fn wait_for_children(timeout: u64) -> bool {
     }
 }
 
-fn wait_for_helper(helper: &Helper, console: &mut Console) {
-    let ended = helper.wait_for(UNMOUNT_TIMEOUT);
-    let lines = helper::read_lines(&helper.log, console);
+/// Passes on what a helper has said; of one that has not ended in time, also what it was at.
+pub fn report(helper: &Helper, ended: bool, log: &mut dyn Log) {
+    let lines = helper::read_lines(&helper.log, log);
     if let Some(error) = lines.error {
-        console.warn(&error);
+        log.warn(&error);
     }
     if !ended && let Some(step) = lines.step {
-        console.warn(&format_args!("timed out {step}"));
+        log.warn(&format_args!("timed out {step}"));
     }
 }
 
 /// Has the kernel write all file systems out and make them read-only (sysrq `s` and `u`,
 /// Documentation/admin-guide/sysrq.rst). Its own threads do it, so PID 1 never waits for a disk;
-/// they do it one after the other, so a disk that hangs costs those behind it.
-pub fn remount_by_kernel(log: &mut dyn Log) {
+/// they do it one after the other, so a disk that hangs costs those behind it. Each has half of so many
+/// milliseconds. What is still writable then is named.
+pub fn remount_by_kernel(timeout: u64, log: &mut dyn Log) {
+    let half = timeout / 2;
     let done = kernel_log().and_then(|(proc, kernel)| {
-        sysrq(&proc, &kernel, b"s", b"Emergency Sync complete")
-            .and_then(|_| sysrq(&proc, &kernel, b"u", b"Emergency Remount complete"))
+        sysrq(&proc, &kernel, b"s", b"Emergency Sync complete", half)?;
+        if !sysrq(&proc, &kernel, b"u", b"Emergency Remount complete", half)? {
+            let mounts = Text::read(&proc, c"self/mountinfo")?;
+            file_systems::name_writable(&mounts, "timed out unmounting", &mut |_, text| {
+                log.warn(text)
+            });
+        }
+        Ok(())
     });
-    match done {
-        Ok(true) => {}
-        Ok(false) => name_writable(log),
-        Err(errno) => log.warn(&context!("make all file systems read-only")(errno)),
+    if let Err(errno) = done {
+        log.warn(&context!("make all file systems read-only")(errno));
     }
-}
-
-/// Names what is still writable.
-fn name_writable(log: &mut dyn Log) {
-    let mounts = private::proc().and_then(|proc| Text::read(&proc, c"self/mountinfo"));
-    let Ok(mounts) = mounts else {
-        return log.warn(&"timed out making all file systems read-only");
-    };
-    file_systems::name_writable(&mounts, "timed out unmounting", &mut |_, text| {
-        log.warn(text)
-    });
 }
 
 /// A procfs, and the kernel's log from now on.
@@ -122,12 +112,18 @@ fn kernel_log() -> Result<(OwnedFd, OwnedFd), Errno> {
 }
 
 /// Asks for a function and waits for the kernel to say that it is done; false when it did not in time.
-fn sysrq(proc: &OwnedFd, log: &OwnedFd, key: &[u8], done: &[u8]) -> Result<bool, Errno> {
+fn sysrq(
+    proc: &OwnedFd,
+    log: &OwnedFd,
+    key: &[u8],
+    done: &[u8],
+    timeout: u64,
+) -> Result<bool, Errno> {
     files::write_at(proc, c"sysrq-trigger", key)?;
     let watch = Stopwatch::start();
     // The longest record (CONSOLE_EXT_LOG_MAX, linux/printk.h).
     let mut record = [0; 8192];
-    while watch.elapsed() < SYSRQ_TIMEOUT {
+    while watch.elapsed() < timeout {
         match files::read(log, &mut record) {
             Ok(count) => {
                 let record = record.get(..count).unwrap_or(&[]);

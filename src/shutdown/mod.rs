@@ -3,6 +3,7 @@
 //! What may wait for a disk is a helper's; [`hard_limit`] is for where there is none, or no PID 1 to
 //! rely on.
 
+pub mod budget;
 mod file_systems;
 pub mod hard_limit;
 mod private;
@@ -13,13 +14,6 @@ use crate::error::Result;
 use crate::process::helper::Helper;
 use crate::sys;
 use rustix::system::RebootCommand;
-
-/// How long what is left may take to stop when it is asked to, in milliseconds.
-pub const TERM_GRACE: u64 = 500;
-/// How long what is killed may take to go, in milliseconds: a process in the kernel may stay.
-pub const KILL_TIMEOUT: u64 = 2000;
-/// How long all file systems may take, in milliseconds.
-pub const UNMOUNT_TIMEOUT: u64 = 34_000;
 
 /// Kills what is left, after SIGKILL was sent to all, in a helper.
 pub fn kill() -> Result<Helper> {

@@ -200,7 +200,11 @@ impl Supervisor {
             return;
         }
         if let Some(workload) = self.workload.take_if(|workload| workload.pid == pid) {
-            return self.workload_ended(workload, status);
+            // One that could not be killed in time is history.
+            if matches!(self.phase, Phase::Running | Phase::Killed) {
+                self.workload_ended(workload, status);
+            }
+            return;
         }
         let Some(child) = self.child.take_if(|child| child.pid == pid) else {
             return self.api.on_exit(pid, status, &mut self.context);

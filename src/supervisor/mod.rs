@@ -12,6 +12,3 @@ mod workload;
 pub use event_loop::HANDLED;
 pub use events::Events;
 pub use state::Supervisor;
-
-/// How long the API waits for somebody to read the exit code, in milliseconds.
-pub const LINGER: u64 = 1000;

@@ -1,11 +1,15 @@
 //! The phases of a VM's life, and how one follows the other.
 
 use super::state::{Phase, Supervisor};
+use super::workload::KILLED;
 use crate::context::{NEVER, Stop};
 use crate::error;
 use crate::error::Error;
-use crate::process::{helper, oom_score};
-use crate::shutdown::{self, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT, hard_limit};
+use crate::process::oom_score;
+use crate::shutdown::budget::{
+    self, CONSOLE_DRAIN_TIMEOUT, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT,
+};
+use crate::shutdown::{self, hard_limit};
 use crate::sys;
 use crate::sys::files;
 use crate::sys::signal::{SIGKILL, SIGTERM};
@@ -13,10 +17,6 @@ use proto::signal::Signal;
 
 /// How long a workload that is asked to stop may take, in milliseconds.
 const STOP_GRACE: u64 = 10_000;
-/// How long the end may take from the first signal to the reboot, in milliseconds.
-const END_TIMEOUT: u64 = 45_000;
-/// How long a console that takes nothing is waited for at the end, in milliseconds.
-const CONSOLE_DRAIN_TIMEOUT: u64 = 3000;
 
 impl Supervisor {
     /// Asks the workload to stop, and sees to it that it does in time. Asked again, it has no more time
@@ -59,11 +59,16 @@ impl Supervisor {
                 self.console
                     .warn(&format_args!("the workload does not stop: killed"));
                 self.signal_workload(SIGKILL);
-                self.deadline = NEVER;
+                self.enter(Phase::Killed, KILL_TIMEOUT);
+            }
+            // It waits in the kernel, as for a disk that hangs.
+            Phase::Killed if late => {
+                let code = KILLED + SIGKILL as i32;
+                self.end_with(code, error!("the workload cannot be killed"));
             }
             Phase::Linger if late || self.is_told() => {
                 self.api.close(&mut self.context);
-                self.end = self.context.now.saturating_add(END_TIMEOUT);
+                self.end = self.context.now.saturating_add(budget::begin());
                 // With all that the end starts.
                 if let Err(error) = oom_score::spare(&self.context.proc) {
                     self.console.warn(&error);
@@ -85,10 +90,8 @@ impl Supervisor {
                 self.unmount();
             }
             Phase::Unmount if late => {
-                if let Some(helper) = self.child.take()
-                    && let Some(step) = helper::read_lines(&helper.log, self.console).step
-                {
-                    self.console.warn(&format_args!("timed out {step}"));
+                if let Some(helper) = self.child.take() {
+                    hard_limit::report(&helper, false, self.console);
                 }
                 self.drain();
             }
@@ -126,7 +129,9 @@ impl Supervisor {
     /// No helper has done it: the kernel is asked to. Nobody waits for PID 1 now.
     pub(super) fn unmount_by_kernel(&mut self, error: &Error) {
         self.console.warn(error);
-        hard_limit::remount_by_kernel(self.console);
+        let left = self.end.saturating_sub(self.clock());
+        let timeout = left.saturating_sub(CONSOLE_DRAIN_TIMEOUT);
+        hard_limit::remount_by_kernel(timeout.min(UNMOUNT_TIMEOUT), self.console);
         self.context.now = self.clock();
         self.drain();
     }
@@ -140,6 +145,11 @@ impl Supervisor {
     fn finish_drain(&mut self, late: bool) {
         let more = self.finish_output();
         self.console.flush();
+        if late {
+            // For the kernel's last lines: it would wait 10 ms for each byte of them (wait_for_xmitr,
+            // drivers/tty/serial/8250/8250_port.c).
+            let _printed = files::write_at(&self.context.proc, c"sys/kernel/printk", b"0");
+        }
         if self.console.waiting() == 0 && !more || late {
             shutdown::reboot();
         }

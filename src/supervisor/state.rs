@@ -22,6 +22,8 @@ pub enum Phase {
     Setup,
     /// The workload runs.
     Running,
+    /// It did not stop in time, and was killed.
+    Killed,
     /// It has ended; somebody may yet ask how.
     Linger,
     /// What is left is asked to go.
@@ -124,11 +126,16 @@ impl Supervisor {
 
     /// Something that has to be there is not: says so, and goes to the end.
     pub fn fail(&mut self, error: Error) {
+        self.end_with(NOT_RUN, error);
+    }
+
+    /// The same, with an exit code.
+    pub(super) fn end_with(&mut self, code: i32, error: Error) {
         // Before the first turn there was no look at the clock.
         self.context.now = self.clock();
         self.console.error(&error);
         self.ended(Exit {
-            code: NOT_RUN,
+            code,
             oom_killed: false,
             error: Some(error),
         });

@@ -14,7 +14,7 @@ use rustix::fs::OFlags;
 use rustix::process::WaitStatus;
 
 /// What a killed process's exit code is counted from, as in a shell.
-const KILLED: i32 = 128;
+pub(super) const KILLED: i32 = 128;
 
 /// What the workload has for itself at its start, in milliseconds: execve(2) reads a disk.
 const HEAD_START: u64 = 5;

@@ -14,6 +14,7 @@ use proto::message::{Message, ToLossy};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{FileType, Mode, OFlags, RawDir};
 use rustix::io::Errno;
+use rustix::net::SendFlags;
 
 /// The bytes up to the first NUL; empty when there is none.
 pub fn c_str(bytes: &[u8]) -> &CStr {
@@ -52,6 +53,22 @@ pub fn read_full(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
 /// Writes some bytes (write(2)).
 pub fn write(file: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
     rustix::io::write(file, bytes)
+}
+
+/// Most bytes sent where memory is in small pieces: the kernel always finds so many in one (up to
+/// PAGE_ALLOC_COSTLY_ORDER, linux/mmzone.h).
+const SMALL_PIECE: usize = 8 << 10;
+
+/// Sends some bytes over vsock (send(2)); EPIPE, and no SIGPIPE, when nobody receives them.
+///
+/// The kernel copies up to 64 KiB to memory in one piece (net/vmw_vsock/virtio_transport_common.c), which
+/// beside a full page cache there may not be: ENOMEM. Fewer bytes go then.
+pub fn send(socket: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
+    let send = |bytes| rustix::net::send(socket, bytes, SendFlags::NOSIGNAL);
+    match send(bytes) {
+        Err(Errno::NOMEM) => send(bytes.get(..SMALL_PIECE).unwrap_or(bytes)),
+        sent => sent,
+    }
 }
 
 /// Writes to one of the kernel's files, counted from a directory; such are written whole.

@@ -3,7 +3,7 @@
 
 use std::io::{Read, Write};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 /// Bytes made and compared at once.
 const PIECE: usize = 1 << 20;
@@ -47,7 +47,9 @@ pub fn expect(stream: &mut impl Read, mut left: u64, seed: u64) -> Result<()> {
     while left > 0 {
         noise.fill(&mut piece);
         let size = piece.len().min(usize::try_from(left)?);
-        stream.read_exact(&mut read[..size])?;
+        stream
+            .read_exact(&mut read[..size])
+            .with_context(|| format!("{left} bytes before the end"))?;
         ensure!(
             read[..size] == piece[..size],
             "other bytes, {left} before the end"

@@ -82,6 +82,7 @@ pub struct Builder {
     qemu_options: Vec<String>,
     compressor: &'static [&'static str],
     patience: Option<Duration>,
+    slot: Option<Arc<Slot>>,
 }
 
 impl Builder {
@@ -298,6 +299,14 @@ impl Builder {
         }
     }
 
+    /// Has this slot, which its holder keeps for one VM after the other.
+    pub fn in_slot(self, slot: &Arc<Slot>) -> Self {
+        Builder {
+            slot: Some(slot.clone()),
+            ..self
+        }
+    }
+
     /// Boots, and waits until the workload has been started.
     pub fn start(self) -> Result<Vm> {
         let vm = self.boot()?;
@@ -307,7 +316,10 @@ impl Builder {
 
     /// Starts the VM, once there is a [`Slot`] for it.
     pub fn boot(self) -> Result<Vm> {
-        let slot = Slot::acquire()?;
+        let slot = match &self.slot {
+            Some(slot) => slot.clone(),
+            None => Arc::new(Slot::acquire()?),
+        };
         let dir = TempDir::with_prefix("pigeon-vm-")?;
         let kernel = match &self.kernel {
             Some(kernel) => kernel.clone(),
@@ -368,7 +380,7 @@ impl Builder {
         vm.traffic = traffic;
         vm.patience = patience;
         vm.quiet = self.quiet;
-        vm.slot = Some(Arc::new(slot));
+        vm.slot = Some(slot);
         Ok(vm)
     }
 
@@ -509,6 +521,7 @@ impl Vm {
             qemu_options: vec![],
             compressor: &[],
             patience: None,
+            slot: None,
         }
     }
 

@@ -164,6 +164,47 @@ fn many_commands_delay_neither_the_status_nor_the_workloads_end() -> Result<()> 
     root.check()
 }
 
+#[test]
+fn commands_with_much_output_all_at_once_are_answered_in_little_memory() -> Result<()> {
+    const COMMANDS: usize = 64;
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let config = json!({"ExecOverride": ["/bin/sleep", "100000"]});
+    let builder = Vm::builder().config(&config).disk(&root);
+    let mut vm = builder.memory_mib(128).patience(PATIENCE).start()?;
+    // 2 MiB each; one process, as each of them needs memory, too.
+    let body = json!({"cmd": ["seq", "316520"], "timeout_ms": 600_000}).to_string();
+    let head = "POST /v1/exec HTTP/1.1\r\nHost: x\r\nContent-Length: ";
+    let request = format!("{head}{}\r\n\r\n{body}", body.len());
+    let mut commands = vec![];
+    for _ in 0..COMMANDS {
+        let mut api = vm.api()?;
+        api.send(request.as_bytes())?;
+        commands.push(api);
+    }
+    let mut api = vm.api()?;
+    let mut shell = |script: &str| -> Result<serde_json::Value> {
+        let body = json!({"cmd": ["sh", "-c", script]});
+        api.post("/v1/exec", &body)?.success()?.json()
+    };
+    // What was kept of all of them is there before the first is read.
+    let running = "while pidof seq >/dev/null; do sleep 0.5; done";
+    assert_eq!(shell(running)?["exit_code"], 0);
+    let mut kept = 0;
+    for command in &mut commands {
+        let answer = command.receive(false)?.success()?.json()?;
+        assert_eq!(answer["exit_code"], 0, "{}", answer["stderr"]);
+        assert_eq!(answer["stdout_truncated"], true);
+        kept += answer["stdout"].as_str().context("no output")?.len();
+    }
+    println!("{kept} bytes kept");
+    // An eighth of the memory at once, what the kernel has for itself apart; small ones were gone by then.
+    ensure!((8 << 20..=32 << 20).contains(&kept), "{kept} bytes");
+    // Counted since the boot (proc_vmstat(5)).
+    let killed = shell("grep oom_kill /proc/vmstat")?;
+    assert_eq!(killed["stdout"], "oom_kill 0\n");
+    Ok(())
+}
+
 /// What PID 1 holds: memory in KiB, Pss and page tables, and open files.
 fn held(api: &mut Client<UnixStream>) -> Result<(u64, u64, u64)> {
     let script = "awk '/^Pss:/ {print $2}' /proc/1/smaps_rollup

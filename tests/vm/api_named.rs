@@ -158,14 +158,22 @@ fn an_ended_session_is_kept_and_one_can_be_ended_from_outside() -> Result<()> {
 #[test]
 fn sessions_without_their_clients_leave_pid_1_idle() -> Result<()> {
     let (mut vm, _root) = vm()?;
-    // A terminal whose command has ended, one whose command waits, and input whose end came when the
-    // pipe was full.
+    // A terminal whose command has ended, one whose command waits, one that its command does not hold, and
+    // input whose end came when the pipe was full.
     let ended = json!({"command": ["sh", "-c", "sleep 0.3; exit 1"], "id": "ended", "tty": true});
     drop(open(&mut vm, &ended)?);
     drop(open(
         &mut vm,
         &json!({"command": ["cat"], "id": "waiting", "tty": true}),
     )?);
+    let apart = "exec </dev/null >/dev/null 2>&1; touch /run/apart; exec sleep 100000";
+    drop(open(
+        &mut vm,
+        &json!({"command": ["sh", "-c", apart], "id": "apart", "tty": true}),
+    )?);
+    let is_apart = "while [ ! -e /run/apart ]; do sleep 0.1; done";
+    let body = json!({"cmd": ["sh", "-c", is_apart]});
+    vm.api()?.post("/v1/exec", &body)?.success()?;
     let mut full = open(
         &mut vm,
         &json!({"command": ["sleep", "100000"], "id": "full"}),
@@ -178,7 +186,7 @@ fn sessions_without_their_clients_leave_pid_1_idle() -> Result<()> {
             return false;
         };
         let is_away = |session: &Value| session["attached"] == false;
-        list.len() == 3 && list.iter().all(is_away) && list[0]["exit"] != Value::Null
+        list.len() == 4 && list.iter().all(is_away) && list[0]["exit"] != Value::Null
     })?;
     // The first number is the time on a processor, in nanoseconds.
     let script = "cut -d' ' -f1 /proc/1/schedstat; sleep 3; cut -d' ' -f1 /proc/1/schedstat";

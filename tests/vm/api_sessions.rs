@@ -336,6 +336,60 @@ fn a_terminal_is_resized_interrupted_and_ended() -> Result<()> {
 }
 
 #[test]
+fn a_terminal_lives_as_long_as_its_command_also_when_nobody_holds_it_for_a_moment() -> Result<()> {
+    let (mut vm, _root) = boot()?;
+    let terminal = |script: &str| json!({"command": ["sh", "-c", script], "tty": true});
+    let away = terminal("exec >/tmp/l 2>&1 </dev/null; sleep 1; exit 4");
+    let end = session(&mut vm, &away)?.wait_end()?;
+    assert_eq!(end, exit(json!(4), Value::Null, ""));
+    // It comes back to it.
+    let back = terminal(
+        "tty=$(tty); exec </dev/null >/dev/null 2>&1; sleep 1
+        exec <$tty >$tty 2>&1; echo back; read -r line; echo $line; exit 5",
+    );
+    let mut back = session(&mut vm, &back)?;
+    back.output_with("back\r\n")?;
+    back.binary(b"typed\n")?;
+    let end = back.wait_end()?;
+    assert_eq!(end, exit(json!(5), Value::Null, "typed\r\ntyped\r\n"));
+    Ok(())
+}
+
+#[test]
+fn a_shell_passes_the_hang_up_of_a_dropped_terminal_on_to_its_jobs() -> Result<()> {
+    let (mut vm, _root) = boot()?;
+    let mut api = vm.api()?;
+    // As bash does: its jobs are groups of their own, which only it knows.
+    let script = "set -m; trap 'kill %1; exit' HUP; sleep 6664 & wait";
+    let first = json!({"command": ["sh", "-c", script], "tty": true});
+    let socket = session(&mut vm, &first)?;
+    let job = "ps -o pid,pgid,args | awk '$3 == \"sleep\" && $4 == \"6664\" && $1 == $2'";
+    wait_until(&mut api, job, |out| !out.is_empty())?;
+    drop(socket);
+    wait_gone(&mut api, "^sleep 6664")
+}
+
+#[test]
+fn the_end_of_input_waits_its_turn_behind_all_that_a_full_terminal_has_yet_to_take() -> Result<()> {
+    const LINES: usize = 8000;
+    let (mut vm, _root) = boot()?;
+    let mut api = vm.api()?;
+    let script = "stty -echo; echo up; while [ ! -e /run/go ]; do sleep 0.1; done; wc -l; exit 6";
+    let first = json!({"command": ["sh", "-c", script], "tty": true});
+    let mut full = session(&mut vm, &first)?;
+    full.output_with("up\r\n")?;
+    // More than a terminal holds for who does not read: 4 KiB, and 64 KiB in its buffer.
+    full.binary(&b"a line of input\n".repeat(LINES))?;
+    full.text(&json!({"stdin": "eof"}))?;
+    // The time for all of it to come as far as it can.
+    thread::sleep(Duration::from_secs(1));
+    shell(&mut api, "touch /run/go")?;
+    let end = full.wait_end()?;
+    assert_eq!(end, exit(json!(6), Value::Null, &format!("{LINES}\r\n")));
+    Ok(())
+}
+
+#[test]
 fn what_cannot_be_started_is_an_error_and_a_close_of_1011() -> Result<()> {
     let (mut vm, _root) = boot()?;
     for (first, word) in [

@@ -56,6 +56,20 @@ fn chunks(body: &str) -> String {
     post("Transfer-Encoding: chunked\r\n", body)
 }
 
+/// This body in chunks of so many bytes, without the last one.
+fn in_chunks(body: &str, size: usize) -> String {
+    let chunks = body.as_bytes().chunks(size);
+    chunks
+        .map(|chunk| {
+            format!(
+                "{:x}\r\n{}\r\n",
+                chunk.len(),
+                String::from_utf8_lossy(chunk)
+            )
+        })
+        .collect()
+}
+
 /// A JSON body of that many bytes that asks for a harmless signal.
 fn padded(size: usize) -> String {
     let padding = " ".repeat(size - SIGNAL.len());
@@ -811,6 +825,28 @@ pub fn exchanges() -> Vec<Exchange> {
     case(
         "the largest body in chunks",
         &chunks(&format!("20000\r\n{}\r\n0\r\n\r\n", padded(BODY))),
+        &[200],
+        OPEN,
+    );
+    case(
+        "a large body in chunks of ten bytes",
+        &chunks(&format!("{}0\r\n\r\n", in_chunks(&padded(100_000), 10))),
+        &[200],
+        OPEN,
+    );
+    case(
+        "a long head, the largest body and long trailers",
+        &post(
+            &format!(
+                "A: {}\r\nTransfer-Encoding: chunked\r\n",
+                "x".repeat(15 << 10)
+            ),
+            &format!(
+                "{}0\r\nT: {}\r\n\r\n",
+                in_chunks(&padded(BODY), 1000),
+                "t".repeat(9 << 10)
+            ),
+        ),
         &[200],
         OPEN,
     );

@@ -355,6 +355,57 @@ fn a_volume_that_hangs_at_the_end_costs_no_other_disk_and_is_named() -> Result<(
 }
 
 #[test]
+fn a_workload_that_a_hanging_disk_holds_in_the_kernel_is_given_up_2_s_after_sigkill() -> Result<()>
+{
+    let (root, data, other) = (root()?, volume()?, volume()?);
+    let script = format!("{WRITE}; exec dd if=/dev/zero of=/data/more bs=64k count=1 conv=fsync");
+    let mut vm = boot(&with_volumes(&script), &[&root, &data, &other])?;
+    vm.wait_for("ready")?;
+    hang(&mut vm, "disk1")?;
+    vm.type_text("\n")?;
+    let mut api = vm.api()?;
+    // Until it is there: `D` is the state of a process that no signal ends (proc_pid_stat(5)).
+    let state = json!({"cmd": ["sh", "-c", "cut -d' ' -f3 /proc/$(pidof dd)/stat"]});
+    let start = Instant::now();
+    while api.post("/v1/exec", &state)?.json()?["stdout"] != "D\n" {
+        ensure!(start.elapsed() < PATIENCE, "{}", vm.console());
+    }
+    let start = Instant::now();
+    let stop = json!({"timeout_ms": 1000});
+    api.post("/v1/stop", &stop)?.success()?;
+    let exit = api.get("/v1/exit_code")?.json()?;
+    let given_up = start.elapsed();
+    let error = "the workload cannot be killed";
+    assert_eq!(
+        exit,
+        json!({"code": 137, "oom_killed": false, "error": error})
+    );
+    assert!(given_up >= Duration::from_secs(3), "{given_up:?}");
+    let took = time_of_end(&mut vm)?;
+    assert!(took < END_LIMIT, "{took:?}");
+    let warnings = warnings(&vm);
+    for said in [
+        "the workload does not stop: killed",
+        "a process cannot be killed",
+        "timed out unmounting /data (/dev/vdb)",
+    ] {
+        assert!(
+            warnings.iter().any(|line| line.contains(said)),
+            "{warnings:?}"
+        );
+    }
+    assert!(
+        vm.console()
+            .contains(&format!("level=error msg=\"{error}\"")),
+        "{}",
+        vm.console()
+    );
+    root.check()?;
+    assert_eq!(root.read("/var/more")?, "more\n");
+    assert_kept(&[("vdc", &other)])
+}
+
+#[test]
 fn a_root_that_hangs_at_the_end_costs_no_volume_and_is_named() -> Result<()> {
     let (root, data, other) = (root()?, volume()?, volume()?);
     let script = format!("{WRITE}; exit 3");

@@ -283,8 +283,8 @@ fn a_console_that_trickles_makes_the_end_no_longer_than_45_s() -> Result<()> {
     let took = start.elapsed();
     println!("the end took {took:?}");
     // Without a limit it would take longer than a minute, and it would be shorter if 3 s without
-    // progress were all.
+    // progress were all. The time to read the exit code, a second of the 45, was not needed.
     assert!(took > Duration::from_secs(35), "{took:?}");
-    assert!(took < Duration::from_secs(50), "{took:?}");
+    assert!(took < Duration::from_secs(45), "{took:?}");
     root.check()
 }

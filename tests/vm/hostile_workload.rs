@@ -82,6 +82,9 @@ fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
         .config(&config)
         .disk(&root)
         .disk(&volume)
+        // Each fork that a cgroup refuses leaves a process's memory to RCU, of which 10,000 may wait
+        // (qhimark, kernel/rcu/tree.c): on a slow machine a fork bomb in a cage holds 256 MiB.
+        .memory_mib(512)
         .patience(PATIENCE)
         .boot()?;
     vm.wait_for("ready")?;

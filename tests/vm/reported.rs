@@ -70,6 +70,8 @@ fn accounts_that_misled_others_do_not_mislead_this_one() -> Result<()> {
     // The lines before it are no accounts, and do not end the search (buildah 7047).
     vm.wait_for("uid=1000(app) gid=1000(app) groups=29(audio),44(video),1000(app)")?;
     let mut api = vm.api()?;
+    // Where the workload is.
+    assert_eq!(shell(&mut api, "pwd")?, "/srv/app\n");
     for (user, expected) in [
         // A number is that id, whatever lies before it (crun, CVE-2026-30892: 1 was 0).
         ("1", "1 1 1 /usr/sbin"),

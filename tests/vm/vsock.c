@@ -2,12 +2,13 @@
 // it listens on port 20000, it connects to port 20001 of the host and says hello. Of each connection
 // that it then takes, the first byte is an order: 'e' to send back what comes; 's' to send 1 MiB of
 // that letter, and to close.
+#include <sys/socket.h> // before it: it needs sockaddr
+
 #include <linux/vm_sockets.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 enum { GUEST_PORT = 20000, HOST_PORT = 20001, SENT = 1 << 20 };

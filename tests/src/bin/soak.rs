@@ -6,7 +6,10 @@ use std::{
     collections::HashSet,
     env, fmt,
     os::unix::net::UnixStream,
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -17,6 +20,7 @@ use pigeon_lab::{
     disk::{Image, Tree},
     guest,
     http::Client,
+    process::Slot,
     vsock,
 };
 use serde_json::json;
@@ -29,20 +33,22 @@ fn main() -> Result<()> {
     let minutes = numbers.next().unwrap_or(Ok(20))?;
     let cycles = numbers.next().unwrap_or(Ok(50))?;
     let clones = numbers.next().unwrap_or(Ok(100))?;
+    // One for all of it: others who wait would have theirs between two lives.
+    let slot = Arc::new(Slot::acquire()?);
     if cycles > 0 {
-        durability(cycles as usize).context("durability")?;
+        durability(cycles as usize, &slot).context("durability")?;
     }
     if clones > 0 {
-        lineage(clones).context("lineage")?;
+        lineage(clones, &slot).context("lineage")?;
     }
     if minutes > 0 {
-        soak(Duration::from_secs(60 * minutes)).context("soak")?;
+        soak(Duration::from_secs(60 * minutes), &slot).context("soak")?;
     }
     Ok(())
 }
 
 /// What each life writes, synced and not, is there after its end, however that comes.
-fn durability(cycles: usize) -> Result<()> {
+fn durability(cycles: usize, slot: &Arc<Slot>) -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let volume = Image::ext4(&Tree::empty()?, 16)?;
     let start = Instant::now();
@@ -58,6 +64,7 @@ fn durability(cycles: usize) -> Result<()> {
         );
         let mounts = json!({"Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/data"}]});
         let mut vm = Vm::builder()
+            .in_slot(slot)
             .name("soak-durability")
             .config(&guest::shell(&script, mounts))
             .disk(&root)
@@ -100,11 +107,12 @@ fn durability(cycles: usize) -> Result<()> {
 }
 
 /// A VM is prepared, snapshotted and restored over and over: nothing is lost, and each clone is new.
-fn lineage(clones: u64) -> Result<()> {
+fn lineage(clones: u64, slot: &Arc<Slot>) -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let script = "trap 'exit 3' TERM
         n=0; while :; do n=$((n + 1)); echo $n >>/var/lines; sleep 0.05; done";
     let mut vm = Vm::builder()
+        .in_slot(slot)
         .name("soak-lineage")
         .restorable()
         .config(&guest::shell(script, json!({})))
@@ -221,7 +229,7 @@ fn state(vm: &mut Vm) -> Result<State> {
     })
 }
 
-fn soak(time: Duration) -> Result<()> {
+fn soak(time: Duration, slot: &Arc<Slot>) -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     // Output at full speed and orphans, while there is a file that says so.
     let script = "while :; do
@@ -229,6 +237,7 @@ fn soak(time: Duration) -> Result<()> {
             else wait; sleep 0.1; fi
         done";
     let mut vm = Vm::builder()
+        .in_slot(slot)
         .name("soak")
         .config(&guest::shell(script, json!({})))
         .disk(&root)
