@@ -62,7 +62,6 @@ pub struct Container {
     vm: Option<Arc<Vm>>,
     /// Files of the host that are to be in the VM.
     files: Vec<(PathBuf, String)>,
-    user: spec::User,
     added_before: AtomicU32,
     paused: AtomicBool,
 }
@@ -81,7 +80,6 @@ impl Container {
             true => None,
             false => Some(Container::boot(&mut plan, mounts, dir)?),
         };
-        let user = plan.process.user.clone();
         let process = Process::new("", "container".into(), plan.process, stdio)?;
         Ok(Container {
             id: id.into(),
@@ -90,7 +88,6 @@ impl Container {
             added: Mutex::new(BTreeMap::new()),
             vm,
             files: plan.files,
-            user,
             added_before: AtomicU32::new(0),
             paused: AtomicBool::new(false),
         })
@@ -129,6 +126,9 @@ impl Container {
     pub fn add(&self, exec_id: &str, spec: &[u8], stdio: Stdio) -> Result<(), Failure> {
         self.running_vm()?;
         let spec: spec::Process = serde_json::from_slice(spec).context("the process")?;
+        for warning in spec::check_process(&spec)? {
+            log::warn(&warning);
+        }
         let number = self.added_before.fetch_add(1, Ordering::SeqCst);
         let process = Process::new(exec_id, format!("exec-{number}"), spec, stdio)?;
         let mut added = lock(&self.added);
@@ -152,17 +152,13 @@ impl Container {
         };
         vm.wait_started().context("unable to boot the VM")?;
         let is_own = process.exec_id.is_empty();
-        let user = match is_own {
-            true => {
-                self.copy_files(vm)?;
-                &self.user
-            }
-            false => process.user(),
-        };
-        let [passwd, group] = ["/etc/passwd", "/etc/group"].map(|path| read(vm, path));
-        let user = user::name(user, &passwd?, &group?)?;
+        if is_own {
+            self.copy_files(vm)?;
+        }
+        let passwd = read(vm, "/etc/passwd")?;
+        let home = user::home(process.uid(), &passwd);
         let (container, publisher) = (self.clone(), publisher.clone());
-        let started = process.start(vm, &user, move |process| {
+        let started = process.start(vm, home, move |process| {
             // Nobody sends anything.
             let _ = announced.recv();
             container.ended(process, &publisher);

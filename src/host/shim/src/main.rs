@@ -8,6 +8,8 @@ mod bootstrap;
 mod container;
 mod events;
 mod flags;
+mod images;
+mod launch;
 mod log;
 mod metrics;
 mod process;

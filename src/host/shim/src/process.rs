@@ -15,7 +15,8 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use pigeon::{
-    Command, Error, Session,
+    Arch, Command, Error, Session,
+    files::{FileInfo, WriteOptions},
     logs::Stream,
     session::{Event, MESSAGE},
 };
@@ -23,7 +24,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::{
     container::KILLED,
-    log,
+    launch, log,
     service::lock,
     spec,
     stdio::{Input, Output, Stdio},
@@ -126,8 +127,8 @@ impl Process {
     }
 
     /// Who it runs as.
-    pub fn user(&self) -> &spec::User {
-        &self.spec.user
+    pub fn uid(&self) -> u32 {
+        self.spec.user.uid
     }
 
     /// It runs from now on, and has nothing to run.
@@ -225,11 +226,11 @@ impl Process {
         self.wake();
     }
 
-    /// Starts it; `at_end` is called when it has ended.
+    /// Starts it; `at_end` is called when it has ended. `home` is its user's.
     pub fn start(
         self: &Arc<Process>,
         vm: &Arc<Vm>,
-        user: &str,
+        home: &str,
         at_end: impl FnOnce(&Process) + Send + 'static,
     ) -> Result<()> {
         let taken = lock(&self.taken).take();
@@ -242,18 +243,28 @@ impl Process {
                 Output::open(&self.stdio.stderr)?,
             ],
         };
-        let mut command = Command::new(self.spec.args.iter().cloned())
-            .id(&self.session)
-            .user(user)
-            .dir(match self.spec.cwd.as_str() {
-                "" => "/",
-                cwd => cwd,
-            });
-        for variable in &self.spec.env {
-            if let Some((name, value)) = variable.split_once('=') {
-                command = command.env(name, value);
-            }
-        }
+        // It runs as root until it has become what the container's process is to be.
+        let program = launch::program(&self.spec, home, Arch::HOST)?;
+        let _one_at_a_time = lock(&vm.launches);
+        let options = WriteOptions {
+            mode: Some(0o700),
+            user: None,
+        };
+        let length = program.len() as u64;
+        vm.client.write_file(
+            launch::PATH,
+            &mut program.as_slice(),
+            Some(length),
+            &options,
+        )?;
+        let launcher = vm.client.file_info(launch::PATH)?;
+        let command =
+            Command::new([launch::PATH])
+                .id(&self.session)
+                .dir(match self.spec.cwd.as_str() {
+                    "" => "/",
+                    cwd => cwd,
+                });
         let mut session = match self.stdio.terminal {
             true => {
                 let size = self.spec.console_size.unwrap_or_default();
@@ -289,11 +300,12 @@ impl Process {
             *lock(&process.drained) = true;
             process.has_drained.notify_all();
         });
-        self.confirm_start(vm)
+        self.confirm_start(vm, &launcher)
     }
 
-    /// Waits until its program runs: until then its process is the init's, of which it was forked.
-    fn confirm_start(&self, vm: &Vm) -> Result<()> {
+    /// Waits until its program runs: until then its process is the init's, of which it was forked, or
+    /// the launcher.
+    fn confirm_start(&self, vm: &Vm, launcher: &FileInfo) -> Result<()> {
         let deadline = Instant::now() + START;
         let init = vm.client.file_info("/proc/1/exe")?;
         loop {
@@ -307,7 +319,7 @@ impl Process {
             let session = sessions.find(|session| session.id == self.session);
             if let Some(pid) = session.and_then(|session| session.pid) {
                 let program = vm.client.file_info(&format!("/proc/{pid}/exe"));
-                if program.is_ok_and(|program| program != init) {
+                if program.is_ok_and(|program| program != init && program != *launcher) {
                     self.enter(Stage::Running(Some(pid)));
                     return Ok(());
                 }
@@ -336,6 +348,11 @@ impl Streams {
     fn run(&mut self) -> Stage {
         match self.pass() {
             Ok(ended) => {
+                if self.process.stage() == Stage::Running(None)
+                    && let Some(why) = self.launch_failure(&ended)
+                {
+                    return Stage::Failed(why);
+                }
                 let status = u32::try_from(ended.status()).unwrap_or(KILLED);
                 let pid = match self.process.stage() {
                     Stage::Running(pid) => pid,
@@ -364,6 +381,16 @@ impl Streams {
                 })
             }
         }
+    }
+
+    /// Why the process did not come to run its program.
+    fn launch_failure(&self, ended: &pigeon::session::Ended) -> Option<String> {
+        let mut what = String::new();
+        let (_, mut failure) = self.vm.client.read_file(launch::FAILURE).ok()?;
+        failure.read_to_string(&mut what).ok()?;
+        let errno = ended.code.filter(|_| !what.is_empty())?;
+        let error = io::Error::from_raw_os_error(errno);
+        Some(format!("{what}: {error}"))
     }
 
     fn was_killed_for_memory(&self, pid: u32) -> bool {
