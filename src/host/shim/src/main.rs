@@ -11,6 +11,7 @@ mod flags;
 mod images;
 mod launch;
 mod log;
+mod logger;
 mod metrics;
 mod process;
 mod rootfs;

@@ -24,10 +24,10 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::{
     container::KILLED,
-    launch, log,
+    launch, log, logger,
     service::lock,
     spec,
-    stdio::{Input, Output, Stdio},
+    stdio::{Input, Opened, Output, Stdio},
     vm::Vm,
 };
 
@@ -35,6 +35,8 @@ use crate::{
 const PENDING: usize = 1 << 20;
 /// The same once the process was killed: its end comes behind what it has written.
 const PENDING_KILLED: usize = 32 << 20;
+/// How long a client may take to read the last output when the process is deleted.
+const DRAIN: Duration = Duration::from_secs(2);
 /// How long a process may take to be started.
 const START: Duration = Duration::from_secs(60);
 /// How often it is asked whether it was.
@@ -75,6 +77,12 @@ enum Order {
     CloseInput,
 }
 
+struct Taken {
+    opened: Opened,
+    orders: Receiver<Order>,
+    woken: io::PipeReader,
+}
+
 /// A process.
 pub struct Process {
     /// containerd's name of an added process; the container's own has none.
@@ -87,8 +95,8 @@ pub struct Process {
     stage: Mutex<Stage>,
     changed: Condvar,
     orders: Mutex<(Sender<Order>, io::PipeWriter)>,
-    /// The other ends, until it is started.
-    taken: Mutex<Option<(Receiver<Order>, io::PipeReader)>>,
+    /// The other ends, and the streams, until it is started.
+    taken: Mutex<Option<Taken>>,
     /// It was sent a SIGKILL.
     killed: Mutex<bool>,
     /// Its streams are done with.
@@ -97,12 +105,13 @@ pub struct Process {
 }
 
 impl Process {
-    /// One that is to be started.
+    /// One that is to be started. `opened` are its streams.
     pub fn new(
         exec_id: &str,
         session: String,
         spec: spec::Process,
         stdio: Stdio,
+        opened: Opened,
     ) -> Result<Process> {
         let (sender, orders) = mpsc::channel();
         let (wake, woken) = io::pipe().map(|(reader, writer)| (writer, reader))?;
@@ -114,7 +123,11 @@ impl Process {
             stage: Mutex::new(Stage::Created),
             changed: Condvar::new(),
             orders: Mutex::new((sender, wake)),
-            taken: Mutex::new(Some((orders, woken))),
+            taken: Mutex::new(Some(Taken {
+                opened,
+                orders,
+                woken,
+            })),
             killed: Mutex::new(false),
             drained: Mutex::new(false),
             has_drained: Condvar::new(),
@@ -146,6 +159,30 @@ impl Process {
         *current = stage;
         self.changed.notify_all();
         true
+    }
+
+    /// It could not be started; its streams end.
+    pub fn fail(&self, why: &str) {
+        self.enter(Stage::Failed(why.into()));
+        lock(&self.taken).take();
+        *lock(&self.drained) = true;
+        self.wake();
+    }
+
+    /// Waits while it starts.
+    pub fn wait_started(&self, timeout: Duration) -> Stage {
+        let deadline = Instant::now() + timeout;
+        let mut stage = lock(&self.stage);
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if *stage != Stage::Running(None) || left.is_zero() {
+                return stage.clone();
+            }
+            stage = match self.changed.wait_timeout(stage, left) {
+                Ok((stage, _)) => stage,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
     }
 
     /// It has ended, now; false if it had before.
@@ -180,9 +217,18 @@ impl Process {
         }
     }
 
-    /// Waits until all its output was taken, or for some time; nobody needs it then.
-    pub fn drain(&self, timeout: Duration) {
-        let deadline = Instant::now() + timeout;
+    /// Waits until all its output was taken, or for some time; nobody needs it then. A program that
+    /// takes it is no client that may have gone away.
+    pub fn drain(&self) {
+        let deadline = Instant::now()
+            + match self.stdio.stdout.starts_with("binary://") {
+                true => logger::TIMEOUT,
+                false => DRAIN,
+            };
+        // It was never started.
+        if lock(&self.taken).take().is_some() {
+            return;
+        }
         let mut drained = lock(&self.drained);
         while !*drained {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -234,15 +280,12 @@ impl Process {
         at_end: impl FnOnce(&Process) + Send + 'static,
     ) -> Result<()> {
         let taken = lock(&self.taken).take();
-        let (orders, woken) = taken.context("it was started before")?;
-        let input = Input::open(&self.stdio.stdin)?;
-        let outputs = match self.stdio.terminal {
-            true => [Output::open(&self.stdio.stdout)?, Output::default()],
-            false => [
-                Output::open(&self.stdio.stdout)?,
-                Output::open(&self.stdio.stderr)?,
-            ],
-        };
+        let taken = taken.context("it was started before")?;
+        let Opened {
+            input,
+            outputs,
+            logger,
+        } = taken.opened;
         // It runs as root until it has become what the container's process is to be.
         let program = launch::program(&self.spec, home, Arch::HOST)?;
         let _one_at_a_time = lock(&vm.launches);
@@ -282,8 +325,8 @@ impl Process {
             session,
             input,
             outputs,
-            orders,
-            woken: File::from(std::os::fd::OwnedFd::from(woken)),
+            orders: taken.orders,
+            woken: File::from(std::os::fd::OwnedFd::from(taken.woken)),
         };
         thread::spawn(move || {
             let stage = streams.run();
@@ -294,9 +337,12 @@ impl Process {
             // The client may take its time, and then sees the end of the streams.
             let process = streams.process.clone();
             if !failed {
-                streams.finish();
+                streams.deliver(|process| *lock(&process.drained));
             }
             drop(streams);
+            if let Some(logger) = logger {
+                logger.finish();
+            }
             *lock(&process.drained) = true;
             process.has_drained.notify_all();
         });
@@ -360,9 +406,13 @@ impl Streams {
                 };
                 let by_guest = ended.signal == Some(SIGKILL.into()) && !*lock(&self.process.killed);
                 let for_memory = by_guest && pid.is_some_and(|pid| self.was_killed_for_memory(pid));
+                let at = SystemTime::now();
+                // A client may leave when it hears of the end. Without a VM between them the process
+                // could not have ended before its output was taken.
+                self.deliver(|process| *lock(&process.killed));
                 Stage::Ended(Ended {
                     status,
-                    at: SystemTime::now(),
+                    at,
                     for_memory,
                 })
             }
@@ -485,15 +535,15 @@ impl Streams {
         }
     }
 
-    /// Gives what is left of the output to whoever takes it.
-    fn finish(&mut self) {
+    /// Gives what is left of the output to whoever takes it, unless there is a reason not to wait.
+    fn deliver(&mut self, is_over: impl Fn(&Process) -> bool) {
         loop {
             self.outputs.iter_mut().for_each(Output::flush);
             if is_readable(&self.woken) {
                 let _ = self.woken.read(&mut [0; 64]);
             }
             let waiting: Vec<_> = self.outputs.iter().filter_map(Output::waiting).collect();
-            if waiting.is_empty() || *lock(&self.process.drained) {
+            if waiting.is_empty() || is_over(&self.process) {
                 return;
             }
             let mut descriptors = vec![PollFd::new(&self.woken, PollFlags::IN)];

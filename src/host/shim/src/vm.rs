@@ -295,7 +295,8 @@ fn spec(plan: &mut Plan, root: &Path, dir: &Path, arch: Arch) -> Result<Spec> {
     files.modules_and(&kernel, &["erofs".into(), "overlay".into()])?;
     files.file("/pigeon/run.json", 0o600, plan.document.to_string());
     let initrd = dir.join("initrd");
-    fs::write(&initrd, files.on_top_of(product(arch)?))?;
+    fs::write(&initrd, files.on_top_of(product(arch)?))
+        .with_context(|| format!("unable to write {}", initrd.display()))?;
     Ok(Spec {
         args: [
             "PIGEON_CONFIG=file",
