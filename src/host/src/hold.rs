@@ -1,13 +1,16 @@
 //! A program that does nothing until it is killed: the workload of a VM whose real command runs as a
 //! session, on a terminal or with input.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
 use crate::{
     Arch,
     elf::static_program,
-    image::{self, disk::Format},
+    image::{
+        self,
+        disk::{self, Format},
+    },
 };
 
 /// The program's name in the volume that [`write_volume`] makes.
@@ -92,7 +95,10 @@ pub fn program(arch: Arch, until: Until) -> Vec<u8> {
 
 /// Makes an image with the program in it.
 pub fn write_volume(out: &Path, arch: Arch, until: Until, format: Format) -> Result<()> {
-    let dir = tempfile::tempdir()?;
+    let dir = tempfile::Builder::new()
+        .prefix(".pigeon-")
+        .tempdir_in(disk::directory_of(out))
+        .with_context(|| format!("unable to write beside {}", out.display()))?;
     let path = dir.path().join(PROGRAM);
     fs::write(&path, program(arch, until))?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;

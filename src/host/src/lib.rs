@@ -7,6 +7,7 @@
 
 mod arch;
 pub mod assets;
+pub mod calls;
 mod client;
 pub mod config;
 mod elf;

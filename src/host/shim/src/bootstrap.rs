@@ -52,6 +52,7 @@ pub fn start(flags: &Flags) -> Result<()> {
     );
     state::sweep();
     let dir = state::container_dir(flags);
+    state::check(&dir)?;
     state::create(&dir)?;
     let started = start_server(flags);
     if started.is_err() {

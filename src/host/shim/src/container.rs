@@ -45,13 +45,28 @@ pub const KILLED: u32 = 128 + SIGKILL as u32;
 const ENDING: Duration = Duration::from_secs(2);
 /// How long a container may take to end of a SIGKILL before its VM is ended.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
-/// Most bytes of the guest's /etc/passwd and /etc/group that are read.
+/// How long a signal waits for a process that starts.
+const STARTING: Duration = Duration::from_secs(10);
+/// Signals that are ignored, and those that stop a process, unless it handles them (signal(7)):
+/// SIGCHLD, SIGCONT, SIGURG, SIGWINCH; SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU.
+const IGNORED: [u8; 4] = [17, 18, 23, 28];
+const STOPPING: [u8; 4] = [19, 20, 21, 22];
+/// Most bytes of the guest's /etc/passwd that are read.
 const MAX_USERS: u64 = 4 << 20;
+
+/// containerd's name for a container.
+pub struct Name<'a> {
+    /// In its namespace.
+    pub id: &'a str,
+    /// The namespace.
+    pub namespace: &'a str,
+}
 
 /// A created container.
 pub struct Container {
     /// containerd's name for it.
     pub id: String,
+    namespace: String,
     /// Its bundle.
     pub bundle: PathBuf,
     /// Its process.
@@ -62,7 +77,6 @@ pub struct Container {
     vm: Option<Arc<Vm>>,
     /// Files of the host that are to be in the VM.
     files: Vec<(PathBuf, String)>,
-    user: spec::User,
     added_before: AtomicU32,
     paused: AtomicBool,
 }
@@ -70,27 +84,28 @@ pub struct Container {
 impl Container {
     /// Makes the root's image and starts the VM, which boots meanwhile.
     pub fn create(
-        id: &str,
+        name: Name,
         bundle: &Path,
         mounts: &[Mount],
         stdio: Stdio,
         dir: &Path,
     ) -> Result<Container> {
+        let Name { id, namespace } = name;
         let mut plan = spec::read(bundle, id)?;
+        let opened = stdio.open(id, namespace)?;
         let vm = match plan.is_sandbox {
             true => None,
             false => Some(Container::boot(&mut plan, mounts, dir)?),
         };
-        let user = plan.process.user.clone();
-        let process = Process::new("", "container".into(), plan.process, stdio)?;
+        let process = Process::new("", "container".into(), plan.process, stdio, opened)?;
         Ok(Container {
             id: id.into(),
+            namespace: namespace.into(),
             bundle: bundle.into(),
             process: Arc::new(process),
             added: Mutex::new(BTreeMap::new()),
             vm,
             files: plan.files,
-            user,
             added_before: AtomicU32::new(0),
             paused: AtomicBool::new(false),
         })
@@ -129,8 +144,12 @@ impl Container {
     pub fn add(&self, exec_id: &str, spec: &[u8], stdio: Stdio) -> Result<(), Failure> {
         self.running_vm()?;
         let spec: spec::Process = serde_json::from_slice(spec).context("the process")?;
+        for warning in spec::check_process(&spec)? {
+            log::warn(&warning);
+        }
         let number = self.added_before.fetch_add(1, Ordering::SeqCst);
-        let process = Process::new(exec_id, format!("exec-{number}"), spec, stdio)?;
+        let opened = stdio.open(exec_id, &self.namespace)?;
+        let process = Process::new(exec_id, format!("exec-{number}"), spec, stdio, opened)?;
         let mut added = lock(&self.added);
         if added.contains_key(exec_id) {
             return Err(Failure::AlreadyExists(format!("process {exec_id}")));
@@ -145,32 +164,41 @@ impl Container {
         process: &Arc<Process>,
         publisher: &Arc<Publisher>,
     ) -> Result<Sender<()>, Failure> {
+        if self.is_paused() {
+            return Err(Failure::Precondition("the container is paused".into()));
+        }
+        let started = self.start_in_vm(process, publisher);
+        if let Err(error) = &started {
+            process.fail(&format!("{error:#}"));
+            if process.exec_id.is_empty() {
+                self.end();
+            }
+        }
+        Ok(started?)
+    }
+
+    fn start_in_vm(
+        self: &Arc<Container>,
+        process: &Arc<Process>,
+        publisher: &Arc<Publisher>,
+    ) -> Result<Sender<()>> {
         let (announcement, announced) = mpsc::channel();
         let Some(vm) = &self.vm else {
             process.run_nothing();
             return Ok(announcement);
         };
         vm.wait_started().context("unable to boot the VM")?;
-        let is_own = process.exec_id.is_empty();
-        let user = match is_own {
-            true => {
-                self.copy_files(vm)?;
-                &self.user
-            }
-            false => process.user(),
-        };
-        let [passwd, group] = ["/etc/passwd", "/etc/group"].map(|path| read(vm, path));
-        let user = user::name(user, &passwd?, &group?)?;
+        if process.exec_id.is_empty() {
+            self.copy_files(vm)?;
+        }
+        let passwd = read(vm, "/etc/passwd")?;
+        let home = user::home(process.uid(), &passwd);
         let (container, publisher) = (self.clone(), publisher.clone());
-        let started = process.start(vm, &user, move |process| {
+        process.start(vm, home, move |process| {
             // Nobody sends anything.
             let _ = announced.recv();
             container.ended(process, &publisher);
-        });
-        if started.is_err() && is_own {
-            vm.end();
-        }
-        started?;
+        })?;
         Ok(announcement)
     }
 
@@ -236,18 +264,12 @@ impl Container {
         all: bool,
         publisher: &Arc<Publisher>,
     ) -> Result<(), Failure> {
-        let pid = match process.stage() {
+        let pid = match process.wait_started(STARTING) {
             Stage::Ended(_) | Stage::Failed(_) => {
                 return Err(Failure::NotFound("process already finished".into()));
             }
-            // Before its start.
-            Stage::Created if signal == SIGKILL => {
-                self.end_now(process, publisher);
-                return Ok(());
-            }
-            Stage::Created => {
-                return Err(Failure::Precondition("the process was not started".into()));
-            }
+            // Before its start, or while its VM boots.
+            Stage::Created => return self.kill_created(process, signal, publisher),
             Stage::Running(pid) => pid,
         };
         let Some(vm) = &self.vm else {
@@ -262,7 +284,7 @@ impl Container {
             if signal != SIGKILL || !is_own {
                 return Err(Failure::Precondition("the container is paused".into()));
             }
-            self.end_now(process, publisher);
+            self.end_now(process, KILLED, publisher);
             return Ok(());
         }
         let target = match (all, pid) {
@@ -285,10 +307,26 @@ impl Container {
         }
     }
 
-    /// Ends the VM, and the process with it.
-    fn end_now(&self, process: &Arc<Process>, publisher: &Arc<Publisher>) {
+    /// A signal does to a process that was not started what it does to one without handlers.
+    fn kill_created(
+        &self,
+        process: &Arc<Process>,
+        signal: u8,
+        publisher: &Arc<Publisher>,
+    ) -> Result<(), Failure> {
+        if STOPPING.contains(&signal) {
+            return Err(Failure::Precondition("the process was not started".into()));
+        }
+        if !IGNORED.contains(&signal) {
+            self.end_now(process, 128 + u32::from(signal), publisher);
+        }
+        Ok(())
+    }
+
+    /// Ends the VM, and the process with it; a process that was added ends alone.
+    fn end_now(&self, process: &Arc<Process>, status: u32, publisher: &Arc<Publisher>) {
         process.expect_end();
-        if process.end(KILLED, false) {
+        if process.end(status, false) {
             self.ended(process, publisher);
         }
     }
@@ -301,7 +339,7 @@ impl Container {
             thread::sleep(KILL_TIMEOUT);
             if matches!(process.stage(), Stage::Running(_)) {
                 log::warn("the guest has not ended its process: the VM is ended");
-                container.end_now(&process, &publisher);
+                container.end_now(&process, KILLED, &publisher);
             }
         });
     }

@@ -15,7 +15,8 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use pigeon::{
-    Command, Error, Session,
+    Arch, Command, Error, Session,
+    files::{FileInfo, WriteOptions},
     logs::Stream,
     session::{Event, MESSAGE},
 };
@@ -23,10 +24,10 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::{
     container::KILLED,
-    log,
+    launch, log, logger,
     service::lock,
     spec,
-    stdio::{Input, Output, Stdio},
+    stdio::{Input, Opened, Output, Stdio},
     vm::Vm,
 };
 
@@ -34,6 +35,8 @@ use crate::{
 const PENDING: usize = 1 << 20;
 /// The same once the process was killed: its end comes behind what it has written.
 const PENDING_KILLED: usize = 32 << 20;
+/// How long a client may take to read the last output when the process is deleted.
+const DRAIN: Duration = Duration::from_secs(2);
 /// How long a process may take to be started.
 const START: Duration = Duration::from_secs(60);
 /// How often it is asked whether it was.
@@ -74,6 +77,12 @@ enum Order {
     CloseInput,
 }
 
+struct Taken {
+    opened: Opened,
+    orders: Receiver<Order>,
+    woken: io::PipeReader,
+}
+
 /// A process.
 pub struct Process {
     /// containerd's name of an added process; the container's own has none.
@@ -86,8 +95,8 @@ pub struct Process {
     stage: Mutex<Stage>,
     changed: Condvar,
     orders: Mutex<(Sender<Order>, io::PipeWriter)>,
-    /// The other ends, until it is started.
-    taken: Mutex<Option<(Receiver<Order>, io::PipeReader)>>,
+    /// The other ends, and the streams, until it is started.
+    taken: Mutex<Option<Taken>>,
     /// It was sent a SIGKILL.
     killed: Mutex<bool>,
     /// Its streams are done with.
@@ -96,12 +105,13 @@ pub struct Process {
 }
 
 impl Process {
-    /// One that is to be started.
+    /// One that is to be started. `opened` are its streams.
     pub fn new(
         exec_id: &str,
         session: String,
         spec: spec::Process,
         stdio: Stdio,
+        opened: Opened,
     ) -> Result<Process> {
         let (sender, orders) = mpsc::channel();
         let (wake, woken) = io::pipe().map(|(reader, writer)| (writer, reader))?;
@@ -113,7 +123,11 @@ impl Process {
             stage: Mutex::new(Stage::Created),
             changed: Condvar::new(),
             orders: Mutex::new((sender, wake)),
-            taken: Mutex::new(Some((orders, woken))),
+            taken: Mutex::new(Some(Taken {
+                opened,
+                orders,
+                woken,
+            })),
             killed: Mutex::new(false),
             drained: Mutex::new(false),
             has_drained: Condvar::new(),
@@ -126,8 +140,8 @@ impl Process {
     }
 
     /// Who it runs as.
-    pub fn user(&self) -> &spec::User {
-        &self.spec.user
+    pub fn uid(&self) -> u32 {
+        self.spec.user.uid
     }
 
     /// It runs from now on, and has nothing to run.
@@ -145,6 +159,30 @@ impl Process {
         *current = stage;
         self.changed.notify_all();
         true
+    }
+
+    /// It could not be started; its streams end.
+    pub fn fail(&self, why: &str) {
+        self.enter(Stage::Failed(why.into()));
+        lock(&self.taken).take();
+        *lock(&self.drained) = true;
+        self.wake();
+    }
+
+    /// Waits while it starts.
+    pub fn wait_started(&self, timeout: Duration) -> Stage {
+        let deadline = Instant::now() + timeout;
+        let mut stage = lock(&self.stage);
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if *stage != Stage::Running(None) || left.is_zero() {
+                return stage.clone();
+            }
+            stage = match self.changed.wait_timeout(stage, left) {
+                Ok((stage, _)) => stage,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
     }
 
     /// It has ended, now; false if it had before.
@@ -179,9 +217,18 @@ impl Process {
         }
     }
 
-    /// Waits until all its output was taken, or for some time; nobody needs it then.
-    pub fn drain(&self, timeout: Duration) {
-        let deadline = Instant::now() + timeout;
+    /// Waits until all its output was taken, or for some time; nobody needs it then. A program that
+    /// takes it is no client that may have gone away.
+    pub fn drain(&self) {
+        let deadline = Instant::now()
+            + match self.stdio.stdout.starts_with("binary://") {
+                true => logger::TIMEOUT,
+                false => DRAIN,
+            };
+        // It was never started.
+        if lock(&self.taken).take().is_some() {
+            return;
+        }
         let mut drained = lock(&self.drained);
         while !*drained {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -225,35 +272,42 @@ impl Process {
         self.wake();
     }
 
-    /// Starts it; `at_end` is called when it has ended.
+    /// Starts it; `at_end` is called when it has ended. `home` is its user's.
     pub fn start(
         self: &Arc<Process>,
         vm: &Arc<Vm>,
-        user: &str,
+        home: &str,
         at_end: impl FnOnce(&Process) + Send + 'static,
     ) -> Result<()> {
         let taken = lock(&self.taken).take();
-        let (orders, woken) = taken.context("it was started before")?;
-        let input = Input::open(&self.stdio.stdin)?;
-        let outputs = match self.stdio.terminal {
-            true => [Output::open(&self.stdio.stdout)?, Output::default()],
-            false => [
-                Output::open(&self.stdio.stdout)?,
-                Output::open(&self.stdio.stderr)?,
-            ],
+        let taken = taken.context("it was started before")?;
+        let Opened {
+            input,
+            outputs,
+            logger,
+        } = taken.opened;
+        // It runs as root until it has become what the container's process is to be.
+        let program = launch::program(&self.spec, home, Arch::HOST)?;
+        let _one_at_a_time = lock(&vm.launches);
+        let options = WriteOptions {
+            mode: Some(0o700),
+            user: None,
         };
-        let mut command = Command::new(self.spec.args.iter().cloned())
-            .id(&self.session)
-            .user(user)
-            .dir(match self.spec.cwd.as_str() {
-                "" => "/",
-                cwd => cwd,
-            });
-        for variable in &self.spec.env {
-            if let Some((name, value)) = variable.split_once('=') {
-                command = command.env(name, value);
-            }
-        }
+        let length = program.len() as u64;
+        vm.client.write_file(
+            launch::PATH,
+            &mut program.as_slice(),
+            Some(length),
+            &options,
+        )?;
+        let launcher = vm.client.file_info(launch::PATH)?;
+        let command =
+            Command::new([launch::PATH])
+                .id(&self.session)
+                .dir(match self.spec.cwd.as_str() {
+                    "" => "/",
+                    cwd => cwd,
+                });
         let mut session = match self.stdio.terminal {
             true => {
                 let size = self.spec.console_size.unwrap_or_default();
@@ -271,8 +325,8 @@ impl Process {
             session,
             input,
             outputs,
-            orders,
-            woken: File::from(std::os::fd::OwnedFd::from(woken)),
+            orders: taken.orders,
+            woken: File::from(std::os::fd::OwnedFd::from(taken.woken)),
         };
         thread::spawn(move || {
             let stage = streams.run();
@@ -283,17 +337,21 @@ impl Process {
             // The client may take its time, and then sees the end of the streams.
             let process = streams.process.clone();
             if !failed {
-                streams.finish();
+                streams.deliver(|process| *lock(&process.drained));
             }
             drop(streams);
+            if let Some(logger) = logger {
+                logger.finish();
+            }
             *lock(&process.drained) = true;
             process.has_drained.notify_all();
         });
-        self.confirm_start(vm)
+        self.confirm_start(vm, &launcher)
     }
 
-    /// Waits until its program runs: until then its process is the init's, of which it was forked.
-    fn confirm_start(&self, vm: &Vm) -> Result<()> {
+    /// Waits until its program runs: until then its process is the init's, of which it was forked, or
+    /// the launcher.
+    fn confirm_start(&self, vm: &Vm, launcher: &FileInfo) -> Result<()> {
         let deadline = Instant::now() + START;
         let init = vm.client.file_info("/proc/1/exe")?;
         loop {
@@ -307,7 +365,7 @@ impl Process {
             let session = sessions.find(|session| session.id == self.session);
             if let Some(pid) = session.and_then(|session| session.pid) {
                 let program = vm.client.file_info(&format!("/proc/{pid}/exe"));
-                if program.is_ok_and(|program| program != init) {
+                if program.is_ok_and(|program| program != init && program != *launcher) {
                     self.enter(Stage::Running(Some(pid)));
                     return Ok(());
                 }
@@ -336,6 +394,11 @@ impl Streams {
     fn run(&mut self) -> Stage {
         match self.pass() {
             Ok(ended) => {
+                if self.process.stage() == Stage::Running(None)
+                    && let Some(why) = self.launch_failure(&ended)
+                {
+                    return Stage::Failed(why);
+                }
                 let status = u32::try_from(ended.status()).unwrap_or(KILLED);
                 let pid = match self.process.stage() {
                     Stage::Running(pid) => pid,
@@ -343,9 +406,13 @@ impl Streams {
                 };
                 let by_guest = ended.signal == Some(SIGKILL.into()) && !*lock(&self.process.killed);
                 let for_memory = by_guest && pid.is_some_and(|pid| self.was_killed_for_memory(pid));
+                let at = SystemTime::now();
+                // A client may leave when it hears of the end. Without a VM between them the process
+                // could not have ended before its output was taken.
+                self.deliver(|process| *lock(&process.killed));
                 Stage::Ended(Ended {
                     status,
-                    at: SystemTime::now(),
+                    at,
                     for_memory,
                 })
             }
@@ -364,6 +431,16 @@ impl Streams {
                 })
             }
         }
+    }
+
+    /// Why the process did not come to run its program.
+    fn launch_failure(&self, ended: &pigeon::session::Ended) -> Option<String> {
+        let mut what = String::new();
+        let (_, mut failure) = self.vm.client.read_file(launch::FAILURE).ok()?;
+        failure.read_to_string(&mut what).ok()?;
+        let errno = ended.code.filter(|_| !what.is_empty())?;
+        let error = io::Error::from_raw_os_error(errno);
+        Some(format!("{what}: {error}"))
     }
 
     fn was_killed_for_memory(&self, pid: u32) -> bool {
@@ -458,15 +535,15 @@ impl Streams {
         }
     }
 
-    /// Gives what is left of the output to whoever takes it.
-    fn finish(&mut self) {
+    /// Gives what is left of the output to whoever takes it, unless there is a reason not to wait.
+    fn deliver(&mut self, is_over: impl Fn(&Process) -> bool) {
         loop {
             self.outputs.iter_mut().for_each(Output::flush);
             if is_readable(&self.woken) {
                 let _ = self.woken.read(&mut [0; 64]);
             }
             let waiting: Vec<_> = self.outputs.iter().filter_map(Output::waiting).collect();
-            if waiting.is_empty() || *lock(&self.process.drained) {
+            if waiting.is_empty() || is_over(&self.process) {
                 return;
             }
             let mut descriptors = vec![PollFd::new(&self.woken, PollFlags::IN)];

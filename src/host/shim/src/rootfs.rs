@@ -1,34 +1,24 @@
-//! Root images: what containerd's snapshotter would have mounted, as an erofs image.
-//!
-//! The image of an overlay's lower layers is made once and shared. Its name is a digest of the layers'
-//! paths, devices, inodes and times of birth: committed snapshots do not change, and a directory that
-//! takes another's place has another time of birth. What has no such identity (a snapshotter that
-//! copies; a file system without times of birth) is packed for each container.
+//! A container's root: what containerd's snapshotter would have mounted, as an erofs image.
 
 use std::{
     collections::BTreeSet,
     ffi::CString,
-    fs::{self, File},
+    fs,
     path::{Path, PathBuf},
     thread,
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use containerd_shim_protos::api::Mount;
-use pigeon::image::{self, disk::Format};
 use rustix::{
-    fs::{AtFlags, CWD, StatxFlags},
     mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount},
     thread::{UnshareFlags, unshare_unsafe},
 };
-use serde::{Deserialize, Serialize};
 
-use crate::state;
+use crate::images::{Images, Layers, pack};
 
-/// The shared images' directory in the state's.
-const IMAGES: &str = "images";
-/// Beside an image: what it was made of.
-const SOURCES: &str = "json";
+/// The image in a container's directory, before it is shared.
+const IMAGE: &str = "root.erofs";
 
 /// A container's root.
 #[derive(Debug, PartialEq)]
@@ -41,90 +31,19 @@ enum Root {
     Directory(PathBuf),
 }
 
-/// What tells a directory from any that was or will be at its path.
-#[derive(Debug, Deserialize, PartialEq, Serialize)]
-struct Identity {
-    path: PathBuf,
-    device: (u32, u32),
-    inode: u64,
-    /// Seconds and nanoseconds.
-    born: (i64, u32),
-}
-
-/// The image of a container's root: a shared one, or one in `dir`, the container's directory.
-/// `directory` is the root where containerd mounts nothing.
+/// The image of a container's root. It is shared, or in `dir`, the container's directory. `directory`
+/// is the root where containerd mounts nothing.
 pub fn image(mounts: &[Mount], directory: &Path, dir: &Path) -> Result<PathBuf> {
     let root = Root::of(mounts, directory)?;
-    if let Root::Layers(layers) = &root
-        && let Some(identities) = layers.iter().map(|layer| Identity::of(layer)).collect()
-    {
-        return shared(&root, identities);
-    }
-    let image = dir.join("root.erofs");
-    root.pack(&image)?;
-    Ok(image)
-}
-
-/// The shared image of these layers, which is made if it is not there.
-fn shared(root: &Root, identities: Vec<Identity>) -> Result<PathBuf> {
-    let text = serde_json::to_string(&identities)?;
-    let images = state::root().join(IMAGES);
-    let image = images.join(format!("{}.erofs", state::digest(&[&text])));
-    if image.exists() {
-        return Ok(image);
-    }
-    state::create(&images)?;
-    // One makes it, and others that want it wait.
-    let lock = File::create(image.with_extension("lock"))?;
-    lock.lock()?;
-    if !image.exists() {
-        remove_unused(&images);
-        fs::write(image.with_extension(SOURCES), &text)?;
-        root.pack(&image)?;
-    }
-    Ok(image)
-}
-
-/// Removes images whose layers are gone: containerd has removed the container image. VMs that run
-/// have theirs open.
-fn remove_unused(images: &Path) {
-    let Ok(entries) = fs::read_dir(images) else {
-        return;
+    let images = Images::open()?;
+    let made = dir.join(IMAGE);
+    let image = match root.layers() {
+        Some(layers) => images.of_layers(&layers, &made, || {
+            root.read(dir, |source| pack(source, &made))
+        }),
+        None => root.read(dir, |source| images.of_contents(source, &made)),
     };
-    for entry in entries.flatten() {
-        let path = entry.path();
-        if path
-            .extension()
-            .is_none_or(|extension| extension != SOURCES)
-        {
-            continue;
-        }
-        let text = fs::read(&path).unwrap_or_default();
-        let identities: Vec<Identity> = serde_json::from_slice(&text).unwrap_or_default();
-        let is_there = |identity: &Identity| {
-            Identity::of(&identity.path).is_some_and(|found| found == *identity)
-        };
-        if identities.is_empty() || !identities.iter().all(is_there) {
-            for extension in ["erofs", "lock", SOURCES] {
-                let _ = fs::remove_file(path.with_extension(extension));
-            }
-        }
-    }
-}
-
-impl Identity {
-    /// None where the file system has no times of birth.
-    fn of(path: &Path) -> Option<Identity> {
-        let wanted = StatxFlags::INO | StatxFlags::BTIME;
-        let found = rustix::fs::statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, wanted).ok()?;
-        let has = StatxFlags::from_bits_retain(found.stx_mask);
-        has.contains(wanted).then(|| Identity {
-            path: path.into(),
-            device: (found.stx_dev_major, found.stx_dev_minor),
-            inode: found.stx_ino,
-            born: (found.stx_btime.tv_sec, found.stx_btime.tv_nsec),
-        })
-    }
+    image.context("unable to make the root's image")
 }
 
 impl Root {
@@ -161,18 +80,24 @@ impl Root {
         }
     }
 
-    /// Packs it into an image, in a mount namespace of a thread of its own: whatever happens, no
-    /// mount is left.
-    fn pack(&self, image: &Path) -> Result<()> {
+    /// What it can be known by without reading it.
+    fn layers(&self) -> Option<Layers> {
+        match self {
+            Root::Layers(layers) => Layers::of(layers),
+            _ => None,
+        }
+    }
+
+    /// Has it read, in a mount namespace of a thread of its own: whatever happens, no mount is left.
+    fn read<T: Send>(&self, dir: &Path, read: impl FnOnce(&Path) -> Result<T> + Send) -> Result<T> {
         thread::scope(|scope| {
-            let packed = scope.spawn(|| {
-                let place = Place::new()?;
-                let source = self.mount(&place)?;
-                image::pack(&source, image, Format::Erofs).map(drop)
+            let thread = scope.spawn(|| {
+                let place = Place::new(dir)?;
+                read(&self.mount(&place)?)
             });
-            match packed.join() {
-                Ok(result) => result.context("unable to make the root's image"),
-                Err(_) => bail!("the thread that makes the root's image panicked"),
+            match thread.join() {
+                Ok(result) => result,
+                Err(_) => bail!("the thread that reads the root panicked"),
             }
         })
     }
@@ -216,12 +141,12 @@ struct Place {
 }
 
 impl Place {
-    fn new() -> Result<Place> {
-        // What is mounted is never to be removed with what is in it.
-        let dir = tempfile::tempdir()?.keep();
+    /// In a container's directory.
+    fn new(dir: &Path) -> Result<Place> {
+        let dir = dir.join("mounts");
         let [root, empty] = ["root", "empty"].map(|name| dir.join(name));
-        fs::create_dir(&root)?;
-        fs::create_dir(&empty)?;
+        fs::create_dir_all(&root)?;
+        fs::create_dir_all(&empty)?;
         Ok(Place {
             dirs: [root, empty, dir],
         })
@@ -306,7 +231,6 @@ fn common_parent(layers: &[PathBuf]) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     fn overlay_of(lower: &str, upper: &Path) -> Mount {
         let upper = format!("upperdir={}", upper.display());
@@ -328,24 +252,6 @@ mod tests {
         fs::write(dir.path().join("written"), "").unwrap();
         assert_eq!(root(&mounts), Root::Mounts(mounts.to_vec()));
         assert_eq!(root(&[]), Root::Directory("/bundle/rootfs".into()));
-    }
-
-    #[test]
-    fn a_directory_at_the_place_of_another_is_another() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("fs");
-        fs::create_dir(&path).unwrap();
-        let Some(first) = Identity::of(&path) else {
-            return; // a file system without times of birth
-        };
-        assert_eq!(Identity::of(&path), Some(first));
-        let first = Identity::of(&path);
-        fs::remove_dir(&path).unwrap();
-        // Times of files are those of the kernel's last tick: no two snapshots come so close.
-        thread::sleep(Duration::from_millis(20));
-        fs::create_dir(&path).unwrap();
-        assert_ne!(Identity::of(&path), first);
-        assert_eq!(Identity::of(&dir.path().join("none")), None);
     }
 
     #[test]

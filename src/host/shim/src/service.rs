@@ -3,7 +3,6 @@
 use std::{
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard},
-    time::Duration,
 };
 
 use containerd_shim_protos::{
@@ -23,7 +22,7 @@ use containerd_shim_protos::{
 };
 
 use crate::{
-    container::Container,
+    container::{Container, Name},
     events::{Publisher, any, timestamp},
     flags::Flags,
     log,
@@ -33,9 +32,6 @@ use crate::{
 
 /// What a call comes to.
 type Result<T, E = Error> = std::result::Result<T, E>;
-
-/// How long a client may take to read the last output when the process is deleted.
-const DRAIN: Duration = Duration::from_secs(2);
 
 /// Locks what no panic leaves half-done.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -76,6 +72,7 @@ impl From<Failure> for Error {
 /// The service's state.
 pub struct Service {
     id: String,
+    namespace: String,
     dir: PathBuf,
     /// Of events.
     pub publisher: Arc<Publisher>,
@@ -89,6 +86,7 @@ impl Service {
     pub fn new(flags: &Flags, dir: &Path, publisher: Publisher) -> Service {
         Service {
             id: flags.id.clone(),
+            namespace: flags.namespace.clone(),
             dir: dir.into(),
             publisher: Arc::new(publisher),
             container: Mutex::new(None),
@@ -140,7 +138,11 @@ impl containerd_shim_protos::Task for Task {
             terminal: request.terminal,
         };
         let bundle = Path::new(&request.bundle);
-        let created = Container::create(&request.id, bundle, &request.rootfs, stdio, &service.dir);
+        let name = Name {
+            id: &request.id,
+            namespace: &service.namespace,
+        };
+        let created = Container::create(name, bundle, &request.rootfs, stdio, &service.dir);
         let container = Arc::new(created.map_err(Failure::from)?);
         let pid = container.pid();
         *lock(&service.container) = Some(container);
@@ -270,7 +272,7 @@ impl containerd_shim_protos::Task for Task {
         }
         process.end(crate::container::KILLED, false);
         let ended = process.wait();
-        process.drain(DRAIN);
+        process.drain();
         if is_own {
             lock(&self.0.container).take();
             let event = TaskDelete {

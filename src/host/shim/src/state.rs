@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use sha2::{Digest, Sha256};
 
@@ -17,8 +17,11 @@ use crate::flags::Flags;
 
 /// The default of `PIGEON_STATE`.
 const STATE: &str = "/var/lib/pigeon";
-/// Bytes of a directory's name: a path of a Unix socket in it has at most 107 (unix(7)).
+/// Bytes of a directory's name: paths of Unix sockets are short.
 const NAME: usize = 16;
+/// Most bytes of such a path (unix(7)), and of the longest name of one in the directory.
+const MAX_SOCKET: usize = 107;
+const SOCKET: usize = "vm.vsock_10001".len();
 
 /// The state's directory.
 pub fn root() -> PathBuf {
@@ -36,6 +39,18 @@ pub fn create(dir: &Path) -> Result<()> {
 pub fn container_dir(flags: &Flags) -> PathBuf {
     let digest = digest(&[&flags.address, &flags.namespace, &flags.id]);
     root().join("containers").join(&digest[..NAME])
+}
+
+/// Fails if its sockets cannot be there.
+pub fn check(dir: &Path) -> Result<()> {
+    let length = dir.as_os_str().len() + 1 + SOCKET;
+    ensure!(
+        length <= MAX_SOCKET,
+        "PIGEON_STATE: {} is too long by {} bytes for the paths of sockets in it",
+        root().display(),
+        length - MAX_SOCKET
+    );
+    Ok(())
 }
 
 /// The hexadecimal SHA-256 of texts, each with its length.

@@ -1,29 +1,87 @@
-//! A process's streams: FIFOs of containerd's, or a file for its output.
+//! A process's streams: FIFOs of containerd's, or a file or a program for its output.
 
 use std::{
     collections::VecDeque,
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Read, Write},
     os::{
         fd::{AsFd, BorrowedFd},
         unix::fs::OpenOptionsExt,
     },
+    path::Path,
 };
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::OFlags;
+
+use crate::logger::Logger;
 
 /// Where a process's streams are, as containerd names them.
 #[derive(Clone, Debug, Default)]
 pub struct Stdio {
     /// A FIFO, or nothing.
     pub stdin: String,
-    /// A FIFO, `file://PATH`, or nothing.
+    /// A FIFO, `file://PATH`, nothing, or `binary://PATH`, which takes standard error too.
     pub stdout: String,
-    /// The same.
+    /// A FIFO, `file://PATH`, or nothing.
     pub stderr: String,
     /// A terminal.
     pub terminal: bool,
+}
+
+/// Streams that are open.
+pub struct Opened {
+    /// Standard input, if there is any.
+    pub input: Option<Input>,
+    /// Standard output and standard error.
+    pub outputs: [Output; 2],
+    /// The program that takes them.
+    pub logger: Option<Logger>,
+}
+
+impl Stdio {
+    /// Opens them, for a process of this name.
+    pub fn open(&self, id: &str, namespace: &str) -> Result<Opened> {
+        let input = Input::open(&self.stdin)?;
+        if let Some(place) = self.stdout.strip_prefix("binary://") {
+            let (logger, outputs) = Logger::start(place, id, namespace)?;
+            return Ok(Opened {
+                input,
+                outputs,
+                logger: Some(logger),
+            });
+        }
+        let error = match self.terminal {
+            true => Output::default(),
+            false => Output::open(&self.stderr)?,
+        };
+        Ok(Opened {
+            input,
+            outputs: [Output::open(&self.stdout)?, error],
+            logger: None,
+        })
+    }
+}
+
+/// Text of a URI without its escapes (RFC 3986, section 2.1).
+pub fn decode(text: &str) -> String {
+    let mut bytes = vec![];
+    let mut rest = text.as_bytes();
+    while let Some((&first, after)) = rest.split_first() {
+        let escaped = match (first, after) {
+            (b'%', [high, low, ..]) => std::str::from_utf8(&[*high, *low])
+                .ok()
+                .and_then(|digits| u8::from_str_radix(digits, 16).ok()),
+            _ => None,
+        };
+        bytes.push(escaped.unwrap_or(first));
+        rest = if escaped.is_some() {
+            &after[2..]
+        } else {
+            after
+        };
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 fn open(path: &str, options: &mut OpenOptions) -> Result<File> {
@@ -84,13 +142,28 @@ impl Output {
         let file = match place.split_once("://") {
             None if place.is_empty() => None,
             None => Some(open(place, OpenOptions::new().read(true).write(true))?),
-            Some(("file", path)) => Some(open(path, OpenOptions::new().append(true).create(true))?),
+            Some(("file", path)) => {
+                let path = decode(path);
+                if let Some(dir) = Path::new(&path).parent() {
+                    fs::create_dir_all(dir)
+                        .with_context(|| format!("unable to create {}", dir.display()))?;
+                }
+                Some(open(&path, OpenOptions::new().append(true).create(true))?)
+            }
             Some((scheme, _)) => bail!("{place}: output to {scheme}:// is not supported"),
         };
         Ok(Output {
             file,
             pending: VecDeque::new(),
         })
+    }
+
+    /// What is written goes to a file that does not block.
+    pub fn to(file: File) -> Output {
+        Output {
+            file: Some(file),
+            pending: VecDeque::new(),
+        }
     }
 
     /// Bytes that nobody has taken yet.
@@ -117,7 +190,7 @@ impl Output {
                 Ok(size) => drop(self.pending.drain(..size)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // A full disk: the process goes on.
+                // A full disk, or a program that has died: the process goes on.
                 Err(_) => self.pending.clear(),
             }
         }
@@ -193,6 +266,10 @@ mod tests {
         }
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "one two");
         Output::open("").unwrap().write(b"nowhere");
-        assert!(Output::open("binary:///bin/logger").is_err());
+        let place = format!("file://{}/a%20dir/%zz%", dir.path().display());
+        Output::open(&place).unwrap().write(b"x");
+        assert!(dir.path().join("a dir/%zz%").is_file());
+        let error = Output::open("tcp://host").map(drop).unwrap_err();
+        assert!(error.to_string().contains("output to tcp://"), "{error}");
     }
 }

@@ -66,6 +66,8 @@ pub struct Vm {
     console: Mutex<VecDeque<u8>>,
     /// Signals use one file in the guest.
     signals: Mutex<()>,
+    /// And so do processes that start.
+    pub launches: Mutex<()>,
 }
 
 impl Vm {
@@ -81,6 +83,10 @@ impl Vm {
         };
         let child = machine.process().child();
         let pid = child.id();
+        if let Some(score) = plan.process.oom_score_adj {
+            let path = format!("/proc/{pid}/oom_score_adj");
+            fs::write(path, score.to_string()).context("process.oomScoreAdj")?;
+        }
         let console = child.stdout.take().context("the console is piped")?;
         // Nobody types; the open pipe is left to the VM.
         std::mem::forget(child.stdin.take());
@@ -93,6 +99,7 @@ impl Vm {
             changed: Condvar::new(),
             console: Mutex::new(VecDeque::new()),
             signals: Mutex::new(()),
+            launches: Mutex::new(()),
         });
         vm.clone().watch_events(events);
         let console = vm.clone().watch_console(console);
@@ -288,7 +295,8 @@ fn spec(plan: &mut Plan, root: &Path, dir: &Path, arch: Arch) -> Result<Spec> {
     files.modules_and(&kernel, &["erofs".into(), "overlay".into()])?;
     files.file("/pigeon/run.json", 0o600, plan.document.to_string());
     let initrd = dir.join("initrd");
-    fs::write(&initrd, files.on_top_of(product(arch)?))?;
+    fs::write(&initrd, files.on_top_of(product(arch)?))
+        .with_context(|| format!("unable to write {}", initrd.display()))?;
     Ok(Spec {
         args: [
             "PIGEON_CONFIG=file",

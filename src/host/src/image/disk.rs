@@ -143,7 +143,7 @@ pub fn write_volume(out: &Path, size: u64) -> Result<()> {
 }
 
 /// The directory that a file is in.
-pub(super) fn directory_of(path: &Path) -> &Path {
+pub(crate) fn directory_of(path: &Path) -> &Path {
     path.parent()
         .filter(|dir| !dir.as_os_str().is_empty())
         .unwrap_or(Path::new("."))

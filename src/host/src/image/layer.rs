@@ -136,7 +136,8 @@ impl Blob {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// In hexadecimal.
+pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -11,6 +11,7 @@ pub mod archive;
 pub mod disk;
 pub mod erofs;
 pub mod ext4;
+pub mod fingerprint;
 pub mod inodes;
 pub mod kind;
 pub mod layer;

@@ -1,0 +1,264 @@
+//! Images of roots that containers share, in the state's directory.
+//!
+//! The image of an overlay's lower layers has a digest of the layers' paths, devices, inodes and times
+//! of birth for a name: committed snapshots do not change, and a directory that takes another's place
+//! has another time of birth. Any other root, such as the copy of a snapshotter without layers, is read
+//! whole, and its image has the digest of what is in it for a name.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context, Result};
+use pigeon::image::{self, disk::Format, fingerprint};
+use rustix::fs::{AtFlags, CWD, StatxFlags};
+use serde::{Deserialize, Serialize};
+
+use crate::state;
+
+/// The images' directory in the state's.
+const IMAGES: &str = "images";
+/// Beside an image of layers: what they are.
+const LAYERS: &str = "json";
+/// How long an image that has no layers is kept without being used.
+const UNUSED: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
+/// The directory of shared images.
+pub struct Images(PathBuf);
+
+/// What tells a directory from any that was or will be at its path.
+#[derive(Debug, Deserialize, PartialEq, Serialize)]
+struct Identity {
+    path: PathBuf,
+    device: (u32, u32),
+    inode: u64,
+    /// Seconds and nanoseconds.
+    born: (i64, u32),
+}
+
+/// Directories that do not change while they are there, by which an image can be known.
+pub struct Layers(Vec<Identity>);
+
+impl Layers {
+    /// None where the file system has no times of birth.
+    pub fn of(paths: &[PathBuf]) -> Option<Layers> {
+        let identities = paths.iter().map(|path| Identity::of(path));
+        Some(Layers(identities.collect::<Option<_>>()?))
+    }
+}
+
+impl Images {
+    /// The state's.
+    pub fn open() -> Result<Images> {
+        let dir = state::root().join(IMAGES);
+        state::create(&dir)?;
+        Ok(Images(dir))
+    }
+
+    /// The image of layers. Where it is not there, `pack` makes it at `made`.
+    pub fn of_layers(
+        &self,
+        layers: &Layers,
+        made: &Path,
+        pack: impl FnOnce() -> Result<()>,
+    ) -> Result<PathBuf> {
+        let text = serde_json::to_string(&layers.0)?;
+        let image = self.path(&state::digest(&[&text]));
+        if image.exists() {
+            return Ok(image);
+        }
+        let _lock = lock(&image)?;
+        if !image.exists() {
+            self.remove_unused();
+            pack()?;
+            fs::write(image.with_extension(LAYERS), &text)?;
+            fs::rename(made, &image)?;
+        }
+        Ok(image)
+    }
+
+    /// The image of what a directory holds, which is made at `made` where it is not there. It stays
+    /// there if the directory has changed meanwhile: nobody else is to have that.
+    pub fn of_contents(&self, directory: &Path, made: &Path) -> Result<PathBuf> {
+        let digest = fingerprint::of(directory)?;
+        let image = self.path(&digest);
+        let _lock = lock(&image)?;
+        if image.exists() {
+            File::open(&image)?.set_modified(SystemTime::now())?;
+            return Ok(image);
+        }
+        self.remove_unused();
+        pack(directory, made)?;
+        if fingerprint::of(directory)? != digest {
+            return Ok(made.into());
+        }
+        fs::rename(made, &image)?;
+        Ok(image)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(format!("{name}.erofs"))
+    }
+
+    /// Removes images whose layers are gone, as containerd has removed the container image, and those
+    /// without layers that nobody has used for long. VMs that run have theirs open.
+    fn remove_unused(&self) {
+        let Ok(entries) = fs::read_dir(&self.0) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            let image = entry.path();
+            if image
+                .extension()
+                .is_none_or(|extension| extension != "erofs")
+            {
+                continue;
+            }
+            let is_used = match fs::read(image.with_extension(LAYERS)) {
+                Ok(text) => are_there(&text),
+                Err(_) => entry.metadata().is_ok_and(|found| is_recent(&found)),
+            };
+            if !is_used {
+                for extension in ["erofs", "lock", LAYERS] {
+                    let _ = fs::remove_file(image.with_extension(extension));
+                }
+            }
+        }
+    }
+}
+
+/// Packs a directory as an image.
+pub fn pack(directory: &Path, image: &Path) -> Result<()> {
+    image::pack(directory, image, Format::Erofs).map(drop)
+}
+
+/// One makes an image, and others that want it wait.
+fn lock(image: &Path) -> Result<File> {
+    let lock = File::create(image.with_extension("lock"))?;
+    lock.lock().context("unable to lock the root's image")?;
+    Ok(lock)
+}
+
+/// Whether all layers of a list are still what they were.
+fn are_there(text: &[u8]) -> bool {
+    let layers: Vec<Identity> = serde_json::from_slice(text).unwrap_or_default();
+    let is_there = |layer: &Identity| Identity::of(&layer.path).as_ref() == Some(layer);
+    !layers.is_empty() && layers.iter().all(is_there)
+}
+
+/// Whether a file was used lately, or the clock was set back.
+fn is_recent(file: &fs::Metadata) -> bool {
+    let used = file.modified().ok();
+    let age = used.and_then(|used| SystemTime::now().duration_since(used).ok());
+    age.is_none_or(|age| age < UNUSED)
+}
+
+impl Identity {
+    fn of(path: &Path) -> Option<Identity> {
+        let wanted = StatxFlags::INO | StatxFlags::BTIME;
+        let found = rustix::fs::statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, wanted).ok()?;
+        let has = StatxFlags::from_bits_retain(found.stx_mask);
+        has.contains(wanted).then(|| Identity {
+            path: path.into(),
+            device: (found.stx_dev_major, found.stx_dev_minor),
+            inode: found.stx_ino,
+            born: (found.stx_btime.tv_sec, found.stx_btime.tv_nsec),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    #[test]
+    fn a_directory_at_the_place_of_another_is_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fs");
+        fs::create_dir(&path).unwrap();
+        let Some(first) = Identity::of(&path) else {
+            return; // a file system without times of birth
+        };
+        assert_eq!(Identity::of(&path).as_ref(), Some(&first));
+        fs::remove_dir(&path).unwrap();
+        // Times of files are those of the kernel's last tick: no two snapshots come so close.
+        thread::sleep(Duration::from_millis(20));
+        fs::create_dir(&path).unwrap();
+        assert_ne!(Identity::of(&path), Some(first));
+        assert_eq!(Identity::of(&dir.path().join("none")), None);
+    }
+
+    /// A directory to be packed, and where its image is made.
+    fn place(parent: &Path, name: &str, text: &str) -> (PathBuf, PathBuf) {
+        let dir = parent.join(name);
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join("file"), text).unwrap();
+        let file = File::open(dir.join("file")).unwrap();
+        file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        (dir, parent.join(format!("{name}.made")))
+    }
+
+    #[test]
+    fn copies_of_the_same_have_one_image_and_no_other_has() {
+        let parent = tempfile::tempdir().unwrap();
+        let images = Images(parent.path().join("images"));
+        fs::create_dir(&images.0).unwrap();
+        let image_of = |name: &str, text: &str| {
+            let (dir, made) = place(parent.path(), name, text);
+            let image = images.of_contents(&dir, &made).unwrap();
+            assert!(!made.exists());
+            image
+        };
+        let first = image_of("a", "text");
+        let bytes = fs::read(&first).unwrap();
+        fs::write(&first, "made once").unwrap();
+        assert_eq!(image_of("b", "text"), first);
+        assert_eq!(fs::read(&first).unwrap(), b"made once");
+        // Of the same length and time.
+        let other = image_of("c", "tezt");
+        assert_ne!(other, first);
+        assert_ne!(fs::read(&other).unwrap(), bytes);
+    }
+
+    #[test]
+    fn an_image_without_layers_is_removed_when_nobody_has_used_it_for_long() {
+        let parent = tempfile::tempdir().unwrap();
+        let images = Images(parent.path().join("images"));
+        fs::create_dir(&images.0).unwrap();
+        let make = |name: &str, text: &str| {
+            let (dir, made) = place(parent.path(), name, text);
+            images.of_contents(&dir, &made).unwrap()
+        };
+        let age = |image: &Path| {
+            let time = SystemTime::now() - 2 * UNUSED;
+            File::open(image).unwrap().set_modified(time).unwrap();
+        };
+        let [old, used] = ["1", "2"].map(|text| make(text, text));
+        age(&old);
+        age(&used);
+        make("2", "2");
+        make("3", "3");
+        assert!(!old.exists() && used.exists());
+        assert_eq!(fs::read_dir(&images.0).unwrap().count(), 4);
+    }
+
+    #[test]
+    fn what_cannot_be_packed_leaves_no_image() {
+        let parent = tempfile::tempdir().unwrap();
+        let images = Images(parent.path().into());
+        let (dir, _) = place(parent.path(), "a", "text");
+        let made = parent.path().join("none/made");
+        assert!(images.of_contents(&dir, &made).is_err());
+        let layers = Layers::of(std::slice::from_ref(&dir)).unwrap();
+        let failed = images.of_layers(&layers, &made, || anyhow::bail!("a full disk"));
+        assert!(failed.is_err());
+        let mut names = fs::read_dir(&images.0).unwrap();
+        assert!(names.all(|entry| {
+            let name = entry.unwrap().file_name();
+            name == "a" || name.to_str().unwrap().ends_with(".lock")
+        }));
+    }
+}

@@ -1,0 +1,169 @@
+//! The parts of `config.json` that are looked at.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+/// A container.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Config {
+    pub process: Process,
+    pub root: Root,
+    pub hostname: String,
+    pub domainname: String,
+    pub mounts: Vec<Mount>,
+    pub annotations: BTreeMap<String, String>,
+    pub hooks: Map<String, Value>,
+    pub linux: Linux,
+}
+
+/// A process to be run.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Process {
+    /// Its streams are a terminal.
+    pub terminal: bool,
+    /// The terminal's size.
+    pub console_size: Option<ConsoleSize>,
+    /// Who it runs as.
+    pub user: User,
+    /// The program and its arguments.
+    pub args: Vec<String>,
+    /// Its environment.
+    pub env: Vec<String>,
+    /// Its working directory.
+    pub cwd: String,
+    /// Its limits.
+    pub rlimits: Vec<Rlimit>,
+    /// Its capabilities; none when absent.
+    pub capabilities: Capabilities,
+    /// It gets no more rights by the programs it runs.
+    pub no_new_privileges: bool,
+    /// How readily the host's OOM killer ends the VM.
+    pub oom_score_adj: Option<i32>,
+    pub apparmor_profile: String,
+    pub selinux_label: String,
+    pub io_priority: Option<Value>,
+    pub scheduler: Option<Value>,
+}
+
+/// Columns and rows.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct ConsoleSize {
+    /// Rows.
+    pub height: u16,
+    /// Columns.
+    pub width: u16,
+}
+
+/// A user by numbers.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct User {
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Supplementary groups.
+    pub additional_gids: Vec<u32>,
+    /// Mode bits that new files do not get.
+    pub umask: Option<u32>,
+}
+
+/// A limit (getrlimit(2)); u64::MAX is none.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Rlimit {
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub soft: u64,
+    pub hard: u64,
+}
+
+/// Sets of capabilities (capabilities(7)).
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Capabilities {
+    pub bounding: BTreeSet<String>,
+    pub effective: BTreeSet<String>,
+    pub permitted: BTreeSet<String>,
+    pub inheritable: BTreeSet<String>,
+    pub ambient: BTreeSet<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Root {
+    pub path: String,
+    pub readonly: bool,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Mount {
+    pub destination: String,
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub source: String,
+    pub options: Vec<String>,
+    pub uid_mappings: Vec<Value>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Linux {
+    pub sysctl: BTreeMap<String, String>,
+    pub devices: Vec<Device>,
+    pub namespaces: Vec<Namespace>,
+    pub resources: Resources,
+    pub rootfs_propagation: String,
+    pub uid_mappings: Vec<Value>,
+    pub seccomp: Option<Value>,
+    pub mount_label: String,
+    pub intel_rdt: Option<Value>,
+    pub personality: Option<Value>,
+    pub time_offsets: Option<Value>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Device {
+    pub path: String,
+}
+
+/// One of the container's own, unless it has a path.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Namespace {
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub path: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Resources {
+    pub memory: Memory,
+    pub cpu: Cpu,
+    /// Others, by their names.
+    #[serde(flatten)]
+    pub others: Map<String, Value>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Memory {
+    pub limit: Option<i64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Cpu {
+    pub quota: Option<i64>,
+    pub period: Option<u64>,
+    /// Processors of the host's.
+    pub cpus: String,
+}
