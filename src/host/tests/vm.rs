@@ -927,3 +927,215 @@ fn a_root_of_every_format_boots_and_two_vms_share_one_below_their_own_layers() {
         "the shared image has changed"
     );
 }
+
+#[test]
+fn a_vm_that_has_ended_is_started_again_as_it_was_run() {
+    let lab = Lab::new();
+    let place = lab.place.0.path();
+    let script = "echo \"boot $COLOR $(cat /data/boots 2>/dev/null | wc -l)\"; echo x >>/data/boots; \
+                  trap 'exit 5' TERM; while :; do sleep 0.1; done";
+    // Where relative paths start, and what a variable is, is that of the first time.
+    let mut first = lab.command(&["run", "-d", "--wait", "--name", "db", "-e", "COLOR", "-v"]);
+    first.args(["data.img:/data,size=16M", "-p", "127.0.0.1:0:9", "--uds"]);
+    first.args(["db.sock", "-m", "200", "--entrypoint", "sh", "app.ext4"]);
+    first.args(["-c", script]);
+    let output = first.current_dir(place).env("COLOR", "blue").output();
+    let output = output.unwrap();
+    assert_eq!(output.stdout, b"db\n", "{output:?}");
+    let status = || lab.said(&["ps", "-a"]).0;
+    let inspect = || -> Value { serde_json::from_str(&lab.said(&["inspect", "db"]).0).unwrap() };
+    let logs = |expected: &[&str]| {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            let said = lab.said(&["logs", "db"]).0;
+            // What a shell says of a signal is beside the point.
+            let boots = said.lines().filter(|line| line.starts_with("boot"));
+            if boots.collect::<Vec<_>>() == expected {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{said}");
+        }
+    };
+    logs(&["boot blue 0"]);
+    let running = inspect();
+    // One that runs is left alone.
+    assert_eq!(lab.said(&["start", "db"]), ("db\n".into(), Some(0)));
+    assert_eq!(inspect()[0]["pid"], running[0]["pid"]);
+
+    let words = ["restart", "--wait", "db"];
+    assert_eq!(lab.said(&words), ("db\n".into(), Some(0)));
+    logs(&["boot blue 0", "boot blue 1"]);
+    let restarted = inspect();
+    assert_ne!(restarted[0]["pid"], running[0]["pid"]);
+    for member in ["config", "memory_mib", "uds", "launch", "image", "name"] {
+        assert_eq!(restarted[0][member], running[0][member], "{member}");
+    }
+    assert_eq!(restarted[0]["ports"].as_array().unwrap().len(), 1);
+
+    assert_eq!(lab.said(&["stop", "db"]).1, Some(0));
+    assert!(status().contains("exited (5)"), "{}", status());
+    assert_eq!(lab.said(&["start", "--wait"]), ("db\n".into(), Some(0)));
+    logs(&["boot blue 0", "boot blue 1", "boot blue 2"]);
+    let (listed, _) = lab.said(&["ps"]);
+    assert!(listed.contains(" up "), "{listed}");
+    let colour = ["exec", "db", "sh", "-c", "echo $COLOR"];
+    assert_eq!(lab.said(&colour).0, "blue\n");
+    // Of one that was restarted the last exit code counts.
+    assert_eq!(lab.said(&["stop", "db"]).1, Some(0));
+    let mut attached = Terminal::spawn(lab.command(&["start", "-ai", "db"]), (80, 24));
+    attached.expect("boot blue 3");
+    attached.type_text("\x03");
+    assert_eq!(attached.wait().code(), Some(5));
+    // What fails leaves the record as it is.
+    fs::rename(place.join("data.img"), place.join("moved.img")).unwrap();
+    fs::write(place.join("data.img"), "no file system").unwrap();
+    let failed = lab.pigeon(&["start", "db"]);
+    let said = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert!(said.contains("data.img is of an unknown kind"), "{said}");
+    assert_eq!(
+        (failed.status.code(), &failed.stdout[..]),
+        (Some(125), &b""[..])
+    );
+    assert!(status().contains("exited (5)"), "{}", status());
+    check(&place.join("moved.img"));
+    assert_eq!(lab.said(&["rm", "db"]).1, Some(0));
+    let unknown = lab.pigeon(&["restart", "db"]);
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("there is no VM called db"));
+}
+
+#[test]
+fn a_vm_that_keeps_no_record_is_restarted_too_and_one_on_a_terminal_is_not() {
+    let lab = Lab::new();
+    let image = lab.path("app.ext4");
+    let words = ["run", "-d", "--rm", "--name", "brief", &image];
+    assert_eq!(lab.said(&words).1, Some(0));
+    assert_eq!(lab.said(&["restart", "brief"]), ("brief\n".into(), Some(0)));
+    assert_eq!(lab.said(&["exec", "brief", "hostname"]).0, "brief\n");
+    assert_eq!(lab.said(&["stop", "brief"]).1, Some(0));
+    assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
+
+    let words = [
+        "run",
+        "-i",
+        "--name",
+        "typed",
+        "--entrypoint",
+        "cat",
+        &image,
+    ];
+    assert_eq!(lab.fed(&words, b"one\n"), (b"one\n".to_vec(), Some(0)));
+    for command in ["start", "restart"] {
+        let refused = lab.pigeon(&[command, "typed"]);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(said.contains("`pigeon start --attach typed`"), "{said}");
+        assert_eq!(refused.status.code(), Some(125));
+    }
+    // Its command is what it was, not what stands in for it.
+    let (listed, _) = lab.said(&["ps", "-a"]);
+    assert!(listed.contains(" cat"), "{listed}");
+    let words = ["start", "-a", "typed"];
+    assert_eq!(lab.fed(&words, b"two\n"), (b"two\n".to_vec(), Some(0)));
+}
+
+#[test]
+fn a_detached_run_waits_for_its_health_check_if_told_to() {
+    let lab = Lab::new();
+    let image = lab.path("app.ext4");
+    let config = |test: &str, retries: u32| {
+        let test = ["CMD-SHELL", test];
+        let check = json!({"Test": test, "Interval": 200_000_000, "Retries": retries});
+        let volumes = json!({"/data": {}, "/scratch": {}});
+        let document = json!({"ImageConfig": {
+            "Entrypoint": ["sh", "-c", "sleep 2; touch /tmp/ready; sleep 1000"],
+            "Env": ["PATH=/bin"],
+            "Healthcheck": check,
+            "Volumes": volumes,
+        }});
+        lab.place.write("run.json", document.to_string());
+        lab.path("run.json")
+    };
+    let words = ["run", "-d", "--wait", "--rm", "--tmpfs", "/scratch", "-c"];
+    let run = |test: &str, retries: u32| {
+        let config = config(test, retries);
+        lab.pigeon(&[&words[..], &[&config, &image]].concat())
+    };
+    let healthy = run("test -e /tmp/ready", 1000);
+    assert_eq!(healthy.stdout, b"app\n", "{healthy:?}");
+    // A volume that nothing is mounted on is told in the background, too.
+    let said = String::from_utf8_lossy(&healthy.stderr).into_owned();
+    assert!(
+        said.contains("declares a volume at /data: -v FILE:/data"),
+        "{said}"
+    );
+    assert!(!said.contains("/scratch"), "{said}");
+    let ready = ["exec", "app", "ls", "/tmp/ready"];
+    assert_eq!(lab.said(&ready), ("/tmp/ready\n".into(), Some(0)));
+    let (listed, _) = lab.said(&["ps"]);
+    assert!(listed.contains("(healthy)"), "{listed}");
+    assert_eq!(lab.said(&["rm", "-f", "app"]).1, Some(0));
+    let unhealthy = run("false", 3);
+    let said = String::from_utf8_lossy(&unhealthy.stderr).into_owned();
+    assert!(said.contains("app is unhealthy"), "{said}");
+    assert_eq!(unhealthy.status.code(), Some(125));
+    assert_eq!(lab.said(&["rm", "-f", "app"]).1, Some(0));
+    // One that ends meanwhile.
+    let words = ["run", "-d", "--wait", "-u", "stranger", &image];
+    let ended = lab.pigeon(&words);
+    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert!(said.contains("has ended (exited (125)"), "{said}");
+}
+
+#[test]
+fn a_volume_that_was_made_for_a_vm_that_does_not_start_is_gone() {
+    let lab = Lab::new();
+    let image = lab.path("app.ext4");
+    let [data, layer] = ["data.img", "layer.img"].map(|name| lab.path(name));
+    let [volume, overlay] = [
+        format!("{data}:/data,size=16M"),
+        format!("--overlay={layer},size=16M"),
+    ];
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let busy = format!("{}:80", listener.local_addr().unwrap().port());
+    let other = format!("{}:/other", lab.path("none.img"));
+    for options in [
+        &["--kernel", "/none"][..],
+        &["--initrd", "/none"],
+        &["--volume", &other],
+        &["-p", &busy],
+    ] {
+        let words = [&["run", "-d", "-v", &volume, &overlay], options, &[&image]].concat();
+        let failed = lab.pigeon(&words);
+        assert_eq!(failed.status.code(), Some(125), "{failed:?}");
+        for path in [&data, &layer] {
+            assert!(!Path::new(path).exists(), "{options:?}: {failed:?}");
+        }
+    }
+    // What was there before stays.
+    let words = [
+        "run",
+        "-q",
+        "--rm",
+        "-v",
+        &volume,
+        "--entrypoint",
+        "true",
+        &image,
+    ];
+    assert_eq!(lab.said(&words).1, Some(0));
+    let words = ["run", "-d", "-v", &volume, "--kernel", "/none", &image];
+    assert_eq!(lab.said(&words).1, Some(125));
+    assert!(Path::new(&data).exists());
+    // Two VMs do not write to one, from the first on.
+    let fresh = format!("{}:/data,size=16M", lab.path("fresh.img"));
+    let second = lab.path("second.ext4");
+    fs::copy(&image, &second).unwrap();
+    let words = ["run", "-d", "--name", "first", "-v", &fresh, &image];
+    assert_eq!(lab.said(&words).1, Some(0));
+    let refused = lab.pigeon(&["run", "-d", "-v", &fresh, "--entrypoint", "true", &second]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        said.contains("fresh.img is in use by another running VM"),
+        "{said}"
+    );
+    assert_eq!(lab.said(&["rm", "-f", "first"]).1, Some(0));
+}

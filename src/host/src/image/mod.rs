@@ -253,7 +253,11 @@ fn fetch(source: &Path, arch: Arch, scratch: &Path, progress: &mut Progress) -> 
 
 /// Gets the image called `name` as an archive, from docker or by skopeo.
 fn pull(name: &str, arch: Arch, archive: &Path) -> Result<()> {
-    let looks_like_file = name.starts_with(['/', '.']) || name.ends_with(".tar");
+    const ARCHIVES: [&str; 9] = [
+        ".tar", ".gz", ".tgz", ".zst", ".xz", ".txz", ".bz2", ".tbz2", ".oci",
+    ];
+    let looks_like_file =
+        name.starts_with(['/', '.']) || ARCHIVES.iter().any(|end| name.ends_with(end));
     ensure!(!looks_like_file, "there is no {name}");
     let foreign = arch != Arch::HOST;
     let works = |command: &mut Command| {

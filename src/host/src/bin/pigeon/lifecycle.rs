@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use pigeon::Exit;
+use pigeon::{Exit, progress::Progress};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::{
     output::{bytes, note, say, table},
+    run,
     target::Target,
     vms::{self, Vm},
 };
@@ -59,19 +60,7 @@ impl Ps {
 /// What a configuration runs, shortened.
 fn command_line(config: &Value) -> String {
     const WIDTH: usize = 32;
-    let list = |value: &Value| -> Vec<String> {
-        let words = value.as_array().into_iter().flatten();
-        words.filter_map(Value::as_str).map(String::from).collect()
-    };
-    let image = &config["ImageConfig"];
-    let mut words = list(&config["ExecOverride"]);
-    if words.is_empty() {
-        words = list(&image["Entrypoint"]);
-        match config["CmdOverride"].as_str() {
-            Some(cmd) => words.push(cmd.into()),
-            None => words.extend(list(&image["Cmd"])),
-        }
-    }
+    let words = run::argv(config);
     let line = words.join(" ").replace(['\n', '\t'], " ");
     match line.char_indices().nth(WIDTH) {
         Some((at, _)) => format!("{}…", &line[..at]),
@@ -129,34 +118,41 @@ impl Stop {
         let timeout = Duration::try_from_secs_f64(self.timeout).context("bad --timeout")?;
         if self.names.is_empty() {
             return match self.target.vm(None)? {
-                Some(vm) => self.stop(&vm, timeout),
+                Some(vm) => {
+                    stop(&vm, self.signal, timeout)?;
+                    say!("{}", vm.record.name);
+                    Ok(())
+                }
                 // Nobody but its own API knows when it is down.
                 None => Ok(self.target.client(None)?.stop(self.signal, Some(timeout))?),
             };
         }
         for name in &self.names {
-            self.stop(&vms::find(name)?, timeout)?;
+            stop(&vms::find(name)?, self.signal, timeout)?;
+            say!("{name}");
         }
         Ok(())
     }
+}
 
-    fn stop(&self, vm: &Vm, timeout: Duration) -> Result<()> {
-        if vm.running {
-            let client = pigeon::Client::connect(&vm.record.uds);
-            let asked = client.and_then(|client| client.stop(self.signal, Some(timeout)));
-            // One that still boots, or whose init knows no such call, is stopped by its owner.
-            if asked.is_err() {
-                vm.signal_owner(Signal::TERM)?;
-            }
-            if !vm.wait(timeout + SHUTDOWN) {
-                note!("{} does not stop: killing it", vm.record.name);
-                vm.signal_owner(Signal::KILL)?;
-                ensure!(vm.wait(SHUTDOWN), "{} is still running", vm.record.name);
-            }
-        }
-        say!("{}", vm.record.name);
-        Ok(())
+/// Stops a VM; one that does not stop is killed.
+pub fn stop(vm: &Vm, signal: Option<u8>, timeout: Duration) -> Result<()> {
+    if !vm.running {
+        return Ok(());
     }
+    let _waiting = Progress::spinner("stopping");
+    let client = pigeon::Client::connect(&vm.record.uds);
+    let asked = client.and_then(|client| client.stop(signal, Some(timeout)));
+    // One that still boots, or whose init knows no such call, is stopped by its owner.
+    if asked.is_err() {
+        vm.signal_owner(Signal::TERM)?;
+    }
+    if !vm.wait(timeout + SHUTDOWN) {
+        note!("{} does not stop: killing it", vm.record.name);
+        vm.signal_owner(Signal::KILL)?;
+        ensure!(vm.wait(SHUTDOWN), "{} is still running", vm.record.name);
+    }
+    Ok(())
 }
 
 #[derive(Args)]

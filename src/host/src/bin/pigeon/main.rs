@@ -69,6 +69,10 @@ enum Action {
     Signal(lifecycle::SendSignal),
     /// Stop VMs
     Stop(lifecycle::Stop),
+    /// Start VMs that have ended, as they were run
+    Start(run::Start),
+    /// Stop VMs, and start them as they were run
+    Restart(run::Restart),
     /// Wait for the end of a VM's workload and print its exit code
     Wait(lifecycle::Wait),
     /// Remove VMs that have ended: record, logs and console
@@ -150,6 +154,8 @@ fn act(action: Action) -> Result<u8> {
         Action::Exec(exec) => return exec.run(),
         Action::Attach(attach) => return attach.run(),
         Action::Restore(restore) => return restore.run(),
+        Action::Start(start) => return start.run(),
+        Action::Restart(restart) => return restart.run(),
         Action::Ps(ps) => ps.run(),
         Action::Logs(logs) => logs.run(),
         Action::Cp(cp) => cp.run(),

@@ -207,6 +207,7 @@ impl Owner<'_> {
     pub fn listen_for_events(&self) -> mpsc::Receiver<Exit> {
         let (sender, exit) = mpsc::channel();
         let path = self.claim.dir.join(vms::EVENTS);
+        let claim = self.claim.clone();
         // Events are optional.
         let listener = match events::Listener::bind(&self.uds, EVENTS_PORT) {
             Ok(listener) => listener,
@@ -228,6 +229,9 @@ impl Owner<'_> {
                     let mut line = json!(event);
                     line["time"] = json!(vms::now());
                     let _ = writeln!(file, "{line}");
+                    if let Event::Started { .. } = event {
+                        let _ = claim.update(|record| record.up = Some(vms::now()));
+                    }
                     if let Event::Exited { code, oom_killed } = event {
                         let error = None;
                         let _ = sender.send(Exit {
@@ -374,7 +378,7 @@ impl Owner<'_> {
             record.exit_code = Some(code);
             record.ended = Some(vms::now());
         })?;
-        if self.run.rm {
+        if self.run.rm && !self.claim.restarts() {
             self.claim.remove()?;
         }
         if self.run.uds.is_some() {
