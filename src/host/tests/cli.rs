@@ -17,10 +17,16 @@ use serde_json::{Value, json};
 /// Standard output, standard error and exit code of `pigeon WORDS` in a place of its own.
 fn pigeon(place: &Place, words: &[&str]) -> (String, String, i32) {
     let path = std::env::var("PATH").unwrap();
+    let path = format!("{}:{path}", place.0.path().display());
+    pigeon_with(place, &path, words)
+}
+
+/// The same, with this `PATH`.
+fn pigeon_with(place: &Place, path: &str, words: &[&str]) -> (String, String, i32) {
     let output = Command::new(env!("CARGO_BIN_EXE_pigeon"))
         .args(words)
         .current_dir(place.0.path())
-        .env("PATH", format!("{}:{path}", place.0.path().display()))
+        .env("PATH", path)
         .env("XDG_RUNTIME_DIR", place.0.path())
         .env("XDG_STATE_HOME", place.0.path())
         .env_remove("PIGEON_UDS")
@@ -203,14 +209,23 @@ fn an_image_by_name_comes_by_skopeo_where_docker_does_not_work_and_else_is_asked
         (&out["form"], &out["layers"]),
         (&json!("docker save archive"), &json!(1))
     );
-    if pigeon::assets::tool("skopeo").is_err() {
-        fs::remove_file(place.path("skopeo")).unwrap();
-        let said = complaint(&place, &["rootfs", "demo:1", "other.ext4"]);
-        assert!(
-            said.contains("docker save demo:1 --output image.tar"),
-            "{said}"
-        );
+    let said = complaint(&place, &["rootfs", "demo:2", "other.ext4"]);
+    let expected =
+        "there is no file demo:2, and skopeo gave no image of that name: exit status: 1\n";
+    assert!(said.ends_with(expected), "{said}");
+    // What can be but a file is not asked for.
+    for name in ["demo.tar.gz", "demo.tar.zst", "demo.oci", "./demo"] {
+        let said = complaint(&place, &["rootfs", name, "other.ext4"]);
+        assert_eq!(said, format!("pigeon: there is no {name}\n"));
     }
+    fs::remove_file(place.path("skopeo")).unwrap();
+    let alone = place.0.path().to_str().unwrap();
+    let (_, said, code) = pigeon_with(&place, alone, &["rootfs", "demo:1", "other.ext4"]);
+    assert!(
+        said.contains("docker save demo:1 --output image.tar"),
+        "{said}"
+    );
+    assert_eq!(code, 125);
 }
 
 #[test]

@@ -270,7 +270,12 @@ fn pull(name: &str, arch: Arch, archive: &Path) -> Result<()> {
     let must = |command: &mut Command| {
         let status = command.stdin(Stdio::null()).stdout(io::stderr()).status();
         let status = status.with_context(|| format!("unable to start {command:?}"))?;
-        ensure!(status.success(), "{command:?}: {status}");
+        let program = Path::new(command.get_program()).file_name();
+        ensure!(
+            status.success(),
+            "there is no file {name}, and {} gave no image of that name: {status}",
+            program.unwrap_or_default().display()
+        );
         anyhow::Ok(())
     };
     if let Ok(docker) = assets::tool("docker")

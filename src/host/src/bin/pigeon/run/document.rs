@@ -653,7 +653,7 @@ mod tests {
             Kind::Image(Format::Ext4)
         );
         assert_eq!(fs::metadata(&path).unwrap().len(), 16 << 20);
-        assert_eq!(created.0, [path.clone()]);
+        assert_eq!(created.0, std::slice::from_ref(&path));
         fs::write(&path, [0; 4096]).unwrap();
         let error = disk(None).prepare(&mut created).unwrap_err().to_string();
         assert!(
