@@ -1041,9 +1041,14 @@ fn a_vm_that_keeps_no_record_is_restarted_too_and_one_on_a_terminal_is_not() {
 fn a_detached_run_waits_for_its_health_check_if_told_to() {
     let lab = Lab::new();
     let image = lab.path("app.ext4");
-    let config = |test: &str, retries: u32| {
+    let config = |test: &str, starts: bool| {
         let test = ["CMD-SHELL", test];
-        let check = json!({"Test": test, "Interval": 200_000_000, "Retries": retries});
+        let mut check = json!({"Test": test, "Interval": 200_000_000, "Retries": 3});
+        if starts {
+            // Its failures do not count.
+            check["StartPeriod"] = json!(100_000_000_000u64);
+            check["StartInterval"] = json!(100_000_000);
+        }
         let volumes = json!({"/data": {}, "/scratch": {}});
         let document = json!({"ImageConfig": {
             "Entrypoint": ["sh", "-c", "sleep 2; touch /tmp/ready; sleep 1000"],
@@ -1055,11 +1060,11 @@ fn a_detached_run_waits_for_its_health_check_if_told_to() {
         lab.path("run.json")
     };
     let words = ["run", "-d", "--wait", "--rm", "--tmpfs", "/scratch", "-c"];
-    let run = |test: &str, retries: u32| {
-        let config = config(test, retries);
+    let run = |test: &str, starts: bool| {
+        let config = config(test, starts);
         lab.pigeon(&[&words[..], &[&config, &image]].concat())
     };
-    let healthy = run("test -e /tmp/ready", 1000);
+    let healthy = run("test -e /tmp/ready", true);
     assert_eq!(healthy.stdout, b"app\n", "{healthy:?}");
     // A volume that nothing is mounted on is told in the background, too.
     let said = String::from_utf8_lossy(&healthy.stderr).into_owned();
@@ -1073,7 +1078,7 @@ fn a_detached_run_waits_for_its_health_check_if_told_to() {
     let (listed, _) = lab.said(&["ps"]);
     assert!(listed.contains("(healthy)"), "{listed}");
     assert_eq!(lab.said(&["rm", "-f", "app"]).1, Some(0));
-    let unhealthy = run("false", 3);
+    let unhealthy = run("false", false);
     let said = String::from_utf8_lossy(&unhealthy.stderr).into_owned();
     assert!(said.contains("app is unhealthy"), "{said}");
     assert_eq!(unhealthy.status.code(), Some(125));

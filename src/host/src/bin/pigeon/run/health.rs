@@ -1,7 +1,12 @@
 //! The image's health check, run as Docker runs it. (OCI image-spec conversion.md; moby's
 //! daemon/health.go)
 
-use std::{path::PathBuf, sync::Arc, thread, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use pigeon::{Client, Command, Error};
 use serde_json::Value;
@@ -14,7 +19,10 @@ pub struct HealthCheck {
     argv: Vec<String>,
     interval: Duration,
     timeout: Duration,
+    /// Until then failures do not count.
     start_period: Duration,
+    /// In place of the interval, in the start period as long as it has never succeeded.
+    start_interval: Duration,
     retries: u32,
 }
 
@@ -23,6 +31,7 @@ impl HealthCheck {
     pub fn of(document: &Value) -> Option<HealthCheck> {
         /// As Docker has them where the image says nothing.
         const INTERVAL: Duration = Duration::from_secs(30);
+        const START_INTERVAL: Duration = Duration::from_secs(5);
         const RETRIES: u32 = 3;
         let check = &document["ImageConfig"]["Healthcheck"];
         let test: Vec<String> = check["Test"]
@@ -48,6 +57,7 @@ impl HealthCheck {
             interval: time("Interval", INTERVAL),
             timeout: time("Timeout", INTERVAL),
             start_period: time("StartPeriod", Duration::ZERO),
+            start_interval: time("StartInterval", START_INTERVAL),
             retries: retries.filter(|&retries| retries > 0).unwrap_or(RETRIES),
         })
     }
@@ -61,10 +71,14 @@ impl HealthCheck {
         thread::spawn(move || {
             let client = Client::new(uds);
             let command = Command::new(self.argv.clone()).timeout(self.timeout);
-            let (mut elapsed, mut failures) = (Duration::ZERO, 0);
+            let begun = Instant::now();
+            let (mut succeeded, mut failures) = (false, 0);
             loop {
-                thread::sleep(self.interval);
-                elapsed += self.interval;
+                let starts = !succeeded && begun.elapsed() < self.start_period;
+                thread::sleep(match starts {
+                    true => self.start_interval,
+                    false => self.interval,
+                });
                 let healthy = match client.exec(&command) {
                     Ok(output) => output.exit_code == 0,
                     Err(Error::NotStarted(_)) => false,
@@ -72,8 +86,8 @@ impl HealthCheck {
                     Err(_) => continue,
                 };
                 match healthy {
-                    true => failures = 0,
-                    false if elapsed <= self.start_period => continue,
+                    true => (succeeded, failures) = (true, 0),
+                    false if starts => continue,
                     false => failures += 1,
                 }
                 match failures {
@@ -103,6 +117,8 @@ mod tests {
         assert_eq!(check.argv, ["/bin/sh", "-c", "pg_isready || exit 1"]);
         assert_eq!(check.interval, Duration::from_millis(1500));
         assert_eq!((check.timeout, check.retries), (Duration::from_secs(30), 5));
+        assert_eq!(check.start_period, Duration::ZERO);
+        assert_eq!(check.start_interval, Duration::from_secs(5));
         assert_eq!(
             of(json!({"Test": ["CMD", "/a", "b"]})).unwrap().argv,
             ["/a", "b"]
