@@ -519,6 +519,12 @@ fn ctrl_c_twice_is_a_kill() {
     vm.type_text("\x03");
     vm.expect("pigeon: killed");
     assert_eq!(vm.wait().code(), Some(137));
+    let waited = lab.pigeon(&["wait"]);
+    let said = String::from_utf8_lossy(&waited.stderr).into_owned();
+    assert_eq!(
+        (&waited.stdout[..], said.as_str()),
+        (&b"137\n"[..], "pigeon: the VM was killed\n")
+    );
 }
 
 #[test]
@@ -612,6 +618,8 @@ fn a_vm_in_the_background_is_steered_by_its_name_and_remembered() {
     );
     let ended: Value = serde_json::from_str(&lab.said(&["inspect", "web"]).0).unwrap();
     assert_eq!(ended[0]["exit"], json!({"code": 3, "oom_killed": false}));
+    assert_eq!(lab.said(&["logs", "-n", "1", "web"]).0, "good bye\n");
+    assert_eq!(lab.said(&["logs", "-f", "--tail", "9", "web"]).0, expected);
     let gone = lab.pigeon(&["exec", "web", "true"]);
     assert!(
         String::from_utf8_lossy(&gone.stderr).contains("has ended (exited (3)"),
@@ -619,9 +627,41 @@ fn a_vm_in_the_background_is_steered_by_its_name_and_remembered() {
     );
     assert_eq!(lab.said(&["rm", "web"]), ("web\n".into(), Some(0)));
     assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
-    // One that is removed by force, and one that keeps nothing.
-    assert_eq!(lab.said(&["run", "-d", "--name", "web", &image]).1, Some(0));
+    // One that is removed by force leaves its disk to the next one at once.
+    let words = ["run", "-d", "--wait", "--name", "web", &image];
+    assert_eq!(lab.said(&words).1, Some(0));
+    let deaf = ["exec", "web", "sh", "-c", "kill -STOP -1"];
+    assert_eq!(lab.said(&deaf).1, Some(0));
     assert_eq!(lab.said(&["rm", "-f", "web"]), ("web\n".into(), Some(0)));
+    // One that is stopped while it boots ends as soon as its init is there.
+    assert_eq!(lab.said(&["run", "-d", "--name", "web", &image]).1, Some(0));
+    let stopped = lab.pigeon(&["stop", "web"]);
+    let said = String::from_utf8_lossy(&stopped.stderr).into_owned();
+    assert_eq!((stopped.status.code(), said.as_str()), (Some(0), ""));
+    assert_eq!(lab.said(&["rm", "web"]).1, Some(0));
+    assert_eq!(lab.said(&words).1, Some(0));
+    // A signal to the workload, and the one that is meant if none is given.
+    let deadline = Instant::now() + TIMEOUT;
+    let logged = |text: &str| {
+        while !lab.said(&["logs", "web"]).0.contains(text) {
+            assert!(Instant::now() < deadline, "no {text}");
+        }
+    };
+    logged("serving");
+    assert_eq!(lab.said(&["kill", "-s", "HUP", "web"]).1, Some(0));
+    logged("reread");
+    assert_eq!(lab.said(&["kill", "web"]), ("web\n".into(), Some(0)));
+    assert_eq!(lab.said(&["wait", "web"]), ("137\n".into(), Some(0)));
+    let running = || lab.said(&["ps", "-q"]).0 == "web\n";
+    while running() {
+        assert!(Instant::now() < deadline);
+    }
+    let killed = lab.pigeon(&["kill", "web"]);
+    let said = String::from_utf8_lossy(&killed.stderr).into_owned();
+    assert!(said.contains("has ended (exited (137)"), "{said}");
+    check(&lab.place.path("app.ext4"));
+    assert_eq!(lab.said(&["rm", "web"]).1, Some(0));
+    // One that keeps nothing.
     let words = ["run", "-q", "--rm", "--entrypoint", "true", &image];
     assert_eq!(lab.said(&words).1, Some(0));
     assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
@@ -708,6 +748,19 @@ fn quiet_gives_the_workloads_bytes_alone_and_its_exit_code() {
     assert_eq!(String::from_utf8_lossy(&output.stdout), "one\ntwo\n\nthree");
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     assert_eq!(output.status.code(), Some(4));
+    // Variables of a file that can be read once only.
+    let words = [
+        "run",
+        "-q",
+        "--env-file",
+        "/dev/stdin",
+        "--entrypoint",
+        "sh",
+    ];
+    let image = lab.path("app.ext4");
+    let words = [&words[..], &[&image, "-c", "echo $COLOR"]].concat();
+    let said = lab.fed(&words, b"# comment\nCOLOR=blue\n");
+    assert_eq!(said, (b"blue\n".to_vec(), Some(0)));
     // A command that is not there, and an image that does not boot, are told.
     let words = ["run", "-q", "--entrypoint", "/none", &lab.path("app.ext4")];
     let output = lab.pigeon(&words);
@@ -750,6 +803,17 @@ fn a_workload_on_a_terminal_has_its_size_a_prompt_and_ctrl_c() {
     assert_eq!(before.local_modes, shell.modes().local_modes);
     assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
     check(&lab.place.path("app.ext4"));
+
+    // What is typed while it boots is not lost, and no more is shown than that it boots.
+    let words = ["run", "-it", "--rm", "--entrypoint", "sh"];
+    let image = lab.path("app.ext4");
+    let words = [&words[..], &[&image, "-c", "read word; echo got $word"]].concat();
+    let mut early = Terminal::spawn(lab.command(&words), (80, 24));
+    early.expect("booting");
+    early.type_text("early\r");
+    early.expect("got early");
+    assert!(early.wait().success());
+    assert!(!early.shown().contains("0 B"), "{}", early.shown());
 
     let words = [
         "run",

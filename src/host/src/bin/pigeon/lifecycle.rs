@@ -1,4 +1,4 @@
-//! `pigeon ps`, `stop`, `rm`, `inspect`, `wait`, `status`, `signal`, `stats`.
+//! `pigeon ps`, `stop`, `kill`, `rm`, `inspect`, `wait`, `status`, `signal`, `stats`.
 
 use std::time::Duration;
 
@@ -149,10 +149,47 @@ pub fn stop(vm: &Vm, signal: Option<u8>, timeout: Duration) -> Result<()> {
     }
     if !vm.wait(timeout + SHUTDOWN) {
         note!("{} does not stop: killing it", vm.record.name);
+        kill(vm)?;
+    }
+    Ok(())
+}
+
+/// Kills a VM. Its disks are free afterwards.
+fn kill(vm: &Vm) -> Result<()> {
+    // Two signals are a kill to its owner, who then waits for the hypervisor to have ended.
+    vm.signal_owner(Signal::TERM)?;
+    vm.signal_owner(Signal::INT)?;
+    if !vm.wait(SHUTDOWN) {
         vm.signal_owner(Signal::KILL)?;
         ensure!(vm.wait(SHUTDOWN), "{} is still running", vm.record.name);
     }
     Ok(())
+}
+
+#[derive(Args)]
+pub struct Kill {
+    /// VMs
+    #[arg(required = true)]
+    names: Vec<String>,
+    /// A name or number: HUP, SIGHUP, SIGRTMIN+3, 1
+    #[arg(short, long, default_value = "KILL", value_parser = crate::parse_signal)]
+    signal: u8,
+}
+
+impl Kill {
+    pub fn run(&self) -> Result<()> {
+        for name in &self.names {
+            let vm = vms::find_running(name)?;
+            let client = pigeon::Client::connect(&vm.record.uds);
+            match client.and_then(|client| client.signal(self.signal)) {
+                // There is no workload yet that could end.
+                Err(_) if i32::from(self.signal) == Signal::KILL.as_raw() => kill(&vm)?,
+                sent => sent?,
+            }
+            say!("{name}");
+        }
+        Ok(())
+    }
 }
 
 #[derive(Args)]
@@ -174,8 +211,7 @@ impl Rm {
                     self.force,
                     "{name} is running: `pigeon stop {name}` stops it, --force kills it"
                 );
-                vm.signal_owner(Signal::KILL)?;
-                ensure!(vm.wait(SHUTDOWN), "{name} is still running");
+                kill(&vm)?;
             }
             vm.remove()?;
             say!("{name}");
@@ -197,7 +233,8 @@ pub struct Wait {
 
 impl Wait {
     pub fn run(&self) -> Result<()> {
-        let exit = match self.target.vm(self.name.as_deref())? {
+        let vm = self.target.vm(self.name.as_deref())?;
+        let exit = match &vm {
             None => self.target.client(None)?.exit_code()?,
             Some(vm) if vm.running => {
                 match self
@@ -207,18 +244,24 @@ impl Wait {
                 {
                     Ok(Ok(exit)) => exit,
                     // It ended before it could be asked.
-                    Ok(Err(_)) | Err(_) if vm.wait(SHUTDOWN) => recorded(&vm)?,
+                    Ok(Err(_)) | Err(_) if vm.wait(SHUTDOWN) => recorded(vm)?,
                     Ok(Err(error)) => return Err(error.into()),
                     Err(error) => return Err(error),
                 }
             }
-            Some(vm) => recorded(&vm)?,
+            Some(vm) => recorded(vm)?,
         };
+        let ended = vm.and_then(|vm| vm.reread().ok()?.end);
         if exit.oom_killed && !self.json {
             note!("the workload was killed: out of memory");
         }
         if let Some(error) = exit.error.as_ref().filter(|_| !self.json) {
-            note!("the workload could not be started: {error}");
+            match ended.as_deref() {
+                Some("killed") => note!("the VM was killed"),
+                Some("panic") => note!("the guest's kernel panicked"),
+                Some("hypervisor") => note!("the hypervisor failed"),
+                _ => note!("the workload could not be started: {error}"),
+            }
         }
         match self.json {
             true => say!("{}", json!(exit)),

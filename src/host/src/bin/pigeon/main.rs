@@ -11,6 +11,7 @@ mod rootfs;
 mod run;
 mod shell;
 mod snapshot;
+mod suggest;
 mod target;
 mod terminal;
 mod vms;
@@ -65,8 +66,9 @@ enum Action {
     /// Forward TCP ports of the host to a VM until Ctrl-C
     Forward(ports::ForwardPorts),
     /// Send a signal to a VM's workload
-    #[command(visible_alias = "kill")]
     Signal(lifecycle::SendSignal),
+    /// Kill the workload of VMs, or send it another signal
+    Kill(lifecycle::Kill),
     /// Stop VMs
     Stop(lifecycle::Stop),
     /// Start VMs that have ended, as they were run
@@ -130,6 +132,7 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
+            let error = suggest::complete(error);
             let _ = error.print();
             // Help that was asked for is no failure.
             return ExitCode::from(if error.use_stderr() { FAILED } else { 0 });
@@ -164,6 +167,7 @@ fn act(action: Action) -> Result<u8> {
         Action::Forward(forward) => forward.run(),
         Action::Signal(signal) => signal.run(),
         Action::Stop(stop) => stop.run(),
+        Action::Kill(kill) => kill.run(),
         Action::Wait(wait) => wait.run(),
         Action::Rm(rm) => rm.run(),
         Action::Inspect(inspect) => inspect.run(),

@@ -193,8 +193,11 @@ impl Vm {
     /// Removes all that is kept of it.
     pub fn remove(&self) -> Result<()> {
         let _ = fs::remove_file(&self.record.uds);
-        let removed = fs::remove_dir_all(&self.dir);
-        removed.with_context(|| format!("unable to remove {}", self.dir.display()))
+        match fs::remove_dir_all(&self.dir) {
+            // It was run with --rm.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed.with_context(|| format!("unable to remove {}", self.dir.display())),
+        }
     }
 }
 

@@ -188,8 +188,8 @@ pub fn argv(document: &Value) -> Vec<String> {
 }
 
 impl Run {
-    /// The plan for a VM of this name.
-    pub fn plan(&self, name: &str) -> Result<Plan> {
+    /// The configuration document, but for the VM's name.
+    pub fn document(&self) -> Result<Value> {
         let mut document = self.read_document()?;
         self.override_command(&mut document);
         self.check_command(&document)?;
@@ -204,13 +204,18 @@ impl Run {
                 json!([{"IP": net.guest, "Mask": net.mask, "Gateway": net.gateway}]);
             document["EtcResolv"] = json!({"Nameservers": [net.nameserver]});
         }
-        self.set_names(&mut document, name);
         self.set_limits(&mut document)?;
         self.set_root(&mut document)?;
         self.set_mounts(&mut document)?;
         if let Some(members) = document.as_object_mut() {
             members.retain(|_, value| !value.is_null());
         }
+        Ok(document)
+    }
+
+    /// The plan for a VM of this name.
+    pub fn plan(&self, mut document: Value, name: &str) -> Result<Plan> {
+        self.set_names(&mut document, name);
         self.plan_of(document)
     }
 
@@ -514,7 +519,8 @@ mod tests {
             .chain(words)
             .map(|word| word.replace("IMAGE", image))
             .collect();
-        Options::try_parse_from(words)?.run.plan("app")
+        let run = Options::try_parse_from(words)?.run;
+        run.plan(run.document()?, "app")
     }
 
     /// The document, without the names that every VM has.

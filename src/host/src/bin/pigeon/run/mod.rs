@@ -148,8 +148,8 @@ pub struct Run {
     /// Give the guest the host's network by address translation (QEMU); replaces IPConfigs
     #[arg(long)]
     net: bool,
-    /// Forward a TCP port of the host, by default on 127.0.0.1, to the guest
-    #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST")]
+    /// Forward a TCP port of the host, by default a free one on 127.0.0.1, to the guest
+    #[arg(short, long, value_name = "[[ADDRESS:]HOST:]GUEST")]
     publish: Vec<String>,
     /// Forward free ports of the host to all ports that the image exposes
     #[arg(short = 'P', long)]
@@ -160,8 +160,8 @@ pub struct Run {
     /// Memory in MiB, or with a unit, such as 1.5G
     #[arg(short, long, value_name = "SIZE", default_value = "256", value_parser = parse_memory)]
     memory: u32,
-    /// Virtual processors
-    #[arg(long, default_value_t = 1)]
+    /// Virtual processors: 1 to 32
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=32))]
     cpus: u32,
     /// Allow snapshots of the VM to be restored (`pigeon snapshot`). On QEMU (x86_64) the machine is
     /// another one then: a PC with kernel 6.12
@@ -246,14 +246,8 @@ impl Run {
         let root = self.check_image()?;
         let stem = self.image().file_stem().unwrap_or_default();
         let stem = stem.to_string_lossy();
-        // What is wrong is said before anything is made.
-        let plan = self.plan(self.name.as_deref().unwrap_or(&stem))?;
-        if self.dry_run {
-            say!("{}", serde_json::to_string_pretty(&plan.document)?);
-            return Ok(0);
-        }
-        self.check_memory()?;
-        if self.detach && !detach::is_detached() {
+        let detached = self.detach && !self.dry_run;
+        if detached && !detach::is_detached() {
             return match detach::start(env::args_os().skip(1))? {
                 Ok(name) => {
                     if self.wait {
@@ -265,9 +259,17 @@ impl Run {
                 Err(code) => Ok(code),
             };
         }
+        // What is wrong is said before anything is made, and a file, which may be a pipe, is read once.
+        let document = self.document()?;
+        let plan = self.plan(document.clone(), self.name.as_deref().unwrap_or(&stem))?;
+        if self.dry_run {
+            say!("{}", serde_json::to_string_pretty(&plan.document)?);
+            return Ok(0);
+        }
+        self.check_memory()?;
         let claim = vms::claim(self.name.as_deref(), &stem)?;
         // The name is known only now.
-        let plan = self.plan(&claim.record().name)?;
+        let plan = self.plan(document, &claim.record().name)?;
         claim.set(|record| record.launch = Launch::this());
         self.boot(claim, plan, root)
     }
