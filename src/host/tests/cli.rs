@@ -126,6 +126,50 @@ fn an_error_says_what_to_do_next() {
 }
 
 #[test]
+fn a_size_that_makes_no_sense_is_refused_with_what_it_was_taken_for() {
+    let place = Place::new();
+    let archive = Tar::new().file("x", vec![1; 20 << 20]).bytes();
+    place.write("app.tar", archive);
+    let range = "is out of range (8 MiB to 16 TiB); numbers without a unit are bytes\n";
+    for size in ["5", "1000K", "20T"] {
+        let said = complaint(&place, &["rootfs", "app.tar", "app.ext4", size]);
+        assert!(said.contains(" bytes ") && said.ends_with(range), "{said}");
+    }
+    let said = complaint(&place, &["rootfs", "app.tar", "app.ext4", "16M"]);
+    assert!(
+        said.contains("a size of 16 MiB is too small: the files need"),
+        "{said}"
+    );
+    assert_eq!(
+        pigeon(&place, &["rootfs", "app.tar", "app.ext4", "40M"]).2,
+        0
+    );
+    for option in ["--volume=v.img:/v,size=5", "--overlay=v.img,size=5"] {
+        let said = complaint(&place, &["run", option, "app.ext4", "/x"]);
+        assert!(
+            said.starts_with("pigeon: 5 bytes") && said.ends_with(range),
+            "{said}"
+        );
+        assert!(!place.path("v.img").exists());
+    }
+    for words in [
+        ["-m", "0"],
+        ["--cpus", "0"],
+        ["--cpus", "33"],
+        ["--cpus", "1.5"],
+    ] {
+        let said = complaint(
+            &place,
+            &[&["run"], &words[..], &["app.ext4", "/x"]].concat(),
+        );
+        assert!(
+            said.contains(&format!("invalid value '{}'", words[1])),
+            "{said}"
+        );
+    }
+}
+
+#[test]
 fn a_vm_without_the_init_is_told_from_none() {
     let place = Place::new();
     let listener = UnixListener::bind(place.path("vm.vsock")).unwrap();
@@ -326,7 +370,9 @@ fn shells_complete_and_the_manual_has_every_command() {
     }
     let (page, _, code) = pigeon(&place, &["man"]);
     assert_eq!(code, 0);
-    for command in ["run", "exec", "logs", "rootfs", "forward"] {
+    for command in [
+        "run", "exec", "logs", "rootfs", "forward", "start", "restart", "kill",
+    ] {
         assert!(page.contains(&format!("pigeon\\-{command}")), "{command}");
         let (page, _, code) = pigeon(&place, &["man", command]);
         assert_eq!(code, 0);

@@ -302,6 +302,7 @@ impl Run {
         if let Some(signal) = &self.stop_signal {
             document["ImageConfig"]["StopSignal"] = json!(signal);
         }
+        self.health.change(document);
     }
 
     fn check_command(&self, document: &Value) -> Result<()> {
@@ -579,6 +580,40 @@ mod tests {
             (&shell["Entrypoint"], &shell["Cmd"]),
             (&json!(["sh"]), &json!(["-c", "id"]))
         );
+    }
+
+    #[test]
+    fn a_health_check_is_the_images_or_that_of_options() {
+        let check = json!({"Test": ["CMD", "/check"], "Retries": 5});
+        let image = json!({"ImageConfig": {"Cmd": ["/a"], "Healthcheck": check}});
+        let of = |words: &[&str]| {
+            let document = document(&image, words).unwrap();
+            document["ImageConfig"]["Healthcheck"].clone()
+        };
+        assert_eq!(of(&["IMAGE"]), check);
+        let words = [
+            "--health-interval",
+            "1m1.5s",
+            "--health-timeout=2ms",
+            "IMAGE",
+        ];
+        let expected = json!({
+            "Test": ["CMD", "/check"],
+            "Retries": 5,
+            "Interval": 61_500_000_000u64,
+            "Timeout": 2_000_000,
+        });
+        assert_eq!(of(&words), expected);
+        let words = ["--health-cmd", "a || b", "--health-retries", "9", "IMAGE"];
+        let expected = json!({"Test": ["CMD-SHELL", "a || b"], "Retries": 9});
+        assert_eq!(of(&words), expected);
+        assert_eq!(
+            of(&["--no-healthcheck", "IMAGE"]),
+            json!({"Test": ["NONE"]})
+        );
+        for bad in ["1", "s", "1x", "-1s", "1s2", "1e9h", ""] {
+            assert!(run(&["--health-interval", bad, "IMAGE"]).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -145,6 +145,8 @@ pub struct Run {
     /// How long the workload may take to exit before it is killed
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
     stop_timeout: f64,
+    #[command(flatten)]
+    health: health::HealthOptions,
     /// Give the guest the host's network by address translation (QEMU); replaces IPConfigs
     #[arg(long)]
     net: bool,
