@@ -307,6 +307,8 @@ run_tests() {
         areas tests "${lab[@]}" "${lab_features[@]}" "${lab_areas[@]}" -- "$@" || failed=1
     fi
     if ((${#host_areas[@]})); then
+        # Their images are taken.
+        need buildah=buildah skopeo=skopeo
         areas src/host "${host[@]}" "${host_areas[@]}" -- "$@" || failed=1
     fi
     if ((${#shim_areas[@]})); then

@@ -38,6 +38,7 @@ impl Progress {
         progress.phase(phase, 0);
         if progress.wanted {
             let bar = progress.bar.clone();
+            bar.set_style(ProgressStyle::default_spinner());
             bar.set_draw_target(ProgressDrawTarget::stderr());
             bar.enable_steady_tick(TICK);
             progress.shown = true;

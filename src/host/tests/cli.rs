@@ -17,10 +17,16 @@ use serde_json::{Value, json};
 /// Standard output, standard error and exit code of `pigeon WORDS` in a place of its own.
 fn pigeon(place: &Place, words: &[&str]) -> (String, String, i32) {
     let path = std::env::var("PATH").unwrap();
+    let path = format!("{}:{path}", place.0.path().display());
+    pigeon_with(place, &path, words)
+}
+
+/// The same, with this `PATH`.
+fn pigeon_with(place: &Place, path: &str, words: &[&str]) -> (String, String, i32) {
     let output = Command::new(env!("CARGO_BIN_EXE_pigeon"))
         .args(words)
         .current_dir(place.0.path())
-        .env("PATH", format!("{}:{path}", place.0.path().display()))
+        .env("PATH", path)
         .env("XDG_RUNTIME_DIR", place.0.path())
         .env("XDG_STATE_HOME", place.0.path())
         .env_remove("PIGEON_UDS")
@@ -120,6 +126,50 @@ fn an_error_says_what_to_do_next() {
 }
 
 #[test]
+fn a_size_that_makes_no_sense_is_refused_with_what_it_was_taken_for() {
+    let place = Place::new();
+    let archive = Tar::new().file("x", vec![1; 20 << 20]).bytes();
+    place.write("app.tar", archive);
+    let range = "is out of range (8 MiB to 16 TiB); numbers without a unit are bytes\n";
+    for size in ["5", "1000K", "20T"] {
+        let said = complaint(&place, &["rootfs", "app.tar", "app.ext4", size]);
+        assert!(said.contains(" bytes ") && said.ends_with(range), "{said}");
+    }
+    let said = complaint(&place, &["rootfs", "app.tar", "app.ext4", "16M"]);
+    assert!(
+        said.contains("a size of 16 MiB is too small: the files need"),
+        "{said}"
+    );
+    assert_eq!(
+        pigeon(&place, &["rootfs", "app.tar", "app.ext4", "40M"]).2,
+        0
+    );
+    for option in ["--volume=v.img:/v,size=5", "--overlay=v.img,size=5"] {
+        let said = complaint(&place, &["run", option, "app.ext4", "/x"]);
+        assert!(
+            said.starts_with("pigeon: 5 bytes") && said.ends_with(range),
+            "{said}"
+        );
+        assert!(!place.path("v.img").exists());
+    }
+    for words in [
+        ["-m", "0"],
+        ["--cpus", "0"],
+        ["--cpus", "33"],
+        ["--cpus", "1.5"],
+    ] {
+        let said = complaint(
+            &place,
+            &[&["run"], &words[..], &["app.ext4", "/x"]].concat(),
+        );
+        assert!(
+            said.contains(&format!("invalid value '{}'", words[1])),
+            "{said}"
+        );
+    }
+}
+
+#[test]
 fn a_vm_without_the_init_is_told_from_none() {
     let place = Place::new();
     let listener = UnixListener::bind(place.path("vm.vsock")).unwrap();
@@ -203,14 +253,23 @@ fn an_image_by_name_comes_by_skopeo_where_docker_does_not_work_and_else_is_asked
         (&out["form"], &out["layers"]),
         (&json!("docker save archive"), &json!(1))
     );
-    if pigeon::assets::tool("skopeo").is_err() {
-        fs::remove_file(place.path("skopeo")).unwrap();
-        let said = complaint(&place, &["rootfs", "demo:1", "other.ext4"]);
-        assert!(
-            said.contains("docker save demo:1 --output image.tar"),
-            "{said}"
-        );
+    let said = complaint(&place, &["rootfs", "demo:2", "other.ext4"]);
+    let expected =
+        "there is no file demo:2, and skopeo gave no image of that name: exit status: 1\n";
+    assert!(said.ends_with(expected), "{said}");
+    // What can be but a file is not asked for.
+    for name in ["demo.tar.gz", "demo.tar.zst", "demo.oci", "./demo"] {
+        let said = complaint(&place, &["rootfs", name, "other.ext4"]);
+        assert_eq!(said, format!("pigeon: there is no {name}\n"));
     }
+    fs::remove_file(place.path("skopeo")).unwrap();
+    let alone = place.0.path().to_str().unwrap();
+    let (_, said, code) = pigeon_with(&place, alone, &["rootfs", "demo:1", "other.ext4"]);
+    assert!(
+        said.contains("docker save demo:1 --output image.tar"),
+        "{said}"
+    );
+    assert_eq!(code, 125);
 }
 
 #[test]
@@ -311,7 +370,9 @@ fn shells_complete_and_the_manual_has_every_command() {
     }
     let (page, _, code) = pigeon(&place, &["man"]);
     assert_eq!(code, 0);
-    for command in ["run", "exec", "logs", "rootfs", "forward"] {
+    for command in [
+        "run", "exec", "logs", "rootfs", "forward", "start", "restart", "kill",
+    ] {
         assert!(page.contains(&format!("pigeon\\-{command}")), "{command}");
         let (page, _, code) = pigeon(&place, &["man", command]);
         assert_eq!(code, 0);

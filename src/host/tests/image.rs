@@ -708,6 +708,35 @@ fn layers_compressed_in_every_usual_way_are_taken() {
 }
 
 #[test]
+fn frames_of_zstd_follow_each_other_and_some_hold_nothing() {
+    let place = Place::new();
+    let layer = Tar::new().file("x", vec![b'x'; 300_000]).bytes();
+    let (first, second) = layer.split_at(200_000);
+    let frame = |bytes: &[u8]| compress_to_vec(bytes, CompressionLevel::Fastest);
+    // Skippable ones, such as zstd:chunked and pzstd have them. (RFC 8878 section 3.1.2)
+    let skippable = |number: u8, size: u32| {
+        let mut frame = vec![0x50 | number, 0x2a, 0x4d, 0x18];
+        frame.extend(size.to_le_bytes());
+        frame.resize(8 + size as usize, 0xff);
+        frame
+    };
+    let mut stream = skippable(0, 4);
+    for bytes in [frame(first), skippable(15, 100_000), frame(second)] {
+        stream.extend(bytes);
+    }
+    let out = place.path("x.ext4");
+    for end in [vec![], skippable(3, 0)] {
+        let whole = place.write("whole", [&stream[..], &end].concat());
+        make(&whole, &out).unwrap();
+        assert_eq!(debugfs(&out, "cat /x").len(), 300_000);
+    }
+    let mut cut = [&stream[..], &skippable(3, 9)].concat();
+    cut.pop();
+    let error = refused(&place.write("cut", cut), &place.path("cut.ext4"));
+    assert!(error.contains("cut is damaged or cut short"), "{error}");
+}
+
+#[test]
 fn a_folder_of_skopeos_is_an_image() {
     let place = Place::new();
     let dir = place.path("dir");
@@ -738,6 +767,11 @@ fn a_folder_of_skopeos_is_an_image() {
     fs::write(dir.join(name), gzip(&Tar::new().file("x", "y\n").bytes())).unwrap();
     let error = format!("{:#}", make(&dir, &out).unwrap_err());
     assert!(error.contains("its SHA-256 is"), "{error}");
+    // Of Docker's first kind of manifest there are layers alone.
+    let old = json!({"schemaVersion": 1, "fsLayers": [{"blobSum": layer["digest"]}]});
+    fs::write(dir.join("manifest.json"), old.to_string()).unwrap();
+    let error = refused(&dir, &place.path("old.ext4"));
+    assert!(error.contains("Docker's old schema 1"), "{error}");
 }
 
 #[test]

@@ -519,6 +519,12 @@ fn ctrl_c_twice_is_a_kill() {
     vm.type_text("\x03");
     vm.expect("pigeon: killed");
     assert_eq!(vm.wait().code(), Some(137));
+    let waited = lab.pigeon(&["wait"]);
+    let said = String::from_utf8_lossy(&waited.stderr).into_owned();
+    assert_eq!(
+        (&waited.stdout[..], said.as_str()),
+        (&b"137\n"[..], "pigeon: the VM was killed\n")
+    );
 }
 
 #[test]
@@ -612,6 +618,8 @@ fn a_vm_in_the_background_is_steered_by_its_name_and_remembered() {
     );
     let ended: Value = serde_json::from_str(&lab.said(&["inspect", "web"]).0).unwrap();
     assert_eq!(ended[0]["exit"], json!({"code": 3, "oom_killed": false}));
+    assert_eq!(lab.said(&["logs", "-n", "1", "web"]).0, "good bye\n");
+    assert_eq!(lab.said(&["logs", "-f", "--tail", "9", "web"]).0, expected);
     let gone = lab.pigeon(&["exec", "web", "true"]);
     assert!(
         String::from_utf8_lossy(&gone.stderr).contains("has ended (exited (3)"),
@@ -619,9 +627,41 @@ fn a_vm_in_the_background_is_steered_by_its_name_and_remembered() {
     );
     assert_eq!(lab.said(&["rm", "web"]), ("web\n".into(), Some(0)));
     assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
-    // One that is removed by force, and one that keeps nothing.
-    assert_eq!(lab.said(&["run", "-d", "--name", "web", &image]).1, Some(0));
+    // One that is removed by force leaves its disk to the next one at once.
+    let words = ["run", "-d", "--wait", "--name", "web", &image];
+    assert_eq!(lab.said(&words).1, Some(0));
+    let deaf = ["exec", "web", "sh", "-c", "kill -STOP -1"];
+    assert_eq!(lab.said(&deaf).1, Some(0));
     assert_eq!(lab.said(&["rm", "-f", "web"]), ("web\n".into(), Some(0)));
+    // One that is stopped while it boots ends as soon as its init is there.
+    assert_eq!(lab.said(&["run", "-d", "--name", "web", &image]).1, Some(0));
+    let stopped = lab.pigeon(&["stop", "web"]);
+    let said = String::from_utf8_lossy(&stopped.stderr).into_owned();
+    assert_eq!((stopped.status.code(), said.as_str()), (Some(0), ""));
+    assert_eq!(lab.said(&["rm", "web"]).1, Some(0));
+    assert_eq!(lab.said(&words).1, Some(0));
+    // A signal to the workload, and the one that is meant if none is given.
+    let deadline = Instant::now() + TIMEOUT;
+    let logged = |text: &str| {
+        while !lab.said(&["logs", "web"]).0.contains(text) {
+            assert!(Instant::now() < deadline, "no {text}");
+        }
+    };
+    logged("serving");
+    assert_eq!(lab.said(&["kill", "-s", "HUP", "web"]).1, Some(0));
+    logged("reread");
+    assert_eq!(lab.said(&["kill", "web"]), ("web\n".into(), Some(0)));
+    assert_eq!(lab.said(&["wait", "web"]), ("137\n".into(), Some(0)));
+    let running = || lab.said(&["ps", "-q"]).0 == "web\n";
+    while running() {
+        assert!(Instant::now() < deadline);
+    }
+    let killed = lab.pigeon(&["kill", "web"]);
+    let said = String::from_utf8_lossy(&killed.stderr).into_owned();
+    assert!(said.contains("has ended (exited (137)"), "{said}");
+    check(&lab.place.path("app.ext4"));
+    assert_eq!(lab.said(&["rm", "web"]).1, Some(0));
+    // One that keeps nothing.
     let words = ["run", "-q", "--rm", "--entrypoint", "true", &image];
     assert_eq!(lab.said(&words).1, Some(0));
     assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
@@ -708,6 +748,19 @@ fn quiet_gives_the_workloads_bytes_alone_and_its_exit_code() {
     assert_eq!(String::from_utf8_lossy(&output.stdout), "one\ntwo\n\nthree");
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     assert_eq!(output.status.code(), Some(4));
+    // Variables of a file that can be read once only.
+    let words = [
+        "run",
+        "-q",
+        "--env-file",
+        "/dev/stdin",
+        "--entrypoint",
+        "sh",
+    ];
+    let image = lab.path("app.ext4");
+    let words = [&words[..], &[&image, "-c", "echo $COLOR"]].concat();
+    let said = lab.fed(&words, b"# comment\nCOLOR=blue\n");
+    assert_eq!(said, (b"blue\n".to_vec(), Some(0)));
     // A command that is not there, and an image that does not boot, are told.
     let words = ["run", "-q", "--entrypoint", "/none", &lab.path("app.ext4")];
     let output = lab.pigeon(&words);
@@ -750,6 +803,17 @@ fn a_workload_on_a_terminal_has_its_size_a_prompt_and_ctrl_c() {
     assert_eq!(before.local_modes, shell.modes().local_modes);
     assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
     check(&lab.place.path("app.ext4"));
+
+    // What is typed while it boots is not lost, and no more is shown than that it boots.
+    let words = ["run", "-it", "--rm", "--entrypoint", "sh"];
+    let image = lab.path("app.ext4");
+    let words = [&words[..], &[&image, "-c", "read word; echo got $word"]].concat();
+    let mut early = Terminal::spawn(lab.command(&words), (80, 24));
+    early.expect("booting");
+    early.type_text("early\r");
+    early.expect("got early");
+    assert!(early.wait().success());
+    assert!(!early.shown().contains("0 B"), "{}", early.shown());
 
     let words = [
         "run",
@@ -926,4 +990,221 @@ fn a_root_of_every_format_boots_and_two_vms_share_one_below_their_own_layers() {
         fs::read(&image).unwrap() == before,
         "the shared image has changed"
     );
+}
+
+#[test]
+fn a_vm_that_has_ended_is_started_again_as_it_was_run() {
+    let lab = Lab::new();
+    let place = lab.place.0.path();
+    let script = "echo \"boot $COLOR $(cat /data/boots 2>/dev/null | wc -l)\"; echo x >>/data/boots; \
+                  trap 'exit 5' TERM; while :; do sleep 0.1; done";
+    // Where relative paths start, and what a variable is, is that of the first time.
+    let mut first = lab.command(&["run", "-d", "--wait", "--name", "db", "-e", "COLOR", "-v"]);
+    first.args(["data.img:/data,size=16M", "-p", "127.0.0.1:0:9", "--uds"]);
+    first.args(["db.sock", "-m", "200", "--entrypoint", "sh", "app.ext4"]);
+    first.args(["-c", script]);
+    let output = first.current_dir(place).env("COLOR", "blue").output();
+    let output = output.unwrap();
+    assert_eq!(output.stdout, b"db\n", "{output:?}");
+    let status = || lab.said(&["ps", "-a"]).0;
+    let inspect = || -> Value { serde_json::from_str(&lab.said(&["inspect", "db"]).0).unwrap() };
+    let logs = |expected: &[&str]| {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            let said = lab.said(&["logs", "db"]).0;
+            // What a shell says of a signal is beside the point.
+            let boots = said.lines().filter(|line| line.starts_with("boot"));
+            if boots.collect::<Vec<_>>() == expected {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{said}");
+        }
+    };
+    logs(&["boot blue 0"]);
+    let running = inspect();
+    // One that runs is left alone.
+    assert_eq!(lab.said(&["start", "db"]), ("db\n".into(), Some(0)));
+    assert_eq!(inspect()[0]["pid"], running[0]["pid"]);
+
+    let words = ["restart", "--wait", "db"];
+    assert_eq!(lab.said(&words), ("db\n".into(), Some(0)));
+    logs(&["boot blue 0", "boot blue 1"]);
+    let restarted = inspect();
+    assert_ne!(restarted[0]["pid"], running[0]["pid"]);
+    for member in ["config", "memory_mib", "uds", "launch", "image", "name"] {
+        assert_eq!(restarted[0][member], running[0][member], "{member}");
+    }
+    assert_eq!(restarted[0]["ports"].as_array().unwrap().len(), 1);
+
+    assert_eq!(lab.said(&["stop", "db"]).1, Some(0));
+    assert!(status().contains("exited (5)"), "{}", status());
+    assert_eq!(lab.said(&["start", "--wait"]), ("db\n".into(), Some(0)));
+    logs(&["boot blue 0", "boot blue 1", "boot blue 2"]);
+    let (listed, _) = lab.said(&["ps"]);
+    assert!(listed.contains(" up "), "{listed}");
+    let colour = ["exec", "db", "sh", "-c", "echo $COLOR"];
+    assert_eq!(lab.said(&colour).0, "blue\n");
+    // Of one that was restarted the last exit code counts.
+    assert_eq!(lab.said(&["stop", "db"]).1, Some(0));
+    let mut attached = Terminal::spawn(lab.command(&["start", "-ai", "db"]), (80, 24));
+    attached.expect("boot blue 3");
+    attached.type_text("\x03");
+    assert_eq!(attached.wait().code(), Some(5));
+    // What fails leaves the record as it is.
+    fs::rename(place.join("data.img"), place.join("moved.img")).unwrap();
+    fs::write(place.join("data.img"), "no file system").unwrap();
+    let failed = lab.pigeon(&["start", "db"]);
+    let said = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert!(said.contains("data.img is of an unknown kind"), "{said}");
+    assert_eq!(
+        (failed.status.code(), &failed.stdout[..]),
+        (Some(125), &b""[..])
+    );
+    assert!(status().contains("exited (5)"), "{}", status());
+    check(&place.join("moved.img"));
+    assert_eq!(lab.said(&["rm", "db"]).1, Some(0));
+    let unknown = lab.pigeon(&["restart", "db"]);
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("there is no VM called db"));
+}
+
+#[test]
+fn a_vm_that_keeps_no_record_is_restarted_too_and_one_on_a_terminal_is_not() {
+    let lab = Lab::new();
+    let image = lab.path("app.ext4");
+    let words = ["run", "-d", "--rm", "--name", "brief", &image];
+    assert_eq!(lab.said(&words).1, Some(0));
+    assert_eq!(lab.said(&["restart", "brief"]), ("brief\n".into(), Some(0)));
+    assert_eq!(lab.said(&["exec", "brief", "hostname"]).0, "brief\n");
+    assert_eq!(lab.said(&["stop", "brief"]).1, Some(0));
+    assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
+
+    let words = [
+        "run",
+        "-i",
+        "--name",
+        "typed",
+        "--entrypoint",
+        "cat",
+        &image,
+    ];
+    assert_eq!(lab.fed(&words, b"one\n"), (b"one\n".to_vec(), Some(0)));
+    for command in ["start", "restart"] {
+        let refused = lab.pigeon(&[command, "typed"]);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(said.contains("`pigeon start --attach typed`"), "{said}");
+        assert_eq!(refused.status.code(), Some(125));
+    }
+    // Its command is what it was, not what stands in for it.
+    let (listed, _) = lab.said(&["ps", "-a"]);
+    assert!(listed.contains(" cat"), "{listed}");
+    let words = ["start", "-a", "typed"];
+    assert_eq!(lab.fed(&words, b"two\n"), (b"two\n".to_vec(), Some(0)));
+}
+
+#[test]
+fn a_detached_run_waits_for_its_health_check_if_told_to() {
+    let lab = Lab::new();
+    let image = lab.path("app.ext4");
+    let config = |test: &str, starts: bool| {
+        let test = ["CMD-SHELL", test];
+        let mut check = json!({"Test": test, "Interval": 200_000_000, "Retries": 3});
+        if starts {
+            // Its failures do not count.
+            check["StartPeriod"] = json!(100_000_000_000u64);
+            check["StartInterval"] = json!(100_000_000);
+        }
+        let volumes = json!({"/data": {}, "/scratch": {}});
+        let document = json!({"ImageConfig": {
+            "Entrypoint": ["sh", "-c", "sleep 2; touch /tmp/ready; sleep 1000"],
+            "Env": ["PATH=/bin"],
+            "Healthcheck": check,
+            "Volumes": volumes,
+        }});
+        lab.place.write("run.json", document.to_string());
+        lab.path("run.json")
+    };
+    let words = ["run", "-d", "--wait", "--rm", "--tmpfs", "/scratch", "-c"];
+    let run = |test: &str, starts: bool| {
+        let config = config(test, starts);
+        lab.pigeon(&[&words[..], &[&config, &image]].concat())
+    };
+    let healthy = run("test -e /tmp/ready", true);
+    assert_eq!(healthy.stdout, b"app\n", "{healthy:?}");
+    // A volume that nothing is mounted on is told in the background, too.
+    let said = String::from_utf8_lossy(&healthy.stderr).into_owned();
+    assert!(
+        said.contains("declares a volume at /data: -v FILE:/data"),
+        "{said}"
+    );
+    assert!(!said.contains("/scratch"), "{said}");
+    let ready = ["exec", "app", "ls", "/tmp/ready"];
+    assert_eq!(lab.said(&ready), ("/tmp/ready\n".into(), Some(0)));
+    let (listed, _) = lab.said(&["ps"]);
+    assert!(listed.contains("(healthy)"), "{listed}");
+    assert_eq!(lab.said(&["rm", "-f", "app"]).1, Some(0));
+    let unhealthy = run("false", false);
+    let said = String::from_utf8_lossy(&unhealthy.stderr).into_owned();
+    assert!(said.contains("app is unhealthy"), "{said}");
+    assert_eq!(unhealthy.status.code(), Some(125));
+    assert_eq!(lab.said(&["rm", "-f", "app"]).1, Some(0));
+    // One that ends meanwhile.
+    let words = ["run", "-d", "--wait", "-u", "stranger", &image];
+    let ended = lab.pigeon(&words);
+    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert!(said.contains("has ended (exited (125)"), "{said}");
+}
+
+#[test]
+fn a_volume_that_was_made_for_a_vm_that_does_not_start_is_gone() {
+    let lab = Lab::new();
+    let image = lab.path("app.ext4");
+    let [data, layer] = ["data.img", "layer.img"].map(|name| lab.path(name));
+    let [volume, overlay] = [
+        format!("{data}:/data,size=16M"),
+        format!("--overlay={layer},size=16M"),
+    ];
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let busy = format!("{}:80", listener.local_addr().unwrap().port());
+    let other = format!("{}:/other", lab.path("none.img"));
+    for options in [
+        &["--kernel", "/none"][..],
+        &["--initrd", "/none"],
+        &["--volume", &other],
+        &["-p", &busy],
+    ] {
+        let words = [&["run", "-d", "-v", &volume, &overlay], options, &[&image]].concat();
+        let failed = lab.pigeon(&words);
+        assert_eq!(failed.status.code(), Some(125), "{failed:?}");
+        for path in [&data, &layer] {
+            assert!(!Path::new(path).exists(), "{options:?}: {failed:?}");
+        }
+    }
+    // What was there before stays.
+    let words = [
+        "run",
+        "-q",
+        "--rm",
+        "-v",
+        &volume,
+        "--entrypoint",
+        "true",
+        &image,
+    ];
+    assert_eq!(lab.said(&words).1, Some(0));
+    let words = ["run", "-d", "-v", &volume, "--kernel", "/none", &image];
+    assert_eq!(lab.said(&words).1, Some(125));
+    assert!(Path::new(&data).exists());
+    // Two VMs do not write to one, from the first on.
+    let fresh = format!("{}:/data,size=16M", lab.path("fresh.img"));
+    let second = lab.path("second.ext4");
+    fs::copy(&image, &second).unwrap();
+    let words = ["run", "-d", "--name", "first", "-v", &fresh, &image];
+    assert_eq!(lab.said(&words).1, Some(0));
+    let refused = lab.pigeon(&["run", "-d", "-v", &fresh, "--entrypoint", "true", &second]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        said.contains("fresh.img is in use by another running VM"),
+        "{said}"
+    );
+    assert_eq!(lab.said(&["rm", "-f", "first"]).1, Some(0));
 }

@@ -81,6 +81,16 @@ pub fn parse_size(text: &str) -> Result<u64> {
     bytes.with_context(|| format!("{text:?} is not a size, such as 64M, 1.5G or 1GiB"))
 }
 
+/// Reads the size of an ext4 image, as [`parse_size`] does.
+pub fn parse_disk_size(text: &str) -> Result<u64> {
+    let size = parse_size(text)?;
+    ensure!(
+        ext4::sizes().contains(&size),
+        "{size} bytes is out of range (8 MiB to 16 TiB); numbers without a unit are bytes"
+    );
+    Ok(size)
+}
+
 /// Writes the image to `out` by a temporary file and rename, and returns its size.
 pub fn write(
     tree: &Tree,
@@ -235,5 +245,19 @@ mod tests {
             assert!(error.contains("1.5G"), "{text}: {error}");
         }
         assert_eq!(parse_size("1.G").unwrap(), 1 << 30);
+    }
+
+    #[test]
+    fn the_size_of_an_image_is_one_that_a_file_system_can_have() {
+        assert_eq!(parse_disk_size("8M").unwrap(), 8 << 20);
+        for text in ["0", "5", "8191K", "16T", "999999T"] {
+            let error = parse_disk_size(text).unwrap_err().to_string();
+            assert!(
+                error.ends_with(
+                    "is out of range (8 MiB to 16 TiB); numbers without a unit are bytes"
+                ),
+                "{text}: {error}"
+            );
+        }
     }
 }

@@ -34,6 +34,8 @@ const JOURNAL: u32 = 8;
 const RESERVED: u32 = 10;
 /// Blocks of the smallest file system that has a journal.
 const LEAST_BLOCKS: u64 = 2048;
+/// Most blocks: their numbers have 32 bits.
+const MOST_BLOCKS: u64 = u32::MAX as u64;
 /// Blocks that a group has to have beside its metadata, if it is the last one.
 const LEAST_GROUP: u64 = 64;
 /// Blocks of an extent at most (`EXT_INIT_MAX_LEN`).
@@ -104,8 +106,8 @@ impl Layout {
     fn new(size: u64, inodes: u64) -> Result<Layout> {
         let mut blocks = size / BLOCK;
         ensure!(
-            blocks >= LEAST_BLOCKS,
-            "{size} bytes are too small for an ext4 file system: at least {} MiB are needed",
+            sizes().contains(&size),
+            "an ext4 file system of {size} bytes cannot be made: it has {} MiB at least",
             (LEAST_BLOCKS * BLOCK) >> 20
         );
         loop {
@@ -202,6 +204,16 @@ pub fn good_size(extent: &Extent) -> u64 {
     fitting(extent, extent.blocks * 5 / 4 + (64 << 20) / BLOCK).next_multiple_of(1 << 20)
 }
 
+/// Bytes that a file system may have.
+pub fn sizes() -> std::ops::RangeInclusive<u64> {
+    LEAST_BLOCKS * BLOCK..=MOST_BLOCKS * BLOCK
+}
+
+fn set_size(file: &File, size: u64) -> Result<()> {
+    file.set_len(size)
+        .with_context(|| format!("no file of {} MiB can be made here", size >> 20))
+}
+
 /// The size in which so many blocks are usable.
 fn fitting(extent: &Extent, blocks: u64) -> u64 {
     let mut size = (blocks * BLOCK).max(LEAST_BLOCKS * BLOCK);
@@ -226,7 +238,7 @@ pub fn write(
     progress: &mut Progress,
 ) -> Result<()> {
     let layout = Layout::new(size, self::inodes(extent))?;
-    file.set_len(size)?;
+    set_size(file, size)?;
     let mut writer = Writer::new(file, layout, uuid);
     writer.journal()?;
     for (index, inode) in inodes.list.iter().enumerate() {
@@ -267,7 +279,7 @@ pub fn write_empty(file: &File, size: u64, uuid: [u8; 16]) -> Result<()> {
     /// Bytes for which there is one inode, as mke2fs has it.
     const RATIO: u64 = 16384;
     let layout = Layout::new(size, (size / RATIO).max(64))?;
-    file.set_len(size)?;
+    set_size(file, size)?;
     let mut writer = Writer::new(file, layout, uuid);
     writer.journal()?;
     let root = Inode {

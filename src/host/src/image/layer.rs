@@ -20,7 +20,10 @@ use rustix::{
     fs::{lgetxattr, llistxattr},
     io::Errno,
 };
-use ruzstd::decoding::StreamingDecoder;
+use ruzstd::decoding::{
+    BlockDecodingStrategy, FrameDecoder,
+    errors::{FrameDecoderError, ReadFrameHeaderError},
+};
 use sha2::{Digest, Sha256};
 
 use super::{
@@ -45,7 +48,9 @@ impl Compression {
     fn of(start: &[u8]) -> Option<Compression> {
         match start {
             [0x1f, 0x8b, ..] => Some(Compression::Gzip),
-            [0x28, 0xb5, 0x2f, 0xfd, ..] => Some(Compression::Zstd),
+            [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => {
+                Some(Compression::Zstd)
+            }
             [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Some(Compression::Xz),
             [b'B', b'Z', b'h', b'1'..=b'9', ..] => Some(Compression::Bzip2),
             _ => None,
@@ -270,8 +275,8 @@ pub fn decompressed<'a>(mut source: impl io::BufRead + 'a) -> Result<Box<dyn Rea
         Some(Compression::Gzip) => Box::new(MultiGzDecoder::new(source)),
         Some(Compression::Xz) => Box::new(XzReader::new(source, true)),
         Some(Compression::Zstd) => Box::new(ZstdFrames {
-            source: Some(source),
-            frame: None,
+            source,
+            decoder: FrameDecoder::new(),
         }),
         None => Box::new(source),
     })
@@ -286,32 +291,52 @@ pub fn is_compressed(path: &Path) -> Result<bool> {
     Ok(Compression::of(&start).is_some())
 }
 
-/// Zstandard frames, one after the other (RFC 8878 section 3).
-struct ZstdFrames<R: io::BufRead> {
-    source: Option<R>,
-    frame: Option<StreamingDecoder<R, ruzstd::decoding::FrameDecoder>>,
+/// Zstandard frames, one after the other (RFC 8878 section 3). Skippable ones, in which zstd:chunked
+/// has its table of contents, hold nothing of the data.
+struct ZstdFrames<R> {
+    source: R,
+    decoder: FrameDecoder,
+}
+
+impl<R: io::BufRead> ZstdFrames<R> {
+    /// Starts the next frame with data; false at the end of the stream.
+    fn next_frame(&mut self) -> io::Result<bool> {
+        while !self.source.fill_buf()?.is_empty() {
+            match self.decoder.reset(&mut self.source) {
+                Ok(()) => return Ok(true),
+                Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame {
+                    length,
+                    ..
+                })) => {
+                    let mut skipped = self.source.by_ref().take(length.into());
+                    if io::copy(&mut skipped, &mut io::sink())? < length.into() {
+                        return Err(io::ErrorKind::UnexpectedEof.into());
+                    }
+                }
+                Err(error) => return Err(io::Error::other(error)),
+            }
+        }
+        Ok(false)
+    }
 }
 
 impl<R: io::BufRead> Read for ZstdFrames<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            if let Some(mut source) = self.source.take() {
-                if source.fill_buf()?.is_empty() {
-                    self.source = Some(source);
-                    return Ok(0);
-                }
-                self.frame = Some(StreamingDecoder::new(source).map_err(io::Error::other)?);
+        while !buffer.is_empty() {
+            while self.decoder.can_collect() == 0 && !self.decoder.is_finished() {
+                let enough = BlockDecodingStrategy::UptoBytes(buffer.len());
+                let decoded = self.decoder.decode_blocks(&mut self.source, enough);
+                decoded.map_err(io::Error::other)?;
             }
-            let Some(frame) = &mut self.frame else {
-                return Ok(0);
-            };
-            match frame.read(buffer)? {
-                0 if !buffer.is_empty() => {
-                    self.source = self.frame.take().map(StreamingDecoder::into_inner);
-                }
-                size => return Ok(size),
+            let size = self.decoder.read(buffer)?;
+            if size > 0 {
+                return Ok(size);
+            }
+            if !self.next_frame()? {
+                break;
             }
         }
+        Ok(0)
     }
 }
 

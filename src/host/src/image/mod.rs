@@ -254,7 +254,11 @@ fn fetch(source: &Path, arch: Arch, scratch: &Path, progress: &mut Progress) -> 
 
 /// Gets the image called `name` as an archive, from docker or by skopeo.
 fn pull(name: &str, arch: Arch, archive: &Path) -> Result<()> {
-    let looks_like_file = name.starts_with(['/', '.']) || name.ends_with(".tar");
+    const ARCHIVES: [&str; 9] = [
+        ".tar", ".gz", ".tgz", ".zst", ".xz", ".txz", ".bz2", ".tbz2", ".oci",
+    ];
+    let looks_like_file =
+        name.starts_with(['/', '.']) || ARCHIVES.iter().any(|end| name.ends_with(end));
     ensure!(!looks_like_file, "there is no {name}");
     let foreign = arch != Arch::HOST;
     let works = |command: &mut Command| {
@@ -267,7 +271,12 @@ fn pull(name: &str, arch: Arch, archive: &Path) -> Result<()> {
     let must = |command: &mut Command| {
         let status = command.stdin(Stdio::null()).stdout(io::stderr()).status();
         let status = status.with_context(|| format!("unable to start {command:?}"))?;
-        ensure!(status.success(), "{command:?}: {status}");
+        let program = Path::new(command.get_program()).file_name();
+        ensure!(
+            status.success(),
+            "there is no file {name}, and {} gave no image of that name: {status}",
+            program.unwrap_or_default().display()
+        );
         anyhow::Ok(())
     };
     if let Ok(docker) = assets::tool("docker")

@@ -292,6 +292,10 @@ fn from_skopeo_dir(blobs: &Blobs) -> Result<Source> {
         blob.sha256 = Some(hex);
         anyhow::Ok(blob)
     };
+    ensure!(
+        manifest["fsLayers"].is_null(),
+        "its manifest is of Docker's old schema 1: copy it with `skopeo copy --format v2s2`"
+    );
     let layers = manifest["layers"]
         .as_array()
         .context("a manifest without layers")?;

@@ -275,7 +275,10 @@ impl Attach {
         }
         let sessions = client.sessions()?;
         let known = sessions.iter().find(|session| session.id == *id);
-        let known = known.with_context(|| format!("there is no session {id} in the VM"))?;
+        let known = known.with_context(|| match vms::find(id) {
+            Ok(_) => format!("{id} is a VM, not a session in it: `pigeon logs -f {id}` follows it"),
+            Err(_) => format!("there is no session {id} in the VM"),
+        })?;
         let size = known.tty.then(|| terminal::size().unwrap_or((80, 24)));
         let session = client.attach(id, size)?;
         Pass {

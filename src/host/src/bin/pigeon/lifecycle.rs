@@ -1,15 +1,16 @@
-//! `pigeon ps`, `stop`, `rm`, `inspect`, `wait`, `status`, `signal`, `stats`.
+//! `pigeon ps`, `stop`, `kill`, `rm`, `inspect`, `wait`, `status`, `signal`, `stats`.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use pigeon::Exit;
+use pigeon::{Exit, progress::Progress};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::{
     output::{bytes, note, say, table},
+    run,
     target::Target,
     vms::{self, Vm},
 };
@@ -59,19 +60,7 @@ impl Ps {
 /// What a configuration runs, shortened.
 fn command_line(config: &Value) -> String {
     const WIDTH: usize = 32;
-    let list = |value: &Value| -> Vec<String> {
-        let words = value.as_array().into_iter().flatten();
-        words.filter_map(Value::as_str).map(String::from).collect()
-    };
-    let image = &config["ImageConfig"];
-    let mut words = list(&config["ExecOverride"]);
-    if words.is_empty() {
-        words = list(&image["Entrypoint"]);
-        match config["CmdOverride"].as_str() {
-            Some(cmd) => words.push(cmd.into()),
-            None => words.extend(list(&image["Cmd"])),
-        }
-    }
+    let words = run::argv(config);
     let line = words.join(" ").replace(['\n', '\t'], " ");
     match line.char_indices().nth(WIDTH) {
         Some((at, _)) => format!("{}…", &line[..at]),
@@ -129,32 +118,76 @@ impl Stop {
         let timeout = Duration::try_from_secs_f64(self.timeout).context("bad --timeout")?;
         if self.names.is_empty() {
             return match self.target.vm(None)? {
-                Some(vm) => self.stop(&vm, timeout),
+                Some(vm) => {
+                    stop(&vm, self.signal, timeout)?;
+                    say!("{}", vm.record.name);
+                    Ok(())
+                }
                 // Nobody but its own API knows when it is down.
                 None => Ok(self.target.client(None)?.stop(self.signal, Some(timeout))?),
             };
         }
         for name in &self.names {
-            self.stop(&vms::find(name)?, timeout)?;
+            stop(&vms::find(name)?, self.signal, timeout)?;
+            say!("{name}");
         }
         Ok(())
     }
+}
 
-    fn stop(&self, vm: &Vm, timeout: Duration) -> Result<()> {
-        if vm.running {
+/// Stops a VM; one that does not stop is killed.
+pub fn stop(vm: &Vm, signal: Option<u8>, timeout: Duration) -> Result<()> {
+    if !vm.running {
+        return Ok(());
+    }
+    let _waiting = Progress::spinner("stopping");
+    let client = pigeon::Client::connect(&vm.record.uds);
+    let asked = client.and_then(|client| client.stop(signal, Some(timeout)));
+    // One that still boots, or whose init knows no such call, is stopped by its owner.
+    if asked.is_err() {
+        vm.signal_owner(Signal::TERM)?;
+    }
+    if !vm.wait(timeout + SHUTDOWN) {
+        note!("{} does not stop: killing it", vm.record.name);
+        kill(vm)?;
+    }
+    Ok(())
+}
+
+/// Kills a VM. Its disks are free afterwards.
+fn kill(vm: &Vm) -> Result<()> {
+    // Two signals are a kill to its owner, who then waits for the hypervisor to have ended.
+    vm.signal_owner(Signal::TERM)?;
+    vm.signal_owner(Signal::INT)?;
+    if !vm.wait(SHUTDOWN) {
+        vm.signal_owner(Signal::KILL)?;
+        ensure!(vm.wait(SHUTDOWN), "{} is still running", vm.record.name);
+    }
+    Ok(())
+}
+
+#[derive(Args)]
+pub struct Kill {
+    /// VMs
+    #[arg(required = true)]
+    names: Vec<String>,
+    /// A name or number: HUP, SIGHUP, SIGRTMIN+3, 1
+    #[arg(short, long, default_value = "KILL", value_parser = crate::parse_signal)]
+    signal: u8,
+}
+
+impl Kill {
+    pub fn run(&self) -> Result<()> {
+        for name in &self.names {
+            let vm = vms::find_running(name)?;
             let client = pigeon::Client::connect(&vm.record.uds);
-            let asked = client.and_then(|client| client.stop(self.signal, Some(timeout)));
-            // One that still boots, or whose init knows no such call, is stopped by its owner.
-            if asked.is_err() {
-                vm.signal_owner(Signal::TERM)?;
+            match client.and_then(|client| client.signal(self.signal)) {
+                // There is no workload yet that could end.
+                Err(_) if i32::from(self.signal) == Signal::KILL.as_raw() => kill(&vm)?,
+                sent => sent?,
             }
-            if !vm.wait(timeout + SHUTDOWN) {
-                note!("{} does not stop: killing it", vm.record.name);
-                vm.signal_owner(Signal::KILL)?;
-                ensure!(vm.wait(SHUTDOWN), "{} is still running", vm.record.name);
-            }
+            say!("{name}");
         }
-        say!("{}", vm.record.name);
         Ok(())
     }
 }
@@ -178,8 +211,7 @@ impl Rm {
                     self.force,
                     "{name} is running: `pigeon stop {name}` stops it, --force kills it"
                 );
-                vm.signal_owner(Signal::KILL)?;
-                ensure!(vm.wait(SHUTDOWN), "{name} is still running");
+                kill(&vm)?;
             }
             vm.remove()?;
             say!("{name}");
@@ -201,7 +233,8 @@ pub struct Wait {
 
 impl Wait {
     pub fn run(&self) -> Result<()> {
-        let exit = match self.target.vm(self.name.as_deref())? {
+        let vm = self.target.vm(self.name.as_deref())?;
+        let exit = match &vm {
             None => self.target.client(None)?.exit_code()?,
             Some(vm) if vm.running => {
                 match self
@@ -211,18 +244,24 @@ impl Wait {
                 {
                     Ok(Ok(exit)) => exit,
                     // It ended before it could be asked.
-                    Ok(Err(_)) | Err(_) if vm.wait(SHUTDOWN) => recorded(&vm)?,
+                    Ok(Err(_)) | Err(_) if vm.wait(SHUTDOWN) => recorded(vm)?,
                     Ok(Err(error)) => return Err(error.into()),
                     Err(error) => return Err(error),
                 }
             }
-            Some(vm) => recorded(&vm)?,
+            Some(vm) => recorded(vm)?,
         };
+        let ended = vm.and_then(|vm| vm.reread().ok()?.end);
         if exit.oom_killed && !self.json {
             note!("the workload was killed: out of memory");
         }
         if let Some(error) = exit.error.as_ref().filter(|_| !self.json) {
-            note!("the workload could not be started: {error}");
+            match ended.as_deref() {
+                Some("killed") => note!("the VM was killed"),
+                Some("panic") => note!("the guest's kernel panicked"),
+                Some("hypervisor") => note!("the hypervisor failed"),
+                _ => note!("the workload could not be started: {error}"),
+            }
         }
         match self.json {
             true => say!("{}", json!(exit)),

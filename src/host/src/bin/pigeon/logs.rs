@@ -1,6 +1,7 @@
 //! `pigeon logs` and `pigeon events`, also for VMs that have ended.
 
 use std::{
+    collections::VecDeque,
     fs::File,
     io::{self, Read, Seek, Write},
     path::Path,
@@ -37,8 +38,11 @@ pub struct Logs {
     /// Start at this byte of the output
     #[arg(long, value_name = "N", default_value_t = 0)]
     since_offset: u64,
+    /// Start at the last N lines
+    #[arg(short = 'n', long, value_name = "N", conflicts_with = "since_offset")]
+    tail: Option<usize>,
     /// Show the console instead, with messages of the kernel and the init
-    #[arg(long, conflicts_with = "since_offset")]
+    #[arg(long, conflicts_with_all = ["since_offset", "tail"])]
     console: bool,
 }
 
@@ -54,8 +58,14 @@ impl Logs {
     /// Of a VM that somebody else runs: what its init still has.
     fn live(&self) -> Result<()> {
         let client = self.target.client(None)?;
-        let mut logs = client.logs(self.follow, Some(self.since_offset))?;
-        warn_of_loss(self.since_offset, logs.offset());
+        let mut begin = self.since_offset;
+        if let Some(lines) = self.tail {
+            let mut logs = client.logs(false, Some(0))?;
+            let first = logs.offset();
+            begin = first + last_lines(lines, || Ok(logs.next_frame()?))?;
+        }
+        let mut logs = client.logs(self.follow, Some(begin))?;
+        warn_of_loss(begin, logs.offset());
         while let Some(frame) = logs.next_frame()? {
             show(&frame)?;
         }
@@ -67,10 +77,18 @@ impl Logs {
         let Some(file) = open(vm, vms::OUTPUT, self.follow)? else {
             return Ok(());
         };
+        let mut begin = self.since_offset;
+        if let Some(lines) = self.tail {
+            let mut source = io::BufReader::new(&file);
+            begin = last_lines(lines, || {
+                read_frame(&mut source).context("the record is damaged")
+            })?;
+            (&file).rewind()?;
+        }
         let mut source = Growing::new(file, self.follow.then_some(vm));
         let mut offset = 0;
         while let Some(mut frame) = read_frame(&mut source).context("the record is damaged")? {
-            let skipped = self.since_offset.saturating_sub(offset);
+            let skipped = begin.saturating_sub(offset);
             offset += frame.bytes.len() as u64;
             if skipped > 0 {
                 let skipped = usize::try_from(skipped).unwrap_or(usize::MAX);
@@ -95,6 +113,40 @@ impl Logs {
             write_to(&mut io::stdout().lock(), &buffer[..size])?;
         }
     }
+}
+
+/// Where the last lines of the output begin.
+fn last_lines(lines: usize, mut next_frame: impl FnMut() -> Result<Option<Frame>>) -> Result<u64> {
+    // Of the last lines, and of what may come behind the last line feed.
+    let mut begins = VecDeque::from([0]);
+    let mut offset = 0;
+    while let Some(frame) = next_frame()? {
+        let line_feeds = frame.bytes.iter().enumerate();
+        let line_feeds = line_feeds.filter(|(_, byte)| **byte == b'\n');
+        for (at, _) in line_feeds {
+            begins.push_back(offset + at as u64 + 1);
+            if begins.len() > lines.saturating_add(1) {
+                begins.pop_front();
+            }
+        }
+        offset += frame.bytes.len() as u64;
+    }
+    // A last line without its end is one, too.
+    if begins.back() != Some(&offset) {
+        begins.push_back(offset);
+    }
+    let surplus = begins.len().saturating_sub(lines.saturating_add(1));
+    Ok(begins.get(surplus).copied().unwrap_or(offset))
+}
+
+/// Removes the piece of a frame at the end of a record whose writer was killed.
+pub fn end_at_a_frame(file: &File) -> Result<()> {
+    let mut source = io::BufReader::new(file);
+    let mut whole = 0;
+    while let Ok(Some(frame)) = read_frame(&mut source) {
+        whole += frame.encode().len() as u64;
+    }
+    Ok(file.set_len(whole)?)
 }
 
 /// Says how much of the output is not there any more.
@@ -335,6 +387,48 @@ pub fn filter_console(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn frame(bytes: &str) -> Frame {
+        Frame {
+            stream: Stream::Stdout,
+            bytes: bytes.into(),
+        }
+    }
+
+    #[test]
+    fn the_last_lines_are_found_over_frames() {
+        let last = |lines, pieces: &[&str]| {
+            let mut frames = pieces.iter().map(|piece| frame(piece));
+            let begin = last_lines(lines, || Ok(frames.next())).unwrap();
+            pieces.concat()[usize::try_from(begin).unwrap()..].to_string()
+        };
+        let pieces = ["one\ntw", "o\n", "\nfour\n"];
+        for (lines, expected) in [
+            (0, ""),
+            (1, "four\n"),
+            (2, "\nfour\n"),
+            (3, "two\n\nfour\n"),
+            (4, "one\ntwo\n\nfour\n"),
+            (usize::MAX, "one\ntwo\n\nfour\n"),
+        ] {
+            assert_eq!(last(lines, &pieces), expected, "{lines}");
+        }
+        assert_eq!(last(1, &["one\n", "two"]), "two");
+        assert_eq!(last(2, &["one\n", "two"]), "one\ntwo");
+        assert_eq!(last(0, &["one\n", "two"]), "");
+        assert_eq!(last(5, &[]), "");
+    }
+
+    #[test]
+    fn a_record_ends_with_a_whole_frame_before_more_is_written() {
+        let mut file = tempfile::tempfile().unwrap();
+        let whole = [frame("one"), frame("two")].map(|frame| frame.encode());
+        file.write_all(&whole.concat()).unwrap();
+        file.write_all(&frame("three").encode()[..10]).unwrap();
+        file.rewind().unwrap();
+        end_at_a_frame(&file).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), whole.concat().len() as u64);
+    }
 
     #[test]
     fn the_workloads_bytes_are_told_from_those_of_kernel_and_init() {

@@ -11,6 +11,7 @@ mod rootfs;
 mod run;
 mod shell;
 mod snapshot;
+mod suggest;
 mod target;
 mod terminal;
 mod vms;
@@ -65,10 +66,15 @@ enum Action {
     /// Forward TCP ports of the host to a VM until Ctrl-C
     Forward(ports::ForwardPorts),
     /// Send a signal to a VM's workload
-    #[command(visible_alias = "kill")]
     Signal(lifecycle::SendSignal),
+    /// Kill the workload of VMs, or send it another signal
+    Kill(lifecycle::Kill),
     /// Stop VMs
     Stop(lifecycle::Stop),
+    /// Start VMs that have ended, as they were run
+    Start(run::Start),
+    /// Stop VMs, and start them as they were run
+    Restart(run::Restart),
     /// Wait for the end of a VM's workload and print its exit code
     Wait(lifecycle::Wait),
     /// Remove VMs that have ended: record, logs and console
@@ -126,6 +132,7 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
+            let error = suggest::complete(error);
             let _ = error.print();
             // Help that was asked for is no failure.
             return ExitCode::from(if error.use_stderr() { FAILED } else { 0 });
@@ -150,6 +157,8 @@ fn act(action: Action) -> Result<u8> {
         Action::Exec(exec) => return exec.run(),
         Action::Attach(attach) => return attach.run(),
         Action::Restore(restore) => return restore.run(),
+        Action::Start(start) => return start.run(),
+        Action::Restart(restart) => return restart.run(),
         Action::Ps(ps) => ps.run(),
         Action::Logs(logs) => logs.run(),
         Action::Cp(cp) => cp.run(),
@@ -158,6 +167,7 @@ fn act(action: Action) -> Result<u8> {
         Action::Forward(forward) => forward.run(),
         Action::Signal(signal) => signal.run(),
         Action::Stop(stop) => stop.run(),
+        Action::Kill(kill) => kill.run(),
         Action::Wait(wait) => wait.run(),
         Action::Rm(rm) => rm.run(),
         Action::Inspect(inspect) => inspect.run(),

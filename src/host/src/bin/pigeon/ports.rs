@@ -20,7 +20,7 @@ use crate::{
     target::Target,
 };
 
-/// `[ADDRESS:]HOST:GUEST`, as `docker run -p` has it, but on 127.0.0.1 by default.
+/// `[[ADDRESS:]HOST:]GUEST`, as `docker run -p` has it, but on 127.0.0.1 by default.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Port {
     /// Where the host listens.
@@ -54,12 +54,12 @@ impl FromStr for Port {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Port> {
-        let usage = || format!("{text:?} is not [ADDRESS:]HOST:GUEST, such as 8080:80");
+        let usage = || format!("{text:?} is not [[ADDRESS:]HOST:]GUEST, such as 8080:80");
         let (ports, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
         if protocol != "tcp" {
             bail!("{text:?}: only TCP can be forwarded");
         }
-        let (before, guest) = ports.rsplit_once(':').with_context(usage)?;
+        let (before, guest) = ports.rsplit_once(':').unwrap_or(("", ports));
         let (address, host) = match before.rsplit_once(':') {
             None => (Ipv4Addr::LOCALHOST.into(), before),
             Some((address, host)) => {
@@ -124,6 +124,7 @@ mod tests {
         for (text, shown) in [
             ("8080:80", "127.0.0.1:8080->80/tcp"),
             (":80", "127.0.0.1:0->80/tcp"),
+            ("80", "127.0.0.1:0->80/tcp"),
             ("0.0.0.0:8080:80/tcp", "0.0.0.0:8080->80/tcp"),
             ("[::1]:8080:80", "[::1]:8080->80/tcp"),
             ("10.0.0.1::80", "10.0.0.1:0->80/tcp"),
@@ -131,7 +132,8 @@ mod tests {
             assert_eq!(text.parse::<Port>().unwrap().to_string(), shown, "{text}");
         }
         for text in [
-            "80",
+            "",
+            "0",
             "8080:0",
             "8080:",
             "a:80",

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Args;
 use pigeon::image::{
     self, Options,
-    disk::{Format, parse_size},
+    disk::{Format, parse_disk_size},
     run_json_path,
 };
 use serde_json::json;
@@ -23,7 +23,8 @@ pub struct Rootfs {
     source: PathBuf,
     /// The image file; the configuration is written beside it, to NAME.run.json
     out: PathBuf,
-    /// Size of an ext4 image, such as 64M or 1.5G [default: computed]
+    /// Size of an ext4 image, such as 64M or 1.5G; numbers without a unit are bytes
+    /// [default: computed]
     size: Option<String>,
     /// The file system
     #[arg(long, value_enum, default_value_t)]
@@ -44,7 +45,7 @@ pub struct Rootfs {
 impl Rootfs {
     pub fn run(&self) -> Result<()> {
         let options = Options {
-            size: self.size.as_deref().map(parse_size).transpose()?,
+            size: self.size.as_deref().map(parse_disk_size).transpose()?,
             arch: self.guest.arch,
             tag: self.tag.clone(),
             format: self.format,

@@ -28,7 +28,8 @@ pub fn raw() -> io::Result<Restore> {
     let before = tcgetattr(io::stdin())?;
     let mut raw = before.clone();
     raw.make_raw();
-    tcsetattr(io::stdin(), OptionalActions::Flush, &raw)?;
+    // What has been typed already is for the command.
+    tcsetattr(io::stdin(), OptionalActions::Drain, &raw)?;
     Ok(Restore(before))
 }
 

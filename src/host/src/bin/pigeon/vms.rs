@@ -3,6 +3,7 @@
 //! process that runs a VM holds a lock on its directory.
 
 use std::{
+    collections::BTreeMap,
     env,
     fs::{self, File, Permissions},
     io,
@@ -43,8 +44,12 @@ pub struct Record {
     pub config: Value,
     /// Ports of the host that lead to it, `127.0.0.1:8080->80/tcp`.
     pub ports: Vec<String>,
+    /// How it is started again, if it can be.
+    pub launch: Option<Launch>,
     /// Seconds since 1970.
     pub started: u64,
+    /// When its workload has started.
+    pub up: Option<u64>,
     pub ended: Option<u64>,
     /// How its workload ended, if known.
     pub exit: Option<Exit>,
@@ -56,6 +61,38 @@ pub struct Record {
     pub health: Option<String>,
     /// What its snapshots need, if they can be restored.
     pub restorable: Option<Restorable>,
+}
+
+/// A command line of `pigeon run`, and what else says what it does.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+pub struct Launch {
+    /// The words behind `pigeon run`.
+    pub arguments: Vec<String>,
+    /// Where relative paths start.
+    pub directory: PathBuf,
+    /// Those of [`Launch::VARIABLES`] that are set.
+    pub environment: BTreeMap<String, String>,
+}
+
+impl Launch {
+    /// Variables that stand for options.
+    pub const VARIABLES: [&str; 4] = [
+        "PIGEON_ARCH",
+        "PIGEON_KERNEL",
+        "PIGEON_INITRD",
+        "FIRECRACKER",
+    ];
+
+    /// This process's; None if a record, which is text, cannot hold it.
+    pub fn this() -> Option<Launch> {
+        let words = env::args_os().skip(2).map(|word| word.into_string().ok());
+        let set = |name: &str| Some((name.to_string(), env::var(name).ok()?));
+        Some(Launch {
+            arguments: words.collect::<Option<_>>()?,
+            directory: env::current_dir().ok()?,
+            environment: Launch::VARIABLES.iter().copied().filter_map(set).collect(),
+        })
+    }
 }
 
 impl Record {
@@ -109,6 +146,8 @@ pub const CONSOLE: &str = "console";
 pub const EVENTS: &str = "events";
 /// Messages of `pigeon run -d`.
 pub const MESSAGES: &str = "messages";
+/// It is there while the VM is restarted: `--rm` does not remove what is kept then.
+const RESTARTS: &str = "restarts";
 
 impl Vm {
     /// Whether it runs now.
@@ -144,11 +183,21 @@ impl Vm {
         Ok(())
     }
 
+    /// Says that it is started again as soon as it has ended.
+    pub fn announce_restart(&self) -> Result<()> {
+        let path = self.dir.join(RESTARTS);
+        let written = fs::write(&path, "");
+        written.with_context(|| format!("unable to write {}", path.display()))
+    }
+
     /// Removes all that is kept of it.
     pub fn remove(&self) -> Result<()> {
         let _ = fs::remove_file(&self.record.uds);
-        let removed = fs::remove_dir_all(&self.dir);
-        removed.with_context(|| format!("unable to remove {}", self.dir.display()))
+        match fs::remove_dir_all(&self.dir) {
+            // It was run with --rm.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed.with_context(|| format!("unable to remove {}", self.dir.display())),
+        }
     }
 }
 
@@ -160,6 +209,20 @@ pub struct Claim {
 }
 
 impl Claim {
+    fn new(dir: PathBuf, record: Record, lock: File) -> Result<Claim> {
+        let record = Record {
+            uds: runtime_dir()?.join(format!("{}.vsock", record.name)),
+            pid: std::process::id(),
+            started: now(),
+            ..record
+        };
+        Ok(Claim {
+            dir,
+            record: record.into(),
+            _lock: lock,
+        })
+    }
+
     /// As it is recorded.
     pub fn record(&self) -> Record {
         self.lock().clone()
@@ -169,6 +232,16 @@ impl Claim {
         self.record
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Changes the record, which is written by the next [`Claim::update`].
+    pub fn set(&self, change: impl FnOnce(&mut Record)) {
+        change(&mut self.lock());
+    }
+
+    /// Whether it is started again as soon as it has ended.
+    pub fn restarts(&self) -> bool {
+        self.dir.join(RESTARTS).exists()
     }
 
     /// Changes the record, here and on disk.
@@ -297,22 +370,16 @@ enum Taken {
 
 fn try_claim(name: &str, auto: bool) -> Result<Result<Claim, Taken>> {
     let dir = private(state_dir()?.join(name))?;
-    let lock_path = dir.join(LOCK);
-    let lock = File::create(&lock_path)?;
-    if !try_lock(&lock, File::try_lock) {
+    let Some(lock) = lock(&dir)? else {
         return Ok(Err(Taken::Running));
-    }
-    // Its owner may have removed it between our opening and our locking it.
-    if fs::metadata(&lock_path).ok().map(|found| found.ino()) != Some(lock.metadata()?.ino()) {
-        return Ok(Err(Taken::Running));
-    }
+    };
     if let Ok(old) = read_record(&dir) {
         if !(auto && old.auto) {
             return Ok(Err(Taken::Ended));
         }
         for entry in fs::read_dir(&dir)? {
             let path = entry?.path();
-            if path != lock_path {
+            if path != dir.join(LOCK) {
                 remove_if_there(&path)?;
             }
         }
@@ -320,16 +387,40 @@ fn try_claim(name: &str, auto: bool) -> Result<Result<Claim, Taken>> {
     let record = Record {
         name: name.into(),
         auto,
-        uds: runtime_dir()?.join(format!("{name}.vsock")),
-        pid: std::process::id(),
-        started: now(),
         ..Record::default()
     };
-    Ok(Ok(Claim {
-        dir,
-        record: record.into(),
-        _lock: lock,
-    }))
+    Ok(Ok(Claim::new(dir, record, lock)?))
+}
+
+/// The name of a VM that has ended, with what is kept of it.
+pub fn claim_again(vm: &Vm) -> Result<Claim> {
+    let name = &vm.record.name;
+    let lock = lock(&vm.dir)?;
+    let lock = lock.with_context(|| format!("{name} is running already"))?;
+    let record = Record {
+        up: None,
+        ended: None,
+        exit: None,
+        end: None,
+        exit_code: None,
+        health: None,
+        ..read_record(&vm.dir)?
+    };
+    remove_if_there(&vm.dir.join(RESTARTS))?;
+    Claim::new(vm.dir.clone(), record, lock)
+}
+
+/// Locks the directory of a VM; None if it is another's.
+fn lock(dir: &Path) -> Result<Option<File>> {
+    let path = dir.join(LOCK);
+    let cannot = || format!("unable to lock {}", dir.display());
+    let lock = File::create(&path).with_context(cannot)?;
+    if !try_lock(&lock, File::try_lock) {
+        return Ok(None);
+    }
+    // Its owner may have removed it between our opening and our locking it.
+    let there = fs::metadata(&path).ok().map(|found| found.ino());
+    Ok((there == Some(lock.metadata()?.ino())).then_some(lock))
 }
 
 fn remove_if_there(path: &Path) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use std::{
     env,
+    ffi::OsString,
     fs::{File, OpenOptions},
     io::{self, Read},
     os::{fd::AsFd, unix::process::CommandExt},
@@ -24,12 +25,13 @@ pub fn is_detached() -> bool {
     env::var_os(VARIABLE).is_some()
 }
 
-/// Starts it, and waits until the VM has started or failed.
-pub fn start() -> Result<u8> {
+/// Runs pigeon with these arguments, and waits until its VM has started: the name, or the exit code if
+/// it has failed, which it has explained.
+pub fn start(arguments: impl IntoIterator<Item = OsString>) -> Result<Result<String, u8>> {
     let (mut reader, writer) = io::pipe()?;
     let mut command = Command::new("/proc/self/exe");
     command
-        .args(env::args_os().skip(1))
+        .args(arguments)
         .env(VARIABLE, "1")
         .stdin(Stdio::null())
         .stdout(writer.try_clone()?)
@@ -50,12 +52,11 @@ pub fn start() -> Result<u8> {
         let _ = io::Write::write_all(&mut io::stderr(), others.as_bytes());
     }
     if let Some(name) = name {
-        say!("{name}");
-        return Ok(0);
+        return Ok(Ok(name));
     }
     let status = child.wait()?;
     let code = status.code().and_then(|code| code.try_into().ok());
-    Ok(code.unwrap_or(FAILED))
+    Ok(Err(code.unwrap_or(FAILED)))
 }
 
 /// What a VM's owner has said, and the name of its VM if it is started.

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use pigeon::{
     config,
     image::{
-        disk::{Format, parse_size, write_volume},
+        disk::{Format, parse_disk_size, write_volume},
         kind::{Kind, describe},
         run_json_path,
     },
@@ -18,7 +18,7 @@ use pigeon::{
 };
 use serde_json::{Value, json};
 
-use super::Run;
+use super::{Created, Run};
 use crate::{exec::variables, output::note, ports::Port};
 
 /// Where the workload of a VM whose real one is a session is mounted.
@@ -57,7 +57,7 @@ impl Volume {
             match option.split_once('=') {
                 None if option == "ro" => disk.read_only = true,
                 None if option == "rw" => disk.read_only = false,
-                Some(("size", size)) => disk.size = Some(parse_size(size)?),
+                Some(("size", size)) => disk.size = Some(parse_disk_size(size)?),
                 _ => bail!("{text:?}: there is no option {option}, but size=SIZE, ro and rw"),
             }
         }
@@ -70,13 +70,14 @@ impl Volume {
 
 impl DiskFile {
     /// Makes it where it is to be made, and looks whether the guest can mount it.
-    pub fn prepare(&self) -> Result<Kind> {
+    pub fn prepare(&self, created: &mut Created) -> Result<Kind> {
         let shown = self.path.display();
         if !self.path.exists() {
             let size = self
                 .size
                 .with_context(|| format!("{shown} does not exist: add ,size=1G to create it"))?;
             write_volume(&self.path, size)?;
+            created.0.push(self.path.clone());
             note!("{shown}: created, {} MiB", size >> 20);
         }
         let kind = describe(&self.path)?;
@@ -105,7 +106,7 @@ impl Overlay {
             return Ok(Overlay::Memory(text.into()));
         }
         let (path, size) = match text.split_once(",size=") {
-            Some((path, size)) => (path, parse_size(size)?),
+            Some((path, size)) => (path, parse_disk_size(size)?),
             None => (text, OVERLAY_SIZE),
         };
         Ok(Overlay::Disk(DiskFile {
@@ -118,16 +119,35 @@ impl Overlay {
 
 /// Everything that follows from the options.
 pub struct Plan {
-    /// The configuration document.
+    /// The configuration document, with the workload that is asked for.
     pub document: Value,
     /// Disks in the order of their names, from /dev/vda on.
     pub disks: Vec<DiskFile>,
     /// Ports that lead to the VM.
     pub ports: Vec<Port>,
-    /// In place of a workload: what runs in a session, and its disk comes last.
+    /// The workload, if it runs in a session: a disk with what the init runs in its place comes last.
     pub session: Option<SessionPlan>,
     /// Paths where the image keeps data, and no volume is.
     pub unkept: Vec<String>,
+}
+
+impl Plan {
+    /// The configuration document as the init gets it.
+    pub fn guest_document(&self) -> Result<Value> {
+        let mut document = self.document.clone();
+        if self.session.is_some() {
+            document["ExecOverride"] = json!([format!("{HOLD}/{}", pigeon::hold::PROGRAM)]);
+            if document["Mounts"].is_null() {
+                document["Mounts"] = json!([]);
+            }
+            if let Some(mounts) = document["Mounts"].as_array_mut() {
+                let device = device(self.disks.len())?;
+                mounts.push(json!({"DevicePath": device, "MountPath": HOLD}));
+            }
+        }
+        config::check(&document)?;
+        Ok(document)
+    }
 }
 
 /// The workload as a session.
@@ -137,9 +157,39 @@ pub struct SessionPlan {
     pub workdir: Option<String>,
 }
 
+impl SessionPlan {
+    fn of(document: &Value) -> SessionPlan {
+        let text = |value: &Value| value.as_str().map(String::from);
+        let image = &document["ImageConfig"];
+        SessionPlan {
+            argv: argv(document),
+            user: text(&document["UserOverride"]).or_else(|| text(&image["User"])),
+            workdir: text(&image["WorkingDir"]),
+        }
+    }
+}
+
+/// The command of a configuration document.
+pub fn argv(document: &Value) -> Vec<String> {
+    let list = |value: &Value| -> Vec<String> {
+        let words = value.as_array().into_iter().flatten();
+        words.filter_map(Value::as_str).map(String::from).collect()
+    };
+    let image = &document["ImageConfig"];
+    let mut words = list(&document["ExecOverride"]);
+    if words.is_empty() {
+        words = list(&image["Entrypoint"]);
+        match document["CmdOverride"].as_str() {
+            Some(cmd) => words.push(cmd.into()),
+            None => words.extend(list(&image["Cmd"])),
+        }
+    }
+    words
+}
+
 impl Run {
-    /// The plan for a VM of this name.
-    pub fn plan(&self, name: &str) -> Result<Plan> {
+    /// The configuration document, but for the VM's name.
+    pub fn document(&self) -> Result<Value> {
         let mut document = self.read_document()?;
         self.override_command(&mut document);
         self.check_command(&document)?;
@@ -154,15 +204,23 @@ impl Run {
                 json!([{"IP": net.guest, "Mask": net.mask, "Gateway": net.gateway}]);
             document["EtcResolv"] = json!({"Nameservers": [net.nameserver]});
         }
-        self.set_names(&mut document, name);
         self.set_limits(&mut document)?;
-        let mut disks = vec![DiskFile {
-            path: self.image().into(),
-            read_only: self.read_only || self.overlay.is_some(),
-            size: None,
-        }];
-        self.set_root(&mut document, &mut disks)?;
-        self.set_mounts(&mut document, &mut disks)?;
+        self.set_root(&mut document)?;
+        self.set_mounts(&mut document)?;
+        if let Some(members) = document.as_object_mut() {
+            members.retain(|_, value| !value.is_null());
+        }
+        Ok(document)
+    }
+
+    /// The plan for a VM of this name.
+    pub fn plan(&self, mut document: Value, name: &str) -> Result<Plan> {
+        self.set_names(&mut document, name);
+        self.plan_of(document)
+    }
+
+    /// The plan for a VM with this configuration, which says all that options say about it.
+    pub fn plan_of(&self, document: Value) -> Result<Plan> {
         let mut ports = vec![];
         for text in &self.publish {
             ports.push(text.parse::<Port>()?);
@@ -170,19 +228,35 @@ impl Run {
         if self.publish_all {
             ports.extend(exposed_ports(&document).into_iter().map(Port::any));
         }
-        let unkept = unkept_volumes(&document);
-        let session = self.take_session(&mut document, disks.len());
-        if let Some(members) = document.as_object_mut() {
-            members.retain(|_, value| !value.is_null());
-        }
-        config::check(&document)?;
-        Ok(Plan {
-            document,
-            disks,
+        let plan = Plan {
+            disks: self.disks()?,
             ports,
-            session,
-            unkept,
-        })
+            session: (self.interactive || self.tty).then(|| SessionPlan::of(&document)),
+            unkept: unkept_volumes(&document),
+            document,
+        };
+        plan.guest_document()?;
+        Ok(plan)
+    }
+
+    fn overlay(&self) -> Result<Option<Overlay>> {
+        self.overlay.as_deref().map(Overlay::parse).transpose()
+    }
+
+    /// The root, what is written to beside it, and volumes.
+    fn disks(&self) -> Result<Vec<DiskFile>> {
+        let mut disks = vec![DiskFile {
+            path: self.image().into(),
+            read_only: self.read_only || self.overlay.is_some(),
+            size: None,
+        }];
+        if let Some(Overlay::Disk(disk)) = self.overlay()? {
+            disks.push(disk);
+        }
+        for text in &self.volume {
+            disks.push(Volume::parse(text)?.disk);
+        }
+        Ok(disks)
     }
 
     /// The file's configuration, with an `ImageConfig`.
@@ -228,6 +302,7 @@ impl Run {
         if let Some(signal) = &self.stop_signal {
             document["ImageConfig"]["StopSignal"] = json!(signal);
         }
+        self.health.change(document);
     }
 
     fn check_command(&self, document: &Value) -> Result<()> {
@@ -303,24 +378,21 @@ impl Run {
         Ok(())
     }
 
-    fn set_root(&self, document: &mut Value, disks: &mut Vec<DiskFile>) -> Result<()> {
+    fn set_root(&self, document: &mut Value) -> Result<()> {
         if self.read_only {
             document["RootReadOnly"] = json!(true);
         }
-        match self.overlay.as_deref().map(Overlay::parse).transpose()? {
+        match self.overlay()? {
             None => {}
             Some(Overlay::Memory(options)) => document["RootOverlay"] = json!(options),
-            Some(Overlay::Disk(disk)) => {
-                document["RootOverlay"] = json!(device(disks.len())?);
-                disks.push(disk);
-            }
+            Some(Overlay::Disk(_)) => document["RootOverlay"] = json!(device(1)?),
         }
         Ok(())
     }
 
     /// Volumes, and file systems in memory. Those of options are mounted in place of those of the
     /// file.
-    fn set_mounts(&self, document: &mut Value, disks: &mut Vec<DiskFile>) -> Result<()> {
+    fn set_mounts(&self, document: &mut Value) -> Result<()> {
         if !self.volume.is_empty() {
             document["Mounts"] = json!([]);
         }
@@ -328,14 +400,14 @@ impl Run {
             Value::Array(mounts) => mounts,
             _ => vec![],
         };
-        for text in &self.volume {
+        let first = 1 + usize::from(matches!(self.overlay()?, Some(Overlay::Disk(_))));
+        for (text, number) in self.volume.iter().zip(first..) {
             let Volume { disk, target } = Volume::parse(text)?;
-            let mut mount = json!({"DevicePath": device(disks.len())?, "MountPath": target});
+            let mut mount = json!({"DevicePath": device(number)?, "MountPath": target});
             if disk.read_only {
                 mount["ReadOnly"] = json!(true);
             }
             mounts.push(mount);
-            disks.push(disk);
         }
         for text in &self.tmpfs {
             let (path, options) = text.split_once(':').unwrap_or((text, ""));
@@ -350,41 +422,6 @@ impl Run {
             document["Mounts"] = json!(mounts);
         }
         Ok(())
-    }
-
-    /// With -i or -t the workload is a session; what the init runs does nothing.
-    fn take_session(&self, document: &mut Value, disk: usize) -> Option<SessionPlan> {
-        if !self.interactive && !self.tty {
-            return None;
-        }
-        let list = |value: &Value| -> Vec<String> {
-            let words = value.as_array().into_iter().flatten();
-            words.filter_map(Value::as_str).map(String::from).collect()
-        };
-        let text = |value: &Value| value.as_str().map(String::from);
-        let image = &document["ImageConfig"];
-        let mut argv = list(&document["ExecOverride"]);
-        if argv.is_empty() {
-            argv = list(&image["Entrypoint"]);
-            match text(&document["CmdOverride"]) {
-                Some(cmd) => argv.push(cmd),
-                None => argv.extend(list(&image["Cmd"])),
-            }
-        }
-        let session = SessionPlan {
-            argv,
-            user: text(&document["UserOverride"]).or_else(|| text(&image["User"])),
-            workdir: text(&image["WorkingDir"]),
-        };
-        let device = device(disk).ok()?;
-        document["ExecOverride"] = json!([format!("{HOLD}/{}", pigeon::hold::PROGRAM)]);
-        if document["Mounts"].is_null() {
-            document["Mounts"] = json!([]);
-        }
-        if let Some(mounts) = document["Mounts"].as_array_mut() {
-            mounts.push(json!({"DevicePath": device, "MountPath": HOLD}));
-        }
-        Some(session)
     }
 }
 
@@ -470,14 +507,8 @@ pub fn file_systems(kinds: &[Kind], overlay: bool) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::Options, *};
     use clap::Parser;
-
-    #[derive(Parser)]
-    struct Words {
-        #[command(flatten)]
-        run: Run,
-    }
 
     fn plan(config: &Value, words: &[&str]) -> Result<Plan> {
         let dir = tempfile::tempdir()?;
@@ -489,7 +520,8 @@ mod tests {
             .chain(words)
             .map(|word| word.replace("IMAGE", image))
             .collect();
-        Words::try_parse_from(words)?.run.plan("app")
+        let run = Options::try_parse_from(words)?.run;
+        run.plan(run.document()?, "app")
     }
 
     /// The document, without the names that every VM has.
@@ -548,6 +580,40 @@ mod tests {
             (&shell["Entrypoint"], &shell["Cmd"]),
             (&json!(["sh"]), &json!(["-c", "id"]))
         );
+    }
+
+    #[test]
+    fn a_health_check_is_the_images_or_that_of_options() {
+        let check = json!({"Test": ["CMD", "/check"], "Retries": 5});
+        let image = json!({"ImageConfig": {"Cmd": ["/a"], "Healthcheck": check}});
+        let of = |words: &[&str]| {
+            let document = document(&image, words).unwrap();
+            document["ImageConfig"]["Healthcheck"].clone()
+        };
+        assert_eq!(of(&["IMAGE"]), check);
+        let words = [
+            "--health-interval",
+            "1m1.5s",
+            "--health-timeout=2ms",
+            "IMAGE",
+        ];
+        let expected = json!({
+            "Test": ["CMD", "/check"],
+            "Retries": 5,
+            "Interval": 61_500_000_000u64,
+            "Timeout": 2_000_000,
+        });
+        assert_eq!(of(&words), expected);
+        let words = ["--health-cmd", "a || b", "--health-retries", "9", "IMAGE"];
+        let expected = json!({"Test": ["CMD-SHELL", "a || b"], "Retries": 9});
+        assert_eq!(of(&words), expected);
+        assert_eq!(
+            of(&["--no-healthcheck", "IMAGE"]),
+            json!({"Test": ["NONE"]})
+        );
+        for bad in ["1", "s", "1x", "-1s", "1s2", "1e9h", ""] {
+            assert!(run(&["--health-interval", bad, "IMAGE"]).is_err(), "{bad}");
+        }
     }
 
     #[test]
@@ -615,26 +681,28 @@ mod tests {
             read_only: false,
             size,
         };
-        let error = disk(None).prepare().unwrap_err().to_string();
+        let mut created = Created::default();
+        let error = disk(None).prepare(&mut created).unwrap_err().to_string();
         assert!(error.contains("add ,size=1G to create it"), "{error}");
         assert_eq!(
-            disk(Some(16 << 20)).prepare().unwrap(),
+            disk(Some(16 << 20)).prepare(&mut created).unwrap(),
             Kind::Image(Format::Ext4)
         );
         // It stays as it is.
         assert_eq!(
-            disk(Some(32 << 20)).prepare().unwrap(),
+            disk(Some(32 << 20)).prepare(&mut created).unwrap(),
             Kind::Image(Format::Ext4)
         );
         assert_eq!(fs::metadata(&path).unwrap().len(), 16 << 20);
+        assert_eq!(created.0, std::slice::from_ref(&path));
         fs::write(&path, [0; 4096]).unwrap();
-        let error = disk(None).prepare().unwrap_err().to_string();
+        let error = disk(None).prepare(&mut created).unwrap_err().to_string();
         assert!(
             error.contains("has no file system: run `mkfs.ext4"),
             "{error}"
         );
         fs::write(&path, "hello").unwrap();
-        let error = disk(None).prepare().unwrap_err().to_string();
+        let error = disk(None).prepare(&mut created).unwrap_err().to_string();
         assert!(error.contains("is of an unknown kind"), "{error}");
     }
 
@@ -707,16 +775,15 @@ mod tests {
             "ImageConfig": {"Entrypoint": ["/app"], "Cmd": ["x"], "User": "www", "WorkingDir": "/srv"},
         });
         let plan = plan(&image, &["-it", "-v", "a.img:/data", "IMAGE"]).unwrap();
-        let session = plan.session.unwrap();
+        let session = plan.session.as_ref().unwrap();
         assert_eq!(session.argv, ["/app", "x"]);
         assert_eq!(session.user.as_deref(), Some("www"));
         assert_eq!(session.workdir.as_deref(), Some("/srv"));
+        assert!(plan.document["ExecOverride"].is_null());
+        let document = plan.guest_document().unwrap();
         let expected = json!({"DevicePath": "/dev/vdc", "MountPath": "/run/pigeon/hold"});
-        assert_eq!(plan.document["Mounts"][1], expected);
-        assert_eq!(
-            plan.document["ExecOverride"],
-            json!(["/run/pigeon/hold/hold"])
-        );
+        assert_eq!(document["Mounts"][1], expected);
+        assert_eq!(document["ExecOverride"], json!(["/run/pigeon/hold/hold"]));
     }
 
     #[test]

@@ -1,12 +1,100 @@
 //! The image's health check, run as Docker runs it. (OCI image-spec conversion.md; moby's
 //! daemon/health.go)
 
-use std::{path::PathBuf, sync::Arc, thread, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
+use clap::Args;
 use pigeon::{Client, Command, Error};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::vms::Claim;
+
+/// Options in place of what an image asks for.
+#[derive(Args)]
+#[command(next_help_heading = "Health check")]
+pub struct HealthOptions {
+    /// Check the workload by this shell command: exit code 0 is healthy
+    #[arg(long, value_name = "COMMAND")]
+    health_cmd: Option<String>,
+    /// Time between two checks, such as 500ms or 1m30s [default: the image's, else 30s]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    health_interval: Option<Duration>,
+    /// How long a check may take [default: the image's, else 30s]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    health_timeout: Option<Duration>,
+    /// Failures in a row that are unhealthy [default: the image's, else 3]
+    #[arg(long, value_name = "N")]
+    health_retries: Option<u32>,
+    /// How long failures do not count at first [default: the image's, else 0s]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    health_start_period: Option<Duration>,
+    /// Time between two checks until then [default: the image's, else 5s]
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    health_start_interval: Option<Duration>,
+    /// Ignore the image's health check
+    #[arg(long, conflicts_with = "health_cmd")]
+    no_healthcheck: bool,
+}
+
+impl HealthOptions {
+    /// Writes what is given to a configuration document.
+    pub fn change(&self, document: &mut Value) {
+        let image = &mut document["ImageConfig"];
+        if let Some(command) = &self.health_cmd {
+            image["Healthcheck"] = json!({"Test": ["CMD-SHELL", command]});
+        }
+        if self.no_healthcheck {
+            image["Healthcheck"] = json!({"Test": ["NONE"]});
+        }
+        for (key, time) in [
+            ("Interval", self.health_interval),
+            ("Timeout", self.health_timeout),
+            ("StartPeriod", self.health_start_period),
+            ("StartInterval", self.health_start_interval),
+        ] {
+            if let Some(time) = time.and_then(|time| u64::try_from(time.as_nanos()).ok()) {
+                image["Healthcheck"][key] = json!(time);
+            }
+        }
+        if let Some(retries) = self.health_retries {
+            image["Healthcheck"]["Retries"] = json!(retries);
+        }
+    }
+}
+
+/// Reads `500ms`, `2s`, `1m30s`.
+fn parse_time(text: &str) -> Result<Duration, String> {
+    let seconds = || {
+        let mut rest = text;
+        let mut seconds = 0.0;
+        while !rest.is_empty() {
+            let unit_at = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+            let (number, behind) = rest.split_at(unit_at);
+            let end = behind.find(|c: char| !c.is_ascii_lowercase());
+            let (unit, behind) = behind.split_at(end.unwrap_or(behind.len()));
+            let factor = match unit {
+                "us" => 1e-6,
+                "ms" => 1e-3,
+                "s" => 1.0,
+                "m" => 60.0,
+                "h" => 3600.0,
+                _ => return None,
+            };
+            seconds += number.parse::<f64>().ok()? * factor;
+            rest = behind;
+        }
+        Some(seconds).filter(|_| !text.is_empty())
+    };
+    // What nanoseconds can tell in 64 bits.
+    let time = seconds().filter(|&seconds| seconds < 1e10);
+    let time = time.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    time.ok_or_else(|| "a number with ms, s, m or h is expected, as in 500ms or 1m30s".into())
+}
 
 /// What an image asks for.
 #[derive(Clone, Debug, PartialEq)]
@@ -14,7 +102,10 @@ pub struct HealthCheck {
     argv: Vec<String>,
     interval: Duration,
     timeout: Duration,
+    /// Until then failures do not count.
     start_period: Duration,
+    /// In place of the interval, in the start period as long as it has never succeeded.
+    start_interval: Duration,
     retries: u32,
 }
 
@@ -23,6 +114,7 @@ impl HealthCheck {
     pub fn of(document: &Value) -> Option<HealthCheck> {
         /// As Docker has them where the image says nothing.
         const INTERVAL: Duration = Duration::from_secs(30);
+        const START_INTERVAL: Duration = Duration::from_secs(5);
         const RETRIES: u32 = 3;
         let check = &document["ImageConfig"]["Healthcheck"];
         let test: Vec<String> = check["Test"]
@@ -48,6 +140,7 @@ impl HealthCheck {
             interval: time("Interval", INTERVAL),
             timeout: time("Timeout", INTERVAL),
             start_period: time("StartPeriod", Duration::ZERO),
+            start_interval: time("StartInterval", START_INTERVAL),
             retries: retries.filter(|&retries| retries > 0).unwrap_or(RETRIES),
         })
     }
@@ -61,10 +154,14 @@ impl HealthCheck {
         thread::spawn(move || {
             let client = Client::new(uds);
             let command = Command::new(self.argv.clone()).timeout(self.timeout);
-            let (mut elapsed, mut failures) = (Duration::ZERO, 0);
+            let begun = Instant::now();
+            let (mut succeeded, mut failures) = (false, 0);
             loop {
-                thread::sleep(self.interval);
-                elapsed += self.interval;
+                let starts = !succeeded && begun.elapsed() < self.start_period;
+                thread::sleep(match starts {
+                    true => self.start_interval,
+                    false => self.interval,
+                });
                 let healthy = match client.exec(&command) {
                     Ok(output) => output.exit_code == 0,
                     Err(Error::NotStarted(_)) => false,
@@ -72,8 +169,8 @@ impl HealthCheck {
                     Err(_) => continue,
                 };
                 match healthy {
-                    true => failures = 0,
-                    false if elapsed <= self.start_period => continue,
+                    true => (succeeded, failures) = (true, 0),
+                    false if starts => continue,
                     false => failures += 1,
                 }
                 match failures {
@@ -103,6 +200,8 @@ mod tests {
         assert_eq!(check.argv, ["/bin/sh", "-c", "pg_isready || exit 1"]);
         assert_eq!(check.interval, Duration::from_millis(1500));
         assert_eq!((check.timeout, check.retries), (Duration::from_secs(30), 5));
+        assert_eq!(check.start_period, Duration::ZERO);
+        assert_eq!(check.start_interval, Duration::from_secs(5));
         assert_eq!(
             of(json!({"Test": ["CMD", "/a", "b"]})).unwrap().argv,
             ["/a", "b"]

@@ -5,17 +5,19 @@ mod document;
 mod health;
 mod owner;
 mod restore;
+mod start;
 
 use std::{
+    env,
     fs::{self, File},
     io,
-    path::{Path, PathBuf},
+    path::{self, Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
-use clap::{Args, ValueEnum};
+use clap::{Args, Parser, ValueEnum};
 use pigeon::{
     Arch, assets,
     hold::{self, Until},
@@ -24,7 +26,7 @@ use pigeon::{
         kind::{Kind, describe},
     },
     initrd::Initrd,
-    machine::{Disk, HostPort, Machine, Nic, Spec, Start},
+    machine::{self, Disk, HostPort, Machine, Nic, Spec},
     vsock,
 };
 use serde_json::json;
@@ -37,11 +39,13 @@ use crate::{
     Guest,
     output::{note, say},
     snapshot::Restorable,
-    vms,
+    vms::{self, Claim, Launch},
 };
+pub use document::argv;
 use document::{Plan, file_systems};
 use owner::Owner;
 pub use restore::Restore;
+pub use start::{Restart, Start};
 
 /// MiB that Debian's kernel needs at least, so that the init is started.
 const LEAST_MEMORY: u32 = 72;
@@ -91,6 +95,9 @@ pub struct Run {
     /// Run in the background and print the VM's name
     #[arg(short, long, conflicts_with_all = ["interactive", "tty", "json"])]
     detach: bool,
+    /// With -d: return when the workload runs or, if it has a health check, is healthy
+    #[arg(long, requires = "detach")]
+    wait: bool,
     /// Show only the workload's output
     #[arg(short, long)]
     quiet: bool,
@@ -138,11 +145,13 @@ pub struct Run {
     /// How long the workload may take to exit before it is killed
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
     stop_timeout: f64,
+    #[command(flatten)]
+    health: health::HealthOptions,
     /// Give the guest the host's network by address translation (QEMU); replaces IPConfigs
     #[arg(long)]
     net: bool,
-    /// Forward a TCP port of the host, by default on 127.0.0.1, to the guest
-    #[arg(short, long, value_name = "[ADDRESS:]HOST:GUEST")]
+    /// Forward a TCP port of the host, by default a free one on 127.0.0.1, to the guest
+    #[arg(short, long, value_name = "[[ADDRESS:]HOST:]GUEST")]
     publish: Vec<String>,
     /// Forward free ports of the host to all ports that the image exposes
     #[arg(short = 'P', long)]
@@ -153,8 +162,8 @@ pub struct Run {
     /// Memory in MiB, or with a unit, such as 1.5G
     #[arg(short, long, value_name = "SIZE", default_value = "256", value_parser = parse_memory)]
     memory: u32,
-    /// Virtual processors
-    #[arg(long, default_value_t = 1)]
+    /// Virtual processors: 1 to 32
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=32))]
     cpus: u32,
     /// Allow snapshots of the VM to be restored (`pigeon snapshot`). On QEMU (x86_64) the machine is
     /// another one then: a PC with kernel 6.12
@@ -197,6 +206,13 @@ pub struct Run {
     json: bool,
 }
 
+/// The words of `pigeon run` alone.
+#[derive(Parser)]
+struct Options {
+    #[command(flatten)]
+    run: Run,
+}
+
 /// MiB of `512`, `512M`, `1.5G`.
 fn parse_memory(text: &str) -> Result<u32, String> {
     let mib = match text.parse::<u32>() {
@@ -232,26 +248,47 @@ impl Run {
         let root = self.check_image()?;
         let stem = self.image().file_stem().unwrap_or_default();
         let stem = stem.to_string_lossy();
-        // What is wrong is said before anything is made.
-        let plan = self.plan(self.name.as_deref().unwrap_or(&stem))?;
+        let detached = self.detach && !self.dry_run;
+        if detached && !detach::is_detached() {
+            return match detach::start(env::args_os().skip(1))? {
+                Ok(name) => {
+                    if self.wait {
+                        start::wait_until_up(&name)?;
+                    }
+                    say!("{name}");
+                    Ok(0)
+                }
+                Err(code) => Ok(code),
+            };
+        }
+        // What is wrong is said before anything is made, and a file, which may be a pipe, is read once.
+        let document = self.document()?;
+        let plan = self.plan(document.clone(), self.name.as_deref().unwrap_or(&stem))?;
         if self.dry_run {
             say!("{}", serde_json::to_string_pretty(&plan.document)?);
             return Ok(0);
         }
         self.check_memory()?;
-        if self.detach && !detach::is_detached() {
-            return detach::start();
-        }
         let claim = vms::claim(self.name.as_deref(), &stem)?;
-        let name = claim.record().name;
         // The name is known only now.
-        let plan = self.plan(&name)?;
-        let locks = lock_disks(&plan)?;
+        let plan = self.plan(document, &claim.record().name)?;
+        claim.set(|record| record.launch = Launch::this());
+        self.boot(claim, plan, root)
+    }
+
+    /// Boots a VM and runs it until it has ended: its exit code.
+    fn boot(&self, claim: Claim, plan: Plan, root: Kind) -> Result<u8> {
+        let name = claim.record().name;
+        let mut created = Created::default();
         let mut kinds = vec![root];
         for disk in &plan.disks[1..] {
-            kinds.push(disk.prepare()?);
+            kinds.push(disk.prepare(&mut created)?);
         }
-        let uds = self.uds.clone().unwrap_or_else(|| claim.record().uds);
+        let locks = lock_disks(&plan)?;
+        let uds = match &self.uds {
+            Some(uds) => path::absolute(uds)?,
+            None => claim.record().uds,
+        };
         vacate(&uds)?;
         sweep();
         let scratch = Scratch::new()?;
@@ -273,6 +310,7 @@ impl Run {
             false => None,
         };
         let machine = self.start(&spec)?;
+        created.keep();
         claim.update(|record| {
             record.restorable = restorable;
             record.image = fs::canonicalize(self.image()).unwrap_or_else(|_| self.image().into());
@@ -295,7 +333,9 @@ impl Run {
             for port in &ports {
                 note!("{port}");
             }
-            for path in &plan.unkept {
+        }
+        for path in &plan.unkept {
+            if self.detach || self.shows_console() {
                 note!(
                     "the image declares a volume at {path}: -v FILE:{path},size=1G keeps its data in \
                      a file of its own"
@@ -387,7 +427,8 @@ impl Run {
                 kernel.image()
             }
         };
-        files.file("/pigeon/run.json", 0o600, plan.document.to_string());
+        let document = plan.guest_document()?.to_string();
+        files.file("/pigeon/run.json", 0o600, document);
         let initrd = dir.join("initrd");
         fs::write(&initrd, files.on_top_of(product))?;
 
@@ -428,8 +469,8 @@ impl Run {
             nic,
             vsock: Some(uds.into()),
             start: match self.restorable {
-                true => Start::BootRestorable,
-                false => Start::Boot,
+                true => machine::Start::BootRestorable,
+                false => machine::Start::Boot,
             },
             ..Spec::new(dir, self.guest.arch, &kernel, &initrd)
         })
@@ -501,10 +542,28 @@ fn vacate(uds: &Path) -> Result<()> {
     }
 }
 
+/// Files that were made for a VM. They are removed if it does not start.
+#[derive(Default)]
+pub struct Created(Vec<PathBuf>);
+
+impl Created {
+    fn keep(&mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Created {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
 /// Locks the disks: two VMs that write to one disk would destroy it.
 fn lock_disks(plan: &Plan) -> Result<Vec<File>> {
     let mut locks = vec![];
-    for disk in plan.disks.iter().filter(|disk| disk.path.exists()) {
+    for disk in &plan.disks {
         let shown = disk.path.display();
         let file = File::open(&disk.path).with_context(|| format!("unable to open {shown}"))?;
         let locked = match disk.read_only {

@@ -34,7 +34,7 @@ use super::{
 use crate::{
     CANNOT_START, FAILED,
     exec::{Pass, no_program, start_error},
-    logs::{filter_console, warn_of_loss},
+    logs::{end_at_a_frame, filter_console, warn_of_loss},
     output::{note, say},
     terminal,
     vms::{self, Claim},
@@ -207,6 +207,7 @@ impl Owner<'_> {
     pub fn listen_for_events(&self) -> mpsc::Receiver<Exit> {
         let (sender, exit) = mpsc::channel();
         let path = self.claim.dir.join(vms::EVENTS);
+        let claim = self.claim.clone();
         // Events are optional.
         let listener = match events::Listener::bind(&self.uds, EVENTS_PORT) {
             Ok(listener) => listener,
@@ -228,6 +229,9 @@ impl Owner<'_> {
                     let mut line = json!(event);
                     line["time"] = json!(vms::now());
                     let _ = writeln!(file, "{line}");
+                    if let Event::Started { .. } = event {
+                        let _ = claim.update(|record| record.up = Some(vms::now()));
+                    }
                     if let Event::Exited { code, oom_killed } = event {
                         let error = None;
                         let _ = sender.send(Exit {
@@ -253,9 +257,11 @@ impl Owner<'_> {
             let path = dir.join(vms::OUTPUT);
             let mut file = OpenOptions::new()
                 .create(true)
+                .read(true)
                 .append(true)
                 .open(path)
                 .ok()?;
+            end_at_a_frame(&file).ok()?;
             let mut sink = |frame: Frame| {
                 file.write_all(&frame.encode())?;
                 // The VM goes on without anybody who looks.
@@ -285,17 +291,21 @@ impl Owner<'_> {
         let uds = self.uds.clone();
         let has_keyboard = self.run.guest.arch.has_keyboard();
         thread::spawn(move || {
+            let stop = |client: &Client| client.stop(None, Some(timeout));
             let client = Client::connect(&uds);
-            let Err(_) = client.and_then(|client| client.stop(None, Some(timeout))) else {
-                return;
-            };
-            if has_keyboard {
-                let _ = fallback.send(());
+            if client.and_then(|client| stop(&client)).is_ok() {
                 return;
             }
-            // A VM that has ended meanwhile needs no signal.
-            let client = Client::connect_within(&uds, timeout);
-            let _ = client.and_then(|client| client.signal(TERM));
+            // Keys reach an init without this call, and one whose API is not up yet.
+            let _ = fallback.send(());
+            // One that is not there yet is asked as soon as it is. A VM that has ended meanwhile needs
+            // nothing.
+            let Ok(client) = Client::connect_within(&uds, timeout) else {
+                return;
+            };
+            if stop(&client).is_err() && !has_keyboard {
+                let _ = client.signal(TERM);
+            }
         });
     }
 
@@ -374,7 +384,7 @@ impl Owner<'_> {
             record.exit_code = Some(code);
             record.ended = Some(vms::now());
         })?;
-        if self.run.rm {
+        if self.run.rm && !self.claim.restarts() {
             self.claim.remove()?;
         }
         if self.run.uds.is_some() {

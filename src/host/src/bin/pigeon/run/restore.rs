@@ -1,6 +1,7 @@
 //! `pigeon restore`: VMs from a snapshot, each with a name, an identity and disks of its own.
 
 use std::{
+    env,
     fs::{self, File},
     io::Read,
     path::{Path, PathBuf},
@@ -23,11 +24,12 @@ use signal_hook::{
 };
 
 use super::{
-    Owner, Run, Scratch, detach,
+    Options, Owner, Scratch, detach,
     document::{DiskFile, Plan},
     lock_disks, sweep, vacate,
 };
 use crate::{
+    output::say,
     snapshot::{Manifest, RecordedNic, Restorable, files},
     vms::{self, Claim},
 };
@@ -66,13 +68,6 @@ pub struct Restore {
     tap: Option<String>,
 }
 
-/// The options of a VM that was restored: those of a detached one.
-#[derive(Parser)]
-struct Options {
-    #[command(flatten)]
-    run: Run,
-}
-
 impl Restore {
     pub fn run(&self) -> Result<u8> {
         let manifest = Manifest::read(&self.dir)?;
@@ -80,9 +75,9 @@ impl Restore {
         if !detach::is_detached() {
             // Each process runs one VM.
             for _ in 0..self.count {
-                let code = detach::start()?;
-                if code != 0 {
-                    return Ok(code);
+                match detach::start(env::args_os().skip(1))? {
+                    Ok(name) => say!("{name}"),
+                    Err(code) => return Ok(code),
                 }
             }
             return Ok(0);
@@ -101,6 +96,7 @@ impl Restore {
         let record = claim.record();
         let image = manifest.image.as_os_str();
         let words = ["pigeon".as_ref(), "--detach".as_ref(), "--".as_ref(), image];
+        // Those of a detached one.
         let mut options = Options::try_parse_from(words)?.run;
         let arch = Arch::from_str(&manifest.arch, false).ok();
         options.guest.arch = arch.context("the snapshot's architecture is not known")?;

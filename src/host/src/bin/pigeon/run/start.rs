@@ -1,0 +1,170 @@
+//! `pigeon start` and `pigeon restart`: VMs that have ended, run again as they were.
+
+use std::{env, ffi::OsString, thread, time::Duration};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, Parser};
+use pigeon::progress::Progress;
+
+use super::{Options, Run, detach};
+use crate::{
+    lifecycle::stop,
+    output::say,
+    vms::{self, Launch, Vm},
+};
+
+/// How often a record is looked at.
+const REFRESH: Duration = Duration::from_millis(50);
+
+#[derive(Args)]
+pub struct Start {
+    /// VMs that have ended; optional if there is only one
+    names: Vec<String>,
+    /// Run it in the foreground, as `pigeon run` does without -d
+    #[arg(short, long, visible_short_alias = 'i', overrides_with = "attach")]
+    attach: bool,
+    /// Return when the workload runs or, if it has a health check, is healthy
+    #[arg(long, conflicts_with = "attach")]
+    wait: bool,
+}
+
+impl Start {
+    pub fn run(&self) -> Result<u8> {
+        let vms = named(&self.names)?;
+        ensure!(
+            !self.attach || vms.len() == 1,
+            "one VM at a time can be attached to"
+        );
+        for vm in vms {
+            let name = &vm.record.name;
+            if self.attach || detach::is_detached() {
+                return again(&vm, !self.attach);
+            }
+            if !vm.running {
+                command_of(&vm, true)?;
+                if let Err(code) = start_detached(name, self.wait)? {
+                    return Ok(code);
+                }
+            }
+            say!("{name}");
+        }
+        Ok(0)
+    }
+}
+
+#[derive(Args)]
+pub struct Restart {
+    /// VMs, running or ended; optional if there is only one
+    names: Vec<String>,
+    /// How long the workload may take to exit before it is killed
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 10.0)]
+    timeout: f64,
+    /// Use this signal instead of the image's stop signal
+    #[arg(short, long, value_parser = crate::parse_signal)]
+    signal: Option<u8>,
+    /// Return when the workload runs or, if it has a health check, is healthy
+    #[arg(long)]
+    wait: bool,
+}
+
+impl Restart {
+    pub fn run(&self) -> Result<u8> {
+        let timeout = Duration::try_from_secs_f64(self.timeout).context("bad --timeout")?;
+        for vm in named(&self.names)? {
+            let name = &vm.record.name;
+            command_of(&vm, true)?;
+            if vm.running {
+                vm.announce_restart()?;
+                stop(&vm, self.signal, timeout)?;
+            }
+            if let Err(code) = start_detached(name, self.wait)? {
+                return Ok(code);
+            }
+            say!("{name}");
+        }
+        Ok(0)
+    }
+}
+
+fn named(names: &[String]) -> Result<Vec<Vm>> {
+    match names {
+        [] => Ok(vec![vms::only()?]),
+        names => names.iter().map(|name| vms::find(name)).collect(),
+    }
+}
+
+/// Starts a VM in a process of its own; the exit code if that fails.
+fn start_detached(name: &str, wait: bool) -> Result<Result<(), u8>> {
+    let arguments = ["start", "--", name].map(OsString::from);
+    Ok(match detach::start(arguments)? {
+        Ok(name) => {
+            if wait {
+                wait_until_up(&name)?;
+            }
+            Ok(())
+        }
+        Err(code) => Err(code),
+    })
+}
+
+/// Runs a VM as it was run before, until it has ended: its exit code.
+fn again(vm: &Vm, detached: bool) -> Result<u8> {
+    let (launch, mut run) = command_of(vm, detached)?;
+    enter(launch)?;
+    (run.detach, run.json) = (detached, false);
+    let root = run.check_image()?;
+    run.check_memory()?;
+    let mut plan = run.plan_of(vm.record.config.clone())?;
+    plan.unkept.clear(); // which has been said
+    run.boot(vms::claim_again(vm)?, plan, root)
+}
+
+/// The options that a VM was run with.
+fn command_of(vm: &Vm, detached: bool) -> Result<(&Launch, Run)> {
+    let name = &vm.record.name;
+    let launch = vm.record.launch.as_ref();
+    let launch = launch.with_context(|| {
+        format!("{name} is no VM of `pigeon run`, whose options would be used again")
+    })?;
+    let words = ["pigeon"].into_iter().map(String::from);
+    let words = words.chain(launch.arguments.iter().cloned());
+    let run = Options::try_parse_from(words)?.run;
+    ensure!(
+        !detached || !(run.interactive || run.tty),
+        "{name} was run with -i or -t: `pigeon start --attach {name}` starts it on this terminal"
+    );
+    Ok((launch, run))
+}
+
+/// Makes this process's surroundings those of a command line.
+fn enter(launch: &Launch) -> Result<()> {
+    let directory = &launch.directory;
+    env::set_current_dir(directory)
+        .with_context(|| format!("unable to enter {}", directory.display()))?;
+    for name in Launch::VARIABLES {
+        // SAFETY: this process has one thread until a VM is booted.
+        unsafe {
+            match launch.environment.get(name) {
+                Some(value) => env::set_var(name, value),
+                None => env::remove_var(name),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Waits until the workload of a VM runs or, if it has a health check, is healthy.
+pub fn wait_until_up(name: &str) -> Result<()> {
+    let _waiting = Progress::spinner("waiting for the workload");
+    loop {
+        let record = vms::find_running(name)?.record;
+        match record.health.as_deref() {
+            Some("healthy") => return Ok(()),
+            Some("unhealthy") => {
+                bail!("{name} is unhealthy; `pigeon logs {name}` shows its output")
+            }
+            None if record.up.is_some() => return Ok(()),
+            _ => thread::sleep(REFRESH),
+        }
+    }
+}
