@@ -168,7 +168,7 @@ fn commands_struck_before_they_have_begun_leave_pid_1_as_it_was() -> Result<()> 
         .patience(PATIENCE)
         .boot()?;
     vm.wait_for("workload started")?;
-    let (mut struck, mut after) = (0, 0);
+    let mut struck = 0;
     let run = |struck: &mut u32| -> Result<String> {
         for _ in 0..100 {
             let body = json!({"cmd": ["/bin/echo", "here"], "user": "nobody"});
@@ -195,10 +195,13 @@ fn commands_struck_before_they_have_begun_leave_pid_1_as_it_was() -> Result<()> 
     };
     let before = pss(run(&mut struck)?)?;
     let start = Instant::now();
-    while struck < 20 {
-        after = pss(run(&mut struck)?)?;
+    let after = loop {
+        let after = pss(run(&mut struck)?)?;
+        if struck >= 20 {
+            break after;
+        }
         ensure!(start.elapsed() < PATIENCE, "{struck} struck");
-    }
+    };
     println!("{struck} struck; PID 1: {before} KiB before, {after} KiB after");
     assert!(after <= before + 16, "{before} {after}");
     assert_eq!(vm.api()?.get("/v1/status")?.status, 200);
