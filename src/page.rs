@@ -25,15 +25,6 @@ pub fn map(length: usize, kind: MapFlags) -> Result<NonNull<u8>, Errno> {
     NonNull::new(start.cast()).ok_or(Errno::NOMEM)
 }
 
-/// Gives pages back.
-///
-/// # Safety
-/// They must be from [`map`], with this length, and nothing of them be used any more.
-pub unsafe fn unmap(start: NonNull<u8>, length: usize) {
-    // SAFETY: as promised by the caller.
-    let _gone = unsafe { munmap(start.as_ptr().cast(), length) };
-}
-
 /// Owns a value in pages of its own, which are given back on drop.
 pub struct PageBox<T> {
     value: NonNull<T>,
@@ -84,7 +75,7 @@ impl<T> Drop for PageBox<T> {
         // SAFETY: the value is dropped once, and its mapping is exactly the one that `map` made.
         unsafe {
             self.value.drop_in_place();
-            unmap(self.value.cast(), size_of::<T>());
+            let _gone = munmap(self.value.as_ptr().cast(), size_of::<T>());
         }
     }
 }

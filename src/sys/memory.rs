@@ -113,7 +113,7 @@ impl Drop for Region {
     fn drop(&mut self) {
         if self.length > 0 {
             // SAFETY: `map` made exactly this mapping, and no borrow of it outlives `self`.
-            unsafe { page::unmap(self.start, self.length) };
+            let _gone = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.length) };
         }
     }
 }
