@@ -3,13 +3,16 @@
 use std::{
     fs::{self, File, TryLockError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::Result;
 pub use pigeon::process::{Process, run};
 
 use crate::assets;
+
+/// How long a VM waits without a word.
+const TELL_AFTER: Duration = Duration::from_secs(2);
 
 /// The right to run one VM. There are few on a machine, whichever processes ask for them.
 pub struct Slot {
@@ -29,6 +32,8 @@ impl Slot {
     pub fn acquire() -> Result<Slot> {
         let dir = assets::cache_dir().join("slots");
         fs::create_dir_all(&dir)?;
+        let begun = Instant::now();
+        let mut told = false;
         loop {
             for n in 0..Slot::count() {
                 let lock = File::create(dir.join(n.to_string()))?;
@@ -37,6 +42,11 @@ impl Slot {
                     Err(TryLockError::WouldBlock) => {}
                     Err(TryLockError::Error(error)) => return Err(error.into()),
                 }
+            }
+            if !told && begun.elapsed() > TELL_AFTER {
+                told = true;
+                let count = Slot::count();
+                eprintln!("waiting until one of {count} VMs has ended (PIGEON_VMS)");
             }
             thread::sleep(Duration::from_millis(20));
         }

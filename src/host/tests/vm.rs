@@ -222,6 +222,12 @@ fn commands_as_of_docker_exec(lab: &Lab) {
         (String::new(), Some(7))
     );
     assert_eq!(lab.said(&["exec", "id", "-u"]).0, "0\n");
+    let both = ["exec", "sh", "-c", "echo out; echo err >&2"];
+    let output = lab.pigeon(&both);
+    assert_eq!(
+        (&output.stdout[..], &output.stderr[..]),
+        (&b"out\n"[..], &b"err\n"[..])
+    );
     assert_eq!(lab.said(&["exec", "-u", "app", "id", "-u"]).0, "1000\n");
     assert_eq!(
         lab.said(&["exec", "-u", "7:8", "sh", "-c", "id -u; id -g"])
