@@ -504,9 +504,10 @@ fn events_limits_mounts_and_signals_to_all_are_as_asked_for() {
 #[test]
 fn a_pods_sandbox_has_no_vm_and_a_container_of_the_pod_is_one() {
     let containerd = Containerd::start();
-    let annotation = "io.kubernetes.cri.container-type=sandbox";
+    let annotation_of_sandbox = "io.kubernetes.cri.container-type=sandbox";
     let start = Instant::now();
-    containerd.run_detached(PIGEON, &["--annotation", annotation], "pod", &["/pause"]);
+    let options = ["--annotation", annotation_of_sandbox];
+    containerd.run_detached(PIGEON, &options, "pod", &["/pause"]);
     assert!(
         containerd
             .processes()
@@ -515,11 +516,34 @@ fn a_pods_sandbox_has_no_vm_and_a_container_of_the_pod_is_one() {
     );
     assert_eq!(containerd.status("pod").as_deref(), Some("RUNNING"));
     assert!(start.elapsed() < Duration::from_secs(30));
+    // Its container is told where the pod's namespaces are, and its name by a file.
     let annotation = "io.kubernetes.cri.container-type=container";
-    let outcome = containerd.run(PIGEON, &["--annotation", annotation], "web", &["uname"]);
+    let name = containerd.place.write("hostname", "pod-name\n");
+    let name = format!(
+        "type=bind,src={},dst=/etc/hostname,options=rbind:ro",
+        name.display()
+    );
+    let pod = containerd.pid("pod").as_raw_nonzero();
+    let network = format!("network:/proc/{pod}/ns/net");
+    let options = [
+        "--annotation",
+        annotation,
+        "--mount",
+        &name,
+        "--with-ns",
+        &network,
+    ];
+    let outcome = containerd.run(PIGEON, &options, "web", &["hostname"]);
     assert_eq!(
         (outcome.stdout.as_str(), outcome.status),
-        ("Linux\n", Some(0))
+        ("pod-name\n", Some(0)),
+        "{outcome:?}"
+    );
+    let options = ["--annotation", annotation_of_sandbox, "--net-host"];
+    let refused = containerd.run(PIGEON, &options, "host", &["/pause"]);
+    assert!(
+        refused.stderr.contains("no network namespace"),
+        "{refused:?}"
     );
     containerd.ok(&["task", "kill", "pod"]);
     containerd.wait_status("pod", "STOPPED");
