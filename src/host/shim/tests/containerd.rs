@@ -169,18 +169,9 @@ fn a_script_gives_what_it_gives_with_runc() {
 }
 
 /// What a terminal shows of a shell that is typed to.
-fn session(containerd: &Containerd, runtime: &str) -> (Vec<String>, Option<i32>) {
-    let words = [
-        "run",
-        "--rm",
-        "-t",
-        "--runtime",
-        runtime,
-        IMAGE,
-        "shell",
-        "sh",
-    ];
-    let mut terminal = Terminal::spawn(containerd.command(&words), (101, 33));
+fn session(containerd: &Containerd, words: &[&str], term: &str) -> (Vec<String>, Option<i32>) {
+    let mut terminal = Terminal::spawn(containerd.command(words), (101, 33));
+    let term = format!("[{term}]42");
     let mut shown = vec![];
     terminal.expect("# ");
     terminal.resize((120, 44));
@@ -194,7 +185,7 @@ fn session(containerd: &Containerd, runtime: &str) -> (Vec<String>, Option<i32>)
     }
     terminal.expect("# ");
     for (typed, expected) in [
-        ("echo $TERM:$((6*7))\n", "xterm:42"),
+        ("echo [$TERM]$((6*7))\n", term.as_str()),
         ("tty\n", "/dev/pts/0"),
         (
             "stty -a | grep -o 'icrnl\\|onlcr\\|isig' | tr '\\n' ' '\n",
@@ -209,7 +200,7 @@ fn session(containerd: &Containerd, runtime: &str) -> (Vec<String>, Option<i32>)
     ] {
         terminal.type_text(typed);
         let is_there = terminal.shows(expected, TIMEOUT);
-        assert!(is_there, "{typed:?} with {runtime}: {:?}", terminal.shown());
+        assert!(is_there, "{typed:?} of {words:?}: {:?}", terminal.shown());
         shown.push(expected.to_string());
         if typed.starts_with("trap") {
             thread::sleep(Duration::from_secs(1));
@@ -222,9 +213,29 @@ fn session(containerd: &Containerd, runtime: &str) -> (Vec<String>, Option<i32>)
 #[test]
 fn a_terminal_is_what_it_is_with_runc() {
     let containerd = Containerd::start();
-    let expected = session(&containerd, RUNC);
-    assert_eq!(expected.1, Some(5));
-    assert_eq!(session(&containerd, PIGEON), expected);
+    let sessions = |runtime: &str| {
+        let run = [
+            "run",
+            "--rm",
+            "-t",
+            "--runtime",
+            runtime,
+            IMAGE,
+            "shell",
+            "sh",
+        ];
+        let of_its_own = session(&containerd, &run, "xterm");
+        containerd.run_detached(runtime, &[], "other", &["sleep", "1000"]);
+        // It has its container's environment, which was made without a terminal.
+        let exec = ["task", "exec", "-t", "--exec-id", "e", "other", "sh"];
+        let added = session(&containerd, &exec, "");
+        containerd.ctr(&["task", "rm", "-f", "other"]);
+        containerd.ok(&["container", "rm", "other"]);
+        [of_its_own, added]
+    };
+    let expected = sessions(RUNC);
+    assert_eq!(expected.each_ref().map(|(_, status)| *status), [Some(5); 2]);
+    assert_eq!(sessions(PIGEON), expected);
     containerd.assert_clean();
 }
 
