@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use containerd_shim_protos::{
     api::Mount,
     cgroups_v2::metrics::Metrics,
@@ -92,12 +92,12 @@ impl Container {
     ) -> Result<Container> {
         let Name { id, namespace } = name;
         let mut plan = spec::read(bundle, id)?;
-        let opened = stdio.open(id, namespace)?;
+        let outputs = stdio.open(id, namespace)?;
         let vm = match plan.is_sandbox {
             true => None,
             false => Some(Container::boot(&mut plan, mounts, dir)?),
         };
-        let process = Process::new("", "container".into(), plan.process, stdio, opened)?;
+        let process = Process::new("", "container".into(), plan.process, stdio, outputs)?;
         Ok(Container {
             id: id.into(),
             namespace: namespace.into(),
@@ -143,13 +143,16 @@ impl Container {
     /// Adds a process, to be started.
     pub fn add(&self, exec_id: &str, spec: &[u8], stdio: Stdio) -> Result<(), Failure> {
         self.running_vm()?;
+        if self.is_paused() {
+            return Err(Failure::Precondition("the container is paused".into()));
+        }
         let spec: spec::Process = serde_json::from_slice(spec).context("the process")?;
         for warning in spec::check_process(&spec)? {
             log::warn(&warning);
         }
         let number = self.added_before.fetch_add(1, Ordering::SeqCst);
-        let opened = stdio.open(exec_id, &self.namespace)?;
-        let process = Process::new(exec_id, format!("exec-{number}"), spec, stdio, opened)?;
+        let outputs = stdio.open(exec_id, &self.namespace)?;
+        let process = Process::new(exec_id, format!("exec-{number}"), spec, stdio, outputs)?;
         let mut added = lock(&self.added);
         if added.contains_key(exec_id) {
             return Err(Failure::AlreadyExists(format!("process {exec_id}")));
@@ -164,10 +167,11 @@ impl Container {
         process: &Arc<Process>,
         publisher: &Arc<Publisher>,
     ) -> Result<Sender<()>, Failure> {
-        if self.is_paused() {
-            return Err(Failure::Precondition("the container is paused".into()));
-        }
-        let started = self.start_in_vm(process, publisher);
+        let started = match self.is_paused() {
+            true => Err(anyhow!("the container is paused")),
+            false => self.start_in_vm(process, publisher),
+        };
+        // A client waits for the end of its streams then.
         if let Err(error) = &started {
             process.fail(&format!("{error:#}"));
             if process.exec_id.is_empty() {

@@ -27,7 +27,7 @@ use crate::{
     launch, log, logger,
     service::lock,
     spec,
-    stdio::{Input, Opened, Output, Stdio},
+    stdio::{Input, Output, Outputs, Stdio},
     vm::Vm,
 };
 
@@ -78,7 +78,7 @@ enum Order {
 }
 
 struct Taken {
-    opened: Opened,
+    outputs: Outputs,
     orders: Receiver<Order>,
     woken: io::PipeReader,
 }
@@ -95,7 +95,7 @@ pub struct Process {
     stage: Mutex<Stage>,
     changed: Condvar,
     orders: Mutex<(Sender<Order>, io::PipeWriter)>,
-    /// The other ends, and the streams, until it is started.
+    /// The other ends, and its output, until it is started.
     taken: Mutex<Option<Taken>>,
     /// It was sent a SIGKILL.
     killed: Mutex<bool>,
@@ -105,13 +105,13 @@ pub struct Process {
 }
 
 impl Process {
-    /// One that is to be started. `opened` are its streams.
+    /// One that is to be started.
     pub fn new(
         exec_id: &str,
         session: String,
         spec: spec::Process,
         stdio: Stdio,
-        opened: Opened,
+        outputs: Outputs,
     ) -> Result<Process> {
         let (sender, orders) = mpsc::channel();
         let (wake, woken) = io::pipe().map(|(reader, writer)| (writer, reader))?;
@@ -124,7 +124,7 @@ impl Process {
             changed: Condvar::new(),
             orders: Mutex::new((sender, wake)),
             taken: Mutex::new(Some(Taken {
-                opened,
+                outputs,
                 orders,
                 woken,
             })),
@@ -281,11 +281,8 @@ impl Process {
     ) -> Result<()> {
         let taken = lock(&self.taken).take();
         let taken = taken.context("it was started before")?;
-        let Opened {
-            input,
-            outputs,
-            logger,
-        } = taken.opened;
+        let input = Input::open(&self.stdio.stdin)?;
+        let Outputs { files, logger } = taken.outputs;
         // It runs as root until it has become what the container's process is to be.
         let program = launch::program(&self.spec, home, Arch::HOST)?;
         let _one_at_a_time = lock(&vm.launches);
@@ -324,7 +321,7 @@ impl Process {
             vm: vm.clone(),
             session,
             input,
-            outputs,
+            outputs: files,
             orders: taken.orders,
             woken: File::from(std::os::fd::OwnedFd::from(taken.woken)),
         };

@@ -3,6 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard},
+    time::Duration,
 };
 
 use containerd_shim_protos::{
@@ -32,6 +33,9 @@ use crate::{
 
 /// What a call comes to.
 type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// How long a signal may take whose receiver has ended.
+const KILLS: Duration = Duration::from_secs(5);
 
 /// Locks what no panic leaves half-done.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -79,6 +83,19 @@ pub struct Service {
     container: Mutex<Option<Arc<Container>>>,
     over: Mutex<bool>,
     changed: Condvar,
+    /// Signals that are being sent.
+    kills: Mutex<usize>,
+    sent: Condvar,
+}
+
+/// A signal that is being sent.
+struct Kill<'a>(&'a Service);
+
+impl Drop for Kill<'_> {
+    fn drop(&mut self) {
+        *lock(&self.0.kills) -= 1;
+        self.0.sent.notify_all();
+    }
 }
 
 impl Service {
@@ -92,7 +109,23 @@ impl Service {
             container: Mutex::new(None),
             over: Mutex::new(false),
             changed: Condvar::new(),
+            kills: Mutex::new(0),
+            sent: Condvar::new(),
         }
+    }
+
+    fn begin_kill(&self) -> Kill<'_> {
+        *lock(&self.kills) += 1;
+        Kill(self)
+    }
+
+    /// Waits until all signals were sent: whoever deletes a container that a signal has ended ends
+    /// the shim, maybe before the sender of the signal has its answer.
+    fn wait_for_kills(&self) {
+        let kills = lock(&self.kills);
+        let _ = self
+            .sent
+            .wait_timeout_while(kills, KILLS, |kills| *kills > 0);
     }
 
     /// Waits for containerd to shut it down.
@@ -256,6 +289,7 @@ impl containerd_shim_protos::Task for Task {
 
     fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Result<Empty> {
         let (container, process) = self.0.find(&request.exec_id)?;
+        let _kill = self.0.begin_kill();
         let signal = u8::try_from(request.signal).unwrap_or(u8::MAX);
         container.kill(&process, signal, request.all, &self.0.publisher)?;
         Ok(Empty::default())
@@ -274,6 +308,7 @@ impl containerd_shim_protos::Task for Task {
         let ended = process.wait();
         process.drain();
         if is_own {
+            self.0.wait_for_kills();
             lock(&self.0.container).take();
             let event = TaskDelete {
                 container_id: container.id.clone(),

@@ -29,25 +29,22 @@ pub struct Stdio {
     pub terminal: bool,
 }
 
-/// Streams that are open.
-pub struct Opened {
-    /// Standard input, if there is any.
-    pub input: Option<Input>,
+/// Where output goes.
+pub struct Outputs {
     /// Standard output and standard error.
-    pub outputs: [Output; 2],
+    pub files: [Output; 2],
     /// The program that takes them.
     pub logger: Option<Logger>,
 }
 
 impl Stdio {
-    /// Opens them, for a process of this name.
-    pub fn open(&self, id: &str, namespace: &str) -> Result<Opened> {
-        let input = Input::open(&self.stdin)?;
+    /// Opens the output, for a process of this name. (Input is opened at the start: a client whose
+    /// input ends at once, before it knows the process, could not say so.)
+    pub fn open(&self, id: &str, namespace: &str) -> Result<Outputs> {
         if let Some(place) = self.stdout.strip_prefix("binary://") {
-            let (logger, outputs) = Logger::start(place, id, namespace)?;
-            return Ok(Opened {
-                input,
-                outputs,
+            let (logger, files) = Logger::start(place, id, namespace)?;
+            return Ok(Outputs {
+                files,
                 logger: Some(logger),
             });
         }
@@ -55,9 +52,8 @@ impl Stdio {
             true => Output::default(),
             false => Output::open(&self.stderr)?,
         };
-        Ok(Opened {
-            input,
-            outputs: [Output::open(&self.stdout)?, error],
+        Ok(Outputs {
+            files: [Output::open(&self.stdout)?, error],
             logger: None,
         })
     }

@@ -169,18 +169,9 @@ fn a_script_gives_what_it_gives_with_runc() {
 }
 
 /// What a terminal shows of a shell that is typed to.
-fn session(containerd: &Containerd, runtime: &str) -> (Vec<String>, Option<i32>) {
-    let words = [
-        "run",
-        "--rm",
-        "-t",
-        "--runtime",
-        runtime,
-        IMAGE,
-        "shell",
-        "sh",
-    ];
-    let mut terminal = Terminal::spawn(containerd.command(&words), (101, 33));
+fn session(containerd: &Containerd, words: &[&str], term: &str) -> (Vec<String>, Option<i32>) {
+    let mut terminal = Terminal::spawn(containerd.command(words), (101, 33));
+    let term = format!("[{term}]42");
     let mut shown = vec![];
     terminal.expect("# ");
     terminal.resize((120, 44));
@@ -194,7 +185,7 @@ fn session(containerd: &Containerd, runtime: &str) -> (Vec<String>, Option<i32>)
     }
     terminal.expect("# ");
     for (typed, expected) in [
-        ("echo $TERM:$((6*7))\n", "xterm:42"),
+        ("echo [$TERM]$((6*7))\n", term.as_str()),
         ("tty\n", "/dev/pts/0"),
         (
             "stty -a | grep -o 'icrnl\\|onlcr\\|isig' | tr '\\n' ' '\n",
@@ -209,7 +200,7 @@ fn session(containerd: &Containerd, runtime: &str) -> (Vec<String>, Option<i32>)
     ] {
         terminal.type_text(typed);
         let is_there = terminal.shows(expected, TIMEOUT);
-        assert!(is_there, "{typed:?} with {runtime}: {:?}", terminal.shown());
+        assert!(is_there, "{typed:?} of {words:?}: {:?}", terminal.shown());
         shown.push(expected.to_string());
         if typed.starts_with("trap") {
             thread::sleep(Duration::from_secs(1));
@@ -222,9 +213,29 @@ fn session(containerd: &Containerd, runtime: &str) -> (Vec<String>, Option<i32>)
 #[test]
 fn a_terminal_is_what_it_is_with_runc() {
     let containerd = Containerd::start();
-    let expected = session(&containerd, RUNC);
-    assert_eq!(expected.1, Some(5));
-    assert_eq!(session(&containerd, PIGEON), expected);
+    let sessions = |runtime: &str| {
+        let run = [
+            "run",
+            "--rm",
+            "-t",
+            "--runtime",
+            runtime,
+            IMAGE,
+            "shell",
+            "sh",
+        ];
+        let of_its_own = session(&containerd, &run, "xterm");
+        containerd.run_detached(runtime, &[], "other", &["sleep", "1000"]);
+        // It has its container's environment, which was made without a terminal.
+        let exec = ["task", "exec", "-t", "--exec-id", "e", "other", "sh"];
+        let added = session(&containerd, &exec, "");
+        containerd.ctr(&["task", "rm", "-f", "other"]);
+        containerd.ok(&["container", "rm", "other"]);
+        [of_its_own, added]
+    };
+    let expected = sessions(RUNC);
+    assert_eq!(expected.each_ref().map(|(_, status)| *status), [Some(5); 2]);
+    assert_eq!(sessions(PIGEON), expected);
     containerd.assert_clean();
 }
 
@@ -504,9 +515,10 @@ fn events_limits_mounts_and_signals_to_all_are_as_asked_for() {
 #[test]
 fn a_pods_sandbox_has_no_vm_and_a_container_of_the_pod_is_one() {
     let containerd = Containerd::start();
-    let annotation = "io.kubernetes.cri.container-type=sandbox";
+    let annotation_of_sandbox = "io.kubernetes.cri.container-type=sandbox";
     let start = Instant::now();
-    containerd.run_detached(PIGEON, &["--annotation", annotation], "pod", &["/pause"]);
+    let options = ["--annotation", annotation_of_sandbox];
+    containerd.run_detached(PIGEON, &options, "pod", &["/pause"]);
     assert!(
         containerd
             .processes()
@@ -515,11 +527,34 @@ fn a_pods_sandbox_has_no_vm_and_a_container_of_the_pod_is_one() {
     );
     assert_eq!(containerd.status("pod").as_deref(), Some("RUNNING"));
     assert!(start.elapsed() < Duration::from_secs(30));
+    // Its container is told where the pod's namespaces are, and its name by a file.
     let annotation = "io.kubernetes.cri.container-type=container";
-    let outcome = containerd.run(PIGEON, &["--annotation", annotation], "web", &["uname"]);
+    let name = containerd.place.write("hostname", "pod-name\n");
+    let name = format!(
+        "type=bind,src={},dst=/etc/hostname,options=rbind:ro",
+        name.display()
+    );
+    let pod = containerd.pid("pod").as_raw_nonzero();
+    let network = format!("network:/proc/{pod}/ns/net");
+    let options = [
+        "--annotation",
+        annotation,
+        "--mount",
+        &name,
+        "--with-ns",
+        &network,
+    ];
+    let outcome = containerd.run(PIGEON, &options, "web", &["hostname"]);
     assert_eq!(
         (outcome.stdout.as_str(), outcome.status),
-        ("Linux\n", Some(0))
+        ("pod-name\n", Some(0)),
+        "{outcome:?}"
+    );
+    let options = ["--annotation", annotation_of_sandbox, "--net-host"];
+    let refused = containerd.run(PIGEON, &options, "host", &["/pause"]);
+    assert!(
+        refused.stderr.contains("no network namespace"),
+        "{refused:?}"
     );
     containerd.ok(&["task", "kill", "pod"]);
     containerd.wait_status("pod", "STOPPED");

@@ -85,14 +85,16 @@ fn plan(text: &[u8], bundle: &Path, id: &str) -> Result<Plan> {
         process: Process::default(),
     };
     if plan.is_sandbox {
+        support::check_sandbox(&config)?;
         plan.process = config.process;
         return Ok(plan);
     }
     plan.warnings = support::check(&config, kind.is_some())?;
     let hostname = match config.hostname.as_str() {
-        // A container without a name of its own has its id's, as in Docker.
-        "" => id.get(..id.len().min(12)).unwrap_or(id),
-        hostname => hostname,
+        "" => mounts::hostname(&config.mounts)
+            // A container without a name of its own has its id's, as in Docker.
+            .unwrap_or_else(|| id.get(..id.len().min(12)).unwrap_or(id).into()),
+        hostname => hostname.into(),
     };
     plan.document["Hostname"] = json!(hostname);
     let mut sysctls = config.linux.sysctl;
@@ -248,6 +250,7 @@ mod tests {
             "Nameservers": ["1.2.3.4"], "Search": ["a", "b"], "Options": ["ndots:5"],
         });
         assert_eq!(document["EtcResolv"], expected);
+        assert_eq!(document["Hostname"], "web");
         config["mounts"] = json!([file("other", "")]);
         assert!(error(&config).contains("/etc/other: a file cannot be copied"));
     }

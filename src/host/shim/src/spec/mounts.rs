@@ -33,6 +33,16 @@ const FLAGS: [&str; 7] = [
     "strictatime",
 ];
 
+/// The name that a pod's containers share by a file, as they would share a namespace.
+pub fn hostname(mounts: &[Mount]) -> Option<String> {
+    let mount = mounts
+        .iter()
+        .find(|mount| mount.destination == "/etc/hostname")?;
+    let text = fs::read_to_string(&mount.source).ok()?;
+    let name = text.trim();
+    (!name.is_empty()).then(|| name.into())
+}
+
 impl Plan {
     /// Adds a mount of the container's.
     pub(super) fn add(&mut self, mount: &Mount) -> Result<()> {

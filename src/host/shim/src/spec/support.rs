@@ -5,20 +5,20 @@
 use anyhow::{Result, bail, ensure};
 use serde_json::Value;
 
-use super::config::{Config, Linux, Process};
+use super::config::{Config, Linux, Namespace, Process};
 use crate::launch::{CAPABILITIES, RESOURCES};
 
 /// Namespaces of the host's that a VM cannot be in. (It has a hostname and mounts of its own.)
 const HOSTS: [&str; 3] = ["pid", "network", "ipc"];
-/// Those that the containers of a pod share: each VM has its own, which the README says.
-const OF_POD: [&str; 3] = ["network", "ipc", "uts"];
+/// Those that the containers of a pod may share: each VM has its own, which the README says.
+const OF_POD: [&str; 4] = ["network", "ipc", "uts", "pid"];
 /// Without an effect in a VM.
 const PRIVATE: [&str; 5] = ["", "private", "rprivate", "unbindable", "runbindable"];
 
 /// Checks a container; warnings if it can be had. `of_pod`: containerd's CRI plugin has asked for it.
 pub fn check(config: &Config, of_pod: bool) -> Result<Vec<String>> {
     let linux = &config.linux;
-    check_namespaces(linux, of_pod)?;
+    let shares_processes = check_namespaces(linux, of_pod)?;
     if let [first, more @ ..] = &linux.devices[..] {
         let more = match more.len() {
             0 => String::new(),
@@ -47,6 +47,9 @@ pub fn check(config: &Config, of_pod: bool) -> Result<Vec<String>> {
     }
 
     let mut warnings = check_process(&config.process)?;
+    if shares_processes {
+        warnings.push("linux.namespaces: the pod's processes are not seen in the VM".into());
+    }
     if linux.seccomp.is_some() {
         warnings.push("linux.seccomp: there is no filter in the VM".into());
     }
@@ -74,6 +77,11 @@ pub fn check(config: &Config, of_pod: bool) -> Result<Vec<String>> {
     Ok(warnings)
 }
 
+/// The same for a pod's sandbox, in which nothing runs.
+pub fn check_sandbox(config: &Config) -> Result<()> {
+    check_namespaces(&config.linux, true).map(drop)
+}
+
 /// Whether a limit says anything: engines write zeros for limits on what is not there.
 fn limits(value: &Value) -> bool {
     match value {
@@ -87,7 +95,8 @@ fn limits(value: &Value) -> bool {
     }
 }
 
-fn check_namespaces(linux: &Linux, of_pod: bool) -> Result<()> {
+/// Whether the processes of a pod are to see each other.
+fn check_namespaces(linux: &Linux, of_pod: bool) -> Result<bool> {
     for kind in HOSTS {
         ensure!(
             linux
@@ -97,11 +106,8 @@ fn check_namespaces(linux: &Linux, of_pod: bool) -> Result<()> {
             "linux.namespaces: no {kind} namespace: a VM cannot be in the host's"
         );
     }
-    for namespace in linux
-        .namespaces
-        .iter()
-        .filter(|namespace| !namespace.path.is_empty())
-    {
+    let joined = |namespace: &&Namespace| !namespace.path.is_empty();
+    for namespace in linux.namespaces.iter().filter(joined) {
         let kind = namespace.kind.as_str();
         ensure!(
             of_pod && OF_POD.contains(&kind),
@@ -109,7 +115,8 @@ fn check_namespaces(linux: &Linux, of_pod: bool) -> Result<()> {
             namespace.path
         );
     }
-    Ok(())
+    let mut joined = linux.namespaces.iter().filter(joined);
+    Ok(joined.any(|namespace| namespace.kind == "pid"))
 }
 
 /// The same for a process, also an added one.
@@ -218,20 +225,28 @@ mod tests {
     fn a_pods_container_has_the_pods_namespaces_by_path() {
         let of_pod = |kind: &str| {
             let mut config = config(&json!({}));
-            config
-                .linux
-                .namespaces
-                .push(super::super::config::Namespace {
-                    kind: kind.into(),
-                    path: "/proc/7/ns/x".into(),
-                });
+            config.linux.namespaces.push(Namespace {
+                kind: kind.into(),
+                path: "/proc/7/ns/x".into(),
+            });
             check(&config, true)
         };
         for kind in ["network", "ipc", "uts"] {
             assert!(of_pod(kind).unwrap().is_empty(), "{kind}");
         }
-        let refused = of_pod("pid").unwrap_err().to_string();
-        assert!(refused.contains("pid of /proc/7/ns/x"), "{refused}");
+        assert!(of_pod("pid").unwrap()[0].contains("processes are not seen"));
+        let refused = of_pod("user").unwrap_err().to_string();
+        assert!(refused.contains("user of /proc/7/ns/x"), "{refused}");
+    }
+
+    #[test]
+    fn a_pod_in_the_hosts_network_is_refused() {
+        let mut config = config(&json!({}));
+        assert!(check_sandbox(&config).is_ok());
+        let namespaces = &mut config.linux.namespaces;
+        namespaces.retain(|namespace| namespace.kind != "network");
+        let refused = check_sandbox(&config).unwrap_err().to_string();
+        assert!(refused.contains("no network namespace"), "{refused}");
     }
 
     #[test]
