@@ -465,7 +465,6 @@ impl Lab {
         }
         let mut more = modules.to_vec();
         if mode.has_ram_disks() {
-            more.push("brd");
             document["RootDevice"] = json!("/dev/ram0");
             if let Some(volume) = document.pointer_mut("/Mounts/0/DevicePath") {
                 *volume = json!("/dev/ram1");
@@ -480,6 +479,9 @@ impl Lab {
         }
         let more: Vec<_> = more.into_iter().map(String::from).collect();
         let mut modules = self.kernel.modules_and(&more)?;
+        if mode.has_ram_disks() {
+            modules.push(("brd.ko".into(), assets::module("brd")?));
+        }
         if matches!(mode, Mode::Mmds | Mode::WholeMmds | Mode::TraceMmds) {
             modules.push(("veth.ko".into(), assets::module("veth")?));
             builder = add(builder, "run.json", document.to_string().into());
@@ -490,7 +492,7 @@ impl Lab {
         builder = add(builder, "phase", phase.to_string().into());
         let mut list = String::new();
         for (name, contents) in modules {
-            let parameters = match name.starts_with("brd.") {
+            let parameters = match name == "brd.ko" {
                 true => RAM_DISKS,
                 false => "",
             };
