@@ -33,7 +33,7 @@ static void cgroup(const char *target, const char *controllers)
 static void mount_root(void)
 {
     sys_mkdir("/newroot", 0755);
-    sys(mount, "/dev/vda", "/newroot", "ext4", MS_RELATIME, NULL);
+    sys(mount, "/dev/ram0", "/newroot", "ext4", MS_RELATIME, NULL);
 }
 
 #ifdef WHOLE
@@ -52,7 +52,7 @@ static void mount_volume(const char *root)
     char target[32];
     put(put(target, root), "/data");
     sys_mkdir(target, 0755);
-    must(sys(mount, "/dev/vdb", target, "ext4", MS_RELATIME, NULL), "volume");
+    must(sys(mount, "/dev/ram1", target, "ext4", MS_RELATIME, NULL), "volume");
 }
 
 static void replace(const char *path, const char *temporary, const char *text)

@@ -35,13 +35,42 @@ static void lines(const char *path, void each(const char *line))
     }
 }
 
-static void load(const char *path)
+// A line of /bench/modules is a path, and a blank and parameters if there are any.
+static void load(const char *line)
 {
+    char path[256], *end = path;
+    while (*line && *line != ' ')
+        *end++ = *line++;
+    *end = 0;
     long file = sys_open(path, O_RDONLY);
-    if (sys(finit_module, file, "", 0) < 0)
+    if (sys(finit_module, file, *line ? line + 1 : "", 0) < 0)
         fatal(path);
     sys(close, file);
     sys_unlink(path);
+}
+
+// The disk's bytes become those of a RAM disk, if there are both.
+static void copy(const char *from, const char *to)
+{
+    long source = sys_open(from, O_RDONLY), target = sys_open(to, O_WRONLY), count;
+    if (source < 0 || target < 0)
+        return;
+    while ((count = sys(read, source, buffer, sizeof buffer)) > 0)
+        if (sys(write, target, buffer, count) != count)
+            fatal(to);
+    sys(close, source);
+    // What is in the page cache goes with it.
+    sys(close, target);
+}
+
+static void fill_ram_disks(void)
+{
+    sys_mkdir("/bench/dev", 0700);
+    sys(mount, "devtmpfs", "/bench/dev", "devtmpfs", 0, NULL);
+    copy("/bench/dev/vda", "/bench/dev/ram0");
+    copy("/bench/dev/vdb", "/bench/dev/ram1");
+    sys(umount2, "/bench/dev", 0);
+    sys_rmdir("/bench/dev");
 }
 
 static void delete(const char *path)
@@ -224,6 +253,7 @@ __attribute__((used)) void begin(long *stack)
         tell_unpacking(log);
     lines("/bench/modules", load);
     unsigned long modules = now(CLOCK_MONOTONIC) - kernel;
+    fill_ram_disks();
     long mmds = *slurp("/bench/run.json", document, sizeof document) ? start_mmds() : 0;
     if (*slurp("/bench/trace", buffer, sizeof buffer)) {
         sys_mkdir("/bench/tracing", 0700);
@@ -232,11 +262,6 @@ __attribute__((used)) void begin(long *stack)
         sys(umount2, "/bench/tracing", 0);
         sys_rmdir("/bench/tracing");
     }
-    sys_mkdir("/bench/proc", 0700);
-    sys(mount, "proc", "/bench/proc", "proc", 0, NULL);
-    unsigned long disks = disk_milliseconds("/bench/proc/diskstats", buffer, sizeof buffer);
-    sys(umount2, "/bench/proc", 0);
-    sys_rmdir("/bench/proc");
     unsigned long phase = number(slurp("/bench/phase", buffer, sizeof buffer));
     lines("/bench/files", delete);
     sys_unlink("/bench/kmsg");
@@ -249,8 +274,7 @@ __attribute__((used)) void begin(long *stack)
 
     char line[256], *tail = put(line, "<7>load: kernel ");
     tail = put(put_number(tail, kernel), " modules ");
-    tail = put(put_number(tail, modules), " disks ");
-    tail = put(put_number(tail, disks), " mmds ");
+    tail = put(put_number(tail, modules), " mmds ");
     tail = put(put_number(tail, (unsigned long)mmds), " ");
     tail = put(put_number(tail, mmds ? now(cpu_clock((unsigned long)mmds)) : 0), " exec ");
     tail = put(put_number(tail, now(CLOCK_PROCESS_CPUTIME_ID)), " ");

@@ -174,23 +174,6 @@ __attribute__((unused)) static char *slurp(const char *path, char *buffer, long 
     return buffer;
 }
 
-// Milliseconds for which the requests of all virtio disks were on their way: reads, writes and flushes
-// (Documentation/ABI/testing/procfs-diskstats).
-__attribute__((unused)) static unsigned long disk_milliseconds(const char *path, char *buffer,
-                                                               long room)
-{
-    unsigned long sum = 0;
-    const char *line = slurp(path, buffer, room);
-    while ((line = find(line, " vd")) != NULL) {
-        for (int field = 0; field <= 17 && (line = find(line + 1, " ")) != NULL; field++)
-            if (field == 3 || field == 7 || field == 16)
-                sum += number(line + 1);
-        if (!line)
-            break;
-    }
-    return sum;
-}
-
 __attribute__((unused)) static void spill(const char *path, const char *text)
 {
     long file = sys_open(path, O_WRONLY);

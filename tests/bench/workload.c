@@ -24,7 +24,7 @@ static unsigned long figure(const char *path, const char *word)
 }
 
 // What the loader left in the kernel's log when it became /init.
-static void tell_boot(long log, unsigned long first, unsigned long cpu, unsigned long disks)
+static void tell_boot(long log, unsigned long first, unsigned long cpu)
 {
     unsigned long time;
     const char *text = next_record(log, "load: kernel ", buffer, sizeof buffer, &time);
@@ -39,7 +39,6 @@ static void tell_boot(long log, unsigned long first, unsigned long cpu, unsigned
     unsigned long exec = number(find(exec_cpu, " ") + 1);
     tell("kernel_ns", kernel);
     tell("modules_ns", modules);
-    tell("disk_ms", disks - number(find(text, "disks ") + length("disks ")));
     tell("exec_at_ns", exec);
     tell("first_at_ns", first);
     tell("boot_ns", first - exec);
@@ -158,8 +157,7 @@ __attribute__((used)) void begin(long *argv)
     long log = sys_open("/dev/kmsg", O_RDWR | O_NONBLOCK | O_CLOEXEC);
     const char *mode = find(slurp("/proc/cmdline", line, sizeof line), "bench.mode=");
     mode = mode ? mode + length("bench.mode=") : "";
-    unsigned long disks = disk_milliseconds("/proc/diskstats", buffer, sizeof buffer);
-    tell_boot(log, first, cpu, disks);
+    tell_boot(log, first, cpu);
     if (mode_is(mode, "full")) {
         sleep_until(now(CLOCK_MONOTONIC) + 1000000000);
         tell_memory();

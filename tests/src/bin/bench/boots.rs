@@ -143,22 +143,10 @@ impl Mode {
         )
     }
 
-    /// Whether it is about the time of a boot.
-    fn is_boot(self) -> bool {
-        matches!(
-            self,
-            Mode::File
-                | Mode::Mmds
-                | Mode::Whole
-                | Mode::WholeMmds
-                | Mode::Unified
-                | Mode::Overlay
-                | Mode::Variant
-                | Mode::Trace
-                | Mode::TraceMmds
-                | Mode::TraceWhole
-                | Mode::TraceUnified
-        )
+    /// Whether the file systems are on RAM disks, which answer at once: while the guest waits for a disk
+    /// of the host's, its clock jumps from timer to timer.
+    fn has_ram_disks(self) -> bool {
+        self != Mode::Requests
     }
 
     /// Whether there is anything to learn from a second boot: figures of a trace do not vary.
@@ -229,10 +217,8 @@ pub struct Lab {
 /// Nanoseconds between two ticks of the stock kernel (CONFIG_HZ=250).
 const TICK: f64 = 4e6;
 
-/// Milliseconds that the disk requests of a boot take together in virtual time at most when the host
-/// answers at once; a boot that has waited longer is made again, so many times at most.
-const DISK_MS: f64 = 2.0;
-const TRIES: usize = 5;
+/// RAM disks that the loader copies the disks to: how many, and their size in KiB.
+const RAM_DISKS: &str = "rd_nr=2 rd_size=32768";
 
 /// The processor, where it is another one than the lab's: each that Firecracker runs on has RDRAND,
 /// which the kernel trusts (CONFIG_RANDOM_TRUST_CPU). Without it every inode and every process made
@@ -325,20 +311,7 @@ impl Lab {
     }
 
     /// Boots `subject`, its /init started so far between two ticks of the kernel's.
-    ///
-    /// While the guest waits for a disk, its clock jumps from timer to timer, and a host that is busy
-    /// with something else answers milliseconds late: such a boot tells nothing.
     pub fn boot(&self, subject: &Subject, mode: Mode, phase: f64) -> Result<Told> {
-        match mode.is_boot() {
-            true => calmest(
-                || self.boot_once(subject, mode, phase),
-                |told| &told.figures,
-            ),
-            false => self.boot_once(subject, mode, phase),
-        }
-    }
-
-    fn boot_once(&self, subject: &Subject, mode: Mode, phase: f64) -> Result<Told> {
         // Copies: a mount leaves its traces, and the next boot would find them.
         let root = match mode {
             Mode::Overlay => scratch(&self.squashfs)?,
@@ -403,33 +376,30 @@ impl Lab {
             Some((format, _)) => Some(Image::packed(&self.tree, format)?),
             None => None,
         };
-        let boot = || {
-            let root = scratch(packed.as_ref().unwrap_or(&self.root))?;
-            let mut builder = self
-                .builder(
-                    subject,
-                    Mode::Variant,
-                    0.0,
-                    variant.root.map(|(_, module)| module).as_slice(),
-                )?
-                .disk(Disk::file(root.path()))
-                .name("bench-variant")
-                .qemu(cpu(assets::arch()))
-                .compressed(variant.compressor)
-                .deterministic()
-                .quiet();
-            for argument in variant.arguments {
-                builder = builder.arg(argument);
-            }
-            let mut vm = builder.boot()?;
-            let mut figures = measure(&mut vm, Mode::Variant)?;
-            // The workload's first words come after all of them.
-            let console = vm.console();
-            let bytes = console.split("bench: ").next().map_or(0, str::len);
-            figures.insert("console_bytes".into(), bytes as f64);
-            Ok(figures)
-        };
-        calmest(boot, |figures| figures)
+        let root = scratch(packed.as_ref().unwrap_or(&self.root))?;
+        let mut builder = self
+            .builder(
+                subject,
+                Mode::Variant,
+                0.0,
+                variant.root.map(|(_, module)| module).as_slice(),
+            )?
+            .disk(Disk::file(root.path()))
+            .name("bench-variant")
+            .qemu(cpu(assets::arch()))
+            .compressed(variant.compressor)
+            .deterministic()
+            .quiet();
+        for argument in variant.arguments {
+            builder = builder.arg(argument);
+        }
+        let mut vm = builder.boot()?;
+        let mut figures = measure(&mut vm, Mode::Variant)?;
+        // The workload's first words come after all of them.
+        let console = vm.console();
+        let bytes = console.split("bench: ").next().map_or(0, str::len);
+        figures.insert("console_bytes".into(), bytes as f64);
+        Ok(figures)
     }
 
     fn breakdown(&self, console: &str, figures: &Figures, mode: Mode) -> Result<Option<Breakdown>> {
@@ -494,6 +464,12 @@ impl Lab {
             builder = builder.cpus(2);
         }
         let mut more = modules.to_vec();
+        if mode.has_ram_disks() {
+            document["RootDevice"] = json!("/dev/ram0");
+            if let Some(volume) = document.pointer_mut("/Mounts/0/DevicePath") {
+                *volume = json!("/dev/ram1");
+            }
+        }
         if mode == Mode::Overlay {
             document["RootOverlay"] = json!("tmpfs");
             more.extend(["squashfs", "overlay"]);
@@ -503,6 +479,9 @@ impl Lab {
         }
         let more: Vec<_> = more.into_iter().map(String::from).collect();
         let mut modules = self.kernel.modules_and(&more)?;
+        if mode.has_ram_disks() {
+            modules.push(("brd.ko".into(), assets::module("brd")?));
+        }
         if matches!(mode, Mode::Mmds | Mode::WholeMmds | Mode::TraceMmds) {
             modules.push(("veth.ko".into(), assets::module("veth")?));
             builder = add(builder, "run.json", document.to_string().into());
@@ -513,7 +492,12 @@ impl Lab {
         builder = add(builder, "phase", phase.to_string().into());
         let mut list = String::new();
         for (name, contents) in modules {
-            list += &format!("/bench/lib/{name}\n");
+            let parameters = match name == "brd.ko" {
+                true => RAM_DISKS,
+                false => "",
+            };
+            list += format!("/bench/lib/{name} {parameters}").trim_end();
+            list += "\n";
             builder = builder.file(&format!("/bench/lib/{name}"), 0o644, contents);
         }
         builder = add(builder, "modules", list.into());
@@ -560,25 +544,7 @@ impl Lab {
     }
 }
 
-/// Boots until the disks were not late, or takes the boot in which they were least so.
-fn calmest<T>(mut boot: impl FnMut() -> Result<T>, figures: impl Fn(&T) -> &Figures) -> Result<T> {
-    let mut best: Option<(T, f64)> = None;
-    for _ in 0..TRIES {
-        let told = boot()?;
-        let waited = figures(&told).get("disk_ms").copied().unwrap_or_default();
-        if best.as_ref().is_none_or(|(_, least)| waited < *least) {
-            best = Some((told, waited));
-        }
-        if waited < DISK_MS {
-            break;
-        }
-        eprintln!("bench: the disks took {waited} ms");
-    }
-    Ok(best.context("not one try")?.0)
-}
-
-/// A copy of an image, which goes with the boot. It is in the host's memory: a request that waits for
-/// the host's disk, as each flush does, is one that is late.
+/// A copy of an image, which goes with the boot. It is in the host's memory.
 fn scratch(image: &Image) -> Result<NamedTempFile> {
     let copy = tempfile::Builder::new()
         .suffix(".ext4")

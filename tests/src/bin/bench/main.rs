@@ -10,7 +10,9 @@
 //!   instants between two ticks. The *median* of the runs is shown; the JSON has all.
 //! - **The processor** has RDRAND, as each that Firecracker runs on: without it the kernel hashes its
 //!   own state for every inode and process that it makes in this time.
-//! - **Disks that are late**: a boot whose disk requests took over 2 ms together is made again.
+//! - **Disks** are RAM disks (brd), which the loader has filled: the guest's clock does not know how long
+//!   a disk of the host's takes, and would jump from timer to timer meanwhile. Disk requests are counted
+//!   in boots of their own, with virtio disks.
 //! - **The start** is a loader (`tests/bench/load.c`), the same for each init. It is the kernel's
 //!   /init: it loads the stock kernel's modules (a kernel made for Firecracker has the drivers built
 //!   in), deletes them, notes the time in the kernel's log and executes the init under test.
