@@ -3,6 +3,7 @@
 //! runtime/v2/logging)
 
 use std::{
+    fs,
     io::{self, PipeReader, Read},
     mem::ManuallyDrop,
     os::{
@@ -103,8 +104,28 @@ impl Logger {
         let is_ready = poll(&mut [PollFd::new(ready, PollFlags::IN)], Some(&timeout))? > 0;
         ensure!(is_ready, "it is not ready after {} s", READY.as_secs());
         let _ = ready.read(&mut [0]);
-        let status = self.0.try_wait()?.filter(|status| !status.success());
+        let status = match self.ends() {
+            true => Some(self.0.wait()?),
+            false => self.0.try_wait()?,
+        };
+        let status = status.filter(|status| !status.success());
         status.map_or(Ok(()), |status| bail!("it has ended: {status}"))
+    }
+
+    /// Whether it is on its way out: a process closes its files before it can be waited for.
+    fn ends(&self) -> bool {
+        /// linux/sched.h
+        const PF_EXITING: u32 = 4;
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap_or_default();
+        // The flags, the seventh field behind the name (proc_pid_stat(5)).
+        let flags = stat
+            .rsplit_once(") ")
+            .and_then(|(_, rest)| rest.split(' ').nth(6));
+        flags.is_some_and(|flags| {
+            flags
+                .parse()
+                .is_ok_and(|flags: u32| flags & PF_EXITING != 0)
+        })
     }
 
     /// Waits for its end, of which it is told when it takes long. Its input has ended.
