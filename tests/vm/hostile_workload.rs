@@ -169,7 +169,7 @@ fn commands_struck_before_they_have_begun_leave_pid_1_as_it_was() -> Result<()> 
         .boot()?;
     vm.wait_for("workload started")?;
     let mut struck = 0;
-    let run = |struck: &mut u32| -> Result<String> {
+    let mut run = |struck: &mut u32| -> Result<String> {
         for _ in 0..100 {
             let body = json!({"cmd": ["/bin/echo", "here"], "user": "nobody"});
             let answer = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
