@@ -175,7 +175,7 @@ fn an_overlay_on_a_device_persists_and_two_vms_share_a_base() -> Result<()> {
     let mut once_more = boot(&layers[0])?;
     once_more.wait_for("ready")?;
     assert_says(&once_more.console(), &["\nagain\n"]);
-    once_more.ctrl_alt_delete()?;
+    once_more.stop()?;
     assert_eq!(once_more.wait_end()?, End::Reboot);
     layers[0].check()?;
     assert_eq!(layers[0].read("/upper/mine")?, "again\nagain\n");

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use pigeon_lab::{
-    End, Vm,
+    End, Vm, assets,
     disk::{Image, Tree},
     guest,
     http::{Client, Response},
@@ -716,8 +716,13 @@ fn restores(vm: &Vm) -> usize {
     vm.console().matches("msg=\"restored\"").count()
 }
 
-/// The kernel logs something: help, as the keys Alt, SysRq and H ask for.
+/// The kernel logs something: help, as the keys Alt, SysRq and H ask for, or a break and that letter on
+/// the console.
 fn make_kernel_log(vm: &mut Vm) -> Result<()> {
+    if !assets::arch().has_keyboard() {
+        vm.qmp("chardev-send-break", json!({"id": "console"}))?;
+        return vm.type_text("h");
+    }
     let keys = ["alt", "sysrq", "h"].map(|key| json!({"type": "qcode", "data": key}));
     vm.qmp("send-key", json!({"keys": keys})).map(drop)
 }

@@ -322,7 +322,17 @@ fn soak(time: Duration, slot: &Arc<Slot>) -> Result<()> {
     // Everything has been used once, and is used again from here on.
     let before = round(&mut vm, Duration::from_secs(20).min(time))?;
     println!("before: {before}");
-    let after = round(&mut vm, time)?;
+    let mut after = round(&mut vm, time)?;
+    // Others may have their turns on this machine by now: that makes calls slower for a while, a fault
+    // for ever.
+    for _ in 0..30 {
+        if after.median <= before.median * 2 {
+            break;
+        }
+        println!("status in {:?}: once more", after.median);
+        thread::sleep(Duration::from_secs(10));
+        after = state(&mut vm)?;
+    }
     println!(
         "after {time:?}, {} rounds of calls, {} connections refused: {after}",
         calls.load(Ordering::Relaxed),
