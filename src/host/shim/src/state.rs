@@ -23,6 +23,9 @@ const NAME: usize = 16;
 const MAX_SOCKET: usize = 107;
 const SOCKET: usize = "vm.vsock_10001".len();
 
+/// The containers' directory in it.
+const CONTAINERS: &str = "containers";
+
 /// The state's directory.
 pub fn root() -> PathBuf {
     let given = env::var_os("PIGEON_STATE").filter(|path| !path.is_empty());
@@ -38,7 +41,7 @@ pub fn create(dir: &Path) -> Result<()> {
 /// The directory of a container, with the VM's sockets, disks and logs.
 pub fn container_dir(flags: &Flags) -> PathBuf {
     let digest = digest(&[&flags.address, &flags.namespace, &flags.id]);
-    root().join("containers").join(&digest[..NAME])
+    root().join(CONTAINERS).join(&digest[..NAME])
 }
 
 /// Fails if its sockets cannot be there.
@@ -101,14 +104,44 @@ pub fn kill(dir: &Path) -> Result<()> {
 /// Removes the directories of shims that were killed and never cleaned up after, as when the host
 /// lost power.
 pub fn sweep() {
-    let Ok(entries) = fs::read_dir(root().join("containers")) else {
+    sweep_in(&root().join(CONTAINERS));
+}
+
+fn sweep_in(containers: &Path) {
+    let Ok(entries) = fs::read_dir(containers) else {
         return;
     };
     for entry in entries.flatten() {
-        // Without a lock it is one that is being made.
-        let lock = File::open(entry.path().join(LOCK));
-        if lock.is_ok_and(|lock| lock.try_lock().is_ok()) {
+        // Without a number in its lock it is one that is being made: that is written when it is held.
+        let lock = entry.path().join(LOCK);
+        if fs::metadata(&lock).is_ok_and(|found| found.len() > 0)
+            && File::open(&lock).is_ok_and(|lock| lock.try_lock().is_ok())
+        {
             let _ = fs::remove_dir_all(entry.path());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_a_dead_shim_has_left_is_swept_away() {
+        let root = tempfile::tempdir().unwrap();
+        let place = |name: &str| {
+            let dir = root.path().join(name);
+            fs::create_dir(&dir).unwrap();
+            dir
+        };
+        let [lives, dead, made, new] = ["lives", "dead", "made", "new"].map(place);
+        let _held = lock(&lives).unwrap();
+        drop(lock(&dead).unwrap());
+        // Its shim is between creating the lock and holding it.
+        File::create(made.join(LOCK)).unwrap();
+        sweep_in(root.path());
+        let left = [&lives, &dead, &made, &new].map(|dir| dir.exists());
+        assert_eq!(left, [true, false, true, true]);
+        assert!(lock(&lives).is_err() && lock(&made).is_ok());
     }
 }
