@@ -153,6 +153,7 @@ impl Supervisor {
             "{{\"event\":\"exited\",\"code\":{code},\"oom_killed\":{oom_killed}}}"
         ));
         self.context.workload.exit = Some(exit);
+        self.context.workload.group = None;
         self.api.on_workload_exit(&mut self.context);
         let linger = if self.api.is_up() { self.linger } else { 0 };
         self.enter(Phase::Linger, linger);

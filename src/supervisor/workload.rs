@@ -109,7 +109,6 @@ impl Supervisor {
         };
         self.unlogged_exit = Some((code, oom_killed));
         self.finish_output();
-        self.context.workload.group = None;
         self.ended(Exit {
             code,
             oom_killed,
