@@ -79,23 +79,34 @@ pub fn read_frame(source: &mut impl Read) -> io::Result<Option<Frame>> {
     Ok(whole.then_some(Frame { stream, bytes }))
 }
 
-/// Whether there were as many bytes as the buffer takes.
-fn fill(source: &mut impl Read, buffer: &mut [u8]) -> io::Result<bool> {
-    match source.read_exact(buffer) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
-        result => result.map(|()| true),
+/// Whether there were as many bytes as the buffer takes. A source that knows that its end is early says
+/// so itself.
+fn fill(source: &mut impl Read, mut buffer: &mut [u8]) -> io::Result<bool> {
+    while !buffer.is_empty() {
+        match source.read(buffer) {
+            Ok(0) => return Ok(false),
+            Ok(size) => buffer = &mut buffer[size..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
     }
+    Ok(true)
 }
 
 /// Output as it comes from a VM.
 pub struct Logs {
     body: http::Body<UnixStream>,
     offset: u64,
+    is_cut: bool,
 }
 
 impl Logs {
     pub(crate) fn new(body: http::Body<UnixStream>, offset: u64) -> Logs {
-        Logs { body, offset }
+        Logs {
+            body,
+            offset,
+            is_cut: false,
+        }
     }
 
     /// The number of the next byte, counted from the workload's start. If it is greater than the
@@ -104,10 +115,22 @@ impl Logs {
         self.offset
     }
 
+    /// Whether the end that was read was the connection's, as when the VM is gone, and not the
+    /// output's.
+    pub fn is_cut(&self) -> bool {
+        self.is_cut
+    }
+
     /// Waits for the next frame; None at the end: when all was read, or, following, when the
-    /// workload has exited.
+    /// workload has exited, or when the VM is gone ([`is_cut`](Self::is_cut)).
     pub fn next_frame(&mut self) -> Result<Option<Frame>, Error> {
-        let frame = read_frame(&mut self.body).map_err(Error::broken)?;
+        let frame = match read_frame(&mut self.body) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                self.is_cut = true;
+                None
+            }
+            frame => frame.map_err(Error::broken)?,
+        };
         if let Some(frame) = &frame {
             self.offset += frame.bytes.len() as u64;
         }
@@ -123,6 +146,20 @@ impl Logs {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_end_that_the_source_knows_to_be_early_is_no_end() {
+        struct Cut;
+        impl Read for Cut {
+            fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::UnexpectedEof.into())
+            }
+        }
+        let begun = &b"\x01\0\0\0\0\0\0\x06hel"[..];
+        assert_eq!(read_frame(&mut { begun }).unwrap(), None);
+        let cut = read_frame(&mut begun.chain(Cut)).unwrap_err();
+        assert_eq!(cut.kind(), io::ErrorKind::UnexpectedEof);
+    }
 
     #[test]
     fn frames_are_dockers() {

@@ -271,10 +271,22 @@ impl Owner<'_> {
                 anyhow::Ok(())
             };
             let followed = follow(&uds, &over, &mut sink);
-            if let Ok(false) = followed {
-                // An init without this call: its console has it, among other things.
+            if let Ok(Some(mut seen)) = followed {
+                // The console has it, among other things.
                 let is_over = || over.load(Ordering::Relaxed);
-                let filtered = filter_console(&dir.join(vms::CONSOLE), is_over, &mut sink);
+                let mut rest = |mut frame: Frame| {
+                    let known = frame
+                        .bytes
+                        .len()
+                        .min(usize::try_from(seen).unwrap_or(usize::MAX));
+                    frame.bytes.drain(..known);
+                    seen -= known as u64;
+                    match frame.bytes.is_empty() {
+                        true => Ok(()),
+                        false => sink(frame),
+                    }
+                };
+                let filtered = filter_console(&dir.join(vms::CONSOLE), is_over, &mut rest);
                 if let Err(error) = filtered {
                     note!("{error:#}");
                 }
@@ -469,41 +481,38 @@ fn show_console_end(console: &str) {
     }
 }
 
-/// Passes output on until the workload has ended, over as many connections as it takes; false if
-/// the init has none to give.
+/// Passes output on until the workload has ended, over as many connections as it takes. What the init
+/// has not given, as it cannot, or as the VM was gone before, begins at the byte of this number.
 fn follow(
     uds: &Path,
     over: &AtomicBool,
     sink: &mut impl FnMut(Frame) -> Result<()>,
-) -> Result<bool> {
+) -> Result<Option<u64>> {
     let client = Client::new(uds);
     let mut offset = 0;
-    let mut begun = false;
     while !over.load(Ordering::Relaxed) {
         let mut logs = match client.logs(true, Some(offset)) {
             Ok(logs) => logs,
             Err(Error::Refused {
                 status: 404 | 405, ..
-            }) => return Ok(false),
+            }) => return Ok(Some(offset)),
             Err(_) => {
                 thread::sleep(RETRY);
                 continue;
             }
         };
         warn_of_loss(offset, logs.offset());
-        begun = true;
         loop {
             match logs.next_frame() {
                 Ok(Some(frame)) => sink(frame)?,
                 // The workload has ended, and all has come.
-                Ok(None) => return Ok(true),
-                Err(_) => break,
+                Ok(None) if !logs.is_cut() => return Ok(None),
+                Ok(None) | Err(_) => break,
             }
             offset = logs.offset();
         }
     }
-    // It ended before it could be asked.
-    Ok(begun)
+    Ok(Some(offset))
 }
 
 /// Copies what is typed, or piped in, to the console, as long as there is both.
