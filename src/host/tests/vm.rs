@@ -480,7 +480,7 @@ fn the_library(uds: &Path) {
 #[test]
 fn keys_go_to_the_console_and_ctrl_c_is_an_orderly_stop() {
     let lab = Lab::new();
-    let script = "read line; echo \"got: $line\"; trap 'echo stopping; sync; exit 9' TERM; \
+    let script = "trap 'echo stopping; sync; exit 9' TERM; read line; echo \"got: $line\"; \
                   while :; do sleep 0.1; done";
     let words = [
         "run",
@@ -1002,8 +1002,9 @@ fn a_root_of_every_format_boots_and_two_vms_share_one_below_their_own_layers() {
 fn a_vm_that_has_ended_is_started_again_as_it_was_run() {
     let lab = Lab::new();
     let place = lab.place.0.path();
-    let script = "echo \"boot $COLOR $(cat /data/boots 2>/dev/null | wc -l)\"; echo x >>/data/boots; \
-                  trap 'exit 5' TERM; while :; do sleep 0.1; done";
+    // Ready for the signal by the time that it says so.
+    let script = "trap 'exit 5' TERM; n=$(cat /data/boots 2>/dev/null | wc -l); echo x >>/data/boots; \
+                  echo \"boot $COLOR $n\"; while :; do sleep 0.1; done";
     // Where relative paths start, and what a variable is, is that of the first time.
     let mut first = lab.command(&["run", "-d", "--wait", "--name", "db", "-e", "COLOR", "-v"]);
     first.args(["data.img:/data,size=16M", "-p", "127.0.0.1:0:9", "--uds"]);
