@@ -5,7 +5,6 @@ use crate::error;
 use crate::error::Result;
 use crate::process::helper::HelperLog;
 use crate::sys::files;
-use crate::volumes;
 use core::ffi::CStr;
 use proto::config::{Config, DOCUMENT};
 use proto::etc_files::{self, Contents};
@@ -86,9 +85,9 @@ impl File {
         let written = files::make_directory(c"/etc", 0o755)
             .and_then(|()| files::replace(self.path, self.temporary, new));
         match written {
-            // A read-only root, one that the kernel has stopped for its errors (EIO since 6.12), or a
-            // file that is immutable (chattr(1)).
-            Err(Errno::ROFS | Errno::IO | Errno::PERM) => {
+            // A read-only root, one that the kernel has stopped for its errors (EIO since 6.12), a
+            // file that is immutable (chattr(1)), or one that somebody has mounted over (EBUSY).
+            Err(Errno::ROFS | Errno::IO | Errno::PERM | Errno::BUSY) => {
                 if let Err(errno) = self.cover(new) {
                     log.warn(&context!("{path} is read-only; mount over it")(errno));
                 }
@@ -104,7 +103,7 @@ impl File {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW;
         let substitute = files::open(self.substitute, flags)?;
         files::write_whole(&substitute, contents)?;
-        if volumes::is_mount_point(self.path) {
+        if self.is_covered() {
             return Ok(());
         }
         let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
@@ -113,5 +112,14 @@ impl File {
         let both_by_descriptor =
             MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
         move_mount(&mount, c"", &target, c"", both_by_descriptor)
+    }
+
+    /// Whether that file is mounted over it already; somebody else's is not.
+    fn is_covered(&self) -> bool {
+        let identify = |path| {
+            let status = rustix::fs::lstat(path)?;
+            Ok::<_, Errno>((status.st_dev, status.st_ino))
+        };
+        identify(self.path).is_ok_and(|file| identify(self.substitute) == Ok(file))
     }
 }

@@ -10,7 +10,7 @@ use super::process::{clone_arguments, exit};
 use crate::page::PageBox;
 use core::cell::UnsafeCell;
 use core::ffi::c_void;
-use core::mem::MaybeUninit;
+use core::mem::{ManuallyDrop, MaybeUninit};
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU32, Ordering};
 use linux_raw_sys::general as uapi;
@@ -26,8 +26,7 @@ const STACK: usize = 256 << 10;
 /// The child has this program's memory, and copies of its descriptors. It must not map memory: what it
 /// has mapped when it is killed is nobody's.
 pub struct Spawn<T: 'static> {
-    /// Always there, until the drop.
-    room: Option<PageBox<Room<T>>>,
+    room: ManuallyDrop<PageBox<Room<T>>>,
 }
 
 /// The stack comes first: it grows down, away from the rest.
@@ -54,22 +53,22 @@ impl<T> Spawn<T> {
             run,
             value: UnsafeCell::new(value()),
         })?;
-        Ok(Self { room: Some(room) })
+        let room = ManuallyDrop::new(room);
+        Ok(Self { room })
     }
 
     /// Whether a child uses the value.
     pub fn is_in_use(&self) -> bool {
-        let room = self.room.as_ref();
         // What the child has written before is seen after.
-        room.is_some_and(|room| room.in_use.load(Ordering::Acquire) != 0)
+        self.room.in_use.load(Ordering::Acquire) != 0
     }
 
     /// The value, unless a child uses it.
     pub fn value(&mut self) -> Option<&mut T> {
-        if self.is_in_use() {
-            return None;
+        match self.is_in_use() {
+            true => None,
+            false => Some(self.room.value.get_mut()),
         }
-        self.room.as_mut().map(|room| room.value.get_mut())
     }
 
     /// Starts the child in that control group, or in this program's.
@@ -77,14 +76,14 @@ impl<T> Spawn<T> {
         if self.is_in_use() {
             return Err(Errno::BUSY);
         }
-        let room = self.room.as_ref().ok_or(Errno::NOMEM)?;
+        let room = &**self.room;
         room.in_use.store(1, Ordering::Relaxed);
         let mut arguments = clone_arguments(cgroup);
         arguments.flags |= u64::from(uapi::CLONE_VM | uapi::CLONE_CHILD_CLEARTID);
         arguments.child_tid = room.in_use.as_ptr() as u64;
         arguments.stack = room.stack.get() as u64;
         arguments.stack_size = STACK as u64;
-        let start = NonNull::from(&**room).cast();
+        let start = NonNull::from(room).cast();
         // SAFETY: the room stays mapped until `in_use` is 0 again, and nobody else touches its stack and
         // its value until then.
         let answer = unsafe { arch::clone_on_stack(&arguments, enter::<T>, start) };
@@ -109,9 +108,10 @@ extern "C" fn enter<T>(room: NonNull<c_void>) -> ! {
 
 impl<T> Drop for Spawn<T> {
     fn drop(&mut self) {
-        if self.is_in_use() {
-            // Never given back then: a child that cannot be killed yet may go on.
-            core::mem::forget(self.room.take());
+        // Else it is never given back: a child that cannot be killed yet may go on.
+        if !self.is_in_use() {
+            // SAFETY: dropped once, here.
+            unsafe { ManuallyDrop::drop(&mut self.room) }
         }
     }
 }

@@ -10,6 +10,7 @@ use core::ffi::CStr;
 use file_system::{Access, FileSystem};
 use proto::config::{Config, Mount};
 use proto::message::ToLossy;
+#[cfg(any(feature = "mounts", feature = "snapshot"))]
 use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
@@ -36,6 +37,7 @@ pub fn mount_new(config: &Config, owner: Owner, log: &HelperLog) -> Result {
 }
 
 /// Whether a path leads to the root of a mount, whatever links it has (statx(2)).
+#[cfg(any(feature = "mounts", feature = "snapshot"))]
 pub fn is_mount_point(path: &CStr) -> bool {
     let found = rustix::fs::statx(CWD, path, AtFlags::empty(), StatxFlags::empty());
     found.is_ok_and(|status| status.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))

@@ -521,13 +521,19 @@ fn a_restore_by_a_call_makes_the_vm_another_one() -> Result<()> {
     )?;
     assert_eq!(rest, "3\nvolume0\n0\n0\n");
 
-    // And back, years after, without a hold. A route of the workload's leads to what is no more.
-    exec(&mut vm, "ip -6 route add fd99::/64 via fd00:2::1")?;
+    // And back, years after, without a hold. A route of the workload's leads to what is no more, and
+    // a file of its own lies over one of ours.
+    exec(
+        &mut vm,
+        "ip -6 route add fd99::/64 via fd00:2::1
+        cp /etc/hosts /run/theirs && mount --bind /run/theirs /etc/hosts",
+    )?;
     let body = json!({"unix_us": 2_000_000_000_000_000u64, "config": document("again", 3, 10)});
     let again = restore(&mut api, body)?.success()?.json()?;
     assert_eq!(again["generation"], 4, "{again}");
     assert_is(&mut vm, "again", 3)?;
     assert_eq!(exec(&mut vm, "ip -6 route | grep fd99 || true")?, "");
+    exec(&mut vm, "umount /etc/hosts && umount /etc/hosts")?;
     let now = seconds(&mut vm)?;
     assert!((2_000_000_000..2_000_000_200).contains(&now), "{now}");
 
