@@ -208,9 +208,10 @@ fn words(bytes: usize) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::write_program;
     use std::{
         fs,
-        os::unix::{ffi::OsStrExt, fs::PermissionsExt},
+        os::unix::ffi::OsStrExt,
         path::Path,
         process::{Command, Output},
     };
@@ -234,8 +235,7 @@ mod tests {
 
     fn run(dir: &Path, calls: Calls) -> Output {
         let path = dir.join("program");
-        fs::write(&path, calls.program()).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        write_program(&path, calls.program()).unwrap();
         Command::new(path).output().unwrap()
     }
 
@@ -276,8 +276,7 @@ mod tests {
 
         // What cannot be run is not looked for further on, and of all that are not there the last counts.
         let script = dir.path().join("script");
-        fs::write(&script, "no program").unwrap();
-        fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+        write_program(&script, "no program").unwrap();
         for (candidates, errno) in [
             (vec![script.to_str().unwrap(), "/bin/true"], 8),
             (vec!["/none/true", "/etc"], 13),

@@ -49,6 +49,8 @@ const RETRY: Duration = Duration::from_millis(10);
 #[derive(Clone, Debug)]
 pub struct Client {
     uds: PathBuf,
+    /// How long a guest that does not answer is tried again.
+    retry_timeout: Duration,
 }
 
 /// How the workload ended.
@@ -166,14 +168,22 @@ impl Client {
 
     /// A client for the VM behind `uds`, which need not be up yet.
     pub fn new(uds: impl Into<PathBuf>) -> Client {
-        Client { uds: uds.into() }
+        Client {
+            uds: uds.into(),
+            retry_timeout: Duration::ZERO,
+        }
+    }
+
+    /// For a guest whose init is known to listen: where it does not answer, as it is too busy to
+    /// accept a connection in time, it is tried again for so long.
+    pub fn with_retry_timeout(mut self, timeout: Duration) -> Client {
+        self.retry_timeout = timeout;
+        self
     }
 
     /// The VM behind `uds`, once: an error when its init is not there.
     pub fn connect(uds: impl AsRef<Path>) -> Result<Client, Error> {
-        let client = Client {
-            uds: uds.as_ref().into(),
-        };
+        let client = Client::new(uds.as_ref());
         client.status()?;
         Ok(client)
     }
@@ -201,7 +211,15 @@ impl Client {
 
     /// A connection to a port of the guest, such as one of the workload's own.
     pub fn port(&self, port: u32) -> Result<UnixStream, Error> {
-        let stream = vsock::connect(&self.uds, port, HANDSHAKE)?;
+        let deadline = Instant::now() + self.retry_timeout;
+        let stream = loop {
+            match vsock::connect(&self.uds, port, HANDSHAKE) {
+                Err(Error::NotListening { .. }) if Instant::now() < deadline => {
+                    thread::sleep(RETRY);
+                }
+                result => break result?,
+            }
+        };
         stream.set_read_timeout(None).map_err(Error::broken)?;
         Ok(stream)
     }
@@ -409,4 +427,38 @@ pub(crate) fn refusal(status: u16, body: &[u8]) -> Error {
 
 fn parse<T: for<'a> Deserialize<'a>>(response: http::Response) -> Result<T, Error> {
     serde_json::from_slice(&response.body).map_err(Error::broken)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{io::Write, os::unix::net::UnixListener};
+
+    #[test]
+    fn a_guest_that_is_too_busy_to_answer_is_tried_again_only_within_its_timeout() {
+        let dir = tempfile::tempdir().unwrap();
+        let uds = dir.path().join("vsock");
+        let listener = UnixListener::bind(&uds).unwrap();
+        // Three that come are not answered, and the fourth is.
+        let guest = thread::spawn(move || {
+            for stream in listener.incoming().take(4).skip(3) {
+                let mut stream = stream.unwrap();
+                stream
+                    .read_exact(&mut [0; "CONNECT 10000\n".len()])
+                    .unwrap();
+                stream.write_all(b"OK 1073741824\nhello").unwrap();
+            }
+        });
+        let error = Client::new(&uds).port(API_PORT).unwrap_err();
+        assert!(matches!(error, Error::NotListening { .. }), "{error}");
+        let client = Client::new(&uds).with_retry_timeout(Duration::from_secs(60));
+        let mut greeting = String::new();
+        let mut stream = client.port(API_PORT).unwrap();
+        stream.read_to_string(&mut greeting).unwrap();
+        assert_eq!(greeting, "hello");
+        guest.join().unwrap();
+        // Nor is one waited for that is gone.
+        let error = client.port(API_PORT).unwrap_err();
+        assert!(matches!(error, Error::NoVm { .. }), "{error}");
+    }
 }

@@ -43,9 +43,12 @@ pub enum Event {
 
 /// The socket for a VM's events, until dropped.
 pub struct Listener {
-    listener: UnixListener,
+    acceptor: Acceptor,
     path: PathBuf,
 }
+
+/// What waits at a [`Listener`], which may be dropped meanwhile.
+pub struct Acceptor(UnixListener);
 
 /// The Unix socket for the guest's connections to a port of the host. (Firecracker docs/vsock.md,
 /// "Guest-initiated connections")
@@ -59,17 +62,32 @@ impl Listener {
     /// Listens for the VM whose vsock socket is `uds`; call it before the VM starts.
     pub fn bind(uds: &Path, port: u32) -> Result<Listener> {
         let path = socket_path(uds, port);
-        vsock::ensure_vacant(&path)?;
         // What is there is left of one that has ended.
-        let _ = fs::remove_file(&path);
+        vsock::vacate(&path)?;
         let listener = UnixListener::bind(&path)
             .with_context(|| format!("unable to create {}", path.display()))?;
-        Ok(Listener { listener, path })
+        Ok(Listener {
+            acceptor: Acceptor(listener),
+            path,
+        })
     }
 
     /// Waits for the VM to connect.
     pub fn accept(&self) -> Result<Events> {
-        let (stream, _) = self.listener.accept().context("unable to accept")?;
+        self.acceptor.accept()
+    }
+
+    /// For a thread that waits for ever: the socket is removed with this, not with that.
+    pub fn acceptor(&self) -> Result<Acceptor> {
+        let listener = self.acceptor.0.try_clone();
+        listener.map(Acceptor).context("unable to listen")
+    }
+}
+
+impl Acceptor {
+    /// Waits for the VM to connect.
+    pub fn accept(&self) -> Result<Events> {
+        let (stream, _) = self.0.accept().context("unable to accept")?;
         Ok(Events(BufReader::new(stream)))
     }
 }
@@ -140,7 +158,12 @@ mod tests {
         ];
         assert_eq!(seen, expected);
         assert!(Listener::bind(&uds, 10_001).is_err());
+        let _waiting = listener.acceptor().unwrap();
         drop(listener);
         assert!(!path.exists());
+        // What is not a socket of one that has ended stays.
+        fs::write(&path, "x").unwrap();
+        assert!(Listener::bind(&uds, 10_001).is_err());
+        assert!(path.exists());
     }
 }

@@ -88,6 +88,16 @@ impl Client {
         Ok((info, body))
     }
 
+    /// The beginning of a text file, at most `limit` bytes: what a guest has is not always what it should
+    /// have. Bytes that are no UTF-8 are replaced.
+    pub fn read_text(&self, path: &str, limit: u64) -> Result<String, Error> {
+        let (_, body) = self.read_file(path)?;
+        let mut bytes = vec![];
+        let read = body.take(limit).read_to_end(&mut bytes);
+        read.map_err(Error::broken)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
     /// `PUT /v1/files`: writes a regular file atomically, and creates its parent directories.
     /// Without a length the body is sent in chunks.
     pub fn write_file(

@@ -2,19 +2,24 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{Shutdown, TcpListener, TcpStream, ToSocketAddrs},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     thread,
+    time::Duration,
 };
 
 use anyhow::{Context, Result};
 
 use crate::{Client, Error};
 
-/// A forwarded port; it stays forwarded until the process exits.
+/// How long to wait when no connection can be had, as with too many open files.
+pub(crate) const PAUSE: Duration = Duration::from_millis(100);
+
+/// A forwarded port, until this is dropped: then others can listen on it, and connections go on.
 pub struct Forward {
-    address: std::net::SocketAddr,
+    address: SocketAddr,
+    listener: TcpListener,
 }
 
 impl Forward {
@@ -30,8 +35,18 @@ impl Forward {
             .with_context(|| format!("unable to listen on {address:?}"))?;
         let address = listener.local_addr()?;
         let (uds, target) = (uds.to_path_buf(), target.to_string());
+        let accepting = listener.try_clone()?;
         thread::spawn(move || {
-            for client in listener.incoming().flatten() {
+            for client in accepting.incoming() {
+                let client = match client {
+                    Ok(client) => client,
+                    // It does not listen any more.
+                    Err(error) if error.kind() == io::ErrorKind::InvalidInput => break,
+                    Err(_) => {
+                        thread::sleep(PAUSE);
+                        continue;
+                    }
+                };
                 let (uds, target, failed) = (uds.clone(), target.clone(), failed.clone());
                 thread::spawn(move || {
                     if let Err(error) = relay(&client, uds, &target) {
@@ -41,12 +56,19 @@ impl Forward {
                 });
             }
         });
-        Ok(Forward { address })
+        Ok(Forward { address, listener })
     }
 
     /// Where it listens.
-    pub fn address(&self) -> std::net::SocketAddr {
+    pub fn address(&self) -> SocketAddr {
         self.address
+    }
+}
+
+impl Drop for Forward {
+    fn drop(&mut self) {
+        // Also for whoever waits in accept.
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }
 }
 

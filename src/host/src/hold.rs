@@ -110,15 +110,14 @@ pub fn write_volume(out: &Path, arch: Arch, until: Until, format: Format) -> Res
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::process::Process;
+    use crate::process::{Process, write_program};
     use rustix::process::{Pid, Signal, kill_process};
     use std::{os::unix::process::ExitStatusExt, process::Command, time::Duration};
 
     fn run(until: Until) -> Process {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("hold");
-        fs::write(&path, program(Arch::HOST, until)).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        write_program(&path, program(Arch::HOST, until)).unwrap();
         let mut process = Process::spawn(Command::new(&path)).unwrap();
         let ended = process.wait(Duration::from_millis(200)).unwrap();
         assert_eq!(ended, None);

@@ -4,12 +4,12 @@
 
 use std::time::Duration;
 
-use crate::{Arch, Client, Command, Error, elf::static_program, files::WriteOptions};
+use crate::{Arch, Client, Command, Error, Output, elf::static_program, files::WriteOptions};
 
 /// Where the program is written: a tmpfs of the init's.
 const PATH: &str = "/run/pigeon/kill";
-/// How long a guest may take to run it.
-const TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a guest may take to run it; it may be busy.
+const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What a signal is sent to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,29 +80,29 @@ impl Client {
         let length = program.len() as u64;
         self.write_file(PATH, &mut program.as_slice(), Some(length), &options)?;
         let output = self.exec(&Command::new([PATH]).dir("/").timeout(TIMEOUT))?;
-        match output.exit_code {
-            0 => Ok(Sent::Sent),
-            errno if errno == rustix::io::Errno::SRCH.raw_os_error() => Ok(Sent::NoProcess),
-            // It was one of all processes.
-            _ if output.exit_signal != 0 => Ok(Sent::Sent),
-            errno => {
-                let error = std::io::Error::from_raw_os_error(errno);
-                Err(Error::Broken(format!(
-                    "unable to send signal {signal}: {error}"
-                )))
-            }
-        }
+        outcome(target, &output)
+            .map_err(|why| Error::Broken(format!("unable to send signal {signal}: {why}")))
+    }
+}
+
+/// What the program's end means.
+fn outcome(target: Target, output: &Output) -> Result<Sent, String> {
+    match output.exit_code {
+        0 => Ok(Sent::Sent),
+        errno if errno == rustix::io::Errno::SRCH.raw_os_error() => Ok(Sent::NoProcess),
+        _ if output.timed_out => Err("the guest has not run the program that sends it".into()),
+        // It was one of all processes.
+        _ if output.exit_signal != 0 && target == Target::All => Ok(Sent::Sent),
+        _ if output.exit_signal != 0 => Err("the program that sends it was killed".into()),
+        errno => Err(std::io::Error::from_raw_os_error(errno).to_string()),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{
-        fs,
-        os::unix::{fs::PermissionsExt, process::ExitStatusExt},
-        process,
-    };
+    use crate::process::write_program;
+    use std::{os::unix::process::ExitStatusExt, process};
 
     #[test]
     fn the_program_sends_its_signal_and_says_when_nobody_is_there() {
@@ -110,8 +110,7 @@ mod tests {
         let kill = |pid: u32, signal: u8| {
             let path = dir.path().join(format!("kill-{pid}-{signal}"));
             let code = code(Arch::HOST, Target::Process(pid), signal);
-            fs::write(&path, static_program(Arch::HOST, &code)).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            write_program(&path, static_program(Arch::HOST, &code)).unwrap();
             process::Command::new(path).status().unwrap().code()
         };
         let mut sleep = process::Command::new("sleep").arg("60").spawn().unwrap();
@@ -120,6 +119,28 @@ mod tests {
         assert_eq!(kill(pid, 15), Some(0));
         assert_eq!(sleep.wait().unwrap().signal(), Some(15));
         assert_eq!(kill(pid, 15), Some(3));
+    }
+
+    #[test]
+    fn a_program_that_was_killed_has_sent_its_signal_only_if_it_was_to_all() {
+        let killed = |timed_out: bool| Output {
+            exit_code: -1,
+            exit_signal: 9,
+            timed_out,
+            ..Output::default()
+        };
+        let one = Target::Process(7);
+        assert_eq!(outcome(Target::All, &killed(false)), Ok(Sent::Sent));
+        assert!(outcome(Target::All, &killed(true)).is_err());
+        assert!(outcome(one, &killed(false)).is_err());
+        let ended = |exit_code: i32| Output {
+            exit_code,
+            ..Output::default()
+        };
+        assert_eq!(outcome(one, &ended(0)), Ok(Sent::Sent));
+        assert_eq!(outcome(one, &ended(3)), Ok(Sent::NoProcess));
+        let why = outcome(one, &ended(1)).unwrap_err();
+        assert!(why.contains("not permitted"), "{why}");
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Host processes that end with the process that started them.
 
 use std::{
-    io,
+    io::{self, Write},
     os::unix::process::CommandExt,
+    path::Path,
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::{LazyLock, mpsc},
     thread,
@@ -10,7 +11,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use rustix::process::{Signal, set_parent_process_death_signal};
+use rustix::process::{
+    Resource, Rlimit, Signal, getrlimit, set_parent_process_death_signal, setrlimit,
+};
+use tempfile::NamedTempFile;
 
 /// A child process, killed when dropped, and by the kernel should this process die first.
 pub struct Process {
@@ -93,6 +97,26 @@ static SPAWNER: LazyLock<mpsc::Sender<Job>> = LazyLock::new(|| {
     sender
 });
 
+/// More files than a VM and its forwarded ports keep open. A program that goes through all numbers up
+/// to its limit, in place of those that are open, has done so soon.
+const OPEN_FILES: u64 = 1 << 16;
+
+/// Lets this process have as many files open as the hard limit allows, up to 65536: the usual
+/// soft limit of 1024 is for programs that use select(2), and ends at some 350 connections to a VM.
+/// Processes that it starts inherit that: QEMU's network and Firecracker's vsock need as many.
+pub fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let allowed = limit.maximum.unwrap_or(OPEN_FILES).min(OPEN_FILES);
+    if limit.current.is_some_and(|current| current < allowed) {
+        let raised = Rlimit {
+            current: Some(allowed),
+            ..limit
+        };
+        // Without it, connections wait for others to end.
+        let _as_it_was = setrlimit(Resource::Nofile, raised);
+    }
+}
+
 /// Runs a tool to its end and returns what it printed; an error holds its output.
 pub fn run(command: &mut Command) -> Result<String> {
     let Output {
@@ -112,6 +136,18 @@ pub fn run(command: &mut Command) -> Result<String> {
         );
     }
     Ok(String::from_utf8_lossy(&stdout).into_owned())
+}
+
+/// Writes a program that can be run at once. A process of its own writes it: what this one has open
+/// for writing, a child that another thread starts inherits until its execve, and the kernel runs no
+/// file that anybody writes (ETXTBSY of execve(2)).
+pub fn write_program(path: &Path, contents: impl AsRef<[u8]>) -> Result<()> {
+    let mut source = NamedTempFile::new()?;
+    source.write_all(contents.as_ref())?;
+    run(Command::new("install")
+        .arg("-m755")
+        .args([source.path(), path]))?;
+    Ok(())
 }
 
 #[cfg(test)]

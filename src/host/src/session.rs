@@ -23,6 +23,10 @@ use crate::{Client, Command, Error, client::refusal, logs::Stream, vsock::API_PO
 
 /// Most bytes of input in one message; the init takes 128 KiB.
 pub const MESSAGE: usize = 32 << 10;
+/// Bytes that wait to be sent, at most: a message, and what the init is answered while it does not read.
+const QUEUE: usize = 1 << 20;
+/// Bytes of output that are kept while input is sent, for a command that does not read what it is sent.
+const MAX_AHEAD: usize = 16 << 20;
 
 /// What comes from a session.
 #[derive(Clone, Debug, PartialEq)]
@@ -104,9 +108,27 @@ pub struct Session {
     sending: bool,
     /// Came while something had to be sent first.
     ahead: VecDeque<Event>,
+    /// Bytes that these take.
+    ahead_size: usize,
     over: bool,
     /// Messages begin with the number of their stream.
     streams: bool,
+}
+
+/// Only a flush writes: what is written is in one piece then, and nothing is written twice.
+fn config() -> WebSocketConfig {
+    WebSocketConfig::default()
+        .write_buffer_size(QUEUE)
+        .max_write_buffer_size(QUEUE + 1)
+}
+
+/// Bytes that it takes to keep an event.
+fn size(event: &Event) -> usize {
+    let bytes = match event {
+        Event::Output(_, bytes) => bytes.len(),
+        Event::Exit(_) => 0,
+    };
+    size_of::<Event>() + bytes
 }
 
 impl Session {
@@ -146,12 +168,10 @@ impl Session {
         streams: bool,
     ) -> Result<Session, Error> {
         let stream = client.port(API_PORT)?;
-        // Only a flush writes: what is written is in one piece then, and nothing is written twice.
-        let config = WebSocketConfig::default().write_buffer_size(usize::MAX >> 1);
         let upgrade = "ws://localhost/v1/ws/exec".into_client_request();
         let upgrade = upgrade.map_err(Error::broken)?;
         let (socket, _) =
-            client_with_config(upgrade, stream, Some(config)).map_err(|error| match error {
+            client_with_config(upgrade, stream, Some(config())).map_err(|error| match error {
                 HandshakeError::Failure(tungstenite::Error::Http(response)) => {
                     let body = response.body().as_deref().unwrap_or_default();
                     refusal(response.status().as_u16(), body)
@@ -163,13 +183,7 @@ impl Session {
             .get_ref()
             .set_nonblocking(true)
             .map_err(Error::broken)?;
-        let mut session = Session {
-            socket,
-            sending: false,
-            ahead: VecDeque::new(),
-            over: false,
-            streams,
-        };
+        let mut session = Session::new(socket, streams);
         if let Some((columns, rows)) = terminal {
             (request["cols"], request["rows"]) = (json!(columns), json!(rows));
         }
@@ -178,8 +192,20 @@ impl Session {
         Ok(session)
     }
 
+    fn new(socket: WebSocket<UnixStream>, streams: bool) -> Session {
+        Session {
+            socket,
+            sending: false,
+            ahead: VecDeque::new(),
+            ahead_size: 0,
+            over: false,
+            streams,
+        }
+    }
+
     /// Sends input to the command, all of it. What it writes meanwhile is kept for
-    /// [`next`](Session::next).
+    /// [`next`](Session::next), up to 16 MiB: a command that writes more before it has read its input
+    /// is an error, and needs [`queue_input`](Session::queue_input).
     pub fn send(&mut self, input: &[u8]) -> Result<(), Error> {
         for chunk in input.chunks(MESSAGE) {
             self.queue_input(chunk)?;
@@ -217,7 +243,10 @@ impl Session {
     pub fn try_next(&mut self) -> Result<Option<Event>, Error> {
         match self.ahead.pop_front() {
             None => self.receive(),
-            event => Ok(event),
+            Some(event) => {
+                self.ahead_size -= size(&event);
+                Ok(Some(event))
+            }
         }
     }
 
@@ -251,6 +280,10 @@ impl Session {
     fn queue(&mut self, message: Message) -> Result<(), Error> {
         self.sending = true;
         match self.socket.write(message) {
+            // It is queued; the answer to a ping that was to be sent at once is, too.
+            Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                Ok(())
+            }
             Err(error) if !self.over => self.failed(error),
             _ => Ok(()),
         }
@@ -282,9 +315,26 @@ impl Session {
         while self.sending && !self.over {
             self.wait()?;
             while let Some(event) = self.receive()? {
-                self.ahead.push_back(event);
+                self.keep(event)?;
             }
             self.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Keeps what has come while something else is done.
+    fn keep(&mut self, event: Event) -> Result<(), Error> {
+        let event = match event {
+            // A copy: the bytes may be a small part of a buffer that they would keep.
+            Event::Output(stream, bytes) => Event::Output(stream, Bytes::copy_from_slice(&bytes)),
+            event => event,
+        };
+        self.ahead_size += size(&event);
+        self.ahead.push_back(event);
+        if self.ahead_size > MAX_AHEAD {
+            self.over = true;
+            let error = "the command writes on and on and does not read its input";
+            return Err(Error::Broken(error.into()));
         }
         Ok(())
     }
@@ -377,5 +427,84 @@ impl Session {
 impl AsFd for Session {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.get_ref().as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{
+        io::{Read, Write},
+        thread,
+    };
+    use tungstenite::protocol::Role;
+
+    /// A session, and the init's end of its connection.
+    fn session() -> (Session, UnixStream) {
+        let (near, far) = UnixStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let socket = WebSocket::from_raw_socket(near, Role::Client, Some(config()));
+        (Session::new(socket, false), far)
+    }
+
+    /// A frame of the init's, which is not masked. (RFC 6455 section 5.2)
+    fn frame(first: u8, bytes: &[u8]) -> Vec<u8> {
+        let length = u16::try_from(bytes.len()).unwrap();
+        [&[first, 126], &length.to_be_bytes()[..], bytes].concat()
+    }
+
+    #[test]
+    fn a_command_that_writes_and_does_not_read_is_given_up() {
+        let (mut session, mut init) = session();
+        let init = thread::spawn(move || {
+            let output = frame(0x82, &[b'y'; 60_000]);
+            let mut sent = 0;
+            while sent < 2 * MAX_AHEAD && init.write_all(&output).is_ok() {
+                sent += output.len();
+            }
+            // Without a limit all of it is taken, and then the input goes on.
+            let _ = io::copy(&mut init, &mut io::sink());
+            sent
+        });
+        let error = session.send(&vec![0; 4 << 20]).unwrap_err().to_string();
+        assert!(error.contains("does not read its input"), "{error}");
+        // What has come before is there.
+        assert!(matches!(session.try_next(), Ok(Some(Event::Output(..)))));
+        drop(session);
+        assert!(init.join().unwrap() < 2 * MAX_AHEAD);
+    }
+
+    #[test]
+    fn an_init_that_pings_and_does_not_read_is_answered_up_to_a_limit() {
+        let (mut session, mut init) = session();
+        init.set_nonblocking(true).unwrap();
+        let pings = frame(0x89, &[b'p'; 125]);
+        // RFC 6455 section 5.5: a control frame has a length of one byte.
+        let pings = [&[0x89, 125], &pings[4..]].concat().repeat(500);
+        for round in 0..100 {
+            let mut left = &pings[..];
+            while !left.is_empty() {
+                match init.write(left) {
+                    Ok(size) => left = &left[size..],
+                    Err(_) => assert_eq!(session.try_next().unwrap(), None),
+                }
+            }
+            // More than the socket takes, and less than the queue: input is taken as well.
+            if round == 10 {
+                session.queue_input(b"input").unwrap();
+            }
+        }
+        let mut answered = 0;
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            session.flush().unwrap();
+            match init.read(&mut buffer) {
+                Ok(size) => answered += size,
+                Err(_) => break,
+            }
+        }
+        // Beside the queue the socket has a buffer, which net.core.wmem_default bounds.
+        assert!(answered > 1000, "{answered}");
+        assert!(answered < QUEUE + (1 << 20), "{answered}");
     }
 }

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 
 use crate::Error;
 
@@ -34,12 +34,33 @@ pub fn connect(socket: &Path, port: u32, timeout: Duration) -> Result<UnixStream
 /// An error when a new socket at `path` would take the place of one that is in use, or of a file.
 /// One that somebody who ended has left, or a link to it, is nobody's.
 pub fn ensure_vacant(path: &Path) -> anyhow::Result<()> {
-    if UnixStream::connect(path).is_ok() {
-        bail!("{} is in use already", path.display());
+    match UnixStream::connect(path) {
+        Ok(_) => bail!("{} is in use already", path.display()),
+        // Nobody listens (unix(7)).
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ) => {}
+        Err(error) => {
+            return Err(error).with_context(|| format!("unable to look at {}", path.display()));
+        }
     }
     match fs::metadata(path) {
         Ok(there) if !there.file_type().is_socket() => {
             bail!("{} is there, and is not a socket", path.display())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Removes the socket at `path`, if there is one and nobody listens on it. It is an error if there is
+/// anything else, which stays.
+pub fn vacate(path: &Path) -> anyhow::Result<()> {
+    ensure_vacant(path)?;
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("unable to remove {}", path.display()))
         }
         _ => Ok(()),
     }
@@ -74,7 +95,34 @@ fn handshake(stream: &mut UnixStream, port: u32, timeout: Duration) -> io::Resul
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{os::unix::net::UnixListener, thread};
+    use std::{
+        os::unix::{
+            fs::symlink,
+            net::{UnixDatagram, UnixListener},
+        },
+        thread,
+    };
+
+    #[test]
+    fn only_a_socket_that_nobody_listens_on_makes_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let _live = UnixListener::bind(path("live")).unwrap();
+        let _other = UnixDatagram::bind(path("other")).unwrap();
+        drop(UnixListener::bind(path("left")).unwrap());
+        fs::write(path("file"), "x").unwrap();
+        fs::create_dir(path("directory")).unwrap();
+        symlink("live", path("link")).unwrap();
+        symlink("left", path("link to left")).unwrap();
+        for name in ["live", "other", "file", "directory", "link"] {
+            assert!(vacate(&path(name)).is_err(), "{name}");
+            assert!(path(name).exists(), "{name}");
+        }
+        for name in ["link to left", "left", "none"] {
+            vacate(&path(name)).unwrap();
+            assert!(path(name).symlink_metadata().is_err(), "{name}");
+        }
+    }
 
     #[test]
     fn the_handshake_leaves_the_guests_bytes_alone() {

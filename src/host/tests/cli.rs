@@ -8,10 +8,16 @@ use std::{
     fs,
     os::unix::{fs::PermissionsExt, net::UnixListener},
     process::{Command, Stdio},
+    thread,
+    time::Duration,
 };
 
-use common::{Place, Tar, docker_save, owner};
-use pigeon::Arch;
+use common::{
+    Place, Tar, docker_save,
+    fake::{Qemu, Vm},
+    owner,
+};
+use pigeon::{Arch, process::write_program};
 use serde_json::{Value, json};
 
 /// Standard output, standard error and exit code of `pigeon WORDS` in a place of its own.
@@ -42,6 +48,36 @@ fn pigeon_with(place: &Place, path: &str, words: &[&str]) -> (String, String, i3
     )
 }
 
+/// A command line of `pigeon run` for a VM with the socket `app.vsock`, on a stand-in for QEMU.
+fn run_on_stand_in(place: &Place) -> (Command, Vm, Qemu) {
+    let vm = Vm::start(place.0.path(), |mut connection| {
+        match connection.request.line.as_str() {
+            "POST /v1/signals" => connection.answer(200, "", b"{\"ok\":true}"),
+            _ => connection.answer(404, "", b"{\"error\":\"no such path\"}"),
+        }
+    });
+    let console = "pigeon-init: level=info msg=\"workload exited\" exit_code=7 oom_killed=false\n";
+    let qemu = Qemu::start(&vm, &place.path("app.vsock"), console);
+    let mut ext4 = vec![0; 2 << 10];
+    ext4[1080..1082].copy_from_slice(&[0x53, 0xef]);
+    place.write("app.ext4", ext4);
+    place.write("kernel", "");
+    place.write("initrd", "");
+    let path = std::env::var("PATH").unwrap();
+    let path = format!("{}:{path}", place.0.path().display());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pigeon"));
+    command
+        .args(["run", "--vmm", "qemu", "--kernel", "kernel"])
+        .args(["--initrd", "initrd", "--uds", "app.vsock", "app.ext4", "id"])
+        .current_dir(place.0.path())
+        .env("PATH", path)
+        .env("XDG_RUNTIME_DIR", place.0.path())
+        .env("XDG_STATE_HOME", place.0.path())
+        .env_remove("PIGEON_UDS")
+        .env_remove("PIGEON_ARCH");
+    (command, vm, qemu)
+}
+
 /// The error of `pigeon WORDS`, which is this command's own.
 fn complaint(place: &Place, words: &[&str]) -> String {
     let (out, said, code) = pigeon(place, words);
@@ -50,8 +86,7 @@ fn complaint(place: &Place, words: &[&str]) -> String {
 }
 
 fn program(place: &Place, name: &str, script: &str) {
-    let path = place.write(name, format!("#!/bin/sh\n{script}"));
-    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    write_program(&place.path(name), format!("#!/bin/sh\n{script}")).unwrap();
 }
 
 #[test]
@@ -107,12 +142,25 @@ fn an_error_says_what_to_do_next() {
     let words = ["run", "--disk", "none:/data", "app.ext4", "id"];
     let said = complaint(&place, &words);
     assert!(said.contains("none does not exist: add ,size=1G"), "{said}");
+    // What does not even start leaves what is kept of the last VM of that image.
+    fs::create_dir_all(place.0.path().join("pigeon/vms/app")).unwrap();
+    let record = json!({"name": "app", "auto": true, "started": 1, "ended": 2, "exit_code": 5});
+    place.write("pigeon/vms/app/vm.json", record.to_string());
+    place.write("pigeon/vms/app/console", "the last words");
     let words = ["run", "--uds", "app.ext4", "app.ext4", "id"];
     let said = complaint(&place, &words);
     assert!(
         said.contains("app.ext4 is there, and is not a socket"),
         "{said}"
     );
+    let (listed, _, _) = pigeon(&place, &["ps", "-a"]);
+    assert!(listed.contains("exited (5)"), "{listed}");
+    let (console, _, _) = pigeon(&place, &["logs", "--console", "app"]);
+    assert_eq!(console, "the last words");
+    let (removed, _, code) = pigeon(&place, &["rm", "app"]);
+    assert_eq!((removed.as_str(), code), ("app\n", 0));
+    complaint(&place, &words);
+    assert!(!place.0.path().join("pigeon/vms/app").exists());
     let said = complaint(&place, &["rootfs", "./none.tar", "out.ext4"]);
     assert!(said.contains("there is no ./none.tar"), "{said}");
     let said = complaint(&place, &["rootfs", "app.ext4", "nowhere/out.ext4"]);
@@ -123,6 +171,84 @@ fn an_error_says_what_to_do_next() {
     assert_eq!(pigeon(&place, &["signal", "NOSUCH"]).2, 125);
     assert_eq!(pigeon(&place, &["run", "--help"]).2, 0);
     assert_eq!(pigeon(&place, &["list", "--json"]).0, "[]\n");
+}
+
+#[test]
+fn what_is_at_the_socket_of_a_vm_that_has_ended_stays_unless_nobody_uses_it() {
+    let place = Place::new();
+    let path = |name: &str| place.path(name);
+    let ended = |name: &str, uds: &str| {
+        let dir = path(&format!("pigeon/vms/{name}"));
+        fs::create_dir_all(&dir).unwrap();
+        let record = json!({"name": name, "uds": path(uds), "ended": 2, "exit_code": 0});
+        fs::write(dir.join("vm.json"), record.to_string()).unwrap();
+        fs::write(dir.join("lock"), "").unwrap();
+    };
+    ended("a", "vm.vsock");
+    ended("b", "notes");
+    ended("c", "left.vsock");
+    // Another VM's, the user's own, and nobody's.
+    let other = UnixListener::bind(path("vm.vsock")).unwrap();
+    other.set_nonblocking(true).unwrap();
+    place.write("notes", "precious");
+    drop(UnixListener::bind(path("left.vsock")).unwrap());
+    let (listed, said, code) = pigeon(&place, &["ps", "-a", "-q"]);
+    assert_eq!((listed.as_str(), code), ("a\nb\nc\n", 0), "{said}");
+    // Who only looks does not even connect.
+    assert!(other.accept().is_err());
+    assert!(path("vm.vsock").exists() && path("notes").exists());
+    let (removed, said, code) = pigeon(&place, &["rm", "a", "b", "c"]);
+    assert_eq!((removed.as_str(), code), ("a\nb\nc\n", 0), "{said}");
+    assert!(path("vm.vsock").exists() && !path("left.vsock").exists());
+    assert_eq!(fs::read_to_string(path("notes")).unwrap(), "precious");
+}
+
+#[test]
+fn a_file_at_the_path_of_a_runs_socket_for_events_stays() {
+    let place = Place::new();
+    let (mut command, vm, qemu) = run_on_stand_in(&place);
+    let path = place.write("app.vsock_10001", "precious");
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    let mut run = command.stderr(Stdio::piped()).spawn().unwrap();
+    // The VM is up when it is asked something.
+    while vm.lines().is_empty() && run.try_wait().unwrap().is_none() {
+        thread::sleep(Duration::from_millis(5));
+    }
+    qemu.end();
+    let output = run.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(7), "{said}");
+    assert!(
+        said.contains("app.vsock_10001 is there, and is not a socket"),
+        "{said}"
+    );
+    assert_eq!(fs::read_to_string(path).unwrap(), "precious");
+}
+
+#[test]
+fn ctrl_backslash_is_the_workloads_and_the_terminal_is_put_in_order_at_the_end() {
+    let place = Place::new();
+    let (command, vm, qemu) = run_on_stand_in(&place);
+    let mut terminal = pty::Terminal::spawn(command, (80, 24));
+    let before = terminal.modes().local_modes;
+    terminal.expect("Ctrl-C stops it");
+    while terminal.modes().local_modes == before {
+        assert!(!terminal.has_ended(), "{}", terminal.shown());
+        thread::sleep(Duration::from_millis(5));
+    }
+    terminal.type_text("\x1c");
+    let sent = || {
+        let mut requests = vm.requests().into_iter();
+        requests.find(|request| request.line == "POST /v1/signals")
+    };
+    while sent().is_none() {
+        assert!(!terminal.has_ended(), "{}", terminal.shown());
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(sent().unwrap().body, b"{\"signal\":3}");
+    qemu.end();
+    assert_eq!(terminal.wait().code(), Some(7), "{}", terminal.shown());
+    assert_eq!(terminal.modes().local_modes, before);
 }
 
 #[test]

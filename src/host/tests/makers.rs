@@ -130,7 +130,7 @@ fn output_of(place: &Place, image: &Path) -> String {
 #[test]
 fn what_buildah_writes_and_skopeo_copies_boots_from_every_format() {
     let place = Place::new();
-    place.write("base.tar", busybox_layer());
+    place.write("base.tar", busybox_layer(common::arch()));
     let policy = r#"{"default": [{"type": "insecureAcceptAnything"}]}"#;
     place.write("policy.json", policy);
     shell(&place, BUILDAH);
@@ -208,7 +208,7 @@ fn what_buildah_writes_and_skopeo_copies_boots_from_every_format() {
 #[test]
 fn what_umoci_makes_boots() {
     let place = Place::new();
-    place.write("base.tar", busybox_layer());
+    place.write("base.tar", busybox_layer(common::arch()));
     shell(&place, UMOCI);
     let (image, config, form) = make(&place, "made", &[]);
     assert_eq!(form, "OCI image");

@@ -8,7 +8,7 @@ use std::{
     collections::BTreeSet,
     env, fs,
     net::TcpStream,
-    os::unix::fs::{PermissionsExt, symlink},
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -16,7 +16,10 @@ use std::{
 };
 
 use common::{Place, Tar, busybox_layer, docker_save};
-use pigeon::{Arch, assets, process::run};
+use pigeon::{
+    Arch, assets,
+    process::{run, write_program},
+};
 use pty::{TIMEOUT, Terminal};
 use serde_json::{Value, json};
 
@@ -49,12 +52,12 @@ const CODES: &[(&str, i32)] = &[
     ("pigeon run app.ext4", 125),
 ];
 
-/// What the README's application does.
+/// What the README's application does. Its shell says nothing of a `sleep` that a signal has killed.
 const SERVE: &str = "#!/bin/sh\n\
     trap 'echo \"good bye\"; exit 0' TERM\n\
     trap 'echo \"configuration read again\"' HUP\n\
     echo \"serving as $(id -un) in $(pwd)\"\n\
-    while :; do sleep 0.1; done\n";
+    while :; do sleep 0.1; done 2>/dev/null\n";
 
 /// Its accounts.
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n\
@@ -392,11 +395,10 @@ impl Reader {
             ("cargo", &cargo),
             ("mmdebstrap", &mmdebstrap),
         ] {
-            fs::write(bin.join(name), script).unwrap();
-            fs::set_permissions(bin.join(name), fs::Permissions::from_mode(0o755)).unwrap();
+            write_program(&bin.join(name), script).unwrap();
         }
         let config = json!({
-            "architecture": common::arch().debian_name(),
+            "architecture": Arch::HOST.debian_name(),
             "os": "linux",
             "config": {
                 "Entrypoint": ["/home/app/serve"],
@@ -410,7 +412,7 @@ impl Reader {
             .program("home/app/serve", SERVE)
             .file("etc/passwd", PASSWD)
             .bytes();
-        let saved = docker_save(&[busybox_layer(), app], &config, "app:latest");
+        let saved = docker_save(&[busybox_layer(Arch::HOST), app], &config, "app:latest");
         fs::write(bin.join("saved"), saved).unwrap();
         Reader {
             place,
@@ -422,9 +424,9 @@ impl Reader {
         self.place.path("clone").join(name)
     }
 
-    /// What the README calls build/NAME, for the architecture at hand.
+    /// What the README calls build/NAME.
     fn built(&self, name: &str) -> PathBuf {
-        let dir = assets::build_dir(common::arch());
+        let dir = assets::build_dir(Arch::HOST);
         let dir = dir.strip_prefix(assets::repository()).unwrap();
         let name = name.strip_prefix("build/").unwrap();
         self.place.path("clone").join(dir).join(name)
@@ -508,7 +510,7 @@ impl Reader {
             }
             _ if command.starts_with("build/init ") => {
                 let init = self.built("build/init");
-                let mut init = common::arch().run_here(&init).unwrap();
+                let mut init = Arch::HOST.run_here(&init).unwrap();
                 init.args(command.split(' ').skip(1));
                 init.current_dir(self.place.path("clone"));
                 assert_shown(&self.output(init, 0), shown);
@@ -551,7 +553,7 @@ impl Reader {
         terminal.type_text("\x03");
         let status = terminal.wait();
         // The terminal shows what is typed where it happens to be in its line.
-        let keyboard = common::arch().has_keyboard();
+        let keyboard = Arch::HOST.has_keyboard();
         let told = |line: &&String| *line != "^C" && (keyboard || !line.contains("ctrl-alt-del"));
         wait_for(&mut terminal, shown.iter().filter(told));
         assert!(status.success(), "{}", terminal.shown());
@@ -629,7 +631,7 @@ impl Reader {
         );
         let path = self.place.write("run.json", document.to_string());
         let init = self.built("build/init");
-        let mut init = common::arch().run_here(&init).unwrap();
+        let mut init = Arch::HOST.run_here(&init).unwrap();
         init.arg("--check").arg(path);
         let said = self.output(init, 0).join("\n");
         assert!(

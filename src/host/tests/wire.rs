@@ -1,19 +1,22 @@
 //! The client against a stand-in for the API, and the commands that are made of it.
 
 mod common;
+#[path = "common/pty.rs"]
+mod pty;
 
 use std::{
     fs,
-    io::{Read, Write},
-    net::{Shutdown, TcpStream},
+    io::{BufRead, BufReader, Read, Write},
+    net::{Shutdown, TcpListener, TcpStream},
     os::unix::fs::PermissionsExt,
-    process::{Command, Output, Stdio},
+    process::{Child, Command, Output, Stdio},
+    sync::mpsc,
     time::Duration,
 };
 
 use common::{
-    Place,
-    fake::{Connection, Vm},
+    Place, Tar,
+    fake::{self, Connection, Vm},
 };
 use pigeon::{
     Client, Error,
@@ -21,16 +24,26 @@ use pigeon::{
     forward::Forward,
     logs::Stream,
     mounts::Mount,
+    process::Process,
     snapshot::{Prepare, Restore},
 };
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
+use tar::EntryType;
 use tungstenite::{
     Message, WebSocket,
     protocol::{CloseFrame, Role, frame::coding::CloseCode},
 };
 
 fn pigeon(place: &Place, vm: &Vm, words: &[&str], input: &[u8]) -> Output {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_pigeon"))
+    let mut child = spawn(place, vm, words);
+    // It may end without reading it.
+    let _ = child.stdin.take().unwrap().write_all(input);
+    child.wait_with_output().unwrap()
+}
+
+fn spawn(place: &Place, vm: &Vm, words: &[&str]) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_pigeon"))
         .args(words)
         .current_dir(place.0.path())
         .env("XDG_RUNTIME_DIR", place.0.path())
@@ -40,14 +53,65 @@ fn pigeon(place: &Place, vm: &Vm, words: &[&str], input: &[u8]) -> Output {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .unwrap();
-    // It may end without reading it.
-    let _ = child.stdin.take().unwrap().write_all(input);
-    child.wait_with_output().unwrap()
+        .unwrap()
 }
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+#[test]
+fn a_signal_ends_a_snapshot_when_the_vm_goes_on() {
+    for (signal, code) in [
+        (Signal::HUP, 129),
+        (Signal::INT, 130),
+        (Signal::QUIT, 131),
+        (Signal::TERM, 143),
+    ] {
+        let place = Place::new();
+        let vm = Vm::start(place.0.path(), |mut connection| {
+            connection.answer(200, "", b"{\"ok\":true,\"token\":\"a1\"}");
+        });
+        // A VM of `pigeon run --restorable`, which runs.
+        let kept = place.path("pigeon/vms/app");
+        fs::create_dir_all(&kept).unwrap();
+        let restorable =
+            json!({"dir": place.path(""), "kernel": "/kernel", "disks": [], "nic": "none"});
+        let record = json!({"name": "app", "uds": vm.uds, "restorable": restorable});
+        fs::write(kept.join("vm.json"), record.to_string()).unwrap();
+        let lock = fs::File::create(kept.join("lock")).unwrap();
+        lock.lock().unwrap();
+        let (starting, started) = mpsc::channel::<Pid>();
+        let (sender, calls) = mpsc::channel();
+        let state = place.path("made/state");
+        fake::firecracker(&place.path("api.sock"), move |mut connection| {
+            if connection.request.line == "PUT /snapshot/create" {
+                fs::write(&state, "half").unwrap();
+                kill_process(started.recv().unwrap(), signal).unwrap();
+            }
+            let body = text(&connection.request.body);
+            sender
+                .send((connection.request.line.clone(), body))
+                .unwrap();
+            connection.answer(204, "", b"");
+        });
+        let child = spawn(&place, &vm, &["snapshot", "app", "made"]);
+        starting.send(Pid::from_child(&child)).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let said = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{signal:?}: {said}");
+        assert!(said.contains("no snapshot: ended by SIG"), "{said}");
+        let calls: Vec<_> = calls.try_iter().collect();
+        let state = |state: &str| ("PATCH /vm".into(), json!({"state": state}).to_string());
+        assert_eq!(calls.len(), 3, "{calls:?}");
+        assert_eq!(
+            (&calls[0], &calls[2]),
+            (&state("Paused"), &state("Resumed"))
+        );
+        let expected = ["POST /v1/snapshot/prepare", "POST /v1/snapshot/cancel"];
+        assert_eq!(vm.lines(), expected);
+        assert!(!place.path("made").exists());
+    }
 }
 
 #[test]
@@ -361,6 +425,318 @@ fn cp_copies_to_a_file_or_into_a_directory() {
 }
 
 #[test]
+fn cp_replaces_regular_files_alone_and_what_a_link_leads_to() {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    use std::os::unix::fs::{FileTypeExt, symlink};
+    let place = Place::new();
+    let vm = Vm::start(place.0.path(), files);
+    let copy = |destination: &str| {
+        let output = pigeon(&place, &vm, &["cp", ":/etc/motd", destination], b"");
+        (text(&output.stderr), output.status.code())
+    };
+    let refused = |destination: &str| {
+        let (said, code) = copy(destination);
+        assert!(
+            said.contains("is there, and is not a regular file"),
+            "{said}"
+        );
+        assert_eq!(code, Some(125));
+    };
+    fs::create_dir(place.path("dir")).unwrap();
+    for fifo in ["fifo", "dir/motd"] {
+        mknodat(CWD, place.path(fifo), FileType::Fifo, Mode::RWXU, 0).unwrap();
+    }
+    symlink("fifo", place.path("to_fifo")).unwrap();
+    let _listener = std::os::unix::net::UnixListener::bind(place.path("socket")).unwrap();
+    for destination in ["fifo", "to_fifo", "dir", "socket", "/proc/self/fd/1"] {
+        refused(destination);
+    }
+    for fifo in ["fifo", "dir/motd"] {
+        let kind = fs::symlink_metadata(place.path(fifo)).unwrap().file_type();
+        assert!(kind.is_fifo());
+    }
+    // A device of our own: the host's is not to be lost.
+    let device = rustix::fs::makedev(1, 3);
+    let null = place.path("null");
+    if mknodat(CWD, &null, FileType::CharacterDevice, Mode::RWXU, device).is_ok() {
+        symlink("null", place.path("to_null")).unwrap();
+        refused("null");
+        refused("to_null");
+        let kind = fs::symlink_metadata(&null).unwrap().file_type();
+        assert!(kind.is_char_device());
+    }
+    // The link stays, and leads to the copy; also a link to a link, and to nothing yet.
+    fs::create_dir(place.path("far")).unwrap();
+    fs::write(place.path("far/old"), "old").unwrap();
+    for (link, target) in [("a", "far/old"), ("b", "a"), ("c", "far/new")] {
+        symlink(target, place.path(link)).unwrap();
+        assert_eq!(copy(link), (String::new(), Some(0)));
+        assert_eq!(
+            fs::read_link(place.path(link)).unwrap().to_str(),
+            Some(target)
+        );
+        assert_eq!(fs::read_to_string(place.path(link)).unwrap(), "welcome\n");
+        let file = fs::canonicalize(place.path(link)).unwrap();
+        fs::write(file, "old").unwrap();
+    }
+    symlink("loop", place.path("loop")).unwrap();
+    assert!(copy("loop").0.contains("too many symbolic links"));
+    // What a guest has put into a directory does not lead out of it.
+    fs::create_dir(place.path("copied")).unwrap();
+    symlink("../far/old", place.path("copied/motd")).unwrap();
+    assert_eq!(copy("copied").1, Some(0));
+    assert!(
+        fs::symlink_metadata(place.path("copied/motd"))
+            .unwrap()
+            .is_file()
+    );
+    assert_eq!(fs::read_to_string(place.path("far/old")).unwrap(), "old");
+}
+
+/// `pigeon cp :/data DESTINATION` in `place`, from a guest whose tar sends this: what it says, and its
+/// exit code.
+fn cp_directory(place: &Place, archive: Vec<u8>, destination: &str) -> (String, Option<i32>) {
+    let guest = tempfile::tempdir().unwrap();
+    let vm = Vm::start(guest.path(), move |mut connection| {
+        match connection.request.line.as_str() {
+            "HEAD /v1/files?path=/data" => connection.send(b"HTTP/1.1 409 Conflict\r\n\r\n"),
+            "POST /v1/exec" => {
+                let done = json!({"exit_code": 0, "exit_signal": 0, "stdout": "", "stderr": ""});
+                connection.answer(200, "", done.to_string().as_bytes());
+            }
+            "GET /v1/sessions" => connection.answer(200, "", b"[]"),
+            _ => {
+                let mut socket = upgrade(connection);
+                socket.read().unwrap();
+                for piece in archive.chunks(60 << 10) {
+                    let piece = [b"\x01", piece].concat();
+                    socket.send(Message::binary(piece)).unwrap();
+                }
+                let exit = r#"{"Exit":{"code":0,"signal":null}}"#;
+                socket.send(Message::text(exit)).unwrap();
+                while socket.read().is_ok() {}
+            }
+        }
+    });
+    let output = pigeon(place, &vm, &["cp", ":/data", destination], b"");
+    (text(&output.stderr), output.status.code())
+}
+
+#[test]
+fn a_directory_of_a_guest_has_its_modes_but_for_those_that_give_rights() {
+    let place = Place::new();
+    let tar = Tar::new()
+        .dir("./", 0o755, (0, 0))
+        .dir("./sealed", 0o7555, (0, 0))
+        .entry(
+            EntryType::Regular,
+            b"./sealed/su",
+            b"",
+            (0, 0),
+            0o6751,
+            b"x",
+        )
+        .entry(EntryType::Char, b"./null", b"", (0, 0), 0o666, b"")
+        .entry(EntryType::Fifo, b"./fifo", b"", (0, 0), 0o666, b"")
+        .symlink("./link", "/etc/passwd")
+        .hard_link("./hard", "./sealed/su");
+    let (said, code) = cp_directory(&place, tar.bytes(), "here");
+    let mode = |name: &str| {
+        let found = fs::symlink_metadata(place.path(name)).unwrap();
+        found.permissions().mode() & 0o7777
+    };
+    assert_eq!(mode("here/sealed"), 0o555);
+    assert_eq!(mode("here/sealed/su"), 0o751);
+    assert_eq!(mode("here/hard"), 0o751);
+    assert_eq!(
+        fs::read_link(place.path("here/link")).unwrap().to_str(),
+        Some("/etc/passwd")
+    );
+    let mut names: Vec<_> = fs::read_dir(place.path("here")).unwrap().collect();
+    names.sort_by_key(|entry| entry.as_ref().unwrap().file_name());
+    let names: Vec<_> = names
+        .into_iter()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert_eq!(names, ["hard", "link", "sealed"]);
+    let left_out = |name: &str| format!("pigeon: \"{name}\": left out: a device or a FIFO\n");
+    assert_eq!(said, [left_out("./null"), left_out("./fifo")].concat());
+    assert_eq!(code, Some(0));
+}
+
+#[test]
+fn a_directory_of_a_hostile_guest_reaches_nothing_outside_of_its_destination() {
+    use std::os::unix::fs::{MetadataExt, symlink};
+    let outside = Place::new();
+    fs::set_permissions(outside.0.path(), fs::Permissions::from_mode(0o700)).unwrap();
+    let victim = outside.write("victim", "kept");
+    let dir = outside.0.path().to_str().unwrap().to_string();
+    let victim = victim.to_str().unwrap().to_string();
+    let file = |tar: Tar, name: &str| tar.file(name, "evil");
+    let archives = [
+        ("an absolute name", file(Tar::new(), &victim)),
+        ("a parent", file(Tar::new(), "../../victim")),
+        (
+            "parents",
+            file(Tar::new().dir("a", 0o755, (0, 0)), "a/../../../victim"),
+        ),
+        (
+            "a link to a directory",
+            file(Tar::new().symlink("l", &dir), "l/victim"),
+        ),
+        (
+            "a link to it below",
+            file(Tar::new().symlink("l", &dir), "l/new/victim"),
+        ),
+        (
+            "a relative link",
+            file(Tar::new().symlink("l", "../.."), "l/victim"),
+        ),
+        (
+            "a link to a link",
+            file(Tar::new().symlink("m", &dir).symlink("l", "m"), "l/victim"),
+        ),
+        (
+            "a link in the file's place",
+            file(Tar::new().symlink("l", &victim), "l"),
+        ),
+        (
+            "a link in the directory's place",
+            Tar::new().symlink("l", &dir).dir("l", 0o777, (0, 0)),
+        ),
+        (
+            "a directory below a link",
+            Tar::new().symlink("l", &dir).dir("l/new", 0o777, (0, 0)),
+        ),
+        ("a hard link", file(Tar::new().hard_link("h", &victim), "h")),
+        (
+            "a hard link to a parent's",
+            file(Tar::new().hard_link("h", "../../victim"), "h"),
+        ),
+        (
+            "a hard link by a link",
+            file(
+                Tar::new().symlink("l", &dir).hard_link("h", "l/victim"),
+                "h",
+            ),
+        ),
+        (
+            "a hard link of a link",
+            Tar::new().symlink("l", &victim).hard_link("h", "l"),
+        ),
+    ];
+    for (what, tar) in archives {
+        // In a directory beside the victim, so that `..` leads to it.
+        let place = Place(tempfile::tempdir_in(outside.0.path()).unwrap());
+        let into = place.path("into");
+        let (said, code) = cp_directory(&place, tar.bytes(), into.to_str().unwrap());
+        println!("{what}: {code:?} {said}");
+        let found = fs::metadata(&victim).unwrap();
+        assert_eq!(fs::read_to_string(&victim).unwrap(), "kept", "{what}");
+        assert_eq!(found.nlink(), 1, "{what}");
+        let mode = fs::metadata(&dir).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700, "{what}");
+        let names = |dir: &std::path::Path| fs::read_dir(dir).unwrap().count();
+        assert_eq!(
+            (names(outside.0.path()), names(place.0.path())),
+            (2, 1),
+            "{what}"
+        );
+    }
+    // Nor does what an earlier copy has left lead out of it.
+    let place = Place::new();
+    fs::create_dir(place.path("copied")).unwrap();
+    symlink(&dir, place.path("copied/data")).unwrap();
+    let (said, code) = cp_directory(&place, file(Tar::new(), "victim").bytes(), "copied");
+    assert!(said.contains("copied/data is a symbolic link"), "{said}");
+    assert_eq!(code, Some(125));
+    assert_eq!(fs::read_to_string(&victim).unwrap(), "kept");
+}
+
+#[test]
+fn a_name_of_a_guest_has_a_limit() {
+    let place = Place::new();
+    let tar = |size: usize| {
+        let name = vec![b'n'; size];
+        let tar = Tar::new().entry(
+            EntryType::GNULongName,
+            b"././@LongLink",
+            b"",
+            (0, 0),
+            0,
+            &name,
+        );
+        tar.file("x", "y").bytes()
+    };
+    let (said, code) = cp_directory(&place, tar(200), "short");
+    assert_eq!((said.as_str(), code), ("", Some(0)));
+    assert!(place.path("short").join("n".repeat(200)).exists());
+    let (said, code) = cp_directory(&place, tar(2 << 20), "long");
+    assert!(said.contains("headers of over 1048576 bytes"), "{said}");
+    assert_eq!(code, Some(125));
+}
+
+#[test]
+fn the_beginning_of_a_text_is_read_however_long_it_is() {
+    let place = Place::new();
+    let vm = Vm::start(place.0.path(), |mut connection| {
+        if connection.request.line == "GET /v1/files?path=/small" {
+            return connection.answer(200, "", b"caf\xe9");
+        }
+        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n");
+        while connection.stream.get_mut().write_all(&[b'z'; 4096]).is_ok() {}
+    });
+    let client = Client::new(&vm.uds);
+    assert_eq!(client.read_text("/small", 100).unwrap(), "caf\u{fffd}");
+    assert_eq!(client.read_text("/endless", 100).unwrap(), "z".repeat(100));
+}
+
+#[test]
+fn what_a_guest_says_of_a_failed_copy_has_a_limit() {
+    let place = Place::new();
+    let vm = Vm::start(place.0.path(), |mut connection| {
+        match connection.request.line.as_str() {
+            "HEAD /v1/files?path=/data" => connection.send(b"HTTP/1.1 409 Conflict\r\n\r\n"),
+            "POST /v1/exec" => connection.answer(200, "", b"{}"),
+            "GET /v1/sessions" => connection.answer(200, "", b"[]"),
+            _ => {
+                let mut socket = upgrade(connection);
+                socket.read().unwrap();
+                for _ in 0..4 {
+                    let piece = [&b"\x02"[..], &[b'e'; 60_000]].concat();
+                    socket.send(Message::binary(piece)).unwrap();
+                }
+                let exit = r#"{"Exit":{"code":1,"signal":null}}"#;
+                socket.send(Message::text(exit)).unwrap();
+                while socket.read().is_ok() {}
+            }
+        }
+    });
+    let output = pigeon(&place, &vm, &["cp", ":/data", "here"], b"");
+    assert_eq!(output.status.code(), Some(125));
+    let expected = format!("pigeon: tar in the VM: {}\n", "e".repeat(64 << 10));
+    assert!(text(&output.stderr) == expected, "{}", output.stderr.len());
+}
+
+#[test]
+fn a_file_that_nobody_reads_to_its_end_is_no_failure_with_words() {
+    let place = Place::new();
+    let vm = Vm::start(place.0.path(), files);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = Command::new(env!("CARGO_BIN_EXE_pigeon"))
+        .args(["cp", ":/etc/motd", "-"])
+        .env("XDG_RUNTIME_DIR", place.0.path())
+        .env("XDG_STATE_HOME", place.0.path())
+        .env("PIGEON_UDS", &vm.uds)
+        .stdout(writer)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(141));
+    assert_eq!(text(&output.stderr), "");
+}
+
+#[test]
 fn a_tunnel_carries_bytes_both_ways_and_its_refusal_is_told() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
@@ -388,8 +764,9 @@ fn a_tunnel_carries_bytes_both_ways_and_its_refusal_is_told() {
     }
     let failed = |error| panic!("{error}");
     let forward = Forward::start(("127.0.0.1", 0), &vm.uds, "127.0.0.1:80", failed).unwrap();
+    let address = forward.address();
     let talk = |number: u32| {
-        let mut stream = TcpStream::connect(forward.address()).unwrap();
+        let mut stream = TcpStream::connect(address).unwrap();
         let request = format!("request {number}").repeat(2000);
         let mut writer = stream.try_clone().unwrap();
         let sent = request.clone();
@@ -410,6 +787,9 @@ fn a_tunnel_carries_bytes_both_ways_and_its_refusal_is_told() {
             scope.spawn(move || talk(number));
         }
     });
+    drop(forward);
+    assert!(TcpStream::connect(address).is_err());
+    TcpListener::bind(address).expect("others can listen there");
     // Who is refused sees an end, and the reason is told.
     let (sender, told) = std::sync::mpsc::channel();
     let sender = std::sync::Mutex::new(sender);
@@ -466,6 +846,35 @@ fn exec_tells_the_two_outputs_apart_where_the_init_does() {
             output.status.code()
         ),
         ("out\n".into(), "err\n".into(), Some(3))
+    );
+}
+
+#[test]
+fn a_session_whose_output_nobody_reads_ends_silently_and_leaves_the_terminal_as_it_was() {
+    use rustix::termios::LocalModes;
+    let place = Place::new();
+    let vm = Vm::start(place.0.path(), |connection| {
+        let mut socket = upgrade(connection);
+        // Until there is nobody.
+        while socket.send(Message::binary(&b"y\n"[..])).is_ok() {}
+    });
+    let script = format!(
+        "{} exec -it yes | head -n1; echo code ${{PIPESTATUS[0]}}",
+        env!("CARGO_BIN_EXE_pigeon")
+    );
+    let mut command = Command::new("bash");
+    command
+        .args(["-c", &script])
+        .env("XDG_RUNTIME_DIR", place.0.path())
+        .env("XDG_STATE_HOME", place.0.path())
+        .env("PIGEON_UDS", &vm.uds);
+    let mut terminal = pty::Terminal::spawn(command, (80, 24));
+    terminal.expect("code 141");
+    assert!(!terminal.shown().contains("pigeon"), "{}", terminal.shown());
+    let modes = terminal.modes().local_modes;
+    assert!(
+        modes.contains(LocalModes::ECHO | LocalModes::ICANON),
+        "{modes:?}"
     );
 }
 
@@ -615,5 +1024,38 @@ fn a_command_that_cannot_start_is_told_in_words() {
         let said = text(&output.stderr);
         assert!(said.contains(words), "{said}");
         assert_eq!(output.status.code(), Some(code));
+    }
+}
+
+#[test]
+fn more_connections_are_forwarded_than_the_soft_limit_has_open_files() {
+    let place = Place::new();
+    let vm = Vm::start(place.0.path(), |mut connection| {
+        connection.send(b"HTTP/1.1 200 OK\r\n\r\n");
+        while let Ok(1) = connection.stream.read(&mut [0]) {
+            connection.send(b"x");
+        }
+    });
+    let mut command = Command::new("sh");
+    let script = "ulimit -Sn 64; exec \"$0\" forward --uds \"$1\" 127.0.0.1::80";
+    command
+        .args(["-c", script, env!("CARGO_BIN_EXE_pigeon")])
+        .arg(&vm.uds)
+        .stdout(Stdio::piped());
+    let mut pigeon = Process::spawn(command).unwrap();
+    let mut line = String::new();
+    BufReader::new(pigeon.child().stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    let address = line.split("->").next().unwrap();
+    let mut streams = vec![];
+    for number in 0..100 {
+        let mut stream = TcpStream::connect(address).unwrap();
+        let limit = Some(Duration::from_secs(30));
+        stream.set_read_timeout(limit).unwrap();
+        stream.write_all(b"x").unwrap();
+        let back = stream.read_exact(&mut [0]);
+        assert!(back.is_ok(), "connection {number}: {back:?}");
+        streams.push(stream);
     }
 }

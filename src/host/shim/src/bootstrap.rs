@@ -92,6 +92,7 @@ fn start_server(flags: &Flags) -> Result<()> {
 
 /// The server of a container, until containerd shuts it down.
 pub fn serve(flags: &Flags) -> Result<()> {
+    pigeon::process::raise_open_files();
     let bundle = env::current_dir()?;
     let dir = state::container_dir(flags);
     let lock = state::lock(&dir)?;

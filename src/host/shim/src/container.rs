@@ -3,7 +3,6 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::Read,
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{
@@ -97,7 +96,7 @@ impl Container {
             true => None,
             false => Some(Container::boot(&mut plan, mounts, dir)?),
         };
-        let process = Process::new("", "container".into(), plan.process, stdio, outputs)?;
+        let process = Process::new("", "container".into(), plan.process, stdio, Some(outputs))?;
         Ok(Container {
             id: id.into(),
             namespace: namespace.into(),
@@ -151,8 +150,7 @@ impl Container {
             log::warn(&warning);
         }
         let number = self.added_before.fetch_add(1, Ordering::SeqCst);
-        let outputs = stdio.open(exec_id, &self.namespace)?;
-        let process = Process::new(exec_id, format!("exec-{number}"), spec, stdio, outputs)?;
+        let process = Process::new(exec_id, format!("exec-{number}"), spec, stdio, None)?;
         let mut added = lock(&self.added);
         if added.contains_key(exec_id) {
             return Err(Failure::AlreadyExists(format!("process {exec_id}")));
@@ -198,7 +196,7 @@ impl Container {
         let passwd = read(vm, "/etc/passwd")?;
         let home = user::home(process.uid(), &passwd);
         let (container, publisher) = (self.clone(), publisher.clone());
-        process.start(vm, home, move |process| {
+        process.start(vm, home, &self.namespace, move |process| {
             // Nobody sends anything.
             let _ = announced.recv();
             container.ended(process, &publisher);
@@ -274,6 +272,13 @@ impl Container {
             }
             // Before its start, or while its VM boots.
             Stage::Created => return self.kill_created(process, signal, publisher),
+            Stage::Running(_) if process.is_over() => {
+                // Nor does whoever wants it killed wait until its output is read.
+                if signal == SIGKILL {
+                    process.expect_end();
+                }
+                return Err(Failure::NotFound("process already finished".into()));
+            }
             Stage::Running(pid) => pid,
         };
         let Some(vm) = &self.vm else {
@@ -400,11 +405,8 @@ fn copy(vm: &Vm, source: &Path, target: &str) -> Result<()> {
 
 /// A file of the guest, which may not be there.
 fn read(vm: &Vm, path: &str) -> Result<String> {
-    let mut text = String::new();
-    match vm.client.read_file(path) {
-        Ok((_, body)) => drop(body.take(MAX_USERS).read_to_string(&mut text)?),
-        Err(ApiError::Refused { status: 404, .. }) => {}
-        Err(error) => return Err(error.into()),
+    match vm.client.read_text(path, MAX_USERS) {
+        Err(ApiError::Refused { status: 404, .. }) => Ok(String::new()),
+        text => Ok(text?),
     }
-    Ok(text)
 }

@@ -26,7 +26,7 @@ use containerd_shim_protos::{
 use crate::log;
 
 /// How long an event is kept for a containerd that is not there.
-const PATIENCE: Duration = Duration::from_secs(60);
+const RETRY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Time between two tries.
 const RETRY: Duration = Duration::from_millis(200);
 /// How long containerd may take to take an event.
@@ -130,7 +130,7 @@ fn send(address: &str, event: Envelope) -> Result<()> {
         envelope: Some(event).into(),
         ..ForwardRequest::default()
     };
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + RETRY_TIMEOUT;
     loop {
         let sent = Client::connect(&format!("unix://{address}")).and_then(|client| {
             EventsClient::new(client).forward(context::with_duration(TIMEOUT), &request)

@@ -84,6 +84,8 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 // System calls (asm/unistd.h), and their constants (linux/fcntl.h, linux/prctl.h,
 // linux/capability.h).
 const OPENAT: Number = Number(257, 56);
+const MKDIRAT: Number = Number(258, 34);
+const CHDIR: Number = Number(80, 49);
 const UNLINKAT: Number = Number(263, 35);
 const FCHOWN: Number = Number(93, 55);
 const UMASK: Number = Number(95, 166);
@@ -104,9 +106,16 @@ const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 /// Kernels have no more capabilities.
 const MAX_CAPABILITIES: u64 = 64;
 
-/// The program that becomes a process. `home` is for a process without HOME.
-pub fn program(process: &Process, home: &str, arch: Arch) -> Result<Vec<u8>> {
-    for text in process.args.iter().chain(&process.env) {
+/// The program that becomes a process. `home` is for a process without HOME. `makes_directory`: a working
+/// directory that is not there is made, as runc does for a container's own process alone.
+pub fn program(
+    process: &Process,
+    home: &str,
+    arch: Arch,
+    makes_directory: bool,
+) -> Result<Vec<u8>> {
+    let texts = process.args.iter().chain(&process.env);
+    for text in texts.chain([&process.cwd]) {
         ensure!(!text.contains('\0'), "{text:?} has a NUL in it");
     }
     let mut calls = Calls::new(arch);
@@ -116,6 +125,14 @@ pub fn program(process: &Process, home: &str, arch: Arch) -> Result<Vec<u8>> {
     calls.keep();
     let path = calls.text(PATH);
     calls.call(UNLINKAT, &[AT_FDCWD, path, 0].map(Value));
+    if !process.cwd.is_empty() {
+        if makes_directory {
+            make_directory(&mut calls, &process.cwd);
+        }
+        let path = calls.text(&process.cwd);
+        calls.call(CHDIR, &[Value(path)]);
+        calls.check(&format!("unable to enter {}", process.cwd));
+    }
     set_limits(&mut calls, process);
     set_user(&mut calls, process);
     if process.no_new_privileges {
@@ -124,6 +141,16 @@ pub fn program(process: &Process, home: &str, arch: Arch) -> Result<Vec<u8>> {
     }
     execute(&mut calls, process, home);
     Ok(calls.program())
+}
+
+fn make_directory(calls: &mut Calls, directory: &str) {
+    let slashes = directory.match_indices('/').map(|(at, _)| at);
+    let ends = slashes.filter(|at| *at > 0).chain([directory.len()]);
+    for end in ends {
+        // An error is a directory that is there, or one that cannot be entered.
+        let path = calls.text(&directory[..end]);
+        calls.call(MKDIRAT, &[AT_FDCWD, path, 0o755].map(Value));
+    }
 }
 
 fn set_limits(calls: &mut Calls, process: &Process) {

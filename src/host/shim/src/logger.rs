@@ -172,12 +172,12 @@ fn arguments(query: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{fs, os::unix::fs::PermissionsExt, path::Path};
+    use pigeon::process::write_program;
+    use std::{fs, path::Path};
 
     fn script(dir: &Path, text: &str) -> String {
         let path = dir.join("logger");
-        fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        write_program(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
         path.display().to_string()
     }
 

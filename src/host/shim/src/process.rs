@@ -7,6 +7,7 @@ use std::{
     os::fd::AsFd,
     sync::{
         Arc, Condvar, Mutex,
+        atomic::{AtomicBool, Ordering},
         mpsc::{self, Receiver, Sender},
     },
     thread,
@@ -35,7 +36,8 @@ use crate::{
 const PENDING: usize = 1 << 20;
 /// The same once the process was killed: its end comes behind what it has written.
 const PENDING_KILLED: usize = 32 << 20;
-/// How long a client may take to read the last output when the process is deleted.
+/// How long a client may take to read the last output when the process has ended, and when it is
+/// deleted.
 const DRAIN: Duration = Duration::from_secs(2);
 /// How long a process may take to be started.
 const START: Duration = Duration::from_secs(60);
@@ -78,7 +80,8 @@ enum Order {
 }
 
 struct Taken {
-    outputs: Outputs,
+    /// None if it is opened at the start.
+    outputs: Option<Outputs>,
     orders: Receiver<Order>,
     woken: io::PipeReader,
 }
@@ -97,6 +100,8 @@ pub struct Process {
     orders: Mutex<(Sender<Order>, io::PipeWriter)>,
     /// The other ends, and its output, until it is started.
     taken: Mutex<Option<Taken>>,
+    /// Its program has ended, which is said when its output was taken.
+    over: AtomicBool,
     /// It was sent a SIGKILL.
     killed: Mutex<bool>,
     /// Its streams are done with.
@@ -105,13 +110,13 @@ pub struct Process {
 }
 
 impl Process {
-    /// One that is to be started.
+    /// One that is to be started. Without its output that is opened then.
     pub fn new(
         exec_id: &str,
         session: String,
         spec: spec::Process,
         stdio: Stdio,
-        outputs: Outputs,
+        outputs: Option<Outputs>,
     ) -> Result<Process> {
         let (sender, orders) = mpsc::channel();
         let (wake, woken) = io::pipe().map(|(reader, writer)| (writer, reader))?;
@@ -128,6 +133,7 @@ impl Process {
                 orders,
                 woken,
             })),
+            over: AtomicBool::new(false),
             killed: Mutex::new(false),
             drained: Mutex::new(false),
             has_drained: Condvar::new(),
@@ -169,13 +175,24 @@ impl Process {
         self.wake();
     }
 
+    /// Whether its program has ended, also when that was not said yet.
+    pub fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    fn set_over(&self) {
+        let _stage = lock(&self.stage);
+        self.over.store(true, Ordering::Release);
+        self.changed.notify_all();
+    }
+
     /// Waits while it starts.
     pub fn wait_started(&self, timeout: Duration) -> Stage {
         let deadline = Instant::now() + timeout;
         let mut stage = lock(&self.stage);
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            if *stage != Stage::Running(None) || left.is_zero() {
+            if *stage != Stage::Running(None) || self.is_over() || left.is_zero() {
                 return stage.clone();
             }
             stage = match self.changed.wait_timeout(stage, left) {
@@ -277,14 +294,19 @@ impl Process {
         self: &Arc<Process>,
         vm: &Arc<Vm>,
         home: &str,
+        namespace: &str,
         at_end: impl FnOnce(&Process) + Send + 'static,
     ) -> Result<()> {
         let taken = lock(&self.taken).take();
         let taken = taken.context("it was started before")?;
+        let Outputs { files, logger } = match taken.outputs {
+            Some(outputs) => outputs,
+            None => self.stdio.open(&self.exec_id, namespace)?,
+        };
         let input = Input::open(&self.stdio.stdin)?;
-        let Outputs { files, logger } = taken.outputs;
+        let is_own = self.exec_id.is_empty();
         // It runs as root until it has become what the container's process is to be.
-        let program = launch::program(&self.spec, home, Arch::HOST)?;
+        let program = launch::program(&self.spec, home, Arch::HOST, is_own)?;
         let _one_at_a_time = lock(&vm.launches);
         let options = WriteOptions {
             mode: Some(0o700),
@@ -297,14 +319,9 @@ impl Process {
             Some(length),
             &options,
         )?;
+        // It removes itself.
         let launcher = vm.client.file_info(launch::PATH)?;
-        let command =
-            Command::new([launch::PATH])
-                .id(&self.session)
-                .dir(match self.spec.cwd.as_str() {
-                    "" => "/",
-                    cwd => cwd,
-                });
+        let command = Command::new([launch::PATH]).id(&self.session).dir("/");
         let mut session = match self.stdio.terminal {
             true => {
                 let size = self.spec.console_size.unwrap_or_default();
@@ -350,11 +367,12 @@ impl Process {
     /// the launcher.
     fn confirm_start(&self, vm: &Vm, launcher: &FileInfo) -> Result<()> {
         let deadline = Instant::now() + START;
-        let init = vm.client.file_info("/proc/1/exe")?;
+        let init = vm.init()?;
         loop {
             match self.stage() {
                 Stage::Failed(why) => bail!("{why}"),
                 Stage::Ended(_) | Stage::Running(Some(_)) => return Ok(()),
+                Stage::Running(None) if self.is_over() => return Ok(()),
                 Stage::Created | Stage::Running(None) => {}
             }
             let sessions = vm.client.sessions().unwrap_or_default();
@@ -362,7 +380,7 @@ impl Process {
             let session = sessions.find(|session| session.id == self.session);
             if let Some(pid) = session.and_then(|session| session.pid) {
                 let program = vm.client.file_info(&format!("/proc/{pid}/exe"));
-                if program.is_ok_and(|program| program != init && program != *launcher) {
+                if program.is_ok_and(|program| program != *init && program != *launcher) {
                     self.enter(Stage::Running(Some(pid)));
                     return Ok(());
                 }
@@ -387,8 +405,19 @@ struct Streams {
 }
 
 impl Streams {
-    /// Until the process has ended.
+    /// Until the process has ended, and its output was taken: a client may leave when it hears of the
+    /// end. Without a VM between them the process could not have ended before.
     fn run(&mut self) -> Stage {
+        let stage = self.run_to_end();
+        if matches!(stage, Stage::Ended(_)) {
+            self.process.set_over();
+            self.deliver(|process| *lock(&process.killed));
+            self.wait_taken();
+        }
+        stage
+    }
+
+    fn run_to_end(&mut self) -> Stage {
         match self.pass() {
             Ok(ended) => {
                 if self.process.stage() == Stage::Running(None)
@@ -403,13 +432,9 @@ impl Streams {
                 };
                 let by_guest = ended.signal == Some(SIGKILL.into()) && !*lock(&self.process.killed);
                 let for_memory = by_guest && pid.is_some_and(|pid| self.was_killed_for_memory(pid));
-                let at = SystemTime::now();
-                // A client may leave when it hears of the end. Without a VM between them the process
-                // could not have ended before its output was taken.
-                self.deliver(|process| *lock(&process.killed));
                 Stage::Ended(Ended {
                     status,
-                    at,
+                    at: SystemTime::now(),
                     for_memory,
                 })
             }
@@ -432,9 +457,10 @@ impl Streams {
 
     /// Why the process did not come to run its program.
     fn launch_failure(&self, ended: &pigeon::session::Ended) -> Option<String> {
-        let mut what = String::new();
-        let (_, mut failure) = self.vm.client.read_file(launch::FAILURE).ok()?;
-        failure.read_to_string(&mut what).ok()?;
+        /// Bytes of the program's message, which root in the container can replace by anything.
+        const MAX_FAILURE: u64 = 4096;
+        let what = self.vm.client.read_text(launch::FAILURE, MAX_FAILURE);
+        let what = what.ok()?;
         let errno = ended.code.filter(|_| !what.is_empty())?;
         let error = io::Error::from_raw_os_error(errno);
         Some(format!("{what}: {error}"))
@@ -548,6 +574,18 @@ impl Streams {
                 descriptors.push(PollFd::new(output, PollFlags::OUT));
             }
             let _ = poll(&mut descriptors, None);
+        }
+    }
+
+    /// Waits until those who read have what is in their FIFOs, unless that takes them long, or the
+    /// process was killed.
+    fn wait_taken(&mut self) {
+        let deadline = Instant::now() + DRAIN;
+        while !*lock(&self.process.killed)
+            && Instant::now() < deadline
+            && !self.outputs.iter_mut().all(Output::is_taken)
+        {
+            thread::sleep(RETRY);
         }
     }
 }

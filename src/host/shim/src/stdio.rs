@@ -6,15 +6,26 @@ use std::{
     io::{self, Read, Write},
     os::{
         fd::{AsFd, BorrowedFd},
-        unix::fs::OpenOptionsExt,
+        unix::fs::{FileTypeExt, OpenOptionsExt},
     },
     path::Path,
+    thread,
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
-use rustix::fs::OFlags;
+use anyhow::{Context, Result, bail, ensure};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::OFlags,
+    io::{Errno, ioctl_fionread},
+};
 
 use crate::logger::Logger;
+
+/// How long a client may take to open a FIFO that it is to read; runc's shim waits as long.
+const OPEN: Duration = Duration::from_secs(30);
+/// How often it is looked for.
+const RETRY: Duration = Duration::from_millis(1);
 
 /// Where a process's streams are, as containerd names them.
 #[derive(Clone, Debug, Default)]
@@ -38,8 +49,8 @@ pub struct Outputs {
 }
 
 impl Stdio {
-    /// Opens the output, for a process of this name. (Input is opened at the start: a client whose
-    /// input ends at once, before it knows the process, could not say so.)
+    /// Opens the output, for a process of this name, and waits for who reads it. (Input is opened at
+    /// the start: a client whose input ends at once, before it knows the process, could not say so.)
     pub fn open(&self, id: &str, namespace: &str) -> Result<Outputs> {
         if let Some(place) = self.stdout.strip_prefix("binary://") {
             let (logger, files) = Logger::start(place, id, namespace)?;
@@ -125,10 +136,35 @@ impl AsFd for Input {
     }
 }
 
-/// A process's output. A FIFO is open both ways: it outlives its readers.
+/// Opens a FIFO for writing as soon as somebody has it open for reading. containerd's client opens its
+/// end in a thread of its own, maybe after the process has ended: what was written to a FIFO is gone
+/// when nobody has it open any more, and an open(2) for reading waits for a writer then.
+fn open_for_reader(path: &str) -> Result<File> {
+    let deadline = Instant::now() + OPEN;
+    loop {
+        let opened = OpenOptions::new()
+            .append(true)
+            .custom_flags(OFlags::NONBLOCK.bits() as i32)
+            .open(path);
+        match opened {
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::NXIO) => {}
+            opened => return opened.with_context(|| format!("unable to open {path}")),
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "nobody has opened {path} for reading in {} s",
+            OPEN.as_secs()
+        );
+        thread::sleep(RETRY);
+    }
+}
+
+/// A process's output.
 #[derive(Default)]
 pub struct Output {
     file: Option<File>,
+    /// Our own reading end of a FIFO, which so outlives its readers.
+    kept: Option<File>,
     pending: VecDeque<u8>,
 }
 
@@ -137,7 +173,13 @@ impl Output {
     pub fn open(place: &str) -> Result<Output> {
         let file = match place.split_once("://") {
             None if place.is_empty() => None,
-            None => Some(open(place, OpenOptions::new().read(true).write(true))?),
+            None => {
+                return Ok(Output {
+                    file: Some(open_for_reader(place)?),
+                    kept: Some(open(place, OpenOptions::new().read(true))?),
+                    ..Output::default()
+                });
+            }
             Some(("file", path)) => {
                 let path = decode(path);
                 if let Some(dir) = Path::new(&path).parent() {
@@ -150,7 +192,7 @@ impl Output {
         };
         Ok(Output {
             file,
-            pending: VecDeque::new(),
+            ..Output::default()
         })
     }
 
@@ -158,7 +200,7 @@ impl Output {
     pub fn to(file: File) -> Output {
         Output {
             file: Some(file),
-            pending: VecDeque::new(),
+            ..Output::default()
         }
     }
 
@@ -190,6 +232,21 @@ impl Output {
                 Err(_) => self.pending.clear(),
             }
         }
+    }
+
+    /// Nothing more is written. Whether the readers of a FIFO have taken all, or there are none.
+    pub fn is_taken(&mut self) -> bool {
+        let Some(file) = self.file.as_ref().filter(|_| self.pending.is_empty()) else {
+            return self.pending.is_empty();
+        };
+        // A pipe that nobody can read is in error (pipe_poll in fs/pipe.c).
+        self.kept = None;
+        let mut pipe = [PollFd::new(file, PollFlags::empty())];
+        let polled = poll(&mut pipe, Some(&Timespec::default()));
+        let has_reader = polled.is_ok() && !pipe[0].revents().contains(PollFlags::ERR);
+        let found = file.metadata();
+        let is_fifo = found.is_ok_and(|found| found.file_type().is_fifo());
+        !is_fifo || !has_reader || ioctl_fionread(file).is_ok_and(|left| left == 0)
     }
 
     /// The file to wait for, while something waits.
@@ -234,22 +291,54 @@ mod tests {
     fn output_waits_for_a_reader_that_is_late_or_comes_back() {
         let dir = tempfile::tempdir().unwrap();
         let path = fifo(&dir);
+        let late = path.clone();
+        let start = Instant::now();
+        let reader = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(200));
+            File::open(late).unwrap()
+        });
         let mut output = Output::open(path.to_str().unwrap()).unwrap();
+        assert!(start.elapsed() >= Duration::from_millis(200));
+        drop(reader.join().unwrap());
         let bytes: Vec<u8> = (0..200_000u32).map(|number| number as u8).collect();
         output.write(&bytes);
         assert!(output.pending() > 0 && output.waiting().is_some());
+        assert!(!output.is_taken());
         let mut read: Vec<u8> = vec![];
         let mut buffer = [0; 4096];
-        let mut options = OpenOptions::new();
         while read.len() < bytes.len() {
             // A new reader each time.
-            let mut reader = options.read(true).open(&path).unwrap();
+            let mut reader = File::open(&path).unwrap();
             let size = reader.read(&mut buffer).unwrap();
             read.extend(&buffer[..size]);
             output.flush();
         }
         assert_eq!(read, bytes);
         assert_eq!(output.pending(), 0);
+    }
+
+    #[test]
+    fn output_is_taken_when_its_readers_have_read_it_or_are_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(&dir);
+        let path = path.to_str().unwrap();
+        let mut reader = open(path, OpenOptions::new().read(true)).unwrap();
+        let mut output = Output::open(path).unwrap();
+        assert!(output.is_taken());
+        let mut buffer = [0; 16];
+        output.write(b"text");
+        assert!(!output.is_taken());
+        assert_eq!(reader.read(&mut buffer).unwrap(), 4);
+        assert!(output.is_taken());
+        output.write(b"text");
+        assert!(!output.is_taken());
+        drop(reader);
+        assert!(output.is_taken());
+        // Nobody has to take what is in a file.
+        let file = format!("file://{}", dir.path().join("log").display());
+        let mut output = Output::open(&file).unwrap();
+        output.write(b"text");
+        assert!(output.is_taken());
     }
 
     #[test]

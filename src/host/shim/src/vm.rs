@@ -6,7 +6,7 @@ use std::{
     io::Read,
     path::{Path, PathBuf},
     process::ChildStdout,
-    sync::{Arc, Condvar, Mutex},
+    sync::{Arc, Condvar, Mutex, OnceLock},
     thread,
     time::{Duration, Instant},
 };
@@ -15,6 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use pigeon::{
     Arch, Client, assets,
     events::{Event, Listener},
+    files::FileInfo,
     hold::{self, Until},
     image::{self, disk},
     initrd::Initrd,
@@ -37,6 +38,8 @@ const HOLD: &str = "/run/pigeon/hold";
 const WRITABLE: u64 = 8 << 30;
 /// The initramfs, if it does not lie beside the shim.
 const INITRD: &str = "PIGEON_INITRD";
+/// How long a guest may be too busy to accept a connection.
+const BUSY: Duration = Duration::from_secs(30);
 /// How long a VM may take to boot.
 const BOOT: Duration = Duration::from_secs(120);
 /// Bytes of the console's end that are kept, for a reason.
@@ -59,6 +62,8 @@ pub struct Vm {
     /// Its API.
     pub client: Client,
     arch: Arch,
+    /// The init's program, once it was asked for.
+    init: OnceLock<FileInfo>,
     /// The hypervisor's process.
     pub pid: u32,
     phase: Mutex<Phase>,
@@ -92,8 +97,9 @@ impl Vm {
         std::mem::forget(child.stdin.take());
         let vm = Arc::new(Vm {
             machine: Mutex::new(machine),
-            client: Client::new(uds),
+            client: Client::new(uds).with_retry_timeout(BUSY),
             arch,
+            init: OnceLock::new(),
             pid,
             phase: Mutex::new(Phase::Booting),
             changed: Condvar::new(),
@@ -217,6 +223,15 @@ impl Vm {
                 Err(poisoned) => poisoned.into_inner().0,
             };
         }
+    }
+
+    /// The init's program, as a process runs it that is not a program of its own yet.
+    pub fn init(&self) -> Result<&FileInfo> {
+        if let Some(init) = self.init.get() {
+            return Ok(init);
+        }
+        let init = self.client.file_info("/proc/1/exe")?;
+        Ok(self.init.get_or_init(|| init))
     }
 
     /// Ends it. Nothing in it is needed any more: the layer that was written to goes with it.

@@ -6,6 +6,8 @@ mod pty;
 
 use std::{
     fs::{self, File},
+    io::{ErrorKind, Read},
+    os::unix::fs::OpenOptionsExt,
     path::Path,
     process::Stdio,
     thread,
@@ -13,14 +15,22 @@ use std::{
 };
 
 use containerd_shim_protos::{
-    Client, TaskClient,
-    api::{ConnectRequest, UpdateTaskRequest},
+    api::{
+        ConnectRequest, DeleteRequest, ExecProcessRequest, StartRequest, UpdateTaskRequest,
+        WaitRequest,
+    },
+    protobuf::well_known_types::any::Any,
     ttrpc::context,
 };
 use engine::{Containerd, IMAGE, Outcome, PIGEON, RUNC, TIMEOUT, digest};
 use pigeon::process::Process;
 use pty::Terminal;
-use rustix::process::{Signal, kill_process};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::{CWD, FileType, Mode, OFlags, mknodat},
+    process::{Signal, kill_process},
+};
+use serde_json::json;
 
 /// What a script of commands comes to with a runtime. A name's column is as wide as the name, and
 /// numbers of processes are the runtime's own.
@@ -85,6 +95,10 @@ fn script(containerd: &Containerd, runtime: &str) -> Vec<(String, Outcome)> {
     );
     record("exec of nothing", exec("e4", &[], &["nothing"], b""));
     record(
+        "exec in no directory",
+        exec("e9", &["--cwd", "/none"], &["true"], b""),
+    );
+    record(
         "exec that kills itself",
         exec("e5", &[], &["sh", "-c", "kill -15 $$"], b""),
     );
@@ -95,8 +109,8 @@ fn script(containerd: &Containerd, runtime: &str) -> Vec<(String, Outcome)> {
             containerd.ctr(&["task", "kill", "-s", "USR1", "one"]),
         );
         let look = format!(
-            "for i in $(seq 200); do lines=$(cat /tmp/signals 2>/dev/null | wc -l); \
-             [ $lines = {number} ] && break; sleep 0.05; done; echo $lines"
+            "end=$(($(date +%s) + 60)); while lines=$(cat /tmp/signals 2>/dev/null | wc -l); \
+             [ $lines != {number} ] && [ $(date +%s) -lt $end ]; do sleep 0.05; done; echo $lines"
         );
         record("its effect", exec("e6", &[], &["sh", "-c", &look], b""));
     }
@@ -124,7 +138,7 @@ fn script(containerd: &Containerd, runtime: &str) -> Vec<(String, Outcome)> {
                   grep -o pipe; hostname | wc -l";
     let script = format!("{rights}; echo error >&2; cat /none; exit 3");
     let options = [
-        &["--env", "A=B c", "--cwd", "/made"][..],
+        &["--env", "A=B c", "--cwd", "/made/of two"][..],
         &[
             "--cap-add",
             "CAP_SYS_TIME",
@@ -210,6 +224,152 @@ fn session(containerd: &Containerd, words: &[&str], term: &str) -> (Vec<String>,
     (shown, terminal.wait().code())
 }
 
+/// A FIFO's reading end, which waits for nothing.
+fn open_fifo(path: &Path) -> File {
+    let mut options = File::options();
+    let nonblocking = OFlags::NONBLOCK.bits() as i32;
+    options
+        .read(true)
+        .custom_flags(nonblocking)
+        .open(path)
+        .unwrap()
+}
+
+fn wait_readable(fifo: &File) {
+    let timeout = Timespec::try_from(TIMEOUT).unwrap();
+    let ready = poll(&mut [PollFd::new(fifo, PollFlags::IN)], Some(&timeout));
+    assert_eq!(ready.unwrap(), 1);
+}
+
+/// All that comes until the writers have closed it.
+fn read_to_end(fifo: &mut File) -> String {
+    let mut text = vec![];
+    loop {
+        wait_readable(fifo);
+        match fifo.read_to_end(&mut text) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            result => break result.map(drop).unwrap(),
+        }
+    }
+    String::from_utf8(text).unwrap()
+}
+
+#[test]
+fn no_output_is_lost_to_a_client_that_opens_or_reads_its_fifos_late() {
+    let containerd = Containerd::start();
+    containerd.run_detached(PIGEON, &[], "one", &["sleep", "1000"]);
+    let client = containerd.shim_client();
+    let context = || context::with_duration(TIMEOUT);
+    let add = |id: &str, command: &[&str]| {
+        let [stdout, stderr] = ["out", "err"].map(|name| {
+            let path = containerd.place.path(&format!("{id}-{name}"));
+            mknodat(CWD, &path, FileType::Fifo, Mode::RWXU, 0).unwrap();
+            path
+        });
+        let spec = json!({"args": command, "cwd": "/", "env": ["PATH=/bin"]});
+        let spec = Any {
+            value: spec.to_string().into_bytes(),
+            ..Any::default()
+        };
+        let request = ExecProcessRequest {
+            id: "one".into(),
+            exec_id: id.into(),
+            stdout: stdout.display().to_string(),
+            stderr: stderr.display().to_string(),
+            spec: Some(spec).into(),
+            ..ExecProcessRequest::default()
+        };
+        client.exec(context(), &request).unwrap();
+        [stdout, stderr]
+    };
+    let start = |id: &str| {
+        let request = StartRequest {
+            id: "one".into(),
+            exec_id: id.into(),
+            ..StartRequest::default()
+        };
+        client.start(context(), &request).unwrap();
+    };
+    let wait = |id: &str| {
+        let request = WaitRequest {
+            id: "one".into(),
+            exec_id: id.into(),
+            ..WaitRequest::default()
+        };
+        client.wait(context(), &request).unwrap().exit_status
+    };
+    let delete = |id: &str| {
+        let request = DeleteRequest {
+            id: "one".into(),
+            exec_id: id.into(),
+            ..DeleteRequest::default()
+        };
+        client.delete(context(), &request).unwrap();
+    };
+    let both = ["sh", "-c", "echo out; echo error >&2; exit 7"];
+
+    // It is not started before.
+    let paths = add("opens", &both);
+    thread::scope(|scope| {
+        let started = scope.spawn(|| start("opens"));
+        thread::sleep(Duration::from_secs(2));
+        let mut fifos = paths.each_ref().map(|path| open_fifo(path));
+        started.join().unwrap();
+        assert_eq!(wait("opens"), 7);
+        assert_eq!(fifos.each_mut().map(read_to_end), ["out\n", "error\n"]);
+    });
+    delete("opens");
+
+    // It has not ended before.
+    let paths = add("reads", &both);
+    let mut fifos = paths.each_ref().map(|path| open_fifo(path));
+    start("reads");
+    thread::scope(|scope| {
+        let ended = scope.spawn(|| wait("reads"));
+        fifos.iter().for_each(wait_readable);
+        thread::sleep(Duration::from_millis(500));
+        assert!(!ended.is_finished());
+        assert_eq!(fifos.each_mut().map(read_to_end), ["out\n", "error\n"]);
+        assert_eq!(ended.join().unwrap(), 7);
+    });
+    delete("reads");
+
+    // Nobody waits for a client that is gone, and not for ever for one that does not read.
+    for is_there in [false, true] {
+        let id = format!("leaves-{is_there}");
+        let paths = add(&id, &both);
+        let fifos = paths.each_ref().map(|path| open_fifo(path));
+        start(&id);
+        let fifos = is_there.then_some(fifos);
+        assert_eq!(wait(&id), 7);
+        delete(&id);
+        drop(fifos);
+    }
+    containerd.ok(&["task", "rm", "-f", "one"]);
+    containerd.ok(&["container", "rm", "one"]);
+    containerd.assert_clean();
+}
+
+#[test]
+fn of_many_commands_each_gives_its_output() {
+    let containerd = Containerd::start();
+    containerd.run_detached(PIGEON, &[], "one", &["sleep", "1000"]);
+    for number in 0..40 {
+        let text = format!("line {number}");
+        let words = ["task", "exec", "--exec-id", "e", "one", "echo", &text];
+        let outcome = containerd.ctr(&words);
+        assert_eq!(
+            (outcome.status, outcome.stdout),
+            (Some(0), format!("{text}\n")),
+            "{}",
+            outcome.stderr
+        );
+    }
+    containerd.ok(&["task", "rm", "-f", "one"]);
+    containerd.ok(&["container", "rm", "one"]);
+    containerd.assert_clean();
+}
+
 #[test]
 fn a_terminal_is_what_it_is_with_runc() {
     let containerd = Containerd::start();
@@ -276,9 +436,12 @@ fn containers_one_after_the_other_and_at_once_leave_nothing_and_copy_the_image_o
         .iter()
         .filter(|(name, ..)| name.to_string_lossy().ends_with(".erofs"));
     assert_eq!(erofs.count(), 1, "{made:?}");
-    run(2);
+    for number in 2..=20 {
+        run(number);
+        containerd.assert_clean();
+    }
     thread::scope(|scope| {
-        for number in 3..7 {
+        for number in 21..25 {
             scope.spawn(move || run(number));
         }
     });
@@ -450,12 +613,7 @@ fn events_limits_mounts_and_signals_to_all_are_as_asked_for() {
         refused.stderr.contains("checkpoint: a VM has snapshots"),
         "{refused:?}"
     );
-    let shim = fs::read_dir(containerd.state().join("containers"))
-        .unwrap()
-        .next();
-    let socket = shim.unwrap().unwrap().path().join("shim.sock");
-    let client = Client::connect(&format!("unix://{}", socket.display())).unwrap();
-    let client = TaskClient::new(client);
+    let client = containerd.shim_client();
     let context = || context::with_duration(TIMEOUT);
     let refused = client
         .update(context(), &UpdateTaskRequest::default())

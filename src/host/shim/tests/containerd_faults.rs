@@ -6,7 +6,7 @@ mod engine;
 use std::{
     fs::{self, File},
     io::Read,
-    os::unix::fs::{MetadataExt, PermissionsExt, symlink},
+    os::unix::fs::{MetadataExt, symlink},
     path::Path,
     process::Stdio,
     thread,
@@ -14,7 +14,7 @@ use std::{
 };
 
 use engine::{Containerd, IMAGE, PIGEON, RUNC, TIMEOUT};
-use pigeon::process::Process;
+use pigeon::process::{Process, write_program};
 use rustix::{
     mount::{MountFlags, UnmountFlags, mount, unmount},
     process::{Pid, Signal, kill_process},
@@ -297,8 +297,7 @@ fn output_goes_to_files_and_programs_as_with_runc() {
     let text = "#!/bin/sh\ncd ${0%/*}; trap '' TERM; exec 5>&-; \
                 echo $CONTAINER_ID $CONTAINER_NAMESPACE $* >taken.by; \
                 cat <&3 >taken.out & cat <&4 >taken.err; wait\n";
-    fs::write(&logger, text).unwrap();
-    fs::set_permissions(&logger, fs::Permissions::from_mode(0o755)).unwrap();
+    write_program(&logger, text).unwrap();
     let names = ["taken.out", "taken.err", "taken.by", "logs/file"];
     let outcome = |runtime: &str| {
         let program = format!("binary://{}?a=b%20c", logger.display());

@@ -97,6 +97,12 @@ impl<R: Read> Archive<R> {
                 b'g' => {
                     let more = parse_records(&self.extension(size)?)?;
                     self.global.extend(more);
+                    let records = self.global.iter();
+                    let size: usize = records.map(|(key, value)| key.len() + value.len()).sum();
+                    ensure!(
+                        size as u64 <= MAX_EXTENSION,
+                        "global headers of {size} bytes: at most {MAX_EXTENSION} are taken"
+                    );
                 }
                 _ => return self.member(&header, size, name, link, records).map(Some),
             }
@@ -724,5 +730,14 @@ mod tests {
         assert!(error.contains("checksum"), "{error}");
         let huge = header(b'x', "pax", MAX_EXTENSION as usize + 1, |_| {});
         assert!(read(&huge).is_err());
+        // Nor do many headers add up to more.
+        let mut global = pax(&[("comment", &vec![b'c'; MAX_EXTENSION as usize / 2])]);
+        global[TYPE] = b'g';
+        global[CHECKSUM.0..CHECKSUM.0 + 8].fill(b' ');
+        let sum: u32 = global[..BLOCK].iter().map(|&byte| u32::from(byte)).sum();
+        global[CHECKSUM.0..CHECKSUM.0 + 8].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        assert_eq!(read(&global).unwrap().len(), 0);
+        let error = read(&global.repeat(2)).unwrap_err().to_string();
+        assert!(error.contains("global headers"), "{error}");
     }
 }

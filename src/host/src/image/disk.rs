@@ -137,19 +137,23 @@ pub fn write(
     Ok(size)
 }
 
-/// Makes an empty ext4 image for a volume. It is an error if `out` exists.
-pub fn write_volume(out: &Path, size: u64) -> Result<()> {
+/// Makes an empty ext4 image for a volume. It is an error if `out` exists. The file is returned locked
+/// (flock(2)), where the file system knows locks: at no time is it at `out` and anybody else's.
+pub fn write_volume(out: &Path, size: u64) -> Result<fs::File> {
     let cannot = || format!("unable to create {}", out.display());
     let stage = tempfile::Builder::new()
         .prefix(".pigeon-")
         .tempdir_in(directory_of(out))
         .with_context(cannot)?;
-    let image = stage.path().join("image");
+    let path = stage.path().join("image");
     let mut uuid = [0; 16];
     fs::File::open("/dev/urandom")?.read_exact(&mut uuid)?;
-    ext4::write_empty(&create(&image)?, size, as_uuid(uuid)).with_context(cannot)?;
+    let image = create(&path)?;
+    ext4::write_empty(&image, size, as_uuid(uuid)).with_context(cannot)?;
+    let _ = image.try_lock();
     // Unlike rename, this fails if the name has been taken meanwhile.
-    fs::hard_link(&image, out).with_context(cannot)
+    fs::hard_link(&path, out).with_context(cannot)?;
+    Ok(image)
 }
 
 /// The directory that a file is in.

@@ -13,7 +13,10 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::{End, GUEST_CID, GUEST_MAC, LONE_TAP, Machine, Nic, Snapshot, Spec, Start, beside_tap};
+use super::{
+    End, GUEST_CID, GUEST_MAC, LONE_TAP, Machine, Nic, Snapshot, Spec, Start, and_resumed,
+    beside_tap,
+};
 use crate::{http, process::Process};
 
 /// The address of the metadata service.
@@ -140,7 +143,7 @@ pub(super) fn snapshot(
 ) -> Result<()> {
     let api = dir.join(API);
     let taken = create_snapshot(&api, files).and_then(|()| meanwhile());
-    taken.and(set_state(&api, "Resumed"))
+    and_resumed(taken, set_state(&api, "Resumed"))
 }
 
 /// Whether a Firecracker was started in this directory.
@@ -156,7 +159,7 @@ fn create_snapshot(api: &Path, snapshot: &Snapshot) -> Result<()> {
         "snapshot_path": snapshot.state,
         "mem_file_path": snapshot.memory,
     });
-    request(api, "PUT", "/snapshot/create", &create).map(drop)
+    request_within(SNAPSHOT_TIMEOUT, api, "PUT", "/snapshot/create", &create).map(drop)
 }
 
 /// Stops or resumes the virtual processors.
@@ -210,10 +213,25 @@ pub fn put_metadata(dir: &Path, document: &Value) -> Result<()> {
     request(&dir.join(API), "PUT", "/mmds", document).map(drop)
 }
 
+/// How long a call may take, and how long one that writes all of the guest's memory: until it has ended,
+/// Firecracker takes no other, such as the one that lets the VM go on.
+const TIMEOUT: Duration = Duration::from_secs(30);
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(600);
+
 /// One call of Firecracker's API.
 fn request(socket: &Path, method: &str, path: &str, body: &Value) -> Result<http::Response> {
+    request_within(TIMEOUT, socket, method, path, body)
+}
+
+fn request_within(
+    timeout: Duration,
+    socket: &Path,
+    method: &str,
+    path: &str,
+    body: &Value,
+) -> Result<http::Response> {
     let stream = UnixStream::connect(socket).context("unable to reach Firecracker's API")?;
-    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    stream.set_read_timeout(Some(timeout))?;
     let mut client = http::Client::new(stream);
     match method {
         "GET" => client.get(path),

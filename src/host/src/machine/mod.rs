@@ -12,7 +12,7 @@ use std::{
     process::{Command, ExitStatus},
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::{Arch, assets, process::Process};
@@ -317,6 +317,12 @@ pub fn snapshot(
         true => firecracker::snapshot(dir, files, meanwhile),
         false => qemu::snapshot(dir, files, meanwhile),
     }
+}
+
+/// What a snapshot has come to, once its VM was told to go on. That it does not is the worst of it.
+fn and_resumed(taken: Result<()>, resumed: Result<()>) -> Result<()> {
+    resumed.context("the VM does not go on after the snapshot")?;
+    taken
 }
 
 /// `command` in a network namespace that holds nothing but a tap device.

@@ -14,8 +14,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{
-    End, GUEST_CID, GUEST_MAC, HostPort, LONE_TAP, Machine, Nic, Snapshot, Spec, Start, beside_tap,
-    vsock_device::VsockDevice,
+    End, GUEST_CID, GUEST_MAC, HostPort, LONE_TAP, Machine, Nic, Snapshot, Spec, Start,
+    and_resumed, beside_tap, vsock_device::VsockDevice,
 };
 use crate::{Arch, assets, process::Process, qmp::Qmp};
 
@@ -113,7 +113,7 @@ pub(super) fn snapshot(
         },
     };
     let taken = monitor.snapshot(files).and_then(|()| meanwhile());
-    taken.and(monitor.resume())
+    and_resumed(taken, monitor.resume())
 }
 
 /// Waits for QEMU's monitor.
@@ -364,8 +364,8 @@ impl Monitor {
         if self.vsock == Vsock::Plugged {
             self.qmp("device_del", json!({"id": "vsock"}))?;
             self.qmp.device_event("DEVICE_DELETED", "vsock")?;
-            self.qmp("chardev-remove", json!({"id": "vsock"}))?;
             self.vsock = Vsock::Unplugged;
+            self.qmp("chardev-remove", json!({"id": "vsock"}))?;
         }
         Ok(())
     }
@@ -395,8 +395,9 @@ impl Monitor {
     }
 
     fn resume(&mut self) -> Result<()> {
-        self.qmp("cont", json!({}))?;
-        self.plug_vsock()
+        let continued = self.qmp("cont", json!({}));
+        self.plug_vsock()?;
+        continued.map(drop)
     }
 
     fn snapshot(&mut self, snapshot: &Snapshot) -> Result<()> {
@@ -408,21 +409,31 @@ impl Monitor {
         self.unplug_vsock()?;
         self.leave_out_memory()?;
         self.pause()?;
-        let uri = exec_uri("cat >", &snapshot.state)?;
+        let written = self.write_state(&snapshot.state);
+        if written.is_err() {
+            // One that goes on would stop the VM again.
+            let _ = self.qmp("migrate_cancel", json!({}));
+        }
+        written?;
+        fs::copy(memory, &snapshot.memory)
+            .with_context(|| format!("unable to write {}", snapshot.memory.display()))?;
+        Ok(())
+    }
+
+    /// Writes the state of the stopped machine to a file.
+    fn write_state(&mut self, path: &Path) -> Result<()> {
+        let uri = exec_uri("cat >", path)?;
         self.qmp("migrate", json!({"uri": uri}))?;
         let deadline = Instant::now() + MIGRATION_TIMEOUT;
         loop {
             let migration = self.qmp("query-migrate", json!({}))?;
             match migration["status"].as_str() {
-                Some("completed") => break,
+                Some("completed") => return Ok(()),
                 Some("failed" | "cancelled") => bail!("the snapshot failed: {migration}"),
                 _ => thread::sleep(Duration::from_millis(2)),
             }
             ensure!(Instant::now() < deadline, "timed out taking a snapshot");
         }
-        fs::copy(memory, &snapshot.memory)
-            .with_context(|| format!("unable to write {}", snapshot.memory.display()))?;
-        Ok(())
     }
 }
 
@@ -466,5 +477,87 @@ impl Machine for Qemu {
 
     fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {
         self.monitor.qmp(command, arguments)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{BufRead, BufReader, Write},
+        os::unix::net::UnixListener,
+    };
+
+    use super::*;
+
+    /// Runs a failing snapshot of a VM with vsock where QEMU gives these answers, and else none but
+    /// that it has obeyed: its error, and the commands.
+    fn failing_snapshot(answers: &[(&'static str, &'static str)]) -> (String, Vec<String>) {
+        let dir = tempfile::tempdir().unwrap();
+        for name in [VHOST, MEMORY] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        let listener = UnixListener::bind(dir.path().join(QMP_OF_OTHERS)).unwrap();
+        let answers = answers.to_vec();
+        let qemu = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            writeln!(stream, "{}", json!({"QMP": {}})).unwrap();
+            let mut commands = vec![];
+            for line in BufReader::new(stream.try_clone().unwrap()).lines() {
+                let command: Value = serde_json::from_str(&line.unwrap()).unwrap();
+                let command = command["execute"].as_str().unwrap().to_string();
+                let answer = answers.iter().find(|(name, _)| *name == command);
+                let answer = answer.map_or("{\"return\":{}}", |(_, answer)| *answer);
+                writeln!(stream, "{answer}").unwrap();
+                if command == "device_del" {
+                    let data = json!({"device": "vsock"});
+                    let event = json!({"event": "DEVICE_DELETED", "data": data});
+                    writeln!(stream, "{event}").unwrap();
+                }
+                commands.push(command);
+            }
+            commands
+        });
+        let [state, memory] = ["made-state", "made-memory"].map(|name| dir.path().join(name));
+        let taken = snapshot(dir.path(), &Snapshot { state, memory }, || Ok(()));
+        (format!("{:#}", taken.unwrap_err()), qemu.join().unwrap())
+    }
+
+    #[test]
+    fn a_vm_goes_on_with_its_vsock_wherever_its_snapshot_fails() {
+        let refused = "{\"error\":{\"desc\":\"no\"}}";
+        let plug = ["cont", "chardev-add", "device_add"];
+        for (command, answer, behind) in [
+            ("chardev-remove", refused, &plug[..]),
+            ("migrate-set-capabilities", refused, &plug),
+            ("stop", refused, &plug),
+            (
+                "migrate",
+                refused,
+                &["migrate_cancel", "cont", "chardev-add", "device_add"],
+            ),
+            (
+                "query-migrate",
+                "{\"return\":{\"status\":\"failed\"}}",
+                &["migrate_cancel", "cont", "chardev-add", "device_add"],
+            ),
+            ("device_del", refused, &["cont"]),
+        ] {
+            let (error, commands) = failing_snapshot(&[(command, answer)]);
+            let at = commands.iter().position(|said| said == command).unwrap();
+            assert_eq!(commands[at + 1..], *behind, "{error}");
+        }
+    }
+
+    #[test]
+    fn a_vm_that_does_not_go_on_has_its_vsock_again_and_is_complained_about() {
+        let (error, commands) = failing_snapshot(&[
+            ("query-migrate", "{\"return\":{\"status\":\"completed\"}}"),
+            ("cont", "{\"error\":{\"desc\":\"no\"}}"),
+        ]);
+        assert_eq!(
+            error,
+            "the VM does not go on after the snapshot: cont: \"no\""
+        );
+        assert_eq!(commands.last().unwrap(), "device_add");
     }
 }

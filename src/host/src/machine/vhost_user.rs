@@ -72,11 +72,21 @@ impl Ring {
         })
     }
 
+    /// How many buffers the guest can have in it at once.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
     /// The descriptor that becomes readable when the guest has added buffers, while the virtqueue
     /// is in use.
     pub fn kick(&self) -> Option<BorrowedFd<'_>> {
         let running = self.enabled && self.queue.ready();
         self.kick.as_ref().filter(|_| running).map(File::as_fd)
+    }
+
+    /// Takes it out of use, until the guest's driver sets it up again.
+    pub fn stop(&mut self) {
+        self.queue.set_ready(false);
     }
 
     /// Takes back that it is readable.
@@ -357,4 +367,123 @@ fn longs<const COUNT: usize>(bytes: &[u8]) -> Result<[u64; COUNT]> {
         *long = u64::from_ne_bytes(*bytes);
     }
     Ok(longs)
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd};
+    use vm_memory::Bytes;
+
+    /// Descriptors of a [`Driver`]'s virtqueue.
+    pub const SIZE: u16 = 16;
+
+    /// A descriptor's flag: the device writes.
+    pub const WRITE: u16 = 2;
+
+    /// The guest's side of a virtqueue. (virtio specification 2.7)
+    pub struct Driver {
+        memory: GuestMemoryMmap,
+        base: u64,
+        kick: File,
+        /// Free-running indices: of descriptors, chains made available, and chains seen used.
+        descriptors: u16,
+        available: u16,
+        used: u16,
+    }
+
+    impl Driver {
+        /// Sets `ring` up, from this address on.
+        pub fn new(memory: &GuestMemoryMmap, base: u64, ring: &mut Ring) -> Driver {
+            let at = |offset| GuestAddress(base + offset);
+            memory.write_slice(&[0; LENGTH], at(0)).unwrap();
+            let queue = &mut ring.queue;
+            queue.set_size(SIZE);
+            queue.set_next_avail(0);
+            queue.set_next_used(0);
+            queue.try_set_desc_table_address(at(0)).unwrap();
+            queue.try_set_avail_ring_address(at(AVAILABLE)).unwrap();
+            queue.try_set_used_ring_address(at(USED)).unwrap();
+            queue.set_ready(true);
+            let kick = File::from(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
+            ring.kick = Some(kick.try_clone().unwrap());
+            Driver {
+                memory: memory.clone(),
+                base,
+                kick,
+                descriptors: 0,
+                available: 0,
+                used: 0,
+            }
+        }
+
+        /// Sets `ring` up so that a chain that is handed back is available again: its used ring is the
+        /// available one. The chain is of one buffer of this length.
+        pub fn endless(memory: &GuestMemoryMmap, base: u64, ring: &mut Ring, buffer: (u64, u32)) {
+            let mut driver = Driver::new(memory, base, ring);
+            let queue = &mut ring.queue;
+            queue
+                .try_set_used_ring_address(GuestAddress(base + AVAILABLE))
+                .unwrap();
+            queue.set_next_used(SIZE);
+            driver.add(&[(buffer.0, buffer.1, 0)]);
+            driver.set_index(SIZE);
+        }
+
+        /// Makes a chain available of these buffers: address, length, flags.
+        pub fn add(&mut self, buffers: &[(u64, u32, u16)]) {
+            let head = self.descriptors % SIZE;
+            for (index, (address, length, flags)) in buffers.iter().enumerate() {
+                let more = u16::from(index + 1 < buffers.len());
+                let next = (self.descriptors + 1) % SIZE;
+                let at = u64::from(self.descriptors % SIZE) * 16;
+                self.write(at, &address.to_le_bytes());
+                self.write(at + 8, &length.to_le_bytes());
+                self.write(at + 12, &(flags | more).to_le_bytes());
+                self.write(at + 14, &next.to_le_bytes());
+                self.descriptors += 1;
+            }
+            self.offer(head);
+        }
+
+        /// Makes the chain available that this descriptor begins.
+        pub fn offer(&mut self, head: u16) {
+            let at = AVAILABLE + 4 + u64::from(self.available % SIZE) * 2;
+            self.write(at, &head.to_le_bytes());
+            self.available += 1;
+            self.set_index(self.available);
+        }
+
+        /// Says that so many chains have been made available.
+        pub fn set_index(&mut self, index: u16) {
+            self.write(AVAILABLE + 2, &index.to_le_bytes());
+            self.kick.write_all(&1_u64.to_ne_bytes()).unwrap();
+        }
+
+        /// How many bytes the device says it has written to the next chain that it hands back.
+        pub fn take(&mut self) -> Option<u32> {
+            let mut index = [0; 2];
+            let at = |offset| GuestAddress(self.base + offset);
+            self.memory.read_slice(&mut index, at(USED + 2)).unwrap();
+            if u16::from_le_bytes(index) == self.used {
+                return None;
+            }
+            let mut length = [0; 4];
+            let element = USED + 4 + u64::from(self.used % SIZE) * 8;
+            let length_at = at(element + 4);
+            self.memory.read_slice(&mut length, length_at).unwrap();
+            self.used += 1;
+            Some(u32::from_le_bytes(length))
+        }
+
+        fn write(&self, offset: u64, bytes: &[u8]) {
+            let at = GuestAddress(self.base + offset);
+            self.memory.write_slice(bytes, at).unwrap();
+        }
+    }
+
+    /// Where the virtqueue's parts lie, behind the descriptors.
+    const AVAILABLE: u64 = 0x200;
+    const USED: u64 = 0x300;
+    const LENGTH: usize = 0x400;
 }

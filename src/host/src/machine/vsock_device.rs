@@ -13,7 +13,10 @@ use std::{
     io::{Read, Write},
     os::{
         fd::AsFd,
-        unix::net::{UnixListener, UnixStream},
+        unix::{
+            fs::FileExt,
+            net::{UnixListener, UnixStream},
+        },
     },
     path::{Path, PathBuf},
     thread::{self, JoinHandle},
@@ -21,10 +24,15 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with},
+};
+use virtio_queue::DescriptorChain;
 use vm_memory::GuestMemoryMmap;
 
 use super::vhost_user::{Frontend, Ring};
+use crate::forward::PAUSE;
 
 /// The host's context id.
 const HOST_CID: u64 = 2;
@@ -34,6 +42,14 @@ const WINDOW: usize = 64 << 10;
 
 /// How long the guest may take to answer a request, or to end what the host has ended.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The most connections of the guest's making, and of the host's; Firecracker has as many in all.
+/// With a number for each side, the guest's leave the host's way to its API free.
+const MAX_CONNECTIONS: usize = 1023;
+
+/// Packets without data that may wait for buffers of the guest's before it is told of no more resets:
+/// more than all connections have, a request or answer and a credit update each.
+const MAX_ORDERS: usize = 4 * MAX_CONNECTIONS;
 
 /// The longest first line of the host: `CONNECT ` and a number of 32 bits.
 const MAX_LINE: usize = 32;
@@ -115,6 +131,34 @@ impl Header {
             forwarded: word(40),
         }
     }
+
+    /// The connection of a packet of the guest's.
+    fn ports(&self) -> Ports {
+        Ports {
+            host: self.destination_port,
+            guest: self.source_port,
+        }
+    }
+}
+
+/// A packet of the guest's: None without a whole header; no data when not all of it is there, or it is
+/// more than a window has.
+fn read_packet(
+    memory: &GuestMemoryMmap,
+    chain: DescriptorChain<&GuestMemoryMmap>,
+) -> Option<(Header, Option<Vec<u8>>)> {
+    let mut reader = chain.reader(memory).ok()?;
+    let mut header = [0; HEADER];
+    reader.read_exact(&mut header).ok()?;
+    let header = Header::of_bytes(&header);
+    let length = header.length as usize;
+    // Descriptors can lie over each other: there may be 4 GiB of it in little memory.
+    if length > reader.available_bytes().min(WINDOW) {
+        return Some((header, None));
+    }
+    let mut data = vec![0; length];
+    reader.read_exact(&mut data).ok()?;
+    Some((header, Some(data)))
 }
 
 /// A connection's ports.
@@ -140,6 +184,7 @@ enum State {
 /// A stream of the host's, and what is on its way.
 struct Connection {
     stream: UnixStream,
+    by_guest: bool,
     state: State,
     /// From the guest, to be written to the stream.
     pending: VecDeque<u8>,
@@ -159,6 +204,7 @@ impl Connection {
     fn new(stream: UnixStream, state: State) -> Connection {
         Connection {
             stream,
+            by_guest: false,
             state,
             pending: VecDeque::new(),
             forwarded: 0,
@@ -260,34 +306,15 @@ pub struct VsockDevice {
 }
 
 impl VsockDevice {
-    /// Starts it: QEMU connects to `vhost`, the host to `socket`. What goes wrong later is written
-    /// to the file `log`.
+    /// Starts it: QEMU connects to `vhost`, the host to `socket`. What went wrong last is in the file
+    /// `log`.
     pub fn start(guest_cid: u32, vhost: &Path, socket: &Path, log: &Path) -> Result<VsockDevice> {
         let (stop, stopped) = UnixStream::pair()?;
-        let bind = |path: &Path| {
-            let listener = UnixListener::bind(path)
-                .with_context(|| format!("unable to listen on {}", path.display()))?;
-            listener.set_nonblocking(true)?;
-            anyhow::Ok(listener)
-        };
-        let mut device = Device {
-            stopped,
-            qemu: bind(vhost)?,
-            listener: bind(socket)?,
-            socket: socket.into(),
-            guest_cid: guest_cid.into(),
-            frontend: None,
-            callers: vec![],
-            connections: BTreeMap::new(),
-            orders: VecDeque::new(),
-            next_port: FIRST_PORT,
-            last_served: None,
-        };
-        let log = fs::File::create(log)?;
+        let mut device = Device::new(stopped, guest_cid, vhost, socket, log)?;
         let thread = thread::Builder::new().name("vsock".into());
         let thread = thread.spawn(move || {
             if let Err(error) = device.run() {
-                let _no_room_for_it = writeln!(&log, "{error:#}");
+                device.report(&error);
             }
         })?;
         Ok(VsockDevice {
@@ -300,31 +327,37 @@ impl VsockDevice {
 
 impl Drop for VsockDevice {
     fn drop(&mut self) {
+        // As long as it listens, nobody else's is there.
+        let _gone_already = fs::remove_file(&self.socket);
         let _gone_already = self.stop.shutdown(std::net::Shutdown::Both);
         if let Some(thread) = self.thread.take() {
             let _reported = thread.join();
         }
-        let _gone_already = fs::remove_file(&self.socket);
     }
 }
 
 struct Device {
     /// Ends when the device is to stop.
     stopped: UnixStream,
+    log: fs::File,
     /// Where QEMU connects to.
     qemu: UnixListener,
     /// Where the host connects to.
     listener: UnixListener,
+    /// When connections are accepted again, after one could not be.
+    paused_until: Option<Instant>,
     socket: PathBuf,
     guest_cid: u64,
     frontend: Option<Frontend<2>>,
     callers: Vec<Caller>,
     connections: BTreeMap<Ports, Connection>,
-    /// Packets without data, in their order: what they go to, operation and flags.
-    orders: VecDeque<(Ports, u16, u32)>,
+    /// Packets without data, in their order: what they go to, and operation.
+    orders: VecDeque<(Ports, u16)>,
     next_port: u32,
     /// The connection that sent to the guest last: the next one after it is the next.
     last_served: Option<Ports>,
+    /// The guest had more in its virtqueues than is served in a turn.
+    unserved: bool,
 }
 
 /// What a descriptor is that is waited for.
@@ -340,40 +373,83 @@ enum Source {
 }
 
 impl Device {
+    fn new(
+        stopped: UnixStream,
+        guest_cid: u32,
+        vhost: &Path,
+        socket: &Path,
+        log: &Path,
+    ) -> Result<Device> {
+        let bind = |path: &Path| {
+            let listener = UnixListener::bind(path)
+                .with_context(|| format!("unable to listen on {}", path.display()))?;
+            listener.set_nonblocking(true)?;
+            anyhow::Ok(listener)
+        };
+        Ok(Device {
+            stopped,
+            log: fs::File::create(log)?,
+            qemu: bind(vhost)?,
+            listener: bind(socket)?,
+            paused_until: None,
+            socket: socket.into(),
+            guest_cid: guest_cid.into(),
+            frontend: None,
+            callers: vec![],
+            connections: BTreeMap::new(),
+            orders: VecDeque::new(),
+            next_port: FIRST_PORT,
+            last_served: None,
+            unserved: false,
+        })
+    }
+
     fn run(&mut self) -> Result<()> {
-        loop {
-            let mut called = false;
-            for (source, events) in self.wait()? {
-                match source {
-                    Source::Stop => return Ok(()),
-                    Source::Qemu => self.accept_qemu()?,
-                    Source::Frontend => self.serve_qemu()?,
-                    Source::Kick(ring) => {
-                        if let Some(frontend) = &mut self.frontend {
-                            frontend.rings[ring].clear_kick();
-                        }
+        while self.turn()? {}
+        Ok(())
+    }
+
+    /// Serves what happens next; false when the device is to stop.
+    fn turn(&mut self) -> Result<bool> {
+        let mut called = false;
+        for (source, events) in self.wait()? {
+            match source {
+                Source::Stop => return Ok(false),
+                Source::Qemu => self.accept_qemu(),
+                Source::Frontend => self.serve_qemu(),
+                Source::Kick(ring) => {
+                    if let Some(frontend) = &mut self.frontend {
+                        frontend.rings[ring].clear_kick();
                     }
-                    Source::Listener => self.accept()?,
-                    Source::Caller => called = true,
-                    Source::Connection(ports) => self.on_stream(ports, events),
                 }
+                Source::Listener => self.accept(),
+                Source::Caller => called = true,
+                Source::Connection(ports) => self.on_stream(ports, events),
             }
-            if called {
-                self.read_lines();
-            }
-            self.expire();
-            self.take_from_guest()?;
-            self.give_to_guest()?;
         }
+        if called {
+            self.read_lines();
+        }
+        self.expire();
+        self.serve_guest();
+        Ok(true)
+    }
+
+    /// Writes what has gone wrong over what had before: the guest can make things go wrong for ever.
+    fn report(&self, error: &anyhow::Error) {
+        let line = format!("{error:#}\n");
+        let written = self.log.set_len(0);
+        let _no_room_for_it = written.and_then(|()| self.log.write_all_at(line.as_bytes(), 0));
     }
 
     /// Waits until something happens, and returns what.
     fn wait(&self) -> Result<Vec<(Source, PollFlags)>> {
-        let mut sources = vec![
-            (Source::Stop, self.stopped.as_fd(), PollFlags::IN),
-            (Source::Listener, self.listener.as_fd(), PollFlags::IN),
-        ];
+        let mut sources = vec![(Source::Stop, self.stopped.as_fd(), PollFlags::IN)];
+        if self.accepts() {
+            sources.push((Source::Listener, self.listener.as_fd(), PollFlags::IN));
+        }
         match &self.frontend {
+            None if self.paused_until.is_some() => {}
             None => sources.push((Source::Qemu, self.qemu.as_fd(), PollFlags::IN)),
             Some(frontend) => {
                 sources.push((Source::Frontend, frontend.as_fd(), PollFlags::IN));
@@ -404,8 +480,13 @@ impl Device {
             .connections
             .values()
             .filter_map(Connection::deadline)
+            .chain(self.paused_until)
             .min();
         let timeout = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let timeout = match self.unserved {
+            true => Some(Duration::ZERO),
+            false => timeout,
+        };
         let timeout = timeout.map(Timespec::try_from).transpose()?;
         let mut fds: Vec<_> = sources
             .iter()
@@ -423,31 +504,71 @@ impl Device {
     }
 
     /// QEMU comes anew when the device is plugged again.
-    fn accept_qemu(&mut self) -> Result<()> {
-        let (stream, _) = self.qemu.accept()?;
-        stream.set_nonblocking(false)?;
-        self.frontend = Some(Frontend::new(stream, &self.guest_cid.to_le_bytes())?);
-        Ok(())
-    }
-
-    fn serve_qemu(&mut self) -> Result<()> {
-        let frontend = self.frontend.as_mut().context("QEMU is there")?;
-        if !frontend.serve()? {
-            self.frontend = None;
-            self.connections.clear();
-            self.orders.clear();
-        }
-        Ok(())
-    }
-
-    fn accept(&mut self) -> Result<()> {
-        let (stream, _) = self.listener.accept()?;
-        stream.set_nonblocking(true)?;
-        self.callers.push(Caller {
-            stream,
-            line: vec![],
+    fn accept_qemu(&mut self) {
+        let accepted = self.qemu.accept().and_then(|(stream, _)| {
+            stream.set_nonblocking(false)?;
+            Ok(stream)
         });
-        Ok(())
+        let config = self.guest_cid.to_le_bytes();
+        match accepted.map_err(anyhow::Error::from) {
+            Ok(stream) => match Frontend::new(stream, &config) {
+                Ok(frontend) => self.frontend = Some(frontend),
+                Err(error) => self.report(&error),
+            },
+            Err(error) => self.pause(&error),
+        }
+    }
+
+    /// A guest can have QEMU ask for what cannot be: the device is unplugged then.
+    fn serve_qemu(&mut self) {
+        let Some(frontend) = &mut self.frontend else {
+            return;
+        };
+        let served = frontend.serve();
+        if let Err(error) = &served {
+            self.report(error);
+        }
+        if !served.unwrap_or(false) {
+            self.frontend = None;
+            self.forget();
+        }
+    }
+
+    /// Ends all connections, without the guest.
+    fn forget(&mut self) {
+        self.connections.clear();
+        self.orders.clear();
+    }
+
+    fn accept(&mut self) {
+        let accepted = self.listener.accept().and_then(|(stream, _)| {
+            stream.set_nonblocking(true)?;
+            Ok(stream)
+        });
+        match accepted {
+            Ok(stream) => self.callers.push(Caller {
+                stream,
+                line: vec![],
+            }),
+            Err(error) => self.pause(&error.into()),
+        }
+    }
+
+    /// Accepts nothing for a while: what could not be accepted waits, and would be tried without end.
+    fn pause(&mut self, error: &anyhow::Error) {
+        self.paused_until = Some(Instant::now() + PAUSE);
+        self.report(error);
+    }
+
+    /// Whether connections of the host's are accepted; the others wait.
+    fn accepts(&self) -> bool {
+        let hosts = self.connections.len() - self.made_by_guest();
+        self.paused_until.is_none() && self.callers.len() + hosts < MAX_CONNECTIONS
+    }
+
+    fn made_by_guest(&self) -> usize {
+        let connections = self.connections.values();
+        connections.filter(|connection| connection.by_guest).count()
     }
 
     /// Asks the guest for what those callers want whose line is there.
@@ -465,7 +586,7 @@ impl Device {
                     };
                     self.connections
                         .insert(ports, Connection::new(caller.stream, state));
-                    self.orders.push_back((ports, REQUEST, 0));
+                    self.order(ports, REQUEST);
                 }
                 // The stream is closed.
                 Err(_) => {}
@@ -509,24 +630,41 @@ impl Device {
             self.reset(ports);
         } else if connection.owes_credit() {
             connection.forwarded_told = connection.forwarded;
-            self.orders.push_back((ports, CREDIT_UPDATE, 0));
+            self.order(ports, CREDIT_UPDATE);
         }
     }
 
     /// Ends a connection on both sides.
     fn reset(&mut self, ports: Ports) {
-        self.connections.remove(&ports);
-        let requested = self.orders.contains(&(ports, REQUEST, 0));
-        self.orders.retain(|(other, ..)| *other != ports);
+        let requested = self.orders.contains(&(ports, REQUEST));
+        self.remove(ports);
         // The guest has not heard of it.
         if !requested {
-            self.orders.push_back((ports, RST, 0));
+            self.order(ports, RST);
         }
     }
 
-    /// Resets what has waited too long for the guest.
+    /// Ends a connection on the host's side.
+    fn remove(&mut self, ports: Ports) {
+        self.connections.remove(&ports);
+        self.orders.retain(|(other, _)| *other != ports);
+    }
+
+    /// Has a packet without data sent. A guest that sends, and gives no buffers for the answers, is not
+    /// to fill the host's memory: each answer waits once, and resets also for connections that are not
+    /// there only up to a number.
+    fn order(&mut self, ports: Ports, operation: u16) {
+        let order = (ports, operation);
+        let too_many = operation == RST && self.orders.len() >= MAX_ORDERS;
+        if !too_many && !self.orders.contains(&order) {
+            self.orders.push_back(order);
+        }
+    }
+
+    /// Resets what has waited too long for the guest, and ends a pause.
     fn expire(&mut self) {
         let now = Instant::now();
+        self.paused_until = self.paused_until.filter(|until| *until > now);
         let late = |connection: &Connection| connection.deadline().is_some_and(|at| at <= now);
         let expired: Vec<_> = self
             .connections
@@ -540,67 +678,81 @@ impl Device {
 
     // -- The guest's side.
 
-    /// Takes all packets that the guest has sent.
-    fn take_from_guest(&mut self) -> Result<()> {
+    /// Takes the packets that the guest has sent, and sends it what there is. Virtqueues that make no
+    /// sense are left alone until the guest's driver sets them up anew.
+    fn serve_guest(&mut self) {
+        self.unserved = false;
         let Some(mut frontend) = self.frontend.take() else {
-            return Ok(());
+            return;
         };
-        let taken = match &frontend.memory {
-            Some(memory) => self.take_packets(memory, &mut frontend.rings[FROM_GUEST]),
+        let served = match &frontend.memory {
+            Some(memory) => self.serve_rings(memory, &mut frontend.rings),
             None => Ok(()),
         };
+        if let Err(error) = served {
+            frontend.rings.iter_mut().for_each(Ring::stop);
+            self.forget();
+            self.report(&error);
+        }
         self.frontend = Some(frontend);
-        taken
     }
 
-    fn take_packets(&mut self, memory: &GuestMemoryMmap, ring: &mut Ring) -> Result<()> {
+    fn serve_rings(&mut self, memory: &GuestMemoryMmap, rings: &mut [Ring; 2]) -> Result<()> {
+        let more = self.take_packets(memory, &mut rings[FROM_GUEST])?;
+        self.unserved = self.give_packets(memory, &mut rings[TO_GUEST])? || more;
+        Ok(())
+    }
+
+    /// Takes as many packets as a virtqueue has at once, or all: true when there may be more.
+    fn take_packets(&mut self, memory: &GuestMemoryMmap, ring: &mut Ring) -> Result<bool> {
         if ring.kick().is_none() {
-            return Ok(());
+            return Ok(false);
         }
-        loop {
+        let mut left = ring.size();
+        let more = loop {
             ring.mute(memory)?;
-            while let Some(chain) = ring.pop(memory)? {
+            while left > 0
+                && let Some(chain) = ring.pop(memory)?
+            {
+                left -= 1;
                 let head = chain.head_index();
-                let mut reader = chain.reader(memory)?;
-                let mut header = [0; HEADER];
-                reader.read_exact(&mut header)?;
-                let header = Header::of_bytes(&header);
-                let mut data = vec![0; (header.length as usize).min(reader.available_bytes())];
-                reader.read_exact(&mut data)?;
+                let packet = read_packet(memory, chain);
                 ring.push(memory, head, 0)?;
-                self.on_packet(&header, &data);
+                match packet {
+                    Some((header, Some(data))) => self.on_packet(&header, &data),
+                    Some((header, None)) => self.reset(header.ports()),
+                    None => {}
+                }
             }
             if !ring.unmute(memory)? {
-                break;
+                break false;
             }
-        }
-        ring.notify(memory)
+            if left == 0 {
+                break true;
+            }
+        };
+        ring.notify(memory)?;
+        Ok(more)
     }
 
     fn on_packet(&mut self, header: &Header, data: &[u8]) {
-        let ports = Ports {
-            host: header.destination_port,
-            guest: header.source_port,
-        };
+        let ports = header.ports();
         if header.destination_cid != HOST_CID || header.kind != STREAM {
-            self.orders.push_back((ports, RST, 0));
+            self.order(ports, RST);
             return;
         }
         let Some(connection) = self.connections.get_mut(&ports) else {
             match header.operation {
                 REQUEST => self.on_request(ports, header),
                 RST => {}
-                _ => self.orders.push_back((ports, RST, 0)),
+                _ => self.order(ports, RST),
             }
             return;
         };
         connection.window = header.buffer;
         connection.taken = header.forwarded;
         match (header.operation, connection.state) {
-            (RST, _) => {
-                self.connections.remove(&ports);
-                self.orders.retain(|(other, ..)| *other != ports);
-            }
+            (RST, _) => self.remove(ports),
             (RESPONSE, State::Requested { .. }) => {
                 connection.state = State::Open {
                     guest_receives: true,
@@ -630,7 +782,7 @@ impl Device {
                 };
                 self.flush(ports);
             }
-            (CREDIT_REQUEST, _) => self.orders.push_back((ports, CREDIT_UPDATE, 0)),
+            (CREDIT_REQUEST, _) => self.order(ports, CREDIT_UPDATE),
             _ => {}
         }
     }
@@ -639,48 +791,48 @@ impl Device {
     fn on_request(&mut self, ports: Ports, header: &Header) {
         let mut path = self.socket.clone().into_os_string();
         path.push(format!("_{}", ports.host));
-        let stream = UnixStream::connect(path)
-            .and_then(|stream| stream.set_nonblocking(true).map(|()| stream));
-        let Ok(stream) = stream else {
-            self.orders.push_back((ports, RST, 0));
+        let vacant = self.made_by_guest() < MAX_CONNECTIONS;
+        let stream = vacant.then(|| connect(Path::new(&path)));
+        let Some(Ok(stream)) = stream else {
+            self.order(ports, RST);
             return;
         };
         let state = State::Open {
             guest_receives: true,
         };
         let mut connection = Connection::new(stream, state);
+        connection.by_guest = true;
         connection.window = header.buffer;
         connection.taken = header.forwarded;
         self.connections.insert(ports, connection);
-        self.orders.push_back((ports, RESPONSE, 0));
+        self.order(ports, RESPONSE);
     }
 
-    /// Sends to the guest what there is, as far as it has buffers.
-    fn give_to_guest(&mut self) -> Result<()> {
-        let Some(mut frontend) = self.frontend.take() else {
-            return Ok(());
-        };
-        let given = match &frontend.memory {
-            Some(memory) => self.give_packets(memory, &mut frontend.rings[TO_GUEST]),
-            None => Ok(()),
-        };
-        self.frontend = Some(frontend);
-        given
-    }
-
-    fn give_packets(&mut self, memory: &GuestMemoryMmap, ring: &mut Ring) -> Result<()> {
+    /// Sends to the guest what there is, as far as it has buffers, but no more than a virtqueue has at
+    /// once: true when there may be more.
+    fn give_packets(&mut self, memory: &GuestMemoryMmap, ring: &mut Ring) -> Result<bool> {
         if ring.kick().is_none() {
-            return Ok(());
+            return Ok(false);
         }
-        loop {
+        let mut left = ring.size();
+        let more = loop {
             ring.mute(memory)?;
-            while self.has_packet()
+            while left > 0
+                && self.has_packet()
                 && let Some(chain) = ring.pop(memory)?
             {
+                left -= 1;
                 let head = chain.head_index();
-                let mut writer = chain.writer(memory)?;
-                let room = writer.available_bytes().checked_sub(HEADER);
-                let room = room.context("a buffer without room for a header")?;
+                let writer = chain.writer(memory).ok();
+                let sized = writer.and_then(|writer| {
+                    let room = writer.available_bytes().checked_sub(HEADER)?;
+                    Some((writer, room))
+                });
+                // One without room for a header and data goes back empty.
+                let Some((mut writer, room @ 1..)) = sized else {
+                    ring.push(memory, head, 0)?;
+                    continue;
+                };
                 match self.next_packet(room) {
                     Some((header, data)) => {
                         writer.write_all(&header.to_bytes())?;
@@ -692,10 +844,14 @@ impl Device {
             }
             // New buffers are of interest while something waits for them.
             if !ring.unmute(memory)? || !self.has_packet() {
-                break;
+                break false;
             }
-        }
-        ring.notify(memory)
+            if left == 0 {
+                break true;
+            }
+        };
+        ring.notify(memory)?;
+        Ok(more)
     }
 
     /// Whether there may be something to send to the guest.
@@ -706,15 +862,14 @@ impl Device {
 
     /// The next packet to the guest, with at most `room` bytes of data.
     fn next_packet(&mut self, room: usize) -> Option<(Header, Vec<u8>)> {
-        if let Some((ports, operation, flags)) = self.orders.pop_front() {
-            let mut header = self.header(ports, operation);
-            header.flags = flags;
-            return Some((header, vec![]));
+        if let Some((ports, operation)) = self.orders.pop_front() {
+            return Some((self.header(ports, operation), vec![]));
         }
         while let Some(ports) = self.next_sender() {
             self.last_served = Some(ports);
             let connection = self.connections.get_mut(&ports)?;
-            let mut data = vec![0; room.min(connection.credit())];
+            // Room and credit are what the guest says.
+            let mut data = vec![0; room.min(connection.credit()).min(WINDOW)];
             match connection.stream.read(&mut data) {
                 Ok(0) => {
                     connection.readable = false;
@@ -777,9 +932,19 @@ impl Device {
     }
 }
 
+/// A stream to the host's listener at `path`. One whose queue is full is not waited for: EAGAIN.
+fn connect(path: &Path) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::vhost_user::tests::{Driver, WRITE};
+    use vm_memory::{Bytes, GuestAddress};
 
     #[test]
     fn a_header_has_the_kernels_layout() {
@@ -803,5 +968,346 @@ mod tests {
         );
         assert_eq!(bytes.iter().filter(|&&byte| byte != 0).count(), at.len());
         assert_eq!(Header::of_bytes(&bytes), header);
+    }
+
+    /// A device without QEMU, and where it is stopped.
+    fn device(dir: &Path) -> (Device, UnixStream) {
+        let (stop, stopped) = UnixStream::pair().unwrap();
+        let [vhost, socket, log] = ["vhost", "socket", "log"].map(|name| dir.join(name));
+        let device = Device::new(stopped, GUEST_CID, &vhost, &socket, &log).unwrap();
+        (device, stop)
+    }
+
+    const GUEST_CID: u32 = 3;
+
+    #[test]
+    fn a_connection_that_cannot_be_accepted_does_not_end_the_device() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut device, stop) = device(dir.path());
+        // Readable from now on, and accept(2) fails, as with too many open files.
+        for listener in [&device.listener, &device.qemu] {
+            rustix::net::shutdown(listener, rustix::net::Shutdown::Both).unwrap();
+        }
+        let start = Instant::now();
+        let mut turns = 0;
+        while start.elapsed() < PAUSE * 3 {
+            assert!(device.turn().unwrap());
+            turns += 1;
+        }
+        assert!(turns < 20, "{turns} turns");
+        assert_ne!(fs::read(dir.path().join("log")).unwrap(), b"");
+        drop(stop);
+        while device.turn().unwrap() {}
+    }
+
+    /// The header of a packet of the guest's to a port of the host.
+    fn packet(guest: u32, host: u32, operation: u16) -> Header {
+        Header {
+            source_cid: GUEST_CID.into(),
+            destination_cid: HOST_CID,
+            source_port: guest,
+            destination_port: host,
+            kind: STREAM,
+            operation,
+            buffer: WINDOW as u32,
+            ..Header::default()
+        }
+    }
+
+    /// The operations that the guest is sent next: to which port of its, and what.
+    fn sent(device: &mut Device) -> Vec<(u32, u16)> {
+        std::iter::from_fn(|| device.next_packet(4096))
+            .map(|(header, _)| (header.destination_port, header.operation))
+            .collect()
+    }
+
+    #[test]
+    fn a_listener_with_a_full_queue_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut device, _stop) = device(dir.path());
+        let listener = UnixListener::bind(dir.path().join("socket_7")).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        // A queue of 0 has room for one.
+        device.on_packet(&packet(100, 7, REQUEST), &[]);
+        let (sender, done) = std::sync::mpsc::channel();
+        thread::spawn(move || {
+            device.on_packet(&packet(101, 7, REQUEST), &[]);
+            sender.send(sent(&mut device)).unwrap();
+        });
+        let sent = done.recv_timeout(Duration::from_secs(10));
+        assert_eq!(sent, Ok(vec![(100, RESPONSE), (101, RST)]));
+    }
+
+    #[test]
+    fn the_guest_makes_so_many_connections_and_leaves_room_for_the_hosts() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut device, _stop) = device(dir.path());
+        crate::process::raise_open_files();
+        let listener = UnixListener::bind(dir.path().join("socket_7")).unwrap();
+        let guests = 1..=MAX_CONNECTIONS as u32;
+        for guest in guests.clone() {
+            device.on_packet(&packet(guest, 7, REQUEST), &[]);
+            listener.accept().unwrap();
+        }
+        let accepted: Vec<_> = guests.map(|guest| (guest, RESPONSE)).collect();
+        assert_eq!(sent(&mut device), accepted);
+        device.on_packet(&packet(9999, 7, REQUEST), &[]);
+        assert_eq!(sent(&mut device), [(9999, RST)]);
+        assert!(device.accepts());
+        // One that ends makes room.
+        device.on_packet(&packet(5, 7, RST), &[]);
+        device.on_packet(&packet(9999, 7, REQUEST), &[]);
+        assert_eq!(sent(&mut device), [(9999, RESPONSE)]);
+    }
+
+    #[test]
+    fn more_connections_of_the_hosts_wait_until_there_is_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut device, _stop) = device(dir.path());
+        crate::process::raise_open_files();
+        for host in 0..MAX_CONNECTIONS as u32 {
+            assert!(device.accepts());
+            let (stream, _) = UnixStream::pair().unwrap();
+            let state = State::Open {
+                guest_receives: true,
+            };
+            let ports = Ports { host, guest: 10000 };
+            let connection = Connection::new(stream, state);
+            device.connections.insert(ports, connection);
+        }
+        assert!(!device.accepts());
+        device.on_packet(&packet(10000, 7, RST), &[]);
+        assert!(device.accepts());
+    }
+
+    /// What a guest has: memory, and the drivers' sides of the virtqueues.
+    struct Guest {
+        memory: GuestMemoryMmap,
+        receive: Driver,
+        send: Driver,
+    }
+
+    /// Where packets lie in the guest's memory: those to be received, and those to be sent.
+    const RECEIVED: u64 = 0x1_0000;
+    const SENT: u64 = 0x4_0000;
+
+    /// Bytes of the guest's memory.
+    const MEMORY: usize = 0x10_0000;
+
+    impl Guest {
+        /// Plugs a device in. Whatever QEMU has to say is said.
+        fn plug(device: &mut Device) -> (Guest, UnixStream) {
+            let (qemu, stream) = UnixStream::pair().unwrap();
+            let ranges = [(GuestAddress(0), MEMORY)];
+            let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+            let mut frontend = Frontend::new(stream, &[]).unwrap();
+            let guest = Guest {
+                receive: Driver::new(&memory, 0, &mut frontend.rings[TO_GUEST]),
+                send: Driver::new(&memory, 0x1000, &mut frontend.rings[FROM_GUEST]),
+                memory: memory.clone(),
+            };
+            frontend.memory = Some(memory);
+            device.frontend = Some(frontend);
+            (guest, qemu)
+        }
+
+        /// Sends a packet whose data is what lies behind it.
+        fn send(&mut self, header: &Header) {
+            self.write(header);
+            self.send.add(&[(SENT, HEADER as u32 + header.length, 0)]);
+        }
+
+        fn write(&self, header: &Header) {
+            let bytes = header.to_bytes();
+            let at = GuestAddress(SENT);
+            self.memory.write_slice(&bytes, at).unwrap();
+        }
+
+        /// Receives a packet into a buffer of 4 KiB: its operation.
+        fn receive(&mut self, device: &mut Device) -> Option<u16> {
+            self.receive.add(&[(RECEIVED, 4096, WRITE)]);
+            device.turn().unwrap();
+            let length = self.receive.take()?;
+            assert!(length >= HEADER as u32);
+            let mut bytes = [0; HEADER];
+            let at = GuestAddress(RECEIVED);
+            self.memory.read_slice(&mut bytes, at).unwrap();
+            Some(Header::of_bytes(&bytes).operation)
+        }
+    }
+
+    /// A connection of the guest's port 5 to the host's port 7, and the host's end of it.
+    fn connected(device: &mut Device) -> UnixStream {
+        let path = format!("{}_7", device.socket.display());
+        let listener = UnixListener::bind(path).unwrap();
+        device.on_packet(&packet(5, 7, REQUEST), &[]);
+        assert_eq!(sent(device), [(5, RESPONSE)]);
+        let (stream, _) = listener.accept().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        stream
+    }
+
+    #[test]
+    fn a_guest_that_takes_no_answers_does_not_fill_the_hosts_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut device, _stop) = device(dir.path());
+        let mut host = connected(&mut device);
+        let mut data = vec![7; WINDOW / 2];
+        for number in 0..100_000_u32 {
+            // To ports where nothing is, from another one each time; a question; and news of room.
+            device.on_packet(&packet(number + 10, 9, RW), &[]);
+            device.on_packet(&packet(5, 7, CREDIT_REQUEST), &[]);
+            if number < 100 {
+                device.on_packet(&packet(5, 7, RW), &data);
+                host.read_exact(&mut data).unwrap();
+            }
+        }
+        assert!(device.orders.len() <= MAX_ORDERS);
+        let updates = device.orders.iter();
+        let updates = updates.filter(|(_, operation)| *operation == CREDIT_UPDATE);
+        assert_eq!(updates.count(), 1);
+        // The host's connections are made and answered all the same.
+        let mut caller = UnixStream::connect(&device.socket).unwrap();
+        caller.write_all(b"CONNECT 10000\n").unwrap();
+        device.turn().unwrap();
+        device.turn().unwrap();
+        assert_eq!(sent(&mut device).last(), Some(&(10000, REQUEST)));
+    }
+
+    #[test]
+    fn a_packet_longer_than_a_window_is_not_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut device, _stop) = device(dir.path());
+        let mut host = connected(&mut device);
+        let (mut guest, _qemu) = Guest::plug(&mut device);
+        let mut header = packet(5, 7, RW);
+        header.length = 4 * WINDOW as u32;
+        guest.write(&header);
+        // The same memory again and again.
+        let mut buffers = vec![(SENT, HEADER as u32, 0)];
+        buffers.extend([(SENT, WINDOW as u32, 0); 4]);
+        guest.send.add(&buffers);
+        device.turn().unwrap();
+        assert_eq!(guest.send.take(), Some(0));
+        assert_eq!(host.read(&mut [0; 16]).unwrap(), 0);
+        assert_eq!(guest.receive(&mut device), Some(RST));
+    }
+
+    #[test]
+    fn a_packet_with_less_data_than_it_says_is_not_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut device, _stop) = device(dir.path());
+        let mut host = connected(&mut device);
+        let (mut guest, _qemu) = Guest::plug(&mut device);
+        let mut header = packet(5, 7, RW);
+        header.length = 11;
+        guest.write(&header);
+        guest.send.add(&[(SENT, HEADER as u32 + 10, 0)]);
+        device.turn().unwrap();
+        assert_eq!(host.read(&mut [0; 16]).unwrap(), 0);
+        assert_eq!(guest.receive(&mut device), Some(RST));
+    }
+
+    #[test]
+    fn a_turn_ends_while_the_guest_goes_on_sending() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut device, stop) = device(dir.path());
+        let (guest, _qemu) = Guest::plug(&mut device);
+        guest.write(&packet(5, 7, RST));
+        let ring = &mut device.frontend.as_mut().unwrap().rings[FROM_GUEST];
+        Driver::endless(&guest.memory, 0x1000, ring, (SENT, HEADER as u32));
+        let (sender, done) = std::sync::mpsc::channel();
+        thread::spawn(move || {
+            // The guest kicks once: then the device knows that there is more.
+            for _ in 0..100 {
+                device.turn().unwrap();
+            }
+            drop(stop);
+            while device.turn().unwrap() {}
+            sender.send(()).unwrap();
+        });
+        done.recv_timeout(Duration::from_secs(30)).unwrap();
+    }
+
+    #[test]
+    fn buffers_that_hold_no_packet_go_back_and_the_device_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut device, _stop) = device(dir.path());
+        let mut host = connected(&mut device);
+        let (mut guest, _qemu) = Guest::plug(&mut device);
+        // Too short for a header, nowhere in memory, and one that the device is to write.
+        for buffer in [
+            (SENT, HEADER as u32 - 1, 0),
+            (MEMORY as u64, 4096, 0),
+            (SENT, 4096, WRITE),
+        ] {
+            guest.send.add(&[buffer]);
+            device.turn().unwrap();
+            assert_eq!(guest.send.take(), Some(0), "{buffer:?}");
+            assert_eq!(fs::read(dir.path().join("log")).unwrap(), b"");
+        }
+        let mut header = packet(5, 7, RW);
+        header.length = 5;
+        guest.send(&header);
+        device.turn().unwrap();
+        assert_eq!(host.read(&mut [0; 16]).unwrap(), 5);
+
+        // What the guest is to have waits for a buffer that has room for it.
+        guest.send(&packet(5, 7, CREDIT_REQUEST));
+        device.turn().unwrap();
+        for buffer in [
+            (RECEIVED, HEADER as u32, WRITE),
+            (MEMORY as u64, 4096, WRITE),
+            (RECEIVED, 4096, 0),
+        ] {
+            guest.receive.add(&[buffer]);
+            device.turn().unwrap();
+            assert_eq!(guest.receive.take(), Some(0), "{buffer:?}");
+        }
+        assert_eq!(guest.receive(&mut device), Some(CREDIT_UPDATE));
+    }
+
+    #[test]
+    fn virtqueues_that_make_no_sense_are_out_of_use_until_they_are_set_up_anew() {
+        // An index beyond all descriptors, and a chain that none begins.
+        let spoil: [fn(&mut Driver); 2] = [
+            |driver| driver.set_index(1000),
+            |driver| driver.offer(crate::machine::vhost_user::tests::SIZE),
+        ];
+        for spoil in spoil {
+            let dir = tempfile::tempdir().unwrap();
+            let (mut device, _stop) = device(dir.path());
+            let mut host = connected(&mut device);
+            let (mut guest, _qemu) = Guest::plug(&mut device);
+            spoil(&mut guest.send);
+            device.turn().unwrap();
+            assert_eq!(host.read(&mut [0; 16]).unwrap(), 0);
+            assert_ne!(fs::read(dir.path().join("log")).unwrap(), b"");
+            // The device waits, and does not spin.
+            let kicks = device.frontend.as_ref().unwrap().rings.iter();
+            assert_eq!(kicks.filter_map(Ring::kick).count(), 0);
+
+            let (mut guest, _qemu) = Guest::plug(&mut device);
+            guest.send(&packet(5, 9, REQUEST));
+            device.turn().unwrap();
+            assert_eq!(guest.receive(&mut device), Some(RST));
+        }
+    }
+
+    #[test]
+    fn a_request_of_qemus_that_cannot_be_served_unplugs_the_device() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut device, _stop) = device(dir.path());
+        let mut host = connected(&mut device);
+        let (_guest, mut qemu) = Guest::plug(&mut device);
+        qemu.write_all([99_u32, 1, 0].map(u32::to_ne_bytes).as_flattened())
+            .unwrap();
+        device.turn().unwrap();
+        assert_eq!(host.read(&mut [0; 16]).unwrap(), 0);
+        assert_ne!(fs::read(dir.path().join("log")).unwrap(), b"");
+        // QEMU may come again.
+        UnixStream::connect(dir.path().join("vhost")).unwrap();
+        device.turn().unwrap();
+        assert!(device.frontend.is_some());
     }
 }

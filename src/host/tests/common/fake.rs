@@ -3,12 +3,17 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::{
+    fs,
     io::{BufRead, BufReader, Read, Write},
+    net::Shutdown,
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
     thread,
 };
+
+use pigeon::{Arch, process::write_program};
+use serde_json::json;
 
 /// A request as it came, with its body.
 #[derive(Clone, Debug, PartialEq)]
@@ -120,6 +125,76 @@ impl Vm {
     }
 }
 
+/// A stand-in for Firecracker's API at `path`: one request at a time, as there, and one a connection.
+pub fn firecracker(path: &Path, mut serve: impl FnMut(Connection) + Send + 'static) {
+    let listener = UnixListener::bind(path).unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let mut connection = read_head(stream).unwrap();
+            connection.read_body();
+            serve(connection);
+        }
+    });
+}
+
+/// A stand-in for QEMU, which runs until it is ended: a program beside `vm`, whose socket takes the
+/// place of that for the host's connections, and a monitor that obeys every command.
+pub struct Qemu {
+    dir: PathBuf,
+    monitors: Arc<Mutex<Vec<UnixStream>>>,
+}
+
+impl Qemu {
+    /// In the directory of `vm`, for a VM with the socket `uds`. What it shows at last is `console`.
+    pub fn start(vm: &Vm, uds: &Path, console: &str) -> Qemu {
+        let dir = vm.uds.parent().unwrap().to_path_buf();
+        let listener = UnixListener::bind(dir.join("qmp")).unwrap();
+        fs::write(dir.join("console"), console).unwrap();
+        let script = format!(
+            "#!/bin/sh\n\
+             for word; do case $word in unix:*qmp.sock,*) qmp=${{word#unix:}};; esac; done\n\
+             cd '{}'\n\
+             ln -sf \"$PWD/vm.vsock\" '{}'\n\
+             ln -s \"$PWD/qmp\" \"${{qmp%%,*}}\"\n\
+             until [ -e ended ]; do sleep 0.05; done\n\
+             cat console\n",
+            dir.display(),
+            uds.display()
+        );
+        let name = format!("qemu-system-{}", Arch::HOST.name());
+        write_program(&dir.join(name), script).unwrap();
+        let monitors = Arc::new(Mutex::new(vec![]));
+        let connected = monitors.clone();
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                connected.lock().unwrap().push(stream.try_clone().unwrap());
+                thread::spawn(move || obey(stream));
+            }
+        });
+        Qemu { dir, monitors }
+    }
+
+    /// Ends it, as a reboot of the guest does.
+    pub fn end(&self) {
+        for mut monitor in self.monitors.lock().unwrap().drain(..) {
+            let event = json!({"event": "SHUTDOWN", "data": {"reason": "guest-reset"}});
+            writeln!(monitor, "{event}").unwrap();
+            monitor.shutdown(Shutdown::Both).unwrap();
+        }
+        fs::write(self.dir.join("ended"), "").unwrap();
+    }
+}
+
+fn obey(stream: UnixStream) -> Option<()> {
+    let mut lines = BufReader::new(stream.try_clone().ok()?).lines();
+    let mut stream = stream;
+    writeln!(stream, "{}", json!({"QMP": {}})).ok()?;
+    while let Some(Ok(_command)) = lines.next() {
+        writeln!(stream, "{}", json!({"return": {}})).ok()?;
+    }
+    Some(())
+}
+
 fn accept(mut stream: UnixStream) -> Option<Connection> {
     let mut byte = [0];
     let mut line = vec![];
@@ -129,6 +204,10 @@ fn accept(mut stream: UnixStream) -> Option<Connection> {
     }
     assert_eq!(line, b"CONNECT 10000\n");
     stream.write_all(b"OK 1073741824\n").ok()?;
+    read_head(stream)
+}
+
+fn read_head(stream: UnixStream) -> Option<Connection> {
     let mut stream = BufReader::new(stream);
     let mut head = vec![];
     while !head.ends_with(b"\r\n\r\n") {

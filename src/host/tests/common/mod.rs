@@ -216,8 +216,8 @@ pub fn arch() -> pigeon::Arch {
 }
 
 /// A layer with busybox and the usual directories and accounts.
-pub fn busybox_layer() -> Vec<u8> {
-    let path = pigeon::assets::busybox(arch()).unwrap();
+pub fn busybox_layer(arch: pigeon::Arch) -> Vec<u8> {
+    let path = pigeon::assets::busybox(arch).unwrap();
     let mut tar = Tar::new();
     for dir in [
         "bin", "dev", "etc", "home", "proc", "root", "run", "sys", "tmp", "var",
@@ -231,7 +231,7 @@ pub fn busybox_layer() -> Vec<u8> {
             "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000:app:/home/app:/bin/sh\n",
         )
         .file("etc/group", "root:x:0:\ntty:x:5:\napp:x:1000:\n");
-    let applets = pigeon::process::run(arch().run_here(&path).unwrap().arg("--list")).unwrap();
+    let applets = pigeon::process::run(arch.run_here(&path).unwrap().arg("--list")).unwrap();
     let applets = applets.lines().filter(|applet| *applet != "busybox");
     applets
         .fold(tar, |tar, applet| {

@@ -14,6 +14,7 @@ use std::{
 };
 
 pub use common::{Place, Tar, busybox_layer, digest, docker_save};
+use containerd_shim_protos::{Client, TaskClient};
 use pigeon::process::Process;
 use rustix::process::Pid;
 use serde_json::json;
@@ -89,7 +90,7 @@ impl Containerd {
             "config": {"Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["sh"]},
             "rootfs": {"type": "layers", "diff_ids": []},
         });
-        let layers = [busybox_layer(), second];
+        let layers = [busybox_layer(pigeon::Arch::HOST), second];
         let mut config = config;
         for layer in &layers {
             let diff_ids = config["rootfs"]["diff_ids"].as_array_mut().unwrap();
@@ -243,6 +244,16 @@ impl Containerd {
         let status = fs::read_to_string(format!("/proc/{vm}/status")).unwrap();
         let shim = status.lines().find_map(|line| line.strip_prefix("PPid:\t"));
         Pid::from_raw(shim.unwrap().parse().unwrap()).unwrap()
+    }
+
+    /// A client of the only container's shim.
+    pub fn shim_client(&self) -> TaskClient {
+        let shims = fs::read_dir(self.state().join("containers"));
+        let [shim] = &shims.unwrap().map(|shim| shim.unwrap()).collect::<Vec<_>>()[..] else {
+            panic!("not one shim");
+        };
+        let socket = shim.path().join("shim.sock");
+        TaskClient::new(Client::connect(&format!("unix://{}", socket.display())).unwrap())
     }
 
     /// The files of shared root images.

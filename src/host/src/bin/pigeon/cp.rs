@@ -1,8 +1,9 @@
 //! `pigeon cp`: files from and to a VM.
 
 use std::{
+    cell::Cell,
     fs::{self, File},
-    io::{self, Read, Write},
+    io::{self, Read, Seek, Write},
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
 };
@@ -16,7 +17,12 @@ use pigeon::{
     session::{Event, MESSAGE},
 };
 
-use crate::{output::note, target::Target};
+use tar::EntryType;
+
+use crate::{
+    output::{self, note},
+    target::Target,
+};
 
 #[derive(Args)]
 pub struct Cp {
@@ -133,15 +139,12 @@ impl Cp {
             );
             return fetch_directory(client, path, destination);
         }
-        let (info, mut contents) = client.read_file(path)?;
         if destination == Path::new("-") {
-            io::copy(&mut contents, &mut io::stdout().lock()).context("unable to pass it on")?;
-            return Ok(());
+            let (_, mut contents) = client.read_file(path)?;
+            return print_all(&mut contents).with_context(|| format!("{path} broke off"));
         }
-        let destination = match destination.is_dir() {
-            true => destination.join(base_name(Path::new(path))?),
-            false => destination.into(),
-        };
+        let destination = file_to_write(destination, path)?;
+        let (info, mut contents) = client.read_file(path)?;
         let shown = destination.display();
         // What was there is there until all has come.
         let dir = destination
@@ -164,6 +167,43 @@ impl Cp {
     }
 }
 
+/// The file that a copy of `path` of a VM becomes. A link that is the destination is followed, as docker
+/// does, also to what is not there yet; one in a directory may be a guest's, of an earlier copy, and is
+/// replaced. What is no regular file is not, such as /dev/null.
+fn file_to_write(destination: &Path, path: &str) -> Result<PathBuf> {
+    let (file, found) = match fs::metadata(destination) {
+        Ok(found) if found.is_dir() => {
+            let file = destination.join(base_name(Path::new(path))?);
+            let found = file.symlink_metadata();
+            (file, found)
+        }
+        found => (follow(destination)?, found),
+    };
+    ensure!(
+        found.is_err() || found.is_ok_and(|found| found.is_file() || found.is_symlink()),
+        "{} is there, and is not a regular file",
+        file.display()
+    );
+    Ok(file)
+}
+
+/// What a symbolic link leads to, or a path that is none.
+fn follow(path: &Path) -> Result<PathBuf> {
+    /// As many as the kernel follows. (path_resolution(7))
+    const MAX_LINKS: usize = 40;
+    let mut file = path.to_path_buf();
+    for _ in 0..MAX_LINKS {
+        match fs::read_link(&file) {
+            Ok(target) => {
+                file.pop();
+                file.push(target);
+            }
+            Err(_) => return Ok(file),
+        }
+    }
+    bail!("{}: too many symbolic links", path.display())
+}
+
 /// A reader that advances a progress bar.
 struct Counted<'a>(&'a mut dyn Read, &'a mut Progress);
 
@@ -172,6 +212,17 @@ impl Read for Counted<'_> {
         let size = self.0.read(buffer)?;
         self.1.add(size as u64);
         Ok(size)
+    }
+}
+
+/// Copies to standard output.
+fn print_all(contents: &mut dyn Read) -> Result<()> {
+    let mut buffer = [0; 64 << 10];
+    loop {
+        match contents.read(&mut buffer)? {
+            0 => return Ok(()),
+            size => output::write(&mut io::stdout().lock(), &buffer[..size])?,
+        }
     }
 }
 
@@ -250,30 +301,112 @@ fn fetch_directory(client: &Client, path: &str, destination: &Path) -> Result<()
         "copying a directory needs tar in the VM, which it does not have"
     );
     let into = match destination.is_dir() {
-        true => destination.join(base_name(Path::new(path))?),
+        true => {
+            let into = destination.join(base_name(Path::new(path))?);
+            // It may be a guest's, of an earlier copy.
+            ensure!(
+                !into.is_symlink(),
+                "{} is a symbolic link, which is not followed",
+                into.display()
+            );
+            into
+        }
         false => destination.into(),
     };
     fs::create_dir_all(&into).with_context(|| format!("unable to create {}", into.display()))?;
     let tar = Command::new(["tar", "-C", path, "-cf", "-", "."]).separate_stderr();
     let mut session = client.session(&tar)?;
     session.end_input()?;
-    let mut archive = tempfile::tempfile()?;
+    // Not in /tmp, which may be memory.
+    let mut archive = tempfile::tempfile_in(&into)?;
     finish(&mut session, &mut archive)?;
-    io::Seek::rewind(&mut archive)?;
-    let mut archive = tar::Archive::new(archive);
-    archive.set_preserve_permissions(true);
+    archive.rewind()?;
+    unpack(archive, &into).with_context(|| format!("unable to write to {}", into.display()))
+}
+
+/// Bytes of headers before a file of an archive: far more than the longest path takes.
+const MAX_HEADERS: u64 = 1 << 20;
+
+/// Unpacks an archive that a guest has made: nothing of it comes to lie, or leads anything of it, outside
+/// of the directory, which the tar crate sees to.
+fn unpack(archive: File, into: &Path) -> Result<()> {
+    let room = Cell::new(0);
+    let mut archive = tar::Archive::new(Limited {
+        archive,
+        room: &room,
+    });
+    // As of a single file: set-user-ID of a guest's is nothing that the host has to honour.
+    archive.set_preserve_permissions(false);
     archive.set_preserve_mtime(true);
-    let unpacked = archive.unpack(&into);
-    unpacked.with_context(|| format!("unable to write to {}", into.display()))
+    let mut directories = vec![];
+    let mut entries = archive.entries_with_seek()?;
+    loop {
+        // The crate keeps names and pax records in memory, however long they are.
+        room.set(MAX_HEADERS);
+        let Some(entry) = entries.next() else {
+            break;
+        };
+        let mut entry = entry?;
+        room.set(u64::MAX);
+        match entry.header().entry_type() {
+            EntryType::Directory => directories.push(entry),
+            EntryType::Block | EntryType::Char | EntryType::Fifo => {
+                let name = entry.path_bytes();
+                note!(
+                    "{:?}: left out: a device or a FIFO",
+                    name.escape_ascii().to_string()
+                );
+            }
+            _ => drop(entry.unpack_in(into)?),
+        }
+    }
+    // When all is in it, one that is read-only can be so; those below come first.
+    directories.sort_by(|one, other| other.path_bytes().cmp(&one.path_bytes()));
+    for mut directory in directories {
+        directory.unpack_in(into)?;
+    }
+    Ok(())
+}
+
+/// An archive of which no more can be read than there is room for.
+struct Limited<'a> {
+    archive: File,
+    room: &'a Cell<u64>,
+}
+
+impl Read for Limited<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let room = self.room.get();
+        if room == 0 {
+            let error = format!("headers of over {MAX_HEADERS} bytes");
+            return Err(io::Error::other(error));
+        }
+        let most = usize::try_from(room).unwrap_or(usize::MAX);
+        let most = most.min(buffer.len());
+        let size = self.archive.read(&mut buffer[..most])?;
+        self.room.set(room - size as u64);
+        Ok(size)
+    }
+}
+
+impl Seek for Limited<'_> {
+    fn seek(&mut self, to: io::SeekFrom) -> io::Result<u64> {
+        self.archive.seek(to)
+    }
 }
 
 /// Waits for a command's end, which has to be a good one; its output goes to `out`.
 fn finish(session: &mut Session, out: &mut dyn Write) -> Result<()> {
-    let mut said = vec![];
+    /// Bytes of its complaints that are kept.
+    const MAX_SAID: usize = 64 << 10;
+    let mut said: Vec<u8> = vec![];
     while let Some(event) = session.next()? {
         match event {
             Event::Output(pigeon::logs::Stream::Stdout, bytes) => out.write_all(&bytes)?,
-            Event::Output(_, bytes) => said.extend(bytes),
+            Event::Output(_, bytes) => {
+                let room = MAX_SAID - said.len();
+                said.extend(&bytes[..room.min(bytes.len())]);
+            }
             Event::Exit(ended) => {
                 let text = String::from_utf8_lossy(&said);
                 ensure!(ended.status() == 0, "tar in the VM: {}", text.trim_end());

@@ -181,7 +181,7 @@ impl Exec {
             command = command.timeout(timeout);
         }
         let output = self.target.client(vm)?.exec(&command)?;
-        say!("{}", json!(output));
+        say!("{}", json!(output))?;
         Ok(status(match output.exit_code {
             -1 => 128 + output.exit_signal,
             code => code,
@@ -244,7 +244,7 @@ fn detach(client: &pigeon::Client, command: &Command, tty: bool, id: &str) -> Re
         );
         std::thread::sleep(Duration::from_millis(5));
     }
-    say!("{id}");
+    say!("{id}")?;
     Ok(0)
 }
 
@@ -266,7 +266,7 @@ impl Attach {
     pub fn run(&self) -> Result<u8> {
         let client = self.target.client(None)?;
         let Some(id) = &self.id else {
-            self.list(&client.sessions()?);
+            self.list(&client.sessions()?)?;
             return Ok(0);
         };
         if self.kill {
@@ -289,10 +289,9 @@ impl Attach {
         .run(session)
     }
 
-    fn list(&self, sessions: &[pigeon::session::SessionInfo]) {
+    fn list(&self, sessions: &[pigeon::session::SessionInfo]) -> Result<()> {
         if self.json {
-            say!("{}", json!(sessions));
-            return;
+            return say!("{}", json!(sessions));
         }
         let row = |session: &pigeon::session::SessionInfo| {
             let state = match (session.exit.is_null(), session.attached) {
@@ -303,7 +302,7 @@ impl Attach {
             vec![session.id.clone(), state.into(), session.command.join(" ")]
         };
         let rows: Vec<_> = sessions.iter().map(row).collect();
-        crate::output::table(&["ID", "STATE", "COMMAND"], &rows);
+        crate::output::table(&["ID", "STATE", "COMMAND"], &rows)
     }
 }
 

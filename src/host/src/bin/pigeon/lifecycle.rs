@@ -36,9 +36,11 @@ impl Ps {
         let mut vms = vms::all()?;
         vms.retain(|vm| self.all || vm.running);
         if self.json {
-            say!("{}", Value::Array(vms.iter().map(describe).collect()));
+            say!("{}", Value::Array(vms.iter().map(describe).collect()))?;
         } else if self.quiet {
-            vms.iter().for_each(|vm| say!("{}", vm.record.name));
+            for vm in &vms {
+                say!("{}", vm.record.name)?;
+            }
         } else {
             let row = |vm: &Vm| {
                 let image = vm.record.image.file_name().unwrap_or_default();
@@ -51,7 +53,7 @@ impl Ps {
                 ]
             };
             let rows: Vec<_> = vms.iter().map(row).collect();
-            table(&["NAME", "STATUS", "IMAGE", "COMMAND", "PORTS"], &rows);
+            table(&["NAME", "STATUS", "IMAGE", "COMMAND", "PORTS"], &rows)?;
         }
         Ok(())
     }
@@ -94,7 +96,7 @@ impl Inspect {
                 .collect::<Result<_>>()?,
         };
         let described: Vec<_> = vms.iter().map(describe).collect();
-        say!("{}", serde_json::to_string_pretty(&described)?);
+        say!("{}", serde_json::to_string_pretty(&described)?)?;
         Ok(())
     }
 }
@@ -120,7 +122,7 @@ impl Stop {
             return match self.target.vm(None)? {
                 Some(vm) => {
                     stop(&vm, self.signal, timeout)?;
-                    say!("{}", vm.record.name);
+                    say!("{}", vm.record.name)?;
                     Ok(())
                 }
                 // Nobody but its own API knows when it is down.
@@ -129,7 +131,7 @@ impl Stop {
         }
         for name in &self.names {
             stop(&vms::find(name)?, self.signal, timeout)?;
-            say!("{name}");
+            say!("{name}")?;
         }
         Ok(())
     }
@@ -186,7 +188,7 @@ impl Kill {
                 Err(_) if i32::from(self.signal) == Signal::KILL.as_raw() => kill(&vm)?,
                 sent => sent?,
             }
-            say!("{name}");
+            say!("{name}")?;
         }
         Ok(())
     }
@@ -214,7 +216,7 @@ impl Rm {
                 kill(&vm)?;
             }
             vm.remove()?;
-            say!("{name}");
+            say!("{name}")?;
         }
         Ok(())
     }
@@ -264,8 +266,8 @@ impl Wait {
             }
         }
         match self.json {
-            true => say!("{}", json!(exit)),
-            false => say!("{}", exit.code),
+            true => say!("{}", json!(exit))?,
+            false => say!("{}", exit.code)?,
         }
         Ok(())
     }
@@ -307,8 +309,8 @@ impl Status {
         let client = self.target.client(self.name.as_deref())?;
         let uds = client.uds().display().to_string();
         match self.json {
-            true => say!("{}", json!({"ok": true, "uds": uds})),
-            false => say!("up: {uds}"),
+            true => say!("{}", json!({"ok": true, "uds": uds}))?,
+            false => say!("up: {uds}")?,
         }
         Ok(())
     }
@@ -333,7 +335,7 @@ impl SendSignal {
         let client = self.target.client(self.name.as_deref())?;
         client.signal(self.signal)?;
         if self.json {
-            say!("{}", json!({"ok": true}));
+            say!("{}", json!({"ok": true}))?;
         }
         Ok(())
     }
@@ -354,14 +356,14 @@ impl Stats {
     pub fn run(&self) -> Result<()> {
         let info = self.target.client(self.name.as_deref())?.sysinfo()?;
         if self.json {
-            say!("{info}");
+            say!("{info}")?;
             return Ok(());
         }
         let rows = summary(&info);
         if rows.is_empty() {
             bail!("unknown format: --json shows the answer");
         }
-        table(&["RESOURCE", "USAGE"], &rows);
+        table(&["RESOURCE", "USAGE"], &rows)?;
         Ok(())
     }
 }

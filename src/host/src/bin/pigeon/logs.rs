@@ -3,9 +3,9 @@
 use std::{
     collections::VecDeque,
     fs::File,
-    io::{self, Read, Seek, Write},
+    io::{self, Read, Seek},
     path::Path,
-    process, thread,
+    thread,
     time::Duration,
 };
 
@@ -18,7 +18,7 @@ use pigeon::{
 use serde_json::json;
 
 use crate::{
-    output::{note, say},
+    output::{self, note, say},
     target::Target,
     vms::{self, Vm},
 };
@@ -110,7 +110,7 @@ impl Logs {
             if size == 0 {
                 return Ok(());
             }
-            write_to(&mut io::stdout().lock(), &buffer[..size])?;
+            output::write(&mut io::stdout().lock(), &buffer[..size])?;
         }
     }
 }
@@ -201,16 +201,8 @@ impl Read for Growing<'_> {
 /// Writes a piece of output to where it belongs.
 pub fn show(frame: &Frame) -> Result<()> {
     match frame.stream {
-        Stream::Stdout => write_to(&mut io::stdout().lock(), &frame.bytes),
-        Stream::Stderr => write_to(&mut io::stderr().lock(), &frame.bytes),
-    }
-}
-
-/// Without a reader the command is over, without a word.
-fn write_to(stream: &mut dyn Write, bytes: &[u8]) -> Result<()> {
-    match stream.write_all(bytes).and_then(|()| stream.flush()) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => process::exit(141),
-        result => result.context("unable to write"),
+        Stream::Stdout => output::write(&mut io::stdout().lock(), &frame.bytes),
+        Stream::Stderr => output::write(&mut io::stderr().lock(), &frame.bytes),
     }
 }
 
@@ -251,7 +243,7 @@ fn recorded_events(vm: &Vm, follow: bool) -> Result<()> {
     while source.read(&mut byte)? == 1 {
         text.push(byte[0]);
         if byte == *b"\n" {
-            write_to(&mut io::stdout().lock(), &text)?;
+            output::write(&mut io::stdout().lock(), &text)?;
             text.clear();
         }
     }
@@ -263,7 +255,7 @@ fn listen(uds: &Path, port: u32) -> Result<()> {
     let listener = events::Listener::bind(uds, port)?;
     let mut events = listener.accept()?;
     while let Some(event) = events.next_event()? {
-        say!("{}", json!(event));
+        say!("{}", json!(event))?;
     }
     Ok(())
 }
@@ -303,10 +295,13 @@ impl ConsoleFilter {
     }
 
     fn byte(&mut self, byte: u8, shown: &mut Vec<u8>) {
+        /// Bytes of a line's begin: far more than the kernel's longest time has.
+        const MAX_BEGIN: usize = 64;
         if self.state == LineState::Undecided {
             self.begin.push(byte);
             self.state = classify(&self.begin);
-            if byte == b'\n' && self.state == LineState::Undecided {
+            let is_decided = byte == b'\n' || self.begin.len() == MAX_BEGIN;
+            if is_decided && self.state == LineState::Undecided {
                 self.state = LineState::Shown;
             }
             if self.state == LineState::Shown {
@@ -387,6 +382,7 @@ pub fn filter_console(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
 
     fn frame(bytes: &str) -> Frame {
         Frame {
@@ -450,5 +446,11 @@ mod tests {
         let mut filter = ConsoleFilter::default();
         assert_eq!(filter.filter(b"[ 12"), b"");
         assert_eq!(filter.finish(), b"[ 12");
+        // What could be the kernel's for ever is not kept for ever.
+        for endless in [" ", "1", "1.1"] {
+            let line = format!("[{}", endless.repeat(100));
+            let mut filter = ConsoleFilter::default();
+            assert_eq!(filter.filter(line.as_bytes()), line.as_bytes());
+        }
     }
 }

@@ -138,15 +138,18 @@ fn main() -> ExitCode {
             return ExitCode::from(if error.use_stderr() { FAILED } else { 0 });
         }
     };
+    pigeon::process::raise_open_files();
     match act(cli.action) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            note!("{error:#}");
+            if !error.is::<output::NoReader>() {
+                note!("{error:#}");
+            }
             if let Some(hint) = hint(&error) {
                 use std::io::Write;
                 let _ = writeln!(std::io::stderr(), "  {hint}");
             }
-            ExitCode::from(FAILED)
+            ExitCode::from(output::exit_code(&error))
         }
     }
 }
@@ -159,6 +162,7 @@ fn act(action: Action) -> Result<u8> {
         Action::Restore(restore) => return restore.run(),
         Action::Start(start) => return start.run(),
         Action::Restart(restart) => return restart.run(),
+        Action::Snapshot(snapshot) => return snapshot.run(),
         Action::Ps(ps) => ps.run(),
         Action::Logs(logs) => logs.run(),
         Action::Cp(cp) => cp.run(),
@@ -174,7 +178,6 @@ fn act(action: Action) -> Result<u8> {
         Action::Stats(stats) => stats.run(),
         Action::Events(events) => events.run(),
         Action::Status(status) => status.run(),
-        Action::Snapshot(snapshot) => snapshot.run(),
         Action::Rootfs(rootfs) => rootfs.run(),
         Action::Completions(completions) => completions.run(),
         Action::Man(man) => man.run(),

@@ -1,15 +1,39 @@
 //! Printing: results go to standard output, messages to standard error.
 
 use std::{
-    env,
+    env, fmt,
     io::{self, IsTerminal, Write},
-    process,
 };
 
-/// Exit code on a broken pipe, as in a shell: 128 + SIGPIPE.
-const BROKEN_PIPE: i32 = 141;
+use anyhow::{Context, Result};
 
-/// Prints a line to standard output. On a broken pipe the process exits silently.
+use crate::FAILED;
+
+/// Exit code on a broken pipe, as in a shell: 128 + SIGPIPE.
+const BROKEN_PIPE: u8 = 141;
+
+/// Nobody reads the output any more, which ends the command without a word. It is an error like any
+/// other: what has to be undone before the end, a VM or a terminal's mode, is undone on its way.
+#[derive(Debug)]
+pub struct NoReader;
+
+impl fmt::Display for NoReader {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("nobody reads the output")
+    }
+}
+
+impl std::error::Error for NoReader {}
+
+/// The exit code of a command that has failed so.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    match error.is::<NoReader>() {
+        true => BROKEN_PIPE,
+        false => FAILED,
+    }
+}
+
+/// Prints a line to standard output.
 macro_rules! say {
     ($($words:tt)*) => { $crate::output::print(&format!("{}\n", format_args!($($words)*))) };
 }
@@ -22,18 +46,15 @@ macro_rules! note {
 pub(crate) use {note, say};
 
 /// Prints a result as it is.
-pub fn print(text: &str) {
-    let mut stdout = io::stdout().lock();
-    let written = stdout
-        .write_all(text.as_bytes())
-        .and_then(|()| stdout.flush());
-    match written {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => process::exit(BROKEN_PIPE),
-        Err(error) => {
-            print_note(format_args!("unable to write to standard output: {error}"));
-            process::exit(crate::FAILED.into());
-        }
-        Ok(()) => {}
+pub fn print(text: &str) -> Result<()> {
+    write(&mut io::stdout().lock(), text.as_bytes())
+}
+
+/// Writes to one of the standard streams, at once.
+pub fn write(stream: &mut dyn Write, bytes: &[u8]) -> Result<()> {
+    match stream.write_all(bytes).and_then(|()| stream.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(NoReader.into()),
+        result => result.context("unable to write the output"),
     }
 }
 
@@ -49,7 +70,7 @@ pub fn is_coloured() -> bool {
 }
 
 /// Prints rows under their titles, in columns.
-pub fn table(titles: &[&str], rows: &[Vec<String>]) {
+pub fn table(titles: &[&str], rows: &[Vec<String>]) -> Result<()> {
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column));
         let widest = cells.map(|cell| cell.chars().count()).max();
@@ -64,12 +85,13 @@ pub fn table(titles: &[&str], rows: &[Vec<String>]) {
     };
     let title = line(&mut titles.iter().copied());
     match is_coloured() {
-        true => say!("\x1b[1m{title}\x1b[m"),
-        false => say!("{title}"),
+        true => say!("\x1b[1m{title}\x1b[m")?,
+        false => say!("{title}")?,
     }
     for row in rows {
-        say!("{}", line(&mut row.iter().map(String::as_str)));
+        say!("{}", line(&mut row.iter().map(String::as_str)))?;
     }
+    Ok(())
 }
 
 /// Seconds as a person says them: `3 minutes`.

@@ -40,13 +40,12 @@ impl Port {
         }
     }
 
-    /// Starts forwarding, and returns the address it listens on.
-    pub fn forward(self, uds: &Path) -> Result<SocketAddr> {
+    /// Starts forwarding.
+    pub fn forward(self, uds: &Path) -> Result<Forward> {
         let target = format!("127.0.0.1:{}", self.guest);
         let guest = self.guest;
         let failed = move |error| note!("port {guest}: {error}");
-        let forward = Forward::start((self.address, self.host), uds, &target, failed)?;
-        Ok(forward.address())
+        Forward::start((self.address, self.host), uds, &target, failed)
     }
 }
 
@@ -102,13 +101,15 @@ impl ForwardPorts {
     pub fn run(&self) -> Result<()> {
         let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
         let client = self.target.client(None)?;
+        let mut forwards = vec![];
         for text in &self.ports {
             let port = match text.parse::<u16>() {
                 Ok(number) => format!("{number}:{number}").parse::<Port>()?,
                 Err(_) => text.parse()?,
             };
-            let address = port.forward(client.uds())?;
-            say!("{address}->{}/tcp", port.guest);
+            let forward = port.forward(client.uds())?;
+            say!("{}->{}/tcp", forward.address(), port.guest)?;
+            forwards.push(forward);
         }
         signals.forever().next();
         Ok(())

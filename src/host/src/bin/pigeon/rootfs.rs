@@ -71,7 +71,7 @@ impl Rootfs {
                 "format": self.format.name(),
                 "warnings": built.warnings,
             });
-            say!("{result}");
+            say!("{result}")?;
             return Ok(());
         }
         let from = match built.layers {
@@ -86,10 +86,10 @@ impl Rootfs {
             "{out}: {} MiB, {} files, from {article} {from}",
             built.size.div_ceil(1 << 20),
             built.files
-        );
+        )?;
         match &built.image_config {
-            Some(config) => say!("{config_path}: {}", command_line(config)),
-            None => say!("no command is configured: pigeon run {out} COMMAND..."),
+            Some(config) => say!("{config_path}: {}", command_line(config))?,
+            None => say!("no command is configured: pigeon run {out} COMMAND...")?,
         }
         if let Some(platform) = built.foreign_platform {
             note!(

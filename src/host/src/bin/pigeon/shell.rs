@@ -16,8 +16,7 @@ impl Completions {
     pub fn run(&self) -> Result<()> {
         let mut script = vec![];
         clap_complete::generate(self.shell, &mut Cli::command(), "pigeon", &mut script);
-        print(&String::from_utf8(script)?);
-        Ok(())
+        print(&String::from_utf8(script)?)
     }
 }
 
@@ -42,7 +41,6 @@ impl Man {
         };
         let mut text = vec![];
         clap_mangen::Man::new(page).render(&mut text)?;
-        print(&String::from_utf8(text)?);
-        Ok(())
+        print(&String::from_utf8(text)?)
     }
 }

@@ -8,17 +8,25 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use pigeon::{
-    Client,
+    Client, Error,
     machine::{self, Nic, Spec},
+    signal,
     snapshot::Prepare,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM},
+    iterator::Signals,
+};
 
-use crate::{output::say, vms};
+use crate::{
+    output::{note, say},
+    vms,
+};
 
 /// After how long a guest whose snapshot was not finished thaws itself.
 const HOLD: Duration = Duration::from_secs(120);
@@ -132,7 +140,7 @@ pub struct TakeSnapshot {
 }
 
 impl TakeSnapshot {
-    pub fn run(&self) -> Result<()> {
+    pub fn run(&self) -> Result<u8> {
         let vm = vms::find_running(&self.vm)?;
         let restorable = vm.record.restorable.as_ref().with_context(|| {
             format!(
@@ -142,26 +150,75 @@ impl TakeSnapshot {
         })?;
         let timeout =
             Duration::try_from_secs_f64(self.freeze_timeout).context("bad --freeze-timeout")?;
+        let mut signals = HeldOff::new()?;
         // All of the guest's memory is in it.
         let made = fs::DirBuilder::new().mode(0o700).create(&self.dir);
         made.with_context(|| format!("unable to create {}", self.dir.display()))?;
         // The hypervisor has another working directory.
         let dir = fs::canonicalize(&self.dir)?;
-        let taken = take(&vm.record, restorable, &dir, timeout);
-        if taken.is_err() {
-            let _ = fs::remove_dir_all(&dir);
+        let taken = take(&vm.record, restorable, &dir, timeout, &mut signals);
+        let came = signals.came();
+        let error = match (taken, came) {
+            (Ok(said), None) => {
+                say!("{said}")?;
+                return Ok(0);
+            }
+            (Ok(_), Some(signal)) => ended_by(signal),
+            (Err(error), _) => error,
+        };
+        let _ = fs::remove_dir_all(&dir);
+        match came {
+            Some(signal) => {
+                note!("{error:#}");
+                Ok(128 + signal)
+            }
+            None => Err(error),
         }
-        taken
     }
 }
 
-/// Takes the snapshot into the directory, and lets the VM go on.
+/// Signals that wait until the VM goes on.
+struct HeldOff {
+    signals: Signals,
+    came: Option<u8>,
+}
+
+impl HeldOff {
+    fn new() -> Result<HeldOff> {
+        Ok(HeldOff {
+            signals: Signals::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM])?,
+            came: None,
+        })
+    }
+
+    /// The first one that came.
+    fn came(&mut self) -> Option<u8> {
+        let signal = self.came.or_else(|| {
+            let signal = self.signals.pending().next()?;
+            signal.try_into().ok()
+        });
+        self.came = signal;
+        signal
+    }
+
+    /// An error if one came.
+    fn check(&mut self) -> Result<()> {
+        self.came().map_or(Ok(()), |signal| Err(ended_by(signal)))
+    }
+}
+
+fn ended_by(signal: u8) -> anyhow::Error {
+    anyhow!("no snapshot: ended by {}", signal::name(signal.into()))
+}
+
+/// Takes the snapshot into the directory, and lets the VM go on: what there is to be said of it.
 fn take(
     record: &vms::Record,
     restorable: &Restorable,
     dir: &Path,
     timeout: Duration,
-) -> Result<()> {
+    signals: &mut HeldOff,
+) -> Result<Value> {
     let client = Client::connect(&record.uds)?;
     let token = format!("pigeon-{}-{}", process::id(), vms::now());
     let prepared = client.prepare_snapshot(&Prepare {
@@ -169,25 +226,33 @@ fn take(
         timeout_ms: Some(timeout.as_millis().try_into().unwrap_or(u64::MAX)),
         sync: Some(true),
         hold_ms: Some(HOLD.as_millis() as u64),
-    })?;
+    });
+    if let Err(error @ Error::Refused { .. }) = prepared {
+        return Err(error.into()); // nothing is held
+    }
     let mut disks = restorable.disks.clone();
     let begin = Instant::now();
-    let taken = machine::snapshot(&restorable.dir, &files(dir), || {
-        for (number, disk) in disks.iter_mut().enumerate() {
-            if !disk.read_only {
-                let copy = dir.join(format!("disk{number}"));
-                fs::copy(&disk.path, &copy)
-                    .with_context(|| format!("unable to copy {}", disk.path.display()))?;
-                disk.path = copy;
+    let taken = prepared.map_err(anyhow::Error::from).and_then(|prepared| {
+        signals.check()?;
+        machine::snapshot(&restorable.dir, &files(dir), || {
+            for (number, disk) in disks.iter_mut().enumerate() {
+                signals.check()?;
+                if !disk.read_only {
+                    let copy = dir.join(format!("disk{number}"));
+                    fs::copy(&disk.path, &copy)
+                        .with_context(|| format!("unable to copy {}", disk.path.display()))?;
+                    disk.path = copy;
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })?;
+        Ok(prepared)
     });
     let paused = begin.elapsed();
     // The VM goes on, whatever has become of the snapshot.
     let thawed =
         Client::connect_within(&record.uds, UP).and_then(|client| client.cancel_snapshot(&token));
-    taken?;
+    let prepared = taken?;
     let manifest = Manifest {
         name: record.name.clone(),
         image: record.image.clone(),
@@ -203,17 +268,13 @@ fn take(
     };
     fs::write(dir.join(MANIFEST), serde_json::to_vec_pretty(&manifest)?)?;
     thawed?;
-    say!(
-        "{}",
-        json!({
-            "snapshot": dir,
-            "frozen": prepared.frozen,
-            "freeze_ms": prepared.freeze_ms,
-            "sync_ms": prepared.sync_ms,
-            "paused_ms": paused.as_millis() as u64,
-        })
-    );
-    Ok(())
+    Ok(json!({
+        "snapshot": dir,
+        "frozen": prepared.frozen,
+        "freeze_ms": prepared.freeze_ms,
+        "sync_ms": prepared.sync_ms,
+        "paused_ms": paused.as_millis() as u64,
+    }))
 }
 
 #[cfg(test)]

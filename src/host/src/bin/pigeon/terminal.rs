@@ -33,7 +33,7 @@ pub fn raw() -> io::Result<Restore> {
     Ok(Restore(before))
 }
 
-/// Keys go to the VM's console, which echoes them, as they are typed; Ctrl-C and Ctrl-Z stay ours.
+/// Keys go to the VM's console, which echoes them, as they are typed; Ctrl-C, Ctrl-\ and Ctrl-Z stay ours.
 pub fn console() -> io::Result<Restore> {
     let before = tcgetattr(io::stdin())?;
     let mut console = before.clone();

@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use pigeon::Exit;
+use pigeon::{Exit, vsock};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -148,6 +148,8 @@ pub const EVENTS: &str = "events";
 pub const MESSAGES: &str = "messages";
 /// It is there while the VM is restarted: `--rm` does not remove what is kept then.
 const RESTARTS: &str = "restarts";
+/// What is kept of a VM that has ended, until another one that takes its name has started.
+const EARLIER: &str = "earlier";
 
 impl Vm {
     /// Whether it runs now.
@@ -192,12 +194,18 @@ impl Vm {
 
     /// Removes all that is kept of it.
     pub fn remove(&self) -> Result<()> {
-        let _ = fs::remove_file(&self.record.uds);
-        match fs::remove_dir_all(&self.dir) {
-            // It was run with --rm.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            removed => removed.with_context(|| format!("unable to remove {}", self.dir.display())),
+        // One that was run with --rm is gone, or its owner is about to remove it.
+        let Ok(lock) = File::open(self.dir.join(LOCK)) else {
+            return remove_tree(&self.dir);
+        };
+        let name = &self.record.name;
+        ensure!(try_lock(&lock, File::try_lock), "{name} is running again");
+        if !is_at(&lock, &self.dir.join(LOCK)) {
+            return Ok(()); // it was removed meanwhile, and what is there is another one
         }
+        // Of one that was killed.
+        let _ = vsock::vacate(&self.record.uds);
+        remove_tree(&self.dir)
     }
 }
 
@@ -205,7 +213,7 @@ impl Vm {
 pub struct Claim {
     pub dir: PathBuf,
     record: std::sync::Mutex<Record>,
-    _lock: File,
+    lock: File,
 }
 
 impl Claim {
@@ -219,7 +227,7 @@ impl Claim {
         Ok(Claim {
             dir,
             record: record.into(),
-            _lock: lock,
+            lock,
         })
     }
 
@@ -244,24 +252,80 @@ impl Claim {
         self.dir.join(RESTARTS).exists()
     }
 
-    /// Changes the record, here and on disk.
+    /// Changes the record, here and on disk. Once there is one, what is kept of an earlier VM goes.
     pub fn update(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
         let mut record = self.lock();
         change(&mut record);
-        write_record(&self.dir, &record)
+        write_record(&self.dir, &record)?;
+        remove_tree(&self.dir.join(EARLIER))
     }
 
     /// Removes all that is kept of it.
     pub fn remove(&self) -> Result<()> {
-        let removed = fs::remove_dir_all(&self.dir);
-        removed.with_context(|| format!("unable to remove {}", self.dir.display()))
+        remove_tree(&self.dir)
+    }
+
+    /// Where the VM never came up, nobody needs what there is of it; what is kept of an earlier one stays.
+    pub fn give_up(&self) {
+        if is_at(&self.lock, &self.dir.join(LOCK)) && !self.dir.join(RECORD).exists() {
+            let _ = self.give_back();
+        }
+    }
+
+    fn give_back(&self) -> Result<()> {
+        let earlier = self.dir.join(EARLIER);
+        if !earlier.exists() {
+            return self.remove();
+        }
+        for entry in fs::read_dir(&self.dir)? {
+            let path = entry?.path();
+            if path != earlier && path != self.dir.join(LOCK) {
+                remove_if_there(&path)?;
+            }
+        }
+        put_back(&self.dir)
+    }
+}
+
+/// Puts aside what is kept of a VM that has ended.
+fn put_aside(dir: &Path) -> Result<()> {
+    let earlier = private(dir.join(EARLIER))?;
+    for entry in fs::read_dir(dir)? {
+        let name = entry?.file_name();
+        if name != EARLIER && name != LOCK {
+            fs::rename(dir.join(&name), earlier.join(&name))?;
+        }
+    }
+    Ok(())
+}
+
+/// Puts it back, if there is any.
+fn put_back(dir: &Path) -> Result<()> {
+    let earlier = dir.join(EARLIER);
+    if !earlier.exists() {
+        return Ok(());
+    }
+    for entry in fs::read_dir(&earlier)? {
+        let name = entry?.file_name();
+        fs::rename(earlier.join(&name), dir.join(&name))?;
+    }
+    remove_tree(&earlier)
+}
+
+fn remove_tree(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("unable to remove {}", path.display()))
+        }
+        _ => Ok(()),
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
         // The hypervisor may have removed it.
-        let _ = fs::remove_file(&self.lock().uds);
+        let _ = vsock::vacate(&self.lock().uds);
+        self.give_up();
     }
 }
 
@@ -373,16 +437,13 @@ fn try_claim(name: &str, auto: bool) -> Result<Result<Claim, Taken>> {
     let Some(lock) = lock(&dir)? else {
         return Ok(Err(Taken::Running));
     };
+    // Somebody was killed before his VM came up.
+    put_back(&dir)?;
     if let Ok(old) = read_record(&dir) {
         if !(auto && old.auto) {
             return Ok(Err(Taken::Ended));
         }
-        for entry in fs::read_dir(&dir)? {
-            let path = entry?.path();
-            if path != dir.join(LOCK) {
-                remove_if_there(&path)?;
-            }
-        }
+        put_aside(&dir)?;
     }
     let record = Record {
         name: name.into(),
@@ -419,8 +480,14 @@ fn lock(dir: &Path) -> Result<Option<File>> {
         return Ok(None);
     }
     // Its owner may have removed it between our opening and our locking it.
-    let there = fs::metadata(&path).ok().map(|found| found.ino());
-    Ok((there == Some(lock.metadata()?.ino())).then_some(lock))
+    Ok(is_at(&lock, &path).then_some(lock))
+}
+
+/// Whether a file, such as one that was locked since it was opened, is the one at this path.
+pub fn is_at(file: &File, path: &Path) -> bool {
+    let identity = |found: fs::Metadata| (found.dev(), found.ino());
+    let own = file.metadata().map(identity).ok();
+    own.is_some() && own == fs::metadata(path).map(identity).ok()
 }
 
 fn remove_if_there(path: &Path) -> Result<()> {
@@ -457,10 +524,6 @@ pub fn all() -> Result<Vec<Vm>> {
         let Ok(record) = read_record(&dir) else {
             continue;
         };
-        if !running {
-            // Of one that was killed.
-            let _ = fs::remove_file(&record.uds);
-        }
         vms.push(Vm {
             record,
             running,
@@ -525,4 +588,32 @@ pub fn only() -> Result<Vm> {
         return Ok(vms.swap_remove(0));
     }
     only_running()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_kept_of_a_vm_that_was_started_again_meanwhile_is_not_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("app");
+        fs::create_dir(&dir).unwrap();
+        let vm = Vm {
+            record: Record {
+                name: "app".into(),
+                ..Record::default()
+            },
+            running: false,
+            dir: dir.clone(),
+        };
+        let started = lock(&dir).unwrap().unwrap();
+        let error = vm.remove().unwrap_err().to_string();
+        assert_eq!(error, "app is running again");
+        assert!(dir.exists());
+        drop(started);
+        vm.remove().unwrap();
+        assert!(!dir.exists());
+        vm.remove().unwrap();
+    }
 }

@@ -71,7 +71,7 @@ fn split(said: &str) -> (String, Option<String>) {
 
 /// Reports that the VM has started, and redirects further messages to a file.
 pub fn report(name: &str, dir: &Path) -> Result<()> {
-    say!("{STARTED}{name}");
+    say!("{STARTED}{name}")?;
     let messages = OpenOptions::new()
         .create(true)
         .append(true)

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    fs,
+    fs::{self, File},
     path::{Path, PathBuf},
 };
 
@@ -18,7 +18,7 @@ use pigeon::{
 };
 use serde_json::{Value, json};
 
-use super::{Created, Run};
+use super::Run;
 use crate::{exec::variables, output::note, ports::Port};
 
 /// Where the workload of a VM whose real one is a session is mounted.
@@ -69,17 +69,23 @@ impl Volume {
 }
 
 impl DiskFile {
-    /// Makes it where it is to be made, and looks whether the guest can mount it.
-    pub fn prepare(&self, created: &mut Created) -> Result<Kind> {
+    /// Makes it, locked, if it is not there.
+    pub fn make(&self) -> Result<Option<File>> {
         let shown = self.path.display();
-        if !self.path.exists() {
-            let size = self
-                .size
-                .with_context(|| format!("{shown} does not exist: add ,size=1G to create it"))?;
-            write_volume(&self.path, size)?;
-            created.0.push(self.path.clone());
-            note!("{shown}: created, {} MiB", size >> 20);
+        if self.path.exists() {
+            return Ok(None);
         }
+        let size = self
+            .size
+            .with_context(|| format!("{shown} does not exist: add ,size=1G to create it"))?;
+        let file = write_volume(&self.path, size)?;
+        note!("{shown}: created, {} MiB", size >> 20);
+        Ok(Some(file))
+    }
+
+    /// What is on it, if the guest can mount that.
+    pub fn kind(&self) -> Result<Kind> {
+        let shown = self.path.display();
         let kind = describe(&self.path)?;
         match kind {
             Kind::Image(_) | Kind::OtherImage(_) => Ok(kind),
@@ -681,28 +687,21 @@ mod tests {
             read_only: false,
             size,
         };
-        let mut created = Created::default();
-        let error = disk(None).prepare(&mut created).unwrap_err().to_string();
+        let error = disk(None).make().unwrap_err().to_string();
         assert!(error.contains("add ,size=1G to create it"), "{error}");
-        assert_eq!(
-            disk(Some(16 << 20)).prepare(&mut created).unwrap(),
-            Kind::Image(Format::Ext4)
-        );
+        assert!(disk(Some(16 << 20)).make().unwrap().is_some());
+        assert_eq!(disk(None).kind().unwrap(), Kind::Image(Format::Ext4));
         // It stays as it is.
-        assert_eq!(
-            disk(Some(32 << 20)).prepare(&mut created).unwrap(),
-            Kind::Image(Format::Ext4)
-        );
+        assert!(disk(Some(32 << 20)).make().unwrap().is_none());
         assert_eq!(fs::metadata(&path).unwrap().len(), 16 << 20);
-        assert_eq!(created.0, std::slice::from_ref(&path));
         fs::write(&path, [0; 4096]).unwrap();
-        let error = disk(None).prepare(&mut created).unwrap_err().to_string();
+        let error = disk(None).kind().unwrap_err().to_string();
         assert!(
             error.contains("has no file system: run `mkfs.ext4"),
             "{error}"
         );
         fs::write(&path, "hello").unwrap();
-        let error = disk(None).prepare(&mut created).unwrap_err().to_string();
+        let error = disk(None).kind().unwrap_err().to_string();
         assert!(error.contains("is of an unknown kind"), "{error}");
     }
 

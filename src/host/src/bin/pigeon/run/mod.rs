@@ -10,7 +10,6 @@ mod start;
 use std::{
     env,
     fs::{self, File},
-    io,
     path::{self, Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -20,6 +19,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, ValueEnum};
 use pigeon::{
     Arch, assets,
+    forward::Forward,
     hold::{self, Until},
     image::{
         disk::{Format, parse_size},
@@ -30,10 +30,6 @@ use pigeon::{
     vsock,
 };
 use serde_json::json;
-use signal_hook::{
-    consts::{SIGHUP, SIGINT, SIGTERM},
-    iterator::Signals,
-};
 
 use crate::{
     Guest,
@@ -42,7 +38,7 @@ use crate::{
     vms::{self, Claim, Launch},
 };
 pub use document::argv;
-use document::{Plan, file_systems};
+use document::{DiskFile, Plan, file_systems};
 use owner::Owner;
 pub use restore::Restore;
 pub use start::{Restart, Start};
@@ -255,7 +251,7 @@ impl Run {
                     if self.wait {
                         start::wait_until_up(&name)?;
                     }
-                    say!("{name}");
+                    say!("{name}")?;
                     Ok(0)
                 }
                 Err(code) => Ok(code),
@@ -265,7 +261,7 @@ impl Run {
         let document = self.document()?;
         let plan = self.plan(document.clone(), self.name.as_deref().unwrap_or(&stem))?;
         if self.dry_run {
-            say!("{}", serde_json::to_string_pretty(&plan.document)?);
+            say!("{}", serde_json::to_string_pretty(&plan.document)?)?;
             return Ok(0);
         }
         self.check_memory()?;
@@ -279,24 +275,24 @@ impl Run {
     /// Boots a VM and runs it until it has ended: its exit code.
     fn boot(&self, claim: Claim, plan: Plan, root: Kind) -> Result<u8> {
         let name = claim.record().name;
-        let mut created = Created::default();
+        let mut held = Held::new(&plan.disks)?;
         let mut kinds = vec![root];
         for disk in &plan.disks[1..] {
-            kinds.push(disk.prepare(&mut created)?);
+            kinds.push(disk.kind()?);
         }
-        let locks = lock_disks(&plan)?;
         let uds = match &self.uds {
             Some(uds) => path::absolute(uds)?,
             None => claim.record().uds,
         };
-        vacate(&uds)?;
+        vsock::vacate(&uds)?;
         sweep();
         let scratch = Scratch::new()?;
-        let signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+        let signals = owner::signals()?;
         let mut ports = vec![];
         for port in plan.ports.iter().filter(|port| !self.by_hypervisor(port)) {
-            let address = port.forward(&uds)?;
-            ports.push(format!("{address}->{}/tcp", port.guest));
+            let forward = port.forward(&uds)?;
+            ports.push(format!("{}->{}/tcp", forward.address(), port.guest));
+            held.ports.push(forward);
         }
         ports.extend(
             plan.ports
@@ -310,7 +306,7 @@ impl Run {
             false => None,
         };
         let machine = self.start(&spec)?;
-        created.keep();
+        held.keep();
         claim.update(|record| {
             record.restorable = restorable;
             record.image = fs::canonicalize(self.image()).unwrap_or_else(|_| self.image().into());
@@ -352,9 +348,7 @@ impl Run {
             uds,
         };
         let events = owner.listen_for_events();
-        let code = owner.watch(machine, signals, events);
-        drop(locks);
-        code
+        owner.watch(machine, signals, events, held)
     }
 
     /// What the root is.
@@ -531,56 +525,68 @@ impl Run {
     }
 }
 
-/// Makes room for a socket.
-fn vacate(uds: &Path) -> Result<()> {
-    vsock::ensure_vacant(uds)?;
-    match fs::remove_file(uds) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("unable to replace {}", uds.display()))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Files that were made for a VM. They are removed if it does not start.
+/// What a VM has of the host's, for itself: whoever waits for its end can have it then.
 #[derive(Default)]
-pub struct Created(Vec<PathBuf>);
+pub struct Held {
+    disks: Vec<File>,
+    /// Disks that were made for it. They are removed if it does not start.
+    made: Vec<(DiskFile, File)>,
+    ports: Vec<Forward>,
+}
 
-impl Created {
+impl Held {
+    /// Makes the disks that are to be made, and locks all: two VMs that write to one disk would destroy
+    /// it.
+    fn new(disks: &[DiskFile]) -> Result<Held> {
+        let mut held = Held::default();
+        for disk in disks {
+            if let Some(file) = disk.make()? {
+                held.made.push((disk.clone(), file));
+                continue;
+            }
+            let shown = disk.path.display();
+            let file = File::open(&disk.path).with_context(|| format!("unable to open {shown}"))?;
+            let locked = match disk.read_only {
+                true => file.try_lock_shared(),
+                false => file.try_lock(),
+            };
+            match locked {
+                // Whoever had made it may have removed it before we had the lock.
+                Ok(()) if !vms::is_at(&file, &disk.path) => {
+                    anyhow::bail!("{shown} was removed by another VM, which has not started")
+                }
+                Ok(()) => held.disks.push(file),
+                Err(fs::TryLockError::WouldBlock) => anyhow::bail!(
+                    "{shown} is in use by another running VM; --read-only, --overlay or ,ro allow \
+                     sharing it"
+                ),
+                // A file system that knows no locks.
+                Err(fs::TryLockError::Error(_)) => {}
+            }
+        }
+        Ok(held)
+    }
+
+    /// The VM has started.
     fn keep(&mut self) {
-        self.0.clear();
+        for (disk, file) in self.made.drain(..) {
+            if disk.read_only {
+                let _ = file.try_lock_shared();
+            }
+            self.disks.push(file);
+        }
     }
 }
 
-impl Drop for Created {
+impl Drop for Held {
     fn drop(&mut self) {
-        for path in &self.0 {
-            let _ = fs::remove_file(path);
+        for (disk, file) in &self.made {
+            // What is not ours alone may be in use.
+            if file.try_lock().is_ok() && vms::is_at(file, &disk.path) {
+                let _ = fs::remove_file(&disk.path);
+            }
         }
     }
-}
-
-/// Locks the disks: two VMs that write to one disk would destroy it.
-fn lock_disks(plan: &Plan) -> Result<Vec<File>> {
-    let mut locks = vec![];
-    for disk in &plan.disks {
-        let shown = disk.path.display();
-        let file = File::open(&disk.path).with_context(|| format!("unable to open {shown}"))?;
-        let locked = match disk.read_only {
-            true => file.try_lock_shared(),
-            false => file.try_lock(),
-        };
-        match locked {
-            Ok(()) => locks.push(file),
-            Err(fs::TryLockError::WouldBlock) => anyhow::bail!(
-                "{shown} is in use by another running VM; --read-only, --overlay or ,ro allow \
-                 sharing it"
-            ),
-            // A file system that knows no locks.
-            Err(fs::TryLockError::Error(_)) => {}
-        }
-    }
-    Ok(locks)
 }
 
 /// The directory of a running VM. Its lock distinguishes it from that of a killed one.
@@ -637,6 +643,48 @@ mod tests {
         for text in ["0", "x", "1K", "9999999T", "-1"] {
             assert!(parse_memory(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_disk_that_was_made_is_its_makers_until_it_is_removed_or_the_vm_has_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = |name: &str, size| DiskFile {
+            path: dir.path().join(name),
+            read_only: false,
+            size,
+        };
+        let data = disk("data.img", Some(16 << 20));
+        let disks = std::slice::from_ref(&data);
+        let refused = || {
+            let error = Held::new(disks).err().unwrap().to_string();
+            assert!(error.contains("is in use by another running VM"), "{error}");
+            assert!(data.path.exists());
+        };
+        let first = Held::new(disks).unwrap();
+        refused();
+        // It does not start.
+        drop(first);
+        assert!(!data.path.exists());
+
+        let mut first = Held::new(disks).unwrap();
+        first.keep();
+        refused();
+        drop(first);
+        assert!(data.path.exists());
+        drop(Held::new(disks).unwrap());
+        assert!(data.path.exists());
+
+        // What fails at a later disk.
+        let made = disk("made.img", Some(16 << 20));
+        assert!(Held::new(&[made.clone(), disk("none", None)]).is_err());
+        assert!(!made.path.exists());
+
+        // What somebody else has put in its place is not removed.
+        let first = Held::new(std::slice::from_ref(&made)).unwrap();
+        fs::remove_file(&made.path).unwrap();
+        fs::write(&made.path, "precious").unwrap();
+        drop(first);
+        assert!(made.path.exists());
     }
 
     #[test]

@@ -22,12 +22,16 @@ use pigeon::{
     logs::Frame,
     machine::{End, Machine},
     progress::Progress,
+    vsock,
 };
 use serde_json::json;
-use signal_hook::iterator::Signals;
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM},
+    iterator::Signals,
+};
 
 use super::{
-    EVENTS_PORT, Run, describe_end,
+    EVENTS_PORT, Held, Run, describe_end,
     document::{Plan, SessionPlan},
     health::HealthCheck,
 };
@@ -35,14 +39,15 @@ use crate::{
     CANNOT_START, FAILED,
     exec::{Pass, no_program, start_error},
     logs::{end_at_a_frame, filter_console, warn_of_loss},
-    output::{note, say},
+    output::{exit_code, note, say},
     terminal,
     vms::{self, Claim},
 };
 
 /// Exit code after a kill, as a shell has it: 128 + SIGKILL.
 const KILLED: u8 = 137;
-/// SIGTERM
+/// SIGQUIT and SIGTERM
+const QUIT: u8 = 3;
 const TERM: u8 = 15;
 /// Bytes of the console's end that are looked at for a panic.
 const TAIL: usize = 16 << 10;
@@ -54,6 +59,11 @@ const SHUTDOWN: Duration = Duration::from_secs(10);
 const BOOT: Duration = Duration::from_secs(120);
 /// How long the last of the output may take to arrive when the VM has ended.
 const LAST_OUTPUT: Duration = Duration::from_secs(5);
+
+/// The signals that [`Owner::watch`] handles; until then they wait.
+pub fn signals() -> io::Result<Signals> {
+    Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT])
+}
 
 /// What it takes to run a VM.
 pub struct Owner<'a> {
@@ -73,6 +83,13 @@ struct Ended {
     console: String,
 }
 
+/// What is heard of the init's events.
+pub struct EventLog {
+    exit: mpsc::Receiver<Exit>,
+    /// None if there is another thing where it would be.
+    _listener: Option<events::Listener>,
+}
+
 /// What the VM is asked for.
 struct Asked {
     exit: mpsc::Receiver<Exit>,
@@ -85,7 +102,8 @@ impl Owner<'_> {
         &self,
         mut machine: Box<dyn Machine>,
         mut signals: Signals,
-        events: mpsc::Receiver<Exit>,
+        events: EventLog,
+        held: Held,
     ) -> Result<u8> {
         let machine = machine.as_mut();
         let child = machine.process().child();
@@ -128,8 +146,10 @@ impl Owner<'_> {
                 session = Some(result);
                 kill_at.get_or_insert(Instant::now() + SHUTDOWN);
             }
-            for _ in signals.pending() {
+            for signal in signals.pending() {
                 match kill_at {
+                    // A session cannot be sent one.
+                    _ if signal == SIGQUIT && self.plan.session.is_none() => self.pass_quit(),
                     None => {
                         if shows_console {
                             note!("stopping the VM; once more kills it");
@@ -152,6 +172,7 @@ impl Owner<'_> {
                 machine.process().kill();
             }
         };
+        drop(held);
         let console = console.join().unwrap_or_default();
         let console = String::from_utf8_lossy(&console).into_owned();
         over.store(true, Ordering::Relaxed);
@@ -167,9 +188,8 @@ impl Owner<'_> {
         }
         // An answer arrives before the VM ends, or never.
         let answered = asked.exit.recv_timeout(Duration::from_millis(200)).ok();
-        let event = events.try_iter().last();
-        // Its listener waits for ever.
-        let _ = std::fs::remove_file(events::socket_path(&self.uds, EVENTS_PORT));
+        let event = events.exit.try_iter().last();
+        drop(events);
         let ended = Ended {
             exit: answered.or(event).or_else(|| logged_exit(&console)),
             end,
@@ -204,16 +224,21 @@ impl Owner<'_> {
     }
 
     /// Records the init's events. An exit event is as reliable as the API's answer.
-    pub fn listen_for_events(&self) -> mpsc::Receiver<Exit> {
+    pub fn listen_for_events(&self) -> EventLog {
         let (sender, exit) = mpsc::channel();
         let path = self.claim.dir.join(vms::EVENTS);
         let claim = self.claim.clone();
+        let listening = events::Listener::bind(&self.uds, EVENTS_PORT)
+            .and_then(|listener| Ok((listener.acceptor()?, listener)));
         // Events are optional.
-        let listener = match events::Listener::bind(&self.uds, EVENTS_PORT) {
-            Ok(listener) => listener,
+        let (acceptor, listener) = match listening {
+            Ok(listening) => listening,
             Err(error) => {
                 note!("{error:#}");
-                return exit;
+                return EventLog {
+                    exit,
+                    _listener: None,
+                };
             }
         };
         thread::spawn(move || {
@@ -224,7 +249,7 @@ impl Owner<'_> {
                 .ok()?;
             // After a snapshot, the init connects anew.
             loop {
-                let mut events = listener.accept().ok()?;
+                let mut events = acceptor.accept().ok()?;
                 while let Ok(Some(event)) = events.next_event() {
                     let mut line = json!(event);
                     line["time"] = json!(vms::now());
@@ -244,7 +269,10 @@ impl Owner<'_> {
                 }
             }
         });
-        exit
+        EventLog {
+            exit,
+            _listener: Some(listener),
+        }
     }
 
     /// Writes the workload's output down, and shows it where the console is not shown. The
@@ -296,6 +324,17 @@ impl Owner<'_> {
             done.send(()).ok()
         });
         receiver
+    }
+
+    /// Sends the workload SIGQUIT, as `docker run` does: many show where they are, and go on.
+    fn pass_quit(&self) {
+        let uds = self.uds.clone();
+        thread::spawn(move || {
+            let sent = Client::connect(&uds).and_then(|client| client.signal(QUIT));
+            if let Err(error) = sent {
+                note!("unable to send the workload SIGQUIT: {error:#}");
+            }
+        });
     }
 
     /// Asks the init to stop the workload; signals `fallback` if that fails.
@@ -379,7 +418,7 @@ impl Owner<'_> {
         };
         let code = match (&exit, &session) {
             _ if killed && !matches!(session, Some(Ok(_))) => KILLED,
-            (_, Some(Err(_))) => FAILED,
+            (_, Some(Err(error))) => exit_code(error),
             (_, Some(Ok(code))) => *code,
             (Some(exit), _) if good => u8::try_from(exit.code & 0xff).unwrap_or(FAILED),
             _ => FAILED,
@@ -399,11 +438,10 @@ impl Owner<'_> {
         if self.run.rm && !self.claim.restarts() {
             self.claim.remove()?;
         }
-        if self.run.uds.is_some() {
-            let _ = std::fs::remove_file(&self.uds); // the hypervisor may have done so
-        }
+        // The hypervisor may have done so, or do it.
+        let _ = vsock::vacate(&self.uds);
         if self.run.json {
-            say!("{}", describe_end(exit.as_ref(), name, code));
+            say!("{}", describe_end(exit.as_ref(), name, code))?;
             return Ok(code);
         }
         if let Some(Err(error)) = session {

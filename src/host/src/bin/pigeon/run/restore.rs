@@ -15,18 +15,14 @@ use data_encoding::BASE64;
 use pigeon::{
     Arch, Client, assets, config,
     machine::{Disk, Machine, Nic, Spec, Start},
-    snapshot,
+    snapshot, vsock,
 };
 use serde_json::{Value, json};
-use signal_hook::{
-    consts::{SIGHUP, SIGINT, SIGTERM},
-    iterator::Signals,
-};
 
 use super::{
-    Options, Owner, Scratch, detach,
+    Held, Options, Owner, Scratch, detach,
     document::{DiskFile, Plan},
-    lock_disks, sweep, vacate,
+    owner, sweep,
 };
 use crate::{
     output::say,
@@ -76,7 +72,7 @@ impl Restore {
             // Each process runs one VM.
             for _ in 0..self.count {
                 match detach::start(env::args_os().skip(1))? {
-                    Ok(name) => say!("{name}"),
+                    Ok(name) => say!("{name}")?,
                     Err(code) => return Ok(code),
                 }
             }
@@ -84,9 +80,8 @@ impl Restore {
         }
         let claim = Arc::new(vms::claim(self.name.as_deref(), &manifest.name)?);
         let run = self.run_clone(&manifest, &claim);
-        if run.is_err() && claim.record().restorable.is_none() {
-            // It never came up: nobody needs its disks.
-            let _ = claim.remove();
+        if run.is_err() {
+            claim.give_up();
         }
         run
     }
@@ -100,10 +95,10 @@ impl Restore {
         let mut options = Options::try_parse_from(words)?.run;
         let arch = Arch::from_str(&manifest.arch, false).ok();
         options.guest.arch = arch.context("the snapshot's architecture is not known")?;
-        vacate(&record.uds)?;
+        vsock::vacate(&record.uds)?;
         sweep();
         let scratch = Scratch::new()?;
-        let signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+        let signals = owner::signals()?;
         let plan = Plan {
             document: self.document(manifest, &record.name)?,
             disks: own_disks(manifest, &claim.dir)?,
@@ -111,7 +106,7 @@ impl Restore {
             session: None,
             unkept: vec![],
         };
-        let locks = lock_disks(&plan)?;
+        let held = Held::new(&plan.disks)?;
         let spec = Spec {
             // The hypervisor may have another working directory.
             start: Start::Restore(files(&fs::canonicalize(&self.dir)?)),
@@ -137,9 +132,7 @@ impl Restore {
             record.restorable = Some(restorable);
         })?;
         detach::report(&record.name, &claim.dir)?;
-        let code = owner.watch(machine, signals, events);
-        drop(locks);
-        code
+        owner.watch(machine, signals, events, held)
     }
 
     /// The clone's configuration.

@@ -46,7 +46,7 @@ impl Start {
                     return Ok(code);
                 }
             }
-            say!("{name}");
+            say!("{name}")?;
         }
         Ok(0)
     }
@@ -80,7 +80,7 @@ impl Restart {
             if let Err(code) = start_detached(name, self.wait)? {
                 return Ok(code);
             }
-            say!("{name}");
+            say!("{name}")?;
         }
         Ok(0)
     }
