@@ -7,6 +7,7 @@ use crate::sys::{files, terminal};
 use core::ffi::CStr;
 use core::fmt::{self, Display, Write};
 use proto::buffer::Buffer;
+use proto::bytes;
 use proto::json::Quoted;
 use proto::message;
 use proto::message::{Level, Message};
@@ -77,6 +78,13 @@ impl Console {
     pub fn input(&self) -> Option<(&OwnedFd, &'static CStr)> {
         let (_, name) = self.device.as_ref()?;
         Some((self.directory.as_ref()?, *name))
+    }
+
+    /// The same for PID 1, which does not block.
+    pub fn reader(&self) -> Option<OwnedFd> {
+        let (_, name) = self.device.as_ref()?;
+        let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+        self.open_device(name, flags).ok()
     }
 
     fn open_device(&self, name: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
@@ -189,11 +197,7 @@ impl Console {
 
     /// Queues output of the workload, for which there is [`room`](Self::room).
     pub fn write(&mut self, output: &[u8]) {
-        let room = self.room();
-        let count = output.len().min(room.len());
-        for (to, from) in room.iter_mut().zip(output) {
-            *to = *from;
-        }
+        let count = bytes::copy(output, self.room());
         self.commit(count);
     }
 

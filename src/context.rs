@@ -40,6 +40,10 @@ pub enum Source {
     Listener,
     /// The console takes bytes again.
     Console,
+    /// Something was typed on the console.
+    Typed,
+    /// The helper of the boot has news.
+    Helper,
     /// The workload's standard output, and its standard error unless that is apart.
     Workload,
     /// The workload's standard error.
@@ -66,6 +70,8 @@ impl Source {
         Self::Signals,
         Self::Listener,
         Self::Console,
+        Self::Typed,
+        Self::Helper,
         Self::Workload,
         Self::WorkloadError,
         Self::Events,
@@ -92,7 +98,7 @@ impl Source {
 
 /// How the workload ended.
 pub struct Exit {
-    /// Its exit code, 128 + signal, or 125 when it could not be run.
+    /// Its exit code, 128 + signal, or 125 when it could not be run. 137 when it could not be killed.
     pub code: i32,
     /// Its main process was killed by the kernel's OOM killer.
     pub oom_killed: bool,
@@ -132,12 +138,28 @@ pub struct Workload {
 }
 
 /// How the workload is to stop.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 pub struct Stop {
     /// What is sent to it; `None`: its own stop signal.
     pub signal: Option<Signal>,
-    /// When it is killed, in milliseconds from now; `None`: after the usual time.
-    pub timeout: Option<u64>,
+    /// When it is killed, in milliseconds from now.
+    pub timeout: u64,
+}
+
+impl Stop {
+    /// As usual.
+    pub const USUAL: Self = Self {
+        signal: None,
+        timeout: 10_000,
+    };
+
+    /// What two that came at once ask for together.
+    pub fn and(self, later: Self) -> Self {
+        Self {
+            signal: later.signal.or(self.signal),
+            timeout: self.timeout.min(later.timeout),
+        }
+    }
 }
 
 /// What a command has of the workload, unless the call says otherwise.
@@ -234,7 +256,8 @@ pub fn room() -> Result<Region> {
 
 /// What the supervisor and the API share.
 pub struct Context {
-    /// Now, in milliseconds.
+    /// Now, in milliseconds since the boot without those that the VM was paused: what deadlines are
+    /// compared with.
     pub now: u64,
     /// The workload.
     pub workload: Workload,

@@ -21,7 +21,8 @@ pub enum Destination {
 
 /// The workload's last output.
 pub struct OutputLog {
-    ring: Option<Ring<Region>>,
+    /// Without memory when none is kept.
+    ring: Ring<Region>,
     /// What the slowest follower still needs; without one the oldest goes.
     keep: u64,
     /// There will be no more.
@@ -30,40 +31,40 @@ pub struct OutputLog {
 
 impl OutputLog {
     /// No log.
-    pub const fn none() -> Self {
+    pub fn none() -> Self {
+        Self::of(Region::default())
+    }
+
+    /// A log that keeps so many bytes; without memory for it there is none.
+    pub fn new(size: usize) -> Self {
+        Self::of(Region::new(size.saturating_add(ring::PIECE)).unwrap_or_default())
+    }
+
+    fn of(memory: Region) -> Self {
         Self {
-            ring: None,
+            ring: Ring::new(memory),
             keep: u64::MAX,
             ended: false,
         }
     }
 
-    /// A log that keeps so many bytes; without memory for it there is none.
-    pub fn new(size: usize) -> Self {
-        let memory = Region::new(size.saturating_add(ring::PIECE));
-        Self {
-            ring: memory.ok().map(Ring::new),
-            ..Self::none()
-        }
-    }
-
     /// Whether there is a log.
     pub fn is_kept(&self) -> bool {
-        self.ring.is_some()
+        self.ring.has_memory()
     }
 
     /// Room for output of a stream: none while a follower has to read first.
     pub fn room(&mut self, stream: Stream) -> &mut [u8] {
-        match &mut self.ring {
-            Some(ring) => ring.room(stream as u8, self.keep),
-            None => &mut [],
+        match cfg!(feature = "logs") {
+            true => self.ring.room(stream as u8, self.keep),
+            false => &mut [],
         }
     }
 
     /// Keeps the first `count` bytes of the last [`room`](Self::room).
     pub fn commit(&mut self, stream: Stream, count: usize) {
-        if let Some(ring) = &mut self.ring {
-            ring.commit(stream as u8, count);
+        if cfg!(feature = "logs") {
+            self.ring.commit(stream as u8, count);
         }
     }
 
@@ -84,19 +85,17 @@ impl OutputLog {
 
     /// How many bytes of output have come.
     pub fn written(&self) -> u64 {
-        self.ring.as_ref().map_or(0, Ring::written)
+        self.ring.written()
     }
 
     /// A reader's place at an offset, or the nearest one there is.
     pub fn seek(&self, offset: u64) -> Cursor {
-        self.ring
-            .as_ref()
-            .map_or(Cursor::default(), |ring| ring.seek(offset))
+        self.ring.seek(offset)
     }
 
     /// The bytes at a reader's place; `None` when it has read everything.
     pub fn read(&self, cursor: &mut Cursor) -> Option<(Stream, &[u8])> {
-        let (stream, bytes) = self.ring.as_ref()?.read(cursor)?;
+        let (stream, bytes) = self.ring.read(cursor)?;
         let stream = match stream {
             2 => Stream::Stderr,
             _ => Stream::Stdout,
@@ -106,8 +105,6 @@ impl OutputLog {
 
     /// So many of those bytes are done with.
     pub fn advance(&self, cursor: &mut Cursor, count: usize) {
-        if let Some(ring) = &self.ring {
-            ring.advance(cursor, count);
-        }
+        self.ring.advance(cursor, count);
     }
 }

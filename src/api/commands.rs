@@ -1,23 +1,27 @@
 //! All commands, by key: those of a call, and those of a session.
 
+use super::error::{CallError, refuse_while_held};
 use super::exec::Exec;
 #[cfg(feature = "files")]
 use super::files::Transfer;
 #[cfg(feature = "files")]
 use super::io::Io;
-use super::io::{CallError, refuse_while_held};
+use super::io::read_body;
 use super::process::Process;
-use super::session::{Request, Session};
+use super::session::Session;
 use crate::context::{Context, NEVER, Source};
 use crate::error;
 use crate::error::Result;
 use crate::sys;
+use core::fmt::{self, Write};
+use proto::bodies::SessionRequest;
+use proto::bytes::Text;
 use proto::http::Status;
 use proto::slab::{Key, Slab};
 use rustix::process::{Pid, WaitStatus};
 
 /// Most commands at once: those that run, and those whose output is not answered yet.
-const COMMANDS: usize = 128;
+pub const COMMANDS: usize = 128;
 
 /// Of the memory, the part that all kept output together may have.
 const CAPTURE_PART: u64 = 8;
@@ -80,15 +84,9 @@ impl Commands {
         self.capture_left = usize::try_from(memory / CAPTURE_PART).unwrap_or(usize::MAX);
     }
 
-    /// Starts what gives one answer.
-    pub fn start_exec(
-        &mut self,
-        owner: Key,
-        context: &mut Context,
-        start: &mut dyn FnMut(&mut Context) -> Result<Exec, CallError>,
-    ) -> Result<Key, CallError> {
-        self.check_room(context)?;
-        self.insert(owner, Role::Exec(start(context)?))
+    /// Takes what gives one answer.
+    pub fn insert_exec(&mut self, exec: Exec, owner: Key) -> Result<Key, CallError> {
+        self.insert(owner, Role::Exec(exec))
     }
 
     /// Starts what the first message of a session asks for, or goes on with a session.
@@ -98,11 +96,27 @@ impl Commands {
         owner: Key,
         context: &mut Context,
     ) -> Result<Key, CallError> {
-        self.check_room(context)?;
-        match Session::start(message, &|id| self.admit(id), context)? {
-            Request::Started(session) => self.insert(owner, Role::Session(session)),
-            Request::Attach(id, streams) => self.attach(&id, streams, owner),
-        }
+        refuse_while_held(context)?;
+        context.with_arena(|memory, context| {
+            let mut request = SessionRequest::default();
+            read_body(message, memory, &mut request)?;
+            let has_name = !request.id.is_empty() || !request.attach.is_empty();
+            if has_name && cfg!(not(feature = "sessions")) {
+                let error = error!("there are no named sessions in this build");
+                return Err(CallError::new(Status::NotImplemented, error));
+            }
+            if !request.attach.is_empty() {
+                return self.attach(request.attach, request.streams, owner);
+            }
+            if !request.id.is_empty() {
+                self.admit(request.id)?;
+            }
+            if self.slab.is_full() {
+                return Err(too_many());
+            }
+            let session = Session::start(&request, context)?;
+            self.insert(owner, Role::Session(session))
+        })
     }
 
     /// Whether there can be a session of this name.
@@ -162,24 +176,16 @@ impl Commands {
             .map(|(key, _, _)| key)
     }
 
-    /// Writes the list of named sessions: its length. The largest is some 16 KiB.
-    pub fn list_sessions(&self, list: &mut [u8]) -> usize {
-        let mut length = 0;
-        let mut put = |text: &str| {
-            let end = length + text.len();
-            if let Some(room) = list.get_mut(length..end) {
-                room.copy_from_slice(text.as_bytes());
-                length = end;
-            }
-        };
-        let mut separator = "[";
+    /// Writes the list of named sessions. The largest is some 16 KiB.
+    pub fn list_sessions(&self, list: &mut Text) -> fmt::Result {
+        let mut separator = "";
+        list.write_str("[")?;
         for (_, command, session) in self.sessions() {
-            put(separator);
-            put(session.describe(command.owner.is_some()).as_str());
+            list.write_str(separator)?;
+            session.describe(command.owner.is_some(), list)?;
             separator = ",";
         }
-        put(if separator == "[" { "[]" } else { "]" });
-        length
+        list.write_str("]")
     }
 
     /// Ends a named session: a terminal is hung up, and what does not go is killed.
@@ -208,7 +214,8 @@ impl Commands {
         self.insert(owner, Role::Transfer(transfer))
     }
 
-    fn check_room(&self, context: &Context) -> Result<(), CallError> {
+    /// Whether one more can start.
+    pub fn check_room(&self, context: &Context) -> Result<(), CallError> {
         refuse_while_held(context)?;
         match self.slab.is_full() {
             true => Err(too_many()),
@@ -255,7 +262,6 @@ impl Commands {
     /// One of a command's streams can be read or written. The connection that can go on.
     pub fn on_event(&mut self, source: Source, key: Key, context: &mut Context) -> Option<Key> {
         let command = self.slab.get_mut(key)?;
-        command.process().release_launch();
         match (&mut command.role, command.owner) {
             (Role::Exec(exec), _) => exec.on_output(source, &mut self.capture_left, context),
             (Role::Session(session), None) => {
@@ -294,7 +300,8 @@ impl Commands {
         command.owner
     }
 
-    /// A connection goes on without its command. A named session's outlives it, any other is killed.
+    /// A connection goes on without its command. A named session outlives it, until a client has had its
+    /// end; any other command is killed.
     pub fn release(&mut self, key: Key, owner: Key, context: &Context) {
         let Some(command) = self.slab.get_mut(key) else {
             return;
@@ -304,8 +311,11 @@ impl Commands {
             return;
         }
         match &mut command.role {
-            Role::Session(session) if session.is_named() && session.process.status().is_none() => {
+            Role::Session(session) if session.is_named() => {
                 command.owner = None;
+                if session.process.status().is_some() {
+                    command.kill_at = context.now.saturating_add(ENDED_SESSION_TIMEOUT);
+                }
                 session.detach();
                 session.keep_output();
                 session.watch(key, true, context);
@@ -369,10 +379,11 @@ impl Commands {
         commands.fold(NEVER, |first, (_, command)| first.min(command.deadline()))
     }
 
-    /// Does what has to be done by now; the connection that can go on.
+    /// Does what has to be done by now, in each turn; the connection that can go on.
     pub fn on_time(&mut self, now: u64, index: usize) -> Option<Key> {
         let key = self.slab.key_at(index)?;
         let command = self.slab.get_mut(key)?;
+        command.process().release_launch();
         if command.deadline() > now {
             return None;
         }
@@ -387,6 +398,21 @@ impl Commands {
             Role::Transfer(transfer) => transfer.look(now),
         }
         command.owner
+    }
+
+    /// Registers anew for the output of sessions without a client.
+    pub fn watch(&mut self, context: &Context) {
+        for index in 0..self.slab.used() {
+            if let Some(key) = self.slab.key_at(index)
+                && let Some(Command {
+                    owner: None,
+                    role: Role::Session(session),
+                    ..
+                }) = self.slab.get_mut(key)
+            {
+                session.watch(key, true, context);
+            }
+        }
     }
 
     /// The range of indexes for [`on_time`](Self::on_time).

@@ -1,16 +1,17 @@
 //! A connection: what it waits for is its state, and a state holds what is valid in it.
 
 use super::commands::Commands;
+#[cfg(feature = "snapshot")]
+use super::error::not_running;
+use super::error::{CallError, error_body, refuse_while_held};
 use super::exec::Exec;
-#[cfg(any(feature = "tunnel", feature = "snapshot"))]
-use super::io;
-use super::io::{CallError, Io, MAX_BODY, OK, error_body};
+use super::io::{Io, MAX_BODY, OK};
 #[cfg(feature = "logs")]
 use super::logs::{self, LogReader, LogsRequest};
 #[cfg(feature = "snapshot")]
 use super::routes::SnapshotCall;
 use super::routes::{Call, RouteError, route};
-use super::session::{ExitMessage, Progress};
+use super::session::{ExitStatus, Progress};
 #[cfg(feature = "tunnel")]
 use super::tunnel::Tunnel;
 use super::{signals, stop};
@@ -23,14 +24,16 @@ use crate::sys::Region;
 use core::fmt::Display;
 use core::mem;
 use core::ops::Range;
-#[cfg(feature = "mounts")]
+#[cfg(feature = "sessions")]
+use proto::bytes::Text;
+#[cfg(feature = "files")]
 use proto::http::Framing;
 use proto::http::{
-    self, Accept, BodyDecoder, Content, HeadParser, Reply, RequestError, ResponseHead, Status,
-    Target,
+    self, BodyDecoder, Content, Head, HeadParser, JSON, Reply, RequestError, Status, Target,
 };
 use proto::json::Quoted;
 use proto::message;
+use proto::message::ToLossy;
 use proto::slab::Key;
 use proto::websocket::{CloseCode, CloseFrame, Decoder, Event, FrameHeader, Opcode};
 use rustix::event::epoll::EventFlags;
@@ -50,12 +53,18 @@ const SEND_TIMEOUT: u64 = 30_000;
 /// Time in which what a refused client still sends is taken, in milliseconds.
 const DRAIN_TIMEOUT: u64 = 10_000;
 /// How long it may send nothing meanwhile, in milliseconds.
-const DRAIN_IDLE: u64 = 1000;
+const DRAIN_IDLE: u64 = 5000;
 /// Time for a TCP port to accept a tunnel, in milliseconds.
 #[cfg(feature = "tunnel")]
 const CONNECT_TIMEOUT: u64 = 10_000;
-/// Most connections that last as long as their clients like: the last 32 are for calls.
-const LONG_CONNECTIONS: usize = 256;
+/// Most connections that last as long as their clients like.
+pub const LONG_CONNECTIONS: usize = 256;
+/// Most calls about snapshots that wait, each for the one before it.
+#[cfg(feature = "snapshot")]
+const SNAPSHOT_CALLS: usize = 8;
+/// How long a client may take for a request, or to read its answer, before another one that finds no
+/// place has its own, in milliseconds.
+const PROMPT: u64 = 1000;
 
 /// What the connections share.
 pub struct Shared<'a> {
@@ -75,7 +84,7 @@ pub struct Connection {
     /// When the client has taken too long.
     pub deadline: u64,
     /// When something last happened to it, for choosing which idle one has to go.
-    pub idle_since: u64,
+    idle_since: u64,
     /// The answer being sent tells how the workload ended.
     carries_exit_code: bool,
 }
@@ -87,15 +96,11 @@ enum State {
     /// Reading a request's body.
     Body(Request),
     /// Waiting for the workload's end.
-    ExitCode(Reply),
+    ExitCode,
     /// Waiting for a one-shot command's end, or sending its answer.
     Exec(Key),
-    /// A WebSocket whose command has not come.
-    AwaitingCommand(Decoder),
-    /// A WebSocket and its command.
-    Session(Decoder, Key),
-    /// A WebSocket on which a close frame was sent: waiting for the client's.
-    CloseSent(Decoder),
+    /// A WebSocket.
+    WebSocket(Decoder, Stage),
     /// Sending the workload's output.
     #[cfg(feature = "logs")]
     Logs(LogReader),
@@ -110,23 +115,33 @@ enum State {
     Snapshot(PendingCall),
     /// Sending the last bytes.
     Closing,
-    /// Sending an answer to a request whose body has not all come; then taking that, until then at
-    /// most: a client that still sends reads the answer later, and is not cut off before
+    /// Sending an answer to a request whose body has not all come, and dropping that, up to this time in
+    /// milliseconds: a client that still sends reads the answer later, and is not cut off before
     /// (RFC 9112 section 9.6).
     Draining(u64),
     /// Over.
     Closed,
 }
 
-/// A request whose body is being read: the content is what the received bytes start with.
+/// What a WebSocket is at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Its command has not come.
+    AwaitingCommand,
+    /// Its command runs.
+    Session(Key),
+    /// A close frame was sent: waiting for the client's.
+    CloseSent,
+}
+
+/// A request whose body is being read: its head and the content are what the received bytes start with.
 struct Request {
     call: Result<Call, RouteError>,
-    websocket: Option<Accept>,
-    argument: Argument,
-    body: BodyDecoder,
-    /// Bytes of content so far.
+    /// Bytes of the head.
+    head: usize,
+    /// Bytes of content behind it so far.
     length: usize,
-    reply: Reply,
+    body: BodyDecoder,
 }
 
 /// A call about snapshots, whose body is what the received bytes start with.
@@ -138,35 +153,6 @@ pub struct PendingCall {
     /// When it came, in microseconds of the monotonic clock.
     pub received_us: u64,
     length: usize,
-    reply: Reply,
-}
-
-/// What a call's path and query say.
-enum Argument {
-    None,
-    #[cfg(feature = "logs")]
-    Logs(LogsRequest),
-    #[cfg(feature = "sessions")]
-    Session(heapless::String<{ proto::bodies::ID }>),
-}
-
-impl Argument {
-    fn parse(call: Call, target: &Target) -> Result<Self, CallError> {
-        match (call, target) {
-            #[cfg(feature = "logs")]
-            (Call::Logs, _) => LogsRequest::parse(target).map(Self::Logs),
-            #[cfg(feature = "sessions")]
-            (Call::EndSession, Target::Resource { path, .. }) => {
-                let id = path.strip_prefix("/v1/sessions/").unwrap_or("");
-                heapless::String::try_from(id)
-                    .map(Self::Session)
-                    .map_err(|_| {
-                        CallError::new(Status::NotFound, error!("there is no such session"))
-                    })
-            }
-            _ => Ok(Self::None),
-        }
-    }
 }
 
 /// Whether a state did something, so that there may be more to do, or waits.
@@ -178,10 +164,7 @@ enum Step {
 
 impl State {
     fn is_websocket(&self) -> bool {
-        matches!(
-            self,
-            Self::AwaitingCommand(_) | Self::Session(..) | Self::CloseSent(_)
-        )
+        matches!(self, Self::WebSocket(..))
     }
 
     /// Whether it may last as long as the client likes.
@@ -189,7 +172,7 @@ impl State {
         self.is_websocket()
             || self.reads_log()
             || self.is_tunnel()
-            || matches!(self, Self::ExitCode(_))
+            || matches!(self, Self::ExitCode)
     }
 
     /// Whether it reads the log.
@@ -203,7 +186,7 @@ impl State {
 
     fn command(&self) -> Option<Key> {
         match self {
-            Self::Exec(key) | Self::Session(_, key) => Some(*key),
+            Self::Exec(key) | Self::WebSocket(_, Stage::Session(key)) => Some(*key),
             #[cfg(feature = "files")]
             Self::Transfer(key) => Some(*key),
             _ => None,
@@ -262,14 +245,26 @@ impl Connection {
         matches!(self.state, State::Closed)
     }
 
-    /// Whether it waits for a request of which nothing has come.
-    pub fn is_idle(&self) -> bool {
-        matches!(&self.state, State::Head(parser) if !parser.started()) && self.io.is_sent()
+    /// Since when it waits for its client, where another connection may have its place: for a request, or
+    /// for longer than [`PROMPT`] for the rest of one, or for an answer to be read. Else never.
+    pub fn waits_since(&self, now: u64) -> u64 {
+        let (deadline, timeout) = match &self.state {
+            State::Draining(until) => (*until, DRAIN_TIMEOUT),
+            State::Head(_) | State::Closing if !self.io.is_sent() => (self.deadline, SEND_TIMEOUT),
+            State::Head(parser) if !parser.started() => return self.idle_since,
+            State::Head(_) => (self.deadline, HEAD_TIMEOUT),
+            State::Body(_) => (self.deadline, BODY_TIMEOUT),
+            _ => return NEVER,
+        };
+        match deadline.saturating_sub(timeout) {
+            since if since.saturating_add(PROMPT) <= now => since,
+            _ => NEVER,
+        }
     }
 
     /// Whether it waits for the workload's end.
     pub fn waits_for_exit(&self) -> bool {
-        matches!(self.state, State::ExitCode(_))
+        matches!(self.state, State::ExitCode)
     }
 
     /// Whether it reads the log.
@@ -277,11 +272,11 @@ impl Connection {
         self.state.reads_log()
     }
 
-    /// What of the log it still needs, if the workload waits for it.
+    /// What of the log it still needs, if it reads that.
     pub fn needs_log(&self) -> Option<u64> {
         #[cfg(feature = "logs")]
         if let State::Logs(reader) = &self.state {
-            return reader.needs();
+            return Some(reader.needs());
         }
         None
     }
@@ -295,10 +290,13 @@ impl Connection {
         false
     }
 
-    /// Whether a command's answer can go on.
+    /// Whether a command's answer, or a session's output, can go on.
     fn has_answer(&self, commands: &mut Commands) -> bool {
         match self.state {
             State::Exec(key) => commands.exec(key).is_some_and(|(exec, _)| exec.is_over()),
+            State::WebSocket(_, Stage::Session(key)) => commands
+                .session(key, self.key)
+                .is_some_and(|session| session.has_history()),
             _ => false,
         }
     }
@@ -310,7 +308,8 @@ impl Connection {
 
     /// The VM goes down, a snapshot is taken, or another connection needs the room.
     pub fn close(&mut self, shared: &mut Shared) {
-        if self.state.is_websocket() {
+        if self.state.is_websocket() && !matches!(self.state, State::WebSocket(_, Stage::CloseSent))
+        {
             let reason = match shared.context.is_held() {
                 true => "a snapshot is taken",
                 false => "the VM shuts down",
@@ -334,8 +333,9 @@ impl Connection {
             context.snapshot.calls += usize::from(state.has_body());
             context.snapshot.calls -= usize::from(self.state.has_body());
         }
-        if self.state.is_transfer() {
-            // The child, if it still has it, is to end.
+        if self.state.is_transfer() || matches!(state, State::Closed) && !self.io.broken {
+            // A child may have it, too: one that serves it is to end, and one that stands still before it
+            // has begun does not keep it open.
             let _ended = rustix::net::shutdown(self.io.socket(), rustix::net::Shutdown::Both);
         }
         if let Some(key) = self.state.command() {
@@ -343,8 +343,8 @@ impl Connection {
         }
         self.deadline = match state {
             State::Body(_) => context.now + BODY_TIMEOUT,
-            State::AwaitingCommand(_) => context.now + COMMAND_TIMEOUT,
-            State::CloseSent(_) => context.now + SEND_TIMEOUT,
+            State::WebSocket(_, Stage::AwaitingCommand) => context.now + COMMAND_TIMEOUT,
+            State::WebSocket(_, Stage::CloseSent) => context.now + SEND_TIMEOUT,
             #[cfg(feature = "tunnel")]
             State::Tunnel(_) => context.now + CONNECT_TIMEOUT,
             _ => NEVER,
@@ -352,19 +352,29 @@ impl Connection {
         self.state = state;
     }
 
-    /// An answer is queued: the next request follows, or the end.
-    fn finish(&mut self, reply: Reply, shared: &mut Shared) {
-        let next = match reply.keep_alive {
+    /// Behind an answer: the next request follows, or the end.
+    fn next(&self) -> State {
+        match self.io.reply.keep_alive {
             true => State::Head(HeadParser::default()),
             false => State::Closing,
-        };
-        self.enter(next, shared);
+        }
+    }
+
+    /// An answer is queued.
+    fn finish(&mut self, shared: &mut Shared) {
+        self.enter(self.next(), shared);
     }
 
     /// Answers with an error.
-    fn fail(&mut self, reply: Reply, error: &CallError, shared: &mut Shared) {
-        self.io.respond_error(reply, error);
-        self.finish(reply, shared);
+    fn fail(&mut self, error: &CallError, shared: &mut Shared) {
+        self.io.respond_error(error);
+        self.finish(shared);
+    }
+
+    /// Answers with an error, and closes.
+    fn fail_and_close(&mut self, error: &CallError, shared: &mut Shared) {
+        self.io.reply.keep_alive = false;
+        self.fail(error, shared);
     }
 
     /// Something happened to the socket.
@@ -373,7 +383,7 @@ impl Connection {
         if let State::Tunnel(tunnel) = &mut self.state {
             let before = tunnel.timeout();
             tunnel.receive(events, &mut self.io);
-            if tunnel.timeout() != before {
+            if tunnel.is_connected() && tunnel.timeout() != before {
                 self.limit_tunnel(shared.context.now);
             }
             return self.proceed(shared);
@@ -394,8 +404,8 @@ impl Connection {
                 _ if self.state.is_transfer() || self.state.is_tunnel() => false,
                 _ if self.state.has_body() => false,
                 // Of requests that follow, the kernel keeps all but the first bytes.
-                State::Exec(_) | State::ExitCode(_) => !self.io.has_received(),
-                State::Session(_, key) => commands
+                State::Exec(_) | State::ExitCode => !self.io.has_received(),
+                State::WebSocket(_, Stage::Session(key)) => commands
                     .session(key, self.key)
                     .is_some_and(|session| session.takes_messages()),
                 _ => true,
@@ -431,19 +441,16 @@ impl Connection {
         match &mut self.state {
             State::Head(_) => self.read_head(shared),
             State::Body(_) => self.read_body(shared),
-            State::ExitCode(reply) => {
-                let reply = *reply;
-                self.answer_exit_code(reply, shared)
-            }
+            State::ExitCode => self.answer_exit_code(shared),
             State::Exec(key) => {
                 let key = *key;
                 self.answer_exec(key, messages, shared)
             }
-            State::Session(_, key) => {
+            State::WebSocket(_, Stage::Session(key)) => {
                 let key = *key;
                 self.proceed_session(key, messages, shared)
             }
-            State::AwaitingCommand(_) | State::CloseSent(_) => self.take_message(shared),
+            State::WebSocket(..) => self.take_message(shared),
             #[cfg(feature = "logs")]
             State::Logs(_) => self.send_log(shared),
             #[cfg(feature = "files")]
@@ -476,10 +483,11 @@ impl Connection {
         if self.io.is_sent() {
             return;
         }
-        let waits_for_client = matches!(
-            self.state,
-            State::Body(_) | State::AwaitingCommand(_) | State::CloseSent(_)
-        ) || self.state.is_tunnel();
+        let waits_for_client = match self.state {
+            State::WebSocket(_, Stage::Session(_)) => false,
+            State::Body(_) | State::WebSocket(..) => true,
+            _ => self.state.is_tunnel(),
+        };
         if self.io.send() && !waits_for_client {
             self.deadline = NEVER;
         }
@@ -488,13 +496,13 @@ impl Connection {
         }
     }
 
-    /// Takes a request's head from the received bytes, if it is there whole.
+    /// Looks for a request's head in the received bytes, and at what has to be known of the request
+    /// before its body.
     fn read_head(&mut self, shared: &mut Shared) -> Step {
         let State::Head(parser) = &mut self.state else {
             return Step::Wait;
         };
-        let parsed = parser.parse(self.io.received());
-        let head = match &parsed {
+        let head = match parser.parse(self.io.received()) {
             Ok(Some(head)) => head,
             Ok(None) => {
                 if !parser.started() {
@@ -504,21 +512,22 @@ impl Connection {
                 }
                 return Step::Wait;
             }
-            Err(error) => return self.refuse(*error, shared),
+            Err(error) => return self.refuse(error, shared),
         };
+        let (length, reply) = (head.length, head.reply);
         let call = match head.target {
             Target::Resource { path, .. } => route(head.method, path),
             #[cfg(feature = "tunnel")]
             Target::Authority { host, port } => {
                 let tunnel = check_long_connections(shared.context)
-                    .and_then(|()| io::refuse_while_held(shared.context))
-                    .and_then(|()| Tunnel::open(host, port));
-                let (length, reply) = (head.length, head.reply);
+                    .and_then(|()| refuse_while_held(shared.context))
+                    .and_then(|()| Tunnel::open(host, port, &shared.context.proc));
+                self.io.reply = reply;
                 self.io.discard(0..length);
                 match tunnel {
                     Ok(tunnel) => self.enter(State::Tunnel(tunnel), shared),
                     // What the client has sent already is no request.
-                    Err(error) => self.fail(reply.close(), &error, shared),
+                    Err(error) => self.fail_and_close(&error, shared),
                 }
                 return Step::Again;
             }
@@ -526,75 +535,47 @@ impl Connection {
             Target::Authority { .. } => return self.refuse(RequestError::RequestTarget, shared),
         };
         #[cfg(feature = "files")]
-        if matches!(call, Ok(Call::Files)) {
-            let (length, reply) = (head.length, head.reply);
-            return self.start_transfer(length, reply, shared);
+        if call == Ok(Call::Files) {
+            let has_body = head.framing != Framing::None;
+            self.io.reply = reply;
+            return self.start_transfer(length, has_body, shared);
         }
-        #[cfg(feature = "mounts")]
-        if let (Ok(Call::Unmount), Framing::None | Framing::Length(0)) = (&call, head.framing) {
-            let (length, reply) = (head.length, head.reply);
-            let mut start =
-                |context: &mut Context| Exec::start_unmount(&head.target, reply, context);
-            let started = shared
-                .commands
-                .start_exec(self.key, shared.context, &mut start);
-            self.io.discard(0..length);
-            match started {
-                Ok(key) => self.enter(State::Exec(key), shared),
-                Err(error) => self.fail(reply, &error, shared),
-            }
-            return Step::Again;
-        }
-        let body = match BodyDecoder::new(head.framing, MAX_BODY as u64) {
-            Ok(body) => body,
-            Err(error) => return self.refuse(error, shared),
-        };
-        let argument = match call {
-            Ok(call) => Argument::parse(call, &head.target),
-            Err(_) => Ok(Argument::None),
-        };
-        let argument = match argument {
-            Ok(argument) => argument,
-            Err(error) => {
-                let (reply, length) = (head.reply.close(), head.length);
-                self.io.discard(0..length);
-                self.fail(reply, &error, shared);
-                return Step::Again;
-            }
-        };
-        let mut request = Request {
+        let expects_continue = head.expects_continue;
+        let request = Request {
             call,
-            websocket: head.websocket,
-            argument,
-            body,
+            head: length,
             length: 0,
-            reply: head.reply,
+            body: match BodyDecoder::new(head.framing, MAX_BODY as u64) {
+                Ok(body) => body,
+                Err(error) => return self.refuse(error, shared),
+            },
         };
-        let (length, expects_continue) = (head.length, head.expects_continue);
-        self.io.discard(0..length);
-        if expects_continue && request.call.is_err() {
+        self.io.reply = reply;
+        if expects_continue && call.is_err() {
             // The client is told at once; it may send the body or not.
-            request.reply = request.reply.close();
-            self.dispatch(&request, shared);
+            self.io.reply.keep_alive = false;
+        } else if !request.body.is_complete() {
+            if expects_continue && self.io.received().len() == length {
+                self.io.queue(http::CONTINUE);
+            }
+            self.enter(State::Body(request), shared);
             return Step::Again;
         }
-        if expects_continue && self.io.received().is_empty() {
-            self.io.queue(http::CONTINUE);
-        }
-        self.enter(State::Body(request), shared);
+        self.dispatch(&request, shared);
         Step::Again
     }
 
     /// Gives the connection to a child, which reads the request once more, from its head on.
     #[cfg(feature = "files")]
-    fn start_transfer(&mut self, head: usize, reply: Reply, shared: &mut Shared) -> Step {
+    fn start_transfer(&mut self, head: usize, has_body: bool, shared: &mut Shared) -> Step {
         let context = &mut *shared.context;
         match shared
             .commands
             .start_transfer(&mut self.io, head, self.key, context)
         {
             Ok(key) => self.enter(State::Transfer(key), shared),
-            Err(error) => self.decline(reply.close(), &error, shared),
+            Err(error) if has_body => self.decline(&error, shared),
+            Err(error) => self.fail_and_close(&error, shared),
         }
         Step::Again
     }
@@ -605,14 +586,15 @@ impl Connection {
         let State::Body(request) = &mut self.state else {
             return Step::Wait;
         };
-        let undecoded = self.io.received().get_mut(request.length..);
-        let decoded = match request.body.decode(undecoded.unwrap_or(&mut [])) {
+        let start = request.head + request.length;
+        let undecoded = self.io.received().get_mut(start..).unwrap_or(&mut []);
+        let decoded = match request.body.decode(undecoded) {
             Ok(decoded) => decoded,
             Err(error) => return self.refuse(error, shared),
         };
-        let end = request.length + decoded.consumed;
         request.length += decoded.content;
-        self.io.discard(request.length..end);
+        self.io
+            .discard(start + decoded.content..start + decoded.consumed);
         if !request.body.is_complete() {
             return Step::Wait;
         }
@@ -625,23 +607,24 @@ impl Connection {
     /// Answers to what cannot be understood, and closes.
     fn refuse(&mut self, error: RequestError, shared: &mut Shared) -> Step {
         let answer = CallError::new(error.status(), error!("{}", error.message()));
+        self.io.reply = Reply::CLOSE;
         match error {
-            RequestError::LargeBody => self.decline(Reply::CLOSE, &answer, shared),
-            _ => self.fail(Reply::CLOSE, &answer, shared),
+            RequestError::LargeBody => self.decline(&answer, shared),
+            _ => self.fail(&answer, shared),
         }
         Step::Again
     }
 
     /// Answers with an error while the request's body may still be coming.
-    fn decline(&mut self, reply: Reply, error: &CallError, shared: &mut Shared) {
-        self.io.respond_error(reply, error);
+    fn decline(&mut self, error: &CallError, shared: &mut Shared) {
+        self.io.reply.keep_alive = false;
+        self.io.respond_error(error);
         let until = shared.context.now + DRAIN_TIMEOUT;
         self.enter(State::Draining(until), shared);
     }
 
-    /// Does what a request asks for; its body is what the received bytes start with.
+    /// Answers a request that has come whole, or sees to what its answer needs.
     fn dispatch(&mut self, request: &Request, shared: &mut Shared) {
-        let reply = request.reply;
         let called = match request.call {
             Ok(call) => self.call(call, request, shared),
             Err(RouteError::NotFound) => {
@@ -650,115 +633,120 @@ impl Connection {
             Err(RouteError::MethodNotAllowed(allow)) => {
                 let body = error_body(&"method not allowed");
                 let content = Content::Length(body.as_bytes().len() as u64);
-                let mut head = ResponseHead::new(Status::MethodNotAllowed, reply, content);
-                head.header("Allow", &allow);
-                self.io.respond_with(head, reply, body.as_bytes());
-                self.finish(reply, shared);
-                Ok(())
+                let more = Some(("Allow", &allow as &dyn Display));
+                self.io
+                    .queue_head_with(Status::MethodNotAllowed, content, JSON, more);
+                self.io.queue_body(body.as_bytes());
+                Ok(self.next())
             }
         };
-        if !self.state.has_body() {
-            self.io.discard(0..request.length);
-        }
-        if let Err(error) = called {
-            self.fail(reply, &error, shared);
-        }
+        let next = called.unwrap_or_else(|error| {
+            self.io.respond_error(&error);
+            self.next()
+        });
+        // A call that waits keeps its body.
+        let kept = if next.has_body() { request.length } else { 0 };
+        self.io.discard(0..request.head + request.length - kept);
+        self.enter(next, shared);
     }
 
+    /// Does what a request asks for: the state that follows.
     fn call(
         &mut self,
         call: Call,
         request: &Request,
         shared: &mut Shared,
-    ) -> Result<(), CallError> {
-        let reply = request.reply;
-        let body = self.io.part(0..request.length);
+    ) -> Result<State, CallError> {
+        let Shared { commands, context } = shared;
+        let (head, body) = self
+            .io
+            .part(0..request.head + request.length)
+            .split_at_mut_checked(request.head)
+            .unwrap_or_default();
         match call {
             Call::Status => {}
             // A child has it, body and all.
             #[cfg(feature = "files")]
             Call::Files => {}
-            Call::Signals => signals::send(body, shared.context)?,
-            Call::Stop => stop::stop(body, shared.context)?,
+            Call::Signals => signals::send(body, context)?,
+            Call::Stop => stop::stop(body, context)?,
             Call::ExitCode => {
-                if shared.context.workload.exit.is_none() {
-                    check_long_connections(shared.context)?;
+                if context.workload.exit.is_none() {
+                    check_long_connections(context)?;
                 }
-                self.enter(State::ExitCode(reply), shared);
-                return Ok(());
+                return Ok(State::ExitCode);
             }
             #[cfg(feature = "sessions")]
             Call::Sessions => {
-                let sink = &mut *shared.context.sink;
-                let length = shared.commands.list_sessions(sink);
-                let list = sink.get(..length).unwrap_or(&[]);
-                self.io.respond(reply, Status::Ok, list);
-                self.finish(reply, shared);
-                return Ok(());
+                let mut list = Text::new(context.sink);
+                let _fits = commands.list_sessions(&mut list);
+                self.io.respond(Status::Ok, list.as_bytes());
+                return Ok(self.next());
             }
             #[cfg(feature = "sessions")]
             Call::EndSession => {
-                if let Argument::Session(id) = &request.argument {
-                    shared.commands.end_session(id, shared.context.now)?;
+                if let Target::Resource { path, .. } = target(head) {
+                    let id = path.strip_prefix("/v1/sessions/").unwrap_or("");
+                    commands.end_session(id, context.now)?;
                 }
             }
             #[cfg(feature = "logs")]
             Call::Logs => {
-                check_long_connections(shared.context)?;
-                let Argument::Logs(logs) = request.argument else {
-                    return Err(CallError::bad_request(error!("no log")));
-                };
-                let reader = LogReader::start(logs, reply, &mut self.io, shared.context)?;
-                self.enter(State::Logs(reader), shared);
-                return Ok(());
-            }
-            // Without a body it was started with its head.
-            #[cfg(feature = "mounts")]
-            Call::Unmount => {
-                return Err(CallError::bad_request(error!("this call takes no body")));
+                check_long_connections(context)?;
+                let logs = LogsRequest::parse(&target(head))?;
+                let reader = LogReader::start(logs, &mut self.io, context)?;
+                return Ok(State::Logs(reader));
             }
             #[cfg(feature = "snapshot")]
             Call::Snapshot(call) => {
-                if shared.context.workload.group.is_none() {
-                    return Err(io::not_running());
+                if context.workload.group.is_none() {
+                    return Err(not_running());
                 }
-                let pending = PendingCall {
+                if context.snapshot.calls >= SNAPSHOT_CALLS {
+                    let error = error!("too many calls wait for another one");
+                    return Err(CallError::new(Status::ServiceUnavailable, error));
+                }
+                return Ok(State::Snapshot(PendingCall {
                     call,
                     received_us: sys::microseconds(),
                     length: request.length,
-                    reply,
-                };
-                self.enter(State::Snapshot(pending), shared);
-                return Ok(());
+                }));
             }
             Call::Session => {
-                let Some(accept) = &request.websocket else {
+                let Some(key) = parse_again(head).and_then(|head| head.websocket) else {
                     let error = error!("a WebSocket handshake, version 13, is needed");
                     return Err(CallError::new(Status::UpgradeRequired, error));
                 };
-                check_long_connections(shared.context)?;
-                let head = ResponseHead::switching_protocols(accept);
-                self.io.queue(head.finish().as_bytes());
-                self.enter(State::AwaitingCommand(Decoder::default()), shared);
-                return Ok(());
+                check_long_connections(context)?;
+                refuse_while_held(context)?;
+                let accept = http::websocket_accept(key);
+                let accept = Some(("Sec-WebSocket-Accept", &accept.lossy() as &dyn Display));
+                self.io.reply = Reply::OPEN;
+                let status = Status::SwitchingProtocols;
+                self.io.queue_head_with(status, Content::None, JSON, accept);
+                return Ok(State::WebSocket(Decoder::default(), Stage::AwaitingCommand));
+            }
+            #[cfg(feature = "mounts")]
+            Call::Unmount if !body.is_empty() => {
+                return Err(CallError::bad_request(error!("this call takes no body")));
             }
             call => {
-                let mut start = |context: &mut Context| match call {
+                commands.check_room(context)?;
+                let exec = match call {
                     #[cfg(feature = "sysinfo")]
-                    Call::Sysinfo => Exec::start_report(reply, context),
+                    Call::Sysinfo => Exec::start_report(context),
                     #[cfg(feature = "mounts")]
-                    Call::Mount => Exec::start_mount(body, reply, context),
-                    _command => Exec::start(body, reply, context),
+                    Call::Mount => Exec::start_mount(body, context),
+                    #[cfg(feature = "mounts")]
+                    Call::Unmount => Exec::start_unmount(&target(head), context),
+                    _command => Exec::start(body, context),
                 };
-                let commands = &mut *shared.commands;
-                let key = commands.start_exec(self.key, shared.context, &mut start)?;
-                self.enter(State::Exec(key), shared);
-                return Ok(());
+                let key = commands.insert_exec(exec?, self.key)?;
+                return Ok(State::Exec(key));
             }
         }
-        self.io.respond(reply, Status::Ok, OK);
-        self.finish(reply, shared);
-        Ok(())
+        self.io.respond(Status::Ok, OK);
+        Ok(self.next())
     }
 
     /// The call about snapshots that it waits for.
@@ -782,22 +770,22 @@ impl Connection {
     /// Answers it.
     #[cfg(feature = "snapshot")]
     pub fn answer_call(&mut self, status: Status, body: &dyn Display, shared: &mut Shared) {
-        if let State::Snapshot(PendingCall { length, reply, .. }) = self.state {
+        if let State::Snapshot(PendingCall { length, .. }) = self.state {
             self.io.discard(0..length);
-            self.io.respond_with_text(reply, status, body);
-            self.finish(reply, shared);
+            self.io.respond_with_text(status, body);
+            self.finish(shared);
             self.proceed(shared);
         }
     }
 
     /// Answers with how the workload ended, if it has.
-    fn answer_exit_code(&mut self, reply: Reply, shared: &mut Shared) -> Step {
+    fn answer_exit_code(&mut self, shared: &mut Shared) -> Step {
         let Some(exit) = &shared.context.workload.exit else {
             return Step::Wait;
         };
-        self.carries_exit_code = !reply.head_only;
-        self.io.respond_with_text(reply, Status::Ok, exit);
-        self.finish(reply, shared);
+        self.carries_exit_code = !self.io.reply.head_only;
+        self.io.respond_with_text(Status::Ok, exit);
+        self.finish(shared);
         Step::Again
     }
 
@@ -811,11 +799,10 @@ impl Connection {
             return Step::Wait;
         }
         *pieces -= 1;
-        let reply = exec.reply;
         if let Some(error) = exec.failure(left, shared.context) {
-            self.fail(reply, &error, shared);
+            self.fail(&error, shared);
         } else if exec.queue_answer(&mut self.io) {
-            self.finish(reply, shared);
+            self.finish(shared);
         }
         // What is queued is sent first.
         Step::Again
@@ -837,8 +824,7 @@ impl Connection {
             logs::Progress::Blocked => {}
             logs::Progress::Idle => self.deadline = NEVER,
             logs::Progress::Done => {
-                let reply = reader.reply;
-                self.finish(reply, shared);
+                self.finish(shared);
                 return Step::Again;
             }
         }
@@ -859,7 +845,8 @@ impl Connection {
             Progress::Ended(status) => match session.process.failure() {
                 Some(error) => self.fail_session(&error, shared),
                 None => {
-                    self.end_session(&ExitMessage(status), CloseCode::Normal, "", shared);
+                    let message = format_args!("{{\"Exit\":{}}}", ExitStatus(status));
+                    self.end_session(&message, CloseCode::Normal, "", shared);
                 }
             },
         }
@@ -876,7 +863,7 @@ impl Connection {
             match tunnel.connect(&mut self.io) {
                 Ok(true) => self.deadline = NEVER,
                 Ok(false) => return Step::Wait,
-                Err(error) => self.fail(Reply::CLOSE, &error, shared),
+                Err(error) => self.fail_and_close(&error, shared),
             }
             return Step::Again;
         }
@@ -905,21 +892,18 @@ impl Connection {
         if !self.io.has_reserve() {
             return Step::Wait;
         }
-        let (State::AwaitingCommand(decoder)
-        | State::Session(decoder, _)
-        | State::CloseSent(decoder)) = &mut self.state
-        else {
+        let State::WebSocket(decoder, stage) = &mut self.state else {
             return Step::Wait;
         };
         let (input, received) = self.io.input();
         let event = decoder.next(input, received);
-        match (event, &mut self.state) {
+        match (event, *stage) {
             (Event::Incomplete, _) => return Step::Wait,
             // The answer to our close frame; anything before it is late.
-            (Event::Close(_) | Event::Error(_), State::CloseSent(_)) => {
+            (Event::Close(_) | Event::Error(_), Stage::CloseSent) => {
                 self.enter(State::Closed, shared);
             }
-            (_, State::CloseSent(_)) | (Event::Pong, _) => {}
+            (_, Stage::CloseSent) | (Event::Pong, _) => {}
             (Event::Ping(payload), _) => {
                 let header = FrameHeader::new(Opcode::Pong, payload.len());
                 self.io.queue(header.as_bytes());
@@ -932,23 +916,21 @@ impl Connection {
             (Event::Error(error), _) => {
                 self.close_session(error.close_code(), error.message(), shared);
             }
-            (Event::Text(payload), State::AwaitingCommand(_)) => {
+            (Event::Text(payload), Stage::AwaitingCommand) => {
                 self.start_session(payload, shared);
             }
-            (Event::Binary(_), State::AwaitingCommand(_)) => {
+            (Event::Binary(_), Stage::AwaitingCommand) => {
                 let reason = error!("the first message must be a text with the command");
                 self.fail_session(&reason, shared);
             }
-            (Event::Binary(payload), State::Session(_, key)) => {
-                if let Some(session) = shared.commands.session(*key, self.key) {
+            (Event::Binary(payload), Stage::Session(key)) => {
+                if let Some(session) = shared.commands.session(key, self.key) {
                     session.take_input(payload);
                 }
             }
-            (Event::Text(payload), State::Session(_, key)) => {
-                let key = *key;
+            (Event::Text(payload), Stage::Session(key)) => {
                 self.take_control(payload, key, shared);
             }
-            _ => {}
         }
         Step::Again
     }
@@ -958,12 +940,7 @@ impl Connection {
         let message = self.io.part(message);
         let context = &mut *shared.context;
         match shared.commands.start_session(message, self.key, context) {
-            Ok(key) => {
-                if let State::AwaitingCommand(decoder) = &mut self.state {
-                    let decoder = mem::take(decoder);
-                    self.enter(State::Session(decoder, key), shared);
-                }
-            }
+            Ok(key) => self.enter_stage(Stage::Session(key), shared),
             Err(error) => self.fail_session(&error.error, shared),
         }
     }
@@ -1004,9 +981,14 @@ impl Connection {
         self.io.queue(header.as_bytes());
         self.io.queue(message.as_bytes());
         self.io.queue(CloseFrame::new(code, reason).as_bytes());
-        if let State::AwaitingCommand(decoder) | State::Session(decoder, _) = &mut self.state {
+        self.enter_stage(Stage::CloseSent, shared);
+    }
+
+    /// A WebSocket goes on.
+    fn enter_stage(&mut self, stage: Stage, shared: &mut Shared) {
+        if let State::WebSocket(decoder, _) = &mut self.state {
             let decoder = mem::take(decoder);
-            self.enter(State::CloseSent(decoder), shared);
+            self.enter(State::WebSocket(decoder, stage), shared);
         }
     }
 
@@ -1016,16 +998,17 @@ impl Connection {
             State::Head(_) | State::Body(_) if self.io.is_sent() => {
                 let error = error!("the request took too long");
                 let error = CallError::new(Status::RequestTimeout, error);
-                self.fail(Reply::CLOSE, &error, shared);
+                self.io.reply = Reply::CLOSE;
+                self.fail(&error, shared);
             }
-            State::AwaitingCommand(_) if self.io.is_sent() => {
+            State::WebSocket(_, Stage::AwaitingCommand) if self.io.is_sent() => {
                 let reason = "no command came within 10 s";
                 self.close_session(CloseCode::PolicyViolation, reason, shared);
             }
             #[cfg(feature = "tunnel")]
             State::Tunnel(tunnel) if !tunnel.is_connected() => {
                 let error = tunnel.failure(Errno::TIMEDOUT);
-                self.fail(Reply::CLOSE, &error, shared);
+                self.fail_and_close(&error, shared);
             }
             _ => self.enter(State::Closed, shared),
         }
@@ -1049,7 +1032,8 @@ impl Connection {
             wanted |= EventFlags::OUT;
         }
         // A session that goes on, or a tunnel, may leave its output unread: that stops its other end.
-        if !sent && !matches!(self.state, State::Session(..)) && !self.state.is_tunnel() {
+        let may_wait = matches!(self.state, State::WebSocket(_, Stage::Session(_)));
+        if !sent && !may_wait && !self.state.is_tunnel() {
             self.deadline = self.deadline.min(context.now + SEND_TIMEOUT);
         }
         #[cfg(feature = "tunnel")]
@@ -1066,7 +1050,7 @@ impl Connection {
                     exec.watch(key, context);
                 }
             }
-            State::Session(_, key) => {
+            State::WebSocket(_, Stage::Session(key)) => {
                 if let Some(session) = shared.commands.session(key, self.key) {
                     session.watch(key, sent, context);
                 }
@@ -1074,6 +1058,21 @@ impl Connection {
             _ => {}
         }
     }
+}
+
+/// A head that was understood before, for what few calls need of it.
+fn parse_again(head: &[u8]) -> Option<Head<'_>> {
+    HeadParser::default().parse(head).ok()?
+}
+
+/// The target of such a head.
+#[cfg(any(feature = "sessions", feature = "logs", feature = "mounts"))]
+fn target(head: &[u8]) -> Target<'_> {
+    let nothing = Target::Resource {
+        path: "",
+        query: "",
+    };
+    parse_again(head).map_or(nothing, |head| head.target)
 }
 
 /// Whether one more connection may last as long as its client likes.

@@ -1,27 +1,31 @@
 //! `POST /v1/exec`: a command, and its output as one answer.
 
-#[cfg(feature = "mounts")]
+use super::error::CallError;
+#[cfg(any(feature = "mounts", feature = "sysinfo"))]
+use super::error::{report, status_of};
+#[cfg(any(feature = "mounts", feature = "sysinfo"))]
 use super::io::OK;
-use super::io::{self, CallError, Io};
+use super::io::{self, Io};
 #[cfg(feature = "mounts")]
 use super::mounts::{self, Job};
-use super::process::{Channel, Process, Read, Spec, output_pipe};
+#[cfg(feature = "sysinfo")]
+use super::process::output_pipe;
+use super::process::{Channel, Process};
 #[cfg(feature = "sysinfo")]
 use super::sysinfo;
 use crate::context::{Context, Source};
 use crate::error;
 use crate::error::{Error, Result};
-use crate::process::exec::{Input, Streams};
-#[cfg(feature = "mounts")]
 use crate::process::helper;
-use crate::sys::{Inherited, Region};
+use crate::sys::Region;
 use core::fmt::{self, Display};
-use proto::bodies::ExecRequest;
+use proto::bodies::{ExecRequest, Spec};
+use proto::bytes;
 #[cfg(feature = "mounts")]
-use proto::config::Mount;
+use proto::config::{Mount, PATH};
 #[cfg(feature = "mounts")]
 use proto::http::Target;
-use proto::http::{Content, Reply, ResponseHead, Status};
+use proto::http::{Content, Status};
 use proto::json;
 use proto::message;
 use proto::message::Message;
@@ -45,8 +49,6 @@ pub struct Exec {
     streams: [Stream; 2],
     /// When it is killed; once it is, when it is answered for though it was not reaped.
     pub deadline: u64,
-    /// How its answer is framed.
-    pub reply: Reply,
     /// Its answer has begun: how much of it is queued.
     queued: Option<Position>,
     kind: Kind,
@@ -57,12 +59,10 @@ pub struct Exec {
 enum Kind {
     /// A command of the host's.
     Command,
-    /// A child of this program, whose output is the answer as it is.
-    #[cfg(feature = "sysinfo")]
-    Report,
-    /// A child of this program that mounts or unmounts, and says nothing when that is done.
-    #[cfg(feature = "mounts")]
-    Mount,
+    /// A child of this program: its output is the answer as it is, or none when its work is all that was
+    /// asked for.
+    #[cfg(any(feature = "mounts", feature = "sysinfo"))]
+    Helper,
 }
 
 #[derive(Default)]
@@ -80,51 +80,30 @@ struct Position {
 
 impl Exec {
     /// Starts what the body of a request asks for.
-    pub fn start(body: &mut [u8], reply: Reply, context: &mut Context) -> Result<Self, CallError> {
+    pub fn start(body: &mut [u8], context: &mut Context) -> Result<Self, CallError> {
         context.with_arena(|memory, context| {
             let mut request = ExecRequest::default();
             io::read_body(body, memory, &mut request)?;
-            let spec = Spec {
-                argv: request.cmd,
-                env: request.env,
-                cwd: request.cwd,
-                user: request.user,
-                tty: false,
-            };
             let timeout = match request.timeout_ms {
                 0 => TIMEOUT,
                 timeout => u64::from(timeout),
             };
-            Ok(Self::spawn(&spec, timeout, reply, context)?)
+            Ok(Self::spawn(&request.spec, timeout, context)?)
         })
     }
 
-    fn spawn(spec: &Spec, timeout: u64, reply: Reply, context: &mut Context) -> Result<Self> {
-        let (output, their_output) = output_pipe()?;
-        let (error, their_error) = output_pipe()?;
-        let streams = Streams {
-            input: Input::Null,
-            output: Inherited::new(&their_output),
-            error: Inherited::new(&their_error),
-        };
-        let process = Process::start(spec, streams, context)?;
+    fn spawn(spec: &Spec, timeout: u64, context: &mut Context) -> Result<Self> {
+        let (process, pipes) = Process::start_on_pipes(spec, false, true, context)?;
         let deadline = context.now.saturating_add(timeout);
-        let streams = [output, error];
-        Ok(Self::of(process, Kind::Command, streams, deadline, reply))
+        let streams = [pipes.output, pipes.error];
+        Ok(Self::of(process, Kind::Command, streams, deadline))
     }
 
-    fn of(
-        process: Process,
-        kind: Kind,
-        streams: [Channel; 2],
-        deadline: u64,
-        reply: Reply,
-    ) -> Self {
+    fn of(process: Process, kind: Kind, streams: [Channel; 2], deadline: u64) -> Self {
         Self {
             process,
             streams: streams.map(Stream::new),
             deadline,
-            reply,
             queued: None,
             kind,
         }
@@ -132,47 +111,47 @@ impl Exec {
 
     /// Has a child mount what the body of a request describes.
     #[cfg(feature = "mounts")]
-    pub fn start_mount(
-        body: &mut [u8],
-        reply: Reply,
-        context: &mut Context,
-    ) -> Result<Self, CallError> {
+    pub fn start_mount(body: &mut [u8], context: &mut Context) -> Result<Self, CallError> {
         context.with_arena(|memory, context| {
             let mut volume = Mount::default();
             io::read_body(body, memory, &mut volume)?;
             let job = Job::Mount(volume, context.workload.owner);
-            Self::spawn_mount(&job, reply, &context.proc, context.now)
+            Self::spawn_mount(&job, &context.proc, context.now)
         })
     }
 
     /// Has a child unmount what the query of a request names.
     #[cfg(feature = "mounts")]
-    pub fn start_unmount(
-        target: &Target,
-        reply: Reply,
-        context: &mut Context,
-    ) -> Result<Self, CallError> {
-        let job = Job::Unmount(mounts::read_path(target, context.sink)?);
-        Self::spawn_mount(&job, reply, &context.proc, context.now)
+    pub fn start_unmount(target: &Target, context: &mut Context) -> Result<Self, CallError> {
+        let room = context.sink.get_mut(..PATH).unwrap_or(&mut []);
+        let path = target.path(room).map_err(|why| {
+            let error = error!("path: {}", why.message());
+            CallError::bad_request(error)
+        })?;
+        let job = Job::Unmount(path);
+        Self::spawn_mount(&job, &context.proc, context.now)
     }
 
     #[cfg(feature = "mounts")]
-    fn spawn_mount(job: &Job, reply: Reply, proc: &OwnedFd, now: u64) -> Result<Self, CallError> {
+    fn spawn_mount(job: &Job, proc: &OwnedFd, now: u64) -> Result<Self, CallError> {
         let deadline = now.saturating_add(helper::TIMEOUT);
-        let process = Process::fork(proc, &mut |log| mounts::run(job, log))?;
+        let process = Process::fork(proc, &mut |log| report(mounts::run(job, log), log))?;
         let streams = Default::default();
-        Ok(Self::of(process, Kind::Mount, streams, deadline, reply))
+        Ok(Self::of(process, Kind::Helper, streams, deadline))
     }
 
     /// Starts a child of this program, whose output is the answer.
     #[cfg(feature = "sysinfo")]
-    pub fn start_report(reply: Reply, context: &mut Context) -> Result<Self, CallError> {
+    pub fn start_report(context: &mut Context) -> Result<Self, CallError> {
         let (channel, theirs) = output_pipe()?;
         let Context { proc, scratch, .. } = context;
-        let process = Process::fork(proc, &mut |log| sysinfo::run(&theirs, proc, scratch, log))?;
+        let process = Process::fork(proc, &mut |log| {
+            let done = sysinfo::run(&theirs, proc, scratch, log);
+            report(done.map_err(CallError::from), log)
+        })?;
         let deadline = context.now.saturating_add(sysinfo::TIMEOUT);
         let streams = [channel, Channel::default()];
-        Ok(Self::of(process, Kind::Report, streams, deadline, reply))
+        Ok(Self::of(process, Kind::Helper, streams, deadline))
     }
 
     /// Reads what waits in one of its streams. `left`: how much more output may be kept.
@@ -222,35 +201,18 @@ impl Exec {
             .and_then(|status| status.exit_status());
         let [output, _] = &self.streams;
         let (status, error) = match (lines.error, code) {
-            (Some(error), _) => (self.failure_status(code), error),
-            _ if self.kind == Kind::Command => return None,
+            (error, _) if self.kind == Kind::Command => (Status::InternalServerError, error?),
+            #[cfg(any(feature = "mounts", feature = "sysinfo"))]
+            (Some(error), _) => (status_of(code), error),
             (None, Some(0)) if output.capture.truncated => {
                 let error = error!("commands have all the memory for output");
                 (Status::ServiceUnavailable, error)
             }
             (None, Some(0)) => return None,
-            _ if self.process.was_killed() => (Status::GatewayTimeout, self.time_over(lines.step)),
+            _ if self.process.was_killed() => (Status::GatewayTimeout, timed_out(lines.step)),
             _ => (Status::InternalServerError, error!("a helper was killed")),
         };
         Some(CallError::new(status, error))
-    }
-
-    /// The status of what a child that ended with this exit code says.
-    fn failure_status(&self, code: Option<i32>) -> Status {
-        match (self.kind, code) {
-            #[cfg(feature = "mounts")]
-            (Kind::Mount, code) => mounts::status_of(code),
-            _ => Status::InternalServerError,
-        }
-    }
-
-    /// What a child of this program was at that had to be killed.
-    fn time_over(&self, step: Option<Error>) -> Error {
-        match (self.kind, step) {
-            #[cfg(feature = "mounts")]
-            (Kind::Mount, step) => helper::timed_out(step),
-            _ => error!("/proc does not answer"),
-        }
     }
 
     /// Queues as much of the answer as there is room for; whether that was the rest.
@@ -262,34 +224,31 @@ impl Exec {
                 Position::default()
             }
         };
-        match self.kind {
-            Kind::Command => {}
-            #[cfg(feature = "sysinfo")]
-            Kind::Report => return self.queue_report(position, io),
-            #[cfg(feature = "mounts")]
-            Kind::Mount => return true,
+        if io.reply.head_only {
+            return true;
         }
         while let Some(stream) = self.streams.get(position.stream) {
-            let capture = &stream.capture;
+            let rest = stream.capture.bytes(position.byte);
             let room = io.spare();
-            let mut written = 0;
-            position.byte += json::escape(capture.bytes(position.byte), true, &mut |piece| {
-                let end = written + piece.len();
-                let Some(to) = room.get_mut(written..end) else {
-                    return false;
-                };
-                to.copy_from_slice(piece.as_bytes());
-                written = end;
-                true
-            });
+            let (taken, written) = match self.kind {
+                Kind::Command => json::escape_into(rest, room),
+                #[cfg(any(feature = "mounts", feature = "sysinfo"))]
+                Kind::Helper => {
+                    let count = bytes::copy(rest, room);
+                    (count, count)
+                }
+            };
             io.commit(written);
+            position.byte += taken;
             self.queued = Some(position);
-            if position.byte < capture.length {
+            if taken < rest.len() {
                 return false;
             }
-            match position.stream {
-                0 => io.queue(BETWEEN),
-                _ => io.queue(self.end().as_bytes()),
+            match (self.kind, position.stream) {
+                (Kind::Command, 0) => io.queue(BETWEEN),
+                (Kind::Command, _) => io.queue(self.end().as_bytes()),
+                #[cfg(any(feature = "mounts", feature = "sysinfo"))]
+                (Kind::Helper, _) => return true,
             }
             position = Position {
                 stream: position.stream + 1,
@@ -297,25 +256,6 @@ impl Exec {
             };
         }
         true
-    }
-
-    /// The same for an answer that is the output as it is.
-    #[cfg(feature = "sysinfo")]
-    fn queue_report(&mut self, mut position: Position, io: &mut Io) -> bool {
-        if self.reply.head_only {
-            return true;
-        }
-        let [output, _] = &self.streams;
-        let rest = output.capture.bytes(position.byte);
-        let room = io.spare();
-        let count = rest.len().min(room.len());
-        for (to, from) in room.iter_mut().zip(rest) {
-            *to = *from;
-        }
-        io.commit(count);
-        position.byte += count;
-        self.queued = Some(position);
-        position.byte == output.capture.length
     }
 
     /// Takes what is left in its pipes, which others may hold open.
@@ -329,17 +269,13 @@ impl Exec {
 
     /// The answer up to the output.
     fn queue_head(&self, io: &mut Io) {
-        match self.kind {
-            Kind::Command => {}
-            #[cfg(feature = "sysinfo")]
-            Kind::Report => {
-                let [output, _] = &self.streams;
-                let content = Content::Length(output.capture.length as u64);
-                let head = ResponseHead::new(Status::Ok, self.reply, content);
-                return io.queue(head.finish().as_bytes());
-            }
-            #[cfg(feature = "mounts")]
-            Kind::Mount => return io.respond(self.reply, Status::Ok, OK),
+        #[cfg(any(feature = "mounts", feature = "sysinfo"))]
+        if self.kind == Kind::Helper {
+            let [output, _] = &self.streams;
+            return match output.capture.length {
+                0 => io.respond(Status::Ok, OK),
+                length => io.queue_head(Status::Ok, Content::Length(length as u64)),
+            };
         }
         // One that was killed and cannot be reaped counts as killed.
         let status = self.process.status();
@@ -355,9 +291,7 @@ impl Exec {
         for stream in &self.streams {
             length += stream.capture.escaped;
         }
-        let content = Content::Length(length as u64);
-        let head = ResponseHead::new(Status::Ok, self.reply, content);
-        io.queue(head.finish().as_bytes());
+        io.queue_head(Status::Ok, Content::Length(length as u64));
         io.queue(start.as_bytes());
     }
 
@@ -375,9 +309,10 @@ impl Exec {
     /// When it is killed if nobody waits for its answer any more.
     pub fn kill_abandoned_at(&self, now: u64) -> u64 {
         match self.kind {
-            #[cfg(feature = "mounts")]
-            Kind::Mount => self.deadline,
-            _ => now,
+            Kind::Command => now,
+            // What it has begun it ends, also for nobody.
+            #[cfg(any(feature = "mounts", feature = "sysinfo"))]
+            Kind::Helper => self.deadline,
         }
     }
 
@@ -390,6 +325,14 @@ impl Exec {
     /// Nobody waits for its answer any more: gives back all but its process.
     pub fn release(&mut self) {
         self.streams = Default::default();
+    }
+}
+
+/// What a child of this program was at that had to be killed; only one that reads /proc does not say so.
+fn timed_out(step: Option<Error>) -> Error {
+    match step {
+        Some(step) => helper::timed_out(Some(step)),
+        None => error!("/proc does not answer"),
     }
 }
 
@@ -418,19 +361,13 @@ impl Stream {
 
     /// Reads once, by way of `sink`; whether anything came.
     fn read(&mut self, over: bool, left: &mut usize, sink: &mut [u8]) -> bool {
-        match self.channel.read(sink, over) {
-            Read::Bytes(count) => {
-                let bytes = sink.get(..count).unwrap_or(&[]);
-                self.capture.keep(bytes, left);
-                self.capture.measure(false);
-                true
-            }
-            Read::Empty => false,
-            Read::End => {
-                self.channel.close();
-                false
-            }
+        let count = self.channel.read(sink, over);
+        if count > 0 {
+            let bytes = sink.get(..count).unwrap_or(&[]);
+            self.capture.keep(bytes, left);
+            self.capture.measure(false);
         }
+        count > 0
     }
 }
 
@@ -455,10 +392,8 @@ impl Capture {
         }
         let memory = self.memory.as_deref_mut().unwrap_or(&mut []);
         let room = memory.get_mut(self.length..).unwrap_or(&mut []);
-        let kept = bytes.len().min(room.len()).min(*left);
-        for (to, from) in room.iter_mut().zip(bytes.iter().take(kept)) {
-            *to = *from;
-        }
+        let wanted = bytes.get(..*left).unwrap_or(bytes);
+        let kept = bytes::copy(wanted, room);
         self.length += kept;
         *left -= kept;
         self.truncated |= kept < bytes.len();

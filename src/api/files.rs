@@ -4,7 +4,7 @@
 //! connection. It reads the head again, then the body, and answers; then the connection is closed.
 //! PID 1 looks whether the child still works, and shuts the connection down when it does not.
 
-use super::io::error_body;
+use super::error::error_body;
 use super::process::Process;
 use crate::context::Context;
 use crate::error::{Result, name};
@@ -17,14 +17,14 @@ use core::fmt::{self, Display};
 use core::time::Duration;
 use proto::config::PATH;
 use proto::http::{
-    self, BodyDecoder, Content, DecodeError, Framing, Head, HeadParser, Method, Reply,
+    self, BodyDecoder, Content, DecodeError, HEAD_ROOM, Head, HeadParser, JSON, Method, Reply,
     RequestError, ResponseHead, Status, Target, decode_query,
 };
 use proto::message;
 use proto::message::{Message, ToLossy};
 use proto::users::Identity;
 use rustix::fd::{AsRawFd, OwnedFd};
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid};
+use rustix::fs::{Access, AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
@@ -38,7 +38,7 @@ const STALLED: u64 = 35_000;
 const CLIENT_TRIES: u32 = 30;
 const SECOND: Duration = Duration::from_secs(1);
 /// How long what a refused client still sends is taken, so that it comes to read the answer, in
-/// milliseconds; without a byte, a second.
+/// milliseconds.
 const DRAIN: u64 = 10_000;
 /// Bytes moved at once: as many as vsock holds for a receiver (VIRTIO_VSOCK_DEFAULT_BUF_SIZE).
 const PIECE: usize = 256 << 10;
@@ -110,12 +110,21 @@ fn serve(client: &Client, head: &[u8], body: &mut [u8], proc: &OwnedFd, scratch:
     let Ok(Some(head)) = HeadParser::default().parse(head) else {
         return;
     };
+    let Ok(mut decoder) = BodyDecoder::new(head.framing, u64::MAX) else {
+        return;
+    };
     client.set_blocking();
     let mut path = [0; PATH];
-    let served = read_path(&head.target, &mut path).and_then(|()| match head.method {
-        Method::Put => put(client, &head, &path, body, scratch),
-        _ => get(client, &head, &path, proc, scratch),
-    });
+    let content = decoder.decode(body).map(|decoded| decoded.content);
+    let served = match (content, head.target.path(&mut path), head.method) {
+        (Ok(content), Ok(path), Method::Put) => {
+            let content = body.get(..content).unwrap_or(&[]);
+            put(client, &head, path, content, &mut decoder, scratch)
+        }
+        (Ok(_), Ok(path), _) => get(client, &head, path, proc, scratch),
+        (Err(error), ..) => Err(error.into()),
+        (_, Err(error), _) => Err(error.into()),
+    };
     let failure = match served {
         Ok(()) | Err(Failure::Gone) => return,
         Err(failure) => failure,
@@ -126,8 +135,8 @@ fn serve(client: &Client, head: &[u8], body: &mut [u8], proc: &OwnedFd, scratch:
     };
     let status = failure.status(head.method);
     let told = client.respond(head.reply, status, &error_body(&reason));
-    if told.is_ok() && head.framing != Framing::None {
-        client.drain(scratch);
+    if told.is_ok() {
+        client.drain(&mut decoder, scratch);
     }
 }
 
@@ -138,8 +147,6 @@ enum Failure {
     Gone,
     /// The client has not gone on for [`CLIENT_TRIES`].
     Timeout,
-    /// A path that does not begin with `/`, or none.
-    Path,
     /// A mode that is not one to four octal digits.
     Mode,
     /// A user or group that is not in the root's files.
@@ -182,7 +189,6 @@ impl Display for Failure {
         formatter.write_str(match self {
             Self::Gone => "the client is gone",
             Self::Timeout => "the request took too long",
-            Self::Path => "the path is not absolute",
             Self::Mode => "the mode is not one to four octal digits",
             Self::User => "there is no such user or group",
             Self::Parameter(error) => error.message(),
@@ -208,16 +214,6 @@ impl From<DecodeError> for Failure {
 impl From<RequestError> for Failure {
     fn from(error: RequestError) -> Self {
         Self::Body(error)
-    }
-}
-
-/// The parameter `path`, and a NUL behind it.
-fn read_path(target: &Target, path: &mut [u8; PATH]) -> Result<(), Failure> {
-    let text = target.parameter("path").unwrap_or("");
-    let (room, _nul) = path.split_at_mut(PATH - 1);
-    match decode_query(text, room)? {
-        [b'/', ..] => Ok(()),
-        _ => Err(Failure::Path),
     }
 }
 
@@ -301,21 +297,29 @@ impl Client<'_> {
     /// Sends a whole JSON response.
     fn respond(&self, reply: Reply, status: Status, body: &Message) -> Result<(), Failure> {
         let content = Content::Length(body.as_bytes().len() as u64);
-        let head = ResponseHead::new(status, reply.close(), content).finish();
-        self.send(head.as_bytes())?;
+        let mut room = [0; HEAD_ROOM];
+        let mut response = ResponseHead::new(&mut room);
+        response.begin(status, reply.close(), content, JSON);
+        self.send(response.finish().ok_or(Failure::Gone)?)?;
         match reply.head_only {
             true => Ok(()),
             false => self.send(body.as_bytes()),
         }
     }
 
-    /// Takes what the client still sends: closed with bytes in it, a connection takes the answer with
-    /// it.
-    fn drain(&self, room: &mut [u8]) {
+    /// Takes what the client still sends of its body, also after a pause: closed with bytes in it, a
+    /// connection takes the answer with it.
+    fn drain(&self, decoder: &mut BodyDecoder, room: &mut [u8]) {
         let watch = Stopwatch::start();
-        while let Ok(1..) = files::read(self.socket, room)
-            && watch.elapsed() < DRAIN
-        {}
+        while !decoder.is_complete() && watch.elapsed() < DRAIN {
+            match files::read(self.socket, room) {
+                Ok(count @ 1..) => {
+                    let _malformed = decoder.decode(room.get_mut(..count).unwrap_or(&mut []));
+                }
+                Err(Errno::AGAIN) => {}
+                Ok(_) | Err(_) => return,
+            }
+        }
     }
 }
 
@@ -335,12 +339,12 @@ fn retry(call: &mut dyn FnMut() -> Result<usize, Errno>) -> Result<usize, Errno>
 fn get(
     client: &Client,
     head: &Head,
-    path: &[u8; PATH],
+    path: &CStr,
     proc: &OwnedFd,
     room: &mut [u8],
 ) -> Result<(), Failure> {
     let room = room.get_mut(..PIECE).unwrap_or(&mut []);
-    let (file, status) = open_regular(sys::c_str(path), proc)?;
+    let (file, status) = open_regular(path, proc)?;
     // Files of sysfs and cgroups have no size that is worth its name: what fits here is measured.
     let filled = files::read_full(&file, room)?;
     let length = match filled < room.len() {
@@ -350,37 +354,39 @@ fn get(
     let mut left = length
         .checked_sub(filled as u64)
         .ok_or(Failure::NotRegular)?;
-    let answer = file_head(head.reply, length, &status).finish();
-    client.send(answer.as_bytes())?;
+    let mut head_room = [0; HEAD_ROOM];
+    let mut response = ResponseHead::new(&mut head_room);
+    describe(&mut response, head.reply, length, &status);
+    client.send(response.finish().ok_or(Failure::Gone)?)?;
     if head.reply.head_only {
         return Ok(());
     }
-    client.send(room.get(..filled).unwrap_or(&[]))?;
-    while left > 0 {
+    let mut count = filled;
+    loop {
+        client.send(room.get(..count).unwrap_or(&[]))?;
+        if left == 0 {
+            return Ok(());
+        }
         let limit = usize::try_from(left).map_or(PIECE, |left| left.min(PIECE));
-        match files::read(&file, room.get_mut(..limit).unwrap_or(&mut [])) {
-            Ok(count @ 1..) => {
-                client.send(room.get(..count).unwrap_or(&[]))?;
-                left -= count as u64;
-            }
+        count = match files::read(&file, room.get_mut(..limit).unwrap_or(&mut [])) {
+            Ok(count @ 1..) => count,
             // It was cut meanwhile, or its disk fails: the client sees that bytes are missing.
             Ok(_) | Err(_) => return Err(Failure::Gone),
-        }
+        };
+        left -= count as u64;
     }
-    Ok(())
 }
 
 /// What there is to know of a file.
-fn file_head(reply: Reply, length: u64, status: &Stat) -> ResponseHead {
+fn describe(head: &mut ResponseHead, reply: Reply, length: u64, status: &Stat) {
     let content = Content::Length(length);
     let media_type = "application/octet-stream";
-    let mut head = ResponseHead::with_type(Status::Ok, reply.close(), content, media_type);
+    head.begin(Status::Ok, reply.close(), content, media_type);
     let mode = status.st_mode & 0o7777;
     head.header("File-Mode", &format_args!("{mode:04o}"));
     let (uid, gid) = (status.st_uid, status.st_gid);
     head.header("File-Owner", &format_args!("{uid}:{gid}"));
     head.header("File-Mtime", &u64::try_from(status.st_mtime).unwrap_or(0));
-    head
 }
 
 /// Opens a regular file for reading.
@@ -408,23 +414,55 @@ fn is_in_proc(file: &OwnedFd) -> Result<bool, Errno> {
     rustix::fs::fstatfs(file).map(|found| found.f_type == rustix::fs::PROC_SUPER_MAGIC)
 }
 
-/// Replaces a file by the request's body, or makes one.
+/// The directory that a path is in.
+fn parent(path: &[u8]) -> Option<&[u8]> {
+    path.get(..path.iter().rposition(|byte| *byte == b'/')?)
+}
+
+/// That one, the one above it, and so on.
+fn parents(path: &[u8]) -> impl Iterator<Item = &[u8]> {
+    core::iter::successors(parent(path), |path| parent(path))
+}
+
+/// Replaces a file by the request's body, or makes one, with the directories that it needs; they go with
+/// it when it cannot be had.
 fn put(
     client: &Client,
     head: &Head,
-    path: &[u8; PATH],
-    body: &mut [u8],
+    path: &CStr,
+    content: &[u8],
+    decoder: &mut BodyDecoder,
+    scratch: &mut [u8],
+) -> Result<(), Failure> {
+    let mut room = [0; PATH];
+    let mut succeeds = |call: &dyn Fn(&CStr) -> Result<(), Errno>, path: &[u8]| {
+        files::join(&[path], &mut room).is_some_and(|path| call(path).is_ok())
+    };
+    let exists = &|path: &CStr| rustix::fs::access(path, Access::EXISTS);
+    let missing = parents(path.to_bytes()).take_while(|parent| !succeeds(exists, parent));
+    let missing = missing.count();
+    let stored = store(client, head, path, content, decoder, scratch);
+    if stored.is_err() {
+        // Up to one that somebody else has put something into.
+        let remove = &|path: &CStr| rustix::fs::rmdir(path);
+        let mut made = parents(path.to_bytes()).take(missing);
+        let _all = made.all(|parent| succeeds(remove, parent));
+    }
+    stored
+}
+
+/// The same, but for the directories that are left when it fails.
+fn store(
+    client: &Client,
+    head: &Head,
+    path: &CStr,
+    content: &[u8],
+    decoder: &mut BodyDecoder,
     scratch: &mut [u8],
 ) -> Result<(), Failure> {
     let mode = read_mode(&head.target)?;
     let (uid, gid) = read_user(&head.target, scratch)?;
-    let mut decoder = BodyDecoder::new(head.framing, u64::MAX)?;
-    let path = sys::c_str(path);
-    let start_of_name = 1 + path
-        .to_bytes()
-        .iter()
-        .rposition(|byte| *byte == b'/')
-        .unwrap_or(0);
+    let start_of_name = 1 + parent(path.to_bytes()).map_or(0, <[u8]>::len);
     let (parent, name) = path
         .to_bytes_with_nul()
         .split_at_checked(start_of_name)
@@ -445,11 +483,11 @@ fn put(
         Err(errno) => return Err(errno.into()),
     };
     let mut upload = Upload::create(parent)?;
-    if head.expects_continue && body.is_empty() {
+    if head.expects_continue && content.is_empty() {
         client.send(http::CONTINUE)?;
     }
     let room = scratch.get_mut(..PIECE).unwrap_or(&mut []);
-    let bytes = upload.receive(client, &mut decoder, body, room)?;
+    let bytes = upload.receive(client, content, decoder, room)?;
     upload.publish(name, mode, uid, gid)?;
     // The client may have it executed at once, which an open file is not (ETXTBSY, execve(2)).
     drop(upload);
@@ -495,26 +533,24 @@ impl Upload {
         })
     }
 
-    /// Writes a request's body, whose first bytes are in `body`: its length.
+    /// Writes a request's body, which begins with `content`: its length.
     fn receive(
         &mut self,
         client: &Client,
+        content: &[u8],
         decoder: &mut BodyDecoder,
-        body: &mut [u8],
         room: &mut [u8],
     ) -> Result<u64, Failure> {
-        let mut bytes = self.take(decoder, body)?;
+        files::write_whole(&self.file, content)?;
+        let mut bytes = content.len() as u64;
         while !decoder.is_complete() {
             let count = client.receive(room)?;
-            bytes += self.take(decoder, room.get_mut(..count).unwrap_or(&mut []))?;
+            let piece = room.get_mut(..count).unwrap_or(&mut []);
+            let content = decoder.decode(piece)?.content;
+            files::write_whole(&self.file, piece.get(..content).unwrap_or(&[]))?;
+            bytes += content as u64;
         }
         Ok(bytes)
-    }
-
-    fn take(&mut self, decoder: &mut BodyDecoder, piece: &mut [u8]) -> Result<u64, Failure> {
-        let content = decoder.decode(piece)?.content;
-        files::write_whole(&self.file, piece.get(..content).unwrap_or(&[]))?;
-        Ok(content as u64)
     }
 
     /// Gives it its owner, its mode, which chown(2) can change, and its name.

@@ -1,17 +1,14 @@
 //! A connection's socket and buffers.
 
-use crate::context::{ARENA, Context};
-use crate::error;
-use crate::error::Error;
+use super::error::{CallError, error_body};
+use crate::context::ARENA;
 use crate::sys::{Region, files};
 use core::fmt::Display;
 use core::ops::Range;
 use proto::arena::Arena;
 use proto::bodies::{self, Request};
-use proto::http::{Content, MAX_HEAD, Reply, ResponseHead, Status};
-use proto::json::Quoted;
+use proto::http::{Content, HEAD_ROOM, JSON, MAX_HEAD, Reply, ResponseHead, Status};
 use proto::message;
-use proto::message::Message;
 use proto::websocket;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -28,7 +25,7 @@ pub const MAX_OUTPUT: usize = 64 << 10;
 /// Bytes to send: a message with its header, and control frames.
 const OUTPUT: usize = MAX_OUTPUT + 1024;
 /// Room for a control frame, a response's head, or what stands around output, behind what waits.
-const RESERVE: usize = 512;
+const RESERVE: usize = HEAD_ROOM;
 /// What a connection may have used of its memory for it to be kept: a page in, a page out.
 const SMALL: usize = 4096;
 
@@ -46,6 +43,8 @@ pub struct Io {
     unsent: Range<usize>,
     /// No more than [`SMALL`] of each part of the memory was ever used.
     small: bool,
+    /// How the response to the last request is framed.
+    pub reply: Reply,
     /// The client is gone, or cannot be answered.
     pub broken: bool,
 }
@@ -64,6 +63,7 @@ impl Io {
             received: 0,
             unsent: INPUT..INPUT,
             small: true,
+            reply: Reply::CLOSE,
             broken: false,
         }
     }
@@ -162,23 +162,30 @@ impl Io {
         self.unsent.end = self.unsent.end.saturating_add(count).min(INPUT + OUTPUT);
     }
 
-    /// Room for the payload of a message, when nothing waits to be sent; follow with
-    /// [`commit_message`](Self::commit_message).
-    pub fn message_room(&mut self) -> &mut [u8] {
+    /// Room for the payload of a message, behind its first byte if that is given, when nothing waits to
+    /// be sent; follow with [`commit_message`](Self::commit_message).
+    pub fn message_room(&mut self, first: Option<u8>) -> &mut [u8] {
         let start = INPUT + websocket::MAX_HEADER;
-        self.memory
-            .get_mut(start..start + MAX_OUTPUT)
-            .unwrap_or(&mut [])
+        let room = self.memory.get_mut(start..start + MAX_OUTPUT);
+        match (first, room.unwrap_or(&mut [])) {
+            (Some(first), [place, rest @ ..]) => {
+                *place = first;
+                rest
+            }
+            (_, room) => room,
+        }
     }
 
-    /// Queues a binary message of the first `count` bytes of [`message_room`](Self::message_room).
-    pub fn commit_message(&mut self, count: usize) {
+    /// Queues a binary message of the first `count` bytes of [`message_room`](Self::message_room), and of
+    /// its first byte.
+    pub fn commit_message(&mut self, first: Option<u8>, count: usize) {
+        let length = count + usize::from(first.is_some());
         // The header lies directly before the payload.
-        let header = websocket::FrameHeader::new(websocket::Opcode::Binary, count);
+        let header = websocket::FrameHeader::new(websocket::Opcode::Binary, length);
         let start = INPUT + websocket::MAX_HEADER - header.as_bytes().len();
         self.unsent = start..start;
         self.queue(header.as_bytes());
-        self.commit(count);
+        self.commit(length);
     }
 
     /// Queues bytes. There is room, or the connection is over.
@@ -224,39 +231,54 @@ impl Io {
         sent
     }
 
+    /// Queues the head of a JSON response.
+    pub fn queue_head(&mut self, status: Status, content: Content) {
+        self.queue_head_with(status, content, JSON, None);
+    }
+
+    /// Queues the head of a response with content of a media type, and a header of its own. There is room,
+    /// or the connection is over.
+    pub fn queue_head_with(
+        &mut self,
+        status: Status,
+        content: Content,
+        media_type: &str,
+        header: Option<(&str, &dyn Display)>,
+    ) {
+        let end = self.unsent.end.saturating_add(HEAD_ROOM);
+        let room = self.memory.get_mut(self.unsent.end..end);
+        let mut head = ResponseHead::new(room.unwrap_or(&mut []));
+        head.begin(status, self.reply, content, media_type);
+        if let Some((name, value)) = header {
+            head.header(name, value);
+        }
+        match head.finish() {
+            Some(bytes) => self.unsent.end += bytes.len(),
+            None => self.broken = true,
+        }
+    }
+
     /// Queues a whole JSON response that a message has room for.
-    pub fn respond_with_text(&mut self, reply: Reply, status: Status, body: &dyn Display) {
-        self.respond(reply, status, message!("{body}").as_bytes());
+    pub fn respond_with_text(&mut self, status: Status, body: &dyn Display) {
+        self.respond(status, message!("{body}").as_bytes());
     }
 
     /// Queues a whole JSON response.
-    pub fn respond(&mut self, reply: Reply, status: Status, body: &[u8]) {
-        let head = ResponseHead::new(status, reply, Content::Length(body.len() as u64));
-        self.respond_with(head, reply, body);
+    pub fn respond(&mut self, status: Status, body: &[u8]) {
+        self.queue_head(status, Content::Length(body.len() as u64));
+        self.queue_body(body);
     }
 
-    /// Queues a whole response.
-    pub fn respond_with(&mut self, head: ResponseHead, reply: Reply, body: &[u8]) {
-        self.queue(head.finish().as_bytes());
-        if !reply.head_only {
+    /// Queues the content of a response, unless its head is all that was asked for.
+    pub fn queue_body(&mut self, body: &[u8]) {
+        if !self.reply.head_only {
             self.queue(body);
         }
     }
 
     /// Queues an error response.
-    pub fn respond_error(&mut self, reply: Reply, error: &CallError) {
-        self.respond(reply, error.status, error_body(&error.error).as_bytes());
-    }
-}
-
-/// `{"error":"…"}`
-pub fn error_body(error: &dyn Display) -> Message {
-    message!("{{\"error\":{}}}", Quoted(error))
-}
-
-impl From<Error> for CallError {
-    fn from(error: Error) -> Self {
-        Self::new(Status::InternalServerError, error)
+    pub fn respond_error(&mut self, error: &CallError) {
+        self.respond(error.status, error_body(&error.error).as_bytes());
     }
 }
 
@@ -267,40 +289,4 @@ pub fn read_body<'a>(
     request: &mut dyn Request<'a>,
 ) -> Result<(), CallError> {
     bodies::decode(body, &mut Arena::new(memory), request).map_err(CallError::bad_request)
-}
-
-/// Why a call is refused.
-pub struct CallError {
-    /// The response's status.
-    pub status: Status,
-    /// What its body says.
-    pub error: Error,
-}
-
-impl CallError {
-    /// A call that is wrong.
-    pub fn bad_request(error: impl Into<Error>) -> Self {
-        Self::new(Status::BadRequest, error.into())
-    }
-
-    /// An error with any status.
-    pub fn new(status: Status, error: Error) -> Self {
-        Self { status, error }
-    }
-}
-
-/// While the workload is held for a snapshot nothing new begins.
-pub fn refuse_while_held(context: &Context) -> Result<(), CallError> {
-    match context.is_held() {
-        false => Ok(()),
-        true => {
-            let error = error!("the workload is held for a snapshot");
-            Err(CallError::new(Status::Conflict, error))
-        }
-    }
-}
-
-/// What is about the workload is refused before it runs, and when it has ended.
-pub fn not_running() -> CallError {
-    CallError::new(Status::Conflict, error!("the workload is not running"))
 }

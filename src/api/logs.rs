@@ -1,13 +1,14 @@
 //! `GET /v1/logs`: the workload's output in Docker's frames, from the log straight to the socket.
 
-use super::io::{CallError, Io};
+use super::error::CallError;
+use super::io::Io;
 use crate::context::Context;
 use crate::error;
 use crate::sys::files;
-use core::fmt::Write;
+use core::fmt::{Display, Write};
 use proto::decimal;
 use proto::docker_frames::{self, MEDIA_TYPE};
-use proto::http::{Content, LAST_CHUNK, Reply, ResponseHead, Status, Target};
+use proto::http::{Content, LAST_CHUNK, Status, Target};
 use proto::ring::Cursor;
 use rustix::io::{Errno, IoSlice};
 
@@ -47,8 +48,6 @@ pub struct LogReader {
     cursor: Cursor,
     /// Where to stop; `None`: with the workload.
     end: Option<u64>,
-    /// How the response is framed.
-    pub reply: Reply,
     chunked: bool,
     /// The frame being sent: what stands before its bytes, how many those are, and how much of all of
     /// it is sent.
@@ -70,26 +69,20 @@ pub enum Progress {
 
 impl LogReader {
     /// Begins a response.
-    pub fn start(
-        request: LogsRequest,
-        mut reply: Reply,
-        io: &mut Io,
-        context: &Context,
-    ) -> Result<Self, CallError> {
+    pub fn start(request: LogsRequest, io: &mut Io, context: &Context) -> Result<Self, CallError> {
         let log = &context.output_log;
         if !log.is_kept() {
             let error = error!("the output is not kept: PIGEON_OUTPUT, PIGEON_LOG_KIB");
             return Err(CallError::new(Status::NotFound, error));
         }
         let cursor = log.seek(request.offset);
-        let content = reply.stream();
-        let mut head = ResponseHead::with_type(Status::Ok, reply, content, MEDIA_TYPE);
-        head.header("Log-Offset", &cursor.offset());
-        io.queue(head.finish().as_bytes());
+        let content = io.reply.stream();
+        let offset = cursor.offset();
+        let more = Some(("Log-Offset", &offset as &dyn Display));
+        io.queue_head_with(Status::Ok, content, MEDIA_TYPE, more);
         Ok(Self {
             cursor,
             end: (!request.follow).then(|| log.written()),
-            reply,
             chunked: content == Content::Chunked,
             prefix: heapless::Vec::new(),
             length: 0,
@@ -97,9 +90,10 @@ impl LogReader {
         })
     }
 
-    /// From where on the log must be kept: for a follower, and for a frame that is being sent.
-    pub fn needs(&self) -> Option<u64> {
-        (self.end.is_none() || self.length > 0).then(|| self.cursor.position())
+    /// From where on the log must be kept: a reader counts on it that nothing is missing between what it
+    /// gets.
+    pub fn needs(&self) -> u64 {
+        self.cursor.position()
     }
 
     /// How far it has come, to see whether it moves.
@@ -109,7 +103,7 @@ impl LogReader {
 
     /// Sends what there is and the client takes.
     pub fn proceed(&mut self, io: &mut Io, context: &Context) -> Progress {
-        if self.reply.head_only {
+        if io.reply.head_only {
             return Progress::Done;
         }
         for _ in 0..FRAMES {

@@ -6,6 +6,7 @@
 
 mod commands;
 mod connection;
+mod error;
 mod exec;
 #[cfg(feature = "files")]
 mod files;
@@ -29,7 +30,8 @@ mod tunnel;
 #[cfg(feature = "snapshot")]
 pub use {
     connection::PendingCall,
-    io::{CallError, not_running, read_body},
+    error::{CallError, not_running, report, status_of},
+    io::read_body,
     routes::SnapshotCall,
 };
 
@@ -38,11 +40,10 @@ use crate::context::{Context, NEVER, Source};
 use crate::error::Result;
 use crate::sys::epoll::Poller;
 use crate::sys::{self, Region, vsock};
-use commands::Commands;
-use connection::{Connection, Shared};
+use commands::{COMMANDS, Commands};
+use connection::{Connection, LONG_CONNECTIONS, Shared};
 use io::Io;
-use proto::http::{Content, Reply, ResponseHead, Status};
-use proto::message;
+use proto::http::NO_ROOM;
 use proto::slab::{Key, Slab};
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
@@ -50,8 +51,9 @@ use rustix::process::{Pid, WaitStatus};
 
 /// The vsock port.
 const PORT: u32 = 10_000;
-/// Most connections at once; one more waits for an idle one to go, or is told 503.
-const CONNECTIONS: usize = 288;
+/// Most connections at once: those that last, those that have a command, and some for calls. One more has
+/// the place of one that waits for its client, or is told 503.
+const CONNECTIONS: usize = LONG_CONNECTIONS + COMMANDS + 32;
 /// Connections the kernel keeps for us while we are at something else.
 const BACKLOG: usize = 128;
 /// Connections taken in a turn: a turn with output for the console takes its time.
@@ -112,42 +114,51 @@ impl Api {
     /// The listener has connections: takes so many that none is refused while others wait, too.
     pub fn accept(&mut self, context: &mut Context) {
         for _ in 0..ACCEPT_AT_ONCE {
-            let Some(listener) = &self.listener else {
+            if self.accept_one(context).is_err()
+                || !self.listener.as_ref().is_some_and(vsock::is_called)
+            {
                 return;
-            };
-            let Ok((socket, peer)) = vsock::accept(listener) else {
-                return;
-            };
-            // Only the host may steer PID 1, not a process in the VM by its own or the local CID.
-            if peer != vsock::HOST {
-                continue;
-            }
-            let memory = match self.spare.take() {
-                _ if self.connections.is_full() && !self.make_room(context) => None,
-                None => Io::memory().ok(),
-                spare => spare,
-            };
-            let Some(memory) = memory else {
-                refuse(&socket);
-                continue;
-            };
-            let connection = Connection::new(socket, memory, context.now);
-            if let Some(key) = self.connections.insert(connection) {
-                if let Some(connection) = self.connections.get_mut(key) {
-                    connection.set_key(key);
-                }
-                // What the client sends first may have come along.
-                self.on_event(Source::Connection, key, EventFlags::IN, context);
             }
         }
     }
 
-    /// Drops the connection that has been idle longest; whether there was one.
+    /// Takes a connection, which waits. What its client sends first may have come along.
+    fn accept_one(&mut self, context: &mut Context) -> rustix::io::Result<()> {
+        let Some(listener) = &self.listener else {
+            return Ok(());
+        };
+        let (socket, peer) = vsock::accept(listener)?;
+        // Only the host may steer PID 1, not a process in the VM by its own or the local CID.
+        if peer != vsock::HOST {
+            return Ok(());
+        }
+        let memory = match self.spare.take() {
+            _ if self.connections.is_full() && !self.make_room(context) => None,
+            None => Io::memory().ok(),
+            spare => spare,
+        };
+        let Some(memory) = memory else {
+            // What the socket does not take now is lost with it.
+            let _client_gone = sys::files::write(&socket, NO_ROOM);
+            return Ok(());
+        };
+        let connection = Connection::new(socket, memory, context.now);
+        if let Some(key) = self.connections.insert(connection) {
+            if let Some(connection) = self.connections.get_mut(key) {
+                connection.set_key(key);
+            }
+            self.on_event(Source::Connection, key, EventFlags::IN, context);
+        }
+        Ok(())
+    }
+
+    /// Drops the connection that has waited longest for its client; whether there was one.
     fn make_room(&mut self, context: &mut Context) -> bool {
         let mut first = (NEVER, None);
         for (key, connection) in self.connections.iter() {
-            if connection.is_idle() && connection.idle_since < first.0 {
-                first = (connection.idle_since, Some(key));
+            let since = connection.waits_since(context.now);
+            if since < first.0 {
+                first = (since, Some(key));
             }
         }
         let (_, Some(key)) = first else {
@@ -174,12 +185,12 @@ impl Api {
         } else if let Some(key) = self.commands.on_event(source, key, context) {
             self.proceed(key, context);
         }
-        self.tell_replaced(context);
     }
 
     /// Registers anew what could not be registered.
     pub fn watch(&mut self, context: &mut Context) {
         self.each(context, &|_| true, &mut |_, _| {});
+        self.commands.watch(context);
     }
 
     /// Lets a connection do what it can do now.
@@ -187,8 +198,21 @@ impl Api {
         self.with(key, context, &mut Connection::proceed);
     }
 
-    /// Does something to a connection. Then it goes, or waits for what is next.
+    /// Does something to a connection, and tells those that have lost their sessions by it.
     fn with(
+        &mut self,
+        key: Key,
+        context: &mut Context,
+        work: &mut dyn FnMut(&mut Connection, &mut Shared),
+    ) {
+        self.with_one(key, context, work);
+        while let Some(key) = self.commands.take_replaced() {
+            self.with_one(key, context, &mut Connection::proceed);
+        }
+    }
+
+    /// Does something to a connection. Then it goes, or waits for what is next.
+    fn with_one(
         &mut self,
         key: Key,
         context: &mut Context,
@@ -208,13 +232,6 @@ impl Api {
         let closed = self.connections.remove(key);
         if let Some(memory) = closed.and_then(Connection::reuse) {
             self.spare = Some(memory);
-        }
-    }
-
-    /// Tells the connections that have lost their sessions.
-    fn tell_replaced(&mut self, context: &mut Context) {
-        while let Some(key) = self.commands.take_replaced() {
-            self.proceed(key, context);
         }
     }
 
@@ -289,13 +306,4 @@ impl Api {
             }
         }
     }
-}
-
-/// Tells a client that there is no room; what the socket does not take now is lost with it.
-fn refuse(socket: &OwnedFd) {
-    let body = io::error_body(&"too many connections");
-    let content = Content::Length(body.as_bytes().len() as u64);
-    let head = ResponseHead::new(Status::ServiceUnavailable, Reply::CLOSE, content).finish();
-    let answer = message!("{head}{body}");
-    let _client_gone = sys::files::write(socket, answer.as_bytes());
 }

@@ -4,15 +4,14 @@
 //! It ends its work also when its client goes, so that nothing is left half done. Of two calls at once
 //! for one mount point both can come through: the later one lies on top.
 
-use super::io::CallError;
-use crate::context::SINK;
+use super::error::CallError;
 use crate::error;
 use crate::process::helper::HelperLog;
 use crate::sys::{self, files};
 use crate::volumes::{self, Owner};
 use core::ffi::CStr;
-use proto::config::{Mount, PATH};
-use proto::http::{Status, Target, decode_query};
+use proto::config::Mount;
+use proto::http::Status;
 use proto::message::ToLossy;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -26,52 +25,12 @@ pub enum Job<'a> {
     Unmount(&'a CStr),
 }
 
-/// The parameter `path`, decoded into `room`.
-pub fn read_path<'r>(target: &Target, room: &'r mut [u8; SINK]) -> Result<&'r CStr, CallError> {
-    let text = target.parameter("path").unwrap_or("");
-    let (path, _nul) = room.split_at_mut(PATH - 1);
-    let why = match decode_query(text, path) {
-        Ok(path @ [b'/', ..]) => {
-            let length = path.len();
-            if let Some(end) = room.get_mut(length) {
-                *end = 0;
-            }
-            return Ok(sys::c_str(room));
-        }
-        Ok(_) => "not an absolute path",
-        Err(error) => error.message(),
-    };
-    Err(CallError::bad_request(error!("path: {why}")))
-}
-
-/// In the child: does it; the exit code.
-pub fn run(job: &Job, log: &HelperLog) -> i32 {
+/// In the child: does it.
+pub fn run(job: &Job, log: &HelperLog) -> Result<(), CallError> {
     sys::close_others(&[log.pipe()]);
-    let done = match job {
+    match job {
         Job::Mount(volume, owner) => mount(volume, *owner, log),
         Job::Unmount(path) => unmount(path, log),
-    };
-    let Err(CallError { status, error }) = done else {
-        return 0;
-    };
-    log.fail(&error);
-    match status {
-        Status::NotFound => NOT_FOUND,
-        Status::Conflict => CONFLICT,
-        _ => 1,
-    }
-}
-
-/// Exit codes of the child, for what is not an internal error.
-const NOT_FOUND: i32 = 2;
-const CONFLICT: i32 = 3;
-
-/// The status of what a child that ended with this exit code has failed with.
-pub fn status_of(code: Option<i32>) -> Status {
-    match code {
-        Some(NOT_FOUND) => Status::NotFound,
-        Some(CONFLICT) => Status::Conflict,
-        _ => Status::InternalServerError,
     }
 }
 

@@ -4,15 +4,14 @@ use crate::context::{CommandDefaults, Context, Source};
 #[cfg(any(feature = "files", feature = "mounts", feature = "sysinfo"))]
 use crate::error::Discard;
 use crate::error::{Error, Result};
-use crate::process::exec::{Command, Launch, Streams};
+use crate::process::exec::{Command, Input, Launch, Streams};
 use crate::process::helper::Lines;
 #[cfg(any(feature = "files", feature = "mounts", feature = "sysinfo"))]
 use crate::process::helper::{self, Helper, HelperLog};
 use crate::process::pipe;
 use crate::sys::signal::SIGKILL;
-use crate::sys::{self, files};
-use core::ffi::CStr;
-use proto::arena::Strings;
+use crate::sys::{self, Inherited, files};
+use proto::bodies::Spec;
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
@@ -22,20 +21,6 @@ use rustix::process::{Pid, WaitStatus};
 /// What a pipe can be made to hold (pipe-max-size, pipe(7)): all that a command that has ended can
 /// have left in it.
 const PIPE: usize = 1 << 20;
-
-/// What a command is.
-pub struct Spec<'a> {
-    /// Its arguments; the first is the name to look for.
-    pub argv: Strings<'a>,
-    /// Set on top of the workload's environment.
-    pub env: Strings<'a>,
-    /// Its working directory; empty is the workload's.
-    pub cwd: &'a CStr,
-    /// Who it runs as; empty is root.
-    pub user: &'a str,
-    /// Its streams are a terminal.
-    pub tty: bool,
-}
 
 /// The process of a command, which leads a process group.
 pub struct Process {
@@ -58,6 +43,36 @@ enum Origin {
 }
 
 impl Process {
+    /// Starts a command whose standard streams are pipes: its input if it is to have one, and its standard
+    /// error if that is to be apart from its output.
+    pub fn start_on_pipes(
+        spec: &Spec,
+        has_input: bool,
+        has_error: bool,
+        context: &Context,
+    ) -> Result<(Self, Pipes)> {
+        let (output, their_output) = pipe::output()?;
+        let input = has_input.then(pipe::input).transpose()?;
+        let error = has_error.then(pipe::output).transpose()?;
+        let their_error = error.as_ref().map_or(&their_output, |(_, theirs)| theirs);
+        let streams = Streams {
+            input: match &input {
+                Some((_, theirs)) => Input::Pipe(Inherited::new(theirs)),
+                None => Input::Null,
+            },
+            output: Inherited::new(&their_output),
+            error: Inherited::new(their_error),
+        };
+        let process = Self::start(spec, streams, context)?;
+        let pipes = Pipes {
+            input: Channel::new(input.map(|(ours, _)| ours)),
+            output: Channel::new(Some(output)),
+            error: Channel::new(error.map(|(ours, _)| ours)),
+            slave: None,
+        };
+        Ok((process, pipes))
+    }
+
     /// Starts a command with these streams.
     pub fn start(spec: &Spec, streams: Streams, context: &Context) -> Result<Self> {
         let cgroup = context.cgroups.commands.as_ref();
@@ -192,13 +207,21 @@ fn describe(spec: &Spec, defaults: &CommandDefaults, command: &mut Command) -> R
 /// A pipe to read a command's output from: our end, which does not block, and the command's.
 pub fn output_pipe() -> Result<(Channel, OwnedFd)> {
     let (ours, theirs) = pipe::output()?;
-    Ok((Channel::new(ours), theirs))
+    Ok((Channel::new(Some(ours)), theirs))
 }
 
-/// A pipe to write a command's input to.
-pub fn input_pipe() -> Result<(Channel, OwnedFd)> {
-    let (ours, theirs) = pipe::input()?;
-    Ok((Channel::new(ours), theirs))
+/// Our ends of a command's standard streams; what there is not is closed.
+#[derive(Default)]
+pub struct Pipes {
+    /// Standard input, unless a terminal has it.
+    pub input: Channel,
+    /// Standard output, or a terminal's master.
+    pub output: Channel,
+    /// Standard error, unless that goes to `output`.
+    pub error: Channel,
+    /// A terminal's other end, until the command has ended: a master whose other end nobody has open
+    /// reads EIO, which is no end, and keeps epoll awake.
+    pub slave: Option<OwnedFd>,
 }
 
 /// Our end of a command's pipe or terminal, until the other end is closed.
@@ -210,22 +233,11 @@ pub struct Channel {
     late: usize,
 }
 
-/// What a read of a channel gave.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Read {
-    /// So many bytes.
-    Bytes(usize),
-    /// Nothing waits.
-    Empty,
-    /// There will be nothing more: nobody has the other end open.
-    End,
-}
-
 impl Channel {
-    /// A channel that is open.
-    pub fn new(end: OwnedFd) -> Self {
+    /// A channel, which is open if there is an end.
+    pub fn new(end: Option<OwnedFd>) -> Self {
         Self {
-            end: Some(end),
+            end,
             ..Self::default()
         }
     }
@@ -249,11 +261,14 @@ impl Channel {
         }
     }
 
-    /// Reads once. `over`: the command has ended. Others may write for ever into its pipe: no more is
-    /// taken then than it can have left.
-    pub fn read(&mut self, room: &mut [u8], over: bool) -> Read {
+    /// Reads once: how many bytes came, 0 when none wait. There will be none when nobody has the other end
+    /// open any more: then ours is closed.
+    ///
+    /// `over`: the command has ended. Others may write for ever into its pipe: no more is taken then than
+    /// it can have left.
+    pub fn read(&mut self, room: &mut [u8], over: bool) -> usize {
         let Some(end) = &self.end else {
-            return Read::End;
+            return 0;
         };
         let limit = room.len().min(PIPE - self.late);
         match files::read(end, room.get_mut(..limit).unwrap_or(&mut [])) {
@@ -261,11 +276,14 @@ impl Channel {
                 if over {
                     self.late += count;
                 }
-                Read::Bytes(count)
+                count
             }
-            Err(Errno::AGAIN) => Read::Empty,
+            Err(Errno::AGAIN) => 0,
             // EIO: a terminal whose other end nobody has open.
-            Ok(_) | Err(_) => Read::End,
+            Ok(_) | Err(_) => {
+                self.close();
+                0
+            }
         }
     }
 

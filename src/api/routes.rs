@@ -30,7 +30,7 @@ pub enum Call {
     /// `GET /v1/sysinfo`
     #[cfg(feature = "sysinfo")]
     Sysinfo,
-    /// `GET` and `PUT /v1/files`
+    /// `GET`, `HEAD` and `PUT /v1/files`
     #[cfg(feature = "files")]
     Files,
     /// `POST /v1/mounts`
@@ -56,48 +56,74 @@ pub enum SnapshotCall {
     Restore,
 }
 
-/// All calls. A GET can be a HEAD, too, but for a WebSocket's. A path that ends with `/` stands for all
-/// that begin with it.
-const ROUTES: &[(Method, &str, Call)] = &[
-    (Method::Get, "/v1/status", Call::Status),
-    (Method::Get, "/v1/exit_code", Call::ExitCode),
-    (Method::Post, "/v1/signals", Call::Signals),
-    (Method::Post, "/v1/stop", Call::Stop),
-    (Method::Post, "/v1/exec", Call::Exec),
-    (Method::Get, "/v1/ws/exec", Call::Session),
+/// The calls of a path, by their methods.
+type Calls = &'static [(Method, Call)];
+
+/// All calls. A path that ends with `/` stands for all that begin with it.
+const ROUTES: &[(&str, Calls)] = &[
+    (
+        "/v1/status",
+        &[(Method::Get, Call::Status), (Method::Head, Call::Status)],
+    ),
+    (
+        "/v1/exit_code",
+        &[
+            (Method::Get, Call::ExitCode),
+            (Method::Head, Call::ExitCode),
+        ],
+    ),
+    ("/v1/signals", &[(Method::Post, Call::Signals)]),
+    ("/v1/stop", &[(Method::Post, Call::Stop)]),
+    ("/v1/exec", &[(Method::Post, Call::Exec)]),
+    ("/v1/ws/exec", &[(Method::Get, Call::Session)]),
     #[cfg(feature = "sessions")]
-    (Method::Get, "/v1/sessions", Call::Sessions),
+    (
+        "/v1/sessions",
+        &[
+            (Method::Get, Call::Sessions),
+            (Method::Head, Call::Sessions),
+        ],
+    ),
     #[cfg(feature = "sessions")]
-    (Method::Delete, "/v1/sessions/", Call::EndSession),
+    ("/v1/sessions/", &[(Method::Delete, Call::EndSession)]),
     #[cfg(feature = "logs")]
-    (Method::Get, "/v1/logs", Call::Logs),
+    (
+        "/v1/logs",
+        &[(Method::Get, Call::Logs), (Method::Head, Call::Logs)],
+    ),
     #[cfg(feature = "sysinfo")]
-    (Method::Get, "/v1/sysinfo", Call::Sysinfo),
+    (
+        "/v1/sysinfo",
+        &[(Method::Get, Call::Sysinfo), (Method::Head, Call::Sysinfo)],
+    ),
     #[cfg(feature = "files")]
-    (Method::Get, "/v1/files", Call::Files),
-    #[cfg(feature = "files")]
-    (Method::Put, "/v1/files", Call::Files),
+    (
+        "/v1/files",
+        &[
+            (Method::Get, Call::Files),
+            (Method::Head, Call::Files),
+            (Method::Put, Call::Files),
+        ],
+    ),
     #[cfg(feature = "mounts")]
-    (Method::Post, "/v1/mounts", Call::Mount),
-    #[cfg(feature = "mounts")]
-    (Method::Delete, "/v1/mounts", Call::Unmount),
+    (
+        "/v1/mounts",
+        &[(Method::Post, Call::Mount), (Method::Delete, Call::Unmount)],
+    ),
     #[cfg(feature = "snapshot")]
     (
-        Method::Post,
         "/v1/snapshot/prepare",
-        Call::Snapshot(SnapshotCall::Prepare),
+        &[(Method::Post, Call::Snapshot(SnapshotCall::Prepare))],
     ),
     #[cfg(feature = "snapshot")]
     (
-        Method::Post,
         "/v1/snapshot/cancel",
-        Call::Snapshot(SnapshotCall::Cancel),
+        &[(Method::Post, Call::Snapshot(SnapshotCall::Cancel))],
     ),
     #[cfg(feature = "snapshot")]
     (
-        Method::Post,
         "/v1/restore",
-        Call::Snapshot(SnapshotCall::Restore),
+        &[(Method::Post, Call::Snapshot(SnapshotCall::Restore))],
     ),
 ];
 
@@ -112,44 +138,29 @@ pub enum RouteError {
 
 /// Finds the call of a request.
 pub fn route(method: Method, path: &str) -> Result<Call, RouteError> {
-    let mut found = None;
-    for (allowed, known, call) in ROUTES {
-        let is_known = match known.ends_with('/') {
+    let (_, calls) = ROUTES
+        .iter()
+        .find(|(known, _)| match known.ends_with('/') {
             true => path.len() > known.len() && path.starts_with(known),
             false => path == *known,
-        };
-        if !is_known {
-            continue;
-        }
-        if *allowed == method || (method == Method::Head && allows_head(*allowed, *call)) {
-            return Ok(*call);
-        }
-        found = Some(Allow { path: known });
+        })
+        .ok_or(RouteError::NotFound)?;
+    match calls.iter().find(|(allowed, _)| *allowed == method) {
+        Some((_, call)) => Ok(*call),
+        None => Err(RouteError::MethodNotAllowed(Allow(calls))),
     }
-    Err(found.map_or(RouteError::NotFound, RouteError::MethodNotAllowed))
-}
-
-fn allows_head(allowed: Method, call: Call) -> bool {
-    allowed == Method::Get && call != Call::Session
 }
 
 /// The methods of a path, for display as the value of `Allow` (RFC 9110 section 10.2.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Allow {
-    path: &'static str,
-}
+pub struct Allow(Calls);
 
 impl Display for Allow {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut separator = "";
-        for (method, path, call) in ROUTES {
-            if *path == self.path {
-                write!(formatter, "{separator}{}", method.name())?;
-                separator = ", ";
-                if allows_head(*method, *call) {
-                    write!(formatter, "{separator}{}", Method::Head.name())?;
-                }
-            }
+        for (method, _) in self.0 {
+            write!(formatter, "{separator}{}", method.name())?;
+            separator = ", ";
         }
         Ok(())
     }

@@ -1,26 +1,24 @@
 //! `GET /v1/ws/exec`: a command whose streams are the messages of a WebSocket.
 
-use super::io::{self, CallError, Io};
-use super::process::{Channel, Process, Read, Spec, input_pipe, output_pipe};
+use super::io::Io;
+use super::process::{Channel, Pipes, Process};
 use crate::context;
 use crate::context::{Context, Source};
-use crate::error;
 use crate::error::Result;
 use crate::page::PageBox;
 use crate::process::exec::{Input, Streams};
 use crate::sys::{self, Inherited, Region, terminal};
-use core::fmt::{self, Display};
+use core::fmt::{self, Display, Write};
 use core::ops::Range;
 use proto::arena::Arena;
-use proto::bodies::{self, ID, SessionControl, SessionRequest, Stdin};
-use proto::http::Status;
+use proto::bodies::{self, ID, SessionControl, SessionRequest, Spec, Stdin};
+use proto::bytes::{self, Text};
 use proto::json::Quoted;
 use proto::message;
 use proto::message::{Message, ToLossy};
 use proto::ring::{self, Cursor, Ring};
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
-use rustix::fd::OwnedFd;
 use rustix::process::WaitStatus;
 
 /// What ends a terminal's input: VEOF of a new terminal (termios(3)), Ctrl-D, twice, as one behind an
@@ -42,7 +40,9 @@ const SHOWN: usize = 256;
 pub struct Session {
     /// Its process.
     pub process: Process,
-    streams: SessionStreams,
+    pipes: Pipes,
+    /// They are a terminal's.
+    tty: bool,
     /// Each message of output begins with the number of its stream.
     has_stream_bytes: bool,
     /// Bytes of the received message that the command has not taken.
@@ -64,21 +64,6 @@ struct Named {
     sent: Cursor,
 }
 
-enum SessionStreams {
-    Pipes {
-        input: Channel,
-        output: Channel,
-        /// Standard error, unless that goes to `output`.
-        error: Channel,
-    },
-    Terminal {
-        master: Channel,
-        /// The other end, until the command has ended: a master whose other end nobody has open reads
-        /// EIO, which is no end, and keeps epoll awake.
-        slave: Option<OwnedFd>,
-    },
-}
-
 /// What a running session did.
 pub enum Progress {
     /// It waits.
@@ -91,61 +76,22 @@ pub enum Progress {
     Ended(WaitStatus),
 }
 
-/// What a session's first message asks for.
-pub enum Request {
-    /// A new session.
-    Started(Session),
-    /// To go on with the session of this name; whether messages begin with their streams.
-    Attach(heapless::String<ID>, bool),
-}
-
 impl Session {
-    /// Reads the first message, and starts what it asks for. `admit`: whether there can be a session of
-    /// that name.
-    pub fn start(
-        message: &mut [u8],
-        admit: &dyn Fn(&str) -> Result<(), CallError>,
-        context: &mut Context,
-    ) -> Result<Request, CallError> {
-        context.with_arena(|memory, context| {
-            let mut request = SessionRequest::default();
-            io::read_body(message, memory, &mut request)?;
-            let has_name = !request.id.is_empty() || !request.attach.is_empty();
-            if has_name && cfg!(not(feature = "sessions")) {
-                let error = error!("there are no named sessions in this build");
-                return Err(CallError::new(Status::NotImplemented, error));
-            }
-            if !request.attach.is_empty() {
-                // It is no longer than an id can be.
-                let id = heapless::String::try_from(request.attach).unwrap_or_default();
-                return Ok(Request::Attach(id, request.streams));
-            }
-            if !request.id.is_empty() {
-                admit(request.id)?;
-            }
-            Ok(Request::Started(Self::spawn(&request, context)?))
-        })
-    }
-
-    fn spawn(request: &SessionRequest, context: &mut Context) -> Result<Self> {
-        let spec = Spec {
-            argv: request.command,
-            env: request.env,
-            cwd: request.cwd,
-            user: request.user,
-            tty: request.tty,
-        };
+    /// Starts what a first message asks for.
+    pub fn start(request: &SessionRequest, context: &mut Context) -> Result<Self> {
+        let spec = &request.spec;
         let named = match request.id {
             "" => None,
             _ => Some(Named::new(request)?),
         };
-        let (process, streams) = match request.tty {
-            true => start_on_terminal(&spec, (request.cols, request.rows), context)?,
-            false => start_on_pipes(&spec, request.streams, context)?,
-        };
+        let (process, pipes) = match spec.tty {
+            true => start_on_terminal(spec, (request.cols, request.rows), context),
+            false => Process::start_on_pipes(spec, true, request.streams, context),
+        }?;
         Ok(Self {
             process,
-            streams,
+            pipes,
+            tty: spec.tty,
             has_stream_bytes: request.streams,
             pending: 0..0,
             eof: None,
@@ -163,32 +109,24 @@ impl Session {
         cfg!(feature = "sessions") && self.named.is_some()
     }
 
-    /// An entry of the list of sessions.
-    pub fn describe(&self, attached: bool) -> Message {
-        let (id, command) = match &self.named {
-            Some(named) => (named.id.as_str(), named.command.as_str()),
-            None => ("", ""),
+    /// Writes its entry in the list of sessions.
+    pub fn describe(&self, attached: bool, list: &mut Text) -> fmt::Result {
+        let Some(named) = &self.named else {
+            return Ok(());
         };
-        let tty = matches!(self.streams, SessionStreams::Terminal { .. });
-        let start = message!(
-            "{{\"id\":\"{id}\",\"pid\":{},\"command\":[{command}],\"tty\":{tty},\"attached\":{attached}",
-            OrNull(self.process.pid())
-        );
-        match self.process.status() {
-            None => message!("{start},\"exit\":null}}"),
-            Some(status) => message!(
-                "{start},\"exit\":{{\"code\":{},\"signal\":{}}}}}",
-                OrNull(status.exit_status()),
-                OrNull(status.terminating_signal())
-            ),
-        }
+        let (id, command) = (&named.id, &named.command);
+        let tty = self.tty;
+        write!(
+            list,
+            "{{\"id\":\"{id}\",\"pid\":{},\"command\":[{command}],\"tty\":{tty},\"attached\":{attached},\"exit\":{}}}",
+            OrNull(self.process.pid()),
+            OrNull(self.process.status().map(ExitStatus))
+        )
     }
 
     /// Its process was reaped.
     pub fn ended(&mut self, status: WaitStatus) {
-        if let SessionStreams::Terminal { slave, .. } = &mut self.streams {
-            *slave = None;
-        }
+        self.pipes.slave = None;
         self.process.ended(status);
     }
 
@@ -206,6 +144,14 @@ impl Session {
         }
     }
 
+    /// Whether the client has not had all of the history: no event of the command's tells of that.
+    pub fn has_history(&mut self) -> bool {
+        let Some(named) = self.named.as_deref_mut() else {
+            return false;
+        };
+        named.history.read(&mut named.sent).is_some()
+    }
+
     /// Takes output that nobody reads now, as much as is kept.
     pub fn keep_output(&mut self) {
         self.fill_history(u64::MAX);
@@ -214,30 +160,23 @@ impl Session {
     /// Reads output into the history, but not over what position `keep` on still needs; whether any
     /// came.
     fn fill_history(&mut self, keep: u64) -> bool {
+        self.keep_stream(STDOUT, keep) | self.keep_stream(STDERR, keep)
+    }
+
+    fn keep_stream(&mut self, stream: u8, keep: u64) -> bool {
         let Some(named) = &mut self.named else {
             return false;
         };
-        let over = self.process.is_over();
-        let mut came = false;
-        let (output, error) = self.streams.outputs();
-        for (stream, channel) in [(STDOUT, Some(output)), (STDERR, error)] {
-            let Some(channel) = channel else {
-                continue;
-            };
-            let room = named.history.room(stream, keep);
-            if room.is_empty() {
-                continue;
-            }
-            match channel.read(room, over) {
-                Read::Bytes(count) => {
-                    named.history.commit(stream, count);
-                    came = true;
-                }
-                Read::Empty => {}
-                Read::End => channel.close(),
-            }
+        if cfg!(not(feature = "sessions")) {
+            return false;
         }
-        came
+        let room = named.history.room(stream, keep);
+        if room.is_empty() {
+            return false;
+        }
+        let count = self.pipes.of(stream).read(room, self.process.is_over());
+        named.history.commit(stream, count);
+        count > 0
     }
 
     /// Whether it takes messages now.
@@ -246,12 +185,7 @@ impl Session {
     }
 
     fn writes_eof(&self) -> bool {
-        match self.streams {
-            SessionStreams::Terminal { .. } => {
-                self.eof.is_some_and(|written| written < TERMINAL_EOF.len())
-            }
-            SessionStreams::Pipes { .. } => false,
-        }
+        self.eof.is_some_and(|written| written < TERMINAL_EOF.len())
     }
 
     /// Takes a binary message, which lies there among the received bytes.
@@ -267,14 +201,13 @@ impl Session {
     ) -> Result<(), Message> {
         let mut control = SessionControl::default();
         bodies::decode(message, &mut Arena::new(context.arena), &mut control)?;
-        if let SessionStreams::Terminal { master, .. } = &self.streams {
-            resize(master, control.cols, control.rows);
+        if self.tty {
+            resize(&self.pipes.output, control.cols, control.rows);
         }
-        if control.stdin == Some(Stdin::Eof) {
-            match &mut self.streams {
-                SessionStreams::Pipes { input, .. } => input.close(),
-                SessionStreams::Terminal { .. } => self.eof = self.eof.or(Some(0)),
-            }
+        match control.stdin {
+            Some(Stdin::Eof) if self.tty => self.eof = self.eof.or(Some(0)),
+            Some(Stdin::Eof) => self.pipes.input.close(),
+            None => {}
         }
         Ok(())
     }
@@ -295,6 +228,8 @@ impl Session {
                 return Progress::Again;
             }
             if let Some(status) = status {
+                // The client has had all of it: nobody attaches any more.
+                self.named = None;
                 return Progress::Ended(status);
             }
         }
@@ -306,63 +241,41 @@ impl Session {
 
     /// Queues a message of output, from the command straight into it; whether there was any.
     fn send_output(&mut self, io: &mut Io) -> bool {
+        self.send_stream(STDOUT, io) || self.send_stream(STDERR, io)
+    }
+
+    fn send_stream(&mut self, stream: u8, io: &mut Io) -> bool {
+        let prefix = self.has_stream_bytes.then_some(stream);
         let over = self.process.is_over();
-        let prefix = usize::from(self.has_stream_bytes);
-        let (output, error) = self.streams.outputs();
-        for (stream, channel) in [(STDOUT, Some(output)), (STDERR, error)] {
-            let Some(channel) = channel else {
-                continue;
-            };
-            let room = io.message_room().get_mut(prefix..).unwrap_or(&mut []);
-            match channel.read(room, over) {
-                Read::Bytes(count) => {
-                    if self.has_stream_bytes
-                        && let Some(first) = io.message_room().first_mut()
-                    {
-                        *first = stream;
-                    }
-                    io.commit_message(prefix + count);
-                    return true;
-                }
-                Read::End => channel.close(),
-                Read::Empty => {}
-            }
+        let count = self.pipes.of(stream).read(io.message_room(prefix), over);
+        if count > 0 {
+            io.commit_message(prefix, count);
         }
-        false
+        count > 0
     }
 
     /// Queues a message of what the client has not had of the history; whether there was any.
     fn send_history(&mut self, io: &mut Io) -> bool {
         let keep = self.named.as_ref().map_or(0, |named| named.sent.position());
         let came = self.fill_history(keep);
-        let prefix = usize::from(self.has_stream_bytes);
         let Some(named) = self.named.as_deref_mut() else {
             return false;
         };
-        let Some((stream, bytes)) = named.history.read(&mut named.sent) else {
+        let Some((stream, piece)) = named.history.read(&mut named.sent) else {
             return came;
         };
-        let room = io.message_room();
-        if self.has_stream_bytes
-            && let Some(first) = room.first_mut()
-        {
-            *first = stream;
-        }
-        let room = room.get_mut(prefix..).unwrap_or(&mut []);
-        let count = bytes.len().min(room.len());
-        for (to, from) in room.iter_mut().zip(bytes) {
-            *to = *from;
-        }
-        io.commit_message(prefix + count);
+        let prefix = self.has_stream_bytes.then_some(stream);
+        let count = bytes::copy(piece, io.message_room(prefix));
+        io.commit_message(prefix, count);
         named.history.advance(&mut named.sent, count);
         true
     }
 
     /// Writes input as much as the command takes; whether that was anything.
     fn write_input(&mut self, io: &mut Io) -> bool {
-        let input = match &self.streams {
-            SessionStreams::Pipes { input, .. } => input,
-            SessionStreams::Terminal { master, .. } => master,
+        let input = match self.tty {
+            true => &self.pipes.output,
+            false => &self.pipes.input,
         };
         if !self.pending.is_empty() {
             let bytes = io.received().get(self.pending.clone()).unwrap_or(&[]);
@@ -385,64 +298,42 @@ impl Session {
         let flag = |wanted, flag| if wanted { flag } else { EventFlags::empty() };
         let on_input = flag(!self.takes_messages(), EventFlags::OUT);
         let on_output = flag(wants_output, EventFlags::IN);
-        match &mut self.streams {
-            SessionStreams::Pipes {
-                input,
-                output,
-                error,
-            } => {
-                input.watch(Source::Input, key, on_input, context);
-                output.watch(Source::Output, key, on_output, context);
-                error.watch(Source::ErrorOutput, key, on_output, context);
-            }
-            SessionStreams::Terminal { master, .. } => {
-                master.watch(Source::Output, key, on_input | on_output, context);
-            }
-        }
+        let on_terminal = flag(self.tty, on_input);
+        let Pipes {
+            input,
+            output,
+            error,
+            ..
+        } = &mut self.pipes;
+        input.watch(Source::Input, key, on_input, context);
+        output.watch(Source::Output, key, on_output | on_terminal, context);
+        error.watch(Source::ErrorOutput, key, on_output, context);
     }
 
     /// The client is gone: closes our ends, which hangs a terminal up. Whether it was one.
     pub fn hang_up(&mut self) -> bool {
-        match &mut self.streams {
-            SessionStreams::Pipes {
-                input,
-                output,
-                error,
-            } => {
-                input.close();
-                output.close();
-                error.close();
-                false
-            }
-            SessionStreams::Terminal { master, slave } => {
-                master.close();
-                *slave = None;
-                true
-            }
-        }
+        self.pipes = Pipes::default();
+        self.tty
     }
 }
 
-/// `{"Exit":{"code":N|null,"signal":N|null}}`
-pub struct ExitMessage(pub WaitStatus);
+/// How a session's command ended: `{"code":N|null,"signal":N|null}`, for display.
+pub struct ExitStatus(pub WaitStatus);
 
-impl Display for ExitMessage {
+impl Display for ExitStatus {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let code = OrNull(self.0.exit_status());
         let signal = OrNull(self.0.terminating_signal());
-        write!(
-            formatter,
-            "{{\"Exit\":{{\"code\":{code},\"signal\":{signal}}}}}"
-        )
+        write!(formatter, "{{\"code\":{code},\"signal\":{signal}}}")
     }
 }
 
-impl SessionStreams {
-    /// Where output comes from, and error output if that is apart.
-    fn outputs(&mut self) -> (&mut Channel, Option<&mut Channel>) {
-        match self {
-            Self::Pipes { output, error, .. } => (output, Some(error)),
-            Self::Terminal { master, .. } => (master, None),
+impl Pipes {
+    /// Where output of that stream comes from.
+    fn of(&mut self, stream: u8) -> &mut Channel {
+        match stream {
+            STDERR => &mut self.error,
+            _ => &mut self.output,
         }
     }
 }
@@ -458,7 +349,7 @@ impl Named {
         };
         let mut named = PageBox::new(empty).map_err(context!("allocate memory"))?;
         let _checked_to_fit = named.id.push_str(request.id);
-        for argument in request.command {
+        for argument in request.spec.argv {
             let separator = if named.command.is_empty() { "" } else { "," };
             let entry = message!("{separator}{}", Quoted(&argument.lossy()));
             // What does not fit is not shown.
@@ -470,40 +361,14 @@ impl Named {
     }
 }
 
-fn start_on_pipes(
-    spec: &Spec,
-    separate: bool,
-    context: &mut Context,
-) -> Result<(Process, SessionStreams)> {
-    let (input, their_input) = input_pipe()?;
-    let (output, their_output) = output_pipe()?;
-    let errors = match separate {
-        true => Some(output_pipe()?),
-        false => None,
-    };
-    let their_error = errors.as_ref().map_or(&their_output, |(_, theirs)| theirs);
-    let streams = Streams {
-        input: Input::Pipe(Inherited::new(&their_input)),
-        output: Inherited::new(&their_output),
-        error: Inherited::new(their_error),
-    };
-    let process = Process::start(spec, streams, context)?;
-    let streams = SessionStreams::Pipes {
-        input,
-        output,
-        error: errors.map_or_else(Channel::default, |(ours, _)| ours),
-    };
-    Ok((process, streams))
-}
-
 fn start_on_terminal(
     spec: &Spec,
     (cols, rows): (u16, u16),
     context: &mut Context,
-) -> Result<(Process, SessionStreams)> {
-    let master = terminal::open(context.pts.as_ref()).map_err(context!("open a terminal"))?;
-    let slave = terminal::open_peer(&master).map_err(context!("open a terminal"))?;
-    let master = Channel::new(master);
+) -> Result<(Process, Pipes)> {
+    let (master, slave) =
+        terminal::open(context.pts.as_ref()).map_err(context!("open a terminal"))?;
+    let master = Channel::new(Some(master));
     resize(&master, cols, rows);
     let terminal = Inherited::new(&slave);
     let streams = Streams {
@@ -512,11 +377,12 @@ fn start_on_terminal(
         error: terminal,
     };
     let process = Process::start(spec, streams, context)?;
-    let streams = SessionStreams::Terminal {
-        master,
+    let pipes = Pipes {
+        output: master,
         slave: Some(slave),
+        ..Pipes::default()
     };
-    Ok((process, streams))
+    Ok((process, pipes))
 }
 
 /// Tells a terminal its size; one of 0 is unknown.
@@ -529,13 +395,13 @@ fn resize(master: &Channel, cols: u16, rows: u16) {
     }
 }
 
-/// A number, or `null`, for display.
-struct OrNull(Option<i32>);
+/// A value, or `null`, for display.
+struct OrNull<T>(Option<T>);
 
-impl Display for OrNull {
+impl<T: Display> Display for OrNull<T> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            Some(number) => number.fmt(formatter),
+        match &self.0 {
+            Some(value) => value.fmt(formatter),
             None => formatter.write_str("null"),
         }
     }

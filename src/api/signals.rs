@@ -1,6 +1,7 @@
 //! `POST /v1/signals`: a signal to the workload's process group.
 
-use super::io::{self, CallError};
+use super::error::{CallError, not_running, refuse_while_held};
+use super::io;
 use crate::context;
 use crate::context::Context;
 use crate::sys;
@@ -11,13 +12,13 @@ use rustix::io::Errno;
 pub fn send(body: &mut [u8], context: &mut Context) -> Result<(), CallError> {
     let mut request = SignalRequest::default();
     io::read_body(body, context.arena, &mut request)?;
-    io::refuse_while_held(context)?;
+    refuse_while_held(context)?;
     let sent = match context.workload.group {
         Some(group) => sys::kill_group(group, u32::from(request.signal)),
         None => Err(Errno::SRCH),
     };
     sent.map_err(|errno| match errno {
-        Errno::SRCH => io::not_running(),
+        Errno::SRCH => not_running(),
         errno => context!("send the signal")(errno).into(),
     })
 }

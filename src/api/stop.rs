@@ -1,6 +1,7 @@
 //! `POST /v1/stop`: an orderly stop of the workload.
 
-use super::io::{self, CallError};
+use super::error::CallError;
+use super::io;
 use crate::context::{Context, Stop};
 use crate::error;
 use proto::bodies::StopRequest;
@@ -16,9 +17,11 @@ pub fn stop(body: &mut [u8], context: &mut Context) -> Result<(), CallError> {
         let error = error!("the workload has ended");
         return Err(CallError::new(Status::Conflict, error));
     }
-    context.workload.stop = Some(Stop {
+    let stop = Stop {
         signal: request.signal,
-        timeout: request.timeout_ms.map(u64::from),
-    });
+        timeout: request.timeout_ms.map_or(Stop::USUAL.timeout, u64::from),
+    };
+    let waiting = context.workload.stop;
+    context.workload.stop = Some(waiting.map_or(stop, |before| before.and(stop)));
     Ok(())
 }

@@ -7,7 +7,8 @@ use crate::error;
 use crate::error::Result;
 use crate::process::helper::HelperLog;
 use crate::sys::{self, files};
-use core::fmt::{self, Write};
+use core::fmt::Write;
+use proto::bytes::Text;
 use proto::config::DOCUMENT;
 use proto::message::ToLossy;
 use proto::sysinfo::MEMBERS;
@@ -17,26 +18,13 @@ use rustix::fs::OFlags;
 /// How long it may take, in milliseconds.
 pub const TIMEOUT: u64 = 5_000;
 
-/// In the child: writes the answer; the exit code.
-pub fn run(output: &OwnedFd, proc: &OwnedFd, scratch: &mut [u8], log: &HelperLog) -> i32 {
+/// In the child: writes the answer.
+pub fn run(output: &OwnedFd, proc: &OwnedFd, scratch: &mut [u8], log: &HelperLog) -> Result {
     sys::close_others(&[output, proc, log.pipe()]);
-    match write(output, proc, scratch) {
-        Ok(()) => 0,
-        Err(error) => {
-            log.fail(&error);
-            1
-        }
-    }
-}
-
-fn write(output: &OwnedFd, proc: &OwnedFd, scratch: &mut [u8]) -> Result {
     let (input, text) = scratch.split_at_mut_checked(DOCUMENT).unwrap_or_default();
-    let mut text = Text {
-        room: text,
-        length: 0,
-    };
+    let mut text = Text::new(text);
     let mut before = "{";
-    for (name, path, encode) in MEMBERS {
+    for &(name, path, encode) in &MEMBERS {
         let length = files::open_at(proc, path, OFlags::RDONLY)
             .and_then(|file| files::read_full(&file, input))
             .map_err(error::on("read", path))?;
@@ -47,22 +35,5 @@ fn write(output: &OwnedFd, proc: &OwnedFd, scratch: &mut [u8]) -> Result {
         before = ",";
     }
     let _fits = text.write_str("}");
-    let text = text.room.get(..text.length).unwrap_or(&[]);
-    files::write_whole(output, text).map_err(context!("answer"))
-}
-
-/// Text that is written into a buffer.
-struct Text<'a> {
-    room: &'a mut [u8],
-    length: usize,
-}
-
-impl Write for Text<'_> {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        let end = self.length + text.len();
-        let room = self.room.get_mut(self.length..end).ok_or(fmt::Error)?;
-        room.copy_from_slice(text.as_bytes());
-        self.length = end;
-        Ok(())
-    }
+    files::write_whole(output, text.as_bytes()).map_err(context!("answer"))
 }

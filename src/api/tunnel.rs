@@ -1,18 +1,22 @@
 //! `CONNECT host:port`: a connection to a TCP port of the guest, whose bytes go both ways.
 
-use super::io::{CallError, Io};
+use super::error::CallError;
+use super::io::Io;
 use crate::context::{Context, Source};
 use crate::error;
 use crate::error::name;
 use crate::sys::files;
 use core::net::{IpAddr, Ipv4Addr, SocketAddr};
 use proto::address;
-use proto::http::{Content, Reply, ResponseHead, Status};
+use proto::http::{Content, Reply, Status};
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
+use rustix::fs::{Access, AtFlags, accessat};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SendFlags, Shutdown, SocketFlags, SocketType, sockopt};
+use rustix::net::{
+    AddressFamily, SendFlags, Shutdown, SocketAddrAny, SocketFlags, SocketType, sockopt,
+};
 
 /// Bytes taken from the server at once, as others wait, too.
 const PIECE: usize = 16 << 10;
@@ -25,7 +29,8 @@ const LAST_BYTES: u64 = 30_000;
 /// A connection to a TCP port.
 pub struct Tunnel {
     server: OwnedFd,
-    address: SocketAddr,
+    ip: IpAddr,
+    port: u16,
     watched: EventFlags,
     connected: bool,
     /// The client has ended its half, or all of it, and maybe not all that it sent is taken yet.
@@ -49,7 +54,7 @@ enum Flow {
 
 impl Tunnel {
     /// Begins to connect to an address of the guest.
-    pub fn open(host: &str, port: u16) -> Result<Self, CallError> {
+    pub fn open(host: &str, port: u16, proc: &OwnedFd) -> Result<Self, CallError> {
         let ip = match host {
             "localhost" => Some(IpAddr::V4(Ipv4Addr::LOCALHOST)),
             _ => address::parse(host),
@@ -61,16 +66,15 @@ impl Tunnel {
         let connect = || {
             // Only an address of its own can be bound to. The connection gets a port of the kernel's
             // choice, which is free sooner than one that was bound.
-            let own = SocketAddr::new(ip, 0);
-            rustix::net::bind(&socket(ip)?, &own)?;
-            let server = socket(ip)?;
+            rustix::net::bind(&socket(ip, proc)?, &kernel_form(ip, 0))?;
+            let server = socket(ip, proc)?;
             sockopt::set_tcp_nodelay(&server, true)?;
             Ok(server)
         };
-        let address = SocketAddr::new(ip, port);
         Ok(Self {
-            server: connect().map_err(|errno| bad_gateway(&address, errno))?,
-            address,
+            server: connect().map_err(|errno| bad_gateway(&ip, port, errno))?,
+            ip,
+            port,
             watched: EventFlags::empty(),
             connected: false,
             client_leaves: false,
@@ -82,18 +86,14 @@ impl Tunnel {
     /// Goes on connecting; whether that is done. The answer is queued then.
     pub fn connect(&mut self, io: &mut Io) -> Result<bool, CallError> {
         // Asked again, the kernel says what has come of it (connect(2)).
-        match rustix::net::connect(&self.server, &self.address) {
+        match rustix::net::connect(&self.server, &kernel_form(self.ip, self.port)) {
             Ok(()) | Err(Errno::ISCONN) => {}
             Err(Errno::INPROGRESS | Errno::ALREADY) => return Ok(false),
             Err(errno) => return Err(self.failure(errno)),
         }
         self.connected = true;
-        let open = Reply {
-            keep_alive: true,
-            ..Reply::CLOSE
-        };
-        let head = ResponseHead::new(Status::Ok, open, Content::None);
-        io.queue(head.finish().as_bytes());
+        io.reply = Reply::OPEN;
+        io.queue_head(Status::Ok, Content::None);
         Ok(true)
     }
 
@@ -104,7 +104,7 @@ impl Tunnel {
 
     /// Why it has not.
     pub fn failure(&self, errno: Errno) -> CallError {
-        bad_gateway(&self.address, errno)
+        bad_gateway(&self.ip, self.port, errno)
     }
 
     /// Whether bytes of the client are of use now.
@@ -234,19 +234,28 @@ impl Tunnel {
     }
 }
 
-/// A TCP socket that does not block.
-fn socket(ip: IpAddr) -> Result<OwnedFd, Errno> {
+/// An address as system calls take it.
+fn kernel_form(ip: IpAddr, port: u16) -> SocketAddrAny {
+    SocketAddr::new(ip, port).into()
+}
+
+/// A TCP socket that does not block; `proc` is /proc. For a family that it does not have the kernel would
+/// have the root's modprobe run, and PID 1 wait for it (__sock_create, net/socket.c).
+fn socket(ip: IpAddr, proc: &OwnedFd) -> Result<OwnedFd, Errno> {
     let family = match ip {
         IpAddr::V4(_) => AddressFamily::INET,
-        IpAddr::V6(_) => AddressFamily::INET6,
+        IpAddr::V6(_) => {
+            accessat(proc, c"self/net/if_inet6", Access::EXISTS, AtFlags::empty())
+                .map_err(|_| Errno::AFNOSUPPORT)?;
+            AddressFamily::INET6
+        }
     };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     rustix::net::socket_with(family, SocketType::STREAM, flags, None)
 }
 
-fn bad_gateway(address: &SocketAddr, errno: Errno) -> CallError {
-    let (ip, port) = (address.ip(), u32::from(address.port()));
-    let ip = address::Text(&ip);
+fn bad_gateway(ip: &IpAddr, port: u16, errno: Errno) -> CallError {
+    let (ip, port) = (address::Text(ip), u32::from(port));
     let error = match errno {
         Errno::ADDRNOTAVAIL => error!("{ip} is no address of the guest"),
         _ => error!("connect to {ip} port {port}: {}", name(errno)),

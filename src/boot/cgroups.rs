@@ -4,18 +4,15 @@ use crate::boot::mounts;
 use crate::context;
 use crate::context::Cgroups;
 use crate::error::{Log, Result};
-use crate::sys::files;
+use crate::sys::{self, files};
 use core::ffi::CStr;
-use proto::bytes::split;
+use proto::bytes::words;
 use proto::message::ToLossy;
 use proto::users::Identity;
 use rustix::fd::OwnedFd;
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
-    fsconfig_set_string, fsmount, fsopen, move_mount,
-};
+use rustix::mount::{MountAttrFlags, MoveMountFlags, move_mount};
 use rustix::process::{Gid, Uid};
 
 /// Which hierarchies there are: `PIGEON_CGROUPS`, a kernel parameter.
@@ -30,18 +27,18 @@ pub enum Layout {
     None,
 }
 
-/// The v1 hierarchies: directory, and controllers.
-const V1: [(&CStr, &[&CStr]); 10] = [
-    (c"net_cls,net_prio", &[c"net_cls", c"net_prio"]),
-    (c"hugetlb", &[c"hugetlb"]),
-    (c"pids", &[c"pids"]),
-    (c"freezer", &[c"freezer"]),
-    (c"cpu,cpuacct", &[c"cpu", c"cpuacct"]),
-    (c"devices", &[c"devices"]),
-    (c"blkio", &[c"blkio"]),
-    (c"memory", &[c"memory"]),
-    (c"perf_event", &[c"perf_event"]),
-    (c"cpuset", &[c"cpuset"]),
+/// The v1 hierarchies: each a directory that has the names of its controllers.
+const V1: [&CStr; 10] = [
+    c"net_cls,net_prio",
+    c"hugetlb",
+    c"pids",
+    c"freezer",
+    c"cpu,cpuacct",
+    c"devices",
+    c"blkio",
+    c"memory",
+    c"perf_event",
+    c"cpuset",
 ];
 
 /// The group of the v2 hierarchy that the workload is born in.
@@ -82,8 +79,8 @@ pub fn mount(layout: Layout, log: &mut dyn Log) {
 
 fn mount_v1(log: &mut dyn Log) -> Result {
     let directory = open_directory(mounts::CGROUP).map_err(context!("open /sys/fs/cgroup"))?;
-    for &(name, controllers) in &V1 {
-        if let Err(errno) = mount_hierarchy(&directory, name, controllers) {
+    for name in &V1 {
+        if let Err(errno) = mount_hierarchy(&directory, name) {
             log.warn(&context!("mount cgroup on /sys/fs/cgroup/{}", name.lossy())(errno));
         }
     }
@@ -91,8 +88,8 @@ fn mount_v1(log: &mut dyn Log) -> Result {
 }
 
 /// By the mount API, which keeps the kernel's words on an unknown controller out of its log.
-fn mount_hierarchy(parent: &OwnedFd, name: &CStr, controllers: &[&CStr]) -> Result<(), Errno> {
-    let flags = MountAttrFlags::MOUNT_ATTR_NOSUID
+fn mount_hierarchy(parent: &OwnedFd, name: &CStr) -> Result<(), Errno> {
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV
         | MountAttrFlags::MOUNT_ATTR_NOEXEC
         | MountAttrFlags::MOUNT_ATTR_RELATIME;
@@ -102,25 +99,20 @@ fn mount_hierarchy(parent: &OwnedFd, name: &CStr, controllers: &[&CStr]) -> Resu
         Err(Errno::EXIST) => return Ok(()),
         other => return other,
     }
-    let hierarchy = fsopen(c"cgroup", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    fsconfig_set_string(&hierarchy, c"source", c"cgroup")?;
-    for controller in controllers {
-        fsconfig_set_flag(&hierarchy, *controller)?;
-    }
-    fsconfig_create(&hierarchy)?;
-    let mount = fsmount(&hierarchy, FsMountFlags::FSMOUNT_CLOEXEC, flags)?;
+    let hierarchy = sys::mount::instance(c"cgroup", name.to_bytes(), attributes)?;
     let from_descriptor = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    move_mount(&mount, c"", parent, name, from_descriptor)
+    move_mount(&hierarchy, c"", parent, name, from_descriptor)
 }
 
 /// Makes the workload's group; in the unified layout it can use all controllers.
 fn make_workload(layout: Layout, log: &mut dyn Log) {
     let made = open_directory(layout.v2()).and_then(|root| {
-        if layout == Layout::Unified {
-            enable_controllers(&root)?;
-        }
+        let enabled = match layout {
+            Layout::Unified => enable_controllers(&root),
+            _ => Ok(()),
+        };
         match make_directory(&root, WORKLOAD) {
-            Err(Errno::EXIST) => Ok(()),
+            Ok(()) | Err(Errno::EXIST) => enabled,
             other => other,
         }
     });
@@ -144,22 +136,18 @@ pub fn make_commands(cgroups: &mut Cgroups) {
 /// Names of all controllers there are take a line of some 60 bytes.
 const LINE: usize = 256;
 
-/// Enables all controllers for the groups below: `cpu io memory` read, `+cpu +io +memory` written.
+/// Enables all controllers for the groups below, one by one: one that cannot be, as the kernel takes all
+/// words of a write or none, costs no other.
 fn enable_controllers(root: &OwnedFd) -> Result<(), Errno> {
-    let mut names = [0; LINE];
-    let file = files::open_at(root, c"cgroup.controllers", OFlags::RDONLY)?;
-    let length = files::read(&file, &mut names)?;
-    let mut line = heapless::Vec::<u8, { 2 * LINE }>::new();
-    let names = names.get(..length).unwrap_or_default().trim_ascii();
-    for name in split(names, b' ') {
-        if !name.is_empty() {
-            let _fits = line
-                .extend_from_slice(b" +")
-                .and_then(|()| line.extend_from_slice(name));
-        }
-    }
+    let (mut names, mut word) = ([0; LINE], [0; LINE]);
+    let names = files::read_at(root, c"cgroup.controllers", &mut names)?;
     let file = files::open_at(root, c"cgroup.subtree_control", OFlags::WRONLY)?;
-    files::write(&file, &line).map(drop)
+    let mut enabled = Ok(());
+    for name in words(names) {
+        let word = files::join(&[b"+", name], &mut word).unwrap_or_default();
+        enabled = files::write(&file, word.to_bytes()).map(drop).and(enabled);
+    }
+    enabled
 }
 
 /// Gives the workload's group to its user, and opens it.

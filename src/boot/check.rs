@@ -77,25 +77,32 @@ fn check(path: &CStr, environment: &mut Environment) -> Result {
     );
     print_line("root", config.root_device().to_bytes());
     for mount in &config.mounts {
-        let (device, target) = (mount.device_path.lossy(), mount.mount_path.lossy());
-        print_line("mount", message!("{device} on {target}").as_bytes());
+        print(b"mount: ");
+        print(or(mount.device_path.to_bytes(), mount.fs_type.to_bytes()));
+        print(b" on ");
+        print(mount.mount_path.to_bytes());
+        print(b"\n");
     }
     if !config.hostname.is_empty() {
         print_line("hostname", config.hostname.as_bytes());
     }
     for address in config.addresses() {
         let (ip, prefix) = (address::Text(&address.ip), u32::from(address.prefix));
-        let mut line = message!("{ip}/{prefix} mtu {}", config.mtu());
+        print(message!("address: {ip}/{prefix} mtu {}", config.mtu()).as_bytes());
         if let Some(gateway) = address.gateway {
-            line = message!("{line} via {}", address::Text(&gateway));
+            print(message!(" via {}", address::Text(&gateway)).as_bytes());
         }
-        print_line("address", line.as_bytes());
+        print(b"\n");
     }
     for server in config.etc_resolv.nameservers {
         print_line("nameserver", server.to_bytes());
     }
     for Host { host, ip, .. } in &config.etc_hosts {
-        print_line("host", message!("{ip} {host}").as_bytes());
+        print(b"host: ");
+        print(ip.as_bytes());
+        print(b" ");
+        print(host.as_bytes());
+        print(b"\n");
     }
     Ok(())
 }

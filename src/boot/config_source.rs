@@ -41,7 +41,8 @@ pub enum Source {
     File,
 }
 
-/// Loads the configuration's text into `document`: how long it is, and which source it came from.
+/// Loads the configuration's text into `document`: how long it is, and which source it came from. MMDS is
+/// asked for `timeout` milliseconds; the error names each source and why it gave none.
 ///
 /// `eth0` is the index of the interface that the service is reached through, if it is there and to be
 /// used; `memory` is for looking whether what the service gives has something to run.
@@ -96,7 +97,7 @@ pub fn decode<'a>(document: &mut [u8], memory: &'a mut [u8]) -> Result<PageBox<C
 
 /// A configuration in which all is absent.
 pub fn empty<'a>() -> Result<PageBox<Config<'a>>> {
-    PageBox::new(Config::new).map_err(context!("make room for the configuration"))
+    PageBox::new(Config::new).map_err(context!("allocate memory"))
 }
 
 /// Decodes a document, and checks that it can be run.
@@ -117,7 +118,8 @@ pub enum Answer {
     None(Error),
 }
 
-/// Asks the service, over the interface `eth0`, until it gives a document with something to run, or time is up.
+/// Asks the service, over the interface `eth0`, until it gives a document with something to run, or
+/// `timeout` milliseconds are over. Meanwhile the interface has an address and a route for it.
 ///
 /// The document's text comes to lie in `document`: how long it is.
 pub fn fetch(
@@ -150,12 +152,9 @@ pub fn fetch(
 /// Takes the way to the service away; what was never added cannot be removed.
 fn leave(channel: &Channel, index: u32) {
     let guest = IpAddr::V4(mmds::GUEST);
-    for request in [
-        netlink::remove_host_route(index, mmds::ADDRESS),
-        netlink::remove_address(index, &guest, mmds::PREFIX),
-    ] {
-        let _not_there = channel.request(&request, format_args!("leave MMDS"));
-    }
+    let request = |request: &Request| channel.request(request, format_args!("leave MMDS"));
+    let _not_there = request(&netlink::remove_host_route(index, mmds::ADDRESS));
+    let _not_there = request(&netlink::remove_address(index, &guest, mmds::PREFIX));
 }
 
 /// Takes the way to the service away that somebody has left who was killed while he asked.
@@ -182,6 +181,7 @@ impl Session<'_> {
         let (mut wait, longest) = POLL;
         // For the document, once it is known whether it has a token.
         let mut request = None;
+        let mut before = None;
         loop {
             let why = match self.ask(&mut request) {
                 Ok((200, length)) => match read_answer(self.body(length), memory) {
@@ -192,13 +192,14 @@ impl Session<'_> {
                 Ok((status, _)) => error!("status {}", u32::from(status)),
                 Err(why) => {
                     self.connection = None;
-                    why
+                    // A last question that had no time for its answer would only hide the one before.
+                    before.filter(|_| self.left() == 0).unwrap_or(why)
                 }
             };
-            // A last question without time for its answer would only hide this one.
             if self.left() <= wait {
                 return Err(Answer::None(why));
             }
+            before = Some(why);
             sys::sleep(wait as i64);
             wait = longest.min(wait * 2);
         }

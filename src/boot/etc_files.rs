@@ -9,7 +9,7 @@ use core::ffi::CStr;
 use proto::config::{Config, DOCUMENT};
 use proto::etc_files::{self, Contents};
 use proto::message::ToLossy;
-use rustix::fs::{CWD, OFlags};
+use rustix::fs::{AtFlags, CWD, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
@@ -116,10 +116,7 @@ impl File {
 
     /// Whether that file is mounted over it already; somebody else's is not.
     fn is_covered(&self) -> bool {
-        let identify = |path| {
-            let status = rustix::fs::lstat(path)?;
-            Ok::<_, Errno>((status.st_dev, status.st_ino))
-        };
+        let identify = |path| files::identify(CWD, path, AtFlags::SYMLINK_NOFOLLOW);
         identify(self.path).is_ok_and(|file| identify(self.substitute) == Ok(file))
     }
 }

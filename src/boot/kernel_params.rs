@@ -21,13 +21,14 @@ const DEFAULT_OUTPUT: Destination = match cfg!(feature = "logs") {
 const LOG_KIB: u64 = 64;
 
 /// Most that can be kept, in KiB.
+#[cfg(feature = "logs")]
 const MAX_LOG_KIB: u64 = 64 << 10;
 
 /// What makes a restored VM a new one.
 #[cfg(feature = "snapshot")]
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Restore {
-    /// The kernel's word that there was a restore, and the host's call.
+    /// The kernel's notification of a restore, and the host's call.
     Auto,
     /// The host's call.
     Host,
@@ -82,9 +83,8 @@ impl KernelParams {
                 continue;
             };
             // What is not UTF-8 is neither a name nor a value that is known.
-            let [known_name, known_value] =
-                [name, value].map(|text| core::str::from_utf8(text).unwrap_or_default());
-            if let Err(allowed) = params.set(known_name, known_value) {
+            let known = |text| core::str::from_utf8(text).unwrap_or_default();
+            if let Err(allowed) = params.set(known(name), known(value)) {
                 let (name, value) = (name.lossy(), value.lossy());
                 let refused = format_args!("kernel parameter {name}={value}: must be {allowed}");
                 match &mut params.refused {
@@ -133,7 +133,10 @@ impl KernelParams {
                 }
             }
             #[cfg(feature = "logs")]
-            "PIGEON_LOG_KIB" => self.log_kib = number(value)?,
+            "PIGEON_LOG_KIB" => {
+                let size = number(value).ok().filter(|size| *size <= MAX_LOG_KIB);
+                self.log_kib = size.ok_or("a whole number up to 65536")?;
+            }
             #[cfg(feature = "snapshot")]
             "PIGEON_RESTORE" => {
                 self.restore = match value {
@@ -156,7 +159,7 @@ impl KernelParams {
     pub fn output_log(&self) -> OutputLog {
         match self.output {
             Destination::Console => OutputLog::none(),
-            _ => OutputLog::new((self.log_kib.min(MAX_LOG_KIB) << 10) as usize),
+            _ => OutputLog::new((self.log_kib << 10) as usize),
         }
     }
 }

@@ -30,6 +30,7 @@ use crate::volumes::{self, Owner};
 use config_source::Source;
 use kernel_params::KernelParams;
 use proto::config::{Config, DOCUMENT};
+use proto::environment::Environment;
 use proto::users::Identity;
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
@@ -38,11 +39,11 @@ use rustix::process::{Resource, Rlimit};
 /// Open files a process may have.
 const OPEN_FILES: u64 = 10_240;
 
-/// What is left of the boot when the workload runs.
+/// What the boot leaves to be given up, whether it succeeded or not.
 #[derive(Default)]
 pub struct Remains {
     initramfs: Option<OwnedFd>,
-    /// The helper that mounts disks ends with it.
+    /// The connection to the helper that mounts disks, which ends when it is closed.
     disks: Option<Midway>,
 }
 
@@ -140,9 +141,9 @@ pub fn run(
     #[cfg(feature = "snapshot")]
     if params.restore == kernel_params::Restore::Auto {
         let open = |path| files::open(path, OFlags::RDONLY | OFlags::NONBLOCK).ok();
-        supervisor.context.snapshot.devices = [c"/dev/kmsg", c"/dev/vmclock0"].map(open);
+        supervisor.context.snapshot.devices = [open(c"/dev/kmsg"), open(c"/dev/vmclock0")];
     }
-    supervisor.start_workload(config.separate_stderr, &|command| {
+    supervisor.start_workload(identity.uid, config.separate_stderr, &|command| {
         command.identity = identity.clone();
         command.rlimits = config.rlimits.clone();
         command.set_arguments(&config.arguments())?;
@@ -161,7 +162,7 @@ pub fn finish(supervisor: &mut Supervisor, remains: Remains) {
     }
 }
 
-/// Volumes, names and kernel parameters, in the helper that has mounted the root, while the API is
+/// Volumes, names and sysctls, in the helper that has mounted the root, while the API is
 /// served: what may wait for a disk, or for memory.
 fn prepare_beside(
     config: &Config,
@@ -173,13 +174,15 @@ fn prepare_beside(
     volumes::mount_all(config, owner, log)?;
     etc_files::write(config, scratch, log)?;
     // Behind the network.
-    match sysctls::are_configured(config) && midway.meet() {
-        true => sysctls::set_all(config, log),
-        false => Ok(()),
+    if midway.goes_on() {
+        sysctls::set_all(config, log)?;
+        // Its end takes as long as the workload's start, and comes behind it.
+        midway.meet();
     }
+    Ok(())
 }
 
-/// Host name, network, and the defaults of kernel parameters, and beside them what the helper does.
+/// Host name, network, and the defaults of sysctls, and beside them what the helper does.
 fn prepare(
     supervisor: &mut Supervisor,
     config: &Config,
@@ -200,7 +203,7 @@ fn prepare(
     if has_more {
         // The configured ones may be of interfaces, which are there now.
         midway.go_on();
-        supervisor.finish_setup();
+        supervisor.finish_setup(midway);
     }
     Ok(())
 }
@@ -216,15 +219,21 @@ fn set_defaults(supervisor: &mut Supervisor, config: &Config, identity: &Identit
         }
     };
     let defaults = &mut *supervisor.context.defaults;
-    check::fill_environment(&mut defaults.environment, config)?;
-    defaults.sets_home = defaults.environment.get(b"HOME=").is_some();
-    defaults.environment.set_default(b"HOME=", &identity.home)?;
+    defaults.sets_home = fill_environment(&mut defaults.environment, config, &identity.home)?;
     let directory = config.image_config.working_dir.to_bytes_with_nul();
     // The document's check has seen to it that a path fits.
     let _fits = defaults.working_dir.extend_from_slice(directory);
     defaults.root_home = root_home;
     defaults.rlimits = config.rlimits.clone();
     Ok(())
+}
+
+/// The workload's environment, in an empty one; whether image or document set HOME, which is this one else.
+pub fn fill_environment(new: &mut Environment, config: &Config, home: &[u8]) -> Result<bool> {
+    check::fill_environment(new, config)?;
+    let sets_home = new.get(b"HOME=").is_some();
+    new.set_default(b"HOME=", home)?;
+    Ok(sets_home)
 }
 
 fn limit_open_files() -> Result {

@@ -14,34 +14,20 @@ use proto::address;
 #[cfg(feature = "snapshot")]
 use proto::config::ADDRESSES;
 use proto::config::{Address, Config};
-use proto::decimal;
 use proto::message::{ErrnoName, ToLossy};
 use proto::netlink::{self, Acknowledgement, Reach, Request};
 #[cfg(feature = "snapshot")]
 use proto::netlink::{Entry, Reply};
 use rustix::fd::OwnedFd;
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 /// Index of lo, the first interface of every network namespace (LOOPBACK_IFINDEX, net/net_namespace.h).
 const LO_INDEX: u32 = 1;
 
-/// The index of a network interface; `None` when it is not there.
-///
-/// From sysfs: SIOCGIFINDEX would make the kernel look for a module of that name (dev_load).
-pub fn interface_index(name: &str) -> Option<u32> {
-    let mut path = [0; 64];
-    let parts = [b"/sys/class/net/", name.as_bytes(), b"/ifindex"];
-    let file = files::open(files::join(&parts, &mut path)?, OFlags::RDONLY).ok()?;
-    let mut text = [0; 16];
-    let length = files::read(&file, &mut text).ok()?;
-    decimal::parse(text.get(..length)?.trim_ascii())
-}
-
 /// The index of the interface that Firecracker's metadata service is reached through.
 pub fn eth0_index() -> Option<u32> {
-    interface_index("eth0")
+    Channel::open().ok()?.index("eth0")
 }
 
 /// A channel to the kernel's network configuration.
@@ -58,6 +44,18 @@ impl Channel {
         // An older kernel gives the errno alone.
         let _words = sys::network::ask_for_reasons(&socket);
         Ok(Self { socket })
+    }
+
+    /// The index of a network interface; `None` when it is not there.
+    ///
+    /// SIOCGIFINDEX would make the kernel look for a module of that name (dev_load), and a workload may
+    /// have covered sysfs.
+    pub fn index(&self, name: &str) -> Option<u32> {
+        // What comes behind the index is cut off.
+        let mut reply = [0; 64];
+        files::write(&self.socket, netlink::get_link(name).as_bytes()).ok()?;
+        let count = files::read(&self.socket, &mut reply).ok()?;
+        netlink::link_index(reply.get(..count)?)
     }
 
     /// Sends a request and reads its acknowledgement, which the kernel gives within the send. What
@@ -115,7 +113,8 @@ impl Channel {
 }
 
 /// Brings lo up, and the interfaces that have addresses, with their MTU, addresses and routes. Which
-/// interfaces those are.
+/// interfaces those are. What is there already is no error, and checksums that cannot be switched are a
+/// warning.
 pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
     let channel = Channel::open()?;
     let mut interfaces = Interfaces::new();
@@ -123,11 +122,16 @@ pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
         &netlink::link_up(LO_INDEX, None),
         format_args!("bring lo up"),
     )?;
+    // The first gateway of a family is for all: with a second one it would share the traffic (ECMP).
+    let [mut ipv4, mut ipv6] = [None; 2];
     for Address {
-        ip, prefix, device, ..
+        ip,
+        prefix,
+        device,
+        gateway,
     } in config.addresses()
     {
-        let index = index(device)?;
+        let index = index(&channel, device)?;
         if !interfaces.contains(&index) {
             bring_up(&channel, index, device, config.mtu(), log)?;
             let _one_an_address = interfaces.push(index);
@@ -135,18 +139,18 @@ pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
         let request = netlink::add_address(index, &ip, prefix);
         let (ip, prefix) = (address::Text(&ip), u32::from(prefix));
         channel.request(&request, format_args!("add {ip}/{prefix} to {device}"))?;
-    }
-    // After all addresses: a gateway may be in the subnet of a later one. The first gateway of a
-    // family is for all: with a second one it would share the traffic (ECMP).
-    for is_ipv4 in [true, false] {
-        let is_wanted = |gateway: &IpAddr| gateway.is_ipv4() == is_ipv4;
-        let mut gateways = config.addresses().filter_map(|address| {
-            let gateway = address.gateway.filter(is_wanted)?;
-            Some((gateway, address.device))
-        });
-        if let Some((gateway, device)) = gateways.next() {
-            set_gateway(&channel, config, &gateway, device)?;
+        if let Some(gateway) = gateway {
+            let first = if gateway.is_ipv4() {
+                &mut ipv4
+            } else {
+                &mut ipv6
+            };
+            first.get_or_insert((gateway, device, index));
         }
+    }
+    // After all addresses: a gateway may be in the subnet of a later one.
+    for (gateway, device, index) in [&ipv4, &ipv6].into_iter().flatten() {
+        set_gateway(&channel, config, gateway, device, *index)?;
     }
     Ok(interfaces)
 }
@@ -157,12 +161,13 @@ pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
 /// those that may have.
 #[cfg(feature = "snapshot")]
 pub fn replace(config: &Config, is_another: bool, interfaces: &mut Interfaces) -> Result {
+    let channel = Channel::open()?;
     let mut wanted = heapless::Vec::<(Wanted, bool), ADDRESSES>::new();
     for Address {
         ip, prefix, device, ..
     } in config.addresses()
     {
-        let index = index(device)?;
+        let index = index(&channel, device)?;
         if !interfaces.contains(&index) {
             let pushed = interfaces.push(index);
             pushed.map_err(|_| error!("more than {ADDRESSES} interfaces have addresses"))?;
@@ -171,25 +176,35 @@ pub fn replace(config: &Config, is_another: bool, interfaces: &mut Interfaces) -
     }
     let is_ours = |entry: &Entry| !entry.is_automatic && interfaces.contains(&entry.index);
     let mut has_others = is_another;
-    let is_whole = Channel::open()?.dump(&netlink::dump_addresses(), &mut |entry| {
-        let mut is_wanted = false;
-        for (one, is_there) in &mut wanted {
-            let is_it = *one == (entry.index, entry.address);
-            *is_there |= is_it;
-            is_wanted |= is_it;
-        }
-        has_others |= is_ours(&entry) && !is_wanted;
-    })?;
-    if has_others || !is_whole || wanted.iter().any(|(_, is_there)| !is_there) {
-        remove(&netlink::dump_routes(), "an old route", &is_ours)?;
-        remove(&netlink::dump_addresses(), "an old address", &|entry| {
-            let one = (entry.index, entry.address);
-            is_ours(entry) && !wanted.iter().any(|(wanted, _)| *wanted == one)
-        })?;
+    remove(
+        &channel,
+        &netlink::dump_addresses(),
+        "an old address",
+        &mut |entry| {
+            let mut is_old = is_ours(entry);
+            for (one, is_there) in &mut wanted {
+                if *one == (entry.index, entry.address) {
+                    (*is_there, is_old) = (true, false);
+                }
+            }
+            has_others |= is_old;
+            is_old
+        },
+    )?;
+    if has_others || wanted.iter().any(|(_, is_there)| !is_there) {
+        remove(
+            &channel,
+            &netlink::dump_routes(),
+            "an old route",
+            &mut |entry| is_ours(entry),
+        )?;
     }
     // What the device cannot do was said at the boot.
     let configured = configure(config, &mut Discard)?;
-    remove(&netlink::dump_neighbours(), "an old neighbour", &is_ours)?;
+    let neighbours = netlink::dump_neighbours();
+    remove(&channel, &neighbours, "an old neighbour", &mut |entry| {
+        is_ours(entry)
+    })?;
     *interfaces = configured;
     Ok(())
 }
@@ -200,12 +215,16 @@ type Wanted = (u32, Option<(IpAddr, u8)>);
 
 /// Deletes the entries of a dump that are picked.
 #[cfg(feature = "snapshot")]
-fn remove(dump: &Request, what: &str, picks: &dyn Fn(&Entry) -> bool) -> Result {
+fn remove(
+    channel: &Channel,
+    dump: &Request,
+    what: &str,
+    picks: &mut dyn FnMut(&Entry) -> bool,
+) -> Result {
     /// Entries deleted at once.
     const AT_ONCE: usize = 64;
     /// Far more than the kernel keeps of neighbours (gc_thresh3, arp(7)).
     const PASSES: usize = 256;
-    let channel = Channel::open()?;
     for _ in 0..PASSES {
         let mut requests = heapless::Vec::<Request, AT_ONCE>::new();
         let mut is_all = true;
@@ -228,7 +247,13 @@ fn remove(dump: &Request, what: &str, picks: &dyn Fn(&Entry) -> bool) -> Result 
 }
 
 /// Makes a gateway the default route.
-fn set_gateway(channel: &Channel, config: &Config, gateway: &IpAddr, device: &str) -> Result {
+fn set_gateway(
+    channel: &Channel,
+    config: &Config,
+    gateway: &IpAddr,
+    device: &str,
+    index: u32,
+) -> Result {
     let is_near = config
         .addresses()
         .any(|near| near.device == device && netlink::same_subnet(&near.ip, gateway, near.prefix));
@@ -236,13 +261,15 @@ fn set_gateway(channel: &Channel, config: &Config, gateway: &IpAddr, device: &st
         true => Reach::Routed,
         false => Reach::OnLink,
     };
-    let route = netlink::default_route(index(device)?, gateway, reach);
+    let route = netlink::default_route(index, gateway, reach);
     let gateway = address::Text(gateway);
     channel.request(&route, format_args!("route through {gateway}"))
 }
 
-fn index(device: &str) -> Result<u32> {
-    interface_index(device).ok_or_else(|| error!("no network interface {device}"))
+fn index(channel: &Channel, device: &str) -> Result<u32> {
+    channel
+        .index(device)
+        .ok_or_else(|| error!("no network interface {device}"))
 }
 
 /// Brings an interface up, which may be up already.

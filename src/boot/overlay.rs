@@ -19,9 +19,8 @@ const OPTIONS: &CStr = c"lowerdir=/lower,upperdir=/writable/upper,workdir=/writa
 
 /// Mounts the root on `target` with a layer over it.
 pub fn mount(root: FileSystem, layer: Overlay, target: &CStr, log: &HelperLog) -> Result {
-    for directory in [LOWER, WRITABLE] {
-        files::require_directory(directory, 0o700)?;
-    }
+    files::require_directory(LOWER, 0o700)?;
+    files::require_directory(WRITABLE, 0o700)?;
     FileSystem {
         access: Access::Shared,
         ..root
@@ -32,9 +31,8 @@ pub fn mount(root: FileSystem, layer: Overlay, target: &CStr, log: &HelperLog) -
         Overlay::Device(device) => FileSystem::on(device),
     }
     .mount(WRITABLE, log)?;
-    for directory in [UPPER, WORK] {
-        files::require_directory(directory, 0o755)?;
-    }
+    files::require_directory(UPPER, 0o755)?;
+    files::require_directory(WORK, 0o755)?;
     rustix::mount::mount(
         c"overlay",
         target,

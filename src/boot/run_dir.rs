@@ -60,22 +60,15 @@ pub fn carry(from: &CStr, to: OwnedFd, buffer: &mut [u8], log: &HelperLog) {
 
 fn copy_tree(from: OwnedFd, to: OwnedFd, buffer: &mut [u8]) -> Result<(), Stop> {
     let mut levels = heapless::Vec::<Level, DEPTH>::new();
-    let mut next = Some(Level {
+    let top = Level {
         from,
         to,
         offset: 0,
-    });
+    };
+    let _fits = levels.push(top);
     let (mut entries, mut bytes) = (0, 0);
     let mut limit = None;
-    loop {
-        if let Some(level) = next.take()
-            && levels.push(level).is_err()
-        {
-            limit = Some("more than 32 directories in each other");
-        }
-        let Some(level) = levels.last_mut() else {
-            return limit.map_or(Ok(()), |limit| Err(Stop::Limit(limit)));
-        };
+    while let Some(level) = levels.last_mut() {
         let mut name = heapless::Vec::new();
         if !next_entry(level, &mut name)? {
             levels.pop();
@@ -88,7 +81,12 @@ fn copy_tree(from: OwnedFd, to: OwnedFd, buffer: &mut [u8]) -> Result<(), Stop> 
         let name = c_str(&name);
         let status = rustix::fs::statat(&level.from, name, AtFlags::SYMLINK_NOFOLLOW)?;
         match FileType::from_raw_mode(status.st_mode) {
-            FileType::Directory => next = Some(copy_directory(level, name, &status)?),
+            FileType::Directory => {
+                let below = copy_directory(level, name, &status)?;
+                if levels.push(below).is_err() {
+                    limit = Some("more than 32 directories in each other");
+                }
+            }
             FileType::Symlink => copy_link(level, name, &status, buffer)?,
             FileType::RegularFile => {
                 let size = usize::try_from(status.st_size).unwrap_or(usize::MAX);
@@ -106,6 +104,7 @@ fn copy_tree(from: OwnedFd, to: OwnedFd, buffer: &mut [u8]) -> Result<(), Stop> 
             _ => {}
         }
     }
+    limit.map_or(Ok(()), |limit| Err(Stop::Limit(limit)))
 }
 
 /// The next entry's name with its NUL; false at the end.

@@ -47,5 +47,7 @@ pub fn set_all(config: &Config, log: &HelperLog) -> Result {
 
 fn set(path: &CStr, value: &[u8]) -> Result<(), Errno> {
     let file = files::open(path, OFlags::WRONLY)?;
+    // The kernel takes a write of nothing for none: an empty text is an empty line.
+    let value = if value.is_empty() { b"\n" } else { value };
     files::write(&file, value).map(drop)
 }

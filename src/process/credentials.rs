@@ -1,6 +1,6 @@
 //! Who a command runs as (credentials(7)).
 
-use crate::sys::{self, files};
+use crate::sys::{self, SignalSet, files};
 use core::ffi::CStr;
 use proto::config::DOCUMENT;
 use proto::message;
@@ -8,7 +8,7 @@ use proto::message::Message;
 use proto::users::{Identity, MAX_GROUPS};
 use rustix::fs::Mode;
 use rustix::io::Errno;
-use rustix::process::{Gid, Uid};
+use rustix::process::{DumpableBehavior, Gid, Uid, set_dumpable_behavior};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
 /// The root's users.
@@ -28,9 +28,10 @@ pub fn resolve(user: &str, scratch: &mut [u8], identity: &mut Identity) -> Resul
         .map_err(|error| message!("{error}"))
 }
 
-/// Gives up root: groups first, without root they cannot be set.
+/// Gives up root, unless it is to be: groups first, without root they cannot be set.
 ///
-/// A process of this program has one thread: the credentials of the thread are the process's.
+/// Nothing of a signal or of another process of the user may come to PID 1, whose memory this is. A
+/// process of this program has one thread: the credentials of the thread are the process's.
 pub fn drop_to(identity: &Identity) -> Result<(), Errno> {
     let (uid, gid) = (Uid::from_raw(identity.uid), Gid::from_raw(identity.gid));
     let mut groups = heapless::Vec::<Gid, MAX_GROUPS>::new();
@@ -38,8 +39,15 @@ pub fn drop_to(identity: &Identity) -> Result<(), Errno> {
         let _fits = groups.push(Gid::from_raw(*gid));
     }
     set_thread_groups(&groups)?;
+    if uid.is_root() && gid.is_root() {
+        return Ok(());
+    }
+    sys::block_signals(SignalSet::ALL);
     set_thread_res_gid(gid, gid, gid)?;
-    set_thread_res_uid(uid, uid, uid)
+    set_thread_res_uid(uid, uid, uid)?;
+    // With other ids the kernel has the memory dumped and traced as fs.suid_dumpable says (commit_creds,
+    // kernel/cred.c).
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)
 }
 
 /// Standard input, output and error become the user's, who could not open them by their names else

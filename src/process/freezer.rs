@@ -6,9 +6,10 @@ use crate::error::Result;
 use crate::sys::{self, Stopwatch, files};
 use core::ffi::CStr;
 use core::fmt::Write;
+use proto::bytes::split;
 use proto::message::{Message, ToLossy};
 use proto::process_stat;
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, OFlags, XattrFlags};
 use rustix::io::Errno;
 
@@ -36,6 +37,8 @@ impl Freezer<'_> {
     /// to stand still. How many they are; `None` when it is too late, and `running` says who runs still.
     pub fn freeze(&self, timeout: u64, running: &mut Message) -> Result<Option<usize>> {
         let watch = Stopwatch::start();
+        self.step_out()
+            .map_err(context!("leave the cgroup that PID 1 was moved to"))?;
         loop {
             let mut is_still = self.freeze_groups(None)?;
             if is_still {
@@ -57,6 +60,16 @@ impl Freezer<'_> {
         }
     }
 
+    /// PID 1 and this helper go back to the root, should root have moved PID 1 elsewhere: the start script of
+    /// Docker in Docker moves all.
+    fn step_out(&self) -> Result<(), Errno> {
+        if has_line(self.proc, c"self/cgroup", b"0::/")? {
+            return Ok(());
+        }
+        files::write_at(self.root, c"cgroup.procs", b"0")?;
+        files::write_at(self.root, c"cgroup.procs", b"1")
+    }
+
     /// Moves processes of the root to the workload's group, where there are any, and names them: all but
     /// PID 1, its helpers, which are this program as well, and the kernel's threads, which are none.
     fn gather(&self, running: &mut Message) {
@@ -70,7 +83,7 @@ impl Freezer<'_> {
                 .workload
                 .ok_or(Errno::NOENT)
                 .and_then(|group| files::write_at(group, c"cgroup.procs", pid));
-            self.describe(pid, running);
+            self.describe(pid, false, running);
             if let Err(errno) = moved {
                 let name = crate::error::name(errno);
                 let _ = write!(running, " cannot be moved to the workload's cgroup: {name}");
@@ -82,8 +95,7 @@ impl Freezer<'_> {
     fn program(&self, pid: &[u8]) -> Option<(u64, u64)> {
         let mut path = [0; 32];
         let path = files::join(&[pid, b"/exe"], &mut path)?;
-        let status = rustix::fs::statat(self.proc, path, AtFlags::empty()).ok()?;
-        Some((status.st_dev, status.st_ino))
+        files::identify(self.proc.as_fd(), path, AtFlags::empty()).ok()
     }
 
     /// Freezes the groups that are not yet, and names who runs still; whether nobody does.
@@ -95,7 +107,7 @@ impl Freezer<'_> {
             Ok(false) => {
                 is_still = false;
                 if let Some(running) = &mut running {
-                    self.each_process_below(group, &mut |pid| self.describe_running(pid, running));
+                    self.each_process_below(group, &mut |pid| self.describe(pid, true, running));
                     if running.is_empty() {
                         let _ = write!(running, "the cgroup {}", name.lossy());
                     }
@@ -154,23 +166,16 @@ impl Freezer<'_> {
         }
     }
 
-    /// Adds `dd (71)`, with a comma before it.
-    fn describe(&self, pid: &[u8], list: &mut Message) {
-        if list.as_bytes().len() >= NAMES {
-            return;
-        }
+    /// Adds `dd (71)`, with a comma before it; `running`: if it is seen not to stand still. Frozen ones
+    /// sleep.
+    fn describe(&self, pid: &[u8], running: bool, list: &mut Message) {
         let mut text = [0; 512];
-        if let Some((name, _)) = self.state(pid, &mut text) {
+        if list.as_bytes().len() < NAMES
+            && let Some((name, state)) = self.state(pid, &mut text)
+            && (!running || matches!(state, b'R' | b'D'))
+        {
             let separator = if list.is_empty() { "" } else { ", " };
             let _ = write!(list, "{separator}{} ({})", name.lossy(), pid.lossy());
-        }
-    }
-
-    /// The same of a process that is seen not to stand still: frozen ones sleep.
-    fn describe_running(&self, pid: &[u8], list: &mut Message) {
-        let mut text = [0; 512];
-        if let Some((_, b'R' | b'D')) = self.state(pid, &mut text) {
-            self.describe(pid, list);
         }
     }
 
@@ -178,30 +183,26 @@ impl Freezer<'_> {
     fn state<'t>(&self, pid: &[u8], text: &'t mut [u8]) -> Option<(&'t [u8], u8)> {
         let mut path = [0; 32];
         let path = files::join(&[pid, b"/stat"], &mut path)?;
-        let file = files::open_at(self.proc, path, OFlags::RDONLY).ok()?;
-        let length = files::read(&file, text).ok()?;
-        process_stat::parse(text.get(..length)?)
+        process_stat::parse(files::read_at(self.proc, path, text).ok()?)
     }
 }
 
-/// Freezes a group, unless it is; whether its processes stand still.
+/// Freezes a group; whether it was before, and its processes stand still. Until it is, one of them may make
+/// another group.
 fn freeze_group(group: &OwnedFd) -> Result<bool, Errno> {
-    let mut text = [0; 128];
-    let mut read = |name| {
-        let file = files::open_at(group, name, OFlags::RDONLY)?;
-        let length = files::read(&file, &mut text)?;
-        let text = text.get(..length).unwrap_or(&[]);
-        Ok((text.starts_with(b"1"), is_frozen(text)))
-    };
-    if let (false, _) = read(c"cgroup.freeze")? {
-        rustix::fs::fsetxattr(group, MARK, b"1", XattrFlags::empty())?;
-        files::write_at(group, c"cgroup.freeze", b"1")?;
+    if has_line(group, c"cgroup.freeze", b"1")? {
+        return has_line(group, c"cgroup.events", b"frozen 1");
     }
-    read(c"cgroup.events").map(|(_, frozen)| frozen)
+    rustix::fs::fsetxattr(group, MARK, b"1", XattrFlags::empty())?;
+    files::write_at(group, c"cgroup.freeze", b"1")?;
+    Ok(false)
 }
 
-fn is_frozen(events: &[u8]) -> bool {
-    proto::bytes::split(events, b'\n').any(|line| line == b"frozen 1")
+/// Whether one of the kernel's files has this line among its first.
+fn has_line(directory: &OwnedFd, path: &CStr, wanted: &[u8]) -> Result<bool, Errno> {
+    let mut text = [0; 1024];
+    let mut lines = split(files::read_at(directory, path, &mut text)?, b'\n');
+    Ok(lines.any(|line| line == wanted))
 }
 
 /// Calls `visit` with the number of each process in a group.

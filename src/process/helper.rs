@@ -77,14 +77,19 @@ impl Log for &HelperLog {
     }
 }
 
-/// Where a helper whose work has two parts meets its parent between them: a socket for each of the two.
+/// Where a helper whose work has parts meets its parent between them: a socket for each of the two.
 /// The helper waits there until it is told to go on, or the parent drops its own.
 pub struct Midway(OwnedFd);
 
 impl Midway {
-    /// In the helper: says that the first part is done, and waits; whether the second one is wanted.
+    /// In the helper: says that a part is done, and waits; whether the next one is wanted.
     pub fn meet(&self) -> bool {
         let _parent_gone = files::write(&self.0, &[END]);
+        self.goes_on()
+    }
+
+    /// Waits until the other one has done its part; `false` when it has gone instead.
+    pub fn goes_on(&self) -> bool {
         matches!(files::read(&self.0, &mut [0]), Ok(1))
     }
 
@@ -95,7 +100,7 @@ impl Midway {
         }
         match files::read(&self.0, &mut [0]) {
             Ok(1) => {
-                let _steps = read(&helper.log, log, false);
+                helper.warnings(log);
                 Ok(helper)
             }
             // Its socket is closed as it has ended.
@@ -105,7 +110,18 @@ impl Midway {
         }
     }
 
-    /// In the parent: lets the helper do its second part.
+    /// In the parent: what is readable when there is news.
+    pub fn socket(&self) -> &OwnedFd {
+        &self.0
+    }
+
+    /// In the parent: whether the helper has done a part, or else has ended; `None` while it works.
+    pub fn news(&self) -> Option<bool> {
+        let is_there = matches!(sys::is_readable(&self.0, 0), Ok(true));
+        is_there.then(|| self.goes_on())
+    }
+
+    /// In the parent: lets the helper do its next part.
     pub fn go_on(&self) {
         let _ended = files::write(&self.0, &[END]);
     }
@@ -229,7 +245,7 @@ impl Helper {
         })
     }
 
-    /// The same for work of two parts: a fork less than with a helper for each.
+    /// The same for work of several parts: a fork less than with a helper for each.
     pub fn start_with_midway(
         work: &mut dyn FnMut(&HelperLog, &Midway) -> Result,
     ) -> Result<(Self, Midway)> {
@@ -246,6 +262,11 @@ impl Helper {
             report(work(log, &midway), log)
         })?;
         Ok((helper, Midway(ours)))
+    }
+
+    /// What a helper that has done its part has warned of goes to `log`.
+    pub fn warnings(&self, log: &mut dyn Log) {
+        let _lines = read(&self.log, log, false);
     }
 
     /// The result of a helper that was reaped.

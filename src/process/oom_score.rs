@@ -4,16 +4,11 @@ use crate::context;
 use crate::error::Result;
 use crate::sys::files;
 use rustix::fd::OwnedFd;
-use rustix::fs::{Mode, OFlags};
 
 /// Spares this process and its children to come: what leaves the disks clean.
 ///
 /// PID 1 needs nothing: the kernel never chooses it, and what it starts for others has the usual
 /// score. `proc` was opened before anybody could mount something over /proc.
 pub fn spare(proc: &OwnedFd) -> Result {
-    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-    rustix::fs::openat(proc, c"self/oom_score_adj", flags, Mode::empty())
-        .and_then(|file| files::write(&file, b"-1000"))
-        .map(drop)
-        .map_err(context!("set the OOM score"))
+    files::write_at(proc, c"self/oom_score_adj", b"-1000").map_err(context!("set the OOM score"))
 }

@@ -12,7 +12,7 @@ pub fn apply(rlimits: &Rlimits) -> Result<(), (Resource, Errno)> {
             current: limit.soft,
             maximum: limit.hard,
         };
-        let known = RAW.iter().find(|raw| **raw as u32 == resource as u32);
+        let known = RAW.iter().find(|raw| **raw as usize == resource.number());
         if let Some(raw) = known {
             setrlimit(*raw, limit).map_err(|errno| (resource, errno))?;
         }

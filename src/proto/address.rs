@@ -101,8 +101,12 @@ impl Display for Text<'_> {
                 }
             }
             IpAddr::V6(ip) => {
-                for group in ip.segments() {
-                    write!(formatter, "{separator}{:x}", usize::from(group))?;
+                for group in ip.octets().as_chunks().0 {
+                    write!(
+                        formatter,
+                        "{separator}{:x}",
+                        usize::from(u16::from_be_bytes(*group))
+                    )?;
                     separator = ":";
                 }
             }

@@ -1,6 +1,6 @@
 //! Block devices as the kernel lists them, and whether an ext file system was left clean.
 
-use crate::bytes::split;
+use crate::bytes::words;
 use crate::decimal;
 
 /// A device number, in its two parts.
@@ -25,7 +25,7 @@ impl DeviceNumber {
 /// Reads a line of /proc/partitions, `254 16 8192 vdb`: number and name (proc_partitions(5)). Its
 /// header, and the empty line behind that, are none.
 pub fn partition(line: &[u8]) -> Option<(DeviceNumber, &[u8])> {
-    let mut fields = split(line.trim_ascii(), b' ').filter(|field| !field.is_empty());
+    let mut fields = words(line);
     let number = DeviceNumber::parse(fields.next()?, fields.next()?)?;
     let _blocks = fields.next()?;
     Some((number, fields.next()?))
@@ -69,6 +69,7 @@ pub fn ext_fault(superblock: &[u8]) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bytes::split;
 
     #[test]
     fn a_line_of_the_partitions_has_number_and_name() {

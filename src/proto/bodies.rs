@@ -1,6 +1,7 @@
 //! The JSON bodies of the API's calls, and the texts of a session.
 
 use crate::arena::{Arena, Strings};
+use crate::bytes::is_name_byte;
 use crate::config::{ARGV, Config, ENV, Mount};
 use crate::json::{self, Object, Parse, Place};
 use crate::message;
@@ -26,7 +27,7 @@ pub trait Request<'a>: Object<'a> {
     }
 }
 
-/// Decodes a body into an empty request.
+/// Decodes a body, in place, into an empty request. The error names the field that is wrong, for a 400.
 pub fn decode<'a>(
     body: &mut [u8],
     arena: &mut Arena<'a>,
@@ -61,17 +62,46 @@ impl<'a> Request<'a> for SignalRequest {
     }
 }
 
-/// `POST /v1/exec`.
+/// A command.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct ExecRequest<'a> {
-    /// The command; its first string is not empty.
-    pub cmd: Strings<'a>,
+pub struct Spec<'a> {
+    /// Its arguments; the first is the name to look for, and not empty.
+    pub argv: Strings<'a>,
     /// Set on top of the workload's environment: `NAME=value`.
     pub env: Strings<'a>,
     /// Working directory; empty is the workload's.
     pub cwd: &'a CStr,
     /// As `UserOverride` in the configuration; empty is root.
     pub user: &'a str,
+    /// Whether it has a terminal.
+    pub tty: bool,
+}
+
+impl<'a> Spec<'a> {
+    /// What calls have in common; the arguments have a name of the call's own.
+    fn member(&mut self, name: &str, arguments: &str) -> Place<'_, 'a> {
+        match name {
+            "env" => Place::Strings(&mut self.env, ENV),
+            "cwd" => Place::CStr(&mut self.cwd),
+            "user" => Place::Str(&mut self.user),
+            _ if name == arguments => Place::Strings(&mut self.argv, ARGV),
+            _ => Place::Unknown,
+        }
+    }
+
+    fn check(&self, arguments: &str) -> Result<(), Message> {
+        if self.argv.first().is_none_or(CStr::is_empty) {
+            return Err(message!("{arguments}: must have a command"));
+        }
+        Ok(())
+    }
+}
+
+/// `POST /v1/exec`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ExecRequest<'a> {
+    /// The command, whose arguments are `cmd`.
+    pub spec: Spec<'a>,
     /// Time limit in milliseconds; 0 is the default.
     pub timeout_ms: u32,
 }
@@ -79,42 +109,23 @@ pub struct ExecRequest<'a> {
 impl<'a> Object<'a> for ExecRequest<'a> {
     fn member(&mut self, name: &str) -> Place<'_, 'a> {
         match name {
-            "cmd" => Place::Strings(&mut self.cmd, ARGV),
-            "env" => Place::Strings(&mut self.env, ENV),
-            "cwd" => Place::CStr(&mut self.cwd),
-            "user" => Place::Str(&mut self.user),
             "timeout_ms" => Place::Number(&mut self.timeout_ms, 0..=TIMEOUT),
-            _ => Place::Unknown,
+            _ => self.spec.member(name, "cmd"),
         }
     }
 }
 
 impl<'a> Request<'a> for ExecRequest<'a> {
     fn check(&self) -> Result<(), Message> {
-        check_command("cmd", self.cmd)
+        self.spec.check("cmd")
     }
-}
-
-fn check_command(field: &str, command: Strings) -> Result<(), Message> {
-    if command.first().is_none_or(CStr::is_empty) {
-        return Err(message!("{field}: must have a command"));
-    }
-    Ok(())
 }
 
 /// The first text of `GET /v1/ws/exec`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SessionRequest<'a> {
-    /// The command; its first string is not empty. Empty where a session is continued.
-    pub command: Strings<'a>,
-    /// Whether the session has a terminal.
-    pub tty: bool,
-    /// Set on top of the workload's environment: `NAME=value`.
-    pub env: Strings<'a>,
-    /// Working directory; empty is the workload's.
-    pub cwd: &'a CStr,
-    /// As `UserOverride` in the configuration; empty is root.
-    pub user: &'a str,
+    /// The command, whose arguments are `command`. There are none where a session is continued.
+    pub spec: Spec<'a>,
     /// The terminal's columns; 0 is unknown.
     pub cols: u16,
     /// The terminal's rows; 0 is unknown.
@@ -130,31 +141,29 @@ pub struct SessionRequest<'a> {
 impl<'a> Object<'a> for SessionRequest<'a> {
     fn member(&mut self, name: &str) -> Place<'_, 'a> {
         match name {
-            "command" => Place::Strings(&mut self.command, ARGV),
-            "tty" => Place::Flag(&mut self.tty),
-            "env" => Place::Strings(&mut self.env, ENV),
-            "cwd" => Place::CStr(&mut self.cwd),
-            "user" => Place::Str(&mut self.user),
+            "tty" => Place::Flag(&mut self.spec.tty),
             "cols" => Place::Number(&mut self.cols, 0..=CELLS),
             "rows" => Place::Number(&mut self.rows, 0..=CELLS),
             "streams" => Place::Flag(&mut self.streams),
             "id" => Place::Str(&mut self.id),
             "attach" => Place::Str(&mut self.attach),
-            _ => Place::Unknown,
+            _ => self.spec.member(name, "command"),
         }
     }
 }
 
 impl<'a> Request<'a> for SessionRequest<'a> {
     fn check(&self) -> Result<(), Message> {
-        for (field, id) in [("id", self.id), ("attach", self.attach)] {
-            if !id.is_empty() {
-                check_id(field, id)?;
-            }
+        let is_wrong = |id: &str| !id.is_empty() && !is_id(id);
+        if is_wrong(self.id) {
+            return Err(wrong_id("id"));
+        }
+        if is_wrong(self.attach) {
+            return Err(wrong_id("attach"));
         }
         if self.attach.is_empty() {
-            check_command("command", self.command)
-        } else if self.command.is_empty() && self.id.is_empty() {
+            self.spec.check("command")
+        } else if self.spec.argv.is_empty() && self.id.is_empty() {
             Ok(())
         } else {
             Err(message!("attach: must be without command and id"))
@@ -164,15 +173,11 @@ impl<'a> Request<'a> for SessionRequest<'a> {
 
 /// Whether a text can be the name of a session: 1 to 64 of `A-Z a-z 0-9 . _ -`.
 pub fn is_id(text: &str) -> bool {
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-    (1..=ID).contains(&text.len()) && text.bytes().all(is_plain)
+    (1..=ID).contains(&text.len()) && text.bytes().all(is_name_byte)
 }
 
-fn check_id(field: &str, id: &str) -> Result<(), Message> {
-    if !is_id(id) {
-        return Err(message!("{field}: must be 1 to {ID} of A-Z a-z 0-9 . _ -"));
-    }
-    Ok(())
+fn wrong_id(field: &str) -> Message {
+    message!("{field}: must be 1 to {ID} of A-Z a-z 0-9 . _ -")
 }
 
 /// A later text of a session: `{"cols":N,"rows":N}` or `{"stdin":"eof"}`.
@@ -384,10 +389,10 @@ mod tests {
     fn a_command_is_cmd_in_one_call_and_command_in_the_other() {
         let body = r#"{"cmd":["ls","-la"],"timeout_ms":5,"command":["x"],"env":["A=b"],"cwd":"/tmp","user":"app:staff"}"#;
         let exec = decoded!(ExecRequest, body, |request| (
-            strings(request.cmd),
-            strings(request.env),
-            request.cwd.to_owned(),
-            request.user.to_owned(),
+            strings(request.spec.argv),
+            strings(request.spec.env),
+            request.spec.cwd.to_owned(),
+            request.spec.user.to_owned(),
             request.timeout_ms
         ));
         let list = |strings: &[&str]| strings.iter().map(|string| string.to_string()).collect();
@@ -403,8 +408,8 @@ mod tests {
         );
         let text = r#"{"command":["sh"],"tty":true,"cols":80,"rows":24,"cmd":["x","y"],"id":"build-1","streams":true}"#;
         let session = decoded!(SessionRequest, text, |request| (
-            strings(request.command),
-            request.tty,
+            strings(request.spec.argv),
+            request.spec.tty,
             (request.cols, request.rows),
             request.id.to_owned(),
             request.streams

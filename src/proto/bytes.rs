@@ -1,7 +1,57 @@
-//! Texts taken apart at single bytes.
+//! Bytes copied, and texts taken apart at single bytes.
 //!
 //! Not generic, so that each of these is in the program once; core's searchers for characters and
 //! closures are compiled anew at every call.
+
+use core::fmt::{self, Write};
+
+/// Copies as many of the first bytes as there is room for: how many those are.
+pub fn copy(from: &[u8], to: &mut [u8]) -> usize {
+    let count = from.len().min(to.len());
+    if let (Some(from), Some(to)) = (from.get(..count), to.get_mut(..count)) {
+        to.copy_from_slice(from);
+    }
+    count
+}
+
+/// Text that is written into a buffer; a piece that does not fit is an error.
+#[derive(Debug)]
+pub struct Text<'a> {
+    room: &'a mut [u8],
+    length: usize,
+}
+
+impl<'a> Text<'a> {
+    /// No text yet.
+    pub fn new(room: &'a mut [u8]) -> Self {
+        Self { room, length: 0 }
+    }
+
+    /// What was written.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.room.get(..self.length).unwrap_or(&[])
+    }
+
+    /// The same, as part of the buffer.
+    pub fn into_bytes(self) -> &'a [u8] {
+        self.room.get(..self.length).unwrap_or(&[])
+    }
+}
+
+impl Write for Text<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let end = self.length + text.len();
+        let room = self.room.get_mut(self.length..end).ok_or(fmt::Error)?;
+        room.copy_from_slice(text.as_bytes());
+        self.length = end;
+        Ok(())
+    }
+}
+
+/// Whether a byte is one of `A-Z a-z 0-9 . _ -`, of which plain names are.
+pub fn is_name_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"._-".contains(&byte)
+}
 
 /// Where the first `byte` is.
 pub fn find(bytes: &[u8], byte: u8) -> Option<usize> {
@@ -23,6 +73,27 @@ pub fn before(bytes: &[u8], byte: u8) -> &[u8] {
 pub fn split_text_once(text: &str, ascii: u8) -> Option<(&str, &str)> {
     let at = find(text.as_bytes(), ascii)?;
     Some((text.get(..at)?, text.get(at + 1..)?))
+}
+
+/// The words of a text, whatever blanks are around them.
+pub fn words(text: &[u8]) -> Words<'_> {
+    Words(text)
+}
+
+/// See [`words`].
+#[derive(Clone, Debug)]
+pub struct Words<'a>(&'a [u8]);
+
+impl<'a> Iterator for Words<'a> {
+    type Item = &'a [u8];
+
+    fn next(&mut self) -> Option<&'a [u8]> {
+        let rest = self.0.trim_ascii_start();
+        let end = rest.iter().position(u8::is_ascii_whitespace);
+        let (word, rest) = rest.split_at_checked(end.unwrap_or(rest.len()))?;
+        self.0 = rest;
+        (!word.is_empty()).then_some(word)
+    }
 }
 
 /// The pieces of `bytes` between the separators, one more than there are separators.
@@ -68,6 +139,25 @@ impl DoubleEndedIterator for Split<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn as_much_is_copied_as_there_is_room_for() {
+        for (from, copied) in [("", "...."), ("ab", "ab.."), ("abcdef", "abcd")] {
+            let mut to = *b"....";
+            assert_eq!(copy(from.as_bytes(), &mut to), from.len().min(4));
+            assert_eq!(to, copied.as_bytes());
+        }
+    }
+
+    #[test]
+    fn a_piece_of_text_that_does_not_fit_is_not_written() {
+        let mut room = *b"......";
+        let mut text = Text::new(&mut room);
+        assert!(write!(text, "{}", 123).is_ok());
+        assert!(text.write_str("4567").is_err());
+        assert!(text.write_str("456").is_ok());
+        assert_eq!(text.as_bytes(), b"123456");
+    }
 
     #[test]
     fn pieces_are_those_of_core_from_either_end() {

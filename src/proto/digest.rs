@@ -1,5 +1,7 @@
 //! SHA-1 (FIPS 180-4) for the WebSocket handshake, and base64 (RFC 4648) for that and for random bytes.
 
+use crate::bytes::copy;
+
 /// The alphabet (RFC 4648 section 4).
 pub const BASE64: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
@@ -19,12 +21,14 @@ const INITIAL: [u32; 5] = [
 
 /// The SHA-1 digest of a message.
 pub fn sha1(message: &[u8]) -> [u8; 20] {
+    let mut state = INITIAL;
     let (blocks, rest) = message.as_chunks();
+    for block in blocks {
+        compress(&mut state, block);
+    }
     // What is left, a bit, zeros, and the length: one block or two (section 5.1.1).
     let mut padded = [0; 2 * BLOCK];
-    for (slot, byte) in padded.iter_mut().zip(rest) {
-        *slot = *byte;
-    }
+    copy(rest, &mut padded);
     if let Some(slot) = padded.get_mut(rest.len()) {
         *slot = 0x80;
     }
@@ -34,12 +38,9 @@ pub fn sha1(message: &[u8]) -> [u8; 20] {
         2
     };
     let bits = (message.len() as u64).wrapping_mul(8).to_be_bytes();
-    let length = padded.iter_mut().skip(last * BLOCK - LENGTH);
-    for (slot, byte) in length.zip(&bits) {
-        *slot = *byte;
-    }
-    let mut state = INITIAL;
-    for block in blocks.iter().chain(padded.as_chunks().0.iter().take(last)) {
+    let length = padded.get_mut(last * BLOCK - LENGTH..);
+    copy(&bits, length.unwrap_or(&mut []));
+    for block in padded.as_chunks().0.iter().take(last) {
         compress(&mut state, block);
     }
     let mut digest = [0; 20];
@@ -80,19 +81,15 @@ fn compress(state: &mut [u32; 5], block: &[u8; BLOCK]) {
     }
 }
 
-/// A digest as base64, with its padding.
+/// A digest as base64: six bits a character, and one of padding.
 pub fn base64(digest: &[u8; 20]) -> [u8; 28] {
     let mut text = [b'='; 28];
-    for (bytes, characters) in digest.chunks(3).zip(text.chunks_mut(4)) {
-        let group = bytes
-            .iter()
-            .fold(0, |group, byte| group << 8 | usize::from(*byte));
-        // Three bytes are four characters; two are three, and one is two.
-        let group = group << (8 * (3 - bytes.len()));
-        for (at, character) in characters.iter_mut().take(bytes.len() + 1).enumerate() {
-            let index = group >> (18 - 6 * at) & 63;
-            *character = BASE64.get(index).copied().unwrap_or(b'=');
-        }
+    let byte = |at: usize| digest.get(at).copied().unwrap_or(0);
+    for (at, character) in text.iter_mut().take(27).enumerate() {
+        let bit = 6 * at;
+        let bytes = u16::from_be_bytes([byte(bit / 8), byte(bit / 8 + 1)]);
+        let index = usize::from(bytes >> (10 - bit % 8) & 63);
+        *character = BASE64.get(index).copied().unwrap_or(b'=');
     }
     text
 }

@@ -1,7 +1,7 @@
 //! The contents of /etc/hosts and /etc/resolv.conf.
 
 use crate::arena::Strings;
-use crate::bytes::{find, split};
+use crate::bytes::{find, split, words};
 use crate::config::{EtcResolv, HOSTS, Host};
 
 /// Marks a line of /etc/hosts as ours, so that the next boot replaces it.
@@ -49,7 +49,7 @@ pub fn hosts(old: &[u8], entries: &[Host], new: &mut Contents) {
     keep(old, &mut |line| {
         new.put(line);
         new.put(b"\n");
-        let mut words = words(line);
+        let mut words = words(halves(line).0);
         let ip = words.next();
         blank &= line.trim_ascii().is_empty();
         for (entry, said) in entries.iter().zip(&mut said) {
@@ -97,12 +97,6 @@ fn keep(old: &[u8], each: &mut dyn FnMut(&[u8])) {
 fn halves(line: &[u8]) -> (&[u8], &[u8]) {
     let end = find(line, b'#').unwrap_or(line.len());
     line.split_at_checked(end).unwrap_or((line, &[]))
-}
-
-/// A line's words, up to its comment.
-fn words(line: &[u8]) -> impl Iterator<Item = &[u8]> + Clone {
-    let words = halves(line).0.split(u8::is_ascii_whitespace);
-    words.filter(|word| !word.is_empty())
 }
 
 /// Writes the new /etc/resolv.conf (resolv.conf(5)).

@@ -141,7 +141,7 @@ pub struct ErrnoName(pub i32);
 /// Defines the numbers and their names as in errno(3).
 macro_rules! errno_names {
     ($($name:ident)*) => {
-        const NUMBERS: &[u32] = &[$(linux_raw_sys::errno::$name),*];
+        const NUMBERS: &[i16] = &[$(linux_raw_sys::errno::$name as i16),*];
         const NAMES: &[&str] = &[$(stringify!($name)),*];
     };
 }
@@ -158,7 +158,7 @@ errno_names! {
 impl Display for ErrnoName {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut known = NUMBERS.iter().zip(NAMES);
-        match known.find(|(number, _)| i64::from(**number) == i64::from(self.0)) {
+        match known.find(|(number, _)| i32::from(**number) == self.0) {
             Some((_, name)) => formatter.write_str(name),
             None => write!(formatter, "errno {}", self.0),
         }

@@ -61,8 +61,8 @@ pub fn parse(line: &[u8]) -> Option<Mount<'_>> {
     let (major, minor) = split_once(fields.next()?, b':')?;
     let _root = fields.next()?;
     let mount_point = fields.next().filter(|path| !path.is_empty())?;
-    let mut last = fields.skip_while(|field| *field != b"-").skip(1);
-    let (fs_type, source, options) = (last.next(), last.next(), last.next());
+    let _options = fields.find(|field| *field == b"-");
+    let (fs_type, source, options) = (fields.next(), fields.next(), fields.next());
     Some(Mount {
         id,
         major: decimal::parse(major)?,

@@ -1,6 +1,6 @@
 //! rtnetlink messages (rtnetlink(7), netlink(7)): requests, acknowledgements, and dumps. Bytes only.
 
-use crate::bytes::before;
+use crate::bytes::{before, copy};
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 // include/uapi/linux/netlink.h
@@ -29,6 +29,7 @@ const NLA_TYPE_MASK: u16 = 0x3fff;
 
 // include/uapi/linux/rtnetlink.h
 const RTM_NEWLINK: u16 = 16;
+const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
 const RTM_GETADDR: u16 = 22;
@@ -51,12 +52,18 @@ const RTM_F_CLONED: u32 = 0x200;
 const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
+const RTA_PRIORITY: u16 = 6;
+/// The metric of a route that gives way to any other.
+const LAST: u32 = u32::MAX;
 
 // include/uapi/linux/if_link.h, if.h
 /// struct ifinfomsg: family, padding, type (2), index (4), flags (4), change mask (4).
 const IFINFOMSG_LEN: usize = 16;
+const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFF_UP: u32 = 0x1;
+/// Room for an interface's name, with its NUL.
+const IFNAMSIZ: usize = 16;
 
 // include/uapi/linux/if_addr.h
 /// struct ifaddrmsg: family, prefix length, flags, scope, index (4).
@@ -144,6 +151,21 @@ fn family(ip: &IpAddr) -> u8 {
     }
 }
 
+/// Asks for the interface of a name, of which 15 bytes count: no name is longer.
+pub fn get_link(name: &str) -> Request {
+    let mut text = [0; IFNAMSIZ];
+    copy(name.as_bytes(), text.split_at_mut(IFNAMSIZ - 1).0);
+    let mut request = Request::new(RTM_GETLINK, 0, &[AF_UNSPEC; IFINFOMSG_LEN]);
+    request.attribute(IFLA_IFNAME, &text);
+    request
+}
+
+/// The index of the interface that was asked for, by the first bytes of the answer.
+pub fn link_index(received: &[u8]) -> Option<u32> {
+    let is_link = u16_at(received, 4)? == RTM_NEWLINK;
+    u32_at(received, NLMSG_HDRLEN + 4).filter(|_| is_link)
+}
+
 /// Brings interface `index` up, and sets its MTU where one is given.
 pub fn link_up(index: u32, mtu: Option<u32>) -> Request {
     let mut body = [0; IFINFOMSG_LEN];
@@ -214,16 +236,17 @@ fn host_route(kind: u16, flags: u16, index: u32, peer: Ipv4Addr) -> Request {
     let body = rtmsg(AF_INET, 32, RTPROT_BOOT, RT_SCOPE_LINK, 0);
     let mut request = Request::new(kind, NLM_F_ACK | flags, &body);
     request.attribute(RTA_DST, &peer.octets());
+    request.number(RTA_PRIORITY, LAST);
     request.number(RTA_OIF, index);
     request
 }
 
-/// A /32 route to a peer on the link.
+/// A /32 route to a peer on the link, beside those that others have made, and behind them.
 pub fn add_host_route(index: u32, peer: Ipv4Addr) -> Request {
     host_route(RTM_NEWROUTE, IN_PLACE, index, peer)
 }
 
-/// Takes the route away.
+/// Takes the route away, and nobody else's.
 pub fn remove_host_route(index: u32, peer: Ipv4Addr) -> Request {
     host_route(RTM_DELROUTE, 0, index, peer)
 }
@@ -374,7 +397,8 @@ pub struct Entry<'a> {
     /// Of an address, itself and its prefix length.
     pub address: Option<(IpAddr, u8)>,
     /// The kernel made it by itself, and will make or drop it by itself: addresses of lo, link-local IPv6
-    /// addresses, routes that follow from addresses, neighbours that are never asked for.
+    /// addresses that were not added with [`add_address`], routes that follow from addresses, neighbours
+    /// that are never asked for.
     pub is_automatic: bool,
     message: Message<'a>,
 }
@@ -386,7 +410,7 @@ impl<'a> Entry<'a> {
         let (index, address, is_automatic) = match message.kind {
             RTM_NEWADDR => {
                 let (body, attributes) = payload.split_at_checked(IFADDRMSG_LEN)?;
-                let [family, prefix, ..] = *body else {
+                let [family, prefix, flags, ..] = *body else {
                     return None;
                 };
                 // Of an address with a peer, IFA_ADDRESS is the peer's.
@@ -395,7 +419,9 @@ impl<'a> Entry<'a> {
                 let ip = ip_address(family, ip?)?;
                 let is_automatic = match ip {
                     IpAddr::V4(ip) => ip.is_loopback(),
-                    IpAddr::V6(ip) => ip.is_loopback() || ip.is_unicast_link_local(),
+                    // The kernel looks whether another one has its own (net/ipv6/addrconf.c).
+                    IpAddr::V6(ip) if ip.is_unicast_link_local() => flags & IFA_F_NODAD == 0,
+                    IpAddr::V6(ip) => ip.is_loopback(),
                 };
                 (u32_at(body, 4)?, Some((ip, prefix)), is_automatic)
             }
@@ -511,6 +537,23 @@ mod tests {
     }
 
     #[test]
+    fn a_link_is_asked_for_by_its_name_and_told_by_its_index() {
+        let expected = [
+            52, 0, 0, 0, 18, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, // nlmsghdr
+            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, // ifinfomsg
+            20, 0, 3, 0, b'e', b't', b'h', b'0', // IFLA_IFNAME
+            0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+        ];
+        assert_eq!(get_link("eth0").as_bytes(), expected);
+        let longest = get_link("abcdefghijklmnop");
+        assert_eq!(longest.as_bytes()[36..], *b"abcdefghijklmno\0");
+        let link = message(RTM_NEWLINK, 0, &[0, 0, 1, 0, 7, 0, 0, 0, 1, 0, 0, 0]);
+        assert_eq!(link_index(&link), Some(7));
+        assert_eq!(link_index(&link[..23]), None);
+        assert_eq!(link_index(&reply(19, 0, &[0; 16])), None);
+    }
+
+    #[test]
     fn an_ipv4_address_is_local_and_without_duplicate_detection() {
         let expected = [
             48, 0, 0, 0, 20, 0, 5, 5, 1, 0, 0, 0, 0, 0, 0, 0, // nlmsghdr
@@ -564,6 +607,10 @@ mod tests {
             [2, 32, 0, 0, 254, 3, 253, 1, 0, 0, 0, 0]
         );
         assert_eq!(request.as_bytes()[28..36], [8, 0, 1, 0, 169, 254, 169, 254]);
+        // Its metric is its own, so that no other is replaced or removed.
+        for request in [request, remove_host_route(2, Ipv4Addr::LOCALHOST)] {
+            assert_eq!(request.as_bytes()[36..44], [8, 0, 6, 0, 255, 255, 255, 255]);
+        }
     }
 
     #[test]
@@ -693,6 +740,8 @@ mod tests {
             &[7],
         ]
         .concat();
+        let mut added = v6.clone();
+        added[2] |= 0x02; // IFA_F_NODAD
         let loopback = [
             2, 8, 0x80, 254, 1, 0, 0, 0, // ifaddrmsg
             8, 0, 1, 0, 127, 0, 0, 1, // IFA_ADDRESS
@@ -701,6 +750,7 @@ mod tests {
         let received = [
             message(20, 2, &v4),
             message(20, 2, &v6),
+            message(20, 2, &added),
             message(20, 2, &loopback),
             message(3, 2, &[0; 4]),
         ]
@@ -715,6 +765,7 @@ mod tests {
             [
                 (2, (ip("10.0.0.2"), 24), false),
                 (2, (ip("fe80::7"), 64), true),
+                (2, (ip("fe80::7"), 64), false),
                 (1, (ip("127.0.0.1"), 8), true)
             ]
         );

@@ -63,6 +63,11 @@ impl<M: DerefMut<Target = [u8]>> Ring<M> {
         }
     }
 
+    /// Whether it can keep anything.
+    pub fn has_memory(&self) -> bool {
+        !self.memory.is_empty()
+    }
+
     /// How many bytes have come.
     pub fn written(&self) -> u64 {
         self.written
@@ -94,11 +99,8 @@ impl<M: DerefMut<Target = [u8]>> Ring<M> {
     }
 
     fn record(&self, position: u64) -> (u8, usize) {
-        let [a, b, c, d] = [1, 2, 3, 4].map(|at| self.byte(position + at));
-        (
-            self.byte(position),
-            u32::from_be_bytes([a, b, c, d]) as usize,
-        )
+        let add = |length, at| length << 8 | usize::from(self.byte(position + at));
+        (self.byte(position), (1..=4).fold(0, add))
     }
 
     fn set_record(&mut self, position: u64, stream: u8, length: usize) {

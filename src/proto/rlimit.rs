@@ -4,62 +4,46 @@ use crate::bytes::split_text_once;
 use crate::decimal;
 use crate::json::{Object, Parse, Place};
 
-/// A resource by its number (include/uapi/asm-generic/resource.h; x86_64 and aarch64 have the same).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[allow(missing_docs, reason = "getrlimit(2) describes them")]
-pub enum Resource {
-    Cpu,
-    Fsize,
-    Data,
-    Stack,
-    Core,
-    Rss,
-    Nproc,
-    Nofile,
-    Memlock,
-    As,
-    Locks,
-    Sigpending,
-    Msgqueue,
-    Nice,
-    Rtprio,
-    Rttime,
-}
-
-/// How many resources there are (RLIM_NLIMITS).
-const RESOURCES: usize = 16;
-
-/// All of them, by their numbers, with their names.
-const ALL: [(Resource, &str); RESOURCES] = [
-    (Resource::Cpu, "CPU"),
-    (Resource::Fsize, "FSIZE"),
-    (Resource::Data, "DATA"),
-    (Resource::Stack, "STACK"),
-    (Resource::Core, "CORE"),
-    (Resource::Rss, "RSS"),
-    (Resource::Nproc, "NPROC"),
-    (Resource::Nofile, "NOFILE"),
-    (Resource::Memlock, "MEMLOCK"),
-    (Resource::As, "AS"),
-    (Resource::Locks, "LOCKS"),
-    (Resource::Sigpending, "SIGPENDING"),
-    (Resource::Msgqueue, "MSGQUEUE"),
-    (Resource::Nice, "NICE"),
-    (Resource::Rtprio, "RTPRIO"),
-    (Resource::Rttime, "RTTIME"),
+/// Names of resources, by their numbers (include/uapi/asm-generic/resource.h; x86_64 and aarch64 have the
+/// same).
+const NAMES: [&str; 16] = [
+    "CPU",
+    "FSIZE",
+    "DATA",
+    "STACK",
+    "CORE",
+    "RSS",
+    "NPROC",
+    "NOFILE",
+    "MEMLOCK",
+    "AS",
+    "LOCKS",
+    "SIGPENDING",
+    "MSGQUEUE",
+    "NICE",
+    "RTPRIO",
+    "RTTIME",
 ];
+
+/// A resource whose use can be limited (getrlimit(2)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resource(usize);
 
 impl Resource {
     /// Reads `NOFILE` or `RLIMIT_NOFILE`.
     pub fn parse(name: &str) -> Option<Self> {
         let name = name.strip_prefix("RLIMIT_").unwrap_or(name);
-        let found = ALL.iter().find(|(_, known)| *known == name);
-        found.map(|(resource, _)| *resource)
+        NAMES.iter().position(|known| *known == name).map(Self)
+    }
+
+    /// Its number.
+    pub fn number(self) -> usize {
+        self.0
     }
 
     /// Its name: `NOFILE`.
     pub fn name(self) -> &'static str {
-        ALL.get(self as usize).map_or("", |(_, name)| name)
+        NAMES.get(self.0).copied().unwrap_or_default()
     }
 }
 
@@ -111,7 +95,7 @@ impl Parse for Limit {
 /// No `Option`, whose `None` is not all zeros here: then the static memory that these are a part of
 /// would not be, either, and lie in the file.
 #[derive(Clone, Debug, Default, Hash)]
-pub struct Rlimits([(bool, Limit); RESOURCES]);
+pub struct Rlimits([(bool, Limit); NAMES.len()]);
 
 impl Rlimits {
     /// None.
@@ -120,14 +104,14 @@ impl Rlimits {
             soft: None,
             hard: None,
         };
-        Self([(false, unlimited); RESOURCES])
+        Self([(false, unlimited); NAMES.len()])
     }
 
     /// The limits that were given.
     pub fn iter(&self) -> impl Iterator<Item = (Resource, Limit)> {
-        let limits = ALL.iter().zip(&self.0);
-        limits.filter_map(|((resource, _), (is_given, limit))| {
-            is_given.then_some((*resource, *limit))
+        let limits = self.0.iter().enumerate();
+        limits.filter_map(|(number, (is_given, limit))| {
+            is_given.then_some((Resource(number), *limit))
         })
     }
 }
@@ -135,7 +119,7 @@ impl Rlimits {
 /// An object: a member's name is a resource, its value a limit.
 impl<'a> Object<'a> for Rlimits {
     fn member(&mut self, name: &str) -> Place<'_, 'a> {
-        let limit = Resource::parse(name).and_then(|resource| self.0.get_mut(resource as usize));
+        let limit = Resource::parse(name).and_then(|resource| self.0.get_mut(resource.number()));
         match limit {
             Some((is_given, limit)) => {
                 *is_given = true;
@@ -161,7 +145,7 @@ mod tests {
             ("RTTIME", 15),
         ] {
             let resource = Resource::parse(name).unwrap();
-            assert_eq!(resource as u32, number, "{name}");
+            assert_eq!(resource.number(), number, "{name}");
         }
         for name in ["", "nofile", "RLIMIT_", "RLIMIT_RLIMIT_AS", "FILES", "7"] {
             assert_eq!(Resource::parse(name), None, "{name}");

@@ -38,24 +38,30 @@ impl Signal {
     }
 }
 
-/// Reads `SIGQUIT`, `QUIT`, `SIGRTMIN+3`, `RTMAX-1` or `3`.
+/// Reads `SIGQUIT`, `QUIT`, `SIGRTMIN+3`, `RTMAX-1` or `3`, in any case: an image has it as its
+/// `STOPSIGNAL` was written.
 pub fn parse(text: &str) -> Option<Signal> {
     if let Some(number) = decimal::parse(text.as_bytes()) {
         return Signal::new(number);
     }
-    let name = text.strip_prefix("SIG").unwrap_or(text);
-    if let Some(offset) = name.strip_prefix("RTMIN") {
+    let name = strip_start(text, "SIG").unwrap_or(text);
+    if let Some(offset) = strip_start(name, "RTMIN") {
         return Signal::new(u64::from(RTMIN) + real_time('+', offset)?);
     }
-    if let Some(offset) = name.strip_prefix("RTMAX") {
+    if let Some(offset) = strip_start(name, "RTMAX") {
         return Signal::new(u64::from(RTMAX) - real_time('-', offset)?);
     }
-    let mut numbered = NAMES.iter().zip(1..);
-    if let Some((_, number)) = numbered.find(|(known, _)| **known == name) {
-        return Signal::new(number);
+    let is_it = |known: &str| known.eq_ignore_ascii_case(name);
+    if let Some(at) = NAMES.iter().position(|known| is_it(known)) {
+        return Signal::new(at as u64 + 1);
     }
-    let (_, number) = ALIASES.iter().find(|(known, _)| *known == name)?;
+    let (_, number) = ALIASES.iter().find(|(known, _)| is_it(known))?;
     Signal::new(*number)
+}
+
+fn strip_start<'t>(text: &'t str, start: &str) -> Option<&'t str> {
+    let (found, rest) = text.split_at_checked(start.len())?;
+    found.eq_ignore_ascii_case(start).then_some(rest)
 }
 
 /// How far from the first or last real-time signal: a sign and a number, or nothing.
@@ -103,6 +109,9 @@ mod tests {
             ("SIGRTMAX-30", 34),
             ("1", 1),
             ("64", 64),
+            ("sigterm", 15),
+            ("SigRtMin+3", 37),
+            ("quit", 3),
         ] {
             assert_eq!(parse(text).map(Signal::number), Some(number), "{text}");
         }
@@ -120,7 +129,9 @@ mod tests {
             "SIG",
             "SIG3",
             "SIGFOO",
-            "sigterm",
+            "sigsigterm",
+            "SI",
+            "sié",
             "SIGTERM ",
             "SIGRTMIN+31",
             "SIGRTMIN-1",

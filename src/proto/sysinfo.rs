@@ -4,7 +4,7 @@
 //! what reads its answer reads this one: memory in bytes, processor times in seconds, times of disks in
 //! milliseconds, sectors of 512 bytes. What a kernel does not tell is `null`.
 
-use crate::bytes::{split, split_once, split_text_once};
+use crate::bytes::{Words, split, split_once, split_text_once, words};
 use crate::decimal;
 use crate::json::Quoted;
 use crate::message::ToLossy;
@@ -43,25 +43,9 @@ const NET: &str = "recv_bytes recv_packets recv_errs recv_drop recv_fifo recv_fr
 /// Ticks of /proc/stat in a second (USER_HZ).
 const TICKS: u64 = 100;
 
-/// The words of a line.
-struct Words<'a>(&'a [u8]);
-
-impl<'a> Iterator for Words<'a> {
-    type Item = &'a [u8];
-
-    fn next(&mut self) -> Option<&'a [u8]> {
-        let rest = self.0.trim_ascii_start();
-        let end = rest.iter().position(u8::is_ascii_whitespace);
-        let (word, rest) = rest.split_at_checked(end.unwrap_or(rest.len()))?;
-        self.0 = rest;
-        (!word.is_empty()).then_some(word)
-    }
-}
-
-impl Words<'_> {
-    fn number(&mut self) -> Option<u64> {
-        decimal::parse(self.next()?)
-    }
+/// The next word as a number.
+fn next_number(words: &mut Words) -> Option<u64> {
+    decimal::parse(words.next()?)
 }
 
 /// What a number counts.
@@ -104,7 +88,7 @@ fn device(
     out: &mut dyn Write,
 ) -> fmt::Result {
     write!(out, "{comma}{{\"name\":{},", Quoted(&name.lossy()))?;
-    members(names, Unit::One, &mut |_| values.number(), out)?;
+    members(names, Unit::One, &mut |_| next_number(&mut values), out)?;
     *comma = ",";
     out.write_str("}")
 }
@@ -113,9 +97,12 @@ fn device(
 fn memory(text: &[u8], out: &mut dyn Write) -> fmt::Result {
     let mut bytes = |name: &str| {
         split(text, b'\n').find_map(|line| {
-            let mut words = Words(line);
+            let mut words = words(line);
             let is_it = is_spelled(words.next()?, name);
-            is_it.then(|| words.number()).flatten()?.checked_mul(1024)
+            is_it
+                .then(|| next_number(&mut words))
+                .flatten()?
+                .checked_mul(1024)
         })
     };
     out.write_str("{")?;
@@ -126,13 +113,13 @@ fn memory(text: &[u8], out: &mut dyn Write) -> fmt::Result {
 /// Whether a word of /proc/meminfo, `MemTotal:`, is a name: `mem_total`.
 fn is_spelled(word: &[u8], name: &str) -> bool {
     let letters = name.bytes().filter(|letter| *letter != b'_');
-    let word = word.iter().map(u8::to_ascii_lowercase);
-    word.eq(letters.chain([b':']))
+    let word = word.strip_suffix(b":").unwrap_or(&[]);
+    word.iter().map(u8::to_ascii_lowercase).eq(letters)
 }
 
 /// `0.20 0.18 0.12 1/80 11206`
 fn load_average(text: &[u8], out: &mut dyn Write) -> fmt::Result {
-    let mut words = Words(text);
+    let mut words = words(text);
     for before in ["[", ",", ","] {
         let number = words
             .next()
@@ -148,14 +135,11 @@ fn load_average(text: &[u8], out: &mut dyn Write) -> fmt::Result {
 
 /// Allocated, unused and most descriptions of open files.
 fn filefd(text: &[u8], out: &mut dyn Write) -> fmt::Result {
-    let mut words = Words(text);
-    let (allocated, _unused, maximum) = (words.number(), words.number(), words.number());
-    let mut value = |name: &str| {
-        if name == "maximum" {
-            maximum
-        } else {
-            allocated
-        }
+    let mut words = words(text);
+    let mut value = |_: &str| {
+        let number = next_number(&mut words);
+        let _unused = words.next();
+        number
     };
     out.write_str("{")?;
     members("allocated maximum", Unit::One, &mut value, out)?;
@@ -166,11 +150,11 @@ fn filefd(text: &[u8], out: &mut dyn Write) -> fmt::Result {
 fn cpus(text: &[u8], out: &mut dyn Write) -> fmt::Result {
     let mut before = "{";
     for line in split(text, b'\n') {
-        let mut words = Words(line);
+        let mut words = words(line);
         let number = words.next().and_then(|word| word.strip_prefix(b"cpu"));
         if let Some(number) = number.and_then(decimal::parse::<u64>) {
             write!(out, "{before}\"{number}\":{{")?;
-            members(CPU, Unit::Tick, &mut |_| words.number(), out)?;
+            members(CPU, Unit::Tick, &mut |_| next_number(&mut words), out)?;
             before = "},";
         }
     }
@@ -182,7 +166,7 @@ fn disks(text: &[u8], out: &mut dyn Write) -> fmt::Result {
     let mut comma = "";
     out.write_str("[")?;
     for line in split(text, b'\n') {
-        let mut words = Words(line);
+        let mut words = words(line);
         if let Some(name) = words.nth(2)
             && (name.starts_with(b"vd") || name.starts_with(b"pmem"))
         {
@@ -200,7 +184,7 @@ fn net(text: &[u8], out: &mut dyn Write) -> fmt::Result {
         if let Some((name, values)) = split_once(line, b':')
             && name.trim_ascii() != b"lo"
         {
-            device(&mut comma, name.trim_ascii(), NET, Words(values), out)?;
+            device(&mut comma, name.trim_ascii(), NET, words(values), out)?;
         }
     }
     out.write_str("]")

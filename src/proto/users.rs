@@ -60,8 +60,9 @@ impl Identity {
     /// an empty user is root.
     ///
     /// `passwd` and `group` are the files' contents, empty where there is no such file. A line that
-    /// makes no sense is no account. A number is an id and never a name (CVE-2016-3697); one without
-    /// an account stands for itself, as user and as group.
+    /// makes no sense is no account. A number is an id and never a name (CVE-2016-3697); a user id
+    /// without an account stands for itself, in group 0: images that any user can run give what is to
+    /// be written to that group (as in Docker, containerd and Kubernetes).
     pub fn resolve<'a>(
         &mut self,
         spec: &'a [u8],
@@ -73,36 +74,21 @@ impl Identity {
         let given_group = Some(given_group).filter(|group| !group.is_empty());
 
         let wanted = Wanted::parse(user).ok_or(IdentityError::UserId(user))?;
-        let mut account = None;
-        let mut home: &[u8] = b"/";
-        match wanted {
-            Wanted::Id(id) => (self.uid, self.gid) = (id, id),
-            // An image without /etc/passwd still has its root.
-            Wanted::Name(b"root") => (self.uid, self.gid, home) = (0, 0, b"/root"),
-            Wanted::Name(_) => {}
-        }
-        for line in split(passwd, b'\n') {
+        let known = split(passwd, b'\n').find_map(|line| {
             // name:password:UID:GID:GECOS:directory:shell
             let [name, _, uid, gid, _, directory] = fields(line);
-            if let (Some(uid), Some(gid)) = (id(uid), id(gid))
-                && wanted.is(name, uid)
-            {
-                (self.uid, self.gid) = (uid, gid);
-                home = if directory.is_empty() {
-                    b"/"
-                } else {
-                    directory
-                };
-                account = Some(name);
-                break;
-            }
-        }
-        if account.is_none()
-            && let Wanted::Name(name) = wanted
-            && name != b"root"
-        {
-            return Err(IdentityError::UnknownUser(name));
-        }
+            let (uid, gid) = (id(uid)?, id(gid)?);
+            wanted.is(name, uid).then_some((name, uid, gid, directory))
+        });
+        let (mut account, uid, gid, home) = match (known, wanted) {
+            (Some((name, uid, gid, directory)), _) => (Some(name), uid, gid, directory),
+            (None, Wanted::Id(id)) => (None, id, 0, &b""[..]),
+            // An image without /etc/passwd still has its root.
+            (None, Wanted::Name(b"root")) => (None, 0, 0, &b"/root"[..]),
+            (None, Wanted::Name(name)) => return Err(IdentityError::UnknownUser(name)),
+        };
+        (self.uid, self.gid) = (uid, gid);
+        let home = if home.is_empty() { b"/" } else { home };
         self.home.clear();
         if self.home.extend_from_slice(home).is_err() {
             return Err(IdentityError::LongHome(user));
@@ -114,6 +100,10 @@ impl Identity {
         self.groups.clear();
         let mut fits = self.groups.push(self.gid).is_ok();
         for line in split(group, b'\n') {
+            // Most groups have no members.
+            if line.ends_with(b":") {
+                continue;
+            }
             let [_, _, gid, members, ..] = fields(line);
             if let (Some(gid), Some(account)) = (id(gid), account)
                 && split(members, b',').any(|member| member == account)
@@ -260,9 +250,10 @@ mod tests {
     }
 
     #[test]
-    fn a_known_number_is_that_account_and_an_unknown_one_stands_for_itself() {
+    fn a_known_number_is_that_account_and_an_unknown_one_stands_for_itself_in_group_0() {
         assert_eq!(ids("1000"), ids("app"));
-        assert_eq!(ids("2000"), Ok((2000, 2000, vec![2000], "/".into())));
+        assert_eq!(ids("2000"), Ok((2000, 0, vec![0], "/".into())));
+        assert_eq!(ids("2000:"), ids("2000"));
         assert_eq!(ids("2000:3000"), Ok((2000, 3000, vec![3000], "/".into())));
         assert_eq!(ids("55"), Ok((55, 56, vec![56, 9], "/digits".into())));
         assert_eq!(ids("0000"), ids("0"));
@@ -271,7 +262,7 @@ mod tests {
     #[test]
     fn a_number_is_an_id_and_never_a_name() {
         // An account and a group that are named as a number, with ids of their own.
-        assert_eq!(ids("1234"), Ok((1234, 1234, vec![1234], "/".into())));
+        assert_eq!(ids("1234"), Ok((1234, 0, vec![0], "/".into())));
         assert_eq!(
             ids("app:4321"),
             Ok((1000, 4321, vec![4321], "/home/app".into()))

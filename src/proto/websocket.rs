@@ -349,25 +349,33 @@ impl CloseFrame {
         } else {
             (reason, "")
         };
-        Self::build(Some(code as u16), shown, mark)
+        let mut frame = Self::echo(Some(code as u16));
+        frame.append(shown.as_bytes());
+        frame.append(mark.as_bytes());
+        frame
     }
 
     /// The answer to a client's close frame: its own code, if it gave one.
     pub fn echo(code: Option<u16>) -> Self {
-        Self::build(code, "", "")
+        let mut frame = Self {
+            bytes: heapless::Vec::new(),
+        };
+        let _fits = frame
+            .bytes
+            .extend_from_slice(&[FIN | Opcode::Close as u8, 0]);
+        if let Some(code) = code {
+            frame.append(&code.to_be_bytes());
+        }
+        frame
     }
 
-    fn build(code: Option<u16>, reason: &str, mark: &str) -> Self {
-        let code = code.map(u16::to_be_bytes);
-        let code = code.as_ref().map_or(&[][..], <[u8; 2]>::as_slice);
-        let length = code.len() + reason.len() + mark.len();
-        let header = FrameHeader::new(Opcode::Close, length);
-        let mut bytes = heapless::Vec::new();
-        for part in &[header.as_bytes(), code, reason.as_bytes(), mark.as_bytes()] {
-            // A reason is at most MAX_REASON bytes.
-            let _fits = bytes.extend_from_slice(part);
+    /// Appends to the payload, which is at most MAX_CONTROL bytes: its length is the second byte.
+    fn append(&mut self, part: &[u8]) {
+        if self.bytes.extend_from_slice(part).is_ok()
+            && let Some(length) = self.bytes.get_mut(1)
+        {
+            *length += part.len() as u8;
         }
-        Self { bytes }
     }
 
     /// The bytes to send.

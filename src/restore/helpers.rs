@@ -1,6 +1,6 @@
 //! Helpers that freeze, thaw and restore: how they start, and what they have found out.
 
-use crate::api::CallError;
+use crate::api::{CallError, report, status_of};
 use crate::context::{Cgroups, Context};
 use crate::error;
 use crate::error::{Error, Log};
@@ -10,9 +10,6 @@ use crate::sys;
 use proto::http::Status;
 use rustix::fd::OwnedFd;
 use rustix::process::WaitStatus;
-
-/// What a helper's exit code is counted from: it says a status, and has eight bits.
-const STATUS: u16 = 300;
 
 /// What to freeze and thaw.
 pub fn freezer<'a>(cgroups: &'a Cgroups, proc: &'a OwnedFd) -> Option<Freezer<'a>> {
@@ -43,13 +40,7 @@ pub fn fork(
     proc: &OwnedFd,
     work: &mut dyn FnMut(&HelperLog) -> Result<(), CallError>,
 ) -> Result<Helper, Error> {
-    helper::fork_spared(proc, &mut |log| match work(log) {
-        Ok(()) => 0,
-        Err(CallError { status, error }) => {
-            log.fail(&error);
-            i32::from(status.code().saturating_sub(STATUS))
-        }
-    })
+    helper::fork_spared(proc, &mut |log| report(work(log), log))
 }
 
 /// What PID 1 closes must be closed, whatever this child waits for.
@@ -78,11 +69,5 @@ pub fn result(
         (None, Some(answer)) => return Ok(answer),
         (error, _) => error.unwrap_or_else(|| error!("a helper was killed")),
     };
-    let code = status.exit_status().unwrap_or(0) + i32::from(STATUS);
-    let known = [Status::BadRequest, Status::Conflict, Status::GatewayTimeout];
-    let known = known.iter().find(|status| i32::from(status.code()) == code);
-    Err(CallError::new(
-        *known.unwrap_or(&Status::InternalServerError),
-        error,
-    ))
+    Err(CallError::new(status_of(status.exit_status()), error))
 }

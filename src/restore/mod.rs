@@ -20,11 +20,10 @@ use crate::context::{Context, NEVER, room};
 use crate::error;
 use crate::page::PageBox;
 use crate::supervisor::Supervisor;
-use crate::sys::{self, Region};
+use crate::sys;
 use calls::finish_call;
 use helpers::{close_all_but, fork, freezer};
-use proto::arena::Strings;
-use proto::environment::ENV_BYTES;
+use proto::environment::Environment;
 use proto::http::Status;
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
@@ -32,6 +31,9 @@ use state::{Kind, Task};
 use steps::{Job, Report, Step};
 
 pub use state::Restore;
+
+/// When a restore that could not be begun is tried again, in milliseconds.
+const RETRY: u64 = 1_000;
 
 impl Restore {
     /// The workload runs: from now on there can be snapshots of it.
@@ -44,6 +46,7 @@ impl Restore {
     /// Goes on after a turn of the event loop.
     pub fn advance(&mut self, supervisor: &mut Supervisor) {
         let context = &mut supervisor.context;
+        self.triggers.watch_on(context);
         let flags = core::mem::replace(&mut context.snapshot.news, EventFlags::empty());
         if !flags.is_empty() {
             let news = self.triggers.look(flags, context);
@@ -58,7 +61,9 @@ impl Restore {
                     ..
                 })
             );
-            self.is_due |= news.is_restored && !is_called;
+            if news.is_restored && !is_called {
+                self.due = context.now;
+            }
         }
         self.finish_task(supervisor);
         if supervisor.context.snapshot.calls > 0 {
@@ -69,20 +74,28 @@ impl Restore {
         }
         supervisor.context.snapshot.deadline = match (&self.task, &self.hold) {
             (Some(task), _) => task.deadline,
-            (None, Some(hold)) => hold.until,
-            (None, None) => NEVER,
+            (None, Some(hold)) => hold.until.min(self.due),
+            (None, None) => self.due,
         };
     }
 
     /// What nobody has called for.
     fn do_what_is_due(&mut self, supervisor: &mut Supervisor) {
         let is_running = supervisor.is_running();
-        let is_due = core::mem::take(&mut self.is_due) && is_running;
+        let now = supervisor.context.now;
         let mut started = Ok(());
-        if is_due {
+        if !is_running {
+            self.due = NEVER;
+        }
+        if self.due <= now {
             started = self.start_restore(None, supervisor);
+            self.due = match started {
+                Ok(()) => NEVER,
+                // There is no memory for one.
+                Err(_) => now.saturating_add(RETRY),
+            };
         } else if let Some(hold) = &self.hold {
-            let is_over = hold.until <= supervisor.context.now;
+            let is_over = hold.until <= now;
             if is_over {
                 let warning = format_args!("the hold {} ends by itself", hold.token);
                 supervisor.console.warn(&warning);
@@ -112,8 +125,8 @@ impl Restore {
         }
     }
 
-    /// A restore by the kernel's word that waits for MMDS is of no use once the host calls for one:
-    /// that call has the document, or asks for it itself.
+    /// A restore that the kernel notified of, and that waits for MMDS, is of no use once the host calls for
+    /// one: that call has the document, or asks for it itself.
     fn cut_short(&mut self, supervisor: &mut Supervisor) {
         let waits_for_mmds = |task: &Task| match &task.kind {
             Kind::Restore { report, .. } => task.owner.is_none() && report.step.is(Step::Config),
@@ -146,7 +159,7 @@ impl Restore {
         }
     }
 
-    /// Makes this VM a new one: for a call, which came at that time, or by the kernel's word.
+    /// Makes this VM a new one: for a call, which came at that time, or by the kernel's notification.
     fn start_restore(
         &mut self,
         call: Option<(Key, u64)>,
@@ -162,10 +175,10 @@ impl Restore {
         events.close();
         let started_us = sys::microseconds();
         let out_of_memory = context!("make room for a restore");
-        let mut environment = Region::shared(ENV_BYTES).map_err(&out_of_memory)?;
-        let mut report =
-            PageBox::shared(|| Report::new(&context.snapshot)).map_err(&out_of_memory)?;
-        // A call that comes after the kernel's word is about the same restore.
+        let environment = PageBox::shared(Environment::new).map_err(&out_of_memory)?;
+        let mut report = PageBox::shared(|| Report::new(&context.snapshot, environment))
+            .map_err(out_of_memory)?;
+        // A call that comes after the kernel's notification is about the same restore.
         let is_same = call.is_some() && self.unclaimed.is_some();
         let generation = self.generation + u64::from(!is_same);
         let token = match (&self.hold, &self.unclaimed) {
@@ -181,7 +194,6 @@ impl Restore {
             let Context {
                 cgroups,
                 proc,
-                defaults,
                 scratch,
                 ..
             } = context;
@@ -196,7 +208,6 @@ impl Restore {
                 generation,
                 source: self.source,
                 mmds_timeout: self.mmds_timeout,
-                commands: &mut defaults.environment,
                 scratch,
             };
             let freezer = freezer(cgroups, proc);
@@ -204,22 +215,10 @@ impl Restore {
                 close_all_but(freezer.as_ref(), log);
                 let freezer = freezer.as_ref().filter(|_| job.is_held);
                 let room = &mut *room()?;
-                steps::run(
-                    &mut job,
-                    arena,
-                    room,
-                    freezer,
-                    &mut report,
-                    &mut environment,
-                    log,
-                )
+                steps::run(&mut job, arena, room, freezer, &mut report, log)
             })
         })?;
-        let kind = Kind::Restore {
-            generation,
-            report,
-            environment,
-        };
+        let kind = Kind::Restore { generation, report };
         let owner = call.map(|(key, _)| key);
         self.begin_task(helper, self.mmds_timeout, owner, kind, context);
         Ok(())
@@ -230,7 +229,6 @@ impl Restore {
         &mut self,
         generation: u64,
         report: &Report,
-        environment: &[u8],
         owner: Option<Key>,
         supervisor: &mut Supervisor,
     ) {
@@ -239,19 +237,19 @@ impl Restore {
         self.was_cut_short = false;
         let hold = self.hold.take();
         self.unclaimed = match owner {
-            Some(_) => None,
+            Some(_) => {
+                // What the kernel has told of is this restore.
+                self.due = NEVER;
+                None
+            }
             None => Some(hold.map(|hold| hold.token)),
         };
         let context = &mut supervisor.context;
         context.snapshot.is_held = false;
         context.snapshot.in_force = report.in_force;
-        if let Some(length) = report.environment {
-            let strings = Strings::new(environment.get(..length).unwrap_or(&[]));
-            let defaults = &mut context.defaults;
-            defaults.environment.clear();
-            // The helper's own had the same room.
-            let _fits = defaults.environment.set_all(strings);
-            defaults.sets_home = report.sets_home;
+        if report.has_environment {
+            context.defaults.environment.copy(&report.environment);
+            context.defaults.sets_home = report.sets_home;
         }
         let fields = format_args!(" generation={generation}");
         supervisor.console.info(&"restored", &fields);

@@ -5,10 +5,10 @@ use super::triggers::Triggers;
 use crate::api::CallError;
 use crate::boot::config_source::Source;
 use crate::boot::kernel_params::{KernelParams, Restore as Mode};
+use crate::context::NEVER;
 use crate::error::Error;
 use crate::page::PageBox;
 use crate::process::helper::Helper;
-use crate::sys::Region;
 use proto::bodies::ID;
 use proto::slab::Key;
 
@@ -22,13 +22,13 @@ pub struct Restore {
     pub(super) task: Option<Task>,
     /// How often this VM was restored, and one more.
     pub(super) generation: u64,
-    /// The kernel has told of a restore that nothing was done for yet.
-    pub(super) is_due: bool,
+    /// When something is done for a restore that the kernel has told of.
+    pub(super) due: u64,
     /// The kernel has had new random numbers since the last restore.
     pub(super) is_reseeded: bool,
     /// A restore was killed while it asked MMDS.
     pub(super) was_cut_short: bool,
-    /// The last restore was the kernel's word alone; the token of the hold that it has ended.
+    /// The last restore was the kernel's notification alone; the token of the hold that it has ended.
     pub(super) unclaimed: Option<Option<Token>>,
 }
 
@@ -68,7 +68,6 @@ pub enum Kind {
     Restore {
         generation: u64,
         report: PageBox<Report>,
-        environment: Region,
     },
 }
 
@@ -83,7 +82,7 @@ impl Restore {
             hold: None,
             task: None,
             generation: 1,
-            is_due: false,
+            due: NEVER,
             is_reseeded: false,
             was_cut_short: false,
             unclaimed: None,

@@ -2,7 +2,7 @@
 
 use crate::api::{CallError, read_body};
 use crate::boot::config_source::{self, Answer, Source};
-use crate::boot::{check, etc_files, network};
+use crate::boot::{etc_files, fill_environment, network};
 use crate::context;
 use crate::context::{InForce, Interfaces, Snapshot};
 use crate::error;
@@ -34,7 +34,7 @@ const CLOCK_TOLERANCE: i64 = 10_000;
 pub struct Job<'a> {
     /// The call's body; empty without a call.
     pub body: &'a mut [u8],
-    /// When the call came, in microseconds of the monotonic clock; `None`: it is by the kernel's word.
+    /// When the call came, in microseconds of the monotonic clock; `None`: the kernel notified of it.
     pub call: Option<u64>,
     /// When the restore began, likewise.
     pub started_us: u64,
@@ -52,8 +52,6 @@ pub struct Job<'a> {
     pub source: Source,
     /// How long, in milliseconds.
     pub mmds_timeout: u64,
-    /// The environment of commands.
-    pub commands: &'a mut Environment,
     /// Room for files.
     pub scratch: &'a mut [u8],
 }
@@ -118,38 +116,40 @@ impl CurrentStep {
 pub struct Report {
     /// What is being done.
     pub step: CurrentStep,
-    /// What is in force then.
+    /// What is in force then; after a failure, what may be in part.
     pub in_force: InForce,
     /// The interfaces that have addresses, or may have after a failure.
     pub interfaces: Interfaces,
-    /// Bytes of the new environment of commands; `None`: it stays.
-    pub environment: Option<usize>,
+    /// Commands have another environment from then on.
+    pub has_environment: bool,
+    /// That environment, in such memory as well.
+    pub environment: PageBox<Environment>,
     /// The document sets HOME in it.
     pub sets_home: bool,
 }
 
 impl Report {
     /// Nothing is done, and all stays as it is.
-    pub fn new(before: &Snapshot) -> Self {
+    pub fn new(before: &Snapshot, environment: PageBox<Environment>) -> Self {
         Self {
             step: CurrentStep::default(),
             in_force: before.in_force,
             interfaces: before.interfaces.clone(),
-            environment: None,
+            has_environment: false,
+            environment,
             sets_home: false,
         }
     }
 }
 
 /// Restores, and thaws at the end; when it fails it can be done again. `arena` is for the strings of the
-/// call, `room` for a document and its strings, `environment` for those of the new environment.
+/// call, `room` for a document and its strings.
 pub fn run(
     job: &mut Job,
     arena: &mut [u8],
     room: &mut [u8],
     freezer: Option<&Freezer>,
     report: &mut Report,
-    environment: &mut [u8],
     log: &HelperLog,
 ) -> Result<(), CallError> {
     let random = random::open().map_err(context!("open /dev/urandom"))?;
@@ -192,7 +192,7 @@ pub fn run(
     };
     let mut changed = Message::new();
     if let Some(config) = config {
-        apply(config, job, report, environment, log, &mut changed)?;
+        apply(config, job, report, log, &mut changed)?;
     }
 
     report.step.set(Step::Generation);
@@ -247,7 +247,6 @@ fn apply(
     config: &Config,
     job: &mut Job,
     report: &mut Report,
-    environment: &mut [u8],
     log: &HelperLog,
     changed: &mut Message,
 ) -> Result {
@@ -256,7 +255,7 @@ fn apply(
     let mut has_other_environment = false;
     let mut has_other_hosts = false;
     let mut has_other_addresses = false;
-    let compared = digests.iter().zip(&report.in_force.digests);
+    let compared = digests.iter().zip(&mut report.in_force.digests);
     for (name, (new, old)) in MEMBERS.iter().zip(compared) {
         if new != old {
             let separator = if changed.is_empty() { "" } else { "," };
@@ -264,8 +263,9 @@ fn apply(
             let _ = write!(changed, "{separator}\"{name}\"");
             match *name {
                 "ImageConfig" | "ExtraEnv" => has_other_environment = true,
-                "EtcHosts" => has_other_hosts = true,
-                "IPConfigs" => has_other_addresses = true,
+                // Until all is done, neither these nor the old ones are in force.
+                "EtcHosts" => (has_other_hosts, *old) = (true, !new),
+                "IPConfigs" => (has_other_addresses, *old) = (true, !new),
                 _ => {}
             }
         }
@@ -292,34 +292,11 @@ fn apply(
 
     report.step.set(Step::Environment);
     if has_other_environment {
-        fill_environment(config, &identity, report, job.commands, environment)?;
+        report.has_environment = true;
+        report.sets_home = fill_environment(&mut report.environment, config, &identity.home)?;
     }
     report.in_force.digests = digests;
     report.in_force.restore_signal = config.restore_signal;
-    Ok(())
-}
-
-/// The environment of commands from now on, as at boot, as a list of strings; its length.
-fn fill_environment(
-    config: &Config,
-    identity: &Identity,
-    report: &mut Report,
-    new: &mut Environment,
-    strings: &mut [u8],
-) -> Result {
-    new.clear();
-    check::fill_environment(new, config)?;
-    report.sets_home = new.get(b"HOME=").is_some();
-    new.set_default(b"HOME=", &identity.home)?;
-    let mut length = 0;
-    for entry in new.iter() {
-        let end = length + entry.len();
-        let room = strings.get_mut(length..end);
-        room.ok_or_else(|| error!("the environment is too large"))?
-            .copy_from_slice(entry);
-        length = end;
-    }
-    report.environment = Some(length);
     Ok(())
 }
 

@@ -63,23 +63,21 @@ impl Restore {
                 supervisor.console.info(&"the workload goes on", &"");
                 failure.map_or(result, Err)
             }
-            Kind::Restore {
-                generation,
-                report,
-                environment,
-            } => {
+            Kind::Restore { generation, report } => {
                 step = report.step.name();
                 if ended.is_some() {
-                    // They have addresses by now, whatever has failed after that.
-                    supervisor.context.snapshot.interfaces = report.interfaces.clone();
+                    // What was done is done, whatever has failed after that.
+                    let snapshot = &mut supervisor.context.snapshot;
+                    snapshot.interfaces = report.interfaces.clone();
+                    snapshot.in_force.digests = report.in_force.digests;
                 }
                 match &result {
-                    Ok(_) => self.restored(generation, &report, &environment, owner, supervisor),
+                    Ok(_) => self.restored(generation, &report, owner, supervisor),
                     // A call that was none has cut short what the kernel has asked for.
                     Err(CallError {
                         status: Status::BadRequest | Status::Conflict,
                         ..
-                    }) => self.is_due |= self.was_cut_short,
+                    }) if self.was_cut_short => self.due = now,
                     Err(_) => {}
                 }
                 result

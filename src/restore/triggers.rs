@@ -55,6 +55,13 @@ impl Triggers {
         }
     }
 
+    /// Goes on waiting, where the poller has another instance.
+    pub fn watch_on(&mut self, context: &Context) {
+        self.log.watch(context, EventFlags::IN);
+        let wanted = self.clock.watched & EventFlags::IN;
+        self.clock.watch(context, wanted);
+    }
+
     /// Looks at what there is; `flags` are what the poller said of either.
     ///
     /// Each restore is told of once: where there is a vmclock its generation says whether a line of the

@@ -23,6 +23,9 @@ use rustix::process::{Pid, WaitOptions};
 /// Most devices: far more than a VM has buses for.
 const DEVICES: usize = 256;
 
+/// How long a device waits for others that may stand on it, in milliseconds: as long as it has itself then.
+const ABOVE_TIMEOUT: u64 = VOLUMES_TIMEOUT / 2;
+
 /// Major number of RAM disks, which end with the memory (linux/major.h).
 const RAMDISK_MAJOR: u32 = 1;
 
@@ -158,7 +161,7 @@ fn shut_all(devices: &mut Devices, tables: &Tables, log: &HelperLog) -> bool {
     let watch = Stopwatch::start();
     let ended = sys::signalfd(SignalSet::of([SIGCHLD]));
     loop {
-        start_all(devices, tables, log);
+        start_all(devices, watch.elapsed() < ABOVE_TIMEOUT, tables, log);
         if all_ended(devices) {
             return true;
         }
@@ -182,8 +185,8 @@ fn all_ended(devices: &Devices) -> bool {
     devices.iter().all(|(_, state)| *state == State::Ended)
 }
 
-/// Starts what can be started now.
-fn start_all(devices: &mut Devices, tables: &Tables, log: &HelperLog) {
+/// Starts what can be started now; `is_early` while it may wait for what perhaps stands on it.
+fn start_all(devices: &mut Devices, is_early: bool, tables: &Tables, log: &HelperLog) {
     for at in 0..devices.len() {
         let Some((volume, State::Waiting)) = devices.get(at) else {
             continue;
@@ -191,7 +194,9 @@ fn start_all(devices: &mut Devices, tables: &Tables, log: &HelperLog) {
         // A disk and its partitions are tried one after the other: to try claims both.
         let waits = devices.iter().any(|(other, state)| {
             *state != State::Ended
-                && (other.below == Some(volume.number) || volume.is_partition_of(other))
+                && (other.stands_on(volume)
+                    || volume.is_partition_of(other) && !volume.stands_on(other)
+                    || is_early && other.may_stand_on(volume))
         });
         if waits {
             continue;

@@ -1,44 +1,20 @@
 //! Instances of the kernel's file systems that are mounted nowhere (fsopen(2), fsmount(2)): nobody in
 //! the VM can have hidden or changed what is read and written there.
 
-use crate::sys::Region;
-use crate::sys::files;
+use crate::sys::{self, Region, files};
 use core::ffi::CStr;
 use proto::bytes::{Split, split};
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
+use rustix::mount::MountAttrFlags;
 
 /// Most bytes of a table that are read: some thousand mounts.
 const TABLE: usize = 1 << 20;
 
 /// A new instance of a file system without a device; the options are words with commas between.
 pub fn mount(kind: &CStr, options: &[u8]) -> Result<OwnedFd, Errno> {
-    let context = rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
-    let mut room = [0; 64];
-    for option in split(options, b',').filter(|option| !option.is_empty()) {
-        let option = files::join(&[option], &mut room).ok_or(Errno::NAMETOOLONG)?;
-        rustix::mount::fsconfig_set_flag(&context, option)?;
-    }
-    finish(&context)
-}
-
-/// The file system on a device, once more where it is mounted already; `device` is a path.
-pub fn mount_device(kind: &CStr, device: &CStr) -> Result<OwnedFd, Errno> {
-    let context = rustix::mount::fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
-    rustix::mount::fsconfig_set_string(&context, c"source", device)?;
-    let mounted = finish(&context)?;
-    files::open_at(&mounted, c".", OFlags::DIRECTORY)
-}
-
-fn finish(context: &OwnedFd) -> Result<OwnedFd, Errno> {
-    rustix::mount::fsconfig_create(context)?;
-    rustix::mount::fsmount(
-        context,
-        FsMountFlags::FSMOUNT_CLOEXEC,
-        MountAttrFlags::empty(),
-    )
+    sys::mount::instance(kind, options, MountAttrFlags::empty())
 }
 
 /// A new instance of procfs.

@@ -35,18 +35,16 @@ pub fn kill() {
 
 /// Lifts the limits that somebody may have set on PID 1 (prlimit(2)), and that its children have.
 pub fn lift_resource_limits() {
-    let limits = [
-        (Resource::As, None),
-        (Resource::Data, None),
-        (Resource::Nofile, Some(1024)),
-    ];
-    for (resource, value) in limits {
+    let set = |resource, value| {
         let limit = Rlimit {
             current: value,
             maximum: value,
         };
         let _unprivileged = rustix::process::setrlimit(resource, limit);
-    }
+    };
+    set(Resource::As, None);
+    set(Resource::Data, None);
+    set(Resource::Nofile, Some(1024));
 }
 
 /// Takes away what keeps PID 1 from forking: a cgroup with a limit, and the limits of all processes.
@@ -57,21 +55,20 @@ pub fn allow_forks() {
     leave_cgroups(&proc);
     // The kernel's own defaults for pid_max (linux/threads.h); it takes no more threads than it has
     // memory for.
-    for limit in [c"sys/kernel/pid_max", c"sys/kernel/threads-max"] {
-        let _lower = files::write_at(&proc, limit, b"32768");
-    }
+    let _lower = files::write_at(&proc, c"sys/kernel/pid_max", b"32768");
+    let _lower = files::write_at(&proc, c"sys/kernel/threads-max", b"32768");
 }
 
 /// Moves this process to the root of the hierarchies that may limit it.
 fn leave_cgroups(proc: &OwnedFd) {
-    let hierarchies = [
-        unified().ok(),
-        hierarchy(proc, b"pids"),
-        hierarchy(proc, b"memory"),
-    ];
-    for root in hierarchies.iter().flatten() {
-        let _there_already = files::write_at(root, c"cgroup.procs", b"0");
-    }
+    let leave = |root: Option<OwnedFd>| {
+        if let Some(root) = root {
+            let _there_already = files::write_at(&root, c"cgroup.procs", b"0");
+        }
+    };
+    leave(unified().ok());
+    leave(hierarchy(proc, b"pids"));
+    leave(hierarchy(proc, b"memory"));
 }
 
 /// The root of cgroup v2.

@@ -7,8 +7,8 @@
 use crate::error;
 use crate::error::{Result, name};
 use crate::process::helper;
-use crate::shutdown::private::{self, Text};
-use crate::sys::{self, Stopwatch, disk, files};
+use crate::shutdown::private::Text;
+use crate::sys::{self, Stopwatch, disk, files, mount};
 use core::ffi::CStr;
 use proto::block::{self, DeviceNumber};
 use proto::bytes::before;
@@ -60,8 +60,20 @@ pub struct Volume {
     /// Its number.
     pub number: DeviceNumber,
     name: Name,
-    /// The device on which the file of a loop device lies, or which it stands for.
-    pub below: Option<DeviceNumber>,
+    /// What it stands on.
+    below: Below,
+}
+
+/// What a device stands on.
+#[derive(PartialEq, Eq)]
+enum Below {
+    /// Nothing that could be in use.
+    Nothing,
+    /// The device on which the file of a loop device lies, or which that stands for.
+    Device(DeviceNumber),
+    /// Others, it is not known which: it is a partition of a loop device, one of the device mapper, or a
+    /// loop device whose file lies on a file system without a device number (btrfs, overlay).
+    Unknown,
 }
 
 impl Volume {
@@ -73,7 +85,7 @@ impl Volume {
         Some(Self {
             number,
             name: with_nul,
-            below: None,
+            below: Below::Nothing,
         })
     }
 
@@ -101,16 +113,37 @@ impl Volume {
         }
     }
 
-    /// Finds what a loop device stands on.
+    /// Finds what it stands on.
     pub fn find_below(&mut self) {
         if self.number.major != LOOP_MAJOR {
+            let name = self.name().to_bytes();
+            if name.starts_with(b"loop") || name.starts_with(b"dm-") {
+                self.below = Below::Unknown;
+            }
             return;
         }
         if let Ok(node) = self.open(OFlags::empty())
             && let Ok(number) = disk::loop_backing(&node)
         {
-            self.below = Some(number_of(number));
+            self.below = match number_of(number) {
+                DeviceNumber { major: 0, .. } => Below::Unknown,
+                number => Below::Device(number),
+            };
         }
+    }
+
+    /// Whether it stands on `other`, for certain.
+    pub fn stands_on(&self, other: &Self) -> bool {
+        match self.below {
+            Below::Nothing => false,
+            Below::Device(number) => number == other.number,
+            Below::Unknown => self.is_partition_of(other),
+        }
+    }
+
+    /// Whether it may stand on `other`.
+    pub fn may_stand_on(&self, other: &Self) -> bool {
+        self.below == Below::Unknown && other.below == Below::Nothing
     }
 
     /// Where it is mounted and what it is, for messages: `/data (/dev/vdb)`.
@@ -203,7 +236,7 @@ impl Volume {
             name.clear();
             name.extend_from_slice(kind).ok()?;
             name.push(0).ok()?;
-            private::mount_device(sys::c_str(&name), self.name()).ok()
+            mount::on_device(sys::c_str(&name), self.name()).ok()
         })
     }
 
@@ -248,13 +281,14 @@ impl Volume {
         let Ok(swaps) = Text::read(&tables.proc, c"swaps") else {
             return;
         };
-        // Its header, and nothing else.
-        if swaps.lines().nth(1).is_none_or(<[u8]>::is_empty) {
+        let mut areas = swaps.lines();
+        let _header = areas.next();
+        if areas.clone().next().is_none_or(<[u8]>::is_empty) {
             return;
         }
         let child = helper::fork(&mut |_| {
             let mut room = [0; PATH_MAX];
-            for line in swaps.lines().skip(1) {
+            for line in areas.clone() {
                 let absolute = Escaped::new(before(line, b' ')).decode(&mut room).text;
                 if is_on(directory, absolute) && disk::swap_off(absolute).is_ok() {
                     continue;

@@ -2,7 +2,7 @@
 
 use super::state::{Phase, Supervisor};
 use crate::context::{NEVER, Source, Stop};
-use crate::process::helper::{self, Helper};
+use crate::process::helper::{self, Helper, Midway};
 use crate::sys::signal::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use crate::sys::{self, SignalSet};
 use proto::slab::Key;
@@ -21,10 +21,12 @@ pub const HANDLED: SignalSet =
     SignalSet::of([SIGHUP, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2, SIGTERM, SIGCHLD]);
 
 impl Supervisor {
-    /// Opens the API; a VM without vsock goes on without.
+    /// Opens the API; a VM without vsock goes on without, and without events: the kernel would have the
+    /// root's modprobe run for each, and PID 1 wait for it (__sock_create, net/socket.c).
     pub fn listen(&mut self) {
         if let Err(error) = self.api.listen() {
             self.console.warn(&format_args!("no API: {error}"));
+            self.events.disable();
         }
         self.events.send(&"{\"event\":\"ready\"}");
     }
@@ -36,10 +38,24 @@ impl Supervisor {
         self.enter(Phase::Setup, helper::TIMEOUT);
     }
 
-    /// Serves until the helper has ended; one that fails is the end of the boot.
-    pub fn finish_setup(&mut self) {
-        while self.phase == Phase::Setup && self.child.is_some() {
+    /// Serves until the helper has done its part; one that fails is the end of the boot.
+    pub fn finish_setup(&mut self, midway: &Midway) {
+        let token = Source::Helper.token(Key::default());
+        let (mut watched, mut wanted) = (EventFlags::empty(), EventFlags::IN);
+        loop {
+            let poller = &self.context.poller;
+            poller.watch(midway.socket(), token, &mut watched, wanted);
+            if self.phase != Phase::Setup || self.child.is_none() {
+                return;
+            }
             self.turn();
+            if let Some(is_done) = midway.news() {
+                // One that has ended instead is reaped soon.
+                wanted = EventFlags::empty();
+                if let Some(helper) = self.child.take_if(|_| is_done) {
+                    helper.warnings(self.console);
+                }
+            }
         }
     }
 
@@ -74,6 +90,9 @@ impl Supervisor {
             }
             Source::Listener => self.api.accept(&mut self.context),
             Source::Console => self.console.flush(),
+            Source::Typed => self.input.copy(&mut self.context),
+            // Who waits for it looks after each turn.
+            Source::Helper => {}
             Source::Events => self.events.on_event(flags),
             #[cfg(feature = "snapshot")]
             Source::Kernel => self.context.snapshot.news |= flags,
@@ -94,6 +113,7 @@ impl Supervisor {
         poller.watch(&self.signals, token, watched, EventFlags::IN);
         self.api.watch_listener(poller);
         self.console.watch(&self.context.poller);
+        self.input.watch(&self.context);
         self.events.watch(&self.context.poller);
         self.api.protect_log(&mut self.context);
         self.output.watch(self.console, &mut self.context);
@@ -166,10 +186,10 @@ impl Supervisor {
             // Ctrl-Alt-Del: the kernel's own SIGINT (kernel/reboot.c, ctrl_alt_del).
             SIGINT if signal.from_kernel => {
                 self.console.info(&"ctrl-alt-del", &"");
-                self.stop_workload(Stop::default());
+                self.stop_workload(Stop::USUAL);
             }
             // HANDLED has no other: they are for the workload.
-            _ if self.phase == Phase::Setup => self.stop_workload(Stop::default()),
+            _ if self.phase == Phase::Setup => self.stop_workload(Stop::USUAL),
             number => self.signal_workload(number),
         }
         true

@@ -2,7 +2,7 @@
 
 use crate::context::Source;
 use crate::sys::epoll::Poller;
-use crate::sys::{files, vsock};
+use crate::sys::{self, files, vsock};
 use core::fmt::Display;
 use proto::buffer::Buffer;
 use proto::message;
@@ -11,7 +11,7 @@ use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
-/// Bytes of events that wait for their connection: a VM's life has four, of at most 100 bytes.
+/// Bytes of events that wait for their connection: there are four kinds, of at most 100 bytes each.
 const QUEUE: usize = 1024;
 
 /// The connection to the host, made when there is something to say.
@@ -37,6 +37,12 @@ impl Events {
         }
     }
 
+    /// Tells nobody from now on.
+    pub fn disable(&mut self) {
+        self.port = None;
+        self.close();
+    }
+
     /// Begins to connect, so that the first event finds the connection made.
     pub fn connect(&mut self) {
         if let Some(port) = self.port {
@@ -50,7 +56,8 @@ impl Events {
             return;
         }
         let line = message!("{event}\n");
-        // That the last connection is gone can be known by a write alone: the next one is tried then.
+        // That the last connection is gone, or was refused, can be known by a write alone: the next one is
+        // tried then.
         let tries = if self.socket.is_some() { 2 } else { 1 };
         for _ in 0..tries {
             if self.socket.is_none() {
@@ -84,7 +91,9 @@ impl Events {
         {
             match files::write(socket, self.queue.filled()) {
                 Ok(count) => self.queue.consume(count),
-                Err(Errno::AGAIN | Errno::NOTCONN) => return,
+                Err(Errno::AGAIN) => return,
+                // It is being made, or was refused.
+                Err(Errno::NOTCONN) if matches!(sys::has_hung_up(socket, 0), Ok(false)) => return,
                 Err(_) => self.close(),
             }
         }

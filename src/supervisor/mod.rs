@@ -3,6 +3,7 @@
 
 mod event_loop;
 mod events;
+mod input;
 mod oom;
 mod output;
 mod phases;

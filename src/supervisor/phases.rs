@@ -15,9 +15,6 @@ use crate::sys::files;
 use crate::sys::signal::{SIGKILL, SIGTERM};
 use proto::signal::Signal;
 
-/// How long a workload that is asked to stop may take, in milliseconds.
-const STOP_GRACE: u64 = 10_000;
-
 impl Supervisor {
     /// Asks the workload to stop, and sees to it that it does in time. Asked again, it has no more time
     /// than before.
@@ -26,7 +23,7 @@ impl Supervisor {
             Phase::Running => {
                 let own = self.context.workload.stop_signal;
                 let signal = stop.signal.or(own).map_or(SIGTERM, Signal::number);
-                let timeout = stop.timeout.unwrap_or(STOP_GRACE);
+                let timeout = stop.timeout;
                 let fields = format_args!(" signal={signal} timeout_ms={timeout}");
                 self.console.info(&"stopping the workload", &fields);
                 self.signal_workload(signal);
@@ -56,8 +53,7 @@ impl Supervisor {
                 }
             }
             Phase::Running if late => {
-                self.console
-                    .warn(&format_args!("the workload does not stop: killed"));
+                self.console.warn(&"the workload does not stop: killed");
                 self.signal_workload(SIGKILL);
                 self.enter(Phase::Killed, KILL_TIMEOUT);
             }
@@ -85,8 +81,7 @@ impl Supervisor {
                 self.reap();
             }
             Phase::Kill if late => {
-                self.console
-                    .warn(&format_args!("a process cannot be killed"));
+                self.console.warn(&"a process cannot be killed");
                 self.unmount();
             }
             Phase::Unmount if late => {

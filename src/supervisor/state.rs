@@ -1,6 +1,7 @@
 //! The supervisor's state.
 
 use super::events::Events;
+use super::input::Input;
 use super::output::Output;
 use crate::api::Api;
 use crate::console::Console;
@@ -65,6 +66,8 @@ pub struct Supervisor {
     pub(super) workload: Option<Launch>,
     /// What the host is told without asking.
     pub events: Events,
+    /// The workload's standard input, where that is not the console itself.
+    pub(super) input: Input,
     /// The workload's standard output and error.
     pub(super) output: Output,
     /// The exit code, and whether the OOM killer was it: for a log line behind the workload's output.
@@ -100,6 +103,7 @@ impl Supervisor {
             child: None,
             workload: None,
             events: Events::new(None),
+            input: Input::default(),
             output: Output::new(),
             unlogged_exit: None,
             signals,

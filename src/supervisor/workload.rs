@@ -33,11 +33,12 @@ impl Supervisor {
         self.context.output_log = log;
     }
 
-    /// Starts the workload.
+    /// Starts the workload, which runs as `uid`.
     ///
     /// Standard output and error are one pipe, which keeps their order, unless `separate_stderr`.
     pub fn start_workload(
         &mut self,
+        uid: u32,
         separate_stderr: bool,
         describe: &dyn Fn(&mut Command) -> Result,
     ) -> Result {
@@ -48,10 +49,27 @@ impl Supervisor {
             false => None,
         };
         let their_errors = errors.as_ref().map_or(&their_output, |(_, theirs)| theirs);
+        // Root has the console itself.
+        let console = if uid == 0 {
+            None
+        } else {
+            self.console.reader()
+        };
+        let typed = match console {
+            Some(console) => {
+                let (ours, theirs) = pipe::input()?;
+                self.input.open(console, ours);
+                Some(theirs)
+            }
+            None => None,
+        };
         let streams = Streams {
-            input: match self.console.input() {
-                Some((directory, name)) => Input::Device(Inherited::new(directory), name),
-                None => Input::Null,
+            input: match (&typed, self.console.input()) {
+                (Some(typed), _) => Input::Pipe(Inherited::new(typed)),
+                (None, Some((directory, name))) if uid == 0 => {
+                    Input::Device(Inherited::new(directory), name)
+                }
+                _ => Input::Null,
             },
             output: Inherited::new(&their_output),
             error: Inherited::new(their_errors),

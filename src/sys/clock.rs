@@ -89,7 +89,8 @@ impl Stopwatch {
     }
 }
 
-/// Sleeps: in children, and in PID 1 where nothing else is to be done, as in the end after a panic.
+/// Sleeps: in children, and in PID 1 where nothing else is to be done, as between two questions to MMDS
+/// and in the end after a panic.
 pub fn sleep(milliseconds: i64) {
     let time = Timespec {
         tv_sec: milliseconds / 1000,

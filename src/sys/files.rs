@@ -11,8 +11,8 @@ use core::mem::MaybeUninit;
 use proto::config::PATH;
 use proto::message;
 use proto::message::{Message, ToLossy};
-use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{FileType, Mode, OFlags, RawDir};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir};
 use rustix::io::Errno;
 use rustix::net::SendFlags;
 
@@ -71,10 +71,27 @@ pub fn send(socket: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
     }
 }
 
+/// What all names of a file have in common: its device, and its number there (inode(7)).
+pub fn identify(directory: BorrowedFd, path: &CStr, flags: AtFlags) -> Result<(u64, u64), Errno> {
+    let status = rustix::fs::statat(directory, path, flags)?;
+    Ok((status.st_dev, status.st_ino))
+}
+
 /// Writes to one of the kernel's files, counted from a directory; such are written whole.
 pub fn write_at(directory: &OwnedFd, path: &CStr, value: &[u8]) -> Result<(), Errno> {
     let file = open_at(directory, path, OFlags::WRONLY)?;
     write(&file, value).map(drop)
+}
+
+/// Reads one of the kernel's files, counted from a directory, as far as there is room.
+pub fn read_at<'b>(
+    directory: &OwnedFd,
+    path: &CStr,
+    buffer: &'b mut [u8],
+) -> Result<&'b [u8], Errno> {
+    let file = open_at(directory, path, OFlags::RDONLY)?;
+    let length = read(&file, buffer)?;
+    Ok(buffer.get(..length).unwrap_or(&[]))
 }
 
 /// Calls `visit` with the name of each directory in `parent`.
@@ -144,12 +161,15 @@ pub fn read_whole<'b>(path: &CStr, buffer: &'b mut [u8]) -> Result<Option<&'b mu
 /// Replaces the file or link `path` by one with these bytes, by way of `temporary` beside it: after a
 /// crash the old or the new one is there. Not by fsync, which costs a flush of the disk.
 pub fn replace(path: &CStr, temporary: &CStr, contents: &[u8]) -> Result<(), Errno> {
-    // What a crash left, or somebody put there; never followed.
-    match remove(temporary) {
-        Ok(()) | Err(Errno::NOENT) => {}
-        other => return other,
-    }
-    let file = open(temporary, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL)?;
+    let create = || open(temporary, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL);
+    let file = match create() {
+        // What a crash left, or somebody put there; never followed.
+        Err(Errno::EXIST) => {
+            remove(temporary)?;
+            create()?
+        }
+        created => created?,
+    };
     let replaced = write_whole(&file, contents).and_then(|()| rustix::fs::rename(temporary, path));
     if replaced.is_err() {
         let _left = remove(temporary);

@@ -68,19 +68,7 @@ pub struct Region {
 impl Region {
     /// Maps `length` zero bytes.
     pub fn new(length: usize) -> Result<Self> {
-        Self::map(length, MapFlags::PRIVATE)
-    }
-
-    /// The same, for this process and a child of it: what one writes, the other reads.
-    ///
-    /// They must not do so at the same time.
-    #[cfg(feature = "snapshot")]
-    pub fn shared(length: usize) -> Result<Self> {
-        Self::map(length, MapFlags::SHARED)
-    }
-
-    fn map(length: usize, kind: MapFlags) -> Result<Self> {
-        let start = page::map(length, kind)?;
+        let start = page::map(length, MapFlags::PRIVATE)?;
         Ok(Self { start, length })
     }
 }

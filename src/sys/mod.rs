@@ -13,6 +13,7 @@ pub mod disk;
 pub mod epoll;
 pub mod files;
 mod memory;
+pub mod mount;
 pub mod network;
 mod process;
 #[cfg(feature = "snapshot")]

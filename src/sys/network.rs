@@ -4,6 +4,7 @@ use super::syscall::call;
 use linux_raw_sys::general::__NR_setsockopt;
 use linux_raw_sys::net::SOL_NETLINK;
 use linux_raw_sys::netlink::NETLINK_EXT_ACK;
+use proto::bytes::copy;
 use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::io::Result;
 use rustix::ioctl::{Setter, ioctl};
@@ -45,9 +46,7 @@ struct InterfaceRequest {
 pub fn disable_tx_checksum(socket: &OwnedFd, interface: &str) -> Result<()> {
     let mut name = [0; 16];
     // One byte is left for a NUL.
-    for (to, from) in name.iter_mut().take(15).zip(interface.bytes()) {
-        *to = from;
-    }
+    copy(interface.as_bytes(), name.split_at_mut(15).0);
     let mut off = EthtoolValue {
         command: ETHTOOL_STXCSUM,
         data: 0,

@@ -88,7 +88,7 @@ fn close_range(first: u32, last: u32) {
     }
 }
 
-/// Waits at most so many seconds for the other end of a pipe to close (poll(2)).
+/// Waits at most so many seconds for the other end of a pipe to close, or a connection to fail (poll(2)).
 pub fn has_hung_up(pipe: &OwnedFd, seconds: i64) -> Result<bool> {
     wait_for(pipe, PollFlags::empty(), seconds)
 }

@@ -14,6 +14,8 @@ pub struct SignalSet(u64);
 impl SignalSet {
     /// No signal.
     pub const EMPTY: Self = Self(0);
+    /// All of them.
+    pub const ALL: Self = Self(u64::MAX);
 
     /// These signals, by number.
     pub const fn of<const N: usize>(signals: [u32; N]) -> Self {

@@ -9,18 +9,16 @@ use rustix::ioctl::{Getter, ioctl};
 use rustix::pty::OpenptFlags;
 use rustix::termios::Winsize;
 
-/// Opens a new terminal in a devpts: its master, which does not block (pts(4)).
-pub fn open(pts: Option<&OwnedFd>) -> Result<OwnedFd> {
+/// Opens a new terminal in a devpts, for this process only: its master, which does not block (pts(4)), and
+/// its other end.
+pub fn open(pts: Option<&OwnedFd>) -> Result<(OwnedFd, OwnedFd)> {
     let pts = pts.ok_or(Errno::NOENT)?;
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK;
-    files::open_at(pts, c"ptmx", flags)
-}
-
-/// Opens the other end of a new terminal, for this process only.
-pub fn open_peer(master: &OwnedFd) -> Result<OwnedFd> {
-    rustix::pty::unlockpt(master)?;
+    let master = files::open_at(pts, c"ptmx", flags)?;
+    rustix::pty::unlockpt(&master)?;
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-    rustix::pty::ioctl_tiocgptpeer(master, flags)
+    let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags)?;
+    Ok((master, slave))
 }
 
 /// Tells it its size.

@@ -3,7 +3,6 @@
 use super::files;
 use linux_raw_sys::ioctl::IOCTL_VM_SOCKETS_GET_LOCAL_CID;
 use linux_raw_sys::vm_sockets::{VMADDR_CID_HOST, sockaddr_vm};
-use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::io::{Errno, Result};
@@ -79,14 +78,14 @@ pub fn connect(port: u32) -> Result<OwnedFd> {
     }
 }
 
-/// Takes a waiting connection, and says from which CID it came.
+/// Whether a connection waits to be [accepted](accept).
+pub fn is_called(socket: &OwnedFd) -> bool {
+    super::is_readable(socket, 0).unwrap_or(false)
+}
+
+/// Takes a connection, and says from which CID it came. One should wait: an accept4 that finds none
+/// sleeps to the next tick, also where it must not block (vsock_accept, net/vmw_vsock/af_vsock.c).
 pub fn accept(socket: &OwnedFd) -> Result<(OwnedFd, u32)> {
-    // An accept4 that finds none sleeps to the next tick, also where it must not block
-    // (vsock_accept, net/vmw_vsock/af_vsock.c).
-    let mut ready = [PollFd::new(socket, PollFlags::IN)];
-    if rustix::event::poll(&mut ready, Some(&Timespec::default()))? == 0 {
-        return Err(Errno::AGAIN);
-    }
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let (connection, peer) = rustix::net::acceptfrom_with(socket, flags)?;
     Ok((connection, peer.as_ref().and_then(cid).unwrap_or(ANY)))

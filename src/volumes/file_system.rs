@@ -90,7 +90,7 @@ impl<'a> FileSystem<'a> {
         }
         let wants_read_only = self.access != Access::ReadWrite || superblock::is_read_only(fs_type);
         let mut data = heapless::Vec::new();
-        let mut flags = read_options(self.options, &mut data) | MountFlags::RELATIME;
+        let mut flags = read_options(self.options, &mut data);
         if wants_read_only || is_write_protected {
             flags |= MountFlags::RDONLY;
         }
@@ -119,25 +119,29 @@ impl<'a> FileSystem<'a> {
     }
 }
 
-/// Options that are flags.
-const FLAGS: [(&[u8], MountFlags); 8] = [
-    (b"ro", MountFlags::RDONLY),
-    (b"nosuid", MountFlags::NOSUID),
-    (b"nodev", MountFlags::NODEV),
-    (b"noexec", MountFlags::NOEXEC),
-    (b"sync", MountFlags::SYNCHRONOUS),
-    (b"noatime", MountFlags::NOATIME),
-    (b"nodiratime", MountFlags::NODIRATIME),
-    (b"strictatime", MountFlags::STRICTATIME),
+/// Options that are flags of mount(2), and those that take them back.
+const FLAGS: [(&[u8], &[u8], MountFlags); 8] = [
+    (b"ro", b"rw", MountFlags::RDONLY),
+    (b"nosuid", b"suid", MountFlags::NOSUID),
+    (b"nodev", b"dev", MountFlags::NODEV),
+    (b"noexec", b"exec", MountFlags::NOEXEC),
+    (b"sync", b"async", MountFlags::SYNCHRONOUS),
+    (b"noatime", b"atime", MountFlags::NOATIME),
+    (b"nodiratime", b"diratime", MountFlags::NODIRATIME),
+    (b"strictatime", b"relatime", MountFlags::STRICTATIME),
 ];
 
 /// Takes options as fstab(5) has them apart: those that are flags of mount(2), and into `data` those
 /// of the file system.
 fn read_options(text: &CStr, data: &mut heapless::Vec<u8, PATH>) -> MountFlags {
-    let mut flags = MountFlags::empty();
+    let mut flags = MountFlags::RELATIME;
     for option in split(text.to_bytes(), b',') {
-        if let Some((_, flag)) = FLAGS.iter().find(|(name, _)| *name == option) {
-            flags |= *flag;
+        let is_it = |(set, unset, _): &&(&[u8], &[u8], _)| *set == option || *unset == option;
+        if let Some((set, _, flag)) = FLAGS.iter().find(is_it) {
+            flags.set(*flag, *set == option);
+            continue;
+        }
+        if option == b"defaults" {
             continue;
         }
         // They fit: all of them did, with their NUL.

@@ -10,8 +10,9 @@ use core::ffi::CStr;
 use file_system::{Access, FileSystem};
 use proto::config::{Config, Mount};
 use proto::message::ToLossy;
+use rustix::fs::{AtFlags, CWD};
 #[cfg(any(feature = "mounts", feature = "snapshot"))]
-use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags};
+use rustix::fs::{StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
@@ -88,13 +89,8 @@ const NEEDED: [&CStr; 5] = [c"/", c"/dev", c"/sys", c"/proc", c"/run"];
 
 /// What of that a path leads to, if anything.
 pub fn needed(path: &CStr) -> Option<&'static CStr> {
-    let place = identify(path)?;
-    let is_there = |needed: &&CStr| identify(needed) == Some(place);
-    NEEDED.into_iter().find(is_there)
-}
-
-/// What two paths to one directory have in common: its device and its number there.
-fn identify(path: &CStr) -> Option<(u64, u64)> {
-    let status = rustix::fs::stat(path).ok()?;
-    Some((status.st_dev, status.st_ino))
+    let identify = |path| files::identify(CWD, path, AtFlags::empty());
+    let place = identify(path).ok()?;
+    let mut needed = NEEDED.iter().copied();
+    needed.find(|needed| identify(needed) == Ok(place))
 }

@@ -81,7 +81,7 @@ pub struct Builder {
     generation_id: bool,
     qemu_options: Vec<String>,
     compressor: &'static [&'static str],
-    patience: Option<Duration>,
+    timeout: Option<Duration>,
     slot: Option<Arc<Slot>>,
 }
 
@@ -292,9 +292,9 @@ impl Builder {
 
     /// How long [`Vm`]'s methods wait for what they wait for; 60 s by default, 180 s in
     /// deterministic time.
-    pub fn patience(self, patience: Duration) -> Self {
+    pub fn timeout(self, timeout: Duration) -> Self {
         Builder {
-            patience: Some(patience),
+            timeout: Some(timeout),
             ..self
         }
     }
@@ -370,15 +370,15 @@ impl Builder {
                 }
                 None => on_qemu(spec, &self.nic)?,
             };
-        let patience = self
-            .patience
+        let timeout = self
+            .timeout
             .unwrap_or(Duration::from_secs(match self.deterministic {
                 false => 60,
                 true => 180,
             }));
         let mut vm = Vm::of(machine, spec, &self.name, dir, self.echo)?;
         vm.traffic = traffic;
-        vm.patience = patience;
+        vm.timeout = timeout;
         vm.quiet = self.quiet;
         vm.slot = Some(slot);
         Ok(vm)
@@ -450,7 +450,7 @@ pub struct Vm {
     clones: Arc<AtomicU32>,
     serial: Serial,
     traffic: Traffic,
-    patience: Duration,
+    timeout: Duration,
     quiet: bool,
     /// Disks of its own, of a clone.
     images: Vec<Image>,
@@ -484,7 +484,7 @@ impl Vm {
             name: name.into(),
             clones: Arc::default(),
             traffic: Traffic::default(),
-            patience: Duration::from_secs(60),
+            timeout: Duration::from_secs(60),
             quiet: false,
             images: vec![],
             _dir: dir,
@@ -520,7 +520,7 @@ impl Vm {
             generation_id: true,
             qemu_options: vec![],
             compressor: &[],
-            patience: None,
+            timeout: None,
             slot: None,
         }
     }
@@ -538,12 +538,12 @@ impl Vm {
     /// Waits for a whole console line that contains `text` and returns it, also when it has
     /// come already.
     pub fn wait_for(&self, text: &str) -> Result<String> {
-        self.serial.wait_for(text, self.patience)
+        self.serial.wait_for(text, self.timeout)
     }
 
     /// Waits for a section of a [`guest::report`] and returns its lines.
     pub fn section(&self, name: &str) -> Result<Vec<String>> {
-        guest::section(&self.serial, name, self.patience)
+        guest::section(&self.serial, name, self.timeout)
     }
 
     /// Types on the console.
@@ -566,11 +566,11 @@ impl Vm {
     /// Connects to a vsock port of the guest as soon as something listens there.
     pub fn connect(&mut self, port: u32) -> Result<UnixStream> {
         let socket = self.vsock().context("the VM has no vsock")?.to_owned();
-        let deadline = Instant::now() + self.patience;
+        let deadline = Instant::now() + self.timeout;
         loop {
             match vsock::connect(&socket, port, HANDSHAKE) {
                 Ok(stream) => {
-                    stream.set_read_timeout(Some(self.patience))?;
+                    stream.set_read_timeout(Some(self.timeout))?;
                     return Ok(stream);
                 }
                 Err(error) if Instant::now() > deadline => return Err(error.into()),
@@ -663,8 +663,8 @@ impl Vm {
 
     /// Waits for the VM to end by itself.
     pub fn wait_end(&mut self) -> Result<End> {
-        let Some(status) = self.machine.process().wait(self.patience)? else {
-            bail!("the VM still runs after {:?}", self.patience);
+        let Some(status) = self.machine.process().wait(self.timeout)? else {
+            bail!("the VM still runs after {:?}", self.timeout);
         };
         // The test may boot its next VM while it still holds this one.
         self.slot = None;

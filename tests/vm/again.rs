@@ -1,4 +1,4 @@
-//! Whole lives: the seed's own example, and one root that boots twice.
+//! Whole lives: the README's own example, and one root that boots twice.
 
 use anyhow::Result;
 use pigeon_lab::{

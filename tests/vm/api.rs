@@ -19,7 +19,7 @@ use pigeon_lab::{
 use serde_json::{Value, json};
 
 /// Generous: other VMs may run beside this one.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// A root file system and a VM whose workload, user app, runs `script`.
 fn vm(script: &str) -> Result<(Builder, Image)> {
@@ -33,7 +33,7 @@ fn tree_vm(tree: Tree, script: &str) -> Result<(Builder, Image)> {
         "UserOverride": "app",
         "ExtraEnv": {"FROM_CONFIG": "yes", "OTHER": "workload"},
     });
-    let builder = Vm::builder().config(&config).disk(&root).patience(PATIENCE);
+    let builder = Vm::builder().config(&config).disk(&root).timeout(TIMEOUT);
     Ok((builder, root))
 }
 
@@ -55,7 +55,7 @@ fn shell(api: &mut Client<UnixStream>, script: &str) -> Result<Value> {
 fn wait_until(api: &mut Client<UnixStream>, script: &str) -> Result<()> {
     let start = Instant::now();
     while shell(api, script)?["exit_code"] != 0 {
-        ensure!(start.elapsed() < PATIENCE, "still not: {script}");
+        ensure!(start.elapsed() < TIMEOUT, "still not: {script}");
         thread::sleep(Duration::from_millis(50));
     }
     Ok(())
@@ -206,7 +206,7 @@ fn a_workload_that_cannot_be_executed_and_a_boot_that_fails_have_an_exit_code() 
         let builder = Vm::builder().config(&config).disk(&root);
         // Nobody has to be quick to hear it.
         let builder = builder.arg("PIGEON_EXIT_LINGER_MS=120000");
-        let mut vm = builder.patience(PATIENCE).boot()?;
+        let mut vm = builder.timeout(TIMEOUT).boot()?;
         vm.wait_for(culprit)?;
         let exit = vm.api()?.get("/v1/exit_code")?.success()?.json()?;
         assert_eq!(
@@ -272,6 +272,10 @@ fn a_command_runs_as_it_is_told() -> Result<()> {
     );
     assert_eq!(out(run(json!({"cmd": ["pwd"]}))?)?, "/");
     assert_eq!(out(run(json!({"cmd": ["pwd"], "cwd": "/srv"}))?)?, "/srv");
+    assert_eq!(
+        out(run(json!({"cmd": ["pwd"], "cwd": "/made/deep"}))?)?,
+        "/made/deep"
+    );
     let environment = out(run(json!({
         "cmd": ["sh", "-c", "echo $FROM_CONFIG $OTHER $MORE \"$EMPTY\"; env | grep -c ^OTHER="],
         "env": ["OTHER=first", "MORE=a=b", "EMPTY=", "OTHER=told"],
@@ -462,7 +466,7 @@ fn a_command_ends_in_time_with_its_whole_group() -> Result<()> {
         (&left["exit_code"], &left["stdout"]),
         (&json!(0), &json!("started\n"))
     );
-    assert!(start.elapsed() < PATIENCE);
+    assert!(start.elapsed() < TIMEOUT);
 
     // A client that goes takes its command along, children and all.
     let mut gone = vm.api()?;
@@ -610,6 +614,6 @@ fn nobody_inside_the_guest_reaches_the_api_not_even_over_loopback() -> Result<()
     }
     // And the host is still served.
     assert_eq!(other.get("/v1/status")?.status, 200);
-    assert!(vsock::connect(vm.vsock().unwrap(), vsock::API_PORT, PATIENCE).is_ok());
+    assert!(vsock::connect(vm.vsock().unwrap(), vsock::API_PORT, TIMEOUT).is_ok());
     Ok(())
 }

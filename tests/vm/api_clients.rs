@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use tungstenite::{Message, protocol::frame::coding::CloseCode};
 
 /// Generous: other VMs may run beside this one.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 fn boot() -> Result<(Vm, Image)> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
@@ -32,7 +32,7 @@ fn boot() -> Result<(Vm, Image)> {
     let vm = Vm::builder()
         .config(&config)
         .disk(&root)
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .start()?;
     Ok((vm, root))
 }
@@ -102,7 +102,7 @@ fn tungstenite_runs_sessions() -> Result<()> {
     let ask = json!({"cmd": ["sh", "-c", "ps -o args | grep '^sleep 1000'"]});
     let start = Instant::now();
     while api.post("/v1/exec", &ask)?.json()?["exit_code"] != 0 {
-        anyhow::ensure!(start.elapsed() < PATIENCE, "no sleep");
+        anyhow::ensure!(start.elapsed() < TIMEOUT, "no sleep");
     }
     shell.send(Message::binary("\x03"))?;
     until(&mut shell, "> ")?;
@@ -153,7 +153,7 @@ fn dockers_library_takes_the_logs_frames_apart() -> Result<()> {
     let vm = Vm::builder()
         .config(&config)
         .disk(&root)
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .boot()?;
     vm.wait_for("out 5")?;
     vm.wait_for("error 5")?;
@@ -265,8 +265,11 @@ fn who_sends_a_whole_body_first_reads_why_it_was_refused() -> Result<()> {
         let mut api = vm.api()?;
         let head = format!("POST /v1/exec HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n");
         api.send(head.as_bytes())?;
-        for _ in 0..8 {
+        for part in 0..8 {
             api.send(piece).context("cut off while sending")?;
+            if part == 4 {
+                thread::sleep(Duration::from_secs(3));
+            }
         }
         let answer = api.receive(false)?;
         assert_eq!(

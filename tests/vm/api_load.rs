@@ -17,7 +17,7 @@ use pigeon_lab::{
 use serde_json::json;
 
 /// Generous: other VMs may run beside this one.
-const PATIENCE: Duration = Duration::from_secs(300);
+const TIMEOUT: Duration = Duration::from_secs(300);
 /// Connections that the API must hold at once.
 const CONNECTIONS: usize = 256;
 
@@ -27,7 +27,7 @@ fn boot(script: &str) -> Result<(Vm, Image)> {
     let vm = Vm::builder()
         .config(&config)
         .disk(&root)
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .start()?;
     Ok((vm, root))
 }
@@ -35,6 +35,10 @@ fn boot(script: &str) -> Result<(Vm, Image)> {
 fn ask(api: &mut Client<UnixStream>) -> Result<()> {
     api.send(b"GET /v1/exit_code HTTP/1.1\r\nHost: x\r\n\r\n")
 }
+
+/// What those who wait leave for commands, and what all of these leave for calls.
+const COMMANDS: usize = 128;
+const CALLS: usize = 32;
 
 #[test]
 fn all_who_wait_for_the_exit_code_get_it_and_never_take_the_last_places() -> Result<()> {
@@ -53,9 +57,28 @@ fn all_who_wait_for_the_exit_code_get_it_and_never_take_the_last_places() -> Res
     ensure!(refused.is_err(), "a WebSocket took one of the last places");
     api.get("/v1/status")?.success()?;
 
+    // As many commands as there can be, for as long as they can take.
+    let script = "echo begun >/dev/console; exec sleep 100000";
+    let body = json!({"cmd": ["sh", "-c", script], "timeout_ms": 86_400_000}).to_string();
+    let head = "POST /v1/exec HTTP/1.1\r\nHost: x\r\nContent-Length: ";
+    let command = format!("{head}{}\r\n\r\n{body}", body.len());
+    let mut commands = vec![];
+    for _ in 0..COMMANDS {
+        let mut api = vm.api()?;
+        api.send(command.as_bytes())?;
+        commands.push(api);
+    }
+    let start = Instant::now();
+    while vm.console().matches("begun").count() < COMMANDS {
+        ensure!(start.elapsed() < TIMEOUT, "not all have begun");
+        thread::sleep(Duration::from_millis(10));
+    }
+    api.send(command.as_bytes())?;
+    assert_eq!(api.receive(false)?.status, 503);
+
     // The last places are for calls: of more than fit the one that is idle longest makes room.
     let mut idle = vec![api];
-    while idle.len() < 33 {
+    while idle.len() < CALLS + 1 {
         let mut api = vm.api()?;
         api.get("/v1/status")?.success()?;
         idle.push(api);
@@ -63,7 +86,23 @@ fn all_who_wait_for_the_exit_code_get_it_and_never_take_the_last_places() -> Res
     idle.remove(0)
         .wait_closed()
         .context("the idle connection stays")?;
-    let api = idle.last_mut().context("connections")?;
+    // Those who take their time, with a head, a body, or what they do not read, make room as well.
+    drop(idle);
+    let mut slow = vec![];
+    for start in ["GET /v1/status HTTP/1.1\r\n", &format!("{head}9\r\n\r\n")] {
+        for _ in 0..CALLS {
+            let mut api = vm.api()?;
+            api.send(start.as_bytes())?;
+            slow.push(api);
+        }
+        thread::sleep(Duration::from_millis(1500));
+        for _ in 0..3 {
+            let mut api = vm.api()?;
+            api.get("/v1/status")?.success()?;
+            slow.push(api);
+        }
+    }
+    let mut api = vm.api()?;
     api.post("/v1/signals", &json!({"signal": 15}))?.success()?;
     let start = Instant::now();
     for api in &mut waiting {
@@ -172,7 +211,7 @@ fn commands_with_much_output_all_at_once_are_answered_in_little_memory() -> Resu
     let root = Image::ext4(&tree, 32)?;
     let config = json!({"ExecOverride": ["/bin/sleep", "100000"]});
     let builder = Vm::builder().config(&config).disk(&root);
-    let mut vm = builder.memory_mib(128).patience(PATIENCE).start()?;
+    let mut vm = builder.memory_mib(128).timeout(TIMEOUT).start()?;
     let body = json!({"cmd": ["cat", "/text"], "timeout_ms": 600_000}).to_string();
     let head = "POST /v1/exec HTTP/1.1\r\nHost: x\r\nContent-Length: ";
     let request = format!("{head}{}\r\n\r\n{body}", body.len());
@@ -210,16 +249,17 @@ fn commands_with_much_output_all_at_once_are_answered_in_little_memory() -> Resu
     Ok(())
 }
 
-/// What PID 1 holds: memory in KiB, Pss and page tables, and open files.
+/// What PID 1 holds: memory in KiB, Pss and page tables, and open files. These are counted first: what is
+/// closed by then has given its memory back.
 fn held(api: &mut Client<UnixStream>) -> Result<(u64, u64, u64)> {
-    let script = "awk '/^Pss:/ {print $2}' /proc/1/smaps_rollup
-        awk '/^VmPTE:/ {print $2}' /proc/1/status
-        ls /proc/1/fd | wc -l";
+    let script = "ls /proc/1/fd | wc -l
+        awk '/^Pss:/ {print $2}' /proc/1/smaps_rollup
+        awk '/^VmPTE:/ {print $2}' /proc/1/status";
     let answer = api.post("/v1/exec", &json!({"cmd": ["sh", "-c", script]}))?;
     let answer = answer.success()?.json()?;
     let out = answer["stdout"].as_str().unwrap_or_default();
     let numbers: Vec<u64> = out.lines().map(str::parse).collect::<Result<_, _>>()?;
-    let [pss, tables, files] = numbers[..] else {
+    let [files, pss, tables] = numbers[..] else {
         anyhow::bail!("{answer}");
     };
     Ok((pss, tables, files))
@@ -235,7 +275,7 @@ fn settled(api: &mut Client<UnixStream>, files: u64) -> Result<(u64, u64, u64)> 
             return Ok(now);
         }
         ensure!(
-            start.elapsed() < PATIENCE,
+            start.elapsed() < TIMEOUT,
             "{} open files, not {files}",
             now.2
         );

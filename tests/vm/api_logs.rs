@@ -18,7 +18,7 @@ use pigeon_lab::{
 use serde_json::{Value, json};
 
 /// Generous: other VMs may run beside this one.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Waits for a line on standard input of a command in the guest: `/go` is a FIFO.
 const WAIT: &str = "cat /go >/dev/null";
@@ -29,7 +29,7 @@ fn vm(script: &str, more: Value) -> Result<(Builder, Image)> {
     for (key, value) in more.as_object().context("an object")? {
         config[key] = value.clone();
     }
-    let builder = Vm::builder().config(&config).disk(&root).patience(PATIENCE);
+    let builder = Vm::builder().config(&config).disk(&root).timeout(TIMEOUT);
     Ok((builder, root))
 }
 
@@ -47,7 +47,7 @@ struct Logs {
 impl Logs {
     fn open(vm: &mut Vm, query: &str) -> Result<Self> {
         let mut stream = vm.connect(API_PORT)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
         write!(stream, "GET /v1/logs{query} HTTP/1.1\r\nHost: vm\r\n\r\n")?;
         let mut received = vec![];
         let end = loop {
@@ -236,6 +236,38 @@ fn a_follower_reads_everything_and_streams_can_be_kept_apart() -> Result<()> {
 }
 
 #[test]
+fn a_reader_who_does_not_follow_misses_nothing_in_between() -> Result<()> {
+    // As many records as there can be, and a workload that writes over the oldest all the time.
+    let script = "i=1; while :; do echo $i; echo $i >&2; i=$((i + 1)); done";
+    let (builder, _root) = vm(script, json!({"SeparateStderr": true}))?;
+    // What cannot be had is refused, and the default used.
+    let builder = builder.arg("PIGEON_LOG_KIB=65537");
+    let mut vm = builder.arg("PIGEON_OUTPUT=log").boot()?;
+    vm.wait_for("PIGEON_LOG_KIB=65537: must be a whole number up to 65536")?;
+    let mut last = 0;
+    while last < 100_000 {
+        let mut logs = Logs::open(&mut vm, "")?;
+        let mut numbers = [vec![], vec![]];
+        while let Some((stream, bytes)) = logs.frame()? {
+            numbers[usize::from(stream == 2)].extend(bytes);
+        }
+        for bytes in numbers {
+            // The first and the last line may be cut.
+            let text = String::from_utf8(bytes)?;
+            let lines: Vec<_> = text.lines().collect();
+            let lines = lines.get(1..lines.len().saturating_sub(1)).unwrap_or(&[]);
+            let numbers = lines.iter().map(|line| line.parse());
+            let numbers = numbers.collect::<Result<Vec<u32>, _>>()?;
+            for pair in numbers.windows(2) {
+                ensure!(pair[1] == pair[0] + 1, "{pair:?}");
+            }
+            last = numbers.last().copied().unwrap_or(last);
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn a_follower_ends_with_the_workload_although_others_hold_its_output_open() -> Result<()> {
     let script = "(trap '' HUP TERM; exec sleep 1000) & echo ready; read line; echo last; exit 3";
     let (builder, _root) = vm(script, json!({}))?;
@@ -306,7 +338,7 @@ fn a_gibibyte_of_output_is_followed_to_the_byte() -> Result<()> {
         .disk(&root)
         .memory_mib(1024)
         .arg("PIGEON_OUTPUT=log")
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .boot()?;
     vm.wait_for("ready")?;
     let mut stream = vm.connect(API_PORT)?;

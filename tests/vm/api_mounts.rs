@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 type Api = Client<UnixStream>;
 
 /// Generous: other VMs may run beside this one.
-const PATIENCE: Duration = Duration::from_secs(240);
+const TIMEOUT: Duration = Duration::from_secs(240);
 
 /// What no end takes longer than.
 const END_LIMIT: Duration = Duration::from_secs(45);
@@ -32,7 +32,7 @@ fn with_disks(disks: &[&Image]) -> Result<(Builder, Image)> {
     let builder = disks
         .iter()
         .fold(builder, |builder, disk| builder.disk(*disk));
-    Ok((builder.patience(PATIENCE).on_qemu(), root))
+    Ok((builder.timeout(TIMEOUT).on_qemu(), root))
 }
 
 fn volume() -> Result<Image> {
@@ -60,7 +60,7 @@ fn shell(api: &mut Api, script: &str, user: &str) -> Result<String> {
 fn wait_until(api: &mut Api, test: &str) -> Result<()> {
     let start = Instant::now();
     while shell(api, &format!("if {test}; then echo yes; fi"), "root")? != "yes\n" {
-        ensure!(start.elapsed() < PATIENCE, "{test} is not true");
+        ensure!(start.elapsed() < TIMEOUT, "{test} is not true");
         thread::sleep(Duration::from_millis(50));
     }
     Ok(())

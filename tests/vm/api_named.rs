@@ -12,7 +12,7 @@ use pigeon_lab::{
 use serde_json::{Value, json};
 
 /// Generous: other VMs may run beside this one.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 fn vm() -> Result<(Vm, Image)> {
     let root = Image::ext4(&Tree::busybox()?, 48)?;
@@ -20,7 +20,7 @@ fn vm() -> Result<(Vm, Image)> {
     let vm = Vm::builder()
         .config(&config)
         .disk(&root)
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .boot()?;
     Ok((vm, root))
 }
@@ -43,7 +43,7 @@ fn wait_for(vm: &mut Vm, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
         if wanted(&list) {
             return Ok(list);
         }
-        ensure!(start.elapsed() < PATIENCE, "still {list}");
+        ensure!(start.elapsed() < TIMEOUT, "still {list}");
     }
 }
 
@@ -98,10 +98,36 @@ fn a_named_session_goes_on_without_its_client_and_shows_what_was_missed() -> Res
 }
 
 #[test]
+fn all_that_was_missed_comes_also_when_the_command_says_no_more() -> Result<()> {
+    let (mut vm, _root) = vm()?;
+    let script = "for i in $(seq 20); do echo out $i; echo error $i >&2; done; exec sleep 100000";
+    let command = json!({"command": ["sh", "-c", script], "id": "quiet", "streams": true});
+    drop(open(&mut vm, &command)?);
+    wait_for(&mut vm, |list| {
+        list[0]["attached"] == false && list[0]["pid"] != Value::Null
+    })?;
+    std::thread::sleep(Duration::from_secs(3));
+    let mut socket = open(&mut vm, &json!({"attach": "quiet", "streams": true}))?;
+    let text = socket.output_with("error 20")?;
+    for number in 1..=20 {
+        assert!(text.contains(&format!("out {number}\n")), "{text:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn an_ended_session_is_kept_and_one_can_be_ended_from_outside() -> Result<()> {
     let (mut vm, _root) = vm()?;
-    let quick = json!({"command": ["sh", "-c", "sleep 1; seq 30000; exit 9"], "id": "quick"});
+    let script = "until [ -e /run/go ]; do sleep 0.1; done; seq 30000; exit 9";
+    let quick = json!({"command": ["sh", "-c", script], "id": "quick"});
     drop(open(&mut vm, &quick)?);
+    // By then PID 1 waits for events with another epoll instance.
+    let mut api = vm.api()?;
+    for _ in 0..1100 {
+        api.get("/v1/status")?.success()?;
+    }
+    api.post("/v1/exec", &json!({"cmd": ["touch", "/run/go"]}))?
+        .success()?;
     let list = wait_for(&mut vm, |list| list[0]["exit"] != Value::Null)?;
     assert_eq!(list[0]["exit"], json!({"code": 9, "signal": null}));
     // 168,894 bytes of output: the last 64 KiB are kept.
@@ -152,6 +178,59 @@ fn an_ended_session_is_kept_and_one_can_be_ended_from_outside() -> Result<()> {
         [one.wait_end()?.close, two.wait_end()?.close],
         [Some(1001), Some(1001)]
     );
+
+    // One that is ended by a request behind a command: its client is told at once, too, and not when
+    // something else happens.
+    let mut three = open(&mut vm, &json!({"command": ["cat"], "id": "three"}))?;
+    wait_for(&mut vm, |list| list[0]["id"] == "three")?;
+    let body = r#"{"cmd":["sleep","1"]}"#;
+    let length = body.len();
+    let exec =
+        format!("POST /v1/exec HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{body}");
+    api.send((exec + &delete("three")).as_bytes())?;
+    assert_eq!(
+        [api.receive(false)?.status, api.receive(false)?.status],
+        [200, 200]
+    );
+    assert_eq!(three.wait_end()?.close, Some(1001));
+    Ok(())
+}
+
+#[test]
+fn a_session_can_be_attached_to_when_there_are_all_commands_that_there_can_be() -> Result<()> {
+    let (mut vm, _root) = vm()?;
+    let echo = json!({"command": ["cat"], "id": "echo"});
+    drop(open(&mut vm, &echo)?);
+    wait_for(&mut vm, |list| list[0]["attached"] == false)?;
+    let mut others = vec![];
+    let other = json!({"command": ["sh", "-c", "echo ready; exec cat"]});
+    for _ in 0..127 {
+        let mut socket = open(&mut vm, &other)?;
+        socket.output_with("ready")?;
+        others.push(socket);
+    }
+    assert_eq!(open(&mut vm, &other)?.wait_end()?.close, Some(1011));
+    let mut socket = open(&mut vm, &json!({"attach": "echo"}))?;
+    socket.binary(b"still here\n")?;
+    socket.output_with("still here")?;
+    Ok(())
+}
+
+#[test]
+fn a_client_that_is_lost_at_the_end_leaves_it_to_the_next() -> Result<()> {
+    let (mut vm, _root) = vm()?;
+    // It stops where its client takes no more, and so ends before its output has gone.
+    let command = json!({"command": ["timeout", "3", "yes"], "id": "lost"});
+    let client = open(&mut vm, &command)?;
+    let list = wait_for(&mut vm, |list| list[0]["exit"] != Value::Null)?;
+    assert_eq!(list[0]["attached"], true);
+    drop(client);
+    let list = wait_for(&mut vm, |list| list[0]["attached"] == false)?;
+    let end = open(&mut vm, &json!({"attach": "lost"}))?.wait_end()?;
+    assert_eq!(end.close, Some(1000));
+    assert!(end.text().ends_with("y\ny\n"));
+    assert_eq!(end.message, Some(json!({"Exit": list[0]["exit"]})));
+    assert_eq!(sessions(&mut vm)?, json!([]));
     Ok(())
 }
 
@@ -185,8 +264,10 @@ fn sessions_without_their_clients_leave_pid_1_idle() -> Result<()> {
         let Some(list) = list.as_array() else {
             return false;
         };
+        // Which of them began first is not known: a session's first message is not waited for.
         let is_away = |session: &Value| session["attached"] == false;
-        list.len() == 4 && list.iter().all(is_away) && list[0]["exit"] != Value::Null
+        let has_ended = |session: &Value| session["exit"] != Value::Null;
+        list.len() == 4 && list.iter().all(is_away) && list.iter().any(has_ended)
     })?;
     // The first number is the time on a processor, in nanoseconds.
     let script = "cut -d' ' -f1 /proc/1/schedstat; sleep 3; cut -d' ' -f1 /proc/1/schedstat";
@@ -212,4 +293,32 @@ fn streams_are_told_apart_by_the_first_byte_of_a_message() -> Result<()> {
     let end = open(&mut vm, &command)?.wait_end()?;
     assert_eq!(end.output, b"\x01out\n\x02err\n\x01out again\n");
     Ok(())
+}
+
+#[test]
+fn sessions_that_say_nothing_give_the_memory_of_their_start_back() -> Result<()> {
+    const SESSIONS: u32 = 30;
+    let (mut vm, _root) = vm()?;
+    let mut api = vm.api()?;
+    let mut pss = || -> Result<u32> {
+        let script = "awk '/^Pss:/ {print $2}' /proc/1/smaps_rollup";
+        let body = json!({"cmd": ["sh", "-c", script]});
+        let answer = api.post("/v1/exec", &body)?.success()?.json()?;
+        let size = answer["stdout"].as_str().context("no output")?;
+        Ok(size.trim().parse()?)
+    };
+    let before = pss()?;
+    let mut silent = vec![];
+    for _ in 0..SESSIONS {
+        silent.push(open(&mut vm, &json!({"command": ["sleep", "100000"]}))?);
+    }
+    let start = Instant::now();
+    // What a connection and its session need, in pages that are touched.
+    loop {
+        let after = pss()?;
+        if after < before + SESSIONS * 16 {
+            return Ok(());
+        }
+        ensure!(start.elapsed() < TIMEOUT / 6, "{before} {after}");
+    }
 }

@@ -17,7 +17,7 @@ use pigeon_lab::{
 use serde_json::{Map, Value, json};
 
 /// Generous: other VMs may run beside this one.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// An operation's method and path, as in the description: `("GET", "/v1/sessions/{id}")`.
 type Operation = (String, String);
@@ -275,18 +275,27 @@ fn routes() -> Vec<Operation> {
         .split("const ROUTES")
         .nth(1)
         .and_then(|rest| rest.split("];").next());
-    let entries = table.expect("a table").split("Method::").skip(1);
-    let routes = entries.map(|entry| {
-        let method = entry.split(',').next().expect("a method").to_uppercase();
-        let path = entry.split('"').nth(1).expect("a path");
-        // A path that ends with `/` stands for all below it.
-        let path = match path {
+    // What is quoted, and what stands behind it: a path, and its methods. Names of features are quoted, too.
+    let pieces: Vec<_> = table.expect("a table").split('"').skip(1).collect();
+    let mut routes = vec![];
+    for piece in pieces.chunks_exact(2) {
+        let path = match piece[0] {
+            // A path that ends with `/` stands for all below it.
             "/v1/sessions/" => "/v1/sessions/{id}",
             path => path,
         };
-        (method, path.to_owned())
-    });
-    routes.collect()
+        if !path.starts_with('/') {
+            continue;
+        }
+        for entry in piece[1].split("Method::").skip(1) {
+            let method = entry.split(',').next().expect("a method").to_uppercase();
+            // A HEAD is described where it says more than the GET.
+            if method != "HEAD" {
+                routes.push((method, path.to_owned()));
+            }
+        }
+    }
+    routes
 }
 
 #[test]
@@ -348,7 +357,7 @@ fn a_running_vm_answers_as_the_description_says() -> Result<()> {
         .disk(&root)
         .nic()
         .arg("PIGEON_EXIT_LINGER_MS=600000")
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .start()?;
 
     let empty = Vec::new();
@@ -614,7 +623,7 @@ fn sessions(description: &Description, asked: &mut Asked, vm: &mut Vm) -> Result
         if exits.contains(&true) && exits.contains(&false) {
             break;
         }
-        ensure!(start.elapsed() < PATIENCE, "{list:?}");
+        ensure!(start.elapsed() < TIMEOUT, "{list:?}");
     }
     let resize = json!({"cols": 100, "rows": 30});
     description.check_message("SessionControl", &resize)?;

@@ -19,7 +19,7 @@ use pigeon_lab::{
 use serde_json::{Value, json};
 
 /// Generous: other VMs may run beside this one.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// A VM whose workload does nothing, for ever.
 fn boot() -> Result<(Vm, Image)> {
@@ -32,7 +32,7 @@ fn boot() -> Result<(Vm, Image)> {
     let mut vm = Vm::builder()
         .config(&config)
         .disk(&root)
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .start()?;
     vm.connect(API_PORT)?;
     Ok((vm, root))
@@ -91,7 +91,7 @@ fn wait_until(
         if wanted(&output) {
             return Ok(());
         }
-        ensure!(start.elapsed() < PATIENCE, "{command} still says {output}");
+        ensure!(start.elapsed() < TIMEOUT, "{command} still says {output}");
         thread::sleep(Duration::from_millis(100));
     }
 }
@@ -214,7 +214,7 @@ fn a_session_that_sends_and_receives_in_bulk_at_once_does_not_stall() -> Result<
             .config(&json!({"ExecOverride": ["/bin/sleep", "100000"]}))
             .disk(&root)
             .cpus(cpus)
-            .patience(PATIENCE)
+            .timeout(TIMEOUT)
             .start()?;
         for _ in 0..3 {
             let mut cat = session(&mut vm, &json!({"command": ["cat"]}))?;
@@ -663,6 +663,22 @@ fn a_session_goes_with_the_workload() -> Result<()> {
     assert!(matches!(end.close, None | Some(1001)), "{end:?}");
     vm.wait_end()?;
     root.check()
+}
+
+#[test]
+fn nothing_follows_a_close_frame_that_is_not_answered_at_the_end() -> Result<()> {
+    let (mut vm, _root) = boot()?;
+    let mut socket = script(&mut vm, "exit 3")?;
+    let mut frames = vec![];
+    let mut stop = Some(());
+    while let Some(frame) = socket.next_frame()? {
+        frames.push(frame.first);
+        if frame.first == ws::CLOSE && stop.take().is_some() {
+            vm.stop()?;
+        }
+    }
+    assert_eq!(frames, [TEXT, ws::CLOSE]);
+    Ok(())
 }
 
 #[test]

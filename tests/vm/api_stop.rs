@@ -7,17 +7,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use pigeon_lab::{
     End, Vm,
     disk::{Image, Tree},
     guest,
+    mmds::{Mmds, Push},
     vm::Builder,
 };
 use serde_json::{Value, json};
 
 /// Generous: other VMs may run beside this one.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 fn vm(script: &str, stop_signal: &str) -> Result<(Builder, Image)> {
     let root = Image::ext4(&Tree::busybox()?, 48)?;
@@ -25,7 +26,7 @@ fn vm(script: &str, stop_signal: &str) -> Result<(Builder, Image)> {
         "ExecOverride": ["/bin/sh", "-c", script],
         "ImageConfig": {"StopSignal": stop_signal},
     });
-    let builder = Vm::builder().config(&config).disk(&root).patience(PATIENCE);
+    let builder = Vm::builder().config(&config).disk(&root).timeout(TIMEOUT);
     Ok((builder, root))
 }
 
@@ -50,7 +51,7 @@ fn the_host_is_told_of_the_vms_life_without_asking() -> Result<()> {
         .vsock(&socket)
         .arg("PIGEON_EVENTS_PORT=7077")
         .boot()?;
-    let next = || received.recv_timeout(PATIENCE).context("no event");
+    let next = || received.recv_timeout(TIMEOUT).context("no event");
     let (_, ready) = next()?;
     assert_eq!(ready, json!({"event": "ready"}));
     let (_, started) = next()?;
@@ -72,6 +73,51 @@ fn the_host_is_told_of_the_vms_life_without_asking() -> Result<()> {
         exited.elapsed()
     );
     Ok(())
+}
+
+#[test]
+fn a_host_that_listens_late_hears_what_happens_from_then_on() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let socket = dir.path().join("vm.vsock");
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let document = guest::shell("exec sleep 1000", json!({}));
+    let mut vm = Vm::builder()
+        .mmds(Mmds::serving(document).push(Push::After(Duration::from_secs(2))))
+        .on_qemu()
+        .arg("PIGEON_MMDS_TIMEOUT_MS=60000")
+        .arg("PIGEON_EVENTS_PORT=7077")
+        .vsock(&socket)
+        .disk(&root)
+        .timeout(TIMEOUT)
+        .boot()?;
+    // The first attempt to connect is refused by now.
+    let start = Instant::now();
+    while vm.mmds_requests().is_empty() {
+        ensure!(start.elapsed() < TIMEOUT, "MMDS was not asked");
+        thread::sleep(Duration::from_millis(10));
+    }
+    let listener = UnixListener::bind(dir.path().join("vm.vsock_7077"))?;
+    vm.wait_for("workload started")?;
+    listener.set_nonblocking(true)?;
+    let start = Instant::now();
+    let stream = loop {
+        match listener.accept() {
+            Ok((stream, _)) => break stream,
+            Err(_) => ensure!(start.elapsed() < TIMEOUT, "no connection for events"),
+        }
+        thread::sleep(Duration::from_millis(10));
+    };
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    for (event, line) in ["ready", "started"]
+        .iter()
+        .zip(BufReader::new(stream).lines())
+    {
+        assert_eq!(serde_json::from_str::<Value>(&line?)?["event"], *event);
+    }
+    vm.stop()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
 }
 
 #[test]
@@ -108,6 +154,20 @@ fn a_second_stop_shortens_the_time_and_cannot_lengthen_it() -> Result<()> {
     let mut vm = builder.boot()?;
     vm.wait_for("ready")?;
     let mut api = vm.api()?;
+    // Two that come at once.
+    let both: String = ["{\"timeout_ms\":20000}", "{\"timeout_ms\":60000}"]
+        .map(|body| {
+            format!(
+                "POST /v1/stop HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}",
+                body.len()
+            )
+        })
+        .concat();
+    api.send(both.as_bytes())?;
+    for _ in 0..2 {
+        api.receive(false)?.success()?;
+    }
+    vm.wait_for("signal=2 timeout_ms=20000")?;
     for (body, status) in [
         (json!({"signal": "SIGTERM", "timeout_ms": 60_000}), 200),
         (json!({"signal": 15, "timeout_ms": 500}), 200),

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 type Api = Client<UnixStream>;
 
 /// Generous: other VMs may run beside this one.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Members that only grow, by list: those of a disk but the requests under way.
 const DISK: [&str; 10] = [
@@ -134,7 +134,7 @@ fn sysinfo_is_what_proc_says_in_the_shape_of_flys() -> Result<()> {
         .disk(&volume)
         .nic()
         .cpus(2)
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .start()?;
     let mut api = vm.api()?;
 
@@ -294,7 +294,7 @@ fn sysinfo_is_what_proc_says_in_the_shape_of_flys() -> Result<()> {
         if answer["exit_code"] != -1 {
             break answer;
         }
-        ensure!(start.elapsed() < PATIENCE, "everybody is still stopped");
+        ensure!(start.elapsed() < TIMEOUT, "everybody is still stopped");
     };
     assert_eq!(answer["stdout"], "1\n");
     assert_eq!(api.get("/v1/sysinfo")?.status, 200);

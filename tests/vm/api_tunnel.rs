@@ -18,7 +18,7 @@ use serde_json::json;
 type Api = Client<UnixStream>;
 
 /// Generous: other VMs may run beside this one.
-const PATIENCE: Duration = Duration::from_secs(240);
+const TIMEOUT: Duration = Duration::from_secs(240);
 
 /// A VM whose workload is the servers of `wire.c` with these arguments, each listening.
 fn boot(servers: &[&str]) -> Result<(Vm, Image)> {
@@ -33,11 +33,11 @@ fn boot(servers: &[&str]) -> Result<(Vm, Image)> {
     let vm = Vm::builder()
         .config(&config)
         .disk(&root)
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .start()?;
     let start = Instant::now();
     while vm.console().matches("listening").count() < servers.len() {
-        ensure!(start.elapsed() < PATIENCE, "a server does not start");
+        ensure!(start.elapsed() < TIMEOUT, "a server does not start");
         thread::sleep(Duration::from_millis(10));
     }
     Ok((vm, root))
@@ -77,14 +77,14 @@ fn exchange(stream: &mut UnixStream, bytes: &[u8]) -> Result<()> {
 
 /// What PID 1 holds: memory in KiB, and open files.
 fn held(vm: &mut Vm) -> Result<(u64, u64)> {
-    let script = "awk '/^Pss:/ {print $2}' /proc/1/smaps_rollup; ls /proc/1/fd | wc -l";
+    let script = "ls /proc/1/fd | wc -l; awk '/^Pss:/ {print $2}' /proc/1/smaps_rollup";
     let answer = vm
         .api()?
         .post("/v1/exec", &json!({"cmd": ["sh", "-c", script]}))?;
     let answer = answer.success()?.json()?;
     let out = answer["stdout"].as_str().context("no text")?;
     let numbers: Vec<u64> = out.lines().map(str::parse).collect::<Result<_, _>>()?;
-    let [memory, files] = numbers[..] else {
+    let [files, memory] = numbers[..] else {
         anyhow::bail!("{answer}");
     };
     Ok((memory, files))
@@ -99,7 +99,7 @@ fn settle(vm: &mut Vm, files: u64) -> Result<u64> {
             return Ok(now.0);
         }
         ensure!(
-            start.elapsed() < PATIENCE,
+            start.elapsed() < TIMEOUT,
             "{} open files, not {files}",
             now.1
         );
@@ -411,7 +411,7 @@ fn who_does_not_read_is_waited_for_by_his_other_end_alone() -> Result<()> {
     drop(freed);
     let start = Instant::now();
     while ask(&mut vm, "127.0.0.1:7003", b"")?.0.status != 200 {
-        ensure!(start.elapsed() < PATIENCE, "no place becomes free");
+        ensure!(start.elapsed() < TIMEOUT, "no place becomes free");
     }
     Ok(())
 }

@@ -73,6 +73,16 @@ static void limits(void)
            prlimit(1, RLIMIT_NOFILE, &none, 0));
 }
 
+/* Leaves PID 1 no more memory than it has, for so many seconds. */
+static void starve(int seconds)
+{
+    struct rlimit none = {0, RLIM_INFINITY}, all = {RLIM_INFINITY, RLIM_INFINITY};
+
+    or_die(prlimit(1, RLIMIT_AS, &none, 0));
+    sleep(seconds);
+    or_die(prlimit(1, RLIMIT_AS, &all, 0));
+}
+
 /* Holds a file by a mapping alone, with a page of it dirty. */
 static void map(const char *path)
 {
@@ -116,20 +126,25 @@ static void bomb(void)
         fork();
 }
 
-/* Sends each process that is born after this one a signal at once: one that ends it, with a core where
- * the kernel writes one. */
+/* Sends each process that is born after this one a signal as soon as it may: one that ends it, with a
+ * core where the kernel writes one. */
 static void strike(void)
 {
     static const int signals[] = {SIGABRT, SIGKILL, SIGSEGV};
     unsigned struck = 0;
 
     for (int next = getpid() + 1;; )
-        for (int pid = next; pid < next + 8; pid++)
-            if (!kill(pid, signals[struck % 3])) {
+        for (int pid = next; pid < next + 8; pid++) {
+            int failed;
+            while ((failed = kill(pid, signals[struck % 3])) && errno == EPERM)
+                next = pid + 1;
+            if (!failed) {
                 struck++;
                 next = pid + 1;
-                break;
             }
+            if (next > pid)
+                break;
+        }
 }
 
 /* Kills all that it may as soon as somebody opens the pipe to write. */
@@ -255,6 +270,8 @@ int main(int argc, char **argv)
         meddle();
     else if (!strcmp(what, "limits"))
         limits();
+    else if (!strcmp(what, "starve"))
+        starve(atoi(argv[2]));
     else if (!strcmp(what, "map"))
         map(argv[2]);
     else if (!strcmp(what, "orphans"))

@@ -1,8 +1,11 @@
 //! Control groups: the layouts, who is born where, and what the workload's user may do.
 
-use std::time::Duration;
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use pigeon_lab::{
     End, Vm, assets,
     disk::{Image, Tree},
@@ -155,7 +158,7 @@ fn a_workload_that_freezes_its_own_group_does_not_keep_the_host_out() -> Result<
     let mut vm = Vm::builder()
         .config(&guest::shell(script, json!({})))
         .disk(&root)
-        .patience(Duration::from_secs(120))
+        .timeout(Duration::from_secs(120))
         .boot()?;
     vm.wait_for("frozen soon")?;
     let group = "/sys/fs/cgroup/unified/workload";
@@ -181,6 +184,68 @@ fn commands_are_born_in_the_root_when_root_has_taken_their_group_away() -> Resul
     vm.wait_for("taken")?;
     assert_eq!(exec(&mut vm, "tail -n 1 /proc/self/cgroup")?, "0::/\n");
     vm.type_text("\n")?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+/// A command that is held before it has begun has copies of all that PID 1 has open.
+#[test]
+fn commands_held_before_they_have_begun_keep_neither_connections_open_nor_pid_1_awake() -> Result<()>
+{
+    let root = root()?;
+    let script = "cd /sys/fs/cgroup/unified; until [ -d commands ]; do sleep 0.01; done
+        echo ready; until [ -e /run/freeze ]; do sleep 0.01; done
+        echo 1 >commands/cgroup.freeze; echo frozen
+        while sleep 1; do set -- $(cat /proc/1/stat); echo ticks $((${14} + ${15})); done";
+    let mut vm = Vm::builder()
+        .config(&guest::shell(script, json!({})))
+        .disk(&root)
+        .timeout(Duration::from_secs(120))
+        .boot()?;
+    vm.wait_for("ready")?;
+    let mut kept = vm.api()?;
+    kept.get("/v1/status")?.success()?;
+    exec(&mut vm, "touch /run/freeze")?;
+    vm.wait_for("frozen")?;
+    let mut command = vm.api()?;
+    let body = json!({"cmd": ["true"], "timeout_ms": 600_000}).to_string();
+    let head = "POST /v1/exec HTTP/1.1\r\nHost: x\r\nContent-Length: ";
+    command.send(format!("{head}{}\r\n\r\n{body}", body.len()).as_bytes())?;
+    vm.api()?.get("/v1/status")?.success()?;
+
+    // One that was there before it.
+    kept.send(b"GET /v1/status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+    kept.receive(false)?.success()?;
+    kept.wait_closed().context("the connection stays open")?;
+    drop(kept);
+    let ticks = |vm: &Vm| -> Vec<u32> {
+        let console = vm.console();
+        let ticks = console
+            .lines()
+            .filter_map(|line| line.strip_prefix("ticks "));
+        ticks
+            .filter_map(|ticks| ticks.trim().parse().ok())
+            .collect()
+    };
+    let count = ticks(&vm).len();
+    let start = Instant::now();
+    let ticks = loop {
+        let ticks = ticks(&vm);
+        if ticks.len() >= count + 5 {
+            break ticks;
+        }
+        ensure!(start.elapsed() < Duration::from_secs(120), "{ticks:?}");
+        thread::sleep(Duration::from_millis(100));
+    };
+    // Of the 300 of three seconds.
+    let [.., first, _, _, last] = ticks[..] else {
+        bail!("{ticks:?}");
+    };
+    ensure!(last - first < 30, "PID 1 does not sleep: {ticks:?}");
+    drop(command);
+    vm.api()?
+        .post("/v1/signals", &json!({"signal": 9}))?
+        .success()?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     root.check()
 }
@@ -264,7 +329,7 @@ fn in_the_unified_layout_a_users_container_has_limits_of_memory_and_processes() 
         .config(&guest::shell(&script, json!({"UserOverride": "app"})))
         .arg("PIGEON_CGROUPS=unified")
         .disk(&root)
-        .patience(Duration::from_secs(180))
+        .timeout(Duration::from_secs(180))
         .boot()?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     let console = vm.console();
@@ -299,7 +364,7 @@ fn in_the_hybrid_layout_limits_are_for_root_whose_v1_hierarchies_have_the_contro
     let mut vm = Vm::builder()
         .config(&guest::shell(&script, json!({"UserOverride": "app"})))
         .disk(&root)
-        .patience(Duration::from_secs(180))
+        .timeout(Duration::from_secs(180))
         .boot()?;
     vm.wait_for("ready")?;
     let console = vm.console();

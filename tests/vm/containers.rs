@@ -38,7 +38,7 @@ fn vm(debian: &TempPath, config: Value) -> Builder {
         .arg("PIGEON_CGROUPS=unified")
         .disk(Disk::file(debian).read_only())
         .memory_mib(1024)
-        .patience(Duration::from_secs(400))
+        .timeout(Duration::from_secs(400))
 }
 
 /// The standard output of a command in the VM.

@@ -18,7 +18,7 @@ use pigeon_lab::{
 use serde_json::{Value, json};
 
 /// Generous: other VMs may run beside this one.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// What no end takes longer than.
 const END_LIMIT: Duration = Duration::from_secs(45);
@@ -60,7 +60,7 @@ fn boot(config: &Value, disks: &[&Image]) -> Result<Vm> {
 }
 
 fn builder(config: &Value, disks: &[&Image]) -> Builder {
-    let mut builder = Vm::builder().config(config).patience(PATIENCE).on_qemu();
+    let mut builder = Vm::builder().config(config).timeout(TIMEOUT).on_qemu();
     for disk in disks {
         builder = builder.disk(*disk);
     }
@@ -80,10 +80,15 @@ fn assert_ends_without(vm: &mut Vm, file_system: &str) -> Result<()> {
     Ok(())
 }
 
+/// A disk's bytes a second.
+fn throttle(vm: &mut Vm, disk: &str, rate: u64) -> Result<()> {
+    let limits = json!({"device": disk, "bps": rate, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
+    vm.qmp("block_set_io_throttle", limits).map(drop)
+}
+
 /// A disk answers no request from now on: a byte a second.
 fn hang(vm: &mut Vm, disk: &str) -> Result<()> {
-    let limits = json!({"device": disk, "bps": 1, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
-    vm.qmp("block_set_io_throttle", limits)?;
+    throttle(vm, disk, 1)?;
     vm.yield_slot();
     Ok(())
 }
@@ -199,6 +204,47 @@ fn disks_below_overlays_loop_devices_and_paths_without_end_are_clean() -> Result
 }
 
 #[test]
+fn a_disk_waits_for_what_may_stand_on_it() -> Result<()> {
+    /// Where the only partition of the file begins, in sectors and in bytes.
+    const START: (u32, usize) = (2048, 1 << 20);
+    let inner = volume()?;
+    let contents = std::fs::read(inner.path())?;
+    let mut file = vec![0; START.1];
+    let sectors = (contents.len() / 512) as u32;
+    file[450] = 0x83; // Linux
+    file[454..458].copy_from_slice(&START.0.to_le_bytes());
+    file[458..462].copy_from_slice(&sectors.to_le_bytes());
+    file[510..512].copy_from_slice(&[0x55, 0xaa]);
+    file.extend(contents);
+    let outer = Image::ext4(&Tree::empty()?.file("/img", 0o600, file)?, 24)?;
+    let root = root_of(Tree::busybox()?.file("/loop.ko", 0o600, assets::module("loop")?)?)?;
+    let (data, other) = (volume()?, volume()?);
+    let script = "set -e
+        insmod /loop.ko; mkdir /l /inner; mount /dev/vdd /l
+        losetup -P /dev/loop0 /l/img; mount /dev/loop0p1 /inner
+        echo ready; read -r line
+        dd if=/dev/zero of=/inner/zeros bs=64k count=64 2>/dev/null
+        for dir in /inner /l /data /other; do echo kept >$dir/file; done";
+    let mut vm = boot(&with_volumes(script), &[&root, &data, &other, &outer])?;
+    vm.wait_for("ready")?;
+    // It takes seconds to write what is only in memory.
+    throttle(&mut vm, "disk3", 1 << 20)?;
+    vm.type_text("\n")?;
+    vm.wait_for("exit_code=0")?;
+    time_of_end(&mut vm)?;
+    assert_no_warnings(&vm);
+    root.check()?;
+    assert_kept(&[("vdb", &data), ("vdc", &other), ("vdd", &outer)])?;
+    let file = tempfile::NamedTempFile::new()?;
+    let dump = format!("dump /img {}", file.path().display());
+    run(Command::new(assets::tool("debugfs")?)
+        .args(["-R", &dump])
+        .arg(outer.path()))?;
+    std::fs::write(inner.path(), &std::fs::read(file.path())?[START.1..])?;
+    assert_kept(&[("loop0p1", &inner)])
+}
+
+#[test]
 fn kinds_of_file_systems_that_pid_1_does_not_know_are_clean_too() -> Result<()> {
     let mut tree = Tree::busybox()?;
     let mut load = String::new();
@@ -275,7 +321,7 @@ fn a_volume_that_hangs_while_it_is_mounted_ends_the_boot_and_is_named() -> Resul
     let mut vm = builder
         .arg("PIGEON_MMDS_TIMEOUT_MS=60000")
         .arg("PIGEON_EXIT_LINGER_MS=60000")
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .on_qemu()
         .boot()?;
     while vm.mmds_requests().is_empty() {
@@ -307,7 +353,7 @@ fn a_signal_before_the_workload_has_started_ends_the_boot_in_order() -> Result<(
     let builder = Vm::builder().mmds(mmds).arg("PIGEON_MMDS_TIMEOUT_MS=60000");
     let builder = builder.arg("PIGEON_EXIT_LINGER_MS=60000").on_qemu();
     let builder = builder.disk(&root).disk(&data).disk(&other);
-    let mut vm = builder.patience(PATIENCE).boot()?;
+    let mut vm = builder.timeout(TIMEOUT).boot()?;
     while vm.mmds_requests().is_empty() {
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -368,7 +414,7 @@ fn a_workload_that_a_hanging_disk_holds_in_the_kernel_is_given_up_2_s_after_sigk
     let state = json!({"cmd": ["sh", "-c", "cut -d' ' -f3 /proc/$(pidof dd)/stat"]});
     let start = Instant::now();
     while api.post("/v1/exec", &state)?.json()?["stdout"] != "D\n" {
-        ensure!(start.elapsed() < PATIENCE, "{}", vm.console());
+        ensure!(start.elapsed() < TIMEOUT, "{}", vm.console());
     }
     let start = Instant::now();
     let stop = json!({"timeout_ms": 1000});

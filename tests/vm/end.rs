@@ -203,7 +203,7 @@ fn a_late_reader_still_gets_the_exit_code_and_nothing_lasts_longer() -> Result<(
     let refused = vm.api()?.post("/v1/signals", &json!({"signal": 15}))?;
     assert_eq!(refused.status, 409);
     assert_eq!(vm.api()?.get("/v1/exit_code")?.json()?["code"], 9);
-    // Ten minutes were allowed: the end is there within the lab's patience of one.
+    // Ten minutes were allowed: the end is there within the lab's timeout of one.
     assert_eq!(vm.wait_end()?, End::Reboot);
     root.check()
 }
@@ -230,7 +230,7 @@ fn a_reader_who_has_waited_ends_the_wait_at_once() -> Result<()> {
 }
 
 #[test]
-fn nobody_who_reads_is_waited_for_as_long_as_the_knob_says() -> Result<()> {
+fn nobody_who_reads_is_waited_for_as_long_as_the_parameter_says() -> Result<()> {
     let (root, _) = disks()?;
     let config = guest::shell("exit 0", json!({}));
     let builder = Vm::builder().config(&config).disk(&root);
@@ -268,7 +268,7 @@ fn a_console_that_trickles_makes_the_end_no_longer_than_45_s() -> Result<()> {
     let builder = Vm::builder().config(&config).disk(&root);
     let mut vm = builder
         .firecrackers_console()
-        .patience(Duration::from_secs(180))
+        .timeout(Duration::from_secs(180))
         .boot()?;
     vm.wait_for("1000")?;
     vm.serial().hold();

@@ -20,7 +20,7 @@ use pigeon_lab::{
 use serde_json::{Value, json};
 
 /// Generous: other VMs may run beside this one.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 fn root() -> Result<Image> {
     Image::ext4(&Tree::busybox()?, 32)
@@ -58,7 +58,7 @@ fn a_root_that_hangs_is_told_of_and_does_not_hang_pid_1() -> Result<()> {
     let builder = Vm::builder().mmds(mmds).disk(&root).on_qemu();
     let mut vm = builder
         .arg("PIGEON_MMDS_TIMEOUT_MS=60000")
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .boot()?;
     while vm.mmds_requests().is_empty() {
         thread::sleep(Duration::from_millis(20));
@@ -84,7 +84,7 @@ fn a_volume_that_fails_harms_neither_the_end_nor_the_root() -> Result<()> {
     let builder = Vm::builder().config(&with_volume(script)).disk(&root);
     let mut vm = builder
         .disk(fails_after(60, &volume, &["write_aio"]))
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .boot()?;
     let failed = vm.wait_for("failed after")?;
     assert_ne!(failed, "failed after 0", "it never worked");
@@ -107,7 +107,7 @@ fn a_root_that_fails_under_way_leaves_the_api_and_the_end_as_they_are() -> Resul
     let mut vm = builder
         .disk(fails_after(120, &root, &["write_aio"]))
         .disk(&volume)
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .boot()?;
     let failed = vm.wait_for("failed after")?;
     assert_ne!(failed, "failed after 0", "it never worked");
@@ -159,7 +159,7 @@ fn boot_damaged(root: &Image, volume: &Image, script: &str) -> Result<Vm> {
     let builder = Vm::builder().config(&config).disk(root).disk(volume);
     builder
         .arg("PIGEON_EXIT_LINGER_MS=60000")
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .boot()
 }
 
@@ -266,7 +266,7 @@ fn a_command_on_a_root_that_cannot_be_read_is_an_error_of_its_own() -> Result<()
     let builder = Vm::builder().config(&guest::shell(script, json!({})));
     let mut vm = builder
         .disk(fails_after(150, &root, &["read_aio"]))
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .boot()?;
     let failed = vm.wait_for("failed after")?;
     assert!(
@@ -307,7 +307,7 @@ fn a_connection_that_cannot_be_registered_is_served_as_soon_as_it_can() -> Resul
     let script = "limit=/proc/sys/fs/epoll/max_user_watches; usual=$(cat $limit)
         echo 1 >$limit; echo full; read -r line; echo $usual >$limit; echo room; read -r line; exit 5";
     let builder = Vm::builder().config(&guest::shell(script, json!({})));
-    let mut vm = builder.disk(&root).patience(PATIENCE).boot()?;
+    let mut vm = builder.disk(&root).timeout(TIMEOUT).boot()?;
     vm.wait_for("full")?;
     // It is accepted before it says anything.
     let mut connection = vm.connect(10_000)?;
@@ -338,7 +338,7 @@ fn signals_and_connections_are_heard_of_although_neither_could_be_registered_at_
     let builder = Vm::builder().config(&config).disk(&root);
     let mut vm = builder
         .arg("sysctl.fs.epoll.max_user_watches=0")
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .boot()?;
     vm.wait_for("runs")?;
     let mut api = vm.api()?;

@@ -972,7 +972,7 @@ fn every_bad_document_and_every_bad_root_ends_with_one_clear_line_and_clean_disk
         .disk(&used)
         .disk(&volume)
         .disk(&blank)
-        .patience(std::time::Duration::from_secs(300))
+        .timeout(std::time::Duration::from_secs(300))
         .boot()?;
     for Boot { name, says, .. } in boots.iter().filter(|boot| boot.told) {
         vm.wait_for(&format!("<<< {name}"))?;

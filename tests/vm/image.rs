@@ -286,16 +286,18 @@ fn kernel_parameters_are_set_and_one_that_fails_is_fatal_and_named() -> Result<(
     let rest = json!({"Sysctls": {
         "net.core.somaxconn": "1234",
         "net/ipv4/ip_unprivileged_port_start": "81",
-        "net.ipv4.conf.lo.forwarding": "1"
+        "net.ipv4.conf.lo.forwarding": "1",
+        "kernel.core_pattern": ""
     }});
-    let script = "cd /proc/sys/net; cat core/somaxconn ipv4/ip_unprivileged_port_start ipv4/conf/lo/forwarding; exit 3";
+    let script = "cd /proc/sys/net; cat core/somaxconn ipv4/ip_unprivileged_port_start ipv4/conf/lo/forwarding
+        echo \"cores: '$(cat /proc/sys/kernel/core_pattern)'\"; exit 3";
     let mut vm = Vm::builder()
         .config(&guest::shell(script, rest))
         .disk(&root)
         .boot()?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     let console = vm.console();
-    assert!(console.contains("\n1234\n81\n1\n"), "{console}");
+    assert!(console.contains("\n1234\n81\n1\ncores: ''\n"), "{console}");
     assert!(console.contains("exit_code=3"), "{console}");
 
     for (name, value, why) in [

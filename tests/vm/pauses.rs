@@ -18,7 +18,7 @@ use pigeon_lab::{
 use serde_json::{Value, json};
 
 /// Generous: other VMs may run beside this one.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Longer than anything that PID 1 waits for.
 const MINUTE: Duration = Duration::from_secs(60);
@@ -40,7 +40,7 @@ fn with_volume(script: &str) -> Value {
 
 fn boot(builder: Builder, root: &Image, volume: &Image) -> Result<Vm> {
     let builder = builder.disk(root).disk(volume);
-    builder.patience(PATIENCE).boot()
+    builder.timeout(TIMEOUT).boot()
 }
 
 /// The end is in order, and nobody has complained about anything.
@@ -67,7 +67,7 @@ fn boot_by_mmds(document: Value, root: &Image, volume: &Image) -> Result<Vm> {
     let vm = boot(builder.arg("PIGEON_MMDS_TIMEOUT_MS=20000"), root, volume)?;
     let start = Instant::now();
     while vm.mmds_requests().is_empty() {
-        ensure!(start.elapsed() < PATIENCE, "nobody asks for metadata");
+        ensure!(start.elapsed() < TIMEOUT, "nobody asks for metadata");
         thread::sleep(Duration::from_millis(20));
     }
     Ok(vm)
@@ -324,8 +324,9 @@ fn while_the_console_gets_its_last_bytes() -> Result<()> {
     vm.wait_for("exit_code=0")?;
     let console = vm.console();
     assert_clean(vm, &root, &volume)?;
-    let longest = console.split(|c| c != 'x').map(str::len).max();
-    assert_eq!(longest, Some(SIZE));
+    // The kernel may say in the midst of it that a processor has stood still.
+    let runs = console.split(|c| c != 'x').map(str::len);
+    assert_eq!(runs.filter(|&run| run > 100).sum::<usize>(), SIZE);
     Ok(())
 }
 

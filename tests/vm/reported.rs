@@ -20,7 +20,7 @@ use pigeon_lab::{
 use serde_json::{Value, json};
 
 /// Generous: other VMs may run beside this one.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Accounts as images and attackers have them.
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n\
@@ -66,7 +66,7 @@ fn accounts_that_misled_others_do_not_mislead_this_one() -> Result<()> {
         "ImageConfig": {"WorkingDir": "srv/app"},
     });
     let builder = Vm::builder().config(&config).disk(&root);
-    let mut vm = builder.patience(PATIENCE).start()?;
+    let mut vm = builder.timeout(TIMEOUT).start()?;
     // The lines before it are no accounts, and do not end the search (buildah 7047).
     vm.wait_for("uid=1000(app) gid=1000(app) groups=29(audio),44(video),1000(app)")?;
     let mut api = vm.api()?;
@@ -76,8 +76,9 @@ fn accounts_that_misled_others_do_not_mislead_this_one() -> Result<()> {
         // A number is that id, whatever lies before it (crun, CVE-2026-30892: 1 was 0).
         ("1", "1 1 1 /usr/sbin"),
         ("1:0", "1 0 0 /usr/sbin"),
-        // None of the workload's groups (crun 394, 645).
-        ("4242", "4242 4242 4242 /"),
+        // None of the workload's groups (crun 394, 645). What images for any user give to root's
+        // group (`chgrp -R 0`) is theirs, as in Docker and Kubernetes.
+        ("4242", "4242 0 0 /"),
         ("daemon", "1 1 1 /usr/sbin"),
         ("app", "1000 1000 1000 29 44 /home/app"),
         ("app:video", "1000 44 44 /home/app"),
@@ -147,7 +148,7 @@ fn terminals_and_sessions_that_hung_others_or_lost_output_do_neither_here() -> R
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let config = json!({"ExecOverride": ["/bin/sleep", "100000"], "UserOverride": "app"});
     let builder = Vm::builder().config(&config).disk(&root);
-    let mut vm = builder.patience(PATIENCE).start()?;
+    let mut vm = builder.timeout(TIMEOUT).start()?;
     // Terminals come from where the boot has mounted them, whatever lies at the usual path.
     let mut api = vm.api()?;
     assert_eq!(
@@ -188,7 +189,7 @@ fn terminals_and_sessions_that_hung_others_or_lost_output_do_neither_here() -> R
     shell.binary(b"/bin/busybox sleep 1000\r")?;
     let start = Instant::now();
     while self::shell(&mut api, "ps -o args | grep '^/bin/busybox sleep'")?.is_empty() {
-        ensure!(start.elapsed() < PATIENCE, "it never runs");
+        ensure!(start.elapsed() < TIMEOUT, "it never runs");
     }
     shell.binary(b"\x1a")?;
     shell.output_with("Stopped")?;
@@ -230,7 +231,7 @@ fn requests_that_starved_other_agents_do_not_starve_this_one() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let config = json!({"ExecOverride": ["/bin/sleep", "100000"]});
     let builder = Vm::builder().config(&config).disk(&root);
-    let mut vm = builder.patience(PATIENCE).start()?;
+    let mut vm = builder.timeout(TIMEOUT).start()?;
     let mut api = vm.api()?;
     // No page of PID 1 is ever swapped out.
     let locked = shell(&mut api, "awk '/^VmLck/ {print $2}' /proc/1/status")?;
@@ -355,7 +356,7 @@ fn disks_that_others_left_dirty_are_clean_or_named() -> Result<()> {
     for volume in &volumes {
         builder = builder.disk(volume);
     }
-    let mut vm = builder.patience(PATIENCE).boot()?;
+    let mut vm = builder.timeout(TIMEOUT).boot()?;
     vm.wait_for("exit_code=3")?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     // The writer that waits is in a sleep that no signal ends.
@@ -375,7 +376,7 @@ fn disks_that_others_left_dirty_are_clean_or_named() -> Result<()> {
     let builder = Vm::builder()
         .config(&guest::shell(script, json!({})))
         .disk(&root);
-    let mut vm = builder.patience(PATIENCE).boot()?;
+    let mut vm = builder.timeout(TIMEOUT).boot()?;
     vm.wait_for("exit_code=4")?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     assert_eq!(guest::warnings(&vm.console()), [""; 0], "{}", vm.console());
@@ -395,7 +396,7 @@ fn disks_that_others_left_dirty_are_clean_or_named() -> Result<()> {
         json!({"Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/a"}]}),
     );
     let builder = Vm::builder().config(&config).disk(&root).disk(&volume);
-    let mut vm = builder.patience(PATIENCE).boot()?;
+    let mut vm = builder.timeout(TIMEOUT).boot()?;
     vm.wait_for("exit_code=5")?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     let warnings = guest::warnings(&vm.console());
@@ -442,7 +443,7 @@ fn networks_and_images_that_broke_others_do_not_break_this_one() -> Result<()> {
         ],
     });
     let builder = Vm::builder().config(&config).nic().disk(&root);
-    let mut vm = builder.patience(PATIENCE).boot()?;
+    let mut vm = builder.timeout(TIMEOUT).boot()?;
     // The directory is made; an empty PATH is the image's own.
     let place = [
         "/srv/app",
@@ -480,7 +481,7 @@ fn networks_and_images_that_broke_others_do_not_break_this_one() -> Result<()> {
         "IPConfigs": [{"IP": "fd00::5", "Mask": 64}],
     });
     let builder = Vm::builder().config(&config).nic().disk(&root);
-    let mut vm = builder.patience(PATIENCE).boot()?;
+    let mut vm = builder.timeout(TIMEOUT).boot()?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     let console = vm.console();
     let said = "level=error msg=\"add fd00:0:0:0:0:0:0:5/64 to eth0: EINVAL\"";

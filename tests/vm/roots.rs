@@ -262,9 +262,9 @@ fn volumes_have_types_and_options_and_can_be_read_only_or_in_memory() -> Result<
         Image::ext4(&Tree::empty()?, 8)?,
     ];
     let rest = json!({"UserOverride": "app", "Mounts": [
-        {"DevicePath": "/dev/vdb", "MountPath": "/kept", "ReadOnly": true},
+        {"DevicePath": "/dev/vdb", "MountPath": "/kept", "ReadOnly": true, "Options": "defaults,rw"},
         {"DevicePath": "/dev/vdc", "MountPath": "/packed", "FSType": "squashfs"},
-        {"DevicePath": "/dev/vdd", "MountPath": "/data", "Options": "noexec,nosuid,noatime,data=journal"},
+        {"DevicePath": "/dev/vdd", "MountPath": "/data", "Options": "ro,nodev,rw,dev,exec,relatime,noexec,nosuid,noatime,data=journal"},
         {"MountPath": "/scratch", "FSType": "tmpfs", "Options": "size=4m,mode=0700"}
     ]});
     let script = "cat /kept/note /packed/note; touch /kept/x || echo kept out
@@ -458,7 +458,7 @@ fn a_btrfs_that_hangs_at_the_end_is_named_and_a_btrfs_root_is_clean() -> Result<
         .disk(&root)
         .disk(&btrfs)
         .on_qemu()
-        .patience(std::time::Duration::from_secs(120))
+        .timeout(std::time::Duration::from_secs(120))
         .boot()?;
     vm.wait_for("ready")?;
     let throttle = json!({"device": "disk1", "bps": 1, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});

@@ -17,12 +17,12 @@ use pigeon_lab::{
     http::{Client, Response},
     mmds::{Before, Fault, Mmds, Push},
     vsock::API_PORT,
-    ws::Socket,
+    ws::{Socket, handshake},
 };
 use serde_json::{Value, json};
 
 /// Generous: other VMs may run beside this one.
-const PATIENCE: Duration = Duration::from_secs(180);
+const TIMEOUT: Duration = Duration::from_secs(180);
 
 const V2: &str = "/sys/fs/cgroup/unified";
 
@@ -52,7 +52,7 @@ fn assert_counting(vm: &Vm, names: &[&str]) -> Result<()> {
     for name in names {
         let (before, start) = (lines(vm, name), Instant::now());
         while lines(vm, name) < before + 3 {
-            ensure!(start.elapsed() < PATIENCE, "{name} does not count");
+            ensure!(start.elapsed() < TIMEOUT, "{name} does not count");
             thread::sleep(Duration::from_millis(50));
         }
     }
@@ -90,7 +90,7 @@ fn all_processes_stand_still_while_held_and_go_on_where_they_were() -> Result<()
     let mut vm = Vm::builder()
         .config(&guest::shell(&script, json!({})))
         .disk(&root)
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .boot()?;
     let others = [
         // A container engine's group, beside the workload's.
@@ -175,9 +175,8 @@ fn all_processes_stand_still_while_held_and_go_on_where_they_were() -> Result<()
             "{path}"
         );
     }
-    let mut refused = Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec")?;
-    refused.text(&json!({"command": ["true"]}))?;
-    assert_eq!(refused.wait_end()?.close, Some(1011));
+    let session = vm.api()?.request("GET", "/v1/ws/exec", &handshake(), b"")?;
+    assert_eq!(session.status, 409);
     #[cfg(feature = "files")]
     assert_eq!(vm.api()?.get("/v1/files?path=/etc/passwd")?.status, 409);
     #[cfg(feature = "tunnel")]
@@ -212,6 +211,10 @@ fn all_processes_stand_still_while_held_and_go_on_where_they_were() -> Result<()
     let mut session = Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec")?;
     session.text(&json!({"attach": "count"}))?;
 
+    // As Docker in Docker does with all processes of the root. PID 1 stays out of it.
+    let moved =
+        format!("mkdir {V2}/init; echo 1 >{V2}/init/cgroup.procs; tail -n 1 /proc/1/cgroup");
+    assert_eq!(exec(&mut vm, &moved)?, "0::/init\n");
     // Nobody ends the hold.
     let held = prepare(
         &mut api,
@@ -247,7 +250,7 @@ fn who_cannot_be_frozen_is_named_and_all_goes_on() -> Result<()> {
         .config(&config)
         .disk(&root)
         .disk(&volume)
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .boot()?;
     assert_counting(&vm, &["workload"])?;
     // Who writes to a file system that is frozen waits in the kernel, in a sleep that no signal ends.
@@ -267,6 +270,21 @@ fn who_cannot_be_frozen_is_named_and_all_goes_on() -> Result<()> {
         why.starts_with("still running after 300 ms: touch ("),
         "{why}"
     );
+    // Who calls meanwhile waits, and those who wait do not take all places.
+    let mut waiting = vec![];
+    for (call, timeout) in [("prepare", 3000)].into_iter().chain([("cancel", 0); 7]) {
+        let mut api = vm.api()?;
+        let body = json!({"token": "a1", "timeout_ms": timeout}).to_string();
+        let head = format!("POST /v1/snapshot/{call} HTTP/1.1\r\nHost: x\r\nContent-Length: ");
+        api.send(format!("{head}{}\r\n\r\n{body}", body.len()).as_bytes())?;
+        // So that they come in this order.
+        assert_eq!(vm.api()?.get("/v1/status")?.status, 200);
+        waiting.push(api);
+    }
+    assert_eq!(cancel(&mut api, "a1")?.status, 503);
+    let statuses = waiting.iter_mut().map(|api| Ok(api.receive(false)?.status));
+    let statuses = statuses.collect::<Result<Vec<_>>>()?;
+    assert_eq!(statuses, [504, 409, 409, 409, 409, 409, 409, 409]);
     assert_counting(&vm, &["workload"])?;
     exec(&mut vm, "fsfreeze --unfreeze /data")?;
     prepare(&mut api, json!({"token": "a1"}))?.success()?;
@@ -303,12 +321,12 @@ fn without_cgroup_v2_and_where_it_is_off_there_is_no_hold() -> Result<()> {
             .config(&guest::shell("read -r line", json!({})))
             .arg(arg)
             .disk(&root)
-            .patience(PATIENCE)
+            .timeout(TIMEOUT)
             .boot()?;
         vm.wait_for("workload started")?;
         let refused = prepare(&mut vm.api()?, json!({"token": "a1"}))?;
         assert_eq!((refused.status, error(&refused)?), (501, why.into()));
-        // What a process writes into the kernel's log is not the kernel's word.
+        // What a process writes into the kernel's log is no notification of the kernel's.
         exec(
             &mut vm,
             "echo '<5>random: crng reseeded due to virtual machine fork' >/dev/kmsg",
@@ -344,6 +362,7 @@ fn document(name: &str, net: u8, signal: u8) -> Value {
             "IPConfigs": [
                 {"IP": format!("10.0.{net}.7"), "Mask": 24, "Gateway": format!("10.0.{net}.1")},
                 {"IP": format!("fd00:{net}::7"), "Mask": 64, "Gateway": format!("fd00:{net}::1")},
+                {"IP": format!("fe80::{net}:7"), "Mask": 64},
             ],
             "EtcHosts": [{"Host": "db", "IP": format!("10.0.{net}.9")}],
             "EtcResolv": {"Nameservers": [format!("10.0.{net}.53")]},
@@ -352,17 +371,17 @@ fn document(name: &str, net: u8, signal: u8) -> Value {
     )
 }
 
-/// What the VM itself says that a document sets.
+/// What the VM itself says that a document sets. The kernel's own address has the MAC in it.
 fn assert_is(vm: &mut Vm, name: &str, net: u8) -> Result<()> {
     let state = exec(
         vm,
         "hostname; echo $WHO; cat /sys/class/net/eth0/mtu
-        ip -o addr show dev eth0 scope global | awk '{print $4}' | sort
+        ip -o addr show dev eth0 | awk '{print $4}' | grep -v ff:fe | sort
         ip route | grep default; ip -6 route | grep default | sed 's/ metric.*//'
         grep db /etc/hosts | cut -f 1; cat /etc/resolv.conf",
     )?;
     let wanted = format!(
-        "{name}\n{name}\n{mtu}\n10.0.{net}.7/24\nfd00:{net}::7/64\n\
+        "{name}\n{name}\n{mtu}\n10.0.{net}.7/24\nfd00:{net}::7/64\nfe80::{net}:7/64\n\
          default via 10.0.{net}.1 dev eth0 \ndefault via fd00:{net}::1 dev eth0 \n\
          10.0.{net}.9\nnameserver 10.0.{net}.53\n",
         mtu = 1400 + u32::from(net)
@@ -391,7 +410,7 @@ fn a_restore_by_a_call_makes_the_vm_another_one() -> Result<()> {
         .arg("PIGEON_EVENTS_PORT=7077")
         .disk(&root)
         .disk(&volume)
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .boot()?;
     let (sender, received) = mpsc::channel();
     thread::spawn(move || -> Result<()> {
@@ -521,16 +540,18 @@ fn a_restore_by_a_call_makes_the_vm_another_one() -> Result<()> {
     )?;
     assert_eq!(rest, "3\nvolume0\n0\n0\n");
 
-    // And back, years after, without a hold. A route of the workload's leads to what is no more, and
-    // a file of its own lies over one of ours.
+    // And back, years after, without a hold. A route of the workload's leads to what is no more, a file
+    // of its own lies over one of ours, and interfaces are not to be seen in sysfs.
     exec(
         &mut vm,
         "ip -6 route add fd99::/64 via fd00:2::1
-        cp /etc/hosts /run/theirs && mount --bind /run/theirs /etc/hosts",
+        cp /etc/hosts /run/theirs && mount --bind /run/theirs /etc/hosts
+        mount -t tmpfs none /sys/class/net",
     )?;
     let body = json!({"unix_us": 2_000_000_000_000_000u64, "config": document("again", 3, 10)});
     let again = restore(&mut api, body)?.success()?.json()?;
     assert_eq!(again["generation"], 4, "{again}");
+    exec(&mut vm, "umount /sys/class/net")?;
     assert_is(&mut vm, "again", 3)?;
     assert_eq!(exec(&mut vm, "ip -6 route | grep fd99 || true")?, "");
     exec(&mut vm, "umount /etc/hosts && umount /etc/hosts")?;
@@ -560,13 +581,20 @@ fn a_restore_by_a_call_makes_the_vm_another_one() -> Result<()> {
     assert_is(&mut vm, "again", 3)?;
     restore(&mut api, json!({"config": alone}))?.success()?;
     assert_eq!(exec(&mut vm, stale)?, "");
+    // Also what a restore has left that failed.
+    let mut broken = again.clone();
+    broken["Mounts"] = json!([{"MountPath": "/none", "DevicePath": "/dev/none"}]);
+    let failed = restore(&mut api, json!({"config": broken}))?;
+    assert_eq!(failed.json()?["step"], "mounts", "{}", failed.text());
+    restore(&mut api, json!({"config": alone}))?.success()?;
+    assert_eq!(exec(&mut vm, stale)?, "");
     restore(&mut api, json!({"config": again}))?.success()?;
 
     // MMDS is there no more than at the boot: the old document stays.
     let without = restore(&mut api, json!({}))?.success()?.json()?;
     assert_eq!(
         (&without["generation"], &without["config"]),
-        (&json!(9), &json!("none"))
+        (&json!(10), &json!("none"))
     );
     vm.wait_for("restore: MMDS: no answer; the old configuration stays")?;
     assert_is(&mut vm, "again", 3)?;
@@ -592,14 +620,14 @@ fn a_restore_by_a_call_makes_the_vm_another_one() -> Result<()> {
     let last = restore(&mut api, json!({"config": document("last", 4, 10)}))?
         .success()?
         .json()?;
-    assert_eq!(last["generation"], 10);
+    assert_eq!(last["generation"], 11);
     assert_is(&mut vm, "last", 4)?;
 
     let restored: Vec<Value> = received
         .try_iter()
         .filter(|event| event["event"] == "restored")
         .collect();
-    let wanted: Vec<Value> = (2..=10)
+    let wanted: Vec<Value> = (2..=11)
         .map(|generation| json!({"event": "restored", "generation": generation}))
         .collect();
     assert_eq!(restored, wanted);
@@ -620,7 +648,7 @@ fn a_restore_asks_mmds_as_the_boot_did() -> Result<()> {
         .mmds(mmds)
         .on_qemu()
         .disk(&root)
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .boot()?;
     assert_counting(&vm, &["workload"])?;
     assert_is(&mut vm, "template", 1)?;
@@ -646,14 +674,18 @@ fn a_restore_asks_mmds_as_the_boot_did() -> Result<()> {
     );
     assert_is(&mut vm, "clone", 2)?;
     vm.wait_for("got usr2")?;
+    let link = exec(&mut vm, "ip addr show dev eth0; ip route")?;
+    assert!(!link.contains("169.254"), "{link}");
+    // A workload's own way to the service is left to it.
+    let before = exec(&mut vm, "ip route add 169.254.169.254 dev eth0; ip route")?;
+    assert!(before.contains("169.254.169.254 dev eth0"), "{before}");
     let answer = restore(&mut api, json!({}))?.success()?.json()?;
     assert_eq!(
         (&answer["config"], &answer["changed"]),
         (&json!("mmds"), &json!([]))
     );
     assert_is(&mut vm, "clone", 2)?;
-    let link = exec(&mut vm, "ip addr show dev eth0; ip route")?;
-    assert!(!link.contains("169.254"), "{link}");
+    assert_eq!(exec(&mut vm, "ip route")?, before);
     vm.stop()?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     root.check()
@@ -669,7 +701,7 @@ fn a_call_fails_when_mmds_that_the_boot_had_never_comes() -> Result<()> {
         .mmds(Mmds::serving(first.clone()).faults(faults))
         .on_qemu()
         .disk(&root)
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .boot()?;
     assert_counting(&vm, &["workload"])?;
     let mut api = vm.api()?;
@@ -737,7 +769,8 @@ fn make_kernel_log(vm: &mut Vm) -> Result<()> {
 /// something.
 #[test]
 fn a_vmclock_with_another_generation_starts_a_restore_by_itself() -> Result<()> {
-    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let attack = assets::guest_program("attack")?;
+    let root = Image::ext4(&Tree::busybox()?.file("/bin/attack", 0o755, attack)?, 32)?;
     let volume = Image::ext4(&Tree::empty()?, 32)?;
     let mut first = document("template", 1, 10);
     first["Mounts"] = json!([{"DevicePath": "/dev/vdb", "MountPath": "/data"}]);
@@ -757,7 +790,7 @@ fn a_vmclock_with_another_generation_starts_a_restore_by_itself() -> Result<()> 
         ))
         .disk(&root)
         .disk(&volume)
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .boot()?;
     let throttle = |vm: &mut Vm, rate: u64| {
         let limits = json!({"device": "disk1", "bps": rate, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
@@ -776,9 +809,13 @@ fn a_vmclock_with_another_generation_starts_a_restore_by_itself() -> Result<()> 
     throttle(&mut vm, 1 << 30)?;
     assert_counting(&vm, &["workload"])?;
 
-    // Held, and restored by the kernel's word. That waits for MMDS; the host's call does not.
+    // Held, and restored by the kernel's notification. That waits for MMDS; the host's call does not.
+    // By then PID 1 waits for events with another epoll instance.
     exec(&mut vm, &set_generation(2))?;
     let mut api = vm.api()?;
+    for _ in 0..1100 {
+        api.get("/v1/status")?.success()?;
+    }
     prepare(&mut api, json!({"token": "a1"}))?.success()?;
     make_kernel_log(&mut vm)?;
     assert_still(&vm, &["workload"]);
@@ -829,6 +866,17 @@ fn a_vmclock_with_another_generation_starts_a_restore_by_itself() -> Result<()> 
     )?;
     thread::sleep(Duration::from_secs(2));
     assert_eq!(exec(&mut vm, "cat /run/pigeon/generation")?, "5\n");
+
+    // One that cannot be begun is begun later.
+    exec(
+        &mut vm,
+        &format!(
+            "{}; attack starve 3 & sleep 1; echo x >/dev/kmsg; wait",
+            set_generation(6)
+        ),
+    )?;
+    vm.wait_for("out of memory")?;
+    vm.wait_for("msg=\"restored\" generation=6")?;
     vm.stop()?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     root.check()?;
@@ -850,7 +898,7 @@ fn a_hold_and_a_restore_take_little_time_and_few_pages() -> Result<()> {
         .nic()
         .deterministic()
         .disk(&root)
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .boot()?;
     assert_counting(&vm, &["workload"])?;
     let clone = document("clone", 2, 12);

@@ -144,7 +144,7 @@ fn a_burst_of_2000_zombies_and_a_chain_of_orphans_are_all_reaped() -> Result<()>
     let mut vm = Vm::builder()
         .config(&guest::shell(script, json!({})))
         .disk(&root)
-        .patience(Duration::from_secs(300))
+        .timeout(Duration::from_secs(300))
         .memory_mib(512)
         .boot()?;
     let before = vm.wait_for("before: ")?;
@@ -321,9 +321,35 @@ fn a_workload_that_stops_its_terminal_the_console_stops_nothing_else() -> Result
     let tree = Tree::busybox()?.file("/stop", 0o755, std::fs::read(program)?)?;
     let root = Image::ext4(&tree, 32)?;
     for command in [json!(["/stop"]), json!(["/stop", "for good"])] {
-        let config = json!({"ExecOverride": command, "UserOverride": "4242"});
+        let config = json!({"ExecOverride": command});
         let (exit, _) = run(&config, &root)?;
         assert_eq!(exit, json!({"code": 3, "oom_killed": false}), "{command}");
+    }
+    Ok(())
+}
+
+/// Who has a terminal open can keep everybody else out of it, 5 s at a time: one of its processes changes
+/// the line discipline (TIOCSETD) while another one waits in it (TCSETSW).
+#[test]
+fn only_root_has_the_console_for_its_terminal() -> Result<()> {
+    let script =
+        "test -t 0; echo terminal $?; read a; echo got $a; read b </dev/stdin; echo got $b; cat
+        for name in console ttyS0 ttyAMA0; do head -c 0 /dev/$name && echo opened; done; exit 7";
+    for (user, terminal) in [("0", "terminal 0"), ("4242", "terminal 1")] {
+        let config = guest::shell(script, json!({"UserOverride": user}));
+        let root = root()?;
+        let mut vm = Vm::builder().config(&config).disk(&root).boot()?;
+        vm.wait_for(terminal)?;
+        for line in ["one", "two"] {
+            vm.type_text(&format!("{line}\n"))?;
+            vm.wait_for(&format!("got {line}"))?;
+        }
+        // The end of the input: Ctrl-D.
+        vm.type_text("\x04")?;
+        vm.wait_for("exit_code=7")?;
+        assert_eq!(vm.wait_end()?, End::Reboot);
+        assert_eq!(vm.console().contains("\nopened"), user == "0");
+        root.check()?;
     }
     Ok(())
 }

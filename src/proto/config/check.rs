@@ -4,7 +4,7 @@ use super::document::{Config, EtcResolv, Host, IpConfig, Mount, Overlay};
 use super::limits::{HOSTNAME, INTERFACE, PATH};
 use crate::address;
 use crate::arena::Strings;
-use crate::bytes::{split, split_text_once};
+use crate::bytes::{is_name_byte, split, split_text_once};
 use crate::message::{Message, ToLossy};
 use crate::sysctl;
 use core::ffi::CStr;
@@ -158,8 +158,7 @@ impl<'a> Mount<'a> {
     /// Checks one behind `earlier` ones.
     fn check_behind(&self, earlier: &[Self], checks: &mut Checks) {
         let fs_type = self.fs_type.to_bytes();
-        let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"._-".contains(byte);
-        let is_type = fs_type.iter().all(is_plain);
+        let is_type = fs_type.iter().all(|byte| is_name_byte(*byte));
         checks.require(is_type, "FSType: not a type of file system: ", fs_type);
         if !(fs_type == b"tmpfs" && self.device_path.is_empty()) {
             checks.path("DevicePath", self.device_path);
@@ -206,13 +205,12 @@ impl EtcResolv<'_> {
 
 /// An address, perhaps with an IPv6 zone (`fe80::1%eth0`, resolv.conf(5)).
 fn is_name_server(server: &str) -> bool {
-    let is_zone = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
     match split_text_once(server, b'%') {
         None => address::parse(server).is_some(),
         Some((address, zone)) => {
             matches!(address::parse(address), Some(IpAddr::V6(_)))
                 && !zone.is_empty()
-                && zone.bytes().all(is_zone)
+                && zone.bytes().all(is_name_byte)
         }
     }
 }

@@ -508,12 +508,13 @@ pub(super) mod tests {
             );
             assert_eq!(listed(config.etc_resolv.options), ["ndots:2"]);
             let limit = |soft, hard| Limit { soft, hard };
+            let resource = |name| Resource::parse(name).unwrap();
             assert_eq!(
                 config.rlimits.iter().collect::<Vec<_>>(),
                 [
-                    (Resource::Core, limit(None, None)),
-                    (Resource::Nproc, limit(Some(10), Some(20))),
-                    (Resource::Nofile, limit(Some(65536), Some(65536))),
+                    (resource("CORE"), limit(None, None)),
+                    (resource("NPROC"), limit(Some(10), Some(20))),
+                    (resource("NOFILE"), limit(Some(65536), Some(65536))),
                 ]
             );
             assert_eq!(
@@ -553,9 +554,10 @@ pub(super) mod tests {
                 .map(|(resource, limit)| (resource, limit.soft));
             softs.collect::<Vec<_>>()
         });
+        let resource = |name| Resource::parse(name).unwrap();
         assert_eq!(
             limits.unwrap(),
-            [(Resource::Core, Some(2)), (Resource::Nofile, Some(3))]
+            [(resource("CORE"), Some(2)), (resource("NOFILE"), Some(3))]
         );
     }
 

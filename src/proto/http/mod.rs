@@ -13,34 +13,37 @@ mod target;
 pub use body::{BodyDecoder, Decoded, MAX_CHUNK_LINE, MAX_TRAILER};
 pub use error::RequestError;
 pub use head::{Framing, Head, HeadParser, MAX_HEAD, MAX_HEADERS, Method};
-pub use response::{Accept, CONTINUE, Content, LAST_CHUNK, Reply, ResponseHead};
+pub use response::{
+    CONTINUE, Content, HEAD_ROOM, JSON, LAST_CHUNK, NO_ROOM, Reply, ResponseHead, websocket_accept,
+};
 pub use status::Status;
-pub use target::{DecodeError, Target, decode_path, decode_query};
+pub use target::{DecodeError, Target, decode_query};
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn statuses_have_their_code_and_reason() {
-        assert_eq!(Status::Ok.code(), 200);
-        assert_eq!(Status::Ok.reason(), "OK");
-        assert_eq!(Status::InsufficientStorage.code(), 507);
-        assert_eq!(Status::MethodNotAllowed.reason(), "Method Not Allowed");
-    }
-
-    #[test]
     fn each_request_error_has_its_status_and_message() {
         for (error, status, message) in [
-            (RequestError::LineEnd, 400, "a line does not end with CRLF"),
-            (RequestError::LargeBody, 413, "the body is too large"),
+            (
+                RequestError::LineEnd,
+                "400 Bad Request",
+                "a line does not end with CRLF",
+            ),
+            (
+                RequestError::LargeBody,
+                "413 Content Too Large",
+                "the body is too large",
+            ),
             (
                 RequestError::LongTrailer,
-                431,
+                "431 Request Header Fields Too Large",
                 "the trailers are over 16 KiB",
             ),
         ] {
-            assert_eq!((error.status().code(), error.message()), (status, message));
+            assert_eq!(error.status().to_string(), status);
+            assert_eq!(error.message(), message);
         }
     }
 

@@ -1,9 +1,12 @@
 //! Response heads (RFC 9112 section 4).
 
 use super::status::Status;
-use crate::message;
-use crate::message::{Message, ToLossy};
+use crate::bytes::{Text, copy};
+use crate::digest;
 use core::fmt::{self, Display, Write};
+
+/// The media type of JSON (RFC 8259 section 11).
+pub const JSON: &str = "application/json";
 
 /// The interim response to `Expect: 100-continue`.
 pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
@@ -11,11 +14,16 @@ pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 /// Ends a chunked body.
 pub const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
 
-/// What both answers to a WebSocket handshake say.
-const UPGRADE: &str = "Upgrade: websocket\r\nConnection: Upgrade\r\n";
+/// The response to a connection for which there is no room.
+pub const NO_ROOM: &[u8] =
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n\
+    Content-Length: 32\r\nConnection: close\r\n\r\n{\"error\":\"too many connections\"}";
 
-/// `Sec-WebSocket-Accept` for a handshake's key (RFC 6455 section 4.2.2).
-pub type Accept = [u8; 28];
+/// Room for a head with twice the lines that there are.
+pub const HEAD_ROOM: usize = 512;
+
+/// What is behind a handshake's key in the text whose digest answers it (RFC 6455 section 1.3).
+const GUID: &[u8; 36] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
 /// What a response has to know of its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +43,12 @@ impl Reply {
         keep_alive: false,
         http10: false,
         head_only: false,
+    };
+
+    /// For answers behind which the connection is no more one of requests.
+    pub const OPEN: Self = Self {
+        keep_alive: true,
+        ..Self::CLOSE
     };
 
     /// The same, but the connection is closed behind the response.
@@ -60,7 +74,7 @@ impl Reply {
 /// What follows a response's head, or would follow it if the request were no HEAD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
-    /// Nothing, as behind 101, 204, and 200 for CONNECT.
+    /// Nothing, as behind 101, and 200 for CONNECT.
     None,
     /// So many bytes.
     Length(u64),
@@ -70,58 +84,53 @@ pub enum Content {
     UntilClose,
 }
 
-/// A response's head, built line by line. A message has room for twice the lines that there are.
-#[derive(Clone, Debug)]
-pub struct ResponseHead {
-    text: Message,
+/// The value of `Sec-WebSocket-Accept` that answers a handshake with this key, of 24 bytes (RFC 6455
+/// section 4.2.2).
+pub fn websocket_accept(key: &[u8]) -> [u8; 28] {
+    let mut text = [0; 24 + GUID.len()];
+    let length = copy(key, &mut text);
+    copy(GUID, text.get_mut(length..).unwrap_or(&mut []));
+    digest::base64(&digest::sha1(&text))
 }
 
-impl ResponseHead {
-    /// A response with JSON content.
-    pub fn new(status: Status, reply: Reply, content: Content) -> Self {
-        Self::with_type(status, reply, content, "application/json")
+/// A response's head, built line by line where it is sent from, such as in [`HEAD_ROOM`] bytes.
+#[derive(Debug)]
+pub struct ResponseHead<'r> {
+    text: Text<'r>,
+    fits: bool,
+}
+
+impl<'r> ResponseHead<'r> {
+    /// An empty one.
+    pub fn new(room: &'r mut [u8]) -> Self {
+        Self {
+            text: Text::new(room),
+            fits: true,
+        }
     }
 
-    /// A response with content of a media type.
-    pub fn with_type(status: Status, reply: Reply, content: Content, media_type: &str) -> Self {
-        let mut head = Self {
-            text: Message::new(),
-        };
-        head.write(format_args!(
-            "HTTP/1.1 {} {}\r\n",
-            u32::from(status.code()),
-            status.reason()
-        ));
+    /// Begins a response with content of a media type.
+    pub fn begin(&mut self, status: Status, reply: Reply, content: Content, media_type: &str) {
+        self.write(format_args!("HTTP/1.1 {status}\r\n"));
         if content != Content::None {
-            head.header("Content-Type", &media_type);
+            self.header("Content-Type", &media_type);
         }
         match content {
-            Content::Length(length) => head.header("Content-Length", &length),
-            Content::Chunked => head.add("Transfer-Encoding: chunked\r\n"),
+            Content::Length(length) => self.header("Content-Length", &length),
+            Content::Chunked => self.add("Transfer-Encoding: chunked\r\n"),
             Content::None | Content::UntilClose => {}
         }
+        if matches!(status, Status::UpgradeRequired | Status::SwitchingProtocols) {
+            self.add("Upgrade: websocket\r\nConnection: Upgrade\r\n");
+        }
         if status == Status::UpgradeRequired {
-            head.add(UPGRADE);
-            head.add("Sec-WebSocket-Version: 13\r\n");
+            self.add("Sec-WebSocket-Version: 13\r\n");
         }
         if !reply.keep_alive || content == Content::UntilClose {
-            head.add("Connection: close\r\n");
+            self.add("Connection: close\r\n");
         } else if reply.http10 {
-            head.add("Connection: keep-alive\r\n");
+            self.add("Connection: keep-alive\r\n");
         }
-        head
-    }
-
-    /// The response that accepts a WebSocket handshake (RFC 6455 section 4.2.2).
-    pub fn switching_protocols(accept: &Accept) -> Self {
-        let open = Reply {
-            keep_alive: true,
-            ..Reply::CLOSE
-        };
-        let mut head = Self::new(Status::SwitchingProtocols, open, Content::None);
-        head.add(UPGRADE);
-        head.header("Sec-WebSocket-Accept", &accept.lossy());
-        head
     }
 
     /// Adds a header line. The value must have no line breaks.
@@ -129,50 +138,48 @@ impl ResponseHead {
         self.write(format_args!("{name}: {value}\r\n"));
     }
 
-    /// Ends the head: its text.
-    pub fn finish(mut self) -> Message {
+    /// Ends the head: its bytes. `None` when it has a line too much, which is a fault of this program: half
+    /// a head must not be sent.
+    pub fn finish(mut self) -> Option<&'r [u8]> {
         self.add("\r\n");
-        if self.text.as_bytes().ends_with(b"\r\n\r\n") {
-            return self.text;
-        }
-        // A header line too much, which is a fault of this program. Half a head must not be sent.
-        message!(
-            "HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-        )
+        self.fits.then(|| self.text.into_bytes())
     }
 
     /// Adds lines as they are.
     fn add(&mut self, lines: &str) {
-        self.write(format_args!("{lines}"));
+        self.fits &= self.text.write_str(lines).is_ok();
     }
 
-    /// Adds text; one that is cut is useless, as [`finish`](Self::finish) finds out.
     fn write(&mut self, text: fmt::Arguments<'_>) {
-        let _cut = self.text.write_fmt(text);
+        self.fits &= self.text.write_fmt(text).is_ok();
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::MESSAGE;
+    use crate::message::ToLossy;
 
-    const OPEN: Reply = Reply {
-        keep_alive: true,
-        http10: false,
-        head_only: false,
-    };
+    const OPEN: Reply = Reply::OPEN;
 
-    fn text(head: ResponseHead) -> String {
-        head.finish().as_str().to_owned()
+    fn built(build: impl Fn(&mut ResponseHead)) -> Option<String> {
+        let mut room = [b'.'; HEAD_ROOM];
+        let mut head = ResponseHead::new(&mut room);
+        build(&mut head);
+        Some(str::from_utf8(head.finish()?).unwrap().to_owned())
+    }
+
+    fn head(build: impl Fn(&mut ResponseHead)) -> String {
+        built(build).expect("a head that fits")
     }
 
     #[test]
     fn response_heads_say_how_the_connection_goes_on() {
         let head = |reply| {
-            let mut head = ResponseHead::new(Status::MethodNotAllowed, reply, Content::Length(5));
-            head.header("Allow", &"GET");
-            text(head)
+            head(|head| {
+                head.begin(Status::MethodNotAllowed, reply, Content::Length(5), JSON);
+                head.header("Allow", &"GET");
+            })
         };
         let start = "HTTP/1.1 405 Method Not Allowed\r\nContent-Type: application/json\r\nContent-Length: 5\r\n";
         assert_eq!(head(OPEN), *format!("{start}Allow: GET\r\n\r\n"));
@@ -191,11 +198,19 @@ mod tests {
     }
 
     #[test]
+    fn a_connection_without_room_is_answered_as_any_other() {
+        let body = r#"{"error":"too many connections"}"#;
+        let content = Content::Length(body.len() as u64);
+        let head = head(|head| head.begin(Status::ServiceUnavailable, Reply::CLOSE, content, JSON));
+        assert_eq!((head + body).as_bytes(), NO_ROOM);
+    }
+
+    #[test]
     fn content_of_unknown_length_is_chunked_or_ends_with_the_connection() {
         let head = |mut reply: Reply| {
             let content = reply.stream();
-            let head = ResponseHead::with_type(Status::Ok, reply, content, "text/plain");
-            (text(head), reply.keep_alive)
+            let text = head(|head| head.begin(Status::Ok, reply, content, "text/plain"));
+            (text, reply.keep_alive)
         };
         let start = "HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n";
         let chunked = format!("{start}Transfer-Encoding: chunked\r\n\r\n");
@@ -210,11 +225,15 @@ mod tests {
 
     #[test]
     fn a_response_without_content_says_nothing_of_it() {
-        let head = ResponseHead::new(Status::NoContent, OPEN, Content::None);
-        assert_eq!(text(head), "HTTP/1.1 204 No Content\r\n\r\n");
-        let accept = b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
+        let text = head(|head| head.begin(Status::Ok, OPEN, Content::None, JSON));
+        assert_eq!(text, "HTTP/1.1 200 OK\r\n\r\n");
+        // The example of RFC 6455 section 1.3.
+        let key = b"dGhlIHNhbXBsZSBub25jZQ==";
         assert_eq!(
-            text(ResponseHead::switching_protocols(accept)),
+            head(|head| {
+                head.begin(Status::SwitchingProtocols, OPEN, Content::None, JSON);
+                head.header("Sec-WebSocket-Accept", &websocket_accept(key).lossy());
+            }),
             "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
             Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
         );
@@ -222,30 +241,25 @@ mod tests {
 
     #[test]
     fn a_request_that_has_to_upgrade_is_told_to_what() {
-        let head = ResponseHead::new(Status::UpgradeRequired, OPEN, Content::Length(2));
-        assert!(text(head).contains(
+        let text = head(|head| head.begin(Status::UpgradeRequired, OPEN, Content::Length(2), JSON));
+        assert!(text.contains(
             "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
         ));
     }
 
     #[test]
-    fn a_head_that_does_not_fit_becomes_an_error_and_is_never_cut() {
+    fn a_head_that_does_not_fit_is_none_and_is_never_cut() {
         let head = |length: usize| {
-            let mut head = ResponseHead::new(Status::Ok, OPEN, Content::Length(5));
-            head.header("X", &"x".repeat(length));
-            head.header("Y", &"y");
-            text(head)
+            built(|head| {
+                head.begin(Status::Ok, OPEN, Content::Length(5), JSON);
+                head.header("X", &"x".repeat(length));
+                head.header("Y", &"y");
+            })
         };
-        // Room for the mark of a cut is kept.
-        let longest = MESSAGE - "…".len();
-        let room = longest - head(0).len();
-        assert_eq!(head(room).len(), longest);
-        for more in 1..=MESSAGE {
-            let head = head(room + more);
-            assert!(
-                head.starts_with("HTTP/1.1 500 ") && head.ends_with("close\r\n\r\n"),
-                "{head}"
-            );
+        let room = HEAD_ROOM - head(0).unwrap().len();
+        assert_eq!(head(room).unwrap().len(), HEAD_ROOM);
+        for more in 1..=HEAD_ROOM {
+            assert_eq!(head(room + more), None);
         }
     }
 }

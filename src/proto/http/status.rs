@@ -1,66 +1,57 @@
 //! Status codes and their reason phrases.
 
-/// Status codes the API answers with (RFC 9110 section 15).
+use core::fmt::{self, Display};
+
+/// Statuses the API answers with (RFC 9110 section 15).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Status {
-    SwitchingProtocols = 101,
-    Ok = 200,
-    Created = 201,
-    NoContent = 204,
-    PartialContent = 206,
-    BadRequest = 400,
-    Forbidden = 403,
-    NotFound = 404,
-    MethodNotAllowed = 405,
-    RequestTimeout = 408,
-    Conflict = 409,
-    LengthRequired = 411,
-    ContentTooLarge = 413,
-    ExpectationFailed = 417,
-    UpgradeRequired = 426,
-    RequestHeaderFieldsTooLarge = 431,
-    InternalServerError = 500,
-    NotImplemented = 501,
-    BadGateway = 502,
-    ServiceUnavailable = 503,
-    GatewayTimeout = 504,
-    HttpVersionNotSupported = 505,
-    InsufficientStorage = 507,
+    SwitchingProtocols,
+    Ok,
+    Created,
+    BadRequest,
+    Forbidden,
+    NotFound,
+    MethodNotAllowed,
+    RequestTimeout,
+    Conflict,
+    ContentTooLarge,
+    ExpectationFailed,
+    UpgradeRequired,
+    RequestHeaderFieldsTooLarge,
+    InternalServerError,
+    NotImplemented,
+    BadGateway,
+    ServiceUnavailable,
+    GatewayTimeout,
+    HttpVersionNotSupported,
+    InsufficientStorage,
 }
 
-impl Status {
-    /// The status code.
-    pub fn code(self) -> u16 {
-        self as u16
-    }
-
-    /// The reason phrase.
-    pub fn reason(self) -> &'static str {
-        match self {
-            Self::SwitchingProtocols => "Switching Protocols",
-            Self::Ok => "OK",
-            Self::Created => "Created",
-            Self::NoContent => "No Content",
-            Self::PartialContent => "Partial Content",
-            Self::BadRequest => "Bad Request",
-            Self::Forbidden => "Forbidden",
-            Self::NotFound => "Not Found",
-            Self::MethodNotAllowed => "Method Not Allowed",
-            Self::RequestTimeout => "Request Timeout",
-            Self::Conflict => "Conflict",
-            Self::LengthRequired => "Length Required",
-            Self::ContentTooLarge => "Content Too Large",
-            Self::ExpectationFailed => "Expectation Failed",
-            Self::UpgradeRequired => "Upgrade Required",
-            Self::RequestHeaderFieldsTooLarge => "Request Header Fields Too Large",
-            Self::InternalServerError => "Internal Server Error",
-            Self::NotImplemented => "Not Implemented",
-            Self::BadGateway => "Bad Gateway",
-            Self::ServiceUnavailable => "Service Unavailable",
-            Self::GatewayTimeout => "Gateway Timeout",
-            Self::HttpVersionNotSupported => "HTTP Version Not Supported",
-            Self::InsufficientStorage => "Insufficient Storage",
-        }
+/// The code and the reason phrase, as in a status line.
+impl Display for Status {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::SwitchingProtocols => "101 Switching Protocols",
+            Self::Ok => "200 OK",
+            Self::Created => "201 Created",
+            Self::BadRequest => "400 Bad Request",
+            Self::Forbidden => "403 Forbidden",
+            Self::NotFound => "404 Not Found",
+            Self::MethodNotAllowed => "405 Method Not Allowed",
+            Self::RequestTimeout => "408 Request Timeout",
+            Self::Conflict => "409 Conflict",
+            Self::ContentTooLarge => "413 Content Too Large",
+            Self::ExpectationFailed => "417 Expectation Failed",
+            Self::UpgradeRequired => "426 Upgrade Required",
+            Self::RequestHeaderFieldsTooLarge => "431 Request Header Fields Too Large",
+            Self::InternalServerError => "500 Internal Server Error",
+            Self::NotImplemented => "501 Not Implemented",
+            Self::BadGateway => "502 Bad Gateway",
+            Self::ServiceUnavailable => "503 Service Unavailable",
+            Self::GatewayTimeout => "504 Gateway Timeout",
+            Self::HttpVersionNotSupported => "505 HTTP Version Not Supported",
+            Self::InsufficientStorage => "507 Insufficient Storage",
+        })
     }
 }

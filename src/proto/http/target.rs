@@ -1,8 +1,9 @@
 //! Request targets (RFC 9112 section 3.2), their queries and percent-encoding.
 
 use super::error::RequestError;
-use crate::bytes::{find, split, split_text_once};
+use crate::bytes::{find, is_name_byte, split_text_once};
 use crate::{address, decimal};
+use core::ffi::CStr;
 use core::net::IpAddr;
 
 /// What a request is for.
@@ -61,17 +62,15 @@ impl<'a> Target<'a> {
     pub(super) fn parse_authority(target: &'a str) -> Result<Self, RequestError> {
         let authority = || {
             // Behind the last colon: an IPv6 address has more.
-            let mut pieces = split(target.as_bytes(), b':');
-            let digits = pieces.next_back()?;
-            let port = decimal::parse(digits).filter(|port| *port != 0)?;
-            let host = target.get(..target.len().checked_sub(digits.len() + 1)?)?;
+            let colon = target.bytes().rposition(|byte| byte == b':')?;
+            let (host, digits) = (target.get(..colon)?, target.get(colon + 1..)?);
+            let port = decimal::parse(digits.as_bytes()).filter(|port| *port != 0)?;
             if let Some(address) = host.strip_prefix('[') {
                 let host = address.strip_suffix(']')?;
                 address::parse(host).filter(IpAddr::is_ipv6)?;
                 return Some(Self::Authority { host, port });
             }
-            let is_name = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
-            (!host.is_empty() && host.bytes().all(is_name))
+            (!host.is_empty() && host.bytes().all(is_name_byte))
                 .then_some(Self::Authority { host, port })
         };
         authority().ok_or(RequestError::RequestTarget)
@@ -96,9 +95,20 @@ impl<'a> Target<'a> {
             rest = others;
         }
     }
+
+    /// The parameter `path`, which has to be absolute, with a NUL behind it in `room`.
+    pub fn path<'r>(&self, room: &'r mut [u8]) -> Result<&'r CStr, DecodeError> {
+        let text = self.parameter("path").unwrap_or("");
+        let length = decode_query(text, room)?.len();
+        *room.get_mut(length).ok_or(DecodeError::TooLong)? = 0;
+        match CStr::from_bytes_until_nul(room) {
+            Ok(path) if path.to_bytes().starts_with(b"/") => Ok(path),
+            _ => Err(DecodeError::Relative),
+        }
+    }
 }
 
-/// Why a percent-encoded text cannot be decoded.
+/// Why a parameter cannot be taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DecodeError {
     /// A `%` without two hexadecimal digits behind it.
@@ -107,6 +117,8 @@ pub enum DecodeError {
     Nul,
     /// More than there is room for.
     TooLong,
+    /// A path that does not begin with `/`.
+    Relative,
 }
 
 impl DecodeError {
@@ -116,22 +128,14 @@ impl DecodeError {
             Self::Escape => "a percent-encoding is malformed",
             Self::Nul => "a parameter has a NUL",
             Self::TooLong => "a parameter is too long",
+            Self::Relative => "not an absolute path",
         }
     }
 }
 
-/// Decodes a path, or a segment of one, into `room` (RFC 3986 section 2.1).
-pub fn decode_path<'r>(text: &str, room: &'r mut [u8]) -> Result<&'r [u8], DecodeError> {
-    decode(text, b'+', room)
-}
-
-/// Decodes a parameter's value into `room`, where `+` is a space as in what forms send
-/// (application/x-www-form-urlencoded), and `%2B` a plus sign.
+/// Decodes a parameter's value into `room` (RFC 3986 section 2.1), where `+` is a space as in what forms
+/// send (application/x-www-form-urlencoded), and `%2B` a plus sign.
 pub fn decode_query<'r>(text: &str, room: &'r mut [u8]) -> Result<&'r [u8], DecodeError> {
-    decode(text, b' ', room)
-}
-
-fn decode<'r>(text: &str, plus: u8, room: &'r mut [u8]) -> Result<&'r [u8], DecodeError> {
     let mut bytes = text.bytes();
     let mut length = 0;
     while let Some(byte) = bytes.next() {
@@ -143,7 +147,7 @@ fn decode<'r>(text: &str, plus: u8, room: &'r mut [u8]) -> Result<&'r [u8], Deco
                 };
                 (high << 4 | low) as u8
             }
-            b'+' => plus,
+            b'+' => b' ',
             other => other,
         };
         if decoded == 0 {
@@ -227,11 +231,11 @@ mod tests {
     }
 
     #[test]
-    fn percent_encoding_is_decoded_and_plus_only_in_queries() {
+    fn percent_encoding_is_decoded_and_a_plus_is_a_space() {
         let mut room = [0; 16];
         assert_eq!(
-            decode_path("/a%2fb+%c3%A9", &mut room),
-            Ok("/a/b+é".as_bytes())
+            decode_query("/a%2fb+%c3%A9", &mut room),
+            Ok("/a/b é".as_bytes())
         );
         assert_eq!(decode_query("/a%2Bb+c", &mut room), Ok(&b"/a+b c"[..]));
         assert_eq!(decode_query("", &mut room), Ok(&b""[..]));
@@ -239,17 +243,35 @@ mod tests {
         assert_eq!(decode_query("%25%32%35", &mut room), Ok(&b"%25"[..]));
         for bad in ["%", "%1", "a%g1", "%1g", "%+1", "%\u{e9}"] {
             assert_eq!(
-                decode_path(bad, &mut room),
+                decode_query(bad, &mut room),
                 Err(DecodeError::Escape),
                 "{bad}"
             );
         }
-        assert_eq!(decode_path("a%00b", &mut room), Err(DecodeError::Nul));
-        assert_eq!(decode_path("a\0", &mut room), Err(DecodeError::Nul));
-        assert!(decode_path("1234567890123456", &mut room).is_ok());
+        assert_eq!(decode_query("a%00b", &mut room), Err(DecodeError::Nul));
+        assert_eq!(decode_query("a\0", &mut room), Err(DecodeError::Nul));
+        assert!(decode_query("1234567890123456", &mut room).is_ok());
         assert_eq!(
-            decode_path("12345678901234567", &mut room),
+            decode_query("12345678901234567", &mut room),
             Err(DecodeError::TooLong)
         );
+    }
+
+    #[test]
+    fn a_path_is_absolute_and_ends_with_a_nul_wherever_it_ends() {
+        for (query, expected) in [
+            ("path=/a%20b", Ok(c"/a b")),
+            ("path=/123456789012345", Err(DecodeError::TooLong)),
+            ("path=/12345678901234", Ok(c"/12345678901234")),
+            ("path=a", Err(DecodeError::Relative)),
+            ("path=", Err(DecodeError::Relative)),
+            ("", Err(DecodeError::Relative)),
+            ("path=/%00", Err(DecodeError::Nul)),
+        ] {
+            // What was there before is not a part of it.
+            let mut room = [b'x'; 16];
+            let target = Target::Resource { path: "/", query };
+            assert_eq!(target.path(&mut room), expected, "{query}");
+        }
     }
 }

@@ -18,5 +18,5 @@ mod place;
 
 pub use decode::decode;
 pub use normalize::{DEPTH, normalize};
-pub use output::{Quoted, escape};
+pub use output::{Quoted, escape, escape_into};
 pub use place::{Integer, Object, Objects, Parse, Place};

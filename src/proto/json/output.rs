@@ -1,5 +1,6 @@
 //! Strings of JSON, written.
 
+use crate::bytes::copy;
 use core::fmt::{self, Display, Write};
 
 /// Gives `bytes` to `put` as they stand in a JSON string, until it takes no more; how many of them
@@ -27,6 +28,20 @@ pub fn escape(bytes: &[u8], last: bool, put: &mut dyn FnMut(&str) -> bool) -> us
         used += invalid.len();
     }
     used
+}
+
+/// [`escape`] into `room`: how many bytes were given, and how many came of them.
+pub fn escape_into(bytes: &[u8], room: &mut [u8]) -> (usize, usize) {
+    let mut written = 0;
+    let taken = escape(bytes, true, &mut |piece| {
+        let free = room.get_mut(written..).unwrap_or(&mut []);
+        let fits = piece.len() <= free.len();
+        if fits {
+            written += copy(piece.as_bytes(), free);
+        }
+        fits
+    });
+    (taken, written)
 }
 
 /// RFC 8259 section 7.

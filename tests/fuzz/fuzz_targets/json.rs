@@ -651,12 +651,12 @@ fuzz_target!(|data: &[u8]| {
         &mut memory,
         request::<ExecRequest>,
         |request, ours, _| {
-            put_list(ours, "cmd", &strings(request.cmd));
-            put_list(ours, "env", &strings(request.env));
+            put_list(ours, "cmd", &strings(request.spec.argv));
+            put_list(ours, "env", &strings(request.spec.env));
             show!(
                 ours,
-                "cwd" = request.cwd.to_str().unwrap(),
-                "user" = request.user,
+                "cwd" = request.spec.cwd.to_str().unwrap(),
+                "user" = request.spec.user,
                 "timeout_ms" = request.timeout_ms,
             );
         },
@@ -680,13 +680,13 @@ fuzz_target!(|data: &[u8]| {
         &mut memory,
         request::<SessionRequest>,
         |request, ours, _| {
-            put_list(ours, "command", &strings(request.command));
-            put_list(ours, "env", &strings(request.env));
+            put_list(ours, "command", &strings(request.spec.argv));
+            put_list(ours, "env", &strings(request.spec.env));
             show!(
                 ours,
-                "tty" = request.tty,
-                "cwd" = request.cwd.to_str().unwrap(),
-                "user" = request.user,
+                "tty" = request.spec.tty,
+                "cwd" = request.spec.cwd.to_str().unwrap(),
+                "user" = request.spec.user,
                 "cols" = request.cols,
                 "rows" = request.rows,
                 "streams" = request.streams,

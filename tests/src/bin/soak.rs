@@ -26,7 +26,7 @@ use pigeon_lab::{
 use serde_json::json;
 
 /// Other VMs may run beside this one.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 fn main() -> Result<()> {
     let mut numbers = env::args().skip(1).map(|number| number.parse());
@@ -69,7 +69,7 @@ fn durability(cycles: usize, slot: &Arc<Slot>) -> Result<()> {
             .config(&guest::shell(&script, mounts))
             .disk(&root)
             .disk(&volume)
-            .patience(PATIENCE)
+            .timeout(TIMEOUT)
             .quiet()
             .boot()?;
         vm.wait_for("written")?;
@@ -120,7 +120,7 @@ fn lineage(clones: u64, slot: &Arc<Slot>) -> Result<()> {
         .arg("PIGEON_RESTORE=host")
         .memory_mib(128)
         .disk(&root)
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .quiet()
         .start()?;
     let start = Instant::now();
@@ -241,7 +241,7 @@ fn soak(time: Duration, slot: &Arc<Slot>) -> Result<()> {
         .name("soak")
         .config(&guest::shell(script, json!({})))
         .disk(&root)
-        .patience(PATIENCE)
+        .timeout(TIMEOUT)
         .quiet()
         .boot()?;
     vm.wait_for("workload started")?;
@@ -251,14 +251,14 @@ fn soak(time: Duration, slot: &Arc<Slot>) -> Result<()> {
     let connect = || -> Result<Client<UnixStream>> {
         let start = Instant::now();
         let stream = loop {
-            match vsock::connect(&socket, vsock::API_PORT, PATIENCE) {
+            match vsock::connect(&socket, vsock::API_PORT, TIMEOUT) {
                 Ok(stream) => break stream,
-                Err(error) if start.elapsed() > PATIENCE => return Err(error.into()),
+                Err(error) if start.elapsed() > TIMEOUT => return Err(error.into()),
                 Err(_) => refused.fetch_add(1, Ordering::Relaxed),
             };
             thread::sleep(Duration::from_millis(10));
         };
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
         Ok(Client::new(stream))
     };
     let busy = |vm: &mut Vm, command: &[&str]| -> Result<()> {

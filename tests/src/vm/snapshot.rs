@@ -23,7 +23,7 @@ pub struct Snapshot {
     files: machine::Snapshot,
     name: String,
     clones: Arc<AtomicU32>,
-    patience: Duration,
+    timeout: Duration,
     quiet: bool,
     /// Clones share it: a test that has several at once would wait for ever for a slot that another
     /// such test has, which waits for the same. Most of the time, each of them is idle.
@@ -51,7 +51,7 @@ impl Vm {
             files,
             name: self.name.clone(),
             clones: self.clones.clone(),
-            patience: self.patience,
+            timeout: self.timeout,
             quiet: self.quiet,
             slot: self.slot.clone().context("the VM has ended")?,
             _dir: dir,
@@ -106,7 +106,7 @@ impl Restore<'_> {
             files,
             name,
             clones,
-            patience,
+            timeout,
             quiet,
             slot,
             ..
@@ -135,7 +135,7 @@ impl Restore<'_> {
         vm.clones = clones.clone();
         vm.quiet = *quiet;
         vm.traffic = traffic;
-        vm.patience = *patience;
+        vm.timeout = *timeout;
         vm.images = images;
         vm.slot = Some(slot.clone());
         Ok(vm)

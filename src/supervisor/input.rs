@@ -1,0 +1,57 @@
+//! What is typed on the console, on its way to a workload that does not run as root.
+//!
+//! Who has a terminal open can keep everybody else out of it (TIOCSETD while another process waits in it,
+//! drivers/tty/tty_ldisc.c), and PID 1 writes to this one. So such a workload has a pipe.
+
+use crate::context::{Context, Source};
+use crate::sys::files;
+use proto::slab::Key;
+use rustix::event::epoll::EventFlags;
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+
+/// Bytes read at once: a line has 4096 at most (N_TTY_BUF_SIZE).
+const AT_ONCE: usize = 4096;
+
+/// The console and the pipe, until either has ended.
+#[derive(Default)]
+pub struct Input {
+    ends: Option<(OwnedFd, OwnedFd)>,
+    watched: EventFlags,
+}
+
+impl Input {
+    /// From now on it goes from `console` to `pipe`, neither of which blocks.
+    pub fn open(&mut self, console: OwnedFd, pipe: OwnedFd) {
+        self.ends = Some((console, pipe));
+    }
+
+    /// Waits for what is typed.
+    pub fn watch(&mut self, context: &Context) {
+        if let Some((console, _)) = &self.ends {
+            let token = Source::Typed.token(Key::default());
+            let watched = &mut self.watched;
+            context
+                .poller
+                .watch(console, token, watched, EventFlags::IN);
+        }
+    }
+
+    /// Copies what was typed. What the pipe has no room for is lost, as with a terminal that nobody reads.
+    pub fn copy(&mut self, context: &mut Context) {
+        let Some((console, pipe)) = &self.ends else {
+            return;
+        };
+        let room = context.scratch.get_mut(..AT_ONCE).unwrap_or(&mut []);
+        let copied = match files::read(console, room) {
+            // Ctrl-D, or a hang-up.
+            Ok(0) => Err(Errno::PIPE),
+            Ok(count) => files::write(pipe, room.get(..count).unwrap_or(&[])),
+            Err(errno) => Err(errno),
+        };
+        if !matches!(copied, Ok(_) | Err(Errno::AGAIN)) {
+            self.ends = None;
+            self.watched = EventFlags::empty();
+        }
+    }
+}
