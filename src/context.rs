@@ -221,7 +221,7 @@ pub struct Snapshot {
     /// /dev/kmsg and /dev/vmclock0, opened before the workload can put anything in their place.
     pub devices: [Option<OwnedFd>; 2],
     /// The configuration, from the boot or from the last restore.
-    pub in_force: InForce,
+    pub applied: AppliedConfig,
     /// The interfaces that have its addresses.
     pub interfaces: Interfaces,
 }
@@ -232,7 +232,7 @@ pub type Interfaces = heapless::Vec<u32, ADDRESSES>;
 /// What is remembered of the configuration: enough to tell what a new one changes.
 #[cfg(feature = "snapshot")]
 #[derive(Clone, Copy)]
-pub struct InForce {
+pub struct AppliedConfig {
     /// The digests of its members.
     pub digests: [u64; MEMBERS.len()],
     /// What tells the workload of a restore.
@@ -249,8 +249,8 @@ pub struct Buffers {
     pub sink: [u8; SINK],
 }
 
-/// Room for two files, or for a document and its strings.
-pub fn room() -> Result<Region> {
+/// Memory for two files, or for a document and its strings.
+pub fn document_memory() -> Result<Region> {
     Region::new(2 * DOCUMENT).map_err(context!("allocate memory"))
 }
 
@@ -323,7 +323,7 @@ impl Context {
                 ended: None,
                 deadline: NEVER,
                 devices: [None, None],
-                in_force: InForce {
+                applied: AppliedConfig {
                     digests: [0; MEMBERS.len()],
                     restore_signal: None,
                     is_from_mmds: false,

@@ -27,7 +27,7 @@ use crate::boot::check;
 use crate::boot::kernel_params::KernelParams;
 use crate::boot::mounts;
 use crate::console::Console;
-use crate::context::{ARENA, Buffers, CommandDefaults, Context, SINK, room};
+use crate::context::{ARENA, Buffers, CommandDefaults, Context, SINK, document_memory};
 use crate::error::Result;
 #[cfg(feature = "snapshot")]
 use crate::restore::Restore;
@@ -86,7 +86,8 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     let _by_any_kernel = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
     let devices = mounts::devices().and_then(|()| open_standard_streams());
     console.open(params.level);
-    let started = devices.and_then(|()| Ok((event_loop(events)?, mounts::procfs()?, room()?)));
+    let started =
+        devices.and_then(|()| Ok((event_loop(events)?, mounts::procfs()?, document_memory()?)));
     let ((poller, signals), proc, scratch) = match started {
         Ok(started) => started,
         Err(error) => {
@@ -101,12 +102,12 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     supervisor.events = Events::new(params.events_port);
     supervisor.set_output(params.output, params.output_log());
     let mut remains = Remains::default();
-    let booted =
-        room().and_then(|mut room| boot::run(&mut supervisor, params, &mut room, &mut remains));
+    let booted = document_memory()
+        .and_then(|mut memory| boot::run(&mut supervisor, params, &mut memory, &mut remains));
     boot::finish(&mut supervisor, remains);
     // What the boot has used of it goes back, with the page tables; its children use it from now on.
-    if let Ok(room) = room() {
-        supervisor.context.scratch = room;
+    if let Ok(memory) = document_memory() {
+        supervisor.context.scratch = memory;
     }
     sys::release_stack();
     if let Err(errno) = sys::lock_memory() {

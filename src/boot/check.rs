@@ -1,7 +1,7 @@
 //! What the program does when it is not PID 1: it looks at a configuration.
 
 use crate::boot::config_source;
-use crate::context::room;
+use crate::context::document_memory;
 use crate::error;
 use crate::error::Result;
 use crate::sys::files;
@@ -58,8 +58,8 @@ pub fn run(arguments: Words, environment: &mut Environment) -> i32 {
 }
 
 fn check(path: &CStr, environment: &mut Environment) -> Result {
-    let mut room = room()?;
-    let (document, strings) = room.split_at_mut_checked(DOCUMENT).unwrap_or_default();
+    let mut memory = document_memory()?;
+    let (document, strings) = memory.split_at_mut_checked(DOCUMENT).unwrap_or_default();
     let document = files::read_whole(path, document)?.ok_or_else(|| error!("no such file"))?;
     let config = config_source::accept(document, strings)?;
     fill_environment(environment, &config)?;

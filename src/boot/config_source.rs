@@ -57,8 +57,10 @@ pub fn load(
     if let Some(eth0) = eth0 {
         match fetch(eth0, timeout, document, memory) {
             Ok(length) => return Ok((length, Source::Mmds)),
-            Err(Answer::Wrong(error)) => return Err(error!("configuration from MMDS: {error}")),
-            Err(Answer::None(error)) => unanswered = Some(error),
+            Err(FetchError::Invalid(error)) => {
+                return Err(error!("configuration from MMDS: {error}"));
+            }
+            Err(FetchError::NoDocument(error)) => unanswered = Some(error),
         }
     }
     if source != Source::Mmds
@@ -111,11 +113,11 @@ pub fn accept<'a>(document: &mut [u8], memory: &'a mut [u8]) -> Result<PageBox<C
 }
 
 /// Why the service gave no configuration.
-pub enum Answer {
+pub enum FetchError {
     /// A document that is wrong: waiting does not make it better.
-    Wrong(Error),
+    Invalid(Error),
     /// No document with something to run, yet.
-    None(Error),
+    NoDocument(Error),
 }
 
 /// Asks the service, over the interface `eth0`, until it gives a document with something to run, or
@@ -127,8 +129,8 @@ pub fn fetch(
     timeout: u64,
     document: &mut [u8],
     memory: &mut [u8],
-) -> Result<usize, Answer> {
-    let channel = Channel::open().map_err(Answer::None)?;
+) -> Result<usize, FetchError> {
+    let channel = Channel::open().map_err(FetchError::NoDocument)?;
     let guest = IpAddr::V4(mmds::GUEST);
     let request = |request: &Request| channel.request(request, format_args!("prepare eth0"));
     let up = request(&netlink::link_up(eth0, None))
@@ -142,7 +144,7 @@ pub fn fetch(
     };
     let answer = match up {
         Ok(()) => session.ask_until(memory),
-        Err(why) => Err(Answer::None(why)),
+        Err(why) => Err(FetchError::NoDocument(why)),
     };
     // Whether it worked or not.
     leave(&channel, eth0);
@@ -177,7 +179,7 @@ struct Session<'d> {
 }
 
 impl Session<'_> {
-    fn ask_until(&mut self, memory: &mut [u8]) -> Result<usize, Answer> {
+    fn ask_until(&mut self, memory: &mut [u8]) -> Result<usize, FetchError> {
         let (mut wait, longest) = POLL;
         // For the document, once it is known whether it has a token.
         let mut request = None;
@@ -186,7 +188,7 @@ impl Session<'_> {
             let why = match self.ask(&mut request) {
                 Ok((200, length)) => match read_answer(self.body(length), memory) {
                     Ok(()) => return Ok(length),
-                    Err(Answer::None(error)) => error,
+                    Err(FetchError::NoDocument(error)) => error,
                     Err(wrong) => return Err(wrong),
                 },
                 Ok((status, _)) => error!("status {}", u32::from(status)),
@@ -197,7 +199,7 @@ impl Session<'_> {
                 }
             };
             if self.left() <= wait {
-                return Err(Answer::None(why));
+                return Err(FetchError::NoDocument(why));
             }
             before = Some(why);
             sys::sleep(wait as i64);
@@ -298,18 +300,18 @@ impl Session<'_> {
 }
 
 /// A body of status 200: the configuration, `null` before the host's push, or something wrong.
-fn read_answer(body: &mut [u8], memory: &mut [u8]) -> Result<(), Answer> {
+fn read_answer(body: &mut [u8], memory: &mut [u8]) -> Result<(), FetchError> {
     let content = body.trim_ascii();
     if content.is_empty() {
-        return Err(Answer::None(error!("an empty document")));
+        return Err(FetchError::NoDocument(error!("an empty document")));
     }
     if content == b"null" {
-        return Err(Answer::None(error!("null")));
+        return Err(FetchError::NoDocument(error!("null")));
     }
     match decode(body, memory) {
         Ok(config) if config.has_command() => Ok(()),
-        Ok(_) => Err(Answer::None(error!("nothing to run"))),
-        Err(why) => Err(Answer::Wrong(why)),
+        Ok(_) => Err(FetchError::NoDocument(error!("nothing to run"))),
+        Err(why) => Err(FetchError::Invalid(why)),
     }
 }
 

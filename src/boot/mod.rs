@@ -23,7 +23,7 @@ use crate::context;
 use crate::error;
 use crate::error::Result;
 use crate::process::credentials;
-use crate::process::helper::{Helper, HelperLog, Midway};
+use crate::process::helper::{Helper, HelperLog, Rendezvous};
 use crate::supervisor::Supervisor;
 use crate::sys::files;
 use crate::volumes::{self, Owner};
@@ -44,17 +44,17 @@ const OPEN_FILES: u64 = 10_240;
 pub struct Remains {
     initramfs: Option<OwnedFd>,
     /// The connection to the helper that mounts disks, which ends when it is closed.
-    disks: Option<Midway>,
+    disks: Option<Rendezvous>,
 }
 
-/// Boots: devices and console are there already; `room` is for the document and its strings.
+/// Boots: devices and console are there already; `memory` is for the document and its strings.
 ///
 /// In a frame of its own, which is given back with the stack.
 #[inline(never)]
 pub fn run(
     supervisor: &mut Supervisor,
     params: &KernelParams,
-    room: &mut [u8],
+    memory: &mut [u8],
     remains: &mut Remains,
 ) -> Result {
     if let Some(refused) = &params.refused {
@@ -76,7 +76,7 @@ pub fn run(
     mounts::mount_remaining(supervisor.console)?;
     supervisor.context.pts = files::open(c"/dev/pts", OFlags::PATH).ok();
 
-    let (document, strings) = room.split_at_mut_checked(DOCUMENT).unwrap_or_default();
+    let (document, strings) = memory.split_at_mut_checked(DOCUMENT).unwrap_or_default();
     let (length, source) =
         config_source::load(params.source, eth0, params.mmds_timeout, document, strings)?;
     let document = document.get_mut(..length).unwrap_or(&mut []);
@@ -91,20 +91,20 @@ pub fn run(
         .info(&"configuration loaded", &format_args!(" source={name}"));
 
     let scratch = &mut supervisor.context.scratch;
-    let (disks, meeting) = Helper::start_with_midway(&mut |log, midway| {
+    let (disks, rendezvous) = Helper::start_with_rendezvous(&mut |log, rendezvous| {
         let owner = root::mount(&config, scratch, log)?;
-        match midway.meet() {
-            true => prepare_beside(&config, owner, scratch, midway, log),
+        match rendezvous.arrive_and_wait() {
+            true => prepare_beside(&config, owner, scratch, rendezvous, log),
             false => Ok(()),
         }
     })?;
-    let meeting = remains.disks.insert(meeting);
+    let rendezvous = remains.disks.insert(rendezvous);
     let log = &mut *supervisor.console;
     match cgroup_helper {
         Some(helper) => helper.wait(log)?,
         None => cgroups::mount(params.cgroups, log),
     }
-    let disks = meeting.wait(disks, log)?;
+    let disks = rendezvous.wait_for_helper(disks, log)?;
     remains.initramfs = Some(root::switch()?);
     if let Some((switch, before)) = expedited {
         // A value just read is taken back.
@@ -127,13 +127,13 @@ pub fn run(
     supervisor.context.workload.owner = (identity.uid, identity.gid);
     #[cfg(feature = "snapshot")]
     {
-        let in_force = &mut supervisor.context.snapshot.in_force;
-        in_force.digests = config.digests();
-        in_force.restore_signal = config.restore_signal;
-        in_force.is_from_mmds = source == Source::Mmds;
+        let applied = &mut supervisor.context.snapshot.applied;
+        applied.digests = config.digests();
+        applied.restore_signal = config.restore_signal;
+        applied.is_from_mmds = source == Source::Mmds;
     }
     supervisor.listen();
-    prepare(supervisor, &config, disks, meeting)?;
+    prepare(supervisor, &config, disks, rendezvous)?;
     supervisor.read_signals();
     if supervisor.has_ended() {
         return Ok(());
@@ -168,16 +168,16 @@ fn prepare_beside(
     config: &Config,
     owner: Owner,
     scratch: &mut [u8],
-    midway: &Midway,
+    rendezvous: &Rendezvous,
     log: &HelperLog,
 ) -> Result {
     volumes::mount_all(config, owner, log)?;
     etc_files::write(config, scratch, log)?;
     // Behind the network.
-    if midway.goes_on() {
+    if rendezvous.wait_for_peer() {
         sysctls::set_all(config, log)?;
         // Its end takes as long as the workload's start, and comes behind it.
-        midway.meet();
+        rendezvous.arrive_and_wait();
     }
     Ok(())
 }
@@ -187,13 +187,13 @@ fn prepare(
     supervisor: &mut Supervisor,
     config: &Config,
     helper: Helper,
-    midway: &Midway,
+    rendezvous: &Rendezvous,
 ) -> Result {
     let has_more = !config.mounts.is_empty()
         || etc_files::are_configured(config)
         || sysctls::are_configured(config);
     if has_more {
-        midway.go_on();
+        rendezvous.release_peer();
         supervisor.begin_setup(helper);
     }
     etc_files::set_host_name(config)?;
@@ -202,8 +202,8 @@ fn prepare(
     sysctls::set_defaults(supervisor.console);
     if has_more {
         // The configured ones may be of interfaces, which are there now.
-        midway.go_on();
-        supervisor.finish_setup(midway);
+        rendezvous.release_peer();
+        supervisor.finish_setup(rendezvous);
     }
     Ok(())
 }

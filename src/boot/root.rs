@@ -40,7 +40,7 @@ pub fn mount(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result<Own
     }
     let run = files::open(c"/run", OFlags::DIRECTORY).map_err(context!("open /run"))?;
     rustix::process::chroot(NEW).map_err(context!("enter /newroot"))?;
-    run_dir::carry(c"/run", run, scratch, log);
+    run_dir::copy(c"/run", run, scratch, log);
     for &tree in &mounts::TREES {
         files::make_directory(tree, 0o755).map_err(|errno| match errno {
             Errno::ROFS => error!("the root is read-only and has no {}", tree.lossy()),

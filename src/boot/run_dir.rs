@@ -1,4 +1,4 @@
-//! What the image has in /run: carried into the tmpfs that hides it, as container engines do.
+//! What the image has in /run: copied into the tmpfs that hides it, as container engines do.
 //!
 //! Servers expect the directories that their packages made: /run/sshd, /run/postgresql.
 
@@ -12,9 +12,9 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, SeekFrom, Stat};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
-/// Most entries that are carried.
+/// Most entries that are copied.
 const ENTRIES: usize = 1024;
-/// Largest file that is carried, in bytes.
+/// Largest file that is copied, in bytes.
 const FILE: usize = 64 << 10;
 /// Most bytes of all files together.
 const BYTES: usize = 1 << 20;
@@ -33,7 +33,7 @@ struct Level {
 
 /// Why a copy ends early.
 enum Stop {
-    /// It is larger than what is carried.
+    /// It is larger than what is copied.
     Limit(&'static str),
     Failed(Errno),
 }
@@ -45,9 +45,9 @@ impl From<Errno> for Stop {
 }
 
 /// Copies directories, links and small files with their owners and modes. Nothing there is followed.
-pub fn carry(from: &CStr, to: OwnedFd, buffer: &mut [u8], log: &HelperLog) {
+pub fn copy(from: &CStr, to: OwnedFd, buffer: &mut [u8], log: &HelperLog) {
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW;
-    // Without such a directory there is nothing to carry; mounting on it says so.
+    // Without such a directory there is nothing to copy; mounting on it says so.
     let Ok(from) = files::open(from, flags) else {
         return;
     };

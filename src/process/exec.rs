@@ -162,7 +162,7 @@ impl Command {
         self.user = Some(User {
             name: heapless::String::try_from(name).map_err(unknown)?,
             sets_home,
-            files: context::room()?,
+            files: context::document_memory()?,
         });
         Ok(())
     }

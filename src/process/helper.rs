@@ -77,24 +77,24 @@ impl Log for &HelperLog {
     }
 }
 
-/// Where a helper whose work has parts meets its parent between them: a socket for each of the two.
-/// The helper waits there until it is told to go on, or the parent drops its own.
-pub struct Midway(OwnedFd);
+/// One end of a socket pair, where a helper whose work has parts and its parent wait for each other
+/// between them. Who drops an end releases the other side.
+pub struct Rendezvous(OwnedFd);
 
-impl Midway {
+impl Rendezvous {
     /// In the helper: says that a part is done, and waits; whether the next one is wanted.
-    pub fn meet(&self) -> bool {
+    pub fn arrive_and_wait(&self) -> bool {
         let _parent_gone = files::write(&self.0, &[END]);
-        self.goes_on()
+        self.wait_for_peer()
     }
 
     /// Waits until the other one has done its part; `false` when it has gone instead.
-    pub fn goes_on(&self) -> bool {
+    pub fn wait_for_peer(&self) -> bool {
         matches!(files::read(&self.0, &mut [0]), Ok(1))
     }
 
     /// In the parent: waits until the helper has done its first part.
-    pub fn wait(&self, helper: Helper, log: &mut dyn Log) -> Result<Helper> {
+    pub fn wait_for_helper(&self, helper: Helper, log: &mut dyn Log) -> Result<Helper> {
         if !in_time(&|| sys::is_readable(&self.0, 1)) {
             return Err(helper.give_up(log));
         }
@@ -116,13 +116,13 @@ impl Midway {
     }
 
     /// In the parent: whether the helper has done a part, or else has ended; `None` while it works.
-    pub fn news(&self) -> Option<bool> {
+    pub fn poll(&self) -> Option<bool> {
         let is_there = matches!(sys::is_readable(&self.0, 0), Ok(true));
-        is_there.then(|| self.goes_on())
+        is_there.then(|| self.wait_for_peer())
     }
 
     /// In the parent: lets the helper do its next part.
-    pub fn go_on(&self) {
+    pub fn release_peer(&self) {
         let _ended = files::write(&self.0, &[END]);
     }
 }
@@ -246,9 +246,9 @@ impl Helper {
     }
 
     /// The same for work of several parts: a fork less than with a helper for each.
-    pub fn start_with_midway(
-        work: &mut dyn FnMut(&HelperLog, &Midway) -> Result,
-    ) -> Result<(Self, Midway)> {
+    pub fn start_with_rendezvous(
+        work: &mut dyn FnMut(&HelperLog, &Rendezvous) -> Result,
+    ) -> Result<(Self, Rendezvous)> {
         let sockets = socketpair(
             AddressFamily::UNIX,
             SocketType::STREAM,
@@ -256,12 +256,12 @@ impl Helper {
             None,
         );
         let (ours, theirs) = sockets.map_err(context!("create a pair of sockets"))?;
-        let midway = Midway(theirs);
+        let rendezvous = Rendezvous(theirs);
         let helper = fork(&mut |log| {
-            sys::close_others(&[log.pipe(), &midway.0]);
-            report(work(log, &midway), log)
+            sys::close_others(&[log.pipe(), &rendezvous.0]);
+            report(work(log, &rendezvous), log)
         })?;
-        Ok((helper, Midway(ours)))
+        Ok((helper, Rendezvous(ours)))
     }
 
     /// What a helper that has done its part has warned of goes to `log`.

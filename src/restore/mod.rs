@@ -16,7 +16,7 @@ mod triggers;
 use crate::api::{CallError, PendingCall, SnapshotCall, not_running};
 use crate::boot::kernel_params::Restore as Mode;
 use crate::context;
-use crate::context::{Context, NEVER, room};
+use crate::context::{Context, NEVER, document_memory};
 use crate::error;
 use crate::page::PageBox;
 use crate::supervisor::Supervisor;
@@ -27,7 +27,7 @@ use proto::environment::Environment;
 use proto::http::Status;
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
-use state::{Kind, Task};
+use state::{Kind, NotifiedRestore, Task};
 use steps::{Job, Report, Step};
 
 pub use state::Restore;
@@ -178,12 +178,11 @@ impl Restore {
         let environment = PageBox::shared(Environment::new).map_err(&out_of_memory)?;
         let mut report = PageBox::shared(|| Report::new(&context.snapshot, environment))
             .map_err(out_of_memory)?;
-        // A call that comes after the kernel's notification is about the same restore.
-        let is_same = call.is_some() && self.unclaimed.is_some();
+        let is_same = call.is_some() && self.notified.is_some();
         let generation = self.generation + u64::from(!is_same);
-        let token = match (&self.hold, &self.unclaimed) {
+        let token = match (&self.hold, &self.notified) {
             (Some(hold), _) => Some(hold.token.as_str()),
-            (None, Some(token)) => token.as_deref(),
+            (None, Some(restore)) => restore.token.as_deref(),
             (None, None) => None,
         };
         let body = match call {
@@ -214,8 +213,8 @@ impl Restore {
             fork(proc, &mut |log| {
                 close_all_but(freezer.as_ref(), log);
                 let freezer = freezer.as_ref().filter(|_| job.is_held);
-                let room = &mut *room()?;
-                steps::run(&mut job, arena, room, freezer, &mut report, log)
+                let memory = &mut *document_memory()?;
+                steps::run(&mut job, arena, memory, freezer, &mut report, log)
             })
         })?;
         let kind = Kind::Restore { generation, report };
@@ -236,17 +235,19 @@ impl Restore {
         self.is_reseeded = false;
         self.was_cut_short = false;
         let hold = self.hold.take();
-        self.unclaimed = match owner {
+        self.notified = match owner {
             Some(_) => {
                 // What the kernel has told of is this restore.
                 self.due = NEVER;
                 None
             }
-            None => Some(hold.map(|hold| hold.token)),
+            None => Some(NotifiedRestore {
+                token: hold.map(|hold| hold.token),
+            }),
         };
         let context = &mut supervisor.context;
         context.snapshot.is_held = false;
-        context.snapshot.in_force = report.in_force;
+        context.snapshot.applied = report.applied;
         if report.has_environment {
             context.defaults.environment.copy(&report.environment);
             context.defaults.sets_home = report.sets_home;
@@ -255,7 +256,7 @@ impl Restore {
         supervisor.console.info(&"restored", &fields);
         let event = format_args!("{{\"event\":\"restored\",\"generation\":{generation}}}");
         supervisor.events.send(&event);
-        if let Some(signal) = report.in_force.restore_signal {
+        if let Some(signal) = report.applied.restore_signal {
             supervisor.signal_workload(signal.number());
         }
     }

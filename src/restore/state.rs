@@ -28,8 +28,14 @@ pub struct Restore {
     pub(super) is_reseeded: bool,
     /// A restore was killed while it asked MMDS.
     pub(super) was_cut_short: bool,
-    /// The last restore was the kernel's notification alone; the token of the hold that it has ended.
-    pub(super) unclaimed: Option<Option<Token>>,
+    /// The last restore, if nothing but the kernel's notification has asked for it so far.
+    pub(super) notified: Option<NotifiedRestore>,
+}
+
+/// A restore by the kernel's notification: the call that follows is about the same one.
+pub struct NotifiedRestore {
+    /// Of the hold that it has ended.
+    pub token: Option<Token>,
 }
 
 /// What a hold is known by.
@@ -85,7 +91,7 @@ impl Restore {
             due: NEVER,
             is_reseeded: false,
             was_cut_short: false,
-            unclaimed: None,
+            notified: None,
         }
     }
 }

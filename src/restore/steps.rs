@@ -1,10 +1,10 @@
 //! What makes a VM that was restored a new one, step by step, in a helper: disks and MMDS may wait.
 
 use crate::api::{CallError, read_body};
-use crate::boot::config_source::{self, Answer, Source};
+use crate::boot::config_source::{self, FetchError, Source};
 use crate::boot::{etc_files, fill_environment, network};
 use crate::context;
-use crate::context::{InForce, Interfaces, Snapshot};
+use crate::context::{AppliedConfig, Interfaces, Snapshot};
 use crate::error;
 use crate::error::Result;
 use crate::page::PageBox;
@@ -117,7 +117,7 @@ pub struct Report {
     /// What is being done.
     pub step: CurrentStep,
     /// What is in force then; after a failure, what may be in part.
-    pub in_force: InForce,
+    pub applied: AppliedConfig,
     /// The interfaces that have addresses, or may have after a failure.
     pub interfaces: Interfaces,
     /// Commands have another environment from then on.
@@ -133,7 +133,7 @@ impl Report {
     pub fn new(before: &Snapshot, environment: PageBox<Environment>) -> Self {
         Self {
             step: CurrentStep::default(),
-            in_force: before.in_force,
+            applied: before.applied,
             interfaces: before.interfaces.clone(),
             has_environment: false,
             environment,
@@ -225,15 +225,15 @@ fn fetch<'a>(
     };
     match config_source::fetch(eth0, job.mmds_timeout, document, strings) {
         Ok(length) => {
-            report.in_force.is_from_mmds = true;
+            report.applied.is_from_mmds = true;
             let document = document.get_mut(..length).unwrap_or(&mut []);
             config_source::decode(document, strings).map(Some)
         }
-        Err(Answer::Wrong(error)) => Err(error!("MMDS: {error}")),
-        Err(Answer::None(error)) if job.call.is_some() && report.in_force.is_from_mmds => {
+        Err(FetchError::Invalid(error)) => Err(error!("MMDS: {error}")),
+        Err(FetchError::NoDocument(error)) if job.call.is_some() && report.applied.is_from_mmds => {
             Err(error!("MMDS: {error}"))
         }
-        Err(Answer::None(error)) => {
+        Err(FetchError::NoDocument(error)) => {
             log.warn(&format_args!(
                 "restore: MMDS: {error}; the old configuration stays"
             ));
@@ -242,7 +242,7 @@ fn fetch<'a>(
     }
 }
 
-/// Puts a document in force, but for what only a boot can change.
+/// Applies a document, but for what only a boot can change.
 fn apply(
     config: &Config,
     job: &mut Job,
@@ -255,7 +255,7 @@ fn apply(
     let mut has_other_environment = false;
     let mut has_other_hosts = false;
     let mut has_other_addresses = false;
-    let compared = digests.iter().zip(&mut report.in_force.digests);
+    let compared = digests.iter().zip(&mut report.applied.digests);
     for (name, (new, old)) in MEMBERS.iter().zip(compared) {
         if new != old {
             let separator = if changed.is_empty() { "" } else { "," };
@@ -295,8 +295,8 @@ fn apply(
         report.has_environment = true;
         report.sets_home = fill_environment(&mut report.environment, config, &identity.home)?;
     }
-    report.in_force.digests = digests;
-    report.in_force.restore_signal = config.restore_signal;
+    report.applied.digests = digests;
+    report.applied.restore_signal = config.restore_signal;
     Ok(())
 }
 

@@ -69,7 +69,7 @@ impl Restore {
                     // What was done is done, whatever has failed after that.
                     let snapshot = &mut supervisor.context.snapshot;
                     snapshot.interfaces = report.interfaces.clone();
-                    snapshot.in_force.digests = report.in_force.digests;
+                    snapshot.applied.digests = report.applied.digests;
                 }
                 match &result {
                     Ok(_) => self.restored(generation, &report, owner, supervisor),

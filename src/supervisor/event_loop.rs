@@ -2,7 +2,7 @@
 
 use super::state::{Phase, Supervisor};
 use crate::context::{NEVER, Source, Stop};
-use crate::process::helper::{self, Helper, Midway};
+use crate::process::helper::{self, Helper, Rendezvous};
 use crate::sys::signal::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use crate::sys::{self, SignalSet};
 use proto::slab::Key;
@@ -39,17 +39,17 @@ impl Supervisor {
     }
 
     /// Serves until the helper has done its part; one that fails is the end of the boot.
-    pub fn finish_setup(&mut self, midway: &Midway) {
+    pub fn finish_setup(&mut self, rendezvous: &Rendezvous) {
         let token = Source::Helper.token(Key::default());
         let (mut watched, mut wanted) = (EventFlags::empty(), EventFlags::IN);
         loop {
             let poller = &self.context.poller;
-            poller.watch(midway.socket(), token, &mut watched, wanted);
+            poller.watch(rendezvous.socket(), token, &mut watched, wanted);
             if self.phase != Phase::Setup || self.child.is_none() {
                 return;
             }
             self.turn();
-            if let Some(is_done) = midway.news() {
+            if let Some(is_done) = rendezvous.poll() {
                 // One that has ended instead is reaped soon.
                 wanted = EventFlags::empty();
                 if let Some(helper) = self.child.take_if(|_| is_done) {

@@ -80,7 +80,7 @@ impl Events {
     }
 
     /// Whether the host has been told how the workload ended.
-    pub fn has_told_exit(&self) -> bool {
+    pub fn has_delivered_exit(&self) -> bool {
         self.has_exit && self.queue.is_empty()
     }
 

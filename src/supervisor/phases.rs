@@ -62,7 +62,7 @@ impl Supervisor {
                 let code = KILLED + SIGKILL as i32;
                 self.end_with(code, error!("the workload cannot be killed"));
             }
-            Phase::Linger if late || self.is_told() => {
+            Phase::Linger if late || self.exit_is_delivered() => {
                 self.api.close(&mut self.context);
                 self.end = self.context.now.saturating_add(budget::begin());
                 // With all that the end starts.
@@ -100,8 +100,8 @@ impl Supervisor {
     }
 
     /// Whether those who wait for the workload's end, and for the last of its output, have it.
-    fn is_told(&self) -> bool {
-        let told = self.context.workload.exit_code_delivered || self.events.has_told_exit();
+    fn exit_is_delivered(&self) -> bool {
+        let told = self.context.workload.exit_code_delivered || self.events.has_delivered_exit();
         told && self.context.log_readers == 0
     }
 
