@@ -47,6 +47,7 @@ use proto::http::NO_ROOM;
 use proto::slab::{Key, Slab};
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
+use rustix::io::Errno;
 use rustix::process::{Pid, WaitStatus};
 
 /// The vsock port.
@@ -58,12 +59,17 @@ const CONNECTIONS: usize = LONG_CONNECTIONS + COMMANDS + 32;
 const BACKLOG: usize = 128;
 /// Connections taken in a turn: a turn with output for the console takes its time.
 const ACCEPT_AT_ONCE: usize = 16;
+/// When a connection is accepted again after a failure, in milliseconds: nobody says when descriptors
+/// or memory are there again, and the one that waits keeps the listener readable.
+const ACCEPT_RETRY: u64 = 500;
 
 /// The API's state.
 pub struct Api {
     listener: Option<OwnedFd>,
     /// What is waited for of it.
     listener_watched: EventFlags,
+    /// When it is waited for again, after a failure.
+    accept_retry: Option<u64>,
     /// The memory of the last connection that used little of its own, for the next one.
     spare: Option<Region>,
     connections: Slab<Connection, CONNECTIONS>,
@@ -76,6 +82,7 @@ impl Api {
         Self {
             listener: None,
             listener_watched: EventFlags::empty(),
+            accept_retry: None,
             spare: None,
             connections: Slab::new(),
             commands: Commands::new(),
@@ -96,7 +103,11 @@ impl Api {
         if let Some(listener) = &self.listener {
             let token = Source::Listener.token(Key::default());
             let watched = &mut self.listener_watched;
-            poller.watch(listener, token, watched, EventFlags::IN);
+            let wanted = match self.accept_retry {
+                None => EventFlags::IN,
+                Some(_) => EventFlags::empty(),
+            };
+            poller.watch(listener, token, watched, wanted);
         }
     }
 
@@ -114,10 +125,13 @@ impl Api {
     /// The listener has connections: takes so many that none is refused while others wait, too.
     pub fn accept(&mut self, context: &mut Context) {
         for _ in 0..ACCEPT_AT_ONCE {
-            if self.accept_one(context).is_err()
-                || !self.listener.as_ref().is_some_and(vsock::is_called)
-            {
-                return;
+            match self.accept_one(context) {
+                Ok(()) if self.listener.as_ref().is_some_and(vsock::is_called) => {}
+                Ok(()) | Err(Errno::AGAIN) => return,
+                Err(_) => {
+                    self.accept_retry = Some(context.now + ACCEPT_RETRY);
+                    return;
+                }
             }
         }
     }
@@ -273,10 +287,12 @@ impl Api {
 
     /// The next time at which something has to be done.
     pub fn deadline(&self) -> u64 {
+        let first = self.accept_retry.unwrap_or(NEVER);
         let connections = self.connections.iter();
-        connections.fold(self.commands.deadline(), |first, (_, connection)| {
-            first.min(connection.deadline)
-        })
+        connections.fold(
+            first.min(self.commands.deadline()),
+            |first, (_, connection)| first.min(connection.deadline),
+        )
     }
 
     /// Does what has to be done by now.
@@ -287,6 +303,7 @@ impl Api {
             }
         }
         let now = context.now;
+        self.accept_retry = self.accept_retry.filter(|retry| *retry > now);
         let is_late = |connection: &Connection| connection.deadline <= now;
         self.each(context, &is_late, &mut Connection::expire);
     }

@@ -11,7 +11,6 @@ use file_system::{Access, FileSystem};
 use proto::config::{Config, Mount};
 use proto::message::ToLossy;
 use rustix::fs::{AtFlags, CWD};
-#[cfg(any(feature = "mounts", feature = "snapshot"))]
 use rustix::fs::{StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
@@ -38,7 +37,6 @@ pub fn mount_new(config: &Config, owner: Owner, log: &HelperLog) -> Result {
 }
 
 /// Whether a path leads to the root of a mount, whatever links it has (statx(2)).
-#[cfg(any(feature = "mounts", feature = "snapshot"))]
 pub fn is_mount_point(path: &CStr) -> bool {
     let found = rustix::fs::statx(CWD, path, AtFlags::empty(), StatxFlags::empty());
     found.is_ok_and(|status| status.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
@@ -84,11 +82,14 @@ fn own(path: &CStr, owner: Owner) -> Result<(), Errno> {
     rustix::fs::chown(path, Some(uid), Some(gid))
 }
 
-/// What no volume may hide, and nobody unmount.
+/// What no volume may hide, and nobody unmount: roots of mounts.
 const NEEDED: [&CStr; 5] = [c"/", c"/dev", c"/sys", c"/proc", c"/run"];
 
 /// What of that a path leads to, if anything.
 pub fn needed(path: &CStr) -> Option<&'static CStr> {
+    if !is_mount_point(path) {
+        return None;
+    }
     let identify = |path| files::identify(CWD, path, AtFlags::empty());
     let place = identify(path).ok()?;
     let mut needed = NEEDED.iter().copied();

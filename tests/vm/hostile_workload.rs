@@ -126,6 +126,21 @@ fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
     println!("PID 1: {before} KiB before, {after} KiB after");
     assert!(after <= before + 64, "{before} {after}");
 
+    // Not one more descriptor: a client waits, and PID 1 is not busy with it.
+    let shut = ["sh", "-c", "attack shut 4 | tee /dev/console"];
+    api.send(&exec_request(&shut))?;
+    vm.wait_for("shut")?;
+    let mut waits = vm.api()?;
+    waits.send(b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n")?;
+    let answer = api.receive(false)?.json()?;
+    let busy = answer["stdout"]
+        .as_str()
+        .and_then(|text| text.lines().nth(1));
+    let busy: u32 = busy.context("no time")?.parse()?;
+    println!("PID 1 was busy for {busy} of 400 ticks without descriptors");
+    assert!(busy <= 100, "{busy}");
+    assert_eq!(waits.receive(false)?.status, 200);
+
     // Not one more process: a fork bomb has them all.
     output(&mut api, "echo 400 >/proc/sys/kernel/pid_max")?;
     let mut bomb = vm.api()?;
