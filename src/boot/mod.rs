@@ -128,7 +128,6 @@ pub fn run(
     #[cfg(feature = "snapshot")]
     {
         let applied = &mut supervisor.context.snapshot.applied;
-        applied.digests = config.digests();
         applied.restore_signal = config.restore_signal;
         applied.is_from_mmds = source == Source::Mmds;
     }
@@ -148,7 +147,13 @@ pub fn run(
         command.rlimits = config.rlimits.clone();
         command.set_arguments(&config.arguments())?;
         command.set_directory(config.image_config.working_dir)
-    })
+    })?;
+    // Beside the workload: its first instruction does not wait for them.
+    #[cfg(feature = "snapshot")]
+    {
+        supervisor.context.snapshot.applied.digests = config.digests();
+    }
+    Ok(())
 }
 
 /// What of the boot can wait until the workload runs.
