@@ -18,7 +18,7 @@ struct File {
     path: &'static CStr,
     /// Beside it, for a rename.
     temporary: &'static CStr,
-    /// What is mounted over it on a read-only root.
+    /// What is mounted over it where the root takes no other.
     substitute: &'static CStr,
 }
 
@@ -85,11 +85,14 @@ impl File {
         let written = files::make_directory(c"/etc", 0o755)
             .and_then(|()| files::replace(self.path, self.temporary, new));
         match written {
-            // A read-only root, one that the kernel has stopped for its errors (EIO since 6.12), a
-            // file that is immutable (chattr(1)), or one that somebody has mounted over (EBUSY).
-            Err(Errno::ROFS | Errno::IO | Errno::PERM | Errno::BUSY) => {
+            // A read-only root, one that the kernel has stopped for its errors (EIO since 6.12) or that
+            // is full, a file that is immutable (chattr(1)), or one that somebody has mounted over
+            // (EBUSY).
+            Err(
+                Errno::ROFS | Errno::IO | Errno::NOSPC | Errno::DQUOT | Errno::PERM | Errno::BUSY,
+            ) => {
                 if let Err(errno) = self.cover(new) {
-                    log.warn(&context!("{path} is read-only; mount over it")(errno));
+                    log.warn(&context!("{path} cannot be written; mount over it")(errno));
                 }
                 Ok(())
             }

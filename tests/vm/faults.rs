@@ -221,7 +221,7 @@ fn a_root_that_becomes_read_only_as_pid_1_writes_to_it_keeps_its_files_and_the_w
     let exit = vm.api()?.get("/v1/exit_code")?.json()?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     let console = vm.console();
-    let warning = "warn msg=\"/etc/resolv.conf is read-only; mount over it: ENOENT\"";
+    let warning = "warn msg=\"/etc/resolv.conf cannot be written; mount over it: ENOENT\"";
     assert!(console.contains(warning), "{console}");
     volume.check()?;
     // Some kernels, 6.12 among them, do not even read from such a root (EXT4_FLAGS_SHUTDOWN).

@@ -813,11 +813,14 @@ fn boots() -> Vec<Boot> {
             resolv(),
             "write /etc/resolv.conf: ",
         ),
-        told(
+        boot(
             "disk-full",
-            "dd if=/dev/zero of=/mnt/full bs=64k 2>/dev/null; sync; i=0; while echo x >/mnt/full$i; do i=$((i + 1)); done 2>/dev/null; sync",
-            resolv(),
-            "write /etc/resolv.conf: ENOSPC",
+            "touch /mnt/etc/resolv.conf; dd if=/dev/zero of=/mnt/full bs=64k 2>/dev/null; sync; i=0; while echo x >/mnt/full$i; do i=$((i + 1)); done 2>/dev/null; sync",
+            json!({
+                "EtcResolv": {"Nameservers": ["8.8.8.8"]},
+                "ExecOverride": ["sh", "-ec", "grep 8.8.8.8 /etc/resolv.conf; ! echo x >/more; echo the workload runs"]
+            }),
+            "",
         ),
         // Network.
         told(

@@ -245,7 +245,7 @@ fn hosts_and_resolv_conf_are_mounted_over_those_of_a_read_only_root() -> Result<
     assert_eq!(vm.wait_end()?, End::Reboot);
     let console = vm.console();
     for name in ["hosts", "resolv.conf"] {
-        let words = format!("/etc/{name} is read-only; mount over it: ENOENT");
+        let words = format!("/etc/{name} cannot be written; mount over it: ENOENT");
         assert!(console.contains(&words), "{words}: {console}");
     }
     assert!(console.contains("exit_code=6"), "{console}");

@@ -604,30 +604,27 @@ fn a_restore_by_a_call_makes_the_vm_another_one() -> Result<()> {
         &mut vm,
         "dd if=/dev/zero of=/fill bs=64k 2>/dev/null; dd if=/dev/zero of=/fill2 bs=512 2>/dev/null; true",
     )?;
-    let mut long = document("full", 4, 10);
-    let names =
-        (0..200).map(|i| json!({"Host": format!("a-host-with-a-long-name-{i}"), "IP": "10.0.4.9"}));
-    long["EtcHosts"] = names.collect();
-    let full = restore(&mut api, json!({"config": long}))?;
+    let before = exec(&mut vm, "stat -c %i /etc/hosts")?;
+    restore(&mut api, json!({"config": document("full", 4, 10)}))?.success()?;
+    assert_is(&mut vm, "full", 4)?;
+    // It is in memory, and replaced there.
+    assert_ne!(exec(&mut vm, "stat -c %i /etc/hosts")?, before);
     assert_eq!(
-        (full.status, &full.json()?["step"]),
-        (500, &json!("etc")),
-        "{}",
-        full.text()
+        exec(&mut vm, "grep -c ' /etc/.* tmpfs ' /proc/mounts")?,
+        "2\n"
     );
-    assert!(error(&full)?.contains("ENOSPC"), "{}", full.text());
     exec(&mut vm, "rm /fill /fill2")?;
-    let last = restore(&mut api, json!({"config": document("last", 4, 10)}))?
+    let last = restore(&mut api, json!({"config": document("last", 5, 10)}))?
         .success()?
         .json()?;
-    assert_eq!(last["generation"], 11);
-    assert_is(&mut vm, "last", 4)?;
+    assert_eq!(last["generation"], 12);
+    assert_is(&mut vm, "last", 5)?;
 
     let restored: Vec<Value> = received
         .try_iter()
         .filter(|event| event["event"] == "restored")
         .collect();
-    let wanted: Vec<Value> = (2..=11)
+    let wanted: Vec<Value> = (2..=12)
         .map(|generation| json!({"event": "restored", "generation": generation}))
         .collect();
     assert_eq!(restored, wanted);
