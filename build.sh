@@ -322,7 +322,7 @@ run_tests() {
 # areas DIRECTORY CARGO_OPTION... -- TEST_ARGUMENT...: a workspace's test programs, several at once: many
 # a VM waits for its turn (PIGEON_VMS), or for a deadline.
 areas() {
-    local dir=$1 options=() logs list
+    local dir=$1 options=() logs list failed
     shift
     while [[ $1 != -- ]]; do
         options+=("$1")
@@ -331,20 +331,47 @@ areas() {
     shift
     mkdir -p "$out/logs"
     logs=$(realpath "$out/logs")
+    failed=$logs/failed
     list=$(cargo test "${options[@]}" --no-run 2>&1 | tee >(cat >&2) |
         sed -n 's/^ *Executable [a-z]*\/\([a-z_]*\)\.rs (\(.*\))$/\1\n\2/p') || return
     export -f area
+    rm -f "$failed"
     xargs -r -d '\n' -n 2 -P "$(($(nproc) + 1))" \
-        bash -c 'area "$@"' area "$dir" "$logs" "$@" <<<"$list"
+        bash -c 'area "$@"' area "$dir" "$logs" "$@" <<<"$list" || again "$dir" "$failed"
 }
 
 # area DIRECTORY LOGS TEST_ARGUMENT... NAME PROGRAM: one of them, whose output comes when it has ended.
 area() {
-    local name=${*: -2:1} program log=$2/${*: -2:1}.out failed=0
+    local name=${*: -2:1} program log=$2/${*: -2:1}.out failed=0 test
     program=$(realpath "${*: -1}")
     printf '==> started %s\n' "$name" >&2
-    env -C "$1" "$program" "${@:3:$#-4}" >"$log" 2>&1 || failed=1
+    env -C "$1" "$program" "${@:3:$#-4}" >"$log" 2>&1 || failed=$?
     flock "$2" cat - "$log" <<<"     Running $name"
+    # 101: some of its tests have failed, which libtest lists at the end.
+    if ((failed == 101)); then
+        sed -n '/^failures:$/h; //!H; ${x; s/^failures://p}' "$log" | sed -n 's/^    //p' |
+            while read -r test; do
+                printf '%s %s\n' "$test" "$program" >>"$2/failed"
+            done
+    elif ((failed)); then
+        printf -- '- %s\n' "$program" >>"$2/failed"
+    fi
+    return $((failed != 0))
+}
+
+# again DIRECTORY LIST: up to three tests that have failed, once more and alone: a machine that others
+# share can stand still for seconds, which is longer than what a test may take for granted.
+again() {
+    local test program failed=0
+    # Not one that did not get to its tests' end, nor several.
+    if [[ ! -s $2 ]] || grep -q '^- ' "$2" || (($(wc -l <"$2") > 3)); then
+        return 1
+    fi
+    while read -r test program; do
+        say "once more, alone: $test"
+        env -C "$1" "$program" --exact "$test" </dev/null || failed=1
+    done <"$2"
+    ((failed)) || say "passed when alone: $(cut -d ' ' -f 1 "$2" | paste -s -d ' ')"
     return $failed
 }
 
