@@ -65,6 +65,7 @@ impl Restore {
                 self.due = context.now;
             }
         }
+        self.give_up_freeze(supervisor);
         self.finish_task(supervisor);
         if supervisor.context.snapshot.calls > 0 {
             self.take_calls(supervisor);
@@ -77,6 +78,24 @@ impl Restore {
             (None, Some(hold)) => hold.until.min(self.due),
             (None, None) => self.due,
         };
+    }
+
+    /// A workload that is to stop, or has ended, is not frozen for a snapshot any more.
+    fn give_up_freeze(&mut self, supervisor: &mut Supervisor) {
+        let is_freeze = |task: &mut Task| matches!(task.kind, Kind::Freeze { .. });
+        if supervisor.is_running() {
+            return;
+        }
+        let Some(task) = self.task.take_if(is_freeze) else {
+            return;
+        };
+        // What it was at when it was killed is of no interest.
+        let _step = task.helper.give_up(supervisor.console);
+        let snapshot = &mut supervisor.context.snapshot;
+        (snapshot.helper, snapshot.ended) = (None, None);
+        if let Err(error) = self.start_thaw(task.owner, Some(not_running()), supervisor) {
+            finish_call(task.owner, Err(error), "", supervisor);
+        }
     }
 
     /// What nobody has called for.
@@ -138,6 +157,7 @@ impl Restore {
             task.helper.give_up(supervisor.console);
             supervisor.context.snapshot.helper = None;
             self.was_cut_short = true;
+            self.is_notified = true;
         }
     }
 
@@ -149,14 +169,32 @@ impl Restore {
             }
             // It has ended since the call came, or was asked to stop.
             _ if !supervisor.is_running() => Err(not_running()),
-            SnapshotCall::Restore => {
-                self.start_restore(Some((key, pending.received_us)), supervisor)
-            }
+            SnapshotCall::Restore => self.start_called(key, pending, supervisor),
             call => self.change_hold(key, call, supervisor),
         };
         if let Err(error) = taken {
             finish_call(Some(key), Err(error), "", supervisor);
         }
+    }
+
+    /// A call is about the restore that the kernel has notified of: this one is not begun by itself then,
+    /// unless the call turns out to be none.
+    fn start_called(
+        &mut self,
+        key: Key,
+        pending: PendingCall,
+        supervisor: &mut Supervisor,
+    ) -> Result<(), CallError> {
+        let started = self.start_restore(Some((key, pending.received_us)), supervisor);
+        match &started {
+            Ok(()) => {
+                self.is_notified |= self.due != NEVER;
+                self.due = NEVER;
+            }
+            Err(_) if self.is_notified => self.due = supervisor.context.now,
+            Err(_) => {}
+        }
+        started
     }
 
     /// Makes this VM a new one: for a call, which came at that time, or by the kernel's notification.
@@ -234,6 +272,7 @@ impl Restore {
         self.generation = generation;
         self.is_reseeded = false;
         self.was_cut_short = false;
+        self.is_notified = false;
         let hold = self.hold.take();
         self.notified = match owner {
             Some(_) => {
@@ -248,10 +287,6 @@ impl Restore {
         let context = &mut supervisor.context;
         context.snapshot.is_held = false;
         context.snapshot.applied = report.applied;
-        if report.has_environment {
-            context.defaults.environment.copy(&report.environment);
-            context.defaults.sets_home = report.sets_home;
-        }
         let fields = format_args!(" generation={generation}");
         supervisor.console.info(&"restored", &fields);
         let event = format_args!("{{\"event\":\"restored\",\"generation\":{generation}}}");

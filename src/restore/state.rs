@@ -28,6 +28,8 @@ pub struct Restore {
     pub(super) is_reseeded: bool,
     /// A restore was killed while it asked MMDS.
     pub(super) was_cut_short: bool,
+    /// The kernel has notified of a restore that a call has taken over.
+    pub(super) is_notified: bool,
     /// The last restore, if nothing but the kernel's notification has asked for it so far.
     pub(super) notified: Option<NotifiedRestore>,
 }
@@ -91,6 +93,7 @@ impl Restore {
             due: NEVER,
             is_reseeded: false,
             was_cut_short: false,
+            is_notified: false,
             notified: None,
         }
     }

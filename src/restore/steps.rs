@@ -26,6 +26,7 @@ use proto::message::Message;
 use proto::users::Identity;
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 
 /// By how much the clock may be wrong, in microseconds.
 const CLOCK_TOLERANCE: i64 = 10_000;
@@ -95,12 +96,17 @@ pub struct CurrentStep(AtomicU8);
 impl CurrentStep {
     /// The next one begins.
     pub fn set(&self, step: Step) {
-        self.0.store(step as u8, Ordering::Relaxed);
+        self.0.store(step as u8, Ordering::Release);
     }
 
     /// Whether it is this one.
     pub fn is(&self, step: Step) -> bool {
-        self.0.load(Ordering::Relaxed) == step as u8
+        self.0.load(Ordering::Acquire) == step as u8
+    }
+
+    /// Whether it waits for a disk, and writes nothing of the report meanwhile.
+    pub fn waits_for_disk(&self) -> bool {
+        self.is(Step::Etc) || self.is(Step::Mounts)
     }
 
     /// Its name.
@@ -196,7 +202,9 @@ pub fn run(
     }
 
     report.step.set(Step::Generation);
-    write_generation(job.generation)?;
+    if let Err(why) = write_generation(job.generation) {
+        log.warn(&why);
+    }
 
     report.step.set(Step::Thaw);
     if let Some(freezer) = freezer {
@@ -356,6 +364,11 @@ fn write_generation(generation: u64) -> Result {
     const PATH: &CStr = c"/run/pigeon/generation";
     files::require_directory(c"/run/pigeon", 0o755)?;
     let text = message!("{generation}\n");
-    files::replace(PATH, c"/run/pigeon/.generation", text.as_bytes())
-        .map_err(error::on("write", PATH))
+    match files::replace(PATH, c"/run/pigeon/.generation", text.as_bytes()) {
+        // Anybody can fill /run; the page of the old number is there, and the new one is as long.
+        Err(Errno::NOSPC) => files::open(PATH, OFlags::WRONLY | OFlags::NOFOLLOW)
+            .and_then(|file| files::write_whole(&file, text.as_bytes())),
+        other => other,
+    }
+    .map_err(error::on("write", PATH))
 }

@@ -65,11 +65,15 @@ impl Restore {
             }
             Kind::Restore { generation, report } => {
                 step = report.step.name();
-                if ended.is_some() {
-                    // What was done is done, whatever has failed after that.
-                    let snapshot = &mut supervisor.context.snapshot;
-                    snapshot.interfaces = report.interfaces.clone();
-                    snapshot.applied.digests = report.applied.digests;
+                // What was done is done, whatever has failed after that.
+                if ended.is_some() || report.step.waits_for_disk() {
+                    let context = &mut supervisor.context;
+                    context.snapshot.interfaces = report.interfaces.clone();
+                    context.snapshot.applied.digests = report.applied.digests;
+                    if report.has_environment {
+                        context.defaults.environment.copy(&report.environment);
+                        context.defaults.sets_home = report.sets_home;
+                    }
                 }
                 match &result {
                     Ok(_) => self.restored(generation, &report, owner, supervisor),
@@ -77,7 +81,7 @@ impl Restore {
                     Err(CallError {
                         status: Status::BadRequest | Status::Conflict,
                         ..
-                    }) if self.was_cut_short => self.due = now,
+                    }) if self.is_notified => self.due = now,
                     Err(_) => {}
                 }
                 result

@@ -599,6 +599,15 @@ fn a_restore_by_a_call_makes_the_vm_another_one() -> Result<()> {
     vm.wait_for("restore: MMDS: no answer; the old configuration stays")?;
     assert_is(&mut vm, "again", 3)?;
 
+    // Memory for /run that anybody can fill.
+    exec(
+        &mut vm,
+        "dd if=/dev/zero of=/run/lock/fill bs=64k 2>/dev/null; true",
+    )?;
+    restore(&mut api, json!({"config": document("again", 3, 10)}))?.success()?;
+    let generation = exec(&mut vm, "cat /run/pigeon/generation; rm /run/lock/fill")?;
+    assert_eq!(generation, "11\n");
+
     // A full disk.
     exec(
         &mut vm,
@@ -617,14 +626,14 @@ fn a_restore_by_a_call_makes_the_vm_another_one() -> Result<()> {
     let last = restore(&mut api, json!({"config": document("last", 5, 10)}))?
         .success()?
         .json()?;
-    assert_eq!(last["generation"], 12);
+    assert_eq!(last["generation"], 13);
     assert_is(&mut vm, "last", 5)?;
 
     let restored: Vec<Value> = received
         .try_iter()
         .filter(|event| event["event"] == "restored")
         .collect();
-    let wanted: Vec<Value> = (2..=12)
+    let wanted: Vec<Value> = (2..=13)
         .map(|generation| json!({"event": "restored", "generation": generation}))
         .collect();
     assert_eq!(restored, wanted);
@@ -745,6 +754,77 @@ fn set_generation(generation: u8) -> String {
     format!(
         "printf '\\{generation:03o}' | dd of=/dev/vmclock0 bs=1 seek=104 conv=notrunc 2>/dev/null"
     )
+}
+
+/// With a disk that hangs: one that is to be mounted, and one that is to be written to.
+#[test]
+fn what_waits_for_a_disk_is_given_up_and_leaves_nothing_behind() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let disks = [
+        Image::ext4(&Tree::empty()?, 32)?,
+        Image::ext4(&Tree::empty()?, 8)?,
+    ];
+    let data = json!({"DevicePath": "/dev/vdb", "MountPath": "/data"});
+    let script = "trap 'exit 7' TERM; echo ready; while :; do sleep 0.05; done";
+    let first = guest::shell(script, json!({"Mounts": [&data]}));
+    let mut vm = Vm::builder()
+        .config(&first)
+        .on_qemu()
+        .disk(&root)
+        .disk(&disks[0])
+        .disk(&disks[1])
+        .timeout(TIMEOUT)
+        .boot()?;
+    vm.wait_for("ready")?;
+    let throttle = |vm: &mut Vm, disk: usize, rate: u64| {
+        let limits = json!({"device": format!("disk{disk}"), "bps": rate, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
+        vm.qmp("block_set_io_throttle", limits).map(drop)
+    };
+    let mut api = vm.api()?;
+    api.set_read_timeout(TIMEOUT)?;
+
+    // Names and addresses of a restore that was given up go with the next one.
+    throttle(&mut vm, 2, 1)?;
+    let mut hangs = first.clone();
+    hangs["Mounts"] = json!([&data, {"DevicePath": "/dev/vdc", "MountPath": "/more"}]);
+    hangs["EtcHosts"] = json!([{"Host": "gone", "IP": "10.0.0.9"}]);
+    hangs["IPConfigs"] = json!([{"IP": "10.7.0.7", "Mask": 32, "Device": "lo"}]);
+    let failed = restore(&mut api, json!({"config": hangs}))?;
+    assert_eq!(
+        (failed.status, &failed.json()?["step"]),
+        (504, &json!("mounts")),
+        "{}",
+        failed.text()
+    );
+    let left = "ip addr show dev lo | grep -c 10.7.0.7; grep -c gone /etc/hosts; true";
+    assert_eq!(exec(&mut vm, left)?, "1\n1\n");
+    restore(&mut api, json!({"config": first}))?.success()?;
+    assert_eq!(exec(&mut vm, left)?, "0\n0\n");
+    throttle(&mut vm, 2, 1 << 30)?;
+
+    // What is asked to stop is not held: it has its time, however long the disk takes.
+    exec(
+        &mut vm,
+        "dd if=/dev/zero of=/data/file bs=64k count=64 2>/dev/null",
+    )?;
+    throttle(&mut vm, 1, 1)?;
+    let body = json!({"token": "a1"}).to_string();
+    let head = "POST /v1/snapshot/prepare HTTP/1.1\r\nHost: x\r\nContent-Length: ";
+    api.send(format!("{head}{}\r\n\r\n{body}", body.len()).as_bytes())?;
+    thread::sleep(STILL);
+    let mut other = vm.api()?;
+    let stop = json!({"timeout_ms": 15_000});
+    other.post("/v1/stop", &stop)?.success()?;
+    let held = api.receive(false)?;
+    assert_eq!(
+        (held.status, error(&held)?),
+        (409, "the workload is not running".into())
+    );
+    assert_eq!(other.get("/v1/exit_code")?.json()?["code"], 7);
+    throttle(&mut vm, 1, 1 << 30)?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()?;
+    disks[0].check()
 }
 
 fn restores(vm: &Vm) -> usize {
