@@ -1,4 +1,4 @@
-//! What all rooms share: the time, the workload's state, and buffers that have one owner.
+//! What all modules share: the time, the workload's state, and buffers that have one owner.
 
 use crate::context;
 use crate::error::{Error, Result};
@@ -8,7 +8,7 @@ use crate::sys::{self, Region};
 use core::fmt::{self, Display};
 #[cfg(feature = "snapshot")]
 use proto::config::MEMBERS;
-use proto::config::{ADDRESSES, DOCUMENT, PATH};
+use proto::config::{MAX_ADDRESSES, MAX_DOCUMENT_SIZE, PATH_MAX};
 use proto::environment::Environment;
 use proto::json::Quoted;
 use proto::rlimit::Rlimits;
@@ -169,7 +169,7 @@ pub struct CommandDefaults {
     /// The image or the document sets HOME; else it is that of the user a command runs as.
     pub sets_home: bool,
     /// The workload's working directory, with a NUL behind it.
-    pub working_dir: heapless::Vec<u8, PATH>,
+    pub working_dir: heapless::Vec<u8, PATH_MAX>,
     /// The workload's resource limits.
     pub rlimits: Rlimits,
     /// The home directory of root.
@@ -189,8 +189,8 @@ impl CommandDefaults {
     }
 }
 
-/// Control groups that processes are born in, directories of the v2 hierarchy; PID 1's own stands in
-/// for what there is not.
+/// Control groups that processes are started in, directories of the v2 hierarchy; where one is missing,
+/// PID 1's own is used.
 ///
 /// Apart from each other: a user who freezes his own group must not freeze the host's way in.
 #[derive(Default)]
@@ -203,19 +203,19 @@ pub struct Cgroups {
     pub commands: Option<OwnedFd>,
 }
 
-/// What snapshots and restores need of all rooms.
+/// What snapshots and restores need from all modules.
 #[cfg(feature = "snapshot")]
 pub struct Snapshot {
-    /// The workload stands still, or soon will: no command starts, and none is told anything.
+    /// The workload is frozen, or soon will be: no command starts, and no signal is sent.
     pub is_held: bool,
     /// Connections that wait for an answer.
     pub calls: usize,
-    /// The helper at work.
+    /// The running helper.
     pub helper: Option<Pid>,
     /// How it ended.
     pub ended: Option<WaitStatus>,
-    /// What came of the kernel's news.
-    pub news: EventFlags,
+    /// Poller events of the restore triggers, until they are handled.
+    pub trigger_events: EventFlags,
     /// When something has to be done.
     pub deadline: u64,
     /// /dev/kmsg and /dev/vmclock0, opened before the workload can put anything in their place.
@@ -227,7 +227,7 @@ pub struct Snapshot {
 }
 
 /// Indexes of network interfaces.
-pub type Interfaces = heapless::Vec<u32, ADDRESSES>;
+pub type Interfaces = heapless::Vec<u32, MAX_ADDRESSES>;
 
 /// What is remembered of the configuration: enough to tell what a new one changes.
 #[cfg(feature = "snapshot")]
@@ -251,7 +251,7 @@ pub struct Buffers {
 
 /// Memory for two files, or for a document and its strings.
 pub fn document_memory() -> Result<Region> {
-    Region::new(2 * DOCUMENT).map_err(context!("allocate memory"))
+    Region::new(2 * MAX_DOCUMENT_SIZE).map_err(context!("allocate memory"))
 }
 
 /// What the supervisor and the API share.
@@ -281,9 +281,9 @@ pub struct Context {
     pub proc: OwnedFd,
     /// /dev/pts, likewise.
     pub pts: Option<OwnedFd>,
-    /// The switch for expedited RCU grace periods, which the end has as the boot had them.
+    /// The switch for expedited RCU grace periods, which the shutdown uses as the boot did.
     pub rcu_expedited: Option<OwnedFd>,
-    /// Where the workload and commands are born.
+    /// Where the workload and commands are started.
     pub cgroups: Cgroups,
     /// See [`Snapshot`].
     #[cfg(feature = "snapshot")]
@@ -318,7 +318,7 @@ impl Context {
             snapshot: Snapshot {
                 is_held: false,
                 calls: 0,
-                news: EventFlags::empty(),
+                trigger_events: EventFlags::empty(),
                 helper: None,
                 ended: None,
                 deadline: NEVER,

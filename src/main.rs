@@ -2,7 +2,7 @@
 //!
 //! The life of a VM: [`boot`] takes it from the kernel's exec of /init to the running workload, the
 //! [`supervisor`] serves the host through the [`api`] until the workload ends, and [`shutdown`]
-//! leaves the disks clean. With the feature `snapshot`, `restore` makes a clone a VM of its own.
+//! leaves the disks clean. With the feature `snapshot`, `restore` gives a clone its own identity.
 #![no_std]
 #![no_main]
 
@@ -22,7 +22,7 @@ mod sys;
 mod volumes;
 
 use crate::api::Api;
-use crate::boot::Remains;
+use crate::boot::DeferredCleanup;
 use crate::boot::check;
 use crate::boot::kernel_params::KernelParams;
 use crate::boot::mounts;
@@ -101,10 +101,10 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     let mut supervisor = Supervisor::new(console, api, context, signals, params.linger);
     supervisor.events = Events::new(params.events_port);
     supervisor.set_output(params.output, params.output_log());
-    let mut remains = Remains::default();
+    let mut cleanup = DeferredCleanup::default();
     let booted = document_memory()
-        .and_then(|mut memory| boot::run(&mut supervisor, params, &mut memory, &mut remains));
-    boot::finish(&mut supervisor, remains);
+        .and_then(|mut memory| boot::run(&mut supervisor, params, &mut memory, &mut cleanup));
+    boot::finish(&mut supervisor, cleanup);
     // What the boot has used of it goes back, with the page tables; its children use it from now on.
     if let Ok(memory) = document_memory() {
         supervisor.context.scratch = memory;
@@ -125,7 +125,7 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
         Err(error) => supervisor.fail(error),
     }
     loop {
-        supervisor.turn();
+        supervisor.run_once();
         #[cfg(feature = "snapshot")]
         restore.advance(&mut supervisor);
     }

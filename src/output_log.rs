@@ -35,9 +35,9 @@ impl OutputLog {
         Self::of(Region::default())
     }
 
-    /// A log that keeps so many bytes; without memory for it there is none.
+    /// A log that keeps `size` bytes; no log if there is no memory for it.
     pub fn new(size: usize) -> Self {
-        Self::of(Region::new(size.saturating_add(ring::PIECE)).unwrap_or_default())
+        Self::of(Region::new(size.saturating_add(ring::MAX_READ)).unwrap_or_default())
     }
 
     fn of(memory: Region) -> Self {
@@ -103,7 +103,7 @@ impl OutputLog {
         Some((stream, bytes))
     }
 
-    /// So many of those bytes are done with.
+    /// Marks `count` bytes of the last [`read`](Self::read) as consumed.
     pub fn advance(&self, cursor: &mut Cursor, count: usize) {
         self.ring.advance(cursor, count);
     }

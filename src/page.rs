@@ -9,7 +9,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 /// The smallest huge page (x86_64, and aarch64 with pages of 4 KiB).
 const HUGE_PAGE: usize = 2 << 20;
 
-/// Pages of zeros, enough for so many bytes (mmap(2)). Those that are not touched cost nothing, and the
+/// Pages of zeros, enough for `length` bytes (mmap(2)). Those that are not touched cost nothing, and the
 /// first that is does not bring 2 MiB with it where the kernel gives huge pages unasked.
 pub fn map(length: usize, kind: MapFlags) -> Result<NonNull<u8>, Errno> {
     let (access, flags) = (

@@ -20,25 +20,25 @@ use proto::http::Status;
 use proto::slab::{Key, Slab};
 use rustix::process::{Pid, WaitStatus};
 
-/// Most commands at once: those that run, and those whose output is not answered yet.
+/// Maximum number of commands: those that run, and those whose response is not sent yet.
 pub const COMMANDS: usize = 128;
 
 /// Of the memory, the part that all kept output together may have.
 const CAPTURE_PART: u64 = 8;
 
-/// Most named sessions.
+/// Maximum number of named sessions.
 const SESSIONS: usize = 32;
 
 /// How long a named session that has ended waits for its client, in milliseconds.
 const ENDED_SESSION_TIMEOUT: u64 = 600_000;
 
-/// How long the processes of a terminal have to go after its hang-up, in milliseconds.
+/// How long the processes of a terminal may take to exit after its hang-up, in milliseconds.
 const HANG_UP_GRACE: u64 = 500;
 
 /// The commands there are.
 pub struct Commands {
     slab: Slab<Command, COMMANDS>,
-    /// The connections that have lost their sessions, to be told.
+    /// The connections whose sessions were taken over or ended, to be closed.
     replaced: heapless::Vec<Key, SESSIONS>,
     /// Bytes of output that may be kept in addition to what is kept.
     pub capture_left: usize,
@@ -48,9 +48,9 @@ pub struct Commands {
 pub struct Command {
     /// The connection that it is for.
     owner: Option<Key>,
-    /// Nobody wants anything of it any more: it is waited for until it is reaped.
+    /// Abandoned: kept only until its process is reaped.
     is_abandoned: bool,
-    /// When it is killed, or forgotten if it has ended.
+    /// When it is killed, or dropped if it has ended.
     kill_at: u64,
     /// What it does.
     pub role: Role,
@@ -58,11 +58,11 @@ pub struct Command {
 
 /// What a command does.
 pub enum Role {
-    /// It gives one answer.
+    /// `POST /v1/exec`, or a helper with one response.
     Exec(Exec),
-    /// Its streams are a WebSocket's.
+    /// A session on a WebSocket.
     Session(Session),
-    /// It has its connection, and answers itself.
+    /// A file transfer, which has taken over its connection.
     #[cfg(feature = "files")]
     Transfer(Transfer),
 }
@@ -77,19 +77,19 @@ impl Commands {
         }
     }
 
-    /// Looks at how much memory there is for output.
+    /// Determines how much memory there is for output.
     pub fn measure_memory(&mut self) {
         let info = rustix::system::sysinfo();
         let memory = info.totalram.saturating_mul(u64::from(info.mem_unit));
         self.capture_left = usize::try_from(memory / CAPTURE_PART).unwrap_or(usize::MAX);
     }
 
-    /// Takes what gives one answer.
+    /// Adds a command with one response.
     pub fn insert_exec(&mut self, exec: Exec, owner: Key) -> Result<Key, CallError> {
         self.insert(owner, Role::Exec(exec))
     }
 
-    /// Starts what the first message of a session asks for, or goes on with a session.
+    /// Starts the command of a session's first message, or attaches to a named session.
     pub fn start_session(
         &mut self,
         message: &mut [u8],
@@ -132,7 +132,7 @@ impl Commands {
         Ok(())
     }
 
-    /// Goes on with a named session; a client that is attached loses it.
+    /// Attaches to a named session; a client that is attached loses it.
     fn attach(&mut self, id: &str, streams: bool, owner: Key) -> Result<Key, CallError> {
         let key = self.find_session(id).ok_or_else(|| no_session(id))?;
         if let Some(command) = self.slab.get_mut(key) {
@@ -153,7 +153,7 @@ impl Commands {
         }
     }
 
-    /// A connection that has lost its session, to be told.
+    /// The key of a connection whose session was taken over or ended, to be closed.
     pub fn take_replaced(&mut self) -> Option<Key> {
         self.replaced.pop()
     }
@@ -188,7 +188,7 @@ impl Commands {
         list.write_str("]")
     }
 
-    /// Ends a named session: a terminal is hung up, and what does not go is killed.
+    /// Ends a named session: a terminal is hung up, and what does not exit is killed.
     pub fn end_session(&mut self, id: &str, now: u64) -> Result<(), CallError> {
         let key = self.find_session(id).ok_or_else(|| no_session(id))?;
         if let Some(command) = self.slab.get_mut(key) {
@@ -199,7 +199,7 @@ impl Commands {
         Ok(())
     }
 
-    /// Gives a child a connection whose request it is to read on and to answer.
+    /// Starts a child that takes over a connection, to read the rest of its request and to answer it.
     #[cfg(feature = "files")]
     pub fn start_transfer(
         &mut self,
@@ -252,14 +252,14 @@ impl Commands {
 
     /// Whether a connection's transfer is over.
     #[cfg(feature = "files")]
-    pub fn has_transferred(&mut self, key: Key) -> bool {
+    pub fn is_transfer_done(&mut self, key: Key) -> bool {
         match self.slab.get_mut(key).map(|command| &command.role) {
             Some(Role::Transfer(transfer)) => transfer.is_over(),
             _ => true,
         }
     }
 
-    /// One of a command's streams can be read or written. The connection that can go on.
+    /// One of a command's streams can be read or written. Returns the connection that can proceed.
     pub fn on_event(&mut self, source: Source, key: Key, context: &mut Context) -> Option<Key> {
         let command = self.slab.get_mut(key)?;
         match (&mut command.role, command.owner) {
@@ -273,7 +273,7 @@ impl Commands {
         command.owner
     }
 
-    /// A process was reaped; it may be a command's. The connection that can go on.
+    /// A process was reaped; it may be a command's. Returns the connection that can proceed.
     pub fn on_exit(&mut self, pid: Pid, status: WaitStatus, now: u64) -> Option<Key> {
         let key = self
             .slab
@@ -282,17 +282,17 @@ impl Commands {
             .map(|(key, _)| key)?;
         let command = self.slab.get_mut(key)?;
         if command.is_abandoned {
-            // What a hung up shell has left in its group goes with it.
+            // What a hung up shell has left in its group is killed with it.
             sys::kill_rest_of_group(pid);
             self.slab.remove(key);
             return None;
         }
         command.process().release_launch();
         match &mut command.role {
-            Role::Exec(exec) => exec.process.ended(status),
-            Role::Session(session) => session.ended(status),
+            Role::Exec(exec) => exec.process.set_exited(status),
+            Role::Session(session) => session.set_exited(status),
             #[cfg(feature = "files")]
-            Role::Transfer(transfer) => transfer.process.ended(status),
+            Role::Transfer(transfer) => transfer.process.set_exited(status),
         }
         if command.owner.is_none() {
             command.kill_at = now.saturating_add(ENDED_SESSION_TIMEOUT);
@@ -300,9 +300,9 @@ impl Commands {
         command.owner
     }
 
-    /// A connection goes on without its command. A named session outlives it, until a client has had its
-    /// end; any other command is killed.
-    pub fn release(&mut self, key: Key, owner: Key, context: &Context) {
+    /// The connection no longer needs its command. A named session is detached, and kept until a client
+    /// has read its exit; any other command is killed.
+    pub fn disconnect(&mut self, key: Key, owner: Key, context: &Context) {
         let Some(command) = self.slab.get_mut(key) else {
             return;
         };
@@ -324,28 +324,28 @@ impl Commands {
         }
     }
 
-    /// Nobody needs a command any more. While it still runs it is killed, a terminal's after the
+    /// Nobody needs the command any more. If it still runs it is killed, a terminal's after the
     /// hang-up; and it counts until it is reaped.
     fn abandon(&mut self, key: Key, now: u64) {
         let Some(command) = self.slab.get_mut(key) else {
             return;
         };
         let after_grace = now.saturating_add(HANG_UP_GRACE);
-        let (runs, kill_at) = match &mut command.role {
+        let (is_running, kill_at) = match &mut command.role {
             Role::Exec(exec) => {
-                self.capture_left += exec.kept();
+                self.capture_left += exec.captured();
                 exec.release();
-                (exec.process.runs(), exec.kill_abandoned_at(now))
+                (exec.process.is_running(), exec.kill_abandoned_at(now))
             }
             Role::Session(session) => match session.hang_up() {
-                true => (session.process.runs(), after_grace),
-                false => (session.process.runs(), now),
+                true => (session.process.is_running(), after_grace),
+                false => (session.process.is_running(), now),
             },
             // Its connection is shut down, which ends it.
             #[cfg(feature = "files")]
-            Role::Transfer(transfer) => (transfer.process.runs(), after_grace),
+            Role::Transfer(transfer) => (transfer.process.is_running(), after_grace),
         };
-        if !runs {
+        if !is_running {
             self.slab.remove(key);
             return;
         }
@@ -364,7 +364,7 @@ impl Commands {
             {
                 command.kill_at = NEVER;
                 if !command.is_abandoned {
-                    // A session that has ended, and nobody came for it.
+                    // A session that has ended, and to which no client has attached.
                     self.slab.remove(key);
                     continue;
                 }
@@ -379,7 +379,7 @@ impl Commands {
         commands.fold(NEVER, |first, (_, command)| first.min(command.deadline()))
     }
 
-    /// Does what has to be done by now, in each turn; the connection that can go on.
+    /// Does what is due, in each iteration. Returns the connection that can proceed.
     pub fn on_time(&mut self, now: u64, index: usize) -> Option<Key> {
         let key = self.slab.key_at(index)?;
         let command = self.slab.get_mut(key)?;
@@ -395,7 +395,7 @@ impl Commands {
             Role::Exec(exec) => exec.expire(now),
             Role::Session(_) => {}
             #[cfg(feature = "files")]
-            Role::Transfer(transfer) => transfer.look(now),
+            Role::Transfer(transfer) => transfer.check_progress(now),
         }
         command.owner
     }
@@ -433,10 +433,10 @@ impl Command {
 
     fn owns(&self, pid: Pid) -> bool {
         match &self.role {
-            Role::Exec(exec) => exec.process.is(pid),
-            Role::Session(session) => session.process.is(pid),
+            Role::Exec(exec) => exec.process.has_pid(pid),
+            Role::Session(session) => session.process.has_pid(pid),
             #[cfg(feature = "files")]
-            Role::Transfer(transfer) => transfer.process.is(pid),
+            Role::Transfer(transfer) => transfer.process.has_pid(pid),
         }
     }
 

@@ -62,15 +62,15 @@ pub const LONG_CONNECTIONS: usize = 256;
 /// Most calls about snapshots that wait, each for the one before it.
 #[cfg(feature = "snapshot")]
 const SNAPSHOT_CALLS: usize = 8;
-/// How long a client may take for a request, or to read its answer, before another one that finds no
-/// place has its own, in milliseconds.
-const PROMPT: u64 = 1000;
+/// How long a client may take to send a request or to read a response before a new connection may replace
+/// it, in milliseconds.
+const SLOW_CLIENT: u64 = 1000;
 
 /// What the connections share.
 pub struct Shared<'a> {
     /// The commands they have started.
     pub commands: &'a mut Commands,
-    /// What all rooms share.
+    /// What all modules share.
     pub context: &'a mut Context,
 }
 
@@ -245,9 +245,10 @@ impl Connection {
         matches!(self.state, State::Closed)
     }
 
-    /// Since when it waits for its client, where another connection may have its place: for a request, or
-    /// for longer than [`PROMPT`] for the rest of one, or for an answer to be read. Else never.
-    pub fn waits_since(&self, now: u64) -> u64 {
+    /// Since when the connection has been waiting for its client, if a new connection may replace it: it
+    /// is idle, or its client has taken longer than [`SLOW_CLIENT`] to send a request or to read a
+    /// response. Otherwise [`NEVER`].
+    pub fn replaceable_since(&self, now: u64) -> u64 {
         let (deadline, timeout) = match &self.state {
             State::Draining(until) => (*until, DRAIN_TIMEOUT),
             State::Head(_) | State::Closing if !self.io.is_sent() => (self.deadline, SEND_TIMEOUT),
@@ -257,7 +258,7 @@ impl Connection {
             _ => return NEVER,
         };
         match deadline.saturating_sub(timeout) {
-            since if since.saturating_add(PROMPT) <= now => since,
+            since if since.saturating_add(SLOW_CLIENT) <= now => since,
             _ => NEVER,
         }
     }
@@ -296,7 +297,7 @@ impl Connection {
             State::Exec(key) => commands.exec(key).is_some_and(|(exec, _)| exec.is_over()),
             State::WebSocket(_, Stage::Session(key)) => commands
                 .session(key, self.key)
-                .is_some_and(|session| session.has_history()),
+                .is_some_and(|session| session.has_unsent_history()),
             _ => false,
         }
     }
@@ -339,7 +340,7 @@ impl Connection {
             let _ended = rustix::net::shutdown(self.io.socket(), rustix::net::Shutdown::Both);
         }
         if let Some(key) = self.state.command() {
-            shared.commands.release(key, self.key, context);
+            shared.commands.disconnect(key, self.key, context);
         }
         self.deadline = match state {
             State::Body(_) => context.now + BODY_TIMEOUT,
@@ -422,7 +423,7 @@ impl Connection {
             if self.io.broken
                 && let State::Tunnel(tunnel) = &mut self.state
             {
-                tunnel.client_is_gone(&mut self.io);
+                tunnel.on_client_gone(&mut self.io);
             }
             if self.io.broken {
                 return self.enter(State::Closed, shared);
@@ -456,7 +457,7 @@ impl Connection {
             #[cfg(feature = "files")]
             State::Transfer(key) => {
                 let key = *key;
-                if shared.commands.has_transferred(key) {
+                if shared.commands.is_transfer_done(key) {
                     self.enter(State::Closed, shared);
                 }
                 Step::Wait
@@ -801,7 +802,7 @@ impl Connection {
         *pieces -= 1;
         if let Some(error) = exec.failure(left, shared.context) {
             self.fail(&error, shared);
-        } else if exec.queue_answer(&mut self.io) {
+        } else if exec.queue_response(&mut self.io) {
             self.finish(shared);
         }
         // What is queued is sent first.
@@ -839,10 +840,10 @@ impl Connection {
             return Step::Again;
         };
         match session.proceed(messages, &mut self.io) {
-            Progress::Waits => return Step::Wait,
-            Progress::Again => {}
-            Progress::TakesMessage => return self.take_message(shared),
-            Progress::Ended(status) => match session.process.failure() {
+            Progress::Blocked => return Step::Wait,
+            Progress::Progressed => {}
+            Progress::ReadyForMessage => return self.take_message(shared),
+            Progress::Exited(status) => match session.process.failure() {
                 Some(error) => self.fail_session(&error, shared),
                 None => {
                     let message = format_args!("{{\"Exit\":{}}}", ExitStatus(status));
@@ -870,14 +871,14 @@ impl Connection {
         if !tunnel.proceed(&mut self.io, pieces) {
             return Step::Wait;
         }
-        if tunnel.is_over() {
+        if tunnel.is_closed() {
             self.enter(State::Closed, shared);
         }
         self.limit_tunnel(shared.context.now);
         Step::Again
     }
 
-    /// Something moved in a tunnel: from now on it may be still for so long.
+    /// Something moved in a tunnel: restarts its idle timeout.
     #[cfg(feature = "tunnel")]
     fn limit_tunnel(&mut self, now: u64) {
         if let State::Tunnel(tunnel) = &self.state {

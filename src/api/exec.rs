@@ -1,4 +1,4 @@
-//! `POST /v1/exec`: a command, and its output as one answer.
+//! `POST /v1/exec`: a command, and its output as one response.
 
 use super::error::CallError;
 #[cfg(any(feature = "mounts", feature = "sysinfo"))]
@@ -19,10 +19,10 @@ use crate::error::{Error, Result};
 use crate::process::helper;
 use crate::sys::Region;
 use core::fmt::{self, Display};
-use proto::bodies::{ExecRequest, Spec};
+use proto::bodies::{CommandSpec, ExecRequest};
 use proto::bytes;
 #[cfg(feature = "mounts")]
-use proto::config::{Mount, PATH};
+use proto::config::{Mount, PATH_MAX};
 #[cfg(feature = "mounts")]
 use proto::http::Target;
 use proto::http::{Content, Status};
@@ -36,20 +36,20 @@ use rustix::fd::OwnedFd;
 
 /// How long a command may take, in milliseconds, unless the call says otherwise.
 const TIMEOUT: u64 = 30_000;
-/// How long a killed command is waited for before it is answered for, in milliseconds.
+/// How long a killed command may take to exit before the response is sent without it, in milliseconds.
 const KILL_TIMEOUT: u64 = 2_000;
 /// Output kept of each stream, in bytes.
 const CAPTURE: usize = 1 << 20;
 
-/// A command, and what it has said so far.
+/// A command and its output so far.
 pub struct Exec {
     /// Its process.
     pub process: Process,
     /// Standard output and standard error.
     streams: [Stream; 2],
-    /// When it is killed; once it is, when it is answered for though it was not reaped.
+    /// When it is killed; once it is, when the response is sent though it was not reaped.
     pub deadline: u64,
-    /// Its answer has begun: how much of it is queued.
+    /// The response has begun: how much of it is queued.
     queued: Option<Position>,
     kind: Kind,
 }
@@ -59,7 +59,7 @@ pub struct Exec {
 enum Kind {
     /// A command of the host's.
     Command,
-    /// A child of this program: its output is the answer as it is, or none when its work is all that was
+    /// A child of this program: its output is the response, or it has none if its work is all that was
     /// asked for.
     #[cfg(any(feature = "mounts", feature = "sysinfo"))]
     Helper,
@@ -71,7 +71,7 @@ struct Stream {
     capture: Capture,
 }
 
-/// A place in an answer: a stream, and a byte in it.
+/// A position in the response: a stream, and a byte in it.
 #[derive(Clone, Copy, Default)]
 struct Position {
     stream: usize,
@@ -92,7 +92,7 @@ impl Exec {
         })
     }
 
-    fn spawn(spec: &Spec, timeout: u64, context: &mut Context) -> Result<Self> {
+    fn spawn(spec: &CommandSpec, timeout: u64, context: &mut Context) -> Result<Self> {
         let (process, pipes) = Process::start_on_pipes(spec, false, true, context)?;
         let deadline = context.now.saturating_add(timeout);
         let streams = [pipes.output, pipes.error];
@@ -123,7 +123,7 @@ impl Exec {
     /// Has a child unmount what the query of a request names.
     #[cfg(feature = "mounts")]
     pub fn start_unmount(target: &Target, context: &mut Context) -> Result<Self, CallError> {
-        let room = context.sink.get_mut(..PATH).unwrap_or(&mut []);
+        let room = context.sink.get_mut(..PATH_MAX).unwrap_or(&mut []);
         let path = target.path(room).map_err(|why| {
             let error = error!("path: {}", why.message());
             CallError::bad_request(error)
@@ -140,7 +140,7 @@ impl Exec {
         Ok(Self::of(process, Kind::Helper, streams, deadline))
     }
 
-    /// Starts a child of this program, whose output is the answer.
+    /// Starts a child of this program, whose output is the response.
     #[cfg(feature = "sysinfo")]
     pub fn start_report(context: &mut Context) -> Result<Self, CallError> {
         let (channel, theirs) = output_pipe()?;
@@ -174,7 +174,7 @@ impl Exec {
         self.process.kill();
     }
 
-    /// Whether it can be answered.
+    /// Whether the response can be sent.
     pub fn is_over(&self) -> bool {
         self.process.status().is_some() || (self.process.was_killed() && self.deadline == 0)
     }
@@ -189,12 +189,12 @@ impl Exec {
             .watch(Source::ErrorOutput, key, wanted, context);
     }
 
-    /// Why there is no answer but that, if so; to be asked when it is over.
+    /// The error to respond with, if there is one. Call once it has ended.
     pub fn failure(&mut self, left: &mut usize, context: &mut Context) -> Option<CallError> {
         if self.queued.is_none() {
             self.conclude(left, context);
         }
-        let lines = self.process.lines();
+        let lines = self.process.take_lines();
         let code = self
             .process
             .status()
@@ -215,8 +215,8 @@ impl Exec {
         Some(CallError::new(status, error))
     }
 
-    /// Queues as much of the answer as there is room for; whether that was the rest.
-    pub fn queue_answer(&mut self, io: &mut Io) -> bool {
+    /// Queues as much of the response as fits. Returns whether it is complete.
+    pub fn queue_response(&mut self, io: &mut Io) -> bool {
         let mut position = match self.queued {
             Some(position) => position,
             None => {
@@ -245,7 +245,7 @@ impl Exec {
                 return false;
             }
             match (self.kind, position.stream) {
-                (Kind::Command, 0) => io.queue(BETWEEN),
+                (Kind::Command, 0) => io.queue(STDERR_SEPARATOR),
                 (Kind::Command, _) => io.queue(self.end().as_bytes()),
                 #[cfg(any(feature = "mounts", feature = "sysinfo"))]
                 (Kind::Helper, _) => return true,
@@ -258,7 +258,7 @@ impl Exec {
         true
     }
 
-    /// Takes what is left in its pipes, which others may hold open.
+    /// Reads what is left in its pipes, which others may hold open.
     fn conclude(&mut self, left: &mut usize, context: &mut Context) {
         for stream in &mut self.streams {
             while stream.read(true, left, context.sink) {}
@@ -267,7 +267,7 @@ impl Exec {
         }
     }
 
-    /// The answer up to the output.
+    /// The response up to the output.
     fn queue_head(&self, io: &mut Io) {
         #[cfg(any(feature = "mounts", feature = "sysinfo"))]
         if self.kind == Kind::Helper {
@@ -287,7 +287,7 @@ impl Exec {
             signal.unwrap_or(0)
         );
         let end = self.end();
-        let mut length = start.as_bytes().len() + BETWEEN.len() + end.as_bytes().len();
+        let mut length = start.as_bytes().len() + STDERR_SEPARATOR.len() + end.as_bytes().len();
         for stream in &self.streams {
             length += stream.capture.escaped;
         }
@@ -295,40 +295,41 @@ impl Exec {
         io.queue(start.as_bytes());
     }
 
-    /// The answer behind the output.
+    /// The response after the output.
     fn end(&self) -> Message {
         let [output, error] = &self.streams;
         message!(
             "\"{}{}{}}}",
-            Flag("stdout_truncated", output.capture.truncated),
-            Flag("stderr_truncated", error.capture.truncated),
-            Flag("timed_out", self.process.was_killed())
+            FlagMember("stdout_truncated", output.capture.truncated),
+            FlagMember("stderr_truncated", error.capture.truncated),
+            FlagMember("timed_out", self.process.was_killed())
         )
     }
 
-    /// When it is killed if nobody waits for its answer any more.
+    /// When it is killed if nobody waits for its response any more.
     pub fn kill_abandoned_at(&self, now: u64) -> u64 {
         match self.kind {
             Kind::Command => now,
-            // What it has begun it ends, also for nobody.
+            // It finishes what it has begun, even if nobody waits for it.
             #[cfg(any(feature = "mounts", feature = "sysinfo"))]
             Kind::Helper => self.deadline,
         }
     }
 
-    /// How much of the output that may be kept it has.
-    pub fn kept(&self) -> usize {
+    /// How many bytes of output it keeps.
+    pub fn captured(&self) -> usize {
         let [output, error] = &self.streams;
         output.capture.length + error.capture.length
     }
 
-    /// Nobody waits for its answer any more: gives back all but its process.
+    /// Nobody waits for its response any more: frees all but its process.
     pub fn release(&mut self) {
         self.streams = Default::default();
     }
 }
 
-/// What a child of this program was at that had to be killed; only one that reads /proc does not say so.
+/// What a child of this program that had to be killed was doing; only one that reads /proc does not report
+/// it.
 fn timed_out(step: Option<Error>) -> Error {
     match step {
         Some(step) => helper::timed_out(Some(step)),
@@ -336,13 +337,13 @@ fn timed_out(step: Option<Error>) -> Error {
     }
 }
 
-/// What stands between the streams.
-const BETWEEN: &[u8] = b"\",\"stderr\":\"";
+/// The text between the streams.
+const STDERR_SEPARATOR: &[u8] = b"\",\"stderr\":\"";
 
-/// A member that is there when it is true, for display.
-struct Flag(&'static str, bool);
+/// Displays `,"name":true`, or nothing.
+struct FlagMember(&'static str, bool);
 
-impl Display for Flag {
+impl Display for FlagMember {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self(name, true) => write!(formatter, ",\"{name}\":true"),
@@ -359,7 +360,7 @@ impl Stream {
         }
     }
 
-    /// Reads once, by way of `sink`; whether anything came.
+    /// Reads once, through `sink`. Returns whether anything came.
     fn read(&mut self, over: bool, left: &mut usize, sink: &mut [u8]) -> bool {
         let count = self.channel.read(sink, over);
         if count > 0 {
@@ -405,7 +406,7 @@ impl Capture {
         memory.get(at..self.length).unwrap_or(&[])
     }
 
-    /// Measures the escaped form of what came, so that the answer's length is known at the end.
+    /// Measures the escaped form of what came, so that the response's length is known when all has come.
     fn measure(&mut self, last: bool) {
         let mut length = 0;
         self.measured += json::escape(self.bytes(self.measured), last, &mut |piece| {

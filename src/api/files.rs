@@ -2,7 +2,7 @@
 //!
 //! Disks may hang, so PID 1 does none of it: once a request's head has come, a child has the
 //! connection. It reads the head again, then the body, and answers; then the connection is closed.
-//! PID 1 looks whether the child still works, and shuts the connection down when it does not.
+//! PID 1 checks whether the child makes progress, and shuts the connection down if it does not.
 
 use super::error::error_body;
 use super::process::Process;
@@ -15,7 +15,7 @@ use core::cell::Cell;
 use core::ffi::CStr;
 use core::fmt::{self, Display};
 use core::time::Duration;
-use proto::config::PATH;
+use proto::config::PATH_MAX;
 use proto::http::{
     self, BodyDecoder, Content, DecodeError, HEAD_ROOM, Head, HeadParser, JSON, Method, Reply,
     RequestError, ResponseHead, Status, Target, decode_query,
@@ -28,21 +28,21 @@ use rustix::fs::{Access, AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
-/// How often PID 1 looks whether a child gets on, in milliseconds.
-const LOOK: u64 = 10_000;
-/// How long a child may get on with nothing, in milliseconds. One that waits for its client gives up
-/// itself before that.
-const STALLED: u64 = 35_000;
-/// How often a client may send or take nothing for a second: one call over it all would take a pause
-/// of the VM for the client's.
-const CLIENT_TRIES: u32 = 30;
+/// How often PID 1 checks a child's progress, in milliseconds.
+const CHECK_INTERVAL: u64 = 10_000;
+/// How long a child may make no progress, in milliseconds. One that waits for its client gives up itself
+/// before that.
+const STALL_TIMEOUT: u64 = 35_000;
+/// How many seconds a client may make no progress. Counted one by one: a single long timeout would count
+/// a pause of the VM as the client's.
+const CLIENT_TIMEOUT_SECS: u32 = 30;
 const SECOND: Duration = Duration::from_secs(1);
-/// How long what a refused client still sends is taken, so that it comes to read the answer, in
+/// How long what a refused client still sends is read, so that it gets to read the response, in
 /// milliseconds.
 const DRAIN: u64 = 10_000;
 /// Bytes moved at once: as many as vsock holds for a receiver (VIRTIO_VSOCK_DEFAULT_BUF_SIZE).
-const PIECE: usize = 256 << 10;
-/// Longest name of a user, in bytes, and of a group behind it.
+const CHUNK: usize = 256 << 10;
+/// Maximum length of a user's name with that of a group after it, in bytes.
 const USER: usize = 256;
 /// Mode of a new file.
 const DEFAULT_MODE: &str = "0644";
@@ -51,9 +51,9 @@ const DEFAULT_MODE: &str = "0644";
 pub struct Transfer {
     /// The child.
     pub process: Process,
-    /// When PID 1 looks at it again.
+    /// When PID 1 checks its progress again.
     pub deadline: u64,
-    /// When it last was found to have moved bytes.
+    /// When it was last found to have moved bytes.
     progress: u64,
     stalled: bool,
 }
@@ -76,7 +76,7 @@ impl Transfer {
             let client = Client {
                 socket,
                 log,
-                told: Cell::new(0),
+                last_reported: Cell::new(0),
             };
             serve(&client, head, body, proc, scratch);
             0
@@ -84,24 +84,24 @@ impl Transfer {
         let now = *now;
         Ok(Self {
             process,
-            deadline: now.saturating_add(LOOK),
+            deadline: now.saturating_add(CHECK_INTERVAL),
             progress: now,
             stalled: false,
         })
     }
 
-    /// Whether the child has answered, or is given up.
+    /// Whether the child has exited, or is given up.
     pub fn is_over(&self) -> bool {
         self.stalled || self.process.status().is_some()
     }
 
-    /// Looks whether the child has moved bytes since.
-    pub fn look(&mut self, now: u64) {
-        if self.process.has_moved() {
+    /// Checks whether the child has moved bytes since the last check.
+    pub fn check_progress(&mut self, now: u64) {
+        if self.process.made_progress() {
             self.progress = now;
         }
-        self.stalled = now.saturating_sub(self.progress) >= STALLED;
-        self.deadline = now.saturating_add(LOOK);
+        self.stalled = now.saturating_sub(self.progress) >= STALL_TIMEOUT;
+        self.deadline = now.saturating_add(CHECK_INTERVAL);
     }
 }
 
@@ -114,7 +114,7 @@ fn serve(client: &Client, head: &[u8], body: &mut [u8], proc: &OwnedFd, scratch:
         return;
     };
     client.set_blocking();
-    let mut path = [0; PATH];
+    let mut path = [0; PATH_MAX];
     let content = decoder.decode(body).map(|decoded| decoded.content);
     let served = match (content, head.target.path(&mut path), head.method) {
         (Ok(content), Ok(path), Method::Put) => {
@@ -134,8 +134,8 @@ fn serve(client: &Client, head: &[u8], body: &mut [u8], proc: &OwnedFd, scratch:
         path => message!("{}: {failure}", path.lossy()),
     };
     let status = failure.status(head.method);
-    let told = client.respond(head.reply, status, &error_body(&reason));
-    if told.is_ok() {
+    let sent = client.respond(head.reply, status, &error_body(&reason));
+    if sent.is_ok() {
         client.drain(&mut decoder, scratch);
     }
 }
@@ -145,7 +145,7 @@ fn serve(client: &Client, head: &[u8], body: &mut [u8], proc: &OwnedFd, scratch:
 enum Failure {
     /// The client is gone, or what was sent cannot be taken back.
     Gone,
-    /// The client has not gone on for [`CLIENT_TRIES`].
+    /// The client has made no progress for [`CLIENT_TIMEOUT_SECS`].
     Timeout,
     /// A mode that is not one to four octal digits.
     Mode,
@@ -248,8 +248,8 @@ fn read_user(target: &Target, scratch: &mut [u8]) -> Result<(u32, u32), Failure>
 struct Client<'a> {
     socket: &'a OwnedFd,
     log: &'a HelperLog,
-    /// When PID 1 was last told that bytes move.
-    told: Cell<u64>,
+    /// When progress was last reported to PID 1.
+    last_reported: Cell<u64>,
 }
 
 impl Client<'_> {
@@ -262,11 +262,11 @@ impl Client<'_> {
         let _limited = set_socket_timeout(self.socket, Timeout::Send, limit);
     }
 
-    /// Tells PID 1 that bytes move, once a second: so the file's end of them does, too.
-    fn tell_progress(&self) {
+    /// Reports to PID 1 that bytes move, at most once a second: then the file's end makes progress, too.
+    fn report_progress(&self) {
         let now = sys::milliseconds();
-        if now.saturating_sub(self.told.get()) >= 1000 {
-            self.told.set(now);
+        if now.saturating_sub(self.last_reported.get()) >= 1000 {
+            self.last_reported.set(now);
             self.log.step(&"moved bytes");
         }
     }
@@ -277,7 +277,7 @@ impl Client<'_> {
             let count =
                 retry(&mut || files::send(self.socket, bytes)).map_err(|_| Failure::Gone)?;
             bytes = bytes.get(count..).unwrap_or(&[]);
-            self.tell_progress();
+            self.report_progress();
         }
         Ok(())
     }
@@ -286,7 +286,7 @@ impl Client<'_> {
     fn receive(&self, room: &mut [u8]) -> Result<usize, Failure> {
         match retry(&mut || files::read(self.socket, room)) {
             Ok(count @ 1..) => {
-                self.tell_progress();
+                self.report_progress();
                 Ok(count)
             }
             Err(Errno::AGAIN) => Err(Failure::Timeout),
@@ -326,7 +326,7 @@ impl Client<'_> {
 /// Calls until something comes of it, as often as the client may make it wait.
 fn retry(call: &mut dyn FnMut() -> Result<usize, Errno>) -> Result<usize, Errno> {
     let mut result = call();
-    for _ in 1..CLIENT_TRIES {
+    for _ in 1..CLIENT_TIMEOUT_SECS {
         if result != Err(Errno::AGAIN) {
             break;
         }
@@ -343,7 +343,7 @@ fn get(
     proc: &OwnedFd,
     room: &mut [u8],
 ) -> Result<(), Failure> {
-    let room = room.get_mut(..PIECE).unwrap_or(&mut []);
+    let room = room.get_mut(..CHUNK).unwrap_or(&mut []);
     let (file, status) = open_regular(path, proc)?;
     // Files of sysfs and cgroups have no size that is worth its name: what fits here is measured.
     let filled = files::read_full(&file, room)?;
@@ -367,7 +367,7 @@ fn get(
         if left == 0 {
             return Ok(());
         }
-        let limit = usize::try_from(left).map_or(PIECE, |left| left.min(PIECE));
+        let limit = usize::try_from(left).map_or(CHUNK, |left| left.min(CHUNK));
         count = match files::read(&file, room.get_mut(..limit).unwrap_or(&mut [])) {
             Ok(count @ 1..) => count,
             // It was cut meanwhile, or its disk fails: the client sees that bytes are missing.
@@ -434,7 +434,7 @@ fn put(
     decoder: &mut BodyDecoder,
     scratch: &mut [u8],
 ) -> Result<(), Failure> {
-    let mut room = [0; PATH];
+    let mut room = [0; PATH_MAX];
     let mut succeeds = |call: &dyn Fn(&CStr) -> Result<(), Errno>, path: &[u8]| {
         files::join(&[path], &mut room).is_some_and(|path| call(path).is_ok())
     };
@@ -469,7 +469,7 @@ fn store(
         .unwrap_or_default();
     let name = sys::c_str(name);
     files::make_directories(parent)?;
-    let mut room = [0; PATH];
+    let mut room = [0; PATH_MAX];
     let parent = files::join(&[parent], &mut room).unwrap_or_default();
     let parent = files::open(parent, OFlags::PATH | OFlags::DIRECTORY)?;
     if name.is_empty() || is_in_proc(&parent)? {
@@ -486,7 +486,7 @@ fn store(
     if head.expects_continue && content.is_empty() {
         client.send(http::CONTINUE)?;
     }
-    let room = scratch.get_mut(..PIECE).unwrap_or(&mut []);
+    let room = scratch.get_mut(..CHUNK).unwrap_or(&mut []);
     let bytes = upload.receive(client, content, decoder, room)?;
     upload.publish(name, mode, uid, gid)?;
     // The client may have it executed at once, which an open file is not (ETXTBSY, execve(2)).

@@ -13,21 +13,21 @@ use proto::websocket;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
-/// Longest request body that is kept, in bytes.
+/// Maximum size of a request body, in bytes.
 pub const MAX_BODY: usize = 128 << 10;
 /// Received bytes: a request's head, or its body, or a message, and the start of what follows.
 const INPUT: usize = MAX_BODY + MAX_HEAD + (4 << 10);
 const _: () = assert!(INPUT >= websocket::BUFFER && INPUT <= ARENA);
-/// Most bytes taken from a connection at once, so that none takes all the time.
+/// Maximum number of bytes read from a connection at once, so that none takes all the time.
 const READ_AT_ONCE: usize = 16 << 10;
 /// Output in one message.
 pub const MAX_OUTPUT: usize = 64 << 10;
 /// Bytes to send: a message with its header, and control frames.
 const OUTPUT: usize = MAX_OUTPUT + 1024;
-/// Room for a control frame, a response's head, or what stands around output, behind what waits.
+/// Room for a control frame, a response's head, or the text around output, after what waits to be sent.
 const RESERVE: usize = HEAD_ROOM;
-/// What a connection may have used of its memory for it to be kept: a page in, a page out.
-const SMALL: usize = 4096;
+/// How much of its memory a connection may have used for it to be reused: a page in, a page out.
+const REUSE_LIMIT: usize = 4096;
 
 /// The body of a response that has nothing to tell.
 pub const OK: &[u8] = br#"{"ok":true}"#;
@@ -41,8 +41,8 @@ pub struct Io {
     received: usize,
     /// The bytes that are not sent yet, in the memory.
     unsent: Range<usize>,
-    /// No more than [`SMALL`] of each part of the memory was ever used.
-    small: bool,
+    /// No more than [`REUSE_LIMIT`] of each part of the memory was ever used.
+    used_little: bool,
     /// How the response to the last request is framed.
     pub reply: Reply,
     /// The client is gone, or cannot be answered.
@@ -62,7 +62,7 @@ impl Io {
             memory,
             received: 0,
             unsent: INPUT..INPUT,
-            small: true,
+            used_little: true,
             reply: Reply::CLOSE,
             broken: false,
         }
@@ -82,7 +82,7 @@ impl Io {
 
     /// Its memory for another connection, if little of it was used.
     pub fn reuse(self) -> Option<Region> {
-        self.small.then_some(self.memory)
+        self.used_little.then_some(self.memory)
     }
 
     /// The buffer for received bytes, and how many of them there are.
@@ -101,7 +101,7 @@ impl Io {
         self.received().get_mut(range).unwrap_or(&mut [])
     }
 
-    /// Drops received bytes; what is behind them moves.
+    /// Drops received bytes; what is after them moves.
     pub fn discard(&mut self, range: Range<usize>) {
         if range.start < range.end && range.end <= self.received {
             self.memory
@@ -120,7 +120,7 @@ impl Io {
         self.received < INPUT && self.has_reserve()
     }
 
-    /// Whether a response's head or a control frame fits behind what waits to be sent.
+    /// Whether a response's head or a control frame fits after what waits to be sent.
     pub fn has_reserve(&self) -> bool {
         INPUT + OUTPUT - self.unsent.end >= RESERVE
     }
@@ -132,7 +132,7 @@ impl Io {
         match files::read(&self.socket, room) {
             Ok(count @ 1..) => {
                 self.received += count;
-                self.small &= self.received <= SMALL;
+                self.used_little &= self.received <= REUSE_LIMIT;
             }
             Err(Errno::AGAIN) => {}
             Ok(_) | Err(_) => self.broken = true,
@@ -144,13 +144,13 @@ impl Io {
         self.unsent.is_empty()
     }
 
-    /// Forgets what is not sent.
+    /// Discards unsent bytes.
     #[cfg(feature = "tunnel")]
     pub fn drop_unsent(&mut self) {
         self.unsent = INPUT..INPUT;
     }
 
-    /// Room for content behind what waits, but for the [`RESERVE`]; follow with
+    /// Room for content after what waits to be sent, but for the [`RESERVE`]; follow with
     /// [`commit`](Self::commit).
     pub fn spare(&mut self) -> &mut [u8] {
         let end = INPUT + OUTPUT - RESERVE;
@@ -162,7 +162,7 @@ impl Io {
         self.unsent.end = self.unsent.end.saturating_add(count).min(INPUT + OUTPUT);
     }
 
-    /// Room for the payload of a message, behind its first byte if that is given, when nothing waits to
+    /// Room for the payload of a message, after its first byte if that is given, when nothing waits to
     /// be sent; follow with [`commit_message`](Self::commit_message).
     pub fn message_room(&mut self, first: Option<u8>) -> &mut [u8] {
         let start = INPUT + websocket::MAX_HEADER;
@@ -211,10 +211,10 @@ impl Io {
         }
     }
 
-    /// Sends what the socket takes; whether that was anything.
+    /// Sends what the socket takes. Returns whether that was any.
     pub fn send(&mut self) -> bool {
         let before = self.unsent.start;
-        self.small &= self.unsent.end <= INPUT + SMALL;
+        self.used_little &= self.unsent.end <= INPUT + REUSE_LIMIT;
         while !self.unsent.is_empty() {
             let bytes = self.memory.get(self.unsent.clone()).unwrap_or(&[]);
             match files::send(&self.socket, bytes) {

@@ -57,7 +57,7 @@ const PORT: u32 = 10_000;
 const CONNECTIONS: usize = LONG_CONNECTIONS + COMMANDS + 32;
 /// Connections the kernel keeps for us while we are at something else.
 const BACKLOG: usize = 128;
-/// Connections taken in a turn: a turn with output for the console takes its time.
+/// Maximum number of connections accepted in one iteration: one with output for the console takes long.
 const ACCEPT_AT_ONCE: usize = 16;
 /// When a connection is accepted again after a failure, in milliseconds: nobody says when descriptors
 /// or memory are there again, and the one that waits keeps the listener readable.
@@ -66,7 +66,7 @@ const ACCEPT_RETRY: u64 = 500;
 /// The API's state.
 pub struct Api {
     listener: Option<OwnedFd>,
-    /// What is waited for of it.
+    /// Poller events registered for it.
     listener_watched: EventFlags,
     /// When it is waited for again, after a failure.
     accept_retry: Option<u64>,
@@ -122,7 +122,7 @@ impl Api {
         self.each(context, &|_| true, &mut Connection::close);
     }
 
-    /// The listener has connections: takes so many that none is refused while others wait, too.
+    /// The listener has connections: accepts at most [`ACCEPT_AT_ONCE`] of them, as others wait, too.
     pub fn accept(&mut self, context: &mut Context) {
         for _ in 0..ACCEPT_AT_ONCE {
             match self.accept_one(context) {
@@ -166,11 +166,11 @@ impl Api {
         Ok(())
     }
 
-    /// Drops the connection that has waited longest for its client; whether there was one.
+    /// Drops the connection that has waited longest for its client. Returns whether there was one.
     fn make_room(&mut self, context: &mut Context) -> bool {
         let mut first = (NEVER, None);
         for (key, connection) in self.connections.iter() {
-            let since = connection.waits_since(context.now);
+            let since = connection.replaceable_since(context.now);
             if since < first.0 {
                 first = (since, Some(key));
             }
@@ -212,7 +212,7 @@ impl Api {
         self.with(key, context, &mut Connection::proceed);
     }
 
-    /// Does something to a connection, and tells those that have lost their sessions by it.
+    /// Does something to a connection, and closes those whose sessions it has taken over or ended.
     fn with(
         &mut self,
         key: Key,

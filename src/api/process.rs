@@ -11,7 +11,7 @@ use crate::process::helper::{self, Helper, HelperLog};
 use crate::process::pipe;
 use crate::sys::signal::SIGKILL;
 use crate::sys::{self, Inherited, files};
-use proto::bodies::Spec;
+use proto::bodies::CommandSpec;
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
@@ -33,20 +33,20 @@ pub struct Process {
     origin: Origin,
 }
 
-/// What tells how it gets on.
+/// Where its progress is reported.
 enum Origin {
-    /// A command, by its start.
+    /// A command: by its exec.
     Launch(Launch),
-    /// A child of this program, by the pipe that it writes to.
+    /// A child of this program: by the pipe that it writes to.
     #[cfg(any(feature = "files", feature = "mounts", feature = "sysinfo"))]
     Helper(OwnedFd),
 }
 
 impl Process {
-    /// Starts a command whose standard streams are pipes: its input if it is to have one, and its standard
-    /// error if that is to be apart from its output.
+    /// Starts a command whose standard streams are pipes: with an input if `has_input`, and with a
+    /// standard error separate from its output if `has_error`.
     pub fn start_on_pipes(
-        spec: &Spec,
+        spec: &CommandSpec,
         has_input: bool,
         has_error: bool,
         context: &Context,
@@ -74,7 +74,7 @@ impl Process {
     }
 
     /// Starts a command with these streams.
-    pub fn start(spec: &Spec, streams: Streams, context: &Context) -> Result<Self> {
+    pub fn start(spec: &CommandSpec, streams: Streams, context: &Context) -> Result<Self> {
         let cgroup = context.cgroups.commands.as_ref();
         let launch = Launch::start(cgroup, &mut |command| {
             command.streams = Some(streams);
@@ -86,7 +86,7 @@ impl Process {
     /// Starts a child of this program, which exits with the code that `work` returns.
     #[cfg(any(feature = "files", feature = "mounts", feature = "sysinfo"))]
     pub fn fork(proc: &OwnedFd, work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Self> {
-        let Helper { pid, log } = helper::fork_spared(proc, work)?;
+        let Helper { pid, log } = helper::fork_oom_protected(proc, work)?;
         Ok(Self::of(pid, Origin::Helper(log)))
     }
 
@@ -99,18 +99,18 @@ impl Process {
         }
     }
 
-    /// Whether this is its process, not reaped yet.
-    pub fn is(&self, pid: Pid) -> bool {
+    /// Whether this is the pid of its process, which is not reaped yet.
+    pub fn has_pid(&self, pid: Pid) -> bool {
         self.pid == Some(pid)
     }
 
-    /// Its number, until it is reaped.
+    /// Its pid, until it is reaped.
     pub fn pid(&self) -> Option<i32> {
         self.pid.map(Pid::as_raw_pid)
     }
 
     /// Whether it was not reaped yet.
-    pub fn runs(&self) -> bool {
+    pub fn is_running(&self) -> bool {
         self.pid.is_some()
     }
 
@@ -129,10 +129,10 @@ impl Process {
         self.killed
     }
 
-    /// Whether it has said since it was last asked that it gets on ([`HelperLog::step`]).
+    /// Whether it has reported progress since the last call ([`HelperLog::step`]).
     #[cfg(feature = "files")]
-    pub fn has_moved(&mut self) -> bool {
-        self.lines().step.is_some()
+    pub fn made_progress(&mut self) -> bool {
+        self.take_lines().step.is_some()
     }
 
     /// Kills its whole process group.
@@ -143,13 +143,13 @@ impl Process {
         }
     }
 
-    /// It was reaped.
-    pub fn ended(&mut self, status: WaitStatus) {
+    /// Records its exit status: it was reaped.
+    pub fn set_exited(&mut self, status: WaitStatus) {
         self.pid = None;
         self.status = Some(status);
     }
 
-    /// Gives the memory back that it needed to begin, once it has.
+    /// Frees the memory that it needed until execve.
     pub fn release_launch(&mut self) {
         match &mut self.origin {
             Origin::Launch(launch) => launch.release(),
@@ -158,13 +158,13 @@ impl Process {
         }
     }
 
-    /// Why it could not be started, if so; to be asked when it has ended.
+    /// Why it could not be started, if so. Call once it has ended.
     pub fn failure(&mut self) -> Option<Error> {
-        self.lines().error
+        self.take_lines().error
     }
 
-    /// What it has said since it was last asked.
-    pub fn lines(&mut self) -> Lines {
+    /// What it has reported since the last call.
+    pub fn take_lines(&mut self) -> Lines {
         match &mut self.origin {
             Origin::Launch(launch) => Lines {
                 error: launch.failure(),
@@ -176,8 +176,8 @@ impl Process {
     }
 }
 
-/// Makes a command of what is wanted, and of what the workload has.
-fn describe(spec: &Spec, defaults: &CommandDefaults, command: &mut Command) -> Result {
+/// Fills in a command from the request, and from what the workload has.
+fn describe(spec: &CommandSpec, defaults: &CommandDefaults, command: &mut Command) -> Result {
     let environment = &mut command.environment;
     environment.copy(&defaults.environment);
     if spec.tty {
@@ -261,11 +261,11 @@ impl Channel {
         }
     }
 
-    /// Reads once: how many bytes came, 0 when none wait. There will be none when nobody has the other end
-    /// open any more: then ours is closed.
+    /// Reads once. Returns how many bytes came, 0 if none wait. When nobody has the other end open any
+    /// more, ours is closed.
     ///
-    /// `over`: the command has ended. Others may write for ever into its pipe: no more is taken then than
-    /// it can have left.
+    /// `over`: the command has ended. Others may write for ever into its pipe: then no more is read than
+    /// it can have left there.
     pub fn read(&mut self, room: &mut [u8], over: bool) -> usize {
         let Some(end) = &self.end else {
             return 0;

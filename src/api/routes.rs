@@ -44,15 +44,15 @@ pub enum Call {
     Snapshot(SnapshotCall),
 }
 
-/// A call that the restore room answers.
+/// A call that the restore module answers.
 #[cfg(feature = "snapshot")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SnapshotCall {
-    /// The workload is to stand still.
+    /// Freezes the workload.
     Prepare,
-    /// It is to go on, there was no snapshot.
+    /// Thaws it: there was no snapshot.
     Cancel,
-    /// There was one, and this VM came out of it.
+    /// This VM was restored from a snapshot.
     Restore,
 }
 

@@ -11,7 +11,7 @@ use crate::sys::{self, Inherited, Region, terminal};
 use core::fmt::{self, Display, Write};
 use core::ops::Range;
 use proto::arena::Arena;
-use proto::bodies::{self, ID, SessionControl, SessionRequest, Spec, Stdin};
+use proto::bodies::{self, CommandSpec, MAX_ID, SessionControl, SessionRequest, Stdin};
 use proto::bytes::{self, Text};
 use proto::json::Quoted;
 use proto::message;
@@ -21,7 +21,7 @@ use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
 use rustix::process::WaitStatus;
 
-/// What ends a terminal's input: VEOF of a new terminal (termios(3)), Ctrl-D, twice, as one behind an
+/// What ends a terminal's input: VEOF of a new terminal (termios(3)), Ctrl-D, twice, as one after an
 /// unfinished line only hands that line over.
 const TERMINAL_EOF: &[u8] = b"\x04\x04";
 
@@ -33,8 +33,8 @@ const STDERR: u8 = 2;
 /// Bytes of output that a named session keeps while nobody is attached.
 const HISTORY: usize = 64 << 10;
 
-/// Bytes of a command that are shown in the list of sessions.
-const SHOWN: usize = 256;
+/// Maximum number of bytes of a command in the list of sessions.
+const MAX_LISTED_COMMAND: usize = 256;
 
 /// A session, attached or not.
 pub struct Session {
@@ -50,30 +50,30 @@ pub struct Session {
     /// The client has ended the input: so much of [`TERMINAL_EOF`] is written.
     eof: Option<usize>,
     /// It outlives its connection.
-    named: Option<PageBox<Named>>,
+    named: Option<PageBox<NamedSession>>,
 }
 
-/// What a session has that outlives its connection.
-struct Named {
-    id: heapless::String<ID>,
+/// State of a session that survives its connection.
+struct NamedSession {
+    id: heapless::String<MAX_ID>,
     /// Its command as the entries of a JSON list, as far as it is shown.
-    command: heapless::String<SHOWN>,
-    /// Its last output, which a client that attaches has perhaps missed.
+    command: heapless::String<MAX_LISTED_COMMAND>,
+    /// Its last output, which a client that attaches may have missed.
     history: Ring<Region>,
     /// How much of that was sent.
     sent: Cursor,
 }
 
-/// What a running session did.
+/// The progress of a session.
 pub enum Progress {
-    /// It waits.
-    Waits,
+    /// It can do nothing now.
+    Blocked,
     /// It did something: there may be more.
-    Again,
+    Progressed,
     /// The input is written: the client's next message can be taken.
-    TakesMessage,
+    ReadyForMessage,
     /// Its command has ended and all its output is queued.
-    Ended(WaitStatus),
+    Exited(WaitStatus),
 }
 
 impl Session {
@@ -82,7 +82,7 @@ impl Session {
         let spec = &request.spec;
         let named = match request.id {
             "" => None,
-            _ => Some(Named::new(request)?),
+            _ => Some(NamedSession::new(request)?),
         };
         let (process, pipes) = match spec.tty {
             true => start_on_terminal(spec, (request.cols, request.rows), context),
@@ -125,12 +125,12 @@ impl Session {
     }
 
     /// Its process was reaped.
-    pub fn ended(&mut self, status: WaitStatus) {
+    pub fn set_exited(&mut self, status: WaitStatus) {
         self.pipes.slave = None;
-        self.process.ended(status);
+        self.process.set_exited(status);
     }
 
-    /// Another client goes on with it.
+    /// Another client attaches to it.
     pub fn attach(&mut self, has_stream_bytes: bool) {
         self.has_stream_bytes = has_stream_bytes;
         self.pending = 0..0;
@@ -144,21 +144,21 @@ impl Session {
         }
     }
 
-    /// Whether the client has not had all of the history: no event of the command's tells of that.
-    pub fn has_history(&mut self) -> bool {
+    /// Whether some of the history has not been sent; no event from the command reports that.
+    pub fn has_unsent_history(&mut self) -> bool {
         let Some(named) = self.named.as_deref_mut() else {
             return false;
         };
         named.history.read(&mut named.sent).is_some()
     }
 
-    /// Takes output that nobody reads now, as much as is kept.
+    /// Reads output while no client is attached, as much as is kept.
     pub fn keep_output(&mut self) {
         self.fill_history(u64::MAX);
     }
 
-    /// Reads output into the history, but not over what position `keep` on still needs; whether any
-    /// came.
+    /// Reads output into the history, without overwriting what is still needed from position `keep` on.
+    /// Returns whether any came.
     fn fill_history(&mut self, keep: u64) -> bool {
         self.keep_stream(STDOUT, keep) | self.keep_stream(STDERR, keep)
     }
@@ -188,7 +188,7 @@ impl Session {
         self.eof.is_some_and(|written| written < TERMINAL_EOF.len())
     }
 
-    /// Takes a binary message, which lies there among the received bytes.
+    /// Takes a binary message, by its range in the received bytes.
     pub fn take_input(&mut self, payload: Range<usize>) {
         self.pending = payload;
     }
@@ -215,7 +215,7 @@ impl Session {
     /// Moves bytes both ways. `messages`: how many messages of output may still be sent.
     pub fn proceed(&mut self, messages: &mut u32, io: &mut Io) -> Progress {
         if self.write_input(io) {
-            return Progress::Again;
+            return Progress::Progressed;
         }
         let status = self.process.status();
         if io.is_sent() && (*messages > 0 || status.is_some()) {
@@ -225,21 +225,21 @@ impl Session {
             };
             if sent {
                 *messages = messages.saturating_sub(1);
-                return Progress::Again;
+                return Progress::Progressed;
             }
             if let Some(status) = status {
-                // The client has had all of it: nobody attaches any more.
+                // All of it is sent to the client: nobody attaches any more.
                 self.named = None;
-                return Progress::Ended(status);
+                return Progress::Exited(status);
             }
         }
         match self.takes_messages() {
-            true => Progress::TakesMessage,
-            false => Progress::Waits,
+            true => Progress::ReadyForMessage,
+            false => Progress::Blocked,
         }
     }
 
-    /// Queues a message of output, from the command straight into it; whether there was any.
+    /// Queues a message of output, read directly into it. Returns whether there was any.
     fn send_output(&mut self, io: &mut Io) -> bool {
         self.send_stream(STDOUT, io) || self.send_stream(STDERR, io)
     }
@@ -254,7 +254,7 @@ impl Session {
         count > 0
     }
 
-    /// Queues a message of what the client has not had of the history; whether there was any.
+    /// Queues a message of the unsent history. Returns whether there was any.
     fn send_history(&mut self, io: &mut Io) -> bool {
         let keep = self.named.as_ref().map_or(0, |named| named.sent.position());
         let came = self.fill_history(keep);
@@ -271,7 +271,7 @@ impl Session {
         true
     }
 
-    /// Writes input as much as the command takes; whether that was anything.
+    /// Writes as much input as the command takes. Returns whether that was any.
     fn write_input(&mut self, io: &mut Io) -> bool {
         let input = match self.tty {
             true => &self.pipes.output,
@@ -310,7 +310,7 @@ impl Session {
         error.watch(Source::ErrorOutput, key, on_output, context);
     }
 
-    /// The client is gone: closes our ends, which hangs a terminal up. Whether it was one.
+    /// The client is gone: closes our ends, which hangs a terminal up. Returns whether it has one.
     pub fn hang_up(&mut self) -> bool {
         self.pipes = Pipes::default();
         self.tty
@@ -338,9 +338,9 @@ impl Pipes {
     }
 }
 
-impl Named {
+impl NamedSession {
     fn new(request: &SessionRequest) -> Result<PageBox<Self>> {
-        let memory = Region::new(HISTORY + ring::PIECE).map_err(context!("allocate memory"))?;
+        let memory = Region::new(HISTORY + ring::MAX_READ).map_err(context!("allocate memory"))?;
         let empty = || Self {
             id: heapless::String::new(),
             command: heapless::String::new(),
@@ -362,7 +362,7 @@ impl Named {
 }
 
 fn start_on_terminal(
-    spec: &Spec,
+    spec: &CommandSpec,
     (cols, rows): (u16, u16),
     context: &mut Context,
 ) -> Result<(Process, Pipes)> {

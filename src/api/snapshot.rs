@@ -1,5 +1,5 @@
-//! `/v1/snapshot/prepare`, `/v1/snapshot/cancel` and `/v1/restore`: calls that wait here for the room
-//! above to take and to answer them, as it has all that a restore needs.
+//! `/v1/snapshot/prepare`, `/v1/snapshot/cancel` and `/v1/restore`: calls that wait here until `restore`,
+//! which has everything they need, takes and answers them.
 
 use super::connection::{Connection, PendingCall};
 use super::{Api, Context};
@@ -8,15 +8,15 @@ use proto::http::Status;
 use proto::slab::Key;
 
 impl Api {
-    /// The call that waits in place `index`; places run up to [`places`](Self::places).
+    /// The pending call in slot `index`, which is below [`slots`](Self::slots).
     pub fn pending_call(&mut self, index: usize) -> Option<(Key, PendingCall)> {
         let key = self.connections.key_at(index)?;
         let pending = self.connections.get_mut(key)?.pending_call()?;
         Some((key, pending))
     }
 
-    /// How many places there are.
-    pub fn places(&self) -> usize {
+    /// The number of slots.
+    pub fn slots(&self) -> usize {
         self.connections.used()
     }
 

@@ -9,7 +9,7 @@ use crate::process::helper::HelperLog;
 use crate::sys::{self, files};
 use core::fmt::Write;
 use proto::bytes::Text;
-use proto::config::DOCUMENT;
+use proto::config::MAX_DOCUMENT_SIZE;
 use proto::message::ToLossy;
 use proto::sysinfo::MEMBERS;
 use rustix::fd::OwnedFd;
@@ -21,7 +21,9 @@ pub const TIMEOUT: u64 = 5_000;
 /// In the child: writes the answer.
 pub fn run(output: &OwnedFd, proc: &OwnedFd, scratch: &mut [u8], log: &HelperLog) -> Result {
     sys::close_others(&[output, proc, log.pipe()]);
-    let (input, text) = scratch.split_at_mut_checked(DOCUMENT).unwrap_or_default();
+    let (input, text) = scratch
+        .split_at_mut_checked(MAX_DOCUMENT_SIZE)
+        .unwrap_or_default();
     let mut text = Text::new(text);
     let mut before = "{";
     for &(name, path, encode) in &MEMBERS {

@@ -20,10 +20,10 @@ use rustix::net::{
 
 /// Bytes taken from the server at once, as others wait, too.
 const PIECE: usize = 16 << 10;
-/// How long a client may send nothing when the server has sent its last, in milliseconds: not every
-/// host passes on that one direction has ended (Firecracker does not), so its end is the tunnel's.
+/// How long a client may stay silent after the server has closed its side, in milliseconds. Not every
+/// host forwards half-closes (Firecracker does not), so the tunnel ends then.
 const HALF_CLOSED: u64 = 1_000;
-/// How long a server may take nothing of what a client has left, in milliseconds.
+/// How long a server may read nothing of what a client that has closed has sent, in milliseconds.
 const LAST_BYTES: u64 = 30_000;
 
 /// A connection to a TCP port.
@@ -33,7 +33,7 @@ pub struct Tunnel {
     port: u16,
     watched: EventFlags,
     connected: bool,
-    /// The client has ended its half, or all of it, and maybe not all that it sent is taken yet.
+    /// The client has closed its side or the connection, and some of what it sent may not be read yet.
     client_leaves: bool,
     /// From the client to the server, by way of the received bytes.
     up: Flow,
@@ -44,11 +44,11 @@ pub struct Tunnel {
 /// One direction.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Flow {
-    /// Bytes may come.
+    /// Open.
     Open,
-    /// The last ones are on their way.
+    /// Closing: the last bytes are being sent.
     Ended,
-    /// The end is passed on, or nobody takes them.
+    /// Closed, or nobody receives.
     Closed,
 }
 
@@ -83,7 +83,7 @@ impl Tunnel {
         })
     }
 
-    /// Goes on connecting; whether that is done. The answer is queued then.
+    /// Continues to connect. Returns whether that is done; then the response is queued.
     pub fn connect(&mut self, io: &mut Io) -> Result<bool, CallError> {
         // Asked again, the kernel says what has come of it (connect(2)).
         match rustix::net::connect(&self.server, &kernel_form(self.ip, self.port)) {
@@ -124,14 +124,14 @@ impl Tunnel {
         }
     }
 
-    /// The client takes no more.
-    pub fn client_is_gone(&mut self, io: &mut Io) {
+    /// The client no longer receives.
+    pub fn on_client_gone(&mut self, io: &mut Io) {
         io.broken = false;
         io.drop_unsent();
         self.down = Flow::Closed;
     }
 
-    /// Moves bytes both ways, `pieces` more from the server at most; whether that was anything.
+    /// Moves bytes both ways, at most `pieces` pieces from the server. Returns whether that was any.
     pub fn proceed(&mut self, io: &mut Io, pieces: &mut u32) -> bool {
         // Both have their turn.
         self.move_up(io) | self.move_down(io, pieces)
@@ -145,9 +145,9 @@ impl Tunnel {
         if bytes.is_empty() {
             let _gone = rustix::net::shutdown(&self.server, Shutdown::Write);
             self.up = Flow::Closed;
-            // One that has ended both directions takes not even nothing.
+            // A client that has closed both directions fails even an empty send.
             if rustix::net::send(io.socket(), &[], SendFlags::NOSIGNAL).is_err() {
-                self.client_is_gone(io);
+                self.on_client_gone(io);
             }
             return true;
         }
@@ -192,12 +192,12 @@ impl Tunnel {
         true
     }
 
-    /// Whether both directions have ended.
-    pub fn is_over(&self) -> bool {
+    /// Whether both directions are closed.
+    pub fn is_closed(&self) -> bool {
         self.up == Flow::Closed && self.down == Flow::Closed
     }
 
-    /// How long nothing may move from now on, in milliseconds.
+    /// The idle timeout from now on, in milliseconds.
     pub fn timeout(&self) -> Option<u64> {
         match (self.up, self.down) {
             (Flow::Closed, _) => None,
@@ -207,7 +207,7 @@ impl Tunnel {
         }
     }
 
-    /// Registers for what is waited for at the server's end; what is waited for at the client's.
+    /// Registers for events at the server's end. Returns those to wait for at the client's.
     pub fn watch(&mut self, key: Key, io: &mut Io, context: &Context) -> EventFlags {
         let flag = |wanted, flag| if wanted { flag } else { EventFlags::empty() };
         let sent = io.is_sent();
@@ -224,7 +224,7 @@ impl Tunnel {
             .watch(&self.server, token, &mut self.watched, wanted);
         let from_client = match self.wants_input(io) {
             true => EventFlags::IN,
-            // That it leaves is seen beside what it has sent before.
+            // That it closes is seen even if what it has sent before is not read yet.
             false => flag(
                 self.up == Flow::Open && !self.client_leaves,
                 EventFlags::RDHUP,

@@ -41,7 +41,7 @@ const V1: [&CStr; 10] = [
     c"cpuset",
 ];
 
-/// The group of the v2 hierarchy that the workload is born in.
+/// The group of the v2 hierarchy that the workload is started in.
 const WORKLOAD: &CStr = c"workload";
 /// The group of commands.
 const COMMANDS: &CStr = c"commands";
@@ -121,8 +121,8 @@ fn make_workload(layout: Layout, log: &mut dyn Log) {
     }
 }
 
-/// Makes and opens the group of commands. There is none before the workload runs, and a group with
-/// all controllers costs the kernel 0.3 ms. Without it they are born in PID 1's own.
+/// Makes and opens the group of commands. There are none before the workload runs, and a group with all
+/// controllers costs the kernel 0.3 ms. Without it, commands are started in PID 1's own.
 pub fn make_commands(cgroups: &mut Cgroups) {
     if let Some(root) = &cgroups.root
         && make_directory(root, COMMANDS).is_ok()

@@ -8,7 +8,7 @@ use crate::sys::files;
 use crate::sys::{self, Words};
 use core::ffi::CStr;
 use proto::address;
-use proto::config::{Config, DOCUMENT, Host};
+use proto::config::{Config, Host, MAX_DOCUMENT_SIZE};
 use proto::environment::Environment;
 use proto::json::escape;
 use proto::message::{Message, ToLossy};
@@ -59,9 +59,11 @@ pub fn run(arguments: Words, environment: &mut Environment) -> i32 {
 
 fn check(path: &CStr, environment: &mut Environment) -> Result {
     let mut memory = document_memory()?;
-    let (document, strings) = memory.split_at_mut_checked(DOCUMENT).unwrap_or_default();
+    let (document, strings) = memory
+        .split_at_mut_checked(MAX_DOCUMENT_SIZE)
+        .unwrap_or_default();
     let document = files::read_whole(path, document)?.ok_or_else(|| error!("no such file"))?;
-    let config = config_source::accept(document, strings)?;
+    let config = config_source::decode_checked(document, strings)?;
     fill_environment(environment, &config)?;
 
     for argument in config.argv() {
@@ -135,7 +137,7 @@ pub fn fill_environment(environment: &mut Environment, config: &Config) -> Resul
     let [image, extra] = config.environment();
     environment.set_all(image)?;
     environment.set_all(extra)?;
-    environment.set_default(b"PATH=", environment::PATH)?;
+    environment.set_default(b"PATH=", environment::DEFAULT_PATH)?;
     Ok(())
 }
 

@@ -23,29 +23,30 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 /// The configuration baked into the initrd.
 const FILE: &CStr = c"/pigeon/run.json";
-/// How long the service is asked, in milliseconds, unless the kernel command line says otherwise.
-pub const TIMEOUT: u64 = 3000;
-/// How long an answer may pause, in milliseconds, under a second: a lost segment is never sent again.
-const PAUSE: u64 = 250;
-/// Time between two questions: the first, and the longest, in milliseconds.
-const POLL: (u64, u64) = (1, 50);
+/// How long MMDS is polled, in milliseconds, unless the kernel command line says otherwise.
+pub const MMDS_TIMEOUT: u64 = 3000;
+/// How long one call on the socket may take, in milliseconds. Below a second: a lost segment is never
+/// sent again.
+const SOCKET_TIMEOUT: u64 = 250;
+/// Time between two polls: the first, and the longest, in milliseconds.
+const POLL_INTERVALS: (u64, u64) = (1, 50);
 
-/// Which sources are asked: `PIGEON_CONFIG` on the kernel command line.
+/// Which sources are used: `PIGEON_CONFIG` on the kernel command line.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Source {
-    /// The service where there is a network interface, else the file.
+    /// MMDS if there is a network interface, else the file.
     Auto,
-    /// The service only.
+    /// MMDS only.
     Mmds,
     /// The file only.
     File,
 }
 
-/// Loads the configuration's text into `document`: how long it is, and which source it came from. MMDS is
-/// asked for `timeout` milliseconds; the error names each source and why it gave none.
+/// Loads the configuration's text into `document`. Returns its length, and which source it came from.
+/// MMDS is polled for at most `timeout` milliseconds; the error names each source and why it gave none.
 ///
-/// `eth0` is the index of the interface that the service is reached through, if it is there and to be
-/// used; `memory` is for looking whether what the service gives has something to run.
+/// `eth0` is the index of the interface to MMDS, if it is there and to be used; `memory` is for decoding
+/// a document of MMDS, to see whether it has a command.
 pub fn load(
     source: Source,
     eth0: Option<u32>,
@@ -82,7 +83,7 @@ pub fn load(
     Err(answers)
 }
 
-/// The index of the interface that the service is reached through, if it is there and to be asked.
+/// The index of the interface to MMDS, if it is there and MMDS is to be used.
 pub fn interface(source: Source) -> Option<u32> {
     match source {
         Source::File => None,
@@ -90,20 +91,23 @@ pub fn interface(source: Source) -> Option<u32> {
     }
 }
 
-/// Decodes a document; its strings come to lie in `memory`.
+/// Decodes a document; its strings are stored in `memory`.
 pub fn decode<'a>(document: &mut [u8], memory: &'a mut [u8]) -> Result<PageBox<Config<'a>>> {
     let mut config = empty()?;
     config.decode(document, &mut Arena::new(memory))?;
     Ok(config)
 }
 
-/// A configuration in which all is absent.
+/// An empty configuration.
 pub fn empty<'a>() -> Result<PageBox<Config<'a>>> {
     PageBox::new(Config::new).map_err(context!("allocate memory"))
 }
 
 /// Decodes a document, and checks that it can be run.
-pub fn accept<'a>(document: &mut [u8], memory: &'a mut [u8]) -> Result<PageBox<Config<'a>>> {
+pub fn decode_checked<'a>(
+    document: &mut [u8],
+    memory: &'a mut [u8],
+) -> Result<PageBox<Config<'a>>> {
     let config = decode(document, memory)?;
     config.check()?;
     match config.has_command() {
@@ -112,18 +116,18 @@ pub fn accept<'a>(document: &mut [u8], memory: &'a mut [u8]) -> Result<PageBox<C
     }
 }
 
-/// Why the service gave no configuration.
+/// Why MMDS gave no configuration.
 pub enum FetchError {
-    /// A document that is wrong: waiting does not make it better.
+    /// An invalid document: waiting does not make it better.
     Invalid(Error),
-    /// No document with something to run, yet.
+    /// No document with a command, yet.
     NoDocument(Error),
 }
 
-/// Asks the service, over the interface `eth0`, until it gives a document with something to run, or
-/// `timeout` milliseconds are over. Meanwhile the interface has an address and a route for it.
+/// Polls MMDS over the interface `eth0` until it returns a document with a command, for at most `timeout`
+/// milliseconds. Meanwhile the interface has an address and a route for MMDS.
 ///
-/// The document's text comes to lie in `document`: how long it is.
+/// Writes the text to `document` and returns its length.
 pub fn fetch(
     eth0: u32,
     timeout: u64,
@@ -147,28 +151,28 @@ pub fn fetch(
         Err(why) => Err(FetchError::NoDocument(why)),
     };
     // Whether it worked or not.
-    leave(&channel, eth0);
+    remove_mmds_route(&channel, eth0);
     answer
 }
 
-/// Takes the way to the service away; what was never added cannot be removed.
-fn leave(channel: &Channel, index: u32) {
+/// Removes the route and address for MMDS; that they may be missing is no error.
+fn remove_mmds_route(channel: &Channel, index: u32) {
     let guest = IpAddr::V4(mmds::GUEST);
     let request = |request: &Request| channel.request(request, format_args!("leave MMDS"));
     let _not_there = request(&netlink::remove_host_route(index, mmds::ADDRESS));
     let _not_there = request(&netlink::remove_address(index, &guest, mmds::PREFIX));
 }
 
-/// Takes the way to the service away that somebody has left who was killed while he asked.
+/// Removes the address and route that a killed helper has left behind.
 #[cfg(feature = "snapshot")]
-pub fn leave_service() -> Result {
+pub fn remove_stale_mmds_route() -> Result {
     if let Some(index) = network::eth0_index() {
-        leave(&Channel::open()?, index);
+        remove_mmds_route(&Channel::open()?, index);
     }
     Ok(())
 }
 
-/// A conversation with the service over one connection at a time.
+/// A session with MMDS over one connection at a time.
 struct Session<'d> {
     watch: Stopwatch,
     /// How long the watch may run, in milliseconds.
@@ -180,13 +184,13 @@ struct Session<'d> {
 
 impl Session<'_> {
     fn ask_until(&mut self, memory: &mut [u8]) -> Result<usize, FetchError> {
-        let (mut wait, longest) = POLL;
+        let (mut wait, longest) = POLL_INTERVALS;
         // For the document, once it is known whether it has a token.
         let mut request = None;
         let mut before = None;
         loop {
             let why = match self.ask(&mut request) {
-                Ok((200, length)) => match read_answer(self.body(length), memory) {
+                Ok((200, length)) => match parse_response(self.body(length), memory) {
                     Ok(()) => return Ok(length),
                     Err(FetchError::NoDocument(error)) => error,
                     Err(wrong) => return Err(wrong),
@@ -194,7 +198,7 @@ impl Session<'_> {
                 Ok((status, _)) => error!("status {}", u32::from(status)),
                 Err(why) => {
                     self.connection = None;
-                    // A last question that had no time for its answer would only hide the one before.
+                    // A last poll that had no time for its response would only hide the error before it.
                     before.filter(|_| self.left() == 0).unwrap_or(why)
                 }
             };
@@ -207,7 +211,7 @@ impl Session<'_> {
         }
     }
 
-    /// One document request: its status, and the length of its body.
+    /// Requests the document. Returns the response's status, and the length of its body.
     fn ask(&mut self, request: &mut Option<mmds::Request>) -> Result<(u16, usize)> {
         if request.is_none() {
             let (status, length) = self.exchange(mmds::TOKEN_REQUEST)?;
@@ -235,8 +239,8 @@ impl Session<'_> {
         self.document.get_mut(..length).unwrap_or(&mut [])
     }
 
-    /// Sends a request and reads its whole response: its status, and the length of its body, which
-    /// is what `document` starts with then.
+    /// Sends a request and reads its whole response. Returns its status, and the length of its body, which
+    /// is then at the start of `document`.
     fn exchange(&mut self, request: &[u8]) -> Result<(u16, usize)> {
         let connection = match self.connection.take() {
             Some(connection) => connection,
@@ -269,7 +273,7 @@ impl Session<'_> {
         Ok((head.status, length))
     }
 
-    /// Receives more of a response, behind what there is of it.
+    /// Receives more of a response, after its first `filled` bytes.
     fn receive(&mut self, connection: &OwnedFd, filled: usize) -> Result<usize> {
         if self.left() == 0 {
             return Err(error!("no answer"));
@@ -282,12 +286,12 @@ impl Session<'_> {
         }
     }
 
-    /// A connection on which no call waits longer than an answer may pause, and time is not up.
+    /// A connection on which no call takes longer than [`SOCKET_TIMEOUT`], or the time that is left.
     fn connect(&self) -> Result<OwnedFd> {
         let flags = SocketFlags::CLOEXEC;
         let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)
             .map_err(context!("create a socket"))?;
-        let timeout = Some(Duration::from_millis(self.left().clamp(1, PAUSE)));
+        let timeout = Some(Duration::from_millis(self.left().clamp(1, SOCKET_TIMEOUT)));
         set_socket_timeout(&socket, Timeout::Send, timeout)
             .and_then(|()| set_socket_timeout(&socket, Timeout::Recv, timeout))
             .map_err(context!("limit the time of a socket"))?;
@@ -299,8 +303,8 @@ impl Session<'_> {
     }
 }
 
-/// A body of status 200: the configuration, `null` before the host's push, or something wrong.
-fn read_answer(body: &mut [u8], memory: &mut [u8]) -> Result<(), FetchError> {
+/// Parses a body of status 200: the configuration, `null` before the host's push, or something invalid.
+fn parse_response(body: &mut [u8], memory: &mut [u8]) -> Result<(), FetchError> {
     let content = body.trim_ascii();
     if content.is_empty() {
         return Err(FetchError::NoDocument(error!("an empty document")));
@@ -315,7 +319,7 @@ fn read_answer(body: &mut [u8], memory: &mut [u8]) -> Result<(), FetchError> {
     }
 }
 
-/// A call's failure, where that may be that its time was up (SO_RCVTIMEO and SO_SNDTIMEO, socket(7)).
+/// The error of a call, which may be that its time was up (SO_RCVTIMEO and SO_SNDTIMEO, socket(7)).
 fn unanswered(errno: Errno, what: &str) -> Error {
     match errno {
         Errno::AGAIN | Errno::INPROGRESS => error!("no answer"),

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::process::helper::HelperLog;
 use crate::sys::files;
 use core::ffi::CStr;
-use proto::config::{Config, DOCUMENT};
+use proto::config::{Config, MAX_DOCUMENT_SIZE};
 use proto::etc_files::{self, Contents};
 use proto::message::ToLossy;
 use rustix::fs::{AtFlags, CWD, OFlags};
@@ -53,7 +53,9 @@ pub fn write(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result {
         write_hosts(config, scratch, log)?;
     }
     if !config.etc_resolv.is_empty() {
-        let (old, new) = scratch.split_at_mut_checked(DOCUMENT).unwrap_or_default();
+        let (old, new) = scratch
+            .split_at_mut_checked(MAX_DOCUMENT_SIZE)
+            .unwrap_or_default();
         let mut new = Contents::new(new);
         etc_files::resolv(&config.etc_resolv, &mut new);
         // What cannot be read is replaced.
@@ -65,7 +67,9 @@ pub fn write(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result {
 
 /// Writes /etc/hosts: also without entries, so that those of another configuration go.
 pub fn write_hosts(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result {
-    let (old, new) = scratch.split_at_mut_checked(DOCUMENT).unwrap_or_default();
+    let (old, new) = scratch
+        .split_at_mut_checked(MAX_DOCUMENT_SIZE)
+        .unwrap_or_default();
     let mut new = Contents::new(new);
     let old = files::read_whole(HOSTS.path, old)?.unwrap_or_default();
     etc_files::hosts(old, &config.etc_hosts, &mut new);

@@ -1,5 +1,5 @@
-//! Kernel parameters: words of the kernel command line that the kernel does not know reach init as
-//! environment variables (Documentation/admin-guide/kernel-parameters).
+//! Kernel parameters: parameters unknown to the kernel are passed to init as environment variables
+//! (Documentation/admin-guide/kernel-parameters).
 
 use super::cgroups::Layout;
 use super::config_source::{self, Source};
@@ -20,19 +20,19 @@ const DEFAULT_OUTPUT: Destination = match cfg!(feature = "logs") {
 /// How much output is kept for the API, in KiB, unless the kernel command line says otherwise.
 const LOG_KIB: u64 = 64;
 
-/// Most that can be kept, in KiB.
+/// Maximum value of `PIGEON_LOG_KIB`.
 #[cfg(feature = "logs")]
 const MAX_LOG_KIB: u64 = 64 << 10;
 
-/// What makes a restored VM a new one.
+/// What triggers a restore: `PIGEON_RESTORE`.
 #[cfg(feature = "snapshot")]
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Restore {
-    /// The kernel's notification of a restore, and the host's call.
+pub enum RestoreMode {
+    /// The kernel or a call.
     Auto,
-    /// The host's call.
+    /// Only a call.
     Host,
-    /// Nothing, and there are no such calls.
+    /// Nothing; the calls return 501.
     Off,
 }
 
@@ -43,7 +43,7 @@ pub struct KernelParams {
     pub level: Level,
     /// `PIGEON_CONFIG=auto|mmds|file`: where the configuration comes from.
     pub source: Source,
-    /// `PIGEON_MMDS_TIMEOUT_MS`: how long MMDS is asked, in milliseconds.
+    /// `PIGEON_MMDS_TIMEOUT_MS`: how long MMDS is polled, in milliseconds.
     pub mmds_timeout: u64,
     /// `PIGEON_CGROUPS=hybrid|unified|none`: which hierarchies of control groups there are.
     pub cgroups: Layout,
@@ -53,30 +53,30 @@ pub struct KernelParams {
     pub output: Destination,
     /// `PIGEON_LOG_KIB`: how much output is kept for the API, in KiB.
     pub log_kib: u64,
-    /// `PIGEON_EVENTS_PORT`: the host's vsock port that is told of events.
+    /// `PIGEON_EVENTS_PORT`: the host's vsock port that receives events.
     pub events_port: Option<u32>,
-    /// `PIGEON_RESTORE=auto|host|off`: what makes a VM that was restored from a snapshot a new one.
+    /// `PIGEON_RESTORE=auto|host|off`: what triggers a restore.
     #[cfg(feature = "snapshot")]
-    pub restore: Restore,
-    /// A value that was none of the allowed ones.
-    pub refused: Option<Error>,
+    pub restore: RestoreMode,
+    /// Which parameters had an invalid value.
+    pub invalid: Option<Error>,
 }
 
 impl KernelParams {
-    /// Reads them.
+    /// Parses the kernel parameters.
     pub fn read(words: Words) -> Self {
         let mut params = Self {
             level: Level::Info,
             source: Source::Auto,
-            mmds_timeout: config_source::TIMEOUT,
+            mmds_timeout: config_source::MMDS_TIMEOUT,
             cgroups: Layout::Hybrid,
             linger: LINGER,
             output: DEFAULT_OUTPUT,
             log_kib: LOG_KIB,
             events_port: None,
             #[cfg(feature = "snapshot")]
-            restore: Restore::Auto,
-            refused: None,
+            restore: RestoreMode::Auto,
+            invalid: None,
         };
         for word in words.iter() {
             let Some((name, value)) = split_once(word.to_bytes(), b'=') else {
@@ -86,10 +86,10 @@ impl KernelParams {
             let known = |text| core::str::from_utf8(text).unwrap_or_default();
             if let Err(allowed) = params.set(known(name), known(value)) {
                 let (name, value) = (name.lossy(), value.lossy());
-                let refused = format_args!("kernel parameter {name}={value}: must be {allowed}");
-                match &mut params.refused {
-                    Some(before) => before.append(format_args!("; {refused}")),
-                    None => params.refused = Some(Error::format(refused)),
+                let invalid = format_args!("kernel parameter {name}={value}: must be {allowed}");
+                match &mut params.invalid {
+                    Some(before) => before.append(format_args!("; {invalid}")),
+                    None => params.invalid = Some(Error::format(invalid)),
                 }
             }
         }
@@ -140,9 +140,9 @@ impl KernelParams {
             #[cfg(feature = "snapshot")]
             "PIGEON_RESTORE" => {
                 self.restore = match value {
-                    "auto" => Restore::Auto,
-                    "host" => Restore::Host,
-                    "off" => Restore::Off,
+                    "auto" => RestoreMode::Auto,
+                    "host" => RestoreMode::Host,
+                    "off" => RestoreMode::Off,
                     _ => return Err("auto, host or off"),
                 }
             }
@@ -155,7 +155,7 @@ impl KernelParams {
         Ok(())
     }
 
-    /// The log that they ask for.
+    /// The output log that the parameters ask for.
     pub fn output_log(&self) -> OutputLog {
         match self.output {
             Destination::Console => OutputLog::none(),

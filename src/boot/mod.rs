@@ -1,9 +1,9 @@
 //! What happens once: from the kernel's exec of /init to the running workload.
 //!
 //! The kernel waits long in two places, the first mount of a disk and the cgroup mounts: they are
-//! made side by side, the root's in a helper, and the cgroups' beside the configuration's arrival.
-//! The same helper does all else that may wait, and ends when the workload runs, as the initramfs is
-//! emptied then: neither is waited for.
+//! made in parallel, the root's in a helper, and the cgroups' while the configuration arrives. The same
+//! helper does everything else that may block, and exits when the workload runs, as the initramfs is
+//! emptied then: nothing waits for either.
 
 pub mod cgroups;
 pub mod check;
@@ -29,7 +29,7 @@ use crate::sys::files;
 use crate::volumes::{self, Owner};
 use config_source::Source;
 use kernel_params::KernelParams;
-use proto::config::{Config, DOCUMENT};
+use proto::config::{Config, MAX_DOCUMENT_SIZE};
 use proto::environment::Environment;
 use proto::users::Identity;
 use rustix::fd::OwnedFd;
@@ -39,32 +39,32 @@ use rustix::process::{Resource, Rlimit};
 /// Open files a process may have.
 const OPEN_FILES: u64 = 10_240;
 
-/// What the boot leaves to be given up, whether it succeeded or not.
+/// What is released after the boot, whether it succeeded or not.
 #[derive(Default)]
-pub struct Remains {
+pub struct DeferredCleanup {
     initramfs: Option<OwnedFd>,
-    /// The connection to the helper that mounts disks, which ends when it is closed.
+    /// The connection to the helper that mounts disks, which exits when it is closed.
     disks: Option<Rendezvous>,
 }
 
-/// Boots: devices and console are there already; `memory` is for the document and its strings.
+/// Boots, after devices and console have been set up. `memory` holds the document and its strings.
 ///
-/// In a frame of its own, which is given back with the stack.
+/// Not inlined, so that its stack frame is released.
 #[inline(never)]
 pub fn run(
     supervisor: &mut Supervisor,
     params: &KernelParams,
     memory: &mut [u8],
-    remains: &mut Remains,
+    cleanup: &mut DeferredCleanup,
 ) -> Result {
-    if let Some(refused) = &params.refused {
-        supervisor.console.warn(refused);
+    if let Some(invalid) = &params.invalid {
+        supervisor.console.warn(invalid);
     }
     mounts::sysfs()?;
     let expedited = mounts::expedite_rcu();
     modules::load(&mut supervisor.context.scratch, supervisor.console)?;
     supervisor.events.connect();
-    // Beside an answer from the network in a helper; beside the root mount alone here, a fork less.
+    // In a helper while MMDS is polled; else here while the root is mounted, which saves a fork.
     let eth0 = config_source::interface(params.source);
     let cgroup_helper = match eth0.is_some() {
         true => Some(Helper::start(&mut |log| {
@@ -76,7 +76,9 @@ pub fn run(
     mounts::mount_remaining(supervisor.console)?;
     supervisor.context.pts = files::open(c"/dev/pts", OFlags::PATH).ok();
 
-    let (document, strings) = memory.split_at_mut_checked(DOCUMENT).unwrap_or_default();
+    let (document, strings) = memory
+        .split_at_mut_checked(MAX_DOCUMENT_SIZE)
+        .unwrap_or_default();
     let (length, source) =
         config_source::load(params.source, eth0, params.mmds_timeout, document, strings)?;
     let document = document.get_mut(..length).unwrap_or(&mut []);
@@ -84,7 +86,7 @@ pub fn run(
         Source::Mmds => ("mmds", "MMDS"),
         _ => ("file", "/pigeon/run.json"),
     };
-    let config = config_source::accept(document, strings)
+    let config = config_source::decode_checked(document, strings)
         .map_err(|error| error!("configuration from {place}: {error}"))?;
     supervisor
         .console
@@ -94,20 +96,20 @@ pub fn run(
     let (disks, rendezvous) = Helper::start_with_rendezvous(&mut |log, rendezvous| {
         let owner = root::mount(&config, scratch, log)?;
         match rendezvous.arrive_and_wait() {
-            true => prepare_beside(&config, owner, scratch, rendezvous, log),
+            true => prepare_in_helper(&config, owner, scratch, rendezvous, log),
             false => Ok(()),
         }
     })?;
-    let rendezvous = remains.disks.insert(rendezvous);
+    let rendezvous = cleanup.disks.insert(rendezvous);
     let log = &mut *supervisor.console;
     match cgroup_helper {
         Some(helper) => helper.wait(log)?,
         None => cgroups::mount(params.cgroups, log),
     }
     let disks = rendezvous.wait_for_helper(disks, log)?;
-    remains.initramfs = Some(root::switch()?);
+    cleanup.initramfs = Some(root::switch()?);
     if let Some((switch, before)) = expedited {
-        // A value just read is taken back.
+        // A value that was just read is accepted again.
         let _written = files::write(&switch, &before);
         supervisor.context.rcu_expedited = Some(switch);
     }
@@ -138,7 +140,7 @@ pub fn run(
         return Ok(());
     }
     #[cfg(feature = "snapshot")]
-    if params.restore == kernel_params::Restore::Auto {
+    if params.restore == kernel_params::RestoreMode::Auto {
         let open = |path| files::open(path, OFlags::RDONLY | OFlags::NONBLOCK).ok();
         supervisor.context.snapshot.devices = [open(c"/dev/kmsg"), open(c"/dev/vmclock0")];
     }
@@ -148,7 +150,7 @@ pub fn run(
         command.set_arguments(&config.arguments())?;
         command.set_directory(config.image_config.working_dir)
     })?;
-    // Beside the workload: its first instruction does not wait for them.
+    // In parallel with the workload: its first instruction does not wait for them.
     #[cfg(feature = "snapshot")]
     {
         supervisor.context.snapshot.applied.digests = config.digests();
@@ -156,10 +158,10 @@ pub fn run(
     Ok(())
 }
 
-/// What of the boot can wait until the workload runs.
-pub fn finish(supervisor: &mut Supervisor, remains: Remains) {
+/// The steps deferred until the workload runs.
+pub fn finish(supervisor: &mut Supervisor, cleanup: DeferredCleanup) {
     cgroups::make_commands(&mut supervisor.context.cgroups);
-    if let Some(initramfs) = remains.initramfs
+    if let Some(initramfs) = cleanup.initramfs
         && let Err(errno) = root::empty(initramfs)
     {
         let why = context!("empty the initramfs")(errno);
@@ -167,9 +169,9 @@ pub fn finish(supervisor: &mut Supervisor, remains: Remains) {
     }
 }
 
-/// Volumes, names and sysctls, in the helper that has mounted the root, while the API is
-/// served: what may wait for a disk, or for memory.
-fn prepare_beside(
+/// Mounts volumes, writes the /etc files and sets sysctls, in the helper that has mounted the root, while
+/// PID 1 serves the API: these may block on a disk, or on memory.
+fn prepare_in_helper(
     config: &Config,
     owner: Owner,
     scratch: &mut [u8],
@@ -178,16 +180,16 @@ fn prepare_beside(
 ) -> Result {
     volumes::mount_all(config, owner, log)?;
     etc_files::write(config, scratch, log)?;
-    // Behind the network.
+    // After the network.
     if rendezvous.wait_for_peer() {
         sysctls::set_all(config, log)?;
-        // Its end takes as long as the workload's start, and comes behind it.
+        // Its exit takes as long as the workload's start, and comes after it.
         rendezvous.arrive_and_wait();
     }
     Ok(())
 }
 
-/// Host name, network, and the defaults of sysctls, and beside them what the helper does.
+/// Sets host name, network, and default sysctls, while the helper does its part.
 fn prepare(
     supervisor: &mut Supervisor,
     config: &Config,
@@ -213,7 +215,7 @@ fn prepare(
     Ok(())
 }
 
-/// The workload's environment and directory, which commands start with, too.
+/// Sets the workload's environment and directory as those of commands, too.
 fn set_defaults(supervisor: &mut Supervisor, config: &Config, identity: &Identity) -> Result {
     let root_home = match config.user() {
         "" | "root" => identity.home.clone(),
@@ -233,7 +235,8 @@ fn set_defaults(supervisor: &mut Supervisor, config: &Config, identity: &Identit
     Ok(())
 }
 
-/// The workload's environment, in an empty one; whether image or document set HOME, which is this one else.
+/// Fills an empty environment with the workload's. Returns whether image or document set HOME; else it is
+/// `home`.
 pub fn fill_environment(new: &mut Environment, config: &Config, home: &[u8]) -> Result<bool> {
     check::fill_environment(new, config)?;
     let sets_home = new.get(b"HOME=").is_some();

@@ -5,7 +5,7 @@ use crate::process::helper::{Helper, HelperLog};
 use crate::sys::files;
 use core::ffi::CStr;
 use proto::bytes::split;
-use proto::config::PATH;
+use proto::config::PATH_MAX;
 use proto::message::ToLossy;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -56,7 +56,7 @@ fn load_all(list: &[u8], log: &HelperLog) {
 
 /// One that is loaded already is fine.
 fn load_one(path: &[u8], is_compressed: bool) -> Result<(), Errno> {
-    let mut buffer = [0; PATH];
+    let mut buffer = [0; PATH_MAX];
     let path = files::join(&[path], &mut buffer).ok_or(Errno::NAMETOOLONG)?;
     let file = files::open(path, OFlags::RDONLY)?;
     let flags = match is_compressed {

@@ -12,10 +12,10 @@ use core::fmt;
 use core::net::IpAddr;
 use proto::address;
 #[cfg(feature = "snapshot")]
-use proto::config::ADDRESSES;
+use proto::config::MAX_ADDRESSES;
 use proto::config::{Address, Config};
 use proto::message::{ErrnoName, ToLossy};
-use proto::netlink::{self, Acknowledgement, Reach, Request};
+use proto::netlink::{self, Acknowledgement, NextHop, Request};
 #[cfg(feature = "snapshot")]
 use proto::netlink::{Entry, Reply};
 use rustix::fd::OwnedFd;
@@ -36,7 +36,7 @@ pub struct Channel {
 }
 
 impl Channel {
-    /// Opens one, with the kernel's words asked for. Protocol 0 is NETLINK_ROUTE.
+    /// Opens one, and asks the kernel for the reasons of errors. Protocol 0 is NETLINK_ROUTE.
     pub fn open() -> Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)
@@ -51,7 +51,7 @@ impl Channel {
     /// SIOCGIFINDEX would make the kernel look for a module of that name (dev_load), and a workload may
     /// have covered sysfs.
     pub fn index(&self, name: &str) -> Option<u32> {
-        // What comes behind the index is cut off.
+        // What comes after the index is cut off.
         let mut reply = [0; 64];
         files::write(&self.socket, netlink::get_link(name).as_bytes()).ok()?;
         let count = files::read(&self.socket, &mut reply).ok()?;
@@ -87,8 +87,8 @@ impl Channel {
 
 #[cfg(feature = "snapshot")]
 impl Channel {
-    /// Calls `visit` with each entry of a dump; whether nothing changed meanwhile, so that these are
-    /// all.
+    /// Calls `visit` with each entry of a dump. Returns whether nothing changed meanwhile, so that these
+    /// are all.
     fn dump(&self, request: &Request, visit: &mut dyn FnMut(Entry)) -> Result<bool> {
         let failed = context!("list the network's state");
         // The kernel gives no more at once than a page, or what is asked for (netlink_recvmsg).
@@ -112,8 +112,8 @@ impl Channel {
     }
 }
 
-/// Brings lo up, and the interfaces that have addresses, with their MTU, addresses and routes. Which
-/// interfaces those are. What is there already is no error, and checksums that cannot be switched are a
+/// Brings up lo, and the interfaces that have addresses, with their MTU, addresses and routes. Returns
+/// those interfaces. What is there already is no error, and checksums that cannot be switched are a
 /// warning.
 pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
     let channel = Channel::open()?;
@@ -155,14 +155,14 @@ pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
     Ok(interfaces)
 }
 
-/// Gives `interfaces`, which have addresses, and those of the configuration its addresses and no
-/// others. When one is another, or the configuration `is_another`, the routes over them go with the old
-/// ones, and the neighbours always. `interfaces` are then those that have addresses; after a failure,
-/// those that may have.
+/// Replaces the addresses of `interfaces` and of the interfaces in `config` by those in `config`. If an
+/// address has changed, or `config_changed`, the interfaces' routes are removed too; their neighbour
+/// entries always. Updates `interfaces` to those that have addresses (after a failure, those that may
+/// have).
 #[cfg(feature = "snapshot")]
-pub fn replace(config: &Config, is_another: bool, interfaces: &mut Interfaces) -> Result {
+pub fn replace(config: &Config, config_changed: bool, interfaces: &mut Interfaces) -> Result {
     let channel = Channel::open()?;
-    let mut wanted = heapless::Vec::<(Wanted, bool), ADDRESSES>::new();
+    let mut wanted = heapless::Vec::<(AddressKey, bool), MAX_ADDRESSES>::new();
     for Address {
         ip, prefix, device, ..
     } in config.addresses()
@@ -170,12 +170,12 @@ pub fn replace(config: &Config, is_another: bool, interfaces: &mut Interfaces) -
         let index = index(&channel, device)?;
         if !interfaces.contains(&index) {
             let pushed = interfaces.push(index);
-            pushed.map_err(|_| error!("more than {ADDRESSES} interfaces have addresses"))?;
+            pushed.map_err(|_| error!("more than {MAX_ADDRESSES} interfaces have addresses"))?;
         }
         let _fits = wanted.push(((index, Some((ip, prefix))), false));
     }
     let is_ours = |entry: &Entry| !entry.is_automatic && interfaces.contains(&entry.index);
-    let mut has_others = is_another;
+    let mut has_others = config_changed;
     remove(
         &channel,
         &netlink::dump_addresses(),
@@ -199,7 +199,7 @@ pub fn replace(config: &Config, is_another: bool, interfaces: &mut Interfaces) -
             &mut |entry| is_ours(entry),
         )?;
     }
-    // What the device cannot do was said at the boot.
+    // What the device cannot do was logged at the boot.
     let configured = configure(config, &mut Discard)?;
     let neighbours = netlink::dump_neighbours();
     remove(&channel, &neighbours, "an old neighbour", &mut |entry| {
@@ -209,9 +209,9 @@ pub fn replace(config: &Config, is_another: bool, interfaces: &mut Interfaces) -
     Ok(())
 }
 
-/// An interface, an address of it, and that one's prefix length.
+/// What identifies an address: its interface, itself, and its prefix length.
 #[cfg(feature = "snapshot")]
-type Wanted = (u32, Option<(IpAddr, u8)>);
+type AddressKey = (u32, Option<(IpAddr, u8)>);
 
 /// Deletes the entries of a dump that are picked.
 #[cfg(feature = "snapshot")]
@@ -221,12 +221,13 @@ fn remove(
     what: &str,
     picks: &mut dyn FnMut(&Entry) -> bool,
 ) -> Result {
-    /// Entries deleted at once.
-    const AT_ONCE: usize = 64;
-    /// Far more than the kernel keeps of neighbours (gc_thresh3, arp(7)).
-    const PASSES: usize = 256;
-    for _ in 0..PASSES {
-        let mut requests = heapless::Vec::<Request, AT_ONCE>::new();
+    /// Entries deleted after one dump.
+    const BATCH: usize = 64;
+    /// Maximum number of dumps: enough for far more neighbours than the kernel keeps (gc_thresh3,
+    /// arp(7)).
+    const MAX_DUMPS: usize = 256;
+    for _ in 0..MAX_DUMPS {
+        let mut requests = heapless::Vec::<Request, BATCH>::new();
         let mut is_all = true;
         is_all &= channel.dump(dump, &mut |entry| {
             if picks(&entry) {
@@ -235,7 +236,7 @@ fn remove(
             }
         })?;
         for request in &requests {
-            // It went with another one.
+            // It was already removed with another one.
             let gone = [Errno::ADDRNOTAVAIL, Errno::SRCH, Errno::NOENT];
             channel.request_unless(request, &gone, format_args!("remove {what}"))?;
         }
@@ -257,11 +258,11 @@ fn set_gateway(
     let is_near = config
         .addresses()
         .any(|near| near.device == device && netlink::same_subnet(&near.ip, gateway, near.prefix));
-    let reach = match is_near {
-        true => Reach::Routed,
-        false => Reach::OnLink,
+    let next_hop = match is_near {
+        true => NextHop::Routed,
+        false => NextHop::OnLink,
     };
-    let route = netlink::default_route(index, gateway, reach);
+    let route = netlink::default_route(index, gateway, next_hop);
     let gateway = address::Text(gateway);
     channel.request(&route, format_args!("route through {gateway}"))
 }

@@ -12,22 +12,22 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, SeekFrom, Stat};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
-/// Most entries that are copied.
-const ENTRIES: usize = 1024;
-/// Largest file that is copied, in bytes.
-const FILE: usize = 64 << 10;
-/// Most bytes of all files together.
-const BYTES: usize = 1 << 20;
-/// Most directories in each other.
-const DEPTH: usize = 32;
-/// Longest name of an entry, its NUL included (NAME_MAX, limits.h).
-const NAME: usize = 256;
+/// Maximum number of entries that are copied.
+const MAX_ENTRIES: usize = 1024;
+/// Maximum size of a file that is copied, in bytes.
+const MAX_FILE: usize = 64 << 10;
+/// Maximum size of all files together, in bytes.
+const MAX_BYTES: usize = 1 << 20;
+/// Maximum depth of nested directories.
+const MAX_DEPTH: usize = 32;
+/// Maximum length of an entry's name, its NUL included (NAME_MAX, limits.h).
+const MAX_NAME: usize = 256;
 
-/// A directory on the way.
-struct Level {
+/// A directory that is being copied.
+struct OpenDirectory {
     from: OwnedFd,
     to: OwnedFd,
-    /// Where its reading goes on.
+    /// Where reading it continues.
     offset: u64,
 }
 
@@ -59,46 +59,46 @@ pub fn copy(from: &CStr, to: OwnedFd, buffer: &mut [u8], log: &HelperLog) {
 }
 
 fn copy_tree(from: OwnedFd, to: OwnedFd, buffer: &mut [u8]) -> Result<(), Stop> {
-    let mut levels = heapless::Vec::<Level, DEPTH>::new();
-    let top = Level {
+    let mut directories = heapless::Vec::<OpenDirectory, MAX_DEPTH>::new();
+    let top = OpenDirectory {
         from,
         to,
         offset: 0,
     };
-    let _fits = levels.push(top);
+    let _fits = directories.push(top);
     let (mut entries, mut bytes) = (0, 0);
     let mut limit = None;
-    while let Some(level) = levels.last_mut() {
+    while let Some(directory) = directories.last_mut() {
         let mut name = heapless::Vec::new();
-        if !next_entry(level, &mut name)? {
-            levels.pop();
+        if !next_entry(directory, &mut name)? {
+            directories.pop();
             continue;
         }
         entries += 1;
-        if entries > ENTRIES {
+        if entries > MAX_ENTRIES {
             return Err(Stop::Limit("more than 1,024 entries"));
         }
         let name = c_str(&name);
-        let status = rustix::fs::statat(&level.from, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        let status = rustix::fs::statat(&directory.from, name, AtFlags::SYMLINK_NOFOLLOW)?;
         match FileType::from_raw_mode(status.st_mode) {
             FileType::Directory => {
-                let below = copy_directory(level, name, &status)?;
-                if levels.push(below).is_err() {
+                let below = copy_directory(directory, name, &status)?;
+                if directories.push(below).is_err() {
                     limit = Some("more than 32 directories in each other");
                 }
             }
-            FileType::Symlink => copy_link(level, name, &status, buffer)?,
+            FileType::Symlink => copy_link(directory, name, &status, buffer)?,
             FileType::RegularFile => {
                 let size = usize::try_from(status.st_size).unwrap_or(usize::MAX);
-                if size > FILE {
+                if size > MAX_FILE {
                     limit = Some("a file over 64 KiB");
                     continue;
                 }
                 bytes += size;
-                if bytes > BYTES {
+                if bytes > MAX_BYTES {
                     return Err(Stop::Limit("more than 1 MiB"));
                 }
-                copy_file(level, name, &status, buffer)?;
+                copy_file(directory, name, &status, buffer)?;
             }
             // A socket or a device of the machine that the image was made on is nothing here.
             _ => {}
@@ -107,14 +107,17 @@ fn copy_tree(from: OwnedFd, to: OwnedFd, buffer: &mut [u8]) -> Result<(), Stop> 
     limit.map_or(Ok(()), |limit| Err(Stop::Limit(limit)))
 }
 
-/// The next entry's name with its NUL; false at the end.
-fn next_entry(level: &mut Level, name: &mut heapless::Vec<u8, NAME>) -> Result<bool, Errno> {
-    rustix::fs::seek(&level.from, SeekFrom::Start(level.offset))?;
+/// Reads the next entry's name with its NUL. Returns false if there is none.
+fn next_entry(
+    directory: &mut OpenDirectory,
+    name: &mut heapless::Vec<u8, MAX_NAME>,
+) -> Result<bool, Errno> {
+    rustix::fs::seek(&directory.from, SeekFrom::Start(directory.offset))?;
     let mut buffer = [MaybeUninit::uninit(); 1024];
-    let mut listing = RawDir::new(&level.from, &mut buffer);
+    let mut listing = RawDir::new(&directory.from, &mut buffer);
     while let Some(entry) = listing.next() {
         let entry = entry?;
-        level.offset = entry.next_entry_cookie();
+        directory.offset = entry.next_entry_cookie();
         if matches!(entry.file_name().to_bytes(), b"." | b"..") {
             continue;
         }
@@ -128,12 +131,16 @@ fn next_entry(level: &mut Level, name: &mut heapless::Vec<u8, NAME>) -> Result<b
 }
 
 /// One that is there already, /run/lock, keeps its owner and mode.
-fn copy_directory(level: &Level, name: &CStr, status: &Stat) -> Result<Level, Errno> {
-    let made = rustix::fs::mkdirat(&level.to, name, Mode::RWXU);
+fn copy_directory(
+    directory: &OpenDirectory,
+    name: &CStr,
+    status: &Stat,
+) -> Result<OpenDirectory, Errno> {
+    let made = rustix::fs::mkdirat(&directory.to, name, Mode::RWXU);
     let open = |parent| files::open_at(parent, name, OFlags::DIRECTORY | OFlags::NOFOLLOW);
-    let next = Level {
-        from: open(&level.from)?,
-        to: open(&level.to)?,
+    let next = OpenDirectory {
+        from: open(&directory.from)?,
+        to: open(&directory.to)?,
         offset: 0,
     };
     match made {
@@ -144,18 +151,28 @@ fn copy_directory(level: &Level, name: &CStr, status: &Stat) -> Result<Level, Er
     Ok(next)
 }
 
-fn copy_link(level: &Level, name: &CStr, status: &Stat, buffer: &mut [u8]) -> Result<(), Errno> {
-    let length = rustix::fs::readlinkat_raw(&level.from, name, &mut *buffer)?;
+fn copy_link(
+    directory: &OpenDirectory,
+    name: &CStr,
+    status: &Stat,
+    buffer: &mut [u8],
+) -> Result<(), Errno> {
+    let length = rustix::fs::readlinkat_raw(&directory.from, name, &mut *buffer)?;
     *buffer.get_mut(length).ok_or(Errno::NAMETOOLONG)? = 0;
-    rustix::fs::symlinkat(c_str(buffer), &level.to, name)?;
+    rustix::fs::symlinkat(c_str(buffer), &directory.to, name)?;
     let (uid, gid) = owner(status);
-    rustix::fs::chownat(&level.to, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)
+    rustix::fs::chownat(&directory.to, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)
 }
 
-fn copy_file(level: &Level, name: &CStr, status: &Stat, buffer: &mut [u8]) -> Result<(), Errno> {
-    let from = files::open_at(&level.from, name, OFlags::NOFOLLOW)?;
+fn copy_file(
+    directory: &OpenDirectory,
+    name: &CStr,
+    status: &Stat,
+    buffer: &mut [u8],
+) -> Result<(), Errno> {
+    let from = files::open_at(&directory.from, name, OFlags::NOFOLLOW)?;
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
-    let to = files::open_at(&level.to, name, flags)?;
+    let to = files::open_at(&directory.to, name, flags)?;
     loop {
         let count = files::read(&from, buffer)?;
         if count == 0 {

@@ -2,7 +2,7 @@
 
 use crate::sys::{self, SignalSet, files};
 use core::ffi::CStr;
-use proto::config::DOCUMENT;
+use proto::config::MAX_DOCUMENT_SIZE;
 use proto::message;
 use proto::message::Message;
 use proto::users::{Identity, MAX_GROUPS};
@@ -19,7 +19,7 @@ pub const GROUP: &CStr = c"/etc/group";
 /// Resolves a user from the files of the root.
 pub fn resolve(user: &str, scratch: &mut [u8], identity: &mut Identity) -> Result<(), Message> {
     let (passwd, group) = scratch
-        .split_at_mut_checked(DOCUMENT)
+        .split_at_mut_checked(MAX_DOCUMENT_SIZE)
         .unwrap_or((&mut [], &mut []));
     let passwd = files::read_whole(PASSWD, passwd)?.unwrap_or_default();
     let group = files::read_whole(GROUP, group)?.unwrap_or_default();

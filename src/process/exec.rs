@@ -11,7 +11,7 @@ use core::ops::Range;
 use core::ptr::null;
 use proto::arena::Strings;
 use proto::bytes::{find, split};
-use proto::config::{ARGV, PATH};
+use proto::config::{MAX_ARGS, PATH_MAX};
 use proto::environment::{self, ENV_ENTRIES, Environment};
 use proto::message::{Message, ToLossy};
 use proto::rlimit::Rlimits;
@@ -26,7 +26,7 @@ const NOT_FOUND: i32 = 127;
 /// Exit code of a command that is there and cannot be executed.
 const NOT_EXECUTABLE: i32 = 126;
 
-/// Longest name of a user, with that of a group.
+/// Maximum length of a user's name, with that of a group.
 const USER: usize = 512;
 
 /// Standard input, output and error of a command.
@@ -53,7 +53,7 @@ pub enum Input {
     Device(Inherited, &'static CStr),
 }
 
-/// What a child becomes: all of it copied, as its parent goes on meanwhile.
+/// A command to execute, with copies of everything, as the parent continues meanwhile.
 pub struct Command {
     /// Its standard input, output and error.
     pub streams: Option<Streams>,
@@ -65,12 +65,12 @@ pub struct Command {
     /// Where its strings are kept, with the environment's.
     arguments: Range<usize>,
     directory: Range<usize>,
-    /// Why the child has not become it; empty when it has.
+    /// Why exec failed; empty on success.
     failure: Message,
-    /// What it finds in its environment.
+    /// Its environment.
     pub environment: Environment,
     /// In the child: the arguments, null, the environment, null.
-    pointers: heapless::Vec<*const c_char, { 2 * ARGV + ENV_ENTRIES + 2 }>,
+    pointers: heapless::Vec<*const c_char, { 2 * MAX_ARGS + ENV_ENTRIES + 2 }>,
 }
 
 /// A user whose ids are in files of the root: a disk may hang, so that the child reads them.
@@ -82,7 +82,7 @@ struct User {
     files: Region,
 }
 
-/// Why a child has not become a command was noted.
+/// The failure has been noted in [`Command::failure`].
 struct Failed;
 
 /// A command that was started.
@@ -93,8 +93,8 @@ pub struct Launch {
 }
 
 impl Launch {
-    /// Starts what `describe` makes of a command. It is born in `cgroup`, unless that takes no
-    /// processes, as when root has removed it, or in PID 1's own.
+    /// Starts the command that `describe` fills in, in `cgroup`, or in PID 1's cgroup if that accepts no
+    /// processes (root may have removed it).
     pub fn start(
         cgroup: Option<&OwnedFd>,
         describe: &mut dyn FnMut(&mut Command) -> Result,
@@ -110,7 +110,7 @@ impl Launch {
         Ok(Self { pid, child })
     }
 
-    /// Gives the memory back that the child needed, once it has become a command.
+    /// Frees the memory that the child needed until execve.
     pub fn release(&mut self) {
         let child = self.child.as_mut().and_then(Spawn::value);
         if child.is_some_and(|command| command.failure.is_empty()) {
@@ -118,7 +118,7 @@ impl Launch {
         }
     }
 
-    /// Why it has not become a command, if so.
+    /// Why exec failed, if it did.
     pub fn failure(&mut self) -> Option<Error> {
         let failure = &self.child.as_mut()?.value()?.failure;
         (!failure.is_empty()).then(|| error!("{failure}"))
@@ -141,7 +141,7 @@ impl Command {
         }
     }
 
-    /// Sets its arguments, one list behind the other; the first of all is the name to look for.
+    /// Sets its arguments, one list after the other; the first of all is the name to look for.
     pub fn set_arguments(&mut self, lists: &[Strings]) -> Result {
         self.arguments = self.environment.keep(&[])?;
         for list in lists {
@@ -167,7 +167,7 @@ impl Command {
         Ok(())
     }
 
-    /// In the child: becomes the command; the exit code when that failed.
+    /// In the child: executes the command. Returns the exit code if that failed.
     fn run(&mut self) -> i32 {
         match self.prepare() {
             Ok(()) => self.exec(),
@@ -210,7 +210,7 @@ impl Command {
     fn exec(&mut self) -> i32 {
         let arguments = Strings::new(self.environment.kept(self.arguments.clone()));
         // There is room for all, and for both nulls.
-        for argument in arguments.iter().take(2 * ARGV) {
+        for argument in arguments.iter().take(2 * MAX_ARGS) {
             let _fits = self.pointers.push(argument.as_ptr());
         }
         let _fits = self.pointers.push(null());
@@ -303,8 +303,10 @@ fn search(
     if find(name.to_bytes(), b'/').is_some() {
         return execute(name);
     }
-    let path = environment.get(b"PATH=").unwrap_or(environment::PATH);
-    let mut candidate = [0; PATH];
+    let path = environment
+        .get(b"PATH=")
+        .unwrap_or(environment::DEFAULT_PATH);
+    let mut candidate = [0; PATH_MAX];
     for directory in split(path, b':') {
         // An empty entry is the working directory.
         let directory = if directory.is_empty() {

@@ -1,5 +1,5 @@
-//! All processes held still (the freezer of cgroup v2, Documentation/admin-guide/cgroup-v2.rst): for
-//! helpers, which stay in the root of the hierarchy with PID 1, where nothing is frozen.
+//! Freezes and thaws all processes (the freezer of cgroup v2, Documentation/admin-guide/cgroup-v2.rst).
+//! Called in helpers, which, like PID 1, are in the root cgroup, which cannot be frozen.
 
 use crate::context;
 use crate::error::Result;
@@ -13,16 +13,16 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, OFlags, XattrFlags};
 use rustix::io::Errno;
 
-/// Says of a group that it was frozen here, and not by somebody else before.
-const MARK: &CStr = c"trusted.pigeon.frozen";
+/// Marks a group that was frozen here, and not by somebody else before.
+const FROZEN_XATTR: &CStr = c"trusted.pigeon.frozen";
 
 /// Bytes of names at which no more processes are named.
 const NAMES: usize = 128;
 
-/// Groups whose processes are still to be counted: with more, some are not counted.
+/// Maximum number of groups whose processes are still to be counted: with more, some are not counted.
 const GROUPS: usize = 512;
 
-/// What holding still takes.
+/// What freezing needs.
 pub struct Freezer<'a> {
     /// The root of cgroup v2.
     pub root: &'a OwnedFd,
@@ -33,18 +33,19 @@ pub struct Freezer<'a> {
 }
 
 impl Freezer<'_> {
-    /// Freezes every group below the root, and waits at most so many milliseconds for all processes
-    /// to stand still. How many they are; `None` when it is too late, and `running` says who runs still.
+    /// Freezes every group below the root, and waits until all their processes have stopped. Returns how
+    /// many processes are frozen, or `None` after `timeout` milliseconds; then `running` names those
+    /// that are not.
     pub fn freeze(&self, timeout: u64, running: &mut Message) -> Result<Option<usize>> {
         let watch = Stopwatch::start();
-        self.step_out()
+        self.move_self_to_root()
             .map_err(context!("leave the cgroup that PID 1 was moved to"))?;
         loop {
             let mut is_still = self.freeze_groups(None)?;
             if is_still {
-                // One that is moved into a frozen group stands still soon.
+                // One that is moved into a frozen group is frozen soon.
                 *running = Message::new();
-                self.gather(running);
+                self.move_root_processes(running);
                 is_still = running.is_empty();
             }
             if is_still {
@@ -60,9 +61,9 @@ impl Freezer<'_> {
         }
     }
 
-    /// PID 1 and this helper go back to the root, should root have moved PID 1 elsewhere: the start script of
-    /// Docker in Docker moves all.
-    fn step_out(&self) -> Result<(), Errno> {
+    /// Moves PID 1 and this helper back to the root cgroup, should root have moved PID 1 elsewhere: the
+    /// start script of Docker in Docker moves all.
+    fn move_self_to_root(&self) -> Result<(), Errno> {
         if has_line(self.proc, c"self/cgroup", b"0::/")? {
             return Ok(());
         }
@@ -70,9 +71,9 @@ impl Freezer<'_> {
         files::write_at(self.root, c"cgroup.procs", b"1")
     }
 
-    /// Moves processes of the root to the workload's group, where there are any, and names them: all but
-    /// PID 1, its helpers, which are this program as well, and the kernel's threads, which are none.
-    fn gather(&self, running: &mut Message) {
+    /// Moves the processes of the root cgroup to the workload's, and names them: all but PID 1, its
+    /// helpers, which run this program as well, and the kernel's threads, which run none.
+    fn move_root_processes(&self, running: &mut Message) {
         let own = self.program(b"self");
         each_process(self.root, &mut |pid| {
             let program = self.program(pid);
@@ -98,7 +99,8 @@ impl Freezer<'_> {
         files::identify(self.proc.as_fd(), path, AtFlags::empty()).ok()
     }
 
-    /// Freezes the groups that are not yet, and names who runs still; whether nobody does.
+    /// Freezes the groups that are not yet, and names the processes that still run. Returns whether none
+    /// does.
     fn freeze_groups(&self, mut running: Option<&mut Message>) -> Result<bool> {
         let (mut is_still, mut result) = (true, Ok(()));
         self.each_group(&mut |name, group| match freeze_group(group) {
@@ -120,14 +122,14 @@ impl Freezer<'_> {
         result.map(|()| is_still)
     }
 
-    /// Lets what was frozen here go on.
+    /// Thaws what was frozen here.
     pub fn thaw(&self) -> Result {
         let mut result = Ok(());
         self.each_group(&mut |name, group| {
             let mut value = [0];
-            if rustix::fs::fgetxattr(group, MARK, &mut value).is_ok() {
+            if rustix::fs::fgetxattr(group, FROZEN_XATTR, &mut value).is_ok() {
                 let thawed = files::write_at(group, c"cgroup.freeze", b"0")
-                    .and_then(|()| rustix::fs::fremovexattr(group, MARK));
+                    .and_then(|()| rustix::fs::fremovexattr(group, FROZEN_XATTR));
                 if let Err(errno) = thawed {
                     result = Err(context!("thaw the cgroup {}", name.lossy())(errno));
                 }
@@ -166,8 +168,8 @@ impl Freezer<'_> {
         }
     }
 
-    /// Adds `dd (71)`, with a comma before it; `running`: if it is seen not to stand still. Frozen ones
-    /// sleep.
+    /// Adds `dd (71)`, with a comma before it; with `running`, only if its state is not that of a frozen
+    /// process, which sleeps.
     fn describe(&self, pid: &[u8], running: bool, list: &mut Message) {
         let mut text = [0; 512];
         if list.as_bytes().len() < NAMES
@@ -187,13 +189,13 @@ impl Freezer<'_> {
     }
 }
 
-/// Freezes a group; whether it was before, and its processes stand still. Until it is, one of them may make
-/// another group.
+/// Freezes a group; returns whether it was frozen already and its processes have stopped. Until they have,
+/// one of them may make another group.
 fn freeze_group(group: &OwnedFd) -> Result<bool, Errno> {
     if has_line(group, c"cgroup.freeze", b"1")? {
         return has_line(group, c"cgroup.events", b"frozen 1");
     }
-    rustix::fs::fsetxattr(group, MARK, b"1", XattrFlags::empty())?;
+    rustix::fs::fsetxattr(group, FROZEN_XATTR, b"1", XattrFlags::empty())?;
     files::write_at(group, c"cgroup.freeze", b"1")?;
     Ok(false)
 }

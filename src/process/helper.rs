@@ -10,7 +10,7 @@ use crate::process::pipe;
 use crate::sys::{self, Fork, Stopwatch, files};
 use core::fmt::Display;
 use proto::message;
-use proto::message::MESSAGE;
+use proto::message::MAX_MESSAGE;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -27,9 +27,9 @@ const WARNING: u8 = b'w';
 const STEP: u8 = b's';
 const ERROR: u8 = b'e';
 #[cfg(feature = "snapshot")]
-const ANSWER: u8 = b'a';
+const RESULT: u8 = b'a';
 
-/// A helper's way to tell its parent something.
+/// Sends a helper's records to its parent.
 pub struct HelperLog(OwnedFd);
 
 impl HelperLog {
@@ -38,20 +38,20 @@ impl HelperLog {
         self.send(WARNING, message);
     }
 
-    /// What the helper is at, in case it hangs: `mount /dev/vdb on /data`.
+    /// Reports what the helper is doing, for the error if it hangs: `mount /dev/vdb on /data`.
     pub fn step(&self, message: &dyn Display) {
         self.send(STEP, message);
     }
 
-    /// Why the helper gives up. Only the first one counts.
+    /// Reports the error. Only the first one counts.
     pub fn fail(&self, message: &dyn Display) {
         self.send(ERROR, message);
     }
 
-    /// What it was to find out.
+    /// Reports the helper's result.
     #[cfg(feature = "snapshot")]
-    pub fn answer(&self, message: &dyn Display) {
-        self.send(ANSWER, message);
+    pub fn result(&self, message: &dyn Display) {
+        self.send(RESULT, message);
     }
 
     /// The pipe, to be kept open.
@@ -63,7 +63,7 @@ impl HelperLog {
     /// pipe holds the end is lost.
     fn send(&self, kind: u8, message: &dyn Display) {
         let text = message!("{message}");
-        let mut record = heapless::Vec::<u8, { MESSAGE + 2 }>::new();
+        let mut record = heapless::Vec::<u8, { MAX_MESSAGE + 2 }>::new();
         for part in &[&[kind], text.as_bytes(), &[END]] {
             let _fits = record.extend_from_slice(part);
         }
@@ -77,25 +77,25 @@ impl Log for &HelperLog {
     }
 }
 
-/// One end of a socket pair, where a helper whose work has parts and its parent wait for each other
-/// between them. Who drops an end releases the other side.
+/// A barrier between a helper and its parent, for a helper whose work has several parts: one end of a
+/// socket pair. Dropping an end releases the peer.
 pub struct Rendezvous(OwnedFd);
 
 impl Rendezvous {
-    /// In the helper: says that a part is done, and waits; whether the next one is wanted.
+    /// In the helper: says that a part is done, and waits. Returns whether the next one is wanted.
     pub fn arrive_and_wait(&self) -> bool {
         let _parent_gone = files::write(&self.0, &[END]);
         self.wait_for_peer()
     }
 
-    /// Waits until the other one has done its part; `false` when it has gone instead.
+    /// Waits until the peer has done its part. Returns false if it has exited instead.
     pub fn wait_for_peer(&self) -> bool {
         matches!(files::read(&self.0, &mut [0]), Ok(1))
     }
 
     /// In the parent: waits until the helper has done its first part.
     pub fn wait_for_helper(&self, helper: Helper, log: &mut dyn Log) -> Result<Helper> {
-        if !in_time(&|| sys::is_readable(&self.0, 1)) {
+        if !poll_until_timeout(&|| sys::is_readable(&self.0, 1)) {
             return Err(helper.give_up(log));
         }
         match files::read(&self.0, &mut [0]) {
@@ -103,19 +103,20 @@ impl Rendezvous {
                 helper.warnings(log);
                 Ok(helper)
             }
-            // Its socket is closed as it has ended.
+            // Its socket is closed, as it has exited.
             _ => helper
                 .wait(log)
                 .and_then(|()| Err(error!("a helper was lost"))),
         }
     }
 
-    /// In the parent: what is readable when there is news.
+    /// In the parent: the socket, which is readable when [`poll`](Self::poll) has something to return.
     pub fn socket(&self) -> &OwnedFd {
         &self.0
     }
 
-    /// In the parent: whether the helper has done a part, or else has ended; `None` while it works.
+    /// In the parent: returns whether the helper has done a part, or else has exited; `None` while it
+    /// works.
     pub fn poll(&self) -> Option<bool> {
         let is_there = matches!(sys::is_readable(&self.0, 0), Ok(true));
         is_there.then(|| self.wait_for_peer())
@@ -127,11 +128,11 @@ impl Rendezvous {
     }
 }
 
-/// A child at work.
+/// A running child.
 pub struct Helper {
     /// Its process.
     pub pid: Pid,
-    /// Where its lines are read.
+    /// Where its records are read.
     pub log: OwnedFd,
 }
 
@@ -154,7 +155,10 @@ pub fn fork(work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
     feature = "sysinfo"
 ))]
 /// Forks as [`fork`] does, for work of PID 1's own: the OOM killer spares the child.
-pub fn fork_spared(proc: &OwnedFd, work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
+pub fn fork_oom_protected(
+    proc: &OwnedFd,
+    work: &mut dyn FnMut(&HelperLog) -> i32,
+) -> Result<Helper> {
     fork(&mut |log| {
         if let Err(error) = crate::process::oom_score::spare(proc) {
             log.fail(&error);
@@ -167,13 +171,13 @@ pub fn fork_spared(proc: &OwnedFd, work: &mut dyn FnMut(&HelperLog) -> i32) -> R
 /// The lines of a helper so far.
 #[derive(Default)]
 pub struct Lines {
-    /// Why it gave up.
+    /// Its error.
     pub error: Option<Error>,
-    /// What it did last.
+    /// Its last step.
     pub step: Option<Error>,
-    /// What it found out.
+    /// Its result.
     #[cfg(feature = "snapshot")]
-    pub answer: Option<Error>,
+    pub result: Option<Error>,
 }
 
 /// Reads what a child has sent; its warnings go to `log`.
@@ -181,10 +185,10 @@ pub fn read_lines(pipe: &OwnedFd, log: &mut dyn Log) -> Lines {
     read(pipe, log, true)
 }
 
-/// The same; without steps, each of which costs a page, where they are of no interest any more.
+/// The same; without steps, each of which costs a page, where they are no longer of interest.
 fn read(pipe: &OwnedFd, log: &mut dyn Log, with_steps: bool) -> Lines {
     let mut lines = Lines::default();
-    let mut line = heapless::Vec::<u8, { MESSAGE + 1 }>::new();
+    let mut line = heapless::Vec::<u8, { MAX_MESSAGE + 1 }>::new();
     let mut piece = [0; 512];
     while let Ok(count @ 1..) = files::read(pipe, &mut piece) {
         for &byte in piece.get(..count).unwrap_or(&[]) {
@@ -198,7 +202,7 @@ fn read(pipe: &OwnedFd, log: &mut dyn Log, with_steps: bool) -> Lines {
                     ERROR if lines.error.is_none() => lines.error = Some(error!("{text}")),
                     STEP if with_steps => lines.step = Some(error!("{text}")),
                     #[cfg(feature = "snapshot")]
-                    ANSWER => lines.answer = Some(error!("{text}")),
+                    RESULT => lines.result = Some(error!("{text}")),
                     WARNING => log.warn(&text),
                     _ => {}
                 }
@@ -209,7 +213,7 @@ fn read(pipe: &OwnedFd, log: &mut dyn Log, with_steps: bool) -> Lines {
     lines
 }
 
-/// What a child exits with after this result, the error being its helper's.
+/// Sends the error to the parent. Returns the child's exit code.
 fn report(result: Result, log: &HelperLog) -> i32 {
     match result {
         Ok(()) => 0,
@@ -220,13 +224,13 @@ fn report(result: Result, log: &HelperLog) -> i32 {
     }
 }
 
-/// Whether `happens`, which waits a second, is true within [`TIMEOUT`]; an error ends the wait. In
-/// steps of a second: a pause of the VM ends one.
-fn in_time(happens: &dyn Fn() -> Result<bool, Errno>) -> bool {
-    (0..TIMEOUT / 1000).any(|_| !matches!(happens(), Ok(false)))
+/// Calls `poll`, which blocks for up to a second, until it returns true, fails or [`TIMEOUT`] is over.
+/// Returns false in the last case. In steps of a second: a pause of the VM ends one.
+fn poll_until_timeout(poll: &dyn Fn() -> Result<bool, Errno>) -> bool {
+    (0..TIMEOUT / 1000).any(|_| !matches!(poll(), Ok(false)))
 }
 
-/// Why a helper was given up after [`TIMEOUT`]: what it was at.
+/// The error of a helper that was killed after [`TIMEOUT`]: what it was doing.
 pub fn timed_out(step: Option<Error>) -> Error {
     error!(
         "{}: timed out after {} s",
@@ -264,7 +268,7 @@ impl Helper {
         Ok((helper, Rendezvous(ours)))
     }
 
-    /// What a helper that has done its part has warned of goes to `log`.
+    /// Logs the warnings of a helper that has done its part.
     pub fn warnings(&self, log: &mut dyn Log) {
         let _lines = read(&self.log, log, false);
     }
@@ -282,14 +286,15 @@ impl Helper {
         }
     }
 
-    /// Gives a helper up that has taken too long: it is killed, and the error says what it was at.
+    /// Kills a helper that has taken too long. The error says what it was doing.
     pub fn give_up(self, log: &mut dyn Log) -> Error {
         let step = read_lines(&self.log, log).step;
         let _ended = rustix::process::kill_process(self.pid, rustix::process::Signal::KILL);
         timed_out(step)
     }
 
-    /// Waits so many milliseconds for the end at most; one that has not ended is killed. Whether it has.
+    /// Waits at most `timeout` milliseconds for the helper to exit, else kills it. Returns whether it
+    /// exited.
     pub fn wait_for(&self, timeout: u64) -> bool {
         let watch = Stopwatch::start();
         loop {
@@ -305,10 +310,11 @@ impl Helper {
         }
     }
 
-    /// Waits for the end where there is no event loop. One that hangs, as a disk may, is given up.
+    /// Waits for the helper to exit, where there is no event loop. One that hangs, as a disk may, is
+    /// killed.
     pub fn wait(self, log: &mut dyn Log) -> Result {
         // Its end of the pipe is closed with it.
-        if !in_time(&|| sys::has_hung_up(&self.log, 1)) {
+        if !poll_until_timeout(&|| sys::has_hung_up(&self.log, 1)) {
             return Err(self.give_up(log));
         }
         match rustix::process::waitpid(Some(self.pid), WaitOptions::empty()) {

@@ -2,7 +2,7 @@
 
 use crate::arena::{Arena, Strings};
 use crate::bytes::is_name_byte;
-use crate::config::{ARGV, Config, ENV, Mount};
+use crate::config::{Config, MAX_ARGS, MAX_ENV_ENTRIES, Mount};
 use crate::json::{self, Object, Parse, Place};
 use crate::message;
 use crate::message::Message;
@@ -12,16 +12,16 @@ use serde::Deserialize;
 use serde::de::IntoDeserializer;
 use serde::de::value::Error;
 
-/// Longest time that can be given, in milliseconds: a day.
-const TIMEOUT: u64 = 86_400_000;
-/// Largest terminal, in rows or columns (struct winsize has 16 bits, ioctl_tty(2)).
-const CELLS: u64 = 65_535;
-/// Longest name of a session, and longest token, in bytes.
-pub const ID: usize = 64;
+/// Maximum value of a time in a request, in milliseconds: a day.
+const MAX_TIMEOUT_MS: u64 = 86_400_000;
+/// Maximum size of a terminal, in rows or columns (struct winsize has 16 bits, ioctl_tty(2)).
+const MAX_TERMINAL_SIZE: u64 = 65_535;
+/// Maximum length of a session's name, and of a token, in bytes.
+pub const MAX_ID: usize = 64;
 
-/// What a body, or a text of a session, is decoded to.
+/// A decoded request body or WebSocket text message.
 pub trait Request<'a>: Object<'a> {
-    /// Checks what the form does not show. The error names the field.
+    /// Checks what decoding does not. The error names the field.
     fn check(&self) -> Result<(), Message> {
         Ok(())
     }
@@ -64,7 +64,7 @@ impl<'a> Request<'a> for SignalRequest {
 
 /// A command.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Spec<'a> {
+pub struct CommandSpec<'a> {
     /// Its arguments; the first is the name to look for, and not empty.
     pub argv: Strings<'a>,
     /// Set on top of the workload's environment: `NAME=value`.
@@ -77,14 +77,14 @@ pub struct Spec<'a> {
     pub tty: bool,
 }
 
-impl<'a> Spec<'a> {
-    /// What calls have in common; the arguments have a name of the call's own.
+impl<'a> CommandSpec<'a> {
+    /// The members that calls have in common; each call has its own name for the arguments.
     fn member(&mut self, name: &str, arguments: &str) -> Place<'_, 'a> {
         match name {
-            "env" => Place::Strings(&mut self.env, ENV),
+            "env" => Place::Strings(&mut self.env, MAX_ENV_ENTRIES),
             "cwd" => Place::CStr(&mut self.cwd),
             "user" => Place::Str(&mut self.user),
-            _ if name == arguments => Place::Strings(&mut self.argv, ARGV),
+            _ if name == arguments => Place::Strings(&mut self.argv, MAX_ARGS),
             _ => Place::Unknown,
         }
     }
@@ -101,7 +101,7 @@ impl<'a> Spec<'a> {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ExecRequest<'a> {
     /// The command, whose arguments are `cmd`.
-    pub spec: Spec<'a>,
+    pub spec: CommandSpec<'a>,
     /// Time limit in milliseconds; 0 is the default.
     pub timeout_ms: u32,
 }
@@ -109,7 +109,7 @@ pub struct ExecRequest<'a> {
 impl<'a> Object<'a> for ExecRequest<'a> {
     fn member(&mut self, name: &str) -> Place<'_, 'a> {
         match name {
-            "timeout_ms" => Place::Number(&mut self.timeout_ms, 0..=TIMEOUT),
+            "timeout_ms" => Place::Number(&mut self.timeout_ms, 0..=MAX_TIMEOUT_MS),
             _ => self.spec.member(name, "cmd"),
         }
     }
@@ -125,7 +125,7 @@ impl<'a> Request<'a> for ExecRequest<'a> {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SessionRequest<'a> {
     /// The command, whose arguments are `command`. There are none where a session is continued.
-    pub spec: Spec<'a>,
+    pub spec: CommandSpec<'a>,
     /// The terminal's columns; 0 is unknown.
     pub cols: u16,
     /// The terminal's rows; 0 is unknown.
@@ -142,8 +142,8 @@ impl<'a> Object<'a> for SessionRequest<'a> {
     fn member(&mut self, name: &str) -> Place<'_, 'a> {
         match name {
             "tty" => Place::Flag(&mut self.spec.tty),
-            "cols" => Place::Number(&mut self.cols, 0..=CELLS),
-            "rows" => Place::Number(&mut self.rows, 0..=CELLS),
+            "cols" => Place::Number(&mut self.cols, 0..=MAX_TERMINAL_SIZE),
+            "rows" => Place::Number(&mut self.rows, 0..=MAX_TERMINAL_SIZE),
             "streams" => Place::Flag(&mut self.streams),
             "id" => Place::Str(&mut self.id),
             "attach" => Place::Str(&mut self.attach),
@@ -173,11 +173,11 @@ impl<'a> Request<'a> for SessionRequest<'a> {
 
 /// Whether a text can be the name of a session: 1 to 64 of `A-Z a-z 0-9 . _ -`.
 pub fn is_id(text: &str) -> bool {
-    (1..=ID).contains(&text.len()) && text.bytes().all(is_name_byte)
+    (1..=MAX_ID).contains(&text.len()) && text.bytes().all(is_name_byte)
 }
 
 fn wrong_id(field: &str) -> Message {
-    message!("{field}: must be 1 to {ID} of A-Z a-z 0-9 . _ -")
+    message!("{field}: must be 1 to {MAX_ID} of A-Z a-z 0-9 . _ -")
 }
 
 /// A later text of a session: `{"cols":N,"rows":N}` or `{"stdin":"eof"}`.
@@ -210,8 +210,8 @@ impl Parse for Option<Stdin> {
 impl<'a> Object<'a> for SessionControl {
     fn member(&mut self, name: &str) -> Place<'_, 'a> {
         match name {
-            "cols" => Place::Number(&mut self.cols, 0..=CELLS),
-            "rows" => Place::Number(&mut self.rows, 0..=CELLS),
+            "cols" => Place::Number(&mut self.cols, 0..=MAX_TERMINAL_SIZE),
+            "rows" => Place::Number(&mut self.rows, 0..=MAX_TERMINAL_SIZE),
             "stdin" => Place::Parsed(&mut self.stdin),
             _ => Place::Unknown,
         }
@@ -233,7 +233,7 @@ impl<'a> Object<'a> for StopRequest {
     fn member(&mut self, name: &str) -> Place<'_, 'a> {
         match name {
             "signal" => Place::ParsedOrNumber(&mut self.signal),
-            "timeout_ms" => Place::Number(&mut self.timeout_ms, 0..=TIMEOUT),
+            "timeout_ms" => Place::Number(&mut self.timeout_ms, 0..=MAX_TIMEOUT_MS),
             _ => Place::Unknown,
         }
     }
@@ -253,7 +253,7 @@ impl<'a> Request<'a> for Mount<'a> {
 pub struct HoldRequest<'a> {
     /// Names the hold; 1 to 64 bytes.
     pub token: &'a str,
-    /// Time for all processes to stand still in milliseconds; the default when absent.
+    /// Time for all processes to freeze in milliseconds; the default when absent.
     pub timeout_ms: Option<u32>,
     /// Whether file systems are synced; the default when absent.
     pub sync: Option<bool>,
@@ -265,9 +265,9 @@ impl<'a> Object<'a> for HoldRequest<'a> {
     fn member(&mut self, name: &str) -> Place<'_, 'a> {
         match name {
             "token" => Place::Str(&mut self.token),
-            "timeout_ms" => Place::Number(&mut self.timeout_ms, 0..=TIMEOUT),
+            "timeout_ms" => Place::Number(&mut self.timeout_ms, 0..=MAX_TIMEOUT_MS),
             "sync" => Place::Flag(self.sync.get_or_insert_default()),
-            "hold_ms" => Place::Number(&mut self.hold_ms, 0..=TIMEOUT),
+            "hold_ms" => Place::Number(&mut self.hold_ms, 0..=MAX_TIMEOUT_MS),
             _ => Place::Unknown,
         }
     }
@@ -282,8 +282,8 @@ impl<'a> Request<'a> for HoldRequest<'a> {
 fn check_token(token: &str) -> Result<(), Message> {
     match token.len() {
         0 => Err(message!("token: missing")),
-        1..=ID => Ok(()),
-        _ => Err(message!("token: longer than {ID} bytes")),
+        1..=MAX_ID => Ok(()),
+        _ => Err(message!("token: longer than {MAX_ID} bytes")),
     }
 }
 

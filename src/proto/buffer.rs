@@ -39,7 +39,7 @@ impl<const N: usize> Buffer<N> {
         N - (self.end - self.start)
     }
 
-    /// The free bytes, in one piece; follow with [`commit`](Self::commit).
+    /// The free bytes, contiguous; follow with [`commit`](Self::commit).
     pub fn spare(&mut self) -> &mut [u8] {
         if self.start > 0 {
             self.bytes.copy_within(self.start..self.end, 0);

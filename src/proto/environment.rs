@@ -7,12 +7,12 @@ use core::fmt::{self, Display};
 use core::ops::Range;
 
 /// Room for the bytes of an environment: a whole document's and a whole exec request's.
-pub const ENV_BYTES: usize = config::DOCUMENT + (192 << 10);
+pub const ENV_BYTES: usize = config::MAX_DOCUMENT_SIZE + (192 << 10);
 /// Entries of an environment: `Env`, `ExtraEnv`, an exec request's, and our own.
-pub const ENV_ENTRIES: usize = 3 * config::ENV + 8;
+pub const ENV_ENTRIES: usize = 3 * config::MAX_ENV_ENTRIES + 8;
 
-/// A name is searched in these directories when the environment has no PATH.
-pub const PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// The search path when the environment has no PATH.
+pub const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// There is no room for another string, or for its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 use crate::arena::Strings;
 use crate::bytes::{find, split, words};
-use crate::config::{EtcResolv, HOSTS, Host};
+use crate::config::{EtcResolv, Host, MAX_HOSTS};
 
 /// Marks a line of /etc/hosts as ours, so that the next boot replaces it.
 const MARK: &[u8] = b"# pigeon-init";
@@ -45,7 +45,7 @@ impl<'a> Contents<'a> {
 /// line that stays says the same already.
 pub fn hosts(old: &[u8], entries: &[Host], new: &mut Contents) {
     let mut blank = true;
-    let mut said = [false; HOSTS];
+    let mut said = [false; MAX_HOSTS];
     keep(old, &mut |line| {
         new.put(line);
         new.put(b"\n");

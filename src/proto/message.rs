@@ -3,20 +3,20 @@
 use core::ffi::CStr;
 use core::fmt::{self, Display, Write};
 
-/// Longest message in bytes: a sentence, and two names of [`NAME`] bytes.
-pub const MESSAGE: usize = 1024;
+/// Maximum length of a message in bytes: a sentence, and two names of [`MAX_NAME`] bytes.
+pub const MAX_MESSAGE: usize = 1024;
 
-/// Most bytes of a name or value that are shown; what stands behind it often says why.
-pub const NAME: usize = 255;
+/// Maximum number of bytes shown of a name or value; the text after it often says why.
+pub const MAX_NAME: usize = 255;
 
 /// Stands for what was cut: U+2026 in UTF-8.
 const ELLIPSIS: &str = "…";
 
-/// A line of text by value, at most [`MESSAGE`] bytes. What does not fit is cut, and the cut is
+/// A line of text by value, at most [`MAX_MESSAGE`] bytes. What does not fit is cut, and the cut is
 /// marked with `…`.
 #[derive(Clone, Default)]
 pub struct Message {
-    text: heapless::String<MESSAGE>,
+    text: heapless::String<MAX_MESSAGE>,
 }
 
 impl Message {
@@ -53,7 +53,7 @@ impl Message {
 
 impl Write for Message {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        const LIMIT: usize = MESSAGE - ELLIPSIS.len();
+        const LIMIT: usize = MAX_MESSAGE - ELLIPSIS.len();
         let room = LIMIT.saturating_sub(self.text.len());
         if room < char::MAX_LEN_UTF8 && self.text.ends_with(ELLIPSIS) {
             return Ok(());
@@ -93,7 +93,7 @@ macro_rules! message {
     };
 }
 
-/// Bytes that should be UTF-8, for display: what is not becomes U+FFFD, and of more than [`NAME`]
+/// Bytes that should be UTF-8, for display: what is not becomes U+FFFD, and of more than [`MAX_NAME`]
 /// bytes the first are shown.
 pub struct Lossy<'a>(&'a [u8]);
 
@@ -117,7 +117,7 @@ impl ToLossy for CStr {
 
 impl Display for Lossy<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut room = NAME;
+        let mut room = MAX_NAME;
         for chunk in self.0.utf8_chunks() {
             let fits = floor_char_boundary(chunk.valid(), room);
             formatter.write_str(fits)?;
@@ -202,13 +202,13 @@ mod tests {
     #[test]
     fn a_message_over_its_size_is_cut_between_characters_and_marked() {
         for text in ["x", "\u{e9}", "\u{1f426}"] {
-            let mut message = message!("ab{}", text.repeat(MESSAGE));
-            assert!(message.as_str().ends_with('…') && message.as_bytes().len() <= MESSAGE);
+            let mut message = message!("ab{}", text.repeat(MAX_MESSAGE));
+            assert!(message.as_str().ends_with('…') && message.as_bytes().len() <= MAX_MESSAGE);
             let before = message.as_str().to_owned();
             let _cut = message.write_str("more");
             assert_eq!(message.as_str(), before);
         }
-        let exact = "x".repeat(MESSAGE - ELLIPSIS.len());
+        let exact = "x".repeat(MAX_MESSAGE - ELLIPSIS.len());
         assert_eq!(message!("{exact}").as_str(), exact);
     }
 

@@ -16,8 +16,8 @@ const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLM_F_DUMP: u16 = 0x300;
 const NLM_F_REPLACE: u16 = 0x100;
 const NLM_F_CREATE: u16 = 0x400;
-/// What is there already is replaced.
-const IN_PLACE: u16 = NLM_F_CREATE | NLM_F_REPLACE;
+/// An entry that exists is replaced.
+const CREATE_OR_REPLACE: u16 = NLM_F_CREATE | NLM_F_REPLACE;
 const NLM_F_CAPPED: u16 = 0x100;
 const NLM_F_ACK_TLVS: u16 = 0x200;
 /// struct nlmsgerr: negative errno (4), the request's header, and its payload unless capped.
@@ -53,8 +53,8 @@ const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
 const RTA_PRIORITY: u16 = 6;
-/// The metric of a route that gives way to any other.
-const LAST: u32 = u32::MAX;
+/// The metric of a route that any other route takes precedence over.
+const LOWEST_PRIORITY_METRIC: u32 = u32::MAX;
 
 // include/uapi/linux/if_link.h, if.h
 /// struct ifinfomsg: family, padding, type (2), index (4), flags (4), change mask (4).
@@ -201,17 +201,17 @@ fn address(kind: u16, flags: u16, index: u32, ip: &IpAddr, prefix: u8) -> Reques
 
 /// Gives interface `index` an address, usable at once (no duplicate address detection).
 pub fn add_address(index: u32, ip: &IpAddr, prefix: u8) -> Request {
-    address(RTM_NEWADDR, IN_PLACE, index, ip, prefix)
+    address(RTM_NEWADDR, CREATE_OR_REPLACE, index, ip, prefix)
 }
 
-/// Takes the address away.
+/// Removes an address.
 pub fn remove_address(index: u32, ip: &IpAddr, prefix: u8) -> Request {
     address(RTM_DELADDR, 0, index, ip, prefix)
 }
 
-/// How a gateway is reached.
+/// How the next hop is reached.
 #[derive(Clone, Copy, Debug)]
-pub enum Reach {
+pub enum NextHop {
     /// By the route to its subnet.
     Routed,
     /// Over the interface, without a route to it.
@@ -220,13 +220,13 @@ pub enum Reach {
 
 /// Makes `gateway` the default route, in place of one that is there: of two the kernel makes one with
 /// two next hops (ECMP) for IPv6.
-pub fn default_route(index: u32, gateway: &IpAddr, reach: Reach) -> Request {
-    let flags = match reach {
-        Reach::Routed => 0,
-        Reach::OnLink => RTNH_F_ONLINK,
+pub fn default_route(index: u32, gateway: &IpAddr, next_hop: NextHop) -> Request {
+    let flags = match next_hop {
+        NextHop::Routed => 0,
+        NextHop::OnLink => RTNH_F_ONLINK,
     };
     let body = rtmsg(family(gateway), 0, RTPROT_BOOT, RT_SCOPE_UNIVERSE, flags);
-    let mut request = Request::new(RTM_NEWROUTE, NLM_F_ACK | IN_PLACE, &body);
+    let mut request = Request::new(RTM_NEWROUTE, NLM_F_ACK | CREATE_OR_REPLACE, &body);
     request.address(RTA_GATEWAY, gateway);
     request.number(RTA_OIF, index);
     request
@@ -236,17 +236,17 @@ fn host_route(kind: u16, flags: u16, index: u32, peer: Ipv4Addr) -> Request {
     let body = rtmsg(AF_INET, 32, RTPROT_BOOT, RT_SCOPE_LINK, 0);
     let mut request = Request::new(kind, NLM_F_ACK | flags, &body);
     request.attribute(RTA_DST, &peer.octets());
-    request.number(RTA_PRIORITY, LAST);
+    request.number(RTA_PRIORITY, LOWEST_PRIORITY_METRIC);
     request.number(RTA_OIF, index);
     request
 }
 
-/// A /32 route to a peer on the link, beside those that others have made, and behind them.
+/// Adds a /32 route to a peer on the link. Routes that others have made stay, and take precedence.
 pub fn add_host_route(index: u32, peer: Ipv4Addr) -> Request {
-    host_route(RTM_NEWROUTE, IN_PLACE, index, peer)
+    host_route(RTM_NEWROUTE, CREATE_OR_REPLACE, index, peer)
 }
 
-/// Takes the route away, and nobody else's.
+/// Removes that route only.
 pub fn remove_host_route(index: u32, peer: Ipv4Addr) -> Request {
     host_route(RTM_DELROUTE, 0, index, peer)
 }
@@ -318,7 +318,7 @@ pub enum Reply<'a> {
     Other,
 }
 
-/// The messages in what was received at once; the last is left out where it is cut.
+/// The messages in one received datagram; the last is left out if it is cut.
 pub fn messages(received: &[u8]) -> impl Iterator<Item = Message<'_>> {
     let mut rest = received;
     core::iter::from_fn(move || {
@@ -396,9 +396,8 @@ pub struct Entry<'a> {
     pub index: u32,
     /// Of an address, itself and its prefix length.
     pub address: Option<(IpAddr, u8)>,
-    /// The kernel made it by itself, and will make or drop it by itself: addresses of lo, link-local IPv6
-    /// addresses that were not added with [`add_address`], routes that follow from addresses, neighbours
-    /// that are never asked for.
+    /// Managed by the kernel itself: addresses of lo, link-local IPv6 addresses that were not added with
+    /// [`add_address`], routes that follow from addresses, neighbours that are never resolved.
     pub is_automatic: bool,
     message: Message<'a>,
 }
@@ -465,9 +464,10 @@ impl<'a> Entry<'a> {
         })
     }
 
-    /// The request that deletes it: all that the kernel says of it, as in ip-route(8)'s flush. What went
-    /// with another entry (secondary addresses with their primary one, routes with their address) is
-    /// answered with EADDRNOTAVAIL, ESRCH or ENOENT. `None`: it is longer than any that the kernel has.
+    /// The request that deletes it, with all attributes the kernel reported, as `ip route flush` does. An
+    /// entry already removed with another one (secondary addresses with their primary one, routes with
+    /// their address) fails with EADDRNOTAVAIL, ESRCH or ENOENT. `None`: it is longer than any that the
+    /// kernel has.
     pub fn delete(&self) -> Option<Request> {
         let Message { kind, payload, .. } = self.message;
         let fits = payload.len() <= MAX_REQUEST - NLMSG_HDRLEN;
@@ -587,15 +587,15 @@ mod tests {
             8, 0, 4, 0, 2, 0, 0, 0, // RTA_OIF
         ];
         assert_eq!(
-            default_route(2, &ip("169.254.0.1"), Reach::OnLink).as_bytes(),
+            default_route(2, &ip("169.254.0.1"), NextHop::OnLink).as_bytes(),
             expected
         );
         assert_eq!(
-            default_route(2, &ip("10.0.0.1"), Reach::Routed).as_bytes()[24..28],
+            default_route(2, &ip("10.0.0.1"), NextHop::Routed).as_bytes()[24..28],
             [0; 4]
         );
         // NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE: never NLM_F_APPEND.
-        let second = default_route(2, &ip("fd00::1"), Reach::Routed);
+        let second = default_route(2, &ip("fd00::1"), NextHop::Routed);
         assert_eq!(second.as_bytes()[6..8], [5, 5]);
     }
 
@@ -615,7 +615,7 @@ mod tests {
 
     #[test]
     fn the_largest_request_fits() {
-        let default = default_route(u32::MAX, &ip("fd00::1"), Reach::OnLink);
+        let default = default_route(u32::MAX, &ip("fd00::1"), NextHop::OnLink);
         assert_eq!(default.as_bytes().len(), 16 + 12 + 20 + 8);
         assert!(add_address(1, &ip("fd00::1"), 128).as_bytes().len() <= MAX_REQUEST);
         let mut route = vec![0; MAX_REQUEST - NLMSG_HDRLEN];

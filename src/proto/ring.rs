@@ -1,15 +1,16 @@
 //! A ring of output: the last bytes of several streams, in the order in which they came.
 //!
 //! A byte's offset is how many bytes came before it, whichever their streams. Bytes are kept in
-//! records, each of one stream and in one piece of the memory; the oldest record goes first.
+//! records, each of one stream and contiguous in memory; the oldest record is dropped first.
 
 use core::ops::DerefMut;
 
 /// A record's header: its stream, and its length as a u32.
 const HEADER: usize = 5;
 
-/// Most bytes that are asked for at once, and so free at times.
-pub const PIECE: usize = 16 << 10;
+/// Maximum number of bytes requested at once, which may be free at times: memory in addition to what is
+/// to be kept.
+pub const MAX_READ: usize = 16 << 10;
 
 /// The last bytes of several streams.
 pub struct Ring<M> {
@@ -33,7 +34,7 @@ pub struct Cursor {
     /// Position of the record.
     record: u64,
     /// Bytes of it that were read.
-    taken: usize,
+    consumed: usize,
     /// Offset of the next byte.
     offset: u64,
 }
@@ -41,7 +42,7 @@ pub struct Cursor {
 impl Cursor {
     /// From where on the ring must be kept for this reader; see [`Ring::room`].
     pub fn position(&self) -> u64 {
-        self.record + self.taken as u64
+        self.record + self.consumed as u64
     }
 
     /// Offset of the next byte.
@@ -111,12 +112,12 @@ impl<M: DerefMut<Target = [u8]>> Ring<M> {
     }
 
     /// Whether output of that stream continues the last record: nothing else came since, and the
-    /// memory goes on behind it.
+    /// memory continues after it.
     fn continues(&self, stream: u8) -> bool {
         self.last.is_some_and(|(_, last)| last == stream) && self.index(self.head) != 0
     }
 
-    /// Drops the oldest bytes until so many are free, but none from position `keep` on.
+    /// Drops the oldest bytes until `wanted` bytes are free, but none from position `keep` on.
     fn make_room(&mut self, wanted: u64, keep: u64) {
         loop {
             let missing = wanted.saturating_sub(self.size() - (self.head - self.tail));
@@ -149,10 +150,10 @@ impl<M: DerefMut<Target = [u8]>> Ring<M> {
         }
     }
 
-    /// Room for bytes of a stream, in one piece; follow with [`commit`](Self::commit). Old records go
-    /// to make it, but not from position `keep` on: then there may be none.
+    /// Contiguous free space for bytes of a stream; follow with [`commit`](Self::commit). Drops old
+    /// records to make room, but none from position `keep` on, so it may be empty.
     pub fn room(&mut self, stream: u8, keep: u64) -> &mut [u8] {
-        let wanted = PIECE.min(self.memory.len() / 4);
+        let wanted = MAX_READ.min(self.memory.len() / 4);
         self.make_room((wanted + HEADER) as u64, keep);
         let free = (self.size() - (self.head - self.tail)) as usize;
         let header = if self.continues(stream) { 0 } else { HEADER };
@@ -187,33 +188,33 @@ impl<M: DerefMut<Target = [u8]>> Ring<M> {
         let offset = offset.min(self.written).max(self.oldest);
         let mut cursor = Cursor {
             record: self.tail,
-            taken: 0,
+            consumed: 0,
             offset: self.oldest,
         };
         while cursor.offset < offset {
             let (_, length) = self.record(cursor.record);
             let step = (offset - cursor.offset).min(length as u64);
             cursor.offset += step;
-            cursor.taken = step as usize;
+            cursor.consumed = step as usize;
             if cursor.offset < offset {
                 cursor.record += (HEADER + length) as u64;
-                cursor.taken = 0;
+                cursor.consumed = 0;
             }
         }
         cursor
     }
 
-    /// The bytes at a reader's place: their stream, and all of them that are in one piece. `None`
-    /// when it has read everything. A reader whose place is gone goes on at the oldest byte.
+    /// The bytes at a reader's place: their stream, and all of them that are contiguous. `None` when it
+    /// has read everything. A reader whose place is gone continues at the oldest byte.
     pub fn read(&self, cursor: &mut Cursor) -> Option<(u8, &[u8])> {
         if cursor.record < self.tail {
             *cursor = self.seek(cursor.offset);
         }
         while cursor.record < self.head {
             let (stream, length) = self.record(cursor.record);
-            if cursor.taken < length {
+            if cursor.consumed < length {
                 let start = self.index(cursor.record + HEADER as u64);
-                let bytes = self.memory.get(start + cursor.taken..start + length)?;
+                let bytes = self.memory.get(start + cursor.consumed..start + length)?;
                 return Some((stream, bytes));
             }
             let next = cursor.record + (HEADER + length) as u64;
@@ -222,14 +223,14 @@ impl<M: DerefMut<Target = [u8]>> Ring<M> {
                 return None;
             }
             cursor.record = next;
-            cursor.taken = 0;
+            cursor.consumed = 0;
         }
         None
     }
 
-    /// So many of the bytes of [`read`](Self::read) are done with.
+    /// Marks `count` bytes of the last [`read`](Self::read) as consumed.
     pub fn advance(&self, cursor: &mut Cursor, count: usize) {
-        cursor.taken = cursor.taken.saturating_add(count);
+        cursor.consumed = cursor.consumed.saturating_add(count);
         cursor.offset = cursor.offset.saturating_add(count as u64);
     }
 }

@@ -21,7 +21,7 @@ pub(super) fn answer(key: Key, status: Status, body: &dyn Display, supervisor: &
     api.answer(key, status, body, context);
 }
 
-/// Tells whoever asked for it what has become of it; a restore that has failed, in which step.
+/// Reports the result to the call, or logs it; for a failed restore, with the step.
 pub(super) fn finish_call(
     owner: Option<Key>,
     result: Result<Error, CallError>,

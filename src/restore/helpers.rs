@@ -40,7 +40,7 @@ pub fn fork(
     proc: &OwnedFd,
     work: &mut dyn FnMut(&HelperLog) -> Result<(), CallError>,
 ) -> Result<Helper, Error> {
-    helper::fork_spared(proc, &mut |log| report(work(log), log))
+    helper::fork_oom_protected(proc, &mut |log| report(work(log), log))
 }
 
 /// What PID 1 closes must be closed, whatever this child waits for.
@@ -55,7 +55,7 @@ pub fn close_all_but(freezer: Option<&Freezer>, log: &HelperLog) {
     }
 }
 
-/// What a helper has found out; one that has not ended is given up.
+/// Returns the helper's result; one that has not exited is killed.
 pub fn result(
     helper: Helper,
     ended: Option<WaitStatus>,
@@ -65,8 +65,8 @@ pub fn result(
         return Err(CallError::new(Status::GatewayTimeout, helper.give_up(log)));
     };
     let lines = helper::read_lines(&helper.log, log);
-    let error = match (lines.error, lines.answer) {
-        (None, Some(answer)) => return Ok(answer),
+    let error = match (lines.error, lines.result) {
+        (None, Some(result)) => return Ok(result),
         (error, _) => error.unwrap_or_else(|| error!("a helper was killed")),
     };
     Err(CallError::new(status_of(status.exit_status()), error))

@@ -1,8 +1,8 @@
-//! Holds: all processes stand still while a snapshot is taken.
+//! Holds: all processes are frozen while a snapshot is taken.
 
 use super::calls::{answer, close_others, finish_call};
 use super::helpers::{freezer, spawn};
-use super::state::{Hold, Kind, Restore, Token};
+use super::state::{Hold, Restore, TaskKind, Token};
 use crate::api::{CallError, SnapshotCall, read_body};
 use crate::error;
 use crate::error::Error;
@@ -19,13 +19,13 @@ use proto::slab::Key;
 
 /// The answer that has nothing to tell.
 const OK: &str = r#"{"ok":true}"#;
-/// How long processes have to stand still, in milliseconds, unless the call says otherwise.
+/// How long processes may take to freeze, in milliseconds, unless the call says otherwise.
 const FREEZE_TIMEOUT: u64 = 2_000;
 /// How long a hold lasts, in milliseconds, unless the call says otherwise.
 const HOLD: u64 = 600_000;
 
 impl Restore {
-    /// The workload is to stand still, or to go on.
+    /// Starts or cancels a hold: freezes or thaws the workload.
     pub(super) fn change_hold(
         &mut self,
         key: Key,
@@ -64,7 +64,7 @@ impl Restore {
             freeze(freezer, &token, timeout, sync, log)
         })?;
         context.snapshot.is_held = true;
-        let kind = Kind::Freeze {
+        let kind = TaskKind::Freeze {
             token,
             hold: hold_ms.map_or(HOLD, u64::from),
         };
@@ -72,7 +72,7 @@ impl Restore {
         Ok(())
     }
 
-    /// All stands still: the hold begins, for so many milliseconds.
+    /// All processes are frozen: the hold begins, for `time` milliseconds.
     pub(super) fn held(
         &mut self,
         token: Token,
@@ -95,7 +95,7 @@ impl Restore {
         });
     }
 
-    /// Lets all go on; the hold is over, whether that works or not.
+    /// Thaws all processes; the hold is over, whether that works or not.
     pub(super) fn start_thaw(
         &mut self,
         owner: Option<Key>,
@@ -107,7 +107,7 @@ impl Restore {
         context.snapshot.is_held = false;
         let helper = spawn(context, &|freezer, log| {
             freezer.thaw()?;
-            log.answer(&OK);
+            log.result(&OK);
             Ok(())
         });
         let Ok(helper) = helper else {
@@ -119,12 +119,12 @@ impl Restore {
             finish_call(owner, result, "", supervisor);
             return Ok(());
         };
-        self.begin_task(helper, 0, owner, Kind::Thaw { failure }, context);
+        self.begin_task(helper, 0, owner, TaskKind::Thaw { failure }, context);
         Ok(())
     }
 }
 
-/// In the helper: holds all still, and writes out what is not on the disks.
+/// In the helper: freezes all processes, and writes out what is not on the disks.
 fn freeze(
     freezer: &Freezer,
     token: &str,
@@ -143,7 +143,7 @@ fn freeze(
         log.step(&"sync");
         rustix::fs::sync();
     }
-    log.answer(&message!(
+    log.result(&message!(
         "{{\"ok\":true,\"token\":{},\"frozen\":{frozen},\"freeze_ms\":{},\"sync_ms\":{}}}",
         Quoted(&token),
         still.saturating_sub(start),

@@ -1,9 +1,9 @@
-//! Made to be cloned: the workload is held still while a snapshot is taken, and what was restored from
-//! one becomes a VM of its own before the workload goes on.
+//! Snapshots and restores: the workload is frozen while a snapshot is taken, and a restored VM gets its
+//! own identity before the workload is thawed.
 //!
-//! PID 1 only decides here, between two turns of the event loop: what takes time is done by one helper
-//! at a time, and the calls wait for it as connections of the API. This room is above the boot, whose
-//! steps a restore goes once more.
+//! PID 1 only coordinates, between iterations of the event loop; one helper at a time does the work, and
+//! the API calls that wait for it are connections. This module is above `boot`, some of whose steps a
+//! restore repeats.
 
 mod calls;
 mod helpers;
@@ -14,7 +14,7 @@ mod task;
 mod triggers;
 
 use crate::api::{CallError, PendingCall, SnapshotCall, not_running};
-use crate::boot::kernel_params::Restore as Mode;
+use crate::boot::kernel_params::RestoreMode;
 use crate::context;
 use crate::context::{Context, NEVER, document_memory};
 use crate::error;
@@ -27,7 +27,7 @@ use proto::environment::Environment;
 use proto::http::Status;
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
-use state::{Kind, NotifiedRestore, Task};
+use state::{NotifiedRestore, Task, TaskKind};
 use steps::{Job, Report, Step};
 
 pub use state::Restore;
@@ -38,30 +38,30 @@ const RETRY: u64 = 1_000;
 impl Restore {
     /// The workload runs: from now on there can be snapshots of it.
     pub fn begin(&mut self, context: &mut Context) {
-        if self.mode == Mode::Auto {
+        if self.mode == RestoreMode::Auto {
             self.triggers.watch(context);
         }
     }
 
-    /// Goes on after a turn of the event loop.
+    /// Does what is due after an iteration of the event loop.
     pub fn advance(&mut self, supervisor: &mut Supervisor) {
         let context = &mut supervisor.context;
-        self.triggers.watch_on(context);
-        let flags = core::mem::replace(&mut context.snapshot.news, EventFlags::empty());
+        self.triggers.rewatch(context);
+        let flags = core::mem::replace(&mut context.snapshot.trigger_events, EventFlags::empty());
         if !flags.is_empty() {
-            let news = self.triggers.look(flags, context);
-            self.is_reseeded |= news.is_reseeded;
-            // While a call's restore goes on, it is this one that the kernel speaks of: the host calls
-            // because of it.
+            let notification = self.triggers.poll(flags, context);
+            self.is_reseeded |= notification.is_reseeded;
+            // While a call's restore is running, the notification is about the same restore: the host has
+            // called because of it.
             let is_called = matches!(
                 &self.task,
                 Some(Task {
                     owner: Some(_),
-                    kind: Kind::Restore { .. },
+                    kind: TaskKind::Restore { .. },
                     ..
                 })
             );
-            if news.is_restored && !is_called {
+            if notification.is_restored && !is_called {
                 self.due = context.now;
             }
         }
@@ -71,7 +71,7 @@ impl Restore {
             self.take_calls(supervisor);
         }
         if self.task.is_none() {
-            self.do_what_is_due(supervisor);
+            self.run_due(supervisor);
         }
         supervisor.context.snapshot.deadline = match (&self.task, &self.hold) {
             (Some(task), _) => task.deadline,
@@ -82,7 +82,7 @@ impl Restore {
 
     /// A workload that is to stop, or has ended, is not frozen for a snapshot any more.
     fn give_up_freeze(&mut self, supervisor: &mut Supervisor) {
-        let is_freeze = |task: &mut Task| matches!(task.kind, Kind::Freeze { .. });
+        let is_freeze = |task: &mut Task| matches!(task.kind, TaskKind::Freeze { .. });
         if supervisor.is_running() {
             return;
         }
@@ -98,8 +98,8 @@ impl Restore {
         }
     }
 
-    /// What nobody has called for.
-    fn do_what_is_due(&mut self, supervisor: &mut Supervisor) {
+    /// Starts what is due without a call: a notified restore, or a thaw.
+    fn run_due(&mut self, supervisor: &mut Supervisor) {
         let is_running = supervisor.is_running();
         let now = supervisor.context.now;
         let mut started = Ok(());
@@ -129,14 +129,14 @@ impl Restore {
         }
     }
 
-    /// Takes the calls that wait while no helper is at work.
+    /// Starts pending calls, unless a helper is running.
     fn take_calls(&mut self, supervisor: &mut Supervisor) {
-        for place in 0..supervisor.api.places() {
-            let Some((key, pending)) = supervisor.api.pending_call(place) else {
+        for slot in 0..supervisor.api.slots() {
+            let Some((key, pending)) = supervisor.api.pending_call(slot) else {
                 continue;
             };
             if pending.call == SnapshotCall::Restore {
-                self.cut_short(supervisor);
+                self.preempt_notified_restore(supervisor);
             }
             if self.task.is_none() {
                 self.take_call(key, pending, supervisor);
@@ -144,11 +144,13 @@ impl Restore {
         }
     }
 
-    /// A restore that the kernel notified of, and that waits for MMDS, is of no use once the host calls for
-    /// one: that call has the document, or asks for it itself.
-    fn cut_short(&mut self, supervisor: &mut Supervisor) {
+    /// Kills a restore triggered by the kernel that waits for MMDS, as a call has arrived: the call brings
+    /// the document, or fetches it itself.
+    fn preempt_notified_restore(&mut self, supervisor: &mut Supervisor) {
         let waits_for_mmds = |task: &Task| match &task.kind {
-            Kind::Restore { report, .. } => task.owner.is_none() && report.step.is(Step::Config),
+            TaskKind::Restore { report, .. } => {
+                task.owner.is_none() && report.step.is(Step::Config)
+            }
             _ => false,
         };
         if self.task.as_ref().is_some_and(waits_for_mmds)
@@ -156,14 +158,14 @@ impl Restore {
         {
             task.helper.give_up(supervisor.console);
             supervisor.context.snapshot.helper = None;
-            self.was_cut_short = true;
+            self.was_preempted = true;
             self.is_notified = true;
         }
     }
 
     fn take_call(&mut self, key: Key, pending: PendingCall, supervisor: &mut Supervisor) {
         let taken = match pending.call {
-            _ if self.mode == Mode::Off => {
+            _ if self.mode == RestoreMode::Off => {
                 let error = error!("PIGEON_RESTORE is off");
                 Err(CallError::new(Status::NotImplemented, error))
             }
@@ -197,7 +199,7 @@ impl Restore {
         started
     }
 
-    /// Makes this VM a new one: for a call, which came at that time, or by the kernel's notification.
+    /// Starts a restore: for a call, with the time of its arrival, or after the kernel's notification.
     fn start_restore(
         &mut self,
         call: Option<(Key, u64)>,
@@ -240,7 +242,7 @@ impl Restore {
                 started_us,
                 token,
                 is_held: self.hold.is_some(),
-                was_cut_short: self.was_cut_short,
+                was_preempted: self.was_preempted,
                 is_reseeded: self.is_reseeded,
                 generation,
                 source: self.source,
@@ -255,13 +257,13 @@ impl Restore {
                 steps::run(&mut job, arena, memory, freezer, &mut report, log)
             })
         })?;
-        let kind = Kind::Restore { generation, report };
+        let kind = TaskKind::Restore { generation, report };
         let owner = call.map(|(key, _)| key);
         self.begin_task(helper, self.mmds_timeout, owner, kind, context);
         Ok(())
     }
 
-    /// This VM is a new one, and the workload goes on.
+    /// The restore has succeeded, and the workload is thawed.
     fn restored(
         &mut self,
         generation: u64,
@@ -271,12 +273,12 @@ impl Restore {
     ) {
         self.generation = generation;
         self.is_reseeded = false;
-        self.was_cut_short = false;
+        self.was_preempted = false;
         self.is_notified = false;
         let hold = self.hold.take();
         self.notified = match owner {
             Some(_) => {
-                // What the kernel has told of is this restore.
+                // The kernel's notification was about this restore.
                 self.due = NEVER;
                 None
             }

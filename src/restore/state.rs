@@ -1,69 +1,69 @@
-//! What is held and restored, and what is at work for that.
+//! The state of holds and restores.
 
 use super::steps::Report;
 use super::triggers::Triggers;
 use crate::api::CallError;
 use crate::boot::config_source::Source;
-use crate::boot::kernel_params::{KernelParams, Restore as Mode};
+use crate::boot::kernel_params::{KernelParams, RestoreMode};
 use crate::context::NEVER;
 use crate::error::Error;
 use crate::page::PageBox;
 use crate::process::helper::Helper;
-use proto::bodies::ID;
+use proto::bodies::MAX_ID;
 use proto::slab::Key;
 
 /// Holds and restores.
 pub struct Restore {
-    pub(super) mode: Mode,
+    pub(super) mode: RestoreMode,
     pub(super) source: Source,
     pub(super) mmds_timeout: u64,
     pub(super) triggers: Triggers,
     pub(super) hold: Option<Hold>,
     pub(super) task: Option<Task>,
-    /// How often this VM was restored, and one more.
+    /// 1 plus the number of restores of this VM.
     pub(super) generation: u64,
-    /// When something is done for a restore that the kernel has told of.
+    /// When to act on a notified restore.
     pub(super) due: u64,
     /// The kernel has had new random numbers since the last restore.
     pub(super) is_reseeded: bool,
-    /// A restore was killed while it asked MMDS.
-    pub(super) was_cut_short: bool,
+    /// The previous restore was killed while it waited for MMDS.
+    pub(super) was_preempted: bool,
     /// The kernel has notified of a restore that a call has taken over.
     pub(super) is_notified: bool,
-    /// The last restore, if nothing but the kernel's notification has asked for it so far.
+    /// The last restore, if the kernel triggered it and no call has claimed it yet.
     pub(super) notified: Option<NotifiedRestore>,
 }
 
-/// A restore by the kernel's notification: the call that follows is about the same one.
+/// A restore triggered by the kernel: the call that follows is about the same one.
 pub struct NotifiedRestore {
-    /// Of the hold that it has ended.
+    /// The token of the hold that it has ended.
     pub token: Option<Token>,
 }
 
-/// What a hold is known by.
-pub type Token = heapless::String<ID>;
+/// Identifies a hold.
+pub type Token = heapless::String<MAX_ID>;
 
-/// The workload stands still.
+/// The workload is frozen.
 pub struct Hold {
     pub token: Token,
-    /// When it ends by itself.
+    /// Deadline, after which the workload is thawed.
     pub until: u64,
     /// What the call was answered, should it come again.
     pub answer: Error,
 }
 
-/// What a helper is at.
+/// The running helper.
 pub struct Task {
     pub helper: Helper,
     /// When it has taken too long.
     pub deadline: u64,
     /// The call that waits for it.
     pub owner: Option<Key>,
-    pub kind: Kind,
+    pub kind: TaskKind,
 }
 
-/// What it is for, and what is needed when it has ended.
-pub enum Kind {
+/// What the helper does, and what is needed when it has exited.
+pub enum TaskKind {
     Freeze {
         token: Token,
         /// How long the hold is to last, in milliseconds.
@@ -92,7 +92,7 @@ impl Restore {
             generation: 1,
             due: NEVER,
             is_reseeded: false,
-            was_cut_short: false,
+            was_preempted: false,
             is_notified: false,
             notified: None,
         }

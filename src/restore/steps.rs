@@ -1,4 +1,4 @@
-//! What makes a VM that was restored a new one, step by step, in a helper: disks and MMDS may wait.
+//! The steps of a restore, run in a helper: disks and MMDS can block.
 
 use crate::api::{CallError, read_body};
 use crate::boot::config_source::{self, FetchError, Source};
@@ -17,7 +17,7 @@ use core::ffi::CStr;
 use core::fmt::Write;
 use core::sync::atomic::{AtomicU8, Ordering};
 use proto::bodies::RestoreRequest;
-use proto::config::{Config, DOCUMENT, MEMBERS};
+use proto::config::{Config, MAX_DOCUMENT_SIZE, MEMBERS};
 use proto::digest::decode_base64;
 use proto::environment::Environment;
 use proto::http::Status;
@@ -41,15 +41,15 @@ pub struct Job<'a> {
     pub started_us: u64,
     /// The token of the hold, or of the last one.
     pub token: Option<&'a str>,
-    /// The workload stands still.
+    /// The workload is frozen.
     pub is_held: bool,
-    /// One before this was killed while it asked MMDS.
-    pub was_cut_short: bool,
+    /// The previous restore was killed while it waited for MMDS.
+    pub was_preempted: bool,
     /// The kernel has new random numbers already.
     pub is_reseeded: bool,
-    /// How often this VM was restored, and one more.
+    /// 1 plus the number of restores of this VM.
     pub generation: u64,
-    /// Whether MMDS is asked.
+    /// Whether MMDS is polled.
     pub source: Source,
     /// How long, in milliseconds.
     pub mmds_timeout: u64,
@@ -89,12 +89,12 @@ impl Step {
     ];
 }
 
-/// The step that a helper is at: PID 1 may look while it goes on.
+/// The helper's current step, which PID 1 may read at any time.
 #[derive(Default)]
 pub struct CurrentStep(AtomicU8);
 
 impl CurrentStep {
-    /// The next one begins.
+    /// Starts the next step.
     pub fn set(&self, step: Step) {
         self.0.store(step as u8, Ordering::Release);
     }
@@ -118,11 +118,11 @@ impl CurrentStep {
     }
 }
 
-/// What a restore hands to PID 1, in memory that both have.
+/// What a restore hands to PID 1, in shared memory.
 pub struct Report {
-    /// What is being done.
+    /// The current step.
     pub step: CurrentStep,
-    /// What is in force then; after a failure, what may be in part.
+    /// The configuration in force after it; after a failure, the one that may be in force in part.
     pub applied: AppliedConfig,
     /// The interfaces that have addresses, or may have after a failure.
     pub interfaces: Interfaces,
@@ -135,7 +135,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// Nothing is done, and all stays as it is.
+    /// The report of a restore that has changed nothing.
     pub fn new(before: &Snapshot, environment: PageBox<Environment>) -> Self {
         Self {
             step: CurrentStep::default(),
@@ -148,7 +148,7 @@ impl Report {
     }
 }
 
-/// Restores, and thaws at the end; when it fails it can be done again. `arena` is for the strings of the
+/// Restores, and thaws last; a restore that fails can be repeated. `arena` is for the strings of the
 /// call, `room` for a document and its strings.
 pub fn run(
     job: &mut Job,
@@ -183,10 +183,12 @@ pub fn run(
     let clock_step = set_clock(request.unix_us, received_us)?;
 
     report.step.set(Step::Config);
-    if job.was_cut_short {
-        config_source::leave_service()?;
+    if job.was_preempted {
+        config_source::remove_stale_mmds_route()?;
     }
-    let (document, strings) = room.split_at_mut_checked(DOCUMENT).unwrap_or_default();
+    let (document, strings) = room
+        .split_at_mut_checked(MAX_DOCUMENT_SIZE)
+        .unwrap_or_default();
     let fetched = match request.has_config {
         true => None,
         false => fetch(job, document, strings, report, log)?,
@@ -210,7 +212,7 @@ pub fn run(
     if let Some(freezer) = freezer {
         freezer.thaw()?;
     }
-    log.answer(&message!(
+    log.result(&message!(
         "{{\"ok\":true,\"generation\":{},\"reseeded\":{is_reseeded},\"clock_step_ms\":{},\"config\":\"{source}\",\"changed\":[{changed}],\"elapsed_us\":{}}}",
         job.generation,
         clock_step / 1000,
@@ -219,8 +221,8 @@ pub fn run(
     Ok(())
 }
 
-/// The document that MMDS gives, as at boot; `None` where the old one stays: MMDS is not asked, or has
-/// nothing for a VM that may go on without.
+/// Fetches the document from MMDS, as at boot. Returns `None` if the current one stays in force: MMDS
+/// is not polled, or has no document for a VM that can do without.
 fn fetch<'a>(
     job: &Job,
     document: &mut [u8],
@@ -308,8 +310,8 @@ fn apply(
     Ok(())
 }
 
-/// Makes the kernel's random numbers new: by what the call has, which only this VM was given, and by
-/// what the kernel has met since. Whether there was anything in the call.
+/// Reseeds the kernel's random numbers: from the call, whose bytes only this VM was given, and from what
+/// the kernel has collected since. Returns whether the call had any.
 fn add_entropy(device: &OwnedFd, base64: &str) -> Result<bool> {
     let mut piece = [0; random::PIECE];
     let mut filled = 0;
@@ -336,8 +338,8 @@ fn add_entropy(device: &OwnedFd, base64: &str) -> Result<bool> {
     Ok(!base64.is_empty())
 }
 
-/// Sets the clock to what the host says, or a clock device, when it is wrong; by how much it was, in
-/// microseconds. What the host says was right at `then` of the monotonic clock.
+/// Sets the clock to the host's time, or a clock device's, if it is off. Returns by how much it was, in
+/// microseconds. The host's time was right at `then` of the monotonic clock.
 fn set_clock(host: Option<u64>, then: u64) -> Result<i64> {
     let right = match host {
         Some(time) => time.saturating_add(sys::microseconds().saturating_sub(then)) as i64,
@@ -359,7 +361,7 @@ fn set_clock(host: Option<u64>, then: u64) -> Result<i64> {
     Ok(step)
 }
 
-/// Tells programs how often this VM was restored.
+/// Writes the generation to a file, for programs in the VM.
 fn write_generation(generation: u64) -> Result {
     const PATH: &CStr = c"/run/pigeon/generation";
     files::require_directory(c"/run/pigeon", 0o755)?;

@@ -1,8 +1,8 @@
-//! What takes time: one helper at a time.
+//! Work that takes time, done by one helper at a time.
 
 use super::calls::finish_call;
 use super::helpers::result;
-use super::state::{Kind, Restore, Task};
+use super::state::{Restore, Task, TaskKind};
 use crate::api::CallError;
 use crate::context::Context;
 use crate::process::helper::{self, Helper};
@@ -11,13 +11,13 @@ use proto::http::Status;
 use proto::slab::Key;
 
 impl Restore {
-    /// A helper is at work, for so many milliseconds beside what a disk may take.
+    /// Tracks a running helper, which may take `timeout` milliseconds in addition to a disk's time.
     pub(super) fn begin_task(
         &mut self,
         helper: Helper,
         timeout: u64,
         owner: Option<Key>,
-        kind: Kind,
+        kind: TaskKind,
         context: &mut Context,
     ) {
         context.snapshot.helper = Some(helper.pid);
@@ -30,7 +30,7 @@ impl Restore {
         });
     }
 
-    /// What comes of a helper that has ended, or has taken too long.
+    /// Handles the result of a helper that has exited, or has taken too long.
     pub(super) fn finish_task(&mut self, supervisor: &mut Supervisor) {
         let context = &mut supervisor.context;
         let ended = context.snapshot.ended.take();
@@ -52,18 +52,18 @@ impl Restore {
         let result = result(helper, ended, supervisor.console);
         let mut step = "";
         let result = match kind {
-            Kind::Freeze { token, hold } => match result {
+            TaskKind::Freeze { token, hold } => match result {
                 Ok(held) => return self.held(token, hold, held, owner, supervisor),
                 Err(failure) => match self.start_thaw(owner, Some(failure), supervisor) {
                     Ok(()) => return,
                     Err(error) => Err(error),
                 },
             },
-            Kind::Thaw { failure } => {
+            TaskKind::Thaw { failure } => {
                 supervisor.console.info(&"the workload goes on", &"");
                 failure.map_or(result, Err)
             }
-            Kind::Restore { generation, report } => {
+            TaskKind::Restore { generation, report } => {
                 step = report.step.name();
                 // What was done is done, whatever has failed after that.
                 if ended.is_some() || report.step.waits_for_disk() {
@@ -77,7 +77,7 @@ impl Restore {
                 }
                 match &result {
                     Ok(_) => self.restored(generation, &report, owner, supervisor),
-                    // A call that was none has cut short what the kernel has asked for.
+                    // A call that was rejected had preempted the restore triggered by the kernel.
                     Err(CallError {
                         status: Status::BadRequest | Status::Conflict,
                         ..

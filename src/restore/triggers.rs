@@ -1,4 +1,4 @@
-//! How this VM comes to know that it was restored from a snapshot: the kernel's log, and vmclock.
+//! Detects that this VM was restored from a snapshot, by the kernel's log and vmclock.
 
 use crate::context::{Context, Source};
 use crate::sys::files;
@@ -10,10 +10,11 @@ use rustix::fd::OwnedFd;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-/// Records of the kernel's log looked at in a turn: who writes many does not keep others waiting.
+/// Records of the kernel's log read in one iteration, so that a process that writes many does not keep
+/// others waiting.
 const RECORDS: usize = 64;
 
-/// What tells of restores.
+/// The sources that report restores.
 #[derive(Default)]
 pub struct Triggers {
     /// /dev/kmsg, from now on.
@@ -30,17 +31,17 @@ struct Device {
     watched: EventFlags,
 }
 
-/// What was told.
+/// What the triggers reported.
 #[derive(Clone, Copy, Default)]
-pub struct News {
+pub struct Notification {
     /// There was a restore.
     pub is_restored: bool,
-    /// The kernel has new random numbers since.
+    /// The kernel has reseeded since.
     pub is_reseeded: bool,
 }
 
 impl Triggers {
-    /// Waits for news from what the boot has opened.
+    /// Starts watching the devices that the boot has opened.
     pub fn watch(&mut self, context: &mut Context) {
         let [log, clock] = core::mem::take(&mut context.snapshot.devices);
         self.log.file = log.filter(|log| rustix::fs::seek(log, SeekFrom::End(0)).is_ok());
@@ -50,23 +51,23 @@ impl Triggers {
             self.clock.file = None;
         }
         for device in [&mut self.log, &mut self.clock] {
-            // A clock whose driver cannot be waited for is looked at when the log has news (EPERM).
+            // A clock whose driver cannot be polled (EPERM) is read when the log has a new record.
             device.watch(context, EventFlags::IN);
         }
     }
 
-    /// Goes on waiting, where the poller has another instance.
-    pub fn watch_on(&mut self, context: &Context) {
+    /// Registers again with a new poller instance.
+    pub fn rewatch(&mut self, context: &Context) {
         self.log.watch(context, EventFlags::IN);
         let wanted = self.clock.watched & EventFlags::IN;
         self.clock.watch(context, wanted);
     }
 
-    /// Looks at what there is; `flags` are what the poller said of either.
+    /// Polls the triggers; `flags` are their poller events.
     ///
-    /// Each restore is told of once: where there is a vmclock its generation says whether a line of the
-    /// log is of a restore that the clock told of already.
-    pub fn look(&mut self, flags: EventFlags, context: &mut Context) -> News {
+    /// Each restore is reported once: with a vmclock, its generation tells whether a line of the log is
+    /// about a restore already reported.
+    pub fn poll(&mut self, flags: EventFlags, context: &mut Context) -> Notification {
         let mut has_line = false;
         for _ in 0..RECORDS {
             let Some(log) = &self.log.file else {
@@ -77,18 +78,18 @@ impl Triggers {
                     let record = context.sink.get(..count).unwrap_or(&[]);
                     has_line |= kmsg::is_virtual_machine_fork(record);
                 }
-                // EPIPE: records were overwritten; the next read goes on behind them.
+                // EPIPE: records were overwritten; the next read continues after them.
                 Err(Errno::PIPE) => {}
                 Err(_) => break,
             }
         }
-        // A clock that never tells anything by itself (no VMCLOCK_FLAG_NOTIFICATION_PRESENT).
+        // A clock that never notifies (no VMCLOCK_FLAG_NOTIFICATION_PRESENT).
         if flags.contains(EventFlags::HUP) {
             self.clock.watch(context, EventFlags::empty());
         }
         let before = self.generation;
         self.generation = self.read_generation();
-        News {
+        Notification {
             is_restored: match self.generation {
                 Some(_) => self.generation != before,
                 None => has_line,

@@ -1,17 +1,17 @@
-//! How long the end may take, in milliseconds: 45 s from the workload's end to the machine's, whatever
-//! hangs. Its steps follow each other, on each path.
+//! Time limits of the shutdown, in milliseconds: 45 s in all from the workload's exit to the reboot,
+//! whatever hangs. On every path, its steps follow each other.
 
 use crate::sys;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 /// The whole.
 const TOTAL: u64 = 45_000;
-/// How long the exit code can be read, unless the kernel command line says otherwise: then the end is
-/// as much longer or shorter.
+/// How long the exit code can be read, unless the kernel command line says otherwise: then the shutdown
+/// takes as much longer or shorter.
 pub const LINGER: u64 = 1000;
-/// How long what is left may take to stop when it is asked to.
+/// How long remaining processes may take to exit after SIGTERM.
 pub const TERM_GRACE: u64 = 500;
-/// How long what is killed may take to go: a process in the kernel may stay.
+/// How long processes may take to exit after SIGKILL: one that is in the kernel may stay.
 pub const KILL_TIMEOUT: u64 = 2000;
 /// How long all file systems may take, the kernel making them read-only included.
 pub const UNMOUNT_TIMEOUT: u64 = 34_000;
@@ -25,29 +25,30 @@ const RESTART: u64 = 1000;
 /// console that takes little.
 const STEPS: u64 = TOTAL - LINGER - RESTART;
 
-/// What all but the file systems takes.
-const REST: u64 = TERM_GRACE + KILL_TIMEOUT + CONSOLE_DRAIN_TIMEOUT;
+/// Time for everything but the file systems.
+const OTHER_STEPS: u64 = TERM_GRACE + KILL_TIMEOUT + CONSOLE_DRAIN_TIMEOUT;
 
-const _: () = assert!(VOLUMES_TIMEOUT < UNMOUNT_TIMEOUT && UNMOUNT_TIMEOUT + REST <= STEPS);
-// After a panic in the midst of it: where there is no time for the rest once more, the file systems have
+const _: () = assert!(VOLUMES_TIMEOUT < UNMOUNT_TIMEOUT && UNMOUNT_TIMEOUT + OTHER_STEPS <= STEPS);
+// After a panic during the shutdown: if there is no time to repeat the other steps, the file systems have
 // had theirs.
-const _: () = assert!(TERM_GRACE + KILL_TIMEOUT + UNMOUNT_TIMEOUT + REST <= STEPS);
+const _: () = assert!(TERM_GRACE + KILL_TIMEOUT + UNMOUNT_TIMEOUT + OTHER_STEPS <= STEPS);
 
-/// When the end is over, on the monotonic clock. There is one thread: a load and a store are a swap,
+/// Deadline of the shutdown, on the monotonic clock. There is one thread: a load and a store are a swap,
 /// which on aarch64 would need the run-time library's atomics.
 static DEADLINE: AtomicU64 = AtomicU64::new(u64::MAX);
 
-/// Begins the end: how long it may take.
+/// Starts the shutdown. Returns how long it may take.
 pub fn begin() -> u64 {
     DEADLINE.store(sys::milliseconds().saturating_add(STEPS), Ordering::Relaxed);
     STEPS
 }
 
-/// Begins the end after a panic, in the time that is left of one that has begun: how long all file
-/// systems may take. None when there is no time for the rest, and after a panic on this way.
+/// Starts the shutdown after a panic, within the deadline of one already started. Returns the time for
+/// unmounting; `None` if there is none left, or if this path has panicked before.
 pub fn begin_after_panic() -> Option<u64> {
     let deadline = DEADLINE.load(Ordering::Relaxed);
     DEADLINE.store(0, Ordering::Relaxed);
     let left = deadline.saturating_sub(sys::milliseconds());
-    left.checked_sub(REST).map(|most| most.min(UNMOUNT_TIMEOUT))
+    left.checked_sub(OTHER_STEPS)
+        .map(|most| most.min(UNMOUNT_TIMEOUT))
 }

@@ -1,13 +1,13 @@
-//! All file systems at the end, the root's last.
+//! All file systems at the shutdown, the root's last.
 //!
-//! A child a device: one that hangs costs no other, and is named.
+//! One child per device, so that a device that hangs delays no other, and can be named.
 
 use crate::context;
 use crate::error;
 use crate::error::Result;
 use crate::process::helper::HelperLog;
 use crate::shutdown::budget::VOLUMES_TIMEOUT;
-use crate::shutdown::private::{self, Text};
+use crate::shutdown::private::{self, KernelFile};
 use crate::shutdown::volume::{self, Tables, Volume};
 use crate::sys::signal::SIGCHLD;
 use crate::sys::{self, Fork, SignalSet, Stopwatch, files};
@@ -20,21 +20,22 @@ use rustix::fs::OFlags;
 use rustix::mount::MountPropagationFlags;
 use rustix::process::{Pid, WaitOptions};
 
-/// Most devices: far more than a VM has buses for.
+/// Maximum number of devices: far more than a VM has buses for.
 const DEVICES: usize = 256;
 
-/// How long a device waits for others that may stand on it, in milliseconds: as long as it has itself then.
-const ABOVE_TIMEOUT: u64 = VOLUMES_TIMEOUT / 2;
+/// How long a device waits for others that may be backed by it, in milliseconds: it then has as long
+/// itself.
+const DEPENDENTS_TIMEOUT: u64 = VOLUMES_TIMEOUT / 2;
 
 /// Major number of RAM disks, which end with the memory (linux/major.h).
 const RAMDISK_MAJOR: u32 = 1;
 
-/// How far a device is.
+/// The state of a device.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
     /// Others have to come first.
     Waiting,
-    /// A child is at it.
+    /// A child unmounts it.
     Running(Pid),
     /// Done, or given up.
     Ended,
@@ -59,11 +60,11 @@ pub fn leave_clean(log: &HelperLog) -> Result {
             return Err(error!("cannot look for volumes: {error}"));
         }
     };
-    name_gone(&devices, &tables, log);
-    let in_time = shut_all(&mut devices, &tables, log);
+    warn_unplugged(&devices, &tables, log);
+    let in_time = leave_all_clean(&mut devices, &tables, log);
     if let Some(volume) = &tables.root {
         log.step(&format_args!("unmounting {}", volume.label(&tables)));
-        if let Err(error) = volume.shut_root(&tables, &root) {
+        if let Err(error) = volume.leave_root_clean(&tables, &root) {
             log.warn(&error);
         }
     }
@@ -75,13 +76,14 @@ pub fn leave_clean(log: &HelperLog) -> Result {
     Ok(())
 }
 
-/// Finds the root's device and all others; each gets a node in what becomes the working directory.
+/// Finds the root's device and all others; each gets a node in a directory, which becomes the working
+/// directory.
 fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Result<Tables> {
     let proc = private::proc().map_err(context!("mount proc"))?;
     let nodes = private::mount(c"tmpfs", b"").map_err(context!("mount tmpfs"))?;
     rustix::process::fchdir(&nodes).map_err(context!("enter the nodes' directory"))?;
-    let partitions = Text::read(&proc, c"partitions").map_err(context!("read partitions"))?;
-    let mounts = Text::read(&proc, c"self/mountinfo").ok();
+    let partitions = KernelFile::read(&proc, c"partitions").map_err(context!("read partitions"))?;
+    let mounts = KernelFile::read(&proc, c"self/mountinfo").ok();
     let root = rustix::fs::fstat(root).map(|status| volume::number_of(status.st_dev));
     // A root without a device number may be a btrfs, whose mount names the device.
     let root_mount = match (&root, &mounts) {
@@ -112,7 +114,7 @@ fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Resul
             root_volume = Some(volume);
             continue;
         }
-        volume.find_below();
+        volume.find_backing();
         if let Err((volume, _)) = devices.push((volume, State::Waiting)) {
             let name = volume.name().lossy();
             log.warn(&format_args!(
@@ -127,8 +129,8 @@ fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Resul
     })
 }
 
-/// Names the file systems whose devices were unplugged: there is nothing to be written to.
-fn name_gone(devices: &Devices, tables: &Tables, log: &HelperLog) {
+/// Warns of mounted file systems whose device was unplugged: nothing can be written to it.
+fn warn_unplugged(devices: &Devices, tables: &Tables, log: &HelperLog) {
     if let Some(mounts) = &tables.mounts {
         name_writable(mounts, "lost the device of", &mut |mount, text| {
             let mut volumes = devices.iter().map(|(volume, _)| volume).chain(&tables.root);
@@ -140,8 +142,8 @@ fn name_gone(devices: &Devices, tables: &Tables, log: &HelperLog) {
     }
 }
 
-/// Tells of the file systems that have a device and are writable, as `WHAT /data (/dev/vdb)`.
-pub fn name_writable(mounts: &Text, what: &str, log: &mut dyn FnMut(&Mount, &dyn Display)) {
+/// Calls `log` for each file system that has a device and is writable, as `WHAT /data (/dev/vdb)`.
+pub fn name_writable(mounts: &KernelFile, what: &str, log: &mut dyn FnMut(&Mount, &dyn Display)) {
     let mut paths = ([0; PATH_MAX], [0; PATH_MAX]);
     for mount in mounts.lines().filter_map(mountinfo::parse) {
         if (mount.major != 0 || mount.is_btrfs()) && mount.is_writable {
@@ -152,16 +154,16 @@ pub fn name_writable(mounts: &Text, what: &str, log: &mut dyn FnMut(&Mount, &dyn
     }
 }
 
-/// Shuts all devices, each in a child of its own, those that stand on another one before it. False
-/// when some have not ended in time.
-fn shut_all(devices: &mut Devices, tables: &Tables, log: &HelperLog) -> bool {
+/// Leaves all devices clean, each in a child of its own, a device before its backing device. Returns
+/// false if some have not finished in time.
+fn leave_all_clean(devices: &mut Devices, tables: &Tables, log: &HelperLog) -> bool {
     if all_ended(devices) {
         return true;
     }
     let watch = Stopwatch::start();
     let ended = sys::signalfd(SignalSet::of([SIGCHLD]));
     loop {
-        start_all(devices, watch.elapsed() < ABOVE_TIMEOUT, tables, log);
+        start_all(devices, watch.elapsed() < DEPENDENTS_TIMEOUT, tables, log);
         if all_ended(devices) {
             return true;
         }
@@ -185,7 +187,7 @@ fn all_ended(devices: &Devices) -> bool {
     devices.iter().all(|(_, state)| *state == State::Ended)
 }
 
-/// Starts what can be started now; `is_early` while it may wait for what perhaps stands on it.
+/// Starts what can be started now; `is_early` while a device waits for those that may be backed by it.
 fn start_all(devices: &mut Devices, is_early: bool, tables: &Tables, log: &HelperLog) {
     for at in 0..devices.len() {
         let Some((volume, State::Waiting)) = devices.get(at) else {
@@ -194,22 +196,22 @@ fn start_all(devices: &mut Devices, is_early: bool, tables: &Tables, log: &Helpe
         // A disk and its partitions are tried one after the other: to try claims both.
         let waits = devices.iter().any(|(other, state)| {
             *state != State::Ended
-                && (other.stands_on(volume)
-                    || volume.is_partition_of(other) && !volume.stands_on(other)
-                    || is_early && other.may_stand_on(volume))
+                && (other.is_backed_by(volume)
+                    || volume.is_partition_of(other) && !volume.is_backed_by(other)
+                    || is_early && other.may_be_backed_by(volume))
         });
         if waits {
             continue;
         }
-        let shut = || {
-            if let Err(error) = volume.shut(tables) {
+        let leave_clean = || {
+            if let Err(error) = volume.leave_clean(tables) {
                 log.warn(&error);
             }
         };
         let running = |(_, state): &(Volume, State)| matches!(state, State::Running(_));
         let state = match sys::fork() {
             Ok(Fork::Child) => {
-                shut();
+                leave_clean();
                 sys::exit(0)
             }
             Ok(Fork::Parent(pid)) => State::Running(pid),
@@ -217,7 +219,7 @@ fn start_all(devices: &mut Devices, is_early: bool, tables: &Tables, log: &Helpe
             Err(_) if devices.iter().any(running) => return,
             Err(_) => {
                 log.step(&format_args!("unmounting {}", volume.label(tables)));
-                shut();
+                leave_clean();
                 State::Ended
             }
         };
@@ -227,7 +229,7 @@ fn start_all(devices: &mut Devices, is_early: bool, tables: &Tables, log: &Helpe
     }
 }
 
-/// Waits for a child to end, for a second at most: a pause of the VM ends one wait.
+/// Waits for a child to exit, at most a second: a pause of the VM ends one wait.
 fn wait_for_child(ended: Option<&OwnedFd>) {
     match ended {
         Some(ended) => {

@@ -1,4 +1,4 @@
-//! The end where nothing can be relied on: after a panic, and where PID 1 cannot fork.
+//! The shutdown where nothing can be relied on: after a panic, and where PID 1 cannot fork.
 
 use crate::console::Console;
 use crate::context;
@@ -7,7 +7,7 @@ use crate::process::helper::{self, Helper};
 use crate::shutdown::budget::{self, CONSOLE_DRAIN_TIMEOUT, KILL_TIMEOUT, TERM_GRACE};
 use crate::shutdown::{
     self, file_systems,
-    private::{self, Text},
+    private::{self, KernelFile},
 };
 use crate::sys::signal::{SIGKILL, SIGTERM};
 use crate::sys::{self, Stopwatch, files};
@@ -17,10 +17,10 @@ use rustix::fs::{FileType, Mode, OFlags, SeekFrom, makedev};
 use rustix::io::Errno;
 use rustix::process::WaitOptions;
 
-/// Time between two looks, in milliseconds.
+/// Time between two checks, in milliseconds.
 const RETRY: i64 = 5;
 
-/// The end after a panic: in the same order as ever, with nothing of what panicked.
+/// Shuts down after a panic, in the usual order, without the state of the code that panicked.
 pub fn after_panic() -> ! {
     let Some(unmount_timeout) = budget::begin_after_panic() else {
         shutdown::reboot();
@@ -54,7 +54,7 @@ pub fn after_panic() -> ! {
     shutdown::reboot()
 }
 
-/// Reaps until there is no child left; false when there still are some after so many milliseconds.
+/// Reaps until no child is left. Returns false if some are left after `timeout` milliseconds.
 fn wait_for_children(timeout: u64) -> bool {
     let watch = Stopwatch::start();
     loop {
@@ -67,7 +67,7 @@ fn wait_for_children(timeout: u64) -> bool {
     }
 }
 
-/// Passes on what a helper has said; of one that has not ended in time, also what it was at.
+/// Logs what a helper has reported; for one that has not exited in time, also what it was doing.
 pub fn report(helper: &Helper, ended: bool, log: &mut dyn Log) {
     let lines = helper::read_lines(&helper.log, log);
     if let Some(error) = lines.error {
@@ -80,14 +80,14 @@ pub fn report(helper: &Helper, ended: bool, log: &mut dyn Log) {
 
 /// Has the kernel write all file systems out and make them read-only (sysrq `s` and `u`,
 /// Documentation/admin-guide/sysrq.rst). Its own threads do it, so PID 1 never waits for a disk;
-/// they do it one after the other, so a disk that hangs costs those behind it. Each has half of so many
-/// milliseconds. What is still writable then is named.
+/// they do it one after the other, so a disk that hangs costs those after it. Each key has half of
+/// `timeout` milliseconds. What is still writable then is named.
 pub fn remount_by_kernel(timeout: u64, log: &mut dyn Log) {
     let half = timeout / 2;
     let done = kernel_log().and_then(|(proc, kernel)| {
         sysrq(&proc, &kernel, b"s", b"Emergency Sync complete", half)?;
         if !sysrq(&proc, &kernel, b"u", b"Emergency Remount complete", half)? {
-            let mounts = Text::read(&proc, c"self/mountinfo")?;
+            let mounts = KernelFile::read(&proc, c"self/mountinfo")?;
             file_systems::name_writable(&mounts, "timed out unmounting", &mut |_, text| {
                 log.warn(text)
             });
@@ -111,7 +111,8 @@ fn kernel_log() -> Result<(OwnedFd, OwnedFd), Errno> {
     Ok((proc, log))
 }
 
-/// Asks for a function and waits for the kernel to say that it is done; false when it did not in time.
+/// Triggers a function and waits until the kernel logs that it is done. Returns false if it did not in
+/// time.
 fn sysrq(
     proc: &OwnedFd,
     log: &OwnedFd,

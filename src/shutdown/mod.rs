@@ -1,7 +1,7 @@
-//! The end: what is left is killed, every file system is left clean, and the machine restarts.
+//! The shutdown: what is left is killed, every file system is left clean, and the machine restarts.
 //!
-//! What may wait for a disk is a helper's; [`hard_limit`] is for where there is none, or no PID 1 to
-//! rely on.
+//! What may block on a disk is done by a helper; [`hard_limit`] is for when there is no helper, or no
+//! PID 1 to rely on.
 
 pub mod budget;
 mod file_systems;

@@ -9,12 +9,12 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
-/// Most bytes of a table that are read: some thousand mounts.
+/// Maximum number of bytes read from a file: some thousand mounts.
 const TABLE: usize = 1 << 20;
 
-/// A new instance of a file system without a device; the options are words with commas between.
-pub fn mount(kind: &CStr, options: &[u8]) -> Result<OwnedFd, Errno> {
-    sys::mount::instance(kind, options, MountAttrFlags::empty())
+/// A new instance of a file system without a device; `options` are separated by commas.
+pub fn mount(fs_type: &CStr, options: &[u8]) -> Result<OwnedFd, Errno> {
+    sys::mount::instance(fs_type, options, MountAttrFlags::empty())
 }
 
 /// A new instance of procfs.
@@ -23,12 +23,12 @@ pub fn proc() -> Result<OwnedFd, Errno> {
 }
 
 /// The text of one of the kernel's files.
-pub struct Text {
+pub struct KernelFile {
     memory: Region,
     length: usize,
 }
 
-impl Text {
+impl KernelFile {
     /// Reads it, up to [`TABLE`] bytes.
     pub fn read(directory: &OwnedFd, path: &CStr) -> Result<Self, Errno> {
         let file = files::open_at(directory, path, OFlags::RDONLY)?;

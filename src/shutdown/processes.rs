@@ -1,6 +1,6 @@
-//! Processes at the end: those that a cgroup keeps from dying, and limits that keep PID 1 from forking.
+//! Processes at the shutdown: those that a cgroup keeps alive, and limits that keep PID 1 from forking.
 
-use crate::shutdown::private::{self, Text};
+use crate::shutdown::private::{self, KernelFile};
 use crate::sys::files;
 use proto::bytes::split;
 use rustix::fd::OwnedFd;
@@ -79,7 +79,7 @@ fn unified() -> rustix::io::Result<OwnedFd> {
 /// The root of the v1 hierarchy with this controller: it can only be mounted with all it has
 /// (proc_pid_cgroup(5)).
 fn hierarchy(proc: &OwnedFd, controller: &[u8]) -> Option<OwnedFd> {
-    let hierarchies = Text::read(proc, c"self/cgroup").ok()?;
+    let hierarchies = KernelFile::read(proc, c"self/cgroup").ok()?;
     // `4:cpu,cpuacct:/path`
     let controllers = hierarchies.lines().find_map(|line| {
         let controllers = split(line, b':').nth(1)?;

@@ -1,4 +1,4 @@
-//! One block device at the end: its file system is left clean, wherever it is mounted.
+//! One block device at the shutdown: its file system is left clean, wherever it is mounted.
 //!
 //! A superblock lives as long as anybody holds it, be it another mount namespace, an overlay, a swap
 //! file or a path that nobody can reach. So the device decides: while a file system has claimed it, it
@@ -7,7 +7,7 @@
 use crate::error;
 use crate::error::{Result, name};
 use crate::process::helper;
-use crate::shutdown::private::Text;
+use crate::shutdown::private::KernelFile;
 use crate::sys::{self, Stopwatch, disk, files, mount};
 use core::ffi::CStr;
 use proto::block::{self, DeviceNumber};
@@ -43,7 +43,7 @@ pub struct Tables {
     /// A procfs of our own.
     pub proc: OwnedFd,
     /// Its self/mountinfo, read before anything was unmounted.
-    pub mounts: Option<Text>,
+    pub mounts: Option<KernelFile>,
     /// The root's device.
     pub root: Option<Volume>,
 }
@@ -51,28 +51,28 @@ pub struct Tables {
 impl Tables {
     /// Lines of the mount table.
     fn mounts(&self) -> impl DoubleEndedIterator<Item = &[u8]> {
-        self.mounts.iter().flat_map(Text::lines)
+        self.mounts.iter().flat_map(KernelFile::lines)
     }
 }
 
-/// A block device; a node of its name is in the working directory.
+/// A block device, with a device node of that name in the working directory.
 pub struct Volume {
     /// Its number.
     pub number: DeviceNumber,
     name: Name,
-    /// What it stands on.
-    below: Below,
+    /// Its backing device.
+    backing: Backing,
 }
 
-/// What a device stands on.
+/// The backing device of a device.
 #[derive(PartialEq, Eq)]
-enum Below {
-    /// Nothing that could be in use.
+enum Backing {
+    /// None that could be in use.
     Nothing,
-    /// The device on which the file of a loop device lies, or which that stands for.
+    /// The device that holds the file of a loop device, or that the loop device is set up on.
     Device(DeviceNumber),
-    /// Others, it is not known which: it is a partition of a loop device, one of the device mapper, or a
-    /// loop device whose file lies on a file system without a device number (btrfs, overlay).
+    /// Unknown devices: it is a partition of a loop device, a device of the device mapper, or a loop
+    /// device whose file is on a file system without a device number (btrfs, overlay).
     Unknown,
 }
 
@@ -85,7 +85,7 @@ impl Volume {
         Some(Self {
             number,
             name: with_nul,
-            below: Below::Nothing,
+            backing: Backing::Nothing,
         })
     }
 
@@ -113,37 +113,37 @@ impl Volume {
         }
     }
 
-    /// Finds what it stands on.
-    pub fn find_below(&mut self) {
+    /// Finds its backing device.
+    pub fn find_backing(&mut self) {
         if self.number.major != LOOP_MAJOR {
             let name = self.name().to_bytes();
             if name.starts_with(b"loop") || name.starts_with(b"dm-") {
-                self.below = Below::Unknown;
+                self.backing = Backing::Unknown;
             }
             return;
         }
         if let Ok(node) = self.open(OFlags::empty())
             && let Ok(number) = disk::loop_backing(&node)
         {
-            self.below = match number_of(number) {
-                DeviceNumber { major: 0, .. } => Below::Unknown,
-                number => Below::Device(number),
+            self.backing = match number_of(number) {
+                DeviceNumber { major: 0, .. } => Backing::Unknown,
+                number => Backing::Device(number),
             };
         }
     }
 
-    /// Whether it stands on `other`, for certain.
-    pub fn stands_on(&self, other: &Self) -> bool {
-        match self.below {
-            Below::Nothing => false,
-            Below::Device(number) => number == other.number,
-            Below::Unknown => self.is_partition_of(other),
+    /// Whether `other` is its backing device, for certain.
+    pub fn is_backed_by(&self, other: &Self) -> bool {
+        match self.backing {
+            Backing::Nothing => false,
+            Backing::Device(number) => number == other.number,
+            Backing::Unknown => self.is_partition_of(other),
         }
     }
 
-    /// Whether it may stand on `other`.
-    pub fn may_stand_on(&self, other: &Self) -> bool {
-        self.below == Below::Unknown && other.below == Below::Nothing
+    /// Whether `other` may be its backing device.
+    pub fn may_be_backed_by(&self, other: &Self) -> bool {
+        self.backing == Backing::Unknown && other.backing == Backing::Nothing
     }
 
     /// Where it is mounted and what it is, for messages: `/data (/dev/vdb)`.
@@ -159,8 +159,8 @@ impl Volume {
         }
     }
 
-    /// Leaves what is on it clean, or says why not.
-    pub fn shut(&self, tables: &Tables) -> Result {
+    /// Leaves its file system clean, or says why not.
+    pub fn leave_clean(&self, tables: &Tables) -> Result {
         let was_mounted = self.unmount(tables);
         // Claimed by a file system, a partition of it, a swap area, or a device on top of it.
         let held = self.open(OFlags::EXCL).err() == Some(Errno::BUSY);
@@ -187,7 +187,7 @@ impl Volume {
     }
 
     /// The same for the root, which is not unmounted.
-    pub fn shut_root(&self, tables: &Tables, root: &OwnedFd) -> Result {
+    pub fn leave_root_clean(&self, tables: &Tables, root: &OwnedFd) -> Result {
         self.make_read_only(root, tables)
             .and_then(|()| self.check(tables))
     }
@@ -196,7 +196,7 @@ impl Volume {
         files::open(self.name(), flags | OFlags::NONBLOCK)
     }
 
-    /// Unmounts what can be unmounted by its path, the last mounted first; whether there was anything.
+    /// Unmounts what can be unmounted by its path, the last mounted first. Returns whether it was mounted.
     fn unmount(&self, tables: &Tables) -> bool {
         let mut found = false;
         let mut room = [0; PATH_MAX];
@@ -228,7 +228,7 @@ impl Volume {
     /// Mounts the file system that holds the device once more: any other kind is refused, and one that
     /// is read-only as well.
     fn mount_again(&self, tables: &Tables) -> Option<OwnedFd> {
-        let kinds = Text::read(&tables.proc, c"filesystems").ok()?;
+        let kinds = KernelFile::read(&tables.proc, c"filesystems").ok()?;
         let mut name = Name::new();
         kinds.lines().find_map(|line| {
             // `nodev` stands before the tab where a kind has no device.
@@ -278,7 +278,7 @@ impl Volume {
     /// Gives up the swap files on it, in a child that is killed when they take too long. A path counts
     /// from its mount's root when that is mounted nowhere.
     fn swap_off(&self, directory: &OwnedFd, tables: &Tables) {
-        let Ok(swaps) = Text::read(&tables.proc, c"swaps") else {
+        let Ok(swaps) = KernelFile::read(&tables.proc, c"swaps") else {
             return;
         };
         let mut areas = swaps.lines();
@@ -306,7 +306,7 @@ impl Volume {
         }
     }
 
-    /// Looks whether it is clean: that it could be made read-only does not mean that it had no errors.
+    /// Checks that it is clean: that it could be made read-only does not mean that it had no errors.
     fn check(&self, tables: &Tables) -> Result {
         let (offset, size) = block::EXT_SUPERBLOCK;
         let mut buffer = [0; 256];

@@ -10,7 +10,7 @@ use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 
-/// Children reaped in a turn: so many that nothing else waits long.
+/// Maximum number of children reaped in one iteration, so that nothing else waits long.
 const REAP_AT_ONCE: usize = 256;
 
 /// When a registration that failed is tried again, in milliseconds.
@@ -21,8 +21,8 @@ pub const HANDLED: SignalSet =
     SignalSet::of([SIGHUP, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2, SIGTERM, SIGCHLD]);
 
 impl Supervisor {
-    /// Opens the API; a VM without vsock goes on without, and without events: the kernel would have the
-    /// root's modprobe run for each, and PID 1 wait for it (__sock_create, net/socket.c).
+    /// Opens the API; a VM without vsock runs without, and without events: the kernel would run the root's
+    /// modprobe for each, and have PID 1 wait for it (__sock_create, net/socket.c).
     pub fn listen(&mut self) {
         if let Err(error) = self.api.listen() {
             self.console.warn(&format_args!("no API: {error}"));
@@ -33,34 +33,34 @@ impl Supervisor {
 
     /// From now on a helper prepares what the workload needs.
     pub fn begin_setup(&mut self, helper: Helper) {
-        self.child = Some(helper);
+        self.helper = Some(helper);
         self.context.now = self.clock();
         self.enter(Phase::Setup, helper::TIMEOUT);
     }
 
-    /// Serves until the helper has done its part; one that fails is the end of the boot.
+    /// Serves until the helper has done its part; a failure of the helper is one of the boot.
     pub fn finish_setup(&mut self, rendezvous: &Rendezvous) {
         let token = Source::Helper.token(Key::default());
         let (mut watched, mut wanted) = (EventFlags::empty(), EventFlags::IN);
         loop {
             let poller = &self.context.poller;
             poller.watch(rendezvous.socket(), token, &mut watched, wanted);
-            if self.phase != Phase::Setup || self.child.is_none() {
+            if self.phase != Phase::Setup || self.helper.is_none() {
                 return;
             }
-            self.turn();
+            self.run_once();
             if let Some(is_done) = rendezvous.poll() {
-                // One that has ended instead is reaped soon.
+                // One that has exited instead is reaped soon.
                 wanted = EventFlags::empty();
-                if let Some(helper) = self.child.take_if(|_| is_done) {
+                if let Some(helper) = self.helper.take_if(|_| is_done) {
                     helper.warnings(self.console);
                 }
             }
         }
     }
 
-    /// Waits for something to happen and does what follows from it.
-    pub fn turn(&mut self) {
+    /// One iteration: waits for events, handles them and runs what is due.
+    pub fn run_once(&mut self) {
         self.watch();
         self.wait();
         while let Some((token, flags)) = self.context.poller.next() {
@@ -82,7 +82,7 @@ impl Supervisor {
         while self.advance() {}
     }
 
-    /// Something has happened: whoever it is about does what can be done now.
+    /// Dispatches an event to the source's handler.
     fn on_event(&mut self, source: Source, key: Key, flags: EventFlags) {
         match source {
             Source::Signals => {
@@ -91,11 +91,11 @@ impl Supervisor {
             Source::Listener => self.api.accept(&mut self.context),
             Source::Console => self.console.flush(),
             Source::Typed => self.input.copy(&mut self.context),
-            // Who waits for it looks after each turn.
+            // `finish_setup`, which waits for it, checks after each iteration.
             Source::Helper => {}
             Source::Events => self.events.on_event(flags),
             #[cfg(feature = "snapshot")]
-            Source::Kernel => self.context.snapshot.news |= flags,
+            Source::Kernel => self.context.snapshot.trigger_events |= flags,
             Source::Workload | Source::WorkloadError => self.copy_output(),
             _ => self.api.on_event(source, key, flags, &mut self.context),
         }
@@ -119,7 +119,7 @@ impl Supervisor {
         self.output.watch(self.console, &mut self.context);
     }
 
-    /// Waits for events, at most until the next deadline, and looks at the clock.
+    /// Waits for events, at most until the next deadline, and updates the clock.
     fn wait(&mut self) {
         let deadline = self.next_deadline();
         let remaining = match deadline {
@@ -127,7 +127,7 @@ impl Supervisor {
             _ => deadline.saturating_sub(self.clock()),
         };
         self.context.poller.wait(remaining);
-        self.look_at_clock(deadline.saturating_sub(self.context.now));
+        self.update_clock(deadline.saturating_sub(self.context.now));
     }
 
     /// When something has to be done, whatever happens.
@@ -135,8 +135,8 @@ impl Supervisor {
         let now = self.context.now;
         let deadline = match self.phase {
             _ if self.reap_more => 0,
-            // The console's driver does not tell when its last byte is out.
-            Phase::Drain => now + 1,
+            // The console's driver does not report when its last byte is out.
+            Phase::DrainingConsole => now + 1,
             _ => self
                 .deadline
                 .min(self.api.deadline())
@@ -148,10 +148,10 @@ impl Supervisor {
         }
     }
 
-    /// Sets the time, which was to be at most so many milliseconds after the last look. Much later the
-    /// VM was paused since, as we waited or in the midst of a turn: half of the time counts then, so that
-    /// what is waited for has a chance, and its deadline still comes.
-    fn look_at_clock(&mut self, timeout: u64) {
+    /// Updates `now`. If far more than `timeout` milliseconds have passed since the last update, the VM
+    /// was paused: then only half of `timeout` counts, so that what is waited for still gets time, and
+    /// its deadline is still reached.
+    fn update_clock(&mut self, timeout: u64) {
         let start = self.context.now;
         let now = self.clock();
         let elapsed = now.saturating_sub(start);
@@ -164,7 +164,7 @@ impl Supervisor {
 
     /// Copies a piece of the workload's output, and lets those who follow it read it.
     fn copy_output(&mut self) {
-        // Another one may have begun to read in this turn.
+        // Another one may have started to read in this iteration.
         self.api.protect_log(&mut self.context);
         self.output
             .copy(1, self.console, &mut self.context.output_log);
@@ -176,7 +176,8 @@ impl Supervisor {
         while self.read_signal() {}
     }
 
-    /// One a turn: those that wait make the next turn. Whether there was one.
+    /// Reads one signal per iteration; the next one wakes the next iteration. Returns whether there was
+    /// one.
     fn read_signal(&mut self) -> bool {
         let Ok(signal) = sys::read_signal(&self.signals) else {
             return false;
@@ -198,13 +199,13 @@ impl Supervisor {
     /// Takes the exit codes of children.
     pub(super) fn reap(&mut self) {
         self.reap_more = false;
-        self.childless = false;
+        self.has_no_children = false;
         for _ in 0..REAP_AT_ONCE {
             match rustix::process::wait(WaitOptions::NOHANG) {
                 Ok(Some((pid, status))) => self.reaped(pid, status),
                 Err(Errno::INTR) => {}
                 other => {
-                    self.childless = other.is_err();
+                    self.has_no_children = other.is_err();
                     return;
                 }
             }
@@ -220,23 +221,23 @@ impl Supervisor {
             return;
         }
         if let Some(workload) = self.workload.take_if(|workload| workload.pid == pid) {
-            // One that could not be killed in time is history.
-            if matches!(self.phase, Phase::Running | Phase::Killed) {
+            // One that could not be killed in time no longer counts.
+            if matches!(self.phase, Phase::Running | Phase::KillingWorkload) {
                 self.workload_ended(workload, status);
             }
             return;
         }
-        let Some(child) = self.child.take_if(|child| child.pid == pid) else {
+        let Some(helper) = self.helper.take_if(|helper| helper.pid == pid) else {
             return self.api.on_exit(pid, status, &mut self.context);
         };
         let log = &mut *self.console;
         match self.phase {
             Phase::Setup => {
-                if let Err(error) = child.result(status, log) {
+                if let Err(error) = helper.result(status, log) {
                     self.fail(error);
                 }
             }
-            Phase::Unmount => match child.result(status, log) {
+            Phase::Unmounting => match helper.result(status, log) {
                 Ok(()) => self.drain(),
                 Err(error) => self.unmount_by_kernel(&error),
             },

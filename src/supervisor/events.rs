@@ -16,12 +16,12 @@ const QUEUE: usize = 1024;
 
 /// The connection to the host, made when there is something to say.
 pub struct Events {
-    /// `None`: nobody wants to hear of them.
+    /// `None`: events are disabled.
     port: Option<u32>,
     socket: Option<OwnedFd>,
     watched: EventFlags,
     queue: Buffer<QUEUE>,
-    /// The last event says how the workload ended.
+    /// The last event is the exit event.
     has_exit: bool,
 }
 
@@ -37,7 +37,7 @@ impl Events {
         }
     }
 
-    /// Tells nobody from now on.
+    /// Drops all further events.
     pub fn disable(&mut self) {
         self.port = None;
         self.close();
@@ -50,14 +50,13 @@ impl Events {
         }
     }
 
-    /// Tells the host something. When nobody is there, nothing happens.
+    /// Sends an event to the host; it is dropped if nobody listens.
     pub fn send(&mut self, event: &dyn Display) {
         if self.port.is_none() {
             return;
         }
         let line = message!("{event}\n");
-        // That the last connection is gone, or was refused, can be known by a write alone: the next one is
-        // tried then.
+        // Only a write shows that the last connection is gone or was refused: then a new one is tried.
         let tries = if self.socket.is_some() { 2 } else { 1 };
         for _ in 0..tries {
             if self.socket.is_none() {
@@ -73,13 +72,13 @@ impl Events {
         }
     }
 
-    /// The same of how the workload ended.
+    /// Sends the exit event.
     pub fn send_exit(&mut self, event: &dyn Display) {
         self.send(event);
         self.has_exit = self.socket.is_some();
     }
 
-    /// Whether the host has been told how the workload ended.
+    /// Whether the exit event has been sent.
     pub fn has_delivered_exit(&self) -> bool {
         self.has_exit && self.queue.is_empty()
     }

@@ -6,11 +6,11 @@ use proto::kmsg;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
-/// Records of the kernel's log looked at: more than there can be, unless somebody writes on.
+/// Records of the kernel's log read: more than there can be, unless somebody keeps writing.
 const RECORDS: usize = 1 << 16;
 
-/// Whether the kernel's log says so, as far as it is written and was not read yet.
-pub fn killed(log: &OwnedFd, pid: u32, record: &mut [u8; SINK]) -> bool {
+/// Whether the unread part of the kernel log says that `pid` was OOM-killed.
+pub fn was_oom_killed(log: &OwnedFd, pid: u32, record: &mut [u8; SINK]) -> bool {
     // CONSOLE_EXT_LOG_MAX, kernel/printk
     const _: () = assert!(SINK >= 8192);
     for _ in 0..RECORDS {
@@ -21,7 +21,7 @@ pub fn killed(log: &OwnedFd, pid: u32, record: &mut [u8; SINK]) -> bool {
                     return true;
                 }
             }
-            // EPIPE: records were overwritten; the next read goes on behind them.
+            // EPIPE: records were overwritten; the next read continues after them.
             Err(Errno::PIPE) => {}
             Err(_) => return false,
         }

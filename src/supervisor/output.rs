@@ -33,15 +33,15 @@ impl Pipe {
     }
 }
 
-/// What became of output.
+/// The result of a copy.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Copied {
     /// Nothing waits.
-    All,
+    Drained,
     /// There is no room for it.
     Full,
     /// It was copied: there may be more.
-    Some,
+    More,
 }
 
 impl Output {
@@ -86,15 +86,15 @@ impl Output {
         }
     }
 
-    /// Copies so many pieces of each stream, as far as there is room for them: not for as long as
+    /// Copies at most `pieces` pieces of each stream, as far as there is room for them: not for as long as
     /// output comes, as others wait, too.
     pub fn copy(&mut self, pieces: usize, console: &mut Console, log: &mut OutputLog) -> Copied {
-        let mut all = Copied::All;
+        let mut all = Copied::Drained;
         for pipe in &mut self.pipes {
-            let mut copied = Copied::Some;
+            let mut copied = Copied::More;
             for _ in 0..pieces {
                 copied = pipe.copy(self.destination, console, log);
-                if copied != Copied::Some {
+                if copied != Copied::More {
                     break;
                 }
             }
@@ -115,7 +115,7 @@ impl Pipe {
         log: &mut OutputLog,
     ) -> Copied {
         let Some(end) = &self.end else {
-            return Copied::All;
+            return Copied::Drained;
         };
         let read = match destination {
             Destination::Console => {
@@ -140,12 +140,12 @@ impl Pipe {
             }
         };
         match read {
-            Ok(1..) => Copied::Some,
+            Ok(1..) => Copied::More,
             Err(Errno::NOBUFS) => Copied::Full,
-            Err(Errno::AGAIN) => Copied::All,
+            Err(Errno::AGAIN) => Copied::Drained,
             Ok(_) | Err(_) => {
                 self.end = None;
-                Copied::All
+                Copied::Drained
             }
         }
     }

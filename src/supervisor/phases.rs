@@ -16,8 +16,8 @@ use crate::sys::signal::{SIGKILL, SIGTERM};
 use proto::signal::Signal;
 
 impl Supervisor {
-    /// Asks the workload to stop, and sees to it that it does in time. Asked again, it has no more time
-    /// than before.
+    /// Asks the workload to stop, and sets the deadline for it. A second call does not extend the
+    /// deadline.
     pub(super) fn stop_workload(&mut self, stop: Stop) {
         match self.phase {
             Phase::Running => {
@@ -41,13 +41,14 @@ impl Supervisor {
         self.phase == Phase::Running && self.deadline == NEVER
     }
 
-    /// Goes on when what is waited for has happened, or has taken too long; whether it did.
+    /// Enters the next phase if what this one waits for has happened, or has taken too long. Returns
+    /// whether it did.
     pub(super) fn advance(&mut self) -> bool {
         let late = self.deadline <= self.context.now;
         match self.phase {
             Phase::Setup if late => {
                 self.deadline = NEVER;
-                if let Some(helper) = self.child.take() {
+                if let Some(helper) = self.helper.take() {
                     let error = helper.give_up(self.console);
                     self.fail(error);
                 }
@@ -55,42 +56,44 @@ impl Supervisor {
             Phase::Running if late => {
                 self.console.warn(&"the workload does not stop: killed");
                 self.signal_workload(SIGKILL);
-                self.enter(Phase::Killed, KILL_TIMEOUT);
+                self.enter(Phase::KillingWorkload, KILL_TIMEOUT);
             }
-            // It waits in the kernel, as for a disk that hangs.
-            Phase::Killed if late => {
+            // It blocks in the kernel, as on a disk that hangs.
+            Phase::KillingWorkload if late => {
                 let code = KILLED + SIGKILL as i32;
                 self.end_with(code, error!("the workload cannot be killed"));
             }
             Phase::Linger if late || self.exit_is_delivered() => {
                 self.api.close(&mut self.context);
-                self.end = self.context.now.saturating_add(budget::begin());
-                // With all that the end starts.
+                self.shutdown_deadline = self.context.now.saturating_add(budget::begin());
+                // For the helpers of the shutdown, which inherit it.
                 if let Err(error) = oom_score::spare(&self.context.proc) {
                     self.console.warn(&error);
                 }
                 sys::kill_all(SIGTERM);
-                self.enter(Phase::Terminate, TERM_GRACE);
+                self.enter(Phase::TerminatingProcesses, TERM_GRACE);
                 self.reap();
             }
-            Phase::Terminate | Phase::Kill if self.childless => self.unmount(),
-            Phase::Terminate if late => {
+            Phase::TerminatingProcesses | Phase::KillingProcesses if self.has_no_children => {
+                self.unmount()
+            }
+            Phase::TerminatingProcesses if late => {
                 sys::kill_all(SIGKILL);
-                self.child = shutdown::kill().ok();
-                self.enter(Phase::Kill, KILL_TIMEOUT);
+                self.helper = shutdown::kill().ok();
+                self.enter(Phase::KillingProcesses, KILL_TIMEOUT);
                 self.reap();
             }
-            Phase::Kill if late => {
+            Phase::KillingProcesses if late => {
                 self.console.warn(&"a process cannot be killed");
                 self.unmount();
             }
-            Phase::Unmount if late => {
-                if let Some(helper) = self.child.take() {
+            Phase::Unmounting if late => {
+                if let Some(helper) = self.helper.take() {
                     hard_limit::report(&helper, false, self.console);
                 }
                 self.drain();
             }
-            Phase::Drain => {
+            Phase::DrainingConsole => {
                 self.finish_drain(late);
                 return false;
             }
@@ -99,7 +102,7 @@ impl Supervisor {
         true
     }
 
-    /// Whether those who wait for the workload's end, and for the last of its output, have it.
+    /// Whether the exit code, and the last of the output, are delivered to those who wait for them.
     fn exit_is_delivered(&self) -> bool {
         let told = self.context.workload.exit_code_delivered || self.events.has_delivered_exit();
         told && self.context.log_readers == 0
@@ -113,18 +116,18 @@ impl Supervisor {
         }
         match shutdown::leave_clean() {
             Ok(helper) => {
-                self.child = Some(helper);
-                self.enter(Phase::Unmount, UNMOUNT_TIMEOUT);
+                self.helper = Some(helper);
+                self.enter(Phase::Unmounting, UNMOUNT_TIMEOUT);
             }
             // No memory.
             Err(error) => self.unmount_by_kernel(&error),
         }
     }
 
-    /// No helper has done it: the kernel is asked to. Nobody waits for PID 1 now.
+    /// No helper has done it, so the kernel is asked to. Nobody waits for PID 1 now.
     pub(super) fn unmount_by_kernel(&mut self, error: &Error) {
         self.console.warn(error);
-        let left = self.end.saturating_sub(self.clock());
+        let left = self.shutdown_deadline.saturating_sub(self.clock());
         let timeout = left.saturating_sub(CONSOLE_DRAIN_TIMEOUT);
         hard_limit::remount_by_kernel(timeout.min(UNMOUNT_TIMEOUT), self.console);
         self.context.now = self.clock();
@@ -133,15 +136,15 @@ impl Supervisor {
 
     /// Only the console is left.
     pub(super) fn drain(&mut self) {
-        self.enter(Phase::Drain, CONSOLE_DRAIN_TIMEOUT);
+        self.enter(Phase::DrainingConsole, CONSOLE_DRAIN_TIMEOUT);
     }
 
-    /// Reboots when the console has taken all, or has taken nothing for too long.
+    /// Reboots once the console has taken all, or has taken nothing for too long.
     fn finish_drain(&mut self, late: bool) {
         let more = self.finish_output();
         self.console.flush();
         if late {
-            // For the kernel's last lines: it would wait 10 ms for each byte of them (wait_for_xmitr,
+            // For the kernel's last lines: it would wait 10 ms for each of their bytes (wait_for_xmitr,
             // drivers/tty/serial/8250/8250_port.c).
             let _printed = files::write_at(&self.context.proc, c"sys/kernel/printk", b"0");
         }
@@ -150,8 +153,8 @@ impl Supervisor {
         }
         // More output may have taken the place of what has gone.
         let sent = self.console.sent();
-        if sent != self.sent {
-            self.sent = sent;
+        if sent != self.console_sent {
+            self.console_sent = sent;
             self.drain();
         }
     }

@@ -16,25 +16,25 @@ use rustix::fd::OwnedFd;
 /// Exit code when the workload could not even be started, as in Docker.
 const NOT_RUN: i32 = 125;
 
-/// What is going on.
+/// The phase of a VM's life.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
     /// The boot; what may wait for a disk runs in a helper.
     Setup,
     /// The workload runs.
     Running,
-    /// It did not stop in time, and was killed.
-    Killed,
-    /// It has ended; somebody may yet ask how.
+    /// The workload has been sent SIGKILL.
+    KillingWorkload,
+    /// The workload has exited; clients can still read its exit code.
     Linger,
-    /// What is left is asked to go.
-    Terminate,
-    /// What is left is killed.
-    Kill,
-    /// The file systems are being left clean.
-    Unmount,
-    /// The console gets its last bytes, as long as it takes any.
-    Drain,
+    /// Remaining processes have been sent SIGTERM.
+    TerminatingProcesses,
+    /// Remaining processes have been sent SIGKILL.
+    KillingProcesses,
+    /// A helper unmounts the file systems.
+    Unmounting,
+    /// The console's last output is being written, as long as it takes any.
+    DrainingConsole,
 }
 
 /// The program's state once it is PID 1.
@@ -43,25 +43,25 @@ pub struct Supervisor {
     pub console: &'static mut Console,
     /// Connections and commands.
     pub api: &'static mut Api,
-    /// What all rooms share.
+    /// What all modules share.
     pub context: Context,
     pub(super) phase: Phase,
     /// When the phase has taken too long; while the workload runs, when one that was asked to stop
     /// is killed.
     pub(super) deadline: u64,
-    /// When the end has taken too long.
-    pub(super) end: u64,
+    /// When the shutdown has taken too long.
+    pub(super) shutdown_deadline: u64,
     /// There are more children to reap than were reaped at once.
     pub(super) reap_more: bool,
-    /// There was no child left when one was last reaped.
-    pub(super) childless: bool,
+    /// No child was left at the last reaping.
+    pub(super) has_no_children: bool,
     pub(super) linger: u64,
-    /// Bytes that the console had sent at the last look.
-    pub(super) sent: usize,
+    /// Bytes that the console had sent at the last check, for a drain that makes progress.
+    pub(super) console_sent: usize,
     /// How long the VM was paused, as far as deadlines ran meanwhile, in milliseconds.
     pub(super) paused: u64,
-    /// The helper that this phase is about.
-    pub(super) child: Option<Helper>,
+    /// The helper of this phase.
+    pub(super) helper: Option<Helper>,
     /// The workload, until it is reaped.
     pub(super) workload: Option<Launch>,
     /// What the host is told without asking.
@@ -70,10 +70,10 @@ pub struct Supervisor {
     pub(super) input: Input,
     /// The workload's standard output and error.
     pub(super) output: Output,
-    /// The exit code, and whether the OOM killer was it: for a log line behind the workload's output.
+    /// The exit code, and whether the workload was OOM-killed: for a log line after its output.
     pub(super) unlogged_exit: Option<(i32, bool)>,
     pub(super) signals: OwnedFd,
-    /// What is waited for of these.
+    /// Poller events registered for the signalfd.
     pub(super) signals_watched: EventFlags,
     /// /dev/kmsg, from the workload's start on.
     pub(super) kernel_log: Option<OwnedFd>,
@@ -94,13 +94,13 @@ impl Supervisor {
             context,
             phase: Phase::Setup,
             deadline: NEVER,
-            end: NEVER,
+            shutdown_deadline: NEVER,
             reap_more: false,
-            childless: false,
+            has_no_children: false,
             linger,
-            sent: 0,
+            console_sent: 0,
             paused: 0,
-            child: None,
+            helper: None,
             workload: None,
             events: Events::new(None),
             input: Input::default(),
@@ -112,7 +112,7 @@ impl Supervisor {
         }
     }
 
-    /// The time that deadlines are measured in: it stands still while the VM is paused.
+    /// The time that deadlines are measured in: it does not advance while the VM is paused.
     pub(super) fn clock(&self) -> u64 {
         sys::milliseconds().saturating_sub(self.paused)
     }
@@ -120,7 +120,11 @@ impl Supervisor {
     /// The next phase, and how long it may take in milliseconds.
     pub(super) fn enter(&mut self, phase: Phase, time: u64) {
         self.phase = phase;
-        self.deadline = self.context.now.saturating_add(time).min(self.end);
+        self.deadline = self
+            .context
+            .now
+            .saturating_add(time)
+            .min(self.shutdown_deadline);
     }
 
     /// Whether the boot is over without a workload.
@@ -128,14 +132,14 @@ impl Supervisor {
         self.context.workload.exit.is_some()
     }
 
-    /// Something that has to be there is not: says so, and goes to the end.
+    /// The workload cannot run: logs why, and begins the shutdown.
     pub fn fail(&mut self, error: Error) {
         self.end_with(NOT_RUN, error);
     }
 
     /// The same, with an exit code.
     pub(super) fn end_with(&mut self, code: i32, error: Error) {
-        // Before the first turn there was no look at the clock.
+        // Before the first iteration the clock has not been read.
         self.context.now = self.clock();
         self.console.error(&error);
         self.ended(Exit {
@@ -145,7 +149,7 @@ impl Supervisor {
         });
     }
 
-    /// How it ended is known: those who wait are told, and the end begins.
+    /// The exit code is known: reports it to those who wait; then the shutdown follows.
     pub(super) fn ended(&mut self, exit: Exit) {
         if self.has_ended() {
             return;

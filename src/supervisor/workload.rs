@@ -1,4 +1,4 @@
-//! The workload: its start, its output, its end.
+//! The workload: its start, its output, its exit.
 
 use super::oom;
 use super::state::{Phase, Supervisor};
@@ -19,7 +19,7 @@ pub(super) const KILLED: i32 = 128;
 /// What the workload has for itself at its start, in milliseconds: execve(2) reads a disk.
 const HEAD_START: u64 = 5;
 
-/// Pieces of output copied at the end: together more than a pipe holds (pipe(7)).
+/// Pieces of output copied after the exit: together more than a pipe holds (pipe(7)).
 const PIECES: usize = 8;
 
 impl Supervisor {
@@ -102,7 +102,7 @@ impl Supervisor {
         self.events.flush();
     }
 
-    /// Gives the memory back that the workload needed to begin, once it has.
+    /// Frees the memory that the workload needed until execve.
     pub(super) fn release_launch(&mut self) {
         if let Some(workload) = &mut self.workload {
             workload.release();
@@ -120,7 +120,7 @@ impl Supervisor {
             && self
                 .kernel_log
                 .as_ref()
-                .is_some_and(|log| oom::killed(log, pid, self.context.sink));
+                .is_some_and(|log| oom::was_oom_killed(log, pid, self.context.sink));
         let code = match status.exit_status() {
             Some(code) => code,
             None => KILLED + signal.unwrap_or(0),
@@ -134,24 +134,24 @@ impl Supervisor {
         });
     }
 
-    /// Copies what is left of the output, and says behind it how the workload ended. True when there
-    /// may be more.
+    /// Copies what is left of the output, and logs the exit after it. Returns true if there may be more
+    /// output.
     pub(super) fn finish_output(&mut self) -> bool {
         self.api.protect_log(&mut self.context);
         let log = &mut self.context.output_log;
         let copied = self.output.copy(PIECES, self.console, log);
-        if copied == Copied::All {
+        if copied == Copied::Drained {
             // Others may have the pipes open for as long as they like.
             log.end();
         }
         self.api.on_output(&mut self.context);
-        if copied == Copied::All
+        if copied == Copied::Drained
             && self.console.has_room()
             && let Some((code, oom_killed)) = self.unlogged_exit.take()
         {
             let fields = format_args!(" exit_code={code} oom_killed={oom_killed}");
             self.console.info(&"workload exited", &fields);
         }
-        copied == Copied::Some
+        copied == Copied::More
     }
 }

@@ -97,7 +97,7 @@ impl Poller {
         self.failed.set(false);
     }
 
-    /// Waits for events, at most so many milliseconds.
+    /// Waits for events, at most `milliseconds`.
     pub fn wait(&mut self, milliseconds: u64) {
         // More than a month is for ever: longer times need a system call that Linux 5.10 has not.
         let timeout = i32::try_from(milliseconds)

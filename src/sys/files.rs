@@ -8,7 +8,7 @@ use crate::error::Result;
 use core::ffi::CStr;
 use core::fmt::Display;
 use core::mem::MaybeUninit;
-use proto::config::PATH;
+use proto::config::PATH_MAX;
 use proto::message;
 use proto::message::{Message, ToLossy};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -55,14 +55,14 @@ pub fn write(file: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
     rustix::io::write(file, bytes)
 }
 
-/// Most bytes sent where memory is in small pieces: the kernel always finds so many in one (up to
-/// PAGE_ALLOC_COSTLY_ORDER, linux/mmzone.h).
+/// Maximum number of bytes sent while memory is fragmented: the kernel always finds that many contiguous
+/// ones (up to PAGE_ALLOC_COSTLY_ORDER, linux/mmzone.h).
 const SMALL_PIECE: usize = 8 << 10;
 
 /// Sends some bytes over vsock (send(2)); EPIPE, and no SIGPIPE, when nobody receives them.
 ///
-/// The kernel copies up to 64 KiB to memory in one piece (net/vmw_vsock/virtio_transport_common.c), which
-/// beside a full page cache there may not be: ENOMEM. Fewer bytes go then.
+/// The kernel copies up to 64 KiB to contiguous memory (net/vmw_vsock/virtio_transport_common.c), which
+/// there may not be next to a full page cache: ENOMEM. Then fewer bytes are sent.
 pub fn send(socket: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
     let send = |bytes| rustix::net::send(socket, bytes, SendFlags::NOSIGNAL);
     match send(bytes) {
@@ -209,7 +209,7 @@ pub fn require_directory(path: &CStr, mode: u32) -> Result {
 
 /// Creates a directory and those above it that are missing, with mode 0755.
 pub fn make_directories(path: &[u8]) -> Result<(), Errno> {
-    let mut prefix = [0; PATH];
+    let mut prefix = [0; PATH_MAX];
     for (at, byte) in path.iter().enumerate() {
         *prefix.get_mut(at).ok_or(Errno::NAMETOOLONG)? = *byte;
         if *byte != b'/' && at + 1 < path.len() {

@@ -88,17 +88,17 @@ fn close_range(first: u32, last: u32) {
     }
 }
 
-/// Waits at most so many seconds for the other end of a pipe to close, or a connection to fail (poll(2)).
+/// Waits at most `seconds` for the other end of a pipe to close, or a connection to fail (poll(2)).
 pub fn has_hung_up(pipe: &OwnedFd, seconds: i64) -> Result<bool> {
     wait_for(pipe, PollFlags::empty(), seconds)
 }
 
-/// Waits at most so many seconds for something to read (poll(2)).
+/// Waits at most `seconds` for something to read (poll(2)).
 pub fn is_readable(fd: &OwnedFd, seconds: i64) -> Result<bool> {
     wait_for(fd, PollFlags::IN, seconds)
 }
 
-/// Waits at most so many seconds for one of `events`, or a hang-up.
+/// Waits at most `seconds` for one of `events`, or a hang-up.
 fn wait_for(fd: &OwnedFd, events: PollFlags, seconds: i64) -> Result<bool> {
     let timeout = Timespec {
         tv_sec: seconds,

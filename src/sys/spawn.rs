@@ -2,7 +2,7 @@
 //!
 //! A fork copies the page tables, and then each page that one of both writes to: most of the time
 //! that a small command takes. posix_spawn(3) saves that, and has its caller wait meanwhile. Nobody
-//! waits here (never CLONE_VFORK: a child born in a frozen group does not run): the child has a stack
+//! waits here (never CLONE_VFORK: a child started in a frozen group does not run): the child has a stack
 //! and a value of its own, and when it no longer uses them the kernel says so.
 
 use super::arch;

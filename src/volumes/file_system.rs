@@ -7,7 +7,7 @@ use crate::process::helper::HelperLog;
 use crate::sys::{self, Stopwatch, disk, files};
 use core::ffi::CStr;
 use proto::bytes::split;
-use proto::config::PATH;
+use proto::config::PATH_MAX;
 use proto::message::ToLossy;
 use proto::superblock;
 use rustix::fd::OwnedFd;
@@ -133,7 +133,7 @@ const FLAGS: [(&[u8], &[u8], MountFlags); 8] = [
 
 /// Takes options as fstab(5) has them apart: those that are flags of mount(2), and into `data` those
 /// of the file system.
-fn read_options(text: &CStr, data: &mut heapless::Vec<u8, PATH>) -> MountFlags {
+fn read_options(text: &CStr, data: &mut heapless::Vec<u8, PATH_MAX>) -> MountFlags {
     let mut flags = MountFlags::RELATIME;
     for option in split(text.to_bytes(), b',') {
         let is_it = |(set, unset, _): &&(&[u8], &[u8], _)| *set == option || *unset == option;

@@ -1,7 +1,7 @@
-//! What is wrong with a document though its form is right.
+//! Semantic checks of a decoded document.
 
 use super::document::{Config, EtcResolv, Host, IpConfig, Mount, Overlay};
-use super::limits::{HOSTNAME, INTERFACE, PATH};
+use super::limits::{MAX_HOSTNAME, MAX_INTERFACE_NAME, PATH_MAX};
 use crate::address;
 use crate::arena::Strings;
 use crate::bytes::{is_name_byte, split, split_text_once};
@@ -12,7 +12,7 @@ use core::fmt::Write;
 use core::net::IpAddr;
 
 impl Config<'_> {
-    /// Checks what the document's form does not show. The error names the field.
+    /// Checks what decoding does not. The error names the field.
     pub fn check(&self) -> Result<(), Message> {
         let mut checks = Checks::default();
         let has_name = !self.argv().next().is_some_and(CStr::is_empty);
@@ -28,7 +28,7 @@ impl Config<'_> {
             ),
         }
         checks.path_length("ImageConfig.WorkingDir", self.image_config.working_dir);
-        let fits = self.hostname.len() <= HOSTNAME;
+        let fits = self.hostname.len() <= MAX_HOSTNAME;
         checks.require(fits, "Hostname: longer than 64 bytes", b"");
         let mut room = sysctl::ROOM;
         for (name, _) in self.sysctls() {
@@ -46,7 +46,7 @@ impl Config<'_> {
         for (at, entry) in self.mounts.iter().enumerate() {
             checks.place = Some(("Mounts", at, "."));
             let earlier = self.mounts.get(..at).unwrap_or_default();
-            entry.check_behind(earlier, &mut checks);
+            entry.check_after(earlier, &mut checks);
         }
         self.etc_resolv.check(&mut checks);
         for (at, entry) in self.etc_hosts.iter().enumerate() {
@@ -58,19 +58,19 @@ impl Config<'_> {
 }
 
 /// An entry of a list: the list, the entry's number, and what is between that and the fault.
-type Entry = (&'static str, usize, &'static str);
+type ListEntry = (&'static str, usize, &'static str);
 
 /// Looks for the first fault.
 #[derive(Default)]
 struct Checks {
     /// The entry that is being checked.
-    place: Option<Entry>,
+    place: Option<ListEntry>,
     /// `Mounts[1].MountPath: used twice: /data`; empty: none yet.
     fault: Message,
 }
 
 impl Checks {
-    /// Unless something is right, says why not, and shows the value behind it.
+    /// Unless something is right, says why not, and shows the value after it.
     fn require(&mut self, is_right: bool, why: &str, value: &[u8]) {
         self.require_of("", is_right, why, value);
     }
@@ -95,7 +95,7 @@ impl Checks {
     }
 
     fn path_length(&mut self, field: &'static str, path: &CStr) {
-        let fits = path.count_bytes() < PATH;
+        let fits = path.count_bytes() < PATH_MAX;
         self.require_of(field, fits, ": longer than 4095 bytes", b"");
     }
 
@@ -138,25 +138,26 @@ impl IpConfig<'_> {
         // dev_valid_name, net/core/dev.c
         let name = self.device.as_bytes();
         let is_plain = |byte: &u8| is_graphic(*byte) && *byte != b'/';
-        let is_name =
-            name.len() <= INTERFACE && !matches!(name, b"." | b"..") && name.iter().all(is_plain);
+        let is_name = name.len() <= MAX_INTERFACE_NAME
+            && !matches!(name, b"." | b"..")
+            && name.iter().all(is_plain);
         checks.require(is_name, "Device: not a network interface: ", name);
     }
 }
 
-/// What this program mounts itself, and needs to the end.
-const OURS: [&[u8]; 4] = [b"proc", b"sys", b"dev", b"run"];
+/// What this program mounts itself, and needs until the shutdown.
+const RESERVED: [&[u8]; 4] = [b"proc", b"sys", b"dev", b"run"];
 
 impl<'a> Mount<'a> {
     /// Checks one that stands alone.
     pub fn check(&self) -> Result<(), Message> {
         let mut checks = Checks::default();
-        self.check_behind(&[], &mut checks);
+        self.check_after(&[], &mut checks);
         checks.result()
     }
 
-    /// Checks one behind `earlier` ones.
-    fn check_behind(&self, earlier: &[Self], checks: &mut Checks) {
+    /// Checks one after `earlier` ones.
+    fn check_after(&self, earlier: &[Self], checks: &mut Checks) {
         let fs_type = self.fs_type.to_bytes();
         let is_type = fs_type.iter().all(|byte| is_name_byte(*byte));
         checks.require(is_type, "FSType: not a type of file system: ", fs_type);
@@ -170,7 +171,7 @@ impl<'a> Mount<'a> {
         match (names.next(), names.next()) {
             (None, _) => checks.require(false, "MountPath: would hide the root", b""),
             (Some(first), None) => {
-                checks.require(!OURS.contains(&first), "MountPath: would hide ", path);
+                checks.require(!RESERVED.contains(&first), "MountPath: would hide ", path);
             }
             _ => {}
         }
@@ -291,32 +292,36 @@ mod tests {
         let member = |name: &str, value: String| format!(r#""{name}":{value}"#);
         type Member<'m> = &'m dyn Fn(usize) -> String;
         let members: [(&str, usize, Member); 12] = [
-            ("ExecOverride", ARGV, &|n| {
+            ("ExecOverride", MAX_ARGS, &|n| {
                 member("ExecOverride", list(n, r#""a""#))
             }),
-            ("ImageConfig.Entrypoint", ARGV, &|n| {
+            ("ImageConfig.Entrypoint", MAX_ARGS, &|n| {
                 image("Entrypoint", list(n, r#""""#))
             }),
-            ("ImageConfig.Cmd", ARGV, &|n| image("Cmd", list(n, r#""""#))),
-            ("ImageConfig.Env", ENV, &|n| {
+            ("ImageConfig.Cmd", MAX_ARGS, &|n| {
+                image("Cmd", list(n, r#""""#))
+            }),
+            ("ImageConfig.Env", MAX_ENV_ENTRIES, &|n| {
                 image("Env", list(n, r#""a=b""#))
             }),
-            ("ExtraEnv", ENV, &|n| member("ExtraEnv", map(n))),
-            ("IPConfigs", ADDRESSES, &|n| {
+            ("ExtraEnv", MAX_ENV_ENTRIES, &|n| member("ExtraEnv", map(n))),
+            ("IPConfigs", MAX_ADDRESSES, &|n| {
                 member("IPConfigs", list(n, r#"{"IP":"::1"}"#))
             }),
-            ("Mounts", MOUNTS, &|n| member("Mounts", list(n, "{}"))),
-            ("EtcHosts", HOSTS, &|n| member("EtcHosts", list(n, "{}"))),
-            ("EtcResolv.Nameservers", NAMESERVERS, &|n| {
+            ("Mounts", MAX_MOUNTS, &|n| member("Mounts", list(n, "{}"))),
+            ("EtcHosts", MAX_HOSTS, &|n| {
+                member("EtcHosts", list(n, "{}"))
+            }),
+            ("EtcResolv.Nameservers", MAX_NAMESERVERS, &|n| {
                 resolv("Nameservers", list(n, r#""::1""#))
             }),
-            ("EtcResolv.Search", RESOLV_WORDS, &|n| {
+            ("EtcResolv.Search", MAX_RESOLV_WORDS, &|n| {
                 resolv("Search", list(n, r#""a""#))
             }),
-            ("EtcResolv.Options", RESOLV_WORDS, &|n| {
+            ("EtcResolv.Options", MAX_RESOLV_WORDS, &|n| {
                 resolv("Options", list(n, r#""a""#))
             }),
-            ("Sysctls", SYSCTLS, &|n| member("Sysctls", map(n))),
+            ("Sysctls", MAX_SYSCTLS, &|n| member("Sysctls", map(n))),
         ];
         let all = members.map(|(_, most, member)| member(most)).join(",");
         with(&format!("{{{all}}}"), |config| {
@@ -325,18 +330,21 @@ mod tests {
                 config.image_config.entrypoint,
                 config.image_config.cmd,
             ];
-            assert_eq!(argv.map(|list| list.iter().count()), [ARGV; 3]);
+            assert_eq!(argv.map(|list| list.iter().count()), [MAX_ARGS; 3]);
             assert_eq!(
                 config.environment().map(|list| list.iter().count()),
-                [ENV; 2]
+                [MAX_ENV_ENTRIES; 2]
             );
-            assert_eq!(config.ip_configs.len(), ADDRESSES);
-            assert_eq!(config.mounts.len(), MOUNTS);
-            assert_eq!(config.etc_hosts.len(), HOSTS);
-            assert_eq!(config.etc_resolv.nameservers.iter().count(), NAMESERVERS);
-            assert_eq!(config.etc_resolv.search.iter().count(), RESOLV_WORDS);
-            assert_eq!(config.etc_resolv.options.iter().count(), RESOLV_WORDS);
-            assert_eq!(config.sysctls().count(), SYSCTLS);
+            assert_eq!(config.ip_configs.len(), MAX_ADDRESSES);
+            assert_eq!(config.mounts.len(), MAX_MOUNTS);
+            assert_eq!(config.etc_hosts.len(), MAX_HOSTS);
+            assert_eq!(
+                config.etc_resolv.nameservers.iter().count(),
+                MAX_NAMESERVERS
+            );
+            assert_eq!(config.etc_resolv.search.iter().count(), MAX_RESOLV_WORDS);
+            assert_eq!(config.etc_resolv.options.iter().count(), MAX_RESOLV_WORDS);
+            assert_eq!(config.sysctls().count(), MAX_SYSCTLS);
         })
         .unwrap();
         for (path, most, member) in members {

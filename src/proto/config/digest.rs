@@ -1,4 +1,4 @@
-//! By what a document is compared with one that is gone.
+//! Digests, by which a document is compared with an earlier one that is no longer in memory.
 
 use super::document::Config;
 use core::hash::{Hash, Hasher};
@@ -26,8 +26,7 @@ pub const MEMBERS: [&str; 18] = [
 ];
 
 impl Config<'_> {
-    /// A digest of each of the [`MEMBERS`], by which two documents can be compared when one of them is
-    /// gone.
+    /// A digest of each of the [`MEMBERS`].
     pub fn digests(&self) -> [u64; MEMBERS.len()] {
         [
             digest(&self.image_config),

@@ -1,6 +1,9 @@
 //! The document: what it can have, and what follows from that.
 
-use super::limits::{ADDRESSES, ARGV, ENV, HOSTS, MOUNTS, NAMESERVERS, RESOLV_WORDS, SYSCTLS};
+use super::limits::{
+    MAX_ADDRESSES, MAX_ARGS, MAX_ENV_ENTRIES, MAX_HOSTS, MAX_MOUNTS, MAX_NAMESERVERS,
+    MAX_RESOLV_WORDS, MAX_SYSCTLS,
+};
 use crate::address;
 use crate::arena::{Arena, Strings};
 use crate::bytes::split_text_once;
@@ -50,11 +53,11 @@ pub struct Config<'a> {
     /// Sent to the workload after a restore.
     pub restore_signal: Option<Signal>,
     /// Addresses of network interfaces.
-    pub ip_configs: heapless::Vec<IpConfig<'a>, ADDRESSES>,
+    pub ip_configs: heapless::Vec<IpConfig<'a>, MAX_ADDRESSES>,
     /// Extra volumes.
-    pub mounts: heapless::Vec<Mount<'a>, MOUNTS>,
+    pub mounts: heapless::Vec<Mount<'a>, MAX_MOUNTS>,
     /// Entries for /etc/hosts.
-    pub etc_hosts: heapless::Vec<Host<'a>, HOSTS>,
+    pub etc_hosts: heapless::Vec<Host<'a>, MAX_HOSTS>,
 }
 
 /// What an image says of its command (OCI image specification, config.md).
@@ -150,10 +153,10 @@ impl<'a> Object<'a> for Config<'a> {
     fn member(&mut self, name: &str) -> Place<'_, 'a> {
         match name {
             "ImageConfig" => Place::Object(&mut self.image_config),
-            "ExecOverride" => Place::Strings(&mut self.exec_override, ARGV),
+            "ExecOverride" => Place::Strings(&mut self.exec_override, MAX_ARGS),
             "CmdOverride" => Place::CStr(&mut self.cmd_override),
             "UserOverride" => Place::Str(&mut self.user_override),
-            "ExtraEnv" => Place::StringMap(&mut self.extra_env, ENV),
+            "ExtraEnv" => Place::StringMap(&mut self.extra_env, MAX_ENV_ENTRIES),
             "MTU" => Place::Number(&mut self.mtu, 0..=65_535),
             "IPConfigs" => Place::Objects(&mut self.ip_configs),
             "Hostname" => Place::Str(&mut self.hostname),
@@ -164,7 +167,7 @@ impl<'a> Object<'a> for Config<'a> {
             "EtcResolv" => Place::Object(&mut self.etc_resolv),
             "EtcHosts" => Place::Objects(&mut self.etc_hosts),
             "Rlimits" => Place::Object(&mut self.rlimits),
-            "Sysctls" => Place::StringMap(&mut self.sysctls, SYSCTLS),
+            "Sysctls" => Place::StringMap(&mut self.sysctls, MAX_SYSCTLS),
             "SeparateStderr" => Place::Flag(&mut self.separate_stderr),
             "RestoreSignal" => Place::ParsedOrNumber(&mut self.restore_signal),
             _ => Place::Unknown,
@@ -175,9 +178,9 @@ impl<'a> Object<'a> for Config<'a> {
 impl<'a> Object<'a> for ImageConfig<'a> {
     fn member(&mut self, name: &str) -> Place<'_, 'a> {
         match name {
-            "Entrypoint" => Place::Strings(&mut self.entrypoint, ARGV),
-            "Cmd" => Place::Strings(&mut self.cmd, ARGV),
-            "Env" => Place::Strings(&mut self.env, ENV),
+            "Entrypoint" => Place::Strings(&mut self.entrypoint, MAX_ARGS),
+            "Cmd" => Place::Strings(&mut self.cmd, MAX_ARGS),
+            "Env" => Place::Strings(&mut self.env, MAX_ENV_ENTRIES),
             "WorkingDir" => Place::CStr(&mut self.working_dir),
             "User" => Place::Str(&mut self.user),
             "StopSignal" => Place::ParsedOrNumber(&mut self.stop_signal),
@@ -214,9 +217,9 @@ impl<'a> Object<'a> for Mount<'a> {
 impl<'a> Object<'a> for EtcResolv<'a> {
     fn member(&mut self, name: &str) -> Place<'_, 'a> {
         match name {
-            "Nameservers" => Place::Strings(&mut self.nameservers, NAMESERVERS),
-            "Search" => Place::Strings(&mut self.search, RESOLV_WORDS),
-            "Options" => Place::Strings(&mut self.options, RESOLV_WORDS),
+            "Nameservers" => Place::Strings(&mut self.nameservers, MAX_NAMESERVERS),
+            "Search" => Place::Strings(&mut self.search, MAX_RESOLV_WORDS),
+            "Options" => Place::Strings(&mut self.options, MAX_RESOLV_WORDS),
             _ => Place::Unknown,
         }
     }

@@ -1,26 +1,26 @@
-//! How large a document may be.
+//! The limits of a document.
 
-/// Largest document, in bytes: 20 times Firecracker's default MMDS store.
-pub const DOCUMENT: usize = 1 << 20;
-/// Most arguments of a list: of `Entrypoint`, and of `Cmd`.
-pub const ARGV: usize = 1024;
-/// Most entries of an environment list or map.
-pub const ENV: usize = 4096;
-/// Most addresses.
-pub const ADDRESSES: usize = 64;
-/// Most extra volumes.
-pub const MOUNTS: usize = 64;
-/// Most entries for /etc/hosts.
-pub const HOSTS: usize = 256;
-/// Most name servers; resolvers use the first three.
-pub const NAMESERVERS: usize = 16;
-/// Most search domains, and most options, of /etc/resolv.conf.
-pub const RESOLV_WORDS: usize = 32;
-/// Most kernel parameters.
-pub const SYSCTLS: usize = 256;
-/// Longest path, its NUL included (PATH_MAX, limits.h).
-pub const PATH: usize = 4096;
-/// Longest host name (HOST_NAME_MAX, sethostname(2)).
-pub const HOSTNAME: usize = 64;
-/// Longest name of a network interface (IFNAMSIZ less its NUL, linux/if.h).
-pub const INTERFACE: usize = 15;
+/// Maximum size of a document in bytes: 20 times Firecracker's default MMDS store.
+pub const MAX_DOCUMENT_SIZE: usize = 1 << 20;
+/// Maximum number of arguments in a list: in `Entrypoint`, and in `Cmd`.
+pub const MAX_ARGS: usize = 1024;
+/// Maximum number of entries in an environment list or map.
+pub const MAX_ENV_ENTRIES: usize = 4096;
+/// Maximum number of addresses.
+pub const MAX_ADDRESSES: usize = 64;
+/// Maximum number of extra volumes.
+pub const MAX_MOUNTS: usize = 64;
+/// Maximum number of entries for /etc/hosts.
+pub const MAX_HOSTS: usize = 256;
+/// Maximum number of name servers; resolvers use the first three.
+pub const MAX_NAMESERVERS: usize = 16;
+/// Maximum number of search domains, and of options, in /etc/resolv.conf.
+pub const MAX_RESOLV_WORDS: usize = 32;
+/// Maximum number of sysctls.
+pub const MAX_SYSCTLS: usize = 256;
+/// Maximum length of a path, its NUL included (PATH_MAX, limits.h).
+pub const PATH_MAX: usize = 4096;
+/// Maximum length of a host name (HOST_NAME_MAX, sethostname(2)).
+pub const MAX_HOSTNAME: usize = 64;
+/// Maximum length of a network interface's name (IFNAMSIZ less its NUL, linux/if.h).
+pub const MAX_INTERFACE_NAME: usize = 15;

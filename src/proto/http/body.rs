@@ -11,10 +11,10 @@ pub const MAX_TRAILER: usize = 16 << 10;
 /// What a piece of a body was decoded to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Decoded {
-    /// So many bytes of content, at the front of the buffer.
+    /// Number of bytes of content, at the front of the buffer.
     pub content: usize,
-    /// So many bytes of the buffer were looked at. That is all of them, unless the body is complete:
-    /// then the next request starts behind them.
+    /// Number of bytes of the buffer that were decoded. That is all of them, unless the body is complete:
+    /// then the next request starts after them.
     pub consumed: usize,
 }
 
@@ -33,7 +33,7 @@ pub struct BodyDecoder {
 /// What comes next.
 #[derive(Clone, Copy, Debug)]
 enum State {
-    /// Content of a body of known length: so many bytes.
+    /// Content of a body of known length, with the number of bytes left.
     Content(u64),
     /// chunk-size, of which `digits` have come.
     ChunkSize { size: u64, digits: usize },
@@ -45,7 +45,7 @@ enum State {
     },
     /// The LF behind it.
     ChunkSizeEnd { size: u64 },
-    /// chunk-data: so many bytes.
+    /// chunk-data, with the number of bytes left.
     ChunkData(u64),
     /// The CR behind it.
     ChunkDataCr,

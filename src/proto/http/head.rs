@@ -55,7 +55,7 @@ impl Method {
 pub enum Framing {
     /// There is none.
     None,
-    /// After so many bytes.
+    /// After that many bytes.
     Length(u64),
     /// After the chunk of size 0.
     Chunked,

@@ -76,7 +76,7 @@ impl Reply {
 pub enum Content {
     /// Nothing, as behind 101, and 200 for CONNECT.
     None,
-    /// So many bytes.
+    /// That many bytes.
     Length(u64),
     /// Chunks.
     Chunked,

@@ -1,6 +1,6 @@
 //! A document decoded into its places: serde's visitors.
 
-use super::decoder::{Decoder, Step, Wrong};
+use super::decoder::{Decoder, Step, ValueFault};
 use super::normalize::normalize;
 use super::place::{Object, Place};
 use crate::arena::{Arena, Strings};
@@ -21,7 +21,7 @@ pub fn decode<'a>(
         document,
         arena,
         path: heapless::Vec::new(),
-        wrong: Wrong::Type(""),
+        fault: ValueFault::Type(""),
     };
     let value = Value {
         decoder: &mut decoder,
@@ -44,43 +44,43 @@ impl<'d> DeserializeSeed<'d> for Value<'_, 'd, '_> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'d>>(self, value: D) -> Result<(), D::Error> {
-        let wrong = &mut self.decoder.wrong;
+        let fault = &mut self.decoder.fault;
         match &self.place {
             Place::Unknown => value.deserialize_ignored_any(self),
-            Place::Refused(why) => Err(self.decoder.fail(Wrong::Refused(why))),
+            Place::Refused(why) => Err(self.decoder.fail(ValueFault::Refused(why))),
             Place::CStr(_) | Place::Str(_) | Place::Parsed(_) | Place::Entry => {
-                *wrong = Wrong::Type("a string");
+                *fault = ValueFault::Type("a string");
                 value.deserialize_str(self)
             }
             Place::ParsedOrNumber(_) => {
-                *wrong = Wrong::Type("a string or a whole number from 0 on");
+                *fault = ValueFault::Type("a string or a whole number from 0 on");
                 match self.decoder.first_byte() {
                     Some(b'-' | b'0'..=b'9') => value.deserialize_u64(self),
                     _ => value.deserialize_str(self),
                 }
             }
             Place::Flag(_) => {
-                *wrong = Wrong::Type("true or false");
+                *fault = ValueFault::Type("true or false");
                 value.deserialize_bool(self)
             }
             Place::Number(_, range) => {
-                *wrong = Wrong::Number(range.clone());
+                *fault = ValueFault::Number(range.clone());
                 value.deserialize_u64(self)
             }
             Place::Strings(..) => {
-                *wrong = Wrong::Type("a list of strings");
+                *fault = ValueFault::Type("a list of strings");
                 value.deserialize_seq(self)
             }
             Place::Objects(_) => {
-                *wrong = Wrong::Type("a list");
+                *fault = ValueFault::Type("a list");
                 value.deserialize_seq(self)
             }
             Place::StringMap(..) => {
-                *wrong = Wrong::Type("an object of strings");
+                *fault = ValueFault::Type("an object of strings");
                 value.deserialize_map(self)
             }
             Place::Object(_) => {
-                *wrong = Wrong::Type("an object");
+                *fault = ValueFault::Type("an object");
                 value.deserialize_map(self)
             }
         }
@@ -102,7 +102,7 @@ impl<'d> Visitor<'d> for Value<'_, 'd, '_> {
     /// A string as it stands in the document: there is no buffer to decode its escapes in.
     fn visit_borrowed_str<E: serde::de::Error>(self, escaped: &'d str) -> Result<(), E> {
         let done = self.decoder.string(escaped, self.place);
-        done.map_err(|wrong| self.decoder.fail(wrong))
+        done.map_err(|fault| self.decoder.fail(fault))
     }
 
     fn visit_bool<E>(self, flag: bool) -> Result<(), E> {
@@ -114,7 +114,7 @@ impl<'d> Visitor<'d> for Value<'_, 'd, '_> {
 
     fn visit_u64<E: serde::de::Error>(self, number: u64) -> Result<(), E> {
         let done = self.decoder.number(number, self.place);
-        done.map_err(|wrong| self.decoder.fail(wrong))
+        done.map_err(|fault| self.decoder.fail(fault))
     }
 
     fn visit_seq<A: SeqAccess<'d>>(mut self, mut list: A) -> Result<(), A::Error> {
@@ -188,7 +188,7 @@ impl<'d> DeserializeSeed<'d> for Entry<'_, '_, 'd, '_> {
             Place::Strings(..) => Ok(Place::Entry),
             _ => Ok(Place::Unknown),
         };
-        let place = place.map_err(|limit| decoder.fail(Wrong::TooMany(limit)))?;
+        let place = place.map_err(|limit| decoder.fail(ValueFault::TooMany(limit)))?;
         let depth = decoder.path.len();
         // Deeper than that there is only what is ignored.
         let _fits = decoder.path.push(Step::Entry(number));
@@ -233,13 +233,13 @@ impl<'d> Visitor<'d> for Member<'_, '_, 'd, '_> {
         let Self { decoder, name, .. } = self;
         let place = match self.map {
             Place::Object(object) => Ok(decoder.member(name, *object)),
-            Place::StringMap(_, limit) if self.number >= *limit => Err(Wrong::TooMany(*limit)),
+            Place::StringMap(_, limit) if self.number >= *limit => Err(ValueFault::TooMany(*limit)),
             Place::StringMap(..) => decoder.name(name).map(|()| Place::Entry),
             _ => Ok(Place::Unknown),
         };
-        let place = place.map_err(|wrong| {
+        let place = place.map_err(|fault| {
             decoder.path.pop();
-            decoder.fail(wrong)
+            decoder.fail(fault)
         })?;
         Value { decoder, place }.deserialize(value)
     }

@@ -1,4 +1,4 @@
-//! What is known while a document is decoded: where the value at hand is, and what is wrong with it.
+//! The state of the decoder: where the current value is, and what is wrong with it.
 
 use super::place::{Object, Parse, Place};
 use crate::arena::{Arena, Full};
@@ -10,20 +10,20 @@ use core::ops::RangeInclusive;
 use serde_json_core::de::Error;
 use serde_json_core::str::{EscapedStr, EscapedStringFragment};
 
-/// What is known while a document is decoded.
+/// The state of the decoder.
 pub struct Decoder<'d, 'a> {
     pub document: &'d [u8],
     pub arena: &'d mut Arena<'a>,
-    /// The way to the value at hand.
+    /// The path to the current value.
     pub path: heapless::Vec<Step<'d>, STEPS>,
-    /// What is wrong, should the value at hand be so.
-    pub wrong: Wrong,
+    /// What is wrong with the current value, should decoding it fail.
+    pub fault: ValueFault,
 }
 
-/// Longest path: `config.IPConfigs[0].Mask`, and some to spare.
+/// Maximum length of a path: `config.IPConfigs[0].Mask`, and some to spare.
 pub const STEPS: usize = 8;
 
-/// A step on the way to a value.
+/// A step of a path.
 #[derive(Clone, Copy)]
 pub enum Step<'d> {
     /// A member's name as it stands in the document.
@@ -33,7 +33,7 @@ pub enum Step<'d> {
 }
 
 /// What can be wrong with a value.
-pub enum Wrong {
+pub enum ValueFault {
     /// It is not what it must be.
     Type(&'static str),
     /// It is no whole number, or not in that range.
@@ -48,7 +48,7 @@ pub enum Wrong {
     Full,
 }
 
-impl From<Full> for Wrong {
+impl From<Full> for ValueFault {
     fn from(_: Full) -> Self {
         Self::Full
     }
@@ -56,12 +56,12 @@ impl From<Full> for Wrong {
 
 impl<'a> Decoder<'_, 'a> {
     /// The error that makes serde stop; what is wrong is kept here.
-    pub fn fail<E: serde::de::Error>(&mut self, wrong: Wrong) -> E {
-        self.wrong = wrong;
+    pub fn fail<E: serde::de::Error>(&mut self, fault: ValueFault) -> E {
+        self.fault = fault;
         E::custom("")
     }
 
-    /// The path of the value at hand, and what is wrong with it.
+    /// The path of the current value, and what is wrong with it.
     pub fn message(&self, error: Error) -> Message {
         let mut message = Message::new();
         // Writing to a message never fails.
@@ -80,46 +80,46 @@ impl<'a> Decoder<'_, 'a> {
         if !self.path.is_empty() {
             message.write_str(": ")?;
         }
-        match &self.wrong {
-            Wrong::Type(wanted) => write!(message, "must be {wanted}"),
-            Wrong::Number(range) => match error {
+        match &self.fault {
+            ValueFault::Type(wanted) => write!(message, "must be {wanted}"),
+            ValueFault::Number(range) => match error {
                 Error::InvalidNumber | Error::CustomError => {
                     write!(message, "must be from {} to {}", range.start(), range.end())
                 }
-                // Also what comes behind the whole part of 1.5 or 1e5.
+                // Also what comes after the whole part of 1.5 or 1e5.
                 _ => message.write_str("must be a whole number"),
             },
-            Wrong::Refused(why) => message.write_str(why),
-            Wrong::Unparsed(why) => {
+            ValueFault::Refused(why) => message.write_str(why),
+            ValueFault::Unparsed(why) => {
                 write!(message, "{why}: {}", self.arena.filled().lossy())
             }
-            Wrong::TooMany(limit) => write!(message, "more than {limit} entries"),
-            Wrong::Name => message.write_str("a name is empty or has '=' in it"),
-            Wrong::Nul => message.write_str("has a NUL character"),
-            Wrong::Full => message.write_str("too long"),
+            ValueFault::TooMany(limit) => write!(message, "more than {limit} entries"),
+            ValueFault::Name => message.write_str("a name is empty or has '=' in it"),
+            ValueFault::Nul => message.write_str("has a NUL character"),
+            ValueFault::Full => message.write_str("too long"),
         }
     }
 
     /// Appends a string of the document to what is being put together, its escapes decoded.
-    fn append(&mut self, escaped: &str) -> Result<(), Wrong> {
+    fn append(&mut self, escaped: &str) -> Result<(), ValueFault> {
         for fragment in EscapedStr(escaped).fragments() {
             match fragment {
                 Ok(EscapedStringFragment::NotEscaped(text)) => self.arena.push(text.as_bytes())?,
-                Ok(EscapedStringFragment::Escaped('\0')) => return Err(Wrong::Nul),
+                Ok(EscapedStringFragment::Escaped('\0')) => return Err(ValueFault::Nul),
                 Ok(EscapedStringFragment::Escaped(character)) => {
                     let mut bytes = [0; 4];
                     self.arena
                         .push(character.encode_utf8(&mut bytes).as_bytes())?;
                 }
                 // There is none in a text that was normalized.
-                Err(_) => return Err(Wrong::Type("a string")),
+                Err(_) => return Err(ValueFault::Type("a string")),
             }
         }
         Ok(())
     }
 
-    /// The first byte of the value of the member at hand, which serde-json-core does not show: the
-    /// name lies in the document, so that its address says where the value begins.
+    /// The first byte of the value of the current member, which serde-json-core does not show: the
+    /// name is in the document, so that its address says where the value begins.
     pub fn first_byte(&self) -> Option<u8> {
         let Some(Step::Member(name)) = self.path.last() else {
             return None;
@@ -138,7 +138,7 @@ impl<'a> Decoder<'_, 'a> {
     }
 
     /// Decodes a string of the document to its place.
-    pub fn string(&mut self, escaped: &str, place: Place<'_, 'a>) -> Result<(), Wrong> {
+    pub fn string(&mut self, escaped: &str, place: Place<'_, 'a>) -> Result<(), ValueFault> {
         if let Place::Unknown = place {
             return Ok(());
         }
@@ -157,11 +157,11 @@ impl<'a> Decoder<'_, 'a> {
         Ok(())
     }
 
-    pub fn number(&mut self, number: u64, place: Place<'_, 'a>) -> Result<(), Wrong> {
+    pub fn number(&mut self, number: u64, place: Place<'_, 'a>) -> Result<(), ValueFault> {
         match place {
             Place::Number(place, range) => match range.contains(&number) {
-                true => place.set(number).ok_or(Wrong::Number(range)),
-                false => Err(Wrong::Number(range)),
+                true => place.set(number).ok_or(ValueFault::Number(range)),
+                false => Err(ValueFault::Number(range)),
             },
             Place::ParsedOrNumber(place) => {
                 self.arena.push(message!("{number}").as_bytes())?;
@@ -171,8 +171,8 @@ impl<'a> Decoder<'_, 'a> {
         }
     }
 
-    fn parse(&mut self, place: &mut dyn Parse) -> Result<(), Wrong> {
-        place.parse(self.filled()).map_err(Wrong::Unparsed)?;
+    fn parse(&mut self, place: &mut dyn Parse) -> Result<(), ValueFault> {
+        place.parse(self.filled()).map_err(ValueFault::Unparsed)?;
         self.arena.truncate(0);
         Ok(())
     }
@@ -189,12 +189,12 @@ impl<'a> Decoder<'_, 'a> {
     }
 
     /// Puts the name of a member of a map of strings before its value.
-    pub fn name(&mut self, name: &str) -> Result<(), Wrong> {
+    pub fn name(&mut self, name: &str) -> Result<(), ValueFault> {
         let start = self.arena.filled().len();
         self.append(name)?;
         let name = self.arena.filled().get(start..).unwrap_or_default();
         if name.is_empty() || name.contains(&b'=') {
-            return Err(Wrong::Name);
+            return Err(ValueFault::Name);
         }
         Ok(self.arena.push(b"=")?)
     }

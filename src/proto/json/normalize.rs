@@ -253,7 +253,7 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// The byte at hand; 0, which stands nowhere in JSON, at the end.
+    /// The current byte; at the end 0, which is not allowed in JSON.
     fn here(&self) -> u8 {
         self.text.get(self.read).copied().unwrap_or(0)
     }

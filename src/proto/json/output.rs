@@ -90,7 +90,7 @@ impl Display for Quoted<'_> {
 
 /// What stands between the quotes.
 struct Inside<'f, 'b> {
-    /// So many bytes can still be written.
+    /// How many bytes can still be written.
     room: usize,
     is_cut: bool,
     formatter: &'f mut fmt::Formatter<'b>,

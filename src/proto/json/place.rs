@@ -11,27 +11,27 @@ pub trait Object<'a> {
     fn member(&mut self, name: &str) -> Place<'_, 'a>;
 }
 
-/// Where a value belongs, and so what it must be. Strings come to lie in an arena.
+/// Where a value is stored, and so its type. Strings are stored in an arena.
 pub enum Place<'p, 'a> {
-    /// Nowhere: it is ignored.
+    /// No such member: ignored.
     Unknown,
-    /// Nowhere: there must be no member of that name. Why not.
+    /// The member is not allowed; the reason.
     Refused(&'static str),
     /// A string as the kernel wants it.
     CStr(&'p mut &'a CStr),
     /// A string.
     Str(&'p mut &'a str),
-    /// A string that says something.
+    /// A string with its own syntax, parsed by [`Parse`].
     Parsed(&'p mut dyn Parse),
-    /// A string that says something, or a whole number.
+    /// The same, or a whole number.
     ParsedOrNumber(&'p mut dyn Parse),
     /// `true` or `false`.
     Flag(&'p mut bool),
     /// A whole number in that range.
     Number(&'p mut dyn Integer, RangeInclusive<u64>),
-    /// A list of at most so many strings.
+    /// A list of at most that many strings.
     Strings(&'p mut Strings<'a>, usize),
-    /// An object of at most so many members, all strings: a list of `NAME=value`.
+    /// An object of at most that many members, all strings: a list of `NAME=value`.
     StringMap(&'p mut Strings<'a>, usize),
     /// An object.
     Object(&'p mut dyn Object<'a>),
@@ -77,7 +77,7 @@ integers! { u8 u16 u32 u64 }
 pub trait Objects<'a> {
     /// Empties it.
     fn clear(&mut self);
-    /// Most objects in it.
+    /// Maximum number of objects in it.
     fn limit(&self) -> usize;
     /// Adds an empty object; `None` when there are as many as can be.
     fn add(&mut self) -> Option<&mut dyn Object<'a>>;
