@@ -83,7 +83,7 @@ impl Restore {
     /// A workload that is to stop, or has ended, is not frozen for a snapshot any more.
     fn give_up_freeze(&mut self, supervisor: &mut Supervisor) {
         let is_freeze = |task: &mut Task| matches!(task.kind, TaskKind::Freeze { .. });
-        if supervisor.is_running() {
+        if supervisor.is_running() || supervisor.context.snapshot.ended.is_some() {
             return;
         }
         let Some(task) = self.task.take_if(is_freeze) else {
@@ -91,8 +91,7 @@ impl Restore {
         };
         // What it was at when it was killed is of no interest.
         let _step = task.helper.give_up(supervisor.console);
-        let snapshot = &mut supervisor.context.snapshot;
-        (snapshot.helper, snapshot.ended) = (None, None);
+        supervisor.context.snapshot.helper = None;
         if let Err(error) = self.start_thaw(task.owner, Some(not_running()), supervisor) {
             finish_call(task.owner, Err(error), "", supervisor);
         }

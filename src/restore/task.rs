@@ -3,7 +3,7 @@
 use super::calls::finish_call;
 use super::helpers::result;
 use super::state::{Restore, Task, TaskKind};
-use crate::api::CallError;
+use crate::api::{CallError, not_running};
 use crate::context::Context;
 use crate::process::helper::{self, Helper};
 use crate::supervisor::Supervisor;
@@ -52,13 +52,19 @@ impl Restore {
         let result = result(helper, ended, supervisor.console);
         let mut step = "";
         let result = match kind {
-            TaskKind::Freeze { token, hold } => match result {
-                Ok(held) => return self.held(token, hold, held, owner, supervisor),
-                Err(failure) => match self.start_thaw(owner, Some(failure), supervisor) {
+            TaskKind::Freeze { token, hold } => {
+                let failure = match result {
+                    Ok(held) if supervisor.is_running() => {
+                        return self.held(token, hold, held, owner, supervisor);
+                    }
+                    Ok(_) => not_running(),
+                    Err(failure) => failure,
+                };
+                match self.start_thaw(owner, Some(failure), supervisor) {
                     Ok(()) => return,
                     Err(error) => Err(error),
-                },
-            },
+                }
+            }
             TaskKind::Thaw { failure } => {
                 supervisor.console.info(&"the workload goes on", &"");
                 failure.map_or(result, Err)
