@@ -718,6 +718,81 @@ fn what_a_guest_says_of_a_failed_copy_has_a_limit() {
     assert!(text(&output.stderr) == expected, "{}", output.stderr.len());
 }
 
+/// `pigeon cp SOURCE :/data` in `place`, to a guest whose tar reads its input to its end: what it says,
+/// its exit code, and the archive, unless that did not end.
+fn cp_directory_to_guest(place: &Place, source: &str) -> (String, Option<i32>, Option<Vec<u8>>) {
+    const TIMEOUT: Duration = Duration::from_secs(60);
+    let guest = tempfile::tempdir().unwrap();
+    let (sender, archives) = mpsc::channel();
+    let vm = Vm::start(guest.path(), move |mut connection| {
+        match connection.request.line.as_str() {
+            "HEAD /v1/files?path=/data" => connection.send(b"HTTP/1.1 404 Not Found\r\n\r\n"),
+            "POST /v1/exec" => {
+                let done = json!({"exit_code": 0, "exit_signal": 0, "stdout": "", "stderr": ""});
+                connection.answer(200, "", done.to_string().as_bytes());
+            }
+            "GET /v1/sessions" => connection.answer(200, "", b"[]"),
+            _ => {
+                let mut socket = upgrade(connection);
+                socket.get_ref().set_read_timeout(Some(TIMEOUT)).unwrap();
+                let mut archive = vec![];
+                socket.read().unwrap();
+                while let Ok(message) = socket.read() {
+                    match message {
+                        Message::Binary(bytes) => archive.extend(bytes),
+                        _ => {
+                            sender.send(archive).unwrap();
+                            let exit = r#"{"Exit":{"code":0,"signal":null}}"#;
+                            socket.send(Message::text(exit)).unwrap();
+                            while socket.read().is_ok() {}
+                            return;
+                        }
+                    }
+                }
+            }
+        }
+    });
+    let output = pigeon(place, &vm, &["cp", source, ":/data"], b"");
+    let archive = archives.try_recv().ok();
+    (text(&output.stderr), output.status.code(), archive)
+}
+
+#[test]
+fn a_directory_goes_to_a_guest_without_its_sockets_and_what_cannot_be_read_is_named() {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    let place = Place::new();
+    fs::create_dir_all(place.path("dir/sub")).unwrap();
+    place.write("dir/sub/file", "x");
+    std::os::unix::fs::symlink("sub/file", place.path("dir/link")).unwrap();
+    mknodat(CWD, place.path("dir/fifo"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+    let _listener = std::os::unix::net::UnixListener::bind(place.path("dir/socket")).unwrap();
+    let (said, code, archive) = cp_directory_to_guest(&place, "dir");
+    assert!(said.contains("dir/socket: left out: a socket"), "{said}");
+    assert_eq!(code, Some(0), "{said}");
+    let archive = archive.unwrap();
+    let mut archive = tar::Archive::new(&archive[..]);
+    let entries = archive.entries().unwrap().map(|entry| {
+        let entry = entry.unwrap();
+        (text(&entry.path_bytes()), entry.header().entry_type())
+    });
+    let expected = [
+        (".", EntryType::Directory),
+        ("fifo", EntryType::Fifo),
+        ("link", EntryType::Symlink),
+        ("sub", EntryType::Directory),
+        ("sub/file", EntryType::Regular),
+    ];
+    assert_eq!(
+        entries.collect::<Vec<_>>(),
+        expected.map(|(name, kind)| (name.to_string(), kind))
+    );
+    // Root cannot read it either.
+    let (said, code, archive) = cp_directory_to_guest(&place, "/proc/sys/net/ipv4/route");
+    let expected = "route/flush: Permission denied";
+    assert!(said.contains(expected) && code == Some(125), "{said}");
+    assert!(archive.is_some());
+}
+
 #[test]
 fn a_file_that_nobody_reads_to_its_end_is_no_failure_with_words() {
     let place = Place::new();

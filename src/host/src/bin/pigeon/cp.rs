@@ -4,7 +4,7 @@ use std::{
     cell::Cell,
     fs::{self, File},
     io::{self, Read, Seek, Write},
-    os::unix::fs::{MetadataExt, PermissionsExt},
+    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -105,14 +105,24 @@ impl Cp {
         let has_mkdir = made.is_ok_and(|output| output.exit_code == 0);
         if has_mkdir && has_tar(client) {
             let mut session = client.session(&tar.separate_stderr())?;
-            let sent = send_archive(&mut session, source);
-            // tar's own message is more useful than the broken connection.
-            if sent.is_ok() {
-                session.end_input()?;
-            }
-            finish(&mut session, &mut io::sink())?;
-            sent.context("unable to send the files")?;
-            return Ok(());
+            let mut input = SessionInput {
+                session: &mut session,
+                is_broken: false,
+            };
+            let sent = send_archive(&mut input, source);
+            let is_broken = input.is_broken;
+            // tar waits for it, whatever was sent.
+            let ended = session.end_input();
+            let finished = finish(&mut session, &mut io::sink());
+            let sent = sent.context("unable to send the files");
+            // tar's own message is more useful than the broken connection, but not than ours of a file.
+            let (first, second) = match is_broken {
+                true => (finished, sent),
+                false => (sent, finished),
+            };
+            first?;
+            second?;
+            return Ok(ended?);
         }
         for entry in walk(source)? {
             let place = source.join(&entry);
@@ -418,21 +428,55 @@ fn finish(session: &mut Session, out: &mut dyn Write) -> Result<()> {
 }
 
 /// Sends a directory as an archive.
-fn send_archive(session: &mut Session, source: &Path) -> io::Result<()> {
-    let mut builder = tar::Builder::new(SessionInput(session));
+fn send_archive(input: &mut SessionInput, source: &Path) -> Result<()> {
+    let mut builder = tar::Builder::new(input);
     builder.follow_symlinks(false);
-    builder.append_dir_all(".", source)?;
-    builder.into_inner().map(drop)
+    builder.append_dir(".", source)?;
+    for entry in walk(source)? {
+        let place = source.join(&entry);
+        let added = append(&mut builder, &place, &entry);
+        added.with_context(|| place.display().to_string())?;
+    }
+    Ok(builder.finish()?)
+}
+
+fn append(
+    builder: &mut tar::Builder<&mut SessionInput>,
+    place: &Path,
+    name: &Path,
+) -> io::Result<()> {
+    let found = place.symlink_metadata()?;
+    let kind = found.file_type();
+    if kind.is_socket() {
+        // It means nothing without the process that listens, and tar has no entry for it.
+        note!("{}: left out: a socket", place.display());
+        return Ok(());
+    }
+    if kind.is_file() || kind.is_dir() || kind.is_symlink() {
+        return builder.append_path_with_name(place, name);
+    }
+    // The crate names a device and a FIFO by where they are, not as it is told.
+    let mut header = tar::Header::new_gnu();
+    header.set_metadata(&found);
+    header.set_size(0);
+    header.set_device_major(rustix::fs::major(found.rdev()))?;
+    header.set_device_minor(rustix::fs::minor(found.rdev()))?;
+    builder.append_data(&mut header, name, io::empty())
 }
 
 /// A command's input, as a stream.
-struct SessionInput<'a>(&'a mut Session);
+struct SessionInput<'a> {
+    session: &'a mut Session,
+    /// It could not be sent, unlike what could not be read.
+    is_broken: bool,
+}
 
 impl Write for SessionInput<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let size = bytes.len().min(MESSAGE);
-        self.0.send(&bytes[..size]).map_err(io::Error::other)?;
-        Ok(size)
+        let sent = self.session.send(&bytes[..size]);
+        self.is_broken |= sent.is_err();
+        sent.map(|()| size).map_err(io::Error::other)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -446,7 +490,9 @@ fn walk(root: &Path) -> Result<Vec<PathBuf>> {
     let mut todo = vec![PathBuf::new()];
     while let Some(dir) = todo.pop() {
         let entries = fs::read_dir(root.join(&dir));
-        for entry in entries.with_context(|| format!("unable to read {}", root.display()))? {
+        for entry in
+            entries.with_context(|| format!("unable to read {}", root.join(&dir).display()))?
+        {
             let entry = entry?;
             let path = dir.join(entry.file_name());
             if entry.file_type()?.is_dir() {
