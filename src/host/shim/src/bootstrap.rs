@@ -53,9 +53,10 @@ pub fn start(flags: &Flags) -> Result<()> {
     state::sweep();
     let dir = state::container_dir(flags);
     state::check(&dir)?;
-    state::create(&dir)?;
+    let is_new = state::create(&dir)?;
     let started = start_server(flags);
-    if started.is_err() {
+    // What was there is another shim's, maybe of one that lives.
+    if started.is_err() && is_new {
         let _ = fs::remove_dir_all(&dir);
     }
     started?;

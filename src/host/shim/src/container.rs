@@ -30,7 +30,7 @@ use pigeon::{
 use crate::{
     events::{Publisher, timestamp},
     log, metrics,
-    process::{Process, SIGKILL, Stage},
+    process::{Process, SIGKILL, Stage, Taken},
     service::{Failure, lock},
     spec::{self, Plan},
     stdio::Stdio,
@@ -165,9 +165,14 @@ impl Container {
         process: &Arc<Process>,
         publisher: &Arc<Publisher>,
     ) -> Result<Sender<()>, Failure> {
+        // One that runs, or is being started, is not touched.
+        let Some(taken) = process.take() else {
+            let text = "a process is started once, and not when it has ended";
+            return Err(Failure::Precondition(text.into()));
+        };
         let started = match self.is_paused() {
             true => Err(anyhow!("the container is paused")),
-            false => self.start_in_vm(process, publisher),
+            false => self.start_in_vm(process, taken, publisher),
         };
         // A client waits for the end of its streams then.
         if let Err(error) = &started {
@@ -182,11 +187,12 @@ impl Container {
     fn start_in_vm(
         self: &Arc<Container>,
         process: &Arc<Process>,
+        taken: Taken,
         publisher: &Arc<Publisher>,
     ) -> Result<Sender<()>> {
         let (announcement, announced) = mpsc::channel();
         let Some(vm) = &self.vm else {
-            process.run_nothing();
+            process.run_nothing(taken);
             return Ok(announcement);
         };
         vm.wait_started().context("unable to boot the VM")?;
@@ -196,7 +202,7 @@ impl Container {
         let passwd = read(vm, "/etc/passwd")?;
         let home = user::home(process.uid(), &passwd);
         let (container, publisher) = (self.clone(), publisher.clone());
-        process.start(vm, home, &self.namespace, move |process| {
+        process.start(taken, vm, home, &self.namespace, move |process| {
             // Nobody sends anything.
             let _ = announced.recv();
             container.ended(process, &publisher);
@@ -218,7 +224,7 @@ impl Container {
             let added: Vec<_> = lock(&self.added).values().cloned().collect();
             for process in added {
                 process.expect_end();
-                if matches!(process.stage(), Stage::Running(_)) && process.end(KILLED, false) {
+                if matches!(process.stage(), Stage::Running(_)) && process.end(KILLED) {
                     self.publish_exit(&process, publisher);
                 }
             }
@@ -266,12 +272,27 @@ impl Container {
         all: bool,
         publisher: &Arc<Publisher>,
     ) -> Result<(), Failure> {
-        let pid = match process.wait_started(STARTING) {
+        let stage = match self.vm {
+            Some(_) => process.wait_started(STARTING),
+            // It has no number to wait for.
+            None => process.stage(),
+        };
+        let pid = match stage {
             Stage::Ended(_) | Stage::Failed(_) => {
                 return Err(Failure::NotFound("process already finished".into()));
             }
             // Before its start, or while its VM boots.
-            Stage::Created => return self.kill_created(process, signal, publisher),
+            Stage::Created => {
+                if STOPPING.contains(&signal) {
+                    let text = "the process was not started".into();
+                    return Err(Failure::Precondition(text));
+                }
+                if is_harmless(signal) || self.end_created(process, signal, publisher) {
+                    return Ok(());
+                }
+                // It runs now.
+                return self.kill(process, signal, all, publisher);
+            }
             Stage::Running(_) if process.is_over() => {
                 // Nor does whoever wants it killed wait until its output is read.
                 if signal == SIGKILL {
@@ -282,8 +303,11 @@ impl Container {
             Stage::Running(pid) => pid,
         };
         let Some(vm) = &self.vm else {
-            // What a pause container does.
-            if process.end(u32::from(signal) + 128, false) {
+            // What a pause container does; whether it is stopped nobody sees.
+            if !is_harmless(signal)
+                && !STOPPING.contains(&signal)
+                && process.end(128 + u32::from(signal))
+            {
                 self.publish_exit(process, publisher);
             }
             return Ok(());
@@ -316,26 +340,20 @@ impl Container {
         }
     }
 
-    /// A signal does to a process that was not started what it does to one without handlers.
-    fn kill_created(
-        &self,
-        process: &Arc<Process>,
-        signal: u8,
-        publisher: &Arc<Publisher>,
-    ) -> Result<(), Failure> {
-        if STOPPING.contains(&signal) {
-            return Err(Failure::Precondition("the process was not started".into()));
+    /// A signal does to a process that was not started what it does to one without handlers. False if
+    /// it was started meanwhile.
+    fn end_created(&self, process: &Process, signal: u8, publisher: &Publisher) -> bool {
+        let has_ended = process.end_created(128 + u32::from(signal));
+        if has_ended {
+            self.ended(process, publisher);
         }
-        if !IGNORED.contains(&signal) {
-            self.end_now(process, 128 + u32::from(signal), publisher);
-        }
-        Ok(())
+        has_ended
     }
 
     /// Ends the VM, and the process with it; a process that was added ends alone.
     fn end_now(&self, process: &Arc<Process>, status: u32, publisher: &Arc<Publisher>) {
         process.expect_end();
-        if process.end(status, false) {
+        if process.end(status) {
             self.ended(process, publisher);
         }
     }
@@ -367,7 +385,12 @@ impl Container {
 
     /// The VM stands still.
     pub fn pause(&self) -> Result<(), Failure> {
-        self.running_vm()?.pause()?;
+        let vm = self.running_vm()?;
+        // What starts asks the guest, which would not answer.
+        if !matches!(self.process.stage(), Stage::Running(Some(_))) {
+            return Err(Failure::Precondition("the container does not run".into()));
+        }
+        vm.pause()?;
         self.paused.store(true, Ordering::SeqCst);
         Ok(())
     }
@@ -390,6 +413,11 @@ impl Container {
     }
 }
 
+/// Whether a signal does nothing to a process without handlers. (0 asks whether it is there; kill(2))
+fn is_harmless(signal: u8) -> bool {
+    signal == 0 || IGNORED.contains(&signal)
+}
+
 /// Copies a file with its mode and owner into the guest.
 fn copy(vm: &Vm, source: &Path, target: &str) -> Result<()> {
     let mut file = File::open(source)?;
@@ -408,5 +436,106 @@ fn read(vm: &Vm, path: &str) -> Result<String> {
     match vm.client.read_text(path, MAX_USERS) {
         Err(ApiError::Refused { status: 404, .. }) => Ok(String::new()),
         text => Ok(text?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::Ended;
+    use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
+    use std::{io::Read, os::unix::fs::OpenOptionsExt};
+
+    /// A pod's sandbox, which has no VM, and nobody who takes its events.
+    fn sandbox(stdio: Stdio) -> (Arc<Container>, Arc<Publisher>) {
+        let outputs = stdio.open("pod", "").unwrap();
+        let spec = spec::Process::default();
+        let process = Process::new("", "container".into(), spec, stdio, Some(outputs));
+        let container = Container {
+            id: "pod".into(),
+            namespace: String::new(),
+            bundle: PathBuf::new(),
+            process: Arc::new(process.unwrap()),
+            added: Mutex::new(BTreeMap::new()),
+            vm: None,
+            files: vec![],
+            added_before: AtomicU32::new(0),
+            paused: AtomicBool::new(false),
+        };
+        let publisher = Publisher::start(String::new(), "");
+        (Arc::new(container), Arc::new(publisher))
+    }
+
+    /// Standard output in a FIFO, and its reader.
+    fn fifo(dir: &Path) -> (Stdio, File) {
+        let path = dir.join("fifo");
+        mknodat(CWD, &path, FileType::Fifo, Mode::RWXU, 0).unwrap();
+        let mut options = File::options();
+        options
+            .read(true)
+            .custom_flags(OFlags::NONBLOCK.bits() as i32);
+        let reader = options.open(&path).unwrap();
+        let stdio = Stdio {
+            stdout: path.display().to_string(),
+            ..Stdio::default()
+        };
+        (stdio, reader)
+    }
+
+    fn is_refused<T>(result: Result<T, Failure>) -> bool {
+        matches!(result, Err(Failure::Precondition(_)))
+    }
+
+    fn status(process: &Process) -> Option<u32> {
+        match process.stage() {
+            Stage::Ended(Ended { status, .. }) => Some(status),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn a_second_start_is_refused_and_does_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (stdio, mut reader) = fifo(dir.path());
+        let (pod, publisher) = sandbox(stdio);
+        assert!(pod.start(&pod.process, &publisher).is_ok());
+        // Nothing will be written.
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+        assert!(is_refused(pod.start(&pod.process, &publisher)));
+        pod.paused.store(true, Ordering::SeqCst);
+        assert!(is_refused(pod.start(&pod.process, &publisher)));
+        assert_eq!(pod.process.stage(), Stage::Running(None));
+    }
+
+    #[test]
+    fn what_is_killed_before_its_start_has_no_output_and_does_not_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let (stdio, mut reader) = fifo(dir.path());
+        let (pod, publisher) = sandbox(stdio);
+        pod.kill(&pod.process, 15, false, &publisher).unwrap();
+        // No writer is left: it would block with one.
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+        assert!(is_refused(pod.start(&pod.process, &publisher)));
+        assert_eq!(status(&pod.process), Some(143));
+    }
+
+    #[test]
+    fn a_sandbox_ends_of_the_signals_that_end_a_process_without_handlers() {
+        let (pod, publisher) = sandbox(Stdio::default());
+        let kill = |signal| pod.kill(&pod.process, signal, false, &publisher);
+        for signal in [0].into_iter().chain(IGNORED) {
+            kill(signal).unwrap();
+            assert_eq!(pod.process.stage(), Stage::Created);
+        }
+        assert!(STOPPING.into_iter().all(|signal| is_refused(kill(signal))));
+        assert_eq!(pod.process.stage(), Stage::Created);
+        assert!(pod.start(&pod.process, &publisher).is_ok());
+        for signal in [0].into_iter().chain(IGNORED).chain(STOPPING) {
+            kill(signal).unwrap();
+            assert_eq!(pod.process.stage(), Stage::Running(None));
+        }
+        kill(34).unwrap();
+        assert_eq!(status(&pod.process), Some(162));
+        assert!(matches!(kill(0), Err(Failure::NotFound(_))));
     }
 }

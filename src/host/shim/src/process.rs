@@ -6,15 +6,14 @@ use std::{
     io::{self, Read, Write},
     os::fd::AsFd,
     sync::{
-        Arc, Condvar, Mutex,
-        atomic::{AtomicBool, Ordering},
+        Arc, Condvar, Mutex, OnceLock,
         mpsc::{self, Receiver, Sender},
     },
     thread,
     time::{Duration, Instant, SystemTime},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail, ensure};
 use pigeon::{
     Arch, Command, Error, Session,
     files::{FileInfo, WriteOptions},
@@ -47,6 +46,8 @@ const RETRY: Duration = Duration::from_millis(2);
 const LAST_WORDS: Duration = Duration::from_secs(10);
 /// How long the kernel's last message may take from the guest's console to here.
 const CONSOLE: Duration = Duration::from_millis(300);
+/// Why a start fails in whose course the process was killed.
+const KILLED_EARLY: &str = "it was killed while it started";
 /// SIGKILL
 pub const SIGKILL: u8 = 9;
 
@@ -59,6 +60,16 @@ pub struct Ended {
     pub at: SystemTime,
     /// The guest's kernel killed it because memory ran out.
     pub for_memory: bool,
+}
+
+impl Ended {
+    fn now(status: u32) -> Ended {
+        Ended {
+            status,
+            at: SystemTime::now(),
+            for_memory: false,
+        }
+    }
 }
 
 /// How far a process is.
@@ -79,7 +90,8 @@ enum Order {
     CloseInput,
 }
 
-struct Taken {
+/// What a process is started with, by whoever takes it: once.
+pub struct Taken {
     /// None if it is opened at the start.
     outputs: Option<Outputs>,
     orders: Receiver<Order>,
@@ -100,8 +112,8 @@ pub struct Process {
     orders: Mutex<(Sender<Order>, io::PipeWriter)>,
     /// The other ends, and its output, until it is started.
     taken: Mutex<Option<Taken>>,
-    /// Its program has ended, which is said when its output was taken.
-    over: AtomicBool,
+    /// How its program has ended, which is said when its output was taken.
+    over: OnceLock<Ended>,
     /// It was sent a SIGKILL.
     killed: Mutex<bool>,
     /// Its streams are done with.
@@ -133,7 +145,7 @@ impl Process {
                 orders,
                 woken,
             })),
-            over: AtomicBool::new(false),
+            over: OnceLock::new(),
             killed: Mutex::new(false),
             drained: Mutex::new(false),
             has_drained: Condvar::new(),
@@ -150,8 +162,14 @@ impl Process {
         self.spec.user.uid
     }
 
-    /// It runs from now on, and has nothing to run.
-    pub fn run_nothing(&self) {
+    /// What it is to be started with; None if it was started, or has ended, before.
+    pub fn take(&self) -> Option<Taken> {
+        lock(&self.taken).take()
+    }
+
+    /// It runs from now on, and has nothing to run, nor to write.
+    pub fn run_nothing(&self, taken: Taken) {
+        drop(taken);
         self.enter(Stage::Running(None));
         *lock(&self.drained) = true;
     }
@@ -170,19 +188,20 @@ impl Process {
     /// It could not be started; its streams end.
     pub fn fail(&self, why: &str) {
         self.enter(Stage::Failed(why.into()));
-        lock(&self.taken).take();
+        self.take();
         *lock(&self.drained) = true;
+        self.has_drained.notify_all();
         self.wake();
     }
 
     /// Whether its program has ended, also when that was not said yet.
     pub fn is_over(&self) -> bool {
-        self.over.load(Ordering::Acquire)
+        self.over.get().is_some()
     }
 
-    fn set_over(&self) {
+    fn set_over(&self, ended: Ended) {
         let _stage = lock(&self.stage);
-        self.over.store(true, Ordering::Release);
+        let _ = self.over.set(ended);
         self.changed.notify_all();
     }
 
@@ -202,14 +221,26 @@ impl Process {
         }
     }
 
-    /// It has ended, now; false if it had before.
-    pub fn end(&self, status: u32, for_memory: bool) -> bool {
-        let at = SystemTime::now();
-        self.enter(Stage::Ended(Ended {
-            status,
-            at,
-            for_memory,
-        }))
+    /// It has ended, now, unless its program has by itself; false if it had before.
+    pub fn end(&self, status: u32) -> bool {
+        let ended = self.over.get().copied();
+        self.enter(Stage::Ended(ended.unwrap_or(Ended::now(status))))
+    }
+
+    /// The same of one that does not run; its streams end. A start that goes on fails then.
+    pub fn end_created(&self, status: u32) -> bool {
+        {
+            let mut stage = lock(&self.stage);
+            if *stage != Stage::Created {
+                return false;
+            }
+            *stage = Stage::Ended(Ended::now(status));
+            self.changed.notify_all();
+        }
+        if self.take().is_some() {
+            *lock(&self.drained) = true;
+        }
+        true
     }
 
     /// Waits for its end.
@@ -218,13 +249,7 @@ impl Process {
         loop {
             match &*stage {
                 Stage::Ended(ended) => return *ended,
-                Stage::Failed(_) => {
-                    return Ended {
-                        status: KILLED,
-                        at: SystemTime::now(),
-                        for_memory: false,
-                    };
-                }
+                Stage::Failed(_) => return Ended::now(KILLED),
                 _ => {}
             }
             stage = match self.changed.wait(stage) {
@@ -243,7 +268,7 @@ impl Process {
                 false => DRAIN,
             };
         // It was never started.
-        if lock(&self.taken).take().is_some() {
+        if self.take().is_some() {
             return;
         }
         let mut drained = lock(&self.drained);
@@ -289,16 +314,15 @@ impl Process {
         self.wake();
     }
 
-    /// Starts it; `at_end` is called when it has ended. `home` is its user's.
+    /// Starts it with what was taken; `at_end` is called when it has ended. `home` is its user's.
     pub fn start(
         self: &Arc<Process>,
+        taken: Taken,
         vm: &Arc<Vm>,
         home: &str,
         namespace: &str,
         at_end: impl FnOnce(&Process) + Send + 'static,
     ) -> Result<()> {
-        let taken = lock(&self.taken).take();
-        let taken = taken.context("it was started before")?;
         let Outputs { files, logger } = match taken.outputs {
             Some(outputs) => outputs,
             None => self.stdio.open(&self.exec_id, namespace)?,
@@ -308,6 +332,7 @@ impl Process {
         // It runs as root until it has become what the container's process is to be.
         let program = launch::program(&self.spec, home, Arch::HOST, is_own)?;
         let _one_at_a_time = lock(&vm.launches);
+        ensure!(self.stage() == Stage::Created, KILLED_EARLY);
         let options = WriteOptions {
             mode: Some(0o700),
             user: None,
@@ -332,7 +357,10 @@ impl Process {
         if input.is_none() && !self.stdio.terminal {
             session.end_input()?;
         }
-        self.enter(Stage::Running(None));
+        if !self.enter(Stage::Running(None)) {
+            self.end_session(vm);
+            bail!(KILLED_EARLY);
+        }
         let mut streams = Streams {
             process: self.clone(),
             vm: vm.clone(),
@@ -386,9 +414,23 @@ impl Process {
                 }
             }
             if Instant::now() > deadline {
-                bail!("it has not started in {} s", START.as_secs());
+                let why = format!("it has not started in {} s", START.as_secs());
+                self.fail(&why);
+                self.end_session(vm);
+                bail!(why);
             }
             thread::sleep(RETRY);
+        }
+    }
+
+    /// Ends an added process in the guest, where a session that has a name outlives its connection.
+    /// The container's own ends with the VM.
+    fn end_session(&self, vm: &Vm) {
+        if !self.exec_id.is_empty()
+            && let Err(error) = vm.client.end_session(&self.session)
+        {
+            let error = anyhow::Error::from(error);
+            log::error(&error.context(format!("unable to end {}", self.session)));
         }
     }
 }
@@ -409,8 +451,8 @@ impl Streams {
     /// end. Without a VM between them the process could not have ended before.
     fn run(&mut self) -> Stage {
         let stage = self.run_to_end();
-        if matches!(stage, Stage::Ended(_)) {
-            self.process.set_over();
+        if let Stage::Ended(ended) = stage {
+            self.process.set_over(ended);
             self.deliver(|process| *lock(&process.killed));
             self.wait_taken();
         }
@@ -446,11 +488,7 @@ impl Streams {
                     let error = anyhow::anyhow!("{}: {why}", self.process.session);
                     log::error(&error);
                 }
-                Stage::Ended(Ended {
-                    status: KILLED,
-                    at: SystemTime::now(),
-                    for_memory: false,
-                })
+                Stage::Ended(Ended::now(KILLED))
             }
         }
     }
@@ -593,4 +631,37 @@ impl Streams {
 fn is_readable(file: &impl AsFd) -> bool {
     let mut descriptors = [PollFd::new(file, PollFlags::IN)];
     poll(&mut descriptors, Some(&rustix::event::Timespec::default())).is_ok_and(|ready| ready > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn added() -> Process {
+        let (spec, stdio) = (spec::Process::default(), Stdio::default());
+        Process::new("e", "exec-0".into(), spec, stdio, None).unwrap()
+    }
+
+    #[test]
+    fn an_end_that_is_not_said_yet_is_kept_when_the_container_ends() {
+        let process = added();
+        process.run_nothing(process.take().unwrap());
+        process.set_over(Ended::now(7));
+        assert!(process.end(KILLED));
+        assert_eq!(process.wait().status, 7);
+    }
+
+    #[test]
+    fn what_is_killed_while_it_starts_does_not_come_to_run() {
+        let process = added();
+        let _starts = process.take().unwrap();
+        assert!(process.end_created(KILLED) && !process.end_created(KILLED));
+        assert!(!process.enter(Stage::Running(None)));
+        assert_eq!(process.wait().status, KILLED);
+        // And what runs was not killed before its start.
+        let process = added();
+        process.run_nothing(process.take().unwrap());
+        assert!(!process.end_created(KILLED));
+        assert_eq!(process.stage(), Stage::Running(None));
+    }
 }

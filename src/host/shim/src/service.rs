@@ -44,11 +44,20 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
         .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
+/// A signal of Linux's, or 0.
+fn signal(number: u32) -> Result<u8, Failure> {
+    /// SIGRTMAX (signal(7))
+    const LAST: u8 = 64;
+    let signal = u8::try_from(number).ok().filter(|signal| *signal <= LAST);
+    signal.ok_or_else(|| Failure::Invalid(format!("there is no signal {number}")))
+}
+
 /// Why a call was refused, as containerd tells kinds of errors.
 #[derive(Debug)]
 pub enum Failure {
     NotFound(String),
     AlreadyExists(String),
+    Invalid(String),
     Precondition(String),
     Unimplemented(String),
     Other(anyhow::Error),
@@ -65,6 +74,7 @@ impl From<Failure> for Error {
         let (code, text) = match failure {
             Failure::NotFound(text) => (Code::NOT_FOUND, text),
             Failure::AlreadyExists(text) => (Code::ALREADY_EXISTS, text),
+            Failure::Invalid(text) => (Code::INVALID_ARGUMENT, text),
             Failure::Precondition(text) => (Code::FAILED_PRECONDITION, text),
             Failure::Unimplemented(text) => (Code::UNIMPLEMENTED, text),
             Failure::Other(error) => (Code::UNKNOWN, format!("{error:#}")),
@@ -290,7 +300,7 @@ impl containerd_shim_protos::Task for Task {
     fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Result<Empty> {
         let (container, process) = self.0.find(&request.exec_id)?;
         let _kill = self.0.begin_kill();
-        let signal = u8::try_from(request.signal).unwrap_or(u8::MAX);
+        let signal = signal(request.signal)?;
         container.kill(&process, signal, request.all, &self.0.publisher)?;
         Ok(Empty::default())
     }
@@ -304,7 +314,7 @@ impl containerd_shim_protos::Task for Task {
         if is_own {
             container.end();
         }
-        process.end(crate::container::KILLED, false);
+        process.end(crate::container::KILLED);
         let ended = process.wait();
         process.drain();
         if is_own {
@@ -420,5 +430,18 @@ impl containerd_shim_protos::Task for Task {
             self.0.changed.notify_all();
         }
         Ok(Empty::default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_signal_is_refused() {
+        assert_eq!([0, 9, 64].map(|number| signal(number).unwrap()), [0, 9, 64]);
+        for number in [65, 255, 256 + 9, u32::MAX] {
+            assert!(matches!(signal(number), Err(Failure::Invalid(_))));
+        }
     }
 }

@@ -4,7 +4,7 @@
 use std::{
     env, fs,
     fs::{DirBuilder, File},
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
 };
@@ -32,10 +32,19 @@ pub fn root() -> PathBuf {
     given.map_or(STATE.into(), PathBuf::from)
 }
 
-/// Makes a directory, and those that it lies in, for root alone.
-pub fn create(dir: &Path) -> Result<()> {
-    let created = DirBuilder::new().recursive(true).mode(0o700).create(dir);
-    created.with_context(|| format!("unable to create {}", dir.display()))
+/// Makes a directory, and those that it lies in, for root alone; false if it was there.
+pub fn create(dir: &Path) -> Result<bool> {
+    let make = |dir: &Path, recursive| {
+        let mut builder = DirBuilder::new();
+        builder.recursive(recursive).mode(0o700).create(dir)
+    };
+    let made_in = dir.parent().map_or(Ok(()), |parent| make(parent, true));
+    match made_in.and_then(|()| make(dir, false)) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
+        made => made
+            .map(|()| true)
+            .with_context(|| format!("unable to create {}", dir.display())),
+    }
 }
 
 /// The directory of a container, with the VM's sockets, disks and logs.
@@ -77,8 +86,14 @@ pub struct Lock(#[expect(dead_code, reason = "it is held")] File);
 
 /// Locks a container's directory, and leaves this process's number in the lock.
 pub fn lock(dir: &Path) -> Result<Lock> {
-    let mut file = File::create(dir.join(LOCK))?;
+    // The number in it is its holder's.
+    let mut file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(dir.join(LOCK))?;
     file.try_lock().context("another shim has this container")?;
+    file.set_len(0)?;
     write!(file, "{}", std::process::id())?;
     Ok(Lock(file))
 }
@@ -88,17 +103,16 @@ pub fn kill(dir: &Path) -> Result<()> {
     let Ok(mut lock) = File::open(dir.join(LOCK)) else {
         return Ok(());
     };
+    if lock.try_lock().is_ok() {
+        return Ok(());
+    }
+    // Its number is another's only once its lock has gone.
     let mut text = String::new();
     lock.read_to_string(&mut text)?;
     let pid = text.parse().ok().and_then(Pid::from_raw);
-    // Its number is another's only once its lock has gone.
-    if lock.try_lock().is_err()
-        && let Some(pid) = pid
-    {
-        kill_process(pid, Signal::KILL).context("unable to kill the shim")?;
-        lock.lock()?;
-    }
-    Ok(())
+    let pid = pid.context("a shim lives whose number is not in its lock")?;
+    kill_process(pid, Signal::KILL).context("unable to kill the shim")?;
+    Ok(lock.lock()?)
 }
 
 /// Removes the directories of shims that were killed and never cleaned up after, as when the host
@@ -138,10 +152,26 @@ mod tests {
         let _held = lock(&lives).unwrap();
         drop(lock(&dead).unwrap());
         // Its shim is between creating the lock and holding it.
-        File::create(made.join(LOCK)).unwrap();
+        let made_lock = File::create(made.join(LOCK)).unwrap();
         sweep_in(root.path());
         let left = [&lives, &dead, &made, &new].map(|dir| dir.exists());
         assert_eq!(left, [true, false, true, true]);
-        assert!(lock(&lives).is_err() && lock(&made).is_ok());
+        // Who does not get the lock changes nothing of it.
+        assert!(lock(&lives).is_err());
+        let number = fs::read_to_string(lives.join(LOCK)).unwrap();
+        assert_eq!(number, std::process::id().to_string());
+        // A shim that lives and cannot be killed is not taken for a dead one.
+        made_lock.lock().unwrap();
+        assert!(kill(&made).is_err());
+        drop(made_lock);
+        assert!(kill(&made).is_ok() && lock(&made).is_ok());
+    }
+
+    #[test]
+    fn only_who_has_made_a_directory_has_made_it() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("a/b");
+        assert!(create(&dir).unwrap() && !create(&dir).unwrap());
+        assert!(create(&root.path().join("a/c")).unwrap());
     }
 }

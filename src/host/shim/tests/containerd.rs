@@ -9,20 +9,20 @@ use std::{
     io::{ErrorKind, Read},
     os::unix::fs::OpenOptionsExt,
     path::Path,
-    process::Stdio,
+    process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
 use containerd_shim_protos::{
     api::{
-        ConnectRequest, DeleteRequest, ExecProcessRequest, StartRequest, UpdateTaskRequest,
-        WaitRequest,
+        ConnectRequest, DeleteRequest, ExecProcessRequest, KillRequest, PauseRequest,
+        ResumeRequest, StartRequest, UpdateTaskRequest, WaitRequest,
     },
     protobuf::well_known_types::any::Any,
-    ttrpc::context,
+    ttrpc::{Code, context},
 };
-use engine::{Containerd, IMAGE, Outcome, PIGEON, RUNC, TIMEOUT, digest};
+use engine::{Containerd, IMAGE, Outcome, PIGEON, RUNC, TIMEOUT, code, digest};
 use pigeon::process::Process;
 use pty::Terminal;
 use rustix::{
@@ -282,13 +282,23 @@ fn no_output_is_lost_to_a_client_that_opens_or_reads_its_fifos_late() {
         client.exec(context(), &request).unwrap();
         [stdout, stderr]
     };
-    let start = |id: &str| {
+    let try_start = |id: &str| {
         let request = StartRequest {
             id: "one".into(),
             exec_id: id.into(),
             ..StartRequest::default()
         };
-        client.start(context(), &request).unwrap();
+        client.start(context(), &request)
+    };
+    let start = |id: &str| drop(try_start(id).unwrap());
+    let kill = |id: &str| {
+        let request = KillRequest {
+            id: "one".into(),
+            exec_id: id.into(),
+            signal: 9,
+            ..KillRequest::default()
+        };
+        client.kill(context(), &request).unwrap();
     };
     let wait = |id: &str| {
         let request = WaitRequest {
@@ -307,6 +317,36 @@ fn no_output_is_lost_to_a_client_that_opens_or_reads_its_fifos_late() {
         client.delete(context(), &request).unwrap();
     };
     let both = ["sh", "-c", "echo out; echo error >&2; exit 7"];
+
+    // It is started once, and goes on when it is to be again.
+    assert_eq!(code(try_start("")), Some(Code::FAILED_PRECONDITION));
+    client.pause(context(), &PauseRequest::default()).unwrap();
+    assert_eq!(code(try_start("")), Some(Code::FAILED_PRECONDITION));
+    client.resume(context(), &ResumeRequest::default()).unwrap();
+
+    // Killed while it is started, or before, it does not run.
+    let paths = add("killed", &["touch", "/tmp/ran"]);
+    thread::scope(|scope| {
+        let started = scope.spawn(|| try_start("killed"));
+        // It waits for who reads.
+        thread::sleep(Duration::from_millis(500));
+        kill("killed");
+        assert_eq!(wait("killed"), 137);
+        let fifos = paths.each_ref().map(|path| open_fifo(path));
+        assert!(started.join().unwrap().is_err());
+        // Nobody is there to write.
+        for mut fifo in fifos {
+            assert_eq!(fifo.read(&mut [0]).unwrap(), 0);
+        }
+    });
+    assert_eq!(code(try_start("killed")), Some(Code::FAILED_PRECONDITION));
+    delete("killed");
+    let paths = add("ran", &["ls", "/tmp/ran"]);
+    let fifos = paths.each_ref().map(|path| open_fifo(path));
+    start("ran");
+    assert_eq!(wait("ran"), 1);
+    drop(fifos);
+    delete("ran");
 
     // It is not started before.
     let paths = add("opens", &both);
@@ -354,6 +394,24 @@ fn no_output_is_lost_to_a_client_that_opens_or_reads_its_fifos_late() {
 fn of_many_commands_each_gives_its_output() {
     let containerd = Containerd::start();
     containerd.run_detached(PIGEON, &[], "one", &["sleep", "1000"]);
+    // A second shim for it is refused, and changes nothing for the first.
+    let shim = containerd.shim("one").as_raw_nonzero();
+    let words = fs::read_to_string(format!("/proc/{shim}/cmdline")).unwrap();
+    let words = words.trim_end_matches('\0').split('\0').skip(1);
+    let second = Command::new(env!("CARGO_BIN_EXE_containerd-shim-pigeon-v2"))
+        .args(words)
+        .arg("start")
+        .env("PIGEON_STATE", containerd.state())
+        .current_dir(containerd.place.0.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&second.stderr);
+    assert!(said.contains("another shim has this container"), "{said}");
+    let connected = containerd
+        .shim_client()
+        .connect(context::with_duration(TIMEOUT), &ConnectRequest::default())
+        .unwrap();
+    assert_eq!(connected.shim_pid, shim.get() as u32);
     for number in 0..40 {
         let text = format!("line {number}");
         let words = ["task", "exec", "--exec-id", "e", "one", "echo", &text];
@@ -685,6 +743,21 @@ fn a_pods_sandbox_has_no_vm_and_a_container_of_the_pod_is_one() {
     );
     assert_eq!(containerd.status("pod").as_deref(), Some("RUNNING"));
     assert!(start.elapsed() < Duration::from_secs(30));
+    // SIGSTOP and SIGWINCH end nothing, nor does the question whether it is there.
+    let client = containerd.shim_client();
+    let kill = |signal| {
+        let request = KillRequest {
+            id: "pod".into(),
+            signal,
+            ..KillRequest::default()
+        };
+        client.kill(context::with_duration(TIMEOUT), &request)
+    };
+    for signal in [0, 19, 28] {
+        kill(signal).unwrap();
+    }
+    assert_eq!(code(kill(65)), Some(Code::INVALID_ARGUMENT));
+    assert_eq!(containerd.status("pod").as_deref(), Some("RUNNING"));
     // Its container is told where the pod's namespaces are, and its name by a file.
     let annotation = "io.kubernetes.cri.container-type=container";
     let name = containerd.place.write("hostname", "pod-name\n");

@@ -13,7 +13,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use engine::{Containerd, IMAGE, PIGEON, RUNC, TIMEOUT};
+use containerd_shim_protos::{
+    api::PauseRequest,
+    ttrpc::{Code, context},
+};
+use engine::{Containerd, IMAGE, PIGEON, RUNC, TIMEOUT, code};
 use pigeon::process::{Process, write_program};
 use rustix::{
     mount::{MountFlags, UnmountFlags, mount, unmount},
@@ -227,6 +231,11 @@ fn a_signal_while_the_vm_boots_ends_the_container() {
             // What is not stopped cannot be deleted, and what is ignored does nothing.
             assert_eq!(containerd.ctr(&["task", "rm", "early"]).status, Some(1));
             containerd.ok(&["task", "kill", "-s", "WINCH", "early"]);
+            // Nor can what was not started be paused.
+            let request = PauseRequest::default();
+            let client = containerd.shim_client();
+            let paused = client.pause(context::with_duration(TIMEOUT), &request);
+            assert_eq!(code(paused), Some(Code::FAILED_PRECONDITION));
             assert_eq!(containerd.status("early").as_deref(), Some("CREATED"));
             containerd.ok(&["task", "kill", "-s", signal, "early"]);
             assert_eq!(run.join().unwrap().status, Some(1));

@@ -14,7 +14,10 @@ use std::{
 };
 
 pub use common::{Place, Tar, busybox_layer, digest, docker_save};
-use containerd_shim_protos::{Client, TaskClient};
+use containerd_shim_protos::{
+    Client, TaskClient,
+    ttrpc::{self, Code},
+};
 use pigeon::process::Process;
 use rustix::process::Pid;
 use serde_json::json;
@@ -46,6 +49,14 @@ impl Slot {
             }
             thread::sleep(Duration::from_millis(20));
         }
+    }
+}
+
+/// Why a call was refused; None if it was not, or not by the shim.
+pub fn code<T>(result: ttrpc::Result<T>) -> Option<Code> {
+    match result {
+        Err(ttrpc::Error::RpcStatus(status)) => Some(status.code()),
+        _ => None,
     }
 }
 
