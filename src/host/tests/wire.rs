@@ -493,6 +493,17 @@ fn cp_replaces_regular_files_alone_and_what_a_link_leads_to() {
     assert_eq!(fs::read_to_string(place.path("far/old")).unwrap(), "old");
 }
 
+/// What a guest answers beside the session that moves an archive: commands succeed, no session has a name.
+fn answer_beside_a_session(mut connection: Connection) {
+    match connection.request.line.as_str() {
+        "GET /v1/sessions" => connection.answer(200, "", b"[]"),
+        _ => {
+            let done = json!({"exit_code": 0, "exit_signal": 0, "stdout": "", "stderr": ""});
+            connection.answer(200, "", done.to_string().as_bytes());
+        }
+    }
+}
+
 /// `pigeon cp :/data DESTINATION` in `place`, from a guest whose tar sends this: what it says, and its
 /// exit code.
 fn cp_directory(place: &Place, archive: Vec<u8>, destination: &str) -> (String, Option<i32>) {
@@ -500,11 +511,7 @@ fn cp_directory(place: &Place, archive: Vec<u8>, destination: &str) -> (String, 
     let vm = Vm::start(guest.path(), move |mut connection| {
         match connection.request.line.as_str() {
             "HEAD /v1/files?path=/data" => connection.send(b"HTTP/1.1 409 Conflict\r\n\r\n"),
-            "POST /v1/exec" => {
-                let done = json!({"exit_code": 0, "exit_signal": 0, "stdout": "", "stderr": ""});
-                connection.answer(200, "", done.to_string().as_bytes());
-            }
-            "GET /v1/sessions" => connection.answer(200, "", b"[]"),
+            "POST /v1/exec" | "GET /v1/sessions" => answer_beside_a_session(connection),
             _ => {
                 let mut socket = upgrade(connection);
                 socket.read().unwrap();
@@ -727,11 +734,7 @@ fn cp_directory_to_guest(place: &Place, source: &str) -> (String, Option<i32>, O
     let vm = Vm::start(guest.path(), move |mut connection| {
         match connection.request.line.as_str() {
             "HEAD /v1/files?path=/data" => connection.send(b"HTTP/1.1 404 Not Found\r\n\r\n"),
-            "POST /v1/exec" => {
-                let done = json!({"exit_code": 0, "exit_signal": 0, "stdout": "", "stderr": ""});
-                connection.answer(200, "", done.to_string().as_bytes());
-            }
-            "GET /v1/sessions" => connection.answer(200, "", b"[]"),
+            "POST /v1/exec" | "GET /v1/sessions" => answer_beside_a_session(connection),
             _ => {
                 let mut socket = upgrade(connection);
                 socket.get_ref().set_read_timeout(Some(TIMEOUT)).unwrap();
