@@ -1,6 +1,6 @@
 //! Pages from the kernel, and values in pages of their own: there is no heap.
 
-use core::mem::{align_of, size_of};
+use core::mem::{ManuallyDrop, align_of, size_of};
 use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
 use rustix::io::Errno;
@@ -42,6 +42,13 @@ impl<T> PageBox<T> {
     #[cfg(feature = "snapshot")]
     pub fn shared(value: impl FnOnce() -> T) -> Result<Self, Errno> {
         Self::map(value, MapFlags::SHARED)
+    }
+
+    /// Keeps it for ever.
+    pub fn leak<'a>(self) -> &'a T {
+        let value = ManuallyDrop::new(self).value;
+        // SAFETY: as in `deref`, and it is never dropped.
+        unsafe { value.as_ref() }
     }
 
     fn map(value: impl FnOnce() -> T, kind: MapFlags) -> Result<Self, Errno> {

@@ -415,6 +415,11 @@ impl Commands {
         }
     }
 
+    /// The key of a command, by its index.
+    pub fn key_at(&self, index: usize) -> Option<Key> {
+        self.slab.key_at(index)
+    }
+
     /// The range of indexes for [`on_time`](Self::on_time).
     pub fn used(&self) -> usize {
         self.slab.used()

@@ -8,14 +8,15 @@ use super::io::OK;
 use super::io::{self, Io};
 #[cfg(feature = "mounts")]
 use super::mounts::{self, Job};
+use super::process::Process;
 #[cfg(feature = "sysinfo")]
 use super::process::output_pipe;
-use super::process::{Channel, Process};
 #[cfg(feature = "sysinfo")]
 use super::sysinfo;
 use crate::context::{Context, Source};
 use crate::error;
 use crate::error::{Error, Result};
+use crate::process::channel::Channel;
 use crate::process::helper;
 use crate::sys::Region;
 use core::fmt::{self, Display};
@@ -182,11 +183,11 @@ impl Exec {
     /// Registers for its output.
     pub fn watch(&mut self, key: Key, context: &Context) {
         let [output, error] = &mut self.streams;
-        let wanted = EventFlags::IN;
-        output.channel.watch(Source::Output, key, wanted, context);
-        error
-            .channel
-            .watch(Source::ErrorOutput, key, wanted, context);
+        let (wanted, poller) = (EventFlags::IN, &context.poller);
+        let channel = &mut output.channel;
+        channel.watch(Source::Output.token(key), wanted, poller);
+        let channel = &mut error.channel;
+        channel.watch(Source::ErrorOutput.token(key), wanted, poller);
     }
 
     /// The error to respond with, if there is one. Call once it has ended.

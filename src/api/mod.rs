@@ -201,6 +201,17 @@ impl Api {
         }
     }
 
+    /// Reads and writes what commands may have for us, or take from us.
+    pub fn on_any_output(&mut self, context: &mut Context) {
+        for index in 0..self.commands.used() {
+            if let Some(key) = self.commands.key_at(index) {
+                for source in [Source::Output, Source::ErrorOutput] {
+                    self.on_event(source, key, EventFlags::empty(), context);
+                }
+            }
+        }
+    }
+
     /// Registers anew what could not be registered.
     pub fn watch(&mut self, context: &mut Context) {
         self.each(context, &|_| true, &mut |_, _| {});

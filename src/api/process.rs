@@ -1,26 +1,20 @@
 //! The process of a command, and our ends of its streams.
 
-use crate::context::{CommandDefaults, Context, Source};
+use crate::context::{CommandDefaults, Context};
 #[cfg(any(feature = "files", feature = "mounts", feature = "sysinfo"))]
 use crate::error::Discard;
 use crate::error::{Error, Result};
+use crate::process::channel::Channel;
 use crate::process::exec::{Command, Input, Launch, Streams};
 use crate::process::helper::Lines;
 #[cfg(any(feature = "files", feature = "mounts", feature = "sysinfo"))]
 use crate::process::helper::{self, Helper, HelperLog};
 use crate::process::pipe;
 use crate::sys::signal::SIGKILL;
-use crate::sys::{self, Inherited, files};
+use crate::sys::{self, GuestFile, Inherited};
 use proto::bodies::CommandSpec;
-use proto::slab::Key;
-use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
-use rustix::io::Errno;
 use rustix::process::{Pid, WaitStatus};
-
-/// What a pipe can be made to hold (pipe-max-size, pipe(7)): all that a command that has ended can
-/// have left in it.
-const PIPE: usize = 1 << 20;
 
 /// The process of a command, which leads a process group.
 pub struct Process {
@@ -64,10 +58,15 @@ impl Process {
             error: Inherited::new(their_error),
         };
         let process = Self::start(spec, streams, context)?;
+        let (input, their_input) = input.unzip();
+        let (error, their_error) = error.unzip();
+        if let Origin::Launch(launch) = &process.origin {
+            launch.close([their_input, Some(their_output), their_error]);
+        }
         let pipes = Pipes {
-            input: Channel::new(input.map(|(ours, _)| ours)),
-            output: Channel::new(Some(output)),
-            error: Channel::new(error.map(|(ours, _)| ours)),
+            input: input.map_or_else(Channel::default, Channel::new),
+            output: Channel::new(output),
+            error: error.map_or_else(Channel::default, Channel::new),
             slave: None,
         };
         Ok((process, pipes))
@@ -207,7 +206,7 @@ fn describe(spec: &CommandSpec, defaults: &CommandDefaults, command: &mut Comman
 /// A pipe to read a command's output from: our end, which does not block, and the command's.
 pub fn output_pipe() -> Result<(Channel, OwnedFd)> {
     let (ours, theirs) = pipe::output()?;
-    Ok((Channel::new(Some(ours)), theirs))
+    Ok((Channel::new(ours), theirs))
 }
 
 /// Our ends of a command's standard streams; what there is not is closed.
@@ -221,78 +220,5 @@ pub struct Pipes {
     pub error: Channel,
     /// A terminal's other end, until the command has ended: a master whose other end nobody has open
     /// reads EIO, which is no end, and keeps epoll awake.
-    pub slave: Option<OwnedFd>,
-}
-
-/// Our end of a command's pipe or terminal, until the other end is closed.
-#[derive(Default)]
-pub struct Channel {
-    end: Option<OwnedFd>,
-    watched: EventFlags,
-    /// Bytes read since the command was over.
-    late: usize,
-}
-
-impl Channel {
-    /// A channel, which is open if there is an end.
-    pub fn new(end: Option<OwnedFd>) -> Self {
-        Self {
-            end,
-            ..Self::default()
-        }
-    }
-
-    /// Our end, while it is open.
-    pub fn end(&self) -> Option<&OwnedFd> {
-        self.end.as_ref()
-    }
-
-    /// Closes our end.
-    pub fn close(&mut self) {
-        self.end = None;
-    }
-
-    /// Waits for `wanted` events; what is not waited for is not registered, as a hang-up is reported
-    /// even to who asks for nothing.
-    pub fn watch(&mut self, source: Source, key: Key, wanted: EventFlags, context: &Context) {
-        if let Some(end) = &self.end {
-            let token = source.token(key);
-            context.poller.watch(end, token, &mut self.watched, wanted);
-        }
-    }
-
-    /// Reads once. Returns how many bytes came, 0 if none wait. When nobody has the other end open any
-    /// more, ours is closed.
-    ///
-    /// `over`: the command has ended. Others may write for ever into its pipe: then no more is read than
-    /// it can have left there.
-    pub fn read(&mut self, room: &mut [u8], over: bool) -> usize {
-        let Some(end) = &self.end else {
-            return 0;
-        };
-        let limit = room.len().min(PIPE - self.late);
-        match files::read(end, room.get_mut(..limit).unwrap_or(&mut [])) {
-            Ok(count @ 1..) => {
-                if over {
-                    self.late += count;
-                }
-                count
-            }
-            Err(Errno::AGAIN) => 0,
-            // EIO: a terminal whose other end nobody has open.
-            Ok(_) | Err(_) => {
-                self.close();
-                0
-            }
-        }
-    }
-
-    /// Writes as much as is taken now; what nobody reads any more is taken and dropped.
-    pub fn write(&self, bytes: &[u8]) -> usize {
-        match self.end.as_ref().map(|end| files::write(end, bytes)) {
-            Some(Ok(count)) => count,
-            Some(Err(Errno::AGAIN)) => 0,
-            Some(Err(_)) | None => bytes.len(),
-        }
-    }
+    pub slave: Option<GuestFile>,
 }

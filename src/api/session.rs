@@ -1,13 +1,14 @@
 //! `GET /v1/ws/exec`: a command whose streams are the messages of a WebSocket.
 
 use super::io::Io;
-use super::process::{Channel, Pipes, Process};
+use super::process::{Pipes, Process};
 use crate::context;
 use crate::context::{Context, Source};
 use crate::error::Result;
 use crate::page::PageBox;
+use crate::process::channel::Channel;
 use crate::process::exec::{Input, Streams};
-use crate::sys::{self, Inherited, Region, terminal};
+use crate::sys::{self, GuestFile, Inherited, Region, terminal};
 use core::fmt::{self, Display, Write};
 use core::ops::Range;
 use proto::arena::Arena;
@@ -133,15 +134,20 @@ impl Session {
     /// Another client attaches to it.
     pub fn attach(&mut self, has_stream_bytes: bool) {
         self.has_stream_bytes = has_stream_bytes;
-        self.pending = 0..0;
+        self.drop_input();
     }
 
     /// The client is gone and may come back: what it sent last is dropped, as half a message is.
     pub fn detach(&mut self) {
-        self.pending = 0..0;
+        self.drop_input();
         if self.writes_eof() {
             self.eof = None;
         }
+    }
+
+    fn drop_input(&mut self) {
+        self.pending = 0..0;
+        self.pipes.input_of(self.tty).forget_write();
     }
 
     /// Whether some of the history has not been sent; no event from the command reports that.
@@ -273,19 +279,15 @@ impl Session {
 
     /// Writes as much input as the command takes. Returns whether that was any.
     fn write_input(&mut self, io: &mut Io) -> bool {
-        let input = match self.tty {
-            true => &self.pipes.output,
-            false => &self.pipes.input,
-        };
+        let writes_eof = self.writes_eof();
+        let input = self.pipes.input_of(self.tty);
         if !self.pending.is_empty() {
             let bytes = io.received().get(self.pending.clone()).unwrap_or(&[]);
             let count = input.write(bytes);
             self.pending.start += count;
             return count > 0;
         }
-        if self.writes_eof()
-            && let Some(written) = &mut self.eof
-        {
+        if writes_eof && let Some(written) = &mut self.eof {
             let count = input.write(TERMINAL_EOF.get(*written..).unwrap_or(&[]));
             *written += count;
             return count > 0;
@@ -305,9 +307,10 @@ impl Session {
             error,
             ..
         } = &mut self.pipes;
-        input.watch(Source::Input, key, on_input, context);
-        output.watch(Source::Output, key, on_output | on_terminal, context);
-        error.watch(Source::ErrorOutput, key, on_output, context);
+        let poller = &context.poller;
+        input.watch(Source::Input.token(key), on_input, poller);
+        output.watch(Source::Output.token(key), on_output | on_terminal, poller);
+        error.watch(Source::ErrorOutput.token(key), on_output, poller);
     }
 
     /// The client is gone: closes our ends, which hangs a terminal up. Returns whether it has one.
@@ -329,6 +332,14 @@ impl Display for ExitStatus {
 }
 
 impl Pipes {
+    /// Where input goes.
+    fn input_of(&mut self, tty: bool) -> &mut Channel {
+        match tty {
+            true => &mut self.output,
+            false => &mut self.input,
+        }
+    }
+
     /// Where output of that stream comes from.
     fn of(&mut self, stream: u8) -> &mut Channel {
         match stream {
@@ -368,7 +379,7 @@ fn start_on_terminal(
 ) -> Result<(Process, Pipes)> {
     let (master, slave) =
         terminal::open(context.pts.as_ref()).map_err(context!("open a terminal"))?;
-    let master = Channel::new(Some(master));
+    let master = Channel::new(master);
     resize(&master, cols, rows);
     let terminal = Inherited::new(&slave);
     let streams = Streams {
@@ -379,7 +390,7 @@ fn start_on_terminal(
     let process = Process::start(spec, streams, context)?;
     let pipes = Pipes {
         output: master,
-        slave: Some(slave),
+        slave: Some(GuestFile::new(slave)),
         ..Pipes::default()
     };
     Ok((process, pipes))

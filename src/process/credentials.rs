@@ -31,7 +31,7 @@ pub fn resolve(user: &str, scratch: &mut [u8], identity: &mut Identity) -> Resul
 /// Gives up root, unless it is to be: groups first, without root they cannot be set.
 ///
 /// Nothing of a signal or of another process of the user may come to PID 1, whose memory this is. A
-/// process of this program has one thread: the credentials of the thread are the process's.
+/// child of PID 1 has one thread: the credentials of the thread are the process's.
 pub fn drop_to(identity: &Identity) -> Result<(), Errno> {
     let (uid, gid) = (Uid::from_raw(identity.uid), Gid::from_raw(identity.gid));
     let mut groups = heapless::Vec::<Gid, MAX_GROUPS>::new();

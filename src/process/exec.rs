@@ -4,7 +4,7 @@ use crate::context;
 use crate::error;
 use crate::error::{Error, Result};
 use crate::process::{credentials, rlimits};
-use crate::sys::{self, Inherited, Region, SignalSet, Spawn, files};
+use crate::sys::{self, GuestFile, Inherited, Region, SignalSet, Spawn, files};
 use core::ffi::{CStr, c_char};
 use core::fmt::{self, Display, Write};
 use core::ops::Range;
@@ -108,6 +108,18 @@ impl Launch {
         let pid = started.map_err(failed)?;
         let child = Some(child);
         Ok(Self { pid, child })
+    }
+
+    /// Closes ends of pipes that the child has copies of.
+    ///
+    /// What it executes may have closed these, and opened and locked the pipes anew.
+    pub fn close(&self, ends: [Option<OwnedFd>; 3]) {
+        for end in ends.into_iter().flatten() {
+            match &self.child {
+                Some(child) if child.is_in_use() => drop(end),
+                _ => drop(GuestFile::new(end)),
+            }
+        }
     }
 
     /// Frees the memory that the child needed until execve.

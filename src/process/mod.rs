@@ -1,5 +1,6 @@
 //! Child processes: forking, short-lived helpers, commands and who they run as.
 
+pub mod channel;
 pub mod credentials;
 pub mod exec;
 #[cfg(feature = "snapshot")]

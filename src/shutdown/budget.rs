@@ -33,7 +33,7 @@ const _: () = assert!(VOLUMES_TIMEOUT < UNMOUNT_TIMEOUT && UNMOUNT_TIMEOUT + OTH
 // had theirs.
 const _: () = assert!(TERM_GRACE + KILL_TIMEOUT + UNMOUNT_TIMEOUT + OTHER_STEPS <= STEPS);
 
-/// Deadline of the shutdown, on the monotonic clock. There is one thread: a load and a store are a swap,
+/// Deadline of the shutdown, on the monotonic clock. One thread uses it: a load and a store are a swap,
 /// which on aarch64 would need the run-time library's atomics.
 static DEADLINE: AtomicU64 = AtomicU64::new(u64::MAX);
 

@@ -1,6 +1,7 @@
 //! The event loop.
 
 use super::state::{Phase, Supervisor};
+use super::workload::PIECES;
 use crate::context::{NEVER, Source, Stop};
 use crate::process::helper::{self, Helper, Rendezvous};
 use crate::sys::signal::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
@@ -72,6 +73,10 @@ impl Supervisor {
         if self.reap_more {
             self.reap();
         }
+        if sys::settle() {
+            self.copy_output(PIECES);
+            self.api.on_any_output(&mut self.context);
+        }
         self.api.on_time(&mut self.context);
         if let Some(stop) = self.context.workload.stop.take() {
             self.stop_workload(stop);
@@ -96,7 +101,7 @@ impl Supervisor {
             Source::Events => self.events.on_event(flags),
             #[cfg(feature = "snapshot")]
             Source::Kernel => self.context.snapshot.trigger_events |= flags,
-            Source::Workload | Source::WorkloadError => self.copy_output(),
+            Source::Workload | Source::WorkloadError => self.copy_output(1),
             _ => self.api.on_event(source, key, flags, &mut self.context),
         }
     }
@@ -162,12 +167,12 @@ impl Supervisor {
         }
     }
 
-    /// Copies a piece of the workload's output, and lets those who follow it read it.
-    fn copy_output(&mut self) {
+    /// Copies some pieces of the workload's output, and lets those who follow it read it.
+    fn copy_output(&mut self, pieces: usize) {
         // Another one may have started to read in this iteration.
         self.api.protect_log(&mut self.context);
         self.output
-            .copy(1, self.console, &mut self.context.output_log);
+            .copy(pieces, self.console, &mut self.context.output_log);
         self.api.on_output(&mut self.context);
     }
 

@@ -4,7 +4,7 @@
 //! drivers/tty/tty_ldisc.c), and PID 1 writes to this one. So such a workload has a pipe.
 
 use crate::context::{Context, Source};
-use crate::sys::files;
+use crate::sys::{GuestFile, files};
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
@@ -16,14 +16,14 @@ const AT_ONCE: usize = 4096;
 /// The console and the pipe, until either has ended.
 #[derive(Default)]
 pub struct Input {
-    ends: Option<(OwnedFd, OwnedFd)>,
+    ends: Option<(OwnedFd, GuestFile)>,
     watched: EventFlags,
 }
 
 impl Input {
     /// From now on it goes from `console` to `pipe`, neither of which blocks.
     pub fn open(&mut self, console: OwnedFd, pipe: OwnedFd) {
-        self.ends = Some((console, pipe));
+        self.ends = Some((console, GuestFile::new(pipe)));
     }
 
     /// Waits for what is typed.
@@ -39,16 +39,17 @@ impl Input {
 
     /// Copies what was typed. What the pipe has no room for is lost, as with a terminal that nobody reads.
     pub fn copy(&mut self, context: &mut Context) {
-        let Some((console, pipe)) = &self.ends else {
+        let Some((console, pipe)) = &mut self.ends else {
             return;
         };
         let room = context.scratch.get_mut(..AT_ONCE).unwrap_or(&mut []);
         let copied = match files::read(console, room) {
             // Ctrl-D, or a hang-up.
             Ok(0) => Err(Errno::PIPE),
-            Ok(count) => files::write(pipe, room.get(..count).unwrap_or(&[])),
+            Ok(count) => pipe.write(room.get(..count).unwrap_or(&[])),
             Err(errno) => Err(errno),
         };
+        pipe.forget();
         if !matches!(copied, Ok(_) | Err(Errno::AGAIN)) {
             self.ends = None;
             self.watched = EventFlags::empty();

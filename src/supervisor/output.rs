@@ -3,12 +3,11 @@
 use crate::console::Console;
 use crate::context::{Context, Source};
 use crate::output_log::{Destination, OutputLog};
-use crate::sys::files;
+use crate::process::channel::Channel;
 use proto::docker_frames::Stream;
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
-use rustix::io::Errno;
 
 /// The workload's standard output and error: our ends of their pipes.
 pub struct Output {
@@ -19,16 +18,14 @@ pub struct Output {
 
 struct Pipe {
     stream: Stream,
-    end: Option<OwnedFd>,
-    watched: EventFlags,
+    channel: Channel,
 }
 
 impl Pipe {
-    const fn closed(stream: Stream) -> Self {
+    fn closed(stream: Stream) -> Self {
         Self {
             stream,
-            end: None,
-            watched: EventFlags::empty(),
+            channel: Channel::default(),
         }
     }
 }
@@ -38,7 +35,7 @@ impl Pipe {
 pub enum Copied {
     /// Nothing waits.
     Drained,
-    /// There is no room for it.
+    /// There is no room for it, or it cannot be had yet.
     Full,
     /// It was copied: there may be more.
     More,
@@ -46,7 +43,7 @@ pub enum Copied {
 
 impl Output {
     /// No output.
-    pub const fn new() -> Self {
+    pub fn new() -> Self {
         Self {
             destination: Destination::Console,
             pipes: [Pipe::closed(Stream::Stdout), Pipe::closed(Stream::Stderr)],
@@ -56,16 +53,15 @@ impl Output {
     /// From now on output comes from these pipes.
     pub fn open(&mut self, output: OwnedFd, errors: Option<OwnedFd>) {
         let [stdout, stderr] = &mut self.pipes;
-        stdout.end = Some(output);
-        stderr.end = errors;
+        stdout.channel = Channel::new(output);
+        if let Some(errors) = errors {
+            stderr.channel = Channel::new(errors);
+        }
     }
 
     /// Waits for output while there is room for it.
     pub fn watch(&mut self, console: &Console, context: &mut Context) {
         for pipe in &mut self.pipes {
-            let Some(end) = &pipe.end else {
-                continue;
-            };
             let has_room = match self.destination {
                 Destination::Console => console.has_room(),
                 Destination::Log => !context.output_log.room(pipe.stream).is_empty(),
@@ -82,7 +78,7 @@ impl Output {
                 Stream::Stderr => Source::WorkloadError,
             };
             let token = source.token(Key::default());
-            context.poller.watch(end, token, &mut pipe.watched, wanted);
+            pipe.channel.watch(token, wanted, &context.poller);
         }
     }
 
@@ -100,7 +96,7 @@ impl Output {
             }
             all = all.max(copied);
         }
-        if self.pipes.iter().all(|pipe| pipe.end.is_none()) {
+        if self.pipes.iter().all(|pipe| pipe.channel.end().is_none()) {
             log.end();
         }
         all
@@ -114,14 +110,14 @@ impl Pipe {
         console: &mut Console,
         log: &mut OutputLog,
     ) -> Copied {
-        let Some(end) = &self.end else {
-            return Copied::Drained;
-        };
-        let read = match destination {
+        let channel = &mut self.channel;
+        let (has_room, count) = match destination {
             Destination::Console => {
-                let read = read_piece(end, console.room());
-                console.commit(*read.as_ref().unwrap_or(&0));
-                read
+                let room = console.room();
+                let has_room = !room.is_empty();
+                let count = read_piece(channel, room);
+                console.commit(count);
+                (has_room, count)
             }
             Destination::Log | Destination::Both => {
                 let room = log.room(self.stream);
@@ -130,31 +126,28 @@ impl Pipe {
                     _ => room.len(),
                 };
                 let room = room.get_mut(..limit).unwrap_or(&mut []);
-                let read = read_piece(end, room);
-                let count = *read.as_ref().unwrap_or(&0);
+                let has_room = !room.is_empty();
+                let count = read_piece(channel, room);
                 if destination == Destination::Both {
                     console.write(room.get(..count).unwrap_or(&[]));
                 }
                 log.commit(self.stream, count);
-                read
+                (has_room, count)
             }
         };
-        match read {
-            Ok(1..) => Copied::More,
-            Err(Errno::NOBUFS) => Copied::Full,
-            Err(Errno::AGAIN) => Copied::Drained,
-            Ok(_) | Err(_) => {
-                self.end = None;
-                Copied::Drained
-            }
+        match (count, channel.end()) {
+            (1.., _) => Copied::More,
+            (0, None) => Copied::Drained,
+            (0, Some(_)) if has_room && !channel.is_pending() => Copied::Drained,
+            (0, Some(_)) => Copied::Full,
         }
     }
 }
 
-/// Reads once: EAGAIN when nothing waits, ENOBUFS without room.
-fn read_piece(end: &OwnedFd, room: &mut [u8]) -> Result<usize, Errno> {
+/// Reads once if there is room.
+fn read_piece(channel: &mut Channel, room: &mut [u8]) -> usize {
     match room.is_empty() {
-        true => Err(Errno::NOBUFS),
-        false => files::read(end, room),
+        true => 0,
+        false => channel.read(room, false),
     }
 }

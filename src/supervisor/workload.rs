@@ -20,7 +20,7 @@ pub(super) const KILLED: i32 = 128;
 const HEAD_START: u64 = 5;
 
 /// Pieces of output copied after the exit: together more than a pipe holds (pipe(7)).
-const PIECES: usize = 8;
+pub(super) const PIECES: usize = 8;
 
 impl Supervisor {
     /// Says where the workload's output goes.
@@ -80,7 +80,9 @@ impl Supervisor {
             command.environment.copy(environment);
             describe(command)
         })?;
-        self.output.open(output, errors.map(|(ours, _)| ours));
+        let (errors, their_errors) = errors.unzip();
+        launch.close([typed, Some(their_output), their_errors]);
+        self.output.open(output, errors);
         let pid = launch.pid;
         self.context.workload.group = Some(pid);
         self.workload = Some(launch);

@@ -13,7 +13,7 @@ pub struct Static<T> {
     value: UnsafeCell<T>,
 }
 
-// SAFETY: a process of this program has one thread.
+// SAFETY: the first thread of a process of this program is the only one that takes it.
 unsafe impl<T> Sync for Static<T> {}
 
 impl<T> Static<T> {

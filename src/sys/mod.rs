@@ -12,6 +12,7 @@ mod clock;
 pub mod disk;
 pub mod epoll;
 pub mod files;
+mod guest_file;
 mod memory;
 pub mod mount;
 pub mod network;
@@ -29,6 +30,7 @@ pub use clock::{PAUSED, Stopwatch, milliseconds, sleep};
 #[cfg(feature = "snapshot")]
 pub use clock::{device_time, microseconds, real_time, set_real_time};
 pub use files::c_str;
+pub use guest_file::{GuestFile, settle};
 pub use memory::{Region, Static, lock_memory, release_stack};
 pub use process::{
     Fork, Inherited, close_others, execve, exit, fork, has_hung_up, is_readable, kill_all,

@@ -32,7 +32,7 @@ pub fn fork() -> Result<Fork> {
     let arguments = clone_arguments(None);
     let (place, size) = (&raw const arguments as usize, size_of_val(&arguments));
     // SAFETY: reads the arguments. Without CLONE_VM the child has a copy of all memory, this stack
-    // included. There is one thread, so no lock is held by another.
+    // included. No thread has a lock.
     let pid = unsafe { call(uapi::__NR_clone3, [place, size, 0, 0, 0]) }?;
     Ok(Pid::from_raw(pid as i32).map_or(Fork::Child, Fork::Parent))
 }

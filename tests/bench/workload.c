@@ -70,7 +70,9 @@ static unsigned long turns(void)
 
 static void tell_idle(void)
 {
-    const unsigned long MINUTE = 60ul * 1000000000;
+    const unsigned long SECOND = 1000000000, MINUTE = 60 * SECOND;
+    // PID 1 is not done yet with what was told.
+    sleep_until(now(CLOCK_MONOTONIC) + SECOND);
     unsigned long before = turns();
     sleep_until(now(CLOCK_MONOTONIC) + MINUTE);
     tell("idle_turns", turns() - before);

@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 #include <sys/ptrace.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/user.h>
@@ -149,8 +150,11 @@ static void strike(void)
 {
     static const int signals[] = {SIGABRT, SIGKILL, SIGSEGV};
     unsigned struck = 0;
+    int last = fork();
 
-    for (int next = getpid() + 1;; )
+    if (!last)
+        _exit(0);
+    for (int next = last + 1;; )
         for (int pid = next; pid < next + 8; pid++) {
             int failed;
             while ((failed = kill(pid, signals[struck % 3])) && errno == EPERM)
@@ -169,6 +173,50 @@ static void last(const char *path)
 {
     int fd = open(path, O_RDONLY);
     kill(fd < 0 ? 0 : -1, SIGKILL);
+}
+
+/* Keeps the pipe of its output locked, with that text in it: for so many seconds, by a child that outlives
+   this process. Then a last line comes through. */
+static void plug(const char *text, int seconds)
+{
+    int pair[2];
+    or_die(socketpair(AF_UNIX, SOCK_STREAM, 0, pair));
+    switch (fork()) {
+    case 0:
+        setsid();
+        if (write(1, text, strlen(text)) >= 0)
+            splice(pair[0], 0, 1, 0, 4096, 0);
+        _exit(0);
+    default:
+        usleep(300000);
+        if (fork())
+            return;
+        setsid();
+        close(1);
+        sleep(seconds);
+        _exit(write(pair[1], "unplugged\n", 10) != 10);
+    }
+}
+
+/* The same with the pipe of its input, once something has come in. */
+static void stop_up(int seconds)
+{
+    static char piece[4096];
+    int pair[2];
+    or_die(socketpair(AF_UNIX, SOCK_STREAM, 0, pair));
+    while (send(pair[0], piece, sizeof piece, MSG_DONTWAIT) > 0)
+        ;
+    puts("full");
+    if (!fork()) {
+        splice(0, 0, pair[0], 0, 4096, 0);
+        _exit(0);
+    }
+    sleep(seconds);
+    while (read(pair[1], piece, sizeof piece) == sizeof piece)
+        ;
+    puts("empty");
+    while (read(0, piece, 1) == 1)
+        putchar(*piece);
 }
 
 /* All the memory there is, every page of it. */
@@ -309,6 +357,10 @@ int main(int argc, char **argv)
         panic(strtoul(argv[2], 0, 16));
     else if (!strcmp(what, "sterilize"))
         sterilize();
+    else if (!strcmp(what, "plug"))
+        plug(argv[2], atoi(argv[3]));
+    else if (!strcmp(what, "stop-up"))
+        stop_up(atoi(argv[2]));
     else if (!strcmp(what, "nothing"))
         pause();
     else

@@ -15,6 +15,7 @@ use pigeon_lab::{
     guest,
     http::Client,
     vsock,
+    ws::Socket,
 };
 use serde_json::{Value, json};
 
@@ -183,13 +184,15 @@ fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
 /// what happens to them there must be their own affair.
 fn strike(rest: Value) -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
+    // PID 1 has all its threads before: their numbers are not those of commands.
+    let script = "echo ready; sleep 1; exec attack strike";
     let mut vm = Vm::builder()
-        .config(&guest::shell("exec attack strike", rest))
+        .config(&guest::shell(script, rest))
         .disk(&root)
         .cpus(2)
         .timeout(TIMEOUT)
         .boot()?;
-    vm.wait_for("workload started")?;
+    vm.wait_for("ready")?;
     let mut struck = 0;
     // It holds still while it is looked at what has come of it.
     let mut run = |struck: &mut u32| -> Result<(String, String)> {
@@ -463,6 +466,81 @@ fn a_gibibyte_of_a_command_and_output_without_end_are_taken_in_passing() -> Resu
     let exit = api.get("/v1/exit_code")?.json()?;
     assert_eq!(exit, json!({"code": 137, "oom_killed": false}));
     assert_eq!(vm.wait_end()?, End::Reboot);
+    root.check()
+}
+
+/// A process can keep a pipe locked for everybody, without root: by splice(2).
+#[test]
+fn pipes_that_others_keep_locked_hold_up_nobody_else() -> Result<()> {
+    let root = Image::ext4(&tree()?, 32)?;
+    let script = "attack plug 'before
+' 3
+        echo ready
+        until [ -e /run/go ]; do sleep 0.05; done
+        attack plug 'last words
+' 1000
+        exit 7";
+    let config = guest::shell(script, json!({"UserOverride": "app"}));
+    let mut vm = Vm::builder()
+        .config(&config)
+        .disk(&root)
+        .timeout(TIMEOUT)
+        .boot()?;
+    vm.wait_for("workload started")?;
+    let mut slowest = Duration::ZERO;
+    let mut call = |vm: &mut Vm| -> Result<()> {
+        let start = Instant::now();
+        assert_eq!(vm.api()?.get("/v1/status")?.status, 200);
+        slowest = slowest.max(start.elapsed());
+        Ok(())
+    };
+    // What was in it, and what comes later, is not lost.
+    while !vm.console().contains("ready\n") {
+        call(&mut vm)?;
+    }
+    let console = vm.console();
+    let all = console.find("before\n").zip(console.find("unplugged\n"));
+    assert!(
+        all.is_some_and(|(first, second)| first < second),
+        "{console}"
+    );
+
+    // Commands and their children, more of them than the loop has turns to give up.
+    for text in ["", "x"].into_iter().cycle().take(20) {
+        let start = Instant::now();
+        let body = json!({"cmd": ["attack", "plug", text, "1000"], "user": "app"});
+        let answer = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
+        assert_eq!(answer["exit_code"], 0, "{answer}");
+        println!("plugged with {text:?}: answered in {:?}", start.elapsed());
+        call(&mut vm)?;
+    }
+    assert_eq!(output(&mut vm.api()?, "echo here")?, "here\n");
+
+    // The input of a session.
+    let mut session = Socket::open(vm.connect(vsock::API_PORT)?, "/v1/ws/exec")?;
+    session.text(&json!({"command": ["attack", "stop-up", "2"], "user": "app"}))?;
+    session.output_with("full\n")?;
+    session.binary(b"lost")?;
+    thread::sleep(Duration::from_millis(300));
+    session.binary(b"late\n")?;
+    session.text(&json!({"stdin": "eof"}))?;
+    call(&mut vm)?;
+    let ended = session.wait_end()?;
+    assert_eq!(ended.text(), "empty\nlate\n");
+    assert_eq!(
+        ended.message,
+        Some(json!({"Exit": {"code": 0, "signal": null}}))
+    );
+    call(&mut vm)?;
+    println!("the slowest call took {slowest:?}");
+    assert!(slowest < Duration::from_secs(2), "{slowest:?}");
+
+    output(&mut vm.api()?, "touch /run/go")?;
+    assert_eq!(vm.api()?.get("/v1/exit_code")?.json()?["code"], 7);
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let console = vm.console();
+    assert!(console.contains("last words\n"), "{console}");
+    assert!(console.contains("exit_code=7"), "{console}");
     root.check()
 }
 

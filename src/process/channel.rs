@@ -1,0 +1,99 @@
+//! PID 1's end of a stream of a workload or a command.
+
+use crate::sys::GuestFile;
+use crate::sys::epoll::Poller;
+use rustix::event::epoll::EventFlags;
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+
+/// What a pipe can be made to hold (pipe-max-size, pipe(7)): all that a process that has ended can have
+/// left in it.
+const PIPE: usize = 1 << 20;
+
+/// Our end of a pipe or terminal, until the other end is closed.
+#[derive(Default)]
+pub struct Channel {
+    file: Option<GuestFile>,
+    watched: EventFlags,
+    /// Bytes read since the process was over.
+    late: usize,
+}
+
+impl Channel {
+    /// An open channel, by an end that does not block.
+    pub fn new(end: OwnedFd) -> Self {
+        Self {
+            file: Some(GuestFile::new(end)),
+            ..Self::default()
+        }
+    }
+
+    /// Our end, while it is open.
+    pub fn end(&self) -> Option<&OwnedFd> {
+        self.file.as_ref().map(GuestFile::fd)
+    }
+
+    /// Whether something waits in it for a process that has it locked.
+    pub fn is_pending(&self) -> bool {
+        self.file.as_ref().is_some_and(GuestFile::is_pending)
+    }
+
+    /// Closes our end.
+    pub fn close(&mut self) {
+        self.file = None;
+    }
+
+    /// Waits for `wanted` events; what is not waited for is not registered, as a hang-up is reported
+    /// even to who asks for nothing.
+    pub fn watch(&mut self, token: u64, wanted: EventFlags, poller: &Poller) {
+        if let Some(file) = &self.file {
+            let wanted = match file.is_pending() {
+                true => EventFlags::empty(),
+                false => wanted,
+            };
+            poller.watch(file.fd(), token, &mut self.watched, wanted);
+        }
+    }
+
+    /// Reads once. Returns how many bytes came, 0 if none wait. When nobody has the other end open any
+    /// more, ours is closed.
+    ///
+    /// `over`: the command has ended. Others may write for ever into its pipe: then no more is read than
+    /// it can have left there.
+    pub fn read(&mut self, room: &mut [u8], over: bool) -> usize {
+        let Some(file) = &mut self.file else {
+            return 0;
+        };
+        let limit = room.len().min(PIPE - self.late);
+        match file.read(room.get_mut(..limit).unwrap_or(&mut []), over) {
+            Ok(count @ 1..) => {
+                if over {
+                    self.late += count;
+                }
+                count
+            }
+            Err(Errno::AGAIN) => 0,
+            // EIO: a terminal whose other end nobody has open.
+            Ok(_) | Err(_) => {
+                self.close();
+                0
+            }
+        }
+    }
+
+    /// Writes as much as is taken now; what nobody reads any more is taken and dropped.
+    pub fn write(&mut self, bytes: &[u8]) -> usize {
+        match self.file.as_mut().map(|file| file.write(bytes)) {
+            Some(Ok(count)) => count,
+            Some(Err(Errno::AGAIN)) => 0,
+            Some(Err(_)) | None => bytes.len(),
+        }
+    }
+
+    /// Other bytes will be written than those that were not taken.
+    pub fn forget_write(&mut self) {
+        if let Some(file) = &mut self.file {
+            file.forget();
+        }
+    }
+}

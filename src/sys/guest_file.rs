@@ -1,0 +1,415 @@
+//! Pipes and terminals that the guest's processes have open, too, used without waiting for any of these.
+//!
+//! Whoever uses a pipe takes its lock first, O_NONBLOCK or not (fs/pipe.c), and a process that has it open
+//! can hold that lock as long as it likes: by splice(2) from a socket on which nothing comes. A
+//! terminal's is held likewise (drivers/tty/tty_ldisc.c). So threads read, write and close in place of
+//! the event loop, which waits for them a little and goes on.
+//!
+//! A thread is started when none is idle: there is one, and one more for each call that does not return.
+//! All here is for the event loop's thread, but [`Thread::serve`].
+
+use super::arch;
+use super::clock::sleep;
+use super::memory::Region;
+use super::process::clone_arguments;
+use crate::page::PageBox;
+use core::cell::{Cell, UnsafeCell};
+use core::ffi::c_void;
+use core::mem::{ManuallyDrop, MaybeUninit};
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use linux_raw_sys::general as uapi;
+use proto::bytes;
+use rustix::event::Timespec;
+use rustix::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use rustix::io::{Errno, Result};
+use rustix::process::{Pid, Signal};
+use rustix::thread::futex;
+
+/// Maximum number of bytes of a call: what a pipe holds unless it was made larger (pipe(7)).
+const BUFFER: usize = 64 << 10;
+
+/// Deeper than [`Thread::serve`] goes.
+const STACK: usize = 16 << 10;
+
+/// How long a call is waited for at a time. Most return in microseconds.
+const WAIT: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 5_000_000,
+};
+
+/// How long nothing is done when no thread can be started, in milliseconds.
+const RETRY: i64 = 5;
+
+/// How often a last call is waited for. More than once: if the VM is paused a whole wait passes at once.
+const LAST_WAITS: u32 = 10;
+
+/// Our end of a pipe or a terminal.
+pub struct GuestFile {
+    /// Closed by a thread.
+    fd: ManuallyDrop<OwnedFd>,
+    is_closed: bool,
+    pending: Option<Pending>,
+}
+
+/// A call that has not returned, or whose result nobody has taken.
+struct Pending {
+    thread: &'static Thread,
+    kind: Kind,
+    /// Nobody wants its result.
+    forgotten: bool,
+}
+
+impl GuestFile {
+    /// Takes an end that does not block.
+    pub fn new(fd: OwnedFd) -> Self {
+        Self {
+            fd: ManuallyDrop::new(fd),
+            is_closed: false,
+            pending: None,
+        }
+    }
+
+    /// The end, for calls that take no lock.
+    pub fn fd(&self) -> &OwnedFd {
+        &self.fd
+    }
+
+    /// Whether a call has not returned, or its result was not taken. [`settle`] says when to go on.
+    pub fn is_pending(&self) -> bool {
+        self.pending.is_some()
+    }
+
+    /// Reads some bytes (read(2)): EAGAIN if there are none now, or the call is pending. The end, and any
+    /// other error, closes it.
+    ///
+    /// `last`: nobody will ask again, so that it is waited for longer.
+    pub fn read(&mut self, room: &mut [u8], last: bool) -> Result<usize> {
+        let length = room.len().min(BUFFER);
+        let call = self.call(Kind::Read, last, &mut |_| length)?;
+        self.is_closed = call.is_closed;
+        let result = call.result.map(|count| {
+            let rest = call.buffer.get(call.taken..count).unwrap_or(&[]);
+            let taken = bytes::copy(rest, room);
+            call.taken += taken;
+            (taken, taken == rest.len())
+        });
+        if !matches!(result, Ok((_, false))) {
+            self.release();
+        }
+        result.map(|(taken, _)| taken)
+    }
+
+    /// Writes some of these bytes (write(2)): EAGAIN if none are taken now, or the call is pending; then it
+    /// goes on when the same bytes come again, unless they are [forgotten](Self::forget).
+    pub fn write(&mut self, bytes: &[u8]) -> Result<usize> {
+        let fill = &mut |buffer: &mut [u8]| bytes::copy(bytes, buffer);
+        let result = self.call(Kind::Write, false, fill)?.result;
+        self.release();
+        result
+    }
+
+    /// Other bytes will come than those of a pending write.
+    pub fn forget(&mut self) {
+        if let Some(pending) = &mut self.pending {
+            pending.forgotten = pending.kind == Kind::Write;
+        }
+    }
+
+    /// Begins a call, or goes on with the pending one. EAGAIN if it has not returned, or another one is
+    /// pending.
+    fn call(
+        &mut self,
+        kind: Kind,
+        last: bool,
+        fill: &mut dyn FnMut(&mut [u8]) -> usize,
+    ) -> Result<&'static mut Call> {
+        let is_forgotten = |pending: &Pending| pending.forgotten && pending.thread.is_idle();
+        if self.pending.as_ref().is_some_and(is_forgotten) {
+            self.release();
+        }
+        let waits = match (last, &self.pending) {
+            (true, _) => LAST_WAITS,
+            (false, None) => 1,
+            // It was waited for.
+            (false, Some(_)) => 0,
+        };
+        let pending = match &mut self.pending {
+            Some(pending) => pending,
+            none => none.insert(Pending {
+                thread: Thread::begin(kind, &self.fd, Owner::File, fill)?,
+                kind,
+                forgotten: false,
+            }),
+        };
+        pending.thread.wait(waits);
+        let call = pending.thread.call().filter(|_| pending.kind == kind);
+        call.ok_or(Errno::AGAIN)
+    }
+
+    /// The pending call's result was taken.
+    fn release(&mut self) {
+        if let Some(pending) = self.pending.take() {
+            pending.thread.owner.set(Owner::None);
+        }
+    }
+}
+
+impl Drop for GuestFile {
+    fn drop(&mut self) {
+        match &self.pending {
+            Some(pending) => {
+                pending.thread.owner.set(Owner::Gone);
+                pending.thread.close_if_gone();
+            }
+            None if self.is_closed => {}
+            // Without memory for a thread it stays open: to close it here could take for ever.
+            None => {
+                if let Ok(thread) = Thread::begin(Kind::Close, &self.fd, Owner::None, &mut |_| 0) {
+                    thread.wait(1);
+                }
+            }
+        }
+    }
+}
+
+/// Closes the files that were dropped while a call was pending, if it has returned. Whether there are others
+/// whose call has returned since, which are to be asked again; SIGCHLD comes for either.
+pub fn settle() -> bool {
+    let mut has_returned = false;
+    for thread in threads() {
+        thread.close_if_gone();
+        has_returned |= thread.owner.get() == Owner::File && thread.is_idle();
+    }
+    has_returned
+}
+
+/// A thread, which makes one call at a time.
+struct Thread {
+    /// First: it grows down, away from the rest.
+    stack: UnsafeCell<MaybeUninit<[u128; STACK / size_of::<u128>()]>>,
+    /// How many calls were begun. While `returned` differs the thread has `call`, else the event loop.
+    begun: AtomicU32,
+    /// How many have returned.
+    returned: AtomicU32,
+    /// The event loop no longer waits for it: SIGCHLD tells.
+    notifies: AtomicBool,
+    call: UnsafeCell<Call>,
+    owner: Cell<Owner>,
+    next: Option<&'static Self>,
+}
+
+// SAFETY: `begun` and `returned` say which thread has `call`; the stack is the thread's own, `owner` and
+// `next` are the event loop's.
+unsafe impl Sync for Thread {}
+
+/// Who wants the result of a thread's call.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    /// Nobody: the thread is free when the call has returned.
+    None,
+    /// A file.
+    File,
+    /// One that was dropped, and is to be closed.
+    Gone,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write,
+    Close,
+}
+
+/// What is called, and what came of it.
+struct Call {
+    kind: Kind,
+    fd: RawFd,
+    buffer: Region,
+    /// Of the bytes in the buffer, or of the room there.
+    length: usize,
+    result: Result<usize>,
+    /// How many of the bytes read were taken.
+    taken: usize,
+    /// The descriptor was closed.
+    is_closed: bool,
+}
+
+/// All threads, the newest first.
+struct Threads(Cell<Option<&'static Thread>>);
+
+// SAFETY: the event loop's thread alone uses it.
+unsafe impl Sync for Threads {}
+
+static THREADS: Threads = Threads(Cell::new(None));
+
+fn threads() -> impl Iterator<Item = &'static Thread> {
+    core::iter::successors(THREADS.0.get(), |thread| thread.next)
+}
+
+impl Thread {
+    /// Has an idle thread make a call.
+    fn begin(
+        kind: Kind,
+        fd: &OwnedFd,
+        owner: Owner,
+        fill: &mut dyn FnMut(&mut [u8]) -> usize,
+    ) -> Result<&'static Self> {
+        let is_free = |thread: &&Self| thread.owner.get() == Owner::None && thread.is_idle();
+        let thread = match threads().find(is_free) {
+            Some(thread) => thread,
+            // It is tried again: not at once, as nobody says when there is memory.
+            None => Self::start().map_err(|_| {
+                sleep(RETRY);
+                Errno::AGAIN
+            })?,
+        };
+        if let Some(call) = thread.call() {
+            call.kind = kind;
+            call.fd = fd.as_raw_fd();
+            call.length = fill(&mut call.buffer);
+            call.taken = 0;
+            call.is_closed = false;
+            thread.owner.set(owner);
+            thread.go();
+        }
+        Ok(thread)
+    }
+
+    fn start() -> Result<&'static Self> {
+        let buffer = Region::new(BUFFER)?;
+        let thread = PageBox::new(|| Self {
+            stack: UnsafeCell::new(MaybeUninit::uninit()),
+            begun: AtomicU32::new(0),
+            returned: AtomicU32::new(0),
+            notifies: AtomicBool::new(false),
+            call: UnsafeCell::new(Call {
+                kind: Kind::Close,
+                fd: -1,
+                buffer,
+                length: 0,
+                result: Ok(0),
+                taken: 0,
+                is_closed: true,
+            }),
+            owner: Cell::new(Owner::None),
+            next: THREADS.0.get(),
+        })?;
+        let mut arguments = clone_arguments(None);
+        arguments.flags = THREAD_OF_THIS_PROCESS;
+        arguments.exit_signal = 0;
+        arguments.stack = thread.stack.get() as u64;
+        arguments.stack_size = STACK as u64;
+        let start = NonNull::from(&*thread).cast();
+        // SAFETY: the thread has a stack of its own, and what it is given stays.
+        let answer = unsafe { arch::clone_on_stack(&arguments, enter, start) };
+        if answer < 0 {
+            return Err(Errno::from_raw_os_error(-answer as i32));
+        }
+        let thread = thread.leak();
+        THREADS.0.set(Some(thread));
+        Ok(thread)
+    }
+
+    /// Whether it makes no call.
+    fn is_idle(&self) -> bool {
+        // What the thread has written before is seen after.
+        self.returned.load(Ordering::SeqCst) == self.begun.load(Ordering::Relaxed)
+    }
+
+    /// The call, unless the thread has it.
+    #[allow(clippy::mut_from_ref, reason = "one at a time, by the event loop")]
+    fn call(&self) -> Option<&mut Call> {
+        match self.is_idle() {
+            // SAFETY: the thread takes it when `begun` changes, and nobody here keeps it until then.
+            true => Some(unsafe { &mut *self.call.get() }),
+            false => None,
+        }
+    }
+
+    /// Lets the thread make the call.
+    fn go(&self) {
+        self.notifies.store(false, Ordering::Relaxed);
+        let next = self.begun.load(Ordering::Relaxed).wrapping_add(1);
+        self.begun.store(next, Ordering::Release);
+        let _woken = futex::wake(&self.begun, futex::Flags::PRIVATE, 1);
+    }
+
+    /// Waits until the call has returned, up to so many times; then SIGCHLD tells.
+    fn wait(&self, mut times: u32) {
+        while times > 0 && !self.is_idle() {
+            let before = self.begun.load(Ordering::Relaxed).wrapping_sub(1);
+            let flags = futex::Flags::PRIVATE;
+            if futex::wait(&self.returned, flags, before, Some(&WAIT)) == Err(Errno::TIMEDOUT) {
+                times -= 1;
+            }
+        }
+        self.notifies.store(!self.is_idle(), Ordering::SeqCst);
+    }
+
+    /// If its file was dropped and the call has returned, closes the file.
+    fn close_if_gone(&self) {
+        if self.owner.get() != Owner::Gone {
+            return;
+        }
+        if let Some(call) = self.call() {
+            self.owner.set(Owner::None);
+            if !call.is_closed {
+                call.kind = Kind::Close;
+                self.go();
+            }
+        }
+    }
+
+    /// What the thread does: makes the calls that are begun.
+    fn serve(&self) -> ! {
+        let mut count = 0;
+        loop {
+            while self.begun.load(Ordering::Acquire) == count {
+                let _begun = futex::wait(&self.begun, futex::Flags::PRIVATE, count, None);
+            }
+            count = count.wrapping_add(1);
+            // SAFETY: the event loop does not touch it until `returned` is the same.
+            unsafe { &mut *self.call.get() }.make();
+            self.returned.store(count, Ordering::SeqCst);
+            let _woken = futex::wake(&self.returned, futex::Flags::PRIVATE, 1);
+            if self.notifies.load(Ordering::SeqCst) {
+                let _sent = rustix::process::kill_process(Pid::INIT, Signal::CHILD);
+            }
+        }
+    }
+}
+
+impl Call {
+    fn make(&mut self) {
+        let bytes = self.buffer.get_mut(..self.length).unwrap_or(&mut []);
+        // SAFETY: its owner leaves it to this thread to close.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.fd) };
+        match self.kind {
+            Kind::Write => self.result = rustix::io::write(fd, bytes),
+            Kind::Read => {
+                self.result = rustix::io::read(fd, bytes);
+                self.is_closed = !matches!(self.result, Ok(1..) | Err(Errno::AGAIN));
+            }
+            Kind::Close => self.is_closed = true,
+        }
+        if self.is_closed {
+            // SAFETY: its owner does not use it any more, and learns of it by `is_closed`.
+            unsafe { rustix::io::close(self.fd) }
+        }
+    }
+}
+
+/// A thread of this process rather than a process: nobody can kill it, or waits for it. It shares the
+/// directories, too, so that it keeps no file system busy.
+const THREAD_OF_THIS_PROCESS: u64 = (uapi::CLONE_VM
+    | uapi::CLONE_FS
+    | uapi::CLONE_FILES
+    | uapi::CLONE_SIGHAND
+    | uapi::CLONE_THREAD) as u64;
+
+/// A thread's first and last function.
+extern "C" fn enter(thread: NonNull<c_void>) -> ! {
+    // SAFETY: `start` passes one that stays.
+    unsafe { thread.cast::<Thread>().as_ref() }.serve()
+}
