@@ -29,8 +29,8 @@ use rustix::thread::futex;
 /// Maximum number of bytes of a call: what a pipe holds unless it was made larger (pipe(7)).
 const BUFFER: usize = 64 << 10;
 
-/// Deeper than [`Thread::serve`] goes.
-const STACK: usize = 16 << 10;
+/// Deeper than [`Thread::serve`] goes. What follows it shares its last page.
+const STACK: usize = (16 << 10) - 256;
 
 /// How long a call is waited for at a time. Most return in microseconds.
 const WAIT: Timespec = Timespec {
@@ -85,8 +85,7 @@ impl GuestFile {
     ///
     /// `last`: nobody will ask again, so that it is waited for longer.
     pub fn read(&mut self, room: &mut [u8], last: bool) -> Result<usize> {
-        let length = room.len().min(BUFFER);
-        let call = self.call(Kind::Read, last, &mut |_| length)?;
+        let call = self.call(Kind::Read, &[], room.len(), last)?;
         self.is_closed = call.is_closed;
         let result = call.result.map(|count| {
             let rest = call.buffer.get(call.taken..count).unwrap_or(&[]);
@@ -103,8 +102,7 @@ impl GuestFile {
     /// Writes some of these bytes (write(2)): EAGAIN if none are taken now, or the call is pending; then it
     /// goes on when the same bytes come again, unless they are [forgotten](Self::forget).
     pub fn write(&mut self, bytes: &[u8]) -> Result<usize> {
-        let fill = &mut |buffer: &mut [u8]| bytes::copy(bytes, buffer);
-        let result = self.call(Kind::Write, false, fill)?.result;
+        let result = self.call(Kind::Write, bytes, bytes.len(), false)?.result;
         self.release();
         result
     }
@@ -121,8 +119,9 @@ impl GuestFile {
     fn call(
         &mut self,
         kind: Kind,
+        bytes: &[u8],
+        length: usize,
         last: bool,
-        fill: &mut dyn FnMut(&mut [u8]) -> usize,
     ) -> Result<&'static mut Call> {
         let is_forgotten = |pending: &Pending| pending.forgotten && pending.thread.is_idle();
         if self.pending.as_ref().is_some_and(is_forgotten) {
@@ -137,7 +136,7 @@ impl GuestFile {
         let pending = match &mut self.pending {
             Some(pending) => pending,
             none => none.insert(Pending {
-                thread: Thread::begin(kind, &self.fd, Owner::File, fill)?,
+                thread: Thread::begin(Owner::File, kind, &self.fd, bytes, length)?,
                 kind,
                 forgotten: false,
             }),
@@ -165,7 +164,7 @@ impl Drop for GuestFile {
             None if self.is_closed => {}
             // Without memory for a thread it stays open: to close it here could take for ever.
             None => {
-                if let Ok(thread) = Thread::begin(Kind::Close, &self.fd, Owner::None, &mut |_| 0) {
+                if let Ok(thread) = Thread::begin(Owner::None, Kind::Close, &self.fd, &[], 0) {
                     thread.wait(1);
                 }
             }
@@ -185,8 +184,10 @@ pub fn settle() -> bool {
 }
 
 /// A thread, which makes one call at a time.
+///
+/// The stack comes first: it grows down, away from the rest.
+#[repr(C)]
 struct Thread {
-    /// First: it grows down, away from the rest.
     stack: UnsafeCell<MaybeUninit<[u128; STACK / size_of::<u128>()]>>,
     /// How many calls were begun. While `returned` differs the thread has `call`, else the event loop.
     begun: AtomicU32,
@@ -248,12 +249,13 @@ fn threads() -> impl Iterator<Item = &'static Thread> {
 }
 
 impl Thread {
-    /// Has an idle thread make a call.
+    /// Has an idle thread make a call, with these bytes or with room for so many.
     fn begin(
+        owner: Owner,
         kind: Kind,
         fd: &OwnedFd,
-        owner: Owner,
-        fill: &mut dyn FnMut(&mut [u8]) -> usize,
+        bytes: &[u8],
+        length: usize,
     ) -> Result<&'static Self> {
         let is_free = |thread: &&Self| thread.owner.get() == Owner::None && thread.is_idle();
         let thread = match threads().find(is_free) {
@@ -267,7 +269,8 @@ impl Thread {
         if let Some(call) = thread.call() {
             call.kind = kind;
             call.fd = fd.as_raw_fd();
-            call.length = fill(&mut call.buffer);
+            call.length = length.min(BUFFER);
+            bytes::copy(bytes, &mut call.buffer);
             call.taken = 0;
             call.is_closed = false;
             thread.owner.set(owner);

@@ -365,7 +365,7 @@ fn a_gibibyte_of_output_is_followed_to_the_byte() -> Result<()> {
     }
     let ratio = best[1].as_secs_f64() / best[0].as_secs_f64();
     println!("of a bare copy's speed: {ratio:.2}; {best:?}");
-    // 0.55 to 0.65 where nothing else runs.
+    // 0.45 to 0.5 where nothing else runs.
     assert!(ratio >= 0.3, "{ratio}");
     Ok(())
 }
