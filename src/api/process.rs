@@ -57,29 +57,31 @@ impl Process {
             output: Inherited::new(&their_output),
             error: Inherited::new(their_error),
         };
-        let process = Self::start(spec, streams, context)?;
+        let launch = Self::launch(spec, streams, context)?;
         let (input, their_input) = input.unzip();
         let (error, their_error) = error.unzip();
-        if let Origin::Launch(launch) = &process.origin {
-            launch.close([their_input, Some(their_output), their_error]);
-        }
+        launch.close([their_input, Some(their_output), their_error]);
         let pipes = Pipes {
             input: input.map_or_else(Channel::default, Channel::new),
             output: Channel::new(output),
             error: error.map_or_else(Channel::default, Channel::new),
             slave: None,
         };
-        Ok((process, pipes))
+        Ok((Self::of(launch.pid, Origin::Launch(launch)), pipes))
     }
 
     /// Starts a command with these streams.
     pub fn start(spec: &CommandSpec, streams: Streams, context: &Context) -> Result<Self> {
+        let launch = Self::launch(spec, streams, context)?;
+        Ok(Self::of(launch.pid, Origin::Launch(launch)))
+    }
+
+    fn launch(spec: &CommandSpec, streams: Streams, context: &Context) -> Result<Launch> {
         let cgroup = context.cgroups.commands.as_ref();
-        let launch = Launch::start(cgroup, &mut |command| {
+        Launch::start(cgroup, &mut |command| {
             command.streams = Some(streams);
             describe(spec, context.defaults, command)
-        })?;
-        Ok(Self::of(launch.pid, Origin::Launch(launch)))
+        })
     }
 
     /// Starts a child of this program, which exits with the code that `work` returns.

@@ -28,9 +28,14 @@ impl Channel {
         }
     }
 
-    /// Our end, while it is open.
+    /// Whether our end is open.
+    pub fn is_open(&self) -> bool {
+        self.file.is_some()
+    }
+
+    /// Our end, for calls that take no lock.
     pub fn end(&self) -> Option<&OwnedFd> {
-        self.file.as_ref().map(GuestFile::fd)
+        self.file.as_ref()?.fd()
     }
 
     /// Whether something waits in it for a process that has it locked.
@@ -46,12 +51,12 @@ impl Channel {
     /// Waits for `wanted` events; what is not waited for is not registered, as a hang-up is reported
     /// even to who asks for nothing.
     pub fn watch(&mut self, token: u64, wanted: EventFlags, poller: &Poller) {
-        if let Some(file) = &self.file {
-            let wanted = match file.is_pending() {
-                true => EventFlags::empty(),
-                false => wanted,
-            };
-            poller.watch(file.fd(), token, &mut self.watched, wanted);
+        let wanted = match self.is_pending() {
+            true => EventFlags::empty(),
+            false => wanted,
+        };
+        if let Some(end) = self.file.as_ref().and_then(GuestFile::fd) {
+            poller.watch(end, token, &mut self.watched, wanted);
         }
     }
 

@@ -96,7 +96,7 @@ impl Output {
             }
             all = all.max(copied);
         }
-        if self.pipes.iter().all(|pipe| pipe.channel.end().is_none()) {
+        if self.pipes.iter().all(|pipe| !pipe.channel.is_open()) {
             log.end();
         }
         all
@@ -135,11 +135,10 @@ impl Pipe {
                 (has_room, count)
             }
         };
-        match (count, channel.end()) {
-            (1.., _) => Copied::More,
-            (0, None) => Copied::Drained,
-            (0, Some(_)) if has_room && !channel.is_pending() => Copied::Drained,
-            (0, Some(_)) => Copied::Full,
+        match count {
+            1.. => Copied::More,
+            0 if channel.is_open() && (!has_room || channel.is_pending()) => Copied::Full,
+            0 => Copied::Drained,
         }
     }
 }

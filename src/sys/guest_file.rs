@@ -70,9 +70,13 @@ impl GuestFile {
         }
     }
 
-    /// The end, for calls that take no lock.
-    pub fn fd(&self) -> &OwnedFd {
-        &self.fd
+    /// The end, for calls that take no lock, unless a pending call has closed it.
+    pub fn fd(&self) -> Option<&OwnedFd> {
+        let call = self.pending.as_ref().and_then(|one| one.thread.call());
+        match call.is_some_and(|call| call.is_closed) {
+            true => None,
+            false => Some(&self.fd),
+        }
     }
 
     /// Whether a call has not returned, or its result was not taken. [`settle`] says when to go on.
