@@ -35,7 +35,9 @@ impl Pipe {
 pub enum Copied {
     /// Nothing waits.
     Drained,
-    /// There is no room for it, or it cannot be had yet.
+    /// Somebody has the pipe locked.
+    Locked,
+    /// There is no room for it.
     Full,
     /// It was copied: there may be more.
     More,
@@ -137,7 +139,8 @@ impl Pipe {
         };
         match count {
             1.. => Copied::More,
-            0 if channel.is_open() && (!has_room || channel.is_pending()) => Copied::Full,
+            0 if channel.is_open() && !has_room => Copied::Full,
+            0 if channel.is_pending() => Copied::Locked,
             0 => Copied::Drained,
         }
     }

@@ -142,12 +142,17 @@ impl Supervisor {
         self.api.protect_log(&mut self.context);
         let log = &mut self.context.output_log;
         let copied = self.output.copy(PIECES, self.console, log);
-        if copied == Copied::Drained {
-            // Others may have the pipes open for as long as they like.
+        // Others may have the pipes open for as long as they like, and locked until they are killed.
+        let is_all = match copied {
+            Copied::Drained => true,
+            Copied::Locked => self.phase == Phase::DrainingConsole,
+            Copied::Full | Copied::More => false,
+        };
+        if is_all {
             log.end();
         }
         self.api.on_output(&mut self.context);
-        if copied == Copied::Drained
+        if is_all
             && self.console.has_room()
             && let Some((code, oom_killed)) = self.unlogged_exit.take()
         {

@@ -87,7 +87,7 @@ impl GuestFile {
     /// Reads some bytes (read(2)): EAGAIN if there are none now, or the call is pending. The end, and any
     /// other error, closes it.
     ///
-    /// `last`: nobody will ask again, so that it is waited for longer.
+    /// `last`: what comes later may be lost, so that it is waited for longer.
     pub fn read(&mut self, room: &mut [u8], last: bool) -> Result<usize> {
         let call = self.call(Kind::Read, &[], room.len(), last)?;
         self.is_closed = call.is_closed;
