@@ -4,7 +4,7 @@ use crate::context;
 use crate::error::{Error, Result};
 use crate::output_log::OutputLog;
 use crate::sys::epoll::Poller;
-use crate::sys::{self, Region};
+use crate::sys::{self, GuestThreads, Region};
 use core::fmt::{self, Display};
 #[cfg(feature = "snapshot")]
 use proto::config::MEMBERS;
@@ -277,6 +277,8 @@ pub struct Context {
     pub long_connections: usize,
     /// The event loop's descriptor.
     pub poller: Poller,
+    /// What uses the pipes and terminals of commands and of the workload.
+    pub guest_threads: &'static GuestThreads,
     /// /proc, opened before anybody could mount something over it.
     pub proc: OwnedFd,
     /// /dev/pts, likewise.
@@ -297,6 +299,7 @@ impl Context {
         defaults: &'static mut CommandDefaults,
         buffers: &'static mut Buffers,
         scratch: Region,
+        guest_threads: &'static GuestThreads,
         proc: OwnedFd,
     ) -> Self {
         Self {
@@ -310,6 +313,7 @@ impl Context {
             log_readers: 0,
             long_connections: 0,
             poller,
+            guest_threads,
             proc,
             pts: None,
             rcu_expedited: None,

@@ -33,7 +33,7 @@ use crate::error::Result;
 use crate::restore::Restore;
 use crate::supervisor::{Events, HANDLED, Supervisor};
 use crate::sys::epoll::{EventBuffer, NO_EVENTS, Poller};
-use crate::sys::{Static, Words};
+use crate::sys::{GuestThreads, Static, Words};
 use rustix::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{DumpableBehavior, Pid};
@@ -45,6 +45,7 @@ struct Memory {
     defaults: CommandDefaults,
     buffers: Buffers,
     events: EventBuffer,
+    guest_threads: GuestThreads,
 }
 
 static MEMORY: Static<Memory> = Static::new(Memory {
@@ -56,6 +57,7 @@ static MEMORY: Static<Memory> = Static::new(Memory {
         sink: [0; SINK],
     },
     events: NO_EVENTS,
+    guest_threads: GuestThreads::new(),
 });
 
 entry!(start);
@@ -79,6 +81,7 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
         defaults,
         buffers,
         events,
+        guest_threads,
     } = memory;
     sys::block_signals(HANDLED);
     // Before Linux 5.16 a child that shares this memory, and is killed with a core, takes along whoever
@@ -97,7 +100,7 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     };
     // Ctrl-Alt-Del becomes a signal for us (reboot(2)).
     let _without = rustix::system::reboot(rustix::system::RebootCommand::CadOff);
-    let context = Context::new(poller, defaults, buffers, scratch, proc);
+    let context = Context::new(poller, defaults, buffers, scratch, guest_threads, proc);
     let mut supervisor = Supervisor::new(console, api, context, signals, params.linger);
     supervisor.events = Events::new(params.events_port);
     supervisor.set_output(params.output, params.output_log());

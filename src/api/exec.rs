@@ -144,7 +144,7 @@ impl Exec {
     /// Starts a child of this program, whose output is the response.
     #[cfg(feature = "sysinfo")]
     pub fn start_report(context: &mut Context) -> Result<Self, CallError> {
-        let (channel, theirs) = output_pipe()?;
+        let (channel, theirs) = output_pipe(context.guest_threads)?;
         let Context { proc, scratch, .. } = context;
         let process = Process::fork(proc, &mut |log| {
             let done = sysinfo::run(&theirs, proc, scratch, log);

@@ -11,7 +11,7 @@ use crate::process::helper::Lines;
 use crate::process::helper::{self, Helper, HelperLog};
 use crate::process::pipe;
 use crate::sys::signal::SIGKILL;
-use crate::sys::{self, GuestFile, Inherited};
+use crate::sys::{self, GuestFile, GuestThreads, Inherited};
 use proto::bodies::CommandSpec;
 use rustix::fd::OwnedFd;
 use rustix::process::{Pid, WaitStatus};
@@ -60,11 +60,13 @@ impl Process {
         let launch = Self::launch(spec, streams, context)?;
         let (input, their_input) = input.unzip();
         let (error, their_error) = error.unzip();
-        launch.close([their_input, Some(their_output), their_error]);
+        let threads = context.guest_threads;
+        launch.close([their_input, Some(their_output), their_error], threads);
+        let channel = |end| Channel::new(end, threads);
         let pipes = Pipes {
-            input: input.map_or_else(Channel::default, Channel::new),
-            output: Channel::new(output),
-            error: error.map_or_else(Channel::default, Channel::new),
+            input: channel(input),
+            output: channel(Some(output)),
+            error: channel(error),
             slave: None,
         };
         Ok((Self::of(launch.pid, Origin::Launch(launch)), pipes))
@@ -206,9 +208,9 @@ fn describe(spec: &CommandSpec, defaults: &CommandDefaults, command: &mut Comman
 }
 
 /// A pipe to read a command's output from: our end, which does not block, and the command's.
-pub fn output_pipe() -> Result<(Channel, OwnedFd)> {
+pub fn output_pipe(threads: &'static GuestThreads) -> Result<(Channel, OwnedFd)> {
     let (ours, theirs) = pipe::output()?;
-    Ok((Channel::new(ours), theirs))
+    Ok((Channel::new(Some(ours), threads), theirs))
 }
 
 /// Our ends of a command's standard streams; what there is not is closed.

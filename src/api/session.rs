@@ -379,7 +379,7 @@ fn start_on_terminal(
 ) -> Result<(Process, Pipes)> {
     let (master, slave) =
         terminal::open(context.pts.as_ref()).map_err(context!("open a terminal"))?;
-    let master = Channel::new(master);
+    let master = Channel::new(Some(master), context.guest_threads);
     resize(&master, cols, rows);
     let terminal = Inherited::new(&slave);
     let streams = Streams {
@@ -390,7 +390,7 @@ fn start_on_terminal(
     let process = Process::start(spec, streams, context)?;
     let pipes = Pipes {
         output: master,
-        slave: Some(GuestFile::new(slave)),
+        slave: Some(GuestFile::new(slave, context.guest_threads)),
         ..Pipes::default()
     };
     Ok((process, pipes))

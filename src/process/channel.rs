@@ -1,7 +1,7 @@
 //! PID 1's end of a stream of a workload or a command.
 
-use crate::sys::GuestFile;
 use crate::sys::epoll::Poller;
+use crate::sys::{GuestFile, GuestThreads};
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -20,10 +20,10 @@ pub struct Channel {
 }
 
 impl Channel {
-    /// An open channel, by an end that does not block.
-    pub fn new(end: OwnedFd) -> Self {
+    /// A channel, which is open if there is an end; that must not block.
+    pub fn new(end: Option<OwnedFd>, threads: &'static GuestThreads) -> Self {
         Self {
-            file: Some(GuestFile::new(end)),
+            file: end.map(|end| GuestFile::new(end, threads)),
             ..Self::default()
         }
     }

@@ -4,7 +4,7 @@ use crate::context;
 use crate::error;
 use crate::error::{Error, Result};
 use crate::process::{credentials, rlimits};
-use crate::sys::{self, GuestFile, Inherited, Region, SignalSet, Spawn, files};
+use crate::sys::{self, GuestFile, GuestThreads, Inherited, Region, SignalSet, Spawn, files};
 use core::ffi::{CStr, c_char};
 use core::fmt::{self, Display, Write};
 use core::ops::Range;
@@ -113,11 +113,11 @@ impl Launch {
     /// Closes ends of pipes that the child has copies of.
     ///
     /// What it executes may have closed these, and opened and locked the pipes anew.
-    pub fn close(&self, ends: [Option<OwnedFd>; 3]) {
+    pub fn close(&self, ends: [Option<OwnedFd>; 3], threads: &'static GuestThreads) {
         for end in ends.into_iter().flatten() {
             match &self.child {
                 Some(child) if child.is_in_use() => drop(end),
-                _ => drop(GuestFile::new(end)),
+                _ => drop(GuestFile::new(end, threads)),
             }
         }
     }

@@ -73,7 +73,7 @@ impl Supervisor {
         if self.reap_more {
             self.reap();
         }
-        if sys::settle() {
+        if self.context.guest_threads.settle() {
             self.copy_output(PIECES);
             self.api.on_any_output(&mut self.context);
         }

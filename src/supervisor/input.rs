@@ -22,8 +22,8 @@ pub struct Input {
 
 impl Input {
     /// From now on it goes from `console` to `pipe`, neither of which blocks.
-    pub fn open(&mut self, console: OwnedFd, pipe: OwnedFd) {
-        self.ends = Some((console, GuestFile::new(pipe)));
+    pub fn open(&mut self, console: OwnedFd, pipe: GuestFile) {
+        self.ends = Some((console, pipe));
     }
 
     /// Waits for what is typed.

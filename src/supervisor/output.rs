@@ -7,7 +7,6 @@ use crate::process::channel::Channel;
 use proto::docker_frames::Stream;
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
-use rustix::fd::OwnedFd;
 
 /// The workload's standard output and error: our ends of their pipes.
 pub struct Output {
@@ -53,12 +52,10 @@ impl Output {
     }
 
     /// From now on output comes from these pipes.
-    pub fn open(&mut self, output: OwnedFd, errors: Option<OwnedFd>) {
+    pub fn open(&mut self, output: Channel, errors: Channel) {
         let [stdout, stderr] = &mut self.pipes;
-        stdout.channel = Channel::new(output);
-        if let Some(errors) = errors {
-            stderr.channel = Channel::new(errors);
-        }
+        stdout.channel = output;
+        stderr.channel = errors;
     }
 
     /// Waits for output while there is room for it.

@@ -5,11 +5,12 @@ use super::state::{Phase, Supervisor};
 use crate::context::{Exit, NEVER};
 use crate::error::Result;
 use crate::output_log::{Destination, OutputLog};
+use crate::process::channel::Channel;
 use crate::process::exec::{Command, Input, Launch, Streams};
 use crate::process::pipe;
 use crate::supervisor::output::Copied;
 use crate::sys::signal::SIGKILL;
-use crate::sys::{Inherited, files};
+use crate::sys::{GuestFile, Inherited, files};
 use rustix::fs::OFlags;
 use rustix::process::WaitStatus;
 
@@ -43,6 +44,7 @@ impl Supervisor {
         describe: &dyn Fn(&mut Command) -> Result,
     ) -> Result {
         self.kernel_log = files::open(c"/dev/kmsg", OFlags::NONBLOCK).ok();
+        let threads = self.context.guest_threads;
         let (output, their_output) = pipe::output()?;
         let errors = match separate_stderr {
             true => Some(pipe::output()?),
@@ -58,7 +60,7 @@ impl Supervisor {
         let typed = match console {
             Some(console) => {
                 let (ours, theirs) = pipe::input()?;
-                self.input.open(console, ours);
+                self.input.open(console, GuestFile::new(ours, threads));
                 Some(theirs)
             }
             None => None,
@@ -81,8 +83,9 @@ impl Supervisor {
             describe(command)
         })?;
         let (errors, their_errors) = errors.unzip();
-        launch.close([typed, Some(their_output), their_errors]);
-        self.output.open(output, errors);
+        launch.close([typed, Some(their_output), their_errors], threads);
+        let channel = |end| Channel::new(end, threads);
+        self.output.open(channel(Some(output)), channel(errors));
         let pid = launch.pid;
         self.context.workload.group = Some(pid);
         self.workload = Some(launch);

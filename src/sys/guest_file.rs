@@ -49,37 +49,33 @@ pub struct GuestFile {
     /// Closed by a thread.
     fd: ManuallyDrop<OwnedFd>,
     is_closed: bool,
-    pending: Option<Pending>,
-}
-
-/// A call that has not returned, or whose result nobody has taken.
-struct Pending {
-    thread: &'static Thread,
-    kind: Kind,
-    /// Nobody wants its result.
-    forgotten: bool,
+    /// Makes a call that has not returned, or whose result nobody has taken.
+    pending: Option<&'static Thread>,
+    threads: &'static GuestThreads,
 }
 
 impl GuestFile {
     /// Takes an end that does not block.
-    pub fn new(fd: OwnedFd) -> Self {
+    pub fn new(fd: OwnedFd, threads: &'static GuestThreads) -> Self {
         Self {
             fd: ManuallyDrop::new(fd),
             is_closed: false,
             pending: None,
+            threads,
         }
     }
 
     /// The end, for calls that take no lock, unless a pending call has closed it.
     pub fn fd(&self) -> Option<&OwnedFd> {
-        let call = self.pending.as_ref().and_then(|one| one.thread.call());
+        let call = self.pending.and_then(Thread::call);
         match call.is_some_and(|call| call.is_closed) {
             true => None,
             false => Some(&self.fd),
         }
     }
 
-    /// Whether a call has not returned, or its result was not taken. [`settle`] says when to go on.
+    /// Whether a call has not returned, or its result was not taken. [`GuestThreads::settle`]
+    /// says when to go on.
     pub fn is_pending(&self) -> bool {
         self.pending.is_some()
     }
@@ -113,8 +109,10 @@ impl GuestFile {
 
     /// Other bytes will come than those of a pending write.
     pub fn forget(&mut self) {
-        if let Some(pending) = &mut self.pending {
-            pending.forgotten = pending.kind == Kind::Write;
+        if let Some(thread) = self.pending
+            && thread.owner.get() == Owner::File(Kind::Write)
+        {
+            thread.owner.set(Owner::Forgetful);
         }
     }
 
@@ -127,48 +125,41 @@ impl GuestFile {
         length: usize,
         last: bool,
     ) -> Result<&'static mut Call> {
-        let is_forgotten = |pending: &Pending| pending.forgotten && pending.thread.is_idle();
-        if self.pending.as_ref().is_some_and(is_forgotten) {
+        let is_forgotten =
+            |thread: &Thread| thread.owner.get() == Owner::Forgetful && thread.is_idle();
+        if self.pending.is_some_and(is_forgotten) {
             self.release();
         }
-        let waits = match (last, &self.pending) {
-            (true, _) => LAST_WAITS,
-            (false, None) => 1,
+        let (thread, waits) = match self.pending {
             // It was waited for.
-            (false, Some(_)) => 0,
+            Some(thread) => (thread, 0),
+            None => (self.threads.begin(kind, &self.fd, bytes, length)?, 1),
         };
-        let pending = match &mut self.pending {
-            Some(pending) => pending,
-            none => none.insert(Pending {
-                thread: Thread::begin(Owner::File, kind, &self.fd, bytes, length)?,
-                kind,
-                forgotten: false,
-            }),
-        };
-        pending.thread.wait(waits);
-        let call = pending.thread.call().filter(|_| pending.kind == kind);
-        call.ok_or(Errno::AGAIN)
+        self.pending = Some(thread);
+        thread.wait(if last { LAST_WAITS } else { waits });
+        let is_wanted = thread.owner.get() == Owner::File(kind);
+        thread.call().filter(|_| is_wanted).ok_or(Errno::AGAIN)
     }
 
     /// The pending call's result was taken.
     fn release(&mut self) {
-        if let Some(pending) = self.pending.take() {
-            pending.thread.owner.set(Owner::None);
+        if let Some(thread) = self.pending.take() {
+            thread.owner.set(Owner::None);
         }
     }
 }
 
 impl Drop for GuestFile {
     fn drop(&mut self) {
-        match &self.pending {
-            Some(pending) => {
-                pending.thread.owner.set(Owner::Gone);
-                pending.thread.close_if_gone();
+        match self.pending {
+            Some(thread) => {
+                thread.owner.set(Owner::Gone);
+                thread.close_if_gone();
             }
             None if self.is_closed => {}
             // Without memory for a thread it stays open: to close it here could take for ever.
             None => {
-                if let Ok(thread) = Thread::begin(Owner::None, Kind::Close, &self.fd, &[], 0) {
+                if let Ok(thread) = self.threads.begin(Kind::Close, &self.fd, &[], 0) {
                     thread.wait(1);
                 }
             }
@@ -176,15 +167,103 @@ impl Drop for GuestFile {
     }
 }
 
-/// Closes the files that were dropped while a call was pending, if it has returned. Whether there are others
-/// whose call has returned since, which are to be asked again; SIGCHLD comes for either.
-pub fn settle() -> bool {
-    let mut has_returned = false;
-    for thread in threads() {
-        thread.close_if_gone();
-        has_returned |= thread.owner.get() == Owner::File && thread.is_idle();
+/// The threads that are there.
+pub struct GuestThreads {
+    newest: Cell<Option<&'static Thread>>,
+}
+
+impl GuestThreads {
+    /// None yet.
+    pub const fn new() -> Self {
+        Self {
+            newest: Cell::new(None),
+        }
     }
-    has_returned
+
+    fn iter(&self) -> impl Iterator<Item = &'static Thread> {
+        core::iter::successors(self.newest.get(), |thread| thread.next)
+    }
+
+    /// Closes the files that were dropped while a call was pending, if it has returned. Whether there are
+    /// others whose call has returned since, which are to be asked again; SIGCHLD comes for either.
+    pub fn settle(&self) -> bool {
+        let mut has_returned = false;
+        for thread in self.iter() {
+            thread.close_if_gone();
+            let is_of_file = matches!(thread.owner.get(), Owner::File(_) | Owner::Forgetful);
+            has_returned |= is_of_file && thread.is_idle();
+        }
+        has_returned
+    }
+
+    /// Has an idle thread make a call, with these bytes or with room for so many.
+    fn begin(
+        &self,
+        kind: Kind,
+        fd: &OwnedFd,
+        bytes: &[u8],
+        length: usize,
+    ) -> Result<&'static Thread> {
+        let is_free = |thread: &&Thread| thread.owner.get() == Owner::None && thread.is_idle();
+        let thread = match self.iter().find(is_free) {
+            Some(thread) => thread,
+            // It is tried again: not at once, as nobody says when there is memory.
+            None => self.start().map_err(|_| {
+                sleep(RETRY);
+                Errno::AGAIN
+            })?,
+        };
+        if let Some(call) = thread.call() {
+            call.kind = kind;
+            call.fd = fd.as_raw_fd();
+            call.length = length.min(BUFFER);
+            bytes::copy(bytes, &mut call.buffer);
+            call.taken = 0;
+            call.is_closed = false;
+            thread.owner.set(match kind {
+                Kind::Close => Owner::None,
+                kind => Owner::File(kind),
+            });
+            thread.go();
+        }
+        Ok(thread)
+    }
+
+    fn start(&self) -> Result<&'static Thread> {
+        let buffer = Region::new(BUFFER)?;
+        let thread = PageBox::new(|| Thread {
+            stack: UnsafeCell::new(MaybeUninit::uninit()),
+            begun: AtomicU32::new(0),
+            returned: AtomicU32::new(0),
+            notifies: AtomicBool::new(false),
+            call: UnsafeCell::new(Call {
+                kind: Kind::Close,
+                fd: -1,
+                buffer,
+                length: 0,
+                result: Ok(0),
+                taken: 0,
+                is_closed: true,
+            }),
+            owner: Cell::new(Owner::None),
+            next: self.newest.get(),
+        })?;
+        let mut arguments = clone_arguments(None);
+        arguments.flags = THREAD_OF_THIS_PROCESS;
+        arguments.exit_signal = 0;
+        arguments.stack = thread.stack.get() as u64;
+        arguments.stack_size = STACK as u64;
+        let start = NonNull::from(&*thread).cast();
+        // SAFETY: the thread has a stack of its own, and what it is given stays. `begun` and `returned` say
+        // which of both has `call`; all else is the event loop's.
+        let answer = unsafe { arch::clone_on_stack(&arguments, enter, start) };
+        if answer < 0 {
+            return Err(Errno::from_raw_os_error(-answer as i32));
+        }
+        let thread = thread.leak();
+        self.newest.set(Some(thread));
+        Ok(thread)
+    }
 }
 
 /// A thread, which makes one call at a time.
@@ -204,17 +283,15 @@ struct Thread {
     next: Option<&'static Self>,
 }
 
-// SAFETY: `begun` and `returned` say which thread has `call`; the stack is the thread's own, `owner` and
-// `next` are the event loop's.
-unsafe impl Sync for Thread {}
-
 /// Who wants the result of a thread's call.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Owner {
     /// Nobody: the thread is free when the call has returned.
     None,
-    /// A file.
-    File,
+    /// A file, which has begun that.
+    File(Kind),
+    /// One that waits for its call, and does not want its result.
+    Forgetful,
     /// One that was dropped, and is to be closed.
     Gone,
 }
@@ -240,84 +317,7 @@ struct Call {
     is_closed: bool,
 }
 
-/// All threads, the newest first.
-struct Threads(Cell<Option<&'static Thread>>);
-
-// SAFETY: the event loop's thread alone uses it.
-unsafe impl Sync for Threads {}
-
-static THREADS: Threads = Threads(Cell::new(None));
-
-fn threads() -> impl Iterator<Item = &'static Thread> {
-    core::iter::successors(THREADS.0.get(), |thread| thread.next)
-}
-
 impl Thread {
-    /// Has an idle thread make a call, with these bytes or with room for so many.
-    fn begin(
-        owner: Owner,
-        kind: Kind,
-        fd: &OwnedFd,
-        bytes: &[u8],
-        length: usize,
-    ) -> Result<&'static Self> {
-        let is_free = |thread: &&Self| thread.owner.get() == Owner::None && thread.is_idle();
-        let thread = match threads().find(is_free) {
-            Some(thread) => thread,
-            // It is tried again: not at once, as nobody says when there is memory.
-            None => Self::start().map_err(|_| {
-                sleep(RETRY);
-                Errno::AGAIN
-            })?,
-        };
-        if let Some(call) = thread.call() {
-            call.kind = kind;
-            call.fd = fd.as_raw_fd();
-            call.length = length.min(BUFFER);
-            bytes::copy(bytes, &mut call.buffer);
-            call.taken = 0;
-            call.is_closed = false;
-            thread.owner.set(owner);
-            thread.go();
-        }
-        Ok(thread)
-    }
-
-    fn start() -> Result<&'static Self> {
-        let buffer = Region::new(BUFFER)?;
-        let thread = PageBox::new(|| Self {
-            stack: UnsafeCell::new(MaybeUninit::uninit()),
-            begun: AtomicU32::new(0),
-            returned: AtomicU32::new(0),
-            notifies: AtomicBool::new(false),
-            call: UnsafeCell::new(Call {
-                kind: Kind::Close,
-                fd: -1,
-                buffer,
-                length: 0,
-                result: Ok(0),
-                taken: 0,
-                is_closed: true,
-            }),
-            owner: Cell::new(Owner::None),
-            next: THREADS.0.get(),
-        })?;
-        let mut arguments = clone_arguments(None);
-        arguments.flags = THREAD_OF_THIS_PROCESS;
-        arguments.exit_signal = 0;
-        arguments.stack = thread.stack.get() as u64;
-        arguments.stack_size = STACK as u64;
-        let start = NonNull::from(&*thread).cast();
-        // SAFETY: the thread has a stack of its own, and what it is given stays.
-        let answer = unsafe { arch::clone_on_stack(&arguments, enter, start) };
-        if answer < 0 {
-            return Err(Errno::from_raw_os_error(-answer as i32));
-        }
-        let thread = thread.leak();
-        THREADS.0.set(Some(thread));
-        Ok(thread)
-    }
-
     /// Whether it makes no call.
     fn is_idle(&self) -> bool {
         // What the thread has written before is seen after.

@@ -30,7 +30,7 @@ pub use clock::{PAUSED, Stopwatch, milliseconds, sleep};
 #[cfg(feature = "snapshot")]
 pub use clock::{device_time, microseconds, real_time, set_real_time};
 pub use files::c_str;
-pub use guest_file::{GuestFile, settle};
+pub use guest_file::{GuestFile, GuestThreads};
 pub use memory::{Region, Static, lock_memory, release_stack};
 pub use process::{
     Fork, Inherited, close_others, execve, exit, fork, has_hung_up, is_readable, kill_all,
