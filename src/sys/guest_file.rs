@@ -41,7 +41,9 @@ const WAIT: Timespec = Timespec {
 /// How long nothing is done when no thread can be started, in milliseconds.
 const RETRY: i64 = 5;
 
-/// How often a last call is waited for. More than once: if the VM is paused a whole wait passes at once.
+/// How often a call is waited for. More than once: while the VM is paused a whole wait passes.
+const WAITS: u32 = 3;
+/// The same of a last call.
 const LAST_WAITS: u32 = 10;
 
 /// Our end of a pipe or a terminal.
@@ -133,7 +135,7 @@ impl GuestFile {
         let (thread, waits) = match self.pending {
             // It was waited for.
             Some(thread) => (thread, 0),
-            None => (self.threads.begin(kind, &self.fd, bytes, length)?, 1),
+            None => (self.threads.begin(kind, &self.fd, bytes, length)?, WAITS),
         };
         self.pending = Some(thread);
         thread.wait(if last { LAST_WAITS } else { waits });
@@ -160,7 +162,7 @@ impl Drop for GuestFile {
             // Without memory for a thread it stays open: to close it here could take for ever.
             None => {
                 if let Ok(thread) = self.threads.begin(Kind::Close, &self.fd, &[], 0) {
-                    thread.wait(1);
+                    thread.wait(WAITS);
                 }
             }
         }
