@@ -26,8 +26,6 @@ use core::mem;
 use core::ops::Range;
 #[cfg(feature = "sessions")]
 use proto::bytes::Text;
-#[cfg(feature = "files")]
-use proto::http::Framing;
 use proto::http::{
     self, BodyDecoder, Content, Head, HeadParser, JSON, Reply, RequestError, Status, Target,
 };
@@ -50,7 +48,7 @@ const COMMAND_TIMEOUT: u64 = 10_000;
 /// Time in which a client must take some of what waits for it, or answer a close frame, in
 /// milliseconds.
 const SEND_TIMEOUT: u64 = 30_000;
-/// Time in which what a refused client still sends is taken, in milliseconds.
+/// Time in which what a refused client still sends is dropped, in milliseconds.
 const DRAIN_TIMEOUT: u64 = 10_000;
 /// How long it may send nothing meanwhile, in milliseconds.
 const DRAIN_IDLE: u64 = 5000;
@@ -115,9 +113,8 @@ enum State {
     Snapshot(PendingCall),
     /// Sending the last bytes.
     Closing,
-    /// Sending an answer to a request whose body has not all come, and dropping that, up to this time in
-    /// milliseconds: a client that still sends reads the answer later, and is not cut off before
-    /// (RFC 9112 section 9.6).
+    /// Sending the last bytes to a client that may still be sending, and dropping what it sends, up to
+    /// this time in milliseconds: it reads them later, and is not cut off before (RFC 9112 section 9.6).
     Draining(u64),
     /// Over.
     Closed,
@@ -372,10 +369,17 @@ impl Connection {
         self.finish(shared);
     }
 
-    /// Answers with an error, and closes.
+    /// Answers with an error, and closes when what the client still sends has come.
     fn fail_and_close(&mut self, error: &CallError, shared: &mut Shared) {
         self.io.reply.keep_alive = false;
-        self.fail(error, shared);
+        self.io.respond_error(error);
+        self.drain(shared);
+    }
+
+    /// The last bytes are queued, and the client may still be sending.
+    fn drain(&mut self, shared: &mut Shared) {
+        let until = shared.context.now + DRAIN_TIMEOUT;
+        self.enter(State::Draining(until), shared);
     }
 
     /// Something happened to the socket.
@@ -537,9 +541,8 @@ impl Connection {
         };
         #[cfg(feature = "files")]
         if call == Ok(Call::Files) {
-            let has_body = head.framing != Framing::None;
             self.io.reply = reply;
-            return self.start_transfer(length, has_body, shared);
+            return self.start_transfer(length, shared);
         }
         let expects_continue = head.expects_continue;
         let request = Request {
@@ -563,19 +566,21 @@ impl Connection {
             return Step::Again;
         }
         self.dispatch(&request, shared);
+        if !request.body.is_complete() {
+            self.drain(shared);
+        }
         Step::Again
     }
 
     /// Gives the connection to a child, which reads the request once more, from its head on.
     #[cfg(feature = "files")]
-    fn start_transfer(&mut self, head: usize, has_body: bool, shared: &mut Shared) -> Step {
+    fn start_transfer(&mut self, head: usize, shared: &mut Shared) -> Step {
         let context = &mut *shared.context;
         match shared
             .commands
             .start_transfer(&mut self.io, head, self.key, context)
         {
             Ok(key) => self.enter(State::Transfer(key), shared),
-            Err(error) if has_body => self.decline(&error, shared),
             Err(error) => self.fail_and_close(&error, shared),
         }
         Step::Again
@@ -609,19 +614,8 @@ impl Connection {
     fn refuse(&mut self, error: RequestError, shared: &mut Shared) -> Step {
         let answer = CallError::new(error.status(), error!("{}", error.message()));
         self.io.reply = Reply::CLOSE;
-        match error {
-            RequestError::LargeBody => self.decline(&answer, shared),
-            _ => self.fail(&answer, shared),
-        }
+        self.fail_and_close(&answer, shared);
         Step::Again
-    }
-
-    /// Answers with an error while the request's body may still be coming.
-    fn decline(&mut self, error: &CallError, shared: &mut Shared) {
-        self.io.reply.keep_alive = false;
-        self.io.respond_error(error);
-        let until = shared.context.now + DRAIN_TIMEOUT;
-        self.enter(State::Draining(until), shared);
     }
 
     /// Answers a request that has come whole, or sees to what its answer needs.
@@ -901,9 +895,8 @@ impl Connection {
         match (event, *stage) {
             (Event::Incomplete, _) => return Step::Wait,
             // The answer to our close frame; anything before it is late.
-            (Event::Close(_) | Event::Error(_), Stage::CloseSent) => {
-                self.enter(State::Closed, shared);
-            }
+            (Event::Close(_), Stage::CloseSent) => self.enter(State::Closed, shared),
+            (Event::Error(_), Stage::CloseSent) => self.drain(shared),
             (_, Stage::CloseSent) | (Event::Pong, _) => {}
             (Event::Ping(payload), _) => {
                 let header = FrameHeader::new(Opcode::Pong, payload.len());
@@ -915,7 +908,9 @@ impl Connection {
                 self.enter(State::Closing, shared);
             }
             (Event::Error(error), _) => {
-                self.close_session(error.close_code(), error.message(), shared);
+                let frame = CloseFrame::new(error.close_code(), error.message());
+                self.io.queue(frame.as_bytes());
+                self.drain(shared);
             }
             (Event::Text(payload), Stage::AwaitingCommand) => {
                 self.start_session(payload, shared);
@@ -959,7 +954,7 @@ impl Connection {
     /// The client must not go on.
     fn close_session(&mut self, code: CloseCode, reason: &str, shared: &mut Shared) {
         self.io.queue(CloseFrame::new(code, reason).as_bytes());
-        self.enter(State::Closing, shared);
+        self.enter_stage(Stage::CloseSent, shared);
     }
 
     /// A command cannot be started.
@@ -1000,7 +995,7 @@ impl Connection {
                 let error = error!("the request took too long");
                 let error = CallError::new(Status::RequestTimeout, error);
                 self.io.reply = Reply::CLOSE;
-                self.fail(&error, shared);
+                self.fail_and_close(&error, shared);
             }
             State::WebSocket(_, Stage::AwaitingCommand) if self.io.is_sent() => {
                 let reason = "no command came within 10 s";

@@ -19,6 +19,7 @@ use pigeon_lab::{
     process::run,
     proxy::Proxy,
     vsock::API_PORT,
+    ws::{CLOSE, Socket},
 };
 use serde_json::{Value, json};
 use tungstenite::{Message, protocol::frame::coding::CloseCode};
@@ -295,6 +296,60 @@ fn who_sends_a_whole_body_first_reads_why_it_was_refused() -> Result<()> {
         start.elapsed()
     );
     assert_eq!(vm.api()?.get("/v1/status")?.status, 200);
+    Ok(())
+}
+
+#[test]
+fn who_breaks_the_rules_and_sends_on_reads_why_it_was_refused() -> Result<()> {
+    let (mut vm, _root) = boot()?;
+    let refused = if cfg!(feature = "tunnel") { 502 } else { 400 };
+    // Far more than vsock and sockets hold on the way.
+    let rest = vec![b' '; 8 << 20];
+    for (head, status) in [
+        (
+            "POST /v1/exec HTTP/1.1\r\nHost: x\r\nNo colon\r\n\r\n".into(),
+            400,
+        ),
+        (
+            "POST /v1/exec HTTP/1.1\r\nHost: x\r\nExpect: more\r\n\r\n".into(),
+            417,
+        ),
+        (
+            "POST /v1/exec HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n".into(),
+            501,
+        ),
+        (
+            "POST /v1/nothing HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n\
+             Content-Length: 100000\r\n\r\n"
+                .into(),
+            404,
+        ),
+        (
+            "CONNECT 127.0.0.1:1 HTTP/1.1\r\nHost: x\r\n\r\n".into(),
+            refused,
+        ),
+        (
+            format!("GET / HTTP/1.1\r\nX: {}\r\n\r\n", "x".repeat(64 << 10)),
+            431,
+        ),
+    ] {
+        let mut api = vm.api()?;
+        api.send(head.as_bytes())?;
+        api.send(&rest)
+            .with_context(|| format!("{status}: cut off while sending"))?;
+        assert_eq!(api.receive(false)?.status, status);
+    }
+    let mut session = Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec")?;
+    let mut sender = session.sender()?;
+    sender.send_raw(b"\x82\x01!")?;
+    sender
+        .send_raw(&rest)
+        .context("cut off while sending frames")?;
+    let frame = session.next_frame()?.context("no close frame")?;
+    assert_eq!(
+        (frame.first, frame.payload.get(..2)),
+        (CLOSE, Some(&1002_u16.to_be_bytes()[..]))
+    );
     Ok(())
 }
 
