@@ -7,7 +7,6 @@ use crate::sys::{files, terminal};
 use core::ffi::CStr;
 use core::fmt::{self, Display, Write};
 use proto::buffer::Buffer;
-use proto::bytes;
 use proto::json::Quoted;
 use proto::message;
 use proto::message::{Level, Message};
@@ -178,32 +177,17 @@ impl Console {
         text.len() < self.queue.free() && self.queue.push(text) && self.queue.push(b"\n")
     }
 
-    /// Room for output of the workload; follow with [`commit`](Self::commit).
-    pub fn room(&mut self) -> &mut [u8] {
-        let spare = self.queue.spare();
-        let room = spare.len().saturating_sub(RESERVE);
-        spare.get_mut(..room).unwrap_or(&mut [])
-    }
-
-    /// Queues the first `count` bytes of [`room`](Self::room).
-    pub fn commit(&mut self, count: usize) {
-        if count == 0 {
-            return;
-        }
-        self.queue.commit(count);
-        self.open_line = self.queue.filled().last() != Some(&b'\n');
-        self.flush();
+    /// Room for output of the workload.
+    pub fn room(&self) -> usize {
+        self.queue.free().saturating_sub(RESERVE)
     }
 
     /// Queues output of the workload, for which there is [`room`](Self::room).
     pub fn write(&mut self, output: &[u8]) {
-        let count = bytes::copy(output, self.room());
-        self.commit(count);
-    }
-
-    /// Whether there is room for output of the workload.
-    pub fn has_room(&self) -> bool {
-        self.queue.free() > RESERVE
+        if self.queue.push(output) {
+            self.open_line = !output.ends_with(b"\n");
+        }
+        self.flush();
     }
 
     /// Bytes that are not out yet: those that wait here, and those in the device's driver.

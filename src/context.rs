@@ -25,7 +25,7 @@ use rustix::process::WaitStatus;
 /// A time that does not come.
 pub const NEVER: u64 = u64::MAX;
 
-/// Room for a piece of a command's output on its way, or for a record of the kernel's log.
+/// Room for a record of the kernel's log, or for the list of sessions.
 pub const SINK: usize = 16 << 10;
 
 /// Room for the strings of a request: as much as a request is long.

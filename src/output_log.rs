@@ -6,7 +6,11 @@
 
 use crate::sys::Region;
 use proto::docker_frames::Stream;
-use proto::ring::{self, Cursor, Ring};
+use proto::ring::{Cursor, Ring};
+
+/// Memory beside what is to be kept, in bytes, so that a piece of output is seldom cut in two by the
+/// memory's end: a follower gets a quarter more in the same time.
+const SPARE: usize = 36 << 10;
 
 /// Where the workload's output goes: `PIGEON_OUTPUT` on the kernel command line.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -37,7 +41,7 @@ impl OutputLog {
 
     /// A log that keeps `size` bytes; no log if there is no memory for it.
     pub fn new(size: usize) -> Self {
-        Self::of(Region::new(size.saturating_add(ring::MAX_READ)).unwrap_or_default())
+        Self::of(Region::new(size.saturating_add(SPARE)).unwrap_or_default())
     }
 
     fn of(memory: Region) -> Self {
@@ -53,18 +57,18 @@ impl OutputLog {
         self.ring.has_memory()
     }
 
-    /// Room for output of a stream: none while a follower has to read first.
-    pub fn room(&mut self, stream: Stream) -> &mut [u8] {
+    /// Room for output: none while a follower has to read first.
+    pub fn room(&self) -> usize {
         match cfg!(feature = "logs") {
-            true => self.ring.room(stream as u8, self.keep),
-            false => &mut [],
+            true => self.ring.room(self.keep),
+            false => 0,
         }
     }
 
-    /// Keeps the first `count` bytes of the last [`room`](Self::room).
-    pub fn commit(&mut self, stream: Stream, count: usize) {
+    /// Keeps output, for which there is [`room`](Self::room).
+    pub fn write(&mut self, stream: Stream, output: &[u8]) {
         if cfg!(feature = "logs") {
-            self.ring.commit(stream as u8, count);
+            self.ring.push(stream as u8, output, self.keep);
         }
     }
 

@@ -263,7 +263,7 @@ impl Commands {
     pub fn on_event(&mut self, source: Source, key: Key, context: &mut Context) -> Option<Key> {
         let command = self.slab.get_mut(key)?;
         match (&mut command.role, command.owner) {
-            (Role::Exec(exec), _) => exec.on_output(source, &mut self.capture_left, context),
+            (Role::Exec(exec), _) => exec.on_output(source, &mut self.capture_left),
             (Role::Session(session), None) => {
                 session.keep_output();
                 session.watch(key, true, context);

@@ -794,7 +794,7 @@ impl Connection {
             return Step::Wait;
         }
         *pieces -= 1;
-        if let Some(error) = exec.failure(left, shared.context) {
+        if let Some(error) = exec.failure(left) {
             self.fail(&error, shared);
         } else if exec.queue_response(&mut self.io) {
             self.finish(shared);

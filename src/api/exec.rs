@@ -156,13 +156,13 @@ impl Exec {
     }
 
     /// Reads what waits in one of its streams. `left`: how much more output may be kept.
-    pub fn on_output(&mut self, source: Source, left: &mut usize, context: &mut Context) {
+    pub fn on_output(&mut self, source: Source, left: &mut usize) {
         let [output, error] = &mut self.streams;
         let stream = match source {
             Source::Output => output,
             _ => error,
         };
-        stream.read(self.process.is_over(), left, context.sink);
+        stream.read(self.process.is_over(), left);
     }
 
     /// Its time is over: it is killed. When it was killed already and cannot be reaped, it counts as
@@ -191,9 +191,9 @@ impl Exec {
     }
 
     /// The error to respond with, if there is one. Call once it has ended.
-    pub fn failure(&mut self, left: &mut usize, context: &mut Context) -> Option<CallError> {
+    pub fn failure(&mut self, left: &mut usize) -> Option<CallError> {
         if self.queued.is_none() {
-            self.conclude(left, context);
+            self.conclude(left);
         }
         let lines = self.process.take_lines();
         let code = self
@@ -260,9 +260,9 @@ impl Exec {
     }
 
     /// Reads what is left in its pipes, which others may hold open.
-    fn conclude(&mut self, left: &mut usize, context: &mut Context) {
+    fn conclude(&mut self, left: &mut usize) {
         for stream in &mut self.streams {
-            while stream.read(true, left, context.sink) {}
+            while stream.read(true, left) {}
             stream.channel.close();
             stream.capture.measure(true);
         }
@@ -361,14 +361,12 @@ impl Stream {
         }
     }
 
-    /// Reads once, through `sink`. Returns whether anything came.
-    fn read(&mut self, over: bool, left: &mut usize, sink: &mut [u8]) -> bool {
-        let count = self.channel.read(sink, over);
-        if count > 0 {
-            let bytes = sink.get(..count).unwrap_or(&[]);
-            self.capture.keep(bytes, left);
+    /// Reads once. Returns whether anything came.
+    fn read(&mut self, over: bool, left: &mut usize) -> bool {
+        let count = self.channel.read(usize::MAX, over, &mut |output| {
+            self.capture.keep(output, left);
             self.capture.measure(false);
-        }
+        });
         count > 0
     }
 }

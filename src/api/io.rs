@@ -9,7 +9,7 @@ use proto::arena::Arena;
 use proto::bodies::{self, Request};
 use proto::http::{Content, HEAD_ROOM, JSON, MAX_HEAD, Reply, ResponseHead, Status};
 use proto::message;
-use proto::websocket;
+use proto::websocket::{self, FrameHeader, Opcode};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
@@ -162,30 +162,13 @@ impl Io {
         self.unsent.end = self.unsent.end.saturating_add(count).min(INPUT + OUTPUT);
     }
 
-    /// Room for the payload of a message, after its first byte if that is given, when nothing waits to
-    /// be sent; follow with [`commit_message`](Self::commit_message).
-    pub fn message_room(&mut self, first: Option<u8>) -> &mut [u8] {
-        let start = INPUT + websocket::MAX_HEADER;
-        let room = self.memory.get_mut(start..start + MAX_OUTPUT);
-        match (first, room.unwrap_or(&mut [])) {
-            (Some(first), [place, rest @ ..]) => {
-                *place = first;
-                rest
-            }
-            (_, room) => room,
-        }
-    }
-
-    /// Queues a binary message of the first `count` bytes of [`message_room`](Self::message_room), and of
-    /// its first byte.
-    pub fn commit_message(&mut self, first: Option<u8>, count: usize) {
-        let length = count + usize::from(first.is_some());
-        // The header lies directly before the payload.
-        let header = websocket::FrameHeader::new(websocket::Opcode::Binary, length);
-        let start = INPUT + websocket::MAX_HEADER - header.as_bytes().len();
-        self.unsent = start..start;
-        self.queue(header.as_bytes());
-        self.commit(length);
+    /// Queues a binary message of at most [`MAX_OUTPUT`] bytes, `first` included, when nothing waits to
+    /// be sent.
+    pub fn queue_message(&mut self, first: Option<u8>, bytes: &[u8]) {
+        let length = usize::from(first.is_some()) + bytes.len();
+        self.queue(FrameHeader::new(Opcode::Binary, length).as_bytes());
+        self.queue(first.as_slice());
+        self.queue(bytes);
     }
 
     /// Queues bytes. There is room, or the connection is over.

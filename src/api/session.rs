@@ -1,6 +1,6 @@
 //! `GET /v1/ws/exec`: a command whose streams are the messages of a WebSocket.
 
-use super::io::Io;
+use super::io::{Io, MAX_OUTPUT};
 use super::process::{Pipes, Process};
 use crate::context;
 use crate::context::{Context, Source};
@@ -13,11 +13,11 @@ use core::fmt::{self, Display, Write};
 use core::ops::Range;
 use proto::arena::Arena;
 use proto::bodies::{self, CommandSpec, MAX_ID, SessionControl, SessionRequest, Stdin};
-use proto::bytes::{self, Text};
+use proto::bytes::Text;
 use proto::json::Quoted;
 use proto::message;
 use proto::message::{Message, ToLossy};
-use proto::ring::{self, Cursor, Ring};
+use proto::ring::{Cursor, Ring};
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
 use rustix::process::WaitStatus;
@@ -176,12 +176,14 @@ impl Session {
         if cfg!(not(feature = "sessions")) {
             return false;
         }
-        let room = named.history.room(stream, keep);
-        if room.is_empty() {
+        let room = named.history.room(keep);
+        if room == 0 {
             return false;
         }
-        let count = self.pipes.of(stream).read(room, self.process.is_over());
-        named.history.commit(stream, count);
+        let over = self.process.is_over();
+        let count = self.pipes.of(stream).read(room, over, &mut |output| {
+            named.history.push(stream, output, keep);
+        });
         count > 0
     }
 
@@ -253,10 +255,10 @@ impl Session {
     fn send_stream(&mut self, stream: u8, io: &mut Io) -> bool {
         let prefix = self.has_stream_bytes.then_some(stream);
         let over = self.process.is_over();
-        let count = self.pipes.of(stream).read(io.message_room(prefix), over);
-        if count > 0 {
-            io.commit_message(prefix, count);
-        }
+        let room = MAX_OUTPUT - usize::from(prefix.is_some());
+        let count = self.pipes.of(stream).read(room, over, &mut |output| {
+            io.queue_message(prefix, output);
+        });
         count > 0
     }
 
@@ -271,9 +273,9 @@ impl Session {
             return came;
         };
         let prefix = self.has_stream_bytes.then_some(stream);
-        let count = bytes::copy(piece, io.message_room(prefix));
-        io.commit_message(prefix, count);
-        named.history.advance(&mut named.sent, count);
+        let piece = piece.get(..MAX_OUTPUT - 1).unwrap_or(piece);
+        io.queue_message(prefix, piece);
+        named.history.advance(&mut named.sent, piece.len());
         true
     }
 
@@ -351,7 +353,7 @@ impl Pipes {
 
 impl NamedSession {
     fn new(request: &SessionRequest) -> Result<PageBox<Self>> {
-        let memory = Region::new(HISTORY + ring::MAX_READ).map_err(context!("allocate memory"))?;
+        let memory = Region::new(HISTORY).map_err(context!("allocate memory"))?;
         let empty = || Self {
             id: heapless::String::new(),
             command: heapless::String::new(),

@@ -60,17 +60,17 @@ impl Channel {
         }
     }
 
-    /// Reads once. Returns how many bytes came, 0 if none wait. When nobody has the other end open any
-    /// more, ours is closed.
+    /// Reads once, at most `limit` bytes, and has them taken. Returns how many came, 0 if none wait. When
+    /// nobody has the other end open any more, ours is closed.
     ///
     /// `over`: the command has ended. Others may write for ever into its pipe: then no more is read than
     /// it can have left there.
-    pub fn read(&mut self, room: &mut [u8], over: bool) -> usize {
+    pub fn read(&mut self, limit: usize, over: bool, take: &mut dyn FnMut(&[u8])) -> usize {
         let Some(file) = &mut self.file else {
             return 0;
         };
-        let limit = room.len().min(PIPE - self.late);
-        match file.read(room.get_mut(..limit).unwrap_or(&mut []), over) {
+        // Nothing left to read is as its end.
+        match file.read(limit.min(PIPE - self.late), over, take) {
             Ok(count @ 1..) => {
                 if over {
                     self.late += count;

@@ -39,21 +39,6 @@ impl<const N: usize> Buffer<N> {
         N - (self.end - self.start)
     }
 
-    /// The free bytes, contiguous; follow with [`commit`](Self::commit).
-    pub fn spare(&mut self) -> &mut [u8] {
-        if self.start > 0 {
-            self.bytes.copy_within(self.start..self.end, 0);
-            self.end -= self.start;
-            self.start = 0;
-        }
-        self.bytes.get_mut(self.end..).unwrap_or(&mut [])
-    }
-
-    /// Marks the first `count` bytes of [`spare`](Self::spare) as filled.
-    pub fn commit(&mut self, count: usize) {
-        self.end = N.min(self.end.saturating_add(count));
-    }
-
     /// Drops the first `count` filled bytes.
     pub fn consume(&mut self, count: usize) {
         self.start = self.end.min(self.start.saturating_add(count));
@@ -65,10 +50,16 @@ impl<const N: usize> Buffer<N> {
 
     /// Adds all of `bytes`, or nothing when they do not fit.
     pub fn push(&mut self, bytes: &[u8]) -> bool {
-        match self.spare().get_mut(..bytes.len()) {
+        if self.start > 0 {
+            self.bytes.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        let end = self.end.saturating_add(bytes.len());
+        match self.bytes.get_mut(self.end..end) {
             Some(room) => {
                 room.copy_from_slice(bytes);
-                self.commit(bytes.len());
+                self.end = end;
                 true
             }
             None => false,

@@ -3,14 +3,11 @@
 //! A byte's offset is how many bytes came before it, whichever their streams. Bytes are kept in
 //! records, each of one stream and contiguous in memory; the oldest record is dropped first.
 
+use crate::bytes;
 use core::ops::DerefMut;
 
 /// A record's header: its stream, and its length as a u32.
 const HEADER: usize = 5;
-
-/// Maximum number of bytes requested at once, which may be free at times: memory in addition to what is
-/// to be kept.
-pub const MAX_READ: usize = 16 << 10;
 
 /// The last bytes of several streams.
 pub struct Ring<M> {
@@ -40,7 +37,7 @@ pub struct Cursor {
 }
 
 impl Cursor {
-    /// From where on the ring must be kept for this reader; see [`Ring::room`].
+    /// From where on the ring must be kept for this reader; see [`Ring::push`].
     pub fn position(&self) -> u64 {
         self.record + self.consumed as u64
     }
@@ -150,24 +147,40 @@ impl<M: DerefMut<Target = [u8]>> Ring<M> {
         }
     }
 
-    /// Contiguous free space for bytes of a stream; follow with [`commit`](Self::commit). Drops old
-    /// records to make room, but none from position `keep` on, so it may be empty.
-    pub fn room(&mut self, stream: u8, keep: u64) -> &mut [u8] {
-        let wanted = MAX_READ.min(self.memory.len() / 4);
-        self.make_room((wanted + HEADER) as u64, keep);
-        let free = (self.size() - (self.head - self.tail)) as usize;
-        let header = if self.continues(stream) { 0 } else { HEADER };
-        let start = self.index(self.head + header as u64);
-        let length = free.saturating_sub(header).min(wanted);
-        let end = self.memory.len().min(start + length);
-        self.memory.get_mut(start..end).unwrap_or_default()
+    /// So many bytes [`push`](Self::push) takes, or a few more. None if less than half of the memory is to
+    /// be had: many small pieces cost more than a few large ones.
+    pub fn room(&self, keep: u64) -> usize {
+        let kept = self.head - keep.clamp(self.tail, self.head);
+        match kept > self.size() / 2 {
+            true => 0,
+            // At the memory's end another record begins, and half a header does not go.
+            false => (self.size() - kept).saturating_sub(3 * HEADER as u64) as usize,
+        }
     }
 
-    /// Keeps the first `count` bytes of the last [`room`](Self::room) for that stream.
-    pub fn commit(&mut self, stream: u8, count: usize) {
-        if count == 0 {
-            return;
+    /// Keeps bytes of a stream. Old ones go, but none from position `keep` on: then it may be less than
+    /// all that is kept, whose number is returned.
+    pub fn push(&mut self, stream: u8, bytes: &[u8], keep: u64) -> usize {
+        let mut pushed = 0;
+        while let Some(rest @ [_, ..]) = bytes.get(pushed..) {
+            let wanted = (rest.len() + HEADER) as u64;
+            self.make_room(wanted.min(self.size()), keep);
+            let free = (self.size() - (self.head - self.tail)) as usize;
+            let header = if self.continues(stream) { 0 } else { HEADER };
+            let start = self.index(self.head + header as u64);
+            let end = self.memory.len().min(start + free.saturating_sub(header));
+            let count = bytes::copy(rest, self.memory.get_mut(start..end).unwrap_or_default());
+            if count == 0 {
+                break;
+            }
+            self.commit(stream, count);
+            pushed += count;
         }
+        pushed
+    }
+
+    /// Counts bytes that were written where that stream's go.
+    fn commit(&mut self, stream: u8, count: usize) {
         match self.last {
             Some((position, _)) if self.continues(stream) => {
                 let (_, length) = self.record(position);
@@ -240,19 +253,10 @@ mod tests {
     use super::*;
     use std::collections::VecDeque;
 
-    fn push(ring: &mut Ring<Vec<u8>>, stream: u8, mut bytes: &[u8], keep: u64) -> usize {
-        let mut pushed = 0;
-        while !bytes.is_empty() {
-            let room = ring.room(stream, keep);
-            let count = room.len().min(bytes.len());
-            if count == 0 {
-                break;
-            }
-            room[..count].copy_from_slice(&bytes[..count]);
-            ring.commit(stream, count);
-            bytes = &bytes[count..];
-            pushed += count;
-        }
+    fn push(ring: &mut Ring<Vec<u8>>, stream: u8, bytes: &[u8], keep: u64) -> usize {
+        let room = ring.room(keep);
+        let pushed = ring.push(stream, bytes, keep);
+        assert!(pushed >= room.min(bytes.len()), "{pushed} of {room}");
         pushed
     }
 
@@ -364,7 +368,7 @@ mod tests {
     #[test]
     fn no_memory_keeps_nothing() {
         let mut ring = Ring::new(vec![]);
-        assert!(ring.room(1, u64::MAX).is_empty());
+        assert_eq!((ring.room(u64::MAX), ring.push(1, b"x", u64::MAX)), (0, 0));
         assert_eq!(ring.seek(5), Cursor::default());
     }
 }

@@ -61,16 +61,9 @@ impl Output {
     /// Waits for output while there is room for it.
     pub fn watch(&mut self, console: &Console, context: &mut Context) {
         for pipe in &mut self.pipes {
-            let has_room = match self.destination {
-                Destination::Console => console.has_room(),
-                Destination::Log => !context.output_log.room(pipe.stream).is_empty(),
-                Destination::Both => {
-                    console.has_room() && !context.output_log.room(pipe.stream).is_empty()
-                }
-            };
-            let wanted = match has_room {
-                true => EventFlags::IN,
-                false => EventFlags::empty(),
+            let wanted = match room(self.destination, console, &context.output_log) {
+                1.. => EventFlags::IN,
+                0 => EventFlags::empty(),
             };
             let source = match pipe.stream {
                 Stream::Stdout => Source::Workload,
@@ -109,44 +102,34 @@ impl Pipe {
         console: &mut Console,
         log: &mut OutputLog,
     ) -> Copied {
-        let channel = &mut self.channel;
-        let (has_room, count) = match destination {
-            Destination::Console => {
-                let room = console.room();
-                let has_room = !room.is_empty();
-                let count = read_piece(channel, room);
-                console.commit(count);
-                (has_room, count)
+        if !self.channel.is_open() {
+            return Copied::Drained;
+        }
+        let room = room(destination, console, log);
+        if room == 0 {
+            return Copied::Full;
+        }
+        let count = self.channel.read(room, false, &mut |output| {
+            if destination != Destination::Log {
+                console.write(output);
             }
-            Destination::Log | Destination::Both => {
-                let room = log.room(self.stream);
-                let limit = match destination {
-                    Destination::Both => console.room().len().min(room.len()),
-                    _ => room.len(),
-                };
-                let room = room.get_mut(..limit).unwrap_or(&mut []);
-                let has_room = !room.is_empty();
-                let count = read_piece(channel, room);
-                if destination == Destination::Both {
-                    console.write(room.get(..count).unwrap_or(&[]));
-                }
-                log.commit(self.stream, count);
-                (has_room, count)
+            if destination != Destination::Console {
+                log.write(self.stream, output);
             }
-        };
+        });
         match count {
             1.. => Copied::More,
-            0 if channel.is_open() && !has_room => Copied::Full,
-            0 if channel.is_pending() => Copied::Locked,
+            0 if self.channel.is_pending() => Copied::Locked,
             0 => Copied::Drained,
         }
     }
 }
 
-/// Reads once if there is room.
-fn read_piece(channel: &mut Channel, room: &mut [u8]) -> usize {
-    match room.is_empty() {
-        true => 0,
-        false => channel.read(room, false),
+/// How much output the destination takes now.
+fn room(destination: Destination, console: &Console, log: &OutputLog) -> usize {
+    match destination {
+        Destination::Console => console.room(),
+        Destination::Log => log.room(),
+        Destination::Both => console.room().min(log.room()),
     }
 }

@@ -156,7 +156,7 @@ impl Supervisor {
         }
         self.api.on_output(&mut self.context);
         if is_all
-            && self.console.has_room()
+            && self.console.room() > 0
             && let Some((code, oom_killed)) = self.unlogged_exit.take()
         {
             let fields = format_args!(" exit_code={code} oom_killed={oom_killed}");

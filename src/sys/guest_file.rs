@@ -82,18 +82,22 @@ impl GuestFile {
         self.pending.is_some()
     }
 
-    /// Reads some bytes (read(2)): EAGAIN if there are none now, or the call is pending. The end, and any
-    /// other error, closes it.
+    /// Reads at most `limit` bytes (read(2)) and has them taken: EAGAIN if there are none now, or the call is
+    /// pending. The end, and any other error, closes it.
     ///
     /// `last`: what comes later may be lost, so that it is waited for longer.
-    pub fn read(&mut self, room: &mut [u8], last: bool) -> Result<usize> {
-        let call = self.call(Kind::Read, &[], room.len(), last)?;
+    pub fn read(&mut self, limit: usize, last: bool, take: &mut dyn FnMut(&[u8])) -> Result<usize> {
+        let call = self.call(Kind::Read, &[], limit, last)?;
         self.is_closed = call.is_closed;
         let result = call.result.map(|count| {
-            let rest = call.buffer.get(call.taken..count).unwrap_or(&[]);
-            let taken = bytes::copy(rest, room);
-            call.taken += taken;
-            (taken, taken == rest.len())
+            // A pending call had a limit of its own.
+            let end = count.min(call.taken.saturating_add(limit));
+            let bytes = call.buffer.get(call.taken..end).unwrap_or(&[]);
+            if !bytes.is_empty() {
+                take(bytes);
+            }
+            call.taken = end;
+            (bytes.len(), end == count)
         });
         if !matches!(result, Ok((_, false))) {
             self.release();

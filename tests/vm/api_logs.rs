@@ -154,7 +154,7 @@ fn output_is_kept_with_its_offsets_and_a_reader_that_comes_back_sees_what_it_los
     );
     assert_eq!(Logs::open(&mut vm, "?offset=99")?.offset()?, 6);
 
-    // 240,006 bytes: of those the last 64 KiB are there.
+    // 240,006 bytes: of those the last 64 KiB are there, and a few more.
     vm.api()?
         .post(
             "/v1/exec",
@@ -165,7 +165,7 @@ fn output_is_kept_with_its_offsets_and_a_reader_that_comes_back_sees_what_it_los
     let mut logs = Logs::open(&mut vm, "?offset=6")?;
     let offset = logs.offset()?;
     let kept = 240_006 - offset;
-    assert!((65_000..90_000).contains(&kept), "{kept}");
+    assert!((65_000..103_000).contains(&kept), "{kept}");
     let expected: String = (1..=40_000)
         .map(|number| format!("{number:05}\n"))
         .collect();
@@ -365,7 +365,7 @@ fn a_gibibyte_of_output_is_followed_to_the_byte() -> Result<()> {
     }
     let ratio = best[1].as_secs_f64() / best[0].as_secs_f64();
     println!("of a bare copy's speed: {ratio:.2}; {best:?}");
-    // 0.45 to 0.5 where nothing else runs.
+    // 0.8 to 0.9 where nothing else runs.
     assert!(ratio >= 0.3, "{ratio}");
     Ok(())
 }
