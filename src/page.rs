@@ -44,11 +44,21 @@ impl<T> PageBox<T> {
         Self::map(value, MapFlags::SHARED)
     }
 
-    /// Keeps it for ever.
+    /// Keeps it for ever, or until it is [reclaimed](Self::reclaim).
     pub fn leak<'a>(self) -> &'a T {
         let value = ManuallyDrop::new(self).value;
         // SAFETY: as in `deref`, and it is never dropped.
         unsafe { value.as_ref() }
+    }
+
+    /// Owns again what was leaked.
+    ///
+    /// # Safety
+    /// `value` must be a whole one that [`leak`](Self::leak) gave, without use after this; what of it is
+    /// written must be in cells.
+    pub unsafe fn reclaim(value: &T) -> Self {
+        let value = NonNull::from(value);
+        Self { value }
     }
 
     fn map(value: impl FnOnce() -> T, kind: MapFlags) -> Result<Self, Errno> {

@@ -5,13 +5,13 @@
 //! terminal's is held likewise (drivers/tty/tty_ldisc.c). So threads read, write and close in place of
 //! the event loop, which waits for them a little and goes on.
 //!
-//! A thread is started when none is idle: there is one, and one more for each call that does not return.
-//! All here is for the event loop's thread, but [`Thread::serve`].
+//! A thread is started when none is idle, and ended when another one is: there is one, and one more for
+//! each call that does not return. All here is for the event loop's thread, but [`Thread::serve`].
 
 use super::arch;
 use super::clock::sleep;
 use super::memory::Region;
-use super::process::clone_arguments;
+use super::process::{clone_arguments, exit_thread};
 use crate::page::PageBox;
 use core::cell::{Cell, UnsafeCell};
 use core::ffi::c_void;
@@ -187,19 +187,43 @@ impl GuestThreads {
     }
 
     fn iter(&self) -> impl Iterator<Item = &'static Thread> {
-        core::iter::successors(self.newest.get(), |thread| thread.next)
+        core::iter::successors(self.newest.get(), |thread| thread.next.get())
     }
 
-    /// Closes the files that were dropped while a call was pending, if it has returned. Whether there are
-    /// others whose call has returned since, which are to be asked again; SIGCHLD comes for either.
+    /// Closes the files that were dropped while a call was pending, if it has returned, and ends the
+    /// threads that are free, but for one. Whether there are other files whose call has returned since,
+    /// which are to be asked again; SIGCHLD comes for either.
     pub fn settle(&self) -> bool {
-        let mut has_returned = false;
+        let (mut has_returned, mut has_free) = (false, false);
         for thread in self.iter() {
             thread.close_if_gone();
             let is_of_file = matches!(thread.owner.get(), Owner::File(_) | Owner::Forgetful);
             has_returned |= is_of_file && thread.is_idle();
+            if thread.is_free() {
+                match has_free {
+                    true => thread.end(),
+                    false => has_free = true,
+                }
+            }
         }
+        self.free_ended();
         has_returned
+    }
+
+    /// Gives back the memory of the threads that are over.
+    fn free_ended(&self) {
+        let mut place = &self.newest;
+        while let Some(thread) = place.get() {
+            // Nothing of it is used after.
+            if thread.runs.load(Ordering::Acquire) != 0 {
+                place = &thread.next;
+                continue;
+            }
+            place.set(thread.next.get());
+            // SAFETY: `start` has leaked it, only a free one was ended, which no file has, and it is out of
+            // the list.
+            drop(unsafe { PageBox::reclaim(thread) });
+        }
     }
 
     /// Has an idle thread make a call, with these bytes or with room for so many.
@@ -210,8 +234,7 @@ impl GuestThreads {
         bytes: &[u8],
         length: usize,
     ) -> Result<&'static Thread> {
-        let is_free = |thread: &&Thread| thread.owner.get() == Owner::None && thread.is_idle();
-        let thread = match self.iter().find(is_free) {
+        let thread = match self.iter().find(|thread| thread.is_free()) {
             Some(thread) => thread,
             // It is tried again: not at once, as nobody says when there is memory.
             None => self.start().map_err(|_| {
@@ -252,16 +275,18 @@ impl GuestThreads {
                 is_closed: true,
             }),
             owner: Cell::new(Owner::None),
-            next: self.newest.get(),
+            runs: AtomicU32::new(1),
+            next: self.newest.clone(),
         })?;
         let mut arguments = clone_arguments(None);
         arguments.flags = THREAD_OF_THIS_PROCESS;
         arguments.exit_signal = 0;
+        arguments.child_tid = thread.runs.as_ptr() as u64;
         arguments.stack = thread.stack.get() as u64;
         arguments.stack_size = STACK as u64;
         let start = NonNull::from(&*thread).cast();
-        // SAFETY: the thread has a stack of its own, and what it is given stays. `begun` and `returned` say
-        // which of both has `call`; all else is the event loop's.
+        // SAFETY: the thread has a stack of its own, and what it is given stays until `runs` is 0. `begun`
+        // and `returned` say which of both has `call`; all else is the event loop's.
         let answer = unsafe { arch::clone_on_stack(&arguments, enter, start) };
         if answer < 0 {
             return Err(Errno::from_raw_os_error(-answer as i32));
@@ -286,7 +311,9 @@ struct Thread {
     notifies: AtomicBool,
     call: UnsafeCell<Call>,
     owner: Cell<Owner>,
-    next: Option<&'static Self>,
+    /// Not 0 until the thread is over: the kernel clears it then (CLONE_CHILD_CLEARTID).
+    runs: AtomicU32,
+    next: Cell<Option<&'static Self>>,
 }
 
 /// Who wants the result of a thread's call.
@@ -307,6 +334,8 @@ enum Kind {
     Read,
     Write,
     Close,
+    /// No call: the thread ends.
+    End,
 }
 
 /// What is called, and what came of it.
@@ -328,6 +357,11 @@ impl Thread {
     fn is_idle(&self) -> bool {
         // What the thread has written before is seen after.
         self.returned.load(Ordering::SeqCst) == self.begun.load(Ordering::Relaxed)
+    }
+
+    /// Whether it can make a call for anybody.
+    fn is_free(&self) -> bool {
+        self.owner.get() == Owner::None && self.is_idle()
     }
 
     /// The call, unless the thread has it.
@@ -374,6 +408,14 @@ impl Thread {
         }
     }
 
+    /// Has the thread end. It never returns from that, and so is not free any more.
+    fn end(&self) {
+        if let Some(call) = self.call() {
+            call.kind = Kind::End;
+            self.go();
+        }
+    }
+
     /// What the thread does: makes the calls that are begun.
     fn serve(&self) -> ! {
         let mut count = 0;
@@ -405,6 +447,7 @@ impl Call {
                 self.is_closed = !matches!(self.result, Ok(1..) | Err(Errno::AGAIN));
             }
             Kind::Close => self.is_closed = true,
+            Kind::End => exit_thread(),
         }
         if self.is_closed {
             // SAFETY: its owner does not use it any more, and learns of it by `is_closed`.
@@ -419,7 +462,8 @@ const THREAD_OF_THIS_PROCESS: u64 = (uapi::CLONE_VM
     | uapi::CLONE_FS
     | uapi::CLONE_FILES
     | uapi::CLONE_SIGHAND
-    | uapi::CLONE_THREAD) as u64;
+    | uapi::CLONE_THREAD
+    | uapi::CLONE_CHILD_CLEARTID) as u64;
 
 /// A thread's first and last function.
 extern "C" fn enter(thread: NonNull<c_void>) -> ! {
