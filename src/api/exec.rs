@@ -263,6 +263,7 @@ impl Exec {
     fn conclude(&mut self, left: &mut usize) {
         for stream in &mut self.streams {
             while stream.read(true, left) {}
+            stream.capture.truncated |= stream.channel.is_locked();
             stream.channel.close();
             stream.capture.measure(true);
         }

@@ -247,7 +247,7 @@ impl Session {
         }
     }
 
-    /// Queues a message of output, read directly into it. Returns whether there was any.
+    /// Queues a message of output. Returns whether there was any.
     fn send_output(&mut self, io: &mut Io) -> bool {
         self.send_stream(STDOUT, io) || self.send_stream(STDERR, io)
     }

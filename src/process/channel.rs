@@ -6,17 +6,17 @@ use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
-/// What a pipe can be made to hold (pipe-max-size, pipe(7)): all that a process that has ended can have
-/// left in it.
-const PIPE: usize = 1 << 20;
+/// How often is read what a process that has ended can have left: 1 MiB in a pipe (pipe-max-size,
+/// pipe(7)), of which 32 KiB come at once, or 64 KiB in a terminal, of which 4 come.
+const LATE_READS: u32 = 40;
 
 /// Our end of a pipe or terminal, until the other end is closed.
 #[derive(Default)]
 pub struct Channel {
     file: Option<GuestFile>,
     watched: EventFlags,
-    /// Bytes read since the process was over.
-    late: usize,
+    /// How often something came since the process was over.
+    late_reads: u32,
 }
 
 impl Channel {
@@ -43,6 +43,16 @@ impl Channel {
         self.file.as_ref().is_some_and(GuestFile::is_pending)
     }
 
+    /// Whether nobody knows what is in it: it could not be read.
+    pub fn is_locked(&self) -> bool {
+        self.file.as_ref().is_some_and(GuestFile::is_locked)
+    }
+
+    /// Whether what waited has returned.
+    pub fn has_returned(&self) -> bool {
+        self.file.as_ref().is_some_and(GuestFile::has_returned)
+    }
+
     /// Closes our end.
     pub fn close(&mut self) {
         self.file = None;
@@ -63,18 +73,19 @@ impl Channel {
     /// Reads once, at most `limit` bytes, and has them taken. Returns how many came, 0 if none wait. When
     /// nobody has the other end open any more, ours is closed.
     ///
-    /// `over`: the command has ended. Others may write for ever into its pipe: then no more is read than
-    /// it can have left there.
+    /// `over`: the command has ended. Others may write for ever into its pipe: then it counts as its end
+    /// when all that the command can have left there was read.
     pub fn read(&mut self, limit: usize, over: bool, take: &mut dyn FnMut(&[u8])) -> usize {
         let Some(file) = &mut self.file else {
             return 0;
         };
-        // Nothing left to read is as its end.
-        match file.read(limit.min(PIPE - self.late), over, take) {
+        if self.late_reads == LATE_READS {
+            self.close();
+            return 0;
+        }
+        match file.read(limit, over, take) {
             Ok(count @ 1..) => {
-                if over {
-                    self.late += count;
-                }
+                self.late_reads += u32::from(over);
                 count
             }
             Err(Errno::AGAIN) => 0,

@@ -140,6 +140,12 @@ impl Supervisor {
         let now = self.context.now;
         let deadline = match self.phase {
             _ if self.reap_more => 0,
+            _ if self
+                .output
+                .can_proceed(self.console, &self.context.output_log) =>
+            {
+                0
+            }
             // The console's driver does not report when its last byte is out.
             Phase::DrainingConsole => now + 1,
             _ => self

@@ -74,6 +74,12 @@ impl Output {
         }
     }
 
+    /// Whether what was waited for can be copied: of that there is no event.
+    pub fn can_proceed(&self, console: &Console, log: &OutputLog) -> bool {
+        let has_returned = self.pipes.iter().any(|pipe| pipe.channel.has_returned());
+        has_returned && room(self.destination, console, log) > 0
+    }
+
     /// Copies at most `pieces` pieces of each stream, as far as there is room for them: not for as long as
     /// output comes, as others wait, too.
     pub fn copy(&mut self, pieces: usize, console: &mut Console, log: &mut OutputLog) -> Copied {
@@ -119,7 +125,7 @@ impl Pipe {
         });
         match count {
             1.. => Copied::More,
-            0 if self.channel.is_pending() => Copied::Locked,
+            0 if self.channel.is_locked() => Copied::Locked,
             0 => Copied::Drained,
         }
     }

@@ -43,7 +43,7 @@ const RETRY: i64 = 5;
 
 /// How often a call is waited for. More than once: while the VM is paused a whole wait passes.
 const WAITS: u32 = 3;
-/// The same of a last call.
+/// How often the last calls are waited for, all together.
 const LAST_WAITS: u32 = 10;
 
 /// Our end of a pipe or a terminal.
@@ -51,6 +51,10 @@ pub struct GuestFile {
     /// Closed by a thread.
     fd: ManuallyDrop<OwnedFd>,
     is_closed: bool,
+    /// How often last calls are still waited for.
+    last_waits: u32,
+    /// There was no thread for the last call.
+    lacks_thread: bool,
     /// Makes a call that has not returned, or whose result nobody has taken.
     pending: Option<&'static Thread>,
     threads: &'static GuestThreads,
@@ -62,6 +66,8 @@ impl GuestFile {
         Self {
             fd: ManuallyDrop::new(fd),
             is_closed: false,
+            last_waits: LAST_WAITS,
+            lacks_thread: false,
             pending: None,
             threads,
         }
@@ -69,8 +75,9 @@ impl GuestFile {
 
     /// The end, for calls that take no lock, unless a pending call has closed it.
     pub fn fd(&self) -> Option<&OwnedFd> {
-        let call = self.pending.and_then(Thread::call);
-        match call.is_some_and(|call| call.is_closed) {
+        // Its number may be another file's since.
+        let is_closed = |thread: &Thread| thread.has_closed.load(Ordering::SeqCst);
+        match self.pending.is_some_and(is_closed) {
             true => None,
             false => Some(&self.fd),
         }
@@ -82,13 +89,23 @@ impl GuestFile {
         self.pending.is_some()
     }
 
+    /// Whether the last call could not be made, or has not returned.
+    pub fn is_locked(&self) -> bool {
+        self.is_pending() || self.lacks_thread
+    }
+
+    /// Whether a call has returned, and its result was not taken.
+    pub fn has_returned(&self) -> bool {
+        self.pending.is_some_and(Thread::is_idle)
+    }
+
     /// Reads at most `limit` bytes (read(2)) and has them taken: EAGAIN if there are none now, or the call is
     /// pending. The end, and any other error, closes it.
     ///
     /// `last`: what comes later may be lost, so that it is waited for longer.
     pub fn read(&mut self, limit: usize, last: bool, take: &mut dyn FnMut(&[u8])) -> Result<usize> {
         let call = self.call(Kind::Read, &[], limit, last)?;
-        self.is_closed = call.is_closed;
+        self.is_closed = call.is_closed();
         let result = call.result.map(|count| {
             // A pending call had a limit of its own.
             let end = count.min(call.taken.saturating_add(limit));
@@ -131,18 +148,24 @@ impl GuestFile {
         length: usize,
         last: bool,
     ) -> Result<&'static mut Call> {
-        let is_forgotten =
-            |thread: &Thread| thread.owner.get() == Owner::Forgetful && thread.is_idle();
+        let is_forgotten = |thread: &Thread| thread.owner.get().has_forgotten() && thread.is_idle();
         if self.pending.is_some_and(is_forgotten) {
             self.release();
         }
         let (thread, waits) = match self.pending {
             // It was waited for.
             Some(thread) => (thread, 0),
-            None => (self.threads.begin(kind, &self.fd, bytes, length)?, WAITS),
+            None => {
+                let begun = self.threads.begin(kind, &self.fd, bytes, length);
+                self.lacks_thread = begun.is_err();
+                (begun?, WAITS)
+            }
         };
         self.pending = Some(thread);
-        thread.wait(if last { LAST_WAITS } else { waits });
+        match last {
+            true => self.last_waits = thread.wait(self.last_waits),
+            false => _ = thread.wait(waits),
+        }
         let is_wanted = thread.owner.get() == Owner::File(kind);
         thread.call().filter(|_| is_wanted).ok_or(Errno::AGAIN)
     }
@@ -197,8 +220,14 @@ impl GuestThreads {
         let (mut has_returned, mut has_free) = (false, false);
         for thread in self.iter() {
             thread.close_if_gone();
-            let is_of_file = matches!(thread.owner.get(), Owner::File(_) | Owner::Forgetful);
-            has_returned |= is_of_file && thread.is_idle();
+            let owner = thread.owner.get();
+            if thread.is_idle() && matches!(owner, Owner::File(_) | Owner::Forgetful) {
+                has_returned = true;
+                // It takes no result, so that it hears of this once.
+                if owner == Owner::Forgetful {
+                    thread.owner.set(Owner::Forgotten);
+                }
+            }
             if thread.is_free() {
                 match has_free {
                     true => thread.end(),
@@ -248,12 +277,11 @@ impl GuestThreads {
             call.length = length.min(BUFFER);
             bytes::copy(bytes, &mut call.buffer);
             call.taken = 0;
-            call.is_closed = false;
             thread.owner.set(match kind {
                 Kind::Close => Owner::None,
                 kind => Owner::File(kind),
             });
-            thread.go();
+            thread.go(false);
         }
         Ok(thread)
     }
@@ -265,6 +293,7 @@ impl GuestThreads {
             begun: AtomicU32::new(0),
             returned: AtomicU32::new(0),
             notifies: AtomicBool::new(false),
+            has_closed: AtomicBool::new(false),
             call: UnsafeCell::new(Call {
                 kind: Kind::Close,
                 fd: -1,
@@ -272,7 +301,6 @@ impl GuestThreads {
                 length: 0,
                 result: Ok(0),
                 taken: 0,
-                is_closed: true,
             }),
             owner: Cell::new(Owner::None),
             runs: AtomicU32::new(1),
@@ -309,6 +337,8 @@ struct Thread {
     returned: AtomicU32,
     /// The event loop no longer waits for it: SIGCHLD tells.
     notifies: AtomicBool,
+    /// The call closes, or has closed, the descriptor.
+    has_closed: AtomicBool,
     call: UnsafeCell<Call>,
     owner: Cell<Owner>,
     /// Not 0 until the thread is over: the kernel clears it then (CLONE_CHILD_CLEARTID).
@@ -325,8 +355,16 @@ enum Owner {
     File(Kind),
     /// One that waits for its call, and does not want its result.
     Forgetful,
+    /// The same, and it has heard that the call has returned.
+    Forgotten,
     /// One that was dropped, and is to be closed.
     Gone,
+}
+
+impl Owner {
+    fn has_forgotten(self) -> bool {
+        matches!(self, Self::Forgetful | Self::Forgotten)
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -348,8 +386,6 @@ struct Call {
     result: Result<usize>,
     /// How many of the bytes read were taken.
     taken: usize,
-    /// The descriptor was closed.
-    is_closed: bool,
 }
 
 impl Thread {
@@ -374,16 +410,18 @@ impl Thread {
         }
     }
 
-    /// Lets the thread make the call.
-    fn go(&self) {
-        self.notifies.store(false, Ordering::Relaxed);
+    /// Lets the thread make the call. `notifies`: nobody waits for it.
+    fn go(&self, notifies: bool) {
+        self.notifies.store(notifies, Ordering::Relaxed);
+        self.has_closed.store(false, Ordering::Relaxed);
         let next = self.begun.load(Ordering::Relaxed).wrapping_add(1);
         self.begun.store(next, Ordering::Release);
         let _woken = futex::wake(&self.begun, futex::Flags::PRIVATE, 1);
     }
 
-    /// Waits until the call has returned, up to so many times; then SIGCHLD tells.
-    fn wait(&self, mut times: u32) {
+    /// Waits until the call has returned, up to so many times; then SIGCHLD tells. Returns how many are
+    /// left.
+    fn wait(&self, mut times: u32) -> u32 {
         while times > 0 && !self.is_idle() {
             let before = self.begun.load(Ordering::Relaxed).wrapping_sub(1);
             let flags = futex::Flags::PRIVATE;
@@ -392,6 +430,7 @@ impl Thread {
             }
         }
         self.notifies.store(!self.is_idle(), Ordering::SeqCst);
+        times
     }
 
     /// If its file was dropped and the call has returned, closes the file.
@@ -401,9 +440,9 @@ impl Thread {
         }
         if let Some(call) = self.call() {
             self.owner.set(Owner::None);
-            if !call.is_closed {
+            if !call.is_closed() {
                 call.kind = Kind::Close;
-                self.go();
+                self.go(true);
             }
         }
     }
@@ -412,7 +451,7 @@ impl Thread {
     fn end(&self) {
         if let Some(call) = self.call() {
             call.kind = Kind::End;
-            self.go();
+            self.go(false);
         }
     }
 
@@ -425,7 +464,14 @@ impl Thread {
             }
             count = count.wrapping_add(1);
             // SAFETY: the event loop does not touch it until `returned` is the same.
-            unsafe { &mut *self.call.get() }.make();
+            let call = unsafe { &mut *self.call.get() };
+            call.make();
+            if call.is_closed() {
+                // Before its number can be another file's.
+                self.has_closed.store(true, Ordering::SeqCst);
+                // SAFETY: its owner does not use it any more.
+                unsafe { rustix::io::close(call.fd) }
+            }
             self.returned.store(count, Ordering::SeqCst);
             let _woken = futex::wake(&self.returned, futex::Flags::PRIVATE, 1);
             if self.notifies.load(Ordering::SeqCst) {
@@ -442,16 +488,18 @@ impl Call {
         let fd = unsafe { BorrowedFd::borrow_raw(self.fd) };
         match self.kind {
             Kind::Write => self.result = rustix::io::write(fd, bytes),
-            Kind::Read => {
-                self.result = rustix::io::read(fd, bytes);
-                self.is_closed = !matches!(self.result, Ok(1..) | Err(Errno::AGAIN));
-            }
-            Kind::Close => self.is_closed = true,
+            Kind::Read => self.result = rustix::io::read(fd, bytes),
+            Kind::Close => {}
             Kind::End => exit_thread(),
         }
-        if self.is_closed {
-            // SAFETY: its owner does not use it any more, and learns of it by `is_closed`.
-            unsafe { rustix::io::close(self.fd) }
+    }
+
+    /// Whether the descriptor is closed with it: by a call for that, by the end, or by an error.
+    fn is_closed(&self) -> bool {
+        match self.kind {
+            Kind::Read => !matches!(self.result, Ok(1..) | Err(Errno::AGAIN)),
+            Kind::Close => true,
+            Kind::Write | Kind::End => false,
         }
     }
 }

@@ -198,6 +198,31 @@ static void plug(const char *text, int seconds)
     }
 }
 
+/* Has children that outlive this process pass the lock of that pipe to each other, with a byte for the
+   pipe each time. */
+static void drip(int seconds)
+{
+    for (int i = 0; i < 2; i++) {
+        int pair[2];
+        or_die(socketpair(AF_UNIX, SOCK_STREAM, 0, pair));
+        if (!fork()) {
+            setsid();
+            close(pair[1]);
+            while (splice(pair[0], 0, 1, 0, 1, 0) > 0)
+                ;
+            _exit(0);
+        }
+        if (!fork()) {
+            setsid();
+            close(1);
+            for (int n = 0; n < 1000 * seconds && write(pair[1], "x", 1) == 1; n++)
+                usleep(1000);
+            _exit(0);
+        }
+    }
+    usleep(300000);
+}
+
 /* The same with the pipe of its input, once something has come in. */
 static void stop_up(int seconds)
 {
@@ -359,6 +384,8 @@ int main(int argc, char **argv)
         sterilize();
     else if (!strcmp(what, "plug"))
         plug(argv[2], atoi(argv[3]));
+    else if (!strcmp(what, "drip"))
+        drip(atoi(argv[2]));
     else if (!strcmp(what, "stop-up"))
         stop_up(atoi(argv[2]));
     else if (!strcmp(what, "nothing"))

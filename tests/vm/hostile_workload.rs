@@ -516,6 +516,23 @@ fn pipes_that_others_keep_locked_hold_up_nobody_else() -> Result<()> {
     }
     assert_eq!(output(&mut vm.api()?, "echo here")?, "here\n");
 
+    // A pipe that is locked anew each time it was read, for as long as it is read.
+    let start = Instant::now();
+    let body = json!({"cmd": ["attack", "drip", "1000"], "user": "app"});
+    let answer = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
+    assert_eq!(answer["exit_code"], 0, "{answer}");
+    call(&mut vm)?;
+    let mut session = Socket::open(vm.connect(vsock::API_PORT)?, "/v1/ws/exec")?;
+    session.text(&json!({"command": ["attack", "drip", "1000"], "user": "app"}))?;
+    session.wait_end()?;
+    call(&mut vm)?;
+    println!("dripping: answered in {:?}", start.elapsed());
+    assert!(
+        start.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        start.elapsed()
+    );
+
     // The input of a session.
     let mut session = Socket::open(vm.connect(vsock::API_PORT)?, "/v1/ws/exec")?;
     session.text(&json!({"command": ["attack", "stop-up", "2"], "user": "app"}))?;
