@@ -6,8 +6,8 @@ use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
-/// How often is read what a process that has ended can have left: 1 MiB in a pipe (pipe-max-size,
-/// pipe(7)), of which 32 KiB come at once, or 64 KiB in a terminal, of which 4 come.
+/// So many reads take all that a process that has ended can have left: 1 MiB in a pipe (pipe-max-size,
+/// pipe(7)), of which a read takes 32 KiB at least, or 64 KiB in a terminal, 4 KiB a read.
 const LATE_READS: u32 = 40;
 
 /// Our end of a pipe or terminal, until the other end is closed.
@@ -43,12 +43,12 @@ impl Channel {
         self.file.as_ref().is_some_and(GuestFile::is_pending)
     }
 
-    /// Whether nobody knows what is in it: it could not be read.
+    /// Whether it could not be read, so that nobody knows what is in it.
     pub fn is_locked(&self) -> bool {
         self.file.as_ref().is_some_and(GuestFile::is_locked)
     }
 
-    /// Whether what waited has returned.
+    /// Whether what waited in it has returned.
     pub fn has_returned(&self) -> bool {
         self.file.as_ref().is_some_and(GuestFile::has_returned)
     }
