@@ -25,7 +25,7 @@ const RESERVE: usize = 4 << 10;
 /// the driver's time for each. A turn writes twice at most.
 const AT_ONCE: usize = 512;
 
-/// In this order; a VM without a serial port goes on without a console.
+/// In this order; a VM without a serial port has no console.
 const DEVICES: [&CStr; 3] = [c"ttyS0", c"ttyAMA0", c"console"];
 
 /// Where the log and the workload's output go.
@@ -124,7 +124,7 @@ impl Console {
         self.identity = Some((uid, gid));
     }
 
-    /// Writes a line; `fields` stands behind its message, as ` key=value`.
+    /// Writes a line; `fields` stands after its message, as ` key=value`.
     pub fn log(&mut self, level: Level, message: &dyn Display, fields: &dyn Display) {
         if level < self.level {
             return;
@@ -137,7 +137,7 @@ impl Console {
         self.write_line(&line);
     }
 
-    /// Writes a line at level info; `fields` stands behind its message, as ` key=value`.
+    /// Writes a line at level info; `fields` stands after its message, as ` key=value`.
     pub fn info(&mut self, message: &dyn Display, fields: &dyn Display) {
         self.log(Level::Info, message, fields);
     }

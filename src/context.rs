@@ -168,7 +168,7 @@ pub struct CommandDefaults {
     pub environment: Environment,
     /// The image or the document sets HOME; else it is that of the user a command runs as.
     pub sets_home: bool,
-    /// The workload's working directory, with a NUL behind it.
+    /// The workload's working directory, with a NUL after it.
     pub working_dir: heapless::Vec<u8, PATH_MAX>,
     /// The workload's resource limits.
     pub rlimits: Rlimits,

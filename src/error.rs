@@ -60,7 +60,7 @@ impl Display for Error {
 
 /// Where warnings go: the console, or the parent of a helper.
 pub trait Log {
-    /// Something is missing, and the boot or the end goes on.
+    /// Something is missing, and the boot or the shutdown continues.
     fn warn(&mut self, message: &dyn Display);
 }
 
@@ -89,7 +89,7 @@ macro_rules! context {
     };
 }
 
-/// What failed, and the errno's name behind it.
+/// What failed, and the errno's name after it.
 pub fn describe(what: fmt::Arguments<'_>, errno: Errno) -> Error {
     Error::format(format_args!("{what}: {}", name(errno)))
 }

@@ -136,7 +136,7 @@ struct Request {
     call: Result<Call, RouteError>,
     /// Bytes of the head.
     head: usize,
-    /// Bytes of content behind it so far.
+    /// Bytes of content after it so far.
     length: usize,
     body: BodyDecoder,
 }
@@ -288,7 +288,7 @@ impl Connection {
         false
     }
 
-    /// Whether a command's answer, or a session's output, can go on.
+    /// Whether more of a command's response, or of a session's output, can be sent.
     fn has_answer(&self, commands: &mut Commands) -> bool {
         match self.state {
             State::Exec(key) => commands.exec(key).is_some_and(|(exec, _)| exec.is_over()),
@@ -319,7 +319,7 @@ impl Connection {
         self.enter(State::Closed, shared);
     }
 
-    /// Another state follows; the command that it does not go on with is given up.
+    /// Enters another state; a command that it has no more use for is abandoned.
     fn enter(&mut self, state: State, shared: &mut Shared) {
         let context = &mut *shared.context;
         context.long_connections += usize::from(state.is_long());
@@ -332,7 +332,7 @@ impl Connection {
             context.snapshot.calls -= usize::from(self.state.has_body());
         }
         if self.state.is_transfer() || matches!(state, State::Closed) && !self.io.broken {
-            // A child may have it, too: one that serves it is to end, and one that stands still before it
+            // A child may have it, too: one that serves it is to end, and one that is frozen before it
             // has begun does not keep it open.
             let _ended = rustix::net::shutdown(self.io.socket(), rustix::net::Shutdown::Both);
         }
@@ -350,7 +350,7 @@ impl Connection {
         self.state = state;
     }
 
-    /// Behind an answer: the next request follows, or the end.
+    /// After an answer: the next request follows, or the end.
     fn next(&self) -> State {
         match self.io.reply.keep_alive {
             true => State::Head(HeadParser::default()),
@@ -951,7 +951,7 @@ impl Connection {
         }
     }
 
-    /// The client must not go on.
+    /// Closes a session whose client must not continue.
     fn close_session(&mut self, code: CloseCode, reason: &str, shared: &mut Shared) {
         self.io.queue(CloseFrame::new(code, reason).as_bytes());
         self.enter_stage(Stage::CloseSent, shared);
@@ -980,7 +980,7 @@ impl Connection {
         self.enter_stage(Stage::CloseSent, shared);
     }
 
-    /// A WebSocket goes on.
+    /// Enters the next stage of a WebSocket.
     fn enter_stage(&mut self, stage: Stage, shared: &mut Shared) {
         if let State::WebSocket(decoder, _) = &mut self.state {
             let decoder = mem::take(decoder);
@@ -1027,7 +1027,7 @@ impl Connection {
         if !sent || self.sends_log() || self.has_answer(shared.commands) {
             wanted |= EventFlags::OUT;
         }
-        // A session that goes on, or a tunnel, may leave its output unread: that stops its other end.
+        // A running session, or a tunnel, may leave its output unread: that stops its other end.
         let may_wait = matches!(self.state, State::WebSocket(_, Stage::Session(_)));
         if !sent && !may_wait && !self.state.is_tunnel() {
             self.deadline = self.deadline.min(context.now + SEND_TIMEOUT);

@@ -15,7 +15,7 @@ use rustix::io::{Errno, IoSlice};
 /// Frames sent in a turn, as others wait, too.
 const FRAMES: usize = 8;
 
-/// Behind a chunk's content.
+/// After a chunk's content.
 const CRLF: &[u8] = b"\r\n";
 
 /// Room for a chunk's size line and a frame's header.

@@ -3,7 +3,7 @@
 use core::ffi::CStr;
 use core::mem;
 
-/// Hands out strings, one behind the other; none is given back before all of the memory is.
+/// Hands out strings, one after the other; none is given back before all of the memory is.
 ///
 /// A string or a list of strings is put together at the start of the free memory, and then taken.
 #[derive(Debug)]
@@ -40,7 +40,7 @@ impl<'a> Arena<'a> {
         self.free.get(..self.filled).unwrap_or_default()
     }
 
-    /// Drops what was appended behind the first `length` bytes.
+    /// Drops what was appended after the first `length` bytes.
     pub fn truncate(&mut self, length: usize) {
         self.filled = self.filled.min(length);
     }
@@ -55,12 +55,12 @@ impl<'a> Arena<'a> {
     }
 }
 
-/// A list of C strings, one behind the other as in `/proc/PID/environ` (proc_pid_environ(5)).
+/// A list of C strings, one after the other as in `/proc/PID/environ` (proc_pid_environ(5)).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Strings<'a>(&'a [u8]);
 
 impl<'a> Strings<'a> {
-    /// A list of strings that each have their NUL behind them.
+    /// A list of strings that each have their NUL after them.
     pub const fn new(strings: &'a [u8]) -> Self {
         Self(strings)
     }

@@ -23,7 +23,7 @@ impl DeviceNumber {
 }
 
 /// Reads a line of /proc/partitions, `254 16 8192 vdb`: number and name (proc_partitions(5)). Its
-/// header, and the empty line behind that, are none.
+/// header, and the empty line after that, are none.
 pub fn partition(line: &[u8]) -> Option<(DeviceNumber, &[u8])> {
     let mut fields = words(line);
     let number = DeviceNumber::parse(fields.next()?, fields.next()?)?;

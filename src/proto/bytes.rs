@@ -58,7 +58,7 @@ pub fn find(bytes: &[u8], byte: u8) -> Option<usize> {
     bytes.iter().position(|other| *other == byte)
 }
 
-/// What is before the first `byte`, and what is behind it.
+/// What is before the first `byte`, and what is after it.
 pub fn split_once(bytes: &[u8], byte: u8) -> Option<(&[u8], &[u8])> {
     let at = find(bytes, byte)?;
     Some((bytes.get(..at)?, bytes.get(at + 1..)?))

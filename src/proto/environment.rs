@@ -67,7 +67,7 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
         let _fits = self.entries.extend_from_slice(&other.entries);
     }
 
-    /// Keeps strings beside the entries, behind those kept before: where they are. What a document and a
+    /// Keeps strings beside the entries, after those kept before: where they are. What a document and a
     /// request have besides their environments is shorter than what they may have in these.
     pub fn keep(&mut self, strings: &[u8]) -> Result<Range<usize>, TooLarge> {
         let start = self.bytes.len();

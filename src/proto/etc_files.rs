@@ -85,7 +85,7 @@ pub fn hosts(old: &[u8], entries: &[Host], new: &mut Contents) {
 fn keep(old: &[u8], each: &mut dyn FnMut(&[u8])) {
     let mut lines = split(old, b'\n');
     while let Some(line) = lines.next() {
-        // Behind the last line's end there is no line.
+        // After the last line's end there is no line.
         let is_line = !line.is_empty() || lines.clone().next().is_some();
         if is_line && !halves(line).1.starts_with(MARK) {
             each(line);

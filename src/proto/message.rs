@@ -170,7 +170,7 @@ impl Display for ErrnoName {
 pub enum Level {
     /// What an operator wants to see of a healthy boot.
     Info,
-    /// Something is missing and the boot goes on.
+    /// Something is missing and the boot continues.
     Warn,
     /// The VM goes down because of this. Always logged.
     Error,

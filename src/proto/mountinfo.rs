@@ -86,7 +86,7 @@ impl<'a> Escaped<'a> {
         self.0
     }
 
-    /// Decodes it into `room`, as much as fits with a NUL behind it.
+    /// Decodes it into `room`, as much as fits with a NUL after it.
     pub fn decode(self, room: &mut [u8]) -> Decoded<'_> {
         let mut rest = self.0;
         let mut length = 0;
@@ -108,7 +108,7 @@ impl<'a> Escaped<'a> {
     }
 }
 
-/// The first byte of an escaped text, and what is behind it.
+/// The first byte of an escaped text, and what is after it.
 fn next_byte(text: &[u8]) -> Option<(u8, &[u8])> {
     if let [
         b'\\',

@@ -31,11 +31,11 @@ const MEMORY: &str = "mem_total mem_free mem_available buffers cached swap_cache
 /// In the order of /proc/stat.
 const CPU: &str = "user nice system idle iowait irq softirq steal guest guest_nice";
 
-/// Behind the name in /proc/diskstats (Documentation/admin-guide/iostats.rst).
+/// After the name in /proc/diskstats (Documentation/admin-guide/iostats.rst).
 const DISK: &str = "reads_completed reads_merged sectors_read time_reading writes_completed \
     writes_merged sectors_written time_writing io_in_progress time_io time_io_weighted";
 
-/// Behind the name in /proc/net/dev.
+/// After the name in /proc/net/dev.
 const NET: &str = "recv_bytes recv_packets recv_errs recv_drop recv_fifo recv_frame recv_compressed \
     recv_multicast sent_bytes sent_packets sent_errs sent_drop sent_fifo sent_colls sent_carrier \
     sent_compressed";

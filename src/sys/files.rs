@@ -115,7 +115,7 @@ pub fn write_vectored(file: &OwnedFd, pieces: &[rustix::io::IoSlice]) -> Result<
     rustix::io::writev(file, pieces)
 }
 
-/// The parts one behind the other as a path for the kernel; `None` when they do not fit.
+/// The parts one after the other as a path for the kernel; `None` when they do not fit.
 pub fn join<'p>(parts: &[&[u8]], room: &'p mut [u8]) -> Option<&'p CStr> {
     let mut length = 0;
     for part in parts {

@@ -3,7 +3,7 @@
 //! Whoever uses a pipe takes its lock first, O_NONBLOCK or not (fs/pipe.c), and a process that has it open
 //! can hold that lock as long as it likes: by splice(2) from a socket on which nothing comes. A
 //! terminal's is held likewise (drivers/tty/tty_ldisc.c). So threads read, write and close in place of
-//! the event loop, which waits for them a little and goes on.
+//! the event loop, which waits for them a little and continues.
 //!
 //! A thread is started when none is idle, and ended when another one is: there is one, and one more for
 //! each call that does not return. All here is for the event loop's thread, but [`Thread::serve`].
@@ -84,7 +84,7 @@ impl GuestFile {
     }
 
     /// Whether a call has not returned, or its result was not taken. [`GuestThreads::settle`]
-    /// says when to go on.
+    /// says when to continue.
     pub fn is_pending(&self) -> bool {
         self.pending.is_some()
     }
@@ -123,7 +123,7 @@ impl GuestFile {
     }
 
     /// Writes some of these bytes (write(2)): EAGAIN if none are taken now, or the call is pending; then it
-    /// goes on when the same bytes come again, unless they are [forgotten](Self::forget).
+    /// continues when the same bytes come again, unless they are [forgotten](Self::forget).
     pub fn write(&mut self, bytes: &[u8]) -> Result<usize> {
         let result = self.call(Kind::Write, bytes, bytes.len(), false)?.result;
         self.release();
@@ -139,7 +139,7 @@ impl GuestFile {
         }
     }
 
-    /// Begins a call, or goes on with the pending one. EAGAIN if it has not returned, or another one is
+    /// Begins a call, or continues the pending one. EAGAIN if it has not returned, or another one is
     /// pending.
     fn call(
         &mut self,

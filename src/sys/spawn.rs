@@ -108,7 +108,7 @@ extern "C" fn enter<T>(room: NonNull<c_void>) -> ! {
 
 impl<T> Drop for Spawn<T> {
     fn drop(&mut self) {
-        // Else it is never given back: a child that cannot be killed yet may go on.
+        // Else it is never given back: a child that cannot be killed yet may still run.
         if !self.is_in_use() {
             // SAFETY: dropped once, here.
             unsafe { ManuallyDrop::drop(&mut self.room) }

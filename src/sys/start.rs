@@ -12,7 +12,7 @@ impl Words {
     pub fn iter(self) -> impl Iterator<Item = &'static CStr> {
         let mut next = self.0;
         core::iter::from_fn(move || {
-            // SAFETY: the vector ends with a null pointer, behind which `next` never moves; the
+            // SAFETY: the vector ends with a null pointer, after which `next` never moves; the
             // strings are NUL-terminated and stay for as long as the process (execve(2)).
             unsafe {
                 let word = *next.as_ptr();
@@ -43,7 +43,7 @@ pub unsafe fn words(stack: NonNull<usize>) -> (Words, Words) {
 #[macro_export]
 macro_rules! entry {
     ($start:path) => {
-        /// Where `_start` goes on.
+        /// Where `_start` continues.
         #[unsafe(no_mangle)]
         unsafe extern "C" fn start_with_stack(stack: ::core::ptr::NonNull<usize>) -> ! {
             // SAFETY: `_start` calls this with the stack pointer as the kernel has set it.

@@ -43,7 +43,7 @@ unsafe impl SocketAddrArg for Address {
 fn cid(address: &SocketAddrAny) -> Option<u32> {
     let has_cid = address.address_family() == AddressFamily::VSOCK
         && address.addr_len() as usize >= core::mem::offset_of!(sockaddr_vm, svm_flags);
-    // SAFETY: the address is one of this family, initialised up to behind its CID.
+    // SAFETY: the address is one of this family, initialised up to and including its CID.
     has_cid.then(|| unsafe { (*address.as_ptr().cast::<sockaddr_vm>()).svm_cid })
 }
 

@@ -12,7 +12,7 @@ static void fatal(const char *what)
     sys(exit_group, 1);
 }
 
-// The number in a file behind `word` and blanks.
+// The number in a file after `word` and blanks.
 static unsigned long figure(const char *path, const char *word)
 {
     const char *text = find(slurp(path, buffer, sizeof buffer), word);

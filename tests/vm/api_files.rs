@@ -48,7 +48,7 @@ fn target(query: &str) -> String {
     format!("/v1/files?path={query}")
 }
 
-/// A call on a connection of its own, which is closed behind the answer.
+/// A call on a connection of its own, which is closed after the answer.
 fn call(vm: &mut Vm, method: &str, query: &str, body: &[u8]) -> Result<Response> {
     let mut api = vm.api()?;
     let answer = api.request(method, &target(query), &[], body)?;

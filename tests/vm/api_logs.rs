@@ -120,7 +120,7 @@ impl Logs {
         }
     }
 
-    /// All that is left, a stream behind the other.
+    /// All that is left, a stream after the other.
     fn rest(&mut self) -> Result<[Vec<u8>; 2]> {
         let mut all = [vec![], vec![]];
         while let Some((stream, bytes)) = self.frame()? {

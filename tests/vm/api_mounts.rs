@@ -24,7 +24,7 @@ const TIMEOUT: Duration = Duration::from_secs(240);
 /// What no end takes longer than.
 const END_LIMIT: Duration = Duration::from_secs(45);
 
-/// A VM whose workload is app's and ends by a line, with these disks behind its root.
+/// A VM whose workload is app's and ends by a line, with these disks after its root.
 fn with_disks(disks: &[&Image]) -> Result<(Builder, Image)> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let config = guest::shell("read -r line", json!({"UserOverride": "app"}));

@@ -275,7 +275,7 @@ fn routes() -> Vec<Operation> {
         .split("const ROUTES")
         .nth(1)
         .and_then(|rest| rest.split("];").next());
-    // What is quoted, and what stands behind it: a path, and its methods. Names of features are quoted, too.
+    // What is quoted, and what stands after it: a path, and its methods. Names of features are quoted, too.
     let pieces: Vec<_> = table.expect("a table").split('"').skip(1).collect();
     let mut routes = vec![];
     for piece in pieces.chunks_exact(2) {

@@ -318,7 +318,7 @@ fn a_terminal_is_resized_interrupted_and_ended() -> Result<()> {
     cat.output_with("line\r\nline\r\n")?;
     cat.text(&json!({"stdin": "eof"}))?;
     assert_eq!(cat.wait_end()?, exit(json!(0), Value::Null, ""));
-    // Behind an unfinished line, too.
+    // After an unfinished line, too.
     let mut cat = session(vm, &json!({"command": ["cat"], "tty": true}))?;
     cat.binary(b"word")?;
     cat.text(&json!({"stdin": "eof"}))?;

@@ -109,7 +109,7 @@ fn number(value: &Value) -> f64 {
         .unwrap_or_else(|| panic!("{value} is no number"))
 }
 
-/// The words behind a line's name, as numbers.
+/// The words after a line's name, as numbers.
 fn behind(text: &str, name: &str) -> Result<Vec<f64>> {
     let line = text.lines().find_map(|line| {
         let at = line.split_whitespace().position(|word| word == name)?;

@@ -43,7 +43,7 @@ fn boot(servers: &[&str]) -> Result<(Vm, Image)> {
     Ok((vm, root))
 }
 
-/// Asks for a tunnel, and sends something behind the request at once.
+/// Asks for a tunnel, and sends something after the request at once.
 fn ask(vm: &mut Vm, target: &str, early: &[u8]) -> Result<(Response, Api)> {
     let mut api = vm.api()?;
     let head = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n");
@@ -152,7 +152,7 @@ fn tunnels_lead_to_ports_of_the_guest_and_nowhere_else() -> Result<()> {
         ("::1:7001", 400, "request target"),
         ("/v1/status", 400, "request target"),
     ] {
-        // What comes behind it is not taken for a request.
+        // What comes after it is not taken for a request.
         let early = b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n";
         let mut api = vm.api()?;
         let head = format!("CONNECT {target} HTTP/1.1\r\nHost: x\r\n\r\n");
@@ -263,7 +263,7 @@ fn each_end_hears_of_the_others_end_behind_all_that_was_sent() -> Result<()> {
         "tcp 127.0.0.1 7004 echo",
     ])?;
     let before = held(&mut vm)?;
-    // The server has ended its half and still hears everything, and the client's end behind it.
+    // The server has ended its half and still hears everything, and the client's end after it.
     for size in [0, 1, 300_000] {
         let (mut stream, early) = tunnel_to_talker(&mut vm, "127.0.0.1:7001")?;
         let mut greeting = vec![0; 5 - early.len()];

@@ -851,7 +851,7 @@ fn a_vmclock_with_another_generation_starts_a_restore_by_itself() -> Result<()> 
     let volume = Image::ext4(&Tree::empty()?, 32)?;
     let mut first = document("template", 1, 10);
     first["Mounts"] = json!([{"DevicePath": "/dev/vdb", "MountPath": "/data"}]);
-    // The boot's connection, and nothing behind it.
+    // The boot's connection, and nothing after it.
     let mut faults = vec![Fault::Drip(Duration::from_micros(1))];
     faults.resize(256, Fault::Silent);
     let mut vm = Vm::builder()

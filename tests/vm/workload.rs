@@ -205,7 +205,7 @@ fn neither_what_users_write_nor_another_process_killed_is_an_oom_kill() -> Resul
 fn a_mebibyte_of_output_arrives_whole_also_over_a_console_that_stops() -> Result<()> {
     const LINES: usize = 16 << 10;
     let root = root()?;
-    // 64 bytes a line; the last one has no end, and the workload ends right behind it.
+    // 64 bytes a line; the last one has no end, and the workload ends right after it.
     let script = format!(
         "echo $$ >/run/pid; awk 'BEGIN {{ for (i = 1; i <= {LINES}; i++) printf \"%063d\\n\", i }}' >/tmp/lines; cat /tmp/lines; printf 'the end'; exit 5"
     );

@@ -141,7 +141,7 @@ impl Calls {
             if number + 1 == candidates.len() {
                 break;
             }
-            // Each of these errors goes on behind the failure.
+            // The text of each of these errors continues after the failure.
             for (index, errno) in NEXT.into_iter().enumerate() {
                 let left = NEXT.len() - 1 - index;
                 match self.arch {

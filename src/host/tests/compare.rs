@@ -44,7 +44,7 @@ fn pack(program: &str, options: &[&str], dir: &Path) -> Vec<u8> {
     output.stdout
 }
 
-/// Files with a hole each, before, between and behind their data.
+/// Files with a hole each, before, between and after their data.
 fn sparse_files(place: &Place) -> PathBuf {
     let dir = stage(place, "sparse");
     let file = |name: &str| fs::File::create(dir.join("data").join(name)).unwrap();

@@ -65,7 +65,7 @@ pub struct Config<'a> {
 pub struct ImageConfig<'a> {
     /// The first arguments.
     pub entrypoint: Strings<'a>,
-    /// The arguments behind them.
+    /// The arguments after them.
     pub cmd: Strings<'a>,
     /// The environment: `NAME=value`.
     pub env: Strings<'a>,
@@ -86,7 +86,7 @@ pub struct IpConfig<'a> {
     pub(super) device: &'a str,
 }
 
-/// A gateway; the prefix length behind it, if any, says nothing that a route needs.
+/// A gateway; the prefix length after it, if any, says nothing that a route needs.
 #[derive(Clone, Copy, Debug, Default, Hash)]
 pub(super) struct Gateway(pub(super) Option<IpAddr>);
 
@@ -303,7 +303,7 @@ impl<'a> Config<'a> {
         first.iter().chain(last)
     }
 
-    /// The same, as one list behind another.
+    /// The same, as one list after another.
     pub fn arguments(&self) -> [Strings<'a>; 2] {
         let image = &self.image_config;
         if !self.exec_override.is_empty() {

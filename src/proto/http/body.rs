@@ -37,19 +37,19 @@ enum State {
     Content(u64),
     /// chunk-size, of which `digits` have come.
     ChunkSize { size: u64, digits: usize },
-    /// Behind a chunk's size: white space or extensions, or the CR that ends the line.
+    /// After a chunk's size: white space or extensions, or the CR that ends the line.
     Extension {
         size: u64,
         line: usize,
         started: bool,
     },
-    /// The LF behind it.
+    /// The LF after it.
     ChunkSizeEnd { size: u64 },
     /// chunk-data, with the number of bytes left.
     ChunkData(u64),
-    /// The CR behind it.
+    /// The CR after it.
     ChunkDataCr,
-    /// The LF behind that.
+    /// The LF after that.
     ChunkDataLf,
     /// A trailer, or the empty line that ends the body; `length` of the section so far.
     Trailer { length: usize, part: Trailer },
@@ -179,7 +179,7 @@ impl BodyDecoder {
         })
     }
 
-    /// *( BWS ";" chunk-ext ) behind a chunk's size; `started`: the first `;` has come.
+    /// *( BWS ";" chunk-ext ) after a chunk's size; `started`: the first `;` has come.
     fn extension(
         &self,
         size: u64,
@@ -188,7 +188,7 @@ impl BodyDecoder {
         byte: u8,
     ) -> Result<State, RequestError> {
         let (line, started) = match byte {
-            // White space without an extension behind it: the size has to end the line.
+            // White space without an extension after it: the size has to end the line.
             b'\r' if started || matches!(self.state, State::ChunkSize { .. }) => {
                 return Ok(State::ChunkSizeEnd { size });
             }

@@ -37,7 +37,7 @@ pub enum RequestError {
     LargeBody,
     /// An expectation other than `100-continue`.
     Expectation,
-    /// A chunk size that is malformed, or an extension behind it.
+    /// A chunk size that is malformed, or an extension after it.
     ChunkSize,
     /// Chunk data that is longer than its size says.
     ChunkEnd,

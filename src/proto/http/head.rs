@@ -64,7 +64,7 @@ pub enum Framing {
 /// A request's head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head<'a> {
-    /// How many bytes of the buffer it takes; the body starts behind them.
+    /// How many bytes of the buffer it takes; the body starts after them.
     pub length: usize,
     /// The method.
     pub method: Method,

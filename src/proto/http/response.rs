@@ -22,13 +22,13 @@ pub const NO_ROOM: &[u8] =
 /// Room for a head with twice the lines that there are.
 pub const HEAD_ROOM: usize = 512;
 
-/// What is behind a handshake's key in the text whose digest answers it (RFC 6455 section 1.3).
+/// What is after a handshake's key in the text whose digest answers it (RFC 6455 section 1.3).
 const GUID: &[u8; 36] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
 /// What a response has to know of its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reply {
-    /// The connection stays open behind the response.
+    /// The connection stays open after the response.
     pub keep_alive: bool,
     /// The client speaks HTTP/1.0: it knows no chunks, and has to be told that the connection stays
     /// open.
@@ -45,13 +45,13 @@ impl Reply {
         head_only: false,
     };
 
-    /// For answers behind which the connection is no more one of requests.
+    /// For answers after which the connection is no more one of requests.
     pub const OPEN: Self = Self {
         keep_alive: true,
         ..Self::CLOSE
     };
 
-    /// The same, but the connection is closed behind the response.
+    /// The same, but the connection is closed after the response.
     pub fn close(self) -> Self {
         Self {
             keep_alive: false,
@@ -74,7 +74,7 @@ impl Reply {
 /// What follows a response's head, or would follow it if the request were no HEAD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
-    /// Nothing, as behind 101, and 200 for CONNECT.
+    /// Nothing, as after 101, and 200 for CONNECT.
     None,
     /// That many bytes.
     Length(u64),

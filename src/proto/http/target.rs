@@ -13,7 +13,7 @@ pub enum Target<'a> {
     Resource {
         /// Starts with `/`, or is `*`; percent-encoded as it came.
         path: &'a str,
-        /// What stands behind `?`, percent-encoded; empty where there is none.
+        /// What stands after `?`, percent-encoded; empty where there is none.
         query: &'a str,
     },
     /// CONNECT's authority-form.
@@ -61,7 +61,7 @@ impl<'a> Target<'a> {
     /// Parses `host:port`, where an IPv6 address has brackets (RFC 9112 section 3.2.3).
     pub(super) fn parse_authority(target: &'a str) -> Result<Self, RequestError> {
         let authority = || {
-            // Behind the last colon: an IPv6 address has more.
+            // After the last colon: an IPv6 address has more.
             let colon = target.bytes().rposition(|byte| byte == b':')?;
             let (host, digits) = (target.get(..colon)?, target.get(colon + 1..)?);
             let port = decimal::parse(digits.as_bytes()).filter(|port| *port != 0)?;
@@ -96,7 +96,7 @@ impl<'a> Target<'a> {
         }
     }
 
-    /// The parameter `path`, which has to be absolute, with a NUL behind it in `room`.
+    /// The parameter `path`, which has to be absolute, with a NUL after it in `room`.
     pub fn path<'r>(&self, room: &'r mut [u8]) -> Result<&'r CStr, DecodeError> {
         let text = self.parameter("path").unwrap_or("");
         let length = decode_query(text, room)?.len();
@@ -111,7 +111,7 @@ impl<'a> Target<'a> {
 /// Why a parameter cannot be taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DecodeError {
-    /// A `%` without two hexadecimal digits behind it.
+    /// A `%` without two hexadecimal digits after it.
     Escape,
     /// An encoded NUL: no path or name has one.
     Nul,

@@ -117,7 +117,7 @@ impl Pass<'_> {
         self.keep(1);
     }
 
-    /// The name of a member, and the colon behind it.
+    /// The name of a member, and the colon after it.
     fn name(&mut self) -> Result<(), Fault> {
         self.skip_blanks();
         self.string()?;

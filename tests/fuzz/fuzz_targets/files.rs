@@ -85,7 +85,7 @@ fn base64(text: &str) {
         assert!(is_base64);
         assert_eq!(decoded, bytes);
     } else if is_base64 {
-        // Bits behind the last byte that are not zero are let pass.
+        // Bits after the last byte that are not zero are let pass.
         let again = BASE64.encode(&decoded);
         assert_eq!(again.len(), text.len());
         assert_eq!(

@@ -159,7 +159,7 @@ impl Container {
         Ok(())
     }
 
-    /// Starts a process. Its end is published once what is returned was dropped: behind its start.
+    /// Starts a process. Its end is published once what is returned was dropped: after its start.
     pub fn start(
         self: &Arc<Container>,
         process: &Arc<Process>,

@@ -86,7 +86,7 @@ impl Publisher {
         }
     }
 
-    /// Sends an event, behind those before it.
+    /// Sends an event, after those before it.
     pub fn publish<M: MessageFull>(&self, topic: &str, event: &M) {
         let envelope = any(event).map(|any| Envelope {
             timestamp: Some(timestamp(SystemTime::now())).into(),

@@ -20,7 +20,7 @@ pub struct Flags {
 }
 
 impl Flags {
-    /// Of the words behind the program's name.
+    /// Of the words after the program's name.
     pub fn parse(words: impl Iterator<Item = String>) -> Result<Flags> {
         let mut flags = Flags::default();
         let mut words = words;

@@ -33,7 +33,7 @@ use crate::{
 
 /// Bytes of output that wait for a reader before the process is made to wait.
 const PENDING: usize = 1 << 20;
-/// The same once the process was killed: its end comes behind what it has written.
+/// The same once the process was killed: its end comes after what it has written.
 const PENDING_KILLED: usize = 32 << 20;
 /// How long a client may take to read the last output when the process has ended, and when it is
 /// deleted.

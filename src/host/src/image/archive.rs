@@ -259,7 +259,7 @@ impl<R: Read> Archive<R> {
         Ok(())
     }
 
-    /// The source, positioned behind the end marker.
+    /// The source, positioned after the end marker.
     pub fn into_inner(self) -> R {
         self.source
     }

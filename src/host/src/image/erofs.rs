@@ -43,7 +43,7 @@ struct Place {
     xattrs: Vec<u8>,
     /// Bytes of its contents.
     size: u64,
-    /// Bytes of those that lie behind the inode.
+    /// Bytes of those that lie after the inode.
     tail: u64,
     /// The first block of the others.
     block: u64,
@@ -110,7 +110,7 @@ fn arrange(inodes: &Inodes) -> Result<(Vec<Place>, u64)> {
             InodeKind::Leaf(LeafKind::Device(_) | LeafKind::Fifo) => 0,
         };
         let head = INODE + xattrs.len() as u64;
-        // What lies behind an inode may not reach into another block.
+        // What lies after an inode may not reach into another block.
         let tail = match size % BLOCK {
             tail if head + tail <= BLOCK => tail,
             _ => 0,

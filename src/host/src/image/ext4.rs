@@ -23,7 +23,7 @@ pub const BLOCK: u64 = 4096;
 const GROUP: u64 = BLOCK * 8;
 /// Bytes of an inode.
 const INODE: usize = 256;
-/// Bytes of an inode behind the 128 that ext2 had, before its attributes.
+/// Bytes of an inode after the 128 that ext2 had, before its attributes.
 const EXTRA: usize = 32;
 /// Bytes of a group descriptor.
 const DESCRIPTOR: usize = 64;
@@ -367,7 +367,7 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Blocks for the logical ones from `logical` on, as extents behind those that are there.
+    /// Blocks for the logical ones from `logical` on, as extents after those that are there.
     fn extend(
         &mut self,
         extents: &mut Vec<(u64, u64, u64)>,
@@ -709,7 +709,7 @@ impl<'a> Writer<'a> {
         Ok((root, blocks))
     }
 
-    /// Writes attributes behind an inode, and those that do not fit there into a block: its number.
+    /// Writes attributes after an inode, and those that do not fit there into a block: its number.
     fn attributes(&mut self, meta: &Meta, room: &mut [u8]) -> Result<Option<u64>> {
         let mut attributes: Vec<(u8, &str, Vec<u8>)> = vec![];
         for (name, value) in &meta.xattrs {
@@ -926,7 +926,7 @@ struct Entries {
 }
 
 impl Entries {
-    /// Of so many bytes, with four zeros behind the entries.
+    /// Of so many bytes, with four zeros after the entries.
     fn new(room: usize) -> Entries {
         Entries {
             room,

@@ -171,7 +171,7 @@ fn send(
     Ok(stream.flush()?)
 }
 
-/// A pax header, and the ustar header behind it.
+/// A pax header, and the ustar header after it.
 fn header(
     stream: &mut impl Write,
     inode: &Inode,

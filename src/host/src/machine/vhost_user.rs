@@ -482,7 +482,7 @@ pub mod tests {
         }
     }
 
-    /// Where the virtqueue's parts lie, behind the descriptors.
+    /// Where the virtqueue's parts lie, after the descriptors.
     const AVAILABLE: u64 = 0x200;
     const USED: u64 = 0x300;
     const LENGTH: usize = 0x400;

@@ -1111,7 +1111,7 @@ mod tests {
             (guest, qemu)
         }
 
-        /// Sends a packet whose data is what lies behind it.
+        /// Sends a packet whose data is what lies after it.
         fn send(&mut self, header: &Header) {
             self.write(header);
             self.send.add(&[(SENT, HEADER as u32 + header.length, 0)]);

@@ -24,7 +24,7 @@ pub struct Request {
     pub body: Vec<u8>,
 }
 
-/// A connection behind the handshake and the head of its first request.
+/// A connection after the handshake and the head of its first request.
 pub struct Connection {
     pub request: Request,
     pub stream: BufReader<UnixStream>,

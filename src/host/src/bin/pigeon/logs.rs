@@ -117,7 +117,7 @@ impl Logs {
 
 /// Where the last lines of the output begin.
 fn last_lines(lines: usize, mut next_frame: impl FnMut() -> Result<Option<Frame>>) -> Result<u64> {
-    // Of the last lines, and of what may come behind the last line feed.
+    // Of the last lines, and of what may come after the last line feed.
     let mut begins = VecDeque::from([0]);
     let mut offset = 0;
     while let Some(frame) = next_frame()? {

@@ -66,7 +66,7 @@ pub struct Record {
 /// A command line of `pigeon run`, and what else says what it does.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub struct Launch {
-    /// The words behind `pigeon run`.
+    /// The words after `pigeon run`.
     pub arguments: Vec<String>,
     /// Where relative paths start.
     pub directory: PathBuf,

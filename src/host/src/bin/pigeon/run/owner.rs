@@ -460,7 +460,7 @@ impl Owner<'_> {
                 let error = exit.error.as_deref().unwrap_or_default();
                 format!("the workload could not be started: {error}")
             }
-            // Output that is asked for alone has nothing behind it.
+            // Output that is asked for alone has nothing after it.
             (Some(_), End::Reboot | End::PowerOff) if unseen && code < CANNOT_START - 1 => {
                 return Ok(code);
             }
