@@ -150,7 +150,7 @@ impl<M: DerefMut<Target = [u8]>> Ring<M> {
     /// So many bytes [`push`](Self::push) takes, or a few more. None if less than half of the memory is to
     /// be had: many small pieces cost more than a few large ones.
     pub fn room(&self, keep: u64) -> usize {
-        let kept = self.head - keep.clamp(self.tail, self.head);
+        let kept = self.head - keep.max(self.tail).min(self.head);
         match kept > self.size() / 2 {
             true => 0,
             // At the memory's end another record begins, and half a header does not go.
