@@ -26,6 +26,8 @@ use core::mem;
 use core::ops::Range;
 #[cfg(feature = "sessions")]
 use proto::bytes::Text;
+#[cfg(feature = "files")]
+use proto::http::Framing;
 use proto::http::{
     self, BodyDecoder, Content, Head, HeadParser, JSON, Reply, RequestError, Status, Target,
 };
@@ -541,8 +543,9 @@ impl Connection {
         };
         #[cfg(feature = "files")]
         if call == Ok(Call::Files) {
+            let has_body = head.framing != Framing::None;
             self.io.reply = reply;
-            return self.start_transfer(length, shared);
+            return self.start_transfer(length, has_body, shared);
         }
         let expects_continue = head.expects_continue;
         let request = Request {
@@ -574,14 +577,18 @@ impl Connection {
 
     /// Gives the connection to a child, which reads the request once more, from its head on.
     #[cfg(feature = "files")]
-    fn start_transfer(&mut self, head: usize, shared: &mut Shared) -> Step {
+    fn start_transfer(&mut self, head: usize, has_body: bool, shared: &mut Shared) -> Step {
         let context = &mut *shared.context;
         match shared
             .commands
             .start_transfer(&mut self.io, head, self.key, context)
         {
             Ok(key) => self.enter(State::Transfer(key), shared),
-            Err(error) => self.fail_and_close(&error, shared),
+            Err(error) if has_body => self.fail_and_close(&error, shared),
+            Err(error) => {
+                self.io.reply.keep_alive = false;
+                self.fail(&error, shared);
+            }
         }
         Step::Again
     }
