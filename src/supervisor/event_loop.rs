@@ -138,14 +138,9 @@ impl Supervisor {
     /// When something has to be done, whatever happens.
     fn next_deadline(&self) -> u64 {
         let now = self.context.now;
+        let (output, log) = (&self.output, &self.context.output_log);
         let deadline = match self.phase {
-            _ if self.reap_more => 0,
-            _ if self
-                .output
-                .can_proceed(self.console, &self.context.output_log) =>
-            {
-                0
-            }
+            _ if self.reap_more || output.can_proceed(self.console, log) => 0,
             // The console's driver does not report when its last byte is out.
             Phase::DrainingConsole => now + 1,
             _ => self
