@@ -22,6 +22,8 @@ struct Mount {
     options: &'static CStr,
     /// A kernel without one that is not gets a warning.
     required: bool,
+    /// Whether the kernel makes the directory, with the file system above it.
+    has_directory: bool,
 }
 
 impl Mount {
@@ -32,6 +34,7 @@ impl Mount {
             flags,
             options: c"",
             required: true,
+            has_directory: false,
         }
     }
 
@@ -46,26 +49,37 @@ impl Mount {
         Self { options, ..self }
     }
 
+    const fn on_existing_directory(self) -> Self {
+        Self {
+            has_directory: true,
+            ..self
+        }
+    }
+
+    /// Makes the directory, if need be, and mounts the file system on it.
     fn make(&self, log: &mut dyn Log) -> Result {
-        match mount(self.fs_type, self.target, self.flags, self.options) {
-            Err(why) if !self.required => log.warn(&why),
-            other => return other,
+        let &Self {
+            fs_type, target, ..
+        } = self;
+        let directory = match self.has_directory {
+            true => Ok(()),
+            false => files::make_directory(target, 0o755),
+        };
+        let mounted = directory.and_then(|()| {
+            rustix::mount::mount(fs_type, target, fs_type, self.flags, self.options)
+        });
+        match mounted {
+            // Mounted already.
+            Ok(()) | Err(Errno::BUSY) => return Ok(()),
+            Err(errno) => {
+                let why = context!("mount {} on {}", fs_type.lossy(), target.lossy())(errno);
+                if self.required {
+                    return Err(why);
+                }
+                log.warn(&why);
+            }
         }
         Ok(())
-    }
-}
-
-/// Mounts a file system on a directory, which is made.
-fn mount(fs_type: &CStr, target: &CStr, flags: MountFlags, options: &CStr) -> Result {
-    let mounted = files::make_directory(target, 0o755)
-        .and_then(|()| rustix::mount::mount(fs_type, target, fs_type, flags, options));
-    match mounted {
-        // Mounted already.
-        Ok(()) | Err(Errno::BUSY) => Ok(()),
-        Err(errno) => {
-            let why = context!("mount {} on {}", fs_type.lossy(), target.lossy());
-            Err(why(errno))
-        }
     }
 }
 
@@ -91,7 +105,7 @@ const REMAINING: [Mount; 6] = [
     Mount::required(c"tmpfs", c"/run", NOSUID.union(NODEV)).with(c"mode=0755,size=10%"),
     Mount::optional(c"mqueue", c"/dev/mqueue", STRICT),
     Mount::optional(c"hugetlbfs", c"/dev/hugepages", RELATIME).with(c"pagesize=2M"),
-    Mount::optional(c"binfmt_misc", c"/proc/sys/fs/binfmt_misc", RELATIME),
+    Mount::optional(c"binfmt_misc", c"/proc/sys/fs/binfmt_misc", RELATIME).on_existing_directory(),
 ];
 
 /// Links in /dev, and where they lead.
@@ -141,12 +155,19 @@ pub const CGROUP: &CStr = c"/sys/fs/cgroup";
 
 /// The directory of several hierarchies of control groups.
 pub fn cgroup_directory() -> Result {
-    mount(c"tmpfs", CGROUP, STRICT, c"mode=755")
+    Mount::required(c"tmpfs", CGROUP, STRICT)
+        .with(c"mode=755")
+        .on_existing_directory()
+        .make(&mut Discard)
 }
 
 /// The v2 hierarchy of control groups.
-pub fn cgroup2(target: &CStr) -> Result {
-    mount(c"cgroup2", target, STRICT.union(RELATIME), c"nsdelegate")
+pub fn cgroup2(target: &'static CStr) -> Result {
+    Mount {
+        has_directory: target == CGROUP,
+        ..Mount::required(c"cgroup2", target, STRICT.union(RELATIME)).with(c"nsdelegate")
+    }
+    .make(&mut Discard)
 }
 
 /// Switches expedited RCU grace periods on: the switch, and its value before. A kernel without it boots

@@ -102,6 +102,9 @@ impl<'a> Decoder<'_, 'a> {
 
     /// Appends a string of the document to what is being put together, its escapes decoded.
     fn append(&mut self, escaped: &str) -> Result<(), ValueFault> {
+        if !has_escapes(escaped) {
+            return Ok(self.arena.push(escaped.as_bytes())?);
+        }
         for fragment in EscapedStr(escaped).fragments() {
             match fragment {
                 Ok(EscapedStringFragment::NotEscaped(text)) => self.arena.push(text.as_bytes())?,
@@ -179,6 +182,9 @@ impl<'a> Decoder<'_, 'a> {
 
     /// The place of a member of an object.
     pub fn member<'p>(&mut self, name: &str, object: &'p mut dyn Object<'a>) -> Place<'p, 'a> {
+        if !has_escapes(name) {
+            return object.member(name);
+        }
         // A name with a NUL in it, or too long, is none that is known.
         if self.append(name).is_err() {
             self.arena.truncate(0);
@@ -198,6 +204,10 @@ impl<'a> Decoder<'_, 'a> {
         }
         Ok(self.arena.push(b"=")?)
     }
+}
+
+fn has_escapes(string: &str) -> bool {
+    string.as_bytes().contains(&b'\\')
 }
 
 fn shown(name: &str) -> impl fmt::Display {
