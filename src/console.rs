@@ -19,11 +19,11 @@ use rustix::io::Errno;
 /// Bytes waiting for the console: three pages of output, and room that is kept for log lines.
 const QUEUE: usize = 16 << 10;
 /// Output of the workload leaves this much free, so that log lines are not lost behind it.
-const RESERVE: usize = 4 << 10;
+const LOG_RESERVE: usize = 4 << 10;
 
 /// Bytes written at once: a serial port that is as fast as its driver takes any number of them, and
 /// the driver's time for each. A turn writes twice at most.
-const AT_ONCE: usize = 512;
+const MAX_WRITE: usize = 512;
 
 /// In this order; a VM without a serial port has no console.
 const DEVICES: [&CStr; 3] = [c"ttyS0", c"ttyAMA0", c"console"];
@@ -179,7 +179,7 @@ impl Console {
 
     /// Room for output of the workload.
     pub fn room(&self) -> usize {
-        self.queue.free().saturating_sub(RESERVE)
+        self.queue.free().saturating_sub(LOG_RESERVE)
     }
 
     /// Queues output of the workload, for which there is [`room`](Self::room).
@@ -191,7 +191,7 @@ impl Console {
     }
 
     /// Bytes that are not out yet: those that wait here, and those in the device's driver.
-    pub fn waiting(&self) -> usize {
+    pub fn pending(&self) -> usize {
         self.queue.filled().len() + self.unsent()
     }
 
@@ -206,14 +206,14 @@ impl Console {
         device.map_or(0, |(device, _)| terminal::unsent(device).unwrap_or(0))
     }
 
-    /// Writes what the device takes now, but no more than [`AT_ONCE`].
+    /// Writes what the device takes now, but no more than [`MAX_WRITE`].
     pub fn flush(&mut self) {
         if !self.queue.is_empty() {
             let Some((device, _)) = &self.device else {
                 return self.queue.consume(QUEUE);
             };
             let filled = self.queue.filled();
-            match files::write(device, filled.get(..AT_ONCE).unwrap_or(filled)) {
+            match files::write(device, filled.get(..MAX_WRITE).unwrap_or(filled)) {
                 Ok(count) => {
                     self.queue.consume(count);
                     self.written = self.written.wrapping_add(count);

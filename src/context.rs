@@ -26,7 +26,7 @@ use rustix::process::WaitStatus;
 pub const NEVER: u64 = u64::MAX;
 
 /// Room for a record of the kernel's log, or for the list of sessions.
-pub const SINK: usize = 16 << 10;
+pub const TEMP_BUFFER: usize = 16 << 10;
 
 /// Room for the strings of a request: as much as a request is long.
 pub const ARENA: usize = 160 << 10;
@@ -41,28 +41,28 @@ pub enum Source {
     /// The console takes bytes again.
     Console,
     /// Something was typed on the console.
-    Typed,
+    ConsoleInput,
     /// The helper of the boot has news.
     Helper,
     /// The workload's standard output, and its standard error unless that is apart.
-    Workload,
+    WorkloadStdout,
     /// The workload's standard error.
-    WorkloadError,
+    WorkloadStderr,
     /// The connection for events takes bytes again.
     Events,
     /// A connection of the API, by its key.
     Connection,
     /// The standard input of a command, by its key, takes bytes again.
-    Input,
+    CommandStdin,
     /// Its standard output, or all streams of a terminal.
-    Output,
+    CommandStdout,
     /// Its standard error.
-    ErrorOutput,
+    CommandStderr,
     /// The other end of a tunnel, by its connection's key.
     Tunnel,
     /// The kernel has news, in its log or by vmclock.
     #[cfg(feature = "snapshot")]
-    Kernel,
+    RestoreTrigger,
 }
 
 impl Source {
@@ -70,18 +70,18 @@ impl Source {
         Self::Signals,
         Self::Listener,
         Self::Console,
-        Self::Typed,
+        Self::ConsoleInput,
         Self::Helper,
-        Self::Workload,
-        Self::WorkloadError,
+        Self::WorkloadStdout,
+        Self::WorkloadStderr,
         Self::Events,
         Self::Connection,
-        Self::Input,
-        Self::Output,
-        Self::ErrorOutput,
+        Self::CommandStdin,
+        Self::CommandStdout,
+        Self::CommandStderr,
         Self::Tunnel,
         #[cfg(feature = "snapshot")]
-        Self::Kernel,
+        Self::RestoreTrigger,
     ];
 
     /// The token of an epoll registration: the source in the upper half, the key in the lower one.
@@ -90,7 +90,7 @@ impl Source {
     }
 
     /// The source and key of a token.
-    pub fn of_token(token: u64) -> Option<(Self, Key)> {
+    pub fn from_token(token: u64) -> Option<(Self, Key)> {
         let source = Self::ALL.get((token >> 32) as usize)?;
         Some((*source, Key::from_bits(token as u32)))
     }
@@ -148,13 +148,13 @@ pub struct Stop {
 
 impl Stop {
     /// As usual.
-    pub const USUAL: Self = Self {
+    pub const DEFAULT: Self = Self {
         signal: None,
         timeout: 10_000,
     };
 
     /// What two that came at once ask for together.
-    pub fn and(self, later: Self) -> Self {
+    pub fn merge(self, later: Self) -> Self {
         Self {
             signal: later.signal.or(self.signal),
             timeout: self.timeout.min(later.timeout),
@@ -209,11 +209,11 @@ pub struct Snapshot {
     /// The workload is frozen, or soon will be: no command starts, and no signal is sent.
     pub is_held: bool,
     /// Connections that wait for an answer.
-    pub calls: usize,
+    pub pending_calls: usize,
     /// The running helper.
     pub helper: Option<Pid>,
     /// How it ended.
-    pub ended: Option<WaitStatus>,
+    pub helper_status: Option<WaitStatus>,
     /// Poller events of the restore triggers, until they are handled.
     pub trigger_events: EventFlags,
     /// When something has to be done.
@@ -246,7 +246,7 @@ pub struct Buffers {
     /// The strings of the request being looked at.
     pub arena: [u8; ARENA],
     /// What is read to be looked at once.
-    pub sink: [u8; SINK],
+    pub temp: [u8; TEMP_BUFFER],
 }
 
 /// Memory for two files, or for a document and its strings.
@@ -266,7 +266,7 @@ pub struct Context {
     /// Files being read, by whoever reads one: in a child, once the workload runs.
     pub scratch: Region,
     /// See [`Buffers`].
-    pub sink: &'static mut [u8; SINK],
+    pub temp: &'static mut [u8; TEMP_BUFFER],
     /// See [`Buffers`].
     pub arena: &'static mut [u8],
     /// The workload's last output.
@@ -307,7 +307,7 @@ impl Context {
             workload: Workload::default(),
             defaults,
             scratch,
-            sink: &mut buffers.sink,
+            temp: &mut buffers.temp,
             arena: &mut buffers.arena,
             output_log: OutputLog::none(),
             log_readers: 0,
@@ -321,10 +321,10 @@ impl Context {
             #[cfg(feature = "snapshot")]
             snapshot: Snapshot {
                 is_held: false,
-                calls: 0,
+                pending_calls: 0,
                 trigger_events: EventFlags::empty(),
                 helper: None,
-                ended: None,
+                helper_status: None,
                 deadline: NEVER,
                 devices: [None, None],
                 applied: AppliedConfig {

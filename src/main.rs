@@ -27,13 +27,13 @@ use crate::boot::check;
 use crate::boot::kernel_params::KernelParams;
 use crate::boot::mounts;
 use crate::console::Console;
-use crate::context::{ARENA, Buffers, CommandDefaults, Context, SINK, document_memory};
+use crate::context::{ARENA, Buffers, CommandDefaults, Context, TEMP_BUFFER, document_memory};
 use crate::error::Result;
 #[cfg(feature = "snapshot")]
 use crate::restore::Restore;
 use crate::supervisor::{Events, HANDLED, Supervisor};
 use crate::sys::epoll::{EventBuffer, NO_EVENTS, Poller};
-use crate::sys::{GuestThreads, Static, Words};
+use crate::sys::{GuestThreads, StackStrings, Static};
 use rustix::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{DumpableBehavior, Pid};
@@ -54,7 +54,7 @@ static MEMORY: Static<Memory> = Static::new(Memory {
     defaults: CommandDefaults::new(),
     buffers: Buffers {
         arena: [0; ARENA],
-        sink: [0; SINK],
+        temp: [0; TEMP_BUFFER],
     },
     events: NO_EVENTS,
     guest_threads: GuestThreads::new(),
@@ -63,7 +63,7 @@ static MEMORY: Static<Memory> = Static::new(Memory {
 entry!(start);
 
 /// The first safe code of the process: [`entry!`] comes here with what the kernel laid on the stack.
-fn start(arguments: Words, environment: Words) -> ! {
+fn start(arguments: StackStrings, environment: StackStrings) -> ! {
     let Some(memory) = MEMORY.take() else {
         sys::exit(1);
     };
@@ -87,10 +87,15 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     // Before Linux 5.16 a child that shares this memory, and is killed with a core, takes along whoever
     // has it too.
     let _by_any_kernel = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
-    let devices = mounts::devices().and_then(|()| open_standard_streams());
+    let devices = mounts::mount_devtmpfs().and_then(|()| open_standard_streams());
     console.open(params.level);
-    let started =
-        devices.and_then(|()| Ok((event_loop(events)?, mounts::procfs()?, document_memory()?)));
+    let started = devices.and_then(|()| {
+        Ok((
+            event_loop(events)?,
+            mounts::mount_procfs()?,
+            document_memory()?,
+        ))
+    });
     let ((poller, signals), proc, scratch) = match started {
         Ok(started) => started,
         Err(error) => {
@@ -162,5 +167,5 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
     if rustix::process::getpid() != Pid::INIT {
         sys::exit(1);
     }
-    shutdown::hard_limit::after_panic()
+    shutdown::last_resort::after_panic()
 }

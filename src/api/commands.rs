@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::sys;
 use core::fmt::{self, Write};
 use proto::bodies::SessionRequest;
-use proto::bytes::Text;
+use proto::bytes::SliceWriter;
 use proto::http::Status;
 use proto::slab::{Key, Slab};
 use rustix::process::{Pid, WaitStatus};
@@ -177,7 +177,7 @@ impl Commands {
     }
 
     /// Writes the list of named sessions. The largest is some 16 KiB.
-    pub fn list_sessions(&self, list: &mut Text) -> fmt::Result {
+    pub fn list_sessions(&self, list: &mut SliceWriter) -> fmt::Result {
         let mut separator = "";
         list.write_str("[")?;
         for (_, command, session) in self.sessions() {
@@ -254,7 +254,7 @@ impl Commands {
     #[cfg(feature = "files")]
     pub fn is_transfer_done(&mut self, key: Key) -> bool {
         match self.slab.get_mut(key).map(|command| &command.role) {
-            Some(Role::Transfer(transfer)) => transfer.is_over(),
+            Some(Role::Transfer(transfer)) => transfer.is_finished(),
             _ => true,
         }
     }
@@ -335,7 +335,7 @@ impl Commands {
             Role::Exec(exec) => {
                 self.capture_left += exec.captured();
                 exec.release();
-                (exec.process.is_running(), exec.kill_abandoned_at(now))
+                (exec.process.is_running(), exec.abandoned_deadline(now))
             }
             Role::Session(session) => match session.hang_up() {
                 true => (session.process.is_running(), after_grace),
@@ -352,11 +352,11 @@ impl Commands {
         command.owner = None;
         command.is_abandoned = true;
         command.kill_at = kill_at;
-        self.kill_late(now);
+        self.kill_overdue(now);
     }
 
     /// Kills the commands whose time is over.
-    fn kill_late(&mut self, now: u64) {
+    fn kill_overdue(&mut self, now: u64) {
         for index in 0..self.slab.used() {
             if let Some(key) = self.slab.key_at(index)
                 && let Some(command) = self.slab.get_mut(key)
@@ -380,7 +380,7 @@ impl Commands {
     }
 
     /// Does what is due, in each iteration. Returns the connection that can proceed.
-    pub fn on_time(&mut self, now: u64, index: usize) -> Option<Key> {
+    pub fn run_timers(&mut self, now: u64, index: usize) -> Option<Key> {
         let key = self.slab.key_at(index)?;
         let command = self.slab.get_mut(key)?;
         command.process().release_launch();
@@ -388,7 +388,7 @@ impl Commands {
             return None;
         }
         if command.owner.is_none() {
-            self.kill_late(now);
+            self.kill_overdue(now);
             return None;
         }
         match &mut command.role {
@@ -420,7 +420,7 @@ impl Commands {
         self.slab.key_at(index)
     }
 
-    /// The range of indexes for [`on_time`](Self::on_time).
+    /// The range of indexes for [`run_timers`](Self::run_timers).
     pub fn used(&self) -> usize {
         self.slab.used()
     }
@@ -448,9 +448,9 @@ impl Command {
     fn deadline(&self) -> u64 {
         match (&self.role, self.owner) {
             // What is over is answered for by its connection.
-            (Role::Exec(exec), Some(_)) if !exec.is_over() => exec.deadline,
+            (Role::Exec(exec), Some(_)) if !exec.is_finished() => exec.deadline,
             #[cfg(feature = "files")]
-            (Role::Transfer(transfer), Some(_)) if !transfer.is_over() => transfer.deadline,
+            (Role::Transfer(transfer), Some(_)) if !transfer.is_finished() => transfer.deadline,
             _ => self.kill_at,
         }
     }

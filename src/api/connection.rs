@@ -25,7 +25,7 @@ use core::fmt::Display;
 use core::mem;
 use core::ops::Range;
 #[cfg(feature = "sessions")]
-use proto::bytes::Text;
+use proto::bytes::SliceWriter;
 #[cfg(feature = "files")]
 use proto::http::Framing;
 use proto::http::{
@@ -291,9 +291,11 @@ impl Connection {
     }
 
     /// Whether more of a command's response, or of a session's output, can be sent.
-    fn has_answer(&self, commands: &mut Commands) -> bool {
+    fn has_output(&self, commands: &mut Commands) -> bool {
         match self.state {
-            State::Exec(key) => commands.exec(key).is_some_and(|(exec, _)| exec.is_over()),
+            State::Exec(key) => commands
+                .exec(key)
+                .is_some_and(|(exec, _)| exec.is_finished()),
             State::WebSocket(_, Stage::Session(key)) => commands
                 .session(key, self.key)
                 .is_some_and(|session| session.has_unsent_history()),
@@ -330,8 +332,8 @@ impl Connection {
         context.log_readers -= usize::from(self.state.reads_log());
         #[cfg(feature = "snapshot")]
         {
-            context.snapshot.calls += usize::from(state.has_body());
-            context.snapshot.calls -= usize::from(self.state.has_body());
+            context.snapshot.pending_calls += usize::from(state.has_body());
+            context.snapshot.pending_calls -= usize::from(self.state.has_body());
         }
         if self.state.is_transfer() || matches!(state, State::Closed) && !self.io.broken {
             // A child may have it, too: one that serves it is to end, and one that is frozen before it
@@ -353,7 +355,7 @@ impl Connection {
     }
 
     /// After an answer: the next request follows, or the end.
-    fn next(&self) -> State {
+    fn next_state(&self) -> State {
         match self.io.reply.keep_alive {
             true => State::Head(HeadParser::default()),
             false => State::Closing,
@@ -362,7 +364,7 @@ impl Connection {
 
     /// An answer is queued.
     fn finish(&mut self, shared: &mut Shared) {
-        self.enter(self.next(), shared);
+        self.enter(self.next_state(), shared);
     }
 
     /// Answers with an error.
@@ -448,10 +450,10 @@ impl Connection {
         match &mut self.state {
             State::Head(_) => self.read_head(shared),
             State::Body(_) => self.read_body(shared),
-            State::ExitCode => self.answer_exit_code(shared),
+            State::ExitCode => self.respond_exit_code(shared),
             State::Exec(key) => {
                 let key = *key;
-                self.answer_exec(key, messages, shared)
+                self.respond_exec(key, messages, shared)
             }
             State::WebSocket(_, Stage::Session(key)) => {
                 let key = *key;
@@ -619,9 +621,9 @@ impl Connection {
 
     /// Answers to what cannot be understood, and closes.
     fn refuse(&mut self, error: RequestError, shared: &mut Shared) -> Step {
-        let answer = CallError::new(error.status(), error!("{}", error.message()));
+        let error = CallError::new(error.status(), error!("{}", error.message()));
         self.io.reply = Reply::CLOSE;
-        self.fail_and_close(&answer, shared);
+        self.fail_and_close(&error, shared);
         Step::Again
     }
 
@@ -639,12 +641,12 @@ impl Connection {
                 self.io
                     .queue_head_with(Status::MethodNotAllowed, content, JSON, more);
                 self.io.queue_body(body.as_bytes());
-                Ok(self.next())
+                Ok(self.next_state())
             }
         };
         let next = called.unwrap_or_else(|error| {
             self.io.respond_error(&error);
-            self.next()
+            self.next_state()
         });
         // A call that waits keeps its body.
         let kept = if next.has_body() { request.length } else { 0 };
@@ -680,10 +682,10 @@ impl Connection {
             }
             #[cfg(feature = "sessions")]
             Call::Sessions => {
-                let mut list = Text::new(context.sink);
+                let mut list = SliceWriter::new(context.temp);
                 let _fits = commands.list_sessions(&mut list);
                 self.io.respond(Status::Ok, list.as_bytes());
-                return Ok(self.next());
+                return Ok(self.next_state());
             }
             #[cfg(feature = "sessions")]
             Call::EndSession => {
@@ -704,7 +706,7 @@ impl Connection {
                 if context.workload.group.is_none() {
                     return Err(not_running());
                 }
-                if context.snapshot.calls >= SNAPSHOT_CALLS {
+                if context.snapshot.pending_calls >= SNAPSHOT_CALLS {
                     let error = error!("too many calls wait for another one");
                     return Err(CallError::new(Status::ServiceUnavailable, error));
                 }
@@ -748,7 +750,7 @@ impl Connection {
             }
         }
         self.io.respond(Status::Ok, OK);
-        Ok(self.next())
+        Ok(self.next_state())
     }
 
     /// The call about snapshots that it waits for.
@@ -771,7 +773,7 @@ impl Connection {
 
     /// Answers it.
     #[cfg(feature = "snapshot")]
-    pub fn answer_call(&mut self, status: Status, body: &dyn Display, shared: &mut Shared) {
+    pub fn respond_to_call(&mut self, status: Status, body: &dyn Display, shared: &mut Shared) {
         if let State::Snapshot(PendingCall { length, .. }) = self.state {
             self.io.discard(0..length);
             self.io.respond_with_text(status, body);
@@ -781,7 +783,7 @@ impl Connection {
     }
 
     /// Answers with how the workload ended, if it has.
-    fn answer_exit_code(&mut self, shared: &mut Shared) -> Step {
+    fn respond_exit_code(&mut self, shared: &mut Shared) -> Step {
         let Some(exit) = &shared.context.workload.exit else {
             return Step::Wait;
         };
@@ -792,12 +794,12 @@ impl Connection {
     }
 
     /// Answers with what a command has said, if it has ended.
-    fn answer_exec(&mut self, key: Key, pieces: &mut u32, shared: &mut Shared) -> Step {
+    fn respond_exec(&mut self, key: Key, pieces: &mut u32, shared: &mut Shared) -> Step {
         let Some((exec, left)) = shared.commands.exec(key) else {
             self.io.broken = true;
             return Step::Again;
         };
-        if !exec.is_over() || *pieces == 0 {
+        if !exec.is_finished() || *pieces == 0 {
             return Step::Wait;
         }
         *pieces -= 1;
@@ -1031,7 +1033,7 @@ impl Connection {
         if self.wants_input(shared.commands) {
             wanted |= EventFlags::IN;
         }
-        if !sent || self.sends_log() || self.has_answer(shared.commands) {
+        if !sent || self.sends_log() || self.has_output(shared.commands) {
             wanted |= EventFlags::OUT;
         }
         // A running session, or a tunnel, may leave its output unread: that stops its other end.

@@ -124,7 +124,7 @@ impl Exec {
     /// Has a child unmount what the query of a request names.
     #[cfg(feature = "mounts")]
     pub fn start_unmount(target: &Target, context: &mut Context) -> Result<Self, CallError> {
-        let room = context.sink.get_mut(..PATH_MAX).unwrap_or(&mut []);
+        let room = context.temp.get_mut(..PATH_MAX).unwrap_or(&mut []);
         let path = target.path(room).map_err(|why| {
             let error = error!("path: {}", why.message());
             CallError::bad_request(error)
@@ -159,10 +159,10 @@ impl Exec {
     pub fn on_output(&mut self, source: Source, left: &mut usize) {
         let [output, error] = &mut self.streams;
         let stream = match source {
-            Source::Output => output,
+            Source::CommandStdout => output,
             _ => error,
         };
-        stream.read(self.process.is_over(), left);
+        stream.read(self.process.is_finished(), left);
     }
 
     /// Its time is over: it is killed. When it was killed already and cannot be reaped, it counts as
@@ -176,7 +176,7 @@ impl Exec {
     }
 
     /// Whether the response can be sent.
-    pub fn is_over(&self) -> bool {
+    pub fn is_finished(&self) -> bool {
         self.process.status().is_some() || (self.process.was_killed() && self.deadline == 0)
     }
 
@@ -185,15 +185,15 @@ impl Exec {
         let [output, error] = &mut self.streams;
         let (wanted, poller) = (EventFlags::IN, &context.poller);
         let channel = &mut output.channel;
-        channel.watch(Source::Output.token(key), wanted, poller);
+        channel.watch(Source::CommandStdout.token(key), wanted, poller);
         let channel = &mut error.channel;
-        channel.watch(Source::ErrorOutput.token(key), wanted, poller);
+        channel.watch(Source::CommandStderr.token(key), wanted, poller);
     }
 
     /// The error to respond with, if there is one. Call once it has ended.
     pub fn failure(&mut self, left: &mut usize) -> Option<CallError> {
         if self.queued.is_none() {
-            self.conclude(left);
+            self.read_remaining(left);
         }
         let lines = self.process.take_lines();
         let code = self
@@ -247,7 +247,7 @@ impl Exec {
             }
             match (self.kind, position.stream) {
                 (Kind::Command, 0) => io.queue(STDERR_SEPARATOR),
-                (Kind::Command, _) => io.queue(self.end().as_bytes()),
+                (Kind::Command, _) => io.queue(self.tail().as_bytes()),
                 #[cfg(any(feature = "mounts", feature = "sysinfo"))]
                 (Kind::Helper, _) => return true,
             }
@@ -260,7 +260,7 @@ impl Exec {
     }
 
     /// Reads what is left in its pipes, which others may hold open.
-    fn conclude(&mut self, left: &mut usize) {
+    fn read_remaining(&mut self, left: &mut usize) {
         for stream in &mut self.streams {
             while stream.read(true, left) {}
             stream.capture.truncated |= stream.channel.is_locked();
@@ -288,7 +288,7 @@ impl Exec {
             code.unwrap_or(-1),
             signal.unwrap_or(0)
         );
-        let end = self.end();
+        let end = self.tail();
         let mut length = start.as_bytes().len() + STDERR_SEPARATOR.len() + end.as_bytes().len();
         for stream in &self.streams {
             length += stream.capture.escaped;
@@ -298,7 +298,7 @@ impl Exec {
     }
 
     /// The response after the output.
-    fn end(&self) -> Message {
+    fn tail(&self) -> Message {
         let [output, error] = &self.streams;
         message!(
             "\"{}{}{}}}",
@@ -309,7 +309,7 @@ impl Exec {
     }
 
     /// When it is killed if nobody waits for its response any more.
-    pub fn kill_abandoned_at(&self, now: u64) -> u64 {
+    pub fn abandoned_deadline(&self, now: u64) -> u64 {
         match self.kind {
             Kind::Command => now,
             // It finishes what it has begun, even if nobody waits for it.

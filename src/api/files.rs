@@ -39,7 +39,7 @@ const CLIENT_TIMEOUT_SECS: u32 = 30;
 const SECOND: Duration = Duration::from_secs(1);
 /// How long what a refused client still sends is read, so that it gets to read the response, in
 /// milliseconds.
-const DRAIN: u64 = 10_000;
+const DRAIN_TIMEOUT: u64 = 10_000;
 /// Bytes moved at once: as many as vsock holds for a receiver (VIRTIO_VSOCK_DEFAULT_BUF_SIZE).
 const CHUNK: usize = 256 << 10;
 /// Maximum length of a user's name with that of a group after it, in bytes.
@@ -91,7 +91,7 @@ impl Transfer {
     }
 
     /// Whether the child has exited, or is given up.
-    pub fn is_over(&self) -> bool {
+    pub fn is_finished(&self) -> bool {
         self.stalled || self.process.status().is_some()
     }
 
@@ -126,7 +126,7 @@ fn serve(client: &Client, head: &[u8], body: &mut [u8], proc: &OwnedFd, scratch:
         (_, Err(error), _) => Err(error.into()),
     };
     let failure = match served {
-        Ok(()) | Err(Failure::Gone) => return,
+        Ok(()) | Err(Failure::Disconnected) => return,
         Err(failure) => failure,
     };
     let reason = match sys::c_str(&path) {
@@ -144,7 +144,7 @@ fn serve(client: &Client, head: &[u8], body: &mut [u8], proc: &OwnedFd, scratch:
 #[derive(Clone, Copy)]
 enum Failure {
     /// The client is gone, or what was sent cannot be taken back.
-    Gone,
+    Disconnected,
     /// The client has made no progress for [`CLIENT_TIMEOUT_SECS`].
     Timeout,
     /// A mode that is not one to four octal digits.
@@ -187,7 +187,7 @@ impl Failure {
 impl Display for Failure {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
-            Self::Gone => "the client is gone",
+            Self::Disconnected => "the client is gone",
             Self::Timeout => "the request took too long",
             Self::Mode => "the mode is not one to four octal digits",
             Self::User => "there is no such user or group",
@@ -274,8 +274,8 @@ impl Client<'_> {
     /// Sends all of it. A client that is gone, or takes nothing for too long, is no concern any more.
     fn send(&self, mut bytes: &[u8]) -> Result<(), Failure> {
         while !bytes.is_empty() {
-            let count =
-                retry(&mut || files::send(self.socket, bytes)).map_err(|_| Failure::Gone)?;
+            let count = retry(&mut || files::send(self.socket, bytes))
+                .map_err(|_| Failure::Disconnected)?;
             bytes = bytes.get(count..).unwrap_or(&[]);
             self.report_progress();
         }
@@ -290,7 +290,7 @@ impl Client<'_> {
                 Ok(count)
             }
             Err(Errno::AGAIN) => Err(Failure::Timeout),
-            Ok(_) | Err(_) => Err(Failure::Gone),
+            Ok(_) | Err(_) => Err(Failure::Disconnected),
         }
     }
 
@@ -300,7 +300,7 @@ impl Client<'_> {
         let mut room = [0; HEAD_ROOM];
         let mut response = ResponseHead::new(&mut room);
         response.begin(status, reply.close(), content, JSON);
-        self.send(response.finish().ok_or(Failure::Gone)?)?;
+        self.send(response.finish().ok_or(Failure::Disconnected)?)?;
         match reply.head_only {
             true => Ok(()),
             false => self.send(body.as_bytes()),
@@ -311,7 +311,7 @@ impl Client<'_> {
     /// connection takes the answer with it.
     fn drain(&self, decoder: &mut BodyDecoder, room: &mut [u8]) {
         let watch = Stopwatch::start();
-        while !decoder.is_complete() && watch.elapsed() < DRAIN {
+        while !decoder.is_complete() && watch.elapsed() < DRAIN_TIMEOUT {
             match files::read(self.socket, room) {
                 Ok(count @ 1..) => {
                     let _malformed = decoder.decode(room.get_mut(..count).unwrap_or(&mut []));
@@ -357,7 +357,7 @@ fn get(
     let mut head_room = [0; HEAD_ROOM];
     let mut response = ResponseHead::new(&mut head_room);
     describe(&mut response, head.reply, length, &status);
-    client.send(response.finish().ok_or(Failure::Gone)?)?;
+    client.send(response.finish().ok_or(Failure::Disconnected)?)?;
     if head.reply.head_only {
         return Ok(());
     }
@@ -371,7 +371,7 @@ fn get(
         count = match files::read(&file, room.get_mut(..limit).unwrap_or(&mut [])) {
             Ok(count @ 1..) => count,
             // It was cut meanwhile, or its disk fails: the client sees that bytes are missing.
-            Ok(_) | Err(_) => return Err(Failure::Gone),
+            Ok(_) | Err(_) => return Err(Failure::Disconnected),
         };
         left -= count as u64;
     }
@@ -491,12 +491,12 @@ fn store(
     upload.publish(name, mode, uid, gid)?;
     // The client may have it executed at once, which an open file is not (ETXTBSY, execve(2)).
     drop(upload);
-    let answer = message!("{{\"ok\":true,\"bytes\":{bytes}}}");
+    let body = message!("{{\"ok\":true,\"bytes\":{bytes}}}");
     let status = match replaces {
         true => Status::Ok,
         false => Status::Created,
     };
-    client.respond(head.reply, status, &answer)
+    client.respond(head.reply, status, &body)
 }
 
 /// A file that is not there under its name yet.

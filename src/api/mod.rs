@@ -126,7 +126,7 @@ impl Api {
     pub fn accept(&mut self, context: &mut Context) {
         for _ in 0..ACCEPT_AT_ONCE {
             match self.accept_one(context) {
-                Ok(()) if self.listener.as_ref().is_some_and(vsock::is_called) => {}
+                Ok(()) if self.listener.as_ref().is_some_and(vsock::has_pending) => {}
                 Ok(()) | Err(Errno::AGAIN) => return,
                 Err(_) => {
                     self.accept_retry = Some(context.now + ACCEPT_RETRY);
@@ -205,7 +205,7 @@ impl Api {
     pub fn on_any_output(&mut self, context: &mut Context) {
         for index in 0..self.commands.used() {
             if let Some(key) = self.commands.key_at(index) {
-                for source in [Source::Output, Source::ErrorOutput] {
+                for source in [Source::CommandStdout, Source::CommandStderr] {
                     self.on_event(source, key, EventFlags::empty(), context);
                 }
             }
@@ -307,9 +307,9 @@ impl Api {
     }
 
     /// Does what has to be done by now.
-    pub fn on_time(&mut self, context: &mut Context) {
+    pub fn run_timers(&mut self, context: &mut Context) {
         for index in 0..self.commands.used() {
-            if let Some(key) = self.commands.on_time(context.now, index) {
+            if let Some(key) = self.commands.run_timers(context.now, index) {
                 self.proceed(key, context);
             }
         }
@@ -323,12 +323,15 @@ impl Api {
     fn each(
         &mut self,
         context: &mut Context,
-        picks: &dyn Fn(&Connection) -> bool,
+        selects: &dyn Fn(&Connection) -> bool,
         work: &mut dyn FnMut(&mut Connection, &mut Shared),
     ) {
         for index in 0..self.connections.used() {
             if let Some(key) = self.connections.key_at(index)
-                && self.connections.get_mut(key).is_some_and(|one| picks(one))
+                && self
+                    .connections
+                    .get_mut(key)
+                    .is_some_and(|one| selects(one))
             {
                 self.with(key, context, work);
             }

@@ -56,7 +56,7 @@ fn rescan() {
 
 fn unmount(path: &CStr, log: &HelperLog) -> Result<(), CallError> {
     log.step(&format_args!("unmount {}", path.lossy()));
-    let unmounted = match volumes::needed(path) {
+    let unmounted = match volumes::protected(path) {
         Some(_) => Err(Errno::BUSY),
         None => rustix::mount::unmount(path, UnmountFlags::empty()),
     };

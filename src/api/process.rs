@@ -123,7 +123,7 @@ impl Process {
     }
 
     /// Whether it has ended, or was killed: then nothing new is to be read from its streams.
-    pub fn is_over(&self) -> bool {
+    pub fn is_finished(&self) -> bool {
         self.killed || self.status.is_some()
     }
 

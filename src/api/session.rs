@@ -13,7 +13,7 @@ use core::fmt::{self, Display, Write};
 use core::ops::Range;
 use proto::arena::Arena;
 use proto::bodies::{self, CommandSpec, MAX_ID, SessionControl, SessionRequest, Stdin};
-use proto::bytes::Text;
+use proto::bytes::SliceWriter;
 use proto::json::Quoted;
 use proto::message;
 use proto::message::{Message, ToLossy};
@@ -111,7 +111,7 @@ impl Session {
     }
 
     /// Writes its entry in the list of sessions.
-    pub fn describe(&self, attached: bool, list: &mut Text) -> fmt::Result {
+    pub fn describe(&self, attached: bool, list: &mut SliceWriter) -> fmt::Result {
         let Some(named) = &self.named else {
             return Ok(());
         };
@@ -147,7 +147,7 @@ impl Session {
 
     fn drop_input(&mut self) {
         self.pending = 0..0;
-        self.pipes.input_of(self.tty).forget_write();
+        self.pipes.input_of(self.tty).discard_write();
     }
 
     /// Whether some of the history has not been sent; no event from the command reports that.
@@ -180,7 +180,7 @@ impl Session {
         if room == 0 {
             return false;
         }
-        let over = self.process.is_over();
+        let over = self.process.is_finished();
         let count = self.pipes.of(stream).read(room, over, &mut |output| {
             named.history.push(stream, output, keep);
         });
@@ -254,7 +254,7 @@ impl Session {
 
     fn send_stream(&mut self, stream: u8, io: &mut Io) -> bool {
         let prefix = self.has_stream_bytes.then_some(stream);
-        let over = self.process.is_over();
+        let over = self.process.is_finished();
         let room = MAX_OUTPUT - usize::from(prefix.is_some());
         let count = self.pipes.of(stream).read(room, over, &mut |output| {
             io.queue_message(prefix, output);
@@ -310,9 +310,13 @@ impl Session {
             ..
         } = &mut self.pipes;
         let poller = &context.poller;
-        input.watch(Source::Input.token(key), on_input, poller);
-        output.watch(Source::Output.token(key), on_output | on_terminal, poller);
-        error.watch(Source::ErrorOutput.token(key), on_output, poller);
+        input.watch(Source::CommandStdin.token(key), on_input, poller);
+        output.watch(
+            Source::CommandStdout.token(key),
+            on_output | on_terminal,
+            poller,
+        );
+        error.watch(Source::CommandStderr.token(key), on_output, poller);
     }
 
     /// The client is gone: closes our ends, which hangs a terminal up. Returns whether it has one.

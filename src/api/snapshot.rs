@@ -28,9 +28,9 @@ impl Api {
     }
 
     /// Answers it, unless its client is gone.
-    pub fn answer(&mut self, key: Key, status: Status, body: &dyn Display, context: &mut Context) {
+    pub fn respond(&mut self, key: Key, status: Status, body: &dyn Display, context: &mut Context) {
         self.with(key, context, &mut |connection, shared| {
-            connection.answer_call(status, body, shared);
+            connection.respond_to_call(status, body, shared);
         });
     }
 

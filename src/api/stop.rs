@@ -19,9 +19,9 @@ pub fn stop(body: &mut [u8], context: &mut Context) -> Result<(), CallError> {
     }
     let stop = Stop {
         signal: request.signal,
-        timeout: request.timeout_ms.map_or(Stop::USUAL.timeout, u64::from),
+        timeout: request.timeout_ms.map_or(Stop::DEFAULT.timeout, u64::from),
     };
     let waiting = context.workload.stop;
-    context.workload.stop = Some(waiting.map_or(stop, |before| before.and(stop)));
+    context.workload.stop = Some(waiting.map_or(stop, |before| before.merge(stop)));
     Ok(())
 }

@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::process::helper::HelperLog;
 use crate::sys::{self, files};
 use core::fmt::Write;
-use proto::bytes::Text;
+use proto::bytes::SliceWriter;
 use proto::config::MAX_DOCUMENT_SIZE;
 use proto::message::ToLossy;
 use proto::sysinfo::MEMBERS;
@@ -24,7 +24,7 @@ pub fn run(output: &OwnedFd, proc: &OwnedFd, scratch: &mut [u8], log: &HelperLog
     let (input, text) = scratch
         .split_at_mut_checked(MAX_DOCUMENT_SIZE)
         .unwrap_or_default();
-    let mut text = Text::new(text);
+    let mut text = SliceWriter::new(text);
     let mut before = "{";
     for &(name, path, encode) in &MEMBERS {
         let length = files::open_at(proc, path, OFlags::RDONLY)

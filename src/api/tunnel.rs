@@ -22,9 +22,9 @@ use rustix::net::{
 const PIECE: usize = 16 << 10;
 /// How long a client may stay silent after the server has closed its side, in milliseconds. Not every
 /// host forwards half-closes (Firecracker does not), so the tunnel ends then.
-const HALF_CLOSED: u64 = 1_000;
+const HALF_CLOSED_TIMEOUT: u64 = 1_000;
 /// How long a server may read nothing of what a client that has closed has sent, in milliseconds.
-const LAST_BYTES: u64 = 30_000;
+const LAST_BYTES_TIMEOUT: u64 = 30_000;
 
 /// A connection to a TCP port.
 pub struct Tunnel {
@@ -34,7 +34,7 @@ pub struct Tunnel {
     watched: EventFlags,
     connected: bool,
     /// The client has closed its side or the connection, and some of what it sent may not be read yet.
-    client_leaves: bool,
+    client_closing: bool,
     /// From the client to the server, by way of the received bytes.
     up: Flow,
     /// From the server to the client, by way of the bytes to send.
@@ -47,7 +47,7 @@ enum Flow {
     /// Open.
     Open,
     /// Closing: the last bytes are being sent.
-    Ended,
+    Closing,
     /// Closed, or nobody receives.
     Closed,
 }
@@ -66,7 +66,7 @@ impl Tunnel {
         let connect = || {
             // Only an address of its own can be bound to. The connection gets a port of the kernel's
             // choice, which is free sooner than one that was bound.
-            rustix::net::bind(&socket(ip, proc)?, &kernel_form(ip, 0))?;
+            rustix::net::bind(&socket(ip, proc)?, &socket_address(ip, 0))?;
             let server = socket(ip, proc)?;
             sockopt::set_tcp_nodelay(&server, true)?;
             Ok(server)
@@ -77,7 +77,7 @@ impl Tunnel {
             port,
             watched: EventFlags::empty(),
             connected: false,
-            client_leaves: false,
+            client_closing: false,
             up: Flow::Open,
             down: Flow::Open,
         })
@@ -86,7 +86,7 @@ impl Tunnel {
     /// Continues to connect. Returns whether that is done; then the response is queued.
     pub fn connect(&mut self, io: &mut Io) -> Result<bool, CallError> {
         // Asked again, the kernel says what has come of it (connect(2)).
-        match rustix::net::connect(&self.server, &kernel_form(self.ip, self.port)) {
+        match rustix::net::connect(&self.server, &socket_address(self.ip, self.port)) {
             Ok(()) | Err(Errno::ISCONN) => {}
             Err(Errno::INPROGRESS | Errno::ALREADY) => return Ok(false),
             Err(errno) => return Err(self.failure(errno)),
@@ -115,12 +115,12 @@ impl Tunnel {
     /// Something happened to the client's end: takes bytes, if they are of use now.
     pub fn receive(&mut self, events: EventFlags, io: &mut Io) {
         if !self.wants_input(io) {
-            self.client_leaves |= events.contains(EventFlags::RDHUP);
+            self.client_closing |= events.contains(EventFlags::RDHUP);
             return;
         }
         io.receive();
         if core::mem::take(&mut io.broken) {
-            self.up = Flow::Ended;
+            self.up = Flow::Closing;
         }
     }
 
@@ -167,7 +167,7 @@ impl Tunnel {
         if self.down == Flow::Closed || !io.is_sent() {
             return false;
         }
-        if self.down == Flow::Ended {
+        if self.down == Flow::Closing {
             let _gone = rustix::net::shutdown(io.socket(), Shutdown::Write);
             self.down = Flow::Closed;
             return true;
@@ -182,10 +182,10 @@ impl Tunnel {
                 io.commit(count);
             }
             Err(Errno::AGAIN) => return false,
-            Ok(_) => self.down = Flow::Ended,
+            Ok(_) => self.down = Flow::Closing,
             Err(_) => {
                 // A reset: it takes nothing, either.
-                self.down = Flow::Ended;
+                self.down = Flow::Closing;
                 self.up = Flow::Closed;
             }
         }
@@ -201,9 +201,9 @@ impl Tunnel {
     pub fn timeout(&self) -> Option<u64> {
         match (self.up, self.down) {
             (Flow::Closed, _) => None,
-            (Flow::Open, Flow::Closed) if !self.client_leaves => Some(HALF_CLOSED),
-            (Flow::Open, _) if !self.client_leaves => None,
-            _ => Some(LAST_BYTES),
+            (Flow::Open, Flow::Closed) if !self.client_closing => Some(HALF_CLOSED_TIMEOUT),
+            (Flow::Open, _) if !self.client_closing => None,
+            _ => Some(LAST_BYTES_TIMEOUT),
         }
     }
 
@@ -226,7 +226,7 @@ impl Tunnel {
             true => EventFlags::IN,
             // That it closes is seen even if what it has sent before is not read yet.
             false => flag(
-                self.up == Flow::Open && !self.client_leaves,
+                self.up == Flow::Open && !self.client_closing,
                 EventFlags::RDHUP,
             ),
         };
@@ -235,7 +235,7 @@ impl Tunnel {
 }
 
 /// An address as system calls take it.
-fn kernel_form(ip: IpAddr, port: u16) -> SocketAddrAny {
+fn socket_address(ip: IpAddr, port: u16) -> SocketAddrAny {
     SocketAddr::new(ip, port).into()
 }
 

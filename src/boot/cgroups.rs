@@ -68,10 +68,10 @@ impl Layout {
 pub fn mount(layout: Layout, log: &mut dyn Log) {
     let v1 = match layout {
         Layout::None => return,
-        Layout::Hybrid => mounts::cgroup_directory().and_then(|()| mount_v1(log)),
+        Layout::Hybrid => mounts::mount_cgroup_tmpfs().and_then(|()| mount_v1(log)),
         Layout::Unified => Ok(()),
     };
-    match v1.and_then(|()| mounts::cgroup2(layout.v2())) {
+    match v1.and_then(|()| mounts::mount_cgroup2(layout.v2())) {
         Ok(()) => make_workload(layout, log),
         Err(why) => log.warn(&why),
     }

@@ -5,7 +5,7 @@ use crate::context::document_memory;
 use crate::error;
 use crate::error::Result;
 use crate::sys::files;
-use crate::sys::{self, Words};
+use crate::sys::{self, StackStrings};
 use core::ffi::CStr;
 use proto::address;
 use proto::config::{Config, Host, MAX_DOCUMENT_SIZE};
@@ -29,8 +29,8 @@ Kernel parameters:
 
 const VERSION: &str = concat!("pigeon-init ", env!("CARGO_PKG_VERSION"), "\n");
 
-/// Runs a command line; the answer is the exit code.
-pub fn run(arguments: Words, environment: &mut Environment) -> i32 {
+/// Runs a command line; the text is the exit code.
+pub fn run(arguments: StackStrings, environment: &mut Environment) -> i32 {
     let mut words = arguments.iter();
     let _program = words.next();
     let option = words.next().unwrap_or_default().to_bytes();
@@ -41,20 +41,20 @@ pub fn run(arguments: Words, environment: &mut Environment) -> i32 {
         return match check(path, environment) {
             Ok(()) => 0,
             Err(why) => {
-                complain(message!("init: {}: {why}", path.lossy()));
+                print_error(message!("init: {}: {why}", path.lossy()));
                 1
             }
         };
     }
-    let answer = match file {
+    let text = match file {
         None if option == b"--version" => VERSION,
         None if option == b"--help" || option == b"-h" => HELP,
         _ => {
-            complain(message!("init: not PID 1; see init --help"));
+            print_error(message!("init: not PID 1; see init --help"));
             return 2;
         }
     };
-    print(answer.as_bytes())
+    print(text.as_bytes())
 }
 
 fn check(path: &CStr, environment: &mut Environment) -> Result {
@@ -72,15 +72,18 @@ fn check(path: &CStr, environment: &mut Environment) -> Result {
     for entry in environment.iter() {
         print_quoted("env", entry.strip_suffix(b"\0").unwrap_or(entry));
     }
-    print_line("user", or(config.user().as_bytes(), b"root"));
+    print_line("user", or_default(config.user().as_bytes(), b"root"));
     print_line(
         "directory",
-        or(config.image_config.working_dir.to_bytes(), b"/"),
+        or_default(config.image_config.working_dir.to_bytes(), b"/"),
     );
     print_line("root", config.root_device().to_bytes());
     for mount in &config.mounts {
         print(b"mount: ");
-        print(or(mount.device_path.to_bytes(), mount.fs_type.to_bytes()));
+        print(or_default(
+            mount.device_path.to_bytes(),
+            mount.fs_type.to_bytes(),
+        ));
         print(b" on ");
         print(mount.mount_path.to_bytes());
         print(b"\n");
@@ -110,7 +113,7 @@ fn check(path: &CStr, environment: &mut Environment) -> Result {
 }
 
 /// The value, or the default where it is empty.
-fn or<'a>(value: &'a [u8], default: &'a [u8]) -> &'a [u8] {
+fn or_default<'a>(value: &'a [u8], default: &'a [u8]) -> &'a [u8] {
     match value.is_empty() {
         true => default,
         false => value,
@@ -147,7 +150,7 @@ fn print(bytes: &[u8]) -> i32 {
 }
 
 /// One line, also about a name that has lines or a terminal's commands in it.
-fn complain(text: Message) {
+fn print_error(text: Message) {
     let [_, _, stderr] = sys::standard_streams();
     for byte in text.as_bytes() {
         let shown = if byte.is_ascii_control() { b'?' } else { *byte };

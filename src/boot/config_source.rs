@@ -54,14 +54,14 @@ pub fn load(
     document: &mut [u8],
     memory: &mut [u8],
 ) -> Result<(usize, Source)> {
-    let mut unanswered = None;
+    let mut mmds_error = None;
     if let Some(eth0) = eth0 {
         match fetch(eth0, timeout, document, memory) {
             Ok(length) => return Ok((length, Source::Mmds)),
             Err(FetchError::Invalid(error)) => {
                 return Err(error!("configuration from MMDS: {error}"));
             }
-            Err(FetchError::NoDocument(error)) => unanswered = Some(error),
+            Err(FetchError::NoDocument(error)) => mmds_error = Some(error),
         }
     }
     if source != Source::Mmds
@@ -69,18 +69,18 @@ pub fn load(
     {
         return Ok((document.len(), Source::File));
     }
-    let mut answers = error!("no configuration");
+    let mut error = error!("no configuration");
     if source != Source::File {
-        let why: &dyn Display = match &unanswered {
+        let why: &dyn Display = match &mmds_error {
             Some(error) => error,
             None => &"no network interface eth0",
         };
-        answers.append(format_args!("; MMDS: {why}"));
+        error.append(format_args!("; MMDS: {why}"));
     }
     if source != Source::Mmds {
-        answers.append(format_args!("; {}: no such file", FILE.lossy()));
+        error.append(format_args!("; {}: no such file", FILE.lossy()));
     }
-    Err(answers)
+    Err(error)
 }
 
 /// The index of the interface to MMDS, if it is there and MMDS is to be used.
@@ -146,13 +146,13 @@ pub fn fetch(
         connection: None,
         document,
     };
-    let answer = match up {
-        Ok(()) => session.ask_until(memory),
+    let result = match up {
+        Ok(()) => session.poll(memory),
         Err(why) => Err(FetchError::NoDocument(why)),
     };
     // Whether it worked or not.
     remove_mmds_route(&channel, eth0);
-    answer
+    result
 }
 
 /// Removes the route and address for MMDS; that they may be missing is no error.
@@ -183,13 +183,13 @@ struct Session<'d> {
 }
 
 impl Session<'_> {
-    fn ask_until(&mut self, memory: &mut [u8]) -> Result<usize, FetchError> {
+    fn poll(&mut self, memory: &mut [u8]) -> Result<usize, FetchError> {
         let (mut wait, longest) = POLL_INTERVALS;
         // For the document, once it is known whether it has a token.
         let mut request = None;
         let mut before = None;
         loop {
-            let why = match self.ask(&mut request) {
+            let why = match self.request_document(&mut request) {
                 Ok((200, length)) => match parse_response(self.body(length), memory) {
                     Ok(()) => return Ok(length),
                     Err(FetchError::NoDocument(error)) => error,
@@ -199,10 +199,10 @@ impl Session<'_> {
                 Err(why) => {
                     self.connection = None;
                     // A last poll that had no time for its response would only hide the error before it.
-                    before.filter(|_| self.left() == 0).unwrap_or(why)
+                    before.filter(|_| self.remaining() == 0).unwrap_or(why)
                 }
             };
-            if self.left() <= wait {
+            if self.remaining() <= wait {
                 return Err(FetchError::NoDocument(why));
             }
             before = Some(why);
@@ -212,26 +212,26 @@ impl Session<'_> {
     }
 
     /// Requests the document. Returns the response's status, and the length of its body.
-    fn ask(&mut self, request: &mut Option<mmds::Request>) -> Result<(u16, usize)> {
+    fn request_document(&mut self, request: &mut Option<mmds::Request>) -> Result<(u16, usize)> {
         if request.is_none() {
             let (status, length) = self.exchange(mmds::TOKEN_REQUEST)?;
             // V2 was refused: ask without a token.
             let token = mmds::token(self.body(length)).filter(|_| status == 200);
             *request = mmds::document_request(token);
         }
-        let answer = match request {
+        let response = match request {
             Some(request) => self.exchange(request)?,
             None => return Err(error!("the token is too long")),
         };
-        if answer.0 == 401 {
+        if response.0 == 401 {
             // The token is unknown or there was none: start over with V2.
             *request = None;
         }
-        Ok(answer)
+        Ok(response)
     }
 
     /// Milliseconds until time is up.
-    fn left(&self) -> u64 {
+    fn remaining(&self) -> u64 {
         self.timeout.saturating_sub(self.watch.elapsed())
     }
 
@@ -275,14 +275,14 @@ impl Session<'_> {
 
     /// Receives more of a response, after its first `filled` bytes.
     fn receive(&mut self, connection: &OwnedFd, filled: usize) -> Result<usize> {
-        if self.left() == 0 {
+        if self.remaining() == 0 {
             return Err(error!("no answer"));
         }
         let room = self.document.get_mut(filled..).unwrap_or(&mut []);
         match files::read(connection, room) {
             Ok(0) => Err(error!("closed before its answer was whole")),
             Ok(count) => Ok(count),
-            Err(errno) => Err(unanswered(errno, "receive")),
+            Err(errno) => Err(socket_error(errno, "receive")),
         }
     }
 
@@ -291,14 +291,16 @@ impl Session<'_> {
         let flags = SocketFlags::CLOEXEC;
         let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)
             .map_err(context!("create a socket"))?;
-        let timeout = Some(Duration::from_millis(self.left().clamp(1, SOCKET_TIMEOUT)));
+        let timeout = Some(Duration::from_millis(
+            self.remaining().clamp(1, SOCKET_TIMEOUT),
+        ));
         set_socket_timeout(&socket, Timeout::Send, timeout)
             .and_then(|()| set_socket_timeout(&socket, Timeout::Recv, timeout))
             .map_err(context!("limit the time of a socket"))?;
         // With a port of its own: choosing one in connect() costs the kernel 6 ms of randomness.
         rustix::net::bind(&socket, &SocketAddrV4::new(mmds::GUEST, 0))
             .and_then(|()| rustix::net::connect(&socket, &SocketAddrV4::new(mmds::ADDRESS, 80)))
-            .map_err(|errno| unanswered(errno, "connect"))?;
+            .map_err(|errno| socket_error(errno, "connect"))?;
         Ok(socket)
     }
 }
@@ -320,7 +322,7 @@ fn parse_response(body: &mut [u8], memory: &mut [u8]) -> Result<(), FetchError> 
 }
 
 /// The error of a call, which may be that its time was up (SO_RCVTIMEO and SO_SNDTIMEO, socket(7)).
-fn unanswered(errno: Errno, what: &str) -> Error {
+fn socket_error(errno: Errno, what: &str) -> Error {
     match errno {
         Errno::AGAIN | Errno::INPROGRESS => error!("no answer"),
         _ => context!("{what}")(errno),

@@ -6,7 +6,7 @@ use super::config_source::{self, Source};
 use crate::error::Error;
 use crate::output_log::{Destination, OutputLog};
 use crate::shutdown::budget::LINGER;
-use crate::sys::Words;
+use crate::sys::StackStrings;
 use proto::bytes::split_once;
 use proto::decimal;
 use proto::message::{Level, ToLossy};
@@ -64,7 +64,7 @@ pub struct KernelParams {
 
 impl KernelParams {
     /// Parses the kernel parameters.
-    pub fn read(words: Words) -> Self {
+    pub fn read(words: StackStrings) -> Self {
         let mut params = Self {
             level: Level::Info,
             source: Source::Auto,

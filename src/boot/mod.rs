@@ -60,7 +60,7 @@ pub fn run(
     if let Some(invalid) = &params.invalid {
         supervisor.console.warn(invalid);
     }
-    mounts::sysfs()?;
+    mounts::mount_sysfs()?;
     let expedited = mounts::expedite_rcu();
     modules::load(&mut supervisor.context.scratch, supervisor.console)?;
     supervisor.events.connect();
@@ -136,7 +136,7 @@ pub fn run(
     supervisor.listen();
     prepare(supervisor, &config, disks, rendezvous)?;
     supervisor.read_signals();
-    if supervisor.has_ended() {
+    if supervisor.has_exit() {
         return Ok(());
     }
     #[cfg(feature = "snapshot")]

@@ -45,7 +45,7 @@ impl Mount {
         }
     }
 
-    const fn with(self, options: &'static CStr) -> Self {
+    const fn with_options(self, options: &'static CStr) -> Self {
         Self { options, ..self }
     }
 
@@ -57,7 +57,7 @@ impl Mount {
     }
 
     /// Makes the directory, if need be, and mounts the file system on it.
-    fn make(&self, log: &mut dyn Log) -> Result {
+    fn mount(&self, log: &mut dyn Log) -> Result {
         let &Self {
             fs_type, target, ..
         } = self;
@@ -90,7 +90,7 @@ const NOATIME: MountFlags = MountFlags::NOATIME;
 const RELATIME: MountFlags = MountFlags::RELATIME;
 const STRICT: MountFlags = NODEV.union(NOEXEC).union(NOSUID);
 
-const DEV: Mount = Mount::required(c"devtmpfs", c"/dev", NOSUID).with(c"mode=0755");
+const DEV: Mount = Mount::required(c"devtmpfs", c"/dev", NOSUID).with_options(c"mode=0755");
 
 const SYSFS: Mount = Mount::required(c"sysfs", c"/sys", STRICT);
 
@@ -98,13 +98,13 @@ const PROC: Mount = Mount::required(c"proc", c"/proc", STRICT);
 
 const REMAINING: [Mount; 6] = [
     Mount::required(c"devpts", c"/dev/pts", NOEXEC.union(NOSUID).union(NOATIME))
-        .with(c"mode=0620,gid=5,ptmxmode=666"),
-    Mount::required(c"tmpfs", c"/dev/shm", NOSUID.union(NODEV)).with(c"mode=1777"),
+        .with_options(c"mode=0620,gid=5,ptmxmode=666"),
+    Mount::required(c"tmpfs", c"/dev/shm", NOSUID.union(NODEV)).with_options(c"mode=1777"),
     // Of the memory /dev/shm can have half, and everybody may fill both: /run/lock. A kernel that
     // finds none, and nobody to kill for it, panics.
-    Mount::required(c"tmpfs", c"/run", NOSUID.union(NODEV)).with(c"mode=0755,size=10%"),
+    Mount::required(c"tmpfs", c"/run", NOSUID.union(NODEV)).with_options(c"mode=0755,size=10%"),
     Mount::optional(c"mqueue", c"/dev/mqueue", STRICT),
-    Mount::optional(c"hugetlbfs", c"/dev/hugepages", RELATIME).with(c"pagesize=2M"),
+    Mount::optional(c"hugetlbfs", c"/dev/hugepages", RELATIME).with_options(c"pagesize=2M"),
     Mount::optional(c"binfmt_misc", c"/proc/sys/fs/binfmt_misc", RELATIME).on_existing_directory(),
 ];
 
@@ -120,25 +120,25 @@ const LINKS: [(&CStr, &CStr); 4] = [
 pub const TREES: [&CStr; 4] = [c"/dev", c"/sys", c"/proc", c"/run"];
 
 /// Device nodes, before anything else: there is no console without them.
-pub fn devices() -> Result {
-    DEV.make(&mut Discard)
+pub fn mount_devtmpfs() -> Result {
+    DEV.mount(&mut Discard)
 }
 
 /// Processes. The descriptor is of the file system, whatever is mounted over it later.
-pub fn procfs() -> Result<OwnedFd> {
-    PROC.make(&mut Discard)?;
+pub fn mount_procfs() -> Result<OwnedFd> {
+    PROC.mount(&mut Discard)?;
     files::open(c"/proc", OFlags::PATH | OFlags::DIRECTORY).map_err(context!("open /proc"))
 }
 
 /// sysfs, where expedited grace periods are switched on.
-pub fn sysfs() -> Result {
-    SYSFS.make(&mut Discard)
+pub fn mount_sysfs() -> Result {
+    SYSFS.mount(&mut Discard)
 }
 
 /// Everything else that is not a cgroup.
 pub fn mount_remaining(log: &mut dyn Log) -> Result {
     for mount in &REMAINING {
-        mount.make(log)?;
+        mount.mount(log)?;
     }
     files::require_directory(c"/run/lock", 0o1777)?;
     for &(link, target) in &LINKS {
@@ -154,20 +154,20 @@ pub fn mount_remaining(log: &mut dyn Log) -> Result {
 pub const CGROUP: &CStr = c"/sys/fs/cgroup";
 
 /// The directory of several hierarchies of control groups.
-pub fn cgroup_directory() -> Result {
+pub fn mount_cgroup_tmpfs() -> Result {
     Mount::required(c"tmpfs", CGROUP, STRICT)
-        .with(c"mode=755")
+        .with_options(c"mode=755")
         .on_existing_directory()
-        .make(&mut Discard)
+        .mount(&mut Discard)
 }
 
 /// The v2 hierarchy of control groups.
-pub fn cgroup2(target: &'static CStr) -> Result {
+pub fn mount_cgroup2(target: &'static CStr) -> Result {
     Mount {
         has_directory: target == CGROUP,
-        ..Mount::required(c"cgroup2", target, STRICT.union(RELATIME)).with(c"nsdelegate")
+        ..Mount::required(c"cgroup2", target, STRICT.union(RELATIME)).with_options(c"nsdelegate")
     }
-    .make(&mut Discard)
+    .mount(&mut Discard)
 }
 
 /// Switches expedited RCU grace periods on: the switch, and its value before. A kernel without it boots

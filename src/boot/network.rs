@@ -42,7 +42,7 @@ impl Channel {
         let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)
             .map_err(context!("open a netlink socket"))?;
         // An older kernel gives the errno alone.
-        let _words = sys::network::ask_for_reasons(&socket);
+        let _unsupported = sys::network::enable_extended_acks(&socket);
         Ok(Self { socket })
     }
 
@@ -65,14 +65,19 @@ impl Channel {
     }
 
     /// The same, where it is also success that one of these keeps it from being done.
-    fn request_unless(&self, request: &Request, moot: &[Errno], what: fmt::Arguments) -> Result {
+    fn request_unless(
+        &self,
+        request: &Request,
+        accepted: &[Errno],
+        what: fmt::Arguments,
+    ) -> Result {
         let mut reply = [0; 1024];
         files::write(&self.socket, request.as_bytes()).map_err(context!("{what}"))?;
         loop {
             let count = files::read(&self.socket, &mut reply).map_err(context!("{what}"))?;
-            let answer = netlink::acknowledgement(reply.get(..count).unwrap_or(&[]));
-            if let Some(Acknowledgement { errno, text }) = answer {
-                if errno == 0 || moot.iter().any(|moot| moot.raw_os_error() == errno) {
+            let acknowledgement = netlink::acknowledgement(reply.get(..count).unwrap_or(&[]));
+            if let Some(Acknowledgement { errno, text }) = acknowledgement {
+                if errno == 0 || accepted.iter().any(|ok| ok.raw_os_error() == errno) {
                     return Ok(());
                 }
                 let name = ErrnoName(errno);
@@ -219,7 +224,7 @@ fn remove(
     channel: &Channel,
     dump: &Request,
     what: &str,
-    picks: &mut dyn FnMut(&Entry) -> bool,
+    selects: &mut dyn FnMut(&Entry) -> bool,
 ) -> Result {
     /// Entries deleted after one dump.
     const BATCH: usize = 64;
@@ -230,7 +235,7 @@ fn remove(
         let mut requests = heapless::Vec::<Request, BATCH>::new();
         let mut is_all = true;
         is_all &= channel.dump(dump, &mut |entry| {
-            if picks(&entry) {
+            if selects(&entry) {
                 let request = entry.delete();
                 is_all &= request.is_some_and(|request| requests.push(request).is_ok());
             }
@@ -255,10 +260,10 @@ fn set_gateway(
     device: &str,
     index: u32,
 ) -> Result {
-    let is_near = config
-        .addresses()
-        .any(|near| near.device == device && netlink::same_subnet(&near.ip, gateway, near.prefix));
-    let next_hop = match is_near {
+    let is_on_subnet = config.addresses().any(|address| {
+        address.device == device && netlink::same_subnet(&address.ip, gateway, address.prefix)
+    });
+    let next_hop = match is_on_subnet {
         true => NextHop::Routed,
         false => NextHop::OnLink,
     };

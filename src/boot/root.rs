@@ -22,12 +22,12 @@ use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, move_mount};
 
 /// Where the root is mounted before it becomes the root.
-const NEW: &CStr = c"/newroot";
+const NEW_ROOT: &CStr = c"/newroot";
 
 /// Mounts the root beside the initramfs, and touches all of it that PID 1 looks at: a disk that
 /// hangs stops this child, not PID 1, which finds everything in memory. Who owns volumes there.
 pub fn mount(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result<Owner> {
-    files::require_directory(NEW, 0o755)?;
+    files::require_directory(NEW_ROOT, 0o755)?;
     let mut root = FileSystem::on(config.root_device());
     match config.root_overlay() {
         Some(layer) => mount_overlay(root, layer, log)?,
@@ -35,11 +35,11 @@ pub fn mount(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result<Own
             if config.root_read_only {
                 root.access = Access::ReadOnly;
             }
-            root.mount(NEW, log)?;
+            root.mount(NEW_ROOT, log)?;
         }
     }
     let run = files::open(c"/run", OFlags::DIRECTORY).map_err(context!("open /run"))?;
-    rustix::process::chroot(NEW).map_err(context!("enter /newroot"))?;
+    rustix::process::chroot(NEW_ROOT).map_err(context!("enter /newroot"))?;
     run_dir::copy(c"/run", run, scratch, log);
     for &tree in &mounts::TREES {
         files::make_directory(tree, 0o755).map_err(|errno| match errno {
@@ -58,7 +58,7 @@ pub fn mount(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result<Own
 
 #[cfg(feature = "overlay")]
 fn mount_overlay(root: FileSystem, layer: Overlay, log: &HelperLog) -> Result {
-    overlay::mount(root, layer, NEW, log)
+    overlay::mount(root, layer, NEW_ROOT, log)
 }
 
 #[cfg(not(feature = "overlay"))]
@@ -71,7 +71,7 @@ fn mount_overlay(_: FileSystem, _: Overlay, _: &HelperLog) -> Result {
 /// Moves the kernel's file systems onto the root and makes it `/`. The initramfs, to be emptied.
 pub fn switch() -> Result<OwnedFd> {
     let old = files::open(c"/", OFlags::DIRECTORY).map_err(context!("open /"))?;
-    rustix::process::chdir(NEW).map_err(context!("enter /newroot"))?;
+    rustix::process::chdir(NEW_ROOT).map_err(context!("enter /newroot"))?;
     for &tree in &mounts::TREES {
         // Below the working directory. A link there would lead out of the root, to what is deleted
         // below: it is not followed.
@@ -100,7 +100,7 @@ pub fn empty(old: OwnedFd) -> Result<(), Errno> {
     }
     // Down to a directory in which all others are empty, and again from the top, by a descriptor that
     // reads from the start: no recursion.
-    while let Some(mut here) = delete_entries(&enter(&old, c".")?, true)? {
+    while let Some(mut here) = delete_entries(&open_directory(&old, c".")?, true)? {
         while let Some(inner) = delete_entries(&here, false)? {
             here = inner;
         }
@@ -126,13 +126,13 @@ fn delete_entries(directory: &OwnedFd, is_root: bool) -> Result<Option<OwnedFd>,
             Ok(()) => {}
             // A mount point (rmdir(2)): that is the new root, or what somebody else mounted.
             Err(Errno::BUSY) if is_root => {}
-            Err(Errno::NOTEMPTY) => return enter(directory, name).map(Some),
+            Err(Errno::NOTEMPTY) => return open_directory(directory, name).map(Some),
             Err(errno) => return Err(errno),
         }
     }
     Ok(None)
 }
 
-fn enter(directory: &OwnedFd, name: &CStr) -> Result<OwnedFd, Errno> {
+fn open_directory(directory: &OwnedFd, name: &CStr) -> Result<OwnedFd, Errno> {
     files::open_at(directory, name, OFlags::DIRECTORY | OFlags::NOFOLLOW)
 }

@@ -32,13 +32,13 @@ struct OpenDirectory {
 }
 
 /// Why a copy ends early.
-enum Stop {
+enum CopyError {
     /// It is larger than what is copied.
     Limit(&'static str),
     Failed(Errno),
 }
 
-impl From<Errno> for Stop {
+impl From<Errno> for CopyError {
     fn from(errno: Errno) -> Self {
         Self::Failed(errno)
     }
@@ -53,12 +53,14 @@ pub fn copy(from: &CStr, to: OwnedFd, buffer: &mut [u8], log: &HelperLog) {
     };
     match copy_tree(from, to, buffer) {
         Ok(()) => {}
-        Err(Stop::Limit(limit)) => log.warn(&format_args!("/run of the image: {limit}: left out")),
-        Err(Stop::Failed(errno)) => log.warn(&context!("copy /run of the image")(errno)),
+        Err(CopyError::Limit(limit)) => {
+            log.warn(&format_args!("/run of the image: {limit}: left out"))
+        }
+        Err(CopyError::Failed(errno)) => log.warn(&context!("copy /run of the image")(errno)),
     }
 }
 
-fn copy_tree(from: OwnedFd, to: OwnedFd, buffer: &mut [u8]) -> Result<(), Stop> {
+fn copy_tree(from: OwnedFd, to: OwnedFd, buffer: &mut [u8]) -> Result<(), CopyError> {
     let mut directories = heapless::Vec::<OpenDirectory, MAX_DEPTH>::new();
     let top = OpenDirectory {
         from,
@@ -76,7 +78,7 @@ fn copy_tree(from: OwnedFd, to: OwnedFd, buffer: &mut [u8]) -> Result<(), Stop> 
         }
         entries += 1;
         if entries > MAX_ENTRIES {
-            return Err(Stop::Limit("more than 1,024 entries"));
+            return Err(CopyError::Limit("more than 1,024 entries"));
         }
         let name = c_str(&name);
         let status = rustix::fs::statat(&directory.from, name, AtFlags::SYMLINK_NOFOLLOW)?;
@@ -96,7 +98,7 @@ fn copy_tree(from: OwnedFd, to: OwnedFd, buffer: &mut [u8]) -> Result<(), Stop> 
                 }
                 bytes += size;
                 if bytes > MAX_BYTES {
-                    return Err(Stop::Limit("more than 1 MiB"));
+                    return Err(CopyError::Limit("more than 1 MiB"));
                 }
                 copy_file(directory, name, &status, buffer)?;
             }
@@ -104,7 +106,7 @@ fn copy_tree(from: OwnedFd, to: OwnedFd, buffer: &mut [u8]) -> Result<(), Stop> 
             _ => {}
         }
     }
-    limit.map_or(Ok(()), |limit| Err(Stop::Limit(limit)))
+    limit.map_or(Ok(()), |limit| Err(CopyError::Limit(limit)))
 }
 
 /// Reads the next entry's name with its NUL. Returns false if there is none.

@@ -107,7 +107,7 @@ impl Channel {
     }
 
     /// Other bytes will be written than those that were not taken.
-    pub fn forget_write(&mut self) {
+    pub fn discard_write(&mut self) {
         if let Some(file) = &mut self.file {
             file.forget();
         }

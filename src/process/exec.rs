@@ -155,16 +155,16 @@ impl Command {
 
     /// Sets its arguments, one list after the other; the first of all is the name to look for.
     pub fn set_arguments(&mut self, lists: &[Strings]) -> Result {
-        self.arguments = self.environment.keep(&[])?;
+        self.arguments = self.environment.store(&[])?;
         for list in lists {
-            self.arguments.end = self.environment.keep(list.as_bytes())?.end;
+            self.arguments.end = self.environment.store(list.as_bytes())?.end;
         }
         Ok(())
     }
 
     /// Sets its working directory, which is created if absent; empty is `/`.
     pub fn set_directory(&mut self, directory: &CStr) -> Result {
-        self.directory = self.environment.keep(directory.to_bytes_with_nul())?;
+        self.directory = self.environment.store(directory.to_bytes_with_nul())?;
         Ok(())
     }
 
@@ -203,7 +203,7 @@ impl Command {
                 set.map_err(|error| note_text(failure, &error))?;
             }
         }
-        let directory = sys::c_str(self.environment.kept(self.directory.clone()));
+        let directory = sys::c_str(self.environment.stored(self.directory.clone()));
         let what = format_args!("enter {}", directory.lossy());
         enter(directory).map_err(|errno| note(failure, what, errno))?;
         rlimits::apply(&self.rlimits).map_err(|(resource, errno)| {
@@ -220,7 +220,7 @@ impl Command {
 
     /// Executes it; returns only when that failed.
     fn exec(&mut self) -> i32 {
-        let arguments = Strings::new(self.environment.kept(self.arguments.clone()));
+        let arguments = Strings::new(self.environment.stored(self.arguments.clone()));
         // There is room for all, and for both nulls.
         for argument in arguments.iter().take(2 * MAX_ARGS) {
             let _fits = self.pointers.push(argument.as_ptr());

@@ -41,14 +41,14 @@ impl Freezer<'_> {
         self.move_self_to_root()
             .map_err(context!("leave the cgroup that PID 1 was moved to"))?;
         loop {
-            let mut is_still = self.freeze_groups(None)?;
-            if is_still {
+            let mut is_frozen = self.freeze_groups(None)?;
+            if is_frozen {
                 // One that is moved into a frozen group is frozen soon.
                 *running = Message::new();
                 self.move_root_processes(running);
-                is_still = running.is_empty();
+                is_frozen = running.is_empty();
             }
-            if is_still {
+            if is_frozen {
                 return Ok(Some(self.count()));
             }
             if watch.elapsed() >= timeout {
@@ -102,12 +102,12 @@ impl Freezer<'_> {
     /// Freezes the groups that are not yet, and names the processes that still run. Returns whether none
     /// does.
     fn freeze_groups(&self, mut running: Option<&mut Message>) -> Result<bool> {
-        let (mut is_still, mut result) = (true, Ok(()));
+        let (mut is_frozen, mut result) = (true, Ok(()));
         self.each_group(&mut |name, group| match freeze_group(group) {
             // Another one has removed it.
             Ok(true) | Err(Errno::NOENT | Errno::NODEV) => {}
             Ok(false) => {
-                is_still = false;
+                is_frozen = false;
                 if let Some(running) = &mut running {
                     self.each_process_below(group, &mut |pid| self.describe(pid, true, running));
                     if running.is_empty() {
@@ -119,7 +119,7 @@ impl Freezer<'_> {
                 result = Err(context!("freeze the cgroup {}", name.lossy())(errno));
             }
         });
-        result.map(|()| is_still)
+        result.map(|()| is_frozen)
     }
 
     /// Thaws what was frozen here.

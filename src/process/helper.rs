@@ -96,7 +96,7 @@ impl Rendezvous {
     /// In the parent: waits until the helper has done its first part.
     pub fn wait_for_helper(&self, helper: Helper, log: &mut dyn Log) -> Result<Helper> {
         if !poll_until_timeout(&|| sys::is_readable(&self.0, 1)) {
-            return Err(helper.give_up(log));
+            return Err(helper.kill(log));
         }
         match files::read(&self.0, &mut [0]) {
             Ok(1) => {
@@ -160,7 +160,7 @@ pub fn fork_oom_protected(
     work: &mut dyn FnMut(&HelperLog) -> i32,
 ) -> Result<Helper> {
     fork(&mut |log| {
-        if let Err(error) = crate::process::oom_score::spare(proc) {
+        if let Err(error) = crate::process::oom_score::exempt(proc) {
             log.fail(&error);
             return 1;
         }
@@ -287,7 +287,7 @@ impl Helper {
     }
 
     /// Kills a helper that has taken too long. The error says what it was doing.
-    pub fn give_up(self, log: &mut dyn Log) -> Error {
+    pub fn kill(self, log: &mut dyn Log) -> Error {
         let step = read_lines(&self.log, log).step;
         let _ended = rustix::process::kill_process(self.pid, rustix::process::Signal::KILL);
         timed_out(step)
@@ -315,7 +315,7 @@ impl Helper {
     pub fn wait(self, log: &mut dyn Log) -> Result {
         // Its end of the pipe is closed with it.
         if !poll_until_timeout(&|| sys::has_hung_up(&self.log, 1)) {
-            return Err(self.give_up(log));
+            return Err(self.kill(log));
         }
         match rustix::process::waitpid(Some(self.pid), WaitOptions::empty()) {
             Ok(Some((_, status))) => self.result(status, log),

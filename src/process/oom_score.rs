@@ -9,6 +9,6 @@ use rustix::fd::OwnedFd;
 ///
 /// PID 1 needs nothing: the kernel never chooses it, and what it starts for others has the usual
 /// score. `proc` was opened before anybody could mount something over /proc.
-pub fn spare(proc: &OwnedFd) -> Result {
+pub fn exempt(proc: &OwnedFd) -> Result {
     files::write_at(proc, c"self/oom_score_adj", b"-1000").map_err(context!("set the OOM score"))
 }

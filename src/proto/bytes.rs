@@ -14,14 +14,14 @@ pub fn copy(from: &[u8], to: &mut [u8]) -> usize {
     count
 }
 
-/// Text that is written into a buffer; a piece that does not fit is an error.
+/// SliceWriter that is written into a buffer; a piece that does not fit is an error.
 #[derive(Debug)]
-pub struct Text<'a> {
+pub struct SliceWriter<'a> {
     room: &'a mut [u8],
     length: usize,
 }
 
-impl<'a> Text<'a> {
+impl<'a> SliceWriter<'a> {
     /// No text yet.
     pub fn new(room: &'a mut [u8]) -> Self {
         Self { room, length: 0 }
@@ -38,7 +38,7 @@ impl<'a> Text<'a> {
     }
 }
 
-impl Write for Text<'_> {
+impl Write for SliceWriter<'_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         let end = self.length + text.len();
         let room = self.room.get_mut(self.length..end).ok_or(fmt::Error)?;
@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn a_piece_of_text_that_does_not_fit_is_not_written() {
         let mut room = *b"......";
-        let mut text = Text::new(&mut room);
+        let mut text = SliceWriter::new(&mut room);
         assert!(write!(text, "{}", 123).is_ok());
         assert!(text.write_str("4567").is_err());
         assert!(text.write_str("456").is_ok());

@@ -69,7 +69,7 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
 
     /// Keeps strings beside the entries, after those kept before: where they are. What a document and a
     /// request have besides their environments is shorter than what they may have in these.
-    pub fn keep(&mut self, strings: &[u8]) -> Result<Range<usize>, TooLarge> {
+    pub fn store(&mut self, strings: &[u8]) -> Result<Range<usize>, TooLarge> {
         let start = self.bytes.len();
         self.bytes
             .extend_from_slice(strings)
@@ -78,7 +78,7 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
     }
 
     /// Strings that were kept.
-    pub fn kept(&self, place: Range<usize>) -> &[u8] {
+    pub fn stored(&self, place: Range<usize>) -> &[u8] {
         self.bytes.get(place).unwrap_or_default()
     }
 

@@ -46,10 +46,10 @@ impl<'a> Contents<'a> {
 pub fn hosts(old: &[u8], entries: &[Host], new: &mut Contents) {
     let mut blank = true;
     let mut said = [false; MAX_HOSTS];
-    keep(old, &mut |line| {
+    each_foreign_line(old, &mut |line| {
         new.put(line);
         new.put(b"\n");
-        let mut words = words(halves(line).0);
+        let mut words = words(split_comment(line).0);
         let ip = words.next();
         blank &= line.trim_ascii().is_empty();
         for (entry, said) in entries.iter().zip(&mut said) {
@@ -82,19 +82,19 @@ pub fn hosts(old: &[u8], entries: &[Host], new: &mut Contents) {
 }
 
 /// Calls `each` with the lines that are not ours.
-fn keep(old: &[u8], each: &mut dyn FnMut(&[u8])) {
+fn each_foreign_line(old: &[u8], each: &mut dyn FnMut(&[u8])) {
     let mut lines = split(old, b'\n');
     while let Some(line) = lines.next() {
         // After the last line's end there is no line.
         let is_line = !line.is_empty() || lines.clone().next().is_some();
-        if is_line && !halves(line).1.starts_with(MARK) {
+        if is_line && !split_comment(line).1.starts_with(MARK) {
             each(line);
         }
     }
 }
 
 /// A line up to its comment, and its comment.
-fn halves(line: &[u8]) -> (&[u8], &[u8]) {
+fn split_comment(line: &[u8]) -> (&[u8], &[u8]) {
     let end = find(line, b'#').unwrap_or(line.len());
     line.split_at_checked(end).unwrap_or((line, &[]))
 }

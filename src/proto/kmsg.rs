@@ -8,7 +8,7 @@ use crate::decimal;
 /// The kernel says it twice (mm/oom_kill.c), and either line counts: the first comes before the kill
 /// but is rate limited, the second may come after the process is reaped.
 pub fn killed_by_oom(record: &[u8], pid: u32) -> bool {
-    kernel_text(record).and_then(|text| chosen(text).or_else(|| killed(text))) == Some(pid)
+    kernel_text(record).and_then(|text| oom_victim(text).or_else(|| killed(text))) == Some(pid)
 }
 
 /// Whether `record` is the kernel's own word that this VM was restored from a snapshot: it has a new
@@ -28,7 +28,7 @@ fn kernel_text(record: &[u8]) -> Option<&[u8]> {
 }
 
 /// `oom-kill:constraint=…,task=NAME,pid=N,uid=N`: NAME is the process's to choose, so from the end.
-fn chosen(text: &[u8]) -> Option<u32> {
+fn oom_victim(text: &[u8]) -> Option<u32> {
     let mut fields = split(text.strip_prefix(b"oom-kill:")?, b',').rev();
     let _uid: u32 = decimal::parse(fields.next()?.strip_prefix(b"uid=")?)?;
     decimal::parse(fields.next()?.strip_prefix(b"pid=")?)

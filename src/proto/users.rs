@@ -73,19 +73,21 @@ impl Identity {
         let user = if user.is_empty() { b"root" } else { user };
         let given_group = Some(given_group).filter(|group| !group.is_empty());
 
-        let wanted = Wanted::parse(user).ok_or(IdentityError::UserId(user))?;
+        let wanted = NameOrId::parse(user).ok_or(IdentityError::UserId(user))?;
         let known = split(passwd, b'\n').find_map(|line| {
             // name:password:UID:GID:GECOS:directory:shell
             let [name, _, uid, gid, _, directory] = fields(line);
             let (uid, gid) = (id(uid)?, id(gid)?);
-            wanted.is(name, uid).then_some((name, uid, gid, directory))
+            wanted
+                .matches(name, uid)
+                .then_some((name, uid, gid, directory))
         });
         let (mut account, uid, gid, home) = match (known, wanted) {
             (Some((name, uid, gid, directory)), _) => (Some(name), uid, gid, directory),
-            (None, Wanted::Id(id)) => (None, id, 0, &b""[..]),
+            (None, NameOrId::Id(id)) => (None, id, 0, &b""[..]),
             // An image without /etc/passwd still has its root.
-            (None, Wanted::Name(b"root")) => (None, 0, 0, &b"/root"[..]),
-            (None, Wanted::Name(name)) => return Err(IdentityError::UnknownUser(name)),
+            (None, NameOrId::Name(b"root")) => (None, 0, 0, &b"/root"[..]),
+            (None, NameOrId::Name(name)) => return Err(IdentityError::UnknownUser(name)),
         };
         (self.uid, self.gid) = (uid, gid);
         let home = if home.is_empty() { b"/" } else { home };
@@ -131,9 +133,9 @@ impl Identity {
 
 /// The id of a group, given by its name or as that id.
 fn find_group<'a>(wanted: &'a [u8], group: &[u8]) -> Result<u32, IdentityError<'a>> {
-    let name = match Wanted::parse(wanted).ok_or(IdentityError::GroupId(wanted))? {
-        Wanted::Id(id) => return Ok(id),
-        Wanted::Name(name) => name,
+    let name = match NameOrId::parse(wanted).ok_or(IdentityError::GroupId(wanted))? {
+        NameOrId::Id(id) => return Ok(id),
+        NameOrId::Name(name) => name,
     };
     let found = split(group, b'\n').find_map(|line| {
         let [group, _, gid, ..] = fields(line);
@@ -144,12 +146,12 @@ fn find_group<'a>(wanted: &'a [u8], group: &[u8]) -> Result<u32, IdentityError<'
 
 /// What a user or group is given by.
 #[derive(Clone, Copy)]
-enum Wanted<'a> {
+enum NameOrId<'a> {
     Id(u32),
     Name(&'a [u8]),
 }
 
-impl<'a> Wanted<'a> {
+impl<'a> NameOrId<'a> {
     /// `None` for a number that is no id.
     fn parse(text: &'a [u8]) -> Option<Self> {
         let digits = match text {
@@ -162,7 +164,7 @@ impl<'a> Wanted<'a> {
         id(text).map(Self::Id)
     }
 
-    fn is(&self, name: &[u8], id: u32) -> bool {
+    fn matches(&self, name: &[u8], id: u32) -> bool {
         match self {
             Self::Id(wanted) => *wanted == id,
             Self::Name(wanted) => *wanted == name,

@@ -16,9 +16,9 @@ pub(super) fn close_others(supervisor: &mut Supervisor) {
 }
 
 /// Answers a call, unless its client is gone.
-pub(super) fn answer(key: Key, status: Status, body: &dyn Display, supervisor: &mut Supervisor) {
+pub(super) fn respond(key: Key, status: Status, body: &dyn Display, supervisor: &mut Supervisor) {
     let Supervisor { api, context, .. } = supervisor;
-    api.answer(key, status, body, context);
+    api.respond(key, status, body, context);
 }
 
 /// Reports the result to the call, or logs it; for a failed restore, with the step.
@@ -29,7 +29,7 @@ pub(super) fn finish_call(
     supervisor: &mut Supervisor,
 ) {
     match (owner, result) {
-        (Some(key), Ok(body)) => answer(key, Status::Ok, &body, supervisor),
+        (Some(key), Ok(body)) => respond(key, Status::Ok, &body, supervisor),
         (Some(key), Err(CallError { status, error })) => {
             let error = Quoted(&error);
             let body = match status {
@@ -38,7 +38,7 @@ pub(super) fn finish_call(
                 }
                 _ => error!("{{\"error\":{error}}}"),
             };
-            answer(key, status, &body, supervisor);
+            respond(key, status, &body, supervisor);
         }
         (None, Ok(_)) => {}
         (None, Err(CallError { error, .. })) => {

@@ -62,7 +62,7 @@ pub fn result(
     log: &mut dyn Log,
 ) -> Result<Error, CallError> {
     let Some(status) = ended else {
-        return Err(CallError::new(Status::GatewayTimeout, helper.give_up(log)));
+        return Err(CallError::new(Status::GatewayTimeout, helper.kill(log)));
     };
     let lines = helper::read_lines(&helper.log, log);
     let error = match (lines.error, lines.result) {

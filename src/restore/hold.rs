@@ -1,6 +1,6 @@
 //! Holds: all processes are frozen while a snapshot is taken.
 
-use super::calls::{answer, close_others, finish_call};
+use super::calls::{close_others, finish_call, respond};
 use super::helpers::{freezer, spawn};
 use super::state::{Hold, Restore, TaskKind, Token};
 use crate::api::{CallError, SnapshotCall, read_body};
@@ -49,7 +49,7 @@ impl Restore {
                     return self.start_thaw(Some(key), None, supervisor);
                 }
                 close_others(supervisor);
-                answer(key, Status::Ok, &hold.answer, supervisor);
+                respond(key, Status::Ok, &hold.response, supervisor);
                 return Ok(());
             }
             None if call == SnapshotCall::Prepare => {}
@@ -73,7 +73,7 @@ impl Restore {
     }
 
     /// All processes are frozen: the hold begins, for `time` milliseconds.
-    pub(super) fn held(
+    pub(super) fn begin_hold(
         &mut self,
         token: Token,
         time: u64,
@@ -86,12 +86,12 @@ impl Restore {
         self.notified = None;
         close_others(supervisor);
         if let Some(key) = owner {
-            answer(key, Status::Ok, &held, supervisor);
+            respond(key, Status::Ok, &held, supervisor);
         }
         self.hold = Some(Hold {
             token,
             until: supervisor.context.now.saturating_add(time),
-            answer: held,
+            response: held,
         });
     }
 

@@ -65,10 +65,10 @@ impl Restore {
                 self.due = context.now;
             }
         }
-        self.give_up_freeze(supervisor);
+        self.cancel_freeze(supervisor);
         self.finish_task(supervisor);
-        if supervisor.context.snapshot.calls > 0 {
-            self.take_calls(supervisor);
+        if supervisor.context.snapshot.pending_calls > 0 {
+            self.start_pending_calls(supervisor);
         }
         if self.task.is_none() {
             self.run_due(supervisor);
@@ -81,16 +81,16 @@ impl Restore {
     }
 
     /// A workload that is to stop, or has ended, is not frozen for a snapshot any more.
-    fn give_up_freeze(&mut self, supervisor: &mut Supervisor) {
+    fn cancel_freeze(&mut self, supervisor: &mut Supervisor) {
         let is_freeze = |task: &mut Task| matches!(task.kind, TaskKind::Freeze { .. });
-        if supervisor.is_running() || supervisor.context.snapshot.ended.is_some() {
+        if supervisor.is_running() || supervisor.context.snapshot.helper_status.is_some() {
             return;
         }
         let Some(task) = self.task.take_if(is_freeze) else {
             return;
         };
         // What it was at when it was killed is of no interest.
-        let _step = task.helper.give_up(supervisor.console);
+        let _step = task.helper.kill(supervisor.console);
         supervisor.context.snapshot.helper = None;
         if let Err(error) = self.start_thaw(task.owner, Some(not_running()), supervisor) {
             finish_call(task.owner, Err(error), "", supervisor);
@@ -129,7 +129,7 @@ impl Restore {
     }
 
     /// Starts pending calls, unless a helper is running.
-    fn take_calls(&mut self, supervisor: &mut Supervisor) {
+    fn start_pending_calls(&mut self, supervisor: &mut Supervisor) {
         for slot in 0..supervisor.api.slots() {
             let Some((key, pending)) = supervisor.api.pending_call(slot) else {
                 continue;
@@ -138,7 +138,7 @@ impl Restore {
                 self.preempt_notified_restore(supervisor);
             }
             if self.task.is_none() {
-                self.take_call(key, pending, supervisor);
+                self.start_call(key, pending, supervisor);
             }
         }
     }
@@ -155,32 +155,32 @@ impl Restore {
         if self.task.as_ref().is_some_and(waits_for_mmds)
             && let Some(task) = self.task.take()
         {
-            task.helper.give_up(supervisor.console);
+            task.helper.kill(supervisor.console);
             supervisor.context.snapshot.helper = None;
             self.was_preempted = true;
             self.is_notified = true;
         }
     }
 
-    fn take_call(&mut self, key: Key, pending: PendingCall, supervisor: &mut Supervisor) {
-        let taken = match pending.call {
+    fn start_call(&mut self, key: Key, pending: PendingCall, supervisor: &mut Supervisor) {
+        let started = match pending.call {
             _ if self.mode == RestoreMode::Off => {
                 let error = error!("PIGEON_RESTORE is off");
                 Err(CallError::new(Status::NotImplemented, error))
             }
             // It has ended since the call came, or was asked to stop.
             _ if !supervisor.is_running() => Err(not_running()),
-            SnapshotCall::Restore => self.start_called(key, pending, supervisor),
+            SnapshotCall::Restore => self.start_restore_for_call(key, pending, supervisor),
             call => self.change_hold(key, call, supervisor),
         };
-        if let Err(error) = taken {
+        if let Err(error) = started {
             finish_call(Some(key), Err(error), "", supervisor);
         }
     }
 
     /// A call is about the restore that the kernel has notified of: this one is not begun by itself then,
     /// unless the call turns out to be none.
-    fn start_called(
+    fn start_restore_for_call(
         &mut self,
         key: Key,
         pending: PendingCall,
@@ -263,7 +263,7 @@ impl Restore {
     }
 
     /// The restore has succeeded, and the workload is thawed.
-    fn restored(
+    fn finish_restore(
         &mut self,
         generation: u64,
         report: &Report,

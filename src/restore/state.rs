@@ -49,7 +49,7 @@ pub struct Hold {
     /// Deadline, after which the workload is thawed.
     pub until: u64,
     /// What the call was answered, should it come again.
-    pub answer: Error,
+    pub response: Error,
 }
 
 /// The running helper.

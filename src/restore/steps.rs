@@ -165,11 +165,11 @@ pub fn run(
     let mut request = RestoreRequest::new(&mut config);
     if job.call.is_some() {
         read_body(job.body, arena, &mut request)?;
-        let is_right = match job.is_held || !request.token.is_empty() {
+        let token_matches = match job.is_held || !request.token.is_empty() {
             true => job.token == Some(request.token),
             false => true,
         };
-        if !is_right {
+        if !token_matches {
             let error = error!("the workload is not held under this token");
             return Err(CallError::new(Status::Conflict, error));
         }
@@ -262,9 +262,9 @@ fn apply(
 ) -> Result {
     config.check()?;
     let digests = config.digests();
-    let mut has_other_environment = false;
-    let mut has_other_hosts = false;
-    let mut has_other_addresses = false;
+    let mut environment_changed = false;
+    let mut hosts_changed = false;
+    let mut addresses_changed = false;
     let compared = digests.iter().zip(&mut report.applied.digests);
     for (name, (new, old)) in MEMBERS.iter().zip(compared) {
         if new != old {
@@ -272,10 +272,10 @@ fn apply(
             // Writing to a message never fails.
             let _ = write!(changed, "{separator}\"{name}\"");
             match *name {
-                "ImageConfig" | "ExtraEnv" => has_other_environment = true,
+                "ImageConfig" | "ExtraEnv" => environment_changed = true,
                 // Until all is done, neither these nor the old ones are in force.
-                "EtcHosts" => (has_other_hosts, *old) = (true, !new),
-                "IPConfigs" => (has_other_addresses, *old) = (true, !new),
+                "EtcHosts" => (hosts_changed, *old) = (true, !new),
+                "IPConfigs" => (addresses_changed, *old) = (true, !new),
                 _ => {}
             }
         }
@@ -285,23 +285,23 @@ fn apply(
     etc_files::set_host_name(config)?;
 
     report.step.set(Step::Etc);
-    if has_other_hosts && config.etc_hosts.is_empty() {
+    if hosts_changed && config.etc_hosts.is_empty() {
         etc_files::write_hosts(config, job.scratch, log)?;
     }
     etc_files::write(config, job.scratch, log)?;
 
     report.step.set(Step::Network);
-    network::replace(config, has_other_addresses, &mut report.interfaces)?;
+    network::replace(config, addresses_changed, &mut report.interfaces)?;
 
     report.step.set(Step::Mounts);
     let mut identity = Identity::default();
-    if has_other_environment || !config.mounts.is_empty() {
+    if environment_changed || !config.mounts.is_empty() {
         credentials::resolve(config.user(), job.scratch, &mut identity)?;
     }
     volumes::mount_new(config, (identity.uid, identity.gid), log)?;
 
     report.step.set(Step::Environment);
-    if has_other_environment {
+    if environment_changed {
         report.has_environment = true;
         report.sets_home = fill_environment(&mut report.environment, config, &identity.home)?;
     }

@@ -33,7 +33,7 @@ impl Restore {
     /// Handles the result of a helper that has exited, or has taken too long.
     pub(super) fn finish_task(&mut self, supervisor: &mut Supervisor) {
         let context = &mut supervisor.context;
-        let ended = context.snapshot.ended.take();
+        let ended = context.snapshot.helper_status.take();
         let now = context.now;
         let is_over = |task: &Task| ended.is_some() || task.deadline <= now;
         if !self.task.as_ref().is_some_and(is_over) {
@@ -55,7 +55,7 @@ impl Restore {
             TaskKind::Freeze { token, hold } => {
                 let failure = match result {
                     Ok(held) if supervisor.is_running() => {
-                        return self.held(token, hold, held, owner, supervisor);
+                        return self.begin_hold(token, hold, held, owner, supervisor);
                     }
                     Ok(_) => not_running(),
                     Err(failure) => failure,
@@ -82,7 +82,7 @@ impl Restore {
                     }
                 }
                 match &result {
-                    Ok(_) => self.restored(generation, &report, owner, supervisor),
+                    Ok(_) => self.finish_restore(generation, &report, owner, supervisor),
                     // A call that was rejected had preempted the restore triggered by the kernel.
                     Err(CallError {
                         status: Status::BadRequest | Status::Conflict,

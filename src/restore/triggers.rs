@@ -73,9 +73,9 @@ impl Triggers {
             let Some(log) = &self.log.file else {
                 break;
             };
-            match files::read(log, &mut context.sink[..]) {
+            match files::read(log, &mut context.temp[..]) {
                 Ok(count) => {
-                    let record = context.sink.get(..count).unwrap_or(&[]);
+                    let record = context.temp.get(..count).unwrap_or(&[]);
                     has_line |= kmsg::is_virtual_machine_fork(record);
                 }
                 // EPIPE: records were overwritten; the next read continues after them.
@@ -108,7 +108,7 @@ impl Triggers {
 impl Device {
     fn watch(&mut self, context: &Context, wanted: EventFlags) {
         if let Some(file) = &self.file {
-            let token = Source::Kernel.token(Key::default());
+            let token = Source::RestoreTrigger.token(Key::default());
             context.poller.watch(file, token, &mut self.watched, wanted);
         }
     }

@@ -7,7 +7,7 @@ use crate::error;
 use crate::error::Result;
 use crate::process::helper::HelperLog;
 use crate::shutdown::budget::VOLUMES_TIMEOUT;
-use crate::shutdown::private::{self, KernelFile};
+use crate::shutdown::detached_fs::{self, KernelFile};
 use crate::shutdown::volume::{self, Tables, Volume};
 use crate::sys::signal::SIGCHLD;
 use crate::sys::{self, Fork, SignalSet, Stopwatch, files};
@@ -44,7 +44,7 @@ enum State {
 type Devices = heapless::Vec<(Volume, State), DEVICES>;
 
 /// Leaves every file system clean, and names those that are not. For a helper.
-pub fn leave_clean(log: &HelperLog) -> Result {
+pub fn quiesce(log: &HelperLog) -> Result {
     let root = files::open(c"/", OFlags::DIRECTORY).map_err(context!("open /"))?;
     // What becomes of mounts here does not become of mounts elsewhere.
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
@@ -61,10 +61,10 @@ pub fn leave_clean(log: &HelperLog) -> Result {
         }
     };
     warn_unplugged(&devices, &tables, log);
-    let in_time = leave_all_clean(&mut devices, &tables, log);
+    let in_time = quiesce_all(&mut devices, &tables, log);
     if let Some(volume) = &tables.root {
         log.step(&format_args!("unmounting {}", volume.label(&tables)));
-        if let Err(error) = volume.leave_root_clean(&tables, &root) {
+        if let Err(error) = volume.quiesce_root(&tables, &root) {
             log.warn(&error);
         }
     }
@@ -79,8 +79,8 @@ pub fn leave_clean(log: &HelperLog) -> Result {
 /// Finds the root's device and all others; each gets a node in a directory, which becomes the working
 /// directory.
 fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Result<Tables> {
-    let proc = private::proc().map_err(context!("mount proc"))?;
-    let nodes = private::mount(c"tmpfs", b"").map_err(context!("mount tmpfs"))?;
+    let proc = detached_fs::proc().map_err(context!("mount proc"))?;
+    let nodes = detached_fs::mount(c"tmpfs", b"").map_err(context!("mount tmpfs"))?;
     rustix::process::fchdir(&nodes).map_err(context!("enter the nodes' directory"))?;
     let partitions = KernelFile::read(&proc, c"partitions").map_err(context!("read partitions"))?;
     let mounts = KernelFile::read(&proc, c"self/mountinfo").ok();
@@ -132,7 +132,7 @@ fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Resul
 /// Warns of mounted file systems whose device was unplugged: nothing can be written to it.
 fn warn_unplugged(devices: &Devices, tables: &Tables, log: &HelperLog) {
     if let Some(mounts) = &tables.mounts {
-        name_writable(mounts, "lost the device of", &mut |mount, text| {
+        each_writable_mount(mounts, "lost the device of", &mut |mount, text| {
             let mut volumes = devices.iter().map(|(volume, _)| volume).chain(&tables.root);
             let is_disk = ![0, RAMDISK_MAJOR].contains(&mount.major);
             if is_disk && !volumes.any(|volume| volume.is_mounted_by(mount)) {
@@ -143,7 +143,11 @@ fn warn_unplugged(devices: &Devices, tables: &Tables, log: &HelperLog) {
 }
 
 /// Calls `log` for each file system that has a device and is writable, as `WHAT /data (/dev/vdb)`.
-pub fn name_writable(mounts: &KernelFile, what: &str, log: &mut dyn FnMut(&Mount, &dyn Display)) {
+pub fn each_writable_mount(
+    mounts: &KernelFile,
+    what: &str,
+    log: &mut dyn FnMut(&Mount, &dyn Display),
+) {
     let mut paths = ([0; PATH_MAX], [0; PATH_MAX]);
     for mount in mounts.lines().filter_map(mountinfo::parse) {
         if (mount.major != 0 || mount.is_btrfs()) && mount.is_writable {
@@ -156,7 +160,7 @@ pub fn name_writable(mounts: &KernelFile, what: &str, log: &mut dyn FnMut(&Mount
 
 /// Leaves all devices clean, each in a child of its own, a device before its backing device. Returns
 /// false if some have not finished in time.
-fn leave_all_clean(devices: &mut Devices, tables: &Tables, log: &HelperLog) -> bool {
+fn quiesce_all(devices: &mut Devices, tables: &Tables, log: &HelperLog) -> bool {
     if all_ended(devices) {
         return true;
     }
@@ -203,15 +207,15 @@ fn start_all(devices: &mut Devices, is_early: bool, tables: &Tables, log: &Helpe
         if waits {
             continue;
         }
-        let leave_clean = || {
-            if let Err(error) = volume.leave_clean(tables) {
+        let quiesce = || {
+            if let Err(error) = volume.quiesce(tables) {
                 log.warn(&error);
             }
         };
         let running = |(_, state): &(Volume, State)| matches!(state, State::Running(_));
         let state = match sys::fork() {
             Ok(Fork::Child) => {
-                leave_clean();
+                quiesce();
                 sys::exit(0)
             }
             Ok(Fork::Parent(pid)) => State::Running(pid),
@@ -219,7 +223,7 @@ fn start_all(devices: &mut Devices, is_early: bool, tables: &Tables, log: &Helpe
             Err(_) if devices.iter().any(running) => return,
             Err(_) => {
                 log.step(&format_args!("unmounting {}", volume.label(tables)));
-                leave_clean();
+                quiesce();
                 State::Ended
             }
         };

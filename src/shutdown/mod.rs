@@ -1,12 +1,12 @@
 //! The shutdown: what is left is killed, every file system is left clean, and the machine restarts.
 //!
-//! What may block on a disk is done by a helper; [`hard_limit`] is for when there is no helper, or no
+//! What may block on a disk is done by a helper; [`last_resort`] is for when there is no helper, or no
 //! PID 1 to rely on.
 
 pub mod budget;
+mod detached_fs;
 mod file_systems;
-pub mod hard_limit;
-mod private;
+pub mod last_resort;
 mod processes;
 mod volume;
 
@@ -16,18 +16,18 @@ use crate::sys;
 use rustix::system::RebootCommand;
 
 /// Kills what is left, after SIGKILL was sent to all, in a helper.
-pub fn kill() -> Result<Helper> {
+pub fn kill_remaining() -> Result<Helper> {
     start(&mut || {
         Helper::start(&mut |_| {
-            processes::kill();
+            processes::kill_remaining();
             Ok(())
         })
     })
 }
 
 /// Leaves all file systems clean, in a helper: a disk may take its time.
-pub fn leave_clean() -> Result<Helper> {
-    start(&mut || Helper::start(&mut file_systems::leave_clean))
+pub fn quiesce() -> Result<Helper> {
+    start(&mut || Helper::start(&mut file_systems::quiesce))
 }
 
 /// Starts a helper without limits of its own; where something keeps PID 1 from forking, that is taken

@@ -1,6 +1,6 @@
 //! Processes at the shutdown: those that a cgroup keeps alive, and limits that keep PID 1 from forking.
 
-use crate::shutdown::private::{self, KernelFile};
+use crate::shutdown::detached_fs::{self, KernelFile};
 use crate::sys::files;
 use proto::bytes::split;
 use rustix::fd::OwnedFd;
@@ -9,8 +9,8 @@ use rustix::process::{Resource, Rlimit};
 
 /// Kills all that is left: in each cgroup below the v2 root, and what a v1 cgroup has frozen. For a
 /// helper, after SIGKILL was sent to all.
-pub fn kill() {
-    let Ok(proc) = private::proc() else {
+pub fn kill_remaining() {
+    let Ok(proc) = detached_fs::proc() else {
         return;
     };
     leave_cgroups(&proc);
@@ -49,7 +49,7 @@ pub fn lift_resource_limits() {
 
 /// Takes away what keeps PID 1 from forking: a cgroup with a limit, and the limits of all processes.
 pub fn allow_forks() {
-    let Ok(proc) = private::proc() else {
+    let Ok(proc) = detached_fs::proc() else {
         return;
     };
     leave_cgroups(&proc);
@@ -73,7 +73,7 @@ fn leave_cgroups(proc: &OwnedFd) {
 
 /// The root of cgroup v2.
 fn unified() -> rustix::io::Result<OwnedFd> {
-    private::mount(c"cgroup2", b"")
+    detached_fs::mount(c"cgroup2", b"")
 }
 
 /// The root of the v1 hierarchy with this controller: it can only be mounted with all it has
@@ -86,5 +86,5 @@ fn hierarchy(proc: &OwnedFd, controller: &[u8]) -> Option<OwnedFd> {
         let found = split(controllers, b',').any(|one| one == controller);
         found.then_some(controllers)
     })?;
-    private::mount(c"cgroup", controllers).ok()
+    detached_fs::mount(c"cgroup", controllers).ok()
 }

@@ -7,7 +7,7 @@
 use crate::error;
 use crate::error::{Result, name};
 use crate::process::helper;
-use crate::shutdown::private::KernelFile;
+use crate::shutdown::detached_fs::KernelFile;
 use crate::sys::{self, Stopwatch, disk, files, mount};
 use core::ffi::CStr;
 use proto::block::{self, DeviceNumber};
@@ -160,7 +160,7 @@ impl Volume {
     }
 
     /// Leaves its file system clean, or says why not.
-    pub fn leave_clean(&self, tables: &Tables) -> Result {
+    pub fn quiesce(&self, tables: &Tables) -> Result {
         let was_mounted = self.unmount(tables);
         // Claimed by a file system, a partition of it, a swap area, or a device on top of it.
         let held = self.open(OFlags::EXCL).err() == Some(Errno::BUSY);
@@ -187,7 +187,7 @@ impl Volume {
     }
 
     /// The same for the root, which is not unmounted.
-    pub fn leave_root_clean(&self, tables: &Tables, root: &OwnedFd) -> Result {
+    pub fn quiesce_root(&self, tables: &Tables, root: &OwnedFd) -> Result {
         self.make_read_only(root, tables)
             .and_then(|()| self.check(tables))
     }

@@ -1,7 +1,7 @@
 //! The event loop.
 
 use super::state::{Phase, Supervisor};
-use super::workload::PIECES;
+use super::workload::MAX_PIECES;
 use crate::context::{NEVER, Source, Stop};
 use crate::process::helper::{self, Helper, Rendezvous};
 use crate::sys::signal::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
@@ -65,7 +65,7 @@ impl Supervisor {
         self.watch();
         self.wait();
         while let Some((token, flags)) = self.context.poller.next() {
-            if let Some((source, key)) = Source::of_token(token) {
+            if let Some((source, key)) = Source::from_token(token) {
                 self.on_event(source, key, flags);
             }
         }
@@ -74,10 +74,10 @@ impl Supervisor {
             self.reap();
         }
         if self.context.guest_threads.settle() {
-            self.copy_output(PIECES);
+            self.copy_output(MAX_PIECES);
             self.api.on_any_output(&mut self.context);
         }
-        self.api.on_time(&mut self.context);
+        self.api.run_timers(&mut self.context);
         if let Some(stop) = self.context.workload.stop.take() {
             self.stop_workload(stop);
         }
@@ -95,13 +95,13 @@ impl Supervisor {
             }
             Source::Listener => self.api.accept(&mut self.context),
             Source::Console => self.console.flush(),
-            Source::Typed => self.input.copy(&mut self.context),
+            Source::ConsoleInput => self.input.copy(&mut self.context),
             // `finish_setup`, which waits for it, checks after each iteration.
             Source::Helper => {}
             Source::Events => self.events.on_event(flags),
             #[cfg(feature = "snapshot")]
-            Source::Kernel => self.context.snapshot.trigger_events |= flags,
-            Source::Workload | Source::WorkloadError => self.copy_output(1),
+            Source::RestoreTrigger => self.context.snapshot.trigger_events |= flags,
+            Source::WorkloadStdout | Source::WorkloadStderr => self.copy_output(1),
             _ => self.api.on_event(source, key, flags, &mut self.context),
         }
     }
@@ -162,7 +162,7 @@ impl Supervisor {
         let now = self.clock();
         let elapsed = now.saturating_sub(start);
         self.context.now = now;
-        if elapsed > timeout.saturating_add(sys::PAUSED) {
+        if elapsed > timeout.saturating_add(sys::PAUSE_THRESHOLD) {
             self.context.now = start + timeout.div_ceil(2);
             self.paused += now - self.context.now;
         }
@@ -193,10 +193,10 @@ impl Supervisor {
             // Ctrl-Alt-Del: the kernel's own SIGINT (kernel/reboot.c, ctrl_alt_del).
             SIGINT if signal.from_kernel => {
                 self.console.info(&"ctrl-alt-del", &"");
-                self.stop_workload(Stop::USUAL);
+                self.stop_workload(Stop::DEFAULT);
             }
             // HANDLED has no other: they are for the workload.
-            _ if self.phase == Phase::Setup => self.stop_workload(Stop::USUAL),
+            _ if self.phase == Phase::Setup => self.stop_workload(Stop::DEFAULT),
             number => self.signal_workload(number),
         }
         true
@@ -208,7 +208,7 @@ impl Supervisor {
         self.has_no_children = false;
         for _ in 0..REAP_AT_ONCE {
             match rustix::process::wait(WaitOptions::NOHANG) {
-                Ok(Some((pid, status))) => self.reaped(pid, status),
+                Ok(Some((pid, status))) => self.on_child_exit(pid, status),
                 Err(Errno::INTR) => {}
                 other => {
                     self.has_no_children = other.is_err();
@@ -220,16 +220,16 @@ impl Supervisor {
     }
 
     /// A child was reaped.
-    fn reaped(&mut self, pid: Pid, status: WaitStatus) {
+    fn on_child_exit(&mut self, pid: Pid, status: WaitStatus) {
         #[cfg(feature = "snapshot")]
         if self.context.snapshot.helper == Some(pid) {
-            self.context.snapshot.ended = Some(status);
+            self.context.snapshot.helper_status = Some(status);
             return;
         }
         if let Some(workload) = self.workload.take_if(|workload| workload.pid == pid) {
             // One that could not be killed in time no longer counts.
             if matches!(self.phase, Phase::Running | Phase::KillingWorkload) {
-                self.workload_ended(workload, status);
+                self.on_workload_exit(workload, status);
             }
             return;
         }

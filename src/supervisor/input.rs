@@ -11,7 +11,7 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
 /// Bytes read at once: a line has 4096 at most (N_TTY_BUF_SIZE).
-const AT_ONCE: usize = 4096;
+const MAX_READ: usize = 4096;
 
 /// The console and the pipe, until either has ended.
 #[derive(Default)]
@@ -29,7 +29,7 @@ impl Input {
     /// Waits for what is typed.
     pub fn watch(&mut self, context: &Context) {
         if let Some((console, _)) = &self.ends {
-            let token = Source::Typed.token(Key::default());
+            let token = Source::ConsoleInput.token(Key::default());
             let watched = &mut self.watched;
             context
                 .poller
@@ -42,7 +42,7 @@ impl Input {
         let Some((console, pipe)) = &mut self.ends else {
             return;
         };
-        let room = context.scratch.get_mut(..AT_ONCE).unwrap_or(&mut []);
+        let room = context.scratch.get_mut(..MAX_READ).unwrap_or(&mut []);
         let copied = match files::read(console, room) {
             // Ctrl-D, or a hang-up.
             Ok(0) => Err(Errno::PIPE),

@@ -1,6 +1,6 @@
 //! Did the kernel's OOM killer kill this process?
 
-use crate::context::SINK;
+use crate::context::TEMP_BUFFER;
 use crate::sys::files;
 use proto::kmsg;
 use rustix::fd::OwnedFd;
@@ -10,9 +10,9 @@ use rustix::io::Errno;
 const RECORDS: usize = 1 << 16;
 
 /// Whether the unread part of the kernel log says that `pid` was OOM-killed.
-pub fn was_oom_killed(log: &OwnedFd, pid: u32, record: &mut [u8; SINK]) -> bool {
+pub fn was_oom_killed(log: &OwnedFd, pid: u32, record: &mut [u8; TEMP_BUFFER]) -> bool {
     // CONSOLE_EXT_LOG_MAX, kernel/printk
-    const _: () = assert!(SINK >= 8192);
+    const _: () = assert!(TEMP_BUFFER >= 8192);
     for _ in 0..RECORDS {
         match files::read(log, &mut *record) {
             Ok(0) => return false,

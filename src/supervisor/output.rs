@@ -31,7 +31,7 @@ impl Pipe {
 
 /// The result of a copy.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Copied {
+pub enum CopyResult {
     /// Nothing waits.
     Drained,
     /// Somebody has the pipe locked.
@@ -66,8 +66,8 @@ impl Output {
                 0 => EventFlags::empty(),
             };
             let source = match pipe.stream {
-                Stream::Stdout => Source::Workload,
-                Stream::Stderr => Source::WorkloadError,
+                Stream::Stdout => Source::WorkloadStdout,
+                Stream::Stderr => Source::WorkloadStderr,
             };
             let token = source.token(Key::default());
             pipe.channel.watch(token, wanted, &context.poller);
@@ -82,13 +82,18 @@ impl Output {
 
     /// Copies at most `pieces` pieces of each stream, as far as there is room for them: not for as long as
     /// output comes, as others wait, too.
-    pub fn copy(&mut self, pieces: usize, console: &mut Console, log: &mut OutputLog) -> Copied {
-        let mut all = Copied::Drained;
+    pub fn copy(
+        &mut self,
+        pieces: usize,
+        console: &mut Console,
+        log: &mut OutputLog,
+    ) -> CopyResult {
+        let mut all = CopyResult::Drained;
         for pipe in &mut self.pipes {
-            let mut copied = Copied::More;
+            let mut copied = CopyResult::More;
             for _ in 0..pieces {
                 copied = pipe.copy(self.destination, console, log);
-                if copied != Copied::More {
+                if copied != CopyResult::More {
                     break;
                 }
             }
@@ -107,13 +112,13 @@ impl Pipe {
         destination: Destination,
         console: &mut Console,
         log: &mut OutputLog,
-    ) -> Copied {
+    ) -> CopyResult {
         if !self.channel.is_open() {
-            return Copied::Drained;
+            return CopyResult::Drained;
         }
         let room = room(destination, console, log);
         if room == 0 {
-            return Copied::Full;
+            return CopyResult::Full;
         }
         let count = self.channel.read(room, false, &mut |output| {
             if destination != Destination::Log {
@@ -124,9 +129,9 @@ impl Pipe {
             }
         });
         match count {
-            1.. => Copied::More,
-            0 if self.channel.is_locked() => Copied::Locked,
-            0 => Copied::Drained,
+            1.. => CopyResult::More,
+            0 if self.channel.is_locked() => CopyResult::Locked,
+            0 => CopyResult::Drained,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The phases of a VM's life, and how one follows the other.
 
 use super::state::{Phase, Supervisor};
-use super::workload::KILLED;
+use super::workload::SIGNAL_BASE;
 use crate::context::{NEVER, Stop};
 use crate::error;
 use crate::error::Error;
@@ -9,7 +9,7 @@ use crate::process::oom_score;
 use crate::shutdown::budget::{
     self, CONSOLE_DRAIN_TIMEOUT, KILL_TIMEOUT, TERM_GRACE, UNMOUNT_TIMEOUT,
 };
-use crate::shutdown::{self, hard_limit};
+use crate::shutdown::{self, last_resort};
 use crate::sys;
 use crate::sys::files;
 use crate::sys::signal::{SIGKILL, SIGTERM};
@@ -49,7 +49,7 @@ impl Supervisor {
             Phase::Setup if late => {
                 self.deadline = NEVER;
                 if let Some(helper) = self.helper.take() {
-                    let error = helper.give_up(self.console);
+                    let error = helper.kill(self.console);
                     self.fail(error);
                 }
             }
@@ -60,14 +60,14 @@ impl Supervisor {
             }
             // It blocks in the kernel, as on a disk that hangs.
             Phase::KillingWorkload if late => {
-                let code = KILLED + SIGKILL as i32;
-                self.end_with(code, error!("the workload cannot be killed"));
+                let code = SIGNAL_BASE + SIGKILL as i32;
+                self.fail_with_code(code, error!("the workload cannot be killed"));
             }
             Phase::Linger if late || self.exit_is_delivered() => {
                 self.api.close(&mut self.context);
                 self.shutdown_deadline = self.context.now.saturating_add(budget::begin());
                 // For the helpers of the shutdown, which inherit it.
-                if let Err(error) = oom_score::spare(&self.context.proc) {
+                if let Err(error) = oom_score::exempt(&self.context.proc) {
                     self.console.warn(&error);
                 }
                 sys::kill_all(SIGTERM);
@@ -79,7 +79,7 @@ impl Supervisor {
             }
             Phase::TerminatingProcesses if late => {
                 sys::kill_all(SIGKILL);
-                self.helper = shutdown::kill().ok();
+                self.helper = shutdown::kill_remaining().ok();
                 self.enter(Phase::KillingProcesses, KILL_TIMEOUT);
                 self.reap();
             }
@@ -89,7 +89,7 @@ impl Supervisor {
             }
             Phase::Unmounting if late => {
                 if let Some(helper) = self.helper.take() {
-                    hard_limit::report(&helper, false, self.console);
+                    last_resort::report(&helper, false, self.console);
                 }
                 self.drain();
             }
@@ -104,8 +104,9 @@ impl Supervisor {
 
     /// Whether the exit code, and the last of the output, are delivered to those who wait for them.
     fn exit_is_delivered(&self) -> bool {
-        let told = self.context.workload.exit_code_delivered || self.events.has_delivered_exit();
-        told && self.context.log_readers == 0
+        let is_delivered =
+            self.context.workload.exit_code_delivered || self.events.has_delivered_exit();
+        is_delivered && self.context.log_readers == 0
     }
 
     /// Leaves the file systems clean.
@@ -114,7 +115,7 @@ impl Supervisor {
             // Kernel 6.12 waits for grace periods when it makes an ext4 read-only, 11 ms of ticks.
             let _slower = files::write(switch, b"1");
         }
-        match shutdown::leave_clean() {
+        match shutdown::quiesce() {
             Ok(helper) => {
                 self.helper = Some(helper);
                 self.enter(Phase::Unmounting, UNMOUNT_TIMEOUT);
@@ -129,7 +130,7 @@ impl Supervisor {
         self.console.warn(error);
         let left = self.shutdown_deadline.saturating_sub(self.clock());
         let timeout = left.saturating_sub(CONSOLE_DRAIN_TIMEOUT);
-        hard_limit::remount_by_kernel(timeout.min(UNMOUNT_TIMEOUT), self.console);
+        last_resort::remount_by_kernel(timeout.min(UNMOUNT_TIMEOUT), self.console);
         self.context.now = self.clock();
         self.drain();
     }
@@ -148,7 +149,7 @@ impl Supervisor {
             // drivers/tty/serial/8250/8250_port.c).
             let _printed = files::write_at(&self.context.proc, c"sys/kernel/printk", b"0");
         }
-        if self.console.waiting() == 0 && !more || late {
+        if self.console.pending() == 0 && !more || late {
             shutdown::reboot();
         }
         // More output may have taken the place of what has gone.

@@ -128,21 +128,21 @@ impl Supervisor {
     }
 
     /// Whether the boot is over without a workload.
-    pub fn has_ended(&self) -> bool {
+    pub fn has_exit(&self) -> bool {
         self.context.workload.exit.is_some()
     }
 
     /// The workload cannot run: logs why, and begins the shutdown.
     pub fn fail(&mut self, error: Error) {
-        self.end_with(NOT_RUN, error);
+        self.fail_with_code(NOT_RUN, error);
     }
 
     /// The same, with an exit code.
-    pub(super) fn end_with(&mut self, code: i32, error: Error) {
+    pub(super) fn fail_with_code(&mut self, code: i32, error: Error) {
         // Before the first iteration the clock has not been read.
         self.context.now = self.clock();
         self.console.error(&error);
-        self.ended(Exit {
+        self.set_exit(Exit {
             code,
             oom_killed: false,
             error: Some(error),
@@ -150,8 +150,8 @@ impl Supervisor {
     }
 
     /// The exit code is known: reports it to those who wait; then the shutdown follows.
-    pub(super) fn ended(&mut self, exit: Exit) {
-        if self.has_ended() {
+    pub(super) fn set_exit(&mut self, exit: Exit) {
+        if self.has_exit() {
             return;
         }
         let Exit {

@@ -8,20 +8,20 @@ use crate::output_log::{Destination, OutputLog};
 use crate::process::channel::Channel;
 use crate::process::exec::{Command, Input, Launch, Streams};
 use crate::process::pipe;
-use crate::supervisor::output::Copied;
+use crate::supervisor::output::CopyResult;
 use crate::sys::signal::SIGKILL;
 use crate::sys::{GuestFile, Inherited, files};
 use rustix::fs::OFlags;
 use rustix::process::WaitStatus;
 
 /// What a killed process's exit code is counted from, as in a shell.
-pub(super) const KILLED: i32 = 128;
+pub(super) const SIGNAL_BASE: i32 = 128;
 
 /// What the workload has for itself at its start, in milliseconds: execve(2) reads a disk.
 const HEAD_START: u64 = 5;
 
 /// Pieces of output copied after the exit: together more than a pipe holds (pipe(7)).
-pub(super) const PIECES: usize = 8;
+pub(super) const MAX_PIECES: usize = 8;
 
 impl Supervisor {
     /// Says where the workload's output goes.
@@ -93,7 +93,7 @@ impl Supervisor {
         let event = format_args!("{{\"event\":\"started\",\"pid\":{pid}}}");
         self.events.send(&event);
         self.enter(Phase::Running, NEVER);
-        self.let_workload_begin();
+        self.yield_to_workload();
         self.console
             .info(&"workload started", &format_args!(" pid={pid}"));
         Ok(())
@@ -101,7 +101,7 @@ impl Supervisor {
 
     /// Leaves the processor to the workload until it has begun, or something happens that the event
     /// loop sees to. Where there is one processor, what PID 1 does now would come before it.
-    fn let_workload_begin(&mut self) {
+    fn yield_to_workload(&mut self) {
         self.watch();
         self.context.poller.wait(HEAD_START);
         self.events.flush();
@@ -115,7 +115,7 @@ impl Supervisor {
     }
 
     /// The workload's process was reaped.
-    pub(super) fn workload_ended(&mut self, mut workload: Launch, status: WaitStatus) {
+    pub(super) fn on_workload_exit(&mut self, mut workload: Launch, status: WaitStatus) {
         if let Some(error) = workload.failure() {
             self.console.error(&error);
         }
@@ -125,14 +125,14 @@ impl Supervisor {
             && self
                 .kernel_log
                 .as_ref()
-                .is_some_and(|log| oom::was_oom_killed(log, pid, self.context.sink));
+                .is_some_and(|log| oom::was_oom_killed(log, pid, self.context.temp));
         let code = match status.exit_status() {
             Some(code) => code,
-            None => KILLED + signal.unwrap_or(0),
+            None => SIGNAL_BASE + signal.unwrap_or(0),
         };
         self.unlogged_exit = Some((code, oom_killed));
         self.finish_output();
-        self.ended(Exit {
+        self.set_exit(Exit {
             code,
             oom_killed,
             error: None,
@@ -144,24 +144,24 @@ impl Supervisor {
     pub(super) fn finish_output(&mut self) -> bool {
         self.api.protect_log(&mut self.context);
         let log = &mut self.context.output_log;
-        let copied = self.output.copy(PIECES, self.console, log);
+        let copied = self.output.copy(MAX_PIECES, self.console, log);
         // Others may have the pipes open for as long as they like, and locked until they are killed.
-        let is_all = match copied {
-            Copied::Drained => true,
-            Copied::Locked => self.phase == Phase::DrainingConsole,
-            Copied::Full | Copied::More => false,
+        let is_complete = match copied {
+            CopyResult::Drained => true,
+            CopyResult::Locked => self.phase == Phase::DrainingConsole,
+            CopyResult::Full | CopyResult::More => false,
         };
-        if is_all {
+        if is_complete {
             log.end();
         }
         self.api.on_output(&mut self.context);
-        if is_all
+        if is_complete
             && self.console.room() > 0
             && let Some((code, oom_killed)) = self.unlogged_exit.take()
         {
             let fields = format_args!(" exit_code={code} oom_killed={oom_killed}");
             self.console.info(&"workload exited", &fields);
         }
-        copied == Copied::More
+        copied == CopyResult::More
     }
 }

@@ -63,9 +63,9 @@ pub fn set_real_time(time: i64) -> Result<()> {
 }
 
 /// A longer step of the clock than a second is a pause of the VM, where steps are short.
-pub const PAUSED: u64 = 1000;
+pub const PAUSE_THRESHOLD: u64 = 1000;
 
-/// How long something takes, in milliseconds; the VM's pauses count as [`PAUSED`] at most.
+/// How long something takes, in milliseconds; the VM's pauses count as [`PAUSE_THRESHOLD`] at most.
 pub struct Stopwatch {
     last: Cell<u64>,
     elapsed: Cell<u64>,
@@ -83,7 +83,9 @@ impl Stopwatch {
     /// The time up to now; to be asked again and again.
     pub fn elapsed(&self) -> u64 {
         let now = milliseconds();
-        let step = now.saturating_sub(self.last.replace(now)).min(PAUSED);
+        let step = now
+            .saturating_sub(self.last.replace(now))
+            .min(PAUSE_THRESHOLD);
         self.elapsed.set(self.elapsed.get().saturating_add(step));
         self.elapsed.get()
     }

@@ -315,9 +315,9 @@ impl GuestThreads {
         let start = NonNull::from(&*thread).cast();
         // SAFETY: the thread has a stack of its own, and what it is given stays until `runs` is 0. `begun`
         // and `returned` say which of both has `call`; all else is the event loop's.
-        let answer = unsafe { arch::clone_on_stack(&arguments, enter, start) };
-        if answer < 0 {
-            return Err(Errno::from_raw_os_error(-answer as i32));
+        let result = unsafe { arch::clone_on_stack(&arguments, enter, start) };
+        if result < 0 {
+            return Err(Errno::from_raw_os_error(-result as i32));
         }
         let thread = thread.leak();
         self.newest.set(Some(thread));

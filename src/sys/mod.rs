@@ -26,7 +26,7 @@ mod syscall;
 pub mod terminal;
 pub mod vsock;
 
-pub use clock::{PAUSED, Stopwatch, milliseconds, sleep};
+pub use clock::{PAUSE_THRESHOLD, Stopwatch, milliseconds, sleep};
 #[cfg(feature = "snapshot")]
 pub use clock::{device_time, microseconds, real_time, set_real_time};
 pub use files::c_str;
@@ -38,4 +38,4 @@ pub use process::{
 };
 pub use signal::{SignalSet, block_signals, read_signal, signalfd};
 pub use spawn::Spawn;
-pub use start::Words;
+pub use start::StackStrings;

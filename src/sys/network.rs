@@ -10,7 +10,7 @@ use rustix::io::Result;
 use rustix::ioctl::{Setter, ioctl};
 
 /// Asks for the kernel's own words in the acknowledgements of a netlink socket (netlink(7)).
-pub fn ask_for_reasons(socket: &OwnedFd) -> Result<()> {
+pub fn enable_extended_acks(socket: &OwnedFd) -> Result<()> {
     let on = 1u32;
     let arguments = [
         socket.as_raw_fd() as usize,

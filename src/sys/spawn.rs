@@ -26,12 +26,12 @@ const STACK: usize = 256 << 10;
 /// The child has this program's memory, and copies of its descriptors. It must not map memory: what it
 /// has mapped when it is killed is nobody's.
 pub struct Spawn<T: 'static> {
-    room: ManuallyDrop<PageBox<Room<T>>>,
+    memory: ManuallyDrop<PageBox<ChildMemory<T>>>,
 }
 
 /// The stack comes first: it grows down, away from the rest.
 #[repr(C)]
-struct Room<T> {
+struct ChildMemory<T> {
     stack: UnsafeCell<MaybeUninit<Stack>>,
     /// Not 0 from the start until the child has other memory, or none: the kernel clears it then
     /// (CLONE_CHILD_CLEARTID).
@@ -47,27 +47,27 @@ impl<T> Spawn<T> {
     /// Makes the value, in memory of its own. `run` is what the child does with it; it returns the exit
     /// code, if at all.
     pub fn new(value: impl FnOnce() -> T, run: fn(&mut T) -> i32) -> Result<Self> {
-        let room = PageBox::new(|| Room {
+        let memory = PageBox::new(|| ChildMemory {
             stack: UnsafeCell::new(MaybeUninit::uninit()),
             in_use: AtomicU32::new(0),
             run,
             value: UnsafeCell::new(value()),
         })?;
-        let room = ManuallyDrop::new(room);
-        Ok(Self { room })
+        let memory = ManuallyDrop::new(memory);
+        Ok(Self { memory })
     }
 
     /// Whether a child uses the value.
     pub fn is_in_use(&self) -> bool {
         // What the child has written before is seen after.
-        self.room.in_use.load(Ordering::Acquire) != 0
+        self.memory.in_use.load(Ordering::Acquire) != 0
     }
 
     /// The value, unless a child uses it.
     pub fn value(&mut self) -> Option<&mut T> {
         match self.is_in_use() {
             true => None,
-            false => Some(self.room.value.get_mut()),
+            false => Some(self.memory.value.get_mut()),
         }
     }
 
@@ -76,34 +76,34 @@ impl<T> Spawn<T> {
         if self.is_in_use() {
             return Err(Errno::BUSY);
         }
-        let room = &**self.room;
-        room.in_use.store(1, Ordering::Relaxed);
+        let memory = &**self.memory;
+        memory.in_use.store(1, Ordering::Relaxed);
         let mut arguments = clone_arguments(cgroup);
         arguments.flags |= u64::from(uapi::CLONE_VM | uapi::CLONE_CHILD_CLEARTID);
-        arguments.child_tid = room.in_use.as_ptr() as u64;
-        arguments.stack = room.stack.get() as u64;
+        arguments.child_tid = memory.in_use.as_ptr() as u64;
+        arguments.stack = memory.stack.get() as u64;
         arguments.stack_size = STACK as u64;
-        let start = NonNull::from(room).cast();
-        // SAFETY: the room stays mapped until `in_use` is 0 again, and nobody else touches its stack and
+        let start = NonNull::from(memory).cast();
+        // SAFETY: the memory stays mapped until `in_use` is 0 again, and nobody else touches its stack and
         // its value until then.
-        let answer = unsafe { arch::clone_on_stack(&arguments, enter::<T>, start) };
-        match Pid::from_raw(answer as i32).filter(|_| answer > 0) {
+        let result = unsafe { arch::clone_on_stack(&arguments, enter::<T>, start) };
+        match Pid::from_raw(result as i32).filter(|_| result > 0) {
             Some(pid) => Ok(pid),
             None => {
-                room.in_use.store(0, Ordering::Relaxed);
-                Err(Errno::from_raw_os_error(-answer as i32))
+                memory.in_use.store(0, Ordering::Relaxed);
+                Err(Errno::from_raw_os_error(-result as i32))
             }
         }
     }
 }
 
 /// The child's first and last function.
-extern "C" fn enter<T>(room: NonNull<c_void>) -> ! {
-    // SAFETY: the parent has made a room there, and takes nothing but `in_use` before this process is
+extern "C" fn enter<T>(memory: NonNull<c_void>) -> ! {
+    // SAFETY: the parent has made a memory there, and takes nothing but `in_use` before this process is
     // over or has other memory.
-    let room = unsafe { room.cast::<Room<T>>().as_ref() };
+    let memory = unsafe { memory.cast::<ChildMemory<T>>().as_ref() };
     // SAFETY: as above.
-    exit((room.run)(unsafe { &mut *room.value.get() }))
+    exit((memory.run)(unsafe { &mut *memory.value.get() }))
 }
 
 impl<T> Drop for Spawn<T> {
@@ -111,7 +111,7 @@ impl<T> Drop for Spawn<T> {
         // Else it is never given back: a child that cannot be killed yet may still run.
         if !self.is_in_use() {
             // SAFETY: dropped once, here.
-            unsafe { ManuallyDrop::drop(&mut self.room) }
+            unsafe { ManuallyDrop::drop(&mut self.memory) }
         }
     }
 }

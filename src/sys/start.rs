@@ -5,9 +5,9 @@ use core::ptr::NonNull;
 
 /// Argument and environment strings as the kernel laid them on the stack.
 #[derive(Clone, Copy)]
-pub struct Words(NonNull<*const c_char>);
+pub struct StackStrings(NonNull<*const c_char>);
 
-impl Words {
+impl StackStrings {
     /// The strings in their order.
     pub fn iter(self) -> impl Iterator<Item = &'static CStr> {
         let mut next = self.0;
@@ -30,16 +30,19 @@ impl Words {
 ///
 /// # Safety
 /// `stack` must be the stack pointer at the process's entry, and nothing above it have changed.
-pub unsafe fn words(stack: NonNull<usize>) -> (Words, Words) {
+pub unsafe fn initial_strings(stack: NonNull<usize>) -> (StackStrings, StackStrings) {
     // SAFETY: at entry the stack holds argc, argv and its null, envp and its null (execve(2)).
     unsafe {
         let argc = *stack.as_ptr();
         let argv = stack.add(1);
-        (Words(argv.cast()), Words(argv.add(argc + 1).cast()))
+        (
+            StackStrings(argv.cast()),
+            StackStrings(argv.add(argc + 1).cast()),
+        )
     }
 }
 
-/// Makes a `fn(Words, Words) -> !` the first safe code of the process.
+/// Makes a `fn(StackStrings, StackStrings) -> !` the first safe code of the process.
 #[macro_export]
 macro_rules! entry {
     ($start:path) => {
@@ -47,7 +50,7 @@ macro_rules! entry {
         #[unsafe(no_mangle)]
         unsafe extern "C" fn start_with_stack(stack: ::core::ptr::NonNull<usize>) -> ! {
             // SAFETY: `_start` calls this with the stack pointer as the kernel has set it.
-            let (arguments, environment) = unsafe { $crate::sys::start::words(stack) };
+            let (arguments, environment) = unsafe { $crate::sys::start::initial_strings(stack) };
             $start(arguments, environment)
         }
     };

@@ -79,7 +79,7 @@ pub fn connect(port: u32) -> Result<OwnedFd> {
 }
 
 /// Whether a connection waits to be [accepted](accept).
-pub fn is_called(socket: &OwnedFd) -> bool {
+pub fn has_pending(socket: &OwnedFd) -> bool {
     super::is_readable(socket, 0).unwrap_or(false)
 }
 

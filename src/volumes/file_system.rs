@@ -65,10 +65,10 @@ impl<'a> FileSystem<'a> {
 
     /// Mounts it when its device has appeared; read-only where the device is.
     pub fn mount(&self, target: &CStr, log: &HelperLog) -> Result {
-        let (device, place) = (self.device.lossy(), target.lossy());
-        log.step(&format_args!("mount {device} on {place}"));
+        let (device, path) = (self.device.lossy(), target.lossy());
+        log.step(&format_args!("mount {device} on {path}"));
         self.try_to_mount(target, log)
-            .map_err(|why| error!("mount {device} on {place}: {why}"))
+            .map_err(|why| error!("mount {device} on {path}: {why}"))
     }
 
     fn try_to_mount(&self, target: &CStr, log: &HelperLog) -> Result {

@@ -47,9 +47,9 @@ pub fn mount(volume: &Mount, owner: Owner, log: &HelperLog) -> Result {
     let target = volume.mount_path;
     files::make_directories(target.to_bytes()).map_err(error::on("create", target))?;
     // Links of the root are followed, as everywhere in it, but not onto what the end needs.
-    if let Some(needed) = needed(target) {
-        let (target, needed) = (target.lossy(), needed.lossy());
-        return Err(error!("mount on {target}: would hide {needed}"));
+    if let Some(protected) = protected(target) {
+        let (target, protected) = (target.lossy(), protected.lossy());
+        return Err(error!("mount on {target}: would hide {protected}"));
     }
     let access = match volume.read_only {
         true => Access::ReadOnly,
@@ -65,7 +65,7 @@ pub fn mount(volume: &Mount, owner: Owner, log: &HelperLog) -> Result {
         access,
     }
     .mount(target, log)?;
-    match own(target, owner) {
+    match set_owner(target, owner) {
         // One that is mounted read-only keeps what it has.
         Ok(()) | Err(Errno::ROFS) => Ok(()),
         other => other.map_err(error::on("change the owner of", target)),
@@ -73,7 +73,7 @@ pub fn mount(volume: &Mount, owner: Owner, log: &HelperLog) -> Result {
 }
 
 /// Gives it that owner, unless it has it: the disk is not written to for nothing.
-fn own(path: &CStr, owner: Owner) -> Result<(), Errno> {
+fn set_owner(path: &CStr, owner: Owner) -> Result<(), Errno> {
     let status = rustix::fs::stat(path)?;
     if (status.st_uid, status.st_gid) == owner {
         return Ok(());
@@ -83,15 +83,15 @@ fn own(path: &CStr, owner: Owner) -> Result<(), Errno> {
 }
 
 /// What no volume may hide, and nobody unmount: roots of mounts.
-const NEEDED: [&CStr; 5] = [c"/", c"/dev", c"/sys", c"/proc", c"/run"];
+const PROTECTED: [&CStr; 5] = [c"/", c"/dev", c"/sys", c"/proc", c"/run"];
 
 /// What of that a path leads to, if anything.
-pub fn needed(path: &CStr) -> Option<&'static CStr> {
+pub fn protected(path: &CStr) -> Option<&'static CStr> {
     if !is_mount_point(path) {
         return None;
     }
     let identify = |path| files::identify(CWD, path, AtFlags::empty());
     let place = identify(path).ok()?;
-    let mut needed = NEEDED.iter().copied();
-    needed.find(|needed| identify(needed) == Ok(place))
+    let mut protected = PROTECTED.iter().copied();
+    protected.find(|protected| identify(protected) == Ok(place))
 }

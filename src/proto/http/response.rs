@@ -1,7 +1,7 @@
 //! Response heads (RFC 9112 section 4).
 
 use super::status::Status;
-use crate::bytes::{Text, copy};
+use crate::bytes::{SliceWriter, copy};
 use crate::digest;
 use core::fmt::{self, Display, Write};
 
@@ -96,7 +96,7 @@ pub fn websocket_accept(key: &[u8]) -> [u8; 28] {
 /// A response's head, built line by line where it is sent from, such as in [`HEAD_ROOM`] bytes.
 #[derive(Debug)]
 pub struct ResponseHead<'r> {
-    text: Text<'r>,
+    text: SliceWriter<'r>,
     fits: bool,
 }
 
@@ -104,7 +104,7 @@ impl<'r> ResponseHead<'r> {
     /// An empty one.
     pub fn new(room: &'r mut [u8]) -> Self {
         Self {
-            text: Text::new(room),
+            text: SliceWriter::new(room),
             fits: true,
         }
     }

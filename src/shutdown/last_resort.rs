@@ -6,8 +6,9 @@ use crate::error::Log;
 use crate::process::helper::{self, Helper};
 use crate::shutdown::budget::{self, CONSOLE_DRAIN_TIMEOUT, KILL_TIMEOUT, TERM_GRACE};
 use crate::shutdown::{
-    self, file_systems,
-    private::{self, KernelFile},
+    self,
+    detached_fs::{self, KernelFile},
+    file_systems,
 };
 use crate::sys::signal::{SIGKILL, SIGTERM};
 use crate::sys::{self, Stopwatch, files};
@@ -31,12 +32,12 @@ pub fn after_panic() -> ! {
     sys::kill_all(SIGTERM);
     if !wait_for_children(TERM_GRACE) {
         sys::kill_all(SIGKILL);
-        let _killed_above = shutdown::kill();
+        let _killed_above = shutdown::kill_remaining();
         if !wait_for_children(KILL_TIMEOUT) {
             console.warn(&"a process cannot be killed");
         }
     }
-    match shutdown::leave_clean() {
+    match shutdown::quiesce() {
         Ok(helper) => {
             let ended = helper.wait_for(unmount_timeout);
             report(&helper, ended, &mut console);
@@ -47,7 +48,7 @@ pub fn after_panic() -> ! {
         }
     }
     let watch = Stopwatch::start();
-    while console.waiting() > 0 && watch.elapsed() < CONSOLE_DRAIN_TIMEOUT {
+    while console.pending() > 0 && watch.elapsed() < CONSOLE_DRAIN_TIMEOUT {
         console.flush();
         sys::sleep(1);
     }
@@ -88,7 +89,7 @@ pub fn remount_by_kernel(timeout: u64, log: &mut dyn Log) {
         sysrq(&proc, &kernel, b"s", b"Emergency Sync complete", half)?;
         if !sysrq(&proc, &kernel, b"u", b"Emergency Remount complete", half)? {
             let mounts = KernelFile::read(&proc, c"self/mountinfo")?;
-            file_systems::name_writable(&mounts, "timed out unmounting", &mut |_, text| {
+            file_systems::each_writable_mount(&mounts, "timed out unmounting", &mut |_, text| {
                 log.warn(text)
             });
         }
@@ -101,8 +102,8 @@ pub fn remount_by_kernel(timeout: u64, log: &mut dyn Log) {
 
 /// A procfs, and the kernel's log from now on.
 fn kernel_log() -> Result<(OwnedFd, OwnedFd), Errno> {
-    let proc = private::proc()?;
-    let nodes = private::mount(c"tmpfs", b"")?;
+    let proc = detached_fs::proc()?;
+    let nodes = detached_fs::mount(c"tmpfs", b"")?;
     // /dev/kmsg (Documentation/admin-guide/devices.txt)
     let (kind, mode) = (FileType::CharacterDevice, Mode::RUSR);
     rustix::fs::mknodat(&nodes, c"kmsg", kind, mode, makedev(1, 11))?;
