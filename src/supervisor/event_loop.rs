@@ -14,16 +14,16 @@ use rustix::process::{Pid, WaitOptions, WaitStatus};
 /// Maximum number of children reaped in one iteration, so that nothing else waits long.
 const REAP_AT_ONCE: usize = 256;
 
-/// When a registration that failed is tried again, in milliseconds.
+/// Time until a failed registration is retried, in milliseconds.
 const REGISTER_RETRY: u64 = 100;
 
-/// All signals that are read from the signalfd; all but SIGCHLD are passed on to the workload.
+/// The signals that are read from the signalfd; all but SIGCHLD are forwarded to the workload.
 pub const HANDLED: SignalSet =
     SignalSet::of([SIGHUP, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2, SIGTERM, SIGCHLD]);
 
 impl Supervisor {
-    /// Opens the API; a VM without vsock runs without, and without events: the kernel would run the root's
-    /// modprobe for each, and have PID 1 wait for it (__sock_create, net/socket.c).
+    /// Starts the API. A VM without vsock has no API, and no events either: for each socket the kernel would
+    /// run the root's modprobe and make PID 1 wait for it (__sock_create, net/socket.c).
     pub fn listen(&mut self) {
         if let Err(error) = self.api.listen() {
             self.console.warn(&format_args!("no API: {error}"));
@@ -32,14 +32,14 @@ impl Supervisor {
         self.events.send(&"{\"event\":\"ready\"}");
     }
 
-    /// From now on a helper prepares what the workload needs.
+    /// Starts the phase in which a helper prepares what the workload needs.
     pub fn begin_setup(&mut self, helper: Helper) {
         self.helper = Some(helper);
         self.context.now = self.clock();
         self.enter(Phase::Setup, helper::TIMEOUT);
     }
 
-    /// Serves until the helper has done its part; a failure of the helper is one of the boot.
+    /// Runs the event loop until the helper has finished; if the helper fails, the boot fails.
     pub fn finish_setup(&mut self, rendezvous: &Rendezvous) {
         let token = Source::Helper.token(Key::default());
         let (mut watched, mut wanted) = (EventFlags::empty(), EventFlags::IN);
@@ -51,7 +51,7 @@ impl Supervisor {
             }
             self.run_once();
             if let Some(is_done) = rendezvous.poll() {
-                // One that has exited instead is reaped soon.
+                // If it has exited instead, it is reaped soon.
                 wanted = EventFlags::empty();
                 if let Some(helper) = self.helper.take_if(|_| is_done) {
                     helper.warnings(self.console);
@@ -96,7 +96,7 @@ impl Supervisor {
             Source::Listener => self.api.accept(&mut self.context),
             Source::Console => self.console.flush(),
             Source::ConsoleInput => self.input.copy(&mut self.context),
-            // `finish_setup`, which waits for it, checks after each iteration.
+            // `finish_setup` checks after each iteration.
             Source::Helper => {}
             Source::Events => self.events.on_event(flags),
             #[cfg(feature = "snapshot")]
@@ -106,7 +106,7 @@ impl Supervisor {
         }
     }
 
-    /// Registers for what can be done next.
+    /// Registers the events of all sources that can make progress.
     pub(super) fn watch(&mut self) {
         if self.context.poller.has_failed() {
             self.context.poller.clear_failed();
@@ -135,13 +135,13 @@ impl Supervisor {
         self.update_clock(deadline.saturating_sub(self.context.now));
     }
 
-    /// When something has to be done, whatever happens.
+    /// The next deadline of all modules.
     fn next_deadline(&self) -> u64 {
         let now = self.context.now;
         let (output, log) = (&self.output, &self.context.output_log);
         let deadline = match self.phase {
             _ if self.reap_more || output.can_proceed(self.console, log) => 0,
-            // The console's driver does not report when its last byte is out.
+            // The console's driver does not report when its last byte has been sent.
             Phase::DrainingConsole => now + 1,
             _ => self
                 .deadline
@@ -155,8 +155,8 @@ impl Supervisor {
     }
 
     /// Updates `now`. If far more than `timeout` milliseconds have passed since the last update, the VM
-    /// was paused: then only half of `timeout` counts, so that what is waited for still gets time, and
-    /// its deadline is still reached.
+    /// was paused: then only half of `timeout` counts, so that pending operations still get some time, and
+    /// their deadline is still reached.
     fn update_clock(&mut self, timeout: u64) {
         let start = self.context.now;
         let now = self.clock();
@@ -168,41 +168,40 @@ impl Supervisor {
         }
     }
 
-    /// Copies some pieces of the workload's output, and lets those who follow it read it.
+    /// Copies some pieces of the workload's output, and sends them to log followers.
     fn copy_output(&mut self, pieces: usize) {
-        // Another one may have started to read in this iteration.
+        // A new follower may have connected in this iteration.
         self.api.protect_log(&mut self.context);
         self.output
             .copy(pieces, self.console, &mut self.context.output_log);
         self.api.on_output(&mut self.context);
     }
 
-    /// Reads the signals that came while the boot waited elsewhere.
+    /// Reads the signals that arrived while the boot waited elsewhere.
     pub fn read_signals(&mut self) {
         while self.read_signal() {}
     }
 
-    /// Reads one signal per iteration; the next one wakes the next iteration. Returns whether there was
-    /// one.
+    /// Reads one signal; another pending one wakes the next iteration. Returns whether there was one.
     fn read_signal(&mut self) -> bool {
         let Ok(signal) = sys::read_signal(&self.signals) else {
             return false;
         };
         match signal.number {
             SIGCHLD => self.reap(),
-            // Ctrl-Alt-Del: the kernel's own SIGINT (kernel/reboot.c, ctrl_alt_del).
+            // Ctrl-Alt-Del: a SIGINT from the kernel (kernel/reboot.c, ctrl_alt_del).
             SIGINT if signal.from_kernel => {
                 self.console.info(&"ctrl-alt-del", &"");
                 self.stop_workload(Stop::DEFAULT);
             }
-            // HANDLED has no other: they are for the workload.
+            // All other signals of HANDLED are for the workload.
             _ if self.phase == Phase::Setup => self.stop_workload(Stop::DEFAULT),
             number => self.signal_workload(number),
         }
         true
     }
 
-    /// Takes the exit codes of children.
+    /// Reaps exited children.
     pub(super) fn reap(&mut self) {
         self.reap_more = false;
         self.has_no_children = false;
@@ -219,7 +218,7 @@ impl Supervisor {
         self.reap_more = true;
     }
 
-    /// A child was reaped.
+    /// Handles the exit of a child.
     fn on_child_exit(&mut self, pid: Pid, status: WaitStatus) {
         #[cfg(feature = "snapshot")]
         if self.context.snapshot.helper == Some(pid) {
@@ -227,7 +226,7 @@ impl Supervisor {
             return;
         }
         if let Some(workload) = self.workload.take_if(|workload| workload.pid == pid) {
-            // One that could not be killed in time no longer counts.
+            // A workload that could not be killed in time has an exit code already.
             if matches!(self.phase, Phase::Running | Phase::KillingWorkload) {
                 self.on_workload_exit(workload, status);
             }

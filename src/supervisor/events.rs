@@ -1,4 +1,4 @@
-//! Events for the host: lines of JSON on a vsock connection that PID 1 makes.
+//! Events for the host: lines of JSON on a vsock connection from PID 1.
 
 use crate::context::Source;
 use crate::sys::epoll::Poller;
@@ -11,10 +11,10 @@ use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
-/// Bytes of events that wait for their connection: there are four kinds, of at most 100 bytes each.
+/// Bytes of events queued for the connection: there are four kinds, of at most 100 bytes each.
 const QUEUE: usize = 1024;
 
-/// The connection to the host, made when there is something to say.
+/// The connection to the host, opened when there is an event to send.
 pub struct Events {
     /// `None`: events are disabled.
     port: Option<u32>,
@@ -26,7 +26,7 @@ pub struct Events {
 }
 
 impl Events {
-    /// For the host's port, if there is one.
+    /// Events for a port of the host, if one is configured.
     pub const fn new(port: Option<u32>) -> Self {
         Self {
             port,
@@ -43,7 +43,7 @@ impl Events {
         self.close();
     }
 
-    /// Begins to connect, so that the first event finds the connection made.
+    /// Starts connecting early, so that the first event does not wait for the connection.
     pub fn connect(&mut self) {
         if let Some(port) = self.port {
             self.socket = vsock::connect(port).ok();
@@ -56,15 +56,15 @@ impl Events {
             return;
         }
         let line = message!("{event}\n");
-        // Only a write shows that the last connection is gone or was refused: then a new one is tried.
+        // Only a write shows that the last connection is closed or was refused: then a new one is tried.
         let tries = if self.socket.is_some() { 2 } else { 1 };
         for _ in 0..tries {
             if self.socket.is_none() {
                 self.close();
                 self.connect();
             }
-            // More than there is room for has not been taken by anybody.
-            let _lost = self.queue.push(line.as_bytes());
+            // If the queue is full, nobody reads it.
+            let _dropped = self.queue.push(line.as_bytes());
             self.flush();
             if self.socket.is_some() {
                 return;
@@ -83,7 +83,7 @@ impl Events {
         self.has_exit && self.queue.is_empty()
     }
 
-    /// Writes what the connection takes; before it is made that is nothing.
+    /// Writes what the connection accepts: nothing until it is established.
     pub fn flush(&mut self) {
         while !self.queue.is_empty()
             && let Some(socket) = &self.socket
@@ -91,14 +91,14 @@ impl Events {
             match files::write(socket, self.queue.filled()) {
                 Ok(count) => self.queue.consume(count),
                 Err(Errno::AGAIN) => return,
-                // It is being made, or was refused.
+                // It is being established, or was refused.
                 Err(Errno::NOTCONN) if matches!(sys::has_hung_up(socket, 0), Ok(false)) => return,
                 Err(_) => self.close(),
             }
         }
     }
 
-    /// Drops the connection; the next event makes another one.
+    /// Drops the connection; the next event opens a new one.
     pub fn close(&mut self) {
         self.socket = None;
         self.watched = EventFlags::empty();
@@ -106,7 +106,7 @@ impl Events {
         self.has_exit = false;
     }
 
-    /// The connection can be written to, or is gone.
+    /// The connection is writable, or was closed.
     pub fn on_event(&mut self, flags: EventFlags) {
         if flags.intersects(EventFlags::ERR | EventFlags::HUP) {
             self.close();
@@ -114,7 +114,7 @@ impl Events {
         self.flush();
     }
 
-    /// Registers for when the connection takes bytes, while there are any.
+    /// Waits until the connection is writable, while anything is queued.
     pub fn watch(&mut self, poller: &Poller) {
         let wanted = match self.queue.is_empty() {
             true => EventFlags::empty(),

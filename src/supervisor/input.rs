@@ -1,7 +1,7 @@
-//! What is typed on the console, on its way to a workload that does not run as root.
+//! Console input for a workload that does not run as root.
 //!
-//! Who has a terminal open can keep everybody else out of it (TIOCSETD while another process waits in it,
-//! drivers/tty/tty_ldisc.c), and PID 1 writes to this one. So such a workload has a pipe.
+//! A process that has a terminal open can block all other users of it (TIOCSETD while another process
+//! waits in it, drivers/tty/tty_ldisc.c), and PID 1 writes to this one. So such a workload gets a pipe.
 
 use crate::context::{Context, Source};
 use crate::sys::{GuestFile, files};
@@ -10,10 +10,10 @@ use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
-/// Bytes read at once: a line has 4096 at most (N_TTY_BUF_SIZE).
+/// Most bytes in one read: a line has at most 4096 (N_TTY_BUF_SIZE).
 const MAX_READ: usize = 4096;
 
-/// The console and the pipe, until either has ended.
+/// The console and the pipe, until either is closed.
 #[derive(Default)]
 pub struct Input {
     ends: Option<(OwnedFd, GuestFile)>,
@@ -21,12 +21,12 @@ pub struct Input {
 }
 
 impl Input {
-    /// From now on it goes from `console` to `pipe`, neither of which blocks.
+    /// Starts copying from `console` to `pipe`, both non-blocking.
     pub fn open(&mut self, console: OwnedFd, pipe: GuestFile) {
         self.ends = Some((console, pipe));
     }
 
-    /// Waits for what is typed.
+    /// Waits for input.
     pub fn watch(&mut self, context: &Context) {
         if let Some((console, _)) = &self.ends {
             let token = Source::ConsoleInput.token(Key::default());
@@ -37,7 +37,7 @@ impl Input {
         }
     }
 
-    /// Copies what was typed. What the pipe has no room for is lost, as with a terminal that nobody reads.
+    /// Copies the input. What does not fit in the pipe is lost, as with a terminal that nobody reads.
     pub fn copy(&mut self, context: &mut Context) {
         let Some((console, pipe)) = &mut self.ends else {
             return;

@@ -1,5 +1,4 @@
-//! PID 1 while it serves: one event loop, from the first moment at which something can happen to the
-//! reboot.
+//! PID 1 while it serves: one event loop, from the start of the API to the reboot.
 
 mod event_loop;
 mod events;

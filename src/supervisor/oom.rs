@@ -1,4 +1,4 @@
-//! Did the kernel's OOM killer kill this process?
+//! Detects in the kernel's log whether the OOM killer killed a process.
 
 use crate::context::TEMP_BUFFER;
 use crate::sys::files;
@@ -6,7 +6,7 @@ use proto::kmsg;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
-/// Records of the kernel's log read: more than there can be, unless somebody keeps writing.
+/// Most records read: more than the log holds, unless a process keeps writing.
 const RECORDS: usize = 1 << 16;
 
 /// Whether the unread part of the kernel log says that `pid` was OOM-killed.

@@ -1,4 +1,4 @@
-//! The workload's output, on its way to the console and to the log.
+//! Copies the workload's output to the console and the log.
 
 use crate::console::Console;
 use crate::context::{Context, Source};
@@ -8,9 +8,9 @@ use proto::docker_frames::Stream;
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
 
-/// The workload's standard output and error: our ends of their pipes.
+/// The read ends of the workload's standard output and error.
 pub struct Output {
-    /// Where it goes.
+    /// Where the output goes.
     pub destination: Destination,
     pipes: [Pipe; 2],
 }
@@ -32,13 +32,13 @@ impl Pipe {
 /// The result of a copy.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum CopyResult {
-    /// Nothing waits.
+    /// The pipe is empty.
     Drained,
-    /// Somebody has the pipe locked.
+    /// Another process holds the pipe's lock.
     Locked,
-    /// There is no room for it.
+    /// The destination is full.
     Full,
-    /// It was copied: there may be more.
+    /// Something was copied, and there may be more.
     More,
 }
 
@@ -51,14 +51,14 @@ impl Output {
         }
     }
 
-    /// From now on output comes from these pipes.
+    /// Starts reading from these pipes.
     pub fn open(&mut self, output: Channel, errors: Channel) {
         let [stdout, stderr] = &mut self.pipes;
         stdout.channel = output;
         stderr.channel = errors;
     }
 
-    /// Waits for output while there is room for it.
+    /// Waits for output while the destination has room.
     pub fn watch(&mut self, console: &Console, context: &mut Context) {
         for pipe in &mut self.pipes {
             let wanted = match room(self.destination, console, &context.output_log) {
@@ -74,14 +74,14 @@ impl Output {
         }
     }
 
-    /// Whether what was waited for can be copied: of that there is no event.
+    /// Whether a pending read has returned and can be copied: the poller does not report that.
     pub fn can_proceed(&self, console: &Console, log: &OutputLog) -> bool {
         let has_returned = self.pipes.iter().any(|pipe| pipe.channel.has_returned());
         has_returned && room(self.destination, console, log) > 0
     }
 
-    /// Copies at most `pieces` pieces of each stream, as far as there is room for them: not for as long as
-    /// output comes, as others wait, too.
+    /// Copies at most `pieces` pieces of each stream, as far as they fit: without a limit, a stream that
+    /// never pauses would starve the event loop.
     pub fn copy(
         &mut self,
         pieces: usize,
@@ -136,7 +136,7 @@ impl Pipe {
     }
 }
 
-/// How much output the destination takes now.
+/// How much output the destination accepts now, in bytes.
 fn room(destination: Destination, console: &Console, log: &OutputLog) -> usize {
     match destination {
         Destination::Console => console.room(),

@@ -1,4 +1,4 @@
-//! The phases of a VM's life, and how one follows the other.
+//! The phases of a VM's life, and the transitions between them.
 
 use super::state::{Phase, Supervisor};
 use super::workload::SIGNAL_BASE;
@@ -35,14 +35,13 @@ impl Supervisor {
         }
     }
 
-    /// Whether the workload runs, and nobody has asked it to stop.
+    /// Whether the workload runs and no stop was requested.
     #[cfg(feature = "snapshot")]
     pub fn is_running(&self) -> bool {
         self.phase == Phase::Running && self.deadline == NEVER
     }
 
-    /// Enters the next phase if what this one waits for has happened, or has taken too long. Returns
-    /// whether it did.
+    /// Enters the next phase if this one is complete or has timed out. Returns whether it did.
     pub(super) fn advance(&mut self) -> bool {
         let late = self.deadline <= self.context.now;
         match self.phase {
@@ -58,7 +57,7 @@ impl Supervisor {
                 self.signal_workload(SIGKILL);
                 self.enter(Phase::KillingWorkload, KILL_TIMEOUT);
             }
-            // It blocks in the kernel, as on a disk that hangs.
+            // It is blocked in the kernel, for instance by a hung disk.
             Phase::KillingWorkload if late => {
                 let code = SIGNAL_BASE + SIGKILL as i32;
                 self.fail_with_code(code, error!("the workload cannot be killed"));
@@ -66,7 +65,7 @@ impl Supervisor {
             Phase::Linger if late || self.exit_is_delivered() => {
                 self.api.close(&mut self.context);
                 self.shutdown_deadline = self.context.now.saturating_add(budget::begin());
-                // For the helpers of the shutdown, which inherit it.
+                // The helpers of the shutdown inherit it.
                 if let Err(error) = oom_score::exempt(&self.context.proc) {
                     self.console.warn(&error);
                 }
@@ -102,17 +101,17 @@ impl Supervisor {
         true
     }
 
-    /// Whether the exit code, and the last of the output, are delivered to those who wait for them.
+    /// Whether a client has the exit code, and all log readers have the last output.
     fn exit_is_delivered(&self) -> bool {
         let is_delivered =
             self.context.workload.exit_code_delivered || self.events.has_delivered_exit();
         is_delivered && self.context.log_readers == 0
     }
 
-    /// Leaves the file systems clean.
+    /// Starts unmounting the file systems.
     fn unmount(&mut self) {
         if let Some(switch) = &self.context.rcu_expedited {
-            // Kernel 6.12 waits for grace periods when it makes an ext4 read-only, 11 ms of ticks.
+            // Kernel 6.12 waits 11 ms for grace periods when it makes an ext4 read-only.
             let _slower = files::write(switch, b"1");
         }
         match shutdown::quiesce() {
@@ -120,12 +119,12 @@ impl Supervisor {
                 self.helper = Some(helper);
                 self.enter(Phase::Unmounting, UNMOUNT_TIMEOUT);
             }
-            // No memory.
+            // Out of memory.
             Err(error) => self.unmount_by_kernel(&error),
         }
     }
 
-    /// No helper has done it, so the kernel is asked to. Nobody waits for PID 1 now.
+    /// Falls back to the kernel's emergency remount. It blocks, but nothing waits for PID 1 any more.
     pub(super) fn unmount_by_kernel(&mut self, error: &Error) {
         self.console.warn(error);
         let left = self.shutdown_deadline.saturating_sub(self.clock());
@@ -135,24 +134,24 @@ impl Supervisor {
         self.drain();
     }
 
-    /// Only the console is left.
+    /// Starts draining the console: the last phase.
     pub(super) fn drain(&mut self) {
         self.enter(Phase::DrainingConsole, CONSOLE_DRAIN_TIMEOUT);
     }
 
-    /// Reboots once the console has taken all, or has taken nothing for too long.
+    /// Reboots once the console has accepted everything, or nothing for too long.
     fn finish_drain(&mut self, late: bool) {
         let more = self.finish_output();
         self.console.flush();
         if late {
-            // For the kernel's last lines: it would wait 10 ms for each of their bytes (wait_for_xmitr,
-            // drivers/tty/serial/8250/8250_port.c).
+            // Silences the kernel's last lines: it would wait 10 ms for each of their bytes
+            // (wait_for_xmitr, drivers/tty/serial/8250/8250_port.c).
             let _printed = files::write_at(&self.context.proc, c"sys/kernel/printk", b"0");
         }
         if self.console.pending() == 0 && !more || late {
             shutdown::reboot();
         }
-        // More output may have taken the place of what has gone.
+        // Compared by bytes sent, as new output may have been queued meanwhile.
         let sent = self.console.sent();
         if sent != self.console_sent {
             self.console_sent = sent;

@@ -37,7 +37,7 @@ pub enum Phase {
     DrainingConsole,
 }
 
-/// The program's state once it is PID 1.
+/// The state of PID 1.
 pub struct Supervisor {
     /// Log and output.
     pub console: &'static mut Console,
@@ -46,41 +46,41 @@ pub struct Supervisor {
     /// What all modules share.
     pub context: Context,
     pub(super) phase: Phase,
-    /// When the phase has taken too long; while the workload runs, when one that was asked to stop
-    /// is killed.
+    /// When the phase times out; while the workload runs, when a workload that was asked to stop is
+    /// killed.
     pub(super) deadline: u64,
-    /// When the shutdown has taken too long.
+    /// When the shutdown times out.
     pub(super) shutdown_deadline: u64,
-    /// There are more children to reap than were reaped at once.
+    /// The last iteration reached its limit of children: there may be more to reap.
     pub(super) reap_more: bool,
-    /// No child was left at the last reaping.
+    /// At the last reaping there were no children left.
     pub(super) has_no_children: bool,
     pub(super) linger: u64,
     /// Bytes that the console had sent at the last check, for a drain that makes progress.
     pub(super) console_sent: usize,
-    /// How long the VM was paused, as far as deadlines ran meanwhile, in milliseconds.
+    /// How long the VM was paused while a deadline was running, in milliseconds.
     pub(super) paused: u64,
     /// The helper of this phase.
     pub(super) helper: Option<Helper>,
     /// The workload, until it is reaped.
     pub(super) workload: Option<Launch>,
-    /// What the host is told without asking.
+    /// Events sent to the host.
     pub events: Events,
-    /// The workload's standard input, where that is not the console itself.
+    /// The workload's standard input, unless that is the console itself.
     pub(super) input: Input,
     /// The workload's standard output and error.
     pub(super) output: Output,
-    /// The exit code, and whether the workload was OOM-killed: for a log line after its output.
+    /// The exit code, and whether the workload was OOM-killed; logged once its output is written.
     pub(super) unlogged_exit: Option<(i32, bool)>,
     pub(super) signals: OwnedFd,
     /// Poller events registered for the signalfd.
     pub(super) signals_watched: EventFlags,
-    /// /dev/kmsg, from the workload's start on.
+    /// /dev/kmsg, positioned at the workload's start.
     pub(super) kernel_log: Option<OwnedFd>,
 }
 
 impl Supervisor {
-    /// A supervisor that does not run yet.
+    /// A supervisor in the first phase.
     pub fn new(
         console: &'static mut Console,
         api: &'static mut Api,
@@ -117,7 +117,7 @@ impl Supervisor {
         sys::milliseconds().saturating_sub(self.paused)
     }
 
-    /// The next phase, and how long it may take in milliseconds.
+    /// Enters a phase, which may take `time` milliseconds.
     pub(super) fn enter(&mut self, phase: Phase, time: u64) {
         self.phase = phase;
         self.deadline = self
@@ -127,7 +127,7 @@ impl Supervisor {
             .min(self.shutdown_deadline);
     }
 
-    /// Whether the boot is over without a workload.
+    /// Whether the workload has exited, or could not be started.
     pub fn has_exit(&self) -> bool {
         self.context.workload.exit.is_some()
     }
@@ -137,9 +137,9 @@ impl Supervisor {
         self.fail_with_code(NOT_RUN, error);
     }
 
-    /// The same, with an exit code.
+    /// The same, with another exit code than 125.
     pub(super) fn fail_with_code(&mut self, code: i32, error: Error) {
-        // Before the first iteration the clock has not been read.
+        // The boot may have taken some time since the clock was last read.
         self.context.now = self.clock();
         self.console.error(&error);
         self.set_exit(Exit {
@@ -149,7 +149,7 @@ impl Supervisor {
         });
     }
 
-    /// The exit code is known: reports it to those who wait; then the shutdown follows.
+    /// Reports the exit to clients and begins the shutdown.
     pub(super) fn set_exit(&mut self, exit: Exit) {
         if self.has_exit() {
             return;

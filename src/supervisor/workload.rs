@@ -14,19 +14,19 @@ use crate::sys::{GuestFile, Inherited, files};
 use rustix::fs::OFlags;
 use rustix::process::WaitStatus;
 
-/// What a killed process's exit code is counted from, as in a shell.
+/// Exit code of a process killed by a signal, minus the signal's number, as in a shell.
 pub(super) const SIGNAL_BASE: i32 = 128;
 
-/// What the workload has for itself at its start, in milliseconds: execve(2) reads a disk.
+/// How long PID 1 leaves the processor to the new workload, in milliseconds: execve(2) reads a disk.
 const HEAD_START: u64 = 5;
 
-/// Pieces of output copied after the exit: together more than a pipe holds (pipe(7)).
+/// Pieces of output copied at once after the exit: together more than a pipe holds (pipe(7)).
 pub(super) const MAX_PIECES: usize = 8;
 
 impl Supervisor {
-    /// Says where the workload's output goes.
+    /// Sets where the workload's output goes.
     pub fn set_output(&mut self, destination: Destination, log: OutputLog) {
-        // Without memory for a log there is none.
+        // There may have been no memory for the log.
         self.output.destination = match log.is_kept() {
             true => destination,
             false => Destination::Console,
@@ -51,7 +51,7 @@ impl Supervisor {
             false => None,
         };
         let their_errors = errors.as_ref().map_or(&their_output, |(_, theirs)| theirs);
-        // Root has the console itself.
+        // Root gets the console itself.
         let console = if uid == 0 {
             None
         } else {
@@ -99,8 +99,8 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Leaves the processor to the workload until it has begun, or something happens that the event
-    /// loop sees to. Where there is one processor, what PID 1 does now would come before it.
+    /// Yields the processor to the workload until it has started, or until an event arrives: on a single
+    /// processor, PID 1 would otherwise continue before it.
     fn yield_to_workload(&mut self) {
         self.watch();
         self.context.poller.wait(HEAD_START);
@@ -114,7 +114,7 @@ impl Supervisor {
         }
     }
 
-    /// The workload's process was reaped.
+    /// Handles the exit of the workload's process.
     pub(super) fn on_workload_exit(&mut self, mut workload: Launch, status: WaitStatus) {
         if let Some(error) = workload.failure() {
             self.console.error(&error);
@@ -139,13 +139,12 @@ impl Supervisor {
         });
     }
 
-    /// Copies what is left of the output, and logs the exit after it. Returns true if there may be more
-    /// output.
+    /// Copies the remaining output, and logs the exit after it. Returns true if there may be more output.
     pub(super) fn finish_output(&mut self) -> bool {
         self.api.protect_log(&mut self.context);
         let log = &mut self.context.output_log;
         let copied = self.output.copy(MAX_PIECES, self.console, log);
-        // Others may have the pipes open for as long as they like, and locked until they are killed.
+        // Other processes may keep the pipes open indefinitely, and locked until they are killed.
         let is_complete = match copied {
             CopyResult::Drained => true,
             CopyResult::Locked => self.phase == Phase::DrainingConsole,
