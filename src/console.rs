@@ -1,4 +1,4 @@
-//! The console: log lines and the workload's output, written without ever waiting.
+//! The console: log lines and the workload's output, written without ever blocking.
 
 use crate::context::Source;
 use crate::error::Log;
@@ -16,34 +16,34 @@ use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-/// Bytes waiting for the console: three pages of output, and room that is kept for log lines.
+/// Size of the queue in bytes: three pages of output, and a reserve for log lines.
 const QUEUE: usize = 16 << 10;
-/// Output of the workload leaves this much free, so that log lines are not lost behind it.
+/// Bytes of the queue that the workload's output leaves free, so that log lines still fit.
 const LOG_RESERVE: usize = 4 << 10;
 
-/// Bytes written at once: a serial port that is as fast as its driver takes any number of them, and
-/// the driver's time for each. A turn writes twice at most.
+/// Most bytes in one write. An emulated serial port accepts any number at once, but the driver spends
+/// time on each. An iteration of the event loop writes twice at most.
 const MAX_WRITE: usize = 512;
 
-/// In this order; a VM without a serial port has no console.
+/// Tried in this order; a VM without a serial port has no console.
 const DEVICES: [&CStr; 3] = [c"ttyS0", c"ttyAMA0", c"console"];
 
 /// Where the log and the workload's output go.
 pub struct Console {
-    /// /dev, opened before anybody could mount something over it.
+    /// /dev, opened before anything could be mounted over it.
     directory: Option<OwnedFd>,
     /// The device and its name.
     device: Option<(OwnedFd, &'static CStr)>,
     level: Level,
-    /// Who the workload is, once known: a part of every line.
+    /// The workload's user and group id, once known; added to every line.
     identity: Option<(u32, u32)>,
-    /// Log lines that found no room.
+    /// Number of log lines that did not fit.
     lost: u32,
-    /// What is waited for of this device.
+    /// Poller events registered for the device.
     watched: EventFlags,
     /// Bytes written to the device, modulo 2^64.
     written: usize,
-    /// The workload's last line has no end yet.
+    /// The workload's last line has no line feed yet.
     open_line: bool,
     queue: Buffer<QUEUE>,
 }
@@ -64,7 +64,7 @@ impl Console {
         }
     }
 
-    /// Opens the first device there is, and writes what waits.
+    /// Opens the first available device and writes what is queued.
     pub fn open(&mut self, level: Level) {
         self.level = level;
         self.directory = files::open(c"/dev", OFlags::PATH).ok();
@@ -72,14 +72,14 @@ impl Console {
         self.flush();
     }
 
-    /// The console for a command's standard input, its directory and its name: to be opened anew, so
-    /// that it blocks as a terminal does (a descriptor's flags are shared by its copies).
+    /// The console for a command's standard input: its directory and its name. The command opens it
+    /// itself, so that it blocks as a terminal does (copies of a descriptor share its flags).
     pub fn input(&self) -> Option<(&OwnedFd, &'static CStr)> {
         let (_, name) = self.device.as_ref()?;
         Some((self.directory.as_ref()?, *name))
     }
 
-    /// The same for PID 1, which does not block.
+    /// The same for PID 1: opened, and non-blocking.
     pub fn reader(&self) -> Option<OwnedFd> {
         let (_, name) = self.device.as_ref()?;
         let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
@@ -96,13 +96,13 @@ impl Console {
         let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
         DEVICES.iter().find_map(|name| {
             let device = self.open_device(name, flags).ok()?;
-            // A port without hardware opens well, and takes not even nothing.
+            // A port without hardware can be opened, but even an empty write fails.
             files::write(&device, &[]).ok()?;
             Some((device, *name))
         })
     }
 
-    /// Registers for when the device takes bytes again, while there are any.
+    /// Waits until the device is writable, while anything is queued.
     pub fn watch(&mut self, poller: &Poller) {
         let wanted = match self.queue.is_empty() {
             true => EventFlags::empty(),
@@ -119,12 +119,12 @@ impl Console {
         }
     }
 
-    /// From now on lines say who the workload is.
+    /// Adds the workload's user and group id to all further lines.
     pub fn set_identity(&mut self, uid: u32, gid: u32) {
         self.identity = Some((uid, gid));
     }
 
-    /// Writes a line; `fields` stands after its message, as ` key=value`.
+    /// Writes a line; `fields` follows the message, as ` key=value`.
     pub fn log(&mut self, level: Level, message: &dyn Display, fields: &dyn Display) {
         if level < self.level {
             return;
@@ -137,7 +137,7 @@ impl Console {
         self.write_line(&line);
     }
 
-    /// Writes a line at level info; `fields` stands after its message, as ` key=value`.
+    /// Writes a line at level info; `fields` follows the message, as ` key=value`.
     pub fn info(&mut self, message: &dyn Display, fields: &dyn Display) {
         self.log(Level::Info, message, fields);
     }
@@ -154,7 +154,7 @@ impl Console {
 
     fn write_line(&mut self, line: &Message) {
         self.flush();
-        // A log line is one from its first byte on.
+        // A log line starts at the beginning of a line.
         if self.open_line {
             self.open_line = !self.queue.push(b"\n");
         }
@@ -177,12 +177,12 @@ impl Console {
         text.len() < self.queue.free() && self.queue.push(text) && self.queue.push(b"\n")
     }
 
-    /// Room for output of the workload.
+    /// Free space for the workload's output, in bytes.
     pub fn room(&self) -> usize {
         self.queue.free().saturating_sub(LOG_RESERVE)
     }
 
-    /// Queues output of the workload, for which there is [`room`](Self::room).
+    /// Queues output of the workload, no more than there is [`room`](Self::room) for.
     pub fn write(&mut self, output: &[u8]) {
         if self.queue.push(output) {
             self.open_line = !output.ends_with(b"\n");
@@ -190,23 +190,23 @@ impl Console {
         self.flush();
     }
 
-    /// Bytes that are not out yet: those that wait here, and those in the device's driver.
+    /// Bytes that have not been sent yet: those queued here, and those in the device's driver.
     pub fn pending(&self) -> usize {
         self.queue.filled().len() + self.unsent()
     }
 
-    /// Bytes that are out, modulo 2^64.
+    /// Bytes that have been sent, modulo 2^64.
     pub fn sent(&self) -> usize {
         self.written.wrapping_sub(self.unsent())
     }
 
-    /// Bytes in the device's driver; what is no terminal has none.
+    /// Bytes in the device's driver; 0 for a device that is not a terminal.
     fn unsent(&self) -> usize {
         let device = self.device.as_ref();
         device.map_or(0, |(device, _)| terminal::unsent(device).unwrap_or(0))
     }
 
-    /// Writes what the device takes now, but no more than [`MAX_WRITE`].
+    /// Writes what the device accepts now, at most [`MAX_WRITE`] bytes.
     pub fn flush(&mut self) {
         if !self.queue.is_empty() {
             let Some((device, _)) = &self.device else {
@@ -219,7 +219,7 @@ impl Console {
                     self.written = self.written.wrapping_add(count);
                 }
                 Err(Errno::AGAIN) => {}
-                // It is gone, or was hung up: it is opened anew, or another one, or none.
+                // It is gone, or was hung up: open it again, or another one if that fails.
                 Err(_) => {
                     self.device = self.open_first();
                     self.watched = EventFlags::empty();
@@ -235,7 +235,7 @@ impl Log for Console {
     }
 }
 
-/// The start of a log line, for display: `pigeon-init: level=info msg="…"`.
+/// Displays the start of a log line: `pigeon-init: level=info msg="…"`.
 struct LogLine<'a>(Level, &'a dyn Display);
 
 impl Display for LogLine<'_> {

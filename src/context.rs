@@ -1,4 +1,4 @@
-//! What all modules share: the time, the workload's state, and buffers that have one owner.
+//! State that all modules share: the time, the workload's state, and large buffers.
 
 use crate::context;
 use crate::error::{Error, Result};
@@ -22,13 +22,13 @@ use rustix::process::Pid;
 #[cfg(feature = "snapshot")]
 use rustix::process::WaitStatus;
 
-/// A time that does not come.
+/// A deadline that never expires.
 pub const NEVER: u64 = u64::MAX;
 
-/// Room for a record of the kernel's log, or for the list of sessions.
+/// Size of the buffer for a record of the kernel's log, or for the list of sessions.
 pub const TEMP_BUFFER: usize = 16 << 10;
 
-/// Room for the strings of a request: as much as a request is long.
+/// Size of the buffer for the strings of a request: as long as the longest request.
 pub const ARENA: usize = 160 << 10;
 
 /// Where an event comes from.
@@ -38,29 +38,29 @@ pub enum Source {
     Signals,
     /// The vsock listener.
     Listener,
-    /// The console takes bytes again.
+    /// The console is writable.
     Console,
-    /// Something was typed on the console.
+    /// The console has input.
     ConsoleInput,
-    /// The helper of the boot has news.
+    /// The boot's helper has finished a part, or has exited.
     Helper,
-    /// The workload's standard output, and its standard error unless that is apart.
+    /// The workload's standard output, with its standard error unless that has its own pipe.
     WorkloadStdout,
     /// The workload's standard error.
     WorkloadStderr,
-    /// The connection for events takes bytes again.
+    /// The connection for events is writable.
     Events,
     /// A connection of the API, by its key.
     Connection,
-    /// The standard input of a command, by its key, takes bytes again.
+    /// The standard input of a command, by its key, is writable.
     CommandStdin,
     /// Its standard output, or all streams of a terminal.
     CommandStdout,
     /// Its standard error.
     CommandStderr,
-    /// The other end of a tunnel, by its connection's key.
+    /// The server's end of a tunnel, by the connection's key.
     Tunnel,
-    /// The kernel has news, in its log or by vmclock.
+    /// The kernel's log has a new record, or vmclock a new generation.
     #[cfg(feature = "snapshot")]
     RestoreTrigger,
 }
@@ -127,33 +127,33 @@ pub struct Workload {
     pub group: Option<Pid>,
     /// The user id and the group id that it has, and that volumes get.
     pub owner: (u32, u32),
-    /// How it ended.
+    /// Its exit, once it has ended.
     pub exit: Option<Exit>,
-    /// Somebody has read how.
+    /// A client has read the exit code.
     pub exit_code_delivered: bool,
-    /// What asks it to stop, if not SIGTERM.
+    /// Its stop signal, if not SIGTERM.
     pub stop_signal: Option<Signal>,
-    /// Somebody wants it to stop.
+    /// A requested stop that has not been handled yet.
     pub stop: Option<Stop>,
 }
 
-/// How the workload is to stop.
+/// A request to stop the workload.
 #[derive(Clone, Copy)]
 pub struct Stop {
-    /// What is sent to it; `None`: its own stop signal.
+    /// The signal to send; `None`: its own stop signal.
     pub signal: Option<Signal>,
-    /// When it is killed, in milliseconds from now.
+    /// Time until SIGKILL, in milliseconds.
     pub timeout: u64,
 }
 
 impl Stop {
-    /// As usual.
+    /// Unless a call says otherwise.
     pub const DEFAULT: Self = Self {
         signal: None,
         timeout: 10_000,
     };
 
-    /// What two that came at once ask for together.
+    /// Merges two requests that arrived in one iteration of the event loop.
     pub fn merge(self, later: Self) -> Self {
         Self {
             signal: later.signal.or(self.signal),
@@ -162,13 +162,13 @@ impl Stop {
     }
 }
 
-/// What a command has of the workload, unless the call says otherwise.
+/// What a command inherits from the workload, unless the call says otherwise.
 pub struct CommandDefaults {
     /// The workload's environment.
     pub environment: Environment,
-    /// The image or the document sets HOME; else it is that of the user a command runs as.
+    /// The image or the document sets HOME; otherwise a command gets its user's home directory.
     pub sets_home: bool,
-    /// The workload's working directory, with a NUL after it.
+    /// The workload's working directory, NUL-terminated.
     pub working_dir: heapless::Vec<u8, PATH_MAX>,
     /// The workload's resource limits.
     pub rlimits: Rlimits,
@@ -177,7 +177,7 @@ pub struct CommandDefaults {
 }
 
 impl CommandDefaults {
-    /// Nothing.
+    /// Empty, until the boot fills them in.
     pub const fn new() -> Self {
         Self {
             environment: Environment::new(),
@@ -189,63 +189,63 @@ impl CommandDefaults {
     }
 }
 
-/// Control groups that processes are started in, directories of the v2 hierarchy; where one is missing,
-/// PID 1's own is used.
+/// The v2 control groups (their directories) that processes are started in; if one is missing, PID 1's
+/// own is used.
 ///
-/// Apart from each other: a user who freezes his own group must not freeze the host's way in.
+/// Commands have a separate group: a user who freezes the workload's must not lock out the host.
 #[derive(Default)]
 pub struct Cgroups {
     /// The root of the hierarchy.
     pub root: Option<OwnedFd>,
-    /// The workload's, which its user owns.
+    /// The workload's group, owned by its user.
     pub workload: Option<OwnedFd>,
-    /// That of commands, which is root's.
+    /// The commands' group, owned by root.
     pub commands: Option<OwnedFd>,
 }
 
-/// What snapshots and restores need from all modules.
+/// State of snapshots and restores that other modules use.
 #[cfg(feature = "snapshot")]
 pub struct Snapshot {
     /// The workload is frozen, or soon will be: no command starts, and no signal is sent.
     pub is_held: bool,
-    /// Connections that wait for an answer.
+    /// Number of connections that wait for the response to a snapshot call.
     pub pending_calls: usize,
     /// The running helper.
     pub helper: Option<Pid>,
-    /// How it ended.
+    /// Its exit status, once it was reaped.
     pub helper_status: Option<WaitStatus>,
     /// Poller events of the restore triggers, until they are handled.
     pub trigger_events: EventFlags,
-    /// When something has to be done.
+    /// The next deadline of a hold or a restore.
     pub deadline: u64,
-    /// /dev/kmsg and /dev/vmclock0, opened before the workload can put anything in their place.
+    /// /dev/kmsg and /dev/vmclock0, opened before the workload can replace them.
     pub devices: [Option<OwnedFd>; 2],
     /// The configuration, from the boot or from the last restore.
     pub applied: AppliedConfig,
-    /// The interfaces that have its addresses.
+    /// The interfaces that its addresses were added to.
     pub interfaces: Interfaces,
 }
 
 /// Indexes of network interfaces.
 pub type Interfaces = heapless::Vec<u32, MAX_ADDRESSES>;
 
-/// What is remembered of the configuration: enough to tell what a new one changes.
+/// What is kept of the configuration: enough to tell what a new one changes.
 #[cfg(feature = "snapshot")]
 #[derive(Clone, Copy)]
 pub struct AppliedConfig {
     /// The digests of its members.
     pub digests: [u64; MEMBERS.len()],
-    /// What tells the workload of a restore.
+    /// The signal that tells the workload of a restore.
     pub restore_signal: Option<Signal>,
     /// It came from MMDS.
     pub is_from_mmds: bool,
 }
 
-/// Large buffers, each with one use.
+/// Large static buffers.
 pub struct Buffers {
-    /// The strings of the request being looked at.
+    /// The strings of the current request.
     pub arena: [u8; ARENA],
-    /// What is read to be looked at once.
+    /// Short-lived data: a record of the kernel's log, a path, a list of sessions.
     pub temp: [u8; TEMP_BUFFER],
 }
 
@@ -256,14 +256,14 @@ pub fn document_memory() -> Result<Region> {
 
 /// What the supervisor and the API share.
 pub struct Context {
-    /// Now, in milliseconds since the boot without those that the VM was paused: what deadlines are
-    /// compared with.
+    /// The current time that deadlines are compared with: milliseconds of the monotonic clock, without
+    /// pauses of the VM.
     pub now: u64,
     /// The workload.
     pub workload: Workload,
-    /// What commands have of it.
+    /// What commands inherit from it.
     pub defaults: &'static mut CommandDefaults,
-    /// Files being read, by whoever reads one: in a child, once the workload runs.
+    /// Buffer for reading whole files; once the workload runs, used in children only.
     pub scratch: Region,
     /// See [`Buffers`].
     pub temp: &'static mut [u8; TEMP_BUFFER],
@@ -271,21 +271,21 @@ pub struct Context {
     pub arena: &'static mut [u8],
     /// The workload's last output.
     pub output_log: OutputLog,
-    /// Connections that read the log.
+    /// Number of connections that read the log.
     pub log_readers: usize,
-    /// Connections that last as long as their clients like.
+    /// Number of connections without a time limit.
     pub long_connections: usize,
-    /// The event loop's descriptor.
+    /// The event loop's epoll instance.
     pub poller: Poller,
-    /// What uses the pipes and terminals of commands and of the workload.
+    /// Threads that read and write the pipes and terminals of commands and the workload.
     pub guest_threads: &'static GuestThreads,
-    /// /proc, opened before anybody could mount something over it.
+    /// /proc, opened before anything could be mounted over it.
     pub proc: OwnedFd,
     /// /dev/pts, likewise.
     pub pts: Option<OwnedFd>,
-    /// The switch for expedited RCU grace periods, which the shutdown uses as the boot did.
+    /// The sysfs file that expedites RCU grace periods, for the shutdown.
     pub rcu_expedited: Option<OwnedFd>,
-    /// Where the workload and commands are started.
+    /// The groups that the workload and commands are started in.
     pub cgroups: Cgroups,
     /// See [`Snapshot`].
     #[cfg(feature = "snapshot")]
@@ -337,7 +337,7 @@ impl Context {
         }
     }
 
-    /// Remembers which interfaces have addresses, for a restore that gives them others.
+    /// Records which interfaces have addresses, for a restore that replaces them.
     pub fn set_interfaces(&mut self, interfaces: Interfaces) {
         #[cfg(feature = "snapshot")]
         return self.snapshot.interfaces = interfaces;
@@ -354,7 +354,7 @@ impl Context {
         false
     }
 
-    /// The next time at which something has to be done for a snapshot or a restore.
+    /// The next deadline of a snapshot or a restore.
     pub fn deadline(&self) -> u64 {
         #[cfg(feature = "snapshot")]
         return self.snapshot.deadline;

@@ -7,14 +7,14 @@ use proto::environment::TooLarge;
 use proto::message::{ErrnoName, Message, ToLossy};
 use rustix::io::Errno;
 
-/// The result of what can fail.
+/// A result whose error is a message, by default.
 pub type Result<T = (), E = Error> = core::result::Result<T, E>;
 
-/// A whole sentence for the log and the API.
+/// An error message for the log and the API.
 ///
-/// Errors pass through many hands: this is one pointer, to a message in a page of its own.
+/// One pointer wide, as errors are passed up through many calls: the message has its own page.
 pub struct Error {
-    /// `None`: there was no memory for it.
+    /// `None`: out of memory.
     message: Option<PageBox<Message>>,
 }
 
@@ -28,7 +28,7 @@ impl Error {
         error
     }
 
-    /// Says more.
+    /// Appends to the message.
     pub fn append(&mut self, arguments: fmt::Arguments<'_>) {
         if let Some(message) = &mut self.message {
             // Writing to a message never fails.
@@ -60,11 +60,11 @@ impl Display for Error {
 
 /// Where warnings go: the console, or the parent of a helper.
 pub trait Log {
-    /// Something is missing, and the boot or the shutdown continues.
+    /// Logs a problem that the boot or the shutdown can continue with.
     fn warn(&mut self, message: &dyn Display);
 }
 
-/// Nowhere.
+/// Drops all warnings.
 pub struct Discard;
 
 impl Log for Discard {
@@ -94,7 +94,7 @@ pub fn describe(what: fmt::Arguments<'_>, errno: Errno) -> Error {
     Error::format(format_args!("{what}: {}", name(errno)))
 }
 
-/// For `map_err`, where what failed is an action on a path: `mount /data: EBUSY`.
+/// For `map_err`, when an action on a path failed: `mount /data: EBUSY`.
 pub fn on(action: &str, path: &CStr) -> impl Fn(Errno) -> Error {
     move |errno| describe_on(action, path, errno)
 }
@@ -103,7 +103,7 @@ fn describe_on(action: &str, path: &CStr, errno: Errno) -> Error {
     describe(format_args!("{action} {}", path.lossy()), errno)
 }
 
-/// The errno's name, for display.
+/// Displays the errno's name.
 pub fn name(errno: Errno) -> ErrnoName {
     ErrnoName(errno.raw_os_error())
 }

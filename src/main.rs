@@ -38,7 +38,7 @@ use rustix::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{DumpableBehavior, Pid};
 
-/// All that is too large for the stack. It is zero pages until it is touched.
+/// Everything that is too large for the stack; zero pages until they are touched.
 struct Memory {
     console: Console,
     api: Api,
@@ -62,7 +62,8 @@ static MEMORY: Static<Memory> = Static::new(Memory {
 
 entry!(start);
 
-/// The first safe code of the process: [`entry!`] comes here with what the kernel laid on the stack.
+/// The first safe code of the process, called by [`entry!`] with the strings that the kernel put on the
+/// stack.
 fn start(arguments: StackStrings, environment: StackStrings) -> ! {
     let Some(memory) = MEMORY.take() else {
         sys::exit(1);
@@ -84,9 +85,9 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
         guest_threads,
     } = memory;
     sys::block_signals(HANDLED);
-    // Before Linux 5.16 a child that shares this memory, and is killed with a core, takes along whoever
-    // has it too.
-    let _by_any_kernel = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    // Before Linux 5.16 a core dump of a child that shares this memory kills all processes that share
+    // it.
+    let _infallible = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
     let devices = mounts::mount_devtmpfs().and_then(|()| open_standard_streams());
     console.open(params.level);
     let started = devices.and_then(|()| {
@@ -103,8 +104,8 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
             shutdown::reboot();
         }
     };
-    // Ctrl-Alt-Del becomes a signal for us (reboot(2)).
-    let _without = rustix::system::reboot(rustix::system::RebootCommand::CadOff);
+    // Ctrl-Alt-Del then sends SIGINT to PID 1 (reboot(2)).
+    let _unsupported = rustix::system::reboot(rustix::system::RebootCommand::CadOff);
     let context = Context::new(poller, defaults, buffers, scratch, guest_threads, proc);
     let mut supervisor = Supervisor::new(console, api, context, signals, params.linger);
     supervisor.events = Events::new(params.events_port);
@@ -113,7 +114,7 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     let booted = document_memory()
         .and_then(|mut memory| boot::run(&mut supervisor, params, &mut memory, &mut cleanup));
     boot::finish(&mut supervisor, cleanup);
-    // What the boot has used of it goes back, with the page tables; its children use it from now on.
+    // Frees the pages that the boot has touched, with their page tables; from now on children use it.
     if let Ok(memory) = document_memory() {
         supervisor.context.scratch = memory;
     }
@@ -145,23 +146,23 @@ fn event_loop(events: &'static mut EventBuffer) -> Result<(Poller, OwnedFd)> {
     Ok((poller, signals))
 }
 
-/// /dev/null as descriptors 0 to 2: no other ever gets one of these numbers, and commands without
-/// input have this one.
+/// Opens /dev/null as descriptors 0 to 2, so that no other file ever gets these numbers, and as the
+/// standard input of commands without one.
 fn open_standard_streams() -> Result {
-    // Without a console in the initramfs it becomes descriptor 0 at once, so it must outlive an exec.
+    // Without a console in the initramfs this becomes descriptor 0 itself, so it must survive an exec.
     let opened = rustix::fs::open(c"/dev/null", OFlags::RDWR, Mode::empty());
     let null = opened
         .and_then(|null| sys::set_streams(Some(&null), &null, &null).map(|()| null))
         .map_err(context!("open /dev/null"))?;
     if null.as_raw_fd() <= 2 {
-        let _for_ever = null.into_raw_fd();
+        let _leaked = null.into_raw_fd();
     }
     Ok(())
 }
 
-/// A panic is a fault in this program: it says so and takes the VM down in order.
+/// A panic is a bug in this program: logs it and shuts the VM down in order.
 ///
-/// It does not say where: as nobody reads it, the compiler leaves the text out of the program.
+/// The message and location are not logged, so that the compiler can leave their text out.
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {
     if rustix::process::getpid() != Pid::INIT {

@@ -1,4 +1,4 @@
-//! The workload's last output, for those who read it over the API.
+//! The workload's last output, kept for API clients.
 #![cfg_attr(
     not(feature = "logs"),
     allow(dead_code, reason = "nobody reads it: none is kept")
@@ -8,8 +8,8 @@ use crate::sys::Region;
 use proto::docker_frames::Stream;
 use proto::ring::{Cursor, Ring};
 
-/// Memory beside what is to be kept, in bytes, so that a piece of output is seldom cut in two by the
-/// memory's end: a follower gets a quarter more in the same time.
+/// Memory in addition to the log's size, in bytes, so that few pieces of output are split at the end of
+/// the memory: a follower is a quarter faster.
 const SPARE: usize = 36 << 10;
 
 /// Where the workload's output goes: `PIGEON_OUTPUT` on the kernel command line.
@@ -19,17 +19,18 @@ pub enum Destination {
     Both,
     /// To the console only.
     Console,
-    /// To the log only: a serial console costs one exit of the VM a byte.
+    /// To the log only: a serial console costs a VM exit per byte.
     Log,
 }
 
 /// The workload's last output.
 pub struct OutputLog {
-    /// Without memory when none is kept.
+    /// Has no memory if no log is kept.
     ring: Ring<Region>,
-    /// What the slowest follower still needs; without one the oldest goes.
+    /// The position from which the slowest follower still needs output; without a follower, the oldest
+    /// output is dropped.
     keep: u64,
-    /// There will be no more.
+    /// No more output will come.
     ended: bool,
 }
 
@@ -52,12 +53,12 @@ impl OutputLog {
         }
     }
 
-    /// Whether there is a log.
+    /// Whether a log is kept.
     pub fn is_kept(&self) -> bool {
         self.ring.has_memory()
     }
 
-    /// Room for output: none while a follower has to read first.
+    /// Free space for output, in bytes; 0 while a follower has to read first.
     pub fn room(&self) -> usize {
         match cfg!(feature = "logs") {
             true => self.ring.room(self.keep),
@@ -65,39 +66,39 @@ impl OutputLog {
         }
     }
 
-    /// Keeps output, for which there is [`room`](Self::room).
+    /// Appends output, no more than there is [`room`](Self::room) for.
     pub fn write(&mut self, stream: Stream, output: &[u8]) {
         if cfg!(feature = "logs") {
             self.ring.push(stream as u8, output, self.keep);
         }
     }
 
-    /// Says what the slowest follower needs.
+    /// Sets the position from which the slowest follower needs output.
     pub fn set_keep(&mut self, keep: u64) {
         self.keep = keep;
     }
 
-    /// All output has come.
+    /// Marks the output as complete.
     pub fn end(&mut self) {
         self.ended = true;
     }
 
-    /// Whether all output has come.
+    /// Whether the output is complete.
     pub fn has_ended(&self) -> bool {
         self.ended
     }
 
-    /// How many bytes of output have come.
+    /// Total number of bytes of output.
     pub fn written(&self) -> u64 {
         self.ring.written()
     }
 
-    /// A reader's place at an offset, or the nearest one there is.
+    /// A cursor at an offset, or at the nearest one that is kept.
     pub fn seek(&self, offset: u64) -> Cursor {
         self.ring.seek(offset)
     }
 
-    /// The bytes at a reader's place; `None` when it has read everything.
+    /// The bytes at a cursor; `None` when everything was read.
     pub fn read(&self, cursor: &mut Cursor) -> Option<(Stream, &[u8])> {
         let (stream, bytes) = self.ring.read(cursor)?;
         let stream = match stream {
