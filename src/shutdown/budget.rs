@@ -1,28 +1,27 @@
-//! Time limits of the shutdown, in milliseconds: 45 s in all from the workload's exit to the reboot,
-//! whatever hangs. On every path, its steps follow each other.
+//! Time limits of the shutdown, in milliseconds: 45 s in total from the workload's exit to the reboot,
+//! whatever hangs. The steps are sequential on every path.
 
 use crate::sys;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-/// The whole.
+/// The whole shutdown.
 const TOTAL: u64 = 45_000;
-/// How long the exit code can be read, unless the kernel command line says otherwise: then the shutdown
-/// takes as much longer or shorter.
+/// How long the exit code can be read, unless the kernel command line sets another value, by which the
+/// shutdown gets longer or shorter.
 pub const LINGER: u64 = 1000;
 /// How long remaining processes may take to exit after SIGTERM.
 pub const TERM_GRACE: u64 = 500;
-/// How long processes may take to exit after SIGKILL: one that is in the kernel may stay.
+/// How long processes may take to exit after SIGKILL: one that is blocked in the kernel may not exit.
 pub const KILL_TIMEOUT: u64 = 2000;
-/// How long all file systems may take, the kernel making them read-only included.
+/// How long all file systems may take, including the kernel's emergency remount.
 pub const UNMOUNT_TIMEOUT: u64 = 34_000;
-/// How much of it all devices but the root's may take together; the rest is the root's.
+/// How much of that all devices but the root's may take together; the remainder is for the root.
 pub const VOLUMES_TIMEOUT: u64 = 20_000;
-/// How long a console that takes nothing is waited for.
+/// How long to wait for a console that accepts nothing.
 pub const CONSOLE_DRAIN_TIMEOUT: u64 = 3000;
-/// What the kernel and the machine take to restart.
+/// How long the kernel and the machine take to restart.
 const RESTART: u64 = 1000;
-/// All between those who ask for the exit code and the restart. What the steps leave of it is for a
-/// console that takes little.
+/// Everything between lingering and the restart. What the steps do not use is left for a slow console.
 const STEPS: u64 = TOTAL - LINGER - RESTART;
 
 /// Time for everything but the file systems.
@@ -30,7 +29,7 @@ const OTHER_STEPS: u64 = TERM_GRACE + KILL_TIMEOUT + CONSOLE_DRAIN_TIMEOUT;
 
 const _: () = assert!(VOLUMES_TIMEOUT < UNMOUNT_TIMEOUT && UNMOUNT_TIMEOUT + OTHER_STEPS <= STEPS);
 // After a panic during the shutdown: if there is no time to repeat the other steps, the file systems have
-// had theirs.
+// had their time already.
 const _: () = assert!(TERM_GRACE + KILL_TIMEOUT + UNMOUNT_TIMEOUT + OTHER_STEPS <= STEPS);
 
 /// Deadline of the shutdown, on the monotonic clock. One thread uses it: a load and a store are a swap,

@@ -1,5 +1,5 @@
-//! Instances of the kernel's file systems that are mounted nowhere (fsopen(2), fsmount(2)): nobody in
-//! the VM can have hidden or changed what is read and written there.
+//! Detached instances of the kernel's file systems (fsopen(2), fsmount(2)): no process in the VM can have
+//! mounted over the files that are read and written there.
 
 use crate::sys::{self, Region, files};
 use core::ffi::CStr;
@@ -9,7 +9,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 
-/// Maximum number of bytes read from a file: some thousand mounts.
+/// Maximum number of bytes read from a file: several thousand mounts.
 const TABLE: usize = 1 << 20;
 
 /// A new instance of a file system without a device; `options` are separated by commas.
@@ -22,7 +22,7 @@ pub fn proc() -> Result<OwnedFd, Errno> {
     mount(c"proc", b"")
 }
 
-/// The text of one of the kernel's files.
+/// The contents of one of the kernel's files.
 pub struct KernelFile {
     memory: Region,
     length: usize,

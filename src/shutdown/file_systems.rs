@@ -1,6 +1,6 @@
-//! All file systems at the shutdown, the root's last.
+//! Unmounts all file systems, the root's last.
 //!
-//! One child per device, so that a device that hangs delays no other, and can be named.
+//! One child per device, so that a hung device delays no other, and can be named.
 
 use crate::context;
 use crate::error;
@@ -20,40 +20,40 @@ use rustix::fs::OFlags;
 use rustix::mount::MountPropagationFlags;
 use rustix::process::{Pid, WaitOptions};
 
-/// Maximum number of devices: far more than a VM has buses for.
+/// Maximum number of devices: far more than a VM can have.
 const DEVICES: usize = 256;
 
-/// How long a device waits for others that may be backed by it, in milliseconds: it then has as long
-/// itself.
+/// How long a device waits for others that may be backed by it, in milliseconds; the other half of the
+/// time is its own.
 const DEPENDENTS_TIMEOUT: u64 = VOLUMES_TIMEOUT / 2;
 
-/// Major number of RAM disks, which end with the memory (linux/major.h).
+/// Major number of RAM disks, which do not outlive the VM (linux/major.h).
 const RAMDISK_MAJOR: u32 = 1;
 
 /// The state of a device.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Others have to come first.
+    /// Waits for other devices.
     Waiting,
     /// A child unmounts it.
     Running(Pid),
-    /// Done, or given up.
+    /// Finished, or given up.
     Ended,
 }
 
 type Devices = heapless::Vec<(Volume, State), DEVICES>;
 
-/// Leaves every file system clean, and names those that are not. For a helper.
+/// Leaves every file system clean, and logs those that are not. Runs in a helper.
 pub fn quiesce(log: &HelperLog) -> Result {
     let root = files::open(c"/", OFlags::DIRECTORY).map_err(context!("open /"))?;
-    // What becomes of mounts here does not become of mounts elsewhere.
+    // Unmounts must not propagate to other mount namespaces.
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    let _unmounted_in_all = rustix::mount::mount_change(c"/", private);
+    let _propagates = rustix::mount::mount_change(c"/", private);
     let mut devices = Devices::new();
     let tables = match find_devices(&root, &mut devices, log) {
         Ok(tables) => tables,
         Err(error) => {
-            // The kernel is asked to make all read-only then; it may lack the means to.
+            // The caller falls back to the kernel's emergency remount, which may not be available.
             if let Err(errno) = volume::read_only(&root) {
                 log.warn(&context!("make / read-only")(errno));
             }
@@ -68,7 +68,7 @@ pub fn quiesce(log: &HelperLog) -> Result {
             log.warn(&error);
         }
     }
-    // A disk that hangs would hang this, too.
+    // A hung disk would block this, too.
     if in_time {
         log.step(&"writing all file systems out");
         rustix::fs::sync();
@@ -76,8 +76,8 @@ pub fn quiesce(log: &HelperLog) -> Result {
     Ok(())
 }
 
-/// Finds the root's device and all others; each gets a node in a directory, which becomes the working
-/// directory.
+/// Finds the root's device and all others, and makes a node for each in a new tmpfs, which becomes the
+/// working directory.
 fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Result<Tables> {
     let proc = detached_fs::proc().map_err(context!("mount proc"))?;
     let nodes = detached_fs::mount(c"tmpfs", b"").map_err(context!("mount tmpfs"))?;
@@ -85,7 +85,7 @@ fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Resul
     let partitions = KernelFile::read(&proc, c"partitions").map_err(context!("read partitions"))?;
     let mounts = KernelFile::read(&proc, c"self/mountinfo").ok();
     let root = rustix::fs::fstat(root).map(|status| volume::number_of(status.st_dev));
-    // A root without a device number may be a btrfs, whose mount names the device.
+    // A root without a device number may be a btrfs, whose mount table entry names the device.
     let root_mount = match (&root, &mounts) {
         (Ok(DeviceNumber { major: 0, .. }), Some(mounts)) => {
             let mut last_first = mounts.lines().rev().filter_map(mountinfo::parse);
@@ -129,7 +129,7 @@ fn find_devices(root: &OwnedFd, devices: &mut Devices, log: &HelperLog) -> Resul
     })
 }
 
-/// Warns of mounted file systems whose device was unplugged: nothing can be written to it.
+/// Warns of mounted file systems whose device was unplugged: their data cannot be written.
 fn warn_unplugged(devices: &Devices, tables: &Tables, log: &HelperLog) {
     if let Some(mounts) = &tables.mounts {
         each_writable_mount(mounts, "lost the device of", &mut |mount, text| {
@@ -158,8 +158,8 @@ pub fn each_writable_mount(
     }
 }
 
-/// Leaves all devices clean, each in a child of its own, a device before its backing device. Returns
-/// false if some have not finished in time.
+/// Leaves all devices clean, each in its own child, a device before its backing device. Returns false if
+/// some have timed out.
 fn quiesce_all(devices: &mut Devices, tables: &Tables, log: &HelperLog) -> bool {
     if all_ended(devices) {
         return true;
@@ -191,13 +191,14 @@ fn all_ended(devices: &Devices) -> bool {
     devices.iter().all(|(_, state)| *state == State::Ended)
 }
 
-/// Starts what can be started now; `is_early` while a device waits for those that may be backed by it.
+/// Starts the devices that need not wait. With `is_early`, a device also waits for those that may be backed
+/// by it.
 fn start_all(devices: &mut Devices, is_early: bool, tables: &Tables, log: &HelperLog) {
     for at in 0..devices.len() {
         let Some((volume, State::Waiting)) = devices.get(at) else {
             continue;
         };
-        // A disk and its partitions are tried one after the other: to try claims both.
+        // A disk and its partitions must not be tried at the same time: trying one claims both.
         let waits = devices.iter().any(|(other, state)| {
             *state != State::Ended
                 && (other.is_backed_by(volume)
@@ -219,7 +220,7 @@ fn start_all(devices: &mut Devices, is_early: bool, tables: &Tables, log: &Helpe
                 sys::exit(0)
             }
             Ok(Fork::Parent(pid)) => State::Running(pid),
-            // There is room for another one when one has ended.
+            // Retried when another child has exited.
             Err(_) if devices.iter().any(running) => return,
             Err(_) => {
                 log.step(&format_args!("unmounting {}", volume.label(tables)));
@@ -233,7 +234,7 @@ fn start_all(devices: &mut Devices, is_early: bool, tables: &Tables, log: &Helpe
     }
 }
 
-/// Waits for a child to exit, at most a second: a pause of the VM ends one wait.
+/// Waits for a child to exit, at most a second, so that a pause of the VM uses up only one wait.
 fn wait_for_child(ended: Option<&OwnedFd>) {
     match ended {
         Some(ended) => {

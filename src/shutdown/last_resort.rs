@@ -1,4 +1,4 @@
-//! The shutdown where nothing can be relied on: after a panic, and where PID 1 cannot fork.
+//! The shutdown after a panic, and the fallback when PID 1 cannot fork.
 
 use crate::console::Console;
 use crate::context;
@@ -18,7 +18,7 @@ use rustix::fs::{FileType, Mode, OFlags, SeekFrom, makedev};
 use rustix::io::Errno;
 use rustix::process::WaitOptions;
 
-/// Time between two checks, in milliseconds.
+/// Polling interval, in milliseconds.
 const RETRY: i64 = 5;
 
 /// Shuts down after a panic, in the usual order, without the state of the code that panicked.
@@ -55,7 +55,7 @@ pub fn after_panic() -> ! {
     shutdown::reboot()
 }
 
-/// Reaps until no child is left. Returns false if some are left after `timeout` milliseconds.
+/// Reaps until there are no children. Returns false if there still are after `timeout` milliseconds.
 fn wait_for_children(timeout: u64) -> bool {
     let watch = Stopwatch::start();
     loop {
@@ -68,7 +68,7 @@ fn wait_for_children(timeout: u64) -> bool {
     }
 }
 
-/// Logs what a helper has reported; for one that has not exited in time, also what it was doing.
+/// Logs what a helper has reported; if it has timed out, also what it was doing.
 pub fn report(helper: &Helper, ended: bool, log: &mut dyn Log) {
     let lines = helper::read_lines(&helper.log, log);
     if let Some(error) = lines.error {
@@ -79,10 +79,10 @@ pub fn report(helper: &Helper, ended: bool, log: &mut dyn Log) {
     }
 }
 
-/// Has the kernel write all file systems out and make them read-only (sysrq `s` and `u`,
-/// Documentation/admin-guide/sysrq.rst). Its own threads do it, so PID 1 never waits for a disk;
-/// they do it one after the other, so a disk that hangs costs those after it. Each key has half of
-/// `timeout` milliseconds. What is still writable then is named.
+/// Makes the kernel sync all file systems and remount them read-only (sysrq `s` and `u`,
+/// Documentation/admin-guide/sysrq.rst). Kernel threads do it, so PID 1 never waits for a disk; they do it
+/// sequentially, so a hung disk blocks those after it. Each key gets half of `timeout` milliseconds. Logs
+/// what is still writable then.
 pub fn remount_by_kernel(timeout: u64, log: &mut dyn Log) {
     let half = timeout / 2;
     let done = kernel_log().and_then(|(proc, kernel)| {
@@ -100,7 +100,7 @@ pub fn remount_by_kernel(timeout: u64, log: &mut dyn Log) {
     }
 }
 
-/// A procfs, and the kernel's log from now on.
+/// Opens a procfs, and the kernel's log at its end.
 fn kernel_log() -> Result<(OwnedFd, OwnedFd), Errno> {
     let proc = detached_fs::proc()?;
     let nodes = detached_fs::mount(c"tmpfs", b"")?;
@@ -112,8 +112,8 @@ fn kernel_log() -> Result<(OwnedFd, OwnedFd), Errno> {
     Ok((proc, log))
 }
 
-/// Triggers a function and waits until the kernel logs that it is done. Returns false if it did not in
-/// time.
+/// Triggers a sysrq function and waits until the kernel logs that it is complete. Returns false after
+/// `timeout` milliseconds.
 fn sysrq(
     proc: &OwnedFd,
     log: &OwnedFd,

@@ -1,7 +1,7 @@
-//! The shutdown: what is left is killed, every file system is left clean, and the machine restarts.
+//! The shutdown: kills remaining processes, leaves every file system clean, and restarts the machine.
 //!
-//! What may block on a disk is done by a helper; [`last_resort`] is for when there is no helper, or no
-//! PID 1 to rely on.
+//! Helpers do what may block on a disk; [`last_resort`] is for when there can be no helper, or PID 1 has
+//! panicked.
 
 pub mod budget;
 mod detached_fs;
@@ -15,7 +15,7 @@ use crate::process::helper::Helper;
 use crate::sys;
 use rustix::system::RebootCommand;
 
-/// Kills what is left, after SIGKILL was sent to all, in a helper.
+/// Starts a helper that kills the processes that survived SIGKILL to all.
 pub fn kill_remaining() -> Result<Helper> {
     start(&mut || {
         Helper::start(&mut |_| {
@@ -25,13 +25,12 @@ pub fn kill_remaining() -> Result<Helper> {
     })
 }
 
-/// Leaves all file systems clean, in a helper: a disk may take its time.
+/// Starts a helper that leaves all file systems clean: disks may be slow.
 pub fn quiesce() -> Result<Helper> {
     start(&mut || Helper::start(&mut file_systems::quiesce))
 }
 
-/// Starts a helper without limits of its own; where something keeps PID 1 from forking, that is taken
-/// away.
+/// Starts a helper without resource limits. If the fork fails, removes what may limit forks and retries.
 fn start(helper: &mut dyn FnMut() -> Result<Helper>) -> Result<Helper> {
     processes::lift_resource_limits();
     helper().or_else(|_| {

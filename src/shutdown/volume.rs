@@ -1,8 +1,8 @@
-//! One block device at the shutdown: its file system is left clean, wherever it is mounted.
+//! Leaves the file system of one block device clean, wherever it is mounted.
 //!
-//! A superblock lives as long as anybody holds it, be it another mount namespace, an overlay, a swap
-//! file or a path that nobody can reach. So the device decides: while a file system has claimed it, it
-//! is mounted once more, and made read-only there, which counts for all its mounts.
+//! A superblock stays alive while anything uses it: another mount namespace, an overlay, a swap file, a
+//! mount on an unreachable path. So the mount table is not enough: if the device is still claimed, its file
+//! system is mounted once more and made read-only there, which applies to all its mounts.
 
 use crate::error;
 use crate::error::{Result, name};
@@ -20,12 +20,12 @@ use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{FsPickFlags, UnmountFlags};
 
-/// How long a file system may stay busy, in milliseconds: the kernel closes some files of dead
-/// processes in its own time.
+/// How long a file system may stay busy, in milliseconds: the kernel closes some files of dead processes
+/// asynchronously.
 const BUSY_TIMEOUT: u64 = 1000;
-/// Time between two tries, in milliseconds.
+/// Time between two attempts, in milliseconds.
 const RETRY: i64 = 10;
-/// How long swap files may take to be given up, in milliseconds: what is in them goes to memory.
+/// How long swapoff may take, in milliseconds: it moves the contents to memory.
 const SWAPOFF_TIMEOUT: u64 = 3000;
 
 /// Major number of loop devices (linux/major.h).
@@ -35,27 +35,27 @@ const LOOP_MAJOR: u32 = 7;
 const EXT4_SUPER_MAGIC: u64 = 0xef53;
 const BTRFS_SUPER_MAGIC: u64 = 0x9123_683e;
 
-/// Room for a device's name (DISK_NAME_LEN, linux/blkdev.h), the number of a partition, and NUL.
+/// A device's name (DISK_NAME_LEN, linux/blkdev.h), with the number of a partition, and NUL.
 type Name = heapless::Vec<u8, 48>;
 
-/// What is known of all mounts.
+/// Tables that are shared by all devices.
 pub struct Tables {
-    /// A procfs of our own.
+    /// A detached procfs.
     pub proc: OwnedFd,
-    /// Its self/mountinfo, read before anything was unmounted.
+    /// Its self/mountinfo, as it was before anything was unmounted.
     pub mounts: Option<KernelFile>,
     /// The root's device.
     pub root: Option<Volume>,
 }
 
 impl Tables {
-    /// Lines of the mount table.
+    /// The lines of the mount table.
     fn mounts(&self) -> impl DoubleEndedIterator<Item = &[u8]> {
         self.mounts.iter().flat_map(KernelFile::lines)
     }
 }
 
-/// A block device, with a device node of that name in the working directory.
+/// A block device, with a node of the same name in the working directory.
 pub struct Volume {
     /// Its number.
     pub number: DeviceNumber,
@@ -67,7 +67,7 @@ pub struct Volume {
 /// The backing device of a device.
 #[derive(PartialEq, Eq)]
 enum Backing {
-    /// None that could be in use.
+    /// None.
     Nothing,
     /// The device that holds the file of a loop device, or that the loop device is set up on.
     Device(DeviceNumber),
@@ -89,12 +89,12 @@ impl Volume {
         })
     }
 
-    /// Its name, which is its path in the working directory too.
+    /// Its name, and the path of its node.
     pub fn name(&self) -> &CStr {
         sys::c_str(&self.name)
     }
 
-    /// Makes its node in that directory.
+    /// Makes its node in a directory.
     pub fn make_node(&self, directory: &OwnedFd) -> Result<(), Errno> {
         let (kind, mode) = (FileType::BlockDevice, Mode::RUSR | Mode::WUSR);
         let DeviceNumber { major, minor } = self.number;
@@ -132,7 +132,7 @@ impl Volume {
         }
     }
 
-    /// Whether `other` is its backing device, for certain.
+    /// Whether `other` is known to be its backing device.
     pub fn is_backed_by(&self, other: &Self) -> bool {
         match self.backing {
             Backing::Nothing => false,
@@ -146,7 +146,7 @@ impl Volume {
         self.backing == Backing::Unknown && other.backing == Backing::Nothing
     }
 
-    /// Where it is mounted and what it is, for messages: `/data (/dev/vdb)`.
+    /// Its mount point and name, for messages: `/data (/dev/vdb)`.
     pub fn label(&self, tables: &Tables) -> Message {
         let name = self.name().lossy();
         if tables.root.as_ref().map(|root| root.number) == Some(self.number) {
@@ -159,7 +159,7 @@ impl Volume {
         }
     }
 
-    /// Leaves its file system clean, or says why not.
+    /// Leaves its file system clean. The error says why it is not.
     pub fn quiesce(&self, tables: &Tables) -> Result {
         let was_mounted = self.unmount(tables);
         // Claimed by a file system, a partition of it, a swap area, or a device on top of it.
@@ -170,7 +170,7 @@ impl Volume {
         };
         let shut = match &mounted {
             Some(directory) => self.make_read_only(directory, tables),
-            // Read-only already, if it is a file system's.
+            // If a file system holds it, that is read-only already.
             None => Ok(()),
         };
         let shut = match was_mounted || held {
@@ -196,7 +196,7 @@ impl Volume {
         files::open(self.name(), flags | OFlags::NONBLOCK)
     }
 
-    /// Unmounts what can be unmounted by its path, the last mounted first. Returns whether it was mounted.
+    /// Unmounts it from each path, in reverse order. Returns whether it was mounted.
     fn unmount(&self, tables: &Tables) -> bool {
         let mut found = false;
         let mut room = [0; PATH_MAX];
@@ -210,13 +210,13 @@ impl Volume {
         found
     }
 
-    /// Where it is mounted, if this line of the mount table is about it.
+    /// The mount point in a line of the mount table, if that is a mount of this device.
     fn mount_point<'l>(&self, line: &'l [u8]) -> Option<Escaped<'l>> {
         let mount = mountinfo::parse(line)?;
         self.is_mounted_by(&mount).then_some(mount.mount_point)
     }
 
-    /// Whether this mount is of it.
+    /// Whether this is a mount of the device.
     pub fn is_mounted_by(&self, mount: &Mount) -> bool {
         if mount.is_btrfs() {
             return mount.source.raw().strip_prefix(b"/dev/") == Some(self.name().to_bytes());
@@ -225,13 +225,13 @@ impl Volume {
         (mount.major, mount.minor) == (major, minor)
     }
 
-    /// Mounts the file system that holds the device once more: any other kind is refused, and one that
-    /// is read-only as well.
+    /// Mounts the file system that holds the device once more, detached. The kernel refuses this for any
+    /// other type of file system, and for a read-only one.
     fn mount_again(&self, tables: &Tables) -> Option<OwnedFd> {
         let kinds = KernelFile::read(&tables.proc, c"filesystems").ok()?;
         let mut name = Name::new();
         kinds.lines().find_map(|line| {
-            // `nodev` stands before the tab where a kind has no device.
+            // A type without a device has `nodev` before the tab.
             let kind = line.strip_prefix(b"\t")?;
             name.clear();
             name.extend_from_slice(kind).ok()?;
@@ -240,7 +240,7 @@ impl Volume {
         })
     }
 
-    /// Makes the file system read-only; one that stays busy is frozen, which empties its journal, too.
+    /// Makes the file system read-only; if it stays busy, freezes it, which also empties its journal.
     fn make_read_only(&self, directory: &OwnedFd, tables: &Tables) -> Result {
         let watch = Stopwatch::start();
         let mut swaps = true;
@@ -264,10 +264,11 @@ impl Volume {
             )
         })?;
         match rustix::fs::fstatfs(directory).map(|status| status.f_type as u64) {
-            // Its superblock tells. A btrfs has committed all, and its log is empty (btrfs_freeze).
+            // An ext4 is checked by its superblock. A frozen btrfs is committed, with an empty log
+            // (btrfs_freeze).
             Ok(EXT4_SUPER_MAGIC | BTRFS_SUPER_MAGIC) => Ok(()),
-            // An xfs has something in its log on purpose (xfs_fs_freeze, fs/xfs/xfs_super.c); others
-            // are marked as in use.
+            // XFS keeps its log dirty on purpose (xfs_fs_freeze, fs/xfs/xfs_super.c); others stay marked as
+            // in use.
             _ => Err(error!(
                 "{} is not clean: it was busy, and could only be frozen",
                 self.label(tables)
@@ -275,8 +276,8 @@ impl Volume {
         }
     }
 
-    /// Gives up the swap files on it, in a child that is killed when they take too long. A path counts
-    /// from its mount's root when that is mounted nowhere.
+    /// Stops swapping to files on it, in a child that is killed if that takes too long. The path of a file
+    /// on a detached mount starts at the mount's root.
     fn swap_off(&self, directory: &OwnedFd, tables: &Tables) {
         let Ok(swaps) = KernelFile::read(&tables.proc, c"swaps") else {
             return;
@@ -306,7 +307,7 @@ impl Volume {
         }
     }
 
-    /// Checks that it is clean: that it could be made read-only does not mean that it had no errors.
+    /// Checks that it is clean: it may have errors even if it could be made read-only.
     fn check(&self, tables: &Tables) -> Result {
         let (offset, size) = block::EXT_SUPERBLOCK;
         let mut buffer = [0; 256];
@@ -330,7 +331,7 @@ fn is_on(directory: &OwnedFd, path: &CStr) -> bool {
     rustix::fs::stat(path).is_ok_and(|status| Ok(status.st_dev) == device)
 }
 
-/// A number as stat(2) gives it.
+/// A device number from stat(2).
 pub fn number_of(device: u64) -> DeviceNumber {
     DeviceNumber {
         major: rustix::fs::major(device),
@@ -338,7 +339,7 @@ pub fn number_of(device: u64) -> DeviceNumber {
     }
 }
 
-/// Makes the file system on which `directory` is read-only, however many mounts it has.
+/// Makes the file system that `directory` is on read-only, in all its mounts.
 pub fn read_only(directory: &OwnedFd) -> Result<(), Errno> {
     let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
     let context = rustix::mount::fspick(directory, c"", flags)?;
