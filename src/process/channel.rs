@@ -1,4 +1,4 @@
-//! PID 1's end of a stream of a workload or a command.
+//! PID 1's end of a pipe or terminal of the workload or a command.
 
 use crate::sys::epoll::Poller;
 use crate::sys::{GuestFile, GuestThreads};
@@ -6,8 +6,8 @@ use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
-/// So many reads take all that a process that has ended can have left: 1 MiB in a pipe (pipe-max-size,
-/// pipe(7)), of which a read takes 32 KiB at least, or 64 KiB in a terminal, 4 KiB a read.
+/// Number of reads that drain everything an exited process can have written: 1 MiB in a pipe
+/// (pipe-max-size, pipe(7)), with at least 32 KiB per read, or 64 KiB in a terminal, with 4 KiB per read.
 const LATE_READS: u32 = 40;
 
 /// Our end of a pipe or terminal, until the other end is closed.
@@ -15,12 +15,12 @@ const LATE_READS: u32 = 40;
 pub struct Channel {
     file: Option<GuestFile>,
     watched: EventFlags,
-    /// How often something came since the process was over.
+    /// Number of reads with data since the process ended.
     late_reads: u32,
 }
 
 impl Channel {
-    /// A channel, which is open if there is an end; that must not block.
+    /// A channel, which is open if there is an end. The end must be non-blocking.
     pub fn new(end: Option<OwnedFd>, threads: &'static GuestThreads) -> Self {
         Self {
             file: end.map(|end| GuestFile::new(end, threads)),
@@ -33,22 +33,22 @@ impl Channel {
         self.file.is_some()
     }
 
-    /// Our end, for calls that take no lock.
+    /// Our end, for calls that do not lock the pipe or terminal.
     pub fn end(&self) -> Option<&OwnedFd> {
         self.file.as_ref()?.fd()
     }
 
-    /// Whether something waits in it for a process that has it locked.
+    /// Whether a call on it is pending, as another process holds its lock.
     pub fn is_pending(&self) -> bool {
         self.file.as_ref().is_some_and(GuestFile::is_pending)
     }
 
-    /// Whether it could not be read, so that nobody knows what is in it.
+    /// Whether the last call could not be made, or is pending: its contents are unknown.
     pub fn is_locked(&self) -> bool {
         self.file.as_ref().is_some_and(GuestFile::is_locked)
     }
 
-    /// Whether what waited in it has returned.
+    /// Whether a pending call has returned.
     pub fn has_returned(&self) -> bool {
         self.file.as_ref().is_some_and(GuestFile::has_returned)
     }
@@ -58,8 +58,7 @@ impl Channel {
         self.file = None;
     }
 
-    /// Waits for `wanted` events; what is not waited for is not registered, as a hang-up is reported
-    /// even to who asks for nothing.
+    /// Waits for `wanted` events. Without any it is not registered, as epoll always reports hang-ups.
     pub fn watch(&mut self, token: u64, wanted: EventFlags, poller: &Poller) {
         let wanted = match self.is_pending() {
             true => EventFlags::empty(),
@@ -70,11 +69,11 @@ impl Channel {
         }
     }
 
-    /// Reads once, at most `limit` bytes, and has them taken. Returns how many came, 0 if none wait. When
-    /// nobody has the other end open any more, ours is closed.
+    /// Reads once, at most `limit` bytes, and passes them to `take`. Returns their number, 0 if there are
+    /// none now. Closes our end if the other end is closed.
     ///
-    /// `over`: the command has ended. Others may write for ever into its pipe: then it counts as its end
-    /// when all that the command can have left there was read.
+    /// `over`: the command has ended. Other processes may keep writing to its pipe, so it is closed once
+    /// everything that the command itself can have written was read.
     pub fn read(&mut self, limit: usize, over: bool, take: &mut dyn FnMut(&[u8])) -> usize {
         let Some(file) = &mut self.file else {
             return 0;
@@ -89,7 +88,7 @@ impl Channel {
                 count
             }
             Err(Errno::AGAIN) => 0,
-            // EIO: a terminal whose other end nobody has open.
+            // EIO: a terminal whose other end is closed.
             Ok(_) | Err(_) => {
                 self.close();
                 0
@@ -97,7 +96,7 @@ impl Channel {
         }
     }
 
-    /// Writes as much as is taken now; what nobody reads any more is taken and dropped.
+    /// Writes as much as is accepted now. If the other end is closed, the bytes are dropped.
     pub fn write(&mut self, bytes: &[u8]) -> usize {
         match self.file.as_mut().map(|file| file.write(bytes)) {
             Some(Ok(count)) => count,
@@ -106,7 +105,7 @@ impl Channel {
         }
     }
 
-    /// Other bytes will be written than those that were not taken.
+    /// Drops a pending write: the next call will not repeat the bytes that were not written.
     pub fn discard_write(&mut self) {
         if let Some(file) = &mut self.file {
             file.forget();

@@ -11,12 +11,12 @@ use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, Gid, Uid, set_dumpable_behavior};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
-/// The root's users.
+/// The root file system's users.
 pub const PASSWD: &CStr = c"/etc/passwd";
-/// The root's groups.
+/// The root file system's groups.
 pub const GROUP: &CStr = c"/etc/group";
 
-/// Resolves a user from the files of the root.
+/// Resolves a user from the root file system's files; `scratch` holds their contents.
 pub fn resolve(user: &str, scratch: &mut [u8], identity: &mut Identity) -> Result<(), Message> {
     let (passwd, group) = scratch
         .split_at_mut_checked(MAX_DOCUMENT_SIZE)
@@ -28,10 +28,10 @@ pub fn resolve(user: &str, scratch: &mut [u8], identity: &mut Identity) -> Resul
         .map_err(|error| message!("{error}"))
 }
 
-/// Gives up root, unless it is to be: groups first, without root they cannot be set.
+/// Drops to the identity's credentials; groups first, as only root can set them.
 ///
-/// Nothing of a signal or of another process of the user may come to PID 1, whose memory this is. A
-/// child of PID 1 has one thread: the credentials of the thread are the process's.
+/// This process shares PID 1's memory, so the user's signals and processes must not be able to affect or
+/// trace it. It has one thread, so setting the thread's credentials is enough.
 pub fn drop_to(identity: &Identity) -> Result<(), Errno> {
     let (uid, gid) = (Uid::from_raw(identity.uid), Gid::from_raw(identity.gid));
     let mut groups = heapless::Vec::<Gid, MAX_GROUPS>::new();
@@ -45,13 +45,12 @@ pub fn drop_to(identity: &Identity) -> Result<(), Errno> {
     sys::block_signals(SignalSet::ALL);
     set_thread_res_gid(gid, gid, gid)?;
     set_thread_res_uid(uid, uid, uid)?;
-    // With other ids the kernel has the memory dumped and traced as fs.suid_dumpable says (commit_creds,
-    // kernel/cred.c).
+    // A change of ids resets this to fs.suid_dumpable (commit_creds, kernel/cred.c).
     set_dumpable_behavior(DumpableBehavior::NotDumpable)
 }
 
-/// Standard input, output and error become the user's, who could not open them by their names else
-/// (/dev/stdin). What everybody may open stays as it is: /dev/null. Root opens all.
+/// Gives the user standard input, output and error, to open them by name (/dev/stdin). What everybody may
+/// open (/dev/null) is left alone.
 pub fn own_standard_streams(identity: &Identity) {
     const EVERYBODY: Mode = Mode::ROTH.union(Mode::WOTH);
     if identity.uid == 0 {
@@ -60,8 +59,8 @@ pub fn own_standard_streams(identity: &Identity) {
     for stream in sys::standard_streams() {
         let mode = rustix::fs::fstat(stream).map(|status| Mode::from_raw_mode(status.st_mode));
         if mode.is_ok_and(|mode| !mode.contains(EVERYBODY)) {
-            // One that has no owner can be read and written all the same.
-            let _as_it_is = rustix::fs::fchown(stream, Some(Uid::from_raw(identity.uid)), None);
+            // If the owner cannot be changed, the descriptor itself still works.
+            let _unchanged = rustix::fs::fchown(stream, Some(Uid::from_raw(identity.uid)), None);
         }
     }
 }

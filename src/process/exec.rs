@@ -1,4 +1,4 @@
-//! From a call to a command: session, streams, identity, directory, environment, execve.
+//! Starts a command: session, streams, identity, directory, environment, execve.
 
 use crate::context;
 use crate::error;
@@ -21,12 +21,12 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::process::Pid;
 
-/// Exit code of a command that is not there.
+/// Exit code of a command that was not found.
 const NOT_FOUND: i32 = 127;
-/// Exit code of a command that is there and cannot be executed.
+/// Exit code of a command that cannot be executed.
 const NOT_EXECUTABLE: i32 = 126;
 
-/// Maximum length of a user's name, with that of a group.
+/// Maximum length of a `user:group`, in bytes.
 const USER: usize = 512;
 
 /// Standard input, output and error of a command.
@@ -43,49 +43,49 @@ pub struct Streams {
 /// Standard input of a command.
 #[derive(Clone, Copy)]
 pub enum Input {
-    /// What PID 1's is: /dev/null.
+    /// PID 1's own: /dev/null.
     Null,
     /// A pipe.
     Pipe(Inherited),
-    /// A terminal, which becomes the controlling one of the command's session.
+    /// A terminal, which becomes the session's controlling terminal.
     Terminal(Inherited),
-    /// A device, by its name in that directory; one that cannot be opened is /dev/null.
+    /// A device, by directory and name; /dev/null if it cannot be opened.
     Device(Inherited, &'static CStr),
 }
 
-/// A command to execute, with copies of everything, as the parent continues meanwhile.
+/// A command to execute. Owns copies of all its data, as the parent continues meanwhile.
 pub struct Command {
     /// Its standard input, output and error.
     pub streams: Option<Streams>,
-    /// Who it runs as, unless `user` is to be looked up.
+    /// Who it runs as, unless `user` is set.
     pub identity: Identity,
     /// Its resource limits.
     pub rlimits: Rlimits,
     user: Option<User>,
-    /// Where its strings are kept, with the environment's.
+    /// Its arguments, stored with the environment's strings.
     arguments: Range<usize>,
     directory: Range<usize>,
-    /// Why exec failed; empty on success.
+    /// Why the command could not be executed; empty on success.
     failure: Message,
     /// Its environment.
     pub environment: Environment,
-    /// In the child: the arguments, null, the environment, null.
+    /// In the child: argv and envp, each null-terminated.
     pointers: heapless::Vec<*const c_char, { 2 * MAX_ARGS + ENV_ENTRIES + 2 }>,
 }
 
-/// A user whose ids are in files of the root: a disk may hang, so that the child reads them.
+/// A user to look up in the root's files. The child reads them, as a disk may hang.
 struct User {
     name: heapless::String<USER>,
-    /// HOME is that user's.
+    /// Set HOME to that user's home directory.
     sets_home: bool,
-    /// Room for the files.
+    /// Buffer for the files.
     files: Region,
 }
 
-/// The failure has been noted in [`Command::failure`].
+/// The command failed; [`Command::failure`] says why.
 struct Failed;
 
-/// A command that was started.
+/// A started command.
 pub struct Launch {
     /// Its process.
     pub pid: Pid,
@@ -93,8 +93,8 @@ pub struct Launch {
 }
 
 impl Launch {
-    /// Starts the command that `describe` fills in, in `cgroup`, or in PID 1's cgroup if that accepts no
-    /// processes (root may have removed it).
+    /// Starts the command that `describe` fills in, in `cgroup`, or in PID 1's cgroup if that fails (root
+    /// may have removed it).
     pub fn start(
         cgroup: Option<&OwnedFd>,
         describe: &mut dyn FnMut(&mut Command) -> Result,
@@ -110,9 +110,9 @@ impl Launch {
         Ok(Self { pid, child })
     }
 
-    /// Closes ends of pipes that the child has copies of.
+    /// Closes PID 1's copies of the child's ends of pipes.
     ///
-    /// What it executes may have closed these, and opened and locked the pipes anew.
+    /// If the child has executed its program already, that may hold a pipe's lock, so closing could block.
     pub fn close(&self, ends: [Option<OwnedFd>; 3], threads: &'static GuestThreads) {
         for end in ends.into_iter().flatten() {
             match &self.child {
@@ -138,7 +138,7 @@ impl Launch {
 }
 
 impl Command {
-    /// Nothing yet.
+    /// An empty command.
     fn new() -> Self {
         Self {
             streams: None,
@@ -153,7 +153,7 @@ impl Command {
         }
     }
 
-    /// Sets its arguments, one list after the other; the first of all is the name to look for.
+    /// Sets its arguments, from several lists; the first argument is also the program's name.
     pub fn set_arguments(&mut self, lists: &[Strings]) -> Result {
         self.arguments = self.environment.store(&[])?;
         for list in lists {
@@ -162,13 +162,13 @@ impl Command {
         Ok(())
     }
 
-    /// Sets its working directory, which is created if absent; empty is `/`.
+    /// Sets its working directory, which is created if missing; empty is `/`.
     pub fn set_directory(&mut self, directory: &CStr) -> Result {
         self.directory = self.environment.store(directory.to_bytes_with_nul())?;
         Ok(())
     }
 
-    /// Has the child look a user up, and set HOME to that user's if wanted.
+    /// Sets the user, which the child looks up, and whether HOME is set to that user's home directory.
     pub fn set_user(&mut self, name: &str, sets_home: bool) -> Result {
         let unknown = |_| error!("unknown user {}", name.as_bytes().lossy());
         self.user = Some(User {
@@ -179,7 +179,7 @@ impl Command {
         Ok(())
     }
 
-    /// In the child: executes the command. Returns the exit code if that failed.
+    /// In the child: executes the command. Returns the exit code on failure.
     fn run(&mut self) -> i32 {
         match self.prepare() {
             Ok(()) => self.exec(),
@@ -218,10 +218,10 @@ impl Command {
         credentials::drop_to(identity).map_err(|errno| note(failure, what, errno))
     }
 
-    /// Executes it; returns only when that failed.
+    /// Executes it; returns only on failure.
     fn exec(&mut self) -> i32 {
         let arguments = Strings::new(self.environment.stored(self.arguments.clone()));
-        // There is room for all, and for both nulls.
+        // `pointers` has room for everything, both nulls included.
         for argument in arguments.iter().take(2 * MAX_ARGS) {
             let _fits = self.pointers.push(argument.as_ptr());
         }
@@ -247,18 +247,18 @@ impl Command {
     }
 }
 
-/// Notes what failed, and why. In place, as the child must not map the memory of an [`Error`].
+/// Records what failed, and why. In place, as the child must not map memory for an [`Error`].
 fn note(failure: &mut Message, what: fmt::Arguments<'_>, errno: Errno) -> Failed {
     note_text(failure, &format_args!("{what}: {}", error::name(errno)))
 }
 
 fn note_text(failure: &mut Message, text: &dyn Display) -> Failed {
-    // What does not fit is cut.
-    let _cut = write!(failure, "{text}");
+    // A message truncates what does not fit.
+    let _truncated = write!(failure, "{text}");
     Failed
 }
 
-/// A session of its own, and no descriptors but its streams.
+/// Starts a new session, and closes all descriptors but the streams.
 fn enter_session(streams: &Streams) -> Result<(), Errno> {
     rustix::process::setsid()?;
     if let Input::Terminal(terminal) = streams.input {
@@ -305,7 +305,7 @@ fn search(
     envp: &[*const c_char],
 ) -> Errno {
     let execute = |path: &CStr| {
-        // SAFETY: both vectors end with null, and point at NUL-terminated strings that stay.
+        // SAFETY: both vectors end with null, and point to NUL-terminated strings that stay valid.
         unsafe { sys::execve(path, argv.as_ptr(), envp.as_ptr()) }
     };
     let mut failure = Errno::NOENT;
@@ -339,7 +339,7 @@ fn search(
     failure
 }
 
-/// Whether a command is not there, other than that it cannot be executed.
+/// Whether the error means that there is no such file.
 fn is_missing(errno: Errno) -> bool {
     matches!(errno, Errno::NOENT | Errno::NOTDIR)
 }

@@ -1,5 +1,5 @@
 //! Freezes and thaws all processes (the freezer of cgroup v2, Documentation/admin-guide/cgroup-v2.rst).
-//! Called in helpers, which, like PID 1, are in the root cgroup, which cannot be frozen.
+//! Runs in helpers, which are in the root cgroup like PID 1: that one is never frozen.
 
 use crate::context;
 use crate::error::Result;
@@ -13,29 +13,29 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, OFlags, XattrFlags};
 use rustix::io::Errno;
 
-/// Marks a group that was frozen here, and not by somebody else before.
+/// Marks a group that was frozen here, and not by another process before.
 const FROZEN_XATTR: &CStr = c"trusted.pigeon.frozen";
 
-/// Bytes of names at which no more processes are named.
+/// Once a list of processes is this long, in bytes, no more are added.
 const NAMES: usize = 128;
 
-/// Maximum number of groups whose processes are still to be counted: with more, some are not counted.
+/// Maximum number of groups waiting to be visited: with more, some processes are not counted.
 const GROUPS: usize = 512;
 
-/// What freezing needs.
+/// The directories that freezing needs.
 pub struct Freezer<'a> {
     /// The root of cgroup v2.
     pub root: &'a OwnedFd,
-    /// The group that processes of the root are moved to.
+    /// The group that the root cgroup's processes are moved to.
     pub workload: Option<&'a OwnedFd>,
     /// /proc
     pub proc: &'a OwnedFd,
 }
 
 impl Freezer<'_> {
-    /// Freezes every group below the root, and waits until all their processes have stopped. Returns how
-    /// many processes are frozen, or `None` after `timeout` milliseconds; then `running` names those
-    /// that are not.
+    /// Freezes every group below the root, and waits until all their processes have stopped. Returns the
+    /// number of frozen processes, or `None` after `timeout` milliseconds; then `running` names those that
+    /// are not frozen.
     pub fn freeze(&self, timeout: u64, running: &mut Message) -> Result<Option<usize>> {
         let watch = Stopwatch::start();
         self.move_self_to_root()
@@ -43,7 +43,7 @@ impl Freezer<'_> {
         loop {
             let mut is_frozen = self.freeze_groups(None)?;
             if is_frozen {
-                // One that is moved into a frozen group is frozen soon.
+                // A process that is moved into a frozen group gets frozen soon.
                 *running = Message::new();
                 self.move_root_processes(running);
                 is_frozen = running.is_empty();
@@ -61,8 +61,8 @@ impl Freezer<'_> {
         }
     }
 
-    /// Moves PID 1 and this helper back to the root cgroup, should root have moved PID 1 elsewhere: the
-    /// start script of Docker in Docker moves all.
+    /// Moves PID 1 and this helper back to the root cgroup, if root has moved PID 1: the start script of
+    /// Docker in Docker moves all processes.
     fn move_self_to_root(&self) -> Result<(), Errno> {
         if has_line(self.proc, c"self/cgroup", b"0::/")? {
             return Ok(());
@@ -71,8 +71,8 @@ impl Freezer<'_> {
         files::write_at(self.root, c"cgroup.procs", b"1")
     }
 
-    /// Moves the processes of the root cgroup to the workload's, and names them: all but PID 1, its
-    /// helpers, which run this program as well, and the kernel's threads, which run none.
+    /// Moves the processes of the root cgroup to the workload's, and names them: all but PID 1 and its
+    /// helpers, which run this program, and kernel threads, which run none.
     fn move_root_processes(&self, running: &mut Message) {
         let own = self.program(b"self");
         each_process(self.root, &mut |pid| {
@@ -92,19 +92,19 @@ impl Freezer<'_> {
         });
     }
 
-    /// The file that a process runs; the kernel's threads, and zombies, have none.
+    /// Identifies the program of a process; kernel threads and zombies have none.
     fn program(&self, pid: &[u8]) -> Option<(u64, u64)> {
         let mut path = [0; 32];
         let path = files::join(&[pid, b"/exe"], &mut path)?;
         files::identify(self.proc.as_fd(), path, AtFlags::empty()).ok()
     }
 
-    /// Freezes the groups that are not yet, and names the processes that still run. Returns whether none
-    /// does.
+    /// Freezes the groups that are not frozen yet, and names the processes that still run. Returns whether
+    /// all are frozen.
     fn freeze_groups(&self, mut running: Option<&mut Message>) -> Result<bool> {
         let (mut is_frozen, mut result) = (true, Ok(()));
         self.each_group(&mut |name, group| match freeze_group(group) {
-            // Another one has removed it.
+            // It was removed meanwhile.
             Ok(true) | Err(Errno::NOENT | Errno::NODEV) => {}
             Ok(false) => {
                 is_frozen = false;
@@ -168,8 +168,8 @@ impl Freezer<'_> {
         }
     }
 
-    /// Adds `dd (71)`, with a comma before it; with `running`, only if its state is not that of a frozen
-    /// process, which sleeps.
+    /// Appends `dd (71)` to a comma-separated list; with `running`, only a process that is not sleeping, as
+    /// frozen ones are.
     fn describe(&self, pid: &[u8], running: bool, list: &mut Message) {
         let mut text = [0; 512];
         if list.as_bytes().len() < NAMES
@@ -189,7 +189,7 @@ impl Freezer<'_> {
     }
 }
 
-/// Freezes a group; returns whether it was frozen already and its processes have stopped. Until they have,
+/// Freezes a group. Returns whether it was frozen before and all its processes have stopped: until then,
 /// one of them may make another group.
 fn freeze_group(group: &OwnedFd) -> Result<bool, Errno> {
     if has_line(group, c"cgroup.freeze", b"1")? {
@@ -200,21 +200,21 @@ fn freeze_group(group: &OwnedFd) -> Result<bool, Errno> {
     Ok(false)
 }
 
-/// Whether one of the kernel's files has this line among its first.
+/// Whether the first KiB of one of the kernel's files has this line.
 fn has_line(directory: &OwnedFd, path: &CStr, wanted: &[u8]) -> Result<bool, Errno> {
     let mut text = [0; 1024];
     let mut lines = split(files::read_at(directory, path, &mut text)?, b'\n');
     Ok(lines.any(|line| line == wanted))
 }
 
-/// Calls `visit` with the number of each process in a group.
+/// Calls `visit` with the pid of each process in a group.
 fn each_process(group: &OwnedFd, visit: &mut dyn FnMut(&[u8])) {
     let Ok(file) = files::open_at(group, c"cgroup.procs", OFlags::RDONLY) else {
         return;
     };
     let mut number = heapless::Vec::<u8, 16>::new();
     let mut piece = [0; 1024];
-    // A threaded group tells none: they are its domain's (EOPNOTSUPP).
+    // A threaded group lists none (EOPNOTSUPP): its domain does.
     while let Ok(count @ 1..) = files::read(&file, &mut piece) {
         for &byte in piece.get(..count).unwrap_or(&[]) {
             if byte != b'\n' {

@@ -1,7 +1,7 @@
-//! Short-lived children for what may block: mounting, unmounting, reading and writing files.
+//! Short-lived children for operations that may block: mounting, unmounting, file access.
 //!
-//! A helper is a fork of this program that does one thing, sends lines to its parent through a
-//! pipe, and exits.
+//! A helper is a fork of this program that does one thing, reports to its parent through a pipe, and
+//! exits.
 
 use crate::context;
 use crate::error;
@@ -16,13 +16,13 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 
-/// How long a helper may take, in milliseconds: what a disk with a long journal needs, and more.
+/// How long a helper may take, in milliseconds: more than replaying a long journal takes.
 pub const TIMEOUT: u64 = 30_000;
 
-/// Ends a record: no name and no path has one.
+/// Ends a record: names and paths never contain it.
 const END: u8 = b'\0';
 
-/// What a record from a helper is; its first byte.
+/// The type of a record: its first byte.
 const WARNING: u8 = b'w';
 const STEP: u8 = b's';
 const ERROR: u8 = b'e';
@@ -43,7 +43,7 @@ impl HelperLog {
         self.send(STEP, message);
     }
 
-    /// Reports the error. Only the first one counts.
+    /// Reports an error. Only the first one counts.
     pub fn fail(&self, message: &dyn Display) {
         self.send(ERROR, message);
     }
@@ -59,8 +59,8 @@ impl HelperLog {
         &self.0
     }
 
-    /// One write of less than PIPE_BUF bytes, so whole (pipe(7)). It does not block: of more than a
-    /// pipe holds the end is lost.
+    /// A single write of less than PIPE_BUF bytes, so atomic (pipe(7)). It does not block: records that do
+    /// not fit in the pipe are lost.
     fn send(&self, kind: u8, message: &dyn Display) {
         let text = message!("{message}");
         let mut record = heapless::Vec::<u8, { MAX_MESSAGE + 2 }>::new();
@@ -77,23 +77,23 @@ impl Log for &HelperLog {
     }
 }
 
-/// A barrier between a helper and its parent, for a helper whose work has several parts: one end of a
-/// socket pair. Dropping an end releases the peer.
+/// A barrier between a helper with several steps and its parent: one end of a socket pair. Dropping an
+/// end releases the peer.
 pub struct Rendezvous(OwnedFd);
 
 impl Rendezvous {
-    /// In the helper: says that a part is done, and waits. Returns whether the next one is wanted.
+    /// In the helper: reports that a step is complete, and waits. Returns whether to continue.
     pub fn arrive_and_wait(&self) -> bool {
         let _parent_gone = files::write(&self.0, &[END]);
         self.wait_for_peer()
     }
 
-    /// Waits until the peer has done its part. Returns false if it has exited instead.
+    /// Waits for the peer. Returns false if it has exited instead.
     pub fn wait_for_peer(&self) -> bool {
         matches!(files::read(&self.0, &mut [0]), Ok(1))
     }
 
-    /// In the parent: waits until the helper has done its first part.
+    /// In the parent: waits until the helper has completed its first step.
     pub fn wait_for_helper(&self, helper: Helper, log: &mut dyn Log) -> Result<Helper> {
         if !poll_until_timeout(&|| sys::is_readable(&self.0, 1)) {
             return Err(helper.kill(log));
@@ -103,26 +103,26 @@ impl Rendezvous {
                 helper.warnings(log);
                 Ok(helper)
             }
-            // Its socket is closed, as it has exited.
+            // It has exited.
             _ => helper
                 .wait(log)
                 .and_then(|()| Err(error!("a helper was lost"))),
         }
     }
 
-    /// In the parent: the socket, which is readable when [`poll`](Self::poll) has something to return.
+    /// In the parent: the socket, which is readable when [`poll`](Self::poll) has a result.
     pub fn socket(&self) -> &OwnedFd {
         &self.0
     }
 
-    /// In the parent: returns whether the helper has done a part, or else has exited; `None` while it
-    /// works.
+    /// In the parent: `Some(true)` when the helper has completed a step, `Some(false)` when it has exited,
+    /// `None` while it works.
     pub fn poll(&self) -> Option<bool> {
         let is_there = matches!(sys::is_readable(&self.0, 0), Ok(true));
         is_there.then(|| self.wait_for_peer())
     }
 
-    /// In the parent: lets the helper do its next part.
+    /// In the parent: lets the helper continue with its next step.
     pub fn release_peer(&self) {
         let _ended = files::write(&self.0, &[END]);
     }
@@ -132,7 +132,7 @@ impl Rendezvous {
 pub struct Helper {
     /// Its process.
     pub pid: Pid,
-    /// Where its records are read.
+    /// The read end of its pipe.
     pub log: OwnedFd,
 }
 
@@ -154,7 +154,7 @@ pub fn fork(work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
     feature = "snapshot",
     feature = "sysinfo"
 ))]
-/// Forks as [`fork`] does, for work of PID 1's own: the OOM killer spares the child.
+/// Like [`fork`], but the child is exempt from the OOM killer, like PID 1.
 pub fn fork_oom_protected(
     proc: &OwnedFd,
     work: &mut dyn FnMut(&HelperLog) -> i32,
@@ -168,7 +168,7 @@ pub fn fork_oom_protected(
     })
 }
 
-/// The lines of a helper so far.
+/// What a helper has reported.
 #[derive(Default)]
 pub struct Lines {
     /// Its error.
@@ -180,12 +180,12 @@ pub struct Lines {
     pub result: Option<Error>,
 }
 
-/// Reads what a child has sent; its warnings go to `log`.
+/// Reads what a helper has reported; its warnings go to `log`.
 pub fn read_lines(pipe: &OwnedFd, log: &mut dyn Log) -> Lines {
     read(pipe, log, true)
 }
 
-/// The same; without steps, each of which costs a page, where they are no longer of interest.
+/// The same, optionally without steps, each of which costs a page.
 fn read(pipe: &OwnedFd, log: &mut dyn Log, with_steps: bool) -> Lines {
     let mut lines = Lines::default();
     let mut line = heapless::Vec::<u8, { MAX_MESSAGE + 1 }>::new();
@@ -224,13 +224,13 @@ fn report(result: Result, log: &HelperLog) -> i32 {
     }
 }
 
-/// Calls `poll`, which blocks for up to a second, until it returns true, fails or [`TIMEOUT`] is over.
-/// Returns false in the last case. In steps of a second: a pause of the VM ends one.
+/// Calls `poll`, which blocks for up to a second, until it returns true or fails. Returns false after
+/// [`TIMEOUT`]. In steps of a second, so that a pause of the VM uses up only one.
 fn poll_until_timeout(poll: &dyn Fn() -> Result<bool, Errno>) -> bool {
     (0..TIMEOUT / 1000).any(|_| !matches!(poll(), Ok(false)))
 }
 
-/// The error of a helper that was killed after [`TIMEOUT`]: what it was doing.
+/// The error of a helper that was killed after [`TIMEOUT`], with the step it was in.
 pub fn timed_out(step: Option<Error>) -> Error {
     error!(
         "{}: timed out after {} s",
@@ -243,13 +243,13 @@ impl Helper {
     /// Forks; `work` runs in the child, and its error is the helper's.
     pub fn start(work: &mut dyn FnMut(&HelperLog) -> Result) -> Result<Self> {
         fork(&mut |log| {
-            // What PID 1 closes must be closed, whatever this child waits for.
+            // A file that PID 1 closes must not stay open in this child.
             sys::close_others(&[log.pipe()]);
             report(work(log), log)
         })
     }
 
-    /// The same for work of several parts: a fork less than with a helper for each.
+    /// The same for work in several steps: cheaper than a fork for each.
     pub fn start_with_rendezvous(
         work: &mut dyn FnMut(&HelperLog, &Rendezvous) -> Result,
     ) -> Result<(Self, Rendezvous)> {
@@ -268,7 +268,7 @@ impl Helper {
         Ok((helper, Rendezvous(ours)))
     }
 
-    /// Logs the warnings of a helper that has done its part.
+    /// Logs the warnings of a helper so far.
     pub fn warnings(&self, log: &mut dyn Log) {
         let _lines = read(&self.log, log, false);
     }
@@ -286,15 +286,14 @@ impl Helper {
         }
     }
 
-    /// Kills a helper that has taken too long. The error says what it was doing.
+    /// Kills a helper that has timed out. The error says what it was doing.
     pub fn kill(self, log: &mut dyn Log) -> Error {
         let step = read_lines(&self.log, log).step;
         let _ended = rustix::process::kill_process(self.pid, rustix::process::Signal::KILL);
         timed_out(step)
     }
 
-    /// Waits at most `timeout` milliseconds for the helper to exit, else kills it. Returns whether it
-    /// exited.
+    /// Waits for the helper to exit; kills it after `timeout` milliseconds. Returns whether it exited.
     pub fn wait_for(&self, timeout: u64) -> bool {
         let watch = Stopwatch::start();
         loop {
@@ -310,10 +309,9 @@ impl Helper {
         }
     }
 
-    /// Waits for the helper to exit, where there is no event loop. One that hangs, as a disk may, is
-    /// killed.
+    /// Waits for the helper to exit, without the event loop; kills it after [`TIMEOUT`].
     pub fn wait(self, log: &mut dyn Log) -> Result {
-        // Its end of the pipe is closed with it.
+        // The pipe hangs up when it exits.
         if !poll_until_timeout(&|| sys::has_hung_up(&self.log, 1)) {
             return Err(self.kill(log));
         }

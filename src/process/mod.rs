@@ -1,4 +1,4 @@
-//! Child processes: forking, short-lived helpers, commands and who they run as.
+//! Child processes: forks, short-lived helpers, commands and their credentials.
 
 pub mod channel;
 pub mod credentials;

@@ -1,11 +1,11 @@
-//! Pipes: an end that PID 1 keeps never blocks, and is closed by execve.
+//! Pipes whose ends are non-blocking in PID 1, and closed by execve.
 
 use crate::context;
 use crate::error::Result;
 use rustix::fd::OwnedFd;
 use rustix::pipe::PipeFlags;
 
-/// A pipe, its reading end first, of which neither end blocks.
+/// A pipe with non-blocking ends, the read end first.
 pub fn new() -> Result<(OwnedFd, OwnedFd)> {
     rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)
         .map_err(context!("create a pipe"))
@@ -25,7 +25,7 @@ pub fn input() -> Result<(OwnedFd, OwnedFd)> {
     Ok((ours, theirs))
 }
 
-/// Makes an end block, as programs expect.
+/// Makes an end blocking, as programs expect.
 fn set_blocking(end: &OwnedFd) -> Result {
     rustix::io::ioctl_fionbio(end, false).map_err(context!("create a pipe"))
 }

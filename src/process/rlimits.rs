@@ -4,8 +4,8 @@ use proto::rlimit::{Resource, Rlimits};
 use rustix::io::Errno;
 use rustix::process::{Resource as Raw, Rlimit, setrlimit};
 
-/// Sets them for this process, which is root still: limits may have to be raised. The error: which one
-/// cannot be set, and why.
+/// Sets the limits of this process, which must still be root to raise them. The error names the limit that
+/// cannot be set.
 pub fn apply(rlimits: &Rlimits) -> Result<(), (Resource, Errno)> {
     for (resource, limit) in rlimits.iter() {
         let limit = Rlimit {
@@ -20,7 +20,7 @@ pub fn apply(rlimits: &Rlimits) -> Result<(), (Resource, Errno)> {
     Ok(())
 }
 
-/// All resources: rustix takes none by its number.
+/// All resources: rustix has no conversion from a number.
 const RAW: [Raw; 16] = [
     Raw::Cpu,
     Raw::Fsize,
