@@ -1,4 +1,4 @@
-//! Mounting the file systems of disks, in a helper: a device may take its time.
+//! Mounts the file systems of block devices, in a helper, as a device may be slow.
 
 use crate::context;
 use crate::error;
@@ -18,26 +18,26 @@ use rustix::mount::MountFlags;
 /// How long a device may take to appear, in milliseconds.
 const DEVICE_TIMEOUT: u64 = 2000;
 
-/// A file system to be mounted.
+/// A file system to mount.
 pub struct FileSystem<'a> {
-    /// Its block device; of a tmpfs anything.
+    /// Its block device; ignored for a tmpfs.
     pub device: &'a CStr,
-    /// Its type; empty: what the superblock says.
+    /// Its type; empty: identified by the superblock.
     pub fs_type: &'a CStr,
     /// Its options (mount(2), data).
     pub options: &'a CStr,
-    /// What may be done to it.
+    /// How it is mounted.
     pub access: Access,
 }
 
-/// What may be done to a file system.
+/// How a file system may be accessed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// Anything, unless its device is write-protected.
+    /// Read-write, unless its device is write-protected.
     ReadWrite,
-    /// Mounted read-only: a journal that was left is still replayed.
+    /// Mounted read-only; a dirty journal is still replayed.
     ReadOnly,
-    /// Its device becomes write-protected.
+    /// Read-only, with the device itself write-protected.
     Shared,
 }
 
@@ -52,7 +52,7 @@ impl<'a> FileSystem<'a> {
         }
     }
 
-    /// One in memory.
+    /// A tmpfs.
     #[cfg(feature = "overlay")]
     pub fn tmpfs(options: &'a CStr) -> Self {
         Self {
@@ -63,7 +63,7 @@ impl<'a> FileSystem<'a> {
         }
     }
 
-    /// Mounts it when its device has appeared; read-only where the device is.
+    /// Waits for its device and mounts it, read-only if the device is write-protected.
     pub fn mount(&self, target: &CStr, log: &HelperLog) -> Result {
         let (device, path) = (self.device.lossy(), target.lossy());
         log.step(&format_args!("mount {device} on {path}"));
@@ -100,7 +100,7 @@ impl<'a> FileSystem<'a> {
                     " (its journal must be replayed, and the device is write-protected)";
                 let hint = match errno {
                     Errno::NODEV => " (the kernel has no such file system)",
-                    // What is mounted read-only has its journal replayed; nothing else is written.
+                    // A read-only mount replays the journal, and writes nothing else.
                     Errno::ACCESS | Errno::ROFS if is_write_protected => MUST_BE_REPLAYED,
                     // btrfs_replay_log, fs/btrfs/disk-io.c
                     Errno::IO if has_btrfs_log => MUST_BE_REPLAYED,
@@ -119,7 +119,7 @@ impl<'a> FileSystem<'a> {
     }
 }
 
-/// Options that are flags of mount(2), and those that take them back.
+/// Options that are flags of mount(2), and their opposites.
 const FLAGS: [(&[u8], &[u8], MountFlags); 8] = [
     (b"ro", b"rw", MountFlags::RDONLY),
     (b"nosuid", b"suid", MountFlags::NOSUID),
@@ -131,8 +131,7 @@ const FLAGS: [(&[u8], &[u8], MountFlags); 8] = [
     (b"strictatime", b"relatime", MountFlags::STRICTATIME),
 ];
 
-/// Takes options as fstab(5) has them apart: those that are flags of mount(2), and into `data` those
-/// of the file system.
+/// Splits options as in fstab(5) into flags of mount(2), and into `data` those of the file system.
 fn read_options(text: &CStr, data: &mut heapless::Vec<u8, PATH_MAX>) -> MountFlags {
     let mut flags = MountFlags::RELATIME;
     for option in split(text.to_bytes(), b',') {
@@ -144,7 +143,7 @@ fn read_options(text: &CStr, data: &mut heapless::Vec<u8, PATH_MAX>) -> MountFla
         if option == b"defaults" {
             continue;
         }
-        // They fit: all of them did, with their NUL.
+        // They fit, as the whole list did with its NUL.
         if !data.is_empty() {
             let _fits = data.push(b',');
         }
@@ -154,8 +153,8 @@ fn read_options(text: &CStr, data: &mut heapless::Vec<u8, PATH_MAX>) -> MountFla
     flags
 }
 
-/// Opens a device when it has appeared. Its node is there a moment before the disk is
-/// (device_add_disk, block/genhd.c).
+/// Waits for a device and opens it. ENXIO: its node appears before the disk is ready (device_add_disk,
+/// block/genhd.c).
 fn open_device(path: &CStr) -> Result<OwnedFd> {
     let watch = Stopwatch::start();
     loop {

@@ -1,4 +1,4 @@
-//! File systems of disks and of memory, mounted at boot and for the host.
+//! Volumes, mounted at boot and by API calls.
 
 pub mod file_system;
 
@@ -18,7 +18,7 @@ use rustix::process::{Gid, Uid};
 /// A user id and a group id.
 pub type Owner = (u32, u32);
 
-/// Mounts the volumes of a configuration, in a helper: a device may take its time.
+/// Mounts the volumes of a configuration. Runs in a helper, as a device may be slow.
 pub fn mount_all(config: &Config, owner: Owner, log: &HelperLog) -> Result {
     config
         .mounts
@@ -26,7 +26,7 @@ pub fn mount_all(config: &Config, owner: Owner, log: &HelperLog) -> Result {
         .try_for_each(|volume| mount(volume, owner, log))
 }
 
-/// Mounts those where nothing is mounted yet.
+/// Mounts those whose mount points have nothing mounted on them.
 #[cfg(feature = "snapshot")]
 pub fn mount_new(config: &Config, owner: Owner, log: &HelperLog) -> Result {
     let mut volumes = config.mounts.iter();
@@ -36,17 +36,17 @@ pub fn mount_new(config: &Config, owner: Owner, log: &HelperLog) -> Result {
     })
 }
 
-/// Whether a path leads to the root of a mount, whatever links it has (statx(2)).
+/// Whether a path, with links followed, is the root of a mount (statx(2)).
 pub fn is_mount_point(path: &CStr) -> bool {
     let found = rustix::fs::statx(CWD, path, AtFlags::empty(), StatxFlags::empty());
     found.is_ok_and(|status| status.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
 
-/// Mounts a volume on its mount point, which is made, and gives it that owner. In a helper, too.
+/// Mounts a volume on its mount point, which is created, and changes its owner. Runs in a helper.
 pub fn mount(volume: &Mount, owner: Owner, log: &HelperLog) -> Result {
     let target = volume.mount_path;
     files::make_directories(target.to_bytes()).map_err(error::on("create", target))?;
-    // Links of the root are followed, as everywhere in it, but not onto what the end needs.
+    // Links are followed, but must not lead to a mount that the shutdown needs.
     if let Some(protected) = protected(target) {
         let (target, protected) = (target.lossy(), protected.lossy());
         return Err(error!("mount on {target}: would hide {protected}"));
@@ -66,13 +66,13 @@ pub fn mount(volume: &Mount, owner: Owner, log: &HelperLog) -> Result {
     }
     .mount(target, log)?;
     match set_owner(target, owner) {
-        // One that is mounted read-only keeps what it has.
+        // A read-only volume keeps its owner.
         Ok(()) | Err(Errno::ROFS) => Ok(()),
         other => other.map_err(error::on("change the owner of", target)),
     }
 }
 
-/// Gives it that owner, unless it has it: the disk is not written to for nothing.
+/// Changes the owner, unless it is right already, to avoid writing to the disk.
 fn set_owner(path: &CStr, owner: Owner) -> Result<(), Errno> {
     let status = rustix::fs::stat(path)?;
     if (status.st_uid, status.st_gid) == owner {
@@ -82,16 +82,16 @@ fn set_owner(path: &CStr, owner: Owner) -> Result<(), Errno> {
     rustix::fs::chown(path, Some(uid), Some(gid))
 }
 
-/// What no volume may hide, and nobody unmount: roots of mounts.
+/// Mount points that volumes must not hide and API calls must not unmount.
 const PROTECTED: [&CStr; 5] = [c"/", c"/dev", c"/sys", c"/proc", c"/run"];
 
-/// What of that a path leads to, if anything.
+/// The protected mount point that a path leads to, if any.
 pub fn protected(path: &CStr) -> Option<&'static CStr> {
     if !is_mount_point(path) {
         return None;
     }
     let identify = |path| files::identify(CWD, path, AtFlags::empty());
-    let place = identify(path).ok()?;
+    let found = identify(path).ok()?;
     let mut protected = PROTECTED.iter().copied();
-    protected.find(|protected| identify(protected) == Ok(place))
+    protected.find(|protected| identify(protected) == Ok(found))
 }
