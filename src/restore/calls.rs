@@ -1,4 +1,4 @@
-//! The calls that wait for a hold or a restore, as connections of the API.
+//! Responses to the API calls that wait for a hold or a restore.
 
 use crate::api::CallError;
 use crate::error;
@@ -9,19 +9,19 @@ use proto::http::Status;
 use proto::json::Quoted;
 use proto::slab::Key;
 
-/// Connections other than those of these calls would be cut by the snapshot, one by one.
+/// Closes all connections but those of these calls, as the snapshot would break them.
 pub(super) fn close_others(supervisor: &mut Supervisor) {
     supervisor.api.close_others(&mut supervisor.context);
     supervisor.events.close();
 }
 
-/// Answers a call, unless its client is gone.
+/// Responds to a call, unless its client is gone.
 pub(super) fn respond(key: Key, status: Status, body: &dyn Display, supervisor: &mut Supervisor) {
     let Supervisor { api, context, .. } = supervisor;
     api.respond(key, status, body, context);
 }
 
-/// Reports the result to the call, or logs it; for a failed restore, with the step.
+/// Reports a result to the call that waits for it, or logs its error; for a failed restore, with the step.
 pub(super) fn finish_call(
     owner: Option<Key>,
     result: Result<Error, CallError>,

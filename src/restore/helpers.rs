@@ -1,4 +1,4 @@
-//! Helpers that freeze, thaw and restore: how they start, and what they have found out.
+//! Starts the helpers that freeze, thaw and restore, and reads their results.
 
 use crate::api::{CallError, report, status_of};
 use crate::context::{Cgroups, Context};
@@ -11,7 +11,7 @@ use proto::http::Status;
 use rustix::fd::OwnedFd;
 use rustix::process::WaitStatus;
 
-/// What to freeze and thaw.
+/// The freezer for these cgroups; `None` without cgroup v2.
 pub fn freezer<'a>(cgroups: &'a Cgroups, proc: &'a OwnedFd) -> Option<Freezer<'a>> {
     Some(Freezer {
         root: cgroups.root.as_ref()?,
@@ -35,7 +35,7 @@ pub fn spawn(
     })?)
 }
 
-/// Starts a helper; its exit code says the status of its error.
+/// Starts a helper whose exit code carries the status of its error.
 pub fn fork(
     proc: &OwnedFd,
     work: &mut dyn FnMut(&HelperLog) -> Result<(), CallError>,
@@ -43,7 +43,7 @@ pub fn fork(
     helper::fork_oom_protected(proc, &mut |log| report(work(log), log))
 }
 
-/// What PID 1 closes must be closed, whatever this child waits for.
+/// Closes all other descriptors: a file that PID 1 closes must not stay open in this child.
 pub fn close_all_but(freezer: Option<&Freezer>, log: &HelperLog) {
     match freezer {
         Some(Freezer {
@@ -55,7 +55,7 @@ pub fn close_all_but(freezer: Option<&Freezer>, log: &HelperLog) {
     }
 }
 
-/// Returns the helper's result; one that has not exited is killed.
+/// The helper's result; a helper that has not exited is killed.
 pub fn result(
     helper: Helper,
     ended: Option<WaitStatus>,

@@ -17,7 +17,7 @@ use proto::message;
 use proto::message::Message;
 use proto::slab::Key;
 
-/// The answer that has nothing to tell.
+/// The response to a cancel.
 const OK: &str = r#"{"ok":true}"#;
 /// How long processes may take to freeze, in milliseconds, unless the call says otherwise.
 const FREEZE_TIMEOUT: u64 = 2_000;
@@ -25,7 +25,7 @@ const FREEZE_TIMEOUT: u64 = 2_000;
 const HOLD: u64 = 600_000;
 
 impl Restore {
-    /// Starts or cancels a hold: freezes or thaws the workload.
+    /// Starts or cancels a hold: freezes or thaws all processes.
     pub(super) fn change_hold(
         &mut self,
         key: Key,
@@ -95,7 +95,7 @@ impl Restore {
         });
     }
 
-    /// Thaws all processes; the hold is over, whether that works or not.
+    /// Ends the hold and starts thawing all processes.
     pub(super) fn start_thaw(
         &mut self,
         owner: Option<Key>,
@@ -111,7 +111,7 @@ impl Restore {
             Ok(())
         });
         let Ok(helper) = helper else {
-            // There is no memory for one. It has to be done, so PID 1 does it.
+            // Out of memory for a helper: PID 1 thaws them itself.
             if let Some(freezer) = freezer(&context.cgroups, &context.proc) {
                 freezer.thaw()?;
             }
@@ -124,7 +124,7 @@ impl Restore {
     }
 }
 
-/// In the helper: freezes all processes, and writes out what is not on the disks.
+/// In the helper: freezes all processes and syncs the disks.
 fn freeze(
     freezer: &Freezer,
     token: &str,

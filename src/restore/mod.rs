@@ -2,8 +2,7 @@
 //! own identity before the workload is thawed.
 //!
 //! PID 1 only coordinates, between iterations of the event loop; one helper at a time does the work, and
-//! the API calls that wait for it are connections. This module is above `boot`, some of whose steps a
-//! restore repeats.
+//! API calls wait for it. This module is above `boot`, as a restore repeats some of its steps.
 
 mod calls;
 mod helpers;
@@ -32,11 +31,11 @@ use steps::{Job, Report, Step};
 
 pub use state::Restore;
 
-/// When a restore that could not be begun is tried again, in milliseconds.
+/// Time until a restore that could not be started is retried, in milliseconds.
 const RETRY: u64 = 1_000;
 
 impl Restore {
-    /// The workload runs: from now on there can be snapshots of it.
+    /// Starts watching for restores, once the workload runs.
     pub fn begin(&mut self, context: &mut Context) {
         if self.mode == RestoreMode::Auto {
             self.triggers.watch(context);
@@ -51,8 +50,7 @@ impl Restore {
         if !flags.is_empty() {
             let notification = self.triggers.poll(flags, context);
             self.is_reseeded |= notification.is_reseeded;
-            // While a call's restore is running, the notification is about the same restore: the host has
-            // called because of it.
+            // While a restore requested by a call is running, the notification is about the same one.
             let is_called = matches!(
                 &self.task,
                 Some(Task {
@@ -80,7 +78,7 @@ impl Restore {
         };
     }
 
-    /// A workload that is to stop, or has ended, is not frozen for a snapshot any more.
+    /// Cancels a freeze if the workload has ended or was asked to stop.
     fn cancel_freeze(&mut self, supervisor: &mut Supervisor) {
         let is_freeze = |task: &mut Task| matches!(task.kind, TaskKind::Freeze { .. });
         if supervisor.is_running() || supervisor.context.snapshot.helper_status.is_some() {
@@ -89,7 +87,7 @@ impl Restore {
         let Some(task) = self.task.take_if(is_freeze) else {
             return;
         };
-        // What it was at when it was killed is of no interest.
+        // The step that it was in is of no interest.
         let _step = task.helper.kill(supervisor.console);
         supervisor.context.snapshot.helper = None;
         if let Err(error) = self.start_thaw(task.owner, Some(not_running()), supervisor) {
@@ -109,7 +107,7 @@ impl Restore {
             started = self.start_restore(None, supervisor);
             self.due = match started {
                 Ok(()) => NEVER,
-                // There is no memory for one.
+                // Out of memory.
                 Err(_) => now.saturating_add(RETRY),
             };
         } else if let Some(hold) = &self.hold {
@@ -118,7 +116,7 @@ impl Restore {
                 let warning = format_args!("the hold {} ends by itself", hold.token);
                 supervisor.console.warn(&warning);
             }
-            // What is asked to stop has to run for that.
+            // A workload that was asked to stop must run to do so.
             if is_over || !is_running {
                 started = self.start_thaw(None, None, supervisor);
             }
@@ -143,8 +141,8 @@ impl Restore {
         }
     }
 
-    /// Kills a restore triggered by the kernel that waits for MMDS, as a call has arrived: the call brings
-    /// the document, or fetches it itself.
+    /// Kills a restore that the kernel triggered if it still waits for MMDS: a call has arrived, which has the
+    /// document or fetches it itself.
     fn preempt_notified_restore(&mut self, supervisor: &mut Supervisor) {
         let waits_for_mmds = |task: &Task| match &task.kind {
             TaskKind::Restore { report, .. } => {
@@ -168,7 +166,7 @@ impl Restore {
                 let error = error!("PIGEON_RESTORE is off");
                 Err(CallError::new(Status::NotImplemented, error))
             }
-            // It has ended since the call came, or was asked to stop.
+            // It has ended since the call arrived, or was asked to stop.
             _ if !supervisor.is_running() => Err(not_running()),
             SnapshotCall::Restore => self.start_restore_for_call(key, pending, supervisor),
             call => self.change_hold(key, call, supervisor),
@@ -178,8 +176,8 @@ impl Restore {
         }
     }
 
-    /// A call is about the restore that the kernel has notified of: this one is not begun by itself then,
-    /// unless the call turns out to be none.
+    /// Starts a restore for a call. It takes the place of a notified restore that is still due, unless the
+    /// call is invalid.
     fn start_restore_for_call(
         &mut self,
         key: Key,
@@ -198,7 +196,7 @@ impl Restore {
         started
     }
 
-    /// Starts a restore: for a call, with the time of its arrival, or after the kernel's notification.
+    /// Starts a restore: for a call and the time of its arrival, or after a notification by the kernel.
     fn start_restore(
         &mut self,
         call: Option<(Key, u64)>,
@@ -210,7 +208,7 @@ impl Restore {
             events,
             ..
         } = supervisor;
-        // Its other end was there before the snapshot.
+        // Its peer was lost with the snapshot.
         events.close();
         let started_us = sys::microseconds();
         let out_of_memory = context!("make room for a restore");
@@ -262,7 +260,7 @@ impl Restore {
         Ok(())
     }
 
-    /// The restore has succeeded, and the workload is thawed.
+    /// Updates the state after a successful restore: the workload is thawed.
     fn finish_restore(
         &mut self,
         generation: u64,
@@ -277,7 +275,7 @@ impl Restore {
         let hold = self.hold.take();
         self.notified = match owner {
             Some(_) => {
-                // The kernel's notification was about this restore.
+                // A pending notification was about this restore.
                 self.due = NEVER;
                 None
             }

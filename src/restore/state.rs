@@ -22,13 +22,13 @@ pub struct Restore {
     pub(super) task: Option<Task>,
     /// 1 plus the number of restores of this VM.
     pub(super) generation: u64,
-    /// When to act on a notified restore.
+    /// When to start a notified restore.
     pub(super) due: u64,
-    /// The kernel has had new random numbers since the last restore.
+    /// The kernel has reseeded its random numbers since the last restore.
     pub(super) is_reseeded: bool,
     /// The previous restore was killed while it waited for MMDS.
     pub(super) was_preempted: bool,
-    /// The kernel has notified of a restore that a call has taken over.
+    /// A call has taken over a restore that the kernel has notified of.
     pub(super) is_notified: bool,
     /// The last restore, if the kernel triggered it and no call has claimed it yet.
     pub(super) notified: Option<NotifiedRestore>,
@@ -36,41 +36,41 @@ pub struct Restore {
 
 /// A restore triggered by the kernel: the call that follows is about the same one.
 pub struct NotifiedRestore {
-    /// The token of the hold that it has ended.
+    /// The token of the hold that it ended.
     pub token: Option<Token>,
 }
 
 /// Identifies a hold.
 pub type Token = heapless::String<MAX_ID>;
 
-/// The workload is frozen.
+/// A hold: the workload is frozen.
 pub struct Hold {
     pub token: Token,
     /// Deadline, after which the workload is thawed.
     pub until: u64,
-    /// What the call was answered, should it come again.
+    /// The response to the prepare call, in case it is repeated.
     pub response: Error,
 }
 
 /// The running helper.
 pub struct Task {
     pub helper: Helper,
-    /// When it has taken too long.
+    /// When it times out.
     pub deadline: u64,
     /// The call that waits for it.
     pub owner: Option<Key>,
     pub kind: TaskKind,
 }
 
-/// What the helper does, and what is needed when it has exited.
+/// What the helper does, with the data that is needed when it has exited.
 pub enum TaskKind {
     Freeze {
         token: Token,
-        /// How long the hold is to last, in milliseconds.
+        /// How long the hold will last, in milliseconds.
         hold: u64,
     },
     Thaw {
-        /// Why the workload is not held, should the call be a prepare.
+        /// Why the workload is not held, if the call was a prepare.
         failure: Option<CallError>,
     },
     Restore {
@@ -80,7 +80,7 @@ pub enum TaskKind {
 }
 
 impl Restore {
-    /// Nothing is held.
+    /// No hold, and no restore.
     pub fn new(params: &KernelParams) -> Self {
         Self {
             mode: params.restore,

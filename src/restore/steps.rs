@@ -28,14 +28,14 @@ use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-/// By how much the clock may be wrong, in microseconds.
+/// By how much the clock may be off, in microseconds.
 const CLOCK_TOLERANCE: i64 = 10_000;
 
-/// A restore.
+/// The parameters of a restore.
 pub struct Job<'a> {
     /// The call's body; empty without a call.
     pub body: &'a mut [u8],
-    /// When the call came, in microseconds of the monotonic clock; `None`: the kernel notified of it.
+    /// When the call arrived, in microseconds of the monotonic clock; `None` if the kernel triggered it.
     pub call: Option<u64>,
     /// When the restore began, likewise.
     pub started_us: u64,
@@ -45,7 +45,7 @@ pub struct Job<'a> {
     pub is_held: bool,
     /// The previous restore was killed while it waited for MMDS.
     pub was_preempted: bool,
-    /// The kernel has new random numbers already.
+    /// The kernel has reseeded its random numbers already.
     pub is_reseeded: bool,
     /// 1 plus the number of restores of this VM.
     pub generation: u64,
@@ -53,11 +53,11 @@ pub struct Job<'a> {
     pub source: Source,
     /// How long, in milliseconds.
     pub mmds_timeout: u64,
-    /// Room for files.
+    /// Buffer for files.
     pub scratch: &'a mut [u8],
 }
 
-/// A step of a restore: the README says what each does.
+/// A step of a restore, as described in the README.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Step {
     Call,
@@ -99,17 +99,17 @@ impl CurrentStep {
         self.0.store(step as u8, Ordering::Release);
     }
 
-    /// Whether it is this one.
+    /// Whether the helper is in this step.
     pub fn is(&self, step: Step) -> bool {
         self.0.load(Ordering::Acquire) == step as u8
     }
 
-    /// Whether it waits for a disk, and writes nothing of the report meanwhile.
+    /// Whether the step waits for a disk; then the report is not being written.
     pub fn waits_for_disk(&self) -> bool {
         self.is(Step::Etc) || self.is(Step::Mounts)
     }
 
-    /// Its name.
+    /// The step's name.
     pub fn name(&self) -> &'static str {
         let mut steps = Step::ALL.iter();
         steps
@@ -118,24 +118,24 @@ impl CurrentStep {
     }
 }
 
-/// What a restore hands to PID 1, in shared memory.
+/// What a restore reports to PID 1, in shared memory.
 pub struct Report {
     /// The current step.
     pub step: CurrentStep,
-    /// The configuration in force after it; after a failure, the one that may be in force in part.
+    /// The configuration in force; after a failure, the one that may be partly in force.
     pub applied: AppliedConfig,
-    /// The interfaces that have addresses, or may have after a failure.
+    /// The interfaces that have addresses, or, after a failure, may have.
     pub interfaces: Interfaces,
-    /// Commands have another environment from then on.
+    /// Later commands get `environment`.
     pub has_environment: bool,
-    /// That environment, in such memory as well.
+    /// The new environment, also in shared memory.
     pub environment: PageBox<Environment>,
     /// The document sets HOME in it.
     pub sets_home: bool,
 }
 
 impl Report {
-    /// The report of a restore that has changed nothing.
+    /// The report of a restore that has not changed anything yet.
     pub fn new(before: &Snapshot, environment: PageBox<Environment>) -> Self {
         Self {
             step: CurrentStep::default(),
@@ -148,8 +148,8 @@ impl Report {
     }
 }
 
-/// Restores, and thaws last; a restore that fails can be repeated. `arena` is for the strings of the
-/// call, `room` for a document and its strings.
+/// Runs all steps; thawing is the last one. A restore that fails can be repeated. `arena` holds the
+/// strings of the call, `room` a document from MMDS and its strings.
 pub fn run(
     job: &mut Job,
     arena: &mut [u8],
@@ -159,7 +159,7 @@ pub fn run(
     log: &HelperLog,
 ) -> Result<(), CallError> {
     let random = random::open().map_err(context!("open /dev/urandom"))?;
-    // The time and the names in it are this VM's alone: worth mixing in.
+    // Mixes in the body without credit: its time and names are this VM's own.
     files::write(&random, job.body).map_err(context!("mix the call into the random numbers"))?;
     let mut config = config_source::empty()?;
     let mut request = RestoreRequest::new(&mut config);
@@ -221,8 +221,8 @@ pub fn run(
     Ok(())
 }
 
-/// Fetches the document from MMDS, as at boot. Returns `None` if the current one stays in force: MMDS
-/// is not polled, or has no document for a VM that can do without.
+/// Fetches the document from MMDS, as at boot. Returns `None` if the current one stays in force: MMDS is
+/// not used, or has no document and none is required.
 fn fetch<'a>(
     job: &Job,
     document: &mut [u8],
@@ -252,7 +252,7 @@ fn fetch<'a>(
     }
 }
 
-/// Applies a document, but for what only a boot can change.
+/// Applies a document, except for what only a boot can change.
 fn apply(
     config: &Config,
     job: &mut Job,
@@ -273,7 +273,7 @@ fn apply(
             let _ = write!(changed, "{separator}\"{name}\"");
             match *name {
                 "ImageConfig" | "ExtraEnv" => environment_changed = true,
-                // Until all is done, neither these nor the old ones are in force.
+                // Until they are applied, neither the new nor the old ones count as in force.
                 "EtcHosts" => (hosts_changed, *old) = (true, !new),
                 "IPConfigs" => (addresses_changed, *old) = (true, !new),
                 _ => {}
@@ -310,8 +310,8 @@ fn apply(
     Ok(())
 }
 
-/// Reseeds the kernel's random numbers: from the call, whose bytes only this VM was given, and from what
-/// the kernel has collected since. Returns whether the call had any.
+/// Reseeds the kernel's random numbers from the call's entropy, if any, and from what the kernel has
+/// collected. Returns whether the call had any.
 fn add_entropy(device: &OwnedFd, base64: &str) -> Result<bool> {
     let mut piece = [0; random::PIECE];
     let mut filled = 0;
@@ -323,7 +323,7 @@ fn add_entropy(device: &OwnedFd, base64: &str) -> Result<bool> {
             }
             filled += 1;
         }
-        // All but the last are of three bytes, of which the piece has a multiple.
+        // Pieces of three bytes, except the last, fill the buffer exactly.
         if filled == random::PIECE || bytes.is_empty() && filled > 0 {
             added = added.and_then(|()| random::add(device, piece, filled));
             filled = 0;
@@ -338,26 +338,26 @@ fn add_entropy(device: &OwnedFd, base64: &str) -> Result<bool> {
     Ok(!base64.is_empty())
 }
 
-/// Sets the clock to the host's time, or a clock device's, if it is off. Returns by how much it was, in
-/// microseconds. The host's time was right at `then` of the monotonic clock.
-fn set_clock(host: Option<u64>, then: u64) -> Result<i64> {
-    let right = match host {
-        Some(time) => time.saturating_add(sys::microseconds().saturating_sub(then)) as i64,
+/// Sets the clock to the host's time, or else to a clock device's, if it is off. Returns the step in
+/// microseconds. `received_us`: the monotonic time at which the host's time was received.
+fn set_clock(host: Option<u64>, received_us: u64) -> Result<i64> {
+    let target = match host {
+        Some(time) => time.saturating_add(sys::microseconds().saturating_sub(received_us)) as i64,
         None => {
             let device = files::open(c"/dev/ptp0", OFlags::RDONLY);
             match device.and_then(|device| sys::device_time(&device)) {
                 Ok(time) => time,
-                // There is none, or the hypervisor does not tell the time.
+                // There is no such device, or the hypervisor does not support it.
                 Err(_) => return Ok(0),
             }
         }
     };
-    let wrong = sys::real_time().map_err(context!("read the clock"))?;
-    let step = right.saturating_sub(wrong);
+    let current = sys::real_time().map_err(context!("read the clock"))?;
+    let step = target.saturating_sub(current);
     if (-CLOCK_TOLERANCE..=CLOCK_TOLERANCE).contains(&step) {
         return Ok(0);
     }
-    sys::set_real_time(right).map_err(context!("set the clock"))?;
+    sys::set_real_time(target).map_err(context!("set the clock"))?;
     Ok(step)
 }
 
@@ -367,7 +367,7 @@ fn write_generation(generation: u64) -> Result {
     files::require_directory(c"/run/pigeon", 0o755)?;
     let text = message!("{generation}\n");
     match files::replace(PATH, c"/run/pigeon/.generation", text.as_bytes()) {
-        // Anybody can fill /run; the page of the old number is there, and the new one is as long.
+        // Any process can fill /run: then the existing file is overwritten in place.
         Err(Errno::NOSPC) => files::open(PATH, OFlags::WRONLY | OFlags::NOFOLLOW)
             .and_then(|file| files::write_whole(&file, text.as_bytes())),
         other => other,

@@ -1,4 +1,4 @@
-//! Work that takes time, done by one helper at a time.
+//! Tracks the helper that freezes, thaws or restores.
 
 use super::calls::finish_call;
 use super::helpers::result;
@@ -11,7 +11,7 @@ use proto::http::Status;
 use proto::slab::Key;
 
 impl Restore {
-    /// Tracks a running helper, which may take `timeout` milliseconds in addition to a disk's time.
+    /// Tracks a running helper, which may take `timeout` milliseconds in addition to [`helper::TIMEOUT`].
     pub(super) fn begin_task(
         &mut self,
         helper: Helper,
@@ -30,7 +30,7 @@ impl Restore {
         });
     }
 
-    /// Handles the result of a helper that has exited, or has taken too long.
+    /// Handles the result of a helper that has exited or timed out.
     pub(super) fn finish_task(&mut self, supervisor: &mut Supervisor) {
         let context = &mut supervisor.context;
         let ended = context.snapshot.helper_status.take();
@@ -71,7 +71,7 @@ impl Restore {
             }
             TaskKind::Restore { generation, report } => {
                 step = report.step.name();
-                // What was done is done, whatever has failed after that.
+                // Steps that succeeded count even if a later one failed.
                 if ended.is_some() || report.step.waits_for_disk() {
                     let context = &mut supervisor.context;
                     context.snapshot.interfaces = report.interfaces.clone();

@@ -1,4 +1,4 @@
-//! Detects that this VM was restored from a snapshot, by the kernel's log and vmclock.
+//! Detects from the kernel's log and vmclock that this VM was restored from a snapshot.
 
 use crate::context::{Context, Source};
 use crate::sys::files;
@@ -10,18 +10,18 @@ use rustix::fd::OwnedFd;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-/// Records of the kernel's log read in one iteration, so that a process that writes many does not keep
-/// others waiting.
+/// Most records of the kernel's log read in one iteration, so that a process that writes many does not
+/// block the event loop.
 const RECORDS: usize = 64;
 
 /// The sources that report restores.
 #[derive(Default)]
 pub struct Triggers {
-    /// /dev/kmsg, from now on.
+    /// /dev/kmsg, positioned at its end.
     log: Device,
     /// /dev/vmclock0
     clock: Device,
-    /// The clock's generation.
+    /// The generation that the clock last had.
     generation: Option<u64>,
 }
 
@@ -41,7 +41,7 @@ pub struct Notification {
 }
 
 impl Triggers {
-    /// Starts watching the devices that the boot has opened.
+    /// Starts watching the devices that the boot opened.
     pub fn watch(&mut self, context: &mut Context) {
         let [log, clock] = core::mem::take(&mut context.snapshot.devices);
         self.log.file = log.filter(|log| rustix::fs::seek(log, SeekFrom::End(0)).is_ok());
