@@ -15,11 +15,10 @@ use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, MoveMountFlags, move_mount};
 use rustix::process::{Gid, Uid};
 
-/// Which hierarchies there are: `PIGEON_CGROUPS`, a kernel parameter.
+/// Which hierarchies are mounted: the kernel parameter `PIGEON_CGROUPS`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
-    /// v1 hierarchies of the controllers, and v2 without one on `unified`, as in systemd's hybrid
-    /// layout.
+    /// v1 hierarchies with the controllers, and v2 without any on `unified`, as in systemd's hybrid layout.
     Hybrid,
     /// v2 alone, with all controllers.
     Unified,
@@ -27,7 +26,7 @@ pub enum Layout {
     None,
 }
 
-/// The v1 hierarchies: each a directory that has the names of its controllers.
+/// The v1 hierarchies: each is a directory named after its controllers.
 const V1: [&CStr; 10] = [
     c"net_cls,net_prio",
     c"hugetlb",
@@ -46,7 +45,7 @@ const WORKLOAD: &CStr = c"workload";
 /// The group of commands.
 const COMMANDS: &CStr = c"commands";
 
-/// What the owner of a group owns of it: all that delegation needs (cgroups(7)).
+/// The files of a group that its owner needs for delegation (cgroups(7)).
 const DELEGATED: [&CStr; 4] = [
     c".",
     c"cgroup.procs",
@@ -55,7 +54,7 @@ const DELEGATED: [&CStr; 4] = [
 ];
 
 impl Layout {
-    /// Where the v2 hierarchy is.
+    /// Where the v2 hierarchy is mounted.
     fn v2(self) -> &'static CStr {
         match self {
             Self::Hybrid => c"/sys/fs/cgroup/unified",
@@ -64,7 +63,7 @@ impl Layout {
     }
 }
 
-/// Mounts the hierarchies and makes the workload's group. What the kernel lacks is a warning.
+/// Mounts the hierarchies and makes the workload's group. Logs a warning for what the kernel lacks.
 pub fn mount(layout: Layout, log: &mut dyn Log) {
     let v1 = match layout {
         Layout::None => return,
@@ -87,7 +86,7 @@ fn mount_v1(log: &mut dyn Log) -> Result {
     Ok(())
 }
 
-/// By the mount API, which keeps the kernel's words on an unknown controller out of its log.
+/// Uses the mount API, with which the kernel does not log a message about an unknown controller.
 fn mount_hierarchy(parent: &OwnedFd, name: &CStr) -> Result<(), Errno> {
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV
@@ -104,7 +103,7 @@ fn mount_hierarchy(parent: &OwnedFd, name: &CStr) -> Result<(), Errno> {
     move_mount(&hierarchy, c"", parent, name, from_descriptor)
 }
 
-/// Makes the workload's group; in the unified layout it can use all controllers.
+/// Makes the workload's group, and in the unified layout enables all controllers for it.
 fn make_workload(layout: Layout, log: &mut dyn Log) {
     let made = open_directory(layout.v2()).and_then(|root| {
         let enabled = match layout {
@@ -121,23 +120,23 @@ fn make_workload(layout: Layout, log: &mut dyn Log) {
     }
 }
 
-/// Makes and opens the group of commands. There are none before the workload runs, and a group with all
-/// controllers costs the kernel 0.3 ms. Without it, commands are started in PID 1's own.
+/// Makes and opens the group of commands. Deferred until the workload runs, as a group with all controllers
+/// costs the kernel 0.3 ms. Without it, commands are started in PID 1's group.
 pub fn make_commands(cgroups: &mut Cgroups) {
     if let Some(root) = &cgroups.root
         && make_directory(root, COMMANDS).is_ok()
     {
-        // A workload that is root may have mounted something on it already.
+        // A workload that runs as root may have mounted something over it already.
         let (flags, within) = (DIRECTORY | OFlags::CLOEXEC, ResolveFlags::NO_XDEV);
         cgroups.commands = rustix::fs::openat2(root, COMMANDS, flags, Mode::empty(), within).ok();
     }
 }
 
-/// Names of all controllers there are take a line of some 60 bytes.
+/// Buffer size for the line of all controllers, of some 60 bytes.
 const LINE: usize = 256;
 
-/// Enables all controllers for the groups below, one by one: one that cannot be, as the kernel takes all
-/// words of a write or none, costs no other.
+/// Enables all controllers for child groups, one by one: the kernel applies a write as a whole or not at
+/// all, so one that fails must not affect the others.
 fn enable_controllers(root: &OwnedFd) -> Result<(), Errno> {
     let (mut names, mut word) = ([0; LINE], [0; LINE]);
     let names = files::read_at(root, c"cgroup.controllers", &mut names)?;
@@ -150,7 +149,7 @@ fn enable_controllers(root: &OwnedFd) -> Result<(), Errno> {
     enabled
 }
 
-/// Gives the workload's group to its user, and opens it.
+/// Opens the workload's group and delegates it to the workload's user.
 pub fn open(layout: Layout, user: &Identity, log: &mut dyn Log) -> Cgroups {
     let root = match layout {
         Layout::None => return Cgroups::default(),

@@ -1,4 +1,4 @@
-//! What the program does when it is not PID 1: it looks at a configuration.
+//! The command line of the program when it is not PID 1: checks a configuration.
 
 use crate::boot::config_source;
 use crate::context::document_memory;
@@ -29,7 +29,7 @@ Kernel parameters:
 
 const VERSION: &str = concat!("pigeon-init ", env!("CARGO_PKG_VERSION"), "\n");
 
-/// Runs a command line; the text is the exit code.
+/// Runs the command line. Returns the exit code.
 pub fn run(arguments: StackStrings, environment: &mut Environment) -> i32 {
     let mut words = arguments.iter();
     let _program = words.next();
@@ -127,7 +127,7 @@ fn print_line(name: &str, value: &[u8]) {
     print(b"\n");
 }
 
-/// The value as a JSON string, however long it is.
+/// Prints the value as a JSON string of any length.
 fn print_quoted(name: &str, value: &[u8]) {
     print(name.as_bytes());
     print(b": \"");
@@ -135,7 +135,7 @@ fn print_quoted(name: &str, value: &[u8]) {
     print(b"\"\n");
 }
 
-/// The workload's environment, but for HOME, which only the root's accounts tell.
+/// Fills in the workload's environment, except for HOME, which depends on the root's /etc/passwd.
 pub fn fill_environment(environment: &mut Environment, config: &Config) -> Result {
     let [image, extra] = config.environment();
     environment.set_all(image)?;
@@ -149,7 +149,7 @@ fn print(bytes: &[u8]) -> i32 {
     i32::from(rustix::io::write(stdout, bytes).is_err())
 }
 
-/// One line, also about a name that has lines or a terminal's commands in it.
+/// Prints one line to standard error, with control characters replaced.
 fn print_error(text: Message) {
     let [_, _, stderr] = sys::standard_streams();
     for byte in text.as_bytes() {

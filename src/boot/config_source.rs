@@ -1,4 +1,4 @@
-//! The configuration from Firecracker's metadata service, or from the initrd's file.
+//! Loads the configuration from Firecracker's metadata service (MMDS) or from a file in the initrd.
 
 use crate::boot::network::{self, Channel};
 use crate::context;
@@ -21,20 +21,19 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
-/// The configuration baked into the initrd.
+/// The configuration in the initrd.
 const FILE: &CStr = c"/pigeon/run.json";
-/// How long MMDS is polled, in milliseconds, unless the kernel command line says otherwise.
+/// How long MMDS is polled, in milliseconds, unless the kernel command line sets another value.
 pub const MMDS_TIMEOUT: u64 = 3000;
-/// How long one call on the socket may take, in milliseconds. Below a second: a lost segment is never
-/// sent again.
+/// Timeout of a call on the socket, in milliseconds. Short, as MMDS never retransmits a lost segment.
 const SOCKET_TIMEOUT: u64 = 250;
-/// Time between two polls: the first, and the longest, in milliseconds.
+/// Time between two polls in milliseconds: initial and maximum.
 const POLL_INTERVALS: (u64, u64) = (1, 50);
 
 /// Which sources are used: `PIGEON_CONFIG` on the kernel command line.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Source {
-    /// MMDS if there is a network interface, else the file.
+    /// MMDS if there is an eth0, then the file.
     Auto,
     /// MMDS only.
     Mmds,
@@ -42,11 +41,11 @@ pub enum Source {
     File,
 }
 
-/// Loads the configuration's text into `document`. Returns its length, and which source it came from.
-/// MMDS is polled for at most `timeout` milliseconds; the error names each source and why it gave none.
+/// Loads the configuration's text into `document`. Returns its length and source. MMDS is polled for at
+/// most `timeout` milliseconds. The error names each source and why it has no configuration.
 ///
-/// `eth0` is the index of the interface to MMDS, if it is there and to be used; `memory` is for decoding
-/// a document of MMDS, to see whether it has a command.
+/// `eth0` is the index of the interface to MMDS, if MMDS is to be used; `memory` is for decoding a document
+/// from MMDS, to see whether it has a command.
 pub fn load(
     source: Source,
     eth0: Option<u32>,
@@ -83,7 +82,7 @@ pub fn load(
     Err(error)
 }
 
-/// The index of the interface to MMDS, if it is there and MMDS is to be used.
+/// The index of the interface to MMDS, if it exists and MMDS is to be used.
 pub fn interface(source: Source) -> Option<u32> {
     match source {
         Source::File => None,
@@ -103,7 +102,7 @@ pub fn empty<'a>() -> Result<PageBox<Config<'a>>> {
     PageBox::new(Config::new).map_err(context!("allocate memory"))
 }
 
-/// Decodes a document, and checks that it can be run.
+/// Decodes and checks a document, which must have a command.
 pub fn decode_checked<'a>(
     document: &mut [u8],
     memory: &'a mut [u8],
@@ -116,16 +115,16 @@ pub fn decode_checked<'a>(
     }
 }
 
-/// Why MMDS gave no configuration.
+/// Why there is no configuration from MMDS.
 pub enum FetchError {
-    /// An invalid document: waiting does not make it better.
+    /// An invalid document: waiting does not help.
     Invalid(Error),
     /// No document with a command, yet.
     NoDocument(Error),
 }
 
 /// Polls MMDS over the interface `eth0` until it returns a document with a command, for at most `timeout`
-/// milliseconds. Meanwhile the interface has an address and a route for MMDS.
+/// milliseconds. The interface has an address and a route to MMDS meanwhile.
 ///
 /// Writes the text to `document` and returns its length.
 pub fn fetch(
@@ -150,12 +149,11 @@ pub fn fetch(
         Ok(()) => session.poll(memory),
         Err(why) => Err(FetchError::NoDocument(why)),
     };
-    // Whether it worked or not.
     remove_mmds_route(&channel, eth0);
     result
 }
 
-/// Removes the route and address for MMDS; that they may be missing is no error.
+/// Removes the route and address for MMDS, if they exist.
 fn remove_mmds_route(channel: &Channel, index: u32) {
     let guest = IpAddr::V4(mmds::GUEST);
     let request = |request: &Request| channel.request(request, format_args!("leave MMDS"));
@@ -175,17 +173,17 @@ pub fn remove_stale_mmds_route() -> Result {
 /// A session with MMDS over one connection at a time.
 struct Session<'d> {
     watch: Stopwatch,
-    /// How long the watch may run, in milliseconds.
+    /// Time limit of the session, in milliseconds.
     timeout: u64,
     connection: Option<OwnedFd>,
-    /// Where responses are received.
+    /// Buffer that receives the responses.
     document: &'d mut [u8],
 }
 
 impl Session<'_> {
     fn poll(&mut self, memory: &mut [u8]) -> Result<usize, FetchError> {
         let (mut wait, longest) = POLL_INTERVALS;
-        // For the document, once it is known whether it has a token.
+        // The request for the document, once it is known whether it needs a token.
         let mut request = None;
         let mut before = None;
         loop {
@@ -198,7 +196,7 @@ impl Session<'_> {
                 Ok((status, _)) => error!("status {}", u32::from(status)),
                 Err(why) => {
                     self.connection = None;
-                    // A last poll that had no time for its response would only hide the error before it.
+                    // If the last poll had no time for its response, the error before it says more.
                     before.filter(|_| self.remaining() == 0).unwrap_or(why)
                 }
             };
@@ -215,7 +213,7 @@ impl Session<'_> {
     fn request_document(&mut self, request: &mut Option<mmds::Request>) -> Result<(u16, usize)> {
         if request.is_none() {
             let (status, length) = self.exchange(mmds::TOKEN_REQUEST)?;
-            // V2 was refused: ask without a token.
+            // V2 was refused: request the document without a token.
             let token = mmds::token(self.body(length)).filter(|_| status == 200);
             *request = mmds::document_request(token);
         }
@@ -224,13 +222,13 @@ impl Session<'_> {
             None => return Err(error!("the token is too long")),
         };
         if response.0 == 401 {
-            // The token is unknown or there was none: start over with V2.
+            // The token is unknown or missing: start over with V2.
             *request = None;
         }
         Ok(response)
     }
 
-    /// Milliseconds until time is up.
+    /// Remaining time, in milliseconds.
     fn remaining(&self) -> u64 {
         self.timeout.saturating_sub(self.watch.elapsed())
     }
@@ -239,8 +237,8 @@ impl Session<'_> {
         self.document.get_mut(..length).unwrap_or(&mut [])
     }
 
-    /// Sends a request and reads its whole response. Returns its status, and the length of its body, which
-    /// is then at the start of `document`.
+    /// Sends a request and reads the whole response. Returns its status and the length of its body, which is
+    /// then at the start of `document`.
     fn exchange(&mut self, request: &[u8]) -> Result<(u16, usize)> {
         let connection = match self.connection.take() {
             Some(connection) => connection,
@@ -286,7 +284,7 @@ impl Session<'_> {
         }
     }
 
-    /// A connection on which no call takes longer than [`SOCKET_TIMEOUT`], or the time that is left.
+    /// Opens a connection whose calls time out after [`SOCKET_TIMEOUT`], or the remaining time.
     fn connect(&self) -> Result<OwnedFd> {
         let flags = SocketFlags::CLOEXEC;
         let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)
@@ -297,7 +295,7 @@ impl Session<'_> {
         set_socket_timeout(&socket, Timeout::Send, timeout)
             .and_then(|()| set_socket_timeout(&socket, Timeout::Recv, timeout))
             .map_err(context!("limit the time of a socket"))?;
-        // With a port of its own: choosing one in connect() costs the kernel 6 ms of randomness.
+        // Bound first: to choose a port in connect(), the kernel would need randomness, which takes 6 ms.
         rustix::net::bind(&socket, &SocketAddrV4::new(mmds::GUEST, 0))
             .and_then(|()| rustix::net::connect(&socket, &SocketAddrV4::new(mmds::ADDRESS, 80)))
             .map_err(|errno| socket_error(errno, "connect"))?;
@@ -305,7 +303,7 @@ impl Session<'_> {
     }
 }
 
-/// Parses a body of status 200: the configuration, `null` before the host's push, or something invalid.
+/// Parses the body of a 200 response: the configuration, `null` before the host's push, or invalid data.
 fn parse_response(body: &mut [u8], memory: &mut [u8]) -> Result<(), FetchError> {
     let content = body.trim_ascii();
     if content.is_empty() {
@@ -321,7 +319,7 @@ fn parse_response(body: &mut [u8], memory: &mut [u8]) -> Result<(), FetchError> 
     }
 }
 
-/// The error of a call, which may be that its time was up (SO_RCVTIMEO and SO_SNDTIMEO, socket(7)).
+/// The error of a call on the socket, which may be a timeout (SO_RCVTIMEO and SO_SNDTIMEO, socket(7)).
 fn socket_error(errno: Errno, what: &str) -> Error {
     match errno {
         Errno::AGAIN | Errno::INPROGRESS => error!("no answer"),

@@ -16,9 +16,9 @@ use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 /// A file that is replaced.
 struct File {
     path: &'static CStr,
-    /// Beside it, for a rename.
+    /// In the same directory, for the rename.
     temporary: &'static CStr,
-    /// What is mounted over it where the root takes no other.
+    /// Mounted over it if the root cannot be written.
     substitute: &'static CStr,
 }
 
@@ -42,7 +42,7 @@ pub fn set_host_name(config: &Config) -> Result {
     rustix::system::sethostname(config.hostname.as_bytes()).map_err(context!("set the host name"))
 }
 
-/// Whether any file is to be written.
+/// Whether any file has something configured.
 pub fn are_configured(config: &Config) -> bool {
     !config.etc_hosts.is_empty() || !config.etc_resolv.is_empty()
 }
@@ -58,14 +58,14 @@ pub fn write(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result {
             .unwrap_or_default();
         let mut new = Contents::new(new);
         etc_files::resolv(&config.etc_resolv, &mut new);
-        // What cannot be read is replaced.
+        // A file that cannot be read is replaced.
         let old = files::read_whole(RESOLV_CONF.path, old);
         RESOLV_CONF.replace(old.ok().flatten().unwrap_or_default(), &new, log)?;
     }
     Ok(())
 }
 
-/// Writes /etc/hosts: also without entries, so that those of another configuration go.
+/// Writes /etc/hosts, also without entries, which removes those of another configuration.
 pub fn write_hosts(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result {
     let (old, new) = scratch
         .split_at_mut_checked(MAX_DOCUMENT_SIZE)
@@ -77,7 +77,7 @@ pub fn write_hosts(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Resu
 }
 
 impl File {
-    /// Replaces the file, unless it is right as it is: a second boot writes nothing.
+    /// Replaces the file if its contents differ: a second boot writes nothing.
     fn replace(&self, old: &[u8], new: &Contents, log: &HelperLog) -> Result {
         let path = self.path.lossy();
         let new = new
@@ -89,9 +89,8 @@ impl File {
         let written = files::make_directory(c"/etc", 0o755)
             .and_then(|()| files::replace(self.path, self.temporary, new));
         match written {
-            // A read-only root, one that the kernel has stopped for its errors (EIO since 6.12) or that
-            // is full, a file that is immutable (chattr(1)), or one that somebody has mounted over
-            // (EBUSY).
+            // A root that is read-only, full, or shut down by the kernel after errors (EIO since 6.12); a
+            // file that is immutable (chattr(1)) or a mount point (EBUSY).
             Err(
                 Errno::ROFS | Errno::IO | Errno::NOSPC | Errno::DQUOT | Errno::PERM | Errno::BUSY,
             ) => {
@@ -104,7 +103,7 @@ impl File {
         }
     }
 
-    /// Mounts a file in memory over it, and over what it links to never.
+    /// Mounts a file in memory over it. If it is a link, over the link itself.
     fn cover(&self, contents: &[u8]) -> Result<(), Errno> {
         files::make_directory(c"/run/pigeon", 0o755)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW;
@@ -121,7 +120,7 @@ impl File {
         move_mount(&mount, c"", &target, c"", both_by_descriptor)
     }
 
-    /// Whether that file is mounted over it already; somebody else's is not.
+    /// Whether the substitute is mounted over it already.
     fn is_covered(&self) -> bool {
         let identify = |path| files::identify(CWD, path, AtFlags::SYMLINK_NOFOLLOW);
         identify(self.path).is_ok_and(|file| identify(self.substitute) == Ok(file))

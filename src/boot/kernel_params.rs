@@ -11,13 +11,13 @@ use proto::bytes::split_once;
 use proto::decimal;
 use proto::message::{Level, ToLossy};
 
-/// Without the API's call for it no output is kept.
+/// Without the `logs` feature no output is kept.
 const DEFAULT_OUTPUT: Destination = match cfg!(feature = "logs") {
     true => Destination::Both,
     false => Destination::Console,
 };
 
-/// How much output is kept for the API, in KiB, unless the kernel command line says otherwise.
+/// Default of `PIGEON_LOG_KIB`.
 const LOG_KIB: u64 = 64;
 
 /// Maximum value of `PIGEON_LOG_KIB`.
@@ -38,14 +38,13 @@ pub enum RestoreMode {
 
 /// The kernel parameters.
 pub struct KernelParams {
-    /// `INIT_LOG_LEVEL=debug|info|warn`: the lowest level that is logged. There is nothing to say at
-    /// `debug` that is not said at `info`.
+    /// `INIT_LOG_LEVEL=debug|info|warn`: the lowest level that is logged. `debug` is the same as `info`.
     pub level: Level,
     /// `PIGEON_CONFIG=auto|mmds|file`: where the configuration comes from.
     pub source: Source,
     /// `PIGEON_MMDS_TIMEOUT_MS`: how long MMDS is polled, in milliseconds.
     pub mmds_timeout: u64,
-    /// `PIGEON_CGROUPS=hybrid|unified|none`: which hierarchies of control groups there are.
+    /// `PIGEON_CGROUPS=hybrid|unified|none`: which cgroup hierarchies are mounted.
     pub cgroups: Layout,
     /// `PIGEON_EXIT_LINGER_MS`: how long the exit code can be read, in milliseconds.
     pub linger: u64,
@@ -58,7 +57,7 @@ pub struct KernelParams {
     /// `PIGEON_RESTORE=auto|host|off`: what triggers a restore.
     #[cfg(feature = "snapshot")]
     pub restore: RestoreMode,
-    /// Which parameters had an invalid value.
+    /// A warning that names the parameters with invalid values.
     pub invalid: Option<Error>,
 }
 
@@ -82,7 +81,7 @@ impl KernelParams {
             let Some((name, value)) = split_once(word.to_bytes(), b'=') else {
                 continue;
             };
-            // What is not UTF-8 is neither a name nor a value that is known.
+            // No known name or value is invalid UTF-8.
             let known = |text| core::str::from_utf8(text).unwrap_or_default();
             if let Err(allowed) = params.set(known(name), known(value)) {
                 let (name, value) = (name.lossy(), value.lossy());
@@ -96,7 +95,7 @@ impl KernelParams {
         params
     }
 
-    /// Sets a parameter, if there is one of that name. The error says which values are allowed.
+    /// Sets a parameter; unknown names are ignored. The error says which values are allowed.
     fn set(&mut self, name: &str, value: &str) -> Result<(), &'static str> {
         match name {
             "INIT_LOG_LEVEL" => {

@@ -1,9 +1,9 @@
-//! What happens once: from the kernel's exec of /init to the running workload.
+//! The boot: from the kernel's exec of /init to the running workload.
 //!
-//! The kernel waits long in two places, the first mount of a disk and the cgroup mounts: they are
-//! made in parallel, the root's in a helper, and the cgroups' while the configuration arrives. The same
-//! helper does everything else that may block, and exits when the workload runs, as the initramfs is
-//! emptied then: nothing waits for either.
+//! Two operations take long in the kernel, the first mount of a disk and the cgroup mounts, so they run in
+//! parallel: the root is mounted in a helper, and the cgroups while the configuration arrives. The same
+//! helper does everything else that may block. It exits, and the initramfs is emptied, once the workload
+//! runs, so that the workload does not wait for either.
 
 pub mod cgroups;
 pub mod check;
@@ -36,20 +36,20 @@ use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::process::{Resource, Rlimit};
 
-/// Open files a process may have.
+/// Limit of open files (RLIMIT_NOFILE).
 const OPEN_FILES: u64 = 10_240;
 
-/// What is released after the boot, whether it succeeded or not.
+/// Resources that are released after the boot, even if it failed.
 #[derive(Default)]
 pub struct DeferredCleanup {
     initramfs: Option<OwnedFd>,
-    /// The connection to the helper that mounts disks, which exits when it is closed.
+    /// The connection to the helper that mounts disks; closing it lets the helper exit.
     disks: Option<Rendezvous>,
 }
 
-/// Boots, after devices and console have been set up. `memory` holds the document and its strings.
+/// Runs the boot, after devices and console were set up. `memory` is for the document and its strings.
 ///
-/// Not inlined, so that its stack frame is released.
+/// Not inlined, so that its stack frame is freed.
 #[inline(never)]
 pub fn run(
     supervisor: &mut Supervisor,
@@ -64,7 +64,7 @@ pub fn run(
     let expedited = mounts::expedite_rcu();
     modules::load(&mut supervisor.context.scratch, supervisor.console)?;
     supervisor.events.connect();
-    // In a helper while MMDS is polled; else here while the root is mounted, which saves a fork.
+    // In a helper while MMDS is polled; otherwise in PID 1 while the root is mounted, which saves a fork.
     let eth0 = config_source::interface(params.source);
     let cgroup_helper = match eth0.is_some() {
         true => Some(Helper::start(&mut |log| {
@@ -82,12 +82,12 @@ pub fn run(
     let (length, source) =
         config_source::load(params.source, eth0, params.mmds_timeout, document, strings)?;
     let document = document.get_mut(..length).unwrap_or(&mut []);
-    let (name, place) = match source {
+    let (name, origin) = match source {
         Source::Mmds => ("mmds", "MMDS"),
         _ => ("file", "/pigeon/run.json"),
     };
     let config = config_source::decode_checked(document, strings)
-        .map_err(|error| error!("configuration from {place}: {error}"))?;
+        .map_err(|error| error!("configuration from {origin}: {error}"))?;
     supervisor
         .console
         .info(&"configuration loaded", &format_args!(" source={name}"));
@@ -109,7 +109,7 @@ pub fn run(
     let disks = rendezvous.wait_for_helper(disks, log)?;
     cleanup.initramfs = Some(root::switch()?);
     if let Some((switch, before)) = expedited {
-        // A value that was just read is accepted again.
+        // Writing back a value that was just read does not fail.
         let _written = files::write(&switch, &before);
         supervisor.context.rcu_expedited = Some(switch);
     }
@@ -150,7 +150,7 @@ pub fn run(
         command.set_arguments(&config.arguments())?;
         command.set_directory(config.image_config.working_dir)
     })?;
-    // In parallel with the workload: its first instruction does not wait for them.
+    // After the start, so that the workload does not wait for it.
     #[cfg(feature = "snapshot")]
     {
         supervisor.context.snapshot.applied.digests = config.digests();
@@ -158,7 +158,7 @@ pub fn run(
     Ok(())
 }
 
-/// The steps deferred until the workload runs.
+/// Steps that are deferred until the workload runs.
 pub fn finish(supervisor: &mut Supervisor, cleanup: DeferredCleanup) {
     cgroups::make_commands(&mut supervisor.context.cgroups);
     if let Some(initramfs) = cleanup.initramfs
@@ -169,8 +169,8 @@ pub fn finish(supervisor: &mut Supervisor, cleanup: DeferredCleanup) {
     }
 }
 
-/// Mounts volumes, writes the /etc files and sets sysctls, in the helper that has mounted the root, while
-/// PID 1 serves the API: these may block on a disk, or on memory.
+/// In the helper that has mounted the root: mounts volumes, writes the /etc files and sets sysctls, which
+/// may block, while PID 1 serves the API.
 fn prepare_in_helper(
     config: &Config,
     owner: Owner,
@@ -183,13 +183,13 @@ fn prepare_in_helper(
     // After the network.
     if rendezvous.wait_for_peer() {
         sysctls::set_all(config, log)?;
-        // Its exit takes as long as the workload's start, and comes after it.
+        // Exiting takes as long as starting the workload, so it waits for that.
         rendezvous.arrive_and_wait();
     }
     Ok(())
 }
 
-/// Sets host name, network, and default sysctls, while the helper does its part.
+/// Sets host name, network and default sysctls, in parallel with the helper.
 fn prepare(
     supervisor: &mut Supervisor,
     config: &Config,
@@ -208,14 +208,14 @@ fn prepare(
     supervisor.context.set_interfaces(interfaces);
     sysctls::set_defaults(supervisor.console);
     if has_more {
-        // The configured ones may be of interfaces, which are there now.
+        // Configured sysctls may belong to interfaces, which are up now.
         rendezvous.release_peer();
         supervisor.finish_setup(rendezvous);
     }
     Ok(())
 }
 
-/// Sets the workload's environment and directory as those of commands, too.
+/// Sets the workload's environment and directory, which commands inherit.
 fn set_defaults(supervisor: &mut Supervisor, config: &Config, identity: &Identity) -> Result {
     let root_home = match config.user() {
         "" | "root" => identity.home.clone(),
@@ -228,15 +228,15 @@ fn set_defaults(supervisor: &mut Supervisor, config: &Config, identity: &Identit
     let defaults = &mut *supervisor.context.defaults;
     defaults.sets_home = fill_environment(&mut defaults.environment, config, &identity.home)?;
     let directory = config.image_config.working_dir.to_bytes_with_nul();
-    // The document's check has seen to it that a path fits.
+    // The document was checked: the path fits.
     let _fits = defaults.working_dir.extend_from_slice(directory);
     defaults.root_home = root_home;
     defaults.rlimits = config.rlimits.clone();
     Ok(())
 }
 
-/// Fills an empty environment with the workload's. Returns whether image or document set HOME; else it is
-/// `home`.
+/// Fills an empty environment with the workload's. Returns whether image or document set HOME; otherwise
+/// HOME is `home`.
 pub fn fill_environment(new: &mut Environment, config: &Config, home: &[u8]) -> Result<bool> {
     check::fill_environment(new, config)?;
     let sets_home = new.get(b"HOME=").is_some();

@@ -1,4 +1,4 @@
-//! Kernel modules that the initrd brings along.
+//! Loads kernel modules from the initrd.
 
 use crate::error::{Log, Result, name};
 use crate::process::helper::{Helper, HelperLog};
@@ -10,15 +10,15 @@ use proto::message::ToLossy;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-/// One path a line, in the order in which they are loaded.
+/// The list of modules: one path per line, in loading order.
 const LIST: &CStr = c"/pigeon/modules";
 
-/// How a module's file ends that the kernel is asked to decompress.
+/// File name extensions of modules that the kernel decompresses.
 const COMPRESSED: [&[u8]; 3] = [b".xz", b".zst", b".gz"];
 /// linux/module.h
 const MODULE_INIT_COMPRESSED_FILE: i32 = 4;
 
-/// Loads the modules on the list, in a helper: a driver waits for its devices.
+/// Loads the listed modules, in a helper, as drivers wait for their devices.
 pub fn load(scratch: &mut [u8], log: &mut dyn Log) -> Result {
     match files::read_whole(LIST, scratch)? {
         Some(list) => Helper::start(&mut |log| {
@@ -30,7 +30,7 @@ pub fn load(scratch: &mut [u8], log: &mut dyn Log) -> Result {
     }
 }
 
-/// One that cannot be loaded is a warning: what needs it says more.
+/// Logs a warning for a module that cannot be loaded: what needs it will fail with its own error.
 fn load_all(list: &[u8], log: &HelperLog) {
     for line in split(list, b'\n').map(<[u8]>::trim_ascii) {
         if line.is_empty() {
@@ -54,7 +54,7 @@ fn load_all(list: &[u8], log: &HelperLog) {
     }
 }
 
-/// One that is loaded already is fine.
+/// Loads a module, unless it is loaded already.
 fn load_one(path: &[u8], is_compressed: bool) -> Result<(), Errno> {
     let mut buffer = [0; PATH_MAX];
     let path = files::join(&[path], &mut buffer).ok_or(Errno::NAMETOOLONG)?;

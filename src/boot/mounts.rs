@@ -1,7 +1,7 @@
 //! The kernel's own file systems.
 //!
-//! They are mounted in the initramfs, beside everything else that waits during boot, and moved
-//! with all that is mounted in them when the root is there.
+//! They are mounted in the initramfs, while other steps of the boot wait, and moved onto the root, with
+//! their submounts, once that is mounted.
 
 use crate::context;
 use crate::error::{self, Discard, Log, Result};
@@ -13,16 +13,16 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 
-/// A mount of a file system that needs no source.
+/// A mount of a file system without a source.
 struct Mount {
     fs_type: &'static CStr,
     target: &'static CStr,
     flags: MountFlags,
-    /// As in fstab(5); none when empty.
+    /// As in fstab(5).
     options: &'static CStr,
-    /// A kernel without one that is not gets a warning.
+    /// If it is not required, a failure is a warning.
     required: bool,
-    /// Whether the kernel makes the directory, with the file system above it.
+    /// Whether the kernel creates the directory, with the file system that it is in.
     has_directory: bool,
 }
 
@@ -56,7 +56,7 @@ impl Mount {
         }
     }
 
-    /// Makes the directory, if need be, and mounts the file system on it.
+    /// Creates the directory, unless the kernel has, and mounts the file system on it.
     fn mount(&self, log: &mut dyn Log) -> Result {
         let &Self {
             fs_type, target, ..
@@ -100,15 +100,15 @@ const REMAINING: [Mount; 6] = [
     Mount::required(c"devpts", c"/dev/pts", NOEXEC.union(NOSUID).union(NOATIME))
         .with_options(c"mode=0620,gid=5,ptmxmode=666"),
     Mount::required(c"tmpfs", c"/dev/shm", NOSUID.union(NODEV)).with_options(c"mode=1777"),
-    // Of the memory /dev/shm can have half, and everybody may fill both: /run/lock. A kernel that
-    // finds none, and nobody to kill for it, panics.
+    // /dev/shm can take half of the memory, and every user can fill both (/run/lock). A kernel that is out
+    // of memory and has no process to kill panics.
     Mount::required(c"tmpfs", c"/run", NOSUID.union(NODEV)).with_options(c"mode=0755,size=10%"),
     Mount::optional(c"mqueue", c"/dev/mqueue", STRICT),
     Mount::optional(c"hugetlbfs", c"/dev/hugepages", RELATIME).with_options(c"pagesize=2M"),
     Mount::optional(c"binfmt_misc", c"/proc/sys/fs/binfmt_misc", RELATIME).on_existing_directory(),
 ];
 
-/// Links in /dev, and where they lead.
+/// Links in /dev, and their targets.
 const LINKS: [(&CStr, &CStr); 4] = [
     (c"/dev/fd", c"/proc/self/fd"),
     (c"/dev/stdin", c"/proc/self/fd/0"),
@@ -116,26 +116,26 @@ const LINKS: [(&CStr, &CStr); 4] = [
     (c"/dev/stderr", c"/proc/self/fd/2"),
 ];
 
-/// The trees to move onto the root, each with what is mounted in it.
+/// The mounts to move onto the root, with their submounts.
 pub const TREES: [&CStr; 4] = [c"/dev", c"/sys", c"/proc", c"/run"];
 
-/// Device nodes, before anything else: there is no console without them.
+/// Mounts devtmpfs, before anything else: the console needs it.
 pub fn mount_devtmpfs() -> Result {
     DEV.mount(&mut Discard)
 }
 
-/// Processes. The descriptor is of the file system, whatever is mounted over it later.
+/// Mounts procfs. The descriptor stays valid if something is mounted over /proc later.
 pub fn mount_procfs() -> Result<OwnedFd> {
     PROC.mount(&mut Discard)?;
     files::open(c"/proc", OFlags::PATH | OFlags::DIRECTORY).map_err(context!("open /proc"))
 }
 
-/// sysfs, where expedited grace periods are switched on.
+/// Mounts sysfs, which [`expedite_rcu`] needs.
 pub fn mount_sysfs() -> Result {
     SYSFS.mount(&mut Discard)
 }
 
-/// Everything else that is not a cgroup.
+/// Mounts everything else except cgroups.
 pub fn mount_remaining(log: &mut dyn Log) -> Result {
     for mount in &REMAINING {
         mount.mount(log)?;
@@ -150,10 +150,10 @@ pub fn mount_remaining(log: &mut dyn Log) -> Result {
     Ok(())
 }
 
-/// Where control groups are.
+/// Where cgroups are mounted.
 pub const CGROUP: &CStr = c"/sys/fs/cgroup";
 
-/// The directory of several hierarchies of control groups.
+/// Mounts a tmpfs for several cgroup hierarchies.
 pub fn mount_cgroup_tmpfs() -> Result {
     Mount::required(c"tmpfs", CGROUP, STRICT)
         .with_options(c"mode=755")
@@ -161,7 +161,7 @@ pub fn mount_cgroup_tmpfs() -> Result {
         .mount(&mut Discard)
 }
 
-/// The v2 hierarchy of control groups.
+/// Mounts the cgroup v2 hierarchy.
 pub fn mount_cgroup2(target: &'static CStr) -> Result {
     Mount {
         has_directory: target == CGROUP,
@@ -170,15 +170,15 @@ pub fn mount_cgroup2(target: &'static CStr) -> Result {
     .mount(&mut Discard)
 }
 
-/// Switches expedited RCU grace periods on: the switch, and its value before. A kernel without it boots
-/// slower.
+/// Enables expedited RCU grace periods. Returns the sysfs file and its previous value; `None` on a kernel
+/// without it, where the boot is slower.
 ///
-/// The kernel waits several grace periods in cgroup mounts and unmounts; expedited ones take
-/// microseconds instead of ticks (Documentation/RCU, rcu_expedited in sysfs).
+/// Cgroup mounts and unmounts wait for several grace periods; expedited ones take microseconds instead of
+/// ticks (Documentation/RCU, rcu_expedited in sysfs).
 pub fn expedite_rcu() -> Option<(OwnedFd, [u8; 1])> {
     let switch = files::open(c"/sys/kernel/rcu_expedited", OFlags::RDWR).ok()?;
     let mut before = [0];
-    // Attributes of sysfs are written whole, wherever the file stands.
+    // Writes to a sysfs attribute ignore the file position.
     files::read(&switch, &mut before).ok()?;
     files::write(&switch, b"1").ok()?;
     Some((switch, before))

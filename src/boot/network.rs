@@ -1,4 +1,4 @@
-//! Network interfaces: applying the configuration through rtnetlink.
+//! Configures network interfaces through rtnetlink.
 
 use crate::context;
 use crate::context::Interfaces;
@@ -25,46 +25,46 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 /// Index of lo, the first interface of every network namespace (LOOPBACK_IFINDEX, net/net_namespace.h).
 const LO_INDEX: u32 = 1;
 
-/// The index of the interface that Firecracker's metadata service is reached through.
+/// The index of eth0, the interface to Firecracker's metadata service.
 pub fn eth0_index() -> Option<u32> {
     Channel::open().ok()?.index("eth0")
 }
 
-/// A channel to the kernel's network configuration.
+/// An rtnetlink socket.
 pub struct Channel {
     socket: OwnedFd,
 }
 
 impl Channel {
-    /// Opens one, and asks the kernel for the reasons of errors. Protocol 0 is NETLINK_ROUTE.
+    /// Opens a socket, with extended acknowledgements enabled. Protocol 0 is NETLINK_ROUTE.
     pub fn open() -> Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)
             .map_err(context!("open a netlink socket"))?;
-        // An older kernel gives the errno alone.
+        // An older kernel only returns the errno.
         let _unsupported = sys::network::enable_extended_acks(&socket);
         Ok(Self { socket })
     }
 
-    /// The index of a network interface; `None` when it is not there.
+    /// The index of a network interface; `None` if there is none of that name.
     ///
-    /// SIOCGIFINDEX would make the kernel look for a module of that name (dev_load), and a workload may
-    /// have covered sysfs.
+    /// Not by SIOCGIFINDEX, for which the kernel would try to load a module of that name (dev_load), nor by
+    /// sysfs, which a workload may have mounted over.
     pub fn index(&self, name: &str) -> Option<u32> {
-        // What comes after the index is cut off.
+        // The reply is truncated after the index, which is near its start.
         let mut reply = [0; 64];
         files::write(&self.socket, netlink::get_link(name).as_bytes()).ok()?;
         let count = files::read(&self.socket, &mut reply).ok()?;
         netlink::link_index(reply.get(..count)?)
     }
 
-    /// Sends a request and reads its acknowledgement, which the kernel gives within the send. What
-    /// exists already is success; the error says `what` failed, and the kernel's reason.
+    /// Sends a request and reads its acknowledgement, which the kernel queues within the send. EEXIST counts
+    /// as success; the error says `what` failed, and the kernel's reason.
     pub fn request(&self, request: &Request, what: fmt::Arguments) -> Result {
         self.request_unless(request, &[Errno::EXIST], what)
     }
 
-    /// The same, where it is also success that one of these keeps it from being done.
+    /// The same, with other errnos that count as success.
     fn request_unless(
         &self,
         request: &Request,
@@ -92,11 +92,11 @@ impl Channel {
 
 #[cfg(feature = "snapshot")]
 impl Channel {
-    /// Calls `visit` with each entry of a dump. Returns whether nothing changed meanwhile, so that these
-    /// are all.
+    /// Calls `visit` with each entry of a dump. Returns whether the dump is complete: nothing changed
+    /// meanwhile.
     fn dump(&self, request: &Request, visit: &mut dyn FnMut(Entry)) -> Result<bool> {
         let failed = context!("list the network's state");
-        // The kernel gives no more at once than a page, or what is asked for (netlink_recvmsg).
+        // The kernel sends at most a page, or the size of the buffer, at once (netlink_recvmsg).
         let mut received = [0; 8192];
         files::write(&self.socket, request.as_bytes()).map_err(&failed)?;
         let mut is_whole = true;
@@ -118,7 +118,7 @@ impl Channel {
 }
 
 /// Brings up lo, and the interfaces that have addresses, with their MTU, addresses and routes. Returns
-/// those interfaces. What is there already is no error, and checksums that cannot be switched are a
+/// those interfaces. What exists already is not an error; checksum offload that cannot be disabled is a
 /// warning.
 pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
     let channel = Channel::open()?;
@@ -127,7 +127,7 @@ pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
         &netlink::link_up(LO_INDEX, None),
         format_args!("bring lo up"),
     )?;
-    // The first gateway of a family is for all: with a second one it would share the traffic (ECMP).
+    // The first gateway of a family is used for all: with two, traffic would be split (ECMP).
     let [mut ipv4, mut ipv6] = [None; 2];
     for Address {
         ip,
@@ -204,7 +204,7 @@ pub fn replace(config: &Config, config_changed: bool, interfaces: &mut Interface
             &mut |entry| is_ours(entry),
         )?;
     }
-    // What the device cannot do was logged at the boot.
+    // Warnings were logged at the boot already.
     let configured = configure(config, &mut Discard)?;
     let neighbours = netlink::dump_neighbours();
     remove(&channel, &neighbours, "an old neighbour", &mut |entry| {
@@ -218,7 +218,7 @@ pub fn replace(config: &Config, config_changed: bool, interfaces: &mut Interface
 #[cfg(feature = "snapshot")]
 type AddressKey = (u32, Option<(IpAddr, u8)>);
 
-/// Deletes the entries of a dump that are picked.
+/// Deletes the selected entries of a dump.
 #[cfg(feature = "snapshot")]
 fn remove(
     channel: &Channel,
@@ -226,7 +226,7 @@ fn remove(
     what: &str,
     selects: &mut dyn FnMut(&Entry) -> bool,
 ) -> Result {
-    /// Entries deleted after one dump.
+    /// Maximum number of entries deleted per dump.
     const BATCH: usize = 64;
     /// Maximum number of dumps: enough for far more neighbours than the kernel keeps (gc_thresh3,
     /// arp(7)).
@@ -241,7 +241,7 @@ fn remove(
             }
         })?;
         for request in &requests {
-            // It was already removed with another one.
+            // It may have been removed together with another one.
             let gone = [Errno::ADDRNOTAVAIL, Errno::SRCH, Errno::NOENT];
             channel.request_unless(request, &gone, format_args!("remove {what}"))?;
         }
@@ -282,8 +282,7 @@ fn index(channel: &Channel, device: &str) -> Result<u32> {
 fn bring_up(channel: &Channel, index: u32, device: &str, mtu: u32, log: &mut dyn Log) -> Result {
     let request = netlink::link_up(index, Some(mtu));
     channel.request(&request, format_args!("bring {device} up with MTU {mtu}"))?;
-    // Packets on a virtual wire need no checksums of the device's. Those received are the device's
-    // own business: virtio_net has no switch for them.
+    // Packets on a virtual link need no checksum offload. virtio_net has no switch for the receive side.
     if let Err(errno) = sys::network::disable_tx_checksum(&channel.socket, device) {
         log.warn(&context!("cannot switch {device}'s checksum offload off")(
             errno,

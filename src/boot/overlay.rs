@@ -1,4 +1,4 @@
-//! A root that many VMs share: what is written goes to a layer of its own (overlayfs).
+//! Mounts a root that is shared by many VMs below a writable layer (overlayfs).
 
 use crate::error::{self, Result};
 use crate::process::helper::HelperLog;
@@ -10,14 +10,14 @@ use rustix::mount::{MountFlags, UnmountFlags};
 
 /// The shared root.
 const LOWER: &CStr = c"/lower";
-/// The file system of the layer that is written to.
+/// The file system of the writable layer.
 const WRITABLE: &CStr = c"/writable";
-/// Its directories; on a device they are there from the second boot on.
+/// Its directories; on a device they exist from the second boot on.
 const UPPER: &CStr = c"/writable/upper";
 const WORK: &CStr = c"/writable/work";
 const OPTIONS: &CStr = c"lowerdir=/lower,upperdir=/writable/upper,workdir=/writable/work";
 
-/// Mounts the root on `target` with a layer over it.
+/// Mounts the root on `target` with a writable layer over it.
 pub fn mount(root: FileSystem, layer: Overlay, target: &CStr, log: &HelperLog) -> Result {
     files::require_directory(LOWER, 0o700)?;
     files::require_directory(WRITABLE, 0o700)?;
@@ -41,7 +41,7 @@ pub fn mount(root: FileSystem, layer: Overlay, target: &CStr, log: &HelperLog) -
         OPTIONS,
     )
     .map_err(error::on("mount an overlay on", target))?;
-    // The overlay has mounts of its own of its layers (ovl_get_layers, fs/overlayfs/super.c).
+    // The overlay holds its own private mounts of the layers (ovl_get_layers, fs/overlayfs/super.c).
     for directory in [LOWER, WRITABLE] {
         rustix::mount::unmount(directory, UnmountFlags::empty())
             .map_err(error::on("unmount", directory))?;

@@ -1,4 +1,4 @@
-//! The root file system: mounting it, and leaving the initramfs for it.
+//! Mounts the root file system, and switches from the initramfs to it.
 
 #[cfg(feature = "overlay")]
 use crate::boot::overlay;
@@ -21,11 +21,11 @@ use rustix::fs::{AtFlags, CWD, FileType, OFlags, RawDir};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, move_mount};
 
-/// Where the root is mounted before it becomes the root.
+/// Where the root is mounted first.
 const NEW_ROOT: &CStr = c"/newroot";
 
-/// Mounts the root beside the initramfs, and touches all of it that PID 1 looks at: a disk that
-/// hangs stops this child, not PID 1, which finds everything in memory. Who owns volumes there.
+/// In a helper: mounts the root, and accesses everything that PID 1 will access: if the disk hangs, it hangs
+/// this child, and PID 1 later finds everything in memory. Returns the owner of volumes.
 pub fn mount(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result<Owner> {
     files::require_directory(NEW_ROOT, 0o755)?;
     let mut root = FileSystem::on(config.root_device());
@@ -51,8 +51,8 @@ pub fn mount(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result<Own
         log.warn(&error);
     }
     let mut identity = Identity::default();
-    // What is wrong with it PID 1 finds itself.
-    let _told_later = credentials::resolve(config.user(), scratch, &mut identity);
+    // PID 1 resolves it again, and reports errors.
+    let _reported_later = credentials::resolve(config.user(), scratch, &mut identity);
     Ok((identity.uid, identity.gid))
 }
 
@@ -68,13 +68,12 @@ fn mount_overlay(_: FileSystem, _: Overlay, _: &HelperLog) -> Result {
     ))
 }
 
-/// Moves the kernel's file systems onto the root and makes it `/`. The initramfs, to be emptied.
+/// Moves the kernel's file systems onto the root and makes it `/`. Returns the initramfs's root directory.
 pub fn switch() -> Result<OwnedFd> {
     let old = files::open(c"/", OFlags::DIRECTORY).map_err(context!("open /"))?;
     rustix::process::chdir(NEW_ROOT).map_err(context!("enter /newroot"))?;
     for &tree in &mounts::TREES {
-        // Below the working directory. A link there would lead out of the root, to what is deleted
-        // below: it is not followed.
+        // Relative to the working directory. Links are not followed: one could lead out of the new root.
         let below = tree.to_bytes_with_nul().get(1..).unwrap_or_default();
         move_mount(CWD, tree, CWD, c_str(below), MoveMountFlags::empty())
             .map_err(context!("move {} onto the root", tree.lossy()))?;
@@ -90,16 +89,16 @@ pub fn switch() -> Result<OwnedFd> {
 const RAMFS_MAGIC: u64 = 0x8584_58f6;
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
-/// Deletes everything in the initramfs: it is the guest's memory, and may hold secrets.
+/// Deletes everything in the initramfs, which takes up memory and may hold secrets.
 ///
-/// Only where the old root is a file system in memory (else EXDEV), and never across a mount.
+/// Only if the old root is a ramfs or tmpfs (otherwise EXDEV), and never across a mount.
 pub fn empty(old: OwnedFd) -> Result<(), Errno> {
     let kind = rustix::fs::fstatfs(&old)?.f_type as u64;
     if kind != RAMFS_MAGIC && kind != TMPFS_MAGIC {
         return Err(Errno::XDEV);
     }
-    // Down to a directory in which all others are empty, and again from the top, by a descriptor that
-    // reads from the start: no recursion.
+    // Without recursion: descends to a directory without non-empty directories, empties it, and starts again
+    // from the top.
     while let Some(mut here) = delete_entries(&open_directory(&old, c".")?, true)? {
         while let Some(inner) = delete_entries(&here, false)? {
             here = inner;
@@ -108,7 +107,7 @@ pub fn empty(old: OwnedFd) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Deletes a directory's entries, up to the first directory that is not empty, which is the answer.
+/// Deletes a directory's entries up to the first directory that is not empty. Returns that one, if any.
 fn delete_entries(directory: &OwnedFd, is_root: bool) -> Result<Option<OwnedFd>, Errno> {
     let mut buffer = [MaybeUninit::uninit(); 1024];
     let mut entries = RawDir::new(directory, &mut buffer);
@@ -124,7 +123,7 @@ fn delete_entries(directory: &OwnedFd, is_root: bool) -> Result<Option<OwnedFd>,
         };
         match rustix::fs::unlinkat(directory, name, flags) {
             Ok(()) => {}
-            // A mount point (rmdir(2)): that is the new root, or what somebody else mounted.
+            // A mount point (rmdir(2)): the new root, or another mount.
             Err(Errno::BUSY) if is_root => {}
             Err(Errno::NOTEMPTY) => return open_directory(directory, name).map(Some),
             Err(errno) => return Err(errno),

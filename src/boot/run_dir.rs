@@ -1,6 +1,6 @@
-//! What the image has in /run: copied into the tmpfs that hides it, as container engines do.
+//! Copies the image's /run into the tmpfs that hides it, as container engines do.
 //!
-//! Servers expect the directories that their packages made: /run/sshd, /run/postgresql.
+//! Servers expect the directories that their packages created: /run/sshd, /run/postgresql.
 
 use crate::context;
 use crate::process::helper::HelperLog;
@@ -27,13 +27,13 @@ const MAX_NAME: usize = 256;
 struct OpenDirectory {
     from: OwnedFd,
     to: OwnedFd,
-    /// Where reading it continues.
+    /// Offset of the next entry to read.
     offset: u64,
 }
 
-/// Why a copy ends early.
+/// Why a copy is incomplete.
 enum CopyError {
-    /// It is larger than what is copied.
+    /// The limit that was exceeded.
     Limit(&'static str),
     Failed(Errno),
 }
@@ -44,10 +44,10 @@ impl From<Errno> for CopyError {
     }
 }
 
-/// Copies directories, links and small files with their owners and modes. Nothing there is followed.
+/// Copies directories, links and small files with their owners and modes. Links are not followed.
 pub fn copy(from: &CStr, to: OwnedFd, buffer: &mut [u8], log: &HelperLog) {
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW;
-    // Without such a directory there is nothing to copy; mounting on it says so.
+    // Without such a directory there is nothing to copy.
     let Ok(from) = files::open(from, flags) else {
         return;
     };
@@ -102,7 +102,7 @@ fn copy_tree(from: OwnedFd, to: OwnedFd, buffer: &mut [u8]) -> Result<(), CopyEr
                 }
                 copy_file(directory, name, &status, buffer)?;
             }
-            // A socket or a device of the machine that the image was made on is nothing here.
+            // Sockets and devices of the machine that built the image are meaningless here.
             _ => {}
         }
     }
@@ -132,7 +132,7 @@ fn next_entry(
     Ok(false)
 }
 
-/// One that is there already, /run/lock, keeps its owner and mode.
+/// A directory that exists already, /run/lock, keeps its owner and mode.
 fn copy_directory(
     directory: &OpenDirectory,
     name: &CStr,

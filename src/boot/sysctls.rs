@@ -1,4 +1,4 @@
-//! Parameters of the kernel (sysctl(8), proc_sys(5)).
+//! Sets kernel parameters (sysctl(8), proc_sys(5)).
 
 use crate::context;
 use crate::error::{self, Log, Result};
@@ -11,13 +11,13 @@ use proto::sysctl;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-/// What containers are used to: everybody may serve port 80, and ping (Docker's defaults).
+/// Docker's defaults: every user may bind port 80, and ping.
 const DEFAULTS: [(&CStr, &[u8]); 2] = [
     (c"/proc/sys/net/ipv4/ip_unprivileged_port_start", b"0"),
     (c"/proc/sys/net/ipv4/ping_group_range", b"0 2147483647"),
 ];
 
-/// Sets the defaults, before what the configuration has; a kernel without IPv4 has none of them.
+/// Sets the defaults, before the configured ones; a kernel without IPv4 has none of them.
 pub fn set_defaults(log: &mut dyn Log) {
     for &(path, value) in &DEFAULTS {
         match set(path, value) {
@@ -27,12 +27,12 @@ pub fn set_defaults(log: &mut dyn Log) {
     }
 }
 
-/// Whether the configuration has any.
+/// Whether any are configured.
 pub fn are_configured(config: &Config) -> bool {
     config.sysctls().next().is_some()
 }
 
-/// Sets the configured ones, in a helper: huge pages may take their time.
+/// Sets the configured ones, in a helper, as allocating huge pages may take long.
 pub fn set_all(config: &Config, log: &HelperLog) -> Result {
     let mut room = sysctl::ROOM;
     for (name, value) in config.sysctls() {
@@ -47,7 +47,7 @@ pub fn set_all(config: &Config, log: &HelperLog) -> Result {
 
 fn set(path: &CStr, value: &[u8]) -> Result<(), Errno> {
     let file = files::open(path, OFlags::WRONLY)?;
-    // The kernel takes a write of nothing for none: an empty text is an empty line.
+    // The kernel ignores an empty write: an empty value is an empty line.
     let value = if value.is_empty() { b"\n" } else { value };
     files::write(&file, value).map(drop)
 }
