@@ -1,4 +1,4 @@
-//! All commands, by key: those of a call, and those of a session.
+//! The commands of calls and sessions, by key.
 
 use super::error::{CallError, refuse_while_held};
 use super::exec::Exec;
@@ -20,43 +20,43 @@ use proto::http::Status;
 use proto::slab::{Key, Slab};
 use rustix::process::{Pid, WaitStatus};
 
-/// Maximum number of commands: those that run, and those whose response is not sent yet.
+/// Maximum number of commands: running ones, and those whose response has not been sent yet.
 pub const COMMANDS: usize = 128;
 
-/// Of the memory, the part that all kept output together may have.
+/// All captured output together may take this fraction of the memory: 1/8.
 const CAPTURE_PART: u64 = 8;
 
 /// Maximum number of named sessions.
 const SESSIONS: usize = 32;
 
-/// How long a named session that has ended waits for its client, in milliseconds.
+/// How long a named session is kept after its command has exited, in milliseconds.
 const ENDED_SESSION_TIMEOUT: u64 = 600_000;
 
 /// How long the processes of a terminal may take to exit after its hang-up, in milliseconds.
 const HANG_UP_GRACE: u64 = 500;
 
-/// The commands there are.
+/// All commands.
 pub struct Commands {
     slab: Slab<Command, COMMANDS>,
-    /// The connections whose sessions were taken over or ended, to be closed.
+    /// Connections to close, whose sessions were taken over or ended.
     replaced: heapless::Vec<Key, SESSIONS>,
-    /// Bytes of output that may be kept in addition to what is kept.
+    /// Bytes of output that may still be captured.
     pub capture_left: usize,
 }
 
 /// A command.
 pub struct Command {
-    /// The connection that it is for.
+    /// The connection that it belongs to.
     owner: Option<Key>,
     /// Abandoned: kept only until its process is reaped.
     is_abandoned: bool,
-    /// When it is killed, or dropped if it has ended.
+    /// When it is killed, or removed if it has ended.
     kill_at: u64,
-    /// What it does.
+    /// What kind of command it is.
     pub role: Role,
 }
 
-/// What a command does.
+/// A kind of command.
 pub enum Role {
     /// `POST /v1/exec`, or a helper with one response.
     Exec(Exec),
@@ -119,7 +119,7 @@ impl Commands {
         })
     }
 
-    /// Whether there can be a session of this name.
+    /// Checks whether a session of this name can be created.
     fn admit(&self, id: &str) -> Result<(), CallError> {
         if self.find_session(id).is_some() {
             let error = error!("there is a session {id} already");
@@ -132,7 +132,7 @@ impl Commands {
         Ok(())
     }
 
-    /// Attaches to a named session; a client that is attached loses it.
+    /// Attaches to a named session; a client that is attached already is disconnected.
     fn attach(&mut self, id: &str, streams: bool, owner: Key) -> Result<Key, CallError> {
         let key = self.find_session(id).ok_or_else(|| no_session(id))?;
         if let Some(command) = self.slab.get_mut(key) {
@@ -148,12 +148,12 @@ impl Commands {
 
     fn note_replaced(&mut self, connection: Option<Key>) {
         if let Some(key) = connection {
-            // Each is that of another session, of which there are no more.
+            // It has room for one connection per named session.
             let _fits = self.replaced.push(key);
         }
     }
 
-    /// The key of a connection whose session was taken over or ended, to be closed.
+    /// Takes the key of a connection to close, whose session was taken over or ended.
     pub fn take_replaced(&mut self) -> Option<Key> {
         self.replaced.pop()
     }
@@ -176,7 +176,7 @@ impl Commands {
             .map(|(key, _, _)| key)
     }
 
-    /// Writes the list of named sessions. The largest is some 16 KiB.
+    /// Writes the list of named sessions as JSON, at most some 16 KiB.
     pub fn list_sessions(&self, list: &mut SliceWriter) -> fmt::Result {
         let mut separator = "";
         list.write_str("[")?;
@@ -188,7 +188,7 @@ impl Commands {
         list.write_str("]")
     }
 
-    /// Ends a named session: a terminal is hung up, and what does not exit is killed.
+    /// Ends a named session: hangs up its terminal, and kills processes that do not exit.
     pub fn end_session(&mut self, id: &str, now: u64) -> Result<(), CallError> {
         let key = self.find_session(id).ok_or_else(|| no_session(id))?;
         if let Some(command) = self.slab.get_mut(key) {
@@ -199,7 +199,7 @@ impl Commands {
         Ok(())
     }
 
-    /// Starts a child that takes over a connection, to read the rest of its request and to answer it.
+    /// Starts a child that takes over a connection: it reads the rest of the request and responds.
     #[cfg(feature = "files")]
     pub fn start_transfer(
         &mut self,
@@ -214,7 +214,7 @@ impl Commands {
         self.insert(owner, Role::Transfer(transfer))
     }
 
-    /// Whether one more can start.
+    /// Checks whether another command can start.
     pub fn check_room(&self, context: &Context) -> Result<(), CallError> {
         refuse_while_held(context)?;
         match self.slab.is_full() {
@@ -241,7 +241,7 @@ impl Commands {
         }
     }
 
-    /// The command of a connection's session, as long as that is the connection's.
+    /// The session of a connection, unless another connection has taken it over.
     pub fn session(&mut self, key: Key, owner: Key) -> Option<&mut Session> {
         let command = self.slab.get_mut(key)?;
         match &mut command.role {
@@ -250,7 +250,7 @@ impl Commands {
         }
     }
 
-    /// Whether a connection's transfer is over.
+    /// Whether a connection's transfer is complete.
     #[cfg(feature = "files")]
     pub fn is_transfer_done(&mut self, key: Key) -> bool {
         match self.slab.get_mut(key).map(|command| &command.role) {
@@ -259,7 +259,7 @@ impl Commands {
         }
     }
 
-    /// One of a command's streams can be read or written. Returns the connection that can proceed.
+    /// Handles an event of a command's stream. Returns the connection that can proceed.
     pub fn on_event(&mut self, source: Source, key: Key, context: &mut Context) -> Option<Key> {
         let command = self.slab.get_mut(key)?;
         match (&mut command.role, command.owner) {
@@ -273,7 +273,7 @@ impl Commands {
         command.owner
     }
 
-    /// A process was reaped; it may be a command's. Returns the connection that can proceed.
+    /// Handles the exit of a process that may be a command's. Returns the connection that can proceed.
     pub fn on_exit(&mut self, pid: Pid, status: WaitStatus, now: u64) -> Option<Key> {
         let key = self
             .slab
@@ -282,7 +282,7 @@ impl Commands {
             .map(|(key, _)| key)?;
         let command = self.slab.get_mut(key)?;
         if command.is_abandoned {
-            // What a hung up shell has left in its group is killed with it.
+            // A shell that was hung up may have left processes in its group.
             sys::kill_rest_of_group(pid);
             self.slab.remove(key);
             return None;
@@ -300,14 +300,14 @@ impl Commands {
         command.owner
     }
 
-    /// The connection no longer needs its command. A named session is detached, and kept until a client
-    /// has read its exit; any other command is killed.
+    /// Detaches a connection from its command. A named session is kept until a client has read its exit
+    /// status; any other command is killed.
     pub fn disconnect(&mut self, key: Key, owner: Key, context: &Context) {
         let Some(command) = self.slab.get_mut(key) else {
             return;
         };
         if command.owner != Some(owner) {
-            // Another connection has it now.
+            // Another connection has taken it over.
             return;
         }
         match &mut command.role {
@@ -324,8 +324,8 @@ impl Commands {
         }
     }
 
-    /// Nobody needs the command any more. If it still runs it is killed, a terminal's after the
-    /// hang-up; and it counts until it is reaped.
+    /// Ends a command that is no longer needed. If it still runs, it is killed, on a terminal some time after
+    /// the hang-up; it keeps its slot until it is reaped.
     fn abandon(&mut self, key: Key, now: u64) {
         let Some(command) = self.slab.get_mut(key) else {
             return;
@@ -341,7 +341,7 @@ impl Commands {
                 true => (session.process.is_running(), after_grace),
                 false => (session.process.is_running(), now),
             },
-            // Its connection is shut down, which ends it.
+            // Its connection was shut down, which makes it exit.
             #[cfg(feature = "files")]
             Role::Transfer(transfer) => (transfer.process.is_running(), after_grace),
         };
@@ -355,7 +355,7 @@ impl Commands {
         self.kill_overdue(now);
     }
 
-    /// Kills the commands whose time is over.
+    /// Kills the commands whose deadline has passed.
     fn kill_overdue(&mut self, now: u64) {
         for index in 0..self.slab.used() {
             if let Some(key) = self.slab.key_at(index)
@@ -364,7 +364,7 @@ impl Commands {
             {
                 command.kill_at = NEVER;
                 if !command.is_abandoned {
-                    // A session that has ended, and to which no client has attached.
+                    // A session that has ended and was never attached to again.
                     self.slab.remove(key);
                     continue;
                 }
@@ -373,13 +373,13 @@ impl Commands {
         }
     }
 
-    /// The next time at which something has to be done.
+    /// The next deadline.
     pub fn deadline(&self) -> u64 {
         let commands = self.slab.iter();
         commands.fold(NEVER, |first, (_, command)| first.min(command.deadline()))
     }
 
-    /// Does what is due, in each iteration. Returns the connection that can proceed.
+    /// Handles the deadline of the command at `index`. Returns the connection that can proceed.
     pub fn run_timers(&mut self, now: u64, index: usize) -> Option<Key> {
         let key = self.slab.key_at(index)?;
         let command = self.slab.get_mut(key)?;
@@ -400,7 +400,7 @@ impl Commands {
         command.owner
     }
 
-    /// Registers anew for the output of sessions without a client.
+    /// Registers again for the output of sessions without a client.
     pub fn watch(&mut self, context: &Context) {
         for index in 0..self.slab.used() {
             if let Some(key) = self.slab.key_at(index)
@@ -447,7 +447,7 @@ impl Command {
 
     fn deadline(&self) -> u64 {
         match (&self.role, self.owner) {
-            // What is over is answered for by its connection.
+            // One that is finished waits for its connection.
             (Role::Exec(exec), Some(_)) if !exec.is_finished() => exec.deadline,
             #[cfg(feature = "files")]
             (Role::Transfer(transfer), Some(_)) if !transfer.is_finished() => transfer.deadline,

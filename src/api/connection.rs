@@ -1,4 +1,4 @@
-//! A connection: what it waits for is its state, and a state holds what is valid in it.
+//! A connection: a state machine whose states hold the data that is valid in them.
 
 use super::commands::Commands;
 #[cfg(feature = "snapshot")]
@@ -41,34 +41,34 @@ use rustix::fd::OwnedFd;
 #[cfg(feature = "tunnel")]
 use rustix::io::Errno;
 
-/// Time for a request's head, in milliseconds, from its first byte.
+/// Time limit for a request's head, in milliseconds, from its first byte.
 const HEAD_TIMEOUT: u64 = 10_000;
-/// Time for a request's body, in milliseconds, from the end of its head.
+/// Time limit for a request's body, in milliseconds, from the end of its head.
 const BODY_TIMEOUT: u64 = 30_000;
-/// Time for a WebSocket's first message, in milliseconds.
+/// Time limit for a WebSocket's first message, in milliseconds.
 const COMMAND_TIMEOUT: u64 = 10_000;
-/// Time in which a client must take some of what waits for it, or answer a close frame, in
+/// How long a client may read nothing while data is queued for it, or leave a close frame unanswered, in
 /// milliseconds.
 const SEND_TIMEOUT: u64 = 30_000;
-/// Time in which what a refused client still sends is dropped, in milliseconds.
+/// How long data from a client is discarded after an error response, in milliseconds.
 const DRAIN_TIMEOUT: u64 = 10_000;
-/// How long it may send nothing meanwhile, in milliseconds.
+/// How long the client may send nothing meanwhile, in milliseconds.
 const DRAIN_IDLE: u64 = 5000;
-/// Time for a TCP port to accept a tunnel, in milliseconds.
+/// Time limit for a tunnel's TCP connection, in milliseconds.
 #[cfg(feature = "tunnel")]
 const CONNECT_TIMEOUT: u64 = 10_000;
-/// Most connections that last as long as their clients like.
+/// Maximum number of connections without a time limit.
 pub const LONG_CONNECTIONS: usize = 256;
-/// Most calls about snapshots that wait, each for the one before it.
+/// Maximum number of waiting snapshot calls; they run one after the other.
 #[cfg(feature = "snapshot")]
 const SNAPSHOT_CALLS: usize = 8;
 /// How long a client may take to send a request or to read a response before a new connection may replace
 /// it, in milliseconds.
 const SLOW_CLIENT: u64 = 1000;
 
-/// What the connections share.
+/// State that the connections share.
 pub struct Shared<'a> {
-    /// The commands they have started.
+    /// Their commands.
     pub commands: &'a mut Commands,
     /// What all modules share.
     pub context: &'a mut Context,
@@ -78,83 +78,84 @@ pub struct Shared<'a> {
 pub struct Connection {
     io: Io,
     state: State,
-    /// Its own, for its commands.
+    /// The connection's own key.
     key: Key,
     watched: EventFlags,
-    /// When the client has taken too long.
+    /// When the connection times out.
     pub deadline: u64,
-    /// When something last happened to it, for choosing which idle one has to go.
+    /// When it last did something, to find the connection that has been idle longest.
     idle_since: u64,
-    /// The answer being sent tells how the workload ended.
+    /// The response being sent has the workload's exit code.
     carries_exit_code: bool,
 }
 
-/// What a connection is at.
+/// The state of a connection.
 enum State {
     /// Reading a request's head.
     Head(HeadParser),
     /// Reading a request's body.
     Body(Request),
-    /// Waiting for the workload's end.
+    /// Waiting for the workload's exit.
     ExitCode,
-    /// Waiting for a one-shot command's end, or sending its answer.
+    /// Waiting for a command to exit, or sending its response.
     Exec(Key),
     /// A WebSocket.
     WebSocket(Decoder, Stage),
     /// Sending the workload's output.
     #[cfg(feature = "logs")]
     Logs(LogReader),
-    /// A child has it, and answers.
+    /// Handed over to a child, which responds.
     #[cfg(feature = "files")]
     Transfer(Key),
-    /// Passing bytes between the client and a TCP port.
+    /// Forwarding bytes between the client and a TCP port.
     #[cfg(feature = "tunnel")]
     Tunnel(Tunnel),
-    /// Waiting for the answer to a call about snapshots.
+    /// Waiting for the response to a snapshot call.
     #[cfg(feature = "snapshot")]
     Snapshot(PendingCall),
     /// Sending the last bytes.
     Closing,
-    /// Sending the last bytes to a client that may still be sending, and dropping what it sends, up to
-    /// this time in milliseconds: it reads them later, and is not cut off before (RFC 9112 section 9.6).
+    /// Sending the last bytes to a client that may still be sending, and discarding what it sends until
+    /// this time in milliseconds: otherwise a reset could keep it from reading the response (RFC 9112
+    /// section 9.6).
     Draining(u64),
-    /// Over.
+    /// Closed.
     Closed,
 }
 
-/// What a WebSocket is at.
+/// The state of a WebSocket.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Stage {
-    /// Its command has not come.
+    /// Waiting for the message with the command.
     AwaitingCommand,
     /// Its command runs.
     Session(Key),
-    /// A close frame was sent: waiting for the client's.
+    /// Waiting for the client's close frame.
     CloseSent,
 }
 
-/// A request whose body is being read: its head and the content are what the received bytes start with.
+/// A request whose body is being read. Its head and decoded content are at the start of the received bytes.
 struct Request {
     call: Result<Call, RouteError>,
     /// Bytes of the head.
     head: usize,
-    /// Bytes of content after it so far.
+    /// Bytes of decoded content after it so far.
     length: usize,
     body: BodyDecoder,
 }
 
-/// A call about snapshots, whose body is what the received bytes start with.
+/// A snapshot call. Its body is at the start of the received bytes.
 #[cfg(feature = "snapshot")]
 #[derive(Clone, Copy)]
 pub struct PendingCall {
     /// Which one.
     pub call: SnapshotCall,
-    /// When it came, in microseconds of the monotonic clock.
+    /// When it arrived, in microseconds of the monotonic clock.
     pub received_us: u64,
     length: usize,
 }
 
-/// Whether a state did something, so that there may be more to do, or waits.
+/// Whether there may be more to do, or the connection has to wait.
 #[derive(PartialEq, Eq)]
 enum Step {
     Again,
@@ -166,7 +167,7 @@ impl State {
         matches!(self, Self::WebSocket(..))
     }
 
-    /// Whether it may last as long as the client likes.
+    /// Whether it has no time limit.
     fn is_long(&self) -> bool {
         self.is_websocket()
             || self.reads_log()
@@ -192,7 +193,7 @@ impl State {
         }
     }
 
-    /// Whether the client's bytes are for somebody else.
+    /// Whether the client's bytes are forwarded.
     fn is_tunnel(&self) -> bool {
         #[cfg(feature = "tunnel")]
         if let Self::Tunnel(_) = self {
@@ -201,7 +202,7 @@ impl State {
         false
     }
 
-    /// Whether what was received is a body that is still needed.
+    /// Whether the received bytes start with a body that is still needed.
     fn has_body(&self) -> bool {
         #[cfg(feature = "snapshot")]
         if let Self::Snapshot(_) = self {
@@ -210,7 +211,7 @@ impl State {
         false
     }
 
-    /// Whether its bytes are a child's.
+    /// Whether a child handles the connection.
     fn is_transfer(&self) -> bool {
         #[cfg(feature = "files")]
         if let Self::Transfer(_) = self {
@@ -221,7 +222,7 @@ impl State {
 }
 
 impl Connection {
-    /// A connection that has received nothing.
+    /// A new connection.
     pub fn new(socket: OwnedFd, memory: Region, now: u64) -> Self {
         Self {
             io: Io::new(socket, memory),
@@ -234,12 +235,12 @@ impl Connection {
         }
     }
 
-    /// Tells the connection its key.
+    /// Sets the connection's own key.
     pub fn set_key(&mut self, key: Key) {
         self.key = key;
     }
 
-    /// Whether it is over.
+    /// Whether it is closed.
     pub fn is_closed(&self) -> bool {
         matches!(self.state, State::Closed)
     }
@@ -262,7 +263,7 @@ impl Connection {
         }
     }
 
-    /// Whether it waits for the workload's end.
+    /// Whether it waits for the workload's exit.
     pub fn waits_for_exit(&self) -> bool {
         matches!(self.state, State::ExitCode)
     }
@@ -272,7 +273,7 @@ impl Connection {
         self.state.reads_log()
     }
 
-    /// What of the log it still needs, if it reads that.
+    /// The position from which it still needs the log, if it reads the log.
     pub fn needs_log(&self) -> Option<u64> {
         #[cfg(feature = "logs")]
         if let State::Logs(reader) = &self.state {
@@ -281,7 +282,7 @@ impl Connection {
         None
     }
 
-    /// Whether it waits for its client to take output.
+    /// Whether it waits until its client reads output.
     fn sends_log(&self) -> bool {
         #[cfg(feature = "logs")]
         if let State::Logs(_) = self.state {
@@ -303,12 +304,12 @@ impl Connection {
         }
     }
 
-    /// Its memory, if another connection can have it.
+    /// Its memory, if another connection can use it.
     pub fn reuse(self) -> Option<Region> {
         self.io.reuse()
     }
 
-    /// The VM goes down, a snapshot is taken, or another connection needs the room.
+    /// Closes it: the VM shuts down, a snapshot is taken, or a new connection replaces it.
     pub fn close(&mut self, shared: &mut Shared) {
         if self.state.is_websocket() && !matches!(self.state, State::WebSocket(_, Stage::CloseSent))
         {
@@ -323,7 +324,7 @@ impl Connection {
         self.enter(State::Closed, shared);
     }
 
-    /// Enters another state; a command that it has no more use for is abandoned.
+    /// Enters another state, and detaches from the command of the old one.
     fn enter(&mut self, state: State, shared: &mut Shared) {
         let context = &mut *shared.context;
         context.long_connections += usize::from(state.is_long());
@@ -336,8 +337,8 @@ impl Connection {
             context.snapshot.pending_calls -= usize::from(self.state.has_body());
         }
         if self.state.is_transfer() || matches!(state, State::Closed) && !self.io.broken {
-            // A child may have it, too: one that serves it is to end, and one that is frozen before it
-            // has begun does not keep it open.
+            // A child may have a copy of it: the one that serves it must exit, and one that is frozen before
+            // it has started must not keep it open.
             let _ended = rustix::net::shutdown(self.io.socket(), rustix::net::Shutdown::Both);
         }
         if let Some(key) = self.state.command() {
@@ -354,7 +355,7 @@ impl Connection {
         self.state = state;
     }
 
-    /// After an answer: the next request follows, or the end.
+    /// The state after a response: the next request, or closing.
     fn next_state(&self) -> State {
         match self.io.reply.keep_alive {
             true => State::Head(HeadParser::default()),
@@ -362,31 +363,31 @@ impl Connection {
         }
     }
 
-    /// An answer is queued.
+    /// Continues after a response was queued.
     fn finish(&mut self, shared: &mut Shared) {
         self.enter(self.next_state(), shared);
     }
 
-    /// Answers with an error.
+    /// Responds with an error.
     fn fail(&mut self, error: &CallError, shared: &mut Shared) {
         self.io.respond_error(error);
         self.finish(shared);
     }
 
-    /// Answers with an error, and closes when what the client still sends has come.
+    /// Responds with an error, and closes once the client stops sending.
     fn fail_and_close(&mut self, error: &CallError, shared: &mut Shared) {
         self.io.reply.keep_alive = false;
         self.io.respond_error(error);
         self.drain(shared);
     }
 
-    /// The last bytes are queued, and the client may still be sending.
+    /// Enters [`State::Draining`], after the last bytes were queued.
     fn drain(&mut self, shared: &mut Shared) {
         let until = shared.context.now + DRAIN_TIMEOUT;
         self.enter(State::Draining(until), shared);
     }
 
-    /// Something happened to the socket.
+    /// Handles events of the socket.
     pub fn on_socket(&mut self, events: EventFlags, shared: &mut Shared) {
         #[cfg(feature = "tunnel")]
         if let State::Tunnel(tunnel) = &mut self.state {
@@ -405,14 +406,14 @@ impl Connection {
         self.proceed(shared);
     }
 
-    /// Whether bytes of the client are of use now; the kernel keeps them otherwise.
+    /// Whether to read from the client now; otherwise the kernel buffers its bytes.
     fn wants_input(&self, commands: &mut Commands) -> bool {
         self.io.has_room()
             && match self.state {
                 State::Closing | State::Closed => false,
                 _ if self.state.is_transfer() || self.state.is_tunnel() => false,
                 _ if self.state.has_body() => false,
-                // Of requests that follow, the kernel keeps all but the first bytes.
+                // Pipelined requests stay in the kernel, except for their first bytes.
                 State::Exec(_) | State::ExitCode => !self.io.has_received(),
                 State::WebSocket(_, Stage::Session(key)) => commands
                     .session(key, self.key)
@@ -421,9 +422,9 @@ impl Connection {
             }
     }
 
-    /// Does whatever can be done now.
+    /// Makes as much progress as is possible now.
     pub fn proceed(&mut self, shared: &mut Shared) {
-        // How many pieces of output may still be sent, as others wait, too.
+        // Limits the output sent in one turn, so that other connections get theirs.
         let mut messages = 1;
         while !self.is_closed() {
             self.send(shared.context);
@@ -436,7 +437,7 @@ impl Connection {
             if self.io.broken {
                 return self.enter(State::Closed, shared);
             }
-            // The client reads first. A session still takes what does not have to be answered.
+            // The client must read first, but a session or a tunnel can still receive.
             if !self.io.is_sent() && !self.state.is_websocket() && !self.state.is_tunnel() {
                 return;
             }
@@ -487,7 +488,7 @@ impl Connection {
         }
     }
 
-    /// Sends what the socket takes.
+    /// Sends what the socket accepts.
     fn send(&mut self, context: &mut Context) {
         if self.io.is_sent() {
             return;
@@ -505,8 +506,8 @@ impl Connection {
         }
     }
 
-    /// Looks for a request's head in the received bytes, and at what has to be known of the request
-    /// before its body.
+    /// Parses a request's head from the received bytes, and decides what has to be decided before its body
+    /// is read.
     fn read_head(&mut self, shared: &mut Shared) -> Step {
         let State::Head(parser) = &mut self.state else {
             return Step::Wait;
@@ -535,7 +536,7 @@ impl Connection {
                 self.io.discard(0..length);
                 match tunnel {
                     Ok(tunnel) => self.enter(State::Tunnel(tunnel), shared),
-                    // What the client has sent already is no request.
+                    // The client may have sent tunnel data already, which must not be parsed.
                     Err(error) => self.fail_and_close(&error, shared),
                 }
                 return Step::Again;
@@ -561,7 +562,7 @@ impl Connection {
         };
         self.io.reply = reply;
         if expects_continue && call.is_err() {
-            // The client is told at once; it may send the body or not.
+            // Respond at once; the client may send the body or not.
             self.io.reply.keep_alive = false;
         } else if !request.body.is_complete() {
             if expects_continue && self.io.received().len() == length {
@@ -577,7 +578,7 @@ impl Connection {
         Step::Again
     }
 
-    /// Gives the connection to a child, which reads the request once more, from its head on.
+    /// Hands the connection to a child, which parses the request again.
     #[cfg(feature = "files")]
     fn start_transfer(&mut self, head: usize, has_body: bool, shared: &mut Shared) -> Step {
         let context = &mut *shared.context;
@@ -595,8 +596,7 @@ impl Connection {
         Step::Again
     }
 
-    /// Takes a request's body from the received bytes, and does what the request asks for when it is
-    /// there whole.
+    /// Decodes a request's body from the received bytes, and dispatches the request once it is complete.
     fn read_body(&mut self, shared: &mut Shared) -> Step {
         let State::Body(request) = &mut self.state else {
             return Step::Wait;
@@ -619,7 +619,7 @@ impl Connection {
         Step::Again
     }
 
-    /// Answers to what cannot be understood, and closes.
+    /// Responds to a malformed request, and closes.
     fn refuse(&mut self, error: RequestError, shared: &mut Shared) -> Step {
         let error = CallError::new(error.status(), error!("{}", error.message()));
         self.io.reply = Reply::CLOSE;
@@ -627,7 +627,7 @@ impl Connection {
         Step::Again
     }
 
-    /// Answers a request that has come whole, or sees to what its answer needs.
+    /// Handles a complete request: queues its response, or starts what the response needs.
     fn dispatch(&mut self, request: &Request, shared: &mut Shared) {
         let called = match request.call {
             Ok(call) => self.call(call, request, shared),
@@ -654,7 +654,7 @@ impl Connection {
         self.enter(next, shared);
     }
 
-    /// Does what a request asks for: the state that follows.
+    /// Handles a call. Returns the next state.
     fn call(
         &mut self,
         call: Call,
@@ -669,7 +669,7 @@ impl Connection {
             .unwrap_or_default();
         match call {
             Call::Status => {}
-            // A child has it, body and all.
+            // Handled by a child, before its body is read.
             #[cfg(feature = "files")]
             Call::Files => {}
             Call::Signals => signals::send(body, context)?,
@@ -753,7 +753,7 @@ impl Connection {
         Ok(self.next_state())
     }
 
-    /// The call about snapshots that it waits for.
+    /// The snapshot call that it waits for.
     #[cfg(feature = "snapshot")]
     pub fn pending_call(&self) -> Option<PendingCall> {
         match self.state {
@@ -771,7 +771,7 @@ impl Connection {
         }
     }
 
-    /// Answers it.
+    /// Responds to that call.
     #[cfg(feature = "snapshot")]
     pub fn respond_to_call(&mut self, status: Status, body: &dyn Display, shared: &mut Shared) {
         if let State::Snapshot(PendingCall { length, .. }) = self.state {
@@ -782,7 +782,7 @@ impl Connection {
         }
     }
 
-    /// Answers with how the workload ended, if it has.
+    /// Responds with the workload's exit code, once it has exited.
     fn respond_exit_code(&mut self, shared: &mut Shared) -> Step {
         let Some(exit) = &shared.context.workload.exit else {
             return Step::Wait;
@@ -793,7 +793,7 @@ impl Connection {
         Step::Again
     }
 
-    /// Answers with what a command has said, if it has ended.
+    /// Responds with a command's output, once it has exited.
     fn respond_exec(&mut self, key: Key, pieces: &mut u32, shared: &mut Shared) -> Step {
         let Some((exec, left)) = shared.commands.exec(key) else {
             self.io.broken = true;
@@ -808,11 +808,11 @@ impl Connection {
         } else if exec.queue_response(&mut self.io) {
             self.finish(shared);
         }
-        // What is queued is sent first.
+        // Send what is queued first.
         Step::Again
     }
 
-    /// Sends output of the workload. A client that takes none for too long is given up.
+    /// Sends output of the workload. A client that reads none for too long is disconnected.
     #[cfg(feature = "logs")]
     fn send_log(&mut self, shared: &mut Shared) -> Step {
         let State::Logs(reader) = &mut self.state else {
@@ -835,7 +835,7 @@ impl Connection {
         Step::Wait
     }
 
-    /// Moves a session's bytes both ways.
+    /// Moves a session's data in both directions.
     fn proceed_session(&mut self, key: Key, messages: &mut u32, shared: &mut Shared) -> Step {
         let Some(session) = shared.commands.session(key, self.key) else {
             let reason = "the session was taken or ended";
@@ -857,7 +857,7 @@ impl Connection {
         Step::Again
     }
 
-    /// Connects, or moves a tunnel's bytes both ways.
+    /// Connects a tunnel, or moves its data in both directions.
     #[cfg(feature = "tunnel")]
     fn proceed_tunnel(&mut self, pieces: &mut u32, shared: &mut Shared) -> Step {
         let State::Tunnel(tunnel) = &mut self.state else {
@@ -881,7 +881,7 @@ impl Connection {
         Step::Again
     }
 
-    /// Something moved in a tunnel: restarts its idle timeout.
+    /// Restarts a tunnel's idle timeout.
     #[cfg(feature = "tunnel")]
     fn limit_tunnel(&mut self, now: u64) {
         if let State::Tunnel(tunnel) = &self.state {
@@ -890,8 +890,7 @@ impl Connection {
         }
     }
 
-    /// Takes a WebSocket message from the received bytes, if a whole one is there and an answer has
-    /// room.
+    /// Takes a WebSocket message from the received bytes, if there is a complete one and room for a reply.
     fn take_message(&mut self, shared: &mut Shared) -> Step {
         if !self.io.has_reserve() {
             return Step::Wait;
@@ -903,7 +902,7 @@ impl Connection {
         let event = decoder.next(input, received);
         match (event, *stage) {
             (Event::Incomplete, _) => return Step::Wait,
-            // The answer to our close frame; anything before it is late.
+            // The reply to our close frame; other frames before it are ignored.
             (Event::Close(_), Stage::CloseSent) => self.enter(State::Closed, shared),
             (Event::Error(_), Stage::CloseSent) => self.drain(shared),
             (_, Stage::CloseSent) | (Event::Pong, _) => {}
@@ -950,7 +949,7 @@ impl Connection {
         }
     }
 
-    /// A new size of a session's terminal, or the end of its input.
+    /// Handles a control message: a new terminal size, or the end of input.
     fn take_control(&mut self, message: Range<usize>, key: Key, shared: &mut Shared) {
         let message = self.io.part(message);
         if let Some(session) = shared.commands.session(key, self.key)
@@ -960,20 +959,20 @@ impl Connection {
         }
     }
 
-    /// Closes a session whose client must not continue.
+    /// Sends a close frame and ends a session.
     fn close_session(&mut self, code: CloseCode, reason: &str, shared: &mut Shared) {
         self.io.queue(CloseFrame::new(code, reason).as_bytes());
         self.enter_stage(Stage::CloseSent, shared);
     }
 
-    /// A command cannot be started.
+    /// Ends a session whose command cannot be started.
     fn fail_session(&mut self, error: &Error, shared: &mut Shared) {
         let reason = message!("{error}");
         let message = format_args!("{{\"Error\":{{\"message\":{}}}}}", Quoted(error));
         self.end_session(&message, CloseCode::InternalError, reason.as_str(), shared);
     }
 
-    /// The last message of a session, and the close frame.
+    /// Sends the last message of a session and a close frame.
     fn end_session(
         &mut self,
         message: &dyn Display,
@@ -997,7 +996,7 @@ impl Connection {
         }
     }
 
-    /// Time is up for whatever was waited for.
+    /// Handles a timeout.
     pub fn expire(&mut self, shared: &mut Shared) {
         match &self.state {
             State::Head(_) | State::Body(_) if self.io.is_sent() => {
@@ -1020,12 +1019,12 @@ impl Connection {
         self.proceed(shared);
     }
 
-    /// Registers for what is waited for.
+    /// Registers the events that it waits for.
     pub fn watch(&mut self, shared: &mut Shared) {
         let context = &mut *shared.context;
         self.idle_since = context.now;
         let sent = self.io.is_sent();
-        // A child sees itself when its client goes.
+        // A child notices itself when its client disconnects.
         let mut wanted = match self.state.is_transfer() {
             true => EventFlags::empty(),
             false => EventFlags::RDHUP,
@@ -1036,7 +1035,7 @@ impl Connection {
         if !sent || self.sends_log() || self.has_output(shared.commands) {
             wanted |= EventFlags::OUT;
         }
-        // A running session, or a tunnel, may leave its output unread: that stops its other end.
+        // The client of a running session or a tunnel may leave output unread: that only blocks the other end.
         let may_wait = matches!(self.state, State::WebSocket(_, Stage::Session(_)));
         if !sent && !may_wait && !self.state.is_tunnel() {
             self.deadline = self.deadline.min(context.now + SEND_TIMEOUT);
@@ -1065,12 +1064,12 @@ impl Connection {
     }
 }
 
-/// A head that was understood before, for what few calls need of it.
+/// Parses a head again, for the few calls that need it.
 fn parse_again(head: &[u8]) -> Option<Head<'_>> {
     HeadParser::default().parse(head).ok()?
 }
 
-/// The target of such a head.
+/// The target of a head that was parsed before.
 #[cfg(any(feature = "sessions", feature = "logs", feature = "mounts"))]
 fn target(head: &[u8]) -> Target<'_> {
     let nothing = Target::Resource {
@@ -1080,7 +1079,7 @@ fn target(head: &[u8]) -> Target<'_> {
     parse_again(head).map_or(nothing, |head| head.target)
 }
 
-/// Whether one more connection may last as long as its client likes.
+/// Checks whether there may be another connection without a time limit.
 fn check_long_connections(context: &Context) -> Result<(), CallError> {
     if context.long_connections < LONG_CONNECTIONS {
         return Ok(());

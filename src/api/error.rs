@@ -1,4 +1,4 @@
-//! Why calls are refused, and how a child of this program says so.
+//! Errors of calls, and how children of this program report them.
 
 use crate::context::Context;
 use crate::error;
@@ -11,16 +11,16 @@ use proto::json::Quoted;
 use proto::message;
 use proto::message::Message;
 
-/// Why a call is refused.
+/// An error response.
 pub struct CallError {
     /// The response's status.
     pub status: Status,
-    /// What its body says.
+    /// The message in its body.
     pub error: Error,
 }
 
 impl CallError {
-    /// A call that is wrong.
+    /// An invalid request.
     pub fn bad_request(error: impl Into<Error>) -> Self {
         Self::new(Status::BadRequest, error.into())
     }
@@ -42,7 +42,7 @@ pub fn error_body(error: &dyn Display) -> Message {
     message!("{{\"error\":{}}}", Quoted(error))
 }
 
-/// While the workload is held for a snapshot nothing new begins.
+/// Refuses a call while the workload is held for a snapshot.
 pub fn refuse_while_held(context: &Context) -> Result<(), CallError> {
     match context.is_held() {
         false => Ok(()),
@@ -53,12 +53,12 @@ pub fn refuse_while_held(context: &Context) -> Result<(), CallError> {
     }
 }
 
-/// What is about the workload is refused before it runs, and when it has ended.
+/// The error of calls that need a running workload.
 pub fn not_running() -> CallError {
     CallError::new(Status::Conflict, error!("the workload is not running"))
 }
 
-/// The errors of children that are not internal ones, by their exit codes.
+/// Exit codes of children, for statuses other than 500.
 #[cfg(any(feature = "mounts", feature = "snapshot", feature = "sysinfo"))]
 const EXIT_CODES: &[(i32, Status)] = &[
     (2, Status::BadRequest),
@@ -67,7 +67,7 @@ const EXIT_CODES: &[(i32, Status)] = &[
     (5, Status::GatewayTimeout),
 ];
 
-/// In a child: says what has failed; the exit code.
+/// In a child: reports its error. Returns the exit code.
 #[cfg(any(feature = "mounts", feature = "snapshot", feature = "sysinfo"))]
 pub fn report(done: Result<(), CallError>, log: &HelperLog) -> i32 {
     let Err(CallError { status, error }) = done else {
@@ -78,7 +78,7 @@ pub fn report(done: Result<(), CallError>, log: &HelperLog) -> i32 {
     known.map_or(1, |(code, _)| *code)
 }
 
-/// The status of what a child has failed with, by its exit code if it has one.
+/// The status of a child's error, by its exit code if it has one.
 #[cfg(any(feature = "mounts", feature = "snapshot", feature = "sysinfo"))]
 pub fn status_of(code: Option<i32>) -> Status {
     let known = EXIT_CODES.iter().find(|(known, _)| Some(*known) == code);

@@ -35,11 +35,11 @@ use rustix::event::epoll::EventFlags;
 #[cfg(feature = "mounts")]
 use rustix::fd::OwnedFd;
 
-/// How long a command may take, in milliseconds, unless the call says otherwise.
+/// Default time limit of a command, in milliseconds.
 const TIMEOUT: u64 = 30_000;
 /// How long a killed command may take to exit before the response is sent without it, in milliseconds.
 const KILL_TIMEOUT: u64 = 2_000;
-/// Output kept of each stream, in bytes.
+/// Maximum output captured from each stream, in bytes.
 const CAPTURE: usize = 1 << 20;
 
 /// A command and its output so far.
@@ -48,20 +48,19 @@ pub struct Exec {
     pub process: Process,
     /// Standard output and standard error.
     streams: [Stream; 2],
-    /// When it is killed; once it is, when the response is sent though it was not reaped.
+    /// When it is killed; after that, when the response is sent even if it was not reaped.
     pub deadline: u64,
-    /// The response has begun: how much of it is queued.
+    /// How much of the response is queued, once that has begun.
     queued: Option<Position>,
     kind: Kind,
 }
 
-/// What the process is.
+/// The kind of process.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// A command of the host's.
+    /// A command from the host.
     Command,
-    /// A child of this program: its output is the response, or it has none if its work is all that was
-    /// asked for.
+    /// A child of this program: its output is the response, if it has any.
     #[cfg(any(feature = "mounts", feature = "sysinfo"))]
     Helper,
 }
@@ -80,7 +79,7 @@ struct Position {
 }
 
 impl Exec {
-    /// Starts what the body of a request asks for.
+    /// Starts the command in the body of a request.
     pub fn start(body: &mut [u8], context: &mut Context) -> Result<Self, CallError> {
         context.with_arena(|memory, context| {
             let mut request = ExecRequest::default();
@@ -110,7 +109,7 @@ impl Exec {
         }
     }
 
-    /// Has a child mount what the body of a request describes.
+    /// Starts a child that mounts the volume in the body of a request.
     #[cfg(feature = "mounts")]
     pub fn start_mount(body: &mut [u8], context: &mut Context) -> Result<Self, CallError> {
         context.with_arena(|memory, context| {
@@ -121,7 +120,7 @@ impl Exec {
         })
     }
 
-    /// Has a child unmount what the query of a request names.
+    /// Starts a child that unmounts the path in the query of a request.
     #[cfg(feature = "mounts")]
     pub fn start_unmount(target: &Target, context: &mut Context) -> Result<Self, CallError> {
         let room = context.temp.get_mut(..PATH_MAX).unwrap_or(&mut []);
@@ -155,7 +154,7 @@ impl Exec {
         Ok(Self::of(process, Kind::Helper, streams, deadline))
     }
 
-    /// Reads what waits in one of its streams. `left`: how much more output may be kept.
+    /// Reads from one of its streams. `left`: how much more output may be captured.
     pub fn on_output(&mut self, source: Source, left: &mut usize) {
         let [output, error] = &mut self.streams;
         let stream = match source {
@@ -165,8 +164,7 @@ impl Exec {
         stream.read(self.process.is_finished(), left);
     }
 
-    /// Its time is over: it is killed. When it was killed already and cannot be reaped, it counts as
-    /// ended.
+    /// Handles its timeout: kills it. If it was killed before and cannot be reaped, it counts as ended.
     pub fn expire(&mut self, now: u64) {
         self.deadline = match self.process.was_killed() {
             false => now.saturating_add(KILL_TIMEOUT),
@@ -180,7 +178,7 @@ impl Exec {
         self.process.status().is_some() || (self.process.was_killed() && self.deadline == 0)
     }
 
-    /// Registers for its output.
+    /// Waits for its output.
     pub fn watch(&mut self, key: Key, context: &Context) {
         let [output, error] = &mut self.streams;
         let (wanted, poller) = (EventFlags::IN, &context.poller);
@@ -190,7 +188,7 @@ impl Exec {
         channel.watch(Source::CommandStderr.token(key), wanted, poller);
     }
 
-    /// The error to respond with, if there is one. Call once it has ended.
+    /// The error to respond with, if any. Call once it has ended.
     pub fn failure(&mut self, left: &mut usize) -> Option<CallError> {
         if self.queued.is_none() {
             self.read_remaining(left);
@@ -259,7 +257,7 @@ impl Exec {
         true
     }
 
-    /// Reads what is left in its pipes, which others may hold open.
+    /// Reads what is left in its pipes, which other processes may keep open.
     fn read_remaining(&mut self, left: &mut usize) {
         for stream in &mut self.streams {
             while stream.read(true, left) {}
@@ -269,7 +267,7 @@ impl Exec {
         }
     }
 
-    /// The response up to the output.
+    /// Queues the response up to the output.
     fn queue_head(&self, io: &mut Io) {
         #[cfg(any(feature = "mounts", feature = "sysinfo"))]
         if self.kind == Kind::Helper {
@@ -308,30 +306,29 @@ impl Exec {
         )
     }
 
-    /// When it is killed if nobody waits for its response any more.
+    /// When it is killed if its client is gone.
     pub fn abandoned_deadline(&self, now: u64) -> u64 {
         match self.kind {
             Kind::Command => now,
-            // It finishes what it has begun, even if nobody waits for it.
+            // It completes what it has begun.
             #[cfg(any(feature = "mounts", feature = "sysinfo"))]
             Kind::Helper => self.deadline,
         }
     }
 
-    /// How many bytes of output it keeps.
+    /// Number of bytes of captured output.
     pub fn captured(&self) -> usize {
         let [output, error] = &self.streams;
         output.capture.length + error.capture.length
     }
 
-    /// Nobody waits for its response any more: frees all but its process.
+    /// Frees everything but its process, as its client is gone.
     pub fn release(&mut self) {
         self.streams = Default::default();
     }
 }
 
-/// What a child of this program that had to be killed was doing; only one that reads /proc does not report
-/// it.
+/// The error of a child of this program that was killed. Only the one that reads /proc reports no step.
 fn timed_out(step: Option<Error>) -> Error {
     match step {
         Some(step) => helper::timed_out(Some(step)),
@@ -362,7 +359,7 @@ impl Stream {
         }
     }
 
-    /// Reads once. Returns whether anything came.
+    /// Reads once. Returns whether there was any data.
     fn read(&mut self, over: bool, left: &mut usize) -> bool {
         let count = self.channel.read(usize::MAX, over, &mut |output| {
             self.capture.keep(output, left);
@@ -372,21 +369,21 @@ impl Stream {
     }
 }
 
-/// Output that is kept.
+/// Captured output.
 #[derive(Default)]
 struct Capture {
-    /// [`CAPTURE`] bytes, from the first output on.
+    /// [`CAPTURE`] bytes, allocated with the first output.
     memory: Option<Region>,
     length: usize,
     truncated: bool,
-    /// Bytes whose escaped form is measured.
+    /// Number of bytes whose escaped length is in `escaped`.
     measured: usize,
     /// Length of their escaped form.
     escaped: usize,
 }
 
 impl Capture {
-    /// Keeps bytes as far as there is room for them: in this capture, and in all of them together.
+    /// Captures bytes, up to the limits of this capture and of all together.
     fn keep(&mut self, bytes: &[u8], left: &mut usize) {
         if self.memory.is_none() {
             self.memory = Region::new(CAPTURE).ok();
@@ -400,13 +397,13 @@ impl Capture {
         self.truncated |= kept < bytes.len();
     }
 
-    /// What was kept, from byte `at` on.
+    /// The captured bytes from `at` on.
     fn bytes(&self, at: usize) -> &[u8] {
         let memory = self.memory.as_deref().unwrap_or(&[]);
         memory.get(at..self.length).unwrap_or(&[])
     }
 
-    /// Measures the escaped form of what came, so that the response's length is known when all has come.
+    /// Measures the escaped form of new bytes, so that the response's length is known once all are captured.
     fn measure(&mut self, last: bool) {
         let mut length = 0;
         self.measured += json::escape(self.bytes(self.measured), last, &mut |piece| {

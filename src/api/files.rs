@@ -1,8 +1,8 @@
 //! `GET`, `HEAD` and `PUT /v1/files`: a child reads or replaces one regular file.
 //!
-//! Disks may hang, so PID 1 does none of it: once a request's head has come, a child has the
-//! connection. It reads the head again, then the body, and answers; then the connection is closed.
-//! PID 1 checks whether the child makes progress, and shuts the connection down if it does not.
+//! As disks may hang, PID 1 hands the connection to a child once it has a request's head. The child parses the
+//! head again, reads the body and responds; then the connection is closed. PID 1 checks whether the child
+//! makes progress, and shuts the connection down if it does not.
 
 use super::error::error_body;
 use super::process::Process;
@@ -30,36 +30,35 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 /// How often PID 1 checks a child's progress, in milliseconds.
 const CHECK_INTERVAL: u64 = 10_000;
-/// How long a child may make no progress, in milliseconds. One that waits for its client gives up itself
-/// before that.
+/// How long a child may make no progress, in milliseconds. Longer than it waits for its client.
 const STALL_TIMEOUT: u64 = 35_000;
-/// How many seconds a client may make no progress. Counted one by one: a single long timeout would count
-/// a pause of the VM as the client's.
+/// How many seconds a client may make no progress. Counted second by second: a single long timeout would
+/// include a pause of the VM.
 const CLIENT_TIMEOUT_SECS: u32 = 30;
 const SECOND: Duration = Duration::from_secs(1);
-/// How long what a refused client still sends is read, so that it gets to read the response, in
+/// How long data from a client is discarded after an error response, so that it can read the response, in
 /// milliseconds.
 const DRAIN_TIMEOUT: u64 = 10_000;
-/// Bytes moved at once: as many as vsock holds for a receiver (VIRTIO_VSOCK_DEFAULT_BUF_SIZE).
+/// Bytes moved at once: the size of a vsock receive buffer (VIRTIO_VSOCK_DEFAULT_BUF_SIZE).
 const CHUNK: usize = 256 << 10;
-/// Maximum length of a user's name with that of a group after it, in bytes.
+/// Maximum length of a `user:group`, in bytes.
 const USER: usize = 256;
 /// Mode of a new file.
 const DEFAULT_MODE: &str = "0644";
 
-/// A call that a child answers.
+/// A call that is handled by a child.
 pub struct Transfer {
     /// The child.
     pub process: Process,
-    /// When PID 1 checks its progress again.
+    /// When PID 1 next checks its progress.
     pub deadline: u64,
-    /// When it was last found to have moved bytes.
+    /// When a check last found progress.
     progress: u64,
     stalled: bool,
 }
 
 impl Transfer {
-    /// Gives a child the connection, of which a head of `head` bytes was received, and what follows.
+    /// Hands the connection to a child. `received` starts with a head of `head` bytes.
     pub fn start(
         socket: &OwnedFd,
         received: &mut [u8],
@@ -70,7 +69,7 @@ impl Transfer {
             proc, scratch, now, ..
         } = context;
         let process = Process::fork(proc, &mut |log| {
-            // PID 1 has /proc from the start.
+            // /proc was opened before anything could be mounted over it.
             sys::close_others(&[proc, socket, log.pipe()]);
             let (head, body) = received.split_at_mut_checked(head).unwrap_or_default();
             let client = Client {
@@ -105,7 +104,7 @@ impl Transfer {
     }
 }
 
-/// In the child: does what the request asks for.
+/// In the child: handles the request.
 fn serve(client: &Client, head: &[u8], body: &mut [u8], proc: &OwnedFd, scratch: &mut [u8]) {
     let Ok(Some(head)) = HeadParser::default().parse(head) else {
         return;
@@ -140,10 +139,10 @@ fn serve(client: &Client, head: &[u8], body: &mut [u8], proc: &OwnedFd, scratch:
     }
 }
 
-/// Why a call has come to nothing.
+/// Why a call has failed.
 #[derive(Clone, Copy)]
 enum Failure {
-    /// The client is gone, or what was sent cannot be taken back.
+    /// The client has disconnected, or the response has begun and cannot become an error.
     Disconnected,
     /// The client has made no progress for [`CLIENT_TIMEOUT_SECS`].
     Timeout,
@@ -155,9 +154,9 @@ enum Failure {
     Parameter(DecodeError),
     /// A body that is malformed.
     Body(RequestError),
-    /// The path leads to something else than a regular file.
+    /// The path is not a regular file.
     NotRegular,
-    /// A system call fails.
+    /// A system call has failed.
     Errno(Errno),
 }
 
@@ -169,7 +168,7 @@ impl Failure {
             Self::NotRegular => Status::Conflict,
             Self::Errno(errno) => match errno {
                 Errno::NOENT => Status::NotFound,
-                // A file is where the path needs a directory.
+                // A parent in the path is a file.
                 Errno::NOTDIR if method != Method::Put => Status::NotFound,
                 Errno::NOTDIR | Errno::ISDIR | Errno::LOOP | Errno::EXIST | Errno::BUSY => {
                     Status::Conflict
@@ -231,7 +230,7 @@ fn read_mode(target: &Target) -> Result<Mode, Failure> {
     Ok(Mode::from_raw_mode(mode))
 }
 
-/// The parameter `user`, as a command's: its ids in the root's files.
+/// The parameter `user`, as for a command. Returns its ids from the root's files.
 fn read_user(target: &Target, scratch: &mut [u8]) -> Result<(u32, u32), Failure> {
     let Some(user) = target.parameter("user") else {
         return Ok((0, 0));
@@ -253,16 +252,16 @@ struct Client<'a> {
 }
 
 impl Client<'_> {
-    /// Makes calls wait for the client, but not for ever.
+    /// Makes the socket blocking, with timeouts.
     fn set_blocking(&self) {
-        // The flag is the connection's, not the descriptor's: PID 1 neither reads nor writes any more.
+        // The flag is shared with PID 1's descriptor, which is no longer used for reading or writing.
         let _blocks = rustix::io::ioctl_fionbio(self.socket, false);
         let limit = Some(SECOND);
         let _limited = set_socket_timeout(self.socket, Timeout::Recv, limit);
         let _limited = set_socket_timeout(self.socket, Timeout::Send, limit);
     }
 
-    /// Reports to PID 1 that bytes move, at most once a second: then the file's end makes progress, too.
+    /// Reports progress to PID 1, at most once a second.
     fn report_progress(&self) {
         let now = sys::milliseconds();
         if now.saturating_sub(self.last_reported.get()) >= 1000 {
@@ -271,7 +270,7 @@ impl Client<'_> {
         }
     }
 
-    /// Sends all of it. A client that is gone, or takes nothing for too long, is no concern any more.
+    /// Sends all bytes. Fails if the client has disconnected or has made no progress for too long.
     fn send(&self, mut bytes: &[u8]) -> Result<(), Failure> {
         while !bytes.is_empty() {
             let count = retry(&mut || files::send(self.socket, bytes))
@@ -307,8 +306,8 @@ impl Client<'_> {
         }
     }
 
-    /// Takes what the client still sends of its body, also after a pause: closed with bytes in it, a
-    /// connection takes the answer with it.
+    /// Discards the rest of the client's body: closing a connection with unread bytes would reset it, and the
+    /// client could not read the response.
     fn drain(&self, decoder: &mut BodyDecoder, room: &mut [u8]) {
         let watch = Stopwatch::start();
         while !decoder.is_complete() && watch.elapsed() < DRAIN_TIMEOUT {
@@ -323,7 +322,7 @@ impl Client<'_> {
     }
 }
 
-/// Calls until something comes of it, as often as the client may make it wait.
+/// Repeats a call that times out, up to the client's time limit.
 fn retry(call: &mut dyn FnMut() -> Result<usize, Errno>) -> Result<usize, Errno> {
     let mut result = call();
     for _ in 1..CLIENT_TIMEOUT_SECS {
@@ -335,7 +334,7 @@ fn retry(call: &mut dyn FnMut() -> Result<usize, Errno>) -> Result<usize, Errno>
     result
 }
 
-/// Sends a file, or for HEAD what there is to know of it.
+/// Sends a file, or only the head of the response for HEAD.
 fn get(
     client: &Client,
     head: &Head,
@@ -345,7 +344,7 @@ fn get(
 ) -> Result<(), Failure> {
     let room = room.get_mut(..CHUNK).unwrap_or(&mut []);
     let (file, status) = open_regular(path, proc)?;
-    // Files of sysfs and cgroups have no size that is worth its name: what fits here is measured.
+    // The size of files in sysfs and cgroupfs is meaningless: a file that fits in the buffer is measured.
     let filled = files::read_full(&file, room)?;
     let length = match filled < room.len() {
         true => filled as u64,
@@ -370,14 +369,14 @@ fn get(
         let limit = usize::try_from(left).map_or(CHUNK, |left| left.min(CHUNK));
         count = match files::read(&file, room.get_mut(..limit).unwrap_or(&mut [])) {
             Ok(count @ 1..) => count,
-            // It was cut meanwhile, or its disk fails: the client sees that bytes are missing.
+            // It was truncated meanwhile, or its disk failed: the client sees that bytes are missing.
             Ok(_) | Err(_) => return Err(Failure::Disconnected),
         };
         left -= count as u64;
     }
 }
 
-/// What there is to know of a file.
+/// The head of a response with a file.
 fn describe(head: &mut ResponseHead, reply: Reply, length: u64, status: &Stat) {
     let content = Content::Length(length);
     let media_type = "application/octet-stream";
@@ -391,16 +390,16 @@ fn describe(head: &mut ResponseHead, reply: Reply, length: u64, status: &Stat) {
 
 /// Opens a regular file for reading.
 ///
-/// Opening a pipe or a device can do something (rewind a tape, start a watchdog), so the name is
-/// opened without its file first (O_PATH, open(2)), and the file when it is known what it is. Those of
-/// /proc are whole processes' memory, or wait, or are gone once they were read.
+/// Opening a pipe or a device can have side effects (rewind a tape, start a watchdog), so it is opened with
+/// O_PATH (open(2)) first, and for reading once its type is known. Files in /proc are refused: reading them
+/// can block, consume data, or return the memory of a whole process.
 fn open_regular(path: &CStr, proc: &OwnedFd) -> Result<(OwnedFd, Stat), Failure> {
-    let place = files::open(path, OFlags::PATH)?;
-    let status = rustix::fs::fstat(&place)?;
-    if !is_regular(&status) || is_in_proc(&place)? {
+    let handle = files::open(path, OFlags::PATH)?;
+    let status = rustix::fs::fstat(&handle)?;
+    if !is_regular(&status) || is_in_proc(&handle)? {
         return Err(Failure::NotRegular);
     }
-    let link = message!("self/fd/{}\0", place.as_raw_fd());
+    let link = message!("self/fd/{}\0", handle.as_raw_fd());
     let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
     let file = files::open_at(proc, sys::c_str(link.as_bytes()), flags)?;
     Ok((file, status))
@@ -414,18 +413,18 @@ fn is_in_proc(file: &OwnedFd) -> Result<bool, Errno> {
     rustix::fs::fstatfs(file).map(|found| found.f_type == rustix::fs::PROC_SUPER_MAGIC)
 }
 
-/// The directory that a path is in.
+/// The parent directory of a path.
 fn parent(path: &[u8]) -> Option<&[u8]> {
     path.get(..path.iter().rposition(|byte| *byte == b'/')?)
 }
 
-/// That one, the one above it, and so on.
+/// All parent directories of a path, innermost first.
 fn parents(path: &[u8]) -> impl Iterator<Item = &[u8]> {
     core::iter::successors(parent(path), |path| parent(path))
 }
 
-/// Replaces a file by the request's body, or makes one, with the directories that it needs; they go with
-/// it when it cannot be had.
+/// Creates or replaces a file with the request's body, and creates missing directories, which are removed
+/// again on failure.
 fn put(
     client: &Client,
     head: &Head,
@@ -443,7 +442,7 @@ fn put(
     let missing = missing.count();
     let stored = store(client, head, path, content, decoder, scratch);
     if stored.is_err() {
-        // Up to one that somebody else has put something into.
+        // Stops at a directory in which another process has created something.
         let remove = &|path: &CStr| rustix::fs::rmdir(path);
         let mut made = parents(path.to_bytes()).take(missing);
         let _all = made.all(|parent| succeeds(remove, parent));
@@ -451,7 +450,7 @@ fn put(
     stored
 }
 
-/// The same, but for the directories that are left when it fails.
+/// The same, but leaves created directories behind on failure.
 fn store(
     client: &Client,
     head: &Head,
@@ -475,7 +474,7 @@ fn store(
     if name.is_empty() || is_in_proc(&parent)? {
         return Err(Failure::NotRegular);
     }
-    // A link is replaced, and not what it leads to; but not one that leads to a directory or device.
+    // A link is replaced itself, unless its target is not a regular file.
     let replaces = match rustix::fs::statat(&parent, name, AtFlags::empty()) {
         Ok(status) if is_regular(&status) => true,
         Ok(_) => return Err(Failure::NotRegular),
@@ -489,7 +488,7 @@ fn store(
     let room = scratch.get_mut(..CHUNK).unwrap_or(&mut []);
     let bytes = upload.receive(client, content, decoder, room)?;
     upload.publish(name, mode, uid, gid)?;
-    // The client may have it executed at once, which an open file is not (ETXTBSY, execve(2)).
+    // Closed before the response: the client may execute it at once (ETXTBSY, execve(2)).
     drop(upload);
     let body = message!("{{\"ok\":true,\"bytes\":{bytes}}}");
     let status = match replaces {
@@ -499,19 +498,19 @@ fn store(
     client.respond(head.reply, status, &body)
 }
 
-/// A file that is not there under its name yet.
+/// A file that does not have its name yet.
 struct Upload {
     file: OwnedFd,
     directory: OwnedFd,
-    /// Beside its name, for the moment before it gets that.
+    /// Temporary name in the same directory, from which it is renamed.
     temporary: Message,
-    /// It has the temporary name: its file system knows no files without one.
+    /// It has the temporary name, as its file system does not support unnamed files.
     is_named: bool,
 }
 
 impl Upload {
-    /// Creates one without a name (O_TMPFILE, open(2)), of which a crash leaves nothing, where there
-    /// are such files.
+    /// Creates an unnamed file (O_TMPFILE, open(2)), which leaves nothing behind after a crash, if the file
+    /// system supports it.
     fn create(directory: OwnedFd) -> Result<Self, Failure> {
         let temporary = message!(".pigeon-{}\0", rustix::process::getpid().as_raw_pid());
         let private = Mode::from_raw_mode(0o600);
@@ -520,8 +519,8 @@ impl Upload {
         let is_named = unnamed.is_err();
         let file = unnamed.or_else(|_| {
             let name = sys::c_str(temporary.as_bytes());
-            // What a crash has left.
-            let _none = rustix::fs::unlinkat(&directory, name, AtFlags::empty());
+            // A crash may have left one.
+            let _absent = rustix::fs::unlinkat(&directory, name, AtFlags::empty());
             let flags = flags | OFlags::CREATE | OFlags::EXCL;
             rustix::fs::openat(&directory, name, flags, private)
         });
@@ -533,7 +532,7 @@ impl Upload {
         })
     }
 
-    /// Writes a request's body, which begins with `content`: its length.
+    /// Writes a request's body, which begins with `content`. Returns its length.
     fn receive(
         &mut self,
         client: &Client,
@@ -553,7 +552,7 @@ impl Upload {
         Ok(bytes)
     }
 
-    /// Gives it its owner, its mode, which chown(2) can change, and its name.
+    /// Sets its owner, its mode (afterwards, as chown(2) can change it) and its name.
     fn publish(&mut self, name: &CStr, mode: Mode, uid: u32, gid: u32) -> Result<(), Failure> {
         let Self {
             file, directory, ..
@@ -562,8 +561,8 @@ impl Upload {
             .and_then(|()| rustix::fs::fchmod(&*file, mode))?;
         let temporary = sys::c_str(self.temporary.as_bytes());
         if !self.is_named {
-            // A link takes no name's place, as a rename does.
-            let _none = rustix::fs::unlinkat(&*directory, temporary, AtFlags::empty());
+            // Unlike a rename, a link does not replace an existing file.
+            let _absent = rustix::fs::unlinkat(&*directory, temporary, AtFlags::empty());
             let from = AtFlags::EMPTY_PATH;
             rustix::fs::linkat(&*file, c"", &*directory, temporary, from)?;
             self.is_named = true;

@@ -15,37 +15,38 @@ use rustix::io::Errno;
 
 /// Maximum size of a request body, in bytes.
 pub const MAX_BODY: usize = 128 << 10;
-/// Received bytes: a request's head, or its body, or a message, and the start of what follows.
+/// Size of the input buffer: a request's head and body, or a message, and the start of what follows.
 const INPUT: usize = MAX_BODY + MAX_HEAD + (4 << 10);
 const _: () = assert!(INPUT >= websocket::BUFFER && INPUT <= ARENA);
-/// Maximum number of bytes read from a connection at once, so that none takes all the time.
+/// Most bytes read from a connection at once, so that other connections get their turn.
 const READ_AT_ONCE: usize = 16 << 10;
-/// Output in one message.
+/// Most output in one message.
 pub const MAX_OUTPUT: usize = 64 << 10;
-/// Bytes to send: a message with its header, and control frames.
+/// Size of the output buffer: a message with its header, and control frames.
 const OUTPUT: usize = MAX_OUTPUT + 1024;
-/// Room for a control frame, a response's head, or the text around output, after what waits to be sent.
+/// Space kept free at the end of the output buffer for a control frame, a response's head, or the text around
+/// output.
 const RESERVE: usize = HEAD_ROOM;
-/// How much of its memory a connection may have used for it to be reused: a page in, a page out.
+/// Memory is reused if a connection has touched no more than this of each buffer: a page.
 const REUSE_LIMIT: usize = 4096;
 
-/// The body of a response that has nothing to tell.
+/// The body of a successful response without data.
 pub const OK: &[u8] = br#"{"ok":true}"#;
 
-/// Where a connection's bytes come from and go to.
+/// A connection's socket and buffers.
 pub struct Io {
     socket: OwnedFd,
-    /// [`INPUT`] received bytes, then [`OUTPUT`] bytes to send. Pages that are not touched cost
+    /// The input buffer of [`INPUT`] bytes, then the output buffer of [`OUTPUT`] bytes. Untouched pages cost
     /// nothing.
     memory: Region,
     received: usize,
-    /// The bytes that are not sent yet, in the memory.
+    /// Where in the memory the unsent bytes are.
     unsent: Range<usize>,
-    /// No more than [`REUSE_LIMIT`] of each part of the memory was ever used.
+    /// No more than [`REUSE_LIMIT`] bytes of each buffer were ever used.
     used_little: bool,
     /// How the response to the last request is framed.
     pub reply: Reply,
-    /// The client is gone, or cannot be answered.
+    /// The client has disconnected, or cannot be sent a response.
     pub broken: bool,
 }
 
@@ -55,7 +56,7 @@ impl Io {
         Region::new(INPUT + OUTPUT)
     }
 
-    /// A connection that has received nothing.
+    /// A new connection.
     pub fn new(socket: OwnedFd, memory: Region) -> Self {
         Self {
             socket,
@@ -80,12 +81,12 @@ impl Io {
         (&self.socket, received)
     }
 
-    /// Its memory for another connection, if little of it was used.
+    /// Its memory, if another connection can use it.
     pub fn reuse(self) -> Option<Region> {
         self.used_little.then_some(self.memory)
     }
 
-    /// The buffer for received bytes, and how many of them there are.
+    /// The input buffer, and the number of bytes received.
     pub fn input(&mut self) -> (&mut [u8], &mut usize) {
         let input = self.memory.get_mut(..INPUT).unwrap_or(&mut []);
         (input, &mut self.received)
@@ -101,7 +102,7 @@ impl Io {
         self.received().get_mut(range).unwrap_or(&mut [])
     }
 
-    /// Drops received bytes; what is after them moves.
+    /// Removes received bytes; those after them move up.
     pub fn discard(&mut self, range: Range<usize>) {
         if range.start < range.end && range.end <= self.received {
             self.memory
@@ -110,22 +111,22 @@ impl Io {
         }
     }
 
-    /// Whether received bytes wait.
+    /// Whether there are received bytes.
     pub fn has_received(&self) -> bool {
         self.received > 0
     }
 
-    /// Whether bytes can be received, and an answer to them would find room.
+    /// Whether bytes can be received, and a response to them would fit.
     pub fn has_room(&self) -> bool {
         self.received < INPUT && self.has_reserve()
     }
 
-    /// Whether a response's head or a control frame fits after what waits to be sent.
+    /// Whether a response's head or a control frame fits after the queued bytes.
     pub fn has_reserve(&self) -> bool {
         INPUT + OUTPUT - self.unsent.end >= RESERVE
     }
 
-    /// Takes bytes from the socket, if there are any.
+    /// Reads from the socket, if it has data.
     pub fn receive(&mut self) {
         let end = INPUT.min(self.received + READ_AT_ONCE);
         let room = self.memory.get_mut(self.received..end).unwrap_or(&mut []);
@@ -150,8 +151,7 @@ impl Io {
         self.unsent = INPUT..INPUT;
     }
 
-    /// Room for content after what waits to be sent, but for the [`RESERVE`]; follow with
-    /// [`commit`](Self::commit).
+    /// The free part of the output buffer without the [`RESERVE`]; follow with [`commit`](Self::commit).
     pub fn spare(&mut self) -> &mut [u8] {
         let end = INPUT + OUTPUT - RESERVE;
         self.memory.get_mut(self.unsent.end..end).unwrap_or(&mut [])
@@ -162,8 +162,7 @@ impl Io {
         self.unsent.end = self.unsent.end.saturating_add(count).min(INPUT + OUTPUT);
     }
 
-    /// Queues a binary message of at most [`MAX_OUTPUT`] bytes, `first` included, when nothing waits to
-    /// be sent.
+    /// Queues a binary message of at most [`MAX_OUTPUT`] bytes, `first` included. Call when nothing is queued.
     pub fn queue_message(&mut self, first: Option<u8>, bytes: &[u8]) {
         let length = usize::from(first.is_some()) + bytes.len();
         self.queue(FrameHeader::new(Opcode::Binary, length).as_bytes());
@@ -171,7 +170,7 @@ impl Io {
         self.queue(bytes);
     }
 
-    /// Queues bytes. There is room, or the connection is over.
+    /// Queues bytes. Breaks the connection if they do not fit.
     pub fn queue(&mut self, bytes: &[u8]) {
         let end = self.unsent.end.saturating_add(bytes.len());
         match self.memory.get_mut(self.unsent.end..end) {
@@ -194,7 +193,7 @@ impl Io {
         }
     }
 
-    /// Sends what the socket takes. Returns whether that was any.
+    /// Sends what the socket accepts. Returns whether that was anything.
     pub fn send(&mut self) -> bool {
         let before = self.unsent.start;
         self.used_little &= self.unsent.end <= INPUT + REUSE_LIMIT;
@@ -219,8 +218,8 @@ impl Io {
         self.queue_head_with(status, content, JSON, None);
     }
 
-    /// Queues the head of a response with content of a media type, and a header of its own. There is room,
-    /// or the connection is over.
+    /// Queues the head of a response with content of a media type, and an additional header. Breaks the
+    /// connection if it does not fit.
     pub fn queue_head_with(
         &mut self,
         status: Status,
@@ -241,7 +240,7 @@ impl Io {
         }
     }
 
-    /// Queues a whole JSON response that a message has room for.
+    /// Queues a whole JSON response that fits in a message.
     pub fn respond_with_text(&mut self, status: Status, body: &dyn Display) {
         self.respond(status, message!("{body}").as_bytes());
     }
@@ -252,7 +251,7 @@ impl Io {
         self.queue_body(body);
     }
 
-    /// Queues the content of a response, unless its head is all that was asked for.
+    /// Queues the content of a response, unless it is one to HEAD.
     pub fn queue_body(&mut self, body: &[u8]) {
         if !self.reply.head_only {
             self.queue(body);
@@ -265,7 +264,7 @@ impl Io {
     }
 }
 
-/// Reads a request's body, whose strings come to lie in `memory`.
+/// Decodes a request's body; its strings are stored in `memory`.
 pub fn read_body<'a>(
     body: &mut [u8],
     memory: &'a mut [u8],

@@ -1,4 +1,4 @@
-//! `GET /v1/logs`: the workload's output in Docker's frames, from the log straight to the socket.
+//! `GET /v1/logs`: the workload's output in Docker's frames, written from the log directly to the socket.
 
 use super::error::CallError;
 use super::io::Io;
@@ -12,16 +12,16 @@ use proto::http::{Content, LAST_CHUNK, Status, Target};
 use proto::ring::Cursor;
 use rustix::io::{Errno, IoSlice};
 
-/// Frames sent in a turn, as others wait, too.
+/// Most frames sent in one turn, so that other connections get theirs.
 const FRAMES: usize = 8;
 
 /// After a chunk's content.
 const CRLF: &[u8] = b"\r\n";
 
-/// Room for a chunk's size line and a frame's header.
+/// Maximum length of a chunk's size line and a frame's header.
 const PREFIX: usize = 32;
 
-/// What a call asks for.
+/// The parameters of a call.
 #[derive(Clone, Copy, Default)]
 pub struct LogsRequest {
     follow: bool,
@@ -46,11 +46,10 @@ impl LogsRequest {
 /// A reader of the log.
 pub struct LogReader {
     cursor: Cursor,
-    /// Where to stop; `None`: with the workload.
+    /// Offset at which to stop; `None`: at the end of the output.
     end: Option<u64>,
     chunked: bool,
-    /// The frame being sent: what stands before its bytes, how many those are, and how much of all of
-    /// it is sent.
+    /// The frame being sent: what precedes its bytes, their number, and how much of it all is sent.
     prefix: heapless::Vec<u8, PREFIX>,
     length: usize,
     sent: usize,
@@ -59,9 +58,9 @@ pub struct LogReader {
 /// What a reader did.
 #[derive(PartialEq, Eq)]
 pub enum Progress {
-    /// It has read everything there is.
+    /// It has sent everything available.
     Idle,
-    /// The client has to read first, or others have to have their turn.
+    /// The client has to read first, or other connections get their turn.
     Blocked,
     /// The response is complete.
     Done,
@@ -90,18 +89,17 @@ impl LogReader {
         })
     }
 
-    /// From where on the log must be kept: a reader counts on it that nothing is missing between what it
-    /// gets.
+    /// The position from which the log must be kept, so that the reader misses nothing.
     pub fn needs(&self) -> u64 {
         self.cursor.position()
     }
 
-    /// How far it has come, to see whether it moves.
+    /// Its position, to detect progress.
     pub fn position(&self) -> (u64, usize) {
         (self.cursor.offset(), self.sent)
     }
 
-    /// Sends what there is and the client takes.
+    /// Sends what is available and the socket accepts.
     pub fn proceed(&mut self, io: &mut Io, context: &Context) -> Progress {
         if io.reply.head_only {
             return Progress::Done;
@@ -132,7 +130,7 @@ impl LogReader {
         Progress::Blocked
     }
 
-    /// Begins a frame of the next bytes; false when there are none to be sent.
+    /// Begins a frame with the next bytes. Returns false if there are none to send.
     fn begin_frame(&mut self, context: &Context) -> bool {
         let Some((stream, bytes)) = context.output_log.read(&mut self.cursor) else {
             return false;
@@ -152,7 +150,7 @@ impl LogReader {
         self.length > 0
     }
 
-    /// Sends what the socket takes of the frame; whether that was the rest.
+    /// Sends what the socket accepts of the frame. Returns whether the frame is complete.
     fn send_frame(&mut self, io: &Io, context: &Context) -> Result<bool, Errno> {
         let mut cursor = self.cursor;
         let bytes = context.output_log.read(&mut cursor).map(|(_, bytes)| bytes);
@@ -166,7 +164,7 @@ impl LogReader {
             IoSlice::new(part.get(start..).unwrap_or(&[]))
         });
         let sent = match files::write_vectored(io.socket(), &slices) {
-            // There is no memory for all of it in one piece.
+            // No contiguous memory for all of it: send one part.
             Err(Errno::NOMEM) => {
                 let mut slices = slices.iter().map(IoSlice::as_slice);
                 let next = slices.find(|slice| !slice.is_empty());

@@ -52,15 +52,15 @@ use rustix::process::{Pid, WaitStatus};
 
 /// The vsock port.
 const PORT: u32 = 10_000;
-/// Most connections at once: those that last, those that have a command, and some for calls. One more has
-/// the place of one that waits for its client, or is told 503.
+/// Maximum number of connections: those without a time limit, those with a command, and some for other
+/// calls. A new one replaces one that waits for its client, or gets a 503.
 const CONNECTIONS: usize = LONG_CONNECTIONS + COMMANDS + 32;
-/// Connections the kernel keeps for us while we are at something else.
+/// Backlog of the listener.
 const BACKLOG: usize = 128;
-/// Maximum number of connections accepted in one iteration: one with output for the console takes long.
+/// Most connections accepted in one iteration, so that other events get their turn.
 const ACCEPT_AT_ONCE: usize = 16;
-/// When a connection is accepted again after a failure, in milliseconds: nobody says when descriptors
-/// or memory are there again, and the one that waits keeps the listener readable.
+/// Time until accepting is retried after a failure, in milliseconds: there is no event for free descriptors
+/// or memory, and the pending connection keeps the listener readable.
 const ACCEPT_RETRY: u64 = 500;
 
 /// The API's state.
@@ -68,9 +68,9 @@ pub struct Api {
     listener: Option<OwnedFd>,
     /// Poller events registered for it.
     listener_watched: EventFlags,
-    /// When it is waited for again, after a failure.
+    /// When accepting is retried, after a failure.
     accept_retry: Option<u64>,
-    /// The memory of the last connection that used little of its own, for the next one.
+    /// The memory of a closed connection that used little of it, for the next one.
     spare: Option<Region>,
     connections: Slab<Connection, CONNECTIONS>,
     commands: Commands,
@@ -98,7 +98,7 @@ impl Api {
         Ok(())
     }
 
-    /// Registers for connections.
+    /// Waits for connections.
     pub fn watch_listener(&mut self, poller: &Poller) {
         if let Some(listener) = &self.listener {
             let token = Source::Listener.token(Key::default());
@@ -111,18 +111,18 @@ impl Api {
         }
     }
 
-    /// Whether anybody could reach it.
+    /// Whether it is listening.
     pub fn is_up(&self) -> bool {
         self.listener.is_some()
     }
 
-    /// Takes no more connections and drops those there are; their commands are killed.
+    /// Stops listening and closes all connections; their commands are killed.
     pub fn close(&mut self, context: &mut Context) {
         self.listener = None;
         self.each(context, &|_| true, &mut Connection::close);
     }
 
-    /// The listener has connections: accepts at most [`ACCEPT_AT_ONCE`] of them, as others wait, too.
+    /// Accepts at most [`ACCEPT_AT_ONCE`] connections.
     pub fn accept(&mut self, context: &mut Context) {
         for _ in 0..ACCEPT_AT_ONCE {
             match self.accept_one(context) {
@@ -136,13 +136,13 @@ impl Api {
         }
     }
 
-    /// Takes a connection, which waits. What its client sends first may have come along.
+    /// Accepts a pending connection, and reads what its client has already sent.
     fn accept_one(&mut self, context: &mut Context) -> rustix::io::Result<()> {
         let Some(listener) = &self.listener else {
             return Ok(());
         };
         let (socket, peer) = vsock::accept(listener)?;
-        // Only the host may steer PID 1, not a process in the VM by its own or the local CID.
+        // Only the host may connect, not a process in the VM by its own CID or the local one.
         if peer != vsock::HOST {
             return Ok(());
         }
@@ -152,7 +152,7 @@ impl Api {
             spare => spare,
         };
         let Some(memory) = memory else {
-            // What the socket does not take now is lost with it.
+            // One write, as the connection is closed at once.
             let _client_gone = sys::files::write(&socket, NO_ROOM);
             return Ok(());
         };
@@ -166,7 +166,7 @@ impl Api {
         Ok(())
     }
 
-    /// Drops the connection that has waited longest for its client. Returns whether there was one.
+    /// Closes the connection that has waited longest for its client. Returns whether there was one.
     fn make_room(&mut self, context: &mut Context) -> bool {
         let mut first = (NEVER, None);
         for (key, connection) in self.connections.iter() {
@@ -182,7 +182,7 @@ impl Api {
         true
     }
 
-    /// Something happened to a connection, or to a command.
+    /// Handles an event of a connection or a command.
     pub fn on_event(
         &mut self,
         source: Source,
@@ -201,7 +201,7 @@ impl Api {
         }
     }
 
-    /// Reads and writes what commands may have for us, or take from us.
+    /// Tries all streams of all commands, after a pending call on one has returned.
     pub fn on_any_output(&mut self, context: &mut Context) {
         for index in 0..self.commands.used() {
             if let Some(key) = self.commands.key_at(index) {
@@ -212,18 +212,18 @@ impl Api {
         }
     }
 
-    /// Registers anew what could not be registered.
+    /// Registers again after a failed registration.
     pub fn watch(&mut self, context: &mut Context) {
         self.each(context, &|_| true, &mut |_, _| {});
         self.commands.watch(context);
     }
 
-    /// Lets a connection do what it can do now.
+    /// Lets a connection make progress.
     fn proceed(&mut self, key: Key, context: &mut Context) {
         self.with(key, context, &mut Connection::proceed);
     }
 
-    /// Does something to a connection, and closes those whose sessions it has taken over or ended.
+    /// Calls `work` on a connection, and closes those whose sessions it has taken over or ended.
     fn with(
         &mut self,
         key: Key,
@@ -236,7 +236,7 @@ impl Api {
         }
     }
 
-    /// Does something to a connection. Then it goes, or waits for what is next.
+    /// Calls `work` on a connection, then removes it if it is closed, or registers its events.
     fn with_one(
         &mut self,
         key: Key,
@@ -260,14 +260,14 @@ impl Api {
         }
     }
 
-    /// A process was reaped; it may be a command's.
+    /// Handles the exit of a process that may be a command's.
     pub fn on_exit(&mut self, pid: Pid, status: WaitStatus, context: &mut Context) {
         if let Some(key) = self.commands.on_exit(pid, status, context.now) {
             self.proceed(key, context);
         }
     }
 
-    /// The workload has ended: all who wait for it are told.
+    /// Responds to the connections that wait for the workload's exit.
     pub fn on_workload_exit(&mut self, context: &mut Context) {
         self.each(
             context,
@@ -276,14 +276,14 @@ impl Api {
         );
     }
 
-    /// There is more output of the workload, or the last of it: those who follow it read on.
+    /// Sends new output, or its end, to the log's followers.
     pub fn on_output(&mut self, context: &mut Context) {
         if context.log_readers > 0 {
             self.each(context, &Connection::reads_log, &mut Connection::proceed);
         }
     }
 
-    /// Keeps in the log what the slowest follower still needs: the workload waits for it.
+    /// Keeps in the log what the slowest follower still needs, so that the workload waits for it.
     pub fn protect_log(&mut self, context: &mut Context) {
         let needs = self
             .connections
@@ -296,7 +296,7 @@ impl Api {
         context.output_log.set_keep(keep);
     }
 
-    /// The next time at which something has to be done.
+    /// The next deadline.
     pub fn deadline(&self) -> u64 {
         let first = self.accept_retry.unwrap_or(NEVER);
         let connections = self.connections.iter();
@@ -306,7 +306,7 @@ impl Api {
         )
     }
 
-    /// Does what has to be done by now.
+    /// Handles all expired deadlines.
     pub fn run_timers(&mut self, context: &mut Context) {
         for index in 0..self.commands.used() {
             if let Some(key) = self.commands.run_timers(context.now, index) {
@@ -319,7 +319,7 @@ impl Api {
         self.each(context, &is_late, &mut Connection::expire);
     }
 
-    /// Does something to every connection that is picked.
+    /// Calls `work` on every selected connection.
     fn each(
         &mut self,
         context: &mut Context,

@@ -1,8 +1,8 @@
-//! `POST /v1/mounts` and `DELETE /v1/mounts`: volumes that come and go after the boot.
+//! `POST /v1/mounts` and `DELETE /v1/mounts`: mounts and unmounts volumes after the boot.
 //!
-//! A disk may hang, so a child does it. Each call has one of its own: one that hangs costs no other.
-//! It ends its work also when its client goes, so that nothing is left half done. Of two calls at once
-//! for one mount point both can come through: the later one lies on top.
+//! A disk may hang, so each call has its own child. The child completes its work even if the client
+//! disconnects, so that nothing is left half done. Two simultaneous calls for one mount point can both
+//! succeed: the later mount covers the earlier one.
 
 use super::error::CallError;
 use crate::error;
@@ -17,15 +17,15 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
-/// What a child is to do.
+/// The work of a child.
 pub enum Job<'a> {
-    /// Mount this, and give it that owner.
+    /// Mount a volume, and set its owner.
     Mount(Mount<'a>, Owner),
-    /// Unmount what is mounted there.
+    /// Unmount a path.
     Unmount(&'a CStr),
 }
 
-/// In the child: does it.
+/// In the child: does the work.
 pub fn run(job: &Job, log: &HelperLog) -> Result<(), CallError> {
     sys::close_others(&[log.pipe()]);
     match job {
@@ -35,10 +35,10 @@ pub fn run(job: &Job, log: &HelperLog) -> Result<(), CallError> {
 }
 
 fn mount(volume: &Mount, owner: Owner, log: &HelperLog) -> Result<(), CallError> {
-    let (device, place) = (volume.device_path, volume.mount_path);
-    log.step(&format_args!("mount on {}", place.lossy()));
-    if volumes::is_mount_point(place) {
-        let error = error!("mount on {}: something is mounted there", place.lossy());
+    let (device, target) = (volume.device_path, volume.mount_path);
+    log.step(&format_args!("mount on {}", target.lossy()));
+    if volumes::is_mount_point(target) {
+        let error = error!("mount on {}: something is mounted there", target.lossy());
         return Err(CallError::new(Status::Conflict, error));
     }
     if !device.is_empty() && matches!(files::open(device, OFlags::PATH), Err(Errno::NOENT)) {
@@ -47,8 +47,8 @@ fn mount(volume: &Mount, owner: Owner, log: &HelperLog) -> Result<(), CallError>
     Ok(volumes::mount(volume, owner, log)?)
 }
 
-/// Has the kernel look for devices that came after the boot: not every hypervisor tells it of them
-/// (sysfs-bus-pci, /sys/bus/pci/rescan). A VM without PCI has none to look for.
+/// Makes the kernel look for hot-plugged devices, of which not every hypervisor notifies it (sysfs-bus-pci,
+/// /sys/bus/pci/rescan). Does nothing in a VM without PCI.
 fn rescan() {
     let _no_pci = files::open(c"/sys/bus/pci/rescan", OFlags::WRONLY)
         .and_then(|rescan| files::write_whole(&rescan, b"1"));
@@ -62,7 +62,7 @@ fn unmount(path: &CStr, log: &HelperLog) -> Result<(), CallError> {
     };
     unmounted.map_err(|errno| {
         let status = match errno {
-            // It is no mount point (umount(2)).
+            // EINVAL: not a mount point (umount(2)).
             Errno::INVAL | Errno::NOENT | Errno::NOTDIR => Status::NotFound,
             Errno::BUSY => Status::Conflict,
             _ => Status::InternalServerError,

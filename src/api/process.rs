@@ -1,4 +1,4 @@
-//! The process of a command, and our ends of its streams.
+//! The process of a command, and PID 1's ends of its streams.
 
 use crate::context::{CommandDefaults, Context};
 #[cfg(any(feature = "files", feature = "mounts", feature = "sysinfo"))]
@@ -27,18 +27,18 @@ pub struct Process {
     origin: Origin,
 }
 
-/// Where its progress is reported.
+/// How it was started, and so how it reports errors.
 enum Origin {
-    /// A command: by its exec.
+    /// A command.
     Launch(Launch),
-    /// A child of this program: by the pipe that it writes to.
+    /// A child of this program, with the pipe that it reports through.
     #[cfg(any(feature = "files", feature = "mounts", feature = "sysinfo"))]
     Helper(OwnedFd),
 }
 
 impl Process {
-    /// Starts a command whose standard streams are pipes: with an input if `has_input`, and with a
-    /// standard error separate from its output if `has_error`.
+    /// Starts a command on pipes: with a standard input if `has_input`, and with its standard error separate
+    /// from its output if `has_error`.
     pub fn start_on_pipes(
         spec: &CommandSpec,
         has_input: bool,
@@ -102,7 +102,7 @@ impl Process {
         }
     }
 
-    /// Whether this is the pid of its process, which is not reaped yet.
+    /// Whether this is its pid; false once it is reaped.
     pub fn has_pid(&self, pid: Pid) -> bool {
         self.pid == Some(pid)
     }
@@ -112,7 +112,7 @@ impl Process {
         self.pid.map(Pid::as_raw_pid)
     }
 
-    /// Whether it was not reaped yet.
+    /// Whether it has not been reaped yet.
     pub fn is_running(&self) -> bool {
         self.pid.is_some()
     }
@@ -122,7 +122,7 @@ impl Process {
         self.status
     }
 
-    /// Whether it has ended, or was killed: then nothing new is to be read from its streams.
+    /// Whether it has exited or was killed: then only what is left is read from its streams.
     pub fn is_finished(&self) -> bool {
         self.killed || self.status.is_some()
     }
@@ -161,7 +161,7 @@ impl Process {
         }
     }
 
-    /// Why it could not be started, if so. Call once it has ended.
+    /// Why it could not be started, if it could not. Call once it has ended.
     pub fn failure(&mut self) -> Option<Error> {
         self.take_lines().error
     }
@@ -179,7 +179,7 @@ impl Process {
     }
 }
 
-/// Fills in a command from the request, and from what the workload has.
+/// Fills in a command from the request and the workload's defaults.
 fn describe(spec: &CommandSpec, defaults: &CommandDefaults, command: &mut Command) -> Result {
     let environment = &mut command.environment;
     environment.copy(&defaults.environment);
@@ -207,22 +207,22 @@ fn describe(spec: &CommandSpec, defaults: &CommandDefaults, command: &mut Comman
     Ok(())
 }
 
-/// A pipe to read a command's output from: our end, which does not block, and the command's.
+/// A pipe for a command's output: our non-blocking end, and the command's.
 pub fn output_pipe(threads: &'static GuestThreads) -> Result<(Channel, OwnedFd)> {
     let (ours, theirs) = pipe::output()?;
     Ok((Channel::new(Some(ours), threads), theirs))
 }
 
-/// Our ends of a command's standard streams; what there is not is closed.
+/// Our ends of a command's standard streams; missing ones are closed channels.
 #[derive(Default)]
 pub struct Pipes {
-    /// Standard input, unless a terminal has it.
+    /// Standard input, unless that is a terminal.
     pub input: Channel,
     /// Standard output, or a terminal's master.
     pub output: Channel,
     /// Standard error, unless that goes to `output`.
     pub error: Channel,
-    /// A terminal's other end, until the command has ended: a master whose other end nobody has open
-    /// reads EIO, which is no end, and keeps epoll awake.
+    /// A terminal's other end, kept open until the command has exited: a master whose other end is closed
+    /// returns EIO, which need not be the end, and makes epoll spin.
     pub slave: Option<GuestFile>,
 }

@@ -44,22 +44,22 @@ pub enum Call {
     Snapshot(SnapshotCall),
 }
 
-/// A call that the restore module answers.
+/// A call that the restore module handles.
 #[cfg(feature = "snapshot")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SnapshotCall {
     /// Freezes the workload.
     Prepare,
-    /// Thaws it: there was no snapshot.
+    /// Thaws it after, or instead of, a snapshot.
     Cancel,
-    /// This VM was restored from a snapshot.
+    /// Gives a restored VM its own identity.
     Restore,
 }
 
-/// The calls of a path, by their methods.
+/// The calls of a path, by method.
 type Calls = &'static [(Method, Call)];
 
-/// All calls. A path that ends with `/` stands for all that begin with it.
+/// All calls. A path that ends with `/` matches all paths that begin with it.
 const ROUTES: &[(&str, Calls)] = &[
     (
         "/v1/status",
@@ -127,12 +127,12 @@ const ROUTES: &[(&str, Calls)] = &[
     ),
 ];
 
-/// Why there is no call.
+/// Why no call matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RouteError {
     /// No call has this path.
     NotFound,
-    /// Calls of this path have other methods.
+    /// The path exists, with other methods.
     MethodNotAllowed(Allow),
 }
 

@@ -1,4 +1,4 @@
-//! `GET /v1/ws/exec`: a command whose streams are the messages of a WebSocket.
+//! `GET /v1/ws/exec`: a command whose streams are messages on a WebSocket.
 
 use super::io::{Io, MAX_OUTPUT};
 use super::process::{Pipes, Process};
@@ -22,11 +22,11 @@ use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
 use rustix::process::WaitStatus;
 
-/// What ends a terminal's input: VEOF of a new terminal (termios(3)), Ctrl-D, twice, as one after an
-/// unfinished line only hands that line over.
+/// Ends a terminal's input: VEOF of a new terminal (termios(3)), Ctrl-D, twice, as the first one after an
+/// unfinished line only submits that line.
 const TERMINAL_EOF: &[u8] = b"\x04\x04";
 
-/// The first byte of a message of standard output, when each has one.
+/// The first byte of a message of standard output, with `streams`.
 const STDOUT: u8 = 1;
 /// The same of standard error.
 const STDERR: u8 = 2;
@@ -42,43 +42,43 @@ pub struct Session {
     /// Its process.
     pub process: Process,
     pipes: Pipes,
-    /// They are a terminal's.
+    /// The pipes are a terminal.
     tty: bool,
     /// Each message of output begins with the number of its stream.
     has_stream_bytes: bool,
-    /// Bytes of the received message that the command has not taken.
+    /// The bytes of the received message that are not written yet.
     pending: Range<usize>,
-    /// The client has ended the input: so much of [`TERMINAL_EOF`] is written.
+    /// How much of [`TERMINAL_EOF`] is written, once the client has ended the input.
     eof: Option<usize>,
-    /// It outlives its connection.
+    /// Set for a session that outlives its connection.
     named: Option<PageBox<NamedSession>>,
 }
 
 /// State of a session that survives its connection.
 struct NamedSession {
     id: heapless::String<MAX_ID>,
-    /// Its command as the entries of a JSON list, as far as it is shown.
+    /// Its command as the entries of a JSON list, truncated for display.
     command: heapless::String<MAX_LISTED_COMMAND>,
-    /// Its last output, which a client that attaches may have missed.
+    /// Its last output, for a client that attaches later.
     history: Ring<Region>,
-    /// How much of that was sent.
+    /// How much of that has been sent.
     sent: Cursor,
 }
 
 /// The progress of a session.
 pub enum Progress {
-    /// It can do nothing now.
+    /// It has to wait.
     Blocked,
-    /// It did something: there may be more.
+    /// It did something, and there may be more to do.
     Progressed,
-    /// The input is written: the client's next message can be taken.
+    /// The input is written: it can take the client's next message.
     ReadyForMessage,
-    /// Its command has ended and all its output is queued.
+    /// Its command has exited and all its output is queued.
     Exited(WaitStatus),
 }
 
 impl Session {
-    /// Starts what a first message asks for.
+    /// Starts the command of a first message.
     pub fn start(request: &SessionRequest, context: &mut Context) -> Result<Self> {
         let spec = &request.spec;
         let named = match request.id {
@@ -131,13 +131,13 @@ impl Session {
         self.process.set_exited(status);
     }
 
-    /// Another client attaches to it.
+    /// Attaches another client.
     pub fn attach(&mut self, has_stream_bytes: bool) {
         self.has_stream_bytes = has_stream_bytes;
         self.drop_input();
     }
 
-    /// The client is gone and may come back: what it sent last is dropped, as half a message is.
+    /// Detaches the client. The rest of its last message is dropped.
     pub fn detach(&mut self) {
         self.drop_input();
         if self.writes_eof() {
@@ -150,7 +150,7 @@ impl Session {
         self.pipes.input_of(self.tty).discard_write();
     }
 
-    /// Whether some of the history has not been sent; no event from the command reports that.
+    /// Whether some of the history has not been sent, which no event reports.
     pub fn has_unsent_history(&mut self) -> bool {
         let Some(named) = self.named.as_deref_mut() else {
             return false;
@@ -158,13 +158,13 @@ impl Session {
         named.history.read(&mut named.sent).is_some()
     }
 
-    /// Reads output while no client is attached, as much as is kept.
+    /// Reads output into the history while no client is attached.
     pub fn keep_output(&mut self) {
         self.fill_history(u64::MAX);
     }
 
-    /// Reads output into the history, without overwriting what is still needed from position `keep` on.
-    /// Returns whether any came.
+    /// Reads output into the history, without overwriting anything from position `keep` on. Returns whether
+    /// there was any.
     fn fill_history(&mut self, keep: u64) -> bool {
         self.keep_stream(STDOUT, keep) | self.keep_stream(STDERR, keep)
     }
@@ -220,7 +220,7 @@ impl Session {
         Ok(())
     }
 
-    /// Moves bytes both ways. `messages`: how many messages of output may still be sent.
+    /// Moves data in both directions. `messages`: how many messages of output may still be sent.
     pub fn proceed(&mut self, messages: &mut u32, io: &mut Io) -> Progress {
         if self.write_input(io) {
             return Progress::Progressed;
@@ -236,7 +236,7 @@ impl Session {
                 return Progress::Progressed;
             }
             if let Some(status) = status {
-                // All of it is sent to the client: nobody attaches any more.
+                // The client gets all of it: nobody can attach any more.
                 self.named = None;
                 return Progress::Exited(status);
             }
@@ -279,7 +279,7 @@ impl Session {
         true
     }
 
-    /// Writes as much input as the command takes. Returns whether that was any.
+    /// Writes as much input as the command accepts. Returns whether that was anything.
     fn write_input(&mut self, io: &mut Io) -> bool {
         let writes_eof = self.writes_eof();
         let input = self.pipes.input_of(self.tty);
@@ -297,7 +297,7 @@ impl Session {
         false
     }
 
-    /// Registers for its streams: for output while the client takes it, or nobody is attached.
+    /// Waits for events of its streams; `wants_output`: the client can be sent output, or none is attached.
     pub fn watch(&mut self, key: Key, wants_output: bool, context: &Context) {
         let flag = |wanted, flag| if wanted { flag } else { EventFlags::empty() };
         let on_input = flag(!self.takes_messages(), EventFlags::OUT);
@@ -319,14 +319,14 @@ impl Session {
         error.watch(Source::CommandStderr.token(key), on_output, poller);
     }
 
-    /// The client is gone: closes our ends, which hangs a terminal up. Returns whether it has one.
+    /// Closes our ends, which hangs up a terminal. Returns whether it has one.
     pub fn hang_up(&mut self) -> bool {
         self.pipes = Pipes::default();
         self.tty
     }
 }
 
-/// How a session's command ended: `{"code":N|null,"signal":N|null}`, for display.
+/// Displays an exit status: `{"code":N|null,"signal":N|null}`.
 pub struct ExitStatus(pub WaitStatus);
 
 impl Display for ExitStatus {
@@ -338,7 +338,7 @@ impl Display for ExitStatus {
 }
 
 impl Pipes {
-    /// Where input goes.
+    /// The channel for input.
     fn input_of(&mut self, tty: bool) -> &mut Channel {
         match tty {
             true => &mut self.output,
@@ -346,7 +346,7 @@ impl Pipes {
         }
     }
 
-    /// Where output of that stream comes from.
+    /// The channel for output of a stream.
     fn of(&mut self, stream: u8) -> &mut Channel {
         match stream {
             STDERR => &mut self.error,
@@ -369,7 +369,7 @@ impl NamedSession {
         for argument in request.spec.argv {
             let separator = if named.command.is_empty() { "" } else { "," };
             let entry = message!("{separator}{}", Quoted(&argument.lossy()));
-            // What does not fit is not shown.
+            // The rest is not shown.
             if named.command.push_str(entry.as_str()).is_err() {
                 break;
             }
@@ -402,7 +402,7 @@ fn start_on_terminal(
     Ok((process, pipes))
 }
 
-/// Tells a terminal its size; one of 0 is unknown.
+/// Sets a terminal's size, unless it is 0 (unknown).
 fn resize(master: &Channel, cols: u16, rows: u16) {
     if let Some(master) = master.end()
         && cols > 0
@@ -412,7 +412,7 @@ fn resize(master: &Channel, cols: u16, rows: u16) {
     }
 }
 
-/// A value, or `null`, for display.
+/// Displays a value, or `null`.
 struct OrNull<T>(Option<T>);
 
 impl<T: Display> Display for OrNull<T> {

@@ -1,5 +1,5 @@
-//! `/v1/snapshot/prepare`, `/v1/snapshot/cancel` and `/v1/restore`: calls that wait here until `restore`,
-//! which has everything they need, takes and answers them.
+//! `/v1/snapshot/prepare`, `/v1/snapshot/cancel` and `/v1/restore`: these calls wait here until the module
+//! `restore` handles them.
 
 use super::connection::{Connection, PendingCall};
 use super::{Api, Context};
@@ -20,21 +20,21 @@ impl Api {
         self.connections.used()
     }
 
-    /// Its body.
+    /// The body of a call.
     pub fn body(&mut self, key: Key) -> &mut [u8] {
         self.connections
             .get_mut(key)
             .map_or(&mut [], Connection::body)
     }
 
-    /// Answers it, unless its client is gone.
+    /// Responds to a call, unless its client is gone.
     pub fn respond(&mut self, key: Key, status: Status, body: &dyn Display, context: &mut Context) {
         self.with(key, context, &mut |connection, shared| {
             connection.respond_to_call(status, body, shared);
         });
     }
 
-    /// Closes the connections that wait for no such call.
+    /// Closes all connections without a pending snapshot call.
     pub fn close_others(&mut self, context: &mut Context) {
         let others = |connection: &Connection| connection.pending_call().is_none();
         self.each(context, &others, &mut Connection::close);

@@ -7,7 +7,7 @@ use crate::error;
 use proto::bodies::StopRequest;
 use proto::http::Status;
 
-/// Has the workload stopped as the body says; an empty one says nothing special.
+/// Requests a stop with the parameters in the body, which may be empty.
 pub fn stop(body: &mut [u8], context: &mut Context) -> Result<(), CallError> {
     let mut request = StopRequest::default();
     if !body.is_empty() {

@@ -1,6 +1,6 @@
-//! `GET /v1/sysinfo`: what /proc tells, in the shape of Fly.io's init.
+//! `GET /v1/sysinfo`: information from /proc, in the shape of Fly.io's init.
 //!
-//! A child reads it, as whoever is root in the VM can make that wait; its output is the answer.
+//! A child reads it, as root in the VM can make reading /proc block; its output is the response.
 
 use crate::context;
 use crate::error;
@@ -18,7 +18,7 @@ use rustix::fs::OFlags;
 /// How long it may take, in milliseconds.
 pub const TIMEOUT: u64 = 5_000;
 
-/// In the child: writes the answer.
+/// In the child: writes the response.
 pub fn run(output: &OwnedFd, proc: &OwnedFd, scratch: &mut [u8], log: &HelperLog) -> Result {
     sys::close_others(&[output, proc, log.pipe()]);
     let (input, text) = scratch

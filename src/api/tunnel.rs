@@ -1,4 +1,4 @@
-//! `CONNECT host:port`: a connection to a TCP port of the guest, whose bytes go both ways.
+//! `CONNECT host:port`: forwards bytes between the client and a TCP port of the guest.
 
 use super::error::CallError;
 use super::io::Io;
@@ -18,12 +18,12 @@ use rustix::net::{
     AddressFamily, SendFlags, Shutdown, SocketAddrAny, SocketFlags, SocketType, sockopt,
 };
 
-/// Bytes taken from the server at once, as others wait, too.
+/// Most bytes read from the server at once, so that other connections get their turn.
 const PIECE: usize = 16 << 10;
 /// How long a client may stay silent after the server has closed its side, in milliseconds. Not every
 /// host forwards half-closes (Firecracker does not), so the tunnel ends then.
 const HALF_CLOSED_TIMEOUT: u64 = 1_000;
-/// How long a server may read nothing of what a client that has closed has sent, in milliseconds.
+/// How long a server may read nothing after its client has closed, in milliseconds.
 const LAST_BYTES_TIMEOUT: u64 = 30_000;
 
 /// A connection to a TCP port.
@@ -33,11 +33,11 @@ pub struct Tunnel {
     port: u16,
     watched: EventFlags,
     connected: bool,
-    /// The client has closed its side or the connection, and some of what it sent may not be read yet.
+    /// The client has closed its side or the connection, but some of its bytes may not have been read yet.
     client_closing: bool,
-    /// From the client to the server, by way of the received bytes.
+    /// From the client to the server, through the input buffer.
     up: Flow,
-    /// From the server to the client, by way of the bytes to send.
+    /// From the server to the client, through the output buffer.
     down: Flow,
 }
 
@@ -48,7 +48,7 @@ enum Flow {
     Open,
     /// Closing: the last bytes are being sent.
     Closing,
-    /// Closed, or nobody receives.
+    /// Closed, or the receiver is gone.
     Closed,
 }
 
@@ -64,8 +64,8 @@ impl Tunnel {
             return Err(CallError::new(Status::BadGateway, error));
         };
         let connect = || {
-            // Only an address of its own can be bound to. The connection gets a port of the kernel's
-            // choice, which is free sooner than one that was bound.
+            // Binding succeeds only for the guest's own addresses. The connection itself is not bound, as a port
+            // that the kernel chooses is free again sooner.
             rustix::net::bind(&socket(ip, proc)?, &socket_address(ip, 0))?;
             let server = socket(ip, proc)?;
             sockopt::set_tcp_nodelay(&server, true)?;
@@ -83,9 +83,9 @@ impl Tunnel {
         })
     }
 
-    /// Continues to connect. Returns whether that is done; then the response is queued.
+    /// Continues to connect. Returns whether it is connected; then the response is queued.
     pub fn connect(&mut self, io: &mut Io) -> Result<bool, CallError> {
-        // Asked again, the kernel says what has come of it (connect(2)).
+        // A repeated call returns the result of the first one (connect(2)).
         match rustix::net::connect(&self.server, &socket_address(self.ip, self.port)) {
             Ok(()) | Err(Errno::ISCONN) => {}
             Err(Errno::INPROGRESS | Errno::ALREADY) => return Ok(false),
@@ -97,22 +97,22 @@ impl Tunnel {
         Ok(true)
     }
 
-    /// Whether the server has accepted.
+    /// Whether it is connected to the server.
     pub fn is_connected(&self) -> bool {
         self.connected
     }
 
-    /// Why it has not.
+    /// The error if it cannot connect.
     pub fn failure(&self, errno: Errno) -> CallError {
         bad_gateway(&self.ip, self.port, errno)
     }
 
-    /// Whether bytes of the client are of use now.
+    /// Whether to read from the client now.
     fn wants_input(&mut self, io: &mut Io) -> bool {
         self.connected && self.up == Flow::Open && io.received().is_empty()
     }
 
-    /// Something happened to the client's end: takes bytes, if they are of use now.
+    /// Handles events of the client's end: reads from it if that is wanted.
     pub fn receive(&mut self, events: EventFlags, io: &mut Io) {
         if !self.wants_input(io) {
             self.client_closing |= events.contains(EventFlags::RDHUP);
@@ -124,16 +124,16 @@ impl Tunnel {
         }
     }
 
-    /// The client no longer receives.
+    /// Handles a client that no longer receives.
     pub fn on_client_gone(&mut self, io: &mut Io) {
         io.broken = false;
         io.drop_unsent();
         self.down = Flow::Closed;
     }
 
-    /// Moves bytes both ways, at most `pieces` pieces from the server. Returns whether that was any.
+    /// Moves bytes in both directions, at most `pieces` pieces from the server. Returns whether it moved any.
     pub fn proceed(&mut self, io: &mut Io, pieces: &mut u32) -> bool {
-        // Both have their turn.
+        // Not `||`: both directions get their turn.
         self.move_up(io) | self.move_down(io, pieces)
     }
 
@@ -184,7 +184,7 @@ impl Tunnel {
             Err(Errno::AGAIN) => return false,
             Ok(_) => self.down = Flow::Closing,
             Err(_) => {
-                // A reset: it takes nothing, either.
+                // A reset: the server does not receive either.
                 self.down = Flow::Closing;
                 self.up = Flow::Closed;
             }
@@ -224,7 +224,7 @@ impl Tunnel {
             .watch(&self.server, token, &mut self.watched, wanted);
         let from_client = match self.wants_input(io) {
             true => EventFlags::IN,
-            // That it closes is seen even if what it has sent before is not read yet.
+            // Detects that it closes even if its earlier bytes have not been read yet.
             false => flag(
                 self.up == Flow::Open && !self.client_closing,
                 EventFlags::RDHUP,
@@ -234,13 +234,13 @@ impl Tunnel {
     }
 }
 
-/// An address as system calls take it.
+/// A socket address for system calls.
 fn socket_address(ip: IpAddr, port: u16) -> SocketAddrAny {
     SocketAddr::new(ip, port).into()
 }
 
-/// A TCP socket that does not block; `proc` is /proc. For a family that it does not have the kernel would
-/// have the root's modprobe run, and PID 1 wait for it (__sock_create, net/socket.c).
+/// A non-blocking TCP socket; `proc` is /proc. For a family that the kernel lacks it would run the root's
+/// modprobe and make PID 1 wait for it (__sock_create, net/socket.c).
 fn socket(ip: IpAddr, proc: &OwnedFd) -> Result<OwnedFd, Errno> {
     let family = match ip {
         IpAddr::V4(_) => AddressFamily::INET,
