@@ -5,7 +5,7 @@ use core::ffi::c_void;
 use core::ptr::NonNull;
 use linux_raw_sys::general::{__NR_clone3, clone_args};
 
-/// The largest page size (CONFIG_ARM64_64K_PAGES); there are kernels with 4 and 16 KiB, too.
+/// The largest page size (CONFIG_ARM64_64K_PAGES); other kernels have 4 or 16 KiB.
 pub const PAGE: usize = 64 << 10;
 
 // The kernel enters here with the stack pointer at argc.
@@ -21,15 +21,15 @@ global_asm!(
     "brk #1",
 );
 
-/// One system call of up to five arguments; the answer is as the kernel gives it, an errno negated.
+/// Makes a system call with up to five arguments. Returns the kernel's result: on failure, a negated errno.
 ///
 /// # Safety
-/// The arguments must be what call `number` takes; pointers among them must be good for it.
+/// The arguments must be valid for call `number`; so must the pointers among them.
 #[inline(always)]
 pub unsafe fn syscall(number: u32, args: [usize; 5]) -> isize {
     let [a, b, c, d, e] = args;
     let result;
-    // SAFETY: the kernel's calling convention (syscall(2)); the caller answers for the arguments.
+    // SAFETY: the kernel's calling convention (syscall(2)); the caller guarantees the arguments.
     unsafe {
         asm!(
             "svc #0",
@@ -42,20 +42,20 @@ pub unsafe fn syscall(number: u32, args: [usize; 5]) -> isize {
     result
 }
 
-/// Starts a process with other memory for its stack (clone3(2)), which does `run(argument)` there; the
-/// kernel's answer in the parent.
+/// Starts a process or thread that calls `run(argument)` on its own stack (clone3(2)). Returns the kernel's
+/// result in the parent.
 ///
 /// # Safety
-/// `arguments` must be good for clone3, with a stack that nothing else uses while the process does;
-/// `run` must be sound to call there.
+/// `arguments` must be valid for clone3, with a stack that nothing else uses meanwhile; `run` must be sound
+/// to call there.
 pub unsafe fn clone_on_stack(
     arguments: &clone_args,
     run: extern "C" fn(NonNull<c_void>) -> !,
     argument: NonNull<c_void>,
 ) -> isize {
     let result;
-    // SAFETY: the child has the registers of the parent, but for x0 and sp; it never comes back from
-    // `run`, so nothing that lies on the parent's stack is touched by it.
+    // SAFETY: the child has the parent's registers, except for x0 and sp; it never returns from `run`, so it
+    // does not touch the parent's stack.
     unsafe {
         asm!(
             "svc #0",
@@ -76,7 +76,7 @@ pub unsafe fn clone_on_stack(
     result
 }
 
-// The compiler calls these: sixteen bytes a step, then one.
+// The compiler calls these. Sixteen bytes at a time, then single ones.
 // SAFETY (all): the C standard's contract of each function, which the compiler keeps.
 global_asm!(
     ".globl memcpy",

@@ -12,7 +12,7 @@ use rustix::time::ClockId;
 
 /// A clock's time in nanoseconds.
 ///
-/// By a system call: rustix reads the clock through the vDSO, whose lookup is 2.4 KiB of code.
+/// A plain system call: rustix uses the vDSO, whose lookup takes 2.4 KiB of code.
 fn nanoseconds(clock: u32) -> Result<i64> {
     let mut time = uapi::__kernel_timespec {
         tv_sec: 0,
@@ -29,7 +29,7 @@ fn nanoseconds(clock: u32) -> Result<i64> {
 
 /// Milliseconds of CLOCK_MONOTONIC.
 pub fn milliseconds() -> u64 {
-    // It fails for no clock that every kernel has.
+    // It cannot fail for this clock.
     nanoseconds(uapi::CLOCK_MONOTONIC).unwrap_or(0) as u64 / 1_000_000
 }
 
@@ -62,10 +62,10 @@ pub fn set_real_time(time: i64) -> Result<()> {
     rustix::time::clock_settime(ClockId::Realtime, time)
 }
 
-/// A longer step of the clock than a second is a pause of the VM, where steps are short.
+/// A step of the clock longer than this, in milliseconds, is taken for a pause of the VM.
 pub const PAUSE_THRESHOLD: u64 = 1000;
 
-/// How long something takes, in milliseconds; the VM's pauses count as [`PAUSE_THRESHOLD`] at most.
+/// Measures elapsed time in milliseconds; each pause of the VM counts as at most [`PAUSE_THRESHOLD`].
 pub struct Stopwatch {
     last: Cell<u64>,
     elapsed: Cell<u64>,
@@ -80,7 +80,7 @@ impl Stopwatch {
         }
     }
 
-    /// The time up to now; to be asked again and again.
+    /// The elapsed time. Must be called at short intervals, as pauses are detected between calls.
     pub fn elapsed(&self) -> u64 {
         let now = milliseconds();
         let step = now
@@ -91,8 +91,8 @@ impl Stopwatch {
     }
 }
 
-/// Sleeps: in children, and in PID 1 where nothing else is to be done, as between two questions to MMDS
-/// and in the end after a panic.
+/// Sleeps. For children, and for PID 1 only where it has nothing else to do: between polls of MMDS, and after
+/// a panic.
 pub fn sleep(milliseconds: i64) {
     let time = Timespec {
         tv_sec: milliseconds / 1000,

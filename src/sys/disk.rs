@@ -8,23 +8,23 @@ use rustix::fd::OwnedFd;
 use rustix::io::{Errno, Result};
 use rustix::ioctl::{Getter, NoArg, Setter, ioctl};
 
-/// Whether a block device takes no writes.
+/// Whether a block device is write-protected.
 pub fn is_write_protected(device: &OwnedFd) -> Result<bool> {
     // SAFETY: BLKROGET writes an int.
     unsafe { ioctl(device, Getter::<BLKROGET, i32>::new()) }.map(|value| value != 0)
 }
 
-/// From now on a block device takes no writes.
+/// Write-protects a block device.
 pub fn write_protect(device: &OwnedFd) -> Result<()> {
     // SAFETY: BLKROSET reads an int.
     unsafe { ioctl(device, Setter::<BLKROSET, i32>::new(1)) }
 }
 
-/// Writes a file system out and stops all writing to it.
+/// Syncs a file system and blocks all writes to it.
 pub fn freeze(directory: &OwnedFd) -> Result<()> {
     // SAFETY: the kernel does not look at FIFREEZE's argument.
     match unsafe { ioctl(directory, NoArg::<FIFREEZE>::new()) } {
-        // Frozen already, by way of another mount of the same file system.
+        // Frozen already, through another mount of the same file system.
         Err(Errno::BUSY) => Ok(()),
         other => other,
     }
@@ -34,7 +34,7 @@ pub fn freeze(directory: &OwnedFd) -> Result<()> {
 const LOOP_CLR_FD: u32 = 0x4c01;
 const LOOP_GET_STATUS64: u32 = 0x4c05;
 
-/// The device that a loop device stands on: that of its file, or of the device it is bound to
+/// The backing device of a loop device: that of its file, or the device it is bound to
 /// (struct loop_info64: lo_device, lo_inode, lo_rdevice, …).
 pub fn loop_backing(device: &OwnedFd) -> Result<u64> {
     // SAFETY: LOOP_GET_STATUS64 writes a struct loop_info64, which is 29 words.
@@ -43,7 +43,7 @@ pub fn loop_backing(device: &OwnedFd) -> Result<u64> {
     Ok(if of_device == 0 { of_file } else { of_device })
 }
 
-/// Unbinds a loop device, once nobody has it open any more.
+/// Detaches a loop device, once it is no longer open.
 pub fn detach_loop(device: &OwnedFd) -> Result<()> {
     // SAFETY: LOOP_CLR_FD takes no argument.
     unsafe { ioctl(device, NoArg::<LOOP_CLR_FD>::new()) }

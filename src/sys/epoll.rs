@@ -1,4 +1,4 @@
-//! One epoll instance and the events it gives out (epoll(7)).
+//! One epoll instance and its events (epoll(7)).
 
 use crate::context;
 use crate::error::Result;
@@ -7,19 +7,19 @@ use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::fd::OwnedFd;
 
-/// Events taken at once: a turn of the loop handles these before it looks at anything else.
+/// Most events returned by one wait.
 const EVENTS: usize = 32;
 
-/// Waits after which another instance takes over, in which nothing is registered that was closed. What a
-/// child has open too stays registered when it is closed (epoll(7)), and wakes who waits for it: a child
-/// that is held before it has begun has all there is.
+/// Number of waits after which the epoll instance is replaced by a new one without stale registrations. A
+/// closed file stays registered while a child has a copy of it (epoll(7)), and causes spurious wakeups: a
+/// child that is frozen before it has started has copies of all.
 const WAITS: u32 = 1024;
 
-/// Bits of [`EventFlags`] that stand for no event: in which instance something is registered.
+/// Bits of [`EventFlags`] without an event: they hold the number of the instance of a registration.
 const INSTANCE: EventFlags = EventFlags::from_bits_retain(0xff * NEXT_INSTANCE);
 const NEXT_INSTANCE: u32 = 1 << 16;
 
-/// Room for the events taken at once.
+/// Buffer for the events of one wait.
 pub type EventBuffer = [Event; EVENTS];
 
 /// No events.
@@ -28,13 +28,13 @@ pub const NO_EVENTS: EventBuffer = [Event {
     data: EventData::new_u64(0),
 }; EVENTS];
 
-/// An epoll instance, and the events it has given out.
+/// An epoll instance, and the events of the last wait.
 pub struct Poller {
     epoll: OwnedFd,
     /// A registration has failed.
     failed: Cell<bool>,
     waits: u32,
-    /// The number of this instance, of the bits of [`INSTANCE`].
+    /// The number of this instance, in the bits of [`INSTANCE`].
     instance: EventFlags,
     next: usize,
     count: usize,
@@ -60,11 +60,11 @@ impl Poller {
         })
     }
 
-    /// Waits for `wanted` events of `fd` instead of those `watched`, which says so afterwards. An
-    /// event comes back with `token`.
+    /// Changes the events registered for `fd` from `watched` to `wanted`, and updates `watched`. Events are
+    /// returned with `token`.
     ///
-    /// With nothing wanted the descriptor is not registered: the kernel reports hang-ups always. It is to be
-    /// called anew after [`has_failed`](Self::has_failed), as when another instance has taken over.
+    /// Without wanted events the descriptor is not registered, as epoll always reports hang-ups. Call again
+    /// after [`has_failed`](Self::has_failed), which is also set by a new instance.
     pub fn watch(&self, fd: &OwnedFd, token: u64, watched: &mut EventFlags, wanted: EventFlags) {
         let instance = self.instance;
         let next = wanted | instance;
@@ -79,27 +79,27 @@ impl Poller {
             (true, true) => epoll::delete(&self.epoll, fd),
             (true, false) => epoll::modify(&self.epoll, fd, data, wanted),
         };
-        // Memory can be missing, or fs.epoll.max_user_watches be reached (epoll_ctl(2)).
+        // Out of memory, or fs.epoll.max_user_watches reached (epoll_ctl(2)).
         match changed {
             Ok(()) => *watched = next,
             Err(_) => self.failed.set(true),
         }
     }
 
-    /// Whether a registration has failed since [`clear_failed`](Self::clear_failed): somebody waits
-    /// in vain.
+    /// Whether a registration has failed since [`clear_failed`](Self::clear_failed): events of its source will
+    /// be missed.
     pub fn has_failed(&self) -> bool {
         self.failed.get()
     }
 
-    /// All are about to be tried again.
+    /// Clears the flag, before all registrations are retried.
     pub fn clear_failed(&self) {
         self.failed.set(false);
     }
 
     /// Waits for events, at most `milliseconds`.
     pub fn wait(&mut self, milliseconds: u64) {
-        // More than a month is for ever: longer times need a system call that Linux 5.10 has not.
+        // More than 24 days is no timeout: longer ones need a system call that Linux 5.10 does not have.
         let timeout = i32::try_from(milliseconds)
             .ok()
             .map(|milliseconds| Timespec {
@@ -107,7 +107,7 @@ impl Poller {
                 tv_nsec: i64::from(milliseconds % 1000 * 1_000_000),
             });
         self.next = 0;
-        // An error leaves nothing to do but to look again.
+        // An error counts as no events.
         self.count = epoll::wait(&self.epoll, &mut self.events[..], timeout.as_ref()).unwrap_or(0);
         self.waits = self.waits.wrapping_add(1);
         if self.waits.is_multiple_of(WAITS)
@@ -120,7 +120,7 @@ impl Poller {
         }
     }
 
-    /// The next of the events that came: its token and what happened.
+    /// The next event of the last wait: its token and flags.
     pub fn next(&mut self) -> Option<(u64, EventFlags)> {
         let event = self.events.get(..self.count)?.get(self.next)?;
         self.next += 1;

@@ -1,7 +1,6 @@
-//! Files: opened, read and written; whole ones read with a limit, and replaced.
+//! Opening, reading, writing and replacing files.
 //!
-//! Nothing here looks for EINTR: without handlers the kernel starts these calls again itself
-//! (signal(7)).
+//! EINTR is not handled: without signal handlers the kernel restarts these calls (signal(7)).
 
 use crate::error;
 use crate::error::Result;
@@ -16,17 +15,17 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir};
 use rustix::io::Errno;
 use rustix::net::SendFlags;
 
-/// The bytes up to the first NUL; empty when there is none.
+/// The string up to the first NUL; empty if there is no NUL.
 pub fn c_str(bytes: &[u8]) -> &CStr {
     CStr::from_bytes_until_nul(bytes).unwrap_or_default()
 }
 
-/// Opens a file for this process only (open(2), O_CLOEXEC); one that is created has mode 0644.
+/// Opens a file with O_CLOEXEC (open(2)); a created file gets mode 0644.
 pub fn open(path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
     rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::from_raw_mode(0o644))
 }
 
-/// The same, with the path counted from a directory (openat(2)).
+/// The same, relative to a directory (openat(2)).
 pub fn open_at(directory: impl AsFd, path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
     let mode = Mode::from_raw_mode(0o644);
     rustix::fs::openat(directory, path, flags | OFlags::CLOEXEC, mode)
@@ -37,7 +36,7 @@ pub fn read(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
     rustix::io::read(file, buffer)
 }
 
-/// Reads to the file's end, or until the buffer is full: how many bytes those are.
+/// Reads to the end of the file, or until the buffer is full. Returns the number of bytes.
 #[cfg(any(feature = "files", feature = "sysinfo"))]
 pub fn read_full(file: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
     let mut length = 0;
@@ -55,14 +54,14 @@ pub fn write(file: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
     rustix::io::write(file, bytes)
 }
 
-/// Maximum number of bytes sent while memory is fragmented: the kernel always finds that many contiguous
-/// ones (up to PAGE_ALLOC_COSTLY_ORDER, linux/mmzone.h).
+/// Most bytes sent while memory is fragmented: the kernel can always allocate that many contiguous bytes
+/// (up to PAGE_ALLOC_COSTLY_ORDER, linux/mmzone.h).
 const SMALL_PIECE: usize = 8 << 10;
 
-/// Sends some bytes over vsock (send(2)); EPIPE, and no SIGPIPE, when nobody receives them.
+/// Sends some bytes over vsock (send(2)). Returns EPIPE, without a SIGPIPE, if the peer is gone.
 ///
-/// The kernel copies up to 64 KiB to contiguous memory (net/vmw_vsock/virtio_transport_common.c), which
-/// there may not be next to a full page cache: ENOMEM. Then fewer bytes are sent.
+/// The kernel copies up to 64 KiB to contiguous memory (net/vmw_vsock/virtio_transport_common.c). With a full
+/// page cache there may be none (ENOMEM): then fewer bytes are sent.
 pub fn send(socket: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
     let send = |bytes| rustix::net::send(socket, bytes, SendFlags::NOSIGNAL);
     match send(bytes) {
@@ -71,19 +70,19 @@ pub fn send(socket: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
     }
 }
 
-/// What all names of a file have in common: its device, and its number there (inode(7)).
+/// Identifies a file, whatever its name: device and inode number (inode(7)).
 pub fn identify(directory: BorrowedFd, path: &CStr, flags: AtFlags) -> Result<(u64, u64), Errno> {
     let status = rustix::fs::statat(directory, path, flags)?;
     Ok((status.st_dev, status.st_ino))
 }
 
-/// Writes to one of the kernel's files, counted from a directory; such are written whole.
+/// Writes to one of the kernel's files, relative to a directory, in a single write.
 pub fn write_at(directory: &OwnedFd, path: &CStr, value: &[u8]) -> Result<(), Errno> {
     let file = open_at(directory, path, OFlags::WRONLY)?;
     write(&file, value).map(drop)
 }
 
-/// Reads one of the kernel's files, counted from a directory, as far as there is room.
+/// Reads one of the kernel's files, relative to a directory, as much as fits in the buffer.
 pub fn read_at<'b>(
     directory: &OwnedFd,
     path: &CStr,
@@ -115,21 +114,21 @@ pub fn write_vectored(file: &OwnedFd, pieces: &[rustix::io::IoSlice]) -> Result<
     rustix::io::writev(file, pieces)
 }
 
-/// The parts one after the other as a path for the kernel; `None` when they do not fit.
+/// Concatenates the parts to a path; `None` if it does not fit.
 pub fn join<'p>(parts: &[&[u8]], room: &'p mut [u8]) -> Option<&'p CStr> {
     let mut length = 0;
     for part in parts {
-        let place = room.get_mut(length..)?.get_mut(..part.len())?;
-        place.copy_from_slice(part);
+        let target = room.get_mut(length..)?.get_mut(..part.len())?;
+        target.copy_from_slice(part);
         length += part.len();
     }
     *room.get_mut(length)? = 0;
     Some(c_str(room))
 }
 
-/// Reads a regular file whole into `buffer`; `None` when it is not there.
+/// Reads a whole regular file into `buffer`; `None` if it does not exist.
 ///
-/// Anything else under that name (a pipe would block) and a file over the buffer's size are errors.
+/// Other types of file (a pipe would block) and files larger than the buffer are errors.
 pub fn read_whole<'b>(path: &CStr, buffer: &'b mut [u8]) -> Result<Option<&'b mut [u8]>, Message> {
     let failed = |why: &dyn Display| message!("read {}: {why}", path.lossy());
     let failed_with = |errno| failed(&error::name(errno));
@@ -144,7 +143,7 @@ pub fn read_whole<'b>(path: &CStr, buffer: &'b mut [u8]) -> Result<Option<&'b mu
     let limit = buffer.len();
     let mut length = 0;
     while length <= limit {
-        // Full: that is all of it only when nothing more can be read.
+        // If the buffer is full, the file must end there.
         let mut more = [0];
         let room = match buffer.get_mut(length..) {
             Some(room @ [_, ..]) => room,
@@ -158,12 +157,12 @@ pub fn read_whole<'b>(path: &CStr, buffer: &'b mut [u8]) -> Result<Option<&'b mu
     Err(failed(&format_args!("over {limit} bytes")))
 }
 
-/// Replaces the file or link `path` by one with these bytes, by way of `temporary` beside it: after a
-/// crash the old or the new one is there. Not by fsync, which costs a flush of the disk.
+/// Replaces the file or link `path` by renaming `temporary`, in the same directory, with the new contents:
+/// after a crash there is the old or the new file. Without fsync, which would flush the disk.
 pub fn replace(path: &CStr, temporary: &CStr, contents: &[u8]) -> Result<(), Errno> {
     let create = || open(temporary, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL);
     let file = match create() {
-        // What a crash left, or somebody put there; never followed.
+        // Left by a crash, or created by another process. Links are not followed.
         Err(Errno::EXIST) => {
             remove(temporary)?;
             create()?
@@ -190,9 +189,9 @@ fn remove(path: &CStr) -> Result<(), Errno> {
     rustix::fs::unlink(path)
 }
 
-/// Creates a directory with exactly this mode; one that is there keeps its own.
+/// Creates a directory with exactly this mode; an existing one keeps its own.
 pub fn make_directory(path: &CStr, mode: u32) -> Result<(), Errno> {
-    /// What PID 1's umask takes away (INIT_FS, include/linux/init_task.h).
+    /// PID 1's umask (INIT_FS, include/linux/init_task.h).
     const UMASK: u32 = 0o022;
     let bits = Mode::from_raw_mode(mode);
     match rustix::fs::mkdir(path, bits) {
@@ -202,12 +201,12 @@ pub fn make_directory(path: &CStr, mode: u32) -> Result<(), Errno> {
     }
 }
 
-/// The same, with an error that says so.
+/// The same, with an error message.
 pub fn require_directory(path: &CStr, mode: u32) -> Result {
     make_directory(path, mode).map_err(error::on("create", path))
 }
 
-/// Creates a directory and those above it that are missing, with mode 0755.
+/// Creates a directory and its missing parents, with mode 0755.
 pub fn make_directories(path: &[u8]) -> Result<(), Errno> {
     let mut prefix = [0; PATH_MAX];
     for (at, byte) in path.iter().enumerate() {
@@ -216,7 +215,7 @@ pub fn make_directories(path: &[u8]) -> Result<(), Errno> {
             continue;
         }
         match make_directory(c_str(&prefix), 0o755) {
-            // What is in the way of the next part, or of the use of the last, says so itself.
+            // A file in the way fails at the next part, or when the directory is used.
             Ok(()) | Err(Errno::ISDIR) => {}
             other => return other,
         }

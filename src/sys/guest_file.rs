@@ -1,12 +1,12 @@
-//! Pipes and terminals that the guest's processes have open, too, used without waiting for any of these.
+//! Pipes and terminals that are shared with the guest's processes, used without being blocked by them.
 //!
-//! Whoever uses a pipe takes its lock first, O_NONBLOCK or not (fs/pipe.c), and a process that has it open
-//! can hold that lock as long as it likes: by splice(2) from a socket on which nothing comes. A
-//! terminal's is held likewise (drivers/tty/tty_ldisc.c). So threads read, write and close in place of
-//! the event loop, which waits for them a little and continues.
+//! Every operation on a pipe takes its lock, even with O_NONBLOCK (fs/pipe.c), and a process that has the pipe
+//! open can hold that lock indefinitely: by splice(2) from a socket without data. The same is true of a
+//! terminal (drivers/tty/tty_ldisc.c). So threads read, write and close on behalf of the event loop, which
+//! waits for them for a short time and then continues.
 //!
-//! A thread is started when none is idle, and ended when another one is: there is one, and one more for
-//! each call that does not return. All here is for the event loop's thread, but [`Thread::serve`].
+//! A thread is started when none is idle, and ended when another one is idle: there is one, and one more for
+//! each blocked call. Everything here runs in the event loop's thread, except [`Thread::serve`].
 
 use super::arch;
 use super::clock::sleep;
@@ -26,42 +26,42 @@ use rustix::io::{Errno, Result};
 use rustix::process::{Pid, Signal};
 use rustix::thread::futex;
 
-/// Maximum number of bytes of a call: what a pipe holds unless it was made larger (pipe(7)).
+/// Most bytes of one call: the default capacity of a pipe (pipe(7)).
 const BUFFER: usize = 64 << 10;
 
-/// Deeper than [`Thread::serve`] goes. What follows it shares its last page.
+/// More stack than [`Thread::serve`] needs. The fields that follow share its last page.
 const STACK: usize = (16 << 10) - 256;
 
-/// How long a call is waited for at a time. Most return in microseconds.
+/// How long to wait for a call at a time. Most return in microseconds.
 const WAIT: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 5_000_000,
 };
 
-/// How long nothing is done when no thread can be started, in milliseconds.
+/// How long to sleep if no thread can be started, in milliseconds.
 const RETRY: i64 = 5;
 
-/// How often a call is waited for. More than once: while the VM is paused a whole wait passes.
+/// How often to wait for a call. More than once, as a pause of the VM uses up one wait.
 const WAITS: u32 = 3;
-/// How often the last calls are waited for, all together.
+/// How often to wait for all calls after the process has ended, together.
 const LAST_WAITS: u32 = 10;
 
 /// Our end of a pipe or a terminal.
 pub struct GuestFile {
-    /// Closed by a thread.
+    /// A thread closes it.
     fd: ManuallyDrop<OwnedFd>,
     is_closed: bool,
-    /// How often last calls are still waited for.
+    /// How often to still wait for calls after the process has ended.
     last_waits: u32,
-    /// There was no thread for the last call.
+    /// No thread could be started for the last call.
     lacks_thread: bool,
-    /// Makes a call that has not returned, or whose result nobody has taken.
+    /// The thread whose call has not returned, or whose result was not taken.
     pending: Option<&'static Thread>,
     threads: &'static GuestThreads,
 }
 
 impl GuestFile {
-    /// Takes an end that does not block.
+    /// Wraps a non-blocking end.
     pub fn new(fd: OwnedFd, threads: &'static GuestThreads) -> Self {
         Self {
             fd: ManuallyDrop::new(fd),
@@ -73,9 +73,9 @@ impl GuestFile {
         }
     }
 
-    /// The end, for calls that take no lock, unless a pending call has closed it.
+    /// The end, for calls that do not take the lock, unless a pending call has closed it.
     pub fn fd(&self) -> Option<&OwnedFd> {
-        // Its number may be another file's since.
+        // The number may have been reused since.
         let is_closed = |thread: &Thread| thread.has_closed.load(Ordering::SeqCst);
         match self.pending.is_some_and(is_closed) {
             true => None,
@@ -99,15 +99,15 @@ impl GuestFile {
         self.pending.is_some_and(Thread::is_idle)
     }
 
-    /// Reads at most `limit` bytes (read(2)) and has them taken: EAGAIN if there are none now, or the call is
-    /// pending. The end, and any other error, closes it.
+    /// Reads at most `limit` bytes (read(2)) and passes them to `take`. EAGAIN if there are none now, or the call
+    /// is pending. The end of the file and any other error close it.
     ///
-    /// `last`: what comes later may be lost, so that it is waited for longer.
+    /// `last`: the process has ended, and later output may be lost, so it waits longer.
     pub fn read(&mut self, limit: usize, last: bool, take: &mut dyn FnMut(&[u8])) -> Result<usize> {
         let call = self.call(Kind::Read, &[], limit, last)?;
         self.is_closed = call.is_closed();
         let result = call.result.map(|count| {
-            // A pending call had a limit of its own.
+            // A pending call may have read more than this limit.
             let end = count.min(call.taken.saturating_add(limit));
             let bytes = call.buffer.get(call.taken..end).unwrap_or(&[]);
             if !bytes.is_empty() {
@@ -122,15 +122,15 @@ impl GuestFile {
         result.map(|(taken, _)| taken)
     }
 
-    /// Writes some of these bytes (write(2)): EAGAIN if none are taken now, or the call is pending; then it
-    /// continues when the same bytes come again, unless they are [forgotten](Self::forget).
+    /// Writes some of these bytes (write(2)). EAGAIN if none are accepted now, or the call is pending: then call
+    /// again with the same bytes, unless they are [forgotten](Self::forget).
     pub fn write(&mut self, bytes: &[u8]) -> Result<usize> {
         let result = self.call(Kind::Write, bytes, bytes.len(), false)?.result;
         self.release();
         result
     }
 
-    /// Other bytes will come than those of a pending write.
+    /// Drops the result of a pending write: the next write has other bytes.
     pub fn forget(&mut self) {
         if let Some(thread) = self.pending
             && thread.owner.get() == Owner::File(Kind::Write)
@@ -153,7 +153,7 @@ impl GuestFile {
             self.release();
         }
         let (thread, waits) = match self.pending {
-            // It was waited for.
+            // It was waited for already.
             Some(thread) => (thread, 0),
             None => {
                 let begun = self.threads.begin(kind, &self.fd, bytes, length);
@@ -170,7 +170,7 @@ impl GuestFile {
         thread.call().filter(|_| is_wanted).ok_or(Errno::AGAIN)
     }
 
-    /// The pending call's result was taken.
+    /// Releases the thread, after the result was taken.
     fn release(&mut self) {
         if let Some(thread) = self.pending.take() {
             thread.owner.set(Owner::None);
@@ -186,7 +186,7 @@ impl Drop for GuestFile {
                 thread.close_if_gone();
             }
             None if self.is_closed => {}
-            // Without memory for a thread it stays open: to close it here could take for ever.
+            // Without memory for a thread it stays open: closing it here could block.
             None => {
                 if let Ok(thread) = self.threads.begin(Kind::Close, &self.fd, &[], 0) {
                     thread.wait(WAITS);
@@ -196,7 +196,7 @@ impl Drop for GuestFile {
     }
 }
 
-/// The threads that are there.
+/// All threads.
 pub struct GuestThreads {
     newest: Cell<Option<&'static Thread>>,
 }
@@ -213,9 +213,9 @@ impl GuestThreads {
         core::iter::successors(self.newest.get(), |thread| thread.next.get())
     }
 
-    /// Closes the files that were dropped while a call was pending, if it has returned, and ends the
-    /// threads that are free, but for one. Whether there are other files whose call has returned since,
-    /// which are to be asked again; SIGCHLD comes for either.
+    /// Closes files that were dropped while a call was pending, if that has returned, and ends free threads,
+    /// except for one. Returns whether a call of another file has returned, which must be used again. Call
+    /// after each SIGCHLD, which is sent in both cases.
     pub fn settle(&self) -> bool {
         let (mut has_returned, mut has_free) = (false, false);
         for thread in self.iter() {
@@ -223,7 +223,7 @@ impl GuestThreads {
             let owner = thread.owner.get();
             if thread.is_idle() && matches!(owner, Owner::File(_) | Owner::Forgetful) {
                 has_returned = true;
-                // It takes no result, so that it hears of this once.
+                // Its result will not be taken, so it is reported only once.
                 if owner == Owner::Forgetful {
                     thread.owner.set(Owner::Forgotten);
                 }
@@ -239,23 +239,23 @@ impl GuestThreads {
         has_returned
     }
 
-    /// Gives back the memory of the threads that are over.
+    /// Frees the memory of the threads that have ended.
     fn free_ended(&self) {
         let mut place = &self.newest;
         while let Some(thread) = place.get() {
-            // Nothing of it is used after.
+            // It is not used afterwards.
             if thread.runs.load(Ordering::Acquire) != 0 {
                 place = &thread.next;
                 continue;
             }
             place.set(thread.next.get());
-            // SAFETY: `start` has leaked it, only a free one was ended, which no file has, and it is out of
-            // the list.
+            // SAFETY: `start` has leaked it, only free threads are ended, which no file uses, and it was removed
+            // from the list.
             drop(unsafe { PageBox::reclaim(thread) });
         }
     }
 
-    /// Has an idle thread make a call, with these bytes or with room for so many.
+    /// Starts a call in an idle thread, with these bytes or with a buffer of `length` bytes.
     fn begin(
         &self,
         kind: Kind,
@@ -265,7 +265,7 @@ impl GuestThreads {
     ) -> Result<&'static Thread> {
         let thread = match self.iter().find(|thread| thread.is_free()) {
             Some(thread) => thread,
-            // It is tried again: not at once, as nobody says when there is memory.
+            // The caller retries, after a while: nothing reports when there is memory.
             None => self.start().map_err(|_| {
                 sleep(RETRY);
                 Errno::AGAIN
@@ -313,8 +313,8 @@ impl GuestThreads {
         arguments.stack = thread.stack.get() as u64;
         arguments.stack_size = STACK as u64;
         let start = NonNull::from(&*thread).cast();
-        // SAFETY: the thread has a stack of its own, and what it is given stays until `runs` is 0. `begun`
-        // and `returned` say which of both has `call`; all else is the event loop's.
+        // SAFETY: the thread has its own stack, and its memory stays until `runs` is 0. `begun` and `returned`
+        // say which thread owns `call`; the other fields belong to the event loop.
         let result = unsafe { arch::clone_on_stack(&arguments, enter, start) };
         if result < 0 {
             return Err(Errno::from_raw_os_error(-result as i32));
@@ -325,23 +325,24 @@ impl GuestThreads {
     }
 }
 
-/// A thread, which makes one call at a time.
+/// A thread that makes one call at a time.
 ///
-/// The stack comes first: it grows down, away from the rest.
+/// The stack comes first: it grows down, away from the other fields.
 #[repr(C)]
 struct Thread {
     stack: UnsafeCell<MaybeUninit<[u128; STACK / size_of::<u128>()]>>,
-    /// How many calls were begun. While `returned` differs the thread has `call`, else the event loop.
+    /// Number of calls that were started. While `returned` differs, the thread owns `call`, otherwise the event
+    /// loop does.
     begun: AtomicU32,
-    /// How many have returned.
+    /// Number of calls that have returned.
     returned: AtomicU32,
-    /// The event loop no longer waits for it: SIGCHLD tells.
+    /// The event loop no longer waits: send SIGCHLD when the call returns.
     notifies: AtomicBool,
-    /// The call closes, or has closed, the descriptor.
+    /// The call is closing, or has closed, the descriptor.
     has_closed: AtomicBool,
     call: UnsafeCell<Call>,
     owner: Cell<Owner>,
-    /// Not 0 until the thread is over: the kernel clears it then (CLONE_CHILD_CLEARTID).
+    /// Not 0 until the thread has ended: then the kernel clears it (CLONE_CHILD_CLEARTID).
     runs: AtomicU32,
     next: Cell<Option<&'static Self>>,
 }
@@ -349,15 +350,15 @@ struct Thread {
 /// Who wants the result of a thread's call.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Owner {
-    /// Nobody: the thread is free when the call has returned.
+    /// Nobody: the thread is free once the call has returned.
     None,
-    /// A file, which has begun that.
+    /// A file, which has started this kind of call.
     File(Kind),
-    /// One that waits for its call, and does not want its result.
+    /// A file that waits for its call, but does not want the result.
     Forgetful,
-    /// The same, and it has heard that the call has returned.
+    /// The same, and it was reported that the call has returned.
     Forgotten,
-    /// One that was dropped, and is to be closed.
+    /// A dropped file, to be closed.
     Gone,
 }
 
@@ -376,12 +377,12 @@ enum Kind {
     End,
 }
 
-/// What is called, and what came of it.
+/// A call and its result.
 struct Call {
     kind: Kind,
     fd: RawFd,
     buffer: Region,
-    /// Of the bytes in the buffer, or of the room there.
+    /// Number of bytes to write, or size of the buffer.
     length: usize,
     result: Result<usize>,
     /// How many of the bytes read were taken.
@@ -391,26 +392,26 @@ struct Call {
 impl Thread {
     /// Whether it makes no call.
     fn is_idle(&self) -> bool {
-        // What the thread has written before is seen after.
+        // The thread's writes are visible afterwards.
         self.returned.load(Ordering::SeqCst) == self.begun.load(Ordering::Relaxed)
     }
 
-    /// Whether it can make a call for anybody.
+    /// Whether it can be used for a new call.
     fn is_free(&self) -> bool {
         self.owner.get() == Owner::None && self.is_idle()
     }
 
-    /// The call, unless the thread has it.
+    /// The call, unless the thread owns it.
     #[allow(clippy::mut_from_ref, reason = "one at a time, by the event loop")]
     fn call(&self) -> Option<&mut Call> {
         match self.is_idle() {
-            // SAFETY: the thread takes it when `begun` changes, and nobody here keeps it until then.
+            // SAFETY: the thread owns it once `begun` changes, and no reference here is kept until then.
             true => Some(unsafe { &mut *self.call.get() }),
             false => None,
         }
     }
 
-    /// Lets the thread make the call. `notifies`: nobody waits for it.
+    /// Lets the thread make the call. `notifies`: the event loop does not wait for it.
     fn go(&self, notifies: bool) {
         self.notifies.store(notifies, Ordering::Relaxed);
         self.has_closed.store(false, Ordering::Relaxed);
@@ -419,8 +420,8 @@ impl Thread {
         let _woken = futex::wake(&self.begun, futex::Flags::PRIVATE, 1);
     }
 
-    /// Waits until the call has returned, up to so many times; then SIGCHLD tells. Returns how many are
-    /// left.
+    /// Waits up to `times` times until the call has returned; after that, the thread sends SIGCHLD. Returns the
+    /// number of waits left.
     fn wait(&self, mut times: u32) -> u32 {
         while times > 0 && !self.is_idle() {
             let before = self.begun.load(Ordering::Relaxed).wrapping_sub(1);
@@ -447,7 +448,7 @@ impl Thread {
         }
     }
 
-    /// Has the thread end. It never returns from that, and so is not free any more.
+    /// Ends the thread. The call never returns, so the thread is not free any more.
     fn end(&self) {
         if let Some(call) = self.call() {
             call.kind = Kind::End;
@@ -455,7 +456,7 @@ impl Thread {
         }
     }
 
-    /// What the thread does: makes the calls that are begun.
+    /// The thread's main loop: makes the calls that are started.
     fn serve(&self) -> ! {
         let mut count = 0;
         loop {
@@ -463,13 +464,13 @@ impl Thread {
                 let _begun = futex::wait(&self.begun, futex::Flags::PRIVATE, count, None);
             }
             count = count.wrapping_add(1);
-            // SAFETY: the event loop does not touch it until `returned` is the same.
+            // SAFETY: the event loop does not touch it until `returned` equals `begun`.
             let call = unsafe { &mut *self.call.get() };
             call.make();
             if call.is_closed() {
-                // Before its number can be another file's.
+                // Before the number can be reused.
                 self.has_closed.store(true, Ordering::SeqCst);
-                // SAFETY: its owner does not use it any more.
+                // SAFETY: its owner no longer uses it.
                 unsafe { rustix::io::close(call.fd) }
             }
             self.returned.store(count, Ordering::SeqCst);
@@ -494,7 +495,7 @@ impl Call {
         }
     }
 
-    /// Whether the descriptor is closed with it: by a call for that, by the end, or by an error.
+    /// Whether the thread closes the descriptor afterwards: on a close, the end of the file, or an error.
     fn is_closed(&self) -> bool {
         match self.kind {
             Kind::Read => !matches!(self.result, Ok(1..) | Err(Errno::AGAIN)),
@@ -504,8 +505,8 @@ impl Call {
     }
 }
 
-/// A thread of this process rather than a process: nobody can kill it, or waits for it. It shares the
-/// directories, too, so that it keeps no file system busy.
+/// A thread of this process: it cannot be killed or waited for on its own. It also shares the working
+/// directory, so that it keeps no file system busy.
 const THREAD_OF_THIS_PROCESS: u64 = (uapi::CLONE_VM
     | uapi::CLONE_FS
     | uapi::CLONE_FILES
@@ -515,6 +516,6 @@ const THREAD_OF_THIS_PROCESS: u64 = (uapi::CLONE_VM
 
 /// A thread's first and last function.
 extern "C" fn enter(thread: NonNull<c_void>) -> ! {
-    // SAFETY: `start` passes one that stays.
+    // SAFETY: `start` passes a thread that stays valid.
     unsafe { thread.cast::<Thread>().as_ref() }.serve()
 }

@@ -1,4 +1,4 @@
-//! Memory: buffers with one owner, and mappings (mmap(2), madvise(2)).
+//! Memory: static values with one owner, and mappings (mmap(2), madvise(2)).
 
 use super::arch::PAGE;
 use crate::page;
@@ -7,13 +7,13 @@ use core::ptr::NonNull;
 use rustix::io::Result;
 use rustix::mm::{Advice, MapFlags, MlockAllFlags};
 
-/// A large value with one owner, which must not lie on the stack.
+/// A large static value that can be taken once.
 pub struct Static<T> {
     taken: Cell<bool>,
     value: UnsafeCell<T>,
 }
 
-// SAFETY: the first thread of a process of this program is the only one that takes it.
+// SAFETY: only the first thread of a process takes it.
 unsafe impl<T> Sync for Static<T> {}
 
 impl<T> Static<T> {
@@ -36,30 +36,29 @@ impl<T> Static<T> {
     }
 }
 
-/// Keeps this process in memory when the VM swaps (mlockall(2)). Pages that are not touched stay away.
+/// Keeps this process in memory when the VM swaps (mlockall(2)). Untouched pages are not allocated.
 pub fn lock_memory() -> Result<()> {
     rustix::mm::mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT)
 }
 
-/// Gives the stack back that deeper calls have used: boot goes deep, serving does not.
+/// Frees the stack pages that deeper calls have used: the boot goes deep, serving does not.
 ///
-/// In a frame of its own: what is alive in its caller's lies above.
+/// Not inlined, so that its caller's frame lies above its own.
 #[inline(never)]
 pub fn release_stack() {
-    /// Deeper than anything goes.
+    /// More stack than the program ever uses.
     const DEPTH: usize = 256 << 10;
     let here = 0u8;
-    // A page is left to this call.
+    // One page is left for this call.
     let end = (&raw const here as usize / PAGE - 1) * PAGE;
     let start = end.saturating_sub(DEPTH) as *mut _;
-    // SAFETY: nothing is alive below the frame of the innermost call. What of the range is not mapped
-    // stays so.
+    // SAFETY: nothing is alive below the innermost frame. Unmapped parts of the range are not affected.
     let _advice = unsafe { rustix::mm::madvise(start, DEPTH, Advice::LinuxDontNeed) };
 }
 
-/// Memory from the kernel, given back when dropped. Untouched pages cost nothing.
+/// Anonymous memory that is unmapped on drop. Untouched pages cost nothing.
 ///
-/// By default there is none.
+/// The default is empty.
 pub struct Region {
     start: NonNull<u8>,
     length: usize,
@@ -100,7 +99,7 @@ impl core::ops::DerefMut for Region {
 impl Drop for Region {
     fn drop(&mut self) {
         if self.length > 0 {
-            // SAFETY: `map` made exactly this mapping, and no borrow of it outlives `self`.
+            // SAFETY: `map` made this mapping, and no borrow of it outlives `self`.
             let _gone = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.length) };
         }
     }

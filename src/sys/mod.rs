@@ -1,5 +1,5 @@
-//! The kernel's interface: system calls that rustix has no public function for, each in the
-//! smallest function that makes it safe, and typed wrappers, a module a subject.
+//! The kernel's interface: system calls that rustix has no public function for, each in the smallest safe
+//! function, and typed wrappers, one module per subject.
 
 #[cfg(target_arch = "aarch64")]
 #[path = "aarch64.rs"]

@@ -1,4 +1,4 @@
-//! File systems that are mounted nowhere yet (fsopen(2), fsmount(2)).
+//! Detached mounts (fsopen(2), fsmount(2)).
 
 use super::files;
 use core::ffi::CStr;
@@ -11,8 +11,8 @@ use rustix::mount::{
     fsconfig_set_string, fsmount, fsopen,
 };
 
-/// A file system without a device, whose kind stands for that in the mount table; the options are words
-/// with commas between.
+/// A new instance of a file system without a device, whose type is also the source in the mount table.
+/// `options` are comma-separated flags.
 pub fn instance(kind: &CStr, options: &[u8], attributes: MountAttrFlags) -> Result<OwnedFd> {
     let context = open(kind, kind)?;
     let mut room = [0; 64];
@@ -23,7 +23,7 @@ pub fn instance(kind: &CStr, options: &[u8], attributes: MountAttrFlags) -> Resu
     mount(&context, attributes)
 }
 
-/// The file system on a device, once more where it is mounted already; `device` is a path.
+/// Mounts the file system on a device (a path), which may be mounted elsewhere. Returns its root directory.
 pub fn on_device(kind: &CStr, device: &CStr) -> Result<OwnedFd> {
     let mounted = mount(&open(kind, device)?, MountAttrFlags::empty())?;
     files::open_at(&mounted, c".", OFlags::DIRECTORY)

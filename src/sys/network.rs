@@ -9,7 +9,7 @@ use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::io::Result;
 use rustix::ioctl::{Setter, ioctl};
 
-/// Asks for the kernel's own words in the acknowledgements of a netlink socket (netlink(7)).
+/// Enables error messages in the acknowledgements of a netlink socket (NETLINK_EXT_ACK, netlink(7)).
 pub fn enable_extended_acks(socket: &OwnedFd) -> Result<()> {
     let on = 1u32;
     let arguments = [
@@ -42,10 +42,10 @@ struct InterfaceRequest {
     unused: [u64; 2],
 }
 
-/// Switches a device's transmit checksum offload off (ETHTOOL_STXCSUM, linux/ethtool.h).
+/// Disables a device's transmit checksum offload (ETHTOOL_STXCSUM, linux/ethtool.h).
 pub fn disable_tx_checksum(socket: &OwnedFd, interface: &str) -> Result<()> {
     let mut name = [0; 16];
-    // One byte is left for a NUL.
+    // The last byte stays NUL.
     copy(interface.as_bytes(), name.split_at_mut(15).0);
     let mut off = EthtoolValue {
         command: ETHTOOL_STXCSUM,

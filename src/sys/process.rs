@@ -1,4 +1,4 @@
-//! Processes: fork, execve, signals, and the descriptors that pass on.
+//! Processes: fork, execve, signals, and inherited descriptors.
 
 use super::syscall::call;
 use core::ffi::{CStr, c_char};
@@ -27,25 +27,25 @@ pub(super) fn exit_thread() -> ! {
 /// linux/sched.h
 const CLONE_INTO_CGROUP: u64 = 1 << 33;
 
-/// What [`fork`] returned in which process.
+/// The result of [`fork`].
 pub enum Fork {
     /// In the new process.
     Child,
-    /// In the old one: the new one's id.
+    /// In the parent: the child's pid.
     Parent(Pid),
 }
 
-/// Splits the process in two (fork(2), as clone3(2)).
+/// Forks (fork(2), by clone3(2)).
 pub fn fork() -> Result<Fork> {
     let arguments = clone_arguments(None);
-    let (place, size) = (&raw const arguments as usize, size_of_val(&arguments));
-    // SAFETY: reads the arguments. Without CLONE_VM the child has a copy of all memory, this stack
-    // included. No thread has a lock.
-    let pid = unsafe { call(uapi::__NR_clone3, [place, size, 0, 0, 0]) }?;
+    let (address, size) = (&raw const arguments as usize, size_of_val(&arguments));
+    // SAFETY: reads the arguments. Without CLONE_VM the child has a copy of all memory, including this
+    // stack. No thread holds a lock.
+    let pid = unsafe { call(uapi::__NR_clone3, [address, size, 0, 0, 0]) }?;
     Ok(Pid::from_raw(pid as i32).map_or(Fork::Child, Fork::Parent))
 }
 
-/// For a child born in that control group, or in the parent's.
+/// Arguments for a child in a control group, or in the parent's.
 pub(super) fn clone_arguments(cgroup: Option<&OwnedFd>) -> uapi::clone_args {
     uapi::clone_args {
         flags: cgroup.map_or(0, |_| CLONE_INTO_CGROUP),
@@ -62,10 +62,10 @@ pub(super) fn clone_arguments(cgroup: Option<&OwnedFd>) -> uapi::clone_args {
     }
 }
 
-/// Replaces the program (execve(2)); returns only when that failed.
+/// Replaces the program (execve(2)); returns only on failure.
 ///
 /// # Safety
-/// `argv` and `envp` must be vectors of NUL-terminated strings, each ended by a null pointer.
+/// `argv` and `envp` must be null-terminated vectors of NUL-terminated strings.
 pub unsafe fn execve(path: &CStr, argv: *const *const c_char, envp: *const *const c_char) -> Errno {
     let arguments = [path.as_ptr() as usize, argv as usize, envp as usize, 0, 0];
     // SAFETY: as promised by the caller.
@@ -75,9 +75,9 @@ pub unsafe fn execve(path: &CStr, argv: *const *const c_char, envp: *const *cons
     }
 }
 
-/// Closes all descriptors from 3 on but these (close_range(2)).
+/// Closes all descriptors from 3 on, except these (close_range(2)).
 ///
-/// For children that do not run Rust code that owns the closed ones.
+/// For children, in which no Rust value owns the closed ones.
 pub fn close_others(keep: &[&OwnedFd]) {
     let numbers = || keep.iter().map(|fd| fd.as_raw_fd() as u32);
     let mut first = 3;
@@ -96,12 +96,12 @@ fn close_range(first: u32, last: u32) {
     }
 }
 
-/// Waits at most `seconds` for the other end of a pipe to close, or a connection to fail (poll(2)).
+/// Waits at most `seconds` until the other end of a pipe closes, or a connection fails (poll(2)).
 pub fn has_hung_up(pipe: &OwnedFd, seconds: i64) -> Result<bool> {
     wait_for(pipe, PollFlags::empty(), seconds)
 }
 
-/// Waits at most `seconds` for something to read (poll(2)).
+/// Waits at most `seconds` until there is something to read (poll(2)).
 pub fn is_readable(fd: &OwnedFd, seconds: i64) -> Result<bool> {
     wait_for(fd, PollFlags::IN, seconds)
 }
@@ -116,35 +116,35 @@ fn wait_for(fd: &OwnedFd, events: PollFlags, seconds: i64) -> Result<bool> {
     Ok(rustix::event::poll(&mut polled, Some(&timeout))? > 0)
 }
 
-/// Sends a signal, by number, to a process group (kill(2)), or to its leader while it is not one yet.
+/// Sends a signal to a process group (kill(2)), or to its leader if that has not created it yet.
 pub fn kill_group(leader: Pid, signal: u32) -> Result<()> {
     let signal = number(signal)?;
     rustix::process::kill_process_group(leader, signal)
         .or_else(|_| rustix::process::kill_process(leader, signal))
 }
 
-/// Kills what is left of a process group whose leader was reaped (kill(2)).
+/// Kills the remaining processes of a group whose leader was reaped (kill(2)).
 pub fn kill_rest_of_group(leader: Pid) {
     let _nobody_left = rustix::process::kill_process_group(leader, Signal::KILL);
 }
 
 /// Sends a signal to every process but this one (kill(2)).
 pub fn kill_all(signal: u32) {
-    // The group of process 1 stands for all there is: kill(-1).
+    // For the group of process 1, rustix calls kill(-1): all processes.
     let _nobody_left =
         number(signal).and_then(|signal| rustix::process::kill_process_group(Pid::INIT, signal));
 }
 
-/// Any signal, real-time ones included.
+/// Any signal, including real-time ones.
 fn number(signal: u32) -> Result<Signal> {
     match signal {
-        // SAFETY: not 0; without a C library no number is reserved for one.
+        // SAFETY: not 0; without a C library no signal is reserved.
         1..=64 => Ok(unsafe { Signal::from_raw_unchecked(signal as i32) }),
         _ => Err(Errno::INVAL),
     }
 }
 
-/// A descriptor of this process, by its number, for a child that starts with a copy of it.
+/// The number of a descriptor that a child inherits.
 #[derive(Clone, Copy)]
 pub struct Inherited(RawFd);
 
@@ -157,13 +157,12 @@ impl Inherited {
 
 impl AsFd for Inherited {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: used by the child alone, where nobody owns the descriptor.
+        // SAFETY: only used in the child, where nothing owns the descriptor.
         unsafe { BorrowedFd::borrow_raw(self.0) }
     }
 }
 
-/// Makes standard input, output and error copies of these (dup3(2)); without an input that stays as
-/// it is.
+/// Replaces standard input, output and error (dup3(2)); without an input, standard input is left alone.
 pub fn set_streams(input: Option<impl AsFd>, output: impl AsFd, error: impl AsFd) -> Result<()> {
     if let Some(input) = input {
         rustix::stdio::dup2_stdin(input)?;
@@ -175,6 +174,6 @@ pub fn set_streams(input: Option<impl AsFd>, output: impl AsFd, error: impl AsFd
 /// Standard input, output and error.
 pub fn standard_streams() -> [BorrowedFd<'static>; 3] {
     use rustix::stdio::{stderr, stdin, stdout};
-    // SAFETY: nobody owns or closes descriptors 0 to 2; what is done with a closed one only fails.
+    // SAFETY: nothing owns or closes descriptors 0 to 2; using a closed one only fails.
     unsafe { [stdin(), stdout(), stderr()] }
 }

@@ -7,7 +7,7 @@ use rustix::fs::OFlags;
 use rustix::io::{Errno, Result};
 use rustix::ioctl::{NoArg, Setter, ioctl};
 
-/// Bytes given to the kernel at once: what decodes from base64 three at a time fits.
+/// Bytes added at once: a multiple of three, as base64 decodes to three bytes at a time.
 pub const PIECE: usize = 48;
 
 /// struct rand_pool_info (linux/random.h)
@@ -24,9 +24,9 @@ pub fn open() -> Result<OwnedFd> {
     files::open(c"/dev/urandom", OFlags::WRONLY)
 }
 
-/// Adds the first `length` bytes, which nobody else can know: 8 bits each.
+/// Adds the first `length` bytes, credited with 8 bits each, as no one else knows them.
 ///
-/// Before Linux 5.18 nothing is made new with fewer than 128 bits of them.
+/// Before Linux 5.18, fewer than 128 bits do not cause a reseed.
 pub fn add(device: &OwnedFd, bytes: [u8; PIECE], length: usize) -> Result<()> {
     let length = length.min(PIECE) as i32;
     let info = PoolInfo {
@@ -38,11 +38,11 @@ pub fn add(device: &OwnedFd, bytes: [u8; PIECE], length: usize) -> Result<()> {
     unsafe { ioctl(device, Setter::<RNDADDENTROPY, _>::new(info)) }
 }
 
-/// From now on all random numbers come from what was added.
+/// Reseeds the random number generator from the entropy pool.
 pub fn reseed(device: &OwnedFd) -> Result<()> {
     // SAFETY: RNDRESEEDCRNG takes no argument.
     match unsafe { ioctl(device, NoArg::<RNDRESEEDCRNG>::new()) } {
-        // There are none yet: the first ones come from it.
+        // The generator is not seeded yet: its first seed will include what was added.
         Err(Errno::NODATA) => Ok(()),
         other => other,
     }

@@ -1,4 +1,4 @@
-//! Signals as data (signal(7), signalfd(2), rt_sigprocmask(2)).
+//! Signal masks and signalfd (signal(7), signalfd(2), rt_sigprocmask(2)).
 
 use super::syscall::{call, call_for_fd};
 use linux_raw_sys::general as uapi;
@@ -7,7 +7,7 @@ use rustix::io::Result;
 
 pub use uapi::{SIGCHLD, SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 
-/// A set of signals as the kernel has it: bit `n - 1` is signal `n`.
+/// A set of signals in the kernel's format: bit `n - 1` is signal `n`.
 #[derive(Clone, Copy)]
 pub struct SignalSet(u64);
 
@@ -17,7 +17,7 @@ impl SignalSet {
     /// All of them.
     pub const ALL: Self = Self(u64::MAX);
 
-    /// These signals, by number.
+    /// A set of signals, by number.
     pub const fn of<const N: usize>(signals: [u32; N]) -> Self {
         let mut set = 0;
         let mut rest: &[u32] = &signals;
@@ -33,12 +33,11 @@ impl SignalSet {
 pub fn block_signals(set: SignalSet) {
     let mask = &raw const set.0 as usize;
     let arguments = [uapi::SIG_SETMASK as usize, mask, 0, size_of::<u64>(), 0];
-    // SAFETY: reads eight bytes at `mask`; no handler exists that the change could surprise. It
-    // fails for wrong addresses and sizes alone.
-    let _always = unsafe { call(uapi::__NR_rt_sigprocmask, arguments) };
+    // SAFETY: reads eight bytes at `mask`. It only fails for invalid addresses and sizes.
+    let _infallible = unsafe { call(uapi::__NR_rt_sigprocmask, arguments) };
 }
 
-/// A descriptor from which the signals of `set` are read.
+/// A descriptor for reading the signals of `set`.
 pub fn signalfd(set: SignalSet) -> Result<OwnedFd> {
     // SFD_CLOEXEC and SFD_NONBLOCK are defined as these (linux/signalfd.h).
     let flags = (uapi::O_CLOEXEC | uapi::O_NONBLOCK) as usize;
@@ -60,9 +59,9 @@ pub struct Signal {
     pub from_kernel: bool,
 }
 
-/// Reads one waiting signal.
+/// Reads one pending signal.
 pub fn read_signal(fd: &OwnedFd) -> Result<Signal> {
-    // struct signalfd_siginfo, of which one comes whole or none: ssi_signo, ssi_errno, ssi_code, …
+    // struct signalfd_siginfo, which is never read partially: ssi_signo, ssi_errno, ssi_code, …
     let mut info = [[0; 4]; 32];
     rustix::io::read(fd, info.as_flattened_mut())?;
     let [number, _, code, ..] = info.map(u32::from_ne_bytes);

@@ -1,9 +1,9 @@
-//! Children that share this program's memory until they execute another (clone(2), CLONE_VM).
+//! Children that share this program's memory until they call execve (clone(2), CLONE_VM).
 //!
-//! A fork copies the page tables, and then each page that one of both writes to: most of the time
-//! that a small command takes. posix_spawn(3) saves that, and has its caller wait meanwhile. Nobody
-//! waits here (never CLONE_VFORK: a child started in a frozen group does not run): the child has a stack
-//! and a value of its own, and when it no longer uses them the kernel says so.
+//! A fork copies the page tables, and then each page that either process writes to, which takes most of the
+//! time of a small command. posix_spawn(3) avoids that, but blocks its caller. Here the parent does not wait
+//! (no CLONE_VFORK: a child that starts in a frozen cgroup does not run): the child has its own stack and
+//! value, and the kernel reports when it no longer uses them.
 
 use super::arch;
 use super::process::{clone_arguments, exit};
@@ -18,34 +18,33 @@ use rustix::fd::OwnedFd;
 use rustix::io::{Errno, Result};
 use rustix::process::Pid;
 
-/// Deeper than anything goes; what is not touched costs nothing.
+/// More stack than a child needs; untouched pages cost nothing.
 const STACK: usize = 256 << 10;
 
 /// A value for a child to work on.
 ///
-/// The child has this program's memory, and copies of its descriptors. It must not map memory: what it
-/// has mapped when it is killed is nobody's.
+/// The child shares this program's memory, and has copies of its descriptors. It must not map memory, which
+/// would leak if it is killed.
 pub struct Spawn<T: 'static> {
     memory: ManuallyDrop<PageBox<ChildMemory<T>>>,
 }
 
-/// The stack comes first: it grows down, away from the rest.
+/// The stack comes first: it grows down, away from the other fields.
 #[repr(C)]
 struct ChildMemory<T> {
     stack: UnsafeCell<MaybeUninit<Stack>>,
-    /// Not 0 from the start until the child has other memory, or none: the kernel clears it then
-    /// (CLONE_CHILD_CLEARTID).
+    /// Not 0 until the child has called execve or exited: then the kernel clears it (CLONE_CHILD_CLEARTID).
     in_use: AtomicU32,
     run: fn(&mut T) -> i32,
     value: UnsafeCell<T>,
 }
 
-/// Aligned as both architectures want it.
+/// Aligned as both architectures require.
 type Stack = [u128; STACK / size_of::<u128>()];
 
 impl<T> Spawn<T> {
-    /// Makes the value, in memory of its own. `run` is what the child does with it; it returns the exit
-    /// code, if at all.
+    /// Creates the value in its own pages. The child calls `run` on it, which returns the exit code if
+    /// execve fails.
     pub fn new(value: impl FnOnce() -> T, run: fn(&mut T) -> i32) -> Result<Self> {
         let memory = PageBox::new(|| ChildMemory {
             stack: UnsafeCell::new(MaybeUninit::uninit()),
@@ -59,7 +58,7 @@ impl<T> Spawn<T> {
 
     /// Whether a child uses the value.
     pub fn is_in_use(&self) -> bool {
-        // What the child has written before is seen after.
+        // Acquire: the child's writes are visible afterwards.
         self.memory.in_use.load(Ordering::Acquire) != 0
     }
 
@@ -71,7 +70,7 @@ impl<T> Spawn<T> {
         }
     }
 
-    /// Starts the child in that control group, or in this program's.
+    /// Starts the child in a control group, or in this program's.
     pub fn start(&mut self, cgroup: Option<&OwnedFd>) -> Result<Pid> {
         if self.is_in_use() {
             return Err(Errno::BUSY);
@@ -84,8 +83,8 @@ impl<T> Spawn<T> {
         arguments.stack = memory.stack.get() as u64;
         arguments.stack_size = STACK as u64;
         let start = NonNull::from(memory).cast();
-        // SAFETY: the memory stays mapped until `in_use` is 0 again, and nobody else touches its stack and
-        // its value until then.
+        // SAFETY: the memory stays mapped until `in_use` is 0 again, and its stack and value are not touched
+        // until then.
         let result = unsafe { arch::clone_on_stack(&arguments, enter::<T>, start) };
         match Pid::from_raw(result as i32).filter(|_| result > 0) {
             Some(pid) => Ok(pid),
@@ -99,8 +98,8 @@ impl<T> Spawn<T> {
 
 /// The child's first and last function.
 extern "C" fn enter<T>(memory: NonNull<c_void>) -> ! {
-    // SAFETY: the parent has made a memory there, and takes nothing but `in_use` before this process is
-    // over or has other memory.
+    // SAFETY: `start` passes a `ChildMemory`, of which the parent only uses `in_use` until this process has
+    // exited or called execve.
     let memory = unsafe { memory.cast::<ChildMemory<T>>().as_ref() };
     // SAFETY: as above.
     exit((memory.run)(unsafe { &mut *memory.value.get() }))
@@ -108,7 +107,7 @@ extern "C" fn enter<T>(memory: NonNull<c_void>) -> ! {
 
 impl<T> Drop for Spawn<T> {
     fn drop(&mut self) {
-        // Else it is never given back: a child that cannot be killed yet may still run.
+        // Otherwise it is leaked: a child that cannot be killed may still run.
         if !self.is_in_use() {
             // SAFETY: dropped once, here.
             unsafe { ManuallyDrop::drop(&mut self.memory) }

@@ -1,13 +1,13 @@
-//! The system call itself.
+//! Raw system calls.
 
 use super::arch;
 use rustix::fd::{FromRawFd, OwnedFd};
 use rustix::io::{Errno, Result};
 
-/// One system call; its value, or the errno that it failed with.
+/// Makes a system call. Returns its value, or the errno on failure.
 ///
 /// # Safety
-/// The arguments must be what call `number` takes; pointers among them must be good for it.
+/// The arguments must be valid for call `number`; so must the pointers among them.
 pub unsafe fn call(number: u32, arguments: [usize; 5]) -> Result<u32> {
     // SAFETY: as promised by the caller.
     match unsafe { arch::syscall(number, arguments) } as i32 {
@@ -16,11 +16,11 @@ pub unsafe fn call(number: u32, arguments: [usize; 5]) -> Result<u32> {
     }
 }
 
-/// One system call whose value is a new descriptor.
+/// Makes a system call that returns a new descriptor.
 ///
 /// # Safety
 /// As for [`call`], and `number` must be a call that opens a descriptor.
 pub unsafe fn call_for_fd(number: u32, arguments: [usize; 5]) -> Result<OwnedFd> {
-    // SAFETY: as promised by the caller; nobody else knows the new descriptor.
+    // SAFETY: as promised by the caller; nothing else owns the new descriptor.
     unsafe { call(number, arguments).map(|fd| OwnedFd::from_raw_fd(fd as i32)) }
 }

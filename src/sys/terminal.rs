@@ -9,8 +9,7 @@ use rustix::ioctl::{Getter, ioctl};
 use rustix::pty::OpenptFlags;
 use rustix::termios::Winsize;
 
-/// Opens a new terminal in a devpts, for this process only: its master, which does not block (pts(4)), and
-/// its other end.
+/// Opens a new pseudoterminal in a devpts, with O_CLOEXEC: its non-blocking master (pts(4)), and its slave.
 pub fn open(pts: Option<&OwnedFd>) -> Result<(OwnedFd, OwnedFd)> {
     let pts = pts.ok_or(Errno::NOENT)?;
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK;
@@ -21,7 +20,7 @@ pub fn open(pts: Option<&OwnedFd>) -> Result<(OwnedFd, OwnedFd)> {
     Ok((master, slave))
 }
 
-/// Tells it its size.
+/// Sets its size.
 pub fn resize(terminal: &OwnedFd, cols: u16, rows: u16) -> Result<()> {
     let size = Winsize {
         ws_row: rows,

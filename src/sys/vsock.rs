@@ -15,13 +15,13 @@ pub const HOST: u32 = VMADDR_CID_HOST;
 /// VMADDR_CID_ANY
 const ANY: u32 = u32::MAX;
 
-/// A port of a CID.
+/// A vsock address.
 struct Address {
     cid: u32,
     port: u32,
 }
 
-// SAFETY: the closure gets a whole sockaddr_vm, which outlives its call, and its size.
+// SAFETY: the closure gets a sockaddr_vm that outlives its call, and its size.
 unsafe impl SocketAddrArg for Address {
     unsafe fn with_sockaddr<R>(
         &self,
@@ -43,11 +43,11 @@ unsafe impl SocketAddrArg for Address {
 fn cid(address: &SocketAddrAny) -> Option<u32> {
     let has_cid = address.address_family() == AddressFamily::VSOCK
         && address.addr_len() as usize >= core::mem::offset_of!(sockaddr_vm, svm_flags);
-    // SAFETY: the address is one of this family, initialised up to and including its CID.
+    // SAFETY: the address is of this family, and initialised up to and including its CID.
     has_cid.then(|| unsafe { (*address.as_ptr().cast::<sockaddr_vm>()).svm_cid })
 }
 
-/// Whether there is a vsock device: without one, sockets can be made but never reached.
+/// Whether there is a vsock device: without one, sockets can be created but not connected.
 fn has_device() -> Result<bool> {
     let device = files::open(c"/dev/vsock", OFlags::RDONLY)?;
     // SAFETY: the call writes an unsigned int.
@@ -67,8 +67,8 @@ pub fn listen(port: u32, backlog: usize) -> Result<OwnedFd> {
     Ok(socket)
 }
 
-/// A connection to a port of the host, or one that is being made: it can be written to when it is,
-/// or has failed (connect(2), EINPROGRESS).
+/// Starts connecting to a port of the host. The socket is writable once it is connected or has failed
+/// (connect(2), EINPROGRESS).
 pub fn connect(port: u32) -> Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)?;
@@ -78,13 +78,13 @@ pub fn connect(port: u32) -> Result<OwnedFd> {
     }
 }
 
-/// Whether a connection waits to be [accepted](accept).
+/// Whether a connection can be [accepted](accept).
 pub fn has_pending(socket: &OwnedFd) -> bool {
     super::is_readable(socket, 0).unwrap_or(false)
 }
 
-/// Takes a connection, and says from which CID it came. One should wait: an accept4 that finds none
-/// sleeps to the next tick, also where it must not block (vsock_accept, net/vmw_vsock/af_vsock.c).
+/// Accepts a connection. Returns it with its peer's CID. Call only if one is pending: otherwise accept4 sleeps
+/// until the next tick, even on a non-blocking socket (vsock_accept, net/vmw_vsock/af_vsock.c).
 pub fn accept(socket: &OwnedFd) -> Result<(OwnedFd, u32)> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let (connection, peer) = rustix::net::acceptfrom_with(socket, flags)?;

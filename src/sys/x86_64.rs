@@ -19,15 +19,15 @@ global_asm!(
     "ud2",
 );
 
-/// One system call of up to five arguments; the answer is as the kernel gives it, an errno negated.
+/// Makes a system call with up to five arguments. Returns the kernel's result: on failure, a negated errno.
 ///
 /// # Safety
-/// The arguments must be what call `number` takes; pointers among them must be good for it.
+/// The arguments must be valid for call `number`; so must the pointers among them.
 #[inline(always)]
 pub unsafe fn syscall(number: u32, args: [usize; 5]) -> isize {
     let [a, b, c, d, e] = args;
     let result;
-    // SAFETY: the kernel's calling convention (syscall(2)); the caller answers for the arguments.
+    // SAFETY: the kernel's calling convention (syscall(2)); the caller guarantees the arguments.
     unsafe {
         asm!(
             "syscall",
@@ -40,20 +40,20 @@ pub unsafe fn syscall(number: u32, args: [usize; 5]) -> isize {
     result
 }
 
-/// Starts a process with other memory for its stack (clone3(2)), which does `run(argument)` there; the
-/// kernel's answer in the parent.
+/// Starts a process or thread that calls `run(argument)` on its own stack (clone3(2)). Returns the kernel's
+/// result in the parent.
 ///
 /// # Safety
-/// `arguments` must be good for clone3, with a stack that nothing else uses while the process does;
-/// `run` must be sound to call there.
+/// `arguments` must be valid for clone3, with a stack that nothing else uses meanwhile; `run` must be sound
+/// to call there.
 pub unsafe fn clone_on_stack(
     arguments: &clone_args,
     run: extern "C" fn(NonNull<c_void>) -> !,
     argument: NonNull<c_void>,
 ) -> isize {
     let result;
-    // SAFETY: the child has the registers of the parent, but for rax and rsp; it never comes back from
-    // `run`, so nothing that lies on the parent's stack is touched by it.
+    // SAFETY: the child has the parent's registers, except for rax and rsp; it never returns from `run`, so it
+    // does not touch the parent's stack.
     unsafe {
         asm!(
             "syscall",
@@ -74,8 +74,8 @@ pub unsafe fn clone_on_stack(
     result
 }
 
-// The compiler calls these. The string instructions are the smallest that are also fast; longer copies
-// are of eight bytes a step, for processors that are slow with single ones.
+// The compiler calls these. String instructions are small and fast enough; longer copies use eight bytes at
+// a time, for processors that are slow with single ones.
 // SAFETY (all): the C standard's contract of each function, which the compiler keeps.
 global_asm!(
     ".globl memmove",
