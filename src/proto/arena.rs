@@ -1,24 +1,24 @@
-//! Strings of a document, in memory that the caller lends.
+//! Storage for the strings of a document, in memory of the caller.
 
 use core::ffi::CStr;
 use core::mem;
 
-/// Hands out strings, one after the other; none is given back before all of the memory is.
+/// A bump allocator for strings: none is freed before the whole memory is.
 ///
-/// A string or a list of strings is put together at the start of the free memory, and then taken.
+/// A string or a list of strings is built at the start of the free memory, and then taken.
 #[derive(Debug)]
 pub struct Arena<'a> {
     free: &'a mut [u8],
-    /// How much of `free` is filled with what is being put together.
+    /// Length of the string being built, at the start of `free`.
     filled: usize,
 }
 
-/// There is no more memory.
+/// The arena is full.
 #[derive(Debug)]
 pub struct Full;
 
 impl<'a> Arena<'a> {
-    /// An arena of that memory. For a document it is enough to have as much as the document is long.
+    /// An arena in `memory`. For a document, as many bytes as the document has are enough.
     pub fn new(memory: &'a mut [u8]) -> Self {
         Self {
             free: memory,
@@ -26,7 +26,7 @@ impl<'a> Arena<'a> {
         }
     }
 
-    /// Appends to what is being put together.
+    /// Appends to the string being built.
     pub fn push(&mut self, bytes: &[u8]) -> Result<(), Full> {
         let free = self.free.get_mut(self.filled..).unwrap_or_default();
         let room = free.get_mut(..bytes.len()).ok_or(Full)?;
@@ -35,17 +35,17 @@ impl<'a> Arena<'a> {
         Ok(())
     }
 
-    /// What is being put together.
+    /// The string being built.
     pub fn filled(&self) -> &[u8] {
         self.free.get(..self.filled).unwrap_or_default()
     }
 
-    /// Drops what was appended after the first `length` bytes.
+    /// Truncates the string being built to `length` bytes.
     pub fn truncate(&mut self, length: usize) {
         self.filled = self.filled.min(length);
     }
 
-    /// Takes what was put together.
+    /// Takes the finished string.
     pub fn take(&mut self) -> &'a [u8] {
         let memory = mem::take(&mut self.free);
         let (taken, free) = memory.split_at_mut_checked(self.filled).unwrap_or_default();
@@ -60,7 +60,7 @@ impl<'a> Arena<'a> {
 pub struct Strings<'a>(&'a [u8]);
 
 impl<'a> Strings<'a> {
-    /// A list of strings that each have their NUL after them.
+    /// A list of NUL-terminated strings.
     pub const fn new(strings: &'a [u8]) -> Self {
         Self(strings)
     }
@@ -85,7 +85,7 @@ impl<'a> Strings<'a> {
         CStr::from_bytes_until_nul(self.0).ok()
     }
 
-    /// The strings in their order.
+    /// The strings, in order.
     pub const fn iter(self) -> Iter<'a> {
         Iter(self)
     }
@@ -100,7 +100,7 @@ impl<'a> IntoIterator for Strings<'a> {
     }
 }
 
-/// Gives the strings of a list.
+/// Iterates over the strings of a list.
 #[derive(Clone, Debug)]
 pub struct Iter<'a>(Strings<'a>);
 

@@ -6,14 +6,14 @@ use crate::decimal;
 /// A device number, in its two parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceNumber {
-    /// Which driver; 0 has no device behind it.
+    /// The driver; 0: no block device.
     pub major: u32,
-    /// Which of its devices.
+    /// The device of that driver.
     pub minor: u32,
 }
 
 impl DeviceNumber {
-    /// The number of two decimal texts.
+    /// Parses two decimal numbers.
     pub fn parse(major: &[u8], minor: &[u8]) -> Option<Self> {
         Some(Self {
             major: decimal::parse(major)?,
@@ -22,8 +22,8 @@ impl DeviceNumber {
     }
 }
 
-/// Reads a line of /proc/partitions, `254 16 8192 vdb`: number and name (proc_partitions(5)). Its
-/// header, and the empty line after that, are none.
+/// Parses a line of /proc/partitions, `254 16 8192 vdb`: number and name (proc_partitions(5)). `None` for
+/// the header and the empty line after it.
 pub fn partition(line: &[u8]) -> Option<(DeviceNumber, &[u8])> {
     let mut fields = words(line);
     let number = DeviceNumber::parse(fields.next()?, fields.next()?)?;
@@ -31,7 +31,7 @@ pub fn partition(line: &[u8]) -> Option<(DeviceNumber, &[u8])> {
     Some((number, fields.next()?))
 }
 
-/// Where an ext superblock is on its device, and how much of it is looked at, in bytes.
+/// Offset of an ext superblock on its device, and how much of it is read, in bytes.
 pub const EXT_SUPERBLOCK: (u64, usize) = (1024, 256);
 
 /// Why an ext2, ext3 or ext4 file system is not clean, by its superblock

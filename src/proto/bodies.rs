@@ -1,4 +1,4 @@
-//! The JSON bodies of the API's calls, and the texts of a session.
+//! The JSON bodies of API calls, and the text messages of a session.
 
 use crate::arena::{Arena, Strings};
 use crate::bytes::is_name_byte;
@@ -27,7 +27,7 @@ pub trait Request<'a>: Object<'a> {
     }
 }
 
-/// Decodes a body, in place, into an empty request. The error names the field that is wrong, for a 400.
+/// Decodes a body, in place, into an empty request. The error names the invalid field, for a 400.
 pub fn decode<'a>(
     body: &mut [u8],
     arena: &mut Arena<'a>,
@@ -65,7 +65,7 @@ impl<'a> Request<'a> for SignalRequest {
 /// A command.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CommandSpec<'a> {
-    /// Its arguments; the first is the name to look for, and not empty.
+    /// Its arguments; the first is the program's name, and not empty.
     pub argv: Strings<'a>,
     /// Set on top of the workload's environment: `NAME=value`.
     pub env: Strings<'a>,
@@ -78,7 +78,7 @@ pub struct CommandSpec<'a> {
 }
 
 impl<'a> CommandSpec<'a> {
-    /// The members that calls have in common; each call has its own name for the arguments.
+    /// The common members of calls; the name of the arguments differs.
     fn member(&mut self, name: &str, arguments: &str) -> Place<'_, 'a> {
         match name {
             "env" => Place::Strings(&mut self.env, MAX_ENV_ENTRIES),
@@ -121,10 +121,10 @@ impl<'a> Request<'a> for ExecRequest<'a> {
     }
 }
 
-/// The first text of `GET /v1/ws/exec`.
+/// The first text message of `GET /v1/ws/exec`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SessionRequest<'a> {
-    /// The command, whose arguments are `command`. There are none where a session is continued.
+    /// The command, whose arguments are `command`; empty with `attach`.
     pub spec: CommandSpec<'a>,
     /// The terminal's columns; 0 is unknown.
     pub cols: u16,
@@ -134,7 +134,7 @@ pub struct SessionRequest<'a> {
     pub streams: bool,
     /// Name of the session; empty is none.
     pub id: &'a str,
-    /// Name of the session that is continued; empty is none.
+    /// Name of the session to attach to; empty is none.
     pub attach: &'a str,
 }
 
@@ -171,7 +171,7 @@ impl<'a> Request<'a> for SessionRequest<'a> {
     }
 }
 
-/// Whether a text can be the name of a session: 1 to 64 of `A-Z a-z 0-9 . _ -`.
+/// Whether a string is a valid session name: 1 to 64 of `A-Z a-z 0-9 . _ -`.
 pub fn is_id(text: &str) -> bool {
     (1..=MAX_ID).contains(&text.len()) && text.bytes().all(is_name_byte)
 }
@@ -180,18 +180,18 @@ fn wrong_id(field: &str) -> Message {
     message!("{field}: must be 1 to {MAX_ID} of A-Z a-z 0-9 . _ -")
 }
 
-/// A later text of a session: `{"cols":N,"rows":N}` or `{"stdin":"eof"}`.
+/// A later text message of a session: `{"cols":N,"rows":N}` or `{"stdin":"eof"}`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SessionControl {
     /// The terminal's new columns; 0 is no change.
     pub cols: u16,
     /// The terminal's new rows; 0 is no change.
     pub rows: u16,
-    /// What happens to standard input.
+    /// A change of standard input.
     pub stdin: Option<Stdin>,
 }
 
-/// What can happen to the standard input of a session.
+/// A change of a session's standard input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Stdin {
@@ -223,7 +223,7 @@ impl<'a> Request<'a> for SessionControl {}
 /// `POST /v1/stop`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct StopRequest {
-    /// What is sent first; the image's own when absent.
+    /// The first signal; the image's own if absent.
     pub signal: Option<Signal>,
     /// Time until SIGKILL in milliseconds; the default when absent.
     pub timeout_ms: Option<u32>,
@@ -290,7 +290,7 @@ fn check_token(token: &str) -> Result<(), Message> {
 /// `POST /v1/restore`.
 #[derive(Debug)]
 pub struct RestoreRequest<'c, 'a> {
-    /// That of the hold; empty is none.
+    /// The token of the hold; empty is none.
     pub token: &'a str,
     /// The time in microseconds since 1970.
     pub unix_us: Option<u64>,
@@ -306,7 +306,7 @@ impl<'a> Object<'a> for RestoreRequest<'_, 'a> {
     fn member(&mut self, name: &str) -> Place<'_, 'a> {
         match name {
             "token" => Place::Str(&mut self.token),
-            // A clock of the kernel's has nanoseconds in 63 bits.
+            // The kernel's clocks count nanoseconds in 63 bits.
             "unix_us" => Place::Number(&mut self.unix_us, 0..=i64::MAX as u64 / 1000),
             "entropy" => Place::Str(&mut self.entropy),
             "config" => {
@@ -319,7 +319,7 @@ impl<'a> Object<'a> for RestoreRequest<'_, 'a> {
 }
 
 impl<'c, 'a> RestoreRequest<'c, 'a> {
-    /// An empty one, which has this configuration.
+    /// An empty request that decodes into this configuration.
     pub const fn new(config: &'c mut Config<'a>) -> Self {
         Self {
             token: "",

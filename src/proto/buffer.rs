@@ -1,6 +1,6 @@
-//! A byte queue over a fixed piece of memory: in at the end, out at the front.
+//! A bounded byte queue.
 
-/// Bytes waiting to go from one file descriptor to another.
+/// A queue of at most `N` bytes.
 #[derive(Debug)]
 pub struct Buffer<const N: usize> {
     start: usize,
@@ -24,12 +24,12 @@ impl<const N: usize> Buffer<N> {
         }
     }
 
-    /// What waits to be consumed.
+    /// The queued bytes.
     pub fn filled(&self) -> &[u8] {
         self.bytes.get(self.start..self.end).unwrap_or(&[])
     }
 
-    /// Whether nothing waits.
+    /// Whether the queue is empty.
     pub fn is_empty(&self) -> bool {
         self.start == self.end
     }
@@ -39,7 +39,7 @@ impl<const N: usize> Buffer<N> {
         N - (self.end - self.start)
     }
 
-    /// Drops the first `count` filled bytes.
+    /// Removes the first `count` bytes.
     pub fn consume(&mut self, count: usize) {
         self.start = self.end.min(self.start.saturating_add(count));
         if self.is_empty() {
@@ -48,7 +48,7 @@ impl<const N: usize> Buffer<N> {
         }
     }
 
-    /// Adds all of `bytes`, or nothing when they do not fit.
+    /// Appends all of `bytes`. Returns false, without appending any, if they do not fit.
     pub fn push(&mut self, bytes: &[u8]) -> bool {
         if self.start > 0 {
             self.bytes.copy_within(self.start..self.end, 0);

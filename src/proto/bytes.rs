@@ -1,11 +1,11 @@
-//! Bytes copied, and texts taken apart at single bytes.
+//! Copying and splitting of byte strings.
 //!
-//! Not generic, so that each of these is in the program once; core's searchers for characters and
-//! closures are compiled anew at every call.
+//! Not generic, so that each function is in the program once; core's searchers for characters and closures
+//! are compiled again for every call.
 
 use core::fmt::{self, Write};
 
-/// Copies as many of the first bytes as there is room for: how many those are.
+/// Copies as many bytes as fit. Returns their number.
 pub fn copy(from: &[u8], to: &mut [u8]) -> usize {
     let count = from.len().min(to.len());
     if let (Some(from), Some(to)) = (from.get(..count), to.get_mut(..count)) {
@@ -14,7 +14,7 @@ pub fn copy(from: &[u8], to: &mut [u8]) -> usize {
     count
 }
 
-/// SliceWriter that is written into a buffer; a piece that does not fit is an error.
+/// Writes formatted text to a buffer; a piece that does not fit is an error.
 #[derive(Debug)]
 pub struct SliceWriter<'a> {
     room: &'a mut [u8],
@@ -22,17 +22,17 @@ pub struct SliceWriter<'a> {
 }
 
 impl<'a> SliceWriter<'a> {
-    /// No text yet.
+    /// A writer that has not written anything.
     pub fn new(room: &'a mut [u8]) -> Self {
         Self { room, length: 0 }
     }
 
-    /// What was written.
+    /// The text written so far.
     pub fn as_bytes(&self) -> &[u8] {
         self.room.get(..self.length).unwrap_or(&[])
     }
 
-    /// The same, as part of the buffer.
+    /// The text written, as part of the buffer.
     pub fn into_bytes(self) -> &'a [u8] {
         self.room.get(..self.length).unwrap_or(&[])
     }
@@ -48,34 +48,34 @@ impl Write for SliceWriter<'_> {
     }
 }
 
-/// Whether a byte is one of `A-Z a-z 0-9 . _ -`, of which plain names are.
+/// Whether a byte is one of `A-Z a-z 0-9 . _ -`, the characters of plain names.
 pub fn is_name_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"._-".contains(&byte)
 }
 
-/// Where the first `byte` is.
+/// The position of the first `byte`.
 pub fn find(bytes: &[u8], byte: u8) -> Option<usize> {
     bytes.iter().position(|other| *other == byte)
 }
 
-/// What is before the first `byte`, and what is after it.
+/// The parts before and after the first `byte`.
 pub fn split_once(bytes: &[u8], byte: u8) -> Option<(&[u8], &[u8])> {
     let at = find(bytes, byte)?;
     Some((bytes.get(..at)?, bytes.get(at + 1..)?))
 }
 
-/// What is before the first `byte`; all where there is none.
+/// The part before the first `byte`; everything if there is none.
 pub fn before(bytes: &[u8], byte: u8) -> &[u8] {
     split_once(bytes, byte).map_or(bytes, |(before, _)| before)
 }
 
-/// [`split_once`] of a text, at a character of ASCII.
+/// [`split_once`] for a string, at an ASCII character.
 pub fn split_text_once(text: &str, ascii: u8) -> Option<(&str, &str)> {
     let at = find(text.as_bytes(), ascii)?;
     Some((text.get(..at)?, text.get(at + 1..)?))
 }
 
-/// The words of a text, whatever blanks are around them.
+/// The words of a text, separated by white space.
 pub fn words(text: &[u8]) -> Words<'_> {
     Words(text)
 }

@@ -1,11 +1,11 @@
-//! Decimal numbers that are digits and nothing else.
+//! Decimal numbers of digits only.
 
-/// Parses 1*DIGIT, as far as the number is in the type's range.
+/// Parses 1*DIGIT; `None` for a number outside the type's range.
 pub fn parse<T: TryFrom<u64>>(digits: &[u8]) -> Option<T> {
     T::try_from(parse_u64(digits)?).ok()
 }
 
-/// [`str::parse`] would take a sign.
+/// Unlike [`str::parse`], accepts no sign.
 fn parse_u64(digits: &[u8]) -> Option<u64> {
     let (_first, _) = digits.split_first()?;
     digits.iter().try_fold(0u64, |number, digit| {

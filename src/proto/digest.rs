@@ -1,13 +1,13 @@
-//! SHA-1 (FIPS 180-4) for the WebSocket handshake, and base64 (RFC 4648) for that and for random bytes.
+//! SHA-1 (FIPS 180-4) for the WebSocket handshake, and base64 (RFC 4648) for the handshake and for entropy.
 
 use crate::bytes::copy;
 
 /// The alphabet (RFC 4648 section 4).
 pub const BASE64: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
-/// Bytes of a block.
+/// Size of a block in bytes.
 const BLOCK: usize = 64;
-/// The message's length in bits, at the end of the last block.
+/// Size of the message's length, at the end of the last block, in bytes.
 const LENGTH: usize = 8;
 
 /// The initial hash value (section 5.3.1).
@@ -26,7 +26,7 @@ pub fn sha1(message: &[u8]) -> [u8; 20] {
     for block in blocks {
         compress(&mut state, block);
     }
-    // What is left, a bit, zeros, and the length: one block or two (section 5.1.1).
+    // The rest of the message, a bit, zeros, and the length: one or two blocks (section 5.1.1).
     let mut padded = [0; 2 * BLOCK];
     copy(rest, &mut padded);
     if let Some(slot) = padded.get_mut(rest.len()) {
@@ -52,7 +52,7 @@ pub fn sha1(message: &[u8]) -> [u8; 20] {
 
 /// Adds a block to the hash value (section 6.1.2).
 fn compress(state: &mut [u32; 5], block: &[u8; BLOCK]) {
-    // The message schedule, of which sixteen words matter at a time.
+    // The message schedule, of which sixteen words are needed at a time.
     let mut schedule = [0; 16];
     for (slot, word) in schedule.iter_mut().zip(block.as_chunks().0) {
         *slot = u32::from_be_bytes(*word);
@@ -81,7 +81,7 @@ fn compress(state: &mut [u32; 5], block: &[u8; BLOCK]) {
     }
 }
 
-/// A digest as base64: six bits a character, and one of padding.
+/// Encodes a digest as base64: 27 characters and one of padding.
 pub fn base64(digest: &[u8; 20]) -> [u8; 28] {
     let mut text = [b'='; 28];
     let byte = |at: usize| digest.get(at).copied().unwrap_or(0);
@@ -94,7 +94,7 @@ pub fn base64(digest: &[u8; 20]) -> [u8; 28] {
     text
 }
 
-/// Decodes base64 with its padding (section 4), three bytes at a time; whether it was that.
+/// Decodes padded base64 (section 4), at most three bytes at a time. Returns whether it is valid.
 pub fn decode_base64(text: &str, each: &mut dyn FnMut(&[u8])) -> bool {
     let (groups, rest) = text.as_bytes().as_chunks::<4>();
     let last = groups.len().saturating_sub(1);

@@ -1,4 +1,4 @@
-//! Environments in the form execve(2) wants them.
+//! Environments in the format of execve(2).
 
 use crate::arena::Strings;
 use crate::bytes::find;
@@ -6,15 +6,15 @@ use crate::config;
 use core::fmt::{self, Display};
 use core::ops::Range;
 
-/// Room for the bytes of an environment: a whole document's and a whole exec request's.
+/// Maximum size of an environment in bytes: that of a document and of an exec request together.
 pub const ENV_BYTES: usize = config::MAX_DOCUMENT_SIZE + (192 << 10);
-/// Entries of an environment: `Env`, `ExtraEnv`, an exec request's, and our own.
+/// Maximum number of entries: `Env`, `ExtraEnv`, an exec request's, and our own.
 pub const ENV_ENTRIES: usize = 3 * config::MAX_ENV_ENTRIES + 8;
 
 /// The search path when the environment has no PATH.
 pub const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// There is no room for another string, or for its bytes.
+/// There are too many strings, or too many bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooLarge;
 
@@ -24,14 +24,14 @@ impl Display for TooLarge {
     }
 }
 
-/// An environment: one entry a name, the last one set.
+/// An environment: one entry per name, the last one set.
 pub struct Environment<const BYTES: usize = ENV_BYTES, const ENTRIES: usize = ENV_ENTRIES> {
-    /// `NAME=value\0` after `NAME=value\0`.
+    /// Concatenated `NAME=value\0`.
     bytes: heapless::Vec<u8, BYTES>,
     entries: heapless::Vec<Entry, ENTRIES>,
 }
 
-/// Where a string lies, and its name's hash so that most comparisons are of one number.
+/// The position of a string, and its name's hash for quick comparison.
 #[derive(Clone, Copy)]
 struct Entry {
     start: u32,
@@ -59,16 +59,16 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
         self.entries.clear();
     }
 
-    /// Makes it the same as another.
+    /// Replaces it with a copy of another.
     pub fn copy(&mut self, other: &Self) {
         self.clear();
-        // Both have the same room.
+        // Both have the same capacity.
         let _fits = self.bytes.extend_from_slice(&other.bytes);
         let _fits = self.entries.extend_from_slice(&other.entries);
     }
 
-    /// Keeps strings beside the entries, after those kept before: where they are. What a document and a
-    /// request have besides their environments is shorter than what they may have in these.
+    /// Stores other strings next to the entries, after those stored before. Returns their position. They fit, as
+    /// a document or request that has them has less of an environment.
     pub fn store(&mut self, strings: &[u8]) -> Result<Range<usize>, TooLarge> {
         let start = self.bytes.len();
         self.bytes
@@ -77,13 +77,12 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
         Ok(start..self.bytes.len())
     }
 
-    /// Strings that were kept.
+    /// Strings that were stored.
     pub fn stored(&self, place: Range<usize>) -> &[u8] {
         self.bytes.get(place).unwrap_or_default()
     }
 
-    /// Sets each `NAME=value`; a string without a name or without `=` is dropped. The error: they
-    /// are more strings, or more bytes, than there is room for.
+    /// Sets each `NAME=value`; strings without a name or without `=` are dropped.
     pub fn set_all(&mut self, entries: Strings) -> Result<(), TooLarge> {
         for entry in entries {
             self.set(entry.to_bytes(), b"")?;
@@ -91,7 +90,7 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
         Ok(())
     }
 
-    /// Sets `NAME=` to a value unless the name is set.
+    /// Sets `NAME=` to a value if the name is not set.
     pub fn set_default(&mut self, name: &[u8], value: &[u8]) -> Result<(), TooLarge> {
         match self.get(name) {
             Some(_) => Ok(()),
@@ -99,7 +98,7 @@ impl<const BYTES: usize, const ENTRIES: usize> Environment<BYTES, ENTRIES> {
         }
     }
 
-    /// Sets `NAME=value`, which may be in two pieces.
+    /// Sets `NAME=value`, given in two pieces.
     pub fn set(&mut self, start: &[u8], end: &[u8]) -> Result<(), TooLarge> {
         let at = self.bytes.len();
         for part in &[start, end, b"\0"] {

@@ -4,21 +4,21 @@ use crate::arena::Strings;
 use crate::bytes::{find, split, words};
 use crate::config::{EtcResolv, Host, MAX_HOSTS};
 
-/// Marks a line of /etc/hosts as ours, so that the next boot replaces it.
+/// Marks a line of /etc/hosts as ours, so that the next boot can replace it.
 const MARK: &[u8] = b"# pigeon-init";
 
-/// What a root without /etc/hosts gets (hosts(5)).
+/// The contents of a new /etc/hosts (hosts(5)).
 const LOCALHOST: &[u8] = b"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n";
 
-/// A file being put together.
+/// The contents of a file being built.
 pub struct Contents<'a> {
     room: &'a mut [u8],
-    /// What was put in so far, whether it found room or not.
+    /// Number of bytes added, even if they did not fit.
     length: usize,
 }
 
 impl<'a> Contents<'a> {
-    /// An empty one, with room for this many bytes.
+    /// Empty contents, in a buffer.
     pub fn new(room: &'a mut [u8]) -> Self {
         Self { room, length: 0 }
     }
@@ -33,7 +33,7 @@ impl<'a> Contents<'a> {
         }
     }
 
-    /// All of it; `None` when there was not enough room.
+    /// All bytes; `None` if they did not fit.
     pub fn bytes(&self) -> Option<&[u8]> {
         self.room.get(..self.length)
     }
@@ -41,8 +41,8 @@ impl<'a> Contents<'a> {
 
 /// Writes the new /etc/hosts.
 ///
-/// Lines of an earlier boot go, all others stay as they are, and each entry is added unless a
-/// line that stays says the same already.
+/// Removes lines of an earlier boot, keeps all others, and adds each entry unless an existing line has it
+/// already.
 pub fn hosts(old: &[u8], entries: &[Host], new: &mut Contents) {
     let mut blank = true;
     let mut said = [false; MAX_HOSTS];
@@ -72,7 +72,7 @@ pub fn hosts(old: &[u8], entries: &[Host], new: &mut Contents) {
         new.put(MARK);
         if !desc.is_empty() {
             new.put(b": ");
-            // A line break here would start a line of its own.
+            // A line break would start another entry.
             for byte in desc.bytes() {
                 new.put(&[b' '.max(byte)]);
             }
@@ -85,7 +85,7 @@ pub fn hosts(old: &[u8], entries: &[Host], new: &mut Contents) {
 fn each_foreign_line(old: &[u8], each: &mut dyn FnMut(&[u8])) {
     let mut lines = split(old, b'\n');
     while let Some(line) = lines.next() {
-        // After the last line's end there is no line.
+        // There is no line after the last line feed.
         let is_line = !line.is_empty() || lines.clone().next().is_some();
         if is_line && !split_comment(line).1.starts_with(MARK) {
             each(line);
@@ -93,7 +93,7 @@ fn each_foreign_line(old: &[u8], each: &mut dyn FnMut(&[u8])) {
     }
 }
 
-/// A line up to its comment, and its comment.
+/// Splits a line at its comment.
 fn split_comment(line: &[u8]) -> (&[u8], &[u8]) {
     let end = find(line, b'#').unwrap_or(line.len());
     line.split_at_checked(end).unwrap_or((line, &[]))
@@ -110,7 +110,7 @@ pub fn resolv(resolv: &EtcResolv, new: &mut Contents) {
     line(b"options", resolv.options, new);
 }
 
-/// A line of a keyword and words, if there are words.
+/// Writes a line with a keyword and words, if there are any words.
 fn line(keyword: &[u8], words: Strings, new: &mut Contents) {
     if words.is_empty() {
         return;

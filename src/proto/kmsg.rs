@@ -1,18 +1,18 @@
-//! Records of /dev/kmsg (Documentation/ABI/testing/dev-kmsg): what the kernel itself says.
+//! Records of /dev/kmsg that the kernel itself has logged (Documentation/ABI/testing/dev-kmsg).
 
 use crate::bytes::{before, split, split_once};
 use crate::decimal;
 
-/// Whether `record` is the kernel's own word that its OOM killer chose process `pid`.
+/// Whether the kernel says in `record` that the OOM killer has killed process `pid`.
 ///
-/// The kernel says it twice (mm/oom_kill.c), and either line counts: the first comes before the kill
-/// but is rate limited, the second may come after the process is reaped.
+/// It logs two lines (mm/oom_kill.c), and either one counts: the first comes before the kill but is rate
+/// limited, the second may come after the process was reaped.
 pub fn killed_by_oom(record: &[u8], pid: u32) -> bool {
     kernel_text(record).and_then(|text| oom_victim(text).or_else(|| killed(text))) == Some(pid)
 }
 
-/// Whether `record` is the kernel's own word that this VM was restored from a snapshot: it has a new
-/// VMGenID, for which random numbers were reseeded (drivers/char/random.c).
+/// Whether the kernel says in `record` that this VM was restored from a snapshot: it has reseeded its random
+/// numbers for a new VMGenID (drivers/char/random.c).
 pub fn is_virtual_machine_fork(record: &[u8]) -> bool {
     kernel_text(record) == Some(b"random: crng reseeded due to virtual machine fork")
 }
@@ -20,14 +20,14 @@ pub fn is_virtual_machine_fork(record: &[u8]) -> bool {
 /// A record's text without its continuation lines, if it is the kernel's own.
 ///
 /// A record is `prefix;text`, and its prefix starts with `facility * 8 + level`. Facility 0 is the
-/// kernel's: what user space writes gets another one (kernel/printk/printk.c, devkmsg_write).
+/// kernel's: records from user space get another one (kernel/printk/printk.c, devkmsg_write).
 fn kernel_text(record: &[u8]) -> Option<&[u8]> {
     let (prefix, text) = split_once(record, b';')?;
     let priority: u32 = decimal::parse(before(prefix, b','))?;
     (priority >> 3 == 0).then_some(before(text, b'\n'))
 }
 
-/// `oom-kill:constraint=…,task=NAME,pid=N,uid=N`: NAME is the process's to choose, so from the end.
+/// `oom-kill:constraint=…,task=NAME,pid=N,uid=N`. Parsed from the end, as the process can choose NAME.
 fn oom_victim(text: &[u8]) -> Option<u32> {
     let mut fields = split(text.strip_prefix(b"oom-kill:")?, b',').rev();
     let _uid: u32 = decimal::parse(fields.next()?.strip_prefix(b"uid=")?)?;

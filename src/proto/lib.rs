@@ -1,6 +1,6 @@
 //! Wire formats and file formats: parsers and encoders that take bytes and give values.
 //!
-//! Nothing here makes a system call, so all of it is tested and fuzzed on the host.
+//! Nothing here makes a system call, so everything is tested and fuzzed on the host.
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 #![cfg_attr(

@@ -1,19 +1,18 @@
-//! Bounded messages: errors, log lines, small JSON answers.
+//! Bounded messages: errors, log lines, small JSON responses.
 
 use core::ffi::CStr;
 use core::fmt::{self, Display, Write};
 
-/// Maximum length of a message in bytes: a sentence, and two names of [`MAX_NAME`] bytes.
+/// Maximum length of a message in bytes: a sentence and two names of [`MAX_NAME`] bytes.
 pub const MAX_MESSAGE: usize = 1024;
 
-/// Maximum number of bytes shown of a name or value; the text after it often says why.
+/// Maximum number of bytes shown of a name or value, so that the reason after it still fits.
 pub const MAX_NAME: usize = 255;
 
-/// Stands for what was cut: U+2026 in UTF-8.
+/// Marks truncation: U+2026 in UTF-8.
 const ELLIPSIS: &str = "…";
 
-/// A line of text by value, at most [`MAX_MESSAGE`] bytes. What does not fit is cut, and the cut is
-/// marked with `…`.
+/// A line of text by value, at most [`MAX_MESSAGE`] bytes. Longer text is truncated and ends with `…`.
 #[derive(Clone, Default)]
 pub struct Message {
     text: heapless::String<MAX_MESSAGE>,
@@ -30,7 +29,7 @@ impl Message {
     /// Formats a message; [`message!`](crate::message!) calls it.
     pub fn format(arguments: fmt::Arguments<'_>) -> Self {
         let mut message = Self::new();
-        // Writing never fails: what does not fit is cut.
+        // Writing never fails: it truncates.
         let _cut = message.write_fmt(arguments);
         message
     }
@@ -68,7 +67,7 @@ impl Write for Message {
     }
 }
 
-/// The longest start of `text` that is at most `limit` bytes and ends between characters.
+/// The longest prefix of `text` that is at most `limit` bytes and ends between characters.
 fn floor_char_boundary(text: &str, limit: usize) -> &str {
     text.get(..text.floor_char_boundary(limit)).unwrap_or(text)
 }
@@ -93,13 +92,12 @@ macro_rules! message {
     };
 }
 
-/// Bytes that should be UTF-8, for display: what is not becomes U+FFFD, and of more than [`MAX_NAME`]
-/// bytes the first are shown.
+/// Displays bytes as lossy UTF-8, truncated to [`MAX_NAME`] bytes.
 pub struct Lossy<'a>(&'a [u8]);
 
-/// Shows paths, names and other bytes from outside in messages.
+/// For paths, names and other untrusted bytes in messages.
 pub trait ToLossy {
-    /// For display.
+    /// Displays it as lossy UTF-8.
     fn lossy(&self) -> Lossy<'_>;
 }
 
@@ -134,7 +132,7 @@ impl Display for Lossy<'_> {
     }
 }
 
-/// An errno by its kernel name, `errno 123` when it has none here.
+/// Displays an errno by its name, or as `errno 123` if it is not known here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ErrnoName(pub i32);
 
@@ -146,7 +144,7 @@ macro_rules! errno_names {
     };
 }
 
-// include/uapi/asm-generic/errno-base.h and errno.h, those an init can meet.
+// include/uapi/asm-generic/errno-base.h and errno.h: those an init can encounter.
 errno_names! {
     EPERM ENOENT EINTR EIO ENXIO E2BIG ENOEXEC EBADF ECHILD EAGAIN ENOMEM EACCES EFAULT ENOTBLK
     EBUSY EEXIST EXDEV ENODEV ENOTDIR EISDIR EINVAL ENFILE EMFILE ENOTTY ETXTBSY EFBIG ENOSPC EROFS
@@ -165,14 +163,14 @@ impl Display for ErrnoName {
     }
 }
 
-/// How much is logged; `INIT_LOG_LEVEL` on the kernel command line.
+/// A log level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
-    /// What an operator wants to see of a healthy boot.
+    /// What an operator wants to see of a normal boot.
     Info,
-    /// Something is missing and the boot continues.
+    /// A problem that the boot can continue with.
     Warn,
-    /// The VM goes down because of this. Always logged.
+    /// The VM shuts down because of this. Always logged.
     Error,
 }
 

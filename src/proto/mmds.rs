@@ -1,35 +1,35 @@
 //! Firecracker's metadata service (MMDS): requests and response heads.
 //!
-//! The service (docs/mmds in Firecracker) answers with an empty reason phrase, always gives a
-//! Content-Length, never sends chunks and never closes first: a reader stops at the length.
+//! The service (docs/mmds in Firecracker) responds with an empty reason phrase and always a Content-Length,
+//! never sends chunks and never closes first: a reader stops at the length.
 
 use crate::decimal;
 use core::fmt::{self, Display};
 use core::net::Ipv4Addr;
 
-/// Where the service listens, on port 80.
+/// The address of the service, on port 80.
 pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
-/// The guest's address while it asks.
+/// The guest's address while it uses the service.
 pub const GUEST: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 1);
 /// Prefix length of [`GUEST`].
 pub const PREFIX: u8 = 16;
 
-/// Asks for a session token (V2).
+/// Requests a session token (V2).
 pub const TOKEN_REQUEST: &[u8] = b"PUT /latest/api/token HTTP/1.1\r\nHost: 169.254.169.254\r\n\
     X-metadata-token-ttl-seconds: 60\r\nContent-Length: 0\r\n\r\n";
-/// Asks for the whole document, up to where a V2 session adds its token.
+/// Requests the whole document; a V2 session appends its token.
 const DOCUMENT_REQUEST: &[u8] =
     b"GET / HTTP/1.1\r\nHost: 169.254.169.254\r\nAccept: application/json\r\n";
 const TOKEN_HEADER: &[u8] = b"X-metadata-token: ";
 
-/// Longest token taken in bytes; Firecracker's has 48.
+/// Maximum length of a token in bytes; Firecracker's has 48.
 pub const MAX_TOKEN: usize = 256;
-/// Longest response head in bytes; Firecracker's has about 130.
+/// Maximum length of a response head in bytes; Firecracker's has about 130.
 pub const MAX_HEAD: usize = 4096;
-/// Most header lines of a response; Firecracker's has four.
+/// Maximum number of header lines of a response; Firecracker's has four.
 const MAX_HEADERS: usize = 32;
 
-/// Room for a request with the longest token.
+/// Maximum length of a request, with the longest token.
 const MAX_REQUEST: usize = 512;
 
 /// A request for the document.
@@ -53,14 +53,14 @@ pub fn document_request(token: Option<&[u8]>) -> Option<Request> {
     Some(request)
 }
 
-/// The token of a response's body; `None` when it cannot stand in a header.
+/// The token in a response's body; `None` if it is not a valid header value.
 pub fn token(body: &[u8]) -> Option<&[u8]> {
     let body = body.trim_ascii();
     let fits = (1..=MAX_TOKEN).contains(&body.len()) && body.iter().all(u8::is_ascii_graphic);
     fits.then_some(body)
 }
 
-/// Why a response cannot be read.
+/// Why a response is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ResponseError {
     /// Not HTTP/1.
@@ -92,7 +92,7 @@ pub struct Head {
     pub content_length: u32,
 }
 
-/// Parses a response's head from the bytes received so far; `Ok(None)` when it is not complete.
+/// Parses a response's head from the bytes received so far; `Ok(None)` if it is incomplete.
 pub fn parse_head(bytes: &[u8]) -> Result<Option<Head>, ResponseError> {
     let bytes = bytes.get(..MAX_HEAD).unwrap_or(bytes);
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
@@ -131,7 +131,7 @@ mod tests {
         Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}";
 
     #[test]
-    fn an_answer_with_an_empty_reason_phrase_is_read() {
+    fn a_response_with_an_empty_reason_phrase_is_parsed() {
         // With and without the space before it.
         for start in ["HTTP/1.1 401 \r\n", "HTTP/1.1 401\r\n"] {
             let answer = format!("{start}Content-Length: 0\r\n\r\n");
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_may_come_a_byte_at_a_time() {
+    fn a_response_may_arrive_byte_by_byte() {
         let whole = parse_head(MEASURED).unwrap().unwrap().length;
         for end in 0..whole {
             assert_eq!(parse_head(&MEASURED[..end]), Ok(None), "{end}");
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_whose_end_is_not_known_is_refused() {
+    fn a_response_of_unknown_length_is_refused() {
         assert_eq!(
             parse_head(b"HTTP/1.1 200 OK\r\n\r\n"),
             Err(ResponseError::ContentLength)

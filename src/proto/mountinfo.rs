@@ -4,48 +4,48 @@ use crate::bytes::{split, split_once};
 use crate::decimal;
 use core::ffi::CStr;
 
-/// Room for the longest path that a system call takes, with its NUL (include/uapi/linux/limits.h).
-/// Mount points can be deeper than that.
+/// Maximum length of a path for a system call, its NUL included (include/uapi/linux/limits.h). Mount points
+/// can be deeper.
 pub const PATH_MAX: usize = 4096;
 
 /// A mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mount<'a> {
-    /// Its number, unique while it lasts.
+    /// Its id, unique while it is mounted.
     pub id: u32,
-    /// Major number of its device: 0 when no block device is behind it.
+    /// Major number of its device; 0 without a block device.
     pub major: u32,
     /// Minor number of its device.
     pub minor: u32,
     /// Where it is mounted.
     pub mount_point: Escaped<'a>,
-    /// The file system's type. Empty when the line ends before it.
+    /// The file system's type. Empty if the line ends before it.
     pub fs_type: Escaped<'a>,
-    /// What is mounted, which a file system may name as it likes. Empty when the line ends before it.
+    /// The source, in a format specific to the file system. Empty if the line ends before it.
     pub source: Escaped<'a>,
-    /// The file system itself can be written to, whatever this mount allows.
+    /// The file system itself is writable, even if this mount is not.
     pub is_writable: bool,
-    /// The line ends before its last field, as one that did not fit in a buffer does: the last field
-    /// that it has may be cut.
+    /// The line ends before its last field, for instance as it did not fit in a buffer: its last field may be
+    /// truncated.
     pub is_truncated: bool,
 }
 
-/// A field with spaces, tabs, line feeds, `\` and `#` as `\` and three octal digits.
+/// A field in which spaces, tabs, line feeds, `\` and `#` are escaped as `\` and three octal digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Escaped<'a>(&'a [u8]);
 
-/// A field decoded.
+/// A decoded field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Decoded<'r> {
-    /// As much of it as there was room for.
+    /// As much of it as fit.
     pub text: &'r CStr,
-    /// There was more.
+    /// It was truncated.
     pub is_truncated: bool,
 }
 
 impl Mount<'_> {
-    /// Whether it has a number of its own though it is on a device, which its source names: a btrfs
-    /// can have many devices.
+    /// Whether it is a btrfs, which has an anonymous device number, as it can have many devices; its source
+    /// names one.
     pub fn is_btrfs(&self) -> bool {
         self.major == 0 && self.fs_type.0 == b"btrfs"
     }
@@ -53,7 +53,7 @@ impl Mount<'_> {
 
 /// Parses a line, with or without its line feed:
 /// `id parent major:minor root mount-point options optional… - type source super-options`.
-/// `None` when it does not reach its mount point.
+/// `None` if it ends before the mount point.
 pub fn parse(line: &[u8]) -> Option<Mount<'_>> {
     let mut fields = split(line.trim_ascii_end(), b' ');
     let id = decimal::parse(fields.next()?)?;
@@ -76,17 +76,17 @@ pub fn parse(line: &[u8]) -> Option<Mount<'_>> {
 }
 
 impl<'a> Escaped<'a> {
-    /// A field of another of the kernel's tables that escapes like this one: /proc/swaps.
+    /// A field of another table with the same escapes: /proc/swaps.
     pub fn new(field: &'a [u8]) -> Self {
         Self(field)
     }
 
-    /// As it stands in the line: for types, and for messages about what does not fit.
+    /// The field as it is, with escapes.
     pub fn raw(self) -> &'a [u8] {
         self.0
     }
 
-    /// Decodes it into `room`, as much as fits with a NUL after it.
+    /// Decodes it into `room`, as much as fits, NUL-terminated.
     pub fn decode(self, room: &mut [u8]) -> Decoded<'_> {
         let mut rest = self.0;
         let mut length = 0;
@@ -108,7 +108,7 @@ impl<'a> Escaped<'a> {
     }
 }
 
-/// The first byte of an escaped text, and what is after it.
+/// Decodes the first byte of an escaped text. Returns it and the rest.
 fn next_byte(text: &[u8]) -> Option<(u8, &[u8])> {
     if let [
         b'\\',
@@ -118,7 +118,7 @@ fn next_byte(text: &[u8]) -> Option<(u8, &[u8])> {
         rest @ ..,
     ] = text
     {
-        // No name has a NUL.
+        // Names contain no NUL.
         let byte = (a & 3) << 6 | (b & 7) << 3 | (c & 7);
         if byte != 0 {
             return Some((byte, rest));

@@ -16,7 +16,7 @@ const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLM_F_DUMP: u16 = 0x300;
 const NLM_F_REPLACE: u16 = 0x100;
 const NLM_F_CREATE: u16 = 0x400;
-/// An entry that exists is replaced.
+/// Creates an entry or replaces an existing one.
 const CREATE_OR_REPLACE: u16 = NLM_F_CREATE | NLM_F_REPLACE;
 const NLM_F_CAPPED: u16 = 0x100;
 const NLM_F_ACK_TLVS: u16 = 0x200;
@@ -62,7 +62,7 @@ const IFINFOMSG_LEN: usize = 16;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFF_UP: u32 = 0x1;
-/// Room for an interface's name, with its NUL.
+/// Size of an interface's name, its NUL included.
 const IFNAMSIZ: usize = 16;
 
 // include/uapi/linux/if_addr.h
@@ -83,8 +83,8 @@ const AF_UNSPEC: u8 = 0;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 
-/// The largest request deletes an IPv6 route: of that the kernel tells addresses, numbers and metrics,
-/// some 200 bytes.
+/// Maximum length of a request: the longest ones delete an IPv6 route, with all of its attributes, some 200
+/// bytes.
 const MAX_REQUEST: usize = 256;
 
 /// One request.
@@ -102,14 +102,14 @@ impl Request {
         request.put(&[0; 4]);
         request.put(&kind.to_ne_bytes());
         request.put(&(NLM_F_REQUEST | flags).to_ne_bytes());
-        // The sequence number: one request is under way at a time. The port id is the kernel's to know.
+        // The sequence number is always 1, as there is one request at a time. The kernel fills in the port id.
         request.put(&1u32.to_ne_bytes());
         request.put(&[0; 4]);
         request.put(body);
         request
     }
 
-    /// Adds bytes; the length, which comes first, follows.
+    /// Appends bytes, and updates the length in the header.
     fn put(&mut self, bytes: &[u8]) {
         let fits = self.bytes.extend_from_slice(bytes);
         debug_assert!(fits.is_ok());
@@ -119,7 +119,7 @@ impl Request {
         }
     }
 
-    /// Adds an attribute. Its data is a multiple of NLA_ALIGNTO: a number or an address.
+    /// Appends an attribute. Its data is a number or an address, so a multiple of NLA_ALIGNTO.
     fn attribute(&mut self, kind: u16, data: &[u8]) {
         let length = (NLA_HDRLEN + data.len()) as u16;
         self.put(&length.to_ne_bytes());
@@ -151,7 +151,7 @@ fn family(ip: &IpAddr) -> u8 {
     }
 }
 
-/// Asks for the interface of a name, of which 15 bytes count: no name is longer.
+/// Requests the interface of that name, which is truncated to 15 bytes, the maximum.
 pub fn get_link(name: &str) -> Request {
     let mut text = [0; IFNAMSIZ];
     copy(name.as_bytes(), text.split_at_mut(IFNAMSIZ - 1).0);
@@ -160,13 +160,13 @@ pub fn get_link(name: &str) -> Request {
     request
 }
 
-/// The index of the interface that was asked for, by the first bytes of the answer.
+/// The interface index in the response to [`get_link`], of which the first bytes are enough.
 pub fn link_index(received: &[u8]) -> Option<u32> {
     let is_link = u16_at(received, 4)? == RTM_NEWLINK;
     u32_at(received, NLMSG_HDRLEN + 4).filter(|_| is_link)
 }
 
-/// Brings interface `index` up, and sets its MTU where one is given.
+/// Brings interface `index` up, and sets its MTU if one is given.
 pub fn link_up(index: u32, mtu: Option<u32>) -> Request {
     let mut body = [0; IFINFOMSG_LEN];
     let fields = [0, index, IFF_UP, IFF_UP];
@@ -199,7 +199,7 @@ fn address(kind: u16, flags: u16, index: u32, ip: &IpAddr, prefix: u8) -> Reques
     request
 }
 
-/// Gives interface `index` an address, usable at once (no duplicate address detection).
+/// Adds an address to interface `index`, usable at once (no duplicate address detection).
 pub fn add_address(index: u32, ip: &IpAddr, prefix: u8) -> Request {
     address(RTM_NEWADDR, CREATE_OR_REPLACE, index, ip, prefix)
 }
@@ -212,14 +212,14 @@ pub fn remove_address(index: u32, ip: &IpAddr, prefix: u8) -> Request {
 /// How the next hop is reached.
 #[derive(Clone, Copy, Debug)]
 pub enum NextHop {
-    /// By the route to its subnet.
+    /// Through the route to its subnet.
     Routed,
-    /// Over the interface, without a route to it.
+    /// Directly on the interface, without a route to it.
     OnLink,
 }
 
-/// Makes `gateway` the default route, in place of one that is there: of two the kernel makes one with
-/// two next hops (ECMP) for IPv6.
+/// Makes `gateway` the default route, replacing an existing one: for IPv6 the kernel would merge the two into
+/// one with two next hops (ECMP).
 pub fn default_route(index: u32, gateway: &IpAddr, next_hop: NextHop) -> Request {
     let flags = match next_hop {
         NextHop::Routed => 0,
@@ -241,7 +241,7 @@ fn host_route(kind: u16, flags: u16, index: u32, peer: Ipv4Addr) -> Request {
     request
 }
 
-/// Adds a /32 route to a peer on the link. Routes that others have made stay, and take precedence.
+/// Adds a /32 route to a peer on the link. Existing routes stay, and take precedence.
 pub fn add_host_route(index: u32, peer: Ipv4Addr) -> Request {
     host_route(RTM_NEWROUTE, CREATE_OR_REPLACE, index, peer)
 }
@@ -281,17 +281,17 @@ pub fn same_subnet(ip: &IpAddr, other: &IpAddr, prefix: u8) -> bool {
     bits.checked_shr(host_bits).unwrap_or(0) == 0
 }
 
-/// Asks for all addresses, of all interfaces and families.
+/// Requests all addresses, of all interfaces and families.
 pub fn dump_addresses() -> Request {
     Request::new(RTM_GETADDR, NLM_F_DUMP, &[AF_UNSPEC; IFADDRMSG_LEN])
 }
 
-/// Asks for all routes.
+/// Requests all routes.
 pub fn dump_routes() -> Request {
     Request::new(RTM_GETROUTE, NLM_F_DUMP, &[AF_UNSPEC; RTMSG_LEN])
 }
 
-/// Asks for all neighbours.
+/// Requests all neighbours.
 pub fn dump_neighbours() -> Request {
     Request::new(RTM_GETNEIGH, NLM_F_DUMP, &[AF_UNSPEC; NDMSG_LEN])
 }
@@ -305,20 +305,20 @@ pub struct Message<'a> {
     payload: &'a [u8],
 }
 
-/// What a message from the kernel says.
+/// The content of a message from the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply<'a> {
-    /// The answer to a request that is no dump, or why a dump is refused.
+    /// The result of a request other than a dump, or the error of a refused dump.
     Acknowledgement(Acknowledgement<'a>),
     /// One entry of a dump.
     Entry(Entry<'a>),
     /// A dump has ended, with an errno or 0.
     Done(i32),
-    /// Something else, or an entry of a kind that is not looked for.
+    /// Anything else, including entries of other kinds.
     Other,
 }
 
-/// The messages in one received datagram; the last is left out if it is cut.
+/// The messages in one received datagram, without a truncated one at the end.
 pub fn messages(received: &[u8]) -> impl Iterator<Item = Message<'_>> {
     let mut rest = received;
     core::iter::from_fn(move || {
@@ -334,7 +334,7 @@ pub fn messages(received: &[u8]) -> impl Iterator<Item = Message<'_>> {
 }
 
 impl<'a> Message<'a> {
-    /// What it says.
+    /// Its content.
     pub fn reply(&self) -> Reply<'a> {
         match self.kind {
             NLMSG_ERROR => {
@@ -345,18 +345,18 @@ impl<'a> Message<'a> {
         }
     }
 
-    /// Whether something changed while the dump went on, so that it may lack entries: ask again.
+    /// Whether something changed during the dump, so that entries may be missing, and it must be repeated.
     pub fn is_interrupted(&self) -> bool {
         self.flags & NLM_F_DUMP_INTR != 0
     }
 }
 
-/// The kernel's answer to a request.
+/// The kernel's acknowledgement of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Acknowledgement<'a> {
     /// errno, 0 for success.
     pub errno: i32,
-    /// The extended acknowledgement's text, empty when the kernel gave none.
+    /// The extended acknowledgement's text; empty if there is none.
     pub text: &'a [u8],
 }
 
@@ -372,7 +372,7 @@ impl<'a> Acknowledgement<'a> {
         if message.flags & NLM_F_ACK_TLVS == 0 {
             return None;
         }
-        // The length of the request that is repeated here.
+        // The length of the echoed request.
         let echo = match message.flags & NLM_F_CAPPED {
             0 => align(u32_at(message.payload, NLMSGERR_ERROR)? as usize),
             _ => NLMSG_HDRLEN,
@@ -382,7 +382,7 @@ impl<'a> Acknowledgement<'a> {
     }
 }
 
-/// The acknowledgement of a request in what was received; `None` when it is something else.
+/// The acknowledgement in a received datagram; `None` if it is something else.
 pub fn acknowledgement(received: &[u8]) -> Option<Acknowledgement<'_>> {
     messages(received)
         .filter(|message| message.kind == NLMSG_ERROR)
@@ -403,7 +403,7 @@ pub struct Entry<'a> {
 }
 
 impl<'a> Entry<'a> {
-    /// What a message of a dump tells of; `None` when that is of a kind that is not looked for.
+    /// Parses a message of a dump; `None` for an entry of another kind.
     fn parse(message: &Message<'a>) -> Option<Self> {
         let payload = message.payload;
         let (index, address, is_automatic) = match message.kind {
@@ -412,7 +412,7 @@ impl<'a> Entry<'a> {
                 let [family, prefix, flags, ..] = *body else {
                     return None;
                 };
-                // Of an address with a peer, IFA_ADDRESS is the peer's.
+                // For an address with a peer, IFA_ADDRESS is the peer's.
                 let ip =
                     attribute(attributes, IFA_LOCAL).or_else(|| attribute(attributes, IFA_ADDRESS));
                 let ip = ip_address(family, ip?)?;
@@ -537,7 +537,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_is_asked_for_by_its_name_and_told_by_its_index() {
+    fn a_link_is_requested_by_name_and_returns_its_index() {
         let expected = [
             52, 0, 0, 0, 18, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, // nlmsghdr
             0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, // ifinfomsg
@@ -695,7 +695,7 @@ mod tests {
         );
     }
 
-    /// What a Linux 6.1 kernel answers, in the form of its messages: type, flags, payload.
+    /// A message as a Linux 6.1 kernel sends it: type, flags, payload.
     fn message(kind: u16, flags: u16, payload: &[u8]) -> Vec<u8> {
         let mut bytes = (16 + payload.len() as u32).to_ne_bytes().to_vec();
         bytes.extend(kind.to_ne_bytes());

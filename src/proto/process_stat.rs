@@ -2,8 +2,8 @@
 
 use crate::bytes::find;
 
-/// A process's name, and the letter of its state: `71 (cat) S 1 71 …`. The name is the process's to
-/// choose, parentheses and all, so the last one ends it.
+/// A process's name, and the letter of its state: `71 (cat) S 1 71 …`. The process can choose the name, which
+/// may contain parentheses, so it ends at the last one.
 pub fn parse(text: &[u8]) -> Option<(&[u8], u8)> {
     let start = find(text, b'(')? + 1;
     let end = text.iter().rposition(|byte| *byte == b')')?;

@@ -1,7 +1,7 @@
-//! A ring of output: the last bytes of several streams, in the order in which they came.
+//! A ring buffer for output: the last bytes of several streams, in order.
 //!
-//! A byte's offset is how many bytes came before it, whichever their streams. Bytes are kept in
-//! records, each of one stream and contiguous in memory; the oldest record is dropped first.
+//! A byte's offset is the number of bytes before it, of all streams. Bytes are stored in records, each of one
+//! stream and contiguous in memory; the oldest record is dropped first.
 
 use crate::bytes;
 use core::ops::DerefMut;
@@ -12,32 +12,32 @@ const HEADER: usize = 5;
 /// The last bytes of several streams.
 pub struct Ring<M> {
     memory: M,
-    /// Position of the oldest record. Positions only grow: their place is the remainder by the
-    /// memory's length.
+    /// Position of the oldest record. Positions only grow; the index in the memory is the position modulo its
+    /// length.
     tail: u64,
-    /// Where the next record begins.
+    /// Position of the next record.
     head: u64,
     /// The last record's position, and its stream.
     last: Option<(u64, u8)>,
     /// Offset of the first byte kept.
     oldest: u64,
-    /// How many bytes have come.
+    /// Total number of bytes pushed.
     written: u64,
 }
 
-/// A reader's place in a [`Ring`].
+/// A reader's position in a [`Ring`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cursor {
     /// Position of the record.
     record: u64,
-    /// Bytes of it that were read.
+    /// Number of its bytes that were read.
     consumed: usize,
     /// Offset of the next byte.
     offset: u64,
 }
 
 impl Cursor {
-    /// From where on the ring must be kept for this reader; see [`Ring::push`].
+    /// The position from which the ring must be kept for this reader; see [`Ring::push`].
     pub fn position(&self) -> u64 {
         self.record + self.consumed as u64
     }
@@ -49,7 +49,7 @@ impl Cursor {
 }
 
 impl<M: DerefMut<Target = [u8]>> Ring<M> {
-    /// An empty ring. Memory of less than a page is as good as none.
+    /// An empty ring. Memory of less than a page is not used.
     pub fn new(memory: M) -> Self {
         Self {
             memory,
@@ -66,12 +66,12 @@ impl<M: DerefMut<Target = [u8]>> Ring<M> {
         !self.memory.is_empty()
     }
 
-    /// How many bytes have come.
+    /// Total number of bytes pushed.
     pub fn written(&self) -> u64 {
         self.written
     }
 
-    /// Offset of the first byte that is kept.
+    /// Offset of the oldest byte that is kept.
     pub fn oldest(&self) -> u64 {
         self.oldest
     }
@@ -108,13 +108,13 @@ impl<M: DerefMut<Target = [u8]>> Ring<M> {
         }
     }
 
-    /// Whether output of that stream continues the last record: nothing else came since, and the
-    /// memory continues after it.
+    /// Whether output of that stream can be appended to the last record: nothing came after it, and it does not
+    /// end at the end of the memory.
     fn continues(&self, stream: u8) -> bool {
         self.last.is_some_and(|(_, last)| last == stream) && self.index(self.head) != 0
     }
 
-    /// Drops the oldest bytes until `wanted` bytes are free, but none from position `keep` on.
+    /// Drops the oldest bytes until `wanted` bytes are free, but nothing from position `keep` on.
     fn make_room(&mut self, wanted: u64, keep: u64) {
         loop {
             let missing = wanted.saturating_sub(self.size() - (self.head - self.tail));
@@ -125,13 +125,13 @@ impl<M: DerefMut<Target = [u8]>> Ring<M> {
             let (stream, length) = self.record(self.tail);
             let whole = (HEADER + length) as u64;
             if missing >= length as u64 && droppable >= whole {
-                // What continued the last record starts anew.
+                // The last record is gone: the next bytes start a new one.
                 self.last = self.last.filter(|(last, _)| *last != self.tail);
                 self.tail += whole;
                 self.oldest += length as u64;
                 continue;
             }
-            // The header of what is left takes the place of what goes.
+            // The header of the remaining bytes overwrites dropped ones.
             let count = missing.min(droppable).min(length as u64);
             if count == 0 {
                 return;
@@ -147,19 +147,19 @@ impl<M: DerefMut<Target = [u8]>> Ring<M> {
         }
     }
 
-    /// So many bytes [`push`](Self::push) takes, or a few more. None if less than half of the memory is to
-    /// be had: many small pieces cost more than a few large ones.
+    /// The number of bytes that [`push`](Self::push) will accept, or slightly less. 0 if less than half of the
+    /// memory is available, as many small pieces cost more than a few large ones.
     pub fn room(&self, keep: u64) -> usize {
         let kept = self.head - keep.max(self.tail).min(self.head);
         match kept > self.size() / 2 {
             true => 0,
-            // At the memory's end another record begins, and half a header does not go.
+            // Another record starts at the end of the memory, and a header is not split.
             false => (self.size() - kept).saturating_sub(3 * HEADER as u64) as usize,
         }
     }
 
-    /// Keeps bytes of a stream. Old ones go, but none from position `keep` on: then it may be less than
-    /// all that is kept, whose number is returned.
+    /// Appends bytes of a stream. Old ones are dropped, but nothing from position `keep` on, so that not all may
+    /// fit. Returns the number of bytes appended.
     pub fn push(&mut self, stream: u8, bytes: &[u8], keep: u64) -> usize {
         let mut pushed = 0;
         while let Some(rest @ [_, ..]) = bytes.get(pushed..) {
@@ -179,7 +179,7 @@ impl<M: DerefMut<Target = [u8]>> Ring<M> {
         pushed
     }
 
-    /// Counts bytes that were written where that stream's go.
+    /// Adds bytes to the stream's record, after they were copied to the memory.
     fn commit(&mut self, stream: u8, count: usize) {
         match self.last {
             Some((position, _)) if self.continues(stream) => {
@@ -196,7 +196,7 @@ impl<M: DerefMut<Target = [u8]>> Ring<M> {
         self.written += count as u64;
     }
 
-    /// A reader's place at that offset, or at the nearest one there is.
+    /// A cursor at that offset, or at the nearest one that is kept.
     pub fn seek(&self, offset: u64) -> Cursor {
         let offset = offset.min(self.written).max(self.oldest);
         let mut cursor = Cursor {
@@ -217,8 +217,8 @@ impl<M: DerefMut<Target = [u8]>> Ring<M> {
         cursor
     }
 
-    /// The bytes at a reader's place: their stream, and all of them that are contiguous. `None` when it
-    /// has read everything. A reader whose place is gone continues at the oldest byte.
+    /// The bytes at a cursor: their stream, and as many as are contiguous. `None` if everything was read. A
+    /// cursor whose bytes were dropped continues at the oldest byte.
     pub fn read(&self, cursor: &mut Cursor) -> Option<(u8, &[u8])> {
         if cursor.record < self.tail {
             *cursor = self.seek(cursor.offset);
@@ -232,7 +232,7 @@ impl<M: DerefMut<Target = [u8]>> Ring<M> {
             }
             let next = cursor.record + (HEADER + length) as u64;
             if next == self.head {
-                // It may be continued.
+                // More bytes may be appended to it.
                 return None;
             }
             cursor.record = next;

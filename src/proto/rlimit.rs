@@ -4,8 +4,7 @@ use crate::bytes::split_text_once;
 use crate::decimal;
 use crate::json::{Object, Parse, Place};
 
-/// Names of resources, by their numbers (include/uapi/asm-generic/resource.h; x86_64 and aarch64 have the
-/// same).
+/// Names of resources, by number (include/uapi/asm-generic/resource.h; the same on x86_64 and aarch64).
 const NAMES: [&str; 16] = [
     "CPU",
     "FSIZE",
@@ -50,9 +49,9 @@ impl Resource {
 /// A soft and a hard limit; `None` is unlimited.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Limit {
-    /// What counts.
+    /// The soft limit, which is enforced.
     pub soft: Option<u64>,
-    /// How far the soft limit can be raised.
+    /// The hard limit, up to which the soft limit can be raised.
     pub hard: Option<u64>,
 }
 
@@ -77,7 +76,7 @@ fn limit(text: &str) -> Option<Option<u64>> {
     if text == "unlimited" {
         return Some(None);
     }
-    // The largest number is what the kernel takes for no limit (RLIM_INFINITY).
+    // The largest number means no limit to the kernel (RLIM_INFINITY).
     decimal::parse(text.as_bytes())
         .filter(|limit| *limit != u64::MAX)
         .map(Some)
@@ -90,15 +89,15 @@ impl Parse for Limit {
     }
 }
 
-/// Limits, by the numbers of their resources: whether there is one, and which.
+/// Limits, by number of the resource: whether one is set, and its value.
 ///
-/// No `Option`, whose `None` is not all zeros here: then the static memory that these are a part of
-/// would not be, either, and lie in the file.
+/// Not an `Option`, whose `None` is not all zeros here: the static that contains this would be in .data, and
+/// so in the file, instead of .bss.
 #[derive(Clone, Debug, Default, Hash)]
 pub struct Rlimits([(bool, Limit); NAMES.len()]);
 
 impl Rlimits {
-    /// None.
+    /// No limits.
     pub const fn new() -> Self {
         let unlimited = Limit {
             soft: None,

@@ -4,18 +4,17 @@ use crate::decimal;
 use crate::json::Parse;
 use core::num::NonZeroU8;
 
-/// Names without their SIG, from signal 1 on (include/uapi/asm-generic/signal.h; x86_64 and aarch64
-/// have the same).
+/// Names without SIG, from signal 1 on (include/uapi/asm-generic/signal.h; the same on x86_64 and aarch64).
 const NAMES: [&str; 31] = [
     "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2",
     "PIPE", "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG",
     "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
 ];
 
-/// Second names of signals.
+/// Aliases of signals.
 const ALIASES: [(&str, u64); 3] = [("IOT", 6), ("CLD", 17), ("POLL", 29)];
 
-/// SIGRTMIN as programs know it: the two real-time signals before it are the C library's own.
+/// SIGRTMIN as programs see it: C libraries reserve the two real-time signals before it.
 const RTMIN: u8 = 34;
 /// The last signal (_NSIG).
 const RTMAX: u8 = 64;
@@ -38,8 +37,8 @@ impl Signal {
     }
 }
 
-/// Reads `SIGQUIT`, `QUIT`, `SIGRTMIN+3`, `RTMAX-1` or `3`, in any case: an image has it as its
-/// `STOPSIGNAL` was written.
+/// Parses `SIGQUIT`, `QUIT`, `SIGRTMIN+3`, `RTMAX-1` or `3`, case-insensitively, as images have `STOPSIGNAL` as
+/// it was written.
 pub fn parse(text: &str) -> Option<Signal> {
     if let Some(number) = decimal::parse(text.as_bytes()) {
         return Signal::new(number);
@@ -64,7 +63,7 @@ fn strip_start<'t>(text: &'t str, start: &str) -> Option<&'t str> {
     found.eq_ignore_ascii_case(start).then_some(rest)
 }
 
-/// How far from the first or last real-time signal: a sign and a number, or nothing.
+/// Parses the offset from the first or last real-time signal: a sign and a number, or nothing.
 fn real_time(sign: char, offset: &str) -> Option<u64> {
     if offset.is_empty() {
         return Some(0);
@@ -75,7 +74,7 @@ fn real_time(sign: char, offset: &str) -> Option<u64> {
 
 impl Parse for Option<Signal> {
     fn parse(&mut self, text: &str) -> Result<(), &'static str> {
-        // Images have an empty text where they have none.
+        // Images without a stop signal may have an empty string.
         *self = match text {
             "" => None,
             text => Some(parse(text).ok_or("not a signal")?),

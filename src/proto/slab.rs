@@ -1,13 +1,13 @@
-//! A fixed number of slots, reused, each use with a number of its own.
+//! A fixed number of reusable slots with generational keys.
 
-/// Names one use of one slot: the slot's index, and how often it was used before.
+/// Identifies one use of a slot: the slot's index, and how often it was used before.
 ///
-/// That counter has 16 bits: a key must not be kept while its slot is used 65,536 times.
+/// The counter has 16 bits: a key must not be kept while its slot is used 65,536 times.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Key(u32);
 
 impl Key {
-    /// Which slot.
+    /// The slot's index.
     pub fn index(self) -> usize {
         self.0 as usize & 0xffff
     }
@@ -22,7 +22,7 @@ impl Key {
         self.0
     }
 
-    /// The key that gave this number.
+    /// The key from [`to_bits`](Self::to_bits).
     pub fn from_bits(bits: u32) -> Self {
         Self(bits)
     }
@@ -48,7 +48,7 @@ impl<T, const N: usize> Slab<T, N> {
         }
     }
 
-    /// Stores a value; when all slots are taken, it is dropped.
+    /// Stores a value; drops it and returns `None` if all slots are taken.
     pub fn insert(&mut self, value: T) -> Option<Key> {
         let used = self.slots.len();
         let free = self.slots.iter().position(|slot| slot.value.is_none());
@@ -76,21 +76,21 @@ impl<T, const N: usize> Slab<T, N> {
         self.slot(key)?.value.as_mut()
     }
 
-    /// Takes the value stored under `key` out.
+    /// Removes and returns the value stored under `key`.
     pub fn remove(&mut self, key: Key) -> Option<T> {
         let slot = self.slot(key)?;
         slot.key = key.next();
         slot.value.take()
     }
 
-    /// The key of the value in slot `index`, for walks during which values come and go.
+    /// The key of the value in slot `index`, for iterating while values are added and removed.
     pub fn key_at(&self, index: usize) -> Option<Key> {
         let slot = self.slots.get(index)?;
         slot.value.as_ref()?;
         Some(slot.key)
     }
 
-    /// All slots that were ever used: the range of indexes for [`key_at`](Self::key_at).
+    /// Number of slots that were ever used: the limit of indexes for [`key_at`](Self::key_at).
     pub fn used(&self) -> usize {
         self.slots.len()
     }

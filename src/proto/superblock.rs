@@ -1,10 +1,10 @@
-//! The file system of a device by its superblock.
+//! Identifies file systems by their superblocks.
 
 use core::ffi::CStr;
 
-/// What identifies a file system.
+/// The magic number of a file system.
 struct Magic {
-    /// Where on the device, in bytes.
+    /// Offset on the device, in bytes.
     offset: usize,
     bytes: &'static [u8],
     fs_type: &'static CStr,
@@ -28,7 +28,7 @@ const MAGICS: [Magic; 5] = [
         bytes: &0xe0f5_e1e2_u32.to_le_bytes(),
         fs_type: c"erofs",
     },
-    // ext2 and ext3, too: the ext4 driver mounts all three.
+    // Also ext2 and ext3: the ext4 driver mounts all three.
     Magic {
         offset: 0x438,
         bytes: &0xef53_u16.to_le_bytes(),
@@ -41,8 +41,8 @@ const MAGICS: [Magic; 5] = [
     },
 ];
 
-/// The type of the file system, or `None`. `read_at` fills a buffer from an offset of the device;
-/// past the device's end it leaves zeros.
+/// The type of the file system, or `None`. `read_at` fills a buffer from an offset of the device, with zeros
+/// past the device's end.
 pub fn identify<E>(
     mut read_at: impl FnMut(usize, &mut [u8]) -> Result<(), E>,
 ) -> Result<Option<&'static CStr>, E> {
@@ -57,11 +57,10 @@ pub fn identify<E>(
     Ok(None)
 }
 
-/// Where a btrfs superblock has the root of its log tree, `log_root`, which is 0 without one
-/// (include/uapi/linux/btrfs_tree.h).
+/// Offset of `log_root` in a btrfs superblock, which is 0 without a log (include/uapi/linux/btrfs_tree.h).
 const BTRFS_LOG_ROOT: usize = 0x1_0060;
 
-/// Whether a btrfs has a log that is replayed when it is mounted.
+/// Whether a btrfs has a log to be replayed by a mount.
 pub fn btrfs_has_log<E>(
     mut read_at: impl FnMut(usize, &mut [u8]) -> Result<(), E>,
 ) -> Result<bool, E> {
@@ -70,7 +69,7 @@ pub fn btrfs_has_log<E>(
     Ok(log_root != [0; 8])
 }
 
-/// Whether a file system of this type is never written to.
+/// Whether file systems of this type are always read-only.
 pub fn is_read_only(fs_type: &CStr) -> bool {
     fs_type == c"squashfs" || fs_type == c"erofs"
 }

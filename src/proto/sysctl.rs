@@ -5,19 +5,19 @@ use core::ffi::CStr;
 
 const ROOT: &[u8] = b"/proc/sys/";
 
-/// Longest path of a parameter, its NUL included.
+/// Maximum length of a parameter's path, its NUL included.
 const PATH: usize = 256;
 
-/// Room for the path of a parameter.
+/// Buffer for the path of a parameter.
 pub type Room = [u8; PATH];
 
-/// Room for one.
+/// An empty buffer.
 pub const ROOM: Room = [0; PATH];
 
-/// The file of the parameter of that name, below `/proc/sys` (proc_sys(5)); `None`: a part of the
-/// name is empty, `.` or `..`, or it is too long.
+/// The path of a parameter below `/proc/sys` (proc_sys(5)); `None` if a part of the name is empty, `.` or
+/// `..`, or the name is too long.
 ///
-/// What separates the parts is the first `.` or `/` in it. Among dots a slash stands for a dot:
+/// The first `.` or `/` is the separator. If that is `.`, a slash stands for a dot:
 /// `net.ipv4.conf.eth0/1.forwarding` is `net/ipv4/conf/eth0.1/forwarding`.
 pub fn path<'r>(name: &str, room: &'r mut Room) -> Option<&'r CStr> {
     let separator = name.bytes().find(|byte| b"./".contains(byte));

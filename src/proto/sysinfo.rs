@@ -1,8 +1,8 @@
-//! What `GET /v1/sysinfo` says, made of the texts of /proc (proc(5)).
+//! The response of `GET /v1/sysinfo`, from the files of /proc (proc(5)).
 //!
-//! Names, shape and units are those of Fly.io's init (superfly/init-snapshot, src/api/sys.rs), so that
-//! what reads its answer reads this one: memory in bytes, processor times in seconds, times of disks in
-//! milliseconds, sectors of 512 bytes. What a kernel does not tell is `null`.
+//! Names, shape and units are those of Fly.io's init (superfly/init-snapshot, src/api/sys.rs), so that its
+//! clients can read it: memory in bytes, processor times in seconds, disk times in milliseconds, sectors of
+//! 512 bytes. Values that a kernel does not have are `null`.
 
 use crate::bytes::{Words, split, split_once, split_text_once, words};
 use crate::decimal;
@@ -11,10 +11,10 @@ use crate::message::ToLossy;
 use core::ffi::CStr;
 use core::fmt::{self, Write};
 
-/// Writes a member's value out of a file's text.
+/// Writes a member's value from a file's text.
 type Encode = fn(&[u8], &mut dyn Write) -> fmt::Result;
 
-/// The members: of each its name, its file in /proc, and what makes its value of that.
+/// The members: name, file in /proc, and encoder.
 pub const MEMBERS: [(&str, &CStr, Encode); 6] = [
     ("memory", c"meminfo", memory),
     ("load_average", c"loadavg", load_average),
@@ -28,19 +28,19 @@ pub const MEMBERS: [(&str, &CStr, Encode); 6] = [
 const MEMORY: &str = "mem_total mem_free mem_available buffers cached swap_cached active inactive \
     swap_total swap_free dirty writeback slab shmem vmalloc_total vmalloc_used vmalloc_chunk";
 
-/// In the order of /proc/stat.
+/// The columns of /proc/stat.
 const CPU: &str = "user nice system idle iowait irq softirq steal guest guest_nice";
 
-/// After the name in /proc/diskstats (Documentation/admin-guide/iostats.rst).
+/// The columns after the name in /proc/diskstats (Documentation/admin-guide/iostats.rst).
 const DISK: &str = "reads_completed reads_merged sectors_read time_reading writes_completed \
     writes_merged sectors_written time_writing io_in_progress time_io time_io_weighted";
 
-/// After the name in /proc/net/dev.
+/// The columns after the name in /proc/net/dev.
 const NET: &str = "recv_bytes recv_packets recv_errs recv_drop recv_fifo recv_frame recv_compressed \
     recv_multicast sent_bytes sent_packets sent_errs sent_drop sent_fifo sent_colls sent_carrier \
     sent_compressed";
 
-/// Ticks of /proc/stat in a second (USER_HZ).
+/// Ticks per second in /proc/stat (USER_HZ).
 const TICKS: u64 = 100;
 
 /// The next word as a number.
@@ -48,7 +48,7 @@ fn next_number(words: &mut Words) -> Option<u64> {
     decimal::parse(words.next()?)
 }
 
-/// What a number counts.
+/// The unit of a number.
 #[derive(Clone, Copy)]
 enum Unit {
     One,
@@ -56,7 +56,7 @@ enum Unit {
     Tick,
 }
 
-/// Writes `"name":value` of each of the names that blanks separate.
+/// Writes `"name":value` for each of the space-separated names.
 fn members(
     names: &str,
     unit: Unit,
@@ -110,7 +110,7 @@ fn memory(text: &[u8], out: &mut dyn Write) -> fmt::Result {
     out.write_str("}")
 }
 
-/// Whether a word of /proc/meminfo, `MemTotal:`, is a name: `mem_total`.
+/// Whether a key of /proc/meminfo, `MemTotal:`, is the one of a name, `mem_total`.
 fn is_spelled(word: &[u8], name: &str) -> bool {
     let letters = name.bytes().filter(|letter| *letter != b'_');
     let word = word.strip_suffix(b":").unwrap_or(&[]);
@@ -133,7 +133,7 @@ fn load_average(text: &[u8], out: &mut dyn Write) -> fmt::Result {
     out.write_str("]")
 }
 
-/// Allocated, unused and most descriptions of open files.
+/// Allocated, unused, and maximum number of open file descriptions.
 fn filefd(text: &[u8], out: &mut dyn Write) -> fmt::Result {
     let mut words = words(text);
     let mut value = |_: &str| {

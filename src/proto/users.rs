@@ -5,9 +5,9 @@ use crate::decimal;
 use crate::message::ToLossy;
 use core::fmt::{self, Display};
 
-/// Most groups of a user, the primary one among them.
+/// Maximum number of a user's groups, including the primary one.
 pub const MAX_GROUPS: usize = 256;
-/// Longest home directory in bytes.
+/// Maximum length of a home directory in bytes.
 pub const MAX_HOME: usize = 256;
 
 /// Who a command runs as.
@@ -17,8 +17,8 @@ pub struct Identity {
     pub uid: u32,
     /// Primary group id.
     pub gid: u32,
-    /// Supplementary group ids, the primary one among them, as initgroups(3) has it: only that one
-    /// when a group was given.
+    /// Supplementary group ids, including the primary one, as with initgroups(3); only that one if a group was
+    /// given.
     pub groups: heapless::Vec<u32, MAX_GROUPS>,
     /// Home directory.
     pub home: heapless::Vec<u8, MAX_HOME>,
@@ -31,9 +31,9 @@ pub enum IdentityError<'a> {
     UnknownUser(&'a [u8]),
     /// No group has this name.
     UnknownGroup(&'a [u8]),
-    /// A number that is no user id.
+    /// A number that is not a valid user id.
     UserId(&'a [u8]),
-    /// A number that is no group id.
+    /// A number that is not a valid group id.
     GroupId(&'a [u8]),
     /// The user is in more than [`MAX_GROUPS`] groups.
     TooManyGroups(&'a [u8]),
@@ -59,10 +59,10 @@ impl Identity {
     /// Resolves `user`, `uid`, `user:group` or `uid:gid`, where either side can be a name or an id;
     /// an empty user is root.
     ///
-    /// `passwd` and `group` are the files' contents, empty where there is no such file. A line that
-    /// makes no sense is no account. A number is an id and never a name (CVE-2016-3697); a user id
-    /// without an account stands for itself, in group 0: images that any user can run give what is to
-    /// be written to that group (as in Docker, containerd and Kubernetes).
+    /// `passwd` and `group` are the files' contents, empty if there is no such file. Malformed lines are
+    /// ignored. A number is always an id, never a name (CVE-2016-3697); a user id without an account gets
+    /// group 0, as in Docker, containerd and Kubernetes: images for arbitrary user ids make their writable
+    /// files writable for that group.
     pub fn resolve<'a>(
         &mut self,
         spec: &'a [u8],
@@ -85,7 +85,7 @@ impl Identity {
         let (mut account, uid, gid, home) = match (known, wanted) {
             (Some((name, uid, gid, directory)), _) => (Some(name), uid, gid, directory),
             (None, NameOrId::Id(id)) => (None, id, 0, &b""[..]),
-            // An image without /etc/passwd still has its root.
+            // root exists even without /etc/passwd.
             (None, NameOrId::Name(b"root")) => (None, 0, 0, &b"/root"[..]),
             (None, NameOrId::Name(name)) => return Err(IdentityError::UnknownUser(name)),
         };
@@ -120,7 +120,7 @@ impl Identity {
         }
     }
 
-    /// Makes it root without a look at any file, in no group but its own.
+    /// Makes it root, in no other group, without reading any files.
     pub fn set_root(&mut self) {
         *self = Self {
             groups: heapless::Vec::from_array([0]),
@@ -131,7 +131,7 @@ impl Identity {
     }
 }
 
-/// The id of a group, given by its name or as that id.
+/// The id of a group, which is given by name or id.
 fn find_group<'a>(wanted: &'a [u8], group: &[u8]) -> Result<u32, IdentityError<'a>> {
     let name = match NameOrId::parse(wanted).ok_or(IdentityError::GroupId(wanted))? {
         NameOrId::Id(id) => return Ok(id),
@@ -144,7 +144,7 @@ fn find_group<'a>(wanted: &'a [u8], group: &[u8]) -> Result<u32, IdentityError<'
     found.ok_or(IdentityError::UnknownGroup(name))
 }
 
-/// What a user or group is given by.
+/// How a user or group is given.
 #[derive(Clone, Copy)]
 enum NameOrId<'a> {
     Id(u32),
@@ -152,7 +152,7 @@ enum NameOrId<'a> {
 }
 
 impl<'a> NameOrId<'a> {
-    /// `None` for a number that is no id.
+    /// `None` for a number that is not a valid id.
     fn parse(text: &'a [u8]) -> Option<Self> {
         let digits = match text {
             [b'-' | b'+', digits @ ..] if !digits.is_empty() => digits,
@@ -172,8 +172,8 @@ impl<'a> NameOrId<'a> {
     }
 }
 
-/// The first fields of a line of passwd(5) or group(5); empty where there are fewer, and where the
-/// line has no name.
+/// The first fields of a line of passwd(5) or group(5); missing ones are empty, as are all if the line has no
+/// name.
 fn fields(line: &[u8]) -> [&[u8]; 6] {
     let mut all = [&[][..]; 6];
     let line = line.trim_ascii();

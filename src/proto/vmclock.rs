@@ -1,6 +1,6 @@
 //! The page of a vmclock device (include/uapi/linux/vmclock-abi.h, struct vmclock_abi).
 
-/// Bytes of the structure, as far as it is looked at.
+/// Number of bytes of the structure that are read.
 pub const LENGTH: usize = 112;
 
 /// VMCLOCK_MAGIC, "VCLK".
@@ -10,7 +10,7 @@ const FLAGS: usize = 24;
 const HAS_GENERATION: u64 = 1 << 8;
 const GENERATION: usize = 104;
 
-/// The number that is another one after each restore of the VM; `None` where the device has none.
+/// The VM's generation, which changes with each restore; `None` if the device has none.
 pub fn generation(page: &[u8; LENGTH]) -> Option<u64> {
     let number = |at: usize| Some(u64::from_le_bytes(*page.get(at..)?.first_chunk()?));
     let magic = u32::from_le_bytes(*page.first_chunk()?);

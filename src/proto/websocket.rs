@@ -4,17 +4,17 @@
 use core::ops::Range;
 use core::str;
 
-/// Longest message accepted, in bytes.
+/// Maximum length of a received message, in bytes.
 pub const MAX_MESSAGE: usize = 128 << 10;
-/// What a decoder's buffer must hold: a message joined so far, a whole frame, a control frame.
+/// Size of a decoder's buffer: a reassembled message, a whole frame, a control frame.
 pub const BUFFER: usize = MAX_MESSAGE + 2 * (MAX_CLIENT_HEADER + MAX_CONTROL);
-/// Longest payload of a control frame (section 5.5).
+/// Maximum payload of a control frame (section 5.5).
 pub const MAX_CONTROL: usize = 125;
-/// Longest reason of a close frame, in bytes: its code comes first.
+/// Maximum length of a close frame's reason, in bytes, after its code.
 pub const MAX_REASON: usize = MAX_CONTROL - 2;
-/// Longest frame header of a client: 2 bytes, 8 of length, 4 of masking key.
+/// Longest frame header from a client: 2 bytes, 8 of length, 4 of masking key.
 const MAX_CLIENT_HEADER: usize = 14;
-/// Longest frame header of a server: no masking key.
+/// Longest frame header from a server: no masking key.
 pub const MAX_HEADER: usize = 10;
 
 // The first two bytes of a frame (section 5.2).
@@ -23,12 +23,12 @@ const RESERVED: u8 = 0x70;
 const OPCODE: u8 = 0x0f;
 const MASKED: u8 = 0x80;
 const LENGTH: u8 = 0x7f;
-/// In the place of the length: 2 bytes of it follow.
+/// Length field: the length follows in 2 bytes.
 const LENGTH_16: u8 = 126;
-/// In the place of the length: 8 bytes of it follow.
+/// Length field: the length follows in 8 bytes.
 const LENGTH_64: u8 = 127;
 
-/// What a frame is (section 5.2).
+/// The type of a frame (section 5.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Opcode {
@@ -63,7 +63,7 @@ impl Opcode {
 pub enum CloseCode {
     /// The session has ended.
     Normal = 1000,
-    /// The VM goes down.
+    /// The VM shuts down.
     GoingAway = 1001,
     /// The client broke the protocol.
     ProtocolError = 1002,
@@ -77,20 +77,20 @@ pub enum CloseCode {
     InternalError = 1011,
 }
 
-/// A frame for which the connection has to be closed.
+/// A protocol error: the connection must be closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FrameError {
-    /// A reserved bit is set, and no extension was agreed on.
+    /// A reserved bit is set, without a negotiated extension.
     ReservedBit,
     /// The opcode is reserved.
     Opcode,
     /// A client's frame without a mask.
     Unmasked,
-    /// A control frame in fragments, or over [`MAX_CONTROL`] bytes.
+    /// A fragmented control frame, or one over [`MAX_CONTROL`] bytes.
     Control,
-    /// A continuation of nothing.
+    /// A continuation frame without a message.
     Continuation,
-    /// A new message before the last one has ended.
+    /// A new message before the last one is complete.
     Unfinished,
     /// A length that is not encoded in the fewest bytes, or over 2^63 - 1.
     Length,
@@ -129,38 +129,38 @@ impl FrameError {
     }
 }
 
-/// What the decoder found. A range says where in the buffer the payload lies; it is valid until the
-/// decoder's next call.
+/// What the decoder found. A range is the position of the payload in the buffer, valid until the next call of
+/// the decoder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The next frame has not come whole.
+    /// The next frame is incomplete.
     Incomplete,
-    /// A whole text message, valid UTF-8.
+    /// A complete text message, valid UTF-8.
     Text(Range<usize>),
-    /// A whole binary message.
+    /// A complete binary message.
     Binary(Range<usize>),
     /// A ping, whose payload is to be sent back.
     Ping(Range<usize>),
-    /// An answer to a ping.
+    /// The reply to a ping.
     Pong,
-    /// The client closes, with the code to answer with, if it gave one.
+    /// A close frame, with its code, if it has one, which is to be echoed.
     Close(Option<u16>),
-    /// The connection has to be closed.
+    /// A protocol error: the connection must be closed.
     Error(FrameError),
 }
 
 /// Decodes a client's frames.
 ///
-/// Time is linear in the bytes received: a message in one frame stays where it is, fragments are
-/// joined at the front of the buffer, and what has come of the next frame moves to the front once,
-/// when there is nothing else to do.
+/// Time is linear in the bytes received: a message in one frame stays where it is, fragments are joined at the
+/// front of the buffer, and an incomplete frame is moved to the front once, when there is nothing else to
+/// decode.
 #[derive(Clone, Debug, Default)]
 pub struct Decoder {
     /// Length of the unfinished message at the front of the buffer.
     joined: usize,
-    /// What that message is.
+    /// The type of that message.
     unfinished: Option<Opcode>,
-    /// Where the next frame starts.
+    /// Position of the next frame.
     next: usize,
 }
 
@@ -169,15 +169,15 @@ struct Header {
     fin: bool,
     opcode: Opcode,
     mask: [u8; 4],
-    /// Its own length.
+    /// The header's length.
     size: usize,
     /// The payload's length.
     length: usize,
 }
 
 impl Decoder {
-    /// Looks at the first `filled` bytes of `buffer`. Unmasks payloads in place, and moves what has
-    /// come of an incomplete frame to the front, so that `filled` shrinks and there is room for more.
+    /// Decodes the next event from the first `filled` bytes of `buffer`. Unmasks payloads in place, and moves an
+    /// incomplete frame to the front, which reduces `filled` and makes room for more.
     pub fn next(&mut self, buffer: &mut [u8], filled: &mut usize) -> Event {
         self.decode(buffer, filled).unwrap_or_else(Event::Error)
     }
@@ -205,7 +205,7 @@ impl Decoder {
                 (opcode, None) if header.fin => return message_event(opcode, bytes, payload),
                 _ => {}
             }
-            // Fragments: their headers are what is between them, so this never overtakes.
+            // Fragments move over the headers between them, so this never overwrites unread bytes.
             let end = self.joined + payload.len();
             buffer.copy_within(payload, self.joined);
             let opcode = *self.unfinished.get_or_insert(header.opcode);
@@ -224,7 +224,7 @@ impl Decoder {
         Ok(Event::Incomplete)
     }
 
-    /// The header that `bytes` start with; `None` when it has not come whole.
+    /// Parses the header at the start of `bytes`; `None` if it is incomplete.
     fn header(&self, bytes: &[u8]) -> Result<Option<Header>, FrameError> {
         let [first, second, rest @ ..] = bytes else {
             return Ok(None);
@@ -293,7 +293,7 @@ fn close_event(payload: &[u8]) -> Result<Event, FrameError> {
         [_] => return Err(FrameError::CloseCode),
     };
     let code = u16::from_be_bytes([high, low]);
-    // Codes that may stand in a frame (section 7.4).
+    // Codes that are allowed in a frame (section 7.4).
     if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
         return Err(FrameError::CloseCode);
     }
@@ -333,14 +333,14 @@ impl FrameHeader {
     }
 }
 
-/// A whole close frame to send (section 5.5.1).
+/// A close frame to send (section 5.5.1).
 #[derive(Clone, Debug)]
 pub struct CloseFrame {
     bytes: heapless::Vec<u8, { 2 + MAX_CONTROL }>,
 }
 
 impl CloseFrame {
-    /// With a code and a reason. Of a reason over [`MAX_REASON`] bytes the end is replaced by `…`.
+    /// With a code and a reason. A reason over [`MAX_REASON`] bytes is truncated and ends with `…`.
     pub fn new(code: CloseCode, reason: &str) -> Self {
         const ELLIPSIS: &str = "…";
         let (shown, mark) = if reason.len() > MAX_REASON {
@@ -355,7 +355,7 @@ impl CloseFrame {
         frame
     }
 
-    /// The answer to a client's close frame: its own code, if it gave one.
+    /// The reply to a client's close frame: echoes its code, if it has one.
     pub fn echo(code: Option<u16>) -> Self {
         let mut frame = Self {
             bytes: heapless::Vec::new(),

@@ -57,20 +57,20 @@ impl Config<'_> {
     }
 }
 
-/// An entry of a list: the list, the entry's number, and what is between that and the fault.
+/// An entry of a list: the list's name, the index, and a separator.
 type ListEntry = (&'static str, usize, &'static str);
 
-/// Looks for the first fault.
+/// Finds the first fault.
 #[derive(Default)]
 struct Checks {
     /// The entry that is being checked.
     place: Option<ListEntry>,
-    /// `Mounts[1].MountPath: used twice: /data`; empty: none yet.
+    /// The first fault, `Mounts[1].MountPath: used twice: /data`; empty if there is none.
     fault: Message,
 }
 
 impl Checks {
-    /// Unless something is right, says why not, and shows the value after it.
+    /// Records a fault unless `is_right`: the reason, followed by the value.
     fn require(&mut self, is_right: bool, why: &str, value: &[u8]) {
         self.require_of("", is_right, why, value);
     }
@@ -86,7 +86,7 @@ impl Checks {
         let _ = write!(self.fault, "{field}{why}{}", value.lossy());
     }
 
-    /// A path for the kernel: absolute, and not too long.
+    /// Checks a path: absolute, and not too long.
     fn path(&mut self, field: &'static str, path: &CStr) {
         let bytes = path.to_bytes();
         let is_absolute = bytes.starts_with(b"/");
@@ -99,7 +99,7 @@ impl Checks {
         self.require_of(field, fits, ": longer than 4095 bytes", b"");
     }
 
-    /// A list of strings.
+    /// Checks each string of a list.
     fn each(
         &mut self,
         list: &'static str,
@@ -145,18 +145,18 @@ impl IpConfig<'_> {
     }
 }
 
-/// What this program mounts itself, and needs until the shutdown.
+/// Mount points that this program needs itself until the shutdown.
 const RESERVED: [&[u8]; 4] = [b"proc", b"sys", b"dev", b"run"];
 
 impl<'a> Mount<'a> {
-    /// Checks one that stands alone.
+    /// Checks a single mount.
     pub fn check(&self) -> Result<(), Message> {
         let mut checks = Checks::default();
         self.check_after(&[], &mut checks);
         checks.result()
     }
 
-    /// Checks one after `earlier` ones.
+    /// Checks a mount against `earlier` ones.
     fn check_after(&self, earlier: &[Self], checks: &mut Checks) {
         let fs_type = self.fs_type.to_bytes();
         let is_type = fs_type.iter().all(|byte| is_name_byte(*byte));
@@ -183,7 +183,7 @@ impl<'a> Mount<'a> {
     }
 }
 
-/// The names of a path, without empty ones and `.`.
+/// The components of a path, without empty ones and `.`.
 fn names(path: &CStr) -> impl Iterator<Item = &[u8]> {
     let names = split(path.to_bytes(), b'/');
     names.filter(|name| !matches!(*name, b"" | b"."))
@@ -226,7 +226,7 @@ impl<'a> Host<'a> {
     }
 }
 
-/// Neither a blank nor a control character; part of a character of UTF-8 may be.
+/// Whether a byte is neither a blank nor an ASCII control character.
 fn is_graphic(byte: u8) -> bool {
     byte > b' ' && byte != 0x7f
 }
@@ -236,7 +236,7 @@ mod tests {
     use super::super::document::tests::with;
     use super::super::limits::*;
 
-    /// What is wrong with a document; empty when nothing is.
+    /// What is wrong with a document; empty if nothing is.
     fn complaint(document: &str) -> String {
         let checked = with(document, |config| {
             config.check().map_err(|why| why.as_str().to_owned())

@@ -1,9 +1,9 @@
-//! Digests, by which a document is compared with an earlier one that is no longer in memory.
+//! Digests for comparing a document with an earlier one that is no longer in memory.
 
 use super::document::Config;
 use core::hash::{Hash, Hasher};
 
-/// The members that a document can have.
+/// The members of a document.
 pub const MEMBERS: [&str; 18] = [
     "ImageConfig",
     "ExecOverride",
@@ -135,7 +135,7 @@ mod tests {
             }
             assert_eq!(seen[0] == seen[1], values[0] == values[1], "{name}");
         }
-        // How a document is written does not matter.
+        // The formatting of a document does not matter.
         assert_eq!(
             digests(r#"{"MTU":1400,"ImageConfig":{"Env":["A=<"],"User":"a"}}"#),
             digests(

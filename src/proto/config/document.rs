@@ -1,4 +1,4 @@
-//! The document: what it can have, and what follows from that.
+//! The document: its fields, and values derived from them.
 
 use super::limits::{
     MAX_ADDRESSES, MAX_ARGS, MAX_ENV_ENTRIES, MAX_HOSTS, MAX_MOUNTS, MAX_NAMESERVERS,
@@ -22,11 +22,11 @@ pub const DEVICE: &str = "eth0";
 /// The MTU of interfaces with addresses unless the configuration names another.
 pub const MTU: u32 = 1500;
 
-/// The whole document, some 22 KiB: too large for the stack. What is absent is empty, false or `None`.
-/// Its strings lie in an [`Arena`].
+/// The whole document, some 22 KiB: too large for the stack. Absent fields are empty, false or `None`.
+/// Its strings are in an [`Arena`].
 #[derive(Clone, Debug)]
 pub struct Config<'a> {
-    /// The image's own.
+    /// The image's configuration.
     pub image_config: ImageConfig<'a>,
     /// Replaces the image's command altogether.
     pub exec_override: Strings<'a>,
@@ -48,7 +48,7 @@ pub struct Config<'a> {
     /// Resource limits of the workload.
     pub rlimits: Rlimits,
     pub(super) sysctls: Strings<'a>,
-    /// Standard error is a pipe of its own.
+    /// Standard error has its own pipe.
     pub separate_stderr: bool,
     /// Sent to the workload after a restore.
     pub restore_signal: Option<Signal>,
@@ -60,7 +60,7 @@ pub struct Config<'a> {
     pub etc_hosts: heapless::Vec<Host<'a>, MAX_HOSTS>,
 }
 
-/// What an image says of its command (OCI image specification, config.md).
+/// The configuration of an image's command (OCI image specification, config.md).
 #[derive(Clone, Copy, Debug, Hash)]
 pub struct ImageConfig<'a> {
     /// The first arguments.
@@ -71,9 +71,9 @@ pub struct ImageConfig<'a> {
     pub env: Strings<'a>,
     /// Working directory; empty is `/`.
     pub working_dir: &'a CStr,
-    /// Who runs it, as [`Identity::resolve`](crate::users::Identity::resolve) has it; empty is root.
+    /// The user, in the syntax of [`Identity::resolve`](crate::users::Identity::resolve); empty is root.
     pub user: &'a str,
-    /// What an orderly stop sends; SIGTERM when absent.
+    /// The signal of an orderly stop; SIGTERM if absent.
     pub stop_signal: Option<Signal>,
 }
 
@@ -86,7 +86,7 @@ pub struct IpConfig<'a> {
     pub(super) device: &'a str,
 }
 
-/// A gateway; the prefix length after it, if any, says nothing that a route needs.
+/// A gateway; a prefix length after it is ignored.
 #[derive(Clone, Copy, Debug, Default, Hash)]
 pub(super) struct Gateway(pub(super) Option<IpAddr>);
 
@@ -110,11 +110,11 @@ pub struct Mount<'a> {
     pub device_path: &'a CStr,
     /// Where it is mounted.
     pub mount_path: &'a CStr,
-    /// Type of its file system; empty: what the superblock says.
+    /// Type of its file system; empty: identified by the superblock.
     pub fs_type: &'a CStr,
     /// Mount it read-only.
     pub read_only: bool,
-    /// Options of the file system, with commas between (mount(2), data).
+    /// Options, comma-separated.
     pub options: &'a CStr,
 }
 
@@ -123,7 +123,7 @@ pub struct Mount<'a> {
 pub struct EtcResolv<'a> {
     /// Addresses of name servers.
     pub nameservers: Strings<'a>,
-    /// Domains in which a short name is looked for.
+    /// Search domains.
     pub search: Strings<'a>,
     /// Options of the resolver.
     pub options: Strings<'a>,
@@ -140,12 +140,12 @@ pub struct Host<'a> {
     pub desc: &'a str,
 }
 
-/// Where what is written to an overlaid root goes.
+/// The writable layer of an overlay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Overlay<'a> {
-    /// Into memory, by a tmpfs with these options.
+    /// A tmpfs with these options.
     Tmpfs(&'a CStr),
-    /// To the ext4 on this device.
+    /// The ext4 on this device.
     Device(&'a CStr),
 }
 
@@ -258,7 +258,7 @@ impl Parse for Gateway {
 }
 
 impl<'a> Config<'a> {
-    /// One in which all is absent.
+    /// A document without any fields.
     pub const fn new() -> Self {
         Self {
             image_config: ImageConfig::new(),
@@ -286,24 +286,24 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// Decodes a document into a new one. The error names the field. The document can be decoded
-    /// again afterwards.
+    /// Decodes a document into an empty one. The error names the field. The text can be decoded again
+    /// afterwards.
     pub fn decode(&mut self, document: &mut [u8], arena: &mut Arena<'a>) -> Result<(), Message> {
         json::decode(document, arena, self)
     }
 
-    /// Whether there is something to run.
+    /// Whether it has a command.
     pub fn has_command(&self) -> bool {
         self.argv().next().is_some()
     }
 
-    /// What is run: `ExecOverride`, else `Entrypoint` and (`CmdOverride` as one argument, else `Cmd`).
+    /// The command: `ExecOverride`, else `Entrypoint` and (`CmdOverride` as one argument, else `Cmd`).
     pub fn argv(&self) -> impl Iterator<Item = &'a CStr> + Clone {
         let [first, last] = self.arguments();
         first.iter().chain(last)
     }
 
-    /// The same, as one list after another.
+    /// The same, as two lists.
     pub fn arguments(&self) -> [Strings<'a>; 2] {
         let image = &self.image_config;
         if !self.exec_override.is_empty() {
@@ -315,12 +315,12 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// The environment: `ImageConfig.Env`, then `ExtraEnv` on top.
+    /// The environment: `ImageConfig.Env`, then `ExtraEnv`, which takes precedence.
     pub fn environment(&self) -> [Strings<'a>; 2] {
         [self.image_config.env, self.extra_env]
     }
 
-    /// Who runs it: `UserOverride`, else `ImageConfig.User`; empty is root.
+    /// The user: `UserOverride`, else `ImageConfig.User`; empty is root.
     pub fn user(&self) -> &'a str {
         if self.user_override.is_empty() {
             self.image_config.user
@@ -337,7 +337,7 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// The addresses of a configuration that was checked.
+    /// The addresses; complete for a configuration that was checked.
     pub fn addresses(&self) -> impl Iterator<Item = Address<'a>> + Clone {
         self.ip_configs.iter().filter_map(IpConfig::address)
     }
@@ -351,7 +351,7 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// Where what is written to the root goes, if not to its device.
+    /// The writable layer over the root, if any.
     pub fn root_overlay(&self) -> Option<Overlay<'a>> {
         let text = self.root_overlay.to_bytes_with_nul();
         let behind = |start: &[u8]| CStr::from_bytes_until_nul(text.strip_prefix(start)?).ok();
@@ -364,7 +364,7 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// Kernel parameters: their names, as [`sysctl::path`] has them, and values.
+    /// Kernel parameters: names, in the syntax of [`sysctl::path`], and values.
     pub fn sysctls(&self) -> impl Iterator<Item = (&'a str, &'a str)> + Clone {
         let pairs = self.sysctls.iter().filter_map(|pair| pair.to_str().ok());
         pairs.filter_map(|pair| split_text_once(pair, b'='))
@@ -391,7 +391,7 @@ impl ImageConfig<'_> {
 }
 
 impl<'a> IpConfig<'a> {
-    /// The address, when the entry is complete.
+    /// The address, if the entry is complete.
     fn address(&self) -> Option<Address<'a>> {
         Some(Address {
             ip: self.ip?,
@@ -407,7 +407,7 @@ impl<'a> IpConfig<'a> {
 }
 
 impl<'a> EtcResolv<'a> {
-    /// Whether there is anything for /etc/resolv.conf.
+    /// Whether nothing is configured for /etc/resolv.conf.
     pub fn is_empty(&self) -> bool {
         self.nameservers.is_empty() && self.search.is_empty() && self.options.is_empty()
     }

@@ -1,41 +1,40 @@
-//! Bodies of a known length and chunked ones (RFC 9112 section 7.1), decoded where they lie.
+//! Decodes bodies of known length and chunked ones (RFC 9112 section 7.1) in place.
 
 use super::error::{RequestError, is_token_byte, is_value_byte};
 use super::head::Framing;
 
-/// Longest line of a chunk's size and extensions, in bytes.
+/// Maximum length of a chunk's size line with extensions, in bytes.
 pub const MAX_CHUNK_LINE: usize = 4 << 10;
-/// Most bytes of all trailers together, as many as a head may have.
+/// Maximum length of the trailer section in bytes, the same as for a head.
 pub const MAX_TRAILER: usize = 16 << 10;
 
-/// What a piece of a body was decoded to.
+/// The result of decoding a piece of a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Decoded {
     /// Number of bytes of content, at the front of the buffer.
     pub content: usize,
-    /// Number of bytes of the buffer that were decoded. That is all of them, unless the body is complete:
-    /// then the next request starts after them.
+    /// Number of bytes of the buffer that were decoded: all, unless the body is complete and the next request
+    /// starts after them.
     pub consumed: usize,
 }
 
-/// Decodes a body that comes in pieces of any size.
+/// Decodes a body that arrives in pieces of any size.
 ///
-/// All state is in here: what does not belong to the content (chunk sizes, extensions, trailers) is
-/// dropped as it comes and needs no room in a buffer. Time is linear in the bytes decoded, and each
-/// byte of content is moved at most once.
+/// Keeps all state itself: chunk sizes, extensions and trailers are dropped as they arrive and take no buffer
+/// space. Time is linear in the bytes decoded, and each byte of content is moved at most once.
 #[derive(Clone, Copy, Debug)]
 pub struct BodyDecoder {
     state: State,
-    /// How much more content may come.
+    /// How much more content is allowed.
     limit: u64,
 }
 
-/// What comes next.
+/// What is expected next.
 #[derive(Clone, Copy, Debug)]
 enum State {
     /// Content of a body of known length, with the number of bytes left.
     Content(u64),
-    /// chunk-size, of which `digits` have come.
+    /// chunk-size, after `digits` digits.
     ChunkSize { size: u64, digits: usize },
     /// After a chunk's size: white space or extensions, or the CR that ends the line.
     Extension {
@@ -51,9 +50,9 @@ enum State {
     ChunkDataCr,
     /// The LF after that.
     ChunkDataLf,
-    /// A trailer, or the empty line that ends the body; `length` of the section so far.
+    /// A trailer, or the empty line that ends the body; `length`: of the trailer section so far.
     Trailer { length: usize, part: Trailer },
-    /// The whole body has come.
+    /// The body is complete.
     Complete,
 }
 
@@ -67,8 +66,7 @@ enum Trailer {
 }
 
 impl BodyDecoder {
-    /// For a body with at most `limit` bytes of content. One that is known to be longer is refused
-    /// at once.
+    /// A decoder for at most `limit` bytes of content. Refuses a body that is known to be longer.
     pub fn new(framing: Framing, limit: u64) -> Result<Self, RequestError> {
         let state = match framing {
             Framing::None | Framing::Length(0) => State::Complete,
@@ -79,12 +77,12 @@ impl BodyDecoder {
         Ok(Self { state, limit })
     }
 
-    /// Whether the whole body has come.
+    /// Whether the body is complete.
     pub fn is_complete(&self) -> bool {
         matches!(self.state, State::Complete)
     }
 
-    /// How many bytes of content are still to come, where that is known.
+    /// How many bytes of content are still expected, if that is known.
     pub fn remaining(&self) -> Option<u64> {
         match self.state {
             State::Complete => Some(0),
@@ -125,7 +123,7 @@ impl BodyDecoder {
         Ok(Decoded { content, consumed })
     }
 
-    /// Takes a byte that is not content.
+    /// Handles a byte that is not content.
     fn step(&mut self, byte: u8) -> Result<State, RequestError> {
         Ok(match self.state {
             State::ChunkSize { size, digits } => match char::from(byte).to_digit(16) {
@@ -174,12 +172,12 @@ impl BodyDecoder {
                 length: length + 1,
                 part: trailer(part, byte)?,
             },
-            // They take no single bytes.
+            // Not used for single bytes.
             state @ (State::Content(_) | State::ChunkData(_) | State::Complete) => state,
         })
     }
 
-    /// *( BWS ";" chunk-ext ) after a chunk's size; `started`: the first `;` has come.
+    /// *( BWS ";" chunk-ext ) after a chunk's size; `started`: after the first `;`.
     fn extension(
         &self,
         size: u64,
@@ -188,7 +186,7 @@ impl BodyDecoder {
         byte: u8,
     ) -> Result<State, RequestError> {
         let (line, started) = match byte {
-            // White space without an extension after it: the size has to end the line.
+            // White space without an extension after it is not allowed.
             b'\r' if started || matches!(self.state, State::ChunkSize { .. }) => {
                 return Ok(State::ChunkSizeEnd { size });
             }
@@ -229,8 +227,8 @@ mod tests {
 
     const LIMIT: u64 = 128 << 10;
 
-    /// Decodes a body that comes in pieces of `step` bytes: its content, and what is left behind it;
-    /// `None` when it is not complete.
+    /// Decodes a body that arrives in pieces of `step` bytes. Returns its content and the bytes after it;
+    /// `None` if it is incomplete.
     fn feed(
         framing: Framing,
         bytes: &[u8],

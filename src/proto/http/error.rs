@@ -1,13 +1,12 @@
-//! Why a request cannot be understood.
+//! Errors of malformed requests.
 
 use super::status::Status;
 
-/// A request that cannot be understood. It is answered with [`status`](Self::status) and
-/// [`message`](Self::message); then the connection is closed, as nobody knows where the next request
-/// would start.
+/// A malformed request. The response has [`status`](Self::status) and [`message`](Self::message); then the
+/// connection is closed, as it is unknown where the next request starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestError {
-    /// A line ends with LF alone, or has a CR within it.
+    /// A line ends with LF alone, or contains a CR.
     LineEnd,
     /// A head over [`MAX_HEAD`](super::MAX_HEAD) bytes or [`MAX_HEADERS`] header lines.
     LongHead,
@@ -21,7 +20,7 @@ pub enum RequestError {
     Header,
     /// No Host header, more than one, or an impossible one (RFC 9112 section 3.2).
     Host,
-    /// Content-Length is no number, or several that differ.
+    /// Content-Length is not a number, or has different values.
     ContentLength,
     /// Content-Length and Transfer-Encoding together.
     TwoFramings,
@@ -33,13 +32,13 @@ pub enum RequestError {
     EncodingList,
     /// CONNECT with a body, which has no meaning (RFC 9110 section 9.3.6).
     ConnectBody,
-    /// A body longer than is accepted.
+    /// A body over the limit.
     LargeBody,
     /// An expectation other than `100-continue`.
     Expectation,
     /// A chunk size that is malformed, or an extension after it.
     ChunkSize,
-    /// Chunk data that is longer than its size says.
+    /// Chunk data that is longer than its size.
     ChunkEnd,
     /// A chunk's size with its extensions over [`MAX_CHUNK_LINE`] bytes.
     LongChunkLine,
@@ -103,12 +102,12 @@ impl RequestError {
     }
 }
 
-/// Whether it can stand in a token (RFC 9110 section 5.6.2).
+/// Whether a byte is allowed in a token (RFC 9110 section 5.6.2).
 pub fn is_token_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 
-/// Whether it can stand in a header value (RFC 9110 section 5.5): no control character but tab.
+/// Whether a byte is allowed in a header value (RFC 9110 section 5.5): no control character except tab.
 pub fn is_value_byte(byte: u8) -> bool {
     byte == b'\t' || !byte.is_ascii_control()
 }

@@ -1,4 +1,4 @@
-//! Request heads: httparse reads them, and what it takes and RFC 9112 does not is refused here.
+//! Request heads, parsed by httparse. What httparse accepts but RFC 9112 does not is refused here.
 
 use super::error::RequestError;
 use super::response::Reply;
@@ -7,11 +7,11 @@ use crate::bytes::{find, split};
 use crate::{decimal, digest};
 use core::mem::MaybeUninit;
 
-/// Longest head in bytes, with the empty lines before it.
+/// Maximum length of a head in bytes, including empty lines before it.
 pub const MAX_HEAD: usize = 16 << 10;
-/// Most header lines.
+/// Maximum number of header lines.
 pub const MAX_HEADERS: usize = 64;
-/// Most empty lines before a request line: RFC 9112 section 2.2 asks for one at least.
+/// Maximum number of empty lines before a request line: RFC 9112 section 2.2 requires at least one.
 const MAX_BLANK_LINES: u8 = 4;
 
 /// The methods of the API's calls (RFC 9110 section 9). They are case-sensitive.
@@ -53,7 +53,7 @@ impl Method {
 /// Where a body ends (RFC 9112 section 6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Framing {
-    /// There is none.
+    /// There is no body.
     None,
     /// After that many bytes.
     Length(u64),
@@ -64,45 +64,44 @@ pub enum Framing {
 /// A request's head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head<'a> {
-    /// How many bytes of the buffer it takes; the body starts after them.
+    /// Its length in bytes; the body starts after it.
     pub length: usize,
     /// The method.
     pub method: Method,
-    /// What it is for.
+    /// The request target.
     pub target: Target<'a>,
-    /// Where its body ends.
+    /// How its body is framed.
     pub framing: Framing,
-    /// The client waits for [`CONTINUE`](super::CONTINUE) before it sends the body. Whoever refuses
-    /// the request instead does not know whether the body will come, and must
-    /// [close](Reply::close).
+    /// The client waits for [`CONTINUE`](super::CONTINUE) before it sends the body. After an error response
+    /// instead, it is unknown whether the body will be sent, so the connection must be
+    /// [closed](Reply::close).
     pub expects_continue: bool,
-    /// How the response has to be framed.
+    /// How the response must be framed.
     pub reply: Reply,
     /// The key of a complete WebSocket handshake of version 13.
     pub websocket: Option<&'a [u8]>,
 }
 
-/// Finds and parses a request's head in a buffer that fills up.
+/// Finds and parses a request's head in a buffer that is being filled.
 ///
-/// Each byte is looked at once while the head's end is searched for, and once more to parse it,
-/// however slowly the bytes come.
+/// Each byte is read once to find the end of the head, and once to parse it, even if the bytes arrive slowly.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HeadParser {
-    /// Bytes searched for the head's end so far.
+    /// Number of bytes searched so far.
     scanned: usize,
-    /// Start of the line that is being searched.
+    /// Start of the current line.
     line: usize,
     blank_lines: u8,
 }
 
 impl HeadParser {
-    /// Whether part of a request has come: more than the empty lines that may precede it.
+    /// Whether a request has begun: more than empty lines have arrived.
     pub fn started(&self) -> bool {
         self.scanned > 2 * usize::from(self.blank_lines)
     }
 
-    /// Looks at the bytes received so far, in which the request starts at 0; `None` when its head is
-    /// not complete. Afterwards the parser is ready for the next request.
+    /// Parses the bytes received so far, which start with the request; `None` if its head is incomplete.
+    /// Afterwards the parser is ready for the next request.
     pub fn parse<'b>(&mut self, bytes: &'b [u8]) -> Result<Option<Head<'b>>, RequestError> {
         let Some(length) = self.find_end(bytes)? else {
             return Ok(None);
@@ -111,8 +110,8 @@ impl HeadParser {
         parse(bytes.get(..length).unwrap_or(&[]))
     }
 
-    /// The head's length, once its empty line has come. httparse takes lines that end with LF alone;
-    /// they are where request smuggling starts.
+    /// The head's length, once it is complete. Refuses lines that end with LF alone, which httparse accepts, as
+    /// they allow request smuggling.
     fn find_end(&mut self, bytes: &[u8]) -> Result<Option<usize>, RequestError> {
         let limited = bytes.get(..MAX_HEAD).unwrap_or(bytes);
         while let Some(fresh) = limited.get(self.scanned..)
@@ -143,14 +142,14 @@ impl HeadParser {
     }
 }
 
-/// Parses a whole head, which there is then.
+/// Parses a complete head.
 fn parse(bytes: &[u8]) -> Result<Option<Head<'_>>, RequestError> {
     let mut headers = [const { MaybeUninit::uninit() }; MAX_HEADERS];
     let mut request = httparse::Request::new(&mut []);
     let parsed = request
         .parse_with_uninit_headers(bytes, &mut headers)
         .map_err(request_error)?;
-    // Both see the same end, as every LF has its CR; if not, nobody else does either.
+    // Both find the same end, as every LF has a CR; if not, other parsers may not agree either.
     if parsed != httparse::Status::Complete(bytes.len()) {
         return Err(RequestError::Header);
     }
@@ -205,7 +204,7 @@ fn request_error(error: httparse::Error) -> RequestError {
     }
 }
 
-/// What the header lines say that matters here.
+/// The header fields that matter here.
 #[derive(Default)]
 struct Fields<'a> {
     hosts: usize,
@@ -235,7 +234,7 @@ impl<'a> Fields<'a> {
                 return Err(RequestError::Host);
             }
         } else if is("content-length") {
-            // A list of equal lengths is one length (RFC 9110 section 8.6).
+            // A list of equal lengths counts as one (RFC 9110 section 8.6).
             for member in members(value) {
                 let length = content_length(member)?;
                 if self.length.is_some_and(|earlier| earlier != length) {
@@ -275,7 +274,7 @@ impl<'a> Fields<'a> {
         Ok(())
     }
 
-    /// Where two parties could see two ends (RFC 9112 section 6.3), the request is refused.
+    /// The framing of the body. Refuses a request whose framing is ambiguous (RFC 9112 section 6.3).
     fn framing(&self, http10: bool) -> Result<Framing, RequestError> {
         match (self.encodings, self.length) {
             (0, None) => Ok(Framing::None),
@@ -303,7 +302,7 @@ fn members(value: &[u8]) -> impl Iterator<Item = &[u8]> {
     split(value, b',').map(<[u8]>::trim_ascii)
 }
 
-/// 1*DIGIT; more than 2^64 - 1 is as much as that, and no body may be so long.
+/// 1*DIGIT. Values over 2^64 - 1 are clamped, as they are over the limit of any body.
 fn content_length(digits: &[u8]) -> Result<u64, RequestError> {
     if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
         return Err(RequestError::ContentLength);
@@ -311,7 +310,7 @@ fn content_length(digits: &[u8]) -> Result<u64, RequestError> {
     Ok(decimal::parse(digits).unwrap_or(u64::MAX))
 }
 
-/// Whether it is base64 of 16 bytes.
+/// Whether it is the base64 of 16 bytes.
 fn is_key(key: &[u8]) -> bool {
     let is_digit = |digit| digest::BASE64.contains(digit);
     key.strip_suffix(b"==")
@@ -323,7 +322,7 @@ mod tests {
     use super::super::Status;
     use super::*;
 
-    /// Parses a head that comes in pieces of `step` bytes.
+    /// Parses a head that arrives in pieces of `step` bytes.
     fn feed(bytes: &[u8], step: usize) -> Result<Option<Head<'_>>, RequestError> {
         let mut parser = HeadParser::default();
         let mut received = 0;

@@ -1,7 +1,7 @@
 //! HTTP/1.1 for the API (RFC 9110, RFC 9112): request heads, bodies, response heads.
 //!
-//! A connection reads a request in two steps, [`HeadParser`] and then [`BodyDecoder`], over a buffer
-//! of its own, and answers with a [`ResponseHead`]. Which paths there are is not decided here.
+//! A connection reads a request in two steps, [`HeadParser`] and then [`BodyDecoder`], in its own buffer, and
+//! responds with a [`ResponseHead`]. Routing is not done here.
 
 mod body;
 mod error;
@@ -56,14 +56,14 @@ mod tests {
     const LIMIT: usize = 128 << 10;
     const BUFFER: usize = MAX_HEAD + LIMIT + (4 << 10);
 
-    /// Reads requests as a connection does: over one buffer, in pieces of at most `step` bytes. Their
+    /// Reads requests as a connection does: in one buffer, in pieces of at most `step` bytes. Returns their
     /// paths and bodies, and the error after them.
     fn read(mut bytes: &[u8], step: usize) -> (Vec<(String, Vec<u8>)>, Option<RequestError>) {
         let mut requests = Vec::new();
         let mut buffer = vec![0; BUFFER];
         let mut filled = 0;
         let mut parser = HeadParser::default();
-        // The path, where the body starts, where what is decoded of it ends.
+        // The path, the start of the body, and the end of its decoded part.
         let mut body: Option<(String, usize, usize, BodyDecoder)> = None;
         loop {
             if let Some((path, start, end, decoder)) = &mut body {

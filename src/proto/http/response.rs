@@ -14,38 +14,37 @@ pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 /// Ends a chunked body.
 pub const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
 
-/// The response to a connection for which there is no room.
+/// The response to a connection over the limit.
 pub const NO_ROOM: &[u8] =
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n\
     Content-Length: 32\r\nConnection: close\r\n\r\n{\"error\":\"too many connections\"}";
 
-/// Room for a head with twice the lines that there are.
+/// Buffer size for a head: twice what the longest one needs.
 pub const HEAD_ROOM: usize = 512;
 
-/// What is after a handshake's key in the text whose digest answers it (RFC 6455 section 1.3).
+/// Appended to a handshake's key before it is hashed (RFC 6455 section 1.3).
 const GUID: &[u8; 36] = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
-/// What a response has to know of its request.
+/// How a response must be framed for its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reply {
     /// The connection stays open after the response.
     pub keep_alive: bool,
-    /// The client speaks HTTP/1.0: it knows no chunks, and has to be told that the connection stays
-    /// open.
+    /// The client speaks HTTP/1.0: it does not support chunks, and needs `Connection: keep-alive`.
     pub http10: bool,
-    /// HEAD: the head is the same as for GET, and no body follows it.
+    /// HEAD: the head is the same as for GET, without a body.
     pub head_only: bool,
 }
 
 impl Reply {
-    /// For answers to what was not understood: the connection is closed.
+    /// For responses to malformed requests: the connection is closed.
     pub const CLOSE: Self = Self {
         keep_alive: false,
         http10: false,
         head_only: false,
     };
 
-    /// For answers after which the connection is no more one of requests.
+    /// For responses after which the connection is no longer HTTP.
     pub const OPEN: Self = Self {
         keep_alive: true,
         ..Self::CLOSE
@@ -59,8 +58,8 @@ impl Reply {
         }
     }
 
-    /// The framing of content whose length is not known: chunks, or the connection's end for a client
-    /// that knows none. Then the connection does not stay open.
+    /// The framing of content of unknown length: chunks, or for HTTP/1.0 the end of the connection, which then
+    /// does not stay open.
     pub fn stream(&mut self) -> Content {
         if self.http10 {
             self.keep_alive = false;
@@ -71,7 +70,7 @@ impl Reply {
     }
 }
 
-/// What follows a response's head, or would follow it if the request were no HEAD.
+/// What follows a response's head, or would follow it if the request were not HEAD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
     /// Nothing, as after 101, and 200 for CONNECT.
@@ -80,12 +79,11 @@ pub enum Content {
     Length(u64),
     /// Chunks.
     Chunked,
-    /// Bytes up to the connection's end.
+    /// Bytes up to the end of the connection.
     UntilClose,
 }
 
-/// The value of `Sec-WebSocket-Accept` that answers a handshake with this key, of 24 bytes (RFC 6455
-/// section 4.2.2).
+/// The value of `Sec-WebSocket-Accept` for a handshake with this key of 24 bytes (RFC 6455 section 4.2.2).
 pub fn websocket_accept(key: &[u8]) -> [u8; 28] {
     let mut text = [0; 24 + GUID.len()];
     let length = copy(key, &mut text);
@@ -93,7 +91,7 @@ pub fn websocket_accept(key: &[u8]) -> [u8; 28] {
     digest::base64(&digest::sha1(&text))
 }
 
-/// A response's head, built line by line where it is sent from, such as in [`HEAD_ROOM`] bytes.
+/// A response's head, built line by line in a buffer of, for instance, [`HEAD_ROOM`] bytes.
 #[derive(Debug)]
 pub struct ResponseHead<'r> {
     text: SliceWriter<'r>,
@@ -109,7 +107,7 @@ impl<'r> ResponseHead<'r> {
         }
     }
 
-    /// Begins a response with content of a media type.
+    /// Writes the status line and the standard headers, for content of a media type.
     pub fn begin(&mut self, status: Status, reply: Reply, content: Content, media_type: &str) {
         self.write(format_args!("HTTP/1.1 {status}\r\n"));
         if content != Content::None {
@@ -138,14 +136,14 @@ impl<'r> ResponseHead<'r> {
         self.write(format_args!("{name}: {value}\r\n"));
     }
 
-    /// Ends the head: its bytes. `None` when it has a line too much, which is a fault of this program: half
-    /// a head must not be sent.
+    /// Ends the head and returns its bytes. `None` if it does not fit, which is a bug: half a head must not be
+    /// sent.
     pub fn finish(mut self) -> Option<&'r [u8]> {
         self.add("\r\n");
         self.fits.then(|| self.text.into_bytes())
     }
 
-    /// Adds lines as they are.
+    /// Appends lines as they are.
     fn add(&mut self, lines: &str) {
         self.fits &= self.text.write_str(lines).is_ok();
     }
@@ -174,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn response_heads_say_how_the_connection_goes_on() {
+    fn response_heads_say_whether_the_connection_stays_open() {
         let head = |reply| {
             head(|head| {
                 head.begin(Status::MethodNotAllowed, reply, Content::Length(5), JSON);
@@ -198,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_without_room_is_answered_as_any_other() {
+    fn the_response_to_a_connection_over_the_limit_is_well_formed() {
         let body = r#"{"error":"too many connections"}"#;
         let content = Content::Length(body.len() as u64);
         let head = head(|head| head.begin(Status::ServiceUnavailable, Reply::CLOSE, content, JSON));

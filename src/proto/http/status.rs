@@ -2,7 +2,7 @@
 
 use core::fmt::{self, Display};
 
-/// Statuses the API answers with (RFC 9110 section 15).
+/// Statuses of the API's responses (RFC 9110 section 15).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Status {

@@ -6,14 +6,14 @@ use crate::{address, decimal};
 use core::ffi::CStr;
 use core::net::IpAddr;
 
-/// What a request is for.
+/// A request target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target<'a> {
     /// A resource of this server: origin-form, or absolute-form without its scheme and authority.
     Resource {
-        /// Starts with `/`, or is `*`; percent-encoded as it came.
+        /// Starts with `/`, or is `*`; still percent-encoded.
         path: &'a str,
-        /// What stands after `?`, percent-encoded; empty where there is none.
+        /// The part after `?`, still percent-encoded; empty if there is none.
         query: &'a str,
     },
     /// CONNECT's authority-form.
@@ -76,8 +76,8 @@ impl<'a> Target<'a> {
         authority().ok_or(RequestError::RequestTarget)
     }
 
-    /// The value of the query's first parameter of that name, still encoded; empty where it has no
-    /// `=`. For [`decode_query`].
+    /// The value of the first query parameter of that name, still encoded (see [`decode_query`]); empty if it
+    /// has no `=`.
     pub fn parameter(&self, name: &str) -> Option<&'a str> {
         let Self::Resource { query, .. } = self else {
             return None;
@@ -96,7 +96,7 @@ impl<'a> Target<'a> {
         }
     }
 
-    /// The parameter `path`, which has to be absolute, with a NUL after it in `room`.
+    /// The parameter `path`, which must be absolute, decoded into `room`.
     pub fn path<'r>(&self, room: &'r mut [u8]) -> Result<&'r CStr, DecodeError> {
         let text = self.parameter("path").unwrap_or("");
         let length = decode_query(text, room)?.len();
@@ -108,14 +108,14 @@ impl<'a> Target<'a> {
     }
 }
 
-/// Why a parameter cannot be taken.
+/// Why a parameter is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DecodeError {
     /// A `%` without two hexadecimal digits after it.
     Escape,
-    /// An encoded NUL: no path or name has one.
+    /// An encoded NUL, which paths and names must not contain.
     Nul,
-    /// More than there is room for.
+    /// Too long for the buffer.
     TooLong,
     /// A path that does not begin with `/`.
     Relative,
@@ -133,8 +133,8 @@ impl DecodeError {
     }
 }
 
-/// Decodes a parameter's value into `room` (RFC 3986 section 2.1), where `+` is a space as in what forms
-/// send (application/x-www-form-urlencoded), and `%2B` a plus sign.
+/// Decodes a parameter's value into `room` (RFC 3986 section 2.1). `+` is a space, as in
+/// application/x-www-form-urlencoded, and `%2B` a plus sign.
 pub fn decode_query<'r>(text: &str, room: &'r mut [u8]) -> Result<&'r [u8], DecodeError> {
     let mut bytes = text.bytes();
     let mut length = 0;

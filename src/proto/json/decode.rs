@@ -1,4 +1,4 @@
-//! A document decoded into its places: serde's visitors.
+//! Decodes a document into its places, with serde's visitors.
 
 use super::decoder::{Decoder, Step, ValueFault};
 use super::normalize::normalize;
@@ -15,7 +15,7 @@ pub fn decode<'a>(
     object: &mut dyn Object<'a>,
 ) -> Result<(), Message> {
     normalize(document)?;
-    // What a document that was refused left behind.
+    // An earlier document that was refused may have left something.
     arena.truncate(0);
     let mut decoder = Decoder {
         document,
@@ -27,14 +27,14 @@ pub fn decode<'a>(
         decoder: &mut decoder,
         place: Place::Object(object),
     };
-    // Without a buffer to decode escapes in: strings come as they stand in the document.
+    // Without a buffer for escapes: strings are passed on with their escapes.
     let mut deserializer = serde_json_core::de::Deserializer::new(document, None);
     value
         .deserialize(&mut deserializer)
         .map_err(|error| decoder.message(error))
 }
 
-/// A value on its way to its place.
+/// Decodes a value into its place.
 struct Value<'v, 'd, 'a> {
     decoder: &'v mut Decoder<'d, 'a>,
     place: Place<'v, 'a>,
@@ -94,12 +94,12 @@ impl<'d> Visitor<'d> for Value<'_, 'd, '_> {
         formatter.write_str("what belongs to the place")
     }
 
-    /// What ends a value that is ignored.
+    /// Called for ignored values.
     fn visit_unit<E>(self) -> Result<(), E> {
         Ok(())
     }
 
-    /// A string as it stands in the document: there is no buffer to decode its escapes in.
+    /// A string with its escapes, as there is no buffer to decode them in.
     fn visit_borrowed_str<E: serde::de::Error>(self, escaped: &'d str) -> Result<(), E> {
         let done = self.decoder.string(escaped, self.place);
         done.map_err(|fault| self.decoder.fail(fault))
@@ -143,7 +143,7 @@ impl<'d> Visitor<'d> for Value<'_, 'd, '_> {
         let depth = self.decoder.path.len();
         let mut number = 0;
         while let Some(name) = map.next_key()? {
-            // The last member's name stays until here: only now it is known that its value ends.
+            // The last member's name is kept until here: only now is its value known to be complete.
             self.decoder.path.truncate(depth);
             let _fits = self.decoder.path.push(Step::Member(name));
             map.next_value_seed(Member {
@@ -162,7 +162,7 @@ impl<'d> Visitor<'d> for Value<'_, 'd, '_> {
     }
 }
 
-/// An entry of a list.
+/// Decodes an entry of a list.
 struct Entry<'v, 'p, 'd, 'a> {
     decoder: &'v mut Decoder<'d, 'a>,
     list: &'v mut Place<'p, 'a>,
@@ -190,7 +190,7 @@ impl<'d> DeserializeSeed<'d> for Entry<'_, '_, 'd, '_> {
         };
         let place = place.map_err(|limit| decoder.fail(ValueFault::TooMany(limit)))?;
         let depth = decoder.path.len();
-        // Deeper than that there is only what is ignored.
+        // Deeper values are ignored ones.
         let _fits = decoder.path.push(Step::Entry(number));
         Value {
             decoder: &mut *decoder,
@@ -202,7 +202,7 @@ impl<'d> DeserializeSeed<'d> for Entry<'_, '_, 'd, '_> {
     }
 }
 
-/// The value of a member.
+/// Decodes the value of a member.
 struct Member<'v, 'p, 'd, 'a> {
     decoder: &'v mut Decoder<'d, 'a>,
     map: &'v mut Place<'p, 'a>,
@@ -333,7 +333,7 @@ mod tests {
 
     fn with<R>(document: &str, look: impl FnOnce(&Everything) -> R) -> Result<R, String> {
         let mut bytes = document.as_bytes().to_vec();
-        // As much as the document is long is enough for all of its strings.
+        // The length of the document is enough for all of its strings.
         let mut memory = vec![0; bytes.len()];
         let mut everything = Everything::default();
         match decode(&mut bytes, &mut Arena::new(&mut memory), &mut everything) {

@@ -1,4 +1,4 @@
-//! The state of the decoder: where the current value is, and what is wrong with it.
+//! The state of the decoder: the path of the current value, and its fault.
 
 use super::place::{Object, Parse, Place};
 use crate::arena::{Arena, Full};
@@ -16,7 +16,7 @@ pub struct Decoder<'d, 'a> {
     pub arena: &'d mut Arena<'a>,
     /// The path to the current value.
     pub path: heapless::Vec<Step<'d>, STEPS>,
-    /// What is wrong with the current value, should decoding it fail.
+    /// The fault of the current value, if decoding it fails.
     pub fault: ValueFault,
 }
 
@@ -26,21 +26,21 @@ pub const STEPS: usize = 8;
 /// A step of a path.
 #[derive(Clone, Copy)]
 pub enum Step<'d> {
-    /// A member's name as it stands in the document.
+    /// A member's name, with its escapes.
     Member(&'d str),
-    /// An entry's number.
+    /// An entry's index.
     Entry(usize),
 }
 
-/// What can be wrong with a value.
+/// The fault of a value.
 pub enum ValueFault {
-    /// It is not what it must be.
+    /// It has the wrong type; the right one.
     Type(&'static str),
-    /// It is no whole number, or not in that range.
+    /// It is not a whole number in that range.
     Number(RangeInclusive<u64>),
-    /// A reason of the object's.
+    /// The object has refused it, for that reason.
     Refused(&'static str),
-    /// A reason of the parser's; the text is what fills the arena.
+    /// The parser has refused it, for that reason; the arena holds the text.
     Unparsed(&'static str),
     TooMany(usize),
     Name,
@@ -55,13 +55,13 @@ impl From<Full> for ValueFault {
 }
 
 impl<'a> Decoder<'_, 'a> {
-    /// The error that makes serde stop; what is wrong is kept here.
+    /// Records the fault. Returns the error that makes serde stop.
     pub fn fail<E: serde::de::Error>(&mut self, fault: ValueFault) -> E {
         self.fault = fault;
         E::custom("")
     }
 
-    /// The path of the current value, and what is wrong with it.
+    /// The error message: the path of the current value, and its fault.
     pub fn message(&self, error: Error) -> Message {
         let mut message = Message::new();
         // Writing to a message never fails.
@@ -86,7 +86,7 @@ impl<'a> Decoder<'_, 'a> {
                 Error::InvalidNumber | Error::CustomError => {
                     write!(message, "must be from {} to {}", range.start(), range.end())
                 }
-                // Also what comes after the whole part of 1.5 or 1e5.
+                // Also for what follows the whole part of 1.5 or 1e5.
                 _ => message.write_str("must be a whole number"),
             },
             ValueFault::Refused(why) => message.write_str(why),
@@ -100,7 +100,7 @@ impl<'a> Decoder<'_, 'a> {
         }
     }
 
-    /// Appends a string of the document to what is being put together, its escapes decoded.
+    /// Decodes the escapes of a string of the document, and appends it to the string being built.
     fn append(&mut self, escaped: &str) -> Result<(), ValueFault> {
         if !has_escapes(escaped) {
             return Ok(self.arena.push(escaped.as_bytes())?);
@@ -114,15 +114,15 @@ impl<'a> Decoder<'_, 'a> {
                     self.arena
                         .push(character.encode_utf8(&mut bytes).as_bytes())?;
                 }
-                // There is none in a text that was normalized.
+                // Impossible in normalized text.
                 Err(_) => return Err(ValueFault::Type("a string")),
             }
         }
         Ok(())
     }
 
-    /// The first byte of the value of the current member, which serde-json-core does not show: the
-    /// name is in the document, so that its address says where the value begins.
+    /// The first byte of the current member's value, which serde-json-core does not expose: found by the address
+    /// of the member's name in the document.
     pub fn first_byte(&self) -> Option<u8> {
         let Some(Step::Member(name)) = self.path.last() else {
             return None;
@@ -135,12 +135,12 @@ impl<'a> Decoder<'_, 'a> {
         behind.find(|byte| !matches!(byte, b' ' | b'\t' | b'\n' | b'\r' | b':'))
     }
 
-    /// The string that is being put together.
+    /// The string being built.
     fn filled(&self) -> &str {
         core::str::from_utf8(self.arena.filled()).unwrap_or_default()
     }
 
-    /// Decodes a string of the document to its place.
+    /// Decodes a string of the document into its place.
     pub fn string(&mut self, escaped: &str, place: Place<'_, 'a>) -> Result<(), ValueFault> {
         if let Place::Unknown = place {
             return Ok(());
@@ -185,7 +185,7 @@ impl<'a> Decoder<'_, 'a> {
         if !has_escapes(name) {
             return object.member(name);
         }
-        // A name with a NUL in it, or too long, is none that is known.
+        // Names with a NUL, and names that are too long, are unknown.
         if self.append(name).is_err() {
             self.arena.truncate(0);
         }
@@ -194,7 +194,7 @@ impl<'a> Decoder<'_, 'a> {
         place
     }
 
-    /// Puts the name of a member of a map of strings before its value.
+    /// Starts an entry of a map of strings with the member's name.
     pub fn name(&mut self, name: &str) -> Result<(), ValueFault> {
         let start = self.arena.filled().len();
         self.append(name)?;

@@ -1,16 +1,16 @@
-//! The pass before serde-json-core, which takes more than JSON, recurses on what it ignores and
-//! knows no surrogate pairs: what reaches it is well formed, bounded, and free of surrogates.
+//! Validates text for serde-json-core, which accepts more than JSON, recurses on values that it ignores, and
+//! does not support surrogate pairs: the result is well-formed, of limited depth, and free of surrogates.
 
 use crate::message;
 use crate::message::Message;
 
-/// Deepest nesting accepted, unknown members included: so deep serde-json-core recurses at most.
+/// Maximum nesting depth, including unknown members, and so of recursion in serde-json-core.
 pub const DEPTH: u32 = u64::BITS;
 
-/// Checks that `document` is JSON (RFC 8259) in UTF-8, nested at most [`DEPTH`] levels, and decodes
-/// the surrogate pairs among its `\u` escapes where they lie; half a pair becomes U+FFFD.
+/// Checks that `document` is JSON (RFC 8259) in UTF-8, nested at most [`DEPTH`] levels, and decodes surrogate
+/// pairs among its `\u` escapes in place; half a pair becomes U+FFFD.
 ///
-/// What the text gets shorter by is blank at its end: so it can be normalized again.
+/// Pads the shortened text with blanks at its end, so that it can be normalized again.
 pub fn normalize(document: &mut [u8]) -> Result<(), Message> {
     if let Err(error) = core::str::from_utf8(document) {
         return Err(message!("not UTF-8 at byte {}", error.valid_up_to()));
@@ -30,7 +30,7 @@ pub fn normalize(document: &mut [u8]) -> Result<(), Message> {
 }
 
 enum Fault {
-    /// By the byte at [`Pass::read`].
+    /// At [`Pass::read`].
     Malformed,
     TooDeep,
 }
@@ -40,9 +40,9 @@ struct Pass<'d> {
     read: usize,
     /// Never past `read`.
     write: usize,
-    /// How many containers are open.
+    /// Number of open containers.
     depth: u32,
-    /// A bit for each: whether it is an object. The innermost is the lowest.
+    /// One bit per container: whether it is an object. The innermost is the lowest.
     objects: u64,
 }
 
@@ -74,7 +74,7 @@ impl Pass<'_> {
         }
     }
 
-    /// A value; of a container with something in it, all before its first value, and true.
+    /// A value. For a container that is not empty, parses up to its first value and returns true.
     fn value(&mut self) -> Result<bool, Fault> {
         self.skip_blanks();
         match self.here() {
@@ -163,7 +163,7 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Half a pair, and the other half if that comes next, becomes a character (RFC 8259 section 7).
+    /// Replaces a surrogate, with its other half if that follows, by a character (RFC 8259 section 7).
     fn surrogate(&mut self) {
         let halves = [self.read, self.read + ESCAPE].map(|at| self.code_unit(at).unwrap_or(0));
         let (character, read) = match char::decode_utf16(halves).next() {
@@ -176,7 +176,7 @@ impl Pass<'_> {
         self.read += read;
     }
 
-    /// The code unit of the `\uXXXX` at `at`. The error is where it is none.
+    /// The code unit of the `\uXXXX` at `at`. The error is the position of the fault.
     fn code_unit(&self, at: usize) -> Result<u16, usize> {
         let byte = |at| self.text.get(at).copied().unwrap_or(0);
         if (byte(at), byte(at + 1)) != (b'\\', b'u') {
@@ -206,7 +206,7 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// One digit at least.
+    /// At least one digit.
     fn digits(&mut self) -> Result<(), Fault> {
         if !self.here().is_ascii_digit() {
             return Err(Fault::Malformed);
@@ -243,7 +243,7 @@ impl Pass<'_> {
         }
     }
 
-    /// The end of the text; what it got shorter by becomes blank.
+    /// The end of the text. Pads it with blanks.
     fn end(&mut self) -> Result<(), Fault> {
         if self.read < self.text.len() {
             return Err(Fault::Malformed);
@@ -253,12 +253,12 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// The current byte; at the end 0, which is not allowed in JSON.
+    /// The current byte; 0, which JSON does not allow, at the end.
     fn here(&self) -> u8 {
         self.text.get(self.read).copied().unwrap_or(0)
     }
 
-    /// Goes over bytes that stay as they are. They move only once that something got shorter.
+    /// Passes over bytes that stay as they are. They are moved if something before them was shortened.
     fn keep(&mut self, length: usize) {
         if self.write == self.read {
             self.write += length;

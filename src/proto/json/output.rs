@@ -1,13 +1,13 @@
-//! Strings of JSON, written.
+//! Writes JSON strings.
 
 use crate::bytes::copy;
 use core::fmt::{self, Display, Write};
 
-/// Gives `bytes` to `put` as they stand in a JSON string, until it takes no more; how many of them
-/// were given.
+/// Passes `bytes` to `put`, escaped for a JSON string, until it returns false. Returns how many bytes were
+/// passed.
 ///
-/// A piece is one character or its escape. Bytes that are not UTF-8 become U+FFFD, as in a lossy
-/// conversion. A character that is cut off at the end stays, unless these are the `last` bytes.
+/// Each piece is one character or its escape. Invalid UTF-8 becomes U+FFFD, as in a lossy conversion. An
+/// incomplete character at the end is left for the next call, unless these are the `last` bytes.
 pub fn escape(bytes: &[u8], last: bool, put: &mut dyn FnMut(&str) -> bool) -> usize {
     let mut used = 0;
     for chunk in bytes.utf8_chunks() {
@@ -30,7 +30,7 @@ pub fn escape(bytes: &[u8], last: bool, put: &mut dyn FnMut(&str) -> bool) -> us
     used
 }
 
-/// [`escape`] into `room`: how many bytes were given, and how many came of them.
+/// [`escape`] into `room`. Returns how many bytes were read and written.
 pub fn escape_into(bytes: &[u8], room: &mut [u8]) -> (usize, usize) {
     let mut written = 0;
     let taken = escape(bytes, true, &mut |piece| {
@@ -67,11 +67,10 @@ fn put_character(character: char, put: &mut dyn FnMut(&str) -> bool) -> bool {
     }
 }
 
-/// Most bytes of [`Quoted`]: with what stands around it it fits into a
-/// [`Message`](crate::message::Message).
+/// Maximum length of [`Quoted`], so that it fits in a [`Message`](crate::message::Message) with other text.
 const QUOTED: usize = 896;
 
-/// A text as a JSON string with its quotes, for display; what is over 896 bytes is cut.
+/// Displays a text as a quoted JSON string, truncated to 896 bytes.
 pub struct Quoted<'a>(pub &'a dyn Display);
 
 impl Display for Quoted<'_> {
@@ -88,9 +87,9 @@ impl Display for Quoted<'_> {
     }
 }
 
-/// What stands between the quotes.
+/// The text between the quotes.
 struct Inside<'f, 'b> {
-    /// How many bytes can still be written.
+    /// Number of bytes that can still be written.
     room: usize,
     is_cut: bool,
     formatter: &'f mut fmt::Formatter<'b>,

@@ -1,4 +1,4 @@
-//! Where the values of a document belong.
+//! The places that values of a document are decoded into.
 
 use crate::arena::Strings;
 use core::ffi::CStr;
@@ -6,18 +6,18 @@ use core::ops::RangeInclusive;
 
 /// An object of a document, decoded in place.
 pub trait Object<'a> {
-    /// Where the value of the member of that name belongs. It is asked for each member that is not
-    /// `null`.
+    /// The place for the value of the member of that name. Called for each member that is not `null`.
     fn member(&mut self, name: &str) -> Place<'_, 'a>;
 }
 
-/// Where a value is stored, and so its type. Strings are stored in an arena.
+/// Where a value is stored (a place as in serde's `deserialize_in_place`), and so its type. Strings are stored
+/// in an arena.
 pub enum Place<'p, 'a> {
     /// No such member: ignored.
     Unknown,
     /// The member is not allowed; the reason.
     Refused(&'static str),
-    /// A string as the kernel wants it.
+    /// A NUL-terminated string.
     CStr(&'p mut &'a CStr),
     /// A string.
     Str(&'p mut &'a str),
@@ -37,19 +37,19 @@ pub enum Place<'p, 'a> {
     Object(&'p mut dyn Object<'a>),
     /// A list of objects.
     Objects(&'p mut dyn Objects<'a>),
-    /// The end of what is being put together: an entry of a list of strings. No member's place.
+    /// The end of the string being built: an entry of a list of strings. Never a member's place.
     Entry,
 }
 
-/// What a string is parsed to.
+/// A type that is parsed from a string.
 pub trait Parse {
-    /// Parses the text. The error says what it is not: "not an address".
+    /// Parses the text. The error says what is wrong, such as "not an address".
     fn parse(&mut self, text: &str) -> Result<(), &'static str>;
 }
 
 /// A place for a whole number.
 pub trait Integer {
-    /// Takes the number, if it is in the type's range.
+    /// Stores the number; `None` if it is not in the type's range.
     fn set(&mut self, number: u64) -> Option<()>;
 }
 
@@ -79,7 +79,7 @@ pub trait Objects<'a> {
     fn clear(&mut self);
     /// Maximum number of objects in it.
     fn limit(&self) -> usize;
-    /// Adds an empty object; `None` when there are as many as can be.
+    /// Adds an empty object; `None` if the list is full.
     fn add(&mut self) -> Option<&mut dyn Object<'a>>;
 }
 
