@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_reads_what_core_reads_and_nothing_else() {
+    fn the_parser_agrees_with_core() {
         let parts = [
             "", "0", "1", "00", "01", "255", "256", "ffff", "fffff", "g", ":", "::", ".",
             "1.2.3.4", "a", " ",
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_is_read_back() {
+    fn displayed_addresses_can_be_parsed() {
         for ip in ["10.0.0.2", "255.255.255.255", "::1", "fd00:0:0:1::a0b:1000"] {
             let ip: IpAddr = ip.parse().unwrap();
             assert_eq!(Text(&ip).to_string().parse::<IpAddr>().unwrap(), ip);

@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_taken_stays_and_what_is_dropped_is_used_again() {
+    fn taken_strings_stay_and_truncated_bytes_are_reused() {
         let mut memory = [0; 8];
         let mut arena = Arena::new(&mut memory);
         arena.push(b"ab").unwrap();
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_is_full_takes_nothing_of_what_is_too_long() {
+    fn a_string_that_does_not_fit_is_not_stored_in_part() {
         let mut memory = [0; 3];
         let mut arena = Arena::new(&mut memory);
         arena.push(b"ab").unwrap();
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn strings_are_read_one_behind_the_other() {
+    fn strings_are_iterated_in_order() {
         let strings = Strings::new(b"a\0\0bc\0");
         assert_eq!(strings.first(), Some(c"a"));
         assert_eq!(strings.iter().collect::<Vec<_>>(), [c"a", c"", c"bc"]);

@@ -72,7 +72,7 @@ mod tests {
     use crate::bytes::split;
 
     #[test]
-    fn a_line_of_the_partitions_has_number_and_name() {
+    fn a_line_of_partitions_has_a_number_and_a_name() {
         let table = b"major minor  #blocks  name\n\n 254        0      32768 vda\n 259       11 8 nvme0n1p1\n   7        1\n";
         let devices: Vec<_> = split(table, b'\n').filter_map(partition).collect();
         let number = |major, minor| DeviceNumber { major, minor };
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn a_superblock_tells_whether_it_is_clean() {
+    fn a_superblock_shows_whether_the_file_system_is_clean() {
         let mut clean = [0; EXT_SUPERBLOCK.1];
         clean[0x38..0x3c].copy_from_slice(&[0x53, 0xef, 1, 0]);
         let with = |at: usize, value: u8| {

@@ -386,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_is_cmd_in_one_call_and_command_in_the_other() {
+    fn exec_takes_cmd_and_sessions_take_command() {
         let body = r#"{"cmd":["ls","-la"],"timeout_ms":5,"command":["x"],"env":["A=b"],"cwd":"/tmp","user":"app:staff"}"#;
         let exec = decoded!(ExecRequest, body, |request| (
             strings(request.spec.argv),
@@ -427,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_is_started_with_a_command_or_continued_by_its_name() {
+    fn a_session_starts_a_command_or_attaches_by_name() {
         let attach =
             |text: &str| decoded!(SessionRequest, text, |request| request.attach.to_owned());
         assert_eq!(attach(r#"{"attach":"build-1"}"#), Ok("build-1".to_owned()));
@@ -474,7 +474,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_names_its_signal_or_numbers_it() {
+    fn a_stop_takes_a_signal_by_name_or_number() {
         let stop = |body: &str| {
             decoded!(StopRequest, body, |request| (
                 request.signal.map(Signal::number),
@@ -562,7 +562,7 @@ mod tests {
     }
 
     #[test]
-    fn a_restore_has_a_document_in_it() {
+    fn a_restore_can_contain_a_document() {
         let decode = |body: &str, look: &dyn Fn(&RestoreRequest)| {
             let mut body = body.as_bytes().to_vec();
             let mut memory = vec![0; body.len()];

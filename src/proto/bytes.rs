@@ -141,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn as_much_is_copied_as_there_is_room_for() {
+    fn copy_stops_at_the_shorter_slice() {
         for (from, copied) in [("", "...."), ("ab", "ab.."), ("abcdef", "abcd")] {
             let mut to = *b"....";
             assert_eq!(copy(from.as_bytes(), &mut to), from.len().min(4));
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn pieces_are_those_of_core_from_either_end() {
+    fn split_agrees_with_core_from_both_ends() {
         for text in ["", ",", "a", "a,", ",a", "a,,b"] {
             let expected: Vec<_> = text.split(',').map(str::as_bytes).collect();
             let pieces = split(text.as_bytes(), b',');
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_is_cut_at_the_first_separator_or_not_at_all() {
+    fn a_text_is_split_at_the_first_separator_if_any() {
         for text in ["", "=", "a", "a=", "=b", "a=b=c", "ä=ö"] {
             let expected = text.split_once('=');
             assert_eq!(split_text_once(text, b'='), expected);

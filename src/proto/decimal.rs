@@ -19,7 +19,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn digits_are_a_number_and_nothing_else_is() {
+    fn only_digits_are_a_number() {
         assert_eq!(parse(b"0"), Some(0u32));
         assert_eq!(parse(b"007"), Some(7u8));
         assert_eq!(parse(b"4294967295"), Some(u32::MAX));

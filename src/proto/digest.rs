@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn the_standards_examples_come_out() {
+    fn sha1_and_base64_match_the_standards_examples() {
         assert_eq!(hex(b"abc"), "a9993e364706816aba3e25717850c26c9cd0d89d");
         assert_eq!(hex(b""), "da39a3ee5e6b4b0d3255bfef95601890afd80709");
         let two_blocks = b"abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq";
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn base64_is_decoded_and_what_is_none_refused() {
+    fn base64_is_decoded_and_invalid_text_refused() {
         let decode = |text: &str| {
             let mut bytes = vec![];
             decode_base64(text, &mut |piece| bytes.extend_from_slice(piece)).then_some(bytes)

@@ -174,13 +174,13 @@ mod tests {
     }
 
     #[test]
-    fn the_last_entry_of_a_name_wins_and_keeps_the_first_place() {
+    fn the_last_value_of_a_name_wins_at_its_first_position() {
         let environment = environment(&["A=1", "B=2", "A=3", "AB=4", "B="]);
         assert_eq!(listed(&environment), ["A=3", "B=", "AB=4"]);
     }
 
     #[test]
-    fn entries_without_a_name_or_a_sign_are_dropped() {
+    fn entries_without_a_name_or_an_equals_sign_are_dropped() {
         assert_eq!(listed(&environment(&["A", "=x", "", "B=a=b"])), ["B=a=b"]);
     }
 

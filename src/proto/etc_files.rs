@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_that_changed_or_went_leaves_nothing_behind() {
+    fn a_changed_or_removed_entry_leaves_nothing_behind() {
         let once = boot("127.0.0.1 localhost\n", &[ALIAS]);
         let moved = Host {
             host: "my-app.internal",
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_the_image_has_already_is_not_repeated() {
+    fn an_entry_of_the_image_is_not_repeated() {
         let image = "127.0.0.1 localhost\n10.0.0.2   other my-app.internal # mine\n";
         assert_eq!(boot(image, &[ALIAS]), image);
         let commented = "127.0.0.1 localhost\n#10.0.0.2 my-app.internal\n";
@@ -181,12 +181,12 @@ mod tests {
     }
 
     #[test]
-    fn a_last_line_without_an_end_gets_one() {
+    fn a_missing_final_line_feed_is_added() {
         assert!(boot("1.2.3.4 x", &[ALIAS]).starts_with("1.2.3.4 x\n10.0.0.2\t"));
     }
 
     #[test]
-    fn each_name_server_is_a_line_and_the_words_of_a_list_share_one() {
+    fn name_servers_have_a_line_each_and_other_lists_share_one() {
         let both = EtcResolv {
             nameservers: Strings::new(b"8.8.8.8\0fd00::1\0"),
             search: Strings::new(b"a.example\0b.example\0"),

@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_kernels_own_records_count() {
+    fn oom_records_of_the_kernel_count() {
         for record in [
             "3,914,7,-;Out of memory: Killed process 71 (tail) total-vm:1kB, anon-rss:1kB, UID:0 pgtables:1kB oom_score_adj:0",
             "3,914,7,-;Memory cgroup out of memory: Killed process 71 (a b) total-vm:1kB\n SUBSYSTEM=x",
@@ -64,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn look_alikes_do_not() {
+    fn forged_oom_records_do_not_count() {
         for record in [
             "11,914,7,-;Out of memory: Killed process 71 (tail) total-vm:1kB",
             "12,914,7,-;oom-kill:constraint=CONSTRAINT_NONE,task=x,pid=71,uid=0",
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn a_restored_vm_is_recognised_by_the_kernels_word_alone() {
+    fn only_the_kernels_record_reports_a_restore() {
         let text = "random: crng reseeded due to virtual machine fork";
         for (record, expected) in [
             (format!("5,301,77,-;{text}\n"), true),

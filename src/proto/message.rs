@@ -190,7 +190,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_long_name_is_cut_and_not_what_stands_behind_it() {
+    fn a_long_name_is_truncated_but_not_the_text_after_it() {
         let long = "/\u{e9}".repeat(1000);
         let message = message!("execute {}: {}", long.as_bytes().lossy(), ErrnoName(2));
         let shown = message.as_str();
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_over_its_size_is_cut_between_characters_and_marked() {
+    fn a_long_message_is_truncated_between_characters_and_marked() {
         for text in ["x", "\u{e9}", "\u{1f426}"] {
             let mut message = message!("ab{}", text.repeat(MAX_MESSAGE));
             assert!(message.as_str().ends_with('…') && message.as_bytes().len() <= MAX_MESSAGE);

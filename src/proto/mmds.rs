@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_goes_into_the_request_and_a_strange_one_does_not() {
+    fn a_valid_token_is_sent_and_an_invalid_one_is_not() {
         let token = token(b"q83vEjRWeJCrze8SNFZ4kKvN7xI0VniQq83vEjRWeJCrze8S\n").unwrap();
         let request = requested(Some(token));
         assert!(request.ends_with(

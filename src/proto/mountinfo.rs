@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_without_a_mount_point_is_no_mount() {
+    fn a_line_without_a_mount_point_is_ignored() {
         for line in [
             "",
             "36",
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_is_cut_says_so_and_gives_what_it_has() {
+    fn a_truncated_line_is_marked_and_keeps_its_fields() {
         let line = "36 35 254:16 / /data rw,relatime shared:1 - ext4 /dev/vdb rw";
         let start = line.find(" rw,").unwrap();
         for end in start..line.len() - 3 {
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_longer_than_the_room_is_cut_and_says_so() {
+    fn a_path_longer_than_the_buffer_is_truncated_and_marked() {
         let deep = "/d".repeat(PATH_MAX);
         let line = format!("1 2 8:1 / {deep} rw - ext4 /dev/vdb rw");
         let mount = parse(line.as_bytes()).unwrap();

@@ -658,7 +658,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernels_text_is_found_behind_a_capped_and_a_whole_echo() {
+    fn the_kernels_text_is_found_after_a_capped_or_a_whole_echo() {
         let attribute = [&[17, 0, 1, 0][..], b"Invalid MTU.\0", &[0, 0, 0]].concat();
         let capped = [&[0u8; 16][..], &attribute].concat();
         let whole = [&28u32.to_ne_bytes()[..], &[0u8; 24], &attribute].concat();
@@ -672,7 +672,7 @@ mod tests {
     }
 
     #[test]
-    fn an_acknowledgement_is_success_and_a_torn_one_is_none() {
+    fn a_truncated_acknowledgement_is_ignored() {
         let errno = |reply: &[u8]| acknowledgement(reply).map(|answer| answer.errno);
         assert_eq!(errno(&reply(0, 0, &[0; 16])), Some(0));
         let whole = reply(17, 0x200, &[28, 0, 0, 0, 9, 9, 9, 9]);
@@ -683,7 +683,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dump_is_asked_for_by_its_header_alone() {
+    fn a_dump_request_is_only_a_header() {
         let expected = [
             24, 0, 0, 0, 22, 0, 1, 3, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
         ];
@@ -835,7 +835,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_or_of_another_family_is_no_entry() {
+    fn truncated_entries_and_other_families_are_ignored() {
         let bridge = [7, 0, 0, 0, 2, 0, 0, 0, 4, 0, 0, 1, 8, 0, 1, 0, 10, 0, 0, 1];
         assert_eq!(entries(&message(28, 2, &bridge)), []);
         let short = [10, 64, 0, 0, 2, 0, 0, 0, 8, 0, 1, 0, 10, 0, 0, 1];

@@ -15,7 +15,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_may_look_like_the_rest_of_the_line() {
+    fn a_name_may_contain_parentheses() {
         assert_eq!(parse(b"71 (cat) S 1 71 71"), Some((&b"cat"[..], b'S')));
         assert_eq!(
             parse(b"71 (a) R (b c) D 1 71"),

@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_reader_needs_is_kept_and_then_there_is_no_room() {
+    fn bytes_that_a_reader_needs_are_not_overwritten() {
         let mut ring = Ring::new(vec![0; 256]);
         let mut cursor = ring.seek(0);
         let mut written = 0;
@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_was_overtaken_goes_on_at_the_oldest_byte() {
+    fn an_overtaken_reader_continues_at_the_oldest_byte() {
         let mut ring = Ring::new(vec![0; 128]);
         let mut cursor = ring.seek(0);
         push(&mut ring, 1, &[1; 500], u64::MAX);

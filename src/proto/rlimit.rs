@@ -134,7 +134,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn resources_have_the_names_of_prlimit_and_the_kernels_numbers() {
+    fn resources_have_prlimits_names_and_the_kernels_numbers() {
         for (name, number) in [
             ("CPU", 0),
             ("CORE", 4),

@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_signal_is_refused() {
+    fn invalid_signals_are_refused() {
         for text in [
             "",
             "0",

@@ -114,7 +114,7 @@ mod tests {
     use std::collections::HashMap;
 
     #[test]
-    fn it_behaves_as_a_map_of_bounded_size_and_never_revives_a_key() {
+    fn a_slab_is_a_bounded_map_that_never_reuses_a_key() {
         let mut random = 7u32;
         let mut slab = Slab::<u32, 8>::new();
         let mut model = HashMap::new();
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_a_number_and_back() {
+    fn a_key_converts_to_a_number_and_back() {
         let mut slab = Slab::<u8, 4>::new();
         let key = slab.insert(1).unwrap();
         slab.remove(key);

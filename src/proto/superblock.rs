@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn each_file_system_is_known_by_its_magic_at_its_place() {
+    fn each_file_system_is_identified_by_its_magic() {
         for (offset, magic, fs_type) in [
             (0, &b"XFSB"[..], c"xfs"),
             (0, b"hsqs", c"squashfs"),
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn a_btrfs_tells_whether_it_has_a_log() {
+    fn a_btrfs_log_is_detected() {
         let has_log = |log_root: [u8; 8]| {
             super::btrfs_has_log(|offset, buffer| {
                 assert_eq!(offset, 65536 + 96);

@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_in_bytes_and_what_is_not_told_is_null() {
+    fn memory_is_in_bytes_and_missing_values_are_null() {
         let text = "MemTotal:         200000 kB\nMemFree:           1 kB\nMemAvailable:     0 kB\n\
             Active(anon):      5 kB\nActive:           18014398509481983 kB\n\
             Inactive:         18014398509481984 kB\nCached\nSlab: x kB\n";
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn processors_are_in_seconds_by_their_numbers() {
+    fn processor_times_are_in_seconds_by_number() {
         let text =
             "cpu  9 9 9 9\ncpu0 100 1 22 333 4444 5 6 7 8 9\ncpu10 0 0 0 1234567 0 0 0\nintr 1 2\n";
         assert_eq!(

@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_given_replaces_the_primary_and_all_supplementary_groups() {
+    fn an_explicit_group_replaces_all_groups() {
         assert_eq!(
             ids("app:wheel"),
             Ok((1000, 10, vec![10], "/home/app".into()))
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_known_number_is_that_account_and_an_unknown_one_stands_for_itself_in_group_0() {
+    fn a_known_id_is_that_account_and_an_unknown_one_gets_group_0() {
         assert_eq!(ids("1000"), ids("app"));
         assert_eq!(ids("2000"), Ok((2000, 0, vec![0], "/".into())));
         assert_eq!(ids("2000:"), ids("2000"));
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_names_and_impossible_ids_are_named() {
+    fn unknown_names_and_invalid_ids_are_named() {
         assert_eq!(ids("nosuch"), Err("unknown user nosuch".into()));
         assert_eq!(ids("app:nosuch"), Err("unknown group nosuch".into()));
         assert_eq!(ids("app:wheel:x"), Err("unknown group wheel:x".into()));
@@ -314,13 +314,13 @@ mod tests {
     }
 
     #[test]
-    fn an_image_without_account_files_has_its_root() {
+    fn root_exists_without_account_files() {
         let root = resolved(b"", b"", b"").unwrap();
         assert_eq!((root.uid, root.gid, &root.home[..]), (0, 0, &b"/root"[..]));
     }
 
     #[test]
-    fn more_than_there_is_room_for_is_an_error_and_not_a_truncation() {
+    fn exceeding_a_limit_is_an_error_and_not_a_truncation() {
         let group: String = (0..=MAX_GROUPS)
             .map(|at| format!("g{at}:x:{}:app\n", 5000 + at))
             .collect();

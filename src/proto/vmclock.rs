@@ -37,7 +37,7 @@ mod tests {
     }
 
     #[test]
-    fn the_generation_is_read_where_there_is_one() {
+    fn the_generation_is_read_if_there_is_one() {
         assert_eq!(generation(&page(7)), Some(7));
         assert_eq!(generation(&page(u64::MAX)), Some(u64::MAX));
         let mut without = page(7);

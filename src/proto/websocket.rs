@@ -497,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_up_to_the_limit_fit_however_they_are_cut() {
+    fn messages_up_to_the_limit_fit_however_they_are_split() {
         let payload: Vec<u8> = (0..MAX_MESSAGE).map(|at| at as u8).collect();
         assert_eq!(
             feed(&frame(0x82, &payload), 4096),
@@ -521,7 +521,7 @@ mod tests {
     }
 
     #[test]
-    fn what_breaks_the_protocol_fails_the_connection() {
+    fn protocol_errors_fail_the_connection() {
         use FrameError::*;
         for (bytes, error) in [
             (frame(0xc1, b"x"), ReservedBit),
@@ -612,7 +612,7 @@ mod tests {
     }
 
     #[test]
-    fn a_close_gives_its_code() {
+    fn a_close_frame_has_its_code() {
         assert_eq!(all(&frame(0x88, b"")), [Seen::Close(None)]);
         assert_eq!(all(&frame(0x88, b"\x03\xe8bye")), [Seen::Close(Some(1000))]);
         assert_eq!(

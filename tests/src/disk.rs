@@ -475,7 +475,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_image_holds_its_tree() {
+    fn an_image_contains_its_tree() {
         let tree = Tree::busybox()
             .and_then(|tree| tree.file("/srv/note", 0o640, "hello\n"))
             .unwrap()
@@ -497,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn images_of_other_kinds_hold_their_tree_and_can_be_in_a_partition() {
+    fn other_file_systems_contain_their_tree_and_can_be_in_a_partition() {
         let tree = Tree::busybox()
             .and_then(|tree| tree.file("/srv/deep/note", 0o640, "hello\n"))
             .and_then(|tree| tree.dir("/srv/empty", 0o700))

@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn version_1_of_old_refuses_a_token_and_answers_without() {
+    fn old_version_1_refuses_a_token_and_works_without() {
         let mut service = Service::new(Mmds::serving(json!({})).version(Version::V1Only));
         let put = ask(&mut service, "PUT /latest/api/token HTTP/1.1\r\n\r\n");
         assert!(put.starts_with("HTTP/1.1 405 \r\n") && put.contains("\r\nAllow: GET\r\n"));

@@ -431,7 +431,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn frames_for_mmds_are_told_from_others() {
+    fn frames_for_mmds_are_recognised() {
         let mut arp = vec![0; 42];
         arp[12..22].copy_from_slice(&[8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
         assert_eq!(meaning(&arp), Meaning::Other);

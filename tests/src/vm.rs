@@ -757,7 +757,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_genuine_wish_is_one_for_firecracker() {
+    fn firecracker_is_used_only_when_requested() {
         use crate::mmds::{Fault, Push};
         let mmds = || Mmds::serving(Value::Null);
         assert!(

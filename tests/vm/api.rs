@@ -72,7 +72,7 @@ fn refusal(answer: &Response) -> Result<(u16, String)> {
 }
 
 #[test]
-fn each_path_answers_its_methods_and_the_workloads_group_gets_signals() -> Result<()> {
+fn each_path_accepts_its_methods_and_signals_reach_the_workloads_group() -> Result<()> {
     // The workload's child is of its group and must get the signal too.
     let script = "trap 'echo parent got USR1' USR1; trap 'echo parent got 64' 64
         (trap 'echo child got USR1' USR1; echo child ready; while :; do sleep 100000 & wait; done) &
@@ -151,8 +151,7 @@ fn each_path_answers_its_methods_and_the_workloads_group_gets_signals() -> Resul
 }
 
 #[test]
-fn everybody_who_waits_hears_how_the_workload_was_killed_and_then_there_is_nothing_to_signal()
--> Result<()> {
+fn all_waiting_clients_get_the_exit_code_of_a_killed_workload() -> Result<()> {
     let (builder, root) = vm(IDLE)?;
     let mut vm = builder.arg("PIGEON_EXIT_LINGER_MS=120000").start()?;
     // HEAD does not read the code: the API stays up for somebody who does.
@@ -222,7 +221,7 @@ fn a_workload_that_cannot_be_executed_and_a_boot_that_fails_have_an_exit_code() 
 }
 
 #[test]
-fn a_command_runs_as_it_is_told() -> Result<()> {
+fn a_command_runs_with_its_options() -> Result<()> {
     let tree = Tree::busybox()?
         .file("/plain", 0o644, "not a program\n")?
         .file("/garbage", 0o755, "\x7fELF and no more")?
@@ -571,7 +570,7 @@ int main(void) {
 "#;
 
 #[test]
-fn nobody_inside_the_guest_reaches_the_api_not_even_over_loopback() -> Result<()> {
+fn the_api_cannot_be_reached_from_inside_the_guest() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let [source, probe] = ["probe.c", "probe"].map(|name| dir.path().join(name));
     std::fs::write(&source, PROBE)?;

@@ -135,7 +135,7 @@ fn tungstenite_runs_sessions() -> Result<()> {
 }
 
 #[test]
-fn pythons_websockets_runs_sessions() -> Result<()> {
+fn python_websockets_runs_sessions() -> Result<()> {
     let (vm, _root) = boot()?;
     let proxy = proxy(&vm)?;
     let script = assets::repository().join("tests/vm/api_sessions.py");
@@ -147,7 +147,7 @@ fn pythons_websockets_runs_sessions() -> Result<()> {
 }
 
 #[test]
-fn dockers_library_takes_the_logs_frames_apart() -> Result<()> {
+fn dockers_library_decodes_the_logs_frames() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let script = "for n in 1 2 3 4 5; do echo out $n; echo error $n >&2; done; exec sleep 100000";
     let config = guest::shell(script, json!({"SeparateStderr": true}));
@@ -171,7 +171,7 @@ fn dockers_library_takes_the_logs_frames_apart() -> Result<()> {
 const NOT_GENERATED: &str = "/v1/(stop|exit_code|signals|ws/exec|logs|mounts|snapshot.*|restore)";
 
 #[test]
-fn requests_made_from_the_openapi_description_get_described_answers() -> Result<()> {
+fn requests_generated_from_openapi_get_described_responses() -> Result<()> {
     let (vm, _root) = boot()?;
     let proxy = proxy(&vm)?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
@@ -254,7 +254,7 @@ fn curl_calls_everything() -> Result<()> {
 }
 
 #[test]
-fn who_sends_a_whole_body_first_reads_why_it_was_refused() -> Result<()> {
+fn a_client_that_sends_its_whole_body_first_reads_the_error() -> Result<()> {
     let (mut vm, _root) = boot()?;
     // Far more than vsock and sockets hold on the way.
     let piece = vec![b' '; 1 << 20];
@@ -300,7 +300,7 @@ fn who_sends_a_whole_body_first_reads_why_it_was_refused() -> Result<()> {
 }
 
 #[test]
-fn who_breaks_the_rules_and_sends_on_reads_why_it_was_refused() -> Result<()> {
+fn a_client_that_keeps_sending_after_an_error_reads_the_error() -> Result<()> {
     let (mut vm, _root) = boot()?;
     let refused = if cfg!(feature = "tunnel") { 502 } else { 400 };
     // Far more than vsock and sockets hold on the way.
@@ -356,7 +356,7 @@ fn who_breaks_the_rules_and_sends_on_reads_why_it_was_refused() -> Result<()> {
 /// As Go's net/http with a body of unknown length and `DisableKeepAlives` writes it: head and
 /// chunks in writes of their own, one connection a call.
 #[test]
-fn a_client_as_go_has_it_sends_chunks_and_closes_after_each_call() -> Result<()> {
+fn a_client_like_gos_sends_chunks_and_closes_after_each_call() -> Result<()> {
     let (mut vm, _root) = boot()?;
     for (path, body, wanted) in [
         (

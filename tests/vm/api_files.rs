@@ -113,7 +113,7 @@ fn refusal(answer: &Response) -> Result<(u16, String)> {
 }
 
 #[test]
-fn files_go_in_and_out_whole_with_mode_and_owner() -> Result<()> {
+fn files_are_read_and_written_with_mode_and_owner() -> Result<()> {
     let (builder, root, _volume) = with_volume(IDLE, 64)?;
     let mut vm = builder.start()?;
     for (number, size) in [0, 1, 4095, 4096, 131_072, 262_144, 262_145, 3_000_000]
@@ -278,7 +278,7 @@ fn files_go_in_and_out_whole_with_mode_and_owner() -> Result<()> {
 }
 
 #[test]
-fn what_is_no_regular_file_is_refused_and_not_touched() -> Result<()> {
+fn only_regular_files_are_opened() -> Result<()> {
     let (builder, root, _volume) = with_volume(IDLE, 16)?;
     let mut vm = builder.start()?;
     shell(
@@ -421,7 +421,7 @@ fn what_is_no_regular_file_is_refused_and_not_touched() -> Result<()> {
 }
 
 #[test]
-fn what_does_not_come_to_its_end_leaves_nothing_behind() -> Result<()> {
+fn an_interrupted_upload_leaves_nothing_behind() -> Result<()> {
     let (builder, root, volume) = with_volume(IDLE, 16)?;
     let mut vm = builder.start()?;
     let state = "find /data | sort; find /data -type f | xargs md5sum; df -k /data | tail -1";
@@ -524,7 +524,7 @@ fn what_does_not_come_to_its_end_leaves_nothing_behind() -> Result<()> {
 }
 
 #[test]
-fn a_disk_that_hangs_costs_one_transfer_and_nobody_else_anything() -> Result<()> {
+fn a_hung_disk_blocks_one_transfer_and_nothing_else() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 48)?;
     let volume = Image::ext4(
         &Tree::empty()?.file("/cold", 0o644, noise::bytes(1 << 20, 7))?,
@@ -602,7 +602,7 @@ fn a_disk_that_hangs_costs_one_transfer_and_nobody_else_anything() -> Result<()>
 }
 
 #[test]
-fn a_file_system_without_unnamed_files_is_written_to_by_a_named_one() -> Result<()> {
+fn a_file_system_without_tmpfile_support_uses_a_named_file() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 48)?;
     let fat = Image::blank(16)?;
     let mut vm = Vm::builder()

@@ -41,7 +41,7 @@ const COMMANDS: usize = 128;
 const CALLS: usize = 32;
 
 #[test]
-fn all_who_wait_for_the_exit_code_get_it_and_never_take_the_last_places() -> Result<()> {
+fn exit_code_waits_never_take_the_last_connections() -> Result<()> {
     let (mut vm, root) = boot("exec sleep 100000")?;
     let mut waiting = vec![];
     for _ in 0..CONNECTIONS {
@@ -121,7 +121,7 @@ fn all_who_wait_for_the_exit_code_get_it_and_never_take_the_last_places() -> Res
 }
 
 #[test]
-fn websockets_that_say_nothing_go_after_ten_seconds() -> Result<()> {
+fn silent_websockets_are_closed_after_ten_seconds() -> Result<()> {
     let (mut vm, _root) = boot("exec sleep 100000")?;
     let start = Instant::now();
     let mut silent = vec![];
@@ -204,7 +204,7 @@ fn many_commands_delay_neither_the_status_nor_the_workloads_end() -> Result<()> 
 }
 
 #[test]
-fn commands_with_much_output_all_at_once_are_answered_in_little_memory() -> Result<()> {
+fn many_commands_with_much_output_stay_within_the_memory_limit() -> Result<()> {
     const COMMANDS: usize = 64;
     let text = "a line of output\n".repeat((2 << 20) / 17);
     let tree = Tree::busybox()?.file("/text", 0o644, &text)?;
@@ -286,7 +286,7 @@ fn settled(api: &mut Client<UnixStream>, files: u64) -> Result<(u64, u64, u64)> 
 }
 
 #[test]
-fn ten_thousand_calls_and_a_thousand_commands_leave_pid_1_as_it_was() -> Result<()> {
+fn ten_thousand_calls_and_a_thousand_commands_do_not_grow_pid_1() -> Result<()> {
     let (mut vm, _root) = boot("exec sleep 100000")?;
     let mut api = vm.api()?;
     let fresh = held(&mut api)?;

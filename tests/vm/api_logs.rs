@@ -131,7 +131,7 @@ impl Logs {
 }
 
 #[test]
-fn output_is_kept_with_its_offsets_and_a_reader_that_comes_back_sees_what_it_lost() -> Result<()> {
+fn a_reader_that_reconnects_sees_by_offset_what_it_lost() -> Result<()> {
     let script = format!("mkfifo /go; echo first; {WAIT}; seq -w 40000; {WAIT}; echo last; exit 3");
     let (builder, _root) = vm(&script, json!({}))?;
     let mut vm = builder.boot()?;
@@ -195,7 +195,7 @@ fn output_is_kept_with_its_offsets_and_a_reader_that_comes_back_sees_what_it_los
 }
 
 #[test]
-fn a_follower_reads_everything_and_streams_can_be_kept_apart() -> Result<()> {
+fn a_follower_reads_everything_with_separate_streams() -> Result<()> {
     // With the console out of the way; the workload waits for its follower, who reads slowly.
     let script = format!(
         "mkfifo /go; {WAIT}; for i in 1 2 3 4; do seq 20000; seq 5 >&2; done; exec sleep 1000"
@@ -236,7 +236,7 @@ fn a_follower_reads_everything_and_streams_can_be_kept_apart() -> Result<()> {
 }
 
 #[test]
-fn a_reader_who_does_not_follow_misses_nothing_in_between() -> Result<()> {
+fn a_reader_that_does_not_follow_gets_contiguous_output() -> Result<()> {
     // As many records as there can be, and a workload that writes over the oldest all the time.
     let script = "i=1; while :; do echo $i; echo $i >&2; i=$((i + 1)); done";
     let (builder, _root) = vm(script, json!({"SeparateStderr": true}))?;
@@ -268,7 +268,7 @@ fn a_reader_who_does_not_follow_misses_nothing_in_between() -> Result<()> {
 }
 
 #[test]
-fn a_follower_ends_with_the_workload_although_others_hold_its_output_open() -> Result<()> {
+fn a_follower_ends_with_the_workload_even_if_its_pipe_stays_open() -> Result<()> {
     let script = "(trap '' HUP TERM; exec sleep 1000) & echo ready; read line; echo last; exit 3";
     let (builder, _root) = vm(script, json!({}))?;
     let mut vm = builder.boot()?;
@@ -324,7 +324,7 @@ impl Read for Content {
 }
 
 #[test]
-fn a_gibibyte_of_output_is_followed_to_the_byte() -> Result<()> {
+fn a_follower_gets_a_gibibyte_byte_exact() -> Result<()> {
     const PIECE: u64 = 64 << 20;
     const ROUNDS: usize = 16;
     const BARE_ROUNDS: usize = 4;

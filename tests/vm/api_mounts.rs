@@ -84,7 +84,7 @@ fn end(vm: &mut Vm) -> Result<Duration> {
 }
 
 #[test]
-fn a_volume_comes_and_goes_and_keeps_what_was_written() -> Result<()> {
+fn a_volume_is_mounted_unmounted_and_keeps_its_data() -> Result<()> {
     let (data, blank) = (volume()?, Image::blank(8)?);
     let (builder, root) = with_disks(&[&data, &blank])?;
     let mut vm = builder.start()?;
@@ -263,7 +263,7 @@ fn a_volume_comes_and_goes_and_keeps_what_was_written() -> Result<()> {
 }
 
 #[test]
-fn a_disk_that_is_plugged_in_later_is_found_on_the_pci_bus() -> Result<()> {
+fn a_hot_plugged_disk_is_found_on_the_pci_bus() -> Result<()> {
     let plugged = volume()?;
     let (builder, root) = with_disks(&[])?;
     let mut vm = builder
@@ -306,7 +306,7 @@ fn a_disk_that_is_plugged_in_later_is_found_on_the_pci_bus() -> Result<()> {
 }
 
 #[test]
-fn a_disk_that_hangs_is_given_up_and_costs_neither_other_calls_nor_the_end() -> Result<()> {
+fn a_hung_disk_blocks_neither_other_calls_nor_the_shutdown() -> Result<()> {
     let (hanging, other) = (volume()?, volume()?);
     let (builder, root) = with_disks(&[&hanging, &other])?;
     let mut vm = builder.start()?;

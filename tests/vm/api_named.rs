@@ -48,7 +48,7 @@ fn wait_for(vm: &mut Vm, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
 }
 
 #[test]
-fn a_named_session_goes_on_without_its_client_and_shows_what_was_missed() -> Result<()> {
+fn a_named_session_survives_its_client_and_replays_missed_output() -> Result<()> {
     let (mut vm, _root) = vm()?;
     assert_eq!(sessions(&mut vm)?, json!([]));
     let script =
@@ -98,7 +98,7 @@ fn a_named_session_goes_on_without_its_client_and_shows_what_was_missed() -> Res
 }
 
 #[test]
-fn all_that_was_missed_comes_also_when_the_command_says_no_more() -> Result<()> {
+fn missed_output_is_sent_even_if_no_more_follows() -> Result<()> {
     let (mut vm, _root) = vm()?;
     let script = "for i in $(seq 20); do echo out $i; echo error $i >&2; done; exec sleep 100000";
     let command = json!({"command": ["sh", "-c", script], "id": "quiet", "streams": true});
@@ -116,7 +116,7 @@ fn all_that_was_missed_comes_also_when_the_command_says_no_more() -> Result<()> 
 }
 
 #[test]
-fn an_ended_session_is_kept_and_one_can_be_ended_from_outside() -> Result<()> {
+fn an_ended_session_is_kept_and_a_running_one_can_be_deleted() -> Result<()> {
     let (mut vm, _root) = vm()?;
     let script = "until [ -e /run/go ]; do sleep 0.1; done; seq 30000; exit 9";
     let quick = json!({"command": ["sh", "-c", script], "id": "quick"});
@@ -197,7 +197,7 @@ fn an_ended_session_is_kept_and_one_can_be_ended_from_outside() -> Result<()> {
 }
 
 #[test]
-fn a_session_can_be_attached_to_when_there_are_all_commands_that_there_can_be() -> Result<()> {
+fn attaching_works_when_all_command_slots_are_taken() -> Result<()> {
     let (mut vm, _root) = vm()?;
     let echo = json!({"command": ["cat"], "id": "echo"});
     drop(open(&mut vm, &echo)?);
@@ -217,7 +217,7 @@ fn a_session_can_be_attached_to_when_there_are_all_commands_that_there_can_be() 
 }
 
 #[test]
-fn a_client_that_is_lost_at_the_end_leaves_it_to_the_next() -> Result<()> {
+fn an_exit_status_that_was_not_delivered_is_kept_for_the_next_client() -> Result<()> {
     let (mut vm, _root) = vm()?;
     // It stops where its client takes no more, and so ends before its output has gone.
     let command = json!({"command": ["timeout", "3", "yes"], "id": "lost"});
@@ -286,7 +286,7 @@ fn sessions_without_their_clients_leave_pid_1_idle() -> Result<()> {
 }
 
 #[test]
-fn streams_are_told_apart_by_the_first_byte_of_a_message() -> Result<()> {
+fn streams_are_marked_by_the_first_byte_of_a_message() -> Result<()> {
     let (mut vm, _root) = vm()?;
     let script = "echo out; sleep 0.3; echo err >&2; sleep 0.3; echo out again";
     let command = json!({"command": ["sh", "-c", script], "streams": true});
@@ -296,7 +296,7 @@ fn streams_are_told_apart_by_the_first_byte_of_a_message() -> Result<()> {
 }
 
 #[test]
-fn sessions_that_say_nothing_give_the_memory_of_their_start_back() -> Result<()> {
+fn idle_sessions_free_the_memory_of_their_start() -> Result<()> {
     const SESSIONS: u32 = 30;
     let (mut vm, _root) = vm()?;
     let mut api = vm.api()?;

@@ -343,7 +343,7 @@ fn body(value: Value) -> Vec<u8> {
 }
 
 #[test]
-fn a_running_vm_answers_as_the_description_says() -> Result<()> {
+fn a_running_vm_responds_as_described() -> Result<()> {
     let description = Description::read()?;
     let mut asked = Asked {
         description: &description,

@@ -174,7 +174,7 @@ fn without_a_terminal_output_comes_first_then_the_exit_then_the_close() -> Resul
 }
 
 #[test]
-fn eight_mebibytes_go_through_cat_and_come_back_unharmed() -> Result<()> {
+fn eight_mebibytes_through_cat_come_back_unchanged() -> Result<()> {
     const SIZE: usize = 8 << 20;
     // One thread sends and receives: what it sends before it looks for an answer.
     const AHEAD: usize = 192 << 10;
@@ -205,7 +205,7 @@ fn eight_mebibytes_go_through_cat_and_come_back_unharmed() -> Result<()> {
 }
 
 #[test]
-fn a_session_that_sends_and_receives_in_bulk_at_once_does_not_stall() -> Result<()> {
+fn bulk_data_in_both_directions_does_not_stall_a_session() -> Result<()> {
     const MESSAGE: usize = 50_000;
     const MESSAGES: usize = 80;
     for cpus in [1, 2] {
@@ -239,7 +239,7 @@ fn a_session_that_sends_and_receives_in_bulk_at_once_does_not_stall() -> Result<
 }
 
 #[test]
-fn a_terminal_is_one_to_the_last_key() -> Result<()> {
+fn a_terminal_behaves_like_a_terminal() -> Result<()> {
     let (mut vm, _root) = boot()?;
     let vm = &mut vm;
 
@@ -336,7 +336,7 @@ fn a_terminal_is_resized_interrupted_and_ended() -> Result<()> {
 }
 
 #[test]
-fn a_terminal_lives_as_long_as_its_command_also_when_nobody_holds_it_for_a_moment() -> Result<()> {
+fn a_terminal_lives_as_long_as_its_command() -> Result<()> {
     let (mut vm, _root) = boot()?;
     let terminal = |script: &str| json!({"command": ["sh", "-c", script], "tty": true});
     let away = terminal("exec >/tmp/l 2>&1 </dev/null; sleep 1; exit 4");
@@ -356,7 +356,7 @@ fn a_terminal_lives_as_long_as_its_command_also_when_nobody_holds_it_for_a_momen
 }
 
 #[test]
-fn a_shell_passes_the_hang_up_of_a_dropped_terminal_on_to_its_jobs() -> Result<()> {
+fn a_shell_forwards_the_hang_up_to_its_jobs() -> Result<()> {
     let (mut vm, _root) = boot()?;
     let mut api = vm.api()?;
     // As bash does: its jobs are groups of their own, which only it knows.
@@ -370,7 +370,7 @@ fn a_shell_passes_the_hang_up_of_a_dropped_terminal_on_to_its_jobs() -> Result<(
 }
 
 #[test]
-fn the_end_of_input_waits_its_turn_behind_all_that_a_full_terminal_has_yet_to_take() -> Result<()> {
+fn the_end_of_input_waits_for_a_full_terminal() -> Result<()> {
     const LINES: usize = 8000;
     let (mut vm, _root) = boot()?;
     let mut api = vm.api()?;
@@ -442,7 +442,7 @@ fn what_cannot_be_started_is_an_error_and_a_close_of_1011() -> Result<()> {
 }
 
 #[test]
-fn frames_come_in_pieces_with_pings_between_and_a_close_kills_the_group() -> Result<()> {
+fn fragments_with_pings_between_are_joined_and_a_close_kills_the_group() -> Result<()> {
     let (mut vm, _root) = boot()?;
     let mut api = vm.api()?;
 
@@ -549,7 +549,7 @@ fn frames_come_in_pieces_with_pings_between_and_a_close_kills_the_group() -> Res
 }
 
 #[test]
-fn a_client_that_does_not_read_stops_its_command_and_nothing_else() -> Result<()> {
+fn a_client_that_does_not_read_blocks_only_its_command() -> Result<()> {
     let (mut vm, _root) = boot()?;
     let mut api = vm.api()?;
     let before = memory(&mut api)?;
@@ -588,7 +588,7 @@ fn a_client_that_does_not_read_stops_its_command_and_nothing_else() -> Result<()
 }
 
 #[test]
-fn a_command_that_does_not_read_stops_its_client_and_nothing_else() -> Result<()> {
+fn a_command_that_does_not_read_blocks_only_its_client() -> Result<()> {
     let (mut vm, _root) = boot()?;
     let mut api = vm.api()?;
     let before = memory(&mut api)?;
@@ -651,7 +651,7 @@ fn a_client_that_reads_late_still_gets_all_output_the_exit_and_the_close() -> Re
 }
 
 #[test]
-fn a_session_goes_with_the_workload() -> Result<()> {
+fn sessions_end_with_the_workload() -> Result<()> {
     let (mut vm, root) = boot()?;
     let mut socket = script(&mut vm, "echo here; exec sleep 7200")?;
     socket.output_with("here\n")?;
@@ -666,7 +666,7 @@ fn a_session_goes_with_the_workload() -> Result<()> {
 }
 
 #[test]
-fn nothing_follows_a_close_frame_that_is_not_answered_at_the_end() -> Result<()> {
+fn nothing_is_sent_after_an_unanswered_close_frame() -> Result<()> {
     let (mut vm, _root) = boot()?;
     let mut socket = script(&mut vm, "exit 3")?;
     let mut frames = vec![];
@@ -682,7 +682,7 @@ fn nothing_follows_a_close_frame_that_is_not_answered_at_the_end() -> Result<()>
 }
 
 #[test]
-fn a_late_pong_or_ping_after_the_exit_is_no_fault() -> Result<()> {
+fn a_late_ping_or_pong_after_the_exit_is_not_an_error() -> Result<()> {
     let (mut vm, _root) = boot()?;
     let mut socket = script(&mut vm, "echo x")?;
     let mut frames = vec![];
@@ -703,7 +703,7 @@ fn a_late_pong_or_ping_after_the_exit_is_no_fault() -> Result<()> {
 }
 
 #[test]
-fn whoever_runs_can_open_the_output_by_its_name() -> Result<()> {
+fn a_command_can_open_its_output_by_name() -> Result<()> {
     const SCRIPT: &str = "echo out >/dev/stdout; echo err >/dev/stderr";
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let script = format!("{SCRIPT}; echo done; sleep 1000");

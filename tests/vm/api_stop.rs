@@ -31,7 +31,7 @@ fn vm(script: &str, stop_signal: &str) -> Result<(Builder, Image)> {
 }
 
 #[test]
-fn the_host_is_told_of_the_vms_life_without_asking() -> Result<()> {
+fn events_report_the_vms_life_cycle() -> Result<()> {
     const QUICK: Duration = Duration::from_millis(900);
     // Others have their turns on this machine: that makes a time longer, never shorter.
     let mut shortest = Duration::MAX;
@@ -84,7 +84,7 @@ fn from_the_exit_event_to_the_end() -> Result<Duration> {
 }
 
 #[test]
-fn a_host_that_listens_late_hears_what_happens_from_then_on() -> Result<()> {
+fn a_host_that_listens_late_gets_later_events() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let socket = dir.path().join("vm.vsock");
     let root = Image::ext4(&Tree::busybox()?, 32)?;
@@ -139,7 +139,7 @@ fn nothing_happens_when_nobody_listens_for_events() -> Result<()> {
 }
 
 #[test]
-fn a_stop_sends_the_stop_signal_and_kills_what_does_not_go() -> Result<()> {
+fn a_stop_sends_the_stop_signal_and_then_sigkill() -> Result<()> {
     // Real-time signals have names relative to the first one, which is 34.
     let script = "trap 'echo got it; exit 3' 37; echo ready; while :; do sleep 0.1; done";
     let (builder, _root) = vm(script, "SIGRTMIN+3")?;
@@ -156,7 +156,7 @@ fn a_stop_sends_the_stop_signal_and_kills_what_does_not_go() -> Result<()> {
 }
 
 #[test]
-fn a_second_stop_shortens_the_time_and_cannot_lengthen_it() -> Result<()> {
+fn a_second_stop_can_only_shorten_the_timeout() -> Result<()> {
     let script = "trap '' TERM INT; echo ready; while :; do sleep 0.1; done";
     let (builder, _root) = vm(script, "SIGINT")?;
     let mut vm = builder.boot()?;

@@ -120,7 +120,7 @@ fn behind(text: &str, name: &str) -> Result<Vec<f64>> {
 }
 
 #[test]
-fn sysinfo_is_what_proc_says_in_the_shape_of_flys() -> Result<()> {
+fn sysinfo_matches_proc_in_the_shape_of_flys() -> Result<()> {
     let tree = Tree::busybox()?.file("/bin/wire", 0o755, assets::guest_program("wire")?)?;
     let root = Image::ext4(&tree, 48)?;
     let volume = Image::ext4(&Tree::empty()?, 16)?;

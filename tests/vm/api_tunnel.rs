@@ -253,7 +253,7 @@ fn tunnels_lead_to_ports_of_the_guest_and_nowhere_else() -> Result<()> {
 }
 
 #[test]
-fn each_end_hears_of_the_others_end_behind_all_that_was_sent() -> Result<()> {
+fn a_half_close_is_forwarded_after_all_data() -> Result<()> {
     const FLOOD: usize = 100_000_000;
     let flood = format!("tcp 127.0.0.1 7003 flood {FLOOD}");
     let (mut vm, _root) = boot(&[
@@ -302,7 +302,7 @@ fn each_end_hears_of_the_others_end_behind_all_that_was_sent() -> Result<()> {
 }
 
 #[test]
-fn who_does_not_read_is_waited_for_by_his_other_end_alone() -> Result<()> {
+fn a_peer_that_does_not_read_blocks_only_its_own_tunnel() -> Result<()> {
     let (mut vm, _root) = boot(&[
         "tcp 127.0.0.1 7001 deaf",
         "tcp 127.0.0.1 7002 flood 1000000000",
@@ -417,7 +417,7 @@ fn who_does_not_read_is_waited_for_by_his_other_end_alone() -> Result<()> {
 }
 
 #[test]
-fn a_round_trip_takes_little_more_than_by_the_least_program_for_it() -> Result<()> {
+fn a_round_trip_takes_little_more_than_with_a_minimal_program() -> Result<()> {
     const ROUNDS: usize = 500;
     let (mut vm, _root) = boot(&[
         "tcp 127.0.0.1 7001 echo",

@@ -15,7 +15,7 @@ fn root() -> Result<Image> {
 }
 
 #[test]
-fn a_boot_that_says_nothing_finds_the_console_too() -> Result<()> {
+fn the_console_is_found_without_a_console_parameter() -> Result<()> {
     let root = root()?;
     let script = guest::report(&[
         ("input", "readlink /proc/$$/fd/0"),
@@ -43,7 +43,7 @@ fn a_boot_that_says_nothing_finds_the_console_too() -> Result<()> {
 }
 
 #[test]
-fn the_machine_restarts_by_its_own_method_and_ctrl_alt_del_is_taken_over() -> Result<()> {
+fn the_machine_restarts_and_ctrl_alt_del_is_handled() -> Result<()> {
     let root = root()?;
     let script = guest::report(&[
         (
@@ -71,7 +71,7 @@ fn the_machine_restarts_by_its_own_method_and_ctrl_alt_del_is_taken_over() -> Re
 }
 
 #[test]
-fn structures_of_the_kernel_are_read_as_laid_out_here_and_children_come_by_clone() -> Result<()> {
+fn kernel_structures_and_clone_match_the_architecture() -> Result<()> {
     let root = root()?;
     let script = "trap 'echo signalled' USR1; echo ready; while :; do sleep 0.1; done";
     let mut vm = Vm::builder()
@@ -116,7 +116,7 @@ fn structures_of_the_kernel_are_read_as_laid_out_here_and_children_come_by_clone
 }
 
 #[test]
-fn a_kernel_with_the_largest_pages_that_debian_has_boots_it() -> Result<()> {
+fn a_kernel_with_debians_largest_pages_boots_it() -> Result<()> {
     let (kernel, page) = match assets::arch() {
         Arch::X86_64 => (assets::kernel()?, "4"),
         Arch::Aarch64 => (Kernel::with_16k_pages()?, "16"),
@@ -190,7 +190,7 @@ fn segments(elf: &[u8]) -> Vec<Segment> {
 }
 
 #[test]
-fn its_segments_lie_on_pages_of_their_own_whatever_size_a_page_has() -> Result<()> {
+fn its_segments_are_aligned_for_every_page_size() -> Result<()> {
     let largest = match assets::arch() {
         Arch::X86_64 => 4 << 10,
         Arch::Aarch64 => 64 << 10,

@@ -311,7 +311,7 @@ fn cgroups_are_a_hybrid_of_v1_controllers_and_v2() {
 }
 
 #[test]
-fn nothing_is_mounted_that_is_not_said() {
+fn nothing_undocumented_is_mounted() {
     let known = |target: &&str| {
         let own = [
             "/",
@@ -350,14 +350,14 @@ fn the_limit_of_open_files_is_10240() {
 }
 
 #[test]
-fn the_user_override_counts_and_not_the_images_user() {
+fn the_user_override_replaces_the_images_user() {
     assert_eq!(field("status", "Uid"), "0\t0\t0\t0");
     assert_eq!(field("status", "Gid"), "0\t0\t0\t0");
     assert_eq!(field("status", "Groups"), "0");
 }
 
 #[test]
-fn the_environment_is_the_images_with_the_extra_one_on_top_and_defaults() {
+fn the_environment_is_merged_from_image_extra_env_and_defaults() {
     let environment: BTreeSet<_> = section("environment").iter().map(String::as_str).collect();
     let expected = [
         "A=2",
@@ -378,12 +378,12 @@ fn the_environment_is_the_images_with_the_extra_one_on_top_and_defaults() {
 }
 
 #[test]
-fn entrypoint_and_cmd_are_the_arguments_and_the_name_is_found_in_path() {
+fn entrypoint_and_cmd_form_argv_and_path_is_searched() {
     assert_eq!(section("argv"), ["[zero][two words][][ünï\u{1f426}]"]);
 }
 
 #[test]
-fn the_working_directory_is_made() {
+fn the_working_directory_is_created() {
     let directory = "755 0:0";
     assert_eq!(
         section("cwd"),
@@ -392,7 +392,7 @@ fn the_working_directory_is_made() {
 }
 
 #[test]
-fn the_workload_has_descriptors_0_to_2_and_no_other() {
+fn the_workload_inherits_only_descriptors_0_to_2() {
     let links: Vec<_> = section("fds")
         .iter()
         .filter_map(|line| line.rsplit_once(" -> "))
@@ -429,7 +429,7 @@ fn the_workload_leads_a_session_without_a_terminal() {
 }
 
 #[test]
-fn the_workload_is_the_only_process_that_boot_has_left() {
+fn no_other_process_is_left_from_the_boot() {
     let [workload, pid] = section("processes") else {
         panic!("{:?}", section("processes"));
     };
@@ -542,7 +542,7 @@ fn an_ipv6_address_can_be_used_at_once() {
 }
 
 #[test]
-fn several_entries_share_a_gateway_and_one_off_the_subnet_is_on_link() {
+fn several_addresses_share_a_gateway_which_may_be_off_subnet() {
     let routes = section("routes");
     let default: Vec<_> = routes
         .iter()
@@ -560,12 +560,12 @@ fn several_entries_share_a_gateway_and_one_off_the_subnet_is_on_link() {
 }
 
 #[test]
-fn checksum_offload_is_switched_off_without_a_word_where_the_device_can() {
+fn checksum_offload_is_disabled_silently_if_the_device_can() {
     assert!(!SEEN.console.contains("offload"), "{}", SEEN.console);
 }
 
 #[test]
-fn volumes_are_mounted_one_in_the_other_and_belong_to_the_user() {
+fn nested_volumes_are_mounted_and_belong_to_the_user() {
     assert_mount("/data", "ext4", "rw relatime", "nosuid nodev noexec");
     assert_mount(
         "/data/inner/deep",
@@ -607,7 +607,7 @@ fn standard_input_is_the_console() {
 }
 
 #[test]
-fn the_log_tells_the_way_of_the_boot_and_who_runs() {
+fn the_log_has_the_boots_steps_and_the_workloads_ids() {
     let lines: Vec<_> = SEEN
         .console
         .lines()
@@ -635,14 +635,14 @@ fn the_log_tells_the_way_of_the_boot_and_who_runs() {
 }
 
 #[test]
-fn the_api_answers_while_the_workload_runs_and_tells_its_exit_code() {
+fn the_api_responds_while_the_workload_runs_and_returns_its_exit_code() {
     assert_eq!(SEEN.status, json!({"ok": true}));
     assert_eq!(SEEN.exit, json!({"code": 0, "oom_killed": false}));
     assert_eq!(SEEN.end, End::Reboot);
 }
 
 #[test]
-fn all_disks_are_clean_afterwards_and_hold_what_was_written() -> Result<()> {
+fn all_disks_are_clean_afterwards_with_all_data() -> Result<()> {
     SEEN.root.check()?;
     SEEN.volumes[0].check()?;
     SEEN.volumes[1].check()?;
@@ -657,7 +657,7 @@ fn all_disks_are_clean_afterwards_and_hold_what_was_written() -> Result<()> {
 }
 
 #[test]
-fn write_protected_disks_are_mounted_as_they_are_and_keep_what_they_have() -> Result<()> {
+fn write_protected_disks_are_mounted_and_stay_unchanged() -> Result<()> {
     let tree = Tree::busybox()?.file("/etc/hosts", 0o644, "192.0.2.9 old\n")?;
     let root = Image::ext4(&tree.dir("/vol", 0o755)?, 32)?;
     let volume = Image::ext4(&Tree::empty()?.file("/note", 0o644, "kept")?, 8)?;
@@ -692,7 +692,7 @@ fn write_protected_disks_are_mounted_as_they_are_and_keep_what_they_have() -> Re
 }
 
 #[test]
-fn a_root_with_nothing_but_a_shell_gets_the_rest() -> Result<()> {
+fn a_root_with_only_a_shell_gets_its_mount_points() -> Result<()> {
     let shell = std::fs::read(assets::busybox()?)?;
     let root = Image::ext4(&Tree::empty()?.file("/busybox", 0o755, shell)?, 16)?;
     let script = guest::report(&[

@@ -28,7 +28,7 @@ fn exec(vm: &mut Vm, script: &str) -> Result<String> {
 }
 
 #[test]
-fn unified_is_v2_alone_with_all_controllers_for_the_groups() -> Result<()> {
+fn unified_is_only_v2_with_all_controllers_enabled() -> Result<()> {
     let root = root()?;
     let script = guest::report(&[
         ("mounts", "grep cgroup /proc/mounts"),
@@ -69,7 +69,7 @@ fn unified_is_v2_alone_with_all_controllers_for_the_groups() -> Result<()> {
 }
 
 #[test]
-fn without_cgroups_nothing_is_mounted_and_all_runs() -> Result<()> {
+fn without_cgroups_nothing_is_mounted_and_everything_works() -> Result<()> {
     let root = root()?;
     let script = "grep -c cgroup /proc/mounts; ls -A /sys/fs/cgroup; read -r line; exit 4";
     let mut vm = Vm::builder()
@@ -88,7 +88,7 @@ fn without_cgroups_nothing_is_mounted_and_all_runs() -> Result<()> {
 }
 
 #[test]
-fn a_layout_that_is_none_is_a_warning_and_the_boot_is_hybrid() -> Result<()> {
+fn an_invalid_layout_is_a_warning_and_hybrid_is_used() -> Result<()> {
     let root = root()?;
     let mut vm = Vm::builder()
         .config(&guest::shell("cat /proc/self/cgroup", json!({})))
@@ -106,7 +106,7 @@ fn a_layout_that_is_none_is_a_warning_and_the_boot_is_hybrid() -> Result<()> {
 }
 
 #[test]
-fn the_workloads_user_owns_his_group_and_root_the_commands() -> Result<()> {
+fn the_workloads_user_owns_its_group_and_root_that_of_commands() -> Result<()> {
     for (layout, v2) in [
         ("hybrid", "/sys/fs/cgroup/unified"),
         ("unified", "/sys/fs/cgroup"),
@@ -152,7 +152,7 @@ fn the_workloads_user_owns_his_group_and_root_the_commands() -> Result<()> {
 }
 
 #[test]
-fn a_workload_that_freezes_its_own_group_does_not_keep_the_host_out() -> Result<()> {
+fn a_workload_that_freezes_its_group_does_not_lock_out_the_host() -> Result<()> {
     let root = root()?;
     let script = "echo frozen soon; echo 1 >/sys/fs/cgroup/unified/workload/cgroup.freeze; exit 7";
     let mut vm = Vm::builder()
@@ -173,7 +173,7 @@ fn a_workload_that_freezes_its_own_group_does_not_keep_the_host_out() -> Result<
 }
 
 #[test]
-fn commands_are_born_in_the_root_when_root_has_taken_their_group_away() -> Result<()> {
+fn commands_start_in_the_root_cgroup_if_their_group_was_removed() -> Result<()> {
     let root = root()?;
     let script = "cd /sys/fs/cgroup/unified; until [ -d commands ]; do sleep 0.01; done
         rmdir commands && echo taken; read -r line";
@@ -190,8 +190,7 @@ fn commands_are_born_in_the_root_when_root_has_taken_their_group_away() -> Resul
 
 /// A command that is held before it has begun has copies of all that PID 1 has open.
 #[test]
-fn commands_held_before_they_have_begun_keep_neither_connections_open_nor_pid_1_awake() -> Result<()>
-{
+fn commands_frozen_at_their_start_keep_no_connection_open() -> Result<()> {
     let root = root()?;
     let script = "cd /sys/fs/cgroup/unified; until [ -d commands ]; do sleep 0.01; done
         echo ready; until [ -e /run/freeze ]; do sleep 0.01; done
@@ -315,7 +314,7 @@ fn runc(name: &str) -> String {
 }
 
 #[test]
-fn in_the_unified_layout_a_users_container_has_limits_of_memory_and_processes() -> Result<()> {
+fn in_unified_a_users_container_has_memory_and_pids_limits() -> Result<()> {
     let mut linux = of_app(limits());
     linux["cgroupsPath"] = json!("/workload/box");
     let root = with_runc(&[("box", linux)])?;
@@ -348,8 +347,7 @@ fn in_the_unified_layout_a_users_container_has_limits_of_memory_and_processes() 
 }
 
 #[test]
-fn in_the_hybrid_layout_limits_are_for_root_whose_v1_hierarchies_have_the_controllers() -> Result<()>
-{
+fn in_hybrid_only_roots_containers_have_limits() -> Result<()> {
     let of_root = json!({"cgroupsPath": "/box", "resources": limits()});
     let root = with_runc(&[
         ("free", of_app(json!({}))),

@@ -265,7 +265,7 @@ fn end(mut vm: Vm) -> Result<()> {
 }
 
 #[test]
-fn a_clone_that_is_told_nothing_goes_on_as_the_original() -> Result<()> {
+fn a_clone_without_a_new_document_continues_as_the_original() -> Result<()> {
     if are_refused()? {
         return Ok(());
     }
@@ -320,7 +320,7 @@ fn is_its_own(vm: &mut Vm, number: usize, call: Option<Duration>) -> Result<()> 
 }
 
 #[test]
-fn clones_whose_host_does_nothing_but_serve_their_metadata_are_each_their_own() -> Result<()> {
+fn clones_get_their_own_identity_from_mmds_alone() -> Result<()> {
     if are_refused()? {
         return Ok(());
     }
@@ -345,7 +345,7 @@ fn clones_whose_host_does_nothing_but_serve_their_metadata_are_each_their_own() 
 }
 
 #[test]
-fn clones_of_a_prepared_vm_stand_still_until_they_are_told_who_they_are() -> Result<()> {
+fn clones_of_a_prepared_vm_stay_frozen_until_restored() -> Result<()> {
     if are_refused()? {
         return Ok(());
     }
@@ -423,7 +423,7 @@ fn uuids(vm: &Vm) -> Result<Vec<String>> {
 }
 
 #[test]
-fn clones_that_nobody_tells_apart_draw_the_same_random_numbers() -> Result<()> {
+fn clones_without_a_restore_share_random_numbers() -> Result<()> {
     if are_refused()? {
         return Ok(());
     }

@@ -37,7 +37,7 @@ fn assert_ran(mut vm: Vm, origin: &str, source: &str, root: &Image) -> Result<()
 }
 
 #[test]
-fn mmds_v2_is_asked_over_one_connection_until_the_host_has_pushed() -> Result<()> {
+fn mmds_v2_is_polled_on_one_connection_until_the_host_has_pushed() -> Result<()> {
     let root = root()?;
     let mmds = Mmds::serving(document("mmds")).push(Push::AfterRequests(4));
     let builder = Vm::builder().config(&document("file")).disk(&root);
@@ -60,7 +60,7 @@ fn mmds_v2_is_asked_over_one_connection_until_the_host_has_pushed() -> Result<()
 }
 
 #[test]
-fn mmds_v1_is_asked_without_a_token_when_v2_is_refused() -> Result<()> {
+fn mmds_v1_is_used_when_v2_is_refused() -> Result<()> {
     let root = root()?;
     let mmds = Mmds::serving(document("mmds"))
         .version(Version::V1Only)
@@ -99,7 +99,7 @@ fn a_document_pushed_after_the_start_is_waited_for() -> Result<()> {
 }
 
 #[test]
-fn lost_torn_slow_and_foreign_answers_are_asked_for_again() -> Result<()> {
+fn lost_truncated_slow_and_invalid_responses_are_retried() -> Result<()> {
     let root = root()?;
     let mmds = Mmds::serving(document("mmds"))
         .faults([
@@ -125,7 +125,7 @@ fn lost_torn_slow_and_foreign_answers_are_asked_for_again() -> Result<()> {
 }
 
 #[test]
-fn the_file_counts_when_nothing_to_run_comes_in_time() -> Result<()> {
+fn the_file_is_used_when_mmds_has_no_command_in_time() -> Result<()> {
     let root = root()?;
     let mmds = Mmds::serving(document("mmds"))
         .before(Before::Document(
@@ -141,14 +141,14 @@ fn the_file_counts_when_nothing_to_run_comes_in_time() -> Result<()> {
 }
 
 #[test]
-fn the_file_counts_when_nobody_answers_on_the_network() -> Result<()> {
+fn the_file_is_used_when_mmds_does_not_respond() -> Result<()> {
     let root = root()?;
     let builder = Vm::builder().config(&document("file")).disk(&root).nic();
     assert_ran(builder.boot()?, "file", "file", &root)
 }
 
 #[test]
-fn with_the_file_wished_for_mmds_is_not_asked_and_a_warn_level_says_nothing() -> Result<()> {
+fn with_config_file_mmds_is_not_used_and_warn_level_is_silent() -> Result<()> {
     let root = root()?;
     let mut vm = Vm::builder()
         .config(&document("file"))
@@ -171,7 +171,7 @@ fn with_the_file_wished_for_mmds_is_not_asked_and_a_warn_level_says_nothing() ->
 }
 
 #[test]
-fn a_document_at_all_limits_is_taken_whole() -> Result<()> {
+fn a_document_at_all_limits_is_accepted() -> Result<()> {
     let root = root()?;
     let script = guest::report(&[
         ("argv", r#"echo $# "$1" "${1020}" "${2044}""#),
@@ -229,7 +229,7 @@ fn a_document_at_all_limits_is_taken_whole() -> Result<()> {
 }
 
 #[test]
-fn escapes_nulls_and_foreign_fields_of_a_file_are_read_as_json_has_them() -> Result<()> {
+fn escapes_nulls_and_unknown_fields_follow_json() -> Result<()> {
     let root = root()?;
     let file = r#" {
         "Zone": {"ExecOverride": ["/bin/false"], "x": [[], {}, "\ud83d\udc26", 1e9]},
@@ -250,7 +250,7 @@ fn escapes_nulls_and_foreign_fields_of_a_file_are_read_as_json_has_them() -> Res
 }
 
 #[test]
-fn modules_load_in_order_and_one_that_cannot_is_a_warning() -> Result<()> {
+fn modules_load_in_order_and_a_failure_is_a_warning() -> Result<()> {
     let root = root()?;
     let mut builder = Vm::builder().without_modules().disk(&root);
     let mut list = String::from("/pigeon/lib/missing.ko\n\n");

@@ -151,7 +151,7 @@ impl Request {
 }
 
 #[test]
-fn the_request_parser_conforms_however_the_bytes_are_cut() {
+fn the_request_parser_conforms_however_the_bytes_are_split() {
     let mut faults = vec![];
     for Exchange {
         name,
@@ -178,7 +178,7 @@ fn the_request_parser_conforms_however_the_bytes_are_cut() {
 }
 
 #[test]
-fn the_frame_decoder_conforms_however_the_bytes_are_cut() {
+fn the_frame_decoder_conforms_however_the_bytes_are_split() {
     let mut faults = vec![];
     for case in cases::frames() {
         let Frames {

@@ -50,7 +50,7 @@ fn exec(vm: &mut Vm, script: &str) -> Result<String> {
 }
 
 #[test]
-fn systemd_in_namespaces_of_its_own_reaches_running() -> Result<()> {
+fn systemd_in_its_own_namespaces_reaches_running() -> Result<()> {
     let debian = debian(&["dbus", "procps", "systemd-sysv"])?;
     // A cgroup for systemd alone, as one whose children have controllers has no process of its own;
     // and a mount of cgroup2 that is made in its cgroup namespace, as paths in a mount are those of the
@@ -118,7 +118,7 @@ fn podman_runs_a_users_container_with_limits() -> Result<()> {
 }
 
 #[test]
-fn redis_answers_its_own_client_on_the_host_without_a_network_device() -> Result<()> {
+fn redis_responds_to_a_client_on_the_host_through_a_tunnel() -> Result<()> {
     let debian = debian(&["redis-server"])?;
     let config = json!({
         "ExecOverride": ["redis-server", "--port", "6379", "--save", "", "--dir", "/tmp"],

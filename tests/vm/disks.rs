@@ -137,7 +137,7 @@ fn a_volume_that_another_mount_namespace_holds_is_clean() -> Result<()> {
 }
 
 #[test]
-fn a_disk_is_clean_whose_swap_file_is_on_a_mount_that_was_detached() -> Result<()> {
+fn a_disk_with_a_swap_file_on_a_detached_mount_is_clean() -> Result<()> {
     let (root, data, other, plain) = (root()?, volume()?, volume()?, without_journal()?);
     let script = "set -e
         swap() { dd if=/dev/zero of=$1 bs=64k count=16 2>/dev/null; chmod 600 $1; mkswap $1 >/dev/null; swapon $1; }
@@ -153,7 +153,7 @@ fn a_disk_is_clean_whose_swap_file_is_on_a_mount_that_was_detached() -> Result<(
 }
 
 #[test]
-fn disks_below_overlays_loop_devices_and_paths_without_end_are_clean() -> Result<()> {
+fn disks_below_overlays_loop_devices_and_deep_paths_are_clean() -> Result<()> {
     let tree = Tree::busybox()?
         .file("/overlay.ko", 0o600, assets::module("overlay")?)?
         .file("/loop.ko", 0o600, assets::module("loop")?)?;
@@ -204,7 +204,7 @@ fn disks_below_overlays_loop_devices_and_paths_without_end_are_clean() -> Result
 }
 
 #[test]
-fn a_disk_waits_for_what_may_stand_on_it() -> Result<()> {
+fn a_disk_waits_for_devices_that_it_may_back() -> Result<()> {
     /// Where the only partition of the file begins, in sectors and in bytes.
     const START: (u32, usize) = (2048, 1 << 20);
     let inner = volume()?;
@@ -245,7 +245,7 @@ fn a_disk_waits_for_what_may_stand_on_it() -> Result<()> {
 }
 
 #[test]
-fn kinds_of_file_systems_that_pid_1_does_not_know_are_clean_too() -> Result<()> {
+fn file_systems_unknown_to_pid_1_are_clean_too() -> Result<()> {
     let mut tree = Tree::busybox()?;
     let mut load = String::new();
     for name in ["libcrc32c", "xfs", "fat", "nls_ascii", "nls_cp437", "vfat"] {
@@ -309,7 +309,7 @@ fn a_disk_that_cannot_be_left_clean_is_named() -> Result<()> {
 }
 
 #[test]
-fn a_volume_that_hangs_while_it_is_mounted_ends_the_boot_and_is_named() -> Result<()> {
+fn a_volume_that_hangs_while_mounting_fails_the_boot_and_is_named() -> Result<()> {
     let (root, data, other) = (root()?, volume()?, volume()?);
     let document = with_volumes("echo the workload runs");
     let mmds = Mmds::serving(document).push(Push::After(Duration::from_secs(2)));
@@ -346,7 +346,7 @@ fn a_volume_that_hangs_while_it_is_mounted_ends_the_boot_and_is_named() -> Resul
 }
 
 #[test]
-fn a_signal_before_the_workload_has_started_ends_the_boot_in_order() -> Result<()> {
+fn a_signal_before_the_workload_starts_aborts_the_boot() -> Result<()> {
     let (root, data, other) = (root()?, volume()?, volume()?);
     let document = with_volumes("echo the workload runs");
     let mmds = Mmds::serving(document).push(Push::After(Duration::from_secs(2)));
@@ -384,7 +384,7 @@ const WRITE: &str = "echo kept >/data/file; echo kept >/other/file; echo kept >/
     echo ready; read -r line; for dir in /var /data /other; do echo more >$dir/more; done";
 
 #[test]
-fn a_volume_that_hangs_at_the_end_costs_no_other_disk_and_is_named() -> Result<()> {
+fn a_volume_that_hangs_at_shutdown_is_named_and_no_other_disk_suffers() -> Result<()> {
     let (root, data, other) = (root()?, volume()?, volume()?);
     let script = format!("{WRITE}; exit 3");
     let mut vm = boot(&with_volumes(&script), &[&root, &data, &other])?;
@@ -401,8 +401,7 @@ fn a_volume_that_hangs_at_the_end_costs_no_other_disk_and_is_named() -> Result<(
 }
 
 #[test]
-fn a_workload_that_a_hanging_disk_holds_in_the_kernel_is_given_up_2_s_after_sigkill() -> Result<()>
-{
+fn a_workload_blocked_by_a_hung_disk_is_given_up_2_s_after_sigkill() -> Result<()> {
     let (root, data, other) = (root()?, volume()?, volume()?);
     let script = format!("{WRITE}; exec dd if=/dev/zero of=/data/more bs=64k count=1 conv=fsync");
     let mut vm = boot(&with_volumes(&script), &[&root, &data, &other])?;
@@ -452,7 +451,7 @@ fn a_workload_that_a_hanging_disk_holds_in_the_kernel_is_given_up_2_s_after_sigk
 }
 
 #[test]
-fn a_root_that_hangs_at_the_end_costs_no_volume_and_is_named() -> Result<()> {
+fn a_root_that_hangs_at_shutdown_is_named_and_no_volume_suffers() -> Result<()> {
     let (root, data, other) = (root()?, volume()?, volume()?);
     let script = format!("{WRITE}; exit 3");
     let mut vm = boot(&with_volumes(&script), &[&root, &data, &other])?;
@@ -495,7 +494,7 @@ fn boot_to_panic(program: &Path, handler: u64, disks: &[&Image]) -> Result<Vm> {
 }
 
 #[test]
-fn a_panic_takes_the_same_orderly_end_and_the_same_limit() -> Result<()> {
+fn a_panic_shuts_down_in_the_usual_order_and_time() -> Result<()> {
     let (program, handler) = with_symbols()?;
     let (root, data, other) = (attacker()?, volume()?, volume()?);
     let mut vm = boot_to_panic(&program, handler, &[&root, &data, &other])?;
@@ -527,7 +526,7 @@ const TRAP: &str =
     "mkdir -p $pids/trap; echo 1 >$pids/trap/cgroup.procs; echo 1 >$pids/trap/pids.max";
 
 #[test]
-fn without_room_for_a_child_a_disk_that_hangs_costs_no_other() -> Result<()> {
+fn without_room_for_a_child_a_hung_disk_blocks_no_other() -> Result<()> {
     let (root, data, other) = (root()?, volume()?, volume()?);
     let script = format!("{WRITE}; pids=/sys/fs/cgroup/pids; {TRAP}; exit 3");
     let mut vm = boot(&with_volumes(&script), &[&root, &data, &other])?;
@@ -541,7 +540,7 @@ fn without_room_for_a_child_a_disk_that_hangs_costs_no_other() -> Result<()> {
 }
 
 #[test]
-fn a_pid_1_that_can_never_fork_has_the_kernel_make_all_read_only() -> Result<()> {
+fn a_pid_1_that_cannot_fork_makes_the_kernel_remount_read_only() -> Result<()> {
     let (root, data, other) = (attacker()?, volume()?, volume()?);
     let script = format!("{WRITE}; attack sterilize; exit 3");
     let mut vm = boot(&with_volumes(&script), &[&root, &data, &other])?;
@@ -572,7 +571,7 @@ fn a_pid_1_that_can_never_fork_has_the_kernel_make_all_read_only() -> Result<()>
 }
 
 #[test]
-fn what_a_v1_cgroup_has_frozen_is_killed_in_time_and_its_disk_is_clean() -> Result<()> {
+fn processes_frozen_by_a_v1_cgroup_are_killed_and_disks_are_clean() -> Result<()> {
     let (root, data, other) = (root()?, volume()?, without_journal()?);
     let script = "set -e
         f=/sys/fs/cgroup/freezer/a/b; mkdir -p $f
@@ -593,7 +592,7 @@ fn what_a_v1_cgroup_has_frozen_is_killed_in_time_and_its_disk_is_clean() -> Resu
 }
 
 #[test]
-fn mounts_shared_with_a_copy_of_the_whole_tree_are_no_trouble() -> Result<()> {
+fn mounts_shared_with_a_copy_of_the_tree_are_unmounted() -> Result<()> {
     let (root, data, other) = (root()?, volume()?, without_journal()?);
     let script = "set -e
         mount --make-rshared /; mkdir /host; mount --rbind / /host
@@ -615,7 +614,7 @@ fn dirty(image: Image) -> Result<Image> {
 }
 
 #[test]
-fn a_read_only_disk_with_a_dirty_journal_is_refused_for_that() -> Result<()> {
+fn a_read_only_disk_with_a_dirty_journal_is_refused() -> Result<()> {
     const WHY: &str =
         "ext4: EROFS (its journal must be replayed, and the device is write-protected)";
     let root = dirty(root()?)?;

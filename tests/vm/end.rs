@@ -47,7 +47,7 @@ fn assert_written(root: &Image, volume: &Image) -> Result<()> {
 }
 
 #[test]
-fn after_a_kill_of_the_workload_in_the_midst_of_writing_all_is_clean_and_kept() -> Result<()> {
+fn a_workload_killed_while_writing_leaves_clean_disks() -> Result<()> {
     let (root, volume) = disks()?;
     let script =
         format!("{WRITERS} echo kept >/data/synced; sync; echo also >/data/written; kill -KILL $$");
@@ -67,7 +67,7 @@ fn after_a_kill_of_the_workload_in_the_midst_of_writing_all_is_clean_and_kept() 
 }
 
 #[test]
-fn what_is_left_gets_sigterm_and_may_finish() -> Result<()> {
+fn remaining_processes_get_sigterm_and_may_finish() -> Result<()> {
     let (root, volume) = disks()?;
     let script = r#"
         setsid sh -c 'trap "echo finished >/data/daemon; exit 0" TERM; echo >/run/up; while :; do sleep 0.02; done' &
@@ -84,7 +84,7 @@ fn what_is_left_gets_sigterm_and_may_finish() -> Result<()> {
 }
 
 #[test]
-fn ctrl_alt_del_or_a_signal_where_there_is_none_asks_the_workload_to_stop() -> Result<()> {
+fn ctrl_alt_del_asks_the_workload_to_stop() -> Result<()> {
     let (root, volume) = disks()?;
     let script = format!(
         "{WRITERS} trap 'echo stopped >/data/bye; exit 3' TERM
@@ -107,8 +107,7 @@ fn ctrl_alt_del_or_a_signal_where_there_is_none_asks_the_workload_to_stop() -> R
 }
 
 #[test]
-fn a_workload_that_does_not_stop_is_killed_10_s_after_ctrl_alt_del_and_never_after_a_signal()
--> Result<()> {
+fn a_workload_that_ignores_ctrl_alt_del_is_killed_after_10_s() -> Result<()> {
     let (root, volume) = disks()?;
     let script = format!("{WRITERS} trap 'cut -d. -f1 /proc/uptime >/run/asked' TERM
         setsid sh -c 'echo >/run/up; while :; do [ ! -e /run/asked ] || echo \"asked $(cat /run/asked) now $(cut -d. -f1 /proc/uptime)\"; sleep 0.2; done' &
@@ -160,7 +159,7 @@ fn asked(line: &str) -> Option<(i64, i64)> {
 }
 
 #[test]
-fn disks_that_stay_busy_are_clean_all_the_same() -> Result<()> {
+fn busy_disks_are_left_clean() -> Result<()> {
     let (root, volume) = disks()?;
     let inner = Image::ext4(&Tree::empty()?, 8)?;
     // Swap files keep both file systems busy when no process is left; mounts lie on each other.
@@ -192,7 +191,7 @@ fn disks_that_stay_busy_are_clean_all_the_same() -> Result<()> {
 }
 
 #[test]
-fn a_late_reader_still_gets_the_exit_code_and_nothing_lasts_longer() -> Result<()> {
+fn a_late_reader_still_gets_the_exit_code() -> Result<()> {
     let (root, _) = disks()?;
     let config = guest::shell("exit 9", json!({}));
     let builder = Vm::builder().config(&config).disk(&root);
@@ -209,7 +208,7 @@ fn a_late_reader_still_gets_the_exit_code_and_nothing_lasts_longer() -> Result<(
 }
 
 #[test]
-fn a_reader_who_has_waited_ends_the_wait_at_once() -> Result<()> {
+fn a_waiting_reader_ends_the_linger_at_once() -> Result<()> {
     let (root, _) = disks()?;
     let config = guest::shell("read -r line; exit 4", json!({}));
     let builder = Vm::builder().config(&config).disk(&root);
@@ -230,7 +229,7 @@ fn a_reader_who_has_waited_ends_the_wait_at_once() -> Result<()> {
 }
 
 #[test]
-fn nobody_who_reads_is_waited_for_as_long_as_the_parameter_says() -> Result<()> {
+fn without_a_reader_the_linger_lasts_as_configured() -> Result<()> {
     let (root, _) = disks()?;
     let config = guest::shell("exit 0", json!({}));
     let builder = Vm::builder().config(&config).disk(&root);
@@ -248,7 +247,7 @@ fn nobody_who_reads_is_waited_for_as_long_as_the_parameter_says() -> Result<()> 
 }
 
 #[test]
-fn without_vsock_nobody_is_waited_for() -> Result<()> {
+fn without_vsock_there_is_no_linger() -> Result<()> {
     let (root, _) = disks()?;
     let config = guest::shell("exit 0", json!({}));
     let builder = Vm::builder().config(&config).disk(&root).without_vsock();
@@ -259,7 +258,7 @@ fn without_vsock_nobody_is_waited_for() -> Result<()> {
 }
 
 #[test]
-fn a_console_that_trickles_makes_the_end_no_longer_than_45_s() -> Result<()> {
+fn a_slow_console_does_not_extend_the_shutdown_beyond_45_s() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     // What fills both pipes, PID 1's queue, the driver's and the host's: at 2 KiB a second more than a
     // minute of it is left when the workload ends, and the console never stands still for 3 s.

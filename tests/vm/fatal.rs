@@ -69,7 +69,7 @@ fn late(builder: Builder, parts: &[&str]) -> Result<()> {
 }
 
 #[test]
-fn without_a_configuration_it_is_told_what_each_source_answered() -> Result<()> {
+fn without_a_configuration_the_error_names_each_source() -> Result<()> {
     let mmds = Mmds::serving(Value::Null).push(Push::Never);
     let builder = Vm::builder().mmds(mmds).arg("PIGEON_MMDS_TIMEOUT_MS=1500");
     early(
@@ -85,7 +85,7 @@ fn without_a_configuration_it_is_told_what_each_source_answered() -> Result<()> 
 }
 
 #[test]
-fn with_mmds_wished_for_the_file_is_not_read() -> Result<()> {
+fn with_config_mmds_the_file_is_not_read() -> Result<()> {
     let root = root()?;
     let mmds = Mmds::serving(Value::Null).always(Fault::Silent);
     let builder = Vm::builder()
@@ -100,7 +100,7 @@ fn with_mmds_wished_for_the_file_is_not_read() -> Result<()> {
 }
 
 #[test]
-fn without_a_network_mmds_alone_is_nothing_to_wait_for() -> Result<()> {
+fn without_a_network_mmds_is_not_waited_for() -> Result<()> {
     early(
         Vm::builder().arg("PIGEON_CONFIG=mmds"),
         &["no configuration", "MMDS", "eth0"],
@@ -108,7 +108,7 @@ fn without_a_network_mmds_alone_is_nothing_to_wait_for() -> Result<()> {
 }
 
 #[test]
-fn a_store_that_stays_without_the_document_is_told_by_its_status() -> Result<()> {
+fn a_missing_document_is_reported_with_the_status() -> Result<()> {
     let mmds = Mmds::serving(Value::Null)
         .before(Before::NotFound)
         .push(Push::Never);
@@ -117,7 +117,7 @@ fn a_store_that_stays_without_the_document_is_told_by_its_status() -> Result<()>
 }
 
 #[test]
-fn what_ends_the_boot_before_its_first_step_is_on_the_console() -> Result<()> {
+fn a_failure_before_the_first_step_is_on_the_console() -> Result<()> {
     // The initrd has something else in its place.
     let builder = Vm::builder().file("/proc", 0o644, "");
     early(builder, &["mount proc on /proc: ENOTDIR\""])
@@ -135,7 +135,7 @@ fn a_wrong_type_in_the_file_names_the_field() -> Result<()> {
 }
 
 #[test]
-fn a_wrong_document_in_mmds_is_not_waited_out_nor_replaced_by_the_file() -> Result<()> {
+fn an_invalid_document_in_mmds_fails_at_once() -> Result<()> {
     let root = root()?;
     let mmds = Mmds::serving(config(json!({"Hostname": 5})));
     let builder = Vm::builder()
@@ -166,7 +166,7 @@ fn a_root_device_without_a_driver_is_waited_for_and_then_named() -> Result<()> {
 }
 
 #[test]
-fn a_root_that_is_no_file_system_is_named() -> Result<()> {
+fn a_root_without_a_file_system_is_named() -> Result<()> {
     let config = config(json!({"RootDevice": "/dev/vdb"}));
     let [fine, blank] = [root()?, Image::blank(8)?];
     let builder = Vm::builder().disk(&fine).disk(&blank).config(&config);
@@ -209,7 +209,7 @@ fn an_unknown_group_is_named_and_the_root_is_clean() -> Result<()> {
 }
 
 #[test]
-fn a_volume_that_is_not_there_is_told_by_the_api_and_all_other_disks_are_clean() -> Result<()> {
+fn a_missing_volume_is_reported_by_the_api_and_disks_are_clean() -> Result<()> {
     let [root, volume] = [root()?, Image::ext4(&Tree::empty()?, 8)?];
     let config = config(json!({"Mounts": [
         {"DevicePath": "/dev/vdb", "MountPath": "/data"},
@@ -222,7 +222,7 @@ fn a_volume_that_is_not_there_is_told_by_the_api_and_all_other_disks_are_clean()
 }
 
 #[test]
-fn a_volume_that_is_no_file_system_is_told_by_the_api() -> Result<()> {
+fn a_volume_without_a_file_system_is_reported_by_the_api() -> Result<()> {
     let [root, volume] = [root()?, Image::blank(8)?];
     let config = config(json!({"Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/data"}]}));
     late(
@@ -241,7 +241,7 @@ fn addresses_without_a_network_are_an_error() -> Result<()> {
 }
 
 #[test]
-fn what_the_kernel_says_about_a_refused_setting_is_told() -> Result<()> {
+fn the_kernels_reason_for_a_refused_setting_is_reported() -> Result<()> {
     let root = root()?;
     let config = config(json!({"MTU": 60, "IPConfigs": [{"IP": "10.0.0.2", "Mask": 24}]}));
     let builder = Vm::builder()

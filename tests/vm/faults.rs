@@ -51,7 +51,7 @@ fn fails_after(requests: u32, image: &Image, events: &[&str]) -> Disk {
 }
 
 #[test]
-fn a_root_that_hangs_is_told_of_and_does_not_hang_pid_1() -> Result<()> {
+fn a_hung_root_is_reported_and_does_not_block_pid_1() -> Result<()> {
     let root = root()?;
     let document = guest::shell("echo the workload runs", json!({}));
     let mmds = Mmds::serving(document).push(Push::After(Duration::from_secs(2)));
@@ -76,7 +76,7 @@ fn a_root_that_hangs_is_told_of_and_does_not_hang_pid_1() -> Result<()> {
 }
 
 #[test]
-fn a_volume_that_fails_harms_neither_the_end_nor_the_root() -> Result<()> {
+fn a_failed_volume_affects_neither_the_shutdown_nor_the_root() -> Result<()> {
     let (root, volume) = (root()?, Image::ext4(&Tree::empty()?, 16)?);
     let script = "echo kept >/var/file
         i=0; while dd if=/dev/zero of=/data/$i bs=4k count=4 conv=fsync 2>/dev/null; do i=$((i + 1)); done
@@ -97,7 +97,7 @@ fn a_volume_that_fails_harms_neither_the_end_nor_the_root() -> Result<()> {
 }
 
 #[test]
-fn a_root_that_fails_under_way_leaves_the_api_and_the_end_as_they_are() -> Result<()> {
+fn a_root_that_fails_later_affects_neither_api_nor_shutdown() -> Result<()> {
     let tree = Tree::busybox()?.file("/bin/cold", 0o755, "#!/bin/sh\necho warm\n")?;
     let (root, volume) = (Image::ext4(&tree, 32)?, Image::ext4(&Tree::empty()?, 16)?);
     let script = "echo kept >/data/file; sync
@@ -164,7 +164,7 @@ fn boot_damaged(root: &Image, volume: &Image, script: &str) -> Result<Vm> {
 }
 
 #[test]
-fn a_root_that_becomes_read_only_for_its_errors_harms_nothing_else() -> Result<()> {
+fn a_root_remounted_read_only_on_errors_affects_nothing_else() -> Result<()> {
     let (root, volume) = (
         damaged(&["clri /var/broken"])?,
         Image::ext4(&Tree::empty()?, 16)?,
@@ -195,8 +195,7 @@ fn a_root_that_becomes_read_only_for_its_errors_harms_nothing_else() -> Result<(
 }
 
 #[test]
-fn a_root_that_becomes_read_only_as_pid_1_writes_to_it_keeps_its_files_and_the_workload_runs()
--> Result<()> {
+fn a_root_that_becomes_read_only_during_the_boot_still_boots() -> Result<()> {
     // No inode of it can be had.
     let (root, volume) = (damaged(&[])?, Image::ext4(&Tree::empty()?, 16)?);
     let layout = run(Command::new(assets::tool("dumpe2fs")?).arg(root.path()))?;
@@ -236,7 +235,7 @@ fn a_root_that_becomes_read_only_as_pid_1_writes_to_it_keeps_its_files_and_the_w
 }
 
 #[test]
-fn a_root_whose_own_files_are_damaged_is_told_of() -> Result<()> {
+fn a_root_with_damaged_files_is_reported() -> Result<()> {
     let (root, volume) = (
         damaged(&["clri /etc/hosts"])?,
         Image::ext4(&Tree::empty()?, 16)?,
@@ -253,7 +252,7 @@ fn a_root_whose_own_files_are_damaged_is_told_of() -> Result<()> {
 }
 
 #[test]
-fn a_command_on_a_root_that_cannot_be_read_is_an_error_of_its_own() -> Result<()> {
+fn a_command_on_an_unreadable_root_returns_an_error() -> Result<()> {
     let noise: Vec<u8> = (0..1 << 20)
         .map(|n: u32| (n.wrapping_mul(2_654_435_761) >> 13) as u8)
         .collect();
@@ -289,7 +288,7 @@ fn a_command_on_a_root_that_cannot_be_read_is_an_error_of_its_own() -> Result<()
 }
 
 #[test]
-fn a_network_without_anybody_costs_the_wait_for_mmds_and_no_more() -> Result<()> {
+fn an_empty_network_costs_only_the_mmds_timeout() -> Result<()> {
     let root = root()?;
     let config = guest::shell("exit 8", json!({}));
     let builder = Vm::builder().tap().config(&config).disk(&root);
@@ -301,7 +300,7 @@ fn a_network_without_anybody_costs_the_wait_for_mmds_and_no_more() -> Result<()>
 }
 
 #[test]
-fn a_connection_that_cannot_be_registered_is_served_as_soon_as_it_can() -> Result<()> {
+fn a_connection_that_cannot_be_registered_is_retried() -> Result<()> {
     let root = root()?;
     // From here on no epoll instance of root's takes one more file (epoll(7)).
     let script = "limit=/proc/sys/fs/epoll/max_user_watches; usual=$(cat $limit)
@@ -328,8 +327,7 @@ fn a_connection_that_cannot_be_registered_is_served_as_soon_as_it_can() -> Resul
 }
 
 #[test]
-fn signals_and_connections_are_heard_of_although_neither_could_be_registered_at_first() -> Result<()>
-{
+fn failed_registrations_of_signals_and_listener_are_retried() -> Result<()> {
     let root = root()?;
     // No epoll instance takes a file until the document's own setting is in force; by then PID 1 has
     // its signals and its port.

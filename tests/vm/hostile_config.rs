@@ -437,7 +437,7 @@ fn refused() -> Vec<Refused> {
 }
 
 #[test]
-fn check_says_in_one_line_what_is_wrong_with_each_bad_document() -> Result<()> {
+fn check_reports_each_bad_document_in_one_line() -> Result<()> {
     let cases = refused();
     let names: HashSet<_> = cases.iter().map(|case| &case.name).collect();
     assert!(
@@ -909,7 +909,7 @@ echo ">>> $case $?" >/dev/console
 const REBOOTED: i32 = 128 + 1;
 
 #[test]
-fn every_bad_document_and_every_bad_root_ends_with_one_clear_line_and_clean_disks() -> Result<()> {
+fn bad_documents_and_roots_end_with_one_line_and_clean_disks() -> Result<()> {
     let (documents, boots) = (refused(), boots());
     let pristine = Image::ext4(&Tree::busybox()?, 12)?;
     let mut tree = Tree::busybox()?

@@ -234,14 +234,14 @@ fn strike(rest: Value) -> Result<()> {
 }
 
 #[test]
-fn commands_struck_before_they_have_begun_leave_pid_1_as_it_was() -> Result<()> {
+fn commands_killed_before_execve_leave_pid_1_intact() -> Result<()> {
     strike(json!({"Rlimits": {"CORE": "unlimited"}}))
 }
 
 /// Their own user can strike them from the moment on at which they are his. The kernel is told to write
 /// cores of programs with changed ids, as systemd-coredump and apport have it.
 #[test]
-fn commands_struck_by_their_own_user_give_none_of_pid_1s_memory_away() -> Result<()> {
+fn commands_killed_by_their_user_do_not_leak_pid_1s_memory() -> Result<()> {
     strike(json!({
         "UserOverride": "nobody",
         "Rlimits": {"CORE": "unlimited"},
@@ -250,7 +250,7 @@ fn commands_struck_by_their_own_user_give_none_of_pid_1s_memory_away() -> Result
 }
 
 #[test]
-fn whoever_fills_all_there_is_for_files_in_memory_leaves_some() -> Result<()> {
+fn filling_all_memory_file_systems_leaves_some_memory() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
     let script = "for dir in /dev/shm /run/lock; do
             dd if=/dev/zero of=$dir/full bs=64k 2>&1 | grep -o 'No space left on device'
@@ -402,12 +402,12 @@ fn resist(extra: &str) -> Result<()> {
 }
 
 #[test]
-fn disks_held_hidden_and_mounted_elsewhere_are_clean_all_the_same() -> Result<()> {
+fn disks_held_hidden_and_mounted_elsewhere_are_clean() -> Result<()> {
     resist("")
 }
 
 #[test]
-fn disks_are_clean_also_when_pid_1_can_have_no_child_no_memory_and_no_file() -> Result<()> {
+fn disks_are_clean_even_if_pid_1_cannot_fork_or_allocate() -> Result<()> {
     resist(
         "trap=/sys/fs/cgroup/pids/trap; mkdir $trap; echo 1 >$trap/cgroup.procs; echo 1 >$trap/pids.max
         attack limits",
@@ -415,7 +415,7 @@ fn disks_are_clean_also_when_pid_1_can_have_no_child_no_memory_and_no_file() -> 
 }
 
 #[test]
-fn a_gibibyte_of_a_command_and_output_without_end_are_taken_in_passing() -> Result<()> {
+fn a_gibibyte_of_output_and_endless_output_are_drained() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
     // It writes until it is killed: the console takes as much as it can.
     let script = format!("{FILL}; echo ready; read -r line; exec yes");
@@ -471,7 +471,7 @@ fn a_gibibyte_of_a_command_and_output_without_end_are_taken_in_passing() -> Resu
 
 /// A process can keep a pipe locked for everybody, without root: by splice(2).
 #[test]
-fn pipes_that_others_keep_locked_hold_up_nobody_else() -> Result<()> {
+fn pipes_that_are_kept_locked_block_nothing_else() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
     let script = "attack plug 'before
 ' 3
@@ -577,7 +577,7 @@ fn pipes_that_others_keep_locked_hold_up_nobody_else() -> Result<()> {
 }
 
 #[test]
-fn a_workload_that_eats_all_memory_is_the_only_one_to_be_killed_for_it() -> Result<()> {
+fn only_the_workload_that_eats_all_memory_is_killed() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
     let volume = Image::ext4(&Tree::empty()?, 16)?;
     // Files in memory first, which nobody can kill.
@@ -607,7 +607,7 @@ fn a_workload_that_eats_all_memory_is_the_only_one_to_be_killed_for_it() -> Resu
 }
 
 #[test]
-fn files_in_memory_that_nobody_can_kill_leave_the_api_and_the_end_their_part() -> Result<()> {
+fn memory_held_by_files_leaves_enough_for_api_and_shutdown() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
     let volume = Image::ext4(&Tree::empty()?, 16)?;
     // Half of the memory is what it may have.

@@ -24,7 +24,7 @@ fn shell(vm: &mut Vm, script: &str) -> Result<String> {
 }
 
 #[test]
-fn what_the_image_has_in_run_is_there() -> Result<()> {
+fn the_images_run_directory_is_copied() -> Result<()> {
     let tree = Tree::busybox()?
         .symlink("/var/run", "/run")?
         .dir("/run/sshd", 0o755)?
@@ -80,7 +80,7 @@ fn what_the_image_has_in_run_is_there() -> Result<()> {
 }
 
 #[test]
-fn more_in_run_than_is_carried_is_a_warning() -> Result<()> {
+fn exceeding_the_limits_of_run_is_a_warning() -> Result<()> {
     let mut many = Tree::busybox()?.dir("/run/first", 0o755)?;
     for number in 0..1100 {
         many = many.file(&format!("/run/many/{number}"), 0o644, "")?;
@@ -120,7 +120,7 @@ fn more_in_run_than_is_carried_is_a_warning() -> Result<()> {
 }
 
 #[test]
-fn the_standard_streams_can_be_opened_by_their_names() -> Result<()> {
+fn the_standard_streams_can_be_opened_by_name() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     // As the console's user, as one of a pipe, and as one of a terminal; /dev/null stays everybody's.
     let script =
@@ -176,7 +176,7 @@ fn a_user_can_serve_port_80_and_ping() -> Result<()> {
 }
 
 #[test]
-fn helpers_alone_are_spared_by_the_oom_killer_whoever_covers_proc() -> Result<()> {
+fn only_helpers_are_exempt_from_the_oom_killer() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     // A copy of /proc stays for looking.
     let script = "cat /proc/self/oom_score_adj; mkdir /tmp/proc; mount --bind /proc /tmp/proc
@@ -203,7 +203,7 @@ fn helpers_alone_are_spared_by_the_oom_killer_whoever_covers_proc() -> Result<()
 }
 
 #[test]
-fn hosts_and_resolv_conf_are_mounted_over_those_of_a_read_only_root() -> Result<()> {
+fn hosts_and_resolv_conf_are_mounted_over_on_a_read_only_root() -> Result<()> {
     let config = |script: &str| {
         guest::shell(
             script,
@@ -253,7 +253,7 @@ fn hosts_and_resolv_conf_are_mounted_over_those_of_a_read_only_root() -> Result<
 }
 
 #[test]
-fn resource_limits_are_the_workloads_and_its_commands_and_not_pid_1s() -> Result<()> {
+fn resource_limits_apply_to_workload_and_commands_only() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let rest = json!({
         "UserOverride": "app",
@@ -281,7 +281,7 @@ fn resource_limits_are_the_workloads_and_its_commands_and_not_pid_1s() -> Result
 }
 
 #[test]
-fn kernel_parameters_are_set_and_one_that_fails_is_fatal_and_named() -> Result<()> {
+fn sysctls_are_set_and_a_failing_one_is_fatal_and_named() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let rest = json!({"Sysctls": {
         "net.core.somaxconn": "1234",
@@ -321,7 +321,7 @@ fn kernel_parameters_are_set_and_one_that_fails_is_fatal_and_named() -> Result<(
 }
 
 #[test]
-fn addresses_go_to_the_interface_that_they_name() -> Result<()> {
+fn addresses_are_added_to_their_interface() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let boot = |device: &str| {
         let rest = json!({"IPConfigs": [
@@ -378,7 +378,7 @@ fn writes(vm: &mut Vm) -> Result<(u64, u64)> {
 }
 
 #[test]
-fn names_are_not_written_again_and_never_flushed() -> Result<()> {
+fn unchanged_etc_files_are_not_written_and_never_flushed() -> Result<()> {
     let tree = Tree::busybox()?
         .file("/etc/hosts", 0o644, "127.0.0.1 localhost\n")?
         .dir("/data", 0o755)?;

@@ -77,7 +77,7 @@ fn what_a_guest_writes_is_on_its_disk_afterwards() -> Result<()> {
 }
 
 #[test]
-fn a_disk_fails_as_it_is_told_to() -> Result<()> {
+fn a_disk_fails_as_configured() -> Result<()> {
     let image = Image::ext4(&Tree::empty()?, 16)?;
     let damaged = "[inject-error]\nevent = \"read_aio\"\nerrno = \"5\"\nsector = \"2\"\n";
     // ENOSPC: the host's own disk is full.
@@ -96,15 +96,14 @@ fn a_disk_fails_as_it_is_told_to() -> Result<()> {
 }
 
 #[test]
-fn a_panic_is_told_from_a_reboot() -> Result<()> {
+fn a_panic_is_distinguished_from_a_reboot() -> Result<()> {
     let mut vm = busybox("echo c >/proc/sysrq-trigger\n")?.boot()?;
     assert_eq!(vm.wait_end()?, End::Panic);
     Ok(())
 }
 
 #[test]
-fn the_guest_gets_keys_typed_also_after_a_pause_and_ctrl_alt_del_where_there_is_a_keyboard()
--> Result<()> {
+fn the_guest_gets_typed_keys_and_ctrl_alt_del() -> Result<()> {
     let mut vm = busybox("echo ready; read line; echo \"read: $line\"\n")?.boot()?;
     vm.wait_for("ready")?;
     vm.pause()?;
@@ -229,7 +228,7 @@ fn each_connection_to_mmds_fails_in_its_own_way() -> Result<()> {
 }
 
 #[test]
-fn whatever_lies_behind_any_gateway_answers_but_mmds_that_is_not_there() -> Result<()> {
+fn any_gateway_responds_but_not_an_absent_mmds() -> Result<()> {
     let script = guest::report(&[
         (
             "far",
@@ -249,7 +248,7 @@ fn whatever_lies_behind_any_gateway_answers_but_mmds_that_is_not_there() -> Resu
 }
 
 #[test]
-fn deterministic_time_is_the_same_twice() -> Result<()> {
+fn deterministic_time_is_repeatable() -> Result<()> {
     let uptime = || {
         let script = guest::report(&[("sched", "head -n 3 /proc/sched_debug /proc/uptime")]);
         let mut vm = busybox(&(script + "reboot -f\n"))?
@@ -317,7 +316,7 @@ fn exchange(stream: &UnixStream, size: usize) -> Result<()> {
 }
 
 #[test]
-fn bulk_in_both_directions_at_once_does_not_stall_on_one_processor_or_two() -> Result<()> {
+fn bulk_data_in_both_directions_does_not_stall() -> Result<()> {
     for cpus in [1, 2] {
         let mut vm = vsock_vm()?.cpus(cpus).boot()?;
         for _ in 0..3 {
@@ -339,7 +338,7 @@ fn bulk_in_both_directions_at_once_does_not_stall_on_one_processor_or_two() -> R
 }
 
 #[test]
-fn all_that_a_guest_sent_before_it_closed_comes_and_then_the_end_of_file() -> Result<()> {
+fn all_data_sent_before_a_close_arrives_before_the_end() -> Result<()> {
     const SENT: usize = 1 << 20;
     let mut vm = vsock_vm()?.boot()?;
     // A reader that pauses with so much unread: in some of these the guest has closed, and the last
@@ -361,7 +360,7 @@ fn all_that_a_guest_sent_before_it_closed_comes_and_then_the_end_of_file() -> Re
 }
 
 #[test]
-fn a_host_that_calls_before_the_guest_has_booted_does_no_harm() -> Result<()> {
+fn a_connection_before_the_guest_has_booted_does_no_harm() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let socket = dir.path().join("vm.vsock");
     let mut vm = vsock_vm()?.vsock(&socket).boot()?;
@@ -385,7 +384,7 @@ fn a_host_that_calls_before_the_guest_has_booted_does_no_harm() -> Result<()> {
 }
 
 #[test]
-fn vsock_goes_on_after_a_pause() -> Result<()> {
+fn vsock_continues_after_a_pause() -> Result<()> {
     let mut vm = vsock_vm()?.boot()?;
     let before = echo(&mut vm)?;
     exchange(&before, 1000)?;
@@ -404,7 +403,7 @@ fn vsock_goes_on_after_a_pause() -> Result<()> {
 }
 
 #[test]
-fn vsock_is_plugged_again_after_a_snapshot_in_the_vm_and_in_its_clone() -> Result<()> {
+fn vsock_is_replugged_in_the_vm_and_its_clone_after_a_snapshot() -> Result<()> {
     if assets::arch() != Arch::X86_64 {
         // There is no machine for it.
         assert!(vsock_vm()?.restorable().boot().is_err());
@@ -430,7 +429,7 @@ fn vsock_is_plugged_again_after_a_snapshot_in_the_vm_and_in_its_clone() -> Resul
 }
 
 #[test]
-fn a_guest_reaches_the_hosts_ports_where_somebody_listens() -> Result<()> {
+fn a_guest_reaches_listening_ports_of_the_host() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let socket = dir.path().join("vm.vsock");
     let mut vm = vsock_vm()?.vsock(&socket).boot()?;

@@ -58,7 +58,7 @@ fn with(rest: Value) -> String {
 }
 
 #[test]
-fn a_build_in_another_place_makes_the_same_bytes() -> Result<()> {
+fn a_build_in_another_directory_is_identical() -> Result<()> {
     let place = tempfile::Builder::new()
         .prefix("another place ")
         .tempdir()?;
@@ -124,7 +124,7 @@ fn the_lab_has_the_features_of_the_init() -> Result<()> {
 }
 
 #[test]
-fn without_pid_1_it_tells_its_version_and_its_use_and_nothing_else() -> Result<()> {
+fn when_not_pid_1_it_only_has_version_help_and_check() -> Result<()> {
     let version = init(&["--version"])?;
     let text = String::from_utf8(version.stdout)?;
     assert!(
@@ -185,7 +185,7 @@ fn check_prints_what_the_example_would_run() -> Result<()> {
 }
 
 #[test]
-fn check_refuses_what_a_boot_would_and_names_the_field() -> Result<()> {
+fn check_refuses_what_a_boot_refuses_and_names_the_field() -> Result<()> {
     assert_refused(with(json!({"MTU": "1500"})), &["MTU"])?;
     assert_refused(with(json!({"MTU": 1500.5})), &["MTU"])?;
     assert_refused(with(json!({"Hostname": {}})), &["Hostname"])?;
@@ -239,7 +239,7 @@ fn check_refuses_what_a_boot_would_and_names_the_field() -> Result<()> {
 }
 
 #[test]
-fn check_refuses_what_is_no_json_of_any_depth_or_size() -> Result<()> {
+fn check_refuses_invalid_json_of_any_depth_or_size() -> Result<()> {
     for wrong in [
         "",
         " ",
@@ -276,7 +276,7 @@ fn check_refuses_what_is_no_json_of_any_depth_or_size() -> Result<()> {
 }
 
 #[test]
-fn check_takes_as_many_as_promised_and_names_the_limit_over_which_it_refuses() -> Result<()> {
+fn check_accepts_the_documented_limits_and_names_an_exceeded_one() -> Result<()> {
     let list =
         |count: usize, item: &dyn Fn(usize) -> Value| -> Value { (0..count).map(item).collect() };
     let word = |n: usize| json!(format!("A{n}=1"));

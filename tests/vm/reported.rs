@@ -54,7 +54,7 @@ fn shell(api: &mut Client<UnixStream>, script: &str) -> Result<String> {
 }
 
 #[test]
-fn accounts_that_misled_others_do_not_mislead_this_one() -> Result<()> {
+fn account_files_that_broke_other_runtimes_work() -> Result<()> {
     let tree =
         Tree::busybox()?
             .file("/etc/passwd", 0o644, PASSWD)?
@@ -144,7 +144,7 @@ fn exited(code: i32) -> Option<Value> {
 }
 
 #[test]
-fn terminals_and_sessions_that_hung_others_or_lost_output_do_neither_here() -> Result<()> {
+fn terminals_and_sessions_that_broke_other_agents_work() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let config = json!({"ExecOverride": ["/bin/sleep", "100000"], "UserOverride": "app"});
     let builder = Vm::builder().config(&config).disk(&root);
@@ -227,7 +227,7 @@ fn terminals_and_sessions_that_hung_others_or_lost_output_do_neither_here() -> R
 }
 
 #[test]
-fn requests_that_starved_other_agents_do_not_starve_this_one() -> Result<()> {
+fn requests_that_starved_other_agents_work() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let config = json!({"ExecOverride": ["/bin/sleep", "100000"]});
     let builder = Vm::builder().config(&config).disk(&root);
@@ -322,7 +322,7 @@ fn requests_that_starved_other_agents_do_not_starve_this_one() -> Result<()> {
 }
 
 #[test]
-fn disks_that_others_left_dirty_are_clean_or_named() -> Result<()> {
+fn disks_that_other_inits_left_dirty_are_clean_or_named() -> Result<()> {
     let root = Image::ext4(
         &Tree::busybox()?
             .dir("/a", 0o755)?
@@ -411,7 +411,7 @@ fn disks_that_others_left_dirty_are_clean_or_named() -> Result<()> {
 }
 
 #[test]
-fn networks_and_images_that_broke_others_do_not_break_this_one() -> Result<()> {
+fn networks_and_images_that_broke_other_inits_work() -> Result<()> {
     let hosts = "127.0.0.1\tlocalhost\n";
     let tree = Tree::busybox()?.file("/etc/hosts", 0o644, hosts)?;
     let root = Image::ext4(&tree, 32)?;

@@ -56,7 +56,7 @@ fn bytes(image: &Image) -> Result<Vec<u8>> {
 }
 
 #[test]
-fn roots_of_read_only_kinds_are_found_and_mounted() -> Result<()> {
+fn roots_of_read_only_types_are_found_and_mounted() -> Result<()> {
     for (format, name) in [(Format::Squashfs, "squashfs"), (Format::Erofs, "erofs")] {
         let root = Image::packed(&tree()?, format)?;
         let before = bytes(&root)?;
@@ -118,7 +118,7 @@ fn a_root_with_an_overlay_in_memory_is_never_written_to() -> Result<()> {
 }
 
 #[test]
-fn a_full_layer_is_the_workloads_affair() -> Result<()> {
+fn a_full_layer_is_only_the_workloads_problem() -> Result<()> {
     let root = Image::packed(&tree()?, Format::Erofs)?;
     let script = "dd if=/dev/zero of=/filled bs=64k count=300; echo filled $?; echo ready; read -r line; exit 8";
     let rest = json!({"RootOverlay": "tmpfs:size=8m"});
@@ -196,7 +196,7 @@ fn leave_a_journal(root: &Image) -> Result<()> {
 }
 
 #[test]
-fn a_shared_root_whose_journal_was_left_is_refused_with_that_reason() -> Result<()> {
+fn a_shared_root_with_a_dirty_journal_is_refused() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
     leave_a_journal(&root)?;
     let before = bytes(&root)?;
@@ -251,7 +251,7 @@ fn a_root_that_the_kernel_has_no_driver_for_says_so() -> Result<()> {
 }
 
 #[test]
-fn volumes_have_types_and_options_and_can_be_read_only_or_in_memory() -> Result<()> {
+fn volumes_can_have_types_options_be_read_only_or_tmpfs() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let volumes = [
         Image::ext4(&Tree::empty()?.file("/note", 0o644, "kept\n")?, 8)?,
@@ -298,7 +298,7 @@ fn volumes_have_types_and_options_and_can_be_read_only_or_in_memory() -> Result<
 }
 
 #[test]
-fn xfs_and_btrfs_are_roots_on_partitions_and_volumes_and_are_left_clean() -> Result<()> {
+fn xfs_and_btrfs_work_as_roots_and_volumes_and_are_left_clean() -> Result<()> {
     // Each of them is in another mount namespace, too, which a file keeps.
     const HOLD: &str = "mkdir /run/ns; mount -t tmpfs x /run/ns; touch /run/ns/mnt
         unshare --mount=/run/ns/mnt true";
@@ -373,7 +373,7 @@ fn xfs_and_btrfs_are_roots_on_partitions_and_volumes_and_are_left_clean() -> Res
 }
 
 #[test]
-fn an_xfs_or_btrfs_that_was_not_unmounted_is_replayed_or_refused_for_that() -> Result<()> {
+fn an_xfs_or_btrfs_with_a_dirty_log_is_replayed_or_refused() -> Result<()> {
     let base = Image::ext4(&tree()?.dir("/x", 0o755)?.dir("/b", 0o755)?, 32)?;
     let (xfs, btrfs) = (Image::xfs(&tree()?)?, Image::btrfs(&tree()?)?);
     let rest = json!({"Mounts": [
@@ -421,7 +421,7 @@ fn an_xfs_or_btrfs_that_was_not_unmounted_is_replayed_or_refused_for_that() -> R
 }
 
 #[test]
-fn of_those_that_can_only_be_frozen_an_xfs_is_named_and_a_btrfs_is_clean() -> Result<()> {
+fn a_frozen_xfs_is_named_and_a_frozen_btrfs_is_clean() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
     let (xfs, btrfs) = (Image::xfs(&Tree::empty()?)?, Image::btrfs(&Tree::empty()?)?);
     let rest = json!({"Mounts": [
@@ -449,7 +449,7 @@ fn of_those_that_can_only_be_frozen_an_xfs_is_named_and_a_btrfs_is_clean() -> Re
 }
 
 #[test]
-fn a_btrfs_that_hangs_at_the_end_is_named_and_a_btrfs_root_is_clean() -> Result<()> {
+fn a_btrfs_that_hangs_at_shutdown_is_named_and_a_btrfs_root_is_clean() -> Result<()> {
     let root = Image::btrfs(&tree()?.dir("/b", 0o755)?)?;
     let btrfs = Image::btrfs(&Tree::empty()?)?;
     let rest = json!({"Mounts": [{"DevicePath": "/dev/vdb", "MountPath": "/b"}]});

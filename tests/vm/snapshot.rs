@@ -81,7 +81,7 @@ fn error(response: &Response) -> Result<String> {
 }
 
 #[test]
-fn all_processes_stand_still_while_held_and_go_on_where_they_were() -> Result<()> {
+fn all_processes_are_frozen_during_a_hold_and_continue_after_it() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let script = format!(
         "trap 'echo got term; exit 3' TERM; ({}) & wait",
@@ -239,7 +239,7 @@ fn all_processes_stand_still_while_held_and_go_on_where_they_were() -> Result<()
 }
 
 #[test]
-fn who_cannot_be_frozen_is_named_and_all_goes_on() -> Result<()> {
+fn processes_that_cannot_be_frozen_are_named_and_all_are_thawed() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let volume = Image::ext4(&Tree::empty()?, 32)?;
     let config = guest::shell(
@@ -311,7 +311,7 @@ fn who_cannot_be_frozen_is_named_and_all_goes_on() -> Result<()> {
 }
 
 #[test]
-fn without_cgroup_v2_and_where_it_is_off_there_is_no_hold() -> Result<()> {
+fn a_hold_needs_cgroup_v2_and_can_be_disabled() -> Result<()> {
     for (arg, why) in [
         ("PIGEON_CGROUPS=none", "there is no cgroup v2"),
         ("PIGEON_RESTORE=off", "PIGEON_RESTORE is off"),
@@ -395,7 +395,7 @@ fn seconds(vm: &mut Vm) -> Result<u64> {
 }
 
 #[test]
-fn a_restore_by_a_call_makes_the_vm_another_one() -> Result<()> {
+fn a_restore_by_a_call_gives_the_vm_a_new_identity() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let volume = Image::ext4(&Tree::empty()?.file("here", 0o644, "volume")?, 32)?;
     let dir = tempfile::tempdir()?;
@@ -644,7 +644,7 @@ fn a_restore_by_a_call_makes_the_vm_another_one() -> Result<()> {
 }
 
 #[test]
-fn a_restore_asks_mmds_as_the_boot_did() -> Result<()> {
+fn a_restore_fetches_the_document_from_mmds() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     // What is pushed after the boot's question is the clone's.
     let mmds = Mmds::serving(document("clone", 2, 12))
@@ -698,7 +698,7 @@ fn a_restore_asks_mmds_as_the_boot_did() -> Result<()> {
 }
 
 #[test]
-fn a_call_fails_when_mmds_that_the_boot_had_never_comes() -> Result<()> {
+fn a_restore_call_fails_when_mmds_is_gone() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let mut faults = vec![Fault::Drip(Duration::from_micros(1))];
     faults.resize(64, Fault::Silent);
@@ -758,7 +758,7 @@ fn set_generation(generation: u8) -> String {
 
 /// With a disk that hangs: one that is to be mounted, and one that is to be written to.
 #[test]
-fn what_waits_for_a_disk_is_given_up_and_leaves_nothing_behind() -> Result<()> {
+fn a_restore_blocked_by_a_disk_is_given_up() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let disks = [
         Image::ext4(&Tree::empty()?, 32)?,
@@ -845,7 +845,7 @@ fn make_kernel_log(vm: &mut Vm) -> Result<()> {
 /// With a file in place of the device, which cannot be waited for: it is looked at when the kernel logs
 /// something.
 #[test]
-fn a_vmclock_with_another_generation_starts_a_restore_by_itself() -> Result<()> {
+fn a_new_vmclock_generation_triggers_a_restore() -> Result<()> {
     let attack = assets::guest_program("attack")?;
     let root = Image::ext4(&Tree::busybox()?.file("/bin/attack", 0o755, attack)?, 32)?;
     let volume = Image::ext4(&Tree::empty()?, 32)?;

@@ -37,7 +37,7 @@ fn assert_exit((exit, console): &(Value, String), code: i32, oom_killed: bool) {
 }
 
 #[test]
-fn a_command_that_is_not_there_is_127() -> Result<()> {
+fn a_command_that_is_not_found_is_127() -> Result<()> {
     let config =
         json!({"ExecOverride": ["nosuch", "argument"], "ExtraEnv": {"PATH": "/usr/bin:/none"}});
     let seen = run(&config, &root()?)?;
@@ -159,7 +159,7 @@ fn a_burst_of_2000_zombies_and_a_chain_of_orphans_are_all_reaped() -> Result<()>
 }
 
 #[test]
-fn a_workload_that_the_kernels_oom_killer_kills_is_told_apart() -> Result<()> {
+fn a_workload_killed_by_the_oom_killer_is_reported_as_such() -> Result<()> {
     let root = root()?;
     let config = guest::shell("exec tail /dev/zero", json!({"UserOverride": "app"}));
     let mut vm = Vm::builder()
@@ -185,7 +185,7 @@ fn an_oom_kill_in_the_workloads_own_cgroup_counts_too() -> Result<()> {
 }
 
 #[test]
-fn neither_what_users_write_nor_another_process_killed_is_an_oom_kill() -> Result<()> {
+fn forged_records_and_other_victims_are_not_an_oom_kill() -> Result<()> {
     let script = "group=/sys/fs/cgroup/memory/small; mkdir $group
         echo 8M >$group/memory.limit_in_bytes
         sh -c \"echo \\$\\$ >$group/cgroup.procs; exec tail /dev/zero\"
@@ -202,7 +202,7 @@ fn neither_what_users_write_nor_another_process_killed_is_an_oom_kill() -> Resul
 }
 
 #[test]
-fn a_mebibyte_of_output_arrives_whole_also_over_a_console_that_stops() -> Result<()> {
+fn a_mebibyte_of_output_survives_a_stopped_console() -> Result<()> {
     const LINES: usize = 16 << 10;
     let root = root()?;
     // 64 bytes a line; the last one has no end, and the workload ends right after it.
@@ -255,7 +255,7 @@ fn a_mebibyte_of_output_arrives_whole_also_over_a_console_that_stops() -> Result
 }
 
 #[test]
-fn output_goes_on_when_a_command_has_hung_up_the_console() -> Result<()> {
+fn output_continues_after_a_command_has_hung_up_the_console() -> Result<()> {
     let root = root()?;
     // The second time /dev/console is something else.
     for more in ["panic=1", "console=tty0"] {
@@ -312,7 +312,7 @@ int main(int count, char **arguments) {
 "#;
 
 #[test]
-fn a_workload_that_stops_its_terminal_the_console_stops_nothing_else() -> Result<()> {
+fn a_workload_that_stops_the_console_stops_nothing_else() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let [source, program] = ["stop.c", "stop"].map(|name| dir.path().join(name));
     std::fs::write(&source, STOP)?;
@@ -331,7 +331,7 @@ fn a_workload_that_stops_its_terminal_the_console_stops_nothing_else() -> Result
 /// Who has a terminal open can keep everybody else out of it, 5 s at a time: one of its processes changes
 /// the line discipline (TIOCSETD) while another one waits in it (TCSETSW).
 #[test]
-fn only_root_has_the_console_for_its_terminal() -> Result<()> {
+fn only_root_gets_the_console_as_its_terminal() -> Result<()> {
     let script =
         "test -t 0; echo terminal $?; read a; echo got $a; read b </dev/stdin; echo got $b; cat
         for name in console ttyS0 ttyAMA0; do head -c 0 /dev/$name && echo opened; done; exit 7";

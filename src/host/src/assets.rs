@@ -707,7 +707,7 @@ mod tests {
     }
 
     #[test]
-    fn modules_follow_what_they_depend_on() {
+    fn modules_come_after_their_dependencies() {
         let arch = Arch::chosen().unwrap();
         let kernel = Kernel::chosen(arch).unwrap();
         let modules = kernel.modules_and(&["vsock_loopback".into()]).unwrap();
@@ -735,7 +735,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_image_is_what_hypervisors_take() {
+    fn the_kernel_image_is_one_that_hypervisors_accept() {
         let arch = Arch::chosen().unwrap();
         let image = fs::read(Kernel::stock(arch).unwrap().image()).unwrap();
         match arch {
@@ -756,7 +756,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_compression_a_kernel_has_is_undone() {
+    fn kernels_of_every_compression_are_unpacked() {
         for command in ["xz -c", "zstd -qc", "gzip -c", "lz4 -lc"] {
             let script = format!("printf 'hello' | {command}");
             let output = Command::new("sh").args(["-c", &script]).output().unwrap();

@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_becomes_the_first_one_that_is_there() {
+    fn the_first_existing_program_is_executed() {
         let dir = tempfile::tempdir().unwrap();
         let failure = dir.path().join("failure");
         let mut calls = calls(&failure);
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_fails_says_at_what_and_exits_with_the_errno() {
+    fn a_failing_program_names_the_call_and_exits_with_the_errno() {
         let dir = tempfile::tempdir().unwrap();
         let failure = dir.path().join("failure");
         let mut first = calls(&failure);
@@ -293,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn the_foreign_program_is_as_the_architecture_has_it() {
+    fn the_aarch64_program_has_the_assemblers_encoding() {
         let mut calls = Calls::new(Arch::Aarch64);
         calls.call(CHDIR, &[Argument::Number(0x40_0078)]);
         calls.keep();

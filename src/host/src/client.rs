@@ -435,7 +435,7 @@ mod tests {
     use std::{io::Write, os::unix::net::UnixListener};
 
     #[test]
-    fn a_guest_that_is_too_busy_to_answer_is_tried_again_only_within_its_timeout() {
+    fn a_busy_guest_is_retried_within_the_timeout_only() {
         let dir = tempfile::tempdir().unwrap();
         let uds = dir.path().join("vsock");
         let listener = UnixListener::bind(&uds).unwrap();

@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn foreign_and_absent_members_are_fine() {
+    fn unknown_and_absent_members_are_accepted() {
         let document = json!({
             "Hostname": null,
             "Foreign": {"a": [1]},

@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_path_is_escaped_but_for_what_is_unreserved() {
+    fn a_path_is_escaped_except_for_unreserved_characters() {
         assert_eq!(escape("/a-b_c.d~/E9"), "/a-b_c.d~/E9");
         assert_eq!(escape("/ü &?#%+"), "/%C3%BC%20%26%3F%23%25%2B");
     }

@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn the_foreign_program_is_as_the_architecture_has_it() {
+    fn the_aarch64_program_has_the_assemblers_encoding() {
         let words: Vec<u32> = code(Arch::Aarch64, Until::Kill)
             .chunks(4)
             .map(|word| u32::from_le_bytes(word.try_into().unwrap()))

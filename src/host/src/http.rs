@@ -425,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_can_be_read_as_it_comes() {
+    fn a_body_can_be_read_as_it_arrives() {
         let read = |answer: &[u8]| {
             let mut client = client(answer);
             let head = client.receive_head().unwrap();
@@ -449,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_comes_before_all_is_sent_is_heard() {
+    fn a_response_before_the_whole_request_is_sent_is_read() {
         let (near, mut far) = UnixStream::pair().unwrap();
         thread::spawn(move || {
             let mut head = [0; 100];
@@ -487,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_guest_announces_is_nothing_to_make_room_for() {
+    fn an_announced_length_is_not_allocated() {
         let receive = |answer: &[u8]| {
             let error = client(answer).receive(false).unwrap_err();
             format!("{error:#}")

@@ -102,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn directories_come_before_what_they_hold() {
+    fn directories_come_before_their_entries() {
         let mut initrd = Initrd::default();
         initrd
             .file("/pigeon/lib/a.ko", 0o644, "A")

@@ -105,7 +105,7 @@ mod tests {
     use std::{os::unix::process::ExitStatusExt, process};
 
     #[test]
-    fn the_program_sends_its_signal_and_says_when_nobody_is_there() {
+    fn the_program_sends_its_signal_and_reports_a_missing_process() {
         let dir = tempfile::tempdir().unwrap();
         let kill = |pid: u32, signal: u8| {
             let path = dir.path().join(format!("kill-{pid}-{signal}"));
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_was_killed_has_sent_its_signal_only_if_it_was_to_all() {
+    fn being_killed_counts_as_sent_only_when_signalling_all() {
         let killed = |timed_out: bool| Output {
             exit_code: -1,
             exit_signal: 9,
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn the_foreign_program_is_as_the_architecture_has_it() {
+    fn the_aarch64_program_has_the_assemblers_encoding() {
         let words: Vec<u32> = code(Arch::Aarch64, Target::Process(0x1_0002), 9)
             .chunks(4)
             .map(|word| u32::from_le_bytes(word.try_into().unwrap()))

@@ -148,7 +148,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_end_that_the_source_knows_to_be_early_is_no_end() {
+    fn a_premature_end_is_an_error() {
         struct Cut;
         impl Read for Cut {
             fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_short_is_the_end_and_what_is_no_frame_is_an_error() {
+    fn a_truncated_frame_is_the_end_and_an_invalid_one_an_error() {
         for cut in [&b"\x01\0\0"[..], b"\x01\0\0\0\0\0\0\x05four"] {
             assert_eq!(read_frame(&mut &cut[..]).unwrap(), None);
         }

@@ -156,7 +156,7 @@ mod tests {
     use std::fs;
 
     #[test]
-    fn a_process_outlives_the_thread_that_asked_for_it() {
+    fn a_process_outlives_the_thread_that_started_it() {
         let mut sleep = Command::new("sleep");
         sleep.arg("60");
         let mut process = thread::spawn(|| Process::spawn(sleep).unwrap())
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_tool_says_what_it_printed() {
+    fn the_error_of_a_failed_tool_has_its_output() {
         let error = run(Command::new("sh").args(["-c", "echo out; echo err >&2; exit 3"]));
         let error = error.unwrap_err().to_string();
         assert!(error.contains("exit status: 3\nout\nerr"), "{error}");

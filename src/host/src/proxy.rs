@@ -112,7 +112,7 @@ mod tests {
     use std::io::Read;
 
     #[test]
-    fn the_socket_is_its_users_alone_and_an_old_one_is_replaced() {
+    fn the_socket_is_private_and_replaces_an_old_one() {
         let dir = tempfile::tempdir().unwrap();
         let [uds, socket] = ["vm.vsock", "api.sock"].map(|name| dir.path().join(name));
         fs::write(&socket, "a file").unwrap();

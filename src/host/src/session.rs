@@ -475,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn an_init_that_pings_and_does_not_read_is_answered_up_to_a_limit() {
+    fn pings_of_an_init_that_does_not_read_are_answered_up_to_a_limit() {
         let (mut session, mut init) = session();
         init.set_nonblocking(true).unwrap();
         let pings = frame(0x89, &[b'p'; 125]);

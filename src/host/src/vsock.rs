@@ -104,7 +104,7 @@ mod tests {
     };
 
     #[test]
-    fn only_a_socket_that_nobody_listens_on_makes_room() {
+    fn only_a_socket_without_a_listener_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         let _live = UnixListener::bind(path("live")).unwrap();

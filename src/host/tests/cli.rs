@@ -174,7 +174,7 @@ fn an_error_says_what_to_do_next() {
 }
 
 #[test]
-fn what_is_at_the_socket_of_a_vm_that_has_ended_stays_unless_nobody_uses_it() {
+fn only_an_unused_socket_of_an_ended_vm_is_removed() {
     let place = Place::new();
     let path = |name: &str| place.path(name);
     let ended = |name: &str, uds: &str| {
@@ -204,7 +204,7 @@ fn what_is_at_the_socket_of_a_vm_that_has_ended_stays_unless_nobody_uses_it() {
 }
 
 #[test]
-fn a_file_at_the_path_of_a_runs_socket_for_events_stays() {
+fn a_file_at_the_path_of_the_events_socket_is_kept() {
     let place = Place::new();
     let (mut command, vm, qemu) = run_on_stand_in(&place);
     let path = place.write("app.vsock_10001", "precious");
@@ -226,7 +226,7 @@ fn a_file_at_the_path_of_a_runs_socket_for_events_stays() {
 }
 
 #[test]
-fn ctrl_backslash_is_the_workloads_and_the_terminal_is_put_in_order_at_the_end() {
+fn ctrl_backslash_goes_to_the_workload_and_the_terminal_is_restored() {
     let place = Place::new();
     let (command, vm, qemu) = run_on_stand_in(&place);
     let mut terminal = pty::Terminal::spawn(command, (80, 24));
@@ -252,7 +252,7 @@ fn ctrl_backslash_is_the_workloads_and_the_terminal_is_put_in_order_at_the_end()
 }
 
 #[test]
-fn a_size_that_makes_no_sense_is_refused_with_what_it_was_taken_for() {
+fn an_invalid_size_is_refused_as_it_was_understood() {
     let place = Place::new();
     let archive = Tar::new().file("x", vec![1; 20 << 20]).bytes();
     place.write("app.tar", archive);
@@ -296,7 +296,7 @@ fn a_size_that_makes_no_sense_is_refused_with_what_it_was_taken_for() {
 }
 
 #[test]
-fn a_vm_without_the_init_is_told_from_none() {
+fn a_vm_without_the_init_is_distinguished_from_no_vm() {
     let place = Place::new();
     let listener = UnixListener::bind(place.path("vm.vsock")).unwrap();
     // As Firecracker does while nothing listens on the port.
@@ -314,7 +314,7 @@ fn a_vm_without_the_init_is_told_from_none() {
 }
 
 #[test]
-fn an_image_by_name_comes_from_docker_and_is_pulled_first_if_it_must() {
+fn an_image_by_name_comes_from_docker_and_is_pulled_if_needed() {
     let place = Place::new();
     let config = json!({"config": {"Cmd": ["/bin/true"]}});
     let layer = Tar::new().file("hello", "hello").bytes();
@@ -360,7 +360,7 @@ fn an_image_by_name_comes_from_docker_and_is_pulled_first_if_it_must() {
 }
 
 #[test]
-fn an_image_by_name_comes_by_skopeo_where_docker_does_not_work_and_else_is_asked_for() {
+fn an_image_by_name_comes_from_skopeo_if_docker_fails() {
     let place = Place::new();
     place.write(
         "saved",
@@ -416,7 +416,7 @@ fn an_archive_may_come_on_standard_input() {
 }
 
 #[test]
-fn without_root_files_that_nobody_may_read_are_taken_with_their_owners() {
+fn unreadable_files_keep_their_owners_without_root() {
     let place = Place::new();
     let entry = |tar: Tar, name: &[u8], mode| {
         tar.entry(tar::EntryType::Regular, name, b"", (0, 42), mode, b"secret")
@@ -449,7 +449,7 @@ fn without_root_files_that_nobody_may_read_are_taken_with_their_owners() {
 }
 
 #[test]
-fn nobody_who_reads_is_no_panic() {
+fn a_closed_pipe_is_not_a_panic() {
     let place = Place::new();
     let full = format!(
         "{} completions bash | true; {0} ps --json 2>&1 | true",
@@ -508,7 +508,7 @@ fn shells_complete_and_the_manual_has_every_command() {
 }
 
 #[test]
-fn what_takes_long_shows_how_far_it_is_on_a_terminal_only() {
+fn progress_is_shown_on_a_terminal_only() {
     let place = Place::new();
     place.write("a.tar", Tar::new().file("x", vec![1; 300_000]).bytes());
     let script = format!(
@@ -529,7 +529,7 @@ fn what_takes_long_shows_how_far_it_is_on_a_terminal_only() {
 }
 
 #[test]
-fn a_table_has_its_titles_in_bold_on_a_terminal_only_and_not_where_colours_are_not_wanted() {
+fn table_titles_are_bold_only_on_a_terminal_with_colours() {
     let place = Place::new();
     let command = |no_color: &str| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pigeon"));
@@ -552,7 +552,7 @@ fn a_table_has_its_titles_in_bold_on_a_terminal_only_and_not_where_colours_are_n
 }
 
 #[test]
-fn architectures_have_the_names_of_debian_and_docker_too() {
+fn architectures_also_have_debians_and_dockers_names() {
     let place = Place::new();
     let mut ext4 = vec![0; 2 << 10];
     ext4[1080..1082].copy_from_slice(&[0x53, 0xef]);

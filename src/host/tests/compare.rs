@@ -255,7 +255,7 @@ fn differences(ours: &Listing, theirs: &Listing) -> Vec<String> {
 }
 
 #[test]
-fn ten_archives_give_the_files_that_umoci_gives() {
+fn ten_archives_unpack_as_with_umoci() {
     let place = Place::new();
     // Without root umoci makes no devices, keeps no owners, and cannot read all that it has made.
     let root = rustix::process::geteuid().is_root();
@@ -346,7 +346,7 @@ fn ten_archives_give_the_files_that_umoci_gives() {
 }
 
 #[test]
-fn sparse_files_of_gnus_old_format_are_whole_and_take_no_blocks_for_their_holes() {
+fn old_gnu_sparse_files_are_complete_and_stay_sparse() {
     let place = Place::new();
     let sparse = sparse_files(&place);
     let archive = pack("tar", &["--sparse", "--format=gnu"], &sparse);

@@ -59,7 +59,7 @@ fn config() -> Value {
 }
 
 #[test]
-fn a_docker_save_archive_becomes_an_image_with_its_owners_and_its_configuration() {
+fn a_docker_save_archive_becomes_an_image_with_owners_and_configuration() {
     let place = Place::new();
     let lower = Tar::new()
         .dir("./", 0o755, (0, 0))
@@ -144,7 +144,7 @@ fn a_docker_save_archive_becomes_an_image_with_its_owners_and_its_configuration(
 }
 
 #[test]
-fn an_image_without_a_word_of_configuration_has_an_empty_one() {
+fn an_image_without_configuration_has_an_empty_one() {
     let place = Place::new();
     for config in [
         json!({"config": null}),
@@ -158,7 +158,7 @@ fn an_image_without_a_word_of_configuration_has_an_empty_one() {
 }
 
 #[test]
-fn an_oci_layout_is_taken_as_folder_and_archive_with_compressed_layers() {
+fn an_oci_layout_is_read_from_a_directory_or_an_archive() {
     let place = Place::new();
     let architecture = if cfg!(target_arch = "x86_64") {
         "amd64"
@@ -203,7 +203,7 @@ fn an_oci_layout_is_taken_as_folder_and_archive_with_compressed_layers() {
 }
 
 #[test]
-fn damage_is_noticed_before_there_is_an_image() {
+fn damage_is_detected_before_the_image_exists() {
     let place = Place::new();
     let layer = Tar::new().file("a", "contents").bytes();
     let mut layout = Layout::default();
@@ -293,7 +293,7 @@ fn an_old_archive_shares_a_layer_by_a_link() {
 }
 
 #[test]
-fn a_tar_archive_of_files_and_a_directory_are_taken_as_they_are() {
+fn a_tar_archive_and_a_directory_are_used_as_they_are() {
     let place = Place::new();
     let files = Tar::new()
         .entry(
@@ -406,7 +406,7 @@ fn a_blob_that_is_a_link_to_a_file_of_the_host_is_not_read() {
 }
 
 #[test]
-fn a_computed_size_has_room_for_many_small_files_and_for_more() {
+fn a_computed_size_fits_many_small_files_with_room_to_spare() {
     let place = Place::new();
     let mut tar = Tar::new();
     for n in 0..6000 {
@@ -479,7 +479,7 @@ fn nothing_is_left_behind_beside_the_image() {
 }
 
 #[test]
-fn what_is_there_already_is_replaced_only_when_told_to() {
+fn existing_files_are_replaced_only_with_force() {
     let place = Place::new();
     let source = place.write(
         "app.tar",
@@ -537,7 +537,7 @@ fn what_is_there_already_is_replaced_only_when_told_to() {
 }
 
 #[test]
-fn attributes_that_an_image_cannot_have_are_named_with_their_files() {
+fn unsupported_attributes_are_named_with_their_files() {
     let place = Place::new();
     let mut files = Tar::new();
     for number in 0..5 {
@@ -567,7 +567,7 @@ fn attributes_that_an_image_cannot_have_are_named_with_their_files() {
 }
 
 #[test]
-fn a_directorys_attributes_are_the_images() {
+fn a_directorys_attributes_are_kept_in_the_image() {
     let place = Place::new();
     let dir = place.path("dir");
     fs::create_dir_all(dir.join("sub")).unwrap();
@@ -595,7 +595,7 @@ fn a_directorys_attributes_are_the_images() {
 }
 
 #[test]
-fn a_root_image_has_all_of_its_blocks_and_nothing_but_the_images_files() {
+fn a_root_image_is_fully_allocated_and_has_only_the_images_files() {
     let place = Place::new();
     let source = place.write("a.tar", Tar::new().file("a", "a").bytes());
     let out = place.path("a.ext4");
@@ -686,7 +686,7 @@ fn a_volume_is_an_empty_file_system_with_an_identity_of_its_own() {
 }
 
 #[test]
-fn layers_compressed_in_every_usual_way_are_taken() {
+fn layers_of_every_common_compression_are_read() {
     let place = Place::new();
     let layer = place.write("layer", Tar::new().file("x", "x\n").bytes());
     for program in ["gzip", "bzip2", "xz", "zstd"] {
@@ -708,7 +708,7 @@ fn layers_compressed_in_every_usual_way_are_taken() {
 }
 
 #[test]
-fn frames_of_zstd_follow_each_other_and_some_hold_nothing() {
+fn concatenated_and_empty_zstd_frames_are_read() {
     let place = Place::new();
     let layer = Tar::new().file("x", vec![b'x'; 300_000]).bytes();
     let (first, second) = layer.split_at(200_000);
@@ -737,7 +737,7 @@ fn frames_of_zstd_follow_each_other_and_some_hold_nothing() {
 }
 
 #[test]
-fn a_folder_of_skopeos_is_an_image() {
+fn a_skopeo_directory_is_an_image() {
     let place = Place::new();
     let dir = place.path("dir");
     fs::create_dir(&dir).unwrap();
@@ -775,7 +775,7 @@ fn a_folder_of_skopeos_is_an_image() {
 }
 
 #[test]
-fn what_is_no_image_is_told_by_its_name_and_kind() {
+fn a_file_that_is_not_an_image_is_named_with_its_type() {
     let place = Place::new();
     let out = place.path("x.ext4");
     for (bytes, kind) in [

@@ -128,7 +128,7 @@ fn output_of(place: &Place, image: &Path) -> String {
 }
 
 #[test]
-fn what_buildah_writes_and_skopeo_copies_boots_from_every_format() {
+fn images_of_buildah_and_skopeo_boot_from_every_format() {
     let place = Place::new();
     place.write("base.tar", busybox_layer(common::arch()));
     let policy = r#"{"default": [{"type": "insecureAcceptAnything"}]}"#;
@@ -206,7 +206,7 @@ fn what_buildah_writes_and_skopeo_copies_boots_from_every_format() {
 }
 
 #[test]
-fn what_umoci_makes_boots() {
+fn images_of_umoci_boot() {
     let place = Place::new();
     place.write("base.tar", busybox_layer(common::arch()));
     shell(&place, UMOCI);

@@ -159,7 +159,7 @@ impl Drop for Running {
 }
 
 #[test]
-fn an_archive_of_docker_save_becomes_a_vm_that_is_used_like_a_container() {
+fn a_docker_save_archive_becomes_a_vm_used_like_a_container() {
     let lab = Lab::new();
     let vm = lab.run(&["--json", &lab.path("app.ext4")]);
     lab.wait_for("serving as app in /home/app, hello");
@@ -535,7 +535,7 @@ fn ctrl_c_twice_is_a_kill() {
 }
 
 #[test]
-fn a_workload_that_cannot_run_is_told_with_its_reason() {
+fn a_workload_that_cannot_run_is_reported_with_the_reason() {
     let lab = Lab::new();
     let vm = lab.run(&["--json", "-u", "stranger", &lab.path("app.ext4")]);
     let (output, code) = vm.end();
@@ -557,7 +557,7 @@ fn a_workload_that_cannot_run_is_told_with_its_reason() {
 }
 
 #[test]
-fn a_vm_in_the_background_is_steered_by_its_name_and_remembered() {
+fn a_vm_in_the_background_is_controlled_by_its_name() {
     let lab = Lab::new();
     let image = lab.path("app.ext4");
     let begin = Instant::now();
@@ -675,7 +675,7 @@ fn a_vm_in_the_background_is_steered_by_its_name_and_remembered() {
 }
 
 #[test]
-fn clones_of_a_vm_go_on_under_names_of_their_own() {
+fn clones_of_a_vm_continue_under_their_own_names() {
     let lab = Lab::new();
     let image = lab.path("app.ext4");
     let words = [
@@ -746,7 +746,7 @@ fn clones_of_a_vm_go_on_under_names_of_their_own() {
 }
 
 #[test]
-fn quiet_gives_the_workloads_bytes_alone_and_its_exit_code() {
+fn quiet_prints_only_the_workloads_output_and_returns_its_exit_code() {
     let lab = Lab::new();
     let script = "echo one; printf 'two\\n\\nthree'; exit 4";
     let words = [
@@ -844,7 +844,7 @@ fn a_workload_on_a_terminal_has_its_size_a_prompt_and_ctrl_c() {
 }
 
 #[test]
-fn a_workload_whose_output_nobody_reads_any_more_ends_its_vm_in_good_order() {
+fn a_vm_shuts_down_in_order_when_its_output_is_no_longer_read() {
     let lab = Lab::new();
     let image = lab.path("app.ext4");
     let volume = format!("{}:/data,size=16M", lab.path("data.img"));
@@ -967,7 +967,7 @@ fn one_sigterm_ends_a_vm_that_does_not_even_boot() {
 }
 
 #[test]
-fn a_root_of_every_format_boots_and_two_vms_share_one_below_their_own_layers() {
+fn roots_of_every_format_boot_and_can_be_shared_below_layers() {
     let lab = Lab::new();
     let script = "mount | grep ' / '; echo new >>/etc/passwd && tail -n 1 /etc/passwd; \
                   mount | grep -c '/tmp type tmpfs.*size=4096k'; ulimit -n; \
@@ -1134,7 +1134,7 @@ fn a_vm_that_has_ended_is_started_again_as_it_was_run() {
 }
 
 #[test]
-fn a_vm_that_keeps_no_record_is_restarted_too_and_one_on_a_terminal_is_not() {
+fn vms_with_rm_can_be_restarted_and_those_on_a_terminal_cannot() {
     let lab = Lab::new();
     let image = lab.path("app.ext4");
     let words = ["run", "-d", "--rm", "--name", "brief", &image];
@@ -1221,7 +1221,7 @@ fn a_detached_run_waits_for_its_health_check_if_told_to() {
 }
 
 #[test]
-fn a_volume_that_was_made_for_a_vm_that_does_not_start_is_gone() {
+fn a_volume_created_for_a_vm_that_fails_to_start_is_removed() {
     let lab = Lab::new();
     let image = lab.path("app.ext4");
     let [data, layer] = ["data.img", "layer.img"].map(|name| lab.path(name));

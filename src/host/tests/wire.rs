@@ -61,7 +61,7 @@ fn text(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn a_signal_ends_a_snapshot_when_the_vm_goes_on() {
+fn a_signal_aborts_a_snapshot_once_the_vm_is_resumed() {
     for (signal, code) in [
         (Signal::HUP, 129),
         (Signal::INT, 130),
@@ -115,7 +115,7 @@ fn a_signal_ends_a_snapshot_when_the_vm_goes_on() {
 }
 
 #[test]
-fn calls_are_as_the_contract_has_them() {
+fn calls_have_the_documented_form() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
         let answer = match connection.request.line.as_str() {
@@ -258,7 +258,7 @@ fn volumes_are_mounted_and_unmounted_by_a_command() {
 }
 
 #[test]
-fn logs_are_read_by_frames_and_a_gap_is_told() {
+fn logs_are_read_by_frame_and_a_gap_is_reported() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
         assert!(
@@ -425,7 +425,7 @@ fn cp_copies_to_a_file_or_into_a_directory() {
 }
 
 #[test]
-fn cp_replaces_regular_files_alone_and_what_a_link_leads_to() {
+fn cp_replaces_only_regular_files_and_targets_of_links() {
     use rustix::fs::{CWD, FileType, Mode, mknodat};
     use std::os::unix::fs::{FileTypeExt, symlink};
     let place = Place::new();
@@ -530,7 +530,7 @@ fn cp_directory(place: &Place, archive: Vec<u8>, destination: &str) -> (String, 
 }
 
 #[test]
-fn a_directory_of_a_guest_has_its_modes_but_for_those_that_give_rights() {
+fn a_directory_from_a_guest_keeps_its_modes_except_setuid() {
     let place = Place::new();
     let tar = Tar::new()
         .dir("./", 0o755, (0, 0))
@@ -572,7 +572,7 @@ fn a_directory_of_a_guest_has_its_modes_but_for_those_that_give_rights() {
 }
 
 #[test]
-fn a_directory_of_a_hostile_guest_reaches_nothing_outside_of_its_destination() {
+fn a_hostile_directory_from_a_guest_stays_within_its_destination() {
     use std::os::unix::fs::{MetadataExt, symlink};
     let outside = Place::new();
     fs::set_permissions(outside.0.path(), fs::Permissions::from_mode(0o700)).unwrap();
@@ -661,7 +661,7 @@ fn a_directory_of_a_hostile_guest_reaches_nothing_outside_of_its_destination() {
 }
 
 #[test]
-fn a_name_of_a_guest_has_a_limit() {
+fn a_name_from_a_guest_has_a_limit() {
     let place = Place::new();
     let tar = |size: usize| {
         let name = vec![b'n'; size];
@@ -699,7 +699,7 @@ fn the_beginning_of_a_text_is_read_however_long_it_is() {
 }
 
 #[test]
-fn what_a_guest_says_of_a_failed_copy_has_a_limit() {
+fn a_guests_error_message_has_a_limit() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
         match connection.request.line.as_str() {
@@ -761,7 +761,7 @@ fn cp_directory_to_guest(place: &Place, source: &str) -> (String, Option<i32>, O
 }
 
 #[test]
-fn a_directory_goes_to_a_guest_without_its_sockets_and_what_cannot_be_read_is_named() {
+fn a_directory_is_copied_to_a_guest_without_sockets_and_unreadable_files() {
     use rustix::fs::{CWD, FileType, Mode, mknodat};
     let place = Place::new();
     fs::create_dir_all(place.path("dir/sub")).unwrap();
@@ -797,7 +797,7 @@ fn a_directory_goes_to_a_guest_without_its_sockets_and_what_cannot_be_read_is_na
 }
 
 #[test]
-fn a_file_that_nobody_reads_to_its_end_is_no_failure_with_words() {
+fn a_reader_that_closes_early_is_not_an_error_message() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), files);
     let (reader, writer) = std::io::pipe().unwrap();
@@ -815,7 +815,7 @@ fn a_file_that_nobody_reads_to_its_end_is_no_failure_with_words() {
 }
 
 #[test]
-fn a_tunnel_carries_bytes_both_ways_and_its_refusal_is_told() {
+fn a_tunnel_carries_bytes_both_ways_and_reports_a_refusal() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
         if connection.request.line == "CONNECT 127.0.0.1:1" {
@@ -899,7 +899,7 @@ fn upgrade(mut connection: Connection) -> WebSocket<std::os::unix::net::UnixStre
 }
 
 #[test]
-fn exec_tells_the_two_outputs_apart_where_the_init_does() {
+fn exec_separates_stdout_and_stderr_if_the_init_does() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
         if connection.request.line == "GET /v1/sessions" {
@@ -928,7 +928,7 @@ fn exec_tells_the_two_outputs_apart_where_the_init_does() {
 }
 
 #[test]
-fn a_session_whose_output_nobody_reads_ends_silently_and_leaves_the_terminal_as_it_was() {
+fn a_session_with_a_closed_output_restores_the_terminal_silently() {
     use rustix::termios::LocalModes;
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |connection| {
@@ -957,7 +957,7 @@ fn a_session_whose_output_nobody_reads_ends_silently_and_leaves_the_terminal_as_
 }
 
 #[test]
-fn an_init_without_named_sessions_is_not_asked_for_two_outputs() {
+fn an_init_without_named_sessions_is_not_asked_for_streams() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
         if connection.request.line == "GET /v1/sessions" {
@@ -978,7 +978,7 @@ fn an_init_without_named_sessions_is_not_asked_for_two_outputs() {
 }
 
 #[test]
-fn a_session_with_a_name_is_detached_from_and_attached_to() {
+fn a_named_session_can_be_detached_and_attached() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
         match connection.request.line.as_str() {
@@ -1039,7 +1039,7 @@ fn a_session_with_a_name_is_detached_from_and_attached_to() {
 }
 
 #[test]
-fn a_session_that_the_init_ends_is_told_in_its_words() {
+fn a_session_ended_by_the_init_reports_its_reason() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
         if connection.request.line == "GET /v1/sessions" {
@@ -1071,7 +1071,7 @@ fn a_session_that_the_init_ends_is_told_in_its_words() {
 }
 
 #[test]
-fn a_command_that_cannot_start_is_told_in_words() {
+fn a_command_that_cannot_start_reports_the_reason() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
         if connection.request.line == "GET /v1/sessions" {
@@ -1106,7 +1106,7 @@ fn a_command_that_cannot_start_is_told_in_words() {
 }
 
 #[test]
-fn more_connections_are_forwarded_than_the_soft_limit_has_open_files() {
+fn forwarding_is_not_limited_by_the_soft_limit_of_open_files() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
         connection.send(b"HTTP/1.1 200 OK\r\n\r\n");

@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn the_promised_numbers_of_entries_fit_and_one_more_is_an_error() {
+    fn documented_limits_are_accepted_and_one_more_entry_is_an_error() {
         let list = |count: usize, entry: &str| format!("[{}]", vec![entry; count].join(","));
         let map = |count: usize| {
             let entries = (0..count).map(|at| format!(r#""a{at}":"b""#));
@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_work_is_named() {
+    fn invalid_values_are_named() {
         let mount = |rest: &str| format!(r#"{{"Mounts":[{{{rest}}}]}}"#);
         let at = |path: &str| mount(&format!(r#""DevicePath":"/dev/vdb","MountPath":"{path}""#));
         let ip = |rest: &str| format!(r#"{{"IPConfigs":[{{{rest}}}]}}"#);

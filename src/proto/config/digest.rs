@@ -78,7 +78,7 @@ mod tests {
     use crate::arena::Arena;
 
     #[test]
-    fn a_member_has_another_digest_when_its_value_is_another_one() {
+    fn a_digest_changes_exactly_when_its_member_does() {
         let digests = |text: &str| {
             let mut document = text.as_bytes().to_vec();
             let mut memory = vec![0; document.len()];

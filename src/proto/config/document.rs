@@ -448,7 +448,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn the_example_is_read_whole() {
+    fn all_fields_of_the_example_are_decoded() {
         with(EXAMPLE, |config| {
             config.check().unwrap();
             assert_eq!(config.image_config.working_dir, c"/app");
@@ -481,7 +481,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn fields_beside_those_of_the_example_are_read() {
+    fn fields_that_the_example_lacks_are_decoded() {
         let document = r#"{
             "ImageConfig": {"Entrypoint": ["/e"], "StopSignal": "SIGQUIT"},
             "IPConfigs": [{"IP": "fd00::2", "Mask": 64, "Device": "eth1"}],
@@ -548,7 +548,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_limit_of_a_resource_given_twice_is_the_last_one() {
+    fn the_last_limit_of_a_resource_wins() {
         let document = r#"{"Rlimits":{"NOFILE":1,"CORE":2,"RLIMIT_NOFILE":3}}"#;
         let limits = with(document, |config| {
             let softs = config
@@ -565,7 +565,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn the_argv_follows_the_order_of_precedence() {
+    fn overrides_of_the_command_follow_their_precedence() {
         let image = r#""ImageConfig":{"Entrypoint":["/e","1"],"Cmd":["c","d"]}"#;
         assert_eq!(argv(&format!("{{{image}}}")), ["/e", "1", "c", "d"]);
         assert_eq!(

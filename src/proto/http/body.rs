@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_of_known_length_ends_there() {
+    fn a_body_of_known_length_ends_at_its_length() {
         for step in [1, 3, 100] {
             let decoded = feed(Framing::Length(5), b"abcdeGET", step)
                 .unwrap()
@@ -292,13 +292,13 @@ mod tests {
     }
 
     #[test]
-    fn a_chunked_body_is_put_together_and_what_follows_is_kept() {
+    fn a_chunked_body_is_decoded_and_later_bytes_are_kept() {
         let text = b"3\r\nabc\r\n0A;a=b\r\n0123456789\r\n1 ;x\r\nz\r\n000\r\nTrailer: y\r\n\r\nGET";
         assert_eq!(chunked(text), Ok(Some((b"abc0123456789z".to_vec(), 3))));
     }
 
     #[test]
-    fn bodies_up_to_the_limit_are_taken_in_both_framings() {
+    fn bodies_up_to_the_limit_are_accepted_in_both_framings() {
         let body = "x".repeat(LIMIT as usize);
         let plain = feed(Framing::Length(LIMIT), body.as_bytes(), 4096)
             .unwrap()
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_in_small_chunks_with_long_extensions_and_trailers_is_taken() {
+    fn small_chunks_with_long_extensions_and_trailers_are_accepted() {
         let content: Vec<u8> = (0..100_000).map(|at| at as u8).collect();
         let mut text = Vec::new();
         for chunk in content.chunks(10) {
@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_may_be_as_long_as_64_bits_can_say() {
+    fn a_body_length_can_have_64_bits() {
         let mut decoder = BodyDecoder::new(Framing::Length(u64::MAX), u64::MAX).unwrap();
         let decoded = Decoded {
             content: 4,

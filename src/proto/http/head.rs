@@ -355,7 +355,7 @@ mod tests {
     const STATUS: &str = "GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n";
 
     #[test]
-    fn a_plain_head_is_read_at_any_split() {
+    fn a_simple_head_is_parsed_however_it_is_split() {
         let head = one(STATUS).unwrap();
         let target = Target::Resource {
             path: "/v1/status",
@@ -370,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn what_follows_a_head_is_left_alone() {
+    fn bytes_after_a_head_are_left_alone() {
         let text = format!("{STATUS}{STATUS}\n\0");
         let mut parser = HeadParser::default();
         for start in [0, STATUS.len()] {
@@ -426,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn connections_stay_open_as_the_version_has_it() {
+    fn keep_alive_follows_the_version_and_the_connection_header() {
         let keeps = |text: &str| one(text).unwrap().reply.keep_alive;
         assert!(!keeps(
             "GET / HTTP/1.1\r\nHost: x\r\nConnection: foo, Close\r\n\r\n"
@@ -448,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn a_handshake_that_is_complete_has_its_key() {
+    fn a_complete_handshake_has_its_key() {
         let text = "GET /v1/ws/exec HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n\
             Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n";
         assert_eq!(
@@ -479,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn what_could_be_read_in_two_ways_is_refused() {
+    fn ambiguous_requests_are_refused() {
         let post = |lines: &str| format!("POST /v1/exec HTTP/1.1\r\nHost: x\r\n{lines}\r\n\r\n");
         for (text, expected) in [
             (post("Content-Length: 1\r\nTransfer-Encoding: chunked"), 400),
@@ -614,7 +614,7 @@ mod tests {
     }
 
     #[test]
-    fn a_few_empty_lines_before_a_request_are_skipped_and_are_no_request() {
+    fn a_few_empty_lines_before_a_request_are_skipped() {
         let blank = |count: usize| format!("{}{STATUS}", "\r\n".repeat(count));
         let head = blank(4);
         assert_eq!(one(&head).unwrap().length, head.len());

@@ -48,7 +48,7 @@ mod tests {
     }
 
     #[test]
-    fn the_limits_named_in_messages_are_those_that_hold() {
+    fn messages_name_the_actual_limits() {
         assert_eq!((MAX_HEAD, MAX_HEADERS), (16 << 10, 64));
         assert_eq!((MAX_CHUNK_LINE, MAX_TRAILER), (4 << 10, 16 << 10));
     }
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn pipelined_requests_come_one_after_the_other() {
+    fn pipelined_requests_are_read_in_order() {
         let text = "GET /a HTTP/1.1\r\nHost: x\r\n\r\n\
             POST /b HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}\
             POST /c HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n\

@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn a_response_without_content_says_nothing_of_it() {
+    fn a_response_without_content_has_no_content_headers() {
         let text = head(|head| head.begin(Status::Ok, OPEN, Content::None, JSON));
         assert_eq!(text, "HTTP/1.1 200 OK\r\n\r\n");
         // The example of RFC 6455 section 1.3.
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_that_has_to_upgrade_is_told_to_what() {
+    fn a_426_response_names_the_protocol() {
         let text = head(|head| head.begin(Status::UpgradeRequired, OPEN, Content::Length(2), JSON));
         assert!(text.contains(
             "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_that_does_not_fit_is_none_and_is_never_cut() {
+    fn a_head_that_does_not_fit_is_not_truncated() {
         let head = |length: usize| {
             built(|head| {
                 head.begin(Status::Ok, OPEN, Content::Length(5), JSON);

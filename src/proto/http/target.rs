@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_absolute_and_ends_with_a_nul_wherever_it_ends() {
+    fn a_decoded_path_is_absolute_and_nul_terminated() {
         for (query, expected) in [
             ("path=/a%20b", Ok(c"/a b")),
             ("path=/123456789012345", Err(DecodeError::TooLong)),

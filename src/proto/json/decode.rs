@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_member_given_twice_the_last_one_counts() {
+    fn the_last_of_duplicate_members_counts() {
         let document = r#"{"Text":"a","Strings":["x","y"],"Text":"b","Strings":["z"],"Map":{"A":"1"},
             "Map":{"B":"2"},"List":[{"Name":"n"},{}],"List":[{"Size":1,"Size":2}],"Number":5,"Number":null}"#;
         with(document, |everything| {
@@ -553,7 +553,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_arena_has_no_room_for_is_an_error() {
+    fn a_full_arena_is_an_error() {
         let document = br#"{"Other":"0123456789","0123456789":1,"Strings":["0123","45678"]}"#;
         let decode = |size: usize| {
             let mut memory = vec![0; size];
@@ -567,7 +567,7 @@ mod tests {
     }
 
     #[test]
-    fn an_arena_is_none_the_worse_for_a_document_that_was_refused() {
+    fn an_arena_can_be_reused_after_a_refused_document() {
         let mut memory = [0; 64];
         let mut arena = Arena::new(&mut memory);
         let mut refused = br#"{"Strings":["left","behind",1]}"#.to_vec();

@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_json_stays_as_it_is() {
+    fn valid_json_is_not_changed() {
         for document in [
             "null",
             " [1, -0.5e+10 ,true,false, null,\"\"]\n",
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn surrogate_pairs_become_characters_and_halves_the_replacement_character() {
+    fn surrogate_pairs_are_decoded_and_lone_ones_replaced() {
         for (escaped, wanted) in [
             (r"\ud83d\udc26", "🐦"),
             (r"a\uD83D\uDC26b\n", r"a🐦b\n"),
@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_json_is_refused_where_it_stands() {
+    fn invalid_json_is_refused_with_its_position() {
         for (document, at) in [
             ("", 0),
             (" ", 1),
@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_utf8_is_refused_where_it_stands() {
+    fn invalid_utf8_is_refused_with_its_position() {
         for (document, at) in [
             (&b"{\"a\":\"\xff\"}"[..], 6),
             (b"\xc0\x80", 0),

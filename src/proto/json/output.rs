@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn output_is_escaped_as_a_lossy_conversion_has_it_wherever_it_is_cut() {
+    fn escaping_agrees_with_lossy_conversion_however_it_is_split() {
         for (bytes, wanted) in [
             (
                 &b"plain \"quoted\" back\\slash\n\r\t\x08\x0c\x01\x1f\x7f/"[..],
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sink_that_is_full_gets_the_rest_later() {
+    fn escaping_continues_after_a_full_buffer() {
         let bytes = "a\"é\u{1}🐦\u{fffd}z".repeat(9).into_bytes();
         let whole = escaped(&bytes, 1000);
         let (mut text, mut at) = (String::new(), 0);
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_quoted_text_is_a_string_of_json_and_cut_where_it_is_long() {
+    fn a_quoted_text_is_a_json_string_and_truncated_if_long() {
         let quoted = |text: &str| message!("{}", Quoted(&text)).as_str().to_owned();
         assert_eq!(quoted("say \"hi\"\n"), r#""say \"hi\"\n""#);
         let exact = "\"".repeat(448);

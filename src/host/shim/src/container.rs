@@ -508,7 +508,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_killed_before_its_start_has_no_output_and_does_not_start() {
+    fn a_process_killed_before_its_start_never_runs() {
         let dir = tempfile::tempdir().unwrap();
         let (stdio, mut reader) = fifo(dir.path());
         let (pod, publisher) = sandbox(stdio);
@@ -520,7 +520,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sandbox_ends_of_the_signals_that_end_a_process_without_handlers() {
+    fn a_sandbox_exits_on_signals_with_a_default_action() {
         let (pod, publisher) = sandbox(Stdio::default());
         let kill = |signal| pod.kill(&pod.process, signal, false, &publisher);
         for signal in [0].into_iter().chain(IGNORED) {

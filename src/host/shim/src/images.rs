@@ -175,7 +175,7 @@ mod tests {
     use std::thread;
 
     #[test]
-    fn a_directory_at_the_place_of_another_is_another() {
+    fn a_replaced_directory_gets_a_new_image() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("fs");
         fs::create_dir(&path).unwrap();
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn copies_of_the_same_have_one_image_and_no_other_has() {
+    fn equal_copies_share_an_image() {
         let parent = tempfile::tempdir().unwrap();
         let images = Images(parent.path().join("images"));
         fs::create_dir(&images.0).unwrap();
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_without_layers_is_removed_when_nobody_has_used_it_for_long() {
+    fn an_unused_image_without_layers_is_removed() {
         let parent = tempfile::tempdir().unwrap();
         let images = Images(parent.path().join("images"));
         fs::create_dir(&images.0).unwrap();
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_packed_leaves_no_image() {
+    fn a_failed_packing_leaves_no_image() {
         let parent = tempfile::tempdir().unwrap();
         let images = Images(parent.path().into());
         let (dir, _) = place(parent.path(), "a", "text");

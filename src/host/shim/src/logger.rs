@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_logger_gets_both_streams_to_their_end_and_what_it_is_for() {
+    fn a_logger_gets_both_streams_and_its_environment() {
         let dir = tempfile::tempdir().unwrap();
         let text = "cd ${0%/*}; echo \"$CONTAINER_ID $CONTAINER_NAMESPACE $*\" >said; exec 5>&-; \
                     cat <&3 >out & cat <&4 >err; wait";
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_logger_that_cannot_do_its_work_is_named() {
+    fn a_failing_logger_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let refusal = |place: &str| format!("{:#}", Logger::start(place, "", "").err().unwrap());
         let found = refusal("/none?x=y");

@@ -643,7 +643,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_that_is_not_said_yet_is_kept_when_the_container_ends() {
+    fn an_unreported_exit_survives_the_end_of_the_container() {
         let process = added();
         process.run_nothing(process.take().unwrap());
         process.set_over(Ended::now(7));
@@ -652,7 +652,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_killed_while_it_starts_does_not_come_to_run() {
+    fn a_process_killed_while_it_starts_does_not_run() {
         let process = added();
         let _starts = process.take().unwrap();
         assert!(process.end_created(KILLED) && !process.end_created(KILLED));

@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn layers_below_nothing_written_are_shared() {
+    fn layers_without_writes_are_shared() {
         let dir = tempfile::tempdir().unwrap();
         let root = |mounts: &[Mount]| Root::of(mounts, Path::new("/bundle/rootfs")).unwrap();
         let mounts = [overlay_of("/s/3/fs:/s/1/fs", dir.path())];
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_layers_are_relative_to_what_they_have_in_common() {
+    fn layer_paths_are_relative_to_their_common_parent() {
         let of = |layers: &[&str]| {
             let layers: Vec<_> = layers.iter().map(PathBuf::from).collect();
             common_parent(&layers)

@@ -438,7 +438,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_signal_is_refused() {
+    fn invalid_signals_are_refused() {
         assert_eq!([0, 9, 64].map(|number| signal(number).unwrap()), [0, 9, 64]);
         for number in [65, 255, 256 + 9, u32::MAX] {
             assert!(matches!(signal(number), Err(Failure::Invalid(_))));

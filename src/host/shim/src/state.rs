@@ -141,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_a_dead_shim_has_left_is_swept_away() {
+    fn only_the_remains_of_dead_shims_are_removed() {
         let root = tempfile::tempdir().unwrap();
         let place = |name: &str| {
             let dir = root.path().join(name);
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn only_who_has_made_a_directory_has_made_it() {
+    fn create_reports_whether_the_directory_is_new() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("a/b");
         assert!(create(&dir).unwrap() && !create(&dir).unwrap());

@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn input_ends_when_it_is_said_to_and_the_client_has_closed_it() {
+    fn input_ends_once_it_is_closed_by_both_sides() {
         let dir = tempfile::tempdir().unwrap();
         let path = fifo(&dir);
         let mut input = Input::open(path.to_str().unwrap()).unwrap().unwrap();
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn output_is_taken_when_its_readers_have_read_it_or_are_gone() {
+    fn output_is_drained_when_its_readers_are_done_or_gone() {
         let dir = tempfile::tempdir().unwrap();
         let path = fifo(&dir);
         let path = path.to_str().unwrap();

@@ -171,7 +171,7 @@ fn script(containerd: &Containerd, runtime: &str) -> Vec<(String, Outcome)> {
 }
 
 #[test]
-fn a_script_gives_what_it_gives_with_runc() {
+fn a_script_behaves_as_with_runc() {
     let containerd = Containerd::start();
     let expected = script(&containerd, RUNC);
     let found = script(&containerd, PIGEON);
@@ -391,7 +391,7 @@ fn no_output_is_lost_to_a_client_that_opens_or_reads_its_fifos_late() {
 }
 
 #[test]
-fn of_many_commands_each_gives_its_output() {
+fn many_commands_at_once_each_return_their_output() {
     let containerd = Containerd::start();
     containerd.run_detached(PIGEON, &[], "one", &["sleep", "1000"]);
     // A second shim for it is refused, and changes nothing for the first.
@@ -429,7 +429,7 @@ fn of_many_commands_each_gives_its_output() {
 }
 
 #[test]
-fn a_terminal_is_what_it_is_with_runc() {
+fn a_terminal_behaves_as_with_runc() {
     let containerd = Containerd::start();
     let sessions = |runtime: &str| {
         let run = [
@@ -458,7 +458,7 @@ fn a_terminal_is_what_it_is_with_runc() {
 }
 
 #[test]
-fn containers_one_after_the_other_and_at_once_leave_nothing_and_copy_the_image_once() {
+fn many_containers_leave_nothing_behind_and_pack_the_image_once() {
     let containerd = Containerd::start();
     let images = || {
         let images = fs::read_dir(containerd.state().join("images")).unwrap();
@@ -508,7 +508,7 @@ fn containers_one_after_the_other_and_at_once_leave_nothing_and_copy_the_image_o
 }
 
 #[test]
-fn what_an_image_was_made_of_goes_with_it() {
+fn root_images_are_removed_with_their_layers() {
     let containerd = Containerd::start();
     assert_eq!(
         containerd.run(PIGEON, &[], "one", &["true"]).status,
@@ -573,7 +573,7 @@ fn output_is_exact_to_the_byte() {
 }
 
 #[test]
-fn a_killed_shim_and_a_dead_vm_are_cleaned_up_and_a_restarted_containerd_goes_on() {
+fn a_killed_shim_a_dead_vm_and_a_restarted_containerd_are_handled() {
     let mut containerd = Containerd::start();
     let command = [
         "sh",
@@ -613,7 +613,7 @@ fn a_killed_shim_and_a_dead_vm_are_cleaned_up_and_a_restarted_containerd_goes_on
 }
 
 #[test]
-fn events_limits_mounts_and_signals_to_all_are_as_asked_for() {
+fn events_limits_mounts_and_signals_to_all_work() {
     let containerd = Containerd::start();
     let seen = containerd.place.path("events");
     let mut events = containerd.command(&["events"]);
@@ -729,7 +729,7 @@ fn events_limits_mounts_and_signals_to_all_are_as_asked_for() {
 }
 
 #[test]
-fn a_pods_sandbox_has_no_vm_and_a_container_of_the_pod_is_one() {
+fn a_pods_sandbox_has_no_vm_and_each_container_has_one() {
     let containerd = Containerd::start();
     let annotation_of_sandbox = "io.kubernetes.cri.container-type=sandbox";
     let start = Instant::now();

@@ -98,7 +98,7 @@ fn what_a_vm_cannot_have_is_refused_by_name_before_it_boots() {
 }
 
 #[test]
-fn what_the_host_lacks_is_named_and_leaves_nothing() {
+fn missing_host_requirements_are_named() {
     let mut containerd = Containerd::start();
     let state = containerd.state();
     let refused = |containerd: &Containerd, expected: &str| {
@@ -145,7 +145,7 @@ fn what_the_host_lacks_is_named_and_leaves_nothing() {
 }
 
 #[test]
-fn a_snapshotter_without_layers_has_its_image_packed_once_also_when_two_want_it() {
+fn a_snapshotter_without_layers_packs_an_image_once() {
     let containerd = Containerd::start();
     let native = ["--snapshotter", "native"];
     let run = |id: &str| {
@@ -250,7 +250,7 @@ fn a_signal_while_the_vm_boots_ends_the_container() {
 }
 
 #[test]
-fn a_slow_reader_loses_nothing_and_one_that_dies_blocks_nobody() {
+fn a_slow_reader_loses_nothing_and_a_dead_one_blocks_nothing() {
     const LINES: usize = 200_000;
     let containerd = Containerd::start();
     let count = format!("seq {LINES}; echo end >&2");
@@ -342,7 +342,7 @@ fn output_goes_to_files_and_programs_as_with_runc() {
 }
 
 #[test]
-fn names_environments_and_arguments_may_be_as_long_as_they_can_be() {
+fn names_environments_and_arguments_may_have_the_maximum_length() {
     let containerd = Containerd::start();
     let namespace = format!("a.b_c-{}", "n".repeat(70));
     let id = format!("1.x_y-{}", "i".repeat(70));

@@ -702,7 +702,7 @@ mod tests {
     }
 
     #[test]
-    fn long_names_and_prefixes_are_put_together() {
+    fn long_names_and_prefixes_are_joined() {
         let long = "n".repeat(300);
         let bytes = [
             header(b'L', "././@LongLink", long.len() + 1, |_| {}),

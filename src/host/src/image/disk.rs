@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn the_size_of_an_image_is_one_that_a_file_system_can_have() {
+    fn an_image_has_a_valid_file_system_size() {
         assert_eq!(parse_disk_size("8M").unwrap(), 8 << 20);
         for text in ["0", "5", "8191K", "16T", "999999T"] {
             let error = parse_disk_size(text).unwrap_err().to_string();

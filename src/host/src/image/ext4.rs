@@ -1031,7 +1031,7 @@ mod tests {
     }
 
     #[test]
-    fn an_access_list_is_stored_without_the_ids_that_say_nothing() {
+    fn an_acl_is_stored_without_unused_ids() {
         let value = [
             &[2, 0, 0, 0][..],
             &[1, 0, 6, 0, 0xff, 0xff, 0xff, 0xff],

@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn two_copies_are_the_same_and_any_change_makes_another() {
+    fn equal_copies_have_equal_fingerprints_and_changed_ones_differ() {
         let parent = tempfile::tempdir().unwrap();
         let first = copy(parent.path(), "first");
         let of = |dir: &Path| super::of(dir).unwrap();

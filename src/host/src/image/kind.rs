@@ -102,7 +102,7 @@ mod tests {
     use std::fs;
 
     #[test]
-    fn a_file_is_told_by_its_first_bytes() {
+    fn a_file_is_identified_by_its_first_bytes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
         for (at, magic, kind) in MAGIC {

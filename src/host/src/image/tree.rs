@@ -651,7 +651,7 @@ mod tests {
     }
 
     #[test]
-    fn whiteouts_are_names_like_others_outside_of_layers_and_aufs_files_are_none() {
+    fn whiteouts_count_only_in_layers_and_aufs_files_do_not() {
         assert_eq!(layers(&[&["d .wh..wh.plnk", "f .wh..wh.aufs"]]), [""; 0]);
         let mut tree = Tree::new(false);
         let entry = Entry {
@@ -684,7 +684,7 @@ mod tests {
     }
 
     #[test]
-    fn directories_that_no_layer_mentions_are_there_and_roots() {
+    fn missing_parent_directories_belong_to_root() {
         assert_eq!(layers(&[&["f a/b/c"]]), ["a/", "a/b/", "a/b/c 0"]);
     }
 
@@ -735,7 +735,7 @@ mod tests {
     }
 
     #[test]
-    fn links_that_grow_a_path_have_an_end() {
+    fn links_that_grow_a_path_are_bounded() {
         let name = "n".repeat(200);
         let long = vec![name.as_str(); 15].join("/");
         let mut entries = vec![format!("l 0 {long}")];

@@ -457,7 +457,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clone_is_a_firecracker_without_a_configuration_where_its_own_disks_are() {
+    fn a_clone_runs_in_the_directory_of_its_own_disks() {
         let seen = calls(|api| {
             let dir = api.parent().unwrap();
             let program = dir.join("firecracker");
@@ -492,7 +492,7 @@ mod tests {
     }
 
     #[test]
-    fn a_restorable_vm_has_its_disks_where_its_clones_have_theirs() {
+    fn a_restorable_vm_has_relative_disk_paths() {
         let spec = Spec {
             disks: vec![Disk::file(Path::new("/images/root.ext4"))],
             start: Start::BootRestorable,

@@ -523,7 +523,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_goes_on_with_its_vsock_wherever_its_snapshot_fails() {
+    fn a_vm_continues_with_its_vsock_if_its_snapshot_fails() {
         let refused = "{\"error\":{\"desc\":\"no\"}}";
         let plug = ["cont", "chardev-add", "device_add"];
         for (command, answer, behind) in [
@@ -549,7 +549,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_that_does_not_go_on_has_its_vsock_again_and_is_complained_about() {
+    fn a_vm_that_cannot_be_resumed_gets_its_vsock_back_and_an_error() {
         let (error, commands) = failing_snapshot(&[
             ("query-migrate", "{\"return\":{\"status\":\"completed\"}}"),
             ("cont", "{\"error\":{\"desc\":\"no\"}}"),

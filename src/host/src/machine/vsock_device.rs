@@ -1039,7 +1039,7 @@ mod tests {
     }
 
     #[test]
-    fn the_guest_makes_so_many_connections_and_leaves_room_for_the_hosts() {
+    fn guest_connections_are_limited_and_leave_room_for_the_host() {
         let dir = tempfile::tempdir().unwrap();
         let (mut device, _stop) = device(dir.path());
         crate::process::raise_open_files();
@@ -1061,7 +1061,7 @@ mod tests {
     }
 
     #[test]
-    fn more_connections_of_the_hosts_wait_until_there_is_room() {
+    fn excess_host_connections_wait_for_room() {
         let dir = tempfile::tempdir().unwrap();
         let (mut device, _stop) = device(dir.path());
         crate::process::raise_open_files();
@@ -1148,7 +1148,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_takes_no_answers_does_not_fill_the_hosts_memory() {
+    fn a_guest_that_reads_no_replies_does_not_fill_host_memory() {
         let dir = tempfile::tempdir().unwrap();
         let (mut device, _stop) = device(dir.path());
         let mut host = connected(&mut device);
@@ -1175,7 +1175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_packet_longer_than_a_window_is_not_taken() {
+    fn a_packet_longer_than_the_window_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let (mut device, _stop) = device(dir.path());
         let mut host = connected(&mut device);
@@ -1194,7 +1194,7 @@ mod tests {
     }
 
     #[test]
-    fn a_packet_with_less_data_than_it_says_is_not_taken() {
+    fn a_packet_with_too_little_data_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let (mut device, _stop) = device(dir.path());
         let mut host = connected(&mut device);
@@ -1209,7 +1209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_turn_ends_while_the_guest_goes_on_sending() {
+    fn a_turn_ends_even_if_the_guest_keeps_sending() {
         let dir = tempfile::tempdir().unwrap();
         let (mut device, stop) = device(dir.path());
         let (guest, _qemu) = Guest::plug(&mut device);
@@ -1230,7 +1230,7 @@ mod tests {
     }
 
     #[test]
-    fn buffers_that_hold_no_packet_go_back_and_the_device_goes_on() {
+    fn invalid_buffers_are_returned_and_the_device_continues() {
         let dir = tempfile::tempdir().unwrap();
         let (mut device, _stop) = device(dir.path());
         let mut host = connected(&mut device);
@@ -1268,7 +1268,7 @@ mod tests {
     }
 
     #[test]
-    fn virtqueues_that_make_no_sense_are_out_of_use_until_they_are_set_up_anew() {
+    fn invalid_virtqueues_are_disabled_until_set_up_again() {
         // An index beyond all descriptors, and a chain that none begins.
         let spoil: [fn(&mut Driver); 2] = [
             |driver| driver.set_index(1000),
@@ -1295,7 +1295,7 @@ mod tests {
     }
 
     #[test]
-    fn a_request_of_qemus_that_cannot_be_served_unplugs_the_device() {
+    fn an_unsupported_request_from_qemu_unplugs_the_device() {
         let dir = tempfile::tempdir().unwrap();
         let (mut device, _stop) = device(dir.path());
         let mut host = connected(&mut device);

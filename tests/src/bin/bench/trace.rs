@@ -375,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn time_goes_to_whoever_runs() {
+    fn time_is_attributed_to_the_running_process() {
         let breakdown = boot(TRACE, 1e6, 2e6, &names());
         assert_eq!(breakdown.total.round(), 1130.0);
         assert_eq!(breakdown.idle.round(), 1000.0);

@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_read_only_root_gets_its_names_by_the_document() {
+    fn a_read_only_root_gets_its_names_from_the_document() {
         let dir = tempfile::tempdir().unwrap();
         let file = |name: &str, text: &str| {
             fs::write(dir.path().join(name), text).unwrap();
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pods_sandbox_is_told_by_its_annotation() {
+    fn a_pods_sandbox_is_detected_by_its_annotation() {
         let config = json!({"process": {"args": ["/pause"]}, "annotations": {CRI_TYPE: "sandbox"}});
         assert!(plan_of(&config).unwrap().is_sandbox);
         let config = json!({"annotations": {CRI_TYPE: "container"}, "hooks": {"prestart": []}});

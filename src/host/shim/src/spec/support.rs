@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn what_would_not_be_what_was_asked_for_is_refused_by_name() {
+    fn unsupported_settings_are_refused_by_name() {
         for (part, expected) in [
             (
                 json!({"linux": {"devices": [{"path": "/dev/fuse"}, {"path": "/dev/kvm"}]}}),
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn what_shares_out_or_hardens_the_host_is_warned_of() {
+    fn host_limits_and_hardening_are_warnings() {
         let found = check(
             &config(&json!({
                 "process": {

@@ -510,7 +510,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_in_a_vm_has_a_name_and_a_colon() {
+    fn a_path_in_a_vm_has_a_name_and_a_colon() {
         assert_eq!(Place::of("app:/etc/x"), Place::There(Some("app"), "/etc/x"));
         assert_eq!(Place::of(":/etc/x"), Place::There(None, "/etc/x"));
         assert_eq!(Place::of("./a:b"), Place::Here(Path::new("./a:b")));
@@ -519,7 +519,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directorys_name_is_its_own() {
+    fn a_directory_keeps_its_name() {
         assert_eq!(base_name(Path::new("/a/b/")).unwrap(), "b");
         assert!(base_name(Path::new("/")).is_err());
         let dir = tempfile::tempdir().unwrap();

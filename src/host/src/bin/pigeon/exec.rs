@@ -463,7 +463,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_detach_keys_are_found_across_reads_and_others_are_passed_on() {
+    fn detach_keys_are_found_across_reads() {
         let mut keys = DetachKeys::default();
         assert_eq!(keys.look(b"ls\r"), (b"ls\r".to_vec(), false));
         assert_eq!(keys.look(b"a\x10"), (b"a".to_vec(), false));
@@ -473,7 +473,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_variables_has_comments_and_names_alone() {
+    fn an_env_file_may_have_comments_and_bare_names() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("env");
         std::fs::write(

@@ -439,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn stats_show_what_the_guest_tells() {
+    fn stats_show_the_guests_values() {
         let info = json!({
             "memory": {"mem_total": 256 << 20, "mem_available": 128 << 20},
             "load_average": [0.5, 0.25, 0.0],

@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_lines_are_found_over_frames() {
+    fn the_last_lines_are_found_across_frames() {
         let last = |lines, pieces: &[&str]| {
             let mut frames = pieces.iter().map(|piece| frame(piece));
             let begin = last_lines(lines, || Ok(frames.next())).unwrap();
@@ -427,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn the_workloads_bytes_are_told_from_those_of_kernel_and_init() {
+    fn the_workloads_output_is_separated_from_kernel_and_init_lines() {
         let console = "[    0.000000] Linux\r\npigeon-init: level=info msg=\"x\"\r\n\
                        hello\r\n[1.5] kernel\r\n[a] not\r\n[12] nor this\r\n\r\n\
                        bar\rfoo\r\npigeon-init: no\r\npigeon\r\n# ";

@@ -229,7 +229,7 @@ mod tests {
     use clap::CommandFactory;
 
     #[test]
-    fn the_commands_are_sound() {
+    fn the_command_line_definition_is_valid() {
         Cli::command().debug_assert();
     }
 }

@@ -126,7 +126,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_and_sizes_are_said_in_one_unit() {
+    fn times_and_sizes_are_shown_in_one_unit() {
         assert_eq!(duration(1), "1 second");
         assert_eq!(duration(59), "59 seconds");
         assert_eq!(duration(3600), "1 hour");

@@ -282,7 +282,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_directory_without_a_snapshot_is_told_from_one_with_a_damaged_one() {
+    fn a_damaged_snapshot_is_distinguished_from_a_missing_one() {
         let dir = tempfile::tempdir().unwrap();
         let said = Manifest::read(dir.path()).unwrap_err().to_string();
         assert!(

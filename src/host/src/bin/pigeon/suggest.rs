@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mistyped_command_is_guessed() {
+    fn a_mistyped_command_gets_a_suggestion() {
         for (word, command) in [
             ("rnu", "run"),
             ("rn", "run"),
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn dockers_other_commands_lead_to_what_is_there() {
+    fn other_docker_commands_get_a_suggestion() {
         for (names, tip) in OF_DOCKER {
             for name in *names {
                 let said = said(name);

@@ -595,7 +595,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_kept_of_a_vm_that_was_started_again_meanwhile_is_not_removed() {
+    fn the_record_of_a_restarted_vm_is_not_removed() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().join("app");
         fs::create_dir(&dir).unwrap();

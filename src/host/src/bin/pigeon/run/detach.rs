@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_name_is_told_from_what_else_is_said() {
+    fn the_name_is_found_among_other_messages() {
         let said = "pigeon: a hint\nstarted: app\n";
         assert_eq!(split(said), ("pigeon: a hint\n".into(), Some("app".into())));
         assert_eq!(split("pigeon: no\n"), ("pigeon: no\n".into(), None));

@@ -679,7 +679,7 @@ mod tests {
     }
 
     #[test]
-    fn a_volume_is_made_when_it_is_told_a_size_and_else_its_absence_is() {
+    fn a_volume_is_created_if_it_has_a_size_and_must_exist_otherwise() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("data.img");
         let disk = |size| DiskFile {
@@ -706,7 +706,7 @@ mod tests {
     }
 
     #[test]
-    fn a_root_is_read_only_or_has_a_layer_to_write_to() {
+    fn a_root_is_read_only_or_has_a_writable_layer() {
         let root = |words: &[&str]| {
             let words: Vec<_> = words.iter().copied().chain(["IMAGE"]).collect();
             let plan = plan(&json!({"ExecOverride": ["/a"]}), &words).unwrap();
@@ -799,7 +799,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said_before_the_boot() {
+    fn errors_are_reported_before_the_boot() {
         let said = error(&json!({}), &["IMAGE"]);
         assert!(
             said.starts_with("nothing to run") && said.contains("names no command"),

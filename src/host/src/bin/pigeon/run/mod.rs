@@ -646,7 +646,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_was_made_is_its_makers_until_it_is_removed_or_the_vm_has_ended() {
+    fn a_created_disk_belongs_to_its_creator_until_the_vm_ends() {
         let dir = tempfile::tempdir().unwrap();
         let disk = |name: &str, size| DiskFile {
             path: dir.path().join(name),
@@ -688,7 +688,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_vm_has_left_is_swept_and_what_runs_is_not() {
+    fn leftovers_of_killed_vms_are_removed_and_running_vms_are_not() {
         let running = Scratch::new().unwrap();
         let killed = Scratch::new().unwrap();
         let left = killed.path().to_path_buf();

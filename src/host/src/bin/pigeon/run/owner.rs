@@ -652,7 +652,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_console_tells_the_exit_code_too() {
+    fn the_exit_code_is_also_read_from_the_console() {
         let console = "serving\r\npigeon-init: level=info msg=\"workload exited\" exit_code=9 \
                        oom_killed=false uid=0 gid=0\r\n[    8.2] reboot: Restarting system\r\n";
         let exit = logged_exit(console).unwrap();

@@ -245,7 +245,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_clone_has_its_own_name_also_in_its_hosts() {
+    fn a_clones_hosts_file_has_its_own_name() {
         let document = json!({
             "Hostname": "app",
             "EtcHosts": [{"Host": "db", "IP": "10.0.0.9"}, {"Host": "app", "IP": "127.0.1.1"}],
