@@ -19,7 +19,7 @@ pub const CLOSE: u8 = 0x88;
 pub const PING: u8 = 0x89;
 pub const PONG: u8 = 0x8a;
 
-/// The handshake's key and its answer (section 1.3).
+/// The handshake's key and its response (section 1.3).
 const KEY: &str = "dGhlIHNhbXBsZSBub25jZQ==";
 const ACCEPT: &str = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
 
@@ -94,9 +94,9 @@ impl Socket {
     /// Opens a WebSocket on a connected stream.
     pub fn open(stream: UnixStream, path: &str) -> Result<Socket> {
         let mut client = http::Client::new(stream);
-        let answer = client.request("GET", path, &handshake(), b"")?;
-        ensure!(answer.status == 101, "no handshake: {answer}");
-        ensure!(answer.header("sec-websocket-accept") == Some(ACCEPT));
+        let response = client.request("GET", path, &handshake(), b"")?;
+        ensure!(response.status == 101, "no handshake: {response}");
+        ensure!(response.header("sec-websocket-accept") == Some(ACCEPT));
         let (stream, unread) = client.into_stream();
         Ok(Socket {
             stream,

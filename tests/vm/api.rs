@@ -47,8 +47,8 @@ fn exec(api: &mut Client<UnixStream>, body: &Value) -> Result<Response> {
 
 /// The answer to a shell command's exec.
 fn shell(api: &mut Client<UnixStream>, script: &str) -> Result<Value> {
-    let answer = exec(api, &json!({"cmd": ["/bin/sh", "-c", script]}))?;
-    answer.success()?.json()
+    let response = exec(api, &json!({"cmd": ["/bin/sh", "-c", script]}))?;
+    response.success()?.json()
 }
 
 /// Waits until a shell command in the guest succeeds.
@@ -62,13 +62,13 @@ fn wait_until(api: &mut Client<UnixStream>, script: &str) -> Result<()> {
 }
 
 /// An error's status and text.
-fn refusal(answer: &Response) -> Result<(u16, String)> {
-    let error = answer.json()?["error"].clone();
+fn refusal(response: &Response) -> Result<(u16, String)> {
+    let error = response.json()?["error"].clone();
     let error = error
         .as_str()
-        .with_context(|| format!("no error: {answer}"))?;
-    ensure!(answer.header("content-type") == Some("application/json"));
-    Ok((answer.status, error.into()))
+        .with_context(|| format!("no error: {response}"))?;
+    ensure!(response.header("content-type") == Some("application/json"));
+    Ok((response.status, error.into()))
 }
 
 #[test]
@@ -103,9 +103,9 @@ fn each_path_accepts_its_methods_and_signals_reach_the_workloads_group() -> Resu
         ("GET", "/v1/exec", "POST"),
         ("POST", "/v1/ws/exec", "GET"),
     ] {
-        let answer = api.request(method, path, &[], b"")?;
-        assert_eq!(refusal(&answer)?.0, 405, "{method} {path}");
-        assert_eq!(answer.header("allow"), Some(allowed), "{method} {path}");
+        let response = api.request(method, path, &[], b"")?;
+        assert_eq!(refusal(&response)?.0, 405, "{method} {path}");
+        assert_eq!(response.header("allow"), Some(allowed), "{method} {path}");
     }
     let plain = api.get("/v1/ws/exec")?;
     assert_eq!(
@@ -231,7 +231,7 @@ fn a_command_runs_with_its_options() -> Result<()> {
     let mut api = vm.api()?;
     let mut run = |body: Value| exec(&mut api, &body);
 
-    // The whole answer, to the byte.
+    // The whole response, to the byte.
     let hello = run(json!({"cmd": ["echo", "hello", "\"\\ \u{e9}\u{1f426}"]}))?;
     assert_eq!(hello.header("content-type"), Some("application/json"));
     assert_eq!(
@@ -239,17 +239,17 @@ fn a_command_runs_with_its_options() -> Result<()> {
         r#"{"exit_code":0,"exit_signal":0,"stdout":"hello \"\\ é🐦\n","stderr":""}"#
     );
     let script = |script: &str| json!({"cmd": ["sh", "-c", script]});
-    let answer = |code: i32, signal: i32, out: &str, err: &str| json!({"exit_code": code, "exit_signal": signal, "stdout": out, "stderr": err});
+    let response = |code: i32, signal: i32, out: &str, err: &str| json!({"exit_code": code, "exit_signal": signal, "stdout": out, "stderr": err});
     let three = run(script("echo out; echo err >&2; exit 3"))?.json()?;
-    assert_eq!(three, answer(3, 0, "out\n", "err\n"));
+    assert_eq!(three, respond(3, 0, "out\n", "err\n"));
     let terminated = run(script("echo before; kill -TERM $$"))?.json()?;
-    assert_eq!(terminated, answer(-1, 15, "before\n", ""));
+    assert_eq!(terminated, respond(-1, 15, "before\n", ""));
 
     // Who, where, with what.
-    let out = |answer: Response| -> Result<String> {
-        let answer = answer.success()?.json()?;
-        ensure!(answer["exit_code"] == 0, "{answer}");
-        Ok(answer["stdout"]
+    let out = |response: Response| -> Result<String> {
+        let response = response.success()?.json()?;
+        ensure!(response["exit_code"] == 0, "{response}");
+        Ok(response["stdout"]
             .as_str()
             .unwrap_or_default()
             .trim_end()
@@ -286,7 +286,7 @@ fn a_command_runs_with_its_options() -> Result<()> {
     // What it starts with: three descriptors, no input, a session of its own, no signal blocked.
     let fds = out(run(json!({"cmd": ["ls", "/proc/self/fd"]}))?)?;
     assert_eq!(fds, "0\n1\n2\n3", "the last one is the directory itself");
-    assert_eq!(run(json!({"cmd": ["cat"]}))?.json()?, answer(0, 0, "", ""));
+    assert_eq!(run(json!({"cmd": ["cat"]}))?.json()?, respond(0, 0, "", ""));
     let stat = out(run(script("cut -d' ' -f1,5,6,7 /proc/$$/stat"))?)?;
     let [pid, group, session, tty] = stat.split(' ').collect::<Vec<_>>()[..] else {
         panic!("{stat}");
@@ -348,7 +348,7 @@ fn a_command_runs_with_its_options() -> Result<()> {
         assert_eq!(status, 400, "{body} {error}");
         assert!(error.contains(word), "{body}: {error}");
     }
-    assert_eq!(run(many(1024))?.json()?, answer(0, 0, "", ""));
+    assert_eq!(run(many(1024))?.json()?, respond(0, 0, "", ""));
     // Unknown members are nobody's business.
     let more = json!({"cmd": ["echo", "x"], "tty": {"a": [1]}, "x": null});
     assert_eq!(out(run(more)?)?, "x");
@@ -430,9 +430,9 @@ fn the_output_of_a_command_that_enlarged_its_pipe_is_whole() -> Result<()> {
     let tree = Tree::busybox()?.file("/full", 0o755, std::fs::read(program)?)?;
     let (builder, _root) = tree_vm(tree, IDLE)?;
     let mut vm = builder.start()?;
-    let answer = shell(&mut vm.api()?, "exec /full")?;
-    assert_eq!(answer["exit_code"], 0);
-    assert_eq!(answer["stdout"].as_str().map(str::len), Some(1_000_000));
+    let response = shell(&mut vm.api()?, "exec /full")?;
+    assert_eq!(response["exit_code"], 0);
+    assert_eq!(response["stdout"].as_str().map(str::len), Some(1_000_000));
     let mut session = Socket::open(vm.connect(vsock::API_PORT)?, "/v1/ws/exec")?;
     session.text(&json!({"command": ["/full"]}))?;
     let end = session.wait_end()?;
@@ -458,7 +458,7 @@ fn a_command_ends_in_time_with_its_whole_group() -> Result<()> {
     );
     wait_until(&mut api, "! ps -o args | grep -E '^sleep 777[12]'")?;
 
-    // A grandchild that keeps the pipes does not hold the answer up: it would for hours.
+    // A grandchild that keeps the pipes does not hold the response up: it would for hours.
     let start = Instant::now();
     let left = shell(&mut api, "(sleep 7773; echo never) & echo started")?;
     assert_eq!(
@@ -521,10 +521,10 @@ fn the_default_time_limit_of_a_command_is_thirty_seconds() -> Result<()> {
     };
     let start = uptime(&mut api)?;
     vm.yield_slot();
-    let answer = exec(&mut api, &json!({"cmd": ["sleep", "100"]}))?.json()?;
+    let response = exec(&mut api, &json!({"cmd": ["sleep", "100"]}))?.json()?;
     let took = uptime(&mut api)? - start;
     assert_eq!(
-        (&answer["exit_code"], &answer["exit_signal"]),
+        (&response["exit_code"], &response["exit_signal"]),
         (&json!(-1), &json!(9))
     );
     assert!((29.9..60.0).contains(&took), "{took} s");
@@ -558,9 +558,9 @@ int main(void) {
         if (bind(fd, (void *)&from, sizeof from)) printf("bind %s\n", strerror(errno));
         else if (connect(fd, (void *)&to, sizeof to)) printf("connect %s\n", strerror(errno));
         else {
-            char answer[256];
+            char response[256];
             send(fd, request, sizeof request - 1, MSG_NOSIGNAL);
-            ssize_t got = recv(fd, answer, sizeof answer, 0);
+            ssize_t got = recv(fd, response, sizeof response, 0);
             printf("connected, %s\n", got > 0 ? "ANSWERED" : "no answer");
         }
         close(fd);
@@ -587,13 +587,13 @@ fn the_api_cannot_be_reached_from_inside_the_guest() -> Result<()> {
     let mut vm = builder.start()?;
     let mut api = vm.api()?;
     let mut probe = |user: &str| -> Result<String> {
-        let answer = exec(
+        let response = exec(
             &mut api,
             &json!({"cmd": ["/probe"], "user": user, "timeout_ms": 300_000}),
         )?
         .json()?;
-        let out = answer["stdout"].as_str().unwrap_or_default().to_owned();
-        ensure!(out.ends_with("done\n"), "{answer}");
+        let out = response["stdout"].as_str().unwrap_or_default().to_owned();
+        ensure!(out.ends_with("done\n"), "{response}");
         Ok(out)
     };
     // Without loopback there is no way even to the listener.

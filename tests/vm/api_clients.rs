@@ -49,9 +49,9 @@ fn tungstenite_runs_sessions() -> Result<()> {
     let mut api = vm.api()?;
     let mut open = |first: &Value| -> Result<_> {
         let stream = vm.connect(API_PORT)?;
-        let (mut socket, answer) = tungstenite::client("ws://vm/v1/ws/exec", stream)
+        let (mut socket, response) = tungstenite::client("ws://vm/v1/ws/exec", stream)
             .map_err(|error| anyhow::anyhow!("no handshake: {error}"))?;
-        assert_eq!(answer.status(), 101);
+        assert_eq!(response.status(), 101);
         socket.send(Message::text(first.to_string()))?;
         Ok(socket)
     };
@@ -182,13 +182,13 @@ fn requests_generated_from_openapi_get_described_responses() -> Result<()> {
         for client in listener.incoming() {
             let (client, api) = (client?, UnixStream::connect(&socket)?);
             let (mut requests, mut to_api) = (client.try_clone()?, api.try_clone()?);
-            let (mut answers, mut to_client) = (api, client);
+            let (mut responses, mut to_client) = (api, client);
             thread::spawn(move || {
                 let _client_gone = io::copy(&mut requests, &mut to_api);
                 to_api.shutdown(Shutdown::Write)
             });
             thread::spawn(move || {
-                let _api_gone = io::copy(&mut answers, &mut to_client);
+                let _api_gone = io::copy(&mut responses, &mut to_client);
                 to_client.shutdown(Shutdown::Both)
             });
         }
@@ -272,13 +272,13 @@ fn a_client_that_sends_its_whole_body_first_reads_the_error() -> Result<()> {
                 thread::sleep(Duration::from_secs(3));
             }
         }
-        let answer = api.receive(false)?;
+        let response = api.receive(false)?;
         assert_eq!(
-            (answer.status, answer.header("connection")),
+            (response.status, response.header("connection")),
             (413, Some("close"))
         );
-        assert_eq!(answer.text(), r#"{"error":"the body is too large"}"#);
-        // Who has the answer and stays is not waited for.
+        assert_eq!(response.text(), r#"{"error":"the body is too large"}"#);
+        // Who has the response and stays is not waited for.
         let start = Instant::now();
         api.wait_closed()?;
         assert!(start.elapsed() < Duration::from_secs(20));
@@ -382,9 +382,9 @@ fn a_client_like_gos_sends_chunks_and_closes_after_each_call() -> Result<()> {
             }
             stream.write_all(b"0\r\n\r\n")?;
             let mut client = Client::new(stream);
-            let answer = client.receive(false)?;
-            assert!(answer.text().contains(wanted), "{answer}");
-            assert_eq!(answer.header("connection"), Some("close"));
+            let response = client.receive(false)?;
+            assert!(response.text().contains(wanted), "{response}");
+            assert_eq!(response.header("connection"), Some("close"));
             client.wait_closed()?;
         }
     }
@@ -395,10 +395,10 @@ fn a_client_like_gos_sends_chunks_and_closes_after_each_call() -> Result<()> {
             b"GET /v1/status HTTP/1.1\r\nHost: localhost\r\nUser-Agent: Go-http-client/1.1\r\n\
               Accept-Encoding: gzip\r\nConnection: close\r\n\r\n",
         )?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
+        let mut response = String::new();
+        stream.read_to_string(&mut response)?;
         assert!(
-            answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("\r\n\r\n{\"ok\":true}")
+            response.starts_with("HTTP/1.1 200 OK\r\n") && response.ends_with("\r\n\r\n{\"ok\":true}")
         );
     }
     Ok(())

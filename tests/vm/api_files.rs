@@ -48,13 +48,13 @@ fn target(query: &str) -> String {
     format!("/v1/files?path={query}")
 }
 
-/// A call on a connection of its own, which is closed after the answer.
+/// A call on a connection of its own, which is closed after the response.
 fn call(vm: &mut Vm, method: &str, query: &str, body: &[u8]) -> Result<Response> {
     let mut api = vm.api()?;
-    let answer = api.request(method, &target(query), &[], body)?;
-    assert_eq!(answer.header("connection"), Some("close"), "{answer}");
+    let response = api.request(method, &target(query), &[], body)?;
+    assert_eq!(response.header("connection"), Some("close"), "{response}");
     api.wait_closed()?;
-    Ok(answer)
+    Ok(response)
 }
 
 fn get(vm: &mut Vm, query: &str) -> Result<Response> {
@@ -86,9 +86,9 @@ fn chunked(body: &[u8], size: usize) -> Vec<u8> {
 
 fn shell(vm: &mut Vm, script: &str) -> Result<String> {
     let body = json!({"cmd": ["sh", "-c", script], "timeout_ms": 120_000});
-    let answer = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
-    ensure!(answer["exit_code"] == 0, "{script}: {answer}");
-    Ok(answer["stdout"].as_str().context("no text")?.into())
+    let response = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
+    ensure!(response["exit_code"] == 0, "{script}: {response}");
+    Ok(response["stdout"].as_str().context("no text")?.into())
 }
 
 /// Waits until a shell command in the guest succeeds.
@@ -105,11 +105,11 @@ fn wait_until(vm: &mut Vm, script: &str) -> Result<()> {
 }
 
 /// An error's status and reason.
-fn refusal(answer: &Response) -> Result<(u16, String)> {
-    let error = answer.json()?["error"].clone();
-    let error = error.as_str().with_context(|| format!("{answer}"))?;
-    assert_eq!(answer.header("content-type"), Some("application/json"));
-    Ok((answer.status, error.into()))
+fn refusal(response: &Response) -> Result<(u16, String)> {
+    let error = response.json()?["error"].clone();
+    let error = error.as_str().with_context(|| format!("{response}"))?;
+    assert_eq!(response.header("content-type"), Some("application/json"));
+    Ok((response.status, error.into()))
 }
 
 #[test]
@@ -122,16 +122,16 @@ fn files_are_read_and_written_with_mode_and_owner() -> Result<()> {
     {
         let bytes = noise::bytes(size, 1 + size as u64);
         let path = format!("/data/new/{number}/file");
-        let answer = put(&mut vm, &path, &bytes)?;
+        let response = put(&mut vm, &path, &bytes)?;
         let expected = json!({"ok": true, "bytes": size});
-        assert_eq!((answer.status, answer.json()?), (201, expected.clone()));
+        assert_eq!((response.status, response.json()?), (201, expected.clone()));
         // Once more, in chunks, with other bytes: it is replaced.
         let bytes = noise::bytes(size, 1000 + size as u64);
         for chunk in [1000, 70_000] {
             let mut api = announce(&mut vm, &path, "Transfer-Encoding: chunked\r\n")?;
             api.send(&chunked(&bytes, chunk))?;
-            let answer = api.receive(false)?;
-            assert_eq!((answer.status, answer.json()?), (200, expected.clone()));
+            let response = api.receive(false)?;
+            assert_eq!((response.status, response.json()?), (200, expected.clone()));
             let read = get(&mut vm, &path)?;
             assert_eq!(read.status, 200);
             assert!(read.body == bytes, "{size} bytes came back otherwise");
@@ -158,8 +158,8 @@ fn files_are_read_and_written_with_mode_and_owner() -> Result<()> {
 
     // Mode, owner and time.
     let stat = |vm: &mut Vm, path: &str| shell(vm, &format!("stat -c '%04a %u:%g %Y' '{path}'"));
-    let described = |answer: &Response| {
-        let header = |name| answer.header(name).unwrap_or_default().to_string();
+    let described = |response: &Response| {
+        let header = |name| response.header(name).unwrap_or_default().to_string();
         let (mode, owner) = (header("file-mode"), header("file-owner"));
         format!("{mode} {owner} {}\n", header("file-mtime"))
     };
@@ -353,7 +353,7 @@ fn only_regular_files_are_opened() -> Result<()> {
         ("PUT", "/data/ro/x/y", 403, "EROFS"),
         ("PUT", "/sys/kernel/x", 403, ""),
     ] {
-        // Of a long body most has not come when the answer goes; of a short one all has, and nobody
+        // Of a long body most has not come when the response goes; of a short one all has, and nobody
         // waits for more.
         for size in [10, 8 << 20] {
             if method == "GET" && size > 10 {
@@ -368,12 +368,12 @@ fn only_regular_files_are_opened() -> Result<()> {
             if method == "PUT" && size == 10 {
                 shortest = shortest.min(start.elapsed());
             }
-            let answer = match called {
-                Ok(answer) => refusal(&answer)?,
+            let response = match called {
+                Ok(response) => refusal(&response)?,
                 Err(error) => return Err(error.context(format!("{method} {query} {size}"))),
             };
-            assert_eq!(answer.0, status, "{method} {query}: {answer:?}");
-            assert!(answer.1.contains(reason), "{method} {query}: {answer:?}");
+            assert_eq!(response.0, status, "{method} {query}: {response:?}");
+            assert!(response.1.contains(reason), "{method} {query}: {response:?}");
         }
     }
     let limit = Duration::from_millis(500);
@@ -385,9 +385,9 @@ fn only_regular_files_are_opened() -> Result<()> {
     // PID 1 itself knows which methods there are, and goes on with the connection.
     let mut api = vm.api()?;
     for method in ["POST", "DELETE"] {
-        let answer = api.request(method, "/v1/files?path=/data/file", &[], b"x")?;
-        assert_eq!(refusal(&answer)?.0, 405);
-        assert_eq!(answer.header("allow"), Some("GET, HEAD, PUT"));
+        let response = api.request(method, "/v1/files?path=/data/file", &[], b"x")?;
+        assert_eq!(refusal(&response)?.0, 405);
+        assert_eq!(response.header("allow"), Some("GET, HEAD, PUT"));
     }
     // Bodies that are none.
     for (headers, body, status) in [
@@ -431,13 +431,13 @@ fn an_interrupted_upload_leaves_nothing_behind() -> Result<()> {
     // A full disk: by length and in chunks, beside a file and in its place.
     let large = noise::bytes(40 << 20, 4);
     for path in ["/data/large", "/data/kept", "/data/new//folder/large"] {
-        let answer = put(&mut vm, path, &large)?;
-        assert_eq!(refusal(&answer)?, (507, format!("{path}: ENOSPC")));
+        let response = put(&mut vm, path, &large)?;
+        assert_eq!(refusal(&response)?, (507, format!("{path}: ENOSPC")));
         let mut api = announce(&mut vm, path, "Transfer-Encoding: chunked\r\n")?;
         let sent = api.send(&chunked(&large, 50_000));
-        let answer = api.receive(false);
-        let answer = answer.with_context(|| format!("the answer is lost; sent: {sent:?}"))?;
-        assert_eq!(refusal(&answer)?, (507, format!("{path}: ENOSPC")));
+        let response = api.receive(false);
+        let response = response.with_context(|| format!("the answer is lost; sent: {sent:?}"))?;
+        assert_eq!(refusal(&response)?, (507, format!("{path}: ENOSPC")));
         assert_eq!(shell(&mut vm, state)?, before);
     }
     // A client that goes on as if nothing was, if slowly, and one that does not send what it has
@@ -475,8 +475,8 @@ fn an_interrupted_upload_leaves_nothing_behind() -> Result<()> {
             ..100 => 1,
             _ => 500,
         }))?;
-        if let Ok(answer) = api.receive(false) {
-            break refusal(&answer)?;
+        if let Ok(response) = api.receive(false) {
+            break refusal(&response)?;
         }
         stuck.push(api);
     };
@@ -557,7 +557,7 @@ fn a_hung_disk_blocks_one_transfer_and_nothing_else() -> Result<()> {
         assert_eq!(api.get("/v1/status")?.status, 200);
         calls += 1;
         match reader.receive(false) {
-            Ok(answer) => anyhow::bail!("the disk does not hang: {}", answer.status),
+            Ok(response) => anyhow::bail!("the disk does not hang: {}", response.status),
             Err(error) => {
                 let kind = error
                     .downcast_ref::<std::io::Error>()
@@ -663,9 +663,9 @@ fn a_gibibyte_goes_both_ways_and_nearly_as_fast_as_a_bare_copy() -> Result<()> {
         "PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {SIZE}\r\n\r\n"
     )?;
     noise::send(&mut stream, SIZE, 8)?;
-    let answer = Client::new(stream).receive(false)?;
+    let response = Client::new(stream).receive(false)?;
     assert_eq!(
-        (answer.status, answer.json()?),
+        (response.status, response.json()?),
         (201, json!({"ok": true, "bytes": SIZE}))
     );
     println!("a gibibyte in: {:?}", start.elapsed());

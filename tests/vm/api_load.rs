@@ -231,14 +231,14 @@ fn many_commands_with_much_output_stay_within_the_memory_limit() -> Result<()> {
     assert_eq!(shell(running)?["exit_code"], 0);
     let mut kept = 0;
     for command in &mut commands {
-        let answer = command.receive(false)?.success()?.json()?;
+        let response = command.receive(false)?.success()?.json()?;
         assert_eq!(
-            answer["exit_code"], 0,
+            response["exit_code"], 0,
             "{} {}",
-            answer["exit_signal"], answer["stderr"]
+            response["exit_signal"], response["stderr"]
         );
-        assert_eq!(answer["stdout_truncated"], true);
-        kept += answer["stdout"].as_str().context("no output")?.len();
+        assert_eq!(response["stdout_truncated"], true);
+        kept += response["stdout"].as_str().context("no output")?.len();
     }
     println!("{kept} bytes kept");
     // An eighth of the memory at once, what the kernel has for itself apart; small ones were gone by then.
@@ -256,12 +256,12 @@ fn held(api: &mut Client<UnixStream>) -> Result<(u64, u64, u64)> {
         ls /proc/1/task | wc -l
         awk '/^Pss:/ {print $2}' /proc/1/smaps_rollup
         awk '/^VmPTE:/ {print $2}' /proc/1/status";
-    let answer = api.post("/v1/exec", &json!({"cmd": ["sh", "-c", script]}))?;
-    let answer = answer.success()?.json()?;
-    let out = answer["stdout"].as_str().unwrap_or_default();
+    let response = api.post("/v1/exec", &json!({"cmd": ["sh", "-c", script]}))?;
+    let response = response.success()?.json()?;
+    let out = response["stdout"].as_str().unwrap_or_default();
     let numbers: Vec<u64> = out.lines().map(str::parse).collect::<Result<_, _>>()?;
     let [files, threads, pss, tables] = numbers[..] else {
-        anyhow::bail!("{answer}");
+        anyhow::bail!("{response}");
     };
     // A thread more is not started by calls, but by one whose pipe was not read in time: its pages.
     Ok((pss - 24 * (threads - 1), tables, files))

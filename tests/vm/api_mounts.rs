@@ -40,20 +40,20 @@ fn volume() -> Result<Image> {
 }
 
 fn mount(api: &mut Api, volume: &Value) -> Result<(u16, Value)> {
-    let answer = api.post("/v1/mounts", volume)?;
-    Ok((answer.status, answer.json()?))
+    let response = api.post("/v1/mounts", volume)?;
+    Ok((response.status, response.json()?))
 }
 
 fn unmount(api: &mut Api, query: &str) -> Result<(u16, Value)> {
-    let answer = api.request("DELETE", &format!("/v1/mounts{query}"), &[], b"")?;
-    Ok((answer.status, answer.json()?))
+    let response = api.request("DELETE", &format!("/v1/mounts{query}"), &[], b"")?;
+    Ok((response.status, response.json()?))
 }
 
 fn shell(api: &mut Api, script: &str, user: &str) -> Result<String> {
     let body = json!({"cmd": ["sh", "-c", script], "user": user, "timeout_ms": 120_000});
-    let answer = api.post("/v1/exec", &body)?.success()?.json()?;
-    ensure!(answer["exit_code"] == 0, "{script}: {answer}");
-    Ok(answer["stdout"].as_str().context("no text")?.into())
+    let response = api.post("/v1/exec", &body)?.success()?.json()?;
+    ensure!(response["exit_code"] == 0, "{script}: {response}");
+    Ok(response["stdout"].as_str().context("no text")?.into())
 }
 
 /// Waits until a shell's test is true.
@@ -143,7 +143,7 @@ fn a_volume_is_mounted_unmounted_and_keeps_its_data() -> Result<()> {
     assert_eq!(unmount(&mut api, "?path=/scratch")?, done());
 
     // What is not there to be unmounted, and what must not be.
-    for (query, answer) in [
+    for (query, response) in [
         ("", failed(400, "path: not an absolute path")),
         ("?path=", failed(400, "path: not an absolute path")),
         ("?path=srv/data", failed(400, "path: not an absolute path")),
@@ -166,7 +166,7 @@ fn a_volume_is_mounted_unmounted_and_keeps_its_data() -> Result<()> {
         ("?path=//run/.", failed(409, "unmount //run/.: EBUSY")),
         ("?path=/kernel", failed(409, "unmount /kernel: EBUSY")),
     ] {
-        assert_eq!(unmount(&mut api, query)?, answer, "{query}");
+        assert_eq!(unmount(&mut api, query)?, response, "{query}");
     }
     let long = format!("?path=/{}", "x".repeat(4095));
     assert_eq!(
@@ -189,7 +189,7 @@ fn a_volume_is_mounted_unmounted_and_keeps_its_data() -> Result<()> {
         "{:?}",
         start.elapsed()
     );
-    for (volume, answer) in [
+    for (volume, response) in [
         (json!({}), failed(400, "DevicePath: not an absolute path: ")),
         (json!([]), failed(400, "must be an object")),
         (
@@ -225,7 +225,7 @@ fn a_volume_is_mounted_unmounted_and_keeps_its_data() -> Result<()> {
             ),
         ),
     ] {
-        assert_eq!(mount(&mut api, &volume)?, answer, "{volume}");
+        assert_eq!(mount(&mut api, &volume)?, response, "{volume}");
     }
     let mut waiting = vm.api()?;
     let body = missing.to_string();
@@ -235,9 +235,9 @@ fn a_volume_is_mounted_unmounted_and_keeps_its_data() -> Result<()> {
     let kill = "for at in /proc/[0-9]*; do pid=${at#/proc/}
         if [ $pid != 1 ] && [ \"$(cat $at/comm)\" = init ]; then kill -9 $pid; fi; done";
     shell(&mut api, kill, "root")?;
-    let answer = waiting.receive(false)?;
+    let response = waiting.receive(false)?;
     assert_eq!(
-        (answer.status, answer.json()?),
+        (response.status, response.json()?),
         failed(500, "a helper was killed")
     );
     let torn = api.request("POST", "/v1/mounts", &[], b"{\"MountPath\":")?;
@@ -333,9 +333,9 @@ fn a_hung_disk_blocks_neither_other_calls_nor_the_shutdown() -> Result<()> {
     wait_until(&mut api, "[ $(stat -c %u /other) = 1000 ]")?;
     shell(&mut api, "echo kept >/other/file", "app")?;
 
-    let answer = waiting.receive(false)?;
+    let response = waiting.receive(false)?;
     assert_eq!(
-        (answer.status, answer.json()?),
+        (response.status, response.json()?),
         failed(504, "mount /dev/vdb on /data: timed out after 30 s")
     );
     assert!(

@@ -152,11 +152,11 @@ fn an_ended_session_is_kept_and_a_running_one_can_be_deleted() -> Result<()> {
     socket.binary(b"still here\n")?;
     socket.output_with("still here")?;
     let mut api = vm.api()?;
-    let answer = api
+    let response = api
         .request("DELETE", "/v1/sessions/cat", &[], b"")?
         .success()?
         .json()?;
-    assert_eq!(answer, json!({"ok": true}));
+    assert_eq!(response, json!({"ok": true}));
     assert_eq!(socket.wait_end()?.close, Some(1001));
     let gone = api.request("DELETE", "/v1/sessions/cat", &[], b"")?;
     assert_eq!(gone.status, 404);
@@ -272,8 +272,8 @@ fn sessions_without_their_clients_leave_pid_1_idle() -> Result<()> {
     // The first number is the time on a processor, in nanoseconds.
     let script = "cut -d' ' -f1 /proc/1/schedstat; sleep 3; cut -d' ' -f1 /proc/1/schedstat";
     let body = json!({"cmd": ["sh", "-c", script]});
-    let answer = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
-    let times = answer["stdout"].as_str().context("no output")?;
+    let response = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
+    let times = response["stdout"].as_str().context("no output")?;
     let times = times
         .lines()
         .map(str::parse)
@@ -303,8 +303,8 @@ fn idle_sessions_free_the_memory_of_their_start() -> Result<()> {
     let mut pss = || -> Result<u32> {
         let script = "awk '/^Pss:/ {print $2}' /proc/1/smaps_rollup";
         let body = json!({"cmd": ["sh", "-c", script]});
-        let answer = api.post("/v1/exec", &body)?.success()?.json()?;
-        let size = answer["stdout"].as_str().context("no output")?;
+        let response = api.post("/v1/exec", &body)?.success()?.json()?;
+        let size = response["stdout"].as_str().context("no output")?;
         Ok(size.trim().parse()?)
     };
     let before = pss()?;

@@ -90,9 +90,9 @@ impl Description {
     }
 
     /// Whether a value is as a schema says.
-    fn validate(&self, schema: &Value, value: &Value, is_answer: bool) -> Result<()> {
+    fn validate(&self, schema: &Value, value: &Value, is_reply: bool) -> Result<()> {
         let mut schema = schema.clone();
-        let components = match is_answer {
+        let components = match is_reply {
             true => {
                 close(&mut schema);
                 &self.closed
@@ -180,14 +180,14 @@ impl Description {
         own.or(head).context("no such operation")
     }
 
-    fn check_answer(&self, call: &Call, answer: &Response) -> Result<()> {
-        let status = answer.status.to_string();
+    fn check_reply(&self, call: &Call, reply: &Response) -> Result<()> {
+        let status = reply.status.to_string();
         // By its number: a range is for what any request can be answered with.
         let response = at(self.operation(call)?, &["responses", &status]);
         let response =
             self.resolve(response.with_context(|| format!("{status} is not described"))?)?;
         for (name, header) in pairs(response.get("headers")) {
-            match answer.header(name) {
+            match reply.header(name) {
                 Some(value) => self
                     .validate_text(&header["schema"], value)
                     .with_context(|| format!("the header {name}"))?,
@@ -196,15 +196,15 @@ impl Description {
         }
         let Some((media_type, content)) = pairs(response.get("content")).next() else {
             ensure!(
-                answer.body.is_empty(),
+                reply.body.is_empty(),
                 "a body is not described: {}",
-                answer.text()
+                reply.text()
             );
             return Ok(());
         };
-        assert_eq!(answer.header("content-type"), Some(media_type.as_str()));
+        assert_eq!(reply.header("content-type"), Some(media_type.as_str()));
         match content.get("schema") {
-            Some(schema) if call.method != "HEAD" => self.validate(schema, &answer.json()?, true),
+            Some(schema) if call.method != "HEAD" => self.validate(schema, &reply.json()?, true),
             _ => Ok(()),
         }
     }
@@ -239,32 +239,32 @@ struct Asked<'d> {
 
 impl Asked<'_> {
     fn ask(&mut self, vm: &mut Vm, call: Call) -> Result<Response> {
-        let answer = vm
+        let reply = vm
             .api()?
             .request(call.method, call.target, call.headers, call.body)?;
         let what = || {
             format!(
-                "{} {} {}: {answer}",
+                "{} {} {}: {reply}",
                 call.method,
                 call.target,
                 call.body.escape_ascii()
             )
         };
         ensure!(
-            answer.status == call.status,
+            reply.status == call.status,
             "{}, and not {}",
             what(),
             call.status
         );
         self.description.check_request(&call).with_context(what)?;
         self.description
-            .check_answer(&call, &answer)
+            .check_reply(&call, &reply)
             .with_context(what)?;
-        if answer.status < 300 {
+        if reply.status < 300 {
             self.operations
                 .insert((call.method.into(), call.path.into()));
         }
-        Ok(answer)
+        Ok(reply)
     }
 }
 
@@ -657,13 +657,13 @@ fn methods(description: &Description, vm: &mut Vm) -> Result<()> {
         if described.contains("GET") && path != "/v1/ws/exec" {
             described.insert("HEAD".into());
         }
-        let answer = api.request("PATCH", &path.replace("{id}", "x"), &[], b"")?;
-        assert_eq!(answer.status, 405, "{path}: {answer}");
-        let allowed = answer.header("allow").context("no Allow")?;
+        let reply = api.request("PATCH", &path.replace("{id}", "x"), &[], b"")?;
+        assert_eq!(reply.status, 405, "{path}: {reply}");
+        let allowed = reply.header("allow").context("no Allow")?;
         let allowed: BTreeSet<String> = allowed.split(", ").map(String::from).collect();
         assert_eq!(allowed, described, "{path}");
         let error = &description.root["components"]["schemas"]["Error"];
-        description.validate(error, &answer.json()?, true)?;
+        description.validate(error, &reply.json()?, true)?;
     }
     for ((method, path), operation) in description.operations() {
         for range in ["4XX", "5XX"] {

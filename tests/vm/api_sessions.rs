@@ -74,9 +74,9 @@ fn exit(code: Value, signal: Value, output: &str) -> Ended {
 
 /// What a shell command prints, by way of the other call.
 fn shell(api: &mut Client<UnixStream>, script: &str) -> Result<String> {
-    let answer = api.post("/v1/exec", &json!({"cmd": ["/bin/sh", "-c", script]}))?;
-    let answer = answer.success()?.json()?;
-    Ok(answer["stdout"].as_str().unwrap_or_default().into())
+    let response = api.post("/v1/exec", &json!({"cmd": ["/bin/sh", "-c", script]}))?;
+    let response = response.success()?.json()?;
+    Ok(response["stdout"].as_str().unwrap_or_default().into())
 }
 
 /// Waits until a shell command in the guest prints something that satisfies `wanted`.
@@ -176,7 +176,7 @@ fn without_a_terminal_output_comes_first_then_the_exit_then_the_close() -> Resul
 #[test]
 fn eight_mebibytes_through_cat_come_back_unchanged() -> Result<()> {
     const SIZE: usize = 8 << 20;
-    // One thread sends and receives: what it sends before it looks for an answer.
+    // One thread sends and receives: what it sends before it looks for a response.
     const AHEAD: usize = 192 << 10;
     let (mut vm, _root) = boot()?;
     let mut random = 1u32;
@@ -244,9 +244,9 @@ fn a_terminal_behaves_like_a_terminal() -> Result<()> {
     let vm = &mut vm;
 
     let mut shell = terminal(vm, &json!({"cols": 100, "rows": 37}))?;
-    let mut ask = |question: &str, answer: &str| -> Result<String> {
+    let mut ask = |question: &str, response: &str| -> Result<String> {
         shell.binary(format!("{question}\n").as_bytes())?;
-        shell.output_with(answer)?;
+        shell.output_with(response)?;
         shell.output_with("pigeon> ")
     };
     ask("stty size", "37 100\r\n")?;
@@ -470,9 +470,9 @@ fn fragments_with_pings_between_are_joined_and_a_close_kills_the_group() -> Resu
         let size = if at_once { all.len() } else { 1 };
         all.chunks(size)
             .try_for_each(|piece| stream.write_all(piece))?;
-        let mut answer = Client::new(stream);
-        assert_eq!(answer.receive(true)?.status, 101);
-        let (mut stream, mut bytes) = answer.into_stream();
+        let mut response = Client::new(stream);
+        assert_eq!(response.receive(true)?.status, 101);
+        let (mut stream, mut bytes) = response.into_stream();
         while !bytes.ends_with(b"parts") {
             let mut buffer = [0; 4096];
             let count = std::io::Read::read(&mut stream, &mut buffer)?;
@@ -497,7 +497,7 @@ fn fragments_with_pings_between_are_joined_and_a_close_kills_the_group() -> Resu
     socket.binary(b"works")?;
     socket.output_with("works")?;
 
-    // Closes: the answer has the code that came, and the group is gone.
+    // Closes: the response has the code that came, and the group is gone.
     for (number, (payload, code)) in [
         (&b""[..], None),
         (b"\x03\xe8", Some(1000)),
@@ -712,9 +712,9 @@ fn a_command_can_open_its_output_by_name() -> Result<()> {
     vm.wait_for("done")?;
     assert!(vm.console().contains("out\nerr\n"), "{}", vm.console());
     let body = json!({"cmd": ["sh", "-c", SCRIPT], "user": "4243"});
-    let answer = vm.api()?.post("/v1/exec", &body)?.json()?;
+    let response = vm.api()?.post("/v1/exec", &body)?.json()?;
     assert_eq!(
-        answer,
+        response,
         json!({"exit_code": 0, "exit_signal": 0, "stdout": "out\n", "stderr": "err\n"})
     );
     for tty in [false, true] {

@@ -146,8 +146,8 @@ fn a_stop_sends_the_stop_signal_and_then_sigkill() -> Result<()> {
     let mut vm = builder.boot()?;
     vm.wait_for("ready")?;
     let mut api = vm.api()?;
-    let answer = api.post("/v1/stop", &json!({}))?.success()?.json()?;
-    assert_eq!(answer, json!({"ok": true}));
+    let response = api.post("/v1/stop", &json!({}))?.success()?.json()?;
+    assert_eq!(response, json!({"ok": true}));
     let exit = api.get("/v1/exit_code")?.success()?.json()?;
     assert_eq!(exit, json!({"code": 3, "oom_killed": false}));
     assert_eq!(vm.wait_end()?, End::Reboot);

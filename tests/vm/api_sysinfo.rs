@@ -85,9 +85,9 @@ const MEMORY: [(&str, &str); 17] = [
 
 fn shell(api: &mut Api, script: &str) -> Result<String> {
     let body = json!({"cmd": ["sh", "-c", script], "timeout_ms": 120_000});
-    let answer = api.post("/v1/exec", &body)?.success()?.json()?;
-    ensure!(answer["exit_code"] == 0, "{script}: {answer}");
-    Ok(answer["stdout"].as_str().context("no text")?.into())
+    let response = api.post("/v1/exec", &body)?.success()?.json()?;
+    ensure!(response["exit_code"] == 0, "{script}: {response}");
+    Ok(response["stdout"].as_str().context("no text")?.into())
 }
 
 fn sysinfo(api: &mut Api) -> Result<Value> {
@@ -258,9 +258,9 @@ fn sysinfo_matches_proc_in_the_shape_of_flys() -> Result<()> {
     for _ in 0..100 {
         let head = api.request("HEAD", "/v1/sysinfo", &[], b"")?;
         assert_eq!((head.status, head.body.len()), (200, 0));
-        let answer = api.get("/v1/sysinfo")?;
-        assert_eq!(answer.header("content-type"), Some("application/json"));
-        assert_eq!(answer.header("connection"), None);
+        let response = api.get("/v1/sysinfo")?;
+        assert_eq!(response.header("content-type"), Some("application/json"));
+        assert_eq!(response.header("connection"), None);
     }
     let wrong = api.post("/v1/sysinfo", &json!({}))?;
     assert_eq!(
@@ -273,30 +273,30 @@ fn sysinfo_matches_proc_in_the_shape_of_flys() -> Result<()> {
     thread::sleep(Duration::from_millis(1500));
     let mut other = vm.api()?;
     let mut tries = 0..50;
-    let answer = loop {
+    let response = loop {
         api.send(b"GET /v1/sysinfo HTTP/1.1\r\nHost: x\r\n\r\n")?;
         assert_eq!(other.get("/v1/status")?.status, 200);
-        let answer = api.receive(false)?;
+        let response = api.receive(false)?;
         // One that was done before it could be stopped.
-        if answer.status != 200 || tries.next().is_none() {
-            break answer;
+        if response.status != 200 || tries.next().is_none() {
+            break response;
         }
     };
     assert_eq!(
-        (answer.status, answer.text()),
+        (response.status, response.text()),
         (504, r#"{"error":"/proc does not answer"}"#.into())
     );
     // Until it ends, what counts the processes may be stopped, too.
     let start = Instant::now();
     let count = json!({"cmd": ["sh", "-c", "ps -o args | grep -c '^/init'"], "timeout_ms": 5000});
-    let answer = loop {
-        let answer = api.post("/v1/exec", &count)?.success()?.json()?;
-        if answer["exit_code"] != -1 {
-            break answer;
+    let response = loop {
+        let response = api.post("/v1/exec", &count)?.success()?.json()?;
+        if response["exit_code"] != -1 {
+            break response;
         }
         ensure!(start.elapsed() < TIMEOUT, "everybody is still stopped");
     };
-    assert_eq!(answer["stdout"], "1\n");
+    assert_eq!(response["stdout"], "1\n");
     assert_eq!(api.get("/v1/sysinfo")?.status, 200);
     Ok(())
 }

@@ -78,14 +78,14 @@ fn exchange(stream: &mut UnixStream, bytes: &[u8]) -> Result<()> {
 /// What PID 1 holds: memory in KiB, and open files.
 fn held(vm: &mut Vm) -> Result<(u64, u64)> {
     let script = "ls /proc/1/fd | wc -l; awk '/^Pss:/ {print $2}' /proc/1/smaps_rollup";
-    let answer = vm
+    let response = vm
         .api()?
         .post("/v1/exec", &json!({"cmd": ["sh", "-c", script]}))?;
-    let answer = answer.success()?.json()?;
-    let out = answer["stdout"].as_str().context("no text")?;
+    let response = response.success()?.json()?;
+    let out = response["stdout"].as_str().context("no text")?;
     let numbers: Vec<u64> = out.lines().map(str::parse).collect::<Result<_, _>>()?;
     let [files, memory] = numbers[..] else {
-        anyhow::bail!("{answer}");
+        anyhow::bail!("{response}");
     };
     Ok((memory, files))
 }
@@ -157,10 +157,10 @@ fn tunnels_lead_to_ports_of_the_guest_and_nowhere_else() -> Result<()> {
         let mut api = vm.api()?;
         let head = format!("CONNECT {target} HTTP/1.1\r\nHost: x\r\n\r\n");
         api.send(&[head.as_bytes(), early].concat())?;
-        let answer = api.receive(false).with_context(|| target.to_string())?;
-        let error = answer.json()?["error"].as_str().map(String::from);
-        let error = error.with_context(|| format!("{target}: {answer}"))?;
-        assert_eq!(answer.status, status, "{target}: {error}");
+        let response = api.receive(false).with_context(|| target.to_string())?;
+        let error = response.json()?["error"].as_str().map(String::from);
+        let error = error.with_context(|| format!("{target}: {response}"))?;
+        assert_eq!(response.status, status, "{target}: {error}");
         assert!(error.contains(reason), "{target}: {error}");
         api.wait_closed()?;
     }
@@ -169,7 +169,7 @@ fn tunnels_lead_to_ports_of_the_guest_and_nowhere_else() -> Result<()> {
     api.send(b"CONNECT 127.0.0.1:7001 HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx")?;
     assert_eq!(api.receive(false)?.status, 400);
 
-    // Bytes sent before the answer, also of another connection's life before, and over HTTP/1.0.
+    // Bytes sent before the response, also of another connection's life before, and over HTTP/1.0.
     let (head, api) = ask(&mut vm, "127.0.0.1:7001", b"early")?;
     assert_eq!((head.status, head.header("content-length")), (200, None));
     assert_eq!(head.header("transfer-encoding"), None);
@@ -202,9 +202,9 @@ fn tunnels_lead_to_ports_of_the_guest_and_nowhere_else() -> Result<()> {
         "{:?}",
         start.elapsed()
     );
-    let answers = waiting.iter_mut().map(|api| api.receive(true));
-    let statuses: Vec<u16> = answers
-        .map(|answer| Ok(answer?.status))
+    let responses = waiting.iter_mut().map(|api| api.receive(true));
+    let statuses: Vec<u16> = responses
+        .map(|response| Ok(response?.status))
         .collect::<Result<_>>()?;
     assert!(statuses.contains(&502), "{statuses:?}");
     assert!(
@@ -328,11 +328,11 @@ fn a_peer_that_does_not_read_blocks_only_its_own_tunnel() -> Result<()> {
     }
     let cpu = "awk '{print $14 + $15}' /proc/1/stat";
     let ticks = |vm: &mut Vm| -> Result<u64> {
-        let answer = vm
+        let response = vm
             .api()?
             .post("/v1/exec", &json!({"cmd": ["sh", "-c", cpu]}))?;
-        let answer = answer.success()?.json()?;
-        Ok(answer["stdout"]
+        let response = response.success()?.json()?;
+        Ok(response["stdout"]
             .as_str()
             .context("no text")?
             .trim()
@@ -365,11 +365,11 @@ fn a_peer_that_does_not_read_blocks_only_its_own_tunnel() -> Result<()> {
     // A server that dies ends them; of a client the guest hears nothing while its bytes wait in
     // the host.
     let shell = |vm: &mut Vm, script: &str| -> Result<()> {
-        let answer = vm
+        let response = vm
             .api()?
             .post("/v1/exec", &json!({"cmd": ["sh", "-c", script]}))?;
-        let answer = answer.success()?.json()?;
-        ensure!(answer["exit_code"] == 0, "{answer}");
+        let response = response.success()?.json()?;
+        ensure!(response["exit_code"] == 0, "{response}");
         Ok(())
     };
     shell(

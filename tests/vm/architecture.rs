@@ -93,8 +93,8 @@ fn kernel_structures_and_clone_match_the_architecture() -> Result<()> {
         connections.push(api);
     }
     for (number, api) in connections.iter_mut().enumerate() {
-        let answer = api.receive(false)?.json()?;
-        assert_eq!(answer["stdout"], format!("{number} 1\n"), "{answer}");
+        let response = api.receive(false)?.json()?;
+        assert_eq!(response["stdout"], format!("{number} 1\n"), "{response}");
     }
     // struct stat: what is no regular file is not read as accounts.
     let mut api = vm.api()?;
@@ -150,8 +150,8 @@ fn a_kernel_with_debians_largest_pages_boots_it() -> Result<()> {
     let mut api = vm.api()?;
     let much = json!({"cmd": ["head", "-c", "300000", "/dev/zero"]});
     for _ in 0..3 {
-        let answer = api.post("/v1/exec", &much)?.json()?;
-        let stdout = answer["stdout"].as_str().unwrap_or_default();
+        let response = api.post("/v1/exec", &much)?.json()?;
+        let stdout = response["stdout"].as_str().unwrap_or_default();
         assert_eq!(stdout.len(), 300_000);
     }
     vm.type_text("\n")?;

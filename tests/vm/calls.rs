@@ -36,10 +36,10 @@ fn listed(word: &str) -> Result<BTreeSet<String>> {
 }
 
 fn shell(api: &mut Client<UnixStream>, script: &str) -> Result<String> {
-    let answer = api.post("/v1/exec", &json!({"cmd": ["sh", "-c", script]}))?;
-    let answer = answer.success()?.json()?;
-    ensure!(answer["exit_code"] == 0, "{script}: {answer}");
-    Ok(answer["stdout"].as_str().unwrap_or_default().into())
+    let response = api.post("/v1/exec", &json!({"cmd": ["sh", "-c", script]}))?;
+    let response = response.success()?.json()?;
+    ensure!(response["exit_code"] == 0, "{script}: {response}");
+    Ok(response["stdout"].as_str().unwrap_or_default().into())
 }
 
 /// Everything that a host can ask for, once.

@@ -19,12 +19,12 @@ fn root() -> Result<Image> {
 
 /// The standard output of a command in the VM.
 fn exec(vm: &mut Vm, script: &str) -> Result<String> {
-    let answer = vm
+    let response = vm
         .api()?
         .post("/v1/exec", &json!({"cmd": ["sh", "-c", script]}))?;
-    let answer = answer.success()?.json()?;
-    ensure!(answer["exit_code"] == 0, "{script}: {answer}");
-    Ok(answer["stdout"].as_str().unwrap_or_default().into())
+    let response = response.success()?.json()?;
+    ensure!(response["exit_code"] == 0, "{script}: {response}");
+    Ok(response["stdout"].as_str().unwrap_or_default().into())
 }
 
 #[test]

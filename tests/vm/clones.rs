@@ -48,9 +48,9 @@ fn are_refused() -> Result<bool> {
 
 fn exec(vm: &mut Vm, script: &str) -> Result<String> {
     let body = json!({"cmd": ["sh", "-c", script]});
-    let answer = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
-    ensure!(answer["exit_code"] == 0, "{script}: {answer}");
-    Ok(answer["stdout"].as_str().unwrap_or_default().into())
+    let response = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
+    ensure!(response["exit_code"] == 0, "{script}: {response}");
+    Ok(response["stdout"].as_str().unwrap_or_default().into())
 }
 
 fn open(vm: &mut Vm, first: &Value) -> Result<Socket> {
@@ -165,11 +165,11 @@ fn clock_difference(vm: &mut Vm) -> Result<Duration> {
     for _ in 0..20 {
         let before = now()?;
         clock.binary(b"\n")?;
-        let answer = clock.output_with("\n")?;
+        let response = clock.output_with("\n")?;
         let after = now()?;
-        let time = answer.split_whitespace().nth(1).context("no time")?;
+        let time = response.split_whitespace().nth(1).context("no time")?;
         let guest = Duration::try_from_secs_f64(time.parse()?)?;
-        // Right at any moment between the question and the answer.
+        // Right at any moment between the question and the response.
         let difference = before
             .saturating_sub(guest)
             .max(guest.saturating_sub(after));

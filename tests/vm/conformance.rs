@@ -30,7 +30,7 @@ use serde_json::json;
 const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// One answer.
-const ANSWER: Duration = Duration::from_secs(30);
+const RESPONSE: Duration = Duration::from_secs(30);
 
 /// How many connections try a case at the same time.
 const AT_ONCE: usize = 16;
@@ -254,26 +254,26 @@ fn all_cases<C: Sync>(
 /// One exchange with the VM.
 fn exchange(stream: UnixStream, case: &Exchange) -> Result<()> {
     let mut client = Client::new(stream);
-    client.set_read_timeout(ANSWER)?;
+    client.set_read_timeout(RESPONSE)?;
     // Nobody is cut off while sending.
     client.send(&case.bytes)?;
     let mut seen = vec![];
     for _ in &case.statuses {
         let bodiless = case.bytes.starts_with(b"HEAD") || case.statuses == [101];
-        let answer = client
+        let response = client
             .receive(bodiless)
             .with_context(|| format!("after {seen:?}"))?;
         ensure!(
-            answer.status != 100 || case.statuses.contains(&100),
+            response.status != 100 || case.statuses.contains(&100),
             "100 in between"
         );
-        if answer.status >= 400 {
+        if response.status >= 400 {
             ensure!(
-                bodiless || answer.json()?["error"].is_string(),
-                "no error: {answer}"
+                bodiless || response.json()?["error"].is_string(),
+                "no error: {response}"
             );
         }
-        seen.push(answer.status);
+        seen.push(response.status);
     }
     ensure!(
         matches(&seen, &case.statuses),
@@ -295,7 +295,7 @@ fn exchange(stream: UnixStream, case: &Exchange) -> Result<()> {
 /// The frames of one case in a session of `cat`.
 fn session(stream: UnixStream, case: &Frames) -> Result<()> {
     let mut socket = Socket::open(stream, "/v1/ws/exec")?;
-    socket.stream().set_read_timeout(Some(ANSWER))?;
+    socket.stream().set_read_timeout(Some(RESPONSE))?;
     socket.text(&json!({"command": ["cat"]}))?;
     let mut sender = socket.sender()?;
     let (bytes, goes_on) = (case.bytes.clone(), case.close.is_none());
@@ -351,7 +351,7 @@ fn session(stream: UnixStream, case: &Frames) -> Result<()> {
 /// after byte.
 fn slow(mut client: Client<UnixStream>, drip: bool) -> Result<Duration> {
     let start = Instant::now();
-    client.set_read_timeout(2 * ANSWER)?;
+    client.set_read_timeout(2 * RESPONSE)?;
     client.send(b"GET /v1/status HTTP/1.1\r\nHost: x\r\nA: ")?;
     if drip {
         let (mut stream, _) = client.into_stream();
@@ -361,12 +361,12 @@ fn slow(mut client: Client<UnixStream>, drip: bool) -> Result<Duration> {
                 thread::sleep(Duration::from_millis(500));
             }
         });
-        let mut answer = [0; 12];
-        std::io::Read::read_exact(&mut stream, &mut answer)?;
-        ensure!(&answer == b"HTTP/1.1 408", "{answer:?}");
+        let mut response = [0; 12];
+        std::io::Read::read_exact(&mut stream, &mut response)?;
+        ensure!(&response == b"HTTP/1.1 408", "{response:?}");
     } else {
-        let answer = client.receive(false)?;
-        ensure!(answer.status == 408, "{answer}");
+        let response = client.receive(false)?;
+        ensure!(response.status == 408, "{response}");
         client.wait_closed().context("open after the 408")?;
     }
     Ok(start.elapsed())

@@ -7,7 +7,7 @@ use pigeon_lab::ws::{self, BINARY, CLOSE, CONTINUATION, LAST, PING, PONG, TEXT};
 pub struct Exchange {
     pub name: &'static str,
     pub bytes: Vec<u8>,
-    /// The status codes of all answers, in order; [`ERROR`] is any error.
+    /// The status codes of all responses, in order; [`ERROR`] is any error.
     pub statuses: Vec<u16>,
     /// Whether the connection goes on; if so, a following request is answered.
     pub open: bool,

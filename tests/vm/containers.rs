@@ -44,9 +44,9 @@ fn vm(debian: &TempPath, config: Value) -> Builder {
 /// The standard output of a command in the VM.
 fn exec(vm: &mut Vm, script: &str) -> Result<String> {
     let command = json!({"cmd": ["sh", "-c", script], "timeout_ms": 300_000});
-    let answer = vm.api()?.post("/v1/exec", &command)?.success()?.json()?;
-    ensure!(answer["exit_code"] == 0, "{script}: {answer}");
-    Ok(answer["stdout"].as_str().unwrap_or_default().into())
+    let response = vm.api()?.post("/v1/exec", &command)?.success()?.json()?;
+    ensure!(response["exit_code"] == 0, "{script}: {response}");
+    Ok(response["stdout"].as_str().unwrap_or_default().into())
 }
 
 #[test]

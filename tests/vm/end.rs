@@ -218,7 +218,7 @@ fn a_waiting_reader_ends_the_linger_at_once() -> Result<()> {
     for client in [&mut one, &mut two] {
         client.send(b"GET /v1/exit_code HTTP/1.1\r\nHost: x\r\n\r\n")?;
     }
-    // An answer on a third says that PID 1 has had the time to read the two.
+    // A response on a third says that PID 1 has had the time to read the two.
     assert_eq!(vm.api()?.get("/v1/status")?.status, 200);
     vm.type_text("\n")?;
     for client in [&mut one, &mut two] {

@@ -273,14 +273,14 @@ fn a_command_on_an_unreadable_root_returns_an_error() -> Result<()> {
         "{failed}"
     );
     let mut api = vm.api()?;
-    let answer = api.post("/v1/exec", &json!({"cmd": ["/cold/23"]}))?;
+    let response = api.post("/v1/exec", &json!({"cmd": ["/cold/23"]}))?;
     assert_eq!(
-        (answer.status, answer.text().contains("EIO")),
+        (response.status, response.text().contains("EIO")),
         (500, true),
-        "{answer}"
+        "{response}"
     );
-    let answer = api.post("/v1/exec", &json!({"cmd": ["/bin/echo", "still"]}))?;
-    assert_eq!(answer.json()?["stdout"], "still\n");
+    let response = api.post("/v1/exec", &json!({"cmd": ["/bin/echo", "still"]}))?;
+    assert_eq!(response.json()?["stdout"], "still\n");
     vm.type_text("\n")?;
     assert_eq!(api.get("/v1/exit_code")?.json()?["code"], 6);
     assert_eq!(vm.wait_end()?, End::Reboot);
@@ -313,13 +313,13 @@ fn a_connection_that_cannot_be_registered_is_retried() -> Result<()> {
     thread::sleep(Duration::from_secs(2));
     connection.write_all(b"GET /v1/status HTTP/1.1\r\nHost: pigeon\r\n\r\n")?;
     connection.set_read_timeout(Some(Duration::from_secs(2)))?;
-    let mut answer = [0; 15];
-    let early = connection.read(&mut answer);
+    let mut response = [0; 15];
+    let early = connection.read(&mut response);
     ensure!(early.is_err(), "it was registered: {early:?}");
     vm.type_text("\n")?;
     vm.wait_for("room")?;
-    connection.read_exact(&mut answer)?;
-    assert_eq!(&answer, b"HTTP/1.1 200 OK");
+    connection.read_exact(&mut response)?;
+    assert_eq!(&response, b"HTTP/1.1 200 OK");
     vm.type_text("\n")?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     assert!(vm.console().contains("exit_code=5"), "{}", vm.console());

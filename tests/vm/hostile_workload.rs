@@ -40,9 +40,9 @@ fn exec(api: &mut Api, user: &str, script: &str) -> Result<Value> {
 
 /// What it prints, when it succeeds.
 fn output(api: &mut Api, script: &str) -> Result<String> {
-    let answer = exec(api, "root", script)?;
-    ensure!(answer["exit_code"] == 0, "{script}: {answer}");
-    Ok(answer["stdout"].as_str().context("no text")?.into())
+    let response = exec(api, "root", script)?;
+    ensure!(response["exit_code"] == 0, "{script}: {response}");
+    Ok(response["stdout"].as_str().context("no text")?.into())
 }
 
 /// Calls and commands one after the other, each on a connection of its own, until it is told to stop:
@@ -55,8 +55,8 @@ fn burst(socket: &std::path::Path, stop: &AtomicBool) -> Result<(u32, Duration)>
         stream.set_read_timeout(Some(TIMEOUT))?;
         let mut api = Client::new(stream);
         ensure!(api.get("/v1/status")?.status == 200);
-        let answer = api.post("/v1/exec", &json!({"cmd": ["/bin/echo", "here"]}))?;
-        ensure!(answer.json()?["stdout"] == "here\n", "{answer}");
+        let response = api.post("/v1/exec", &json!({"cmd": ["/bin/echo", "here"]}))?;
+        ensure!(response.json()?["stdout"] == "here\n", "{response}");
         slowest = slowest.max(start.elapsed());
         count += 1;
     }
@@ -121,7 +121,7 @@ fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
     })?;
     println!("{} bursts, the slowest in {:?}", bursts.0, bursts.1);
     assert!(bursts.0 >= 10, "{}", bursts.0);
-    // A connection keeps the pages that an answer of its took.
+    // A connection keeps the pages that a response of its took.
     api = vm.api()?;
     let after = memory(&mut vm)?;
     println!("PID 1: {before} KiB before, {after} KiB after");
@@ -133,8 +133,8 @@ fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
     vm.wait_for("shut")?;
     let mut waits = vm.api()?;
     waits.send(b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n")?;
-    let answer = api.receive(false)?.json()?;
-    let busy = answer["stdout"]
+    let response = api.receive(false)?.json()?;
+    let busy = response["stdout"]
         .as_str()
         .and_then(|text| text.lines().nth(1));
     let busy: u32 = busy.context("no time")?.parse()?;
@@ -148,17 +148,17 @@ fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
     bomb.send(&exec_request(&["attack", "bomb"]))?;
     let start = Instant::now();
     loop {
-        let answer = api.post("/v1/exec", &json!({"cmd": ["true"]}))?;
-        if answer.status == 500 {
+        let response = api.post("/v1/exec", &json!({"cmd": ["true"]}))?;
+        if response.status == 500 {
             assert!(
-                answer.text().contains("start a process: EAGAIN"),
-                "{answer}"
+                response.text().contains("start a process: EAGAIN"),
+                "{response}"
             );
             break;
         }
         ensure!(
             start.elapsed() < TIMEOUT,
-            "the bomb does not go off: {answer}"
+            "the bomb does not go off: {response}"
         );
     }
     assert_eq!(api.get("/v1/status")?.status, 200);
@@ -166,8 +166,8 @@ fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
     drop(bomb);
     let start = Instant::now();
     let ended = loop {
-        let answer = api.post("/v1/exec", &json!({"cmd": ["sh", "-c", "echo >/run/now"]}));
-        if answer.is_err() || answer.is_ok_and(|answer| answer.status == 200) {
+        let response = api.post("/v1/exec", &json!({"cmd": ["sh", "-c", "echo >/run/now"]}));
+        if response.is_err() || response.is_ok_and(|response| response.status == 200) {
             break waiting.receive(false)?.json()?;
         }
         ensure!(start.elapsed() < TIMEOUT, "no process to be had");
@@ -198,9 +198,9 @@ fn strike(rest: Value) -> Result<()> {
     let mut run = |struck: &mut u32| -> Result<(String, String)> {
         for _ in 0..100 {
             let body = json!({"cmd": ["/bin/echo", "here"], "user": "nobody"});
-            let answer = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
-            match answer["exit_code"].as_i64() {
-                Some(0) => ensure!(answer["stdout"] == "here\n", "{answer}"),
+            let response = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
+            match response["exit_code"].as_i64() {
+                Some(0) => ensure!(response["stdout"] == "here\n", "{response}"),
                 _ => *struck += 1,
             }
         }
@@ -308,10 +308,10 @@ fn attack(api: &mut Api) -> Result<()> {
     // Output without end: on the console, and in a command's answer.
     let much = |api: &mut Api, blocks: u32| -> Result<()> {
         let script = format!("dd if=/dev/zero bs=64k count={blocks} 2>/dev/null; echo the end >&2");
-        let answer = exec(api, "root", &script)?;
-        let ended = (&answer["exit_code"], &answer["stderr"]);
+        let response = exec(api, "root", &script)?;
+        let ended = (&response["exit_code"], &response["stderr"]);
         assert_eq!(ended, (&json!(0), &json!("the end\n")));
-        assert_eq!(answer["stdout_truncated"], true);
+        assert_eq!(response["stdout_truncated"], true);
         Ok(())
     };
     output(api, "touch /run/flood")?;
@@ -440,15 +440,15 @@ fn a_gibibyte_of_output_and_endless_output_are_drained() -> Result<()> {
         ensure!(start.elapsed() < TIMEOUT, "the command does not end");
         thread::sleep(Duration::from_millis(200));
     }
-    let answer = much.receive(false)?.success()?.json()?;
+    let response = much.receive(false)?.success()?.json()?;
     println!(
         "a gibibyte in {:?}, {calls} calls beside it",
         start.elapsed()
     );
-    let stderr = answer["stderr"].as_str().unwrap_or_default();
+    let stderr = response["stderr"].as_str().unwrap_or_default();
     let whole = stderr.contains("16384+0 records out");
-    assert!(answer["exit_code"] == 0 && whole, "{stderr}");
-    assert_eq!(answer["stdout_truncated"], true);
+    assert!(response["exit_code"] == 0 && whole, "{stderr}");
+    assert_eq!(response["stdout_truncated"], true);
 
     vm.type_text("\n")?;
     for _ in 0..20 {
@@ -457,7 +457,7 @@ fn a_gibibyte_of_output_and_endless_output_are_drained() -> Result<()> {
     }
     println!("the slowest call took {slowest:?}");
     assert!(slowest < Duration::from_secs(20), "{slowest:?}");
-    // A connection keeps the pages that an answer of its took.
+    // A connection keeps the pages that a response of its took.
     drop(much);
     let after = memory(&mut vm)?;
     println!("PID 1: {before} KiB before, {after} KiB after");
@@ -509,8 +509,8 @@ fn pipes_that_are_kept_locked_block_nothing_else() -> Result<()> {
     for text in ["", "x"].into_iter().cycle().take(20) {
         let start = Instant::now();
         let body = json!({"cmd": ["attack", "plug", text, "1000"], "user": "app"});
-        let answer = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
-        assert_eq!(answer["exit_code"], 0, "{answer}");
+        let response = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
+        assert_eq!(response["exit_code"], 0, "{response}");
         println!("plugged with {text:?}: answered in {:?}", start.elapsed());
         call(&mut vm)?;
     }
@@ -631,8 +631,8 @@ fn memory_held_by_files_leaves_enough_for_api_and_shutdown() -> Result<()> {
         let mut api = vm.api()?;
         assert_eq!(api.get("/v1/status")?.status, 200);
         // There may be no memory for a command; its caller hears of it.
-        let answer = api.post("/v1/exec", &json!({"cmd": ["/bin/echo", "here"]}))?;
-        assert!(matches!(answer.status, 200 | 500), "{answer}");
+        let response = api.post("/v1/exec", &json!({"cmd": ["/bin/echo", "here"]}))?;
+        assert!(matches!(response.status, 200 | 500), "{response}");
         slowest = slowest.max(start.elapsed());
     }
     println!("the slowest call and command took {slowest:?}");

@@ -18,9 +18,9 @@ fn exec(vm: &mut Vm, call: &Value) -> Result<Value> {
 
 /// The standard output of a shell script in the VM.
 fn shell(vm: &mut Vm, script: &str) -> Result<String> {
-    let answer = exec(vm, &json!({"cmd": ["sh", "-c", script]}))?;
-    ensure!(answer["exit_code"] == 0, "{script}: {answer}");
-    Ok(answer["stdout"].as_str().unwrap_or_default().into())
+    let response = exec(vm, &json!({"cmd": ["sh", "-c", script]}))?;
+    ensure!(response["exit_code"] == 0, "{script}: {response}");
+    Ok(response["stdout"].as_str().unwrap_or_default().into())
 }
 
 #[test]
@@ -133,13 +133,13 @@ fn the_standard_streams_can_be_opened_by_name() -> Result<()> {
     vm.wait_for("ready")?;
     vm.type_text("typed\n")?;
     vm.wait_for("workload: typed")?;
-    let answer = exec(
+    let response = exec(
         &mut vm,
         &json!({"cmd": ["sh", "-c", "cat /dev/stdin; echo one >/dev/stdout; echo two >/dev/stderr"], "user": "app"}),
     )?;
-    assert_eq!(answer["exit_code"], 0, "{answer}");
+    assert_eq!(response["exit_code"], 0, "{response}");
     assert_eq!(
-        (&answer["stdout"], &answer["stderr"]),
+        (&response["stdout"], &response["stderr"]),
         (&json!("one\n"), &json!("two\n"))
     );
     for tty in [false, true] {

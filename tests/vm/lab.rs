@@ -39,7 +39,7 @@ fn busybox(script: &str) -> Result<Builder> {
         .file("/script", 0o644, [SET_UP, script].concat()))
 }
 
-/// A shell function that sends a request to MMDS and prints the answer with CR as `$`.
+/// A shell function that sends a request to MMDS and prints the response with CR as `$`.
 const ASK: &str =
     "ask() { printf \"$1\" | timeout 1 nc 169.254.169.254 80 | tr '\\r' '$'; echo; }\n";
 
@@ -364,7 +364,7 @@ fn a_connection_before_the_guest_has_booted_does_no_harm() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let socket = dir.path().join("vm.vsock");
     let mut vm = vsock_vm()?.vsock(&socket).boot()?;
-    // From before the first instruction to the first answer.
+    // From before the first instruction to the first response.
     let deadline = Instant::now() + Duration::from_secs(60);
     let mut refused = 0;
     let timeout = Duration::from_secs(10);
@@ -394,9 +394,9 @@ fn vsock_continues_after_a_pause() -> Result<()> {
         (&mut &before).write_all(b"meanwhile")?;
         thread::sleep(Duration::from_millis(50));
         vm.resume()?;
-        let mut answer = [0; 9];
-        (&mut &before).read_exact(&mut answer)?;
-        assert_eq!(&answer, b"meanwhile");
+        let mut response = [0; 9];
+        (&mut &before).read_exact(&mut response)?;
+        assert_eq!(&response, b"meanwhile");
         exchange(&echo(&mut vm)?, 1000)?;
     }
     Ok(())

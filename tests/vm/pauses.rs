@@ -157,10 +157,10 @@ fn while_the_workload_runs() -> Result<()> {
     waiting.send(b"GET /v1/exit_code HTTP/1.1\r\nHost: x\r\n\r\n")?;
     slow.send(b"GET /v1/status HTTP/1.1\r\nHo")?;
     let mut exec = |words: &[&str]| -> Result<Value> {
-        let answer = api.post("/v1/exec", &json!({"cmd": words}))?.success()?;
-        let answer = answer.json()?;
-        ensure!(answer["exit_code"] == 0, "{answer}");
-        Ok(answer["stdout"].clone())
+        let response = api.post("/v1/exec", &json!({"cmd": words}))?.success()?;
+        let response = response.json()?;
+        ensure!(response["exit_code"] == 0, "{response}");
+        Ok(response["stdout"].clone())
     };
     exec(&["mkfifo", "/run/go"])?;
     let body = r#"{"cmd":["sh","-c","echo begun >/dev/console; read -r line </run/go; echo done"],"timeout_ms":10000}"#;
@@ -182,9 +182,9 @@ fn while_the_workload_runs() -> Result<()> {
     session.binary(b"still here\n")?;
     session.output_with("still here")?;
     exec(&["sh", "-c", "echo >/run/go"])?;
-    let answer = command.receive(false)?.json()?;
-    let answer = (&answer["exit_code"], &answer["stdout"]);
-    assert_eq!(answer, (&json!(0), &json!("done\n")));
+    let response = command.receive(false)?.json()?;
+    let response = (&response["exit_code"], &response["stdout"]);
+    assert_eq!(response, (&json!(0), &json!("done\n")));
     vm.type_text("\n")?;
     assert_eq!(waiting.receive(false)?.json()?["code"], 0);
     assert_clean(vm, &root, &volume)?;
@@ -230,8 +230,8 @@ fn while_output_is_drained() -> Result<()> {
         vm.wait_for(&format!("begun {round}"))?;
         thread::sleep(Duration::from_millis(100));
         vm.freeze(Duration::from_secs(10))?;
-        let answer = api.receive(false)?.json()?;
-        assert_eq!(answer["exit_code"], 0, "in round {round}");
+        let response = api.receive(false)?.json()?;
+        assert_eq!(response["exit_code"], 0, "in round {round}");
     }
     vm.type_text("\n")?;
     assert_eq!(api.get("/v1/exit_code")?.json()?["code"], 0);

@@ -49,8 +49,8 @@ fn exec(api: &mut Client<UnixStream>, body: &Value) -> Result<Value> {
 
 /// What a shell command prints.
 fn shell(api: &mut Client<UnixStream>, script: &str) -> Result<String> {
-    let answer = exec(api, &json!({"cmd": ["/bin/sh", "-c", script]}))?;
-    Ok(answer["stdout"].as_str().unwrap_or_default().into())
+    let response = exec(api, &json!({"cmd": ["/bin/sh", "-c", script]}))?;
+    Ok(response["stdout"].as_str().unwrap_or_default().into())
 }
 
 #[test]
@@ -92,11 +92,11 @@ fn account_files_that_broke_other_runtimes_work() -> Result<()> {
     ] {
         let script =
             "echo $(id -u) $(id -g) $(id -G | tr ' ' '\\n' | sort -n | tr '\\n' ' ') $HOME";
-        let answer = exec(
+        let response = exec(
             &mut api,
             &json!({"cmd": ["sh", "-c", script], "user": user}),
         )?;
-        let said = answer["stdout"].as_str().unwrap_or_default();
+        let said = response["stdout"].as_str().unwrap_or_default();
         let sorted = |text: &str| {
             let mut words: Vec<_> = text.split_whitespace().map(String::from).collect();
             if words.len() > 3 {
@@ -105,7 +105,7 @@ fn account_files_that_broke_other_runtimes_work() -> Result<()> {
             }
             words
         };
-        assert_eq!(sorted(said), sorted(expected), "{user}: {answer}");
+        assert_eq!(sorted(said), sorted(expected), "{user}: {response}");
     }
     // An id that is none is not 0 (mql 8659), nor is what looks like a number to others.
     for user in [
@@ -122,8 +122,8 @@ fn account_files_that_broke_other_runtimes_work() -> Result<()> {
         "1:-1",
     ] {
         let body = json!({"cmd": ["id", "-u"], "user": user});
-        let answer = api.post("/v1/exec", &body)?;
-        ensure!(answer.status != 200, "{user:?}: {answer}");
+        let response = api.post("/v1/exec", &body)?;
+        ensure!(response.status != 200, "{user:?}: {response}");
     }
     Ok(())
 }
@@ -283,8 +283,8 @@ fn requests_that_starved_other_agents_work() -> Result<()> {
     let before = open(&mut api)?;
     for number in 0..300 {
         let command = ["/none", "/etc", "/etc/passwd"][number % 3];
-        let answer = api.post("/v1/exec", &json!({"cmd": [command]}))?;
-        assert_eq!(answer.status, 500, "{answer}");
+        let response = api.post("/v1/exec", &json!({"cmd": [command]}))?;
+        assert_eq!(response.status, 500, "{response}");
     }
     assert_eq!(open(&mut api)?, before);
     // More than execve takes (E2BIG), and what no argument can be.
@@ -292,23 +292,23 @@ fn requests_that_starved_other_agents_work() -> Result<()> {
     let many: Vec<_> = (0..200)
         .map(|n| format!("V{n}={}", "y".repeat(400)))
         .collect();
-    let answer = exec(&mut api, &json!({"cmd": ["sh", "-c", "echo ${#0}", long]}))?;
-    assert_eq!(answer["stdout"], "100000\n", "{answer}");
-    let answer = exec(
+    let response = exec(&mut api, &json!({"cmd": ["sh", "-c", "echo ${#0}", long]}))?;
+    assert_eq!(response["stdout"], "100000\n", "{response}");
+    let response = exec(
         &mut api,
         &json!({"cmd": ["sh", "-c", "env | grep -c ^V"], "env": many}),
     )?;
-    assert_eq!(answer["stdout"], "200\n", "{answer}");
+    assert_eq!(response["stdout"], "200\n", "{response}");
     for (body, status) in [
         (json!({"cmd": ["echo", "a\0b"]}), 400),
         (json!({"cmd": []}), 400),
         (json!({"cmd": [""]}), 400),
         (json!({"cmd": ["true"], "env": ["=x", "x"]}), 200),
     ] {
-        let answer = api.post("/v1/exec", &body)?;
-        assert_eq!(answer.status, status, "{body}: {answer}");
+        let response = api.post("/v1/exec", &body)?;
+        assert_eq!(response.status, status, "{body}: {response}");
     }
-    // A command whose descendants outlive it hold neither the answer nor its place (runc 1721).
+    // A command whose descendants outlive it hold neither the response nor its place (runc 1721).
     for _ in 0..100 {
         let start = Instant::now();
         assert_eq!(shell(&mut api, "setsid sleep 300 & echo begun")?, "begun\n");

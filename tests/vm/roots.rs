@@ -125,13 +125,13 @@ fn a_full_layer_is_only_the_workloads_problem() -> Result<()> {
     let mut vm = vm(script, rest).disk(&root).boot()?;
     vm.wait_for("filled 1")?;
     vm.wait_for("ready")?;
-    let answer = vm.api()?.post(
+    let response = vm.api()?.post(
         "/v1/exec",
         &json!({"cmd": ["sh", "-c", "df / | tail -n 1 | grep -c 100%; echo more >/y"]}),
     )?;
-    let answer = answer.success()?.json()?;
-    assert_eq!(answer["stdout"], "1\n", "{answer}");
-    assert_eq!(answer["exit_code"], 1, "{answer}");
+    let response = response.success()?.json()?;
+    assert_eq!(response["stdout"], "1\n", "{response}");
+    assert_eq!(response["exit_code"], 1, "{response}");
     vm.type_text("\n")?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     let console = vm.console();

@@ -36,9 +36,9 @@ fn count(name: &str) -> String {
 
 fn exec(vm: &mut Vm, script: &str) -> Result<String> {
     let body = json!({"cmd": ["sh", "-c", script]});
-    let answer = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
-    ensure!(answer["exit_code"] == 0, "{script}: {answer}");
-    Ok(answer["stdout"].as_str().unwrap_or_default().into())
+    let reply = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
+    ensure!(reply["exit_code"] == 0, "{script}: {reply}");
+    Ok(reply["stdout"].as_str().unwrap_or_default().into())
 }
 
 fn lines(vm: &Vm, name: &str) -> usize {
@@ -145,17 +145,17 @@ fn all_processes_are_frozen_during_a_hold_and_continue_after_it() -> Result<()> 
     idle.get("/v1/status")?.success()?;
     let held = prepare(&mut api, json!({"token": "a1"}))?;
     assert_eq!(held.status, 200, "{}", held.text());
-    let answer = held.json()?;
+    let reply = held.json()?;
     assert_eq!(
-        (&answer["ok"], &answer["token"]),
+        (&reply["ok"], &reply["token"]),
         (&json!(true), &json!("a1"))
     );
     // Shells and their sleeps, if these were not between two.
-    let frozen = answer["frozen"].as_u64().unwrap_or(0);
-    assert!((7..=14).contains(&frozen), "{answer}");
+    let frozen = reply["frozen"].as_u64().unwrap_or(0);
+    assert!((7..=14).contains(&frozen), "{reply}");
     assert!(
-        answer["freeze_ms"].is_u64() && answer["sync_ms"].is_u64(),
-        "{answer}"
+        reply["freeze_ms"].is_u64() && reply["sync_ms"].is_u64(),
+        "{reply}"
     );
     idle.wait_closed()?;
     assert_eq!(session.wait_end()?.close, Some(1001));
@@ -187,9 +187,9 @@ fn all_processes_are_frozen_during_a_hold_and_continue_after_it() -> Result<()> 
         409
     );
 
-    // The host may not have had the answer.
+    // The host may not have had the reply.
     let again = prepare(&mut api, json!({"token": "a1"}))?;
-    assert_eq!((again.status, again.json()?), (200, answer));
+    assert_eq!((again.status, again.json()?), (200, reply));
     let other = prepare(&mut api, json!({"token": "b2"}))?;
     let wanted = "the workload is not held under this token";
     assert_eq!((other.status, error(&other)?), (409, wanted.into()));
@@ -233,7 +233,7 @@ fn all_processes_are_frozen_during_a_hold_and_continue_after_it() -> Result<()> 
     let exit = api.get("/v1/exit_code")?.success()?.json()?;
     assert_eq!(exit["code"], 3, "{exit}");
     assert_eq!(vm.wait_end()?, End::Reboot);
-    // The console is slower than the answer.
+    // The console is slower than the reply.
     assert!(vm.console().contains("got term"), "{}", vm.console());
     root.check()
 }
@@ -660,11 +660,11 @@ fn a_restore_fetches_the_document_from_mmds() -> Result<()> {
     assert_is(&mut vm, "template", 1)?;
     let mut api = vm.api()?;
     prepare(&mut api, json!({"token": "a1"}))?.success()?;
-    let answer = restore(&mut api, json!({"token": "a1"}))?
+    let reply = restore(&mut api, json!({"token": "a1"}))?
         .success()?
         .json()?;
     assert_eq!(
-        (&answer["config"], &answer["changed"]),
+        (&reply["config"], &reply["changed"]),
         (
             &json!("mmds"),
             &json!([
@@ -685,9 +685,9 @@ fn a_restore_fetches_the_document_from_mmds() -> Result<()> {
     // A workload's own way to the service is left to it.
     let before = exec(&mut vm, "ip route add 169.254.169.254 dev eth0; ip route")?;
     assert!(before.contains("169.254.169.254 dev eth0"), "{before}");
-    let answer = restore(&mut api, json!({}))?.success()?.json()?;
+    let reply = restore(&mut api, json!({}))?.success()?.json()?;
     assert_eq!(
-        (&answer["config"], &answer["changed"]),
+        (&reply["config"], &reply["changed"]),
         (&json!("mmds"), &json!([]))
     );
     assert_is(&mut vm, "clone", 2)?;
@@ -898,10 +898,10 @@ fn a_new_vmclock_generation_triggers_a_restore() -> Result<()> {
     assert_still(&vm, &["workload"]);
     let start = Instant::now();
     let body = json!({"token": "a1", "config": document("clone", 2, 12)});
-    let answer = restore(&mut api, body)?.success()?.json()?;
+    let reply = restore(&mut api, body)?.success()?.json()?;
     assert!(start.elapsed() < MMDS_TIMEOUT / 2, "{:?}", start.elapsed());
     assert_eq!(
-        (&answer["generation"], &answer["config"]),
+        (&reply["generation"], &reply["config"]),
         (&json!(2), &json!("call"))
     );
     assert_counting(&vm, &["workload"])?;
@@ -920,8 +920,8 @@ fn a_new_vmclock_generation_triggers_a_restore() -> Result<()> {
     assert_counting(&vm, &["workload"])?;
     assert_is(&mut vm, "clone", 2)?;
     let body = json!({"token": "b2", "config": document("late", 3, 12)});
-    let answer = restore(&mut api, body.clone())?.success()?.json()?;
-    assert_eq!(answer["generation"], 3, "{answer}");
+    let reply = restore(&mut api, body.clone())?.success()?.json()?;
+    assert_eq!(reply["generation"], 3, "{reply}");
     assert_is(&mut vm, "late", 3)?;
     assert_eq!(restore(&mut api, body)?.status, 409);
 

@@ -14,7 +14,7 @@ fn root() -> Result<Image> {
     Image::ext4(&Tree::busybox()?, 32)
 }
 
-/// Boots `config` on `root` to its end; the answer is that of `/v1/exit_code`.
+/// Boots `config` on `root` to its end; the response is that of `/v1/exit_code`.
 fn run(config: &Value, root: &Image) -> Result<(Value, String)> {
     let builder = Vm::builder().config(config).disk(root);
     let mut vm = builder.arg("PIGEON_EXIT_LINGER_MS=60000").boot()?;
@@ -221,8 +221,8 @@ fn a_mebibyte_of_output_survives_a_stopped_console() -> Result<()> {
         "for p in /proc/[0-9]*; do grep -q '^cat.*/tmp/lines' $p/cmdline && cat $p/wchan; done; true"]});
     let mut api = vm.api()?;
     loop {
-        let answer = api.post("/v1/exec", &asleep)?.json()?;
-        if answer["stdout"]
+        let response = api.post("/v1/exec", &asleep)?.json()?;
+        if response["stdout"]
             .as_str()
             .is_some_and(|text| text.contains("pipe_w"))
         {

@@ -49,7 +49,7 @@ const RETRY: Duration = Duration::from_millis(10);
 #[derive(Clone, Debug)]
 pub struct Client {
     uds: PathBuf,
-    /// How long a guest that does not answer is tried again.
+    /// How long a guest that does not respond is retried.
     retry_timeout: Duration,
 }
 
@@ -77,10 +77,10 @@ pub struct Output {
     pub stdout: String,
     /// What it complained about.
     pub stderr: String,
-    /// There was more of it than an answer holds.
+    /// It was truncated in the response.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub stdout_truncated: bool,
-    /// There was more of it than an answer holds.
+    /// It was truncated in the response.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub stderr_truncated: bool,
     /// It was killed by the time limit.
@@ -298,10 +298,10 @@ impl Client {
 
     /// `GET /v1/sessions`: the named sessions.
     pub fn sessions(&self) -> Result<Vec<SessionInfo>, Error> {
-        let answer = self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
+        let reply = self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
             http.get("/v1/sessions")
         })?;
-        parse(answer)
+        parse(reply)
     }
 
     /// `DELETE /v1/sessions/ID`: ends a named session.
@@ -417,7 +417,7 @@ impl Client {
     }
 }
 
-/// What an answer that is none says.
+/// The error of an invalid response.
 pub(crate) fn refusal(status: u16, body: &[u8]) -> Error {
     let said: Option<Value> = serde_json::from_slice(body).ok();
     let message = said.and_then(|said| said["error"].as_str().map(String::from));

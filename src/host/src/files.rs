@@ -67,14 +67,14 @@ impl Client {
     pub fn file_info(&self, path: &str) -> Result<FileInfo, Error> {
         let target = format!("/v1/files?path={}", escape(path));
         let mut http = self.http(Some(Client::RESPONSE_TIMEOUT))?;
-        let answer = http
+        let reply = http
             .request("HEAD", &target, &[], b"")
             .map_err(Error::broken)?;
-        match answer.status {
-            200 => Ok(info(&answer)),
+        match reply.status {
+            200 => Ok(info(&reply)),
             status => Err(Error::Refused {
                 status,
-                message: format!("{path}: {}", answer.reason),
+                message: format!("{path}: {}", reply.reason),
             }),
         }
     }
@@ -115,11 +115,11 @@ impl Client {
             target += &format!("&user={}", escape(user));
         }
         let mut http = self.http(None)?;
-        let answer = http.send_body("PUT", &target, contents, length);
-        let answer = answer.map_err(Error::broken)?;
-        match answer.status {
-            200 | 201 => serde_json::from_slice(&answer.body).map_err(Error::broken),
-            status => Err(refusal(status, &answer.body)),
+        let reply = http.send_body("PUT", &target, contents, length);
+        let reply = reply.map_err(Error::broken)?;
+        match reply.status {
+            200 | 201 => serde_json::from_slice(&reply.body).map_err(Error::broken),
+            status => Err(refusal(status, &reply.body)),
         }
     }
 }

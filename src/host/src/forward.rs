@@ -76,7 +76,7 @@ impl Drop for Forward {
 fn relay(client: &TcpStream, uds: PathBuf, target: &str) -> Result<(), Error> {
     let (guest, early) = Client::new(uds).tunnel(target)?;
     let (mut client, guest) = (client, &guest);
-    // A small answer is not to wait for a larger one.
+    // A small response is not to wait for a larger one.
     let _ = client.set_nodelay(true);
     let sent = client.write_all(&early);
     sent.map_err(Error::broken)?;

@@ -221,10 +221,10 @@ impl<S: Read + Write> Client<S> {
             left = left.map(|left| left - size as u64);
             // Who does not take any more has said why, or has gone.
             if sent.is_err() || size == 0 {
-                let answer = self.receive(false);
+                let reply = self.receive(false);
                 return match sent {
-                    Err(error) if answer.is_err() => Err(error),
-                    _ => answer.with_context(|| format!("no answer to {method} {path}")),
+                    Err(error) if reply.is_err() => Err(error),
+                    _ => reply.with_context(|| format!("no answer to {method} {path}")),
                 };
             }
         }
@@ -353,12 +353,12 @@ impl<S: Read> Read for Body<S> {
 }
 
 impl Client<UnixStream> {
-    /// An answer may take as long as it likes from now on.
+    /// Removes the time limit for responses.
     pub fn wait_forever(&mut self) -> Result<()> {
         Ok(self.stream.get_ref().set_read_timeout(None)?)
     }
 
-    /// How long an answer is waited for from now on.
+    /// Sets the time limit for responses.
     pub fn set_read_timeout(&mut self, timeout: Duration) -> Result<()> {
         Ok(self.stream.get_ref().set_read_timeout(Some(timeout))?)
     }
@@ -399,10 +399,10 @@ mod tests {
     use std::thread;
 
     /// A client whose server has already said `answers`.
-    fn client(answers: &[u8]) -> Client<UnixStream> {
+    fn client(replies: &[u8]) -> Client<UnixStream> {
         let (near, mut far) = UnixStream::pair().unwrap();
-        let answers = answers.to_vec();
-        thread::spawn(move || far.write_all(&answers));
+        let replies = replies.to_vec();
+        thread::spawn(move || far.write_all(&replies));
         Client::new(near)
     }
 
@@ -426,8 +426,8 @@ mod tests {
 
     #[test]
     fn a_body_can_be_read_as_it_arrives() {
-        let read = |answer: &[u8]| {
-            let mut client = client(answer);
+        let read = |reply: &[u8]| {
+            let mut client = client(reply);
             let head = client.receive_head().unwrap();
             let mut body = String::new();
             let result = client.into_body(&head).unwrap().read_to_string(&mut body);
@@ -457,9 +457,9 @@ mod tests {
             let _ = far.write_all(b"HTTP/1.1 507 Full\r\nContent-Length: 4\r\n\r\nfull");
         });
         let mut endless = io::repeat(7).take(1 << 30);
-        let answer = Client::new(near).send_body("PUT", "/f", &mut endless, Some(1 << 30));
-        let answer = answer.unwrap();
-        assert_eq!((answer.status, answer.text().as_str()), (507, "full"));
+        let reply = Client::new(near).send_body("PUT", "/f", &mut endless, Some(1 << 30));
+        let reply = reply.unwrap();
+        assert_eq!((reply.status, reply.text().as_str()), (507, "full"));
     }
 
     #[test]
@@ -477,8 +477,8 @@ mod tests {
             String::from_utf8(request).unwrap()
         });
         let mut body = &b"hello"[..];
-        let answer = Client::new(near).send_body("PUT", "/f", &mut body, None);
-        assert_eq!(answer.unwrap().status, 201);
+        let reply = Client::new(near).send_body("PUT", "/f", &mut body, None);
+        assert_eq!(reply.unwrap().status, 201);
         let request = server.join().unwrap();
         assert!(
             request.ends_with("Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
@@ -488,8 +488,8 @@ mod tests {
 
     #[test]
     fn an_announced_length_is_not_allocated() {
-        let receive = |answer: &[u8]| {
-            let error = client(answer).receive(false).unwrap_err();
+        let receive = |reply: &[u8]| {
+            let error = client(reply).receive(false).unwrap_err();
             format!("{error:#}")
         };
         for length in ["67108865", "18446744073709551615"] {

@@ -88,7 +88,7 @@ static SPAWNER: LazyLock<mpsc::Sender<Job>> = LazyLock::new(|| {
             unsafe {
                 command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
             }
-            // Nobody waits for the answer only when the asking thread has died: drop the child.
+            // Nobody waits for the response only when the asking thread has died: drop the child.
             if let Err(mpsc::SendError(Ok(mut orphan))) = reply.send(command.spawn()) {
                 let _ = orphan.kill();
             }

@@ -94,14 +94,14 @@ fn relay(client: UnixStream, uds: &Path) -> Option<()> {
 /// The answer when there is no VM (any more): what is closed without one looks like a broken proxy.
 fn refuse(mut client: UnixStream, error: &Error) -> Option<()> {
     let body = json!({"error": error.to_string()}).to_string();
-    let answer = format!(
+    let response = format!(
         "HTTP/1.1 502 Bad Gateway\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
          Connection: close\r\n\r\n{body}",
         body.len()
     );
-    client.write_all(answer.as_bytes()).ok()?;
+    client.write_all(response.as_bytes()).ok()?;
     client.shutdown(Shutdown::Write).ok()?;
-    // The request: a client that cannot send it does not look at the answer.
+    // The request: a client that cannot send it does not look at the response.
     client.set_read_timeout(Some(HANDSHAKE)).ok()?;
     copy(client, io::sink()).ok()
 }
@@ -147,20 +147,20 @@ mod tests {
         });
         let mut client = UnixStream::connect(&socket).unwrap();
         client.write_all(b"?").unwrap();
-        let mut answer = String::new();
-        client.read_to_string(&mut answer).unwrap();
-        assert_eq!(answer, "answer");
+        let mut response = String::new();
+        client.read_to_string(&mut response).unwrap();
+        assert_eq!(response, "answer");
         assert_eq!(&host.join().unwrap(), b"CONNECT 10000\n");
         // The VM has ended, and its socket is there no more.
         fs::remove_file(&gone).unwrap();
         let mut client = UnixStream::connect(&socket).unwrap();
         client.write_all(b"GET /v1/status").unwrap();
-        let mut answer = String::new();
-        client.read_to_string(&mut answer).unwrap();
-        assert!(answer.starts_with("HTTP/1.1 502 "), "{answer}");
+        let mut response = String::new();
+        client.read_to_string(&mut response).unwrap();
+        assert!(response.starts_with("HTTP/1.1 502 "), "{response}");
         assert!(
-            answer.contains("{\"error\":\"unable to connect to "),
-            "{answer}"
+            response.contains("{\"error\":\"unable to connect to "),
+            "{response}"
         );
         drop(proxy);
         assert!(!socket.exists());

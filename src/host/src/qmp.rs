@@ -28,7 +28,7 @@ impl Qmp {
         Ok(qmp)
     }
 
-    /// Runs a command; events that come before its answer are kept.
+    /// Runs a command; events that come before its response are kept.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let message = json!({"execute": command, "arguments": arguments});
         writeln!(self.stream.get_mut(), "{message}").context("unable to talk to QEMU")?;

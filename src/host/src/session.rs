@@ -280,7 +280,7 @@ impl Session {
     fn queue(&mut self, message: Message) -> Result<(), Error> {
         self.sending = true;
         match self.socket.write(message) {
-            // It is queued; the answer to a ping that was to be sent at once is, too.
+            // It is queued; the reply to a ping that was to be sent at once is, too.
             Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
                 Ok(())
             }

@@ -16,8 +16,8 @@ use crate::Error;
 /// The port of pigeon-init's API.
 pub const API_PORT: u32 = 10_000;
 
-/// Bytes of an answer to the handshake: `OK ` and a number of 32 bits.
-const MAX_ANSWER: usize = 32;
+/// Bytes of a reply to the handshake: `OK ` and a number of 32 bits.
+const MAX_REPLY: usize = 32;
 
 /// One try to reach `port` in the guest. It fails while the guest has no driver or no listener
 /// there; `timeout` bounds the handshake, and every read of the returned stream.
@@ -81,7 +81,7 @@ fn handshake(stream: &mut UnixStream, port: u32, timeout: Duration) -> io::Resul
                 _ => error,
             })?;
         line.push(byte[0]);
-        if line.len() > MAX_ANSWER {
+        if line.len() > MAX_REPLY {
             break;
         }
     }

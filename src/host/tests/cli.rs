@@ -52,8 +52,8 @@ fn pigeon_with(place: &Place, path: &str, words: &[&str]) -> (String, String, i3
 fn run_on_stand_in(place: &Place) -> (Command, Vm, Qemu) {
     let vm = Vm::start(place.0.path(), |mut connection| {
         match connection.request.line.as_str() {
-            "POST /v1/signals" => connection.answer(200, "", b"{\"ok\":true}"),
-            _ => connection.answer(404, "", b"{\"error\":\"no such path\"}"),
+            "POST /v1/signals" => connection.respond(200, "", b"{\"ok\":true}"),
+            _ => connection.respond(404, "", b"{\"error\":\"no such path\"}"),
         }
     });
     let console = "pigeon-init: level=info msg=\"workload exited\" exit_code=7 oom_killed=false\n";

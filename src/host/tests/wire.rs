@@ -70,7 +70,7 @@ fn a_signal_aborts_a_snapshot_once_the_vm_is_resumed() {
     ] {
         let place = Place::new();
         let vm = Vm::start(place.0.path(), |mut connection| {
-            connection.answer(200, "", b"{\"ok\":true,\"token\":\"a1\"}");
+            connection.respond(200, "", b"{\"ok\":true,\"token\":\"a1\"}");
         });
         // A VM of `pigeon run --restorable`, which runs.
         let kept = place.path("pigeon/vms/app");
@@ -93,7 +93,7 @@ fn a_signal_aborts_a_snapshot_once_the_vm_is_resumed() {
             sender
                 .send((connection.request.line.clone(), body))
                 .unwrap();
-            connection.answer(204, "", b"");
+            connection.respond(204, "", b"");
         });
         let child = spawn(&place, &vm, &["snapshot", "app", "made"]);
         starting.send(Pid::from_child(&child)).unwrap();
@@ -118,7 +118,7 @@ fn a_signal_aborts_a_snapshot_once_the_vm_is_resumed() {
 fn calls_have_the_documented_form() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
-        let answer = match connection.request.line.as_str() {
+        let response = match connection.request.line.as_str() {
             "GET /v1/sessions" => json!([{
                 "id": "build-1", "pid": 90, "command": ["make"], "tty": false, "attached": true,
                 "exit": null,
@@ -132,7 +132,7 @@ fn calls_have_the_documented_form() {
             }),
             _ => json!({"ok": true}),
         };
-        connection.answer(200, "", answer.to_string().as_bytes());
+        connection.respond(200, "", response.to_string().as_bytes());
     });
     let client = Client::new(&vm.uds);
     client.stop(None, None).unwrap();
@@ -203,9 +203,9 @@ fn volumes_are_mounted_and_unmounted_by_a_command() {
     let vm = Vm::start(place.0.path(), |mut connection| {
         match connection.request.line.as_str() {
             "DELETE /v1/mounts?path=/busy" => {
-                connection.answer(409, "", br#"{"error":"unmount /busy: EBUSY"}"#);
+                connection.respond(409, "", br#"{"error":"unmount /busy: EBUSY"}"#);
             }
-            _ => connection.answer(200, "", br#"{"ok":true}"#),
+            _ => connection.respond(200, "", br#"{"ok":true}"#),
         };
     });
     for words in [
@@ -316,13 +316,13 @@ fn files(mut connection: Connection) {
         }
         ("HEAD", "path=/etc" | "path=/tmp") => connection.send(b"HTTP/1.1 409 Conflict\r\n\r\n"),
         ("HEAD", _) => connection.send(b"HTTP/1.1 404 Not Found\r\n\r\n"),
-        ("GET", "path=/etc/motd") => connection.answer(200, headers, b"welcome\n"),
-        ("PUT", "path=/full") => connection.answer(507, "", br#"{"error":"/full: ENOSPC"}"#),
+        ("GET", "path=/etc/motd") => connection.respond(200, headers, b"welcome\n"),
+        ("PUT", "path=/full") => connection.respond(507, "", br#"{"error":"/full: ENOSPC"}"#),
         ("PUT", _) => {
             let body = json!({"ok": true, "bytes": connection.request.body.len()});
-            connection.answer(201, "", body.to_string().as_bytes());
+            connection.respond(201, "", body.to_string().as_bytes());
         }
-        _ => connection.answer(404, "", br#"{"error":"no such file"}"#),
+        _ => connection.respond(404, "", br#"{"error":"no such file"}"#),
     }
 }
 
@@ -494,12 +494,12 @@ fn cp_replaces_only_regular_files_and_targets_of_links() {
 }
 
 /// What a guest answers beside the session that moves an archive: commands succeed, no session has a name.
-fn answer_beside_a_session(mut connection: Connection) {
+fn respond_beside_a_session(mut connection: Connection) {
     match connection.request.line.as_str() {
-        "GET /v1/sessions" => connection.answer(200, "", b"[]"),
+        "GET /v1/sessions" => connection.respond(200, "", b"[]"),
         _ => {
             let done = json!({"exit_code": 0, "exit_signal": 0, "stdout": "", "stderr": ""});
-            connection.answer(200, "", done.to_string().as_bytes());
+            connection.respond(200, "", done.to_string().as_bytes());
         }
     }
 }
@@ -511,7 +511,7 @@ fn cp_directory(place: &Place, archive: Vec<u8>, destination: &str) -> (String, 
     let vm = Vm::start(guest.path(), move |mut connection| {
         match connection.request.line.as_str() {
             "HEAD /v1/files?path=/data" => connection.send(b"HTTP/1.1 409 Conflict\r\n\r\n"),
-            "POST /v1/exec" | "GET /v1/sessions" => answer_beside_a_session(connection),
+            "POST /v1/exec" | "GET /v1/sessions" => respond_beside_a_session(connection),
             _ => {
                 let mut socket = upgrade(connection);
                 socket.read().unwrap();
@@ -688,7 +688,7 @@ fn the_beginning_of_a_text_is_read_however_long_it_is() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
         if connection.request.line == "GET /v1/files?path=/small" {
-            return connection.answer(200, "", b"caf\xe9");
+            return connection.respond(200, "", b"caf\xe9");
         }
         connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000000\r\n\r\n");
         while connection.stream.get_mut().write_all(&[b'z'; 4096]).is_ok() {}
@@ -704,8 +704,8 @@ fn a_guests_error_message_has_a_limit() {
     let vm = Vm::start(place.0.path(), |mut connection| {
         match connection.request.line.as_str() {
             "HEAD /v1/files?path=/data" => connection.send(b"HTTP/1.1 409 Conflict\r\n\r\n"),
-            "POST /v1/exec" => connection.answer(200, "", b"{}"),
-            "GET /v1/sessions" => connection.answer(200, "", b"[]"),
+            "POST /v1/exec" => connection.respond(200, "", b"{}"),
+            "GET /v1/sessions" => connection.respond(200, "", b"[]"),
             _ => {
                 let mut socket = upgrade(connection);
                 socket.read().unwrap();
@@ -734,7 +734,7 @@ fn cp_directory_to_guest(place: &Place, source: &str) -> (String, Option<i32>, O
     let vm = Vm::start(guest.path(), move |mut connection| {
         match connection.request.line.as_str() {
             "HEAD /v1/files?path=/data" => connection.send(b"HTTP/1.1 404 Not Found\r\n\r\n"),
-            "POST /v1/exec" | "GET /v1/sessions" => answer_beside_a_session(connection),
+            "POST /v1/exec" | "GET /v1/sessions" => respond_beside_a_session(connection),
             _ => {
                 let mut socket = upgrade(connection);
                 socket.get_ref().set_read_timeout(Some(TIMEOUT)).unwrap();
@@ -819,9 +819,9 @@ fn a_tunnel_carries_bytes_both_ways_and_reports_a_refusal() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
         if connection.request.line == "CONNECT 127.0.0.1:1" {
-            return connection.answer(502, "", br#"{"error":"127.0.0.1:1: ECONNREFUSED"}"#);
+            return connection.respond(502, "", br#"{"error":"127.0.0.1:1: ECONNREFUSED"}"#);
         }
-        // The first bytes come with the answer.
+        // The first bytes come with the response.
         connection.send(b"HTTP/1.1 200 OK\r\n\r\nbanner\n");
         let mut buffer = [0; 4096];
         while let Ok(size @ 1..) = connection.stream.read(&mut buffer) {
@@ -852,10 +852,10 @@ fn a_tunnel_carries_bytes_both_ways_and_reports_a_refusal() {
             writer.write_all(sent.as_bytes()).unwrap();
             writer.shutdown(Shutdown::Write).unwrap();
         });
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
+        let mut response = String::new();
+        stream.read_to_string(&mut response).unwrap();
         writer.join().unwrap();
-        assert_eq!(answer, format!("banner\n{}bye\n", request.to_uppercase()));
+        assert_eq!(response, format!("banner\n{}bye\n", request.to_uppercase()));
     };
     for number in 0..200 {
         talk(number);
@@ -903,7 +903,7 @@ fn exec_separates_stdout_and_stderr_if_the_init_does() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
         if connection.request.line == "GET /v1/sessions" {
-            return connection.answer(200, "", b"[]");
+            return connection.respond(200, "", b"[]");
         }
         let mut socket = upgrade(connection);
         let first: Value = serde_json::from_str(socket.read().unwrap().to_text().unwrap()).unwrap();
@@ -961,7 +961,7 @@ fn an_init_without_named_sessions_is_not_asked_for_streams() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
         if connection.request.line == "GET /v1/sessions" {
-            return connection.answer(404, "", br#"{"error":"no such call"}"#);
+            return connection.respond(404, "", br#"{"error":"no such call"}"#);
         }
         let mut socket = upgrade(connection);
         let first: Value = serde_json::from_str(socket.read().unwrap().to_text().unwrap()).unwrap();
@@ -987,10 +987,10 @@ fn a_named_session_can_be_detached_and_attached() {
                     "id": "build-1", "pid": 9, "command": ["make", "all"], "tty": false,
                     "attached": false, "exit": null,
                 }]);
-                return connection.answer(200, "", sessions.to_string().as_bytes());
+                return connection.respond(200, "", sessions.to_string().as_bytes());
             }
             line if !line.contains("/ws/") => {
-                return connection.answer(200, "", b"{\"ok\":true}");
+                return connection.respond(200, "", b"{\"ok\":true}");
             }
             _ => {}
         }
@@ -1046,7 +1046,7 @@ fn a_session_ended_by_the_init_reports_its_reason() {
             let sessions = json!(["taken", "silent"].map(|id| json!({
                 "id": id, "pid": 9, "command": ["make"], "tty": false, "attached": false, "exit": null,
             })));
-            return connection.answer(200, "", sessions.to_string().as_bytes());
+            return connection.respond(200, "", sessions.to_string().as_bytes());
         }
         let mut socket = upgrade(connection);
         let first: Value = serde_json::from_str(socket.read().unwrap().to_text().unwrap()).unwrap();
@@ -1075,7 +1075,7 @@ fn a_command_that_cannot_start_reports_the_reason() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
         if connection.request.line == "GET /v1/sessions" {
-            return connection.answer(404, "", b"{}");
+            return connection.respond(404, "", b"{}");
         }
         let mut socket = upgrade(connection);
         let first: Value = serde_json::from_str(socket.read().unwrap().to_text().unwrap()).unwrap();

@@ -85,7 +85,7 @@ fn durability(cycles: usize, slot: &Arc<Slot>) -> Result<()> {
         let code = vm
             .api()?
             .get("/v1/exit_code")
-            .and_then(|answer| answer.json());
+            .and_then(|response| response.json());
         let wanted = [4, 137, 3][cycle % 3];
         // Who comes late finds nobody.
         ensure!(code.is_err() || code.is_ok_and(|code| code["code"] == wanted));
@@ -148,8 +148,8 @@ fn lineage(clones: u64, slot: &Arc<Slot>) -> Result<()> {
         let elapsed = restored["elapsed_us"].as_f64().context("no elapsed_us")?;
         slowest_restore = slowest_restore.max(elapsed / 1e3);
         let uuid = json!({"cmd": ["cat", "/proc/sys/kernel/random/uuid"]});
-        let answer = vm.api()?.post("/v1/exec", &uuid)?.success()?.json()?;
-        let uuid = answer["stdout"].as_str().context("no text")?;
+        let response = vm.api()?.post("/v1/exec", &uuid)?.success()?.json()?;
+        let uuid = response["stdout"].as_str().context("no text")?;
         ensure!(uuids.insert(uuid.to_string()), "{uuid} came twice");
     }
     let took = start.elapsed();
@@ -204,11 +204,11 @@ fn state(vm: &mut Vm) -> Result<State> {
     let script =
         "awk '/^Pss:/ {print $2}' /proc/1/smaps_rollup; awk '/^VmPTE:/ {print $2}' /proc/1/status
         ls /proc/1/fd | wc -l; cat /proc/[0-9]*/stat 2>/dev/null | grep -c ') Z '; true";
-    let answer = api
+    let response = api
         .post("/v1/exec", &json!({"cmd": ["sh", "-c", script]}))?
         .success()?
         .json()?;
-    let text = answer["stdout"].as_str().context("no text")?;
+    let text = response["stdout"].as_str().context("no text")?;
     let numbers: Vec<u64> = text.lines().map(str::parse).collect::<Result<_, _>>()?;
     let [pss, tables, files, zombies] = numbers[..] else {
         anyhow::bail!("{text}");
@@ -282,8 +282,8 @@ fn soak(time: Duration, slot: &Arc<Slot>) -> Result<()> {
     };
     let exec = || -> Result<()> {
         let body = json!({"cmd": ["sh", "-c", "head -c 100000 /dev/zero; (sleep 0.1 &)"]});
-        let answer = connect()?.post("/v1/exec", &body)?.success()?.json()?;
-        ensure!(answer["exit_code"] == 0, "{answer}");
+        let response = connect()?.post("/v1/exec", &body)?.success()?.json()?;
+        ensure!(response["exit_code"] == 0, "{response}");
         Ok(())
     };
     // A client that goes while its command runs and while it waits.

@@ -130,7 +130,7 @@ impl Service {
     }
 
     /// Waits until all signals were sent: whoever deletes a container that a signal has ended ends
-    /// the shim, maybe before the sender of the signal has its answer.
+    /// the shim, maybe before the sender of the signal has its response.
     fn wait_for_kills(&self) {
         let kills = lock(&self.kills);
         let _ = self
@@ -330,7 +330,7 @@ impl containerd_shim_protos::Task for Task {
             self.0
                 .publisher
                 .publish(topics::TASK_DELETE_EVENT_TOPIC, &event);
-            // containerd ends the shim as soon as it has the answer.
+            // containerd ends the shim as soon as it has the response.
             self.0.publisher.flush();
         } else {
             container.remove(&request.exec_id);

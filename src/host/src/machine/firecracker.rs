@@ -366,7 +366,7 @@ mod tests {
         assert_eq!(configuration(&spec).unwrap(), expected);
     }
 
-    /// Answers the calls of `calls` as Firecracker does, and returns method, path and body of each.
+    /// Responds to the calls of `calls` as Firecracker does, and returns method, path and body of each.
     fn calls(calls: impl FnOnce(&Path) -> Result<()>) -> Vec<(String, Value)> {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join(API);
@@ -389,14 +389,14 @@ mod tests {
                 let mut body = vec![0; length];
                 stream.read_exact(&mut body).unwrap();
                 let call = head.split(" HTTP/1.1").next().unwrap().to_string();
-                let answer = match call.as_str() {
+                let response = match call.as_str() {
                     "GET /" => {
                         "HTTP/1.1 200 \r\nContent-Length: 23\r\n\r\n{\"state\":\"Not started\"}"
                     }
                     _ => "HTTP/1.1 204 \r\nServer: Firecracker API\r\n\r\n",
                 };
                 seen.push((call, serde_json::from_slice(&body).unwrap_or_default()));
-                stream.get_mut().write_all(answer.as_bytes()).unwrap();
+                stream.get_mut().write_all(response.as_bytes()).unwrap();
             }
         });
         calls(&socket).unwrap();

@@ -489,15 +489,15 @@ mod tests {
 
     use super::*;
 
-    /// Runs a failing snapshot of a VM with vsock where QEMU gives these answers, and else none but
+    /// Runs a failing snapshot of a VM with vsock where QEMU gives these replies, and else none but
     /// that it has obeyed: its error, and the commands.
-    fn failing_snapshot(answers: &[(&'static str, &'static str)]) -> (String, Vec<String>) {
+    fn failing_snapshot(replies: &[(&'static str, &'static str)]) -> (String, Vec<String>) {
         let dir = tempfile::tempdir().unwrap();
         for name in [VHOST, MEMORY] {
             fs::write(dir.path().join(name), "").unwrap();
         }
         let listener = UnixListener::bind(dir.path().join(QMP_OF_OTHERS)).unwrap();
-        let answers = answers.to_vec();
+        let replies = replies.to_vec();
         let qemu = thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             writeln!(stream, "{}", json!({"QMP": {}})).unwrap();
@@ -505,9 +505,9 @@ mod tests {
             for line in BufReader::new(stream.try_clone().unwrap()).lines() {
                 let command: Value = serde_json::from_str(&line.unwrap()).unwrap();
                 let command = command["execute"].as_str().unwrap().to_string();
-                let answer = answers.iter().find(|(name, _)| *name == command);
-                let answer = answer.map_or("{\"return\":{}}", |(_, answer)| *answer);
-                writeln!(stream, "{answer}").unwrap();
+                let reply = replies.iter().find(|(name, _)| *name == command);
+                let reply = reply.map_or("{\"return\":{}}", |(_, reply)| *reply);
+                writeln!(stream, "{reply}").unwrap();
                 if command == "device_del" {
                     let data = json!({"device": "vsock"});
                     let event = json!({"event": "DEVICE_DELETED", "data": data});
@@ -526,7 +526,7 @@ mod tests {
     fn a_vm_continues_with_its_vsock_if_its_snapshot_fails() {
         let refused = "{\"error\":{\"desc\":\"no\"}}";
         let plug = ["cont", "chardev-add", "device_add"];
-        for (command, answer, behind) in [
+        for (command, reply, behind) in [
             ("chardev-remove", refused, &plug[..]),
             ("migrate-set-capabilities", refused, &plug),
             ("stop", refused, &plug),
@@ -542,7 +542,7 @@ mod tests {
             ),
             ("device_del", refused, &["cont"]),
         ] {
-            let (error, commands) = failing_snapshot(&[(command, answer)]);
+            let (error, commands) = failing_snapshot(&[(command, reply)]);
             let at = commands.iter().position(|said| said == command).unwrap();
             assert_eq!(commands[at + 1..], *behind, "{error}");
         }

@@ -44,8 +44,8 @@ const GET_QUEUE_NUM: u32 = 17;
 const SET_VRING_ENABLE: u32 = 18;
 const GET_CONFIG: u32 = 24;
 
-/// Version 1 of the protocol, and the bit of an answer.
-const ANSWER: u32 = 1 | 1 << 2;
+/// Version 1 of the protocol, and the bit of a reply.
+const REPLY: u32 = 1 | 1 << 2;
 
 // Features of virtio and of the protocol.
 const F_EVENT_IDX: u64 = 1 << 29;
@@ -184,13 +184,13 @@ impl<const RINGS: usize> Frontend<RINGS> {
         let mut payload = vec![0; usize::try_from(size)?];
         ensure!(payload.len() <= MAX_PAYLOAD, "a message of {size} bytes");
         self.stream.read_exact(&mut payload)?;
-        let answer = self.answer(request, &payload, files);
-        let answer = answer.with_context(|| format!("vhost-user request {request}"))?;
-        if let Some(answer) = answer {
-            let length = u32::try_from(answer.len())?;
-            let header = [request, ANSWER, length].map(u32::to_ne_bytes);
+        let reply = self.reply(request, &payload, files);
+        let reply = reply.with_context(|| format!("vhost-user request {request}"))?;
+        if let Some(reply) = reply {
+            let length = u32::try_from(reply.len())?;
+            let header = [request, REPLY, length].map(u32::to_ne_bytes);
             self.stream
-                .write_all(&[header.as_flattened(), &answer].concat())?;
+                .write_all(&[header.as_flattened(), &reply].concat())?;
         }
         Ok(true)
     }
@@ -221,8 +221,8 @@ impl<const RINGS: usize> Frontend<RINGS> {
         Ok(Some(files))
     }
 
-    /// Does what a request asks for; some want an answer.
-    fn answer(
+    /// Does what a request asks for; some want a reply.
+    fn reply(
         &mut self,
         request: u32,
         payload: &[u8],

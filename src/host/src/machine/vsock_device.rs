@@ -650,8 +650,8 @@ impl Device {
         self.orders.retain(|(other, _)| *other != ports);
     }
 
-    /// Has a packet without data sent. A guest that sends, and gives no buffers for the answers, is not
-    /// to fill the host's memory: each answer waits once, and resets also for connections that are not
+    /// Has a packet without data sent. A guest that sends, and gives no buffers for the replies, is not
+    /// to fill the host's memory: each reply waits once, and resets also for connections that are not
     /// there only up to a number.
     fn order(&mut self, ports: Ports, operation: u16) {
         let order = (ports, operation);

@@ -1,4 +1,4 @@
-//! A stand-in for a VM's API: hybrid vsock's handshake, HTTP, WebSockets, and answers that a test
+//! A stand-in for a VM's API: hybrid vsock's handshake, HTTP, WebSockets, and responses that a test
 //! gives.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
@@ -67,7 +67,7 @@ impl Connection {
         self.stream.get_mut().write_all(bytes).unwrap();
     }
 
-    pub fn answer(&mut self, status: u16, headers: &str, body: &[u8]) {
+    pub fn respond(&mut self, status: u16, headers: &str, body: &[u8]) {
         let head = format!(
             "HTTP/1.1 {status} X\r\n{headers}Content-Length: {}\r\n\r\n",
             body.len()
@@ -83,7 +83,7 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Answers every connection by `serve`.
+    /// Responds to every connection by `serve`.
     pub fn start(dir: &Path, serve: impl Fn(Connection) + Send + Sync + 'static) -> Vm {
         let uds = dir.join("vm.vsock");
         let listener = UnixListener::bind(&uds).unwrap();
@@ -102,7 +102,7 @@ impl Vm {
                         connection.read_body();
                     }
                     if connection.request.line == "GET /v1/status" {
-                        return connection.answer(200, "", b"{\"ok\":true}");
+                        return connection.respond(200, "", b"{\"ok\":true}");
                     }
                     seen.lock().unwrap().push(connection.request.clone());
                     serve(connection);

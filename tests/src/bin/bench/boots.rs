@@ -566,8 +566,8 @@ fn measure(vm: &mut Vm, mode: Mode) -> Result<Figures> {
                 other.get("/v1/status")?.success()?;
             }
             vm.type_text("\n")?;
-            let answer = reader.receive(false)?.json()?;
-            ensure!(answer["code"] == 7, "the exit code is told as {answer}");
+            let response = reader.receive(false)?.json()?;
+            ensure!(response["code"] == 7, "the exit code is told as {response}");
         }
         Mode::Requests => {
             vm.wait_for("bench: boot_ns")?;
@@ -687,8 +687,8 @@ fn serve(vm: &mut Vm, figures: &mut Figures) -> Result<()> {
 fn exec(api: &mut Client<UnixStream>, times: usize) -> Result<()> {
     for _ in 0..times {
         let command = json!({"cmd": ["/bin/true"]});
-        let answer: Value = api.post("/v1/exec", &command)?.success()?.json()?;
-        ensure!(answer["exit_code"] == 0, "/bin/true: {answer}");
+        let response: Value = api.post("/v1/exec", &command)?.success()?.json()?;
+        ensure!(response["exit_code"] == 0, "/bin/true: {response}");
     }
     Ok(())
 }
@@ -726,8 +726,8 @@ fn commands(vm: &mut Vm, figures: &mut Figures) -> Result<()> {
 /// sched-stats.rst: the seventh number of a processor). Ticks would not see what is shorter.
 fn busy_us(vm: &mut Vm) -> Result<f64> {
     let command = json!({"cmd": ["cat", "/proc/schedstat"]});
-    let answer = vm.api()?.post("/v1/exec", &command)?.success()?.json()?;
-    let text = answer["stdout"].as_str().context("no output")?;
+    let response = vm.api()?.post("/v1/exec", &command)?.success()?.json()?;
+    let text = response["stdout"].as_str().context("no output")?;
     let cpu = text.lines().find(|line| line.starts_with("cpu0 "));
     let ran = cpu.and_then(|cpu| cpu.split(' ').nth(7));
     Ok(ran.context("no line for cpu0")?.parse::<f64>()? / 1e3)

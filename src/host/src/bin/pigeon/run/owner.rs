@@ -186,7 +186,7 @@ impl Owner<'_> {
         {
             session = receiver.recv_timeout(LAST_OUTPUT).ok();
         }
-        // An answer arrives before the VM ends, or never.
+        // A response arrives before the VM ends, or never.
         let answered = asked.exit.recv_timeout(Duration::from_millis(200)).ok();
         let event = events.exit.try_iter().last();
         drop(events);
@@ -223,7 +223,7 @@ impl Owner<'_> {
         file.with_context(|| format!("unable to write {}", path.display()))
     }
 
-    /// Records the init's events. An exit event is as reliable as the API's answer.
+    /// Records the init's events. An exit event is as reliable as the API's response.
     pub fn listen_for_events(&self) -> EventLog {
         let (sender, exit) = mpsc::channel();
         let path = self.claim.dir.join(vms::EVENTS);
@@ -634,9 +634,9 @@ fn ask_exit_code(uds: &Path) -> mpsc::Receiver<Exit> {
         // Until the process ends, which is when the VM has.
         let forever = Duration::from_secs(u32::MAX.into());
         loop {
-            let answer =
+            let response =
                 Client::connect_within(&uds, forever).and_then(|client| client.exit_code());
-            match answer {
+            match response {
                 Ok(exit) => break drop(sender.send(exit)),
                 // The preparation of a snapshot closes connections.
                 Err(Error::Broken(_)) => thread::sleep(RETRY),
