@@ -241,9 +241,9 @@ fn a_command_runs_with_its_options() -> Result<()> {
     let script = |script: &str| json!({"cmd": ["sh", "-c", script]});
     let response = |code: i32, signal: i32, out: &str, err: &str| json!({"exit_code": code, "exit_signal": signal, "stdout": out, "stderr": err});
     let three = run(script("echo out; echo err >&2; exit 3"))?.json()?;
-    assert_eq!(three, respond(3, 0, "out\n", "err\n"));
+    assert_eq!(three, response(3, 0, "out\n", "err\n"));
     let terminated = run(script("echo before; kill -TERM $$"))?.json()?;
-    assert_eq!(terminated, respond(-1, 15, "before\n", ""));
+    assert_eq!(terminated, response(-1, 15, "before\n", ""));
 
     // Who, where, with what.
     let out = |response: Response| -> Result<String> {
@@ -286,7 +286,7 @@ fn a_command_runs_with_its_options() -> Result<()> {
     // What it starts with: three descriptors, no input, a session of its own, no signal blocked.
     let fds = out(run(json!({"cmd": ["ls", "/proc/self/fd"]}))?)?;
     assert_eq!(fds, "0\n1\n2\n3", "the last one is the directory itself");
-    assert_eq!(run(json!({"cmd": ["cat"]}))?.json()?, respond(0, 0, "", ""));
+    assert_eq!(run(json!({"cmd": ["cat"]}))?.json()?, response(0, 0, "", ""));
     let stat = out(run(script("cut -d' ' -f1,5,6,7 /proc/$$/stat"))?)?;
     let [pid, group, session, tty] = stat.split(' ').collect::<Vec<_>>()[..] else {
         panic!("{stat}");
@@ -348,7 +348,7 @@ fn a_command_runs_with_its_options() -> Result<()> {
         assert_eq!(status, 400, "{body} {error}");
         assert!(error.contains(word), "{body}: {error}");
     }
-    assert_eq!(run(many(1024))?.json()?, respond(0, 0, "", ""));
+    assert_eq!(run(many(1024))?.json()?, response(0, 0, "", ""));
     // Unknown members are nobody's business.
     let more = json!({"cmd": ["echo", "x"], "tty": {"a": [1]}, "x": null});
     assert_eq!(out(run(more)?)?, "x");

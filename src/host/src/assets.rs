@@ -1,4 +1,4 @@
-//! What a VM is made of besides the init: a stock kernel, busybox, host tools.
+//! The parts of a VM other than the init: a stock kernel, busybox, host tools.
 //!
 //! Debian packages are taken apart, not installed, and kept in one cache for all projects of the
 //! user: `PIGEON_CACHE`, or `pigeon-init` in the XDG cache directory.
@@ -99,7 +99,7 @@ fn read_initrd(dir: &Path, command: &str) -> Result<Vec<u8>> {
     Ok(fs::read(initrd)?)
 }
 
-/// The directory of everything that is downloaded or built once a user.
+/// The directory of everything that is downloaded or built once per user.
 pub fn cache_dir() -> PathBuf {
     let directory = |name| variable(name).map(PathBuf::from);
     directory("PIGEON_CACHE")

@@ -1,4 +1,4 @@
-//! Machine code that makes system calls one after the other, for programs that run in any guest.
+//! Machine code that makes a sequence of system calls, for programs that run in any guest.
 
 use crate::{Arch, elf};
 
@@ -20,8 +20,8 @@ pub enum Argument {
     Kept,
 }
 
-/// A program in the making. It may keep one result of a call, a file descriptor, to which it writes
-/// what it fails at; its exit code is the errno then.
+/// A program being built. It can keep the result of one call, a file descriptor, to which it writes what has
+/// failed; its exit code is then the errno.
 pub struct Calls {
     arch: Arch,
     data: Vec<u8>,
@@ -29,7 +29,7 @@ pub struct Calls {
 }
 
 impl Calls {
-    /// One that does nothing.
+    /// An empty program.
     pub fn new(arch: Arch) -> Calls {
         Calls {
             arch,

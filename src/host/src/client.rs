@@ -20,20 +20,19 @@ use crate::{
     vsock::{self, API_PORT},
 };
 
-/// How long one try to reach the guest may take: a handshake that begins while the guest's driver
-/// starts can get lost.
+/// How long one attempt to reach the guest may take: a handshake can get lost while the guest's driver starts.
 const HANDSHAKE: Duration = Duration::from_secs(3);
-/// The same for one of many tries.
+/// The same for one of many attempts.
 const SHORT_HANDSHAKE: Duration = Duration::from_millis(500);
 /// The init's own time limit of a one-shot command.
 const EXEC_LIMIT: Duration = Duration::from_secs(30);
 /// Bytes of an error body that are read.
 const MAX_ERROR: u64 = 64 << 10;
-/// How often a VM that boots is asked.
+/// How often a booting VM is polled.
 const RETRY: Duration = Duration::from_millis(10);
 
-/// A VM, by the Unix socket of its vsock. Each call has a connection of its own, so that calls of
-/// several threads do not wait for each other.
+/// A VM, by the Unix socket of its vsock. Each call uses its own connection, so that calls of several threads do
+/// not wait for each other.
 ///
 /// ```no_run
 /// use std::time::Duration;
@@ -53,7 +52,7 @@ pub struct Client {
     retry_timeout: Duration,
 }
 
-/// How the workload ended.
+/// The exit of the workload.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Exit {
     /// Its exit code; 128 + the signal that killed it; 125 when it could not be run.
@@ -65,7 +64,7 @@ pub struct Exit {
     pub error: Option<String>,
 }
 
-/// What a one-shot command came to.
+/// The result of a one-shot command.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(default)]
 pub struct Output {
@@ -73,9 +72,9 @@ pub struct Output {
     pub exit_code: i32,
     /// The signal that killed it, or 0.
     pub exit_signal: i32,
-    /// What it wrote.
+    /// Its standard output.
     pub stdout: String,
-    /// What it complained about.
+    /// Its standard error.
     pub stderr: String,
     /// It was truncated in the response.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -127,7 +126,7 @@ impl Command {
         self
     }
 
-    /// The time limit of a one-shot command, in place of 30 s. Its end is the group's, by SIGKILL.
+    /// The time limit of a one-shot command, in place of 30 s. After it the process group gets SIGKILL.
     pub fn timeout(mut self, timeout: Duration) -> Command {
         self.timeout = Some(timeout);
         self
@@ -146,7 +145,7 @@ impl Command {
         self
     }
 
-    /// As a request has it, the command itself under `key`.
+    /// As JSON for a request, with the command itself under `key`.
     pub(crate) fn request(&self, key: &str) -> Value {
         let mut request = json!({ key: self.argv });
         if !self.env.is_empty() {
@@ -166,7 +165,7 @@ impl Client {
     /// Timeout of calls that do not wait for anything.
     pub(crate) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 
-    /// A client for the VM behind `uds`, which need not be up yet.
+    /// A client for the VM behind `uds`, which may not be up yet.
     pub fn new(uds: impl Into<PathBuf>) -> Client {
         Client {
             uds: uds.into(),
@@ -174,22 +173,22 @@ impl Client {
         }
     }
 
-    /// For a guest whose init is known to listen: where it does not answer, as it is too busy to
-    /// accept a connection in time, it is tried again for so long.
+    /// For a guest whose init is known to listen: if it is too busy to accept a connection in time, retries for
+    /// this long.
     pub fn with_retry_timeout(mut self, timeout: Duration) -> Client {
         self.retry_timeout = timeout;
         self
     }
 
-    /// The VM behind `uds`, once: an error when its init is not there.
+    /// Connects to the VM behind `uds`, without retries: an error if its init is not up.
     pub fn connect(uds: impl AsRef<Path>) -> Result<Client, Error> {
         let client = Client::new(uds.as_ref());
         client.status()?;
         Ok(client)
     }
 
-    /// The VM behind `uds`, as soon as its init is there: its root is mounted then, and its
-    /// configuration good.
+    /// Connects to the VM behind `uds` once its init is up: its root is mounted then, and its configuration
+    /// valid.
     pub fn connect_within(uds: impl AsRef<Path>, timeout: Duration) -> Result<Client, Error> {
         let deadline = Instant::now() + timeout;
         let client = Client::new(uds.as_ref());
@@ -209,7 +208,7 @@ impl Client {
         &self.uds
     }
 
-    /// A connection to a port of the guest, such as one of the workload's own.
+    /// Connects to a vsock port of the guest, such as one of the workload.
     pub fn port(&self, port: u32) -> Result<UnixStream, Error> {
         let deadline = Instant::now() + self.retry_timeout;
         let stream = loop {
@@ -224,7 +223,7 @@ impl Client {
         Ok(stream)
     }
 
-    /// `GET /v1/status`: whether the init is well.
+    /// `GET /v1/status`: checks the init.
     pub fn status(&self) -> Result<(), Error> {
         self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
             http.get("/v1/status")
@@ -232,7 +231,7 @@ impl Client {
         Ok(())
     }
 
-    /// `GET /v1/exit_code`: waits for the workload's end.
+    /// `GET /v1/exit_code`: waits for the workload's exit.
     pub fn exit_code(&self) -> Result<Exit, Error> {
         parse(self.call(None, |http| http.get("/v1/exit_code"))?)
     }
@@ -246,7 +245,7 @@ impl Client {
         Ok(())
     }
 
-    /// `POST /v1/exec`: runs a command to its end and returns what it wrote, up to 1 MiB a stream.
+    /// `POST /v1/exec`: runs a command until it exits and returns its output, up to 1 MiB per stream.
     pub fn exec(&self, command: &Command) -> Result<Output, Error> {
         let mut body = command.request("cmd");
         if let Some(timeout) = command.timeout {
@@ -285,13 +284,13 @@ impl Client {
         }
     }
 
-    /// [`session`](Client::session) on a terminal of so many columns and rows.
+    /// [`session`](Client::session) on a terminal with these columns and rows.
     pub fn terminal(&self, command: &Command, size: (u16, u16)) -> Result<Session, Error> {
         Session::start(self, command, Some(size))
     }
 
-    /// Attaches to a named session; output that was missed comes first. `terminal` is the size of
-    /// the caller's terminal, for a session on a terminal.
+    /// Attaches to a named session; missed output comes first. `terminal` is the size of the caller's terminal,
+    /// for a session on a terminal.
     pub fn attach(&self, id: &str, terminal: Option<(u16, u16)>) -> Result<Session, Error> {
         Session::attach(self, id, terminal)
     }
@@ -329,8 +328,8 @@ impl Client {
         Ok(())
     }
 
-    /// `GET /v1/logs`: the workload's output that is still in the ring, from byte `offset` on; with
-    /// `follow` also further output until the workload exits.
+    /// `GET /v1/logs`: the workload's output that is still kept, from byte `offset` on; with `follow` also
+    /// further output until the workload exits.
     pub fn logs(&self, follow: bool, offset: Option<u64>) -> Result<Logs, Error> {
         let mut target = String::from("/v1/logs");
         let offset = offset.map(|offset| format!("offset={offset}"));
@@ -403,7 +402,7 @@ impl Client {
         parse(self.call(Some(timeout), |http| http.post(target, body))?)
     }
 
-    /// Makes a call, whose failure is an error.
+    /// Makes a call. An error status is an error.
     pub(crate) fn call(
         &self,
         timeout: Option<Duration>,

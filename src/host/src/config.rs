@@ -20,7 +20,7 @@ enum Shape {
     Object(Fields),
     /// A list of objects.
     Objects(Fields),
-    /// Anything: only `pigeon` reads it.
+    /// Any value: only `pigeon` reads it.
     Other,
 }
 

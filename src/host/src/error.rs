@@ -1,41 +1,41 @@
-//! What can go wrong between a host driver and its VM.
+//! Errors between a host driver and its VM.
 
 use std::{fmt, io, path::PathBuf};
 
-/// Why a call of the API has failed.
+/// Why an API call has failed.
 #[derive(Debug)]
 pub enum Error {
-    /// Nobody has the vsock's Unix socket open: there is no VM, or not any more.
+    /// Nothing listens on the vsock's Unix socket: there is no VM, or it has ended.
     NoVm {
         /// The socket.
         uds: PathBuf,
-        /// What connecting to it came to.
+        /// The error of connecting to it.
         source: io::Error,
     },
-    /// The VM is there and nothing in it listens on the port: it boots, or goes down.
+    /// The VM runs but does not listen on the port: it is booting or shutting down.
     NotListening {
         /// The guest's port.
         port: u32,
-        /// What the handshake came to.
+        /// The error of the handshake.
         source: io::Error,
     },
-    /// The init answered, and said no.
+    /// The init responded with an error.
     Refused {
         /// HTTP status.
         status: u16,
-        /// Its reason.
+        /// The error message.
         message: String,
     },
-    /// A command could not be started; the reason is the init's.
+    /// A command could not be started, with the init's reason.
     NotStarted(String),
-    /// The init has closed a session; the reason is its own.
+    /// The init has closed a session, with its reason.
     Closed(String),
-    /// The connection ended, or what came over it made no sense.
+    /// The connection was closed, or the data was invalid.
     Broken(String),
 }
 
 impl Error {
-    /// Whether the same call may work a little later.
+    /// Whether the same call may succeed later.
     pub fn is_not_yet(&self) -> bool {
         matches!(self, Error::NoVm { .. } | Error::NotListening { .. })
     }

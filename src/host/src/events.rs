@@ -13,11 +13,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::vsock;
 
-/// Something that has happened in a VM.
+/// An event in a VM.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
-    /// The root is mounted, the configuration good, the API up.
+    /// The root is mounted, the configuration valid, the API up.
     Ready,
     /// The workload runs.
     Started {
@@ -33,7 +33,7 @@ pub enum Event {
     },
     /// The VM was restored from a snapshot.
     Restored {
-        /// How often it has been restored.
+        /// 1 plus the number of restores.
         generation: u64,
     },
     /// An event of a later version.
@@ -47,7 +47,7 @@ pub struct Listener {
     path: PathBuf,
 }
 
-/// What waits at a [`Listener`], which may be dropped meanwhile.
+/// Waits for connections to a [`Listener`], which may be dropped meanwhile.
 pub struct Acceptor(UnixListener);
 
 /// The Unix socket for the guest's connections to a port of the host. (Firecracker docs/vsock.md,
@@ -62,7 +62,7 @@ impl Listener {
     /// Listens for the VM whose vsock socket is `uds`; call it before the VM starts.
     pub fn bind(uds: &Path, port: u32) -> Result<Listener> {
         let path = socket_path(uds, port);
-        // What is there is left of one that has ended.
+        // An existing socket was left behind by a VM that has ended.
         vsock::vacate(&path)?;
         let listener = UnixListener::bind(&path)
             .with_context(|| format!("unable to create {}", path.display()))?;
@@ -77,7 +77,7 @@ impl Listener {
         self.acceptor.accept()
     }
 
-    /// For a thread that waits for ever: the socket is removed with this, not with that.
+    /// For a thread that waits indefinitely: the socket is removed when this is dropped, not the acceptor.
     pub fn acceptor(&self) -> Result<Acceptor> {
         let listener = self.acceptor.0.try_clone();
         listener.map(Acceptor).context("unable to listen")
@@ -101,7 +101,7 @@ impl Drop for Listener {
 /// Bytes of an event that are read.
 const MAX_LINE: u64 = 4096;
 
-/// Events, as they come over one connection.
+/// The events of one connection.
 pub struct Events(BufReader<UnixStream>);
 
 impl Events {

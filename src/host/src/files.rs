@@ -15,14 +15,14 @@ pub struct FileInfo {
     pub mode: Option<u32>,
     /// User and group, as `uid:gid`.
     pub owner: Option<String>,
-    /// Last modification, as the init has it.
+    /// Time of the last modification, from the init.
     pub mtime: Option<String>,
 }
 
 /// How a file is written.
 #[derive(Clone, Debug, Default)]
 pub struct WriteOptions {
-    /// Permission bits; 0644 when not given.
+    /// Permission bits; 0644 by default.
     pub mode: Option<u32>,
     /// The owner, `user[:group]` by name or number; root by default.
     pub user: Option<String>,
@@ -31,11 +31,11 @@ pub struct WriteOptions {
 /// The result of writing a file.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
 pub struct Written {
-    /// Bytes that it has now.
+    /// Its size in bytes.
     pub bytes: u64,
 }
 
-/// A path or value in a query: all but what is unreserved and slashes is escaped (RFC 3986).
+/// Escapes a path or value for a query: everything except unreserved characters and slashes (RFC 3986).
 pub(crate) fn escape(text: &str) -> String {
     let mut escaped = String::new();
     for byte in text.bytes() {
@@ -88,8 +88,8 @@ impl Client {
         Ok((info, body))
     }
 
-    /// The beginning of a text file, at most `limit` bytes: what a guest has is not always what it should
-    /// have. Bytes that are no UTF-8 are replaced.
+    /// The beginning of a text file, at most `limit` bytes, as a guest's files are not trusted. Invalid UTF-8 is
+    /// replaced.
     pub fn read_text(&self, path: &str, limit: u64) -> Result<String, Error> {
         let (_, body) = self.read_file(path)?;
         let mut bytes = vec![];

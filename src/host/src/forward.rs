@@ -13,10 +13,10 @@ use anyhow::{Context, Result};
 
 use crate::{Client, Error};
 
-/// How long to wait when no connection can be had, as with too many open files.
+/// How long to wait when no connection can be accepted, for instance with too many open files.
 pub(crate) const PAUSE: Duration = Duration::from_millis(100);
 
-/// A forwarded port, until this is dropped: then others can listen on it, and connections go on.
+/// A forwarded port. When this is dropped, it stops listening, and open connections continue.
 pub struct Forward {
     address: SocketAddr,
     listener: TcpListener,
@@ -67,16 +67,16 @@ impl Forward {
 
 impl Drop for Forward {
     fn drop(&mut self) {
-        // Also for whoever waits in accept.
+        // This also ends a blocked accept.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }
 }
 
-/// One connection, until both ends are done.
+/// Forwards one connection until both sides are closed.
 fn relay(client: &TcpStream, uds: PathBuf, target: &str) -> Result<(), Error> {
     let (guest, early) = Client::new(uds).tunnel(target)?;
     let (mut client, guest) = (client, &guest);
-    // A small response is not to wait for a larger one.
+    // Small responses must not be delayed.
     let _ = client.set_nodelay(true);
     let sent = client.write_all(&early);
     sent.map_err(Error::broken)?;
@@ -99,7 +99,7 @@ fn relay(client: &TcpStream, uds: PathBuf, target: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// Copies bytes as they come.
+/// Copies bytes as they arrive.
 pub(crate) fn copy(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
     let mut buffer = [0; 64 << 10];
     loop {
@@ -113,8 +113,7 @@ pub(crate) fn copy(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
 }
 
 impl Client {
-    /// `CONNECT host:port`: a connection to a TCP port that the guest reaches, and what has come
-    /// over it already.
+    /// `CONNECT host:port`: a connection to a TCP port of the guest, and the bytes received on it so far.
     pub fn tunnel(&self, target: &str) -> Result<(UnixStream, Vec<u8>), Error> {
         let mut http = self.http(Some(Client::RESPONSE_TIMEOUT))?;
         let request = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n");

@@ -16,7 +16,7 @@ use crate::{
 /// The program's name in the volume that [`write_volume`] makes.
 pub const PROGRAM: &str = "hold";
 
-/// What ends the program.
+/// The signals that end the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Until {
     /// Any signal that ends programs.

@@ -12,19 +12,18 @@ use serde_json::Value;
 
 /// Header lines that a response may have at most.
 const MAX_HEADERS: usize = 64;
-/// Bytes of a response's head, and of a body that is read as a whole: what a guest announces is
-/// nothing to make room for.
+/// Maximum size of a response's head, and of a body that is read as a whole, as a guest is not trusted.
 const MAX_HEAD: u64 = 64 << 10;
 const MAX_BODY: u64 = 64 << 20;
 /// Bytes of a line between two chunks.
 const MAX_LINE: u64 = 4096;
 
-/// One connection. Requests follow each other on it as long as the server keeps it open.
+/// One connection. It can be used for several requests as long as the server keeps it open.
 pub struct Client<S> {
     stream: BufReader<S>,
 }
 
-/// A response, read to its end.
+/// A complete response.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Response {
     pub status: u16,
@@ -157,8 +156,7 @@ impl<S: Read + Write> Client<S> {
         })
     }
 
-    /// The body of a response whose head has been read, as it comes: for one that is long, or has
-    /// no end.
+    /// Streams the body of a response whose head has been read, for long or endless bodies.
     pub fn into_body(self, response: &Response) -> Result<Body<S>> {
         let left = if response.header("transfer-encoding") == Some("chunked") {
             Left::Chunk(0)
@@ -180,7 +178,7 @@ impl<S: Read + Write> Client<S> {
     }
 
     /// Sends a request with a body of any length, and reads the response. Without a length the
-    /// body is sent in chunks. A server that has answered before all was sent is heard.
+    /// body is sent in chunks. If the server responds before everything was sent, that response is returned.
     pub fn send_body(
         &mut self,
         method: &str,
@@ -219,7 +217,7 @@ impl<S: Read + Write> Client<S> {
                 }
             };
             left = left.map(|left| left - size as u64);
-            // Who does not take any more has said why, or has gone.
+            // A server that stops reading has sent a response, or is gone.
             if sent.is_err() || size == 0 {
                 let reply = self.receive(false);
                 return match sent {
@@ -277,7 +275,7 @@ impl<S: Read + Write> Client<S> {
         (self.stream.into_inner(), unused)
     }
 
-    /// Waits for the server to close the connection; what it sends instead is an error.
+    /// Waits for the server to close the connection. Data is an error.
     pub fn wait_closed(&mut self) -> Result<()> {
         match self.stream.fill_buf()? {
             [] => Ok(()),
@@ -286,17 +284,17 @@ impl<S: Read + Write> Client<S> {
     }
 }
 
-/// What is left of a body.
+/// The rest of a body.
 enum Left {
-    /// So many bytes.
+    /// That many bytes.
     Bytes(u64),
-    /// So many bytes of a chunk, and more chunks.
+    /// That many bytes of a chunk, and more chunks.
     Chunk(u64),
-    /// All that comes until the connection ends.
+    /// Everything until the connection is closed.
     All,
 }
 
-/// The body of a response, as it comes.
+/// The streamed body of a response.
 pub struct Body<S> {
     stream: BufReader<S>,
     left: Left,
@@ -380,7 +378,7 @@ impl Response {
         serde_json::from_slice(&self.body).with_context(|| format!("not JSON: {self}"))
     }
 
-    /// Itself when the status is 2xx, else an error that shows it.
+    /// The response itself if the status is 2xx, otherwise an error with it.
     pub fn success(self) -> Result<Response> {
         ensure!((200..300).contains(&self.status), "{self}");
         Ok(self)

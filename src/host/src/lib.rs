@@ -1,6 +1,6 @@
 //! The host's side of pigeon-init: boots micro-VMs of container images and drives them over vsock.
 //!
-//! [`Client`] speaks to a running VM, whoever has started it. [`machine`] starts one, on
+//! [`Client`] talks to any running VM. [`machine`] starts one, on
 //! Firecracker or QEMU; [`image`] makes its root disk. The `pigeon` command is all three.
 //!
 //! Everything is synchronous.

@@ -23,7 +23,7 @@ use crate::{Client, Command, Error, client::refusal, logs::Stream, vsock::API_PO
 
 /// Most bytes of input in one message; the init takes 128 KiB.
 pub const MESSAGE: usize = 32 << 10;
-/// Bytes that wait to be sent, at most: a message, and what the init is answered while it does not read.
+/// Maximum number of bytes to send: a message, and replies to the init while it does not read.
 const QUEUE: usize = 1 << 20;
 /// Bytes of output that are kept while input is sent, for a command that does not read what it is sent.
 const MAX_AHEAD: usize = 16 << 20;

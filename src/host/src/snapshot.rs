@@ -95,7 +95,7 @@ impl Client {
         Ok(())
     }
 
-    /// `POST /v1/restore`: gives a clone an identity of its own, and lets its workload go on.
+    /// `POST /v1/restore`: gives a clone its own identity, and thaws its workload.
     pub fn restore(&self, restore: &Restore) -> Result<Restored, Error> {
         self.post_within(Client::RESPONSE_TIMEOUT, "/v1/restore", &json!(restore))
     }

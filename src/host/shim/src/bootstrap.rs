@@ -1,4 +1,4 @@
-//! What containerd runs: `start`, the server that it starts, and `delete`.
+//! The commands that containerd runs: `start`, the server that it starts, and `delete`.
 
 use std::{
     env,
@@ -28,14 +28,14 @@ use crate::{
 
 /// The server's socket in the container's directory.
 const SOCKET: &str = "shim.sock";
-/// Where containerd looks for it when it has been restarted.
+/// The file with its address, which containerd reads after a restart.
 const ADDRESS: &str = "address";
 /// containerd's socket for events.
 const EVENTS: &str = "TTRPC_ADDRESS";
-/// Where the kernel is kept.
+/// The directory of cached kernels.
 const CACHE: &str = "PIGEON_CACHE";
 
-/// `-info`: what the runtime is.
+/// `-info`: describes the runtime.
 pub fn info() -> Result<()> {
     let info = RuntimeInfo {
         name: RUNTIME.into(),
@@ -44,7 +44,7 @@ pub fn info() -> Result<()> {
     Ok(info.write_to_writer(&mut io::stdout())?)
 }
 
-/// `start`, in the bundle: starts the server and says where it listens.
+/// `start`, in the bundle: starts the server and prints its address.
 pub fn start(flags: &Flags) -> Result<()> {
     ensure!(
         !flags.id.is_empty() && !flags.namespace.is_empty(),
@@ -55,7 +55,7 @@ pub fn start(flags: &Flags) -> Result<()> {
     state::check(&dir)?;
     let is_new = state::create(&dir)?;
     let started = start_server(flags);
-    // What was there is another shim's, maybe of one that lives.
+    // An existing one belongs to another shim, which may be alive.
     if started.is_err() && is_new {
         let _ = fs::remove_dir_all(&dir);
     }
@@ -77,7 +77,7 @@ fn start_server(flags: &Flags) -> Result<()> {
         .stdout(their_output.try_clone()?)
         .stderr(their_output)
         .process_group(0);
-    // A service of systemd's has no home; the kernel is not to come from where all can write.
+    // A systemd service has no HOME; the kernel must not come from a directory that everybody can write to.
     if env::var_os("HOME").is_none() && env::var_os(CACHE).is_none() {
         command.env(CACHE, state::root().join("cache"));
     }
@@ -118,7 +118,7 @@ pub fn serve(flags: &Flags) -> Result<()> {
     server.start()?;
     close_output()?;
     service.wait();
-    // Whose connection is closed is dead for containerd, which then has `delete` end it.
+    // containerd takes a shim with a closed connection for dead, and runs `delete`.
     service.publisher.finish();
     server.shutdown();
     let _ = fs::remove_dir_all(&dir);
@@ -126,7 +126,7 @@ pub fn serve(flags: &Flags) -> Result<()> {
     Ok(())
 }
 
-/// Whoever has started this process sees that it listens.
+/// Signals the process that started this one that it is listening.
 fn close_output() -> Result<()> {
     let null = File::options().write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdout(&null)?;

@@ -1,4 +1,4 @@
-//! A container: a VM, or a pod's sandbox, which is nothing but a name.
+//! A container: a VM, or a pod's sandbox, which is only a name.
 
 use std::{
     collections::BTreeMap,
@@ -38,13 +38,13 @@ use crate::{
     vm::{self, Vm},
 };
 
-/// Exit status after a SIGKILL, as a shell has it.
+/// Exit status after SIGKILL, as in a shell.
 pub const KILLED: u32 = 128 + SIGKILL as u32;
-/// How long a VM may take to end when a signal has ended its process.
+/// How long a VM may take to end after a signal has ended its process.
 const ENDING: Duration = Duration::from_secs(2);
-/// How long a container may take to end of a SIGKILL before its VM is ended.
+/// How long a container may take to exit on SIGKILL before its VM is killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a signal waits for a process that starts.
+/// How long a signal waits for a starting process.
 const STARTING: Duration = Duration::from_secs(10);
 /// Signals that are ignored, and those that stop a process, unless it handles them (signal(7)):
 /// SIGCHLD, SIGCONT, SIGURG, SIGWINCH; SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU.
@@ -72,9 +72,9 @@ pub struct Container {
     pub process: Arc<Process>,
     /// Processes that were added.
     added: Mutex<BTreeMap<String, Arc<Process>>>,
-    /// None is a pod's sandbox.
+    /// None for a pod's sandbox.
     vm: Option<Arc<Vm>>,
-    /// Files of the host that are to be in the VM.
+    /// Files of the host to copy into the VM.
     files: Vec<(PathBuf, String)>,
     added_before: AtomicU32,
     paused: AtomicBool,
@@ -115,17 +115,17 @@ impl Container {
         Vm::boot(plan, &root, dir)
     }
 
-    /// The process of the host that its processes are in: the hypervisor, or the shim.
+    /// The host process that its processes run in: the hypervisor, or the shim.
     pub fn pid(&self) -> u32 {
         self.vm.as_ref().map_or(std::process::id(), |vm| vm.pid)
     }
 
-    /// Whether it stands still.
+    /// Whether it is paused.
     pub fn is_paused(&self) -> bool {
         self.paused.load(Ordering::SeqCst)
     }
 
-    /// A process by containerd's name; the container's own has none.
+    /// A process by its containerd id; the container's own has none.
     pub fn find(&self, exec_id: &str) -> Result<Arc<Process>, Failure> {
         if exec_id.is_empty() {
             return Ok(self.process.clone());
@@ -159,13 +159,13 @@ impl Container {
         Ok(())
     }
 
-    /// Starts a process. Its end is published once what is returned was dropped: after its start.
+    /// Starts a process. Its exit is published once the returned guard is dropped, so after its start.
     pub fn start(
         self: &Arc<Container>,
         process: &Arc<Process>,
         publisher: &Arc<Publisher>,
     ) -> Result<Sender<()>, Failure> {
-        // One that runs, or is being started, is not touched.
+        // A running or starting process is left alone.
         let Some(taken) = process.take() else {
             let text = "a process is started once, and not when it has ended";
             return Err(Failure::Precondition(text.into()));
@@ -218,7 +218,7 @@ impl Container {
         Ok(())
     }
 
-    /// A process has ended; with the container's own all others do.
+    /// Handles the exit of a process; with the container's own, all others end.
     fn ended(&self, process: &Process, publisher: &Publisher) {
         if process.exec_id.is_empty() {
             let added: Vec<_> = lock(&self.added).values().cloned().collect();
@@ -294,7 +294,7 @@ impl Container {
                 return self.kill(process, signal, all, publisher);
             }
             Stage::Running(_) if process.is_over() => {
-                // Nor does whoever wants it killed wait until its output is read.
+                // A kill does not wait until its output is read.
                 if signal == SIGKILL {
                     process.expect_end();
                 }
@@ -340,8 +340,7 @@ impl Container {
         }
     }
 
-    /// A signal does to a process that was not started what it does to one without handlers. False if
-    /// it was started meanwhile.
+    /// Applies a signal's default action to a process that was not started. False if it was started meanwhile.
     fn end_created(&self, process: &Process, signal: u8, publisher: &Publisher) -> bool {
         let has_ended = process.end_created(128 + u32::from(signal));
         if has_ended {
@@ -350,7 +349,7 @@ impl Container {
         has_ended
     }
 
-    /// Ends the VM, and the process with it; a process that was added ends alone.
+    /// Ends the VM and with it the process; an exec process ends alone.
     fn end_now(&self, process: &Arc<Process>, status: u32, publisher: &Arc<Publisher>) {
         process.expect_end();
         if process.end(status) {
@@ -358,7 +357,7 @@ impl Container {
         }
     }
 
-    /// The same when a guest does not do what it is told.
+    /// The same for a guest that does not obey.
     fn end_later(self: &Arc<Container>, process: &Arc<Process>, publisher: &Arc<Publisher>) {
         let (container, process) = (self.clone(), process.clone());
         let publisher = publisher.clone();
@@ -383,10 +382,10 @@ impl Container {
         }
     }
 
-    /// The VM stands still.
+    /// Pauses the VM.
     pub fn pause(&self) -> Result<(), Failure> {
         let vm = self.running_vm()?;
-        // What starts asks the guest, which would not answer.
+        // A starting process needs the guest, which would not respond.
         if !matches!(self.process.stage(), Stage::Running(Some(_))) {
             return Err(Failure::Precondition("the container does not run".into()));
         }
@@ -395,7 +394,7 @@ impl Container {
         Ok(())
     }
 
-    /// And goes on.
+    /// Resumes it.
     pub fn resume(&self) -> Result<(), Failure> {
         self.running_vm()?.resume()?;
         self.paused.store(false, Ordering::SeqCst);

@@ -1,5 +1,4 @@
-//! Events for containerd, in order, by its ttrpc service. A containerd that is being restarted is
-//! waited for.
+//! Sends events to containerd, in order, through its ttrpc service. Waits for a containerd that is restarting.
 
 use std::{
     sync::{
@@ -25,13 +24,13 @@ use containerd_shim_protos::{
 
 use crate::log;
 
-/// How long an event is kept for a containerd that is not there.
+/// How long an event is kept while containerd is down.
 const RETRY_TIMEOUT: Duration = Duration::from_secs(60);
-/// Time between two tries.
+/// Time between two attempts.
 const RETRY: Duration = Duration::from_millis(200);
-/// How long containerd may take to take an event.
+/// How long containerd may take to accept an event.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// How long events may take to leave when the shim ends.
+/// How long sending the remaining events may take when the shim exits.
 const FINISH: Duration = Duration::from_secs(5);
 
 /// A message as one that says what it is.
@@ -43,7 +42,7 @@ pub fn any<M: MessageFull>(message: &M) -> Result<Any> {
     })
 }
 
-/// A time, as containerd has it.
+/// A time in containerd's format.
 pub fn timestamp(time: SystemTime) -> Timestamp {
     let since = time.duration_since(SystemTime::UNIX_EPOCH);
     let since = since.unwrap_or_default();
@@ -54,11 +53,11 @@ pub fn timestamp(time: SystemTime) -> Timestamp {
     }
 }
 
-/// Sends events in a thread of its own.
+/// Sends events in its own thread.
 pub struct Publisher {
     namespace: String,
     queue: Mutex<Option<Sender<Envelope>>>,
-    /// Events that containerd does not have yet.
+    /// Number of events not sent yet.
     waiting: Arc<AtomicUsize>,
     sender: Mutex<Option<JoinHandle<()>>>,
 }
@@ -105,7 +104,7 @@ impl Publisher {
         }
     }
 
-    /// Waits until containerd has all, but not for ever.
+    /// Waits, with a limit, until containerd has all events.
     pub fn flush(&self) {
         let deadline = Instant::now() + FINISH;
         while self.waiting.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
@@ -113,7 +112,7 @@ impl Publisher {
         }
     }
 
-    /// Waits until all have left, but not for ever.
+    /// Waits, with a limit, until all were sent.
     pub fn finish(&self) {
         crate::service::lock(&self.queue).take();
         let deadline = Instant::now() + FINISH;

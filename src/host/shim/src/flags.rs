@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// What containerd says on the command line.
+/// The parsed command line.
 #[derive(Debug, Default, PartialEq)]
 pub struct Flags {
     /// containerd's namespace.

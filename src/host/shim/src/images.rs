@@ -1,9 +1,9 @@
-//! Images of roots that containers share, in the state's directory.
+//! Root images that containers share, in the state directory.
 //!
-//! The image of an overlay's lower layers has a digest of the layers' paths, devices, inodes and times
-//! of birth for a name: committed snapshots do not change, and a directory that takes another's place
-//! has another time of birth. Any other root, such as the copy of a snapshotter without layers, is read
-//! whole, and its image has the digest of what is in it for a name.
+//! The image of an overlay's lower layers is named by a digest of the layers' paths, devices, inodes and birth
+//! times: committed snapshots do not change, and a directory that replaces another one has another birth time.
+//! Any other root, such as the copy of a snapshotter without layers, is read completely, and its image is named
+//! by a digest of its contents.
 
 use std::{
     fs::{self, File},
@@ -20,15 +20,15 @@ use crate::state;
 
 /// The images' directory in the state's.
 const IMAGES: &str = "images";
-/// Beside an image of layers: what they are.
+/// The file next to an image that lists its layers.
 const LAYERS: &str = "json";
-/// How long an image that has no layers is kept without being used.
+/// How long an unused image without layers is kept.
 const UNUSED: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 /// The directory of shared images.
 pub struct Images(PathBuf);
 
-/// What tells a directory from any that was or will be at its path.
+/// Identifies a directory, unlike its path, for its whole life.
 #[derive(Debug, Deserialize, PartialEq, Serialize)]
 struct Identity {
     path: PathBuf,
@@ -38,11 +38,11 @@ struct Identity {
     born: (i64, u32),
 }
 
-/// Directories that do not change while they are there, by which an image can be known.
+/// Immutable directories that identify an image.
 pub struct Layers(Vec<Identity>);
 
 impl Layers {
-    /// None where the file system has no times of birth.
+    /// None if the file system has no birth times.
     pub fn of(paths: &[PathBuf]) -> Option<Layers> {
         let identities = paths.iter().map(|path| Identity::of(path));
         Some(Layers(identities.collect::<Option<_>>()?))
@@ -57,7 +57,7 @@ impl Images {
         Ok(Images(dir))
     }
 
-    /// The image of layers. Where it is not there, `pack` makes it at `made`.
+    /// The image of layers. If there is none, `pack` makes it at `made`.
     pub fn of_layers(
         &self,
         layers: &Layers,
@@ -79,8 +79,8 @@ impl Images {
         Ok(image)
     }
 
-    /// The image of what a directory holds, which is made at `made` where it is not there. It stays
-    /// there if the directory has changed meanwhile: nobody else is to have that.
+    /// The image of a directory's contents, made at `made` if there is none. It stays there, unshared, if the
+    /// directory has changed meanwhile.
     pub fn of_contents(&self, directory: &Path, made: &Path) -> Result<PathBuf> {
         let digest = fingerprint::of(directory)?;
         let image = self.path(&digest);
@@ -102,8 +102,8 @@ impl Images {
         self.0.join(format!("{name}.erofs"))
     }
 
-    /// Removes images whose layers are gone, as containerd has removed the container image, and those
-    /// without layers that nobody has used for long. VMs that run have theirs open.
+    /// Removes images whose layers are gone, as containerd has removed the container image, and images without
+    /// layers that were not used for long. Running VMs keep theirs open.
     fn remove_unused(&self) {
         let Ok(entries) = fs::read_dir(&self.0) else {
             return;
@@ -134,14 +134,14 @@ pub fn pack(directory: &Path, image: &Path) -> Result<()> {
     image::pack(directory, image, Format::Erofs).map(drop)
 }
 
-/// One makes an image, and others that want it wait.
+/// Makes sure that only one process makes an image; others wait for it.
 fn lock(image: &Path) -> Result<File> {
     let lock = File::create(image.with_extension("lock"))?;
     lock.lock().context("unable to lock the root's image")?;
     Ok(lock)
 }
 
-/// Whether all layers of a list are still what they were.
+/// Whether all listed layers are unchanged.
 fn are_there(text: &[u8]) -> bool {
     let layers: Vec<Identity> = serde_json::from_slice(text).unwrap_or_default();
     let is_there = |layer: &Identity| Identity::of(&layer.path).as_ref() == Some(layer);

@@ -1,5 +1,5 @@
-//! What a process of a container is beyond what a session of the init's says: a program of system
-//! calls that is written into the guest, run as root in the session, and becomes the process.
+//! Sets up what a session of the init cannot express for a container's process: a program of system calls that
+//! is written into the guest, run as root in the session, and then executes the process.
 
 use std::collections::BTreeSet;
 
@@ -11,9 +11,9 @@ use pigeon::{
 
 use crate::spec::Process;
 
-/// Where the program is written: a tmpfs of the init's. It removes itself.
+/// Where the program is written: a tmpfs of the init. It removes itself.
 pub const PATH: &str = "/run/pigeon/launch";
-/// Where it says what has failed.
+/// Where it writes what has failed.
 pub const FAILURE: &str = "/run/pigeon/launch-failure";
 /// Capabilities by number (linux/capability.h).
 pub const CAPABILITIES: [&str; 41] = [
@@ -78,7 +78,7 @@ pub const RESOURCES: [&str; 16] = [
     "RLIMIT_RTPRIO",
     "RLIMIT_RTTIME",
 ];
-/// Where a program is looked for without a PATH, as runc does.
+/// The search path without PATH, as in runc.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 // System calls (asm/unistd.h), and their constants (linux/fcntl.h, linux/prctl.h,
@@ -103,11 +103,11 @@ const PR_SET_NO_NEW_PRIVS: u64 = 38;
 const PR_CAP_AMBIENT: u64 = 47;
 const PR_CAP_AMBIENT_RAISE: u64 = 2;
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
-/// Kernels have no more capabilities.
+/// Maximum number of capabilities.
 const MAX_CAPABILITIES: u64 = 64;
 
-/// The program that becomes a process. `home` is for a process without HOME. `makes_directory`: a working
-/// directory that is not there is made, as runc does for a container's own process alone.
+/// The program that executes a process. `home` is for a process without HOME. `makes_directory`: creates a
+/// missing working directory, which runc does only for a container's own process.
 pub fn program(
     process: &Process,
     home: &str,

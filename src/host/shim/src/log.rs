@@ -1,4 +1,4 @@
-//! The shim's log: lines for containerd's own, by the FIFO `log` of the bundle.
+//! The shim's log: lines for containerd's log, through the FIFO `log` of the bundle.
 
 use std::{
     fs::{File, OpenOptions},
@@ -13,8 +13,7 @@ use rustix::fs::OFlags;
 
 static LOG: OnceLock<File> = OnceLock::new();
 
-/// Opens the FIFO. It is kept open both ways: containerd may come back to it, and until then nobody
-/// waits.
+/// Opens the FIFO for reading and writing, so that writes neither fail nor block while containerd restarts.
 pub fn open(bundle: &Path) {
     let mut options = OpenOptions::new();
     options
@@ -26,7 +25,7 @@ pub fn open(bundle: &Path) {
     }
 }
 
-/// Writes a line in logrus's text format, as containerd's own are.
+/// Writes a line in logrus's text format, like containerd's own.
 pub fn write(level: &str, message: &str) {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let seconds = now.map_or(0, |now| now.as_secs());
@@ -39,12 +38,12 @@ pub fn write(level: &str, message: &str) {
     }
 }
 
-/// Something went wrong and the container goes on, or its end needs a reason.
+/// Logs an error that does not end the container, or the reason of its end.
 pub fn error(error: &anyhow::Error) {
     write("error", &format!("{error:#}"));
 }
 
-/// Something that is not as it would be with another runtime.
+/// Logs a difference from other runtimes.
 pub fn warn(message: &str) {
     write("warning", message);
 }

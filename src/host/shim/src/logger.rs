@@ -36,7 +36,7 @@ const FIRST: RawFd = 3;
 /// The same before they have their numbers: none is one of those.
 const ABOVE: RawFd = 10;
 
-/// A program that runs.
+/// A running program.
 pub struct Logger(Child);
 
 impl Logger {
@@ -112,7 +112,7 @@ impl Logger {
         status.map_or(Ok(()), |status| bail!("it has ended: {status}"))
     }
 
-    /// Whether it is on its way out: a process closes its files before it can be waited for.
+    /// Whether it is exiting: a process closes its files before it can be waited for.
     fn ends(&self) -> bool {
         /// linux/sched.h
         const PF_EXITING: u32 = 4;
@@ -128,7 +128,7 @@ impl Logger {
         })
     }
 
-    /// Waits for its end, of which it is told when it takes long. Its input has ended.
+    /// Waits for its exit; sends SIGTERM if that takes long. Its input has ended.
     pub fn finish(mut self) {
         if self.has_ended(END[0]) {
             return;

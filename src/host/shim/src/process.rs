@@ -1,5 +1,4 @@
-//! A process of a container: its own or an added one, as a session of the VM's. A thread moves its
-//! streams.
+//! A process of a container, its own or an exec process, as a session in the VM. A thread copies its streams.
 
 use std::{
     fs::File,
@@ -31,27 +30,27 @@ use crate::{
     vm::Vm,
 };
 
-/// Bytes of output that wait for a reader before the process is made to wait.
+/// Bytes of output buffered for a reader before the process blocks.
 const PENDING: usize = 1 << 20;
-/// The same once the process was killed: its end comes after what it has written.
+/// The same once the process was killed: its exit comes after its output.
 const PENDING_KILLED: usize = 32 << 20;
 /// How long a client may take to read the last output when the process has ended, and when it is
 /// deleted.
 const DRAIN: Duration = Duration::from_secs(2);
 /// How long a process may take to be started.
 const START: Duration = Duration::from_secs(60);
-/// How often it is asked whether it was.
+/// How often that is polled.
 const RETRY: Duration = Duration::from_millis(2);
-/// How long a VM that has broken a session off may take to end.
+/// How long a VM may take to end after it has broken off a session.
 const LAST_WORDS: Duration = Duration::from_secs(10);
 /// How long the kernel's last message may take from the guest's console to here.
 const CONSOLE: Duration = Duration::from_millis(300);
-/// Why a start fails in whose course the process was killed.
+/// The error of a start during which the process was killed.
 const KILLED_EARLY: &str = "it was killed while it started";
 /// SIGKILL
 pub const SIGKILL: u8 = 9;
 
-/// How a process has ended.
+/// The exit of a process.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ended {
     /// Its exit code, or 128 and the signal.
@@ -72,12 +71,12 @@ impl Ended {
     }
 }
 
-/// How far a process is.
+/// The stage of a process.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Stage {
     /// It was not started.
     Created,
-    /// It runs, with this number in the guest once that is known.
+    /// It runs, with this pid in the guest once that is known.
     Running(Option<u32>),
     /// It could not be started.
     Failed(String),
@@ -90,7 +89,7 @@ enum Order {
     CloseInput,
 }
 
-/// What a process is started with, by whoever takes it: once.
+/// What a process is started with. It can be taken once.
 pub struct Taken {
     /// None if it is opened at the start.
     outputs: Option<Outputs>,
@@ -112,11 +111,11 @@ pub struct Process {
     orders: Mutex<(Sender<Order>, io::PipeWriter)>,
     /// The other ends, and its output, until it is started.
     taken: Mutex<Option<Taken>>,
-    /// How its program has ended, which is said when its output was taken.
+    /// The exit of its program, which is reported once its output was read.
     over: OnceLock<Ended>,
     /// It was sent a SIGKILL.
     killed: Mutex<bool>,
-    /// Its streams are done with.
+    /// Its streams are finished.
     drained: Mutex<bool>,
     has_drained: Condvar,
 }
@@ -596,7 +595,7 @@ impl Streams {
         }
     }
 
-    /// Gives what is left of the output to whoever takes it, unless there is a reason not to wait.
+    /// Writes the remaining output, unless there is a reason not to wait for its readers.
     fn deliver(&mut self, is_over: impl Fn(&Process) -> bool) {
         loop {
             self.outputs.iter_mut().for_each(Output::flush);

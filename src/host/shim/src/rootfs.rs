@@ -1,4 +1,4 @@
-//! A container's root: what containerd's snapshotter would have mounted, as an erofs image.
+//! A container's root: what containerd's snapshotter would mount, as an EROFS image.
 
 use std::{
     collections::BTreeSet,
@@ -88,7 +88,7 @@ impl Root {
         }
     }
 
-    /// Has it read, in a mount namespace of a thread of its own: whatever happens, no mount is left.
+    /// Reads it in a thread with its own mount namespace, so that no mount can be left behind.
     fn read<T: Send>(&self, dir: &Path, read: impl FnOnce(&Path) -> Result<T> + Send) -> Result<T> {
         thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -173,8 +173,8 @@ impl Drop for Place {
 
 /// Mounts of this thread alone.
 fn private_namespace() -> Result<()> {
-    // SAFETY: the thread does not share its descriptors' table or its signal handlers anew, and its
-    // own working directory is nobody else's to rely on.
+    // SAFETY: the thread keeps sharing descriptors and signal handlers, and nothing relies on its working
+    // directory.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.context("unable to get a mount namespace")?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     Ok(mount_change("/", private)?)
@@ -183,7 +183,7 @@ fn private_namespace() -> Result<()> {
 /// Mounts layers, the highest first, read-only.
 fn overlay(layers: &[PathBuf], place: &Place) -> Result<PathBuf> {
     private_namespace()?;
-    // Options of a mount have a page at most: names are relative to what the layers have in common.
+    // Mount options have at most a page, so paths are relative to the layers' common parent.
     let common = common_parent(layers);
     std::env::set_current_dir(&common)?;
     let mut names = BTreeSet::new();
@@ -197,7 +197,7 @@ fn overlay(layers: &[PathBuf], place: &Place) -> Result<PathBuf> {
         );
         lower += &format!("{name}:");
     }
-    // One layer alone is no overlay.
+    // A single layer is not an overlay.
     lower += place.empty().to_str().context("not UTF-8")?;
     let options = CString::new(format!("lowerdir={lower}"))?;
     mount(
@@ -211,7 +211,7 @@ fn overlay(layers: &[PathBuf], place: &Place) -> Result<PathBuf> {
     Ok(place.root().into())
 }
 
-/// The deepest directory in which all layers lie.
+/// The deepest common parent of all layers.
 fn common_parent(layers: &[PathBuf]) -> PathBuf {
     let mut common = match layers.first().and_then(|layer| layer.parent()) {
         Some(parent) => parent.to_path_buf(),

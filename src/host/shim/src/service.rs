@@ -31,13 +31,13 @@ use crate::{
     stdio::Stdio,
 };
 
-/// What a call comes to.
+/// The result of a call.
 type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// How long a signal may take whose receiver has ended.
+/// How long a signal may take if its receiver has ended.
 const KILLS: Duration = Duration::from_secs(5);
 
-/// Locks what no panic leaves half-done.
+/// Locks a mutex; no panic leaves its data inconsistent.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex
         .lock()
@@ -52,7 +52,7 @@ fn signal(number: u32) -> Result<u8, Failure> {
     signal.ok_or_else(|| Failure::Invalid(format!("there is no signal {number}")))
 }
 
-/// Why a call was refused, as containerd tells kinds of errors.
+/// The error of a refused call, with containerd's error codes.
 #[derive(Debug)]
 pub enum Failure {
     NotFound(String),
@@ -129,8 +129,8 @@ impl Service {
         Kill(self)
     }
 
-    /// Waits until all signals were sent: whoever deletes a container that a signal has ended ends
-    /// the shim, maybe before the sender of the signal has its response.
+    /// Waits until all signals were sent: deleting a container that a signal has ended ends the shim, possibly
+    /// before the sender of the signal has its response.
     fn wait_for_kills(&self) {
         let kills = lock(&self.kills);
         let _ = self

@@ -1,5 +1,5 @@
-//! Where the shim keeps things: `PIGEON_STATE`, by default /var/lib/pigeon. A directory for each
-//! container, and one for root images, which containers share.
+//! The state directory: `PIGEON_STATE`, by default /var/lib/pigeon. It has a directory for each container, and one
+//! for root images, which containers share.
 
 use std::{
     env, fs,
@@ -32,7 +32,7 @@ pub fn root() -> PathBuf {
     given.map_or(STATE.into(), PathBuf::from)
 }
 
-/// Makes a directory, and those that it lies in, for root alone; false if it was there.
+/// Creates a directory and its parents, accessible by root only. Returns false if it existed.
 pub fn create(dir: &Path) -> Result<bool> {
     let make = |dir: &Path, recursive| {
         let mut builder = DirBuilder::new();
@@ -78,7 +78,7 @@ pub fn digest(texts: &[&str]) -> String {
         .collect()
 }
 
-/// Held while a container's shim lives, so that what a dead one has left can be told.
+/// Held while a container's shim is alive, so that leftovers of dead ones are recognised.
 const LOCK: &str = "lock";
 
 /// The lock of a container's directory.
@@ -106,7 +106,7 @@ pub fn kill(dir: &Path) -> Result<()> {
     if lock.try_lock().is_ok() {
         return Ok(());
     }
-    // Its number is another's only once its lock has gone.
+    // The pid can be reused only after its lock is released.
     let mut text = String::new();
     lock.read_to_string(&mut text)?;
     let pid = text.parse().ok().and_then(Pid::from_raw);
@@ -115,8 +115,7 @@ pub fn kill(dir: &Path) -> Result<()> {
     Ok(lock.lock()?)
 }
 
-/// Removes the directories of shims that were killed and never cleaned up after, as when the host
-/// lost power.
+/// Removes the directories of shims that were killed and never cleaned up, for instance by a power failure.
 pub fn sweep() {
     sweep_in(&root().join(CONTAINERS));
 }

@@ -1,4 +1,4 @@
-//! A process's streams: FIFOs of containerd's, or a file or a program for its output.
+//! A process's streams: containerd's FIFOs, or a file or a program for its output.
 
 use std::{
     collections::VecDeque,
@@ -24,7 +24,7 @@ use crate::logger::Logger;
 
 /// How long a client may take to open a FIFO that it is to read; runc's shim waits as long.
 const OPEN: Duration = Duration::from_secs(30);
-/// How often it is looked for.
+/// How often that is polled.
 const RETRY: Duration = Duration::from_millis(1);
 
 /// Where a process's streams are, as containerd names them.

@@ -32,22 +32,22 @@ use crate::{log, rootfs, service::lock, spec::Plan};
 
 /// The vsock port for the init's events.
 const EVENTS_PORT: u32 = 10_001;
-/// Where the program is mounted that does nothing.
+/// Where the idle program is mounted.
 const HOLD: &str = "/run/pigeon/hold";
-/// Bytes of the layer that a container writes to: a sparse file of the host's.
+/// Size of a container's writable layer: a sparse file on the host.
 const WRITABLE: u64 = 8 << 30;
-/// The initramfs, if it does not lie beside the shim.
+/// The initramfs, if it is not in the shim's directory.
 const INITRD: &str = "PIGEON_INITRD";
 /// How long a guest may be too busy to accept a connection.
 const BUSY: Duration = Duration::from_secs(30);
 /// How long a VM may take to boot.
 const BOOT: Duration = Duration::from_secs(120);
-/// Bytes of the console's end that are kept, for a reason.
+/// Bytes of the end of the console that are kept for error messages.
 const CONSOLE: usize = 16 << 10;
 /// Lines of it that an error shows.
 const SHOWN_LINES: usize = 10;
 
-/// How far a VM is.
+/// The stage of a VM.
 #[derive(Clone, Debug, PartialEq)]
 enum Phase {
     Booting,
@@ -225,7 +225,7 @@ impl Vm {
         }
     }
 
-    /// The init's program, as a process runs it that is not a program of its own yet.
+    /// The init's program, which a process runs before it executes its own.
     pub fn init(&self) -> Result<&FileInfo> {
         if let Some(init) = self.init.get() {
             return Ok(init);
@@ -234,7 +234,7 @@ impl Vm {
         Ok(self.init.get_or_init(|| init))
     }
 
-    /// Ends it. Nothing in it is needed any more: the layer that was written to goes with it.
+    /// Kills it. Nothing in it is needed any more: the writable layer is deleted with it.
     pub fn end(&self) {
         lock(&self.machine).process().kill();
     }
@@ -244,7 +244,7 @@ impl Vm {
         lock(&self.machine).pause()
     }
 
-    /// Lets them go on.
+    /// Resumes them.
     pub fn resume(&self) -> Result<()> {
         lock(&self.machine).resume()
     }
@@ -268,7 +268,7 @@ impl Drop for Vm {
     }
 }
 
-/// The VM of a plan: what it runs does nothing; the container's process is a session beside it.
+/// The VM of a plan: its workload is the idle program; the container's process is a session.
 fn spec(plan: &mut Plan, root: &Path, dir: &Path, arch: Arch) -> Result<Spec> {
     let mut disks = vec![Disk::file(root).read_only()];
     let hold = dir.join("hold.erofs");

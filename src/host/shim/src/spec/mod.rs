@@ -1,5 +1,5 @@
-//! The bundle's `config.json` (OCI runtime-spec, config.md and config-linux.md) as a VM: what of it
-//! makes sense in one, and what is refused by name.
+//! Translates the bundle's `config.json` (OCI runtime-spec, config.md and config-linux.md) to a VM, and refuses
+//! by name what a VM cannot have.
 
 mod config;
 mod mounts;
@@ -17,7 +17,7 @@ pub use config::Process;
 use config::{Config, Cpu, Memory};
 pub use support::check_process;
 
-/// Annotations of containerd's CRI plugin that tell a pod's sandbox.
+/// Annotations of containerd's CRI plugin that mark a pod's sandbox.
 const CRI_TYPE: &str = "io.kubernetes.cri.container-type";
 /// Memory of a VM whose container has no limit, in MiB.
 const MEMORY: u64 = 256;
@@ -33,13 +33,13 @@ pub struct Plan {
     pub is_sandbox: bool,
     /// What is run.
     pub process: Process,
-    /// The configuration document, but for disks.
+    /// The configuration document, without disks.
     pub document: Value,
     /// The root, from `root.path`.
     pub root: PathBuf,
-    /// The root cannot be written to.
+    /// The root is read-only.
     pub read_only: bool,
-    /// Folders of the host that become disks.
+    /// Directories of the host that become disks.
     pub folders: Vec<Folder>,
     /// Files of the host that are copied into the root.
     pub files: Vec<(PathBuf, String)>,
@@ -47,18 +47,18 @@ pub struct Plan {
     pub memory: u32,
     /// Virtual processors.
     pub cpus: u32,
-    /// What is not as with another runtime.
+    /// Differences from other runtimes.
     pub warnings: Vec<String>,
 }
 
-/// A folder of the host, copied to a path of the VM.
+/// A directory of the host, copied to a path in the VM.
 #[derive(Debug, PartialEq)]
 pub struct Folder {
     /// The host's.
     pub source: PathBuf,
     /// The VM's.
     pub target: String,
-    /// It cannot be written to.
+    /// It is read-only.
     pub read_only: bool,
 }
 

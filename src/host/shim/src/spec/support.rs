@@ -1,6 +1,6 @@
-//! What a container can ask for and does not get in a VM. Where it would not be what was asked for, it
-//! is refused by name; what only adds to the isolation of containers that share a kernel, or shares
-//! out the host, is left out with a warning.
+//! Settings of a container that a VM does not support. A setting that would not have its effect is refused by
+//! name; one that only isolates containers on a shared kernel, or divides the host's resources, is ignored with a
+//! warning.
 
 use anyhow::{Result, bail, ensure};
 use serde_json::Value;

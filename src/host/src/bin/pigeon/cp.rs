@@ -38,7 +38,7 @@ pub struct Cp {
     user: Option<String>,
 }
 
-/// A place that is named.
+/// A source or destination.
 #[derive(Debug, PartialEq)]
 pub enum Place<'a> {
     Here(&'a Path),
@@ -46,7 +46,7 @@ pub enum Place<'a> {
 }
 
 impl<'a> Place<'a> {
-    /// A path with a slash before its colon is one of here, as with scp and docker.
+    /// A path with a slash before its colon is local, as with scp and docker.
     pub fn of(text: &'a str) -> Place<'a> {
         match text.split_once(':') {
             Some((name, path)) if !name.contains('/') => {
@@ -97,7 +97,7 @@ impl Cp {
     fn send_directory(&self, client: &Client, source: &Path, path: &str) -> Result<()> {
         let made = client.exec(&Command::new(["mkdir", "-p", path]));
         let tar = Command::new(["tar", "-C", path, "-xf", "-"]);
-        // As whom it is unpacked, decides whose the files are.
+        // The user that unpacks it owns the files.
         let tar = match &self.user {
             Some(user) => tar.user(user),
             None => tar,
@@ -156,7 +156,7 @@ impl Cp {
         let destination = file_to_write(destination, path)?;
         let (info, mut contents) = client.read_file(path)?;
         let shown = destination.display();
-        // What was there is there until all has come.
+        // The existing file is kept until the new one is complete.
         let dir = destination
             .parent()
             .filter(|dir| !dir.as_os_str().is_empty());
@@ -197,7 +197,7 @@ fn file_to_write(destination: &Path, path: &str) -> Result<PathBuf> {
     Ok(file)
 }
 
-/// What a symbolic link leads to, or a path that is none.
+/// The target of a symbolic link, or the path itself.
 fn follow(path: &Path) -> Result<PathBuf> {
     /// As many as the kernel follows. (path_resolution(7))
     const MAX_LINKS: usize = 40;
@@ -304,7 +304,7 @@ fn send_file(client: &Client, source: &Path, path: &str, options: &WriteOptions)
     Ok(())
 }
 
-/// A directory with all that is in it becomes `destination`, or lies in it where it is there.
+/// Copies a directory to `destination`, or into it if it exists.
 fn fetch_directory(client: &Client, path: &str, destination: &Path) -> Result<()> {
     ensure!(
         has_tar(client),
@@ -337,8 +337,7 @@ fn fetch_directory(client: &Client, path: &str, destination: &Path) -> Result<()
 /// Bytes of headers before a file of an archive: far more than the longest path takes.
 const MAX_HEADERS: u64 = 1 << 20;
 
-/// Unpacks an archive that a guest has made: nothing of it comes to lie, or leads anything of it, outside
-/// of the directory, which the tar crate sees to.
+/// Unpacks an archive from a guest. The tar crate makes sure that nothing is written outside of the directory.
 fn unpack(archive: File, into: &Path) -> Result<()> {
     let room = Cell::new(0);
     let mut archive = tar::Archive::new(Limited {
@@ -378,7 +377,7 @@ fn unpack(archive: File, into: &Path) -> Result<()> {
     Ok(())
 }
 
-/// An archive of which no more can be read than there is room for.
+/// Limits how much of an archive can be read.
 struct Limited<'a> {
     archive: File,
     room: &'a Cell<u64>,
@@ -405,9 +404,9 @@ impl Seek for Limited<'_> {
     }
 }
 
-/// Waits for a command's end, which has to be a good one; its output goes to `out`.
+/// Waits for a command, which must succeed; its output goes to `out`.
 fn finish(session: &mut Session, out: &mut dyn Write) -> Result<()> {
-    /// Bytes of its complaints that are kept.
+    /// Maximum number of bytes of standard error that are kept.
     const MAX_SAID: usize = 64 << 10;
     let mut said: Vec<u8> = vec![];
     while let Some(event) = session.next()? {

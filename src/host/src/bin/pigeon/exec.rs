@@ -1,4 +1,4 @@
-//! `pigeon exec`: what `docker exec` is to a container.
+//! `pigeon exec`, used like `docker exec`.
 
 use std::{
     io::{self, IsTerminal, Read},
@@ -217,7 +217,7 @@ impl Exec {
     }
 }
 
-/// Starts a command that nobody is connected to.
+/// Starts a detached command.
 fn detach(client: &pigeon::Client, command: &Command, tty: bool, id: &str) -> Result<u8> {
     /// How long a command may take to start.
     const START: Duration = Duration::from_secs(10);
@@ -322,7 +322,7 @@ pub struct Pass {
 }
 
 impl Pass {
-    /// Until the command ends: its exit code.
+    /// Runs until the command exits. Returns its exit code.
     pub fn run(&self, session: Session) -> Result<u8> {
         let _restore = match self.tty && self.interactive && io::stdin().is_terminal() {
             true => Some(terminal::raw().context("unable to set the terminal up")?),
@@ -332,10 +332,10 @@ impl Pass {
     }
 }
 
-/// Keys that leave a session, as docker has them.
+/// The detach keys, as in docker.
 const DETACH: [u8; 2] = [0x10, 0x11];
 
-/// Looks for the keys that leave a session in what is typed.
+/// Finds the detach keys in the input.
 #[derive(Default)]
 struct DetachKeys {
     /// The first one was typed last.
@@ -343,7 +343,7 @@ struct DetachKeys {
 }
 
 impl DetachKeys {
-    /// What is the session's of this input, and whether it is left.
+    /// Returns the part of the input for the session, and whether to detach.
     fn look(&mut self, input: &[u8]) -> (Vec<u8>, bool) {
         let mut passed = vec![];
         for &byte in input {
@@ -411,7 +411,7 @@ fn pass(mut session: Session, how: &Pass) -> Result<u8> {
             PollFd::new(&resized, PollFlags::IN),
             PollFd::new(&ended, PollFlags::IN),
         ];
-        // What is not sent yet comes first.
+        // Send queued data first.
         let reading = input && !sending;
         if reading {
             polled.push(PollFd::from_borrowed_fd(stdin.as_fd(), PollFlags::IN));

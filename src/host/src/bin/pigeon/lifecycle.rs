@@ -15,7 +15,7 @@ use crate::{
     vms::{self, Vm},
 };
 
-/// How long a VM may take to go down, beside the time that its workload has.
+/// How long a VM may take to shut down, in addition to its workload's time.
 const SHUTDOWN: Duration = Duration::from_secs(15);
 
 #[derive(Args)]
@@ -59,7 +59,7 @@ impl Ps {
     }
 }
 
-/// What a configuration runs, shortened.
+/// The command of a configuration, shortened.
 fn command_line(config: &Value) -> String {
     const WIDTH: usize = 32;
     let words = run::argv(config);
@@ -70,7 +70,7 @@ fn command_line(config: &Value) -> String {
     }
 }
 
-/// What is known of a VM, as JSON.
+/// The details of a VM, as JSON.
 fn describe(vm: &Vm) -> Value {
     let mut value = json!(vm.record);
     value["vm"] = json!(vm.record.name);
@@ -125,7 +125,7 @@ impl Stop {
                     say!("{}", vm.record.name)?;
                     Ok(())
                 }
-                // Nobody but its own API knows when it is down.
+                // Only its own API shows when it is down.
                 None => Ok(self.target.client(None)?.stop(self.signal, Some(timeout))?),
             };
         }

@@ -23,7 +23,7 @@ use crate::{
     vms::{self, Vm},
 };
 
-/// How often a file that grows is looked at.
+/// How often a growing file is polled.
 const REFRESH: Duration = Duration::from_millis(50);
 
 #[derive(Args)]
@@ -55,7 +55,7 @@ impl Logs {
         }
     }
 
-    /// Of a VM that somebody else runs: what its init still has.
+    /// For a VM that was not started by `pigeon run`: what its init still has.
     fn live(&self) -> Result<()> {
         let client = self.target.client(None)?;
         let mut begin = self.since_offset;
@@ -72,7 +72,7 @@ impl Logs {
         Ok(())
     }
 
-    /// What has been written down.
+    /// The recorded output.
     fn recorded(&self, vm: &Vm) -> Result<()> {
         let Some(file) = open(vm, vms::OUTPUT, self.follow)? else {
             return Ok(());
@@ -115,7 +115,7 @@ impl Logs {
     }
 }
 
-/// Where the last lines of the output begin.
+/// The start of the last lines of the output.
 fn last_lines(lines: usize, mut next_frame: impl FnMut() -> Result<Option<Frame>>) -> Result<u64> {
     // Of the last lines, and of what may come after the last line feed.
     let mut begins = VecDeque::from([0]);
@@ -149,7 +149,7 @@ pub fn end_at_a_frame(file: &File) -> Result<()> {
     Ok(file.set_len(whole)?)
 }
 
-/// Says how much of the output is not there any more.
+/// Reports how much of the output was dropped.
 pub fn warn_of_loss(wanted: u64, first: u64) {
     if first > wanted {
         note!("{} bytes of output are lost", first - wanted);
@@ -172,7 +172,7 @@ fn open(vm: &Vm, name: &str, follow: bool) -> Result<Option<File>> {
     }
 }
 
-/// A file that grows as long as a VM runs.
+/// A file that grows while a VM runs.
 struct Growing<'a> {
     file: File,
     vm: Option<&'a Vm>,
@@ -322,7 +322,7 @@ impl ConsoleFilter {
     }
 }
 
-/// Whether a line that begins so is of the kernel, `[    1.234567] `, or of the init.
+/// Whether a line with this beginning is from the kernel, `[    1.234567] `, or the init.
 fn classify(begin: &[u8]) -> LineState {
     const INIT: &[u8] = b"pigeon-init: level=";
     if begin.starts_with(INIT) {

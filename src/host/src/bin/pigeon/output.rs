@@ -12,8 +12,8 @@ use crate::FAILED;
 /// Exit code on a broken pipe, as in a shell: 128 + SIGPIPE.
 const BROKEN_PIPE: u8 = 141;
 
-/// Nobody reads the output any more, which ends the command without a word. It is an error like any
-/// other: what has to be undone before the end, a VM or a terminal's mode, is undone on its way.
+/// A broken pipe, which ends the command silently. It is an error like any other, so that cleanup (of a VM, of a
+/// terminal's mode) happens on the way out.
 #[derive(Debug)]
 pub struct NoReader;
 
@@ -94,7 +94,7 @@ pub fn table(titles: &[&str], rows: &[Vec<String>]) -> Result<()> {
     Ok(())
 }
 
-/// Seconds as a person says them: `3 minutes`.
+/// Formats seconds: `3 minutes`.
 pub fn duration(seconds: u64) -> String {
     let (number, unit) = match seconds {
         0..60 => (seconds, "second"),
@@ -106,7 +106,7 @@ pub fn duration(seconds: u64) -> String {
     format!("{number} {unit}{plural}")
 }
 
-/// Bytes as a person says them: `1.5 MiB`.
+/// Formats bytes: `1.5 MiB`.
 pub fn bytes(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let unit = (0..UNITS.len() - 1).find(|unit| bytes >> (unit * 10) < 1024);

@@ -1,4 +1,4 @@
-//! `pigeon snapshot`: a VM as it is, in a directory of files.
+//! `pigeon snapshot`: writes a snapshot of a VM to a directory.
 
 use std::{
     fs,
@@ -28,9 +28,9 @@ use crate::{
     vms,
 };
 
-/// After how long a guest whose snapshot was not finished thaws itself.
+/// After this time a guest thaws itself if its snapshot was not completed.
 const HOLD: Duration = Duration::from_secs(120);
-/// How long a VM may take to answer after the snapshot.
+/// How long a VM may take to respond after the snapshot.
 const UP: Duration = Duration::from_secs(30);
 
 /// What a VM of `pigeon run --restorable` needs to be known for its snapshots.
@@ -177,7 +177,7 @@ impl TakeSnapshot {
     }
 }
 
-/// Signals that wait until the VM goes on.
+/// Signals that are deferred until the VM is resumed.
 struct HeldOff {
     signals: Signals,
     came: Option<u8>,
@@ -211,7 +211,7 @@ fn ended_by(signal: u8) -> anyhow::Error {
     anyhow!("no snapshot: ended by {}", signal::name(signal.into()))
 }
 
-/// Takes the snapshot into the directory, and lets the VM go on: what there is to be said of it.
+/// Writes the snapshot to the directory, and resumes the VM. Returns the result to print.
 fn take(
     record: &vms::Record,
     restorable: &Restorable,
@@ -249,7 +249,7 @@ fn take(
         Ok(prepared)
     });
     let paused = begin.elapsed();
-    // The VM goes on, whatever has become of the snapshot.
+    // The VM is resumed even if the snapshot has failed.
     let thawed =
         Client::connect_within(&record.uds, UP).and_then(|client| client.cancel_snapshot(&token));
     let prepared = taken?;

@@ -1,4 +1,4 @@
-//! What to type in place of a command that is not there.
+//! Suggestions for unknown commands.
 
 use clap::{
     CommandFactory,
@@ -8,7 +8,7 @@ use clap::{
 
 use crate::Cli;
 
-/// Commands of docker, and what does here what they are for.
+/// Commands of docker, and their equivalents here.
 const OF_DOCKER: &[(&[&str], &str)] = &[
     (
         &[

@@ -13,7 +13,7 @@ use rustix::{
     },
 };
 
-/// A changed terminal, which is as it was when this is dropped.
+/// A changed terminal mode, restored on drop.
 pub struct Restore(Termios);
 
 impl Drop for Restore {
@@ -23,7 +23,7 @@ impl Drop for Restore {
     }
 }
 
-/// Every key goes to the command in the VM: what its terminal makes of Ctrl-C is its matter.
+/// Raw mode: every key goes to the command in the VM, including Ctrl-C.
 pub fn raw() -> io::Result<Restore> {
     let before = tcgetattr(io::stdin())?;
     let mut raw = before.clone();

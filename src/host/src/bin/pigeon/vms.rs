@@ -55,7 +55,7 @@ pub struct Record {
     pub exit: Option<Exit>,
     /// How the VM ended: `orderly`, `panic`, `killed`, `hypervisor`.
     pub end: Option<String>,
-    /// What `pigeon run` exits with.
+    /// The exit code of `pigeon run`.
     pub exit_code: Option<u8>,
     /// Of the image's health check: `starting`, `healthy`, `unhealthy`.
     pub health: Option<String>,
@@ -127,11 +127,11 @@ pub fn now() -> u64 {
     now.map_or(0, |now| now.as_secs())
 }
 
-/// A VM that is there, or was.
+/// A running or ended VM.
 pub struct Vm {
     pub record: Record,
     pub running: bool,
-    /// Where all that is kept of it is.
+    /// The directory with its record.
     pub dir: PathBuf,
 }
 
@@ -146,7 +146,7 @@ pub const CONSOLE: &str = "console";
 pub const EVENTS: &str = "events";
 /// Messages of `pigeon run -d`.
 pub const MESSAGES: &str = "messages";
-/// It is there while the VM is restarted: `--rm` does not remove what is kept then.
+/// Exists while the VM is restarted, so that `--rm` does not remove its record.
 const RESTARTS: &str = "restarts";
 /// What is kept of a VM that has ended, until another one that takes its name has started.
 const EARLIER: &str = "earlier";
@@ -178,7 +178,7 @@ impl Vm {
     pub fn signal_owner(&self, signal: Signal) -> Result<()> {
         let pid = i32::try_from(self.record.pid).ok().and_then(Pid::from_raw);
         let pid = pid.context("its process is not known")?;
-        // Its number is another's only once its lock has gone.
+        // The pid can be reused only after its lock is released.
         if self.is_running() {
             kill_process(pid, signal).context("unable to signal the process that runs it")?;
         }
@@ -209,7 +209,7 @@ impl Vm {
     }
 }
 
-/// A name that is this VM's until dropped, which the kernel sees to whatever happens.
+/// A name that is locked for this VM until dropped.
 pub struct Claim {
     pub dir: PathBuf,
     record: std::sync::Mutex<Record>,
@@ -287,7 +287,7 @@ impl Claim {
     }
 }
 
-/// Puts aside what is kept of a VM that has ended.
+/// Moves the record of an ended VM aside.
 fn put_aside(dir: &Path) -> Result<()> {
     let earlier = private(dir.join(EARLIER))?;
     for entry in fs::read_dir(dir)? {
@@ -368,7 +368,7 @@ fn variable(name: &str) -> Option<PathBuf> {
         .map(PathBuf::from)
 }
 
-/// Where sockets are.
+/// The directory of sockets.
 fn runtime_dir() -> Result<PathBuf> {
     private(
         match variable("XDG_RUNTIME_DIR").filter(|dir| dir.is_dir()) {
@@ -378,7 +378,7 @@ fn runtime_dir() -> Result<PathBuf> {
     )
 }
 
-/// Where what stays is. (XDG Base Directory Specification)
+/// The state directory. (XDG Base Directory Specification)
 fn state_dir() -> Result<PathBuf> {
     private(
         match (variable("XDG_STATE_HOME"), variable("HOME")) {
@@ -426,7 +426,7 @@ pub fn claim(wanted: Option<&str>, stem: &str) -> Result<Claim> {
     bail!("there are too many VMs called {stem}");
 }
 
-/// Why a name cannot be had.
+/// Why a name cannot be used.
 enum Taken {
     Running,
     Ended,
@@ -453,7 +453,7 @@ fn try_claim(name: &str, auto: bool) -> Result<Result<Claim, Taken>> {
     Ok(Ok(Claim::new(dir, record, lock)?))
 }
 
-/// The name of a VM that has ended, with what is kept of it.
+/// The name of an ended VM, with its record.
 pub fn claim_again(vm: &Vm) -> Result<Claim> {
     let name = &vm.record.name;
     let lock = lock(&vm.dir)?;

@@ -25,8 +25,8 @@ pub fn is_detached() -> bool {
     env::var_os(VARIABLE).is_some()
 }
 
-/// Runs pigeon with these arguments, and waits until its VM has started: the name, or the exit code if
-/// it has failed, which it has explained.
+/// Runs pigeon with these arguments, and waits until its VM has started. Returns the name, or the exit code of a
+/// failure, which was already reported.
 pub fn start(arguments: impl IntoIterator<Item = OsString>) -> Result<Result<String, u8>> {
     let (mut reader, writer) = io::pipe()?;
     let mut command = Command::new("/proc/self/exe");
@@ -59,7 +59,7 @@ pub fn start(arguments: impl IntoIterator<Item = OsString>) -> Result<Result<Str
     Ok(Err(code.unwrap_or(FAILED)))
 }
 
-/// What a VM's owner has said, and the name of its VM if it is started.
+/// The messages of a VM's owner, and the name of its VM if that has started.
 fn split(said: &str) -> (String, Option<String>) {
     let is_name = |line: &&str| line.starts_with(STARTED);
     let lines = said.split_inclusive('\n');

@@ -21,9 +21,9 @@ use serde_json::{Value, json};
 use super::Run;
 use crate::{exec::variables, output::note, ports::Port};
 
-/// Where the workload of a VM whose real one is a session is mounted.
+/// Where the idle workload is mounted if the real one is a session.
 const HOLD: &str = "/run/pigeon/hold";
-/// Bytes of a writable layer that is made, if nobody says how many.
+/// Default size of a new writable layer, in bytes.
 const OVERLAY_SIZE: u64 = 1 << 30;
 
 /// A file that is a disk of the VM.
@@ -31,7 +31,7 @@ const OVERLAY_SIZE: u64 = 1 << 30;
 pub struct DiskFile {
     pub path: PathBuf,
     pub read_only: bool,
-    /// It is made, of this size, if it is not there.
+    /// It is created with this size if it does not exist.
     pub size: Option<u64>,
 }
 
@@ -69,7 +69,7 @@ impl Volume {
 }
 
 impl DiskFile {
-    /// Makes it, locked, if it is not there.
+    /// Creates it, locked, if it does not exist.
     pub fn make(&self) -> Result<Option<File>> {
         let shown = self.path.display();
         if self.path.exists() {
@@ -83,7 +83,7 @@ impl DiskFile {
         Ok(Some(file))
     }
 
-    /// What is on it, if the guest can mount that.
+    /// Its file system, if the guest can mount that.
     pub fn kind(&self) -> Result<Kind> {
         let shown = self.path.display();
         let kind = describe(&self.path)?;
@@ -98,10 +98,10 @@ impl DiskFile {
     }
 }
 
-/// What is written to beside the root.
+/// The writable layer over the root.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Overlay {
-    /// In memory, with mount options or without.
+    /// In memory, optionally with mount options.
     Memory(String),
     Disk(DiskFile),
 }
@@ -133,7 +133,7 @@ pub struct Plan {
     pub ports: Vec<Port>,
     /// The workload, if it runs in a session: a disk with what the init runs in its place comes last.
     pub session: Option<SessionPlan>,
-    /// Paths where the image keeps data, and no volume is.
+    /// Volume paths of the image without a volume.
     pub unkept: Vec<String>,
 }
 
@@ -289,7 +289,7 @@ impl Run {
         Ok(document)
     }
 
-    /// What the options have in place of the image's own.
+    /// Applies options that override the image's configuration.
     fn override_command(&self, document: &mut Value) {
         if let Some(entrypoint) = &self.entrypoint {
             document["ImageConfig"]["Entrypoint"] = json!([entrypoint]);

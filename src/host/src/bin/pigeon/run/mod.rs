@@ -202,7 +202,7 @@ pub struct Run {
     json: bool,
 }
 
-/// The words of `pigeon run` alone.
+/// The arguments of `pigeon run` only.
 #[derive(Parser)]
 struct Options {
     #[command(flatten)]
@@ -257,7 +257,7 @@ impl Run {
                 Err(code) => Ok(code),
             };
         }
-        // What is wrong is said before anything is made, and a file, which may be a pipe, is read once.
+        // Errors are reported before anything is created, and a file, which may be a pipe, is read once.
         let document = self.document()?;
         let plan = self.plan(document.clone(), self.name.as_deref().unwrap_or(&stem))?;
         if self.dry_run {
@@ -525,18 +525,17 @@ impl Run {
     }
 }
 
-/// What a VM has of the host's, for itself: whoever waits for its end can have it then.
+/// Host resources that a VM uses exclusively, until it ends.
 #[derive(Default)]
 pub struct Held {
     disks: Vec<File>,
-    /// Disks that were made for it. They are removed if it does not start.
+    /// Disks that were created for it. They are removed if it does not start.
     made: Vec<(DiskFile, File)>,
     ports: Vec<Forward>,
 }
 
 impl Held {
-    /// Makes the disks that are to be made, and locks all: two VMs that write to one disk would destroy
-    /// it.
+    /// Creates missing disks, and locks all: two VMs that write to one disk would destroy it.
     fn new(disks: &[DiskFile]) -> Result<Held> {
         let mut held = Held::default();
         for disk in disks {
@@ -551,7 +550,7 @@ impl Held {
                 false => file.try_lock(),
             };
             match locked {
-                // Whoever had made it may have removed it before we had the lock.
+                // Its creator may have removed it before it was locked here.
                 Ok(()) if !vms::is_at(&file, &disk.path) => {
                     anyhow::bail!("{shown} was removed by another VM, which has not started")
                 }
@@ -581,7 +580,7 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         for (disk, file) in &self.made {
-            // What is not ours alone may be in use.
+            // A disk that is not locked exclusively may be in use.
             if file.try_lock().is_ok() && vms::is_at(file, &disk.path) {
                 let _ = fs::remove_file(&disk.path);
             }

@@ -65,7 +65,7 @@ pub fn signals() -> io::Result<Signals> {
     Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT])
 }
 
-/// What it takes to run a VM.
+/// Everything needed to run a VM.
 pub struct Owner<'a> {
     pub run: &'a Run,
     pub claim: Arc<Claim>,
@@ -73,31 +73,31 @@ pub struct Owner<'a> {
     pub uds: PathBuf,
 }
 
-/// How a VM has ended.
+/// The end of a VM.
 struct Ended {
     exit: Option<Exit>,
     end: End,
     killed: bool,
-    /// What a session in place of the workload came to.
+    /// The result of a session in place of the workload.
     session: Option<Result<u8>>,
     console: String,
 }
 
-/// What is heard of the init's events.
+/// Receives the init's events.
 pub struct EventLog {
     exit: mpsc::Receiver<Exit>,
     /// None if there is another thing where it would be.
     _listener: Option<events::Listener>,
 }
 
-/// What the VM is asked for.
+/// Pending requests to the VM.
 struct Asked {
     exit: mpsc::Receiver<Exit>,
     session: Option<mpsc::Receiver<Result<u8>>>,
 }
 
 impl Owner<'_> {
-    /// Until the VM has ended: the exit code. `events` tells of the workload's, too.
+    /// Runs until the VM has ended. Returns the exit code, which `events` may also report.
     pub fn watch(
         &self,
         mut machine: Box<dyn Machine>,
@@ -215,7 +215,7 @@ impl Owner<'_> {
         }
     }
 
-    /// A file of what is kept of the VM, empty.
+    /// Creates an empty file of the VM's record.
     fn file(&self, name: &str) -> Result<File> {
         let path = self.claim.dir.join(name);
         let mut options = OpenOptions::new();
@@ -247,7 +247,7 @@ impl Owner<'_> {
                 .append(true)
                 .open(path)
                 .ok()?;
-            // After a snapshot, the init connects anew.
+            // After a snapshot, the init connects again.
             loop {
                 let mut events = acceptor.accept().ok()?;
                 while let Ok(Some(event)) = events.next_event() {
@@ -292,7 +292,7 @@ impl Owner<'_> {
             end_at_a_frame(&file).ok()?;
             let mut sink = |frame: Frame| {
                 file.write_all(&frame.encode())?;
-                // The VM goes on without anybody who looks.
+                // The VM continues without a reader.
                 if shown {
                     let _ = show_quietly(&frame);
                 }
@@ -407,7 +407,7 @@ impl Owner<'_> {
             console,
         } = ended;
         let good = matches!(end, End::Reboot | End::PowerOff);
-        // Of a session the workload is none of the user's.
+        // With a session, the workload is an internal detail.
         let exit = match &session {
             Some(Ok(code)) => Some(Exit {
                 code: (*code).into(),
@@ -580,7 +580,7 @@ enum Shown {
     Stderr,
 }
 
-/// Writes the console down, shows it, and returns its end.
+/// Records the console, shows it, and returns its end.
 fn record_console(mut console: ChildStdout, mut file: File, shown: Shown) -> Vec<u8> {
     let mut tail = VecDeque::new();
     let mut buffer = [0; 4096];
@@ -589,7 +589,7 @@ fn record_console(mut console: ChildStdout, mut file: File, shown: Shown) -> Vec
             break;
         }
         let chunk = &buffer[..size];
-        // The VM goes on without anybody who looks, and on a full disk.
+        // The VM continues without a reader, and with a full disk.
         let _ = file.write_all(chunk);
         let _ = match shown {
             Shown::Nowhere => Ok(()),
@@ -623,7 +623,7 @@ fn logged_exit(tail: &str) -> Option<Exit> {
     })
 }
 
-/// How often a VM is asked that does not answer.
+/// How often a VM that does not respond is polled.
 const RETRY: Duration = Duration::from_millis(20);
 
 /// Asks for the workload's exit code as soon as there is an API, and waits for it.

@@ -1,4 +1,4 @@
-//! `pigeon restore`: VMs from a snapshot, each with a name, an identity and disks of its own.
+//! `pigeon restore`: VMs from a snapshot, each with its own name, identity and disks.
 
 use std::{
     env,
@@ -30,12 +30,12 @@ use crate::{
     vms::{self, Claim},
 };
 
-/// Random bytes for a clone's kernel: as much as its generator holds, twice.
+/// Random bytes for a clone's kernel: twice the state of its generator.
 const ENTROPY: usize = 64;
-/// How long a clone may take to answer.
+/// How long a clone may take to respond.
 const UP: Duration = Duration::from_secs(30);
 
-/// What is not as in the VM that was snapshotted.
+/// Differences from the snapshotted VM.
 const LIMITS: &str = "\
 Each VM gets a name, which is its host name, the time, random numbers, and copies of the disks that it
 can write; `pigeon rm` removes them. Its workload then goes on where it was, and gets the
@@ -86,7 +86,7 @@ impl Restore {
         run
     }
 
-    /// Restores a VM, up to where its workload goes on, and runs it.
+    /// Restores a VM until its workload continues, and runs it.
     fn run_clone(&self, manifest: &Manifest, claim: &Arc<Claim>) -> Result<u8> {
         let record = claim.record();
         let image = manifest.image.as_os_str();
@@ -221,7 +221,7 @@ fn renamed(mut document: Value, name: &str) -> Value {
     document
 }
 
-/// Gives the clone behind `uds` its identity, and lets its workload go on.
+/// Gives the clone behind `uds` its identity, and thaws its workload.
 fn adopt(uds: &Path, token: &str, document: &Value) -> Result<()> {
     let mut entropy = [0; ENTROPY];
     File::open("/dev/urandom")?.read_exact(&mut entropy)?;

@@ -93,7 +93,7 @@ fn named(names: &[String]) -> Result<Vec<Vm>> {
     }
 }
 
-/// Starts a VM in a process of its own; the exit code if that fails.
+/// Starts a VM in its own process. Returns the exit code on failure.
 fn start_detached(name: &str, wait: bool) -> Result<Result<(), u8>> {
     let arguments = ["start", "--", name].map(OsString::from);
     Ok(match detach::start(arguments)? {
@@ -136,7 +136,7 @@ fn command_of(vm: &Vm, detached: bool) -> Result<(&Launch, Run)> {
     Ok((launch, run))
 }
 
-/// Makes this process's surroundings those of a command line.
+/// Restores the working directory and environment of a recorded command line.
 fn enter(launch: &Launch) -> Result<()> {
     let directory = &launch.directory;
     env::set_current_dir(directory)
