@@ -1,26 +1,25 @@
-//! Signals to any process of a guest: the init's own call is for the workload's group. A program of a
-//! few instructions that sends the signal is written into the guest and run there, so that it works
-//! in an image without a `kill`.
+//! Signals to any process of a guest: the init's own call is for the workload's group only. A tiny program that
+//! sends the signal is written into the guest and run there, so that it works in an image without `kill`.
 
 use std::time::Duration;
 
 use crate::{Arch, Client, Command, Error, Output, elf::static_program, files::WriteOptions};
 
-/// Where the program is written: a tmpfs of the init's.
+/// Where the program is written: a tmpfs of the init.
 const PATH: &str = "/run/pigeon/kill";
 /// How long a guest may take to run it; it may be busy.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What a signal is sent to.
+/// The target of a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// The process of this id.
+    /// The process with this pid.
     Process(u32),
     /// All processes but the init.
     All,
 }
 
-/// What sending a signal came to.
+/// The result of sending a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sent {
     /// It was sent.
@@ -29,7 +28,7 @@ pub enum Sent {
     NoProcess,
 }
 
-/// kill(2), then exit(2) with its error's number.
+/// kill(2), then exit(2) with its errno.
 fn code(arch: Arch, target: Target, signal: u8) -> Vec<u8> {
     let pid = match target {
         Target::Process(pid) => pid,
@@ -85,7 +84,7 @@ impl Client {
     }
 }
 
-/// What the program's end means.
+/// Interprets the program's exit.
 fn outcome(target: Target, output: &Output) -> Result<Sent, String> {
     match output.exit_code {
         0 => Ok(Sent::Sent),

@@ -1,4 +1,4 @@
-//! Progress bars, on a terminal, for what takes longer than a second.
+//! Progress bars, on a terminal, for operations that take longer than a second.
 
 use std::{
     io::{self, IsTerminal},

@@ -1,5 +1,5 @@
-//! A Unix socket that leads to a VM's API without the handshake of hybrid vsock, for clients that
-//! know nothing of it: curl, and what every language brings.
+//! A Unix socket for a VM's API without the handshake of hybrid vsock, for clients that do not support it, such
+//! as curl.
 
 use std::{
     fs::{self, Permissions},
@@ -26,14 +26,14 @@ use crate::{
 /// How long the guest may take to accept a connection.
 const HANDSHAKE: Duration = Duration::from_secs(3);
 
-/// The socket, until dropped; connections that there are then go on.
+/// The proxy's socket, removed on drop; open connections continue.
 pub struct Proxy {
     socket: PathBuf,
 }
 
 impl Proxy {
-    /// Makes `socket`, for this user alone, which leads to the API behind `uds`. One that is left
-    /// of an earlier proxy is replaced.
+    /// Creates `socket`, accessible only by this user, for the API behind `uds`. A socket left behind by an earlier
+    /// proxy is replaced.
     pub fn start(socket: &Path, uds: &Path) -> Result<Proxy> {
         vsock::ensure_vacant(socket)?;
         let cannot = || format!("unable to create {}", socket.display());
@@ -76,7 +76,7 @@ fn relay(client: UnixStream, uds: &Path) -> Option<()> {
         Ok(guest) => guest,
         Err(error) => return refuse(client, &error),
     };
-    // Who waits for an exit code, waits long.
+    // No timeout: waiting for an exit code can take long.
     guest.set_read_timeout(None).ok()?;
     let (from_client, to_client) = (client.try_clone().ok()?, client);
     let (from_guest, to_guest) = (guest.try_clone().ok()?, guest);
@@ -91,7 +91,7 @@ fn relay(client: UnixStream, uds: &Path) -> Option<()> {
     there.join().ok()
 }
 
-/// The answer when there is no VM (any more): what is closed without one looks like a broken proxy.
+/// The response if there is no VM (any more): closing the connection without one looks like a broken proxy.
 fn refuse(mut client: UnixStream, error: &Error) -> Option<()> {
     let body = json!({"error": error.to_string()}).to_string();
     let response = format!(
@@ -101,7 +101,7 @@ fn refuse(mut client: UnixStream, error: &Error) -> Option<()> {
     );
     client.write_all(response.as_bytes()).ok()?;
     client.shutdown(Shutdown::Write).ok()?;
-    // The request: a client that cannot send it does not look at the response.
+    // Read the request: a client that cannot send it does not read the response.
     client.set_read_timeout(Some(HANDSHAKE)).ok()?;
     copy(client, io::sink()).ok()
 }

@@ -21,24 +21,24 @@ use tungstenite::{
 
 use crate::{Client, Command, Error, client::refusal, logs::Stream, vsock::API_PORT};
 
-/// Most bytes of input in one message; the init takes 128 KiB.
+/// Maximum size of an input message in bytes; the init accepts 128 KiB.
 pub const MESSAGE: usize = 32 << 10;
 /// Maximum number of bytes to send: a message, and replies to the init while it does not read.
 const QUEUE: usize = 1 << 20;
-/// Bytes of output that are kept while input is sent, for a command that does not read what it is sent.
+/// Maximum number of bytes of output buffered while input is sent, for a command that does not read it.
 const MAX_AHEAD: usize = 16 << 20;
 
-/// What comes from a session.
+/// An event of a session.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// Output. It is all standard output unless the command was started with
     /// [`separate_stderr`](Command::separate_stderr).
     Output(Stream, Bytes),
-    /// The end, after all output.
+    /// The exit, after all output.
     Exit(Ended),
 }
 
-/// A session that has a name.
+/// A named session.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct SessionInfo {
     /// The name.
@@ -52,15 +52,15 @@ pub struct SessionInfo {
     /// Whether it is on a terminal.
     #[serde(default)]
     pub tty: bool,
-    /// Whether somebody is connected.
+    /// Whether a client is attached.
     #[serde(default)]
     pub attached: bool,
-    /// How it has ended; null while it runs.
+    /// Its exit status; null while it runs.
     #[serde(default)]
     pub exit: Value,
 }
 
-/// How a session's command ended.
+/// The exit status of a session's command.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ended {
     /// Its exit code.
@@ -70,7 +70,7 @@ pub struct Ended {
 }
 
 impl Ended {
-    /// One number, as a shell has it: the code, or 128 + the signal.
+    /// The status as in a shell: the code, or 128 + the signal.
     pub fn status(&self) -> i32 {
         match (self.code, self.signal) {
             (Some(code), _) => code,
@@ -80,10 +80,10 @@ impl Ended {
     }
 }
 
-/// A running command. It is killed, with its group, when this is dropped before its end, unless
-/// it has a [name](Command::id).
+/// A running command. If this is dropped before it exits, it is killed with its group, unless it has a
+/// [name](Command::id).
 ///
-/// The methods that wait are for a program that reads and writes in turn. One that polls several
+/// The blocking methods are for a program that reads and writes in turn. One that polls several
 /// descriptors waits for [`as_fd`](Session::as_fd) to be readable, and writable while
 /// [`is_sending`](Session::is_sending), and then calls [`flush`](Session::flush) and
 /// [`try_next`](Session::try_next).
@@ -104,11 +104,11 @@ impl Ended {
 /// ```
 pub struct Session {
     socket: WebSocket<UnixStream>,
-    /// Something waits to be sent.
+    /// Bytes that are queued for sending.
     sending: bool,
-    /// Came while something had to be sent first.
+    /// Events received while sending.
     ahead: VecDeque<Event>,
-    /// Bytes that these take.
+    /// Their size in bytes.
     ahead_size: usize,
     over: bool,
     /// Messages begin with the number of their stream.
@@ -203,9 +203,9 @@ impl Session {
         }
     }
 
-    /// Sends input to the command, all of it. What it writes meanwhile is kept for
-    /// [`next`](Session::next), up to 16 MiB: a command that writes more before it has read its input
-    /// is an error, and needs [`queue_input`](Session::queue_input).
+    /// Sends all of the input to the command. Output received meanwhile is kept for [`next`](Session::next), up to
+    /// 16 MiB: a command that writes more before it has read its input is an error, and needs
+    /// [`queue_input`](Session::queue_input).
     pub fn send(&mut self, input: &[u8]) -> Result<(), Error> {
         for chunk in input.chunks(MESSAGE) {
             self.queue_input(chunk)?;
@@ -226,7 +226,7 @@ impl Session {
         self.drain()
     }
 
-    /// Waits for what comes next; None after the end.
+    /// Waits for the next event; None after the end.
     #[expect(clippy::should_implement_trait, reason = "it fails")]
     pub fn next(&mut self) -> Result<Option<Event>, Error> {
         loop {
@@ -239,7 +239,7 @@ impl Session {
         }
     }
 
-    /// What has come already.
+    /// The next event that was already received.
     pub fn try_next(&mut self) -> Result<Option<Event>, Error> {
         match self.ahead.pop_front() {
             None => self.receive(),
@@ -250,28 +250,27 @@ impl Session {
         }
     }
 
-    /// Whether the end has come.
+    /// Whether the session has ended.
     pub fn is_over(&self) -> bool {
         self.over && self.ahead.is_empty()
     }
 
-    /// Whether something waits to be sent: then wait, and [`flush`](Session::flush), before the
-    /// next input.
+    /// Whether bytes are queued: then wait, and [`flush`](Session::flush), before queuing more input.
     pub fn is_sending(&self) -> bool {
         self.sending
     }
 
-    /// Takes input, at most [`MESSAGE`] bytes, to be sent by [`flush`](Session::flush).
+    /// Queues input, at most [`MESSAGE`] bytes, for [`flush`](Session::flush).
     pub fn queue_input(&mut self, input: &[u8]) -> Result<(), Error> {
         self.queue(Message::binary(input.to_vec()))
     }
 
-    /// Takes the end of input, to be sent by [`flush`](Session::flush).
+    /// Queues the end of input for [`flush`](Session::flush).
     pub fn queue_end_of_input(&mut self) -> Result<(), Error> {
         self.queue(Message::text(r#"{"stdin":"eof"}"#))
     }
 
-    /// Takes the terminal's size, to be sent by [`flush`](Session::flush).
+    /// Queues the terminal's size for [`flush`](Session::flush).
     pub fn queue_resize(&mut self, columns: u16, rows: u16) -> Result<(), Error> {
         let size = json!({"cols": columns, "rows": rows});
         self.queue(Message::text(size.to_string()))
@@ -289,7 +288,7 @@ impl Session {
         }
     }
 
-    /// Sends what can be sent now.
+    /// Sends as much as possible without blocking.
     pub fn flush(&mut self) -> Result<(), Error> {
         match self.socket.flush() {
             Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -309,7 +308,7 @@ impl Session {
         }
     }
 
-    /// Sends all of it, and takes meanwhile what comes.
+    /// Sends everything, and keeps events received meanwhile.
     fn drain(&mut self) -> Result<(), Error> {
         self.flush()?;
         while self.sending && !self.over {
@@ -398,7 +397,7 @@ impl Session {
         }
         let number = |key| exit[key].as_i64().and_then(|number| number.try_into().ok());
         self.over = true;
-        // The other side has said all it has to say, and may be gone.
+        // The init has sent everything, and may have closed the connection.
         let _ = self.socket.close(None);
         Ok(Some(Event::Exit(Ended {
             code: number("code"),

@@ -1,5 +1,5 @@
-//! The guest's part of snapshots (`/v1/snapshot/…`, `/v1/restore`); the hypervisor takes and loads
-//! the snapshot in between.
+//! The guest's part of snapshots (`/v1/snapshot/…`, `/v1/restore`); the hypervisor takes and loads the snapshot
+//! in between.
 
 use std::time::Duration;
 
@@ -16,10 +16,10 @@ pub struct Prepare {
     /// How long freezing may take.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timeout_ms: Option<u64>,
-    /// Whether all file systems are written out.
+    /// Whether to sync all file systems.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sync: Option<bool>,
-    /// After how long the guest thaws itself.
+    /// Time after which the guest thaws itself.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hold_ms: Option<u64>,
 }
@@ -29,13 +29,13 @@ pub struct Prepare {
 pub struct Prepared {
     /// The token of the call.
     pub token: String,
-    /// Processes that are frozen.
+    /// Number of frozen processes.
     #[serde(default)]
     pub frozen: u64,
     /// How long that took, in milliseconds.
     #[serde(default)]
     pub freeze_ms: f64,
-    /// How long writing out took, in milliseconds.
+    /// How long the sync took, in milliseconds.
     #[serde(default)]
     pub sync_ms: f64,
 }
@@ -43,7 +43,7 @@ pub struct Prepared {
 /// Parameters of a restore.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Restore {
-    /// That of the preparation.
+    /// The token of the preparation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,
     /// The time, in microseconds since 1970.
@@ -52,7 +52,7 @@ pub struct Restore {
     /// Random bytes for the guest's kernel, in base64.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub entropy: Option<String>,
-    /// The configuration from now on.
+    /// The new configuration.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub config: Option<Value>,
 }
@@ -60,9 +60,9 @@ pub struct Restore {
 /// The result of a restore.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Restored {
-    /// How often the VM was restored.
+    /// 1 plus the number of restores.
     pub generation: u64,
-    /// Whether the kernel's random numbers are new.
+    /// Whether the kernel's random numbers were reseeded.
     #[serde(default)]
     pub reseeded: bool,
     /// By how much the clock was set, in milliseconds.
@@ -71,7 +71,7 @@ pub struct Restored {
     /// Where the configuration came from.
     #[serde(default)]
     pub config: Option<String>,
-    /// What of it is new.
+    /// Its members that changed.
     #[serde(default)]
     pub changed: Vec<String>,
     /// How long it took, in microseconds.
@@ -80,15 +80,15 @@ pub struct Restored {
 }
 
 impl Client {
-    /// `POST /v1/snapshot/prepare`: freezes the workload and writes everything out. The connection
-    /// of every other call is closed.
+    /// `POST /v1/snapshot/prepare`: freezes the workload and syncs the disks. The connections of all other calls
+    /// are closed.
     pub fn prepare_snapshot(&self, prepare: &Prepare) -> Result<Prepared, Error> {
         let timeout = Duration::from_millis(prepare.timeout_ms.unwrap_or(0));
         let timeout = timeout + Client::RESPONSE_TIMEOUT;
         self.post_within(timeout, "/v1/snapshot/prepare", &json!(prepare))
     }
 
-    /// `POST /v1/snapshot/cancel`: lets the workload go on.
+    /// `POST /v1/snapshot/cancel`: thaws the workload.
     pub fn cancel_snapshot(&self, token: &str) -> Result<(), Error> {
         let body = json!({"token": token});
         let _: Value = self.post_within(Client::RESPONSE_TIMEOUT, "/v1/snapshot/cancel", &body)?;

@@ -19,8 +19,8 @@ pub const API_PORT: u32 = 10_000;
 /// Bytes of a reply to the handshake: `OK ` and a number of 32 bits.
 const MAX_REPLY: usize = 32;
 
-/// One try to reach `port` in the guest. It fails while the guest has no driver or no listener
-/// there; `timeout` bounds the handshake, and every read of the returned stream.
+/// Makes one attempt to connect to `port` in the guest. Fails while the guest has no driver or no listener;
+/// `timeout` limits the handshake, and every read of the returned stream.
 pub fn connect(socket: &Path, port: u32, timeout: Duration) -> Result<UnixStream, Error> {
     let mut stream = UnixStream::connect(socket).map_err(|source| Error::NoVm {
         uds: socket.into(),
@@ -31,12 +31,12 @@ pub fn connect(socket: &Path, port: u32, timeout: Duration) -> Result<UnixStream
     Ok(stream)
 }
 
-/// An error when a new socket at `path` would take the place of one that is in use, or of a file.
-/// One that somebody who ended has left, or a link to it, is nobody's.
+/// Checks that a new socket at `path` would not replace a socket in use, or a file. A socket without a listener,
+/// or a link to one, may be replaced.
 pub fn ensure_vacant(path: &Path) -> anyhow::Result<()> {
     match UnixStream::connect(path) {
         Ok(_) => bail!("{} is in use already", path.display()),
-        // Nobody listens (unix(7)).
+        // There is no listener (unix(7)).
         Err(error)
             if matches!(
                 error.kind(),
@@ -54,8 +54,7 @@ pub fn ensure_vacant(path: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// Removes the socket at `path`, if there is one and nobody listens on it. It is an error if there is
-/// anything else, which stays.
+/// Removes the socket at `path`, if there is one without a listener. Anything else is an error, and is kept.
 pub fn vacate(path: &Path) -> anyhow::Result<()> {
     ensure_vacant(path)?;
     match fs::remove_file(path) {
@@ -69,7 +68,7 @@ pub fn vacate(path: &Path) -> anyhow::Result<()> {
 fn handshake(stream: &mut UnixStream, port: u32, timeout: Duration) -> io::Result<()> {
     stream.set_read_timeout(Some(timeout))?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
-    // Byte by byte: what follows the line is the guest's.
+    // Byte by byte, as the bytes after the line belong to the caller.
     let mut line = Vec::new();
     while line.last() != Some(&b'\n') {
         let mut byte = [0];

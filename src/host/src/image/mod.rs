@@ -149,8 +149,7 @@ pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
     })
 }
 
-/// Makes an image of what lies in a directory, whatever it looks like, and returns its size. An image
-/// that is there is overwritten.
+/// Makes an image of a directory's contents, of any structure, and returns its size. Overwrites an existing image.
 pub fn pack(directory: &Path, out: &Path, format: Format) -> Result<u64> {
     let layers = [layer::Layer::directory(directory)?];
     let mut tree = Tree::new(false);

@@ -26,12 +26,12 @@ const GUEST_MAC: &str = "06:00:ac:10:00:02";
 /// The tap device of [`Nic::LoneTap`].
 const LONE_TAP: &str = "tap0";
 
-/// How a VM has ended.
+/// The end of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The guest asked for a restart, which is how a micro-VM ends in good order.
+    /// The guest requested a restart, the regular end of a micro-VM.
     Reboot,
-    /// The guest switched itself off.
+    /// The guest powered off.
     PowerOff,
     /// The kernel panicked.
     Panic,
@@ -39,7 +39,7 @@ pub enum End {
     Failed(Option<i32>),
 }
 
-/// What the guest's network card is plugged into.
+/// What the guest's network card is connected to.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub enum Nic {
     /// There is no eth0.
@@ -50,9 +50,9 @@ pub enum Nic {
     /// The host's network by address translation, without privileges, in [`USER_NETWORK`]; TCP
     /// ports of the host are forwarded to the guest. QEMU only.
     User(Vec<HostPort>),
-    /// A tap device that is there.
+    /// An existing tap device.
     Tap(String),
-    /// A tap device in a network namespace of the VM's own: nobody answers behind it.
+    /// A tap device in a separate network namespace, where nothing responds.
     LoneTap,
 }
 
@@ -73,9 +73,9 @@ pub struct UserNetwork {
     pub guest: &'static str,
     /// Its prefix length.
     pub mask: u8,
-    /// The way out, which is the host too.
+    /// The gateway, which is also the host.
     pub gateway: &'static str,
-    /// A name server that asks the host's.
+    /// A name server that forwards to the host's.
     pub nameserver: &'static str,
 }
 
@@ -107,7 +107,7 @@ impl Disk {
         }
     }
 
-    /// The guest cannot write it.
+    /// Makes it read-only for the guest.
     pub fn read_only(self) -> Disk {
         Disk {
             read_only: true,
@@ -115,8 +115,7 @@ impl Disk {
         }
     }
 
-    /// A flush of the guest's does not reach the host's disk: for images that nobody needs after
-    /// a power failure of the host.
+    /// Ignores the guest's flushes: for images that are not needed after a power failure of the host.
     pub fn scratch(self) -> Disk {
         Disk {
             scratch: true,
@@ -137,7 +136,7 @@ impl Disk {
         &self.path
     }
 
-    /// Whether the guest can write it.
+    /// Whether the guest can write to it.
     pub fn is_writable(&self) -> bool {
         !self.read_only
     }
@@ -150,7 +149,7 @@ impl Disk {
         }
     }
 
-    /// Whether it is to fail.
+    /// Whether it simulates failures.
     pub fn is_faulty(&self) -> bool {
         self.blkdebug.is_some()
     }
@@ -159,13 +158,13 @@ impl Disk {
 /// Firecracker's own metadata service.
 #[derive(Clone, Debug)]
 pub struct Metadata {
-    /// V1, which takes requests without a token, in place of V2.
+    /// V1, which accepts requests without a token, instead of V2.
     pub v1: bool,
     /// The document, unless it is [put](put_metadata) there later.
     pub document: Option<Value>,
 }
 
-/// A snapshot of a VM, in files; its disks are no part of it.
+/// A snapshot of a VM, in files, without its disks.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     /// The processors and devices.
@@ -174,7 +173,7 @@ pub struct Snapshot {
     pub memory: PathBuf,
 }
 
-/// How a VM comes to life, and whether a snapshot of it can.
+/// How a VM starts, and whether its snapshots can be restored.
 #[derive(Clone, Debug, Default)]
 pub enum Start {
     /// By booting.
@@ -187,12 +186,12 @@ pub enum Start {
     Restore(Snapshot),
 }
 
-/// A VM to be started.
+/// The specification of a VM.
 #[derive(Clone, Debug)]
 pub struct Spec {
-    /// A directory for the sockets and logs of this VM alone.
+    /// A directory for the sockets and logs of only this VM.
     pub dir: PathBuf,
-    /// What the kernel and all programs are for.
+    /// The architecture of the kernel and all programs.
     pub arch: Arch,
     /// An uncompressed kernel.
     pub kernel: PathBuf,
@@ -210,12 +209,12 @@ pub struct Spec {
     pub nic: Nic,
     /// A metadata service on it. Firecracker only.
     pub metadata: Option<Metadata>,
-    /// Where the host's socket of the guest's vsock is to be; None is no vsock.
+    /// The path of the host's socket for the guest's vsock; None for no vsock.
     pub vsock: Option<PathBuf>,
     /// A keyboard controller, which Ctrl-Alt-Del needs, if the architecture has one.
     pub i8042: bool,
-    /// Firecracker's console also on QEMU. One that nobody reads is waited for by the guest's
-    /// kernel; the PL011 of QEMU's aarch64 stops the whole machine then. (QEMU hw/char/pl011.c)
+    /// Firecracker's console also on QEMU. If nothing reads it, the guest's kernel waits; the PL011 of QEMU's
+    /// aarch64 would stop the whole machine. (QEMU hw/char/pl011.c)
     pub firecrackers_console: bool,
     /// The guest's clock counts its instructions. QEMU only.
     pub deterministic: bool,
@@ -227,16 +226,15 @@ pub struct Spec {
     /// A device that tells the kernel when it has been restored (VMGenID), where snapshots can be
     /// restored. Firecracker always has one.
     pub generation_id: bool,
-    /// More of QEMU's options.
+    /// Additional options of QEMU.
     pub qemu_options: Vec<String>,
 }
 
-/// What the guest's vsock socket is called in [`Spec::dir`] if nobody cares.
+/// Default name of the guest's vsock socket in [`Spec::dir`].
 pub const VSOCK: &str = "vm.vsock";
 
 impl Spec {
-    /// A VM as a common Firecracker set-up has it: 256 MiB, one processor, vsock, no disk and no
-    /// network.
+    /// A typical Firecracker VM: 256 MiB, one processor, vsock, no disk and no network.
     pub fn new(dir: &Path, arch: Arch, kernel: &Path, initrd: &Path) -> Spec {
         Spec {
             dir: dir.into(),
@@ -281,33 +279,31 @@ impl Spec {
     }
 }
 
-/// A started VM. It ends when it is dropped.
+/// A running VM. It is killed on drop.
 pub trait Machine: Send {
     /// The hypervisor, whose standard streams are the guest's console.
     fn process(&mut self) -> &mut Process;
     /// Its name.
     fn hypervisor(&self) -> &'static str;
-    /// The keys Ctrl, Alt and Del: an error where there is [no keyboard](Arch::has_keyboard).
+    /// Sends Ctrl-Alt-Del: an error if there is [no keyboard](Arch::has_keyboard).
     fn ctrl_alt_delete(&mut self) -> Result<()>;
     /// Stops the virtual processors.
     fn pause(&mut self) -> Result<()>;
-    /// Lets them go on.
+    /// Resumes them.
     fn resume(&mut self) -> Result<()>;
-    /// Stops the virtual processors and takes a snapshot. [`resume`](Machine::resume) lets the VM
-    /// itself go on.
+    /// Stops the virtual processors and takes a snapshot. Continue with [`resume`](Machine::resume).
     fn snapshot(&mut self, snapshot: &Snapshot) -> Result<()>;
-    /// What the end with this status meant, but for a panic.
+    /// The meaning of this exit status, except for a panic.
     fn end(&mut self, status: ExitStatus) -> End;
-    /// A QMP command, where the VM runs on QEMU.
+    /// Runs a QMP command, if the VM runs on QEMU.
     fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let _ = arguments;
         bail!("{command}: only QEMU has QMP")
     }
 }
 
-/// Takes a snapshot of a VM that another process has started in the directory `dir`, on a machine
-/// whose snapshots can be restored. It goes on afterwards; `meanwhile` it is stopped, and its disks
-/// can be copied.
+/// Takes a snapshot of a VM that another process has started in the directory `dir`, on a machine whose snapshots
+/// can be restored. The VM is resumed afterwards; `meanwhile` runs while it is stopped, to copy its disks.
 pub fn snapshot(
     dir: &Path,
     files: &Snapshot,
@@ -319,13 +315,13 @@ pub fn snapshot(
     }
 }
 
-/// What a snapshot has come to, once its VM was told to go on. That it does not is the worst of it.
+/// The result of a snapshot, after its VM was resumed. A failure to resume takes precedence.
 fn and_resumed(taken: Result<()>, resumed: Result<()>) -> Result<()> {
     resumed.context("the VM does not go on after the snapshot")?;
     taken
 }
 
-/// `command` in a network namespace that holds nothing but a tap device.
+/// `command` in a network namespace with only a tap device.
 fn beside_tap(command: &Command) -> Result<Command> {
     // Entering a user namespace loses the parent's death signal.
     const SCRIPT: &str = "ip tuntap add dev $0 mode tap vnet_hdr && ip link set $0 up && \

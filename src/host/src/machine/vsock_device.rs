@@ -37,14 +37,14 @@ use crate::forward::PAUSE;
 /// The host's context id.
 const HOST_CID: u64 = 2;
 
-/// Bytes that the guest may send on a connection before the host has read them; Firecracker's.
+/// Receive window of a connection in bytes, as in Firecracker.
 const WINDOW: usize = 64 << 10;
 
-/// How long the guest may take to answer a request, or to end what the host has ended.
+/// How long the guest may take to respond to a request, or to a shutdown by the host.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The most connections of the guest's making, and of the host's; Firecracker has as many in all.
-/// With a number for each side, the guest's leave the host's way to its API free.
+/// Maximum number of connections opened by the guest, and by the host; Firecracker allows as many in total.
+/// Separate limits keep the API reachable however many connections the guest opens.
 const MAX_CONNECTIONS: usize = 1023;
 
 /// Packets without data that may wait for buffers of the guest's before it is told of no more resets:
@@ -168,12 +168,12 @@ struct Ports {
     guest: u32,
 }
 
-/// Where a connection is in its life.
+/// The state of a connection.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum State {
-    /// The host has asked for it.
+    /// Requested by the host.
     Requested { deadline: Instant },
-    /// Both send, but for a guest that receives no more.
+    /// Open; the guest may have stopped receiving.
     Open { guest_receives: bool },
     /// The guest has closed it; what it has sent is still written to the host.
     ClosedByGuest,
@@ -181,7 +181,7 @@ enum State {
     ClosedByHost { deadline: Instant },
 }
 
-/// A stream of the host's, and what is on its way.
+/// A host stream, and its data in flight.
 struct Connection {
     stream: UnixStream,
     by_guest: bool,
@@ -239,7 +239,7 @@ impl Connection {
         wanted
     }
 
-    /// Writes what the stream takes of what is pending.
+    /// Writes as much pending data as the stream accepts.
     fn flush(&mut self) -> io::Result<()> {
         while !self.pending.is_empty() {
             match self.stream.write(self.pending.as_slices().0) {
@@ -306,8 +306,7 @@ pub struct VsockDevice {
 }
 
 impl VsockDevice {
-    /// Starts it: QEMU connects to `vhost`, the host to `socket`. What went wrong last is in the file
-    /// `log`.
+    /// Starts it: QEMU connects to `vhost`, the host to `socket`. The last error is written to the file `log`.
     pub fn start(guest_cid: u32, vhost: &Path, socket: &Path, log: &Path) -> Result<VsockDevice> {
         let (stop, stopped) = UnixStream::pair()?;
         let mut device = Device::new(stopped, guest_cid, vhost, socket, log)?;
@@ -337,7 +336,7 @@ impl Drop for VsockDevice {
 }
 
 struct Device {
-    /// Ends when the device is to stop.
+    /// Closed to stop the device.
     stopped: UnixStream,
     log: fs::File,
     /// Where QEMU connects to.
@@ -409,7 +408,7 @@ impl Device {
         Ok(())
     }
 
-    /// Serves what happens next; false when the device is to stop.
+    /// Handles the next events; false to stop the device.
     fn turn(&mut self) -> Result<bool> {
         let mut called = false;
         for (source, events) in self.wait()? {
@@ -435,7 +434,7 @@ impl Device {
         Ok(true)
     }
 
-    /// Writes what has gone wrong over what had before: the guest can make things go wrong for ever.
+    /// Overwrites the log with the last error, as the guest can cause any number of errors.
     fn report(&self, error: &anyhow::Error) {
         let line = format!("{error:#}\n");
         let written = self.log.set_len(0);
@@ -503,7 +502,7 @@ impl Device {
         Ok(happened.filter(|(_, events)| !events.is_empty()).collect())
     }
 
-    /// QEMU comes anew when the device is plugged again.
+    /// QEMU connects again when the device is replugged.
     fn accept_qemu(&mut self) {
         let accepted = self.qemu.accept().and_then(|(stream, _)| {
             stream.set_nonblocking(false)?;
@@ -554,7 +553,7 @@ impl Device {
         }
     }
 
-    /// Accepts nothing for a while: what could not be accepted waits, and would be tried without end.
+    /// Stops accepting for a while: a connection that cannot be accepted would cause a busy loop.
     fn pause(&mut self, error: &anyhow::Error) {
         self.paused_until = Some(Instant::now() + PAUSE);
         self.report(error);
@@ -634,7 +633,7 @@ impl Device {
         }
     }
 
-    /// Ends a connection on both sides.
+    /// Closes a connection on both sides.
     fn reset(&mut self, ports: Ports) {
         let requested = self.orders.contains(&(ports, REQUEST));
         self.remove(ports);
@@ -644,7 +643,7 @@ impl Device {
         }
     }
 
-    /// Ends a connection on the host's side.
+    /// Closes a connection on the host's side.
     fn remove(&mut self, ports: Ports) {
         self.connections.remove(&ports);
         self.orders.retain(|(other, _)| *other != ports);
@@ -678,8 +677,8 @@ impl Device {
 
     // -- The guest's side.
 
-    /// Takes the packets that the guest has sent, and sends it what there is. Virtqueues that make no
-    /// sense are left alone until the guest's driver sets them up anew.
+    /// Processes the guest's packets, and sends pending ones. Invalid virtqueues are ignored until the guest's
+    /// driver sets them up again.
     fn serve_guest(&mut self) {
         self.unserved = false;
         let Some(mut frontend) = self.frontend.take() else {
@@ -932,7 +931,7 @@ impl Device {
     }
 }
 
-/// A stream to the host's listener at `path`. One whose queue is full is not waited for: EAGAIN.
+/// Connects to the host's listener at `path`. If its queue is full, fails with EAGAIN instead of blocking.
 fn connect(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
