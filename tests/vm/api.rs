@@ -286,7 +286,10 @@ fn a_command_runs_with_its_options() -> Result<()> {
     // What it starts with: three descriptors, no input, a session of its own, no signal blocked.
     let fds = out(run(json!({"cmd": ["ls", "/proc/self/fd"]}))?)?;
     assert_eq!(fds, "0\n1\n2\n3", "the last one is the directory itself");
-    assert_eq!(run(json!({"cmd": ["cat"]}))?.json()?, response(0, 0, "", ""));
+    assert_eq!(
+        run(json!({"cmd": ["cat"]}))?.json()?,
+        response(0, 0, "", "")
+    );
     let stat = out(run(script("cut -d' ' -f1,5,6,7 /proc/$$/stat"))?)?;
     let [pid, group, session, tty] = stat.split(' ').collect::<Vec<_>>()[..] else {
         panic!("{stat}");

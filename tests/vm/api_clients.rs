@@ -398,7 +398,8 @@ fn a_client_like_gos_sends_chunks_and_closes_after_each_call() -> Result<()> {
         let mut response = String::new();
         stream.read_to_string(&mut response)?;
         assert!(
-            response.starts_with("HTTP/1.1 200 OK\r\n") && response.ends_with("\r\n\r\n{\"ok\":true}")
+            response.starts_with("HTTP/1.1 200 OK\r\n")
+                && response.ends_with("\r\n\r\n{\"ok\":true}")
         );
     }
     Ok(())

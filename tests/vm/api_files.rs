@@ -373,7 +373,10 @@ fn only_regular_files_are_opened() -> Result<()> {
                 Err(error) => return Err(error.context(format!("{method} {query} {size}"))),
             };
             assert_eq!(response.0, status, "{method} {query}: {response:?}");
-            assert!(response.1.contains(reason), "{method} {query}: {response:?}");
+            assert!(
+                response.1.contains(reason),
+                "{method} {query}: {response:?}"
+            );
         }
     }
     let limit = Duration::from_millis(500);
