@@ -8,7 +8,8 @@ use crate::error::Result;
 use crate::page::PageBox;
 use crate::process::channel::Channel;
 use crate::process::exec::{Input, Streams};
-use crate::sys::{self, GuestFile, Inherited, Region, terminal};
+use crate::sys::terminal::{self, Size};
+use crate::sys::{GuestFile, Inherited, Region};
 use core::fmt::{self, Display, Write};
 use core::ops::Range;
 use proto::arena::Arena;
@@ -20,6 +21,7 @@ use proto::message::{Message, ToLossy};
 use proto::ring::{Cursor, Ring};
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
+use rustix::io::Errno;
 use rustix::process::WaitStatus;
 
 /// Ends a terminal's input: VEOF of a new terminal (termios(3)), Ctrl-D, twice, as the first one after an
@@ -50,6 +52,8 @@ pub struct Session {
     pending: Range<usize>,
     /// How much of [`TERMINAL_EOF`] is written, once the client has ended the input.
     eof: Option<usize>,
+    /// The terminal's new size, not set yet.
+    size: Option<Size>,
     /// Set for a session that outlives its connection.
     named: Option<PageBox<NamedSession>>,
 }
@@ -96,6 +100,7 @@ impl Session {
             has_stream_bytes: request.streams,
             pending: 0..0,
             eof: None,
+            size: None,
             named,
         })
     }
@@ -147,6 +152,10 @@ impl Session {
 
     fn drop_input(&mut self) {
         self.pending = 0..0;
+        self.size = None;
+        if let Some(slave) = &mut self.pipes.slave {
+            slave.forget();
+        }
         self.pipes.input_of(self.tty).discard_write();
     }
 
@@ -209,8 +218,11 @@ impl Session {
     ) -> Result<(), Message> {
         let mut control = SessionControl::default();
         bodies::decode(message, &mut Arena::new(context.arena), &mut control)?;
-        if self.tty {
-            resize(&self.pipes.output, control.cols, control.rows);
+        if let Some(slave) = &mut self.pipes.slave
+            && let size @ Some(_) = Size::new(control.cols, control.rows)
+        {
+            slave.forget();
+            self.size = size;
         }
         match control.stdin {
             Some(Stdin::Eof) if self.tty => self.eof = self.eof.or(Some(0)),
@@ -279,8 +291,15 @@ impl Session {
         true
     }
 
-    /// Writes as much input as the command accepts. Returns whether that was anything.
+    /// Sets the terminal's size, and writes as much input as the command accepts. Returns whether that was
+    /// anything.
     fn write_input(&mut self, io: &mut Io) -> bool {
+        if let Some(size) = self.size
+            && let Some(slave) = &mut self.pipes.slave
+            && slave.resize(size) != Err(Errno::AGAIN)
+        {
+            self.size = None;
+        }
         let writes_eof = self.writes_eof();
         let input = self.pipes.input_of(self.tty);
         if !self.pending.is_empty() {
@@ -385,8 +404,9 @@ fn start_on_terminal(
 ) -> Result<(Process, Pipes)> {
     let (master, slave) =
         terminal::open(context.pts.as_ref()).map_err(context!("open a terminal"))?;
-    let master = Channel::new(Some(master), context.guest_threads);
-    resize(&master, cols, rows);
+    if let Some(size) = Size::new(cols, rows) {
+        let _as_it_is = terminal::resize(&master, size);
+    }
     let terminal = Inherited::new(&slave);
     let streams = Streams {
         input: Input::Terminal(terminal),
@@ -395,21 +415,11 @@ fn start_on_terminal(
     };
     let process = Process::start(spec, streams, context)?;
     let pipes = Pipes {
-        output: master,
+        output: Channel::new(Some(master), context.guest_threads),
         slave: Some(GuestFile::new(slave, context.guest_threads)),
         ..Pipes::default()
     };
     Ok((process, pipes))
-}
-
-/// Sets a terminal's size, unless it is 0 (unknown).
-fn resize(master: &Channel, cols: u16, rows: u16) {
-    if let Some(master) = master.end()
-        && cols > 0
-        && rows > 0
-    {
-        let _gone = sys::terminal::resize(master, cols, rows);
-    }
 }
 
 /// Displays a value, or `null`.

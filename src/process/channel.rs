@@ -33,11 +33,6 @@ impl Channel {
         self.file.is_some()
     }
 
-    /// Our end, for calls that do not lock the pipe or terminal.
-    pub fn end(&self) -> Option<&OwnedFd> {
-        self.file.as_ref()?.fd()
-    }
-
     /// Whether a call on it is pending, as another process holds its lock.
     pub fn is_pending(&self) -> bool {
         self.file.as_ref().is_some_and(GuestFile::is_pending)

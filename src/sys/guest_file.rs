@@ -2,8 +2,9 @@
 //!
 //! Every operation on a pipe takes its lock, even with O_NONBLOCK (fs/pipe.c), and a process that has the pipe
 //! open can hold that lock indefinitely: by splice(2) from a socket without data. The same is true of a
-//! terminal (drivers/tty/tty_ldisc.c). So threads read, write and close on behalf of the event loop, which
-//! waits for them for a short time and then continues.
+//! terminal (drivers/tty/tty_ldisc.c), and of the lock of its size, which a process holds while it gets the
+//! size copied to memory that is not there yet (userfaultfd(2); tiocgwinsz, drivers/tty/tty_io.c). So threads
+//! make these calls on behalf of the event loop, which waits for them for a short time and then continues.
 //!
 //! A thread is started when none is idle, and ended when another one is idle: there is one, and one more for
 //! each blocked call. Everything here runs in the event loop's thread, except [`Thread::serve`].
@@ -12,6 +13,7 @@ use super::arch;
 use super::clock::sleep;
 use super::memory::Region;
 use super::process::{clone_arguments, exit_thread};
+use super::terminal::{self, Size};
 use crate::page::PageBox;
 use core::cell::{Cell, UnsafeCell};
 use core::ffi::c_void;
@@ -125,15 +127,25 @@ impl GuestFile {
     /// Writes some of these bytes (write(2)). EAGAIN if none are accepted now, or the call is pending: then call
     /// again with the same bytes, unless they are [forgotten](Self::forget).
     pub fn write(&mut self, bytes: &[u8]) -> Result<usize> {
-        let result = self.call(Kind::Write, bytes, bytes.len(), false)?.result;
+        self.call_once(Kind::Write, bytes, bytes.len())
+    }
+
+    fn call_once(&mut self, kind: Kind, bytes: &[u8], length: usize) -> Result<usize> {
+        let result = self.call(kind, bytes, length, false)?.result;
         self.release();
         result
     }
 
-    /// Drops the result of a pending write: the next write has other bytes.
+    /// Sets a terminal's size (ioctl_tty(2)). EAGAIN if the call is pending: then call again with the same
+    /// size, unless it is [forgotten](Self::forget).
+    pub fn resize(&mut self, size: Size) -> Result<usize> {
+        self.call_once(Kind::Resize, &[], size.to_bits())
+    }
+
+    /// Drops the result of a pending write or resize: the next one has other bytes, or another size.
     pub fn forget(&mut self) {
         if let Some(thread) = self.pending
-            && thread.owner.get() == Owner::File(Kind::Write)
+            && matches!(thread.owner.get(), Owner::File(Kind::Write | Kind::Resize))
         {
             thread.owner.set(Owner::Forgetful);
         }
@@ -274,7 +286,7 @@ impl GuestThreads {
         if let Some(call) = thread.call() {
             call.kind = kind;
             call.fd = fd.as_raw_fd();
-            call.length = length.min(BUFFER);
+            call.length = length;
             bytes::copy(bytes, &mut call.buffer);
             call.taken = 0;
             thread.owner.set(match kind {
@@ -372,6 +384,7 @@ impl Owner {
 enum Kind {
     Read,
     Write,
+    Resize,
     Close,
     /// No call: the thread ends.
     End,
@@ -382,7 +395,7 @@ struct Call {
     kind: Kind,
     fd: RawFd,
     buffer: Region,
-    /// Number of bytes to write, or size of the buffer.
+    /// Number of bytes to write, or size of the buffer; or a [`Size`].
     length: usize,
     result: Result<usize>,
     /// How many of the bytes read were taken.
@@ -484,12 +497,16 @@ impl Thread {
 
 impl Call {
     fn make(&mut self) {
-        let bytes = self.buffer.get_mut(..self.length).unwrap_or(&mut []);
+        let length = self.length.min(BUFFER);
+        let bytes = self.buffer.get_mut(..length).unwrap_or(&mut []);
         // SAFETY: its owner leaves it to this thread to close.
         let fd = unsafe { BorrowedFd::borrow_raw(self.fd) };
         match self.kind {
             Kind::Write => self.result = rustix::io::write(fd, bytes),
             Kind::Read => self.result = rustix::io::read(fd, bytes),
+            Kind::Resize => {
+                self.result = terminal::resize(fd, Size::from_bits(self.length)).map(|()| 0)
+            }
             Kind::Close => {}
             Kind::End => exit_thread(),
         }
@@ -500,7 +517,7 @@ impl Call {
         match self.kind {
             Kind::Read => !matches!(self.result, Ok(1..) | Err(Errno::AGAIN)),
             Kind::Close => true,
-            Kind::Write | Kind::End => false,
+            Kind::Write | Kind::Resize | Kind::End => false,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::files;
 use linux_raw_sys::ioctl::TIOCOUTQ;
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::OFlags;
 use rustix::io::{Errno, Result};
 use rustix::ioctl::{Getter, ioctl};
@@ -20,11 +20,33 @@ pub fn open(pts: Option<&OwnedFd>) -> Result<(OwnedFd, OwnedFd)> {
     Ok((master, slave))
 }
 
+/// A terminal's size.
+#[derive(Clone, Copy)]
+pub struct Size(u32);
+
+impl Size {
+    /// A size in columns and rows; `None` if one of them is 0 (unknown).
+    pub fn new(cols: u16, rows: u16) -> Option<Self> {
+        let size = Self(u32::from(cols) << 16 | u32::from(rows));
+        (cols > 0 && rows > 0).then_some(size)
+    }
+
+    /// The size as a number.
+    pub fn to_bits(self) -> usize {
+        self.0 as usize
+    }
+
+    /// The size of which [`to_bits`](Self::to_bits) is this number.
+    pub fn from_bits(bits: usize) -> Self {
+        Self(bits as u32)
+    }
+}
+
 /// Sets its size.
-pub fn resize(terminal: &OwnedFd, cols: u16, rows: u16) -> Result<()> {
+pub fn resize(terminal: impl AsFd, size: Size) -> Result<()> {
     let size = Winsize {
-        ws_row: rows,
-        ws_col: cols,
+        ws_row: size.0 as u16,
+        ws_col: (size.0 >> 16) as u16,
         ws_xpixel: 0,
         ws_ypixel: 0,
     };

@@ -5,12 +5,14 @@
 #include <fcntl.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <linux/userfaultfd.h>
 #include <sched.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/ptrace.h>
 #include <sys/resource.h>
@@ -231,6 +233,20 @@ static void stop_up(int seconds)
         putchar(*piece);
 }
 
+/* Keeps its terminal's size locked: the kernel copies it to memory that nobody provides. */
+static void hold_size(void)
+{
+    char *page = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    struct uffdio_api api = {.api = UFFD_API};
+    struct uffdio_register all = {{(unsigned long)page, 4096}, UFFDIO_REGISTER_MODE_MISSING, 0};
+    int faults = syscall(SYS_userfaultfd, O_CLOEXEC);
+
+    or_die(ioctl(faults, UFFDIO_API, &api));
+    or_die(ioctl(faults, UFFDIO_REGISTER, &all));
+    puts("held");
+    ioctl(0, TIOCGWINSZ, page);
+}
+
 /* All the memory there is, every page of it. */
 static void eat(void)
 {
@@ -375,6 +391,8 @@ int main(int argc, char **argv)
         drip(atoi(argv[2]));
     else if (!strcmp(what, "stop-up"))
         stop_up(atoi(argv[2]));
+    else if (!strcmp(what, "hold-size"))
+        hold_size();
     else if (!strcmp(what, "nothing"))
         pause();
     else

@@ -577,6 +577,39 @@ fn pipes_that_are_kept_locked_block_nothing_else() -> Result<()> {
 }
 
 #[test]
+fn a_terminal_whose_size_is_kept_locked_holds_up_nobody_else() -> Result<()> {
+    let root = Image::ext4(&tree()?, 32)?;
+    let config = guest::shell("exec sleep 100000", json!({}));
+    let mut vm = Vm::builder()
+        .config(&config)
+        .disk(&root)
+        .timeout(TIMEOUT / 3)
+        .boot()?;
+    let mut session = Socket::open(vm.connect(vsock::API_PORT)?, "/v1/ws/exec")?;
+    let script = "attack hold-size & read a; kill -9 $!; read b; stty size";
+    session.text(&json!({"command": ["sh", "-c", script], "tty": true}))?;
+    session.output_with("held")?;
+    thread::sleep(Duration::from_millis(500));
+    for cols in 80..90 {
+        session.text(&json!({"cols": cols, "rows": 24}))?;
+    }
+    let start = Instant::now();
+    for _ in 0..10 {
+        assert_eq!(vm.api()?.get("/v1/status")?.status, 200);
+    }
+    println!("ten calls took {:?}", start.elapsed());
+
+    // Input goes on; the size that came last is the terminal's when nobody keeps it any more.
+    session.binary(b"\n")?;
+    output(&mut vm.api()?, "while pidof attack; do sleep 0.1; done")?;
+    thread::sleep(Duration::from_millis(500));
+    session.binary(b"\n")?;
+    let ended = session.wait_end()?;
+    assert!(ended.text().contains("24 89"), "{}", ended.text());
+    Ok(())
+}
+
+#[test]
 fn only_the_workload_that_eats_all_memory_is_killed() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
     let volume = Image::ext4(&Tree::empty()?, 16)?;
