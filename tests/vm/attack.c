@@ -212,6 +212,39 @@ static void drip(int seconds)
     _exit(0);
 }
 
+/* What waits in the pipe, after a while. */
+static int left_in(int pipe)
+{
+    int left = 1;
+    for (int n = 0; left && n < 20; n++) {
+        usleep(50000);
+        or_die(ioctl(pipe, FIONREAD, &left));
+    }
+    return left;
+}
+
+/* Writes to the standard error until nobody takes it any more, and takes back what is left. Then a line to
+   the standard output: says on the console when it was taken. */
+static void brim(void)
+{
+    static char piece[4096];
+    int back = open("/proc/self/fd/2", O_RDONLY | O_NONBLOCK);
+    FILE *console = fopen("/dev/console", "w");
+
+    or_die(back < 0 || !console);
+    do
+        or_die(write(2, piece, sizeof piece) < 0);
+    while (!left_in(2));
+    while (read(back, piece, sizeof piece) > 0)
+        ;
+    fprintf(console, "brimful\n");
+    fflush(console);
+    puts("last");
+    while (left_in(1))
+        ;
+    fprintf(console, "taken\n");
+}
+
 /* The same with the pipe of its input, once something has come in. */
 static void stop_up(int seconds)
 {
@@ -389,6 +422,8 @@ int main(int argc, char **argv)
         plug(argv[2], atoi(argv[3]));
     else if (!strcmp(what, "drip"))
         drip(atoi(argv[2]));
+    else if (!strcmp(what, "brim"))
+        brim();
     else if (!strcmp(what, "stop-up"))
         stop_up(atoi(argv[2]));
     else if (!strcmp(what, "hold-size"))

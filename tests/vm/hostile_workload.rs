@@ -1,6 +1,7 @@
 //! Workloads that turn on their PID 1, on its end, and on the machine's memory.
 
 use std::{
+    io::Write,
     os::unix::net::UnixStream,
     panic::{self, AssertUnwindSafe},
     sync::atomic::{AtomicBool, Ordering},
@@ -574,6 +575,33 @@ fn pipes_that_are_kept_locked_block_nothing_else() -> Result<()> {
     assert!(console.contains("last words\n"), "{console}");
     assert!(console.contains("exit_code=7"), "{console}");
     root.check()
+}
+
+#[test]
+fn what_a_locked_pipe_has_held_up_is_taken_when_a_follower_that_reads_nothing_is_given_up()
+-> Result<()> {
+    let root = Image::ext4(&tree()?, 32)?;
+    // By the time that the lock is free there is no room for what was read.
+    let script = "read line; attack plug '' 30; attack brim; exec sleep 100000";
+    let config = guest::shell(script, json!({"SeparateStderr": true}));
+    let mut vm = Vm::builder()
+        .config(&config)
+        .disk(&root)
+        .arg("PIGEON_OUTPUT=log")
+        .arg("PIGEON_LOG_KIB=4")
+        .timeout(TIMEOUT)
+        .boot()?;
+    vm.wait_for("workload started")?;
+    let mut follower = vm.connect(vsock::API_PORT)?;
+    write!(
+        follower,
+        "GET /v1/logs?follow=1 HTTP/1.1\r\nHost: x\r\n\r\n"
+    )?;
+    // Nothing wakes PID 1 from then on but its own deadline, 30 s after the follower took something.
+    vm.type_text("\n")?;
+    vm.wait_for("brimful")?;
+    vm.wait_for("taken")?;
+    Ok(())
 }
 
 #[test]
