@@ -4,7 +4,7 @@ use crate::context;
 use crate::error;
 use crate::error::{Error, Result};
 use crate::process::{credentials, rlimits};
-use crate::sys::{self, GuestFile, GuestThreads, Inherited, Region, SignalSet, Spawn, files};
+use crate::sys::{self, Inherited, Region, SignalSet, Spawn, files};
 use core::ffi::{CStr, c_char};
 use core::fmt::{self, Display, Write};
 use core::ops::Range;
@@ -94,7 +94,7 @@ pub struct Launch {
 
 impl Launch {
     /// Starts the command that `describe` fills in, in `cgroup`, or in PID 1's cgroup if that fails (root
-    /// may have removed it).
+    /// may have removed it). It waits until it may [begin](Self::begin).
     pub fn start(
         cgroup: Option<&OwnedFd>,
         describe: &mut dyn FnMut(&mut Command) -> Result,
@@ -110,15 +110,12 @@ impl Launch {
         Ok(Self { pid, child })
     }
 
-    /// Closes PID 1's copies of the child's ends of pipes.
-    ///
-    /// If the child has executed its program already, that may hold a pipe's lock, so closing could block.
-    pub fn close(&self, ends: [Option<OwnedFd>; 3], threads: &'static GuestThreads) {
-        for end in ends.into_iter().flatten() {
-            match &self.child {
-                Some(child) if child.is_in_use() => drop(end),
-                _ => drop(GuestFile::new(end, threads)),
-            }
+    /// Lets the child begin, and closes ends of pipes that it has copies of, before that: what it executes
+    /// may close these, and open and lock the pipes anew.
+    pub fn begin(&self, ends: [Option<OwnedFd>; 3]) {
+        drop(ends);
+        if let Some(child) = &self.child {
+            child.begin();
         }
     }
 

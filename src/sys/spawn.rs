@@ -17,6 +17,7 @@ use linux_raw_sys::general as uapi;
 use rustix::fd::OwnedFd;
 use rustix::io::{Errno, Result};
 use rustix::process::Pid;
+use rustix::thread::futex;
 
 /// More stack than a child needs; untouched pages cost nothing.
 const STACK: usize = 256 << 10;
@@ -35,6 +36,8 @@ struct ChildMemory<T> {
     stack: UnsafeCell<MaybeUninit<Stack>>,
     /// Not 0 until the child has called execve or exited: then the kernel clears it (CLONE_CHILD_CLEARTID).
     in_use: AtomicU32,
+    /// Not 0 once the child may begin.
+    begun: AtomicU32,
     run: fn(&mut T) -> i32,
     value: UnsafeCell<T>,
 }
@@ -49,6 +52,7 @@ impl<T> Spawn<T> {
         let memory = PageBox::new(|| ChildMemory {
             stack: UnsafeCell::new(MaybeUninit::uninit()),
             in_use: AtomicU32::new(0),
+            begun: AtomicU32::new(0),
             run,
             value: UnsafeCell::new(value()),
         })?;
@@ -70,7 +74,14 @@ impl<T> Spawn<T> {
         }
     }
 
-    /// Starts the child in a control group, or in this program's.
+    /// Lets the child begin.
+    pub fn begin(&self) {
+        self.memory.begun.store(1, Ordering::Release);
+        let _woken = futex::wake(&self.memory.begun, futex::Flags::PRIVATE, 1);
+    }
+
+    /// Starts the child in a control group, or in this program's. It waits until it may
+    /// [begin](Self::begin).
     pub fn start(&mut self, cgroup: Option<&OwnedFd>) -> Result<Pid> {
         if self.is_in_use() {
             return Err(Errno::BUSY);
@@ -98,9 +109,12 @@ impl<T> Spawn<T> {
 
 /// The child's first and last function.
 extern "C" fn enter<T>(memory: NonNull<c_void>) -> ! {
-    // SAFETY: `start` passes a `ChildMemory`, of which the parent only uses `in_use` until this process has
-    // exited or called execve.
+    // SAFETY: `start` passes a `ChildMemory`, of which the parent only uses `in_use` and `begun` until this
+    // process has exited or called execve.
     let memory = unsafe { memory.cast::<ChildMemory<T>>().as_ref() };
+    while memory.begun.load(Ordering::Acquire) == 0 {
+        let _begun = futex::wait(&memory.begun, futex::Flags::PRIVATE, 0, None);
+    }
     // SAFETY: as above.
     exit((memory.run)(unsafe { &mut *memory.value.get() }))
 }

@@ -212,6 +212,15 @@ static void drip(int seconds)
     _exit(0);
 }
 
+/* Opens the pipe of its output anew and keeps it locked, so that who closes the end that it was started with
+   is the last to do so. */
+static void snatch(void)
+{
+    int pair[2], pipe = open("/proc/self/fd/1", O_WRONLY);
+    or_die(pipe < 0 || socketpair(AF_UNIX, SOCK_STREAM, 0, pair) || close(1));
+    splice(pair[0], 0, pipe, 0, 4096, 0);
+}
+
 /* What waits in the pipe, after a while. */
 static int left_in(int pipe)
 {
@@ -422,6 +431,8 @@ int main(int argc, char **argv)
         plug(argv[2], atoi(argv[3]));
     else if (!strcmp(what, "drip"))
         drip(atoi(argv[2]));
+    else if (!strcmp(what, "snatch"))
+        snatch();
     else if (!strcmp(what, "brim"))
         brim();
     else if (!strcmp(what, "stop-up"))

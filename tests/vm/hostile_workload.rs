@@ -605,6 +605,25 @@ fn what_a_locked_pipe_has_held_up_is_taken_when_a_follower_that_reads_nothing_is
 }
 
 #[test]
+fn commands_that_lock_their_output_as_soon_as_they_run_hold_up_nobody_else() -> Result<()> {
+    let root = Image::ext4(&tree()?, 32)?;
+    let config = guest::shell("exec sleep 100000", json!({}));
+    let mut vm = Vm::builder()
+        .config(&config)
+        .disk(&root)
+        .timeout(TIMEOUT / 3)
+        .boot()?;
+    let start = Instant::now();
+    for round in 0..20 {
+        let body = json!({"cmd": ["attack", "snatch"], "user": "app", "timeout_ms": 50});
+        let answer = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
+        assert_eq!(answer["timed_out"], true, "{round}: {answer}");
+    }
+    println!("twenty commands took {:?}", start.elapsed());
+    Ok(())
+}
+
+#[test]
 fn a_terminal_whose_size_is_kept_locked_holds_up_nobody_else() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
     let config = guest::shell("exec sleep 100000", json!({}));
