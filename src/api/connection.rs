@@ -871,11 +871,11 @@ impl Connection {
             }
             return Step::Again;
         }
-        if !tunnel.proceed(&mut self.io, pieces) {
-            return Step::Wait;
-        }
+        // Also by a client that was found gone, after which nothing moves.
         if tunnel.is_closed() {
             self.enter(State::Closed, shared);
+        } else if !tunnel.proceed(&mut self.io, pieces) {
+            return Step::Wait;
         }
         self.limit_tunnel(shared.context.now);
         Step::Again
