@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Error,
+    connection::{Connection, Limit},
     files::escape,
     http,
     logs::Logs,
@@ -50,6 +51,8 @@ pub struct Client {
     uds: PathBuf,
     /// How long a guest that does not respond is retried.
     retry_timeout: Duration,
+    /// When every call has ended.
+    deadline: Option<Instant>,
 }
 
 /// The exit of the workload.
@@ -164,12 +167,14 @@ impl Command {
 impl Client {
     /// Timeout of calls that do not wait for anything.
     pub(crate) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
+    pub(crate) const SOON: Limit = Limit::Total(Client::RESPONSE_TIMEOUT);
 
     /// A client for the VM behind `uds`, which may not be up yet.
     pub fn new(uds: impl Into<PathBuf>) -> Client {
         Client {
             uds: uds.into(),
             retry_timeout: Duration::ZERO,
+            deadline: None,
         }
     }
 
@@ -180,7 +185,16 @@ impl Client {
         self
     }
 
-    /// Connects to the VM behind `uds`, without retries: an error if its init is not up.
+    /// For a caller that has no more time than this: all calls together end within it, also those
+    /// that wait for something. A session that has begun in time goes on.
+    pub fn within(&self, timeout: Duration) -> Client {
+        Client {
+            deadline: Some(Instant::now() + timeout),
+            ..self.clone()
+        }
+    }
+
+    /// The VM behind `uds`, once: an error when its init is not there.
     pub fn connect(uds: impl AsRef<Path>) -> Result<Client, Error> {
         let client = Client::new(uds.as_ref());
         client.status()?;
@@ -210,10 +224,18 @@ impl Client {
 
     /// Connects to a vsock port of the guest, such as one of the workload.
     pub fn port(&self, port: u32) -> Result<UnixStream, Error> {
-        let deadline = Instant::now() + self.retry_timeout;
+        let retry_until = Instant::now() + self.retry_timeout;
+        let retry_until = self.deadline.into_iter().chain([retry_until]).min();
         let stream = loop {
-            match vsock::connect(&self.uds, port, HANDSHAKE) {
-                Err(Error::NotListening { .. }) if Instant::now() < deadline => {
+            let left = self
+                .deadline
+                .map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let timeout = left.map_or(HANDSHAKE, |left| left.min(HANDSHAKE));
+            if timeout.is_zero() {
+                return Err(Error::TimedOut(format!("port {port}: timed out")));
+            }
+            match vsock::connect(&self.uds, port, timeout) {
+                Err(Error::NotListening { .. }) if retry_until > Some(Instant::now()) => {
                     thread::sleep(RETRY);
                 }
                 result => break result?,
@@ -225,23 +247,19 @@ impl Client {
 
     /// `GET /v1/status`: checks the init.
     pub fn status(&self) -> Result<(), Error> {
-        self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
-            http.get("/v1/status")
-        })?;
+        self.call(Client::SOON, |http| http.get("/v1/status"))?;
         Ok(())
     }
 
     /// `GET /v1/exit_code`: waits for the workload's exit.
     pub fn exit_code(&self) -> Result<Exit, Error> {
-        parse(self.call(None, |http| http.get("/v1/exit_code"))?)
+        parse(self.call(Limit::None, |http| http.get("/v1/exit_code"))?)
     }
 
     /// `POST /v1/signals`: a signal to the workload's process group.
     pub fn signal(&self, signal: u8) -> Result<(), Error> {
         let body = json!({"signal": signal});
-        self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
-            http.post("/v1/signals", &body)
-        })?;
+        self.call(Client::SOON, |http| http.post("/v1/signals", &body))?;
         Ok(())
     }
 
@@ -252,7 +270,7 @@ impl Client {
             body["timeout_ms"] = json!(timeout.as_millis());
         }
         let timeout = command.timeout.unwrap_or(EXEC_LIMIT) + Client::RESPONSE_TIMEOUT;
-        match self.call(Some(timeout), |http| http.post("/v1/exec", &body)) {
+        match self.call(Limit::Total(timeout), |http| http.post("/v1/exec", &body)) {
             Err(Error::Refused {
                 status: 500,
                 message,
@@ -297,16 +315,14 @@ impl Client {
 
     /// `GET /v1/sessions`: the named sessions.
     pub fn sessions(&self) -> Result<Vec<SessionInfo>, Error> {
-        let reply = self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
-            http.get("/v1/sessions")
-        })?;
+        let reply = self.call(Client::SOON, |http| http.get("/v1/sessions"))?;
         parse(reply)
     }
 
     /// `DELETE /v1/sessions/ID`: ends a named session.
     pub fn end_session(&self, id: &str) -> Result<(), Error> {
         let target = format!("/v1/sessions/{}", escape(id));
-        self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
+        self.call(Client::SOON, |http| {
             http.request("DELETE", &target, &[], b"")
         })?;
         Ok(())
@@ -322,9 +338,7 @@ impl Client {
         if let Some(timeout) = timeout {
             body["timeout_ms"] = json!(timeout.as_millis());
         }
-        self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
-            http.post("/v1/stop", &body)
-        })?;
+        self.call(Client::SOON, |http| http.post("/v1/stop", &body))?;
         Ok(())
     }
 
@@ -338,7 +352,7 @@ impl Client {
             target += mark;
             target += &query;
         }
-        let (head, http) = self.start_get(&target)?;
+        let (head, http) = self.start_get(&target, Client::RESPONSE_TIMEOUT, Limit::None)?;
         let offset = head
             .header("log-offset")
             .and_then(|offset| offset.parse().ok());
@@ -348,45 +362,46 @@ impl Client {
 
     /// `GET /v1/sysinfo`: memory, load, file descriptors, processors, disks and network.
     pub fn sysinfo(&self) -> Result<Value, Error> {
-        parse(self.call(Some(Client::RESPONSE_TIMEOUT), |http| {
-            http.get("/v1/sysinfo")
-        })?)
+        parse(self.call(Client::SOON, |http| http.get("/v1/sysinfo"))?)
     }
 
     /// A connection to the API.
-    pub(crate) fn http(
-        &self,
-        timeout: Option<Duration>,
-    ) -> Result<http::Client<UnixStream>, Error> {
+    pub(crate) fn connection(&self, limit: Limit) -> Result<Connection, Error> {
         let stream = self.port(API_PORT)?;
-        stream.set_read_timeout(timeout).map_err(Error::broken)?;
-        Ok(http::Client::new(stream))
+        Connection::new(stream, limit, self.deadline).map_err(Error::broken)
     }
 
-    /// Sends a `GET` and reads the head of the response; the body is streamed.
+    pub(crate) fn http(&self, limit: Limit) -> Result<http::Client<Connection>, Error> {
+        Ok(http::Client::new(self.connection(limit)?))
+    }
+
+    /// Sends a `GET` and reads the head of the response within a time; the body is streamed, and has a
+    /// limit of its own.
     pub(crate) fn start_get(
         &self,
         target: &str,
-    ) -> Result<(http::Response, http::Client<UnixStream>), Error> {
-        let mut http = self.http(Some(Client::RESPONSE_TIMEOUT))?;
+        timeout: Duration,
+        body: Limit,
+    ) -> Result<(http::Response, http::Client<Connection>), Error> {
+        let mut http = self.http(Limit::Total(timeout))?;
         let request = format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n");
-        http.send(request.as_bytes()).map_err(Error::broken)?;
-        let head = http.receive_head().map_err(Error::broken)?;
+        http.send(request.as_bytes()).map_err(Error::unanswered)?;
+        let head = http.receive_head().map_err(Error::unanswered)?;
         if head.status != 200 {
             return Err(Client::refused(head, http));
         }
-        http.wait_forever().map_err(Error::broken)?;
+        http.get_mut().set_limit(body).map_err(Error::broken)?;
         Ok((head, http))
     }
 
     /// The error in a response whose head has been read.
-    pub(crate) fn refused(head: http::Response, http: http::Client<UnixStream>) -> Error {
+    pub(crate) fn refused(head: http::Response, http: http::Client<Connection>) -> Error {
         let status = head.status;
         let mut body = vec![];
         match http.into_body(&head) {
             Ok(reader) => match reader.take(MAX_ERROR).read_to_end(&mut body) {
                 Ok(_) => refusal(status, &body),
-                Err(error) => Error::broken(error),
+                Err(error) => Error::unanswered(error),
             },
             Err(error) => Error::broken(error),
         }
@@ -399,16 +414,16 @@ impl Client {
         target: &str,
         body: &Value,
     ) -> Result<T, Error> {
-        parse(self.call(Some(timeout), |http| http.post(target, body))?)
+        parse(self.call(Limit::Total(timeout), |http| http.post(target, body))?)
     }
 
     /// Makes a call. An error status is an error.
     pub(crate) fn call(
         &self,
-        timeout: Option<Duration>,
-        call: impl FnOnce(&mut http::Client<UnixStream>) -> anyhow::Result<http::Response>,
+        limit: Limit,
+        call: impl FnOnce(&mut http::Client<Connection>) -> anyhow::Result<http::Response>,
     ) -> Result<http::Response, Error> {
-        let response = call(&mut self.http(timeout)?).map_err(Error::broken)?;
+        let response = call(&mut self.http(limit)?).map_err(Error::unanswered)?;
         if (200..300).contains(&response.status) {
             return Ok(response);
         }
@@ -432,6 +447,46 @@ fn parse<T: for<'a> Deserialize<'a>>(response: http::Response) -> Result<T, Erro
 mod tests {
     use super::*;
     use std::{io::Write, os::unix::net::UnixListener};
+
+    #[test]
+    fn calls_to_an_unresponsive_init_end_at_the_deadline() {
+        let dir = tempfile::tempdir().unwrap();
+        let uds = dir.path().join("vsock");
+        let listener = UnixListener::bind(&uds).unwrap();
+        thread::spawn(move || {
+            let mut open = vec![];
+            for mut stream in listener.incoming().flatten() {
+                stream.write_all(b"OK 1073741824\n").unwrap();
+                open.push(stream);
+            }
+        });
+        type Call = fn(&Client) -> Result<(), Error>;
+        let calls: [(&str, Call); 9] = [
+            ("status", |vm| vm.status()),
+            ("exit_code", |vm| vm.exit_code().map(drop)),
+            ("stop", |vm| vm.stop(None, None)),
+            ("sessions", |vm| vm.sessions().map(drop)),
+            ("logs", |vm| vm.logs(true, None).map(drop)),
+            ("session", |vm| {
+                vm.terminal(&Command::new(["x"]), (80, 24)).map(drop)
+            }),
+            ("read", |vm| vm.read_text("/f", 1).map(drop)),
+            ("write", |vm| {
+                vm.write_file("/f", &mut &b"x"[..], None, &Default::default())
+                    .map(drop)
+            }),
+            ("tunnel", |vm| vm.tunnel("localhost:1").map(drop)),
+        ];
+        for (name, call) in calls {
+            let vm = Client::new(&uds).within(Duration::from_millis(50));
+            let (sender, results) = std::sync::mpsc::channel();
+            thread::spawn(move || sender.send(call(&vm)));
+            let result = results.recv_timeout(Duration::from_secs(20));
+            let error = result.expect(name).unwrap_err();
+            assert!(matches!(error, Error::TimedOut(_)), "{name}: {error}");
+            assert!(error.to_string().ends_with("timed out"), "{name}: {error}");
+        }
+    }
 
     #[test]
     fn a_busy_guest_is_retried_within_the_timeout_only() {

@@ -32,6 +32,8 @@ pub enum Error {
     Closed(String),
     /// The connection was closed, or the data was invalid.
     Broken(String),
+    /// The guest is there, and its init has not answered in time.
+    TimedOut(String),
 }
 
 impl Error {
@@ -42,6 +44,17 @@ impl Error {
 
     pub(crate) fn broken(error: impl fmt::Display) -> Error {
         Error::Broken(format!("{error:#}"))
+    }
+
+    /// What a request has come to that was not answered.
+    pub(crate) fn unanswered(error: impl Into<anyhow::Error>) -> Error {
+        let error = error.into();
+        let is_timeout = |error: &io::Error| error.kind() == io::ErrorKind::TimedOut;
+        let mut causes = error.chain();
+        match causes.any(|cause| cause.downcast_ref().is_some_and(is_timeout)) {
+            true => Error::TimedOut(format!("{error:#}")),
+            false => Error::broken(format!("{error:#}")),
+        }
     }
 }
 
@@ -58,6 +71,7 @@ impl fmt::Display for Error {
             Error::NotStarted(message) => f.write_str(message),
             Error::Closed(reason) => f.write_str(reason),
             Error::Broken(what) => write!(f, "the connection broke: {what}"),
+            Error::TimedOut(what) => write!(f, "the guest does not answer: {what}"),
         }
     }
 }

@@ -1,10 +1,13 @@
 //! Files of a running VM (`/v1/files`).
 
-use std::{io::Read, os::unix::net::UnixStream};
+use std::{io::Read, time::Duration};
 
 use serde::Deserialize;
 
-use crate::{Client, Error, client::refusal, http};
+use crate::{Client, Connection, Error, client::refusal, connection::Limit, http};
+
+/// How long a transfer may stand still: the init gives a client up after 30 s, and a disk after 45.
+const STALLED: Duration = Duration::from_secs(60);
 
 /// Metadata of a regular file.
 #[derive(Clone, Debug, PartialEq)]
@@ -66,10 +69,9 @@ impl Client {
     /// `HEAD /v1/files`: metadata of a regular file.
     pub fn file_info(&self, path: &str) -> Result<FileInfo, Error> {
         let target = format!("/v1/files?path={}", escape(path));
-        let mut http = self.http(Some(Client::RESPONSE_TIMEOUT))?;
-        let reply = http
-            .request("HEAD", &target, &[], b"")
-            .map_err(Error::broken)?;
+        let mut http = self.http(Limit::Total(STALLED))?;
+        let reply = http.request("HEAD", &target, &[], b"");
+        let reply = reply.map_err(Error::unanswered)?;
         match reply.status {
             200 => Ok(info(&reply)),
             status => Err(Error::Refused {
@@ -80,9 +82,9 @@ impl Client {
     }
 
     /// `GET /v1/files`: metadata and contents of a regular file.
-    pub fn read_file(&self, path: &str) -> Result<(FileInfo, http::Body<UnixStream>), Error> {
+    pub fn read_file(&self, path: &str) -> Result<(FileInfo, http::Body<Connection>), Error> {
         let target = format!("/v1/files?path={}", escape(path));
-        let (head, http) = self.start_get(&target)?;
+        let (head, http) = self.start_get(&target, STALLED, Limit::Progress(STALLED))?;
         let info = info(&head);
         let body = http.into_body(&head).map_err(Error::broken)?;
         Ok((info, body))
@@ -94,7 +96,7 @@ impl Client {
         let (_, body) = self.read_file(path)?;
         let mut bytes = vec![];
         let read = body.take(limit).read_to_end(&mut bytes);
-        read.map_err(Error::broken)?;
+        read.map_err(Error::unanswered)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
@@ -114,9 +116,9 @@ impl Client {
         if let Some(user) = &options.user {
             target += &format!("&user={}", escape(user));
         }
-        let mut http = self.http(None)?;
+        let mut http = self.http(Limit::Progress(STALLED))?;
         let reply = http.send_body("PUT", &target, contents, length);
-        let reply = reply.map_err(Error::broken)?;
+        let reply = reply.map_err(Error::unanswered)?;
         match reply.status {
             200 | 201 => serde_json::from_slice(&reply.body).map_err(Error::broken),
             status => Err(refusal(status, &reply.body)),

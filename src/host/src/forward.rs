@@ -115,15 +115,14 @@ pub(crate) fn copy(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
 impl Client {
     /// `CONNECT host:port`: a connection to a TCP port of the guest, and the bytes received on it so far.
     pub fn tunnel(&self, target: &str) -> Result<(UnixStream, Vec<u8>), Error> {
-        let mut http = self.http(Some(Client::RESPONSE_TIMEOUT))?;
+        let mut http = self.http(Client::SOON)?;
         let request = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n");
-        http.send(request.as_bytes()).map_err(Error::broken)?;
-        let head = http.receive_head().map_err(Error::broken)?;
+        http.send(request.as_bytes()).map_err(Error::unanswered)?;
+        let head = http.receive_head().map_err(Error::unanswered)?;
         if head.status != 200 {
             return Err(Client::refused(head, http));
         }
         let (stream, early) = http.into_stream();
-        stream.set_read_timeout(None).map_err(Error::broken)?;
-        Ok((stream, early))
+        Ok((stream.into_stream().map_err(Error::broken)?, early))
     }
 }

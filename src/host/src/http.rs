@@ -269,6 +269,11 @@ impl<S: Read + Write> Client<S> {
         Ok(())
     }
 
+    /// The stream.
+    pub fn get_mut(&mut self) -> &mut S {
+        self.stream.get_mut()
+    }
+
     /// The stream and what has been read from it but not used, as for a WebSocket's start.
     pub fn into_stream(self) -> (S, Vec<u8>) {
         let unused = self.stream.buffer().to_vec();
@@ -351,11 +356,6 @@ impl<S: Read> Read for Body<S> {
 }
 
 impl Client<UnixStream> {
-    /// Removes the time limit for responses.
-    pub fn wait_forever(&mut self) -> Result<()> {
-        Ok(self.stream.get_ref().set_read_timeout(None)?)
-    }
-
     /// Sets the time limit for responses.
     pub fn set_read_timeout(&mut self, timeout: Duration) -> Result<()> {
         Ok(self.stream.get_ref().set_read_timeout(Some(timeout))?)

@@ -10,6 +10,7 @@ pub mod assets;
 pub mod calls;
 mod client;
 pub mod config;
+mod connection;
 mod elf;
 mod error;
 pub mod events;
@@ -35,5 +36,6 @@ pub mod vsock;
 
 pub use arch::Arch;
 pub use client::{Client, Command, Exit, Output};
+pub use connection::Connection;
 pub use error::Error;
 pub use session::Session;

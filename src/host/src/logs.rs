@@ -6,7 +6,7 @@ use std::{
     os::unix::net::UnixStream,
 };
 
-use crate::{Error, http};
+use crate::{Connection, Error, http};
 
 /// Bytes of a frame before its contents: the stream, three zeros, the length (big-endian).
 const HEADER: usize = 8;
@@ -95,13 +95,13 @@ fn fill(source: &mut impl Read, mut buffer: &mut [u8]) -> io::Result<bool> {
 
 /// Output as it comes from a VM.
 pub struct Logs {
-    body: http::Body<UnixStream>,
+    body: http::Body<Connection>,
     offset: u64,
     is_cut: bool,
 }
 
 impl Logs {
-    pub(crate) fn new(body: http::Body<UnixStream>, offset: u64) -> Logs {
+    pub(crate) fn new(body: http::Body<Connection>, offset: u64) -> Logs {
         Logs {
             body,
             offset,
@@ -129,7 +129,7 @@ impl Logs {
                 self.is_cut = true;
                 None
             }
-            frame => frame.map_err(Error::broken)?,
+            frame => frame.map_err(Error::unanswered)?,
         };
         if let Some(frame) = &frame {
             self.offset += frame.bytes.len() as u64;
@@ -139,7 +139,7 @@ impl Logs {
 
     /// The connection.
     pub fn stream(&self) -> &UnixStream {
-        self.body.get_ref()
+        self.body.get_ref().stream()
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::{Client, Error, files::escape};
+use crate::{Client, Error, connection::Limit, files::escape};
 
 /// The init itself gives a device up after 30 s.
 const TIMEOUT: Duration = Duration::from_secs(45);
@@ -40,7 +40,7 @@ impl Client {
     /// `DELETE /v1/mounts`: unmounts a volume.
     pub fn unmount(&self, path: &str) -> Result<(), Error> {
         let target = format!("/v1/mounts?path={}", escape(path));
-        self.call(Some(TIMEOUT), |http| {
+        self.call(Limit::Total(TIMEOUT), |http| {
             http.request("DELETE", &target, &[], b"")
         })?;
         Ok(())

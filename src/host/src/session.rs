@@ -3,10 +3,7 @@
 use std::{
     collections::VecDeque,
     io,
-    os::{
-        fd::{AsFd, BorrowedFd},
-        unix::net::UnixStream,
-    },
+    os::fd::{AsFd, BorrowedFd},
 };
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -19,7 +16,7 @@ use tungstenite::{
     protocol::{WebSocketConfig, frame::coding::CloseCode},
 };
 
-use crate::{Client, Command, Error, client::refusal, logs::Stream, vsock::API_PORT};
+use crate::{Client, Command, Connection, Error, client::refusal, logs::Stream};
 
 /// Maximum size of an input message in bytes; the init accepts 128 KiB.
 pub const MESSAGE: usize = 32 << 10;
@@ -103,8 +100,8 @@ impl Ended {
 /// # Ok::<(), pigeon::Error>(())
 /// ```
 pub struct Session {
-    socket: WebSocket<UnixStream>,
-    /// Bytes that are queued for sending.
+    socket: WebSocket<Connection>,
+    /// Something waits to be sent.
     sending: bool,
     /// Events received while sending.
     ahead: VecDeque<Event>,
@@ -167,7 +164,7 @@ impl Session {
         terminal: Option<(u16, u16)>,
         streams: bool,
     ) -> Result<Session, Error> {
-        let stream = client.port(API_PORT)?;
+        let stream = client.connection(Client::SOON)?;
         let upgrade = "ws://localhost/v1/ws/exec".into_client_request();
         let upgrade = upgrade.map_err(Error::broken)?;
         let (socket, _) =
@@ -176,23 +173,24 @@ impl Session {
                     let body = response.body().as_deref().unwrap_or_default();
                     refusal(response.status().as_u16(), body)
                 }
+                HandshakeError::Failure(tungstenite::Error::Io(error)) => {
+                    Error::unanswered(anyhow::Error::from(error).context("no answer to ws/exec"))
+                }
                 HandshakeError::Failure(error) => Error::broken(error),
                 HandshakeError::Interrupted(_) => Error::Broken("it blocks".into()),
             })?;
-        socket
-            .get_ref()
-            .set_nonblocking(true)
-            .map_err(Error::broken)?;
         let mut session = Session::new(socket, streams);
         if let Some((columns, rows)) = terminal {
             (request["cols"], request["rows"]) = (json!(columns), json!(rows));
         }
         session.queue(Message::text(request.to_string()))?;
-        session.drain()?;
+        session.flush()?;
+        let connection = session.socket.get_mut();
+        connection.set_nonblocking().map_err(Error::broken)?;
         Ok(session)
     }
 
-    fn new(socket: WebSocket<UnixStream>, streams: bool) -> Session {
+    fn new(socket: WebSocket<Connection>, streams: bool) -> Session {
         Session {
             socket,
             sending: false,
@@ -432,8 +430,10 @@ impl AsFd for Session {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::connection::Limit;
     use std::{
         io::{Read, Write},
+        os::unix::net::UnixStream,
         thread,
     };
     use tungstenite::protocol::Role;
@@ -441,7 +441,8 @@ mod tests {
     /// A session, and the init's end of its connection.
     fn session() -> (Session, UnixStream) {
         let (near, far) = UnixStream::pair().unwrap();
-        near.set_nonblocking(true).unwrap();
+        let mut near = Connection::new(near, Limit::None, None).unwrap();
+        near.set_nonblocking().unwrap();
         let socket = WebSocket::from_raw_socket(near, Role::Client, Some(config()));
         (Session::new(socket, false), far)
     }

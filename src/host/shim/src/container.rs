@@ -22,7 +22,7 @@ use containerd_shim_protos::{
     topics,
 };
 use pigeon::{
-    Error as ApiError,
+    Client, Error as ApiError,
     files::WriteOptions,
     kill::{Sent, Target},
 };
@@ -199,7 +199,7 @@ impl Container {
         if process.exec_id.is_empty() {
             self.copy_files(vm)?;
         }
-        let passwd = read(vm, "/etc/passwd")?;
+        let passwd = read(&vm.client_until(vm.deadline()), "/etc/passwd")?;
         let home = user::home(process.uid(), &passwd);
         let (container, publisher) = (self.clone(), publisher.clone());
         process.start(taken, vm, home, &self.namespace, move |process| {
@@ -407,7 +407,10 @@ impl Container {
         if self.is_paused() {
             return Err(Failure::Precondition("the container is paused".into()));
         }
-        let sysinfo = vm.client.sysinfo().map_err(anyhow::Error::from)?;
+        let sysinfo = vm
+            .client_until(vm.deadline())
+            .sysinfo()
+            .map_err(anyhow::Error::from)?;
         Ok(metrics::of(&sysinfo))
     }
 }
@@ -431,8 +434,8 @@ fn copy(vm: &Vm, source: &Path, target: &str) -> Result<()> {
 }
 
 /// A file of the guest, which may not be there.
-fn read(vm: &Vm, path: &str) -> Result<String> {
-    match vm.client.read_text(path, MAX_USERS) {
+fn read(client: &Client, path: &str) -> Result<String> {
+    match client.read_text(path, MAX_USERS) {
         Err(ApiError::Refused { status: 404, .. }) => Ok(String::new()),
         text => Ok(text?),
     }
@@ -479,6 +482,60 @@ mod tests {
             ..Stdio::default()
         };
         (stdio, reader)
+    }
+
+    /// A container whose process runs, in a VM whose init does not answer.
+    fn stuck(dir: &Path) -> (Arc<Container>, Arc<Publisher>) {
+        let (container, publisher) = sandbox(Stdio::default());
+        let mut container = Arc::into_inner(container).unwrap();
+        container.vm = Some(vm::tests::stuck_vm(dir, REQUEST));
+        container.process.run_as(7);
+        (Arc::new(container), publisher)
+    }
+
+    /// How long a guest may take for a request here.
+    const REQUEST: Duration = Duration::from_millis(500);
+    /// And how long a request may then take on a machine that is busy.
+    const ANSWERED: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn what_a_guest_does_not_answer_is_an_error_in_bounded_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let (container, publisher) = stuck(dir.path());
+        let spec = br#"{"args":["/bin/true"],"cwd":"/"}"#;
+        container.add("e", spec, Stdio::default()).unwrap();
+        let added = container.find("e").unwrap();
+        let (sender, answers) = mpsc::channel();
+        let ask = |request: &'static str, ask: Box<dyn FnOnce() -> bool + Send>| {
+            let sender = sender.clone();
+            thread::spawn(move || sender.send((request, ask())));
+        };
+        for signal in [15, 1] {
+            let (container, publisher) = (container.clone(), publisher.clone());
+            ask(
+                "Kill",
+                Box::new(move || {
+                    let kill = container.kill(&container.process, signal, false, &publisher);
+                    kill.is_err()
+                }),
+            );
+        }
+        let (own, publisher) = (container.clone(), publisher.clone());
+        ask(
+            "Start",
+            Box::new(move || own.start(&added, &publisher).is_err()),
+        );
+        let own = container.clone();
+        ask("Stats", Box::new(move || own.metrics().is_err()));
+        for _ in 0..4 {
+            let (request, has_failed) = answers.recv_timeout(ANSWERED).expect("all are answered");
+            assert!(has_failed, "{request}");
+        }
+        assert!(matches!(
+            container.find("e").unwrap().stage(),
+            Stage::Failed(_)
+        ));
+        assert_eq!(container.process.stage(), Stage::Running(Some(7)));
     }
 
     fn is_refused<T>(result: Result<T, Failure>) -> bool {

@@ -24,7 +24,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use crate::{
     container::KILLED,
     launch, log, logger,
-    service::lock,
+    service::{lock, lock_until},
     spec,
     stdio::{Input, Output, Outputs, Stdio},
     vm::Vm,
@@ -37,9 +37,7 @@ const PENDING_KILLED: usize = 32 << 20;
 /// How long a client may take to read the last output when the process has ended, and when it is
 /// deleted.
 const DRAIN: Duration = Duration::from_secs(2);
-/// How long a process may take to be started.
-const START: Duration = Duration::from_secs(60);
-/// How often that is polled.
+/// How often it is asked whether it was.
 const RETRY: Duration = Duration::from_millis(2);
 /// How long a VM may take to end after it has broken off a session.
 const LAST_WORDS: Duration = Duration::from_secs(10);
@@ -171,6 +169,13 @@ impl Process {
         drop(taken);
         self.enter(Stage::Running(None));
         *lock(&self.drained) = true;
+    }
+
+    /// As if it ran in a guest, with this number.
+    #[cfg(test)]
+    pub fn run_as(&self, pid: u32) {
+        self.take();
+        self.enter(Stage::Running(Some(pid)));
     }
 
     /// Enters a stage, if it has not ended; whether it has now.
@@ -330,28 +335,32 @@ impl Process {
         let is_own = self.exec_id.is_empty();
         // It runs as root until it has become what the container's process is to be.
         let program = launch::program(&self.spec, home, Arch::HOST, is_own)?;
-        let _one_at_a_time = lock(&vm.launches);
+        let deadline = vm.deadline();
+        let _one_at_a_time = lock_until(&vm.launches, deadline);
+        ensure!(_one_at_a_time.is_some(), "the guest does not answer");
+        let client = vm.client_until(deadline);
         ensure!(self.stage() == Stage::Created, KILLED_EARLY);
         let options = WriteOptions {
             mode: Some(0o700),
             user: None,
         };
         let length = program.len() as u64;
-        vm.client.write_file(
+        client.write_file(
             launch::PATH,
             &mut program.as_slice(),
             Some(length),
             &options,
         )?;
         // It removes itself.
-        let launcher = vm.client.file_info(launch::PATH)?;
+        let launcher = client.file_info(launch::PATH)?;
+        let init = vm.init(&client)?;
         let command = Command::new([launch::PATH]).id(&self.session).dir("/");
         let mut session = match self.stdio.terminal {
             true => {
                 let size = self.spec.console_size.unwrap_or_default();
-                vm.client.terminal(&command, (size.width, size.height))
+                client.terminal(&command, (size.width, size.height))
             }
-            false => vm.client.session(&command.separate_stderr()),
+            false => client.session(&command.separate_stderr()),
         }?;
         if input.is_none() && !self.stdio.terminal {
             session.end_input()?;
@@ -387,14 +396,13 @@ impl Process {
             *lock(&process.drained) = true;
             process.has_drained.notify_all();
         });
-        self.confirm_start(vm, &launcher)
+        self.confirm_start(vm, deadline, [init, &launcher])
     }
 
     /// Waits until its program runs: until then its process is the init's, of which it was forked, or
     /// the launcher.
-    fn confirm_start(&self, vm: &Vm, launcher: &FileInfo) -> Result<()> {
-        let deadline = Instant::now() + START;
-        let init = vm.init()?;
+    fn confirm_start(&self, vm: &Vm, deadline: Instant, before: [&FileInfo; 2]) -> Result<()> {
+        let client = vm.client_until(deadline);
         loop {
             match self.stage() {
                 Stage::Failed(why) => bail!("{why}"),
@@ -402,19 +410,19 @@ impl Process {
                 Stage::Running(None) if self.is_over() => return Ok(()),
                 Stage::Created | Stage::Running(None) => {}
             }
-            let sessions = vm.client.sessions().unwrap_or_default();
+            let sessions = client.sessions().unwrap_or_default();
             let mut sessions = sessions.into_iter();
             let session = sessions.find(|session| session.id == self.session);
             if let Some(pid) = session.and_then(|session| session.pid) {
-                let program = vm.client.file_info(&format!("/proc/{pid}/exe"));
-                if program.is_ok_and(|program| program != *init && program != *launcher) {
+                let program = client.file_info(&format!("/proc/{pid}/exe"));
+                if program.is_ok_and(|program| !before.contains(&&program)) {
                     self.enter(Stage::Running(Some(pid)));
                     return Ok(());
                 }
             }
             if Instant::now() > deadline {
-                let why = format!("it has not started in {} s", START.as_secs());
-                self.fail(&why);
+                let why = "it has not started in time";
+                self.fail(why);
                 self.end_session(vm);
                 bail!(why);
             }
@@ -426,7 +434,7 @@ impl Process {
     /// The container's own ends with the VM.
     fn end_session(&self, vm: &Vm) {
         if !self.exec_id.is_empty()
-            && let Err(error) = vm.client.end_session(&self.session)
+            && let Err(error) = vm.client_until(vm.deadline()).end_session(&self.session)
         {
             let error = anyhow::Error::from(error);
             log::error(&error.context(format!("unable to end {}", self.session)));
@@ -496,7 +504,8 @@ impl Streams {
     fn launch_failure(&self, ended: &pigeon::session::Ended) -> Option<String> {
         /// Bytes of the program's message, which root in the container can replace by anything.
         const MAX_FAILURE: u64 = 4096;
-        let what = self.vm.client.read_text(launch::FAILURE, MAX_FAILURE);
+        let client = self.vm.client_until(self.vm.deadline());
+        let what = client.read_text(launch::FAILURE, MAX_FAILURE);
         let what = what.ok()?;
         let errno = ended.code.filter(|_| !what.is_empty())?;
         let error = io::Error::from_raw_os_error(errno);

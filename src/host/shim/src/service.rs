@@ -2,8 +2,9 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, MutexGuard},
-    time::Duration,
+    sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError},
+    thread,
+    time::{Duration, Instant},
 };
 
 use containerd_shim_protos::{
@@ -42,6 +43,19 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex
         .lock()
         .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// The same of a lock that another holds while a guest is to answer; None if that takes too long.
+pub fn lock_until<T>(mutex: &Mutex<T>, deadline: Instant) -> Option<MutexGuard<'_, T>> {
+    const RETRY: Duration = Duration::from_millis(5);
+    loop {
+        match mutex.try_lock() {
+            Ok(guard) => return Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) if Instant::now() >= deadline => return None,
+            Err(TryLockError::WouldBlock) => thread::sleep(RETRY),
+        }
+    }
 }
 
 /// A signal of Linux's, or 0.

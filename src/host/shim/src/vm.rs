@@ -28,7 +28,11 @@ use rustix::{
 };
 use serde_json::json;
 
-use crate::{log, rootfs, service::lock, spec::Plan};
+use crate::{
+    log, rootfs,
+    service::{lock, lock_until},
+    spec::Plan,
+};
 
 /// The vsock port for the init's events.
 const EVENTS_PORT: u32 = 10_001;
@@ -42,7 +46,10 @@ const INITRD: &str = "PIGEON_INITRD";
 const BUSY: Duration = Duration::from_secs(30);
 /// How long a VM may take to boot.
 const BOOT: Duration = Duration::from_secs(120);
-/// Bytes of the end of the console that are kept for error messages.
+/// How long the guest may take for all that a request of containerd's asks of it: whoever waits for the
+/// answer has to get one, if only an error. Kata's agent has as long by default (kata_agent.go).
+const REQUEST: Duration = Duration::from_secs(60);
+/// Bytes of the console's end that are kept, for a reason.
 const CONSOLE: usize = 16 << 10;
 /// Lines of it that an error shows.
 const SHOWN_LINES: usize = 10;
@@ -59,8 +66,9 @@ enum Phase {
 /// A VM that was started.
 pub struct Vm {
     machine: Mutex<Box<dyn Machine>>,
-    /// Its API.
+    /// Its API, for what may last.
     pub client: Client,
+    request_timeout: Duration,
     arch: Arch,
     /// The init's program, once it was asked for.
     init: OnceLock<FileInfo>,
@@ -98,6 +106,7 @@ impl Vm {
         let vm = Arc::new(Vm {
             machine: Mutex::new(machine),
             client: Client::new(uds).with_retry_timeout(BUSY),
+            request_timeout: REQUEST,
             arch,
             init: OnceLock::new(),
             pid,
@@ -225,12 +234,23 @@ impl Vm {
         }
     }
 
-    /// The init's program, which a process runs before it executes its own.
-    pub fn init(&self) -> Result<&FileInfo> {
+    /// When a request that begins now has to be answered.
+    pub fn deadline(&self) -> Instant {
+        Instant::now() + self.request_timeout
+    }
+
+    /// Its API, for a request.
+    pub fn client_until(&self, deadline: Instant) -> Client {
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.client.within(left)
+    }
+
+    /// The init's program, as a process runs it that is not a program of its own yet.
+    pub fn init(&self, client: &Client) -> Result<&FileInfo> {
         if let Some(init) = self.init.get() {
             return Ok(init);
         }
-        let init = self.client.file_info("/proc/1/exe")?;
+        let init = client.file_info("/proc/1/exe")?;
         Ok(self.init.get_or_init(|| init))
     }
 
@@ -251,8 +271,11 @@ impl Vm {
 
     /// Sends a signal to processes of the guest.
     pub fn signal(&self, target: Target, signal: u8) -> Result<Sent> {
-        let _one_at_a_time = lock(&self.signals);
-        Ok(self.client.kill(self.arch, target, signal)?)
+        let deadline = self.deadline();
+        let _one_at_a_time = lock_until(&self.signals, deadline);
+        ensure!(_one_at_a_time.is_some(), "the guest does not answer");
+        let client = self.client_until(deadline);
+        Ok(client.kill(self.arch, target, signal)?)
     }
 
     /// Whether the kernel says that its OOM killer has killed this process. (mm/oom_kill.c)
@@ -356,4 +379,74 @@ pub fn root(
         log::warn(warning);
     }
     rootfs::image(mounts, &plan.root, dir)
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+    use pigeon::{machine::Snapshot, process::Process};
+    use std::{
+        io::Write,
+        os::unix::net::UnixListener,
+        process::{Command, ExitStatus},
+    };
+
+    /// A hypervisor that does nothing.
+    struct Idle(Process);
+
+    impl Machine for Idle {
+        fn process(&mut self) -> &mut Process {
+            &mut self.0
+        }
+        fn hypervisor(&self) -> &'static str {
+            "idle"
+        }
+        fn ctrl_alt_delete(&mut self) -> Result<()> {
+            Ok(())
+        }
+        fn pause(&mut self) -> Result<()> {
+            Ok(())
+        }
+        fn resume(&mut self) -> Result<()> {
+            Ok(())
+        }
+        fn snapshot(&mut self, _: &Snapshot) -> Result<()> {
+            Ok(())
+        }
+        fn end(&mut self, status: ExitStatus) -> End {
+            End::Failed(status.code())
+        }
+    }
+
+    /// A VM whose kernel accepts connections, and whose init does nothing with them.
+    pub fn stuck_vm(dir: &Path, request_timeout: Duration) -> Arc<Vm> {
+        let uds = dir.join("vm.vsock");
+        let listener = UnixListener::bind(&uds).unwrap();
+        thread::spawn(move || {
+            let mut open = vec![];
+            for mut stream in listener.incoming().flatten() {
+                stream
+                    .read_exact(&mut [0; "CONNECT 10000\n".len()])
+                    .unwrap();
+                stream.write_all(b"OK 1073741824\n").unwrap();
+                open.push(stream);
+            }
+        });
+        let mut sleep = Command::new("sleep");
+        sleep.arg("1000");
+        let mut idle = Process::spawn(sleep).unwrap();
+        Arc::new(Vm {
+            pid: idle.child().id(),
+            machine: Mutex::new(Box::new(Idle(idle))),
+            client: Client::new(uds).with_retry_timeout(BUSY),
+            request_timeout,
+            arch: Arch::HOST,
+            init: OnceLock::new(),
+            phase: Mutex::new(Phase::Started),
+            changed: Condvar::new(),
+            console: Mutex::new(VecDeque::new()),
+            signals: Mutex::new(()),
+            launches: Mutex::new(()),
+        })
+    }
 }

@@ -218,6 +218,10 @@ fn hint(error: &anyhow::Error) -> Option<&'static str> {
         } if message == "no such path" || message == "method not allowed" => {
             "The init does not know this call: was it built without this feature?"
         }
+        Error::TimedOut(_) => {
+            "The VM is there, but its init is stuck or far too busy. `pigeon kill` ends it, whatever \
+             it does."
+        }
         Error::Broken(_) => "The VM may have stopped: look at its console.",
         _ => return None,
     })

@@ -639,7 +639,7 @@ fn ask_exit_code(uds: &Path) -> mpsc::Receiver<Exit> {
             match response {
                 Ok(exit) => break drop(sender.send(exit)),
                 // The preparation of a snapshot closes connections.
-                Err(Error::Broken(_)) => thread::sleep(RETRY),
+                Err(Error::Broken(_) | Error::TimedOut(_)) => thread::sleep(RETRY),
                 Err(_) => break,
             }
         }
