@@ -21,6 +21,7 @@ pub mod http;
 pub mod image;
 pub mod initrd;
 pub mod kill;
+pub mod lock;
 pub mod logs;
 pub mod machine;
 pub mod mounts;

@@ -29,13 +29,14 @@ const HANDSHAKE: Duration = Duration::from_secs(3);
 /// The proxy's socket, removed on drop; open connections continue.
 pub struct Proxy {
     socket: PathBuf,
+    _place: vsock::Place,
 }
 
 impl Proxy {
     /// Creates `socket`, accessible only by this user, for the API behind `uds`. A socket left behind by an earlier
     /// proxy is replaced.
     pub fn start(socket: &Path, uds: &Path) -> Result<Proxy> {
-        vsock::ensure_vacant(socket)?;
+        let place = vsock::Place::reserve(socket)?;
         let cannot = || format!("unable to create {}", socket.display());
         // Nobody else may connect before its mode is set.
         let parent = socket.parent().filter(|parent| *parent != Path::new(""));
@@ -54,6 +55,7 @@ impl Proxy {
         });
         Ok(Proxy {
             socket: socket.into(),
+            _place: place,
         })
     }
 

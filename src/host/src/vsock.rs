@@ -5,13 +5,13 @@ use std::{
     fs,
     io::{self, Read, Write},
     os::unix::{fs::FileTypeExt, net::UnixStream},
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
 use anyhow::{Context, bail};
 
-use crate::Error;
+use crate::{Error, lock::LockFile};
 
 /// The port of pigeon-init's API.
 pub const API_PORT: u32 = 10_000;
@@ -31,9 +31,9 @@ pub fn connect(socket: &Path, port: u32, timeout: Duration) -> Result<UnixStream
     Ok(stream)
 }
 
-/// Checks that a new socket at `path` would not replace a socket in use, or a file. A socket without a listener,
-/// or a link to one, may be replaced.
-pub fn ensure_vacant(path: &Path) -> anyhow::Result<()> {
+/// An error when a new socket at `path` would take the place of one that is in use, or of a file.
+/// One that somebody who ended has left, or a link to it, is nobody's.
+fn ensure_vacant(path: &Path) -> anyhow::Result<()> {
     match UnixStream::connect(path) {
         Ok(_) => bail!("{} is in use already", path.display()),
         // There is no listener (unix(7)).
@@ -54,14 +54,44 @@ pub fn ensure_vacant(path: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// Removes the socket at `path`, if there is one without a listener. Anything else is an error, and is kept.
-pub fn vacate(path: &Path) -> anyhow::Result<()> {
+/// Removes the socket at `path`, if there is one and nobody listens on it. It is an error if there is
+/// anything else, which stays.
+pub(crate) fn vacate(path: &Path) -> anyhow::Result<()> {
     ensure_vacant(path)?;
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("unable to remove {}", path.display()))
         }
         _ => Ok(()),
+    }
+}
+
+/// A socket's place, until dropped: no other process that asks for it gets it meanwhile.
+pub struct Place {
+    socket: PathBuf,
+    _lock: LockFile,
+}
+
+impl Place {
+    /// The place at `socket`, where there is nothing now. It is an error if it is another's, or if
+    /// there is anything but a socket that nobody listens on.
+    pub fn reserve(socket: &Path) -> anyhow::Result<Place> {
+        let mut lock = socket.as_os_str().to_os_string();
+        lock.push(".lock");
+        let lock = LockFile::try_new(Path::new(&lock))?;
+        let lock = lock.with_context(|| format!("{} is in use already", socket.display()))?;
+        vacate(socket)?;
+        Ok(Place {
+            socket: socket.into(),
+            _lock: lock,
+        })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // What a hypervisor has left. Whoever listened there may have removed it.
+        let _ = vacate(&self.socket);
     }
 }
 
@@ -99,6 +129,7 @@ mod tests {
             fs::symlink,
             net::{UnixDatagram, UnixListener},
         },
+        sync::Barrier,
         thread,
     };
 
@@ -120,6 +151,42 @@ mod tests {
         for name in ["link to left", "left", "none"] {
             vacate(&path(name)).unwrap();
             assert!(path(name).symlink_metadata().is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn of_those_that_want_one_place_at_once_one_gets_it_and_keeps_its_socket() {
+        const MANY: usize = 8;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vsock");
+        for _ in 0..50 {
+            // Of somebody who was killed.
+            drop(UnixListener::bind(&path).unwrap());
+            fs::write(dir.path().join("vsock.lock"), "").unwrap();
+            let begin = Barrier::new(MANY);
+            let placed: Vec<Result<_, String>> = thread::scope(|scope| {
+                let place = || {
+                    begin.wait();
+                    let place = Place::reserve(&path).map_err(|error| error.to_string())?;
+                    Ok((UnixListener::bind(&path).unwrap(), place))
+                };
+                let threads: Vec<_> = (0..MANY).map(|_| scope.spawn(place)).collect();
+                threads
+                    .into_iter()
+                    .map(|thread| thread.join().unwrap())
+                    .collect()
+            });
+            UnixStream::connect(&path).unwrap();
+            let refused = format!("{} is in use already", path.display());
+            let mut winners = 0;
+            for placed in placed {
+                match placed {
+                    Ok(_) => winners += 1,
+                    Err(error) => assert_eq!(error, refused),
+                }
+            }
+            assert_eq!(winners, 1);
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
         }
     }
 

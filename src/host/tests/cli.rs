@@ -153,6 +153,13 @@ fn an_error_says_what_to_do_next() {
         said.contains("app.ext4 is there, and is not a socket"),
         "{said}"
     );
+    // Another VM has just begun to make its socket.
+    let starts = pigeon::vsock::Place::reserve(&place.path("other.vsock")).unwrap();
+    let said = complaint(&place, &["run", "--uds", "other.vsock", "app.ext4", "id"]);
+    assert!(said.contains("other.vsock is in use already"), "{said}");
+    assert!(place.path("other.vsock.lock").exists());
+    drop(starts);
+    assert!(!place.path("other.vsock.lock").exists() && !place.path("app.ext4.lock").exists());
     let (listed, _, _) = pigeon(&place, &["ps", "-a"]);
     assert!(listed.contains("exited (5)"), "{listed}");
     let (console, _, _) = pigeon(&place, &["logs", "--console", "app"]);

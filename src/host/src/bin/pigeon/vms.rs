@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use pigeon::{Exit, vsock};
+use pigeon::{Exit, lock::is_at, vsock};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -204,7 +204,7 @@ impl Vm {
             return Ok(()); // it was removed meanwhile, and what is there is another one
         }
         // Of one that was killed.
-        let _ = vsock::vacate(&self.record.uds);
+        drop(vsock::Place::reserve(&self.record.uds));
         remove_tree(&self.dir)
     }
 }
@@ -323,8 +323,6 @@ fn remove_tree(path: &Path) -> Result<()> {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        // The hypervisor may have removed it.
-        let _ = vsock::vacate(&self.lock().uds);
         self.give_up();
     }
 }
@@ -481,13 +479,6 @@ fn lock(dir: &Path) -> Result<Option<File>> {
     }
     // Its owner may have removed it between our opening and our locking it.
     Ok(is_at(&lock, &path).then_some(lock))
-}
-
-/// Whether a file, such as one that was locked since it was opened, is the one at this path.
-pub fn is_at(file: &File, path: &Path) -> bool {
-    let identity = |found: fs::Metadata| (found.dev(), found.ino());
-    let own = file.metadata().map(identity).ok();
-    own.is_some() && own == fs::metadata(path).map(identity).ok()
 }
 
 fn remove_if_there(path: &Path) -> Result<()> {

@@ -26,6 +26,7 @@ use pigeon::{
         kind::{Kind, describe},
     },
     initrd::Initrd,
+    lock::is_at,
     machine::{self, Disk, HostPort, Machine, Nic, Spec},
     vsock,
 };
@@ -284,7 +285,7 @@ impl Run {
             Some(uds) => path::absolute(uds)?,
             None => claim.record().uds,
         };
-        vsock::vacate(&uds)?;
+        let place = vsock::Place::reserve(&uds)?;
         sweep();
         let scratch = Scratch::new()?;
         let signals = owner::signals()?;
@@ -342,6 +343,7 @@ impl Run {
             detach::report(&name, &claim.dir)?;
         }
         let owner = Owner {
+            _place: place,
             run: self,
             claim: Arc::new(claim),
             plan,
@@ -550,8 +552,8 @@ impl Held {
                 false => file.try_lock(),
             };
             match locked {
-                // Its creator may have removed it before it was locked here.
-                Ok(()) if !vms::is_at(&file, &disk.path) => {
+                // Whoever had made it may have removed it before we had the lock.
+                Ok(()) if !is_at(&file, &disk.path) => {
                     anyhow::bail!("{shown} was removed by another VM, which has not started")
                 }
                 Ok(()) => held.disks.push(file),
@@ -580,8 +582,8 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         for (disk, file) in &self.made {
-            // A disk that is not locked exclusively may be in use.
-            if file.try_lock().is_ok() && vms::is_at(file, &disk.path) {
+            // What is not ours alone may be in use.
+            if file.try_lock().is_ok() && is_at(file, &disk.path) {
                 let _ = fs::remove_file(&disk.path);
             }
         }

@@ -67,6 +67,8 @@ pub fn signals() -> io::Result<Signals> {
 
 /// Everything needed to run a VM.
 pub struct Owner<'a> {
+    /// Of its vsock's socket: whoever waits for the end of the claim can have it then.
+    pub _place: vsock::Place,
     pub run: &'a Run,
     pub claim: Arc<Claim>,
     pub plan: Plan,
@@ -438,8 +440,6 @@ impl Owner<'_> {
         if self.run.rm && !self.claim.restarts() {
             self.claim.remove()?;
         }
-        // The hypervisor may have done so, or do it.
-        let _ = vsock::vacate(&self.uds);
         if self.run.json {
             say!("{}", describe_end(exit.as_ref(), name, code))?;
             return Ok(code);
