@@ -20,6 +20,7 @@ const RETRY: Duration = Duration::from_millis(5);
 pub struct LockFile {
     file: File,
     path: PathBuf,
+    is_kept: bool,
 }
 
 impl LockFile {
@@ -28,7 +29,12 @@ impl LockFile {
         let cannot = || format!("unable to lock {}", path.display());
         for _ in 0..TRIES {
             let mut options = OpenOptions::new();
-            options.write(true).create(true).truncate(false).mode(0o600);
+            options
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600);
             let file = options.open(path).with_context(cannot)?;
             match file.try_lock() {
                 // Its holder may have removed it between our opening and our locking it.
@@ -36,8 +42,11 @@ impl LockFile {
                 Err(TryLockError::WouldBlock) => thread::sleep(RETRY),
                 // A file system that knows no locks.
                 Ok(()) | Err(TryLockError::Error(_)) => {
-                    let path = path.into();
-                    return Ok(Some(LockFile { file, path }));
+                    return Ok(Some(LockFile {
+                        file,
+                        path: path.into(),
+                        is_kept: false,
+                    }));
                 }
             }
         }
@@ -45,10 +54,22 @@ impl LockFile {
     }
 }
 
+impl LockFile {
+    /// Unlocks it and leaves it there.
+    pub fn keep(mut self) {
+        self.is_kept = true;
+    }
+
+    /// The file, which its holder may write to.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+}
+
 impl Drop for LockFile {
     fn drop(&mut self) {
         // While it is locked: who opens it from now on makes another.
-        if is_at(&self.file, &self.path) {
+        if !self.is_kept && is_at(&self.file, &self.path) {
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -75,6 +96,9 @@ mod tests {
         assert!(!path.exists());
         // As a holder that was killed leaves it.
         fs::write(&path, "").unwrap();
+        let held = LockFile::try_new(&path).unwrap().unwrap();
+        held.keep();
+        assert!(path.exists());
         let held = LockFile::try_new(&path).unwrap().unwrap();
         // Another's is not removed.
         fs::remove_file(&path).unwrap();

@@ -7,6 +7,7 @@ mod pty;
 use std::{
     fs,
     os::unix::{fs::PermissionsExt, net::UnixListener},
+    path::PathBuf,
     process::{Command, Stdio},
     thread,
     time::Duration,
@@ -14,7 +15,7 @@ use std::{
 
 use common::{
     Place, Tar, docker_save,
-    fake::{Qemu, Vm},
+    fake::{self, Qemu, Vm},
     owner,
 };
 use pigeon::{Arch, process::write_program};
@@ -50,6 +51,11 @@ fn pigeon_with(place: &Place, path: &str, words: &[&str]) -> (String, String, i3
 
 /// A command line of `pigeon run` for a VM with the socket `app.vsock`, on a stand-in for QEMU.
 fn run_on_stand_in(place: &Place) -> (Command, Vm, Qemu) {
+    run_on_stand_in_with(place, &[])
+}
+
+/// The same with these options.
+fn run_on_stand_in_with(place: &Place, options: &[&str]) -> (Command, Vm, Qemu) {
     let vm = Vm::start(place.0.path(), |mut connection| {
         match connection.request.line.as_str() {
             "POST /v1/signals" => connection.respond(200, "", b"{\"ok\":true}"),
@@ -68,6 +74,7 @@ fn run_on_stand_in(place: &Place) -> (Command, Vm, Qemu) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pigeon"));
     command
         .args(["run", "--vmm", "qemu", "--kernel", "kernel"])
+        .args(options)
         .args(["--initrd", "initrd", "--uds", "app.vsock", "app.ext4", "id"])
         .current_dir(place.0.path())
         .env("PATH", path)
@@ -233,7 +240,55 @@ fn a_file_at_the_path_of_the_events_socket_is_kept() {
 }
 
 #[test]
-fn ctrl_backslash_goes_to_the_workload_and_the_terminal_is_restored() {
+fn a_vm_whose_snapshot_was_broken_off_by_sigkill_goes_on() {
+    let place = Place::new();
+    if Arch::HOST != Arch::X86_64 {
+        return; // it has no machine for snapshots on QEMU
+    }
+    let (mut command, vm, qemu) = run_on_stand_in_with(&place, &["--restorable"]);
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    let mut run = command.stderr(Stdio::piped()).spawn().unwrap();
+    while vm.lines().is_empty() && run.try_wait().unwrap().is_none() {
+        thread::sleep(Duration::from_millis(5));
+    }
+    let (said, _, _) = pigeon(&place, &["inspect", "app"]);
+    let record: Value = serde_json::from_str(&said).unwrap();
+    let dir = PathBuf::from(record[0]["restorable"]["dir"].as_str().unwrap());
+    let monitor = UnixListener::bind(dir.join("qmp-others.sock")).unwrap();
+    // As `pigeon snapshot` leaves it; and as it is while that lives.
+    let taken = fs::File::create(dir.join("snapshot")).unwrap();
+    taken.lock().unwrap();
+    fs::write(dir.join("snapshot"), "pigeon-1-2").unwrap();
+    monitor.set_nonblocking(true).unwrap();
+    thread::sleep(Duration::from_secs(2));
+    assert!(monitor.accept().is_err());
+    monitor.set_nonblocking(false).unwrap();
+    drop(taken);
+    let commands = fake::obey(monitor.accept().unwrap().0);
+    assert!(commands.contains(&"cont".to_string()), "{commands:?}");
+    let cancel = || {
+        let mut requests = vm.requests().into_iter();
+        requests.find(|request| request.line == "POST /v1/snapshot/cancel")
+    };
+    while cancel().is_none() {
+        assert!(run.try_wait().unwrap().is_none());
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(cancel().unwrap().body, b"{\"token\":\"pigeon-1-2\"}");
+    while dir.join("snapshot").exists() {
+        thread::sleep(Duration::from_millis(5));
+    }
+    qemu.end();
+    let output = run.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.contains("a snapshot was broken off; the VM goes on"),
+        "{said}"
+    );
+}
+
+#[test]
+fn ctrl_backslash_is_the_workloads_and_the_terminal_is_put_in_order_at_the_end() {
     let place = Place::new();
     let (command, vm, qemu) = run_on_stand_in(&place);
     let mut terminal = pty::Terminal::spawn(command, (80, 24));

@@ -711,6 +711,20 @@ fn clones_of_a_vm_continue_under_their_own_names() {
     let again = lab.pigeon(&["snapshot", "web", &snapshot]);
     assert_eq!(again.status.code(), Some(125));
     assert_eq!(lab.said(&["exec", "web", "hostname"]).0, "web\n");
+    // Whoever takes another is killed while the VM stands still: its memory is being copied then.
+    let broken = lab.path("broken.snapshot");
+    let mut taker = lab.command(&["snapshot", "web", &broken]).spawn().unwrap();
+    while !Path::new(&broken).join("memory").exists() {
+        assert_eq!(taker.try_wait().unwrap(), None);
+        thread::sleep(Duration::from_millis(1));
+    }
+    taker.kill().unwrap();
+    taker.wait().unwrap();
+    let killed = Instant::now();
+    while lab.said(&["exec", "web", "cat", "note"]) != ("mine\n".into(), Some(0)) {
+        assert!(killed.elapsed() < TIMEOUT, "it does not go on");
+        thread::sleep(Duration::from_millis(100));
+    }
 
     let restored = lab.pigeon(&["restore", "--count", "2", &snapshot]);
     assert_eq!(restored.stdout, b"web-2\nweb-3\n", "{restored:?}");

@@ -146,6 +146,16 @@ pub(super) fn snapshot(
     and_resumed(taken, set_state(&api, "Resumed"))
 }
 
+/// Resumes a VM of another process that stands still, as [`super::go_on`].
+pub(super) fn go_on(dir: &Path) -> Result<()> {
+    let api = dir.join(API);
+    let state = request(&api, "GET", "/", &Value::Null)?.json()?;
+    match state["state"] == "Paused" {
+        true => set_state(&api, "Resumed"),
+        false => Ok(()),
+    }
+}
+
 /// Whether a Firecracker was started in this directory.
 pub(super) fn is_in(dir: &Path) -> bool {
     dir.join(API).exists()

@@ -103,17 +103,22 @@ pub(super) fn snapshot(
     files: &Snapshot,
     meanwhile: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
-    let stream = UnixStream::connect(dir.join(QMP_OF_OTHERS)).context("unable to reach QEMU")?;
-    let mut monitor = Monitor {
-        qmp: Qmp::new(stream)?,
-        dir: dir.into(),
-        vsock: match dir.join(VHOST).exists() {
-            true => Vsock::Plugged,
-            false => Vsock::None,
-        },
-    };
+    let mut monitor = Monitor::of_other(dir)?;
     let taken = monitor.snapshot(files).and_then(|()| meanwhile());
     and_resumed(taken, monitor.resume())
+}
+
+/// Resumes a VM of another process, as [`super::go_on`]. How far its snapshot had come is not known.
+pub(super) fn go_on(dir: &Path) -> Result<()> {
+    let mut monitor = Monitor::of_other(dir)?;
+    // Nothing may be there to be cancelled.
+    let _ = monitor.qmp("migrate_cancel", json!({}));
+    // A guest takes part in unplugging.
+    monitor.qmp("cont", json!({}))?;
+    if monitor.vsock == Vsock::Plugged {
+        monitor.replug_vsock()?;
+    }
+    Ok(())
 }
 
 /// Waits for QEMU's monitor.
@@ -331,10 +336,25 @@ fn exec_uri(command: &str, path: &Path) -> Result<String> {
     Ok(format!("exec:{command} '{}'", path.replace('\'', r"'\''")))
 }
 
+/// How long a guest may take to give a device up.
+const UNPLUG_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a migration to or from a file may take.
 const MIGRATION_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Monitor {
+    /// That of a VM of another process.
+    fn of_other(dir: &Path) -> Result<Monitor> {
+        let stream = UnixStream::connect(dir.join(QMP_OF_OTHERS));
+        Ok(Monitor {
+            qmp: Qmp::new(stream.context("unable to reach QEMU")?)?,
+            dir: dir.into(),
+            vsock: match dir.join(VHOST).exists() {
+                true => Vsock::Plugged,
+                false => Vsock::None,
+            },
+        })
+    }
+
     fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {
         self.qmp.execute(command, arguments)
     }
@@ -388,6 +408,26 @@ impl Monitor {
             self.vsock = Vsock::Plugged;
         }
         Ok(())
+    }
+
+    /// Plugs vsock anew, whether it is there, has gone, or is about to go.
+    fn replug_vsock(&mut self) -> Result<()> {
+        let deadline = Instant::now() + UNPLUG_TIMEOUT;
+        while self.has_vsock()? {
+            // It may have been asked to go before.
+            let _ = self.qmp("device_del", json!({"id": "vsock"}));
+            ensure!(Instant::now() < deadline, "the guest keeps its vsock");
+            thread::sleep(Duration::from_millis(20));
+        }
+        let _ = self.qmp("chardev-remove", json!({"id": "vsock"}));
+        self.vsock = Vsock::Unplugged;
+        self.plug_vsock()
+    }
+
+    fn has_vsock(&mut self) -> Result<bool> {
+        let devices = self.qmp("qom-list", json!({"path": "/machine/peripheral"}))?;
+        let mut devices = devices.as_array().into_iter().flatten();
+        Ok(devices.any(|device| device["name"] == "vsock"))
     }
 
     fn pause(&mut self) -> Result<()> {
@@ -549,7 +589,47 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_that_cannot_be_resumed_gets_its_vsock_back_and_an_error() {
+    fn a_vm_whose_snapshot_was_broken_off_goes_on_with_its_vsock() {
+        // It was about to go, or it had gone.
+        for names in [
+            &[r#"[{"name":"vsock"},{"name":"disk0"}]"#, "[]"][..],
+            &["[]"],
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            fs::write(dir.path().join(VHOST), "").unwrap();
+            let listener = UnixListener::bind(dir.path().join(QMP_OF_OTHERS)).unwrap();
+            let mut listed = names.iter();
+            let mut answer = move |command: &str| match command {
+                "qom-list" => format!("{{\"return\":{}}}", listed.next().unwrap()),
+                "migrate_cancel" | "device_del" => r#"{"error":{"desc":"no"}}"#.into(),
+                _ => r#"{"return":{}}"#.into(),
+            };
+            let qemu = thread::spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                writeln!(stream, "{}", json!({"QMP": {}})).unwrap();
+                let mut commands = vec![];
+                for line in BufReader::new(stream.try_clone().unwrap()).lines() {
+                    let command: Value = serde_json::from_str(&line.unwrap()).unwrap();
+                    let command = command["execute"].as_str().unwrap().to_string();
+                    writeln!(stream, "{}", answer(&command)).unwrap();
+                    commands.push(command);
+                }
+                commands
+            });
+            go_on(dir.path()).unwrap();
+            let commands = qemu.join().unwrap();
+            let begin = ["qmp_capabilities", "migrate_cancel", "cont", "qom-list"];
+            assert_eq!(commands[..4], begin);
+            let mut plugged = vec!["chardev-remove", "chardev-add", "device_add"];
+            if names.len() > 1 {
+                plugged.splice(0..0, ["device_del", "qom-list"]);
+            }
+            assert_eq!(commands[4..], plugged);
+        }
+    }
+
+    #[test]
+    fn a_vm_that_does_not_go_on_has_its_vsock_again_and_is_complained_about() {
         let (error, commands) = failing_snapshot(&[
             ("query-migrate", "{\"return\":{\"status\":\"completed\"}}"),
             ("cont", "{\"error\":{\"desc\":\"no\"}}"),

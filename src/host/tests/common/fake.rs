@@ -13,7 +13,7 @@ use std::{
 };
 
 use pigeon::{Arch, process::write_program};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// A request as it came, with its body.
 #[derive(Clone, Debug, PartialEq)]
@@ -185,14 +185,20 @@ impl Qemu {
     }
 }
 
-fn obey(stream: UnixStream) -> Option<()> {
-    let mut lines = BufReader::new(stream.try_clone().ok()?).lines();
-    let mut stream = stream;
-    writeln!(stream, "{}", json!({"QMP": {}})).ok()?;
-    while let Some(Ok(_command)) = lines.next() {
-        writeln!(stream, "{}", json!({"return": {}})).ok()?;
+/// A monitor of QEMU's, which obeys: the commands, when its client has gone.
+pub fn obey(mut stream: UnixStream) -> Vec<String> {
+    let mut commands = vec![];
+    let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+    let mut answer = |answer: Value| writeln!(stream, "{answer}");
+    let _ = answer(json!({"QMP": {}}));
+    for line in lines.map_while(Result::ok) {
+        let command: Value = serde_json::from_str(&line).unwrap();
+        commands.push(command["execute"].as_str().unwrap().into());
+        if answer(json!({"return": {}})).is_err() {
+            break;
+        }
     }
-    Some(())
+    commands
 }
 
 fn accept(mut stream: UnixStream) -> Option<Connection> {

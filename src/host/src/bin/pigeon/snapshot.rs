@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::{Read, Write},
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     process,
@@ -12,6 +13,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use pigeon::{
     Client, Error,
+    lock::LockFile,
     machine::{self, Nic, Spec},
     signal,
     snapshot::Prepare,
@@ -78,6 +80,38 @@ pub enum RecordedNic {
     None,
     User,
     Tap(String),
+}
+
+/// Locked by whoever takes a snapshot of the VM in this directory; the token of the preparation is in it.
+const TAKEN: &str = "snapshot";
+
+/// Lets a VM of ours go on whose snapshot's taker was killed: whether there was one.
+pub fn go_on(dir: &Path, uds: &Path) -> Result<bool> {
+    let path = dir.join(TAKEN);
+    if !path.exists() {
+        return Ok(false);
+    }
+    // It is still being taken.
+    let Some(lock) = LockFile::try_new(&path)? else {
+        return Ok(false);
+    };
+    let mut token = String::new();
+    lock.file().read_to_string(&mut token)?;
+    if token.is_empty() {
+        return Ok(false); // it was finished at this moment
+    }
+    let gone_on = machine::go_on(dir).and_then(|()| {
+        match Client::connect_within(uds, UP).and_then(|client| client.cancel_snapshot(&token)) {
+            // Nothing is held, or not any more.
+            Err(Error::Refused { .. }) | Ok(()) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    });
+    if gone_on.is_err() {
+        // To be tried again.
+        lock.keep();
+    }
+    gone_on.map(|()| true)
 }
 
 /// What is beside the files of a snapshot.
@@ -221,6 +255,11 @@ fn take(
 ) -> Result<Value> {
     let client = Client::connect(&record.uds)?;
     let token = format!("pigeon-{}-{}", process::id(), vms::now());
+    // From here on the VM's owner knows what to do when we are killed.
+    let taken_by_us = LockFile::try_new(&restorable.dir.join(TAKEN))?;
+    let taken_by_us = taken_by_us.context("another snapshot of it is being taken")?;
+    taken_by_us.file().set_len(0)?;
+    taken_by_us.file().write_all(token.as_bytes())?;
     let prepared = client.prepare_snapshot(&Prepare {
         token: token.clone(),
         timeout_ms: Some(timeout.as_millis().try_into().unwrap_or(u64::MAX)),

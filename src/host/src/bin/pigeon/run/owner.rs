@@ -40,7 +40,7 @@ use crate::{
     exec::{Pass, no_program, start_error},
     logs::{end_at_a_frame, filter_console, warn_of_loss},
     output::{exit_code, note, say},
-    terminal,
+    snapshot, terminal,
     vms::{self, Claim},
 };
 
@@ -55,6 +55,8 @@ const TAIL: usize = 16 << 10;
 const SHOWN_LINES: usize = 15;
 /// How long a VM may take to go down, beside the time that its workload has.
 const SHUTDOWN: Duration = Duration::from_secs(10);
+/// How often it is looked whether a snapshot was broken off.
+const SNAPSHOTS: Duration = Duration::from_millis(500);
 /// How long a VM may take until its API is up, for a session.
 const BOOT: Duration = Duration::from_secs(120);
 /// How long the last of the output may take to arrive when the VM has ended.
@@ -131,6 +133,7 @@ impl Owner<'_> {
         let over = Arc::new(AtomicBool::new(false));
         let output = self.follow_output(over.clone());
 
+        self.watch_snapshots(over.clone());
         let asked = self.ask();
         let mut session = None;
         // When it is killed, once somebody wants it to end.
@@ -326,6 +329,27 @@ impl Owner<'_> {
             done.send(()).ok()
         });
         receiver
+    }
+
+    /// Lets the VM go on when whoever took a snapshot of it was killed.
+    fn watch_snapshots(&self, over: Arc<AtomicBool>) {
+        let Some(restorable) = self.claim.record().restorable else {
+            return;
+        };
+        let (dir, uds) = (restorable.dir, self.uds.clone());
+        thread::spawn(move || {
+            let mut has_failed = false;
+            while !over.load(Ordering::Relaxed) {
+                let gone_on = snapshot::go_on(&dir, &uds);
+                match &gone_on {
+                    Ok(true) => note!("a snapshot was broken off; the VM goes on"),
+                    Err(error) if !has_failed => note!("unable to go on: {error:#}"),
+                    _ => {}
+                }
+                has_failed = gone_on.is_err();
+                thread::sleep(SNAPSHOTS);
+            }
+        });
     }
 
     /// Sends the workload SIGQUIT, as `docker run` does: many show where they are, and go on.
