@@ -18,7 +18,11 @@ use common::{
     fake::{self, Qemu, Vm},
     owner,
 };
-use pigeon::{Arch, process::write_program};
+use pigeon::{
+    Arch,
+    logs::{Frame, Stream},
+    process::write_program,
+};
 use serde_json::{Value, json};
 
 /// Standard output, standard error and exit code of `pigeon WORDS` in a place of its own.
@@ -285,6 +289,53 @@ fn a_vm_whose_snapshot_was_broken_off_by_sigkill_goes_on() {
         said.contains("a snapshot was broken off; the VM goes on"),
         "{said}"
     );
+}
+
+#[test]
+fn output_keeps_its_numbers_when_the_first_of_it_was_dropped() {
+    let place = Place::new();
+    let dir = place.path("pigeon/vms/app");
+    fs::create_dir_all(&dir).unwrap();
+    let record = json!({"name": "app", "ended": 2, "exit_code": 0});
+    fs::write(dir.join("vm.json"), record.to_string()).unwrap();
+    fs::write(dir.join("lock"), "").unwrap();
+    let frames = |lines: &[&str]| {
+        let frame = |line: &&str| {
+            let (stream, bytes) = (Stream::Stdout, line.as_bytes().to_vec());
+            Frame { stream, bytes }.encode()
+        };
+        lines.iter().flat_map(frame).collect::<Vec<_>>()
+    };
+    fs::write(dir.join("output-100"), frames(&["one\n", "two\n"])).unwrap();
+    fs::write(dir.join("output-108"), frames(&["three\n"])).unwrap();
+    fs::write(dir.join("console-7"), "kernel\n").unwrap();
+    for (words, shown, lost) in [
+        (
+            &["logs"][..],
+            "one\ntwo\nthree\n",
+            "100 bytes of output are lost",
+        ),
+        (
+            &["logs", "-f"],
+            "one\ntwo\nthree\n",
+            "100 bytes of output are lost",
+        ),
+        (
+            &["logs", "--since-offset", "90"],
+            "one\ntwo\nthree\n",
+            "10 bytes of output",
+        ),
+        (&["logs", "--since-offset", "104"], "two\nthree\n", ""),
+        (&["logs", "--since-offset", "110"], "ree\n", ""),
+        (&["logs", "-n", "2"], "two\nthree\n", ""),
+        (&["logs", "-n", "9"], "one\ntwo\nthree\n", ""),
+        (&["logs", "--console"], "kernel\n", ""),
+    ] {
+        let (out, said, code) = pigeon(&place, words);
+        assert_eq!((out.as_str(), code), (shown, 0), "{words:?}: {said}");
+        assert_eq!(said.is_empty(), lost.is_empty(), "{words:?}: {said}");
+        assert!(said.contains(lost), "{words:?}: {said}");
+    }
 }
 
 #[test]

@@ -3,10 +3,9 @@
 use std::{
     collections::VecDeque,
     fs::File,
-    io::{self, Read, Seek},
+    io::{self, Read},
+    ops::Range,
     path::Path,
-    thread,
-    time::Duration,
 };
 
 use anyhow::{Context, Result};
@@ -19,12 +18,10 @@ use serde_json::json;
 
 use crate::{
     output::{self, note, say},
+    segments::Reader,
     target::Target,
     vms::{self, Vm},
 };
-
-/// How often a growing file is polled.
-const REFRESH: Duration = Duration::from_millis(50);
 
 #[derive(Args)]
 pub struct Logs {
@@ -62,7 +59,7 @@ impl Logs {
         if let Some(lines) = self.tail {
             let mut logs = client.logs(false, Some(0))?;
             let first = logs.offset();
-            begin = first + last_lines(lines, || Ok(logs.next_frame()?))?;
+            begin = first + last_lines(lines, || Ok(logs.next_frame()?))?.start;
         }
         let mut logs = client.logs(self.follow, Some(begin))?;
         warn_of_loss(begin, logs.offset());
@@ -74,20 +71,32 @@ impl Logs {
 
     /// The recorded output.
     fn recorded(&self, vm: &Vm) -> Result<()> {
-        let Some(file) = open(vm, vms::OUTPUT, self.follow)? else {
+        let damaged = "the record is damaged";
+        let (mut begin, mut end) = (self.since_offset, u64::MAX);
+        if let Some(lines) = self.tail
+            && let Some(source) = Reader::open(&vm.dir, vms::OUTPUT, || false)?
+        {
+            let first = source.begin();
+            let mut source = io::BufReader::new(source);
+            let last = last_lines(lines, || read_frame(&mut source).context(damaged))?;
+            begin = first + last.start;
+            // What has been written meanwhile is none of them.
+            end = match self.follow {
+                true => u64::MAX,
+                false => first + last.end,
+            };
+        }
+        let grows = || self.follow && vm.is_running();
+        let Some(mut source) = Reader::open(&vm.dir, vms::OUTPUT, grows)? else {
             return Ok(());
         };
-        let mut begin = self.since_offset;
-        if let Some(lines) = self.tail {
-            let mut source = io::BufReader::new(&file);
-            begin = last_lines(lines, || {
-                read_frame(&mut source).context("the record is damaged")
-            })?;
-            (&file).rewind()?;
-        }
-        let mut source = Growing::new(file, self.follow.then_some(vm));
-        let mut offset = 0;
-        while let Some(mut frame) = read_frame(&mut source).context("the record is damaged")? {
+        let mut offset = begin.min(source.begin());
+        while offset < end
+            && let Some(mut frame) = read_frame(&mut source).context(damaged)?
+        {
+            // What is between was dropped.
+            warn_of_loss(offset.max(begin), source.begin());
+            offset = offset.max(source.begin());
             let skipped = begin.saturating_sub(offset);
             offset += frame.bytes.len() as u64;
             if skipped > 0 {
@@ -100,10 +109,10 @@ impl Logs {
     }
 
     fn console(&self, vm: &Vm) -> Result<()> {
-        let Some(file) = open(vm, vms::CONSOLE, self.follow)? else {
+        let grows = || self.follow && vm.is_running();
+        let Some(mut source) = Reader::open(&vm.dir, vms::CONSOLE, grows)? else {
             return Ok(());
         };
-        let mut source = Growing::new(file, self.follow.then_some(vm));
         let mut buffer = [0; 4096];
         loop {
             let size = source.read(&mut buffer).context("unable to read")?;
@@ -115,8 +124,11 @@ impl Logs {
     }
 }
 
-/// The start of the last lines of the output.
-fn last_lines(lines: usize, mut next_frame: impl FnMut() -> Result<Option<Frame>>) -> Result<u64> {
+/// The last lines of the output: their first byte, and the one after the last.
+fn last_lines(
+    lines: usize,
+    mut next_frame: impl FnMut() -> Result<Option<Frame>>,
+) -> Result<Range<u64>> {
     // Of the last lines, and of what may come after the last line feed.
     let mut begins = VecDeque::from([0]);
     let mut offset = 0;
@@ -136,65 +148,26 @@ fn last_lines(lines: usize, mut next_frame: impl FnMut() -> Result<Option<Frame>
         begins.push_back(offset);
     }
     let surplus = begins.len().saturating_sub(lines.saturating_add(1));
-    Ok(begins.get(surplus).copied().unwrap_or(offset))
+    Ok(begins.get(surplus).copied().unwrap_or(offset)..offset)
 }
 
-/// Removes the piece of a frame at the end of a record whose writer was killed.
-pub fn end_at_a_frame(file: &File) -> Result<()> {
+/// Removes the piece of a frame at the end of a record whose writer was killed: the bytes of output that
+/// are in it.
+pub fn end_at_a_frame(file: &File) -> Result<u64> {
     let mut source = io::BufReader::new(file);
-    let mut whole = 0;
+    let (mut whole, mut bytes) = (0, 0);
     while let Ok(Some(frame)) = read_frame(&mut source) {
         whole += frame.encode().len() as u64;
+        bytes += frame.bytes.len() as u64;
     }
-    Ok(file.set_len(whole)?)
+    file.set_len(whole)?;
+    Ok(bytes)
 }
 
 /// Reports how much of the output was dropped.
 pub fn warn_of_loss(wanted: u64, first: u64) {
     if first > wanted {
         note!("{} bytes of output are lost", first - wanted);
-    }
-}
-
-/// A file of a VM; None where there is none and none will be.
-fn open(vm: &Vm, name: &str, follow: bool) -> Result<Option<File>> {
-    let path = vm.dir.join(name);
-    loop {
-        let running = vm.is_running();
-        match File::open(&path) {
-            Ok(file) => return Ok(Some(file)),
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("unable to open {}", path.display()));
-            }
-            Err(_) if !follow || !running => return Ok(None),
-            Err(_) => thread::sleep(REFRESH),
-        }
-    }
-}
-
-/// A file that grows while a VM runs.
-struct Growing<'a> {
-    file: File,
-    vm: Option<&'a Vm>,
-}
-
-impl<'a> Growing<'a> {
-    fn new(file: File, vm: Option<&'a Vm>) -> Growing<'a> {
-        Growing { file, vm }
-    }
-}
-
-impl Read for Growing<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            // Looked at before: what is written until then is read.
-            let running = self.vm.is_some_and(Vm::is_running);
-            let size = self.file.read(buffer)?;
-            if size > 0 || !running {
-                return Ok(size);
-            }
-            thread::sleep(REFRESH);
-        }
     }
 }
 
@@ -234,11 +207,11 @@ impl Events {
 }
 
 fn recorded_events(vm: &Vm, follow: bool) -> Result<()> {
-    let Some(file) = open(vm, vms::EVENTS, follow)? else {
+    let grows = || follow && vm.is_running();
+    let Some(mut source) = Reader::open(&vm.dir, vms::EVENTS, grows)? else {
         return Ok(());
     };
     let mut text = vec![];
-    let mut source = Growing::new(file, follow.then_some(vm));
     let mut byte = [0];
     while source.read(&mut byte)? == 1 {
         text.push(byte[0]);
@@ -351,19 +324,18 @@ fn classify(begin: &[u8]) -> LineState {
 
 /// Passes the workload's bytes of a console that grows on, until it ends and `is_over`.
 pub fn filter_console(
-    path: &Path,
+    dir: &Path,
     is_over: impl Fn() -> bool,
     mut sink: impl FnMut(Frame) -> Result<()>,
 ) -> Result<()> {
-    let mut file = File::open(path).context("there is no console")?;
-    file.rewind()?;
+    let console = Reader::open(dir, vms::CONSOLE, || !is_over())?;
+    let mut console = console.context("there is no console")?;
     let mut filter = ConsoleFilter::default();
     let mut buffer = [0; 4096];
     loop {
-        let over = is_over();
-        let size = file.read(&mut buffer)?;
+        let size = console.read(&mut buffer)?;
         let bytes = match size {
-            0 if over => filter.finish(),
+            0 => filter.finish(),
             size => filter.filter(&buffer[..size]),
         };
         if !bytes.is_empty() {
@@ -371,10 +343,7 @@ pub fn filter_console(
             sink(Frame { stream, bytes })?;
         }
         if size == 0 {
-            if over {
-                return Ok(());
-            }
-            thread::sleep(REFRESH);
+            return Ok(());
         }
     }
 }
@@ -382,7 +351,7 @@ pub fn filter_console(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
+    use std::io::{Seek, Write};
 
     fn frame(bytes: &str) -> Frame {
         Frame {
@@ -395,8 +364,8 @@ mod tests {
     fn the_last_lines_are_found_across_frames() {
         let last = |lines, pieces: &[&str]| {
             let mut frames = pieces.iter().map(|piece| frame(piece));
-            let begin = last_lines(lines, || Ok(frames.next())).unwrap();
-            pieces.concat()[usize::try_from(begin).unwrap()..].to_string()
+            let last = last_lines(lines, || Ok(frames.next())).unwrap();
+            pieces.concat()[last.start as usize..last.end as usize].to_string()
         };
         let pieces = ["one\ntw", "o\n", "\nfour\n"];
         for (lines, expected) in [
@@ -422,7 +391,7 @@ mod tests {
         file.write_all(&whole.concat()).unwrap();
         file.write_all(&frame("three").encode()[..10]).unwrap();
         file.rewind().unwrap();
-        end_at_a_frame(&file).unwrap();
+        assert_eq!(end_at_a_frame(&file).unwrap(), 6);
         assert_eq!(file.metadata().unwrap().len(), whole.concat().len() as u64);
     }
 

@@ -9,6 +9,7 @@ mod output;
 mod ports;
 mod rootfs;
 mod run;
+mod segments;
 mod shell;
 mod snapshot;
 mod suggest;

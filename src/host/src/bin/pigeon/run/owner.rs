@@ -2,7 +2,7 @@
 
 use std::{
     collections::VecDeque,
-    fs::{File, OpenOptions},
+    fs::OpenOptions,
     io::{self, IsTerminal, Read, Write},
     path::{Path, PathBuf},
     process::{ChildStdin, ChildStdout},
@@ -40,6 +40,7 @@ use crate::{
     exec::{Pass, no_program, start_error},
     logs::{end_at_a_frame, filter_console, warn_of_loss},
     output::{exit_code, note, say},
+    segments::Writer,
     snapshot, terminal,
     vms::{self, Claim},
 };
@@ -55,6 +56,8 @@ const TAIL: usize = 16 << 10;
 const SHOWN_LINES: usize = 15;
 /// How long a VM may take to go down, beside the time that its workload has.
 const SHUTDOWN: Duration = Duration::from_secs(10);
+/// Bytes of events that are written down.
+const MAX_EVENTS: u64 = 1 << 20;
 /// How often it is looked whether a snapshot was broken off.
 const SNAPSHOTS: Duration = Duration::from_millis(500);
 /// How long a VM may take until its API is up, for a session.
@@ -128,7 +131,7 @@ impl Owner<'_> {
             (true, false) => Shown::Stdout,
             (true, true) => Shown::Stderr,
         };
-        let file = self.file(vms::CONSOLE)?;
+        let file = Writer::new(&self.claim.dir, vms::CONSOLE)?;
         let console = thread::spawn(move || record_console(console, file, shown));
         let over = Arc::new(AtomicBool::new(false));
         let output = self.follow_output(over.clone());
@@ -220,15 +223,7 @@ impl Owner<'_> {
         }
     }
 
-    /// Creates an empty file of the VM's record.
-    fn file(&self, name: &str) -> Result<File> {
-        let path = self.claim.dir.join(name);
-        let mut options = OpenOptions::new();
-        let file = options.create(true).write(true).truncate(true).open(&path);
-        file.with_context(|| format!("unable to write {}", path.display()))
-    }
-
-    /// Records the init's events. An exit event is as reliable as the API's response.
+    /// Records the init's events. An exit event is as reliable as the API's answer.
     pub fn listen_for_events(&self) -> EventLog {
         let (sender, exit) = mpsc::channel();
         let path = self.claim.dir.join(vms::EVENTS);
@@ -258,7 +253,10 @@ impl Owner<'_> {
                 while let Ok(Some(event)) = events.next_event() {
                     let mut line = json!(event);
                     line["time"] = json!(vms::now());
-                    let _ = writeln!(file, "{line}");
+                    // A guest may say as much as it likes.
+                    if file.metadata().is_ok_and(|file| file.len() < MAX_EVENTS) {
+                        let _ = writeln!(file, "{line}");
+                    }
                     if let Event::Started { .. } = event {
                         let _ = claim.update(|record| record.up = Some(vms::now()));
                     }
@@ -287,17 +285,17 @@ impl Owner<'_> {
         let (uds, dir) = (self.uds.clone(), self.claim.dir.clone());
         let shown = self.run.quiet && !self.run.detach && self.plan.session.is_none();
         thread::spawn(move || {
-            let path = dir.join(vms::OUTPUT);
-            let mut file = OpenOptions::new()
-                .create(true)
-                .read(true)
-                .append(true)
-                .open(path)
-                .ok()?;
-            end_at_a_frame(&file).ok()?;
+            let file = Writer::append(&dir, vms::OUTPUT, end_at_a_frame);
+            let mut file = match file {
+                Ok(file) => file,
+                Err(error) => {
+                    note!("the workload's output: {error:#}");
+                    return None;
+                }
+            };
             let mut sink = |frame: Frame| {
-                file.write_all(&frame.encode())?;
-                // The VM continues without a reader.
+                file.write(&frame.encode(), frame.bytes.len())?;
+                // The VM goes on without anybody who looks.
                 if shown {
                     let _ = show_quietly(&frame);
                 }
@@ -319,7 +317,7 @@ impl Owner<'_> {
                         false => sink(frame),
                     }
                 };
-                let filtered = filter_console(&dir.join(vms::CONSOLE), is_over, &mut rest);
+                let filtered = filter_console(&dir, is_over, &mut rest);
                 if let Err(error) = filtered {
                     note!("{error:#}");
                 }
@@ -604,8 +602,8 @@ enum Shown {
     Stderr,
 }
 
-/// Records the console, shows it, and returns its end.
-fn record_console(mut console: ChildStdout, mut file: File, shown: Shown) -> Vec<u8> {
+/// Writes the console down, shows it, and returns its end.
+fn record_console(mut console: ChildStdout, mut file: Writer, shown: Shown) -> Vec<u8> {
     let mut tail = VecDeque::new();
     let mut buffer = [0; 4096];
     while let Ok(size) = console.read(&mut buffer) {
@@ -613,8 +611,8 @@ fn record_console(mut console: ChildStdout, mut file: File, shown: Shown) -> Vec
             break;
         }
         let chunk = &buffer[..size];
-        // The VM continues without a reader, and with a full disk.
-        let _ = file.write_all(chunk);
+        // The VM goes on without anybody who looks, and on a full disk.
+        let _ = file.write(chunk, size);
         let _ = match shown {
             Shown::Nowhere => Ok(()),
             Shown::Stderr => io::stderr().write_all(chunk),
