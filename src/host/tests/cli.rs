@@ -292,6 +292,31 @@ fn a_vm_whose_snapshot_was_broken_off_by_sigkill_goes_on() {
 }
 
 #[test]
+fn what_cannot_be_done_to_one_vm_is_done_to_the_others() {
+    let place = Place::new();
+    for name in ["a", "b"] {
+        let dir = place.path(&format!("pigeon/vms/{name}"));
+        fs::create_dir_all(&dir).unwrap();
+        let record = json!({"name": name, "ended": 2, "exit_code": 0});
+        fs::write(dir.join("vm.json"), record.to_string()).unwrap();
+        fs::write(dir.join("lock"), "").unwrap();
+    }
+    let (out, said, code) = pigeon(&place, &["stop", "none", "a", "nor", "b"]);
+    assert_eq!((out.as_str(), code), ("a\nb\n", 125), "{said}");
+    assert!(
+        said.contains("no VM called none") && said.contains("called nor"),
+        "{said}"
+    );
+    // None of them can be started: each is named.
+    let (out, said, code) = pigeon(&place, &["start", "a", "none", "b"]);
+    assert_eq!((out.as_str(), code), ("", 125), "{said}");
+    assert_eq!(said.lines().count(), 3, "{said}");
+    let (out, said, code) = pigeon(&place, &["rm", "none", "a", "b"]);
+    assert_eq!((out.as_str(), code), ("a\nb\n", 125), "{said}");
+    assert!(said.contains("no VM called none"), "{said}");
+}
+
+#[test]
 fn output_keeps_its_numbers_when_the_first_of_it_was_dropped() {
     let place = Place::new();
     let dir = place.path("pigeon/vms/app");

@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::{
-    output::{bytes, note, say, table},
+    output::{NoReader, bytes, note, say, table},
     run,
     target::Target,
     vms::{self, Vm},
@@ -129,12 +129,29 @@ impl Stop {
                 None => Ok(self.target.client(None)?.stop(self.signal, Some(timeout))?),
             };
         }
-        for name in &self.names {
+        for_each(&self.names, |name| {
             stop(&vms::find(name)?, self.signal, timeout)?;
-            say!("{name}")?;
-        }
-        Ok(())
+            say!("{name}")
+        })
     }
+}
+
+/// Does it for each VM, as docker does also where it fails for one before. The errors are said; that of
+/// the last is the command's.
+pub fn for_each(names: &[String], mut act: impl FnMut(&str) -> Result<()>) -> Result<()> {
+    let mut failed = Ok(());
+    for name in names {
+        match act(name) {
+            Err(error) if error.is::<NoReader>() => return Err(error),
+            Err(error) => {
+                if let Err(earlier) = std::mem::replace(&mut failed, Err(error)) {
+                    note!("{earlier:#}");
+                }
+            }
+            Ok(()) => {}
+        }
+    }
+    failed
 }
 
 /// Stops a VM; one that does not stop is killed.
@@ -180,7 +197,7 @@ pub struct Kill {
 
 impl Kill {
     pub fn run(&self) -> Result<()> {
-        for name in &self.names {
+        for_each(&self.names, |name| {
             let vm = vms::find_running(name)?;
             let client = pigeon::Client::connect(&vm.record.uds);
             match client.and_then(|client| client.signal(self.signal)) {
@@ -188,9 +205,8 @@ impl Kill {
                 Err(_) if i32::from(self.signal) == Signal::KILL.as_raw() => kill(&vm)?,
                 sent => sent?,
             }
-            say!("{name}")?;
-        }
-        Ok(())
+            say!("{name}")
+        })
     }
 }
 
@@ -206,7 +222,7 @@ pub struct Rm {
 
 impl Rm {
     pub fn run(&self) -> Result<()> {
-        for name in &self.names {
+        for_each(&self.names, |name| {
             let vm = vms::find(name)?;
             if vm.running {
                 ensure!(
@@ -216,9 +232,8 @@ impl Rm {
                 kill(&vm)?;
             }
             vm.remove()?;
-            say!("{name}")?;
-        }
-        Ok(())
+            say!("{name}")
+        })
     }
 }
 

@@ -164,7 +164,8 @@ impl HealthCheck {
                 });
                 let healthy = match client.exec(&command) {
                     Ok(output) => output.exit_code == 0,
-                    Err(Error::NotStarted(_)) => false,
+                    // Docker counts a check that takes too long, too.
+                    Err(Error::NotStarted(_) | Error::TimedOut(_)) => false,
                     // It boots, is frozen, or busy.
                     Err(_) => continue,
                 };

@@ -8,7 +8,7 @@ use pigeon::progress::Progress;
 
 use super::{Options, Run, detach};
 use crate::{
-    lifecycle::stop,
+    lifecycle::{for_each, stop},
     output::say,
     vms::{self, Launch, Vm},
 };
@@ -30,25 +30,27 @@ pub struct Start {
 
 impl Start {
     pub fn run(&self) -> Result<u8> {
-        let vms = named(&self.names)?;
+        let names = named(&self.names)?;
         ensure!(
-            !self.attach || vms.len() == 1,
+            !self.attach || names.len() == 1,
             "one VM at a time can be attached to"
         );
-        for vm in vms {
-            let name = &vm.record.name;
-            if self.attach || detach::is_detached() {
-                return again(&vm, !self.attach);
-            }
+        if self.attach || detach::is_detached() {
+            return again(&vms::find(&names[0])?, !self.attach);
+        }
+        let mut failed = 0;
+        for_each(&names, |name| {
+            let vm = vms::find(name)?;
             if !vm.running {
                 command_of(&vm, true)?;
                 if let Err(code) = start_detached(name, self.wait)? {
-                    return Ok(code);
+                    failed = code;
+                    return Ok(());
                 }
             }
-            say!("{name}")?;
-        }
-        Ok(0)
+            say!("{name}")
+        })?;
+        Ok(failed)
     }
 }
 
@@ -70,26 +72,29 @@ pub struct Restart {
 impl Restart {
     pub fn run(&self) -> Result<u8> {
         let timeout = Duration::try_from_secs_f64(self.timeout).context("bad --timeout")?;
-        for vm in named(&self.names)? {
-            let name = &vm.record.name;
+        let mut failed = 0;
+        for_each(&named(&self.names)?, |name| {
+            let vm = vms::find(name)?;
             command_of(&vm, true)?;
             if vm.running {
                 vm.announce_restart()?;
                 stop(&vm, self.signal, timeout)?;
             }
             if let Err(code) = start_detached(name, self.wait)? {
-                return Ok(code);
+                failed = code;
+                return Ok(());
             }
-            say!("{name}")?;
-        }
-        Ok(0)
+            say!("{name}")
+        })?;
+        Ok(failed)
     }
 }
 
-fn named(names: &[String]) -> Result<Vec<Vm>> {
+/// These, or the only one.
+fn named(names: &[String]) -> Result<Vec<String>> {
     match names {
-        [] => Ok(vec![vms::only()?]),
-        names => names.iter().map(|name| vms::find(name)).collect(),
+        [] => Ok(vec![vms::only()?.record.name]),
+        names => Ok(names.to_vec()),
     }
 }
 
