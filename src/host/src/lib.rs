@@ -29,6 +29,7 @@ pub mod process;
 pub mod progress;
 pub mod proxy;
 pub mod qmp;
+pub mod scratch;
 pub mod session;
 pub mod signal;
 pub mod snapshot;

@@ -6,7 +6,7 @@ mod pty;
 
 use std::{
     fs,
-    os::unix::{fs::PermissionsExt, net::UnixListener},
+    os::unix::{fs::PermissionsExt, net::UnixListener, process::ExitStatusExt},
     path::PathBuf,
     process::{Command, Stdio},
     thread,
@@ -23,6 +23,7 @@ use pigeon::{
     logs::{Frame, Stream},
     process::write_program,
 };
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 /// Standard output, standard error and exit code of `pigeon WORDS` in a place of its own.
@@ -554,7 +555,31 @@ fn an_archive_may_come_on_standard_input() {
 }
 
 #[test]
-fn unreadable_files_keep_their_owners_without_root() {
+fn a_signal_that_ends_the_making_of_an_image_leaves_nothing_of_it() {
+    let place = Place::new();
+    // What nohup(1) has it ignore does not end it.
+    let mut rootfs = Command::new("nohup")
+        .args([env!("CARGO_BIN_EXE_pigeon"), "rootfs", "-", "a.ext4"])
+        .current_dir(place.0.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let left = || fs::read_dir(place.0.path()).unwrap().count();
+    while left() == 0 {
+        assert!(rootfs.try_wait().unwrap().is_none());
+        thread::sleep(Duration::from_millis(1));
+    }
+    kill_process(Pid::from_child(&rootfs), Signal::HUP).unwrap();
+    thread::sleep(Duration::from_millis(200));
+    assert!(rootfs.try_wait().unwrap().is_none());
+    kill_process(Pid::from_child(&rootfs), Signal::TERM).unwrap();
+    assert_eq!(rootfs.wait().unwrap().signal(), Some(15));
+    assert_eq!(left(), 0);
+}
+
+#[test]
+fn without_root_files_that_nobody_may_read_are_taken_with_their_owners() {
     let place = Place::new();
     let entry = |tar: Tar, name: &[u8], mode| {
         tar.entry(tar::EntryType::Regular, name, b"", (0, 42), mode, b"secret")

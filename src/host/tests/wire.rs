@@ -8,7 +8,7 @@ use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
     net::{Shutdown, TcpListener, TcpStream},
-    os::unix::fs::PermissionsExt,
+    os::unix::{fs::PermissionsExt, process::ExitStatusExt},
     process::{Child, Command, Output, Stdio},
     sync::mpsc,
     time::Duration,
@@ -425,7 +425,34 @@ fn cp_copies_to_a_file_or_into_a_directory() {
 }
 
 #[test]
-fn cp_replaces_only_regular_files_and_targets_of_links() {
+fn a_signal_that_ends_a_copy_leaves_what_was_there_and_nothing_else() {
+    let place = Place::new();
+    let vm = Vm::start(place.0.path(), |mut connection| {
+        let head = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\nFile-Mode: 0644\r\n\r\n";
+        connection.send(head.as_bytes());
+        if connection.request.line.starts_with("GET") {
+            connection.send(b"half");
+            std::thread::sleep(Duration::from_secs(1000));
+        }
+    });
+    fs::create_dir(place.path("to")).unwrap();
+    place.write("to/note", "precious");
+    let mut copy = spawn(&place, &vm, &["cp", ":/note", "to"]);
+    let left = || fs::read_dir(place.path("to")).unwrap().count();
+    while left() == 1 {
+        assert!(copy.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    kill_process(Pid::from_child(&copy), Signal::INT).unwrap();
+    assert_eq!(copy.wait().unwrap().signal(), Some(2));
+    assert_eq!(
+        (left(), fs::read(place.path("to/note")).unwrap()),
+        (1, b"precious".to_vec())
+    );
+}
+
+#[test]
+fn cp_replaces_regular_files_alone_and_what_a_link_leads_to() {
     use rustix::fs::{CWD, FileType, Mode, mknodat};
     use std::os::unix::fs::{FileTypeExt, symlink};
     let place = Place::new();

@@ -17,7 +17,7 @@ use super::{
     squashfs,
     tree::{Contents, LeafKind, Tree},
 };
-use crate::progress::Progress;
+use crate::{progress::Progress, scratch::Scratch};
 
 /// A file system that a root can have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -102,9 +102,7 @@ pub fn write(
 ) -> Result<u64> {
     let extent = tree.extent();
     let inodes = Inodes::of(tree)?;
-    let stage = tempfile::Builder::new()
-        .prefix(".pigeon-")
-        .tempdir_in(directory_of(out))
+    let stage = Scratch::new_in(directory_of(out))
         .with_context(|| format!("unable to write in {}", directory_of(out).display()))?;
     let image = stage.path().join("image");
     let uuid = identity(&inodes, format);
@@ -141,10 +139,7 @@ pub fn write(
 /// (flock(2)), where the file system knows locks: at no time is it at `out` and anybody else's.
 pub fn write_volume(out: &Path, size: u64) -> Result<fs::File> {
     let cannot = || format!("unable to create {}", out.display());
-    let stage = tempfile::Builder::new()
-        .prefix(".pigeon-")
-        .tempdir_in(directory_of(out))
-        .with_context(cannot)?;
+    let stage = Scratch::new_in(directory_of(out)).with_context(cannot)?;
     let path = stage.path().join("image");
     let mut uuid = [0; 16];
     fs::File::open("/dev/urandom")?.read_exact(&mut uuid)?;

@@ -33,7 +33,7 @@ use disk::{Format, directory_of};
 use source::Source;
 use tree::{Place, Tree};
 
-use crate::{Arch, assets, progress::Progress};
+use crate::{Arch, assets, progress::Progress, scratch::Scratch};
 
 /// How an image is made.
 #[derive(Clone, Debug, Default)]
@@ -84,9 +84,7 @@ pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
     ensure_separate(source, out)?;
     ensure_replaceable(out, options.force)?;
     let mut progress = Progress::new(options.progress);
-    let scratch = tempfile::Builder::new()
-        .prefix(".pigeon-")
-        .tempdir_in(directory_of(out))
+    let scratch = Scratch::new_in(directory_of(out))
         .with_context(|| format!("unable to write beside {}", out.display()))?;
     let path = fetch(source, options.arch, scratch.path(), &mut progress)?;
     let source = Source::open(&path, options.arch, options.tag.as_deref())?;

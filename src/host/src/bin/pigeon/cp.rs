@@ -14,6 +14,7 @@ use pigeon::{
     Client, Command, Error, Session,
     files::WriteOptions,
     progress::Progress,
+    scratch::Scratch,
     session::{Event, MESSAGE},
 };
 
@@ -160,8 +161,10 @@ impl Cp {
         let dir = destination
             .parent()
             .filter(|dir| !dir.as_os_str().is_empty());
-        let mut file = tempfile::NamedTempFile::new_in(dir.unwrap_or(Path::new(".")))
-            .with_context(|| format!("unable to write {shown}"))?;
+        let cannot = || format!("unable to write {shown}");
+        let scratch = Scratch::new_in(dir.unwrap_or(Path::new("."))).with_context(cannot)?;
+        let received = scratch.path().join("file");
+        let mut file = File::create_new(&received).with_context(cannot)?;
         let mut progress = Progress::new(true);
         progress.phase("receiving", info.size);
         let copied = io::copy(&mut Counted(&mut contents, &mut progress), &mut file);
@@ -169,11 +172,8 @@ impl Cp {
         progress.end();
         ensure!(copied == info.size, "{path} broke off after {copied} bytes");
         let mode = info.mode.unwrap_or(0o644) & 0o777;
-        file.as_file()
-            .set_permissions(fs::Permissions::from_mode(mode))?;
-        let kept = file.persist(&destination).map_err(|error| error.error);
-        kept.with_context(|| format!("unable to write {shown}"))?;
-        Ok(())
+        file.set_permissions(fs::Permissions::from_mode(mode))?;
+        fs::rename(&received, &destination).with_context(cannot)
     }
 }
 

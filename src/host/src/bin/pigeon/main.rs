@@ -17,7 +17,7 @@ mod target;
 mod terminal;
 mod vms;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, thread};
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
@@ -166,7 +166,10 @@ fn act(action: Action) -> Result<u8> {
         Action::Snapshot(snapshot) => return snapshot.run(),
         Action::Ps(ps) => ps.run(),
         Action::Logs(logs) => logs.run(),
-        Action::Cp(cp) => cp.run(),
+        Action::Cp(cp) => {
+            end_cleanly()?;
+            cp.run()
+        }
         Action::Mount(mount) => mount.run(),
         Action::Unmount(unmount) => unmount.run(),
         Action::Forward(forward) => forward.run(),
@@ -179,7 +182,10 @@ fn act(action: Action) -> Result<u8> {
         Action::Stats(stats) => stats.run(),
         Action::Events(events) => events.run(),
         Action::Status(status) => status.run(),
-        Action::Rootfs(rootfs) => rootfs.run(),
+        Action::Rootfs(rootfs) => {
+            end_cleanly()?;
+            rootfs.run()
+        }
         Action::Completions(completions) => completions.run(),
         Action::Man(man) => man.run(),
         Action::Proxy(Proxy { target, socket }) => {
@@ -191,6 +197,24 @@ fn act(action: Action) -> Result<u8> {
         }
     }?;
     Ok(0)
+}
+
+/// Has a signal end this process as before, but for what is half-made.
+fn end_cleanly() -> Result<()> {
+    // Those that are ignored (nohup) stay so.
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    let is_ignored = |signal: &i32| ignored.unwrap_or(0) >> (signal - 1) & 1 == 1;
+    let signals = [SIGHUP, SIGINT, SIGTERM];
+    let mut signals = Signals::new(signals.iter().filter(|signal| !is_ignored(signal)))?;
+    thread::spawn(move || {
+        for signal in signals.forever() {
+            let _until_the_end = pigeon::scratch::remove_all();
+            let _ = signal_hook::low_level::emulate_default_handler(signal);
+        }
+    });
+    Ok(())
 }
 
 /// What to do about an error.
