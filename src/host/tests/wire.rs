@@ -8,7 +8,10 @@ use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
     net::{Shutdown, TcpListener, TcpStream},
-    os::unix::{fs::PermissionsExt, process::ExitStatusExt},
+    os::unix::{
+        fs::{FileExt, PermissionsExt},
+        process::ExitStatusExt,
+    },
     process::{Child, Command, Output, Stdio},
     sync::mpsc,
     time::Duration,
@@ -754,13 +757,24 @@ fn a_guests_error_message_has_a_limit() {
 
 /// `pigeon cp SOURCE :/data` in `place`, to a guest whose tar reads its input to its end: what it says,
 /// its exit code, and the archive, unless that did not end.
-fn cp_directory_to_guest(place: &Place, source: &str) -> (String, Option<i32>, Option<Vec<u8>>) {
+fn cp_directory_to_guest(
+    place: &Place,
+    options: &[&str],
+    source: &str,
+) -> (String, Option<i32>, Option<Vec<u8>>) {
     const TIMEOUT: Duration = Duration::from_secs(60);
     let guest = tempfile::tempdir().unwrap();
     let (sender, archives) = mpsc::channel();
     let vm = Vm::start(guest.path(), move |mut connection| {
         match connection.request.line.as_str() {
             "HEAD /v1/files?path=/data" => connection.send(b"HTTP/1.1 404 Not Found\r\n\r\n"),
+            "POST /v1/exec" if text(&connection.request.body).contains("[\"id\"") => {
+                let id = text(&connection.request.body)
+                    .contains("-u")
+                    .then_some("1000");
+                let output = json!({"stdout": format!("{}\n", id.unwrap_or("1001"))});
+                connection.respond(200, "", output.to_string().as_bytes());
+            }
             "POST /v1/exec" | "GET /v1/sessions" => respond_beside_a_session(connection),
             _ => {
                 let mut socket = upgrade(connection);
@@ -782,7 +796,8 @@ fn cp_directory_to_guest(place: &Place, source: &str) -> (String, Option<i32>, O
             }
         }
     });
-    let output = pigeon(place, &vm, &["cp", source, ":/data"], b"");
+    let words = [&["cp"], options, &[source, ":/data"]].concat();
+    let output = pigeon(place, &vm, &words, b"");
     let archive = archives.try_recv().ok();
     (text(&output.stderr), output.status.code(), archive)
 }
@@ -796,14 +811,21 @@ fn a_directory_is_copied_to_a_guest_without_sockets_and_unreadable_files() {
     std::os::unix::fs::symlink("sub/file", place.path("dir/link")).unwrap();
     mknodat(CWD, place.path("dir/fifo"), FileType::Fifo, Mode::RUSR, 0).unwrap();
     let _listener = std::os::unix::net::UnixListener::bind(place.path("dir/socket")).unwrap();
-    let (said, code, archive) = cp_directory_to_guest(&place, "dir");
+    // Of somebody of the host's, if that can be made, and with a hole.
+    let _ = std::os::unix::fs::chown(place.path("dir/sub/file"), Some(1234), Some(1234));
+    let holed = fs::File::create(place.path("dir/sub/holed")).unwrap();
+    holed.set_len(3 << 20).unwrap();
+    holed.write_all_at(b"data", 1 << 20).unwrap();
+    let (said, code, archive) = cp_directory_to_guest(&place, &[], "dir");
     assert!(said.contains("dir/socket: left out: a socket"), "{said}");
     assert_eq!(code, Some(0), "{said}");
     let archive = archive.unwrap();
     let mut archive = tar::Archive::new(&archive[..]);
     let entries = archive.entries().unwrap().map(|entry| {
         let entry = entry.unwrap();
-        (text(&entry.path_bytes()), entry.header().entry_type())
+        let header = entry.header();
+        assert_eq!((header.uid().unwrap(), header.gid().unwrap()), (0, 0));
+        (text(&entry.path_bytes()), header.entry_type())
     });
     let expected = [
         (".", EntryType::Directory),
@@ -811,13 +833,21 @@ fn a_directory_is_copied_to_a_guest_without_sockets_and_unreadable_files() {
         ("link", EntryType::Symlink),
         ("sub", EntryType::Directory),
         ("sub/file", EntryType::Regular),
+        ("sub/holed", EntryType::Regular),
     ];
     assert_eq!(
         entries.collect::<Vec<_>>(),
         expected.map(|(name, kind)| (name.to_string(), kind))
     );
+    let (said, code, archive) = cp_directory_to_guest(&place, &["-u", "app"], "dir");
+    assert_eq!(code, Some(0), "{said}");
+    let archive = archive.unwrap();
+    for entry in tar::Archive::new(&archive[..]).entries().unwrap() {
+        let header = entry.unwrap().header().clone();
+        assert_eq!((header.uid().unwrap(), header.gid().unwrap()), (1000, 1001));
+    }
     // Root cannot read it either.
-    let (said, code, archive) = cp_directory_to_guest(&place, "/proc/sys/net/ipv4/route");
+    let (said, code, archive) = cp_directory_to_guest(&place, &[], "/proc/sys/net/ipv4/route");
     let expected = "route/flush: Permission denied";
     assert!(said.contains(expected) && code == Some(125), "{said}");
     assert!(archive.is_some());

@@ -96,21 +96,22 @@ impl Cp {
 
     /// A directory with all that is in it becomes `path`.
     fn send_directory(&self, client: &Client, source: &Path, path: &str) -> Result<()> {
-        let made = client.exec(&Command::new(["mkdir", "-p", path]));
-        let tar = Command::new(["tar", "-C", path, "-xf", "-"]);
-        // The user that unpacks it owns the files.
-        let tar = match &self.user {
-            Some(user) => tar.user(user),
-            None => tar,
+        let has_tar = has_tar(client);
+        let owner = match &self.user {
+            Some(user) if has_tar => ids(client, user)?,
+            _ => ROOT,
         };
+        let made = client.exec(&Command::new(["mkdir", "-p", path]));
+        // As root, which can write wherever a single file can be written.
+        let tar = Command::new(["tar", "-C", path, "-xf", "-"]);
         let has_mkdir = made.is_ok_and(|output| output.exit_code == 0);
-        if has_mkdir && has_tar(client) {
+        if has_mkdir && has_tar {
             let mut session = client.session(&tar.separate_stderr())?;
             let mut input = SessionInput {
                 session: &mut session,
                 is_broken: false,
             };
-            let sent = send_archive(&mut input, source);
+            let sent = send_archive(&mut input, source, owner);
             let is_broken = input.is_broken;
             // tar waits for it, whatever was sent.
             let ended = session.end_input();
@@ -280,6 +281,20 @@ fn is_directory(client: &Client, path: &str) -> Result<bool> {
     }
 }
 
+/// Whose files are if nobody says so: what ids mean on the host, they do not in the VM.
+const ROOT: (u64, u64) = (0, 0);
+
+/// The ids of a user of the VM.
+fn ids(client: &Client, user: &str) -> Result<(u64, u64)> {
+    let id = |which: &str| {
+        let output = client.exec(&Command::new(["id", which]).user(user))?;
+        let said = output.stdout.trim();
+        said.parse()
+            .with_context(|| format!("unable to find {user} in the VM: {}", output.stderr.trim()))
+    };
+    Ok((id("-u")?, id("-g")?))
+}
+
 fn has_tar(client: &Client) -> bool {
     let asked = client.exec(&Command::new(["tar", "--version"]));
     asked.is_ok_and(|output| output.exit_code == 0)
@@ -426,14 +441,13 @@ fn finish(session: &mut Session, out: &mut dyn Write) -> Result<()> {
     bail!("tar in the VM has ended without an exit status")
 }
 
-/// Sends a directory as an archive.
-fn send_archive(input: &mut SessionInput, source: &Path) -> Result<()> {
+/// Sends a directory as an archive of files of this owner.
+fn send_archive(input: &mut SessionInput, source: &Path, owner: (u64, u64)) -> Result<()> {
     let mut builder = tar::Builder::new(input);
-    builder.follow_symlinks(false);
-    builder.append_dir(".", source)?;
+    append(&mut builder, &source.join("."), Path::new("."), owner)?;
     for entry in walk(source)? {
         let place = source.join(&entry);
-        let added = append(&mut builder, &place, &entry);
+        let added = append(&mut builder, &place, &entry, owner);
         added.with_context(|| place.display().to_string())?;
     }
     Ok(builder.finish()?)
@@ -443,6 +457,7 @@ fn append(
     builder: &mut tar::Builder<&mut SessionInput>,
     place: &Path,
     name: &Path,
+    (uid, gid): (u64, u64),
 ) -> io::Result<()> {
     let found = place.symlink_metadata()?;
     let kind = found.file_type();
@@ -451,15 +466,23 @@ fn append(
         note!("{}: left out: a socket", place.display());
         return Ok(());
     }
-    if kind.is_file() || kind.is_dir() || kind.is_symlink() {
-        return builder.append_path_with_name(place, name);
-    }
-    // The crate names a device and a FIFO by where they are, not as it is told.
     let mut header = tar::Header::new_gnu();
     header.set_metadata(&found);
+    header.set_uid(uid);
+    header.set_gid(gid);
+    if kind.is_file() {
+        // Not as a sparse file, which busybox's tar does not know; zeros where it has become shorter.
+        let file = File::open(place)?.chain(io::repeat(0)).take(found.len());
+        return builder.append_data(&mut header, name, file);
+    }
     header.set_size(0);
-    header.set_device_major(rustix::fs::major(found.rdev()))?;
-    header.set_device_minor(rustix::fs::minor(found.rdev()))?;
+    if kind.is_symlink() {
+        return builder.append_link(&mut header, name, fs::read_link(place)?);
+    }
+    if kind.is_block_device() || kind.is_char_device() {
+        header.set_device_major(rustix::fs::major(found.rdev()))?;
+        header.set_device_minor(rustix::fs::minor(found.rdev()))?;
+    }
     builder.append_data(&mut header, name, io::empty())
 }
 
