@@ -8,6 +8,10 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
+use rustix::{
+    fs::{SeekFrom, ioctl_ficlone, seek},
+    io::Errno,
+};
 use sha2::{Digest, Sha256};
 
 use super::{
@@ -151,6 +155,34 @@ pub fn write_volume(out: &Path, size: u64) -> Result<fs::File> {
     Ok(image)
 }
 
+/// Copies a disk: what a file system cannot share with its copy, but for its holes.
+pub fn copy(from: &Path, to: &Path) -> io::Result<()> {
+    let source = fs::File::open(from)?;
+    let mut target = fs::File::create(to)?;
+    let found = source.metadata()?;
+    target.set_permissions(found.permissions())?;
+    if ioctl_ficlone(&target, &source).is_ok() {
+        return Ok(());
+    }
+    target.set_len(found.len())?;
+    let mut position = 0;
+    while position < found.len() {
+        let data = match seek(&source, SeekFrom::Data(position)) {
+            // There is but a hole.
+            Err(Errno::NXIO) => break,
+            data => data?,
+        };
+        position = seek(&source, SeekFrom::Hole(data))?;
+        seek(&source, SeekFrom::Start(data))?;
+        seek(&target, SeekFrom::Start(data))?;
+        let copied = io::copy(&mut (&source).take(position - data), &mut target)?;
+        if copied < position - data {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(())
+}
+
 /// The directory that a file is in.
 pub(crate) fn directory_of(path: &Path) -> &Path {
     path.parent()
@@ -213,6 +245,7 @@ fn as_uuid(mut bytes: [u8; 16]) -> [u8; 16] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::{FileExt, MetadataExt};
 
     #[test]
     fn a_size_has_a_unit_and_a_fraction() {
@@ -247,7 +280,29 @@ mod tests {
     }
 
     #[test]
-    fn an_image_has_a_valid_file_system_size() {
+    fn a_copy_of_a_disk_has_its_data_and_its_holes() {
+        let dir = tempfile::tempdir().unwrap();
+        let [from, to] = ["from", "to"].map(|name| dir.path().join(name));
+        let disk = fs::File::create(&from).unwrap();
+        disk.set_len(64 << 20).unwrap();
+        for at in [0, 30 << 20, (64 << 20) - 5] {
+            disk.write_all_at(b"data!", at).unwrap();
+        }
+        fs::write(&to, vec![1; 100]).unwrap();
+        copy(&from, &to).unwrap();
+        let same = fs::read(&from).unwrap() == fs::read(&to).unwrap();
+        let used = |path| fs::metadata(path).unwrap().blocks() * 512;
+        assert!(same && used(&to) <= used(&from), "{}", used(&to));
+        // One hole, and nothing.
+        for size in [0, 1 << 20] {
+            fs::File::create(&from).unwrap().set_len(size).unwrap();
+            copy(&from, &to).unwrap();
+            assert_eq!(fs::read(&to).unwrap(), vec![0; size as usize]);
+        }
+    }
+
+    #[test]
+    fn the_size_of_an_image_is_one_that_a_file_system_can_have() {
         assert_eq!(parse_disk_size("8M").unwrap(), 8 << 20);
         for text in ["0", "5", "8191K", "16T", "999999T"] {
             let error = parse_disk_size(text).unwrap_err().to_string();

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use pigeon::{
     Client, Error,
+    image::disk,
     lock::LockFile,
     machine::{self, Nic, Spec},
     signal,
@@ -278,7 +279,7 @@ fn take(
                 signals.check()?;
                 if !disk.read_only {
                     let copy = dir.join(format!("disk{number}"));
-                    fs::copy(&disk.path, &copy)
+                    disk::copy(&disk.path, &copy)
                         .with_context(|| format!("unable to copy {}", disk.path.display()))?;
                     disk.path = copy;
                 }

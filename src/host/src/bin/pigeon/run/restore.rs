@@ -14,6 +14,7 @@ use clap::{Args, Parser, ValueEnum};
 use data_encoding::BASE64;
 use pigeon::{
     Arch, Client, assets, config,
+    image::disk,
     machine::{Disk, Machine, Nic, Spec, Start},
     snapshot, vsock,
 };
@@ -187,7 +188,7 @@ fn own_disks(manifest: &Manifest, dir: &Path) -> Result<Vec<DiskFile>> {
         let mut path = disk.path.clone();
         if !disk.read_only {
             path = dir.join(format!("disk{number}"));
-            fs::copy(&disk.path, &path)
+            disk::copy(&disk.path, &path)
                 .with_context(|| format!("unable to copy {}", disk.path.display()))?;
         }
         disks.push(DiskFile {
