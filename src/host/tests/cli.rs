@@ -64,6 +64,11 @@ fn run_on_stand_in_with(place: &Place, options: &[&str]) -> (Command, Vm, Qemu) 
     let vm = Vm::start(place.0.path(), |mut connection| {
         match connection.request.line.as_str() {
             "POST /v1/signals" => connection.respond(200, "", b"{\"ok\":true}"),
+            "GET /v1/logs?follow=1&offset=0" => {
+                let (stream, bytes) = (Stream::Stdout, vec![b'x'; 1000]);
+                let frames = Frame { stream, bytes }.encode().repeat(100);
+                connection.respond(200, "", &frames);
+            }
             _ => connection.respond(404, "", b"{\"error\":\"no such path\"}"),
         }
     });
@@ -362,6 +367,48 @@ fn output_keeps_its_numbers_when_the_first_of_it_was_dropped() {
         assert_eq!(said.is_empty(), lost.is_empty(), "{words:?}: {said}");
         assert!(said.contains(lost), "{words:?}: {said}");
     }
+}
+
+#[test]
+fn output_is_shown_also_where_it_cannot_be_written_down() {
+    const SIZE: usize = 100_000;
+    let place = Place::new();
+    let (command, vm, qemu) = run_on_stand_in_with(&place, &["-q"]);
+    // No file may have more than 8 KiB, or 16 in other shells.
+    let mut limited = Command::new("sh");
+    let script = "trap '' XFSZ; ulimit -f 16; exec \"$0\" \"$@\"";
+    limited.args(["-c", script]).arg(command.get_program());
+    limited.args(command.get_args()).current_dir(place.0.path());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => limited.env(name, value),
+            None => limited.env_remove(name),
+        };
+    }
+    limited.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut run = limited.stderr(Stdio::piped()).spawn().unwrap();
+    while !vm.lines().iter().any(|line| line.contains("/v1/logs")) {
+        assert!(run.try_wait().unwrap().is_none());
+        thread::sleep(Duration::from_millis(5));
+    }
+    qemu.end();
+    let output = run.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(
+        (output.stdout.len(), output.status.code()),
+        (SIZE, Some(7)),
+        "{said}"
+    );
+    assert_eq!(
+        said.matches("output is shown, but not written down")
+            .count(),
+        1,
+        "{said}"
+    );
+    // What fits is whole.
+    let (kept, said, code) = pigeon(&place, &["logs", "app"]);
+    assert_eq!((kept.len() % 1000, code), (0, 0), "{said}");
+    assert!((4000..SIZE).contains(&kept.len()), "{}", kept.len());
 }
 
 #[test]

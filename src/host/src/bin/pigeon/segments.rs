@@ -85,12 +85,16 @@ impl Writer {
         })
     }
 
-    /// Writes a piece that is not divided, and counts as so many bytes.
+    /// Writes a piece that is not divided, and counts as so many bytes. Where that fails, nothing of it is
+    /// there.
     pub fn write(&mut self, piece: &[u8], count: usize) -> Result<()> {
         if self.written >= self.size {
             self.begin_file()?;
         }
-        self.file.write_all(piece)?;
+        if let Err(error) = self.file.write_all(piece) {
+            self.file.set_len(self.written)?;
+            return Err(error.into());
+        }
         self.written += piece.len() as u64;
         self.end += count as u64;
         Ok(())

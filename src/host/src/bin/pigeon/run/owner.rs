@@ -293,9 +293,16 @@ impl Owner<'_> {
                     return None;
                 }
             };
+            let mut is_recorded = true;
             let mut sink = |frame: Frame| {
-                file.write(&frame.encode(), frame.bytes.len())?;
-                // The VM goes on without anybody who looks.
+                // The VM goes on without anybody who looks, and on a full disk.
+                let written = file.write(&frame.encode(), frame.bytes.len());
+                if let Err(error) = &written
+                    && is_recorded
+                {
+                    note!("output is shown, but not written down: {error:#}");
+                }
+                is_recorded = written.is_ok();
                 if shown {
                     let _ = show_quietly(&frame);
                 }
