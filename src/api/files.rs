@@ -343,9 +343,11 @@ fn get(
     room: &mut [u8],
 ) -> Result<(), Failure> {
     let room = room.get_mut(..CHUNK).unwrap_or(&mut []);
-    let (file, status) = open_regular(path, proc)?;
+    let (file, _) = open_regular(path, proc)?;
     // The size of files in sysfs and cgroupfs is meaningless: a file that fits in the buffer is measured.
     let filled = files::read_full(&file, room)?;
+    // After that: it may have grown since it was opened.
+    let status = rustix::fs::fstat(&file)?;
     let length = match filled < room.len() {
         true => filled as u64,
         false => u64::try_from(status.st_size).unwrap_or(0),
