@@ -871,7 +871,7 @@ impl Connection {
             }
             return Step::Again;
         }
-        // Also by a client that was found gone, after which nothing moves.
+        // Checked first, as a tunnel whose client has disconnected makes no progress.
         if tunnel.is_closed() {
             self.enter(State::Closed, shared);
         } else if !tunnel.proceed(&mut self.io, pieces) {

@@ -61,7 +61,7 @@ impl Process {
         let (input, their_input) = input.unzip();
         let (error, their_error) = error.unzip();
         let threads = context.guest_threads;
-        launch.begin([their_input, Some(their_output), their_error]);
+        launch.resume([their_input, Some(their_output), their_error]);
         let channel = |end| Channel::new(end, threads);
         let pipes = Pipes {
             input: channel(input),
@@ -75,7 +75,7 @@ impl Process {
     /// Starts a command with these streams.
     pub fn start(spec: &CommandSpec, streams: Streams, context: &Context) -> Result<Self> {
         let launch = Self::launch(spec, streams, context)?;
-        launch.begin([const { None }; 3]);
+        launch.resume([const { None }; 3]);
         Ok(Self::of(launch.pid, Origin::Launch(launch)))
     }
 

@@ -52,8 +52,8 @@ pub struct Session {
     pending: Range<usize>,
     /// How much of [`TERMINAL_EOF`] is written, once the client has ended the input.
     eof: Option<usize>,
-    /// The terminal's new size, not set yet.
-    size: Option<Size>,
+    /// A terminal size that is not set yet.
+    pending_size: Option<Size>,
     /// Set for a session that outlives its connection.
     named: Option<PageBox<NamedSession>>,
 }
@@ -100,7 +100,7 @@ impl Session {
             has_stream_bytes: request.streams,
             pending: 0..0,
             eof: None,
-            size: None,
+            pending_size: None,
             named,
         })
     }
@@ -152,7 +152,7 @@ impl Session {
 
     fn drop_input(&mut self) {
         self.pending = 0..0;
-        self.size = None;
+        self.pending_size = None;
         if let Some(slave) = &mut self.pipes.slave {
             slave.forget();
         }
@@ -222,7 +222,7 @@ impl Session {
             && let size @ Some(_) = Size::new(control.cols, control.rows)
         {
             slave.forget();
-            self.size = size;
+            self.pending_size = size;
         }
         match control.stdin {
             Some(Stdin::Eof) if self.tty => self.eof = self.eof.or(Some(0)),
@@ -291,14 +291,14 @@ impl Session {
         true
     }
 
-    /// Sets the terminal's size, and writes as much input as the command accepts. Returns whether that was
-    /// anything.
+    /// Sets a pending terminal size, and writes as much input as the command accepts. Returns whether any
+    /// input was written.
     fn write_input(&mut self, io: &mut Io) -> bool {
-        if let Some(size) = self.size
+        if let Some(size) = self.pending_size
             && let Some(slave) = &mut self.pipes.slave
             && slave.resize(size) != Err(Errno::AGAIN)
         {
-            self.size = None;
+            self.pending_size = None;
         }
         let writes_eof = self.writes_eof();
         let input = self.pipes.input_of(self.tty);
@@ -405,7 +405,7 @@ fn start_on_terminal(
     let (master, slave) =
         terminal::open(context.pts.as_ref()).map_err(context!("open a terminal"))?;
     if let Some(size) = Size::new(cols, rows) {
-        let _as_it_is = terminal::resize(&master, size);
+        let _ignored = terminal::resize(&master, size);
     }
     let terminal = Inherited::new(&slave);
     let streams = Streams {

@@ -94,7 +94,7 @@ pub struct Launch {
 
 impl Launch {
     /// Starts the command that `describe` fills in, in `cgroup`, or in PID 1's cgroup if that fails (root
-    /// may have removed it). It waits until it may [begin](Self::begin).
+    /// may have removed it). The child waits for [`resume`](Self::resume).
     pub fn start(
         cgroup: Option<&OwnedFd>,
         describe: &mut dyn FnMut(&mut Command) -> Result,
@@ -110,12 +110,14 @@ impl Launch {
         Ok(Self { pid, child })
     }
 
-    /// Lets the child begin, and closes ends of pipes that it has copies of, before that: what it executes
-    /// may close these, and open and lock the pipes anew.
-    pub fn begin(&self, ends: [Option<OwnedFd>; 3]) {
+    /// Closes PID 1's copies of the child's ends of pipes, then lets the child continue.
+    ///
+    /// In this order, since the program may reopen a pipe, lock it and close its own end: PID 1's close would
+    /// then be the last, and block.
+    pub fn resume(&self, ends: [Option<OwnedFd>; 3]) {
         drop(ends);
         if let Some(child) = &self.child {
-            child.begin();
+            child.resume();
         }
     }
 

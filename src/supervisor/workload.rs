@@ -83,7 +83,7 @@ impl Supervisor {
             describe(command)
         })?;
         let (errors, their_errors) = errors.unzip();
-        launch.begin([typed, Some(their_output), their_errors]);
+        launch.resume([typed, Some(their_output), their_errors]);
         let channel = |end| Channel::new(end, threads);
         self.output.open(channel(Some(output)), channel(errors));
         let pid = launch.pid;

@@ -2,9 +2,9 @@
 //!
 //! Every operation on a pipe takes its lock, even with O_NONBLOCK (fs/pipe.c), and a process that has the pipe
 //! open can hold that lock indefinitely: by splice(2) from a socket without data. The same is true of a
-//! terminal (drivers/tty/tty_ldisc.c), and of the lock of its size, which a process holds while it gets the
-//! size copied to memory that is not there yet (userfaultfd(2); tiocgwinsz, drivers/tty/tty_io.c). So threads
-//! make these calls on behalf of the event loop, which waits for them for a short time and then continues.
+//! terminal (drivers/tty/tty_ldisc.c), and of the lock of its size, which a process holds while TIOCGWINSZ
+//! waits for a page fault (userfaultfd(2); tiocgwinsz in drivers/tty/tty_io.c). So threads make these calls on
+//! behalf of the event loop, which waits for them for a short time and then continues.
 //!
 //! A thread is started when none is idle, and ended when another one is idle: there is one, and one more for
 //! each blocked call. Everything here runs in the event loop's thread, except [`Thread::serve`].
@@ -142,7 +142,7 @@ impl GuestFile {
         self.call_once(Kind::Resize, &[], size.to_bits())
     }
 
-    /// Drops the result of a pending write or resize: the next one has other bytes, or another size.
+    /// Drops the result of a pending write or resize: the next one has other bytes or another size.
     pub fn forget(&mut self) {
         if let Some(thread) = self.pending
             && matches!(thread.owner.get(), Owner::File(Kind::Write | Kind::Resize))
@@ -395,7 +395,7 @@ struct Call {
     kind: Kind,
     fd: RawFd,
     buffer: Region,
-    /// Number of bytes to write, or size of the buffer; or a [`Size`].
+    /// Number of bytes to write, size of the buffer, or [`Size::to_bits`].
     length: usize,
     result: Result<usize>,
     /// How many of the bytes read were taken.

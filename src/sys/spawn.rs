@@ -36,8 +36,8 @@ struct ChildMemory<T> {
     stack: UnsafeCell<MaybeUninit<Stack>>,
     /// Not 0 until the child has called execve or exited: then the kernel clears it (CLONE_CHILD_CLEARTID).
     in_use: AtomicU32,
-    /// Not 0 once the child may begin.
-    begun: AtomicU32,
+    /// Not 0 once the child may continue.
+    resumed: AtomicU32,
     run: fn(&mut T) -> i32,
     value: UnsafeCell<T>,
 }
@@ -52,7 +52,7 @@ impl<T> Spawn<T> {
         let memory = PageBox::new(|| ChildMemory {
             stack: UnsafeCell::new(MaybeUninit::uninit()),
             in_use: AtomicU32::new(0),
-            begun: AtomicU32::new(0),
+            resumed: AtomicU32::new(0),
             run,
             value: UnsafeCell::new(value()),
         })?;
@@ -74,14 +74,14 @@ impl<T> Spawn<T> {
         }
     }
 
-    /// Lets the child begin.
-    pub fn begin(&self) {
-        self.memory.begun.store(1, Ordering::Release);
-        let _woken = futex::wake(&self.memory.begun, futex::Flags::PRIVATE, 1);
+    /// Lets the child continue.
+    pub fn resume(&self) {
+        self.memory.resumed.store(1, Ordering::Release);
+        let _woken = futex::wake(&self.memory.resumed, futex::Flags::PRIVATE, 1);
     }
 
-    /// Starts the child in a control group, or in this program's. It waits until it may
-    /// [begin](Self::begin).
+    /// Starts the child in a control group, or in this program's. The child waits for
+    /// [`resume`](Self::resume).
     pub fn start(&mut self, cgroup: Option<&OwnedFd>) -> Result<Pid> {
         if self.is_in_use() {
             return Err(Errno::BUSY);
@@ -109,11 +109,11 @@ impl<T> Spawn<T> {
 
 /// The child's first and last function.
 extern "C" fn enter<T>(memory: NonNull<c_void>) -> ! {
-    // SAFETY: `start` passes a `ChildMemory`, of which the parent only uses `in_use` and `begun` until this
-    // process has exited or called execve.
+    // SAFETY: `start` passes a `ChildMemory`, of which the parent only uses `in_use` and `resumed` until
+    // this process has exited or called execve.
     let memory = unsafe { memory.cast::<ChildMemory<T>>().as_ref() };
-    while memory.begun.load(Ordering::Acquire) == 0 {
-        let _begun = futex::wait(&memory.begun, futex::Flags::PRIVATE, 0, None);
+    while memory.resumed.load(Ordering::Acquire) == 0 {
+        let _woken = futex::wait(&memory.resumed, futex::Flags::PRIVATE, 0, None);
     }
     // SAFETY: as above.
     exit((memory.run)(unsafe { &mut *memory.value.get() }))

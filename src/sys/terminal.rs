@@ -20,7 +20,7 @@ pub fn open(pts: Option<&OwnedFd>) -> Result<(OwnedFd, OwnedFd)> {
     Ok((master, slave))
 }
 
-/// A terminal's size.
+/// A terminal's size in characters.
 #[derive(Clone, Copy)]
 pub struct Size(u32);
 
@@ -31,12 +31,12 @@ impl Size {
         (cols > 0 && rows > 0).then_some(size)
     }
 
-    /// The size as a number.
+    /// Columns in the upper 16 bits, rows in the lower 16.
     pub fn to_bits(self) -> usize {
         self.0 as usize
     }
 
-    /// The size of which [`to_bits`](Self::to_bits) is this number.
+    /// The inverse of [`to_bits`](Self::to_bits).
     pub fn from_bits(bits: usize) -> Self {
         Self(bits as u32)
     }
