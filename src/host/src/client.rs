@@ -51,7 +51,7 @@ pub struct Client {
     uds: PathBuf,
     /// How long a guest that does not respond is retried.
     retry_timeout: Duration,
-    /// When every call has ended.
+    /// The deadline of all calls.
     deadline: Option<Instant>,
 }
 
@@ -167,7 +167,7 @@ impl Command {
 impl Client {
     /// Timeout of calls that do not wait for anything.
     pub(crate) const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
-    pub(crate) const SOON: Limit = Limit::Total(Client::RESPONSE_TIMEOUT);
+    pub(crate) const RESPONSE_LIMIT: Limit = Limit::Total(Client::RESPONSE_TIMEOUT);
 
     /// A client for the VM behind `uds`, which may not be up yet.
     pub fn new(uds: impl Into<PathBuf>) -> Client {
@@ -185,8 +185,8 @@ impl Client {
         self
     }
 
-    /// For a caller that has no more time than this: all calls together end within it, also those
-    /// that wait for something. A session that has begun in time goes on.
+    /// The same client with a deadline: all its calls together, including those that wait for something, take
+    /// at most this long. A session that was started in time continues.
     pub fn within(&self, timeout: Duration) -> Client {
         Client {
             deadline: Some(Instant::now() + timeout),
@@ -194,7 +194,7 @@ impl Client {
         }
     }
 
-    /// The VM behind `uds`, once: an error when its init is not there.
+    /// Connects to the VM behind `uds`, without retries: an error if its init is not up.
     pub fn connect(uds: impl AsRef<Path>) -> Result<Client, Error> {
         let client = Client::new(uds.as_ref());
         client.status()?;
@@ -247,7 +247,7 @@ impl Client {
 
     /// `GET /v1/status`: checks the init.
     pub fn status(&self) -> Result<(), Error> {
-        self.call(Client::SOON, |http| http.get("/v1/status"))?;
+        self.call(Client::RESPONSE_LIMIT, |http| http.get("/v1/status"))?;
         Ok(())
     }
 
@@ -259,7 +259,9 @@ impl Client {
     /// `POST /v1/signals`: a signal to the workload's process group.
     pub fn signal(&self, signal: u8) -> Result<(), Error> {
         let body = json!({"signal": signal});
-        self.call(Client::SOON, |http| http.post("/v1/signals", &body))?;
+        self.call(Client::RESPONSE_LIMIT, |http| {
+            http.post("/v1/signals", &body)
+        })?;
         Ok(())
     }
 
@@ -315,14 +317,14 @@ impl Client {
 
     /// `GET /v1/sessions`: the named sessions.
     pub fn sessions(&self) -> Result<Vec<SessionInfo>, Error> {
-        let reply = self.call(Client::SOON, |http| http.get("/v1/sessions"))?;
+        let reply = self.call(Client::RESPONSE_LIMIT, |http| http.get("/v1/sessions"))?;
         parse(reply)
     }
 
     /// `DELETE /v1/sessions/ID`: ends a named session.
     pub fn end_session(&self, id: &str) -> Result<(), Error> {
         let target = format!("/v1/sessions/{}", escape(id));
-        self.call(Client::SOON, |http| {
+        self.call(Client::RESPONSE_LIMIT, |http| {
             http.request("DELETE", &target, &[], b"")
         })?;
         Ok(())
@@ -338,7 +340,7 @@ impl Client {
         if let Some(timeout) = timeout {
             body["timeout_ms"] = json!(timeout.as_millis());
         }
-        self.call(Client::SOON, |http| http.post("/v1/stop", &body))?;
+        self.call(Client::RESPONSE_LIMIT, |http| http.post("/v1/stop", &body))?;
         Ok(())
     }
 
@@ -362,7 +364,7 @@ impl Client {
 
     /// `GET /v1/sysinfo`: memory, load, file descriptors, processors, disks and network.
     pub fn sysinfo(&self) -> Result<Value, Error> {
-        parse(self.call(Client::SOON, |http| http.get("/v1/sysinfo"))?)
+        parse(self.call(Client::RESPONSE_LIMIT, |http| http.get("/v1/sysinfo"))?)
     }
 
     /// A connection to the API.
@@ -375,8 +377,8 @@ impl Client {
         Ok(http::Client::new(self.connection(limit)?))
     }
 
-    /// Sends a `GET` and reads the head of the response within a time; the body is streamed, and has a
-    /// limit of its own.
+    /// Sends a `GET` and reads the head of the response within `timeout`; the body is streamed, with the limit
+    /// `body`.
     pub(crate) fn start_get(
         &self,
         target: &str,
@@ -385,8 +387,9 @@ impl Client {
     ) -> Result<(http::Response, http::Client<Connection>), Error> {
         let mut http = self.http(Limit::Total(timeout))?;
         let request = format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n");
-        http.send(request.as_bytes()).map_err(Error::unanswered)?;
-        let head = http.receive_head().map_err(Error::unanswered)?;
+        http.send(request.as_bytes())
+            .map_err(Error::request_failed)?;
+        let head = http.receive_head().map_err(Error::request_failed)?;
         if head.status != 200 {
             return Err(Client::refused(head, http));
         }
@@ -401,7 +404,7 @@ impl Client {
         match http.into_body(&head) {
             Ok(reader) => match reader.take(MAX_ERROR).read_to_end(&mut body) {
                 Ok(_) => refusal(status, &body),
-                Err(error) => Error::unanswered(error),
+                Err(error) => Error::request_failed(error),
             },
             Err(error) => Error::broken(error),
         }
@@ -423,7 +426,7 @@ impl Client {
         limit: Limit,
         call: impl FnOnce(&mut http::Client<Connection>) -> anyhow::Result<http::Response>,
     ) -> Result<http::Response, Error> {
-        let response = call(&mut self.http(limit)?).map_err(Error::unanswered)?;
+        let response = call(&mut self.http(limit)?).map_err(Error::request_failed)?;
         if (200..300).contains(&response.status) {
             return Ok(response);
         }

@@ -1,4 +1,4 @@
-//! A connection to a guest, which is not waited for longer than its limit says.
+//! A connection to a guest, with a time limit.
 
 use std::{
     io::{self, Read, Write},
@@ -9,45 +9,45 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long a guest is waited for.
+/// How long to wait for a guest.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Limit {
-    /// For ever: it answers when something has happened.
+    /// No limit: it responds when something has happened.
     None,
-    /// So long for each read and write, for as many as it takes.
+    /// A timeout for each read and write; their total is unlimited.
     Progress(Duration),
-    /// So long for all of them: a guest that answers byte by byte does not get more.
+    /// A timeout for all of them together, also for a guest that responds byte by byte.
     Total(Duration),
 }
 
-/// A stream with such a limit. What is not read or written in time is an error of the kind
+/// A stream to a guest with a time limit. A read or write beyond it fails with
 /// [`TimedOut`](io::ErrorKind::TimedOut).
 #[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
     limit: Limit,
-    /// When there is no more time, and when there is none for any call of its client.
+    /// The deadline of this limit, and that of all calls of the client.
     deadline: Option<Instant>,
-    end_of_all: Option<Instant>,
+    client_deadline: Option<Instant>,
 }
 
 impl Connection {
     pub(crate) fn new(
         stream: UnixStream,
         limit: Limit,
-        end_of_all: Option<Instant>,
+        client_deadline: Option<Instant>,
     ) -> io::Result<Connection> {
         let mut connection = Connection {
             stream,
             limit,
             deadline: None,
-            end_of_all,
+            client_deadline,
         };
         connection.set_limit(limit)?;
         Ok(connection)
     }
 
-    /// From now on.
+    /// Sets the limit, counted from now.
     pub(crate) fn set_limit(&mut self, limit: Limit) -> io::Result<()> {
         self.limit = limit;
         let (timeout, deadline) = match limit {
@@ -55,24 +55,24 @@ impl Connection {
             Limit::Progress(timeout) => (Some(timeout), None),
             Limit::Total(timeout) => (None, Some(Instant::now() + timeout)),
         };
-        self.deadline = deadline.into_iter().chain(self.end_of_all).min();
+        self.deadline = deadline.into_iter().chain(self.client_deadline).min();
         self.set_timeouts(timeout)
     }
 
-    /// Without any limit from now on: whoever uses it waits by poll(2).
+    /// Removes all limits: the caller waits with poll(2).
     pub(crate) fn set_nonblocking(&mut self) -> io::Result<()> {
-        self.end_of_all = None;
+        self.client_deadline = None;
         self.set_limit(Limit::None)?;
         self.stream.set_nonblocking(true)
     }
 
-    /// The stream, without a limit.
+    /// Returns the stream, without a limit.
     pub(crate) fn into_stream(self) -> io::Result<UnixStream> {
         self.set_timeouts(None)?;
         Ok(self.stream)
     }
 
-    /// The stream itself.
+    /// The underlying stream.
     pub fn stream(&self) -> &UnixStream {
         &self.stream
     }
@@ -134,13 +134,13 @@ mod tests {
         result.is_err_and(|error| error.kind() == io::ErrorKind::TimedOut)
     }
 
-    fn connection(limit: Limit, end_of_all: Option<Instant>) -> (Connection, UnixStream) {
+    fn connection(limit: Limit, client_deadline: Option<Instant>) -> (Connection, UnixStream) {
         let (near, far) = UnixStream::pair().unwrap();
-        (Connection::new(near, limit, end_of_all).unwrap(), far)
+        (Connection::new(near, limit, client_deadline).unwrap(), far)
     }
 
     #[test]
-    fn a_guest_that_answers_byte_by_byte_does_not_get_more_time() {
+    fn a_guest_that_responds_byte_by_byte_gets_no_extra_time() {
         let begin = Instant::now();
         let (mut connection, mut far) = connection(Limit::Total(SHORT), None);
         thread::spawn(move || {
@@ -151,20 +151,20 @@ mod tests {
         let mut read = vec![];
         assert!(is_timeout(connection.read_to_end(&mut read)));
         assert!(!read.is_empty() && begin.elapsed() >= SHORT);
-        // With time for each byte it would go on.
+        // With a timeout for each byte it continues.
         connection.set_limit(Limit::Progress(10 * SHORT)).unwrap();
         connection.read_exact(&mut [0; 100]).unwrap();
     }
 
     #[test]
-    fn a_guest_that_takes_nothing_is_not_waited_for() {
+    fn a_guest_that_reads_nothing_times_out() {
         let (mut connection, _far) = connection(Limit::Progress(SHORT), None);
         assert!(is_timeout(connection.write_all(&vec![0; 16 << 20])));
         assert!(is_timeout(connection.read(&mut [0])));
     }
 
     #[test]
-    fn no_limit_goes_beyond_the_end_of_all_calls() {
+    fn no_limit_exceeds_the_deadline_of_the_client() {
         let hour = Duration::from_secs(3600);
         for limit in [Limit::None, Limit::Progress(hour), Limit::Total(hour)] {
             let end = Instant::now() + SHORT;

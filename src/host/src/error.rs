@@ -32,7 +32,7 @@ pub enum Error {
     Closed(String),
     /// The connection was closed, or the data was invalid.
     Broken(String),
-    /// The guest is there, and its init has not answered in time.
+    /// The guest is up, but its init did not respond in time.
     TimedOut(String),
 }
 
@@ -46,8 +46,8 @@ impl Error {
         Error::Broken(format!("{error:#}"))
     }
 
-    /// What a request has come to that was not answered.
-    pub(crate) fn unanswered(error: impl Into<anyhow::Error>) -> Error {
+    /// The error of a request without a response: `TimedOut` or `Broken`.
+    pub(crate) fn request_failed(error: impl Into<anyhow::Error>) -> Error {
         let error = error.into();
         let is_timeout = |error: &io::Error| error.kind() == io::ErrorKind::TimedOut;
         let mut causes = error.chain();
@@ -71,7 +71,7 @@ impl fmt::Display for Error {
             Error::NotStarted(message) => f.write_str(message),
             Error::Closed(reason) => f.write_str(reason),
             Error::Broken(what) => write!(f, "the connection broke: {what}"),
-            Error::TimedOut(what) => write!(f, "the guest does not answer: {what}"),
+            Error::TimedOut(what) => write!(f, "the guest does not respond: {what}"),
         }
     }
 }

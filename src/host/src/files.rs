@@ -6,8 +6,8 @@ use serde::Deserialize;
 
 use crate::{Client, Connection, Error, client::refusal, connection::Limit, http};
 
-/// How long a transfer may stand still: the init gives a client up after 30 s, and a disk after 45.
-const STALLED: Duration = Duration::from_secs(60);
+/// How long a transfer may stall: the init gives up on a client after 30 s, and on a disk after 45 s.
+const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Metadata of a regular file.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,9 +69,9 @@ impl Client {
     /// `HEAD /v1/files`: metadata of a regular file.
     pub fn file_info(&self, path: &str) -> Result<FileInfo, Error> {
         let target = format!("/v1/files?path={}", escape(path));
-        let mut http = self.http(Limit::Total(STALLED))?;
+        let mut http = self.http(Limit::Total(STALL_TIMEOUT))?;
         let reply = http.request("HEAD", &target, &[], b"");
-        let reply = reply.map_err(Error::unanswered)?;
+        let reply = reply.map_err(Error::request_failed)?;
         match reply.status {
             200 => Ok(info(&reply)),
             status => Err(Error::Refused {
@@ -84,7 +84,8 @@ impl Client {
     /// `GET /v1/files`: metadata and contents of a regular file.
     pub fn read_file(&self, path: &str) -> Result<(FileInfo, http::Body<Connection>), Error> {
         let target = format!("/v1/files?path={}", escape(path));
-        let (head, http) = self.start_get(&target, STALLED, Limit::Progress(STALLED))?;
+        let (head, http) =
+            self.start_get(&target, STALL_TIMEOUT, Limit::Progress(STALL_TIMEOUT))?;
         let info = info(&head);
         let body = http.into_body(&head).map_err(Error::broken)?;
         Ok((info, body))
@@ -96,7 +97,7 @@ impl Client {
         let (_, body) = self.read_file(path)?;
         let mut bytes = vec![];
         let read = body.take(limit).read_to_end(&mut bytes);
-        read.map_err(Error::unanswered)?;
+        read.map_err(Error::request_failed)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
@@ -116,9 +117,9 @@ impl Client {
         if let Some(user) = &options.user {
             target += &format!("&user={}", escape(user));
         }
-        let mut http = self.http(Limit::Progress(STALLED))?;
+        let mut http = self.http(Limit::Progress(STALL_TIMEOUT))?;
         let reply = http.send_body("PUT", &target, contents, length);
-        let reply = reply.map_err(Error::unanswered)?;
+        let reply = reply.map_err(Error::request_failed)?;
         match reply.status {
             200 | 201 => serde_json::from_slice(&reply.body).map_err(Error::broken),
             status => Err(refusal(status, &reply.body)),

@@ -115,10 +115,11 @@ pub(crate) fn copy(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
 impl Client {
     /// `CONNECT host:port`: a connection to a TCP port of the guest, and the bytes received on it so far.
     pub fn tunnel(&self, target: &str) -> Result<(UnixStream, Vec<u8>), Error> {
-        let mut http = self.http(Client::SOON)?;
+        let mut http = self.http(Client::RESPONSE_LIMIT)?;
         let request = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n");
-        http.send(request.as_bytes()).map_err(Error::unanswered)?;
-        let head = http.receive_head().map_err(Error::unanswered)?;
+        http.send(request.as_bytes())
+            .map_err(Error::request_failed)?;
+        let head = http.receive_head().map_err(Error::request_failed)?;
         if head.status != 200 {
             return Err(Client::refused(head, http));
         }

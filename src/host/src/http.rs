@@ -269,7 +269,7 @@ impl<S: Read + Write> Client<S> {
         Ok(())
     }
 
-    /// The stream.
+    /// The underlying stream.
     pub fn get_mut(&mut self) -> &mut S {
         self.stream.get_mut()
     }

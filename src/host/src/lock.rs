@@ -1,5 +1,4 @@
-//! Files that are locked by whoever has a thing (flock(2)): the kernel unlocks them whatever becomes of
-//! him.
+//! Lock files (flock(2)): the kernel unlocks them when their holder ends, however it ends.
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
@@ -12,11 +11,11 @@ use std::{
 
 use anyhow::{Context, Result};
 
-/// How often a lock is tried that somebody else may hold only to look after what was left.
-const TRIES: u32 = 5;
+/// Attempts to take a lock: another process may hold it briefly, only to clean up.
+const ATTEMPTS: u32 = 5;
 const RETRY: Duration = Duration::from_millis(5);
 
-/// A lock file that is there as long as it is locked, and for a while after a holder that was killed.
+/// A lock file, removed when it is unlocked; a killed holder leaves it behind.
 pub struct LockFile {
     file: File,
     path: PathBuf,
@@ -24,10 +23,10 @@ pub struct LockFile {
 }
 
 impl LockFile {
-    /// Makes and locks it; None if another has it.
+    /// Creates and locks it; None if another process holds it.
     pub fn try_new(path: &Path) -> Result<Option<LockFile>> {
         let cannot = || format!("unable to lock {}", path.display());
-        for _ in 0..TRIES {
+        for _ in 0..ATTEMPTS {
             let mut options = OpenOptions::new();
             options
                 .read(true)
@@ -37,10 +36,10 @@ impl LockFile {
                 .mode(0o600);
             let file = options.open(path).with_context(cannot)?;
             match file.try_lock() {
-                // Its holder may have removed it between our opening and our locking it.
+                // Its holder may have removed it between open and lock.
                 Ok(()) if !is_at(&file, path) => continue,
                 Err(TryLockError::WouldBlock) => thread::sleep(RETRY),
-                // A file system that knows no locks.
+                // A file system without locks.
                 Ok(()) | Err(TryLockError::Error(_)) => {
                     return Ok(Some(LockFile {
                         file,
@@ -55,12 +54,12 @@ impl LockFile {
 }
 
 impl LockFile {
-    /// Unlocks it and leaves it there.
+    /// Unlocks it without removing it.
     pub fn keep(mut self) {
         self.is_kept = true;
     }
 
-    /// The file, which its holder may write to.
+    /// The locked file.
     pub fn file(&self) -> &File {
         &self.file
     }
@@ -68,14 +67,14 @@ impl LockFile {
 
 impl Drop for LockFile {
     fn drop(&mut self) {
-        // While it is locked: who opens it from now on makes another.
+        // While it is locked: another process that opens it from now on creates a new one.
         if !self.is_kept && is_at(&self.file, &self.path) {
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
-/// Whether a file, such as one that was locked since it was opened, is the one at this path.
+/// Whether an open file is still the one at this path.
 pub fn is_at(file: &File, path: &Path) -> bool {
     let identity = |found: io::Result<fs::Metadata>| found.map(|found| (found.dev(), found.ino()));
     let own = identity(file.metadata()).ok();
@@ -87,20 +86,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lock_file_is_one_holders_and_is_there_as_long_as_he_is() {
+    fn a_lock_file_has_one_holder_and_exists_while_it_is_held() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.lock");
         let held = LockFile::try_new(&path).unwrap().unwrap();
         assert!(LockFile::try_new(&path).unwrap().is_none());
         drop(held);
         assert!(!path.exists());
-        // As a holder that was killed leaves it.
+        // As a killed holder leaves it.
         fs::write(&path, "").unwrap();
         let held = LockFile::try_new(&path).unwrap().unwrap();
         held.keep();
         assert!(path.exists());
         let held = LockFile::try_new(&path).unwrap().unwrap();
-        // Another's is not removed.
+        // A file of another holder is not removed.
         fs::remove_file(&path).unwrap();
         let other = LockFile::try_new(&path).unwrap().unwrap();
         drop(held);

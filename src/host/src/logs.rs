@@ -129,7 +129,7 @@ impl Logs {
                 self.is_cut = true;
                 None
             }
-            frame => frame.map_err(Error::unanswered)?,
+            frame => frame.map_err(Error::request_failed)?,
         };
         if let Some(frame) = &frame {
             self.offset += frame.bytes.len() as u64;

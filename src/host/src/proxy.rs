@@ -29,14 +29,14 @@ const HANDSHAKE: Duration = Duration::from_secs(3);
 /// The proxy's socket, removed on drop; open connections continue.
 pub struct Proxy {
     socket: PathBuf,
-    _place: vsock::Place,
+    _reservation: vsock::Reservation,
 }
 
 impl Proxy {
     /// Creates `socket`, accessible only by this user, for the API behind `uds`. A socket left behind by an earlier
     /// proxy is replaced.
     pub fn start(socket: &Path, uds: &Path) -> Result<Proxy> {
-        let place = vsock::Place::reserve(socket)?;
+        let reservation = vsock::Reservation::new(socket)?;
         let cannot = || format!("unable to create {}", socket.display());
         // Nobody else may connect before its mode is set.
         let parent = socket.parent().filter(|parent| *parent != Path::new(""));
@@ -55,7 +55,7 @@ impl Proxy {
         });
         Ok(Proxy {
             socket: socket.into(),
-            _place: place,
+            _reservation: reservation,
         })
     }
 

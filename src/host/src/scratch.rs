@@ -1,4 +1,4 @@
-//! Directories for what is being made, which are removed at the end, also when that is a signal's.
+//! Temporary directories for files under construction, removed on drop and by [`remove_all`] on a signal.
 
 use std::{
     io,
@@ -8,36 +8,37 @@ use std::{
 
 use tempfile::TempDir;
 
-/// Those that there are.
-static ALL: Mutex<Vec<PathBuf>> = Mutex::new(vec![]);
+/// The existing ones.
+static LIVE: Mutex<Vec<PathBuf>> = Mutex::new(vec![]);
 
-fn all() -> MutexGuard<'static, Vec<PathBuf>> {
-    ALL.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+fn live() -> MutexGuard<'static, Vec<PathBuf>> {
+    LIVE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// A directory beside what is made in it, so that that can be renamed. It is removed when dropped.
+/// A temporary directory on the file system of the target, so that a file in it can be renamed to the target.
+/// It is removed when dropped.
 pub struct Scratch {
     dir: Option<TempDir>,
     path: PathBuf,
 }
 
 impl Scratch {
-    /// In this directory.
+    /// Creates one in this directory.
     pub fn new_in(directory: &Path) -> io::Result<Scratch> {
-        // A signal does not come between the making of one and its being known.
-        let mut all = all();
+        // Locked while one is created, so that `remove_all` cannot miss it.
+        let mut live = live();
         let dir = tempfile::Builder::new()
             .prefix(".pigeon-")
             .tempdir_in(std::path::absolute(directory)?)?;
         let path = dir.path().to_path_buf();
-        all.push(path.clone());
+        live.push(path.clone());
         Ok(Scratch {
             dir: Some(dir),
             path,
         })
     }
 
-    /// The directory.
+    /// The directory's absolute path.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -45,18 +46,18 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let mut all = all();
+        let mut live = live();
         self.dir = None;
-        all.retain(|path| *path != self.path);
+        live.retain(|path| *path != self.path);
     }
 }
 
-/// Removes all of them. No other is made until the end, which is to be the process's: until then it keeps
-/// what is returned.
+/// Removes all scratch directories. None can be created while the returned guard lives; the caller keeps it
+/// until the process ends.
 pub fn remove_all() -> impl Drop {
-    let all = all();
-    for path in all.iter() {
+    let live = live();
+    for path in live.iter() {
         let _ = std::fs::remove_dir_all(path);
     }
-    all
+    live
 }

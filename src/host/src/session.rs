@@ -101,7 +101,7 @@ impl Ended {
 /// ```
 pub struct Session {
     socket: WebSocket<Connection>,
-    /// Something waits to be sent.
+    /// Whether bytes are queued for sending.
     sending: bool,
     /// Events received while sending.
     ahead: VecDeque<Event>,
@@ -164,7 +164,7 @@ impl Session {
         terminal: Option<(u16, u16)>,
         streams: bool,
     ) -> Result<Session, Error> {
-        let stream = client.connection(Client::SOON)?;
+        let stream = client.connection(Client::RESPONSE_LIMIT)?;
         let upgrade = "ws://localhost/v1/ws/exec".into_client_request();
         let upgrade = upgrade.map_err(Error::broken)?;
         let (socket, _) =
@@ -173,9 +173,9 @@ impl Session {
                     let body = response.body().as_deref().unwrap_or_default();
                     refusal(response.status().as_u16(), body)
                 }
-                HandshakeError::Failure(tungstenite::Error::Io(error)) => {
-                    Error::unanswered(anyhow::Error::from(error).context("no answer to ws/exec"))
-                }
+                HandshakeError::Failure(tungstenite::Error::Io(error)) => Error::request_failed(
+                    anyhow::Error::from(error).context("no answer to ws/exec"),
+                ),
                 HandshakeError::Failure(error) => Error::broken(error),
                 HandshakeError::Interrupted(_) => Error::Broken("it blocks".into()),
             })?;

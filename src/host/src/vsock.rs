@@ -31,8 +31,8 @@ pub fn connect(socket: &Path, port: u32, timeout: Duration) -> Result<UnixStream
     Ok(stream)
 }
 
-/// An error when a new socket at `path` would take the place of one that is in use, or of a file.
-/// One that somebody who ended has left, or a link to it, is nobody's.
+/// Checks that a new socket at `path` would not replace a socket in use, or a file. A socket without a listener,
+/// or a link to one, may be replaced.
 fn ensure_vacant(path: &Path) -> anyhow::Result<()> {
     match UnixStream::connect(path) {
         Ok(_) => bail!("{} is in use already", path.display()),
@@ -54,8 +54,7 @@ fn ensure_vacant(path: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// Removes the socket at `path`, if there is one and nobody listens on it. It is an error if there is
-/// anything else, which stays.
+/// Removes the socket at `path`, if there is one without a listener. Anything else is an error, and is kept.
 pub(crate) fn vacate(path: &Path) -> anyhow::Result<()> {
     ensure_vacant(path)?;
     match fs::remove_file(path) {
@@ -66,31 +65,31 @@ pub(crate) fn vacate(path: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// A socket's place, until dropped: no other process that asks for it gets it meanwhile.
-pub struct Place {
+/// The exclusive use of a socket's path, until dropped. Processes coordinate by a lock file, `PATH.lock`.
+pub struct Reservation {
     socket: PathBuf,
     _lock: LockFile,
 }
 
-impl Place {
-    /// The place at `socket`, where there is nothing now. It is an error if it is another's, or if
-    /// there is anything but a socket that nobody listens on.
-    pub fn reserve(socket: &Path) -> anyhow::Result<Place> {
+impl Reservation {
+    /// Reserves the path, and removes a socket without a listener there. An error if another process has
+    /// reserved it, if the socket is in use, or if there is another kind of file.
+    pub fn new(socket: &Path) -> anyhow::Result<Reservation> {
         let mut lock = socket.as_os_str().to_os_string();
         lock.push(".lock");
         let lock = LockFile::try_new(Path::new(&lock))?;
         let lock = lock.with_context(|| format!("{} is in use already", socket.display()))?;
         vacate(socket)?;
-        Ok(Place {
+        Ok(Reservation {
             socket: socket.into(),
             _lock: lock,
         })
     }
 }
 
-impl Drop for Place {
+impl Drop for Reservation {
     fn drop(&mut self) {
-        // What a hypervisor has left. Whoever listened there may have removed it.
+        // A hypervisor leaves its socket behind; other listeners may have removed theirs.
         let _ = vacate(&self.socket);
     }
 }
@@ -155,22 +154,22 @@ mod tests {
     }
 
     #[test]
-    fn of_those_that_want_one_place_at_once_one_gets_it_and_keeps_its_socket() {
+    fn a_path_can_be_reserved_only_once_at_a_time() {
         const MANY: usize = 8;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vsock");
         for _ in 0..50 {
-            // Of somebody who was killed.
+            // Left behind by a killed process.
             drop(UnixListener::bind(&path).unwrap());
             fs::write(dir.path().join("vsock.lock"), "").unwrap();
             let begin = Barrier::new(MANY);
-            let placed: Vec<Result<_, String>> = thread::scope(|scope| {
-                let place = || {
+            let results: Vec<Result<_, String>> = thread::scope(|scope| {
+                let reserve = || {
                     begin.wait();
-                    let place = Place::reserve(&path).map_err(|error| error.to_string())?;
-                    Ok((UnixListener::bind(&path).unwrap(), place))
+                    let reservation = Reservation::new(&path).map_err(|error| error.to_string())?;
+                    Ok((UnixListener::bind(&path).unwrap(), reservation))
                 };
-                let threads: Vec<_> = (0..MANY).map(|_| scope.spawn(place)).collect();
+                let threads: Vec<_> = (0..MANY).map(|_| scope.spawn(reserve)).collect();
                 threads
                     .into_iter()
                     .map(|thread| thread.join().unwrap())
@@ -179,8 +178,8 @@ mod tests {
             UnixStream::connect(&path).unwrap();
             let refused = format!("{} is in use already", path.display());
             let mut winners = 0;
-            for placed in placed {
-                match placed {
+            for result in results {
+                match result {
                     Ok(_) => winners += 1,
                     Err(error) => assert_eq!(error, refused),
                 }

@@ -59,7 +59,7 @@ fn run_on_stand_in(place: &Place) -> (Command, Vm, Qemu) {
     run_on_stand_in_with(place, &[])
 }
 
-/// The same with these options.
+/// The same, with additional options.
 fn run_on_stand_in_with(place: &Place, options: &[&str]) -> (Command, Vm, Qemu) {
     let vm = Vm::start(place.0.path(), |mut connection| {
         match connection.request.line.as_str() {
@@ -170,12 +170,12 @@ fn an_error_says_what_to_do_next() {
         said.contains("app.ext4 is there, and is not a socket"),
         "{said}"
     );
-    // Another VM has just begun to make its socket.
-    let starts = pigeon::vsock::Place::reserve(&place.path("other.vsock")).unwrap();
+    // Another VM is about to create its socket.
+    let reservation = pigeon::vsock::Reservation::new(&place.path("other.vsock")).unwrap();
     let said = complaint(&place, &["run", "--uds", "other.vsock", "app.ext4", "id"]);
     assert!(said.contains("other.vsock is in use already"), "{said}");
     assert!(place.path("other.vsock.lock").exists());
-    drop(starts);
+    drop(reservation);
     assert!(!place.path("other.vsock.lock").exists() && !place.path("app.ext4.lock").exists());
     let (listed, _, _) = pigeon(&place, &["ps", "-a"]);
     assert!(listed.contains("exited (5)"), "{listed}");
@@ -250,10 +250,10 @@ fn a_file_at_the_path_of_the_events_socket_is_kept() {
 }
 
 #[test]
-fn a_vm_whose_snapshot_was_broken_off_by_sigkill_goes_on() {
+fn a_vm_is_resumed_when_its_snapshot_command_was_killed() {
     let place = Place::new();
     if Arch::HOST != Arch::X86_64 {
-        return; // it has no machine for snapshots on QEMU
+        return; // QEMU has no machine type for snapshots there
     }
     let (mut command, vm, qemu) = run_on_stand_in_with(&place, &["--restorable"]);
     command.stdin(Stdio::null()).stdout(Stdio::null());
@@ -265,16 +265,16 @@ fn a_vm_whose_snapshot_was_broken_off_by_sigkill_goes_on() {
     let record: Value = serde_json::from_str(&said).unwrap();
     let dir = PathBuf::from(record[0]["restorable"]["dir"].as_str().unwrap());
     let monitor = UnixListener::bind(dir.join("qmp-others.sock")).unwrap();
-    // As `pigeon snapshot` leaves it; and as it is while that lives.
-    let taken = fs::File::create(dir.join("snapshot")).unwrap();
-    taken.lock().unwrap();
+    // The lock file as a killed `pigeon snapshot` leaves it, except that it is still locked.
+    let lock = fs::File::create(dir.join("snapshot")).unwrap();
+    lock.lock().unwrap();
     fs::write(dir.join("snapshot"), "pigeon-1-2").unwrap();
     monitor.set_nonblocking(true).unwrap();
     thread::sleep(Duration::from_secs(2));
     assert!(monitor.accept().is_err());
     monitor.set_nonblocking(false).unwrap();
-    drop(taken);
-    let commands = fake::obey(monitor.accept().unwrap().0);
+    drop(lock);
+    let commands = fake::serve_monitor(monitor.accept().unwrap().0);
     assert!(commands.contains(&"cont".to_string()), "{commands:?}");
     let cancel = || {
         let mut requests = vm.requests().into_iter();
@@ -298,7 +298,7 @@ fn a_vm_whose_snapshot_was_broken_off_by_sigkill_goes_on() {
 }
 
 #[test]
-fn what_cannot_be_done_to_one_vm_is_done_to_the_others() {
+fn a_command_for_several_vms_continues_after_a_failure() {
     let place = Place::new();
     for name in ["a", "b"] {
         let dir = place.path(&format!("pigeon/vms/{name}"));
@@ -313,7 +313,7 @@ fn what_cannot_be_done_to_one_vm_is_done_to_the_others() {
         said.contains("no VM called none") && said.contains("called nor"),
         "{said}"
     );
-    // None of them can be started: each is named.
+    // None of them can be started: there is an error for each.
     let (out, said, code) = pigeon(&place, &["start", "a", "none", "b"]);
     assert_eq!((out.as_str(), code), ("", 125), "{said}");
     assert_eq!(said.lines().count(), 3, "{said}");
@@ -323,7 +323,7 @@ fn what_cannot_be_done_to_one_vm_is_done_to_the_others() {
 }
 
 #[test]
-fn output_keeps_its_numbers_when_the_first_of_it_was_dropped() {
+fn output_keeps_its_offsets_when_the_oldest_was_removed() {
     let place = Place::new();
     let dir = place.path("pigeon/vms/app");
     fs::create_dir_all(&dir).unwrap();
@@ -370,11 +370,11 @@ fn output_keeps_its_numbers_when_the_first_of_it_was_dropped() {
 }
 
 #[test]
-fn output_is_shown_also_where_it_cannot_be_written_down() {
+fn output_is_shown_even_if_it_cannot_be_recorded() {
     const SIZE: usize = 100_000;
     let place = Place::new();
     let (command, vm, qemu) = run_on_stand_in_with(&place, &["-q"]);
-    // No file may have more than 8 KiB, or 16 in other shells.
+    // Limits files to 16 blocks: 8 or 16 KiB, depending on the shell.
     let mut limited = Command::new("sh");
     let script = "trap '' XFSZ; ulimit -f 16; exec \"$0\" \"$@\"";
     limited.args(["-c", script]).arg(command.get_program());
@@ -405,14 +405,14 @@ fn output_is_shown_also_where_it_cannot_be_written_down() {
         1,
         "{said}"
     );
-    // What fits is whole.
+    // The frames that fit are complete.
     let (kept, said, code) = pigeon(&place, &["logs", "app"]);
     assert_eq!((kept.len() % 1000, code), (0, 0), "{said}");
     assert!((4000..SIZE).contains(&kept.len()), "{}", kept.len());
 }
 
 #[test]
-fn ctrl_backslash_is_the_workloads_and_the_terminal_is_put_in_order_at_the_end() {
+fn ctrl_backslash_goes_to_the_workload_and_the_terminal_is_restored() {
     let place = Place::new();
     let (command, vm, qemu) = run_on_stand_in(&place);
     let mut terminal = pty::Terminal::spawn(command, (80, 24));
@@ -602,9 +602,9 @@ fn an_archive_may_come_on_standard_input() {
 }
 
 #[test]
-fn a_signal_that_ends_the_making_of_an_image_leaves_nothing_of_it() {
+fn a_signal_during_an_image_build_leaves_no_files_behind() {
     let place = Place::new();
-    // What nohup(1) has it ignore does not end it.
+    // With nohup(1), SIGHUP does not terminate it.
     let mut rootfs = Command::new("nohup")
         .args([env!("CARGO_BIN_EXE_pigeon"), "rootfs", "-", "a.ext4"])
         .current_dir(place.0.path())
@@ -626,7 +626,7 @@ fn a_signal_that_ends_the_making_of_an_image_leaves_nothing_of_it() {
 }
 
 #[test]
-fn without_root_files_that_nobody_may_read_are_taken_with_their_owners() {
+fn unreadable_files_keep_their_owners_without_root() {
     let place = Place::new();
     let entry = |tar: Tar, name: &[u8], mode| {
         tar.entry(tar::EntryType::Regular, name, b"", (0, 42), mode, b"secret")

@@ -711,18 +711,21 @@ fn clones_of_a_vm_continue_under_their_own_names() {
     let again = lab.pigeon(&["snapshot", "web", &snapshot]);
     assert_eq!(again.status.code(), Some(125));
     assert_eq!(lab.said(&["exec", "web", "hostname"]).0, "web\n");
-    // Whoever takes another is killed while the VM stands still: its memory is being copied then.
-    let broken = lab.path("broken.snapshot");
-    let mut taker = lab.command(&["snapshot", "web", &broken]).spawn().unwrap();
-    while !Path::new(&broken).join("memory").exists() {
-        assert_eq!(taker.try_wait().unwrap(), None);
+    // Another snapshot command is killed while the VM is paused and its memory is copied.
+    let interrupted = lab.path("interrupted.snapshot");
+    let mut command = lab
+        .command(&["snapshot", "web", &interrupted])
+        .spawn()
+        .unwrap();
+    while !Path::new(&interrupted).join("memory").exists() {
+        assert_eq!(command.try_wait().unwrap(), None);
         thread::sleep(Duration::from_millis(1));
     }
-    taker.kill().unwrap();
-    taker.wait().unwrap();
+    command.kill().unwrap();
+    command.wait().unwrap();
     let killed = Instant::now();
     while lab.said(&["exec", "web", "cat", "note"]) != ("mine\n".into(), Some(0)) {
-        assert!(killed.elapsed() < TIMEOUT, "it does not go on");
+        assert!(killed.elapsed() < TIMEOUT, "the VM was not resumed");
         thread::sleep(Duration::from_millis(100));
     }
 

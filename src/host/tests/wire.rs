@@ -428,7 +428,7 @@ fn cp_copies_to_a_file_or_into_a_directory() {
 }
 
 #[test]
-fn a_signal_that_ends_a_copy_leaves_what_was_there_and_nothing_else() {
+fn a_signal_during_cp_leaves_the_old_file_and_nothing_else() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
         let head = "HTTP/1.1 200 OK\r\nContent-Length: 100\r\nFile-Mode: 0644\r\n\r\n";
@@ -455,7 +455,7 @@ fn a_signal_that_ends_a_copy_leaves_what_was_there_and_nothing_else() {
 }
 
 #[test]
-fn cp_replaces_regular_files_alone_and_what_a_link_leads_to() {
+fn cp_replaces_only_regular_files_and_targets_of_links() {
     use rustix::fs::{CWD, FileType, Mode, mknodat};
     use std::os::unix::fs::{FileTypeExt, symlink};
     let place = Place::new();
@@ -755,7 +755,7 @@ fn a_guests_error_message_has_a_limit() {
     assert!(text(&output.stderr) == expected, "{}", output.stderr.len());
 }
 
-/// `pigeon cp SOURCE :/data` in `place`, to a guest whose tar reads its input to its end: what it says,
+/// `pigeon cp OPTIONS SOURCE :/data` in `place`, to a guest whose tar reads its input to its end: what it says,
 /// its exit code, and the archive, unless that did not end.
 fn cp_directory_to_guest(
     place: &Place,
@@ -811,7 +811,7 @@ fn a_directory_is_copied_to_a_guest_without_sockets_and_unreadable_files() {
     std::os::unix::fs::symlink("sub/file", place.path("dir/link")).unwrap();
     mknodat(CWD, place.path("dir/fifo"), FileType::Fifo, Mode::RUSR, 0).unwrap();
     let _listener = std::os::unix::net::UnixListener::bind(place.path("dir/socket")).unwrap();
-    // Of somebody of the host's, if that can be made, and with a hole.
+    // One file belongs to another user of the host, if chown is permitted; one has a hole.
     let _ = std::os::unix::fs::chown(place.path("dir/sub/file"), Some(1234), Some(1234));
     let holed = fs::File::create(place.path("dir/sub/holed")).unwrap();
     holed.set_len(3 << 20).unwrap();

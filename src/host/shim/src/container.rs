@@ -484,35 +484,35 @@ mod tests {
         (stdio, reader)
     }
 
-    /// A container whose process runs, in a VM whose init does not answer.
-    fn stuck(dir: &Path) -> (Arc<Container>, Arc<Publisher>) {
+    /// A container with a running process, in a VM whose init does not respond.
+    fn unresponsive(dir: &Path) -> (Arc<Container>, Arc<Publisher>) {
         let (container, publisher) = sandbox(Stdio::default());
         let mut container = Arc::into_inner(container).unwrap();
-        container.vm = Some(vm::tests::stuck_vm(dir, REQUEST));
-        container.process.run_as(7);
+        container.vm = Some(vm::tests::unresponsive_vm(dir, REQUEST_TIMEOUT));
+        container.process.set_running(7);
         (Arc::new(container), publisher)
     }
 
-    /// How long a guest may take for a request here.
-    const REQUEST: Duration = Duration::from_millis(500);
-    /// And how long a request may then take on a machine that is busy.
-    const ANSWERED: Duration = Duration::from_secs(20);
+    /// The guest's request timeout in these tests.
+    const REQUEST_TIMEOUT: Duration = Duration::from_millis(500);
+    /// How long a request may take to fail on a busy machine.
+    const FAILURE_TIMEOUT: Duration = Duration::from_secs(20);
 
     #[test]
-    fn what_a_guest_does_not_answer_is_an_error_in_bounded_time() {
+    fn requests_to_an_unresponsive_guest_fail_in_bounded_time() {
         let dir = tempfile::tempdir().unwrap();
-        let (container, publisher) = stuck(dir.path());
+        let (container, publisher) = unresponsive(dir.path());
         let spec = br#"{"args":["/bin/true"],"cwd":"/"}"#;
         container.add("e", spec, Stdio::default()).unwrap();
         let added = container.find("e").unwrap();
-        let (sender, answers) = mpsc::channel();
-        let ask = |request: &'static str, ask: Box<dyn FnOnce() -> bool + Send>| {
+        let (sender, results) = mpsc::channel();
+        let spawn = |request: &'static str, has_failed: Box<dyn FnOnce() -> bool + Send>| {
             let sender = sender.clone();
-            thread::spawn(move || sender.send((request, ask())));
+            thread::spawn(move || sender.send((request, has_failed())));
         };
         for signal in [15, 1] {
             let (container, publisher) = (container.clone(), publisher.clone());
-            ask(
+            spawn(
                 "Kill",
                 Box::new(move || {
                     let kill = container.kill(&container.process, signal, false, &publisher);
@@ -521,14 +521,14 @@ mod tests {
             );
         }
         let (own, publisher) = (container.clone(), publisher.clone());
-        ask(
+        spawn(
             "Start",
             Box::new(move || own.start(&added, &publisher).is_err()),
         );
         let own = container.clone();
-        ask("Stats", Box::new(move || own.metrics().is_err()));
+        spawn("Stats", Box::new(move || own.metrics().is_err()));
         for _ in 0..4 {
-            let (request, has_failed) = answers.recv_timeout(ANSWERED).expect("all are answered");
+            let (request, has_failed) = results.recv_timeout(FAILURE_TIMEOUT).expect("all fail");
             assert!(has_failed, "{request}");
         }
         assert!(matches!(

@@ -37,7 +37,7 @@ const PENDING_KILLED: usize = 32 << 20;
 /// How long a client may take to read the last output when the process has ended, and when it is
 /// deleted.
 const DRAIN: Duration = Duration::from_secs(2);
-/// How often it is asked whether it was.
+/// How often that is polled.
 const RETRY: Duration = Duration::from_millis(2);
 /// How long a VM may take to end after it has broken off a session.
 const LAST_WORDS: Duration = Duration::from_secs(10);
@@ -171,9 +171,9 @@ impl Process {
         *lock(&self.drained) = true;
     }
 
-    /// As if it ran in a guest, with this number.
+    /// Makes it look like a running process of a guest.
     #[cfg(test)]
-    pub fn run_as(&self, pid: u32) {
+    pub fn set_running(&self, pid: u32) {
         self.take();
         self.enter(Stage::Running(Some(pid)));
     }
@@ -337,7 +337,7 @@ impl Process {
         let program = launch::program(&self.spec, home, Arch::HOST, is_own)?;
         let deadline = vm.deadline();
         let _one_at_a_time = lock_until(&vm.launches, deadline);
-        ensure!(_one_at_a_time.is_some(), "the guest does not answer");
+        ensure!(_one_at_a_time.is_some(), "the guest does not respond");
         let client = vm.client_until(deadline);
         ensure!(self.stage() == Stage::Created, KILLED_EARLY);
         let options = WriteOptions {
@@ -399,9 +399,9 @@ impl Process {
         self.confirm_start(vm, deadline, [init, &launcher])
     }
 
-    /// Waits until its program runs: until then its process is the init's, of which it was forked, or
-    /// the launcher.
-    fn confirm_start(&self, vm: &Vm, deadline: Instant, before: [&FileInfo; 2]) -> Result<()> {
+    /// Waits until it has executed its program: before that, its executable is one of `pre_exec`, the init
+    /// that forked it or the launcher.
+    fn confirm_start(&self, vm: &Vm, deadline: Instant, pre_exec: [&FileInfo; 2]) -> Result<()> {
         let client = vm.client_until(deadline);
         loop {
             match self.stage() {
@@ -415,7 +415,7 @@ impl Process {
             let session = sessions.find(|session| session.id == self.session);
             if let Some(pid) = session.and_then(|session| session.pid) {
                 let program = client.file_info(&format!("/proc/{pid}/exe"));
-                if program.is_ok_and(|program| !before.contains(&&program)) {
+                if program.is_ok_and(|program| !pre_exec.contains(&&program)) {
                     self.enter(Stage::Running(Some(pid)));
                     return Ok(());
                 }

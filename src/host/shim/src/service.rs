@@ -45,7 +45,7 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
         .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// The same of a lock that another holds while a guest is to answer; None if that takes too long.
+/// Locks a mutex whose holder may be waiting for the guest. None at the deadline.
 pub fn lock_until<T>(mutex: &Mutex<T>, deadline: Instant) -> Option<MutexGuard<'_, T>> {
     const RETRY: Duration = Duration::from_millis(5);
     loop {

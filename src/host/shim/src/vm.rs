@@ -46,10 +46,10 @@ const INITRD: &str = "PIGEON_INITRD";
 const BUSY: Duration = Duration::from_secs(30);
 /// How long a VM may take to boot.
 const BOOT: Duration = Duration::from_secs(120);
-/// How long the guest may take for all that a request of containerd's asks of it: whoever waits for the
-/// answer has to get one, if only an error. Kata's agent has as long by default (kata_agent.go).
-const REQUEST: Duration = Duration::from_secs(60);
-/// Bytes of the console's end that are kept, for a reason.
+/// How long the calls to the guest for one request of containerd may take in total, so that containerd always
+/// gets a response. The default of Kata's agent (kata_agent.go).
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+/// Bytes of the end of the console that are kept for error messages.
 const CONSOLE: usize = 16 << 10;
 /// Lines of it that an error shows.
 const SHOWN_LINES: usize = 10;
@@ -66,7 +66,7 @@ enum Phase {
 /// A VM that was started.
 pub struct Vm {
     machine: Mutex<Box<dyn Machine>>,
-    /// Its API, for what may last.
+    /// Its API, for calls without a deadline; see [`Vm::client_until`].
     pub client: Client,
     request_timeout: Duration,
     arch: Arch,
@@ -106,7 +106,7 @@ impl Vm {
         let vm = Arc::new(Vm {
             machine: Mutex::new(machine),
             client: Client::new(uds).with_retry_timeout(BUSY),
-            request_timeout: REQUEST,
+            request_timeout: REQUEST_TIMEOUT,
             arch,
             init: OnceLock::new(),
             pid,
@@ -234,18 +234,18 @@ impl Vm {
         }
     }
 
-    /// When a request that begins now has to be answered.
+    /// The deadline of a request that starts now.
     pub fn deadline(&self) -> Instant {
         Instant::now() + self.request_timeout
     }
 
-    /// Its API, for a request.
+    /// Its API, for a request with this deadline.
     pub fn client_until(&self, deadline: Instant) -> Client {
         let left = deadline.saturating_duration_since(Instant::now());
         self.client.within(left)
     }
 
-    /// The init's program, as a process runs it that is not a program of its own yet.
+    /// The init's program, which a process runs before it executes its own.
     pub fn init(&self, client: &Client) -> Result<&FileInfo> {
         if let Some(init) = self.init.get() {
             return Ok(init);
@@ -273,7 +273,7 @@ impl Vm {
     pub fn signal(&self, target: Target, signal: u8) -> Result<Sent> {
         let deadline = self.deadline();
         let _one_at_a_time = lock_until(&self.signals, deadline);
-        ensure!(_one_at_a_time.is_some(), "the guest does not answer");
+        ensure!(_one_at_a_time.is_some(), "the guest does not respond");
         let client = self.client_until(deadline);
         Ok(client.kill(self.arch, target, signal)?)
     }
@@ -391,7 +391,7 @@ pub mod tests {
         process::{Command, ExitStatus},
     };
 
-    /// A hypervisor that does nothing.
+    /// A hypervisor that ignores every request.
     struct Idle(Process);
 
     impl Machine for Idle {
@@ -418,8 +418,8 @@ pub mod tests {
         }
     }
 
-    /// A VM whose kernel accepts connections, and whose init does nothing with them.
-    pub fn stuck_vm(dir: &Path, request_timeout: Duration) -> Arc<Vm> {
+    /// A VM whose kernel accepts connections, and whose init does not respond.
+    pub fn unresponsive_vm(dir: &Path, request_timeout: Duration) -> Arc<Vm> {
         let uds = dir.join("vm.vsock");
         let listener = UnixListener::bind(&uds).unwrap();
         thread::spawn(move || {

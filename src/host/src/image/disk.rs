@@ -155,7 +155,7 @@ pub fn write_volume(out: &Path, size: u64) -> Result<fs::File> {
     Ok(image)
 }
 
-/// Copies a disk: what a file system cannot share with its copy, but for its holes.
+/// Copies a disk as a reflink if the file system supports that (ioctl_ficlone(2)), otherwise as a sparse file.
 pub fn copy(from: &Path, to: &Path) -> io::Result<()> {
     let source = fs::File::open(from)?;
     let mut target = fs::File::create(to)?;
@@ -168,7 +168,7 @@ pub fn copy(from: &Path, to: &Path) -> io::Result<()> {
     let mut position = 0;
     while position < found.len() {
         let data = match seek(&source, SeekFrom::Data(position)) {
-            // There is but a hole.
+            // Only a hole follows (lseek(2)).
             Err(Errno::NXIO) => break,
             data => data?,
         };
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_of_a_disk_has_its_data_and_its_holes() {
+    fn a_copied_disk_keeps_its_data_and_holes() {
         let dir = tempfile::tempdir().unwrap();
         let [from, to] = ["from", "to"].map(|name| dir.path().join(name));
         let disk = fs::File::create(&from).unwrap();
@@ -293,7 +293,7 @@ mod tests {
         let same = fs::read(&from).unwrap() == fs::read(&to).unwrap();
         let used = |path| fs::metadata(path).unwrap().blocks() * 512;
         assert!(same && used(&to) <= used(&from), "{}", used(&to));
-        // One hole, and nothing.
+        // An empty file, and one that is a single hole.
         for size in [0, 1 << 20] {
             fs::File::create(&from).unwrap().set_len(size).unwrap();
             copy(&from, &to).unwrap();
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn the_size_of_an_image_is_one_that_a_file_system_can_have() {
+    fn an_image_has_a_valid_file_system_size() {
         assert_eq!(parse_disk_size("8M").unwrap(), 8 << 20);
         for text in ["0", "5", "8191K", "16T", "999999T"] {
             let error = parse_disk_size(text).unwrap_err().to_string();

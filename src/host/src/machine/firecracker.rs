@@ -146,8 +146,8 @@ pub(super) fn snapshot(
     and_resumed(taken, set_state(&api, "Resumed"))
 }
 
-/// Resumes a VM of another process that stands still, as [`super::go_on`].
-pub(super) fn go_on(dir: &Path) -> Result<()> {
+/// Resumes a VM of another process if it is paused, as [`super::resume_orphaned`].
+pub(super) fn resume_orphaned(dir: &Path) -> Result<()> {
     let api = dir.join(API);
     let state = request(&api, "GET", "/", &Value::Null)?.json()?;
     match state["state"] == "Paused" {

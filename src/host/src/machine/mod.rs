@@ -315,16 +315,16 @@ pub fn snapshot(
     }
 }
 
-/// Lets the VM in the directory `dir` go on, and reach the host again, when the process that took a
-/// [snapshot] of it was killed.
-pub fn go_on(dir: &Path) -> Result<()> {
+/// Resumes the VM in the directory `dir`, and restores its vsock, after the process that took a [snapshot] of
+/// it was killed.
+pub fn resume_orphaned(dir: &Path) -> Result<()> {
     match firecracker::is_in(dir) {
-        true => firecracker::go_on(dir),
-        false => qemu::go_on(dir),
+        true => firecracker::resume_orphaned(dir),
+        false => qemu::resume_orphaned(dir),
     }
 }
 
-/// What a snapshot has come to, once its VM was told to go on. That it does not is the worst of it.
+/// The result of a snapshot, after its VM was resumed. A failure to resume takes precedence.
 fn and_resumed(taken: Result<()>, resumed: Result<()>) -> Result<()> {
     resumed.context("the VM does not go on after the snapshot")?;
     taken

@@ -108,12 +108,12 @@ pub(super) fn snapshot(
     and_resumed(taken, monitor.resume())
 }
 
-/// Resumes a VM of another process, as [`super::go_on`]. How far its snapshot had come is not known.
-pub(super) fn go_on(dir: &Path) -> Result<()> {
+/// Resumes a VM of another process, as [`super::resume_orphaned`]. The snapshot may have stopped at any step.
+pub(super) fn resume_orphaned(dir: &Path) -> Result<()> {
     let mut monitor = Monitor::of_other(dir)?;
-    // Nothing may be there to be cancelled.
+    // Fails if there is no migration.
     let _ = monitor.qmp("migrate_cancel", json!({}));
-    // A guest takes part in unplugging.
+    // First, as unplugging needs the guest's cooperation.
     monitor.qmp("cont", json!({}))?;
     if monitor.vsock == Vsock::Plugged {
         monitor.replug_vsock()?;
@@ -336,13 +336,13 @@ fn exec_uri(command: &str, path: &Path) -> Result<String> {
     Ok(format!("exec:{command} '{}'", path.replace('\'', r"'\''")))
 }
 
-/// How long a guest may take to give a device up.
+/// How long a guest may take to release a device.
 const UNPLUG_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a migration to or from a file may take.
 const MIGRATION_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Monitor {
-    /// That of a VM of another process.
+    /// The monitor of a VM of another process.
     fn of_other(dir: &Path) -> Result<Monitor> {
         let stream = UnixStream::connect(dir.join(QMP_OF_OTHERS));
         Ok(Monitor {
@@ -410,13 +410,16 @@ impl Monitor {
         Ok(())
     }
 
-    /// Plugs vsock anew, whether it is there, has gone, or is about to go.
+    /// Unplugs vsock, unless that was done, and plugs it in again.
     fn replug_vsock(&mut self) -> Result<()> {
         let deadline = Instant::now() + UNPLUG_TIMEOUT;
         while self.has_vsock()? {
-            // It may have been asked to go before.
+            // Fails if an unplug is pending already.
             let _ = self.qmp("device_del", json!({"id": "vsock"}));
-            ensure!(Instant::now() < deadline, "the guest keeps its vsock");
+            ensure!(
+                Instant::now() < deadline,
+                "the guest does not release its vsock"
+            );
             thread::sleep(Duration::from_millis(20));
         }
         let _ = self.qmp("chardev-remove", json!({"id": "vsock"}));
@@ -589,8 +592,8 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_whose_snapshot_was_broken_off_goes_on_with_its_vsock() {
-        // It was about to go, or it had gone.
+    fn a_vm_whose_snapshot_was_interrupted_is_resumed_with_its_vsock() {
+        // Its vsock was being unplugged, or was unplugged.
         for names in [
             &[r#"[{"name":"vsock"},{"name":"disk0"}]"#, "[]"][..],
             &["[]"],
@@ -599,7 +602,7 @@ mod tests {
             fs::write(dir.path().join(VHOST), "").unwrap();
             let listener = UnixListener::bind(dir.path().join(QMP_OF_OTHERS)).unwrap();
             let mut listed = names.iter();
-            let mut answer = move |command: &str| match command {
+            let mut respond = move |command: &str| match command {
                 "qom-list" => format!("{{\"return\":{}}}", listed.next().unwrap()),
                 "migrate_cancel" | "device_del" => r#"{"error":{"desc":"no"}}"#.into(),
                 _ => r#"{"return":{}}"#.into(),
@@ -611,12 +614,12 @@ mod tests {
                 for line in BufReader::new(stream.try_clone().unwrap()).lines() {
                     let command: Value = serde_json::from_str(&line.unwrap()).unwrap();
                     let command = command["execute"].as_str().unwrap().to_string();
-                    writeln!(stream, "{}", answer(&command)).unwrap();
+                    writeln!(stream, "{}", respond(&command)).unwrap();
                     commands.push(command);
                 }
                 commands
             });
-            go_on(dir.path()).unwrap();
+            resume_orphaned(dir.path()).unwrap();
             let commands = qemu.join().unwrap();
             let begin = ["qmp_capabilities", "migrate_cancel", "cont", "qom-list"];
             assert_eq!(commands[..4], begin);
@@ -629,7 +632,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_that_does_not_go_on_has_its_vsock_again_and_is_complained_about() {
+    fn a_vm_that_cannot_be_resumed_gets_its_vsock_back_and_an_error() {
         let (error, commands) = failing_snapshot(&[
             ("query-migrate", "{\"return\":{\"status\":\"completed\"}}"),
             ("cont", "{\"error\":{\"desc\":\"no\"}}"),

@@ -168,7 +168,7 @@ impl Qemu {
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 connected.lock().unwrap().push(stream.try_clone().unwrap());
-                thread::spawn(move || obey(stream));
+                thread::spawn(move || serve_monitor(stream));
             }
         });
         Qemu { dir, monitors }
@@ -185,16 +185,16 @@ impl Qemu {
     }
 }
 
-/// A monitor of QEMU's, which obeys: the commands, when its client has gone.
-pub fn obey(mut stream: UnixStream) -> Vec<String> {
+/// Acts as QEMU's monitor: every command succeeds. Returns the commands once the client has disconnected.
+pub fn serve_monitor(mut stream: UnixStream) -> Vec<String> {
     let mut commands = vec![];
     let lines = BufReader::new(stream.try_clone().unwrap()).lines();
-    let mut answer = |answer: Value| writeln!(stream, "{answer}");
-    let _ = answer(json!({"QMP": {}}));
+    let mut send = |message: Value| writeln!(stream, "{message}");
+    let _ = send(json!({"QMP": {}}));
     for line in lines.map_while(Result::ok) {
         let command: Value = serde_json::from_str(&line).unwrap();
         commands.push(command["execute"].as_str().unwrap().into());
-        if answer(json!({"return": {}})).is_err() {
+        if send(json!({"return": {}})).is_err() {
             break;
         }
     }

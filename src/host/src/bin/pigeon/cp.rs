@@ -98,11 +98,11 @@ impl Cp {
     fn send_directory(&self, client: &Client, source: &Path, path: &str) -> Result<()> {
         let has_tar = has_tar(client);
         let owner = match &self.user {
-            Some(user) if has_tar => ids(client, user)?,
+            Some(user) if has_tar => user_ids(client, user)?,
             _ => ROOT,
         };
         let made = client.exec(&Command::new(["mkdir", "-p", path]));
-        // As root, which can write wherever a single file can be written.
+        // As root, like the copy of a single file.
         let tar = Command::new(["tar", "-C", path, "-xf", "-"]);
         let has_mkdir = made.is_ok_and(|output| output.exit_code == 0);
         if has_mkdir && has_tar {
@@ -281,15 +281,15 @@ fn is_directory(client: &Client, path: &str) -> Result<bool> {
     }
 }
 
-/// Whose files are if nobody says so: what ids mean on the host, they do not in the VM.
+/// The default owner of copied files: ids of the host have another meaning in the VM.
 const ROOT: (u64, u64) = (0, 0);
 
-/// The ids of a user of the VM.
-fn ids(client: &Client, user: &str) -> Result<(u64, u64)> {
-    let id = |which: &str| {
-        let output = client.exec(&Command::new(["id", which]).user(user))?;
-        let said = output.stdout.trim();
-        said.parse()
+/// User and group id of a user in the VM.
+fn user_ids(client: &Client, user: &str) -> Result<(u64, u64)> {
+    let id = |option: &str| {
+        let output = client.exec(&Command::new(["id", option]).user(user))?;
+        let id = output.stdout.trim();
+        id.parse()
             .with_context(|| format!("unable to find {user} in the VM: {}", output.stderr.trim()))
     };
     Ok((id("-u")?, id("-g")?))
@@ -441,7 +441,7 @@ fn finish(session: &mut Session, out: &mut dyn Write) -> Result<()> {
     bail!("tar in the VM has ended without an exit status")
 }
 
-/// Sends a directory as an archive of files of this owner.
+/// Sends a directory as an archive whose files have this user and group id.
 fn send_archive(input: &mut SessionInput, source: &Path, owner: (u64, u64)) -> Result<()> {
     let mut builder = tar::Builder::new(input);
     append(&mut builder, &source.join("."), Path::new("."), owner)?;
@@ -471,7 +471,8 @@ fn append(
     header.set_uid(uid);
     header.set_gid(gid);
     if kind.is_file() {
-        // Not as a sparse file, which busybox's tar does not know; zeros where it has become shorter.
+        // Not as a sparse entry, which busybox's tar does not support. Padded with zeros if the file shrinks
+        // meanwhile.
         let file = File::open(place)?.chain(io::repeat(0)).take(found.len());
         return builder.append_data(&mut header, name, file);
     }

@@ -136,8 +136,8 @@ impl Stop {
     }
 }
 
-/// Does it for each VM, as docker does also where it fails for one before. The errors are said; that of
-/// the last is the command's.
+/// Runs `act` for each VM, also after a failure, as docker does. Errors are reported; the last one is
+/// returned.
 pub fn for_each(names: &[String], mut act: impl FnMut(&str) -> Result<()>) -> Result<()> {
     let mut failed = Ok(());
     for name in names {

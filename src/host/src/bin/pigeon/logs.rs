@@ -76,11 +76,11 @@ impl Logs {
         if let Some(lines) = self.tail
             && let Some(source) = Reader::open(&vm.dir, vms::OUTPUT, || false)?
         {
-            let first = source.begin();
+            let first = source.segment_start();
             let mut source = io::BufReader::new(source);
             let last = last_lines(lines, || read_frame(&mut source).context(damaged))?;
             begin = first + last.start;
-            // What has been written meanwhile is none of them.
+            // Lines written meanwhile are not part of them.
             end = match self.follow {
                 true => u64::MAX,
                 false => first + last.end,
@@ -90,13 +90,13 @@ impl Logs {
         let Some(mut source) = Reader::open(&vm.dir, vms::OUTPUT, grows)? else {
             return Ok(());
         };
-        let mut offset = begin.min(source.begin());
+        let mut offset = begin.min(source.segment_start());
         while offset < end
             && let Some(mut frame) = read_frame(&mut source).context(damaged)?
         {
-            // What is between was dropped.
-            warn_of_loss(offset.max(begin), source.begin());
-            offset = offset.max(source.begin());
+            // Bytes in a gap between segments were removed.
+            warn_of_loss(offset.max(begin), source.segment_start());
+            offset = offset.max(source.segment_start());
             let skipped = begin.saturating_sub(offset);
             offset += frame.bytes.len() as u64;
             if skipped > 0 {
@@ -124,7 +124,7 @@ impl Logs {
     }
 }
 
-/// The last lines of the output: their first byte, and the one after the last.
+/// The byte range of the last lines of the output.
 fn last_lines(
     lines: usize,
     mut next_frame: impl FnMut() -> Result<Option<Frame>>,
@@ -151,9 +151,9 @@ fn last_lines(
     Ok(begins.get(surplus).copied().unwrap_or(offset)..offset)
 }
 
-/// Removes the piece of a frame at the end of a record whose writer was killed: the bytes of output that
-/// are in it.
-pub fn end_at_a_frame(file: &File) -> Result<u64> {
+/// Removes a partial frame at the end of a record whose writer was killed. Returns the bytes of output that
+/// are left.
+pub fn remove_partial_frame(file: &File) -> Result<u64> {
     let mut source = io::BufReader::new(file);
     let (mut whole, mut bytes) = (0, 0);
     while let Ok(Some(frame)) = read_frame(&mut source) {
@@ -391,7 +391,7 @@ mod tests {
         file.write_all(&whole.concat()).unwrap();
         file.write_all(&frame("three").encode()[..10]).unwrap();
         file.rewind().unwrap();
-        assert_eq!(end_at_a_frame(&file).unwrap(), 6);
+        assert_eq!(remove_partial_frame(&file).unwrap(), 6);
         assert_eq!(file.metadata().unwrap().len(), whole.concat().len() as u64);
     }
 

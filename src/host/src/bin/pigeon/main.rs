@@ -167,7 +167,7 @@ fn act(action: Action) -> Result<u8> {
         Action::Ps(ps) => ps.run(),
         Action::Logs(logs) => logs.run(),
         Action::Cp(cp) => {
-            end_cleanly()?;
+            remove_scratch_on_signals()?;
             cp.run()
         }
         Action::Mount(mount) => mount.run(),
@@ -183,7 +183,7 @@ fn act(action: Action) -> Result<u8> {
         Action::Events(events) => events.run(),
         Action::Status(status) => status.run(),
         Action::Rootfs(rootfs) => {
-            end_cleanly()?;
+            remove_scratch_on_signals()?;
             rootfs.run()
         }
         Action::Completions(completions) => completions.run(),
@@ -199,9 +199,9 @@ fn act(action: Action) -> Result<u8> {
     Ok(0)
 }
 
-/// Has a signal end this process as before, but for what is half-made.
-fn end_cleanly() -> Result<()> {
-    // Those that are ignored (nohup) stay so.
+/// Removes scratch directories when a signal terminates this process.
+fn remove_scratch_on_signals() -> Result<()> {
+    // Ignored signals stay ignored (nohup(1)).
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
@@ -210,7 +210,7 @@ fn end_cleanly() -> Result<()> {
     let mut signals = Signals::new(signals.iter().filter(|signal| !is_ignored(signal)))?;
     thread::spawn(move || {
         for signal in signals.forever() {
-            let _until_the_end = pigeon::scratch::remove_all();
+            let _guard = pigeon::scratch::remove_all();
             let _ = signal_hook::low_level::emulate_default_handler(signal);
         }
     });

@@ -1,5 +1,5 @@
-//! Files of a VM that grow as long as it runs, output and console: of what was written first, what is too
-//! much is dropped. Such a file is one of a few, each called after the number of its first byte.
+//! A VM's output and console logs: append-only, split into segments, of which the oldest are removed. A
+//! segment's file name ends with the offset of its first byte, except for offset 0.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -11,85 +11,85 @@ use std::{
 
 use anyhow::{Context, Result};
 
-/// Bytes of a file at least, before another is begun; two are kept. Docker's `local` log driver keeps 100
-/// MB, too.
-const SIZE: u64 = 50 << 20;
-/// How often a file that grows is looked at.
-const REFRESH: Duration = Duration::from_millis(50);
+/// Minimum size of a segment in bytes before the next one is started; two are kept. Docker's `local` log
+/// driver keeps 100 MB, too.
+const MIN_SEGMENT_SIZE: u64 = 50 << 20;
+/// How often a growing log is polled.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// The file that begins with this byte.
-fn path(dir: &Path, name: &str, begin: u64) -> PathBuf {
-    match begin {
+/// The file of the segment that starts at this offset.
+fn segment_path(dir: &Path, name: &str, start: u64) -> PathBuf {
+    match start {
         0 => dir.join(name),
-        begin => dir.join(format!("{name}-{begin}")),
+        start => dir.join(format!("{name}-{start}")),
     }
 }
 
-/// The first bytes of the files that are there, in order.
-fn begins(dir: &Path, name: &str) -> io::Result<Vec<u64>> {
-    let mut begins = vec![];
+/// The start offsets of the existing segments, sorted.
+fn start_offsets(dir: &Path, name: &str) -> io::Result<Vec<u64>> {
+    let mut offsets = vec![];
     for entry in fs::read_dir(dir)? {
         let file = entry?.file_name();
         let rest = file.to_str().and_then(|file| file.strip_prefix(name));
-        let begin = match rest {
+        let start = match rest {
             Some("") => Some(0),
-            Some(rest) => rest.strip_prefix('-').and_then(|begin| begin.parse().ok()),
+            Some(rest) => rest.strip_prefix('-').and_then(|start| start.parse().ok()),
             None => None,
         };
-        begins.extend(begin);
+        offsets.extend(start);
     }
-    begins.sort_unstable();
-    Ok(begins)
+    offsets.sort_unstable();
+    Ok(offsets)
 }
 
-/// Writes them.
+/// Appends to a log.
 pub struct Writer {
     dir: PathBuf,
     name: &'static str,
     file: File,
-    /// The number of the file's first byte, and of the next one.
-    begin: u64,
+    /// Offsets of the segment's first byte and of the next byte to write.
+    start: u64,
     end: u64,
-    /// Bytes in the file, and when another is begun.
+    /// Size of the segment's file in bytes, and the size from which the next one is started.
     written: u64,
     size: u64,
 }
 
 impl Writer {
-    /// Begins anew.
+    /// Removes an existing log, and starts a new one.
     pub fn new(dir: &Path, name: &'static str) -> Result<Writer> {
-        for begin in begins(dir, name)? {
-            fs::remove_file(path(dir, name, begin))?;
+        for start in start_offsets(dir, name)? {
+            fs::remove_file(segment_path(dir, name, start))?;
         }
         Writer::append(dir, name, |_| Ok(0))
     }
 
-    /// Writes on. `count` says how many bytes, as they are numbered, the last file has.
+    /// Continues an existing log. `count` returns the length of the last segment, in the unit of offsets.
     pub fn append(
         dir: &Path,
         name: &'static str,
         count: impl FnOnce(&File) -> Result<u64>,
     ) -> Result<Writer> {
-        let begin = begins(dir, name)?.pop().unwrap_or(0);
-        let file = open(&path(dir, name, begin))?;
-        let end = begin + count(&file)?;
+        let start = start_offsets(dir, name)?.pop().unwrap_or(0);
+        let file = open(&segment_path(dir, name, start))?;
+        let end = start + count(&file)?;
         let written = file.metadata()?.len();
         Ok(Writer {
             dir: dir.into(),
             name,
             file,
-            begin,
+            start,
             end,
             written,
-            size: SIZE,
+            size: MIN_SEGMENT_SIZE,
         })
     }
 
-    /// Writes a piece that is not divided, and counts as so many bytes. Where that fails, nothing of it is
-    /// there.
+    /// Writes a record, which advances the offset by `count`. A segment boundary never splits it; if it cannot
+    /// be written in full, nothing of it remains.
     pub fn write(&mut self, piece: &[u8], count: usize) -> Result<()> {
         if self.written >= self.size {
-            self.begin_file()?;
+            self.rotate()?;
         }
         if let Err(error) = self.file.write_all(piece) {
             self.file.set_len(self.written)?;
@@ -100,13 +100,13 @@ impl Writer {
         Ok(())
     }
 
-    fn begin_file(&mut self) -> Result<()> {
-        let file = open(&path(&self.dir, self.name, self.end))?;
-        let last = self.begin;
-        (self.file, self.begin, self.written) = (file, self.end, 0);
-        let begins = begins(&self.dir, self.name)?;
-        for begin in begins.into_iter().filter(|begin| *begin < last) {
-            fs::remove_file(path(&self.dir, self.name, begin))?;
+    fn rotate(&mut self) -> Result<()> {
+        let file = open(&segment_path(&self.dir, self.name, self.end))?;
+        let last = self.start;
+        (self.file, self.start, self.written) = (file, self.end, 0);
+        let offsets = start_offsets(&self.dir, self.name)?;
+        for start in offsets.into_iter().filter(|start| *start < last) {
+            fs::remove_file(segment_path(&self.dir, self.name, start))?;
         }
         Ok(())
     }
@@ -118,57 +118,57 @@ fn open(path: &Path) -> Result<File> {
     file.with_context(|| format!("unable to write {}", path.display()))
 }
 
-/// Reads them as one, as long as they grow.
+/// Reads the segments of a log in sequence.
 pub struct Reader<F> {
     dir: PathBuf,
     name: &'static str,
     file: File,
-    begin: u64,
+    start: u64,
     grows: F,
 }
 
 impl<F: Fn() -> bool> Reader<F> {
-    /// From what is kept; None where there is nothing and nothing will be. While it `grows`, its end is
-    /// waited for.
+    /// Opens a log at its oldest segment; None if there is no log. While the log `grows`, waits for it to
+    /// appear, and at its end for more.
     pub fn open(dir: &Path, name: &'static str, grows: F) -> Result<Option<Reader<F>>> {
         loop {
             let is_growing = grows();
-            let first = begins(dir, name)?.first().copied();
-            match first.map(|begin| (begin, File::open(path(dir, name, begin)))) {
-                Some((begin, Ok(file))) => {
+            let first = start_offsets(dir, name)?.first().copied();
+            match first.map(|start| (start, File::open(segment_path(dir, name, start)))) {
+                Some((start, Ok(file))) => {
                     return Ok(Some(Reader {
                         dir: dir.into(),
                         name,
                         file,
-                        begin,
+                        start,
                         grows,
                     }));
                 }
                 Some((_, Err(error))) if error.kind() != io::ErrorKind::NotFound => {
                     return Err(error).with_context(|| format!("unable to open {name}"));
                 }
-                // It was dropped at this moment.
+                // It has just been removed.
                 Some(_) => {}
                 None if !is_growing => return Ok(None),
-                None => thread::sleep(REFRESH),
+                None => thread::sleep(POLL_INTERVAL),
             }
         }
     }
 
-    /// The number of the first byte of the file that was read last.
-    pub fn begin(&self) -> u64 {
-        self.begin
+    /// The start offset of the current segment.
+    pub fn segment_start(&self) -> u64 {
+        self.start
     }
 
-    /// Goes to the next file, if there is one.
+    /// Switches to the next segment. Returns whether there is one.
     fn advance(&mut self) -> io::Result<bool> {
-        let begins = begins(&self.dir, self.name)?;
-        let Some(next) = begins.into_iter().find(|begin| *begin > self.begin) else {
+        let offsets = start_offsets(&self.dir, self.name)?;
+        let Some(next) = offsets.into_iter().find(|start| *start > self.start) else {
             return Ok(false);
         };
-        match File::open(path(&self.dir, self.name, next)) {
-            Ok(file) => (self.file, self.begin) = (file, next),
-            // It was dropped at this moment, and another is there.
+        match File::open(segment_path(&self.dir, self.name, next)) {
+            Ok(file) => (self.file, self.start) = (file, next),
+            // It has just been removed, so there is a later one.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
@@ -176,8 +176,8 @@ impl<F: Fn() -> bool> Reader<F> {
     }
 
     fn has_next(&self) -> io::Result<bool> {
-        let last = begins(&self.dir, self.name)?.pop();
-        Ok(last > Some(self.begin))
+        let last = start_offsets(&self.dir, self.name)?.pop();
+        Ok(last > Some(self.start))
     }
 }
 
@@ -188,12 +188,12 @@ impl<F: Fn() -> bool> Read for Reader<F> {
             if size > 0 {
                 return Ok(size);
             }
-            // Looked at before: what is written until then is read.
+            // Checked before the last read, so that nothing written until then is missed.
             let (has_next, grows) = (self.has_next()?, (self.grows)());
             size = self.file.read(buffer)?;
             match size {
                 0 if has_next => _ = self.advance()?,
-                0 if grows => thread::sleep(REFRESH),
+                0 if grows => thread::sleep(POLL_INTERVAL),
                 size => return Ok(size),
             }
         }
@@ -216,13 +216,13 @@ mod tests {
 
     fn read(dir: &Path) -> (u64, String) {
         let mut reader = Reader::open(dir, "out", || false).unwrap().unwrap();
-        let (begin, mut text) = (reader.begin(), String::new());
+        let (start, mut text) = (reader.segment_start(), String::new());
         reader.read_to_string(&mut text).unwrap();
-        (begin, text)
+        (start, text)
     }
 
     #[test]
-    fn what_was_written_first_is_dropped_and_the_rest_keeps_its_numbers() {
+    fn the_oldest_segments_are_removed_and_the_rest_keep_their_offsets() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path();
         assert!(Reader::open(dir, "out", || false).unwrap().is_none());
@@ -235,19 +235,19 @@ mod tests {
         drop(first);
         // As after a restart.
         let mut second = writer(dir);
-        assert_eq!((second.begin, second.end), (13, 14));
+        assert_eq!((second.start, second.end), (13, 14));
         write(&mut second, "efghijklmnop");
         assert_eq!(read(dir), (0, "0123456789abcdefghijklmnop".into()));
         write(&mut second, "q");
         assert_eq!(read(dir), (13, "defghijklmnopq".into()));
-        assert_eq!(begins(dir, "out").unwrap(), [13, 26]);
+        assert_eq!(start_offsets(dir, "out").unwrap(), [13, 26]);
         drop(Writer::new(dir, "out").unwrap());
         assert_eq!(read(dir), (0, String::new()));
         assert_eq!(fs::read_to_string(dir.join("output")).unwrap(), "another's");
     }
 
     #[test]
-    fn a_follower_reads_all_of_it_across_files() {
+    fn a_follower_reads_everything_across_segments() {
         const LINES: u64 = 2000;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().to_path_buf();
@@ -264,7 +264,7 @@ mod tests {
             scope.spawn(move || {
                 for number in 0..LINES {
                     write(&mut writer, &format!("{number:04}\n"));
-                    // A follower that is far behind would lose what is dropped.
+                    // A follower that lags too far behind would miss removed segments.
                     if number % 100 == 0 {
                         written.send(()).unwrap();
                     }
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_follower_that_is_too_slow_goes_on_with_what_is_kept() {
+    fn a_slow_follower_continues_with_the_segments_that_are_kept() {
         let dir = tempfile::tempdir().unwrap();
         let mut writer = writer(dir.path());
         write(&mut writer, "0123456789");
@@ -295,6 +295,6 @@ mod tests {
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
         assert_eq!(text, "0123456789bbbbbbbbbbcccccccccc");
-        assert_eq!(reader.begin(), 30);
+        assert_eq!(reader.segment_start(), 30);
     }
 }

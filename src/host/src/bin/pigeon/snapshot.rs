@@ -83,12 +83,13 @@ pub enum RecordedNic {
     Tap(String),
 }
 
-/// Locked by whoever takes a snapshot of the VM in this directory; the token of the preparation is in it.
-const TAKEN: &str = "snapshot";
+/// A file in the VM's directory that is locked while a snapshot is taken; it holds the token of the
+/// preparation.
+const SNAPSHOT_LOCK: &str = "snapshot";
 
-/// Lets a VM of ours go on whose snapshot's taker was killed: whether there was one.
-pub fn go_on(dir: &Path, uds: &Path) -> Result<bool> {
-    let path = dir.join(TAKEN);
+/// Resumes a VM of this process if a `pigeon snapshot` of it was killed. Returns whether there was one.
+pub fn resume_orphaned(dir: &Path, uds: &Path) -> Result<bool> {
+    let path = dir.join(SNAPSHOT_LOCK);
     if !path.exists() {
         return Ok(false);
     }
@@ -99,20 +100,20 @@ pub fn go_on(dir: &Path, uds: &Path) -> Result<bool> {
     let mut token = String::new();
     lock.file().read_to_string(&mut token)?;
     if token.is_empty() {
-        return Ok(false); // it was finished at this moment
+        return Ok(false); // it has just finished
     }
-    let gone_on = machine::go_on(dir).and_then(|()| {
+    let resumed = machine::resume_orphaned(dir).and_then(|()| {
         match Client::connect_within(uds, UP).and_then(|client| client.cancel_snapshot(&token)) {
-            // Nothing is held, or not any more.
+            // The guest is not frozen, or not any more.
             Err(Error::Refused { .. }) | Ok(()) => Ok(()),
             Err(error) => Err(error.into()),
         }
     });
-    if gone_on.is_err() {
-        // To be tried again.
+    if resumed.is_err() {
+        // For the next attempt.
         lock.keep();
     }
-    gone_on.map(|()| true)
+    resumed.map(|()| true)
 }
 
 /// What is beside the files of a snapshot.
@@ -256,11 +257,11 @@ fn take(
 ) -> Result<Value> {
     let client = Client::connect(&record.uds)?;
     let token = format!("pigeon-{}-{}", process::id(), vms::now());
-    // From here on the VM's owner knows what to do when we are killed.
-    let taken_by_us = LockFile::try_new(&restorable.dir.join(TAKEN))?;
-    let taken_by_us = taken_by_us.context("another snapshot of it is being taken")?;
-    taken_by_us.file().set_len(0)?;
-    taken_by_us.file().write_all(token.as_bytes())?;
+    // From here on the VM's owner resumes the VM if this process is killed.
+    let lock = LockFile::try_new(&restorable.dir.join(SNAPSHOT_LOCK))?;
+    let lock = lock.context("another snapshot of it is being taken")?;
+    lock.file().set_len(0)?;
+    lock.file().write_all(token.as_bytes())?;
     let prepared = client.prepare_snapshot(&Prepare {
         token: token.clone(),
         timeout_ms: Some(timeout.as_millis().try_into().unwrap_or(u64::MAX)),

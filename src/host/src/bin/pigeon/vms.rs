@@ -204,7 +204,7 @@ impl Vm {
             return Ok(()); // it was removed meanwhile, and what is there is another one
         }
         // Of one that was killed.
-        drop(vsock::Place::reserve(&self.record.uds));
+        drop(vsock::Reservation::new(&self.record.uds));
         remove_tree(&self.dir)
     }
 }

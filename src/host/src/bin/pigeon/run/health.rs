@@ -164,7 +164,7 @@ impl HealthCheck {
                 });
                 let healthy = match client.exec(&command) {
                     Ok(output) => output.exit_code == 0,
-                    // Docker counts a check that takes too long, too.
+                    // A timeout counts as a failure, as in Docker.
                     Err(Error::NotStarted(_) | Error::TimedOut(_)) => false,
                     // It boots, is frozen, or busy.
                     Err(_) => continue,

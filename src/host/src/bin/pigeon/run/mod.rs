@@ -285,7 +285,7 @@ impl Run {
             Some(uds) => path::absolute(uds)?,
             None => claim.record().uds,
         };
-        let place = vsock::Place::reserve(&uds)?;
+        let reservation = vsock::Reservation::new(&uds)?;
         sweep();
         let scratch = Scratch::new()?;
         let signals = owner::signals()?;
@@ -343,7 +343,7 @@ impl Run {
             detach::report(&name, &claim.dir)?;
         }
         let owner = Owner {
-            _place: place,
+            _reservation: reservation,
             run: self,
             claim: Arc::new(claim),
             plan,
@@ -552,7 +552,7 @@ impl Held {
                 false => file.try_lock(),
             };
             match locked {
-                // Whoever had made it may have removed it before we had the lock.
+                // Its creator may have removed it before it was locked here.
                 Ok(()) if !is_at(&file, &disk.path) => {
                     anyhow::bail!("{shown} was removed by another VM, which has not started")
                 }
@@ -582,7 +582,7 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         for (disk, file) in &self.made {
-            // What is not ours alone may be in use.
+            // A disk that is not locked exclusively may be in use.
             if file.try_lock().is_ok() && is_at(file, &disk.path) {
                 let _ = fs::remove_file(&disk.path);
             }

@@ -38,7 +38,7 @@ use super::{
 use crate::{
     CANNOT_START, FAILED,
     exec::{Pass, no_program, start_error},
-    logs::{end_at_a_frame, filter_console, warn_of_loss},
+    logs::{filter_console, remove_partial_frame, warn_of_loss},
     output::{exit_code, note, say},
     segments::Writer,
     snapshot, terminal,
@@ -56,10 +56,10 @@ const TAIL: usize = 16 << 10;
 const SHOWN_LINES: usize = 15;
 /// How long a VM may take to go down, beside the time that its workload has.
 const SHUTDOWN: Duration = Duration::from_secs(10);
-/// Bytes of events that are written down.
-const MAX_EVENTS: u64 = 1 << 20;
-/// How often it is looked whether a snapshot was broken off.
-const SNAPSHOTS: Duration = Duration::from_millis(500);
+/// Maximum size of the recorded events in bytes.
+const MAX_EVENT_LOG: u64 = 1 << 20;
+/// How often an interrupted snapshot is looked for.
+const SNAPSHOT_CHECK_INTERVAL: Duration = Duration::from_millis(500);
 /// How long a VM may take until its API is up, for a session.
 const BOOT: Duration = Duration::from_secs(120);
 /// How long the last of the output may take to arrive when the VM has ended.
@@ -72,8 +72,8 @@ pub fn signals() -> io::Result<Signals> {
 
 /// Everything needed to run a VM.
 pub struct Owner<'a> {
-    /// Of its vsock's socket: whoever waits for the end of the claim can have it then.
-    pub _place: vsock::Place,
+    /// Declared before `claim`, so that the socket is free once the claim is released.
+    pub _reservation: vsock::Reservation,
     pub run: &'a Run,
     pub claim: Arc<Claim>,
     pub plan: Plan,
@@ -223,7 +223,7 @@ impl Owner<'_> {
         }
     }
 
-    /// Records the init's events. An exit event is as reliable as the API's answer.
+    /// Records the init's events. An exit event is as reliable as the API's response.
     pub fn listen_for_events(&self) -> EventLog {
         let (sender, exit) = mpsc::channel();
         let path = self.claim.dir.join(vms::EVENTS);
@@ -253,8 +253,8 @@ impl Owner<'_> {
                 while let Ok(Some(event)) = events.next_event() {
                     let mut line = json!(event);
                     line["time"] = json!(vms::now());
-                    // A guest may say as much as it likes.
-                    if file.metadata().is_ok_and(|file| file.len() < MAX_EVENTS) {
+                    // A guest can send any number of events.
+                    if file.metadata().is_ok_and(|file| file.len() < MAX_EVENT_LOG) {
                         let _ = writeln!(file, "{line}");
                     }
                     if let Event::Started { .. } = event {
@@ -285,7 +285,7 @@ impl Owner<'_> {
         let (uds, dir) = (self.uds.clone(), self.claim.dir.clone());
         let shown = self.run.quiet && !self.run.detach && self.plan.session.is_none();
         thread::spawn(move || {
-            let file = Writer::append(&dir, vms::OUTPUT, end_at_a_frame);
+            let file = Writer::append(&dir, vms::OUTPUT, remove_partial_frame);
             let mut file = match file {
                 Ok(file) => file,
                 Err(error) => {
@@ -295,7 +295,7 @@ impl Owner<'_> {
             };
             let mut is_recorded = true;
             let mut sink = |frame: Frame| {
-                // The VM goes on without anybody who looks, and on a full disk.
+                // The VM continues without a reader, and with a full disk.
                 let written = file.write(&frame.encode(), frame.bytes.len());
                 if let Err(error) = &written
                     && is_recorded
@@ -336,7 +336,7 @@ impl Owner<'_> {
         receiver
     }
 
-    /// Lets the VM go on when whoever took a snapshot of it was killed.
+    /// Resumes the VM when a `pigeon snapshot` that paused it was killed.
     fn watch_snapshots(&self, over: Arc<AtomicBool>) {
         let Some(restorable) = self.claim.record().restorable else {
             return;
@@ -345,14 +345,14 @@ impl Owner<'_> {
         thread::spawn(move || {
             let mut has_failed = false;
             while !over.load(Ordering::Relaxed) {
-                let gone_on = snapshot::go_on(&dir, &uds);
-                match &gone_on {
+                let resumed = snapshot::resume_orphaned(&dir, &uds);
+                match &resumed {
                     Ok(true) => note!("a snapshot was broken off; the VM goes on"),
-                    Err(error) if !has_failed => note!("unable to go on: {error:#}"),
+                    Err(error) if !has_failed => note!("unable to resume the VM: {error:#}"),
                     _ => {}
                 }
-                has_failed = gone_on.is_err();
-                thread::sleep(SNAPSHOTS);
+                has_failed = resumed.is_err();
+                thread::sleep(SNAPSHOT_CHECK_INTERVAL);
             }
         });
     }
@@ -609,7 +609,7 @@ enum Shown {
     Stderr,
 }
 
-/// Writes the console down, shows it, and returns its end.
+/// Records the console, shows it, and returns its end.
 fn record_console(mut console: ChildStdout, mut file: Writer, shown: Shown) -> Vec<u8> {
     let mut tail = VecDeque::new();
     let mut buffer = [0; 4096];
@@ -618,7 +618,7 @@ fn record_console(mut console: ChildStdout, mut file: Writer, shown: Shown) -> V
             break;
         }
         let chunk = &buffer[..size];
-        // The VM goes on without anybody who looks, and on a full disk.
+        // The VM continues without a reader, and with a full disk.
         let _ = file.write(chunk, size);
         let _ = match shown {
             Shown::Nowhere => Ok(()),

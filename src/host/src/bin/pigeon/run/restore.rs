@@ -96,7 +96,7 @@ impl Restore {
         let mut options = Options::try_parse_from(words)?.run;
         let arch = Arch::from_str(&manifest.arch, false).ok();
         options.guest.arch = arch.context("the snapshot's architecture is not known")?;
-        let place = vsock::Place::reserve(&record.uds)?;
+        let reservation = vsock::Reservation::new(&record.uds)?;
         sweep();
         let scratch = Scratch::new()?;
         let signals = owner::signals()?;
@@ -117,7 +117,7 @@ impl Restore {
         let restorable = Restorable::of(&spec)?;
         let machine = start(&spec, &manifest.hypervisor)?;
         let owner = Owner {
-            _place: place,
+            _reservation: reservation,
             run: &options,
             claim: claim.clone(),
             plan,

@@ -30,7 +30,7 @@ pub struct Start {
 
 impl Start {
     pub fn run(&self) -> Result<u8> {
-        let names = named(&self.names)?;
+        let names = names_or_only(&self.names)?;
         ensure!(
             !self.attach || names.len() == 1,
             "one VM at a time can be attached to"
@@ -73,7 +73,7 @@ impl Restart {
     pub fn run(&self) -> Result<u8> {
         let timeout = Duration::try_from_secs_f64(self.timeout).context("bad --timeout")?;
         let mut failed = 0;
-        for_each(&named(&self.names)?, |name| {
+        for_each(&names_or_only(&self.names)?, |name| {
             let vm = vms::find(name)?;
             command_of(&vm, true)?;
             if vm.running {
@@ -90,8 +90,8 @@ impl Restart {
     }
 }
 
-/// These, or the only one.
-fn named(names: &[String]) -> Result<Vec<String>> {
+/// The given names, or that of the only VM.
+fn names_or_only(names: &[String]) -> Result<Vec<String>> {
     match names {
         [] => Ok(vec![vms::only()?.record.name]),
         names => Ok(names.to_vec()),
