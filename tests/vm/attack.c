@@ -212,17 +212,17 @@ static void drip(int seconds)
     _exit(0);
 }
 
-/* Opens the pipe of its output anew and keeps it locked, so that who closes the end that it was started with
-   is the last to do so. */
-static void snatch(void)
+/* Reopens the pipe of its output, keeps it locked and closes its original end, so that PID 1's close of that
+   end would be the last. */
+static void lock_output(void)
 {
     int pair[2], pipe = open("/proc/self/fd/1", O_WRONLY);
     or_die(pipe < 0 || socketpair(AF_UNIX, SOCK_STREAM, 0, pair) || close(1));
     splice(pair[0], 0, pipe, 0, 4096, 0);
 }
 
-/* What waits in the pipe, after a while. */
-static int left_in(int pipe)
+/* Bytes that are still unread in the pipe after a second. */
+static int unread_in(int pipe)
 {
     int left = 1;
     for (int n = 0; left && n < 20; n++) {
@@ -232,9 +232,9 @@ static int left_in(int pipe)
     return left;
 }
 
-/* Writes to the standard error until nobody takes it any more, and takes back what is left. Then a line to
-   the standard output: says on the console when it was taken. */
-static void brim(void)
+/* Writes to standard error until nobody reads it any more, and reads back the rest. Then writes a line to
+   standard output, and reports on the console when that has been read. */
+static void fill_stderr(void)
 {
     static char piece[4096];
     int back = open("/proc/self/fd/2", O_RDONLY | O_NONBLOCK);
@@ -243,15 +243,15 @@ static void brim(void)
     or_die(back < 0 || !console);
     do
         or_die(write(2, piece, sizeof piece) < 0);
-    while (!left_in(2));
+    while (!unread_in(2));
     while (read(back, piece, sizeof piece) > 0)
         ;
-    fprintf(console, "brimful\n");
+    fprintf(console, "stderr full\n");
     fflush(console);
     puts("last");
-    while (left_in(1))
+    while (unread_in(1))
         ;
-    fprintf(console, "taken\n");
+    fprintf(console, "stdout read\n");
 }
 
 /* The same with the pipe of its input, once something has come in. */
@@ -275,7 +275,7 @@ static void stop_up(int seconds)
         putchar(*piece);
 }
 
-/* Keeps its terminal's size locked: the kernel copies it to memory that nobody provides. */
+/* Keeps its terminal's size locked: TIOCGWINSZ waits for a page fault that is never resolved. */
 static void hold_size(void)
 {
     char *page = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -431,10 +431,10 @@ int main(int argc, char **argv)
         plug(argv[2], atoi(argv[3]));
     else if (!strcmp(what, "drip"))
         drip(atoi(argv[2]));
-    else if (!strcmp(what, "snatch"))
-        snatch();
-    else if (!strcmp(what, "brim"))
-        brim();
+    else if (!strcmp(what, "lock-output"))
+        lock_output();
+    else if (!strcmp(what, "fill-stderr"))
+        fill_stderr();
     else if (!strcmp(what, "stop-up"))
         stop_up(atoi(argv[2]));
     else if (!strcmp(what, "hold-size"))

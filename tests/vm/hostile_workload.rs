@@ -578,11 +578,10 @@ fn pipes_that_are_kept_locked_block_nothing_else() -> Result<()> {
 }
 
 #[test]
-fn what_a_locked_pipe_has_held_up_is_taken_when_a_follower_that_reads_nothing_is_given_up()
--> Result<()> {
+fn output_delayed_by_a_locked_pipe_is_read_once_a_stalled_follower_is_dropped() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
-    // By the time that the lock is free there is no room for what was read.
-    let script = "read line; attack plug '' 30; attack brim; exec sleep 100000";
+    // When the lock is released, the log has no room for the bytes that were read.
+    let script = "read line; attack plug '' 30; attack fill-stderr; exec sleep 100000";
     let config = guest::shell(script, json!({"SeparateStderr": true}));
     let mut vm = Vm::builder()
         .config(&config)
@@ -597,15 +596,15 @@ fn what_a_locked_pipe_has_held_up_is_taken_when_a_follower_that_reads_nothing_is
         follower,
         "GET /v1/logs?follow=1 HTTP/1.1\r\nHost: x\r\n\r\n"
     )?;
-    // Nothing wakes PID 1 from then on but its own deadline, 30 s after the follower took something.
+    // From here on only its own deadline wakes PID 1, 30 s after the follower's last read.
     vm.type_text("\n")?;
-    vm.wait_for("brimful")?;
-    vm.wait_for("taken")?;
+    vm.wait_for("stderr full")?;
+    vm.wait_for("stdout read")?;
     Ok(())
 }
 
 #[test]
-fn commands_that_lock_their_output_as_soon_as_they_run_hold_up_nobody_else() -> Result<()> {
+fn commands_that_lock_their_output_immediately_block_nothing_else() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
     let config = guest::shell("exec sleep 100000", json!({}));
     let mut vm = Vm::builder()
@@ -615,16 +614,16 @@ fn commands_that_lock_their_output_as_soon_as_they_run_hold_up_nobody_else() -> 
         .boot()?;
     let start = Instant::now();
     for round in 0..20 {
-        let body = json!({"cmd": ["attack", "snatch"], "user": "app", "timeout_ms": 50});
-        let answer = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
-        assert_eq!(answer["timed_out"], true, "{round}: {answer}");
+        let body = json!({"cmd": ["attack", "lock-output"], "user": "app", "timeout_ms": 50});
+        let response = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
+        assert_eq!(response["timed_out"], true, "{round}: {response}");
     }
     println!("twenty commands took {:?}", start.elapsed());
     Ok(())
 }
 
 #[test]
-fn a_terminal_whose_size_is_kept_locked_holds_up_nobody_else() -> Result<()> {
+fn a_terminal_with_a_locked_size_blocks_nothing_else() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
     let config = guest::shell("exec sleep 100000", json!({}));
     let mut vm = Vm::builder()
@@ -646,7 +645,7 @@ fn a_terminal_whose_size_is_kept_locked_holds_up_nobody_else() -> Result<()> {
     }
     println!("ten calls took {:?}", start.elapsed());
 
-    // Input goes on; the size that came last is the terminal's when nobody keeps it any more.
+    // Input still arrives; once the lock is released, the last size is set.
     session.binary(b"\n")?;
     output(&mut vm.api()?, "while pidof attack; do sleep 0.1; done")?;
     thread::sleep(Duration::from_millis(500));
