@@ -82,22 +82,31 @@ impl Connection {
         self.stream.set_write_timeout(timeout)
     }
 
-    fn limited<T>(&mut self, act: impl FnOnce(&mut UnixStream) -> io::Result<T>) -> io::Result<T> {
-        if let Some(deadline) = self.deadline {
-            let mut left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            if let Limit::Progress(timeout) = self.limit {
-                left = left.min(timeout);
-            }
-            self.set_timeouts(Some(left))?;
-        }
+    fn limited<T>(
+        &mut self,
+        mut act: impl FnMut(&mut UnixStream) -> io::Result<T>,
+    ) -> io::Result<T> {
         let has_limit = self.limit != Limit::None || self.deadline.is_some();
-        act(&mut self.stream).map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock if has_limit => io::ErrorKind::TimedOut.into(),
-            _ => error,
-        })
+        loop {
+            if let Some(deadline) = self.deadline {
+                let mut left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                if let Limit::Progress(timeout) = self.limit {
+                    left = left.min(timeout);
+                }
+                self.set_timeouts(Some(left))?;
+            }
+            match act(&mut self.stream) {
+                // The kernel does not restart calls on a socket with a timeout (signal(7)).
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && has_limit => {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                result => return result,
+            }
+        }
     }
 }
 
