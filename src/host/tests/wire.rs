@@ -446,8 +446,8 @@ fn a_signal_during_cp_leaves_the_old_file_and_nothing_else() {
         assert!(copy.try_wait().unwrap().is_none());
         std::thread::sleep(Duration::from_millis(1));
     }
-    kill_process(Pid::from_child(&copy), Signal::INT).unwrap();
-    assert_eq!(copy.wait().unwrap().signal(), Some(2));
+    kill_process(Pid::from_child(&copy), Signal::TERM).unwrap();
+    assert_eq!(copy.wait().unwrap().signal(), Some(15));
     assert_eq!(
         (left(), fs::read(place.path("to/note")).unwrap()),
         (1, b"precious".to_vec())
