@@ -1146,6 +1146,14 @@ mod tests {
         stream
     }
 
+    /// Waits for the end of a connection: a process that another test starts may have it open until execve.
+    fn assert_closed(host: &mut UnixStream) {
+        host.set_nonblocking(false).unwrap();
+        let timeout = Some(Duration::from_secs(10));
+        host.set_read_timeout(timeout).unwrap();
+        assert_eq!(host.read(&mut [0; 16]).unwrap(), 0);
+    }
+
     #[test]
     fn a_guest_that_reads_no_replies_does_not_fill_host_memory() {
         let dir = tempfile::tempdir().unwrap();
@@ -1188,7 +1196,7 @@ mod tests {
         guest.send.add(&buffers);
         device.turn().unwrap();
         assert_eq!(guest.send.take(), Some(0));
-        assert_eq!(host.read(&mut [0; 16]).unwrap(), 0);
+        assert_closed(&mut host);
         assert_eq!(guest.receive(&mut device), Some(RST));
     }
 
@@ -1203,7 +1211,7 @@ mod tests {
         guest.write(&header);
         guest.send.add(&[(SENT, HEADER as u32 + 10, 0)]);
         device.turn().unwrap();
-        assert_eq!(host.read(&mut [0; 16]).unwrap(), 0);
+        assert_closed(&mut host);
         assert_eq!(guest.receive(&mut device), Some(RST));
     }
 
@@ -1280,7 +1288,7 @@ mod tests {
             let (mut guest, _qemu) = Guest::plug(&mut device);
             spoil(&mut guest.send);
             device.turn().unwrap();
-            assert_eq!(host.read(&mut [0; 16]).unwrap(), 0);
+            assert_closed(&mut host);
             assert_ne!(fs::read(dir.path().join("log")).unwrap(), b"");
             // The device waits, and does not spin.
             let kicks = device.frontend.as_ref().unwrap().rings.iter();
@@ -1302,7 +1310,7 @@ mod tests {
         qemu.write_all([99_u32, 1, 0].map(u32::to_ne_bytes).as_flattened())
             .unwrap();
         device.turn().unwrap();
-        assert_eq!(host.read(&mut [0; 16]).unwrap(), 0);
+        assert_closed(&mut host);
         assert_ne!(fs::read(dir.path().join("log")).unwrap(), b"");
         // QEMU may come again.
         UnixStream::connect(dir.path().join("vhost")).unwrap();
