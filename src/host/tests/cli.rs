@@ -612,6 +612,8 @@ fn a_signal_during_an_image_build_leaves_no_files_behind() {
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
+    // Open to the end: `wait` would close it.
+    let _input = rootfs.stdin.take();
     let left = || fs::read_dir(place.0.path()).unwrap().count();
     while left() == 0 {
         assert!(rootfs.try_wait().unwrap().is_none());
