@@ -603,15 +603,17 @@ fn output_delayed_by_a_locked_pipe_is_read_once_a_stalled_follower_is_dropped() 
     Ok(())
 }
 
-#[test]
-fn commands_that_lock_their_output_immediately_block_nothing_else() -> Result<()> {
+/// A VM whose workload does nothing, and its disk.
+fn idle() -> Result<(Vm, Image)> {
     let root = Image::ext4(&tree()?, 32)?;
     let config = guest::shell("exec sleep 100000", json!({}));
-    let mut vm = Vm::builder()
-        .config(&config)
-        .disk(&root)
-        .timeout(TIMEOUT / 3)
-        .boot()?;
+    let builder = Vm::builder().config(&config).disk(&root);
+    Ok((builder.timeout(TIMEOUT / 3).boot()?, root))
+}
+
+#[test]
+fn commands_that_lock_their_output_immediately_block_nothing_else() -> Result<()> {
+    let (mut vm, _root) = idle()?;
     let start = Instant::now();
     for round in 0..20 {
         let body = json!({"cmd": ["attack", "lock-output"], "user": "app", "timeout_ms": 50});
@@ -624,13 +626,7 @@ fn commands_that_lock_their_output_immediately_block_nothing_else() -> Result<()
 
 #[test]
 fn a_terminal_with_a_locked_size_blocks_nothing_else() -> Result<()> {
-    let root = Image::ext4(&tree()?, 32)?;
-    let config = guest::shell("exec sleep 100000", json!({}));
-    let mut vm = Vm::builder()
-        .config(&config)
-        .disk(&root)
-        .timeout(TIMEOUT / 3)
-        .boot()?;
+    let (mut vm, _root) = idle()?;
     let mut session = Socket::open(vm.connect(vsock::API_PORT)?, "/v1/ws/exec")?;
     let script = "attack hold-size & read a; kill -9 $!; read b; stty size";
     session.text(&json!({"command": ["sh", "-c", script], "tty": true}))?;

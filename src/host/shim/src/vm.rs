@@ -47,7 +47,7 @@ const BUSY: Duration = Duration::from_secs(30);
 /// How long a VM may take to boot.
 const BOOT: Duration = Duration::from_secs(120);
 /// How long the calls to the guest for one request of containerd may take in total, so that containerd always
-/// gets a response. The default of Kata's agent (kata_agent.go).
+/// gets a response. As kata's `defaultRequestTimeout` (kata_agent.go).
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// Bytes of the end of the console that are kept for error messages.
 const CONSOLE: usize = 16 << 10;

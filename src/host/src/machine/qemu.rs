@@ -532,6 +532,29 @@ mod tests {
 
     use super::*;
 
+    /// The reply to a command that was carried out.
+    const OBEYED: &str = r#"{"return":{}}"#;
+
+    /// A QEMU that another process controls: `respond` is called with each command. The commands.
+    fn fake_qemu(
+        dir: &Path,
+        mut respond: impl FnMut(&str) -> String + Send + 'static,
+    ) -> thread::JoinHandle<Vec<String>> {
+        let listener = UnixListener::bind(dir.join(QMP_OF_OTHERS)).unwrap();
+        thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            writeln!(stream, "{}", json!({"QMP": {}})).unwrap();
+            let mut commands = vec![];
+            for line in BufReader::new(stream.try_clone().unwrap()).lines() {
+                let command: Value = serde_json::from_str(&line.unwrap()).unwrap();
+                let command = command["execute"].as_str().unwrap().to_string();
+                writeln!(stream, "{}", respond(&command)).unwrap();
+                commands.push(command);
+            }
+            commands
+        })
+    }
+
     /// Runs a failing snapshot of a VM with vsock where QEMU gives these replies, and else none but
     /// that it has obeyed: its error, and the commands.
     fn failing_snapshot(replies: &[(&'static str, &'static str)]) -> (String, Vec<String>) {
@@ -539,26 +562,18 @@ mod tests {
         for name in [VHOST, MEMORY] {
             fs::write(dir.path().join(name), "").unwrap();
         }
-        let listener = UnixListener::bind(dir.path().join(QMP_OF_OTHERS)).unwrap();
         let replies = replies.to_vec();
-        let qemu = thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            writeln!(stream, "{}", json!({"QMP": {}})).unwrap();
-            let mut commands = vec![];
-            for line in BufReader::new(stream.try_clone().unwrap()).lines() {
-                let command: Value = serde_json::from_str(&line.unwrap()).unwrap();
-                let command = command["execute"].as_str().unwrap().to_string();
-                let reply = replies.iter().find(|(name, _)| *name == command);
-                let reply = reply.map_or("{\"return\":{}}", |(_, reply)| *reply);
-                writeln!(stream, "{reply}").unwrap();
-                if command == "device_del" {
+        let qemu = fake_qemu(dir.path(), move |command| {
+            let reply = replies.iter().find(|(name, _)| *name == command);
+            let reply = reply.map_or(OBEYED, |(_, reply)| *reply);
+            match command {
+                "device_del" => {
                     let data = json!({"device": "vsock"});
                     let event = json!({"event": "DEVICE_DELETED", "data": data});
-                    writeln!(stream, "{event}").unwrap();
+                    format!("{reply}\n{event}")
                 }
-                commands.push(command);
+                _ => reply.into(),
             }
-            commands
         });
         let [state, memory] = ["made-state", "made-memory"].map(|name| dir.path().join(name));
         let taken = snapshot(dir.path(), &Snapshot { state, memory }, || Ok(()));
@@ -600,24 +615,11 @@ mod tests {
         ] {
             let dir = tempfile::tempdir().unwrap();
             fs::write(dir.path().join(VHOST), "").unwrap();
-            let listener = UnixListener::bind(dir.path().join(QMP_OF_OTHERS)).unwrap();
             let mut listed = names.iter();
-            let mut respond = move |command: &str| match command {
+            let qemu = fake_qemu(dir.path(), move |command| match command {
                 "qom-list" => format!("{{\"return\":{}}}", listed.next().unwrap()),
                 "migrate_cancel" | "device_del" => r#"{"error":{"desc":"no"}}"#.into(),
-                _ => r#"{"return":{}}"#.into(),
-            };
-            let qemu = thread::spawn(move || {
-                let (mut stream, _) = listener.accept().unwrap();
-                writeln!(stream, "{}", json!({"QMP": {}})).unwrap();
-                let mut commands = vec![];
-                for line in BufReader::new(stream.try_clone().unwrap()).lines() {
-                    let command: Value = serde_json::from_str(&line.unwrap()).unwrap();
-                    let command = command["execute"].as_str().unwrap().to_string();
-                    writeln!(stream, "{}", respond(&command)).unwrap();
-                    commands.push(command);
-                }
-                commands
+                _ => OBEYED.into(),
             });
             resume_orphaned(dir.path()).unwrap();
             let commands = qemu.join().unwrap();
