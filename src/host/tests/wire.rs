@@ -13,7 +13,7 @@ use std::{
         process::ExitStatusExt,
     },
     process::{Child, Command, Output, Stdio},
-    sync::mpsc,
+    sync::{Mutex, mpsc},
     time::Duration,
 };
 
@@ -982,6 +982,39 @@ fn exec_separates_stdout_and_stderr_if_the_init_does() {
         ),
         ("out\n".into(), "err\n".into(), Some(3))
     );
+}
+
+#[test]
+fn an_exec_stopped_and_continued_before_its_session_begins_is_not_interrupted() {
+    let place = Place::new();
+    let (requested, request) = mpsc::channel();
+    let (release, released) = mpsc::channel();
+    let released = Mutex::new(released);
+    let vm = Vm::start(place.0.path(), move |mut connection| {
+        if connection.request.line == "GET /v1/sessions" {
+            return connection.respond(200, "", b"[]");
+        }
+        requested.send(()).unwrap();
+        released.lock().unwrap().recv().unwrap();
+        let mut socket = upgrade(connection);
+        socket
+            .send(Message::text(r#"{"Exit":{"code":3,"signal":null}}"#))
+            .unwrap();
+        let _ = socket.close(None);
+        while socket.read().is_ok() {}
+    });
+    let exec = spawn(&place, &vm, &["exec", "x"]);
+    request.recv().unwrap();
+    let pid = Pid::from_child(&exec);
+    // It waits for the response; after SIGCONT its call fails with EINTR (signal(7)).
+    for signal in [Signal::STOP, Signal::CONT] {
+        std::thread::sleep(Duration::from_millis(200));
+        kill_process(pid, signal).unwrap();
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    release.send(()).unwrap();
+    let output = exec.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", text(&output.stderr));
 }
 
 #[test]
