@@ -158,9 +158,14 @@ mod tests {
         const MANY: usize = 8;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vsock");
+        // A process that another test starts may have it open until execve.
+        let close = |listener: UnixListener| {
+            drop(listener);
+            while UnixStream::connect(&path).is_ok() {}
+        };
         for _ in 0..50 {
             // Left behind by a killed process.
-            drop(UnixListener::bind(&path).unwrap());
+            close(UnixListener::bind(&path).unwrap());
             fs::write(dir.path().join("vsock.lock"), "").unwrap();
             let begin = Barrier::new(MANY);
             let results: Vec<Result<_, String>> = thread::scope(|scope| {
@@ -180,7 +185,10 @@ mod tests {
             let mut winners = 0;
             for result in results {
                 match result {
-                    Ok(_) => winners += 1,
+                    Ok((listener, _reservation)) => {
+                        close(listener);
+                        winners += 1;
+                    }
                     Err(error) => assert_eq!(error, refused),
                 }
             }
