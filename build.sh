@@ -12,7 +12,7 @@ readonly lab=(--locked --manifest-path tests/Cargo.toml --target-dir "$std_targe
 
 help() {
     cat <<'EOF'
-usage: ./build.sh COMMAND [--arch x86_64|aarch64] [--minimal] [--kernel 6.1|6.12|PATH] ...
+usage: ./build.sh COMMAND [--arch x86_64|aarch64] [--minimal] [--kernel VERSION|PATH] ...
 
   run [run.json [WORD...]]    build, and boot the example (or run.json) in a VM, console shown;
                               the words go on the kernel command line
@@ -40,9 +40,9 @@ usage: ./build.sh COMMAND [--arch x86_64|aarch64] [--minimal] [--kernel 6.1|6.12
   vendor                      the crates' sources to vendor/, which build then uses, offline
   clean                       remove all that was built; --cache: and the kernel and tools fetched
 
---minimal is the init without optional features. --kernel is that of the VMs: one of Debian's, by
-default this release's, or a kernel image that has its drivers built in. For an architecture that is
-not this machine's, build/ is build/ARCH/; without features, that directory's minimal/.
+--minimal is the init without optional features. --kernel is that of the VMs: a version of Debian's, as
+6.12, by default this release's, or a kernel image that has its drivers built in. For an architecture
+that is not this machine's, build/ is build/ARCH/; without features, that directory's minimal/.
 EOF
 }
 
@@ -417,7 +417,7 @@ while (($#)); do
             shift 2
             ;;
         --kernel)
-            (($# > 1)) || wrong "--kernel needs 6.1, 6.12 or a path"
+            (($# > 1)) || wrong "--kernel needs a version, as 6.12, or a path"
             kernel=$2
             shift 2
             [[ $kernel != */* || $kernel == /* ]] || kernel=$caller/$kernel
