@@ -333,7 +333,8 @@ areas() {
     mkdir -p "$out/logs"
     logs=$(realpath "$out/logs")
     failed=$logs/failed
-    list=$(cargo test "${options[@]}" --no-run 2>&1 | tee >(cat >&2) |
+    # The names are read: they have no colours, whatever CARGO_TERM_COLOR says.
+    list=$(cargo test --color never "${options[@]}" --no-run 2>&1 | tee >(cat >&2) |
         sed -n 's/^ *Executable [a-z]*\/\([a-z_]*\)\.rs (\(.*\))$/\1\n\2/p') || return
     export -f area
     rm -f "$failed"
