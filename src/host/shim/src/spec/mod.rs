@@ -236,38 +236,6 @@ mod tests {
     }
 
     #[test]
-    fn a_read_only_root_gets_its_names_from_the_document() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = |name: &str, text: &str| {
-            fs::write(dir.path().join(name), text).unwrap();
-            let source = dir.path().join(name);
-            json!({"destination": format!("/etc/{name}"), "type": "bind", "source": source})
-        };
-        let resolv = "search a b\nnameserver 1.2.3.4\noptions ndots:5\n";
-        let mut config = json!({
-            "root": {"path": "rootfs", "readonly": true},
-            "mounts": [
-                file("hosts", "# pod\n10.0.0.1\tweb web.local # x\n"),
-                file("resolv.conf", resolv),
-                file("hostname", "web\n"),
-            ],
-        });
-        let document = plan_of(&config).unwrap().document;
-        let expected = json!([
-            {"Host": "web", "IP": "10.0.0.1"},
-            {"Host": "web.local", "IP": "10.0.0.1"},
-        ]);
-        assert_eq!(document["EtcHosts"], expected);
-        let expected = json!({
-            "Nameservers": ["1.2.3.4"], "Search": ["a", "b"], "Options": ["ndots:5"],
-        });
-        assert_eq!(document["EtcResolv"], expected);
-        assert_eq!(document["Hostname"], "web");
-        config["mounts"] = json!([file("other", "")]);
-        assert!(error(&config).contains("/etc/other: a file cannot be copied"));
-    }
-
-    #[test]
     fn what_a_vm_cannot_have_is_refused_by_name() {
         assert!(error(&json!({"process": {"args": []}})).contains("process.args"));
         let nfs = json!({"mounts": [{"destination": "/n", "type": "nfs", "source": "x"}]});
