@@ -292,7 +292,9 @@ impl Run {
     /// Applies options that override the image's configuration.
     fn override_command(&self, document: &mut Value) {
         if let Some(entrypoint) = &self.entrypoint {
-            document["ImageConfig"]["Entrypoint"] = json!([entrypoint]);
+            // An empty one clears the image's, as docker has it.
+            let words = Some(entrypoint).filter(|entrypoint| !entrypoint.is_empty());
+            document["ImageConfig"]["Entrypoint"] = json!(Vec::from_iter(words));
         }
         if self.entrypoint.is_some() || !self.command().is_empty() {
             document["ImageConfig"]["Cmd"] = json!(self.command());
@@ -586,6 +588,14 @@ mod tests {
             (&shell["Entrypoint"], &shell["Cmd"]),
             (&json!(["sh"]), &json!(["-c", "id"]))
         );
+        let words = ["--entrypoint", "", "IMAGE", "/id"];
+        let cleared = &document(&image, &words).unwrap()["ImageConfig"];
+        assert_eq!(
+            (&cleared["Entrypoint"], &cleared["Cmd"]),
+            (&json!([]), &json!(["/id"]))
+        );
+        let said = error(&image, &["--entrypoint=", "IMAGE"]);
+        assert!(said.starts_with("nothing to run"), "{said}");
     }
 
     #[test]
