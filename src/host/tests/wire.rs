@@ -428,6 +428,32 @@ fn cp_copies_to_a_file_or_into_a_directory() {
 }
 
 #[test]
+fn with_nohup_a_hangup_ends_no_proxy() {
+    let place = Place::new();
+    let vm = Vm::start(place.0.path(), files);
+    let mut proxy = Command::new("nohup")
+        .args([env!("CARGO_BIN_EXE_pigeon"), "proxy", "api.sock"])
+        .current_dir(place.0.path())
+        .env("XDG_RUNTIME_DIR", place.0.path())
+        .env("XDG_STATE_HOME", place.0.path())
+        .env("PIGEON_UDS", &vm.uds)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    while !place.path("api.sock").exists() {
+        assert!(proxy.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    kill_process(Pid::from_child(&proxy), Signal::HUP).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(proxy.try_wait().unwrap().is_none());
+    kill_process(Pid::from_child(&proxy), Signal::TERM).unwrap();
+    assert!(proxy.wait().unwrap().success());
+    assert!(!place.path("api.sock").exists());
+}
+
+#[test]
 fn a_signal_during_cp_leaves_the_old_file_and_nothing_else() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {

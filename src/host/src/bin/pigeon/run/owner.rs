@@ -67,7 +67,7 @@ const LAST_OUTPUT: Duration = Duration::from_secs(5);
 
 /// The signals that [`Owner::watch`] handles; until then they wait.
 pub fn signals() -> io::Result<Signals> {
-    Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT])
+    crate::catch(&[SIGINT, SIGTERM, SIGHUP, SIGQUIT])
 }
 
 /// Everything needed to run a VM.
