@@ -602,9 +602,14 @@ fn cp_of_a_directory_and_a_dot_copies_what_is_in_it() {
     fs::create_dir(place.path("dir")).unwrap();
     fs::create_dir(place.path("out")).unwrap();
     place.write("dir/file", "x");
-    let tar = Tar::new()
-        .dir("./", 0o755, (0, 0))
-        .entry(EntryType::Regular, b"./got", b"", (0, 0), 0o644, b"x");
+    let tar = Tar::new().dir("./", 0o755, (0, 0)).entry(
+        EntryType::Regular,
+        b"./got",
+        b"",
+        (0, 0),
+        0o644,
+        b"x",
+    );
     let (said, code) = cp_directory_from(&place, ":/data/.", tar.bytes(), "out");
     assert_eq!(code, Some(0), "{said}");
     assert!(place.path("out/got").exists());

@@ -85,9 +85,7 @@ impl Cp {
         let shown = source.display();
         let found = fs::metadata(source).with_context(|| format!("unable to read {shown}"))?;
         let path = match is_directory(client, path, found.is_dir())? {
-            true if !(found.is_dir() && means_contents(source)) => {
-                join(path, &base_name(source)?)
-            }
+            true if !(found.is_dir() && means_contents(source)) => join(path, &base_name(source)?),
             _ => path.to_string(),
         };
         if found.is_dir() {
