@@ -148,13 +148,12 @@ impl Session {
     /// Detaches the client. The rest of its last message is dropped.
     pub fn detach(&mut self) {
         self.drop_input();
-        if self.writes_eof() {
-            self.eof = None;
-        }
     }
 
     fn drop_input(&mut self) {
         self.pending = 0..0;
+        // The next client has an end of input of its own.
+        self.eof = None;
         self.pending_size = None;
         if let Some(slave) = &mut self.pipes.slave {
             slave.forget();
