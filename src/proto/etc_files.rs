@@ -3,7 +3,6 @@
 use crate::arena::Strings;
 use crate::bytes::{find, split, words};
 use crate::config::{EtcResolv, Host, MAX_HOSTS};
-use core::cell::Cell;
 
 /// Marks a line of /etc/hosts as ours, so that the next boot can replace it.
 const MARK: &[u8] = b"# pigeon-init";
@@ -45,22 +44,22 @@ impl<'a> Contents<'a> {
 /// Removes lines of an earlier boot, keeps all others, and adds each entry unless an existing line has it
 /// already.
 pub fn hosts(old: &[u8], entries: &[Host], new: &mut Contents) {
-    let blank = Cell::new(true);
     let mut said = [false; MAX_HOSTS];
-    let mut keep = |line: &[u8]| {
-        new.put(line);
-        new.put(b"\n");
-        let mut words = words(split_comment(line).0);
-        let ip = words.next();
-        blank.set(blank.get() && line.trim_ascii().is_empty());
-        for (entry, said) in entries.iter().zip(&mut said) {
-            *said |= ip == Some(entry.ip.as_bytes())
-                && words.clone().any(|name| name == entry.host.as_bytes());
+    for text in [old, LOCALHOST] {
+        let is_blank = |kept: &[u8]| kept.trim_ascii().is_empty();
+        if !new.bytes().is_some_and(is_blank) {
+            break;
         }
-    };
-    each_foreign_line(old, &mut keep);
-    if blank.get() {
-        each_foreign_line(LOCALHOST, &mut keep);
+        each_foreign_line(text, &mut |line| {
+            new.put(line);
+            new.put(b"\n");
+            let mut words = words(split_comment(line).0);
+            let ip = words.next();
+            for (entry, said) in entries.iter().zip(&mut said) {
+                *said |= ip == Some(entry.ip.as_bytes())
+                    && words.clone().any(|name| name == entry.host.as_bytes());
+            }
+        });
     }
     for (Host { ip, host, desc }, said) in entries.iter().zip(said) {
         if said {

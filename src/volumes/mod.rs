@@ -27,17 +27,14 @@ pub fn mount_all(config: &Config, owner: Owner, log: &HelperLog) -> Result {
 /// volume below it that was mounted before.
 fn each_parent_first(config: &Config, work: &mut dyn FnMut(&Mount) -> Result) -> Result {
     let mut left = config.mounts.len();
-    for depth in 1.. {
-        if left == 0 {
-            break;
-        }
-        for volume in config
-            .mounts
-            .iter()
-            .filter(|volume| volume.depth() == depth)
-        {
-            work(volume)?;
-            left -= 1;
+    let mut depth = 0;
+    while left > 0 {
+        depth += 1;
+        for volume in &*config.mounts {
+            if volume.depth() == depth {
+                work(volume)?;
+                left -= 1;
+            }
         }
     }
     Ok(())

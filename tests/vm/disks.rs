@@ -421,7 +421,10 @@ fn a_loop_device_that_cannot_be_opened_costs_no_other_disk() -> Result<()> {
     let took = time_of_end(&mut vm)?;
     assert!(took < END_LIMIT, "{took:?}");
     let warnings = warnings(&vm);
-    for said in ["timed out unmounting /dev/loop0", "timed out unmounting /l (/dev/vdd)"] {
+    for said in [
+        "timed out unmounting /dev/loop0",
+        "timed out unmounting /l (/dev/vdd)",
+    ] {
         assert!(
             warnings.iter().any(|line| line.contains(said)),
             "{warnings:?}"
