@@ -82,14 +82,13 @@ fn copy_tree(from: OwnedFd, to: OwnedFd, buffer: &mut [u8]) -> Result<(), CopyEr
         }
         let name = c_str(&name);
         let status = rustix::fs::statat(&directory.from, name, AtFlags::SYMLINK_NOFOLLOW)?;
-        match FileType::from_raw_mode(status.st_mode) {
-            FileType::Directory => {
-                let below = copy_directory(directory, name, &status)?;
+        let copied = match FileType::from_raw_mode(status.st_mode) {
+            FileType::Directory => copy_directory(directory, name, &status).map(|below| {
                 if directories.push(below).is_err() {
                     limit = Some("more than 32 directories in each other");
                 }
-            }
-            FileType::Symlink => copy_link(directory, name, &status, buffer)?,
+            }),
+            FileType::Symlink => copy_link(directory, name, &status, buffer),
             FileType::RegularFile => {
                 let size = usize::try_from(status.st_size).unwrap_or(usize::MAX);
                 if size > MAX_FILE {
@@ -100,10 +99,14 @@ fn copy_tree(from: OwnedFd, to: OwnedFd, buffer: &mut [u8]) -> Result<(), CopyEr
                 if bytes > MAX_BYTES {
                     return Err(CopyError::Limit("more than 1 MiB"));
                 }
-                copy_file(directory, name, &status, buffer)?;
+                copy_file(directory, name, &status, buffer)
             }
             // Sockets and devices of the machine that built the image are meaningless here.
-            _ => {}
+            _ => Ok(()),
+        };
+        // What is there already, /run/lock, stays.
+        if copied != Err(Errno::EXIST) {
+            copied?;
         }
     }
     limit.map_or(Ok(()), |limit| Err(CopyError::Limit(limit)))

@@ -120,6 +120,25 @@ fn exceeding_the_limits_of_run_is_a_warning() -> Result<()> {
 }
 
 #[test]
+fn an_entry_that_run_has_already_does_not_end_the_copy() -> Result<()> {
+    let mut tree = Tree::busybox()?.symlink("/run/lock", "/srv")?;
+    for number in 0..20 {
+        tree = tree.file(&format!("/run/file-{number}"), 0o644, "")?;
+    }
+    let root = Image::ext4(&tree, 32)?;
+    let script = "test -d /run/lock -a ! -L /run/lock && exit $(ls /run | grep -c file-)";
+    let mut vm = Vm::builder()
+        .config(&guest::shell(script, json!({})))
+        .disk(&root)
+        .boot()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let console = vm.console();
+    assert_eq!(guest::warnings(&console), [""; 0], "{console}");
+    assert!(console.contains("exit_code=20"), "{console}");
+    root.check()
+}
+
+#[test]
 fn the_standard_streams_can_be_opened_by_name() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     // As the console's user, as one of a pipe, and as one of a terminal; /dev/null stays everybody's.
