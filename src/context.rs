@@ -33,7 +33,7 @@ pub const ARENA: usize = 160 << 10;
 
 /// Where an event comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
+pub enum EventSource {
     /// The signalfd.
     Signals,
     /// The vsock listener.
@@ -65,7 +65,7 @@ pub enum Source {
     RestoreTrigger,
 }
 
-impl Source {
+impl EventSource {
     const ALL: &[Self] = &[
         Self::Signals,
         Self::Listener,

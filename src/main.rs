@@ -23,7 +23,7 @@ mod volumes;
 
 use crate::api::Api;
 use crate::boot::DeferredCleanup;
-use crate::boot::check;
+use crate::boot::cli;
 use crate::boot::kernel_params::KernelParams;
 use crate::boot::mounts;
 use crate::console::Console;
@@ -69,7 +69,7 @@ fn start(arguments: StackStrings, environment: StackStrings) -> ! {
         sys::exit(1);
     };
     if rustix::process::getpid() != Pid::INIT {
-        sys::exit(check::run(arguments, &mut memory.defaults.environment));
+        sys::exit(cli::run(arguments, &mut memory.defaults.environment));
     }
     live(memory, &KernelParams::read(environment))
 }

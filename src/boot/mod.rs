@@ -6,8 +6,9 @@
 //! runs, so that the workload does not wait for either.
 
 pub mod cgroups;
-pub mod check;
+pub mod cli;
 pub mod config_source;
+pub mod environment;
 pub mod etc_files;
 pub mod kernel_params;
 pub mod modules;
@@ -30,7 +31,6 @@ use crate::volumes::{self, Owner};
 use config_source::Source;
 use kernel_params::KernelParams;
 use proto::config::{Config, MAX_DOCUMENT_SIZE};
-use proto::environment::Environment;
 use proto::users::Identity;
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
@@ -65,7 +65,7 @@ pub fn run(
     modules::load(&mut supervisor.context.scratch, supervisor.console)?;
     supervisor.events.connect();
     // In a helper while MMDS is polled; otherwise in PID 1 while the root is mounted, which saves a fork.
-    let eth0 = config_source::interface(params.source);
+    let eth0 = config_source::mmds_interface(params.source);
     let cgroup_helper = match eth0.is_some() {
         true => Some(Helper::start(&mut |log| {
             cgroups::mount(params.cgroups, &mut &*log);
@@ -226,22 +226,13 @@ fn set_defaults(supervisor: &mut Supervisor, config: &Config, identity: &Identit
         }
     };
     let defaults = &mut *supervisor.context.defaults;
-    defaults.sets_home = fill_environment(&mut defaults.environment, config, &identity.home)?;
+    defaults.sets_home = environment::fill(&mut defaults.environment, config, &identity.home)?;
     let directory = config.image_config.working_dir.to_bytes_with_nul();
     // The document was checked: the path fits.
     let _fits = defaults.working_dir.extend_from_slice(directory);
     defaults.root_home = root_home;
     defaults.rlimits = config.rlimits.clone();
     Ok(())
-}
-
-/// Fills an empty environment with the workload's. Returns whether image or document set HOME; otherwise
-/// HOME is `home`.
-pub fn fill_environment(new: &mut Environment, config: &Config, home: &[u8]) -> Result<bool> {
-    check::fill_environment(new, config)?;
-    let sets_home = new.get(b"HOME=").is_some();
-    new.set_default(b"HOME=", home)?;
-    Ok(sets_home)
 }
 
 fn limit_open_files() -> Result {

@@ -2,7 +2,7 @@
 
 use crate::api::{CallError, read_body};
 use crate::boot::config_source::{self, FetchError, Source};
-use crate::boot::{etc_files, fill_environment, network};
+use crate::boot::{environment, etc_files, network};
 use crate::context;
 use crate::context::{AppliedConfig, Interfaces, Snapshot};
 use crate::error;
@@ -36,7 +36,7 @@ pub struct Job<'a> {
     /// The call's body; empty without a call.
     pub body: &'a mut [u8],
     /// When the call arrived, in microseconds of the monotonic clock; `None` if the kernel triggered it.
-    pub call: Option<u64>,
+    pub call_received_us: Option<u64>,
     /// When the restore began, likewise.
     pub started_us: u64,
     /// The token of the hold, or of the last one.
@@ -163,7 +163,7 @@ pub fn run(
     files::write(&random, job.body).map_err(context!("mix the call into the random numbers"))?;
     let mut config = config_source::empty()?;
     let mut request = RestoreRequest::new(&mut config);
-    if job.call.is_some() {
+    if job.call_received_us.is_some() {
         read_body(job.body, arena, &mut request)?;
         let token_matches = match job.is_held || !request.token.is_empty() {
             true => job.token == Some(request.token),
@@ -179,7 +179,7 @@ pub fn run(
     let is_reseeded = add_entropy(&random, request.entropy)? || job.is_reseeded;
 
     report.step.set(Step::Clock);
-    let received_us = job.call.unwrap_or(job.started_us);
+    let received_us = job.call_received_us.unwrap_or(job.started_us);
     let clock_step = set_clock(request.unix_us, received_us)?;
 
     report.step.set(Step::Config);
@@ -230,7 +230,7 @@ fn fetch<'a>(
     report: &mut Report,
     log: &HelperLog,
 ) -> Result<Option<PageBox<Config<'a>>>> {
-    let Some(eth0) = config_source::interface(job.source) else {
+    let Some(eth0) = config_source::mmds_interface(job.source) else {
         return Ok(None);
     };
     match config_source::fetch(eth0, job.mmds_timeout, document, strings) {
@@ -240,7 +240,9 @@ fn fetch<'a>(
             config_source::decode(document, strings).map(Some)
         }
         Err(FetchError::Invalid(error)) => Err(error!("MMDS: {error}")),
-        Err(FetchError::NoDocument(error)) if job.call.is_some() && report.applied.is_from_mmds => {
+        Err(FetchError::NoDocument(error))
+            if job.call_received_us.is_some() && report.applied.is_from_mmds =>
+        {
             Err(error!("MMDS: {error}"))
         }
         Err(FetchError::NoDocument(error)) => {
@@ -303,7 +305,7 @@ fn apply(
     report.step.set(Step::Environment);
     if environment_changed {
         report.has_environment = true;
-        report.sets_home = fill_environment(&mut report.environment, config, &identity.home)?;
+        report.sets_home = environment::fill(&mut report.environment, config, &identity.home)?;
     }
     report.applied.digests = digests;
     report.applied.restore_signal = config.restore_signal;

@@ -87,7 +87,7 @@ impl Restore {
                     Err(CallError {
                         status: Status::BadRequest | Status::Conflict,
                         ..
-                    }) if self.is_notified => self.due = now,
+                    }) if self.replaces_notified => self.due = now,
                     Err(_) => {}
                 }
                 result

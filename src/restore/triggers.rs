@@ -1,6 +1,6 @@
 //! Detects from the kernel's log and vmclock that this VM was restored from a snapshot.
 
-use crate::context::{Context, Source};
+use crate::context::{Context, EventSource};
 use crate::sys::files;
 use proto::kmsg;
 use proto::slab::Key;
@@ -108,7 +108,7 @@ impl Triggers {
 impl Device {
     fn watch(&mut self, context: &Context, wanted: EventFlags) {
         if let Some(file) = &self.file {
-            let token = Source::RestoreTrigger.token(Key::default());
+            let token = EventSource::RestoreTrigger.token(Key::default());
             context.poller.watch(file, token, &mut self.watched, wanted);
         }
     }

@@ -245,7 +245,7 @@ impl Volume {
         let watch = Stopwatch::start();
         let mut swaps = true;
         let refused = loop {
-            match read_only(directory) {
+            match remount_read_only(directory) {
                 Ok(()) => return Ok(()),
                 Err(Errno::BUSY) if swaps => {
                     swaps = false;
@@ -340,7 +340,7 @@ pub fn number_of(device: u64) -> DeviceNumber {
 }
 
 /// Makes the file system that `directory` is on read-only, in all its mounts.
-pub fn read_only(directory: &OwnedFd) -> Result<(), Errno> {
+pub fn remount_read_only(directory: &OwnedFd) -> Result<(), Errno> {
     let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
     let context = rustix::mount::fspick(directory, c"", flags)?;
     rustix::mount::fsconfig_set_flag(&context, c"ro")?;
