@@ -163,27 +163,26 @@ impl Volume {
     pub fn quiesce(&self, tables: &Tables) -> Result {
         let was_mounted = self.unmount(tables);
         // Claimed by a file system, a partition of it, a swap area, or a device on top of it.
-        let held = self.open(OFlags::EXCL).err() == Some(Errno::BUSY);
-        let mounted = match held {
+        let is_claimed = self.open(OFlags::EXCL).err() == Some(Errno::BUSY);
+        let mounted_again = match is_claimed {
             true => self.mount_again(tables),
             false => None,
         };
-        let shut = match &mounted {
+        let mut result = match &mounted_again {
             Some(directory) => self.make_read_only(directory, tables),
-            // If a file system holds it, that is read-only already.
+            // If a file system claims it, that is read-only already.
             None => Ok(()),
         };
-        let shut = match was_mounted || held {
-            true => shut.and_then(|()| self.check(tables)),
-            false => shut,
-        };
-        drop(mounted);
+        if was_mounted || is_claimed {
+            result = result.and_then(|()| self.check(tables));
+        }
+        drop(mounted_again);
         if self.number.major == LOOP_MAJOR
             && let Ok(node) = self.open(OFlags::empty())
         {
             let _not_bound = disk::detach_loop(&node);
         }
-        shut
+        result
     }
 
     /// The same for the root, which is not unmounted.
