@@ -530,9 +530,7 @@ impl Connection {
             Target::Resource { path, .. } => route(head.method, path),
             #[cfg(feature = "tunnel")]
             Target::Authority { host, port } => {
-                let tunnel = check_long_connections(shared.context)
-                    .and_then(|()| refuse_while_held(shared.context))
-                    .and_then(|()| Tunnel::open(host, port, &shared.context.proc));
+                let tunnel = open_tunnel(host, port, shared.context);
                 self.io.reply = reply;
                 self.io.discard(0..length);
                 match tunnel {
@@ -708,13 +706,7 @@ impl Connection {
             }
             #[cfg(feature = "snapshot")]
             Call::Snapshot(call) => {
-                if context.workload.group.is_none() {
-                    return Err(not_running());
-                }
-                if context.snapshot.pending_calls >= SNAPSHOT_CALLS {
-                    let error = error!("too many calls wait for another one");
-                    return Err(CallError::new(Status::ServiceUnavailable, error));
-                }
+                check_snapshot_calls(context)?;
                 return Ok(State::Snapshot(PendingCall {
                     call,
                     received_us: sys::microseconds(),
@@ -1082,6 +1074,27 @@ fn target(head: &[u8]) -> Target<'_> {
         query: "",
     };
     parse_again(head).map_or(nothing, |head| head.target)
+}
+
+/// Begins to connect a tunnel, if there may be one now.
+#[cfg(feature = "tunnel")]
+fn open_tunnel(host: &str, port: u16, context: &Context) -> Result<Tunnel, CallError> {
+    check_long_connections(context)?;
+    refuse_while_held(context)?;
+    Tunnel::open(host, port, &context.proc)
+}
+
+/// Checks whether a snapshot call can be handled, and may wait.
+#[cfg(feature = "snapshot")]
+fn check_snapshot_calls(context: &Context) -> Result<(), CallError> {
+    if context.workload.group.is_none() {
+        return Err(not_running());
+    }
+    if context.snapshot.pending_calls >= SNAPSHOT_CALLS {
+        let error = error!("too many calls wait for another one");
+        return Err(CallError::new(Status::ServiceUnavailable, error));
+    }
+    Ok(())
 }
 
 /// Checks whether there may be another connection without a time limit.

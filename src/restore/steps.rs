@@ -149,11 +149,11 @@ impl Report {
 }
 
 /// Runs all steps; thawing is the last one. A restore that fails can be repeated. `arena` holds the
-/// strings of the call, `room` a document from MMDS and its strings.
+/// strings of the call, `memory` a document from MMDS and its strings.
 pub fn run(
     job: &mut Job,
     arena: &mut [u8],
-    room: &mut [u8],
+    memory: &mut [u8],
     freezer: Option<&Freezer>,
     report: &mut Report,
     log: &HelperLog,
@@ -164,15 +164,7 @@ pub fn run(
     let mut config = config_source::empty()?;
     let mut request = RestoreRequest::new(&mut config);
     if job.call_received_us.is_some() {
-        read_body(job.body, arena, &mut request)?;
-        let token_matches = match job.is_held || !request.token.is_empty() {
-            true => job.token == Some(request.token),
-            false => true,
-        };
-        if !token_matches {
-            let error = error!("the workload is not held under this token");
-            return Err(CallError::new(Status::Conflict, error));
-        }
+        decode_call(job, arena, &mut request)?;
     }
 
     report.step.set(Step::Entropy);
@@ -186,7 +178,7 @@ pub fn run(
     if job.was_preempted {
         config_source::remove_stale_mmds_route()?;
     }
-    let (document, strings) = room
+    let (document, strings) = memory
         .split_at_mut_checked(MAX_DOCUMENT_SIZE)
         .unwrap_or_default();
     let fetched = match request.has_config {
@@ -218,6 +210,21 @@ pub fn run(
         clock_step / 1000,
         sys::microseconds().saturating_sub(job.started_us)
     ));
+    Ok(())
+}
+
+/// Decodes the body of the call, and compares its token.
+fn decode_call<'a>(
+    job: &mut Job,
+    arena: &'a mut [u8],
+    request: &mut RestoreRequest<'_, 'a>,
+) -> Result<(), CallError> {
+    read_body(job.body, arena, request)?;
+    let needs_token = job.is_held || !request.token.is_empty();
+    if needs_token && job.token != Some(request.token) {
+        let error = error!("the workload is not held under this token");
+        return Err(CallError::new(Status::Conflict, error));
+    }
     Ok(())
 }
 
@@ -254,6 +261,39 @@ fn fetch<'a>(
     }
 }
 
+/// A digest of each member of a document.
+type Digests = [u64; MEMBERS.len()];
+
+/// The changes that decide whether a step has anything to do.
+#[derive(Default)]
+struct Changes {
+    environment: bool,
+    hosts: bool,
+    addresses: bool,
+}
+
+/// Compares a document with the configuration in force. Appends the names of the members that differ to
+/// `changed`, as entries of a JSON list.
+fn compare(digests: &Digests, in_force: &mut Digests, changed: &mut Message) -> Changes {
+    let mut changes = Changes::default();
+    for (name, (new, old)) in MEMBERS.iter().zip(digests.iter().zip(in_force)) {
+        if new == old {
+            continue;
+        }
+        let separator = if changed.is_empty() { "" } else { "," };
+        // Writing to a message never fails.
+        let _ = write!(changed, "{separator}\"{name}\"");
+        match *name {
+            "ImageConfig" | "ExtraEnv" => changes.environment = true,
+            // Until they are applied, neither the new nor the old ones count as in force.
+            "EtcHosts" => (changes.hosts, *old) = (true, !new),
+            "IPConfigs" => (changes.addresses, *old) = (true, !new),
+            _ => {}
+        }
+    }
+    changes
+}
+
 /// Applies a document, except for what only a boot can change.
 fn apply(
     config: &Config,
@@ -264,46 +304,29 @@ fn apply(
 ) -> Result {
     config.check()?;
     let digests = config.digests();
-    let mut environment_changed = false;
-    let mut hosts_changed = false;
-    let mut addresses_changed = false;
-    let compared = digests.iter().zip(&mut report.applied.digests);
-    for (name, (new, old)) in MEMBERS.iter().zip(compared) {
-        if new != old {
-            let separator = if changed.is_empty() { "" } else { "," };
-            // Writing to a message never fails.
-            let _ = write!(changed, "{separator}\"{name}\"");
-            match *name {
-                "ImageConfig" | "ExtraEnv" => environment_changed = true,
-                // Until they are applied, neither the new nor the old ones count as in force.
-                "EtcHosts" => (hosts_changed, *old) = (true, !new),
-                "IPConfigs" => (addresses_changed, *old) = (true, !new),
-                _ => {}
-            }
-        }
-    }
+    let changes = compare(&digests, &mut report.applied.digests, changed);
 
     report.step.set(Step::Hostname);
     etc_files::set_host_name(config)?;
 
     report.step.set(Step::Etc);
-    if hosts_changed && config.etc_hosts.is_empty() {
+    if changes.hosts && config.etc_hosts.is_empty() {
         etc_files::write_hosts(config, job.scratch, log)?;
     }
     etc_files::write(config, job.scratch, log)?;
 
     report.step.set(Step::Network);
-    network::replace(config, addresses_changed, &mut report.interfaces)?;
+    network::replace(config, changes.addresses, &mut report.interfaces)?;
 
     report.step.set(Step::Mounts);
     let mut identity = Identity::default();
-    if environment_changed || !config.mounts.is_empty() {
+    if changes.environment || !config.mounts.is_empty() {
         credentials::resolve(config.user(), job.scratch, &mut identity)?;
     }
     volumes::mount_new(config, (identity.uid, identity.gid), log)?;
 
     report.step.set(Step::Environment);
-    if environment_changed {
+    if changes.environment {
         report.has_environment = true;
         report.sets_home = environment::fill(&mut report.environment, config, &identity.home)?;
     }
