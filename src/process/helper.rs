@@ -148,13 +148,13 @@ pub fn fork(work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
     }
 }
 
+/// Like [`fork`], but the child is exempt from the OOM killer, like PID 1.
 #[cfg(any(
     feature = "files",
     feature = "mounts",
     feature = "snapshot",
     feature = "sysinfo"
 ))]
-/// Like [`fork`], but the child is exempt from the OOM killer, like PID 1.
 pub fn fork_oom_protected(
     proc: &OwnedFd,
     work: &mut dyn FnMut(&HelperLog) -> i32,
