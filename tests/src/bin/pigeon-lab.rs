@@ -131,7 +131,7 @@ fn make(path: &Path, mib: u32, tree: impl FnOnce() -> Result<Tree>) -> Result<()
 fn introduce(vsock: &Path) {
     let vsock = vsock.display();
     eprintln!(
-        r#"[pigeon-lab] The VM boots; its console follows. Ctrl-C stops it in good order.
+        r#"[pigeon-lab] The VM boots; its console follows. Ctrl-C stops it cleanly.
 [pigeon-lab] Its API is HTTP on vsock port 10000, through the Unix socket {vsock}.
 [pigeon-lab] From another terminal:
   ./build.sh pigeon exec --uds '{vsock}' -it sh
