@@ -116,7 +116,8 @@ pub fn run(
     #[cfg(feature = "snapshot")]
     if params.restore == kernel_params::RestoreMode::Auto {
         let open = |path| files::open(path, OFlags::RDONLY | OFlags::NONBLOCK).ok();
-        supervisor.context.snapshot.devices = [open(c"/dev/kmsg"), open(c"/dev/vmclock0")];
+        supervisor.context.snapshot.kernel_log = open(c"/dev/kmsg");
+        supervisor.context.snapshot.vmclock = open(c"/dev/vmclock0");
     }
     supervisor.start_workload(identity.uid, config.separate_stderr, &|command| {
         command.identity = identity.clone();

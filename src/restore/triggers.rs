@@ -43,9 +43,9 @@ pub struct Notification {
 impl Triggers {
     /// Starts watching the devices that the boot opened.
     pub fn watch(&mut self, context: &mut Context) {
-        let [log, clock] = core::mem::take(&mut context.snapshot.devices);
+        let log = context.snapshot.kernel_log.take();
         self.log.file = log.filter(|log| rustix::fs::seek(log, SeekFrom::End(0)).is_ok());
-        self.clock.file = clock;
+        self.clock.file = context.snapshot.vmclock.take();
         self.generation = self.read_generation();
         if self.generation.is_none() {
             self.clock.file = None;
