@@ -26,6 +26,7 @@ use proto::users::Identity;
 use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::fs::{Access, AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
+use rustix::net::Shutdown;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 /// How often PID 1 checks a child's progress, in milliseconds.
@@ -39,6 +40,10 @@ const SECOND: Duration = Duration::from_secs(1);
 /// How long data from a client is discarded after an error response, so that it can read the response, in
 /// milliseconds.
 const DRAIN_TIMEOUT: u64 = 10_000;
+/// How long a client may take to read the last of a file and to close, in milliseconds.
+const LAST_BYTES_TIMEOUT: u64 = 10_000;
+/// Bytes that the host's socket takes even if the client reads nothing.
+const SMALL: u64 = 64 << 10;
 /// Bytes moved at once: the size of a vsock receive buffer (VIRTIO_VSOCK_DEFAULT_BUF_SIZE).
 const CHUNK: usize = 256 << 10;
 /// Maximum length of a `user:group`, in bytes.
@@ -306,6 +311,16 @@ impl Client<'_> {
         }
     }
 
+    /// Waits until the client has closed: a host may drop what a slow client has not read soon after this end
+    /// has closed (Firecracker after 2 s). One that waits for the end sees it, on hosts that forward half-closes.
+    fn wait_for_close(&self, room: &mut [u8]) {
+        let _gone = rustix::net::shutdown(self.socket, Shutdown::Write);
+        let watch = Stopwatch::start();
+        while watch.elapsed() < LAST_BYTES_TIMEOUT
+            && matches!(files::read(self.socket, room), Ok(1..) | Err(Errno::AGAIN))
+        {}
+    }
+
     /// Discards the rest of the client's body: closing a connection with unread bytes would reset it, and the
     /// client could not read the response.
     fn drain(&self, decoder: &mut BodyDecoder, room: &mut [u8]) {
@@ -366,6 +381,9 @@ fn get(
     loop {
         client.send(room.get(..count).unwrap_or(&[]))?;
         if left == 0 {
+            if length > SMALL {
+                client.wait_for_close(room);
+            }
             return Ok(());
         }
         let limit = usize::try_from(left).map_or(CHUNK, |left| left.min(CHUNK));

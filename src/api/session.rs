@@ -36,6 +36,9 @@ const STDERR: u8 = 2;
 /// Bytes of output that a named session keeps while nobody is attached.
 const HISTORY: usize = 64 << 10;
 
+/// Memory in addition to that, in bytes, for the headers of the ring's records.
+const HISTORY_SPARE: usize = 4 << 10;
+
 /// Maximum number of bytes of a command in the list of sessions.
 const MAX_LISTED_COMMAND: usize = 256;
 
@@ -145,13 +148,12 @@ impl Session {
     /// Detaches the client. The rest of its last message is dropped.
     pub fn detach(&mut self) {
         self.drop_input();
-        if self.writes_eof() {
-            self.eof = None;
-        }
     }
 
     fn drop_input(&mut self) {
         self.pending = 0..0;
+        // The next client has an end of input of its own.
+        self.eof = None;
         self.pending_size = None;
         if let Some(slave) = &mut self.pipes.slave {
             slave.forget();
@@ -376,7 +378,7 @@ impl Pipes {
 
 impl NamedSession {
     fn new(request: &SessionRequest) -> Result<PageBox<Self>> {
-        let memory = Region::new(HISTORY).map_err(context!("allocate memory"))?;
+        let memory = Region::new(HISTORY + HISTORY_SPARE).map_err(context!("allocate memory"))?;
         let empty = || Self {
             id: heapless::String::new(),
             command: heapless::String::new(),

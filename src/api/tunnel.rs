@@ -23,6 +23,11 @@ const PIECE: usize = 16 << 10;
 /// How long a client may stay silent after the server has closed its side, in milliseconds. Not every
 /// host forwards half-closes (Firecracker does not), so the tunnel ends then.
 const HALF_CLOSED_TIMEOUT: u64 = 1_000;
+/// The same if the server has sent more than [`SMALL`] bytes: some of them may still be on the host, which
+/// drops them soon after the tunnel ends (Firecracker after 2 s).
+const SLOW_CLIENT_TIMEOUT: u64 = 10_000;
+/// Bytes that the host's socket takes even if the client reads nothing.
+const SMALL: usize = 64 << 10;
 /// How long a server may read nothing after its client has closed, in milliseconds.
 const LAST_BYTES_TIMEOUT: u64 = 30_000;
 
@@ -39,6 +44,8 @@ pub struct Tunnel {
     up: Flow,
     /// From the server to the client, through the output buffer.
     down: Flow,
+    /// Bytes from the server so far.
+    sent_down: usize,
 }
 
 /// One direction.
@@ -80,6 +87,7 @@ impl Tunnel {
             client_closing: false,
             up: Flow::Open,
             down: Flow::Open,
+            sent_down: 0,
         })
     }
 
@@ -179,6 +187,7 @@ impl Tunnel {
         match files::read(&self.server, room) {
             Ok(count @ 1..) => {
                 *budget -= 1;
+                self.sent_down = self.sent_down.saturating_add(count);
                 io.commit(count);
             }
             Err(Errno::AGAIN) => return false,
@@ -201,7 +210,10 @@ impl Tunnel {
     pub fn timeout(&self) -> Option<u64> {
         match (self.up, self.down) {
             (Flow::Closed, _) => None,
-            (Flow::Open, Flow::Closed) if !self.client_closing => Some(HALF_CLOSED_TIMEOUT),
+            (Flow::Open, Flow::Closed) if !self.client_closing => match self.sent_down {
+                ..=SMALL => Some(HALF_CLOSED_TIMEOUT),
+                _ => Some(SLOW_CLIENT_TIMEOUT),
+            },
             (Flow::Open, _) if !self.client_closing => None,
             _ => Some(LAST_BYTES_TIMEOUT),
         }

@@ -44,21 +44,22 @@ impl<'a> Contents<'a> {
 /// Removes lines of an earlier boot, keeps all others, and adds each entry unless an existing line has it
 /// already.
 pub fn hosts(old: &[u8], entries: &[Host], new: &mut Contents) {
-    let mut blank = true;
     let mut said = [false; MAX_HOSTS];
-    each_foreign_line(old, &mut |line| {
-        new.put(line);
-        new.put(b"\n");
-        let mut words = words(split_comment(line).0);
-        let ip = words.next();
-        blank &= line.trim_ascii().is_empty();
-        for (entry, said) in entries.iter().zip(&mut said) {
-            *said |= ip == Some(entry.ip.as_bytes())
-                && words.clone().any(|name| name == entry.host.as_bytes());
+    for text in [old, LOCALHOST] {
+        let is_blank = |kept: &[u8]| kept.trim_ascii().is_empty();
+        if !new.bytes().is_some_and(is_blank) {
+            break;
         }
-    });
-    if blank {
-        new.put(LOCALHOST);
+        each_foreign_line(text, &mut |line| {
+            new.put(line);
+            new.put(b"\n");
+            let mut words = words(split_comment(line).0);
+            let ip = words.next();
+            for (entry, said) in entries.iter().zip(&mut said) {
+                *said |= ip == Some(entry.ip.as_bytes())
+                    && words.clone().any(|name| name == entry.host.as_bytes());
+            }
+        });
     }
     for (Host { ip, host, desc }, said) in entries.iter().zip(said) {
         if said {
@@ -178,6 +179,18 @@ mod tests {
         assert!(boot("", &[ALIAS]).starts_with("127.0.0.1\tlocalhost\n::1\tlocalhost"));
         assert!(boot(" \n\n", &[]).contains("127.0.0.1\tlocalhost\n"));
         assert_eq!(boot(&boot("", &[ALIAS]), &[ALIAS]), boot("", &[ALIAS]));
+    }
+
+    #[test]
+    fn an_entry_for_localhost_does_not_repeat_a_new_files_own_line() {
+        let localhost = Host {
+            host: "localhost",
+            ip: "127.0.0.1",
+            desc: "",
+        };
+        let once = boot("", &[localhost, ALIAS]);
+        assert_eq!(once, boot("", &[ALIAS]));
+        assert_eq!(boot(&once, &[localhost, ALIAS]), once);
     }
 
     #[test]

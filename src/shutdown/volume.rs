@@ -28,6 +28,9 @@ const RETRY: i64 = 10;
 /// How long swapoff may take, in milliseconds: it moves the contents to memory.
 const SWAPOFF_TIMEOUT: u64 = 3000;
 
+/// How long a loop device may take to name its backing device, in milliseconds.
+const LOOP_TIMEOUT: u64 = 100;
+
 /// Major number of loop devices (linux/major.h).
 const LOOP_MAJOR: u32 = 7;
 
@@ -71,8 +74,9 @@ enum Backing {
     Nothing,
     /// The device that holds the file of a loop device, or that the loop device is set up on.
     Device(DeviceNumber),
-    /// Unknown devices: it is a partition of a loop device, a device of the device mapper, or a loop
-    /// device whose file is on a file system without a device number (btrfs, overlay).
+    /// Unknown devices: it is a partition of a loop device, a device of the device mapper, a loop device
+    /// whose file is on a file system without a device number (btrfs, overlay), or one that cannot be
+    /// opened.
     Unknown,
 }
 
@@ -122,14 +126,30 @@ impl Volume {
             }
             return;
         }
-        if let Ok(node) = self.open(OFlags::empty())
-            && let Ok(number) = disk::loop_backing(&node)
-        {
-            self.backing = match number_of(number) {
-                DeviceNumber { major: 0, .. } => Backing::Unknown,
-                number => Backing::Device(number),
-            };
-        }
+        // In a child, which may block: a loop device cannot be opened while the kernel reads its partition
+        // table (loop_reread_partitions, drivers/block/loop.c), and the disk below it may hang.
+        let child = helper::fork(&mut |log| {
+            if let Ok(node) = self.open(OFlags::empty())
+                && let Ok(number) = disk::loop_backing(&node)
+            {
+                let _read = files::write(log.pipe(), &number.to_ne_bytes());
+            }
+            0
+        });
+        let mut number = [0; size_of::<u64>()];
+        self.backing = match child {
+            Ok(child) if child.wait_for(LOOP_TIMEOUT) => {
+                match files::read(&child.log, &mut number) {
+                    Ok(1..) => match number_of(u64::from_ne_bytes(number)) {
+                        DeviceNumber { major: 0, .. } => Backing::Unknown,
+                        number => Backing::Device(number),
+                    },
+                    // It is not set up.
+                    _ => Backing::Nothing,
+                }
+            }
+            _ => Backing::Unknown,
+        };
     }
 
     /// Whether `other` is known to be its backing device.

@@ -99,9 +99,6 @@ impl Output {
             }
             all = all.max(copied);
         }
-        if self.pipes.iter().all(|pipe| !pipe.channel.is_open()) {
-            log.end();
-        }
         all
     }
 }

@@ -142,11 +142,14 @@ impl Supervisor {
         // The boot may have taken some time since the clock was last read.
         self.context.now = self.clock();
         self.console.error(&error);
+        // Followers of a workload that was never started, or cannot be killed, wait for nothing more.
+        self.context.output_log.end();
         self.set_exit(Exit {
             code,
             oom_killed: false,
             error: Some(error),
         });
+        self.api.on_output(&mut self.context);
     }
 
     /// Reports the exit to clients and begins the shutdown.

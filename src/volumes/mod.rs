@@ -20,20 +20,36 @@ pub type Owner = (u32, u32);
 
 /// Mounts the volumes of a configuration. Runs in a helper, as a device may be slow.
 pub fn mount_all(config: &Config, owner: Owner, log: &HelperLog) -> Result {
-    config
-        .mounts
-        .iter()
-        .try_for_each(|volume| mount(volume, owner, log))
+    each_parent_first(config, &mut |volume| mount(volume, owner, log))
+}
+
+/// Calls `work` with the volumes, those nearer to the root first, as container engines do: one would hide a
+/// volume below it that was mounted before.
+fn each_parent_first(config: &Config, work: &mut dyn FnMut(&Mount) -> Result) -> Result {
+    let mut left = config.mounts.len();
+    let mut depth = 0;
+    while left > 0 {
+        depth += 1;
+        for volume in &*config.mounts {
+            if volume.depth() == depth {
+                work(volume)?;
+                left -= 1;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Mounts those whose mount points have nothing mounted on them.
 #[cfg(feature = "snapshot")]
 pub fn mount_new(config: &Config, owner: Owner, log: &HelperLog) -> Result {
-    let mut volumes = config.mounts.iter();
-    volumes.try_for_each(|volume| match is_mount_point(volume.mount_path) {
-        true => Ok(()),
-        false => mount(volume, owner, log),
-    })
+    each_parent_first(
+        config,
+        &mut |volume| match is_mount_point(volume.mount_path) {
+            true => Ok(()),
+            false => mount(volume, owner, log),
+        },
+    )
 }
 
 /// Whether a path, with links followed, is the root of a mount (statx(2)).

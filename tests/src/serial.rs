@@ -178,7 +178,7 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::net::UnixStream;
+    use std::{os::unix::net::UnixStream, sync::mpsc};
 
     fn recording() -> (UnixStream, Serial, tempfile::TempDir) {
         let (console, source) = UnixStream::pair().unwrap();
@@ -211,14 +211,25 @@ mod tests {
         assert_eq!(error, "no line with \"x\": the console has ended");
     }
 
+    /// A console that gives a line with each read.
+    struct Lines(mpsc::Receiver<&'static [u8]>);
+
+    impl Read for Lines {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            self.0.recv().map_or(Ok(0), |mut line| line.read(buffer))
+        }
+    }
+
     #[test]
     fn a_held_console_is_read_on_after_its_release() {
-        let (mut console, serial, _dir) = recording();
+        let (console, lines) = mpsc::channel();
+        let dir = tempfile::tempdir().unwrap();
+        let serial = Serial::record(Lines(lines), &dir.path().join("a.log"), false).unwrap();
         serial.hold();
-        // One read may have been under way when the console was held: let it have its line.
-        console.write_all(b"1\n").unwrap();
-        thread::sleep(Duration::from_millis(50));
-        console.write_all(b"2\n").unwrap();
+        // One read may have been under way when the console was held: it has the first line.
+        for line in [&b"1\n"[..], b"2\n"] {
+            console.send(line).unwrap();
+        }
         serial.wait_for("2", Duration::from_millis(50)).unwrap_err();
         serial.release();
         serial.wait_for("2", SOON).unwrap();

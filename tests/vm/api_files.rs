@@ -50,10 +50,14 @@ fn target(query: &str) -> String {
 
 /// A call on a connection of its own, which is closed after the response.
 fn call(vm: &mut Vm, method: &str, query: &str, body: &[u8]) -> Result<Response> {
+    // Bytes that the host's socket holds for a slow client; after more, the client closes first.
+    const SMALL: usize = 64 << 10;
     let mut api = vm.api()?;
     let response = api.request(method, &target(query), &[], body)?;
     assert_eq!(response.header("connection"), Some("close"), "{response}");
-    api.wait_closed()?;
+    if response.body.len() <= SMALL {
+        api.wait_closed()?;
+    }
     Ok(response)
 }
 
@@ -260,8 +264,19 @@ fn files_are_read_and_written_with_mode_and_owner() -> Result<()> {
     put(&mut vm, "/data/big", &new)?.success()?;
     assert!(get(&mut vm, "/data/big")?.body == new);
     let mut rest = vec![];
-    reader.read_to_end(&mut rest)?;
+    while !rest.ends_with(&old[old.len() - 64..]) {
+        let length = rest.len();
+        rest.resize(length + 65_536, 0);
+        let count = reader.read(&mut rest[length..])?;
+        rest.truncate(length + count);
+        ensure!(count > 0, "the reader has not got all of the old one");
+    }
     assert!(rest.ends_with(&old), "the reader has not got the old one");
+    // The host may hold the last bytes for a reader that is slow.
+    let begin = Instant::now();
+    assert_eq!(reader.read(&mut [0])?, 0);
+    let waited = begin.elapsed();
+    assert!(waited > Duration::from_secs(8), "{waited:?}");
 
     // Nothing of all this is left behind.
     assert_eq!(

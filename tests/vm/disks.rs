@@ -401,6 +401,41 @@ fn a_volume_that_hangs_at_shutdown_is_named_and_no_other_disk_suffers() -> Resul
 }
 
 #[test]
+fn a_loop_device_that_cannot_be_opened_costs_no_other_disk() -> Result<()> {
+    let outer = Image::ext4(&Tree::empty()?.file("/img", 0o600, vec![1; 1 << 20])?, 8)?;
+    let root = root_of(Tree::busybox()?.file("/loop.ko", 0o600, assets::module("loop")?)?)?;
+    let (data, other) = (volume()?, volume()?);
+    // It reads the partition table of a disk that hangs, and nobody can open the loop device meanwhile
+    // (loop_reread_partitions).
+    let script = "insmod /loop.ko; mkdir /l; mount /dev/vdd /l; ls -l /l/img
+        echo ready; read -r line
+        dd if=/l/img of=/dev/null bs=4k skip=128 count=128 & usleep 300000
+        losetup -P /dev/loop0 /l/img &
+        until grep loop0 /proc/partitions; do usleep 10000; done; usleep 100000
+        for dir in /var /data /other; do echo kept >$dir/file; done; exit 3";
+    let mut vm = boot(&with_volumes(script), &[&root, &data, &other, &outer])?;
+    vm.wait_for("ready")?;
+    hang(&mut vm, "disk3")?;
+    vm.type_text("\n")?;
+    vm.wait_for("exit_code=3")?;
+    let took = time_of_end(&mut vm)?;
+    assert!(took < END_LIMIT, "{took:?}");
+    let warnings = warnings(&vm);
+    for said in [
+        "timed out unmounting /dev/loop0",
+        "timed out unmounting /l (/dev/vdd)",
+    ] {
+        assert!(
+            warnings.iter().any(|line| line.contains(said)),
+            "{warnings:?}"
+        );
+    }
+    root.check()?;
+    assert_eq!(root.read("/var/file")?, "kept\n");
+    assert_kept(&[("vdb", &data), ("vdc", &other)])
+}
+
+#[test]
 fn a_workload_blocked_by_a_hung_disk_is_given_up_2_s_after_sigkill() -> Result<()> {
     let (root, data, other) = (root()?, volume()?, volume()?);
     let script = format!("{WRITE}; exec dd if=/dev/zero of=/data/more bs=64k count=1 conv=fsync");

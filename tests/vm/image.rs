@@ -358,6 +358,26 @@ fn addresses_are_added_to_their_interface() -> Result<()> {
     root.check()
 }
 
+#[test]
+fn a_volume_listed_before_the_one_above_it_is_not_hidden() -> Result<()> {
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    // As of `pigeon run -v data.img:/srv/data --tmpfs /srv`.
+    let rest = json!({"Mounts": [
+        {"FSType": "tmpfs", "MountPath": "/srv/data/deep", "Options": "size=1m"},
+        {"FSType": "tmpfs", "MountPath": "/srv/data", "Options": "size=2m"},
+        {"FSType": "tmpfs", "MountPath": "/srv", "Options": "size=3m"}
+    ]});
+    let script = "df /srv /srv/data /srv/data/deep && exit 3";
+    let mut vm = Vm::builder()
+        .config(&guest::shell(script, rest))
+        .disk(&root)
+        .boot()?;
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    let console = vm.console();
+    assert!(console.contains("exit_code=3"), "{console}");
+    root.check()
+}
+
 /// Writes and flushes of the root's disk until now.
 fn writes(vm: &mut Vm) -> Result<(u64, u64)> {
     let stats = vm.qmp("query-blockstats", json!({}))?;

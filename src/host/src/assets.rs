@@ -145,7 +145,7 @@ pub enum Kernel {
 
 impl Kernel {
     /// The one that `PIGEON_KERNEL` names, as `./build.sh … --kernel` sets it: a version that
-    /// Debian has, `6.1` or `6.12`, or the path of an image. Without it the [stock](Self::stock) one.
+    /// Debian has, as `6.12`, or the path of an image. Without it the [stock](Self::stock) one.
     pub fn chosen(arch: Arch) -> Result<Kernel> {
         let Some(name) = variable("PIGEON_KERNEL") else {
             return Kernel::stock(arch);
@@ -155,9 +155,14 @@ impl Kernel {
             ensure!(path.is_file(), "no kernel at {}", path.display());
             return Ok(Kernel::Image(path.into()));
         }
-        let version = path.to_str().unwrap_or_default();
+        let version = path.to_str().filter(|name| is_version(name));
+        let version = version.with_context(|| {
+            format!(
+                "PIGEON_KERNEL={}: not a version, as 6.12, and not a path",
+                path.display()
+            )
+        })?;
         Kernel::version(arch, version)
-            .with_context(|| format!("PIGEON_KERNEL={}: not 6.1, 6.12 or a path", path.display()))
     }
 
     /// For a VM on QEMU whose snapshots can be restored: 6.1 has the drivers for PCI as modules, and
@@ -167,39 +172,29 @@ impl Kernel {
         Kernel::version(arch, "6.12")
     }
 
-    /// Debian's cloud kernel of a version: 6.1 or 6.12.
-    fn version(arch: Arch, version: &str) -> Result<Kernel> {
-        let mut kernels = DEBIAN_KERNELS.iter();
-        let kernel = kernels.find(|kernel| kernel.version == version);
-        Kernel::debian(arch, kernel.context("there is no such kernel")?)
-    }
-
     /// The cloud kernel of the Debian release that this host has.
     pub fn stock(arch: Arch) -> Result<Kernel> {
         let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
         let bookworm = release
             .lines()
             .any(|line| line.trim_end() == "VERSION_ID=\"12\"");
-        Kernel::debian(arch, &DEBIAN_KERNELS[usize::from(!bookworm)])
+        Kernel::version(arch, if bookworm { "6.1" } else { "6.12" })
     }
 
     /// Debian's cloud kernel of a version, fetched on the first call.
-    fn debian(arch: Arch, kernel: &DebianKernel) -> Result<Kernel> {
-        Kernel::unpacked(
-            &format!("debian-{}-{}", kernel.version, arch.name()),
-            |dir| kernel.unpack(arch, dir),
-        )
+    fn version(arch: Arch, version: &str) -> Result<Kernel> {
+        let name = format!("debian-{version}-{}", arch.name());
+        let flavour = format!("cloud-{}", arch.debian_name());
+        Kernel::unpacked(&name, |dir| {
+            Debian::unpack_kernel(arch, &SUITES, version, &flavour, dir)
+        })
     }
 
     /// Debian 13's kernel with pages of 16 KiB, which aarch64 alone has.
     pub fn with_16k_pages() -> Result<Kernel> {
         Kernel::unpacked("debian-16k-aarch64", |dir| {
-            let trixie = Debian {
-                arch: Arch::Aarch64,
-                sources: Some(TRIXIE),
-            };
-            let package = trixie.dependency("linux-image-arm64-16k", dir)?;
-            trixie.unpack(&package.context("Debian 13 has no such kernel")?, dir)
+            let trixie = [Some(TRIXIE)];
+            Debian::unpack_kernel(Arch::Aarch64, &trixie, "6.12", "arm64-16k", dir)
         })
     }
 
@@ -207,17 +202,18 @@ impl Kernel {
     fn unpacked(name: &str, unpack: impl FnOnce(&Path) -> Result<PathBuf>) -> Result<Kernel> {
         let dir = cached(name, |dir| {
             let files = unpack(dir)?;
-            let boot = fs::read_dir(files.join("boot"))?.collect::<Result<Vec<_>, _>>()?;
-            let file = |start: &str| {
-                let mut named = boot.iter().filter(|f| {
-                    f.file_name()
-                        .as_encoded_bytes()
-                        .starts_with(start.as_bytes())
-                });
-                let file = named
-                    .next()
-                    .with_context(|| format!("no {start} in the package"))?;
-                anyhow::Ok(fs::read(file.path())?)
+            let trees = ["lib/modules", "usr/lib/modules"].map(|path| files.join(path));
+            let tree = trees.iter().find(|path| path.exists());
+            let tree = tree.context("no modules in the package")?;
+            let mut releases = fs::read_dir(tree)?;
+            let release = releases.next().context("no modules in the package")??;
+            let file = |name: &str| {
+                let in_boot = format!("boot/{name}-{}", release.file_name().display());
+                // Since 6.19 they are beside the modules.
+                let paths = [files.join(in_boot), release.path().join(name)];
+                let path = paths.iter().find(|path| path.exists());
+                let path = path.with_context(|| format!("no {name} in the package"))?;
+                anyhow::Ok(fs::read(path)?)
             };
             fs::write(dir.join("vmlinux"), uncompressed(file("vmlinuz")?)?)?;
             fs::write(dir.join("config"), file("config")?)?;
@@ -225,12 +221,7 @@ impl Kernel {
             for (number, (name, module)) in ordered_modules(&files, &MODULES)?.iter().enumerate() {
                 fs::write(dir.join(format!("modules/{number:02}-{name}.ko")), module)?;
             }
-            let modules = ["lib/modules", "usr/lib/modules"].map(|path| files.join(path));
-            let modules = modules.iter().find(|path| path.exists());
-            fs::rename(
-                modules.context("no modules in the package")?,
-                dir.join("tree"),
-            )?;
+            fs::rename(tree, dir.join("tree"))?;
             Ok(fs::remove_dir_all(files)?)
         })?;
         Ok(Kernel::Debian(dir))
@@ -308,55 +299,6 @@ impl Kernel {
         let path = files.get(&name.replace('-', "_")).with_context(missing)?;
         let file_name = path.file_name().context("a file has a name")?;
         Ok((file_name.to_string_lossy().into_owned(), fs::read(path)?))
-    }
-}
-
-/// A version that Debian has a cloud kernel of, and where.
-struct DebianKernel {
-    version: &'static str,
-    /// Metapackages of this host's own release, the likelier one first; ARCH stands for the
-    /// architecture. Which version one leads to depends on the release.
-    metapackages: &'static [&'static str],
-    /// The release that has it if this host's has not.
-    elsewhere: &'static str,
-}
-
-/// The first is Debian 12's, the second Debian 13's; Debian 12 has that, too, from its security
-/// archive.
-const DEBIAN_KERNELS: [DebianKernel; 2] = [
-    DebianKernel {
-        version: "6.1",
-        metapackages: &["linux-image-cloud-ARCH"],
-        elsewhere: BOOKWORM,
-    },
-    DebianKernel {
-        version: "6.12",
-        metapackages: &["linux-image-6.12-cloud-ARCH", "linux-image-cloud-ARCH"],
-        elsewhere: TRIXIE,
-    },
-];
-
-impl DebianKernel {
-    /// Unpacks the kernel's package below `dir`.
-    fn unpack(&self, arch: Arch, dir: &Path) -> Result<PathBuf> {
-        let own = Debian::of_this_host(arch);
-        let elsewhere = Debian {
-            arch,
-            sources: Some(self.elsewhere),
-        };
-        let metapackages = self.metapackages.iter().map(|name| (&own, *name));
-        let prefix = format!("linux-image-{}.", self.version);
-        for (debian, name) in metapackages.chain([(&elsewhere, "linux-image-cloud-ARCH")]) {
-            let metapackage = name.replace("ARCH", arch.debian_name());
-            let package = debian.dependency(&metapackage, dir)?;
-            if let Some(package) = package.filter(|package| package.starts_with(&prefix)) {
-                return debian.unpack(&package, dir);
-            }
-        }
-        bail!(
-            "apt knows no kernel {}: is this Debian 12 or 13?",
-            self.version
-        )
     }
 }
 
@@ -503,7 +445,7 @@ fn decompress(bytes: &[u8]) -> Result<Vec<u8>> {
 /// A statically linked busybox.
 pub fn busybox(arch: Arch) -> Result<PathBuf> {
     let dir = cached(&format!("busybox-{}", arch.name()), |dir| {
-        let files = Debian::of_this_host(arch).unpack("busybox-static", dir)?;
+        let files = Debian::of_this_host(arch).unpack(&["busybox-static"], dir)?;
         let binary = ["bin/busybox", "usr/bin/busybox"].map(|path| files.join(path));
         let binary = binary
             .iter()
@@ -518,10 +460,7 @@ pub fn busybox(arch: Arch) -> Result<PathBuf> {
 /// What packages of this host's release hold, unpacked into one directory.
 pub fn packages(arch: Arch, names: &[&str]) -> Result<PathBuf> {
     let dir = cached(&format!("{}-{}", names.join("-"), arch.name()), |dir| {
-        let debian = Debian::of_this_host(arch);
-        names
-            .iter()
-            .try_for_each(|name| debian.unpack(name, dir).map(drop))
+        Debian::of_this_host(arch).unpack(names, dir).map(drop)
     })?;
     Ok(dir.join("files"))
 }
@@ -594,23 +533,26 @@ fn cached(name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf>
 /// Packages of a Debian release for an architecture, whatever this host's own is.
 struct Debian {
     arch: Arch,
-    /// apt's sources (sources.list(5)), where they are not this host's.
-    sources: Option<&'static str>,
+    /// Archive and suite (sources.list(5)), where they are not this host's.
+    suite: Option<&'static str>,
 }
 
-/// Sources of Debian 12.
-const BOOKWORM: &str = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] \
-                        http://deb.debian.org/debian bookworm main\n";
+/// Archives and suites where kernels are looked for, this host's own first: Debian 12 has 6.1, 13 has
+/// 6.12, its backports newer ones, and 11 has 5.10.
+const SUITES: [Option<&str>; 5] = [
+    None,
+    Some("debian bookworm"),
+    Some(TRIXIE),
+    Some("debian trixie-backports"),
+    Some("debian bullseye"),
+];
 
-/// Sources of Debian 13.
-const TRIXIE: &str = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] \
-                      http://deb.debian.org/debian trixie main\n";
+const TRIXIE: &str = "debian trixie";
 
 impl Debian {
     /// The release that this host has.
     fn of_this_host(arch: Arch) -> Debian {
-        let sources = None;
-        Debian { arch, sources }
+        Debian { arch, suite: None }
     }
 
     /// apt with lists of its own below `dir`, for which one need not be root; the host's own state
@@ -629,30 +571,50 @@ impl Debian {
         option("Dir::State", state);
         option("Dir::State::status", "/dev/null");
         option("Dir::Cache", state);
-        if let Some(sources) = self.sources {
+        if let Some(suite) = self.suite {
             let list = dir.join("apt/sources.list");
-            fs::write(&list, sources)?;
+            let keys = "/usr/share/keyrings/debian-archive-keyring.gpg";
+            let source = format!("deb [signed-by={keys}] http://deb.debian.org/{suite} main\n");
+            fs::write(&list, source)?;
             option("Dir::Etc::sourcelist", list.to_str().context("not UTF-8")?);
             option("Dir::Etc::sourceparts", "/dev/null");
         }
         Ok(apt)
     }
 
-    /// The package that a metapackage stands for, if apt knows it.
-    fn dependency(&self, metapackage: &str, dir: &Path) -> Result<Option<String>> {
-        run(self.apt("apt-get", dir)?.args(["update", "-qq"]))?;
-        // apt-cache fails for a name that it does not know.
-        let depends = run(self.apt("apt-cache", dir)?.args(["depends", metapackage]));
-        let depends = depends.unwrap_or_default();
-        let mut packages = depends
-            .lines()
-            .filter_map(|line| line.trim().strip_prefix("Depends: "));
-        Ok(packages.next().map(String::from))
+    /// Unpacks the newest kernel of a version below `dir`, of the first of `suites` that has one.
+    fn unpack_kernel(
+        arch: Arch,
+        suites: &[Option<&'static str>],
+        version: &str,
+        flavour: &str,
+        dir: &Path,
+    ) -> Result<PathBuf> {
+        for &suite in suites {
+            let debian = Debian { arch, suite };
+            run(debian.apt("apt-get", dir)?.args(["update", "-qq"]))?;
+            let mut list = debian.apt("apt-cache", dir)?;
+            list.args(["pkgnames", "linux-"]);
+            let names = run(&mut list)?;
+            if let Some(image) = newest_kernel(&names, version, flavour) {
+                // Since 6.19 the image is a metapackage of the other three.
+                let parts = ["image", "base", "binary", "modules"];
+                let packages = parts.map(|part| image.replacen("image", part, 1));
+                let is_there = |package: &&str| names.lines().any(|name| name == *package);
+                let packages = packages.iter().map(String::as_str).filter(is_there);
+                return debian.unpack(&packages.collect::<Vec<_>>(), dir);
+            }
+        }
+        bail!("Debian has no kernel {version} ({flavour})")
     }
 
-    /// Downloads a package and unpacks it into the directory `files` below `dir`.
-    fn unpack(&self, package: &str, dir: &Path) -> Result<PathBuf> {
-        eprintln!("downloading {package} for {}", self.arch.name());
+    /// Downloads packages and unpacks them into the directory `files` below `dir`.
+    fn unpack(&self, packages: &[&str], dir: &Path) -> Result<PathBuf> {
+        eprintln!(
+            "downloading {} for {}",
+            packages.join(" "),
+            self.arch.name()
+        );
         let [debs, files, apt] = ["debs", "files", "apt"].map(|name| dir.join(name));
         if !apt.exists() {
             run(self.apt("apt-get", dir)?.args(["update", "-qq"]))?;
@@ -660,22 +622,61 @@ impl Debian {
         fs::create_dir(&debs)?;
         run(self
             .apt("apt-get", dir)?
-            .args(["download", package])
+            .arg("download")
+            .args(packages)
             .current_dir(&debs))?;
-        let deb = fs::read_dir(&debs)?
-            .next()
-            .context("apt-get downloaded nothing")??
-            .path();
-        run(Command::new("dpkg").arg("-x").arg(deb).arg(&files))?;
+        for deb in fs::read_dir(&debs)? {
+            run(Command::new("dpkg").arg("-x").arg(deb?.path()).arg(&files))?;
+        }
         fs::remove_dir_all(debs)?;
         fs::remove_dir_all(apt)?;
         Ok(files)
     }
 }
 
+/// Of the packages in a list, a line each, the newest kernel of a version and flavour.
+fn newest_kernel<'a>(packages: &'a str, version: &str, flavour: &str) -> Option<&'a str> {
+    let numbers = |name: &str| {
+        let numbers = name.split(|c: char| !c.is_ascii_digit());
+        numbers.flat_map(str::parse).collect::<Vec<u64>>()
+    };
+    let [start, end] = [format!("linux-image-{version}."), format!("-{flavour}")];
+    let kernels = packages.lines();
+    let kernels = kernels.filter(|name| name.starts_with(&start) && name.ends_with(&end));
+    kernels.max_by_key(|name| numbers(name))
+}
+
+/// Whether it is a kernel's version without its last number, as 6.12.
+fn is_version(name: &str) -> bool {
+    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+    name.split_once('.')
+        .is_some_and(|(major, minor)| is_number(major) && is_number(minor))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_newest_kernel_of_a_flavour_is_chosen() {
+        let packages = "linux-image-6.1.0-9-cloud-amd64\n\
+                        linux-image-6.1.0-0.deb11.52-cloud-amd64\n\
+                        linux-image-6.1.0-49-cloud-amd64\n\
+                        linux-image-6.1.0-50-cloud-amd64-unsigned\n\
+                        linux-image-6.1.0-50-amd64\n\
+                        linux-image-6.12.9-cloud-amd64\n";
+        let newest = newest_kernel(packages, "6.1", "cloud-amd64");
+        assert_eq!(newest, Some("linux-image-6.1.0-49-cloud-amd64"));
+        assert_eq!(newest_kernel(packages, "6.1", "cloud-arm64"), None);
+    }
+
+    #[test]
+    fn a_kernels_version_has_two_numbers() {
+        assert!(is_version("5.10"));
+        for name in ["", "6", "6.", ".1", "6.1.0", "6.x", "../6.1"] {
+            assert!(!is_version(name), "{name}");
+        }
+    }
 
     #[test]
     fn an_initrd_that_is_older_than_the_init_is_refused() {

@@ -112,18 +112,28 @@ mod tests {
     use super::*;
     use crate::process::{Process, write_program};
     use rustix::process::{Pid, Signal, kill_process};
-    use std::{os::unix::process::ExitStatusExt, process::Command, time::Duration};
+    use std::{
+        os::unix::process::ExitStatusExt,
+        process::Command,
+        time::{Duration, Instant},
+    };
 
     fn run(until: Until) -> Process {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("hold");
         write_program(&path, program(Arch::HOST, until)).unwrap();
         let mut process = Process::spawn(Command::new(&path)).unwrap();
-        let ended = process.wait(Duration::from_millis(200)).unwrap();
-        assert_eq!(ended, None);
-        let status = fs::read_to_string(format!("/proc/{}/status", process.child().id())).unwrap();
-        assert!(status.contains("State:\tS"), "{status}");
-        process
+        let path = format!("/proc/{}/status", process.child().id());
+        let deadline = Instant::now() + Duration::from_secs(20);
+        // It sleeps from then on.
+        loop {
+            let status = fs::read_to_string(&path).unwrap();
+            if status.contains("State:\tS") {
+                return process;
+            }
+            assert!(Instant::now() < deadline, "{status}");
+            assert_eq!(process.wait(Duration::from_millis(5)).unwrap(), None);
+        }
     }
 
     #[test]

@@ -132,13 +132,19 @@ mod tests {
         thread,
     };
 
+    /// Closes a listener. A process that another test starts may have it open until execve.
+    fn close(listener: UnixListener, path: &Path) {
+        drop(listener);
+        while UnixStream::connect(path).is_ok() {}
+    }
+
     #[test]
     fn only_a_socket_without_a_listener_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         let _live = UnixListener::bind(path("live")).unwrap();
         let _other = UnixDatagram::bind(path("other")).unwrap();
-        drop(UnixListener::bind(path("left")).unwrap());
+        close(UnixListener::bind(path("left")).unwrap(), &path("left"));
         fs::write(path("file"), "x").unwrap();
         fs::create_dir(path("directory")).unwrap();
         symlink("live", path("link")).unwrap();
@@ -158,14 +164,9 @@ mod tests {
         const MANY: usize = 8;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vsock");
-        // A process that another test starts may have it open until execve.
-        let close = |listener: UnixListener| {
-            drop(listener);
-            while UnixStream::connect(&path).is_ok() {}
-        };
         for _ in 0..50 {
             // Left behind by a killed process.
-            close(UnixListener::bind(&path).unwrap());
+            close(UnixListener::bind(&path).unwrap(), &path);
             fs::write(dir.path().join("vsock.lock"), "").unwrap();
             let begin = Barrier::new(MANY);
             let results: Vec<Result<_, String>> = thread::scope(|scope| {
@@ -186,7 +187,7 @@ mod tests {
             for result in results {
                 match result {
                     Ok((listener, _reservation)) => {
-                        close(listener);
+                        close(listener, &path);
                         winners += 1;
                     }
                     Err(error) => assert_eq!(error, refused),

@@ -428,6 +428,32 @@ fn cp_copies_to_a_file_or_into_a_directory() {
 }
 
 #[test]
+fn with_nohup_a_hangup_ends_no_proxy() {
+    let place = Place::new();
+    let vm = Vm::start(place.0.path(), files);
+    let mut proxy = Command::new("nohup")
+        .args([env!("CARGO_BIN_EXE_pigeon"), "proxy", "api.sock"])
+        .current_dir(place.0.path())
+        .env("XDG_RUNTIME_DIR", place.0.path())
+        .env("XDG_STATE_HOME", place.0.path())
+        .env("PIGEON_UDS", &vm.uds)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    while !place.path("api.sock").exists() {
+        assert!(proxy.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    kill_process(Pid::from_child(&proxy), Signal::HUP).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(proxy.try_wait().unwrap().is_none());
+    kill_process(Pid::from_child(&proxy), Signal::TERM).unwrap();
+    assert!(proxy.wait().unwrap().success());
+    assert!(!place.path("api.sock").exists());
+}
+
+#[test]
 fn a_signal_during_cp_leaves_the_old_file_and_nothing_else() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {
@@ -537,10 +563,21 @@ fn respond_beside_a_session(mut connection: Connection) {
 /// `pigeon cp :/data DESTINATION` in `place`, from a guest whose tar sends this: what it says, and its
 /// exit code.
 fn cp_directory(place: &Place, archive: Vec<u8>, destination: &str) -> (String, Option<i32>) {
+    cp_directory_from(place, ":/data", archive, destination)
+}
+
+fn cp_directory_from(
+    place: &Place,
+    source: &str,
+    archive: Vec<u8>,
+    destination: &str,
+) -> (String, Option<i32>) {
     let guest = tempfile::tempdir().unwrap();
     let vm = Vm::start(guest.path(), move |mut connection| {
         match connection.request.line.as_str() {
-            "HEAD /v1/files?path=/data" => connection.send(b"HTTP/1.1 409 Conflict\r\n\r\n"),
+            "HEAD /v1/files?path=/data" | "HEAD /v1/files?path=/data/." => {
+                connection.send(b"HTTP/1.1 409 Conflict\r\n\r\n");
+            }
             "POST /v1/exec" | "GET /v1/sessions" => respond_beside_a_session(connection),
             _ => {
                 let mut socket = upgrade(connection);
@@ -555,8 +592,52 @@ fn cp_directory(place: &Place, archive: Vec<u8>, destination: &str) -> (String, 
             }
         }
     });
-    let output = pigeon(place, &vm, &["cp", ":/data", destination], b"");
+    let output = pigeon(place, &vm, &["cp", source, destination], b"");
     (text(&output.stderr), output.status.code())
+}
+
+#[test]
+fn cp_of_a_directory_and_a_dot_copies_what_is_in_it() {
+    let place = Place::new();
+    fs::create_dir(place.path("dir")).unwrap();
+    fs::create_dir(place.path("out")).unwrap();
+    place.write("dir/file", "x");
+    let tar = Tar::new().dir("./", 0o755, (0, 0)).entry(
+        EntryType::Regular,
+        b"./got",
+        b"",
+        (0, 0),
+        0o644,
+        b"x",
+    );
+    let (said, code) = cp_directory_from(&place, ":/data/.", tar.bytes(), "out");
+    assert_eq!(code, Some(0), "{said}");
+    assert!(place.path("out/got").exists());
+
+    // A guest without commands, and a full disk: what is said shows where the file would be.
+    let guest = tempfile::tempdir().unwrap();
+    let vm = Vm::start(guest.path(), |mut connection| {
+        let line = connection.request.line.as_str();
+        if line == "HEAD /v1/files?path=/data" {
+            return connection.send(b"HTTP/1.1 409 Conflict\r\n\r\n");
+        }
+        match line.starts_with("HEAD ") {
+            true => connection.send(b"HTTP/1.1 404 Not Found\r\n\r\n"),
+            false => connection.respond(507, "", br#"{"error":"full"}"#),
+        }
+    });
+    for (source, destination, file) in [
+        ("dir", ":/data", "/data/dir/file"),
+        ("dir/", ":/data", "/data/dir/file"),
+        ("dir/.", ":/data", "/data/file"),
+        (".", ":/data", "/data/dir/file"),
+        ("dir", ":/new/", "/new/file"),
+        ("dir/file", ":/new/", "there is no directory /new/"),
+    ] {
+        let output = pigeon(&place, &vm, &["cp", source, destination], b"");
+        let said = text(&output.stderr);
+        assert!(said.contains(file), "{source} {destination}: {said}");
+    }
 }
 
 #[test]

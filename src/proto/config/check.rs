@@ -156,6 +156,11 @@ impl<'a> Mount<'a> {
         checks.result()
     }
 
+    /// The number of components of its mount point, at least 1 once it was checked.
+    pub fn depth(&self) -> usize {
+        names(self.mount_path).count()
+    }
+
     /// Checks a mount against `earlier` ones.
     fn check_after(&self, earlier: &[Self], checks: &mut Checks) {
         let fs_type = self.fs_type.to_bytes();

@@ -95,6 +95,9 @@ const SETGROUPS: Number = Number(116, 159);
 const SETRESGID: Number = Number(119, 149);
 const SETRESUID: Number = Number(117, 147);
 const CAPSET: Number = Number(126, 91);
+const MOUNT: Number = Number(165, 40);
+/// linux/mount.h
+const MS_REMOUNT_BIND_RDONLY: u64 = 0x20 | 0x1000 | 0x1;
 const AT_FDCWD: u64 = -100i64 as u64;
 const O_WRONLY_CREAT_TRUNC_CLOEXEC: u64 = 0o1 | 0o100 | 0o1000 | 0o2_000_000;
 const PR_SET_KEEPCAPS: u64 = 8;
@@ -107,12 +110,14 @@ const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 const MAX_CAPABILITIES: u64 = 64;
 
 /// The program that executes a process. `home` is for a process without HOME. `makes_directory`: creates a
-/// missing working directory, which runc does only for a container's own process.
+/// missing working directory, which runc does only for a container's own process. `read_only`: so is the root,
+/// as in runc once all mount points are there.
 pub fn program(
     process: &Process,
     home: &str,
     arch: Arch,
     makes_directory: bool,
+    read_only: bool,
 ) -> Result<Vec<u8>> {
     let texts = process.args.iter().chain(&process.env);
     for text in texts.chain([&process.cwd]) {
@@ -132,6 +137,11 @@ pub fn program(
         let path = calls.text(&process.cwd);
         calls.call(CHDIR, &[Value(path)]);
         calls.check(&format!("unable to enter {}", process.cwd));
+    }
+    if read_only {
+        let root = calls.text("/");
+        calls.call(MOUNT, &[0, root, 0, MS_REMOUNT_BIND_RDONLY, 0].map(Value));
+        calls.check("unable to make the root read-only");
     }
     set_limits(&mut calls, process);
     set_user(&mut calls, process);

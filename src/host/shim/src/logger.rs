@@ -172,6 +172,7 @@ fn arguments(query: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::soon;
     use pigeon::process::write_program;
     use std::{fs, path::Path};
 
@@ -232,6 +233,9 @@ mod tests {
         let (mut logger, [mut output, _]) = Logger::start(&place, "", "").unwrap();
         assert!(logger.has_ended(Duration::from_secs(30)));
         output.write(&[0; 200_000]);
-        assert_eq!(output.pending(), 0);
+        assert!(soon(|| {
+            output.flush();
+            output.pending() == 0
+        }));
     }
 }

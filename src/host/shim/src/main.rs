@@ -41,6 +41,20 @@ fn main() -> ExitCode {
     }
 }
 
+/// Waits until something is so. A file that a test has closed is still open in a process that another test
+/// starts, until its execve.
+#[cfg(test)]
+fn soon(mut is_so: impl FnMut() -> bool) -> bool {
+    use std::{thread, time::Duration};
+    (0..2000).any(|_| {
+        let is = is_so();
+        if !is {
+            thread::sleep(Duration::from_millis(5));
+        }
+        is
+    })
+}
+
 fn run(flags: &Flags) -> Result<()> {
     if flags.version {
         println!("containerd-shim-pigeon-v2 {}", env!("CARGO_PKG_VERSION"));

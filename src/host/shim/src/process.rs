@@ -334,7 +334,9 @@ impl Process {
         let input = Input::open(&self.stdio.stdin)?;
         let is_own = self.exec_id.is_empty();
         // It runs as root until it has become what the container's process is to be.
-        let program = launch::program(&self.spec, home, Arch::HOST, is_own)?;
+        // The root stays as it is for one that is added before: files are copied to it until then.
+        let read_only = vm.read_only && is_own;
+        let program = launch::program(&self.spec, home, Arch::HOST, is_own, read_only)?;
         let deadline = vm.deadline();
         let _one_at_a_time = lock_until(&vm.launches, deadline);
         ensure!(_one_at_a_time.is_some(), "the guest does not respond");

@@ -74,6 +74,8 @@ pub struct Vm {
     init: OnceLock<FileInfo>,
     /// The hypervisor's process.
     pub pid: u32,
+    /// The root becomes read-only with the container's process.
+    pub read_only: bool,
     phase: Mutex<Phase>,
     changed: Condvar,
     console: Mutex<VecDeque<u8>>,
@@ -110,6 +112,7 @@ impl Vm {
             arch,
             init: OnceLock::new(),
             pid,
+            read_only: plan.read_only,
             phase: Mutex::new(Phase::Booting),
             changed: Condvar::new(),
             console: Mutex::new(VecDeque::new()),
@@ -299,15 +302,11 @@ fn spec(plan: &mut Plan, root: &Path, dir: &Path, arch: Arch) -> Result<Spec> {
     let device = add(&mut disks, Disk::file(&hold).read_only())?;
     plan.document["ExecOverride"] = json!([format!("{HOLD}/{}", hold::PROGRAM)]);
     plan.mount(json!({"DevicePath": device, "MountPath": HOLD, "ReadOnly": true}));
-    match plan.read_only {
-        true => plan.document["RootReadOnly"] = json!(true),
-        false => {
-            let writable = dir.join("writable.ext4");
-            disk::write_volume(&writable, WRITABLE)?;
-            let device = add(&mut disks, Disk::file(&writable).scratch())?;
-            plan.document["RootOverlay"] = json!(device);
-        }
-    }
+    // Also for a root that is read-only: what is missing of mount points and copied files is made first.
+    let writable = dir.join("writable.ext4");
+    disk::write_volume(&writable, WRITABLE)?;
+    let device = add(&mut disks, Disk::file(&writable).scratch())?;
+    plan.document["RootOverlay"] = json!(device);
     for number in 0..plan.folders.len() {
         let folder = &plan.folders[number];
         let (format, image) = match folder.read_only {
@@ -442,6 +441,7 @@ pub mod tests {
             request_timeout,
             arch: Arch::HOST,
             init: OnceLock::new(),
+            read_only: false,
             phase: Mutex::new(Phase::Started),
             changed: Condvar::new(),
             console: Mutex::new(VecDeque::new()),

@@ -385,3 +385,35 @@ fn a_shim_killed_while_containerd_is_down_is_cleaned_up_after() {
     containerd.ok(&["container", "rm", "gone"]);
     containerd.assert_clean();
 }
+
+#[test]
+fn a_read_only_root_has_all_its_mounts_as_with_runc() {
+    let containerd = Containerd::start();
+    let folder = containerd.place.path("folder");
+    fs::create_dir(&folder).unwrap();
+    let file = containerd.place.write("folder/file", "of the host\n");
+    let bind = |source: &Path, target: &str| {
+        let source = source.display();
+        format!("type=bind,src={source},dst={target},options=rbind:ro")
+    };
+    let mounts = [
+        "type=tmpfs,src=tmpfs,dst=/not/there,options=size=1m".into(),
+        bind(&folder, "/neither/is/this"),
+        bind(&file, "/nor/this.conf"),
+    ];
+    let mut options = vec!["--read-only", "--cwd", "/made/by/it"];
+    for mount in &mounts {
+        options.extend(["--mount", mount]);
+    }
+    let script = "pwd; echo mine >/not/there/x; cat /not/there/x /neither/is/this/file /nor/this.conf; \
+                  for path in /x /made/by/it/x /neither/is/this/x /etc/second; do \
+                  echo >$path; done; awk '$2 == \"/\" {print substr($4, 1, 2)}' /proc/mounts";
+    let [expected, found] = [RUNC, PIGEON].map(|runtime| {
+        let outcome = containerd.run(runtime, &options, "fixed", &["sh", "-c", script]);
+        containerd.ctr(&["container", "rm", "fixed"]);
+        outcome
+    });
+    assert!(expected.stdout.ends_with("\nro\n"), "{expected:?}");
+    assert_eq!(found, expected);
+    containerd.assert_clean();
+}

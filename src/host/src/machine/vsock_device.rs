@@ -751,6 +751,9 @@ impl Device {
         connection.window = header.buffer;
         connection.taken = header.forwarded;
         match (header.operation, connection.state) {
+            // Linux gives up what it has closed after 8 s (VSOCK_CLOSE_TIMEOUT). A slow host still gets
+            // what was sent before.
+            (RST, State::ClosedByGuest) => {}
             (RST, _) => self.remove(ports),
             (RESPONSE, State::Requested { .. }) => {
                 connection.state = State::Open {
@@ -1152,6 +1155,33 @@ mod tests {
         let timeout = Some(Duration::from_secs(10));
         host.set_read_timeout(timeout).unwrap();
         assert_eq!(host.read(&mut [0; 16]).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_slow_host_gets_everything_that_was_sent_before_the_close() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut device, _stop) = device(dir.path());
+        let mut host = connected(&mut device);
+        let ports = Ports { host: 7, guest: 5 };
+        let data = vec![7; WINDOW / 4];
+        let mut length = 0;
+        while device.connections[&ports].pending.is_empty() {
+            device.on_packet(&packet(5, 7, RW), &data);
+            length += data.len();
+        }
+        let mut shutdown = packet(5, 7, SHUTDOWN);
+        shutdown.flags = NO_RECEIVE | NO_SEND;
+        device.on_packet(&shutdown, &[]);
+        device.on_packet(&packet(5, 7, RST), &[]);
+        let reader = thread::spawn(move || {
+            host.set_nonblocking(false).unwrap();
+            host.read_exact(&mut vec![0; length]).unwrap();
+            assert_closed(&mut host);
+        });
+        while device.connections.contains_key(&ports) {
+            device.turn().unwrap();
+        }
+        reader.join().unwrap();
     }
 
     #[test]

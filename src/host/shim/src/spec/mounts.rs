@@ -1,7 +1,7 @@
 //! A container's mounts: file systems of the guest's, and files and folders of the host, which are
 //! copied.
 
-use std::{collections::BTreeMap, fs, os::unix::fs::FileTypeExt, path::Path};
+use std::{fs, os::unix::fs::FileTypeExt, path::Path};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -123,30 +123,8 @@ impl Plan {
             }
         );
         ensure!(found.len() <= MAX_BIND, too_large(source, found.len()));
-        let in_root = !["/dev/", "/run/"].iter().any(|dir| target.starts_with(dir));
-        if self.read_only && in_root {
-            return self.bind_read_only(source, target);
-        }
         self.files.push((source.into(), target.into()));
         Ok(())
-    }
-
-    /// A file on a root that cannot be written to: what engines mount into every container can be
-    /// said in the document.
-    fn bind_read_only(&mut self, source: &Path, target: &str) -> Result<()> {
-        let text = || fs::read_to_string(source);
-        match target {
-            "/etc/hostname" => Ok(()),
-            "/etc/hosts" => {
-                self.document["EtcHosts"] = hosts(&text()?);
-                Ok(())
-            }
-            "/etc/resolv.conf" => {
-                self.document["EtcResolv"] = resolv(&text()?);
-                Ok(())
-            }
-            _ => bail!("a file cannot be copied onto a root that is read-only"),
-        }
     }
 }
 
@@ -177,33 +155,4 @@ fn size_of(dir: &Path) -> Result<u64> {
         }
     }
     Ok(size)
-}
-
-/// Lines of hosts(5) as the document has them.
-fn hosts(text: &str) -> Value {
-    let mut hosts = vec![];
-    for line in text.lines() {
-        let line = line.split('#').next().unwrap_or_default();
-        let mut words = line.split_whitespace();
-        if let Some(address) = words.next() {
-            hosts.extend(words.map(|host| json!({"Host": host, "IP": address})));
-        }
-    }
-    json!(hosts)
-}
-
-/// resolv.conf(5) as the document has it.
-fn resolv(text: &str) -> Value {
-    let mut lists: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for line in text.lines() {
-        let mut words = line.split_whitespace();
-        let list = match words.next() {
-            Some("nameserver") => "Nameservers",
-            Some("search") => "Search",
-            Some("options") => "Options",
-            _ => continue,
-        };
-        lists.entry(list).or_default().extend(words);
-    }
-    json!(lists)
 }

@@ -27,8 +27,8 @@ use crate::{
 
 #[derive(Args)]
 pub struct Cp {
-    /// A file or directory, local or in a VM as NAME:/PATH (:/PATH if only one VM runs); - is
-    /// standard input
+    /// A file or directory, local or in a VM as NAME:/PATH (:/PATH if only one VM runs); DIR/. is
+    /// what is in a directory; - is standard input
     source: String,
     /// The destination, in the other place; - is standard output
     destination: String,
@@ -84,9 +84,9 @@ impl Cp {
         }
         let shown = source.display();
         let found = fs::metadata(source).with_context(|| format!("unable to read {shown}"))?;
-        let path = match is_directory(client, path)? {
-            true => join(path, &base_name(source)?),
-            false => path.to_string(),
+        let path = match is_directory(client, path, found.is_dir())? {
+            true if !(found.is_dir() && means_contents(source)) => join(path, &base_name(source)?),
+            _ => path.to_string(),
         };
         if found.is_dir() {
             return self.send_directory(client, source, &path);
@@ -144,7 +144,7 @@ impl Cp {
     }
 
     fn fetch(&self, client: &Client, path: &str, destination: &Path) -> Result<()> {
-        if is_directory(client, path)? {
+        if is_directory(client, path, false)? {
             ensure!(
                 destination != Path::new("-"),
                 "{path} is a directory: it cannot be written to standard output"
@@ -261,8 +261,15 @@ fn join(dir: &str, name: &str) -> String {
     format!("{}/{name}", dir.trim_end_matches('/'))
 }
 
-/// Whether there is a directory at a path of the VM.
-fn is_directory(client: &Client, path: &str) -> Result<bool> {
+/// Whether what is in a directory is meant, and not the directory itself: `dir/.`, as for cp(1) and docker.
+fn means_contents(path: &Path) -> bool {
+    let path = path.as_os_str().as_encoded_bytes();
+    path == b"." || path.ends_with(b"/.")
+}
+
+/// Whether there is a directory at a path of the VM. One that ends with a slash may be missing if it
+/// `is_to_be_made`.
+fn is_directory(client: &Client, path: &str, is_to_be_made: bool) -> Result<bool> {
     if path == "/" {
         return Ok(true);
     }
@@ -271,7 +278,7 @@ fn is_directory(client: &Client, path: &str) -> Result<bool> {
         Err(Error::Refused { status: 409, .. }) => Ok(true),
         Err(Error::Refused { status: 404, .. }) => {
             ensure!(
-                !path.ends_with('/'),
+                is_to_be_made || !path.ends_with('/'),
                 "there is no directory {path} in the VM"
             );
             Ok(false)
@@ -325,7 +332,7 @@ fn fetch_directory(client: &Client, path: &str, destination: &Path) -> Result<()
         has_tar(client),
         "copying a directory needs tar in the VM, which it does not have"
     );
-    let into = match destination.is_dir() {
+    let into = match destination.is_dir() && !means_contents(Path::new(path)) {
         true => {
             let into = destination.join(base_name(Path::new(path))?);
             // It may be a guest's, of an earlier copy.

@@ -98,7 +98,13 @@ pub fn variables(
             found.extend(variable(line));
         }
     }
-    found.extend(options.iter().filter_map(|text| variable(text)));
+    for text in options {
+        ensure!(
+            !text.is_empty() && !text.starts_with('='),
+            "{text:?} is not NAME[=VALUE]"
+        );
+        found.extend(variable(text));
+    }
     Ok(found)
 }
 

@@ -189,7 +189,7 @@ fn act(action: Action) -> Result<u8> {
         Action::Completions(completions) => completions.run(),
         Action::Man(man) => man.run(),
         Action::Proxy(Proxy { target, socket }) => {
-            let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
+            let mut signals = catch(&[SIGHUP, SIGINT, SIGTERM])?;
             let client = target.client(None)?;
             let _proxy = pigeon::proxy::Proxy::start(&socket, client.uds())?;
             signals.forever().next();
@@ -199,15 +199,26 @@ fn act(action: Action) -> Result<u8> {
     Ok(0)
 }
 
-/// Removes scratch directories when a signal terminates this process.
-fn remove_scratch_on_signals() -> Result<()> {
-    // Ignored signals stay ignored (nohup(1)).
+/// Whether this process was started with a signal ignored (nohup(1)).
+fn is_ignored(signal: i32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    let is_ignored = |signal: &i32| ignored.unwrap_or(0) >> (signal - 1) & 1 == 1;
+    ignored.unwrap_or(0) >> (signal - 1) & 1 == 1
+}
+
+/// Signals that end what this process does. An ignored SIGHUP stays ignored: with nohup(1), what runs goes on
+/// when its terminal is closed.
+fn catch(signals: &[i32]) -> std::io::Result<Signals> {
+    let signals = signals.iter().copied();
+    Signals::new(signals.filter(|signal| *signal != SIGHUP || !is_ignored(SIGHUP)))
+}
+
+/// Removes scratch directories when a signal terminates this process.
+fn remove_scratch_on_signals() -> Result<()> {
+    // Ignored signals stay ignored (nohup(1)).
     let signals = [SIGHUP, SIGINT, SIGTERM];
-    let mut signals = Signals::new(signals.iter().filter(|signal| !is_ignored(signal)))?;
+    let mut signals = Signals::new(signals.into_iter().filter(|signal| !is_ignored(*signal)))?;
     thread::spawn(move || {
         for signal in signals.forever() {
             let _guard = pigeon::scratch::remove_all();

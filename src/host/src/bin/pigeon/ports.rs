@@ -10,10 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use pigeon::forward::Forward;
-use signal_hook::{
-    consts::{SIGHUP, SIGINT, SIGTERM},
-    iterator::Signals,
-};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::{
     output::{note, say},
@@ -99,7 +96,7 @@ pub struct ForwardPorts {
 impl ForwardPorts {
     /// Passes connections on until Ctrl-C.
     pub fn run(&self) -> Result<()> {
-        let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
+        let mut signals = crate::catch(&[SIGHUP, SIGINT, SIGTERM])?;
         let client = self.target.client(None)?;
         let mut forwards = vec![];
         for text in &self.ports {

@@ -222,7 +222,7 @@ struct HeldOff {
 impl HeldOff {
     fn new() -> Result<HeldOff> {
         Ok(HeldOff {
-            signals: Signals::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM])?,
+            signals: crate::catch(&[SIGHUP, SIGINT, SIGQUIT, SIGTERM])?,
             came: None,
         })
     }

@@ -18,6 +18,10 @@ pub struct Restore(Termios);
 
 impl Drop for Restore {
     fn drop(&mut self) {
+        // In the background it would stop us, and the mode is the shell's.
+        if !is_ours() {
+            return;
+        }
         // It fails for a terminal that has gone.
         let _ = tcsetattr(io::stdin(), OptionalActions::Flush, &self.0);
     }

@@ -146,7 +146,7 @@ pub const CONSOLE: &str = "console";
 pub const EVENTS: &str = "events";
 /// Messages of `pigeon run -d`.
 pub const MESSAGES: &str = "messages";
-/// Exists while the VM is restarted, so that `--rm` does not remove its record.
+/// Locked while the VM is restarted, so that `--rm` does not remove its record.
 const RESTARTS: &str = "restarts";
 /// What is kept of a VM that has ended, until another one that takes its name has started.
 const EARLIER: &str = "earlier";
@@ -185,11 +185,13 @@ impl Vm {
         Ok(())
     }
 
-    /// Says that it is started again as soon as it has ended.
-    pub fn announce_restart(&self) -> Result<()> {
+    /// Says that it is started again as soon as it has ended, unless this process ends before.
+    pub fn announce_restart(&self) -> Result<File> {
         let path = self.dir.join(RESTARTS);
-        let written = fs::write(&path, "");
-        written.with_context(|| format!("unable to write {}", path.display()))
+        let cannot = || format!("unable to write {}", path.display());
+        let announced = File::create(&path).with_context(cannot)?;
+        announced.lock_shared().with_context(cannot)?;
+        Ok(announced)
     }
 
     /// Removes all that is kept of it.
@@ -249,7 +251,8 @@ impl Claim {
 
     /// Whether it is started again as soon as it has ended.
     pub fn restarts(&self) -> bool {
-        self.dir.join(RESTARTS).exists()
+        let announced = File::open(self.dir.join(RESTARTS));
+        announced.is_ok_and(|file| file.try_lock().is_err())
     }
 
     /// Changes the record, here and on disk. Once there is one, what is kept of an earlier VM goes.

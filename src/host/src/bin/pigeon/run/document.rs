@@ -197,6 +197,12 @@ impl Run {
     /// The configuration document, but for the VM's name.
     pub fn document(&self) -> Result<Value> {
         let mut document = self.read_document()?;
+        if let Some(signal) = &self.stop_signal {
+            ensure!(
+                pigeon::signal::number(signal).is_some(),
+                "--stop-signal {signal}: there is no such signal"
+            );
+        }
         self.override_command(&mut document);
         self.check_command(&document)?;
         self.check_platform(&document)?;
@@ -292,7 +298,9 @@ impl Run {
     /// Applies options that override the image's configuration.
     fn override_command(&self, document: &mut Value) {
         if let Some(entrypoint) = &self.entrypoint {
-            document["ImageConfig"]["Entrypoint"] = json!([entrypoint]);
+            // An empty one clears the image's, as docker has it.
+            let words = Some(entrypoint).filter(|entrypoint| !entrypoint.is_empty());
+            document["ImageConfig"]["Entrypoint"] = json!(Vec::from_iter(words));
         }
         if self.entrypoint.is_some() || !self.command().is_empty() {
             document["ImageConfig"]["Cmd"] = json!(self.command());
@@ -456,12 +464,14 @@ fn parse_ulimit(text: &str) -> Result<(String, Value)> {
                 number => json!(number.parse::<u64>()?),
             },
             Some((soft, hard)) => {
-                let [soft, hard] = [one(soft), one(hard)];
-                json!(format!(
-                    "{}:{}",
-                    soft.with_context(usage)?,
-                    hard.with_context(usage)?
-                ))
+                let soft = one(soft).with_context(usage)?;
+                let hard = one(hard).with_context(usage)?;
+                let number = |limit: &str| limit.parse().unwrap_or(u64::MAX);
+                ensure!(
+                    number(&soft) <= number(&hard),
+                    "{text:?}: the soft limit is above the hard one"
+                );
+                json!(format!("{soft}:{hard}"))
             }
         },
     ))
@@ -586,6 +596,14 @@ mod tests {
             (&shell["Entrypoint"], &shell["Cmd"]),
             (&json!(["sh"]), &json!(["-c", "id"]))
         );
+        let words = ["--entrypoint", "", "IMAGE", "/id"];
+        let cleared = &document(&image, &words).unwrap()["ImageConfig"];
+        assert_eq!(
+            (&cleared["Entrypoint"], &cleared["Cmd"]),
+            (&json!([]), &json!(["/id"]))
+        );
+        let said = error(&image, &["--entrypoint=", "IMAGE"]);
+        assert!(said.starts_with("nothing to run"), "{said}");
     }
 
     #[test]
@@ -762,6 +780,11 @@ mod tests {
         for bad in [
             ["--ulimit", "nofile"],
             ["--ulimit", "nofile=x"],
+            ["--ulimit", "nofile=5:3"],
+            ["--ulimit", "core=-1:3"],
+            ["--stop-signal", "SIGFOO"],
+            ["-e", "=x"],
+            ["-e", ""],
             ["--sysctl", "x"],
         ] {
             assert!(run(&[bad[0], bad[1], "IMAGE"]).is_err(), "{bad:?}");

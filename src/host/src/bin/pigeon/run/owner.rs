@@ -24,9 +24,13 @@ use pigeon::{
     progress::Progress,
     vsock,
 };
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    io::Errno,
+};
 use serde_json::json;
 use signal_hook::{
-    consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM},
+    consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM},
     iterator::Signals,
 };
 
@@ -58,6 +62,8 @@ const SHOWN_LINES: usize = 15;
 const SHUTDOWN: Duration = Duration::from_secs(10);
 /// Maximum size of the recorded events in bytes.
 const MAX_EVENT_LOG: u64 = 1 << 20;
+/// How often it is looked whether the terminal is ours again.
+const BACKGROUND_CHECK_INTERVAL: Duration = Duration::from_millis(200);
 /// How often an interrupted snapshot is looked for.
 const SNAPSHOT_CHECK_INTERVAL: Duration = Duration::from_millis(500);
 /// How long a VM may take until its API is up, for a session.
@@ -67,7 +73,7 @@ const LAST_OUTPUT: Duration = Duration::from_secs(5);
 
 /// The signals that [`Owner::watch`] handles; until then they wait.
 pub fn signals() -> io::Result<Signals> {
-    Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT])
+    crate::catch(&[SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGCONT])
 }
 
 /// Everything needed to run a VM.
@@ -116,10 +122,7 @@ impl Owner<'_> {
         let child = machine.process().child();
         let (console, keyboard) = (child.stdout.take(), child.stdin.take());
         let shows_console = self.run.shows_console();
-        let _restore = match shows_console && terminal::is_ours() {
-            true => Some(terminal::console().context("unable to set the terminal up")?),
-            false => None,
-        };
+        let mut restore = None;
         match keyboard {
             Some(keyboard) if shows_console => pass_keys(keyboard),
             // The open pipe is left to the VM.
@@ -154,8 +157,15 @@ impl Owner<'_> {
                 session = Some(result);
                 kill_at.get_or_insert(Instant::now() + SHUTDOWN);
             }
+            if shows_console && restore.is_none() && terminal::is_ours() {
+                restore = Some(terminal::console().context("unable to set the terminal up")?);
+            }
             for signal in signals.pending() {
                 match kill_at {
+                    // After Ctrl-Z the terminal has the shell's mode.
+                    _ if signal == SIGCONT => {
+                        drop(restore.take());
+                    }
                     // A session cannot be sent one.
                     _ if signal == SIGQUIT && self.plan.session.is_none() => self.pass_quit(),
                     None => {
@@ -584,16 +594,26 @@ fn follow(
 
 /// Copies what is typed, or piped in, to the console, as long as there is both.
 fn pass_keys(mut keyboard: ChildStdin) {
-    if io::stdin().is_terminal() && !terminal::is_ours() {
-        // In the background, reading would stop us; the open pipe is left to the VM.
-        std::mem::forget(keyboard);
-        return;
-    }
     thread::spawn(move || {
+        let stdin = io::stdin();
         let mut buffer = [0; 4096];
-        while let Ok(size) = io::stdin().read(&mut buffer) {
-            if size == 0 || keyboard.write_all(&buffer[..size]).is_err() {
-                break;
+        loop {
+            // Before the read, which would stop us in the background (&, or Ctrl-Z and bg).
+            let mut polled = [PollFd::new(&stdin, PollFlags::IN)];
+            match poll(&mut polled, None) {
+                Err(Errno::INTR) => continue,
+                result if result.is_err() => break,
+                _ => {}
+            }
+            if stdin.is_terminal() && !terminal::is_ours() {
+                thread::sleep(BACKGROUND_CHECK_INTERVAL);
+                continue;
+            }
+            // Not through the standard library's buffer, which poll(2) knows nothing of.
+            match rustix::io::read(&stdin, &mut buffer) {
+                Err(Errno::INTR | Errno::AGAIN) => {}
+                Ok(size) if size > 0 && keyboard.write_all(&buffer[..size]).is_ok() => {}
+                _ => break,
             }
         }
         // The end of our input is not the end of the console.

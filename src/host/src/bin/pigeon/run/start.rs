@@ -76,14 +76,16 @@ impl Restart {
         for_each(&names_or_only(&self.names)?, |name| {
             let vm = vms::find(name)?;
             command_of(&vm, true)?;
+            let mut announced = None;
             if vm.running {
-                vm.announce_restart()?;
+                announced = Some(vm.announce_restart()?);
                 stop(&vm, self.signal, timeout)?;
             }
             if let Err(code) = start_detached(name, self.wait)? {
                 failed = code;
                 return Ok(());
             }
+            drop(announced);
             say!("{name}")
         })?;
         Ok(failed)
