@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Everything there is to do with pigeon-init: ./build.sh help
+# Builds, runs, tests and packages pigeon-init: ./build.sh help
 set -euo pipefail
 readonly caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-# The lab is built of the host's library: they share what they build.
+# The lab uses the host's library, so they share a target directory.
 readonly std_target=${CARGO_TARGET_DIR:-target/std}
 readonly init_target=${CARGO_TARGET_DIR:-target}
 readonly host=(--locked --manifest-path src/host/Cargo.toml --target-dir "$std_target")
@@ -14,40 +14,40 @@ help() {
     cat <<'EOF'
 usage: ./build.sh COMMAND [--arch x86_64|aarch64] [--minimal] [--kernel VERSION|PATH] ...
 
-  run [run.json [WORD...]]    build, and boot the example (or run.json) in a VM, console shown;
-                              the words go on the kernel command line
-  test [AREA...] [FILTER]     unit tests, then VM tests: of these files in tests/vm, or all but
-                              containers; those whose name contains FILTER; containerd's need root
+  run [run.json [WORD...]]    builds the init, boots the example (or run.json) in a VM and shows its
+                              console; the words are added to the kernel command line
+  test [AREA...] [FILTER]     unit tests, then VM tests: those of the areas (files in tests/vm), or all
+                              but containers; FILTER selects by name; containerd's need root
 
   bench [--runs N] [--vs NAME=PATH[:CONFIGPATH]]... [--json FILE]
-                              the figures in one table, beside the sequential floor and others
+                              the figures as a table, beside the sequential floor and other inits
   bench --kernel-parameters [--runs N]
-                              what kernel parameters, initrd and root cost a cold start
+                              what kernel parameters, initrd and root cost in a cold start
   soak [MINUTES [BOOTS [CLONES]]]
-                              50 boots of the same disks, a VM that is cloned 100 times, then one
-                              under load for 20 minutes
+                              50 boots of the same disks, a VM cloned 100 times, then one under load
+                              for 20 minutes
 
   build                       build/init, the static binary
   initrd [run.json]           build/initrd.cpio: the init, and the configuration if one is given
-  rootfs SOURCE OUT [SIZE]    an image of a container image: docker save or OCI archive, OCI folder,
-                              tar file, directory, image name; SIZE as 64M, 1.5G;
+  rootfs SOURCE OUT [SIZE]    a root image from a container image: docker save or OCI archive, OCI layout,
+                              tar file, directory, image name; SIZE such as 64M or 1.5G;
                               --format ext4|squashfs|erofs
   pigeon ARGUMENT...          the host command: run, exec, logs, ps, stop, cp, …; see pigeon --help
   dist                        dist/: archives of init, initrd, pigeon and shim for both architectures, with
                               checksums and bills of materials
   package                     the same for one architecture
-  setup                       install and fetch what VMs need
-  vendor                      the crates' sources to vendor/, which build then uses, offline
-  clean                       remove all that was built; --cache: and the kernel and tools fetched
+  setup                       installs and fetches what VMs need
+  vendor                      copies the crates' sources to vendor/; builds then work offline
+  clean                       removes what was built; --cache: also the kernels and tools fetched
 
---minimal is the init without optional features. --kernel is that of the VMs: a version of Debian's, as
-6.12, by default this release's, or a kernel image that has its drivers built in. For an architecture
-that is not this machine's, build/ is build/ARCH/; without features, that directory's minimal/.
+--minimal builds the init without optional features. --kernel is the VMs' kernel: a version of Debian's, such
+as 6.12 (by default this release's), or a kernel image with its drivers built in. For an architecture other
+than this machine's, build/ is build/ARCH/; with --minimal, the minimal/ in it.
 EOF
 }
 
 say() { printf '==> %s\n' "$*" >&2; }
-wrong() { printf 'build.sh: %s; ./build.sh help lists what there is\n' "$*" >&2; exit 2; }
+wrong() { printf 'build.sh: %s; see ./build.sh help\n' "$*" >&2; exit 2; }
 die() { printf 'build.sh: %s\n' "$*" >&2; exit 1; }
 
 # need COMMAND=PACKAGE...: installs the Debian packages of the commands that are missing.
@@ -70,15 +70,15 @@ apt() {
 }
 
 need_rust() {
-    type -P cargo >/dev/null || die "there is no cargo: https://rustup.rs installs Rust"
+    type -P cargo >/dev/null || die "cargo not found: install Rust from https://rustup.rs"
     need cc=gcc
 }
 
-# KiB that build/init may have, with all features and without. They go down, or up for a fault that is
-# fixed and has no smaller answer.
+# Size limits of build/init in KiB, with all features and without. They go down, or up for a bug fix that
+# cannot be smaller.
 readonly budget_whole=203 budget_minimal=152
 
-# choose ARCH MINIMAL KERNEL: of what is built, and of the VMs. The lab and `pigeon` read them from
+# choose ARCH MINIMAL KERNEL: sets what is built, and for which VMs. The lab and `pigeon` read it from
 # PIGEON_ARCH, PIGEON_MINIMAL and PIGEON_KERNEL.
 choose() {
     case $1 in
@@ -91,7 +91,7 @@ choose() {
         target=$1-unknown-linux-gnu
     else
         out=build/$1
-        # Its core library is used, and nothing of a C library: this one is there for every host.
+        # Only the core library of this target is used, no C library, so any host can build it.
         target=$1-unknown-linux-musl
     fi
     features=() budget=$budget_whole
@@ -127,7 +127,7 @@ build() {
     local size
     size=$(stat -c %s "$out/init")
     say "$out/init: $size bytes"
-    ((size <= budget * 1024)) || die "$out/init has more than $budget KiB: look what has come in (nm --size-sort)"
+    ((size <= budget * 1024)) || die "$out/init is over $budget KiB: look for what was added (nm --size-sort)"
 }
 
 # initrd RUN_JSON, which may be empty.
@@ -160,8 +160,8 @@ rootfs() {
     program pigeon rootfs "$@"
 }
 
-# program NAME ARGUMENT...: one of tests/ or src/host, built; paths are those of whoever calls this
-# script.
+# program NAME ARGUMENT...: builds and runs a program of tests/ or src/host, in the directory that this script
+# was called from.
 program() {
     local workspace=("${lab[@]}")
     [[ $1 != pigeon ]] || workspace=("${host[@]}")
@@ -169,7 +169,7 @@ program() {
     env -C "$caller" "$(realpath "$std_target")/debug/$1" "${@:2}"
 }
 
-# The host command; with what a VM needs, when it is to boot one.
+# The host command; for `run`, with what a VM needs.
 pigeon() {
     need_rust
     if [[ ${1-} == run ]]; then
@@ -182,7 +182,7 @@ pigeon() {
 setup() {
     need_rust
     local arch=$PIGEON_ARCH foreign=()
-    # The guest's programs are compiled here, and some run here.
+    # The guest's programs are compiled on this machine, and some also run on it.
     [[ $arch == "$(uname -m)" ]] || foreign=("$arch-linux-gnu-gcc=gcc-${arch/_/-}-linux-gnu"
         "$arch-linux-gnu-gcc=libc6-dev-$debian-cross" "qemu-$arch=qemu-user")
     need "qemu-system-$arch=$qemu" "${foreign[@]}" fakeroot=fakeroot mkfs.ext4=e2fsprogs \
@@ -214,7 +214,7 @@ dist() {
     say "dist/ holds $(cd dist && echo *)"
 }
 
-# dist/pigeon-init-VERSION-ARCH.tar.gz: all that a host needs but for a hypervisor and a kernel.
+# dist/pigeon-init-VERSION-ARCH.tar.gz: everything that a host needs, except for a hypervisor and a kernel.
 package() {
     need_rust
     need zstd=zstd
@@ -228,7 +228,7 @@ package() {
     trap "rm -rf '$stage'" EXIT
     mkdir "$stage/$name"
     rustup target add "$musl"
-    # Static, so that it runs on every distribution; and nothing of where it was built is in it.
+    # Static, so that it runs on every distribution, and without paths of the machine that built it.
     PIGEON_DIST=1 RUSTFLAGS="-C linker=rust-lld --remap-path-prefix=$PWD=/pigeon-init \
         --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=/cargo" \
         cargo build --release "${host[@]}" --workspace --bins --target "$musl"
@@ -256,7 +256,7 @@ package() {
     say "dist/$name.tar.gz: $(stat -c %s "dist/$name.tar.gz") bytes"
 }
 
-# materials MANIFEST LOCK TARGET OPTION...: what a program is made of (CycloneDX).
+# materials MANIFEST LOCK TARGET OPTION...: the bill of materials of a program (CycloneDX).
 materials() {
     cargo metadata --format-version 1 --locked --manifest-path "$1" --filter-platform "$3" "${@:4}" |
         cargo run --quiet "${host[@]}" --example materials -- "$2"
@@ -268,7 +268,7 @@ run_tests() {
     cargo test --locked "${features[@]}"
     initrd ''
     setup
-    # An error's text says where it comes from; its backtrace is the test runner's.
+    # The text of an error says where it comes from; a backtrace would only show the test runner.
     export RUST_LIB_BACKTRACE=0
     if [[ -z $PIGEON_MINIMAL ]]; then
         say "unit tests of the lab"
@@ -278,24 +278,24 @@ run_tests() {
     fi
     local lab_areas=() host_areas=() shim_areas=() lab_features=("${features[@]}") failed=0
     while [[ -n ${1-} ]]; do
-        # It takes minutes, and is not among all areas.
+        # It takes minutes, so it runs only by name.
         if [[ $1 == containers ]]; then
             need mmdebstrap=mmdebstrap redis-cli=redis-tools
             lab_features+=(--features containers)
         fi
         [[ -e tests/vm/$1.rs || -e src/host/tests/$1.rs || -e src/host/shim/tests/$1.rs ]] || break
-        # Each has an `image`.
+        # Both workspaces have an area `image`.
         [[ ! -e tests/vm/$1.rs ]] || lab_areas+=(--test "$1")
         [[ ! -e src/host/tests/$1.rs || -n $PIGEON_MINIMAL ]] || host_areas+=(--test "$1")
         [[ ! -e src/host/shim/tests/$1.rs ]] || shim_areas+=(--test "$1")
         shift
     done
     if ((!${#lab_areas[@]} && !${#host_areas[@]} && !${#shim_areas[@]})); then
-        # Those of features that this build has.
+        # Tests of features that this build lacks are left out.
         lab_areas=(--tests)
-        # The host's command is for the whole init.
+        # The host command needs all features.
         [[ -n $PIGEON_MINIMAL ]] || host_areas=(--test '*')
-        # The shim's VMs are for this machine's architecture, and containerd is root's.
+        # The shim's VMs have this machine's architecture, and containerd needs root.
         if [[ -n $PIGEON_MINIMAL || $PIGEON_ARCH != "$(uname -m)" ]] || ((EUID)); then
             say "containerd is left out: it needs root, all features and this machine's architecture"
         else
@@ -308,7 +308,7 @@ run_tests() {
         areas tests "${lab[@]}" "${lab_features[@]}" "${lab_areas[@]}" -- "$@" || failed=1
     fi
     if ((${#host_areas[@]})); then
-        # Their images are taken.
+        # For the images that the tests read.
         need buildah=buildah skopeo=skopeo
         areas src/host "${host[@]}" "${host_areas[@]}" -- "$@" || failed=1
     fi
@@ -320,8 +320,8 @@ run_tests() {
     return $failed
 }
 
-# areas DIRECTORY CARGO_OPTION... -- TEST_ARGUMENT...: a workspace's test programs, several at once: many
-# a VM waits for its turn (PIGEON_VMS), or for a deadline.
+# areas DIRECTORY CARGO_OPTION... -- TEST_ARGUMENT...: runs a workspace's test programs, several at once, as most
+# of the time they wait: for their turn to boot a VM (PIGEON_VMS), or for a deadline.
 areas() {
     local dir=$1 options=() logs list failed
     shift
@@ -342,7 +342,7 @@ areas() {
         bash -c 'area "$@"' area "$dir" "$logs" "$@" <<<"$list" || again "$dir" "$failed"
 }
 
-# area DIRECTORY LOGS TEST_ARGUMENT... NAME PROGRAM: one of them, whose output comes when it has ended.
+# area DIRECTORY LOGS TEST_ARGUMENT... NAME PROGRAM: runs one of them, and prints its output when it has ended.
 area() {
     local name=${*: -2:1} program log=$2/${*: -2:1}.out failed=0 test
     program=$(realpath "${*: -1}")
@@ -361,11 +361,11 @@ area() {
     return $((failed != 0))
 }
 
-# again DIRECTORY LIST: up to three tests that have failed, once more and alone: a machine that others
-# share can stand still for seconds, which is longer than what a test may take for granted.
+# again DIRECTORY LIST: runs up to three failed tests once more, one at a time: a shared machine can stall for
+# seconds, longer than a test allows for.
 again() {
     local test program failed=0
-    # Not one that did not get to its tests' end, nor several.
+    # Not if there are more, or if a program did not reach the end of its tests.
     if [[ ! -s $2 ]] || grep -q '^- ' "$2" || (($(wc -l <"$2") > 3)); then
         return 1
     fi
@@ -389,7 +389,7 @@ soak() {
     program soak "$@"
 }
 
-# The same program with its symbols, for .ci/panics: its path.
+# Builds the same program with symbols, for .ci/panics, and prints its path.
 symbols() {
     need_rust
     CARGO_PROFILE_RELEASE_STRIP=none CARGO_PROFILE_RELEASE_DEBUG=2 cargo_init "$init_target/symbols"

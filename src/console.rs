@@ -1,6 +1,6 @@
 //! The console: log lines and the workload's output, written without ever blocking.
 
-use crate::context::Source;
+use crate::context::EventSource;
 use crate::error::Log;
 use crate::sys::epoll::Poller;
 use crate::sys::{files, terminal};
@@ -112,7 +112,7 @@ impl Console {
             let watched = &mut self.watched;
             poller.watch(
                 device,
-                Source::Console.token(Key::default()),
+                EventSource::Console.token(Key::default()),
                 watched,
                 wanted,
             );

@@ -33,7 +33,7 @@ pub const ARENA: usize = 160 << 10;
 
 /// Where an event comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
+pub enum EventSource {
     /// The signalfd.
     Signals,
     /// The vsock listener.
@@ -65,7 +65,7 @@ pub enum Source {
     RestoreTrigger,
 }
 
-impl Source {
+impl EventSource {
     const ALL: &[Self] = &[
         Self::Signals,
         Self::Listener,
@@ -218,8 +218,10 @@ pub struct Snapshot {
     pub trigger_events: EventFlags,
     /// The next deadline of a hold or a restore.
     pub deadline: u64,
-    /// /dev/kmsg and /dev/vmclock0, opened before the workload can replace them.
-    pub devices: [Option<OwnedFd>; 2],
+    /// /dev/kmsg, opened before the workload can replace it; the restore triggers take it.
+    pub kernel_log: Option<OwnedFd>,
+    /// /dev/vmclock0, likewise.
+    pub vmclock: Option<OwnedFd>,
     /// The configuration, from the boot or from the last restore.
     pub applied: AppliedConfig,
     /// The interfaces that its addresses were added to.
@@ -326,7 +328,8 @@ impl Context {
                 helper: None,
                 helper_status: None,
                 deadline: NEVER,
-                devices: [None, None],
+                kernel_log: None,
+                vmclock: None,
                 applied: AppliedConfig {
                     digests: [0; MEMBERS.len()],
                     restore_signal: None,

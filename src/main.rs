@@ -23,7 +23,7 @@ mod volumes;
 
 use crate::api::Api;
 use crate::boot::DeferredCleanup;
-use crate::boot::check;
+use crate::boot::cli;
 use crate::boot::kernel_params::KernelParams;
 use crate::boot::mounts;
 use crate::console::Console;
@@ -33,7 +33,7 @@ use crate::error::Result;
 use crate::restore::Restore;
 use crate::supervisor::{Events, HANDLED, Supervisor};
 use crate::sys::epoll::{EventBuffer, NO_EVENTS, Poller};
-use crate::sys::{GuestThreads, StackStrings, Static};
+use crate::sys::{GuestThreads, Region, StackStrings, Static};
 use rustix::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{DumpableBehavior, Pid};
@@ -69,7 +69,7 @@ fn start(arguments: StackStrings, environment: StackStrings) -> ! {
         sys::exit(1);
     };
     if rustix::process::getpid() != Pid::INIT {
-        sys::exit(check::run(arguments, &mut memory.defaults.environment));
+        sys::exit(cli::run(arguments, &mut memory.defaults.environment));
     }
     live(memory, &KernelParams::read(environment))
 }
@@ -90,15 +90,9 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     let _infallible = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
     let devices = mounts::mount_devtmpfs().and_then(|()| open_standard_streams());
     console.open(params.level);
-    let started = devices.and_then(|()| {
-        Ok((
-            event_loop(events)?,
-            mounts::mount_procfs()?,
-            document_memory()?,
-        ))
-    });
-    let ((poller, signals), proc, scratch) = match started {
-        Ok(started) => started,
+    let opened = devices.and_then(|()| open_resources(events));
+    let (poller, signals, proc, scratch) = match opened {
+        Ok(opened) => opened,
         Err(error) => {
             console.error(&error);
             shutdown::reboot();
@@ -140,10 +134,11 @@ fn live(memory: &'static mut Memory, params: &KernelParams) -> ! {
     }
 }
 
-fn event_loop(events: &'static mut EventBuffer) -> Result<(Poller, OwnedFd)> {
+/// Opens what PID 1 cannot do without: an epoll instance, a signalfd, /proc, and memory for files.
+fn open_resources(events: &'static mut EventBuffer) -> Result<(Poller, OwnedFd, OwnedFd, Region)> {
     let poller = Poller::new(events)?;
     let signals = sys::signalfd(HANDLED).map_err(context!("create a signalfd"))?;
-    Ok((poller, signals))
+    Ok((poller, signals, mounts::mount_procfs()?, document_memory()?))
 }
 
 /// Opens /dev/null as descriptors 0 to 2, so that no other file ever gets these numbers, and as the

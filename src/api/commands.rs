@@ -9,7 +9,7 @@ use super::io::Io;
 use super::io::read_body;
 use super::process::Process;
 use super::session::Session;
-use crate::context::{Context, NEVER, Source};
+use crate::context::{Context, EventSource, NEVER};
 use crate::error;
 use crate::error::Result;
 use crate::sys;
@@ -260,7 +260,12 @@ impl Commands {
     }
 
     /// Handles an event of a command's stream. Returns the connection that can proceed.
-    pub fn on_event(&mut self, source: Source, key: Key, context: &mut Context) -> Option<Key> {
+    pub fn on_event(
+        &mut self,
+        source: EventSource,
+        key: Key,
+        context: &mut Context,
+    ) -> Option<Key> {
         let command = self.slab.get_mut(key)?;
         match (&mut command.role, command.owner) {
             (Role::Exec(exec), _) => exec.on_output(source, &mut self.capture_left),

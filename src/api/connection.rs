@@ -15,7 +15,7 @@ use super::session::{ExitStatus, Progress};
 #[cfg(feature = "tunnel")]
 use super::tunnel::Tunnel;
 use super::{signals, stop};
-use crate::context::{Context, NEVER, Source};
+use crate::context::{Context, EventSource, NEVER};
 use crate::error;
 use crate::error::Error;
 #[cfg(feature = "snapshot")]
@@ -202,8 +202,9 @@ impl State {
         false
     }
 
-    /// Whether the received bytes start with a body that is still needed.
-    fn has_body(&self) -> bool {
+    /// Whether a snapshot call waits for its response. Its body is then still needed, at the start of the
+    /// received bytes.
+    fn is_snapshot_call(&self) -> bool {
         #[cfg(feature = "snapshot")]
         if let Self::Snapshot(_) = self {
             return true;
@@ -305,8 +306,8 @@ impl Connection {
     }
 
     /// Its memory, if another connection can use it.
-    pub fn reuse(self) -> Option<Region> {
-        self.io.reuse()
+    pub fn into_reusable_memory(self) -> Option<Region> {
+        self.io.into_reusable_memory()
     }
 
     /// Closes it: the VM shuts down, a snapshot is taken, or a new connection replaces it.
@@ -333,8 +334,8 @@ impl Connection {
         context.log_readers -= usize::from(self.state.reads_log());
         #[cfg(feature = "snapshot")]
         {
-            context.snapshot.pending_calls += usize::from(state.has_body());
-            context.snapshot.pending_calls -= usize::from(self.state.has_body());
+            context.snapshot.pending_calls += usize::from(state.is_snapshot_call());
+            context.snapshot.pending_calls -= usize::from(self.state.is_snapshot_call());
         }
         if self.state.is_transfer() || matches!(state, State::Closed) && !self.io.broken {
             // A child may have a copy of it: the one that serves it must exit, and one that is frozen before
@@ -394,7 +395,7 @@ impl Connection {
             let before = tunnel.timeout();
             tunnel.receive(events, &mut self.io);
             if tunnel.is_connected() && tunnel.timeout() != before {
-                self.limit_tunnel(shared.context.now);
+                self.restart_tunnel_timeout(shared.context.now);
             }
             return self.proceed(shared);
         }
@@ -412,7 +413,7 @@ impl Connection {
             && match self.state {
                 State::Closing | State::Closed => false,
                 _ if self.state.is_transfer() || self.state.is_tunnel() => false,
-                _ if self.state.has_body() => false,
+                _ if self.state.is_snapshot_call() => false,
                 // Pipelined requests stay in the kernel, except for their first bytes.
                 State::Exec(_) | State::ExitCode => !self.io.has_received(),
                 State::WebSocket(_, Stage::Session(key)) => commands
@@ -424,8 +425,8 @@ impl Connection {
 
     /// Makes as much progress as is possible now.
     pub fn proceed(&mut self, shared: &mut Shared) {
-        // Limits the output sent in one turn, so that other connections get theirs.
-        let mut messages = 1;
+        // How many pieces of output may be sent in this turn, so that other connections get theirs.
+        let mut budget = 1;
         while !self.is_closed() {
             self.send(shared.context);
             #[cfg(feature = "tunnel")]
@@ -441,24 +442,24 @@ impl Connection {
             if !self.io.is_sent() && !self.state.is_websocket() && !self.state.is_tunnel() {
                 return;
             }
-            if self.step(&mut messages, shared) == Step::Wait {
+            if self.step(&mut budget, shared) == Step::Wait {
                 return;
             }
         }
     }
 
-    fn step(&mut self, messages: &mut u32, shared: &mut Shared) -> Step {
+    fn step(&mut self, budget: &mut u32, shared: &mut Shared) -> Step {
         match &mut self.state {
             State::Head(_) => self.read_head(shared),
             State::Body(_) => self.read_body(shared),
             State::ExitCode => self.respond_exit_code(shared),
             State::Exec(key) => {
                 let key = *key;
-                self.respond_exec(key, messages, shared)
+                self.respond_exec(key, budget, shared)
             }
             State::WebSocket(_, Stage::Session(key)) => {
                 let key = *key;
-                self.proceed_session(key, messages, shared)
+                self.proceed_session(key, budget, shared)
             }
             State::WebSocket(..) => self.take_message(shared),
             #[cfg(feature = "logs")]
@@ -472,7 +473,7 @@ impl Connection {
                 Step::Wait
             }
             #[cfg(feature = "tunnel")]
-            State::Tunnel(_) => self.proceed_tunnel(messages, shared),
+            State::Tunnel(_) => self.proceed_tunnel(budget, shared),
             State::Draining(until) => {
                 self.deadline = (shared.context.now + DRAIN_IDLE).min(*until);
                 let length = self.io.received().len();
@@ -529,9 +530,7 @@ impl Connection {
             Target::Resource { path, .. } => route(head.method, path),
             #[cfg(feature = "tunnel")]
             Target::Authority { host, port } => {
-                let tunnel = check_long_connections(shared.context)
-                    .and_then(|()| refuse_while_held(shared.context))
-                    .and_then(|()| Tunnel::open(host, port, &shared.context.proc));
+                let tunnel = open_tunnel(host, port, shared.context);
                 self.io.reply = reply;
                 self.io.discard(0..length);
                 match tunnel {
@@ -649,7 +648,11 @@ impl Connection {
             self.next_state()
         });
         // A call that waits keeps its body.
-        let kept = if next.has_body() { request.length } else { 0 };
+        let kept = if next.is_snapshot_call() {
+            request.length
+        } else {
+            0
+        };
         self.io.discard(0..request.head + request.length - kept);
         self.enter(next, shared);
     }
@@ -681,7 +684,7 @@ impl Connection {
                 return Ok(State::ExitCode);
             }
             #[cfg(feature = "sessions")]
-            Call::Sessions => {
+            Call::ListSessions => {
                 let mut list = SliceWriter::new(context.temp);
                 let _fits = commands.list_sessions(&mut list);
                 self.io.respond(Status::Ok, list.as_bytes());
@@ -703,20 +706,14 @@ impl Connection {
             }
             #[cfg(feature = "snapshot")]
             Call::Snapshot(call) => {
-                if context.workload.group.is_none() {
-                    return Err(not_running());
-                }
-                if context.snapshot.pending_calls >= SNAPSHOT_CALLS {
-                    let error = error!("too many calls wait for another one");
-                    return Err(CallError::new(Status::ServiceUnavailable, error));
-                }
+                check_snapshot_calls(context)?;
                 return Ok(State::Snapshot(PendingCall {
                     call,
                     received_us: sys::microseconds(),
                     length: request.length,
                 }));
             }
-            Call::Session => {
+            Call::WebSocketExec => {
                 let Some(key) = parse_again(head).and_then(|head| head.websocket) else {
                     let error = error!("a WebSocket handshake, version 13, is needed");
                     return Err(CallError::new(Status::UpgradeRequired, error));
@@ -738,7 +735,7 @@ impl Connection {
                 commands.check_room(context)?;
                 let exec = match call {
                     #[cfg(feature = "sysinfo")]
-                    Call::Sysinfo => Exec::start_report(context),
+                    Call::Sysinfo => Exec::start_sysinfo(context),
                     #[cfg(feature = "mounts")]
                     Call::Mount => Exec::start_mount(body, context),
                     #[cfg(feature = "mounts")]
@@ -794,15 +791,15 @@ impl Connection {
     }
 
     /// Responds with a command's output, once it has exited.
-    fn respond_exec(&mut self, key: Key, pieces: &mut u32, shared: &mut Shared) -> Step {
+    fn respond_exec(&mut self, key: Key, budget: &mut u32, shared: &mut Shared) -> Step {
         let Some((exec, left)) = shared.commands.exec(key) else {
             self.io.broken = true;
             return Step::Again;
         };
-        if !exec.is_finished() || *pieces == 0 {
+        if !exec.is_finished() || *budget == 0 {
             return Step::Wait;
         }
-        *pieces -= 1;
+        *budget -= 1;
         if let Some(error) = exec.failure(left) {
             self.fail(&error, shared);
         } else if exec.queue_response(&mut self.io) {
@@ -836,13 +833,13 @@ impl Connection {
     }
 
     /// Moves a session's data in both directions.
-    fn proceed_session(&mut self, key: Key, messages: &mut u32, shared: &mut Shared) -> Step {
+    fn proceed_session(&mut self, key: Key, budget: &mut u32, shared: &mut Shared) -> Step {
         let Some(session) = shared.commands.session(key, self.key) else {
             let reason = "the session was taken or ended";
             self.close_session(CloseCode::GoingAway, reason, shared);
             return Step::Again;
         };
-        match session.proceed(messages, &mut self.io) {
+        match session.proceed(budget, &mut self.io) {
             Progress::Blocked => return Step::Wait,
             Progress::Progressed => {}
             Progress::ReadyForMessage => return self.take_message(shared),
@@ -859,7 +856,7 @@ impl Connection {
 
     /// Connects a tunnel, or moves its data in both directions.
     #[cfg(feature = "tunnel")]
-    fn proceed_tunnel(&mut self, pieces: &mut u32, shared: &mut Shared) -> Step {
+    fn proceed_tunnel(&mut self, budget: &mut u32, shared: &mut Shared) -> Step {
         let State::Tunnel(tunnel) = &mut self.state else {
             return Step::Wait;
         };
@@ -874,16 +871,16 @@ impl Connection {
         // Checked first, as a tunnel whose client has disconnected makes no progress.
         if tunnel.is_closed() {
             self.enter(State::Closed, shared);
-        } else if !tunnel.proceed(&mut self.io, pieces) {
+        } else if !tunnel.proceed(&mut self.io, budget) {
             return Step::Wait;
         }
-        self.limit_tunnel(shared.context.now);
+        self.restart_tunnel_timeout(shared.context.now);
         Step::Again
     }
 
     /// Restarts a tunnel's idle timeout.
     #[cfg(feature = "tunnel")]
-    fn limit_tunnel(&mut self, now: u64) {
+    fn restart_tunnel_timeout(&mut self, now: u64) {
         if let State::Tunnel(tunnel) = &self.state {
             let timeout = tunnel.timeout();
             self.deadline = timeout.map_or(NEVER, |timeout| now + timeout);
@@ -1044,7 +1041,7 @@ impl Connection {
         if let State::Tunnel(tunnel) = &mut self.state {
             wanted = tunnel.watch(self.key, &mut self.io, context);
         }
-        let token = Source::Connection.token(self.key);
+        let token = EventSource::Connection.token(self.key);
         context
             .poller
             .watch(self.io.socket(), token, &mut self.watched, wanted);
@@ -1077,6 +1074,27 @@ fn target(head: &[u8]) -> Target<'_> {
         query: "",
     };
     parse_again(head).map_or(nothing, |head| head.target)
+}
+
+/// Begins to connect a tunnel, if there may be one now.
+#[cfg(feature = "tunnel")]
+fn open_tunnel(host: &str, port: u16, context: &Context) -> Result<Tunnel, CallError> {
+    check_long_connections(context)?;
+    refuse_while_held(context)?;
+    Tunnel::open(host, port, &context.proc)
+}
+
+/// Checks whether a snapshot call can be handled, and may wait.
+#[cfg(feature = "snapshot")]
+fn check_snapshot_calls(context: &Context) -> Result<(), CallError> {
+    if context.workload.group.is_none() {
+        return Err(not_running());
+    }
+    if context.snapshot.pending_calls >= SNAPSHOT_CALLS {
+        let error = error!("too many calls wait for another one");
+        return Err(CallError::new(Status::ServiceUnavailable, error));
+    }
+    Ok(())
 }
 
 /// Checks whether there may be another connection without a time limit.

@@ -69,7 +69,7 @@ const EXIT_CODES: &[(i32, Status)] = &[
 
 /// In a child: reports its error. Returns the exit code.
 #[cfg(any(feature = "mounts", feature = "snapshot", feature = "sysinfo"))]
-pub fn report(done: Result<(), CallError>, log: &HelperLog) -> i32 {
+pub fn report_error(done: Result<(), CallError>, log: &HelperLog) -> i32 {
     let Err(CallError { status, error }) = done else {
         return 0;
     };
@@ -80,7 +80,7 @@ pub fn report(done: Result<(), CallError>, log: &HelperLog) -> i32 {
 
 /// The status of a child's error, by its exit code if it has one.
 #[cfg(any(feature = "mounts", feature = "snapshot", feature = "sysinfo"))]
-pub fn status_of(code: Option<i32>) -> Status {
+pub fn status_of_exit(code: Option<i32>) -> Status {
     let known = EXIT_CODES.iter().find(|(known, _)| Some(*known) == code);
     known.map_or(Status::InternalServerError, |(_, status)| *status)
 }

@@ -2,7 +2,7 @@
 
 use super::error::CallError;
 #[cfg(any(feature = "mounts", feature = "sysinfo"))]
-use super::error::{report, status_of};
+use super::error::{report_error, status_of_exit};
 #[cfg(any(feature = "mounts", feature = "sysinfo"))]
 use super::io::OK;
 use super::io::{self, Io};
@@ -13,7 +13,7 @@ use super::process::Process;
 use super::process::output_pipe;
 #[cfg(feature = "sysinfo")]
 use super::sysinfo;
-use crate::context::{Context, Source};
+use crate::context::{Context, EventSource};
 use crate::error;
 use crate::error::{Error, Result};
 use crate::process::channel::Channel;
@@ -135,19 +135,19 @@ impl Exec {
     #[cfg(feature = "mounts")]
     fn spawn_mount(job: &Job, proc: &OwnedFd, now: u64) -> Result<Self, CallError> {
         let deadline = now.saturating_add(helper::TIMEOUT);
-        let process = Process::fork(proc, &mut |log| report(mounts::run(job, log), log))?;
+        let process = Process::fork(proc, &mut |log| report_error(mounts::run(job, log), log))?;
         let streams = Default::default();
         Ok(Self::of(process, Kind::Helper, streams, deadline))
     }
 
     /// Starts a child of this program, whose output is the response.
     #[cfg(feature = "sysinfo")]
-    pub fn start_report(context: &mut Context) -> Result<Self, CallError> {
+    pub fn start_sysinfo(context: &mut Context) -> Result<Self, CallError> {
         let (channel, theirs) = output_pipe(context.guest_threads)?;
         let Context { proc, scratch, .. } = context;
         let process = Process::fork(proc, &mut |log| {
             let done = sysinfo::run(&theirs, proc, scratch, log);
-            report(done.map_err(CallError::from), log)
+            report_error(done.map_err(CallError::from), log)
         })?;
         let deadline = context.now.saturating_add(sysinfo::TIMEOUT);
         let streams = [channel, Channel::default()];
@@ -155,10 +155,10 @@ impl Exec {
     }
 
     /// Reads from one of its streams. `left`: how much more output may be captured.
-    pub fn on_output(&mut self, source: Source, left: &mut usize) {
+    pub fn on_output(&mut self, source: EventSource, left: &mut usize) {
         let [output, error] = &mut self.streams;
         let stream = match source {
-            Source::CommandStdout => output,
+            EventSource::CommandStdout => output,
             _ => error,
         };
         stream.read(self.process.is_finished(), left);
@@ -183,9 +183,9 @@ impl Exec {
         let [output, error] = &mut self.streams;
         let (wanted, poller) = (EventFlags::IN, &context.poller);
         let channel = &mut output.channel;
-        channel.watch(Source::CommandStdout.token(key), wanted, poller);
+        channel.watch(EventSource::CommandStdout.token(key), wanted, poller);
         let channel = &mut error.channel;
-        channel.watch(Source::CommandStderr.token(key), wanted, poller);
+        channel.watch(EventSource::CommandStderr.token(key), wanted, poller);
     }
 
     /// The error to respond with, if any. Call once it has ended.
@@ -193,22 +193,22 @@ impl Exec {
         if self.queued.is_none() {
             self.read_remaining(left);
         }
-        let lines = self.process.take_lines();
+        let reports = self.process.take_reports();
         let code = self
             .process
             .status()
             .and_then(|status| status.exit_status());
         let [output, _] = &self.streams;
-        let (status, error) = match (lines.error, code) {
+        let (status, error) = match (reports.error, code) {
             (error, _) if self.kind == Kind::Command => (Status::InternalServerError, error?),
             #[cfg(any(feature = "mounts", feature = "sysinfo"))]
-            (Some(error), _) => (status_of(code), error),
+            (Some(error), _) => (status_of_exit(code), error),
             (None, Some(0)) if output.capture.truncated => {
                 let error = error!("commands have all the memory for output");
                 (Status::ServiceUnavailable, error)
             }
             (None, Some(0)) => return None,
-            _ if self.process.was_killed() => (Status::GatewayTimeout, timed_out(lines.step)),
+            _ if self.process.was_killed() => (Status::GatewayTimeout, timed_out(reports.step)),
             _ => (Status::InternalServerError, error!("a helper was killed")),
         };
         Some(CallError::new(status, error))

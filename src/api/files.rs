@@ -453,21 +453,35 @@ fn put(
     decoder: &mut BodyDecoder,
     scratch: &mut [u8],
 ) -> Result<(), Failure> {
-    let mut room = [0; PATH_MAX];
-    let mut succeeds = |call: &dyn Fn(&CStr) -> Result<(), Errno>, path: &[u8]| {
-        files::join(&[path], &mut room).is_some_and(|path| call(path).is_ok())
-    };
-    let exists = &|path: &CStr| rustix::fs::access(path, Access::EXISTS);
-    let missing = parents(path.to_bytes()).take_while(|parent| !succeeds(exists, parent));
-    let missing = missing.count();
+    let missing = missing_parents(path);
     let stored = store(client, head, path, content, decoder, scratch);
     if stored.is_err() {
-        // Stops at a directory in which another process has created something.
-        let remove = &|path: &CStr| rustix::fs::rmdir(path);
-        let mut made = parents(path.to_bytes()).take(missing);
-        let _all = made.all(|parent| succeeds(remove, parent));
+        remove_parents(path, missing);
     }
     stored
+}
+
+/// How many of a path's parent directories do not exist: the innermost ones.
+fn missing_parents(path: &CStr) -> usize {
+    let mut room = [0; PATH_MAX];
+    let mut exists = |parent| {
+        let parent = files::join(&[parent], &mut room);
+        parent.is_some_and(|parent| rustix::fs::access(parent, Access::EXISTS).is_ok())
+    };
+    parents(path.to_bytes())
+        .take_while(|parent| !exists(parent))
+        .count()
+}
+
+/// Removes the `count` innermost parent directories of a path, up to one in which another process has created
+/// something.
+fn remove_parents(path: &CStr, count: usize) {
+    let mut room = [0; PATH_MAX];
+    let remove = |parent| {
+        let parent = files::join(&[parent], &mut room);
+        parent.is_some_and(|parent| rustix::fs::rmdir(parent).is_ok())
+    };
+    let _all = parents(path.to_bytes()).take(count).all(remove);
 }
 
 /// The same, but leaves created directories behind on failure.

@@ -82,7 +82,7 @@ impl Io {
     }
 
     /// Its memory, if another connection can use it.
-    pub fn reuse(self) -> Option<Region> {
+    pub fn into_reusable_memory(self) -> Option<Region> {
         self.used_little.then_some(self.memory)
     }
 

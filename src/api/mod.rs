@@ -30,13 +30,13 @@ mod tunnel;
 #[cfg(feature = "snapshot")]
 pub use {
     connection::PendingCall,
-    error::{CallError, not_running, report, status_of},
+    error::{CallError, not_running, report_error, status_of_exit},
     io::read_body,
     routes::SnapshotCall,
 };
 
 use crate::context;
-use crate::context::{Context, NEVER, Source};
+use crate::context::{Context, EventSource, NEVER};
 use crate::error::Result;
 use crate::sys::epoll::Poller;
 use crate::sys::{self, Region, vsock};
@@ -101,7 +101,7 @@ impl Api {
     /// Waits for connections.
     pub fn watch_listener(&mut self, poller: &Poller) {
         if let Some(listener) = &self.listener {
-            let token = Source::Listener.token(Key::default());
+            let token = EventSource::Listener.token(Key::default());
             let watched = &mut self.listener_watched;
             let wanted = match self.accept_retry {
                 None => EventFlags::IN,
@@ -119,7 +119,7 @@ impl Api {
     /// Stops listening and closes all connections; their commands are killed.
     pub fn close(&mut self, context: &mut Context) {
         self.listener = None;
-        self.each(context, &|_| true, &mut Connection::close);
+        self.for_each(context, &|_| true, &mut Connection::close);
     }
 
     /// Accepts at most [`ACCEPT_AT_ONCE`] connections.
@@ -161,7 +161,7 @@ impl Api {
             if let Some(connection) = self.connections.get_mut(key) {
                 connection.set_key(key);
             }
-            self.on_event(Source::Connection, key, EventFlags::IN, context);
+            self.on_event(EventSource::Connection, key, EventFlags::IN, context);
         }
         Ok(())
     }
@@ -185,16 +185,16 @@ impl Api {
     /// Handles an event of a connection or a command.
     pub fn on_event(
         &mut self,
-        source: Source,
+        source: EventSource,
         key: Key,
         events: EventFlags,
         context: &mut Context,
     ) {
-        if source == Source::Connection {
+        if source == EventSource::Connection {
             self.with(key, context, &mut |connection, shared| {
                 connection.on_socket(events, shared)
             });
-        } else if source == Source::Tunnel {
+        } else if source == EventSource::Tunnel {
             self.proceed(key, context);
         } else if let Some(key) = self.commands.on_event(source, key, context) {
             self.proceed(key, context);
@@ -205,7 +205,7 @@ impl Api {
     pub fn on_any_output(&mut self, context: &mut Context) {
         for index in 0..self.commands.used() {
             if let Some(key) = self.commands.key_at(index) {
-                for source in [Source::CommandStdout, Source::CommandStderr] {
+                for source in [EventSource::CommandStdout, EventSource::CommandStderr] {
                     self.on_event(source, key, EventFlags::empty(), context);
                 }
             }
@@ -214,7 +214,7 @@ impl Api {
 
     /// Registers again after a failed registration.
     pub fn watch(&mut self, context: &mut Context) {
-        self.each(context, &|_| true, &mut |_, _| {});
+        self.for_each(context, &|_| true, &mut |_, _| {});
         self.commands.watch(context);
     }
 
@@ -255,7 +255,7 @@ impl Api {
             return connection.watch(&mut shared);
         }
         let closed = self.connections.remove(key);
-        if let Some(memory) = closed.and_then(Connection::reuse) {
+        if let Some(memory) = closed.and_then(Connection::into_reusable_memory) {
             self.spare = Some(memory);
         }
     }
@@ -269,7 +269,7 @@ impl Api {
 
     /// Responds to the connections that wait for the workload's exit.
     pub fn on_workload_exit(&mut self, context: &mut Context) {
-        self.each(
+        self.for_each(
             context,
             &Connection::waits_for_exit,
             &mut Connection::proceed,
@@ -279,7 +279,7 @@ impl Api {
     /// Sends new output, or its end, to the log's followers.
     pub fn on_output(&mut self, context: &mut Context) {
         if context.log_readers > 0 {
-            self.each(context, &Connection::reads_log, &mut Connection::proceed);
+            self.for_each(context, &Connection::reads_log, &mut Connection::proceed);
         }
     }
 
@@ -316,11 +316,11 @@ impl Api {
         let now = context.now;
         self.accept_retry = self.accept_retry.filter(|retry| *retry > now);
         let is_late = |connection: &Connection| connection.deadline <= now;
-        self.each(context, &is_late, &mut Connection::expire);
+        self.for_each(context, &is_late, &mut Connection::expire);
     }
 
     /// Calls `work` on every selected connection.
-    fn each(
+    fn for_each(
         &mut self,
         context: &mut Context,
         selects: &dyn Fn(&Connection) -> bool,

@@ -6,7 +6,7 @@ use crate::error::Discard;
 use crate::error::{Error, Result};
 use crate::process::channel::Channel;
 use crate::process::exec::{Command, Input, Launch, Streams};
-use crate::process::helper::Lines;
+use crate::process::helper::Reports;
 #[cfg(any(feature = "files", feature = "mounts", feature = "sysinfo"))]
 use crate::process::helper::{self, Helper, HelperLog};
 use crate::process::pipe;
@@ -136,7 +136,7 @@ impl Process {
     /// Whether it has reported progress since the last call ([`HelperLog::step`]).
     #[cfg(feature = "files")]
     pub fn made_progress(&mut self) -> bool {
-        self.take_lines().step.is_some()
+        self.take_reports().step.is_some()
     }
 
     /// Kills its whole process group.
@@ -164,18 +164,18 @@ impl Process {
 
     /// Why it could not be started, if it could not. Call once it has ended.
     pub fn failure(&mut self) -> Option<Error> {
-        self.take_lines().error
+        self.take_reports().error
     }
 
     /// What it has reported since the last call.
-    pub fn take_lines(&mut self) -> Lines {
+    pub fn take_reports(&mut self) -> Reports {
         match &mut self.origin {
-            Origin::Launch(launch) => Lines {
+            Origin::Launch(launch) => Reports {
                 error: launch.failure(),
-                ..Lines::default()
+                ..Reports::default()
             },
             #[cfg(any(feature = "files", feature = "mounts", feature = "sysinfo"))]
-            Origin::Helper(log) => helper::read_lines(log, &mut Discard),
+            Origin::Helper(log) => helper::read_reports(log, &mut Discard),
         }
     }
 }

@@ -17,10 +17,10 @@ pub enum Call {
     /// `POST /v1/exec`
     Exec,
     /// `GET /v1/ws/exec`, a WebSocket.
-    Session,
+    WebSocketExec,
     /// `GET /v1/sessions`
     #[cfg(feature = "sessions")]
-    Sessions,
+    ListSessions,
     /// `DELETE /v1/sessions/ID`
     #[cfg(feature = "sessions")]
     EndSession,
@@ -75,13 +75,13 @@ const ROUTES: &[(&str, Calls)] = &[
     ("/v1/signals", &[(Method::Post, Call::Signals)]),
     ("/v1/stop", &[(Method::Post, Call::Stop)]),
     ("/v1/exec", &[(Method::Post, Call::Exec)]),
-    ("/v1/ws/exec", &[(Method::Get, Call::Session)]),
+    ("/v1/ws/exec", &[(Method::Get, Call::WebSocketExec)]),
     #[cfg(feature = "sessions")]
     (
         "/v1/sessions",
         &[
-            (Method::Get, Call::Sessions),
-            (Method::Head, Call::Sessions),
+            (Method::Get, Call::ListSessions),
+            (Method::Head, Call::ListSessions),
         ],
     ),
     #[cfg(feature = "sessions")]

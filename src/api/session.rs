@@ -3,7 +3,7 @@
 use super::io::{Io, MAX_OUTPUT};
 use super::process::{Pipes, Process};
 use crate::context;
-use crate::context::{Context, Source};
+use crate::context::{Context, EventSource};
 use crate::error::Result;
 use crate::page::PageBox;
 use crate::process::channel::Channel;
@@ -234,19 +234,19 @@ impl Session {
         Ok(())
     }
 
-    /// Moves data in both directions. `messages`: how many messages of output may still be sent.
-    pub fn proceed(&mut self, messages: &mut u32, io: &mut Io) -> Progress {
+    /// Moves data in both directions. `budget`: how many messages of output may still be sent in this turn.
+    pub fn proceed(&mut self, budget: &mut u32, io: &mut Io) -> Progress {
         if self.write_input(io) {
             return Progress::Progressed;
         }
         let status = self.process.status();
-        if io.is_sent() && (*messages > 0 || status.is_some()) {
+        if io.is_sent() && (*budget > 0 || status.is_some()) {
             let sent = match self.is_named() {
                 true => self.send_history(io),
                 false => self.send_output(io),
             };
             if sent {
-                *messages = messages.saturating_sub(1);
+                *budget = budget.saturating_sub(1);
                 return Progress::Progressed;
             }
             if let Some(status) = status {
@@ -331,13 +331,13 @@ impl Session {
             ..
         } = &mut self.pipes;
         let poller = &context.poller;
-        input.watch(Source::CommandStdin.token(key), on_input, poller);
+        input.watch(EventSource::CommandStdin.token(key), on_input, poller);
         output.watch(
-            Source::CommandStdout.token(key),
+            EventSource::CommandStdout.token(key),
             on_output | on_terminal,
             poller,
         );
-        error.watch(Source::CommandStderr.token(key), on_output, poller);
+        error.watch(EventSource::CommandStderr.token(key), on_output, poller);
     }
 
     /// Closes our ends, which hangs up a terminal. Returns whether it has one.

@@ -37,6 +37,6 @@ impl Api {
     /// Closes all connections without a pending snapshot call.
     pub fn close_others(&mut self, context: &mut Context) {
         let others = |connection: &Connection| connection.pending_call().is_none();
-        self.each(context, &others, &mut Connection::close);
+        self.for_each(context, &others, &mut Connection::close);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::error::CallError;
 use super::io::Io;
-use crate::context::{Context, Source};
+use crate::context::{Context, EventSource};
 use crate::error;
 use crate::error::name;
 use crate::sys::files;
@@ -139,10 +139,10 @@ impl Tunnel {
         self.down = Flow::Closed;
     }
 
-    /// Moves bytes in both directions, at most `pieces` pieces from the server. Returns whether it moved any.
-    pub fn proceed(&mut self, io: &mut Io, pieces: &mut u32) -> bool {
+    /// Moves bytes in both directions, at most `budget` pieces from the server. Returns whether it moved any.
+    pub fn proceed(&mut self, io: &mut Io, budget: &mut u32) -> bool {
         // Not `||`: both directions get their turn.
-        self.move_up(io) | self.move_down(io, pieces)
+        self.move_up(io) | self.move_down(io, budget)
     }
 
     fn move_up(&mut self, io: &mut Io) -> bool {
@@ -171,7 +171,7 @@ impl Tunnel {
         true
     }
 
-    fn move_down(&mut self, io: &mut Io, pieces: &mut u32) -> bool {
+    fn move_down(&mut self, io: &mut Io, budget: &mut u32) -> bool {
         if self.down == Flow::Closed || !io.is_sent() {
             return false;
         }
@@ -180,13 +180,13 @@ impl Tunnel {
             self.down = Flow::Closed;
             return true;
         }
-        if *pieces == 0 {
+        if *budget == 0 {
             return false;
         }
         let room = io.spare().get_mut(..PIECE).unwrap_or(&mut []);
         match files::read(&self.server, room) {
             Ok(count @ 1..) => {
-                *pieces -= 1;
+                *budget -= 1;
                 self.sent_down = self.sent_down.saturating_add(count);
                 io.commit(count);
             }
@@ -229,7 +229,7 @@ impl Tunnel {
             EventFlags::IN,
         );
         let to_server = flag(!self.connected || has_input, EventFlags::OUT);
-        let token = Source::Tunnel.token(key);
+        let token = EventSource::Tunnel.token(key);
         let wanted = from_server | to_server;
         context
             .poller

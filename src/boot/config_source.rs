@@ -1,6 +1,6 @@
 //! Loads the configuration from Firecracker's metadata service (MMDS) or from a file in the initrd.
 
-use crate::boot::network::{self, Channel};
+use crate::boot::network::{self, NetlinkSocket};
 use crate::context;
 use crate::error;
 use crate::error::{Error, Result};
@@ -83,7 +83,7 @@ pub fn load(
 }
 
 /// The index of the interface to MMDS, if it exists and MMDS is to be used.
-pub fn interface(source: Source) -> Option<u32> {
+pub fn mmds_interface(source: Source) -> Option<u32> {
     match source {
         Source::File => None,
         _ => network::eth0_index(),
@@ -133,9 +133,9 @@ pub fn fetch(
     document: &mut [u8],
     memory: &mut [u8],
 ) -> Result<usize, FetchError> {
-    let channel = Channel::open().map_err(FetchError::NoDocument)?;
+    let socket = NetlinkSocket::open().map_err(FetchError::NoDocument)?;
     let guest = IpAddr::V4(mmds::GUEST);
-    let request = |request: &Request| channel.request(request, format_args!("prepare eth0"));
+    let request = |request: &Request| socket.request(request, format_args!("prepare eth0"));
     let up = request(&netlink::link_up(eth0, None))
         .and_then(|()| request(&netlink::add_address(eth0, &guest, mmds::PREFIX)))
         .and_then(|()| request(&netlink::add_host_route(eth0, mmds::ADDRESS)));
@@ -149,14 +149,14 @@ pub fn fetch(
         Ok(()) => session.poll(memory),
         Err(why) => Err(FetchError::NoDocument(why)),
     };
-    remove_mmds_route(&channel, eth0);
+    remove_mmds_route(&socket, eth0);
     result
 }
 
 /// Removes the route and address for MMDS, if they exist.
-fn remove_mmds_route(channel: &Channel, index: u32) {
+fn remove_mmds_route(socket: &NetlinkSocket, index: u32) {
     let guest = IpAddr::V4(mmds::GUEST);
-    let request = |request: &Request| channel.request(request, format_args!("leave MMDS"));
+    let request = |request: &Request| socket.request(request, format_args!("leave MMDS"));
     let _not_there = request(&netlink::remove_host_route(index, mmds::ADDRESS));
     let _not_there = request(&netlink::remove_address(index, &guest, mmds::PREFIX));
 }
@@ -165,7 +165,7 @@ fn remove_mmds_route(channel: &Channel, index: u32) {
 #[cfg(feature = "snapshot")]
 pub fn remove_stale_mmds_route() -> Result {
     if let Some(index) = network::eth0_index() {
-        remove_mmds_route(&Channel::open()?, index);
+        remove_mmds_route(&NetlinkSocket::open()?, index);
     }
     Ok(())
 }
@@ -188,7 +188,7 @@ impl Session<'_> {
         let mut before = None;
         loop {
             let why = match self.request_document(&mut request) {
-                Ok((200, length)) => match parse_response(self.body(length), memory) {
+                Ok((200, length)) => match check_document(self.body(length), memory) {
                     Ok(()) => return Ok(length),
                     Err(FetchError::NoDocument(error)) => error,
                     Err(wrong) => return Err(wrong),
@@ -303,8 +303,8 @@ impl Session<'_> {
     }
 }
 
-/// Parses the body of a 200 response: the configuration, `null` before the host's push, or invalid data.
-fn parse_response(body: &mut [u8], memory: &mut [u8]) -> Result<(), FetchError> {
+/// Checks the body of a 200 response: the configuration, `null` before the host's push, or invalid data.
+fn check_document(body: &mut [u8], memory: &mut [u8]) -> Result<(), FetchError> {
     let content = body.trim_ascii();
     if content.is_empty() {
         return Err(FetchError::NoDocument(error!("an empty document")));

@@ -6,8 +6,9 @@
 //! runs, so that the workload does not wait for either.
 
 pub mod cgroups;
-pub mod check;
+pub mod cli;
 pub mod config_source;
+pub mod environment;
 pub mod etc_files;
 pub mod kernel_params;
 pub mod modules;
@@ -22,15 +23,16 @@ pub mod sysctls;
 use crate::context;
 use crate::error;
 use crate::error::Result;
+use crate::page::PageBox;
 use crate::process::credentials;
 use crate::process::helper::{Helper, HelperLog, Rendezvous};
 use crate::supervisor::Supervisor;
 use crate::sys::files;
-use crate::volumes::{self, Owner};
+use crate::volumes;
 use config_source::Source;
 use kernel_params::KernelParams;
+use mounts::ExpeditedRcu;
 use proto::config::{Config, MAX_DOCUMENT_SIZE};
-use proto::environment::Environment;
 use proto::users::Identity;
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
@@ -44,7 +46,7 @@ const OPEN_FILES: u64 = 10_240;
 pub struct DeferredCleanup {
     initramfs: Option<OwnedFd>,
     /// The connection to the helper that mounts disks; closing it lets the helper exit.
-    disks: Option<Rendezvous>,
+    disk_helper: Option<Rendezvous>,
 }
 
 /// Runs the boot, after devices and console were set up. `memory` is for the document and its strings.
@@ -61,11 +63,11 @@ pub fn run(
         supervisor.console.warn(invalid);
     }
     mounts::mount_sysfs()?;
-    let expedited = mounts::expedite_rcu();
+    let expedited_rcu = ExpeditedRcu::begin();
     modules::load(&mut supervisor.context.scratch, supervisor.console)?;
     supervisor.events.connect();
     // In a helper while MMDS is polled; otherwise in PID 1 while the root is mounted, which saves a fork.
-    let eth0 = config_source::interface(params.source);
+    let eth0 = config_source::mmds_interface(params.source);
     let cgroup_helper = match eth0.is_some() {
         true => Some(Helper::start(&mut |log| {
             cgroups::mount(params.cgroups, &mut &*log);
@@ -76,43 +78,21 @@ pub fn run(
     mounts::mount_remaining(supervisor.console)?;
     supervisor.context.pts = files::open(c"/dev/pts", OFlags::PATH).ok();
 
-    let (document, strings) = memory
-        .split_at_mut_checked(MAX_DOCUMENT_SIZE)
-        .unwrap_or_default();
-    let (length, source) =
-        config_source::load(params.source, eth0, params.mmds_timeout, document, strings)?;
-    let document = document.get_mut(..length).unwrap_or(&mut []);
-    let (name, origin) = match source {
-        Source::Mmds => ("mmds", "MMDS"),
-        _ => ("file", "/pigeon/run.json"),
-    };
-    let config = config_source::decode_checked(document, strings)
-        .map_err(|error| error!("configuration from {origin}: {error}"))?;
-    supervisor
-        .console
-        .info(&"configuration loaded", &format_args!(" source={name}"));
+    let config = load_config(supervisor, params, eth0, memory)?;
 
     let scratch = &mut supervisor.context.scratch;
-    let (disks, rendezvous) = Helper::start_with_rendezvous(&mut |log, rendezvous| {
-        let owner = root::mount(&config, scratch, log)?;
-        match rendezvous.arrive_and_wait() {
-            true => prepare_in_helper(&config, owner, scratch, rendezvous, log),
-            false => Ok(()),
-        }
+    let (disk_helper, rendezvous) = Helper::start_with_rendezvous(&mut |log, rendezvous| {
+        prepare_disks(&config, scratch, rendezvous, log)
     })?;
-    let rendezvous = cleanup.disks.insert(rendezvous);
+    let rendezvous = cleanup.disk_helper.insert(rendezvous);
     let log = &mut *supervisor.console;
     match cgroup_helper {
         Some(helper) => helper.wait(log)?,
         None => cgroups::mount(params.cgroups, log),
     }
-    let disks = rendezvous.wait_for_helper(disks, log)?;
+    let disk_helper = rendezvous.wait_for_helper(disk_helper, log)?;
     cleanup.initramfs = Some(root::switch()?);
-    if let Some((switch, before)) = expedited {
-        // Writing back a value that was just read does not fail.
-        let _written = files::write(&switch, &before);
-        supervisor.context.rcu_expedited = Some(switch);
-    }
+    supervisor.context.rcu_expedited = expedited_rcu.map(ExpeditedRcu::end);
 
     limit_open_files()?;
     let mut identity = Identity::default();
@@ -127,14 +107,8 @@ pub fn run(
 
     supervisor.context.workload.stop_signal = config.image_config.stop_signal;
     supervisor.context.workload.owner = (identity.uid, identity.gid);
-    #[cfg(feature = "snapshot")]
-    {
-        let applied = &mut supervisor.context.snapshot.applied;
-        applied.restore_signal = config.restore_signal;
-        applied.is_from_mmds = source == Source::Mmds;
-    }
     supervisor.listen();
-    prepare(supervisor, &config, disks, rendezvous)?;
+    prepare(supervisor, &config, disk_helper, rendezvous)?;
     supervisor.read_signals();
     if supervisor.has_exit() {
         return Ok(());
@@ -142,7 +116,8 @@ pub fn run(
     #[cfg(feature = "snapshot")]
     if params.restore == kernel_params::RestoreMode::Auto {
         let open = |path| files::open(path, OFlags::RDONLY | OFlags::NONBLOCK).ok();
-        supervisor.context.snapshot.devices = [open(c"/dev/kmsg"), open(c"/dev/vmclock0")];
+        supervisor.context.snapshot.kernel_log = open(c"/dev/kmsg");
+        supervisor.context.snapshot.vmclock = open(c"/dev/vmclock0");
     }
     supervisor.start_workload(identity.uid, config.separate_stderr, &|command| {
         command.identity = identity.clone();
@@ -169,15 +144,50 @@ pub fn finish(supervisor: &mut Supervisor, cleanup: DeferredCleanup) {
     }
 }
 
-/// In the helper that has mounted the root: mounts volumes, writes the /etc files and sets sysctls, which
-/// may block, while PID 1 serves the API.
-fn prepare_in_helper(
+/// Loads and checks the configuration. Its text and its strings are in `memory`.
+fn load_config<'m>(
+    supervisor: &mut Supervisor,
+    params: &KernelParams,
+    eth0: Option<u32>,
+    memory: &'m mut [u8],
+) -> Result<PageBox<Config<'m>>> {
+    let (document, strings) = memory
+        .split_at_mut_checked(MAX_DOCUMENT_SIZE)
+        .unwrap_or_default();
+    let (length, source) =
+        config_source::load(params.source, eth0, params.mmds_timeout, document, strings)?;
+    let document = document.get_mut(..length).unwrap_or(&mut []);
+    let (name, origin) = match source {
+        Source::Mmds => ("mmds", "MMDS"),
+        _ => ("file", "/pigeon/run.json"),
+    };
+    let config = config_source::decode_checked(document, strings)
+        .map_err(|error| error!("configuration from {origin}: {error}"))?;
+    supervisor
+        .console
+        .info(&"configuration loaded", &format_args!(" source={name}"));
+    #[cfg(feature = "snapshot")]
+    {
+        let applied = &mut supervisor.context.snapshot.applied;
+        applied.restore_signal = config.restore_signal;
+        applied.is_from_mmds = source == Source::Mmds;
+    }
+    Ok(config)
+}
+
+/// In a helper: mounts the root; then, once PID 1 has switched to it, mounts volumes, writes the /etc files
+/// and sets sysctls, while PID 1 serves the API.
+fn prepare_disks(
     config: &Config,
-    owner: Owner,
     scratch: &mut [u8],
     rendezvous: &Rendezvous,
     log: &HelperLog,
 ) -> Result {
+    let owner = root::mount(config, scratch, log)?;
+    if !rendezvous.arrive_and_wait() {
+        // Nothing more is configured, or the boot has failed.
+        return Ok(());
+    }
     volumes::mount_all(config, owner, log)?;
     etc_files::write(config, scratch, log)?;
     // After the network.
@@ -226,22 +236,13 @@ fn set_defaults(supervisor: &mut Supervisor, config: &Config, identity: &Identit
         }
     };
     let defaults = &mut *supervisor.context.defaults;
-    defaults.sets_home = fill_environment(&mut defaults.environment, config, &identity.home)?;
+    defaults.sets_home = environment::fill(&mut defaults.environment, config, &identity.home)?;
     let directory = config.image_config.working_dir.to_bytes_with_nul();
     // The document was checked: the path fits.
     let _fits = defaults.working_dir.extend_from_slice(directory);
     defaults.root_home = root_home;
     defaults.rlimits = config.rlimits.clone();
     Ok(())
-}
-
-/// Fills an empty environment with the workload's. Returns whether image or document set HOME; otherwise
-/// HOME is `home`.
-pub fn fill_environment(new: &mut Environment, config: &Config, home: &[u8]) -> Result<bool> {
-    check::fill_environment(new, config)?;
-    let sets_home = new.get(b"HOME=").is_some();
-    new.set_default(b"HOME=", home)?;
-    Ok(sets_home)
 }
 
 fn limit_open_files() -> Result {

@@ -130,7 +130,7 @@ pub fn mount_procfs() -> Result<OwnedFd> {
     files::open(c"/proc", OFlags::PATH | OFlags::DIRECTORY).map_err(context!("open /proc"))
 }
 
-/// Mounts sysfs, which [`expedite_rcu`] needs.
+/// Mounts sysfs, which [`ExpeditedRcu`] needs.
 pub fn mount_sysfs() -> Result {
     SYSFS.mount(&mut Discard)
 }
@@ -170,16 +170,31 @@ pub fn mount_cgroup2(target: &'static CStr) -> Result {
     .mount(&mut Discard)
 }
 
-/// Enables expedited RCU grace periods. Returns the sysfs file and its previous value; `None` on a kernel
-/// without it, where the boot is slower.
+/// Expedited RCU grace periods.
 ///
 /// Cgroup mounts and unmounts wait for several grace periods; expedited ones take microseconds instead of
 /// ticks (Documentation/RCU, rcu_expedited in sysfs).
-pub fn expedite_rcu() -> Option<(OwnedFd, [u8; 1])> {
-    let switch = files::open(c"/sys/kernel/rcu_expedited", OFlags::RDWR).ok()?;
-    let mut before = [0];
-    // Writes to a sysfs attribute ignore the file position.
-    files::read(&switch, &mut before).ok()?;
-    files::write(&switch, b"1").ok()?;
-    Some((switch, before))
+pub struct ExpeditedRcu {
+    switch: OwnedFd,
+    /// The value of the switch before.
+    before: [u8; 1],
+}
+
+impl ExpeditedRcu {
+    /// Enables them; `None` on a kernel without the switch, where the boot is slower.
+    pub fn begin() -> Option<Self> {
+        let switch = files::open(c"/sys/kernel/rcu_expedited", OFlags::RDWR).ok()?;
+        let mut before = [0];
+        // Writes to a sysfs attribute ignore the file position.
+        files::read(&switch, &mut before).ok()?;
+        files::write(&switch, b"1").ok()?;
+        Some(Self { switch, before })
+    }
+
+    /// Restores the value from before. Returns the sysfs file, for the shutdown.
+    pub fn end(self) -> OwnedFd {
+        // Writing back a value that was just read does not fail.
+        let _written = files::write(&self.switch, &self.before);
+        self.switch
+    }
 }

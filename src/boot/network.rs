@@ -27,23 +27,23 @@ const LO_INDEX: u32 = 1;
 
 /// The index of eth0, the interface to Firecracker's metadata service.
 pub fn eth0_index() -> Option<u32> {
-    Channel::open().ok()?.index("eth0")
+    NetlinkSocket::open().ok()?.index("eth0")
 }
 
 /// An rtnetlink socket.
-pub struct Channel {
-    socket: OwnedFd,
+pub struct NetlinkSocket {
+    fd: OwnedFd,
 }
 
-impl Channel {
+impl NetlinkSocket {
     /// Opens a socket, with extended acknowledgements enabled. Protocol 0 is NETLINK_ROUTE.
     pub fn open() -> Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)
+        let fd = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, None)
             .map_err(context!("open a netlink socket"))?;
         // An older kernel only returns the errno.
-        let _unsupported = sys::network::enable_extended_acks(&socket);
-        Ok(Self { socket })
+        let _unsupported = sys::network::enable_extended_acks(&fd);
+        Ok(Self { fd })
     }
 
     /// The index of a network interface; `None` if there is none of that name.
@@ -53,8 +53,8 @@ impl Channel {
     pub fn index(&self, name: &str) -> Option<u32> {
         // The reply is truncated after the index, which is near its start.
         let mut reply = [0; 64];
-        files::write(&self.socket, netlink::get_link(name).as_bytes()).ok()?;
-        let count = files::read(&self.socket, &mut reply).ok()?;
+        files::write(&self.fd, netlink::get_link(name).as_bytes()).ok()?;
+        let count = files::read(&self.fd, &mut reply).ok()?;
         netlink::link_index(reply.get(..count)?)
     }
 
@@ -72,9 +72,9 @@ impl Channel {
         what: fmt::Arguments,
     ) -> Result {
         let mut reply = [0; 1024];
-        files::write(&self.socket, request.as_bytes()).map_err(context!("{what}"))?;
+        files::write(&self.fd, request.as_bytes()).map_err(context!("{what}"))?;
         loop {
-            let count = files::read(&self.socket, &mut reply).map_err(context!("{what}"))?;
+            let count = files::read(&self.fd, &mut reply).map_err(context!("{what}"))?;
             let acknowledgement = netlink::acknowledgement(reply.get(..count).unwrap_or(&[]));
             if let Some(Acknowledgement { errno, text }) = acknowledgement {
                 if errno == 0 || accepted.iter().any(|ok| ok.raw_os_error() == errno) {
@@ -91,17 +91,17 @@ impl Channel {
 }
 
 #[cfg(feature = "snapshot")]
-impl Channel {
+impl NetlinkSocket {
     /// Calls `visit` with each entry of a dump. Returns whether the dump is complete: nothing changed
     /// meanwhile.
     fn dump(&self, request: &Request, visit: &mut dyn FnMut(Entry)) -> Result<bool> {
         let failed = context!("list the network's state");
         // The kernel sends at most a page, or the size of the buffer, at once (netlink_recvmsg).
         let mut received = [0; 8192];
-        files::write(&self.socket, request.as_bytes()).map_err(&failed)?;
+        files::write(&self.fd, request.as_bytes()).map_err(&failed)?;
         let mut is_whole = true;
         loop {
-            let count = files::read(&self.socket, &mut received).map_err(&failed)?;
+            let count = files::read(&self.fd, &mut received).map_err(&failed)?;
             for message in netlink::messages(received.get(..count).unwrap_or(&[])) {
                 is_whole &= !message.is_interrupted();
                 match message.reply() {
@@ -121,9 +121,9 @@ impl Channel {
 /// those interfaces. What exists already is not an error; checksum offload that cannot be disabled is a
 /// warning.
 pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
-    let channel = Channel::open()?;
+    let socket = NetlinkSocket::open()?;
     let mut interfaces = Interfaces::new();
-    channel.request(
+    socket.request(
         &netlink::link_up(LO_INDEX, None),
         format_args!("bring lo up"),
     )?;
@@ -136,14 +136,14 @@ pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
         gateway,
     } in config.addresses()
     {
-        let index = index(&channel, device)?;
+        let index = index(&socket, device)?;
         if !interfaces.contains(&index) {
-            bring_up(&channel, index, device, config.mtu(), log)?;
+            bring_up(&socket, index, device, config.mtu(), log)?;
             let _one_an_address = interfaces.push(index);
         }
         let request = netlink::add_address(index, &ip, prefix);
         let (ip, prefix) = (address::Text(&ip), u32::from(prefix));
-        channel.request(&request, format_args!("add {ip}/{prefix} to {device}"))?;
+        socket.request(&request, format_args!("add {ip}/{prefix} to {device}"))?;
         if let Some(gateway) = gateway {
             let first = if gateway.is_ipv4() {
                 &mut ipv4
@@ -155,7 +155,7 @@ pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
     }
     // After all addresses: a gateway may be in the subnet of a later one.
     for (gateway, device, index) in [&ipv4, &ipv6].into_iter().flatten() {
-        set_gateway(&channel, config, gateway, device, *index)?;
+        set_gateway(&socket, config, gateway, device, *index)?;
     }
     Ok(interfaces)
 }
@@ -166,13 +166,13 @@ pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
 /// have).
 #[cfg(feature = "snapshot")]
 pub fn replace(config: &Config, config_changed: bool, interfaces: &mut Interfaces) -> Result {
-    let channel = Channel::open()?;
+    let socket = NetlinkSocket::open()?;
     let mut wanted = heapless::Vec::<(AddressKey, bool), MAX_ADDRESSES>::new();
     for Address {
         ip, prefix, device, ..
     } in config.addresses()
     {
-        let index = index(&channel, device)?;
+        let index = index(&socket, device)?;
         if !interfaces.contains(&index) {
             let pushed = interfaces.push(index);
             pushed.map_err(|_| error!("more than {MAX_ADDRESSES} interfaces have addresses"))?;
@@ -182,7 +182,7 @@ pub fn replace(config: &Config, config_changed: bool, interfaces: &mut Interface
     let is_ours = |entry: &Entry| !entry.is_automatic && interfaces.contains(&entry.index);
     let mut has_others = config_changed;
     remove(
-        &channel,
+        &socket,
         &netlink::dump_addresses(),
         "an old address",
         &mut |entry| {
@@ -198,7 +198,7 @@ pub fn replace(config: &Config, config_changed: bool, interfaces: &mut Interface
     )?;
     if has_others || wanted.iter().any(|(_, is_there)| !is_there) {
         remove(
-            &channel,
+            &socket,
             &netlink::dump_routes(),
             "an old route",
             &mut |entry| is_ours(entry),
@@ -207,7 +207,7 @@ pub fn replace(config: &Config, config_changed: bool, interfaces: &mut Interface
     // Warnings were logged at the boot already.
     let configured = configure(config, &mut Discard)?;
     let neighbours = netlink::dump_neighbours();
-    remove(&channel, &neighbours, "an old neighbour", &mut |entry| {
+    remove(&socket, &neighbours, "an old neighbour", &mut |entry| {
         is_ours(entry)
     })?;
     *interfaces = configured;
@@ -221,7 +221,7 @@ type AddressKey = (u32, Option<(IpAddr, u8)>);
 /// Deletes the selected entries of a dump.
 #[cfg(feature = "snapshot")]
 fn remove(
-    channel: &Channel,
+    socket: &NetlinkSocket,
     dump: &Request,
     what: &str,
     selects: &mut dyn FnMut(&Entry) -> bool,
@@ -234,7 +234,7 @@ fn remove(
     for _ in 0..MAX_DUMPS {
         let mut requests = heapless::Vec::<Request, BATCH>::new();
         let mut is_all = true;
-        is_all &= channel.dump(dump, &mut |entry| {
+        is_all &= socket.dump(dump, &mut |entry| {
             if selects(&entry) {
                 let request = entry.delete();
                 is_all &= request.is_some_and(|request| requests.push(request).is_ok());
@@ -243,7 +243,7 @@ fn remove(
         for request in &requests {
             // It may have been removed together with another one.
             let gone = [Errno::ADDRNOTAVAIL, Errno::SRCH, Errno::NOENT];
-            channel.request_unless(request, &gone, format_args!("remove {what}"))?;
+            socket.request_unless(request, &gone, format_args!("remove {what}"))?;
         }
         if is_all {
             return Ok(());
@@ -254,7 +254,7 @@ fn remove(
 
 /// Makes a gateway the default route.
 fn set_gateway(
-    channel: &Channel,
+    socket: &NetlinkSocket,
     config: &Config,
     gateway: &IpAddr,
     device: &str,
@@ -269,21 +269,27 @@ fn set_gateway(
     };
     let route = netlink::default_route(index, gateway, next_hop);
     let gateway = address::Text(gateway);
-    channel.request(&route, format_args!("route through {gateway}"))
+    socket.request(&route, format_args!("route through {gateway}"))
 }
 
-fn index(channel: &Channel, device: &str) -> Result<u32> {
-    channel
+fn index(socket: &NetlinkSocket, device: &str) -> Result<u32> {
+    socket
         .index(device)
         .ok_or_else(|| error!("no network interface {device}"))
 }
 
 /// Brings an interface up, which may be up already.
-fn bring_up(channel: &Channel, index: u32, device: &str, mtu: u32, log: &mut dyn Log) -> Result {
+fn bring_up(
+    socket: &NetlinkSocket,
+    index: u32,
+    device: &str,
+    mtu: u32,
+    log: &mut dyn Log,
+) -> Result {
     let request = netlink::link_up(index, Some(mtu));
-    channel.request(&request, format_args!("bring {device} up with MTU {mtu}"))?;
+    socket.request(&request, format_args!("bring {device} up with MTU {mtu}"))?;
     // Packets on a virtual link need no checksum offload. virtio_net has no switch for the receive side.
-    if let Err(errno) = sys::network::disable_tx_checksum(&channel.socket, device) {
+    if let Err(errno) = sys::network::disable_tx_checksum(&socket.fd, device) {
         log.warn(&context!("cannot switch {device}'s checksum offload off")(
             errno,
         ));

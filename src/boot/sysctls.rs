@@ -1,4 +1,4 @@
-//! Sets kernel parameters (sysctl(8), proc_sys(5)).
+//! Sets sysctls (sysctl(8), proc_sys(5)).
 
 use crate::context;
 use crate::error::{self, Log, Result};
@@ -32,7 +32,7 @@ pub fn are_configured(config: &Config) -> bool {
     config.sysctls().next().is_some()
 }
 
-/// Sets the configured ones, in a helper, as allocating huge pages may take long.
+/// Sets the configured ones. Runs in a helper, as allocating huge pages may take long.
 pub fn set_all(config: &Config, log: &HelperLog) -> Result {
     let mut room = sysctl::ROOM;
     for (name, value) in config.sysctls() {

@@ -100,7 +100,7 @@ impl Rendezvous {
         }
         match files::read(&self.0, &mut [0]) {
             Ok(1) => {
-                helper.warnings(log);
+                helper.log_warnings(log);
                 Ok(helper)
             }
             // It has exited.
@@ -148,13 +148,13 @@ pub fn fork(work: &mut dyn FnMut(&HelperLog) -> i32) -> Result<Helper> {
     }
 }
 
+/// Like [`fork`], but the child is exempt from the OOM killer, like PID 1.
 #[cfg(any(
     feature = "files",
     feature = "mounts",
     feature = "snapshot",
     feature = "sysinfo"
 ))]
-/// Like [`fork`], but the child is exempt from the OOM killer, like PID 1.
 pub fn fork_oom_protected(
     proc: &OwnedFd,
     work: &mut dyn FnMut(&HelperLog) -> i32,
@@ -170,7 +170,7 @@ pub fn fork_oom_protected(
 
 /// What a helper has reported.
 #[derive(Default)]
-pub struct Lines {
+pub struct Reports {
     /// Its error.
     pub error: Option<Error>,
     /// Its last step.
@@ -181,40 +181,40 @@ pub struct Lines {
 }
 
 /// Reads what a helper has reported; its warnings go to `log`.
-pub fn read_lines(pipe: &OwnedFd, log: &mut dyn Log) -> Lines {
+pub fn read_reports(pipe: &OwnedFd, log: &mut dyn Log) -> Reports {
     read(pipe, log, true)
 }
 
 /// The same, optionally without steps, each of which costs a page.
-fn read(pipe: &OwnedFd, log: &mut dyn Log, with_steps: bool) -> Lines {
-    let mut lines = Lines::default();
-    let mut line = heapless::Vec::<u8, { MAX_MESSAGE + 1 }>::new();
+fn read(pipe: &OwnedFd, log: &mut dyn Log, with_steps: bool) -> Reports {
+    let mut reports = Reports::default();
+    let mut record = heapless::Vec::<u8, { MAX_MESSAGE + 1 }>::new();
     let mut piece = [0; 512];
     while let Ok(count @ 1..) = files::read(pipe, &mut piece) {
         for &byte in piece.get(..count).unwrap_or(&[]) {
             if byte != END {
-                let _fits = line.push(byte);
+                let _fits = record.push(byte);
                 continue;
             }
-            if let Some((kind, text)) = line.split_first() {
+            if let Some((kind, text)) = record.split_first() {
                 let text = core::str::from_utf8(text).unwrap_or("?");
                 match *kind {
-                    ERROR if lines.error.is_none() => lines.error = Some(error!("{text}")),
-                    STEP if with_steps => lines.step = Some(error!("{text}")),
+                    ERROR if reports.error.is_none() => reports.error = Some(error!("{text}")),
+                    STEP if with_steps => reports.step = Some(error!("{text}")),
                     #[cfg(feature = "snapshot")]
-                    RESULT => lines.result = Some(error!("{text}")),
+                    RESULT => reports.result = Some(error!("{text}")),
                     WARNING => log.warn(&text),
                     _ => {}
                 }
             }
-            line.clear();
+            record.clear();
         }
     }
-    lines
+    reports
 }
 
 /// Sends the error to the parent. Returns the child's exit code.
-fn report(result: Result, log: &HelperLog) -> i32 {
+fn report_error(result: Result, log: &HelperLog) -> i32 {
     match result {
         Ok(()) => 0,
         Err(error) => {
@@ -245,7 +245,7 @@ impl Helper {
         fork(&mut |log| {
             // A file that PID 1 closes must not stay open in this child.
             sys::close_others(&[log.pipe()]);
-            report(work(log), log)
+            report_error(work(log), log)
         })
     }
 
@@ -263,14 +263,14 @@ impl Helper {
         let rendezvous = Rendezvous(theirs);
         let helper = fork(&mut |log| {
             sys::close_others(&[log.pipe(), &rendezvous.0]);
-            report(work(log, &rendezvous), log)
+            report_error(work(log, &rendezvous), log)
         })?;
         Ok((helper, Rendezvous(ours)))
     }
 
     /// Logs the warnings of a helper so far.
-    pub fn warnings(&self, log: &mut dyn Log) {
-        let _lines = read(&self.log, log, false);
+    pub fn log_warnings(&self, log: &mut dyn Log) {
+        let _reports = read(&self.log, log, false);
     }
 
     /// The result of a helper that was reaped.
@@ -288,7 +288,7 @@ impl Helper {
 
     /// Kills a helper that has timed out. The error says what it was doing.
     pub fn kill(self, log: &mut dyn Log) -> Error {
-        let step = read_lines(&self.log, log).step;
+        let step = read_reports(&self.log, log).step;
         let _ended = rustix::process::kill_process(self.pid, rustix::process::Signal::KILL);
         timed_out(step)
     }

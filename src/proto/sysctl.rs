@@ -1,20 +1,20 @@
-//! Kernel parameters by the names of sysctl(8).
+//! Sysctls: their names (sysctl(8)), and their paths (proc_sys(5)).
 
 use crate::bytes::split;
 use core::ffi::CStr;
 
 const ROOT: &[u8] = b"/proc/sys/";
 
-/// Maximum length of a parameter's path, its NUL included.
+/// Maximum length of a path, its NUL included.
 const PATH: usize = 256;
 
-/// Buffer for the path of a parameter.
+/// Buffer for a path.
 pub type Room = [u8; PATH];
 
 /// An empty buffer.
 pub const ROOM: Room = [0; PATH];
 
-/// The path of a parameter below `/proc/sys` (proc_sys(5)); `None` if a part of the name is empty, `.` or
+/// The path of a sysctl below `/proc/sys`; `None` if a part of the name is empty, `.` or
 /// `..`, or the name is too long.
 ///
 /// The first `.` or `/` is the separator. If that is `.`, a slash stands for a dot:

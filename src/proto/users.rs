@@ -99,6 +99,14 @@ impl Identity {
             self.gid = find_group(name, group)?;
             account = None;
         }
+        match self.set_groups(account, group) {
+            true => Ok(()),
+            false => Err(IdentityError::TooManyGroups(user)),
+        }
+    }
+
+    /// Sets the groups: the primary one, and those that have `account` as a member. Returns whether all fit.
+    fn set_groups(&mut self, account: Option<&[u8]>, group: &[u8]) -> bool {
         self.groups.clear();
         let mut fits = self.groups.push(self.gid).is_ok();
         for line in split(group, b'\n') {
@@ -114,10 +122,7 @@ impl Identity {
                 fits &= self.groups.push(gid).is_ok();
             }
         }
-        match fits {
-            true => Ok(()),
-            false => Err(IdentityError::TooManyGroups(user)),
-        }
+        fits
     }
 
     /// Makes it root, in no other group, without reading any files.

@@ -1,6 +1,6 @@
 //! Starts the helpers that freeze, thaw and restore, and reads their results.
 
-use crate::api::{CallError, report, status_of};
+use crate::api::{CallError, report_error, status_of_exit};
 use crate::context::{Cgroups, Context};
 use crate::error;
 use crate::error::{Error, Log};
@@ -40,7 +40,7 @@ pub fn fork(
     proc: &OwnedFd,
     work: &mut dyn FnMut(&HelperLog) -> Result<(), CallError>,
 ) -> Result<Helper, Error> {
-    helper::fork_oom_protected(proc, &mut |log| report(work(log), log))
+    helper::fork_oom_protected(proc, &mut |log| report_error(work(log), log))
 }
 
 /// Closes all other descriptors: a file that PID 1 closes must not stay open in this child.
@@ -64,10 +64,10 @@ pub fn result(
     let Some(status) = ended else {
         return Err(CallError::new(Status::GatewayTimeout, helper.kill(log)));
     };
-    let lines = helper::read_lines(&helper.log, log);
-    let error = match (lines.error, lines.result) {
+    let reports = helper::read_reports(&helper.log, log);
+    let error = match (reports.error, reports.result) {
         (None, Some(result)) => return Ok(result),
         (error, _) => error.unwrap_or_else(|| error!("a helper was killed")),
     };
-    Err(CallError::new(status_of(status.exit_status()), error))
+    Err(CallError::new(status_of_exit(status.exit_status()), error))
 }

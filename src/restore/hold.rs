@@ -83,7 +83,7 @@ impl Restore {
     ) {
         let fields = format_args!(" token={}", Quoted(&token));
         supervisor.console.info(&"held for a snapshot", &fields);
-        self.notified = None;
+        self.unclaimed = None;
         close_others(supervisor);
         if let Some(key) = owner {
             respond(key, Status::Ok, &held, supervisor);

@@ -156,7 +156,7 @@ impl Restore {
             task.helper.kill(supervisor.console);
             supervisor.context.snapshot.helper = None;
             self.was_preempted = true;
-            self.is_notified = true;
+            self.replaces_notified = true;
         }
     }
 
@@ -187,10 +187,10 @@ impl Restore {
         let started = self.start_restore(Some((key, pending.received_us)), supervisor);
         match &started {
             Ok(()) => {
-                self.is_notified |= self.due != NEVER;
+                self.replaces_notified |= self.due != NEVER;
                 self.due = NEVER;
             }
-            Err(_) if self.is_notified => self.due = supervisor.context.now,
+            Err(_) if self.replaces_notified => self.due = supervisor.context.now,
             Err(_) => {}
         }
         started
@@ -215,9 +215,9 @@ impl Restore {
         let environment = PageBox::shared(Environment::new).map_err(&out_of_memory)?;
         let mut report = PageBox::shared(|| Report::new(&context.snapshot, environment))
             .map_err(out_of_memory)?;
-        let is_same = call.is_some() && self.notified.is_some();
+        let is_same = call.is_some() && self.unclaimed.is_some();
         let generation = self.generation + u64::from(!is_same);
-        let token = match (&self.hold, &self.notified) {
+        let token = match (&self.hold, &self.unclaimed) {
             (Some(hold), _) => Some(hold.token.as_str()),
             (None, Some(restore)) => restore.token.as_deref(),
             (None, None) => None,
@@ -235,7 +235,7 @@ impl Restore {
             } = context;
             let mut job = Job {
                 body,
-                call: call.map(|(_, received_us)| received_us),
+                call_received_us: call.map(|(_, received_us)| received_us),
                 started_us,
                 token,
                 is_held: self.hold.is_some(),
@@ -271,9 +271,9 @@ impl Restore {
         self.generation = generation;
         self.is_reseeded = false;
         self.was_preempted = false;
-        self.is_notified = false;
+        self.replaces_notified = false;
         let hold = self.hold.take();
-        self.notified = match owner {
+        self.unclaimed = match owner {
             Some(_) => {
                 // A pending notification was about this restore.
                 self.due = NEVER;

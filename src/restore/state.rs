@@ -28,10 +28,11 @@ pub struct Restore {
     pub(super) is_reseeded: bool,
     /// The previous restore was killed while it waited for MMDS.
     pub(super) was_preempted: bool,
-    /// A call has taken over a restore that the kernel has notified of.
-    pub(super) is_notified: bool,
+    /// A call has taken the place of a restore that the kernel triggered: if the call is invalid, that restore
+    /// is due again.
+    pub(super) replaces_notified: bool,
     /// The last restore, if the kernel triggered it and no call has claimed it yet.
-    pub(super) notified: Option<NotifiedRestore>,
+    pub(super) unclaimed: Option<NotifiedRestore>,
 }
 
 /// A restore triggered by the kernel: the call that follows is about the same one.
@@ -93,8 +94,8 @@ impl Restore {
             due: NEVER,
             is_reseeded: false,
             was_preempted: false,
-            is_notified: false,
-            notified: None,
+            replaces_notified: false,
+            unclaimed: None,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::api::{CallError, read_body};
 use crate::boot::config_source::{self, FetchError, Source};
-use crate::boot::{etc_files, fill_environment, network};
+use crate::boot::{environment, etc_files, network};
 use crate::context;
 use crate::context::{AppliedConfig, Interfaces, Snapshot};
 use crate::error;
@@ -36,7 +36,7 @@ pub struct Job<'a> {
     /// The call's body; empty without a call.
     pub body: &'a mut [u8],
     /// When the call arrived, in microseconds of the monotonic clock; `None` if the kernel triggered it.
-    pub call: Option<u64>,
+    pub call_received_us: Option<u64>,
     /// When the restore began, likewise.
     pub started_us: u64,
     /// The token of the hold, or of the last one.
@@ -149,11 +149,11 @@ impl Report {
 }
 
 /// Runs all steps; thawing is the last one. A restore that fails can be repeated. `arena` holds the
-/// strings of the call, `room` a document from MMDS and its strings.
+/// strings of the call, `memory` a document from MMDS and its strings.
 pub fn run(
     job: &mut Job,
     arena: &mut [u8],
-    room: &mut [u8],
+    memory: &mut [u8],
     freezer: Option<&Freezer>,
     report: &mut Report,
     log: &HelperLog,
@@ -163,30 +163,22 @@ pub fn run(
     files::write(&random, job.body).map_err(context!("mix the call into the random numbers"))?;
     let mut config = config_source::empty()?;
     let mut request = RestoreRequest::new(&mut config);
-    if job.call.is_some() {
-        read_body(job.body, arena, &mut request)?;
-        let token_matches = match job.is_held || !request.token.is_empty() {
-            true => job.token == Some(request.token),
-            false => true,
-        };
-        if !token_matches {
-            let error = error!("the workload is not held under this token");
-            return Err(CallError::new(Status::Conflict, error));
-        }
+    if job.call_received_us.is_some() {
+        decode_call(job, arena, &mut request)?;
     }
 
     report.step.set(Step::Entropy);
     let is_reseeded = add_entropy(&random, request.entropy)? || job.is_reseeded;
 
     report.step.set(Step::Clock);
-    let received_us = job.call.unwrap_or(job.started_us);
+    let received_us = job.call_received_us.unwrap_or(job.started_us);
     let clock_step = set_clock(request.unix_us, received_us)?;
 
     report.step.set(Step::Config);
     if job.was_preempted {
         config_source::remove_stale_mmds_route()?;
     }
-    let (document, strings) = room
+    let (document, strings) = memory
         .split_at_mut_checked(MAX_DOCUMENT_SIZE)
         .unwrap_or_default();
     let fetched = match request.has_config {
@@ -221,6 +213,21 @@ pub fn run(
     Ok(())
 }
 
+/// Decodes the body of the call, and compares its token.
+fn decode_call<'a>(
+    job: &mut Job,
+    arena: &'a mut [u8],
+    request: &mut RestoreRequest<'_, 'a>,
+) -> Result<(), CallError> {
+    read_body(job.body, arena, request)?;
+    let needs_token = job.is_held || !request.token.is_empty();
+    if needs_token && job.token != Some(request.token) {
+        let error = error!("the workload is not held under this token");
+        return Err(CallError::new(Status::Conflict, error));
+    }
+    Ok(())
+}
+
 /// Fetches the document from MMDS, as at boot. Returns `None` if the current one stays in force: MMDS is
 /// not used, or has no document and none is required.
 fn fetch<'a>(
@@ -230,7 +237,7 @@ fn fetch<'a>(
     report: &mut Report,
     log: &HelperLog,
 ) -> Result<Option<PageBox<Config<'a>>>> {
-    let Some(eth0) = config_source::interface(job.source) else {
+    let Some(eth0) = config_source::mmds_interface(job.source) else {
         return Ok(None);
     };
     match config_source::fetch(eth0, job.mmds_timeout, document, strings) {
@@ -240,7 +247,9 @@ fn fetch<'a>(
             config_source::decode(document, strings).map(Some)
         }
         Err(FetchError::Invalid(error)) => Err(error!("MMDS: {error}")),
-        Err(FetchError::NoDocument(error)) if job.call.is_some() && report.applied.is_from_mmds => {
+        Err(FetchError::NoDocument(error))
+            if job.call_received_us.is_some() && report.applied.is_from_mmds =>
+        {
             Err(error!("MMDS: {error}"))
         }
         Err(FetchError::NoDocument(error)) => {
@@ -250,6 +259,39 @@ fn fetch<'a>(
             Ok(None)
         }
     }
+}
+
+/// A digest of each member of a document.
+type Digests = [u64; MEMBERS.len()];
+
+/// The changes that decide whether a step has anything to do.
+#[derive(Default)]
+struct Changes {
+    environment: bool,
+    hosts: bool,
+    addresses: bool,
+}
+
+/// Compares a document with the configuration in force. Appends the names of the members that differ to
+/// `changed`, as entries of a JSON list.
+fn compare(digests: &Digests, in_force: &mut Digests, changed: &mut Message) -> Changes {
+    let mut changes = Changes::default();
+    for (name, (new, old)) in MEMBERS.iter().zip(digests.iter().zip(in_force)) {
+        if new == old {
+            continue;
+        }
+        let separator = if changed.is_empty() { "" } else { "," };
+        // Writing to a message never fails.
+        let _ = write!(changed, "{separator}\"{name}\"");
+        match *name {
+            "ImageConfig" | "ExtraEnv" => changes.environment = true,
+            // Until they are applied, neither the new nor the old ones count as in force.
+            "EtcHosts" => (changes.hosts, *old) = (true, !new),
+            "IPConfigs" => (changes.addresses, *old) = (true, !new),
+            _ => {}
+        }
+    }
+    changes
 }
 
 /// Applies a document, except for what only a boot can change.
@@ -262,48 +304,31 @@ fn apply(
 ) -> Result {
     config.check()?;
     let digests = config.digests();
-    let mut environment_changed = false;
-    let mut hosts_changed = false;
-    let mut addresses_changed = false;
-    let compared = digests.iter().zip(&mut report.applied.digests);
-    for (name, (new, old)) in MEMBERS.iter().zip(compared) {
-        if new != old {
-            let separator = if changed.is_empty() { "" } else { "," };
-            // Writing to a message never fails.
-            let _ = write!(changed, "{separator}\"{name}\"");
-            match *name {
-                "ImageConfig" | "ExtraEnv" => environment_changed = true,
-                // Until they are applied, neither the new nor the old ones count as in force.
-                "EtcHosts" => (hosts_changed, *old) = (true, !new),
-                "IPConfigs" => (addresses_changed, *old) = (true, !new),
-                _ => {}
-            }
-        }
-    }
+    let changes = compare(&digests, &mut report.applied.digests, changed);
 
     report.step.set(Step::Hostname);
     etc_files::set_host_name(config)?;
 
     report.step.set(Step::Etc);
-    if hosts_changed && config.etc_hosts.is_empty() {
+    if changes.hosts && config.etc_hosts.is_empty() {
         etc_files::write_hosts(config, job.scratch, log)?;
     }
     etc_files::write(config, job.scratch, log)?;
 
     report.step.set(Step::Network);
-    network::replace(config, addresses_changed, &mut report.interfaces)?;
+    network::replace(config, changes.addresses, &mut report.interfaces)?;
 
     report.step.set(Step::Mounts);
     let mut identity = Identity::default();
-    if environment_changed || !config.mounts.is_empty() {
+    if changes.environment || !config.mounts.is_empty() {
         credentials::resolve(config.user(), job.scratch, &mut identity)?;
     }
     volumes::mount_new(config, (identity.uid, identity.gid), log)?;
 
     report.step.set(Step::Environment);
-    if environment_changed {
+    if changes.environment {
         report.has_environment = true;
-        report.sets_home = fill_environment(&mut report.environment, config, &identity.home)?;
+        report.sets_home = environment::fill(&mut report.environment, config, &identity.home)?;
     }
     report.applied.digests = digests;
     report.applied.restore_signal = config.restore_signal;

@@ -3,12 +3,23 @@
 use super::calls::finish_call;
 use super::helpers::result;
 use super::state::{Restore, Task, TaskKind};
+use super::steps::Report;
 use crate::api::{CallError, not_running};
 use crate::context::Context;
 use crate::process::helper::{self, Helper};
 use crate::supervisor::Supervisor;
 use proto::http::Status;
 use proto::slab::Key;
+
+/// Records what a restore has changed: the steps that succeeded count even if a later one failed.
+fn record(report: &Report, context: &mut Context) {
+    context.snapshot.interfaces = report.interfaces.clone();
+    context.snapshot.applied.digests = report.applied.digests;
+    if report.has_environment {
+        context.defaults.environment.copy(&report.environment);
+        context.defaults.sets_home = report.sets_home;
+    }
+}
 
 impl Restore {
     /// Tracks a running helper, which may take `timeout` milliseconds in addition to [`helper::TIMEOUT`].
@@ -71,15 +82,9 @@ impl Restore {
             }
             TaskKind::Restore { generation, report } => {
                 step = report.step.name();
-                // Steps that succeeded count even if a later one failed.
+                // A helper that hangs in another step may be writing the report.
                 if ended.is_some() || report.step.waits_for_disk() {
-                    let context = &mut supervisor.context;
-                    context.snapshot.interfaces = report.interfaces.clone();
-                    context.snapshot.applied.digests = report.applied.digests;
-                    if report.has_environment {
-                        context.defaults.environment.copy(&report.environment);
-                        context.defaults.sets_home = report.sets_home;
-                    }
+                    record(&report, &mut supervisor.context);
                 }
                 match &result {
                     Ok(_) => self.finish_restore(generation, &report, owner, supervisor),
@@ -87,7 +92,7 @@ impl Restore {
                     Err(CallError {
                         status: Status::BadRequest | Status::Conflict,
                         ..
-                    }) if self.is_notified => self.due = now,
+                    }) if self.replaces_notified => self.due = now,
                     Err(_) => {}
                 }
                 result

@@ -1,6 +1,6 @@
 //! Detects from the kernel's log and vmclock that this VM was restored from a snapshot.
 
-use crate::context::{Context, Source};
+use crate::context::{Context, EventSource};
 use crate::sys::files;
 use proto::kmsg;
 use proto::slab::Key;
@@ -43,9 +43,9 @@ pub struct Notification {
 impl Triggers {
     /// Starts watching the devices that the boot opened.
     pub fn watch(&mut self, context: &mut Context) {
-        let [log, clock] = core::mem::take(&mut context.snapshot.devices);
+        let log = context.snapshot.kernel_log.take();
         self.log.file = log.filter(|log| rustix::fs::seek(log, SeekFrom::End(0)).is_ok());
-        self.clock.file = clock;
+        self.clock.file = context.snapshot.vmclock.take();
         self.generation = self.read_generation();
         if self.generation.is_none() {
             self.clock.file = None;
@@ -108,7 +108,7 @@ impl Triggers {
 impl Device {
     fn watch(&mut self, context: &Context, wanted: EventFlags) {
         if let Some(file) = &self.file {
-            let token = Source::RestoreTrigger.token(Key::default());
+            let token = EventSource::RestoreTrigger.token(Key::default());
             context.poller.watch(file, token, &mut self.watched, wanted);
         }
     }

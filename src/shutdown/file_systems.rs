@@ -54,7 +54,7 @@ pub fn quiesce(log: &HelperLog) -> Result {
         Ok(tables) => tables,
         Err(error) => {
             // The caller falls back to the kernel's emergency remount, which may not be available.
-            if let Err(errno) = volume::read_only(&root) {
+            if let Err(errno) = volume::remount_read_only(&root) {
                 log.warn(&context!("make / read-only")(errno));
             }
             return Err(error!("cannot look for volumes: {error}"));

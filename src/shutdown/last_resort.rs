@@ -40,7 +40,7 @@ pub fn after_panic() -> ! {
     match shutdown::quiesce() {
         Ok(helper) => {
             let ended = helper.wait_for(unmount_timeout);
-            report(&helper, ended, &mut console);
+            log_reports(&helper, ended, &mut console);
         }
         Err(error) => {
             console.warn(&error);
@@ -69,12 +69,12 @@ fn wait_for_children(timeout: u64) -> bool {
 }
 
 /// Logs what a helper has reported; if it has timed out, also what it was doing.
-pub fn report(helper: &Helper, ended: bool, log: &mut dyn Log) {
-    let lines = helper::read_lines(&helper.log, log);
-    if let Some(error) = lines.error {
+pub fn log_reports(helper: &Helper, ended: bool, log: &mut dyn Log) {
+    let reports = helper::read_reports(&helper.log, log);
+    if let Some(error) = reports.error {
         log.warn(&error);
     }
-    if !ended && let Some(step) = lines.step {
+    if !ended && let Some(step) = reports.step {
         log.warn(&format_args!("timed out {step}"));
     }
 }

@@ -183,27 +183,26 @@ impl Volume {
     pub fn quiesce(&self, tables: &Tables) -> Result {
         let was_mounted = self.unmount(tables);
         // Claimed by a file system, a partition of it, a swap area, or a device on top of it.
-        let held = self.open(OFlags::EXCL).err() == Some(Errno::BUSY);
-        let mounted = match held {
+        let is_claimed = self.open(OFlags::EXCL).err() == Some(Errno::BUSY);
+        let mounted_again = match is_claimed {
             true => self.mount_again(tables),
             false => None,
         };
-        let shut = match &mounted {
+        let mut result = match &mounted_again {
             Some(directory) => self.make_read_only(directory, tables),
-            // If a file system holds it, that is read-only already.
+            // If a file system claims it, that is read-only already.
             None => Ok(()),
         };
-        let shut = match was_mounted || held {
-            true => shut.and_then(|()| self.check(tables)),
-            false => shut,
-        };
-        drop(mounted);
+        if was_mounted || is_claimed {
+            result = result.and_then(|()| self.check(tables));
+        }
+        drop(mounted_again);
         if self.number.major == LOOP_MAJOR
             && let Ok(node) = self.open(OFlags::empty())
         {
             let _not_bound = disk::detach_loop(&node);
         }
-        shut
+        result
     }
 
     /// The same for the root, which is not unmounted.
@@ -265,7 +264,7 @@ impl Volume {
         let watch = Stopwatch::start();
         let mut swaps = true;
         let refused = loop {
-            match read_only(directory) {
+            match remount_read_only(directory) {
                 Ok(()) => return Ok(()),
                 Err(Errno::BUSY) if swaps => {
                     swaps = false;
@@ -360,7 +359,7 @@ pub fn number_of(device: u64) -> DeviceNumber {
 }
 
 /// Makes the file system that `directory` is on read-only, in all its mounts.
-pub fn read_only(directory: &OwnedFd) -> Result<(), Errno> {
+pub fn remount_read_only(directory: &OwnedFd) -> Result<(), Errno> {
     let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
     let context = rustix::mount::fspick(directory, c"", flags)?;
     rustix::mount::fsconfig_set_flag(&context, c"ro")?;

@@ -2,7 +2,7 @@
 
 use super::state::{Phase, Supervisor};
 use super::workload::MAX_PIECES;
-use crate::context::{NEVER, Source, Stop};
+use crate::context::{EventSource, NEVER, Stop};
 use crate::process::helper::{self, Helper, Rendezvous};
 use crate::sys::signal::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use crate::sys::{self, SignalSet};
@@ -41,7 +41,7 @@ impl Supervisor {
 
     /// Runs the event loop until the helper has finished; if the helper fails, the boot fails.
     pub fn finish_setup(&mut self, rendezvous: &Rendezvous) {
-        let token = Source::Helper.token(Key::default());
+        let token = EventSource::Helper.token(Key::default());
         let (mut watched, mut wanted) = (EventFlags::empty(), EventFlags::IN);
         loop {
             let poller = &self.context.poller;
@@ -54,7 +54,7 @@ impl Supervisor {
                 // If it has exited instead, it is reaped soon.
                 wanted = EventFlags::empty();
                 if let Some(helper) = self.helper.take_if(|_| is_done) {
-                    helper.warnings(self.console);
+                    helper.log_warnings(self.console);
                 }
             }
         }
@@ -65,7 +65,7 @@ impl Supervisor {
         self.watch();
         self.wait();
         while let Some((token, flags)) = self.context.poller.next() {
-            if let Some((source, key)) = Source::from_token(token) {
+            if let Some((source, key)) = EventSource::from_token(token) {
                 self.on_event(source, key, flags);
             }
         }
@@ -88,20 +88,20 @@ impl Supervisor {
     }
 
     /// Dispatches an event to the source's handler.
-    fn on_event(&mut self, source: Source, key: Key, flags: EventFlags) {
+    fn on_event(&mut self, source: EventSource, key: Key, flags: EventFlags) {
         match source {
-            Source::Signals => {
+            EventSource::Signals => {
                 self.read_signal();
             }
-            Source::Listener => self.api.accept(&mut self.context),
-            Source::Console => self.console.flush(),
-            Source::ConsoleInput => self.input.copy(&mut self.context),
+            EventSource::Listener => self.api.accept(&mut self.context),
+            EventSource::Console => self.console.flush(),
+            EventSource::ConsoleInput => self.input.copy(&mut self.context),
             // `finish_setup` checks after each iteration.
-            Source::Helper => {}
-            Source::Events => self.events.on_event(flags),
+            EventSource::Helper => {}
+            EventSource::Events => self.events.on_event(flags),
             #[cfg(feature = "snapshot")]
-            Source::RestoreTrigger => self.context.snapshot.trigger_events |= flags,
-            Source::WorkloadStdout | Source::WorkloadStderr => self.copy_output(1),
+            EventSource::RestoreTrigger => self.context.snapshot.trigger_events |= flags,
+            EventSource::WorkloadStdout | EventSource::WorkloadStderr => self.copy_output(1),
             _ => self.api.on_event(source, key, flags, &mut self.context),
         }
     }
@@ -112,7 +112,7 @@ impl Supervisor {
             self.context.poller.clear_failed();
             self.api.watch(&mut self.context);
         }
-        let token = Source::Signals.token(Key::default());
+        let token = EventSource::Signals.token(Key::default());
         let watched = &mut self.signals_watched;
         let poller = &self.context.poller;
         poller.watch(&self.signals, token, watched, EventFlags::IN);

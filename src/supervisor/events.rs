@@ -1,6 +1,6 @@
 //! Events for the host: lines of JSON on a vsock connection from PID 1.
 
-use crate::context::Source;
+use crate::context::EventSource;
 use crate::sys::epoll::Poller;
 use crate::sys::{self, files, vsock};
 use core::fmt::Display;
@@ -121,7 +121,7 @@ impl Events {
             false => EventFlags::OUT,
         };
         if let Some(socket) = &self.socket {
-            let token = Source::Events.token(Key::default());
+            let token = EventSource::Events.token(Key::default());
             poller.watch(socket, token, &mut self.watched, wanted);
         }
     }

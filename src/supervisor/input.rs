@@ -3,7 +3,7 @@
 //! A process that has a terminal open can block all other users of it (TIOCSETD while another process
 //! waits in it, drivers/tty/tty_ldisc.c), and PID 1 writes to this one. So such a workload gets a pipe.
 
-use crate::context::{Context, Source};
+use crate::context::{Context, EventSource};
 use crate::sys::{GuestFile, files};
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
@@ -15,12 +15,12 @@ const MAX_READ: usize = 4096;
 
 /// The console and the pipe, until either is closed.
 #[derive(Default)]
-pub struct Input {
+pub struct ConsoleInput {
     ends: Option<(OwnedFd, GuestFile)>,
     watched: EventFlags,
 }
 
-impl Input {
+impl ConsoleInput {
     /// Starts copying from `console` to `pipe`, both non-blocking.
     pub fn open(&mut self, console: OwnedFd, pipe: GuestFile) {
         self.ends = Some((console, pipe));
@@ -29,7 +29,7 @@ impl Input {
     /// Waits for input.
     pub fn watch(&mut self, context: &Context) {
         if let Some((console, _)) = &self.ends {
-            let token = Source::ConsoleInput.token(Key::default());
+            let token = EventSource::ConsoleInput.token(Key::default());
             let watched = &mut self.watched;
             context
                 .poller

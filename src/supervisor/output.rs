@@ -1,7 +1,7 @@
 //! Copies the workload's output to the console and the log.
 
 use crate::console::Console;
-use crate::context::{Context, Source};
+use crate::context::{Context, EventSource};
 use crate::output_log::{Destination, OutputLog};
 use crate::process::channel::Channel;
 use proto::docker_frames::Stream;
@@ -66,8 +66,8 @@ impl Output {
                 0 => EventFlags::empty(),
             };
             let source = match pipe.stream {
-                Stream::Stdout => Source::WorkloadStdout,
-                Stream::Stderr => Source::WorkloadStderr,
+                Stream::Stdout => EventSource::WorkloadStdout,
+                Stream::Stderr => EventSource::WorkloadStderr,
             };
             let token = source.token(Key::default());
             pipe.channel.watch(token, wanted, &context.poller);

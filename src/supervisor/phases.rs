@@ -88,7 +88,7 @@ impl Supervisor {
             }
             Phase::Unmounting if late => {
                 if let Some(helper) = self.helper.take() {
-                    last_resort::report(&helper, false, self.console);
+                    last_resort::log_reports(&helper, false, self.console);
                 }
                 self.drain();
             }

@@ -1,7 +1,7 @@
 //! The supervisor's state.
 
 use super::events::Events;
-use super::input::Input;
+use super::input::ConsoleInput;
 use super::output::Output;
 use crate::api::Api;
 use crate::console::Console;
@@ -67,7 +67,7 @@ pub struct Supervisor {
     /// Events sent to the host.
     pub events: Events,
     /// The workload's standard input, unless that is the console itself.
-    pub(super) input: Input,
+    pub(super) input: ConsoleInput,
     /// The workload's standard output and error.
     pub(super) output: Output,
     /// The exit code, and whether the workload was OOM-killed; logged once its output is written.
@@ -103,7 +103,7 @@ impl Supervisor {
             helper: None,
             workload: None,
             events: Events::new(None),
-            input: Input::default(),
+            input: ConsoleInput::default(),
             output: Output::new(),
             unlogged_exit: None,
             signals,

@@ -11,6 +11,7 @@ use crate::process::pipe;
 use crate::supervisor::output::CopyResult;
 use crate::sys::signal::SIGKILL;
 use crate::sys::{GuestFile, Inherited, files};
+use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::process::WaitStatus;
 
@@ -52,22 +53,13 @@ impl Supervisor {
         };
         let their_errors = errors.as_ref().map_or(&their_output, |(_, theirs)| theirs);
         // Root gets the console itself.
-        let console = if uid == 0 {
-            None
-        } else {
-            self.console.reader()
-        };
-        let typed = match console {
-            Some(console) => {
-                let (ours, theirs) = pipe::input()?;
-                self.input.open(console, GuestFile::new(ours, threads));
-                Some(theirs)
-            }
-            None => None,
+        let their_input = match uid {
+            0 => None,
+            _ => self.open_console_pipe()?,
         };
         let streams = Streams {
-            input: match (&typed, self.console.input()) {
-                (Some(typed), _) => Input::Pipe(Inherited::new(typed)),
+            input: match (&their_input, self.console.input()) {
+                (Some(pipe), _) => Input::Pipe(Inherited::new(pipe)),
                 (None, Some((directory, name))) if uid == 0 => {
                     Input::Device(Inherited::new(directory), name)
                 }
@@ -83,7 +75,7 @@ impl Supervisor {
             describe(command)
         })?;
         let (errors, their_errors) = errors.unzip();
-        launch.resume([typed, Some(their_output), their_errors]);
+        launch.resume([their_input, Some(their_output), their_errors]);
         let channel = |end| Channel::new(end, threads);
         self.output.open(channel(Some(output)), channel(errors));
         let pid = launch.pid;
@@ -97,6 +89,17 @@ impl Supervisor {
         self.console
             .info(&"workload started", &format_args!(" pid={pid}"));
         Ok(())
+    }
+
+    /// Starts copying the console's input to a pipe. Returns the workload's end of it, `None` without a console.
+    fn open_console_pipe(&mut self) -> Result<Option<OwnedFd>> {
+        let Some(console) = self.console.reader() else {
+            return Ok(None);
+        };
+        let (ours, theirs) = pipe::input()?;
+        let ours = GuestFile::new(ours, self.context.guest_threads);
+        self.input.open(console, ours);
+        Ok(Some(theirs))
     }
 
     /// Yields the processor to the workload until it has started, or until an event arrives: on a single

@@ -46,7 +46,7 @@ fn create() -> Result<OwnedFd> {
 }
 
 impl Poller {
-    /// Creates one.
+    /// Creates an epoll instance, whose events are returned in this buffer.
     pub fn new(events: &'static mut EventBuffer) -> Result<Self> {
         let epoll = create()?;
         Ok(Self {

@@ -1,4 +1,4 @@
-//! What the VMs of this process are made of: [`pigeon::assets`] for one architecture.
+//! Kernels, programs and archives for the VMs: [`pigeon::assets`] for the architecture under test.
 
 use std::{
     fs,
@@ -18,17 +18,17 @@ pub fn arch() -> Arch {
     *ARCH
 }
 
-/// The `firecracker` binary, where it can run the guests.
+/// The `firecracker` binary, if it can run guests of this architecture.
 pub fn firecracker() -> Option<PathBuf> {
     assets::firecracker().filter(|_| arch() == Arch::HOST)
 }
 
-/// The directory of what the build makes.
+/// The build's output directory.
 pub fn build_dir() -> PathBuf {
     assets::build_dir(arch())
 }
 
-/// The archive under test.
+/// `build/initrd.cpio`, the archive under test.
 pub fn initrd() -> Result<Vec<u8>> {
     assets::initrd(arch())
 }
@@ -44,7 +44,7 @@ pub fn restorable_kernel() -> Result<Kernel> {
     Kernel::restorable(arch())
 }
 
-/// The cgroup v1 controllers that it does not have any more.
+/// The cgroup v1 controllers that [`kernel`] lacks.
 pub fn missing_v1_controllers() -> Result<Vec<&'static str>> {
     let kernel = kernel()?;
     let mut missing = vec![];
@@ -56,7 +56,7 @@ pub fn missing_v1_controllers() -> Result<Vec<&'static str>> {
     Ok(missing)
 }
 
-/// A module of it that no VM loads by itself.
+/// A module of [`kernel`] that VMs do not load by default.
 pub fn module(name: &str) -> Result<Vec<u8>> {
     kernel()?.module(name)
 }
@@ -66,22 +66,22 @@ pub fn busybox() -> Result<PathBuf> {
     assets::busybox(arch())
 }
 
-/// What Debian packages hold, unpacked into one directory.
+/// The contents of Debian packages, unpacked into one directory.
 pub fn packages(names: &[&str]) -> Result<PathBuf> {
     assets::packages(arch(), names)
 }
 
-/// A whole Debian with these packages, and the user `app`: a tar archive.
+/// A tar archive of a Debian installation with these packages and the user `app`.
 pub fn debian(packages: &[&str]) -> Result<PathBuf> {
     assets::debian(arch(), packages)
 }
 
-/// The C compiler for programs of the guest.
+/// The C compiler for guest programs.
 pub fn c_compiler() -> Result<Command> {
     arch().c_compiler()
 }
 
-/// A static program of the guest, compiled from `tests/vm/NAME.c`.
+/// A static guest program, compiled from `tests/vm/NAME.c`.
 pub fn guest_program(name: &str) -> Result<Vec<u8>> {
     let dir = tempfile::tempdir()?;
     let program = dir.path().join(name);
@@ -92,7 +92,7 @@ pub fn guest_program(name: &str) -> Result<Vec<u8>> {
     Ok(fs::read(program)?)
 }
 
-/// A program of the guest, to be run here.
+/// A command that runs a guest program on the host.
 pub fn run_here(program: &Path) -> Result<Command> {
     arch().run_here(program)
 }

@@ -1,4 +1,4 @@
-//! Guest disks: images made from trees of files, and what is in them after a boot.
+//! Guest disks: builds images from trees of files, and inspects them after a boot.
 
 use std::{
     ffi::OsStr,
@@ -24,7 +24,7 @@ app:x:1000:1000:app:/home/app:/bin/sh
 nobody:x:65534:65534:nobody:/nonexistent:/bin/false
 ";
 
-/// `/etc/group` of [`Tree::busybox`]: app is in two groups besides its own.
+/// `/etc/group` of [`Tree::busybox`]: app is in two supplementary groups.
 const GROUP: &str = "\
 root:x:0:
 daemon:x:1:
@@ -35,15 +35,15 @@ app:x:1000:
 nogroup:x:65534:
 ";
 
-/// Files to make a disk of, staged in a directory of the host.
+/// The files of a disk image, staged in a directory on the host.
 pub struct Tree {
     stage: TempDir,
-    /// `chown` commands to run under fakeroot, where all else belongs to root.
+    /// `chown` commands to run under fakeroot, where everything else belongs to root.
     owners: String,
 }
 
 impl Tree {
-    /// Nothing but the root directory.
+    /// Only the root directory.
     pub fn empty() -> Result<Tree> {
         let tree = Tree {
             stage: tempfile::tempdir()?,
@@ -78,7 +78,7 @@ impl Tree {
         Ok(tree)
     }
 
-    /// Adds or replaces a file, with the directories above it.
+    /// Adds or replaces a file, and creates its parent directories.
     pub fn file(self, path: &str, mode: u32, contents: impl AsRef<[u8]>) -> Result<Tree> {
         let path = self.place(path)?;
         fs::write(&path, contents)?;
@@ -86,7 +86,7 @@ impl Tree {
         Ok(self)
     }
 
-    /// Adds a directory, with those above it.
+    /// Adds a directory and its parents.
     pub fn dir(self, path: &str, mode: u32) -> Result<Tree> {
         let path = self.place(path)?;
         fs::create_dir_all(&path)?;
@@ -94,14 +94,14 @@ impl Tree {
         Ok(self)
     }
 
-    /// Adds or replaces a symbolic link, with the directories above it.
+    /// Adds or replaces a symbolic link, and creates its parent directories.
     pub fn symlink(self, path: &str, target: &str) -> Result<Tree> {
         symlink(target, self.place(path)?)?;
         Ok(self)
     }
 
-    /// Adds what Debian packages hold, and what they depend on if it is named, too. `/lib` is in
-    /// `/usr`, as Debian has it.
+    /// Adds the contents of Debian packages; their dependencies must be named, too. `/lib` is in `/usr`, as
+    /// on Debian.
     pub fn packages(self, names: &[&str]) -> Result<Tree> {
         let files = assets::packages(names)?;
         let stage = self.stage.path();
@@ -124,14 +124,14 @@ impl Tree {
         Ok(self)
     }
 
-    /// Gives what is at `path` to another user than root.
+    /// Makes another user than root the owner of `path`.
     pub fn owned(mut self, path: &str, uid: u32, gid: u32) -> Tree {
         let path = path.trim_start_matches('/');
         writeln!(self.owners, "chown -h {uid}:{gid} '{path}'").expect("a String takes it all");
         self
     }
 
-    /// The staged place of a guest path, free to be written.
+    /// The staged path of a guest path. Creates its parent directories, and removes a symbolic link there.
     fn place(&self, path: &str) -> Result<PathBuf> {
         let place = self.stage.path().join(path.trim_start_matches('/'));
         fs::create_dir_all(place.parent().context("the root is there already")?)?;
@@ -142,7 +142,7 @@ impl Tree {
     }
 }
 
-/// A file system that is made once, and only read.
+/// A read-only file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// Compressed by gzip.
@@ -151,7 +151,7 @@ pub enum Format {
     Erofs,
 }
 
-/// A file system that is written to, and can be checked.
+/// A writable file system, which can be checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Ext,
@@ -168,7 +168,7 @@ pub enum Table {
     Mbr,
 }
 
-/// Where the one partition starts, and what is left behind it, in MiB.
+/// Start of the only partition, and free space after it, in MiB.
 const MARGIN_MIB: u64 = 1;
 
 /// An image of a file system in a file, removed when dropped unless [kept](Image::keep).
@@ -203,8 +203,8 @@ impl Image {
         }
     }
 
-    /// Makes an xfs image that holds `tree`, of the least size that mkfs.xfs makes: 300 MiB, most of
-    /// them a hole. Sticky bits are lost.
+    /// Makes an xfs image that holds `tree`, of the minimum size that mkfs.xfs accepts: 300 MiB, mostly
+    /// sparse. Sticky bits are lost.
     pub fn xfs(tree: &Tree) -> Result<Image> {
         let image = Image::blank(300)?;
         // What mkfs.xfs(8) calls a prototype, of a list of what is there.
@@ -286,7 +286,7 @@ impl Image {
         })
     }
 
-    /// Makes an image that holds `tree`, and is only read.
+    /// Makes a read-only image that holds `tree`.
     pub fn packed(tree: &Tree, format: Format) -> Result<Image> {
         let path = NamedTempFile::with_suffix(".img")?.into_temp_path();
         let (tool, make) = match format {
@@ -312,14 +312,14 @@ impl Image {
         Ok(Image::new(file.into_temp_path()))
     }
 
-    /// A copy of the image at `path`, as it is now.
+    /// A copy of the image at `path`.
     pub fn copy_of(path: &Path) -> Result<Image> {
         let copy = NamedTempFile::with_suffix(".img")?.into_temp_path();
         fs::copy(path, &copy).with_context(|| format!("unable to copy {path:?}"))?;
         Ok(Image::new(copy))
     }
 
-    /// Moves the image to a place where it stays.
+    /// Moves the image to a path where it is kept.
     pub fn keep(self, path: &Path) -> Result<()> {
         fs::copy(&self.path, path).with_context(|| format!("unable to write {path:?}"))?;
         Ok(())
@@ -330,8 +330,8 @@ impl Image {
         &self.path
     }
 
-    /// Ok when the file system is as an orderly end leaves it: its checker finds no fault, and no
-    /// journal waits to be recovered.
+    /// Fails unless the file system is clean, as after an orderly shutdown: its checker finds no fault, and
+    /// the journal need not be replayed.
     pub fn check(&self) -> Result<()> {
         match (self.is_partitioned, self.kind) {
             (true, _) => self.partition()?.check(),
@@ -394,7 +394,7 @@ impl Image {
         self.debugfs(&format!("cat \"{path}\""))
     }
 
-    /// What debugfs tells of an inode: type, mode, owner, size, times.
+    /// The output of debugfs for an inode: type, mode, owner, size, times.
     pub fn stat(&self, path: &str) -> Result<String> {
         let stat = self.debugfs(&format!("stat \"{path}\""))?;
         ensure!(stat.starts_with("Inode:"), "no {path} in the image");
@@ -408,7 +408,7 @@ impl Image {
     }
 }
 
-/// Copies `size_mib` MiB of a file into another one that is there; holes stay holes.
+/// Copies `size_mib` MiB of a file into an existing one; holes stay holes.
 fn copy(from: &Path, to: &Path, skip_mib: u64, seek_mib: u64, size_mib: u64) -> Result<()> {
     run(Command::new(assets::tool("dd")?)
         .arg(format!("if={}", from.display()))
@@ -461,7 +461,7 @@ fn xfs_prototype(list: &str, stage: &Path) -> Result<String> {
     Ok(prototype)
 }
 
-/// Everything is initialised now: a guest kernel would do the rest later, in the middle of a test.
+/// Options that initialise everything now: otherwise a guest kernel would do it later, in the middle of a test.
 const MKFS: &str = "nodiscard,lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0";
 
 impl From<&Image> for Disk {

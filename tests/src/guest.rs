@@ -1,4 +1,4 @@
-//! What a guest tells about itself: shell reports between markers on the console.
+//! Reports from the guest: the output of shell commands between markers on the console.
 
 use std::time::Duration;
 
@@ -7,15 +7,15 @@ use serde_json::{Value, json};
 
 use crate::{assets, serial::Serial};
 
-/// A configuration that has the guest's shell run `script`, with all of `rest` besides.
+/// A configuration whose workload is a shell that runs `script`, with the fields of `rest`.
 pub fn shell(script: &str, rest: Value) -> Value {
     let mut config = rest;
     config["ExecOverride"] = json!(["/bin/sh", "-c", script]);
     config
 }
 
-/// The warnings of pigeon-init on a console, but for those of the cgroup v1 controllers that the
-/// kernel does not have.
+/// The warnings of pigeon-init on a console, except for those about cgroup v1 controllers that the kernel
+/// lacks.
 pub fn warnings(console: &str) -> Vec<String> {
     let missing = assets::missing_v1_controllers().expect("a kernel to boot");
     let expected = |line: &str| {
@@ -29,8 +29,8 @@ pub fn warnings(console: &str) -> Vec<String> {
         .collect()
 }
 
-/// A shell script that runs each `(name, command)` and prints its output (both streams) and exit
-/// code between markers, for [`section`] to find.
+/// A shell script that runs each `(name, command)` and prints its output (both streams) and exit code between
+/// markers, which [`section`] finds.
 pub fn report(sections: &[(&str, &str)]) -> String {
     let part = |(name, command): &(&str, &str)| {
         format!("echo '<<< {name}'\n{{ {command}\n}} 2>&1\necho \">>> {name} $?\"\n")

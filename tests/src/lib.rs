@@ -1,4 +1,4 @@
-//! A laboratory for pigeon-init: real kernels in real micro-VMs, driven from ordinary Rust tests.
+//! The VM lab: boots pigeon-init on real kernels in micro-VMs, from ordinary Rust tests.
 //!
 //! ```no_run
 //! use pigeon_lab::{End, Vm, disk::{Image, Tree}};
@@ -16,10 +16,9 @@
 //! # anyhow::Ok(())
 //! ```
 //!
-//! A VM runs on Firecracker where `/dev/kvm` works and a `firecracker` binary is found, otherwise
-//! (and always when a test asks for what Firecracker cannot do) on QEMU. Its architecture is that of
-//! [`assets::arch`].
-//! Everything is synchronous, and nothing outlives the process that started it.
+//! A VM runs on Firecracker if `/dev/kvm` works, a `firecracker` binary is found and the test needs nothing that
+//! Firecracker lacks; otherwise on QEMU. Its architecture is [`assets::arch`]. The API is synchronous, and VMs
+//! end with the process that started them.
 
 pub mod assets;
 pub mod disk;

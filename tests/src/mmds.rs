@@ -1,4 +1,4 @@
-//! Firecracker's metadata service, as version 1.17 answers: the protocol without the network.
+//! Firecracker's metadata service as of version 1.17: the protocol without the network.
 //! (Firecracker docs/mmds/mmds-user-guide.md.)
 
 use std::{
@@ -10,18 +10,18 @@ use serde_json::Value;
 
 use crate::http::Headers;
 
-/// A request this long or longer is reset, not answered.
+/// The connection of a request this long or longer is reset.
 pub const MAX_REQUEST: usize = 2500;
 
 /// The protocol that a client may use.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum Version {
-    /// A GET without a token is 401.
+    /// A GET without a token gets 401.
     #[default]
     V2,
-    /// Tokens are given but not asked for, as V1 is since Firecracker 1.13.
+    /// Tokens are issued but not required, as for V1 since Firecracker 1.13.
     V1,
-    /// A PUT is 405, as V1 was before.
+    /// A PUT gets 405, as for V1 before that.
     V1Only,
 }
 
@@ -31,15 +31,15 @@ pub enum Push {
     /// Before the VM starts.
     #[default]
     BeforeStart,
-    /// When that many requests for the document have been answered without it.
+    /// After that many requests for the document were answered without it.
     AfterRequests(usize),
-    /// That long after the first request. (On Firecracker: after the start of the VM.)
+    /// That long after the first request (on Firecracker: after the start of the VM).
     After(Duration),
-    /// Not at all.
+    /// Never.
     Never,
 }
 
-/// What a GET of `/` gets before the push.
+/// The response to a GET of `/` before the push.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Before {
     /// 200 with this document.
@@ -48,22 +48,22 @@ pub enum Before {
     NotFound,
 }
 
-/// What goes wrong on a connection. Byte counts are of all that the connection's server says.
+/// A fault of a connection. Byte counts are of everything that the server sends on it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Fault {
-    /// Nothing answers the SYN, as Firecracker does with the 31st open connection.
+    /// The SYN is not answered, as Firecracker does with the 31st open connection.
     Silent,
-    /// The SYN is answered with a reset: nothing listens.
+    /// The SYN is answered with a reset, as if nothing listened.
     Refuse,
-    /// Nothing comes after so many bytes: a lost segment, which Firecracker never sends again.
+    /// Nothing is sent after that many bytes: a lost segment, which Firecracker never retransmits.
     Stall(usize),
-    /// A reset after so many bytes.
+    /// A reset after that many bytes.
     Reset(usize),
-    /// The end of the connection after so many bytes.
+    /// A FIN after that many bytes.
     Close(usize),
-    /// One byte each interval.
+    /// One byte per interval.
     Drip(Duration),
-    /// These bytes in place of each response.
+    /// These bytes instead of each response.
     Instead(Vec<u8>),
 }
 
@@ -88,7 +88,7 @@ pub struct Mmds {
 }
 
 impl Mmds {
-    /// Version 2 with `document` in its store from the start.
+    /// A version 2 service that has `document` from the start.
     pub fn serving(document: Value) -> Mmds {
         Mmds {
             document,
@@ -100,22 +100,22 @@ impl Mmds {
         }
     }
 
-    /// The protocol it speaks.
+    /// Sets the protocol version.
     pub fn version(self, version: Version) -> Mmds {
         Mmds { version, ..self }
     }
 
-    /// When the document is there.
+    /// Sets when the document is pushed.
     pub fn push(self, push: Push) -> Mmds {
         Mmds { push, ..self }
     }
 
-    /// What there is before the push, in place of `null`.
+    /// Sets the response before the push, instead of `null`.
     pub fn before(self, before: Before) -> Mmds {
         Mmds { before, ..self }
     }
 
-    /// The first connections' faults, one each. Later connections have none.
+    /// Sets the faults of the first connections, one each. Later connections have none.
     pub fn faults(self, faults: impl Into<Vec<Fault>>) -> Mmds {
         Mmds {
             faults: faults.into(),
@@ -123,7 +123,7 @@ impl Mmds {
         }
     }
 
-    /// A fault of every connection (after those of [`faults`](Self::faults)).
+    /// Sets a fault for every connection after those of [`faults`](Self::faults).
     pub fn always(self, fault: Fault) -> Mmds {
         Mmds {
             always: Some(fault),
@@ -131,7 +131,7 @@ impl Mmds {
         }
     }
 
-    /// What goes wrong on the connection `number`, counted from 0.
+    /// The fault of connection `number`, counted from 0.
     pub(crate) fn fault(&self, number: usize) -> Option<&Fault> {
         self.faults.get(number).or(self.always.as_ref())
     }
@@ -149,9 +149,9 @@ impl Mmds {
 /// A request, as the guest sent it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
-    /// The connection it came on, counted from 0.
+    /// The number of its connection, counted from 0.
     pub connection: usize,
-    /// When all of it had arrived.
+    /// When it was complete.
     pub at: Instant,
     pub method: String,
     pub path: String,
@@ -185,14 +185,14 @@ impl Request {
     }
 }
 
-/// The service's state: what it has been asked for, and the token it has given out.
+/// The service's state: the requests so far, and the token issued.
 pub(crate) struct Service {
     mmds: Mmds,
     first_request: Option<Instant>,
     documents_asked: usize,
 }
 
-/// 48 characters of base64, as Firecracker's tokens are.
+/// 48 characters of base64, like Firecracker's tokens.
 const TOKEN: &str = "cGlnZW9uLWxhYi10b2tlbi1wYWRkZWQtdG8tMzYtYnl0ZXMu";
 const TOKEN_PATH: &str = "/latest/api/token";
 const MAX_TTL_SECONDS: u32 = 21_600;
@@ -277,7 +277,7 @@ fn respond_token(request: &Request) -> Vec<u8> {
     }
 }
 
-/// The keys of an object, one a line, with a slash when there is more below (EC2's format).
+/// The keys of an object, one per line, with a slash if the value is an object (EC2's format).
 fn listing(map: &serde_json::Map<String, Value>) -> String {
     let keys = map.iter().map(|(key, value)| match value {
         Value::Object(_) => format!("{key}/"),
@@ -286,7 +286,7 @@ fn listing(map: &serde_json::Map<String, Value>) -> String {
     keys.collect::<Vec<_>>().join("\n")
 }
 
-/// A response as Firecracker's server writes it: the reason phrase is empty.
+/// A response in the format of Firecracker's server: the reason phrase is empty.
 fn response(status: u16, extra: &str, body: &str) -> Vec<u8> {
     let media = if body == TOKEN {
         "text/plain"

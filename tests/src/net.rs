@@ -1,9 +1,9 @@
-//! The far end of a guest's network cable: a little TCP/IP stack in this process.
+//! The host at the other end of a guest's network link: a small TCP/IP stack in this process.
 //!
-//! QEMU hands over the guest's Ethernet frames on a Unix stream socket. Here they meet a host that
-//! answers ARP and ping for every IPv4 address, so that any gateway and what lies behind it can
-//! be reached, and serves MMDS at its link-local address. Segments and connections get lost when
-//! a test says so, which no proxy in front of a real TCP stack could do.
+//! QEMU passes the guest's Ethernet frames over a Unix stream socket. The host answers ARP and ping for every
+//! IPv4 address, so that any gateway and the addresses behind it are reachable, and serves MMDS at its link-local
+//! address. It drops segments and connections if a test says so, which a proxy in front of a real TCP stack
+//! could not.
 
 use std::{
     collections::VecDeque,
@@ -29,17 +29,17 @@ use smoltcp::{
 
 use crate::mmds::{Fault, MAX_REQUEST, Mmds, Request, Service};
 
-/// Where a guest finds its metadata.
+/// The address of MMDS.
 pub const MMDS_ADDRESS: Ipv4Address = Ipv4Address::new(169, 254, 169, 254);
 const MMDS_PORT: u16 = 80;
-/// The MAC address Firecracker's MMDS has.
+/// The MAC address of Firecracker's MMDS.
 const MMDS_MAC: EthernetAddress = EthernetAddress([0x06, 0x01, 0x23, 0x45, 0x67, 0x01]);
-/// Connections that MMDS takes at once.
+/// Maximum number of simultaneous connections to MMDS.
 const MMDS_CONNECTIONS: usize = 30;
 /// An Ethernet header and 1,500 bytes.
 const MAX_FRAME: usize = 1514;
 
-/// What came over the cable. It can be looked at while the VM runs and after.
+/// The traffic seen so far; it can be read while the VM runs and afterwards.
 #[derive(Clone, Default)]
 pub struct Traffic {
     requests: Arc<Mutex<Vec<Request>>>,
@@ -47,7 +47,7 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// MMDS requests so far, in the order of their arrival.
+    /// MMDS requests so far, in order of arrival.
     pub fn requests(&self) -> Vec<Request> {
         self.requests.lock().expect("no poison").clone()
     }
@@ -58,8 +58,8 @@ impl Traffic {
     }
 }
 
-/// Waits on the Unix socket `path` for QEMU's end of the cable and is the host at the other end
-/// until QEMU goes. Without `mmds`, nothing is at MMDS's address.
+/// Waits on the Unix socket `path` for QEMU to connect, and acts as the host until QEMU disconnects. Without
+/// `mmds`, nothing has MMDS's address.
 pub(crate) fn attach(path: &Path, mmds: Option<Mmds>) -> Result<Traffic> {
     let listener = UnixListener::bind(path).with_context(|| format!("unable to bind {path:?}"))?;
     let traffic = Traffic::default();
@@ -75,8 +75,7 @@ pub(crate) fn attach(path: &Path, mmds: Option<Mmds>) -> Result<Traffic> {
     Ok(traffic)
 }
 
-/// The guest's frames, one at a time, and the way back to it. QEMU's framing: each frame after
-/// its length, a big-endian u32.
+/// Receives and sends frames, in QEMU's framing: each frame after its length, a big-endian u32.
 struct Cable {
     stream: UnixStream,
     arrived: Option<Vec<u8>>,
@@ -148,15 +147,15 @@ impl phy::TxToken for Sender<'_> {
     }
 }
 
-/// What a frame means to the faults.
+/// The kind of a frame, as far as faults depend on it.
 #[derive(Debug, PartialEq)]
 enum Meaning {
-    /// A segment to MMDS from this port of the guest; the first of a connection when `syn`.
+    /// A segment to MMDS from this port of the guest; `syn`: the first of a connection.
     Segment {
         port: u16,
         syn: bool,
     },
-    /// Anything else for MMDS's address, ARP for it too.
+    /// Anything else for MMDS's address, including ARP.
     ToMmds,
     Other,
 }
@@ -189,23 +188,23 @@ fn meaning(frame: &[u8]) -> Meaning {
     parse().unwrap_or(Meaning::Other)
 }
 
-/// The host at the far end.
+/// The host.
 struct Host {
     cable: Cable,
     interface: Interface,
     sockets: SocketSet<'static>,
     mmds: Option<(Mmds, Service)>,
     connections: Vec<Connection>,
-    /// The guest's port of each connection there has been.
+    /// The guest's port of each connection so far.
     ports: Vec<u16>,
     traffic: Traffic,
     start: Instant,
 }
 
-/// One of MMDS's sockets and what is under way on it.
+/// One of MMDS's sockets and its state.
 struct Connection {
     socket: SocketHandle,
-    /// Its number, once it is one.
+    /// The number of its connection, once there is one.
     number: Option<usize>,
     inbox: Vec<u8>,
     outbox: VecDeque<u8>,
@@ -260,7 +259,7 @@ impl Host {
         }
     }
 
-    /// Takes a frame in, unless a fault keeps it from arriving.
+    /// Receives a frame, unless a fault drops it.
     fn arrive(&mut self, frame: Vec<u8>) {
         let meaning = meaning(&frame);
         self.traffic
@@ -313,7 +312,7 @@ impl Host {
             .poll(self.now(), &mut self.cable, &mut self.sockets);
     }
 
-    /// How long nothing is to be done when no frame arrives.
+    /// How long there is nothing to do unless a frame arrives.
     fn idle_time(&mut self) -> Duration {
         let stack = self.interface.poll_delay(self.now(), &self.sockets);
         let stack = stack.map_or(Duration::MAX, |delay| {
@@ -346,7 +345,7 @@ impl Connection {
         }
     }
 
-    /// Does whatever can be done now.
+    /// Makes as much progress as is possible now.
     fn serve(
         &mut self,
         socket: &mut tcp::Socket,
@@ -397,7 +396,7 @@ impl Connection {
         }
     }
 
-    /// Sends as much as the window and the fault let through.
+    /// Sends as much as the window and the fault allow.
     fn send(&mut self, socket: &mut tcp::Socket, fault: Option<&Fault>) {
         if !socket.may_send() {
             return;

@@ -1,14 +1,14 @@
-//! Bytes to be sent through something and to come out as they were: never the same for long, the same
-//! for one seed.
+//! Pseudo-random bytes for transfer tests, reproducible from their seed: what is received is compared with what
+//! was sent.
 
 use std::io::{Read, Write};
 
 use anyhow::{Context, Result, ensure};
 
-/// Bytes made and compared at once.
+/// Bytes generated and compared at once.
 const PIECE: usize = 1 << 20;
 
-/// A stream of them (xorshift64).
+/// A stream of bytes (xorshift64).
 struct Noise(u64);
 
 impl Noise {
@@ -22,14 +22,14 @@ impl Noise {
     }
 }
 
-/// So many of them.
+/// The first `size` bytes of the stream with this seed.
 pub fn bytes(size: usize, seed: u64) -> Vec<u8> {
     let mut bytes = vec![0; size];
     Noise(seed).fill(&mut bytes);
     bytes
 }
 
-/// Sends so many of them.
+/// Sends the first `left` bytes of the stream with this seed.
 pub fn send(stream: &mut impl Write, mut left: u64, seed: u64) -> Result<()> {
     let (mut noise, mut piece) = (Noise(seed), vec![0; PIECE]);
     while left > 0 {
@@ -41,7 +41,7 @@ pub fn send(stream: &mut impl Write, mut left: u64, seed: u64) -> Result<()> {
     Ok(())
 }
 
-/// Reads the same, and nothing else.
+/// Reads `left` bytes, and fails unless they are those of the stream with this seed.
 pub fn expect(stream: &mut impl Read, mut left: u64, seed: u64) -> Result<()> {
     let (mut noise, mut piece, mut read) = (Noise(seed), vec![0; PIECE], vec![0; PIECE]);
     while left > 0 {

@@ -1,4 +1,4 @@
-//! Host processes, and how many VMs run at once.
+//! Host processes, and a limit for VMs that run at once.
 
 use std::{
     fs::{self, File, TryLockError},
@@ -11,10 +11,10 @@ pub use pigeon::process::{Process, run};
 
 use crate::assets;
 
-/// How long a VM waits without a word.
+/// How long a VM waits before it says so.
 const TELL_AFTER: Duration = Duration::from_secs(2);
 
-/// The right to run one VM. There are few on a machine, whichever processes ask for them.
+/// A permit to run a VM. Their number is limited on a machine, for all processes together.
 pub struct Slot {
     _lock: File,
 }

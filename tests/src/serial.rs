@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-/// All that a guest's console has said. Clones share one recording.
+/// Everything that a guest's console has printed. Clones share one recording.
 #[derive(Clone)]
 pub struct Serial {
     shared: Arc<Shared>,
@@ -79,12 +79,12 @@ impl Serial {
         Ok(serial)
     }
 
-    /// Where the recording is kept.
+    /// The file of the recording.
     pub fn log(&self) -> &Path {
         &self.log
     }
 
-    /// Everything so far, with newlines in place of the console's CR LF.
+    /// Everything so far, with LF instead of the console's CR LF.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.shared.state().bytes).replace("\r\n", "\n")
     }
@@ -136,17 +136,17 @@ impl Serial {
         }
     }
 
-    /// Waits for the console to end, which is when nothing more can be added to the recording.
+    /// Waits for the end of the console: then the recording is complete.
     pub fn wait_end(&self) {
         drop(self.shared.wait_while(|state| !state.ended));
     }
 
-    /// Stops reading: the console becomes as slow as a terminal nobody looks at.
+    /// Stops reading: the console blocks, like a terminal that nobody reads.
     pub fn hold(&self) {
         self.shared.state().held = true;
     }
 
-    /// Reads on, and no more than so many bytes at once, with so much time after them.
+    /// Continues reading, slowly: at most that many bytes at once, with that much time between two reads.
     pub fn trickle(&self, bytes: usize, time: Duration) {
         let mut state = self.shared.state();
         (state.held, state.pace) = (false, Some((bytes, time)));
@@ -154,7 +154,7 @@ impl Serial {
         self.shared.changed.notify_all();
     }
 
-    /// Reads on, as fast as it can.
+    /// Continues reading as fast as possible.
     pub fn release(&self) {
         let mut state = self.shared.state();
         (state.held, state.pace) = (false, None);

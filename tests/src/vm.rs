@@ -1,4 +1,4 @@
-//! A micro-VM from its first instruction to its end, on QEMU or Firecracker.
+//! A micro-VM on QEMU or Firecracker, from boot to shutdown.
 
 mod snapshot;
 
@@ -35,29 +35,29 @@ use crate::{
     vsock,
 };
 
-/// Lines of the console that a failing test shows.
+/// Number of console lines that a failing test shows.
 const TAIL: usize = 60;
 
-/// How long one try to reach a guest's port may take.
+/// Time limit of one attempt to connect to a port of the guest.
 const HANDSHAKE: Duration = Duration::from_secs(3);
 
-/// What the guest's network cable is plugged into.
+/// What the guest's network card is connected to.
 #[derive(Clone, Debug, Default)]
 enum Nic {
     /// There is no eth0.
     #[default]
     None,
-    /// A host in this process (see [`crate::net`]), with MMDS or without.
+    /// A host in this process (see [`crate::net`]), with or without MMDS.
     Cable(Option<Mmds>),
-    /// A tap device, which can leave checksums to the hardware; nobody answers behind it.
+    /// A tap device, which supports checksum offload; nothing answers on it.
     Tap,
 }
 
-/// A VM to be booted. What is not said is as in a common Firecracker set-up: 256 MiB, one
-/// processor, vsock, a keyboard controller on x86_64; no network until there is MMDS or a NIC.
+/// A VM to be booted. The defaults are those of a common Firecracker setup: 256 MiB, one vCPU, vsock, a keyboard
+/// controller on x86_64; no network without MMDS or a NIC.
 pub struct Builder {
     name: String,
-    /// Whether the initramfs starts with the product, build/initrd.cpio.
+    /// Whether the initramfs starts with build/initrd.cpio.
     product: bool,
     files: Initrd,
     modules: bool,
@@ -86,7 +86,7 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// The name of the VM's log, in place of the test's.
+    /// Names the VM's log; by default it is named after the test.
     pub fn name(self, name: &str) -> Self {
         Builder {
             name: name.into(),
@@ -99,7 +99,7 @@ impl Builder {
         self.file("/pigeon/run.json", 0o600, config.to_string())
     }
 
-    /// Serves metadata, on a network card.
+    /// Adds a network card with MMDS.
     pub fn mmds(self, mmds: Mmds) -> Self {
         Builder {
             nic: Nic::Cable(Some(mmds)),
@@ -107,7 +107,7 @@ impl Builder {
         }
     }
 
-    /// A network card without MMDS: its host answers ARP and ping for any other IPv4 address.
+    /// Adds a network card without MMDS: its host answers ARP and ping for any other IPv4 address.
     pub fn nic(self) -> Self {
         Builder {
             nic: Nic::Cable(None),
@@ -115,7 +115,7 @@ impl Builder {
         }
     }
 
-    /// A network card on a tap device: checksum offload can be switched, and nobody answers.
+    /// Adds a network card on a tap device: checksum offload can be switched, and nothing answers.
     pub fn tap(self) -> Self {
         Builder {
             nic: Nic::Tap,
@@ -123,20 +123,20 @@ impl Builder {
         }
     }
 
-    /// The next block device: `/dev/vda` is the first.
+    /// Adds a block device: the first one is `/dev/vda`.
     pub fn disk(mut self, disk: impl Into<Disk>) -> Self {
-        // An image lives no longer than its test.
+        // An image is deleted with its test.
         self.disks.push(disk.into().scratch());
         self
     }
 
-    /// Another file in the initrd.
+    /// Adds a file to the initrd.
     pub fn file(mut self, path: &str, mode: u32, contents: impl Into<Vec<u8>>) -> Self {
         self.files.file(path, mode, contents);
         self
     }
 
-    /// Another program as `/init`, in place of the built initrd.
+    /// Uses another program as `/init`, instead of the built initrd.
     pub fn init(self, program: &Path) -> Result<Self> {
         let program = fs::read(program).with_context(|| format!("unable to read {program:?}"))?;
         Ok(Builder {
@@ -146,14 +146,13 @@ impl Builder {
         .file("/init", 0o755, program))
     }
 
-    /// Another module in `/pigeon/modules`, after those it depends on, unless the kernel has it
-    /// built in.
+    /// Adds a module to `/pigeon/modules`, after its dependencies, unless the kernel has it built in.
     pub fn module(mut self, name: &str) -> Self {
         self.more_modules.push(name.into());
         self
     }
 
-    /// No `/pigeon/modules`: on a stock kernel then no device has a driver.
+    /// Leaves out `/pigeon/modules`: on a stock kernel no device has a driver then.
     pub fn without_modules(self) -> Self {
         Builder {
             modules: false,
@@ -161,7 +160,7 @@ impl Builder {
         }
     }
 
-    /// Another kernel than [`assets::kernel`].
+    /// Uses another kernel than [`assets::kernel`].
     pub fn kernel(self, kernel: Kernel) -> Self {
         Builder {
             kernel: Some(kernel),
@@ -169,7 +168,7 @@ impl Builder {
         }
     }
 
-    /// No vsock device.
+    /// Leaves out the vsock device.
     pub fn without_vsock(self) -> Self {
         Builder {
             has_vsock: false,
@@ -177,7 +176,7 @@ impl Builder {
         }
     }
 
-    /// Where the host's socket of the guest's vsock is to be, in place of a temporary directory.
+    /// Sets the path of the vsock device's Unix socket; by default it is in a temporary directory.
     pub fn vsock(self, socket: &Path) -> Self {
         Builder {
             vsock: Some(socket.into()),
@@ -185,23 +184,23 @@ impl Builder {
         }
     }
 
-    /// A word of the kernel command line, after those the lab needs itself.
+    /// Adds a kernel parameter, after those that the lab needs.
     pub fn arg(mut self, arg: &str) -> Self {
         self.args.push(arg.into());
         self
     }
 
-    /// The guest's memory.
+    /// Sets the guest's memory in MiB.
     pub fn memory_mib(self, memory_mib: u32) -> Self {
         Builder { memory_mib, ..self }
     }
 
-    /// The guest's virtual processors.
+    /// Sets the number of vCPUs.
     pub fn cpus(self, cpus: u32) -> Self {
         Builder { cpus, ..self }
     }
 
-    /// The guest's clock counts its instructions: the same boot takes the same time.
+    /// Makes the guest's clock count its instructions, so that the same boot always takes the same time.
     pub fn deterministic(self) -> Self {
         Builder {
             deterministic: true,
@@ -209,7 +208,7 @@ impl Builder {
         }
     }
 
-    /// No keyboard controller: no Ctrl-Alt-Del.
+    /// Leaves out the keyboard controller, and so Ctrl-Alt-Del.
     pub fn without_i8042(self) -> Self {
         Builder {
             i8042: false,
@@ -217,7 +216,7 @@ impl Builder {
         }
     }
 
-    /// Firecracker's console, which [`Serial::hold`] makes slow on each architecture.
+    /// Uses Firecracker's console, which [`Serial::hold`] makes slow on each architecture.
     pub fn firecrackers_console(self) -> Self {
         Builder {
             firecrackers_console: true,
@@ -225,7 +224,7 @@ impl Builder {
         }
     }
 
-    /// A PCI Express port named `pci_port`, to plug a device into by [`Vm::qmp`].
+    /// Adds a PCI Express port named `pci_port`, for a device that is plugged by [`Vm::qmp`].
     pub fn pci_port(self) -> Self {
         Builder {
             pci_port: true,
@@ -234,7 +233,7 @@ impl Builder {
         }
     }
 
-    /// Copies the console to standard output as it comes.
+    /// Copies the console to standard output.
     pub fn echo(self) -> Self {
         Builder {
             echo: true,
@@ -251,7 +250,7 @@ impl Builder {
         }
     }
 
-    /// QEMU also where Firecracker is there, for tests that look at [`Vm::traffic`].
+    /// Uses QEMU even if Firecracker is available, for tests that read [`Vm::traffic`].
     pub fn on_qemu(self) -> Self {
         Builder {
             on_qemu: true,
@@ -259,8 +258,8 @@ impl Builder {
         }
     }
 
-    /// On a machine whose [snapshots](Vm::snapshot) can be restored: a PC on QEMU with kernel 6.12,
-    /// which knows VMGenID.
+    /// Uses a machine whose [snapshots](Vm::snapshot) can be restored: a PC on QEMU with kernel 6.12, which
+    /// supports VMGenID.
     pub fn restorable(self) -> Self {
         Builder {
             restorable: true,
@@ -268,7 +267,7 @@ impl Builder {
         }
     }
 
-    /// No VMGenID: the kernel does not notice that it was restored.
+    /// Leaves out VMGenID: the kernel does not detect a restore.
     pub fn without_generation_id(self) -> Self {
         Builder {
             generation_id: false,
@@ -276,7 +275,7 @@ impl Builder {
         }
     }
 
-    /// Options of QEMU, which it runs on then.
+    /// Adds options of QEMU, and uses QEMU.
     pub fn qemu(self, options: &[&str]) -> Self {
         Builder {
             on_qemu: true,
@@ -285,13 +284,12 @@ impl Builder {
         }
     }
 
-    /// Has this program, a filter, compress the initramfs.
+    /// Compresses the initramfs with this program, a filter.
     pub fn compressed(self, compressor: &'static [&'static str]) -> Self {
         Builder { compressor, ..self }
     }
 
-    /// How long [`Vm`]'s methods wait for what they wait for; 60 s by default, 180 s in
-    /// deterministic time.
+    /// Sets the time limit of [`Vm`]'s methods: 60 s by default, 180 s in deterministic time.
     pub fn timeout(self, timeout: Duration) -> Self {
         Builder {
             timeout: Some(timeout),
@@ -299,7 +297,7 @@ impl Builder {
         }
     }
 
-    /// Has this slot, which its holder keeps for one VM after the other.
+    /// Uses this slot, which its owner keeps for several VMs in turn.
     pub fn in_slot(self, slot: &Arc<Slot>) -> Self {
         Builder {
             slot: Some(slot.clone()),
@@ -307,14 +305,14 @@ impl Builder {
         }
     }
 
-    /// Boots, and waits until the workload has been started.
+    /// Boots the VM, and waits until the workload has started.
     pub fn start(self) -> Result<Vm> {
         let vm = self.boot()?;
         vm.wait_for("workload started")?;
         Ok(vm)
     }
 
-    /// Starts the VM, once there is a [`Slot`] for it.
+    /// Starts the VM once a [`Slot`] is free.
     pub fn boot(self) -> Result<Vm> {
         let slot = match &self.slot {
             Some(slot) => slot.clone(),
@@ -412,7 +410,7 @@ impl Builder {
         Ok(machine)
     }
 
-    /// Whether Firecracker can be what has been asked for.
+    /// Whether Firecracker supports what was requested.
     fn firecracker_can(&self) -> bool {
         let genuine = match &self.nic {
             Nic::Cable(Some(mmds)) => mmds.is_genuine(),
@@ -424,7 +422,7 @@ impl Builder {
         genuine && self.i8042 && !qemus && !faulty_disk
     }
 
-    /// The initramfs: the product, and after it what this VM adds.
+    /// The initramfs: build/initrd.cpio, and after it what this VM adds.
     fn archive(&self, kernel: &Kernel) -> Result<Vec<u8>> {
         let product = if self.product {
             assets::initrd()?
@@ -439,27 +437,27 @@ impl Builder {
     }
 }
 
-/// A running (or ended) micro-VM. Dropping it ends it and prints the end of its console, which
-/// the test runner shows for a test that fails. All of it is kept as `build/logs/TEST.log`.
+/// A running (or ended) micro-VM. Dropping it ends it and prints the end of its console, which the test runner
+/// shows for a failing test. The whole console is in `build/logs/TEST.log`.
 pub struct Vm {
     machine: Box<dyn Machine>,
     spec: Spec,
-    /// What its log is called, or of a clone, that of the VM that was booted.
+    /// The name of its log; a clone has that of the VM that was booted.
     name: String,
-    /// Of that VM, so far.
+    /// Number of clones of that VM so far.
     clones: Arc<AtomicU32>,
     serial: Serial,
     traffic: Traffic,
     timeout: Duration,
     quiet: bool,
-    /// Disks of its own, of a clone.
+    /// A clone's own disks.
     images: Vec<Image>,
     _dir: TempDir,
     slot: Option<Arc<Slot>>,
 }
 
 impl Vm {
-    /// A machine that has been started.
+    /// A VM on a machine that was started.
     fn of(
         mut machine: Box<dyn Machine>,
         spec: Spec,
@@ -492,7 +490,7 @@ impl Vm {
         })
     }
 
-    /// A VM named, as its log, after the test that boots it.
+    /// A VM that is named after the test that boots it, as its log is.
     #[track_caller]
     pub fn builder() -> Builder {
         Builder {
@@ -530,13 +528,12 @@ impl Vm {
         &self.serial
     }
 
-    /// All that the console has said.
+    /// Everything that the console has printed.
     pub fn console(&self) -> String {
         self.serial.text()
     }
 
-    /// Waits for a whole console line that contains `text` and returns it, also when it has
-    /// come already.
+    /// Waits for a whole console line that contains `text` and returns it; it may have been printed already.
     pub fn wait_for(&self, text: &str) -> Result<String> {
         self.serial.wait_for(text, self.timeout)
     }
@@ -558,7 +555,7 @@ impl Vm {
         Ok(std::io::Write::write_all(keyboard, text.as_bytes())?)
     }
 
-    /// The host's socket of the guest's vsock.
+    /// The vsock device's Unix socket on the host.
     pub fn vsock(&self) -> Option<&Path> {
         self.spec.vsock.as_deref()
     }
@@ -582,12 +579,12 @@ impl Vm {
         }
     }
 
-    /// A new connection to pigeon-init's API, as soon as it is there.
+    /// A new connection to pigeon-init's API, as soon as it listens.
     pub fn api(&mut self) -> Result<http::Client<UnixStream>> {
         Ok(http::Client::new(self.connect(vsock::API_PORT)?))
     }
 
-    /// What came over the network cable. On Firecracker, and on a tap, nothing is seen.
+    /// The network traffic. On Firecracker, and on a tap, none is recorded.
     pub fn traffic(&self) -> &Traffic {
         &self.traffic
     }
@@ -597,13 +594,12 @@ impl Vm {
         self.traffic.requests()
     }
 
-    /// The keys Ctrl, Alt and Del, of which only x86_64 machines have a keyboard.
+    /// Sends Ctrl-Alt-Del; only x86_64 machines have a keyboard.
     pub fn ctrl_alt_delete(&mut self) -> Result<()> {
         self.machine.ctrl_alt_delete()
     }
 
-    /// Asks the workload to stop, as a host does that means well: by Ctrl-Alt-Del, or by a signal
-    /// where there is no keyboard.
+    /// Asks the workload to stop: by Ctrl-Alt-Del, or by a signal if there is no keyboard.
     pub fn stop(&mut self) -> Result<()> {
         if assets::arch().has_keyboard() {
             return self.ctrl_alt_delete();
@@ -612,23 +608,23 @@ impl Vm {
         self.api()?.post("/v1/signals", &term)?.success().map(drop)
     }
 
-    /// Stops the virtual processors.
+    /// Pauses the vCPUs.
     pub fn pause(&mut self) -> Result<()> {
         self.machine.pause()
     }
 
-    /// Lets them go on.
+    /// Resumes the vCPUs.
     pub fn resume(&mut self) -> Result<()> {
         self.machine.resume()
     }
 
-    /// Stops the hypervisor itself for at least so long: unlike after [`pause`](Self::pause) on
-    /// QEMU, the guest's clock has gone on meanwhile.
+    /// Stops the hypervisor process for at least that long: unlike with [`pause`](Self::pause) on QEMU, the
+    /// guest's clock continues meanwhile.
     pub fn freeze(&mut self, time: Duration) -> Result<()> {
         self.freeze_and(time, |_| Ok(()))
     }
 
-    /// The same, with something done to it just before it goes on.
+    /// The same, and calls a function just before it continues.
     pub fn freeze_and(
         &mut self,
         time: Duration,
@@ -642,7 +638,7 @@ impl Vm {
         Ok(kill_process(process, Signal::CONT)?)
     }
 
-    /// Sleeps while the machine is stopped. It runs nothing, so that its slot is another's meanwhile.
+    /// Sleeps while the machine is stopped. It runs nothing, so another VM can use its slot meanwhile.
     pub fn stand_still(&mut self, time: Duration) -> Result<()> {
         self.slot = None;
         thread::sleep(time);
@@ -650,13 +646,12 @@ impl Vm {
         Ok(())
     }
 
-    /// From now on the machine does little but wait, for a deadline or a disk that hangs: its slot is
-    /// another's.
+    /// Gives up the slot, as the machine mostly waits from now on: for a deadline, or a disk that hangs.
     pub fn yield_slot(&mut self) {
         self.slot = None;
     }
 
-    /// A QMP command, where the VM runs on QEMU.
+    /// Runs a QMP command; only on QEMU.
     pub fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {
         self.machine.qmp(command, arguments)
     }
@@ -678,7 +673,7 @@ impl Vm {
         })
     }
 
-    /// How it has ended, or None while it runs.
+    /// How it ended, or None while it runs.
     pub fn ended(&mut self) -> Result<Option<End>> {
         let running = self.machine.process().status()?.is_none();
         if running {
@@ -688,7 +683,7 @@ impl Vm {
         }
     }
 
-    /// Switches the VM off, as a host that fails would.
+    /// Kills the VM, as a crash of the host would.
     pub fn kill(&mut self) {
         self.machine.process().kill();
         self.slot = None;
@@ -708,7 +703,7 @@ impl Drop for Vm {
     }
 }
 
-/// Starts a VM with this network cable on QEMU.
+/// Starts a VM with this network link on QEMU.
 fn on_qemu(mut spec: Spec, nic: &Nic) -> Result<(Spec, Box<dyn Machine>, Traffic)> {
     let (nic, traffic) = match nic {
         Nic::None => (machine::Nic::None, Traffic::default()),
@@ -724,8 +719,8 @@ fn on_qemu(mut spec: Spec, nic: &Nic) -> Result<(Spec, Box<dyn Machine>, Traffic
     Ok((spec, machine, traffic))
 }
 
-/// A file name for the next VM of a test: the second one of a process gets `-2`. A test that runs
-/// on the main thread is named after its place in the source.
+/// A file name for the next VM of a test: the second one of a process gets `-2`. A test that runs on the main
+/// thread is named after its location in the source.
 fn log_name(thread: Option<&str>, place: &Location) -> String {
     static BOOTS: LazyLock<Mutex<HashMap<String, u32>>> = LazyLock::new(Mutex::default);
     let test = match thread.filter(|&name| name != "main") {

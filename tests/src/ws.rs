@@ -1,4 +1,4 @@
-//! A plain WebSocket client (RFC 6455) that also sends what no client should.
+//! A plain WebSocket client (RFC 6455) that can also send invalid frames.
 
 use std::{
     io::{self, Read, Write},
@@ -23,10 +23,10 @@ pub const PONG: u8 = 0x8a;
 const KEY: &str = "dGhlIHNhbXBsZSBub25jZQ==";
 const ACCEPT: &str = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
 
-/// A mask as good as any.
+/// An arbitrary mask.
 const MASK: [u8; 4] = [0x37, 0xfa, 0x21, 0x3d];
 
-/// The header lines of a handshake, `Host` not among them.
+/// The header lines of a handshake, except for `Host`.
 pub fn handshake() -> [(&'static str, &'static str); 4] {
     [
         ("Upgrade", "websocket"),
@@ -36,7 +36,7 @@ pub fn handshake() -> [(&'static str, &'static str); 4] {
     ]
 }
 
-/// A client's frame: masked, its length in the fewest bytes.
+/// A client's frame: masked, with the shortest encoding of its length.
 pub fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
     let mut bytes = vec![first];
     match payload.len() {
@@ -68,11 +68,11 @@ pub struct Frame {
 pub struct Socket {
     stream: UnixStream,
     unread: Vec<u8>,
-    /// What the last look at the output did not take.
+    /// Output that was read, but not used by the last call.
     put_back: Option<Frame>,
 }
 
-/// How a session went, from where it was looked at to its end.
+/// The rest of a session, up to its end.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Ended {
     /// All binary messages.
@@ -110,7 +110,7 @@ impl Socket {
         &self.stream
     }
 
-    /// A second handle, which only sends.
+    /// A second handle, for sending only.
     pub fn sender(&self) -> Result<Socket> {
         Ok(Socket {
             stream: self.stream.try_clone()?,
@@ -144,8 +144,8 @@ impl Socket {
         self.send(CLOSE, &code.to_be_bytes())
     }
 
-    /// The next frame, or None when the connection ends. A server's frame must have no mask, no
-    /// reserved bits, and a length in the fewest bytes.
+    /// The next frame, or None when the connection ends. A server's frame must have no mask, no reserved bits,
+    /// and the shortest encoding of its length.
     pub fn next_frame(&mut self) -> Result<Option<Frame>> {
         if let Some(frame) = self.put_back.take() {
             return Ok(Some(frame));
@@ -257,7 +257,7 @@ impl Socket {
     }
 }
 
-/// The frame at the front of `bytes` and its size, when it is whole.
+/// The frame at the start of `bytes` and its size, if it is complete.
 fn parse(bytes: &[u8]) -> Result<Option<(Frame, usize)>> {
     let [first, second, rest @ ..] = bytes else {
         return Ok(None);

@@ -364,7 +364,7 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// Kernel parameters: names, in the syntax of [`sysctl::path`], and values.
+    /// The sysctls: names, in the syntax of [`sysctl::path`](crate::sysctl::path), and values.
     pub fn sysctls(&self) -> impl Iterator<Item = (&'a str, &'a str)> + Clone {
         let pairs = self.sysctls.iter().filter_map(|pair| pair.to_str().ok());
         pairs.filter_map(|pair| split_text_once(pair, b'='))

@@ -1,4 +1,4 @@
-//! What `./build.sh` needs of the lab: fetch its parts, and boot a VM for a person to look at.
+//! The lab's commands for `./build.sh`: `setup` fetches what VMs need, `run` boots a VM with its console shown.
 
 use std::{
     env, fs,
@@ -61,8 +61,8 @@ fn setup() -> Result<()> {
     assets::busybox().map(drop)
 }
 
-/// Boots the example with `config` from MMDS. The disks are made once and then kept, so that a
-/// second boot finds what the first one left, in `build/`.
+/// Boots the example with `config` from MMDS. Its disks are created once and kept in `build/`, so a second boot
+/// finds what the first one wrote.
 fn run(config: &Path, args: &[&str]) -> Result<()> {
     let text = fs::read(config).with_context(|| format!("unable to read {}", config.display()))?;
     let config: Value = serde_json::from_slice(&text)
@@ -127,11 +127,11 @@ fn make(path: &Path, mib: u32, tree: impl FnOnce() -> Result<Tree>) -> Result<()
     Ok(())
 }
 
-/// Tells how to reach the VM.
+/// Prints how to reach the VM.
 fn introduce(vsock: &Path) {
     let vsock = vsock.display();
     eprintln!(
-        r#"[pigeon-lab] The VM boots; its console follows. Ctrl-C stops it in good order.
+        r#"[pigeon-lab] The VM boots; its console follows. Ctrl-C stops it cleanly.
 [pigeon-lab] Its API is HTTP on vsock port 10000, through the Unix socket {vsock}.
 [pigeon-lab] From another terminal:
   ./build.sh pigeon exec --uds '{vsock}' -it sh
@@ -139,7 +139,7 @@ fn introduce(vsock: &Path) {
     );
 }
 
-/// What is typed at the terminal this runs on.
+/// Input from the terminal.
 fn typed_lines() -> mpsc::Receiver<String> {
     let (sender, lines) = mpsc::channel();
     let stdin = io::stdin();

@@ -1,6 +1,6 @@
-//! `./build.sh soak [MINUTES [BOOTS [CLONES]]]`: what takes too long for a test. One root and one volume
-//! live through so many boots (50), one VM through so many snapshots (100), each the clone of the one
-//! before, then one through so many minutes (20) of everything at once; 0 leaves a part out.
+//! `./build.sh soak [MINUTES [BOOTS [CLONES]]]`: tests that take too long for `./build.sh test`. A root and a
+//! volume are booted BOOTS times (50), a VM is snapshotted and cloned CLONES times (100), each from the clone
+//! before, then a VM runs under mixed load for MINUTES (20); 0 skips a part.
 
 use std::{
     collections::HashSet,
@@ -47,7 +47,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// What each life writes, synced and not, is there after its end, however that comes.
+/// What each boot writes, synced or not, must be there after its end, however it ends.
 fn durability(cycles: usize, slot: &Arc<Slot>) -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let volume = Image::ext4(&Tree::empty()?, 16)?;

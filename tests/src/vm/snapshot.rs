@@ -1,4 +1,4 @@
-//! One snapshot of a VM, and the clones that are restored from it.
+//! A snapshot of a VM, and the clones restored from it.
 
 use std::{
     fs,
@@ -16,23 +16,23 @@ use tempfile::TempDir;
 use super::{Nic, Vm, on_qemu};
 use crate::{disk::Image, mmds::Mmds, process::Slot};
 
-/// A VM as it was: memory, processors, devices, and copies of the disks that it can write.
+/// A snapshot: memory, vCPUs, devices, and copies of the writable disks.
 pub struct Snapshot {
-    /// The VM's, with those copies for disks.
+    /// The VM's specification, with these copies as its disks.
     spec: Spec,
     files: machine::Snapshot,
     name: String,
     clones: Arc<AtomicU32>,
     timeout: Duration,
     quiet: bool,
-    /// Clones share it: a test that has several at once would wait for ever for a slot that another
-    /// such test has, which waits for the same. Most of the time, each of them is idle.
+    /// Clones share it: otherwise two tests with several clones each could wait for each other's slots forever.
+    /// Most of the time each clone is idle.
     slot: Arc<Slot>,
     _dir: TempDir,
 }
 
 impl Vm {
-    /// Stops it and takes a snapshot. It can go on by [`resume`](Vm::resume).
+    /// Pauses it and takes a snapshot; [`resume`](Vm::resume) continues it.
     pub fn snapshot(&mut self) -> Result<Snapshot> {
         let dir = TempDir::with_prefix("pigeon-snapshot-")?;
         let [state, memory] = ["state", "memory"].map(|name| dir.path().join(name));
@@ -65,7 +65,7 @@ impl Vm {
 }
 
 impl Snapshot {
-    /// A clone, to be started. It has copies of the disks that can be written.
+    /// A clone to be started, with its own copies of the writable disks.
     pub fn restore(&self) -> Restore<'_> {
         Restore {
             snapshot: self,
@@ -83,7 +83,7 @@ pub struct Restore<'a> {
 }
 
 impl Restore<'_> {
-    /// Serves this to it, in place of nothing.
+    /// Serves this MMDS to it; by default there is none.
     pub fn mmds(self, mmds: Mmds) -> Self {
         Restore {
             mmds: Some(mmds),
@@ -91,7 +91,7 @@ impl Restore<'_> {
         }
     }
 
-    /// Without vsock, which is plugged at a moment that deterministic time does not know.
+    /// Leaves out vsock, which is plugged at a time that is not deterministic.
     pub fn without_vsock(self) -> Self {
         Restore {
             vsock: false,
@@ -99,7 +99,7 @@ impl Restore<'_> {
         }
     }
 
-    /// Starts it. It runs, but what the host has to say to it may not have come yet.
+    /// Starts it. It runs, but data from the host may not have arrived yet.
     pub fn start(self) -> Result<Vm> {
         let Snapshot {
             spec,

@@ -1,6 +1,6 @@
 //! The command line of the program when it is not PID 1: checks a configuration.
 
-use crate::boot::config_source;
+use crate::boot::{config_source, environment};
 use crate::context::document_memory;
 use crate::error;
 use crate::error::Result;
@@ -8,11 +8,11 @@ use crate::sys::files;
 use crate::sys::{self, StackStrings};
 use core::ffi::CStr;
 use proto::address;
-use proto::config::{Config, Host, MAX_DOCUMENT_SIZE};
+use proto::config::{Host, MAX_DOCUMENT_SIZE};
 use proto::environment::Environment;
 use proto::json::escape;
+use proto::message;
 use proto::message::{Message, ToLossy};
-use proto::{environment, message};
 
 const HELP: &str = "\
 PID 1 for Firecracker micro-VMs
@@ -57,19 +57,19 @@ pub fn run(arguments: StackStrings, environment: &mut Environment) -> i32 {
     print(text.as_bytes())
 }
 
-fn check(path: &CStr, environment: &mut Environment) -> Result {
+fn check(path: &CStr, new: &mut Environment) -> Result {
     let mut memory = document_memory()?;
     let (document, strings) = memory
         .split_at_mut_checked(MAX_DOCUMENT_SIZE)
         .unwrap_or_default();
     let document = files::read_whole(path, document)?.ok_or_else(|| error!("no such file"))?;
     let config = config_source::decode_checked(document, strings)?;
-    fill_environment(environment, &config)?;
+    environment::fill_without_home(new, &config)?;
 
     for argument in config.argv() {
         print_quoted("argv", argument.to_bytes());
     }
-    for entry in environment.iter() {
+    for entry in new.iter() {
         print_quoted("env", entry.strip_suffix(b"\0").unwrap_or(entry));
     }
     print_line("user", or_default(config.user().as_bytes(), b"root"));
@@ -133,15 +133,6 @@ fn print_quoted(name: &str, value: &[u8]) {
     print(b": \"");
     escape(value, true, &mut |piece| print(piece.as_bytes()) == 0);
     print(b"\"\n");
-}
-
-/// Fills in the workload's environment, except for HOME, which depends on the root's /etc/passwd.
-pub fn fill_environment(environment: &mut Environment, config: &Config) -> Result {
-    let [image, extra] = config.environment();
-    environment.set_all(image)?;
-    environment.set_all(extra)?;
-    environment.set_default(b"PATH=", environment::DEFAULT_PATH)?;
-    Ok(())
 }
 
 fn print(bytes: &[u8]) -> i32 {
