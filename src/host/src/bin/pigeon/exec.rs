@@ -84,6 +84,8 @@ pub fn variables(
         let shown = path.display();
         let text = std::fs::read_to_string(path);
         let text = text.with_context(|| format!("unable to read {shown}"))?;
+        // Some editors begin a file with a byte order mark.
+        let text = text.trim_start_matches('\u{feff}');
         for (number, line) in text.lines().enumerate() {
             let line = line.trim_start();
             if line.is_empty() || line.starts_with('#') {

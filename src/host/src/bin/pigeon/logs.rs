@@ -35,8 +35,11 @@ pub struct Logs {
     /// Start at this byte of the output
     #[arg(long, value_name = "N", default_value_t = 0)]
     since_offset: u64,
-    /// Start at the last N lines
-    #[arg(short = 'n', long, value_name = "N", conflicts_with = "since_offset")]
+    /// Start at the last N lines, or show all
+    #[arg(
+        short = 'n', long, value_name = "N|all", conflicts_with = "since_offset",
+        allow_negative_numbers = true, value_parser = parse_tail
+    )]
     tail: Option<usize>,
     /// Show the console instead, with messages of the kernel and the init
     #[arg(long, conflicts_with_all = ["since_offset", "tail"])]
@@ -121,6 +124,15 @@ impl Logs {
             }
             output::write(&mut io::stdout().lock(), &buffer[..size])?;
         }
+    }
+}
+
+/// A number of lines; docker takes a negative one for all.
+fn parse_tail(text: &str) -> Result<usize, String> {
+    match text.parse::<i64>() {
+        _ if text == "all" => Ok(usize::MAX),
+        Ok(lines) => Ok(usize::try_from(lines).unwrap_or(usize::MAX)),
+        Err(_) => Err("neither a number of lines nor all".into()),
     }
 }
 
@@ -368,6 +380,8 @@ mod tests {
             pieces.concat()[last.start as usize..last.end as usize].to_string()
         };
         let pieces = ["one\ntw", "o\n", "\nfour\n"];
+        assert_eq!(parse_tail("-1"), parse_tail("all"));
+        assert!(parse_tail("some").is_err());
         for (lines, expected) in [
             (0, ""),
             (1, "four\n"),

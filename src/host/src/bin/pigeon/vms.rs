@@ -363,10 +363,11 @@ fn private(dir: PathBuf) -> Result<PathBuf> {
     Ok(dir)
 }
 
+/// The directory in a variable. A relative one is ignored, as the specification of the XDG variables asks.
 fn variable(name: &str) -> Option<PathBuf> {
     env::var_os(name)
-        .filter(|value| !value.is_empty())
         .map(PathBuf::from)
+        .filter(|dir| dir.is_absolute())
 }
 
 /// The directory of sockets.
