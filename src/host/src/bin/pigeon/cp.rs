@@ -345,14 +345,16 @@ fn fetch_directory(client: &Client, path: &str, destination: &Path) -> Result<()
         }
         false => destination.into(),
     };
-    fs::create_dir_all(&into).with_context(|| format!("unable to create {}", into.display()))?;
     let tar = Command::new(["tar", "-C", path, "-cf", "-", "."]).separate_stderr();
     let mut session = client.session(&tar)?;
     session.end_input()?;
     // Not in /tmp, which may be memory.
-    let mut archive = tempfile::tempfile_in(&into)?;
+    let beside = into.ancestors().find(|dir| dir.is_dir());
+    let mut archive = tempfile::tempfile_in(beside.unwrap_or(Path::new(".")))?;
     finish(&mut session, &mut archive)?;
     archive.rewind()?;
+    // Only now: what cannot be copied, such as a device, leaves nothing.
+    fs::create_dir_all(&into).with_context(|| format!("unable to create {}", into.display()))?;
     unpack(archive, &into).with_context(|| format!("unable to write to {}", into.display()))
 }
 
