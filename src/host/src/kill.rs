@@ -15,6 +15,8 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 pub enum Target {
     /// The process with this pid.
     Process(u32),
+    /// The process group with this id.
+    Group(u32),
     /// All processes but the init.
     All,
 }
@@ -32,6 +34,7 @@ pub enum Sent {
 fn code(arch: Arch, target: Target, signal: u8) -> Vec<u8> {
     let pid = match target {
         Target::Process(pid) => pid,
+        Target::Group(id) => id.wrapping_neg(),
         Target::All => -1i32 as u32,
     };
     match arch {
@@ -68,17 +71,22 @@ fn code(arch: Arch, target: Target, signal: u8) -> Vec<u8> {
 }
 
 impl Client {
-    /// Sends a signal to a process of the guest, or to all of them. Calls for one VM must not
-    /// overlap: they use one file.
+    /// Sends a signal to a process of the guest, to a group, or to all of them. Calls for one VM must not
+    /// overlap, except those for groups: the others use one file.
     pub fn kill(&self, arch: Arch, target: Target, signal: u8) -> Result<Sent, Error> {
         let program = static_program(arch, &code(arch, target, signal));
+        // A file is replaced in one step, here by the same program.
+        let path = match target {
+            Target::Group(id) => format!("{PATH}-{id}-{signal}"),
+            _ => PATH.into(),
+        };
         let options = WriteOptions {
             mode: Some(0o700),
             user: None,
         };
         let length = program.len() as u64;
-        self.write_file(PATH, &mut program.as_slice(), Some(length), &options)?;
-        let output = self.exec(&Command::new([PATH]).dir("/").timeout(TIMEOUT))?;
+        self.write_file(&path, &mut program.as_slice(), Some(length), &options)?;
+        let output = self.exec(&Command::new([path]).dir("/").timeout(TIMEOUT))?;
         outcome(target, &output)
             .map_err(|why| Error::Broken(format!("unable to send signal {signal}: {why}")))
     }
@@ -101,23 +109,29 @@ fn outcome(target: Target, output: &Output) -> Result<Sent, String> {
 mod tests {
     use super::*;
     use crate::process::write_program;
-    use std::{os::unix::process::ExitStatusExt, process};
+    use std::{
+        os::unix::process::{CommandExt, ExitStatusExt},
+        process,
+    };
 
     #[test]
     fn the_program_sends_its_signal_and_reports_a_missing_process() {
         let dir = tempfile::tempdir().unwrap();
-        let kill = |pid: u32, signal: u8| {
-            let path = dir.path().join(format!("kill-{pid}-{signal}"));
-            let code = code(Arch::HOST, Target::Process(pid), signal);
+        let kill = |target: Target, signal: u8| {
+            let path = dir.path().join(format!("kill-{target:?}-{signal}"));
+            let code = code(Arch::HOST, target, signal);
             write_program(&path, static_program(Arch::HOST, &code)).unwrap();
             process::Command::new(path).status().unwrap().code()
         };
-        let mut sleep = process::Command::new("sleep").arg("60").spawn().unwrap();
-        let pid = sleep.id();
-        assert_eq!(kill(pid, 0), Some(0));
-        assert_eq!(kill(pid, 15), Some(0));
-        assert_eq!(sleep.wait().unwrap().signal(), Some(15));
-        assert_eq!(kill(pid, 15), Some(3));
+        for target in [Target::Process, Target::Group] {
+            let mut sleep = process::Command::new("sleep");
+            let mut sleep = sleep.arg("60").process_group(0).spawn().unwrap();
+            let target = target(sleep.id());
+            assert_eq!(kill(target, 0), Some(0));
+            assert_eq!(kill(target, 15), Some(0));
+            assert_eq!(sleep.wait().unwrap().signal(), Some(15));
+            assert_eq!(kill(target, 15), Some(3));
+        }
     }
 
     #[test]

@@ -861,6 +861,50 @@ fn a_workload_on_a_terminal_has_its_size_a_prompt_and_ctrl_c() {
 }
 
 #[test]
+fn signals_and_stops_reach_a_workload_that_has_input_or_a_terminal() {
+    let lab = Lab::new();
+    let image = lab.path("app.ext4");
+    let run = |options: &[&str], traps: &str| {
+        let script = format!("{traps}; echo ready; while :; do sleep 0.1; done 2>/dev/null");
+        let words = ["run", "--name", "typed", "--rm", "--entrypoint", "sh"];
+        let words = [&words[..], options, &[&image, "-c", &script]].concat();
+        let mut vm = Terminal::spawn(lab.command(&words), (80, 24));
+        vm.expect("ready");
+        vm
+    };
+    let traps =
+        "trap 'echo user' USR1; trap 'echo quit' QUIT; trap 'sleep 1; echo bye; exit 3' TERM";
+    let mut vm = run(&["-i"], traps);
+    assert_eq!(lab.said(&["kill", "-s", "USR1", "typed"]).1, Some(0));
+    vm.expect("user");
+    assert_eq!(lab.said(&["signal", "USR1"]).1, Some(0));
+    vm.expect("user");
+    vm.type_text("\x1c");
+    vm.expect("quit");
+    // The session that it is does not concern users.
+    assert_eq!(lab.said(&["attach", "--json"]).0, "[]\n");
+    assert_eq!(lab.said(&["stop", "typed"]), ("typed\n".into(), Some(0)));
+    vm.expect("bye");
+    assert_eq!(vm.wait().code(), Some(3));
+
+    let mut vm = run(
+        &["-t", "--stop-signal", "USR1"],
+        "trap '' TERM; trap 'echo bye; exit 4' USR1",
+    );
+    vm.type_text("\x03");
+    vm.expect("bye");
+    assert_eq!(vm.wait().code(), Some(4), "{}", vm.shown());
+
+    let mut vm = run(&["-it"], "trap 'echo deaf' TERM");
+    let before = vm.modes();
+    assert_eq!(lab.said(&["stop", "-t", "0.5", "typed"]).1, Some(0));
+    vm.expect("deaf");
+    assert_eq!(vm.wait().code(), Some(137), "{}", vm.shown());
+    assert_ne!(before.local_modes, vm.modes().local_modes);
+    check(&lab.place.path("app.ext4"));
+}
+
+#[test]
 fn a_vm_shuts_down_in_order_when_its_output_is_no_longer_read() {
     let lab = Lab::new();
     let image = lab.path("app.ext4");

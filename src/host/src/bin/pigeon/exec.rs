@@ -24,7 +24,7 @@ use crate::{
     CANNOT_START, NOT_FOUND, logs,
     output::{note, say},
     target::Target,
-    terminal, vms,
+    terminal, vms, workload,
 };
 
 #[derive(Args)]
@@ -220,6 +220,7 @@ impl Exec {
             interactive: self.interactive,
             tty: self.tty,
             detachable: id.is_some(),
+            signals: true,
         }
         .run(session)
     }
@@ -273,15 +274,21 @@ pub struct Attach {
 impl Attach {
     pub fn run(&self) -> Result<u8> {
         let client = self.target.client(None)?;
+        let sessions = || -> Result<_> {
+            let mut sessions = client.sessions()?;
+            // That of `pigeon run` is nobody else's.
+            sessions.retain(|session| session.id != workload::SESSION);
+            Ok(sessions)
+        };
         let Some(id) = &self.id else {
-            self.list(&client.sessions()?)?;
+            self.list(&sessions()?)?;
             return Ok(0);
         };
         if self.kill {
             client.end_session(id)?;
             return Ok(0);
         }
-        let sessions = client.sessions()?;
+        let sessions = sessions()?;
         let known = sessions.iter().find(|session| session.id == *id);
         let known = known.with_context(|| match vms::find(id) {
             Ok(_) => format!("{id} is a VM, not a session in it: `pigeon logs -f {id}` follows it"),
@@ -293,6 +300,7 @@ impl Attach {
             interactive: true,
             tty: known.tty && io::stdin().is_terminal(),
             detachable: true,
+            signals: true,
         }
         .run(session)
     }
@@ -327,6 +335,8 @@ pub struct Pass {
     pub tty: bool,
     /// Ctrl-P Ctrl-Q detaches.
     pub detachable: bool,
+    /// On a terminal, signals that end programs end this, and leave the terminal in order.
+    pub signals: bool,
 }
 
 impl Pass {
@@ -383,8 +393,7 @@ fn pass(mut session: Session, how: &Pass) -> Result<u8> {
         Ok((near, far))
     };
     let (mut resized, _open) = signals(if tty { &[SIGWINCH] } else { &[] })?;
-    // A terminal has to be put in order before the end.
-    let (ended, _open) = signals(if tty {
+    let (ended, _open) = signals(if tty && how.signals {
         &[SIGHUP, SIGINT, SIGQUIT, SIGTERM]
     } else {
         &[]

@@ -1,6 +1,6 @@
 //! `pigeon ps`, `stop`, `kill`, `rm`, `inspect`, `wait`, `status`, `signal`, `stats`.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -13,6 +13,7 @@ use crate::{
     run,
     target::Target,
     vms::{self, Vm},
+    workload,
 };
 
 /// How long a VM may take to shut down, in addition to its workload's time.
@@ -160,13 +161,16 @@ pub fn stop(vm: &Vm, signal: Option<u8>, timeout: Duration) -> Result<()> {
         return Ok(());
     }
     let _waiting = Progress::spinner("stopping");
-    let client = pigeon::Client::connect(&vm.record.uds);
-    let asked = client.and_then(|client| client.stop(signal, Some(timeout)));
+    let deadline = Instant::now() + timeout + SHUTDOWN;
+    let client = pigeon::Client::connect(&vm.record.uds).map_err(anyhow::Error::from);
+    let wait = |timeout| vm.wait(timeout);
+    let asked =
+        client.and_then(|client| workload::stop(&vm.record, &client, signal, timeout, wait));
     // One that still boots, or whose init knows no such call, is stopped by its owner.
     if asked.is_err() {
         vm.signal_owner(Signal::TERM)?;
     }
-    if !vm.wait(timeout + SHUTDOWN) {
+    if !vm.wait(deadline.saturating_duration_since(Instant::now())) {
         note!("{} does not stop: killing it", vm.record.name);
         kill(vm)?;
     }
@@ -199,8 +203,8 @@ impl Kill {
     pub fn run(&self) -> Result<()> {
         for_each(&self.names, |name| {
             let vm = vms::find_running(name)?;
-            let client = pigeon::Client::connect(&vm.record.uds);
-            match client.and_then(|client| client.signal(self.signal)) {
+            let client = pigeon::Client::connect(&vm.record.uds).map_err(anyhow::Error::from);
+            match client.and_then(|client| workload::signal(&vm.record, &client, self.signal)) {
                 // There is no workload yet that could end.
                 Err(_) if i32::from(self.signal) == Signal::KILL.as_raw() => kill(&vm)?,
                 sent => sent?,
@@ -347,8 +351,12 @@ pub struct SendSignal {
 
 impl SendSignal {
     pub fn run(&self) -> Result<()> {
-        let client = self.target.client(self.name.as_deref())?;
-        client.signal(self.signal)?;
+        let name = self.name.as_deref();
+        let client = self.target.client(name)?;
+        match self.target.vm(name)? {
+            Some(vm) => workload::signal(&vm.record, &client, self.signal)?,
+            None => client.signal(self.signal)?,
+        }
         if self.json {
             say!("{}", json!({"ok": true}))?;
         }

@@ -16,6 +16,7 @@ mod suggest;
 mod target;
 mod terminal;
 mod vms;
+mod workload;
 
 use std::{path::PathBuf, process::ExitCode, thread};
 

@@ -42,6 +42,8 @@ pub struct Record {
     pub cpus: u32,
     /// Its configuration document.
     pub config: Value,
+    /// Its workload is the session [`SESSION`](crate::workload::SESSION).
+    pub session: bool,
     /// Ports of the host that lead to it, `127.0.0.1:8080->80/tcp`.
     pub ports: Vec<String>,
     /// How it is started again, if it can be.

@@ -316,6 +316,7 @@ impl Run {
             record.hypervisor = machine.hypervisor().into();
             (record.memory_mib, record.cpus) = (self.memory, self.cpus);
             record.config = plan.document.clone();
+            record.session = plan.session.is_some();
             record.ports = ports.clone();
         })?;
         if self.shows_console() {

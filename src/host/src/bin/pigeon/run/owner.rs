@@ -47,6 +47,7 @@ use crate::{
     segments::Writer,
     snapshot, terminal,
     vms::{self, Claim},
+    workload,
 };
 
 /// Exit code after a kill, as a shell has it: 128 + SIGKILL.
@@ -142,8 +143,9 @@ impl Owner<'_> {
         self.watch_snapshots(over.clone());
         let asked = self.ask();
         let mut session = None;
-        // When it is killed, once somebody wants it to end.
+        // When it is killed, once it is to end.
         let mut kill_at: Option<Instant> = None;
+        let mut stopping = false;
         let (fallback, use_keys) = mpsc::channel();
         let mut killed = false;
         let status = loop {
@@ -161,22 +163,25 @@ impl Owner<'_> {
                 restore = Some(terminal::console().context("unable to set the terminal up")?);
             }
             for signal in signals.pending() {
-                match kill_at {
+                match stopping {
                     // After Ctrl-Z the terminal has the shell's mode.
                     _ if signal == SIGCONT => {
                         drop(restore.take());
                     }
-                    // A session cannot be sent one.
-                    _ if signal == SIGQUIT && self.plan.session.is_none() => self.pass_quit(),
-                    None => {
+                    _ if signal == SIGQUIT => self.pass_quit(),
+                    false => {
+                        stopping = true;
                         if shows_console {
                             note!("stopping the VM; once more kills it");
                         }
                         let timeout = self.run.stop_timeout()?;
-                        kill_at = Some(Instant::now() + timeout + SHUTDOWN);
-                        self.request_stop(timeout, fallback.clone());
+                        // After a session it ends by itself.
+                        if session.is_none() {
+                            kill_at = Some(Instant::now() + timeout + SHUTDOWN);
+                            self.request_stop(timeout, fallback.clone());
+                        }
                     }
-                    Some(_) => kill_at = Some(Instant::now()),
+                    true => kill_at = Some(Instant::now()),
                 }
             }
             if use_keys.try_recv().is_ok() {
@@ -369,9 +374,10 @@ impl Owner<'_> {
 
     /// Sends the workload SIGQUIT, as `docker run` does: many show where they are, and go on.
     fn pass_quit(&self) {
-        let uds = self.uds.clone();
+        let (uds, record) = (self.uds.clone(), self.claim.record());
         thread::spawn(move || {
-            let sent = Client::connect(&uds).and_then(|client| client.signal(QUIT));
+            let client = Client::connect(&uds).map_err(anyhow::Error::from);
+            let sent = client.and_then(|client| workload::signal(&record, &client, QUIT));
             if let Err(error) = sent {
                 note!("unable to send the workload SIGQUIT: {error:#}");
             }
@@ -380,11 +386,16 @@ impl Owner<'_> {
 
     /// Asks the init to stop the workload; signals `fallback` if that fails.
     fn request_stop(&self, timeout: Duration, fallback: mpsc::Sender<()>) {
-        let uds = self.uds.clone();
+        let (uds, record) = (self.uds.clone(), self.claim.record());
         let has_keyboard = self.run.guest.arch.has_keyboard();
         thread::spawn(move || {
-            let stop = |client: &Client| client.stop(None, Some(timeout));
-            let client = Client::connect(&uds);
+            // This process ends with the VM.
+            let wait = |timeout| {
+                thread::sleep(timeout);
+                false
+            };
+            let stop = |client: &Client| workload::stop(&record, client, None, timeout, wait);
+            let client = Client::connect(&uds).map_err(anyhow::Error::from);
             if client.and_then(|client| stop(&client)).is_ok() {
                 return;
             }
@@ -419,6 +430,12 @@ impl Owner<'_> {
                 let waiting = Progress::spinner("booting");
                 let client = Client::connect_within(&uds, BOOT)?;
                 drop(waiting);
+                // Signals need its pid, which the list of sessions has of one with a name. An init built
+                // without has no list.
+                let command = match client.sessions() {
+                    Ok(_) => command.id(workload::SESSION),
+                    Err(_) => command,
+                };
                 let session = match tty {
                     true => client.terminal(&command, terminal::size().unwrap_or((80, 24))),
                     false => client.session(&command.separate_stderr()),
@@ -427,6 +444,7 @@ impl Owner<'_> {
                     interactive,
                     tty,
                     detachable: false,
+                    signals: false,
                 }
                 .run(session)
             };
@@ -483,7 +501,9 @@ impl Owner<'_> {
             say!("{}", describe_end(exit.as_ref(), name, code))?;
             return Ok(code);
         }
-        if let Some(Err(error)) = session {
+        if let Some(Err(error)) = session
+            && !killed
+        {
             if !self.run.shows_console() && !good {
                 show_console_end(&console);
             }
