@@ -858,6 +858,10 @@ fn a_workload_on_a_terminal_has_its_size_a_prompt_and_ctrl_c() {
     assert_eq!(lab.fed(&words, b"hello\n"), (b"HELLO\n".to_vec(), Some(0)));
     let words = ["run", "-i", "--entrypoint", "/none", &lab.path("app.ext4")];
     assert_eq!(lab.fed(&words, b"").1, Some(127));
+    let refused = lab.pigeon(&["run", "-it", &lab.path("app.ext4")]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(said.contains("not a terminal"), "{said}");
+    assert_eq!(refused.status.code(), Some(125));
 }
 
 #[test]

@@ -197,9 +197,7 @@ impl Exec {
     }
 
     fn run_session(&self, vm: Option<&str>, words: &[String]) -> Result<u8> {
-        if self.tty && self.interactive && !io::stdin().is_terminal() {
-            bail!("standard input is not a terminal: leave out -t, or -i");
-        }
+        terminal::check(self.interactive, self.tty)?;
         let mut command = self.command(words)?;
         let id = match (&self.id, self.detach) {
             (None, true) => Some(format!("exec-{}", std::process::id())),

@@ -5,6 +5,7 @@ use std::{
     os::fd::AsFd,
 };
 
+use anyhow::{Result, ensure};
 use rustix::{
     process::getpgrp,
     termios::{
@@ -53,6 +54,15 @@ pub fn console() -> io::Result<Restore> {
 pub fn is_ours() -> bool {
     let stdin = io::stdin();
     stdin.is_terminal() && tcgetpgrp(&stdin).is_ok_and(|group| group == getpgrp())
+}
+
+/// Refuses -i with -t where there are no keys, as docker does.
+pub fn check(interactive: bool, tty: bool) -> Result<()> {
+    ensure!(
+        !interactive || !tty || io::stdin().is_terminal(),
+        "standard input is not a terminal: leave out -t, or -i"
+    );
+    Ok(())
 }
 
 /// Columns and rows of the terminal on any of the standard streams.

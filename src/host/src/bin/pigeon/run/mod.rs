@@ -36,6 +36,7 @@ use crate::{
     Guest,
     output::{note, say},
     snapshot::Restorable,
+    terminal,
     vms::{self, Claim, Launch},
 };
 pub use document::argv;
@@ -265,6 +266,7 @@ impl Run {
             say!("{}", serde_json::to_string_pretty(&plan.document)?)?;
             return Ok(0);
         }
+        terminal::check(self.interactive, self.tty)?;
         self.check_memory()?;
         let claim = vms::claim(self.name.as_deref(), &stem)?;
         // The name is known only now.

@@ -10,6 +10,7 @@ use super::{Options, Run, detach};
 use crate::{
     lifecycle::{for_each, stop},
     output::say,
+    terminal,
     vms::{self, Launch, Vm},
 };
 
@@ -119,6 +120,7 @@ fn again(vm: &Vm, detached: bool) -> Result<u8> {
     let (launch, mut run) = command_of(vm, detached)?;
     enter(launch)?;
     (run.detach, run.json) = (detached, false);
+    terminal::check(run.interactive, run.tty)?;
     let root = run.check_image()?;
     run.check_memory()?;
     let mut plan = run.plan_of(vm.record.config.clone())?;
