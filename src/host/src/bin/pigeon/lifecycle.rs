@@ -108,9 +108,9 @@ pub struct Stop {
     names: Vec<String>,
     #[command(flatten)]
     target: Target,
-    /// How long the workload may take to exit before it is killed
-    #[arg(short, long, value_name = "SECONDS", default_value_t = 10.0)]
-    timeout: f64,
+    /// How long the workload may take to exit before it is killed [default: run's --stop-timeout]
+    #[arg(short, long, value_name = "SECONDS")]
+    timeout: Option<f64>,
     /// Use this signal instead of the image's stop signal
     #[arg(short, long, value_parser = crate::parse_signal)]
     signal: Option<u8>,
@@ -118,22 +118,21 @@ pub struct Stop {
 
 impl Stop {
     pub fn run(&self) -> Result<()> {
-        let timeout = Duration::try_from_secs_f64(self.timeout).context("bad --timeout")?;
+        let stop = |vm: &Vm| {
+            stop(vm, self.signal, vm.record.stop_timeout(self.timeout)?)?;
+            say!("{}", vm.record.name)
+        };
         if self.names.is_empty() {
             return match self.target.vm(None)? {
-                Some(vm) => {
-                    stop(&vm, self.signal, timeout)?;
-                    say!("{}", vm.record.name)?;
-                    Ok(())
-                }
+                Some(vm) => stop(&vm),
                 // Only its own API shows when it is down.
-                None => Ok(self.target.client(None)?.stop(self.signal, Some(timeout))?),
+                None => {
+                    let timeout = vms::Record::default().stop_timeout(self.timeout)?;
+                    Ok(self.target.client(None)?.stop(self.signal, Some(timeout))?)
+                }
             };
         }
-        for_each(&self.names, |name| {
-            stop(&vms::find(name)?, self.signal, timeout)?;
-            say!("{name}")
-        })
+        for_each(&self.names, |name| stop(&vms::find(name)?))
     }
 }
 

@@ -44,6 +44,8 @@ pub struct Record {
     pub config: Value,
     /// Its workload is the session [`SESSION`](crate::workload::SESSION).
     pub session: bool,
+    /// How many seconds its workload has for its exit when it is stopped.
+    pub stop_timeout: Option<f64>,
     /// Ports of the host that lead to it, `127.0.0.1:8080->80/tcp`.
     pub ports: Vec<String>,
     /// How it is started again, if it can be.
@@ -98,6 +100,12 @@ impl Launch {
 }
 
 impl Record {
+    /// How long its workload has for its exit: `given` seconds, else what `pigeon run` was told.
+    pub fn stop_timeout(&self, given: Option<f64>) -> Result<Duration> {
+        let seconds = given.or(self.stop_timeout).unwrap_or(STOP_TIMEOUT);
+        Duration::try_from_secs_f64(seconds).context("bad --timeout")
+    }
+
     /// For a person to read.
     pub fn status(&self, running: bool) -> String {
         let since = |then: u64| crate::output::duration(now().saturating_sub(then));
@@ -136,6 +144,9 @@ pub struct Vm {
     /// The directory with its record.
     pub dir: PathBuf,
 }
+
+/// How many seconds a workload has for its exit if nothing else is said.
+pub const STOP_TIMEOUT: f64 = 10.0;
 
 /// Files in a VM's directory.
 const RECORD: &str = "vm.json";
@@ -590,6 +601,22 @@ pub fn only() -> Result<Vm> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stop_without_a_time_takes_the_one_of_run() {
+        let seconds = |recorded, given| {
+            let stop_timeout = recorded;
+            let record = Record {
+                stop_timeout,
+                ..Record::default()
+            };
+            record.stop_timeout(given).unwrap().as_secs()
+        };
+        assert_eq!(seconds(None, None), 10);
+        assert_eq!(seconds(Some(60.0), None), 60);
+        assert_eq!(seconds(Some(60.0), Some(1.0)), 1);
+        assert!(Record::default().stop_timeout(Some(-1.0)).is_err());
+    }
 
     #[test]
     fn the_record_of_a_restarted_vm_is_not_removed() {

@@ -141,7 +141,7 @@ pub struct Run {
     #[arg(long, value_name = "SIGNAL")]
     stop_signal: Option<String>,
     /// How long the workload may take to exit before it is killed
-    #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
+    #[arg(long, value_name = "SECONDS", default_value_t = vms::STOP_TIMEOUT)]
     stop_timeout: f64,
     #[command(flatten)]
     health: health::HealthOptions,
@@ -319,6 +319,7 @@ impl Run {
             (record.memory_mib, record.cpus) = (self.memory, self.cpus);
             record.config = plan.document.clone();
             record.session = plan.session.is_some();
+            record.stop_timeout = Some(self.stop_timeout);
             record.ports = ports.clone();
         })?;
         if self.shows_console() {

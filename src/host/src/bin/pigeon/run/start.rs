@@ -59,9 +59,9 @@ impl Start {
 pub struct Restart {
     /// VMs, running or ended; optional if there is only one
     names: Vec<String>,
-    /// How long the workload may take to exit before it is killed
-    #[arg(short, long, value_name = "SECONDS", default_value_t = 10.0)]
-    timeout: f64,
+    /// How long the workload may take to exit before it is killed [default: run's --stop-timeout]
+    #[arg(short, long, value_name = "SECONDS")]
+    timeout: Option<f64>,
     /// Use this signal instead of the image's stop signal
     #[arg(short, long, value_parser = crate::parse_signal)]
     signal: Option<u8>,
@@ -72,7 +72,6 @@ pub struct Restart {
 
 impl Restart {
     pub fn run(&self) -> Result<u8> {
-        let timeout = Duration::try_from_secs_f64(self.timeout).context("bad --timeout")?;
         let mut failed = 0;
         for_each(&names_or_only(&self.names)?, |name| {
             let vm = vms::find(name)?;
@@ -80,7 +79,7 @@ impl Restart {
             let mut announced = None;
             if vm.running {
                 announced = Some(vm.announce_restart()?);
-                stop(&vm, self.signal, timeout)?;
+                stop(&vm, self.signal, vm.record.stop_timeout(self.timeout)?)?;
             }
             if let Err(code) = start_detached(name, self.wait)? {
                 failed = code;
