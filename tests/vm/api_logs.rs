@@ -282,6 +282,21 @@ fn a_follower_ends_with_the_workload_even_if_its_pipe_stays_open() -> Result<()>
     Ok(())
 }
 
+#[test]
+fn a_follower_stays_when_the_workload_closes_its_output() -> Result<()> {
+    let script = "echo ready; read -r line; exec >/dev/null 2>&1; sleep 3; exit 3";
+    let (builder, _root) = vm(script, json!({}))?;
+    let mut vm = builder.boot()?;
+    vm.wait_for("ready")?;
+    let mut logs = Logs::open(&mut vm, "?follow=1")?;
+    let begin = Instant::now();
+    vm.type_text("\n")?;
+    assert_eq!(logs.rest()?, [b"ready\n".to_vec(), vec![]]);
+    assert!(begin.elapsed() > Duration::from_secs(2));
+    assert_eq!(vm.wait_end()?, End::Reboot);
+    Ok(())
+}
+
 /// What the frames of a response hold, without a look at their streams.
 struct Content {
     stream: BufReader<UnixStream>,
