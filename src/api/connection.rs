@@ -5,7 +5,7 @@ use super::commands::Commands;
 use super::error::not_running;
 use super::error::{CallError, error_body, refuse_while_held};
 use super::exec::Exec;
-use super::io::{Io, MAX_BODY, OK};
+use super::io::{Io, LAST_BYTES_TIMEOUT, MAX_BODY, OK};
 #[cfg(feature = "logs")]
 use super::logs::{self, LogReader, LogsRequest};
 #[cfg(feature = "snapshot")]
@@ -40,6 +40,7 @@ use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
 #[cfg(feature = "tunnel")]
 use rustix::io::Errno;
+use rustix::net::Shutdown;
 
 /// Time limit for a request's head, in milliseconds, from its first byte.
 const HEAD_TIMEOUT: u64 = 10_000;
@@ -113,12 +114,16 @@ enum State {
     /// Waiting for the response to a snapshot call.
     #[cfg(feature = "snapshot")]
     Snapshot(PendingCall),
-    /// Sending the last bytes.
+    /// Sending the last response.
+    LastResponse,
+    /// Sending a WebSocket's last bytes.
     Closing,
     /// Sending the last bytes to a client that may still be sending, and discarding what it sends until
     /// this time in milliseconds: otherwise a reset could keep it from reading the response (RFC 9112
     /// section 9.6).
     Draining(u64),
+    /// Waiting until the client has read the last bytes and closed.
+    Lingering,
     /// Closed.
     Closed,
 }
@@ -252,7 +257,10 @@ impl Connection {
     pub fn replaceable_since(&self, now: u64) -> u64 {
         let (deadline, timeout) = match &self.state {
             State::Draining(until) => (*until, DRAIN_TIMEOUT),
-            State::Head(_) | State::Closing if !self.io.is_sent() => (self.deadline, SEND_TIMEOUT),
+            State::Lingering => (self.deadline, LAST_BYTES_TIMEOUT),
+            State::Head(_) | State::LastResponse | State::Closing if !self.io.is_sent() => {
+                (self.deadline, SEND_TIMEOUT)
+            }
             State::Head(parser) if !parser.started() => return self.idle_since,
             State::Head(_) => (self.deadline, HEAD_TIMEOUT),
             State::Body(_) => (self.deadline, BODY_TIMEOUT),
@@ -340,7 +348,7 @@ impl Connection {
         if self.state.is_transfer() || matches!(state, State::Closed) && !self.io.broken {
             // A child may have a copy of it: the one that serves it must exit, and one that is frozen before
             // it has started must not keep it open.
-            let _ended = rustix::net::shutdown(self.io.socket(), rustix::net::Shutdown::Both);
+            let _ended = rustix::net::shutdown(self.io.socket(), Shutdown::Both);
         }
         if let Some(key) = self.state.command() {
             shared.commands.disconnect(key, self.key, context);
@@ -349,6 +357,7 @@ impl Connection {
             State::Body(_) => context.now + BODY_TIMEOUT,
             State::WebSocket(_, Stage::AwaitingCommand) => context.now + COMMAND_TIMEOUT,
             State::WebSocket(_, Stage::CloseSent) => context.now + SEND_TIMEOUT,
+            State::Lingering => context.now + LAST_BYTES_TIMEOUT,
             #[cfg(feature = "tunnel")]
             State::Tunnel(_) => context.now + CONNECT_TIMEOUT,
             _ => NEVER,
@@ -360,7 +369,7 @@ impl Connection {
     fn next_state(&self) -> State {
         match self.io.reply.keep_alive {
             true => State::Head(HeadParser::default()),
-            false => State::Closing,
+            false => State::LastResponse,
         }
     }
 
@@ -392,9 +401,9 @@ impl Connection {
     pub fn on_socket(&mut self, events: EventFlags, shared: &mut Shared) {
         #[cfg(feature = "tunnel")]
         if let State::Tunnel(tunnel) = &mut self.state {
-            let before = tunnel.timeout();
+            let before = tunnel.timeout(&self.io);
             tunnel.receive(events, &mut self.io);
-            if tunnel.is_connected() && tunnel.timeout() != before {
+            if tunnel.is_connected() && tunnel.timeout(&self.io) != before {
                 self.restart_tunnel_timeout(shared.context.now);
             }
             return self.proceed(shared);
@@ -411,7 +420,7 @@ impl Connection {
     fn wants_input(&self, commands: &mut Commands) -> bool {
         self.io.has_room()
             && match self.state {
-                State::Closing | State::Closed => false,
+                State::LastResponse | State::Closing | State::Closed => false,
                 _ if self.state.is_transfer() || self.state.is_tunnel() => false,
                 _ if self.state.is_snapshot_call() => false,
                 // Pipelined requests stay in the kernel, except for their first bytes.
@@ -476,13 +485,21 @@ impl Connection {
             State::Tunnel(_) => self.proceed_tunnel(budget, shared),
             State::Draining(until) => {
                 self.deadline = (shared.context.now + DRAIN_IDLE).min(*until);
-                let length = self.io.received().len();
-                self.io.discard(0..length);
+                self.io.discard_received();
                 Step::Wait
             }
             #[cfg(feature = "snapshot")]
             State::Snapshot(_) => Step::Wait,
-            State::Closing | State::Closed => {
+            State::LastResponse if self.io.may_be_unread() => {
+                let _gone = rustix::net::shutdown(self.io.socket(), Shutdown::Write);
+                self.enter(State::Lingering, shared);
+                Step::Wait
+            }
+            State::Lingering => {
+                self.io.discard_received();
+                Step::Wait
+            }
+            State::LastResponse | State::Closing | State::Closed => {
                 self.enter(State::Closed, shared);
                 Step::Wait
             }
@@ -882,7 +899,7 @@ impl Connection {
     #[cfg(feature = "tunnel")]
     fn restart_tunnel_timeout(&mut self, now: u64) {
         if let State::Tunnel(tunnel) = &self.state {
-            let timeout = tunnel.timeout();
+            let timeout = tunnel.timeout(&self.io);
             self.deadline = timeout.map_or(NEVER, |timeout| now + timeout);
         }
     }

@@ -5,6 +5,7 @@
 //! makes progress, and shuts the connection down if it does not.
 
 use super::error::error_body;
+use super::io::{HOST_BUFFER, LAST_BYTES_TIMEOUT};
 use super::process::Process;
 use crate::context::Context;
 use crate::error::{Result, name};
@@ -40,10 +41,6 @@ const SECOND: Duration = Duration::from_secs(1);
 /// How long data from a client is discarded after an error response, so that it can read the response, in
 /// milliseconds.
 const DRAIN_TIMEOUT: u64 = 10_000;
-/// How long a client may take to read the last of a file and to close, in milliseconds.
-const LAST_BYTES_TIMEOUT: u64 = 10_000;
-/// Bytes that the host's socket takes even if the client reads nothing.
-const SMALL: u64 = 64 << 10;
 /// Bytes moved at once: the size of a vsock receive buffer (VIRTIO_VSOCK_DEFAULT_BUF_SIZE).
 const CHUNK: usize = 256 << 10;
 /// Maximum length of a `user:group`, in bytes.
@@ -311,8 +308,8 @@ impl Client<'_> {
         }
     }
 
-    /// Waits until the client has closed: a host may drop what a slow client has not read soon after this end
-    /// has closed (Firecracker after 2 s). One that waits for the end sees it, on hosts that forward half-closes.
+    /// Waits until the client has read the last bytes and closed. One that waits for the end sees it, on hosts
+    /// that forward half-closes.
     fn wait_for_close(&self, room: &mut [u8]) {
         let _gone = rustix::net::shutdown(self.socket, Shutdown::Write);
         let watch = Stopwatch::start();
@@ -381,7 +378,7 @@ fn get(
     loop {
         client.send(room.get(..count).unwrap_or(&[]))?;
         if left == 0 {
-            if length > SMALL {
+            if length > HOST_BUFFER {
                 client.wait_for_close(room);
             }
             return Ok(());

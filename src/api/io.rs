@@ -27,6 +27,11 @@ const OUTPUT: usize = MAX_OUTPUT + 1024;
 /// Space kept free at the end of the output buffer for a control frame, a response's head, or the text around
 /// output.
 const RESERVE: usize = HEAD_ROOM;
+/// Bytes that the host's socket holds for a client that reads nothing.
+pub const HOST_BUFFER: u64 = 64 << 10;
+/// How long a client may take to read the last bytes of more and to close, in milliseconds: a host may drop
+/// what a slow client has not read soon after this end has closed (Firecracker after 2 s).
+pub const LAST_BYTES_TIMEOUT: u64 = 10_000;
 /// Memory is reused if a connection has touched no more than this of each buffer: a page.
 const REUSE_LIMIT: usize = 4096;
 
@@ -42,6 +47,8 @@ pub struct Io {
     received: usize,
     /// Where in the memory the unsent bytes are.
     unsent: Range<usize>,
+    /// Bytes sent so far.
+    sent: u64,
     /// No more than [`REUSE_LIMIT`] bytes of each buffer were ever used.
     used_little: bool,
     /// How the response to the last request is framed.
@@ -63,6 +70,7 @@ impl Io {
             memory,
             received: 0,
             unsent: INPUT..INPUT,
+            sent: 0,
             used_little: true,
             reply: Reply::CLOSE,
             broken: false,
@@ -111,6 +119,11 @@ impl Io {
         }
     }
 
+    /// Removes all of them.
+    pub fn discard_received(&mut self) {
+        self.received = 0;
+    }
+
     /// Whether there are received bytes.
     pub fn has_received(&self) -> bool {
         self.received > 0
@@ -143,6 +156,11 @@ impl Io {
     /// Whether all that was queued is sent.
     pub fn is_sent(&self) -> bool {
         self.unsent.is_empty()
+    }
+
+    /// Whether the host may hold some of the sent bytes until the client reads them.
+    pub fn may_be_unread(&self) -> bool {
+        self.sent > HOST_BUFFER
     }
 
     /// Discards unsent bytes.
@@ -200,7 +218,10 @@ impl Io {
         while !self.unsent.is_empty() {
             let bytes = self.memory.get(self.unsent.clone()).unwrap_or(&[]);
             match files::send(&self.socket, bytes) {
-                Ok(count) => self.unsent.start += count,
+                Ok(count) => {
+                    self.unsent.start += count;
+                    self.sent = self.sent.saturating_add(count as u64);
+                }
                 Err(Errno::AGAIN) => return self.unsent.start > before,
                 Err(_) => {
                     self.broken = true;

@@ -1,7 +1,7 @@
 //! `CONNECT host:port`: forwards bytes between the client and a TCP port of the guest.
 
 use super::error::CallError;
-use super::io::Io;
+use super::io::{Io, LAST_BYTES_TIMEOUT};
 use crate::context::{Context, EventSource};
 use crate::error;
 use crate::error::name;
@@ -23,13 +23,8 @@ const PIECE: usize = 16 << 10;
 /// How long a client may stay silent after the server has closed its side, in milliseconds. Not every
 /// host forwards half-closes (Firecracker does not), so the tunnel ends then.
 const HALF_CLOSED_TIMEOUT: u64 = 1_000;
-/// The same if the server has sent more than [`SMALL`] bytes: some of them may still be on the host, which
-/// drops them soon after the tunnel ends (Firecracker after 2 s).
-const SLOW_CLIENT_TIMEOUT: u64 = 10_000;
-/// Bytes that the host's socket takes even if the client reads nothing.
-const SMALL: usize = 64 << 10;
 /// How long a server may read nothing after its client has closed, in milliseconds.
-const LAST_BYTES_TIMEOUT: u64 = 30_000;
+const SLOW_SERVER_TIMEOUT: u64 = 30_000;
 
 /// A connection to a TCP port.
 pub struct Tunnel {
@@ -44,8 +39,6 @@ pub struct Tunnel {
     up: Flow,
     /// From the server to the client, through the output buffer.
     down: Flow,
-    /// Bytes from the server so far.
-    sent_down: usize,
 }
 
 /// One direction.
@@ -87,7 +80,6 @@ impl Tunnel {
             client_closing: false,
             up: Flow::Open,
             down: Flow::Open,
-            sent_down: 0,
         })
     }
 
@@ -187,7 +179,6 @@ impl Tunnel {
         match files::read(&self.server, room) {
             Ok(count @ 1..) => {
                 *budget -= 1;
-                self.sent_down = self.sent_down.saturating_add(count);
                 io.commit(count);
             }
             Err(Errno::AGAIN) => return false,
@@ -207,15 +198,15 @@ impl Tunnel {
     }
 
     /// The idle timeout from now on, in milliseconds.
-    pub fn timeout(&self) -> Option<u64> {
+    pub fn timeout(&self, io: &Io) -> Option<u64> {
         match (self.up, self.down) {
             (Flow::Closed, _) => None,
-            (Flow::Open, Flow::Closed) if !self.client_closing => match self.sent_down {
-                ..=SMALL => Some(HALF_CLOSED_TIMEOUT),
-                _ => Some(SLOW_CLIENT_TIMEOUT),
+            (Flow::Open, Flow::Closed) if !self.client_closing => match io.may_be_unread() {
+                true => Some(LAST_BYTES_TIMEOUT),
+                false => Some(HALF_CLOSED_TIMEOUT),
             },
             (Flow::Open, _) if !self.client_closing => None,
-            _ => Some(LAST_BYTES_TIMEOUT),
+            _ => Some(SLOW_SERVER_TIMEOUT),
         }
     }
 

@@ -398,6 +398,17 @@ fn a_commands_output_is_bounded_and_always_text() -> Result<()> {
         (&json!(true), &json!("end\n"))
     );
     assert!(over.get("stderr_truncated").is_none());
+    // The host may hold the last bytes for a client that is slow: a connection stays open for them.
+    let mut closing = vm.api()?;
+    let body = json!({"cmd": ["/bin/sh", "-c", "yes | head -c 100000"]}).to_string();
+    let close = [("Connection", "close")];
+    closing
+        .request("POST", "/v1/exec", &close, body.as_bytes())?
+        .success()?;
+    let closed = thread::spawn(move || {
+        let begin = Instant::now();
+        closing.wait_closed().map(|()| begin.elapsed())
+    });
     // The rest is drained: the command goes on to its own end. Zeros are six bytes each in JSON.
     let both = shell(
         &mut api,
@@ -408,6 +419,8 @@ fn a_commands_output_is_bounded_and_always_text() -> Result<()> {
         assert_eq!(both[name].as_str().map(str::len), Some(LIMIT));
         assert_eq!(both[&format!("{name}_truncated")], json!(true));
     }
+    let waited = closed.join().expect("no panic")?;
+    assert!(waited > Duration::from_secs(8), "{waited:?}");
     assert_eq!(api.get("/v1/status")?.status, 200);
     Ok(())
 }
