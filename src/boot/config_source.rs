@@ -41,8 +41,18 @@ pub enum Source {
     File,
 }
 
-/// Loads the configuration's text into `document`. Returns its length and source. MMDS is polled for at
-/// most `timeout` milliseconds. The error names each source and why it has no configuration.
+/// A configuration's text.
+pub struct Loaded {
+    /// Length in bytes.
+    pub length: usize,
+    /// Where it comes from: [`Source::Mmds`] or [`Source::File`].
+    pub source: Source,
+    /// Why it does not come from MMDS, if that was polled first.
+    pub mmds_error: Option<Error>,
+}
+
+/// Loads the configuration's text into `document`. MMDS is polled for at most `timeout` milliseconds. The
+/// error names each source and why it has no configuration.
 ///
 /// `eth0` is the index of the interface to MMDS, if MMDS is to be used; `memory` is for decoding a document
 /// from MMDS, to see whether it has a command.
@@ -52,11 +62,17 @@ pub fn load(
     timeout: u64,
     document: &mut [u8],
     memory: &mut [u8],
-) -> Result<(usize, Source)> {
+) -> Result<Loaded> {
     let mut mmds_error = None;
     if let Some(eth0) = eth0 {
         match fetch(eth0, timeout, document, memory) {
-            Ok(length) => return Ok((length, Source::Mmds)),
+            Ok(length) => {
+                return Ok(Loaded {
+                    length,
+                    source: Source::Mmds,
+                    mmds_error,
+                });
+            }
             Err(FetchError::Invalid(error)) => {
                 return Err(error!("configuration from MMDS: {error}"));
             }
@@ -66,7 +82,11 @@ pub fn load(
     if source != Source::Mmds
         && let Some(document) = files::read_whole(FILE, document)?
     {
-        return Ok((document.len(), Source::File));
+        return Ok(Loaded {
+            length: document.len(),
+            source: Source::File,
+            mmds_error,
+        });
     }
     let mut error = error!("no configuration");
     if source != Source::File {

@@ -154,15 +154,19 @@ fn load_config<'m>(
     let (document, strings) = memory
         .split_at_mut_checked(MAX_DOCUMENT_SIZE)
         .unwrap_or_default();
-    let (length, source) =
-        config_source::load(params.source, eth0, params.mmds_timeout, document, strings)?;
-    let document = document.get_mut(..length).unwrap_or(&mut []);
-    let (name, origin) = match source {
+    let loaded = config_source::load(params.source, eth0, params.mmds_timeout, document, strings)?;
+    let document = document.get_mut(..loaded.length).unwrap_or(&mut []);
+    let (name, origin) = match loaded.source {
         Source::Mmds => ("mmds", "MMDS"),
         _ => ("file", "/pigeon/run.json"),
     };
-    let config = config_source::decode_checked(document, strings)
-        .map_err(|error| error!("configuration from {origin}: {error}"))?;
+    let config = config_source::decode_checked(document, strings).map_err(|error| {
+        let mut error = error!("configuration from {origin}: {error}");
+        if let Some(why) = &loaded.mmds_error {
+            error.append(format_args!("; MMDS: {why}"));
+        }
+        error
+    })?;
     supervisor
         .console
         .info(&"configuration loaded", &format_args!(" source={name}"));
@@ -170,7 +174,7 @@ fn load_config<'m>(
     {
         let applied = &mut supervisor.context.snapshot.applied;
         applied.restore_signal = config.restore_signal;
-        applied.is_from_mmds = source == Source::Mmds;
+        applied.is_from_mmds = loaded.source == Source::Mmds;
     }
     Ok(config)
 }

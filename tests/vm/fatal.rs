@@ -146,12 +146,13 @@ fn an_invalid_document_in_mmds_fails_at_once() -> Result<()> {
 }
 
 #[test]
-fn a_document_with_nothing_to_run_says_so() -> Result<()> {
+fn a_document_with_nothing_to_run_says_so_and_why_it_is_not_from_mmds() -> Result<()> {
     let config = json!({"ImageConfig": {"Entrypoint": [], "Cmd": []}, "Hostname": "x"});
-    early(
-        Vm::builder().config(&config),
-        &["/pigeon/run.json", "nothing to run"],
-    )
+    let builder = Vm::builder()
+        .config(&config)
+        .mmds(Mmds::serving(Value::Null).push(Push::Never))
+        .arg("PIGEON_MMDS_TIMEOUT_MS=300");
+    early(builder, &["/pigeon/run.json: nothing to run; MMDS: null"])
 }
 
 #[test]
