@@ -196,7 +196,7 @@ fn configuration(spec: &Spec) -> Result<Value> {
         "boot-source": {
             "kernel_image_path": spec.kernel,
             "initrd_path": spec.initrd,
-            "boot_args": spec.command_line("ttyS0", spec.arch.parameters_on_firecracker()),
+            "boot_args": spec.command_line("ttyS0", &spec.arch.parameters_on_firecracker()),
         },
         "machine-config": {"vcpu_count": spec.cpus, "mem_size_mib": spec.memory_mib},
         "drives": drives.collect::<Vec<_>>(),
@@ -353,7 +353,8 @@ mod tests {
                 "kernel_image_path": "/k/vmlinux",
                 "initrd_path": "/d/initrd",
                 "boot_args": "console=ttyS0 reboot=k panic=-1 quiet \
-                              i8042.noaux i8042.nomux i8042.nopnp pci=off PIGEON_CONFIG=mmds",
+                              i8042.noaux i8042.nomux i8042.nopnp pci=off cryptomgr.notests \
+                              PIGEON_CONFIG=mmds",
             },
             "machine-config": {"vcpu_count": 1, "mem_size_mib": 256},
             "drives": [{
