@@ -245,7 +245,7 @@ fn a_reader_that_does_not_follow_gets_contiguous_output() -> Result<()> {
     let mut vm = builder.arg("PIGEON_OUTPUT=log").boot()?;
     vm.wait_for("PIGEON_LOG_KIB=65537: must be a whole number up to 65536")?;
     let mut last = 0;
-    while last < 100_000 {
+    while last < 50_000 {
         let mut logs = Logs::open(&mut vm, "")?;
         let mut numbers = [vec![], vec![]];
         while let Some((stream, bytes)) = logs.frame()? {

@@ -325,8 +325,8 @@ fn a_terminal_is_resized_interrupted_and_ended() -> Result<()> {
     assert_eq!(cat.wait_end()?, exit(json!(0), Value::Null, "wordword"));
 
     // All output of a terminal comes before its end, too.
-    let first = json!({"command": ["seq", "1", "100000"], "tty": true});
-    let all = session(vm, &first)?.wait_end()?;
+    let seq = "seq 1 2000; seq 2001 100000 | cat"; // line by line, and in large pieces
+    let all = session(vm, &json!({"command": ["sh", "-c", seq], "tty": true}))?.wait_end()?;
     let seq: String = (1..=100_000)
         .map(|number| format!("{number}\r\n"))
         .collect();
@@ -554,10 +554,11 @@ fn a_client_that_does_not_read_blocks_only_its_command() -> Result<()> {
     let mut api = vm.api()?;
     let before = memory(&mut api)?;
     for tty in [false, true] {
-        let first = json!({"command": ["yes", "no-reader"], "tty": tty});
+        // In large pieces: to a terminal, `yes` writes each line by itself.
+        let first = json!({"command": ["sh", "-c", "yes no-reader | cat"], "tty": tty});
         let mut stuck = session(&mut vm, &first)?;
-        // What `yes` has written stops growing.
-        let written = "awk '/^wchar/ {print $2}' /proc/$(pidof yes)/io";
+        // What `cat` has written stops growing.
+        let written = "awk '/^wchar/ {print $2}' /proc/$(pidof cat)/io";
         let mut last = String::new();
         wait_until(&mut api, &format!("{written}; sleep 1"), |now| {
             let same = !now.trim().is_empty() && now == last;

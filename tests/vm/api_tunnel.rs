@@ -129,6 +129,7 @@ fn tunnels_lead_to_ports_of_the_guest_and_nowhere_else() -> Result<()> {
         exchange(&mut stream, b"hello")?;
         exchange(&mut stream, &[b'x'; 100_000])?;
     }
+    let mut refused = vec![];
     for (target, status, reason) in [
         (
             "127.0.0.1:7999",
@@ -162,6 +163,9 @@ fn tunnels_lead_to_ports_of_the_guest_and_nowhere_else() -> Result<()> {
         let error = error.with_context(|| format!("{target}: {response}"))?;
         assert_eq!(response.status, status, "{target}: {error}");
         assert!(error.contains(reason), "{target}: {error}");
+        refused.push(api);
+    }
+    for mut api in refused {
         api.wait_closed()?;
     }
     // A body has no meaning.
