@@ -1,8 +1,8 @@
 // The floors: devices, root, the kernel's file systems, cgroups, limit, workload, and nothing else:
-// what an init costs when the kernel is all there is to wait for. The sequential one makes one system
-// call after the other. With -DPARALLEL the root is mounted in a child, beside everything else, and
-// RCU is expedited meanwhile: what is left then is the kernel's work. With -DWHOLE it also does what
-// tests/example/run.json asks for: a volume, names, lo and eth0, Docker's two sysctls, a directory.
+// the cost of an init that only waits for the kernel. The sequential one makes one system call
+// after the other. With -DPARALLEL the root is mounted in a child at the same time, with expedited
+// RCU, so that only the kernel's work remains. With -DWHOLE it also does what
+// tests/example/run.json requests: a volume, names, lo and eth0, Docker's two sysctls, a directory.
 #include "tiny.h"
 #ifdef WHOLE
 #include <linux/ethtool.h>
@@ -143,7 +143,7 @@ static void unmount_volume(void)
 }
 #endif
 
-// Makes /newroot the root, with these file systems moved onto it, and empties the initramfs.
+// Makes /newroot the root, with these file systems moved to it, and empties the initramfs.
 static void switch_root(const char *const *moved)
 {
     char target[32];
@@ -250,7 +250,7 @@ __attribute__((used)) void begin(long *stack)
         sys(execve, *argv, argv, envp);
         sys(exit, 127);
     }
-    // The end: reap it, leave the root clean.
+    // Shutdown: reaps the workload, and leaves the root clean.
     while (sys(wait4, -1, NULL, 0, NULL) != pid)
         ;
     unmount_volume();

@@ -1,6 +1,6 @@
-// The /init of a benchmark's VM before the init under test, the same for each of them: loads the
-// stock kernel's modules (Firecracker's kernels have the drivers built in), sets up what the host
-// asks for by files in /bench, deletes those, notes the time, and becomes /init.
+// The /init of a benchmark's VM before the init under test, the same for all of them: loads the
+// stock kernel's modules (Firecracker's kernels have the drivers built in), sets up what files in
+// /bench request, deletes those, records the time, and executes /init.
 #include "tiny.h"
 #include <linux/rtnetlink.h>
 #include <linux/veth.h>
@@ -35,7 +35,7 @@ static void lines(const char *path, void each(const char *line))
     }
 }
 
-// A line of /bench/modules is a path, and a blank and parameters if there are any.
+// A line of /bench/modules is a path, optionally followed by a space and parameters.
 static void load(const char *line)
 {
     char path[256], *end = path;
@@ -49,7 +49,7 @@ static void load(const char *line)
     sys_unlink(path);
 }
 
-// The disk's bytes become those of a RAM disk, if there are both.
+// Copies a disk to a RAM disk, if both exist.
 static void copy(const char *from, const char *to)
 {
     long source = sys_open(from, O_RDONLY), target = sys_open(to, O_WRONLY), count;
@@ -59,7 +59,7 @@ static void copy(const char *from, const char *to)
         if (sys(write, target, buffer, count) != count)
             fatal(to);
     sys(close, source);
-    // What is in the page cache goes with it.
+    // Also drops its page cache.
     sys(close, target);
 }
 
@@ -78,7 +78,7 @@ static void delete(const char *path)
     sys_unlink(path);
 }
 
-// A line of /bench/trace is a tracefs file, a blank, and what to write to it.
+// A line of /bench/trace is a tracefs file, a space, and the text to write to it.
 static void trace(const char *line)
 {
     char path[256], *end = put(path, "/bench/tracing/");
@@ -92,14 +92,14 @@ static void trace(const char *line)
     sys(close, file);
 }
 
-// -- MMDS: a peer at the other end of eth0, in a network namespace of its own, in this VM, so
-// that its time is the VM's and the same in each boot.
+// -- MMDS: a peer of eth0 in its own network namespace in this VM, so that its time is the VM's,
+// and the same in each boot.
 
 struct attribute {
     unsigned short size, type;
 };
 
-// Opens a netlink attribute at `at`; `close_attribute` with its end gives it its size.
+// Opens a netlink attribute at `at`; `close_attribute` sets its size.
 static char *attribute(char *at, unsigned short type, const void *value, unsigned short size)
 {
     struct attribute head = {(unsigned short)(sizeof head + size), type};
@@ -166,15 +166,15 @@ static void set_up_far(void)
     sys(close, socket);
 }
 
-// Until the parent, which waits for this, lets it go on.
+// Waits until the parent, which waits for this, continues it.
 static void stop(void)
 {
     long self = sys(getpid);
     sys(kill, self, SIGSTOP);
 }
 
-// Answers one request after the other on one connection after the other, as Firecracker does: an
-// empty reason phrase, keep-alive, a token of 48 characters.
+// Serves one request after the other, on one connection after the other, like Firecracker: an empty
+// reason phrase, keep-alive, a token of 48 characters.
 static void serve_mmds(void)
 {
     static const char TOKEN[] = "YmVuY2gtdG9rZW4tcGFkZGVkLXRvLTM2LWJ5dGVzLWxvbmch";
@@ -226,7 +226,7 @@ static long start_mmds(void)
 
 // --
 
-// How long the kernel took to unpack the initramfs, microseconds; then the end.
+// Prints how long the kernel took to unpack the initramfs, in microseconds, and restarts.
 static void tell_unpacking(long log)
 {
     unsigned long first = 0, last = 0, time;
@@ -268,7 +268,7 @@ __attribute__((used)) void begin(long *stack)
     sys_rmdir("/bench/lib");
     sys_rmdir("/bench");
 
-    // What the kernel waits for often ends with a tick: the start is told where between two.
+    // The kernel often waits for a tick: starts at the given phase between two.
     const unsigned long TICK = 4000000;
     sleep_until((now(CLOCK_MONOTONIC) / TICK + 2) * TICK + phase);
 

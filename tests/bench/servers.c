@@ -1,5 +1,5 @@
-// What the API is compared with: an echo server on vsock port 20000, a loop of bare commands on port
-// 20001, and the least server that executes a command on port 20002.
+// Servers to compare the API with: an echo server on vsock port 20000, a loop of bare commands on
+// port 20001, and a minimal server that executes commands on port 20002.
 #include "tiny.h"
 #include <linux/vm_sockets.h>
 #include <sched.h>
@@ -24,7 +24,7 @@ static long listen_on(unsigned port)
     return listener;
 }
 
-// Sends back what comes, connection after connection.
+// Echoes all bytes, one connection after the other.
 static void echo(long listener)
 {
     for (;;) {
@@ -80,7 +80,7 @@ static long start_command(void)
 #endif
 }
 
-// Reads a count, runs the command that often, answers with the nanoseconds it took.
+// Reads a count, runs the command that often, and sends the time in nanoseconds.
 static void spawn(long listener)
 {
     char text[32];
@@ -102,7 +102,7 @@ static void spawn(long listener)
     }
 }
 
-// Reads both pipes to their ends into `text`, of `room` bytes in halves; the lengths.
+// Reads both pipes to their ends into the halves of `text`, and sets the lengths.
 static void read_both(char *text, long room, long *lengths)
 {
     struct {
@@ -141,8 +141,8 @@ static char *put_quoted(char *end, const char *text, long size)
     return end;
 }
 
-// The least server that does what /v1/exec does: takes a request of HTTP/1.1 with the command of one
-// word in JSON, runs it with its output in two pipes, and answers in JSON.
+// A minimal server for /v1/exec: takes an HTTP/1.1 request with the JSON of a command of one word,
+// runs it with its output in two pipes, and responds in JSON.
 static void execute(long listener)
 {
     static char text[8192], body[16384], answer[17000];

@@ -1,5 +1,5 @@
-// What the benchmark's guest programs share: system calls, numbers, the kernel's log.
-// No libc: its start-up would be measured with them.
+// Shared by the benchmark's guest programs: system calls, numbers, the kernel's log. Without libc,
+// whose start would be measured, too.
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <signal.h>
@@ -91,7 +91,7 @@ void *memset(void *to, int byte, unsigned long size)
     call(n, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e), (long)(f))
 #define sys(number, ...) FIRST_SEVEN(__NR_##number, ##__VA_ARGS__, 0, 0, 0, 0, 0, 0)
 
-// As open(2), mkdir(2) and so on: not every architecture has the calls of these names.
+// Like open(2), mkdir(2) and so on: not every architecture has system calls of these names.
 #define sys_open(path, flags) sys(openat, AT_FDCWD, path, flags)
 #define sys_mkdir(path, mode) sys(mkdirat, AT_FDCWD, path, mode)
 #define sys_unlink(path) sys(unlinkat, AT_FDCWD, path, 0)
@@ -155,7 +155,7 @@ __attribute__((unused)) static void print(const char *text)
     }
 }
 
-// A line for the host: `bench: name value`.
+// Prints a figure for the host: `bench: name value`.
 __attribute__((unused)) static void tell(const char *name, unsigned long value)
 {
     char line[128], *end = put(put(put(line, "bench: "), name), " ");
@@ -163,7 +163,7 @@ __attribute__((unused)) static void tell(const char *name, unsigned long value)
     print(line);
 }
 
-// Contents of a file, at most `room - 1` bytes; empty where there is none.
+// Reads a file, at most `room - 1` bytes; empty if it does not exist.
 __attribute__((unused)) static char *slurp(const char *path, char *buffer, long room)
 {
     long size = 0, count, file = sys_open(path, O_RDONLY);
@@ -188,7 +188,7 @@ __attribute__((unused)) static unsigned long now(long id)
     sys(clock_gettime, id, &time);
     return (unsigned long)time.tv_sec * 1000000000 + (unsigned long)time.tv_nsec;
 }
-// The clock of a process's time on the processor (clock_getcpuclockid(3)).
+// The clock of a process's processor time (clock_getcpuclockid(3)).
 __attribute__((unused)) static long cpu_clock(unsigned long pid)
 {
     return (long)(int)(~(unsigned)pid << 3 | 2);
@@ -200,7 +200,7 @@ __attribute__((unused)) static void sleep_until(unsigned long nanoseconds)
     sys(clock_nanosleep, CLOCK_MONOTONIC, TIMER_ABSTIME, &time, NULL);
 }
 
-// Restarts the machine: the VM ends.
+// Restarts the machine, which ends the VM.
 __attribute__((unused, noreturn)) static void end(void)
 {
     const unsigned MAGIC1 = 0xfee1dead, MAGIC2 = 672274793; // reboot(2)

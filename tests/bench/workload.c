@@ -1,5 +1,5 @@
-// The workload of the benchmark's VMs. Its first instructions note the time; then it tells what
-// `bench.mode=` on the kernel command line asks for, a line `bench: name value` each.
+// The workload of the benchmark's VMs. Its first instructions read the clock; then it prints the
+// figures for `bench.mode=` on the kernel command line, one line `bench: name value` each.
 #include "tiny.h"
 
 static char buffer[64 << 10];
@@ -23,7 +23,7 @@ static unsigned long figure(const char *path, const char *word)
     return number(text);
 }
 
-// What the loader left in the kernel's log when it became /init.
+// Prints the figures in the loader's record of the kernel's log.
 static void tell_boot(long log, unsigned long first, unsigned long cpu)
 {
     unsigned long time;
@@ -47,7 +47,7 @@ static void tell_boot(long log, unsigned long first, unsigned long cpu)
         tell("mmds_ns", now(cpu_clock(mmds)) - number(mmds_cpu));
 }
 
-// What PID 1 and the kernel hold, KiB.
+// Prints the memory of PID 1 and of the kernel, in KiB.
 static void tell_memory(void)
 {
     tell("rss_kib", figure("/proc/1/status", "VmRSS:"));
@@ -58,8 +58,8 @@ static void tell_memory(void)
     tell("available_kib", figure("/proc/meminfo", "MemAvailable:"));
 }
 
-// How often PID 1 was given the processor so far (Documentation/scheduler/sched-stats.rst). As
-// long as that stays the same, it has executed no instruction, so made no system call.
+// How often PID 1 has got the processor so far (Documentation/scheduler/sched-stats.rst). While
+// that stays the same, it has executed no instruction, and so made no system call.
 static unsigned long turns(void)
 {
     const char *text = slurp("/proc/1/schedstat", buffer, sizeof buffer);
@@ -71,15 +71,15 @@ static unsigned long turns(void)
 static void tell_idle(void)
 {
     const unsigned long SECOND = 1000000000, MINUTE = 60 * SECOND;
-    // PID 1 is not done yet with what was told.
+    // PID 1 still handles the last output.
     sleep_until(now(CLOCK_MONOTONIC) + SECOND);
     unsigned long before = turns();
     sleep_until(now(CLOCK_MONOTONIC) + MINUTE);
     tell("idle_turns", turns() - before);
 }
 
-// Exits at an instant that is told before, when the console is quiet again: in microseconds of
-// the kernel log's clock, which stamps "reboot: Restarting system" on the console.
+// Exits at an instant that it prints before, once the console is idle: in microseconds of the
+// kernel log's clock, which stamps "reboot: Restarting system" on the console.
 static void exit_at_an_instant(long log)
 {
     const unsigned long SOON = 500 * 1000000, AWAKE = 1000000;
@@ -100,7 +100,7 @@ static void exit_at_an_instant(long log)
 
 static const char tracing[] = "/sys/kernel/tracing";
 
-// What was traced up to now is of no interest.
+// Drops the trace up to now.
 static void forget_trace(void)
 {
     sys(mount, "tracefs", tracing, "tracefs", 0, NULL);
@@ -124,7 +124,7 @@ static void dump_trace(void)
     sys(umount2, tracing, 0);
 }
 
-// Starts what the API is compared with (servers.c).
+// Starts the servers to compare the API with (servers.c).
 static void serve(void)
 {
     char *const argv[] = {"/bin/servers", NULL}, *const envp[] = {NULL};

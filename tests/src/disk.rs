@@ -124,7 +124,7 @@ impl Tree {
         Ok(self)
     }
 
-    /// Makes another user than root the owner of `path`.
+    /// Makes another user the owner of `path`, instead of root.
     pub fn owned(mut self, path: &str, uid: u32, gid: u32) -> Tree {
         let path = path.trim_start_matches('/');
         writeln!(self.owners, "chown -h {uid}:{gid} '{path}'").expect("a String takes it all");
@@ -182,7 +182,7 @@ impl Image {
     /// Makes an image of `mib` MiB that holds `tree`.
     pub fn ext4(tree: &Tree, mib: u32) -> Result<Image> {
         let path = NamedTempFile::with_suffix(".ext4")?.into_temp_path();
-        // The staged files belong to whoever runs this; under fakeroot, to root.
+        // The staged files belong to the user who runs this; under fakeroot, to root.
         let script = format!(
             "cd \"$1\"\n{}\"$2\" -q -F -E {MKFS} -d . \"$3\" {mib}M",
             tree.owners
@@ -207,7 +207,7 @@ impl Image {
     /// sparse. Sticky bits are lost.
     pub fn xfs(tree: &Tree) -> Result<Image> {
         let image = Image::blank(300)?;
-        // What mkfs.xfs(8) calls a prototype, of a list of what is there.
+        // A prototype (mkfs.xfs(8)), made from a list of the files.
         let list = run(Command::new(assets::tool("fakeroot")?)
             .args(["--", "sh", "-euc"])
             .arg(format!(
@@ -390,7 +390,7 @@ impl Image {
 
     /// Contents of a file in the image.
     pub fn read(&self, path: &str) -> Result<String> {
-        self.stat(path)?; // debugfs itself does not fail for a file that is not there
+        self.stat(path)?; // debugfs itself does not fail for a missing file
         self.debugfs(&format!("cat \"{path}\""))
     }
 
@@ -408,7 +408,7 @@ impl Image {
     }
 }
 
-/// Copies `size_mib` MiB of a file into an existing one; holes stay holes.
+/// Copies `size_mib` MiB of a file into an existing one; holes are kept.
 fn copy(from: &Path, to: &Path, skip_mib: u64, seek_mib: u64, size_mib: u64) -> Result<()> {
     run(Command::new(assets::tool("dd")?)
         .arg(format!("if={}", from.display()))
@@ -420,10 +420,10 @@ fn copy(from: &Path, to: &Path, skip_mib: u64, seek_mib: u64, size_mib: u64) -> 
     .map(drop)
 }
 
-/// The prototype (mkfs.xfs(8)) of the files that find lists with depth, type, mode, user, group, name
-/// and what a link leads to, each directory before what is in it; they lie in `stage`.
+/// The prototype (mkfs.xfs(8)) of files listed by find with depth, type, mode, user, group, name and link
+/// target, each directory before its files; they are in `stage`.
 fn xfs_prototype(list: &str, stage: &Path) -> Result<String> {
-    // A boot program and two sizes, of another age.
+    // A boot program and two sizes, which are obsolete.
     let mut prototype = String::from("-\n0 0\n");
     let mut above = vec![];
     for line in list.lines() {

@@ -16,9 +16,9 @@
 //! # anyhow::Ok(())
 //! ```
 //!
-//! A VM runs on Firecracker if `/dev/kvm` works, a `firecracker` binary is found and the test needs nothing that
-//! Firecracker lacks; otherwise on QEMU. Its architecture is [`assets::arch`]. The API is synchronous, and VMs
-//! end with the process that started them.
+//! A VM runs on Firecracker if `/dev/kvm` works, a `firecracker` binary is found and Firecracker supports
+//! what the test needs; otherwise on QEMU. Its architecture is [`assets::arch`]. The API is synchronous, and
+//! VMs end with the process that started them.
 
 pub mod assets;
 pub mod disk;

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::http::Headers;
 
-/// The connection of a request this long or longer is reset.
+/// The connection of a request of at least this length is reset.
 pub const MAX_REQUEST: usize = 2500;
 
 /// The protocol that a client may use.
@@ -136,7 +136,7 @@ impl Mmds {
         self.faults.get(number).or(self.always.as_ref())
     }
 
-    /// Whether real Firecracker can behave like this.
+    /// Whether Firecracker itself can behave like this.
     pub(crate) fn is_genuine(&self) -> bool {
         self.faults.is_empty()
             && self.always.is_none()

@@ -65,7 +65,7 @@ pub(crate) fn attach(path: &Path, mmds: Option<Mmds>) -> Result<Traffic> {
     let traffic = Traffic::default();
     let seen = traffic.clone();
     thread::spawn(move || {
-        // Without QEMU there is nobody to be a host for; its own error tells why.
+        // If QEMU does not connect, there is nothing to do; its own error has the reason.
         if let Ok((stream, _)) = listener.accept()
             && let Ok((cable, inbox)) = Cable::new(stream)
         {
@@ -141,7 +141,7 @@ impl phy::TxToken for Sender<'_> {
             .to_vec();
         message.resize(4 + length, 0);
         let result = f(&mut message[4..]);
-        // A VM that has just ended takes no more frames.
+        // A VM that has just ended receives no more frames.
         let _ = self.0.write_all(&message);
         result
     }
@@ -150,7 +150,7 @@ impl phy::TxToken for Sender<'_> {
 /// The kind of a frame, as far as faults depend on it.
 #[derive(Debug, PartialEq)]
 enum Meaning {
-    /// A segment to MMDS from this port of the guest; `syn`: the first of a connection.
+    /// A segment to MMDS from this port of the guest; `syn`: the first one of a connection.
     Segment {
         port: u16,
         syn: bool,
@@ -217,7 +217,7 @@ impl Host {
         let start = Instant::now();
         let config = Config::new(MMDS_MAC.into());
         let mut interface = Interface::new(config, &mut cable, time::Instant::ZERO);
-        // With a prefix of no bits every guest is a neighbour, whatever addresses it has.
+        // With a prefix length of 0 every guest is on-link, whatever its addresses.
         interface.update_ip_addrs(|addresses| {
             addresses
                 .push(IpCidr::new(MMDS_ADDRESS.into(), 0))
@@ -279,11 +279,11 @@ impl Host {
                 match number.and_then(|number| mmds.fault(number)) {
                     Some(Fault::Silent) => true,
                     Some(Fault::Refuse) => {
-                        // Nothing listens for as long as it takes to answer this segment.
+                        // The port is closed only while this segment is handled.
                         self.listening().for_each(tcp::Socket::abort);
                         false
                     }
-                    // The 31st: a stack without a socket for it would answer with a reset.
+                    // The 31st connection: without a free socket, the stack would answer with a reset.
                     _ => syn && self.listening().next().is_none(),
                 }
             }
@@ -312,7 +312,7 @@ impl Host {
             .poll(self.now(), &mut self.cable, &mut self.sockets);
     }
 
-    /// How long there is nothing to do unless a frame arrives.
+    /// How long to sleep unless a frame arrives.
     fn idle_time(&mut self) -> Duration {
         let stack = self.interface.poll_delay(self.now(), &self.sockets);
         let stack = stack.map_or(Duration::MAX, |delay| {
@@ -323,7 +323,7 @@ impl Host {
             .iter()
             .filter(|connection| !connection.outbox.is_empty());
         let drips = drips.map(|c| c.next_drip.saturating_duration_since(Instant::now()));
-        // A drip that is due but waits for room in the window is no reason to spin.
+        // A byte that is due but waits for room in the window must not cause a busy loop.
         let drips = drips.map(|delay| delay.max(Duration::from_millis(1)));
         drips.fold(stack, Duration::min).min(Duration::from_secs(1))
     }
@@ -345,7 +345,7 @@ impl Connection {
         }
     }
 
-    /// Makes as much progress as is possible now.
+    /// Makes as much progress as possible.
     fn serve(
         &mut self,
         socket: &mut tcp::Socket,
@@ -388,8 +388,7 @@ impl Connection {
             Err(_) => socket.abort(),
         }
         self.send(socket, fault);
-        // The guest's end of the connection is ours, once everything is said; one whose segments
-        // get lost never ends.
+        // Close when the guest has closed and everything is sent; a connection with lost segments stays open.
         let stalled = matches!(fault, Some(Fault::Stall(end)) if self.sent == *end);
         if socket.state() == tcp::State::CloseWait && self.outbox.is_empty() && !stalled {
             socket.close();

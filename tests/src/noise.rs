@@ -1,5 +1,5 @@
-//! Pseudo-random bytes for transfer tests, reproducible from their seed: what is received is compared with what
-//! was sent.
+//! Pseudo-random bytes for transfer tests, reproducible from their seed: received bytes are compared with
+//! those sent.
 
 use std::io::{Read, Write};
 

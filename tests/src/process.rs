@@ -1,4 +1,4 @@
-//! Host processes, and a limit for VMs that run at once.
+//! Host processes, and a limit for the number of running VMs.
 
 use std::{
     fs::{self, File, TryLockError},
@@ -11,10 +11,10 @@ pub use pigeon::process::{Process, run};
 
 use crate::assets;
 
-/// How long a VM waits before it says so.
-const TELL_AFTER: Duration = Duration::from_secs(2);
+/// How long a VM waits before that is reported.
+const REPORT_AFTER: Duration = Duration::from_secs(2);
 
-/// A permit to run a VM. Their number is limited on a machine, for all processes together.
+/// A permit to run a VM. Their number is limited per machine, for all processes together.
 pub struct Slot {
     _lock: File,
 }
@@ -28,12 +28,12 @@ impl Slot {
             .unwrap_or(2)
     }
 
-    /// Waits for a free slot. The kernel gives it back when this process ends, however it ends.
+    /// Waits for a free slot. The kernel releases it when this process exits.
     pub fn acquire() -> Result<Slot> {
         let dir = assets::cache_dir().join("slots");
         fs::create_dir_all(&dir)?;
         let begun = Instant::now();
-        let mut told = false;
+        let mut reported = false;
         loop {
             for n in 0..Slot::count() {
                 let lock = File::create(dir.join(n.to_string()))?;
@@ -43,8 +43,8 @@ impl Slot {
                     Err(TryLockError::Error(error)) => return Err(error.into()),
                 }
             }
-            if !told && begun.elapsed() > TELL_AFTER {
-                told = true;
+            if !reported && begun.elapsed() > REPORT_AFTER {
+                reported = true;
                 let count = Slot::count();
                 eprintln!("waiting until one of {count} VMs has ended (PIGEON_VMS)");
             }

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-/// Everything that a guest's console has printed. Clones share one recording.
+/// The output of a guest's console. Clones share one recording.
 #[derive(Clone)]
 pub struct Serial {
     shared: Arc<Shared>,
@@ -34,8 +34,8 @@ struct State {
 }
 
 impl Serial {
-    /// Records `source` to its end, in memory and in the file `log`; `echo` copies it to standard
-    /// output as it comes.
+    /// Records `source` to its end, in memory and in the file `log`; `echo` also copies it to standard
+    /// output.
     pub fn record(mut source: impl Read + Send + 'static, log: &Path, echo: bool) -> Result<Self> {
         if let Some(dir) = log.parent() {
             fs::create_dir_all(dir)?;
@@ -84,7 +84,7 @@ impl Serial {
         &self.log
     }
 
-    /// Everything so far, with LF instead of the console's CR LF.
+    /// All output so far, with LF instead of the console's CR LF.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.shared.state().bytes).replace("\r\n", "\n")
     }
@@ -136,12 +136,12 @@ impl Serial {
         }
     }
 
-    /// Waits for the end of the console: then the recording is complete.
+    /// Waits for the end of the console; the recording is then complete.
     pub fn wait_end(&self) {
         drop(self.shared.wait_while(|state| !state.ended));
     }
 
-    /// Stops reading: the console blocks, like a terminal that nobody reads.
+    /// Stops reading: the console blocks.
     pub fn hold(&self) {
         self.shared.state().held = true;
     }
@@ -211,7 +211,7 @@ mod tests {
         assert_eq!(error, "no line with \"x\": the console has ended");
     }
 
-    /// A console that gives a line with each read.
+    /// A console that returns a line per read.
     struct Lines(mpsc::Receiver<&'static [u8]>);
 
     impl Read for Lines {
@@ -226,7 +226,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let serial = Serial::record(Lines(lines), &dir.path().join("a.log"), false).unwrap();
         serial.hold();
-        // One read may have been under way when the console was held: it has the first line.
+        // A read may have been in progress when the console was held: it returns the first line.
         for line in [&b"1\n"[..], b"2\n"] {
             console.send(line).unwrap();
         }

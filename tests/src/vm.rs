@@ -403,7 +403,7 @@ impl Builder {
         {
             thread::spawn(move || {
                 thread::sleep(delay);
-                // A VM that has ended before has had no use for it.
+                // Fails if the VM has ended already, which does not matter.
                 let _ = machine::put_metadata(&spec.dir, &document);
             });
         }
@@ -414,7 +414,7 @@ impl Builder {
     fn firecracker_can(&self) -> bool {
         let genuine = match &self.nic {
             Nic::Cable(Some(mmds)) => mmds.is_genuine(),
-            Nic::Cable(None) => false, // nobody would answer
+            Nic::Cable(None) => false, // there would be no answer
             Nic::None | Nic::Tap => true,
         };
         let faulty_disk = self.disks.iter().any(|disk| disk.is_faulty());
@@ -528,7 +528,7 @@ impl Vm {
         &self.serial
     }
 
-    /// Everything that the console has printed.
+    /// The console's output so far.
     pub fn console(&self) -> String {
         self.serial.text()
     }
@@ -646,7 +646,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Gives up the slot, as the machine mostly waits from now on: for a deadline, or a disk that hangs.
+    /// Releases the slot, as the machine mostly waits from now on: for a deadline, or a disk that hangs.
     pub fn yield_slot(&mut self) {
         self.slot = None;
     }

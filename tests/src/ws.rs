@@ -1,4 +1,4 @@
-//! A plain WebSocket client (RFC 6455) that can also send invalid frames.
+//! A simple WebSocket client (RFC 6455) that can also send invalid frames.
 
 use std::{
     io::{self, Read, Write},
@@ -144,8 +144,8 @@ impl Socket {
         self.send(CLOSE, &code.to_be_bytes())
     }
 
-    /// The next frame, or None when the connection ends. A server's frame must have no mask, no reserved bits,
-    /// and the shortest encoding of its length.
+    /// The next frame, or None if the connection is closed. A server's frame must have no mask, no reserved
+    /// bits, and the shortest encoding of its length.
     pub fn next_frame(&mut self) -> Result<Option<Frame>> {
         if let Some(frame) = self.put_back.take() {
             return Ok(Some(frame));
@@ -159,7 +159,7 @@ impl Socket {
             match self.stream.read(&mut buffer) {
                 Ok(0) => break,
                 Ok(size) => self.unread.extend(&buffer[..size]),
-                // What is closed with bytes on their way is reset.
+                // A connection that is closed with unread data is reset.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error).context("unable to receive"),

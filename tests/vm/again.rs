@@ -1,4 +1,4 @@
-//! Whole lives: the README's own example, and one root that boots twice.
+//! Complete runs: the README's own example, and one root that is booted twice.
 
 use anyhow::Result;
 use pigeon_lab::{
@@ -10,10 +10,10 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// The example of the README, field for field.
+/// The example of the README, with every field.
 const EXAMPLE: &str = include_str!("../example/run.json");
 
-/// Boots the example, with its application for a workload, to the end that SIGTERM brings.
+/// Boots the example with its application as the workload, and stops it with SIGTERM.
 fn boot_example(builder: Builder) -> Result<()> {
     let application = guest::report(&[
         ("argv", r#"echo "$0"; printf '[%s]' "$@"; echo"#),
@@ -38,7 +38,7 @@ fn boot_example(builder: Builder) -> Result<()> {
     let script = format!(
         "#!/bin/sh\ntrap 'echo stopped >>/data/file; exit 0' TERM\n{application}echo ready\nwhile :; do sleep 0.05; done\n"
     );
-    // Ping is for everybody, as a stock distribution has it.
+    // Ping is allowed for all groups, as in stock distributions.
     let tree = Tree::busybox()?
         .file("/bin/myapp", 0o755, script)?
         .without("/bin/ping")?
@@ -203,7 +203,7 @@ fn a_root_that_boots_twice_has_everything_once() -> Result<()> {
     );
     assert_eq!(root.read("/etc/resolv.conf")?, "nameserver 8.8.8.8\n");
     assert_eq!(boot(&app, 2)?, first);
-    // An entry that has moved is not there twice either.
+    // An entry whose position has changed is not duplicated either.
     let moved = boot(&config("10.0.0.3", Value::Null), 3)?;
     assert!(
         moved.starts_with(own) && moved.contains("10.0.0.3"),

@@ -1,4 +1,4 @@
-//! The API's calls, each row of the table, from the host's side.
+//! The API's calls, each row of the table, called from the host.
 
 use std::{
     os::unix::net::UnixStream,
@@ -18,7 +18,7 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// A root file system and a VM whose workload, user app, runs `script`.
@@ -37,7 +37,7 @@ fn tree_vm(tree: Tree, script: &str) -> Result<(Builder, Image)> {
     Ok((builder, root))
 }
 
-/// A workload that does nothing, for ever.
+/// A workload that sleeps forever.
 const IDLE: &str = "exec sleep 100000";
 
 /// `POST /v1/exec` with this body.
@@ -45,7 +45,7 @@ fn exec(api: &mut Client<UnixStream>, body: &Value) -> Result<Response> {
     api.post("/v1/exec", body)
 }
 
-/// The answer to a shell command's exec.
+/// The response to the exec of a shell command.
 fn shell(api: &mut Client<UnixStream>, script: &str) -> Result<Value> {
     let response = exec(api, &json!({"cmd": ["/bin/sh", "-c", script]}))?;
     response.success()?.json()
@@ -61,8 +61,8 @@ fn wait_until(api: &mut Client<UnixStream>, script: &str) -> Result<()> {
     Ok(())
 }
 
-/// An error's status and text.
-fn refusal(response: &Response) -> Result<(u16, String)> {
+/// An error response's status and message.
+fn error_of(response: &Response) -> Result<(u16, String)> {
     let error = response.json()?["error"].clone();
     let error = error
         .as_str()
@@ -73,7 +73,7 @@ fn refusal(response: &Response) -> Result<(u16, String)> {
 
 #[test]
 fn each_path_accepts_its_methods_and_signals_reach_the_workloads_group() -> Result<()> {
-    // The workload's child is of its group and must get the signal too.
+    // The workload's child is in its process group and must receive the signal, too.
     let script = "trap 'echo parent got USR1' USR1; trap 'echo parent got 64' 64
         (trap 'echo child got USR1' USR1; echo child ready; while :; do sleep 100000 & wait; done) &
         echo parent ready; while :; do wait; done";
@@ -93,7 +93,7 @@ fn each_path_accepts_its_methods_and_signals_reach_the_workloads_group() -> Resu
         (200, Some("11"))
     );
     for path in ["/", "/v1", "/v1/status/", "/v2/status", "/v1/nothing"] {
-        assert_eq!(refusal(&api.get(path)?)?.0, 404, "{path}");
+        assert_eq!(error_of(&api.get(path)?)?.0, 404, "{path}");
     }
     for (method, path, allowed) in [
         ("POST", "/v1/status", "GET, HEAD"),
@@ -104,7 +104,7 @@ fn each_path_accepts_its_methods_and_signals_reach_the_workloads_group() -> Resu
         ("POST", "/v1/ws/exec", "GET"),
     ] {
         let response = api.request(method, path, &[], b"")?;
-        assert_eq!(refusal(&response)?.0, 405, "{method} {path}");
+        assert_eq!(error_of(&response)?.0, 405, "{method} {path}");
         assert_eq!(response.header("allow"), Some(allowed), "{method} {path}");
     }
     let plain = api.get("/v1/ws/exec")?;
@@ -132,7 +132,7 @@ fn each_path_accepts_its_methods_and_signals_reach_the_workloads_group() -> Resu
         json!([15]),
         json!(15),
     ] {
-        let (status, error) = refusal(&api.post("/v1/signals", &bad)?)?;
+        let (status, error) = error_of(&api.post("/v1/signals", &bad)?)?;
         assert_eq!(status, 400, "{bad}");
         assert!(
             bad == json!([15]) || bad == json!(15) || error.contains("signal"),
@@ -140,11 +140,11 @@ fn each_path_accepts_its_methods_and_signals_reach_the_workloads_group() -> Resu
         );
     }
     assert_eq!(
-        refusal(&api.request("POST", "/v1/signals", &[], b"{")?)?.0,
+        error_of(&api.request("POST", "/v1/signals", &[], b"{")?)?.0,
         400
     );
     assert_eq!(
-        refusal(&api.request("POST", "/v1/signals", &[], b"")?)?.0,
+        error_of(&api.request("POST", "/v1/signals", &[], b"")?)?.0,
         400
     );
     Ok(())
@@ -154,7 +154,7 @@ fn each_path_accepts_its_methods_and_signals_reach_the_workloads_group() -> Resu
 fn all_waiting_clients_get_the_exit_code_of_a_killed_workload() -> Result<()> {
     let (builder, root) = vm(IDLE)?;
     let mut vm = builder.arg("PIGEON_EXIT_LINGER_MS=120000").start()?;
-    // HEAD does not read the code: the API stays up for somebody who does.
+    // HEAD does not deliver the code: the API stays up for a client that reads it.
     let mut head = vm.api()?;
     head.send(b"HEAD /v1/exit_code HTTP/1.1\r\nHost: x\r\n\r\n")?;
     let mut api = vm.api()?;
@@ -165,13 +165,13 @@ fn all_waiting_clients_get_the_exit_code_of_a_killed_workload() -> Result<()> {
         (200, Some("31"))
     );
 
-    let (status, error) = refusal(&api.post("/v1/signals", &json!({"signal": 15}))?)?;
+    let (status, error) = error_of(&api.post("/v1/signals", &json!({"signal": 15}))?)?;
     assert_eq!(
         (status, error.contains("not running")),
         (409, true),
         "{error}"
     );
-    // What else there is still works, and the code is read late.
+    // Other calls still work, and the code can be read late.
     assert_eq!(shell(&mut api, "echo late")?["stdout"], "late\n");
     let exit = api.get("/v1/exit_code")?;
     assert_eq!(exit.text(), r#"{"code":137,"oom_killed":false}"#);
@@ -203,7 +203,7 @@ fn a_workload_that_cannot_be_executed_and_a_boot_that_fails_have_an_exit_code() 
     ] {
         let root = Image::ext4(&tree()?, 32)?;
         let builder = Vm::builder().config(&config).disk(&root);
-        // Nobody has to be quick to hear it.
+        // Long enough for a slow client to read the exit code.
         let builder = builder.arg("PIGEON_EXIT_LINGER_MS=120000");
         let mut vm = builder.timeout(TIMEOUT).boot()?;
         vm.wait_for(culprit)?;
@@ -231,7 +231,7 @@ fn a_command_runs_with_its_options() -> Result<()> {
     let mut api = vm.api()?;
     let mut run = |body: Value| exec(&mut api, &body);
 
-    // The whole response, to the byte.
+    // The complete response, byte for byte.
     let hello = run(json!({"cmd": ["echo", "hello", "\"\\ \u{e9}\u{1f426}"]}))?;
     assert_eq!(hello.header("content-type"), Some("application/json"));
     assert_eq!(
@@ -245,7 +245,7 @@ fn a_command_runs_with_its_options() -> Result<()> {
     let terminated = run(script("echo before; kill -TERM $$"))?.json()?;
     assert_eq!(terminated, response(-1, 15, "before\n", ""));
 
-    // Who, where, with what.
+    // User, working directory and environment.
     let out = |response: Response| -> Result<String> {
         let response = response.success()?.json()?;
         ensure!(response["exit_code"] == 0, "{response}");
@@ -280,10 +280,10 @@ fn a_command_runs_with_its_options() -> Result<()> {
         "env": ["OTHER=first", "MORE=a=b", "EMPTY=", "OTHER=told"],
     }))?)?;
     assert_eq!(environment, "yes told a=b \n1");
-    // One command's environment is not the next one's.
+    // A command's environment does not apply to the next one.
     assert_eq!(out(run(script("echo $OTHER $MORE"))?)?, "workload");
 
-    // What it starts with: three descriptors, no input, a session of its own, no signal blocked.
+    // Initial state: three descriptors, no input, its own session, no blocked signals.
     let fds = out(run(json!({"cmd": ["ls", "/proc/self/fd"]}))?)?;
     assert_eq!(fds, "0\n1\n2\n3", "the last one is the directory itself");
     assert_eq!(
@@ -301,14 +301,14 @@ fn a_command_runs_with_its_options() -> Result<()> {
     assert_eq!(out(run(script("cat /proc/$$/oom_score_adj"))?)?, "0");
     assert_eq!(out(run(script("ulimit -n"))?)?, "10240");
 
-    // What cannot be started says why.
+    // If a command cannot be started, the error has the reason.
     for (body, words) in [
         (
             json!({"cmd": ["no-such-command"]}),
             vec!["no-such-command", "ENOENT"],
         ),
         (json!({"cmd": ["/no/such"]}), vec!["/no/such", "ENOENT"]),
-        // Too long for a line: the name is cut, and not why, nor the JSON.
+        // Too long for one line: the name is truncated, but not the reason or the JSON.
         (
             json!({"cmd": ["x".repeat(2000)]}),
             vec!["x", "…: ENAMETOOLONG"],
@@ -324,13 +324,13 @@ fn a_command_runs_with_its_options() -> Result<()> {
         (json!({"cmd": ["id"], "user": "nosuch"}), vec!["nosuch"]),
         (json!({"cmd": ["id"], "user": "app:nosuch"}), vec!["nosuch"]),
     ] {
-        let (status, error) = refusal(&run(body.clone())?)?;
+        let (status, error) = error_of(&run(body.clone())?)?;
         assert_eq!(status, 500, "{body} {error}");
         for word in words {
             assert!(error.contains(word), "{body}: {error}");
         }
     }
-    // What makes no sense names the member.
+    // The error for an invalid body names the member.
     let many = |count: usize| json!({"cmd": vec!["true"; count]});
     for (body, word) in [
         (json!({}), "cmd"),
@@ -347,12 +347,12 @@ fn a_command_runs_with_its_options() -> Result<()> {
         (json!({"cmd": ["ls"], "timeout_ms": -1}), "timeout_ms"),
         (many(1025), "1024"),
     ] {
-        let (status, error) = refusal(&run(body.clone())?)?;
+        let (status, error) = error_of(&run(body.clone())?)?;
         assert_eq!(status, 400, "{body} {error}");
         assert!(error.contains(word), "{body}: {error}");
     }
     assert_eq!(run(many(1024))?.json()?, response(0, 0, "", ""));
-    // Unknown members are nobody's business.
+    // Unknown members are ignored.
     let more = json!({"cmd": ["echo", "x"], "tty": {"a": [1]}, "x": null});
     assert_eq!(out(run(more)?)?, "x");
     Ok(())
@@ -425,7 +425,7 @@ fn a_commands_output_is_bounded_and_always_text() -> Result<()> {
     Ok(())
 }
 
-/// Leaves a million bytes in its standard output, and ends.
+/// Writes a million bytes to its standard output, and exits.
 const FULL: &str = r#"
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -462,7 +462,7 @@ fn a_command_ends_in_time_with_its_whole_group() -> Result<()> {
     let mut vm = builder.start()?;
     let mut api = vm.api()?;
 
-    // A time limit; what was said before it counts.
+    // The timeout; output before it is returned.
     let body = json!({
         "cmd": ["sh", "-c", "sleep 7771 & echo said; exec sleep 7772"],
         "timeout_ms": 3000,
@@ -474,7 +474,7 @@ fn a_command_ends_in_time_with_its_whole_group() -> Result<()> {
     );
     wait_until(&mut api, "! ps -o args | grep -E '^sleep 777[12]'")?;
 
-    // A grandchild that keeps the pipes does not hold the response up: it would for hours.
+    // A grandchild that keeps the pipes open does not delay the response: it would for hours.
     let start = Instant::now();
     let left = shell(&mut api, "(sleep 7773; echo never) & echo started")?;
     assert_eq!(
@@ -483,7 +483,7 @@ fn a_command_ends_in_time_with_its_whole_group() -> Result<()> {
     );
     assert!(start.elapsed() < TIMEOUT);
 
-    // A client that goes takes its command along, children and all.
+    // If a client disconnects, its command is killed with all its children.
     let mut gone = vm.api()?;
     let body =
         json!({"cmd": ["sh", "-c", "sleep 7774 & sleep 7775; true"], "timeout_ms": 86_400_000});
@@ -500,13 +500,13 @@ fn a_command_ends_in_time_with_its_whole_group() -> Result<()> {
     drop(gone);
     wait_until(&mut api, "! ps -o args | grep -E '^sleep 777[45]'")?;
 
-    // So does one that goes in the middle of a long answer, and nothing else is hurt.
+    // The same while a long response is sent; other connections are not affected.
     let mut gone = vm.api()?;
     gone.send(b"POST /v1/exec HTTP/1.1\r\nHost: x\r\nContent-Length: 43\r\n\r\n{\"cmd\":[\"head\",\"-c\",\"1000000\",\"/dev/zero\"]}")?;
     wait_until(&mut api, "! ps -o args | grep '^head'")?;
     drop(gone);
 
-    // Commands in one connection's pipeline come one after the other.
+    // Commands pipelined on one connection run one after the other.
     let both = [
         r#"{"cmd":["sh","-c","sleep 0.3; echo 1"]}"#,
         r#"{"cmd":["echo","2"]}"#,
@@ -526,7 +526,7 @@ fn the_default_time_limit_of_a_command_is_thirty_seconds() -> Result<()> {
     let (builder, _root) = vm(IDLE)?;
     let mut vm = builder.start()?;
     let mut api = vm.api()?;
-    // In the guest's own time, whatever the host's load.
+    // Measured by the guest's clock, whatever the host's load.
     let uptime = |api: &mut Client<UnixStream>| -> Result<f64> {
         let out = shell(api, "cut -d' ' -f1 /proc/uptime")?;
         Ok(out["stdout"]
@@ -547,8 +547,8 @@ fn the_default_time_limit_of_a_command_is_thirty_seconds() -> Result<()> {
     Ok(())
 }
 
-/// A program that connects to the API from inside the guest in every way there is, asks for the
-/// status and prints what came back. A byte from PID 1 is a way in.
+/// A program that connects to the API from inside the guest in every possible way, requests the status and
+/// prints what it receives. A single byte from PID 1 is a failure.
 const PROBE: &str = r#"
 #include <errno.h>
 #include <stdio.h>
@@ -612,7 +612,7 @@ fn the_api_cannot_be_reached_from_inside_the_guest() -> Result<()> {
         ensure!(out.ends_with("done\n"), "{response}");
         Ok(out)
     };
-    // Without loopback there is no way even to the listener.
+    // Without loopback even the listener cannot be reached.
     let alone = probe("app")?;
     assert!(!alone.contains("ANSWERED"), "{alone}");
     let mut other = vm.api()?;
@@ -623,11 +623,11 @@ fn the_api_cannot_be_reached_from_inside_the_guest() -> Result<()> {
     for user in ["app", "root"] {
         let out = probe(user)?;
         assert!(!out.contains("ANSWERED"), "{out}");
-        // The probe did get as far as the listener, so it was PID 1 that refused.
+        // The probe's connection was accepted by the kernel, so it was PID 1 that closed it.
         assert!(out.contains("to 1: connected, no answer"), "{out}");
         assert!(out.contains("to 3: connected, no answer"), "{out}");
     }
-    // And the host is still served.
+    // The host is still served.
     assert_eq!(other.get("/v1/status")?.status, 200);
     assert!(vsock::connect(vm.vsock().unwrap(), vsock::API_PORT, TIMEOUT).is_ok());
     Ok(())

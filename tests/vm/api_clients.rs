@@ -1,4 +1,4 @@
-//! The API with clients that others have written.
+//! The API with third-party clients.
 
 use std::{
     fs,
@@ -24,7 +24,7 @@ use pigeon_lab::{
 use serde_json::{Value, json};
 use tungstenite::{Message, protocol::frame::coding::CloseCode};
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
 fn boot() -> Result<(Vm, Image)> {
@@ -99,7 +99,7 @@ fn tungstenite_runs_sessions() -> Result<()> {
     shell.send(Message::binary("stty size\n"))?;
     until(&mut shell, "45 123\r\n> ")?;
     shell.send(Message::binary("sleep 1000\n"))?;
-    // A key that comes before the command has started is the shell's.
+    // A key sent before the command has started goes to the shell.
     let ask = json!({"cmd": ["sh", "-c", "ps -o args | grep '^sleep 1000'"]});
     let start = Instant::now();
     while api.post("/v1/exec", &ask)?.json()?["exit_code"] != 0 {
@@ -116,7 +116,7 @@ fn tungstenite_runs_sessions() -> Result<()> {
     }
     assert_eq!(last, r#"{"Exit":{"code":9,"signal":null}}"#);
 
-    // Leaving first.
+    // The client closes first.
     let mut sleep = open(&json!({"command": ["sleep", "1000"]}))?;
     sleep.close(None)?;
     assert!(matches!(sleep.read()?, Message::Close(None)));
@@ -167,7 +167,7 @@ fn dockers_library_decodes_the_logs_frames() -> Result<()> {
     Ok(())
 }
 
-/// Nothing of what its workload, its end or its time depends on, and nothing without an end.
+/// Excluded: calls that affect the workload, the shutdown or the clock, and responses without an end.
 const NOT_GENERATED: &str = "/v1/(stop|exit_code|signals|ws/exec|logs|mounts|snapshot.*|restore)";
 
 #[test]
@@ -176,7 +176,7 @@ fn requests_generated_from_openapi_get_described_responses() -> Result<()> {
     let proxy = proxy(&vm)?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let url = format!("http://{}", listener.local_addr()?);
-    // A bridge, as the client takes no Unix socket. It ends with this process.
+    // A proxy, as the client does not support Unix sockets. It runs until this process exits.
     let socket = proxy.socket().to_owned();
     thread::spawn(move || -> Result<()> {
         for client in listener.incoming() {
@@ -194,7 +194,7 @@ fn requests_generated_from_openapi_get_described_responses() -> Result<()> {
         }
         Ok(())
     });
-    // Where it keeps what it has found.
+    // Where the client stores what it has found.
     let dir = tempfile::tempdir()?;
     let said = run(Command::new(assets::python()?)
         .current_dir(&dir)
@@ -204,7 +204,7 @@ fn requests_generated_from_openapi_get_described_responses() -> Result<()> {
         .args(["--phases", "coverage,fuzzing", "--max-examples", "30"])
         .args(["--generation-deterministic", "--request-timeout", "60"])
         .args(["--checks", "all", "--warnings", "off"])
-        // A command that cannot be executed is 500, and a user that does not exist 400.
+        // A command that cannot be executed gets 500, and an unknown user 400.
         .args([
             "--exclude-checks",
             "not_a_server_error,positive_data_acceptance",
@@ -238,7 +238,7 @@ fn curl_calls_everything() -> Result<()> {
     // Two calls on one connection.
     let twice = curl("/v1/status", &["http://vm/v1/status"])?;
     assert_eq!(twice, r#"{"ok":true} 200 1{"ok":true} 200 0"#);
-    // Over a megabyte curl asks first; it is told no, and hears it, before it has sent all.
+    // For more than a megabyte, curl expects 100-continue first; it gets the error before it has sent the body.
     let dir = tempfile::tempdir()?;
     for size in [120 << 10, 200 << 10, 4 << 20] {
         let body = dir.path().join("body");
@@ -256,7 +256,7 @@ fn curl_calls_everything() -> Result<()> {
 #[test]
 fn a_client_that_sends_its_whole_body_first_reads_the_error() -> Result<()> {
     let (mut vm, _root) = boot()?;
-    // Far more than vsock and sockets hold on the way.
+    // Far more than the buffers of vsock and the sockets hold.
     let piece = vec![b' '; 1 << 20];
     let chunk = [b"100000\r\n", &piece[..], b"\r\n"].concat();
     for (framing, piece) in [
@@ -278,12 +278,12 @@ fn a_client_that_sends_its_whole_body_first_reads_the_error() -> Result<()> {
             (413, Some("close"))
         );
         assert_eq!(response.text(), r#"{"error":"the body is too large"}"#);
-        // Who has the response and stays is not waited for.
+        // A client that has the response and keeps the connection open is disconnected soon.
         let start = Instant::now();
         api.wait_closed()?;
         assert!(start.elapsed() < Duration::from_secs(20));
     }
-    // One who never stops sending is, at some time.
+    // One that never stops sending is disconnected, too, after some time.
     let mut api = vm.api()?;
     api.send(b"POST /v1/exec HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")?;
     let start = Instant::now();
@@ -303,7 +303,7 @@ fn a_client_that_sends_its_whole_body_first_reads_the_error() -> Result<()> {
 fn a_client_that_keeps_sending_after_an_error_reads_the_error() -> Result<()> {
     let (mut vm, _root) = boot()?;
     let refused = if cfg!(feature = "tunnel") { 502 } else { 400 };
-    // Far more than vsock and sockets hold on the way.
+    // Far more than the buffers of vsock and the sockets hold.
     let rest = vec![b' '; 8 << 20];
     for (head, status) in [
         (
@@ -353,8 +353,8 @@ fn a_client_that_keeps_sending_after_an_error_reads_the_error() -> Result<()> {
     Ok(())
 }
 
-/// As Go's net/http with a body of unknown length and `DisableKeepAlives` writes it: head and
-/// chunks in writes of their own, one connection a call.
+/// As Go's net/http does for a body of unknown length and with `DisableKeepAlives`: head and chunks in
+/// separate writes, and one connection per call.
 #[test]
 fn a_client_like_gos_sends_chunks_and_closes_after_each_call() -> Result<()> {
     let (mut vm, _root) = boot()?;
@@ -388,7 +388,7 @@ fn a_client_like_gos_sends_chunks_and_closes_after_each_call() -> Result<()> {
             client.wait_closed()?;
         }
     }
-    // And the calls without a body.
+    // Calls without a body.
     for _ in 0..10 {
         let mut stream = vm.connect(API_PORT)?;
         stream.write_all(

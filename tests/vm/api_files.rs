@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 
 type Api = Client<UnixStream>;
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(240);
 const IDLE: &str = "exec sleep 100000";
 
@@ -31,7 +31,7 @@ fn config(script: &str, mounts: &Value) -> Value {
     json!({"ExecOverride": ["/bin/sh", "-c", script], "Mounts": mounts})
 }
 
-/// A VM with a volume of so many MiB at `/data`.
+/// A VM with a volume of `mib` MiB at `/data`.
 fn with_volume(script: &str, mib: u32) -> Result<(Builder, Image, Image)> {
     let root = Image::ext4(&Tree::busybox()?, 48)?;
     let volume = Image::ext4(&Tree::empty()?, mib)?;
@@ -48,9 +48,9 @@ fn target(query: &str) -> String {
     format!("/v1/files?path={query}")
 }
 
-/// A call on a connection of its own, which is closed after the response.
+/// A call on a new connection, which is closed after the response.
 fn call(vm: &mut Vm, method: &str, query: &str, body: &[u8]) -> Result<Response> {
-    // Bytes that the host's socket holds for a slow client; after more, the client closes first.
+    // Bytes that the host's socket buffers for a slow client; after more, the client must close first.
     const SMALL: usize = 64 << 10;
     let mut api = vm.api()?;
     let response = api.request(method, &target(query), &[], body)?;
@@ -69,7 +69,7 @@ fn put(vm: &mut Vm, query: &str, body: &[u8]) -> Result<Response> {
     call(vm, "PUT", query, body)
 }
 
-/// The head of a PUT, and nothing of its body.
+/// Sends the head of a PUT without its body.
 fn announce(vm: &mut Vm, query: &str, headers: &str) -> Result<Api> {
     let mut api = vm.api()?;
     let path = target(query);
@@ -108,8 +108,8 @@ fn wait_until(vm: &mut Vm, script: &str) -> Result<()> {
     }
 }
 
-/// An error's status and reason.
-fn refusal(response: &Response) -> Result<(u16, String)> {
+/// An error response's status and message.
+fn error_of(response: &Response) -> Result<(u16, String)> {
     let error = response.json()?["error"].clone();
     let error = error.as_str().with_context(|| format!("{response}"))?;
     assert_eq!(response.header("content-type"), Some("application/json"));
@@ -129,7 +129,7 @@ fn files_are_read_and_written_with_mode_and_owner() -> Result<()> {
         let response = put(&mut vm, &path, &bytes)?;
         let expected = json!({"ok": true, "bytes": size});
         assert_eq!((response.status, response.json()?), (201, expected.clone()));
-        // Once more, in chunks, with other bytes: it is replaced.
+        // The same path again, chunked and with other content: the file is replaced.
         let bytes = noise::bytes(size, 1000 + size as u64);
         for chunk in [1000, 70_000] {
             let mut api = announce(&mut vm, &path, "Transfer-Encoding: chunked\r\n")?;
@@ -154,13 +154,13 @@ fn files_are_read_and_written_with_mode_and_owner() -> Result<()> {
         assert_eq!(sum, format!("{here}  -\n{size}\n"));
     }
 
-    // A program can be executed as soon as it is there.
+    // A program can be executed right after its upload.
     for _ in 0..30 {
         put(&mut vm, "/data/program&mode=755", b"#!/bin/sh\necho ran\n")?.success()?;
         assert_eq!(shell(&mut vm, "/data/program")?, "ran\n");
     }
 
-    // Mode, owner and time.
+    // Mode, owner and modification time.
     let stat = |vm: &mut Vm, path: &str| shell(vm, &format!("stat -c '%04a %u:%g %Y' '{path}'"));
     let described = |response: &Response| {
         let header = |name| response.header(name).unwrap_or_default().to_string();
@@ -186,11 +186,11 @@ fn files_are_read_and_written_with_mode_and_owner() -> Result<()> {
         get(&mut vm, "/data/a")?.header("content-type"),
         Some("application/octet-stream")
     );
-    // Made on the way.
+    // Created parent directories.
     let parents = shell(&mut vm, "umask 077; stat -c '%a %u' /data/new /data/new/0")?;
     assert_eq!(parents, "755 0\n755 0\n");
 
-    // Names.
+    // Special characters in names.
     for (query, name) in [
         ("/data/%61%20b", "a b"),
         ("/data/plus+plus%2B", "plus plus+"),
@@ -212,7 +212,7 @@ fn files_are_read_and_written_with_mode_and_owner() -> Result<()> {
     assert_eq!(put(&mut vm, &deep, b"deep")?.status, 201);
     assert_eq!(get(&mut vm, &deep)?.text(), "deep");
 
-    // A link is followed by who reads, and replaced by who writes.
+    // A symbolic link is followed for reading, and replaced by writing.
     shell(
         &mut vm,
         "cd /data; echo kept >to; ln -s to link; ln -s none dangles",
@@ -227,7 +227,7 @@ fn files_are_read_and_written_with_mode_and_owner() -> Result<()> {
         "kept\nnewnew-\n-\nnone\n"
     );
 
-    // Files whose size says nothing.
+    // Files whose size is not the length of their content.
     assert_eq!(
         get(&mut vm, "/sys/class/net/lo/mtu")?.text(),
         shell(&mut vm, "cat /sys/class/net/lo/mtu")?
@@ -235,7 +235,7 @@ fn files_are_read_and_written_with_mode_and_owner() -> Result<()> {
     let head = call(&mut vm, "HEAD", "/sys/class/net/lo/mtu", b"")?;
     assert_eq!(head.header("content-length"), Some("6"));
 
-    // Who expects it is told to go on before the body comes.
+    // A client that expects 100-continue gets it before it sends the body.
     let expects = "Content-Length: 5\r\nExpect: 100-continue\r\n";
     let mut api = announce(&mut vm, "/data/expected", expects)?;
     assert_eq!(api.receive(true)?.status, 100);
@@ -250,7 +250,7 @@ fn files_are_read_and_written_with_mode_and_owner() -> Result<()> {
     assert_eq!(api.receive(false)?.text(), "hello");
     api.wait_closed()?;
 
-    // One who reads it meanwhile keeps the old one.
+    // A client that is reading a file while it is replaced gets the old content.
     let (old, new) = (noise::bytes(20 << 20, 1), noise::bytes(20 << 20, 2));
     put(&mut vm, "/data/big", &old)?.success()?;
     let mut reader = vm.connect(API_PORT)?;
@@ -272,13 +272,13 @@ fn files_are_read_and_written_with_mode_and_owner() -> Result<()> {
         ensure!(count > 0, "the reader has not got all of the old one");
     }
     assert!(rest.ends_with(&old), "the reader has not got the old one");
-    // The host may hold the last bytes for a reader that is slow.
+    // The host may buffer the last bytes for a slow reader.
     let begin = Instant::now();
     assert_eq!(reader.read(&mut [0])?, 0);
     let waited = begin.elapsed();
     assert!(waited > Duration::from_secs(8), "{waited:?}");
 
-    // Nothing of all this is left behind.
+    // No temporary file is left.
     assert_eq!(
         shell(
             &mut vm,
@@ -368,8 +368,8 @@ fn only_regular_files_are_opened() -> Result<()> {
         ("PUT", "/data/ro/x/y", 403, "EROFS"),
         ("PUT", "/sys/kernel/x", 403, ""),
     ] {
-        // Of a long body most has not come when the response goes; of a short one all has, and nobody
-        // waits for more.
+        // When the response is sent, most of a long body has not arrived yet, but all of a short one has,
+        // which causes no delay.
         for size in [10, 8 << 20] {
             if method == "GET" && size > 10 {
                 continue;
@@ -384,7 +384,7 @@ fn only_regular_files_are_opened() -> Result<()> {
                 shortest = shortest.min(start.elapsed());
             }
             let response = match called {
-                Ok(response) => refusal(&response)?,
+                Ok(response) => error_of(&response)?,
                 Err(error) => return Err(error.context(format!("{method} {query} {size}"))),
             };
             assert_eq!(response.0, status, "{method} {query}: {response:?}");
@@ -395,19 +395,19 @@ fn only_regular_files_are_opened() -> Result<()> {
         }
     }
     let limit = Duration::from_millis(500);
-    ensure!(shortest < limit, "a refusal takes {shortest:?}");
+    ensure!(shortest < limit, "an error response takes {shortest:?}");
     for (path, status) in [("/data/dir", 409), ("/data/none", 404), ("/dev/zero", 409)] {
         let head = call(&mut vm, "HEAD", path, b"")?;
         assert_eq!((head.status, head.body.len()), (status, 0), "{path}");
     }
-    // PID 1 itself knows which methods there are, and goes on with the connection.
+    // Methods are checked by PID 1 itself, which keeps the connection open.
     let mut api = vm.api()?;
     for method in ["POST", "DELETE"] {
         let response = api.request(method, "/v1/files?path=/data/file", &[], b"x")?;
-        assert_eq!(refusal(&response)?.0, 405);
+        assert_eq!(error_of(&response)?.0, 405);
         assert_eq!(response.header("allow"), Some("GET, HEAD, PUT"));
     }
-    // Bodies that are none.
+    // Invalid bodies.
     for (headers, body, status) in [
         (
             "Transfer-Encoding: chunked\r\n",
@@ -425,7 +425,7 @@ fn only_regular_files_are_opened() -> Result<()> {
     ] {
         let mut api = announce(&mut vm, "/data/body", headers)?;
         api.send(body)?;
-        assert_eq!(refusal(&api.receive(false)?)?.0, status, "{headers}");
+        assert_eq!(error_of(&api.receive(false)?)?.0, status, "{headers}");
     }
     let left = shell(
         &mut vm,
@@ -446,26 +446,26 @@ fn an_interrupted_upload_leaves_nothing_behind() -> Result<()> {
     put(&mut vm, "/data/kept", b"kept")?.success()?;
     let before = shell(&mut vm, state)?;
 
-    // A full disk: by length and in chunks, beside a file and in its place.
+    // A full disk: with a length and chunked, for new files and for existing ones.
     let large = noise::bytes(40 << 20, 4);
     for path in ["/data/large", "/data/kept", "/data/new//folder/large"] {
         let response = put(&mut vm, path, &large)?;
-        assert_eq!(refusal(&response)?, (507, format!("{path}: ENOSPC")));
+        assert_eq!(error_of(&response)?, (507, format!("{path}: ENOSPC")));
         let mut api = announce(&mut vm, path, "Transfer-Encoding: chunked\r\n")?;
         let sent = api.send(&chunked(&large, 50_000));
         let response = api.receive(false);
-        let response = response.with_context(|| format!("the answer is lost; sent: {sent:?}"))?;
-        assert_eq!(refusal(&response)?, (507, format!("{path}: ENOSPC")));
+        let response = response.with_context(|| format!("the response is lost; sent: {sent:?}"))?;
+        assert_eq!(error_of(&response)?, (507, format!("{path}: ENOSPC")));
         assert_eq!(shell(&mut vm, state)?, before);
     }
-    // A client that goes on as if nothing was, if slowly, and one that does not send what it has
+    // A client that ignores the error and keeps sending slowly, and one that sends less than it has
     // announced.
     let mut api = announce(&mut vm, "/data/large", "Content-Length: 1099511627776\r\n")?;
     for part in large.chunks(large.len() / 2) {
         api.send(part)?;
         thread::sleep(Duration::from_secs(3));
     }
-    assert_eq!(refusal(&api.receive(false)?)?.0, 507);
+    assert_eq!(error_of(&api.receive(false)?)?.0, 507);
     drop(api);
     for headers in [
         "Content-Length: 3000000\r\n",
@@ -477,12 +477,12 @@ fn an_interrupted_upload_leaves_nothing_behind() -> Result<()> {
             drop(api);
         }
     }
-    // Neither its process, nor what it has had.
+    // The child exits, and its temporary file is removed.
     wait_until(&mut vm, "test $(ps -o args | grep -c '^/init') = 1")?;
     assert_eq!(shell(&mut vm, state)?, before);
     assert_eq!(get(&mut vm, "/data/kept")?.text(), "kept");
 
-    // As many as there may be commands, each stuck half-way: the next is refused, all else goes on.
+    // As many as the limit of commands, each stalled half-way: the next one is refused, and other calls work.
     let mut stuck = vec![];
     let refused = loop {
         ensure!(stuck.len() < 1000, "there is no limit");
@@ -494,7 +494,7 @@ fn an_interrupted_upload_leaves_nothing_behind() -> Result<()> {
             _ => 500,
         }))?;
         if let Ok(response) = api.receive(false) {
-            break refusal(&response)?;
+            break error_of(&response)?;
         }
         stuck.push(api);
     };
@@ -502,7 +502,7 @@ fn an_interrupted_upload_leaves_nothing_behind() -> Result<()> {
     let mut api = vm.api()?;
     assert_eq!(api.get("/v1/status")?.status, 200);
     assert_eq!(api.post("/v1/exec", &json!({"cmd": ["true"]}))?.status, 503);
-    // PID 1 waits for no body where there is none.
+    // PID 1 does not wait for a body if there is none.
     let start = Instant::now();
     assert_eq!(get(&mut vm, "/data/kept")?.status, 503);
     ensure!(
@@ -510,7 +510,7 @@ fn an_interrupted_upload_leaves_nothing_behind() -> Result<()> {
         "{:?}",
         start.elapsed()
     );
-    // They are told when they take too long, or end when they can.
+    // They time out, or complete once the rest is sent.
     let (first, rest) = stuck.split_at_mut(64);
     for api in rest {
         api.set_read_timeout(TIMEOUT)?;
@@ -520,7 +520,7 @@ fn an_interrupted_upload_leaves_nothing_behind() -> Result<()> {
     vm.yield_slot();
     for api in first {
         api.set_read_timeout(TIMEOUT)?;
-        assert_eq!(refusal(&api.receive(false)?)?.0, 408);
+        assert_eq!(error_of(&api.receive(false)?)?.0, 408);
     }
     wait_until(&mut vm, "test $(ps -o args | grep -c '^/init') = 1")?;
     let files = shell(
@@ -529,7 +529,7 @@ fn an_interrupted_upload_leaves_nothing_behind() -> Result<()> {
     )?;
     assert_eq!(files, "640\nkept\nlost+found\n");
 
-    // The VM's end comes in the midst of one.
+    // The VM shuts down during an upload.
     let mut api = announce(&mut vm, "/data/kept", "Content-Length: 3000000\r\n")?;
     api.send(&noise::bytes(1 << 20, 6))?;
     vm.stop()?;
@@ -568,7 +568,7 @@ fn a_hung_disk_blocks_one_transfer_and_nothing_else() -> Result<()> {
     let start = Instant::now();
     let mut reader = vm.api()?;
     reader.send(format!("GET {} HTTP/1.1\r\nHost: x\r\n\r\n", target("/data/cold")).as_bytes())?;
-    // Beside it all else is as it always is.
+    // Meanwhile all other calls work.
     let mut calls = 0;
     reader.set_read_timeout(Duration::from_millis(100))?;
     let closed = loop {
@@ -585,12 +585,12 @@ fn a_hung_disk_blocks_one_transfer_and_nothing_else() -> Result<()> {
                 }
             }
         }
-        ensure!(start.elapsed() < TIMEOUT, "it is never given up");
+        ensure!(start.elapsed() < TIMEOUT, "it never times out");
     };
     println!("given up after {closed:?}, beside {calls} calls");
     assert!(closed >= Duration::from_secs(30), "{closed:?}");
     assert!(calls > 100, "{calls}");
-    // One who writes has the memory for it first, and waits then, awake again and again.
+    // An upload first fills the page cache, and then is throttled: it blocks and wakes up again and again.
     vm.qmp("block_set_io_throttle", throttle(0))?;
     let mut writer = announce(&mut vm, "/data/large", "Content-Length: 1000000000\r\n")?
         .into_stream()
@@ -606,7 +606,7 @@ fn a_hung_disk_blocks_one_transfer_and_nothing_else() -> Result<()> {
             Err(_) => break start.elapsed(),
         }
         assert_eq!(api.get("/v1/status")?.status, 200);
-        ensure!(start.elapsed() < TIMEOUT, "it is never given up");
+        ensure!(start.elapsed() < TIMEOUT, "it never times out");
     };
     println!("given up {given_up:?} after the last of {sent} bytes");
     assert!(sent > 1 << 20 && given_up >= Duration::from_secs(30));
@@ -637,7 +637,7 @@ fn a_file_system_without_tmpfile_support_uses_a_named_file() -> Result<()> {
         "mkdosfs /dev/vdb && mount -t vfat -o iocharset=ascii /dev/vdb /mnt && echo old >/mnt/file",
     )?;
     let path = "/mnt/file";
-    // The name is seen while it is written.
+    // A temporary file is visible during the upload.
     let mut api = announce(&mut vm, path, "Content-Length: 3\r\n")?;
     api.send(b"n")?;
     wait_until(&mut vm, "ls -A /mnt | grep '^.pigeon-'")?;
@@ -650,7 +650,7 @@ fn a_file_system_without_tmpfile_support_uses_a_named_file() -> Result<()> {
     wait_until(&mut vm, "ls -A /mnt | grep '^.pigeon-'")?;
     drop(api);
     wait_until(&mut vm, "test $(ps -o args | grep -c '^/init') = 1")?;
-    // One who cannot clean up any more leaves it to the next.
+    // An aborted upload leaves no temporary file.
     assert_eq!(shell(&mut vm, "ls -A /mnt; cat /mnt/file")?, "file\nnew");
     Ok(())
 }
@@ -703,7 +703,7 @@ fn a_gibibyte_goes_both_ways_and_nearly_as_fast_as_a_bare_copy() -> Result<()> {
     );
     noise::expect(&mut stream, SIZE, 8)?;
     println!("a gibibyte out: {:?}", start.elapsed());
-    // A sparse one is read with its holes as zeros.
+    // A sparse file is read with zeros for its holes.
     shell(
         &mut vm,
         "rm /data/large; truncate -s 60000000 /data/sparse; echo end >>/data/sparse",
@@ -712,7 +712,7 @@ fn a_gibibyte_goes_both_ways_and_nearly_as_fast_as_a_bare_copy() -> Result<()> {
     assert_eq!(sparse.body.len(), 60_000_004);
     assert!(sparse.body.ends_with(b"end\n") && sparse.body[..60_000_000].iter().all(|b| *b == 0));
 
-    // In memory, so that the disk is not what is measured; the best of some rounds of each in turn.
+    // In memory, so as not to measure the disk; the best of several alternating rounds.
     shell(&mut vm, "rm /data/sparse; mount -o remount,size=300m /run")?;
     const PIECE: u64 = 64 << 20;
     let mut best = [Duration::MAX; 4];
@@ -750,7 +750,7 @@ fn a_gibibyte_goes_both_ways_and_nearly_as_fast_as_a_bare_copy() -> Result<()> {
         time(3, start.elapsed());
         let ratio = |of: usize| best[of + 1].as_secs_f64() / best[of].as_secs_f64();
         ratios = (ratio(0), ratio(2));
-        // Others have their turns on this machine: that makes a time longer, never shorter.
+        // Other load on this machine may make a round slower, never faster.
         if round >= 2 && ratios.0 >= 0.9 && ratios.1 >= 0.9 {
             break;
         }

@@ -1,4 +1,4 @@
-//! The API under load: many connections, many commands, many calls, and what they cost PID 1.
+//! The API under load: many connections, commands and calls, and their cost in PID 1.
 
 use std::{
     os::unix::net::UnixStream,
@@ -16,9 +16,9 @@ use pigeon_lab::{
 };
 use serde_json::json;
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(300);
-/// Connections that the API must hold at once.
+/// Number of connections that the API must hold.
 const CONNECTIONS: usize = 256;
 
 fn boot(script: &str) -> Result<(Vm, Image)> {
@@ -36,7 +36,7 @@ fn ask(api: &mut Client<UnixStream>) -> Result<()> {
     api.send(b"GET /v1/exit_code HTTP/1.1\r\nHost: x\r\n\r\n")
 }
 
-/// What those who wait leave for commands, and what all of these leave for calls.
+/// Places that waiting clients leave for commands, and that both leave for calls.
 const COMMANDS: usize = 128;
 const CALLS: usize = 32;
 
@@ -49,7 +49,7 @@ fn exit_code_waits_never_take_the_last_connections() -> Result<()> {
         ask(&mut api)?;
         waiting.push(api);
     }
-    // One more is refused, whether it waits for the end or for a session's command; calls are not.
+    // One more is refused, whether it waits for the exit or is a session; other calls are not.
     let mut api = vm.api()?;
     ask(&mut api)?;
     assert_eq!(api.receive(false)?.status, 503);
@@ -57,7 +57,7 @@ fn exit_code_waits_never_take_the_last_connections() -> Result<()> {
     ensure!(refused.is_err(), "a WebSocket took one of the last places");
     api.get("/v1/status")?.success()?;
 
-    // As many commands as there can be, for as long as they can take.
+    // As many commands as are allowed, with the longest timeout.
     let script = "echo begun >/dev/console; exec sleep 100000";
     let body = json!({"cmd": ["sh", "-c", script], "timeout_ms": 86_400_000}).to_string();
     let head = "POST /v1/exec HTTP/1.1\r\nHost: x\r\nContent-Length: ";
@@ -70,13 +70,13 @@ fn exit_code_waits_never_take_the_last_connections() -> Result<()> {
     }
     let start = Instant::now();
     while vm.console().matches("begun").count() < COMMANDS {
-        ensure!(start.elapsed() < TIMEOUT, "not all have begun");
+        ensure!(start.elapsed() < TIMEOUT, "not all have started");
         thread::sleep(Duration::from_millis(10));
     }
     api.send(command.as_bytes())?;
     assert_eq!(api.receive(false)?.status, 503);
 
-    // The last places are for calls: of more than fit the one that is idle longest makes room.
+    // The last places are for calls: if there are more, the longest idle connection is closed.
     let mut idle = vec![api];
     while idle.len() < CALLS + 1 {
         let mut api = vm.api()?;
@@ -85,8 +85,8 @@ fn exit_code_waits_never_take_the_last_connections() -> Result<()> {
     }
     idle.remove(0)
         .wait_closed()
-        .context("the idle connection stays")?;
-    // Those who take their time, with a head, a body, or what they do not read, make room as well.
+        .context("the idle connection is not closed")?;
+    // Connections that are slow to send a head or a body, or to read, are replaced as well.
     drop(idle);
     let mut slow = vec![];
     for start in ["GET /v1/status HTTP/1.1\r\n", &format!("{head}9\r\n\r\n")] {
@@ -142,7 +142,7 @@ fn silent_websockets_are_closed_after_ten_seconds() -> Result<()> {
 #[test]
 fn many_commands_delay_neither_the_status_nor_the_workloads_end() -> Result<()> {
     const COMMANDS: usize = 64;
-    // The workload ends itself when it is told, and says when that was.
+    // The workload exits on a signal from the test.
     let (mut vm, root) = boot("trap 'exit 21' USR1; while :; do sleep 100000 & wait; done")?;
     let mut waiting = vm.api()?;
     ask(&mut waiting)?;
@@ -171,7 +171,7 @@ fn many_commands_delay_neither_the_status_nor_the_workloads_end() -> Result<()> 
         "status beside {COMMANDS} commands: median {:?}, 95 % {:?}, worst {:?}",
         times[100], times[190], times[199]
     );
-    // The bar is 20 ms on a machine of its own.
+    // The limit is 20 ms on a machine without other load.
     assert!(
         times[100] < Duration::from_millis(20),
         "median {:?}",
@@ -181,7 +181,7 @@ fn many_commands_delay_neither_the_status_nor_the_workloads_end() -> Result<()> 
         assert_eq!(command.receive(false)?.json()?["stdout"], "done\n");
     }
 
-    // Again, and this time the workload ends in the middle.
+    // Again, but the workload exits meanwhile.
     for command in &mut commands {
         let body = r#"{"cmd":["sleep","1000"],"timeout_ms":3600000}"#;
         let head = format!(
@@ -197,7 +197,7 @@ fn many_commands_delay_neither_the_status_nor_the_workloads_end() -> Result<()> 
         "the end beside {COMMANDS} commands noticed in {:?}",
         start.elapsed()
     );
-    // It would be 1,000 s if it had to wait for them.
+    // It would be 1,000 s if it had to wait for the commands.
     assert!(start.elapsed() < Duration::from_secs(60));
     assert_eq!(vm.wait_end()?, End::Reboot);
     root.check()
@@ -226,7 +226,7 @@ fn many_commands_with_much_output_stay_within_the_memory_limit() -> Result<()> {
         let body = json!({"cmd": ["sh", "-c", script], "timeout_ms": 250_000});
         api.post("/v1/exec", &body)?.success()?.json()
     };
-    // What was kept of all of them is there before the first is read.
+    // All commands have exited before the first response is read.
     let running = "while pidof cat >/dev/null; do sleep 0.5; done";
     assert_eq!(shell(running)?["exit_code"], 0);
     let mut kept = 0;
@@ -241,16 +241,16 @@ fn many_commands_with_much_output_stay_within_the_memory_limit() -> Result<()> {
         kept += response["stdout"].as_str().context("no output")?.len();
     }
     println!("{kept} bytes kept");
-    // An eighth of the memory at once, what the kernel has for itself apart; small ones were gone by then.
+    // An eighth of the memory that is not the kernel's; small outputs had been delivered by then.
     ensure!((8 << 20..=32 << 20).contains(&kept), "{kept} bytes");
-    // Counted since the boot (proc_vmstat(5)).
+    // Counted since boot (proc_vmstat(5)).
     let killed = shell("grep oom_kill /proc/vmstat")?;
     assert_eq!(killed["stdout"], "oom_kill 0\n");
     Ok(())
 }
 
-/// What PID 1 holds: memory in KiB, Pss and page tables, and open files. These are counted first: what is
-/// closed by then has given its memory back.
+/// Resources of PID 1: memory in KiB (Pss and page tables), and open files. Files are counted first, as
+/// closing them frees memory.
 fn held(api: &mut Client<UnixStream>) -> Result<(u64, u64, u64)> {
     let script = "ls /proc/1/fd | wc -l
         ls /proc/1/task | wc -l
@@ -263,12 +263,11 @@ fn held(api: &mut Client<UnixStream>) -> Result<(u64, u64, u64)> {
     let [files, threads, pss, tables] = numbers[..] else {
         anyhow::bail!("{response}");
     };
-    // A thread more is not started by calls, but by one whose pipe was not read in time: its pages.
+    // Threads are started for pipes that were not read in time, not for calls: their pages do not count.
     Ok((pss - 24 * (threads - 1), tables, files))
 }
 
-/// The same once no more than `files` are open: what the host has closed is closed in the guest a
-/// moment later.
+/// The same once only `files` are open: the guest closes a connection a moment after the host.
 fn settled(api: &mut Client<UnixStream>, files: u64) -> Result<(u64, u64, u64)> {
     let start = Instant::now();
     loop {
@@ -290,7 +289,7 @@ fn ten_thousand_calls_and_a_thousand_commands_do_not_grow_pid_1() -> Result<()> 
     let (mut vm, _root) = boot("exec sleep 100000")?;
     let mut api = vm.api()?;
     let fresh = held(&mut api)?;
-    // Everything has been used once, and is used again from here on.
+    // Uses everything once, then again and again.
     let each = |vm: &mut Vm, api: &mut Client<UnixStream>, count: usize| -> Result<()> {
         for _ in 0..count {
             let body = json!({"cmd": ["true"]});
@@ -302,7 +301,7 @@ fn ten_thousand_calls_and_a_thousand_commands_do_not_grow_pid_1() -> Result<()> 
         }
         Ok(())
     };
-    // Many connections and commands beside each other.
+    // Many connections and commands at the same time.
     let burst = |vm: &mut Vm| -> Result<()> {
         let mut burst: Vec<_> = (0..64).map(|_| vm.api()).collect::<Result<_>>()?;
         thread::scope(|scope| {

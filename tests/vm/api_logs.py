@@ -10,7 +10,7 @@ client = docker.APIClient(base_url=f"unix://{sys.argv[1]}", version="1.41")
 
 
 def logs(query):
-    """The response, as the library gets a container's log."""
+    """The response, requested as the library requests a container's log."""
     response = client._get(f"http+docker://localhost/v1/logs{query}", stream=True)
     assert response.status_code == 200, response
     media_type = response.headers["Content-Type"]
@@ -18,14 +18,14 @@ def logs(query):
     return response
 
 
-# As `docker logs` reads: whole, and as it comes.
+# As `docker logs` reads: the whole log, and incrementally.
 whole = b"".join(client._multiplexed_buffer_helper(logs("")))
 lines = [b"%s %d" % (name, n) for name in (b"error", b"out") for n in range(1, 6)]
 assert sorted(whole.splitlines()) == lines, whole
 frames = client._multiplexed_response_stream_helper(logs("?offset=6"))
 assert b"".join(frames) == whole[6:]
 
-# As `docker attach` reads from a socket, which keeps the streams apart; HTTP/1.0 has no chunks.
+# As `docker attach` reads from a socket, with separate streams; HTTP/1.0 has no chunks.
 connection = socket.socket(socket.AF_UNIX)
 connection.connect(sys.argv[1])
 connection.sendall(b"GET /v1/logs HTTP/1.0\r\n\r\n")

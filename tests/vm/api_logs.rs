@@ -17,10 +17,10 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
-/// Waits for a line on standard input of a command in the guest: `/go` is a FIFO.
+/// Reads a line from the FIFO `/go`, which a command in the guest writes.
 const WAIT: &str = "cat /go >/dev/null";
 
 fn vm(script: &str, more: Value) -> Result<(Builder, Image)> {
@@ -33,13 +33,13 @@ fn vm(script: &str, more: Value) -> Result<(Builder, Image)> {
     Ok((builder, root))
 }
 
-/// A response of `/v1/logs`, read as it comes.
+/// A response of `/v1/logs`, read incrementally.
 struct Logs {
     stream: UnixStream,
     head: String,
-    /// Bytes of frames that are not taken apart yet.
+    /// Frames that are not parsed yet.
     frames: Vec<u8>,
-    /// Bytes of chunks that are not.
+    /// Chunks that are not decoded yet.
     chunks: Vec<u8>,
     ended: bool,
 }
@@ -77,7 +77,7 @@ impl Logs {
         Ok(line.context("no Log-Offset")?.parse()?)
     }
 
-    /// One frame; `None` at the end.
+    /// The next frame; `None` at the end.
     fn frame(&mut self) -> Result<Option<(u8, Vec<u8>)>> {
         loop {
             if let Some((header, rest)) = self.frames.split_first_chunk::<8>() {
@@ -99,7 +99,7 @@ impl Logs {
         }
     }
 
-    /// Takes a chunk from the socket.
+    /// Reads a chunk from the socket.
     fn chunk(&mut self) -> Result<()> {
         loop {
             if let Some(end) = self.chunks.windows(2).position(|two| two == b"\r\n") {
@@ -120,7 +120,7 @@ impl Logs {
         }
     }
 
-    /// All that is left, a stream after the other.
+    /// Everything that is left, by stream.
     fn rest(&mut self) -> Result<[Vec<u8>; 2]> {
         let mut all = [vec![], vec![]];
         while let Some((stream, bytes)) = self.frame()? {
@@ -154,7 +154,7 @@ fn a_reader_that_reconnects_sees_by_offset_what_it_lost() -> Result<()> {
     );
     assert_eq!(Logs::open(&mut vm, "?offset=99")?.offset()?, 6);
 
-    // 240,006 bytes: of those the last 64 KiB are there, and a few more.
+    // 240,006 bytes, of which at least the last 64 KiB are kept.
     vm.api()?
         .post(
             "/v1/exec",
@@ -173,7 +173,7 @@ fn a_reader_that_reconnects_sees_by_offset_what_it_lost() -> Result<()> {
     assert_eq!(stdout, &expected.as_bytes()[offset as usize - 6..]);
     assert_eq!(stderr, b"");
 
-    // A follower is told the rest, and ends with the workload.
+    // A follower gets the rest, and its response ends when the workload exits.
     let mut logs = Logs::open(&mut vm, "?follow=1&offset=240006")?;
     let go = thread::spawn({
         let mut api = vm.api()?;
@@ -196,7 +196,7 @@ fn a_reader_that_reconnects_sees_by_offset_what_it_lost() -> Result<()> {
 
 #[test]
 fn a_follower_reads_everything_with_separate_streams() -> Result<()> {
-    // With the console out of the way; the workload waits for its follower, who reads slowly.
+    // Without the console, the workload is blocked by its slow follower.
     let script = format!(
         "mkfifo /go; {WAIT}; for i in 1 2 3 4; do seq 20000; seq 5 >&2; done; exec sleep 1000"
     );
@@ -228,7 +228,7 @@ fn a_follower_reads_everything_with_separate_streams() -> Result<()> {
     assert_eq!(stderr, b"1\n2\n3\n4\n5\n".repeat(4));
     assert!(!vm.console().contains("19999"));
 
-    // Calls go on while a follower does not read.
+    // Other calls work while a follower does not read.
     drop(logs);
     let _silent = Logs::open(&mut vm, "?follow=1")?;
     vm.api()?.get("/v1/status")?.success()?;
@@ -297,10 +297,10 @@ fn a_follower_stays_when_the_workload_closes_its_output() -> Result<()> {
     Ok(())
 }
 
-/// What the frames of a response hold, without a look at their streams.
+/// The content of a response's frames, regardless of their streams.
 struct Content {
     stream: BufReader<UnixStream>,
-    /// Bytes left of the frame.
+    /// Bytes left in the current frame.
     left: usize,
 }
 
@@ -345,7 +345,7 @@ fn a_follower_gets_a_gibibyte_byte_exact() -> Result<()> {
     const BARE_ROUNDS: usize = 4;
     let tree = Tree::busybox()?.file("/bin/wire", 0o755, assets::guest_program("wire")?)?;
     let root = Image::ext4(&tree, 48)?;
-    // The pieces lie in memory; a line on standard input asks for one.
+    // The data is in memory; each line on standard input requests one copy.
     let script = "wire vsock 5001 output /run/piece >/dev/null &
         echo ready >/dev/console; while read -r line; do cat /run/piece; done";
     let mut vm = Vm::builder()
@@ -364,7 +364,7 @@ fn a_follower_gets_a_gibibyte_byte_exact() -> Result<()> {
     noise::send(&mut stream, PIECE, 9)?;
     drop(stream);
     let mut log = Content::follow(&mut vm)?;
-    // Others have their turns on this machine: that makes a time longer, never shorter.
+    // Other load on this machine may make a round slower, never faster.
     let mut best = [Duration::MAX; 2];
     for round in 0..ROUNDS {
         let start = Instant::now();
@@ -380,7 +380,7 @@ fn a_follower_gets_a_gibibyte_byte_exact() -> Result<()> {
     }
     let ratio = best[1].as_secs_f64() / best[0].as_secs_f64();
     println!("of a bare copy's speed: {ratio:.2}; {best:?}");
-    // 0.8 to 0.9 where nothing else runs.
+    // 0.8 to 0.9 on an idle machine.
     assert!(ratio >= 0.3, "{ratio}");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `/v1/mounts`: volumes that come and go while the workload runs.
+//! `/v1/mounts`: volumes that are mounted and unmounted while the workload runs.
 
 use std::{
     os::unix::net::UnixStream,
@@ -18,13 +18,13 @@ use serde_json::{Value, json};
 
 type Api = Client<UnixStream>;
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(240);
 
-/// What no end takes longer than.
+/// The limit of every shutdown.
 const END_LIMIT: Duration = Duration::from_secs(45);
 
-/// A VM whose workload is app's and ends by a line, with these disks after its root.
+/// A VM with these disks after its root; the workload runs as app, and exits after reading a line.
 fn with_disks(disks: &[&Image]) -> Result<(Builder, Image)> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let config = guest::shell("read -r line", json!({"UserOverride": "app"}));
@@ -56,7 +56,7 @@ fn shell(api: &mut Api, script: &str, user: &str) -> Result<String> {
     Ok(response["stdout"].as_str().context("no text")?.into())
 }
 
-/// Waits until a shell's test is true.
+/// Waits until a shell test succeeds.
 fn wait_until(api: &mut Api, test: &str) -> Result<()> {
     let start = Instant::now();
     while shell(api, &format!("if {test}; then echo yes; fi"), "root")? != "yes\n" {
@@ -74,7 +74,7 @@ fn failed(status: u16, error: &str) -> (u16, Value) {
     (status, json!({"error": error}))
 }
 
-/// Ends the workload by the line it waits for.
+/// Ends the workload by sending the line that it waits for.
 fn end(vm: &mut Vm) -> Result<Duration> {
     vm.type_text("\n")?;
     vm.wait_for("exit_code=0")?;
@@ -92,7 +92,7 @@ fn a_volume_is_mounted_unmounted_and_keeps_its_data() -> Result<()> {
     let data_on = |place: &str| json!({"DevicePath": "/dev/vdb", "MountPath": place});
     let mounts = "grep -E ' (/srv/data|/scratch) ' /proc/mounts | cut -d' ' -f1-4";
 
-    // Written by the workload's user, on a mount point that was made.
+    // Written by the workload's user, on a mount point that was created.
     assert_eq!(mount(&mut api, &data_on("/srv/data"))?, done());
     assert_eq!(
         shell(&mut api, "stat -c %u:%g /srv/data", "root")?,
@@ -104,7 +104,7 @@ fn a_volume_is_mounted_unmounted_and_keeps_its_data() -> Result<()> {
     let other = json!({"FSType": "tmpfs", "MountPath": "/srv/./data/"});
     assert_eq!(mount(&mut api, &other)?.0, 409);
 
-    // Somebody works in it.
+    // A process has its working directory there.
     let work = "cd /srv/data; setsid sh -c 'echo $$ >/tmp/pid; exec sleep 1000' >/dev/null 2>&1 &";
     shell(&mut api, work, "root")?;
     wait_until(&mut api, "[ -s /tmp/pid ]")?;
@@ -117,7 +117,7 @@ fn a_volume_is_mounted_unmounted_and_keeps_its_data() -> Result<()> {
     let none = failed(404, "unmount /srv/data: EINVAL");
     assert_eq!(unmount(&mut api, "?path=/srv/data")?, none);
 
-    // Read-only, and by a link.
+    // Read-only, and through a symbolic link.
     let read_only = json!({"DevicePath": "/dev/vdb", "MountPath": "/srv/data", "ReadOnly": true});
     assert_eq!(mount(&mut api, &read_only)?, done());
     assert_eq!(
@@ -142,7 +142,7 @@ fn a_volume_is_mounted_unmounted_and_keeps_its_data() -> Result<()> {
     );
     assert_eq!(unmount(&mut api, "?path=/scratch")?, done());
 
-    // What is not there to be unmounted, and what must not be.
+    // Paths that are not mounted, and mounts that must not be removed.
     for (query, response) in [
         ("", failed(400, "path: not an absolute path")),
         ("?path=", failed(400, "path: not an absolute path")),
@@ -179,7 +179,7 @@ fn a_volume_is_mounted_unmounted_and_keeps_its_data() -> Result<()> {
         failed(400, "this call takes no body")
     );
 
-    // What cannot be mounted.
+    // Mounts that fail.
     let start = Instant::now();
     let missing = json!({"DevicePath": "/dev/vdz", "MountPath": "/x"});
     let why = "mount /dev/vdz on /x: no such device after 2 s";
@@ -248,7 +248,7 @@ fn a_volume_is_mounted_unmounted_and_keeps_its_data() -> Result<()> {
         (405, Some("POST, DELETE"))
     );
 
-    // The end finds what was mounted after the boot.
+    // Volumes that were mounted after the boot are unmounted at shutdown, too.
     assert_eq!(mount(&mut api, &data_on("/srv/data"))?, done());
     shell(&mut api, "echo more >/srv/data/more", "app")?;
     end(&mut vm)?;
@@ -269,7 +269,7 @@ fn a_hot_plugged_disk_is_found_on_the_pci_bus() -> Result<()> {
     let mut vm = builder
         .pci_port()
         .module("virtio_pci")
-        // Without the port's driver nobody tells the kernel: it has to look.
+        // Without the port's driver the kernel gets no hotplug event: PID 1 has to trigger a rescan.
         .arg("pcie_ports=compat")
         .start()?;
     let mut api = vm.api()?;
@@ -289,7 +289,7 @@ fn a_hot_plugged_disk_is_found_on_the_pci_bus() -> Result<()> {
         assert_eq!(mount(&mut api, &volume)?, done());
         shell(&mut api, &format!("echo {word} >>/data/file"), "app")?;
         if word == "first" {
-            // Taken off the bus it is as before, and clean.
+            // After its removal from the bus it is clean.
             assert_eq!(unmount(&mut api, "?path=/data")?, done());
             shell(&mut api, "echo 1 >/sys/block/vdb/device/../remove", "root")?;
             wait_until(&mut api, "[ ! -e /dev/vdb ]")?;
@@ -322,7 +322,7 @@ fn a_hung_disk_blocks_neither_other_calls_nor_the_shutdown() -> Result<()> {
     let start = Instant::now();
     waiting.send(request("/dev/vdb", "/data").as_bytes())?;
 
-    // A client that goes: what it has asked for is done all the same.
+    // A client that disconnects: its request is still completed.
     let mut gone = vm.api()?;
     gone.send(request("/dev/late", "/other").as_bytes())?;
     wait_until(&mut api, "[ -e /other ]")?;
@@ -345,7 +345,7 @@ fn a_hung_disk_blocks_neither_other_calls_nor_the_shutdown() -> Result<()> {
     );
     assert_eq!(api.get("/v1/status")?.status, 200);
 
-    // The VM ends while it hangs again.
+    // The VM shuts down while the disk hangs again.
     waiting.send(request("/dev/vdb", "/again").as_bytes())?;
     wait_until(&mut api, "[ -e /again ]")?;
     let took = end(&mut vm)?;

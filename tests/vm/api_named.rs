@@ -1,4 +1,4 @@
-//! Sessions that outlive their connection, and streams that are told apart.
+//! Sessions that outlive their connection, and sessions with separate output streams.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
 fn vm() -> Result<(Vm, Image)> {
@@ -35,7 +35,7 @@ fn sessions(vm: &mut Vm) -> Result<Value> {
     vm.api()?.get("/v1/sessions")?.success()?.json()
 }
 
-/// Waits until the list of sessions is as wanted.
+/// Waits until the list of sessions satisfies `wanted`.
 fn wait_for(vm: &mut Vm, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
     let start = Instant::now();
     loop {
@@ -70,7 +70,7 @@ fn a_named_session_survives_its_client_and_replays_missed_output() -> Result<()>
     assert_eq!(session["command"][0], "sh");
     assert!(session["pid"].as_u64().is_some());
 
-    // A name is one session's; another client takes it over, and the first is told.
+    // A name is unique; another client can take the session over, and the first one is notified.
     let refused = open(&mut vm, &command)?.wait_end()?;
     assert_eq!(refused.close, Some(1011));
     let mut second = open(&mut vm, &json!({"attach": "build-1"}))?;
@@ -81,7 +81,7 @@ fn a_named_session_survives_its_client_and_replays_missed_output() -> Result<()>
     wait_for(&mut vm, |list| list[0]["attached"] == false)?;
     std::thread::sleep(Duration::from_secs(2));
 
-    // What was said meanwhile comes first, and nothing that was read already.
+    // Output since then comes first, without what was read already.
     let mut third = open(&mut vm, &json!({"attach": "build-1"}))?;
     let missed = third.output_with("three")?;
     assert!(!missed.contains("two"), "{missed}");
@@ -108,7 +108,7 @@ fn missed_output_is_sent_even_if_no_more_follows() -> Result<()> {
     })?;
     std::thread::sleep(Duration::from_secs(3));
     let mut socket = open(&mut vm, &json!({"attach": "quiet", "streams": true}))?;
-    // The order is kept within a stream only.
+    // The order is only kept within a stream.
     let output = socket.output_until(|output| {
         let text = String::from_utf8_lossy(output);
         text.contains("out 20\n") && text.contains("error 20\n")
@@ -126,7 +126,7 @@ fn an_ended_session_is_kept_and_a_running_one_can_be_deleted() -> Result<()> {
     let script = "until [ -e /run/go ]; do sleep 0.1; done; seq 30000; exit 9";
     let quick = json!({"command": ["sh", "-c", script], "id": "quick"});
     drop(open(&mut vm, &quick)?);
-    // By then PID 1 waits for events with another epoll instance.
+    // PID 1 then waits for events with another epoll instance.
     let mut api = vm.api()?;
     for _ in 0..1100 {
         api.get("/v1/status")?.success()?;
@@ -158,7 +158,7 @@ fn an_ended_session_is_kept_and_a_running_one_can_be_deleted() -> Result<()> {
     let end = second.wait_end()?;
     assert_eq!(end.message.context("no exit")?["Exit"]["code"], 5);
 
-    // Detached a thousand times.
+    // Attached and detached a thousand times.
     let mut socket = open(
         &mut vm,
         &json!({"command": ["cat"], "id": "cat", "tty": true}),
@@ -180,7 +180,7 @@ fn an_ended_session_is_kept_and_a_running_one_can_be_deleted() -> Result<()> {
     assert_eq!(gone.status, 404);
     assert_eq!(sessions(&mut vm)?, json!([]));
 
-    // Two that are ended in one write: each client is told.
+    // Two sessions that are ended in one write: each client is notified.
     let attached = ["one", "two"].map(|id| json!({"command": ["cat"], "id": id}));
     let [mut one, mut two] = [open(&mut vm, &attached[0])?, open(&mut vm, &attached[1])?];
     wait_for(&mut vm, |list| {
@@ -197,8 +197,8 @@ fn an_ended_session_is_kept_and_a_running_one_can_be_deleted() -> Result<()> {
         [Some(1001), Some(1001)]
     );
 
-    // One that is ended by a request behind a command: its client is told at once, too, and not when
-    // something else happens.
+    // One that is ended by a request pipelined after a command: its client is also notified at once, and not
+    // only at the next event.
     let mut three = open(&mut vm, &json!({"command": ["cat"], "id": "three"}))?;
     wait_for(&mut vm, |list| list[0]["id"] == "three")?;
     let body = r#"{"cmd":["sleep","1"]}"#;
@@ -237,7 +237,7 @@ fn attaching_works_when_all_command_slots_are_taken() -> Result<()> {
 #[test]
 fn an_exit_status_that_was_not_delivered_is_kept_for_the_next_client() -> Result<()> {
     let (mut vm, _root) = vm()?;
-    // It stops where its client takes no more, and so ends before its output has gone.
+    // It blocks while its client does not read, so it exits before its output is sent.
     let command = json!({"command": ["timeout", "3", "yes"], "id": "lost"});
     let client = open(&mut vm, &command)?;
     let list = wait_for(&mut vm, |list| list[0]["exit"] != Value::Null)?;
@@ -255,8 +255,8 @@ fn an_exit_status_that_was_not_delivered_is_kept_for_the_next_client() -> Result
 #[test]
 fn sessions_without_their_clients_leave_pid_1_idle() -> Result<()> {
     let (mut vm, _root) = vm()?;
-    // A terminal whose command has ended, one whose command waits, one that its command does not hold, and
-    // input whose end came when the pipe was full.
+    // A terminal whose command has exited, one whose command waits, one that its command has closed, and
+    // input that ended while the pipe was full.
     let ended = json!({"command": ["sh", "-c", "sleep 0.3; exit 1"], "id": "ended", "tty": true});
     drop(open(&mut vm, &ended)?);
     drop(open(
@@ -282,12 +282,12 @@ fn sessions_without_their_clients_leave_pid_1_idle() -> Result<()> {
         let Some(list) = list.as_array() else {
             return false;
         };
-        // Which of them began first is not known: a session's first message is not waited for.
+        // The order is not known, as the test does not wait for a session's start.
         let is_away = |session: &Value| session["attached"] == false;
         let has_ended = |session: &Value| session["exit"] != Value::Null;
         list.len() == 4 && list.iter().all(is_away) && list.iter().any(has_ended)
     })?;
-    // The first number is the time on a processor, in nanoseconds.
+    // The first number is the processor time, in nanoseconds.
     let script = "cut -d' ' -f1 /proc/1/schedstat; sleep 3; cut -d' ' -f1 /proc/1/schedstat";
     let body = json!({"cmd": ["sh", "-c", script]});
     let response = vm.api()?.post("/v1/exec", &body)?.success()?.json()?;
@@ -331,7 +331,7 @@ fn idle_sessions_free_the_memory_of_their_start() -> Result<()> {
         silent.push(open(&mut vm, &json!({"command": ["sleep", "100000"]}))?);
     }
     let start = Instant::now();
-    // What a connection and its session need, in pages that are touched.
+    // Memory for a connection and its session, in touched pages.
     loop {
         let after = pss()?;
         if after < before + SESSIONS * 16 {

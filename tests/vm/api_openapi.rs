@@ -1,4 +1,4 @@
-//! `src/api/openapi.yaml` beside the routes of the API, and beside what a running VM answers.
+//! `src/api/openapi.yaml` compared with the API's routes, and with the responses of a running VM.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,13 +16,13 @@ use pigeon_lab::{
 };
 use serde_json::{Map, Value, json};
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// An operation's method and path, as in the description: `("GET", "/v1/sessions/{id}")`.
 type Operation = (String, String);
 
-/// What a description says of a place, by its keys.
+/// The value at a path of keys.
 fn at<'v>(value: &'v Value, keys: &[&str]) -> Option<&'v Value> {
     keys.iter().try_fold(value, |value, key| value.get(key))
 }
@@ -31,7 +31,7 @@ fn pairs(value: Option<&Value>) -> impl Iterator<Item = (&String, &Value)> {
     value.and_then(Value::as_object).into_iter().flatten()
 }
 
-/// Forbids members that a schema does not name: clients have to bear them, the init must not send them.
+/// Forbids unknown members: clients must accept them, but the init must not send them.
 fn close(schema: &mut Value) {
     if schema.get("properties").is_some() && schema.get("additionalProperties").is_none() {
         schema["additionalProperties"] = json!(false);
@@ -45,7 +45,7 @@ fn close(schema: &mut Value) {
 
 struct Description {
     root: Value,
-    /// `components`, for answers.
+    /// `components`, for responses.
     closed: Value,
 }
 
@@ -57,7 +57,7 @@ impl Description {
         Ok(Self { root, closed })
     }
 
-    /// What stands for a value that may be a reference.
+    /// Resolves a value that may be a reference.
     fn resolve<'d>(&'d self, value: &'d Value) -> Result<&'d Value> {
         let Some(reference) = value.get("$ref").and_then(Value::as_str) else {
             return Ok(value);
@@ -80,7 +80,7 @@ impl Description {
         operations
     }
 
-    /// Parameters of an operation, its path's among them.
+    /// Parameters of an operation, including its path's.
     fn parameters<'d>(&'d self, path: &str, operation: &'d Value) -> Result<Vec<&'d Value>> {
         let shared = at(&self.root, &["paths", path, "parameters"]);
         let own = operation.get("parameters");
@@ -89,7 +89,7 @@ impl Description {
         all.map(|parameter| self.resolve(parameter)).collect()
     }
 
-    /// Whether a value is as a schema says.
+    /// Fails unless a value conforms to a schema.
     fn validate(&self, schema: &Value, value: &Value, is_reply: bool) -> Result<()> {
         let mut schema = schema.clone();
         let components = match is_reply {
@@ -109,7 +109,7 @@ impl Description {
         Ok(())
     }
 
-    /// The same for what is not JSON.
+    /// The same for a value that is not JSON.
     fn validate_text(&self, schema: &Value, text: &str) -> Result<()> {
         let value = match self.resolve(schema)?.get("type").and_then(Value::as_str) {
             Some("integer") => serde_json::from_str(text).unwrap_or(json!(text)),
@@ -118,7 +118,7 @@ impl Description {
         self.validate(schema, &value, false)
     }
 
-    /// A request that the init takes must be as described, and one that it finds wrong must not be.
+    /// A request that the init accepts must conform to the description, and an invalid one must not.
     fn check_request(&self, call: &Call) -> Result<()> {
         let operation = self.operation(call)?;
         let mut faults = vec![];
@@ -172,7 +172,7 @@ impl Description {
         Ok(())
     }
 
-    /// A HEAD that is not described itself is a GET.
+    /// A HEAD without a description of its own is described as the GET.
     fn operation(&self, call: &Call) -> Result<&Value> {
         let item = at(&self.root, &["paths", call.path]).context("no such path")?;
         let own = item.get(call.method.to_lowercase());
@@ -182,7 +182,7 @@ impl Description {
 
     fn check_reply(&self, call: &Call, reply: &Response) -> Result<()> {
         let status = reply.status.to_string();
-        // By its number: a range is for what any request can be answered with.
+        // By its status: a range only describes errors that any request can get.
         let response = at(self.operation(call)?, &["responses", &status]);
         let response =
             self.resolve(response.with_context(|| format!("{status} is not described"))?)?;
@@ -209,7 +209,7 @@ impl Description {
         }
     }
 
-    /// Whether a message of a WebSocket is as its schema says.
+    /// Fails unless a WebSocket message conforms to its schema.
     fn check_message(&self, name: &str, message: &Value) -> Result<()> {
         let schema = json!({"$ref": format!("#/components/schemas/{name}")});
         self.validate(&schema, message, true)
@@ -217,7 +217,7 @@ impl Description {
     }
 }
 
-/// A request, and the status it gets.
+/// A request and the expected status.
 struct Call<'a> {
     method: &'a str,
     /// As in the description.
@@ -226,19 +226,19 @@ struct Call<'a> {
     target: &'a str,
     headers: &'a [(&'a str, &'a str)],
     body: &'a [u8],
-    /// The request itself is at fault.
+    /// The request itself is invalid.
     is_wrong: bool,
     status: u16,
 }
 
-/// What was asked for so far.
-struct Asked<'d> {
+/// Checks each call, and records its operation.
+struct Checker<'d> {
     description: &'d Description,
     operations: BTreeSet<Operation>,
 }
 
-impl Asked<'_> {
-    fn ask(&mut self, vm: &mut Vm, call: Call) -> Result<Response> {
+impl Checker<'_> {
+    fn call(&mut self, vm: &mut Vm, call: Call) -> Result<Response> {
         let reply = vm
             .api()?
             .request(call.method, call.target, call.headers, call.body)?;
@@ -268,19 +268,19 @@ impl Asked<'_> {
     }
 }
 
-/// The routes in the source of the init's table: all, whatever features it was built with.
+/// The routes in the source of the init's table: all of them, regardless of features.
 fn routes() -> Vec<Operation> {
     let source = include_str!("../../src/api/routes.rs");
     let table = source
         .split("const ROUTES")
         .nth(1)
         .and_then(|rest| rest.split("];").next());
-    // What is quoted, and what stands after it: a path, and its methods. Names of features are quoted, too.
+    // Quoted strings, each with the text after it: a path and its methods. Names of features are quoted, too.
     let pieces: Vec<_> = table.expect("a table").split('"').skip(1).collect();
     let mut routes = vec![];
     for piece in pieces.chunks_exact(2) {
         let path = match piece[0] {
-            // A path that ends with `/` stands for all below it.
+            // A path that ends with `/` is a prefix.
             "/v1/sessions/" => "/v1/sessions/{id}",
             path => path,
         };
@@ -289,7 +289,7 @@ fn routes() -> Vec<Operation> {
         }
         for entry in piece[1].split("Method::").skip(1) {
             let method = entry.split(',').next().expect("a method").to_uppercase();
-            // A HEAD is described where it says more than the GET.
+            // A HEAD is only described if it differs from the GET.
             if method != "HEAD" {
                 routes.push((method, path.to_owned()));
             }
@@ -304,7 +304,7 @@ fn every_route_is_described_and_nothing_else() -> Result<()> {
     let routes: BTreeSet<Operation> = routes().into_iter().collect();
     assert!(routes.len() > 10, "{routes:?}");
     let described: BTreeSet<Operation> = description.operations().into_keys().collect();
-    // A HEAD is a GET without its body.
+    // A HEAD is a GET without the body.
     for (method, path) in described.difference(&routes) {
         let get = ("GET".to_owned(), path.clone());
         assert!(
@@ -315,7 +315,7 @@ fn every_route_is_described_and_nothing_else() -> Result<()> {
     let missing: Vec<_> = routes.difference(&described).collect();
     assert!(missing.is_empty(), "not described: {missing:?}");
 
-    // Names are those of one operation, and all that is referred to is there.
+    // Operation IDs are unique, and all references exist.
     let mut names = BTreeSet::new();
     for ((method, path), operation) in description.operations() {
         let name = operation["operationId"]
@@ -337,7 +337,7 @@ fn every_route_is_described_and_nothing_else() -> Result<()> {
     Ok(())
 }
 
-/// A body that is JSON.
+/// A JSON body.
 fn body(value: Value) -> Vec<u8> {
     value.to_string().into_bytes()
 }
@@ -345,7 +345,7 @@ fn body(value: Value) -> Vec<u8> {
 #[test]
 fn a_running_vm_responds_as_described() -> Result<()> {
     let description = Description::read()?;
-    let mut asked = Asked {
+    let mut checker = Checker {
         description: &description,
         operations: BTreeSet::new(),
     };
@@ -361,8 +361,7 @@ fn a_running_vm_responds_as_described() -> Result<()> {
         .start()?;
 
     let empty = Vec::new();
-    // Method, path, what follows it, body, status; whether the request itself is at fault is what 400
-    // says, but where a name is unknown.
+    // Method, path, query, body, status; a 400 means an invalid request, unless a name is unknown.
     let get = |path, query| ("GET", path, query, empty.clone(), 200);
     let file = |query| ("PUT", "/v1/files", query, b"hello".to_vec(), 201);
     let post = |path, value, status| ("POST", path, "", body(value), status);
@@ -500,11 +499,11 @@ fn a_running_vm_responds_as_described() -> Result<()> {
         ("POST", "/v1/stop", "", empty.clone(), 409),
         post("/v1/signals", json!({"signal": 1}), 409),
     ];
-    sessions(&description, &mut asked, &mut vm)?;
+    sessions(&description, &mut checker, &mut vm)?;
     methods(&description, &mut vm)?;
     for (method, path, query, body, status) in &calls {
         if *path == "/v1/exit_code" {
-            // Its answer ends the VM: everything else comes before it.
+            // Its response ends the VM, so it comes last.
             continue;
         }
         let target = match path.split_once("{id}") {
@@ -520,7 +519,7 @@ fn a_running_vm_responds_as_described() -> Result<()> {
             is_wrong: *status == 400,
             status: *status,
         };
-        asked.ask(&mut vm, call)?;
+        checker.call(&mut vm, call)?;
         if *path == "/v1/stop" && *status == 200 {
             vm.wait_for("workload exited")?;
         }
@@ -534,17 +533,17 @@ fn a_running_vm_responds_as_described() -> Result<()> {
         is_wrong: false,
         status: 200,
     };
-    asked.ask(&mut vm, call)?;
+    checker.call(&mut vm, call)?;
 
     // Every operation has succeeded once.
     let all: BTreeSet<Operation> = description.operations().into_keys().collect();
-    let missing: Vec<_> = all.difference(&asked.operations).collect();
+    let missing: Vec<_> = all.difference(&checker.operations).collect();
     assert!(missing.is_empty(), "never asked for: {missing:?}");
     Ok(())
 }
 
-/// WebSockets, their messages, and the list of those with a name.
-fn sessions(description: &Description, asked: &mut Asked, vm: &mut Vm) -> Result<()> {
+/// WebSockets, their messages, and the list of named sessions.
+fn sessions(description: &Description, checker: &mut Checker, vm: &mut Vm) -> Result<()> {
     let handshake = handshake();
     for (headers, status) in [(&handshake[..], 101), (&[][..], 426)] {
         let call = Call {
@@ -556,7 +555,7 @@ fn sessions(description: &Description, asked: &mut Asked, vm: &mut Vm) -> Result
             is_wrong: status == 426,
             status,
         };
-        asked.ask(vm, call)?;
+        checker.call(vm, call)?;
     }
     let first = |first: Value| -> Result<Value> {
         description.check_message("SessionRequest", &first)?;
@@ -598,9 +597,9 @@ fn sessions(description: &Description, asked: &mut Asked, vm: &mut Vm) -> Result
         description.check_message("SessionError", &end.message.context("no error")?)?;
     }
 
-    // One that runs and one that has ended, in the list.
+    // The list has a running and an exited session.
     drop(open(&first(json!({"command": ["true"], "id": "quick"}))?)?);
-    let list = |vm: &mut Vm, asked: &mut Asked| -> Result<Value> {
+    let list = |vm: &mut Vm, checker: &mut Checker| -> Result<Value> {
         let call = Call {
             method: "GET",
             path: "/v1/sessions",
@@ -610,11 +609,11 @@ fn sessions(description: &Description, asked: &mut Asked, vm: &mut Vm) -> Result
             is_wrong: false,
             status: 200,
         };
-        asked.ask(vm, call)?.json()
+        checker.call(vm, call)?.json()
     };
     let start = std::time::Instant::now();
     loop {
-        let list = list(vm, asked)?;
+        let list = list(vm, checker)?;
         let list = list.as_array().context("a list")?;
         let exits: Vec<_> = list
             .iter()
@@ -639,12 +638,12 @@ fn sessions(description: &Description, asked: &mut Asked, vm: &mut Vm) -> Result
             is_wrong: false,
             status: 200,
         };
-        asked.ask(vm, call)?;
+        checker.call(vm, call)?;
     }
     Ok(())
 }
 
-/// What a path allows is what is described for it, and what any request can be answered with is there.
+/// Each path allows the described methods, and each operation describes the errors that any request can get.
 fn methods(description: &Description, vm: &mut Vm) -> Result<()> {
     let mut api: Client<UnixStream> = vm.api()?;
     let none = Map::new();

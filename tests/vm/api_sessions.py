@@ -15,7 +15,7 @@ def connect():
 
 
 async def to_the_end(socket):
-    """All output, the last text, and the close code."""
+    """All output, the last text message, and the close code."""
     output, text = b"", None
     try:
         while True:
@@ -49,7 +49,7 @@ async def main():
         output, text, code = await to_the_end(socket)
         assert "no-such-command" in text["Error"]["message"] and code == 1011, (text, code)
 
-    # A client that leaves in good manners is answered in good manners.
+    # The reply to a client's close frame has the same code.
     socket = await connect()
     await socket.send(json.dumps({"command": ["sleep", "5551"]}))
     await socket.close(code=1000, reason="enough")

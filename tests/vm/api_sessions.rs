@@ -1,4 +1,4 @@
-//! Sessions: `GET /v1/ws/exec` with a plain client that sees every frame.
+//! Sessions: `GET /v1/ws/exec` with a simple client that sees every frame.
 
 use std::{
     io::Write,
@@ -18,10 +18,10 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
-/// A VM whose workload does nothing, for ever.
+/// A VM whose workload sleeps forever.
 fn boot() -> Result<(Vm, Image)> {
     let root = Image::ext4(&Tree::busybox()?, 48)?;
     let config = json!({
@@ -38,7 +38,7 @@ fn boot() -> Result<(Vm, Image)> {
     Ok((vm, root))
 }
 
-/// A session that has got its first message.
+/// A session whose first message was sent.
 fn session(vm: &mut Vm, first: &Value) -> Result<Socket> {
     let mut socket = Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec")?;
     socket.text(first)?;
@@ -63,7 +63,7 @@ fn terminal(vm: &mut Vm, first: &Value) -> Result<Socket> {
     Ok(socket)
 }
 
-/// How a session ends well.
+/// The result of a session whose command was started.
 fn exit(code: Value, signal: Value, output: &str) -> Ended {
     Ended {
         output: output.into(),
@@ -72,7 +72,7 @@ fn exit(code: Value, signal: Value, output: &str) -> Ended {
     }
 }
 
-/// What a shell command prints, by way of the other call.
+/// The output of a shell command, by `/v1/exec`.
 fn shell(api: &mut Client<UnixStream>, script: &str) -> Result<String> {
     let response = api.post("/v1/exec", &json!({"cmd": ["/bin/sh", "-c", script]}))?;
     let response = response.success()?.json()?;
@@ -147,23 +147,23 @@ fn without_a_terminal_output_comes_first_then_the_exit_then_the_close() -> Resul
     );
     let mut none = session(vm, &json!({"command": ["wc", "-c"]}))?;
     none.text(&json!({"stdin": "eof"}))?;
-    // Input after the end goes nowhere, and harms nobody; a size without a terminal neither.
+    // Input after the end, and a size without a terminal, are ignored.
     none.binary(b"late")?;
     none.text(&json!({"cols": 80, "rows": 25}))?;
     none.text(&json!({"stdin": "eof"}))?;
     assert_eq!(none.wait_end()?, exit(json!(0), Value::Null, "0\n"));
-    // Input that nobody reads.
-    let mut deaf = script(vm, "exec <&-; echo closed; sleep 1; echo end")?;
-    deaf.output_with("closed\n")?;
-    deaf.binary(&[b'x'; 100_000])?;
-    deaf.binary(b"more")?;
-    assert_eq!(deaf.wait_end()?, exit(json!(0), Value::Null, "end\n"));
+    // Input that is not read.
+    let mut closed = script(vm, "exec <&-; echo closed; sleep 1; echo end")?;
+    closed.output_with("closed\n")?;
+    closed.binary(&[b'x'; 100_000])?;
+    closed.binary(b"more")?;
+    assert_eq!(closed.wait_end()?, exit(json!(0), Value::Null, "end\n"));
 
     // A grandchild that keeps the output open does not keep the session open.
     let left = script(vm, "(sleep 8881; echo never) & echo started")?.wait_end()?;
     assert_eq!(left, exit(json!(0), Value::Null, "started\n"));
 
-    // Much output: all of it, and the command's end after it.
+    // A lot of output arrives completely, before the exit status.
     let seq: String = (1..=1_000_000)
         .map(|number| format!("{number}\n"))
         .collect();
@@ -176,7 +176,7 @@ fn without_a_terminal_output_comes_first_then_the_exit_then_the_close() -> Resul
 #[test]
 fn eight_mebibytes_through_cat_come_back_unchanged() -> Result<()> {
     const SIZE: usize = 8 << 20;
-    // One thread sends and receives: what it sends before it looks for a response.
+    // One thread sends and receives, and is at most this many bytes ahead.
     const AHEAD: usize = 192 << 10;
     let (mut vm, _root) = boot()?;
     let mut random = 1u32;
@@ -189,7 +189,7 @@ fn eight_mebibytes_through_cat_come_back_unchanged() -> Result<()> {
     let mut cat = session(&mut vm, &json!({"command": ["cat"], "tty": false}))?;
     let (mut sent, mut size, mut back) = (0, 1, vec![]);
     while back.len() < SIZE {
-        // Messages of all sizes up to the largest one.
+        // Messages of various sizes up to the maximum.
         while sent < SIZE && sent - back.len() < AHEAD {
             let message = &bytes[sent..SIZE.min(sent + size)];
             cat.binary(message)?;
@@ -219,7 +219,7 @@ fn bulk_data_in_both_directions_does_not_stall_a_session() -> Result<()> {
         for _ in 0..3 {
             let mut cat = session(&mut vm, &json!({"command": ["cat"]}))?;
             let mut sender = cat.sender()?;
-            // Nothing waits for anything but the connection.
+            // The sender is only limited by the connection.
             let sent = thread::spawn(move || -> Result<()> {
                 for number in 0..MESSAGES {
                     sender.binary(&vec![number as u8; MESSAGE])?;
@@ -259,7 +259,7 @@ fn a_terminal_behaves_like_a_terminal() -> Result<()> {
         "three\r\n",
     )?;
     ask("echo controlling >/dev/tty", "controlling\r\n")?;
-    // Its own session, led by the shell: the pid is the session's number.
+    // A session of its own, whose leader is the shell: its pid is the session's ID.
     ask(
         "set -- $(cat /proc/$$/stat); test $1 = $6 && test $7 != 0 && echo lea''der",
         "leader\r\n",
@@ -273,7 +273,7 @@ fn a_terminal_is_resized_interrupted_and_ended() -> Result<()> {
     let vm = &mut vm;
     let mut api = vm.api()?;
 
-    // A new size is the terminal's, and its group is told.
+    // A resize applies to the terminal, and its foreground group gets SIGWINCH.
     let watch = "trap 'stty size' WINCH; stty size; while :; do sleep 0.1; done";
     let first = json!({"command": ["sh", "-c", watch], "tty": true, "cols": 80, "rows": 24});
     let mut watcher = session(vm, &first)?;
@@ -282,18 +282,18 @@ fn a_terminal_is_resized_interrupted_and_ended() -> Result<()> {
     watcher.output_with("50 132\r\n")?;
     watcher.text(&json!({"rows": 51, "cols": 133}))?;
     watcher.output_with("51 133\r\n")?;
-    // Ctrl-C kills what runs.
+    // Ctrl-C kills the foreground process.
     watcher.binary(b"\x03")?;
     let end = watcher.wait_end()?;
     assert_eq!(
         end.message,
         Some(json!({"Exit": {"code": null, "signal": 2}}))
     );
-    // The terminal hangs up with its leader, before or after it has shown the key.
+    // The terminal hangs up when its leader exits, before or after it has echoed the key.
     assert_eq!(end.close, Some(1000));
     assert!(["", "^C"].contains(&end.text().as_str()));
 
-    // In an interactive shell only what it runs; the shell says how that ended.
+    // In an interactive shell only its command; the shell reports the exit status.
     let mut shell = terminal(vm, &json!({}))?;
     shell.binary(b"sleep 8882\n")?;
     wait_until(&mut api, "ps -o args | grep -E '^sleep 8882'", |out| {
@@ -302,7 +302,7 @@ fn a_terminal_is_resized_interrupted_and_ended() -> Result<()> {
     shell.binary(b"\x03")?;
     shell.output_with("pigeon> ")?;
     shell.binary(b"echo status $?\n")?;
-    // In one: both may come in one message.
+    // In one call: both may arrive in one message.
     shell.output_with("status 130\r\npigeon> ")?;
     shell.binary(b"exit 42\n")?;
     let end = shell.wait_end()?;
@@ -312,7 +312,7 @@ fn a_terminal_is_resized_interrupted_and_ended() -> Result<()> {
     );
     assert_eq!(end.close, Some(1000));
 
-    // The end of input is the key for it.
+    // The end of input is sent as the terminal's key for it.
     let mut cat = session(vm, &json!({"command": ["cat"], "tty": true}))?;
     cat.binary(b"line\n")?;
     cat.output_with("line\r\nline\r\n")?;
@@ -342,7 +342,7 @@ fn a_terminal_lives_as_long_as_its_command() -> Result<()> {
     let away = terminal("exec >/tmp/l 2>&1 </dev/null; sleep 1; exit 4");
     let end = session(&mut vm, &away)?.wait_end()?;
     assert_eq!(end, exit(json!(4), Value::Null, ""));
-    // It comes back to it.
+    // The command closes the terminal, and opens it again.
     let back = terminal(
         "tty=$(tty); exec </dev/null >/dev/null 2>&1; sleep 1
         exec <$tty >$tty 2>&1; echo back; read -r line; echo $line; exit 5",
@@ -359,7 +359,7 @@ fn a_terminal_lives_as_long_as_its_command() -> Result<()> {
 fn a_shell_forwards_the_hang_up_to_its_jobs() -> Result<()> {
     let (mut vm, _root) = boot()?;
     let mut api = vm.api()?;
-    // As bash does: its jobs are groups of their own, which only it knows.
+    // As bash does: its jobs have their own process groups, which only the shell knows.
     let script = "set -m; trap 'kill %1; exit' HUP; sleep 6664 & wait";
     let first = json!({"command": ["sh", "-c", script], "tty": true});
     let socket = session(&mut vm, &first)?;
@@ -378,10 +378,10 @@ fn the_end_of_input_waits_for_a_full_terminal() -> Result<()> {
     let first = json!({"command": ["sh", "-c", script], "tty": true});
     let mut full = session(&mut vm, &first)?;
     full.output_with("up\r\n")?;
-    // More than a terminal holds for who does not read: 4 KiB, and 64 KiB in its buffer.
+    // More than a terminal holds unread: 4 KiB, and 64 KiB in its buffer.
     full.binary(&b"a line of input\n".repeat(LINES))?;
     full.text(&json!({"stdin": "eof"}))?;
-    // The time for all of it to come as far as it can.
+    // Time for all of it to be transferred as far as possible.
     thread::sleep(Duration::from_secs(1));
     shell(&mut api, "touch /run/go")?;
     let end = full.wait_end()?;
@@ -446,7 +446,7 @@ fn fragments_with_pings_between_are_joined_and_a_close_kills_the_group() -> Resu
     let (mut vm, _root) = boot()?;
     let mut api = vm.api()?;
 
-    // Everything in one write, the handshake too; then byte by byte.
+    // Everything including the handshake in one write; then byte by byte.
     let message = br#"{"command":["cat"]}"#;
     let mut frames = [
         ws::frame(TEXT & !LAST, &message[..5]),
@@ -476,10 +476,10 @@ fn fragments_with_pings_between_are_joined_and_a_close_kills_the_group() -> Resu
         while !bytes.ends_with(b"parts") {
             let mut buffer = [0; 4096];
             let count = std::io::Read::read(&mut stream, &mut buffer)?;
-            ensure!(count > 0, "the end after {bytes:?}");
+            ensure!(count > 0, "closed after {bytes:?}");
             bytes.extend(&buffer[..count]);
         }
-        // Pongs in order, each before what came after its ping.
+        // The pongs are in order.
         let between = bytes
             .windows(9)
             .position(|part| part == b"\x8a\x07between")
@@ -488,7 +488,7 @@ fn fragments_with_pings_between_are_joined_and_a_close_kills_the_group() -> Resu
         let long = bytes.windows(127).position(|part| part == long).unwrap();
         assert!(between < long);
     }
-    // One message in the most pieces.
+    // One message in thousands of fragments.
     frames = ws::frame(TEXT & !LAST, b"{\"command\":[\"cat\"]");
     (0..2000).for_each(|_| frames.extend(ws::frame(CONTINUATION, b"")));
     frames.extend(ws::frame(CONTINUATION | LAST, b"}"));
@@ -497,7 +497,7 @@ fn fragments_with_pings_between_are_joined_and_a_close_kills_the_group() -> Resu
     socket.binary(b"works")?;
     socket.output_with("works")?;
 
-    // Closes: the response has the code that came, and the group is gone.
+    // Close frames: the reply has the same code, and the process group is killed.
     for (number, (payload, code)) in [
         (&b""[..], None),
         (b"\x03\xe8", Some(1000)),
@@ -519,7 +519,7 @@ fn fragments_with_pings_between_are_joined_and_a_close_kills_the_group() -> Resu
         assert_eq!((end.message, end.close), (None, code));
         wait_gone(&mut api, &format!("^sleep 50{number}[12]"))?;
     }
-    // A terminal's group too, and without a close frame too.
+    // The group of a terminal, too, and without a close frame.
     for tty in [false, true] {
         let command = "sleep 6661 & sleep 6662; true";
         let first = json!({"command": ["sh", "-c", command], "tty": tty});
@@ -530,7 +530,7 @@ fn fragments_with_pings_between_are_joined_and_a_close_kills_the_group() -> Resu
         drop(socket);
         wait_gone(&mut api, "^sleep 666[12]")?;
     }
-    // A message that is none of a running session's.
+    // Invalid messages of a running session.
     for (message, wrong) in [
         ("{", "JSON"),
         ("[]", "object"),
@@ -539,7 +539,7 @@ fn fragments_with_pings_between_are_joined_and_a_close_kills_the_group() -> Resu
     ] {
         let mut socket = script(&mut vm, "sleep 6663")?;
         socket.send(TEXT, message.as_bytes())?;
-        // It says what was wrong.
+        // The reason names the error.
         let (code, reason) = socket.wait_close()?;
         assert_eq!(code, 1008, "{message}: {reason}");
         assert!(reason.contains(wrong), "{message}: {reason}");
@@ -599,18 +599,18 @@ fn a_command_that_does_not_read_blocks_only_its_client() -> Result<()> {
         stuck
             .stream()
             .set_write_timeout(Some(Duration::from_secs(3)))?;
-        // Lines, which a terminal keeps for who reads it.
+        // Lines, as a terminal buffers only those that fit.
         let message = b"a line of input\n".repeat(2048);
         let sent = (0..2000)
             .take_while(|_| stuck.binary(&message).is_ok())
             .count();
-        assert!(sent < 200, "{sent} messages of 32 KiB went somewhere");
+        assert!(sent < 200, "{sent} messages of 32 KiB were accepted");
         assert_eq!(api.get("/v1/status")?.status, 200);
         let other = session(&mut vm, &json!({"command": ["echo", "other"]}))?.wait_end()?;
         assert_eq!(other, exit(json!(0), Value::Null, "other\n"));
         let during = memory(&mut api)?;
         assert!(during < before + 600, "from {before} to {during} KiB");
-        // When it ends, what it has not read is nobody's, and its end is told.
+        // When the command exits, unread input is discarded, and the exit status is reported.
         shell(
             &mut api,
             "kill $(ps -o pid,args | awk '$2 == \"sleep\" {print $1}')",
@@ -628,7 +628,7 @@ fn a_command_that_does_not_read_blocks_only_its_client() -> Result<()> {
 fn a_client_that_reads_late_still_gets_all_output_the_exit_and_the_close() -> Result<()> {
     let (mut vm, _root) = boot()?;
     let mut api = vm.api()?;
-    // Sizes around what the buffers on the way hold: somewhere the exit itself has to wait.
+    // Sizes around those of the buffers: for some of them the exit status itself has to wait.
     let sizes: Vec<usize> = (0..12)
         .map(|step| (128 << 10) + step * (40 << 10))
         .collect();
@@ -636,7 +636,7 @@ fn a_client_that_reads_late_still_gets_all_output_the_exit_and_the_close() -> Re
         .iter()
         .map(|size| script(&mut vm, &format!("head -c {size} /dev/zero")))
         .collect::<Result<_>>()?;
-    // Those that fit have ended, and for longer than any limit of politeness.
+    // Commands whose output fits have exited by now, longer ago than any grace period.
     wait_until(&mut api, "sleep 3", |_| true)?;
     for (size, mut socket) in sizes.into_iter().zip(sockets) {
         let end = socket.wait_end()?;
@@ -691,7 +691,7 @@ fn a_late_ping_or_pong_after_the_exit_is_not_an_error() -> Result<()> {
         let Frame { first, payload } = frame;
         if first == ws::CLOSE {
             assert_eq!(payload, 1000u16.to_be_bytes());
-            // Sent before the client had seen the close frame, as far as the server knows.
+            // These could have been sent before the client received the close frame.
             socket.send(PONG, b"")?;
             socket.binary(b"late input")?;
             socket.close(1000)?;

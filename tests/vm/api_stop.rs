@@ -1,4 +1,4 @@
-//! Events to the host without a question, and orderly stops.
+//! Events sent to the host, and orderly stops.
 
 use std::{
     io::{BufRead, BufReader},
@@ -17,7 +17,7 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
 fn vm(script: &str, stop_signal: &str) -> Result<(Builder, Image)> {
@@ -33,7 +33,7 @@ fn vm(script: &str, stop_signal: &str) -> Result<(Builder, Image)> {
 #[test]
 fn events_report_the_vms_life_cycle() -> Result<()> {
     const QUICK: Duration = Duration::from_millis(900);
-    // Others have their turns on this machine: that makes a time longer, never shorter.
+    // Other load on this machine may make a run slower, never faster.
     let mut shortest = Duration::MAX;
     for _ in 0..5 {
         shortest = shortest.min(from_the_exit_event_to_the_end()?);
@@ -41,17 +41,17 @@ fn events_report_the_vms_life_cycle() -> Result<()> {
             return Ok(());
         }
     }
-    bail!("the end takes {shortest:?}")
+    bail!("the shutdown takes {shortest:?}")
 }
 
 fn from_the_exit_event_to_the_end() -> Result<Duration> {
     let dir = tempfile::tempdir()?;
     let socket = dir.path().join("vm.vsock");
-    // As Firecracker has it: the port's socket lies beside the VM's.
+    // As with Firecracker, the port's socket is in the directory of the VM's.
     let listener = UnixListener::bind(dir.path().join("vm.vsock_7077"))?;
     let (events, received) = std::sync::mpsc::channel();
     thread::spawn(move || -> Result<()> {
-        // A line an event, on as many connections as the guest likes.
+        // One event per line, on any number of connections.
         for stream in listener.incoming() {
             for line in BufReader::new(stream?).lines() {
                 events.send((Instant::now(), serde_json::from_str::<Value>(&line?)?))?;
@@ -78,7 +78,7 @@ fn from_the_exit_event_to_the_end() -> Result<Duration> {
         event,
         json!({"event": "exited", "code": 7, "oom_killed": false})
     );
-    // That is as good as an answered call: nobody is waited for.
+    // The event counts as a delivered exit code: there is no linger.
     assert_eq!(vm.wait_end()?, End::Reboot);
     Ok(exited.elapsed())
 }
@@ -98,7 +98,7 @@ fn a_host_that_listens_late_gets_later_events() -> Result<()> {
         .disk(&root)
         .timeout(TIMEOUT)
         .boot()?;
-    // The first attempt to connect is refused by now.
+    // By then, the first attempt to connect has been refused.
     let start = Instant::now();
     while vm.mmds_requests().is_empty() {
         ensure!(start.elapsed() < TIMEOUT, "MMDS was not asked");
@@ -162,7 +162,7 @@ fn a_second_stop_can_only_shorten_the_timeout() -> Result<()> {
     let mut vm = builder.boot()?;
     vm.wait_for("ready")?;
     let mut api = vm.api()?;
-    // Two that come at once.
+    // Two requests at once.
     let both: String = ["{\"timeout_ms\":20000}", "{\"timeout_ms\":60000}"]
         .map(|body| {
             format!(

@@ -1,4 +1,4 @@
-//! `GET /v1/sysinfo` beside what the guest's own /proc says.
+//! `GET /v1/sysinfo` compared with the guest's /proc.
 
 use std::{
     collections::BTreeSet,
@@ -17,10 +17,10 @@ use serde_json::{Value, json};
 
 type Api = Client<UnixStream>;
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
-/// Members that only grow, by list: those of a disk but the requests under way.
+/// Counters of each list, without a disk's requests in progress, which may decrease.
 const DISK: [&str; 10] = [
     "reads_completed",
     "reads_merged",
@@ -109,7 +109,7 @@ fn number(value: &Value) -> f64 {
         .unwrap_or_else(|| panic!("{value} is no number"))
 }
 
-/// The words after a line's name, as numbers.
+/// The numbers after a name on its line.
 fn behind(text: &str, name: &str) -> Result<Vec<f64>> {
     let line = text.lines().find_map(|line| {
         let at = line.split_whitespace().position(|word| word == name)?;
@@ -138,7 +138,7 @@ fn sysinfo_matches_proc_in_the_shape_of_flys() -> Result<()> {
         .start()?;
     let mut api = vm.api()?;
 
-    // Between two answers stands what /proc says: nothing that grows is outside of them.
+    // /proc is read between two responses: each counter must lie between theirs.
     shell(
         &mut api,
         "head -c 300000 /dev/zero >/data/file; sync; echo 3 >/proc/sys/vm/drop_caches; cat /data/file",
@@ -168,7 +168,7 @@ fn sysinfo_matches_proc_in_the_shape_of_flys() -> Result<()> {
         assert_eq!(keys(&after["cpus"][cpu]), set(CPU));
         for (name, ticks) in CPU.iter().zip(real) {
             let of = |info: &Value| info["cpus"][cpu][name].clone();
-            // Idle time is counted anew at each look, and may go back a tick (proc_stat(5)).
+            // Idle time is computed at each read, and may decrease by a tick (proc_stat(5)).
             if !["idle", "iowait"].contains(name) {
                 within(name, &of(&before), ticks / 100.0, &of(&after));
             }
@@ -194,7 +194,7 @@ fn sysinfo_matches_proc_in_the_shape_of_flys() -> Result<()> {
             let real = behind(file, device)?;
             assert_eq!(keys(found[at]), all);
             for (number, name) in names.iter().enumerate() {
-                // The requests under way are in between.
+                // The number of requests in progress is in between.
                 let place = number + usize::from(list == "disks" && number >= 8);
                 within(
                     name,
@@ -212,23 +212,26 @@ fn sysinfo_matches_proc_in_the_shape_of_flys() -> Result<()> {
     assert_eq!(keys(&after["memory"]), set(MEMORY.map(|(name, _)| name)));
     for (name, real) in MEMORY {
         let real = behind(&meminfo, real)?[0] * 1024.0;
-        let told = number(&after["memory"][name]);
-        // What is free changes with each command.
+        let reported = number(&after["memory"][name]);
+        // Free memory changes with each command.
         let slack = if name == "mem_total" || name.starts_with("swap") || name == "vmalloc_total" {
             0.0
         } else {
             16e6
         };
-        assert!((told - real).abs() <= slack, "{name}: {told} {real}");
+        assert!(
+            (reported - real).abs() <= slack,
+            "{name}: {reported} {real}"
+        );
     }
     assert!(number(&after["memory"]["mem_total"]) > 200e6);
     assert_eq!(keys(&after["filefd"]), set(["allocated", "maximum"]));
     assert_eq!(after["filefd"]["maximum"].as_f64(), Some(files[2]));
     assert!((number(&after["filefd"]["allocated"]) - files[0]).abs() <= 100.0);
-    // It is computed every five seconds.
+    // The kernel updates it every five seconds.
     let mut tries = 0..5;
     while {
-        let told = sysinfo(&mut api)?["load_average"].to_string();
+        let reported = sysinfo(&mut api)?["load_average"].to_string();
         let real = text(&mut api, "loadavg")?;
         let real: Vec<f64> = real
             .split(' ')
@@ -236,12 +239,12 @@ fn sysinfo_matches_proc_in_the_shape_of_flys() -> Result<()> {
             .map(str::parse)
             .collect::<Result<_, _>>()?;
         let real = json!(real).to_string();
-        told != real
+        reported != real
     } {
         ensure!(tries.next().is_some(), "the load is another");
     }
 
-    // Under load, and with /proc out of sight of everybody else.
+    // Under load, and with /proc hidden from all other processes.
     let user =
         |info: &Value| number(&info["cpus"]["0"]["user"]) + number(&info["cpus"]["1"]["user"]);
     let idle = sysinfo(&mut api)?;
@@ -254,7 +257,7 @@ fn sysinfo_matches_proc_in_the_shape_of_flys() -> Result<()> {
     assert!(user(&busy) - user(&idle) > 1.5, "{idle} {busy}");
     shell(&mut api, "umount /proc")?;
 
-    // One connection for many calls, and for its head alone.
+    // Many requests on one connection, including HEAD.
     for _ in 0..100 {
         let head = api.request("HEAD", "/v1/sysinfo", &[], b"")?;
         assert_eq!((head.status, head.body.len()), (200, 0));
@@ -268,7 +271,7 @@ fn sysinfo_matches_proc_in_the_shape_of_flys() -> Result<()> {
         (405, Some("GET, HEAD"))
     );
 
-    // A child that is stopped is given up, and nobody else waits for it.
+    // A child that is stopped times out, and does not delay others.
     shell(&mut api, "(setsid wire stop >/dev/null 2>&1 &)")?;
     thread::sleep(Duration::from_millis(1500));
     let mut other = vm.api()?;
@@ -277,7 +280,7 @@ fn sysinfo_matches_proc_in_the_shape_of_flys() -> Result<()> {
         api.send(b"GET /v1/sysinfo HTTP/1.1\r\nHost: x\r\n\r\n")?;
         assert_eq!(other.get("/v1/status")?.status, 200);
         let response = api.receive(false)?;
-        // One that was done before it could be stopped.
+        // It finished before it was stopped.
         if response.status != 200 || tries.next().is_none() {
             break response;
         }
@@ -286,7 +289,7 @@ fn sysinfo_matches_proc_in_the_shape_of_flys() -> Result<()> {
         (response.status, response.text()),
         (504, r#"{"error":"/proc does not answer"}"#.into())
     );
-    // Until it ends, what counts the processes may be stopped, too.
+    // Until `wire stop` exits, the command that counts processes may be stopped, too.
     let start = Instant::now();
     let count = json!({"cmd": ["sh", "-c", "ps -o args | grep -c '^/init'"], "timeout_ms": 5000});
     let response = loop {
@@ -294,7 +297,7 @@ fn sysinfo_matches_proc_in_the_shape_of_flys() -> Result<()> {
         if response["exit_code"] != -1 {
             break response;
         }
-        ensure!(start.elapsed() < TIMEOUT, "everybody is still stopped");
+        ensure!(start.elapsed() < TIMEOUT, "the processes are still stopped");
     };
     assert_eq!(response["stdout"], "1\n");
     assert_eq!(api.get("/v1/sysinfo")?.status, 200);

@@ -17,10 +17,10 @@ use serde_json::json;
 
 type Api = Client<UnixStream>;
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(240);
 
-/// A VM whose workload is the servers of `wire.c` with these arguments, each listening.
+/// A VM whose workload is these servers of `wire.c`; all of them listen.
 fn boot(servers: &[&str]) -> Result<(Vm, Image)> {
     let tree = Tree::busybox()?.file("/bin/wire", 0o755, assets::guest_program("wire")?)?;
     let root = Image::ext4(&tree, 48)?;
@@ -43,7 +43,7 @@ fn boot(servers: &[&str]) -> Result<(Vm, Image)> {
     Ok((vm, root))
 }
 
-/// Asks for a tunnel, and sends something after the request at once.
+/// Requests a tunnel, and sends more data right after the request.
 fn ask(vm: &mut Vm, target: &str, early: &[u8]) -> Result<(Response, Api)> {
     let mut api = vm.api()?;
     let head = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n");
@@ -52,17 +52,17 @@ fn ask(vm: &mut Vm, target: &str, early: &[u8]) -> Result<(Response, Api)> {
     Ok((head, api))
 }
 
-/// A tunnel, and what its server has said already.
+/// A tunnel, and what its server has sent so far.
 fn tunnel_to_talker(vm: &mut Vm, target: &str) -> Result<(UnixStream, Vec<u8>)> {
     let (head, api) = ask(vm, target, b"")?;
     ensure!(head.status == 200, "{target}: {head}");
     Ok(api.into_stream())
 }
 
-/// A tunnel to a server that speaks second.
+/// A tunnel to a server that waits for the client.
 fn tunnel(vm: &mut Vm, target: &str) -> Result<UnixStream> {
     let (stream, early) = tunnel_to_talker(vm, target)?;
-    ensure!(early.is_empty(), "bytes before there were any");
+    ensure!(early.is_empty(), "the server sent bytes first");
     Ok(stream)
 }
 
@@ -71,11 +71,11 @@ fn exchange(stream: &mut UnixStream, bytes: &[u8]) -> Result<()> {
     stream.write_all(bytes)?;
     let mut back = vec![0; bytes.len()];
     stream.read_exact(&mut back)?;
-    ensure!(back == bytes, "other bytes came back");
+    ensure!(back == bytes, "the echo differs");
     Ok(())
 }
 
-/// What PID 1 holds: memory in KiB, and open files.
+/// Resources of PID 1: memory in KiB, and open files.
 fn held(vm: &mut Vm) -> Result<(u64, u64)> {
     let script = "ls /proc/1/fd | wc -l; awk '/^Pss:/ {print $2}' /proc/1/smaps_rollup";
     let response = vm
@@ -90,7 +90,7 @@ fn held(vm: &mut Vm) -> Result<(u64, u64)> {
     Ok((memory, files))
 }
 
-/// Waits until PID 1 has no more files open than it had.
+/// Waits until PID 1 has no more than `files` open files.
 fn settle(vm: &mut Vm, files: u64) -> Result<u64> {
     let start = Instant::now();
     loop {
@@ -267,7 +267,7 @@ fn a_half_close_is_forwarded_after_all_data() -> Result<()> {
         "tcp 127.0.0.1 7004 echo",
     ])?;
     let before = held(&mut vm)?;
-    // The server has ended its half and still hears everything, and the client's end after it.
+    // The server has closed its side and still receives everything up to the client's FIN.
     for size in [0, 1, 300_000] {
         let (mut stream, early) = tunnel_to_talker(&mut vm, "127.0.0.1:7001")?;
         let mut greeting = vec![0; 5 - early.len()];
@@ -277,7 +277,7 @@ fn a_half_close_is_forwarded_after_all_data() -> Result<()> {
         drop(stream);
         vm.wait_for(&format!("heard {size}"))?;
     }
-    // A client that says nothing any more hears of it, too.
+    // A client that sends nothing more receives the server's FIN, too.
     let (mut stream, mut said) = tunnel_to_talker(&mut vm, "127.0.0.1:7001")?;
     stream.read_to_end(&mut said)?;
     assert_eq!(said, b"hello");
@@ -292,7 +292,7 @@ fn a_half_close_is_forwarded_after_all_data() -> Result<()> {
     all.resize(FLOOD, 0);
     stream.read_exact(&mut all[early..])?;
     let took = start.elapsed();
-    // The host may hold the last bytes for a client that is slow, so this tunnel ends later than a small one.
+    // The host may buffer the last bytes for a slow client, so this tunnel ends later than a small one.
     assert_eq!(stream.read(&mut [0])?, 0);
     let waited = start.elapsed() - took;
     assert!(waited > Duration::from_secs(8), "{waited:?}");
@@ -302,7 +302,7 @@ fn a_half_close_is_forwarded_after_all_data() -> Result<()> {
         "{} MB/s from a server",
         FLOOD as f64 / 1e6 / took.as_secs_f64()
     );
-    // A client that leaves in the midst of it.
+    // A client that disconnects during the transfer.
     let (mut stream, _) = tunnel_to_talker(&mut vm, "127.0.0.1:7003")?;
     stream.read_exact(&mut [0; 100_000])?;
     drop(stream);
@@ -331,7 +331,7 @@ fn a_peer_that_does_not_read_blocks_only_its_own_tunnel() -> Result<()> {
                 Err(error) => return Err(error.into()),
             }
             // The kernel's buffers of two sockets, and those of the host.
-            ensure!(sent < 32 << 20, "somebody takes it all");
+            ensure!(sent < 32 << 20, "all of it is accepted");
         }
         stuck.push(stream);
         unread.push(tunnel_to_talker(&mut vm, "127.0.0.1:7002")?);
@@ -348,7 +348,7 @@ fn a_peer_that_does_not_read_blocks_only_its_own_tunnel() -> Result<()> {
             .trim()
             .parse()?)
     };
-    // On a busy machine the buffers take a while to fill.
+    // On a busy machine it takes a while to fill the buffers.
     let mut took = u64::MAX;
     for _ in 0..5 {
         let start = ticks(&mut vm)?;
@@ -365,10 +365,10 @@ fn a_peer_that_does_not_read_blocks_only_its_own_tunnel() -> Result<()> {
     assert!(took <= 20, "PID 1 is busy: {took} of 400 ticks");
     let (memory, _) = held(&mut vm)?;
     println!("PID 1: {} KiB before, {memory} KiB beside them", before.0);
-    // What it holds of each is bounded.
+    // The buffers of each are bounded.
     assert!(memory <= before.0 + 48 * 16, "{memory}");
     exchange(&mut tunnel(&mut vm, "127.0.0.1:7003")?, b"hello")?;
-    // The bytes that waited are still there, in their order.
+    // The buffered bytes are still there, in order.
     let (stream, early) = &mut unread[0];
     let mut late = vec![0; 3_000_000];
     stream.read_exact(&mut late)?;
@@ -379,8 +379,8 @@ fn a_peer_that_does_not_read_blocks_only_its_own_tunnel() -> Result<()> {
             .enumerate()
             .all(|(at, byte)| *byte == at as u8)
     );
-    // A server that dies ends them; of a client the guest hears nothing while its bytes wait in
-    // the host.
+    // Tunnels end when their server dies; a client's disconnection is not visible in the guest while its
+    // bytes are buffered in the host.
     let shell = |vm: &mut Vm, script: &str| -> Result<()> {
         let response = vm
             .api()?
@@ -395,7 +395,7 @@ fn a_peer_that_does_not_read_blocks_only_its_own_tunnel() -> Result<()> {
     )?;
     drop((stuck, unread));
     settle(&mut vm, before.1)?;
-    // One that leaves while they wait in the guest is given up 30 s later.
+    // If its bytes are buffered in the guest, the tunnel of a disconnected client times out 30 s later.
     let small =
         "cd /proc/sys/net/ipv4; for i in tcp_rmem tcp_wmem; do echo 4096 8192 8192 >$i; done
         wire tcp 127.0.0.1 7004 deaf >/dev/null 2>&1 & sleep 1";
@@ -453,7 +453,7 @@ fn a_round_trip_takes_little_more_than_with_a_minimal_program() -> Result<()> {
     let mut forwarded = vm.connect(5002)?;
     let mut best = [Duration::MAX; 3];
     let mut ratio = f64::MAX;
-    // Others have their turns on this machine: that makes a time longer, never shorter.
+    // Other load on this machine may make a round slower, never faster.
     for round in 0..20 {
         best[0] = best[0].min(time(&mut through)?);
         best[1] = best[1].min(time(&mut forwarded)?);

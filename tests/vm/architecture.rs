@@ -1,4 +1,4 @@
-//! Where x86_64 and aarch64 differ: each test holds on both, by what the one at hand has.
+//! Differences between x86_64 and aarch64: each test passes on both.
 
 use anyhow::{Context, Result};
 use pigeon_lab::{
@@ -32,7 +32,7 @@ fn the_console_is_found_without_a_console_parameter() -> Result<()> {
         let mut vm = builder.boot()?;
         let console = vm.section("console")?.concat();
         assert_eq!(vm.section("input")?, [format!("/dev/{console}")]);
-        // Of which there are some without hardware behind them where QEMU has a PL011.
+        // There are some without hardware where QEMU has a PL011.
         assert_eq!(vm.section("others")?, ["/dev/ttyS0"]);
         vm.type_text("typed\n")?;
         vm.wait_for("read: typed")?;
@@ -57,7 +57,7 @@ fn the_machine_restarts_and_ctrl_alt_del_is_handled() -> Result<()> {
         .config(&guest::shell(&script, json!({})))
         .disk(&root)
         .boot()?;
-    // The keyboard controller's reset line, or a call of the firmware.
+    // The keyboard controller's reset line, or a firmware call.
     let [keyboard, firmware] = match assets::arch() {
         Arch::X86_64 => ["1", "0"],
         Arch::Aarch64 => ["0", "1"],
@@ -79,7 +79,7 @@ fn kernel_structures_and_clone_match_the_architecture() -> Result<()> {
         .disk(&root)
         .boot()?;
     vm.wait_for("ready")?;
-    // struct epoll_event, which is packed on x86_64 alone: many sources at once, each its own.
+    // struct epoll_event, which is packed on x86_64 only: many sources at once must not be mixed up.
     let mut connections = vec![];
     for number in 0..8 {
         let mut api = vm.api()?;
@@ -96,7 +96,7 @@ fn kernel_structures_and_clone_match_the_architecture() -> Result<()> {
         let response = api.receive(false)?.json()?;
         assert_eq!(response["stdout"], format!("{number} 1\n"), "{response}");
     }
-    // struct stat: what is no regular file is not read as accounts.
+    // struct stat: account files are only read if they are regular files.
     let mut api = vm.api()?;
     let ids = json!({"cmd": ["id", "-u"], "user": "app"});
     assert_eq!(api.post("/v1/exec", &ids)?.json()?["stdout"], "1000\n");
@@ -146,7 +146,7 @@ fn a_kernel_with_debians_largest_pages_boots_it() -> Result<()> {
     let size = line.split_whitespace().nth(1).context("a size")?;
     assert_eq!(size, page);
     assert!(vm.section("huge")?.concat().contains("pagesize=2M"));
-    // More than one page of output, and memory that comes and goes.
+    // More than one page of output; memory is mapped and unmapped.
     let mut api = vm.api()?;
     let much = json!({"cmd": ["head", "-c", "300000", "/dev/zero"]});
     for _ in 0..3 {
@@ -204,7 +204,7 @@ fn its_segments_are_aligned_for_every_page_size() -> Result<()> {
     }
     let end = segments[0].address + segments[0].size;
     assert!(end.next_multiple_of(largest) <= segments[1].address / largest * largest);
-    // QEMU's user emulation lays programs out by such pages, if it is what runs this one.
+    // QEMU's user emulation uses pages of this size, if it runs this program.
     let example = assets::repository().join("tests/example/run.json");
     let mut check = assets::run_here(&program)?;
     check.env("QEMU_PAGESIZE", largest.to_string());

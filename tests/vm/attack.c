@@ -1,4 +1,4 @@
-/* What a workload can do to its PID 1 that no shell has a command for. */
+/* Attacks on PID 1 for which no shell has a command. */
 #define _GNU_SOURCE
 #include <elf.h>
 #include <errno.h>
@@ -29,7 +29,7 @@ static void tried(const char *what, long result)
     printf("%s: %s\n", what, result == -1 ? strerrorname_np(errno) : "done");
 }
 
-/* All that needs no more than a process id. */
+/* Everything that only needs a process ID. */
 static void meddle(void)
 {
     char bytes[8] = "";
@@ -68,7 +68,7 @@ static void or_die(int failed)
     }
 }
 
-/* Leaves PID 1 no memory and no file to open. */
+/* Leaves PID 1 without memory and descriptors. */
 static void limits(void)
 {
     struct rlimit none = {0, 0};
@@ -77,7 +77,7 @@ static void limits(void)
            prlimit(1, RLIMIT_NOFILE, &none, 0));
 }
 
-/* Lets PID 1 open no more files for so many seconds. How much of the processor it used meanwhile, in
+/* Leaves PID 1 without free descriptors for so many seconds. Prints its processor time meanwhile, in
    hundredths of a second. */
 static void shut(int seconds)
 {
@@ -93,7 +93,7 @@ static void shut(int seconds)
     printf("%ld\n", (after.tv_sec - before.tv_sec) * 100 + (after.tv_nsec - before.tv_nsec) / 10000000);
 }
 
-/* Leaves PID 1 no more memory than it has, for so many seconds. */
+/* Keeps PID 1 from allocating memory for so many seconds. */
 static void starve(int seconds)
 {
     struct rlimit none = {0, RLIM_INFINITY}, all = {RLIM_INFINITY, RLIM_INFINITY};
@@ -103,7 +103,7 @@ static void starve(int seconds)
     or_die(prlimit(1, RLIMIT_AS, &all, 0));
 }
 
-/* Holds a file by a mapping alone, with a page of it dirty. */
+/* Keeps a file in use only by a mapping, with a dirty page. */
 static void map(const char *path)
 {
     int fd = open(path, O_RDWR | O_CREAT, 0644);
@@ -116,7 +116,7 @@ static void map(const char *path)
         pause();
 }
 
-/* So many children, each with a child, all of which die at once. */
+/* Starts so many children, each with a child, which all exit at once. */
 static void orphans(int count)
 {
     int gate[2];
@@ -137,7 +137,7 @@ static void orphans(int count)
     _exit(0);
 }
 
-/* Forks as often as it can, deaf to all that can be ignored. */
+/* Forks endlessly, and ignores all signals that can be ignored. */
 static void bomb(void)
 {
     for (int i = 1; i < 32; i++)
@@ -146,7 +146,7 @@ static void bomb(void)
         fork();
 }
 
-/* Sends each process that is born after this one a signal as soon as it may: one that ends it, with a
+/* Sends each process started after this one a fatal signal as soon as it is permitted, with a
  * core where the kernel writes one. */
 static void strike(void)
 {
@@ -170,15 +170,15 @@ static void strike(void)
         }
 }
 
-/* Kills all that it may as soon as somebody opens the pipe to write. */
+/* Kills all processes once the pipe is opened for writing. */
 static void last(const char *path)
 {
     int fd = open(path, O_RDONLY);
     kill(fd < 0 ? 0 : -1, SIGKILL);
 }
 
-/* Keeps the pipe of its output locked, with that text in it: for so many seconds, by a child that outlives
-   this process. Then a last line comes through. */
+/* Keeps the pipe of its output locked for so many seconds, with that text in it, by a child that outlives
+   this process. Then writes a last line. */
 static void plug(const char *text, int seconds)
 {
     int pair[2];
@@ -200,7 +200,7 @@ static void plug(const char *text, int seconds)
     }
 }
 
-/* The same, and a child writes a byte to the standard error again and again. */
+/* The same, while a child keeps writing single bytes to standard error. */
 static void drip(int seconds)
 {
     plug("", seconds);
@@ -221,7 +221,7 @@ static void lock_output(void)
     splice(pair[0], 0, pipe, 0, 4096, 0);
 }
 
-/* Bytes that are still unread in the pipe after a second. */
+/* The number of bytes that are still unread in the pipe after a second. */
 static int unread_in(int pipe)
 {
     int left = 1;
@@ -232,8 +232,8 @@ static int unread_in(int pipe)
     return left;
 }
 
-/* Writes to standard error until nobody reads it any more, and reads back the rest. Then writes a line to
-   standard output, and reports on the console when that has been read. */
+/* Writes to standard error until it is no longer read, and reads the rest back. Then writes a line to
+   standard output, and reports on the console once that was read. */
 static void fill_stderr(void)
 {
     static char piece[4096];
@@ -254,7 +254,7 @@ static void fill_stderr(void)
     fprintf(console, "stdout read\n");
 }
 
-/* The same with the pipe of its input, once something has come in. */
+/* The same with the pipe of its input, once it has data. */
 static void stop_up(int seconds)
 {
     static char piece[4096];
@@ -289,7 +289,7 @@ static void hold_size(void)
     ioctl(0, TIOCGWINSZ, page);
 }
 
-/* All the memory there is, every page of it. */
+/* Takes all memory. */
 static void eat(void)
 {
     for (;;) {
@@ -299,13 +299,13 @@ static void eat(void)
     }
 }
 
-/* All the memory there is: first in files in these places, which stay when their owner is killed, then
- * in its own pages. Whoever is killed for it has a successor. */
+/* Takes all memory: first with files in these directories, which stay when their owner is killed, then
+ * with its own pages. A process that is killed for it has a successor. */
 static void fill(char **places)
 {
     static char piece[1 << 14];
 
-    /* Only a child goes on. */
+    /* Only the child continues. */
     while (fork())
         wait(0);
     int score = open("/proc/self/oom_score_adj", O_WRONLY);
@@ -322,7 +322,7 @@ static void fill(char **places)
     eat();
 }
 
-/* PID 1's registers, by what they are for. */
+/* PID 1's registers, by purpose. */
 #ifdef __x86_64__
 #define PC rip
 #define SP rsp
@@ -337,7 +337,7 @@ enum { INSTRUCTION = 2, RETURN_ADDRESS = 8 };
 enum { INSTRUCTION = 4, RETURN_ADDRESS = 0 };
 #endif
 
-/* Stops PID 1, which waits in a system call, and gives its registers. */
+/* Stops PID 1, which waits in a system call, and returns its registers. */
 static struct user_regs_struct stop(void)
 {
     struct user_regs_struct regs;
@@ -353,7 +353,7 @@ static void set(struct user_regs_struct regs)
     or_die(ptrace(PTRACE_SETREGSET, 1, NT_PRSTATUS, &all));
 }
 
-/* Leads PID 1 to one of its own functions, as if that had been called. */
+/* Makes PID 1 call one of its own functions. */
 static void panic(unsigned long function)
 {
     struct user_regs_struct regs = stop();
@@ -369,7 +369,7 @@ static void panic(unsigned long function)
     or_die(ptrace(PTRACE_DETACH, 1, 0, 0));
 }
 
-/* Has PID 1 take a filter by which it never forks again. */
+/* Installs a seccomp filter in PID 1 that denies fork. */
 static void sterilize(void)
 {
     struct user_regs_struct before = stop(), regs = before;

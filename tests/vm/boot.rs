@@ -1,4 +1,4 @@
-//! Every step of the boot, seen from inside: one VM, whose report all tests here look at.
+//! Every step of the boot, seen from the guest: all tests here share one VM's report.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,7 +13,7 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// What the workload has seen, and what came of its VM.
+/// The workload's report, and the result of its VM.
 struct Seen {
     console: String,
     sections: BTreeMap<&'static str, Vec<String>>,
@@ -24,9 +24,9 @@ struct Seen {
     volumes: [Image; 2],
 }
 
-static SEEN: LazyLock<Seen> = LazyLock::new(|| look().expect("the VM boots and tells"));
+static SEEN: LazyLock<Seen> = LazyLock::new(|| look().expect("the VM boots and reports"));
 
-/// Commands whose output the tests look at.
+/// Commands whose output the tests check.
 const SECTIONS: &[(&str, &str)] = &[
     ("argv", r#"printf '[%s]' "$0" "$@"; echo"#),
     (
@@ -95,7 +95,7 @@ fn look() -> Result<Seen> {
     )?;
     let note = |text| Image::ext4(&Tree::empty()?.file("/note", 0o644, text)?, 8);
     let volumes = [note("outer\n")?, note("inner\n")?];
-    // A redirection of the shell itself keeps descriptors for later: these come first.
+    // A redirection of the shell itself saves descriptors: so these come first.
     let script = "echo '<<< fds'; ls -l /proc/$$/fd; echo '>>> fds 0'\n".to_string()
         + &guest::report(SECTIONS)
         + "echo ready; read -r line; echo \"stdin: $line\"; exit 0";
@@ -166,10 +166,10 @@ fn section(name: &str) -> &'static [String] {
 fn field(section_name: &str, name: &str) -> &'static str {
     let mut lines = section(section_name).iter();
     let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-    value.expect("the kernel tells").trim()
+    value.expect("the kernel reports it").trim()
 }
 
-/// A mount: its type, its options and its file system's.
+/// A mount: its type, its own options and those of its file system.
 struct Mount<'a> {
     kind: &'a str,
     source: &'a str,
@@ -285,7 +285,7 @@ fn cgroups_are_a_hybrid_of_v1_controllers_and_v2() {
         "cpuset",
     ];
     controllers.retain(|names| !missing.contains(names));
-    // One that the kernel does not have is a warning, and no kernel message.
+    // A missing one is a warning, not a kernel message.
     let warnings = SEEN.console.matches("mount cgroup on ").count();
     assert_eq!(warnings, missing.len(), "{}", SEEN.console);
     assert!(!SEEN.console.contains("Unknown subsys"), "{}", SEEN.console);
@@ -302,7 +302,7 @@ fn cgroups_are_a_hybrid_of_v1_controllers_and_v2() {
         mounts().into_keys().filter(below).count(),
         controllers.len() + 1
     );
-    // The workload is in the root of each v1 hierarchy, and in a group of its own; PID 1 is outside.
+    // The workload is in the root of each v1 hierarchy, and in its own v2 group; PID 1 is not.
     let mut lines = section("cgroups").to_vec();
     assert_eq!(lines.pop().as_deref(), Some("1"));
     assert_eq!(lines.pop().as_deref(), Some("0::/workload"));
@@ -402,7 +402,7 @@ fn the_workload_inherits_only_descriptors_0_to_2() {
         panic!("not three descriptors: {links:?}");
     };
     assert_eq!([zero, one, two], ["0", "1", "2"]);
-    // The kernel was told which one it is, and PID 1 was not.
+    // Its name is set for the kernel (console=), but PID 1 has to find it.
     assert_eq!(input, format!("/dev/{}", section("console")[0]));
     assert!(output.starts_with("pipe:["), "{output}");
     assert_eq!(output, errors, "one pipe for both");
@@ -583,8 +583,8 @@ fn nested_volumes_are_mounted_and_belong_to_the_user() {
 
 #[test]
 fn the_initramfs_and_its_secrets_are_gone() -> Result<()> {
-    // A root file system in memory counts as shared memory: 16 MiB, were they still there. The
-    // program itself stays, as long as it runs.
+    // A root file system in memory would count as shared memory: 16 MiB, if it were still there. The
+    // program's own pages stay while it runs.
     let words = section("memory")[1].split_whitespace();
     let kilobytes: u64 = words.clone().nth(1).expect("a number").parse()?;
     let program = std::fs::metadata(assets::build_dir().join("init"))?.len() / 1024;
@@ -624,7 +624,7 @@ fn the_log_has_the_boots_steps_and_the_workloads_ids() {
     let exited = lines
         .iter()
         .find(|line| line.contains("workload exited"))
-        .expect("it says so");
+        .expect("the line is printed");
     assert!(exited.contains(" exit_code=0 oom_killed=false"), "{exited}");
     assert!(exited.ends_with(" uid=0 gid=0"), "{exited}");
     assert_eq!(
@@ -651,7 +651,7 @@ fn all_disks_are_clean_afterwards_with_all_data() -> Result<()> {
         SEEN.root.read("/etc/resolv.conf")?,
         "nameserver 8.8.8.8\nnameserver fd00::53\n"
     );
-    // What was mounted elsewhere left nothing below its mount points.
+    // Volumes leave nothing below their mount points.
     assert!(SEEN.root.stat("/data/note").is_err());
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The system calls of PID 1, from the workload's start to the reboot, as the kernel traces them.
+//! The system calls of PID 1 from the workload's start to the reboot, traced by the kernel.
 
 use std::{
     collections::BTreeSet,
@@ -19,13 +19,13 @@ use pigeon_lab::{
 };
 use serde_json::json;
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// The list that has to be right.
+/// The list under test.
 const LIST: &str = include_str!("../THREATS.md");
 
-/// The names in the block of the list that starts with this word.
+/// The names in the list's block that starts with this word.
 fn listed(word: &str) -> Result<BTreeSet<String>> {
     let (_, rest) = LIST
         .split_once(&format!("\n{word}:"))
@@ -42,15 +42,15 @@ fn shell(api: &mut Client<UnixStream>, script: &str) -> Result<String> {
     Ok(response["stdout"].as_str().unwrap_or_default().into())
 }
 
-/// Everything that a host can ask for, once.
+/// Uses everything that the host can request.
 fn use_all(vm: &mut Vm, api: &mut Client<UnixStream>) -> Result<()> {
-    // So often that PID 1 waits with another epoll instance.
+    // Often enough that PID 1 waits with another epoll instance.
     for _ in 0..1100 {
         assert_eq!(api.get("/v1/status")?.status, 200);
     }
     assert_eq!(api.get("/v1/none")?.status, 404);
     api.post("/v1/signals", &json!({"signal": 1}))?.success()?;
-    // More than is kept, both streams, in a command that forks and leaves orphans.
+    // More output than is kept, on both streams, of a command that forks and leaves orphans.
     let much =
         "head -c 3000000 /dev/zero; head -c 3000000 /dev/zero >&2; (sleep 0.1 &); (sleep 0.2 &)";
     let much = api.post("/v1/exec", &json!({"cmd": ["sh", "-c", much]}))?;
@@ -106,7 +106,7 @@ fn use_all(vm: &mut Vm, api: &mut Client<UnixStream>) -> Result<()> {
                 let mut piece = [0; 4096];
                 let count = stream.read(&mut piece)?;
                 back.extend(&piece[..count]);
-                ensure!(count > 0, "the tunnel ends");
+                ensure!(count > 0, "the tunnel is closed");
             }
             assert!(back == body);
         }
@@ -114,7 +114,7 @@ fn use_all(vm: &mut Vm, api: &mut Client<UnixStream>) -> Result<()> {
     #[cfg(feature = "snapshot")]
     {
         let hold = json!({"token": "a1"});
-        // Other connections end with it: one of its own is what goes on.
+        // A hold closes other connections: so it has its own.
         let mut holder = vm.api()?;
         holder.post("/v1/snapshot/prepare", &hold)?.success()?;
         holder.post("/v1/snapshot/cancel", &hold)?.success()?;
@@ -124,10 +124,10 @@ fn use_all(vm: &mut Vm, api: &mut Client<UnixStream>) -> Result<()> {
             .success()?;
         *api = vm.api()?;
     }
-    // What was killed is reaped, beside the orphans.
+    // Killed processes and orphans are reaped.
     let start = Instant::now();
     while shell(api, "ps -o args | grep -cE '^sleep (0.*|99|100)$' || true")? != "0\n" {
-        ensure!(start.elapsed() < TIMEOUT, "somebody still sleeps");
+        ensure!(start.elapsed() < TIMEOUT, "a sleep is still running");
         thread::sleep(Duration::from_millis(100));
     }
     Ok(())
@@ -147,7 +147,7 @@ fn names(text: &str, end: char) -> BTreeSet<String> {
 fn pid_1_makes_no_system_call_that_is_not_listed() -> Result<()> {
     const TRACING: &str = "mkdir -p /sys/kernel/tracing; mount -t tracefs tracefs /sys/kernel/tracing; cd /sys/kernel/tracing
         echo 'hist:keys=id.syscall:size=1024 if common_pid == 1' >events/raw_syscalls/sys_enter/trigger";
-    /// Each call of PID 1 is a line on the console from now on, up to the last.
+    /// Prints each call of PID 1 as a line on the console, up to the last one.
     const PRINTING: &str = "cd /sys/kernel/tracing; cat events/raw_syscalls/sys_enter/hist
         echo 8 >/proc/sys/kernel/printk; echo 1 >/proc/sys/kernel/tracepoint_printk
         echo 'common_pid == 1' >events/syscalls/filter
@@ -165,7 +165,7 @@ fn pid_1_makes_no_system_call_that_is_not_listed() -> Result<()> {
         .disk(&root)
         .disk(&volume)
         .arg("tp_printk")
-        // It would read in the kernel's log that it reads the kernel's log.
+        // Otherwise, reading the kernel's log would itself be printed there.
         .arg("PIGEON_RESTORE=host")
         .timeout(TIMEOUT)
         .boot()?;

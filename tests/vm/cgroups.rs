@@ -1,4 +1,4 @@
-//! Control groups: the layouts, who is born where, and what the workload's user may do.
+//! Control groups: the layouts, the group of each process, and the permissions of the workload's user.
 
 use std::{
     thread,
@@ -112,7 +112,7 @@ fn the_workloads_user_owns_its_group_and_root_that_of_commands() -> Result<()> {
         ("unified", "/sys/fs/cgroup"),
     ] {
         let root = root()?;
-        // What a user's container engine does: groups of his own, processes moved, limits set.
+        // What a user's container engine does: create groups, move processes, set limits.
         let script = format!(
             "cd {v2}/workload && mkdir inner outer && echo $$ >inner/cgroup.procs && cat /proc/self/cgroup | tail -n 1
             if [ {layout} = unified ]; then
@@ -188,7 +188,7 @@ fn commands_start_in_the_root_cgroup_if_their_group_was_removed() -> Result<()> 
     root.check()
 }
 
-/// A command that is held before it has begun has copies of all that PID 1 has open.
+/// A command that is frozen before it executes has copies of all descriptors of PID 1.
 #[test]
 fn commands_frozen_at_their_start_keep_no_connection_open() -> Result<()> {
     let root = root()?;
@@ -212,7 +212,7 @@ fn commands_frozen_at_their_start_keep_no_connection_open() -> Result<()> {
     command.send(format!("{head}{}\r\n\r\n{body}", body.len()).as_bytes())?;
     vm.api()?.get("/v1/status")?.success()?;
 
-    // One that was there before it.
+    // A connection that was opened before.
     kept.send(b"GET /v1/status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
     kept.receive(false)?.success()?;
     kept.wait_closed().context("the connection stays open")?;
@@ -236,7 +236,7 @@ fn commands_frozen_at_their_start_keep_no_connection_open() -> Result<()> {
         ensure!(start.elapsed() < Duration::from_secs(120), "{ticks:?}");
         thread::sleep(Duration::from_millis(100));
     };
-    // Of the 300 of three seconds.
+    // Of the 300 ticks in three seconds.
     let [.., first, _, _, last] = ticks[..] else {
         bail!("{ticks:?}");
     };
@@ -254,14 +254,14 @@ fn limits() -> Value {
     json!({"memory": {"limit": 32 << 20}, "pids": {"limit": 8}})
 }
 
-/// What runs in a container: it takes more memory than it may have, and more processes.
+/// The container's script: it exceeds its limits of memory and of processes.
 const CONTAINED: &str = "echo contained $$ $(id -u)
     cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max 2>/dev/null
     dd if=/dev/zero of=/dev/null bs=64M count=1; echo memory $?
     grep '^oom_kill ' /sys/fs/cgroup/memory.events 2>/dev/null
     (for i in 1 2 3 4 5 6 7 8 9 10; do sleep 1000 & done); echo processes $?; exit 9";
 
-/// A container's part of the OCI configuration (runtime-spec, config-linux.md) for the user `app`.
+/// The container's part of the OCI configuration (runtime-spec, config-linux.md) for the user `app`.
 fn of_app(resources: Value) -> Value {
     json!({
         "uidMappings": [{"containerID": 0, "hostID": 1000, "size": 1}],
@@ -271,8 +271,8 @@ fn of_app(resources: Value) -> Value {
     })
 }
 
-/// A root with Debian's runc and with containers of what it has in `/bin`: a name, and the
-/// configuration's part `linux` for each, which is in `/srv/NAME` then.
+/// A root with Debian's runc and containers that use its `/bin`: a name and the `linux` part of the
+/// configuration for each, which is in `/srv/NAME`.
 fn with_runc(containers: &[(&str, Value)]) -> Result<Image> {
     let mut tree = Tree::busybox()?.packages(&["runc", "libseccomp2", "libc6"])?;
     for (name, linux) in containers {
@@ -308,7 +308,7 @@ fn with_runc(containers: &[(&str, Value)]) -> Result<Image> {
     Image::ext4(&tree, 96)
 }
 
-/// What runs the container in `/srv/NAME`.
+/// The command that runs the container in `/srv/NAME`.
 fn runc(name: &str) -> String {
     format!("runc --root /tmp/runc run --bundle /srv/{name} {name}; echo {name} ended with $?")
 }
@@ -318,7 +318,7 @@ fn in_unified_a_users_container_has_memory_and_pids_limits() -> Result<()> {
     let mut linux = of_app(limits());
     linux["cgroupsPath"] = json!("/workload/box");
     let root = with_runc(&[("box", linux)])?;
-    // A group that has controllers for those below has no process of its own (cgroups(7)).
+    // A group that delegates controllers cannot have processes (cgroups(7)).
     let script = format!(
         "mkdir /sys/fs/cgroup/workload/shell; echo 0 >/sys/fs/cgroup/workload/shell/cgroup.procs
         {}",
@@ -374,7 +374,7 @@ fn in_hybrid_only_roots_containers_have_limits() -> Result<()> {
     ] {
         assert!(console.contains(said), "no {said:?} in {console}");
     }
-    // The kernel has no v1 hierarchy for memory any more, or root's container has both limits.
+    // The kernel no longer has a v1 memory hierarchy, or root's container has both limits.
     let has_memory = !assets::missing_v1_controllers()?.contains(&"memory");
     let said = exec(&mut vm, &format!("{{ {}; }} 2>&1", runc("box")))?;
     let expected: &[&str] = match has_memory {

@@ -17,7 +17,7 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// What the VM `number` is told: the one that is snapshotted is 0, its clones are 1 and more.
+/// The document of VM `number`: 0 is the one that is snapshotted, its clones are 1 and more.
 fn document(number: usize) -> Value {
     const SCRIPT: &str = "trap 'echo restored at $n' USR1; trap 'exit 3' TERM
         n=0; while :; do n=$((n + 1)); echo count $n; sleep 0.05; done";
@@ -35,7 +35,7 @@ fn document(number: usize) -> Value {
     )
 }
 
-/// Whether VMs whose snapshots can be restored are refused, as they are where QEMU cannot do that.
+/// Whether VMs with restorable snapshots are refused, as QEMU does not support them here.
 fn are_refused() -> Result<bool> {
     let refused = assets::arch() != Arch::X86_64;
     if refused {
@@ -59,23 +59,23 @@ fn open(vm: &mut Vm, first: &Value) -> Result<Socket> {
     Ok(socket)
 }
 
-/// The number of the workload's last line on the console.
+/// The number in the workload's last line on the console.
 fn count(vm: &Vm) -> Result<u64> {
     let console = vm.console();
-    // The last line may not be whole yet.
+    // The last line may be incomplete.
     let whole = console.rsplit_once('\n').map_or("", |(whole, _)| whole);
     let mut counts = whole
         .lines()
         .rev()
         .filter_map(|line| line.strip_prefix("count "));
-    Ok(counts.next().context("nothing counted")?.parse()?)
+    Ok(counts.next().context("no line with a number")?.parse()?)
 }
 
-/// A session that tells the time, and how often it was asked.
+/// A session that prints how often it was asked, and the time.
 const CLOCK: &str = "n=0; while read -r line; do n=$((n + 1)); echo $n $EPOCHREALTIME; done";
 
-/// The VM that is to be cloned, and its root: it has talked to its gateway, a session named `clock`
-/// and one that writes to a file go on without a client.
+/// The VM to be cloned, and its root: it has contacted its gateway, and has two detached sessions, one named
+/// `clock` and one that writes to a file.
 fn original(restore: &str) -> Result<(Vm, Image)> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let mut vm = Vm::builder()
@@ -106,12 +106,12 @@ fn original(restore: &str) -> Result<(Vm, Image)> {
     Ok((vm, root))
 }
 
-/// What there is to be known of a clone.
+/// Facts about a clone.
 struct Facts {
     number: usize,
     /// Output of the commands of [`Facts::of`].
     found: BTreeMap<&'static str, String>,
-    /// How far its clock is from the host's, beyond what the call that has set it took to arrive.
+    /// The difference between its clock and the host's, beyond the duration of the call that set it.
     clock: Duration,
     console: String,
 }
@@ -156,8 +156,8 @@ impl Facts {
     }
 }
 
-/// How far a guest's clock is from the host's, as its session `clock` tells it. The quickest answer
-/// of several says it best.
+/// The difference between a guest's clock and the host's, from its session `clock`. The fastest of several
+/// responses is the most exact.
 fn clock_difference(vm: &mut Vm) -> Result<Duration> {
     let mut clock = open(vm, &json!({"attach": "clock"}))?;
     let now = || SystemTime::now().duration_since(UNIX_EPOCH);
@@ -169,7 +169,7 @@ fn clock_difference(vm: &mut Vm) -> Result<Duration> {
         let after = now()?;
         let time = response.split_whitespace().nth(1).context("no time")?;
         let guest = Duration::try_from_secs_f64(time.parse()?)?;
-        // Right at any moment between the question and the response.
+        // Zero if the guest's time lies between request and response.
         let difference = before
             .saturating_sub(guest)
             .max(guest.saturating_sub(after));
@@ -181,15 +181,15 @@ fn clock_difference(vm: &mut Vm) -> Result<Duration> {
     let (took, difference) = best.context("no answer")?;
     ensure!(
         took < Duration::from_millis(500),
-        "an answer takes {took:?}"
+        "a response takes {took:?}"
     );
     Ok(difference)
 }
 
-/// Its name, and what fails where it is not so.
+/// A name, and a check that fails if this is not the clone's own.
 type Check = (&'static str, fn(&Facts) -> Result<()>);
 
-/// What is a clone's own.
+/// Properties that each clone must have of its own.
 const CHECKS: [Check; 9] = [
     ("address", |facts| {
         facts.is("address", &format!("10.0.{}.2/24", facts.number))
@@ -223,13 +223,12 @@ const CHECKS: [Check; 9] = [
     }),
 ];
 
-/// Finds the workload and the session that writes where they were when the snapshot was taken, and
-/// going on.
+/// Checks that the workload and the writing session continue where they were in the snapshot.
 fn goes_on(vm: &mut Vm, original: &Vm) -> Result<()> {
     let at = count(original)?;
     let first = vm.wait_for("count ")?;
     let first: u64 = first.trim_start_matches("count ").parse()?;
-    // A line may have been on its way when the snapshot was taken.
+    // A line may have been in transit when the snapshot was taken.
     ensure!(
         (at + 1..=at + 2).contains(&first),
         "the clone's first line is {first}, the snapshot's last {at}"
@@ -249,13 +248,13 @@ fn goes_on(vm: &mut Vm, original: &Vm) -> Result<()> {
     while written(vm)? <= before {
         ensure!(
             Instant::now() < deadline,
-            "the detached command stands still"
+            "the detached command does not continue"
         );
     }
     Ok(())
 }
 
-/// Ends a clone, and finds its disk clean.
+/// Shuts a clone down, and checks its disk.
 fn end(mut vm: Vm) -> Result<()> {
     let mut api = vm.api()?;
     api.post("/v1/signals", &json!({"signal": 15}))?.success()?;
@@ -271,7 +270,7 @@ fn a_clone_without_a_new_document_continues_as_the_original() -> Result<()> {
     }
     let (mut vm, _root) = original("off")?;
     let snapshot = vm.snapshot()?;
-    // Long enough for a clock that stood still to be wrong.
+    // Long enough that a clock that was not corrected is wrong.
     thread::sleep(Duration::from_millis(200));
     let mut clone = snapshot
         .restore()
@@ -283,7 +282,7 @@ fn a_clone_without_a_new_document_continues_as_the_original() -> Result<()> {
         ensure!(check(&facts).is_err(), "{name} is not the original's");
     }
     end(clone)?;
-    // The original itself goes on, too.
+    // The original continues, too.
     vm.resume()?;
     assert_eq!(exec(&mut vm, "hostname")?, "vm0\n");
     Ok(())
@@ -295,23 +294,22 @@ fn now() -> Result<u64> {
     Ok(now.as_micros().try_into()?)
 }
 
-/// Random numbers of the host's, in base64.
+/// Random numbers from the host, in base64.
 fn entropy(number: usize) -> String {
     format!("{number:02}").repeat(32)
 }
 
-/// Waits until a clone that nobody calls has become one by itself.
+/// Waits until a clone has completed its restore without a call.
 fn wait_restored(vm: &mut Vm) -> Result<()> {
     vm.wait_for("restored at ").map(drop)
 }
 
-/// Checks all that is a clone's own; the clock where a call has set it, which took so long to arrive
-/// or less.
+/// Checks all properties of a clone; the clock only if a call has set it, with the duration of the call.
 fn is_its_own(vm: &mut Vm, number: usize, call: Option<Duration>) -> Result<()> {
     let facts = Facts::of(vm, number, call.unwrap_or_default())?;
     for (name, check) in CHECKS {
         if name == "clock" && call.is_none() {
-            // Without KVM, the guest has no clock of the host's to set its own by.
+            // Without KVM, the guest has no host clock to set its own from.
             continue;
         }
         check(&facts).with_context(|| format!("clone {number}: {name}"))?;
@@ -327,7 +325,7 @@ fn clones_get_their_own_identity_from_mmds_alone() -> Result<()> {
     let (mut vm, _root) = original("auto")?;
     let snapshot = vm.snapshot()?;
     thread::sleep(Duration::from_millis(200));
-    // A driver pushes the document when the VM runs already.
+    // A driver pushes the document once the VM runs.
     let mut clones = vec![];
     for number in 1..=3 {
         let mmds = Mmds::serving(document(number)).push(Push::AfterRequests(number));
@@ -394,7 +392,7 @@ fn clones_of_a_prepared_vm_stay_frozen_until_restored() -> Result<()> {
         is_its_own(clone, number, Some(call))?;
     }
     clones.into_iter().try_for_each(end)?;
-    // The original itself goes on, too.
+    // The original continues, too.
     vm.resume()?;
     let cancel = json!({"token": "a1"});
     vm.api()?.post("/v1/snapshot/cancel", &cancel)?.success()?;
@@ -403,7 +401,7 @@ fn clones_of_a_prepared_vm_stay_frozen_until_restored() -> Result<()> {
     Ok(())
 }
 
-/// The first identifiers of a clone, whole lines.
+/// The first identifiers of a clone, from complete lines.
 fn uuids(vm: &Vm) -> Result<Vec<String>> {
     let deadline = Instant::now() + Duration::from_secs(180);
     loop {
@@ -428,7 +426,7 @@ fn clones_without_a_restore_share_random_numbers() -> Result<()> {
         return Ok(());
     }
     let root = Image::ext4(&Tree::busybox()?, 32)?;
-    // It never sleeps: the clock of an idle guest runs far ahead.
+    // It never sleeps: an idle guest's clock would run far ahead.
     let script = "while :; do
             cat /proc/sys/kernel/random/uuid; i=0; while [ $i -lt 3000 ]; do i=$((i + 1)); done
         done";
@@ -450,9 +448,9 @@ fn clones_without_a_restore_share_random_numbers() -> Result<()> {
     }
     assert_eq!(identifiers[0], identifiers[1]);
 
-    // The moment of a call is not the same in two clones, which also makes a difference: that the
-    // kernel has new numbers is the init's word.
-    let told = |number: usize| -> Result<String> {
+    // The calls arrive at different instants, which also makes a difference: so only the init's response
+    // shows that the kernel was reseeded.
+    let random_uuid = |number: usize| -> Result<String> {
         let mut clone = snapshot.restore().start()?;
         let restore = json!({"entropy": entropy(number)});
         let restored = clone.api()?.post("/v1/restore", &restore)?;
@@ -460,6 +458,6 @@ fn clones_without_a_restore_share_random_numbers() -> Result<()> {
         assert_eq!(restored["reseeded"], true, "{restored}");
         exec(&mut clone, "cat /proc/sys/kernel/random/uuid")
     };
-    assert_ne!(told(1)?, told(2)?);
+    assert_ne!(random_uuid(1)?, random_uuid(2)?);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Where the configuration comes from, and what its source may do.
+//! The sources of the configuration, and how they may fail.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// What is left of the conversation with MMDS when the workload runs.
+/// Leftovers of the MMDS session in the workload.
 const LEFTOVERS: (&str, &str) = (
     "leftovers",
     "ip -o -4 address show dev eth0; ip -4 route show; grep -i :50 /proc/net/tcp",
@@ -21,13 +21,13 @@ fn root() -> Result<Image> {
     Image::ext4(&Tree::busybox()?, 32)
 }
 
-/// A document whose workload says where it comes from, and what MMDS has left.
+/// A document whose workload prints its origin, and the leftovers of the MMDS session.
 fn document(origin: &str) -> Value {
     let script = guest::report(&[("origin", &format!("echo {origin}")), LEFTOVERS]);
     guest::shell(&script, json!({}))
 }
 
-/// The workload of `document(origin)` has run, MMDS has left nothing, the end is in order.
+/// The workload of `document(origin)` has run without MMDS leftovers, and the shutdown was clean.
 fn assert_ran(mut vm: Vm, origin: &str, source: &str, root: &Image) -> Result<()> {
     assert_eq!(vm.section("origin")?, [origin]);
     assert_eq!(vm.section("leftovers")?, [""; 0]);
@@ -85,7 +85,7 @@ fn mmds_v1_is_used_when_v2_is_refused() -> Result<()> {
 #[test]
 fn a_document_pushed_after_the_start_is_waited_for() -> Result<()> {
     let root = root()?;
-    // The host's own metadata is there before what there is to run.
+    // Other metadata of the host is there before the command.
     let before =
         json!({"latest": {"meta-data": {"ImageConfig": {}}}, "ImageConfig": {"User": "app"}});
     let mmds = Mmds::serving(document("mmds"))
@@ -207,7 +207,7 @@ fn a_document_at_all_limits_is_accepted() -> Result<()> {
         "MTU": 0,
         "Padding": ""
     });
-    // Escapes in the padding show that it is read as the string it is.
+    // Escapes in the padding show that it is parsed as a string.
     let room = (1 << 20) - document.to_string().len();
     document["Padding"] = "\"}]\u{1f426}".repeat(room / 8).into();
     let size = document.to_string().len();
@@ -216,7 +216,7 @@ fn a_document_at_all_limits_is_accepted() -> Result<()> {
     let mmds = Mmds::serving(document);
     let builder = Vm::builder().disk(&root).mmds(mmds);
     let mut vm = builder.arg("PIGEON_MMDS_TIMEOUT_MS=30000").boot()?;
-    // The shell's $0 is the first of them.
+    // The shell's $0 is the first one.
     assert_eq!(
         vm.section("argv")?,
         ["2044 argument 1 argument 1020 argument 2044"]

@@ -1,4 +1,4 @@
-//! The table of [`cases`] twice: by the parsers themselves, cut in every way, and by a whole VM.
+//! The table of [`cases`] twice: with the parsers alone, split in every way, and with a VM.
 
 #[path = "conformance_cases.rs"]
 mod cases;
@@ -26,7 +26,7 @@ use proto::{
 };
 use serde_json::json;
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// One answer.
@@ -36,7 +36,7 @@ const RESPONSE: Duration = Duration::from_secs(30);
 /// after an error response the VM waits 5 s for the client to close.
 const AT_ONCE: usize = 64;
 
-/// Whether these are the statuses wanted.
+/// Whether the statuses are those expected.
 fn matches(seen: &[u16], wanted: &[u16]) -> bool {
     let right = |(seen, wanted): (&u16, &u16)| {
         seen == wanted || (*wanted == ERROR && (400..600).contains(seen))
@@ -44,11 +44,11 @@ fn matches(seen: &[u16], wanted: &[u16]) -> bool {
     seen.len() == wanted.len() && seen.iter().zip(wanted).all(right)
 }
 
-/// Longest body that the API keeps.
+/// The longest body that the API accepts.
 const MAX_BODY: usize = 128 << 10;
 
-/// What the request parsers alone make of bytes that come in pieces, with a stand-in for what the API
-/// does with a request: statuses, and whether the connection goes on.
+/// The result of the request parsers alone for bytes that arrive in pieces, with a stub for the API's
+/// handler: statuses, and whether the connection stays open.
 fn parse(bytes: &[u8], step: usize) -> (Vec<u16>, bool) {
     let (mut buffer, mut statuses) = (vec![], vec![]);
     let (mut parser, mut request) = (HeadParser::default(), None::<Request>);
@@ -76,7 +76,7 @@ fn parse(bytes: &[u8], step: usize) -> (Vec<u16>, bool) {
             };
             reading.body.extend_from_slice(&buffer[..decoded.content]);
             buffer.drain(..decoded.consumed);
-            // Who expects 100-continue and is refused is told at once.
+            // A client that expects 100-continue gets an error at once.
             let is_declined = reading.expects && reading.status() >= 400;
             if !(reading.decoder.is_complete() || is_declined) {
                 break;
@@ -128,7 +128,7 @@ impl Request {
         })
     }
 
-    /// What the API answers, as far as the cases go.
+    /// The status of the API's response, as far as the cases need it.
     fn status(&self) -> u16 {
         let mut memory = vec![0; MAX_BODY + 1024];
         let mut arena = Arena::new(&mut memory);
@@ -162,7 +162,7 @@ fn the_request_parser_conforms_however_the_bytes_are_split() {
     } in cases::exchanges()
     {
         for step in [bytes.len(), 4096, 7, 1] {
-            // Byte by byte only what is short.
+            // Only short inputs byte by byte.
             if step < 4096 && bytes.len() > 40_000 {
                 continue;
             }
@@ -223,7 +223,7 @@ fn the_frame_decoder_conforms_however_the_bytes_are_split() {
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
-/// The cases with a connection each, many at a time: one that was refused stays open for a while.
+/// Runs each case on its own connection, many at a time: after an error a connection stays open for a while.
 fn all_cases<C: Sync>(
     vm: &mut Vm,
     cases: &[C],
@@ -256,7 +256,7 @@ fn all_cases<C: Sync>(
 fn exchange(stream: UnixStream, case: &Exchange) -> Result<()> {
     let mut client = Client::new(stream);
     client.set_read_timeout(RESPONSE)?;
-    // Nobody is cut off while sending.
+    // A client must be able to send everything.
     client.send(&case.bytes)?;
     let mut seen = vec![];
     for _ in &case.statuses {
@@ -339,7 +339,7 @@ fn session(stream: UnixStream, case: &Frames) -> Result<()> {
     if goes_on {
         ensure!(
             echo == [&case.echo[..], b"<end>"].concat(),
-            "{} bytes came back",
+            "{} bytes were echoed",
             echo.len()
         );
     } else {
@@ -348,8 +348,7 @@ fn session(stream: UnixStream, case: &Frames) -> Result<()> {
     Ok(())
 }
 
-/// Half a request, and how long it took to be told that this is too slow; `drip` sends on, byte
-/// after byte.
+/// Sends half a request, and measures the time until the 408; `drip` keeps sending single bytes.
 fn slow(mut client: Client<UnixStream>, drip: bool) -> Result<Duration> {
     let start = Instant::now();
     client.set_read_timeout(2 * RESPONSE)?;
@@ -389,7 +388,7 @@ fn the_api_conforms_over_vsock() -> Result<()> {
             Ok(thread::spawn(move || slow(client, drip)))
         })
         .collect::<Result<_>>()?;
-    // Nothing sent is no slow request: such a connection stays.
+    // An idle connection is not a slow request: it stays open.
     let mut idle = vm.api()?;
 
     let (exchanges, frames) = (cases::exchanges(), cases::frames());
@@ -398,31 +397,31 @@ fn the_api_conforms_over_vsock() -> Result<()> {
     all_cases(&mut vm, &exchanges, |case| case.name, exchange, &mut faults)?;
     all_cases(&mut vm, &frames, |case| case.name, session, &mut faults)?;
 
-    // 100-continue: asked for, and no body before it.
-    let mut patient = vm.api()?;
-    patient.send(
+    // With 100-continue, and without sending the body first.
+    let mut expecting = vm.api()?;
+    expecting.send(
         b"POST /v1/signals HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 13\r\n\r\n",
     )?;
-    assert_eq!(patient.receive(false)?.status, 100);
-    patient.send(br#"{"signal":28}"#)?;
-    assert_eq!(patient.receive(false)?.status, 200);
-    // A client that asks first is told first.
-    patient.send(
+    assert_eq!(expecting.receive(false)?.status, 100);
+    expecting.send(br#"{"signal":28}"#)?;
+    assert_eq!(expecting.receive(false)?.status, 200);
+    // A client that expects 100-continue gets the error before it sends the body.
+    expecting.send(
         b"POST /v1/nothing HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 13\r\n\r\n",
     )?;
-    assert_eq!(patient.receive(false)?.status, 404);
+    assert_eq!(expecting.receive(false)?.status, 404);
 
-    // A client that pipelines and does not read costs its own connection only.
-    let deaf = vm.connect(API_PORT)?;
-    deaf.set_write_timeout(Some(Duration::from_secs(2)))?;
+    // A client that pipelines without reading blocks only its own connection.
+    let unread = vm.connect(API_PORT)?;
+    unread.set_write_timeout(Some(Duration::from_secs(2)))?;
     let request = b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n".repeat(1000);
-    let sent = (0..200).take_while(|_| std::io::Write::write_all(&mut &deaf, &request).is_ok());
+    let sent = (0..200).take_while(|_| std::io::Write::write_all(&mut &unread, &request).is_ok());
     assert!(
         sent.count() < 200,
-        "it reads on though nobody takes its answers"
+        "it keeps reading although no response is read"
     );
     assert_eq!(vm.api()?.get("/v1/status")?.status, 200);
-    drop(deaf);
+    drop(unread);
 
     for slow in slow_ones {
         let took = slow.join().expect("no panic")?;

@@ -1,29 +1,29 @@
-//! What a server must do with requests and frames that are malformed, or legal and odd.
+//! How the API must handle malformed requests and frames, and unusual valid ones.
 //! (RFC 9110, RFC 9112, RFC 6455; the limits are the API's own.)
 
 use pigeon_lab::ws::{self, BINARY, CLOSE, CONTINUATION, LAST, PING, PONG, TEXT};
 
-/// Bytes of a client on a new connection, and what it must hear.
+/// The bytes that a client sends on a new connection, and the expected responses.
 pub struct Exchange {
     pub name: &'static str,
     pub bytes: Vec<u8>,
     /// The status codes of all responses, in order; [`ERROR`] is any error.
     pub statuses: Vec<u16>,
-    /// Whether the connection goes on; if so, a following request is answered.
+    /// Whether the connection stays open and a following request gets a response.
     pub open: bool,
 }
 
 /// Any status from 400 to 599.
 pub const ERROR: u16 = 0;
 
-/// Frames of a client to a session that runs `cat`, and what it must hear.
+/// The frames that a client sends to a session that runs `cat`, and the expected response.
 pub struct Frames {
     pub name: &'static str,
     pub bytes: Vec<u8>,
-    /// All binary messages, one after the other.
+    /// All binary messages, concatenated.
     pub echo: Vec<u8>,
     pub pongs: Vec<Vec<u8>>,
-    /// The close frame's code, if the connection is to be closed; `Some(None)`: without one.
+    /// The code in the close frame, if the connection is to be closed; `Some(None)`: without one.
     pub close: Option<Option<u16>>,
 }
 
@@ -46,17 +46,17 @@ fn line(line: &str) -> String {
     format!("{line}\r\n{HOST}\r\n")
 }
 
-/// `POST /v1/signals` with these header lines and what follows the head.
+/// `POST /v1/signals` with these header lines and this text after the head.
 fn post(lines: &str, body: &str) -> String {
     format!("POST /v1/signals HTTP/1.1\r\n{HOST}{lines}\r\n{body}")
 }
 
-/// `POST /v1/signals` with this chunked body, as it is.
+/// `POST /v1/signals` with this encoded chunked body.
 fn chunks(body: &str) -> String {
     post("Transfer-Encoding: chunked\r\n", body)
 }
 
-/// This body in chunks of so many bytes, without the last one.
+/// This body in chunks of `size` bytes, without the last chunk.
 fn in_chunks(body: &str, size: usize) -> String {
     let chunks = body.as_bytes().chunks(size);
     chunks
@@ -70,13 +70,13 @@ fn in_chunks(body: &str, size: usize) -> String {
         .collect()
 }
 
-/// A JSON body of that many bytes that asks for a harmless signal.
+/// A JSON body of `size` bytes that requests a harmless signal.
 fn padded(size: usize) -> String {
     let padding = " ".repeat(size - SIGNAL.len());
     format!("{SIGNAL}{padding}")
 }
 
-/// A header line that makes the head of [`get`] that long.
+/// A header line that makes the head of [`get`] `size` bytes long.
 fn head_of(size: usize) -> String {
     let rest = get("A: \r\n").len();
     get(&format!("A: {}\r\n", "x".repeat(size - rest)))
@@ -148,7 +148,7 @@ pub fn exchanges() -> Vec<Exchange> {
     case(
         "authority form",
         &line("CONNECT vm:80 HTTP/1.1"),
-        // There is no such host, or no such call.
+        // Not an IP address, or CONNECT is not built in.
         &[ERROR],
         CLOSES,
     );
@@ -305,7 +305,7 @@ pub fn exchanges() -> Vec<Exchange> {
         CLOSES,
     );
 
-    // Line ends.
+    // Line endings.
     case(
         "bare LF everywhere",
         "GET /v1/status HTTP/1.1\nHost: x\n\n",
@@ -443,7 +443,7 @@ pub fn exchanges() -> Vec<Exchange> {
         CLOSES,
     );
 
-    // How long the connection lasts.
+    // Persistence.
     case(
         "Connection: close",
         &get("Connection: close\r\n"),
@@ -640,7 +640,7 @@ pub fn exchanges() -> Vec<Exchange> {
         CLOSES,
     );
 
-    // Transfer encodings: where two readers could see two ends, nothing is read.
+    // Transfer encodings: ambiguous lengths are rejected (request smuggling).
     case(
         "chunked",
         &chunks(&format!("d\r\n{SIGNAL}\r\n0\r\n\r\n")),
@@ -1115,7 +1115,7 @@ pub fn exchanges() -> Vec<Exchange> {
     cases
 }
 
-/// A frame's header as it is given, a mask of zeros, and the payload.
+/// This frame header, a mask of zeros, and the payload.
 fn raw(header: &[u8], payload: &[u8]) -> Vec<u8> {
     [header, &[0; 4], payload].concat()
 }

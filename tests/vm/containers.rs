@@ -1,5 +1,5 @@
-//! Programs of Debian's in a VM: container engines and an init system, and what they do with cgroups; a
-//! database, whose client is on the host.
+//! Debian programs in a VM: container engines and an init system, and how they use cgroups; a database with
+//! its client on the host.
 
 use std::{process::Command, time::Duration};
 
@@ -12,10 +12,10 @@ use pigeon_lab::{End, Vm, assets, disk::Disk, guest, process::run, vm::Builder};
 use serde_json::{Value, json};
 use tempfile::{NamedTempFile, TempPath};
 
-/// The script that has systemd run is one of it.
+/// It has the script that runs systemd.
 const README: &str = include_str!("../../README.md");
 
-/// An image of a Debian with these packages.
+/// An image of a Debian system with these packages.
 fn debian(packages: &[&str]) -> Result<TempPath> {
     let image = NamedTempFile::with_suffix(".erofs")?.into_temp_path();
     let options = Options {
@@ -52,9 +52,9 @@ fn exec(vm: &mut Vm, script: &str) -> Result<String> {
 #[test]
 fn systemd_in_its_own_namespaces_reaches_running() -> Result<()> {
     let debian = debian(&["dbus", "procps", "systemd-sysv"])?;
-    // A cgroup for systemd alone, as one whose children have controllers has no process of its own;
-    // and a mount of cgroup2 that is made in its cgroup namespace, as paths in a mount are those of the
-    // namespace it was made in.
+    // A cgroup for systemd alone, as a group whose children have controllers cannot have processes; and a
+    // cgroup2 mount that is made in its cgroup namespace, as a mount shows the paths of the namespace in
+    // which it was made.
     let script = README
         .split("```text\n")
         .find_map(|block| block.starts_with("own=").then(|| block.split("```").next()))
@@ -86,7 +86,7 @@ fn systemd_in_its_own_namespaces_reaches_running() -> Result<()> {
 #[test]
 fn podman_runs_a_users_container_with_limits() -> Result<()> {
     let debian = debian(&["busybox-static", "podman", "procps", "runc", "uidmap"])?;
-    // Its own cgroup is split in two: that of podman's, and that of the container (podman-run(1)).
+    // Its own cgroup is split: one for podman, and one for the container (podman-run(1)).
     let script = "export HOME=/home/app XDG_RUNTIME_DIR=/run/app
         mkdir -p ~/box/bin; cp /bin/busybox ~/box/bin
         for name in sh cat dd sleep; do ln -s busybox ~/box/bin/$name; done

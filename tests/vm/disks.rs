@@ -1,4 +1,4 @@
-//! Disks at the end: file systems that hide, disks that hang, and an end that is never longer than 45 s.
+//! Disks at shutdown: hidden file systems, disks that hang, and the limit of 45 s.
 
 use std::{
     path::{Path, PathBuf},
@@ -17,10 +17,10 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
-/// What no end takes longer than.
+/// The limit of every shutdown.
 const END_LIMIT: Duration = Duration::from_secs(45);
 
 fn root() -> Result<Image> {
@@ -35,7 +35,7 @@ fn volume() -> Result<Image> {
     Image::ext4(&Tree::empty()?, 8)
 }
 
-/// A volume without a journal: ext2, which only its superblock says to be clean.
+/// A volume without a journal: ext2, whose state is only in its superblock.
 fn without_journal() -> Result<Image> {
     let image = volume()?;
     run(Command::new(assets::tool("tune2fs")?)
@@ -44,7 +44,7 @@ fn without_journal() -> Result<Image> {
     Ok(image)
 }
 
-/// A shell's script, with /dev/vdb on /data and /dev/vdc on /other.
+/// A shell script as the workload, with /dev/vdb on /data and /dev/vdc on /other.
 fn with_volumes(script: &str) -> Value {
     guest::shell(
         script,
@@ -67,7 +67,7 @@ fn builder(config: &Value, disks: &[&Image]) -> Builder {
     builder
 }
 
-/// The VM ends in time, and this file system is the only one named.
+/// The VM shuts down in time, and only this file system is reported.
 fn assert_ends_without(vm: &mut Vm, file_system: &str) -> Result<()> {
     let took = time_of_end(vm)?;
     assert!(took < END_LIMIT, "{took:?}");
@@ -80,20 +80,20 @@ fn assert_ends_without(vm: &mut Vm, file_system: &str) -> Result<()> {
     Ok(())
 }
 
-/// A disk's bytes a second.
+/// Sets a disk's bytes per second.
 fn throttle(vm: &mut Vm, disk: &str, rate: u64) -> Result<()> {
     let limits = json!({"device": disk, "bps": rate, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
     vm.qmp("block_set_io_throttle", limits).map(drop)
 }
 
-/// A disk answers no request from now on: a byte a second.
+/// Makes a disk hang: it transfers a byte per second.
 fn hang(vm: &mut Vm, disk: &str) -> Result<()> {
     throttle(vm, disk, 1)?;
     vm.yield_slot();
     Ok(())
 }
 
-/// How long the VM takes to its reboot.
+/// The time until the VM's reboot.
 fn time_of_end(vm: &mut Vm) -> Result<Duration> {
     let start = Instant::now();
     ensure!(vm.wait_end()? == End::Reboot, "{}", vm.console());
@@ -101,7 +101,7 @@ fn time_of_end(vm: &mut Vm) -> Result<Duration> {
     Ok(start.elapsed())
 }
 
-/// The warnings of the console.
+/// The warnings on the console.
 fn warnings(vm: &Vm) -> Vec<String> {
     guest::warnings(&vm.console())
 }
@@ -112,7 +112,7 @@ fn assert_no_warnings(vm: &Vm) {
     assert_eq!(warnings(vm), none);
 }
 
-/// Each is clean, and has what was written to it.
+/// Each disk is clean, and has the data written to it.
 fn assert_kept(disks: &[(&str, &Image)]) -> Result<()> {
     for (name, disk) in disks {
         disk.check().with_context(|| name.to_string())?;
@@ -160,8 +160,8 @@ fn disks_below_overlays_loop_devices_and_deep_paths_are_clean() -> Result<()> {
     let root = root_of(tree)?;
     let (data, other) = (volume()?, volume()?);
     let (upper, outer, deep) = (volume()?, volume()?, without_journal()?);
-    // An overlay as containerd makes it, whose upper layer was detached; a loop device's file on a mount
-    // that was detached, and a file system of its own; a mount point deeper than PATH_MAX.
+    // An overlay like containerd's whose upper layer's mount was detached; a loop device whose file is on a
+    // detached mount, with a file system; a mount point deeper than PATH_MAX.
     let script = "set -e
         insmod /overlay.ko; insmod /loop.ko
         mkdir /u; mount /dev/vdd /u; mkdir -p /u/upper /u/work /run/containerd/rootfs
@@ -205,7 +205,7 @@ fn disks_below_overlays_loop_devices_and_deep_paths_are_clean() -> Result<()> {
 
 #[test]
 fn a_disk_waits_for_devices_that_it_may_back() -> Result<()> {
-    /// Where the only partition of the file begins, in sectors and in bytes.
+    /// The start of the file's only partition, in sectors and bytes.
     const START: (u32, usize) = (2048, 1 << 20);
     let inner = volume()?;
     let contents = std::fs::read(inner.path())?;
@@ -227,7 +227,7 @@ fn a_disk_waits_for_devices_that_it_may_back() -> Result<()> {
         for dir in /inner /l /data /other; do echo kept >$dir/file; done";
     let mut vm = boot(&with_volumes(script), &[&root, &data, &other, &outer])?;
     vm.wait_for("ready")?;
-    // It takes seconds to write what is only in memory.
+    // Writing back the dirty pages takes seconds.
     throttle(&mut vm, "disk3", 1 << 20)?;
     vm.type_text("\n")?;
     vm.wait_for("exit_code=0")?;
@@ -254,7 +254,7 @@ fn file_systems_unknown_to_pid_1_are_clean_too() -> Result<()> {
     }
     let root = Image::ext4(&tree.dir("/data", 0o755)?.dir("/other", 0o755)?, 32)?;
     let (data, other) = (volume()?, volume()?);
-    // The smallest there can be of the one.
+    // The smallest xfs that mkfs.xfs(8) makes.
     let (xfs, vfat) = (Image::blank(300)?, Image::blank(8)?);
     run(Command::new(assets::tool("mkfs.xfs")?)
         .arg("-q")
@@ -276,7 +276,7 @@ fn file_systems_unknown_to_pid_1_are_clean_too() -> Result<()> {
         .arg("-t")
         .arg(xfs.path()))?;
     assert!(log.contains("state: <CLEAN>"), "{log}");
-    // It fails for a volume that was not unmounted.
+    // Fails for a volume that was not unmounted.
     run(Command::new(assets::tool("fsck.vfat")?)
         .arg("-n")
         .arg(vfat.path()))
@@ -287,8 +287,8 @@ fn file_systems_unknown_to_pid_1_are_clean_too() -> Result<()> {
 fn a_disk_that_cannot_be_left_clean_is_named() -> Result<()> {
     let tree = Tree::busybox()?.file("/loop.ko", 0o600, assets::module("loop")?)?;
     let (root, data, other) = (root_of(tree)?, volume()?, without_journal()?);
-    // The loop devices' own file systems are in another namespace: their files stay open for writing.
-    // So the root is frozen, which leaves it clean, and one without a journal is not clean then.
+    // The loop devices' file systems are mounted in another namespace, so their files stay open for writing.
+    // So the root is frozen, which leaves it clean, and a file system without a journal stays dirty.
     let script = "set -e
         insmod /loop.ko; mkdir /run/ns; mount -t tmpfs x /run/ns; touch /run/ns/mnt
         i=0; for dir in /other /var; do
@@ -357,7 +357,7 @@ fn a_signal_before_the_workload_starts_aborts_the_boot() -> Result<()> {
     while vm.mmds_requests().is_empty() {
         std::thread::sleep(Duration::from_millis(20));
     }
-    // Until it is mounted there is time for a signal.
+    // While the mount hangs there is time for a signal.
     hang(&mut vm, "disk1")?;
     let mut api = vm.api()?;
     let start = Instant::now();
@@ -370,7 +370,7 @@ fn a_signal_before_the_workload_starts_aborts_the_boot() -> Result<()> {
         exit,
         json!({"code": 125, "oom_killed": false, "error": "stopped before the workload was started"})
     );
-    // Not when the mount is given up.
+    // Before the mount times out.
     assert!(start.elapsed() < Duration::from_secs(25));
     let took = time_of_end(&mut vm)?;
     assert!(took < END_LIMIT, "{took:?}");
@@ -379,7 +379,7 @@ fn a_signal_before_the_workload_starts_aborts_the_boot() -> Result<()> {
     other.check()
 }
 
-/// Writes to all disks, and keeps writing to those that do not hang.
+/// Writes to all disks, and continues with those that do not hang.
 const WRITE: &str = "echo kept >/data/file; echo kept >/other/file; echo kept >/var/file; sync
     echo ready; read -r line; for dir in /var /data /other; do echo more >$dir/more; done";
 
@@ -405,8 +405,8 @@ fn a_loop_device_that_cannot_be_opened_costs_no_other_disk() -> Result<()> {
     let outer = Image::ext4(&Tree::empty()?.file("/img", 0o600, vec![1; 1 << 20])?, 8)?;
     let root = root_of(Tree::busybox()?.file("/loop.ko", 0o600, assets::module("loop")?)?)?;
     let (data, other) = (volume()?, volume()?);
-    // It reads the partition table of a disk that hangs, and nobody can open the loop device meanwhile
-    // (loop_reread_partitions).
+    // losetup reads the partition table from a disk that hangs, and nothing can open the loop device
+    // meanwhile (loop_reread_partitions).
     let script = "insmod /loop.ko; mkdir /l; mount /dev/vdd /l; ls -l /l/img
         echo ready; read -r line
         dd if=/l/img of=/dev/null bs=4k skip=128 count=128 & usleep 300000
@@ -444,7 +444,7 @@ fn a_workload_blocked_by_a_hung_disk_is_given_up_2_s_after_sigkill() -> Result<(
     hang(&mut vm, "disk1")?;
     vm.type_text("\n")?;
     let mut api = vm.api()?;
-    // Until it is there: `D` is the state of a process that no signal ends (proc_pid_stat(5)).
+    // Until dd is blocked: `D` is uninterruptible sleep (proc_pid_stat(5)).
     let state = json!({"cmd": ["sh", "-c", "cut -d' ' -f3 /proc/$(pidof dd)/stat"]});
     let start = Instant::now();
     while api.post("/v1/exec", &state)?.json()?["stdout"] != "D\n" {
@@ -498,7 +498,7 @@ fn a_root_that_hangs_at_shutdown_is_named_and_no_volume_suffers() -> Result<()> 
     assert_kept(&[("vdb", &data), ("vdc", &other)])
 }
 
-/// The same program with its symbols, and where its panic handler is.
+/// The same program with symbols, and the address of its panic handler.
 fn with_symbols() -> Result<(PathBuf, u64)> {
     let build = assets::repository().join("build.sh");
     let program = run(Command::new(build).arg("symbols"))?;
@@ -518,7 +518,7 @@ fn attacker() -> Result<Image> {
     root_of(Tree::busybox()?.file("/bin/attack", 0o755, program)?)
 }
 
-/// A VM whose PID 1 is led to its panic handler when a line is typed.
+/// A VM whose PID 1 is made to call its panic handler after a line of input.
 fn boot_to_panic(program: &Path, handler: u64, disks: &[&Image]) -> Result<Vm> {
     let script = format!("{WRITE}; (trap '' TERM; exec sleep 1000) & attack panic {handler:x}");
     let vm = builder(&with_volumes(&script), disks)
@@ -556,7 +556,7 @@ fn a_panic_shuts_down_in_the_usual_order_and_time() -> Result<()> {
     assert_kept(&[("vdc", &other)])
 }
 
-/// PID 1 in a cgroup that has room for nobody else.
+/// Puts PID 1 into a cgroup without room for another process.
 const TRAP: &str =
     "mkdir -p $pids/trap; echo 1 >$pids/trap/cgroup.procs; echo 1 >$pids/trap/pids.max";
 
@@ -640,7 +640,7 @@ fn mounts_shared_with_a_copy_of_the_tree_are_unmounted() -> Result<()> {
     assert_kept(&[("vdb", &data), ("vdc", &other)])
 }
 
-/// An image whose journal waits to be recovered.
+/// An image whose journal must be replayed.
 fn dirty(image: Image) -> Result<Image> {
     run(Command::new(assets::tool("debugfs")?)
         .args(["-w", "-R", "feature +needs_recovery"])

@@ -1,4 +1,4 @@
-//! The end: whoever is left is stopped, and every disk is clean.
+//! The shutdown: remaining processes are stopped, and every disk is clean.
 
 use std::{
     thread,
@@ -28,8 +28,8 @@ fn with_volume(script: &str) -> Value {
     )
 }
 
-/// Writers that never stop on their own, one a disk, in sessions of their own and deaf to SIGTERM;
-/// the script goes on when both have begun.
+/// One endless writer per disk, each in its own session and ignoring SIGTERM; the script continues when both
+/// have started.
 const WRITERS: &str = r#"
     for dir in /var /data; do
         setsid sh -c 'cd $0; trap "" TERM; while :; do echo $((n += 1)) >>log; cp log copy; mv copy last; done' $dir &
@@ -37,7 +37,7 @@ const WRITERS: &str = r#"
     while [ ! -s /var/last ] || [ ! -s /data/last ]; do sleep 0.05; done
 "#;
 
-/// What the writers have begun is there.
+/// The writers' first data is on the disks.
 fn assert_written(root: &Image, volume: &Image) -> Result<()> {
     root.check()?;
     volume.check()?;
@@ -120,12 +120,12 @@ fn a_workload_that_ignores_ctrl_alt_del_is_killed_after_10_s() -> Result<()> {
     let mut vm = builder.boot()?;
     vm.wait_for("ready")?;
     vm.stop()?;
-    // The API goes on meanwhile, and more of these keys do not make it shorter or longer.
+    // Meanwhile the API works, and pressing the keys again does not change the timeout.
     let mut api = vm.api()?;
     vm.wait_for("asked ")?;
     vm.stop()?;
     if !assets::arch().has_keyboard() {
-        // What comes over the API is a signal and no more: to kill is the host's affair.
+        // Without a keyboard the stop is a signal by the API, which has no timeout: the host has to kill.
         let late = |line: &str| asked(line).is_some_and(|(asked, now)| now - asked > 13);
         vm.serial().wait_for_line(Duration::from_secs(60), late)?;
         api.post("/v1/signals", &json!({"signal": 9}))?.success()?;
@@ -136,7 +136,7 @@ fn a_workload_that_ignores_ctrl_alt_del_is_killed_after_10_s() -> Result<()> {
         json!({"code": 137, "oom_killed": false})
     );
     assert_eq!(vm.wait_end()?, End::Reboot);
-    // By the guest's own clock, in whole seconds, of which the last one may not be printed.
+    // Measured with the guest's clock in whole seconds; the last one may not be printed.
     let console = vm.console();
     let waited = console.lines().filter_map(asked).next_back();
     let waited = waited.map(|(asked, now)| now - asked);
@@ -152,7 +152,7 @@ fn a_workload_that_ignores_ctrl_alt_del_is_killed_after_10_s() -> Result<()> {
     assert_written(&root, &volume)
 }
 
-/// When the workload was asked to stop, and what time it is, in seconds.
+/// The times of the request to stop and of the line, in seconds.
 fn asked(line: &str) -> Option<(i64, i64)> {
     let (asked, now) = line.strip_prefix("asked ")?.split_once(" now ")?;
     Some((asked.parse().ok()?, now.parse().ok()?))
@@ -162,7 +162,7 @@ fn asked(line: &str) -> Option<(i64, i64)> {
 fn busy_disks_are_left_clean() -> Result<()> {
     let (root, volume) = disks()?;
     let inner = Image::ext4(&Tree::empty()?, 8)?;
-    // Swap files keep both file systems busy when no process is left; mounts lie on each other.
+    // Swap files keep both file systems busy after all processes have exited; there are stacked mounts.
     let script = "
         set -e
         for file in /var/swap /data/swap; do
@@ -197,12 +197,12 @@ fn a_late_reader_still_gets_the_exit_code() -> Result<()> {
     let builder = Vm::builder().config(&config).disk(&root);
     let mut vm = builder.arg("PIGEON_EXIT_LINGER_MS=600000").boot()?;
     vm.wait_for("exit_code=9")?;
-    // What is not the exit code does not end the wait.
+    // Other calls do not end the linger.
     assert_eq!(vm.api()?.get("/v1/status")?.status, 200);
     let refused = vm.api()?.post("/v1/signals", &json!({"signal": 15}))?;
     assert_eq!(refused.status, 409);
     assert_eq!(vm.api()?.get("/v1/exit_code")?.json()?["code"], 9);
-    // Ten minutes were allowed: the end is there within the lab's timeout of one.
+    // The linger would be ten minutes: the VM ends within the lab's timeout of one minute.
     assert_eq!(vm.wait_end()?, End::Reboot);
     root.check()
 }
@@ -213,12 +213,12 @@ fn a_waiting_reader_ends_the_linger_at_once() -> Result<()> {
     let config = guest::shell("read -r line; exit 4", json!({}));
     let builder = Vm::builder().config(&config).disk(&root);
     let mut vm = builder.arg("PIGEON_EXIT_LINGER_MS=600000").boot()?;
-    // Two of them: both are told.
+    // Two clients: both get the response.
     let (mut one, mut two) = (vm.api()?, vm.api()?);
     for client in [&mut one, &mut two] {
         client.send(b"GET /v1/exit_code HTTP/1.1\r\nHost: x\r\n\r\n")?;
     }
-    // A response on a third says that PID 1 has had the time to read the two.
+    // After a third client's response, PID 1 has read the requests of the two.
     assert_eq!(vm.api()?.get("/v1/status")?.status, 200);
     vm.type_text("\n")?;
     for client in [&mut one, &mut two] {
@@ -237,7 +237,7 @@ fn without_a_reader_the_linger_lasts_as_configured() -> Result<()> {
     vm.wait_for("workload exited")?;
     let start = Instant::now();
     assert_eq!(vm.wait_end()?, End::Reboot);
-    // The line takes its time to get here, the guest's clock runs: a good part of it is left.
+    // The line takes time to arrive while the guest's clock runs, but most of the linger is left.
     assert!(
         start.elapsed() > Duration::from_secs(3),
         "{:?}",
@@ -260,8 +260,8 @@ fn without_vsock_there_is_no_linger() -> Result<()> {
 #[test]
 fn a_slow_console_does_not_extend_the_shutdown_beyond_45_s() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
-    // What fills both pipes, PID 1's queue, the driver's and the host's: at 2 KiB a second more than a
-    // minute of it is left when the workload ends, and the console never stands still for 3 s.
+    // Fills both pipes and the buffers of PID 1, the driver and the host: when the workload exits, more than
+    // a minute's worth is left at 2 KiB per second, and the console never stalls for 3 s.
     let script = "seq 1000000 & seq 1000000 >&2 & read -r line; exit 3";
     let config = guest::shell(script, json!({"SeparateStderr": true}));
     let builder = Vm::builder().config(&config).disk(&root);
@@ -281,8 +281,8 @@ fn a_slow_console_does_not_extend_the_shutdown_beyond_45_s() -> Result<()> {
     assert_eq!(vm.wait_end()?, End::Reboot);
     let took = start.elapsed();
     println!("the end took {took:?}");
-    // Without a limit it would take longer than a minute, and it would be shorter if 3 s without
-    // progress were all. The time to read the exit code, a second of the 45, was not needed.
+    // Without the limit it would take more than a minute, and less if it ended after 3 s without progress.
+    // The exit code is read at once, so that part of the 45 s is not used.
     assert!(took > Duration::from_secs(35), "{took:?}");
     assert!(took < Duration::from_secs(45), "{took:?}");
     root.check()

@@ -1,4 +1,4 @@
-//! What cannot go on says so in one line, and ends as orderly as everything else.
+//! Fatal errors: each is reported in one line, followed by an orderly shutdown.
 
 use anyhow::Result;
 use pigeon_lab::{
@@ -10,7 +10,7 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// What must never run.
+/// A workload that must never run.
 const COMMAND: &str = "echo the workload runs";
 
 fn root() -> Result<Image> {
@@ -21,7 +21,7 @@ fn config(rest: Value) -> Value {
     guest::shell(COMMAND, rest)
 }
 
-/// The VM's only error, when it has ended in order without running anything.
+/// The VM's only error, after an orderly shutdown and without the workload.
 fn error_of(vm: &mut Vm) -> Result<String> {
     assert_eq!(vm.wait_end()?, End::Reboot);
     let console = vm.console();
@@ -48,14 +48,14 @@ fn assert_says(error: &str, parts: &[&str]) {
     }
 }
 
-/// Boots to an error that is known before the API is there.
+/// Boots to an error that occurs before the API is up.
 fn early(builder: Builder, parts: &[&str]) -> Result<()> {
     let mut vm = builder.boot()?;
     assert_says(&error_of(&mut vm)?, parts);
     Ok(())
 }
 
-/// Boots to an error that the API tells too.
+/// Boots to an error that the API reports, too.
 fn late(builder: Builder, parts: &[&str]) -> Result<()> {
     let mut vm = builder.arg("PIGEON_EXIT_LINGER_MS=60000").boot()?;
     let exit = vm.api()?.get("/v1/exit_code")?.json()?;
@@ -118,7 +118,7 @@ fn a_missing_document_is_reported_with_the_status() -> Result<()> {
 
 #[test]
 fn a_failure_before_the_first_step_is_on_the_console() -> Result<()> {
-    // The initrd has something else in its place.
+    // A file in the initrd takes the place of the mount point.
     let builder = Vm::builder().file("/proc", 0o644, "");
     early(builder, &["mount proc on /proc: ENOTDIR\""])
 }

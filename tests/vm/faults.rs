@@ -1,4 +1,4 @@
-//! Disks that fail, hang and fill, a network on which nobody is.
+//! Disks that fail, hang or are full, and a network without other hosts.
 
 use std::{
     fs,
@@ -19,7 +19,7 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
 fn root() -> Result<Image> {
@@ -33,7 +33,7 @@ fn with_volume(script: &str) -> Value {
     )
 }
 
-/// A disk that answers so many requests, and then fails each in which one of `events` comes.
+/// A disk that serves `requests` requests, and then fails on each of `events`.
 fn fails_after(requests: u32, image: &Image, events: &[&str]) -> Disk {
     let mut faults = String::new();
     for event in events {
@@ -63,7 +63,7 @@ fn a_hung_root_is_reported_and_does_not_block_pid_1() -> Result<()> {
     while vm.mmds_requests().is_empty() {
         thread::sleep(Duration::from_millis(20));
     }
-    // From here on a byte a second.
+    // From here on, a byte per second.
     let throttle = json!({"device": "disk0", "bps": 1, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
     vm.qmp("block_set_io_throttle", throttle)?;
     vm.yield_slot();
@@ -112,13 +112,13 @@ fn a_root_that_fails_later_affects_neither_api_nor_shutdown() -> Result<()> {
     let failed = vm.wait_for("failed after")?;
     assert_ne!(failed, "failed after 0", "it never worked");
     let mut api = vm.api()?;
-    // Its journal is gone, and with it all writing.
+    // The journal has failed, so nothing can be written.
     let exec = |command: &str| json!({"cmd": ["sh", "-c", command]});
     let write = api
         .post("/v1/exec", &exec("echo x >/var/more 2>&1"))?
         .json()?;
     assert_ne!(write["exit_code"], 0, "{write}");
-    // Nor may a command be read any more; it is answered for.
+    // A command may be unreadable, too; the call still gets a response.
     let read = api.post("/v1/exec", &exec("cold"))?;
     let failed = read.status == 500 && read.text().contains("EIO");
     assert!(failed || read.text().contains("warm"), "{read}");
@@ -131,8 +131,8 @@ fn a_root_that_fails_later_affects_neither_api_nor_shutdown() -> Result<()> {
     Ok(())
 }
 
-/// A root that is to become read-only at its first error, of which it has had one already: each
-/// request of debugfs's damages it.
+/// A root that becomes read-only at the first error, has had one, and is damaged by these requests of
+/// debugfs.
 fn damaged(requests: &[&str]) -> Result<Image> {
     let tree = Tree::busybox()?
         .file("/etc/hosts", 0o644, "127.0.0.1 localhost\n")?
@@ -179,7 +179,7 @@ fn a_root_remounted_read_only_on_errors_affects_nothing_else() -> Result<()> {
     for said in ["10.0.0.2\tapp", "Structure needs cleaning"] {
         assert!(console.contains(said), "no {said:?} in {console}");
     }
-    // As the kernel puts it: since 6.12 the other way.
+    // The kernel's message, which is different since 6.12.
     let refused = [
         "Read-only file system",
         "can't create /var/more: Input/output error",
@@ -196,7 +196,7 @@ fn a_root_remounted_read_only_on_errors_affects_nothing_else() -> Result<()> {
 
 #[test]
 fn a_root_that_becomes_read_only_during_the_boot_still_boots() -> Result<()> {
-    // No inode of it can be had.
+    // No inode can be allocated.
     let (root, volume) = (damaged(&[])?, Image::ext4(&Tree::empty()?, 16)?);
     let layout = run(Command::new(assets::tool("dumpe2fs")?).arg(root.path()))?;
     let number = |line: &str, name: &str| -> Option<u64> {
@@ -223,7 +223,7 @@ fn a_root_that_becomes_read_only_during_the_boot_still_boots() -> Result<()> {
     let warning = "warn msg=\"/etc/resolv.conf cannot be written; mount over it: ENOENT\"";
     assert!(console.contains(warning), "{console}");
     volume.check()?;
-    // Some kernels, 6.12 among them, do not even read from such a root (EXT4_FLAGS_SHUTDOWN).
+    // Some kernels, including 6.12, cannot even read from such a root (EXT4_FLAGS_SHUTDOWN).
     if exit["code"] == 126 {
         assert!(console.contains("execute /bin/sh: EIO"), "{console}");
         return Ok(());
@@ -302,13 +302,13 @@ fn an_empty_network_costs_only_the_mmds_timeout() -> Result<()> {
 #[test]
 fn a_connection_that_cannot_be_registered_is_retried() -> Result<()> {
     let root = root()?;
-    // From here on no epoll instance of root's takes one more file (epoll(7)).
+    // From here on, no file can be added to an epoll instance of root's (epoll(7)).
     let script = "limit=/proc/sys/fs/epoll/max_user_watches; usual=$(cat $limit)
         echo 1 >$limit; echo full; read -r line; echo $usual >$limit; echo room; read -r line; exit 5";
     let builder = Vm::builder().config(&guest::shell(script, json!({})));
     let mut vm = builder.disk(&root).timeout(TIMEOUT).boot()?;
     vm.wait_for("full")?;
-    // It is accepted before it says anything.
+    // It is accepted before it sends data.
     let mut connection = vm.connect(10_000)?;
     thread::sleep(Duration::from_secs(2));
     connection.write_all(b"GET /v1/status HTTP/1.1\r\nHost: pigeon\r\n\r\n")?;
@@ -329,8 +329,8 @@ fn a_connection_that_cannot_be_registered_is_retried() -> Result<()> {
 #[test]
 fn failed_registrations_of_signals_and_listener_are_retried() -> Result<()> {
     let root = root()?;
-    // No epoll instance takes a file until the document's own setting is in force; by then PID 1 has
-    // its signals and its port.
+    // No file can be added to an epoll instance until the document's own setting applies; by then PID 1 has
+    // opened its signalfd and its listener.
     let extra = json!({"Sysctls": {"fs.epoll.max_user_watches": "10000"}});
     let config = guest::shell("echo runs; read -r line; exit 5", extra);
     let builder = Vm::builder().config(&config).disk(&root);

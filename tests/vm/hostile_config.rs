@@ -1,8 +1,8 @@
-//! Bad configurations and bad roots: each gives its one clear line and an orderly end.
+//! Bad configurations and bad roots: each causes one clear line and an orderly shutdown.
 //!
-//! A boot is quick, its machine is not. So one VM boots all of them: each has pigeon-init as PID 1 of
-//! a PID namespace, in an initramfs and on a root of its own, and its reboot ends the namespace
-//! (pid_namespaces(7)). The VM's own PID 1 leaves the vsock port to them.
+//! Starting a VM takes much longer than a boot. So one VM runs all boots: each has pigeon-init as PID 1 of a
+//! PID namespace, with its own initramfs and root, and its reboot ends the namespace (pid_namespaces(7)). The
+//! VM's own PID 1 leaves the vsock port to them.
 
 use std::{collections::HashSet, fs};
 
@@ -14,14 +14,14 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// A document that no root makes right, and what is said about it: by `--check` and by a boot.
+/// A document that is invalid on any root, and its error from `--check` and at boot.
 struct Refused {
     name: String,
     document: Vec<u8>,
     says: String,
 }
 
-/// A document that is fine but for `rest`.
+/// A valid document, with the fields of `rest`.
 fn with(rest: Value) -> Vec<u8> {
     let mut document = rest;
     if document["ExecOverride"].is_null() {
@@ -30,7 +30,7 @@ fn with(rest: Value) -> Vec<u8> {
     document.to_string().into_bytes()
 }
 
-/// Every way in which a document can be wrong by itself.
+/// Every kind of error in a document alone.
 fn refused() -> Vec<Refused> {
     let mut all = vec![];
     let mut add = |name: &str, document: Vec<u8>, says: &str| {
@@ -41,7 +41,7 @@ fn refused() -> Vec<Refused> {
         });
     };
 
-    // Another type than the wanted one, for each field.
+    // A wrong type for each field.
     for (field, wrong, wants) in [
         ("ImageConfig", json!([]), "an object"),
         ("ExecOverride", json!("/bin/sh -c id"), "a list of strings"),
@@ -324,7 +324,7 @@ fn refused() -> Vec<Refused> {
         add(name, with(rest), says);
     }
 
-    // More than there is room for.
+    // Limits.
     let many = |count: usize, item: Value| vec![item; count];
     for (name, rest, says) in [
         (
@@ -361,7 +361,7 @@ fn refused() -> Vec<Refused> {
         add(name, with(rest), says);
     }
 
-    // No document at all.
+    // Invalid documents.
     let fine = with(json!({}));
     for (name, document, says) in [
         ("empty", b"".to_vec(), "not JSON at byte 0"),
@@ -469,19 +469,19 @@ fn check_reports_each_bad_document_in_one_line() -> Result<()> {
     Ok(())
 }
 
-/// A boot on a root of its own making.
+/// A boot with its own root.
 struct Boot {
     name: &'static str,
-    /// Shell commands that make /mnt, a copy of a fine root, what it is.
+    /// Shell commands that modify /mnt, a copy of a good root.
     prepare: &'static str,
     rest: Value,
-    /// What the one error says; empty when there is none, and the workload has run.
+    /// Part of the only error; empty if there is none, and the workload runs.
     says: &'static str,
-    /// The API is up by then, and tells the error too.
-    told: bool,
+    /// The error occurs when the API is up, so it reports it, too.
+    is_late: bool,
 }
 
-/// What only a boot finds out.
+/// Errors that only occur at boot.
 fn boots() -> Vec<Boot> {
     let volume = |path: &str| json!({"Mounts": [{"DevicePath": "/dev/vdc", "MountPath": path}]});
     let user = |user: &str| json!({"UserOverride": user});
@@ -493,10 +493,10 @@ fn boots() -> Vec<Boot> {
         prepare,
         rest,
         says,
-        told: false,
+        is_late: false,
     };
-    let told = |name, prepare, rest, says| Boot {
-        told: true,
+    let late = |name, prepare, rest, says| Boot {
+        is_late: true,
         ..boot(name, prepare, rest, says)
     };
     vec![
@@ -667,44 +667,44 @@ fn boots() -> Vec<Boot> {
             json!({}),
             "read /etc/group: over 1048576 bytes",
         ),
-        // Volumes: what links of the root lead to.
-        told(
+        // Volumes: links of the root in their paths.
+        late(
             "link-proc",
             "ln -s /proc /mnt/data",
             volume("/data"),
             "mount on /data: would hide /proc",
         ),
-        told(
+        late(
             "link-root",
             "ln -s .. /mnt/data",
             volume("/data"),
             "mount on /data: would hide /",
         ),
-        told(
+        late(
             "link-chain",
             "ln -s etc/../data2 /mnt/data; ln -s /dev/../sys /mnt/data2",
             volume("/data"),
             "mount on /data: would hide /sys",
         ),
-        told(
+        late(
             "link-middle",
             "ln -s / /mnt/data",
             volume("/data/run"),
             "mount on /data/run: would hide /run",
         ),
-        told(
+        late(
             "link-loop",
             "ln -s data /mnt/data",
             volume("/data"),
             "mount /dev/vdc on /data: ext4: ELOOP",
         ),
-        told(
+        late(
             "link-loop-above",
             "ln -s data /mnt/data",
             volume("/data/x"),
             "create /data/x: ELOOP",
         ),
-        told(
+        late(
             "link-dangling",
             "ln -s /nowhere /mnt/data",
             volume("/data"),
@@ -719,43 +719,43 @@ fn boots() -> Vec<Boot> {
             }),
             "",
         ),
-        told(
+        late(
             "volume-on-file",
             "",
             volume("/etc/passwd"),
             "mount /dev/vdc on /etc/passwd: ext4: ENOTDIR",
         ),
-        told(
+        late(
             "volume-below-file",
             "",
             volume("/etc/passwd/data"),
             "create /etc/passwd/data: ENOTDIR",
         ),
-        told(
+        late(
             "volume-below-proc",
             "",
             volume("/proc/data"),
             "create /proc/data: ENOENT",
         ),
-        told(
+        late(
             "volume-absent",
             "",
             json!({"Mounts": [{"DevicePath": "/dev/vdz", "MountPath": "/data"}]}),
             "mount /dev/vdz on /data: no such device after 2 s",
         ),
-        told(
+        late(
             "volume-blank",
             "",
             json!({"Mounts": [{"DevicePath": "/dev/vdd", "MountPath": "/data"}]}),
             "mount /dev/vdd on /data: no ext2, ext3",
         ),
-        told(
+        late(
             "volume-character",
             "",
             json!({"Mounts": [{"DevicePath": "/dev/null", "MountPath": "/data"}]}),
             "mount /dev/null on /data: no ext2, ext3",
         ),
-        told(
+        late(
             "volume-is-root",
             "",
             json!({"Mounts": [{"DevicePath": "/dev/vdc", "MountPath": "/data"}, {"DevicePath": "/dev/vdd", "MountPath": "/data/more"}]}),
@@ -767,14 +767,14 @@ fn boots() -> Vec<Boot> {
             json!({"Mounts": [{"DevicePath": "/dev/later", "MountPath": "/data"}]}),
             "",
         ),
-        // Files of /etc that are elsewhere, or no files.
-        told(
+        // Files of /etc that are elsewhere, or not regular files.
+        late(
             "hosts-directory",
             "rm -f /mnt/etc/hosts; mkdir /mnt/etc/hosts",
             hosts(),
             "read /etc/hosts: not a regular file",
         ),
-        told(
+        late(
             "hosts-pipe",
             "rm -f /mnt/etc/hosts; mkfifo /mnt/etc/hosts",
             hosts(),
@@ -789,7 +789,7 @@ fn boots() -> Vec<Boot> {
             }),
             "",
         ),
-        told(
+        late(
             "resolv-directory",
             "rm -f /mnt/etc/resolv.conf; mkdir /mnt/etc/resolv.conf",
             resolv(),
@@ -801,13 +801,13 @@ fn boots() -> Vec<Boot> {
             resolv(),
             "read /etc/passwd: ENOTDIR",
         ),
-        told(
+        late(
             "etc-dangling",
             "rm -r /mnt/etc; ln -s /nowhere /mnt/etc",
             resolv(),
             "write /etc/resolv.conf: ENOENT",
         ),
-        told(
+        late(
             "etc-proc",
             "rm -r /mnt/etc; ln -s /proc /mnt/etc",
             resolv(),
@@ -823,13 +823,13 @@ fn boots() -> Vec<Boot> {
             "",
         ),
         // Network.
-        told(
+        late(
             "addresses-no-nic",
             "",
             json!({"IPConfigs": [{"IP": "10.0.0.2", "Mask": 24}]}),
             "eth0",
         ),
-        // A workload that cannot start is no failure of the boot: 126 and 127, and its line.
+        // If the workload cannot be executed, the boot has not failed: exit code 126 or 127, and a line.
         boot(
             "directory-file",
             "",
@@ -875,8 +875,8 @@ fn boots() -> Vec<Boot> {
     ]
 }
 
-/// Boots case $1 as PID 1 of a PID namespace. What is typed on the console here and what the inner
-/// PID 1 says there keep their order: both write to the terminal itself.
+/// Boots case $1 as PID 1 of a PID namespace. The console's lines of this script and of the inner PID 1 stay
+/// in order, as both write to the terminal directly.
 const NESTED: &str = r#"#!/bin/sh
 case=$1
 cd /
@@ -904,7 +904,7 @@ unshare -m -p -f -n -u -i sh -ec '
 echo ">>> $case $?" >/dev/console
 "#;
 
-/// What unshare(1) exits with when a PID namespace has rebooted: its PID 1 counts as killed by SIGHUP
+/// Exit status of unshare(1) after a reboot in its PID namespace, whose PID 1 counts as killed by SIGHUP
 /// (reboot(2)).
 const REBOOTED: i32 = 128 + 1;
 
@@ -927,11 +927,11 @@ fn bad_documents_and_roots_end_with_one_line_and_clean_disks() -> Result<()> {
         name,
         prepare,
         rest,
-        told,
+        is_late,
         ..
     } in &boots
     {
-        if *told {
+        if *is_late {
             tree = tree.file(&format!("/cases/{name}.told"), 0o644, "")?;
         }
         let mut document =
@@ -944,7 +944,7 @@ fn bad_documents_and_roots_end_with_one_line_and_clean_disks() -> Result<()> {
             .file(&format!("/cases/{name}.sh"), 0o755, prepare)?;
         run += &format!("/nested {name}\n");
     }
-    // This VM's PID 1 has no vsock: the driver comes after it.
+    // This VM's PID 1 does not have vsock: the driver is loaded later.
     let (vsock, others): (Vec<_>, Vec<_>) = assets::kernel()?
         .modules()?
         .into_iter()
@@ -969,7 +969,7 @@ fn bad_documents_and_roots_end_with_one_line_and_clean_disks() -> Result<()> {
     let mut vm = builder
         .file("/pigeon/modules", 0o644, list)
         .config(&guest::shell(&format!("{load}{run}exit 42"), json!({})))
-        // Dozens of namespaces are taken down here.
+        // Makes the removal of dozens of namespaces fast.
         .arg("rcupdate.rcu_expedited=1")
         .disk(&root)
         .disk(&used)
@@ -977,7 +977,7 @@ fn bad_documents_and_roots_end_with_one_line_and_clean_disks() -> Result<()> {
         .disk(&blank)
         .timeout(std::time::Duration::from_secs(300))
         .boot()?;
-    for Boot { name, says, .. } in boots.iter().filter(|boot| boot.told) {
+    for Boot { name, says, .. } in boots.iter().filter(|boot| boot.is_late) {
         vm.wait_for(&format!("<<< {name}"))?;
         let exit = vm.api()?.get("/v1/exit_code")?.json()?;
         let error = exit["error"].as_str().unwrap_or_default();
@@ -1000,13 +1000,13 @@ fn bad_documents_and_roots_end_with_one_line_and_clean_disks() -> Result<()> {
     Ok(())
 }
 
-/// The case has ended in order, with one error that says this, or with none and the workload's line.
+/// The case shut down in order, with only this error, or without an error and with the workload's line.
 fn assert_case(console: &str, name: &str, says: &str) -> Result<()> {
     let start = format!("<<< {name}\n");
-    let (_, said) = console.split_once(&start).context("it never began")?;
+    let (_, said) = console.split_once(&start).context("it did not start")?;
     let (said, rest) = said
         .split_once(&format!(">>> {name} "))
-        .context("it never ended")?;
+        .context("it did not end")?;
     let status: i32 = rest.lines().next().unwrap_or_default().parse()?;
     ensure!(status == REBOOTED, "status {status}: {said}");
     let errors: Vec<_> = said

@@ -1,4 +1,4 @@
-//! Workloads that turn on their PID 1, on its end, and on the machine's memory.
+//! Workloads that attack PID 1, the shutdown, and the machine's memory.
 
 use std::{
     io::Write,
@@ -20,12 +20,12 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// Prints more than the log of output holds, by default 64 KiB, and more than a command's answer.
+/// Prints more than the log of output holds (64 KiB by default), and more than a command's response.
 const FILL: &str = "yes 'a flood of output' | head -c 200000";
 
 type Api = Client<UnixStream>;
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// A root with the program of `attack.c`.
@@ -33,21 +33,21 @@ fn tree() -> Result<Tree> {
     Tree::busybox()?.file("/bin/attack", 0o755, assets::guest_program("attack")?)
 }
 
-/// Runs a command of the shell's as `user`.
+/// Runs a shell command as `user`.
 fn exec(api: &mut Api, user: &str, script: &str) -> Result<Value> {
     let body = json!({"cmd": ["sh", "-c", script], "user": user, "timeout_ms": 120_000});
     api.post("/v1/exec", &body)?.success()?.json()
 }
 
-/// What it prints, when it succeeds.
+/// The output of a command that succeeds.
 fn output(api: &mut Api, script: &str) -> Result<String> {
     let response = exec(api, "root", script)?;
     ensure!(response["exit_code"] == 0, "{script}: {response}");
     Ok(response["stdout"].as_str().context("no text")?.into())
 }
 
-/// Calls and commands one after the other, each on a connection of its own, until it is told to stop:
-/// how many were answered as they should be, and the slowest.
+/// Sends calls and commands, each on its own connection, until `stop` is set. Returns the number of valid
+/// responses, and the longest time.
 fn burst(socket: &std::path::Path, stop: &AtomicBool) -> Result<(u32, Duration)> {
     let (mut count, mut slowest) = (0, Duration::ZERO);
     while !stop.load(Ordering::Relaxed) {
@@ -64,11 +64,11 @@ fn burst(socket: &std::path::Path, stop: &AtomicBool) -> Result<(u32, Duration)>
     Ok((count, slowest))
 }
 
-/// The memory that PID 1 has beside its program, in KiB: that one's pages are counted as they are used.
-/// What fills once is full: a connection's place, and with a workload that began with `FILL` the log.
+/// PID 1's memory in KiB without its program, whose pages are counted when they are first used. Buffers that
+/// fill once are full: a connection's, and the log if the workload started with `FILL`.
 fn memory(vm: &mut Vm) -> Result<u32> {
     exec(&mut vm.api()?, "root", FILL)?;
-    // Of mappings that change meanwhile only some may be counted.
+    // Mappings that change meanwhile may only be counted in part.
     let script = "for i in 1 2 3; do awk '/^Pss_Anon:/ {print $2}' /proc/1/smaps_rollup; done | sort -n | tail -n 1";
     Ok(output(&mut vm.api()?, script)?.trim().parse()?)
 }
@@ -77,8 +77,8 @@ fn memory(vm: &mut Vm) -> Result<u32> {
 fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
     let volume = Image::ext4(&Tree::empty()?, 16)?;
-    // Deaf to what PID 1 forwards, and loud when it is told to.
-    // What has to outlive the fork bomb is no shell: one that cannot fork ends.
+    // Ignores the signals that PID 1 forwards, and prints a lot on request. The process that has to survive
+    // the fork bomb is not a shell, which exits if it cannot fork.
     let script = format!(
         "trap '' HUP INT QUIT USR1 USR2 TERM; echo kept >/data/file
         mkfifo /run/now
@@ -96,8 +96,8 @@ fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
         .config(&config)
         .disk(&root)
         .disk(&volume)
-        // Each fork that a cgroup refuses leaves a process's memory to RCU, of which 10,000 may wait
-        // (qhimark, kernel/rcu/tree.c): on a slow machine a fork bomb in a cage holds 256 MiB.
+        // Each fork that a cgroup denies leaves a process's memory to RCU, of which 10,000 may be pending
+        // (qhimark, kernel/rcu/tree.c): on a slow machine, a fork bomb in a cgroup holds 256 MiB.
         .memory_mib(512)
         .timeout(TIMEOUT)
         .boot()?;
@@ -107,12 +107,12 @@ fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
 
     let before = memory(&mut vm)?;
 
-    // Exec bursts while all of it goes on.
+    // Bursts of calls and commands during the attack.
     let socket = vm.vsock().context("no vsock")?.to_owned();
     let stop = AtomicBool::new(false);
     let bursts = thread::scope(|scope| {
         let burst = scope.spawn(|| burst(&socket, &stop));
-        // An assertion that fails has to stop them too: the scope waits for its threads.
+        // They must stop if an assertion fails, too, as the scope waits for its threads.
         let attacked = panic::catch_unwind(AssertUnwindSafe(|| attack(&mut api)));
         stop.store(true, Ordering::Relaxed);
         let bursts = burst.join().expect("no panic");
@@ -122,13 +122,13 @@ fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
     })?;
     println!("{} bursts, the slowest in {:?}", bursts.0, bursts.1);
     assert!(bursts.0 >= 10, "{}", bursts.0);
-    // A connection keeps the pages that a response of its took.
+    // A connection keeps the pages used for a response.
     api = vm.api()?;
     let after = memory(&mut vm)?;
     println!("PID 1: {before} KiB before, {after} KiB after");
     assert!(after <= before + 64, "{before} {after}");
 
-    // Not one more descriptor: a client waits, and PID 1 is not busy with it.
+    // No free descriptor: a new client waits, and PID 1 is idle.
     let shut = ["sh", "-c", "attack shut 4 | tee /dev/console"];
     api.send(&exec_request(&shut))?;
     vm.wait_for("shut")?;
@@ -143,7 +143,7 @@ fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
     assert!(busy <= 100, "{busy}");
     assert_eq!(waits.receive(false)?.status, 200);
 
-    // Not one more process: a fork bomb has them all.
+    // No free process: a fork bomb uses all of them.
     output(&mut api, "echo 400 >/proc/sys/kernel/pid_max")?;
     let mut bomb = vm.api()?;
     bomb.send(&exec_request(&["attack", "bomb"]))?;
@@ -159,11 +159,11 @@ fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
         }
         ensure!(
             start.elapsed() < TIMEOUT,
-            "the bomb does not go off: {response}"
+            "the fork bomb has no effect: {response}"
         );
     }
     assert_eq!(api.get("/v1/status")?.status, 200);
-    // Root's kill(-1) reaches all but PID 1; it was begun before.
+    // kill(-1) by root, from a process that was started before, reaches all processes but PID 1.
     drop(bomb);
     let start = Instant::now();
     let ended = loop {
@@ -171,7 +171,7 @@ fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
         if response.is_err() || response.is_ok_and(|response| response.status == 200) {
             break waiting.receive(false)?.json()?;
         }
-        ensure!(start.elapsed() < TIMEOUT, "no process to be had");
+        ensure!(start.elapsed() < TIMEOUT, "no process can be started");
     };
     assert_eq!(ended, json!({"code": 137, "oom_killed": false}));
     assert_eq!(vm.wait_end()?, End::Reboot);
@@ -181,11 +181,11 @@ fn a_workload_that_attacks_pid_1_harms_only_itself() -> Result<()> {
     Ok(())
 }
 
-/// Has a workload strike commands of `nobody` before they have begun, while they have PID 1's memory:
-/// what happens to them there must be their own affair.
+/// The workload sends signals to commands of `nobody` before they execute, while they share PID 1's memory:
+/// this must only affect the commands.
 fn strike(rest: Value) -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
-    // PID 1 has all its threads before: their numbers are not those of commands.
+    // PID 1's threads exist by then, so their IDs are not taken for those of commands.
     let script = "echo ready; sleep 1; exec attack strike";
     let mut vm = Vm::builder()
         .config(&guest::shell(script, rest))
@@ -195,7 +195,7 @@ fn strike(rest: Value) -> Result<()> {
         .boot()?;
     vm.wait_for("ready")?;
     let mut struck = 0;
-    // It holds still while it is looked at what has come of it.
+    // The workload is stopped while the results are checked.
     let mut run = |struck: &mut u32| -> Result<(String, String)> {
         for _ in 0..100 {
             let body = json!({"cmd": ["/bin/echo", "here"], "user": "nobody"});
@@ -239,8 +239,8 @@ fn commands_killed_before_execve_leave_pid_1_intact() -> Result<()> {
     strike(json!({"Rlimits": {"CORE": "unlimited"}}))
 }
 
-/// Their own user can strike them from the moment on at which they are his. The kernel is told to write
-/// cores of programs with changed ids, as systemd-coredump and apport have it.
+/// A command's user can send it signals once it runs as that user. The kernel is set to dump core for
+/// programs with changed IDs, as with systemd-coredump and apport.
 #[test]
 fn commands_killed_by_their_user_do_not_leak_pid_1s_memory() -> Result<()> {
     strike(json!({
@@ -282,11 +282,11 @@ fn exec_request(command: &[&str]) -> Vec<u8> {
 }
 
 fn attack(api: &mut Api) -> Result<()> {
-    // What the OOM killer thinks of whom.
+    // OOM scores.
     let scores = output(api, "cat /proc/[0-9]*/oom_score_adj 2>/dev/null | sort -u")?;
     assert_eq!(scores, "0\n");
 
-    // All signals, as root and as nobody: PID 1 has no handler, so the kernel drops them.
+    // All signals, as root and as nobody: PID 1 has no handlers, so the kernel drops them.
     let signals = "for s in $(seq 1 64); do kill -$s 1 2>/dev/null || echo refused $s; done";
     assert_eq!(output(api, signals)?, "");
     let refused = exec(api, "nobody", signals)?;
@@ -295,18 +295,18 @@ fn attack(api: &mut Api) -> Result<()> {
     let state = output(api, "awk '/^State/ {print $2}' /proc/1/status")?;
     assert!(matches!(&*state, "S\n" | "R\n"), "{state}");
 
-    // An unprivileged workload gets nowhere.
-    let meddled = exec(api, "nobody", "attack meddle")?;
-    let meddled = meddled["stdout"].as_str().unwrap_or_default();
-    assert_eq!(meddled.lines().count(), 17, "{meddled}");
-    for line in meddled.lines() {
+    // An unprivileged workload is denied everything.
+    let attempts = exec(api, "nobody", "attack meddle")?;
+    let attempts = attempts["stdout"].as_str().unwrap_or_default();
+    assert_eq!(attempts.lines().count(), 17, "{attempts}");
+    for line in attempts.lines() {
         assert!(
             line.ends_with(": EPERM") || line.ends_with(": EACCES"),
-            "{meddled}"
+            "{attempts}"
         );
     }
 
-    // Output without end: on the console, and in a command's answer.
+    // Endless output: on the console, and in a command's response.
     let much = |api: &mut Api, blocks: u32| -> Result<()> {
         let script = format!("dd if=/dev/zero bs=64k count={blocks} 2>/dev/null; echo the end >&2");
         let response = exec(api, "root", &script)?;
@@ -320,7 +320,7 @@ fn attack(api: &mut Api) -> Result<()> {
     output(api, "rm /run/flood")?;
     much(api, 1024)?;
 
-    // Every byte of a disk, and every inode.
+    // Fills a disk, and uses all inodes.
     let full = output(
         api,
         "dd if=/dev/zero of=/var/full bs=64k 2>&1; i=0; mkdir /data/n; while true >/data/n/$i; do i=$((i + 1)); done 2>/dev/null; echo inodes $i",
@@ -328,7 +328,7 @@ fn attack(api: &mut Api) -> Result<()> {
     assert!(full.contains("No space left on device"), "{full}");
     output(api, "rm -r /var/full /data/n")?;
 
-    // A thousand orphans that die at once, twice.
+    // A thousand orphans that exit at once, twice.
     for _ in 0..2 {
         output(
             api,
@@ -344,7 +344,7 @@ fn attack(api: &mut Api) -> Result<()> {
         ensure!(start.elapsed() < TIMEOUT, "zombies stay");
     }
 
-    // A bomb in a cage.
+    // A fork bomb in a cgroup.
     let caged = "cage=/sys/fs/cgroup/pids/cage; mkdir -p $cage; echo 200 >$cage/pids.max
         (echo 0 >$cage/cgroup.procs; exec attack bomb) &
         while [ $(cat $cage/pids.current) -lt 200 ]; do sleep 0.05; done
@@ -353,7 +353,7 @@ fn attack(api: &mut Api) -> Result<()> {
     Ok(())
 }
 
-/// Everything that can keep a disk busy or hide it, at once; `extra` comes before the shell exits.
+/// Everything that keeps a disk busy or hides it, at once; `extra` runs before the shell exits.
 fn resist(extra: &str) -> Result<()> {
     let tree = tree()?.file("/loop.ko", 0o600, assets::module("loop")?)?;
     let root = Image::ext4(&tree, 32)?;
@@ -418,7 +418,7 @@ fn disks_are_clean_even_if_pid_1_cannot_fork_or_allocate() -> Result<()> {
 #[test]
 fn a_gibibyte_of_output_and_endless_output_are_drained() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
-    // It writes until it is killed: the console takes as much as it can.
+    // It writes until it is killed: the console gets as much as it accepts.
     let script = format!("{FILL}; echo ready; read -r line; exec yes");
     let config = guest::shell(&script, json!({}));
     let builder = Vm::builder().config(&config).disk(&root);
@@ -458,7 +458,7 @@ fn a_gibibyte_of_output_and_endless_output_are_drained() -> Result<()> {
     }
     println!("the slowest call took {slowest:?}");
     assert!(slowest < Duration::from_secs(20), "{slowest:?}");
-    // A connection keeps the pages that a response of its took.
+    // A connection keeps the pages used for a response.
     drop(much);
     let after = memory(&mut vm)?;
     println!("PID 1: {before} KiB before, {after} KiB after");
@@ -470,7 +470,7 @@ fn a_gibibyte_of_output_and_endless_output_are_drained() -> Result<()> {
     root.check()
 }
 
-/// A process can keep a pipe locked for everybody, without root: by splice(2).
+/// An unprivileged process can keep a pipe locked with splice(2).
 #[test]
 fn pipes_that_are_kept_locked_block_nothing_else() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
@@ -495,7 +495,7 @@ fn pipes_that_are_kept_locked_block_nothing_else() -> Result<()> {
         slowest = slowest.max(start.elapsed());
         Ok(())
     };
-    // What was in it, and what comes later, is not lost.
+    // Output from before and after the lock is not lost.
     while !vm.console().contains("ready\n") {
         call(&mut vm)?;
     }
@@ -506,7 +506,7 @@ fn pipes_that_are_kept_locked_block_nothing_else() -> Result<()> {
         "{console}"
     );
 
-    // Commands and their children, more of them than the loop has turns to give up.
+    // Commands and their children, more of them than the event loop allows turns.
     for text in ["", "x"].into_iter().cycle().take(20) {
         let start = Instant::now();
         let body = json!({"cmd": ["attack", "plug", text, "1000"], "user": "app"});
@@ -517,7 +517,7 @@ fn pipes_that_are_kept_locked_block_nothing_else() -> Result<()> {
     }
     assert_eq!(output(&mut vm.api()?, "echo here")?, "here\n");
 
-    // One pipe stays locked, and something comes from the other each time that was waited for.
+    // One pipe stays locked, and the other gets data after each wait.
     let start = Instant::now();
     let mut session = Socket::open(vm.connect(vsock::API_PORT)?, "/v1/ws/exec")?;
     session
@@ -531,7 +531,7 @@ fn pipes_that_are_kept_locked_block_nothing_else() -> Result<()> {
         start.elapsed()
     );
 
-    // The input of a session.
+    // A session's input.
     let mut session = Socket::open(vm.connect(vsock::API_PORT)?, "/v1/ws/exec")?;
     session.text(&json!({"command": ["attack", "stop-up", "2"], "user": "app"}))?;
     session.output_with("full\n")?;
@@ -550,8 +550,8 @@ fn pipes_that_are_kept_locked_block_nothing_else() -> Result<()> {
     println!("the slowest call took {slowest:?}");
     assert!(slowest < Duration::from_secs(2), "{slowest:?}");
 
-    // A thread waits for each locked pipe, and is gone when that is free: one stays for the next call, and
-    // one may make a call.
+    // One thread per locked pipe waits, and exits when that is unlocked: one stays for the next call, and
+    // another one may be in a call.
     let threads = |vm: &mut Vm| -> Result<u32> {
         let count = output(&mut vm.api()?, "ls /proc/1/task | wc -l")?;
         Ok(count.trim().parse()?)
@@ -580,7 +580,7 @@ fn pipes_that_are_kept_locked_block_nothing_else() -> Result<()> {
 #[test]
 fn output_delayed_by_a_locked_pipe_is_read_once_a_stalled_follower_is_dropped() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
-    // When the lock is released, the log has no room for the bytes that were read.
+    // When the lock is released, the log has no room for the data that was read.
     let script = "read line; attack plug '' 30; attack fill-stderr; exec sleep 100000";
     let config = guest::shell(script, json!({"SeparateStderr": true}));
     let mut vm = Vm::builder()
@@ -596,14 +596,14 @@ fn output_delayed_by_a_locked_pipe_is_read_once_a_stalled_follower_is_dropped() 
         follower,
         "GET /v1/logs?follow=1 HTTP/1.1\r\nHost: x\r\n\r\n"
     )?;
-    // From here on only its own deadline wakes PID 1, 30 s after the follower's last read.
+    // From here on only PID 1's timer wakes it, 30 s after the follower's last read.
     vm.type_text("\n")?;
     vm.wait_for("stderr full")?;
     vm.wait_for("stdout read")?;
     Ok(())
 }
 
-/// A VM whose workload does nothing, and its disk.
+/// A VM with an idle workload, and its disk.
 fn idle() -> Result<(Vm, Image)> {
     let root = Image::ext4(&tree()?, 32)?;
     let config = guest::shell("exec sleep 100000", json!({}));
@@ -641,7 +641,7 @@ fn a_terminal_with_a_locked_size_blocks_nothing_else() -> Result<()> {
     }
     println!("ten calls took {:?}", start.elapsed());
 
-    // Input still arrives; once the lock is released, the last size is set.
+    // Input still works; once the lock is released, the last size is set.
     session.binary(b"\n")?;
     output(&mut vm.api()?, "while pidof attack; do sleep 0.1; done")?;
     thread::sleep(Duration::from_millis(500));
@@ -655,7 +655,7 @@ fn a_terminal_with_a_locked_size_blocks_nothing_else() -> Result<()> {
 fn only_the_workload_that_eats_all_memory_is_killed() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
     let volume = Image::ext4(&Tree::empty()?, 16)?;
-    // Files in memory first, which nobody can kill.
+    // First files in memory, which no kill frees.
     let script = "echo kept >/data/file
         dd if=/dev/zero of=/dev/shm/full bs=64k 2>&1 | grep -c 'No space'
         exec attack eat";
@@ -685,7 +685,7 @@ fn only_the_workload_that_eats_all_memory_is_killed() -> Result<()> {
 fn memory_held_by_files_leaves_enough_for_api_and_shutdown() -> Result<()> {
     let root = Image::ext4(&tree()?, 32)?;
     let volume = Image::ext4(&Tree::empty()?, 16)?;
-    // Half of the memory is what it may have.
+    // They may take half of the memory.
     let script = "echo kept >/data/file; exec attack fill /dev/shm";
     let config = guest::shell(
         script,
@@ -705,14 +705,14 @@ fn memory_held_by_files_leaves_enough_for_api_and_shutdown() -> Result<()> {
         let start = Instant::now();
         let mut api = vm.api()?;
         assert_eq!(api.get("/v1/status")?.status, 200);
-        // There may be no memory for a command; its caller hears of it.
+        // There may be no memory for a command; its caller gets an error.
         let response = api.post("/v1/exec", &json!({"cmd": ["/bin/echo", "here"]}))?;
         assert!(matches!(response.status, 200 | 500), "{response}");
         slowest = slowest.max(start.elapsed());
     }
     println!("the slowest call and command took {slowest:?}");
     let mut api = vm.api()?;
-    // Unless the kernel has done so.
+    // Unless the OOM killer has killed it already.
     let killed = api.post("/v1/signals", &json!({"signal": 9}))?;
     assert!(matches!(killed.status, 200 | 409), "{killed}");
     assert_eq!(api.get("/v1/exit_code")?.json()?["code"], 137);

@@ -1,4 +1,4 @@
-//! What images and their programs expect to find: what engines of containers give them.
+//! What images and their programs expect from a container engine.
 
 use std::io::Write;
 
@@ -11,7 +11,7 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// Runs a command of one call to its end.
+/// Runs a command by a call.
 fn exec(vm: &mut Vm, call: &Value) -> Result<Value> {
     vm.api()?.post("/v1/exec", call)?.success()?.json()
 }
@@ -46,7 +46,7 @@ fn the_images_run_directory_is_copied() -> Result<()> {
         .disk(&root)
         .boot()?;
     assert_eq!(vm.wait_end()?, End::Reboot);
-    // The size of a directory in a tmpfs is of no interest.
+    // The size of a directory in a tmpfs varies.
     let seen = vm.section("run")?;
     let seen: Vec<_> = seen
         .iter()
@@ -141,7 +141,7 @@ fn an_entry_that_run_has_already_does_not_end_the_copy() -> Result<()> {
 #[test]
 fn the_standard_streams_can_be_opened_by_name() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
-    // As the console's user, as one of a pipe, and as one of a terminal; /dev/null stays everybody's.
+    // As the user of the console, of a pipe and of a terminal; /dev/null keeps its mode.
     let script =
         "echo ready; read -r line </dev/stdin && echo \"workload: $line\" >/dev/stdout; echo error >/dev/stderr
         read -r line";
@@ -197,7 +197,7 @@ fn a_user_can_serve_port_80_and_ping() -> Result<()> {
 #[test]
 fn only_helpers_are_exempt_from_the_oom_killer() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
-    // A copy of /proc stays for looking.
+    // A bind mount of /proc stays readable.
     let script = "cat /proc/self/oom_score_adj; mkdir /tmp/proc; mount --bind /proc /tmp/proc
         mount -t tmpfs cover /proc; echo covered; read -r line";
     let mut vm = Vm::builder()
@@ -208,7 +208,7 @@ fn only_helpers_are_exempt_from_the_oom_killer() -> Result<()> {
     assert!(vm.console().contains("\n0\ncovered"), "{}", vm.console());
     let look = "cat /tmp/proc/self/oom_score_adj";
     assert_eq!(shell(&mut vm, look)?, "0\n");
-    // A child of PID 1's own waits for the file to come.
+    // A helper process waits for the body.
     let mut upload = vm.connect(vsock::API_PORT)?;
     upload.write_all(
         b"PUT /v1/files?path=/tmp/file HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n",
@@ -255,7 +255,7 @@ fn hosts_and_resolv_conf_are_mounted_over_on_a_read_only_root() -> Result<()> {
     }
     root.check()?;
 
-    // A root without them cannot be given them: it says what is missing, and boots.
+    // They cannot be created on a read-only root: a warning names them, and the boot continues.
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let mut vm = Vm::builder()
         .config(&config("exit 6"))
@@ -361,7 +361,7 @@ fn addresses_are_added_to_their_interface() -> Result<()> {
     let console = vm.console();
     assert!(console.contains("lo inet 192.0.2.7/32 "), "{console}");
     assert!(console.contains("eth0 inet 10.0.0.2/24 "), "{console}");
-    // The first gateway is for all; a second one would be a second path of the same route.
+    // The first default gateway wins; a second one would be another path of the same route.
     assert!(
         console.contains("default via fd00::1 dev eth0"),
         "{console}"
@@ -380,7 +380,7 @@ fn addresses_are_added_to_their_interface() -> Result<()> {
 #[test]
 fn a_volume_listed_before_the_one_above_it_is_not_hidden() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
-    // As of `pigeon run -v data.img:/srv/data --tmpfs /srv`.
+    // As with `pigeon run -v data.img:/srv/data --tmpfs /srv`.
     let rest = json!({"Mounts": [
         {"FSType": "tmpfs", "MountPath": "/srv/data/deep", "Options": "size=1m"},
         {"FSType": "tmpfs", "MountPath": "/srv/data", "Options": "size=2m"},
@@ -397,7 +397,7 @@ fn a_volume_listed_before_the_one_above_it_is_not_hidden() -> Result<()> {
     root.check()
 }
 
-/// Writes and flushes of the root's disk until now.
+/// The numbers of writes and flushes on the root's disk.
 fn writes(vm: &mut Vm) -> Result<(u64, u64)> {
     let stats = vm.qmp("query-blockstats", json!({}))?;
     let disk = stats.as_array().into_iter().flatten().find(|disk| {

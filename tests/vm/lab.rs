@@ -1,5 +1,4 @@
-//! The lab itself, seen from a guest whose init is busybox: what a test of pigeon-init may rely
-//! on when it fails.
+//! The lab itself, with busybox as the guest's init: what tests of pigeon-init rely on.
 
 use std::{
     io::{Read, Write},
@@ -20,8 +19,8 @@ use pigeon_lab::{
 };
 use serde_json::json;
 
-/// A VM in which busybox's init runs `script`, with the drivers loaded and eth0 as pigeon-init
-/// has it while it asks for metadata.
+/// A VM in which busybox's init runs `script`, with the drivers loaded and eth0 configured as pigeon-init
+/// does for MMDS.
 fn busybox(script: &str) -> Result<Builder> {
     const SET_UP: &str = "\
         /bin/busybox --install -s /bin\n\
@@ -39,7 +38,7 @@ fn busybox(script: &str) -> Result<Builder> {
         .file("/script", 0o644, [SET_UP, script].concat()))
 }
 
-/// A shell function that sends a request to MMDS and prints the response with CR as `$`.
+/// A shell function that sends a request to MMDS and prints the response, with `$` for CR.
 const ASK: &str =
     "ask() { printf \"$1\" | timeout 1 nc 169.254.169.254 80 | tr '\\r' '$'; echo; }\n";
 
@@ -80,7 +79,7 @@ fn what_a_guest_writes_is_on_its_disk_afterwards() -> Result<()> {
 fn a_disk_fails_as_configured() -> Result<()> {
     let image = Image::ext4(&Tree::empty()?, 16)?;
     let damaged = "[inject-error]\nevent = \"read_aio\"\nerrno = \"5\"\nsector = \"2\"\n";
-    // ENOSPC: the host's own disk is full.
+    // ENOSPC: the host's disk is full.
     let without_room = "[inject-error]\nevent = \"write_aio\"\nerrno = \"28\"\n";
     let write = "dd if=/dev/zero of=/dev/vdb bs=4k count=1 conv=fsync";
     let script = guest::report(&[("mount", "mount -t ext4 /dev/vda /mnt"), ("write", write)])
@@ -215,7 +214,7 @@ fn each_connection_to_mmds_fails_in_its_own_way() -> Result<()> {
     let mut vm = busybox(&script)?.mmds(mmds).boot()?;
     let last_line = |name| anyhow::Ok(vm.section(name)?.pop().unwrap_or_default());
     assert!(vm.section("refuse")?[0].ends_with("Connection refused"));
-    // The shell tells of the clients that it had to end.
+    // The shell reports the clients that were killed.
     assert_eq!(vm.section("silent")?, ["Terminated", ""]);
     assert_eq!(vm.section("stall")?, ["HTTP/1.1Terminated", ""]);
     assert_eq!(vm.section("reset")?, ["HTTP/1.1 200"]);
@@ -279,24 +278,24 @@ fn without_modules_no_device_has_a_driver() -> Result<()> {
     Ok(())
 }
 
-/// The ports of `vsock.c`: the guest's, and the host's to which it says hello.
+/// The ports of `vsock.c`: the guest's, and the host's to which it sends hello.
 const GUEST_PORT: u32 = 20_000;
 const HOST_PORT: u32 = 20_001;
 
-/// A VM in which `vsock.c` runs, and no other program.
+/// A VM that only runs `vsock.c`.
 fn vsock_vm() -> Result<Builder> {
     let program = assets::guest_program("vsock")?;
     Ok(busybox("exec /vsock\n")?.file("/vsock", 0o755, program))
 }
 
-/// A connection that is an echo.
+/// A connection in echo mode.
 fn echo(vm: &mut Vm) -> Result<UnixStream> {
     let mut stream = vm.connect(GUEST_PORT)?;
     stream.write_all(b"e")?;
     Ok(stream)
 }
 
-/// Sends `size` bytes to an echo, reads all the while, and finds the same bytes come back.
+/// Sends `size` bytes to an echo while reading, and compares the bytes that come back.
 fn exchange(stream: &UnixStream, size: usize) -> Result<()> {
     let sent: Vec<u8> = (0..size).map(|n| (n ^ n >> 8 ^ n >> 16) as u8).collect();
     let mut received = vec![0; size];
@@ -304,7 +303,7 @@ fn exchange(stream: &UnixStream, size: usize) -> Result<()> {
         let writer = scope.spawn(|| (&mut &*stream).write_all(&sent));
         let read = (&mut &*stream).read_exact(&mut received);
         if read.is_err() {
-            // The writer may wait, too.
+            // The writer may block, too.
             stream.shutdown(Shutdown::Both)?;
         }
         let written = writer.join().expect("no panic");
@@ -322,7 +321,7 @@ fn bulk_data_in_both_directions_does_not_stall() -> Result<()> {
         for _ in 0..3 {
             exchange(&echo(&mut vm)?, 8 << 20)?;
         }
-        // Several at once, each with its own window.
+        // Several at once, each with its own flow control.
         let streams: Vec<_> = (0..4).map(|_| echo(&mut vm)).collect::<Result<_>>()?;
         thread::scope(|scope| {
             let exchanges: Vec<_> = streams
@@ -341,8 +340,8 @@ fn bulk_data_in_both_directions_does_not_stall() -> Result<()> {
 fn all_data_sent_before_a_close_arrives_before_the_end() -> Result<()> {
     const SENT: usize = 1 << 20;
     let mut vm = vsock_vm()?.boot()?;
-    // A reader that pauses with so much unread: in some of these the guest has closed, and the last
-    // bytes are neither its own any more nor the reader's socket's yet.
+    // A reader that pauses with this much unread: in some cases the guest has closed, and the last bytes have
+    // left the guest but are not in the reader's socket yet.
     for unread in (1..=12).map(|n| n * (32 << 10)) {
         let mut stream = vm.connect(GUEST_PORT)?;
         stream.write_all(b"s")?;
@@ -390,7 +389,7 @@ fn vsock_continues_after_a_pause() -> Result<()> {
     exchange(&before, 1000)?;
     for _ in 0..5 {
         vm.pause()?;
-        // What is sent meanwhile waits.
+        // Data sent meanwhile is delivered later.
         (&mut &before).write_all(b"meanwhile")?;
         thread::sleep(Duration::from_millis(50));
         vm.resume()?;
@@ -405,7 +404,7 @@ fn vsock_continues_after_a_pause() -> Result<()> {
 #[test]
 fn vsock_is_replugged_in_the_vm_and_its_clone_after_a_snapshot() -> Result<()> {
     if assets::arch() != Arch::X86_64 {
-        // There is no machine for it.
+        // No machine here supports it.
         assert!(vsock_vm()?.restorable().boot().is_err());
         return Ok(());
     }
@@ -413,14 +412,14 @@ fn vsock_is_replugged_in_the_vm_and_its_clone_after_a_snapshot() -> Result<()> {
     let before = echo(&mut vm)?;
     exchange(&before, 100_000)?;
     let snapshot = vm.snapshot()?;
-    // What was open has ended, as after a restore by Firecracker.
+    // Open connections are closed, as after a restore by Firecracker.
     assert_eq!((&mut &before).read(&mut [0])?, 0);
     let mut clone = snapshot.restore().start()?;
     vm.resume()?;
     for vm in [&mut clone, &mut vm] {
         exchange(&echo(vm)?, 1 << 20)?;
     }
-    // Once more, in both.
+    // Again, with both.
     let snapshot = clone.snapshot()?;
     exchange(&echo(&mut snapshot.restore().start()?)?, 100_000)?;
     vm.snapshot()?;

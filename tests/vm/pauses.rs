@@ -1,4 +1,4 @@
-//! A machine that stands still for a minute, in each state that PID 1 has.
+//! A machine that is paused for a minute, in each state of PID 1.
 
 use std::{
     thread,
@@ -17,13 +17,13 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
-/// Longer than anything that PID 1 waits for.
+/// Longer than any timeout of PID 1.
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// How long the host pushes no document: within it a disk is made slow.
+/// Time until the host pushes the document: meanwhile a disk is throttled.
 const PUSH: Duration = Duration::from_secs(4);
 
 fn disks() -> Result<(Image, Image)> {
@@ -43,7 +43,7 @@ fn boot(builder: Builder, root: &Image, volume: &Image) -> Result<Vm> {
     builder.timeout(TIMEOUT).boot()
 }
 
-/// The end is in order, and nobody has complained about anything.
+/// The shutdown is clean, without warnings or errors.
 fn assert_clean(mut vm: Vm, root: &Image, volume: &Image) -> Result<()> {
     assert_eq!(vm.wait_end()?, End::Reboot);
     let console = vm.console();
@@ -53,21 +53,21 @@ fn assert_clean(mut vm: Vm, root: &Image, volume: &Image) -> Result<()> {
     volume.check()
 }
 
-/// A disk's bytes a second.
+/// Sets a disk's bytes per second.
 fn throttle(vm: &mut Vm, disk: &str, rate: u64) -> Result<()> {
     let limits = json!({"device": disk, "bps": rate, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
     vm.qmp("block_set_io_throttle", limits).map(drop)
 }
 
-/// A VM that asks for metadata, which come in [`PUSH`] from now.
+/// A VM that polls MMDS, whose document is pushed after [`PUSH`].
 fn boot_by_mmds(document: Value, root: &Image, volume: &Image) -> Result<Vm> {
     let mmds = Mmds::serving(document).push(Push::After(PUSH));
-    // On QEMU requests are seen, and disks are slow.
+    // Only QEMU records requests, and can throttle disks.
     let builder = Vm::builder().mmds(mmds).on_qemu();
     let vm = boot(builder.arg("PIGEON_MMDS_TIMEOUT_MS=20000"), root, volume)?;
     let start = Instant::now();
     while vm.mmds_requests().is_empty() {
-        ensure!(start.elapsed() < TIMEOUT, "nobody asks for metadata");
+        ensure!(start.elapsed() < TIMEOUT, "MMDS is not polled");
         thread::sleep(Duration::from_millis(20));
     }
     Ok(vm)
@@ -76,7 +76,7 @@ fn boot_by_mmds(document: Value, root: &Image, volume: &Image) -> Result<Vm> {
 fn while_waiting_for_metadata() -> Result<()> {
     let (root, volume) = disks()?;
     let mut vm = boot_by_mmds(with_volume("exit 5"), &root, &volume)?;
-    // Longer than it is asked for, and the document comes meanwhile.
+    // Longer than the timeout, and the document is pushed meanwhile.
     vm.freeze(MINUTE)?;
     vm.wait_for("configuration loaded\" source=mmds")?;
     vm.wait_for("exit_code=5")?;
@@ -84,7 +84,7 @@ fn while_waiting_for_metadata() -> Result<()> {
 }
 
 fn while_waiting_for_the_root_device() -> Result<()> {
-    /// The driver of the disks comes when somebody types.
+    /// The disk's driver is loaded after a line of input.
     const INIT: &str = "#!/busybox sh
         /busybox mount -t devtmpfs dev /dev
         (read -r line </dev/console; exec /busybox insmod /driver) &
@@ -109,7 +109,7 @@ fn while_waiting_for_the_root_device() -> Result<()> {
         .config(&with_volume("exit 5"));
     let mut vm = boot(builder, &root, &volume)?;
     vm.wait_for("configuration loaded")?;
-    // Two seconds are what the device is given.
+    // The timeout for the device is two seconds.
     thread::sleep(Duration::from_millis(200));
     vm.freeze_and(MINUTE, |vm| vm.type_text("\n"))?;
     vm.wait_for("exit_code=5")?;
@@ -123,7 +123,7 @@ fn while_mounting_the_root() -> Result<()> {
     vm.wait_for("configuration loaded")?;
     thread::sleep(Duration::from_secs(1));
     vm.freeze(MINUTE)?;
-    // It is waited for as if nothing had been.
+    // The mount does not time out.
     thread::sleep(Duration::from_secs(2));
     throttle(&mut vm, "disk0", 1 << 30)?;
     vm.wait_for("exit_code=5")?;
@@ -134,7 +134,7 @@ fn while_mounting_a_volume() -> Result<()> {
     let (root, volume) = disks()?;
     let mut vm = boot_by_mmds(with_volume("exit 5"), &root, &volume)?;
     throttle(&mut vm, "disk1", 1)?;
-    // The root is there, or there would be no API.
+    // The root is mounted, as the API is up.
     let (mut api, mut waiting) = (vm.api()?, vm.api()?);
     waiting.send(b"GET /v1/exit_code HTTP/1.1\r\nHost: x\r\n\r\n")?;
     vm.freeze(MINUTE)?;
@@ -145,7 +145,7 @@ fn while_mounting_a_volume() -> Result<()> {
     assert_clean(vm, &root, &volume)
 }
 
-/// A command, a session, a request and a waiter are under way.
+/// With a command, a session, a half-sent request and a waiting client.
 fn while_the_workload_runs() -> Result<()> {
     let (root, volume) = disks()?;
     let script = "echo ready; read -r line; echo kept >/data/last";
@@ -192,7 +192,7 @@ fn while_the_workload_runs() -> Result<()> {
     Ok(())
 }
 
-/// The hypervisor's own way: on QEMU the clock stands still, too.
+/// The hypervisor's own pause: on QEMU the clock stops, too.
 fn while_the_workload_runs_without_a_clock() -> Result<()> {
     let (root, volume) = disks()?;
     let builder = Vm::builder().config(&with_volume("echo ready; read -r line; exit 9"));
@@ -208,13 +208,13 @@ fn while_the_workload_runs_without_a_clock() -> Result<()> {
     volume.check()
 }
 
-/// A pause that begins while PID 1 does not wait, but works.
+/// A pause that begins while PID 1 is busy.
 fn while_output_is_drained() -> Result<()> {
     let (root, volume) = disks()?;
     let builder = Vm::builder().config(&with_volume("read -r line"));
     let mut vm = boot(builder, &root, &volume)?;
     let mut api = vm.api()?;
-    // As much as takes two seconds here, of the nine that there are: fewer than the pause has.
+    // Takes about two seconds here, of a timeout of nine, which is shorter than the pause.
     let mut blocks = 2048;
     let all = json!({"cmd": ["dd", "if=/dev/zero", "bs=64k", format!("count={blocks}")], "timeout_ms": 120_000});
     let start = Instant::now();
@@ -248,7 +248,7 @@ fn while_a_workload_is_asked_to_stop() -> Result<()> {
     let mut api = vm.api()?;
     vm.stop()?;
     vm.wait_for("asked")?;
-    // Ten seconds are what it has.
+    // The timeout is ten seconds.
     vm.freeze(MINUTE)?;
     let go = json!({"cmd": ["sh", "-c", "echo >/run/go"]});
     api.post("/v1/exec", &go)?.success()?;
@@ -269,7 +269,7 @@ fn while_a_late_reader_is_waited_for() -> Result<()> {
 
 fn while_what_is_left_is_asked_to_go() -> Result<()> {
     let (root, volume) = disks()?;
-    // It is deaf: half a second is what it has.
+    // It ignores SIGTERM: the timeout is half a second.
     let script = r#"
         setsid sh -c 'trap "echo asked >/dev/console" TERM; echo >/run/up; while :; do echo $((n += 1)) >>/data/log; sleep 0.02; done' &
         while [ ! -e /run/up ]; do sleep 0.05; done"#;
@@ -290,13 +290,13 @@ fn while_unmounting() -> Result<()> {
     vm.wait_for("ready")?;
     let mut waiting = vm.api()?;
     waiting.send(b"GET /v1/exit_code HTTP/1.1\r\nHost: x\r\n\r\n")?;
-    // Slow enough to be caught in the midst of being left clean.
+    // Slow enough for the pause to begin while it is unmounted.
     throttle(&mut vm, "disk1", 1 << 20)?;
     vm.type_text("\n")?;
     assert_eq!(waiting.receive(false)?.json()?["code"], 0);
     thread::sleep(Duration::from_secs(2));
     assert!(vm.ended()?.is_none(), "the disk is too fast for this test");
-    // Thirty seconds are what the disks have.
+    // The timeout for disks is thirty seconds.
     vm.freeze(MINUTE)?;
     assert_clean(vm, &root, &volume)?;
     assert_eq!(volume.read("/last")?, "kept\n");
@@ -304,7 +304,7 @@ fn while_unmounting() -> Result<()> {
 }
 
 fn while_the_console_gets_its_last_bytes() -> Result<()> {
-    /// More than fits on the way to the reader, and less than that and a pipe.
+    /// More than the buffers up to the reader hold, and less than those and a pipe.
     const SIZE: usize = 100_000;
     let (root, volume) = disks()?;
     let script = format!("echo ready; read -r line; head -c {SIZE} /dev/zero | tr '\\0' x");
@@ -317,20 +317,20 @@ fn while_the_console_gets_its_last_bytes() -> Result<()> {
     vm.type_text("\n")?;
     assert_eq!(waiting.receive(false)?.json()?["code"], 0);
     thread::sleep(Duration::from_secs(1));
-    assert!(vm.ended()?.is_none(), "the console holds it all");
-    // Three seconds are what a silent console has.
+    assert!(vm.ended()?.is_none(), "the console buffers all of it");
+    // The timeout for a stalled console is three seconds.
     vm.freeze(MINUTE)?;
     vm.serial().release();
     vm.wait_for("exit_code=0")?;
     let console = vm.console();
     assert_clean(vm, &root, &volume)?;
-    // The kernel may say in the midst of it that a processor has stood still.
+    // The kernel may print a message about a stalled processor in between.
     let runs = console.split(|c| c != 'x').map(str::len);
     assert_eq!(runs.filter(|&run| run > 100).sum::<usize>(), SIZE);
     Ok(())
 }
 
-/// A state, and what is tried in it.
+/// A state, and its test.
 type State = (&'static str, fn() -> Result<()>);
 
 #[test]
@@ -349,7 +349,7 @@ fn a_pause_of_a_minute_changes_nothing_in_any_state() -> Result<()> {
         ("unmounting", while_unmounting),
         ("console", while_the_console_gets_its_last_bytes),
     ];
-    // All at once: a machine that stands still costs nothing.
+    // All at once: a stopped machine uses no processor.
     let failed = thread::scope(|scope| {
         let running = states.map(|(name, state)| {
             let thread = thread::Builder::new().name(format!("pause.{name}"));

@@ -1,5 +1,5 @@
-//! What the build makes, before any VM: the same bytes everywhere, and a program that checks
-//! configurations on the host.
+//! The results of the build, without a VM: they are reproducible, and the program checks configurations on
+//! the host.
 
 use std::{
     fs,
@@ -19,7 +19,7 @@ fn init(arguments: &[&str]) -> Result<Output> {
         .output()?)
 }
 
-/// `--check` of a document: its exit code, and what it says.
+/// `--check` of a document: exit code, stdout and stderr.
 fn check(document: impl AsRef<[u8]>) -> Result<(Option<i32>, String, String)> {
     let file = tempfile::NamedTempFile::new()?;
     fs::write(file.path(), document)?;
@@ -32,7 +32,7 @@ fn check(document: impl AsRef<[u8]>) -> Result<(Option<i32>, String, String)> {
     ))
 }
 
-/// The document is refused with one line that has all these words.
+/// The document is rejected with one line that contains all these words.
 fn assert_refused(document: impl AsRef<[u8]>, words: &[&str]) -> Result<()> {
     let (code, printed, error) = check(document)?;
     assert_eq!(
@@ -47,7 +47,7 @@ fn assert_refused(document: impl AsRef<[u8]>, words: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// A document that is fine but for `rest`.
+/// A valid document, with the fields of `rest`.
 fn with(rest: Value) -> String {
     let mut document = rest;
     document["ImageConfig"] = match document["ImageConfig"].take() {
@@ -78,7 +78,7 @@ fn a_build_in_another_directory_is_identical() -> Result<()> {
             process::run(Command::new("cp").arg("-r").args([&original, &copy]))?;
         }
     }
-    // Cargo looks at the members of the workspace, but builds only the init.
+    // Cargo reads the members of the workspace, but only builds the init.
     symlink(
         assets::repository().join("tests"),
         place.path().join("tests"),
@@ -116,7 +116,7 @@ fn the_lab_has_the_features_of_the_init() -> Result<()> {
             .is_some_and(|all| !all.is_empty())
     );
     let mut of_the_lab = features("tests/Cargo.toml")?;
-    // Its own one: tests that need a whole Debian.
+    // Its own feature: tests that need a whole Debian.
     let own = of_the_lab.as_object_mut().context("no features")?;
     own.remove("containers").context("no containers")?;
     assert_eq!(of_the_init, of_the_lab);
@@ -176,7 +176,7 @@ fn check_prints_what_the_example_would_run() -> Result<()> {
     ] {
         assert!(printed.contains(words), "no {words} in {printed}");
     }
-    // However long it is.
+    // Of any length.
     let script = "echo \"\u{1f426}\u{1}\"\n".repeat(1000);
     let (_, printed, _) = check(json!({"ExecOverride": ["sh", script]}).to_string())?;
     let line = format!("argv: {}\n", json!(script));

@@ -1,4 +1,4 @@
-//! What others reported of their inits, runtimes and agents (runc, crun, conmon, catatonit, dumb-init,
+//! Bugs that were reported for other inits, runtimes and agents (runc, crun, conmon, catatonit, dumb-init,
 //! systemd, buildah, kata), tried on this one. Each input has its report.
 
 use std::{
@@ -19,10 +19,10 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
-/// Accounts as images and attackers have them.
+/// Account files as in images, and from attackers.
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n\
     +::::::\n\
     +@team:x:::::\n\
@@ -47,7 +47,7 @@ fn exec(api: &mut Client<UnixStream>, body: &Value) -> Result<Value> {
     api.post("/v1/exec", body)?.json()
 }
 
-/// What a shell command prints.
+/// The output of a shell command.
 fn shell(api: &mut Client<UnixStream>, script: &str) -> Result<String> {
     let response = exec(api, &json!({"cmd": ["/bin/sh", "-c", script]}))?;
     Ok(response["stdout"].as_str().unwrap_or_default().into())
@@ -67,26 +67,26 @@ fn account_files_that_broke_other_runtimes_work() -> Result<()> {
     });
     let builder = Vm::builder().config(&config).disk(&root);
     let mut vm = builder.timeout(TIMEOUT).start()?;
-    // The lines before it are no accounts, and do not end the search (buildah 7047).
+    // The lines before it are not accounts, and do not end the search (buildah 7047).
     vm.wait_for("uid=1000(app) gid=1000(app) groups=29(audio),44(video),1000(app)")?;
     let mut api = vm.api()?;
-    // Where the workload is.
+    // The workload's working directory.
     assert_eq!(shell(&mut api, "pwd")?, "/srv/app\n");
     for (user, expected) in [
-        // A number is that id, whatever lies before it (crun, CVE-2026-30892: 1 was 0).
+        // A number is that ID, whatever lines precede it (crun, CVE-2026-30892: 1 was 0).
         ("1", "1 1 1 /usr/sbin"),
         ("1:0", "1 0 0 /usr/sbin"),
-        // None of the workload's groups (crun 394, 645). What images for any user give to root's
-        // group (`chgrp -R 0`) is theirs, as in Docker and Kubernetes.
+        // Without the workload's groups (crun 394, 645). Files that images give to root's group for any user
+        // (`chgrp -R 0`) are accessible, as in Docker and Kubernetes.
         ("4242", "4242 0 0 /"),
         ("daemon", "1 1 1 /usr/sbin"),
         ("app", "1000 1000 1000 29 44 /home/app"),
         ("app:video", "1000 44 44 /home/app"),
-        // The first of two; a line with CR; the last line without its end.
+        // The first of two lines; a line with CR; a last line without LF.
         ("twice", "1004 1004 1004 /home/first"),
         ("crlf", "1003 1003 1003 /home/crlf"),
         ("last", "1005 1005 1005 44 /home/last"),
-        // Half of it.
+        // Without a user, or without a group.
         (":44", "0 44 44 /root"),
         ("app:", "1000 1000 1000 29 44 /home/app"),
     ] {
@@ -107,7 +107,7 @@ fn account_files_that_broke_other_runtimes_work() -> Result<()> {
         };
         assert_eq!(sorted(said), sorted(expected), "{user}: {response}");
     }
-    // An id that is none is not 0 (mql 8659), nor is what looks like a number to others.
+    // An invalid ID is not 0 (mql 8659), nor is something that other parsers take for a number.
     for user in [
         "torn",
         "empty",
@@ -128,7 +128,7 @@ fn account_files_that_broke_other_runtimes_work() -> Result<()> {
     Ok(())
 }
 
-/// A session that has got its first message.
+/// A session whose first message was sent.
 fn session(vm: &mut Vm, first: &Value) -> Result<Socket> {
     let mut socket = Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec")?;
     socket.text(first)?;
@@ -149,20 +149,20 @@ fn terminals_and_sessions_that_broke_other_agents_work() -> Result<()> {
     let config = json!({"ExecOverride": ["/bin/sleep", "100000"], "UserOverride": "app"});
     let builder = Vm::builder().config(&config).disk(&root);
     let mut vm = builder.timeout(TIMEOUT).start()?;
-    // Terminals come from where the boot has mounted them, whatever lies at the usual path.
+    // Terminals are opened in the devpts mounted at boot, whatever is at the usual path.
     let mut api = vm.api()?;
     assert_eq!(
         shell(&mut api, "rm /dev/ptmx; mkfifo /dev/ptmx; echo $?")?,
         "0\n"
     );
-    // The command and its orphans end in one moment: their SIGCHLDs are one (catatonit 4).
+    // The command and its orphans exit at the same time: their SIGCHLDs are merged (catatonit 4).
     let scripts = "sh -c 'sleep 0.01 & kill -9 $$'; sleep 0.009; exit 6";
     for _ in 0..20 {
         let ended =
             session(&mut vm, &json!({"command": ["/bin/sh", "-c", scripts]}))?.wait_end()?;
         assert_eq!(ended.message, exited(6));
     }
-    // What a short-lived command writes last is not lost with its terminal (socktainer 220).
+    // The last output of a short-lived command is not lost when its terminal closes (socktainer 220).
     for _ in 0..10 {
         let Ended {
             output, message, ..
@@ -171,7 +171,7 @@ fn terminals_and_sessions_that_broke_other_agents_work() -> Result<()> {
         ensure!(output.ends_with("\r\n3000\r\n"), "{output}");
         assert_eq!((output.lines().count(), message), (3000, exited(4)));
     }
-    // A background process that keeps the terminal does not keep the session (conmon-rs 620).
+    // A background process that keeps the terminal does not keep the session open (conmon-rs 620).
     let start = Instant::now();
     let ended =
         session(&mut vm, &tty("trap '' HUP; sleep 600 & echo begun; exit 5"))?.wait_end()?;
@@ -181,8 +181,8 @@ fn terminals_and_sessions_that_broke_other_agents_work() -> Result<()> {
         "{:?}",
         start.elapsed()
     );
-    // Ctrl-Z: a shell's job stops, and a session's own leader has nobody who could let it go on
-    // (dumb-init 25): it is not stopped, and Ctrl-C still ends it.
+    // Ctrl-Z: a shell's job stops, but a session's leader, which nothing could continue (dumb-init 25), does
+    // not, and Ctrl-C still ends it.
     let first = json!({"command": ["/bin/sh"], "tty": true, "env": ["PS1=pigeon> "]});
     let mut shell = session(&mut vm, &first)?;
     shell.output_with("pigeon> ")?;
@@ -204,7 +204,7 @@ fn terminals_and_sessions_that_broke_other_agents_work() -> Result<()> {
     leader.binary(b"\x1a")?;
     leader.binary(b"\x03")?;
     assert_eq!(leader.wait_end()?.message, exited(8));
-    // Sizes of nothing, of a terminal that ends meanwhile, and of none (kata runtime 3143).
+    // Sizes of 0, of a terminal that closes meanwhile, and of a closed one (kata runtime 3143).
     let mut sized = session(&mut vm, &tty("read x; stty size; exit 9"))?;
     for (cols, rows) in [(0, 0), (65_535, 65_535), (80, 24)] {
         sized.text(&json!({"cols": cols, "rows": rows}))?;
@@ -217,7 +217,7 @@ fn terminals_and_sessions_that_broke_other_agents_work() -> Result<()> {
         "{ended:?}"
     );
     assert_eq!(ended.message, exited(9));
-    // Descriptors that are all closed are no end, with a terminal or without.
+    // A command that closes all its descriptors has not exited, with or without a terminal.
     for terminal in [false, true] {
         let script = "exec <&- >&- 2>&-; sleep 0.5; exit 3";
         let first = json!({"command": ["/bin/sh", "-c", script], "tty": terminal});
@@ -236,7 +236,7 @@ fn requests_that_starved_other_agents_work() -> Result<()> {
     // No page of PID 1 is ever swapped out.
     let locked = shell(&mut api, "awk '/^VmLck/ {print $2}' /proc/1/status")?;
     ensure!(!["", "0\n"].contains(&locked.as_str()), "{locked}");
-    // Metrics for many at once (kata 13709): each is answered, and calls between them.
+    // Many metrics requests at once (kata 13709): all get responses, and so do calls meanwhile.
     #[cfg(feature = "sysinfo")]
     {
         let mut asked = vec![];
@@ -256,7 +256,7 @@ fn requests_that_starved_other_agents_work() -> Result<()> {
             assert_eq!(one.receive(false)?.status, 200);
         }
     }
-    // A head a byte at a time, from as many as there may be (kata 13496: one stalled frame stops all).
+    // Heads sent byte by byte by as many clients as possible (kata 13496: one stalled frame stops all).
     let mut slow = vec![];
     for _ in 0..200 {
         let mut one = vm.api()?;
@@ -277,7 +277,7 @@ fn requests_that_starved_other_agents_work() -> Result<()> {
         );
     }
     drop(slow);
-    // Commands that cannot start, one after the other: nothing of them stays (runc leaves states).
+    // Commands that cannot start, one after the other: nothing is left of them (runc leaves states).
     let open =
         |api: &mut Client<UnixStream>| shell(api, "ls /proc/1/fd | wc -l; ps -o stat | grep -c Z");
     let before = open(&mut api)?;
@@ -287,7 +287,7 @@ fn requests_that_starved_other_agents_work() -> Result<()> {
         assert_eq!(response.status, 500, "{response}");
     }
     assert_eq!(open(&mut api)?, before);
-    // More than execve takes (E2BIG), and what no argument can be.
+    // More arguments than execve accepts (E2BIG), and invalid ones.
     let long = "x".repeat(100_000);
     let many: Vec<_> = (0..200)
         .map(|n| format!("V{n}={}", "y".repeat(400)))
@@ -308,7 +308,7 @@ fn requests_that_starved_other_agents_work() -> Result<()> {
         let response = api.post("/v1/exec", &body)?;
         assert_eq!(response.status, status, "{body}: {response}");
     }
-    // A command whose descendants outlive it hold neither the response nor its place (runc 1721).
+    // Descendants that outlive a command delay neither its response nor the next command (runc 1721).
     for _ in 0..100 {
         let start = Instant::now();
         assert_eq!(shell(&mut api, "setsid sleep 300 & echo begun")?, "begun\n");
@@ -342,9 +342,8 @@ fn disks_that_other_inits_left_dirty_are_clean_or_named() -> Result<()> {
                 "Options": if *name == "c" { "commit=3600,data=journal" } else { "noatime" },
             })
         });
-    // A file system that somebody froze, with a writer that waits for it (qemu-ga; kata);
-    // one without room, with data that is not on its disk yet; one whose journal is written once an hour;
-    // one that is read-only by a bind mount alone; the root frozen last.
+    // A frozen file system with a blocked writer (qemu-ga; kata); a full one with dirty data; one whose
+    // journal is written once an hour; one that is read-only by a bind mount alone; the root, frozen last.
     let script = "
         echo kept >/a/file; echo kept >/c/file; echo kept >/d/file; echo kept >/b/file
         dd if=/dev/zero of=/b/full bs=64k 2>/dev/null
@@ -359,7 +358,7 @@ fn disks_that_other_inits_left_dirty_are_clean_or_named() -> Result<()> {
     let mut vm = builder.timeout(TIMEOUT).boot()?;
     vm.wait_for("exit_code=3")?;
     assert_eq!(vm.wait_end()?, End::Reboot);
-    // The writer that waits is in a sleep that no signal ends.
+    // The blocked writer is in an uninterruptible sleep.
     let warnings = guest::warnings(&vm.console());
     let waits = |line: &String| line.contains("\"a process cannot be killed\"");
     assert!(matches!(&warnings[..], [one] if waits(one)), "{warnings:?}");
@@ -370,7 +369,7 @@ fn disks_that_other_inits_left_dirty_are_clean_or_named() -> Result<()> {
     }
     assert_eq!(volumes[3].read("/more")?, "more\n");
 
-    // The root frozen as well, by a workload that ends then.
+    // The root is frozen, too, by a workload that then exits.
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let script = "echo kept >/file; fsfreeze --freeze /; exit 4";
     let builder = Vm::builder()
@@ -383,7 +382,7 @@ fn disks_that_other_inits_left_dirty_are_clean_or_named() -> Result<()> {
     root.check()?;
     assert_eq!(root.read("/file")?, "kept\n");
 
-    // The driver of a volume taken away from under it: the root is clean.
+    // The driver of a mounted volume is unbound: the root is clean.
     let (root, volume) = (
         Image::ext4(&Tree::busybox()?.dir("/a", 0o755)?, 32)?,
         Image::ext4(&Tree::empty()?, 16)?,
@@ -415,7 +414,7 @@ fn networks_and_images_that_broke_other_inits_work() -> Result<()> {
     let hosts = "127.0.0.1\tlocalhost\n";
     let tree = Tree::busybox()?.file("/etc/hosts", 0o644, hosts)?;
     let root = Image::ext4(&tree, 32)?;
-    // An immutable file (chattr +i): a rename over it is refused to root, too.
+    // An immutable file (chattr +i) cannot be renamed over, not even by root.
     let debugfs = assets::tool("debugfs")?;
     run(Command::new(debugfs)
         .args(["-w", "-R", "set_inode_field /etc/hosts flags 0x80010"])
@@ -434,17 +433,17 @@ fn networks_and_images_that_broke_other_inits_work() -> Result<()> {
         "Hostname": "h".repeat(64),
         "EtcHosts": [{"Host": "db", "IP": "10.1.0.9"}],
         "IPConfigs": [
-            // Two hosts and no more on a network (RFC 3021), and one alone with its gateway elsewhere.
+            // A network of two hosts (RFC 3021), and an address without a network.
             {"IP": "10.0.0.1", "Mask": 31, "Gateway": "10.0.0.0"},
             {"IP": "10.1.0.5", "Mask": 32},
             {"IP": "10.1.0.5", "Mask": 32},
-            // A gateway that only its link knows.
+            // A link-local gateway.
             {"IP": "fd00::5", "Mask": 128, "Gateway": "fe80::1"},
         ],
     });
     let builder = Vm::builder().config(&config).nic().disk(&root);
     let mut vm = builder.timeout(TIMEOUT).boot()?;
-    // The directory is made; an empty PATH is the image's own.
+    // The directory is created; an empty PATH is kept.
     let place = [
         "/srv/app",
         "<>",
@@ -473,7 +472,7 @@ fn networks_and_images_that_broke_other_inits_work() -> Result<()> {
     root.check()?;
     assert_eq!(root.read("/etc/hosts")?, hosts);
 
-    // Too little for IPv6 (RFC 8200, 5): told with the address.
+    // Too small for IPv6 (RFC 8200, 5): the error names the address.
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let config = json!({
         "ExecOverride": ["/bin/sh", "-c", "echo the workload runs"],

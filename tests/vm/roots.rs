@@ -1,4 +1,4 @@
-//! Roots and volumes of any kind: found by their superblocks, shared, with a layer over them.
+//! Roots and volumes of all kinds: identified by their superblocks, shared, with an overlay.
 
 use std::{fs, path::Path};
 
@@ -11,14 +11,14 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// A root that says that it was read.
+/// A root with a file that proves that it was read.
 fn tree() -> Result<Tree> {
     Tree::busybox()?.file("/etc/note", 0o644, "from the image\n")
 }
 
-/// A VM with what a root's file system needs of the kernel.
+/// A VM with the kernel modules for a root's file system.
 fn vm(script: &str, rest: Value) -> Builder {
-    // A kernel without v1 memory warns of it.
+    // A kernel without the v1 memory controller warns about it.
     let builder = Vm::builder()
         .config(&guest::shell(script, rest))
         .arg("PIGEON_CGROUPS=none");
@@ -27,14 +27,14 @@ fn vm(script: &str, rest: Value) -> Builder {
         .fold(builder, Builder::module)
 }
 
-/// The same, with the file systems that a cloud's images have.
+/// The same, with the file systems of cloud images.
 fn vm_with_more(script: &str, rest: Value) -> Builder {
     ["xfs", "btrfs"]
         .into_iter()
         .fold(vm(script, rest), Builder::module)
 }
 
-/// Runs a VM to its end; its console, when the workload ended with that code.
+/// Runs a VM to its end. Returns its console if the workload exited with this code.
 fn run(builder: Builder, code: i32) -> Result<String> {
     let mut vm = builder.boot()?;
     ensure!(vm.wait_end()? == End::Reboot, "no orderly end");
@@ -100,7 +100,7 @@ fn a_root_with_an_overlay_in_memory_is_never_written_to() -> Result<()> {
         let script = "echo mine >>/etc/note; rm /etc/group; mkdir /made; cat /etc/note
             grep ' / ' /proc/mounts; grep -c -E ' /(lower|writable) ' /proc/mounts; df -m / | tail -n 1; exit 5";
         let rest = json!({"RootOverlay": "tmpfs:size=24m"});
-        // The image takes writes; the VM makes none.
+        // The image is writable, but the VM does not write to it.
         let console = run(vm(script, rest).disk(&root), 5)?;
         assert_says(
             &console,
@@ -156,7 +156,7 @@ fn an_overlay_on_a_device_persists_and_two_vms_share_a_base() -> Result<()> {
             .disk(layer)
             .boot()
     };
-    // Both at the same time; then the first once more.
+    // Both at the same time; then the first one again.
     let mut both = [boot(&layers[0])?, boot(&layers[1])?];
     for vm in &mut both {
         vm.wait_for("ready")?;
@@ -184,7 +184,7 @@ fn an_overlay_on_a_device_persists_and_two_vms_share_a_base() -> Result<()> {
     Ok(())
 }
 
-/// Writes into an ext4 image in a VM that is killed, so that its journal has something to replay.
+/// Writes to an ext4 image in a VM that is killed, so that its journal must be replayed.
 fn leave_a_journal(root: &Image) -> Result<()> {
     let script = "echo new >/new; sync -f /new; while :; do echo more >>/new; sync; done & echo written; sleep 1000";
     let mut vm = vm(script, json!({})).disk(root).boot()?;
@@ -299,7 +299,7 @@ fn volumes_can_have_types_options_be_read_only_or_tmpfs() -> Result<()> {
 
 #[test]
 fn xfs_and_btrfs_work_as_roots_and_volumes_and_are_left_clean() -> Result<()> {
-    // Each of them is in another mount namespace, too, which a file keeps.
+    // Each is also mounted in another mount namespace, which a file keeps alive.
     const HOLD: &str = "mkdir /run/ns; mount -t tmpfs x /run/ns; touch /run/ns/mnt
         unshare --mount=/run/ns/mnt true";
     let xfs = Image::xfs(&tree()?)?.partitioned(Table::Gpt)?;
@@ -327,7 +327,7 @@ fn xfs_and_btrfs_work_as_roots_and_volumes_and_are_left_clean() -> Result<()> {
     xfs.check()?;
     data.check()?;
 
-    // What that VM wrote is there for the next, whose root is of the other kind.
+    // The next VM reads what this one wrote; its root is of the other type.
     let btrfs = Image::btrfs(&tree()?)?.partitioned(Table::Mbr)?;
     let fresh = Image::xfs(&Tree::empty()?)?;
     let rest = json!({
@@ -380,7 +380,7 @@ fn an_xfs_or_btrfs_with_a_dirty_log_is_replayed_or_refused() -> Result<()> {
         {"DevicePath": "/dev/vdb", "MountPath": "/x"},
         {"DevicePath": "/dev/vdc", "MountPath": "/b"},
     ]});
-    // A btrfs has a log of what was synced alone until all is committed, every 30 s.
+    // A btrfs has a log of synced files until everything is committed, every 30 s.
     let script = "put() { echo $1 | dd of=$2 conv=fsync 2>/dev/null; }; sync
         for dir in /x /b; do put new $dir/new; done; echo written
         while :; do for dir in /x /b; do put more $dir/more; done; done";
@@ -393,7 +393,7 @@ fn an_xfs_or_btrfs_with_a_dirty_log_is_replayed_or_refused() -> Result<()> {
     std::thread::sleep(std::time::Duration::from_secs(2));
     killed.kill();
     for image in [&xfs, &btrfs] {
-        ensure!(image.check().is_err(), "there is nothing to replay");
+        ensure!(image.check().is_err(), "the journal is empty");
     }
 
     for (root, why) in [(&xfs, "xfs: EROFS"), (&btrfs, "btrfs: EIO")] {
@@ -428,7 +428,7 @@ fn a_frozen_xfs_is_named_and_a_frozen_btrfs_is_clean() -> Result<()> {
         {"DevicePath": "/dev/vdb", "MountPath": "/x"},
         {"DevicePath": "/dev/vdc", "MountPath": "/b"},
     ]});
-    // The loop devices' own file systems are in another namespace: their files stay open for writing.
+    // The loop devices' file systems are mounted in another namespace, so their files stay open for writing.
     let script = "set -e
         mkdir /run/ns; mount -t tmpfs x /run/ns; touch /run/ns/mnt
         i=0; for dir in /x /b; do
@@ -472,19 +472,19 @@ fn a_btrfs_that_hangs_at_shutdown_is_named_and_a_btrfs_root_is_clean() -> Result
     root.check()
 }
 
-/// Where the guest's memory is persistent, in MiB.
+/// Position and size of persistent memory in the guest's, in MiB.
 const PMEM: (u64, u64) = (256, 48);
 
 #[test]
 fn a_root_can_be_in_persistent_memory() -> Result<()> {
     if assets::arch() != Arch::X86_64 {
-        // memmap= is x86's, and virtio-pmem is not for the lab's machines.
+        // memmap= only exists on x86, and the lab's machines do not support virtio-pmem.
         return Ok(());
     }
     let (start, size) = PMEM;
     let root = Image::ext4(&tree()?, u32::try_from(size)?)?;
-    // The machine has no device for it, so it is a part of its memory that the kernel takes for it
-    // (memmap=, Documentation/admin-guide/kernel-parameters.txt), once it knows what PCI leaves free.
+    // The machine has no such device, so the kernel uses a part of the memory as one (memmap=,
+    // Documentation/admin-guide/kernel-parameters.txt), at an address that PCI leaves free.
     let loader = format!(
         "loader,file={},addr={:#x},force-raw=on",
         root.path().display(),
@@ -498,7 +498,7 @@ fn a_root_can_be_in_persistent_memory() -> Result<()> {
         .arg(&format!("memmap={size}M!{start}M"))
         .qemu(&["-machine", "pcie=on", "-device", &loader])
         .boot()?;
-    // The memory is looked at when the guest has ended.
+    // The memory is read after the guest has shut down.
     vm.qmp("set-action", json!({"shutdown": "pause"}))?;
     vm.wait_for("exit_code=3")?;
     while vm.qmp("query-status", json!({}))?["status"] != "shutdown" {

@@ -1,5 +1,5 @@
-//! Held still for a snapshot, and made another VM after one: what the guest does of it, without a
-//! hypervisor that takes any.
+//! The guest's side of snapshots and restores: holds, and changes to another VM. Without a hypervisor that
+//! takes snapshots.
 
 use std::{
     io::{BufRead, BufReader},
@@ -21,15 +21,15 @@ use pigeon_lab::{
 };
 use serde_json::{Value, json};
 
-/// Generous: other VMs may run beside this one.
+/// Long, as other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
 const V2: &str = "/sys/fs/cgroup/unified";
 
-/// What stands still is watched for so long.
+/// How long a frozen process is observed.
 const STILL: Duration = Duration::from_millis(1500);
 
-/// Counts on the console, a line a tenth of a second.
+/// Prints a number on the console every 100 ms.
 fn count(name: &str) -> String {
     format!("i=0; while :; do i=$((i+1)); echo count-{name} $i >/dev/console; sleep 0.1; done")
 }
@@ -47,7 +47,7 @@ fn lines(vm: &Vm, name: &str) -> usize {
     console.lines().filter(|line| line.contains(&start)).count()
 }
 
-/// Waits until each counts on.
+/// Waits until each counter continues.
 fn assert_counting(vm: &Vm, names: &[&str]) -> Result<()> {
     for name in names {
         let (before, start) = (lines(vm, name), Instant::now());
@@ -59,7 +59,7 @@ fn assert_counting(vm: &Vm, names: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Nothing is counted for a while. What the console had not yet shown is let pass.
+/// No counter continues for a while, apart from output that was still in transit.
 fn assert_still(vm: &Vm, names: &[&str]) {
     let seen = || names.iter().map(|name| lines(vm, name)).collect::<Vec<_>>();
     thread::sleep(Duration::from_millis(300));
@@ -93,17 +93,17 @@ fn all_processes_are_frozen_during_a_hold_and_continue_after_it() -> Result<()> 
         .timeout(TIMEOUT)
         .boot()?;
     let others = [
-        // A container engine's group, beside the workload's.
+        // A container engine's cgroup, beside the workload's.
         format!(
             "mkdir -p {V2}/docker/c1; (echo 0 >{V2}/docker/c1/cgroup.procs; {})",
             count("container")
         ),
-        // A group that ls does not show.
+        // A cgroup that ls does not show.
         format!(
             "mkdir {V2}/.hidden; (echo 0 >{V2}/.hidden/cgroup.procs; {})",
             count("hidden")
         ),
-        // What root has moved to where PID 1 is.
+        // A process that root has moved to PID 1's cgroup.
         format!("(echo 0 >{V2}/cgroup.procs; {})", count("stray")),
         // A command that outlives its call.
         format!("({})", count("command")),
@@ -150,7 +150,7 @@ fn all_processes_are_frozen_during_a_hold_and_continue_after_it() -> Result<()> 
         (&reply["ok"], &reply["token"]),
         (&json!(true), &json!("a1"))
     );
-    // Shells and their sleeps, if these were not between two.
+    // Each shell with its sleep, unless it is between two.
     let frozen = reply["frozen"].as_u64().unwrap_or(0);
     assert!((7..=14).contains(&frozen), "{reply}");
     assert!(
@@ -187,7 +187,7 @@ fn all_processes_are_frozen_during_a_hold_and_continue_after_it() -> Result<()> 
         409
     );
 
-    // The host may not have had the reply.
+    // If the host has not received the response.
     let again = prepare(&mut api, json!({"token": "a1"}))?;
     assert_eq!((again.status, again.json()?), (200, reply));
     let other = prepare(&mut api, json!({"token": "b2"}))?;
@@ -211,11 +211,11 @@ fn all_processes_are_frozen_during_a_hold_and_continue_after_it() -> Result<()> 
     let mut session = Socket::open(vm.connect(API_PORT)?, "/v1/ws/exec")?;
     session.text(&json!({"attach": "count"}))?;
 
-    // As Docker in Docker does with all processes of the root. PID 1 stays out of it.
+    // As Docker in Docker does with all processes of the root. PID 1 is not frozen.
     let moved =
         format!("mkdir {V2}/init; echo 1 >{V2}/init/cgroup.procs; tail -n 1 /proc/1/cgroup");
     assert_eq!(exec(&mut vm, &moved)?, "0::/init\n");
-    // Nobody ends the hold.
+    // The hold times out.
     let held = prepare(
         &mut api,
         json!({"token": "c3", "hold_ms": 2000, "sync": false}),
@@ -227,13 +227,13 @@ fn all_processes_are_frozen_during_a_hold_and_continue_after_it() -> Result<()> 
     assert_eq!(cancel(&mut api, "c3")?.status, 409);
     exec(&mut vm, "true")?;
 
-    // The end, out of a hold.
+    // A stop during a hold.
     prepare(&mut api, json!({"token": "d4"}))?.success()?;
     api.post("/v1/stop", &json!({}))?.success()?;
     let exit = api.get("/v1/exit_code")?.success()?.json()?;
     assert_eq!(exit["code"], 3, "{exit}");
     assert_eq!(vm.wait_end()?, End::Reboot);
-    // The console is slower than the reply.
+    // The console is slower than the response.
     assert!(vm.console().contains("got term"), "{}", vm.console());
     root.check()
 }
@@ -253,7 +253,7 @@ fn processes_that_cannot_be_frozen_are_named_and_all_are_thawed() -> Result<()> 
         .timeout(TIMEOUT)
         .boot()?;
     assert_counting(&vm, &["workload"])?;
-    // Who writes to a file system that is frozen waits in the kernel, in a sleep that no signal ends.
+    // A writer to a frozen file system is in an uninterruptible sleep.
     exec(
         &mut vm,
         "fsfreeze --freeze /data; touch /data/file >/dev/null 2>&1 &",
@@ -270,14 +270,14 @@ fn processes_that_cannot_be_frozen_are_named_and_all_are_thawed() -> Result<()> 
         why.starts_with("still running after 300 ms: touch ("),
         "{why}"
     );
-    // Who calls meanwhile waits, and those who wait do not take all places.
+    // Other calls wait meanwhile, and waiting calls do not take all places.
     let mut waiting = vec![];
     for (call, timeout) in [("prepare", 3000)].into_iter().chain([("cancel", 0); 7]) {
         let mut api = vm.api()?;
         let body = json!({"token": "a1", "timeout_ms": timeout}).to_string();
         let head = format!("POST /v1/snapshot/{call} HTTP/1.1\r\nHost: x\r\nContent-Length: ");
         api.send(format!("{head}{}\r\n\r\n{body}", body.len()).as_bytes())?;
-        // So that they come in this order.
+        // Keeps the order.
         assert_eq!(vm.api()?.get("/v1/status")?.status, 200);
         waiting.push(api);
     }
@@ -289,10 +289,9 @@ fn processes_that_cannot_be_frozen_are_named_and_all_are_thawed() -> Result<()> 
     exec(&mut vm, "fsfreeze --unfreeze /data")?;
     prepare(&mut api, json!({"token": "a1"}))?.success()?;
     assert_still(&vm, &["workload"]);
-    // A workload that is killed while it is held is the end, too.
     assert!(vm.ended()?.is_none());
     cancel(&mut api, "a1")?.success()?;
-    // One that root has frozen itself before stays so.
+    // A cgroup that root has frozen before stays frozen.
     exec(
         &mut vm,
         &format!("mkdir {V2}/paused; echo 1 >{V2}/paused/cgroup.freeze"),
@@ -326,7 +325,7 @@ fn a_hold_needs_cgroup_v2_and_can_be_disabled() -> Result<()> {
         vm.wait_for("workload started")?;
         let refused = prepare(&mut vm.api()?, json!({"token": "a1"}))?;
         assert_eq!((refused.status, error(&refused)?), (501, why.into()));
-        // What a process writes into the kernel's log is no notification of the kernel's.
+        // A process's record in the kernel's log is not taken for a notification of the kernel's.
         exec(
             &mut vm,
             "echo '<5>random: crng reseeded due to virtual machine fork' >/dev/kmsg",
@@ -343,7 +342,7 @@ fn restore(api: &mut Client<UnixStream>, body: Value) -> Result<Response> {
     api.post("/v1/restore", &body)
 }
 
-/// The workload counts, and says which signals it gets.
+/// The workload counts, and prints the signals that it receives.
 fn script() -> String {
     format!(
         "trap 'echo got usr1 >/dev/console' USR1; trap 'echo got usr2 >/dev/console' USR2\n{}",
@@ -351,7 +350,7 @@ fn script() -> String {
     )
 }
 
-/// A document with all that a restore sets anew.
+/// A document with all fields that a restore applies.
 fn document(name: &str, net: u8, signal: u8) -> Value {
     guest::shell(
         &script(),
@@ -371,7 +370,7 @@ fn document(name: &str, net: u8, signal: u8) -> Value {
     )
 }
 
-/// What the VM itself says that a document sets. The kernel's own address has the MAC in it.
+/// Checks in the VM what a document sets. The kernel's own address contains the MAC.
 fn assert_is(vm: &mut Vm, name: &str, net: u8) -> Result<()> {
     let state = exec(
         vm,
@@ -424,7 +423,7 @@ fn a_restore_by_a_call_gives_the_vm_a_new_identity() -> Result<()> {
     assert_counting(&vm, &["workload"])?;
     assert_is(&mut vm, "template", 1)?;
 
-    // Nothing is held, and nothing is another: routes of the workload's own stay.
+    // Without a hold and with the same document: the workload's own routes stay.
     exec(
         &mut vm,
         "ip route add 10.9.0.0/16 via 10.0.1.1; ping -c 1 -W 5 10.0.1.30 && ip neigh | grep -q 10.0.1.30",
@@ -453,7 +452,7 @@ fn a_restore_by_a_call_gives_the_vm_a_new_identity() -> Result<()> {
     );
     assert_eq!(exec(&mut vm, "ip neigh | grep 10.0.1.30 || true")?, "");
 
-    // A hold, and what goes wrong in it: the workload stays where it is.
+    // A hold with failing restores: the workload stays frozen.
     prepare(&mut api, json!({"token": "a1"}))?.success()?;
     for (body, status, step) in [
         (json!({"config": first}), 409, Value::Null),
@@ -491,7 +490,7 @@ fn a_restore_by_a_call_gives_the_vm_a_new_identity() -> Result<()> {
     }
     assert_still(&vm, &["workload"]);
 
-    // Another VM, years before.
+    // Another VM, with a clock that is years behind.
     let mut second = document("clone", 2, 12);
     second["Mounts"] = json!([{"DevicePath": "/dev/vdb", "MountPath": "/data"}]);
     let body = json!({
@@ -540,8 +539,8 @@ fn a_restore_by_a_call_gives_the_vm_a_new_identity() -> Result<()> {
     )?;
     assert_eq!(rest, "3\nvolume0\n0\n0\n");
 
-    // And back, years after, without a hold. A route of the workload's leads to what is no more, a file
-    // of its own lies over one of ours, and interfaces are not to be seen in sysfs.
+    // And back, years later, without a hold. The workload has a route to an old gateway and a mount over one
+    // of our files, and sysfs does not show the interfaces.
     exec(
         &mut vm,
         "ip -6 route add fd99::/64 via fd00:2::1
@@ -558,7 +557,7 @@ fn a_restore_by_a_call_gives_the_vm_a_new_identity() -> Result<()> {
     let now = seconds(&mut vm)?;
     assert!((2_000_000_000..2_000_000_200).contains(&now), "{now}");
 
-    // What a document no longer has goes, and what lo has of itself stays, also when a step fails.
+    // What a document no longer has is removed, but lo's own address stays, also when a step fails.
     let mut alone = document("alone", 3, 10);
     alone["EtcHosts"] = json!([]);
     for entry in alone["IPConfigs"].as_array_mut().into_iter().flatten() {
@@ -581,7 +580,7 @@ fn a_restore_by_a_call_gives_the_vm_a_new_identity() -> Result<()> {
     assert_is(&mut vm, "again", 3)?;
     restore(&mut api, json!({"config": alone}))?.success()?;
     assert_eq!(exec(&mut vm, stale)?, "");
-    // Also what a restore has left that failed.
+    // This includes what a failed restore has left.
     let mut broken = again.clone();
     broken["Mounts"] = json!([{"MountPath": "/none", "DevicePath": "/dev/none"}]);
     let failed = restore(&mut api, json!({"config": broken}))?;
@@ -590,7 +589,7 @@ fn a_restore_by_a_call_gives_the_vm_a_new_identity() -> Result<()> {
     assert_eq!(exec(&mut vm, stale)?, "");
     restore(&mut api, json!({"config": again}))?.success()?;
 
-    // MMDS is there no more than at the boot: the old document stays.
+    // MMDS does not respond, just as at boot: the old document stays.
     let without = restore(&mut api, json!({}))?.success()?.json()?;
     assert_eq!(
         (&without["generation"], &without["config"]),
@@ -599,7 +598,7 @@ fn a_restore_by_a_call_gives_the_vm_a_new_identity() -> Result<()> {
     vm.wait_for("restore: MMDS: no answer; the old configuration stays")?;
     assert_is(&mut vm, "again", 3)?;
 
-    // Memory for /run that anybody can fill.
+    // /run without a free page: all users can fill it.
     exec(
         &mut vm,
         "dd if=/dev/zero of=/run/lock/fill bs=64k 2>/dev/null; true",
@@ -616,7 +615,7 @@ fn a_restore_by_a_call_gives_the_vm_a_new_identity() -> Result<()> {
     let before = exec(&mut vm, "stat -c %i /etc/hosts")?;
     restore(&mut api, json!({"config": document("full", 4, 10)}))?.success()?;
     assert_is(&mut vm, "full", 4)?;
-    // It is in memory, and replaced there.
+    // The file is in memory, and was replaced there.
     assert_ne!(exec(&mut vm, "stat -c %i /etc/hosts")?, before);
     assert_eq!(
         exec(&mut vm, "grep -c ' /etc/.* tmpfs ' /proc/mounts")?,
@@ -646,7 +645,7 @@ fn a_restore_by_a_call_gives_the_vm_a_new_identity() -> Result<()> {
 #[test]
 fn a_restore_fetches_the_document_from_mmds() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
-    // What is pushed after the boot's question is the clone's.
+    // The document pushed after the boot's request is the clone's.
     let mmds = Mmds::serving(document("clone", 2, 12))
         .before(Before::Document(document("template", 1, 10)))
         .push(Push::AfterRequests(1));
@@ -682,7 +681,7 @@ fn a_restore_fetches_the_document_from_mmds() -> Result<()> {
     vm.wait_for("got usr2")?;
     let link = exec(&mut vm, "ip addr show dev eth0; ip route")?;
     assert!(!link.contains("169.254"), "{link}");
-    // A workload's own way to the service is left to it.
+    // The workload's own route to the service is not removed.
     let before = exec(&mut vm, "ip route add 169.254.169.254 dev eth0; ip route")?;
     assert!(before.contains("169.254.169.254 dev eth0"), "{before}");
     let reply = restore(&mut api, json!({}))?.success()?.json()?;
@@ -712,7 +711,7 @@ fn a_restore_call_fails_when_mmds_is_gone() -> Result<()> {
     assert_counting(&vm, &["workload"])?;
     let mut api = vm.api()?;
     prepare(&mut api, json!({"token": "a1"}))?.success()?;
-    // PID 1 waits for nobody.
+    // PID 1 does not block.
     api.send(
         b"POST /v1/restore HTTP/1.1\r\nHost: x\r\nContent-Length: 14\r\n\r\n{\"token\":\"a1\"}",
     )?;
@@ -746,17 +745,17 @@ fn a_restore_call_fails_when_mmds_is_gone() -> Result<()> {
     root.check()
 }
 
-/// How long MMDS is asked in the test below.
+/// The timeout for MMDS in the test below.
 const MMDS_TIMEOUT: Duration = Duration::from_secs(6);
 
-/// A shell command that makes the generation of the vmclock another one.
+/// A shell command that changes the generation of the vmclock.
 fn set_generation(generation: u8) -> String {
     format!(
         "printf '\\{generation:03o}' | dd of=/dev/vmclock0 bs=1 seek=104 conv=notrunc 2>/dev/null"
     )
 }
 
-/// With a disk that hangs: one that is to be mounted, and one that is to be written to.
+/// With disks that hang: one to be mounted, and one to be synced.
 #[test]
 fn a_restore_blocked_by_a_disk_is_given_up() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
@@ -783,7 +782,7 @@ fn a_restore_blocked_by_a_disk_is_given_up() -> Result<()> {
     let mut api = vm.api()?;
     api.set_read_timeout(TIMEOUT)?;
 
-    // Names and addresses of a restore that was given up go with the next one.
+    // Names and addresses of a restore that timed out are removed by the next one.
     throttle(&mut vm, 2, 1)?;
     let mut hangs = first.clone();
     hangs["Mounts"] = json!([&data, {"DevicePath": "/dev/vdc", "MountPath": "/more"}]);
@@ -802,7 +801,7 @@ fn a_restore_blocked_by_a_disk_is_given_up() -> Result<()> {
     assert_eq!(exec(&mut vm, left)?, "0\n0\n");
     throttle(&mut vm, 2, 1 << 30)?;
 
-    // What is asked to stop is not held: it has its time, however long the disk takes.
+    // A workload that is being stopped is not held: it has its full timeout, however long the disk takes.
     exec(
         &mut vm,
         "dd if=/dev/zero of=/data/file bs=64k count=64 2>/dev/null",
@@ -831,7 +830,7 @@ fn restores(vm: &Vm) -> usize {
     vm.console().matches("msg=\"restored\"").count()
 }
 
-/// The kernel logs something: help, as the keys Alt, SysRq and H ask for, or a break and that letter on
+/// Makes the kernel log something: its help, with the keys Alt, SysRq and H, or a break and that letter on
 /// the console.
 fn make_kernel_log(vm: &mut Vm) -> Result<()> {
     if !assets::arch().has_keyboard() {
@@ -842,8 +841,7 @@ fn make_kernel_log(vm: &mut Vm) -> Result<()> {
     vm.qmp("send-key", json!({"keys": keys})).map(drop)
 }
 
-/// With a file in place of the device, which cannot be waited for: it is looked at when the kernel logs
-/// something.
+/// With a file instead of the device, which cannot be polled: it is read when the kernel logs something.
 #[test]
 fn a_new_vmclock_generation_triggers_a_restore() -> Result<()> {
     let attack = assets::guest_program("attack")?;
@@ -851,7 +849,7 @@ fn a_new_vmclock_generation_triggers_a_restore() -> Result<()> {
     let volume = Image::ext4(&Tree::empty()?, 32)?;
     let mut first = document("template", 1, 10);
     first["Mounts"] = json!([{"DevicePath": "/dev/vdb", "MountPath": "/data"}]);
-    // The boot's connection, and nothing after it.
+    // MMDS serves the boot's connection, and is silent afterwards.
     let mut faults = vec![Fault::Drip(Duration::from_micros(1))];
     faults.resize(256, Fault::Silent);
     let mut vm = Vm::builder()
@@ -873,7 +871,7 @@ fn a_new_vmclock_generation_triggers_a_restore() -> Result<()> {
         let limits = json!({"device": "disk1", "bps": rate, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0});
         vm.qmp("block_set_io_throttle", limits).map(drop)
     };
-    // Once there is an API, the volume keeps the workload from starting.
+    // While the volume hangs, the API is up but the workload is not started.
     throttle(&mut vm, 1)?;
     let page = "{ printf 'VCLK\\0\\020\\0\\0\\001'; head -c 16 /dev/zero; printf '\\001'; head -c 86 /dev/zero; } >/dev/vmclock0";
     exec(&mut vm, page)?;
@@ -886,8 +884,8 @@ fn a_new_vmclock_generation_triggers_a_restore() -> Result<()> {
     throttle(&mut vm, 1 << 30)?;
     assert_counting(&vm, &["workload"])?;
 
-    // Held, and restored by the kernel's notification. That waits for MMDS; the host's call does not.
-    // By then PID 1 waits for events with another epoll instance.
+    // Held, and restored by the kernel's notification, which waits for MMDS; the host's call does not. PID 1
+    // then waits for events with another epoll instance.
     exec(&mut vm, &set_generation(2))?;
     let mut api = vm.api()?;
     for _ in 0..1100 {
@@ -910,8 +908,8 @@ fn a_new_vmclock_generation_triggers_a_restore() -> Result<()> {
     let link = exec(&mut vm, "ip addr show dev eth0; ip route")?;
     assert!(!link.contains("169.254"), "{link}");
 
-    // Nobody calls, and MMDS never comes: the workload goes on with what it has. Somebody who calls
-    // later speaks of the same restore.
+    // Without a call or MMDS, the workload continues with the old document. A later call belongs to the same
+    // restore.
     exec(&mut vm, &set_generation(3))?;
     prepare(&mut api, json!({"token": "b2"}))?.success()?;
     make_kernel_log(&mut vm)?;
@@ -925,7 +923,7 @@ fn a_new_vmclock_generation_triggers_a_restore() -> Result<()> {
     assert_is(&mut vm, "late", 3)?;
     assert_eq!(restore(&mut api, body)?.status, 409);
 
-    // A restore within a restore is not lost.
+    // A restore during a restore is not lost.
     exec(
         &mut vm,
         &format!(
@@ -936,7 +934,7 @@ fn a_new_vmclock_generation_triggers_a_restore() -> Result<()> {
     )?;
     vm.wait_for("msg=\"restored\" generation=4")?;
     vm.wait_for("msg=\"restored\" generation=5")?;
-    // The same generation once more is none.
+    // The same generation again is not a restore.
     exec(
         &mut vm,
         "echo '<5>random: crng reseeded due to virtual machine fork' >/dev/kmsg",
@@ -944,7 +942,7 @@ fn a_new_vmclock_generation_triggers_a_restore() -> Result<()> {
     thread::sleep(Duration::from_secs(2));
     assert_eq!(exec(&mut vm, "cat /run/pigeon/generation")?, "5\n");
 
-    // One that cannot be begun is begun later.
+    // A restore that cannot be started is retried.
     exec(
         &mut vm,
         &format!(
@@ -960,12 +958,12 @@ fn a_new_vmclock_generation_triggers_a_restore() -> Result<()> {
     volume.check()
 }
 
-/// Pages that PID 1 has touched, or taken a copy of after a fork, since it began (proc_pid_stat(5), minflt).
+/// Pages that PID 1 has touched, or copied after a fork, since it started (proc_pid_stat(5), minflt).
 fn pages_touched(vm: &mut Vm) -> Result<i64> {
     Ok(exec(vm, "cut -d ' ' -f 10 /proc/1/stat")?.trim().parse()?)
 }
 
-/// In the guest's own time, which counts instructions: figures do not depend on the machine.
+/// With the guest's deterministic clock: figures do not depend on the machine.
 #[test]
 fn a_hold_and_a_restore_take_little_time_and_few_pages() -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
@@ -979,14 +977,14 @@ fn a_hold_and_a_restore_take_little_time_and_few_pages() -> Result<()> {
         .boot()?;
     assert_counting(&vm, &["workload"])?;
     let clone = document("clone", 2, 12);
-    // The least of several: now and then something else has the processor meanwhile.
+    // The minimum of several: sometimes another process runs meanwhile.
     for (name, configs, limits) in [
         ("nothing changed", [&first, &first], [5, 1000, 40]),
         ("names and addresses", [&clone, &first], [5, 3000, 40]),
     ] {
         let mut least = [u64::MAX; 3];
         for config in configs.iter().cycle().take(8) {
-            // What two commands take, without anything between them and with.
+            // The pages of two commands, without a restore in between and with one.
             let before = pages_touched(&mut vm)?;
             let between = pages_touched(&mut vm)?;
             let mut api = vm.api()?;

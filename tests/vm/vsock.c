@@ -1,8 +1,7 @@
-// What the lab's vsock and the guest's kernel do by themselves, with no init of ours in the VM. Once
-// it listens on port 20000, it connects to port 20001 of the host and says hello. Of each connection
-// that it then takes, the first byte is an order: 'e' to send back what comes; 's' to send 1 MiB of
-// that letter, and to close.
-#include <sys/socket.h> // before it: it needs sockaddr
+// Tests the lab's vsock and the guest's kernel, without pigeon-init in the VM. Once it listens on port 20000,
+// it connects to port 20001 of the host and sends hello. The first byte of each accepted connection is a
+// command: 'e' echoes all further bytes; 's' sends 1 MiB of that letter, and closes.
+#include <sys/socket.h> // before it, which needs sockaddr
 
 #include <linux/vm_sockets.h>
 #include <signal.h>

@@ -1,20 +1,20 @@
-// What the API's files and tunnels are measured against and tried with: the least program for the
-// same over vsock, and TCP servers of every temper.
+// Helpers for tests of the API's files and tunnels: minimal programs that do the same over vsock, for
+// comparison, and TCP servers with various behaviours.
 //
 //   wire vsock PORT send FILE      each connection gets the file
-//   wire vsock PORT output FILE    each connection gets what cat says of the file
+//   wire vsock PORT output FILE    each connection gets the output of cat FILE
 //   wire vsock PORT store FILE     each connection's 8 bytes of length (this machine's order) and bytes
 //                                  become the file; a byte is the answer
 //   wire vsock PORT echo
 //   wire vsock PORT forward TCP    to a TCP port of 127.0.0.1, as a tunnel does
 //   wire tcp ADDRESS PORT echo     ADDRESS is IPv4 or IPv6
-//   wire tcp ADDRESS PORT count    reads to the end, then says how many bytes there were
-//   wire tcp ADDRESS PORT greet    says "hello", ends its half, then counts as above to standard output
+//   wire tcp ADDRESS PORT count    reads to the end, then sends the number of bytes
+//   wire tcp ADDRESS PORT greet    sends "hello", closes its side, then prints the number of bytes received
 //   wire tcp ADDRESS PORT deaf     accepts and never reads
 //   wire tcp ADDRESS PORT reset    answers the first byte with a reset
 //   wire tcp ADDRESS PORT flood N  N bytes, each the low byte of its number
-//   wire stop                      stops everybody but PID 1, and whoever comes, for a few seconds
-//   wire tcp ADDRESS PORT full     accepts nobody, and has room for one who waits
+//   wire stop                      stops all processes but PID 1, and new ones, for a few seconds
+//   wire tcp ADDRESS PORT full     does not accept; its backlog has room for one connection
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -71,7 +71,7 @@ static uint64_t count_to_end(int fd)
     return total;
 }
 
-// Both directions of two sockets, until one ends.
+// Copies in both directions between two sockets, until one ends.
 static void forward(int one, int other)
 {
     struct pollfd ends[2] = {{.fd = one, .events = POLLIN}, {.fd = other, .events = POLLIN}};
@@ -91,7 +91,7 @@ static void forward(int one, int other)
 static void serve(int fd, const char *what, const char *argument)
 {
     int on = 1;
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on); // of no use on vsock
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on); // has no effect on vsock
     if (!strcmp(what, "send")) {
         int file = open(argument, O_RDONLY);
         off_t size = lseek(file, 0, SEEK_END);
@@ -209,7 +209,7 @@ int main(int argc, char **argv)
         int connection = accept(fd, NULL, NULL);
         if (connection < 0)
             fail("accept");
-        // The measured ones are one process, as a server is that is no slower than it must be.
+        // Those that are measured use one process, as a fast server does.
         if (!strcmp(argv[0], "send") || !strcmp(argv[0], "output") || !strcmp(argv[0], "store")) {
             serve(connection, argv[0], argv[1]);
         } else if (!fork()) {

@@ -1,4 +1,4 @@
-//! What becomes of the workload: its exit code, its signals, its orphans, its output.
+//! The workload: its exit code, signals, orphans and output.
 
 use std::{thread, time::Duration};
 
@@ -14,7 +14,7 @@ fn root() -> Result<Image> {
     Image::ext4(&Tree::busybox()?, 32)
 }
 
-/// Boots `config` on `root` to its end; the response is that of `/v1/exit_code`.
+/// Runs `config` on `root` until the VM ends. Returns the response of `/v1/exit_code`, and the console.
 fn run(config: &Value, root: &Image) -> Result<(Value, String)> {
     let builder = Vm::builder().config(config).disk(root);
     let mut vm = builder.arg("PIGEON_EXIT_LINGER_MS=60000").boot()?;
@@ -24,7 +24,7 @@ fn run(config: &Value, root: &Image) -> Result<(Value, String)> {
     Ok((exit, vm.console()))
 }
 
-/// The workload's exit is as the API and the console tell it, both.
+/// Both the API and the console report this exit.
 #[track_caller]
 fn assert_exit((exit, console): &(Value, String), code: i32, oom_killed: bool) {
     assert_eq!(*exit, json!({"code": code, "oom_killed": oom_killed}));
@@ -53,7 +53,7 @@ fn a_command_that_cannot_be_executed_is_126() -> Result<()> {
     let seen = run(&config, &Image::ext4(&tree, 32)?)?;
     assert_exit(&seen, 126, false);
     assert!(seen.1.contains("execute data: EACCES"), "{}", seen.1);
-    // Ids nobody knows stand for themselves.
+    // Unknown numeric IDs are used as they are.
     assert!(seen.1.contains("uid=4242 gid=4343"), "{}", seen.1);
     Ok(())
 }
@@ -67,7 +67,8 @@ fn a_workload_killed_by_a_signal_is_128_and_the_signal() -> Result<()> {
 
 #[test]
 fn every_signal_to_pid_1_reaches_the_workloads_process_group() -> Result<()> {
-    // Both processes of the group write what they get; a session of its own gets nothing.
+    // Both processes of the group log the signals that they receive; a process in its own session receives
+    // none.
     let member = r#"
         for signal in HUP INT QUIT USR1 USR2 TERM; do trap "echo $1 $signal >>/got" $signal; done
         echo $1 ready >>/got
@@ -88,7 +89,7 @@ fn every_signal_to_pid_1_reaches_the_workloads_process_group() -> Result<()> {
          cat /got; kill -KILL $PPID 2>/dev/null; kill -KILL "$1") &
         trap '' ALRM
         exec /member leader"#;
-    // The one that sends leaves the group, to live on.
+    // The process that sends the signals leaves the group, in order to survive.
     let script = script
         .replace("        (while", "        setsid sh -c 'while")
         .replace(
@@ -98,10 +99,10 @@ fn every_signal_to_pid_1_reaches_the_workloads_process_group() -> Result<()> {
     let seen = run(&guest::shell(&script, json!({})), &root)?;
     assert_exit(&seen, 137, false);
     for signal in ["HUP", "INT", "QUIT", "USR1", "USR2", "TERM"] {
-        let count = |who: &str| {
+        let count = |member: &str| {
             seen.1
                 .lines()
-                .filter(|line| *line == format!("{who} {signal}"))
+                .filter(|line| *line == format!("{member} {signal}"))
                 .count()
         };
         assert_eq!(
@@ -205,7 +206,7 @@ fn forged_records_and_other_victims_are_not_an_oom_kill() -> Result<()> {
 fn a_mebibyte_of_output_survives_a_stopped_console() -> Result<()> {
     const LINES: usize = 16 << 10;
     let root = root()?;
-    // 64 bytes a line; the last one has no end, and the workload ends right after it.
+    // 64 bytes per line; the last one has no LF, and the workload exits right after it.
     let script = format!(
         "echo $$ >/run/pid; awk 'BEGIN {{ for (i = 1; i <= {LINES}; i++) printf \"%063d\\n\", i }}' >/tmp/lines; cat /tmp/lines; printf 'the end'; exit 5"
     );
@@ -216,7 +217,7 @@ fn a_mebibyte_of_output_survives_a_stopped_console() -> Result<()> {
         .boot()?;
     vm.wait_for("msg=\"workload started\"")?;
     vm.serial().hold();
-    // Held long enough for every buffer on the way to be full: the writer sleeps in the pipe.
+    // Until all buffers are full: the writer blocks in the pipe.
     let asleep = json!({"cmd": ["sh", "-c",
         "for p in /proc/[0-9]*; do grep -q '^cat.*/tmp/lines' $p/cmdline && cat $p/wchan; done; true"]});
     let mut api = vm.api()?;
@@ -249,7 +250,7 @@ fn a_mebibyte_of_output_survives_a_stopped_console() -> Result<()> {
         lines.into_iter().eq(1..=LINES),
         "lines are missing or out of order"
     );
-    // What the log says stands on lines of its own.
+    // Log lines start on a new line.
     assert!(console.contains("the end\npigeon-init: level=info msg=\"workload exited\""));
     Ok(())
 }
@@ -257,7 +258,7 @@ fn a_mebibyte_of_output_survives_a_stopped_console() -> Result<()> {
 #[test]
 fn output_continues_after_a_command_has_hung_up_the_console() -> Result<()> {
     let root = root()?;
-    // The second time /dev/console is something else.
+    // The second time, /dev/console is another device.
     for more in ["panic=1", "console=tty0"] {
         let mut vm = Vm::builder()
             .config(&guest::shell(
@@ -271,7 +272,7 @@ fn output_continues_after_a_command_has_hung_up_the_console() -> Result<()> {
         vm.wait_for("msg=\"workload started\"")?;
         vm.serial().hold();
         let mut api = vm.api()?;
-        // Whether the workload waits for the console, what was on the way being full.
+        // Whether the workload blocks on the console, with all buffers full.
         let mut is_stuck = || -> Result<bool> {
             let look = json!({"cmd": ["sh", "-c", "sleep 0.3; cat /proc/[0-9]*/wchan"]});
             let seen = api.post("/v1/exec", &look)?.json()?;
@@ -280,7 +281,8 @@ fn output_continues_after_a_command_has_hung_up_the_console() -> Result<()> {
                 .is_some_and(|text| text.contains("pipe_w")))
         };
         while !is_stuck()? {}
-        // The leader of a session has what it opens as its terminal, and hangs it up when it ends.
+        // A terminal that a session's leader opens becomes its controlling terminal, and is hung up when it
+        // exits.
         let script = "exec 3<$(readlink /proc/$(pidof yes)/fd/0)";
         let leader = json!({"cmd": ["sh", "-c", script]});
         assert_eq!(vm.api()?.post("/v1/exec", &leader)?.json()?["exit_code"], 0);
@@ -298,7 +300,7 @@ fn output_continues_after_a_command_has_hung_up_the_console() -> Result<()> {
     Ok(())
 }
 
-/// Takes its standard input's line discipline away, or stops its output; then says so, and exits.
+/// Changes the line discipline of its standard input, or stops its output; then prints lines, and exits.
 const STOP: &str = r#"
 #include <stdio.h>
 #include <sys/ioctl.h>
@@ -328,7 +330,7 @@ fn a_workload_that_stops_the_console_stops_nothing_else() -> Result<()> {
     Ok(())
 }
 
-/// Who has a terminal open can keep everybody else out of it, 5 s at a time: one of its processes changes
+/// A program with an open terminal can lock all others out of it, 5 s at a time: one of its processes changes
 /// the line discipline (TIOCSETD) while another one waits in it (TCSETSW).
 #[test]
 fn only_root_gets_the_console_as_its_terminal() -> Result<()> {
@@ -344,7 +346,7 @@ fn only_root_gets_the_console_as_its_terminal() -> Result<()> {
             vm.type_text(&format!("{line}\n"))?;
             vm.wait_for(&format!("got {line}"))?;
         }
-        // The end of the input: Ctrl-D.
+        // End of input: Ctrl-D.
         vm.type_text("\x04")?;
         vm.wait_for("exit_code=7")?;
         assert_eq!(vm.wait_end()?, End::Reboot);

@@ -1,5 +1,5 @@
-//! Account files: three lines of input are a user and two files with `|` for newline. Whoever comes
-//! out is who the files say.
+//! Account files: the input is three lines, a user and two files with `|` for newline. The identity
+//! found must be the one in the files.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -36,7 +36,8 @@ fuzz_target!(|data: &[u8]| {
         let is_number = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
         is_number.then(|| std::str::from_utf8(text).unwrap().parse().unwrap())
     };
-    // A number is that id, whatever the files call so. A name's id is in the file, or is root's.
+    // A number is that ID, whatever the files contain. The ID of a name is in the file, or is
+    // root's.
     let has = |file: &[u8], name: &[u8], id: u32| {
         file.split(|byte| *byte == b'\n').any(|line| {
             let line = String::from_utf8_lossy(line.trim_ascii()).into_owned();

@@ -1,5 +1,5 @@
-//! What disks, files of the root and /proc say, and base64: superblocks, /etc/hosts, processes, partitions,
-//! vmclock, the tables of sysinfo.
+//! Data of disks, files of the root and of /proc, and base64: superblocks, /etc/hosts, processes,
+//! partitions, vmclock, the tables of sysinfo.
 #![no_main]
 
 use data_encoding::BASE64;
@@ -17,7 +17,7 @@ fuzz_target!(|data: &[u8]| {
 });
 
 fn disk(data: &[u8]) {
-    // Past its end a device has zeros.
+    // Beyond the end of the data, the device has zeros.
     let byte = |at: usize| data.get(at).copied().unwrap_or(0);
     let read_at = |offset: usize, buffer: &mut [u8]| -> Result<(), ()> {
         for (at, to) in (offset..).zip(buffer) {
@@ -61,7 +61,7 @@ fn tables(data: &[u8]) {
         let mut text = String::new();
         encode(data, &mut text).unwrap();
         let parsed = serde_json::from_str::<serde_json::Value>(&text);
-        // The kernel's own numbers are taken as they are.
+        // The kernel's own numbers are copied without a check.
         assert!(parsed.is_ok() || name == "load_average", "{name}: {text}");
     }
     for line in data.split(|byte| *byte == b'\n') {
@@ -77,7 +77,7 @@ fn tables(data: &[u8]) {
 fn base64(text: &str) {
     let mut decoded = vec![];
     let is_base64 = digest::decode_base64(text, &mut |bytes| decoded.extend(bytes));
-    // What this library takes, too: several texts, each with its padding.
+    // The library also accepts several concatenated texts, each with its padding.
     let is_one = !text.trim_end_matches('=').contains('=');
     if let Ok(bytes) = BASE64.decode(text.as_bytes())
         && is_one
@@ -85,7 +85,7 @@ fn base64(text: &str) {
         assert!(is_base64);
         assert_eq!(decoded, bytes);
     } else if is_base64 {
-        // Bits after the last byte that are not zero are let pass.
+        // Nonzero bits after the last byte are ignored.
         let again = BASE64.encode(&decoded);
         assert_eq!(again.len(), text.len());
         assert_eq!(

@@ -1,6 +1,5 @@
-//! JSON: the configuration, the bodies of the API's calls, the texts of a session. What is taken
-//! means what a plain reading of serde_json's tree says it means, and what that reading takes is
-//! taken.
+//! JSON: the configuration, the bodies of API calls, the text messages of a session. A document is
+//! accepted exactly if a simple decoder on top of serde_json accepts it, with the same values.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -19,19 +18,19 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 
-/// A document as serde_json reads it, with members in their order, and all of those given twice.
+/// A document as read by serde_json, with members in order, including duplicates.
 #[derive(Debug, PartialEq)]
 enum Node {
     Null,
     Flag(bool),
-    /// As it stands in the document.
+    /// As written in the document.
     Number(String),
     Text(String),
     List(Vec<Node>),
     Object(Vec<(String, Node)>),
 }
 
-/// What serde_json calls a number that may be any number (its feature arbitrary_precision).
+/// serde_json's name for a number of any size (its feature arbitrary_precision).
 const NUMBER: &str = "$serde_json::private::Number";
 
 impl<'de> Deserialize<'de> for Node {
@@ -98,7 +97,7 @@ impl Node {
         }
     }
 
-    /// A whole number from 0 on, written as such.
+    /// A non-negative integer, written as such.
     fn whole(&self) -> Option<u64> {
         match self {
             Node::Number(text) if text.bytes().all(|byte| byte.is_ascii_digit()) => {
@@ -109,7 +108,7 @@ impl Node {
     }
 }
 
-/// What a value must be.
+/// The type of a value.
 enum Kind {
     Text,
     Flag,
@@ -127,7 +126,7 @@ enum Kind {
 
 type Fields = &'static [(&'static str, Kind)];
 
-/// The values of a document by their paths. An empty text is as good as none.
+/// The values of a document by path. An empty string counts as absent.
 type Values = BTreeMap<String, String>;
 
 fn put(values: &mut Values, path: &str, value: impl ToString) {
@@ -139,7 +138,7 @@ fn put(values: &mut Values, path: &str, value: impl ToString) {
     }
 }
 
-/// A string that can be a C string.
+/// A string that is valid as a C string.
 fn text(node: &Node) -> Option<&str> {
     match node {
         Node::Text(text) if !text.contains('\0') => Some(text),
@@ -153,7 +152,7 @@ fn put_list(values: &mut Values, path: &str, list: &[String]) {
     put(values, path, shown.collect::<String>());
 }
 
-/// Adds the members of an object to what is known of it; `None` when one is wrong.
+/// Adds the members of an object to the values; `None` if one is invalid.
 fn object(node: &Node, fields: Fields, path: &str, values: &mut Values) -> Option<()> {
     let Node::Object(members) = node else {
         return None;
@@ -252,7 +251,7 @@ fn member(node: &Node, kind: &Kind, path: &str, values: &mut Values) -> Option<(
     Some(())
 }
 
-/// A string, or a whole number as one.
+/// A string, or an integer as one.
 fn scalar(node: &Node) -> Option<String> {
     let number = node.whole().map(|number| number.to_string());
     number.or_else(|| text(node).map(str::to_owned))
@@ -355,7 +354,7 @@ fn mount_values(mount: &Mount, path: &str, values: &mut Values) {
     put(values, &format!("{path}ReadOnly"), mount.read_only);
 }
 
-/// What our side made of a configuration, as far as it can be seen.
+/// The values that our decoder has found in a configuration, as far as they are accessible.
 fn config_values(config: &Config, path: &str, values: &mut Values) {
     let mut put =
         |name: &str, value: &dyn ToString| put(values, &format!("{path}{name}"), value.to_string());
@@ -412,7 +411,7 @@ fn config_values(config: &Config, path: &str, values: &mut Values) {
             put(&format!("EtcHosts[{at}].{name}"), &value);
         }
     }
-    // Incomplete ones cannot be seen.
+    // Incomplete ones are not accessible.
     if config.addresses().count() == config.ip_configs.len() {
         for (at, address) in config.addresses().enumerate() {
             let path = format!("IPConfigs[{at}]");
@@ -429,7 +428,7 @@ fn config_values(config: &Config, path: &str, values: &mut Values) {
     }
 }
 
-/// The defaults of a configuration, and what cannot be seen of it, in values that were read plainly.
+/// Adds defaults to the values of the simple decoder, and removes inaccessible ones.
 fn complete_config(config: &Config, path: &str, values: &mut Values) {
     let mut default = |name: &str, value: &str, absent: &str| {
         let known = values
@@ -473,8 +472,8 @@ fn complete_config(config: &Config, path: &str, values: &mut Values) {
     assert_eq!(ours, expected);
 }
 
-/// Whether it is the form of a document that is wrong, which the plain reading sees, too: anything
-/// but what is said of bodies whose form is right.
+/// Whether the document's form is invalid, which the simple decoder also detects; other errors are
+/// about bodies of a valid form.
 fn is_of_the_form(why: &str) -> bool {
     const BESIDE: [&str; 9] = [
         "missing",
@@ -491,28 +490,28 @@ fn is_of_the_form(why: &str) -> bool {
     !BESIDE.iter().any(|beside| reason.starts_with(beside))
 }
 
-/// Both readings of the same object agree whether it is one.
+/// Both decoders must agree whether the object is valid.
 fn agree(ours: Result<(), &Message>, node: Option<&Node>, fields: Fields) -> Option<Values> {
     let mut values = Values::new();
     let theirs = node.and_then(|node| object(node, fields, "", &mut values));
     match ours {
         Ok(()) => {
-            assert!(theirs.is_some(), "taken, and {node:?} says no");
+            assert!(theirs.is_some(), "accepted, but {node:?} is invalid");
             Some(values)
         }
         Err(why) => {
             let why = why.as_str();
             assert!(
                 theirs.is_none() || !is_of_the_form(why),
-                "{why}, and {values:?} was taken"
+                "{why}, but {values:?} was accepted"
             );
             None
         }
     }
 }
 
-/// Decodes the bytes, and compares what `show` shows of it with the plain reading, in which `show`
-/// puts what cannot be seen right.
+/// Decodes the bytes, and compares the values from `show` with those of the simple decoder, in
+/// which `show` corrects the inaccessible ones.
 fn same<'m, T>(
     (data, node): (&[u8], Option<&Node>),
     fields: Fields,
@@ -521,7 +520,7 @@ fn same<'m, T>(
     show: impl FnOnce(&T, &mut Values, &mut Values),
 ) {
     memory.resize(3 * data.len(), 0);
-    // An arena is large enough when it is as long as the document.
+    // An arena of the document's length is sufficient.
     let (memory, more) = memory.split_at_mut(data.len());
     let decoded = decode(&mut data.to_vec(), &mut Arena::new(memory));
     let again = decode(&mut data.to_vec(), &mut Arena::new(more));
@@ -532,7 +531,7 @@ fn same<'m, T>(
     if let Some(mut theirs) = agree(decoded.as_ref().map(drop), node, fields) {
         let mut ours = Values::new();
         show(&decoded.unwrap(), &mut ours, &mut theirs);
-        // Absent is the same as the default.
+        // An absent value is the same as the default.
         for values in [&mut ours, &mut theirs] {
             values.retain(|_, value| value != "0" && value != "false");
         }
@@ -584,7 +583,7 @@ fn config<'a>(document: &mut [u8], arena: &mut Arena<'a>) -> Result<Box<Config<'
     Ok(config)
 }
 
-/// Shows a field in values.
+/// Adds a field to the values.
 macro_rules! show {
     ($values:ident, $($name:literal = $value:expr),* $(,)?) => {
         $(put($values, $name, $value);)*
@@ -604,10 +603,10 @@ fuzz_target!(|data: &[u8]| {
     let node = match &first {
         Ok(()) => {
             let node = Node::read(&normalized);
-            assert!(node.is_some(), "serde_json refuses what was normalized");
+            assert!(node.is_some(), "serde_json rejects the normalized text");
             let again = normalized.clone();
             assert!(normalize(&mut normalized).is_ok() && normalized == again);
-            // Half a surrogate pair is nothing for serde_json.
+            // serde_json does not accept half a surrogate pair.
             let has_surrogates = data
                 .windows(3)
                 .any(|part| part.eq_ignore_ascii_case(b"\\ud"));

@@ -1,5 +1,5 @@
-//! What the kernel says, some of which a user can have a hand in: kernel log records, the mount
-//! table, rtnetlink answers.
+//! Data from the kernel, some of which a user can influence: kernel log records, the mount table,
+//! rtnetlink replies.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -10,7 +10,7 @@ fuzz_target!(|data: &[u8]| {
     if kmsg::killed_by_oom(data, 1234) {
         let text = String::from_utf8_lossy(data);
         assert!(text.contains("1234") && !kmsg::killed_by_oom(data, 123));
-        // Priority and facility come first, as one number: 0 to 7 is the kernel's own.
+        // Priority and facility are the first number: 0 to 7 are the kernel's own.
         let number: String = text
             .trim_start_matches('+')
             .chars()
@@ -30,7 +30,7 @@ fuzz_target!(|data: &[u8]| {
             continue;
         };
         for field in [mount.mount_point, mount.fs_type, mount.source] {
-            // A path that ends at a NUL, which none has, is another's.
+            // A path with a NUL, which the kernel never writes, would be truncated.
             if field.raw().contains(&0) {
                 continue;
             }
@@ -48,7 +48,7 @@ fuzz_target!(|data: &[u8]| {
             let Some(request) = entry.delete() else {
                 continue;
             };
-            // The request to delete it says the same of it as the entry.
+            // The request to delete the entry describes the same one.
             let mut request = request.as_bytes().to_vec();
             assert_eq!(request[..4], (request.len() as u32).to_ne_bytes());
             // RTM_DEL… to RTM_NEW…

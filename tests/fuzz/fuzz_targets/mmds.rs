@@ -1,4 +1,4 @@
-//! MMDS answers: a head is found where it ends, not before, whatever follows; a token can stand in
+//! MMDS responses: a head is complete at its end, not before, whatever follows; a token is valid in
 //! a header.
 #![no_main]
 

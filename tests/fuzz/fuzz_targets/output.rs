@@ -1,5 +1,5 @@
-//! Output of commands as a JSON string: what a reader of JSON gets is the lossy conversion to
-//! UTF-8, wherever the output was cut.
+//! Output of commands as a JSON string: it decodes to the lossy conversion to UTF-8, however the
+//! output was split.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,5 +1,5 @@
-//! HTTP requests with their bodies: however the bytes are cut, the same requests come out, and they
-//! are those that a plain reading of RFC 9112 finds in all the bytes at once.
+//! HTTP requests with their bodies: however the bytes are split, the same requests are found, and
+//! they are those that a simple parser for RFC 9112 finds in all bytes at once.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -22,14 +22,14 @@ struct Request {
     body: Vec<u8>,
 }
 
-/// What is found in some bytes: whole requests, and why there are no more.
+/// The complete requests in some bytes, and why there are no more.
 #[derive(Debug, PartialEq)]
 struct Found<E> {
     requests: Vec<Request>,
     end: Option<E>,
 }
 
-/// The program's reading of bytes that come in pieces.
+/// The program's parser, with bytes that arrive in pieces.
 fn read(bytes: &[u8], step: usize) -> Found<RequestError> {
     let mut requests = vec![];
     let end = read_pieces(bytes, step, &mut requests).err();
@@ -85,11 +85,11 @@ fn read_pieces(bytes: &[u8], step: usize, requests: &mut Vec<Request>) -> Result
     Ok(())
 }
 
-/// Not to be understood.
+/// A malformed request.
 #[derive(Debug, PartialEq)]
 struct Refused;
 
-/// The plain reading.
+/// The simple parser.
 fn plain(mut bytes: &[u8]) -> Found<Refused> {
     let mut requests = vec![];
     loop {
@@ -111,7 +111,7 @@ fn plain(mut bytes: &[u8]) -> Found<Refused> {
     }
 }
 
-/// `None` when it has not come whole.
+/// `None` if it is incomplete.
 fn plain_request(bytes: &mut &[u8]) -> Result<Option<Request>, Refused> {
     let all = *bytes;
     let blank = all.chunks(2).take_while(|line| line == b"\r\n").count();
@@ -122,14 +122,14 @@ fn plain_request(bytes: &mut &[u8]) -> Result<Option<Request>, Refused> {
     let end = text.windows(4).position(|end| end == b"\r\n\r\n");
     let head = &text[..end.map_or(text.len(), |end| end + 4)];
     let lone = |at: usize| head[at] == b'\n' && (at == 0 || head[at - 1] != b'\r');
-    // Only the bytes that one may have.
+    // Only within the allowed length.
     if (0..head.len().min(MAX_HEAD - 2 * blank)).any(lone) || 2 * blank + head.len() > MAX_HEAD {
         return Err(Refused);
     }
     let Some(end) = end else {
         return Ok(None);
     };
-    // Each ends with CRLF, as every LF was found to have its CR.
+    // Each ends with CRLF, as a LF without CR was rejected above.
     let lines = text[..end + 2].split_inclusive(|byte| *byte == b'\n');
     let mut lines = lines.map(|line| &line[..line.len() - 2]);
     let line = std::str::from_utf8(lines.next().unwrap_or_default()).map_err(|_| Refused)?;
@@ -399,7 +399,7 @@ fn take_line<'b>(bytes: &mut &'b [u8]) -> Result<Option<&'b [u8]>, Refused> {
     }
 }
 
-// The first byte says how the rest is cut.
+// The first byte is the size of the pieces.
 fuzz_target!(|data: &[u8]| {
     let [step, bytes @ ..] = data else {
         return;
@@ -409,6 +409,6 @@ fuzz_target!(|data: &[u8]| {
     assert_eq!(read(bytes, usize::from(*step).max(1)), whole);
     let plain = plain(bytes);
     assert_eq!(whole.requests, plain.requests);
-    // What is wrong may be seen before all of it has come.
+    // An error may be found before the whole request has arrived.
     assert!(whole.end.is_some() || plain.end.is_none(), "{plain:?}");
 });

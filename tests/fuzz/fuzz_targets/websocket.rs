@@ -1,5 +1,5 @@
-//! WebSocket frames: however the bytes are cut, the same messages come out, and what comes out is
-//! what a plain decoder of RFC 6455 section 5 finds.
+//! WebSocket frames: however the bytes are split, the same messages are found, and they are those
+//! that a simple decoder for RFC 6455 section 5 finds.
 #![no_main]
 
 use std::cell::RefCell;
@@ -53,7 +53,7 @@ fn decoded(bytes: &[u8], step: usize) -> Vec<Seen> {
                         return seen;
                     }
                 });
-                // Nothing after a close is looked at.
+                // Bytes after a close frame are ignored.
                 if let Some(Seen::Close(_)) = seen.last() {
                     return seen;
                 }
@@ -63,7 +63,7 @@ fn decoded(bytes: &[u8], step: usize) -> Vec<Seen> {
     })
 }
 
-/// The plain decoder: over all bytes at once, with a copy for everything.
+/// The simple decoder: for all bytes at once, copying everything.
 fn expected(mut bytes: &[u8]) -> Vec<Seen> {
     let mut seen = vec![];
     let mut message: Option<(u8, Vec<u8>)> = None;
@@ -85,7 +85,7 @@ fn expected(mut bytes: &[u8]) -> Vec<Seen> {
     }
 }
 
-/// One frame: `None` when it is not whole, and `Some(None)` when it ends no message.
+/// One frame: `None` if it is incomplete, and `Some(None)` if it does not complete a message.
 fn frame(
     bytes: &mut &[u8],
     message: &mut Option<(u8, Vec<u8>)>,
@@ -169,7 +169,7 @@ fn frame(
     Ok(Some(Some(event)))
 }
 
-// The first byte says how the rest is cut.
+// The first byte is the size of the pieces.
 fuzz_target!(|data: &[u8]| {
     if let [step, bytes @ ..] = data {
         let expected = expected(bytes);

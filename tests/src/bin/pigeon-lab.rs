@@ -96,7 +96,7 @@ fn run(config: &Path, args: &[&str]) -> Result<()> {
             break end;
         }
         for line in typed.try_iter() {
-            // It may end while one types.
+            // It may end while the user types.
             let _ = vm.type_text(&line);
         }
         for _ in signals.pending() {

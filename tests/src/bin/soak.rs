@@ -25,7 +25,7 @@ use pigeon_lab::{
 };
 use serde_json::json;
 
-/// Other VMs may run beside this one.
+/// Other VMs may run at the same time.
 const TIMEOUT: Duration = Duration::from_secs(120);
 
 fn main() -> Result<()> {
@@ -33,7 +33,7 @@ fn main() -> Result<()> {
     let minutes = numbers.next().unwrap_or(Ok(20))?;
     let cycles = numbers.next().unwrap_or(Ok(50))?;
     let clones = numbers.next().unwrap_or(Ok(100))?;
-    // One for all of it: others who wait would have theirs between two lives.
+    // One slot for everything: otherwise other tests could take it between two VMs.
     let slot = Arc::new(Slot::acquire()?);
     if cycles > 0 {
         durability(cycles as usize, &slot).context("durability")?;
@@ -47,7 +47,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// What each boot writes, synced or not, must be there after its end, however it ends.
+/// Data of each boot, synced or not, must be there after the shutdown, whatever caused it.
 fn durability(cycles: usize, slot: &Arc<Slot>) -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let volume = Image::ext4(&Tree::empty()?, 16)?;
@@ -87,7 +87,7 @@ fn durability(cycles: usize, slot: &Arc<Slot>) -> Result<()> {
             .get("/v1/exit_code")
             .and_then(|response| response.json());
         let wanted = [4, 137, 3][cycle % 3];
-        // Who comes late finds nobody.
+        // A late client finds no API.
         ensure!(code.is_err() || code.is_ok_and(|code| code["code"] == wanted));
         ensure!(vm.wait_end()? == End::Reboot, "cycle {cycle}");
         let lines: String = (0..=cycle).map(|cycle| format!("{cycle}\n")).collect();
@@ -106,7 +106,7 @@ fn durability(cycles: usize, slot: &Arc<Slot>) -> Result<()> {
     Ok(())
 }
 
-/// A VM is prepared, snapshotted and restored over and over: nothing is lost, and each clone is new.
+/// A VM is prepared, snapshotted and restored repeatedly: no data is lost, and each clone is unique.
 fn lineage(clones: u64, slot: &Arc<Slot>) -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
     let script = "trap 'exit 3' TERM
@@ -150,7 +150,7 @@ fn lineage(clones: u64, slot: &Arc<Slot>) -> Result<()> {
         let uuid = json!({"cmd": ["cat", "/proc/sys/kernel/random/uuid"]});
         let response = vm.api()?.post("/v1/exec", &uuid)?.success()?.json()?;
         let uuid = response["stdout"].as_str().context("no text")?;
-        ensure!(uuids.insert(uuid.to_string()), "{uuid} came twice");
+        ensure!(uuids.insert(uuid.to_string()), "{uuid} is not unique");
     }
     let took = start.elapsed();
     let mut api = vm.api()?;
@@ -172,7 +172,7 @@ fn lineage(clones: u64, slot: &Arc<Slot>) -> Result<()> {
     Ok(())
 }
 
-/// What PID 1 holds, and how fast it answers.
+/// Resources of PID 1, and its response time.
 struct State {
     /// Pss and page tables, KiB.
     memory: u64,
@@ -231,7 +231,7 @@ fn state(vm: &mut Vm) -> Result<State> {
 
 fn soak(time: Duration, slot: &Arc<Slot>) -> Result<()> {
     let root = Image::ext4(&Tree::busybox()?, 32)?;
-    // Output at full speed and orphans, while there is a file that says so.
+    // Output at full speed, and orphans, while a file exists.
     let script = "while :; do
             if [ -e /run/busy ]; then seq 1 500; (for i in 1 2 3 4 5; do (sleep 0.0$i &); done) &
             else wait; sleep 0.1; fi
@@ -246,7 +246,7 @@ fn soak(time: Duration, slot: &Arc<Slot>) -> Result<()> {
         .boot()?;
     vm.wait_for("workload started")?;
     let socket = vm.vsock().context("no vsock")?.to_owned();
-    // A listener with a full queue refuses, as one that is not there.
+    // A listener with a full backlog refuses connections, like a missing one.
     let refused = AtomicU64::new(0);
     let connect = || -> Result<Client<UnixStream>> {
         let start = Instant::now();
@@ -286,7 +286,7 @@ fn soak(time: Duration, slot: &Arc<Slot>) -> Result<()> {
         ensure!(response["exit_code"] == 0, "{response}");
         Ok(())
     };
-    // A client that goes while its command runs and while it waits.
+    // A client that disconnects while its command runs, and while it waits.
     let vanish = || -> Result<()> {
         let body = r#"{"cmd":["sleep","1000"]}"#;
         let head = format!(
@@ -315,16 +315,15 @@ fn soak(time: Duration, slot: &Arc<Slot>) -> Result<()> {
                 .try_for_each(|load| load.join().expect("no panic"))
         })?;
         busy(vm, &["rm", "/run/busy"])?;
-        // The console takes the last of the output, the guest hears of the last closed connection.
+        // Until the console has the last output, and the guest has seen the last connection close.
         thread::sleep(Duration::from_secs(10));
         state(vm)
     };
-    // Everything has been used once, and is used again from here on.
+    // Uses everything once, then again and again.
     let before = round(&mut vm, Duration::from_secs(20).min(time))?;
     println!("before: {before}");
     let mut after = round(&mut vm, time)?;
-    // Others may have their turns on this machine by now: that makes calls slower for a while, a fault
-    // for ever.
+    // Other load on this machine may make calls slower for a while, but a fault does so forever.
     for _ in 0..30 {
         if after.median <= before.median * 2 {
             break;

@@ -1,4 +1,4 @@
-//! The benchmark's VMs: each boots one init for one purpose and tells figures.
+//! The benchmark's VMs: each boots one init for one purpose and prints figures.
 
 use std::{
     collections::BTreeMap,
@@ -28,22 +28,22 @@ use crate::{
     trace::{self, Breakdown, Names},
 };
 
-/// What one boot has told.
+/// The result of a boot.
 pub struct Told {
     pub figures: Figures,
-    /// Where its time went, when it was traced.
+    /// The parts of its time, if it was traced.
     pub breakdown: Option<Breakdown>,
 }
 
 /// What is measured, by name.
 pub type Figures = BTreeMap<String, f64>;
 
-/// A program that is booted as /init.
+/// A program to boot as /init.
 #[derive(Clone)]
 pub struct Subject {
     pub name: String,
     pub init: PathBuf,
-    /// Where in the initrd its configuration is.
+    /// The path of its configuration in the initrd.
     pub config_path: String,
     pub kind: Kind,
 }
@@ -54,7 +54,7 @@ pub enum Kind {
     Product,
     /// The sequential floor: no configuration, no network, no API.
     Floor,
-    /// The same with what can be made side by side.
+    /// The same with parallel mounts.
     Parallel,
     /// Another init.
     Other,
@@ -66,7 +66,7 @@ impl Kind {
     }
 }
 
-/// What a VM is booted for.
+/// The purpose of a VM.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Mode {
     /// Boot, memory, idling, end; configuration in the initrd.
@@ -87,7 +87,7 @@ pub enum Mode {
     Requests,
     /// The end, with a call of /v1/exit_code that waits for it.
     Reader,
-    /// The initrd as `./build.sh initrd` makes it, unpacked and no more.
+    /// The initrd as made by `./build.sh initrd`, which is only unpacked.
     Unpack,
     /// The API in real time.
     Serve,
@@ -105,12 +105,12 @@ pub enum Mode {
     TraceEnd,
     /// The boot's system calls, with a host that waits for the event `ready`.
     Ready,
-    /// Boot, with something different from the others ([`Variant`]).
+    /// Boot, with one difference ([`Variant`]).
     Variant,
 }
 
 impl Mode {
-    /// Whether it says anything about this kind of init.
+    /// Whether it applies to this kind of init.
     pub fn suits(self, kind: Kind) -> bool {
         match self {
             Mode::File
@@ -143,13 +143,13 @@ impl Mode {
         )
     }
 
-    /// Whether the file systems are on RAM disks, which answer at once: while the guest waits for a disk
-    /// of the host's, its clock jumps from timer to timer.
+    /// Whether the file systems are on RAM disks, which respond at once: while the guest waits for
+    /// a disk of the host, its clock jumps from timer to timer.
     fn has_ram_disks(self) -> bool {
         self != Mode::Requests
     }
 
-    /// Whether there is anything to learn from a second boot: figures of a trace do not vary.
+    /// Whether another boot may give other figures: those of a trace do not vary.
     pub fn is_repeated(self) -> bool {
         !matches!(
             self,
@@ -190,18 +190,18 @@ impl Mode {
     }
 }
 
-/// What is different in a boot.
+/// The difference of a boot.
 pub struct Variant {
     pub name: &'static str,
-    /// More words of the kernel command line.
+    /// Additional kernel parameters.
     pub arguments: &'static [&'static str],
-    /// What the root is, if not ext4.
+    /// The root's format, if not ext4.
     pub root: Option<(Format, &'static str)>,
-    /// What compresses the initrd.
+    /// The compressor of the initrd.
     pub compressor: &'static [&'static str],
 }
 
-/// What all VMs are made of.
+/// The parts of all VMs.
 pub struct Lab {
     programs: Programs,
     kernel: Kernel,
@@ -220,9 +220,9 @@ const TICK: f64 = 4e6;
 /// RAM disks that the loader copies the disks to: how many, and their size in KiB.
 const RAM_DISKS: &str = "rd_nr=2 rd_size=32768";
 
-/// The processor, where it is another one than the lab's: each that Firecracker runs on has RDRAND,
-/// which the kernel trusts (CONFIG_RANDOM_TRUST_CPU). Without it every inode and every process made
-/// before the kernel's own randomness is there costs a hash of 10,000 instructions.
+/// The processor, if it is not the lab's: each that Firecracker runs on has RDRAND, which the
+/// kernel trusts (CONFIG_RANDOM_TRUST_CPU). Without it, every inode and process made before the
+/// kernel's random numbers are ready costs a hash of 10,000 instructions.
 fn cpu(arch: Arch) -> &'static [&'static str] {
     match arch {
         Arch::X86_64 => &["-cpu", "qemu64,+rdrand"],
@@ -230,7 +230,7 @@ fn cpu(arch: Arch) -> &'static [&'static str] {
     }
 }
 
-/// The ports that the workload serves beside the API's.
+/// The ports that the workload serves in addition to the API's.
 const ECHO_PORT: u32 = 20_000;
 const SPAWN_PORT: u32 = 20_001;
 const EXEC_PORT: u32 = 20_002;
@@ -250,7 +250,7 @@ impl Host {
         let listener = UnixListener::bind(dir.path().join(format!("vm.vsock_{EVENTS_PORT}")))?;
         let (send, lines) = mpsc::channel();
         thread::spawn(move || {
-            // It ends with the process: the VM connects once.
+            // It runs until the process exits: the VM connects once.
             if let Ok((stream, _)) = listener.accept() {
                 let lines = BufReader::new(stream).lines().map_while(Result::ok);
                 lines.for_each(|line| drop(send.send(line)));
@@ -263,10 +263,13 @@ impl Host {
         self.dir.path().join("vm.vsock")
     }
 
-    fn check_heard(&self) -> Result<()> {
+    fn check_ready_event(&self) -> Result<()> {
         let line = self.lines.recv_timeout(Duration::from_secs(10));
-        let line = line.context("the host has heard of nothing")?;
-        ensure!(line == r#"{"event":"ready"}"#, "the host has heard {line}");
+        let line = line.context("the host has received no event")?;
+        ensure!(
+            line == r#"{"event":"ready"}"#,
+            "the host has received {line}"
+        );
         Ok(())
     }
 }
@@ -281,7 +284,7 @@ impl Lab {
         let example = assets::repository().join("tests/example/run.json");
         let mut whole: Value = serde_json::from_slice(&fs::read(example)?)?;
         whole["ExecOverride"] = json!(["/bin/workload"]);
-        // Who reads the kernel's log has to be root.
+        // Only root can read the kernel's log.
         whole["UserOverride"] = json!("root");
         Ok(Lab {
             root: Image::ext4(&tree, 32)?,
@@ -295,7 +298,7 @@ impl Lab {
         })
     }
 
-    /// Bytes of the initrd that holds nothing but this init.
+    /// Size of an initrd with only this init.
     pub fn initrd_size(&self, subject: &Subject) -> Result<usize> {
         if subject.kind == Kind::Product {
             return Ok(assets::initrd()?.len());
@@ -310,9 +313,9 @@ impl Lab {
         self.programs.path(name)
     }
 
-    /// Boots `subject`, its /init started so far between two ticks of the kernel's.
+    /// Boots `subject`, with its /init started at this phase between two ticks of the kernel.
     pub fn boot(&self, subject: &Subject, mode: Mode, phase: f64) -> Result<Told> {
-        // Copies: a mount leaves its traces, and the next boot would find them.
+        // Copies, as a mount modifies them, which the next boot would find.
         let root = match mode {
             Mode::Overlay => scratch(&self.squashfs)?,
             _ => scratch(&self.root)?,
@@ -342,35 +345,35 @@ impl Lab {
                 _ => builder.deterministic(),
             };
             let mut vm = builder.boot()?;
-            let told = measure(&mut vm, mode).and_then(|figures| {
+            let result = measure(&mut vm, mode).and_then(|figures| {
                 let breakdown = self.breakdown(&vm.console(), &figures, mode)?;
                 Ok(Told { figures, breakdown })
             });
-            let told = told.and_then(|mut told| {
+            let result = result.and_then(|mut result| {
                 if let Some(host) = &host {
-                    host.check_heard()?;
+                    host.check_ready_event()?;
                     let time = trace::ready(&vm.console(), &self.names)?;
-                    told.figures.insert("ready_us".into(), time);
+                    result.figures.insert("ready_us".into(), time);
                 }
-                Ok(told)
+                Ok(result)
             });
-            told.with_context(|| {
+            result.with_context(|| {
                 let log = vm.serial().log().display();
                 format!("the console ({log}) ends with\n{}\n", vm.serial().tail(10))
             })
         };
-        let mut told = boot()?;
+        let mut result = boot()?;
         if mode == Mode::Requests {
             let again = boot()?.figures;
             let again = again
                 .into_iter()
                 .map(|(name, value)| (name + "_again", value));
-            told.figures.extend(again);
+            result.figures.extend(again);
         }
-        Ok(told)
+        Ok(result)
     }
 
-    /// Boots the product with something different.
+    /// Boots the product with a difference.
     pub fn boot_variant(&self, subject: &Subject, variant: &Variant) -> Result<Figures> {
         let packed = match variant.root {
             Some((format, _)) => Some(Image::packed(&self.tree, format)?),
@@ -395,7 +398,7 @@ impl Lab {
         }
         let mut vm = builder.boot()?;
         let mut figures = measure(&mut vm, Mode::Variant)?;
-        // The workload's first words come after all of them.
+        // The workload's first lines are printed after the boot's.
         let console = vm.console();
         let bytes = console.split("bench: ").next().map_or(0, str::len);
         figures.insert("console_bytes".into(), bytes as f64);
@@ -414,9 +417,10 @@ impl Lab {
         })
     }
 
-    /// The loader as the kernel's /init, with its orders in /bench, and the init under test.
+    /// A VM with the loader as the kernel's /init, its instructions in /bench, and the init under
+    /// test.
     ///
-    /// `modules` are more that the root needs.
+    /// `modules` are additional ones that the root needs.
     fn builder(
         &self,
         subject: &Subject,
@@ -435,7 +439,7 @@ impl Lab {
             .arg("rdinit=/bench/load")
             .arg("PIGEON_EXIT_LINGER_MS=0");
         if mode != Mode::Variant {
-            // Two thirds of the boot before /init, and nothing of what is measured.
+            // Their self-tests are two thirds of the boot before /init, and not measured.
             builder = builder.arg("cryptomgr.notests");
         }
         let mut files = vec!["/bench/load".to_string(), "/bench/files".into()];
@@ -446,7 +450,7 @@ impl Lab {
             builder.file(&path, 0o644, contents)
         };
         if mode == Mode::Unpack {
-            // What is unpacked is the init, and next to nothing else.
+            // The initrd has little more than the init.
             builder = add(builder, "unpack", b"please".to_vec());
             return Ok(builder.arg("initramfs_async=0"));
         }
@@ -457,7 +461,7 @@ impl Lab {
             }
         };
         if matches!(mode, Mode::Whole | Mode::TraceWhole | Mode::Requests) {
-            // On a tap device, as Firecracker's: the only one that lets checksum offload be switched.
+            // On a tap device, as with Firecracker: only there checksum offload can be switched.
             builder = builder.tap().arg("PIGEON_CONFIG=file");
         }
         if mode == Mode::TwoProcessors {
@@ -544,7 +548,7 @@ impl Lab {
     }
 }
 
-/// A copy of an image, which goes with the boot. It is in the host's memory.
+/// A copy of an image, in the host's memory and deleted after the boot.
 fn scratch(image: &Image) -> Result<NamedTempFile> {
     let copy = tempfile::Builder::new()
         .suffix(".ext4")
@@ -560,14 +564,14 @@ fn measure(vm: &mut Vm, mode: Mode) -> Result<Figures> {
             vm.wait_for("bench: boot_ns")?;
             let mut reader = vm.api()?;
             reader.send(b"GET /v1/exit_code HTTP/1.1\r\nHost: bench\r\n\r\n")?;
-            // When these are answered, the call before them has been taken up.
+            // After these responses, the call before them has been read.
             let mut other = vm.api()?;
             for _ in 0..3 {
                 other.get("/v1/status")?.success()?;
             }
             vm.type_text("\n")?;
             let response = reader.receive(false)?.json()?;
-            ensure!(response["code"] == 7, "the exit code is told as {response}");
+            ensure!(response["code"] == 7, "the exit code is {response}");
         }
         Mode::Requests => {
             vm.wait_for("bench: boot_ns")?;
@@ -589,14 +593,14 @@ fn measure(vm: &mut Vm, mode: Mode) -> Result<Figures> {
     let end = vm.wait_end()?;
     let console = vm.console();
     ensure!(end == End::Reboot, "the VM ended with {end:?}");
-    told(&console, &mut figures)?;
+    read_figures(&console, &mut figures)?;
     if let (Some(exit), Some(reboot)) = (figures.get("exit_at_us"), reboot_instant(&console)) {
         figures.insert("end_us".into(), reboot * 1e6 - exit);
     }
     Ok(figures)
 }
 
-/// Adds what the disks were asked for until now.
+/// Adds the number of disk requests so far.
 fn requests(vm: &mut Vm, figures: &mut Figures) -> Result<()> {
     let stats = vm.qmp("query-blockstats", json!({}))?;
     let devices = stats.as_array().context("no devices")?;
@@ -608,14 +612,14 @@ fn requests(vm: &mut Vm, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// Adds the figures that a VM has told on its console.
-fn told(console: &str, figures: &mut Figures) -> Result<()> {
+/// Adds the figures that a VM has printed on its console.
+fn read_figures(console: &str, figures: &mut Figures) -> Result<()> {
     for line in console.lines() {
-        let Some((_, told)) = line.split_once("bench: ") else {
+        let Some((_, figure)) = line.split_once("bench: ") else {
             continue;
         };
-        let (name, value) = told.split_once(' ').context("half a figure")?;
-        ensure!(name != "error", "{told}");
+        let (name, value) = figure.split_once(' ').context("an incomplete figure")?;
+        ensure!(name != "error", "{figure}");
         let value = value.trim_end();
         figures.insert(
             name.into(),
@@ -633,8 +637,8 @@ fn reboot_instant(console: &str) -> Option<f64> {
     before.rsplit_once('[')?.1.trim().parse().ok()
 }
 
-/// Round trips and commands, the API's and the bare ones' in turns, so that both have the same
-/// weather.
+/// Round trips and commands, alternating between the API and the bare servers, so that the
+/// conditions are the same.
 fn serve(vm: &mut Vm, figures: &mut Figures) -> Result<()> {
     const ROUND_TRIPS: usize = 1000;
     const CONNECTIONS: usize = 300;
@@ -683,7 +687,7 @@ fn serve(vm: &mut Vm, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// Has a command executed so many times.
+/// Executes a command that often.
 fn exec(api: &mut Client<UnixStream>, times: usize) -> Result<()> {
     for _ in 0..times {
         let command = json!({"cmd": ["/bin/true"]});
@@ -693,7 +697,7 @@ fn exec(api: &mut Client<UnixStream>, times: usize) -> Result<()> {
     Ok(())
 }
 
-/// Writes, and reads what one write of the other side is.
+/// Writes a message, and reads one.
 fn exchange(stream: &mut UnixStream, message: &[u8]) -> Result<()> {
     let mut buffer = [0; 4096];
     stream.write_all(message)?;
@@ -701,7 +705,7 @@ fn exchange(stream: &mut UnixStream, message: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// What commands cost the guest, host and wire left out: the time in which processes ran.
+/// The cost of commands in the guest, without host and transport: the time in which processes ran.
 fn commands(vm: &mut Vm, figures: &mut Figures) -> Result<()> {
     const COMMANDS: usize = 1000;
     let mut api = vm.api()?;
@@ -722,8 +726,9 @@ fn commands(vm: &mut Vm, figures: &mut Figures) -> Result<()> {
     Ok(())
 }
 
-/// Microseconds for which processes ran, the kernel's among them (Documentation/scheduler/
-/// sched-stats.rst: the seventh number of a processor). Ticks would not see what is shorter.
+/// Microseconds for which processes ran, including the kernel's
+/// (Documentation/scheduler/sched-stats.rst: the seventh number of a processor). Ticks would miss
+/// shorter times.
 fn busy_us(vm: &mut Vm) -> Result<f64> {
     let command = json!({"cmd": ["cat", "/proc/schedstat"]});
     let response = vm.api()?.post("/v1/exec", &command)?.success()?.json()?;
@@ -733,14 +738,14 @@ fn busy_us(vm: &mut Vm) -> Result<f64> {
     Ok(ran.context("no line for cpu0")?.parse::<f64>()? / 1e3)
 }
 
-/// Microseconds that `f` takes.
+/// How long `f` takes, in microseconds.
 fn timed(f: impl FnOnce() -> Result<()>) -> Result<f64> {
     let start = Instant::now();
     f()?;
     Ok(start.elapsed().as_secs_f64() * 1e6)
 }
 
-/// The middle of some values.
+/// The median of some values.
 pub fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     let (low, high) = (values[(values.len() - 1) / 2], values[values.len() / 2]);

@@ -1,4 +1,4 @@
-//! The guest's programs of the benchmark's own, compiled from `tests/bench`.
+//! The benchmark's own guest programs, compiled from `tests/bench`.
 
 use std::{io::Write, path::PathBuf};
 
@@ -8,8 +8,8 @@ use tempfile::TempDir;
 
 use crate::trace::Names;
 
-/// Static, without libc and without what only a linker or debugger reads: small, so that the disk
-/// they are read from is not what is measured.
+/// Static, without libc and without what only a linker or debugger reads: small, so that reading
+/// them from the disk does not dominate.
 const FLAGS: [&str; 14] = [
     "-std=gnu11",
     "-Os",
@@ -27,7 +27,7 @@ const FLAGS: [&str; 14] = [
     "-s",
 ];
 
-/// The compiled programs, in a directory that goes with this.
+/// The compiled programs, in a temporary directory.
 pub struct Programs {
     dir: TempDir,
 }
@@ -58,7 +58,7 @@ impl Programs {
         Ok(Programs { dir })
     }
 
-    /// The names of the system calls, out of the C headers.
+    /// The names of the system calls, from the C headers.
     pub fn system_calls(&self) -> Result<Names> {
         let source = self.dir.path().join("names.c");
         std::fs::File::create(&source)?.write_all(b"#include <sys/syscall.h>\n")?;
@@ -70,7 +70,7 @@ impl Programs {
         Ok(macros.lines().filter_map(named).collect())
     }
 
-    /// The path of one.
+    /// The path of a program.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }

@@ -1,51 +1,52 @@
 //! The benchmark: `./build.sh bench`. Boots the init, the sequential floor and other inits in turns
 //! and prints one table.
 //!
-//! How the figures are taken:
+//! How the figures are measured:
 //!
-//! - **Time** is the guest's. Under `-icount` its clock counts executed instructions, 1 ns each, and
-//!   jumps to the next timer when nobody runs, so that a boot takes the same time whatever else
-//!   the host does.
-//!   What the kernel waits for often ends with a tick: the runs start /init at evenly spread
-//!   instants between two ticks. The *median* of the runs is shown; the JSON has all.
-//! - **The processor** has RDRAND, as each that Firecracker runs on: without it the kernel hashes its
-//!   own state for every inode and process that it makes in this time.
-//! - **Disks** are RAM disks (brd), which the loader has filled: the guest's clock does not know how long
-//!   a disk of the host's takes, and would jump from timer to timer meanwhile. Disk requests are counted
-//!   in boots of their own, with virtio disks.
+//! - **Time** is the guest's. Under `-icount` its clock counts executed instructions, 1 ns each,
+//!   and jumps to the next timer when the guest is idle, so that a boot takes the same time
+//!   whatever else the host does. The kernel often waits for a tick: the runs start /init at evenly
+//!   spread instants between two ticks. The *median* of the runs is shown; the JSON has all.
+//! - **The processor** has RDRAND, as each that Firecracker runs on: without it the kernel hashes
+//!   its own state for every inode and process that it creates in this time.
+//! - **Disks** are RAM disks (brd), which the loader has filled: the guest's clock does not include
+//!   the time of a host's disk, and would jump from timer to timer meanwhile. Disk requests are
+//!   counted in separate boots, with virtio disks.
 //! - **The start** is a loader (`tests/bench/load.c`), the same for each init. It is the kernel's
-//!   /init: it loads the stock kernel's modules (a kernel made for Firecracker has the drivers built
-//!   in), deletes them, notes the time in the kernel's log and executes the init under test.
-//! - **The workload** (`workload.c`, 4 KiB, no libc) reads the clock with its first instructions, and
-//!   PID 1's processor time with the next.
+//!   /init: it loads the stock kernel's modules (a kernel made for Firecracker has the drivers
+//!   built in), deletes them, records the time in the kernel's log and executes the init under
+//!   test.
+//! - **The workload** (`workload.c`, 4 KiB, no libc) reads the clock with its first instructions,
+//!   and PID 1's processor time with the next.
 //! - **The floor** (`floor.c`) makes the mounts of the boot one after the other, executes the
-//!   workload, and does nothing else. **Parallel** is the same with the root's mount beside the others,
-//!   and expedited RCU: the least that the kernel computes.
-//! - **MMDS** is a process in the same VM, at the other end of a veth pair and in a network namespace
-//!   of its own: a peer outside would answer in the host's time. What it has run is subtracted.
-//! - **The end** is from an instant the workload has announced and spins for to the kernel's line
-//!   `reboot: Restarting system`, which is later than reboot(2) by what the devices take. Either
-//!   nobody reads the code (`PIGEON_EXIT_LINGER_MS=0`), or a call of /v1/exit_code waits for it.
-//! - **System calls, page faults, steps** come from the kernel's tracing in a boot of its own, as it
-//!   costs time itself. An instruction in user space is a nanosecond between two calls.
-//! - **Ready** is from listen(2) on the API's port to the write of the event that says so, which the
-//!   host has heard; by the same tracing.
-//! - **Unpacking** is between two lines of the kernel's log, with nothing in the initrd but the init
-//!   and the loader (5 KiB).
-//! - **Memory** is what /proc/1/smaps_rollup, /proc/1/status and /proc/meminfo say a second after the
-//!   workload's start.
-//! - **Idle**: in a minute in which nothing happens, /proc/1/schedstat counts how often PID 1 gets the
+//!   workload, and does nothing else. **Parallel** is the same with the root mounted at the same
+//!   time, and expedited RCU: the minimum that the kernel needs.
+//! - **MMDS** is a process in the same VM, at the other end of a veth pair and in its own network
+//!   namespace: a peer outside would respond in the host's time. Its processor time is subtracted.
+//! - **The end** is from an instant that the workload has printed and then spins for to the
+//!   kernel's line `reboot: Restarting system`, which is later than reboot(2) by the time for the
+//!   devices. Either no client reads the code (`PIGEON_EXIT_LINGER_MS=0`), or a call of
+//!   /v1/exit_code waits for it.
+//! - **System calls, page faults, steps** come from the kernel's tracing in a separate boot, as
+//!   tracing itself takes time. An instruction in user space is a nanosecond between two calls.
+//! - **Ready** is from listen(2) on the API's port to the write of the event `ready`, which the
+//!   host has received; by the same tracing.
+//! - **Unpacking** is between two lines of the kernel's log, with only the init and the loader (5
+//!   KiB) in the initrd.
+//! - **Memory** is read from /proc/1/smaps_rollup, /proc/1/status and /proc/meminfo a second after
+//!   the workload's start.
+//! - **Idle**: in a minute without events, /proc/1/schedstat counts how often PID 1 gets the
 //!   processor. A process that never runs makes no system call.
-//! - **The API** is measured from the host in real time, turn by turn with an echo server, the least
-//!   server that executes commands, and a spawn loop in the same VM: of each VM the ratio of medians,
-//!   of the VMs the median.
-//! - **The whole document** is the one of `tests/example`, with a volume, names, hosts, resolv.conf
+//! - **The API** is measured from the host in real time, alternating with an echo server, a minimal
+//!   server that executes commands, and a spawn loop in the same VM: the ratio of medians of each
+//!   VM, and the median of the VMs.
+//! - **The whole document** is that of `tests/example`, with a volume, names, hosts, resolv.conf
 //!   and a network. Both floors have a program that does the same.
-//! - **Two processors** are measured in real time, as QEMU counts the instructions of one only: it is
-//!   emulation, ten times slower than a real processor and than what the kernel waits for. Compare the
-//!   columns, on an idle host.
-//! - **Disk requests** are the hypervisor's count when the workload's first line is out, of two boots
-//!   of the whole document on the same disks.
+//! - **Two processors** are measured in real time, as QEMU only counts the instructions of one:
+//!   this is emulation, ten times slower than a real processor and than what the kernel waits for.
+//!   Compare the columns, on an idle host.
+//! - **Disk requests** are the hypervisor's count at the workload's first line, of two boots of the
+//!   whole document on the same disks.
 
 mod boots;
 mod guest;
@@ -78,7 +79,7 @@ usage: bench [--runs N] [--vs NAME=PATH[:CONFIGPATH]]... [--only MODE[,MODE...]]
   --kernel-parameters
               what kernel parameters, the initrd and the root cost a cold start, and nothing else";
 
-/// Where an init finds its configuration unless it is said.
+/// The default path of an init's configuration.
 const CONFIG_PATH: &str = "/pigeon/run.json";
 
 const MODES: [Mode; 18] = [
@@ -178,7 +179,7 @@ fn other(text: &str) -> Result<Subject> {
     })
 }
 
-/// Measures and prints it all; false when a figure of the product or the floor is missing.
+/// Measures and prints everything; false if a figure of the product or the floor is missing.
 fn run(options: Options) -> Result<bool> {
     eprintln!("bench: compiling the guest's programs, making its disk");
     let lab = Lab::new()?;
@@ -254,7 +255,7 @@ fn run(options: Options) -> Result<bool> {
         .all(|e| e.subject.kind == Kind::Other || e.failures.is_empty()))
 }
 
-/// Adds what a boot has told.
+/// Adds the result of a boot.
 fn take(entry: &mut Entry, mode: Mode, told: Result<Told>) {
     match told {
         Ok(Told {

@@ -1,4 +1,4 @@
-//! What a cold start is made of: boots that differ from the usual one in a single thing.
+//! The parts of a cold start: boots that differ from the usual one in one way.
 
 use std::fmt::Write;
 
@@ -16,8 +16,8 @@ const fn variant(name: &'static str, arguments: &'static [&'static str]) -> Vari
     }
 }
 
-/// The first is what the others are compared with: the lab's own words (`quiet` among them), Debian's
-/// kernel with its drivers as modules, an initrd that is not compressed, an ext4.
+/// The others are compared with the first one: the lab's own parameters (including `quiet`),
+/// Debian's kernel with its drivers as modules, an uncompressed initrd, an ext4 root.
 const VARIANTS: [Variant; 16] = [
     variant("as it is", &[]),
     variant("without `quiet`", &["loglevel=7"]),
@@ -49,14 +49,14 @@ const VARIANTS: [Variant; 16] = [
     },
 ];
 
-/// The parts of a cold start: a figure of a boot in nanoseconds, and what it is the time of.
+/// The parts of a cold start: a figure of a boot in nanoseconds, and its name.
 const PARTS: [(&str, &str); 3] = [
     ("kernel_ns", "kernel"),
     ("modules_ns", "modules"),
     ("boot_ns", "init"),
 ];
 
-/// Boots each variant so many times, in turns, and prints the medians and what each gains.
+/// Boots each variant `runs` times, in turns, and prints the medians and the savings.
 pub fn run(lab: &Lab, subject: &Subject, runs: usize) -> Result<()> {
     let mut samples: [Vec<Figures>; VARIANTS.len()] = Default::default();
     for run in 1..=runs {

@@ -1,4 +1,4 @@
-//! The rows: what is shown of the samples, in which order, against which bar.
+//! The rows: which figures are shown, in which order, and their targets.
 
 use std::{collections::BTreeMap, fmt::Write};
 
@@ -21,7 +21,7 @@ impl Samples {
         self.0.get(&(mode.name(), name.into())).map(Vec::as_slice)
     }
 
-    /// The most, for what must never happen.
+    /// The maximum, for what must never happen.
     fn most(&self, mode: Mode, name: &str) -> Option<f64> {
         self.get(mode, name)?.iter().copied().reduce(f64::max)
     }
@@ -30,7 +30,7 @@ impl Samples {
         Some(median(&mut self.get(mode, name)?.to_vec()))
     }
 
-    /// The middle of the runs' ratios of two figures.
+    /// The median of the runs' ratios of two figures.
     fn ratio(&self, mode: Mode, name: &str, to: &str) -> Option<f64> {
         let pairs = self.get(mode, name)?.iter().zip(self.get(mode, to)?);
         Some(median(&mut pairs.map(|(a, b)| a / b).collect::<Vec<_>>()))
@@ -45,19 +45,19 @@ impl Samples {
     }
 }
 
-/// A subject with all that is known of it.
+/// A subject with all its results.
 pub struct Entry {
     pub subject: Subject,
     pub binary_size: f64,
     pub initrd_size: f64,
     pub samples: Samples,
-    /// Why a figure is missing.
+    /// Reasons for missing figures.
     pub failures: Vec<String>,
-    /// Where a boot's or an end's time went.
+    /// The parts of a boot's or an end's time.
     pub breakdowns: BTreeMap<&'static str, Value>,
 }
 
-/// A row: how it is got from a subject, and, for the product, what it may be at most.
+/// A row: how it is computed for a subject, and the product's maximum.
 struct Row {
     name: &'static str,
     unit: &'static str,
@@ -102,7 +102,7 @@ fn mmds_ms(entry: &Entry) -> Option<f64> {
     less_peer_ms(entry, Mode::Mmds)
 }
 
-/// Without what the peer itself has computed.
+/// Without the peer's own processor time.
 fn less_peer_ms(entry: &Entry, mode: Mode) -> Option<f64> {
     let boots = entry.samples.get(mode, "boot_ns")?.iter();
     let peers = entry.samples.get(mode, "mmds_ns")?;
@@ -306,14 +306,14 @@ const ROWS: [Row; 47] = [
     .bar(1.25),
 ];
 
-/// What is shown for a value that there is not.
+/// Shown for a missing value.
 const NOTHING: &str = "-";
 
 fn show(value: Option<f64>, decimals: usize) -> String {
     value.map_or(NOTHING.into(), |value| format!("{value:.decimals$}"))
 }
 
-/// Whether the product's value keeps to the bar.
+/// Whether the product's value meets the target.
 fn verdict(value: Option<f64>, bar: Option<f64>) -> &'static str {
     match (value, bar) {
         (Some(value), Some(bar)) if value <= bar => "yes",
@@ -328,7 +328,7 @@ fn find(entries: &[Entry], kind: Kind) -> &Entry {
     of_kind.next().expect("the product and the floor are there")
 }
 
-/// The table for a person, in Markdown.
+/// The table in Markdown.
 pub fn show_all(entries: &[Entry]) -> String {
     let (product, floor) = (find(entries, Kind::Product), find(entries, Kind::Floor));
     let mut lines = vec![vec![String::new(), String::new()]];
@@ -356,7 +356,7 @@ pub fn show_all(entries: &[Entry]) -> String {
     for line in lines {
         out += "|";
         for (column, (cell, width)) in line.iter().zip(&widths).enumerate() {
-            // Words to the left, numbers to the right.
+            // Text left, numbers right.
             let cell = if column < 2 || column == columns - 1 {
                 format!(" {cell:<width$} |")
             } else {
@@ -374,7 +374,7 @@ pub fn show_all(entries: &[Entry]) -> String {
     out
 }
 
-/// The same, with every sample, for a machine.
+/// The same with every sample, in JSON.
 pub fn json(entries: &[Entry], runs: usize) -> Value {
     let (product, floor) = (find(entries, Kind::Product), find(entries, Kind::Floor));
     let rows = ROWS.iter().map(|row| {

@@ -1,4 +1,4 @@
-//! Where the time of a boot or an end goes: the kernel's own trace of it, taken apart.
+//! The parts of a boot's or an end's time, from the kernel's own trace.
 //! (Documentation/trace/ftrace.rst, kprobetrace.rst.)
 
 use std::{
@@ -12,9 +12,9 @@ use serde_json::{Value, json};
 
 use crate::boots::Figures;
 
-/// What the loader writes to tracefs before it becomes /init: a file and its new line each.
+/// What the loader writes to tracefs before it executes /init: a file and its new line each.
 pub fn orders(arch: Arch) -> String {
-    // Where the architecture tells of no page faults, they are counted where they are handled.
+    // If the architecture has no event for page faults, their handler is traced.
     let faults = match arch {
         Arch::X86_64 => "events/exceptions/page_fault_user/enable 1\n",
         Arch::Aarch64 => "kprobe_events p:bench/page_fault_user handle_mm_fault\n",
@@ -36,20 +36,20 @@ events/sched/sched_process_fork/enable 1
 events/sched/sched_process_exec/enable 1
 ";
 
-/// And for the trace of the end: the kernel prints it all on the console when it restarts.
+/// The same for the end: the kernel prints the whole trace on the console when it restarts.
 pub const ORDERS_AT_END: &str = "set_ftrace_filter kernel_restart:dump\n";
 
-/// Calls and gaps shorter than this are not steps, microseconds.
+/// Shorter calls and gaps are not steps, in microseconds.
 const STEP: f64 = 50.0;
 
 /// Names of the system calls, by number.
 pub type Names = HashMap<u32, String>;
 
-/// A piece of the guest's life.
+/// A traced period.
 pub struct Breakdown {
     /// Microseconds from its first to its last event.
     pub total: f64,
-    /// Microseconds in which nobody ran.
+    /// Microseconds in which no process ran.
     pub idle: f64,
     pub processes: BTreeMap<u32, Process>,
     pub steps: Vec<Step>,
@@ -58,17 +58,17 @@ pub struct Breakdown {
 #[derive(Default)]
 pub struct Process {
     pub name: String,
-    /// Microseconds on the processor.
+    /// Processor time in microseconds.
     pub cpu: f64,
-    /// Of these, in user space, as far as no page fault follows.
+    /// User space's part of it, unless a page fault follows.
     pub user: f64,
     pub calls: u32,
     pub faults: u32,
 }
 
-/// A system call that took its time, or an event.
+/// A long system call, or an event.
 pub struct Step {
-    /// Microseconds since the beginning.
+    /// Microseconds since the start.
     pub at: f64,
     pub process: u32,
     pub duration: f64,
@@ -84,7 +84,7 @@ struct Event<'a> {
     text: &'a str,
 }
 
-/// The kinds of events that ORDERS switches on.
+/// The kinds of events that ORDERS enables.
 const KINDS: [&str; 9] = [
     "sys_enter",
     "sys_exit",
@@ -128,14 +128,14 @@ fn parse(line: &str) -> Option<Event<'_>> {
 /// The boot: from the exec of /init to the workload's first instruction.
 pub fn boot(console: &str, from: f64, to: f64, names: &Names) -> Breakdown {
     let events = console.lines().filter_map(parse);
-    // The exec is entered a little after the loader noted the time.
+    // The exec starts a little after the loader has recorded the time.
     take_apart(
         events.filter(|event| (from..=to).contains(&event.at)),
         names,
     )
 }
 
-/// The bytes of the event that says that the API is there.
+/// Length of the event `ready`.
 const READY: usize = "{\"event\":\"ready\"}\n".len();
 
 /// Microseconds from the return of PID 1's listen to that of the write of the event `ready`.
@@ -200,7 +200,7 @@ fn take_apart<'a>(events: impl Iterator<Item = Event<'a>>, names: &Names) -> Bre
     let mut calls = HashMap::<u32, Call>::new();
     let mut in_user_space = HashMap::<u32, bool>::new();
     let mut start = None;
-    let mut last = None; // who runs since when
+    let mut last = None; // the running process, and since when
     for event in events {
         let start = *start.get_or_insert(event.at);
         let at = event.at - start;
@@ -280,7 +280,7 @@ fn take_apart<'a>(events: impl Iterator<Item = Event<'a>>, names: &Names) -> Bre
 }
 
 impl Breakdown {
-    /// For a person: who ran how long, and what took long.
+    /// As text: the processes' times, and what took long.
     pub fn show(&self, title: &str) -> String {
         let mut out = format!(
             "{title}: {:.3} ms traced, {:.3} of it idle\n",
@@ -320,7 +320,7 @@ impl Breakdown {
         out
     }
 
-    /// Adds what the table shows of it.
+    /// Adds the figures that the table shows.
     pub fn summarise(&self, figures: &mut Figures) {
         let mut add = |name: &str, value: f64| *figures.entry(name.into()).or_default() += value;
         add("idle_us", self.idle);
@@ -337,7 +337,7 @@ impl Breakdown {
         }
     }
 
-    /// The same for a machine, times in microseconds.
+    /// As JSON, with times in microseconds.
     pub fn json(&self) -> Value {
         let processes = self.processes.iter().map(|(pid, p)| {
             json!({"pid": pid, "name": p.name, "cpu_us": p.cpu, "user_us": p.user,
