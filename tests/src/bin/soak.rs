@@ -79,7 +79,7 @@ fn durability(cycles: usize, slot: &Arc<Slot>) -> Result<()> {
                     .post("/v1/signals", &json!({"signal": 9}))?
                     .success()?,
             ),
-            2 => vm.ctrl_alt_delete()?,
+            2 => vm.stop()?,
             _ => {}
         }
         let code = vm
