@@ -194,8 +194,9 @@ fn configuration(spec: &Spec) -> Result<Value> {
     });
     let mut configuration = json!({
         "boot-source": {
-            "kernel_image_path": spec.kernel,
-            "initrd_path": spec.initrd,
+            // It may run in another directory.
+            "kernel_image_path": std::path::absolute(&spec.kernel)?,
+            "initrd_path": std::path::absolute(&spec.initrd)?,
             "boot_args": spec.command_line("ttyS0", &spec.arch.parameters_on_firecracker()),
         },
         "machine-config": {"vcpu_count": spec.cpus, "mem_size_mib": spec.memory_mib},
@@ -511,6 +512,18 @@ mod tests {
         };
         let configuration = configuration(&spec).unwrap();
         assert_eq!(configuration["drives"][0]["path_on_host"], "disk0");
+    }
+
+    #[test]
+    fn the_kernel_is_found_from_the_vms_directory() {
+        let spec = Spec {
+            kernel: "vmlinux".into(),
+            start: Start::BootRestorable,
+            ..spec()
+        };
+        let configuration = configuration(&spec).unwrap();
+        let kernel = configuration["boot-source"]["kernel_image_path"].as_str();
+        assert!(Path::new(kernel.unwrap()).is_absolute(), "{kernel:?}");
     }
 
     #[test]
