@@ -40,8 +40,11 @@ pub(super) fn start(spec: &Spec, program: &Path) -> Result<Box<dyn Machine>> {
         let path = spec.dir.join(name);
         fs::write(&path, contents.to_string()).map(|()| path)
     };
-    let [api, log_path] = [API, "firecracker.log"].map(|name| spec.dir.join(name));
-    let log = fs::File::create(&log_path)?;
+    let [api, log_path, stderr_path] =
+        [API, "firecracker.log", "firecracker.stderr"].map(|name| spec.dir.join(name));
+    fs::File::create(&log_path)?;
+    // Not the log's file: Firecracker opens that itself, and each would write over the other.
+    let stderr = fs::File::create(&stderr_path)?;
     let mut command = Command::new(program.canonicalize()?);
     command.arg("--api-sock").arg(&api);
     // Standard output is the console's alone.
@@ -80,7 +83,7 @@ pub(super) fn start(spec: &Spec, program: &Path) -> Result<Box<dyn Machine>> {
     command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
-        .stderr(log);
+        .stderr(stderr);
     let mut machine = Firecracker {
         process: Process::spawn(command)?,
         api,
@@ -92,8 +95,12 @@ pub(super) fn start(spec: &Spec, program: &Path) -> Result<Box<dyn Machine>> {
             .and_then(|()| restore(&machine.api, spec, snapshot)),
     };
     if let Err(error) = started {
-        let said = fs::read_to_string(log_path)?;
-        return Err(error.context(format!("unable to start Firecracker: {}", said.trim_end())));
+        let said = fs::read_to_string(stderr_path)? + &fs::read_to_string(log_path)?;
+        let said = match said.trim_end() {
+            "" => String::new(),
+            said => format!(": {said}"),
+        };
+        return Err(error.context(format!("unable to start Firecracker{said}")));
     }
     Ok(Box::new(machine))
 }
