@@ -56,11 +56,6 @@ pub(super) fn start(spec: &Spec, program: &Path) -> Result<Box<dyn Machine>> {
         Start::Restore(snapshot) => Some(snapshot),
         Start::Boot | Start::BootRestorable => None,
     };
-    if restored.is_none() {
-        command
-            .arg("--config-file")
-            .arg(file("firecracker.json", &configuration(spec)?)?);
-    }
     if let Some(metadata) = &spec.metadata {
         command.args(["--mmds-size-limit", &MMDS_SIZE_LIMIT.to_string()]);
         command.args(["--http-api-max-payload-size", &MMDS_SIZE_LIMIT.to_string()]);
@@ -88,12 +83,10 @@ pub(super) fn start(spec: &Spec, program: &Path) -> Result<Box<dyn Machine>> {
         process: Process::spawn(command)?,
         api,
     };
-    let started = match restored {
-        None => machine.wait_for("Running"),
-        Some(snapshot) => machine
-            .wait_for("Not started")
-            .and_then(|()| restore(&machine.api, spec, snapshot)),
-    };
+    let started = machine.wait_for_api().and_then(|()| match restored {
+        None => boot(&machine.api, &configuration(spec)?),
+        Some(snapshot) => restore(&machine.api, spec, snapshot),
+    });
     if let Err(error) = started {
         let said = fs::read_to_string(stderr_path)? + &fs::read_to_string(log_path)?;
         let said = match said.trim_end() {
@@ -119,6 +112,41 @@ fn tap(spec: &Spec) -> Result<Option<&str>> {
         Nic::LoneTap => Some(LONE_TAP),
         Nic::Stream(_) | Nic::User(_) => bail!("Firecracker's network is a tap device"),
     })
+}
+
+/// The objects of a configuration, in an order in which they can be set: the metadata service is on a
+/// network card. The elements of a list have a call each, whose path ends with the element's id.
+const OBJECTS: [(&str, Option<&str>); 6] = [
+    ("boot-source", None),
+    ("machine-config", None),
+    ("drives", Some("drive_id")),
+    ("network-interfaces", Some("iface_id")),
+    ("mmds-config", None),
+    ("vsock", None),
+];
+
+/// Configures a Firecracker and starts its VM. The response to each call says why it fails. With a
+/// configuration file, a call that arrives before the VM runs would make Firecracker abort, without a
+/// reason, where it cannot start the VM. (Firecracker src/firecracker/src/api_server_adapter.rs)
+fn boot(api: &Path, configuration: &Value) -> Result<()> {
+    for (name, id) in OBJECTS {
+        let object = &configuration[name];
+        let path = format!("/{}", name.replace("mmds-", "mmds/"));
+        match id {
+            Some(id) => {
+                for element in object.as_array().into_iter().flatten() {
+                    let id = element[id].as_str().unwrap_or_default();
+                    request(api, "PUT", &format!("{path}/{id}"), element)?;
+                }
+            }
+            None if object.is_null() => {}
+            None => {
+                request(api, "PUT", &path, object)?;
+            }
+        }
+    }
+    let start = json!({"action_type": "InstanceStart"});
+    request(api, "PUT", "/actions", &start).map(drop)
 }
 
 /// Has a Firecracker that was started without a configuration load a snapshot. The document is there
@@ -184,7 +212,7 @@ fn set_state(api: &Path, state: &str) -> Result<()> {
     request(api, "PATCH", "/vm", &json!({"state": state})).map(drop)
 }
 
-/// The configuration file. Firecracker starts the VM at once when it has read it.
+/// The configuration, as in a file for `--config-file`.
 fn configuration(spec: &Spec) -> Result<Value> {
     let drives = spec.disks.iter().enumerate().map(|(number, disk)| {
         let path = match spec.start {
@@ -260,12 +288,12 @@ fn request_within(
 }
 
 impl Firecracker {
-    /// Waits until the API says that the VM is in this state.
-    fn wait_for(&mut self, wanted: &str) -> Result<()> {
+    /// Waits until there is an API.
+    fn wait_for_api(&mut self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(30);
         loop {
             let state = request(&self.api, "GET", "/", &Value::Null).and_then(|r| r.json());
-            if state.is_ok_and(|state| state["state"] == wanted) {
+            if state.is_ok_and(|state| state["state"] == "Not started") {
                 return Ok(());
             }
             if let Some(status) = self.process.status()? {
@@ -428,6 +456,39 @@ mod tests {
             state: "/s/state".into(),
             memory: "/s/memory".into(),
         }
+    }
+
+    #[test]
+    fn a_vm_is_configured_in_calls_and_then_started() {
+        let spec = Spec {
+            nic: Nic::LoneTap,
+            metadata: Some(Metadata {
+                v1: false,
+                document: None,
+            }),
+            disks: vec![
+                Disk::file(Path::new("/r.ext4")),
+                Disk::file(Path::new("/d.ext4")),
+            ],
+            ..spec()
+        };
+        let configuration = configuration(&spec).unwrap();
+        let seen = calls(|api| boot(api, &configuration));
+        let expected = [
+            ("/boot-source", &configuration["boot-source"]),
+            ("/machine-config", &configuration["machine-config"]),
+            ("/drives/disk0", &configuration["drives"][0]),
+            ("/drives/disk1", &configuration["drives"][1]),
+            (
+                "/network-interfaces/eth0",
+                &configuration["network-interfaces"][0],
+            ),
+            ("/mmds/config", &configuration["mmds-config"]),
+            ("/vsock", &configuration["vsock"]),
+            ("/actions", &json!({"action_type": "InstanceStart"})),
+        ];
+        let expected = expected.map(|(path, body)| (format!("PUT {path}"), body.clone()));
+        assert_eq!(seen, expected);
     }
 
     #[test]
