@@ -10,11 +10,19 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{Client, Error};
 
 /// How long to wait when no connection can be accepted, for instance with too many open files.
 pub(crate) const PAUSE: Duration = Duration::from_millis(100);
+
+/// How long the guest may send nothing after the client has closed its side, before the connection is closed.
+/// Not longer, as a client that has closed both sides looks the same and occupies one of the guest's connections.
+const QUIET: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 250_000_000,
+};
 
 /// A forwarded port. When this is dropped, it stops listening, and open connections continue.
 pub struct Forward {
@@ -83,6 +91,7 @@ fn relay(client: &TcpStream, uds: PathBuf, target: &str) -> Result<(), Error> {
     thread::scope(|scope| {
         scope.spawn(move || {
             let _ = copy(client, guest);
+            wait_until_quiet(guest);
             let _ = guest.shutdown(Shutdown::Write);
         });
         let ended = copy(guest, client);
@@ -97,6 +106,17 @@ fn relay(client: &TcpStream, uds: PathBuf, target: &str) -> Result<(), Error> {
         }
     });
     Ok(())
+}
+
+/// Waits until the guest has sent nothing for [`QUIET`], or has closed: hybrid vsock does not forward a
+/// half-close, but closes both directions, and what the guest still sends would be lost.
+pub(crate) fn wait_until_quiet(guest: &UnixStream) {
+    let mut polled = [PollFd::new(guest, PollFlags::IN | PollFlags::RDHUP)];
+    let closed = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    while poll(&mut polled, Some(&QUIET)) != Ok(0) && !polled[0].revents().intersects(closed) {
+        // Somebody else reads it.
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// Copies bytes as they arrive.

@@ -19,7 +19,7 @@ use serde_json::json;
 
 use crate::{
     Error,
-    forward::copy,
+    forward::{copy, wait_until_quiet},
     vsock::{self, API_PORT},
 };
 
@@ -83,9 +83,9 @@ fn relay(client: UnixStream, uds: &Path) -> Option<()> {
     let (from_client, to_client) = (client.try_clone().ok()?, client);
     let (from_guest, to_guest) = (guest.try_clone().ok()?, guest);
     let there = thread::spawn(move || {
-        // The end of a client's bytes is the end of the connection: half-open ones do not exist
-        // on hybrid vsock.
         let _ = copy(from_client, &to_guest);
+        wait_until_quiet(&to_guest);
+        // There are no half-open connections on hybrid vsock.
         let _ = to_guest.shutdown(Shutdown::Both);
     });
     let _ = copy(from_guest, &to_client);

@@ -8,9 +8,13 @@ use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
     net::{Shutdown, TcpListener, TcpStream},
-    os::unix::{
-        fs::{FileExt, PermissionsExt},
-        process::ExitStatusExt,
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{FileExt, PermissionsExt},
+            net::UnixStream,
+            process::ExitStatusExt,
+        },
     },
     process::{Child, Command, Output, Stdio},
     sync::{Mutex, mpsc},
@@ -28,6 +32,7 @@ use pigeon::{
     logs::Stream,
     mounts::Mount,
     process::Process,
+    proxy::Proxy,
     snapshot::{Prepare, Restore},
 };
 use rustix::process::{Pid, Signal, kill_process};
@@ -995,7 +1000,7 @@ fn a_tunnel_carries_bytes_both_ways_and_reports_a_refusal() {
         writer.join().unwrap();
         assert_eq!(response, format!("banner\n{}bye\n", request.to_uppercase()));
     };
-    for number in 0..200 {
+    for number in 0..10 {
         talk(number);
     }
     std::thread::scope(|scope| {
@@ -1018,6 +1023,40 @@ fn a_tunnel_carries_bytes_both_ways_and_reports_a_refusal() {
     let _ = stream.read(&mut [0]);
     let told = told.recv_timeout(Duration::from_secs(10)).unwrap();
     assert!(told.contains("ECONNREFUSED"), "{told}");
+}
+
+#[test]
+fn a_response_after_the_clients_half_close_is_forwarded() {
+    let place = Place::new();
+    let vm = Vm::start(place.0.path(), |mut connection| {
+        if connection.request.line.starts_with("CONNECT") {
+            connection.send(b"HTTP/1.1 200 OK\r\n\r\n");
+            assert_eq!(connection.stream.read(&mut [0; 64]).unwrap(), 7);
+        }
+        // Like Firecracker: the end of the client's bytes closes both directions.
+        let timeout = Some(Duration::from_millis(100));
+        let socket = connection.stream.get_ref();
+        socket.set_read_timeout(timeout).unwrap();
+        if !matches!(connection.stream.read(&mut [0]), Ok(0)) {
+            connection.respond(200, "", b"response");
+        }
+    });
+    let ask = |client: OwnedFd, request: &[u8]| {
+        let mut stream = std::fs::File::from(client);
+        stream.write_all(request).unwrap();
+        rustix::net::shutdown(&stream, rustix::net::Shutdown::Write).unwrap();
+        let mut response = String::new();
+        stream.read_to_string(&mut response).unwrap();
+        assert!(response.ends_with("response"), "{response:?}");
+    };
+    let failed = |error| panic!("{error}");
+    let forward = Forward::start(("127.0.0.1", 0), &vm.uds, "127.0.0.1:80", failed).unwrap();
+    let client = TcpStream::connect(forward.address()).unwrap();
+    ask(client.into(), b"request");
+    let socket = place.0.path().join("api.sock");
+    let _proxy = Proxy::start(&socket, &vm.uds).unwrap();
+    let client = UnixStream::connect(socket).unwrap();
+    ask(client.into(), b"GET /v1/sysinfo HTTP/1.1\r\n\r\n");
 }
 
 /// A session's server end.
