@@ -1,4 +1,4 @@
-//! The two architectures that Firecracker runs on, and what differs between their guests.
+//! The two architectures that Firecracker supports, and the differences between their guests.
 
 use std::{env, path::Path, process::Command};
 
@@ -25,14 +25,14 @@ impl Default for Arch {
 }
 
 impl Arch {
-    /// This machine's.
+    /// The host's.
     pub const HOST: Arch = if cfg!(target_arch = "aarch64") {
         Arch::Aarch64
     } else {
         Arch::X86_64
     };
 
-    /// The architecture that `PIGEON_ARCH` names, as `./build.sh … --arch` sets it; the host's if unset.
+    /// The architecture in `PIGEON_ARCH`, as set by `./build.sh … --arch`; the host's if unset.
     pub fn chosen() -> Result<Arch> {
         match env::var("PIGEON_ARCH") {
             Err(_) => Ok(Arch::HOST),
@@ -43,7 +43,7 @@ impl Arch {
         }
     }
 
-    /// The name that the kernel, QEMU and Rust use.
+    /// Its name in the kernel, QEMU and Rust.
     pub fn name(self) -> &'static str {
         match self {
             Arch::X86_64 => "x86_64",
@@ -51,7 +51,7 @@ impl Arch {
         }
     }
 
-    /// The name that Debian, Go and container images use.
+    /// Its name in Debian, Go and container images.
     pub fn debian_name(self) -> &'static str {
         match self {
             Arch::X86_64 => "amd64",
@@ -59,24 +59,24 @@ impl Arch {
         }
     }
 
-    /// The platform in an image's configuration: `linux/arm64`.
+    /// The platform in an image's configuration, such as `linux/arm64`.
     pub fn platform(self) -> String {
         format!("linux/{}", self.debian_name())
     }
 
-    /// Whether its machines have a keyboard controller (i8042), and with it Ctrl-Alt-Del.
+    /// Whether its machines have a keyboard controller (i8042), which Ctrl-Alt-Del needs.
     pub fn has_keyboard(self) -> bool {
         self == Arch::X86_64
     }
 
-    /// The C compiler for programs of the guest.
+    /// The C compiler for guest programs.
     pub fn c_compiler(self) -> Result<Command> {
         let cross = format!("{}-linux-gnu-gcc", self.name());
         let name = if self == Arch::HOST { "cc" } else { &cross };
         Ok(Command::new(assets::tool(name)?))
     }
 
-    /// A program of the guest, to be run here: under QEMU's user emulation if need be.
+    /// Runs a guest program on the host, with QEMU's user emulation if necessary.
     pub fn run_here(self, program: &Path) -> Result<Command> {
         if self == Arch::HOST {
             return Ok(Command::new(program));
@@ -86,20 +86,18 @@ impl Arch {
         Ok(emulator)
     }
 
-    /// QEMU's machine and processor that are closest to Firecracker's.
+    /// QEMU's machine and processor closest to Firecracker's.
     pub(crate) fn machine(self) -> [&'static str; 2] {
         match self {
-            // The stock kernel finds virtio-mmio devices by ACPI alone. (QEMU
-            // docs/system/i386/microvm.rst.)
+            // The stock kernel finds virtio-mmio devices only by ACPI. (QEMU docs/system/i386/microvm.rst.)
             Arch::X86_64 => ["microvm,acpi=on,rtc=on", "qemu64"],
-            // Here the device tree lists the devices. A guest spends most of its time on pointer authentication
-            // if that is emulated with the architecture's own cipher. (docs/system/arm/virt.rst,
-            // cpu-features.rst.)
+            // The device tree lists the devices. With the architected cipher, a guest would spend most of its
+            // time on emulated pointer authentication. (docs/system/arm/virt.rst, cpu-features.rst.)
             Arch::Aarch64 => ["virt,gic-version=3", "max,pauth-impdef=on"],
         }
     }
 
-    /// What gives that machine PCI Express, where it has none by itself.
+    /// The machine option that adds PCI Express, if the machine does not have it by default.
     pub(crate) fn pcie_on_qemu(self) -> &'static str {
         match self {
             Arch::X86_64 => ",pcie=on",
@@ -111,21 +109,21 @@ impl Arch {
     /// be unplugged, and VMGenID has an ACPI node. (QEMU docs/specs/vmgenid.txt.)
     pub(crate) fn restorable_machine(self) -> Result<[&'static str; 2]> {
         match self {
-            // Firecracker's processors have RDRAND. Without it, the kernel's generator takes a while to
-            // be seeded, and until then says nothing of a new generation. (drivers/char/random.c,
+            // Firecracker's processors have RDRAND. Without it, the kernel's random number generator is
+            // seeded late, and reports no new generation until then. (drivers/char/random.c,
             // add_vmfork_randomness)
             Arch::X86_64 => Ok(["q35", "qemu64,+rdrand"]),
             Arch::Aarch64 => bail!("snapshots on QEMU are for x86_64 guests"),
         }
     }
 
-    /// Whether its kernel gives the first name, /dev/vda, to the last of that machine's disks.
-    /// (QEMU hw/arm/virt.c, create_virtio_devices.)
+    /// Whether its kernel names that machine's disks in reverse order: the last one is /dev/vda. (QEMU
+    /// hw/arm/virt.c, create_virtio_devices.)
     pub(crate) fn names_disks_backwards(self) -> bool {
         self == Arch::Aarch64
     }
 
-    /// The console of that machine, or the 16550 that Firecracker has, and QEMU's option for it.
+    /// The console of that machine, or Firecracker's 16550, and QEMU's option for it.
     pub(crate) fn console_on_qemu(self, firecrackers: bool) -> (&'static str, [&'static str; 2]) {
         match self {
             Arch::Aarch64 if !firecrackers => ("ttyAMA0", ["-serial", "chardev:console"]),
@@ -134,15 +132,15 @@ impl Arch {
         }
     }
 
-    /// Kernel parameters on QEMU. In deterministic time an instruction is a nanosecond, and a boot is as by
-    /// default.
+    /// Kernel parameters on QEMU. With `deterministic`, an instruction takes a nanosecond, and the kernel's defaults
+    /// apply.
     pub(crate) fn parameters_on_qemu(self, deterministic: bool) -> Result<String> {
         let mut parameters = match deterministic {
             true => "nokaslr norandmaps".to_owned(),
             false => NO_SELF_TESTS.to_owned(),
         };
         match self {
-            // With neither PIT nor HPET there is nothing to calibrate the TSC against.
+            // There is neither PIT nor HPET to calibrate the TSC against.
             Arch::X86_64 => {
                 let khz = match deterministic {
                     true => 1_000_000,
@@ -152,7 +150,7 @@ impl Arch {
                 };
                 parameters += &format!(" tsc_early_khz={khz} tsc=reliable no_timer_check");
             }
-            // Without a tick the clock of an idle guest goes ahead by seconds while it waits for a disk.
+            // Without a tick, the clock of an idle guest gains seconds while it waits for a disk.
             Arch::Aarch64 if deterministic => parameters += " nohz=off",
             Arch::Aarch64 => {}
         }

@@ -1,7 +1,7 @@
 //! The parts of a VM other than the init: a stock kernel, busybox, host tools.
 //!
-//! Debian packages are taken apart, not installed, and kept in one cache for all projects of the
-//! user: `PIGEON_CACHE`, or `pigeon-init` in the XDG cache directory.
+//! Debian packages are unpacked, not installed, and kept in one cache for all projects of the user:
+//! `PIGEON_CACHE`, or `pigeon-init` in the XDG cache directory.
 
 use std::{
     collections::HashMap,
@@ -16,15 +16,15 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::{Arch, process::run};
 
-/// The Python clients that are tested with: of WebSockets, Docker's, and one that makes requests from
-/// an OpenAPI description.
+/// The Python clients used by the tests: WebSockets, Docker's, and one that generates requests from an
+/// OpenAPI description.
 const PYTHON_PACKAGES: [&str; 3] = [
     "websockets==15.0.1",
     "docker==7.1.0",
     "schemathesis==4.32.5",
 ];
 
-/// The modules that a micro-VM's devices and pigeon-init's mounts need, where they are not built in.
+/// The modules that a micro-VM's devices and pigeon-init's mounts need, if they are not built in.
 const MODULES: [&str; 7] = [
     "virtio_mmio",
     "virtio_blk",
@@ -35,8 +35,7 @@ const MODULES: [&str; 7] = [
     "ext4",
 ];
 
-/// The repository this crate is part of: where it was built, but of a binary that is distributed
-/// (`./build.sh dist`), which knows nothing of that.
+/// The repository of this crate, which a distributed binary (`./build.sh dist`) does not have.
 pub fn repository() -> &'static Path {
     const CRATE: &str = match option_env!("PIGEON_DIST") {
         Some(_) => "/nonexistent/src/host",
@@ -48,19 +47,18 @@ pub fn repository() -> &'static Path {
         .expect("the crate lies in the repository")
 }
 
-/// The archive that a binary which is distributed has beside it, for this machine's architecture.
+/// The initrd next to a distributed binary, for the host's architecture.
 pub fn initrd_beside() -> Option<PathBuf> {
     let program = env::current_exe().ok()?.canonicalize().ok()?;
     Some(program.parent()?.join("initrd.cpio")).filter(|path| path.is_file())
 }
 
-/// Whether it is the init without optional features, as `./build.sh … --minimal` says by
-/// `PIGEON_MINIMAL`.
+/// Whether the init is built without optional features: `./build.sh … --minimal` sets `PIGEON_MINIMAL`.
 pub fn is_minimal() -> bool {
     variable("PIGEON_MINIMAL").is_some()
 }
 
-/// The directory of what the build makes for an architecture.
+/// The build output directory for an architecture.
 pub fn build_dir(arch: Arch) -> PathBuf {
     let mut build = repository().join("build");
     if arch != Arch::HOST {
@@ -72,19 +70,19 @@ pub fn build_dir(arch: Arch) -> PathBuf {
     build
 }
 
-/// A variable of the environment, if it is set and not empty.
+/// An environment variable, if it is set and not empty.
 fn variable(name: &str) -> Option<OsString> {
     env::var_os(name).filter(|value| !value.is_empty())
 }
 
-/// The archive under test: the product itself, as `./build.sh initrd` made it.
+/// The archive under test, as built by `./build.sh initrd`.
 pub fn initrd(arch: Arch) -> Result<Vec<u8>> {
     let minimal = if is_minimal() { " --minimal" } else { "" };
     let command = format!("./build.sh initrd --arch {}{minimal}", arch.name());
     read_initrd(&build_dir(arch), &command)
 }
 
-/// The initrd in `dir`, unless it has an older init than the one beside it; `command` makes it anew.
+/// The initrd in `dir`. It must not contain an init older than the one next to it; `command` rebuilds it.
 fn read_initrd(dir: &Path, command: &str) -> Result<Vec<u8>> {
     let [init, initrd] = ["init", "initrd.cpio"].map(|name| dir.join(name));
     let modified = |path: &Path| {
@@ -99,7 +97,7 @@ fn read_initrd(dir: &Path, command: &str) -> Result<Vec<u8>> {
     Ok(fs::read(initrd)?)
 }
 
-/// The directory of everything that is downloaded or built once per user.
+/// The directory for everything that is downloaded or built once per user.
 pub fn cache_dir() -> PathBuf {
     let directory = |name| variable(name).map(PathBuf::from);
     directory("PIGEON_CACHE")
@@ -108,7 +106,7 @@ pub fn cache_dir() -> PathBuf {
         .unwrap_or_else(|| env::temp_dir().join("pigeon-init"))
 }
 
-/// Path of a host tool. `sbin` is searched too: it holds e2fsprogs, and is not in a user's PATH.
+/// Path of a host tool. `sbin` is searched too: it has e2fsprogs, and is not in a user's PATH.
 pub fn tool(name: &str) -> Result<PathBuf> {
     find(name).with_context(|| format!("no {name} on this host: ./build.sh setup installs it"))
 }
@@ -121,7 +119,7 @@ fn find(name: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// The `firecracker` binary (`FIRECRACKER`, or PATH), where KVM works.
+/// The `firecracker` binary (`FIRECRACKER`, or from PATH), if KVM works.
 pub fn firecracker() -> Option<PathBuf> {
     File::options()
         .read(true)
@@ -136,16 +134,16 @@ pub fn firecracker() -> Option<PathBuf> {
 /// A kernel for VMs.
 #[derive(Clone, Debug)]
 pub enum Kernel {
-    /// One of Debian's, taken apart in a directory of the cache: the uncompressed image `vmlinux`,
-    /// the modules that VMs load as `modules/NN-NAME.ko`, all modules below `tree`, and `config`.
+    /// One of Debian's, unpacked in a directory of the cache: the uncompressed image `vmlinux`, the modules
+    /// that VMs load as `modules/NN-NAME.ko`, all modules below `tree`, and `config`.
     Debian(PathBuf),
-    /// An image that has all drivers built in.
+    /// An image with all drivers built in.
     Image(PathBuf),
 }
 
 impl Kernel {
-    /// The one that `PIGEON_KERNEL` names, as `./build.sh … --kernel` sets it: a version that
-    /// Debian has, as `6.12`, or the path of an image. Without it the [stock](Self::stock) one.
+    /// The kernel in `PIGEON_KERNEL`, as set by `./build.sh … --kernel`: a version that Debian has, such as
+    /// `6.12`, or the path of an image. The [stock](Self::stock) kernel if unset.
     pub fn chosen(arch: Arch) -> Result<Kernel> {
         let Some(name) = variable("PIGEON_KERNEL") else {
             return Kernel::stock(arch);
@@ -165,14 +163,13 @@ impl Kernel {
         Kernel::version(arch, version)
     }
 
-    /// For a VM on QEMU whose snapshots can be restored: 6.1 has the drivers for PCI as modules, and
-    /// no VMGenID.
+    /// For a VM on QEMU whose snapshots can be restored: 6.1 has the PCI drivers as modules, and no VMGenID.
     pub fn restorable(arch: Arch) -> Result<Kernel> {
         arch.restorable_machine()?;
         Kernel::version(arch, "6.12")
     }
 
-    /// The cloud kernel of the Debian release that this host has.
+    /// The cloud kernel of the host's Debian release.
     pub fn stock(arch: Arch) -> Result<Kernel> {
         let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
         let bookworm = release
@@ -190,7 +187,7 @@ impl Kernel {
         })
     }
 
-    /// Debian 13's kernel with pages of 16 KiB, which aarch64 alone has.
+    /// Debian 13's kernel with pages of 16 KiB, which only aarch64 has.
     pub fn with_16k_pages() -> Result<Kernel> {
         Kernel::unpacked("debian-16k-aarch64", |dir| {
             let trixie = [Some(TRIXIE)];
@@ -198,7 +195,7 @@ impl Kernel {
         })
     }
 
-    /// A kernel in the cache's directory `name`, from the package that `unpack` unpacks below it.
+    /// A kernel in the cache's directory `name`, from the package that `unpack` unpacks below that.
     fn unpacked(name: &str, unpack: impl FnOnce(&Path) -> Result<PathBuf>) -> Result<Kernel> {
         let dir = cached(name, |dir| {
             let files = unpack(dir)?;
@@ -209,7 +206,7 @@ impl Kernel {
             let release = releases.next().context("no modules in the package")??;
             let file = |name: &str| {
                 let in_boot = format!("boot/{name}-{}", release.file_name().display());
-                // Since 6.19 they are beside the modules.
+                // Since 6.19 they are in the modules directory.
                 let paths = [files.join(in_boot), release.path().join(name)];
                 let path = paths.iter().find(|path| path.exists());
                 let path = path.with_context(|| format!("no {name} in the package"))?;
@@ -235,7 +232,7 @@ impl Kernel {
         }
     }
 
-    /// Whether it is built without an option that it could have; of an image nothing is known.
+    /// Whether it is built without an option that exists; false if unknown, as for an image.
     pub fn is_without(&self, option: &str) -> Result<bool> {
         let Kernel::Debian(dir) = self else {
             return Ok(false);
@@ -245,7 +242,7 @@ impl Kernel {
         Ok(config.lines().any(|line| line == off))
     }
 
-    /// File names and contents of the modules that VMs load, in an order that satisfies them all.
+    /// File names and contents of the modules that VMs load, in dependency order.
     pub fn modules(&self) -> Result<Vec<(String, Vec<u8>)>> {
         let Kernel::Debian(dir) = self else {
             return Ok(vec![]);
@@ -261,8 +258,7 @@ impl Kernel {
         paths.into_iter().map(named).collect()
     }
 
-    /// The same, and after them these modules with those they depend on. One that is built in adds
-    /// nothing.
+    /// The same, followed by these modules and their dependencies. Built-in modules are skipped.
     pub fn modules_and(&self, more: &[String]) -> Result<Vec<(String, Vec<u8>)>> {
         let mut modules = self.modules()?;
         if let Kernel::Debian(dir) = self
@@ -288,7 +284,7 @@ impl Kernel {
         uncompressed_module(bytes)
     }
 
-    /// The file name and contents of a module as the package has it, which may be compressed.
+    /// The file name and contents of a module as in the package, which may be compressed.
     pub fn module_file(&self, name: &str) -> Result<(String, Vec<u8>)> {
         let Kernel::Debian(dir) = self else {
             bail!("{} has no modules", self.image().display());
@@ -302,7 +298,7 @@ impl Kernel {
     }
 }
 
-/// The wanted modules of an unpacked kernel package, each after those it depends on.
+/// The wanted modules of an unpacked kernel package, in dependency order.
 fn ordered_modules(package: &Path, wanted: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
     fn add(
         name: &str,
@@ -310,7 +306,7 @@ fn ordered_modules(package: &Path, wanted: &[&str]) -> Result<Vec<(String, Vec<u
         ordered: &mut Vec<(String, Vec<u8>)>,
     ) -> Result<()> {
         let name = name.replace('-', "_");
-        // What has no file is built in.
+        // A module without a file is built in.
         let Some(path) = files
             .get(&name)
             .filter(|_| ordered.iter().all(|(n, _)| *n != name))
@@ -377,7 +373,7 @@ fn dependencies(module: &[u8]) -> Vec<String> {
         .collect()
 }
 
-/// The kernel of a package, whichever way its boot loader would have it.
+/// The uncompressed kernel of a package, for any of its boot formats.
 fn uncompressed(image: Vec<u8>) -> Result<Vec<u8>> {
     // Documentation/arch/arm64/booting.rst; drivers/firmware/efi/libstub/zboot-header.S
     if image.get(0x38..0x3c) == Some(b"ARMd") {
@@ -412,7 +408,7 @@ fn payload(image: &[u8]) -> Result<&[u8]> {
     };
     let setup_sectors = usize::from(*image.get(SETUP_SECTS).context("a bzImage cut short")?);
     let start = (setup_sectors + 1) * 512 + word(PAYLOAD_OFFSET)?;
-    // The last four bytes are the uncompressed size, which decompressors take for garbage.
+    // The last four bytes are the uncompressed size, which decompressors reject as garbage.
     let end = start + word(PAYLOAD_LENGTH)? - 4;
     image
         .get(start..end)
@@ -457,7 +453,7 @@ pub fn busybox(arch: Arch) -> Result<PathBuf> {
     Ok(dir.join("busybox"))
 }
 
-/// What packages of this host's release hold, unpacked into one directory.
+/// The contents of packages of the host's release, unpacked into one directory.
 pub fn packages(arch: Arch, names: &[&str]) -> Result<PathBuf> {
     let dir = cached(&format!("{}-{}", names.join("-"), arch.name()), |dir| {
         Debian::of_this_host(arch).unpack(names, dir).map(drop)
@@ -465,8 +461,8 @@ pub fn packages(arch: Arch, names: &[&str]) -> Result<PathBuf> {
     Ok(dir.join("files"))
 }
 
-/// A Debian of this host's release with these packages, and the user `app`, whose id is 1000: a tar
-/// archive in the cache.
+/// A root file system of the host's Debian release with these packages, and the user `app` with id 1000: a
+/// tar archive in the cache.
 pub fn debian(arch: Arch, packages: &[&str]) -> Result<PathBuf> {
     let dir = cached(
         &format!("debian-{}-{}", packages.join("-"), arch.name()),
@@ -488,7 +484,7 @@ pub fn debian(arch: Arch, packages: &[&str]) -> Result<PathBuf> {
     Ok(dir.join("root.tar"))
 }
 
-/// A Python with the packages of the tests, in an environment of its own below `build/`.
+/// A Python with the packages for the tests, in a virtual environment below `build/`.
 pub fn python() -> Result<PathBuf> {
     let build = repository().join("build");
     let dir = build.join("python");
@@ -510,8 +506,8 @@ pub fn python() -> Result<PathBuf> {
     Ok(python)
 }
 
-/// The cache's directory `name`, filled by `fill` unless it is there. Other processes wait
-/// meanwhile, and never see it half full.
+/// The cache's directory `name`, filled by `fill` if it does not exist. Other processes wait meanwhile, and
+/// never see it incomplete.
 fn cached(name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
     let path = cache_dir().join(name);
     if path.exists() {
@@ -530,15 +526,15 @@ fn cached(name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf>
     Ok(path)
 }
 
-/// Packages of a Debian release for an architecture, whatever this host's own is.
+/// Packages of a Debian release for an architecture, independent of the host's release.
 struct Debian {
     arch: Arch,
-    /// Archive and suite (sources.list(5)), where they are not this host's.
+    /// Archive and suite (sources.list(5)), if not the host's.
     suite: Option<&'static str>,
 }
 
-/// Archives and suites where kernels are looked for, this host's own first: Debian 12 has 6.1, 13 has
-/// 6.12, its backports newer ones, and 11 has 5.10.
+/// Archives and suites that are searched for kernels, the host's first: Debian 12 has 6.1, 13 has 6.12, its
+/// backports newer ones, and 11 has 5.10.
 const SUITES: [Option<&str>; 5] = [
     None,
     Some("debian bookworm"),
@@ -550,13 +546,12 @@ const SUITES: [Option<&str>; 5] = [
 const TRIXIE: &str = "debian trixie";
 
 impl Debian {
-    /// The release that this host has.
+    /// The host's release.
     fn of_this_host(arch: Arch) -> Debian {
         Debian { arch, suite: None }
     }
 
-    /// apt with lists of its own below `dir`, for which one need not be root; the host's own state
-    /// has no part in it. (apt.conf(5))
+    /// apt with its own lists below `dir`: it needs no root, and does not use the host's state. (apt.conf(5))
     fn apt(&self, program: &str, dir: &Path) -> Result<Command> {
         let state = dir.join("apt");
         fs::create_dir_all(state.join("lists/partial"))?;
@@ -582,7 +577,7 @@ impl Debian {
         Ok(apt)
     }
 
-    /// Unpacks the newest kernel of a version below `dir`, of the first of `suites` that has one.
+    /// Unpacks the newest kernel of a version below `dir`, from the first of `suites` that has one.
     fn unpack_kernel(
         arch: Arch,
         suites: &[Option<&'static str>],
@@ -597,7 +592,7 @@ impl Debian {
             list.args(["pkgnames", "linux-"]);
             let names = run(&mut list)?;
             if let Some(image) = newest_kernel(&names, version, flavour) {
-                // Since 6.19 the image is a metapackage of the other three.
+                // Since 6.19 the image is a metapackage that depends on the other three.
                 let parts = ["image", "base", "binary", "modules"];
                 let packages = parts.map(|part| image.replacen("image", part, 1));
                 let is_there = |package: &&str| names.lines().any(|name| name == *package);
@@ -634,7 +629,7 @@ impl Debian {
     }
 }
 
-/// Of the packages in a list, a line each, the newest kernel of a version and flavour.
+/// The newest kernel of a version and flavour in a list of packages, one per line.
 fn newest_kernel<'a>(packages: &'a str, version: &str, flavour: &str) -> Option<&'a str> {
     let numbers = |name: &str| {
         let numbers = name.split(|c: char| !c.is_ascii_digit());
@@ -646,7 +641,7 @@ fn newest_kernel<'a>(packages: &'a str, version: &str, flavour: &str) -> Option<
     kernels.max_by_key(|name| numbers(name))
 }
 
-/// Whether it is a kernel's version without its last number, as 6.12.
+/// Whether it is a kernel version without its last number, such as 6.12.
 fn is_version(name: &str) -> bool {
     let is_number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
     name.split_once('.')

@@ -1,27 +1,27 @@
-//! Machine code that makes a sequence of system calls, for programs that run in any guest.
+//! Machine code for a sequence of system calls, for programs that run in any guest.
 
 use crate::{Arch, elf};
 
-/// A system call's numbers (asm/unistd.h): of x86_64, and of aarch64.
+/// A system call's numbers (asm/unistd.h) on x86_64 and aarch64.
 #[derive(Clone, Copy)]
 pub struct Number(pub u32, pub u32);
 
 const WRITE: Number = Number(1, 64);
 const EXIT_GROUP: Number = Number(231, 94);
-/// ENOENT, EACCES, ENOTDIR: there may be another program of the name.
+/// ENOENT, EACCES, ENOTDIR: the next program in the search path is tried.
 const NEXT: [u8; 3] = [2, 13, 20];
 
 /// An argument of a system call.
 #[derive(Clone, Copy)]
 pub enum Argument {
-    /// A number, or the address of what [`Calls::data`] took.
+    /// A number, or an address returned by [`Calls::data`].
     Number(u64),
-    /// The result that was [kept](Calls::keep).
+    /// The result [kept](Calls::keep).
     Kept,
 }
 
-/// A program being built. It can keep the result of one call, a file descriptor, to which it writes what has
-/// failed; its exit code is then the errno.
+/// A program under construction. It can keep one call's result, a file descriptor, to which it writes which
+/// call failed; its exit code is then the errno.
 pub struct Calls {
     arch: Arch,
     data: Vec<u8>,
@@ -38,7 +38,7 @@ impl Calls {
         }
     }
 
-    /// Takes data, and returns where it will be.
+    /// Adds data, and returns its address.
     pub fn data(&mut self, bytes: &[u8]) -> u64 {
         self.data.resize(self.data.len().next_multiple_of(8), 0);
         let address = elf::DATA + self.data.len() as u64;
@@ -46,19 +46,19 @@ impl Calls {
         address
     }
 
-    /// A text with the NUL that ends it.
+    /// A NUL-terminated string.
     pub fn text(&mut self, text: &str) -> u64 {
         self.data(&[text.as_bytes(), b"\0"].concat())
     }
 
-    /// Addresses, and the null that ends them.
+    /// A null-terminated array of addresses.
     pub fn list(&mut self, addresses: &[u64]) -> u64 {
         let words = addresses.iter().chain(&[0]);
         let bytes: Vec<u8> = words.flat_map(|word| word.to_le_bytes()).collect();
         self.data(&bytes)
     }
 
-    /// A call with at most four arguments.
+    /// A call with up to four arguments.
     pub fn call(&mut self, number: Number, arguments: &[Argument]) {
         match self.arch {
             Arch::X86_64 => {
@@ -91,12 +91,12 @@ impl Calls {
         }
     }
 
-    /// aarch64: an instruction.
+    /// Appends an aarch64 instruction.
     fn word(&mut self, word: u32) {
         self.code.extend(word.to_le_bytes());
     }
 
-    /// aarch64: a number into a register, by movz and movk.
+    /// Loads a number into an aarch64 register, by movz and movk.
     fn load(&mut self, register: u32, value: u64) {
         for part in 0..4u32 {
             let bits = (value >> (16 * part)) as u32 & 0xffff;
@@ -107,7 +107,7 @@ impl Calls {
         }
     }
 
-    /// Keeps the last call's result.
+    /// Keeps the result of the last call.
     pub fn keep(&mut self) {
         match self.arch {
             Arch::X86_64 => self.code.extend([0x48, 0x89, 0xc3]), // mov rbx, rax
@@ -115,7 +115,7 @@ impl Calls {
         }
     }
 
-    /// Ends the program here if the last call has failed, which was to do this.
+    /// Exits if the last call failed; `what` describes its purpose.
     pub fn check(&mut self, what: &str) {
         let failure = self.failure(what);
         match self.arch {
@@ -130,8 +130,8 @@ impl Calls {
         self.code.extend(failure);
     }
 
-    /// Becomes the first of these programs that is there (execve(2)). `argv` and `envp` are
-    /// [lists](Calls::list) of texts.
+    /// Executes the first of these programs that exists (execve(2)). `argv` and `envp` are
+    /// [lists](Calls::list) of strings.
     pub fn execute(&mut self, candidates: &[u64], argv: u64, envp: u64, what: &str) {
         const EXECVE: Number = Number(59, 221);
         let failure = self.failure(what);
@@ -141,7 +141,7 @@ impl Calls {
             if number + 1 == candidates.len() {
                 break;
             }
-            // The text of each of these errors continues after the failure.
+            // For each of these errors, execution continues after the failure code.
             for (index, errno) in NEXT.into_iter().enumerate() {
                 let left = NEXT.len() - 1 - index;
                 match self.arch {
@@ -162,14 +162,14 @@ impl Calls {
         self.code.extend(failure);
     }
 
-    /// x86_64: a jump over so many bytes. All failures are short.
+    /// x86_64: the length of a jump. The code for failures is short.
     fn jump(&mut self, instruction: u8, bytes: usize) {
         let bytes = u8::try_from(bytes).ok().filter(|bytes| *bytes < 0x80);
         self.code
             .extend([instruction, bytes.expect("a failure is short")]);
     }
 
-    /// The code that says what has failed, and exits with the errno.
+    /// The code that reports the failure, and exits with the errno.
     fn failure(&mut self, what: &str) -> Vec<u8> {
         let text = self.data(what.as_bytes());
         let mut code = Calls::new(self.arch);
@@ -221,7 +221,7 @@ mod tests {
     const AT_FDCWD: u64 = -100i64 as u64;
     const WRITE_NEW: u64 = 0o1 | 0o100;
 
-    /// A program that says in a file what it fails at.
+    /// A program that reports a failure in a file.
     fn calls(failure: &Path) -> Calls {
         let mut calls = Calls::new(Arch::HOST);
         let path = calls.text(failure.to_str().unwrap());
@@ -274,7 +274,7 @@ mod tests {
             b"unable to change the directory"
         );
 
-        // What cannot be run is not looked for further on, and of all that are not there the last counts.
+        // The search stops at a program that cannot be executed; if none exists, the last error counts.
         let script = dir.path().join("script");
         write_program(&script, "no program").unwrap();
         for (candidates, errno) in [
@@ -304,7 +304,7 @@ mod tests {
         let found: Vec<_> = found
             .map(|word| u32::from_le_bytes(word.try_into().unwrap()))
             .collect();
-        // As an assembler has them.
+        // The output of an assembler.
         let failure = |text: u32, length: u32| {
             [
                 0xaa00_03f4,               // mov x20, x0

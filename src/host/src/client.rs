@@ -23,7 +23,7 @@ use crate::{
 
 /// How long one attempt to reach the guest may take: a handshake can get lost while the guest's driver starts.
 const HANDSHAKE: Duration = Duration::from_secs(3);
-/// The same for one of many attempts.
+/// The same for one of several attempts.
 const SHORT_HANDSHAKE: Duration = Duration::from_millis(500);
 /// The init's own time limit of a one-shot command.
 const EXEC_LIMIT: Duration = Duration::from_secs(30);
@@ -55,14 +55,14 @@ pub struct Client {
     deadline: Option<Instant>,
 }
 
-/// The exit of the workload.
+/// The workload's exit.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Exit {
-    /// Its exit code; 128 + the signal that killed it; 125 when it could not be run.
+    /// Its exit code; 128 + the signal that killed it; 125 if it could not be started.
     pub code: i32,
     /// The kernel killed it because memory ran out.
     pub oom_killed: bool,
-    /// Why it could not be run.
+    /// Why it could not be started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
@@ -79,18 +79,18 @@ pub struct Output {
     pub stdout: String,
     /// Its standard error.
     pub stderr: String,
-    /// It was truncated in the response.
+    /// Whether it was truncated in the response.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub stdout_truncated: bool,
-    /// It was truncated in the response.
+    /// Whether it was truncated in the response.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub stderr_truncated: bool,
-    /// It was killed by the time limit.
+    /// Whether it was killed by the time limit.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub timed_out: bool,
 }
 
-/// A command to be run beside the workload.
+/// A command to run beside the workload.
 #[derive(Clone, Debug, Default)]
 pub struct Command {
     pub(crate) argv: Vec<String>,
@@ -117,19 +117,19 @@ impl Command {
         self
     }
 
-    /// The working directory, in place of the workload's.
+    /// Sets the working directory, instead of the workload's.
     pub fn dir(mut self, dir: &str) -> Command {
         self.cwd = Some(dir.into());
         self
     }
 
-    /// `user`, `uid`, `user:group` or `uid:gid`, in place of root.
+    /// Sets the user, as `user`, `uid`, `user:group` or `uid:gid`, instead of root.
     pub fn user(mut self, user: &str) -> Command {
         self.user = Some(user.into());
         self
     }
 
-    /// The time limit of a one-shot command, in place of 30 s. After it the process group gets SIGKILL.
+    /// Sets the time limit of a one-shot command, instead of 30 s. After it the process group gets SIGKILL.
     pub fn timeout(mut self, timeout: Duration) -> Command {
         self.timeout = Some(timeout);
         self
@@ -141,14 +141,13 @@ impl Command {
         self
     }
 
-    /// Names the session, so that it outlives its connection and can be
-    /// [attached](Client::attach) to.
+    /// Names the session, so that it survives its connection and can be [attached](Client::attach) to.
     pub fn id(mut self, id: &str) -> Command {
         self.id = Some(id.into());
         self
     }
 
-    /// As JSON for a request, with the command itself under `key`.
+    /// The JSON of a request, with the command itself under `key`.
     pub(crate) fn request(&self, key: &str) -> Value {
         let mut request = json!({ key: self.argv });
         if !self.env.is_empty() {
@@ -178,8 +177,8 @@ impl Client {
         }
     }
 
-    /// For a guest whose init is known to listen: if it is too busy to accept a connection in time, retries for
-    /// this long.
+    /// For a guest whose init is known to listen: if it is too busy to accept a connection in time, retries
+    /// for this long.
     pub fn with_retry_timeout(mut self, timeout: Duration) -> Client {
         self.retry_timeout = timeout;
         self
@@ -201,8 +200,8 @@ impl Client {
         Ok(client)
     }
 
-    /// Connects to the VM behind `uds` once its init is up: its root is mounted then, and its configuration
-    /// valid.
+    /// Connects to the VM behind `uds` once its init is up: the root is mounted then, and the configuration
+    /// is valid.
     pub fn connect_within(uds: impl AsRef<Path>, timeout: Duration) -> Result<Client, Error> {
         let deadline = Instant::now() + timeout;
         let client = Client::new(uds.as_ref());
@@ -222,7 +221,7 @@ impl Client {
         &self.uds
     }
 
-    /// Connects to a vsock port of the guest, such as one of the workload.
+    /// Connects to a vsock port of the guest, such as one of the workload's.
     pub fn port(&self, port: u32) -> Result<UnixStream, Error> {
         let retry_until = Instant::now() + self.retry_timeout;
         let retry_until = self.deadline.into_iter().chain([retry_until]).min();
@@ -344,8 +343,8 @@ impl Client {
         Ok(())
     }
 
-    /// `GET /v1/logs`: the workload's output that is still kept, from byte `offset` on; with `follow` also
-    /// further output until the workload exits.
+    /// `GET /v1/logs`: the workload's output that is still available, from byte `offset` on; with `follow`
+    /// also further output until the workload exits.
     pub fn logs(&self, follow: bool, offset: Option<u64>) -> Result<Logs, Error> {
         let mut target = String::from("/v1/logs");
         let offset = offset.map(|offset| format!("offset={offset}"));
@@ -496,7 +495,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let uds = dir.path().join("vsock");
         let listener = UnixListener::bind(&uds).unwrap();
-        // Three that come are not answered, and the fourth is.
+        // Three connections get no response, the fourth does.
         let guest = thread::spawn(move || {
             for stream in listener.incoming().take(4).skip(3) {
                 let mut stream = stream.unwrap();
@@ -514,7 +513,7 @@ mod tests {
         stream.read_to_string(&mut greeting).unwrap();
         assert_eq!(greeting, "hello");
         guest.join().unwrap();
-        // Nor is one waited for that is gone.
+        // A VM that has ended is not retried.
         let error = client.port(API_PORT).unwrap_err();
         assert!(matches!(error, Error::NoVm { .. }), "{error}");
     }

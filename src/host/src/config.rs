@@ -1,5 +1,5 @@
-//! Checking a VM's configuration document before it boots. The init checks it as well, but its
-//! errors appear late and only on the console.
+//! Checks a VM's configuration document before it boots. The init checks it as well, but its errors appear
+//! late and only on the console.
 
 use anyhow::{Result, bail};
 use serde_json::Value;
@@ -13,7 +13,7 @@ enum Shape {
     /// A signal's name or number.
     NumberOrText,
     Texts,
-    /// An object whose values are texts.
+    /// An object whose values are strings.
     TextMap,
     /// An object whose values are numbers, `"unlimited"`, or `"SOFT:HARD"`.
     Limits,
@@ -80,8 +80,8 @@ const DOCUMENT: Fields = &[
     ("Platform", Text),
 ];
 
-/// Fails on the first field with a wrong type or wrong case, and names it. Unknown fields are
-/// ignored, as the init does.
+/// Fails on the first field with a wrong type or wrong case, and names it. Unknown fields are ignored, as in
+/// the init.
 pub fn check(document: &Value) -> Result<()> {
     check_value(document, Object(DOCUMENT), "")
 }
@@ -153,7 +153,7 @@ fn check_value(value: &Value, shape: Shape, path: &str) -> Result<()> {
     }
 }
 
-/// A member of a list or of a map, where null is a value like others.
+/// A member of a list or a map, which may not be null.
 fn check_item(value: &Value, shape: Shape, path: &str) -> Result<()> {
     match value {
         Value::Null => bail!("{path}: null is not allowed here"),

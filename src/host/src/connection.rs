@@ -12,7 +12,7 @@ use std::{
 /// How long to wait for a guest.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Limit {
-    /// No limit: it responds when something has happened.
+    /// No limit: it responds when an event occurs.
     None,
     /// A timeout for each read and write; their total is unlimited.
     Progress(Duration),
@@ -152,7 +152,7 @@ mod tests {
     fn a_guest_that_responds_byte_by_byte_gets_no_extra_time() {
         let begin = Instant::now();
         let (mut connection, mut far) = connection(Limit::Total(SHORT), None);
-        // Here, as the thread may have its turn after the timeout.
+        // Sent here, as the thread may be scheduled after the timeout.
         far.write_all(b"x").unwrap();
         thread::spawn(move || {
             while far.write_all(b"x").is_ok() {
@@ -162,7 +162,7 @@ mod tests {
         let mut read = vec![];
         assert!(is_timeout(connection.read_to_end(&mut read)));
         assert!(!read.is_empty() && begin.elapsed() >= SHORT);
-        // With a timeout for each byte it continues.
+        // With a timeout for each byte, it does not time out.
         connection.set_limit(Limit::Progress(10 * SHORT)).unwrap();
         connection.read_exact(&mut [0; 100]).unwrap();
     }

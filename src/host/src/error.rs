@@ -2,7 +2,7 @@
 
 use std::{fmt, io, path::PathBuf};
 
-/// Why an API call has failed.
+/// Why an API call failed.
 #[derive(Debug)]
 pub enum Error {
     /// Nothing listens on the vsock's Unix socket: there is no VM, or it has ended.
@@ -28,7 +28,7 @@ pub enum Error {
     },
     /// A command could not be started, with the init's reason.
     NotStarted(String),
-    /// The init has closed a session, with its reason.
+    /// The init closed a session, with its reason.
     Closed(String),
     /// The connection was closed, or the data was invalid.
     Broken(String),

@@ -17,11 +17,11 @@ use crate::vsock;
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
-    /// The root is mounted, the configuration valid, the API up.
+    /// The root is mounted, the configuration is valid, the API is up.
     Ready,
     /// The workload runs.
     Started {
-        /// Its process id.
+        /// Its pid.
         pid: u32,
     },
     /// The workload has ended.
@@ -72,7 +72,7 @@ impl Listener {
         })
     }
 
-    /// Waits for the VM to connect.
+    /// Waits for a connection from the VM.
     pub fn accept(&self) -> Result<Events> {
         self.acceptor.accept()
     }
@@ -85,7 +85,7 @@ impl Listener {
 }
 
 impl Acceptor {
-    /// Waits for the VM to connect.
+    /// Waits for a connection from the VM.
     pub fn accept(&self) -> Result<Events> {
         let (stream, _) = self.0.accept().context("unable to accept")?;
         Ok(Events(BufReader::new(stream)))
@@ -98,14 +98,14 @@ impl Drop for Listener {
     }
 }
 
-/// Bytes of an event that are read.
+/// Maximum size of an event in bytes.
 const MAX_LINE: u64 = 4096;
 
 /// The events of one connection.
 pub struct Events(BufReader<UnixStream>);
 
 impl Events {
-    /// Waits for the next one; None when the VM has ended.
+    /// Waits for the next one; None if the VM has ended.
     pub fn next_event(&mut self) -> Result<Option<Event>> {
         let mut line = String::new();
         let size = self
@@ -161,7 +161,7 @@ mod tests {
         let _waiting = listener.acceptor().unwrap();
         drop(listener);
         assert!(!path.exists());
-        // What is not a socket of one that has ended stays.
+        // Any other file at this path is kept.
         fs::write(&path, "x").unwrap();
         assert!(Listener::bind(&uds, 10_001).is_err());
         assert!(path.exists());

@@ -48,7 +48,7 @@ impl Forward {
             for client in accepting.incoming() {
                 let client = match client {
                     Ok(client) => client,
-                    // It does not listen any more.
+                    // The listener was closed.
                     Err(error) if error.kind() == io::ErrorKind::InvalidInput => break,
                     Err(_) => {
                         thread::sleep(PAUSE);
@@ -67,7 +67,7 @@ impl Forward {
         Ok(Forward { address, listener })
     }
 
-    /// Where it listens.
+    /// The listening address.
     pub fn address(&self) -> SocketAddr {
         self.address
     }

@@ -1,5 +1,5 @@
-//! A program that does nothing until it is killed: the workload of a VM whose real command runs as a
-//! session, on a terminal or with input.
+//! A program that does nothing until it is killed: the workload of a VM whose real command runs as a session,
+//! on a terminal or with input.
 
 use anyhow::{Context, Result};
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
@@ -13,19 +13,19 @@ use crate::{
     },
 };
 
-/// The program's name in the volume that [`write_volume`] makes.
+/// The program's name in a volume of [`write_volume`].
 pub const PROGRAM: &str = "hold";
 
 /// The signals that end the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Until {
-    /// Any signal that ends programs.
+    /// Any signal that terminates programs by default.
     Signal,
-    /// SIGKILL only: a signal to all processes leaves it.
+    /// Only SIGKILL: it survives a signal to all processes.
     Kill,
 }
 
-/// pause(2), again and again.
+/// Calls pause(2) in a loop.
 fn code(arch: Arch, until: Until) -> Vec<u8> {
     let mut code = match until {
         Until::Signal => vec![],
@@ -35,7 +35,7 @@ fn code(arch: Arch, until: Until) -> Vec<u8> {
         // mov eax, SYS_pause; syscall; jmp back to the start
         Arch::X86_64 => code.extend([0xb8, 34, 0, 0, 0, 0x0f, 0x05, 0xeb, 0xf7]),
         Arch::Aarch64 => {
-            // There is no pause here: ppoll(0, 0, 0, 0) is one.
+            // aarch64 has no pause: ppoll(0, 0, 0, 0) is equivalent.
             let branch_back = 0x1400_0000 | (0x3ff_ffff & -6i32 as u32);
             let words = [
                 load(0, 0),
@@ -52,7 +52,7 @@ fn code(arch: Arch, until: Until) -> Vec<u8> {
     code
 }
 
-/// sigprocmask(SIG_SETMASK, all signals), whose set is on the stack.
+/// sigprocmask(SIG_SETMASK, all signals); the set is on the stack.
 fn block_signals(arch: Arch) -> Vec<u8> {
     match arch {
         // push -1; mov rsi, rsp; mov edi, SIG_SETMASK; xor edx, edx; mov r10d, 8;
@@ -82,7 +82,7 @@ fn block_signals(arch: Arch) -> Vec<u8> {
     }
 }
 
-/// aarch64: a number into a register, and a system call.
+/// aarch64: loads a number into a register; makes a system call.
 fn load(register: u32, value: u32) -> u32 {
     0xd280_0000 | value << 5 | register
 }
@@ -93,7 +93,7 @@ pub fn program(arch: Arch, until: Until) -> Vec<u8> {
     static_program(arch, &code(arch, until))
 }
 
-/// Makes an image with the program in it.
+/// Makes an image that contains the program.
 pub fn write_volume(out: &Path, arch: Arch, until: Until, format: Format) -> Result<()> {
     let dir = tempfile::Builder::new()
         .prefix(".pigeon-")
@@ -125,7 +125,7 @@ mod tests {
         let mut process = Process::spawn(Command::new(&path)).unwrap();
         let path = format!("/proc/{}/status", process.child().id());
         let deadline = Instant::now() + Duration::from_secs(20);
-        // It sleeps from then on.
+        // Waits until it sleeps.
         loop {
             let status = fs::read_to_string(&path).unwrap();
             if status.contains("State:\tS") {

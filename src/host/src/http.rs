@@ -10,12 +10,12 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-/// Header lines that a response may have at most.
+/// Maximum number of header lines in a response.
 const MAX_HEADERS: usize = 64;
 /// Maximum size of a response's head, and of a body that is read as a whole, as a guest is not trusted.
 const MAX_HEAD: u64 = 64 << 10;
 const MAX_BODY: u64 = 64 << 20;
-/// Bytes of a line between two chunks.
+/// Maximum size of a line between two chunks in bytes.
 const MAX_LINE: u64 = 4096;
 
 /// One connection. It can be used for several requests as long as the server keeps it open.
@@ -32,12 +32,12 @@ pub struct Response {
     pub body: Vec<u8>,
 }
 
-/// The headers of a message: names as they were sent, in order.
+/// The headers of a message: names as received, in order.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Headers(pub Vec<(String, String)>);
 
 impl Headers {
-    /// Those of a parsed head.
+    /// The headers of a parsed head.
     pub fn of(parsed: &[httparse::Header]) -> Self {
         let text = |value| String::from_utf8_lossy(value).into_owned();
         Self(
@@ -48,7 +48,7 @@ impl Headers {
         )
     }
 
-    /// The first header of this name, in any case.
+    /// The first header with this name, case-insensitive.
     pub fn get(&self, name: &str) -> Option<&str> {
         let mut named = self.0.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name));
         named.next().map(|(_, value)| value.as_str())
@@ -110,7 +110,7 @@ impl<S: Read + Write> Client<S> {
             .with_context(|| format!("no answer to {method} {path}"))
     }
 
-    /// Sends bytes as they are: half a request, two of them, or none at all.
+    /// Sends raw bytes: half a request, two of them, or none at all.
     pub fn send(&mut self, bytes: &[u8]) -> Result<()> {
         self.stream
             .get_mut()
@@ -118,7 +118,7 @@ impl<S: Read + Write> Client<S> {
             .context("unable to send")
     }
 
-    /// Reads the next response; `bodiless` when it answers a HEAD.
+    /// Reads the next response; `bodiless` if it is a response to HEAD.
     pub fn receive(&mut self, bodiless: bool) -> Result<Response> {
         let mut response = self.receive_head()?;
         if !bodiless && !matches!(response.status, 100..200 | 204 | 304) {
@@ -127,7 +127,7 @@ impl<S: Read + Write> Client<S> {
         Ok(response)
     }
 
-    /// Reads the head of the next response; its body is left to be read.
+    /// Reads the head of the next response, but not its body.
     pub fn receive_head(&mut self) -> Result<Response> {
         let mut head = Vec::new();
         loop {
@@ -217,7 +217,7 @@ impl<S: Read + Write> Client<S> {
                 }
             };
             left = left.map(|left| left - size as u64);
-            // A server that stops reading has sent a response, or is gone.
+            // A server that stops reading has sent a response or closed the connection.
             if sent.is_err() || size == 0 {
                 let reply = self.receive(false);
                 return match sent {
@@ -260,7 +260,7 @@ impl<S: Read + Write> Client<S> {
         Ok(body)
     }
 
-    /// Reads so many bytes more of a body.
+    /// Reads this many more bytes of a body.
     fn append(&mut self, size: u64, body: &mut Vec<u8>) -> Result<()> {
         let room = MAX_BODY - body.len() as u64;
         ensure!(size <= room, "a body of over {MAX_BODY} bytes");
@@ -274,7 +274,7 @@ impl<S: Read + Write> Client<S> {
         self.stream.get_mut()
     }
 
-    /// The stream and what has been read from it but not used, as for a WebSocket's start.
+    /// The stream and the bytes that were read from it but not used, for instance of a WebSocket.
     pub fn into_stream(self) -> (S, Vec<u8>) {
         let unused = self.stream.buffer().to_vec();
         (self.stream.into_inner(), unused)
@@ -307,7 +307,7 @@ pub struct Body<S> {
 }
 
 impl<S> Body<S> {
-    /// The connection that it comes over.
+    /// Its connection.
     pub fn get_ref(&self) -> &S {
         self.stream.get_ref()
     }
@@ -363,7 +363,7 @@ impl Client<UnixStream> {
 }
 
 impl Response {
-    /// The first header of this name, in any case.
+    /// The first header with this name, case-insensitive.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name)
     }
@@ -396,7 +396,7 @@ mod tests {
     use super::*;
     use std::thread;
 
-    /// A client whose server has already said `answers`.
+    /// A client whose server has already sent `replies`.
     fn client(replies: &[u8]) -> Client<UnixStream> {
         let (near, mut far) = UnixStream::pair().unwrap();
         let replies = replies.to_vec();

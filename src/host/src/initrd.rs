@@ -8,8 +8,8 @@ use cpio::newc::{self, Builder, ModeFileType};
 
 use crate::assets::Kernel;
 
-/// An archive in the making. Its bytes depend on nothing but the entries: they are sorted, owned
-/// by root, and without times.
+/// An archive under construction. Its bytes depend only on the entries: they are sorted, owned by root, and
+/// without times.
 #[derive(Clone, Default)]
 pub struct Initrd {
     entries: BTreeMap<String, Entry>,
@@ -22,7 +22,7 @@ enum Entry {
 }
 
 impl Initrd {
-    /// Adds a file, and the directories above it. `path` may start with `/`.
+    /// Adds a file and its parent directories. `path` may start with `/`.
     pub fn file(&mut self, path: &str, mode: u32, contents: impl Into<Vec<u8>>) -> &mut Self {
         let path = path.trim_start_matches('/');
         for (slash, _) in path.match_indices('/') {
@@ -38,12 +38,12 @@ impl Initrd {
         self
     }
 
-    /// Adds a kernel's modules and the list by which pigeon-init loads them.
+    /// Adds a kernel's modules and the list from which pigeon-init loads them.
     pub fn modules(&mut self, kernel: &Kernel) -> Result<&mut Self> {
         self.modules_and(kernel, &[])
     }
 
-    /// The same with these modules, and those they depend on, in the list's end.
+    /// The same with these modules and their dependencies at the end of the list.
     pub fn modules_and(&mut self, kernel: &Kernel, more: &[String]) -> Result<&mut Self> {
         let mut list = String::new();
         for (name, contents) in kernel.modules_and(more)? {
@@ -54,17 +54,17 @@ impl Initrd {
         Ok(self.file("/pigeon/modules", 0o644, list))
     }
 
-    /// Another archive with these files on top.
+    /// Appends these files to another archive.
     pub fn on_top_of(&self, mut archive: Vec<u8>) -> Vec<u8> {
         archive.resize(archive.len().next_multiple_of(4), 0);
         archive.extend(self.archive());
         archive
     }
 
-    /// The archive. Several of them back to back make one initramfs; a later file replaces an
-    /// earlier one of its name.
+    /// The archive. A concatenation of archives is one initramfs; a later file replaces an earlier one with
+    /// the same name.
     pub fn archive(&self) -> Vec<u8> {
-        // A directory sorts before what it holds, as the kernel needs it.
+        // A directory sorts before its contents, as the kernel requires.
         let inputs = self.entries.iter().map(|(path, entry)| match entry {
             Entry::Directory => (
                 Builder::new(path)

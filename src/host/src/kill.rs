@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::{Arch, Client, Command, Error, Output, elf::static_program, files::WriteOptions};
 
-/// Where the program is written: a tmpfs of the init.
+/// Where the program is written: a tmpfs mounted by the init.
 const PATH: &str = "/run/pigeon/kill";
 /// How long a guest may take to run it; it may be busy.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -75,7 +75,7 @@ impl Client {
     /// overlap, except those for groups: the others use one file.
     pub fn kill(&self, arch: Arch, target: Target, signal: u8) -> Result<Sent, Error> {
         let program = static_program(arch, &code(arch, target, signal));
-        // A file is replaced in one step, here by the same program.
+        // A file is replaced atomically, here by the same program.
         let path = match target {
             Target::Group(id) => format!("{PATH}-{id}-{signal}"),
             _ => PATH.into(),
@@ -98,7 +98,7 @@ fn outcome(target: Target, output: &Output) -> Result<Sent, String> {
         0 => Ok(Sent::Sent),
         errno if errno == rustix::io::Errno::SRCH.raw_os_error() => Ok(Sent::NoProcess),
         _ if output.timed_out => Err("the guest has not run the program that sends it".into()),
-        // It was one of all processes.
+        // It was a target itself.
         _ if output.exit_signal != 0 && target == Target::All => Ok(Sent::Sent),
         _ if output.exit_signal != 0 => Err("the program that sends it was killed".into()),
         errno => Err(std::io::Error::from_raw_os_error(errno).to_string()),

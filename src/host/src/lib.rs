@@ -1,7 +1,7 @@
 //! The host's side of pigeon-init: boots micro-VMs of container images and drives them over vsock.
 //!
-//! [`Client`] talks to any running VM. [`machine`] starts one, on
-//! Firecracker or QEMU; [`image`] makes its root disk. The `pigeon` command is all three.
+//! [`Client`] talks to any running VM. [`machine`] starts one, on Firecracker or QEMU; [`image`] makes its
+//! root disk. The `pigeon` command combines all three.
 //!
 //! Everything is synchronous.
 

@@ -1,4 +1,4 @@
-//! Lock files (flock(2)): the kernel unlocks them when their holder ends, however it ends.
+//! Lock files (flock(2)): the kernel releases them when their holder terminates for any reason.
 
 use std::{
     fs::{self, File, OpenOptions, TryLockError},
@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-/// Attempts to take a lock: another process may hold it briefly, only to clean up.
+/// Attempts to take a lock: another process may hold it briefly to clean up.
 const ATTEMPTS: u32 = 5;
 const RETRY: Duration = Duration::from_millis(5);
 
@@ -39,7 +39,7 @@ impl LockFile {
                 // Its holder may have removed it between open and lock.
                 Ok(()) if !is_at(&file, path) => continue,
                 Err(TryLockError::WouldBlock) => thread::sleep(RETRY),
-                // A file system without locks.
+                // A file system that does not support locks.
                 Ok(()) | Err(TryLockError::Error(_)) => {
                     return Ok(Some(LockFile {
                         file,
@@ -93,7 +93,7 @@ mod tests {
         assert!(LockFile::try_new(&path).unwrap().is_none());
         drop(held);
         assert!(!path.exists());
-        // As a killed holder leaves it.
+        // A killed holder leaves this behind.
         fs::write(&path, "").unwrap();
         let held = LockFile::try_new(&path).unwrap().unwrap();
         held.keep();

@@ -13,17 +13,17 @@ const HEADER: usize = 8;
 /// Bytes of a frame at most; the init's ring is smaller.
 const MAX_FRAME: usize = 16 << 20;
 
-/// Which output.
+/// The source of output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stream {
-    /// Standard output, and standard error where they are not apart.
+    /// Standard output, and standard error if they are not separate.
     Stdout,
     /// Standard error.
     Stderr,
 }
 
 impl Stream {
-    /// Of its number in a frame.
+    /// The stream with this number in a frame.
     pub fn of(number: u8) -> Option<Stream> {
         match number {
             1 => Some(Stream::Stdout),
@@ -44,14 +44,14 @@ impl Stream {
 /// A piece of output.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Frame {
-    /// Where it was written to.
+    /// Which stream it was written to.
     pub stream: Stream,
-    /// What was written.
+    /// The output.
     pub bytes: Vec<u8>,
 }
 
 impl Frame {
-    /// As it is sent.
+    /// Its encoding.
     pub fn encode(&self) -> Vec<u8> {
         let length = u32::try_from(self.bytes.len()).unwrap_or(u32::MAX);
         let header = [self.stream.number(), 0, 0, 0];
@@ -79,8 +79,7 @@ pub fn read_frame(source: &mut impl Read) -> io::Result<Option<Frame>> {
     Ok(whole.then_some(Frame { stream, bytes }))
 }
 
-/// Whether there were as many bytes as the buffer takes. A source that knows that its end is early says
-/// so itself.
+/// Whether the buffer was filled. A source that detects a premature end returns an error.
 fn fill(source: &mut impl Read, mut buffer: &mut [u8]) -> io::Result<bool> {
     while !buffer.is_empty() {
         match source.read(buffer) {
@@ -93,7 +92,7 @@ fn fill(source: &mut impl Read, mut buffer: &mut [u8]) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Output as it comes from a VM.
+/// Output received from a VM.
 pub struct Logs {
     body: http::Body<Connection>,
     offset: u64,
@@ -109,20 +108,19 @@ impl Logs {
         }
     }
 
-    /// The number of the next byte, counted from the workload's start. If it is greater than the
-    /// offset asked for, the bytes between are lost.
+    /// The number of the next byte, counted from the workload's start. If it is greater than the requested
+    /// offset, the bytes in between are lost.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Whether the end that was read was the connection's, as when the VM is gone, and not the
-    /// output's.
+    /// Whether the connection ended before the output did, for instance because the VM ended.
     pub fn is_cut(&self) -> bool {
         self.is_cut
     }
 
-    /// Waits for the next frame; None at the end: when all was read, or, following, when the
-    /// workload has exited, or when the VM is gone ([`is_cut`](Self::is_cut)).
+    /// Waits for the next frame. None at the end: when all was read; with `follow`, when the workload has
+    /// exited; or when the VM has ended ([`is_cut`](Self::is_cut)).
     pub fn next_frame(&mut self) -> Result<Option<Frame>, Error> {
         let frame = match read_frame(&mut self.body) {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
@@ -163,7 +161,7 @@ mod tests {
 
     #[test]
     fn frames_are_dockers() {
-        // The example of the Engine API's documentation, with its arithmetic done.
+        // The example in the Engine API's documentation, with its arithmetic evaluated.
         let bytes = b"\x01\0\0\0\0\0\0\x06hello\n\x02\0\0\0\0\0\0\x04oops\x01\0\0\0\0\0\0\0";
         let mut source = &bytes[..];
         let frame = |stream, text: &str| Frame {

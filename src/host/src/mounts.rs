@@ -7,19 +7,19 @@ use serde_json::{Value, json};
 
 use crate::{Client, Error, connection::Limit, files::escape};
 
-/// The init itself gives a device up after 30 s.
+/// The init itself times out on a device after 30 s.
 const TIMEOUT: Duration = Duration::from_secs(45);
 
-/// A volume, as in the configuration's `Mounts`.
+/// A volume, as in `Mounts` of the configuration.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Mount {
     /// The block device in the guest, such as `/dev/vdb`; a tmpfs has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device_path: Option<String>,
-    /// Where it is mounted; created if absent.
+    /// The mount point; created if absent.
     pub mount_path: String,
-    /// The file system; found from the device's superblock if not given.
+    /// The file system; detected from the device's superblock if absent.
     #[serde(rename = "FSType", skip_serializing_if = "Option::is_none")]
     pub fs_type: Option<String>,
     /// Mounts it read-only.
@@ -31,7 +31,7 @@ pub struct Mount {
 }
 
 impl Client {
-    /// `POST /v1/mounts`: mounts a volume; a device that is not there yet is waited for.
+    /// `POST /v1/mounts`: mounts a volume; waits for a device that does not exist yet.
     pub fn mount(&self, mount: &Mount) -> Result<(), Error> {
         let _: Value = self.post_within(TIMEOUT, "/v1/mounts", &json!(mount))?;
         Ok(())

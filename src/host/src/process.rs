@@ -1,4 +1,4 @@
-//! Host processes that end with the process that started them.
+//! Host processes that are killed when the process that started them ends.
 
 use std::{
     io::{self, Write},
@@ -16,15 +16,15 @@ use rustix::process::{
 };
 use tempfile::NamedTempFile;
 
-/// A child process, killed when dropped, and by the kernel should this process die first.
+/// A child process, killed on drop, and by the kernel if this process dies first.
 pub struct Process {
     child: Child,
     name: String,
 }
 
 impl Process {
-    /// Starts `command` in a process group of its own, where a terminal's Ctrl-C does not reach it.
-    /// Its standard streams are as the command says.
+    /// Starts `command` in its own process group, so that a terminal's Ctrl-C does not reach it. Its standard
+    /// streams are those of the command.
     pub fn spawn(mut command: Command) -> Result<Process> {
         command.process_group(0);
         let name = command.get_program().to_string_lossy().into_owned();
@@ -38,19 +38,19 @@ impl Process {
         Ok(Process { child, name })
     }
 
-    /// The process itself: its id and its piped streams.
+    /// The process itself, with its pid and piped streams.
     pub fn child(&mut self) -> &mut Child {
         &mut self.child
     }
 
-    /// How it ended, or None while it runs.
+    /// Its exit status, or None while it runs.
     pub fn status(&mut self) -> Result<Option<ExitStatus>> {
         self.child
             .try_wait()
             .with_context(|| format!("unable to wait for {}", self.name))
     }
 
-    /// Waits at most `timeout` for its end; None when it still runs then.
+    /// Waits at most `timeout` for its exit; None if it still runs then.
     pub fn wait(&mut self, timeout: Duration) -> Result<Option<ExitStatus>> {
         let deadline = Instant::now() + timeout;
         loop {
@@ -61,9 +61,9 @@ impl Process {
         }
     }
 
-    /// SIGKILL, and the wait for it to take effect.
+    /// Sends SIGKILL and waits for the exit.
     pub fn kill(&mut self) {
-        // Both fail only for a process that has ended, which is what is wanted.
+        // Both fail only if the process has exited already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -77,9 +77,9 @@ impl Drop for Process {
 
 type Job = (Command, mpsc::Sender<io::Result<Child>>);
 
-/// PR_SET_PDEATHSIG is about the *thread* that forked: a child started by one test's thread would
-/// be killed at that test's end, even when the next test still uses it. So one thread that lives
-/// as long as the process starts them all.
+/// PR_SET_PDEATHSIG refers to the *thread* that forked: a child started by one test's thread would be killed
+/// at that test's end, even if the next test still used it. So one thread that lives as long as the process
+/// starts all children.
 static SPAWNER: LazyLock<mpsc::Sender<Job>> = LazyLock::new(|| {
     let (sender, jobs) = mpsc::channel::<Job>();
     thread::spawn(move || {
@@ -88,7 +88,7 @@ static SPAWNER: LazyLock<mpsc::Sender<Job>> = LazyLock::new(|| {
             unsafe {
                 command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
             }
-            // Nobody waits for the response only when the asking thread has died: drop the child.
+            // The send fails only if the requesting thread has died: kill the child.
             if let Err(mpsc::SendError(Ok(mut orphan))) = reply.send(command.spawn()) {
                 let _ = orphan.kill();
             }
@@ -97,13 +97,13 @@ static SPAWNER: LazyLock<mpsc::Sender<Job>> = LazyLock::new(|| {
     sender
 });
 
-/// More files than a VM and its forwarded ports keep open. A program that goes through all numbers up
-/// to its limit, in place of those that are open, has done so soon.
+/// More files than a VM and its forwarded ports keep open, but few enough for a program that loops over all
+/// descriptors up to the limit.
 const OPEN_FILES: u64 = 1 << 16;
 
-/// Lets this process have as many files open as the hard limit allows, up to 65536: the usual
-/// soft limit of 1024 is for programs that use select(2), and ends at some 350 connections to a VM.
-/// Processes that it starts inherit that: QEMU's network and Firecracker's vsock need as many.
+/// Raises the limit of open files to the hard limit, at most 65536: the usual soft limit of 1024 is for
+/// programs that use select(2), and is reached at some 350 connections to a VM. Child processes inherit it:
+/// QEMU's network and Firecracker's vsock need as many.
 pub fn raise_open_files() {
     let limit = getrlimit(Resource::Nofile);
     let allowed = limit.maximum.unwrap_or(OPEN_FILES).min(OPEN_FILES);
@@ -112,12 +112,12 @@ pub fn raise_open_files() {
             current: Some(allowed),
             ..limit
         };
-        // Without it, connections wait for others to end.
+        // Without it, connections wait until others are closed.
         let _as_it_was = setrlimit(Resource::Nofile, raised);
     }
 }
 
-/// Runs a tool to its end and returns what it printed; an error holds its output.
+/// Runs a tool until it exits and returns its output; an error contains the output.
 pub fn run(command: &mut Command) -> Result<String> {
     let Output {
         status,
@@ -138,9 +138,9 @@ pub fn run(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&stdout).into_owned())
 }
 
-/// Writes a program that can be run at once. A process of its own writes it: what this one has open
-/// for writing, a child that another thread starts inherits until its execve, and the kernel runs no
-/// file that anybody writes (ETXTBSY of execve(2)).
+/// Writes a program that can be executed at once. Another process writes it: a child started by another
+/// thread would inherit this process's writable descriptor until its execve, and the kernel does not execute
+/// a file that is open for writing (ETXTBSY of execve(2)).
 pub fn write_program(path: &Path, contents: impl AsRef<[u8]>) -> Result<()> {
     let mut source = NamedTempFile::new()?;
     source.write_all(contents.as_ref())?;

@@ -15,14 +15,14 @@ const TICK: Duration = Duration::from_millis(100);
 /// A line on standard error, removed at the end.
 pub struct Progress {
     bar: ProgressBar,
-    /// Standard error is a terminal.
+    /// Whether standard error is a terminal.
     wanted: bool,
     shown: bool,
     begun: Instant,
 }
 
 impl Progress {
-    /// A new one; without a terminal nothing is shown.
+    /// A new one; it shows nothing without a terminal.
     pub fn new(wanted: bool) -> Progress {
         Progress {
             bar: ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden()),

@@ -26,7 +26,7 @@ use crate::{
 /// How long the guest may take to accept a connection.
 const HANDSHAKE: Duration = Duration::from_secs(3);
 
-/// The proxy's socket, removed on drop; open connections continue.
+/// The proxy's socket, removed on drop; open connections stay open.
 pub struct Proxy {
     socket: PathBuf,
     _reservation: vsock::Reservation,
@@ -38,7 +38,7 @@ impl Proxy {
     pub fn start(socket: &Path, uds: &Path) -> Result<Proxy> {
         let reservation = vsock::Reservation::new(socket)?;
         let cannot = || format!("unable to create {}", socket.display());
-        // Nobody else may connect before its mode is set.
+        // No other user may connect before its mode is set.
         let parent = socket.parent().filter(|parent| *parent != Path::new(""));
         let private =
             tempfile::tempdir_in(parent.unwrap_or(Path::new("."))).with_context(cannot)?;
@@ -59,7 +59,7 @@ impl Proxy {
         })
     }
 
-    /// Where clients connect to.
+    /// The socket's path.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
@@ -67,7 +67,7 @@ impl Proxy {
 
 impl Drop for Proxy {
     fn drop(&mut self) {
-        // It may be gone already.
+        // It may have been removed already.
         let _ = fs::remove_file(&self.socket);
     }
 }
@@ -85,7 +85,7 @@ fn relay(client: UnixStream, uds: &Path) -> Option<()> {
     let there = thread::spawn(move || {
         let _ = copy(from_client, &to_guest);
         wait_until_quiet(&to_guest);
-        // There are no half-open connections on hybrid vsock.
+        // Hybrid vsock does not support half-open connections.
         let _ = to_guest.shutdown(Shutdown::Both);
     });
     let _ = copy(from_guest, &to_client);
@@ -93,7 +93,7 @@ fn relay(client: UnixStream, uds: &Path) -> Option<()> {
     there.join().ok()
 }
 
-/// The response if there is no VM (any more): closing the connection without one looks like a broken proxy.
+/// The response if there is no VM: closing the connection without one looks like a broken proxy.
 fn refuse(mut client: UnixStream, error: &Error) -> Option<()> {
     let body = json!({"error": error.to_string()}).to_string();
     let response = format!(
@@ -122,7 +122,7 @@ mod tests {
         assert_eq!(fs::read_to_string(&socket).unwrap(), "a file");
         fs::remove_file(&socket).unwrap();
         drop(UnixListener::bind(&socket).unwrap());
-        // A child that another test starts has it, too, until it is another program.
+        // A child that another test starts has it open until its execve.
         while UnixStream::connect(&socket).is_ok() {}
         let guest = UnixListener::bind(&uds).unwrap();
         let proxy = Proxy::start(&socket, &uds).unwrap();
@@ -133,7 +133,7 @@ mod tests {
         );
         assert!(Proxy::start(&socket, &uds).is_err());
         let host = thread::spawn(move || {
-            // The first one asked only whether somebody is there.
+            // The first connection only checks whether there is a listener.
             let (mut stream, command) = loop {
                 let (mut stream, _) = guest.accept().unwrap();
                 let mut command = [0; 14];
@@ -153,7 +153,7 @@ mod tests {
         client.read_to_string(&mut response).unwrap();
         assert_eq!(response, "answer");
         assert_eq!(&host.join().unwrap(), b"CONNECT 10000\n");
-        // The VM has ended, and its socket is there no more.
+        // The VM has ended, and its socket was removed.
         fs::remove_file(&gone).unwrap();
         let mut client = UnixStream::connect(&socket).unwrap();
         client.write_all(b"GET /v1/status").unwrap();

@@ -16,7 +16,7 @@ pub struct Qmp {
 }
 
 impl Qmp {
-    /// Takes the greeting and enters command mode.
+    /// Reads the greeting and enters command mode.
     pub fn new(stream: UnixStream) -> Result<Qmp> {
         stream.set_read_timeout(Some(Duration::from_secs(30)))?;
         let mut qmp = Qmp {
@@ -28,7 +28,7 @@ impl Qmp {
         Ok(qmp)
     }
 
-    /// Runs a command; events that come before its response are kept.
+    /// Runs a command; events received before its response are kept.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let message = json!({"execute": command, "arguments": arguments});
         writeln!(self.stream.get_mut(), "{message}").context("unable to talk to QEMU")?;
@@ -46,7 +46,7 @@ impl Qmp {
         }
     }
 
-    /// Waits for an event of this name and device, and takes it from those that are kept.
+    /// Waits for an event with this name and device, and removes it from the kept ones.
     pub fn device_event(&mut self, name: &str, device: &str) -> Result<()> {
         loop {
             let wanted =
@@ -60,7 +60,7 @@ impl Qmp {
         }
     }
 
-    /// All events up to QEMU's end.
+    /// All events until QEMU exits.
     pub fn last_events(&mut self) -> Result<&[Value]> {
         while let Some(event) = self.next()? {
             self.events.push(event);
@@ -73,7 +73,7 @@ impl Qmp {
         match self.stream.read_line(&mut line) {
             Ok(0) => Ok(None),
             Ok(_) => Ok(Some(serde_json::from_str(&line)?)),
-            // QEMU is gone and left something unread.
+            // QEMU exited with unread data.
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => Ok(None),
             Err(error) => bail!("unable to read from QEMU: {error}"),
         }

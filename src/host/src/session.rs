@@ -40,7 +40,7 @@ pub enum Event {
 pub struct SessionInfo {
     /// The name.
     pub id: String,
-    /// Its command's process id.
+    /// Its command's pid.
     #[serde(default)]
     pub pid: Option<u32>,
     /// The command and its arguments.
@@ -108,18 +108,18 @@ pub struct Session {
     /// Their size in bytes.
     ahead_size: usize,
     over: bool,
-    /// Messages begin with the number of their stream.
+    /// Whether messages begin with the number of their stream.
     streams: bool,
 }
 
-/// Only a flush writes: what is written is in one piece then, and nothing is written twice.
+/// Only a flush writes, so that messages are written in one piece and only once.
 fn config() -> WebSocketConfig {
     WebSocketConfig::default()
         .write_buffer_size(QUEUE)
         .max_write_buffer_size(QUEUE + 1)
 }
 
-/// Bytes that it takes to keep an event.
+/// Memory in bytes that a kept event uses.
 fn size(event: &Event) -> usize {
     let bytes = match event {
         Event::Output(_, bytes) => bytes.len(),
@@ -277,7 +277,7 @@ impl Session {
     fn queue(&mut self, message: Message) -> Result<(), Error> {
         self.sending = true;
         match self.socket.write(message) {
-            // It is queued; the reply to a ping that was to be sent at once is, too.
+            // It is queued, as is the reply to a ping.
             Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
                 Ok(())
             }
@@ -293,7 +293,7 @@ impl Session {
                 self.sending = true;
                 Ok(())
             }
-            // The command's end comes before its input's.
+            // The command exited before the end of its input.
             Err(tungstenite::Error::Io(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
                 self.sending = false;
                 Ok(())
@@ -319,10 +319,10 @@ impl Session {
         Ok(())
     }
 
-    /// Keeps what has come while something else is done.
+    /// Keeps an event received during another operation.
     fn keep(&mut self, event: Event) -> Result<(), Error> {
         let event = match event {
-            // A copy: the bytes may be a small part of a buffer that they would keep.
+            // A copy: the bytes may be a small part of a buffer that they would keep allocated.
             Event::Output(stream, bytes) => Event::Output(stream, Bytes::copy_from_slice(&bytes)),
             event => event,
         };
@@ -391,7 +391,7 @@ impl Session {
         }
         let exit = &message["Exit"];
         if !exit.is_object() {
-            return Ok(None); // something that a later version says
+            return Ok(None); // a message of a later version
         }
         let number = |key| exit[key].as_i64().and_then(|number| number.try_into().ok());
         self.over = true;
@@ -408,7 +408,7 @@ impl Session {
         Err(Error::broken(error))
     }
 
-    /// Waits until there is something to do.
+    /// Waits until the socket is ready.
     fn wait(&self) -> Result<(), Error> {
         let mut wanted = PollFlags::IN;
         wanted.set(PollFlags::OUT, self.sending);
@@ -447,7 +447,7 @@ mod tests {
         (Session::new(socket, false), far)
     }
 
-    /// A frame of the init's, which is not masked. (RFC 6455 section 5.2)
+    /// A frame from the init, which is not masked. (RFC 6455 section 5.2)
     fn frame(first: u8, bytes: &[u8]) -> Vec<u8> {
         let length = u16::try_from(bytes.len()).unwrap();
         [&[first, 126], &length.to_be_bytes()[..], bytes].concat()
@@ -462,13 +462,13 @@ mod tests {
             while sent < 2 * MAX_AHEAD && init.write_all(&output).is_ok() {
                 sent += output.len();
             }
-            // Without a limit all of it is taken, and then the input goes on.
+            // Without a limit all output would be accepted, and then the input would be sent.
             let _ = io::copy(&mut init, &mut io::sink());
             sent
         });
         let error = session.send(&vec![0; 4 << 20]).unwrap_err().to_string();
         assert!(error.contains("does not read its input"), "{error}");
-        // What has come before is there.
+        // Output received earlier is still available.
         assert!(matches!(session.try_next(), Ok(Some(Event::Output(..)))));
         drop(session);
         assert!(init.join().unwrap() < 2 * MAX_AHEAD);
@@ -489,7 +489,7 @@ mod tests {
                     Err(_) => assert_eq!(session.try_next().unwrap(), None),
                 }
             }
-            // More than the socket takes, and less than the queue: input is taken as well.
+            // More than the socket buffer holds, but less than the queue: input is accepted too.
             if round == 10 {
                 session.queue_input(b"input").unwrap();
             }
@@ -503,7 +503,7 @@ mod tests {
                 Err(_) => break,
             }
         }
-        // Beside the queue the socket has a buffer, which net.core.wmem_default bounds.
+        // In addition to the queue, the socket has a buffer, which net.core.wmem_default limits.
         assert!(answered > 1000, "{answered}");
         assert!(answered < QUEUE + (1 << 20), "{answered}");
     }

@@ -1,4 +1,4 @@
-//! Signals by name, as the guest numbers them: alike on x86-64 and aarch64 (signal(7)).
+//! Signals by name. The guest's numbers are the same on x86-64 and aarch64 (signal(7)).
 
 /// Names without `SIG`; the first has number 1.
 const NAMES: [&str; 31] = [
@@ -7,7 +7,7 @@ const NAMES: [&str; 31] = [
     "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
 ];
 
-/// The first and the last real-time signal that programs have: the C library keeps two.
+/// The first and the last real-time signal available to programs: the C library reserves two.
 const RTMIN: u8 = 34;
 const RTMAX: u8 = 64;
 
@@ -36,7 +36,7 @@ pub fn number(text: &str) -> Option<u8> {
     u8::try_from(index + 1).ok()
 }
 
-/// `SIGTERM` of 15, `SIGRTMIN+3` of 37; a number where there is no name.
+/// `SIGTERM` for 15, `SIGRTMIN+3` for 37; the number if it has no name.
 pub fn name(number: i32) -> String {
     if (i32::from(RTMIN)..=i32::from(RTMAX)).contains(&number) {
         return match number - i32::from(RTMIN) {

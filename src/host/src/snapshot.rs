@@ -68,10 +68,10 @@ pub struct Restored {
     /// By how much the clock was set, in milliseconds.
     #[serde(default)]
     pub clock_step_ms: f64,
-    /// Where the configuration came from.
+    /// The source of the configuration.
     #[serde(default)]
     pub config: Option<String>,
-    /// Its members that changed.
+    /// Names of the members that changed.
     #[serde(default)]
     pub changed: Vec<String>,
     /// How long it took, in microseconds.

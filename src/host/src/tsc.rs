@@ -1,7 +1,7 @@
 //! The host's time stamp counter.
 //!
-//! QEMU's microvm has neither PIT nor HPET to calibrate against, so its guest kernel has to be
-//! told the frequency (`tsc_early_khz=`); under TCG the guest's counter is the host's own.
+//! QEMU's microvm has neither PIT nor HPET to calibrate against, so its guest kernel needs the frequency as a
+//! parameter (`tsc_early_khz=`); under TCG the guest's counter is the host's.
 
 use std::{
     sync::LazyLock,
@@ -9,10 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Frequency of the host's TSC in kHz, measured once; None where the host has no TSC.
+/// Frequency of the host's TSC in kHz, measured once; None if the host has no TSC.
 pub fn khz() -> Option<u64> {
     static KHZ: LazyLock<Option<u64>> = LazyLock::new(|| {
-        // The median shrugs off a sample during which the thread was preempted between two reads.
+        // The median ignores a sample during which the thread was preempted between two reads.
         let mut samples = [(); 5].map(|()| sample(Duration::from_millis(20)));
         samples.sort_unstable();
         samples[2]
@@ -29,7 +29,7 @@ fn sample(length: Duration) -> Option<u64> {
 
 #[cfg(target_arch = "x86_64")]
 fn ticks() -> Option<u64> {
-    // SAFETY: every x86-64 processor has RDTSC, and Linux leaves it to user space.
+    // SAFETY: every x86-64 processor has RDTSC, and Linux permits it in user space.
     Some(unsafe { std::arch::x86_64::_rdtsc() })
 }
 

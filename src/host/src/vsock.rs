@@ -1,5 +1,5 @@
-//! The host's side of Firecracker's hybrid vsock: a Unix socket that leads to any guest port.
-//! (Firecracker docs/vsock.md; on QEMU the device is our own, and speaks the same.)
+//! The host's side of Firecracker's hybrid vsock: a Unix socket that leads to any guest port. (Firecracker
+//! docs/vsock.md; the device for QEMU is part of this crate, and compatible.)
 
 use std::{
     fs,
@@ -16,7 +16,7 @@ use crate::{Error, lock::LockFile};
 /// The port of pigeon-init's API.
 pub const API_PORT: u32 = 10_000;
 
-/// Bytes of a reply to the handshake: `OK ` and a number of 32 bits.
+/// Maximum size of a reply to the handshake in bytes: `OK ` and a number of 32 bits.
 const MAX_REPLY: usize = 32;
 
 /// Makes one attempt to connect to `port` in the guest. Fails while the guest has no driver or no listener;

@@ -10,11 +10,11 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::tree::{Device, Kind, Meta, Time};
 
-/// Bytes of a header, and what contents are padded to.
+/// Size of a header in bytes; contents are padded to a multiple of it.
 const BLOCK: usize = 512;
-/// Bytes of one extended header, or of one long name: far more than any has.
+/// Maximum size of an extended header or a long name: far more than real ones have.
 const MAX_EXTENSION: u64 = 16 << 20;
-/// Pieces of one sparse file.
+/// Maximum number of pieces of a sparse file.
 const MAX_PIECES: usize = 1 << 20;
 
 /// Fields of a header: offset and length.
@@ -31,8 +31,8 @@ const MAGIC: (usize, usize) = (257, 6);
 const MAJOR: (usize, usize) = (329, 8);
 const MINOR: (usize, usize) = (337, 8);
 const PREFIX: (usize, usize) = (345, 155);
-/// Of GNU's old sparse format: pairs of offset and length, whether a block of more pairs follows,
-/// and the size of the whole file.
+/// GNU's old sparse format: pairs of offset and length, whether a block with more pairs follows, and the size
+/// of the whole file.
 const GNU_PIECES: (usize, usize) = (386, 4);
 const GNU_MORE: usize = 482;
 const GNU_REAL_SIZE: (usize, usize) = (483, 12);
@@ -42,20 +42,19 @@ const GNU_MORE_MORE: usize = 504;
 /// An entry of an archive.
 #[derive(Debug)]
 pub struct Member {
-    /// Its path as the archive has it.
+    /// Its path as in the archive.
     pub path: Vec<u8>,
     /// Owner, mode, time and attributes.
     pub meta: Meta,
     /// Its type; None for types that are not files.
     pub kind: Option<Kind>,
-    /// Its data: offset and length of each piece. What is between them is zeros.
+    /// Its data: offset and length of each piece. The gaps are zeros.
     pub pieces: Vec<(u64, u64)>,
     /// Attributes in the archive that [`Meta`] cannot represent.
     pub lost: Vec<String>,
 }
 
-/// Iterates over the members of an archive. Reading from it gives the stored data of the current
-/// member.
+/// Iterates over the members of an archive. Reading from it returns the stored data of the current member.
 pub struct Archive<R> {
     source: R,
     /// Unread bytes of the current member.
@@ -70,7 +69,7 @@ pub struct Archive<R> {
 type Records = Vec<(Vec<u8>, Vec<u8>)>;
 
 impl<R: Read> Archive<R> {
-    /// Of an uncompressed stream.
+    /// Reads an uncompressed stream.
     pub fn new(source: R) -> Archive<R> {
         Archive {
             source,
@@ -136,7 +135,7 @@ impl<R: Read> Archive<R> {
             })?;
         }
         let stored = match header[TYPE] {
-            // Types whose size field is meaningless.
+            // The size field of these types is meaningless.
             b'1'..=b'6' => 0,
             _ => member.size,
         };
@@ -168,7 +167,7 @@ impl<R: Read> Archive<R> {
         let data = pieces.iter().map(|(_, length)| length).sum();
         let file = Kind::File { size: real, data };
         let kind = match header[TYPE] {
-            // In old archives a directory is a file whose name ends in a slash.
+            // Old archives mark a directory by a slash at the end of a file's name.
             b'0' | 0 if path.ends_with(b"/") => Some(Kind::Directory),
             b'0' | 0 | b'7' | b'S' => Some(file),
             b'1' => Some(Kind::HardLink(member.link)),
@@ -213,7 +212,7 @@ impl<R: Read> Archive<R> {
         Ok(Some(header))
     }
 
-    /// Reads all of an extended header.
+    /// Reads a whole extended header.
     fn extension(&mut self, size: u64) -> Result<Vec<u8>> {
         ensure!(
             size <= MAX_EXTENSION,
@@ -225,8 +224,8 @@ impl<R: Read> Archive<R> {
         Ok(bytes)
     }
 
-    /// The map that precedes the contents of a sparse file, version 1.0: decimal numbers, a line
-    /// each, in blocks of their own.
+    /// Reads the map before the contents of a sparse file, version 1.0: decimal numbers, one per line, in
+    /// separate blocks.
     fn read_map(&mut self) -> Result<Vec<(u64, u64)>> {
         let mut block: Vec<u8> = vec![];
         let mut next = || {
@@ -299,7 +298,7 @@ impl Description {
         let own_name = || {
             let name = until_zero(field(header, NAME));
             let prefix = until_zero(field(header, PREFIX));
-            // GNU's magic is "ustar " and has other things in place of a prefix.
+            // GNU's magic is "ustar ", and its prefix field has another meaning.
             match field(header, MAGIC) == b"ustar\0" && !prefix.is_empty() {
                 true => [prefix, b"/", name].concat(),
                 false => name.to_vec(),
@@ -330,7 +329,7 @@ impl Description {
 
     /// Applies a pax record other than those of sparse files.
     fn record(&mut self, key: &str, value: &[u8]) -> Result<()> {
-        /// Extended attributes, as star writes them and all others.
+        /// Extended attributes, as written by star and others.
         const XATTR: &str = "SCHILY.xattr.";
         if let Some(name) = key.strip_prefix(XATTR) {
             self.meta.xattrs.insert(name.into(), value.to_vec());
@@ -363,12 +362,12 @@ struct Sparse {
     name: Option<Vec<u8>>,
     real_size: Option<u64>,
     pieces: Vec<(u64, u64)>,
-    /// Version 0.0: an offset whose length has not come yet.
+    /// Version 0.0: an offset without its length yet.
     offset: Option<u64>,
 }
 
 impl Sparse {
-    /// Applies a `GNU.sparse.` record; false for any other record.
+    /// Applies a `GNU.sparse.` record; false if it is another record.
     fn record(&mut self, key: &[u8], value: &[u8]) -> Result<bool> {
         let Some(key) = key.strip_prefix(b"GNU.sparse.") else {
             return Ok(false);
@@ -440,7 +439,7 @@ impl Sparse {
     }
 }
 
-/// Pieces must be in order and within the file, and all of their bytes stored.
+/// Pieces must be in order, within the file, and stored completely.
 fn check_pieces(pieces: &[(u64, u64)], size: u64, stored: u64) -> Result<()> {
     let mut end = 0;
     let mut total = 0u64;
@@ -462,7 +461,7 @@ fn until_zero(bytes: &[u8]) -> &[u8] {
     bytes.split(|&byte| byte == 0).next().unwrap_or_default()
 }
 
-/// Octal digits, or GNU's base 256 with the first bit set.
+/// Octal digits, or GNU's base 256 if the first bit is set.
 fn number(text: &[u8]) -> Result<i64> {
     if let Some((&first, rest)) = text.split_first()
         && first & 0x80 != 0
@@ -491,7 +490,7 @@ fn decimal(text: &[u8]) -> Result<u64> {
         .with_context(|| format!("{text:?} is no number"))
 }
 
-/// Decimal seconds since 1970, with a fraction and a sign if need be.
+/// Decimal seconds since 1970, with optional fraction and sign.
 fn time(text: &[u8]) -> Option<Time> {
     let text = std::str::from_utf8(text).ok()?;
     let (negative, text) = match text.strip_prefix('-') {
@@ -522,7 +521,7 @@ fn time(text: &[u8]) -> Option<Time> {
     })
 }
 
-/// `LENGTH KEY=VALUE\n`, where the length counts all of it, and the value may hold anything.
+/// `LENGTH KEY=VALUE\n`, where LENGTH is that of the whole record, and VALUE may contain any byte.
 fn parse_records(mut bytes: &[u8]) -> Result<Records> {
     let mut records = vec![];
     while !bytes.is_empty() {
@@ -577,7 +576,7 @@ mod tests {
         [header(b'x', "pax", bytes.len(), |_| {}), padded(&bytes)].concat()
     }
 
-    /// All members, and the contents of each with zeros between its pieces.
+    /// All members and their contents, with zeros between the pieces.
     fn read(bytes: &[u8]) -> Result<Vec<(Member, Vec<u8>)>> {
         let mut archive = Archive::new(bytes);
         let mut members = vec![];
@@ -730,7 +729,7 @@ mod tests {
         assert!(error.contains("checksum"), "{error}");
         let huge = header(b'x', "pax", MAX_EXTENSION as usize + 1, |_| {});
         assert!(read(&huge).is_err());
-        // Nor do many headers add up to more.
+        // The total size of several headers is limited as well.
         let mut global = pax(&[("comment", &vec![b'c'; MAX_EXTENSION as usize / 2])]);
         global[TYPE] = b'g';
         global[CHECKSUM.0..CHECKSUM.0 + 8].fill(b' ');

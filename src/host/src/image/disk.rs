@@ -1,4 +1,4 @@
-//! Writing a tree to an image file: format, size, and an atomic rename at the end.
+//! Writes a tree to an image file: format, size, and an atomic rename at the end.
 
 use std::{
     fs,
@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{progress::Progress, scratch::Scratch};
 
-/// A file system that a root can have.
+/// A file system for a root.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Format {
     /// Can be written to
@@ -36,7 +36,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// Its name, as mount(8) has it.
+    /// Its name for mount(8).
     pub fn name(self) -> &'static str {
         match self {
             Format::Ext4 => "ext4",
@@ -46,8 +46,8 @@ impl Format {
     }
 }
 
-/// Reads `64M`, `1.5G`, `1GiB`, `65536K`, `512MB` or bytes. Units are powers of 1024; only those
-/// of `kB`, `MB`, `GB` and `TB` are powers of 1000.
+/// Parses `64M`, `1.5G`, `1GiB`, `65536K`, `512MB` or bytes. Units are powers of 1024; only those of `kB`,
+/// `MB`, `GB` and `TB` are powers of 1000.
 pub fn parse_size(text: &str) -> Result<u64> {
     let unit_at = text
         .find(|c: char| !c.is_ascii_digit() && c != '.')
@@ -85,7 +85,7 @@ pub fn parse_size(text: &str) -> Result<u64> {
     bytes.with_context(|| format!("{text:?} is not a size, such as 64M, 1.5G or 1GiB"))
 }
 
-/// Reads the size of an ext4 image, as [`parse_size`] does.
+/// Parses the size of an ext4 image, like [`parse_size`].
 pub fn parse_disk_size(text: &str) -> Result<u64> {
     let size = parse_size(text)?;
     ensure!(
@@ -95,7 +95,7 @@ pub fn parse_disk_size(text: &str) -> Result<u64> {
     Ok(size)
 }
 
-/// Writes the image to `out` by a temporary file and rename, and returns its size.
+/// Writes the image to `out` through a temporary file and rename, and returns its size.
 pub fn write(
     tree: &Tree,
     layers: &[Layer],
@@ -140,7 +140,7 @@ pub fn write(
 }
 
 /// Makes an empty ext4 image for a volume. It is an error if `out` exists. The file is returned locked
-/// (flock(2)), where the file system knows locks: at no time is it at `out` and anybody else's.
+/// (flock(2)) if the file system supports locks, and is already locked when it appears at `out`.
 pub fn write_volume(out: &Path, size: u64) -> Result<fs::File> {
     let cannot = || format!("unable to create {}", out.display());
     let stage = Scratch::new_in(directory_of(out)).with_context(cannot)?;
@@ -150,7 +150,7 @@ pub fn write_volume(out: &Path, size: u64) -> Result<fs::File> {
     let image = create(&path)?;
     ext4::write_empty(&image, size, as_uuid(uuid)).with_context(cannot)?;
     let _ = image.try_lock();
-    // Unlike rename, this fails if the name has been taken meanwhile.
+    // Unlike rename, this fails if the name was taken meanwhile.
     fs::hard_link(&path, out).with_context(cannot)?;
     Ok(image)
 }
@@ -183,7 +183,7 @@ pub fn copy(from: &Path, to: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The directory that a file is in.
+/// The directory that contains a file.
 pub(crate) fn directory_of(path: &Path) -> &Path {
     path.parent()
         .filter(|dir| !dir.as_os_str().is_empty())
@@ -293,7 +293,7 @@ mod tests {
         let same = fs::read(&from).unwrap() == fs::read(&to).unwrap();
         let used = |path| fs::metadata(path).unwrap().blocks() * 512;
         assert!(same && used(&to) <= used(&from), "{}", used(&to));
-        // An empty file, and one that is a single hole.
+        // An empty file, and a file that is a single hole.
         for size in [0, 1 << 20] {
             fs::File::create(&from).unwrap().set_len(size).unwrap();
             copy(&from, &to).unwrap();

@@ -1,8 +1,8 @@
-//! Writing uncompressed EROFS (kernel Documentation/filesystems/erofs.rst, fs/erofs/erofs_fs.h), the
-//! read-only file system that is fastest to mount and to read.
+//! Writes uncompressed EROFS (kernel Documentation/filesystems/erofs.rst, fs/erofs/erofs_fs.h), the read-only
+//! file system that is fastest to mount and to read.
 //!
-//! The metadata comes first: inodes, each with its attributes and, where it fits into the same
-//! block, the last part of its contents. Whole blocks of contents follow.
+//! The metadata comes first: inodes, each with its attributes and, if it fits into the same block, the last
+//! part of its contents. Whole blocks of contents follow.
 
 use std::{fs::File, io::Read, os::unix::fs::FileExt};
 
@@ -17,13 +17,13 @@ use super::{
 use crate::progress::Progress;
 
 const BLOCK: u64 = 4096;
-/// What inodes are numbered by: their offset in units of this.
+/// Unit of inode numbers: an inode's number is its offset divided by this.
 const SLOT: u64 = 32;
-/// Bytes of an inode with 32-bit owners and its own time.
+/// Size of an inode with 32-bit owners and its own time in bytes.
 const INODE: u64 = 64;
-/// Bytes of a directory's entry without its name.
+/// Size of a directory entry in bytes, without its name.
 const DIRENT: usize = 12;
-/// Where the superblock is, and its size.
+/// Offset and size of the superblock.
 const SUPERBLOCK: u64 = 1024;
 const SUPERBLOCK_SIZE: usize = 128;
 const MAGIC: u32 = 0xe0f5_e1e2;
@@ -32,25 +32,25 @@ const COMPAT: u32 = 1 | 2;
 /// An extended inode, with EROFS_INODE_FLAT_PLAIN or EROFS_INODE_FLAT_INLINE contents.
 const PLAIN: u16 = 1;
 const INLINE: u16 = 1 | 2 << 1;
-/// Bytes before the attributes of an inode.
+/// Bytes before an inode's attributes.
 const XATTR_HEADER: usize = 12;
 
-/// Where an inode and its contents are.
+/// The location of an inode and its contents.
 struct Place {
     /// Offset of the inode in the file system.
     inode: u64,
     /// Its attributes, encoded.
     xattrs: Vec<u8>,
-    /// Bytes of its contents.
+    /// Size of its contents in bytes.
     size: u64,
-    /// Bytes of those that lie after the inode.
+    /// Bytes of the contents that are stored after the inode.
     tail: u64,
-    /// The first block of the others.
+    /// The first block of the other contents.
     block: u64,
 }
 
 impl Place {
-    /// Where a byte of the contents is.
+    /// The position of a byte of the contents.
     fn position(&self, offset: u64) -> u64 {
         let whole = self.size - self.tail;
         if offset < whole {
@@ -61,8 +61,8 @@ impl Place {
     }
 }
 
-/// Makes a file system in `file`, which is empty, of a tree whose contents are in the layers. Its
-/// size in bytes.
+/// Makes a file system in the empty `file`, of a tree whose contents are in the layers. Returns its size in
+/// bytes.
 pub fn write(
     inodes: &Inodes,
     extent: &Extent,
@@ -95,7 +95,7 @@ pub fn write(
     Ok(blocks * BLOCK)
 }
 
-/// Gives every inode and its contents a place; how many blocks there are.
+/// Assigns a location to every inode and its contents. Also returns the number of blocks.
 fn arrange(inodes: &Inodes) -> Result<(Vec<Place>, u64)> {
     let mut at = SUPERBLOCK + SUPERBLOCK_SIZE as u64;
     let mut places = vec![];
@@ -110,7 +110,7 @@ fn arrange(inodes: &Inodes) -> Result<(Vec<Place>, u64)> {
             InodeKind::Leaf(LeafKind::Device(_) | LeafKind::Fifo) => 0,
         };
         let head = INODE + xattrs.len() as u64;
-        // What lies after an inode may not reach into another block.
+        // The data after an inode must not cross a block boundary.
         let tail = match size % BLOCK {
             tail if head + tail <= BLOCK => tail,
             _ => 0,
@@ -189,7 +189,7 @@ fn encode_xattrs(meta: &Meta) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// All names of a directory in their order, `.` and `..` among them.
+/// All names of a directory in sorted order, including `.` and `..`.
 fn names(entries: &[(Vec<u8>, usize)], index: usize, parent: usize) -> Vec<(&[u8], usize)> {
     let own = [(&b"."[..], index), (&b".."[..], parent)];
     let others = entries
@@ -200,7 +200,7 @@ fn names(entries: &[(Vec<u8>, usize)], index: usize, parent: usize) -> Vec<(&[u8
     names
 }
 
-/// The names in blocks: as many as fit with their entries.
+/// The names by block: as many as fit with their entries.
 fn in_blocks<'a>(names: &[(&'a [u8], usize)]) -> Vec<Vec<(&'a [u8], usize)>> {
     let mut blocks = vec![vec![]];
     let mut taken = 0;
@@ -251,7 +251,7 @@ fn directory(
     bytes
 }
 
-/// Writes a part of a file's contents, from `offset` on.
+/// Writes part of a file's contents, from `offset` on.
 fn write_contents(file: &File, place: &Place, offset: u64, bytes: &[u8]) -> Result<()> {
     let whole = (place.size - place.tail).saturating_sub(offset);
     let (blocks, tail) = bytes.split_at(bytes.len().min(whole as usize));
@@ -265,7 +265,7 @@ fn write_contents(file: &File, place: &Place, offset: u64, bytes: &[u8]) -> Resu
     Ok(())
 }
 
-/// Writes a regular file. What is zero is so already.
+/// Writes a regular file. Zeros need not be written.
 fn copy(file: &File, place: &Place, pieces: &[(u64, u64)], bytes: &mut dyn Read) -> Result<()> {
     let mut buffer = vec![0; 1 << 20];
     for &(offset, length) in pieces {
@@ -295,7 +295,7 @@ fn superblock(file: &File, inodes: usize, blocks: u64, root: &Place, uuid: [u8; 
     put(36, &(blocks as u32).to_le_bytes());
     put(48, &uuid);
     file.write_all_at(&bytes, SUPERBLOCK)?;
-    // Over the rest of the block, whatever else is in it.
+    // The checksum covers the rest of the block.
     let mut block = vec![0; (BLOCK - SUPERBLOCK) as usize];
     file.read_exact_at(&mut block, SUPERBLOCK)?;
     let checksum = !crc32c::crc32c(&block);

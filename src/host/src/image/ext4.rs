@@ -1,10 +1,10 @@
-//! Writing ext4 (kernel Documentation/filesystems/ext4/), without privileges and without mke2fs:
-//! owners, modes, times, devices and attributes go straight into the inodes.
+//! Writes ext4 (kernel Documentation/filesystems/ext4/), without privileges and without mke2fs: owners,
+//! modes, times, devices and attributes are written directly to the inodes.
 //!
-//! The layout is mke2fs 1.47's: 4 KiB blocks, a journal, metadata checksums, and 256-byte inodes
-//! (timestamps up to 2446), but no reserved blocks and no `lost+found`. Each group has its own
-//! bitmaps and inode table, and blocks are allocated in order: a block is in use if it is metadata
-//! or lies before the first free block.
+//! The layout is mke2fs 1.47's: 4 KiB blocks, a journal, metadata checksums, and 256-byte inodes (timestamps
+//! up to 2446), but no reserved blocks and no `lost+found`. Each group has its own bitmaps and inode table,
+//! and blocks are allocated in order: a block is in use if it is metadata or lies before the first free
+//! block.
 
 use std::{fs::File, io::Read, os::unix::fs::FileExt};
 
@@ -19,7 +19,7 @@ use crate::progress::Progress;
 
 /// Bytes of a block.
 pub const BLOCK: u64 = 4096;
-/// Blocks that one block of bitmap stands for.
+/// Blocks covered by one block of bitmap.
 const GROUP: u64 = BLOCK * 8;
 /// Bytes of an inode.
 const INODE: usize = 256;
@@ -27,18 +27,18 @@ const INODE: usize = 256;
 const EXTRA: usize = 32;
 /// Bytes of a group descriptor.
 const DESCRIPTOR: usize = 64;
-/// The root's number, and the journal's.
+/// Inode numbers of the root and the journal.
 const ROOT: u32 = 2;
 const JOURNAL: u32 = 8;
-/// Numbers up to this one are the file system's own.
+/// Inode numbers up to this one are reserved for the file system.
 const RESERVED: u32 = 10;
-/// Blocks of the smallest file system that has a journal.
+/// Minimum size of a file system with a journal in blocks.
 const LEAST_BLOCKS: u64 = 2048;
-/// Most blocks: their numbers have 32 bits.
+/// Maximum number of blocks: their numbers have 32 bits.
 const MOST_BLOCKS: u64 = u32::MAX as u64;
-/// Blocks that a group has to have beside its metadata, if it is the last one.
+/// Minimum number of blocks of the last group, besides its metadata.
 const LEAST_GROUP: u64 = 64;
-/// Blocks of an extent at most (`EXT_INIT_MAX_LEN`).
+/// Maximum number of blocks of an extent (`EXT_INIT_MAX_LEN`).
 const MAX_EXTENT: u64 = 32768;
 
 /// COMPAT_HAS_JOURNAL, EXT_ATTR, DIR_INDEX
@@ -50,17 +50,17 @@ const RO_COMPAT: u32 = 0x1 | 0x2 | 0x8 | 0x20 | 0x40 | 0x400;
 
 /// EXT4_EXTENTS_FL
 const EXTENTS_FLAG: u32 = 0x80000;
-/// EXT4_BG_INODE_ZEROED: nothing is left for the kernel to do in the background.
+/// EXT4_BG_INODE_ZEROED: the kernel has nothing to initialize in the background.
 const INODE_ZEROED: u16 = 0x4;
-/// Links that a directory can count; above it says 1 (DIR_NLINK).
+/// Maximum link count of a directory; above it the count is 1 (DIR_NLINK).
 const MAX_DIRECTORY_LINKS: u32 = 64_999;
-/// Links of anything else (EXT4_LINK_MAX).
+/// Maximum link count of other files (EXT4_LINK_MAX).
 const MAX_LINKS: u32 = 65_000;
-/// Bytes of a symbolic link that fits into its inode.
+/// Size from which a symbolic link no longer fits into its inode.
 const FAST_SYMLINK: usize = 60;
-/// Bytes that end a block of a directory: its checksum, as an entry without a name.
+/// Bytes at the end of a directory block: its checksum, as an entry without a name.
 const DIRECTORY_TAIL: usize = 12;
-/// Magic numbers of an extent tree's node, of attributes, of the journal, of the file system.
+/// Magic numbers of an extent tree node, of attributes, of the journal, of the file system.
 const EXTENT_MAGIC: u16 = 0xf30a;
 const XATTR_MAGIC: u32 = 0xea02_0000;
 const JOURNAL_MAGIC: u32 = 0xc03b_3998;
@@ -82,12 +82,12 @@ fn high(value: u64) -> u32 {
     (value >> 32) as u32
 }
 
-/// CRC-32C as the kernel chains it: neither end is inverted.
+/// CRC-32C as chained by the kernel: not inverted at either end.
 fn crc(seed: u32, bytes: &[u8]) -> u32 {
     !crc32c::crc32c_append(!seed, bytes)
 }
 
-/// Where everything is in a file system of some size.
+/// The layout of a file system of a given size.
 #[derive(Clone, Debug, PartialEq)]
 struct Layout {
     blocks: u64,
@@ -102,7 +102,7 @@ struct Layout {
 }
 
 impl Layout {
-    /// With room for so many inodes, those of the file system's own among them.
+    /// Has room for this many inodes, including the file system's own.
     fn new(size: u64, inodes: u64) -> Result<Layout> {
         let mut blocks = size / BLOCK;
         ensure!(
@@ -127,7 +127,7 @@ impl Layout {
                 table: inodes_per_group / per_block,
                 journal: journal_blocks(blocks),
             };
-            // A remainder that is hardly more than its metadata is left unused.
+            // A remainder with little more than its metadata is left unused.
             let last = groups - 1;
             let room = blocks - last * GROUP;
             if last == 0 || room >= layout.metadata(last) + LEAST_GROUP {
@@ -149,7 +149,7 @@ impl Layout {
         group < 2 || [3, 5, 7].into_iter().any(is_power)
     }
 
-    /// Blocks of a group's bitmaps, inodes and superblock, with which it begins.
+    /// Blocks of metadata at the start of a group: bitmaps, inodes and superblock.
     fn metadata(&self, group: u64) -> u64 {
         let copy = if self.has_superblock(group) {
             1 + self.descriptors
@@ -159,7 +159,7 @@ impl Layout {
         copy + 2 + self.table
     }
 
-    /// The blocks of a group, metadata too.
+    /// The blocks of a group, including metadata.
     fn group(&self, group: u64) -> std::ops::Range<u64> {
         group * GROUP..((group + 1) * GROUP).min(self.blocks)
     }
@@ -175,7 +175,7 @@ impl Layout {
     }
 }
 
-/// Blocks of a journal, as mke2fs has them.
+/// Blocks of a journal, as in mke2fs.
 fn journal_blocks(blocks: u64) -> u64 {
     match blocks {
         ..0x8000 => 1024,
@@ -189,7 +189,7 @@ fn journal_blocks(blocks: u64) -> u64 {
     }
 }
 
-/// Inodes of an image: 4096 and a quarter more than it has files.
+/// Number of inodes of an image: 4096 and a quarter more than it has files.
 fn inodes(extent: &Extent) -> u64 {
     extent.inodes * 5 / 4 + 4096
 }
@@ -204,7 +204,7 @@ pub fn good_size(extent: &Extent) -> u64 {
     fitting(extent, extent.blocks * 5 / 4 + (64 << 20) / BLOCK).next_multiple_of(1 << 20)
 }
 
-/// Bytes that a file system may have.
+/// Supported sizes of a file system in bytes.
 pub fn sizes() -> std::ops::RangeInclusive<u64> {
     LEAST_BLOCKS * BLOCK..=MOST_BLOCKS * BLOCK
 }
@@ -214,7 +214,7 @@ fn set_size(file: &File, size: u64) -> Result<()> {
         .with_context(|| format!("no file of {} MiB can be made here", size >> 20))
 }
 
-/// The size in which so many blocks are usable.
+/// The size for this many usable blocks.
 fn fitting(extent: &Extent, blocks: u64) -> u64 {
     let mut size = (blocks * BLOCK).max(LEAST_BLOCKS * BLOCK);
     loop {
@@ -226,8 +226,7 @@ fn fitting(extent: &Extent, blocks: u64) -> u64 {
     }
 }
 
-/// Makes a file system of `size` bytes in `file`, which is empty, of a tree whose contents are in
-/// the layers.
+/// Makes a file system of `size` bytes in the empty `file`, of a tree whose contents are in the layers.
 pub fn write(
     inodes: &Inodes,
     extent: &Extent,
@@ -276,7 +275,7 @@ pub fn write(
 
 /// Makes an empty file system, for a volume.
 pub fn write_empty(file: &File, size: u64, uuid: [u8; 16]) -> Result<()> {
-    /// Bytes for which there is one inode, as mke2fs has it.
+    /// Bytes per inode, as in mke2fs.
     const RATIO: u64 = 16384;
     let layout = Layout::new(size, (size / RATIO).max(64))?;
     set_size(file, size)?;
@@ -301,7 +300,7 @@ pub fn new_encode_dev(major: u32, minor: u32) -> u32 {
     (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
 }
 
-/// The number of the file that has this index.
+/// The inode number of the file with this index.
 fn number(index: usize) -> u32 {
     match index {
         0 => ROOT,
@@ -309,11 +308,11 @@ fn number(index: usize) -> u32 {
     }
 }
 
-/// Where an inode's contents are.
+/// The location of an inode's contents.
 enum Body {
-    /// In the inode itself: the bytes and how many of them count as contents.
+    /// In the inode itself: the bytes, and how many of them count as contents.
     Own([u8; 60], u64),
-    /// In blocks: logical and physical number, and length, and the file's size.
+    /// In blocks: logical number, physical number and length of each extent, and the file's size.
     Blocks(Vec<(u64, u64, u64)>, u64),
 }
 
@@ -321,13 +320,13 @@ struct Writer<'a> {
     file: &'a File,
     layout: Layout,
     uuid: [u8; 16],
-    /// What all checksums start from.
+    /// The seed of all checksums.
     seed: u32,
-    /// The first block that nothing has.
+    /// The first free block.
     next: u64,
-    /// The inodes so far, from number 1.
+    /// The inodes written so far, from number 1.
     table: Vec<u8>,
-    /// The journal's `i_block` and size, which the superblock has a copy of.
+    /// The journal's `i_block` and size, of which the superblock has a copy.
     journal_copy: [u8; 68],
 }
 
@@ -344,7 +343,7 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// A run of free blocks, at most `wanted`.
+    /// Allocates a run of free blocks, at most `wanted`.
     fn allocate(&mut self, wanted: u64) -> Result<(u64, u64)> {
         loop {
             ensure!(
@@ -367,7 +366,7 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Blocks for the logical ones from `logical` on, as extents after those that are there.
+    /// Allocates blocks for the logical ones from `logical` on, and appends their extents.
     fn extend(
         &mut self,
         extents: &mut Vec<(u64, u64, u64)>,
@@ -391,7 +390,7 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    /// Writes bytes into the blocks of a file that its last extents hold, from `logical` on.
+    /// Writes bytes to a file's blocks in its last extents, from `logical` on.
     fn write(&self, extents: &[(u64, u64, u64)], mut logical: u64, bytes: &[u8]) -> Result<()> {
         let mut rest = bytes;
         let from = extents.partition_point(|&(first, _, length)| first + length <= logical);
@@ -408,7 +407,7 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    /// The journal: clean, so that only its first block says anything. (fs.h of jbd2, big-endian)
+    /// Writes the journal: clean, so that only its first block matters. (fs.h of jbd2, big-endian)
     fn journal(&mut self) -> Result<()> {
         let blocks = self.layout.journal;
         let mut extents = vec![];
@@ -460,7 +459,7 @@ impl<'a> Writer<'a> {
             .iter()
             .map(|(name, index)| (name.as_slice(), *index, inodes.list[*index].entry_type()));
         let mut blocks: Vec<Vec<u8>> = vec![];
-        // Where the last entry of the last block is: it reaches to the block's end.
+        // The offset of the last entry in the last block: it extends to the block's end.
         let mut last = 0;
         for (name, target, kind) in dots.into_iter().chain(named) {
             let size = (8 + name.len()).next_multiple_of(4);
@@ -520,21 +519,21 @@ impl<'a> Writer<'a> {
         pieces: &[(u64, u64)],
         bytes: &mut dyn Read,
     ) -> Result<()> {
-        /// Bytes that are written at once.
+        /// Bytes written at once.
         const CHUNK: u64 = 1 << 20;
         let InodeKind::Leaf(LeafKind::File(contents)) = inode.kind else {
             return Ok(());
         };
         let mut extents = vec![];
         let mut buffer = vec![];
-        // The block that the buffer begins with.
+        // The block at the start of the buffer.
         let mut at = 0;
         for &(offset, length) in pieces {
             let (mut offset, end) = (offset, offset + length);
             while offset < end {
                 let buffered = at * BLOCK + buffer.len() as u64;
                 if buffered / BLOCK < offset / BLOCK || buffer.len() as u64 >= CHUNK {
-                    // What is full is written; of the last block only a part may be there.
+                    // Full blocks are written; the last one may be incomplete.
                     let whole = if buffered / BLOCK < offset / BLOCK {
                         buffer.len()
                     } else {
@@ -555,7 +554,7 @@ impl<'a> Writer<'a> {
         self.inode(inode, index, Body::Blocks(extents, contents.size))
     }
 
-    /// Writes a part of a file that begins with the logical block `at`, but for blocks of zeros.
+    /// Writes part of a file from the logical block `at` on, except blocks of zeros.
     fn chunk(&mut self, extents: &mut Vec<(u64, u64, u64)>, at: u64, bytes: &[u8]) -> Result<()> {
         let blocks: Vec<_> = bytes.chunks(BLOCK as usize).collect();
         let is_hole = |block: &[u8]| block.iter().all(|&byte| byte == 0);
@@ -657,9 +656,9 @@ impl<'a> Writer<'a> {
         Ok(bytes)
     }
 
-    /// The root of a tree of extents, which is in the inode, and how many blocks the rest takes.
+    /// Writes a tree of extents. Returns its root, which is in the inode, and the number of the other blocks.
     fn extent_tree(&mut self, extents: &[(u64, u64, u64)], number: u32) -> Result<([u8; 60], u64)> {
-        /// Entries in the inode, and in a block, which ends with a checksum.
+        /// Maximum number of entries in the inode, and in a block, which ends with a checksum.
         const IN_ROOT: usize = 4;
         const IN_BLOCK: usize = (BLOCK as usize - 12) / 12;
         let header = |count: usize, most: usize, depth: u16| {
@@ -709,7 +708,8 @@ impl<'a> Writer<'a> {
         Ok((root, blocks))
     }
 
-    /// Writes attributes after an inode, and those that do not fit there into a block: its number.
+    /// Writes attributes after an inode, and those that do not fit there into a block, whose number is
+    /// returned.
     fn attributes(&mut self, meta: &Meta, room: &mut [u8]) -> Result<Option<u64>> {
         let mut attributes: Vec<(u8, &str, Vec<u8>)> = vec![];
         for (name, value) in &meta.xattrs {
@@ -724,7 +724,7 @@ impl<'a> Writer<'a> {
         if attributes.is_empty() {
             return Ok(None);
         }
-        // The kernel searches a block for them in this order.
+        // The order in which the kernel searches a block.
         attributes.sort_by_key(|(index, name, _)| (*index, name.len(), name.to_string()));
         let [mut inside, mut outside] = [room.len() - 4, BLOCK as usize - 32].map(Entries::new);
         for (index, name, value) in &attributes {
@@ -746,8 +746,8 @@ impl<'a> Writer<'a> {
         let mut bytes = vec![0; BLOCK as usize];
         let hash = outside.write(&mut bytes[32..], 32);
         put32(&mut bytes, 0, XATTR_MAGIC);
-        put32(&mut bytes, 4, 1); // one inode has it
-        put32(&mut bytes, 8, 1); // of one block
+        put32(&mut bytes, 4, 1); // used by one inode
+        put32(&mut bytes, 8, 1); // one block
         put32(&mut bytes, 12, hash);
         let checksum = crc(crc(self.seed, &block.to_le_bytes()), &bytes);
         put32(&mut bytes, 16, checksum);
@@ -834,8 +834,8 @@ impl<'a> Writer<'a> {
         put(0xc, low(free_blocks));
         put(0x158, high(free_blocks));
         put(0x10, free_inodes);
-        put(0x18, 2); // blocks of 1024 << 2 bytes,
-        put(0x1c, 2); // each a cluster
+        put(0x18, 2); // blocks of 1024 << 2 bytes
+        put(0x1c, 2); // clusters of the same size
         put(0x20, GROUP as u32);
         put(0x24, GROUP as u32);
         put(0x28, layout.inodes_per_group);
@@ -846,23 +846,23 @@ impl<'a> Writer<'a> {
         put(0x64, RO_COMPAT);
         put(0xe0, JOURNAL);
         put(0x100, 0x4 | 0x8); // mounted with user_xattr and acl
-        put(0x160, 0x1); // hashes of names take their bytes as signed, as on x86
-        put16(&mut bytes, 0x36, u16::MAX); // never checked for the number of mounts
+        put(0x160, 0x1); // name hashes treat bytes as signed, as on x86
+        put16(&mut bytes, 0x36, u16::MAX); // never checked because of the mount count
         put16(&mut bytes, 0x38, SUPER_MAGIC);
         put16(&mut bytes, 0x3a, 1); // clean
-        put16(&mut bytes, 0x3c, 1); // goes on after errors
+        put16(&mut bytes, 0x3c, 1); // continues after errors
         put16(&mut bytes, 0x58, INODE as u16);
         put16(&mut bytes, 0x5a, group as u16);
         put16(&mut bytes, 0xfe, DESCRIPTOR as u16);
         put16(&mut bytes, 0x15c, EXTRA as u16);
         put16(&mut bytes, 0x15e, EXTRA as u16);
         bytes[0x68..0x78].copy_from_slice(&self.uuid);
-        // The seed of the hashes of names: what else is as random?
+        // The seed of the name hashes must be random, as the UUID is.
         bytes[0xec..0xfc].copy_from_slice(&self.uuid);
         bytes[0xfc] = 1; // half MD4
         bytes[0xfd] = 1; // 0x10c holds a copy of the journal's inode
         bytes[0x10c..0x150].copy_from_slice(&self.journal_copy);
-        bytes[0x174] = 4; // 16 groups in a flexible one
+        bytes[0x174] = 4; // 16 groups in a flex group
         bytes[0x175] = 1; // CRC-32C
         let checksum = crc(!0, &bytes[..0x3fc]);
         put32(&mut bytes, 0x3fc, checksum);
@@ -870,7 +870,7 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// A block of bits: those before `used`, and those from `count` on, are set.
+/// A bitmap block: bits before `used` and from `count` on are set.
 fn bitmap(used: u64, count: u64) -> Vec<u8> {
     let byte = |at: u64| {
         (0..8).fold(0, |byte, bit| {
@@ -881,7 +881,7 @@ fn bitmap(used: u64, count: u64) -> Vec<u8> {
     (0..BLOCK).map(byte).collect()
 }
 
-/// Seconds with a sign, and what follows: two more bits of seconds, and nanoseconds.
+/// Signed seconds, and the extra field: two more bits of seconds, and nanoseconds.
 fn encode_time(time: Time) -> (u32, u32) {
     const LEAST: i64 = i32::MIN as i64;
     const MOST: i64 = LEAST + (4 << 32) - 1;
@@ -890,8 +890,8 @@ fn encode_time(time: Time) -> (u32, u32) {
     (seconds as u32, epoch | time.nanoseconds << 2)
 }
 
-/// The number of an attribute's namespace, and the rest of its name (ext4 xattr.h). EROFS has the
-/// same ones.
+/// The number of an attribute's namespace, and the rest of its name (ext4 xattr.h). EROFS uses the same
+/// numbers.
 pub fn name_index(name: &str) -> Option<(u8, &str)> {
     let prefixes = [(1, "user."), (4, "trusted."), (6, "security.")];
     match name {
@@ -903,8 +903,8 @@ pub fn name_index(name: &str) -> Option<(u8, &str)> {
     }
 }
 
-/// An access list as ext4 stores it, of one as programs see it (linux/posix_acl_xattr.h): entries
-/// that name nobody have no id.
+/// Converts an access list from the format of system calls (linux/posix_acl_xattr.h) to ext4's, where only
+/// entries for a named user or group have an id.
 fn posix_acl(value: &[u8]) -> Option<Vec<u8>> {
     const USER: u16 = 0x02;
     const GROUP: u16 = 0x08;
@@ -918,7 +918,7 @@ fn posix_acl(value: &[u8]) -> Option<Vec<u8>> {
     Some(stored)
 }
 
-/// Attributes in one place: entries from its start, values from its end.
+/// Attributes in one location: entries from its start, values from its end.
 struct Entries {
     room: usize,
     taken: usize,
@@ -926,7 +926,7 @@ struct Entries {
 }
 
 impl Entries {
-    /// Of so many bytes, with four zeros after the entries.
+    /// Has this many bytes, with four zeros after the entries.
     fn new(room: usize) -> Entries {
         Entries {
             room,
@@ -939,7 +939,7 @@ impl Entries {
         self.list.is_empty()
     }
 
-    /// Whether there is room for it.
+    /// Adds an attribute, if there is room for it.
     fn add(&mut self, index: u8, name: &str, value: &[u8]) -> bool {
         let size = (16 + name.len()).next_multiple_of(4) + value.len().next_multiple_of(4);
         let fits = self.taken + size <= self.room && name.len() <= 255;
@@ -950,7 +950,7 @@ impl Entries {
         fits
     }
 
-    /// Writes them; values are found from `base` bytes before. The hash over all of them.
+    /// Writes them, with value offsets relative to `base` bytes before. Returns the hash of all of them.
     fn write(&self, buffer: &mut [u8], base: usize) -> u32 {
         let (mut at, mut end) = (0, self.room);
         let mut all: u32 = 0;

@@ -1,4 +1,4 @@
-//! A digest of all that a directory holds, by which an image of the same can be found again.
+//! A digest of a directory's contents, by which an image of the same contents can be found again.
 
 use std::{
     io::{self, Read},
@@ -14,7 +14,7 @@ use super::{
 };
 
 /// The hexadecimal SHA-256 of a directory's files: paths, owners, modes, attributes, links, devices,
-/// contents, and the times of what is no directory, whose time is that of its copy.
+/// contents, and times. Times of directories are excluded: they are those of the copy.
 pub fn of(directory: &Path) -> Result<String> {
     let mut digest = Sha256::new();
     Layer::directory(directory)?.read(&mut |_| (), |_, entry, body| {
@@ -30,14 +30,14 @@ pub fn of(directory: &Path) -> Result<String> {
         };
         let read = digest_all(&mut body.bytes.take(size), &mut digest);
         let read = read.with_context(|| format!("unable to read {path}"))?;
-        // One that shrinks meanwhile does not run into the next.
+        // Separates the contents of a file that shrinks meanwhile from the next file's.
         digest.update(read.to_le_bytes());
         Ok(())
     })?;
     Ok(layer::hex(&digest.finalize()))
 }
 
-/// How many bytes there were.
+/// Returns the number of bytes.
 fn digest_all(bytes: &mut dyn Read, digest: &mut Sha256) -> io::Result<u64> {
     let mut buffer = vec![0; 1 << 16];
     let mut read = 0;
@@ -106,7 +106,7 @@ mod tests {
         time::{Duration, SystemTime},
     };
 
-    /// A directory whose files have times of their own.
+    /// A directory whose files have individual times.
     fn copy(parent: &Path, name: &str) -> PathBuf {
         let dir = parent.join(name);
         fs::create_dir_all(dir.join("etc")).unwrap();

@@ -1,4 +1,4 @@
-//! A tree in the form that file systems have: a list of inodes, and directories that refer to them.
+//! A tree in the form used by file systems: a list of inodes, and directories that refer to them.
 
 use std::{
     collections::HashMap,
@@ -28,17 +28,17 @@ pub struct Inode<'a> {
     pub meta: &'a Meta,
     /// Its link count.
     pub links: u32,
-    /// What it is.
+    /// Its type and contents.
     pub kind: InodeKind<'a>,
 }
 
-/// What a file is.
+/// The type and contents of a file.
 pub enum InodeKind<'a> {
     /// A directory.
     Directory {
-        /// The number of the directory that it is in; the root's own for the root.
+        /// The index of its parent directory; the root's own for the root.
         parent: usize,
-        /// Names and numbers, sorted by name, without `.` and `..`.
+        /// Names and indexes, sorted by name, without `.` and `..`.
         entries: Vec<(Vec<u8>, usize)>,
     },
     /// Anything else.
@@ -58,7 +58,7 @@ impl Inode<'_> {
         }
     }
 
-    /// Its type in a directory entry: as ext4 and EROFS number them (linux/fs_types.h, FT_*).
+    /// Its type in a directory entry, as in ext4 and EROFS (linux/fs_types.h, FT_*).
     pub fn entry_type(&self) -> u8 {
         match self.type_bits() {
             0o100_000 => 1,
@@ -72,7 +72,7 @@ impl Inode<'_> {
 }
 
 impl<'a> Inodes<'a> {
-    /// Of a tree.
+    /// The inodes of a tree.
     pub fn of(tree: &'a Tree) -> Result<Inodes<'a>> {
         let directory = |path: &[u8], parent, meta| Inode {
             path: path.into(),
@@ -133,7 +133,7 @@ impl<'a> Inodes<'a> {
         Ok(Inodes { list, places })
     }
 
-    /// Of nothing but a root directory.
+    /// Only a root directory.
     pub fn lone(root: Inode<'a>) -> Inodes<'a> {
         Inodes {
             list: vec![root],
@@ -141,8 +141,8 @@ impl<'a> Inodes<'a> {
         }
     }
 
-    /// Reads the layers again and calls `take` with the contents of every regular file that is
-    /// left of them: its number, the pieces, and their bytes.
+    /// Reads the layers again and calls `take` for every regular file of the tree, with its index, its pieces
+    /// and their bytes.
     pub fn contents(
         &self,
         layers: &[Layer],
@@ -178,7 +178,7 @@ impl<'a> Inodes<'a> {
     }
 }
 
-/// Exactly as many bytes as expected: it is an error if the file has shrunk; growth is ignored.
+/// Reads exactly the expected number of bytes: it is an error if the file has shrunk; growth is ignored.
 struct Whole<'a> {
     inner: &'a mut dyn Read,
     left: u64,

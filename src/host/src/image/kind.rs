@@ -1,4 +1,4 @@
-//! Detecting what a file is, for error messages.
+//! Detects a file's format, for error messages.
 
 use std::{fmt, fs::File, io::Read, path::Path};
 
@@ -6,26 +6,26 @@ use anyhow::{Context, Result};
 
 use super::disk::Format;
 
-/// What a file's first bytes say it is.
+/// A file's format, detected from its first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Nothing but zeros, or no bytes.
+    /// Only zeros, or no bytes.
     Empty,
     /// An image with a file system that a VM can mount.
     Image(Format),
-    /// One with another file system.
+    /// An image with another file system.
     OtherImage(&'static str),
     /// A tar archive.
     Archive,
-    /// Something compressed, an archive for instance.
+    /// A compressed file, such as an archive.
     Compressed(&'static str),
     /// A program.
     Program,
-    /// A disk image of another format than raw.
+    /// A disk image in a format other than raw.
     Disk(&'static str),
-    /// Something else that has a name.
+    /// Another known format.
     Other(&'static str),
-    /// None of these.
+    /// An unknown format.
     Unknown,
 }
 
@@ -61,7 +61,7 @@ const MAGIC: [(usize, &[u8], Kind); 20] = [
     (510, &[0x55, 0xaa], Kind::Disk("partitioned")),
 ];
 
-/// Looks at a file.
+/// Detects the format of a file.
 pub fn describe(path: &Path) -> Result<Kind> {
     let shown = path.display();
     let mut start = vec![];

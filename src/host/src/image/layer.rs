@@ -1,4 +1,4 @@
-//! Reading layers: tar streams, compressed or not, and directories of the host.
+//! Reads layers: tar streams, compressed or not, and directories of the host.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -31,7 +31,7 @@ use super::{
     tree::{Device, Entry, Kind, Meta, Time},
 };
 
-/// How a stream is compressed.
+/// The compression of a stream.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Compression {
     Bzip2,
@@ -41,7 +41,7 @@ enum Compression {
 }
 
 impl Compression {
-    /// Bytes that are looked at.
+    /// Bytes needed to detect it.
     const START: usize = 6;
 
     /// Detects it from the first bytes (RFC 1952, RFC 8878, xz-file-format.txt 2.1.1.1).
@@ -58,8 +58,8 @@ impl Compression {
     }
 }
 
-/// Whether an extended attribute is kept. SELinux labels belong to the host, overlayfs's own
-/// attributes to the mount that the files came from, and other namespaces to one file system.
+/// Whether an extended attribute is kept. SELinux labels belong to the host, overlayfs's attributes to the
+/// mount that the files came from, and other namespaces to one file system.
 fn is_kept(attribute: &str) -> bool {
     let namespaces = ["security.", "trusted.", "user."];
     match attribute {
@@ -91,16 +91,16 @@ pub struct Body<'a> {
     pub bytes: &'a mut dyn Read,
 }
 
-/// A part of a file.
+/// A section of a file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Blob {
     /// The file.
     pub path: PathBuf,
-    /// Where the part starts.
+    /// The offset of the section.
     pub offset: u64,
-    /// Its bytes.
+    /// Its size in bytes.
     pub size: u64,
-    /// What its SHA-256 has to be, in hexadecimal.
+    /// Its expected SHA-256, in hexadecimal.
     pub sha256: Option<String>,
 }
 
@@ -117,7 +117,7 @@ impl Blob {
         })
     }
 
-    /// Its bytes as they are stored.
+    /// Its bytes as stored.
     pub fn open(&self) -> Result<impl Read + use<>> {
         let mut file =
             File::open(&self.path).with_context(|| format!("unable to open {:?}", self.path))?;
@@ -125,7 +125,7 @@ impl Blob {
         Ok(file.take(self.size))
     }
 
-    /// All of a small one, such as a manifest.
+    /// Reads a small one completely, such as a manifest.
     pub fn read(&self) -> Result<Vec<u8>> {
         const LIMIT: u64 = 16 << 20;
         ensure!(self.size <= LIMIT, "too large for what it should be");
@@ -141,12 +141,11 @@ impl Blob {
     }
 }
 
-/// In hexadecimal.
 pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Something that files come from.
+/// A source of files.
 #[derive(Debug)]
 pub enum Layer {
     /// A tar stream.
@@ -155,7 +154,7 @@ pub enum Layer {
     Directory(PathBuf, Vec<PathBuf>),
 }
 
-/// Counts and digests what passes.
+/// Counts the bytes that are read, and computes their digest.
 struct Meter<'a, R> {
     inner: R,
     digest: Option<Sha256>,
@@ -174,7 +173,7 @@ impl<R: Read> Read for Meter<'_, R> {
 }
 
 impl Layer {
-    /// A directory of the host with all that is in it, on one file system or several.
+    /// A directory of the host with all its contents, also on several file systems.
     pub fn directory(root: &Path) -> Result<Layer> {
         fn add(root: &Path, below: &Path, paths: &mut Vec<PathBuf>) -> Result<()> {
             let dir = root.join(below);
@@ -198,7 +197,7 @@ impl Layer {
         Ok(Layer::Directory(root.into(), paths))
     }
 
-    /// Bytes to read, as far as known before.
+    /// Bytes to read, as far as known in advance; 0 if unknown.
     pub fn size(&self) -> u64 {
         match self {
             Layer::Tar(blob) => blob.size,
@@ -206,8 +205,8 @@ impl Layer {
         }
     }
 
-    /// Calls `visit` with the number of each entry, the entry and its contents. `count` is told how
-    /// many bytes have been read.
+    /// Calls `visit` with the number of each entry, the entry and its contents. `count` is called with the
+    /// number of bytes that were read.
     pub fn read(
         &self,
         count: &mut dyn FnMut(u64),
@@ -254,7 +253,7 @@ fn read_tar(blob: &Blob, count: &mut dyn FnMut(u64), visit: Visit) -> Result<()>
             number += 1;
         }
         drop(archive);
-        // What follows the end mark counts for the digest.
+        // Data after the end marker is part of the digest.
         io::copy(&mut plain, &mut io::sink())?;
     }
     io::copy(&mut source, &mut io::sink())?;
@@ -268,7 +267,7 @@ fn read_tar(blob: &Blob, count: &mut dyn FnMut(u64), visit: Visit) -> Result<()>
     Ok(())
 }
 
-/// The bytes behind whatever compression there is.
+/// The decompressed bytes.
 pub fn decompressed<'a>(mut source: impl io::BufRead + 'a) -> Result<Box<dyn Read + 'a>> {
     Ok(match Compression::of(source.fill_buf()?) {
         Some(Compression::Bzip2) => Box::new(MultiBzDecoder::new(source)),
@@ -282,7 +281,7 @@ pub fn decompressed<'a>(mut source: impl io::BufRead + 'a) -> Result<Box<dyn Rea
     })
 }
 
-/// Whether a file starts as a compressed one does.
+/// Whether a file starts like a compressed one.
 pub fn is_compressed(path: &Path) -> Result<bool> {
     let mut start = vec![];
     let file = File::open(path)?;
@@ -291,8 +290,8 @@ pub fn is_compressed(path: &Path) -> Result<bool> {
     Ok(Compression::of(&start).is_some())
 }
 
-/// Zstandard frames, one after the other (RFC 8878 section 3). Skippable ones, in which zstd:chunked
-/// has its table of contents, hold nothing of the data.
+/// A sequence of Zstandard frames (RFC 8878 section 3). Skippable frames, such as zstd:chunked's table of
+/// contents, contain no data.
 struct ZstdFrames<R> {
     source: R,
     decoder: FrameDecoder,
@@ -341,7 +340,7 @@ impl<R: io::BufRead> Read for ZstdFrames<R> {
 }
 
 fn read_directory(root: &Path, paths: &[PathBuf], visit: Visit) -> Result<()> {
-    // Ownership is the host's only for root: what another user staged is meant to be root's.
+    // Only root keeps the host's owners: files prepared by another user become root's.
     let as_is = rustix::process::geteuid().is_root();
     let mut inodes = HashMap::new();
     for (number, path) in paths.iter().enumerate() {
@@ -376,7 +375,7 @@ fn read_directory(root: &Path, paths: &[PathBuf], visit: Visit) -> Result<()> {
                 minor: rustix::fs::minor(found.rdev()),
             })
         } else if kind.is_socket() {
-            continue; // it means nothing without the process that listens
+            continue; // it is useless without the listening process
         } else if !kind.is_file() {
             bail!("{place:?} is a file of an unknown kind");
         } else if let Some(first) = inodes.get(&(found.dev(), found.ino())) {
@@ -386,7 +385,7 @@ fn read_directory(root: &Path, paths: &[PathBuf], visit: Visit) -> Result<()> {
             inodes.insert((found.dev(), found.ino()), name);
             let size = found.len();
             let mut contents = Lazy(place.clone(), None);
-            // A file with holes has fewer blocks than bytes.
+            // A file with holes has fewer blocks than its size requires.
             pieces = match found.blocks().saturating_mul(512) < size {
                 true => contents.pieces(size).with_context(unreadable)?,
                 false => vec![(0, size)],
@@ -417,13 +416,13 @@ fn read_directory(root: &Path, paths: &[PathBuf], visit: Visit) -> Result<()> {
     Ok(())
 }
 
-/// The extended attributes of a file, a link's own.
+/// The extended attributes of a file, or of a symbolic link itself.
 fn attributes(path: &Path) -> io::Result<BTreeMap<String, Vec<u8>>> {
     /// XATTR_LIST_MAX and XATTR_SIZE_MAX (linux/limits.h).
     const LIMIT: usize = 64 << 10;
     let mut names = vec![0; LIMIT];
     let size = match llistxattr(path, &mut names) {
-        Err(Errno::NOTSUP) => 0, // a file system without them
+        Err(Errno::NOTSUP) => 0, // not supported by the file system
         size => size?,
     };
     let mut attributes = BTreeMap::new();
@@ -439,7 +438,7 @@ fn attributes(path: &Path) -> io::Result<BTreeMap<String, Vec<u8>>> {
     Ok(attributes)
 }
 
-/// A file that is opened when first read: most passes do not read it.
+/// A file that is opened on its first read: most passes do not read it.
 struct Lazy(PathBuf, Option<File>);
 
 impl Lazy {

@@ -35,12 +35,12 @@ use tree::{Place, Tree};
 
 use crate::{Arch, assets, progress::Progress, scratch::Scratch};
 
-/// How an image is made.
+/// Options for making an image.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
     /// Bytes; computed when absent.
     pub size: Option<u64>,
-    /// Which of an image's architectures; this machine's by default.
+    /// Which of an image's architectures; the host's by default.
     pub arch: Arch,
     /// Which of several images in an archive.
     pub tag: Option<String>,
@@ -48,38 +48,38 @@ pub struct Options {
     pub format: Format,
     /// Overwrites an existing image and configuration.
     pub force: bool,
-    /// Shows on standard error how far it is.
+    /// Shows the progress on standard error.
     pub progress: bool,
 }
 
-/// What has been made.
+/// The result of making an image.
 #[derive(Debug)]
 pub struct Built {
-    /// What the source was taken for.
+    /// The detected form of the source.
     pub form: &'static str,
     /// Bytes of the image.
     pub size: u64,
     /// Layers that were merged.
     pub layers: usize,
-    /// Files in it.
+    /// Number of files.
     pub files: u64,
-    /// The `ImageConfig` of the container image, which is in the [run.json](run_json_path) too.
+    /// The `ImageConfig` of the container image, which is also in the [run.json](run_json_path).
     pub image_config: Option<Value>,
-    /// Platform of an image that is not for the architecture asked for.
+    /// The image's platform, if it is not for the requested architecture.
     pub foreign_platform: Option<String>,
     /// Parts of the source that are missing in the image, one sentence each.
     pub warnings: Vec<String>,
 }
 
-/// Where an image's configuration is: beside it, `app.run.json` for `app.ext4`.
+/// The path of an image's configuration: `app.run.json` for `app.ext4`.
 pub fn run_json_path(image: &Path) -> PathBuf {
     image.with_extension("run.json")
 }
 
-/// Makes an image of `source`: a directory, a tar archive (`docker export`), a `docker save` or OCI
-/// archive, an OCI image layout, `-` for one of the archives on standard input, or the name of an
-/// image for docker or skopeo. Compressed archives may be. A container image's configuration is
-/// written beside it. It is an error if they exist, unless [`Options::force`] is set.
+/// Makes an image of `source`: a directory, a tar archive (`docker export`), a `docker save` or OCI archive,
+/// an OCI image layout, `-` for one of the archives on standard input, or the name of an image for docker or
+/// skopeo. Archives may be compressed. A container image's configuration is written next to the image. It is
+/// an error if they exist, unless [`Options::force`] is set.
 pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
     ensure_separate(source, out)?;
     ensure_replaceable(out, options.force)?;
@@ -157,7 +157,7 @@ pub fn pack(directory: &Path, out: &Path, format: Format) -> Result<u64> {
     disk::write(&tree, &layers, out, format, None, &mut Progress::new(false))
 }
 
-/// Fails if the image would overwrite its own source, or lie inside it.
+/// Fails if the image would overwrite its own source, or be inside it.
 fn ensure_separate(source: &Path, out: &Path) -> Result<()> {
     let (Ok(source), Ok(dir)) = (source.canonicalize(), directory_of(out).canonicalize()) else {
         return Ok(()); // one of them does not exist, which is reported later
@@ -186,7 +186,7 @@ fn ensure_replaceable(path: &Path, force: bool) -> Result<()> {
     Ok(())
 }
 
-/// Attributes that were dropped, with the paths of their files.
+/// Dropped attributes, with the paths of their files.
 #[derive(Default)]
 struct Lost(BTreeMap<String, Vec<String>>);
 
@@ -198,7 +198,7 @@ impl Lost {
         }
     }
 
-    /// One warning an attribute, naming the first files.
+    /// One warning per attribute, with the first files.
     fn warnings(&self) -> Vec<String> {
         const NAMED: usize = 3;
         let warning = |(attribute, paths): (&String, &Vec<String>)| {
@@ -216,7 +216,7 @@ impl Lost {
     }
 }
 
-/// The uncompressed archive or the directory that `source` stands for.
+/// The uncompressed archive or the directory for `source`.
 fn fetch(source: &Path, arch: Arch, scratch: &Path, progress: &mut Progress) -> Result<PathBuf> {
     let archive = scratch.join("archive");
     if source == Path::new("-") {
@@ -249,7 +249,7 @@ fn fetch(source: &Path, arch: Arch, scratch: &Path, progress: &mut Progress) -> 
     Ok(archive)
 }
 
-/// Gets the image called `name` as an archive, from docker or by skopeo.
+/// Gets the image `name` as an archive, from docker or with skopeo.
 fn pull(name: &str, arch: Arch, archive: &Path) -> Result<()> {
     const ARCHIVES: [&str; 9] = [
         ".tar", ".gz", ".tgz", ".zst", ".xz", ".txz", ".bz2", ".tbz2", ".oci",

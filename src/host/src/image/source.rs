@@ -1,6 +1,6 @@
-//! What an image may come from: an archive of `docker save`, an OCI image layout as a folder or an
-//! archive, a tar archive of files, a directory. (OCI image-spec: image-layout.md, manifest.md,
-//! config.md; moby's image/tarexport for `manifest.json`.)
+//! The sources of an image: an archive of `docker save`, an OCI image layout as a directory or an archive, a
+//! tar archive of files, a directory. (OCI image-spec: image-layout.md, manifest.md, config.md; moby's
+//! image/tarexport for `manifest.json`.)
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -18,25 +18,25 @@ use super::{
 };
 use crate::Arch;
 
-/// Index documents inside of index documents.
+/// Maximum depth of nested indexes.
 const MAX_INDEXES: usize = 8;
 
-/// A container image, or files without one.
+/// A container image, or only files.
 #[derive(Debug)]
 pub struct Source {
-    /// What it was taken for.
+    /// Its detected form.
     pub form: &'static str,
-    /// From the lowest on.
+    /// In order, from the lowest.
     pub layers: Vec<Layer>,
-    /// Whether the layers hide files of others by whiteouts.
+    /// Whether whiteouts in the layers hide files of lower layers.
     pub layered: bool,
     /// The image's own configuration (OCI image-spec config.md), if it has one.
     pub config: Option<Value>,
 }
 
 impl Source {
-    /// Looks at what lies at `path`: a directory, or an uncompressed archive. `tag` chooses among
-    /// several images in one archive, and `arch` among those of one image.
+    /// Opens the directory or uncompressed archive at `path`. `tag` selects one of several images in an
+    /// archive, and `arch` one of an image's architectures.
     pub fn open(path: &Path, arch: Arch, tag: Option<&str>) -> Result<Source> {
         let blobs = if path.is_dir() {
             Blobs::Folder(path.into())
@@ -68,27 +68,27 @@ impl Source {
         })
     }
 
-    /// The `ImageConfig` of a run.json, as the image says.
+    /// The `ImageConfig` for a run.json.
     pub fn image_config(&self) -> Option<Value> {
         self.config.as_ref().map(image_config)
     }
 
-    /// What the image is for: `linux/arm64`.
+    /// The image's platform: `linux/arm64`.
     pub fn platform(&self) -> Option<String> {
         let config = self.config.as_ref()?;
         let [os, architecture] = ["os", "architecture"].map(|key| config[key].as_str());
         Some(format!("{}/{}", os.unwrap_or("linux"), architecture?))
     }
 
-    /// That, if it is not this architecture.
+    /// The same, if it is for another architecture.
     pub fn foreign_platform(&self, arch: Arch) -> Option<String> {
         self.platform()
             .filter(|platform| *platform != arch.platform())
     }
 }
 
-/// What a run.json has of an image's configuration: what the init reads, and what `pigeon` makes
-/// use of besides (ports for `-P`, volumes, the health check).
+/// The part of an image's configuration that goes into a run.json: what the init reads, and what `pigeon`
+/// uses in addition (ports for `-P`, volumes, the health check).
 pub fn image_config(config: &Value) -> Value {
     const KEYS: [&str; 9] = [
         "Entrypoint",
@@ -115,7 +115,7 @@ pub fn image_config(config: &Value) -> Value {
     result
 }
 
-/// Named parts of an image.
+/// The named parts of an image.
 enum Blobs {
     Folder(PathBuf),
     Archive(HashMap<String, Part>),
@@ -123,7 +123,7 @@ enum Blobs {
 
 enum Part {
     Blob(Blob),
-    /// An old `docker save` stores a layer that two images share once.
+    /// An old `docker save` stores a layer shared by two images once.
     Link(String),
 }
 
@@ -132,7 +132,7 @@ impl Blobs {
         match self {
             Blobs::Folder(root) => {
                 let path = root.join(name);
-                // A link could lead to files of the host that are not the image's.
+                // A link could lead to files of the host that are not part of the image.
                 let is_file = path.symlink_metadata().is_ok_and(|found| found.is_file());
                 is_file.then(|| Blob::file(&path)).transpose()
             }
@@ -150,7 +150,7 @@ impl Blobs {
         }
     }
 
-    /// A part that has to be there. What is named by its digest is checked against it.
+    /// A required part. If its name is a digest, its contents are checked against it.
     fn need(&self, name: &str) -> Result<Blob> {
         let clean = inside(name).with_context(|| format!("{name:?} lies outside of the image"))?;
         let blob = self.get(&clean)?;
@@ -179,7 +179,7 @@ fn hex_digest(descriptor: &Value) -> Result<String> {
     Ok(hex.into())
 }
 
-/// A relative path without detours; None for one that leads out.
+/// A normalized relative path; None if it leads outside.
 fn inside(path: &str) -> Option<String> {
     let mut names = vec![];
     for name in path.split('/') {
@@ -205,14 +205,14 @@ fn index(path: &Path) -> Result<HashMap<String, Part>> {
         ),
         Err(error) => format!("{error:#}"),
     };
-    // What a parser of something else says of it helps nobody.
+    // A parser's error about another format would not help.
     if matches!(describe(path), Ok(kind) if kind != Kind::Archive && kind != Kind::Unknown) {
         bail!(whole());
     }
     for entry in archive.entries_with_seek().with_context(whole)? {
         let entry = entry.with_context(whole)?;
         let Some(name) = inside(&String::from_utf8_lossy(&entry.path_bytes())) else {
-            continue; // it is refused when the files are taken
+            continue; // it is refused when the files are read
         };
         let target = entry.link_name_bytes();
         let target = target.as_deref().map(String::from_utf8_lossy);
@@ -236,13 +236,13 @@ fn index(path: &Path) -> Result<HashMap<String, Part>> {
     Ok(parts)
 }
 
-/// The images of a `docker save` archive; None if it is none.
+/// The images of a `docker save` archive; None if it is not one.
 fn saved(blobs: &Blobs) -> Result<Option<Vec<Value>>> {
     let Some(blob) = blobs.get("manifest.json")? else {
         return Ok(None);
     };
     let Ok(Value::Array(images)) = blobs.json(&blob) else {
-        return Ok(None); // a file of that name that is somebody's own
+        return Ok(None); // an unrelated file with that name
     };
     let is_image = |image: &Value| image["Config"].is_string() && image["Layers"].is_array();
     Ok((!images.is_empty() && images.iter().all(is_image)).then_some(images))
@@ -274,7 +274,7 @@ fn from_saved(blobs: &Blobs, images: &[Value], tag: Option<&str>) -> Result<Sour
     })
 }
 
-/// Whether a folder is what skopeo writes to `dir:`. (containers-transports(5))
+/// Whether a directory was written by skopeo as `dir:`. (containers-transports(5))
 fn is_skopeo_dir(blobs: &Blobs) -> Result<bool> {
     let Some(version) = blobs.get("version")? else {
         return Ok(false);
@@ -357,7 +357,7 @@ fn collect_manifests(
     for descriptor in index["manifests"].as_array().into_iter().flatten() {
         let annotations = &descriptor["annotations"];
         let platform = &descriptor["platform"];
-        // Signatures and provenance are stored as if they were images of an unknown platform.
+        // Signatures and provenance are stored like images of an unknown platform.
         let ours = platform.is_null()
             || (platform["os"] == "linux" && platform["architecture"] == arch.debian_name());
         if !ours || !annotations["vnd.docker.reference.type"].is_null() {
@@ -384,7 +384,7 @@ fn collect_manifests(
     Ok(())
 }
 
-/// The one image, or that with the tag, which may lack what a registry's name starts with.
+/// The only image, or the one with the tag, which may lack the beginning of a registry's name.
 fn choose<'a>(images: Vec<(Vec<String>, &'a Value)>, tag: Option<&str>) -> Result<&'a Value> {
     let list = || {
         let tags = images.iter().flat_map(|(tags, _)| tags.iter());

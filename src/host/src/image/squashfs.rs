@@ -1,5 +1,5 @@
-//! Making squashfs images with squashfs-tools, from a tar stream: the smallest read-only format,
-//! and the slowest to read.
+//! Makes squashfs images with squashfs-tools, from a tar stream: the smallest read-only format, and the
+//! slowest to read.
 
 use std::{
     fs::File,
@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{assets, progress::Progress};
 
-/// Makes the image `out`, which must not be there.
+/// Makes the image `out`, which must not exist.
 pub fn write(
     inodes: &Inodes,
     extent: &Extent,
@@ -31,11 +31,11 @@ pub fn write(
         root.xattrs.is_empty(),
         "squashfs-tools cannot give the root directory its extended attributes"
     );
-    // A pipe could fill up while nobody reads it.
+    // A file, as a pipe could fill up before it is read.
     let mut said = tempfile::tempfile()?;
     let mut child = Command::new(assets::tool("sqfstar")?)
         .args(["-quiet", "-no-progress", "-exports", "-xattrs"])
-        // Uncompressed inodes: the root's is patched below.
+        // Uncompressed inodes: the root's is modified below.
         .arg("-noI")
         .args(["-mkfs-time", "0", "-root-mode"])
         .arg(format!("{:o}", root.mode))
@@ -53,7 +53,7 @@ pub fn write(
     let sent = send(inodes, extent, layers, pipe, progress);
     progress.phase("compressing", 0);
     let status = child.wait()?;
-    // Its own message is more useful than the broken pipe.
+    // sqfstar's own message is more useful than the broken pipe.
     let broken = sent.as_ref().is_err_and(|error| {
         let cause = error.root_cause().downcast_ref::<io::Error>();
         cause.is_some_and(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
@@ -70,7 +70,7 @@ pub fn write(
     set_root_time(out, seconds(root))
 }
 
-/// Times have 32 bits without a sign.
+/// Times are unsigned 32-bit numbers.
 fn seconds(meta: &Meta) -> u32 {
     let seconds = meta.mtime.seconds.clamp(0, u32::MAX.into());
     u32::try_from(seconds).unwrap_or(0)
@@ -79,12 +79,12 @@ fn seconds(meta: &Meta) -> u32 {
 /// Sets the root's mtime: sqfstar 4.5 ignores -root-time and uses the current time.
 /// (squashfs_fs.h: squashfs_super_block, squashfs_base_inode)
 fn set_root_time(image: &Path, seconds: u32) -> Result<()> {
-    /// Of the superblock: the root's inode, and where the table of inodes is.
+    /// Offsets in the superblock: the root's inode, and the inode table.
     const ROOT_INODE: u64 = 32;
     const INODE_TABLE: u64 = 64;
-    /// Bytes of inodes in a block of the table, each with a header of 2 bytes.
+    /// Bytes of inodes in a block of the table; each block has a header of 2 bytes.
     const METADATA: u64 = 8192;
-    /// Of an inode.
+    /// Offset in an inode.
     const MTIME: u64 = 8;
     let file = File::options().read(true).write(true).open(image)?;
     let number = |at: u64| {
@@ -101,7 +101,7 @@ fn set_root_time(image: &Path, seconds: u32) -> Result<()> {
     Ok(())
 }
 
-/// Sends all files as a tar stream: directories before what is in them, further names last.
+/// Sends all files as a tar stream: directories before their contents, hard links last.
 fn send(
     inodes: &Inodes,
     extent: &Extent,
@@ -122,7 +122,7 @@ fn send(
             }
             InodeKind::Leaf(LeafKind::Fifo) => (b'6', &[][..], (0, 0)),
         };
-        // The root is made by options.
+        // The root is described by options.
         if !inode.path.is_empty() {
             header(&mut stream, inode, &inode.path, kind, target, device, 0)?;
         }
@@ -171,7 +171,7 @@ fn send(
     Ok(stream.flush()?)
 }
 
-/// A pax header, and the ustar header after it.
+/// A pax header, followed by the ustar header.
 fn header(
     stream: &mut impl Write,
     inode: &Inode,
@@ -214,7 +214,7 @@ fn header(
     Ok(())
 }
 
-/// A header of "ustar" (POSIX.1-2017, pax(1)); what does not fit is in the one before it.
+/// A "ustar" header (POSIX.1-2017, pax(1)); values that do not fit are in the pax header before it.
 fn plain(
     kind: u8,
     path: &[u8],
@@ -232,7 +232,7 @@ fn plain(
     put(100, 7, format!("{mode:07o}").as_bytes());
     put(108, 7, b"0000000");
     put(116, 7, b"0000000");
-    // Over 8 GiB the record before counts.
+    // Over 8 GiB, the pax record applies.
     put(
         124,
         11,

@@ -1,7 +1,6 @@
-//! A root file system as a container image's layers make it, held in memory: names, owners and
-//! modes here, contents where they are. Nothing a layer says can lead out of it, because there is
-//! nothing outside of it. (OCI image-spec layer.md; containerd's archive/tar.go for what that
-//! leaves open.)
+//! A root file system composed of a container image's layers, in memory: names, owners and modes; contents
+//! stay in the layers. A layer cannot refer to anything outside of the tree. (OCI image-spec layer.md;
+//! containerd's archive/tar.go for details that it leaves open.)
 
 use std::{
     collections::{BTreeMap, HashSet, VecDeque},
@@ -10,30 +9,30 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// Symbolic links on the way to one path, as path_resolution(7) limits them.
+/// Maximum number of symbolic links in a path (path_resolution(7)).
 const MAX_LINKS: usize = 40;
-/// Bytes of a file name (NAME_MAX).
+/// Maximum size of a file name in bytes (NAME_MAX).
 const MAX_NAME: usize = 255;
-/// Bytes of a path (PATH_MAX), also once symbolic links are followed.
+/// Maximum size of a path in bytes (PATH_MAX), also after symbolic links are followed.
 const MAX_PATH: usize = 4096;
 
-/// What starts the name of a whiteout.
+/// Prefix of a whiteout's name.
 const WHITEOUT: &[u8] = b".wh.";
-/// What starts the names of aufs's own files, and of the opaque marker.
+/// Prefix of aufs's own files, and of the opaque marker.
 const WHITEOUT_META: &[u8] = b".wh..wh.";
-/// The marker that hides what lower layers have in its directory.
+/// The marker that hides lower layers' files in its directory.
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
 /// A point in time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Time {
-    /// Seconds since 1970, whole ones downwards.
+    /// Seconds since 1970, rounded down.
     pub seconds: i64,
     /// Nanoseconds after that.
     pub nanoseconds: u32,
 }
 
-/// What all kinds of file have.
+/// Metadata that all kinds of files have.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Meta {
     /// Permission bits with set-user-ID, set-group-ID and sticky.
@@ -49,7 +48,7 @@ pub struct Meta {
 }
 
 impl Meta {
-    /// Root's, with this mode.
+    /// Owned by root, with this mode.
     pub fn root(mode: u32) -> Meta {
         Meta {
             mode,
@@ -61,7 +60,7 @@ impl Meta {
     }
 }
 
-/// Where the contents of a file are: entry `entry` of layer `layer`.
+/// The source of a file's contents: entry `entry` of layer `layer`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Place {
     /// Number of the layer, the lowest is 0.
@@ -70,21 +69,21 @@ pub struct Place {
     pub entry: usize,
 }
 
-/// A file other than a directory, which may have several names.
+/// A file other than a directory; it may have several names.
 #[derive(Debug)]
 pub struct Leaf {
     /// Owner and mode.
     pub meta: Meta,
-    /// What it is.
+    /// Its type and contents.
     pub kind: LeafKind,
 }
 
-/// The kinds of file that may have several names.
+/// The kinds of files that may have several names.
 #[derive(Debug, PartialEq)]
 pub enum LeafKind {
     /// A regular file.
     File(Contents),
-    /// A symbolic link to this.
+    /// A symbolic link with this target.
     Symlink(Vec<u8>),
     /// A device.
     Device(Device),
@@ -92,14 +91,14 @@ pub enum LeafKind {
     Fifo,
 }
 
-/// What a regular file holds.
+/// The contents of a regular file.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Contents {
-    /// Bytes, with holes.
+    /// Size in bytes, including holes.
     pub size: u64,
-    /// Bytes without holes.
+    /// Size in bytes, without holes.
     pub data: u64,
-    /// Where they are.
+    /// Their source.
     pub place: Place,
 }
 
@@ -114,21 +113,21 @@ pub struct Device {
     pub minor: u32,
 }
 
-/// What an entry of a layer makes.
+/// The type of a layer's entry.
 #[derive(Debug)]
 pub enum Kind {
     /// A directory.
     Directory,
     /// A regular file.
     File {
-        /// Bytes, with holes.
+        /// Size in bytes, including holes.
         size: u64,
-        /// Bytes without holes.
+        /// Size in bytes, without holes.
         data: u64,
     },
-    /// One more name of the file at this path.
+    /// Another name for the file at this path.
     HardLink(Vec<u8>),
-    /// A symbolic link to this.
+    /// A symbolic link with this target.
     Symlink(Vec<u8>),
     /// A device.
     Device(Device),
@@ -139,13 +138,13 @@ pub enum Kind {
 /// An entry of a layer.
 #[derive(Debug)]
 pub struct Entry {
-    /// Its path as the layer has it.
+    /// Its path as in the layer.
     pub path: Vec<u8>,
     /// Owner and mode.
     pub meta: Meta,
-    /// What it makes.
+    /// Its type.
     pub kind: Kind,
-    /// Names of attributes that were dropped.
+    /// Names of dropped attributes.
     pub lost: Vec<String>,
 }
 
@@ -153,7 +152,7 @@ type Children = BTreeMap<Vec<u8>, Node>;
 
 #[derive(Debug)]
 struct Node {
-    /// The layer that said so last.
+    /// The last layer with this node.
     layer: usize,
     content: Content,
 }
@@ -164,7 +163,7 @@ enum Content {
     Leaf(Rc<Leaf>),
 }
 
-/// The file system so far.
+/// The merged file system.
 #[derive(Debug)]
 pub struct Tree {
     root: Meta,
@@ -178,25 +177,25 @@ pub struct Tree {
 pub enum Item<'a> {
     /// A directory.
     Directory(&'a Meta),
-    /// Anything else under its first name.
+    /// Any other file, under its first name.
     Leaf(&'a Leaf),
-    /// A further name of the file at this path.
+    /// Another name of the file at this path.
     HardLink(Rc<[u8]>),
 }
 
-/// How much a tree holds.
+/// The size of a tree.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Extent {
-    /// Files of all kinds.
+    /// Number of files of all kinds.
     pub inodes: u64,
-    /// Bytes of all regular files, with holes.
+    /// Total size of regular files in bytes, including holes.
     pub bytes: u64,
-    /// Blocks of 4 KiB that their contents and the directories take.
+    /// Blocks of 4 KiB for their contents and the directories.
     pub blocks: u64,
 }
 
 impl Tree {
-    /// An empty one. A layer's whiteouts hide; in an ordinary archive `.wh.` is part of a name.
+    /// An empty one. Layers have whiteouts; in an ordinary archive `.wh.` is part of a name.
     pub fn new(whiteouts: bool) -> Tree {
         Tree {
             root: Meta::root(0o755),
@@ -210,7 +209,7 @@ impl Tree {
         &self.root
     }
 
-    /// Adds what an entry says. Layers come in order, from the lowest.
+    /// Applies an entry. Layers must be applied in order, from the lowest.
     pub fn apply(&mut self, place: Place, entry: Entry) -> Result<()> {
         let shown = entry.path.escape_ascii().to_string();
         self.add(place, entry)
@@ -254,7 +253,7 @@ impl Tree {
             content,
         };
         match (children.get_mut(&name), node) {
-            // A directory that is there already keeps what is in it.
+            // An existing directory keeps its contents.
             (
                 Some(Node {
                     layer,
@@ -270,7 +269,7 @@ impl Tree {
         Ok(())
     }
 
-    /// The file at `target`, which gets one more name.
+    /// The file at `target`, which gets another name.
     fn linked(&mut self, target: &[u8]) -> Result<Rc<Leaf>> {
         let shown = target.escape_ascii().to_string();
         let found = (|| {
@@ -288,7 +287,7 @@ impl Tree {
         found.with_context(|| format!("unable to link to {shown:?}"))
     }
 
-    /// Does what the whiteout `name` says, to lower layers only.
+    /// Applies the whiteout `name`, to lower layers only.
     fn hide(&mut self, layer: usize, parents: &[Vec<u8>], name: &[u8]) -> Result<()> {
         let opaque = name == OPAQUE;
         if name.starts_with(WHITEOUT_META) && !opaque {
@@ -304,7 +303,7 @@ impl Tree {
             .ok()
             .and_then(|path| self.directory(&path))
         else {
-            return Ok(()); // nothing is there to be hidden
+            return Ok(()); // there is nothing to hide
         };
         if opaque {
             prune(children, layer);
@@ -316,8 +315,8 @@ impl Tree {
         Ok(())
     }
 
-    /// The path without symbolic links that `path` stands for; none leads out of the root. With a
-    /// layer, directories that are missing are made, as of that layer.
+    /// Resolves symbolic links in `path`, within the root. With a layer, missing directories are created as
+    /// part of that layer.
     fn resolve(&mut self, path: &[Vec<u8>], make: Option<usize>) -> Result<Vec<Vec<u8>>> {
         let mut todo: VecDeque<Vec<u8>> = path.iter().cloned().collect();
         let mut done: Vec<Vec<u8>> = vec![];
@@ -361,7 +360,7 @@ impl Tree {
         Ok(done)
     }
 
-    /// What is in the directory at a path without symbolic links.
+    /// The contents of the directory at a path without symbolic links.
     fn directory(&mut self, path: &[Vec<u8>]) -> Option<&mut Children> {
         path.iter().try_fold(&mut self.children, |children, name| {
             match &mut children.get_mut(name)?.content {
@@ -371,12 +370,12 @@ impl Tree {
         })
     }
 
-    /// Calls `visit` for every file but the root: directories before what they hold, hard links
-    /// after the name they link to. Paths have neither a slash at the start nor symbolic links.
+    /// Calls `visit` for every file except the root: directories before their contents, hard links after the
+    /// name that they link to. Paths have neither a slash at the start nor symbolic links.
     pub fn walk<'a>(&'a self, mut visit: impl FnMut(&[u8], Item<'a>) -> Result<()>) -> Result<()> {
         let mut names: BTreeMap<*const Leaf, Rc<[u8]>> = BTreeMap::new();
         let mut links: Vec<(Vec<u8>, Rc<[u8]>)> = vec![];
-        // A stack of its own: a layer may be deeper than a thread's.
+        // An explicit stack: a layer's directories may be deeper than a thread's stack allows.
         let mut stack = vec![(Vec::new(), self.children.iter())];
         while let Some((path, children)) = stack.last_mut() {
             let Some((name, node)) = children.next() else {
@@ -410,7 +409,7 @@ impl Tree {
             .try_for_each(|(path, first)| visit(&path, Item::HardLink(first)))
     }
 
-    /// How much it holds.
+    /// Its size.
     pub fn extent(&self) -> Extent {
         let mut extent = Extent::default();
         let mut seen: HashSet<*const Leaf> = HashSet::new();
@@ -418,7 +417,7 @@ impl Tree {
         while let Some((meta, children)) = todo.pop() {
             extent.inodes += 1;
             extent.blocks += u64::from(!meta.xattrs.is_empty());
-            // A directory entry is 8 bytes and its name, in blocks that are not always full.
+            // A directory entry is 8 bytes and its name; blocks are not always full.
             let names: usize = children.keys().map(|name| name.len() + 12).sum();
             extent.blocks += (names as u64 * 2).div_ceil(4096).max(1);
             for node in children.values() {
@@ -435,7 +434,7 @@ impl Tree {
                 match &leaf.kind {
                     LeafKind::File(contents) => {
                         extent.bytes += contents.size;
-                        // A block more, for the extent tree.
+                        // One more block for the extent tree.
                         let blocks = contents.data.div_ceil(4096);
                         extent.blocks += blocks + blocks.div_ceil(8192);
                     }
@@ -450,8 +449,8 @@ impl Tree {
     }
 }
 
-/// Whether a node outlives being hidden from `layer` on: that layer itself has made it, or, if it
-/// is a directory, something in it.
+/// Whether a node survives when files below `layer` are hidden: it is in that layer, or it is a directory
+/// with such a file.
 fn survives(node: &mut Node, layer: usize) -> bool {
     let inhabited = match &mut node.content {
         Content::Directory(_, children) => {
@@ -463,12 +462,12 @@ fn survives(node: &mut Node, layer: usize) -> bool {
     inhabited || node.layer == layer
 }
 
-/// Removes what layers below `layer` have made.
+/// Removes files of layers below `layer`.
 fn prune(children: &mut Children, layer: usize) {
     children.retain(|_, node| survives(node, layer));
 }
 
-/// The names in a path, which may be absolute but not lead above the root.
+/// The names in a path, which may be absolute but must not lead above the root.
 fn components(path: &[u8]) -> Result<Vec<Vec<u8>>> {
     ensure!(!path.contains(&0), "a zero byte in its path");
     ensure!(path.len() < MAX_PATH, "its path is too long");
@@ -490,8 +489,8 @@ fn components(path: &[u8]) -> Result<Vec<Vec<u8>>> {
 mod tests {
     use super::*;
 
-    /// Layers in a short notation, one string an entry: `d PATH`, `f PATH`, `l PATH TARGET`
-    /// (symbolic link), `h PATH TARGET` (hard link).
+    /// Layers in a short notation, one string per entry: `d PATH`, `f PATH`, `l PATH TARGET` (symbolic link),
+    /// `h PATH TARGET` (hard link).
     fn try_layers(layers: &[&[&str]]) -> Result<Tree> {
         let mut tree = Tree::new(true);
         for (layer, entries) in layers.iter().enumerate() {
@@ -524,7 +523,7 @@ mod tests {
         Ok(tree)
     }
 
-    /// What a walk meets: `PATH/` a directory, `PATH` a file, with the layer it is of.
+    /// The result of a walk: `PATH/` for a directory, `PATH` for a file, with its layer.
     fn listing(tree: &Tree) -> Vec<String> {
         let mut lines = vec![];
         let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
@@ -727,7 +726,7 @@ mod tests {
         assert!(error(&["l a b", "l b a", "f a/x"]).contains("too many symbolic links"));
         assert!(error(&["f a", "f a/x"]).contains("not a directory"));
         assert!(error(&["f ."]).contains("the root is a directory"));
-        // Harmless, if odd.
+        // Unusual, but harmless.
         assert_eq!(
             layers(&[&["f /etc/./x", "f a/../b"]]),
             ["b 0", "etc/", "etc/x 0"]

@@ -1,4 +1,4 @@
-//! The real thing, where KVM is. (Firecracker docs/getting-started.md, docs/mmds/, docs/vsock.md,
+//! Firecracker, which needs KVM. (Firecracker docs/getting-started.md, docs/mmds/, docs/vsock.md,
 //! docs/snapshotting/, and the API's src/firecracker/swagger/firecracker.yaml.)
 
 use std::{
@@ -24,10 +24,10 @@ const MMDS_ADDRESS: &str = "169.254.169.254";
 /// The API's socket in the VM's directory.
 const API: &str = "api.sock";
 
-/// The network card, in calls.
+/// The network card's name in API calls.
 const NIC_ID: &str = "eth0";
 
-/// Room for the largest document that pigeon-init takes.
+/// Maximum size of a document, as accepted by pigeon-init.
 const MMDS_SIZE_LIMIT: usize = 2 << 20;
 
 struct Firecracker {
@@ -43,11 +43,11 @@ pub(super) fn start(spec: &Spec, program: &Path) -> Result<Box<dyn Machine>> {
     let [api, log_path, stderr_path] =
         [API, "firecracker.log", "firecracker.stderr"].map(|name| spec.dir.join(name));
     fs::File::create(&log_path)?;
-    // Not the log's file: Firecracker opens that itself, and each would write over the other.
+    // A separate file: Firecracker opens the log itself, and they would overwrite each other.
     let stderr = fs::File::create(&stderr_path)?;
     let mut command = Command::new(program.canonicalize()?);
     command.arg("--api-sock").arg(&api);
-    // Standard output is the console's alone.
+    // Standard output is only for the console.
     command
         .arg("--log-path")
         .arg(&log_path)
@@ -98,8 +98,8 @@ pub(super) fn start(spec: &Spec, program: &Path) -> Result<Box<dyn Machine>> {
     Ok(Box::new(machine))
 }
 
-/// The path of a disk of a VM whose snapshots can be restored: in the VM's directory, where a clone
-/// finds its own, for no call replaces a disk. (docs/snapshotting/snapshot-support.md)
+/// The path of a disk of a VM whose snapshots can be restored: relative to the VM's directory, where a clone
+/// finds its own disk, as no API call replaces a disk. (docs/snapshotting/snapshot-support.md)
 fn disk_link(number: usize) -> String {
     format!("disk{number}")
 }
@@ -114,8 +114,8 @@ fn tap(spec: &Spec) -> Result<Option<&str>> {
     })
 }
 
-/// The objects of a configuration, in an order in which they can be set: the metadata service is on a
-/// network card. The elements of a list have a call each, whose path ends with the element's id.
+/// The objects of a configuration, in the order of the calls that set them: the metadata service needs its network
+/// interface. Each element of a list is set by its own call, whose path ends with the element's ID.
 const OBJECTS: [(&str, Option<&str>); 6] = [
     ("boot-source", None),
     ("machine-config", None),
@@ -125,9 +125,9 @@ const OBJECTS: [(&str, Option<&str>); 6] = [
     ("vsock", None),
 ];
 
-/// Configures a Firecracker and starts its VM. The response to each call says why it fails. With a
-/// configuration file, a call that arrives before the VM runs would make Firecracker abort, without a
-/// reason, where it cannot start the VM. (Firecracker src/firecracker/src/api_server_adapter.rs)
+/// Configures a Firecracker and starts its VM. Each response has the reason for a failure. With `--config-file`, a
+/// VM that cannot be started would abort Firecracker without a reason if a call arrives meanwhile (Firecracker
+/// src/firecracker/src/api_server_adapter.rs).
 fn boot(api: &Path, configuration: &Value) -> Result<()> {
     for (name, id) in OBJECTS {
         let object = &configuration[name];
@@ -149,8 +149,8 @@ fn boot(api: &Path, configuration: &Value) -> Result<()> {
     request(api, "PUT", "/actions", &start).map(drop)
 }
 
-/// Has a Firecracker that was started without a configuration load a snapshot. The document is there
-/// when the guest first runs: the store of the VM that was snapshotted is no part of the snapshot.
+/// Loads a snapshot in a Firecracker that was started without a configuration. The document is put before the
+/// guest runs: a snapshot does not include the metadata store.
 fn restore(api: &Path, spec: &Spec, snapshot: &Snapshot) -> Result<()> {
     let mut load = json!({
         "snapshot_path": snapshot.state,
@@ -170,7 +170,7 @@ fn restore(api: &Path, spec: &Spec, snapshot: &Snapshot) -> Result<()> {
     set_state(api, "Resumed")
 }
 
-/// Takes a snapshot of a VM of another process, as [`super::snapshot`].
+/// Takes a snapshot of another process's VM, see [`super::snapshot`].
 pub(super) fn snapshot(
     dir: &Path,
     files: &Snapshot,
@@ -178,14 +178,14 @@ pub(super) fn snapshot(
 ) -> Result<()> {
     let api = dir.join(API);
     let taken = create_snapshot(&api, files).and_then(|()| meanwhile());
-    // After the time limit the snapshot is still being written, and then this call comes late; once its
-    // client has gone, Firecracker drops it.
+    // After a timeout, the snapshot is still being written, and this call waits for that; Firecracker discards the
+    // calls of clients that have disconnected.
     let resumed = json!({"state": "Resumed"});
     let resumed = request_within(SNAPSHOT_TIMEOUT, &api, "PATCH", "/vm", &resumed);
     and_resumed(taken, resumed.map(drop))
 }
 
-/// Resumes a VM of another process if it is paused, as [`super::resume_orphaned`].
+/// Resumes another process's VM if it is paused, see [`super::resume_orphaned`].
 pub(super) fn resume_orphaned(dir: &Path) -> Result<()> {
     let api = dir.join(API);
     let state = request(&api, "GET", "/", &Value::Null)?.json()?;
@@ -233,7 +233,7 @@ fn configuration(spec: &Spec) -> Result<Value> {
     });
     let mut configuration = json!({
         "boot-source": {
-            // It may run in another directory.
+            // It may run in a different directory.
             "kernel_image_path": std::path::absolute(&spec.kernel)?,
             "initrd_path": std::path::absolute(&spec.initrd)?,
             "boot_args": spec.command_line("ttyS0", &spec.arch.parameters_on_firecracker()),
@@ -258,17 +258,17 @@ fn configuration(spec: &Spec) -> Result<Value> {
     Ok(configuration)
 }
 
-/// Puts a document into the metadata service of the VM that was started in `dir`.
+/// Puts a document into the metadata service of the VM in `dir`.
 pub fn put_metadata(dir: &Path, document: &Value) -> Result<()> {
     request(&dir.join(API), "PUT", "/mmds", document).map(drop)
 }
 
-/// How long a call may take, and how long one that writes all of the guest's memory: until it has ended,
-/// Firecracker takes no other, such as the one that lets the VM go on.
+/// Time limit of a call, and of one that writes all of the guest's memory: until it completes, Firecracker
+/// accepts no other call, such as one that resumes the VM.
 const TIMEOUT: Duration = Duration::from_secs(30);
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// One call of Firecracker's API.
+/// Makes a call to Firecracker's API.
 fn request(socket: &Path, method: &str, path: &str, body: &Value) -> Result<http::Response> {
     request_within(TIMEOUT, socket, method, path, body)
 }
@@ -341,7 +341,7 @@ impl Machine for Firecracker {
     }
 
     fn end(&mut self, status: ExitStatus) -> End {
-        // Firecracker has no power-off: a reset through the keyboard controller is its only good end.
+        // Firecracker has no power-off: the only orderly shutdown is a reset through the keyboard controller.
         if status.success() {
             End::Reboot
         } else {
@@ -417,7 +417,7 @@ mod tests {
         assert_eq!(configuration(&spec).unwrap(), expected);
     }
 
-    /// Responds to the calls of `calls` as Firecracker does, and returns method, path and body of each.
+    /// Responds to the calls of `calls` like Firecracker, and returns method, path and body of each.
     fn calls(calls: impl FnOnce(&Path) -> Result<()>) -> Vec<(String, Value)> {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join(API);
@@ -545,12 +545,12 @@ mod tests {
         let seen = calls(|api| {
             let dir = api.parent().unwrap();
             let program = dir.join("firecracker");
-            // It says what it was started with, and where its first disk is.
+            // It records its arguments, and the target of its first disk.
             let script = "#!/bin/sh\n\
                 (readlink disk0; printf '%s\\n' \"$@\") >said.new && mv said.new said\n\
                 exec sleep 60\n";
             fs::write(dir.join("script"), script)?;
-            // Not by this process, which may fork in another thread with the file open (ETXTBSY).
+            // Not written by this process, where another thread may fork while the file is open (ETXTBSY).
             let mut install = Command::new("install");
             run(install.arg("-m755").arg(dir.join("script")).arg(&program))?;
             let spec = Spec {

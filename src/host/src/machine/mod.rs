@@ -1,4 +1,4 @@
-//! Micro-VMs on Firecracker, or on QEMU where Firecracker cannot run.
+//! Micro-VMs on Firecracker, or on QEMU if Firecracker cannot run.
 
 mod firecracker;
 mod qemu;
@@ -29,7 +29,7 @@ const LONE_TAP: &str = "tap0";
 /// The end of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The guest requested a restart, the regular end of a micro-VM.
+    /// The guest requested a restart, which is how a micro-VM shuts down.
     Reboot,
     /// The guest powered off.
     PowerOff,
@@ -39,16 +39,16 @@ pub enum End {
     Failed(Option<i32>),
 }
 
-/// What the guest's network card is connected to.
+/// The connection of the guest's network card.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub enum Nic {
-    /// There is no eth0.
+    /// No network card.
     #[default]
     None,
-    /// A listening Unix socket that takes frames, each after its length in 4 bytes. QEMU only.
+    /// A listening Unix socket that accepts frames, each preceded by its length in 4 bytes. QEMU only.
     Stream(PathBuf),
-    /// The host's network by address translation, without privileges, in [`USER_NETWORK`]; TCP
-    /// ports of the host are forwarded to the guest. QEMU only.
+    /// The host's network by address translation, without privileges, in [`USER_NETWORK`]; TCP ports of the
+    /// host are forwarded to the guest. QEMU only.
     User(Vec<HostPort>),
     /// An existing tap device.
     Tap(String),
@@ -59,7 +59,7 @@ pub enum Nic {
 /// A TCP port of the host that is forwarded to the guest.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct HostPort {
-    /// The address on which the host listens.
+    /// The host's listening address.
     pub address: Ipv4Addr,
     /// The host's port.
     pub host: u16,
@@ -97,7 +97,7 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A disk that is the file at `path`.
+    /// A disk whose contents are the file at `path`.
     pub fn file(path: &Path) -> Disk {
         Disk {
             path: path.into(),
@@ -123,7 +123,7 @@ impl Disk {
         }
     }
 
-    /// Fails as the blkdebug configuration says (QEMU docs/devel/blkdebug.txt).
+    /// Simulates failures as specified by a blkdebug configuration (QEMU docs/devel/blkdebug.txt).
     pub fn blkdebug(self, config: &str) -> Disk {
         Disk {
             blkdebug: Some(config.into()),
@@ -141,7 +141,7 @@ impl Disk {
         !self.read_only
     }
 
-    /// The same with its contents in another file.
+    /// The same disk with its contents in another file.
     pub fn at(self, path: &Path) -> Disk {
         Disk {
             path: path.into(),
@@ -155,16 +155,16 @@ impl Disk {
     }
 }
 
-/// Firecracker's own metadata service.
+/// Firecracker's metadata service.
 #[derive(Clone, Debug)]
 pub struct Metadata {
-    /// V1, which accepts requests without a token, instead of V2.
+    /// Whether it is V1, which accepts requests without a token, instead of V2.
     pub v1: bool,
-    /// The document, unless it is [put](put_metadata) there later.
+    /// The document, unless it is [put](put_metadata) later.
     pub document: Option<Value>,
 }
 
-/// A snapshot of a VM, in files, without its disks.
+/// Files of a VM's snapshot, without its disks.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     /// The processors and devices.
@@ -179,17 +179,17 @@ pub enum Start {
     /// By booting.
     #[default]
     Boot,
-    /// By booting, on a machine whose snapshots can be restored. (Firecracker's always can.)
+    /// By booting, on a machine whose snapshots can be restored. (Firecracker's always can be.)
     BootRestorable,
-    /// From the snapshot of such a VM, which had the same kernel, processors, memory, disks, network card
-    /// and VMGenID device. What it had on its disks is for the caller to have copied.
+    /// From the snapshot of such a VM, which had the same kernel, processors, memory, disks, network card and
+    /// VMGenID device. The caller must have copied the contents of its disks.
     Restore(Snapshot),
 }
 
 /// The specification of a VM.
 #[derive(Clone, Debug)]
 pub struct Spec {
-    /// A directory for the sockets and logs of only this VM.
+    /// A directory for the sockets and logs of this VM only.
     pub dir: PathBuf,
     /// The architecture of the kernel and all programs.
     pub arch: Arch,
@@ -197,34 +197,33 @@ pub struct Spec {
     pub kernel: PathBuf,
     /// The initramfs.
     pub initrd: PathBuf,
-    /// Kernel parameters, after those a micro-VM needs.
+    /// Kernel parameters, in addition to those that a micro-VM needs.
     pub args: Vec<String>,
     /// Memory in MiB.
     pub memory_mib: u32,
     /// Virtual processors.
     pub cpus: u32,
-    /// `/dev/vda` is the first.
+    /// Disks; the first one is `/dev/vda`.
     pub disks: Vec<Disk>,
     /// The network card.
     pub nic: Nic,
-    /// A metadata service on it. Firecracker only.
+    /// A metadata service on the network card. Firecracker only.
     pub metadata: Option<Metadata>,
     /// The path of the host's socket for the guest's vsock; None for no vsock.
     pub vsock: Option<PathBuf>,
-    /// A keyboard controller, which Ctrl-Alt-Del needs, if the architecture has one.
+    /// Adds a keyboard controller, which Ctrl-Alt-Del needs, if the architecture has one.
     pub i8042: bool,
-    /// Firecracker's console also on QEMU. If nothing reads it, the guest's kernel waits; the PL011 of QEMU's
-    /// aarch64 would stop the whole machine. (QEMU hw/char/pl011.c)
+    /// Uses Firecracker's console also on QEMU. If nothing reads it, the guest's kernel waits; the PL011 of
+    /// QEMU's aarch64 would stop the whole machine. (QEMU hw/char/pl011.c)
     pub firecrackers_console: bool,
-    /// The guest's clock counts its instructions. QEMU only.
+    /// Derives the guest's clock from its instruction count. QEMU only.
     pub deterministic: bool,
-    /// A PCI Express port named `pci_port`, into which a device can be plugged while the VM runs. QEMU
-    /// only.
+    /// Adds a PCI Express port `pci_port`, into which a device can be plugged while the VM runs. QEMU only.
     pub pci_port: bool,
     /// Boot or restore.
     pub start: Start,
-    /// A device that tells the kernel when it has been restored (VMGenID), where snapshots can be
-    /// restored. Firecracker always has one.
+    /// Adds a device that tells the kernel that it was restored (VMGenID), if snapshots can be restored.
+    /// Firecracker always has one.
     pub generation_id: bool,
     /// Additional options of QEMU.
     pub qemu_options: Vec<String>,
@@ -268,9 +267,9 @@ impl Spec {
         qemu::start(self)
     }
 
-    /// The kernel command line: parameters for both hypervisors, for this one, and those requested.
+    /// The kernel command line: parameters for both hypervisors, for this one, and the requested ones.
     fn command_line(&self, console: &str, specific: &str) -> String {
-        // A panic restarts at once, which ends the VM; the console has its text.
+        // A panic restarts at once, which ends the VM; its message is on the console.
         let common = format!("console={console} reboot=k panic=-1 quiet");
         let mut parameters = vec![common.as_str(), specific];
         parameters.extend(self.args.iter().map(String::as_str));
@@ -302,8 +301,8 @@ pub trait Machine: Send {
     }
 }
 
-/// Takes a snapshot of a VM that another process has started in the directory `dir`, on a machine whose snapshots
-/// can be restored. The VM is resumed afterwards; `meanwhile` runs while it is stopped, to copy its disks.
+/// Takes a snapshot of another process's VM in the directory `dir`, on a machine whose snapshots can be
+/// restored. The VM is resumed afterwards; `meanwhile` runs while it is paused, to copy its disks.
 pub fn snapshot(
     dir: &Path,
     files: &Snapshot,

@@ -1,5 +1,4 @@
-//! QEMU under software emulation, with the machines that are closest to Firecracker's: they run
-//! anywhere.
+//! QEMU with software emulation, using the machines closest to Firecracker's: they run on any host.
 
 use std::{
     fs,
@@ -20,7 +19,8 @@ use super::{
 use crate::{Arch, assets, process::Process, qmp::Qmp};
 
 // Files in the VM's directory.
-/// QEMU's monitor, which has one client, and that of a restorable VM for other processes.
+/// Sockets of QEMU's monitor, which accepts one client, and of a second one for other processes, for a
+/// restorable VM.
 const QMP: &str = "qmp.sock";
 const QMP_OF_OTHERS: &str = "qmp-others.sock";
 /// The vsock device's socket for QEMU.
@@ -35,7 +35,7 @@ struct Qemu {
     _vsock: Option<VsockDevice>,
 }
 
-/// What can be asked of QEMU.
+/// QEMU's monitor, and the VM's vsock state.
 struct Monitor {
     qmp: Qmp,
     dir: PathBuf,
@@ -47,7 +47,7 @@ struct Monitor {
 enum Vsock {
     None,
     Plugged,
-    /// The device is there, and QEMU not connected to it.
+    /// The device exists, but QEMU is not connected to it.
     Unplugged,
 }
 
@@ -58,7 +58,7 @@ pub(super) fn start(spec: &Spec) -> Result<Box<dyn Machine>> {
     });
     let vsock = vsock.transpose()?;
     if let Start::Restore(snapshot) = &spec.start {
-        // The guest writes to the file.
+        // The guest writes to this file.
         fs::copy(&snapshot.memory, spec.dir.join(MEMORY))
             .with_context(|| format!("unable to copy {}", snapshot.memory.display()))?;
     }
@@ -97,7 +97,7 @@ pub(super) fn start(spec: &Spec) -> Result<Box<dyn Machine>> {
     }))
 }
 
-/// Takes a snapshot of a VM of another process, as [`super::snapshot`].
+/// Takes a snapshot of another process's VM, see [`super::snapshot`].
 pub(super) fn snapshot(
     dir: &Path,
     files: &Snapshot,
@@ -108,12 +108,13 @@ pub(super) fn snapshot(
     and_resumed(taken, monitor.resume())
 }
 
-/// Resumes a VM of another process, as [`super::resume_orphaned`]. The snapshot may have stopped at any step.
+/// Resumes another process's VM, see [`super::resume_orphaned`]. The snapshot may have been interrupted at
+/// any step.
 pub(super) fn resume_orphaned(dir: &Path) -> Result<()> {
     let mut monitor = Monitor::of_other(dir)?;
     // Fails if there is no migration.
     let _ = monitor.qmp("migrate_cancel", json!({}));
-    // First, as unplugging needs the guest's cooperation.
+    // Resumed first, as unplugging needs the guest's cooperation.
     monitor.qmp("cont", json!({}))?;
     if monitor.vsock == Vsock::Plugged {
         monitor.replug_vsock()?;
@@ -153,7 +154,7 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
         true => spec.arch.restorable_machine()?,
         false => spec.arch.machine(),
     };
-    // The vsock device shares the guest's memory; a snapshot has it in a file of its own.
+    // The vsock device shares the guest's memory; for snapshots the memory is in a named file.
     let memory = match (restorable, spec.vsock.is_some()) {
         (true, _) => Some(format!(
             "memory-backend-file,mem-path={},share=on",
@@ -167,7 +168,7 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
     } else {
         ""
     };
-    // The last part of the names of virtio devices: on PCI, or on virtio-mmio.
+    // Suffix of virtio device names: on PCI, or on virtio-mmio.
     let (bus, rom) = match restorable {
         true => ("pci", ",romfile="),
         false => ("device", ""),
@@ -210,7 +211,7 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
 
     if spec.deterministic {
         add(&["-icount", "shift=0,sleep=off", "-seed", "1"]);
-        // A disk request is on its way before the guest goes idle, and its clock ahead.
+        // Submits a disk request before the guest becomes idle, which would advance its clock.
         let transport = if restorable {
             "virtio-blk-pci"
         } else {
@@ -219,7 +220,7 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
         add(&["-global", &format!("{transport}.ioeventfd=off")]);
         add(&["-rtc", "base=2026-01-01T00:00:00,clock=vm"]);
     }
-    // With a kernel, a machine has other ROMs than without, also one that does not boot.
+    // A machine with a kernel has other ROMs than one without, so a restored one needs it as well.
     add(&["-kernel", spec.kernel.to_str().context("not UTF-8")?]);
     if !matches!(spec.start, Start::Restore(_)) {
         add(&["-initrd", spec.initrd.to_str().context("not UTF-8")?]);
@@ -228,11 +229,11 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
     add(&["-append", &spec.command_line(console, &parameters)]);
 
     if spec.pci_port {
-        // Its guest does not have to switch the power on.
+        // The guest need not switch the power on.
         let port = "pcie-root-port,id=pci_port,chassis=1,slot=1,power_controller_present=off";
         add(&["-device", port]);
     }
-    // A PC has one already.
+    // A PC always has one.
     if spec.i8042 && spec.arch.has_keyboard() && !restorable {
         add(&["-device", "i8042"]);
     }
@@ -242,7 +243,7 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
     }
     let mut vsock_bus = "";
     if restorable {
-        // Where vsock can be unplugged. Also without it: the same devices have the same places then.
+        // The port for unplugging vsock. Also added without vsock, so that devices have the same addresses.
         add(&[
             "-device",
             "pcie-root-port,id=vsock-port,bus=pcie.0,chassis=1,slot=1",
@@ -253,7 +254,7 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
         }
     }
     if matches!(spec.start, Start::Restore(_)) {
-        // vsock is plugged when the VM runs.
+        // vsock is plugged once the VM runs.
         add(&["-incoming", "defer"]);
     } else if spec.vsock.is_some() {
         add(&[
@@ -293,7 +294,7 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
         add(&["-netdev", &network]);
         add(&[
             "-device",
-            // Nothing boots from it.
+            // No boot ROM is needed.
             &format!("virtio-net-{bus},netdev=net,mac={GUEST_MAC}{rom}"),
         ]);
     }
@@ -314,7 +315,7 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
         };
         let cache = if disk.scratch { "unsafe" } else { "writeback" };
         let read_only = if disk.read_only { "on" } else { "off" };
-        // Unless told so, QEMU stops the whole VM when the host has no room left.
+        // By default, QEMU stops the whole VM if the host's disk is full.
         let drive = format!(
             "if=none,id=disk{number},format=raw,cache={cache},readonly={read_only},werror=report"
         );
@@ -325,12 +326,12 @@ fn arguments(spec: &Spec) -> Result<Vec<String>> {
     Ok(line)
 }
 
-/// A value inside a QEMU option, where a comma is doubled.
+/// A value in a QEMU option, with commas doubled.
 fn option_value(value: &str) -> String {
     value.replace(',', ",,")
 }
 
-/// A URI of a migration that runs a shell command on a file.
+/// A migration URI that runs a shell command on a file.
 fn exec_uri(command: &str, path: &Path) -> Result<String> {
     let path = path.to_str().context("not UTF-8")?;
     Ok(format!("exec:{command} '{}'", path.replace('\'', r"'\''")))
@@ -342,7 +343,7 @@ const UNPLUG_TIMEOUT: Duration = Duration::from_secs(10);
 const MIGRATION_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Monitor {
-    /// The monitor of a VM of another process.
+    /// Connects to the monitor of another process's VM.
     fn of_other(dir: &Path) -> Result<Monitor> {
         let stream = UnixStream::connect(dir.join(QMP_OF_OTHERS));
         Ok(Monitor {
@@ -359,14 +360,14 @@ impl Monitor {
         self.qmp.execute(command, arguments)
     }
 
-    /// The memory is in a file that is copied, so that no migration has to carry it.
+    /// Excludes the memory from migration: its file is copied instead.
     fn leave_out_memory(&mut self) -> Result<()> {
         let shared = json!([{"capability": "x-ignore-shared", "state": true}]);
         self.qmp("migrate-set-capabilities", json!({"capabilities": shared}))
             .map(drop)
     }
 
-    /// Runs on from a snapshot.
+    /// Restores a snapshot and resumes.
     fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
         self.leave_out_memory()?;
         let uri = exec_uri("cat", &snapshot.state)?;
@@ -410,11 +411,11 @@ impl Monitor {
         Ok(())
     }
 
-    /// Unplugs vsock, unless that was done, and plugs it in again.
+    /// Unplugs vsock, if it is plugged, and plugs it in again.
     fn replug_vsock(&mut self) -> Result<()> {
         let deadline = Instant::now() + UNPLUG_TIMEOUT;
         while self.has_vsock()? {
-            // Fails if an unplug is pending already.
+            // Fails if an unplug is already pending.
             let _ = self.qmp("device_del", json!({"id": "vsock"}));
             ensure!(
                 Instant::now() < deadline,
@@ -454,7 +455,7 @@ impl Monitor {
         self.pause()?;
         let written = self.write_state(&snapshot.state);
         if written.is_err() {
-            // One that goes on would stop the VM again.
+            // A migration that continues would stop the VM again.
             let _ = self.qmp("migrate_cancel", json!({}));
         }
         written?;
@@ -532,10 +533,10 @@ mod tests {
 
     use super::*;
 
-    /// The reply to a command that was carried out.
-    const OBEYED: &str = r#"{"return":{}}"#;
+    /// The reply to a successful command.
+    const SUCCESS: &str = r#"{"return":{}}"#;
 
-    /// A QEMU that another process controls: `respond` is called with each command. The commands.
+    /// A QEMU of another process: `respond` is called with each command. Returns the commands.
     fn fake_qemu(
         dir: &Path,
         mut respond: impl FnMut(&str) -> String + Send + 'static,
@@ -555,8 +556,8 @@ mod tests {
         })
     }
 
-    /// Runs a failing snapshot of a VM with vsock where QEMU gives these replies, and else none but
-    /// that it has obeyed: its error, and the commands.
+    /// Runs a failing snapshot of a VM with vsock. QEMU gives these replies, and success for all other
+    /// commands. Returns the error and the commands.
     fn failing_snapshot(replies: &[(&'static str, &'static str)]) -> (String, Vec<String>) {
         let dir = tempfile::tempdir().unwrap();
         for name in [VHOST, MEMORY] {
@@ -565,7 +566,7 @@ mod tests {
         let replies = replies.to_vec();
         let qemu = fake_qemu(dir.path(), move |command| {
             let reply = replies.iter().find(|(name, _)| *name == command);
-            let reply = reply.map_or(OBEYED, |(_, reply)| *reply);
+            let reply = reply.map_or(SUCCESS, |(_, reply)| *reply);
             match command {
                 "device_del" => {
                     let data = json!({"device": "vsock"});
@@ -608,7 +609,7 @@ mod tests {
 
     #[test]
     fn a_vm_whose_snapshot_was_interrupted_is_resumed_with_its_vsock() {
-        // Its vsock was being unplugged, or was unplugged.
+        // vsock was being unplugged, or was unplugged.
         for names in [
             &[r#"[{"name":"vsock"},{"name":"disk0"}]"#, "[]"][..],
             &["[]"],
@@ -619,7 +620,7 @@ mod tests {
             let qemu = fake_qemu(dir.path(), move |command| match command {
                 "qom-list" => format!("{{\"return\":{}}}", listed.next().unwrap()),
                 "migrate_cancel" | "device_del" => r#"{"error":{"desc":"no"}}"#.into(),
-                _ => OBEYED.into(),
+                _ => SUCCESS.into(),
             });
             resume_orphaned(dir.path()).unwrap();
             let commands = qemu.join().unwrap();

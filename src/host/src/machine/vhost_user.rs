@@ -1,5 +1,5 @@
-//! The device's half of vhost-user: QEMU hands over the guest's memory and a device's virtqueues.
-//! (QEMU docs/interop/vhost-user.rst)
+//! The backend of vhost-user: QEMU shares the guest's memory and a device's virtqueues. (QEMU
+//! docs/interop/vhost-user.rst)
 
 use std::{
     fs::File,
@@ -16,16 +16,16 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
-/// The most memory regions that a guest has (VHOST_USER_MAX_RAM_SLOTS of older versions).
+/// Maximum number of memory regions (VHOST_USER_MAX_RAM_SLOTS of older versions).
 const MAX_REGIONS: usize = 8;
 
-/// The longest virtqueue of a guest; Linux asks for as many descriptors as it is offered, at most.
+/// Maximum size of a virtqueue; Linux uses at most the size that it is offered.
 const MAX_QUEUE: u16 = 1024;
 
-/// Bytes of a message's payload: the configuration space is the longest.
+/// Maximum payload of a message in bytes: the configuration space is the longest.
 const MAX_PAYLOAD: usize = 512;
 
-// Requests, by their numbers in the specification.
+// Requests (numbers in the specification).
 const GET_FEATURES: u32 = 1;
 const SET_FEATURES: u32 = 2;
 const SET_OWNER: u32 = 3;
@@ -44,7 +44,7 @@ const GET_QUEUE_NUM: u32 = 17;
 const SET_VRING_ENABLE: u32 = 18;
 const GET_CONFIG: u32 = 24;
 
-/// Version 1 of the protocol, and the bit of a reply.
+/// Version 1 of the protocol, and the reply flag.
 const REPLY: u32 = 1 | 1 << 2;
 
 // Features of virtio and of the protocol.
@@ -72,31 +72,30 @@ impl Ring {
         })
     }
 
-    /// How many buffers the guest can have in it at once.
+    /// The maximum number of buffers in it.
     pub fn size(&self) -> u16 {
         self.queue.size()
     }
 
-    /// The descriptor that becomes readable when the guest has added buffers, while the virtqueue
-    /// is in use.
+    /// The descriptor that becomes readable when the guest has added buffers, if the virtqueue is in use.
     pub fn kick(&self) -> Option<BorrowedFd<'_>> {
         let running = self.enabled && self.queue.ready();
         self.kick.as_ref().filter(|_| running).map(File::as_fd)
     }
 
-    /// Takes it out of use, until the guest's driver sets it up again.
+    /// Disables it until the guest's driver sets it up again.
     pub fn stop(&mut self) {
         self.queue.set_ready(false);
     }
 
-    /// Takes back that it is readable.
+    /// Resets that descriptor, so that it is no longer readable.
     pub fn clear_kick(&mut self) {
         if let Some(kick) = &mut self.kick {
             let _nothing_there = kick.read(&mut [0; 8]);
         }
     }
 
-    /// The guest's next buffers; None when there are none, or the virtqueue is not in use.
+    /// The guest's next buffers; None if there are none, or the virtqueue is not in use.
     pub fn pop<'m>(
         &mut self,
         memory: &'m GuestMemoryMmap,
@@ -107,17 +106,17 @@ impl Ring {
         Ok(self.queue.iter(memory)?.next())
     }
 
-    /// Gives back the buffers that were popped last, untouched.
+    /// Returns the last popped buffers to the virtqueue, unused.
     pub fn unpop(&mut self) {
         self.queue.go_to_previous_position();
     }
 
-    /// Hands buffers back to the guest, with `length` bytes written to them.
+    /// Returns buffers to the guest, with `length` bytes written to them.
     pub fn push(&mut self, memory: &GuestMemoryMmap, head: u16, length: usize) -> Result<()> {
         Ok(self.queue.add_used(memory, head, length.try_into()?)?)
     }
 
-    /// Interrupts the guest for what was pushed, if it wants that.
+    /// Interrupts the guest after a push, if it requested that.
     pub fn notify(&mut self, memory: &GuestMemoryMmap) -> Result<()> {
         if self.queue.needs_notification(memory)?
             && let Some(call) = &mut self.call
@@ -127,37 +126,37 @@ impl Ring {
         Ok(())
     }
 
-    /// Asks the guest not to kick.
+    /// Disables kicks from the guest.
     pub fn mute(&mut self, memory: &GuestMemoryMmap) -> Result<()> {
         Ok(self.queue.disable_notification(memory)?)
     }
 
-    /// Asks the guest to kick; true when there are buffers already.
+    /// Enables kicks from the guest; true if there are buffers already.
     pub fn unmute(&mut self, memory: &GuestMemoryMmap) -> Result<bool> {
         Ok(self.queue.enable_notification(memory)?)
     }
 }
 
-/// A part of the guest's memory: where it is in QEMU, how long, and where in the guest.
+/// A region of the guest's memory: its address in QEMU, its size, its address in the guest.
 struct Region {
     qemu: u64,
     size: u64,
     guest: u64,
 }
 
-/// QEMU's side of a device: its memory and virtqueues.
+/// The connection to QEMU: its memory and virtqueues.
 pub struct Frontend<const RINGS: usize> {
     stream: UnixStream,
     config: Vec<u8>,
     regions: Vec<Region>,
-    /// The guest's memory, from when QEMU has told of it.
+    /// The guest's memory, once QEMU has sent it.
     pub memory: Option<GuestMemoryMmap>,
     /// The device's virtqueues.
     pub rings: [Ring; RINGS],
 }
 
 impl<const RINGS: usize> Frontend<RINGS> {
-    /// A device with these bytes in its configuration space.
+    /// A device with this configuration space.
     pub fn new(stream: UnixStream, config: &[u8]) -> Result<Self> {
         let rings: Vec<_> = (0..RINGS).map(|_| Ring::new()).collect::<Result<_>>()?;
         Ok(Frontend {
@@ -174,7 +173,7 @@ impl<const RINGS: usize> Frontend<RINGS> {
         self.stream.as_fd()
     }
 
-    /// Takes one request; false when QEMU has closed the connection.
+    /// Handles one request; false if QEMU has closed the connection.
     pub fn serve(&mut self) -> Result<bool> {
         let mut header = [0; 12];
         let Some(files) = self.receive(&mut header)? else {
@@ -195,7 +194,7 @@ impl<const RINGS: usize> Frontend<RINGS> {
         Ok(true)
     }
 
-    /// Fills `buffer`, and returns the files that came with its first byte; None at the end.
+    /// Fills `buffer`, and returns the files sent with its first byte; None at the end.
     fn receive(&self, buffer: &mut [u8]) -> Result<Option<Vec<OwnedFd>>> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_REGIONS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -206,7 +205,7 @@ impl<const RINGS: usize> Frontend<RINGS> {
             &mut control,
             RecvFlags::CMSG_CLOEXEC | RecvFlags::WAITALL,
         );
-        // QEMU resets the connection when it leaves something unread.
+        // QEMU resets the connection if it leaves data unread.
         let bytes = received.map_or(0, |received| received.bytes);
         if bytes == 0 {
             return Ok(None);
@@ -221,7 +220,7 @@ impl<const RINGS: usize> Frontend<RINGS> {
         Ok(Some(files))
     }
 
-    /// Does what a request asks for; some want a reply.
+    /// Handles a request; some need a reply.
     fn reply(
         &mut self,
         request: u32,
@@ -277,7 +276,7 @@ impl<const RINGS: usize> Frontend<RINGS> {
                 self.ring(index)?.enabled = enabled != 0;
             }
             SET_VRING_KICK | SET_VRING_CALL => {
-                // The number's low byte; without a file the guest would have to be polled.
+                // The low byte is the number; without a file the guest would have to be polled.
                 let [index] = words(payload)?;
                 let ring = self.ring(index & 0xff)?;
                 let file = files.pop().map(File::from);
@@ -298,7 +297,7 @@ impl<const RINGS: usize> Frontend<RINGS> {
         ring.with_context(|| format!("there is no virtqueue {index}"))
     }
 
-    /// Maps the guest's memory: regions of guest address, size, address in QEMU and offset in file.
+    /// Maps the guest's memory. A region is guest address, size, address in QEMU, offset in the file.
     fn map(&mut self, payload: &[u8], files: Vec<OwnedFd>) -> Result<()> {
         let [count, _padding] = words(payload)?;
         ensure!(
@@ -318,7 +317,7 @@ impl<const RINGS: usize> Frontend<RINGS> {
         Ok(())
     }
 
-    /// Where a virtqueue's three parts lie; the guest may have used it before.
+    /// Sets the addresses of a virtqueue's three parts; the guest may have used it before.
     fn set_addresses(&mut self, payload: &[u8]) -> Result<()> {
         let [index, _flags] = words(payload)?;
         let [descriptors, used, available, _log] = longs(payload.get(8..).context("too short")?)?;
@@ -349,7 +348,7 @@ impl<const RINGS: usize> Frontend<RINGS> {
     }
 }
 
-/// The first words of 32 bits.
+/// The first 32-bit words.
 fn words<const COUNT: usize>(bytes: &[u8]) -> Result<[u32; COUNT]> {
     let mut words = [0; COUNT];
     ensure!(bytes.len() >= 4 * COUNT, "too short");
@@ -359,7 +358,7 @@ fn words<const COUNT: usize>(bytes: &[u8]) -> Result<[u32; COUNT]> {
     Ok(words)
 }
 
-/// The first words of 64 bits.
+/// The first 64-bit words.
 fn longs<const COUNT: usize>(bytes: &[u8]) -> Result<[u64; COUNT]> {
     let mut longs = [0; COUNT];
     ensure!(bytes.len() >= 8 * COUNT, "too short");
@@ -375,7 +374,7 @@ pub mod tests {
     use rustix::event::{EventfdFlags, eventfd};
     use vm_memory::Bytes;
 
-    /// Descriptors of a [`Driver`]'s virtqueue.
+    /// Number of descriptors of a [`Driver`]'s virtqueue.
     pub const SIZE: u16 = 16;
 
     /// A descriptor's flag: the device writes.
@@ -393,7 +392,7 @@ pub mod tests {
     }
 
     impl Driver {
-        /// Sets `ring` up, from this address on.
+        /// Sets `ring` up from this address on.
         pub fn new(memory: &GuestMemoryMmap, base: u64, ring: &mut Ring) -> Driver {
             let at = |offset| GuestAddress(base + offset);
             memory.write_slice(&[0; LENGTH], at(0)).unwrap();
@@ -417,8 +416,8 @@ pub mod tests {
             }
         }
 
-        /// Sets `ring` up so that a chain that is handed back is available again: its used ring is the
-        /// available one. The chain is of one buffer of this length.
+        /// Sets `ring` up so that a returned chain is available again: its used ring is the available ring.
+        /// The chain has one buffer of this length.
         pub fn endless(memory: &GuestMemoryMmap, base: u64, ring: &mut Ring, buffer: (u64, u32)) {
             let mut driver = Driver::new(memory, base, ring);
             let queue = &mut ring.queue;
@@ -430,7 +429,7 @@ pub mod tests {
             driver.set_index(SIZE);
         }
 
-        /// Makes a chain available of these buffers: address, length, flags.
+        /// Makes a chain of these buffers available: address, length, flags.
         pub fn add(&mut self, buffers: &[(u64, u32, u16)]) {
             let head = self.descriptors % SIZE;
             for (index, (address, length, flags)) in buffers.iter().enumerate() {
@@ -446,7 +445,7 @@ pub mod tests {
             self.offer(head);
         }
 
-        /// Makes the chain available that this descriptor begins.
+        /// Makes the chain that starts with this descriptor available.
         pub fn offer(&mut self, head: u16) {
             let at = AVAILABLE + 4 + u64::from(self.available % SIZE) * 2;
             self.write(at, &head.to_le_bytes());
@@ -454,13 +453,13 @@ pub mod tests {
             self.set_index(self.available);
         }
 
-        /// Says that so many chains have been made available.
+        /// Sets the available index.
         pub fn set_index(&mut self, index: u16) {
             self.write(AVAILABLE + 2, &index.to_le_bytes());
             self.kick.write_all(&1_u64.to_ne_bytes()).unwrap();
         }
 
-        /// How many bytes the device says it has written to the next chain that it hands back.
+        /// The written length of the next chain that the device has returned.
         pub fn take(&mut self) -> Option<u32> {
             let mut index = [0; 2];
             let at = |offset| GuestAddress(self.base + offset);
@@ -482,7 +481,7 @@ pub mod tests {
         }
     }
 
-    /// Where the virtqueue's parts lie, after the descriptors.
+    /// Offsets of the virtqueue's other parts.
     const AVAILABLE: u64 = 0x200;
     const USED: u64 = 0x300;
     const LENGTH: usize = 0x400;

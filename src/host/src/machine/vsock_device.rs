@@ -1,11 +1,11 @@
-//! The vsock device of a VM on QEMU, with Firecracker's wire: a Unix socket that leads to any port
-//! of the guest, and `SOCKET_PORT` for each port of the host that the guest connects to.
-//! (Firecracker docs/vsock.md; virtio specification 5.10; linux/virtio_vsock.h)
+//! The vsock device of a VM on QEMU, with Firecracker's protocol: a Unix socket that leads to any port of the
+//! guest, and `SOCKET_PORT` for each port of the host that the guest connects to. (Firecracker docs/vsock.md;
+//! virtio specification 5.10; linux/virtio_vsock.h)
 //!
-//! QEMU's own device needs the host kernel's vhost-vsock, and so its /dev/vhost-vsock. The program
-//! that rust-vmm has for it, vhost-device-vsock 0.3.0, stalls when there is much to be sent in both
-//! directions at once: it writes to the host's stream only when there is nothing to be read from it.
-//! `tests/vm/lab.rs` has that and its other faults as tests.
+//! QEMU's own device needs the host kernel's vhost-vsock, and so its /dev/vhost-vsock. rust-vmm's program,
+//! vhost-device-vsock 0.3.0, stalls when much data is sent in both directions at once: it writes to the
+//! host's stream only when there is nothing to read from it. `tests/vm/lab.rs` tests this and its other
+//! faults.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -47,21 +47,21 @@ const GUEST_TIMEOUT: Duration = Duration::from_secs(2);
 /// Separate limits keep the API reachable however many connections the guest opens.
 const MAX_CONNECTIONS: usize = 1023;
 
-/// Packets without data that may wait for buffers of the guest's before it is told of no more resets:
-/// more than all connections have, a request or answer and a credit update each.
+/// Maximum number of packets without data waiting for buffers of the guest, before resets are dropped: more
+/// than all connections need, a request or response and a credit update each.
 const MAX_ORDERS: usize = 4 * MAX_CONNECTIONS;
 
-/// The longest first line of the host: `CONNECT ` and a number of 32 bits.
+/// Maximum size of the host's first line: `CONNECT ` and a number of 32 bits.
 const MAX_LINE: usize = 32;
 
-/// The first of the host's port numbers, beyond those that anybody listens on.
+/// The first of the host's port numbers, above those that are listened on.
 const FIRST_PORT: u32 = 1 << 30;
 
-/// The virtqueues that QEMU leaves to this device: for packets to the guest, and from it.
+/// The virtqueues that this device handles: packets to the guest, and from it.
 const TO_GUEST: usize = 0;
 const FROM_GUEST: usize = 1;
 
-/// Bytes of a packet's header.
+/// Size of a packet's header in bytes.
 const HEADER: usize = 44;
 
 /// `type` of a stream's packets.
@@ -76,7 +76,7 @@ const RW: u16 = 5;
 const CREDIT_UPDATE: u16 = 6;
 const CREDIT_REQUEST: u16 = 7;
 
-// `flags` of SHUTDOWN: its sender receives no more, sends no more.
+// `flags` of SHUTDOWN: the sender will receive no more, send no more.
 const NO_RECEIVE: u32 = 1;
 const NO_SEND: u32 = 2;
 
@@ -132,7 +132,7 @@ impl Header {
         }
     }
 
-    /// The connection of a packet of the guest's.
+    /// The connection of a packet from the guest.
     fn ports(&self) -> Ports {
         Ports {
             host: self.destination_port,
@@ -141,8 +141,8 @@ impl Header {
     }
 }
 
-/// A packet of the guest's: None without a whole header; no data when not all of it is there, or it is
-/// more than a window has.
+/// Reads a packet from the guest. None without a complete header; no data if it is incomplete or exceeds a
+/// window.
 fn read_packet(
     memory: &GuestMemoryMmap,
     chain: DescriptorChain<&GuestMemoryMmap>,
@@ -152,7 +152,7 @@ fn read_packet(
     reader.read_exact(&mut header).ok()?;
     let header = Header::of_bytes(&header);
     let length = header.length as usize;
-    // Descriptors can lie over each other: there may be 4 GiB of it in little memory.
+    // Descriptors can overlap: 4 GiB of data may be described in little memory.
     if length > reader.available_bytes().min(WINDOW) {
         return Some((header, None));
     }
@@ -175,9 +175,9 @@ enum State {
     Requested { deadline: Instant },
     /// Open; the guest may have stopped receiving.
     Open { guest_receives: bool },
-    /// The guest has closed it; what it has sent is still written to the host.
+    /// Closed by the guest; data that it sent before is still written to the host.
     ClosedByGuest,
-    /// The host has closed it; the guest confirms.
+    /// Closed by the host; waiting for the guest's confirmation.
     ClosedByHost { deadline: Instant },
 }
 
@@ -186,17 +186,17 @@ struct Connection {
     stream: UnixStream,
     by_guest: bool,
     state: State,
-    /// From the guest, to be written to the stream.
+    /// Data from the guest that is to be written to the stream.
     pending: VecDeque<u8>,
-    /// Bytes written to the stream, and what of that the guest knows, modulo 2^32.
+    /// Bytes written to the stream, and how many of them were reported to the guest, modulo 2^32.
     forwarded: u32,
-    forwarded_told: u32,
-    /// Bytes sent to the guest, and those of them that its reader has taken, modulo 2^32.
+    forwarded_reported: u32,
+    /// Bytes sent to the guest, and how many of them its reader has consumed, modulo 2^32.
     sent: u32,
     taken: u32,
     /// The guest's window for this connection.
     window: u32,
-    /// The stream was readable when it was last looked at.
+    /// Whether the stream was readable at the last poll.
     readable: bool,
 }
 
@@ -208,7 +208,7 @@ impl Connection {
             state,
             pending: VecDeque::new(),
             forwarded: 0,
-            forwarded_told: 0,
+            forwarded_reported: 0,
             sent: 0,
             taken: 0,
             window: 0,
@@ -216,13 +216,13 @@ impl Connection {
         }
     }
 
-    /// Bytes that the guest has room for.
+    /// Bytes that the guest can receive now.
     fn credit(&self) -> usize {
         let underway = self.sent.wrapping_sub(self.taken);
         self.window.saturating_sub(underway) as usize
     }
 
-    /// Whether what the host sends can be passed on.
+    /// Whether data from the host can be sent to the guest.
     fn takes_input(&self) -> bool {
         let open = State::Open {
             guest_receives: true,
@@ -230,10 +230,10 @@ impl Connection {
         self.state == open && self.credit() > 0
     }
 
-    /// What to wait for on the stream.
+    /// The events to poll the stream for.
     fn wanted(&self) -> PollFlags {
         let mut wanted = PollFlags::empty();
-        // One that is known to be readable waits for a buffer of the guest's.
+        // A stream known to be readable waits for a buffer of the guest.
         wanted.set(PollFlags::IN, self.takes_input() && !self.readable);
         wanted.set(PollFlags::OUT, !self.pending.is_empty());
         wanted
@@ -254,9 +254,9 @@ impl Connection {
         Ok(())
     }
 
-    /// Whether the guest should hear of the room that there is again: at half a window.
+    /// Whether to send a credit update: after half a window.
     fn owes_credit(&self) -> bool {
-        self.forwarded.wrapping_sub(self.forwarded_told) as usize >= WINDOW / 2
+        self.forwarded.wrapping_sub(self.forwarded_reported) as usize >= WINDOW / 2
     }
 
     fn deadline(&self) -> Option<Instant> {
@@ -267,15 +267,15 @@ impl Connection {
     }
 }
 
-/// A host's stream that has not said yet where it leads.
+/// A host stream that has not sent its `CONNECT` line yet.
 struct Caller {
     stream: UnixStream,
     line: Vec<u8>,
 }
 
 impl Caller {
-    /// The port that it calls, when its line is whole. Read byte by byte: what follows is the
-    /// guest's.
+    /// The requested port, once the line is complete. Reads byte by byte, as the bytes after the line are for
+    /// the guest.
     fn read_port(&mut self) -> io::Result<Option<u32>> {
         let mut byte = [0];
         while self.line.last() != Some(&b'\n') {
@@ -298,7 +298,7 @@ impl Caller {
     }
 }
 
-/// The vsock device of one VM, which lives as long as this.
+/// The vsock device of one VM; it stops on drop.
 pub struct VsockDevice {
     stop: UnixStream,
     thread: Option<JoinHandle<()>>,
@@ -326,7 +326,7 @@ impl VsockDevice {
 
 impl Drop for VsockDevice {
     fn drop(&mut self) {
-        // As long as it listens, nobody else's is there.
+        // While it listens, the socket at this path is its own.
         let _gone_already = fs::remove_file(&self.socket);
         let _gone_already = self.stop.shutdown(std::net::Shutdown::Both);
         if let Some(thread) = self.thread.take() {
@@ -339,27 +339,27 @@ struct Device {
     /// Closed to stop the device.
     stopped: UnixStream,
     log: fs::File,
-    /// Where QEMU connects to.
+    /// The socket for QEMU.
     qemu: UnixListener,
-    /// Where the host connects to.
+    /// The socket for the host.
     listener: UnixListener,
-    /// When connections are accepted again, after one could not be.
+    /// When to accept connections again after an error.
     paused_until: Option<Instant>,
     socket: PathBuf,
     guest_cid: u64,
     frontend: Option<Frontend<2>>,
     callers: Vec<Caller>,
     connections: BTreeMap<Ports, Connection>,
-    /// Packets without data, in their order: what they go to, and operation.
+    /// Queued packets without data, in order: connection and operation.
     orders: VecDeque<(Ports, u16)>,
     next_port: u32,
-    /// The connection that sent to the guest last: the next one after it is the next.
+    /// The connection that was served last; the next one follows in order.
     last_served: Option<Ports>,
-    /// The guest had more in its virtqueues than is served in a turn.
+    /// Whether the virtqueues have more packets than are processed in a turn.
     unserved: bool,
 }
 
-/// What a descriptor is that is waited for.
+/// The source of an event.
 #[derive(Clone, Copy)]
 enum Source {
     Stop,
@@ -441,7 +441,7 @@ impl Device {
         let _no_room_for_it = written.and_then(|()| self.log.write_all_at(line.as_bytes(), 0));
     }
 
-    /// Waits until something happens, and returns what.
+    /// Waits for events and returns them.
     fn wait(&self) -> Result<Vec<(Source, PollFlags)>> {
         let mut sources = vec![(Source::Stop, self.stopped.as_fd(), PollFlags::IN)];
         if self.accepts() {
@@ -466,7 +466,7 @@ impl Device {
         for (ports, connection) in &self.connections {
             let wanted = connection.wanted();
             let requested = matches!(connection.state, State::Requested { .. });
-            // Of one that waits for the guest, an end is of interest, and always reported.
+            // While it waits for the guest, only a hangup is of interest, which poll(2) always reports.
             if !wanted.is_empty() || requested {
                 sources.push((
                     Source::Connection(*ports),
@@ -518,7 +518,7 @@ impl Device {
         }
     }
 
-    /// A guest can have QEMU ask for what cannot be: the device is unplugged then.
+    /// A guest can cause invalid requests of QEMU, after which the device is unplugged.
     fn serve_qemu(&mut self) {
         let Some(frontend) = &mut self.frontend else {
             return;
@@ -533,7 +533,7 @@ impl Device {
         }
     }
 
-    /// Ends all connections, without the guest.
+    /// Closes all connections without notifying the guest.
     fn forget(&mut self) {
         self.connections.clear();
         self.orders.clear();
@@ -559,7 +559,7 @@ impl Device {
         self.report(error);
     }
 
-    /// Whether connections of the host's are accepted; the others wait.
+    /// Whether connections from the host are accepted; others wait in the kernel's queue.
     fn accepts(&self) -> bool {
         let hosts = self.connections.len() - self.made_by_guest();
         self.paused_until.is_none() && self.callers.len() + hosts < MAX_CONNECTIONS
@@ -570,7 +570,7 @@ impl Device {
         connections.filter(|connection| connection.by_guest).count()
     }
 
-    /// Asks the guest for what those callers want whose line is there.
+    /// Sends connection requests to the guest for callers whose line is complete.
     fn read_lines(&mut self) {
         for mut caller in std::mem::take(&mut self.callers) {
             match caller.read_port() {
@@ -587,7 +587,7 @@ impl Device {
                         .insert(ports, Connection::new(caller.stream, state));
                     self.order(ports, REQUEST);
                 }
-                // The stream is closed.
+                // An invalid line or an error: dropping the caller closes the stream.
                 Err(_) => {}
             }
         }
@@ -608,7 +608,7 @@ impl Device {
             return;
         };
         if matches!(connection.state, State::Requested { .. }) {
-            // Nothing is waited for but its end.
+            // Only a hangup was polled for.
             self.reset(ports);
             return;
         }
@@ -618,7 +618,7 @@ impl Device {
         }
     }
 
-    /// Writes to the host what is pending; the guest hears of the room, or of the end.
+    /// Writes pending data to the host, and reports credit or the end to the guest.
     fn flush(&mut self, ports: Ports) {
         let Some(connection) = self.connections.get_mut(&ports) else {
             return;
@@ -628,7 +628,7 @@ impl Device {
         if flushed.is_err() || done {
             self.reset(ports);
         } else if connection.owes_credit() {
-            connection.forwarded_told = connection.forwarded;
+            connection.forwarded_reported = connection.forwarded;
             self.order(ports, CREDIT_UPDATE);
         }
     }
@@ -637,7 +637,7 @@ impl Device {
     fn reset(&mut self, ports: Ports) {
         let requested = self.orders.contains(&(ports, REQUEST));
         self.remove(ports);
-        // The guest has not heard of it.
+        // The request was not sent to the guest yet.
         if !requested {
             self.order(ports, RST);
         }
@@ -649,9 +649,9 @@ impl Device {
         self.orders.retain(|(other, _)| *other != ports);
     }
 
-    /// Has a packet without data sent. A guest that sends, and gives no buffers for the replies, is not
-    /// to fill the host's memory: each reply waits once, and resets also for connections that are not
-    /// there only up to a number.
+    /// Queues a packet without data. A guest that sends but provides no buffers for the replies must not fill
+    /// the host's memory: each reply is queued once, and the number of resets, also for connections that do
+    /// not exist, is limited.
     fn order(&mut self, ports: Ports, operation: u16) {
         let order = (ports, operation);
         let too_many = operation == RST && self.orders.len() >= MAX_ORDERS;
@@ -660,7 +660,7 @@ impl Device {
         }
     }
 
-    /// Resets what has waited too long for the guest, and ends a pause.
+    /// Resets connections whose deadline has passed, and ends a pause.
     fn expire(&mut self) {
         let now = Instant::now();
         self.paused_until = self.paused_until.filter(|until| *until > now);
@@ -677,8 +677,8 @@ impl Device {
 
     // -- The guest's side.
 
-    /// Processes the guest's packets, and sends pending ones. Invalid virtqueues are ignored until the guest's
-    /// driver sets them up again.
+    /// Processes the guest's packets, and sends pending ones. Invalid virtqueues are ignored until the
+    /// guest's driver sets them up again.
     fn serve_guest(&mut self) {
         self.unserved = false;
         let Some(mut frontend) = self.frontend.take() else {
@@ -702,7 +702,7 @@ impl Device {
         Ok(())
     }
 
-    /// Takes as many packets as a virtqueue has at once, or all: true when there may be more.
+    /// Processes the guest's packets, at most the size of a virtqueue; true if there may be more.
     fn take_packets(&mut self, memory: &GuestMemoryMmap, ring: &mut Ring) -> Result<bool> {
         if ring.kick().is_none() {
             return Ok(false);
@@ -751,15 +751,15 @@ impl Device {
         connection.window = header.buffer;
         connection.taken = header.forwarded;
         match (header.operation, connection.state) {
-            // Linux gives up what it has closed after 8 s (VSOCK_CLOSE_TIMEOUT). A slow host still gets
-            // what was sent before.
+            // Linux resets a closed connection after 8 s (VSOCK_CLOSE_TIMEOUT). A slow host still gets the
+            // data sent before.
             (RST, State::ClosedByGuest) => {}
             (RST, _) => self.remove(ports),
             (RESPONSE, State::Requested { .. }) => {
                 connection.state = State::Open {
                     guest_receives: true,
                 };
-                // A new stream has room for a line.
+                // A new stream's buffer has room for a line.
                 if writeln!(&connection.stream, "OK {}", ports.host).is_err() {
                     self.reset(ports);
                 }
@@ -774,8 +774,8 @@ impl Device {
             }
             (SHUTDOWN, State::Open { guest_receives }) => {
                 let receives = guest_receives && header.flags & NO_RECEIVE == 0;
-                // As Firecracker, that it sends no more is not passed on before it also receives no
-                // more.
+                // Like in Firecracker, the end of sending is not forwarded until the guest also stops
+                // receiving.
                 connection.state = match receives || header.flags & NO_SEND == 0 {
                     true => State::Open {
                         guest_receives: receives,
@@ -789,7 +789,7 @@ impl Device {
         }
     }
 
-    /// A connection of the guest's to a port of the host.
+    /// Handles a connection from the guest to a port of the host.
     fn on_request(&mut self, ports: Ports, header: &Header) {
         let mut path = self.socket.clone().into_os_string();
         path.push(format!("_{}", ports.host));
@@ -810,8 +810,8 @@ impl Device {
         self.order(ports, RESPONSE);
     }
 
-    /// Sends to the guest what there is, as far as it has buffers, but no more than a virtqueue has at
-    /// once: true when there may be more.
+    /// Sends packets to the guest while it has buffers, at most the size of a virtqueue; true if there may be
+    /// more.
     fn give_packets(&mut self, memory: &GuestMemoryMmap, ring: &mut Ring) -> Result<bool> {
         if ring.kick().is_none() {
             return Ok(false);
@@ -830,7 +830,7 @@ impl Device {
                     let room = writer.available_bytes().checked_sub(HEADER)?;
                     Some((writer, room))
                 });
-                // One without room for a header and data goes back empty.
+                // A buffer without room for a header and data is returned empty.
                 let Some((mut writer, room @ 1..)) = sized else {
                     ring.push(memory, head, 0)?;
                     continue;
@@ -844,7 +844,7 @@ impl Device {
                     None => ring.unpop(),
                 }
             }
-            // New buffers are of interest while something waits for them.
+            // Kicks for new buffers are needed only while packets wait.
             if !ring.unmute(memory)? || !self.has_packet() {
                 break false;
             }
@@ -856,7 +856,7 @@ impl Device {
         Ok(more)
     }
 
-    /// Whether there may be something to send to the guest.
+    /// Whether there may be a packet for the guest.
     fn has_packet(&self) -> bool {
         let sends = |connection: &Connection| connection.readable && connection.takes_input();
         !self.orders.is_empty() || self.connections.values().any(sends)
@@ -870,7 +870,7 @@ impl Device {
         while let Some(ports) = self.next_sender() {
             self.last_served = Some(ports);
             let connection = self.connections.get_mut(&ports)?;
-            // Room and credit are what the guest says.
+            // Room and credit are untrusted.
             let mut data = vec![0; room.min(connection.credit()).min(WINDOW)];
             match connection.stream.read(&mut data) {
                 Ok(0) => {
@@ -901,7 +901,7 @@ impl Device {
         None
     }
 
-    /// The connection whose turn it is to send to the guest.
+    /// The next connection to send to the guest, in turn.
     fn next_sender(&self) -> Option<Ports> {
         let senders = || {
             self.connections
@@ -914,10 +914,10 @@ impl Device {
             .or_else(|| senders().next())
     }
 
-    /// The header of a packet to the guest, with what it needs to know of the window.
+    /// The header of a packet to the guest, with the current window.
     fn header(&mut self, ports: Ports, operation: u16) -> Header {
         let forwarded = self.connections.get_mut(&ports).map_or(0, |connection| {
-            connection.forwarded_told = connection.forwarded;
+            connection.forwarded_reported = connection.forwarded;
             connection.forwarded
         });
         Header {
@@ -972,7 +972,7 @@ mod tests {
         assert_eq!(Header::of_bytes(&bytes), header);
     }
 
-    /// A device without QEMU, and where it is stopped.
+    /// A device without QEMU, and the stream that stops it when closed.
     fn device(dir: &Path) -> (Device, UnixStream) {
         let (stop, stopped) = UnixStream::pair().unwrap();
         let [vhost, socket, log] = ["vhost", "socket", "log"].map(|name| dir.join(name));
@@ -986,7 +986,7 @@ mod tests {
     fn a_connection_that_cannot_be_accepted_does_not_end_the_device() {
         let dir = tempfile::tempdir().unwrap();
         let (mut device, stop) = device(dir.path());
-        // Readable from now on, and accept(2) fails, as with too many open files.
+        // The listener becomes readable, and accept(2) fails, as with too many open files.
         for listener in [&device.listener, &device.qemu] {
             rustix::net::shutdown(listener, rustix::net::Shutdown::Both).unwrap();
         }
@@ -1002,7 +1002,7 @@ mod tests {
         while device.turn().unwrap() {}
     }
 
-    /// The header of a packet of the guest's to a port of the host.
+    /// The header of a packet from the guest to a port of the host.
     fn packet(guest: u32, host: u32, operation: u16) -> Header {
         Header {
             source_cid: GUEST_CID.into(),
@@ -1016,7 +1016,7 @@ mod tests {
         }
     }
 
-    /// The operations that the guest is sent next: to which port of its, and what.
+    /// The next packets to the guest: destination port and operation.
     fn sent(device: &mut Device) -> Vec<(u32, u16)> {
         std::iter::from_fn(|| device.next_packet(4096))
             .map(|(header, _)| (header.destination_port, header.operation))
@@ -1029,7 +1029,7 @@ mod tests {
         let (mut device, _stop) = device(dir.path());
         let listener = UnixListener::bind(dir.path().join("socket_7")).unwrap();
         rustix::net::listen(&listener, 0).unwrap();
-        // A queue of 0 has room for one.
+        // A backlog of 0 allows one connection.
         device.on_packet(&packet(100, 7, REQUEST), &[]);
         let (sender, done) = std::sync::mpsc::channel();
         thread::spawn(move || {
@@ -1056,7 +1056,7 @@ mod tests {
         device.on_packet(&packet(9999, 7, REQUEST), &[]);
         assert_eq!(sent(&mut device), [(9999, RST)]);
         assert!(device.accepts());
-        // One that ends makes room.
+        // A closed connection makes room.
         device.on_packet(&packet(5, 7, RST), &[]);
         device.on_packet(&packet(9999, 7, REQUEST), &[]);
         assert_eq!(sent(&mut device), [(9999, RESPONSE)]);
@@ -1082,22 +1082,22 @@ mod tests {
         assert!(device.accepts());
     }
 
-    /// What a guest has: memory, and the drivers' sides of the virtqueues.
+    /// A guest: memory, and the drivers' sides of the virtqueues.
     struct Guest {
         memory: GuestMemoryMmap,
         receive: Driver,
         send: Driver,
     }
 
-    /// Where packets lie in the guest's memory: those to be received, and those to be sent.
+    /// Addresses of packets in the guest's memory: received and sent ones.
     const RECEIVED: u64 = 0x1_0000;
     const SENT: u64 = 0x4_0000;
 
-    /// Bytes of the guest's memory.
+    /// Size of the guest's memory in bytes.
     const MEMORY: usize = 0x10_0000;
 
     impl Guest {
-        /// Plugs a device in. Whatever QEMU has to say is said.
+        /// Plugs a device in, in place of QEMU.
         fn plug(device: &mut Device) -> (Guest, UnixStream) {
             let (qemu, stream) = UnixStream::pair().unwrap();
             let ranges = [(GuestAddress(0), MEMORY)];
@@ -1113,7 +1113,7 @@ mod tests {
             (guest, qemu)
         }
 
-        /// Sends a packet whose data is what lies after it.
+        /// Sends a packet; its data is the memory after the header.
         fn send(&mut self, header: &Header) {
             self.write(header);
             self.send.add(&[(SENT, HEADER as u32 + header.length, 0)]);
@@ -1125,7 +1125,7 @@ mod tests {
             self.memory.write_slice(&bytes, at).unwrap();
         }
 
-        /// Receives a packet into a buffer of 4 KiB: its operation.
+        /// Receives a packet into a buffer of 4 KiB, and returns its operation.
         fn receive(&mut self, device: &mut Device) -> Option<u16> {
             self.receive.add(&[(RECEIVED, 4096, WRITE)]);
             device.turn().unwrap();
@@ -1138,7 +1138,7 @@ mod tests {
         }
     }
 
-    /// A connection of the guest's port 5 to the host's port 7, and the host's end of it.
+    /// Opens a connection from the guest's port 5 to the host's port 7, and returns the host's end.
     fn connected(device: &mut Device) -> UnixStream {
         let path = format!("{}_7", device.socket.display());
         let listener = UnixListener::bind(path).unwrap();
@@ -1149,7 +1149,7 @@ mod tests {
         stream
     }
 
-    /// Waits for the end of a connection: a process that another test starts may have it open until execve.
+    /// Waits until a connection is closed: a process that another test starts may have it open until execve.
     fn assert_closed(host: &mut UnixStream) {
         host.set_nonblocking(false).unwrap();
         let timeout = Some(Duration::from_secs(10));
@@ -1191,7 +1191,7 @@ mod tests {
         let mut host = connected(&mut device);
         let mut data = vec![7; WINDOW / 2];
         for number in 0..100_000_u32 {
-            // To ports where nothing is, from another one each time; a question; and news of room.
+            // Data to closed ports, from a different port each time; a credit request; and a credit update.
             device.on_packet(&packet(number + 10, 9, RW), &[]);
             device.on_packet(&packet(5, 7, CREDIT_REQUEST), &[]);
             if number < 100 {
@@ -1203,7 +1203,7 @@ mod tests {
         let updates = device.orders.iter();
         let updates = updates.filter(|(_, operation)| *operation == CREDIT_UPDATE);
         assert_eq!(updates.count(), 1);
-        // The host's connections are made and answered all the same.
+        // Connections of the host still work.
         let mut caller = UnixStream::connect(&device.socket).unwrap();
         caller.write_all(b"CONNECT 10000\n").unwrap();
         device.turn().unwrap();
@@ -1220,7 +1220,7 @@ mod tests {
         let mut header = packet(5, 7, RW);
         header.length = 4 * WINDOW as u32;
         guest.write(&header);
-        // The same memory again and again.
+        // The same memory several times.
         let mut buffers = vec![(SENT, HEADER as u32, 0)];
         buffers.extend([(SENT, WINDOW as u32, 0); 4]);
         guest.send.add(&buffers);
@@ -1255,7 +1255,7 @@ mod tests {
         Driver::endless(&guest.memory, 0x1000, ring, (SENT, HEADER as u32));
         let (sender, done) = std::sync::mpsc::channel();
         thread::spawn(move || {
-            // The guest kicks once: then the device knows that there is more.
+            // The guest kicks once; after that the device knows that there is more.
             for _ in 0..100 {
                 device.turn().unwrap();
             }
@@ -1272,7 +1272,7 @@ mod tests {
         let (mut device, _stop) = device(dir.path());
         let mut host = connected(&mut device);
         let (mut guest, _qemu) = Guest::plug(&mut device);
-        // Too short for a header, nowhere in memory, and one that the device is to write.
+        // Too short for a header, outside of memory, and writable for the device.
         for buffer in [
             (SENT, HEADER as u32 - 1, 0),
             (MEMORY as u64, 4096, 0),
@@ -1289,7 +1289,7 @@ mod tests {
         device.turn().unwrap();
         assert_eq!(host.read(&mut [0; 16]).unwrap(), 5);
 
-        // What the guest is to have waits for a buffer that has room for it.
+        // A packet to the guest waits for a buffer with room for it.
         guest.send(&packet(5, 7, CREDIT_REQUEST));
         device.turn().unwrap();
         for buffer in [
@@ -1306,7 +1306,7 @@ mod tests {
 
     #[test]
     fn invalid_virtqueues_are_disabled_until_set_up_again() {
-        // An index beyond all descriptors, and a chain that none begins.
+        // An index beyond all descriptors, and a chain without a descriptor.
         let spoil: [fn(&mut Driver); 2] = [
             |driver| driver.set_index(1000),
             |driver| driver.offer(crate::machine::vhost_user::tests::SIZE),
@@ -1320,7 +1320,7 @@ mod tests {
             device.turn().unwrap();
             assert_closed(&mut host);
             assert_ne!(fs::read(dir.path().join("log")).unwrap(), b"");
-            // The device waits, and does not spin.
+            // The device waits without a busy loop.
             let kicks = device.frontend.as_ref().unwrap().rings.iter();
             assert_eq!(kicks.filter_map(Ring::kick).count(), 0);
 
@@ -1342,7 +1342,7 @@ mod tests {
         device.turn().unwrap();
         assert_closed(&mut host);
         assert_ne!(fs::read(dir.path().join("log")).unwrap(), b"");
-        // QEMU may come again.
+        // QEMU can connect again.
         UnixStream::connect(dir.path().join("vhost")).unwrap();
         device.turn().unwrap();
         assert!(device.frontend.is_some());
