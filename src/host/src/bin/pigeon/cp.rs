@@ -94,7 +94,7 @@ impl Cp {
         send_file(client, source, &path, &options)
     }
 
-    /// A directory with all that is in it becomes `path`.
+    /// Copies a directory with all its contents to `path`.
     fn send_directory(&self, client: &Client, source: &Path, path: &str) -> Result<()> {
         let has_tar = has_tar(client);
         let owner = match &self.user {
@@ -113,11 +113,11 @@ impl Cp {
             };
             let sent = send_archive(&mut input, source, owner);
             let is_broken = input.is_broken;
-            // tar waits for it, whatever was sent.
+            // tar waits for it, regardless of errors so far.
             let ended = session.end_input();
             let finished = finish(&mut session, &mut io::sink());
             let sent = sent.context("unable to send the files");
-            // tar's own message is more useful than the broken connection, but not than ours of a file.
+            // tar's message is more useful than the broken connection, but not than an error reading a file.
             let (first, second) = match is_broken {
                 true => (finished, sent),
                 false => (sent, finished),
@@ -178,9 +178,9 @@ impl Cp {
     }
 }
 
-/// The file that a copy of `path` of a VM becomes. A link that is the destination is followed, as docker
-/// does, also to what is not there yet; one in a directory may be a guest's, of an earlier copy, and is
-/// replaced. What is no regular file is not, such as /dev/null.
+/// The file to write for a copy of the VM's `path`. A destination that is a link is followed, as in docker,
+/// even if its target does not exist; a link in a destination directory may have been created by a guest in
+/// an earlier copy, and is replaced. Other files than regular ones, such as /dev/null, are an error.
 fn file_to_write(destination: &Path, path: &str) -> Result<PathBuf> {
     let (file, found) = match fs::metadata(destination) {
         Ok(found) if found.is_dir() => {
@@ -200,7 +200,7 @@ fn file_to_write(destination: &Path, path: &str) -> Result<PathBuf> {
 
 /// The target of a symbolic link, or the path itself.
 fn follow(path: &Path) -> Result<PathBuf> {
-    /// As many as the kernel follows. (path_resolution(7))
+    /// The kernel's limit. (path_resolution(7))
     const MAX_LINKS: usize = 40;
     let mut file = path.to_path_buf();
     for _ in 0..MAX_LINKS {
@@ -249,7 +249,7 @@ fn base_name(path: &Path) -> Result<String> {
     let name = path
         .file_name()
         .map(|name| name.to_string_lossy().into_owned());
-    // Of "." and "..", too.
+    // Also for "." and "..".
     let name = name.or_else(|| {
         let path = path.canonicalize().ok()?;
         Some(path.file_name()?.to_string_lossy().into_owned())
@@ -261,20 +261,20 @@ fn join(dir: &str, name: &str) -> String {
     format!("{}/{name}", dir.trim_end_matches('/'))
 }
 
-/// Whether what is in a directory is meant, and not the directory itself: `dir/.`, as for cp(1) and docker.
+/// Whether the directory's contents are meant instead of the directory: `dir/.`, as in cp(1) and docker.
 fn means_contents(path: &Path) -> bool {
     let path = path.as_os_str().as_encoded_bytes();
     path == b"." || path.ends_with(b"/.")
 }
 
-/// Whether there is a directory at a path of the VM. One that ends with a slash may be missing if it
+/// Whether `path` is a directory in the VM. A path with a slash at the end may be missing only if it
 /// `is_to_be_made`.
 fn is_directory(client: &Client, path: &str, is_to_be_made: bool) -> Result<bool> {
     if path == "/" {
         return Ok(true);
     }
     match client.file_info(path) {
-        // Something that is not a regular file.
+        // It exists, but is not a regular file.
         Err(Error::Refused { status: 409, .. }) => Ok(true),
         Err(Error::Refused { status: 404, .. }) => {
             ensure!(
@@ -288,7 +288,7 @@ fn is_directory(client: &Client, path: &str, is_to_be_made: bool) -> Result<bool
     }
 }
 
-/// The default owner of copied files: ids of the host have another meaning in the VM.
+/// The default owner of copied files: the host's ids have another meaning in the VM.
 const ROOT: (u64, u64) = (0, 0);
 
 /// User and group id of a user in the VM.
@@ -315,7 +315,7 @@ fn send_file(client: &Client, source: &Path, path: &str, options: &WriteOptions)
         mode: Some(options.mode.unwrap_or(found.mode() & 0o7777)),
         user: options.user.clone(),
     };
-    // A pipe has no length before its end.
+    // The length of a pipe is unknown.
     let length = found.is_file().then_some(found.len());
     let mut progress = Progress::new(true);
     progress.phase("sending", length.unwrap_or(0));
@@ -335,7 +335,7 @@ fn fetch_directory(client: &Client, path: &str, destination: &Path) -> Result<()
     let into = match destination.is_dir() && !means_contents(Path::new(path)) {
         true => {
             let into = destination.join(base_name(Path::new(path))?);
-            // It may be a guest's, of an earlier copy.
+            // A guest may have created it in an earlier copy.
             ensure!(
                 !into.is_symlink(),
                 "{} is a symbolic link, which is not followed",
@@ -348,33 +348,33 @@ fn fetch_directory(client: &Client, path: &str, destination: &Path) -> Result<()
     let tar = Command::new(["tar", "-C", path, "-cf", "-", "."]).separate_stderr();
     let mut session = client.session(&tar)?;
     session.end_input()?;
-    // Not in /tmp, which may be memory.
+    // Not in /tmp, which may be a tmpfs.
     let beside = into.ancestors().find(|dir| dir.is_dir());
     let mut archive = tempfile::tempfile_in(beside.unwrap_or(Path::new(".")))?;
     finish(&mut session, &mut archive)?;
     archive.rewind()?;
-    // Only now: what cannot be copied, such as a device, leaves nothing.
+    // Created only after everything was received, so that a failed copy leaves nothing behind.
     fs::create_dir_all(&into).with_context(|| format!("unable to create {}", into.display()))?;
     unpack(archive, &into).with_context(|| format!("unable to write to {}", into.display()))
 }
 
-/// Bytes of headers before a file of an archive: far more than the longest path takes.
+/// Maximum size of the headers before a file in bytes: far more than the longest path takes.
 const MAX_HEADERS: u64 = 1 << 20;
 
-/// Unpacks an archive from a guest. The tar crate makes sure that nothing is written outside of the directory.
+/// Unpacks an archive from a guest. The tar crate makes sure that nothing is written outside the directory.
 fn unpack(archive: File, into: &Path) -> Result<()> {
     let room = Cell::new(0);
     let mut archive = tar::Archive::new(Limited {
         archive,
         room: &room,
     });
-    // As of a single file: set-user-ID of a guest's is nothing that the host has to honour.
+    // As for a single file: set-user-ID files of a guest are not trusted.
     archive.set_preserve_permissions(false);
     archive.set_preserve_mtime(true);
     let mut directories = vec![];
     let mut entries = archive.entries_with_seek()?;
     loop {
-        // The crate keeps names and pax records in memory, however long they are.
+        // The crate keeps names and pax records of any length in memory.
         room.set(MAX_HEADERS);
         let Some(entry) = entries.next() else {
             break;
@@ -393,7 +393,7 @@ fn unpack(archive: File, into: &Path) -> Result<()> {
             _ => drop(entry.unpack_in(into)?),
         }
     }
-    // When all is in it, one that is read-only can be so; those below come first.
+    // Directories may be read-only, so they are set up after their contents, the deepest first.
     directories.sort_by(|one, other| other.path_bytes().cmp(&one.path_bytes()));
     for mut directory in directories {
         directory.unpack_in(into)?;
@@ -471,7 +471,7 @@ fn append(
     let found = place.symlink_metadata()?;
     let kind = found.file_type();
     if kind.is_socket() {
-        // It means nothing without the process that listens, and tar has no entry for it.
+        // It is useless without the listening process, and tar has no entry type for it.
         note!("{}: left out: a socket", place.display());
         return Ok(());
     }
@@ -499,7 +499,7 @@ fn append(
 /// A command's input, as a stream.
 struct SessionInput<'a> {
     session: &'a mut Session,
-    /// It could not be sent, unlike what could not be read.
+    /// Whether sending failed, as opposed to reading a file.
     is_broken: bool,
 }
 
@@ -516,7 +516,7 @@ impl Write for SessionInput<'_> {
     }
 }
 
-/// All paths below a directory, those above before those below.
+/// All paths below a directory, parents first.
 fn walk(root: &Path) -> Result<Vec<PathBuf>> {
     let mut found = vec![];
     let mut todo = vec![PathBuf::new()];

@@ -66,7 +66,7 @@ pub struct Exec {
     command: Vec<String>,
 }
 
-/// `NAME=VALUE`, or `NAME` that is set in this command's own environment.
+/// `NAME=VALUE`, or `NAME` with its value in this process's environment.
 pub fn variable(text: &str) -> Option<(String, String)> {
     match text.split_once('=') {
         Some((name, value)) => Some((name.into(), value.into())),
@@ -74,7 +74,7 @@ pub fn variable(text: &str) -> Option<(String, String)> {
     }
 }
 
-/// Variables of files, one a line, and of options, which come on top.
+/// Variables from files, one per line, and from options, which take precedence.
 pub fn variables(
     files: &[std::path::PathBuf],
     options: &[String],
@@ -110,12 +110,12 @@ pub fn variables(
     Ok(found)
 }
 
-/// What a program is that the kernel of a VM does not take (ENOEXEC).
+/// Describes a program that the VM's kernel cannot execute (ENOEXEC).
 pub fn no_program(arch: &str) -> String {
     format!("neither a program for {arch} nor a script that begins with #!")
 }
 
-/// Reports that a command could not be started and returns its exit code; passes on other errors.
+/// Reports that a command could not be started and returns its exit code; returns other errors.
 pub fn start_error(error: anyhow::Error, program: &str, arch: &str) -> Result<u8> {
     let Some(Error::NotStarted(why)) = error.downcast_ref::<Error>() else {
         return Err(error);
@@ -150,13 +150,13 @@ impl Exec {
         Ok(code)
     }
 
-    /// The VM's architecture, as far as it is known.
+    /// The VM's architecture, if known.
     fn arch(&self, name: Option<&str>) -> String {
         let vm = self.target.vm(name).ok().flatten();
         vm.map_or("the VM's architecture".into(), |vm| vm.record.arch)
     }
 
-    /// The VM that the first word names, as it does for docker, and the command.
+    /// The VM named by the first word, as in docker, and the command.
     fn words(&self) -> (Option<&str>, &[String]) {
         if let [name, command @ ..] = &self.command[..]
             && !command.is_empty()
@@ -236,7 +236,7 @@ fn detach(client: &pigeon::Client, command: &Command, tty: bool, id: &str) -> Re
         session.end_input()?;
     }
     let deadline = std::time::Instant::now() + START;
-    // Once it is listed it outlives this connection; a failure to start is reported before.
+    // Once it is listed, it survives this connection; a failure to start is reported before that.
     loop {
         if let Some(Event::Exit(_)) = session.try_next()? {
             break;
@@ -274,7 +274,7 @@ impl Attach {
         let client = self.target.client(None)?;
         let sessions = || -> Result<_> {
             let mut sessions = client.sessions()?;
-            // That of `pigeon run` is nobody else's.
+            // The session of `pigeon run` is internal.
             sessions.retain(|session| session.id != workload::SESSION);
             Ok(sessions)
         };
@@ -320,20 +320,20 @@ impl Attach {
     }
 }
 
-/// An exit status of the guest as one of this command.
+/// Converts an exit status of the guest to one of this process.
 fn status(number: i32) -> u8 {
     u8::try_from(number & 0xff).expect("a byte")
 }
 
 /// Connects a session to the standard streams.
 pub struct Pass {
-    /// Standard input is the session's.
+    /// Whether standard input is passed on.
     pub interactive: bool,
-    /// The session is on a terminal.
+    /// Whether the session is on a terminal.
     pub tty: bool,
-    /// Ctrl-P Ctrl-Q detaches.
+    /// Whether Ctrl-P Ctrl-Q detaches.
     pub detachable: bool,
-    /// On a terminal, signals that end programs end this, and leave the terminal in order.
+    /// Whether signals end this process in an orderly way, if the session is on a terminal.
     pub signals: bool,
 }
 
@@ -354,7 +354,7 @@ const DETACH: [u8; 2] = [0x10, 0x11];
 /// Finds the detach keys in the input.
 #[derive(Default)]
 struct DetachKeys {
-    /// The first one was typed last.
+    /// Whether the last key was the first detach key.
     first: bool,
 }
 
@@ -378,7 +378,7 @@ impl DetachKeys {
     }
 }
 
-/// Passes input, output and the terminal's size on until the command ends.
+/// Forwards input, output and the terminal's size until the command exits.
 fn pass(mut session: Session, how: &Pass) -> Result<u8> {
     let (interactive, tty) = (how.interactive, how.tty);
     let mut keys = DetachKeys::default();
@@ -450,10 +450,10 @@ fn pass(mut session: Session, how: &Pass) -> Result<u8> {
         }
         if reading && ready[3] {
             let mut buffer = [0; MESSAGE];
-            // Not through the standard library's buffer, which poll(2) knows nothing of.
+            // Not through the standard library's buffer, which poll(2) does not see.
             match rustix::io::read(stdin.as_fd(), &mut buffer) {
                 Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
-                // A terminal that has gone, too, is an end.
+                // A closed terminal is an end of input too.
                 Ok(0) | Err(_) => {
                     input = false;
                     session.queue_end_of_input()?;

@@ -60,7 +60,7 @@ impl Ps {
     }
 }
 
-/// The command of a configuration, shortened.
+/// The command of a configuration, truncated.
 fn command_line(config: &Value) -> String {
     const WIDTH: usize = 32;
     let words = run::argv(config);
@@ -125,7 +125,7 @@ impl Stop {
         if self.names.is_empty() {
             return match self.target.vm(None)? {
                 Some(vm) => stop(&vm),
-                // Only its own API shows when it is down.
+                // Only its API is known, so the end of the VM is not awaited.
                 None => {
                     let timeout = vms::Record::default().stop_timeout(self.timeout)?;
                     Ok(self.target.client(None)?.stop(self.signal, Some(timeout))?)
@@ -136,7 +136,7 @@ impl Stop {
     }
 }
 
-/// Runs `act` for each VM, also after a failure, as docker does. Errors are reported; the last one is
+/// Calls `act` for each VM, continuing after failures, as in docker. Errors are reported; the last one is
 /// returned.
 pub fn for_each(names: &[String], mut act: impl FnMut(&str) -> Result<()>) -> Result<()> {
     let mut failed = Ok(());
@@ -154,7 +154,7 @@ pub fn for_each(names: &[String], mut act: impl FnMut(&str) -> Result<()>) -> Re
     failed
 }
 
-/// Stops a VM; one that does not stop is killed.
+/// Stops a VM; kills it if it does not stop.
 pub fn stop(vm: &Vm, signal: Option<u8>, timeout: Duration) -> Result<()> {
     if !vm.running {
         return Ok(());
@@ -165,7 +165,7 @@ pub fn stop(vm: &Vm, signal: Option<u8>, timeout: Duration) -> Result<()> {
     let wait = |timeout| vm.wait(timeout);
     let asked =
         client.and_then(|client| workload::stop(&vm.record, &client, signal, timeout, wait));
-    // One that still boots, or whose init knows no such call, is stopped by its owner.
+    // A VM that is booting, or whose init does not have the call, is stopped by its owner.
     if asked.is_err() {
         vm.signal_owner(Signal::TERM)?;
     }
@@ -176,9 +176,9 @@ pub fn stop(vm: &Vm, signal: Option<u8>, timeout: Duration) -> Result<()> {
     Ok(())
 }
 
-/// Kills a VM. Its disks are free afterwards.
+/// Kills a VM. Its disks are no longer in use afterwards.
 fn kill(vm: &Vm) -> Result<()> {
-    // Two signals are a kill to its owner, who then waits for the hypervisor to have ended.
+    // The second signal makes its owner kill the VM, and wait for the hypervisor to exit.
     vm.signal_owner(Signal::TERM)?;
     vm.signal_owner(Signal::INT)?;
     if !vm.wait(SHUTDOWN) {
@@ -204,7 +204,7 @@ impl Kill {
             let vm = vms::find_running(name)?;
             let client = pigeon::Client::connect(&vm.record.uds).map_err(anyhow::Error::from);
             match client.and_then(|client| workload::signal(&vm.record, &client, self.signal)) {
-                // There is no workload yet that could end.
+                // No workload has started yet.
                 Err(_) if i32::from(self.signal) == Signal::KILL.as_raw() => kill(&vm)?,
                 sent => sent?,
             }
@@ -263,7 +263,7 @@ impl Wait {
                     .map(|c| c.exit_code())
                 {
                     Ok(Ok(exit)) => exit,
-                    // It ended before it could be asked.
+                    // It ended before the call.
                     Ok(Err(_)) | Err(_) if vm.wait(SHUTDOWN) => recorded(vm)?,
                     Ok(Err(error)) => return Err(error.into()),
                     Err(error) => return Err(error),
@@ -291,7 +291,7 @@ impl Wait {
     }
 }
 
-/// The exit code of a VM that has ended.
+/// The recorded exit code of a VM that has ended.
 fn recorded(vm: &Vm) -> Result<Exit> {
     let record = vm.reread()?;
     if let Some(exit) = record.exit {
@@ -390,7 +390,7 @@ impl Stats {
     }
 }
 
-/// A summary for humans.
+/// A summary for people.
 fn summary(info: &Value) -> Vec<Vec<String>> {
     let number = |value: &Value| value.as_f64();
     let mut rows = vec![];

@@ -55,7 +55,7 @@ impl Logs {
         }
     }
 
-    /// For a VM that was not started by `pigeon run`: what its init still has.
+    /// For a VM not started by `pigeon run`: the output that its init still has.
     fn live(&self) -> Result<()> {
         let client = self.target.client(None)?;
         let mut begin = self.since_offset;
@@ -83,7 +83,7 @@ impl Logs {
             let mut source = io::BufReader::new(source);
             let last = last_lines(lines, || read_frame(&mut source).context(damaged))?;
             begin = first + last.start;
-            // Lines written meanwhile are not part of them.
+            // Lines written later are not included.
             end = match self.follow {
                 true => u64::MAX,
                 false => first + last.end,
@@ -127,7 +127,7 @@ impl Logs {
     }
 }
 
-/// A number of lines; docker takes a negative one for all.
+/// Parses a number of lines; as in docker, a negative number means all.
 fn parse_tail(text: &str) -> Result<usize, String> {
     match text.parse::<i64>() {
         _ if text == "all" => Ok(usize::MAX),
@@ -141,7 +141,7 @@ fn last_lines(
     lines: usize,
     mut next_frame: impl FnMut() -> Result<Option<Frame>>,
 ) -> Result<Range<u64>> {
-    // Of the last lines, and of what may come after the last line feed.
+    // Offsets of the last line starts, including the one after the last line feed.
     let mut begins = VecDeque::from([0]);
     let mut offset = 0;
     while let Some(frame) = next_frame()? {
@@ -155,7 +155,7 @@ fn last_lines(
         }
         offset += frame.bytes.len() as u64;
     }
-    // A last line without its end is one, too.
+    // A last line without a line feed counts.
     if begins.back() != Some(&offset) {
         begins.push_back(offset);
     }
@@ -163,8 +163,8 @@ fn last_lines(
     Ok(begins.get(surplus).copied().unwrap_or(offset)..offset)
 }
 
-/// Removes a partial frame at the end of a record whose writer was killed. Returns the bytes of output that
-/// are left.
+/// Removes a partial frame at the end of a record whose writer was killed. Returns the remaining bytes of
+/// output.
 pub fn remove_partial_frame(file: &File) -> Result<u64> {
     let mut source = io::BufReader::new(file);
     let (mut whole, mut bytes) = (0, 0);
@@ -183,7 +183,7 @@ pub fn warn_of_loss(wanted: u64, first: u64) {
     }
 }
 
-/// Writes a piece of output to where it belongs.
+/// Writes output to its stream.
 pub fn show(frame: &Frame) -> Result<()> {
     match frame.stream {
         Stream::Stdout => output::write(&mut io::stdout().lock(), &frame.bytes),
@@ -235,7 +235,7 @@ fn recorded_events(vm: &Vm, follow: bool) -> Result<()> {
     Ok(())
 }
 
-/// Until the VM has ended.
+/// Prints events until the VM ends.
 fn listen(uds: &Path, port: u32) -> Result<()> {
     let listener = events::Listener::bind(uds, port)?;
     let mut events = listener.accept()?;
@@ -245,11 +245,11 @@ fn listen(uds: &Path, port: u32) -> Result<()> {
     Ok(())
 }
 
-/// Extracts the workload's output from a console: drops lines of the kernel and the init, and the
-/// carriage returns that the terminal adds.
+/// Extracts the workload's output from a console: removes lines of the kernel and the init, and the carriage
+/// returns added by the terminal.
 #[derive(Default)]
 pub struct ConsoleFilter {
-    /// The beginning of a line, as long as it may be one of the others.
+    /// The beginning of a line whose origin is undecided.
     begin: Vec<u8>,
     state: LineState,
     carriage_return: bool,
@@ -264,7 +264,7 @@ enum LineState {
 }
 
 impl ConsoleFilter {
-    /// What of these bytes, and of those before, is the workload's.
+    /// Returns the workload's part of these and of undecided earlier bytes.
     pub fn filter(&mut self, bytes: &[u8]) -> Vec<u8> {
         let mut shown = vec![];
         for &byte in bytes {
@@ -280,7 +280,7 @@ impl ConsoleFilter {
     }
 
     fn byte(&mut self, byte: u8, shown: &mut Vec<u8>) {
-        /// Bytes of a line's begin: far more than the kernel's longest time has.
+        /// Maximum size of an undecided beginning in bytes: far more than a kernel timestamp.
         const MAX_BEGIN: usize = 64;
         if self.state == LineState::Undecided {
             self.begin.push(byte);
@@ -301,13 +301,14 @@ impl ConsoleFilter {
         }
     }
 
-    /// What is left at the end.
+    /// Returns undecided bytes at the end.
     pub fn finish(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.begin)
     }
 }
 
-/// Whether a line with this beginning is from the kernel, `[    1.234567] `, or the init.
+/// Classifies a line by its beginning: from the kernel, `[    1.234567] `, from the init, or from the
+/// workload.
 fn classify(begin: &[u8]) -> LineState {
     const INIT: &[u8] = b"pigeon-init: level=";
     if begin.starts_with(INIT) {
@@ -334,7 +335,7 @@ fn classify(begin: &[u8]) -> LineState {
     }
 }
 
-/// Passes the workload's bytes of a console that grows on, until it ends and `is_over`.
+/// Forwards the workload's output from a growing console until its end, once `is_over`.
 pub fn filter_console(
     dir: &Path,
     is_over: impl Fn() -> bool,
@@ -421,7 +422,7 @@ mod tests {
             for bytes in console.as_bytes().chunks(step) {
                 shown.extend(filter.filter(bytes));
             }
-            // A prompt is there before its line ends.
+            // A prompt is shown before its line ends.
             assert!(shown.ends_with(b"# "), "{step}");
             shown.extend(filter.finish());
             assert_eq!(String::from_utf8(shown).unwrap(), expected, "{step}");
@@ -429,7 +430,7 @@ mod tests {
         let mut filter = ConsoleFilter::default();
         assert_eq!(filter.filter(b"[ 12"), b"");
         assert_eq!(filter.finish(), b"[ 12");
-        // What could be the kernel's for ever is not kept for ever.
+        // The beginning of a line is kept only up to a limit.
         for endless in [" ", "1", "1.1"] {
             let line = format!("[{}", endless.repeat(100));
             let mut filter = ConsoleFilter::default();

@@ -31,9 +31,9 @@ use signal_hook::{
 use output::note;
 use target::Target;
 
-/// Exit code of this command's own failures, as docker has it.
+/// Exit code of this command's own failures, as in docker.
 const FAILED: u8 = 125;
-/// Exit code when a command could not be started in the VM: not executable, not found.
+/// Exit codes when a command could not be started in the VM: not executable, not found.
 const CANNOT_START: u8 = 126;
 const NOT_FOUND: u8 = 127;
 
@@ -136,7 +136,7 @@ fn main() -> ExitCode {
         Err(error) => {
             let error = suggest::complete(error);
             let _ = error.print();
-            // Help that was asked for is no failure.
+            // Requested help is not a failure.
             return ExitCode::from(if error.use_stderr() { FAILED } else { 0 });
         }
     };
@@ -208,8 +208,8 @@ fn is_ignored(signal: i32) -> bool {
     ignored.unwrap_or(0) >> (signal - 1) & 1 == 1
 }
 
-/// Signals that end what this process does. An ignored SIGHUP stays ignored: with nohup(1), what runs goes on
-/// when its terminal is closed.
+/// Handles signals that end this command. An ignored SIGHUP stays ignored, so that with nohup(1) the command
+/// continues when its terminal is closed.
 fn catch(signals: &[i32]) -> std::io::Result<Signals> {
     let signals = signals.iter().copied();
     Signals::new(signals.filter(|signal| *signal != SIGHUP || !is_ignored(SIGHUP)))
@@ -229,7 +229,7 @@ fn remove_scratch_on_signals() -> Result<()> {
     Ok(())
 }
 
-/// What to do about an error.
+/// Advice for an error.
 fn hint(error: &anyhow::Error) -> Option<&'static str> {
     let error = error.downcast_ref::<Error>()?;
     Some(match error {
@@ -248,7 +248,7 @@ fn hint(error: &anyhow::Error) -> Option<&'static str> {
             "The workload has exited, or is frozen for a snapshot."
         }
         Error::Refused { status: 503, .. } => "The VM has reached its connection limit: try again.",
-        // The init's words for a call that it has not.
+        // The init's messages for a call that it does not have.
         Error::Refused {
             status: 404 | 405,
             message,

@@ -57,7 +57,7 @@ impl UnmountVolume {
     }
 }
 
-/// A VM's name, if there is one, and a path in it.
+/// An optional VM name, and a path in the VM.
 fn in_guest(text: &str) -> Result<(Option<&str>, &str)> {
     let (name, path) = match Place::of(text) {
         Place::There(name, path) => (name, path),

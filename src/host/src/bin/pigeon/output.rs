@@ -9,11 +9,11 @@ use anyhow::{Context, Result};
 
 use crate::FAILED;
 
-/// Exit code on a broken pipe, as in a shell: 128 + SIGPIPE.
+/// Exit code after a broken pipe, as in a shell: 128 + SIGPIPE.
 const BROKEN_PIPE: u8 = 141;
 
-/// A broken pipe, which ends the command silently. It is an error like any other, so that cleanup (of a VM, of a
-/// terminal's mode) happens on the way out.
+/// A broken pipe, which ends the command silently. It is an error, so that cleanup (of a VM, of a terminal's
+/// mode) is not skipped.
 #[derive(Debug)]
 pub struct NoReader;
 
@@ -25,7 +25,7 @@ impl fmt::Display for NoReader {
 
 impl std::error::Error for NoReader {}
 
-/// The exit code of a command that has failed so.
+/// The exit code for an error.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     match error.is::<NoReader>() {
         true => BROKEN_PIPE,
@@ -45,12 +45,12 @@ macro_rules! note {
 
 pub(crate) use {note, say};
 
-/// Prints a result as it is.
+/// Prints a result without changes.
 pub fn print(text: &str) -> Result<()> {
     write(&mut io::stdout().lock(), text.as_bytes())
 }
 
-/// Writes to one of the standard streams, at once.
+/// Writes to one of the standard streams, and flushes it.
 pub fn write(stream: &mut dyn Write, bytes: &[u8]) -> Result<()> {
     match stream.write_all(bytes).and_then(|()| stream.flush()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(NoReader.into()),
@@ -63,13 +63,13 @@ pub fn print_note(text: std::fmt::Arguments) {
     let _ = writeln!(io::stderr(), "pigeon: {text}");
 }
 
-/// Whether colours are wanted on standard output. (no-color.org)
+/// Whether to use colours on standard output. (no-color.org)
 pub fn is_coloured() -> bool {
     let no_color = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     !no_color && io::stdout().is_terminal()
 }
 
-/// Prints rows under their titles, in columns.
+/// Prints rows in columns with titles.
 pub fn table(titles: &[&str], rows: &[Vec<String>]) -> Result<()> {
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column));

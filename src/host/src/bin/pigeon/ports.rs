@@ -17,18 +17,18 @@ use crate::{
     target::Target,
 };
 
-/// `[[ADDRESS:]HOST:]GUEST`, as `docker run -p` has it, but on 127.0.0.1 by default.
+/// `[[ADDRESS:]HOST:]GUEST`, as in `docker run -p`, but on 127.0.0.1 by default.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Port {
-    /// Where the host listens.
+    /// The host's listening address.
     pub address: IpAddr,
-    /// 0: any free port.
+    /// 0 for any free port.
     pub host: u16,
     pub guest: u16,
 }
 
 impl Port {
-    /// From any free port of the host.
+    /// Forwards a free port of the host.
     pub fn any(guest: u16) -> Port {
         Port {
             address: Ipv4Addr::LOCALHOST.into(),

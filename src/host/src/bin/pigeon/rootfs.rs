@@ -101,7 +101,7 @@ impl Rootfs {
     }
 }
 
-/// What an image runs, for a person to read.
+/// The command of an image, for people to read.
 fn command_line(config: &serde_json::Value) -> String {
     let words = ["Entrypoint", "Cmd"].map(|key| config[key].as_array().into_iter().flatten());
     let words: Vec<_> = words

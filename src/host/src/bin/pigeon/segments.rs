@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result};
 
 /// Minimum size of a segment in bytes before the next one is started; two are kept. Docker's `local` log
-/// driver keeps 100 MB, too.
+/// driver also keeps 100 MB.
 const MIN_SEGMENT_SIZE: u64 = 50 << 20;
 /// How often a growing log is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
@@ -233,7 +233,7 @@ mod tests {
         assert_eq!(read(dir), (0, "0123456789abc".into()));
         write(&mut first, "d");
         drop(first);
-        // As after a restart.
+        // Reopened, as after a restart.
         let mut second = writer(dir);
         assert_eq!((second.start, second.end), (13, 14));
         write(&mut second, "efghijklmnop");

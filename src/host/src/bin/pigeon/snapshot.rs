@@ -31,12 +31,12 @@ use crate::{
     vms,
 };
 
-/// After this time a guest thaws itself if its snapshot was not completed.
+/// Time after which a guest thaws itself if the snapshot was not completed.
 const HOLD: Duration = Duration::from_secs(120);
 /// How long a VM may take to respond after the snapshot.
 const UP: Duration = Duration::from_secs(30);
 
-/// What a VM of `pigeon run --restorable` needs to be known for its snapshots.
+/// The record of a VM of `pigeon run --restorable` that its snapshots need.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Restorable {
     /// The directory of its hypervisor's sockets.
@@ -47,7 +47,7 @@ pub struct Restorable {
 }
 
 impl Restorable {
-    /// What is to be recorded of a VM that is started like this.
+    /// The record for a VM with this specification.
     pub fn of(spec: &Spec) -> Result<Restorable> {
         let disks = spec.disks.iter().map(|disk| RecordedDisk {
             path: disk.path().into(),
@@ -87,36 +87,36 @@ pub enum RecordedNic {
 /// preparation.
 const SNAPSHOT_LOCK: &str = "snapshot";
 
-/// Resumes a VM of this process if a `pigeon snapshot` of it was killed. Returns whether there was one.
+/// Resumes a VM of this process after its `pigeon snapshot` was killed. Returns whether that was the case.
 pub fn resume_orphaned(dir: &Path, uds: &Path) -> Result<bool> {
     let path = dir.join(SNAPSHOT_LOCK);
     if !path.exists() {
         return Ok(false);
     }
-    // It is still being taken.
+    // The snapshot is still being taken.
     let Some(lock) = LockFile::try_new(&path)? else {
         return Ok(false);
     };
     let mut token = String::new();
     lock.file().read_to_string(&mut token)?;
     if token.is_empty() {
-        return Ok(false); // it has just finished
+        return Ok(false); // it has just completed
     }
     let resumed = machine::resume_orphaned(dir).and_then(|()| {
         match Client::connect_within(uds, UP).and_then(|client| client.cancel_snapshot(&token)) {
-            // The guest is not frozen, or not any more.
+            // The guest is not or no longer frozen.
             Err(Error::Refused { .. }) | Ok(()) => Ok(()),
             Err(error) => Err(error.into()),
         }
     });
     if resumed.is_err() {
-        // For the next attempt.
+        // The next attempt needs the token.
         lock.keep();
     }
     resumed.map(|()| true)
 }
 
-/// What is beside the files of a snapshot.
+/// The description of a snapshot, next to its files.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Manifest {
     /// The VM's name.
@@ -129,7 +129,7 @@ pub struct Manifest {
     pub memory_mib: u32,
     pub cpus: u32,
     pub kernel: PathBuf,
-    /// Those that can be written are copies in the snapshot's directory.
+    /// Writable disks are copies in the snapshot's directory.
     pub disks: Vec<RecordedDisk>,
     pub nic: RecordedNic,
     pub config: Value,
@@ -138,7 +138,7 @@ pub struct Manifest {
 const MANIFEST: &str = "snapshot.json";
 
 impl Manifest {
-    /// That of the snapshot in `dir`.
+    /// Reads the manifest in `dir`.
     pub fn read(dir: &Path) -> Result<Manifest> {
         let path = dir.join(MANIFEST);
         let text = fs::read(&path)
@@ -155,7 +155,7 @@ pub fn files(dir: &Path) -> machine::Snapshot {
     }
 }
 
-/// What does not survive a snapshot, by hypervisor.
+/// Limitations, which are part of the help.
 const LIMITS: &str = "\
 The workload is frozen for the snapshot, and thawed afterwards. Open connections over vsock end.
 The snapshot is the machine's memory, state, and copies of the disks that it can write.
@@ -186,15 +186,15 @@ impl TakeSnapshot {
         })?;
         let timeout =
             Duration::try_from_secs_f64(self.freeze_timeout).context("bad --freeze-timeout")?;
-        let mut signals = HeldOff::new()?;
-        // All of the guest's memory is in it.
+        let mut signals = DeferredSignals::new()?;
+        // It contains all of the guest's memory.
         let made = fs::DirBuilder::new().mode(0o700).create(&self.dir);
         made.with_context(|| format!("unable to create {}", self.dir.display()))?;
-        // The hypervisor has another working directory.
+        // The hypervisor's working directory may be another one.
         let dir = fs::canonicalize(&self.dir)?;
         let taken = take(&vm.record, restorable, &dir, timeout, &mut signals);
-        let came = signals.came();
-        let error = match (taken, came) {
+        let received = signals.received();
+        let error = match (taken, received) {
             (Ok(said), None) => {
                 say!("{said}")?;
                 return Ok(0);
@@ -203,7 +203,7 @@ impl TakeSnapshot {
             (Err(error), _) => error,
         };
         let _ = fs::remove_dir_all(&dir);
-        match came {
+        match received {
             Some(signal) => {
                 note!("{error:#}");
                 Ok(128 + signal)
@@ -214,32 +214,33 @@ impl TakeSnapshot {
 }
 
 /// Signals that are deferred until the VM is resumed.
-struct HeldOff {
+struct DeferredSignals {
     signals: Signals,
-    came: Option<u8>,
+    received: Option<u8>,
 }
 
-impl HeldOff {
-    fn new() -> Result<HeldOff> {
-        Ok(HeldOff {
+impl DeferredSignals {
+    fn new() -> Result<DeferredSignals> {
+        Ok(DeferredSignals {
             signals: crate::catch(&[SIGHUP, SIGINT, SIGQUIT, SIGTERM])?,
-            came: None,
+            received: None,
         })
     }
 
-    /// The first one that came.
-    fn came(&mut self) -> Option<u8> {
-        let signal = self.came.or_else(|| {
+    /// The first signal received.
+    fn received(&mut self) -> Option<u8> {
+        let signal = self.received.or_else(|| {
             let signal = self.signals.pending().next()?;
             signal.try_into().ok()
         });
-        self.came = signal;
+        self.received = signal;
         signal
     }
 
-    /// An error if one came.
+    /// An error if a signal was received.
     fn check(&mut self) -> Result<()> {
-        self.came().map_or(Ok(()), |signal| Err(ended_by(signal)))
+        self.received()
+            .map_or(Ok(()), |signal| Err(ended_by(signal)))
     }
 }
 
@@ -253,11 +254,11 @@ fn take(
     restorable: &Restorable,
     dir: &Path,
     timeout: Duration,
-    signals: &mut HeldOff,
+    signals: &mut DeferredSignals,
 ) -> Result<Value> {
     let client = Client::connect(&record.uds)?;
     let token = format!("pigeon-{}-{}", process::id(), vms::now());
-    // From here on the VM's owner resumes the VM if this process is killed.
+    // From here on, the VM's owner resumes the VM if this process is killed.
     let lock = LockFile::try_new(&restorable.dir.join(SNAPSHOT_LOCK))?;
     let lock = lock.context("another snapshot of it is being taken")?;
     lock.file().set_len(0)?;
@@ -269,7 +270,7 @@ fn take(
         hold_ms: Some(HOLD.as_millis() as u64),
     });
     if let Err(error @ Error::Refused { .. }) = prepared {
-        return Err(error.into()); // nothing is held
+        return Err(error.into()); // nothing is frozen
     }
     let mut disks = restorable.disks.clone();
     let begin = Instant::now();
@@ -336,7 +337,7 @@ mod tests {
         ensure_readable(dir.path());
     }
 
-    /// What is written is read again.
+    /// Checks that a written manifest can be read.
     fn ensure_readable(dir: &Path) {
         let manifest = Manifest {
             name: "app".into(),

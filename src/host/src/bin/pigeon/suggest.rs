@@ -37,7 +37,7 @@ const OF_DOCKER: &[(&[&str], &str)] = &[
     ),
 ];
 
-/// Completes the error of a command line.
+/// Adds suggestions to a command line error.
 pub fn complete(mut error: Error) -> Error {
     let given = match error.get(ContextKind::InvalidSubcommand) {
         Some(ContextValue::String(given)) if error.kind() == ErrorKind::InvalidSubcommand => {
@@ -56,7 +56,7 @@ pub fn complete(mut error: Error) -> Error {
             .map(|command| command.get_name().to_string())
             .filter(|name| is_near(&given, name))
             .collect();
-        // They are nearer than what clap guesses.
+        // Closer than clap's own suggestions.
         if !near.is_empty() {
             error.insert(
                 ContextKind::SuggestedSubcommand,
@@ -67,7 +67,7 @@ pub fn complete(mut error: Error) -> Error {
     error
 }
 
-/// Whether two words are one mistake apart: a letter too many, missing or wrong, or two exchanged.
+/// Whether two words differ by one typing error: an extra, missing or wrong letter, or two exchanged ones.
 fn is_near(a: &str, b: &str) -> bool {
     let [a, b] = [a, b].map(|word| word.chars().collect::<Vec<_>>());
     let same_begin = a.iter().zip(&b).take_while(|(a, b)| a == b).count();

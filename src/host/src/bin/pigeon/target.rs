@@ -40,7 +40,7 @@ impl Target {
         Duration::try_from_secs_f64(self.boot_timeout).context("bad --boot-timeout")
     }
 
-    /// The socket that is given.
+    /// The socket given as an option.
     pub fn uds(&self) -> Option<&std::path::Path> {
         self.uds.as_deref()
     }
@@ -50,7 +50,7 @@ impl Target {
         self.uds.is_some() || self.vm.is_some()
     }
 
-    /// The VM of `pigeon run` that is meant; None when a socket is given.
+    /// The selected VM of `pigeon run`; None if a socket is given.
     pub fn vm(&self, name: Option<&str>) -> Result<Option<Vm>> {
         ensure!(
             name.is_none() || !self.is_given(),
@@ -63,7 +63,7 @@ impl Target {
         })
     }
 
-    /// The API of the VM, which is called `name` if no option says otherwise.
+    /// The API of the VM; it is called `name` if no option selects another one.
     pub fn client(&self, name: Option<&str>) -> Result<Client> {
         ensure!(
             name.is_none() || !self.is_given(),
@@ -72,7 +72,7 @@ impl Target {
         let timeout = self.timeout()?;
         let vm = match (&self.uds, name.or(self.vm.as_deref())) {
             (Some(uds), _) => {
-                // A socket that nobody has open will not get better: the VM is gone.
+                // A socket without a listener will not get one again: the VM has ended.
                 let client = Client::connect(uds).or_else(|error| match error {
                     Error::NotListening { .. } => Client::connect_within(uds, timeout),
                     error => Err(error),
@@ -87,7 +87,7 @@ impl Target {
             let connected = Client::connect_within(&vm.record.uds, Duration::from_millis(500));
             match connected {
                 Err(error) if error.is_not_yet() && Instant::now() < deadline => {
-                    // It may have ended meanwhile.
+                    // Fails if it has ended meanwhile.
                     vms::find_running(&vm.record.name)?;
                 }
                 client => return Ok(client?),

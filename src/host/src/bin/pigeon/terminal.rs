@@ -1,4 +1,4 @@
-//! The terminal this command runs on.
+//! The terminal of this command.
 
 use std::{
     io::{self, IsTerminal},
@@ -19,11 +19,11 @@ pub struct Restore(Termios);
 
 impl Drop for Restore {
     fn drop(&mut self) {
-        // In the background it would stop us, and the mode is the shell's.
+        // In the background the call would stop this process, and the mode is the shell's.
         if !is_ours() {
             return;
         }
-        // It fails for a terminal that has gone.
+        // Fails if the terminal was closed.
         let _ = tcsetattr(io::stdin(), OptionalActions::Flush, &self.0);
     }
 }
@@ -33,12 +33,13 @@ pub fn raw() -> io::Result<Restore> {
     let before = tcgetattr(io::stdin())?;
     let mut raw = before.clone();
     raw.make_raw();
-    // What has been typed already is for the command.
+    // Keys typed before are for the command.
     tcsetattr(io::stdin(), OptionalActions::Drain, &raw)?;
     Ok(Restore(before))
 }
 
-/// Keys go to the VM's console, which echoes them, as they are typed; Ctrl-C, Ctrl-\ and Ctrl-Z stay ours.
+/// Keys go to the VM's console, which echoes them, as they are typed; Ctrl-C, Ctrl-\ and Ctrl-Z still apply
+/// to this process.
 pub fn console() -> io::Result<Restore> {
     let before = tcgetattr(io::stdin())?;
     let mut console = before.clone();
@@ -50,13 +51,13 @@ pub fn console() -> io::Result<Restore> {
     Ok(Restore(before))
 }
 
-/// Whether keys typed now are for us: standard input is a terminal, and we are in its foreground.
+/// Whether standard input is a terminal, and this process is in its foreground.
 pub fn is_ours() -> bool {
     let stdin = io::stdin();
     stdin.is_terminal() && tcgetpgrp(&stdin).is_ok_and(|group| group == getpgrp())
 }
 
-/// Refuses -i with -t where there are no keys, as docker does.
+/// Refuses -i with -t if standard input is not a terminal, as in docker.
 pub fn check(interactive: bool, tty: bool) -> Result<()> {
     ensure!(
         !interactive || !tty || io::stdin().is_terminal(),

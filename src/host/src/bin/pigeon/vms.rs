@@ -1,6 +1,6 @@
-//! The VMs of `pigeon run`, by name. Each has a directory with its record, output and console, which
-//! is kept when it ends, and a socket in the user's runtime directory. There is no daemon: the
-//! process that runs a VM holds a lock on its directory.
+//! The VMs of `pigeon run`, by name. Each has a directory with its record, output and console, which is kept
+//! when it ends, and a socket in the user's runtime directory. There is no daemon: the process that runs a VM
+//! holds a lock on its directory.
 
 use std::{
     collections::BTreeMap,
@@ -21,7 +21,7 @@ use serde_json::Value;
 
 use crate::snapshot::Restorable;
 
-/// Most bytes of a VM's name: a Unix socket's path has 107, a host name 64.
+/// Maximum length of a VM's name: a Unix socket's path has 107 bytes, a host name 64.
 const MAX_NAME: usize = 40;
 
 /// The record of a VM.
@@ -29,7 +29,7 @@ const MAX_NAME: usize = 40;
 #[serde(default)]
 pub struct Record {
     pub name: String,
-    /// The name was derived from the image: a later VM may reuse it.
+    /// Whether the name was derived from the image, so that a later VM may reuse it.
     pub auto: bool,
     pub image: PathBuf,
     /// The Unix socket of its vsock.
@@ -42,44 +42,44 @@ pub struct Record {
     pub cpus: u32,
     /// Its configuration document.
     pub config: Value,
-    /// Its workload is the session [`SESSION`](crate::workload::SESSION).
+    /// Whether its workload is the session [`SESSION`](crate::workload::SESSION).
     pub session: bool,
-    /// How many seconds its workload has for its exit when it is stopped.
+    /// Time limit for the workload's exit when it is stopped, in seconds.
     pub stop_timeout: Option<f64>,
-    /// Ports of the host that lead to it, `127.0.0.1:8080->80/tcp`.
+    /// Forwarded ports of the host, such as `127.0.0.1:8080->80/tcp`.
     pub ports: Vec<String>,
-    /// How it is started again, if it can be.
+    /// How to start it again, if possible.
     pub launch: Option<Launch>,
     /// Seconds since 1970.
     pub started: u64,
-    /// When its workload has started.
+    /// When its workload was started.
     pub up: Option<u64>,
     pub ended: Option<u64>,
-    /// How its workload ended, if known.
+    /// The exit of its workload, if known.
     pub exit: Option<Exit>,
-    /// How the VM ended: `orderly`, `panic`, `killed`, `hypervisor`.
+    /// The kind of the VM's end: `orderly`, `panic`, `killed`, `hypervisor`.
     pub end: Option<String>,
     /// The exit code of `pigeon run`.
     pub exit_code: Option<u8>,
-    /// Of the image's health check: `starting`, `healthy`, `unhealthy`.
+    /// The status of the image's health check: `starting`, `healthy`, `unhealthy`.
     pub health: Option<String>,
-    /// What its snapshots need, if they can be restored.
+    /// The data for its snapshots, if they can be restored.
     pub restorable: Option<Restorable>,
 }
 
-/// A command line of `pigeon run`, and what else says what it does.
+/// A command line of `pigeon run`, with its environment.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub struct Launch {
-    /// The words after `pigeon run`.
+    /// The arguments after `pigeon run`.
     pub arguments: Vec<String>,
-    /// Where relative paths start.
+    /// The working directory, for relative paths.
     pub directory: PathBuf,
-    /// Those of [`Launch::VARIABLES`] that are set.
+    /// The [`Launch::VARIABLES`] that are set.
     pub environment: BTreeMap<String, String>,
 }
 
 impl Launch {
-    /// Variables that stand for options.
+    /// Variables that replace options.
     pub const VARIABLES: [&str; 4] = [
         "PIGEON_ARCH",
         "PIGEON_KERNEL",
@@ -87,7 +87,7 @@ impl Launch {
         "FIRECRACKER",
     ];
 
-    /// This process's; None if a record, which is text, cannot hold it.
+    /// This process's command line; None if it is not UTF-8.
     pub fn this() -> Option<Launch> {
         let words = env::args_os().skip(2).map(|word| word.into_string().ok());
         let set = |name: &str| Some((name.to_string(), env::var(name).ok()?));
@@ -100,13 +100,13 @@ impl Launch {
 }
 
 impl Record {
-    /// How long its workload has for its exit: `given` seconds, else what `pigeon run` was told.
+    /// Time limit for the workload's exit: `given` seconds, or that of `pigeon run`.
     pub fn stop_timeout(&self, given: Option<f64>) -> Result<Duration> {
         let seconds = given.or(self.stop_timeout).unwrap_or(STOP_TIMEOUT);
         Duration::try_from_secs_f64(seconds).context("bad --timeout")
     }
 
-    /// For a person to read.
+    /// The status for people to read.
     pub fn status(&self, running: bool) -> String {
         let since = |then: u64| crate::output::duration(now().saturating_sub(then));
         match (running, self.ended) {
@@ -145,23 +145,23 @@ pub struct Vm {
     pub dir: PathBuf,
 }
 
-/// How many seconds a workload has for its exit if nothing else is said.
+/// Default time limit for the workload's exit, in seconds.
 pub const STOP_TIMEOUT: f64 = 10.0;
 
 /// Files in a VM's directory.
 const RECORD: &str = "vm.json";
 const LOCK: &str = "lock";
-/// What the workload writes, in frames.
+/// The workload's output, in frames.
 pub const OUTPUT: &str = "output";
-/// The console as it is.
+/// The unfiltered console.
 pub const CONSOLE: &str = "console";
-/// Events of the init, a line of JSON each.
+/// Events of the init, one line of JSON each.
 pub const EVENTS: &str = "events";
 /// Messages of `pigeon run -d`.
 pub const MESSAGES: &str = "messages";
 /// Locked while the VM is restarted, so that `--rm` does not remove its record.
 const RESTARTS: &str = "restarts";
-/// What is kept of a VM that has ended, until another one that takes its name has started.
+/// The files of an ended VM, until another VM with its name has started.
 const EARLIER: &str = "earlier";
 
 impl Vm {
@@ -170,7 +170,7 @@ impl Vm {
         is_locked(&self.dir)
     }
 
-    /// Waits until it has ended; whether it has.
+    /// Waits until it has ended. Returns whether it has.
     pub fn wait(&self, timeout: Duration) -> bool {
         let deadline = std::time::Instant::now() + timeout;
         while self.is_running() {
@@ -182,12 +182,12 @@ impl Vm {
         true
     }
 
-    /// As it is recorded now.
+    /// Its current record.
     pub fn reread(&self) -> Result<Record> {
         read_record(&self.dir)
     }
 
-    /// A signal to the process that runs it.
+    /// Sends a signal to the process that runs it.
     pub fn signal_owner(&self, signal: Signal) -> Result<()> {
         let pid = i32::try_from(self.record.pid).ok().and_then(Pid::from_raw);
         let pid = pid.context("its process is not known")?;
@@ -198,7 +198,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Says that it is started again as soon as it has ended, unless this process ends before.
+    /// Announces that it is started again once it has ended. Dropping the file withdraws that.
     pub fn announce_restart(&self) -> Result<File> {
         let path = self.dir.join(RESTARTS);
         let cannot = || format!("unable to write {}", path.display());
@@ -207,18 +207,18 @@ impl Vm {
         Ok(announced)
     }
 
-    /// Removes all that is kept of it.
+    /// Removes its files.
     pub fn remove(&self) -> Result<()> {
-        // One that was run with --rm is gone, or its owner is about to remove it.
+        // A VM with --rm was removed, or its owner is about to remove it.
         let Ok(lock) = File::open(self.dir.join(LOCK)) else {
             return remove_tree(&self.dir);
         };
         let name = &self.record.name;
         ensure!(try_lock(&lock, File::try_lock), "{name} is running again");
         if !is_at(&lock, &self.dir.join(LOCK)) {
-            return Ok(()); // it was removed meanwhile, and what is there is another one
+            return Ok(()); // it was removed meanwhile, and this is another VM
         }
-        // Of one that was killed.
+        // A killed VM leaves its socket behind.
         drop(vsock::Reservation::new(&self.record.uds));
         remove_tree(&self.dir)
     }
@@ -246,7 +246,7 @@ impl Claim {
         })
     }
 
-    /// As it is recorded.
+    /// The record.
     pub fn record(&self) -> Record {
         self.lock().clone()
     }
@@ -257,18 +257,18 @@ impl Claim {
             .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Changes the record, which is written by the next [`Claim::update`].
+    /// Changes the record in memory; the next [`Claim::update`] writes it.
     pub fn set(&self, change: impl FnOnce(&mut Record)) {
         change(&mut self.lock());
     }
 
-    /// Whether it is started again as soon as it has ended.
+    /// Whether it is started again once it has ended.
     pub fn restarts(&self) -> bool {
         let announced = File::open(self.dir.join(RESTARTS));
         announced.is_ok_and(|file| file.try_lock().is_err())
     }
 
-    /// Changes the record, here and on disk. Once there is one, what is kept of an earlier VM goes.
+    /// Changes the record in memory and on disk. The files of an earlier VM are removed then.
     pub fn update(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
         let mut record = self.lock();
         change(&mut record);
@@ -276,12 +276,12 @@ impl Claim {
         remove_tree(&self.dir.join(EARLIER))
     }
 
-    /// Removes all that is kept of it.
+    /// Removes its files.
     pub fn remove(&self) -> Result<()> {
         remove_tree(&self.dir)
     }
 
-    /// Where the VM never came up, nobody needs what there is of it; what is kept of an earlier one stays.
+    /// Removes the files of a VM that never came up; those of an earlier VM are restored.
     pub fn give_up(&self) {
         if is_at(&self.lock, &self.dir.join(LOCK)) && !self.dir.join(RECORD).exists() {
             let _ = self.give_back();
@@ -303,7 +303,7 @@ impl Claim {
     }
 }
 
-/// Moves the record of an ended VM aside.
+/// Moves the files of an ended VM aside.
 fn put_aside(dir: &Path) -> Result<()> {
     let earlier = private(dir.join(EARLIER))?;
     for entry in fs::read_dir(dir)? {
@@ -315,7 +315,7 @@ fn put_aside(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Puts it back, if there is any.
+/// Moves them back, if there are any.
 fn put_back(dir: &Path) -> Result<()> {
     let earlier = dir.join(EARLIER);
     if !earlier.exists() {
@@ -350,7 +350,7 @@ fn read_record(dir: &Path) -> Result<Record> {
     record.with_context(|| format!("{} is damaged", path.display()))
 }
 
-/// In one step, so that a reader sees an old or a new one.
+/// Atomic, so that a reader sees the old or the new record.
 fn write_record(dir: &Path, record: &Record) -> Result<()> {
     let path = dir.join(RECORD);
     let new = dir.join(format!("{RECORD}.new"));
@@ -359,7 +359,7 @@ fn write_record(dir: &Path, record: &Record) -> Result<()> {
     written.with_context(|| format!("unable to write {}", path.display()))
 }
 
-/// A directory of this user's alone.
+/// Creates a directory for this user only.
 fn private(dir: PathBuf) -> Result<PathBuf> {
     fs::DirBuilder::new()
         .recursive(true)
@@ -376,14 +376,14 @@ fn private(dir: PathBuf) -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// The directory in a variable. A relative one is ignored, as the specification of the XDG variables asks.
+/// The directory in a variable. Relative paths are ignored, as required by the XDG specification.
 fn variable(name: &str) -> Option<PathBuf> {
     env::var_os(name)
         .map(PathBuf::from)
         .filter(|dir| dir.is_absolute())
 }
 
-/// The directory of sockets.
+/// The directory for sockets.
 fn runtime_dir() -> Result<PathBuf> {
     private(
         match variable("XDG_RUNTIME_DIR").filter(|dir| dir.is_dir()) {
@@ -405,7 +405,7 @@ fn state_dir() -> Result<PathBuf> {
     )
 }
 
-/// A name for a new VM: the wanted one, or one made of `stem`.
+/// Reserves a name for a new VM: the wanted one, or one derived from `stem`.
 pub fn claim(wanted: Option<&str>, stem: &str) -> Result<Claim> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if let Some(name) = wanted {
@@ -452,7 +452,7 @@ fn try_claim(name: &str, auto: bool) -> Result<Result<Claim, Taken>> {
     let Some(lock) = lock(&dir)? else {
         return Ok(Err(Taken::Running));
     };
-    // Somebody was killed before his VM came up.
+    // Its owner may have been killed before the VM came up.
     put_back(&dir)?;
     if let Ok(old) = read_record(&dir) {
         if !(auto && old.auto) {
@@ -468,7 +468,7 @@ fn try_claim(name: &str, auto: bool) -> Result<Result<Claim, Taken>> {
     Ok(Ok(Claim::new(dir, record, lock)?))
 }
 
-/// The name of an ended VM, with its record.
+/// Reserves the name of an ended VM, with its record.
 pub fn claim_again(vm: &Vm) -> Result<Claim> {
     let name = &vm.record.name;
     let lock = lock(&vm.dir)?;
@@ -486,7 +486,7 @@ pub fn claim_again(vm: &Vm) -> Result<Claim> {
     Claim::new(vm.dir.clone(), record, lock)
 }
 
-/// Locks the directory of a VM; None if it is another's.
+/// Locks the directory of a VM; None if another process holds the lock.
 fn lock(dir: &Path) -> Result<Option<File>> {
     let path = dir.join(LOCK);
     let cannot = || format!("unable to lock {}", dir.display());
@@ -494,7 +494,7 @@ fn lock(dir: &Path) -> Result<Option<File>> {
     if !try_lock(&lock, File::try_lock) {
         return Ok(None);
     }
-    // Its owner may have removed it between our opening and our locking it.
+    // Its owner may have removed it between open and lock.
     Ok(is_at(&lock, &path).then_some(lock))
 }
 
@@ -507,7 +507,7 @@ fn remove_if_there(path: &Path) -> Result<()> {
     }
 }
 
-/// Whether a lock could be had. Others look whether it is held, for a moment each.
+/// Tries to take a lock. Other processes may hold it briefly, to test it.
 fn try_lock(lock: &File, try_it: impl Fn(&File) -> Result<(), fs::TryLockError>) -> bool {
     (0..5).any(|_| {
         let locked = try_it(lock).is_ok();
@@ -522,13 +522,13 @@ fn is_locked(dir: &Path) -> bool {
     File::open(dir.join(LOCK)).is_ok_and(|lock| lock.try_lock_shared().is_err())
 }
 
-/// All that are there, or were, by name.
+/// All running and ended VMs, sorted by name.
 pub fn all() -> Result<Vec<Vm>> {
     let mut vms = vec![];
     for entry in fs::read_dir(state_dir()?)? {
         let dir = entry?.path();
         let running = is_locked(&dir);
-        // One that has only just begun has no record yet.
+        // A VM that is just starting has no record yet.
         let Ok(record) = read_record(&dir) else {
             continue;
         };
@@ -542,7 +542,7 @@ pub fn all() -> Result<Vec<Vm>> {
     Ok(vms)
 }
 
-/// The VM of this name, which may have ended.
+/// The VM with this name, which may have ended.
 pub fn find(name: &str) -> Result<Vm> {
     let mut vms = all()?;
     if let Some(at) = vms.iter().position(|vm| vm.record.name == name) {
@@ -555,7 +555,7 @@ pub fn find(name: &str) -> Result<Vm> {
     }
 }
 
-/// The VM of this name, which runs.
+/// The running VM with this name.
 pub fn find_running(name: &str) -> Result<Vm> {
     let vm = find(name)?;
     ensure!(
@@ -566,7 +566,7 @@ pub fn find_running(name: &str) -> Result<Vm> {
     Ok(vm)
 }
 
-/// The only VM that runs.
+/// The only running VM.
 pub fn only_running() -> Result<Vm> {
     let mut vms = all()?;
     vms.retain(|vm| vm.running);
@@ -589,7 +589,7 @@ pub fn only_running() -> Result<Vm> {
     }
 }
 
-/// The only VM that runs, or the only one that there was.
+/// The only running VM, or the only recorded one.
 pub fn only() -> Result<Vm> {
     let mut vms = all()?;
     if !vms.iter().any(|vm| vm.running) && vms.len() == 1 {

@@ -1,5 +1,5 @@
-//! Signals to a VM's workload, and its stop. With -i or -t it is a session, to which the init's own calls for
-//! this do not lead: they end what stands in for it, and with that the VM.
+//! Signals to a VM's workload, and stopping it. With -i or -t it is a session, which the init's own calls do
+//! not reach: they end the idle workload, and with it the VM.
 
 use std::time::Duration;
 
@@ -12,15 +12,15 @@ use pigeon::{
 
 use crate::vms::Record;
 
-/// The name of that session.
+/// The name of the workload's session.
 pub const SESSION: &str = "pigeon.run";
 /// How long a guest may take to send the session a signal.
 const SEND: Duration = Duration::from_secs(5);
 const KILL: u8 = 9;
 const TERM: u8 = 15;
 
-/// Sends a signal to the session's process group. None if there is no session: it has not started, or all of it
-/// has come.
+/// Sends a signal to the session's process group. None if there is no session: it has not started, or has
+/// ended and its output was read.
 fn send(record: &Record, client: &Client, signal: u8) -> Result<Option<Sent>> {
     let client = client.within(SEND);
     let sessions = client.sessions()?;
@@ -35,12 +35,12 @@ fn send(record: &Record, client: &Client, signal: u8) -> Result<Option<Sent>> {
     Ok(Some(client.kill(arch, Target::Group(pid), signal)?))
 }
 
-/// Sends the workload's process group a signal.
+/// Sends a signal to the workload's process group.
 pub fn signal(record: &Record, client: &Client, signal: u8) -> Result<()> {
     if record.session {
         match send(record, client, signal) {
             Ok(Some(Sent::Sent)) => return Ok(()),
-            // The VM is to end in any case.
+            // The signal ends the VM in any case.
             _ if signal == KILL => {}
             Ok(_) => bail!(
                 "{} has not started its workload, or has ended it",
@@ -52,8 +52,8 @@ pub fn signal(record: &Record, client: &Client, signal: u8) -> Result<()> {
     Ok(client.signal(signal)?)
 }
 
-/// Stops the workload, by default with the configuration's signal, and by SIGKILL after `timeout`. `wait` waits
-/// so long for the VM's end, and returns whether it has ended.
+/// Stops the workload, by default with the configuration's signal, and with SIGKILL after `timeout`. `wait`
+/// waits for the VM's end with that timeout, and returns whether it has ended.
 pub fn stop(
     record: &Record,
     client: &Client,
@@ -68,7 +68,7 @@ pub fn stop(
     match send(record, client, first) {
         Ok(Some(_)) => {
             if !wait(timeout) {
-                // It fails if the VM is about to end.
+                // Fails if the VM is about to end.
                 let _ = self::signal(record, client, KILL);
             }
             Ok(())

@@ -15,18 +15,18 @@ use rustix::stdio::{dup2_stderr, dup2_stdout};
 
 use crate::{FAILED, output::say, vms::MESSAGES};
 
-/// Set in that process.
+/// Set in the detached process.
 const VARIABLE: &str = "PIGEON_DETACHED";
 /// Prefix of the line that reports the VM's name.
 const STARTED: &str = "started: ";
 
-/// Whether this is that process.
+/// Whether this is the detached process.
 pub fn is_detached() -> bool {
     env::var_os(VARIABLE).is_some()
 }
 
-/// Runs pigeon with these arguments, and waits until its VM has started. Returns the name, or the exit code of a
-/// failure, which was already reported.
+/// Runs pigeon with these arguments, and waits until its VM has started. Returns the name, or the exit code
+/// of a failure that was already reported.
 pub fn start(arguments: impl IntoIterator<Item = OsString>) -> Result<Result<String, u8>> {
     let (mut reader, writer) = io::pipe()?;
     let mut command = Command::new("/proc/self/exe");
@@ -36,14 +36,14 @@ pub fn start(arguments: impl IntoIterator<Item = OsString>) -> Result<Result<Str
         .stdin(Stdio::null())
         .stdout(writer.try_clone()?)
         .stderr(writer);
-    // SAFETY: setsid(2) is async-signal-safe, and nothing of ours is touched.
+    // SAFETY: setsid(2) is async-signal-safe, and the closure accesses no memory of this process.
     unsafe {
         command.pre_exec(|| Ok(rustix::process::setsid().map(drop)?));
     }
     let mut child = command
         .spawn()
         .context("unable to start pigeon once more")?;
-    // Its ends of the pipe are its own alone from now on.
+    // Closes this process's copies of the pipe's write end.
     drop(command);
     let mut said = String::new();
     reader.read_to_string(&mut said)?;
@@ -59,7 +59,7 @@ pub fn start(arguments: impl IntoIterator<Item = OsString>) -> Result<Result<Str
     Ok(Err(code.unwrap_or(FAILED)))
 }
 
-/// The messages of a VM's owner, and the name of its VM if that has started.
+/// Splits the output of a VM's owner: its messages, and the VM's name if it has started.
 fn split(said: &str) -> (String, Option<String>) {
     let is_name = |line: &&str| line.starts_with(STARTED);
     let lines = said.split_inclusive('\n');

@@ -1,4 +1,4 @@
-//! From the options of `pigeon run` to the configuration document and the disks.
+//! Converts the options of `pigeon run` to the configuration document and the disks.
 
 use std::{
     collections::BTreeSet,
@@ -26,12 +26,12 @@ const HOLD: &str = "/run/pigeon/hold";
 /// Default size of a new writable layer, in bytes.
 const OVERLAY_SIZE: u64 = 1 << 30;
 
-/// A file that is a disk of the VM.
+/// A file used as a disk of the VM.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DiskFile {
     pub path: PathBuf,
     pub read_only: bool,
-    /// It is created with this size if it does not exist.
+    /// Size with which it is created if it does not exist.
     pub size: Option<u64>,
 }
 
@@ -69,7 +69,7 @@ impl Volume {
 }
 
 impl DiskFile {
-    /// Creates it, locked, if it does not exist.
+    /// Creates and locks it if it does not exist.
     pub fn make(&self) -> Result<Option<File>> {
         let shown = self.path.display();
         if self.path.exists() {
@@ -83,7 +83,7 @@ impl DiskFile {
         Ok(Some(file))
     }
 
-    /// Its file system, if the guest can mount that.
+    /// Its file system, if the guest can mount it.
     pub fn kind(&self) -> Result<Kind> {
         let shown = self.path.display();
         let kind = describe(&self.path)?;
@@ -123,22 +123,22 @@ impl Overlay {
     }
 }
 
-/// Everything that follows from the options.
+/// The result of all options.
 pub struct Plan {
-    /// The configuration document, with the workload that is asked for.
+    /// The configuration document, with the requested workload.
     pub document: Value,
     /// Disks in the order of their names, from /dev/vda on.
     pub disks: Vec<DiskFile>,
-    /// Ports that lead to the VM.
+    /// Ports forwarded to the VM.
     pub ports: Vec<Port>,
-    /// The workload, if it runs in a session: a disk with what the init runs in its place comes last.
+    /// The workload, if it runs in a session: the last disk is then the idle workload of the init.
     pub session: Option<SessionPlan>,
-    /// Volume paths of the image without a volume.
+    /// Volume paths of the image that have no volume.
     pub unkept: Vec<String>,
 }
 
 impl Plan {
-    /// The configuration document as the init gets it.
+    /// The configuration document for the init.
     pub fn guest_document(&self) -> Result<Value> {
         let mut document = self.document.clone();
         if self.session.is_some() {
@@ -194,7 +194,7 @@ pub fn argv(document: &Value) -> Vec<String> {
 }
 
 impl Run {
-    /// The configuration document, but for the VM's name.
+    /// The configuration document, without the VM's name.
     pub fn document(&self) -> Result<Value> {
         let mut document = self.read_document()?;
         if let Some(signal) = &self.stop_signal {
@@ -225,13 +225,13 @@ impl Run {
         Ok(document)
     }
 
-    /// The plan for a VM of this name.
+    /// The plan for a VM with this name.
     pub fn plan(&self, mut document: Value, name: &str) -> Result<Plan> {
         self.set_names(&mut document, name);
         self.plan_of(document)
     }
 
-    /// The plan for a VM with this configuration, which says all that options say about it.
+    /// The plan for a VM with this configuration, which includes all options.
     pub fn plan_of(&self, document: Value) -> Result<Plan> {
         let mut ports = vec![];
         for text in &self.publish {
@@ -255,7 +255,7 @@ impl Run {
         self.overlay.as_deref().map(Overlay::parse).transpose()
     }
 
-    /// The root, what is written to beside it, and volumes.
+    /// The root, its writable layer, and volumes.
     fn disks(&self) -> Result<Vec<DiskFile>> {
         let mut disks = vec![DiskFile {
             path: self.image().into(),
@@ -271,7 +271,7 @@ impl Run {
         Ok(disks)
     }
 
-    /// The file's configuration, with an `ImageConfig`.
+    /// The configuration file, with an `ImageConfig`.
     fn read_document(&self) -> Result<Value> {
         let beside = run_json_path(self.image());
         let path = match &self.config {
@@ -298,7 +298,7 @@ impl Run {
     /// Applies options that override the image's configuration.
     fn override_command(&self, document: &mut Value) {
         if let Some(entrypoint) = &self.entrypoint {
-            // An empty one clears the image's, as docker has it.
+            // An empty entrypoint clears the image's, as in docker.
             let words = Some(entrypoint).filter(|entrypoint| !entrypoint.is_empty());
             document["ImageConfig"]["Entrypoint"] = json!(Vec::from_iter(words));
         }
@@ -356,7 +356,7 @@ impl Run {
         }
     }
 
-    /// The VM's own name, and what it is to resolve to.
+    /// Sets the VM's host name and its address.
     fn set_names(&self, document: &mut Value, name: &str) {
         if let Some(hostname) = &self.hostname {
             document["Hostname"] = json!(hostname);
@@ -374,7 +374,7 @@ impl Run {
                     hosts.push(own);
                 }
             }
-            // The init writes the lines of localhost where the image has none.
+            // The init adds localhost if the image has no hosts file.
             None => document["EtcHosts"] = json!([own]),
         }
     }
@@ -404,8 +404,7 @@ impl Run {
         Ok(())
     }
 
-    /// Volumes, and file systems in memory. Those of options are mounted in place of those of the
-    /// file.
+    /// Adds volumes and tmpfs mounts. Volumes given as options replace the file's mounts.
     fn set_mounts(&self, document: &mut Value) -> Result<()> {
         if !self.volume.is_empty() {
             document["Mounts"] = json!([]);
@@ -439,7 +438,7 @@ impl Run {
     }
 }
 
-/// The name of the disk of this number.
+/// The name of the disk with this index.
 fn device(number: usize) -> Result<String> {
     let letter = ('a'..='z')
         .nth(number)
@@ -447,7 +446,7 @@ fn device(number: usize) -> Result<String> {
     Ok(format!("/dev/vd{letter}"))
 }
 
-/// `nofile=65536`, `nofile=1024:65536`, `core=-1`: as `docker run --ulimit` has it.
+/// Parses `nofile=65536`, `nofile=1024:65536`, `core=-1`, as in `docker run --ulimit`.
 fn parse_ulimit(text: &str) -> Result<(String, Value)> {
     let usage = || format!("{text:?} is not NAME=SOFT[:HARD], such as nofile=65536");
     let (name, limits) = text.split_once('=').with_context(usage)?;
@@ -477,7 +476,7 @@ fn parse_ulimit(text: &str) -> Result<(String, Value)> {
     ))
 }
 
-/// TCP ports that the image says it listens on.
+/// TCP ports exposed by the image.
 fn exposed_ports(document: &Value) -> Vec<u16> {
     let exposed = document["ImageConfig"]["ExposedPorts"].as_object();
     let mut ports: Vec<u16> = exposed
@@ -489,7 +488,7 @@ fn exposed_ports(document: &Value) -> Vec<u16> {
     ports
 }
 
-/// Paths where the image says that it keeps data, and nothing is mounted.
+/// Volume paths of the image on which nothing is mounted.
 fn unkept_volumes(document: &Value) -> Vec<String> {
     let mounts = document["Mounts"].as_array().cloned().unwrap_or_default();
     let is_mounted = |path: &str| {
@@ -507,7 +506,7 @@ fn unkept_volumes(document: &Value) -> Vec<String> {
         .collect()
 }
 
-/// File systems that the guest's kernel needs for these disks.
+/// Modules that the guest's kernel needs for the file systems of these disks.
 pub fn file_systems(kinds: &[Kind], overlay: bool) -> Vec<String> {
     let module = |kind: &Kind| match kind {
         Kind::Image(Format::Squashfs) => Some("squashfs"),
@@ -540,7 +539,7 @@ mod tests {
         run.plan(run.document()?, "app")
     }
 
-    /// The document, without the names that every VM has.
+    /// The document, without the host names that every VM has.
     fn document(config: &Value, words: &[&str]) -> Result<Value> {
         let mut document = plan(config, words)?.document;
         if document["Hostname"] == "app" {
@@ -653,7 +652,7 @@ mod tests {
         let (hostname, hosts) = names(&command, &["--net", "--hostname", "db", "IMAGE"]);
         assert_eq!(hostname, "db");
         assert_eq!(hosts, json!([{"Host": "db", "IP": "10.0.2.15"}]));
-        // What a configuration says stays.
+        // The configuration takes precedence.
         let own = json!({
             "ExecOverride": ["/a"],
             "Hostname": "me",
@@ -709,7 +708,7 @@ mod tests {
         assert!(error.contains("add ,size=1G to create it"), "{error}");
         assert!(disk(Some(16 << 20)).make().unwrap().is_some());
         assert_eq!(disk(None).kind().unwrap(), Kind::Image(Format::Ext4));
-        // It stays as it is.
+        // An existing file is not changed.
         assert!(disk(Some(32 << 20)).make().unwrap().is_none());
         assert_eq!(fs::metadata(&path).unwrap().len(), 16 << 20);
         fs::write(&path, [0; 4096]).unwrap();

@@ -42,7 +42,7 @@ pub struct HealthOptions {
 }
 
 impl HealthOptions {
-    /// Writes what is given to a configuration document.
+    /// Applies the options to a configuration document.
     pub fn change(&self, document: &mut Value) {
         let image = &mut document["ImageConfig"];
         if let Some(command) = &self.health_cmd {
@@ -67,7 +67,7 @@ impl HealthOptions {
     }
 }
 
-/// Reads `500ms`, `2s`, `1m30s`.
+/// Parses `500ms`, `2s`, `1m30s`.
 fn parse_time(text: &str) -> Result<Duration, String> {
     let seconds = || {
         let mut rest = text;
@@ -90,29 +90,29 @@ fn parse_time(text: &str) -> Result<Duration, String> {
         }
         Some(seconds).filter(|_| !text.is_empty())
     };
-    // What nanoseconds can tell in 64 bits.
+    // The range of nanoseconds in 64 bits.
     let time = seconds().filter(|&seconds| seconds < 1e10);
     let time = time.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     time.ok_or_else(|| "a number with ms, s, m or h is expected, as in 500ms or 1m30s".into())
 }
 
-/// What an image asks for.
+/// The health check of an image.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HealthCheck {
     argv: Vec<String>,
     interval: Duration,
     timeout: Duration,
-    /// Until then failures do not count.
+    /// Failures do not count during this time.
     start_period: Duration,
-    /// In place of the interval, in the start period as long as it has never succeeded.
+    /// The interval during the start period, until the first success.
     start_interval: Duration,
     retries: u32,
 }
 
 impl HealthCheck {
-    /// The one of a configuration, if it has one.
+    /// The health check of a configuration, if there is one.
     pub fn of(document: &Value) -> Option<HealthCheck> {
-        /// As Docker has them where the image says nothing.
+        /// Docker's defaults.
         const INTERVAL: Duration = Duration::from_secs(30);
         const START_INTERVAL: Duration = Duration::from_secs(5);
         const RETRIES: u32 = 3;
@@ -129,7 +129,7 @@ impl HealthCheck {
             }
             _ => return None,
         };
-        // In nanoseconds; 0 is what is usual.
+        // In nanoseconds; 0 means the default.
         let time = |key: &str, usual| match check[key].as_u64() {
             None | Some(0) => usual,
             Some(nanoseconds) => Duration::from_nanos(nanoseconds),
@@ -145,7 +145,7 @@ impl HealthCheck {
         })
     }
 
-    /// Runs it from now on, as long as the VM is up, and records what it says.
+    /// Runs it repeatedly while the VM is up, and records the result.
     pub fn start(self, uds: PathBuf, claim: Arc<Claim>) {
         let set = move |health: &str| {
             let _ = claim.update(|record| record.health = Some(health.into()));
@@ -166,7 +166,7 @@ impl HealthCheck {
                     Ok(output) => output.exit_code == 0,
                     // A timeout counts as a failure, as in Docker.
                     Err(Error::NotStarted(_) | Error::TimedOut(_)) => false,
-                    // It boots, is frozen, or busy.
+                    // The VM is booting, frozen, or busy.
                     Err(_) => continue,
                 };
                 match healthy {

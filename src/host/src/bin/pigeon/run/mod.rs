@@ -1,4 +1,4 @@
-//! `pigeon run`: a root image, booted.
+//! `pigeon run`: boots a root image.
 
 mod detach;
 mod document;
@@ -45,13 +45,13 @@ use owner::Owner;
 pub use restore::Restore;
 pub use start::{Restart, Start};
 
-/// MiB that Debian's kernel needs at least, so that the init is started.
+/// Minimum memory with which Debian's kernel starts the init, in MiB.
 const LEAST_MEMORY: u32 = 72;
 /// The vsock port for the init's events.
 const EVENTS_PORT: u32 = 10_001;
-/// KiB of the init's log ring when the console is not shown.
+/// Size of the init's log ring in KiB when the console is not shown.
 const LOG_KIB: u32 = 256;
-/// What the directories of VMs that run are called.
+/// Prefix of the directories of running VMs.
 const SCRATCH: &str = "pigeon-vm-";
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -211,7 +211,7 @@ struct Options {
     run: Run,
 }
 
-/// MiB of `512`, `512M`, `1.5G`.
+/// Parses MiB: `512`, `512M`, `1.5G`.
 fn parse_memory(text: &str) -> Result<u32, String> {
     let mib = match text.parse::<u32>() {
         Ok(mib) => mib,
@@ -237,7 +237,7 @@ impl Run {
         &self.words[1..]
     }
 
-    /// Whether the console is shown as it is.
+    /// Whether the unfiltered console is shown.
     fn shows_console(&self) -> bool {
         !self.quiet && !self.detach && !self.interactive && !self.tty
     }
@@ -259,7 +259,7 @@ impl Run {
                 Err(code) => Ok(code),
             };
         }
-        // Errors are reported before anything is created, and a file, which may be a pipe, is read once.
+        // Errors are reported before anything is created. Files are read only once, as they may be pipes.
         let document = self.document()?;
         let plan = self.plan(document.clone(), self.name.as_deref().unwrap_or(&stem))?;
         if self.dry_run {
@@ -269,13 +269,13 @@ impl Run {
         terminal::check(self.interactive, self.tty)?;
         self.check_memory()?;
         let claim = vms::claim(self.name.as_deref(), &stem)?;
-        // The name is known only now.
+        // The final name is known only now.
         let plan = self.plan(document, &claim.record().name)?;
         claim.set(|record| record.launch = Launch::this());
         self.boot(claim, plan, root)
     }
 
-    /// Boots a VM and runs it until it has ended: its exit code.
+    /// Boots a VM and waits until it has ended. Returns the exit code.
     fn boot(&self, claim: Claim, plan: Plan, root: Kind) -> Result<u8> {
         let name = claim.record().name;
         let mut held = Held::new(&plan.disks)?;
@@ -357,7 +357,7 @@ impl Run {
         owner.watch(machine, signals, events, held)
     }
 
-    /// What the root is.
+    /// Checks the root image and returns its format.
     fn check_image(&self) -> Result<Kind> {
         let image = self.image();
         let shown = image.display();
@@ -402,7 +402,7 @@ impl Run {
         Ok(())
     }
 
-    /// Whether the hypervisor forwards a port, rather than the init's tunnel.
+    /// Whether the hypervisor forwards a port, instead of the init's tunnel.
     fn by_hypervisor(&self, port: &crate::ports::Port) -> bool {
         self.net && port.address.is_ipv4() && port.host != 0
     }
@@ -436,7 +436,7 @@ impl Run {
         for (disk, kind) in plan.disks.iter().zip(kinds) {
             let path = fs::canonicalize(&disk.path)
                 .with_context(|| format!("unable to find {}", disk.path.display()))?;
-            // What can be read only is not to be written to by accident either.
+            // Read-only formats are also protected from accidental writes.
             let packed = matches!(kind, Kind::Image(Format::Squashfs | Format::Erofs));
             disks.push(match disk.read_only || packed {
                 true => Disk::file(&path).read_only(),
@@ -500,18 +500,18 @@ impl Run {
     }
 
     fn kernel_parameters(&self) -> Vec<String> {
-        // There is no MMDS to be waited for.
+        // There is no MMDS to wait for.
         let mut parameters = vec![
             "PIGEON_CONFIG=file".to_string(),
             format!("PIGEON_EVENTS_PORT={EVENTS_PORT}"),
         ];
         if !self.shows_console() {
-            // The serial console is slow, and nobody looks at it.
+            // The serial console is slow, and not shown.
             parameters.push("PIGEON_OUTPUT=log".into());
             parameters.push(format!("PIGEON_LOG_KIB={LOG_KIB}"));
         }
         if self.restorable {
-            // A clone is told by `pigeon restore`.
+            // `pigeon restore` sends a clone its configuration.
             parameters.push("PIGEON_RESTORE=host".into());
         }
         if let Some(mode) = self.cgroup_mode {
@@ -535,13 +535,13 @@ impl Run {
 #[derive(Default)]
 pub struct Held {
     disks: Vec<File>,
-    /// Disks that were created for it. They are removed if it does not start.
+    /// Disks that were created for it, and are removed if it does not start.
     made: Vec<(DiskFile, File)>,
     ports: Vec<Forward>,
 }
 
 impl Held {
-    /// Creates missing disks, and locks all: two VMs that write to one disk would destroy it.
+    /// Creates missing disks, and locks all: two VMs that write to the same disk would corrupt it.
     fn new(disks: &[DiskFile]) -> Result<Held> {
         let mut held = Held::default();
         for disk in disks {
@@ -565,14 +565,14 @@ impl Held {
                     "{shown} is in use by another running VM; --read-only, --overlay or ,ro allow \
                      sharing it"
                 ),
-                // A file system that knows no locks.
+                // A file system that does not support locks.
                 Err(fs::TryLockError::Error(_)) => {}
             }
         }
         Ok(held)
     }
 
-    /// The VM has started.
+    /// Keeps created disks, as the VM has started.
     fn keep(&mut self) {
         for (disk, file) in self.made.drain(..) {
             if disk.read_only {
@@ -594,13 +594,13 @@ impl Drop for Held {
     }
 }
 
-/// The directory of a running VM. Its lock distinguishes it from that of a killed one.
+/// The directory of a running VM. Its lock distinguishes it from a killed VM's.
 struct Scratch {
     dir: tempfile::TempDir,
     _lock: File,
 }
 
-/// The lock's name.
+/// The name of the lock file.
 const LOCK: &str = "lock";
 
 impl Scratch {
@@ -623,7 +623,7 @@ fn sweep() {
     };
     for entry in entries.flatten() {
         let is_ours = entry.file_name().to_string_lossy().starts_with(SCRATCH);
-        // Without a lock it is one that is being made.
+        // A directory without a lock is still being created.
         let lock = File::open(entry.path().join(LOCK));
         if is_ours && lock.is_ok_and(|lock| lock.try_lock().is_ok()) {
             let _ = fs::remove_dir_all(entry.path());
@@ -631,7 +631,7 @@ fn sweep() {
     }
 }
 
-/// A VM's end as `pigeon run --json` prints it.
+/// The end of a VM, for `pigeon run --json`.
 fn describe_end(exit: Option<&pigeon::Exit>, end: &str, code: u8) -> serde_json::Value {
     json!({"exit": exit, "end": end, "exit_code": code})
 }
@@ -667,7 +667,7 @@ mod tests {
         };
         let first = Held::new(disks).unwrap();
         refused();
-        // It does not start.
+        // The VM does not start.
         drop(first);
         assert!(!data.path.exists());
 
@@ -679,12 +679,12 @@ mod tests {
         drop(Held::new(disks).unwrap());
         assert!(data.path.exists());
 
-        // What fails at a later disk.
+        // A later disk fails.
         let made = disk("made.img", Some(16 << 20));
         assert!(Held::new(&[made.clone(), disk("none", None)]).is_err());
         assert!(!made.path.exists());
 
-        // What somebody else has put in its place is not removed.
+        // A file that replaced it meanwhile is not removed.
         let first = Held::new(std::slice::from_ref(&made)).unwrap();
         fs::remove_file(&made.path).unwrap();
         fs::write(&made.path, "precious").unwrap();
@@ -698,7 +698,7 @@ mod tests {
         let killed = Scratch::new().unwrap();
         let left = killed.path().to_path_buf();
         fs::write(left.join("initrd"), "x").unwrap();
-        // As after SIGKILL: the lock is gone, the directory is not.
+        // As after SIGKILL: unlocked, but not removed.
         let Scratch { dir, _lock } = killed;
         let _ = dir.keep();
         drop(_lock);

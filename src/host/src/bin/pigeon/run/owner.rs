@@ -50,29 +50,29 @@ use crate::{
     workload,
 };
 
-/// Exit code after a kill, as a shell has it: 128 + SIGKILL.
+/// Exit code after a kill, as in a shell: 128 + SIGKILL.
 const KILLED: u8 = 137;
 /// SIGQUIT and SIGTERM
 const QUIT: u8 = 3;
 const TERM: u8 = 15;
-/// Bytes of the console's end that are looked at for a panic.
+/// Bytes at the end of the console that are searched for a panic.
 const TAIL: usize = 16 << 10;
-/// Lines of it that are shown when a VM has failed and nobody has seen its console.
+/// Lines at the end of the console that are shown after a failure if the console was not.
 const SHOWN_LINES: usize = 15;
-/// How long a VM may take to go down, beside the time that its workload has.
+/// How long a VM may take to shut down, in addition to its workload's time.
 const SHUTDOWN: Duration = Duration::from_secs(10);
 /// Maximum size of the recorded events in bytes.
 const MAX_EVENT_LOG: u64 = 1 << 20;
-/// How often it is looked whether the terminal is ours again.
+/// How often to check whether this process is in the terminal's foreground again.
 const BACKGROUND_CHECK_INTERVAL: Duration = Duration::from_millis(200);
-/// How often an interrupted snapshot is looked for.
+/// How often to check for an interrupted snapshot.
 const SNAPSHOT_CHECK_INTERVAL: Duration = Duration::from_millis(500);
 /// How long a VM may take until its API is up, for a session.
 const BOOT: Duration = Duration::from_secs(120);
-/// How long the last of the output may take to arrive when the VM has ended.
+/// How long the last output may take to arrive after the VM has ended.
 const LAST_OUTPUT: Duration = Duration::from_secs(5);
 
-/// The signals that [`Owner::watch`] handles; until then they wait.
+/// The signals that [`Owner::watch`] handles; until then they are pending.
 pub fn signals() -> io::Result<Signals> {
     crate::catch(&[SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGCONT])
 }
@@ -92,7 +92,7 @@ struct Ended {
     exit: Option<Exit>,
     end: End,
     killed: bool,
-    /// The result of a session in place of the workload.
+    /// The result of a session that runs instead of the workload.
     session: Option<Result<u8>>,
     console: String,
 }
@@ -100,7 +100,7 @@ struct Ended {
 /// Receives the init's events.
 pub struct EventLog {
     exit: mpsc::Receiver<Exit>,
-    /// None if there is another thing where it would be.
+    /// None if its path is not available.
     _listener: Option<events::Listener>,
 }
 
@@ -126,7 +126,7 @@ impl Owner<'_> {
         let mut restore = None;
         match keyboard {
             Some(keyboard) if shows_console => pass_keys(keyboard),
-            // The open pipe is left to the VM.
+            // The pipe stays open for the VM.
             keyboard => std::mem::forget(keyboard),
         }
         let console = console.context("the console is piped")?;
@@ -143,7 +143,7 @@ impl Owner<'_> {
         self.watch_snapshots(over.clone());
         let asked = self.ask();
         let mut session = None;
-        // When it is killed, once it is to end.
+        // When to kill the VM if it has not ended.
         let mut kill_at: Option<Instant> = None;
         let mut stopping = false;
         let (fallback, use_keys) = mpsc::channel();
@@ -175,7 +175,7 @@ impl Owner<'_> {
                             note!("stopping the VM; once more kills it");
                         }
                         let timeout = self.run.stop_timeout()?;
-                        // After a session it ends by itself.
+                        // After a session the VM ends by itself.
                         if session.is_none() {
                             kill_at = Some(Instant::now() + timeout + SHUTDOWN);
                             self.request_stop(timeout, fallback.clone());
@@ -209,7 +209,7 @@ impl Owner<'_> {
         {
             session = receiver.recv_timeout(LAST_OUTPUT).ok();
         }
-        // A response arrives before the VM ends, or never.
+        // A response arrives before the VM ends, or not at all.
         let answered = asked.exit.recv_timeout(Duration::from_millis(200)).ok();
         let event = events.exit.try_iter().last();
         drop(events);
@@ -223,7 +223,7 @@ impl Owner<'_> {
         self.finish(ended)
     }
 
-    /// Asks the VM for everything that waits until it is up.
+    /// Starts the requests that wait until the VM is up.
     fn ask(&self) -> Asked {
         if let Some(check) = HealthCheck::of(&self.plan.document) {
             check.start(self.uds.clone(), self.claim.clone());
@@ -262,7 +262,7 @@ impl Owner<'_> {
                 .append(true)
                 .open(path)
                 .ok()?;
-            // After a snapshot, the init connects again.
+            // The init connects again after a snapshot.
             loop {
                 let mut events = acceptor.accept().ok()?;
                 while let Ok(Some(event)) = events.next_event() {
@@ -293,8 +293,8 @@ impl Owner<'_> {
         }
     }
 
-    /// Writes the workload's output down, and shows it where the console is not shown. The
-    /// receiver hears when all has come.
+    /// Records the workload's output, and shows it if the console is not shown. The receiver is notified once
+    /// all output has arrived.
     fn follow_output(&self, over: Arc<AtomicBool>) -> mpsc::Receiver<()> {
         let (done, receiver) = mpsc::channel();
         let (uds, dir) = (self.uds.clone(), self.claim.dir.clone());
@@ -310,7 +310,7 @@ impl Owner<'_> {
             };
             let mut is_recorded = true;
             let mut sink = |frame: Frame| {
-                // The VM continues without a reader, and with a full disk.
+                // The VM continues if nothing reads the output, or the disk is full.
                 let written = file.write(&frame.encode(), frame.bytes.len());
                 if let Err(error) = &written
                     && is_recorded
@@ -325,7 +325,7 @@ impl Owner<'_> {
             };
             let followed = follow(&uds, &over, &mut sink);
             if let Ok(Some(mut seen)) = followed {
-                // The console has it, among other things.
+                // The rest is on the console, among other messages.
                 let is_over = || over.load(Ordering::Relaxed);
                 let mut rest = |mut frame: Frame| {
                     let known = frame
@@ -351,7 +351,7 @@ impl Owner<'_> {
         receiver
     }
 
-    /// Resumes the VM when a `pigeon snapshot` that paused it was killed.
+    /// Resumes the VM if a `pigeon snapshot` was killed while the VM was paused.
     fn watch_snapshots(&self, over: Arc<AtomicBool>) {
         let Some(restorable) = self.claim.record().restorable else {
             return;
@@ -372,7 +372,7 @@ impl Owner<'_> {
         });
     }
 
-    /// Sends the workload SIGQUIT, as `docker run` does: many show where they are, and go on.
+    /// Sends SIGQUIT to the workload, like `docker run`: many programs dump their state and continue.
     fn pass_quit(&self) {
         let (uds, record) = (self.uds.clone(), self.claim.record());
         thread::spawn(move || {
@@ -384,12 +384,12 @@ impl Owner<'_> {
         });
     }
 
-    /// Asks the init to stop the workload; signals `fallback` if that fails.
+    /// Requests the init to stop the workload; notifies `fallback` if that fails.
     fn request_stop(&self, timeout: Duration, fallback: mpsc::Sender<()>) {
         let (uds, record) = (self.uds.clone(), self.claim.record());
         let has_keyboard = self.run.guest.arch.has_keyboard();
         thread::spawn(move || {
-            // This process ends with the VM.
+            // This process exits with the VM.
             let wait = |timeout| {
                 thread::sleep(timeout);
                 false
@@ -399,10 +399,9 @@ impl Owner<'_> {
             if client.and_then(|client| stop(&client)).is_ok() {
                 return;
             }
-            // Keys reach an init without this call, and one whose API is not up yet.
+            // Ctrl-Alt-Del also works if the init does not have this call, or its API is not up yet.
             let _ = fallback.send(());
-            // One that is not there yet is asked as soon as it is. A VM that has ended meanwhile needs
-            // nothing.
+            // The request is repeated once the API is up. If the VM has ended meanwhile, nothing is needed.
             let Ok(client) = Client::connect_within(&uds, timeout) else {
                 return;
             };
@@ -412,7 +411,7 @@ impl Owner<'_> {
         });
     }
 
-    /// Runs the real workload as a session, in a thread, and ends the VM after it.
+    /// Runs the real workload as a session, in a thread, and then ends the VM.
     fn start_session(&self, plan: &SessionPlan) -> mpsc::Receiver<Result<u8>> {
         let (sender, receiver) = mpsc::channel();
         let mut command = Command::new(plan.argv.clone());
@@ -430,8 +429,8 @@ impl Owner<'_> {
                 let waiting = Progress::spinner("booting");
                 let client = Client::connect_within(&uds, BOOT)?;
                 drop(waiting);
-                // Signals need its pid, which the list of sessions has of one with a name. An init built
-                // without has no list.
+                // Signals need its pid, which is listed only for named sessions. An init built without that
+                // feature has no list.
                 let command = match client.sessions() {
                     Ok(_) => command.id(workload::SESSION),
                     Err(_) => command,
@@ -456,7 +455,7 @@ impl Owner<'_> {
         receiver
     }
 
-    /// Says how the VM has ended, and writes it down.
+    /// Reports and records how the VM has ended.
     fn finish(&self, ended: Ended) -> Result<u8> {
         let Ended {
             exit,
@@ -519,7 +518,7 @@ impl Owner<'_> {
                 let error = exit.error.as_deref().unwrap_or_default();
                 format!("the workload could not be started: {error}")
             }
-            // Output that is asked for alone has nothing after it.
+            // With --quiet nothing is printed after the output.
             (Some(_), End::Reboot | End::PowerOff) if unseen && code < CANNOT_START - 1 => {
                 return Ok(code);
             }
@@ -544,7 +543,7 @@ impl Owner<'_> {
     }
 }
 
-/// Without a reader there is nothing to be shown.
+/// Errors are ignored by the caller: the output may have no reader.
 fn show_quietly(frame: &Frame) -> io::Result<()> {
     match frame.stream {
         pigeon::logs::Stream::Stdout => {
@@ -556,7 +555,7 @@ fn show_quietly(frame: &Frame) -> io::Result<()> {
     }
 }
 
-/// The last of what the init complains about on a console.
+/// The init's last warning or error on a console.
 fn complaint(console: &str) -> Option<&str> {
     console.lines().rfind(|line| {
         let level = line.strip_prefix("pigeon-init: level=");
@@ -564,12 +563,12 @@ fn complaint(console: &str) -> Option<&str> {
     })
 }
 
-/// Whether the workload is nothing that the guest's kernel can execute.
+/// Whether the guest's kernel cannot execute the workload (ENOEXEC).
 fn is_no_program(code: u8, console: &str) -> bool {
     code == CANNOT_START && complaint(console).is_some_and(|line| line.contains(": ENOEXEC\""))
 }
 
-/// The last lines of a console that nobody has seen.
+/// Shows the last lines of a console that was not shown.
 fn show_console_end(console: &str) {
     let lines: Vec<_> = console.lines().collect();
     let from = lines.len().saturating_sub(SHOWN_LINES);
@@ -578,8 +577,8 @@ fn show_console_end(console: &str) {
     }
 }
 
-/// Passes output on until the workload has ended, over as many connections as it takes. What the init
-/// has not given, as it cannot, or as the VM was gone before, begins at the byte of this number.
+/// Forwards output until the workload has exited, reconnecting as necessary. If the rest is not available
+/// from the init, returns the offset at which it begins.
 fn follow(
     uds: &Path,
     over: &AtomicBool,
@@ -602,7 +601,7 @@ fn follow(
         loop {
             match logs.next_frame() {
                 Ok(Some(frame)) => sink(frame)?,
-                // The workload has ended, and all has come.
+                // The workload has exited, and all output was read.
                 Ok(None) if !logs.is_cut() => return Ok(None),
                 Ok(None) | Err(_) => break,
             }
@@ -612,13 +611,13 @@ fn follow(
     Ok(Some(offset))
 }
 
-/// Copies what is typed, or piped in, to the console, as long as there is both.
+/// Copies standard input to the console until either is closed.
 fn pass_keys(mut keyboard: ChildStdin) {
     thread::spawn(move || {
         let stdin = io::stdin();
         let mut buffer = [0; 4096];
         loop {
-            // Before the read, which would stop us in the background (&, or Ctrl-Z and bg).
+            // Polled before the read, which would stop this process in the background (&, or Ctrl-Z and bg).
             let mut polled = [PollFd::new(&stdin, PollFlags::IN)];
             match poll(&mut polled, None) {
                 Err(Errno::INTR) => continue,
@@ -629,19 +628,19 @@ fn pass_keys(mut keyboard: ChildStdin) {
                 thread::sleep(BACKGROUND_CHECK_INTERVAL);
                 continue;
             }
-            // Not through the standard library's buffer, which poll(2) knows nothing of.
+            // Not through the standard library's buffer, which poll(2) does not see.
             match rustix::io::read(&stdin, &mut buffer) {
                 Err(Errno::INTR | Errno::AGAIN) => {}
                 Ok(size) if size > 0 && keyboard.write_all(&buffer[..size]).is_ok() => {}
                 _ => break,
             }
         }
-        // The end of our input is not the end of the console.
+        // The console stays open after the end of standard input.
         std::mem::forget(keyboard);
     });
 }
 
-/// Where a console is shown.
+/// The stream on which a console is shown.
 #[derive(Clone, Copy, PartialEq)]
 enum Shown {
     Nowhere,
@@ -658,7 +657,7 @@ fn record_console(mut console: ChildStdout, mut file: Writer, shown: Shown) -> V
             break;
         }
         let chunk = &buffer[..size];
-        // The VM continues without a reader, and with a full disk.
+        // The VM continues if nothing reads the output, or the disk is full.
         let _ = file.write(chunk, size);
         let _ = match shown {
             Shown::Nowhere => Ok(()),
@@ -675,7 +674,7 @@ fn record_console(mut console: ChildStdout, mut file: Writer, shown: Shown) -> V
     tail.into()
 }
 
-/// The exit code in the init's last words, for a VM that ended before its API was reached.
+/// The exit code in the init's log, for a VM that ended before its API was reached.
 fn logged_exit(tail: &str) -> Option<Exit> {
     const MESSAGE: &str = "msg=\"workload exited\" ";
     let line = tail
@@ -695,12 +694,12 @@ fn logged_exit(tail: &str) -> Option<Exit> {
 /// How often a VM that does not respond is polled.
 const RETRY: Duration = Duration::from_millis(20);
 
-/// Asks for the workload's exit code as soon as there is an API, and waits for it.
+/// Requests the workload's exit code once the API is up, and waits for it.
 fn ask_exit_code(uds: &Path) -> mpsc::Receiver<Exit> {
     let (sender, exit) = mpsc::channel();
     let uds = uds.to_path_buf();
     thread::spawn(move || {
-        // Until the process ends, which is when the VM has.
+        // The process exits when the VM has ended.
         let forever = Duration::from_secs(u32::MAX.into());
         loop {
             let response =

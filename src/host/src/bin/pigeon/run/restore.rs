@@ -92,7 +92,7 @@ impl Restore {
         let record = claim.record();
         let image = manifest.image.as_os_str();
         let words = ["pigeon".as_ref(), "--detach".as_ref(), "--".as_ref(), image];
-        // Those of a detached one.
+        // The options of a detached VM.
         let mut options = Options::try_parse_from(words)?.run;
         let arch = Arch::from_str(&manifest.arch, false).ok();
         options.guest.arch = arch.context("the snapshot's architecture is not known")?;
@@ -109,7 +109,7 @@ impl Restore {
         };
         let held = Held::new(&plan.disks)?;
         let spec = Spec {
-            // The hypervisor may have another working directory.
+            // The hypervisor's working directory may be another one.
             start: Start::Restore(files(&fs::canonicalize(&self.dir)?)),
             vsock: Some(record.uds.clone()),
             ..self.spec(manifest, &plan.disks, scratch.path(), options.guest.arch)?
@@ -150,7 +150,7 @@ impl Restore {
         Ok(document)
     }
 
-    /// A VM as the snapshot's.
+    /// The specification of the snapshot's VM.
     fn spec(
         &self,
         manifest: &Manifest,
@@ -162,7 +162,7 @@ impl Restore {
             true => Disk::file(&disk.path).read_only(),
             false => Disk::file(&disk.path),
         });
-        // A clone does not boot.
+        // A clone does not boot, so it needs no initrd.
         let nothing = Path::new("");
         Ok(Spec {
             memory_mib: manifest.memory_mib,
@@ -181,7 +181,7 @@ impl Restore {
     }
 }
 
-/// The disks of a clone: copies, in `dir`, of those that it can write.
+/// The disks of a clone: copies, in `dir`, of the writable ones.
 fn own_disks(manifest: &Manifest, dir: &Path) -> Result<Vec<DiskFile>> {
     let mut disks = vec![];
     for (number, disk) in manifest.disks.iter().enumerate() {
@@ -211,7 +211,7 @@ fn start(spec: &Spec, hypervisor: &str) -> Result<Box<dyn Machine>> {
     spec.start_firecracker(&program)
 }
 
-/// A configuration with another host name, also in its hosts.
+/// Changes the host name in a configuration, and in its hosts.
 fn renamed(mut document: Value, name: &str) -> Value {
     let old = document["Hostname"].take();
     for host in document["EtcHosts"].as_array_mut().into_iter().flatten() {

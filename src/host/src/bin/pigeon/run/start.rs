@@ -14,7 +14,7 @@ use crate::{
     vms::{self, Launch, Vm},
 };
 
-/// How often a record is looked at.
+/// How often a record is polled.
 const REFRESH: Duration = Duration::from_millis(50);
 
 #[derive(Args)]
@@ -92,7 +92,7 @@ impl Restart {
     }
 }
 
-/// The given names, or that of the only VM.
+/// The given names, or the name of the only VM.
 fn names_or_only(names: &[String]) -> Result<Vec<String>> {
     match names {
         [] => Ok(vec![vms::only()?.record.name]),
@@ -114,7 +114,7 @@ fn start_detached(name: &str, wait: bool) -> Result<Result<(), u8>> {
     })
 }
 
-/// Runs a VM as it was run before, until it has ended: its exit code.
+/// Runs a VM again with its options, and waits until it has ended. Returns the exit code.
 fn again(vm: &Vm, detached: bool) -> Result<u8> {
     let (launch, mut run) = command_of(vm, detached)?;
     enter(launch)?;
@@ -123,7 +123,7 @@ fn again(vm: &Vm, detached: bool) -> Result<u8> {
     let root = run.check_image()?;
     run.check_memory()?;
     let mut plan = run.plan_of(vm.record.config.clone())?;
-    plan.unkept.clear(); // which has been said
+    plan.unkept.clear(); // reported by the first run
     run.boot(vms::claim_again(vm)?, plan, root)
 }
 
