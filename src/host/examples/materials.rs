@@ -1,5 +1,5 @@
-//! The bill of materials of a program, from `cargo metadata` on standard input and the lock file
-//! that is named: CycloneDX 1.5 (ECMA-424), the same whenever the lock is the same.
+//! The bill of materials of a program, from `cargo metadata` on standard input and a lock file: CycloneDX 1.5
+//! (ECMA-424), reproducible for a given lock.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,7 +26,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// SHA-256 of the packages of a registry, by name and version.
+/// SHA-256 of registry packages, by name and version.
 fn checksums(lock: &str) -> BTreeMap<(String, String), String> {
     let mut found = BTreeMap::new();
     for package in lock.split("[[package]]").skip(1) {
@@ -55,7 +55,7 @@ fn bill(metadata: &Value, lock: &str) -> Result<Value> {
         .into_iter()
         .filter_map(|node| Some((node["id"].as_str()?.to_string(), node)))
         .collect();
-    // What is built in: dependencies of tests and of build scripts are not.
+    // Only normal dependencies, without those of tests and build scripts.
     let needs = |id: &str| -> BTreeSet<String> {
         let dependencies = nodes
             .get(id)
@@ -104,7 +104,7 @@ fn bill(metadata: &Value, lock: &str) -> Result<Value> {
             "purl": reference,
         });
         if let Some(licence) = package["license"].as_str() {
-            // An old form of the expression.
+            // An old syntax of the expression.
             let expression = licence.replace('/', " OR ");
             component["licenses"] = json!([{"expression": expression}]);
         }
@@ -135,7 +135,7 @@ fn bill(metadata: &Value, lock: &str) -> Result<Value> {
         "components": components,
         "dependencies": dependencies,
     });
-    // Of the contents, so that it is the same for the same.
+    // Derived from the contents, so that it is reproducible.
     let digest = Sha256::digest(bill.to_string());
     let hex: String = digest
         .iter()

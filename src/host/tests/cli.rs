@@ -1,4 +1,4 @@
-//! The command where there is no VM: what it says then, and how it gets images by name.
+//! The command without a VM: its messages, and how it gets images by name.
 
 mod common;
 #[path = "common/pty.rs"]
@@ -26,7 +26,7 @@ use pigeon::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-/// Standard output, standard error and exit code of `pigeon WORDS` in a place of its own.
+/// Standard output, standard error and exit code of `pigeon WORDS` in the directory of `place`.
 fn pigeon(place: &Place, words: &[&str]) -> (String, String, i32) {
     let path = std::env::var("PATH").unwrap();
     let path = format!("{}:{path}", place.0.path().display());
@@ -95,7 +95,7 @@ fn run_on_stand_in_with(place: &Place, options: &[&str]) -> (Command, Vm, Qemu) 
     (command, vm, qemu)
 }
 
-/// The error of `pigeon WORDS`, which is this command's own.
+/// The error of `pigeon WORDS`; its exit code must be that of the command's own failures.
 fn complaint(place: &Place, words: &[&str]) -> String {
     let (out, said, code) = pigeon(place, words);
     assert_eq!((out.as_str(), code), ("", 125), "{said}");
@@ -159,7 +159,7 @@ fn an_error_says_what_to_do_next() {
     let words = ["run", "--disk", "none:/data", "app.ext4", "id"];
     let said = complaint(&place, &words);
     assert!(said.contains("none does not exist: add ,size=1G"), "{said}");
-    // What does not even start leaves what is kept of the last VM of that image.
+    // A failed start keeps the files of the image's last VM.
     fs::create_dir_all(place.0.path().join("pigeon/vms/app")).unwrap();
     let record = json!({"name": "app", "auto": true, "started": 1, "ended": 2, "exit_code": 5});
     place.write("pigeon/vms/app/vm.json", record.to_string());
@@ -170,7 +170,7 @@ fn an_error_says_what_to_do_next() {
         said.contains("app.ext4 is there, and is not a socket"),
         "{said}"
     );
-    // Another VM is about to create its socket.
+    // Another VM has reserved this socket.
     let reservation = pigeon::vsock::Reservation::new(&place.path("other.vsock")).unwrap();
     let said = complaint(&place, &["run", "--uds", "other.vsock", "app.ext4", "id"]);
     assert!(said.contains("other.vsock is in use already"), "{said}");
@@ -211,14 +211,14 @@ fn only_an_unused_socket_of_an_ended_vm_is_removed() {
     ended("a", "vm.vsock");
     ended("b", "notes");
     ended("c", "left.vsock");
-    // Another VM's, the user's own, and nobody's.
+    // A socket in use by another VM, a user's file, and a leftover socket.
     let other = UnixListener::bind(path("vm.vsock")).unwrap();
     other.set_nonblocking(true).unwrap();
     place.write("notes", "precious");
     drop(UnixListener::bind(path("left.vsock")).unwrap());
     let (listed, said, code) = pigeon(&place, &["ps", "-a", "-q"]);
     assert_eq!((listed.as_str(), code), ("a\nb\nc\n", 0), "{said}");
-    // Who only looks does not even connect.
+    // Listing does not even connect.
     assert!(other.accept().is_err());
     assert!(path("vm.vsock").exists() && path("notes").exists());
     let (removed, said, code) = pigeon(&place, &["rm", "a", "b", "c"]);
@@ -234,7 +234,7 @@ fn a_file_at_the_path_of_the_events_socket_is_kept() {
     let path = place.write("app.vsock_10001", "precious");
     command.stdin(Stdio::null()).stdout(Stdio::null());
     let mut run = command.stderr(Stdio::piped()).spawn().unwrap();
-    // The VM is up when it is asked something.
+    // The VM is up once it receives a request.
     while vm.lines().is_empty() && run.try_wait().unwrap().is_none() {
         thread::sleep(Duration::from_millis(5));
     }
@@ -313,7 +313,7 @@ fn a_command_for_several_vms_continues_after_a_failure() {
         said.contains("no VM called none") && said.contains("called nor"),
         "{said}"
     );
-    // None of them can be started: there is an error for each.
+    // None of them can be started: each one causes an error.
     let (out, said, code) = pigeon(&place, &["start", "a", "none", "b"]);
     assert_eq!((out.as_str(), code), ("", 125), "{said}");
     assert_eq!(said.lines().count(), 3, "{said}");
@@ -485,7 +485,7 @@ fn an_invalid_size_is_refused_as_it_was_understood() {
 fn a_vm_without_the_init_is_distinguished_from_no_vm() {
     let place = Place::new();
     let listener = UnixListener::bind(place.path("vm.vsock")).unwrap();
-    // As Firecracker does while nothing listens on the port.
+    // Like Firecracker while nothing listens on the port.
     let host = std::thread::spawn(move || listener.incoming().for_each(drop));
     let said = complaint(
         &place,
@@ -533,7 +533,7 @@ fn an_image_by_name_comes_from_docker_and_is_pulled_if_needed() {
         ["info", "image", "pull", "save", "info", "image", "save"]
     );
     assert_eq!(log.matches(" -- demo:1\n").count(), 5, "{log}");
-    // For another architecture what is here already says nothing.
+    // A local image is not used for another architecture.
     let (foreign, platform) = match Arch::HOST {
         Arch::X86_64 => ("aarch64", "linux/arm64"),
         Arch::Aarch64 => ("x86_64", "linux/amd64"),
@@ -569,7 +569,7 @@ fn an_image_by_name_comes_from_skopeo_if_docker_fails() {
     let expected =
         "there is no file demo:2, and skopeo gave no image of that name: exit status: 1\n";
     assert!(said.ends_with(expected), "{said}");
-    // What can be but a file is not asked for.
+    // A name that can only be a file is not passed to docker or skopeo.
     for name in ["demo.tar.gz", "demo.tar.zst", "demo.oci", "./demo"] {
         let said = complaint(&place, &["rootfs", name, "other.ext4"]);
         assert_eq!(said, format!("pigeon: there is no {name}\n"));
@@ -612,7 +612,7 @@ fn a_signal_during_an_image_build_leaves_no_files_behind() {
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
-    // Open to the end: `wait` would close it.
+    // Kept open: `wait` would close it.
     let _input = rootfs.stdin.take();
     let left = || fs::read_dir(place.0.path()).unwrap().count();
     while left() == 0 {
@@ -677,7 +677,7 @@ fn a_closed_pipe_is_not_a_panic() {
         .output()
         .unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
-    // A reader that is gone before the first byte.
+    // A pipe that is closed before the first byte.
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let mut command = Command::new(env!("CARGO_BIN_EXE_pigeon"));
@@ -752,7 +752,7 @@ fn table_titles_are_bold_only_on_a_terminal_with_colours() {
             .env("NO_COLOR", no_color);
         command
     };
-    // An empty value is none (no-color.org).
+    // An empty value is ignored (no-color.org).
     for (value, is_bold) in [("", true), ("1", false)] {
         let mut terminal = pty::Terminal::spawn(command(value), (80, 24));
         terminal.expect("IMAGE");

@@ -1,4 +1,4 @@
-//! Images beside what umoci makes of the same archives.
+//! Compares images with what umoci unpacks from the same archives.
 
 mod common;
 
@@ -22,10 +22,11 @@ use pigeon::{
 use serde_json::json;
 use tar::EntryType;
 
-/// Bytes of `cap_dac_override,cap_fowner=ep` (linux/capability.h, vfs_cap_data): one is a line feed.
+/// `cap_dac_override,cap_fowner=ep` in binary form (linux/capability.h, vfs_cap_data); one byte is a line
+/// feed.
 const CAPABILITY: &[u8] = b"\x01\0\0\x02\x0a\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
-/// A directory to be packed by the host's own tar programs.
+/// A directory to be packed by the host's tar programs.
 fn stage(place: &Place, name: &str) -> PathBuf {
     let dir = place.path(name);
     fs::create_dir_all(dir.join("data")).unwrap();
@@ -44,7 +45,7 @@ fn pack(program: &str, options: &[&str], dir: &Path) -> Vec<u8> {
     output.stdout
 }
 
-/// Files with a hole each, before, between and after their data.
+/// Files with holes before, between and after their data.
 fn sparse_files(place: &Place) -> PathBuf {
     let dir = stage(place, "sparse");
     let file = |name: &str| fs::File::create(dir.join("data").join(name)).unwrap();
@@ -64,7 +65,7 @@ fn sparse_files(place: &Place) -> PathBuf {
     dir
 }
 
-/// Names, links and modes that a file system has.
+/// Files with unusual names, links and modes.
 fn ordinary_files(place: &Place) -> PathBuf {
     let dir = stage(place, "ordinary");
     let data = dir.join("data");
@@ -199,7 +200,7 @@ fn images(place: &Place) -> Vec<(&'static str, Vec<Vec<u8>>)> {
     ]
 }
 
-/// An OCI layout with a tag, which umoci takes.
+/// An OCI layout with a tag, for umoci.
 fn layout(place: &Place, number: usize, layers: &[Vec<u8>]) -> PathBuf {
     let mut layout = Layout::default();
     let gzip = |layer: &Vec<u8>| {
@@ -237,7 +238,7 @@ fn layout(place: &Place, number: usize, layers: &[Vec<u8>]) -> PathBuf {
     dir
 }
 
-/// What differs, a line for each file.
+/// The differences, one line per file.
 fn differences(ours: &Listing, theirs: &Listing) -> Vec<String> {
     let mut lines = vec![];
     for (path, record) in theirs {
@@ -257,7 +258,7 @@ fn differences(ours: &Listing, theirs: &Listing) -> Vec<String> {
 #[test]
 fn ten_archives_unpack_as_with_umoci() {
     let place = Place::new();
-    // Without root umoci makes no devices, keeps no owners, and cannot read all that it has made.
+    // Without root, umoci makes no devices, keeps no owners, and cannot read everything that it has unpacked.
     let root = rustix::process::geteuid().is_root();
     for (number, (name, layers)) in images(&place).iter().enumerate() {
         if !root && ["devices", "attributes", "owners and modes"].contains(name) {
@@ -276,7 +277,7 @@ fn ten_archives_unpack_as_with_umoci() {
         if !root {
             for record in theirs.values_mut() {
                 record.owner = (0, 0);
-                // Where it notes the owner.
+                // umoci stores the owner in it.
                 record.xattrs.remove("user.rootlesscontainers");
             }
         }
@@ -311,7 +312,7 @@ fn ten_archives_unpack_as_with_umoci() {
         inodes.dedup();
         assert_eq!(files, inodes.len() as u64, "{name}: files");
 
-        // Of times squashfs has whole seconds from 1970 to 2106.
+        // squashfs stores whole seconds from 1970 to 2106.
         let mut squashfs = without_owners(of_squashfs(&image(Format::Squashfs)));
         let mut expected = theirs.clone();
         for record in expected.values_mut() {
@@ -334,7 +335,7 @@ fn ten_archives_unpack_as_with_umoci() {
         for listing in [&mut erofs, &mut expected] {
             for record in listing.values_mut() {
                 (record.links, record.xattrs) = (0, Default::default());
-                // erofs-utils 1.5 changes the owner after the mode, which takes these bits away.
+                // erofs-utils 1.5 changes the owner after the mode, which clears these bits.
                 if record.mode & 0o170_000 == 0o100_000 {
                     record.mode &= !0o6000;
                 }
@@ -356,7 +357,7 @@ fn old_gnu_sparse_files_are_complete_and_stay_sparse() {
     check(&out);
     let mut expected = of_directory(&sparse);
     for record in expected.values_mut() {
-        record.mtime.1 = 0; // that format has whole seconds
+        record.mtime.1 = 0; // the format has whole seconds
     }
     let (mut ours, _) = of_ext4(&out, expected.keys());
     if !rustix::process::geteuid().is_root() {
@@ -369,7 +370,7 @@ fn old_gnu_sparse_files_are_complete_and_stay_sparse() {
     let lines = differences(&ours, &expected);
     assert!(lines.is_empty(), "{}", lines.join("\n"));
     let stat = common::debugfs(&out, "stat /data/db");
-    // 3 blocks of 10,000 bytes and one each of the other two pieces, of 8 sectors.
+    // 3 blocks for the 10,000 bytes and one for each of the other two pieces, in units of 512 bytes.
     assert!(stat.contains("Blockcount: 40"), "{stat}");
     assert!(common::debugfs(&out, "stat /data/empty").contains("Blockcount: 0"));
 }

@@ -1,4 +1,4 @@
-//! Root images, made and looked into.
+//! Makes root images and checks their contents.
 
 mod common;
 
@@ -21,7 +21,7 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
-/// Options that replace an image of before.
+/// Options that overwrite an existing image.
 fn anew() -> Options {
     Options {
         force: true,
@@ -33,7 +33,7 @@ fn make(source: &Path, out: &Path) -> Result<Built> {
     build(source, out, &anew())
 }
 
-/// The error that `source` ends in.
+/// The error for `source`.
 fn refused(source: &Path, out: &Path) -> String {
     let error = format!("{:#}", make(source, out).unwrap_err());
     assert!(!out.exists(), "an image in spite of: {error}");
@@ -344,13 +344,13 @@ fn hostile_layers_reach_nothing_outside_of_the_image() {
         let error = refused(&evil(Tar::new().hard_link("x", name)), &out);
         assert!(error.contains("leads out of the image"), "{error}");
     }
-    // A link to a file of the host's by its absolute path finds no such file in the image.
+    // A link to a host file by its absolute path finds no such file in the image.
     let error = refused(
         &evil(Tar::new().hard_link("x", victim.to_str().unwrap())),
         &out,
     );
     assert!(error.contains("there is no such"), "{error}");
-    // What is written through a link lands in the image.
+    // Writing through a link stays inside the image.
     for target in [outside, "../../../../../../../../../../..", "/"] {
         let files = Tar::new()
             .symlink("link", target)
@@ -372,7 +372,7 @@ fn hostile_layers_reach_nothing_outside_of_the_image() {
     make(&evil(files), &out).unwrap();
     assert_eq!(debugfs(&out, "cat /x"), "evil\n");
     fs::remove_file(&out).unwrap();
-    // A whiteout of the parent directory, and layers named from outside.
+    // A whiteout of the parent directory, and layer names that lead outside.
     let save = docker_save(&[Tar::new().file("d/.wh...", "").bytes()], &json!({}), "a");
     assert!(refused(&place.write("evil.tar", save), &out).contains("a whiteout of nothing"));
     let manifest = json!([{"Config": "../victim", "RepoTags": [], "Layers": []}]);
@@ -499,7 +499,7 @@ fn existing_files_are_replaced_only_with_force() {
     );
     assert_eq!(fs::read(&out).unwrap(), b"state");
 
-    // A configuration that somebody has changed, and one that is as it would be.
+    // A changed configuration is an error, an identical one is not.
     fs::remove_file(&out).unwrap();
     plainly(&source, &out).unwrap();
     fs::remove_file(&out).unwrap();
@@ -513,13 +513,13 @@ fn existing_files_are_replaced_only_with_force() {
             .unwrap()
             .contains("/app")
     );
-    // Files alone say nothing of what to run, and leave that of before.
+    // A source without a configuration keeps the existing one.
     fs::write(place.path("app.run.json"), "mine").unwrap();
     let files = place.write("files.tar", Tar::new().file("a", "a").bytes());
     make(&files, &out).unwrap();
     assert_eq!(fs::read(place.path("app.run.json")).unwrap(), b"mine");
 
-    // The source is never replaced, whatever its name here is.
+    // The source is never overwritten, also not through a link.
     let bytes = fs::read(&source).unwrap();
     symlink(&source, place.path("link.tar")).unwrap();
     for out in [&source, &place.path("link.tar")] {
@@ -558,7 +558,7 @@ fn unsupported_attributes_are_named_with_their_files() {
         "extended attribute trusted.overlay.opaque dropped: d/",
     ];
     assert_eq!(built.warnings, expected);
-    // One that the file system has no room for is an error.
+    // An attribute that is too large for the file system is an error.
     let files = Tar::new().xattr("user.much", &[0; 5000]).file("f", "");
     fs::remove_file(&out).unwrap();
     let error = refused(&place.write("y.tar", files.bytes()), &out);
@@ -578,7 +578,7 @@ fn a_directorys_attributes_are_kept_in_the_image() {
     set(&dir.join("sub"), "user.of-directory", b"1\n2");
     set(&dir.join("sub/file"), "user.of-file", b"f");
     symlink("sub", dir.join("link")).unwrap();
-    // A link can have attributes of the trusted namespace only, which is root's.
+    // A symbolic link can only have attributes of the trusted namespace, which needs root.
     let root = rustix::process::geteuid().is_root();
     if root {
         set(&dir.join("link"), "trusted.of-link", b"l");
@@ -651,7 +651,7 @@ fn a_file_in_thousands_of_pieces_and_a_large_image_are_sound() {
         );
         assert!(group[4096..].iter().all(|&byte| byte == 0), "{n}");
     }
-    // Several groups, the last of them a small one.
+    // Several groups, with a small last one.
     for size in ["1G", "20G", "129M"] {
         let options = Options {
             size: Some(parse_size(size).unwrap()),
@@ -696,7 +696,7 @@ fn layers_of_every_common_compression_are_read() {
             .output()
             .unwrap()
             .stdout;
-        // As a whole archive, and as a layer of one; twice in one stream is allowed.
+        // As a whole archive, and as a layer; concatenated streams are allowed.
         let whole = place.write("whole", &packed);
         let out = place.path(&format!("{program}.ext4"));
         make(&whole, &out).unwrap();
@@ -713,7 +713,7 @@ fn concatenated_and_empty_zstd_frames_are_read() {
     let layer = Tar::new().file("x", vec![b'x'; 300_000]).bytes();
     let (first, second) = layer.split_at(200_000);
     let frame = |bytes: &[u8]| compress_to_vec(bytes, CompressionLevel::Fastest);
-    // Skippable ones, such as zstd:chunked and pzstd have them. (RFC 8878 section 3.1.2)
+    // Skippable frames, as in zstd:chunked and pzstd. (RFC 8878 section 3.1.2)
     let skippable = |number: u8, size: u32| {
         let mut frame = vec![0x50 | number, 0x2a, 0x4d, 0x18];
         frame.extend(size.to_le_bytes());
@@ -767,7 +767,7 @@ fn a_skopeo_directory_is_an_image() {
     fs::write(dir.join(name), gzip(&Tar::new().file("x", "y\n").bytes())).unwrap();
     let error = format!("{:#}", make(&dir, &out).unwrap_err());
     assert!(error.contains("its SHA-256 is"), "{error}");
-    // Of Docker's first kind of manifest there are layers alone.
+    // Docker's schema 1 manifests contain only layers.
     let old = json!({"schemaVersion": 1, "fsLayers": [{"blobSum": layer["digest"]}]});
     fs::write(dir.join("manifest.json"), old.to_string()).unwrap();
     let error = refused(&dir, &place.path("old.ext4"));
@@ -790,7 +790,7 @@ fn a_file_that_is_not_an_image_is_named_with_its_type() {
         assert!(error.ends_with(&expected), "{error}");
         assert!(error.is_ascii(), "{error}");
     }
-    // What is compressed and breaks off.
+    // Truncated compressed files.
     let files = gzip(&Tar::new().file("a", vec![7; 100_000]).bytes());
     for (name, packed) in [
         ("cut.tar.gz", &files[..files.len() / 2]),
@@ -800,7 +800,7 @@ fn a_file_that_is_not_an_image_is_named_with_its_type() {
         let expected = format!("{name} is damaged or cut short: unable to decompress");
         assert!(error.contains(&expected), "{error}");
     }
-    // A layer that breaks off is told by its number.
+    // The error for a truncated layer contains its number.
     let packed = gzip(&Tar::new().file("a", vec![1; 50_000]).bytes());
     let half = packed[..packed.len() / 2].to_vec();
     let save = docker_save(&[Tar::new().bytes(), half], &json!({}), "a:1");

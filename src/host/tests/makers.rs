@@ -1,5 +1,5 @@
-//! Images as buildah and umoci make them, in all formats that they and skopeo write, down to the
-//! workload's output.
+//! Images made by buildah and umoci, in all formats that they and skopeo write, including the workload's
+//! output.
 
 mod common;
 
@@ -12,8 +12,8 @@ use common::{Place, busybox_layer, check, listing::of_ext4, owner};
 use pigeon::{assets::tool, process::run};
 use serde_json::{Value, json};
 
-/// Two layers by buildah, the upper of which removes a file of the lower one, and what it writes of
-/// them. `$1` is the architecture.
+/// Two layers made by buildah, the upper of which removes a file of the lower one, in the formats that
+/// buildah writes. `$1` is the architecture.
 const BUILDAH: &str = r#"set -eu
 b() { buildah --storage-driver vfs --root "$PWD/store" --runroot "$PWD/run" "$@"; }
 lower=$(b from scratch)
@@ -48,7 +48,7 @@ b rmi -a -f >/dev/null
 rm -rf store run
 "#;
 
-/// What skopeo makes of that.
+/// Copies of the image made by skopeo.
 const SKOPEO: &str = r#"set -eu
 copy() { skopeo --insecure-policy copy -q "$@"; }
 copy --dest-compress-format zstd oci:layout:latest oci:copied-zstd:latest
@@ -65,7 +65,7 @@ zstd -q -o app.oci.zst app.oci
 xz -c app.docker >app.docker.xz
 "#;
 
-/// An image by umoci alone: what is unpacked, changed and packed again. `$1` is the architecture.
+/// An image made only by umoci: unpacked, changed and packed again. `$1` is the architecture.
 const UMOCI: &str = r#"set -eu
 rootless=
 [ "$(id -u)" = 0 ] || rootless=--rootless
@@ -82,7 +82,7 @@ rm -rf bundle
 fn shell(place: &Place, script: &str) {
     let mut shell = match rustix::process::geteuid().is_root() {
         true => Command::new("sh"),
-        // Owners of files are those of a user namespace.
+        // Files are owned by ids of a user namespace.
         false => {
             let mut buildah = Command::new(tool("buildah").unwrap());
             buildah.args(["unshare", "sh"]);
@@ -104,7 +104,7 @@ fn pigeon(place: &Place, words: &[&str]) -> Output {
     command.output().unwrap()
 }
 
-/// An image of `source`, its configuration, and how `pigeon rootfs` calls the source.
+/// Makes an image of `source`. Returns it, its configuration, and the reported form of the source.
 fn make(place: &Place, source: &str, options: &[&str]) -> (PathBuf, Value, String) {
     let image = format!("{source}.ext4");
     let words = [&["rootfs", "--json"], options, &[source, &image]].concat();
@@ -118,7 +118,7 @@ fn make(place: &Place, source: &str, options: &[&str]) -> (PathBuf, Value, Strin
     (image, made["image_config"].clone(), form)
 }
 
-/// What the workload of an image writes.
+/// The output of an image's workload.
 fn output_of(place: &Place, image: &Path) -> String {
     let words = ["run", "-q", "--rm", "-m", "128", image.to_str().unwrap()];
     let output = pigeon(place, &words);
@@ -175,7 +175,7 @@ fn images_of_buildah_and_skopeo_boot_from_every_format() {
         ("zstd", "OCI image", &[]),
         ("plain", "OCI image", &[]),
         ("copied-zstd", "OCI image", &[]),
-        // Two names of one image are no choice; two images are.
+        // Two names of the same image are not ambiguous; two images are.
         ("tagged", "OCI image", &["--tag", "other"]),
         ("app.oci", "OCI image", &[]),
         ("chunked.oci", "OCI image", &[]),

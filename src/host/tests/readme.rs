@@ -1,4 +1,4 @@
-//! The README, played: its commands run as they are written there, and show what it shows.
+//! Runs the README's commands and compares their output with the README's.
 
 mod common;
 #[path = "common/pty.rs"]
@@ -41,7 +41,7 @@ const NOT_RUN: &[(&str, &str)] = &[
     ("cd dist && sha256sum -c SHA256SUMS", "it needs a release"),
 ];
 
-/// Commands that end with another code than 0.
+/// Commands with an exit code other than 0.
 const CODES: &[(&str, i32)] = &[
     (
         "pigeon exec --json web sh -c 'echo out; echo err >&2; exit 3'",
@@ -52,23 +52,23 @@ const CODES: &[(&str, i32)] = &[
     ("pigeon run app.ext4", 125),
 ];
 
-/// What the README's application does. Its shell says nothing of a `sleep` that a signal has killed.
+/// The README's application. Its shell's messages about a killed `sleep` are discarded.
 const SERVE: &str = "#!/bin/sh\n\
     trap 'echo \"good bye\"; exit 0' TERM\n\
     trap 'echo \"configuration read again\"' HUP\n\
     echo \"serving as $(id -un) in $(pwd)\"\n\
     while :; do sleep 0.1; done 2>/dev/null\n";
 
-/// Its accounts.
+/// Its /etc/passwd.
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n\
     app:x:1000:1000:app:/home/app:/bin/sh\n\
     nobody:x:65534:65534:nobody:/nonexistent:/bin/false\n";
 
-/// Stands in for docker.
+/// A stand-in for docker.
 const DOCKER: &str = "#!/bin/sh\n\
     [ \"$1 $2 $3\" = 'save app:latest --output' ] && cp \"${0%/*}/saved\" \"$4\"\n";
 
-/// Cargo, for the repository's own manifests: to cargo, a package at another path is another one.
+/// Runs cargo on the original manifests: through a symbolic link, cargo would treat a package as another one.
 const CARGO: &str = "#!/usr/bin/env bash\n\
     set -- \"${@/#tests\\/Cargo.toml/REPOSITORY/tests/Cargo.toml}\"\n\
     set -- \"${@/#src\\/host\\/Cargo.toml/REPOSITORY/src/host/Cargo.toml}\"\n\
@@ -80,10 +80,10 @@ fn readme() -> String {
     fs::read_to_string(assets::repository().join("README.md")).unwrap()
 }
 
-/// A fenced block.
+/// A fenced code block.
 struct Block {
     language: String,
-    /// The line of text before it, or the end of another block.
+    /// The last line of text before it, or the fence of a preceding block.
     before: String,
     lines: Vec<String>,
 }
@@ -116,7 +116,7 @@ fn blocks(readme: &str) -> Vec<Block> {
     blocks
 }
 
-/// What the README has to be played, in its order.
+/// The parts of the README to run, in order.
 #[derive(Debug)]
 enum Part {
     Command { command: String, shown: Vec<String> },
@@ -157,7 +157,7 @@ fn parts(readme: &str) -> Vec<Part> {
                     }
                 }
             }
-            // The output of an earlier command, or a picture.
+            // The output of an earlier command, or a diagram.
             "text" => {
                 if before == "```" {
                     let Some(Part::Python { shown, .. }) = parts.last_mut() else {
@@ -198,7 +198,7 @@ fn parts(readme: &str) -> Vec<Part> {
     parts
 }
 
-/// Whether a line is the one that the README shows, but for what differs from run to run.
+/// Whether a line matches the README's, except for parts that vary between runs.
 fn is_shown(line: &str, shown: &str) -> bool {
     let columns = |line: &str| in_columns(after_kernel_time(line));
     let (line, shown) = (columns(line), columns(shown));
@@ -215,7 +215,7 @@ fn is_shown(line: &str, shown: &str) -> bool {
     line.len() == shown.len() && (0..line.len()).all(same)
 }
 
-/// What build.sh and cargo say while they build.
+/// Progress messages of build.sh and cargo.
 fn is_progress(line: &str) -> bool {
     let starts = ["==> ", "Compiling ", "Finished ", "Blocking "];
     starts
@@ -223,7 +223,7 @@ fn is_progress(line: &str) -> bool {
         .any(|start| line.trim_start().starts_with(start))
 }
 
-/// Whether a word is what is shown, with anything in place of each `…`.
+/// Whether a word matches the README's, in which `…` stands for any text.
 fn is_abridged(word: &str, shown: &str) -> bool {
     let (start, mut middle) = shown.split_once('…').unwrap();
     let Some(mut rest) = word.strip_prefix(start) else {
@@ -238,7 +238,7 @@ fn is_abridged(word: &str, shown: &str) -> bool {
     rest.ends_with(middle)
 }
 
-/// A line of a table, whose columns are as wide as what is in them.
+/// Normalizes a table's column widths, which depend on the contents.
 fn in_columns(line: &str) -> String {
     let mut line = line.to_string();
     while line.contains("    ") {
@@ -255,7 +255,7 @@ fn after_kernel_time(line: &str) -> &str {
     }
 }
 
-/// A word without what differs from run to run, which its neighbours tell.
+/// Replaces a word that varies between runs, as determined by its neighbours.
 fn stable(before: &str, word: &str, unit: &str) -> String {
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     let prefix = word.trim_end_matches(|c: char| c.is_ascii_digit());
@@ -282,7 +282,7 @@ fn stable(before: &str, word: &str, unit: &str) -> String {
     }
 }
 
-/// The lines on a terminal, without colours and the like.
+/// The lines on a terminal, without escape sequences.
 fn lines_on(terminal: &Terminal) -> Vec<String> {
     let shown = terminal.shown();
     let mut text = String::new();
@@ -301,7 +301,7 @@ fn lines_on(terminal: &Terminal) -> Vec<String> {
     text.lines().map(String::from).collect()
 }
 
-/// The first of the README's lines that a terminal has not shown, in their order.
+/// The first of the README's lines that is missing on a terminal, in order.
 fn missing<'a>(
     lines: &[String],
     shown: impl IntoIterator<Item = &'a String>,
@@ -312,13 +312,13 @@ fn missing<'a>(
         .find(|shown| !lines.any(|line| is_shown(line, shown)))
 }
 
-/// Waits until a terminal has shown all these, other lines among them.
+/// Waits until a terminal has shown all these lines, possibly among others.
 fn wait_for<'a>(terminal: &mut Terminal, shown: impl IntoIterator<Item = &'a String> + Clone) {
     let deadline = Instant::now() + TIMEOUT;
     loop {
         let ended = terminal.has_ended();
         if ended {
-            thread::sleep(Duration::from_millis(200)); // its last words are on their way
+            thread::sleep(Duration::from_millis(200)); // its last output may not have arrived yet
         }
         let Some(line) = missing(&lines_on(terminal), shown.clone()) else {
             return;
@@ -359,10 +359,10 @@ fn wait_until(what: &str, mut is_there: impl FnMut() -> bool) {
     }
 }
 
-/// A reader of the README, with a repository and a PATH.
+/// A user who follows the README, with a repository and a PATH.
 struct Reader {
     place: Place,
-    /// Commands in the background, and where their output goes.
+    /// Background commands, and the files with their output.
     behind: Vec<(Child, PathBuf)>,
 }
 
@@ -373,7 +373,7 @@ impl Reader {
         for dir in [&clone, &bin, &place.path("runtime")] {
             fs::create_dir(dir).unwrap();
         }
-        // A clone is the repository, but for what its user makes in it.
+        // The clone links to the repository, except for files that a user creates in it.
         for entry in fs::read_dir(assets::repository()).unwrap() {
             let entry = entry.unwrap();
             if entry.file_name() != "build" && entry.file_name() != ".git" {
@@ -387,7 +387,7 @@ impl Reader {
                 "CARGO'",
                 &format!("{}'", assets::tool("cargo").unwrap().display()),
             );
-        // Debian's packages, as they are kept for tests.
+        // Debian's packages, from the cache for tests.
         let debian = assets::debian(Arch::HOST, &["postgresql"]).unwrap();
         let mmdebstrap = format!("#!/bin/sh\nexec cat '{}'\n", debian.display());
         for (name, script) in [
@@ -424,7 +424,7 @@ impl Reader {
         self.place.path("clone").join(name)
     }
 
-    /// What the README calls build/NAME.
+    /// The path of the README's build/NAME.
     fn built(&self, name: &str) -> PathBuf {
         let dir = assets::build_dir(Arch::HOST);
         let dir = dir.strip_prefix(assets::repository()).unwrap();
@@ -432,7 +432,7 @@ impl Reader {
         self.place.path("clone").join(dir).join(name)
     }
 
-    /// In the repository, with this PATH.
+    /// A command in the repository, with this PATH.
     fn prepare(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let path = env::var("PATH").unwrap();
         let mut command = Command::new(program);
@@ -445,7 +445,7 @@ impl Reader {
             .env("XDG_RUNTIME_DIR", self.place.path("runtime"))
             .env("XDG_STATE_HOME", self.place.path("runtime"))
             .env_remove("PIGEON_UDS")
-            // The README has this machine's architecture, whichever the tests are for.
+            // The README uses the host's architecture, regardless of the tests'.
             .env_remove("PIGEON_ARCH")
             .stdin(Stdio::null());
         command
@@ -453,12 +453,12 @@ impl Reader {
 
     fn shell(&self, command: &str) -> Command {
         let mut shell = self.prepare("sh");
-        // One shell less that a Ctrl-C is for.
+        // exec avoids another shell that would receive Ctrl-C.
         shell.args(["-c", &format!("exec {command}")]);
         shell
     }
 
-    /// Standard output and error of a command that ends with `code`, line by line.
+    /// Standard output and error, by line, of a command that exits with `code`.
     fn output(&self, mut command: Command, code: i32) -> Vec<String> {
         let path = self.place.path("output");
         let file = fs::File::create(&path).unwrap();
@@ -469,7 +469,7 @@ impl Reader {
         lines
     }
 
-    /// Starts a command that the README ends with `&`.
+    /// Starts a command with a trailing `&` of the README.
     fn start(&mut self, command: &str) {
         let path = self.place.path("behind");
         let mut shell = self.shell(command.trim_end_matches('&'));
@@ -493,8 +493,8 @@ impl Reader {
             }
             "curl -s --unix-socket api.sock http://vm/v1/exit_code &" => {
                 self.start(command);
-                // It has to be there before the workload ends, as the VM does not wait for it when
-                // the owner of the VM has the code: a person takes longer to type the next line.
+                // It must be connected before the workload ends, as the VM does not wait for it once its
+                // owner has the exit code: a person takes longer to type the next line.
                 thread::sleep(Duration::from_secs(1));
             }
             "curl -s --unix-socket api.sock -d '{\"signal\":\"TERM\",\"timeout_ms\":5000}' http://vm/v1/stop" =>
@@ -505,7 +505,7 @@ impl Reader {
                 lines.extend(read_lines(&output));
                 assert!(status.success(), "{status}: {lines:?}");
                 assert_shown(&lines, shown);
-                // A person takes longer than the VM to go down.
+                // A person takes longer than the VM's shutdown.
                 self.output(self.shell("pigeon wait web"), 0);
             }
             _ if command.starts_with("build/init ") => {
@@ -516,7 +516,7 @@ impl Reader {
                 assert_shown(&self.output(init, 0), shown);
             }
             "./build.sh pigeon ps" => {
-                // What becomes healthy is asked now and then.
+                // The health check runs only periodically.
                 let deadline = Instant::now() + TIMEOUT;
                 loop {
                     let mut lines = self.output(self.shell(command), 0);
@@ -543,7 +543,7 @@ impl Reader {
         }
     }
 
-    /// The example, which is up until somebody types what the README shows as ^C.
+    /// Runs the example until the README's ^C.
     fn run_example(&self, command: &str, shown: &[String]) {
         let mut terminal = Terminal::spawn(self.shell(command), (200, 50));
         let stop = shown.iter().position(|line| line == "^C");
@@ -552,14 +552,14 @@ impl Reader {
         terminal.expect("myapp: running");
         terminal.type_text("\x03");
         let status = terminal.wait();
-        // The terminal shows what is typed where it happens to be in its line.
+        // The echo of typed keys can appear anywhere in a line.
         let keyboard = Arch::HOST.has_keyboard();
         let told = |line: &&String| *line != "^C" && (keyboard || !line.contains("ctrl-alt-del"));
         wait_for(&mut terminal, shown.iter().filter(told));
         assert!(status.success(), "{}", terminal.shown());
     }
 
-    /// A shell on a terminal, in which one types what the README shows after its prompt.
+    /// Runs a shell on a terminal, and types what the README shows after its prompt.
     fn talk(&self, command: &str, shown: &[String], code: i32) {
         const PROMPT: &str = " # ";
         let mut terminal = Terminal::spawn(self.shell(command), (200, 50));
@@ -567,25 +567,25 @@ impl Reader {
         for (_, line) in typed {
             terminal.expect(PROMPT);
             terminal.type_text(&format!("{line}\r"));
-            // What is typed is shown, and what the prompt is looked for after.
+            // Waits for the echo, after which the next prompt is expected.
             terminal.expect(line);
         }
         assert_eq!(terminal.wait().code(), Some(code), "{}", terminal.shown());
         wait_for(&mut terminal, shown);
-        // A busybox shell tells its version first.
+        // A busybox shell prints its version first.
         let lines = lines_on(&terminal);
         let begin = lines.iter().position(|line| is_shown(line, &shown[0]));
         assert_shown(&lines[begin.unwrap()..], shown);
     }
 
-    /// The README's driver.
+    /// Compiles and runs the README's driver.
     fn drive(&self, code: &str) {
         let sockets = self.place.path("runtime").join("pigeon");
         symlink(sockets.join("web.vsock"), self.path("vm.vsock")).unwrap();
         let program =
             format!("fn main() -> Result<(), Box<dyn std::error::Error>> {{\n{code}\nOk(())\n}}\n");
         let source = self.place.write("driver.rs", program);
-        // The library, where a rustc without cargo finds it.
+        // Builds the library for a rustc without cargo.
         let manifest = assets::repository().join("src/host/Cargo.toml");
         let built = Path::new(env!("CARGO_BIN_EXE_pigeon")).parent().unwrap();
         let mut cargo = Command::new(env!("CARGO"));
@@ -606,7 +606,7 @@ impl Reader {
         rustc.arg("-o").arg(self.place.path("driver")).arg(source);
         run(&mut rustc).unwrap();
         let said = self.output(self.prepare(self.place.path("driver")), 0);
-        // A line for its println! of `uname -r` with its own end.
+        // The output of `uname -r` ends with a line feed, to which println! adds another one.
         let expected = ["6.1.0-56-cloud-amd64", ""].map(String::from);
         assert_shown(&said, &expected);
     }
@@ -620,7 +620,7 @@ impl Reader {
 
     fn check_json(&self, document: &Value) {
         if document.get("boot-source").is_some() {
-            // Firecracker itself needs KVM.
+            // Running Firecracker needs KVM.
             let initrd = document["boot-source"]["initrd_path"].as_str().unwrap();
             assert!(self.built(initrd).exists(), "no {initrd}");
             return;
@@ -647,7 +647,7 @@ impl Drop for Reader {
             let _ = child.kill();
             let _ = child.wait();
         }
-        // Gone already, unless the test has failed.
+        // Removed already, unless the test has failed.
         for name in ["web", "pg"] {
             let _ = self.prepare("pigeon").args(["rm", "-f", name]).output();
         }
@@ -680,7 +680,7 @@ fn the_readmes_commands_do_what_it_shows() {
     assert_eq!((drivers, scripts, documents.count()), (1, 1, 2));
 }
 
-/// What the README has in backquotes in its text, over line ends and in tables.
+/// Text in backquotes in the README's text, including tables and across line ends.
 fn spans(readme: &str) -> BTreeSet<String> {
     let mut in_block = false;
     let text = readme.lines().filter(|line| {
@@ -718,7 +718,7 @@ fn commands_named_in_the_readmes_text_exist() {
                 ask(&mut common::arch().run_here(&init).unwrap())
             }
             ("cargo", Some(&"test")) => {
-                // What `./build.sh test` begins with.
+                // The first command of `./build.sh test`.
                 let script = fs::read_to_string(repository.join("build.sh")).unwrap();
                 assert!(script.contains(&*span), "no {span}");
                 continue;

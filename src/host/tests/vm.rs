@@ -1,4 +1,4 @@
-//! The first hour of a user: an archive of `docker save`, a VM, a shell in it.
+//! A user's first steps: an archive of `docker save`, a VM, a shell in it.
 
 mod common;
 #[path = "common/pty.rs"]
@@ -19,15 +19,15 @@ use pigeon::{Arch, Client, assets::Kernel, session::Event};
 use pty::{TIMEOUT, Terminal};
 use serde_json::{Value, json};
 
-/// What the image runs: it says who it is, and ends when it is told to. What its shell says of a `sleep`
-/// that the signal to its group has killed is left out, for there may just have been none.
+/// The image's workload: prints its user, and exits on SIGTERM. Its shell's messages about a killed `sleep`
+/// are discarded, as there may be none.
 const SERVE: &str = "#!/bin/sh\n\
     trap 'echo good bye; exit 3' TERM\n\
     trap 'echo reread' HUP\n\
     echo \"serving as $(id -un) in $(pwd), $GREETING\"\n\
     while :; do sleep 0.1; done 2>/dev/null\n";
 
-/// A user's directory, and the right to run a VM.
+/// A user's directory, and the lock for running a VM.
 struct Lab {
     place: Place,
     _one_at_a_time: MutexGuard<'static, ()>,
@@ -106,7 +106,7 @@ impl Lab {
         let input = input.to_vec();
         let writer = thread::spawn(move || stdin.write_all(&input));
         let output = child.wait_with_output().unwrap();
-        let _ = writer.join().unwrap(); // the command may end before its input
+        let _ = writer.join().unwrap(); // the command may exit before it has read its input
         (output.stdout, output.status.code())
     }
 
@@ -138,7 +138,7 @@ impl Lab {
 struct Running(Child);
 
 impl Running {
-    /// Its standard output and exit code, once it has ended.
+    /// Its standard output and exit code, once it has exited.
     fn end(mut self) -> (String, Option<i32>) {
         let mut output = String::new();
         self.0
@@ -306,7 +306,7 @@ fn input_and_output(lab: &Lab) {
         lab.fed(&["exec", "-i", "tr", "a-z", "A-Z"], b"hello\n"),
         (b"HELLO\n".to_vec(), Some(0))
     );
-    // It ends without reading all of its input.
+    // The command exits without reading all of its input.
     let much = vec![b'x'; 3 << 20];
     assert_eq!(
         lab.fed(&["exec", "-i", "head", "-c", "3"], &much),
@@ -316,7 +316,7 @@ fn input_and_output(lab: &Lab) {
         lab.fed(&["exec", "-i", "wc", "-c"], &much),
         (format!("{}\n", 3 << 20).into(), Some(0))
     );
-    // Without -i the command's input is empty, whatever ours is.
+    // Without -i the command's input is empty.
     assert_eq!(
         lab.fed(&["exec", "wc", "-c"], &much),
         (b"0\n".to_vec(), Some(0))
@@ -331,7 +331,7 @@ fn input_and_output(lab: &Lab) {
         String::from_utf8_lossy(&refused.stderr).contains("not a terminal"),
         "{refused:?}"
     );
-    // A client that is killed takes its command along.
+    // A command is killed with its client.
     let mut client = lab.command(&["exec", "sleep", "4321"]).spawn().unwrap();
     let sleeps = || {
         lab.said(&["exec", "sh", "-c", "ps | grep -c '[s]leep 4321'"])
@@ -368,7 +368,7 @@ fn a_volume_that_comes_and_goes(lab: &Lab) {
     let again = lab.pigeon(&words);
     let said = String::from_utf8_lossy(&again.stderr).into_owned();
     assert_eq!(again.status.code(), Some(125));
-    // What is wrong, and nothing of the workload.
+    // Only the error is shown, and nothing of the workload.
     assert!(
         said.contains("/scratch") && said.lines().count() == 1,
         "{said}"
@@ -387,7 +387,7 @@ fn a_shell_on_a_terminal(lab: &Lab) {
     shell.expect("\r\n/dev/pts/");
     shell.expect("\r\n31 97\r\nxterm-256color\r\n");
     shell.expect(prompt);
-    // The guest's terminal echoes and edits, ours does not.
+    // The guest's terminal echoes and edits, the host's does not.
     shell.type_text("echo onx\x7fe\r");
     shell.expect("\r\none\r\n");
     shell.expect(prompt);
@@ -416,7 +416,7 @@ fn a_shell_on_a_terminal(lab: &Lab) {
     shell.expect("\r\nstill here\r\n");
     shell.type_text("cat\r");
     shell.expect("cat\r\n");
-    // The shell takes keys as they come, and leaves the terminal in order only for its command.
+    // The shell reads single keys, and restores the terminal's mode only for its command.
     thread::sleep(Duration::from_millis(300));
     shell.type_text("a line\r");
     shell.expect("a line\r\na line\r\n");
@@ -432,7 +432,7 @@ fn a_shell_on_a_terminal(lab: &Lab) {
         (after.local_modes, after.input_modes, after.output_modes)
     );
 
-    // A terminal for output only, and one that is taken away.
+    // A terminal without input.
     let mut top = Terminal::spawn(lab.command(&["exec", "-t", "stty", "size"]), (60, 20));
     top.expect("20 60\r");
     assert_eq!(top.wait().code(), Some(0));
@@ -440,7 +440,7 @@ fn a_shell_on_a_terminal(lab: &Lab) {
 
 fn the_library(uds: &Path) {
     let vm = Client::connect(uds).unwrap();
-    // What is sent and not read does not stop what is sent back.
+    // Unread input does not block output.
     let mut session = vm.session(&pigeon::Command::new(["cat"])).unwrap();
     let sent: Vec<u8> = (0..400_000u32).flat_map(u32::to_le_bytes).collect();
     session.send(&sent).unwrap();
@@ -543,7 +543,7 @@ fn a_workload_that_cannot_run_is_reported_with_the_reason() {
     assert!(lab.log().contains("stranger"), "{}", lab.log());
     let vm = lab.run(&["--entrypoint", "/bin/none", &lab.path("app.ext4")]);
     assert_eq!(vm.end().1, Some(127), "{}", lab.log());
-    // What is for another architecture, and what is for none.
+    // A program for another architecture, and a file that is not a program.
     let words = ["run", "-q", "--entrypoint", "/bin/foreign"];
     let output = lab.pigeon(&[&words[..], &[&lab.path("app.ext4")]].concat());
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -571,7 +571,7 @@ fn a_vm_in_the_background_is_controlled_by_its_name() {
         said.contains("a VM called web is running already"),
         "{said}"
     );
-    // Its disk is its own.
+    // Its disk cannot be shared.
     let other = lab.pigeon(&["run", "-d", "--name", "other", &image]);
     let said = String::from_utf8_lossy(&other.stderr).into_owned();
     assert!(said.contains("is in use by another running VM"), "{said}");
@@ -580,7 +580,7 @@ fn a_vm_in_the_background_is_controlled_by_its_name() {
         let mut command = lab.command(&["logs", "-f", "web"]);
         move || command.output().unwrap()
     });
-    // As docker exec has it, and as a name of the VM in its own hosts file.
+    // The hostname, and its entry in the hosts file.
     let (names, _) = lab.said(&["exec", "web", "sh", "-c", "hostname; cat /etc/hosts"]);
     assert!(names.starts_with("web\n"), "{names}");
     assert!(
@@ -605,7 +605,7 @@ fn a_vm_in_the_background_is_controlled_by_its_name() {
     assert_eq!(String::from_utf8_lossy(&followed.stdout), expected);
     check(&lab.place.path("app.ext4"));
 
-    // What is left of it.
+    // Its record is kept.
     assert_eq!(lab.said(&["ps", "-q"]).0, "");
     let (listed, _) = lab.said(&["ps", "-a"]);
     assert!(
@@ -634,20 +634,20 @@ fn a_vm_in_the_background_is_controlled_by_its_name() {
     );
     assert_eq!(lab.said(&["rm", "web"]), ("web\n".into(), Some(0)));
     assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
-    // One that is removed by force leaves its disk to the next one at once.
+    // After a forced removal, the disk can be used immediately.
     let words = ["run", "-d", "--wait", "--name", "web", &image];
     assert_eq!(lab.said(&words).1, Some(0));
     let deaf = ["exec", "web", "sh", "-c", "kill -STOP -1"];
     assert_eq!(lab.said(&deaf).1, Some(0));
     assert_eq!(lab.said(&["rm", "-f", "web"]), ("web\n".into(), Some(0)));
-    // One that is stopped while it boots ends as soon as its init is there.
+    // A VM stopped during its boot ends as soon as its init is up.
     assert_eq!(lab.said(&["run", "-d", "--name", "web", &image]).1, Some(0));
     let stopped = lab.pigeon(&["stop", "web"]);
     let said = String::from_utf8_lossy(&stopped.stderr).into_owned();
     assert_eq!((stopped.status.code(), said.as_str()), (Some(0), ""));
     assert_eq!(lab.said(&["rm", "web"]).1, Some(0));
     assert_eq!(lab.said(&words).1, Some(0));
-    // A signal to the workload, and the one that is meant if none is given.
+    // An explicit signal, and the default one.
     let deadline = Instant::now() + TIMEOUT;
     let logged = |text: &str| {
         while !lab.said(&["logs", "web"]).0.contains(text) {
@@ -668,7 +668,7 @@ fn a_vm_in_the_background_is_controlled_by_its_name() {
     assert!(said.contains("has ended (exited (137)"), "{said}");
     check(&lab.place.path("app.ext4"));
     assert_eq!(lab.said(&["rm", "web"]).1, Some(0));
-    // One that keeps nothing.
+    // A VM without a record.
     let words = ["run", "-q", "--rm", "--entrypoint", "true", &image];
     assert_eq!(lab.said(&words).1, Some(0));
     assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
@@ -707,11 +707,11 @@ fn clones_of_a_vm_continue_under_their_own_names() {
         taken["frozen"].as_u64().is_some_and(|frozen| frozen > 0),
         "{taken}"
     );
-    // It is there and stays, and the VM goes on.
+    // An existing snapshot is not replaced, and the VM continues.
     let again = lab.pigeon(&["snapshot", "web", &snapshot]);
     assert_eq!(again.status.code(), Some(125));
     assert_eq!(lab.said(&["exec", "web", "hostname"]).0, "web\n");
-    // Another snapshot command is killed while the VM is paused and its memory is copied.
+    // Another snapshot command is killed while the VM is paused and its memory is being copied.
     let interrupted = lab.path("interrupted.snapshot");
     let mut command = lab
         .command(&["snapshot", "web", &interrupted])
@@ -779,7 +779,7 @@ fn quiet_prints_only_the_workloads_output_and_returns_its_exit_code() {
     assert_eq!(String::from_utf8_lossy(&output.stdout), "one\ntwo\n\nthree");
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     assert_eq!(output.status.code(), Some(4));
-    // Variables of a file that can be read once only.
+    // A file of variables that can be read only once.
     let words = [
         "run",
         "-q",
@@ -792,7 +792,7 @@ fn quiet_prints_only_the_workloads_output_and_returns_its_exit_code() {
     let words = [&words[..], &[&image, "-c", "echo $COLOR"]].concat();
     let said = lab.fed(&words, b"# comment\nCOLOR=blue\n");
     assert_eq!(said, (b"blue\n".to_vec(), Some(0)));
-    // A command that is not there, and an image that does not boot, are told.
+    // Messages for a missing command, and for an image that does not boot.
     let words = ["run", "-q", "--entrypoint", "/none", &lab.path("app.ext4")];
     let output = lab.pigeon(&words);
     assert_eq!(output.status.code(), Some(127), "{output:?}");
@@ -835,7 +835,7 @@ fn a_workload_on_a_terminal_has_its_size_a_prompt_and_ctrl_c() {
     assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
     check(&lab.place.path("app.ext4"));
 
-    // What is typed while it boots is not lost, and no more is shown than that it boots.
+    // Keys typed during the boot are not lost, and only a progress message is shown.
     let words = ["run", "-it", "--rm", "--entrypoint", "sh"];
     let image = lab.path("app.ext4");
     let words = [&words[..], &[&image, "-c", "read word; echo got $word"]].concat();
@@ -885,7 +885,7 @@ fn signals_and_stops_reach_a_workload_that_has_input_or_a_terminal() {
     vm.expect("user");
     vm.type_text("\x1c");
     vm.expect("quit");
-    // The session that it is does not concern users.
+    // The session of the workload is not listed.
     assert_eq!(lab.said(&["attach", "--json"]).0, "[]\n");
     assert_eq!(lab.said(&["stop", "typed"]), ("typed\n".into(), Some(0)));
     vm.expect("bye");
@@ -944,7 +944,7 @@ fn a_vm_shuts_down_in_order_when_its_output_is_no_longer_read() {
     let described: Value = serde_json::from_str(&described).unwrap();
     assert_eq!(described[0]["end"], "orderly", "{described}");
     assert_eq!(described[0]["exit_code"], 141, "{described}");
-    // Not even a journal is to be replayed.
+    // The file system is clean, with an empty journal.
     check(&lab.place.path("data.img"));
     let clean = common::debugfs(&lab.place.path("data.img"), "show_super_stats -h");
     assert!(!clean.contains("needs_recovery"), "{clean}");
@@ -993,7 +993,7 @@ fn a_volume_is_made_once_and_keeps_what_is_written_to_it() {
 #[test]
 fn one_sigterm_ends_a_vm_that_does_not_even_boot() {
     let lab = Lab::new();
-    // With too little memory x86's does nothing; arm's ends, and here is one that branches to itself.
+    // With too little memory x86's kernel hangs; arm's exits, so this is a program that branches to itself.
     let (kernel, memory) = match common::arch() {
         Arch::X86_64 => (Kernel::chosen(Arch::X86_64).unwrap().image(), "8"),
         Arch::Aarch64 => {
@@ -1087,7 +1087,7 @@ fn roots_of_every_format_boot_and_can_be_shared_below_layers() {
         "{out}{said}"
     );
 
-    // One of them stays up while the other one writes.
+    // One VM runs while the other one writes.
     let name = ["run", "-d", "--name", "first", "--overlay", &image];
     assert_eq!(lab.said(&name).1, Some(0));
     lab.said(&["exec", "first", "sh", "-c", "echo first >/etc/mark"]);
@@ -1126,10 +1126,10 @@ fn roots_of_every_format_boot_and_can_be_shared_below_layers() {
 fn a_vm_that_has_ended_is_started_again_as_it_was_run() {
     let lab = Lab::new();
     let place = lab.place.0.path();
-    // Ready for the signal by the time that it says so.
+    // The signal handler is set before the output.
     let script = "trap 'exit 5' TERM; n=$(cat /data/boots 2>/dev/null | wc -l); echo x >>/data/boots; \
                   echo \"boot $COLOR $n\"; while :; do sleep 0.1; done";
-    // Where relative paths start, and what a variable is, is that of the first time.
+    // Relative paths and variables are those of the first run.
     let mut first = lab.command(&["run", "-d", "--wait", "--name", "db", "-e", "COLOR", "-v"]);
     first.args(["data.img:/data,size=16M", "-p", "127.0.0.1:0:9", "--uds"]);
     first.args(["db.sock", "-m", "200", "--entrypoint", "sh", "app.ext4"]);
@@ -1143,7 +1143,7 @@ fn a_vm_that_has_ended_is_started_again_as_it_was_run() {
         let deadline = Instant::now() + TIMEOUT;
         loop {
             let said = lab.said(&["logs", "db"]).0;
-            // What a shell says of a signal is beside the point.
+            // The shell's messages about signals are ignored.
             let boots = said.lines().filter(|line| line.starts_with("boot"));
             if boots.collect::<Vec<_>>() == expected {
                 break;
@@ -1153,7 +1153,7 @@ fn a_vm_that_has_ended_is_started_again_as_it_was_run() {
     };
     logs(&["boot blue 0"]);
     let running = inspect();
-    // One that runs is left alone.
+    // A running VM is not affected.
     assert_eq!(lab.said(&["start", "db"]), ("db\n".into(), Some(0)));
     assert_eq!(inspect()[0]["pid"], running[0]["pid"]);
 
@@ -1175,13 +1175,13 @@ fn a_vm_that_has_ended_is_started_again_as_it_was_run() {
     assert!(listed.contains(" up "), "{listed}");
     let colour = ["exec", "db", "sh", "-c", "echo $COLOR"];
     assert_eq!(lab.said(&colour).0, "blue\n");
-    // Of one that was restarted the last exit code counts.
+    // After a restart, the last exit code counts.
     assert_eq!(lab.said(&["stop", "db"]).1, Some(0));
     let mut attached = Terminal::spawn(lab.command(&["start", "-ai", "db"]), (80, 24));
     attached.expect("boot blue 3");
     attached.type_text("\x03");
     assert_eq!(attached.wait().code(), Some(5));
-    // What fails leaves the record as it is.
+    // A failed start does not change the record.
     fs::rename(place.join("data.img"), place.join("moved.img")).unwrap();
     fs::write(place.join("data.img"), "no file system").unwrap();
     let failed = lab.pigeon(&["start", "db"]);
@@ -1225,7 +1225,7 @@ fn vms_with_rm_can_be_restarted_and_those_on_a_terminal_cannot() {
         assert!(said.contains("`pigeon start --attach typed`"), "{said}");
         assert_eq!(refused.status.code(), Some(125));
     }
-    // Its command is what it was, not what stands in for it.
+    // Its command is listed, not the idle workload.
     let (listed, _) = lab.said(&["ps", "-a"]);
     assert!(listed.contains(" cat"), "{listed}");
     let words = ["start", "-a", "typed"];
@@ -1240,7 +1240,7 @@ fn a_detached_run_waits_for_its_health_check_if_told_to() {
         let test = ["CMD-SHELL", test];
         let mut check = json!({"Test": test, "Interval": 200_000_000, "Retries": 3});
         if starts {
-            // Its failures do not count.
+            // Failures during the start period do not count.
             check["StartPeriod"] = json!(100_000_000_000u64);
             check["StartInterval"] = json!(100_000_000);
         }
@@ -1261,7 +1261,7 @@ fn a_detached_run_waits_for_its_health_check_if_told_to() {
     };
     let healthy = run("test -e /tmp/ready", true);
     assert_eq!(healthy.stdout, b"app\n", "{healthy:?}");
-    // A volume that nothing is mounted on is told in the background, too.
+    // The message about an unused volume also appears with -d.
     let said = String::from_utf8_lossy(&healthy.stderr).into_owned();
     assert!(
         said.contains("declares a volume at /data: -v FILE:/data"),
@@ -1278,7 +1278,7 @@ fn a_detached_run_waits_for_its_health_check_if_told_to() {
     assert!(said.contains("app is unhealthy"), "{said}");
     assert_eq!(unhealthy.status.code(), Some(125));
     assert_eq!(lab.said(&["rm", "-f", "app"]).1, Some(0));
-    // One that ends meanwhile.
+    // A VM that ends during the wait.
     let words = ["run", "-d", "--wait", "-u", "stranger", &image];
     let ended = lab.pigeon(&words);
     let said = String::from_utf8_lossy(&ended.stderr).into_owned();
@@ -1310,7 +1310,7 @@ fn a_volume_created_for_a_vm_that_fails_to_start_is_removed() {
             assert!(!Path::new(path).exists(), "{options:?}: {failed:?}");
         }
     }
-    // What was there before stays.
+    // Existing files are kept.
     let words = [
         "run",
         "-q",
@@ -1325,7 +1325,7 @@ fn a_volume_created_for_a_vm_that_fails_to_start_is_removed() {
     let words = ["run", "-d", "-v", &volume, "--kernel", "/none", &image];
     assert_eq!(lab.said(&words).1, Some(125));
     assert!(Path::new(&data).exists());
-    // Two VMs do not write to one, from the first on.
+    // A new disk cannot be used by a second VM either.
     let fresh = format!("{}:/data,size=16M", lab.path("fresh.img"));
     let second = lab.path("second.ext4");
     fs::copy(&image, &second).unwrap();

@@ -1,4 +1,4 @@
-//! The client against a stand-in for the API, and the commands that are made of it.
+//! The client with a stand-in for the API, and commands based on it.
 
 mod common;
 #[path = "common/pty.rs"]
@@ -45,7 +45,7 @@ use tungstenite::{
 
 fn pigeon(place: &Place, vm: &Vm, words: &[&str], input: &[u8]) -> Output {
     let mut child = spawn(place, vm, words);
-    // It may end without reading it.
+    // It may exit without reading its input.
     let _ = child.stdin.take().unwrap().write_all(input);
     child.wait_with_output().unwrap()
 }
@@ -80,7 +80,7 @@ fn a_signal_aborts_a_snapshot_once_the_vm_is_resumed() {
         let vm = Vm::start(place.0.path(), |mut connection| {
             connection.respond(200, "", b"{\"ok\":true,\"token\":\"a1\"}");
         });
-        // A VM of `pigeon run --restorable`, which runs.
+        // The record of a running VM of `pigeon run --restorable`.
         let kept = place.path("pigeon/vms/app");
         fs::create_dir_all(&kept).unwrap();
         let restorable =
@@ -280,7 +280,7 @@ fn logs_are_read_by_frame_and_a_gap_is_reported() {
         let head = "HTTP/1.1 200 OK\r\nContent-Type: application/vnd.docker.multiplexed-stream\r\n\
                     Log-Offset: 100\r\nTransfer-Encoding: chunked\r\n\r\n";
         connection.send(head.as_bytes());
-        // Chunks and frames have nothing to do with each other.
+        // Chunk boundaries are independent of frames.
         connection.send(&chunk(&frames[..10]));
         connection.send(&chunk(&frames[10..]));
         connection.send(b"0\r\n\r\n");
@@ -311,7 +311,7 @@ fn logs_are_read_by_frame_and_a_gap_is_reported() {
     );
 }
 
-/// Files of a VM that has `/etc/motd`, a directory `/etc`, and a full disk at `/full`.
+/// The files of a VM with `/etc/motd`, a directory `/etc`, and a full disk at `/full`.
 fn files(mut connection: Connection) {
     let line = connection.request.line.clone();
     let (method, target) = line.split_once(' ').unwrap();
@@ -516,7 +516,7 @@ fn cp_replaces_only_regular_files_and_targets_of_links() {
         let kind = fs::symlink_metadata(place.path(fifo)).unwrap().file_type();
         assert!(kind.is_fifo());
     }
-    // A device of our own: the host's is not to be lost.
+    // A separate device node, as the host's could be lost.
     let device = rustix::fs::makedev(1, 3);
     let null = place.path("null");
     if mknodat(CWD, &null, FileType::CharacterDevice, Mode::RWXU, device).is_ok() {
@@ -526,7 +526,7 @@ fn cp_replaces_only_regular_files_and_targets_of_links() {
         let kind = fs::symlink_metadata(&null).unwrap().file_type();
         assert!(kind.is_char_device());
     }
-    // The link stays, and leads to the copy; also a link to a link, and to nothing yet.
+    // The link is kept, and its target is written; also through a second link, and for a missing target.
     fs::create_dir(place.path("far")).unwrap();
     fs::write(place.path("far/old"), "old").unwrap();
     for (link, target) in [("a", "far/old"), ("b", "a"), ("c", "far/new")] {
@@ -542,7 +542,7 @@ fn cp_replaces_only_regular_files_and_targets_of_links() {
     }
     symlink("loop", place.path("loop")).unwrap();
     assert!(copy("loop").0.contains("too many symbolic links"));
-    // What a guest has put into a directory does not lead out of it.
+    // A link that a guest has created in a directory is not followed.
     fs::create_dir(place.path("copied")).unwrap();
     symlink("../far/old", place.path("copied/motd")).unwrap();
     assert_eq!(copy("copied").1, Some(0));
@@ -554,7 +554,7 @@ fn cp_replaces_only_regular_files_and_targets_of_links() {
     assert_eq!(fs::read_to_string(place.path("far/old")).unwrap(), "old");
 }
 
-/// What a guest answers beside the session that moves an archive: commands succeed, no session has a name.
+/// A guest's responses besides the session for an archive: commands succeed, no session has a name.
 fn respond_beside_a_session(mut connection: Connection) {
     match connection.request.line.as_str() {
         "GET /v1/sessions" => connection.respond(200, "", b"[]"),
@@ -565,8 +565,8 @@ fn respond_beside_a_session(mut connection: Connection) {
     }
 }
 
-/// `pigeon cp :/data DESTINATION` in `place`, from a guest whose tar sends this: what it says, and its
-/// exit code.
+/// Runs `pigeon cp :/data DESTINATION` in `place`, from a guest whose tar sends `archive`. Returns its
+/// message and exit code.
 fn cp_directory(place: &Place, archive: Vec<u8>, destination: &str) -> (String, Option<i32>) {
     cp_directory_from(place, ":/data", archive, destination)
 }
@@ -619,7 +619,7 @@ fn cp_of_a_directory_and_a_dot_copies_what_is_in_it() {
     assert_eq!(code, Some(0), "{said}");
     assert!(place.path("out/got").exists());
 
-    // A guest without commands, and a full disk: what is said shows where the file would be.
+    // A guest without commands, and a full disk: the message contains the path of the file.
     let guest = tempfile::tempdir().unwrap();
     let vm = Vm::start(guest.path(), |mut connection| {
         let line = connection.request.line.as_str();
@@ -749,7 +749,7 @@ fn a_hostile_directory_from_a_guest_stays_within_its_destination() {
         ),
     ];
     for (what, tar) in archives {
-        // In a directory beside the victim, so that `..` leads to it.
+        // In a directory next to the victim, so that `..` leads to it.
         let place = Place(tempfile::tempdir_in(outside.0.path()).unwrap());
         let into = place.path("into");
         let (said, code) = cp_directory(&place, tar.bytes(), into.to_str().unwrap());
@@ -766,7 +766,7 @@ fn a_hostile_directory_from_a_guest_stays_within_its_destination() {
             "{what}"
         );
     }
-    // Nor does what an earlier copy has left lead out of it.
+    // A link from an earlier copy is not followed either.
     let place = Place::new();
     fs::create_dir(place.path("copied")).unwrap();
     symlink(&dir, place.path("copied/data")).unwrap();
@@ -841,8 +841,8 @@ fn a_guests_error_message_has_a_limit() {
     assert!(text(&output.stderr) == expected, "{}", output.stderr.len());
 }
 
-/// `pigeon cp OPTIONS SOURCE :/data` in `place`, to a guest whose tar reads its input to its end: what it says,
-/// its exit code, and the archive, unless that did not end.
+/// Runs `pigeon cp OPTIONS SOURCE :/data` in `place`, to a guest whose tar reads all of its input. Returns
+/// its message, its exit code, and the archive, if that is complete.
 fn cp_directory_to_guest(
     place: &Place,
     options: &[&str],
@@ -897,7 +897,7 @@ fn a_directory_is_copied_to_a_guest_without_sockets_and_unreadable_files() {
     std::os::unix::fs::symlink("sub/file", place.path("dir/link")).unwrap();
     mknodat(CWD, place.path("dir/fifo"), FileType::Fifo, Mode::RUSR, 0).unwrap();
     let _listener = std::os::unix::net::UnixListener::bind(place.path("dir/socket")).unwrap();
-    // One file belongs to another user of the host, if chown is permitted; one has a hole.
+    // One file belongs to another user if chown is permitted; one has a hole.
     let _ = std::os::unix::fs::chown(place.path("dir/sub/file"), Some(1234), Some(1234));
     let holed = fs::File::create(place.path("dir/sub/holed")).unwrap();
     holed.set_len(3 << 20).unwrap();
@@ -964,7 +964,7 @@ fn a_tunnel_carries_bytes_both_ways_and_reports_a_refusal() {
         if connection.request.line == "CONNECT 127.0.0.1:1" {
             return connection.respond(502, "", br#"{"error":"127.0.0.1:1: ECONNREFUSED"}"#);
         }
-        // The first bytes come with the response.
+        // The first bytes follow the response.
         connection.send(b"HTTP/1.1 200 OK\r\n\r\nbanner\n");
         let mut buffer = [0; 4096];
         while let Ok(size @ 1..) = connection.stream.read(&mut buffer) {
@@ -1011,7 +1011,7 @@ fn a_tunnel_carries_bytes_both_ways_and_reports_a_refusal() {
     drop(forward);
     assert!(TcpStream::connect(address).is_err());
     TcpListener::bind(address).expect("others can listen there");
-    // Who is refused sees an end, and the reason is told.
+    // A refused client's connection is closed, and the reason is reported.
     let (sender, told) = std::sync::mpsc::channel();
     let sender = std::sync::Mutex::new(sender);
     let sender = std::sync::Arc::new(sender);
@@ -1059,7 +1059,7 @@ fn a_response_after_the_clients_half_close_is_forwarded() {
     ask(client.into(), b"GET /v1/sysinfo HTTP/1.1\r\n\r\n");
 }
 
-/// A session's server end.
+/// The server's end of a session.
 fn upgrade(mut connection: Connection) -> WebSocket<std::os::unix::net::UnixStream> {
     let key = connection.request.headers.iter().find_map(|line| {
         let (name, value) = line.split_once(':')?;
@@ -1143,7 +1143,7 @@ fn a_session_with_a_closed_output_restores_the_terminal_silently() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |connection| {
         let mut socket = upgrade(connection);
-        // Until there is nobody.
+        // Until the client has disconnected.
         while socket.send(Message::binary(&b"y\n"[..])).is_ok() {}
     });
     let script = format!(

@@ -55,7 +55,7 @@ pub fn start(flags: &Flags) -> Result<()> {
     state::check(&dir)?;
     let is_new = state::create(&dir)?;
     let started = start_server(flags);
-    // An existing one belongs to another shim, which may be alive.
+    // An existing directory belongs to another shim, which may be alive.
     if started.is_err() && is_new {
         let _ = fs::remove_dir_all(&dir);
     }
@@ -66,7 +66,7 @@ pub fn start(flags: &Flags) -> Result<()> {
     Ok(io::stdout().flush()?)
 }
 
-/// Starts the server, and waits until it listens: then it closes its output.
+/// Starts the server, and waits until it listens, which it signals by closing its output.
 fn start_server(flags: &Flags) -> Result<()> {
     let (mut output, their_output) = io::pipe()?;
     let mut command = Command::new(env::current_exe()?);
@@ -77,7 +77,7 @@ fn start_server(flags: &Flags) -> Result<()> {
         .stdout(their_output.try_clone()?)
         .stderr(their_output)
         .process_group(0);
-    // A systemd service has no HOME; the kernel must not come from a directory that everybody can write to.
+    // A systemd service has no HOME; the kernel must not come from a world-writable directory.
     if env::var_os("HOME").is_none() && env::var_os(CACHE).is_none() {
         command.env(CACHE, state::root().join("cache"));
     }
@@ -91,7 +91,7 @@ fn start_server(flags: &Flags) -> Result<()> {
     }
 }
 
-/// The server of a container, until containerd shuts it down.
+/// Runs the server of a container until containerd shuts it down.
 pub fn serve(flags: &Flags) -> Result<()> {
     pigeon::process::raise_open_files();
     let bundle = env::current_dir()?;
@@ -104,8 +104,7 @@ pub fn serve(flags: &Flags) -> Result<()> {
     let _ = fs::remove_file(&socket);
     let listener = UnixListener::bind(&socket)
         .with_context(|| format!("unable to listen on {}", socket.display()))?;
-    // containerd 1.6 and 1.7 call the service by its second version, 2.0 by the third: the messages
-    // are the same.
+    // containerd 1.6 and 1.7 call version 2 of the service, 2.0 calls version 3: the messages are the same.
     let methods = create_task(Arc::new(Task(service.clone())));
     let second = create_task(Arc::new(Task(service.clone())))
         .into_iter()
@@ -118,7 +117,7 @@ pub fn serve(flags: &Flags) -> Result<()> {
     server.start()?;
     close_output()?;
     service.wait();
-    // containerd takes a shim with a closed connection for dead, and runs `delete`.
+    // containerd considers a shim dead when its connection is closed, and runs `delete`.
     service.publisher.finish();
     server.shutdown();
     let _ = fs::remove_dir_all(&dir);
@@ -126,7 +125,7 @@ pub fn serve(flags: &Flags) -> Result<()> {
     Ok(())
 }
 
-/// Signals the process that started this one that it is listening.
+/// Signals to the parent process that the server is listening.
 fn close_output() -> Result<()> {
     let null = File::options().write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdout(&null)?;
@@ -134,7 +133,7 @@ fn close_output() -> Result<()> {
     Ok(())
 }
 
-/// `delete`, in the bundle: cleans up after a shim that was killed. Its VM has ended with it.
+/// `delete`, in the bundle: cleans up after a killed shim. Its VM was killed with it.
 pub fn delete(flags: &Flags) -> Result<()> {
     let dir = state::container_dir(flags);
     state::kill(&dir)?;

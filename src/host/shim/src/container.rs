@@ -1,4 +1,4 @@
-//! A container: a VM, or a pod's sandbox, which is only a name.
+//! A container: a VM, or a pod's sandbox, which runs nothing.
 
 use std::{
     collections::BTreeMap,
@@ -40,22 +40,22 @@ use crate::{
 
 /// Exit status after SIGKILL, as in a shell.
 pub const KILLED: u32 = 128 + SIGKILL as u32;
-/// How long a VM may take to end after a signal has ended its process.
+/// How long a VM may take to end after a signal has killed its process.
 const ENDING: Duration = Duration::from_secs(2);
 /// How long a container may take to exit on SIGKILL before its VM is killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a signal waits for a starting process.
 const STARTING: Duration = Duration::from_secs(10);
-/// Signals that are ignored, and those that stop a process, unless it handles them (signal(7)):
-/// SIGCHLD, SIGCONT, SIGURG, SIGWINCH; SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU.
+/// Signals that are ignored by default, and those that stop a process (signal(7)): SIGCHLD, SIGCONT, SIGURG,
+/// SIGWINCH; SIGSTOP, SIGTSTP, SIGTTIN, SIGTTOU.
 const IGNORED: [u8; 4] = [17, 18, 23, 28];
 const STOPPING: [u8; 4] = [19, 20, 21, 22];
-/// Most bytes of the guest's /etc/passwd that are read.
+/// Maximum size of the guest's /etc/passwd in bytes.
 const MAX_USERS: u64 = 4 << 20;
 
-/// containerd's name for a container.
+/// The container's name in containerd.
 pub struct Name<'a> {
-    /// In its namespace.
+    /// Its id in the namespace.
     pub id: &'a str,
     /// The namespace.
     pub namespace: &'a str,
@@ -63,14 +63,14 @@ pub struct Name<'a> {
 
 /// A created container.
 pub struct Container {
-    /// containerd's name for it.
+    /// Its id in containerd.
     pub id: String,
     namespace: String,
     /// Its bundle.
     pub bundle: PathBuf,
     /// Its process.
     pub process: Arc<Process>,
-    /// Processes that were added.
+    /// Exec processes.
     added: Mutex<BTreeMap<String, Arc<Process>>>,
     /// None for a pod's sandbox.
     vm: Option<Arc<Vm>>,
@@ -81,7 +81,7 @@ pub struct Container {
 }
 
 impl Container {
-    /// Makes the root's image and starts the VM, which boots meanwhile.
+    /// Makes the root's image and starts the VM, without waiting for its boot.
     pub fn create(
         name: Name,
         bundle: &Path,
@@ -115,7 +115,7 @@ impl Container {
         Vm::boot(plan, &root, dir)
     }
 
-    /// The host process that its processes run in: the hypervisor, or the shim.
+    /// The pid on the host for its processes: that of the hypervisor or the shim.
     pub fn pid(&self) -> u32 {
         self.vm.as_ref().map_or(std::process::id(), |vm| vm.pid)
     }
@@ -125,7 +125,7 @@ impl Container {
         self.paused.load(Ordering::SeqCst)
     }
 
-    /// A process by its containerd id; the container's own has none.
+    /// A process by its exec id, which is empty for the container's own.
     pub fn find(&self, exec_id: &str) -> Result<Arc<Process>, Failure> {
         if exec_id.is_empty() {
             return Ok(self.process.clone());
@@ -139,7 +139,7 @@ impl Container {
         vm.ok_or_else(|| Failure::Unimplemented("nothing runs in a pod's sandbox".into()))
     }
 
-    /// Adds a process, to be started.
+    /// Adds an exec process, without starting it.
     pub fn add(&self, exec_id: &str, spec: &[u8], stdio: Stdio) -> Result<(), Failure> {
         self.running_vm()?;
         if self.is_paused() {
@@ -159,13 +159,14 @@ impl Container {
         Ok(())
     }
 
-    /// Starts a process. Its exit is published once the returned guard is dropped, so after its start.
+    /// Starts a process. Its exit is published only after the returned guard was dropped, so that its start
+    /// is published first.
     pub fn start(
         self: &Arc<Container>,
         process: &Arc<Process>,
         publisher: &Arc<Publisher>,
     ) -> Result<Sender<()>, Failure> {
-        // A running or starting process is left alone.
+        // A running or starting process is not affected.
         let Some(taken) = process.take() else {
             let text = "a process is started once, and not when it has ended";
             return Err(Failure::Precondition(text.into()));
@@ -174,7 +175,7 @@ impl Container {
             true => Err(anyhow!("the container is paused")),
             false => self.start_in_vm(process, taken, publisher),
         };
-        // A client waits for the end of its streams then.
+        // Closes its streams, for whose end clients wait.
         if let Err(error) = &started {
             process.fail(&format!("{error:#}"));
             if process.exec_id.is_empty() {
@@ -203,7 +204,7 @@ impl Container {
         let home = user::home(process.uid(), &passwd);
         let (container, publisher) = (self.clone(), publisher.clone());
         process.start(taken, vm, home, &self.namespace, move |process| {
-            // Nobody sends anything.
+            // Only dropping the sender ends this.
             let _ = announced.recv();
             container.ended(process, &publisher);
         })?;
@@ -218,7 +219,7 @@ impl Container {
         Ok(())
     }
 
-    /// Handles the exit of a process; with the container's own, all others end.
+    /// Handles the exit of a process; if it is the container's own, all others end.
     fn ended(&self, process: &Process, publisher: &Publisher) {
         if process.exec_id.is_empty() {
             let added: Vec<_> = lock(&self.added).values().cloned().collect();
@@ -264,7 +265,7 @@ impl Container {
         publisher.publish(topics::TASK_EXIT_EVENT_TOPIC, &event);
     }
 
-    /// Sends a signal to a process, or to all of the container.
+    /// Sends a signal to a process, or to all processes of the container.
     pub fn kill(
         self: &Arc<Container>,
         process: &Arc<Process>,
@@ -274,14 +275,14 @@ impl Container {
     ) -> Result<(), Failure> {
         let stage = match self.vm {
             Some(_) => process.wait_started(STARTING),
-            // It has no number to wait for.
+            // A sandbox's process has no pid to wait for.
             None => process.stage(),
         };
         let pid = match stage {
             Stage::Ended(_) | Stage::Failed(_) => {
                 return Err(Failure::NotFound("process already finished".into()));
             }
-            // Before its start, or while its VM boots.
+            // Not started yet, or the VM is booting.
             Stage::Created => {
                 if STOPPING.contains(&signal) {
                     let text = "the process was not started".into();
@@ -290,11 +291,11 @@ impl Container {
                 if is_harmless(signal) || self.end_created(process, signal, publisher) {
                     return Ok(());
                 }
-                // It runs now.
+                // It was started meanwhile.
                 return self.kill(process, signal, all, publisher);
             }
             Stage::Running(_) if process.is_over() => {
-                // A kill does not wait until its output is read.
+                // After a kill, the exit does not wait until the output is read.
                 if signal == SIGKILL {
                     process.expect_end();
                 }
@@ -303,7 +304,7 @@ impl Container {
             Stage::Running(pid) => pid,
         };
         let Some(vm) = &self.vm else {
-            // What a pause container does; whether it is stopped nobody sees.
+            // As with a pause container; stopping it has no visible effect.
             if !is_harmless(signal)
                 && !STOPPING.contains(&signal)
                 && process.end(128 + u32::from(signal))
@@ -334,13 +335,14 @@ impl Container {
         match vm.signal(target, signal) {
             Ok(Sent::Sent) => Ok(()),
             Ok(Sent::NoProcess) => Err(Failure::NotFound("process already finished".into())),
-            // The VM ends with its process, maybe before it has answered.
+            // The VM ends with this process, possibly before it responds.
             Err(_) if is_own && (signal == SIGKILL || vm.end_within(ENDING).is_some()) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Applies a signal's default action to a process that was not started. False if it was started meanwhile.
+    /// Applies a signal's default action to a process that was not started. False if it was started
+    /// meanwhile.
     fn end_created(&self, process: &Process, signal: u8, publisher: &Publisher) -> bool {
         let has_ended = process.end_created(128 + u32::from(signal));
         if has_ended {
@@ -349,7 +351,7 @@ impl Container {
         has_ended
     }
 
-    /// Ends the VM and with it the process; an exec process ends alone.
+    /// Ends a process immediately, and the VM if the process is the container's own.
     fn end_now(&self, process: &Arc<Process>, status: u32, publisher: &Arc<Publisher>) {
         process.expect_end();
         if process.end(status) {
@@ -357,7 +359,7 @@ impl Container {
         }
     }
 
-    /// The same for a guest that does not obey.
+    /// The same after a timeout, if the guest has not ended the process.
     fn end_later(self: &Arc<Container>, process: &Arc<Process>, publisher: &Arc<Publisher>) {
         let (container, process) = (self.clone(), process.clone());
         let publisher = publisher.clone();
@@ -370,7 +372,7 @@ impl Container {
         });
     }
 
-    /// Forgets an added process.
+    /// Removes an exec process.
     pub fn remove(&self, exec_id: &str) {
         lock(&self.added).remove(exec_id);
     }
@@ -394,14 +396,14 @@ impl Container {
         Ok(())
     }
 
-    /// Resumes it.
+    /// Resumes the VM.
     pub fn resume(&self) -> Result<(), Failure> {
         self.running_vm()?.resume()?;
         self.paused.store(false, Ordering::SeqCst);
         Ok(())
     }
 
-    /// What it uses.
+    /// Its resource usage.
     pub fn metrics(&self) -> Result<Metrics, Failure> {
         let vm = self.running_vm()?;
         if self.is_paused() {
@@ -415,7 +417,8 @@ impl Container {
     }
 }
 
-/// Whether a signal does nothing to a process without handlers. (0 asks whether it is there; kill(2))
+/// Whether a signal has no effect on a process without handlers. (Signal 0 only checks for existence;
+/// kill(2).)
 fn is_harmless(signal: u8) -> bool {
     signal == 0 || IGNORED.contains(&signal)
 }
@@ -433,7 +436,7 @@ fn copy(vm: &Vm, source: &Path, target: &str) -> Result<()> {
     Ok(())
 }
 
-/// A file of the guest, which may not be there.
+/// Reads a file of the guest; empty if it does not exist.
 fn read(client: &Client, path: &str) -> Result<String> {
     match client.read_text(path, MAX_USERS) {
         Err(ApiError::Refused { status: 404, .. }) => Ok(String::new()),
@@ -448,7 +451,7 @@ mod tests {
     use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
     use std::{io::Read, os::unix::fs::OpenOptionsExt};
 
-    /// A pod's sandbox, which has no VM, and nobody who takes its events.
+    /// A pod's sandbox without a VM, and a publisher whose events are not delivered.
     fn sandbox(stdio: Stdio) -> (Arc<Container>, Arc<Publisher>) {
         let outputs = stdio.open("pod", "").unwrap();
         let spec = spec::Process::default();
@@ -484,7 +487,7 @@ mod tests {
         (stdio, reader)
     }
 
-    /// Whether nobody writes to a FIFO any more: reading it would block else.
+    /// Waits until a FIFO has no writer; before that, reading it would block.
     fn has_no_writer(reader: &mut File) -> bool {
         soon(|| matches!(reader.read(&mut [0]), Ok(0)))
     }
@@ -560,7 +563,7 @@ mod tests {
         let (stdio, mut reader) = fifo(dir.path());
         let (pod, publisher) = sandbox(stdio);
         assert!(pod.start(&pod.process, &publisher).is_ok());
-        // Nothing will be written.
+        // The output was closed.
         assert!(has_no_writer(&mut reader));
         assert!(is_refused(pod.start(&pod.process, &publisher)));
         pod.paused.store(true, Ordering::SeqCst);

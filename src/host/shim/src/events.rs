@@ -33,7 +33,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// How long sending the remaining events may take when the shim exits.
 const FINISH: Duration = Duration::from_secs(5);
 
-/// A message as one that says what it is.
+/// Wraps a message with its type.
 pub fn any<M: MessageFull>(message: &M) -> Result<Any> {
     Ok(Any {
         type_url: M::descriptor().full_name().into(),
@@ -63,7 +63,7 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// One for containerd's ttrpc socket at `address`.
+    /// Starts one for containerd's ttrpc socket at `address`.
     pub fn start(address: String, namespace: &str) -> Publisher {
         let (queue, events) = mpsc::channel::<Envelope>();
         let waiting = Arc::new(AtomicUsize::new(0));
@@ -85,7 +85,7 @@ impl Publisher {
         }
     }
 
-    /// Sends an event, after those before it.
+    /// Queues an event.
     pub fn publish<M: MessageFull>(&self, topic: &str, event: &M) {
         let envelope = any(event).map(|any| Envelope {
             timestamp: Some(timestamp(SystemTime::now())).into(),
@@ -104,7 +104,7 @@ impl Publisher {
         }
     }
 
-    /// Waits, with a limit, until containerd has all events.
+    /// Waits, with a limit, until containerd has received all queued events.
     pub fn flush(&self) {
         let deadline = Instant::now() + FINISH;
         while self.waiting.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
@@ -112,7 +112,7 @@ impl Publisher {
         }
     }
 
-    /// Waits, with a limit, until all were sent.
+    /// Stops accepting events, and waits, with a limit, until all were sent.
     pub fn finish(&self) {
         crate::service::lock(&self.queue).take();
         let deadline = Instant::now() + FINISH;

@@ -11,7 +11,7 @@ pub struct Flags {
     pub id: String,
     /// containerd's socket.
     pub address: String,
-    /// `start`, `delete`, or nothing: serve.
+    /// `start`, `delete`, or empty to serve.
     pub action: String,
     /// `-v`
     pub version: bool,
@@ -20,7 +20,7 @@ pub struct Flags {
 }
 
 impl Flags {
-    /// Of the words after the program's name.
+    /// Parses the words after the program's name.
     pub fn parse(words: impl Iterator<Item = String>) -> Result<Flags> {
         let mut flags = Flags::default();
         let mut words = words;

@@ -20,7 +20,7 @@ use crate::state;
 
 /// The images' directory in the state's.
 const IMAGES: &str = "images";
-/// The file next to an image that lists its layers.
+/// The file next to an image with its layers' identities.
 const LAYERS: &str = "json";
 /// How long an unused image without layers is kept.
 const UNUSED: Duration = Duration::from_secs(7 * 24 * 60 * 60);
@@ -28,7 +28,7 @@ const UNUSED: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// The directory of shared images.
 pub struct Images(PathBuf);
 
-/// Identifies a directory, unlike its path, for its whole life.
+/// Identifies a directory during its lifetime; a path can be reused.
 #[derive(Debug, Deserialize, PartialEq, Serialize)]
 struct Identity {
     path: PathBuf,
@@ -50,14 +50,14 @@ impl Layers {
 }
 
 impl Images {
-    /// The state's.
+    /// Opens the directory of shared images.
     pub fn open() -> Result<Images> {
         let dir = state::root().join(IMAGES);
         state::create(&dir)?;
         Ok(Images(dir))
     }
 
-    /// The image of layers. If there is none, `pack` makes it at `made`.
+    /// The image of these layers. If there is none, `pack` makes it at `made`.
     pub fn of_layers(
         &self,
         layers: &Layers,
@@ -102,8 +102,8 @@ impl Images {
         self.0.join(format!("{name}.erofs"))
     }
 
-    /// Removes images whose layers are gone, as containerd has removed the container image, and images without
-    /// layers that were not used for long. Running VMs keep theirs open.
+    /// Removes images whose layers no longer exist, because containerd has removed the container image, and
+    /// images without layers that were not used for long. Running VMs keep theirs open.
     fn remove_unused(&self) {
         let Ok(entries) = fs::read_dir(&self.0) else {
             return;
@@ -134,7 +134,7 @@ pub fn pack(directory: &Path, image: &Path) -> Result<()> {
     image::pack(directory, image, Format::Erofs).map(drop)
 }
 
-/// Makes sure that only one process makes an image; others wait for it.
+/// Lets one process at a time make an image; others wait for it.
 fn lock(image: &Path) -> Result<File> {
     let lock = File::create(image.with_extension("lock"))?;
     lock.lock().context("unable to lock the root's image")?;
@@ -180,18 +180,18 @@ mod tests {
         let path = dir.path().join("fs");
         fs::create_dir(&path).unwrap();
         let Some(first) = Identity::of(&path) else {
-            return; // a file system without times of birth
+            return; // a file system without birth times
         };
         assert_eq!(Identity::of(&path).as_ref(), Some(&first));
         fs::remove_dir(&path).unwrap();
-        // Times of files are those of the kernel's last tick: no two snapshots come so close.
+        // File times have the resolution of the kernel's tick: real snapshots are never that close.
         thread::sleep(Duration::from_millis(20));
         fs::create_dir(&path).unwrap();
         assert_ne!(Identity::of(&path), Some(first));
         assert_eq!(Identity::of(&dir.path().join("none")), None);
     }
 
-    /// A directory to be packed, and where its image is made.
+    /// A directory to pack, and the path for its image.
     fn place(parent: &Path, name: &str, text: &str) -> (PathBuf, PathBuf) {
         let dir = parent.join(name);
         fs::create_dir_all(&dir).unwrap();
@@ -217,7 +217,7 @@ mod tests {
         fs::write(&first, "made once").unwrap();
         assert_eq!(image_of("b", "text"), first);
         assert_eq!(fs::read(&first).unwrap(), b"made once");
-        // Of the same length and time.
+        // Same length and time.
         let other = image_of("c", "tezt");
         assert_ne!(other, first);
         assert_ne!(fs::read(&other).unwrap(), bytes);

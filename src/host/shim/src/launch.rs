@@ -11,9 +11,9 @@ use pigeon::{
 
 use crate::spec::Process;
 
-/// Where the program is written: a tmpfs of the init. It removes itself.
+/// Where the program is written: a tmpfs mounted by the init. The program removes itself.
 pub const PATH: &str = "/run/pigeon/launch";
-/// Where it writes what has failed.
+/// Where the program writes what has failed.
 pub const FAILURE: &str = "/run/pigeon/launch-failure";
 /// Capabilities by number (linux/capability.h).
 pub const CAPABILITIES: [&str; 41] = [
@@ -78,7 +78,7 @@ pub const RESOURCES: [&str; 16] = [
     "RLIMIT_RTPRIO",
     "RLIMIT_RTTIME",
 ];
-/// The search path without PATH, as in runc.
+/// The search path if PATH is not set, as in runc.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 // System calls (asm/unistd.h), and their constants (linux/fcntl.h, linux/prctl.h,
@@ -110,8 +110,8 @@ const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 const MAX_CAPABILITIES: u64 = 64;
 
 /// The program that executes a process. `home` is for a process without HOME. `makes_directory`: creates a
-/// missing working directory, which runc does only for a container's own process. `read_only`: so is the root,
-/// as in runc once all mount points are there.
+/// missing working directory, which runc does only for a container's own process. `read_only`: remounts the
+/// root read-only, as runc does once all mount points exist.
 pub fn program(
     process: &Process,
     home: &str,
@@ -157,7 +157,7 @@ fn make_directory(calls: &mut Calls, directory: &str) {
     let slashes = directory.match_indices('/').map(|(at, _)| at);
     let ends = slashes.filter(|at| *at > 0).chain([directory.len()]);
     for end in ends {
-        // An error is a directory that is there, or one that cannot be entered.
+        // Errors are ignored: if the directory is missing, chdir fails.
         let path = calls.text(&directory[..end]);
         calls.call(MKDIRAT, &[AT_FDCWD, path, 0o755].map(Value));
     }
@@ -175,7 +175,7 @@ fn set_limits(calls: &mut Calls, process: &Process) {
     }
 }
 
-/// The user, groups and capabilities. As runc does, the streams become the user's.
+/// Sets the user, groups and capabilities. As in runc, the streams are owned by the user.
 fn set_user(calls: &mut Calls, process: &Process) {
     let user = &process.user;
     let (uid, gid) = (u64::from(user.uid), u64::from(user.gid));
@@ -196,7 +196,7 @@ fn set_user(calls: &mut Calls, process: &Process) {
     let sets = &process.capabilities;
     let bounding = mask(&sets.bounding);
     for number in (0..MAX_CAPABILITIES).filter(|number| bounding >> number & 1 == 0) {
-        // An error is a capability that the kernel does not know.
+        // Fails for a capability unknown to the kernel.
         calls.call(PRCTL, &[PR_CAPBSET_DROP, number, 0, 0].map(Value));
     }
     calls.call(PRCTL, &[PR_SET_KEEPCAPS, 1, 0, 0].map(Value));
@@ -223,7 +223,7 @@ fn set_user(calls: &mut Calls, process: &Process) {
     }
 }
 
-/// Capabilities as bits, by their numbers. An unknown one has been warned of.
+/// Capabilities as a bit mask. Unknown ones were reported by a warning.
 fn mask(names: &BTreeSet<String>) -> u64 {
     let numbers = CAPABILITIES.iter().enumerate();
     let given = numbers.filter(|(_, name)| names.contains(**name));

@@ -38,7 +38,7 @@ pub fn write(level: &str, message: &str) {
     }
 }
 
-/// Logs an error that does not end the container, or the reason of its end.
+/// Logs an error that does not end the container, or the reason for its end.
 pub fn error(error: &anyhow::Error) {
     write("error", &format!("{error:#}"));
 }

@@ -1,6 +1,5 @@
-//! A program that takes a container's output, as `binary://PATH?KEY=VALUE` names it: it reads standard
-//! output from descriptor 3 and standard error from 4, and closes 5 when it is ready. (containerd
-//! runtime/v2/logging)
+//! A program that receives a container's output, for `binary://PATH?KEY=VALUE`: it reads standard output from
+//! descriptor 3 and standard error from 4, and closes 5 when it is ready. (containerd runtime/v2/logging)
 
 use std::{
     fs,
@@ -25,22 +24,22 @@ use rustix::{
 
 use crate::stdio::{self, Output};
 
-/// How long a program may take to be ready.
+/// How long a program may take to become ready.
 const READY: Duration = Duration::from_secs(10);
-/// How long it may take to end when its input has, and after a SIGTERM.
+/// How long it may take to exit after the end of its input, and after a SIGTERM.
 const END: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(2)];
-/// How long its end may take in all.
+/// How long its exit may take in total.
 pub const TIMEOUT: Duration = Duration::from_secs(14);
-/// The descriptors it gets.
+/// Its first descriptor; the others follow.
 const FIRST: RawFd = 3;
-/// The same before they have their numbers: none is one of those.
+/// Minimum number of the descriptors in this process, so that they do not conflict with the final numbers.
 const ABOVE: RawFd = 10;
 
 /// A running program.
 pub struct Logger(Child);
 
 impl Logger {
-    /// Starts the program of what follows `binary://`, and waits until it is ready.
+    /// Starts the program after `binary://`, and waits until it is ready.
     pub fn start(place: &str, id: &str, namespace: &str) -> Result<(Logger, [Output; 2])> {
         let (path, query) = place.split_once('?').unwrap_or((place, ""));
         let path = stdio::decode(path);
@@ -71,8 +70,8 @@ impl Logger {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .process_group(0);
-        // SAFETY: dup2(2) is async-signal-safe, and nothing of this process's is closed by it: in the
-        // child all other descriptors are closed by exec.
+        // SAFETY: dup2(2) is async-signal-safe, and closes nothing that the child needs: exec closes all
+        // other descriptors.
         unsafe {
             command.pre_exec(move || {
                 for (number, descriptor) in (FIRST..).zip(&theirs) {
@@ -84,7 +83,7 @@ impl Logger {
         }
         let child = command.spawn();
         let child = child.with_context(|| format!("unable to start {path}"))?;
-        // Its ends are closed with this.
+        // Closes this process's copies of the program's descriptors.
         drop(command);
         let mut logger = Logger(child);
         logger
@@ -98,7 +97,7 @@ impl Logger {
         Ok((logger, outputs))
     }
 
-    /// Waits until it has closed the pipe, or has ended well.
+    /// Waits until it has closed the pipe, or has exited successfully.
     fn wait_ready(&mut self, ready: &mut PipeReader) -> Result<()> {
         let timeout = Timespec::try_from(READY)?;
         let is_ready = poll(&mut [PollFd::new(ready, PollFlags::IN)], Some(&timeout))? > 0;
@@ -117,7 +116,7 @@ impl Logger {
         /// linux/sched.h
         const PF_EXITING: u32 = 4;
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap_or_default();
-        // The flags, the seventh field behind the name (proc_pid_stat(5)).
+        // The flags are the seventh field after the name (proc_pid_stat(5)).
         let flags = stat
             .rsplit_once(") ")
             .and_then(|(_, rest)| rest.split(' ').nth(6));
@@ -128,14 +127,14 @@ impl Logger {
         })
     }
 
-    /// Waits for its exit; sends SIGTERM if that takes long. Its input has ended.
+    /// Waits for its exit after the end of its input; sends SIGTERM if that takes too long.
     pub fn finish(mut self) {
         if self.has_ended(END[0]) {
             return;
         }
         let _ = kill_process(Pid::from_child(&self.0), Signal::TERM);
         self.has_ended(END[1]);
-        // What still runs is killed.
+        // If it still runs, drop kills it.
     }
 
     fn has_ended(&mut self, timeout: Duration) -> bool {
@@ -157,7 +156,7 @@ impl Drop for Logger {
     }
 }
 
-/// Keys and values of a query, one after the other.
+/// Alternating keys and values of a query.
 fn arguments(query: &str) -> Vec<String> {
     let pairs = query.split('&').filter(|pair| !pair.is_empty());
     let words = pairs.flat_map(|pair| {

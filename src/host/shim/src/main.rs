@@ -1,8 +1,8 @@
 //! containerd's shim for containers that are pigeon VMs: `io.containerd.pigeon.v2`.
 //!
-//! containerd starts it as `containerd-shim-pigeon-v2 … start` for a container, talks to it over
-//! ttrpc until the container is deleted, and cleans up after a dead one by `… delete`. (containerd
-//! core/runtime/v2/README.md) There is one process for a container, and one VM.
+//! containerd starts it as `containerd-shim-pigeon-v2 … start` for a container, talks to it over ttrpc until
+//! the container is deleted, and cleans up after a dead one by `… delete`. (containerd
+//! core/runtime/v2/README.md) Each container has one process and one VM.
 
 mod bootstrap;
 mod container;
@@ -28,7 +28,7 @@ use anyhow::{Result, bail};
 
 use flags::Flags;
 
-/// The runtime's name for containerd.
+/// The runtime's name in containerd.
 const RUNTIME: &str = "io.containerd.pigeon.v2";
 
 fn main() -> ExitCode {
@@ -41,8 +41,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Waits until something is so. A file that a test has closed is still open in a process that another test
-/// starts, until its execve.
+/// Waits until a condition holds. A file closed by a test stays open in a process that another test starts,
+/// until its execve.
 #[cfg(test)]
 fn soon(mut is_so: impl FnMut() -> bool) -> bool {
     use std::{thread, time::Duration};

@@ -1,19 +1,18 @@
-//! A VM's use of memory, processors and disks, as metrics of a cgroup (v2), made of what its init says
-//! of the whole guest.
+//! Converts a guest's resource usage, as reported by its init, to cgroup v2 metrics.
 
 use containerd_shim_protos::cgroups_v2::metrics::{
     CPUStat, IOEntry, IOStat, MemoryStat, Metrics, PidsStat,
 };
 use serde_json::Value;
 
-/// Bytes of a sector of /proc/diskstats.
+/// Size of a sector in /proc/diskstats in bytes.
 const SECTOR: u64 = 512;
-/// Major number of virtio's block devices, which is dynamic: the first that is free.
+/// Major number of virtio block devices: the first dynamic one.
 const VIRTIO_BLK: u64 = 254;
-/// Minor numbers of one of them.
+/// Minor numbers per device.
 const MINORS: u64 = 16;
 
-/// Of `GET /v1/sysinfo`.
+/// Converts the response to `GET /v1/sysinfo`.
 pub fn of(sysinfo: &Value) -> Metrics {
     let memory = &sysinfo["memory"];
     let bytes = |name: &str| memory[name].as_u64().unwrap_or(0);
@@ -42,7 +41,7 @@ pub fn of(sysinfo: &Value) -> Metrics {
     }
 }
 
-/// Seconds of each processor, added up.
+/// The sum over all processors.
 fn processors(cpus: &Value) -> CPUStat {
     let sum = |names: &[&str]| {
         let cpus = cpus

@@ -32,18 +32,17 @@ use crate::{
 
 /// Bytes of output buffered for a reader before the process blocks.
 const PENDING: usize = 1 << 20;
-/// The same once the process was killed: its exit comes after its output.
+/// The same once the process was killed: its exit is reported after its output.
 const PENDING_KILLED: usize = 32 << 20;
-/// How long a client may take to read the last output when the process has ended, and when it is
-/// deleted.
+/// How long a client may take to read the last output after the process has exited, and after its deletion.
 const DRAIN: Duration = Duration::from_secs(2);
-/// How often that is polled.
+/// Interval of polling for that.
 const RETRY: Duration = Duration::from_millis(2);
-/// How long a VM may take to end after it has broken off a session.
+/// How long a VM may take to end after it has closed a session.
 const LAST_WORDS: Duration = Duration::from_secs(10);
-/// How long the kernel's last message may take from the guest's console to here.
+/// How long the kernel's last message may take to arrive from the guest's console.
 const CONSOLE: Duration = Duration::from_millis(300);
-/// The error of a start during which the process was killed.
+/// The error if the process is killed during its start.
 const KILLED_EARLY: &str = "it was killed while it started";
 /// SIGKILL
 pub const SIGKILL: u8 = 9;
@@ -55,7 +54,7 @@ pub struct Ended {
     pub status: u32,
     /// When.
     pub at: SystemTime,
-    /// The guest's kernel killed it because memory ran out.
+    /// Whether the guest's kernel killed it because memory ran out.
     pub for_memory: bool,
 }
 
@@ -74,52 +73,52 @@ impl Ended {
 pub enum Stage {
     /// It was not started.
     Created,
-    /// It runs, with this pid in the guest once that is known.
+    /// It runs; the pid in the guest is set once it is known.
     Running(Option<u32>),
     /// It could not be started.
     Failed(String),
-    /// It has ended.
+    /// It has exited.
     Ended(Ended),
 }
 
-enum Order {
+enum Request {
     Resize(u16, u16),
     CloseInput,
 }
 
-/// What a process is started with. It can be taken once.
+/// Resources for starting a process, which can be taken once.
 pub struct Taken {
     /// None if it is opened at the start.
     outputs: Option<Outputs>,
-    orders: Receiver<Order>,
+    requests: Receiver<Request>,
     woken: io::PipeReader,
 }
 
 /// A process.
 pub struct Process {
-    /// containerd's name of an added process; the container's own has none.
+    /// The exec id in containerd; empty for the container's own process.
     pub exec_id: String,
-    /// Its name as a session.
+    /// Its session's name.
     session: String,
     spec: spec::Process,
     /// Where its streams are.
     pub stdio: Stdio,
     stage: Mutex<Stage>,
     changed: Condvar,
-    orders: Mutex<(Sender<Order>, io::PipeWriter)>,
-    /// The other ends, and its output, until it is started.
+    requests: Mutex<(Sender<Request>, io::PipeWriter)>,
+    /// Resources for its start, until that.
     taken: Mutex<Option<Taken>>,
     /// The exit of its program, which is reported once its output was read.
     over: OnceLock<Ended>,
-    /// It was sent a SIGKILL.
+    /// Whether SIGKILL was sent to it.
     killed: Mutex<bool>,
-    /// Its streams are finished.
+    /// Whether its streams are finished.
     drained: Mutex<bool>,
     has_drained: Condvar,
 }
 
 impl Process {
-    /// One that is to be started. Without its output that is opened then.
+    /// Creates a process without starting it. If there are no outputs, the start opens them.
     pub fn new(
         exec_id: &str,
         session: String,
@@ -127,7 +126,7 @@ impl Process {
         stdio: Stdio,
         outputs: Option<Outputs>,
     ) -> Result<Process> {
-        let (sender, orders) = mpsc::channel();
+        let (sender, requests) = mpsc::channel();
         let (wake, woken) = io::pipe().map(|(reader, writer)| (writer, reader))?;
         Ok(Process {
             exec_id: exec_id.into(),
@@ -136,10 +135,10 @@ impl Process {
             stdio,
             stage: Mutex::new(Stage::Created),
             changed: Condvar::new(),
-            orders: Mutex::new((sender, wake)),
+            requests: Mutex::new((sender, wake)),
             taken: Mutex::new(Some(Taken {
                 outputs,
-                orders,
+                requests,
                 woken,
             })),
             over: OnceLock::new(),
@@ -149,36 +148,36 @@ impl Process {
         })
     }
 
-    /// How far it is.
+    /// Its current stage.
     pub fn stage(&self) -> Stage {
         lock(&self.stage).clone()
     }
 
-    /// Who it runs as.
+    /// Its user id.
     pub fn uid(&self) -> u32 {
         self.spec.user.uid
     }
 
-    /// What it is to be started with; None if it was started, or has ended, before.
+    /// Takes the resources for its start; None if it was started or has ended before.
     pub fn take(&self) -> Option<Taken> {
         lock(&self.taken).take()
     }
 
-    /// It runs from now on, and has nothing to run, nor to write.
+    /// Enters the running stage without a program.
     pub fn run_nothing(&self, taken: Taken) {
         drop(taken);
         self.enter(Stage::Running(None));
         *lock(&self.drained) = true;
     }
 
-    /// Makes it look like a running process of a guest.
+    /// Simulates a running process of a guest.
     #[cfg(test)]
     pub fn set_running(&self, pid: u32) {
         self.take();
         self.enter(Stage::Running(Some(pid)));
     }
 
-    /// Enters a stage, if it has not ended; whether it has now.
+    /// Enters a stage, unless the process has ended. Returns whether it did.
     fn enter(&self, stage: Stage) -> bool {
         let mut current = lock(&self.stage);
         if matches!(*current, Stage::Ended(_) | Stage::Failed(_)) {
@@ -189,7 +188,7 @@ impl Process {
         true
     }
 
-    /// It could not be started; its streams end.
+    /// Marks it as failed to start, and closes its streams.
     pub fn fail(&self, why: &str) {
         self.enter(Stage::Failed(why.into()));
         self.take();
@@ -198,7 +197,7 @@ impl Process {
         self.wake();
     }
 
-    /// Whether its program has ended, also when that was not said yet.
+    /// Whether its program has exited, even if that was not reported yet.
     pub fn is_over(&self) -> bool {
         self.over.get().is_some()
     }
@@ -209,7 +208,7 @@ impl Process {
         self.changed.notify_all();
     }
 
-    /// Waits while it starts.
+    /// Waits until its start has completed.
     pub fn wait_started(&self, timeout: Duration) -> Stage {
         let deadline = Instant::now() + timeout;
         let mut stage = lock(&self.stage);
@@ -225,13 +224,13 @@ impl Process {
         }
     }
 
-    /// It has ended, now, unless its program has by itself; false if it had before.
+    /// Marks it as ended, with the exit of its program if that is known. False if it had ended before.
     pub fn end(&self, status: u32) -> bool {
         let ended = self.over.get().copied();
         self.enter(Stage::Ended(ended.unwrap_or(Ended::now(status))))
     }
 
-    /// The same of one that does not run; its streams end. A start that goes on fails then.
+    /// The same for a process that was not started; closes its streams. A concurrent start fails.
     pub fn end_created(&self, status: u32) -> bool {
         {
             let mut stage = lock(&self.stage);
@@ -247,7 +246,7 @@ impl Process {
         true
     }
 
-    /// Waits for its end.
+    /// Waits for its exit.
     pub fn wait(&self) -> Ended {
         let mut stage = lock(&self.stage);
         loop {
@@ -263,8 +262,8 @@ impl Process {
         }
     }
 
-    /// Waits until all its output was taken, or for some time; nobody needs it then. A program that
-    /// takes it is no client that may have gone away.
+    /// Waits until its output was read, up to a time limit, after which it is discarded. A logger, unlike a
+    /// client, cannot just disappear, so its limit is longer.
     pub fn drain(&self) {
         let deadline = Instant::now()
             + match self.stdio.stdout.starts_with("binary://") {
@@ -279,7 +278,7 @@ impl Process {
         while !*drained {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                // The thread sees that.
+                // Observed by the thread.
                 *drained = true;
                 break;
             }
@@ -292,33 +291,33 @@ impl Process {
         self.wake();
     }
 
-    fn order(&self, order: Order) {
-        let _ = lock(&self.orders).0.send(order);
+    fn request(&self, request: Request) {
+        let _ = lock(&self.requests).0.send(request);
         self.wake();
     }
 
     fn wake(&self) {
-        let _ = lock(&self.orders).1.write(&[0]);
+        let _ = lock(&self.requests).1.write(&[0]);
     }
 
-    /// The size of its terminal.
+    /// Sets the size of its terminal.
     pub fn resize(&self, columns: u32, rows: u32) {
         let size = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
-        self.order(Order::Resize(size(columns), size(rows)));
+        self.request(Request::Resize(size(columns), size(rows)));
     }
 
-    /// Its input ends when the client has closed it.
+    /// Ends its input once clients have closed it.
     pub fn close_input(&self) {
-        self.order(Order::CloseInput);
+        self.request(Request::CloseInput);
     }
 
-    /// It is sent a SIGKILL.
+    /// Records that SIGKILL is sent to it.
     pub fn expect_end(&self) {
         *lock(&self.killed) = true;
         self.wake();
     }
 
-    /// Starts it with what was taken; `at_end` is called when it has ended. `home` is its user's.
+    /// Starts it with the taken resources; `at_end` is called after its exit. `home` is that of its user.
     pub fn start(
         self: &Arc<Process>,
         taken: Taken,
@@ -333,8 +332,8 @@ impl Process {
         };
         let input = Input::open(&self.stdio.stdin)?;
         let is_own = self.exec_id.is_empty();
-        // It runs as root until it has become what the container's process is to be.
-        // The root stays as it is for one that is added before: files are copied to it until then.
+        // The launcher makes the root read-only, for the container's own process: until then files are copied
+        // to it.
         let read_only = vm.read_only && is_own;
         let program = launch::program(&self.spec, home, Arch::HOST, is_own, read_only)?;
         let deadline = vm.deadline();
@@ -353,7 +352,7 @@ impl Process {
             Some(length),
             &options,
         )?;
-        // It removes itself.
+        // Checked now, as it removes itself.
         let launcher = client.file_info(launch::PATH)?;
         let init = vm.init(&client)?;
         let command = Command::new([launch::PATH]).id(&self.session).dir("/");
@@ -377,7 +376,7 @@ impl Process {
             session,
             input,
             outputs: files,
-            orders: taken.orders,
+            requests: taken.requests,
             woken: File::from(std::os::fd::OwnedFd::from(taken.woken)),
         };
         thread::spawn(move || {
@@ -386,7 +385,7 @@ impl Process {
             if streams.process.enter(stage) && !failed {
                 at_end(&streams.process);
             }
-            // The client may take its time, and then sees the end of the streams.
+            // The client may still be reading, until it sees the end of the streams.
             let process = streams.process.clone();
             if !failed {
                 streams.deliver(|process| *lock(&process.drained));
@@ -432,8 +431,8 @@ impl Process {
         }
     }
 
-    /// Ends an added process in the guest, where a session that has a name outlives its connection.
-    /// The container's own ends with the VM.
+    /// Ends an exec process in the guest, where a named session survives its connection. The container's own
+    /// ends with the VM.
     fn end_session(&self, vm: &Vm) {
         if !self.exec_id.is_empty()
             && let Err(error) = vm.client_until(vm.deadline()).end_session(&self.session)
@@ -444,20 +443,20 @@ impl Process {
     }
 }
 
-/// The streams of a process that runs.
+/// The streams of a running process.
 struct Streams {
     process: Arc<Process>,
     vm: Arc<Vm>,
     session: Session,
     input: Option<Input>,
     outputs: [Output; 2],
-    orders: Receiver<Order>,
+    requests: Receiver<Request>,
     woken: File,
 }
 
 impl Streams {
-    /// Until the process has ended, and its output was taken: a client may leave when it hears of the
-    /// end. Without a VM between them the process could not have ended before.
+    /// Runs until the process has exited and its output was read: a client may disconnect when the exit is
+    /// reported, and without a VM in between the exit could not come before the output.
     fn run(&mut self) -> Stage {
         let stage = self.run_to_end();
         if let Stage::Ended(ended) = stage {
@@ -502,9 +501,9 @@ impl Streams {
         }
     }
 
-    /// Why the process did not come to run its program.
+    /// Why the process could not execute its program.
     fn launch_failure(&self, ended: &pigeon::session::Ended) -> Option<String> {
-        /// Bytes of the program's message, which root in the container can replace by anything.
+        /// Maximum size of the program's message in bytes. Root in the container can replace it.
         const MAX_FAILURE: u64 = 4096;
         let client = self.vm.client_until(self.vm.deadline());
         let what = client.read_text(launch::FAILURE, MAX_FAILURE);
@@ -546,12 +545,12 @@ impl Streams {
             self.session.flush()?;
             self.wait(most);
             self.outputs.iter_mut().for_each(Output::flush);
-            self.take_orders()?;
+            self.handle_requests()?;
             self.pass_input()?;
         }
     }
 
-    /// Waits until there is something to do.
+    /// Waits for events.
     fn wait(&self, most: usize) {
         let mut wanted = PollFlags::empty();
         let takes_output = self.outputs.iter().all(|output| output.pending() < most);
@@ -571,14 +570,14 @@ impl Streams {
         let _ = poll(&mut descriptors, None);
     }
 
-    fn take_orders(&mut self) -> Result<(), Error> {
+    fn handle_requests(&mut self) -> Result<(), Error> {
         if is_readable(&self.woken) {
             let _ = self.woken.read(&mut [0; 64]);
         }
-        while let Ok(order) = self.orders.try_recv() {
-            match order {
-                Order::Resize(columns, rows) => self.session.queue_resize(columns, rows)?,
-                Order::CloseInput => {
+        while let Ok(request) = self.requests.try_recv() {
+            match request {
+                Request::Resize(columns, rows) => self.session.queue_resize(columns, rows)?,
+                Request::CloseInput => {
                     if let Some(input) = &mut self.input {
                         input.end();
                     }
@@ -606,7 +605,7 @@ impl Streams {
         }
     }
 
-    /// Writes the remaining output, unless there is a reason not to wait for its readers.
+    /// Writes the remaining output, until `is_over`.
     fn deliver(&mut self, is_over: impl Fn(&Process) -> bool) {
         loop {
             self.outputs.iter_mut().for_each(Output::flush);
@@ -625,8 +624,7 @@ impl Streams {
         }
     }
 
-    /// Waits until those who read have what is in their FIFOs, unless that takes them long, or the
-    /// process was killed.
+    /// Waits until readers have emptied their FIFOs, up to a time limit, or until the process was killed.
     fn wait_taken(&mut self) {
         let deadline = Instant::now() + DRAIN;
         while !*lock(&self.process.killed)
@@ -668,7 +666,7 @@ mod tests {
         assert!(process.end_created(KILLED) && !process.end_created(KILLED));
         assert!(!process.enter(Stage::Running(None)));
         assert_eq!(process.wait().status, KILLED);
-        // And what runs was not killed before its start.
+        // A running process cannot be ended as a created one.
         let process = added();
         process.run_nothing(process.take().unwrap());
         assert!(!process.end_created(KILLED));

@@ -23,16 +23,16 @@ const IMAGE: &str = "root.erofs";
 /// A container's root.
 #[derive(Debug, PartialEq)]
 enum Root {
-    /// Directories of an overlay, the highest first, and nothing written on top of them.
+    /// Directories of an overlay, the highest first, with an empty upper directory.
     Layers(Vec<PathBuf>),
-    /// Mounts as containerd has them.
+    /// Mounts from containerd.
     Mounts(Vec<Mount>),
-    /// A directory that is there.
+    /// An existing directory.
     Directory(PathBuf),
 }
 
-/// The image of a container's root. It is shared, or in `dir`, the container's directory. `directory`
-/// is the root where containerd mounts nothing.
+/// The image of a container's root. It is shared, or in `dir`, the container's directory. `directory` is the
+/// root if containerd mounts nothing.
 pub fn image(mounts: &[Mount], directory: &Path, dir: &Path) -> Result<PathBuf> {
     let root = Root::of(mounts, directory)?;
     let images = Images::open()?;
@@ -63,7 +63,7 @@ impl Root {
             "overlay" => {
                 let lower = option("lowerdir").context("an overlay without lowerdir")?;
                 let layers = lower.split(':').map(PathBuf::from).collect();
-                // What an engine has written before the start belongs to this container.
+                // Files that an engine has written before the start belong only to this container.
                 let is_written = match option("upperdir") {
                     Some(upper) => fs::read_dir(upper)
                         .with_context(|| format!("unable to read {upper}"))?
@@ -80,7 +80,7 @@ impl Root {
         }
     }
 
-    /// What it can be known by without reading it.
+    /// The layers that identify it without reading its contents, if there are any.
     fn layers(&self) -> Option<Layers> {
         match self {
             Root::Layers(layers) => Layers::of(layers),
@@ -88,7 +88,8 @@ impl Root {
         }
     }
 
-    /// Reads it in a thread with its own mount namespace, so that no mount can be left behind.
+    /// Calls `read` with its path, in a thread with a separate mount namespace, so that no mount can be left
+    /// behind.
     fn read<T: Send>(&self, dir: &Path, read: impl FnOnce(&Path) -> Result<T> + Send) -> Result<T> {
         thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -102,7 +103,7 @@ impl Root {
         })
     }
 
-    /// Where it is to be read, in the thread's own namespace.
+    /// Mounts it in the thread's namespace, and returns its path.
     fn mount(&self, place: &Place) -> Result<PathBuf> {
         let mounts = match self {
             Root::Directory(directory) => return Ok(directory.clone()),
@@ -116,7 +117,7 @@ impl Root {
                 "bind" | "rbind" => MountFlags::BIND | MountFlags::REC,
                 _ => MountFlags::RDONLY,
             };
-            // All others are options of the file system's own.
+            // All others are file system options.
             let words = ["ro", "rw", "bind", "rbind"];
             let options = entry.options.iter().map(String::as_str);
             let data: Vec<_> = options.filter(|option| !words.contains(option)).collect();
@@ -135,13 +136,13 @@ impl Root {
     }
 }
 
-/// Empty directories to mount on.
+/// Empty directories for mounts.
 struct Place {
     dirs: [PathBuf; 3],
 }
 
 impl Place {
-    /// In a container's directory.
+    /// Creates them in a container's directory.
     fn new(dir: &Path) -> Result<Place> {
         let dir = dir.join("mounts");
         let [root, empty] = ["root", "empty"].map(|name| dir.join(name));
@@ -163,7 +164,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        // There may be several, or none.
+        // There may be any number of mounts.
         while unmount(self.root(), UnmountFlags::DETACH).is_ok() {}
         for dir in &self.dirs {
             let _ = fs::remove_dir(dir);
@@ -171,9 +172,9 @@ impl Drop for Place {
     }
 }
 
-/// Mounts of this thread alone.
+/// Gives this thread a private mount namespace.
 fn private_namespace() -> Result<()> {
-    // SAFETY: the thread keeps sharing descriptors and signal handlers, and nothing relies on its working
+    // SAFETY: the thread still shares descriptors and signal handlers, and nothing relies on its working
     // directory.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.context("unable to get a mount namespace")?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
@@ -183,7 +184,7 @@ fn private_namespace() -> Result<()> {
 /// Mounts layers, the highest first, read-only.
 fn overlay(layers: &[PathBuf], place: &Place) -> Result<PathBuf> {
     private_namespace()?;
-    // Mount options have at most a page, so paths are relative to the layers' common parent.
+    // Mount options are limited to a page, so paths are relative to the layers' common parent.
     let common = common_parent(layers);
     std::env::set_current_dir(&common)?;
     let mut names = BTreeSet::new();
@@ -197,7 +198,7 @@ fn overlay(layers: &[PathBuf], place: &Place) -> Result<PathBuf> {
         );
         lower += &format!("{name}:");
     }
-    // A single layer is not an overlay.
+    // An overlay needs at least two layers.
     lower += place.empty().to_str().context("not UTF-8")?;
     let options = CString::new(format!("lowerdir={lower}"))?;
     mount(

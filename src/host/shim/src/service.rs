@@ -35,7 +35,7 @@ use crate::{
 /// The result of a call.
 type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// How long a signal may take if its receiver has ended.
+/// How long sending a signal may take if its target has exited.
 const KILLS: Duration = Duration::from_secs(5);
 
 /// Locks a mutex; no panic leaves its data inconsistent.
@@ -58,7 +58,7 @@ pub fn lock_until<T>(mutex: &Mutex<T>, deadline: Instant) -> Option<MutexGuard<'
     }
 }
 
-/// A signal of Linux's, or 0.
+/// A signal number of Linux, or 0.
 fn signal(number: u32) -> Result<u8, Failure> {
     /// SIGRTMAX (signal(7))
     const LAST: u8 = 64;
@@ -102,17 +102,17 @@ pub struct Service {
     id: String,
     namespace: String,
     dir: PathBuf,
-    /// Of events.
+    /// Sends events.
     pub publisher: Arc<Publisher>,
     container: Mutex<Option<Arc<Container>>>,
     over: Mutex<bool>,
     changed: Condvar,
-    /// Signals that are being sent.
+    /// Number of signals being sent.
     kills: Mutex<usize>,
     sent: Condvar,
 }
 
-/// A signal that is being sent.
+/// Counts a signal being sent.
 struct Kill<'a>(&'a Service);
 
 impl Drop for Kill<'_> {
@@ -123,7 +123,7 @@ impl Drop for Kill<'_> {
 }
 
 impl Service {
-    /// One whose container is to be created.
+    /// A service whose container will be created.
     pub fn new(flags: &Flags, dir: &Path, publisher: Publisher) -> Service {
         Service {
             id: flags.id.clone(),
@@ -143,8 +143,8 @@ impl Service {
         Kill(self)
     }
 
-    /// Waits until all signals were sent: deleting a container that a signal has ended ends the shim, possibly
-    /// before the sender of the signal has its response.
+    /// Waits until all signals were sent: deleting a container that was killed by a signal ends the shim,
+    /// possibly before the signal's sender has received its response.
     fn wait_for_kills(&self) {
         let kills = lock(&self.kills);
         let _ = self
@@ -175,7 +175,7 @@ impl Service {
     }
 }
 
-/// The service, as the server has it.
+/// The service for the server.
 pub struct Task(pub Arc<Service>);
 
 impl containerd_shim_protos::Task for Task {
@@ -344,7 +344,7 @@ impl containerd_shim_protos::Task for Task {
             self.0
                 .publisher
                 .publish(topics::TASK_DELETE_EVENT_TOPIC, &event);
-            // containerd ends the shim as soon as it has the response.
+            // Events must be sent before, as containerd ends the shim when it receives the response.
             self.0.publisher.flush();
         } else {
             container.remove(&request.exec_id);
@@ -437,7 +437,7 @@ impl containerd_shim_protos::Task for Task {
     }
 
     fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> Result<Empty> {
-        // It is asked again when the container was deleted.
+        // It is called again after the container was deleted.
         if lock(&self.0.container).is_none() || request.now {
             log::write("debug", "shutting down");
             *lock(&self.0.over) = true;

@@ -1,5 +1,5 @@
-//! The state directory: `PIGEON_STATE`, by default /var/lib/pigeon. It has a directory for each container, and one
-//! for root images, which containers share.
+//! The state directory: `PIGEON_STATE`, by default /var/lib/pigeon. It has a directory for each container,
+//! and one for root images, which containers share.
 
 use std::{
     env, fs,
@@ -17,16 +17,16 @@ use crate::flags::Flags;
 
 /// The default of `PIGEON_STATE`.
 const STATE: &str = "/var/lib/pigeon";
-/// Bytes of a directory's name: paths of Unix sockets are short.
+/// Length of a directory's name: paths of Unix sockets are limited.
 const NAME: usize = 16;
-/// Most bytes of such a path (unix(7)), and of the longest name of one in the directory.
+/// Maximum length of such a path (unix(7)), and the length of the longest socket name in the directory.
 const MAX_SOCKET: usize = 107;
 const SOCKET: usize = "vm.vsock_10001".len();
 
-/// The containers' directory in it.
+/// The directory of the containers' directories.
 const CONTAINERS: &str = "containers";
 
-/// The state's directory.
+/// The state directory.
 pub fn root() -> PathBuf {
     let given = env::var_os("PIGEON_STATE").filter(|path| !path.is_empty());
     given.map_or(STATE.into(), PathBuf::from)
@@ -53,7 +53,7 @@ pub fn container_dir(flags: &Flags) -> PathBuf {
     root().join(CONTAINERS).join(&digest[..NAME])
 }
 
-/// Fails if its sockets cannot be there.
+/// Fails if socket paths in it would be too long.
 pub fn check(dir: &Path) -> Result<()> {
     let length = dir.as_os_str().len() + 1 + SOCKET;
     ensure!(
@@ -65,7 +65,7 @@ pub fn check(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The hexadecimal SHA-256 of texts, each with its length.
+/// The hexadecimal SHA-256 of strings, each with its length.
 pub fn digest(texts: &[&str]) -> String {
     let mut hash = Sha256::new();
     for text in texts {
@@ -78,15 +78,15 @@ pub fn digest(texts: &[&str]) -> String {
         .collect()
 }
 
-/// Held while a container's shim is alive, so that leftovers of dead ones are recognised.
+/// Locked while a container's shim is alive, to detect leftovers of dead ones.
 const LOCK: &str = "lock";
 
 /// The lock of a container's directory.
 pub struct Lock(#[expect(dead_code, reason = "it is held")] File);
 
-/// Locks a container's directory, and leaves this process's number in the lock.
+/// Locks a container's directory, and writes this process's pid to the lock file.
 pub fn lock(dir: &Path) -> Result<Lock> {
-    // The number in it is its holder's.
+    // Not truncated before it is locked, as it contains the holder's pid.
     let mut file = File::options()
         .write(true)
         .create(true)
@@ -98,7 +98,7 @@ pub fn lock(dir: &Path) -> Result<Lock> {
     Ok(Lock(file))
 }
 
-/// Kills the shim of a container's directory, if it still lives, and its VM with it.
+/// Kills the shim of a container's directory, and with it its VM, if it is alive.
 pub fn kill(dir: &Path) -> Result<()> {
     let Ok(mut lock) = File::open(dir.join(LOCK)) else {
         return Ok(());
@@ -125,7 +125,7 @@ fn sweep_in(containers: &Path) {
         return;
     };
     for entry in entries.flatten() {
-        // Without a number in its lock it is one that is being made: that is written when it is held.
+        // The pid is written after locking, so a lock file without it belongs to a shim that is starting.
         let lock = entry.path().join(LOCK);
         if fs::metadata(&lock).is_ok_and(|found| found.len() > 0)
             && File::open(&lock).is_ok_and(|lock| lock.try_lock().is_ok())
@@ -151,7 +151,7 @@ mod tests {
         let [lives, dead, made, new] = ["lives", "dead", "made", "new"].map(place);
         let _held = lock(&lives).unwrap();
         drop(lock(&dead).unwrap());
-        // Its shim is between creating the lock and holding it.
+        // Its shim has created the lock file, but not locked it yet.
         let made_lock = File::create(made.join(LOCK)).unwrap();
         assert!(soon(|| {
             sweep_in(root.path());
@@ -159,11 +159,11 @@ mod tests {
         }));
         let left = [&lives, &dead, &made, &new].map(|dir| dir.exists());
         assert_eq!(left, [true, false, true, true]);
-        // Who does not get the lock changes nothing of it.
+        // A failed attempt to lock does not change the file.
         assert!(lock(&lives).is_err());
         let number = fs::read_to_string(lives.join(LOCK)).unwrap();
         assert_eq!(number, std::process::id().to_string());
-        // A shim that lives and cannot be killed is not taken for a dead one.
+        // A living shim that cannot be killed is not considered dead.
         made_lock.lock().unwrap();
         assert!(kill(&made).is_err());
         drop(made_lock);

@@ -22,35 +22,35 @@ use rustix::{
 
 use crate::logger::Logger;
 
-/// How long a client may take to open a FIFO that it is to read; runc's shim waits as long.
+/// How long a client may take to open a FIFO for reading; the same as in runc's shim.
 const OPEN: Duration = Duration::from_secs(30);
-/// How often that is polled.
+/// Interval of polling for that.
 const RETRY: Duration = Duration::from_millis(1);
 
-/// Where a process's streams are, as containerd names them.
+/// The paths or URIs of a process's streams, as given by containerd.
 #[derive(Clone, Debug, Default)]
 pub struct Stdio {
-    /// A FIFO, or nothing.
+    /// A FIFO, or empty.
     pub stdin: String,
-    /// A FIFO, `file://PATH`, nothing, or `binary://PATH`, which takes standard error too.
+    /// A FIFO, `file://PATH`, empty, or `binary://PATH`, which also receives standard error.
     pub stdout: String,
-    /// A FIFO, `file://PATH`, or nothing.
+    /// A FIFO, `file://PATH`, or empty.
     pub stderr: String,
-    /// A terminal.
+    /// Whether the process has a terminal.
     pub terminal: bool,
 }
 
-/// Where output goes.
+/// The destinations of output.
 pub struct Outputs {
     /// Standard output and standard error.
     pub files: [Output; 2],
-    /// The program that takes them.
+    /// The program that receives them.
     pub logger: Option<Logger>,
 }
 
 impl Stdio {
-    /// Opens the output, for a process of this name, and waits for who reads it. (Input is opened at
-    /// the start: a client whose input ends at once, before it knows the process, could not say so.)
+    /// Opens the output of the process `id`, and waits for a reader. (Input is opened at the start: a client
+    /// whose input ends immediately could not close it before it knows the process.)
     pub fn open(&self, id: &str, namespace: &str) -> Result<Outputs> {
         if let Some(place) = self.stdout.strip_prefix("binary://") {
             let (logger, files) = Logger::start(place, id, namespace)?;
@@ -70,7 +70,7 @@ impl Stdio {
     }
 }
 
-/// Text of a URI without its escapes (RFC 3986, section 2.1).
+/// Decodes the escapes of a URI (RFC 3986, section 2.1).
 pub fn decode(text: &str) -> String {
     let mut bytes = vec![];
     let mut rest = text.as_bytes();
@@ -100,13 +100,12 @@ fn open(path: &str, options: &mut OpenOptions) -> Result<File> {
 /// A process's input.
 pub struct Input {
     fifo: File,
-    /// Our own writing end: the input does not end while clients come and go, until somebody says
-    /// so.
+    /// A writing end, which keeps the input open between clients until [`Input::end`].
     kept: Option<File>,
 }
 
 impl Input {
-    /// None where there is no input.
+    /// None if there is no input.
     pub fn open(path: &str) -> Result<Option<Input>> {
         if path.is_empty() {
             return Ok(None);
@@ -116,12 +115,12 @@ impl Input {
         Ok(Some(Input { fifo, kept }))
     }
 
-    /// It ends when the last client has closed it.
+    /// Ends the input once the last client has closed it.
     pub fn end(&mut self) {
         self.kept = None;
     }
 
-    /// What there is; None when there is nothing now, and nothing at the end.
+    /// Reads available bytes; None if there are none now, 0 at the end.
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         match self.fifo.read(buffer) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
@@ -136,9 +135,9 @@ impl AsFd for Input {
     }
 }
 
-/// Opens a FIFO for writing as soon as somebody has it open for reading. containerd's client opens its
-/// end in a thread of its own, maybe after the process has ended: what was written to a FIFO is gone
-/// when nobody has it open any more, and an open(2) for reading waits for a writer then.
+/// Opens a FIFO for writing once it is open for reading. containerd's client opens its end in a separate
+/// thread, possibly after the process has exited: data in a FIFO is discarded when all ends are closed, and
+/// an open(2) for reading then blocks until there is a writer.
 fn open_for_reader(path: &str) -> Result<File> {
     let deadline = Instant::now() + OPEN;
     loop {
@@ -163,13 +162,13 @@ fn open_for_reader(path: &str) -> Result<File> {
 #[derive(Default)]
 pub struct Output {
     file: Option<File>,
-    /// Our own reading end of a FIFO, which so outlives its readers.
+    /// A reading end of a FIFO, which keeps it open between readers.
     kept: Option<File>,
     pending: VecDeque<u8>,
 }
 
 impl Output {
-    /// Opens it; what is written to nowhere is dropped.
+    /// Opens it. Without a destination, output is discarded.
     pub fn open(place: &str) -> Result<Output> {
         let file = match place.split_once("://") {
             None if place.is_empty() => None,
@@ -196,7 +195,7 @@ impl Output {
         })
     }
 
-    /// What is written goes to a file that does not block.
+    /// Output to a non-blocking file.
     pub fn to(file: File) -> Output {
         Output {
             file: Some(file),
@@ -204,12 +203,12 @@ impl Output {
         }
     }
 
-    /// Bytes that nobody has taken yet.
+    /// Bytes not written yet.
     pub fn pending(&self) -> usize {
         self.pending.len()
     }
 
-    /// Writes as much as is taken now, and keeps the rest.
+    /// Writes as much as possible without blocking, and keeps the rest.
     pub fn write(&mut self, bytes: &[u8]) {
         if self.file.is_some() {
             self.pending.extend(bytes);
@@ -217,7 +216,7 @@ impl Output {
         }
     }
 
-    /// Writes as much as is taken now of what waits.
+    /// Writes as much pending data as possible without blocking.
     pub fn flush(&mut self) {
         let Some(file) = &mut self.file else {
             return;
@@ -228,18 +227,18 @@ impl Output {
                 Ok(size) => drop(self.pending.drain(..size)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // A full disk, or a program that has died: the process goes on.
+                // A full disk, or a program that has exited: the process continues.
                 Err(_) => self.pending.clear(),
             }
         }
     }
 
-    /// Nothing more is written. Whether the readers of a FIFO have taken all, or there are none.
+    /// After the last write: whether a FIFO's readers have read everything, or there are none.
     pub fn is_taken(&mut self) -> bool {
         let Some(file) = self.file.as_ref().filter(|_| self.pending.is_empty()) else {
             return self.pending.is_empty();
         };
-        // A pipe that nobody can read is in error (pipe_poll in fs/pipe.c).
+        // A pipe without readers is in the error state (pipe_poll in fs/pipe.c).
         self.kept = None;
         let mut pipe = [PollFd::new(file, PollFlags::empty())];
         let polled = poll(&mut pipe, Some(&Timespec::default()));
@@ -249,7 +248,7 @@ impl Output {
         !is_fifo || !has_reader || ioctl_fionread(file).is_ok_and(|left| left == 0)
     }
 
-    /// The file to wait for, while something waits.
+    /// The file to poll while data is pending.
     pub fn waiting(&self) -> Option<BorrowedFd<'_>> {
         let file = self.file.as_ref().filter(|_| !self.pending.is_empty());
         file.map(AsFd::as_fd)
@@ -308,7 +307,7 @@ mod tests {
         let mut read: Vec<u8> = vec![];
         let mut buffer = [0; 4096];
         while read.len() < bytes.len() {
-            // A new reader each time.
+            // Reopened each time.
             let mut reader = File::open(&path).unwrap();
             let size = reader.read(&mut buffer).unwrap();
             read.extend(&buffer[..size]);
@@ -335,7 +334,7 @@ mod tests {
         assert!(!output.is_taken());
         drop(reader);
         assert!(soon(|| output.is_taken()));
-        // Nobody has to take what is in a file.
+        // A file has no readers to wait for.
         let file = format!("file://{}", dir.path().join("log").display());
         let mut output = Output::open(&file).unwrap();
         output.write(b"text");

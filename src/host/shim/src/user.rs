@@ -1,6 +1,6 @@
-//! What a user's entry in the guest's /etc/passwd says.
+//! Looks up users in the guest's /etc/passwd.
 
-/// The home of a user, as runc has it: `/` for one without an entry (passwd(5)).
+/// The home directory of a user, as in runc: `/` if there is no entry (passwd(5)).
 pub fn home(uid: u32, passwd: &str) -> &str {
     let home = passwd.lines().find_map(|line| {
         let fields: Vec<_> = line.split(':').collect();

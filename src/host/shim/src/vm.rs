@@ -40,18 +40,18 @@ const EVENTS_PORT: u32 = 10_001;
 const HOLD: &str = "/run/pigeon/hold";
 /// Size of a container's writable layer: a sparse file on the host.
 const WRITABLE: u64 = 8 << 30;
-/// The initramfs, if it is not in the shim's directory.
+/// Names the initramfs, if it is not in the shim's directory.
 const INITRD: &str = "PIGEON_INITRD";
 /// How long a guest may be too busy to accept a connection.
 const BUSY: Duration = Duration::from_secs(30);
 /// How long a VM may take to boot.
 const BOOT: Duration = Duration::from_secs(120);
-/// How long the calls to the guest for one request of containerd may take in total, so that containerd always
-/// gets a response. As kata's `defaultRequestTimeout` (kata_agent.go).
+/// Time limit for all calls to the guest for one request of containerd, so that containerd always gets a
+/// response. As kata's `defaultRequestTimeout` (kata_agent.go).
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// Bytes of the end of the console that are kept for error messages.
 const CONSOLE: usize = 16 << 10;
-/// Lines of it that an error shows.
+/// Lines of it that are part of an error message.
 const SHOWN_LINES: usize = 10;
 
 /// The stage of a VM.
@@ -59,7 +59,7 @@ const SHOWN_LINES: usize = 10;
 enum Phase {
     Booting,
     Started,
-    /// And why, unless it was ended.
+    /// With the reason.
     Ended(String),
 }
 
@@ -70,18 +70,18 @@ pub struct Vm {
     pub client: Client,
     request_timeout: Duration,
     arch: Arch,
-    /// The init's program, once it was asked for.
+    /// The init's program, once it was requested.
     init: OnceLock<FileInfo>,
     /// The hypervisor's process.
     pub pid: u32,
-    /// The root becomes read-only with the container's process.
+    /// Whether the root becomes read-only when the container's process starts.
     pub read_only: bool,
     phase: Mutex<Phase>,
     changed: Condvar,
     console: Mutex<VecDeque<u8>>,
-    /// Signals use one file in the guest.
+    /// Held while a signal is sent, which uses a file in the guest.
     signals: Mutex<()>,
-    /// And so do processes that start.
+    /// Held while a process starts, which uses a file as well.
     pub launches: Mutex<()>,
 }
 
@@ -103,7 +103,7 @@ impl Vm {
             fs::write(path, score.to_string()).context("process.oomScoreAdj")?;
         }
         let console = child.stdout.take().context("the console is piped")?;
-        // Nobody types; the open pipe is left to the VM.
+        // There is no input, but the pipe stays open for the VM.
         std::mem::forget(child.stdin.take());
         let vm = Arc::new(Vm {
             machine: Mutex::new(machine),
@@ -128,7 +128,7 @@ impl Vm {
             while let Err(rustix::io::Errno::INTR) =
                 poll(&mut [PollFd::new(&end, PollFlags::IN)], None)
             {}
-            // What it has said last.
+            // Waits for the end of the console's output.
             let _ = console.join();
             watched.ended();
         });
@@ -172,7 +172,7 @@ impl Vm {
         self.changed.notify_all();
     }
 
-    /// The hypervisor's process has ended.
+    /// Handles the exit of the hypervisor.
     fn ended(&self) {
         let mut machine = lock(&self.machine);
         let status = machine.process().wait(Duration::from_secs(1));
@@ -218,7 +218,7 @@ impl Vm {
         }
     }
 
-    /// Why it has ended, if it has within this time.
+    /// Waits at most `timeout` for its end. Returns the reason.
     pub fn end_within(&self, timeout: Duration) -> Option<String> {
         let deadline = Instant::now() + timeout;
         let mut phase = lock(&self.phase);
@@ -242,7 +242,7 @@ impl Vm {
         Instant::now() + self.request_timeout
     }
 
-    /// Its API, for a request with this deadline.
+    /// A client for its API with this deadline.
     pub fn client_until(&self, deadline: Instant) -> Client {
         let left = deadline.saturating_duration_since(Instant::now());
         self.client.within(left)
@@ -257,7 +257,7 @@ impl Vm {
         Ok(self.init.get_or_init(|| init))
     }
 
-    /// Kills it. Nothing in it is needed any more: the writable layer is deleted with it.
+    /// Kills it. Its writable layer is deleted afterwards, so an orderly shutdown is not needed.
     pub fn end(&self) {
         lock(&self.machine).process().kill();
     }
@@ -281,7 +281,7 @@ impl Vm {
         Ok(client.kill(self.arch, target, signal)?)
     }
 
-    /// Whether the kernel says that its OOM killer has killed this process. (mm/oom_kill.c)
+    /// Whether the kernel reported that its OOM killer killed this process. (mm/oom_kill.c)
     pub fn was_killed_for_memory(&self, pid: u32) -> bool {
         let console = self.console();
         console.contains(&format!("ut of memory: Killed process {pid} "))
@@ -294,7 +294,7 @@ impl Drop for Vm {
     }
 }
 
-/// The VM of a plan: its workload is the idle program; the container's process is a session.
+/// The specification of a plan's VM: its workload is the idle program; the container's process is a session.
 fn spec(plan: &mut Plan, root: &Path, dir: &Path, arch: Arch) -> Result<Spec> {
     let mut disks = vec![Disk::file(root).read_only()];
     let hold = dir.join("hold.erofs");
@@ -302,7 +302,7 @@ fn spec(plan: &mut Plan, root: &Path, dir: &Path, arch: Arch) -> Result<Spec> {
     let device = add(&mut disks, Disk::file(&hold).read_only())?;
     plan.document["ExecOverride"] = json!([format!("{HOLD}/{}", hold::PROGRAM)]);
     plan.mount(json!({"DevicePath": device, "MountPath": HOLD, "ReadOnly": true}));
-    // Also for a root that is read-only: what is missing of mount points and copied files is made first.
+    // A read-only root needs it too, as missing mount points and copied files are created first.
     let writable = dir.join("writable.ext4");
     disk::write_volume(&writable, WRITABLE)?;
     let device = add(&mut disks, Disk::file(&writable).scratch())?;
@@ -351,7 +351,7 @@ fn spec(plan: &mut Plan, root: &Path, dir: &Path, arch: Arch) -> Result<Spec> {
     })
 }
 
-/// The name that a disk gets.
+/// Adds a disk and returns its name.
 fn add(disks: &mut Vec<Disk>, disk: Disk) -> Result<String> {
     let letter = ('a'..='z').nth(disks.len());
     let letter = letter.context("a VM has 26 disks at most: there are too many mounts")?;
@@ -368,7 +368,7 @@ fn product(arch: Arch) -> Result<Vec<u8>> {
     }
 }
 
-/// The root's image for a container.
+/// Makes the root's image for a container.
 pub fn root(
     mounts: &[containerd_shim_protos::api::Mount],
     plan: &Plan,
@@ -417,7 +417,7 @@ pub mod tests {
         }
     }
 
-    /// A VM whose kernel accepts connections, and whose init does not respond.
+    /// A VM whose kernel accepts connections, but whose init does not respond.
     pub fn unresponsive_vm(dir: &Path, request_timeout: Duration) -> Arc<Vm> {
         let uds = dir.join("vm.vsock");
         let listener = UnixListener::bind(&uds).unwrap();

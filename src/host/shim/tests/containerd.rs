@@ -1,4 +1,4 @@
-//! The shim below a containerd of its own, beside runc: the same commands, and the same of them.
+//! The shim with a separate containerd, compared to runc: the same commands must have the same results.
 
 mod engine;
 #[path = "../../tests/common/pty.rs"]
@@ -32,8 +32,7 @@ use rustix::{
 };
 use serde_json::json;
 
-/// What a script of commands comes to with a runtime. A name's column is as wide as the name, and
-/// numbers of processes are the runtime's own.
+/// The results of a script of commands with a runtime. Columns of names, and pids, are normalized.
 fn script(containerd: &Containerd, runtime: &str) -> Vec<(String, Outcome)> {
     let mut outcomes = vec![];
     let mut record = |what: &str, mut outcome: Outcome| {
@@ -54,7 +53,7 @@ fn script(containerd: &Containerd, runtime: &str) -> Vec<(String, Outcome)> {
                 .collect::<Vec<_>>()
                 .join("\n");
         }
-        // How an error is said is the runtime's own, that there is one is not.
+        // The texts of errors may differ.
         if outcome.stderr.starts_with("ctr: ") {
             outcome.stderr = "ctr: …".into();
         }
@@ -102,7 +101,7 @@ fn script(containerd: &Containerd, runtime: &str) -> Vec<(String, Outcome)> {
         "exec that kills itself",
         exec("e5", &[], &["sh", "-c", "kill -15 $$"], b""),
     );
-    // None of several is lost.
+    // No signal is lost.
     for number in 1..6 {
         record(
             "kill -s USR1",
@@ -132,7 +131,7 @@ fn script(containerd: &Containerd, runtime: &str) -> Vec<(String, Outcome)> {
     record("kill again", containerd.ctr(&["task", "kill", "one"]));
     record("rm", containerd.ctr(&["task", "rm", "one"]));
     record("container rm", containerd.ctr(&["container", "rm", "one"]));
-    // All that a process is, but for limits that go by the machine's memory.
+    // All attributes of a process, except limits that depend on the machine's memory.
     let rights = "grep -E 'Cap|NoNewPrivs|Groups|[UG]id' /proc/self/status; umask; env; pwd; id; \
                   ulimit -n; ulimit -c; ls -l /proc/self/fd/ | wc -l; readlink /proc/self/fd/1 | \
                   grep -o pipe; hostname | wc -l";
@@ -182,14 +181,14 @@ fn a_script_behaves_as_with_runc() {
     containerd.assert_clean();
 }
 
-/// What a terminal shows of a shell that is typed to.
+/// The output of a shell on a terminal, and its exit code.
 fn session(containerd: &Containerd, words: &[&str], term: &str) -> (Vec<String>, Option<i32>) {
     let mut terminal = Terminal::spawn(containerd.command(words), (101, 33));
     let term = format!("[{term}]42");
     let mut shown = vec![];
     terminal.expect("# ");
     terminal.resize((120, 44));
-    // The size takes a moment to arrive.
+    // The new size takes a moment to arrive.
     let deadline = Instant::now() + TIMEOUT;
     while Instant::now() < deadline {
         terminal.type_text("stty size\n");
@@ -224,7 +223,7 @@ fn session(containerd: &Containerd, words: &[&str], term: &str) -> (Vec<String>,
     (shown, terminal.wait().code())
 }
 
-/// A FIFO's reading end, which waits for nothing.
+/// Opens a FIFO for reading, non-blocking.
 fn open_fifo(path: &Path) -> File {
     let mut options = File::options();
     let nonblocking = OFlags::NONBLOCK.bits() as i32;
@@ -241,7 +240,7 @@ fn wait_readable(fifo: &File) {
     assert_eq!(ready.unwrap(), 1);
 }
 
-/// All that comes until the writers have closed it.
+/// Reads until all writers have closed it.
 fn read_to_end(fifo: &mut File) -> String {
     let mut text = vec![];
     loop {
@@ -318,23 +317,23 @@ fn no_output_is_lost_to_a_client_that_opens_or_reads_its_fifos_late() {
     };
     let both = ["sh", "-c", "echo out; echo error >&2; exit 7"];
 
-    // It is started once, and goes on when it is to be again.
+    // A process can be started only once, and is not affected by a second attempt.
     assert_eq!(code(try_start("")), Some(Code::FAILED_PRECONDITION));
     client.pause(context(), &PauseRequest::default()).unwrap();
     assert_eq!(code(try_start("")), Some(Code::FAILED_PRECONDITION));
     client.resume(context(), &ResumeRequest::default()).unwrap();
 
-    // Killed while it is started, or before, it does not run.
+    // A process killed before or during its start does not run.
     let paths = add("killed", &["touch", "/tmp/ran"]);
     thread::scope(|scope| {
         let started = scope.spawn(|| try_start("killed"));
-        // It waits for who reads.
+        // The start waits for readers.
         thread::sleep(Duration::from_millis(500));
         kill("killed");
         assert_eq!(wait("killed"), 137);
         let fifos = paths.each_ref().map(|path| open_fifo(path));
         assert!(started.join().unwrap().is_err());
-        // Nobody is there to write.
+        // There is no writer.
         for mut fifo in fifos {
             assert_eq!(fifo.read(&mut [0]).unwrap(), 0);
         }
@@ -348,7 +347,7 @@ fn no_output_is_lost_to_a_client_that_opens_or_reads_its_fifos_late() {
     drop(fifos);
     delete("ran");
 
-    // It is not started before.
+    // A process is not started before its FIFOs are opened.
     let paths = add("opens", &both);
     thread::scope(|scope| {
         let started = scope.spawn(|| start("opens"));
@@ -360,7 +359,7 @@ fn no_output_is_lost_to_a_client_that_opens_or_reads_its_fifos_late() {
     });
     delete("opens");
 
-    // It has not ended before.
+    // Its exit is not reported before its output was read.
     let paths = add("reads", &both);
     let mut fifos = paths.each_ref().map(|path| open_fifo(path));
     start("reads");
@@ -374,7 +373,8 @@ fn no_output_is_lost_to_a_client_that_opens_or_reads_its_fifos_late() {
     });
     delete("reads");
 
-    // Nobody waits for a client that is gone, and not for ever for one that does not read.
+    // The exit does not wait for a client that has disconnected, and only for a limited time for one that
+    // does not read.
     for is_there in [false, true] {
         let id = format!("leaves-{is_there}");
         let paths = add(&id, &both);
@@ -394,7 +394,7 @@ fn no_output_is_lost_to_a_client_that_opens_or_reads_its_fifos_late() {
 fn many_commands_at_once_each_return_their_output() {
     let containerd = Containerd::start();
     containerd.run_detached(PIGEON, &[], "one", &["sleep", "1000"]);
-    // A second shim for it is refused, and changes nothing for the first.
+    // A second shim for the container is refused, and does not affect the first.
     let shim = containerd.shim("one").as_raw_nonzero();
     let words = fs::read_to_string(format!("/proc/{shim}/cmdline")).unwrap();
     let words = words.trim_end_matches('\0').split('\0').skip(1);
@@ -444,7 +444,7 @@ fn a_terminal_behaves_as_with_runc() {
         ];
         let of_its_own = session(&containerd, &run, "xterm");
         containerd.run_detached(runtime, &[], "other", &["sleep", "1000"]);
-        // It has its container's environment, which was made without a terminal.
+        // An exec process has its container's environment, which was created without a terminal.
         let exec = ["task", "exec", "-t", "--exec-id", "e", "other", "sh"];
         let added = session(&containerd, &exec, "");
         containerd.ctr(&["task", "rm", "-f", "other"]);
@@ -517,7 +517,7 @@ fn root_images_are_removed_with_their_layers() {
     let images = containerd.state().join("images");
     let first: Vec<_> = fs::read_dir(&images).unwrap().collect();
     assert_eq!(first.len(), 3);
-    // The same image with other snapshots: its layers have other paths, and the old ones are gone.
+    // The same image with other snapshots: its layers have other paths, and the old ones were removed.
     containerd.ok(&["image", "rm", "--sync", IMAGE]);
     let archive = containerd.place.path("image.tar");
     containerd.ok(&["image", "import", archive.to_str().unwrap()]);
@@ -528,7 +528,7 @@ fn root_images_are_removed_with_their_layers() {
     containerd.assert_clean();
 }
 
-/// So many MiB of output.
+/// A number of MiB of output.
 fn exact_output(mib: u32) {
     let containerd = Containerd::start();
     let script = format!(
@@ -587,7 +587,7 @@ fn a_killed_shim_a_dead_vm_and_a_restarted_containerd_are_handled() {
         containerd.ok(&["task", "exec", "--exec-id", "e", "stays", "echo", "hi"]),
         "hi\n"
     );
-    // The VM, not the shim.
+    // Kills the VM, not the shim.
     kill_process(containerd.pid("stays"), Signal::KILL).unwrap();
     containerd.wait_status("stays", "STOPPED");
     let removed = containerd.ctr(&["task", "rm", "stays"]);
@@ -665,7 +665,7 @@ fn events_limits_mounts_and_signals_to_all_work() {
     let children = "trap 'kill %1; exit 6' USR2; (trap 'exit 0' USR1; while :; do sleep 0.05; done) \
                     & trap '' USR1; wait; echo the other has ended";
     containerd.run_detached(PIGEON, &[], "all", &["sh", "-c", children]);
-    // Refused by name; the second by the name that containerd 2 calls it by.
+    // Refused with a message; the second under its name in containerd 2.
     let refused = containerd.ctr(&["task", "checkpoint", "all"]);
     assert!(
         refused.stderr.contains("checkpoint: a VM has snapshots"),
@@ -693,7 +693,7 @@ fn events_limits_mounts_and_signals_to_all_work() {
     assert_eq!(removed.status, Some(0), "{removed:?}");
     containerd.ok(&["container", "rm", "all"]);
 
-    // Refused by name, before a VM is started.
+    // Refused with a message, before a VM is started.
     let device = mount("/x", Path::new("/dev/null"), "bind");
     let refused = containerd.run(PIGEON, &["--mount", &device], "refused", &["true"]);
     assert!(
@@ -743,7 +743,7 @@ fn a_pods_sandbox_has_no_vm_and_each_container_has_one() {
     );
     assert_eq!(containerd.status("pod").as_deref(), Some("RUNNING"));
     assert!(start.elapsed() < Duration::from_secs(30));
-    // SIGSTOP and SIGWINCH end nothing, nor does the question whether it is there.
+    // SIGSTOP, SIGWINCH and signal 0 do not end it.
     let client = containerd.shim_client();
     let kill = |signal| {
         let request = KillRequest {
@@ -758,7 +758,7 @@ fn a_pods_sandbox_has_no_vm_and_each_container_has_one() {
     }
     assert_eq!(code(kill(65)), Some(Code::INVALID_ARGUMENT));
     assert_eq!(containerd.status("pod").as_deref(), Some("RUNNING"));
-    // Its container is told where the pod's namespaces are, and its name by a file.
+    // Its container gets the paths of the pod's namespaces, and its hostname from a file.
     let annotation = "io.kubernetes.cri.container-type=container";
     let name = containerd.place.write("hostname", "pod-name\n");
     let name = format!(

@@ -1,5 +1,4 @@
-//! What goes wrong below a containerd, and what it leaves: nothing. And what a container can ask for
-//! and a VM cannot have.
+//! Failures below containerd, which must leave nothing behind, and settings that a VM does not support.
 
 mod engine;
 
@@ -24,7 +23,7 @@ use rustix::{
     process::{Pid, Signal, kill_process},
 };
 
-/// A tmpfs, until it is dropped.
+/// A tmpfs, unmounted on drop.
 struct Tmpfs<'a>(&'a Path);
 
 impl Tmpfs<'_> {
@@ -119,7 +118,7 @@ fn missing_host_requirements_are_named() {
         assert!(containerd.images().is_empty());
     }
 
-    // A hypervisor that is not there, and temporary files that cannot be.
+    // A missing hypervisor, and a missing directory for temporary files.
     let bin = containerd.place.path("bin");
     fs::create_dir(&bin).unwrap();
     let shim = env!("CARGO_BIN_EXE_containerd-shim-pigeon-v2");
@@ -135,7 +134,7 @@ fn missing_host_requirements_are_named() {
     refused(&containerd, "is too long by");
     assert!(!long.exists());
 
-    // And as it should be.
+    // The same without faults.
     containerd.restart_with(&[("TMPDIR", "/none".into())]);
     assert_eq!(
         containerd.run(PIGEON, &[], "runs", &["true"]).status,
@@ -228,10 +227,10 @@ fn a_signal_while_the_vm_boots_ends_the_container() {
             let containerd = &containerd;
             let run = scope.spawn(move || containerd.ctr(&words));
             containerd.wait_status("early", "CREATED");
-            // What is not stopped cannot be deleted, and what is ignored does nothing.
+            // A task that has not exited cannot be deleted, and an ignored signal has no effect.
             assert_eq!(containerd.ctr(&["task", "rm", "early"]).status, Some(1));
             containerd.ok(&["task", "kill", "-s", "WINCH", "early"]);
-            // Nor can what was not started be paused.
+            // A task that was not started cannot be paused.
             let request = PauseRequest::default();
             let client = containerd.shim_client();
             let paused = client.pause(context::with_duration(TIMEOUT), &request);
@@ -261,7 +260,7 @@ fn a_slow_reader_loses_nothing_and_a_dead_one_blocks_nothing() {
     let mut output = process.child().stdout.take().unwrap();
     let mut text = vec![0; 2];
     output.read_exact(&mut text).unwrap();
-    // Nobody reads, and all else goes on.
+    // Without a reader of the output, everything else still works.
     let exec = |id: &str| {
         let outcome = containerd.ctr(&["task", "exec", "--exec-id", "e", id, "echo", "hi"]);
         assert_eq!(outcome.stdout, "hi\n", "{outcome:?}");
@@ -277,7 +276,7 @@ fn a_slow_reader_loses_nothing_and_a_dead_one_blocks_nothing() {
     assert!(process.wait(TIMEOUT).unwrap().unwrap().success());
     containerd.assert_clean();
 
-    // A client that is killed leaves its container to the next.
+    // The container of a killed client is still available to others.
     let mut command = containerd.command(&["run", "--runtime", PIGEON, IMAGE, "left"]);
     command.args(["sh", "-c", "while echo line; do :; done"]);
     command.stdout(Stdio::piped()).stderr(Stdio::null());
@@ -302,7 +301,7 @@ fn a_slow_reader_loses_nothing_and_a_dead_one_blocks_nothing() {
 fn output_goes_to_files_and_programs_as_with_runc() {
     let containerd = Containerd::start();
     let logger = containerd.place.path("logger");
-    // runc's shim does not wait before its SIGTERM.
+    // A program that ignores SIGTERM, as runc's shim does not wait before sending it.
     let text = "#!/bin/sh\ncd ${0%/*}; trap '' TERM; exec 5>&-; \
                 echo $CONTAINER_ID $CONTAINER_NAMESPACE $* >taken.by; \
                 cat <&3 >taken.out & cat <&4 >taken.err; wait\n";
@@ -333,7 +332,7 @@ fn output_goes_to_files_and_programs_as_with_runc() {
     assert_eq!(texts[0].len() + 6, texts[3].len());
     let found = outcome(PIGEON);
     assert_eq!(found.0, statuses);
-    // Two streams in one file have no order.
+    // The order of two streams in one file is undefined.
     for number in 0..3 {
         assert!(found.1[number] == texts[number], "{}", names[number]);
     }

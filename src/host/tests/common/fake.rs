@@ -1,5 +1,4 @@
-//! A stand-in for a VM's API: hybrid vsock's handshake, HTTP, WebSockets, and responses that a test
-//! gives.
+//! A stand-in for a VM's API: hybrid vsock's handshake, HTTP, WebSockets, and responses given by a test.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::{
@@ -15,7 +14,7 @@ use std::{
 use pigeon::{Arch, process::write_program};
 use serde_json::{Value, json};
 
-/// A request as it came, with its body.
+/// A request as received, with its body.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
     /// `GET /v1/status`
@@ -28,12 +27,12 @@ pub struct Request {
 pub struct Connection {
     pub request: Request,
     pub stream: BufReader<UnixStream>,
-    /// The head as it was sent, for whoever wants to read it again.
+    /// The raw head, for a parser that needs to read it again.
     pub head: Vec<u8>,
 }
 
 impl Connection {
-    /// Reads the body that the head announces.
+    /// Reads the body, whose length is in the head.
     pub fn read_body(&mut self) {
         let header = |name: &str| {
             let found = self
@@ -76,14 +75,14 @@ impl Connection {
     }
 }
 
-/// The VM, for as long as the test runs.
+/// A VM for the duration of a test.
 pub struct Vm {
     pub uds: PathBuf,
     requests: Arc<Mutex<Vec<Request>>>,
 }
 
 impl Vm {
-    /// Responds to every connection by `serve`.
+    /// Handles every connection with `serve`.
     pub fn start(dir: &Path, serve: impl Fn(Connection) + Send + Sync + 'static) -> Vm {
         let uds = dir.join("vm.vsock");
         let listener = UnixListener::bind(&uds).unwrap();
@@ -112,7 +111,7 @@ impl Vm {
         Vm { uds, requests }
     }
 
-    /// What was asked so far, without the questions whether it is up.
+    /// The requests so far, without status checks.
     pub fn requests(&self) -> Vec<Request> {
         self.requests.lock().unwrap().clone()
     }
@@ -125,7 +124,8 @@ impl Vm {
     }
 }
 
-/// A stand-in for Firecracker's API at `path`: one request at a time, as there, and one a connection.
+/// A stand-in for Firecracker's API at `path`: one request at a time, as in Firecracker, and one per
+/// connection.
 pub fn firecracker(path: &Path, mut serve: impl FnMut(Connection) + Send + 'static) {
     let listener = UnixListener::bind(path).unwrap();
     thread::spawn(move || {
@@ -137,15 +137,15 @@ pub fn firecracker(path: &Path, mut serve: impl FnMut(Connection) + Send + 'stat
     });
 }
 
-/// A stand-in for QEMU, which runs until it is ended: a program beside `vm`, whose socket takes the
-/// place of that for the host's connections, and a monitor that obeys every command.
+/// A stand-in for QEMU, which runs until it is ended: a program that connects the host to the socket of `vm`,
+/// and a monitor whose commands all succeed.
 pub struct Qemu {
     dir: PathBuf,
     monitors: Arc<Mutex<Vec<UnixStream>>>,
 }
 
 impl Qemu {
-    /// In the directory of `vm`, for a VM with the socket `uds`. What it shows at last is `console`.
+    /// In the directory of `vm`, for a VM with the socket `uds`. It prints `console` at its end.
     pub fn start(vm: &Vm, uds: &Path, console: &str) -> Qemu {
         let dir = vm.uds.parent().unwrap().to_path_buf();
         let listener = UnixListener::bind(dir.join("qmp")).unwrap();
@@ -174,7 +174,7 @@ impl Qemu {
         Qemu { dir, monitors }
     }
 
-    /// Ends it, as a reboot of the guest does.
+    /// Ends it, like a reboot of the guest.
     pub fn end(&self) {
         for mut monitor in self.monitors.lock().unwrap().drain(..) {
             let event = json!({"event": "SHUTDOWN", "data": {"reason": "guest-reset"}});

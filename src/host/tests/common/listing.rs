@@ -1,4 +1,4 @@
-//! What is in a directory or an image, as another program than this one sees it.
+//! Lists the contents of a directory or an image with other programs.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::{
@@ -13,17 +13,17 @@ use std::{
 use pigeon::{assets::tool, process::run};
 use sha2::{Digest, Sha256};
 
-/// A file: all that a guest can see of it.
+/// A file, with everything that a guest can see.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Record {
     /// Type and permission bits.
     pub mode: u32,
     pub owner: (u32, u32),
-    /// Names of it; 0 for a directory, of which each file system has its own idea.
+    /// Link count; 0 for a directory, for which file systems differ.
     pub links: u64,
     pub mtime: (i64, i64),
     pub xattrs: BTreeMap<String, Vec<u8>>,
-    /// A digest, a link's target, a device's number.
+    /// A digest, a link's target, or a device number.
     pub contents: String,
 }
 
@@ -33,7 +33,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// All below a directory, by path; the directory itself is "".
+/// All files below a directory, by path; the directory itself is "".
 pub fn of_directory(root: &Path) -> Listing {
     let mut listing = Listing::new();
     let mut todo = vec![PathBuf::new()];
@@ -83,7 +83,7 @@ fn xattrs(path: &Path) -> BTreeMap<String, Vec<u8>> {
     names.filter(|name| !name.is_empty()).map(value).collect()
 }
 
-/// The files at these paths in an ext4 image, by e2fsprogs, and how many files there are.
+/// The files at these paths in an ext4 image, by e2fsprogs, and the number of all files.
 pub fn of_ext4<'a>(image: &Path, paths: impl Iterator<Item = &'a PathBuf>) -> (Listing, u64) {
     let scratch = tempfile::tempdir().unwrap();
     let debugfs = |requests: &[String]| {
@@ -186,7 +186,7 @@ pub fn of_ext4<'a>(image: &Path, paths: impl Iterator<Item = &'a PathBuf>) -> (L
         let line = superblock.lines().find(|line| line.starts_with(key));
         line.unwrap().rsplit(' ').next().unwrap().parse().unwrap()
     };
-    // The first ten are the file system's own, and one of them is the root.
+    // The first ten inodes are reserved, and one of them is the root.
     let files = count("Inode count:") - count("Free inodes:") - 9;
     (listing, files)
 }

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tar::{Builder, EntryType, Header};
 
-/// A tar archive in the making. Names are written as they are, whatever a sane program thinks.
+/// A tar archive under construction. Names are written as they are, even invalid ones.
 pub struct Tar(Builder<Vec<u8>>);
 
 impl Tar {
@@ -102,12 +102,12 @@ impl Tar {
         self.record(&format!("SCHILY.xattr.{name}"), value)
     }
 
-    /// The record in the next entry's extended header.
+    /// A record in the next entry's extended header.
     pub fn record(self, key: &str, value: &[u8]) -> Tar {
         self.records(&[(key, value)])
     }
 
-    /// The records in the next entry's extended header.
+    /// Records in the next entry's extended header.
     pub fn records(mut self, records: &[(&str, &[u8])]) -> Tar {
         self.0
             .append_pax_extensions(records.iter().copied())
@@ -210,7 +210,7 @@ pub fn docker_save(layers: &[Vec<u8>], config: &Value, tag: &str) -> Vec<u8> {
         .bytes()
 }
 
-/// What the VMs are for: `PIGEON_ARCH`.
+/// The guest architecture: `PIGEON_ARCH`.
 pub fn arch() -> pigeon::Arch {
     pigeon::Arch::chosen().unwrap()
 }
@@ -240,13 +240,13 @@ pub fn busybox_layer(arch: pigeon::Arch) -> Vec<u8> {
         .bytes()
 }
 
-/// What debugfs answers about an image.
+/// The output of debugfs for an image.
 pub fn debugfs(image: &Path, request: &str) -> String {
     let debugfs = pigeon::assets::tool("debugfs").unwrap();
     pigeon::process::run(Command::new(debugfs).args(["-R", request]).arg(image)).unwrap()
 }
 
-/// Mode, user and group of a file in an image, and nothing if it is not there.
+/// Mode, user and group of a file in an image; empty if it does not exist.
 pub fn owner(image: &Path, path: &str) -> String {
     let stat = debugfs(image, &format!("stat \"{path}\""));
     let after = |key: &str| {
@@ -266,7 +266,7 @@ pub fn check(image: &Path) {
     pigeon::process::run(Command::new(e2fsck).arg("-fn").arg(image)).unwrap();
 }
 
-/// A place for one test's files.
+/// A directory for one test's files.
 pub struct Place(pub tempfile::TempDir);
 
 impl Place {

@@ -1,4 +1,4 @@
-//! A terminal with a program on it.
+//! A terminal that runs a program.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::{
@@ -19,18 +19,18 @@ use rustix::{
 /// Generous: the machine may be busy with other VMs.
 pub const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// The other end of a terminal, which records what is shown.
+/// The master of a terminal, which records the output.
 pub struct Terminal {
     master: File,
     terminal: File,
     shown: Arc<Mutex<Vec<u8>>>,
-    /// Up to where [`expect`](Terminal::expect) has looked.
+    /// The end of the last match of [`expect`](Terminal::expect).
     seen: usize,
     child: Child,
 }
 
 impl Terminal {
-    /// Starts `command` in the foreground of a terminal of so many columns and rows.
+    /// Starts `command` in the foreground of a terminal with this number of columns and rows.
     pub fn spawn(mut command: Command, size: (u16, u16)) -> Terminal {
         let master =
             openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
@@ -45,7 +45,8 @@ impl Terminal {
         resize(&master, size);
         let stream = || terminal.try_clone().unwrap();
         command.stdin(stream()).stdout(stream()).stderr(stream());
-        // SAFETY: setsid(2) and ioctl(2) are async-signal-safe, and nothing of ours is touched.
+        // SAFETY: setsid(2) and ioctl(2) are async-signal-safe, and the closure accesses no memory of this
+        // process.
         unsafe {
             command.pre_exec(|| {
                 rustix::process::setsid()?;
@@ -81,7 +82,7 @@ impl Terminal {
         self.master.write_all(text.as_bytes()).unwrap();
     }
 
-    /// Waits until `text` is shown, after what was expected before.
+    /// Waits until `text` is shown after the last match.
     #[track_caller]
     pub fn expect(&mut self, text: &str) {
         assert!(
@@ -91,7 +92,7 @@ impl Terminal {
         );
     }
 
-    /// Whether `text` is shown in time, after what was expected before.
+    /// Whether `text` is shown in time after the last match.
     pub fn shows(&mut self, text: &str, timeout: Duration) -> bool {
         let deadline = Instant::now() + timeout;
         let mut ended = false;
@@ -110,7 +111,7 @@ impl Terminal {
             thread::sleep(Duration::from_millis(10));
             ended = self.child.try_wait().unwrap().is_some();
             if ended {
-                // Its last output may still be on its way.
+                // Its last output may not have arrived yet.
                 thread::sleep(Duration::from_millis(300));
             }
         }
@@ -120,17 +121,17 @@ impl Terminal {
         resize(&self.master, size);
     }
 
-    /// How the terminal is set up.
+    /// The terminal's mode.
     pub fn modes(&self) -> Termios {
         tcgetattr(&self.terminal).unwrap()
     }
 
-    /// Whether the program has ended.
+    /// Whether the program has exited.
     pub fn has_ended(&mut self) -> bool {
         self.child.try_wait().unwrap().is_some()
     }
 
-    /// Waits for the program's end.
+    /// Waits until the program exits.
     pub fn wait(&mut self) -> ExitStatus {
         let deadline = Instant::now() + TIMEOUT;
         loop {

@@ -1,4 +1,4 @@
-//! The parts of `config.json` that are looked at.
+//! The supported parts of `config.json`.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,15 +19,15 @@ pub struct Config {
     pub linux: Linux,
 }
 
-/// A process to be run.
+/// A process to run.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Process {
-    /// Its streams are a terminal.
+    /// Whether its streams are a terminal.
     pub terminal: bool,
     /// The terminal's size.
     pub console_size: Option<ConsoleSize>,
-    /// Who it runs as.
+    /// The user.
     pub user: User,
     /// The program and its arguments.
     pub args: Vec<String>,
@@ -35,13 +35,13 @@ pub struct Process {
     pub env: Vec<String>,
     /// Its working directory.
     pub cwd: String,
-    /// Its limits.
+    /// Its resource limits.
     pub rlimits: Vec<Rlimit>,
-    /// Its capabilities; none when absent.
+    /// Its capabilities; none if absent.
     pub capabilities: Capabilities,
-    /// It gets no more rights by the programs it runs.
+    /// Whether executing programs cannot add privileges.
     pub no_new_privileges: bool,
-    /// How readily the host's OOM killer ends the VM.
+    /// The OOM score adjustment of the VM on the host.
     pub oom_score_adj: Option<i32>,
     pub apparmor_profile: String,
     pub selinux_label: String,
@@ -59,7 +59,7 @@ pub struct ConsoleSize {
     pub width: u16,
 }
 
-/// A user by numbers.
+/// A user by ids.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct User {
@@ -69,11 +69,11 @@ pub struct User {
     pub gid: u32,
     /// Supplementary groups.
     pub additional_gids: Vec<u32>,
-    /// Mode bits that new files do not get.
+    /// The file mode creation mask.
     pub umask: Option<u32>,
 }
 
-/// A limit (getrlimit(2)); u64::MAX is none.
+/// A resource limit (getrlimit(2)); u64::MAX means unlimited.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct Rlimit {
@@ -134,7 +134,7 @@ pub struct Device {
     pub path: String,
 }
 
-/// One of the container's own, unless it has a path.
+/// A new namespace, unless it has a path.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct Namespace {
@@ -148,7 +148,7 @@ pub struct Namespace {
 pub struct Resources {
     pub memory: Memory,
     pub cpu: Cpu,
-    /// Others, by their names.
+    /// Other resources by name.
     #[serde(flatten)]
     pub others: Map<String, Value>,
 }
@@ -164,6 +164,6 @@ pub struct Memory {
 pub struct Cpu {
     pub quota: Option<i64>,
     pub period: Option<u64>,
-    /// Processors of the host's.
+    /// The host's processors to use.
     pub cpus: String,
 }

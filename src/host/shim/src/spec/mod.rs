@@ -1,5 +1,5 @@
-//! Translates the bundle's `config.json` (OCI runtime-spec, config.md and config-linux.md) to a VM, and refuses
-//! by name what a VM cannot have.
+//! Converts the bundle's `config.json` (OCI runtime-spec, config.md and config-linux.md) to a VM, and refuses
+//! unsupported settings by name.
 
 mod config;
 mod mounts;
@@ -19,28 +19,28 @@ pub use support::check_process;
 
 /// Annotations of containerd's CRI plugin that mark a pod's sandbox.
 const CRI_TYPE: &str = "io.kubernetes.cri.container-type";
-/// Memory of a VM whose container has no limit, in MiB.
+/// Memory in MiB of a VM whose container has no limit.
 const MEMORY: u64 = 256;
-/// Memory of a VM beside its container's limit, in MiB: the guest's kernel and the init.
+/// Memory in MiB of a VM in addition to its container's limit: for the guest's kernel and the init.
 const OVERHEAD: u64 = 64;
-/// Microseconds that a CPU quota is of if nothing else is said; `ctr run --cpu-quota` says 0. (Linux
+/// Default period of a CPU quota in microseconds; `ctr run --cpu-quota` sets it to 0. (Linux
 /// Documentation/scheduler/sched-bwc.rst)
 const PERIOD: u64 = 100_000;
-/// Most virtual processors.
+/// Maximum number of virtual processors.
 const MAX_CPUS: u64 = 32;
 
-/// A container as a VM.
+/// The VM for a container.
 #[derive(Debug)]
 pub struct Plan {
-    /// A pod's sandbox: nothing runs in it.
+    /// Whether it is a pod's sandbox, which runs nothing.
     pub is_sandbox: bool,
-    /// What is run.
+    /// The container's process.
     pub process: Process,
     /// The configuration document, without disks.
     pub document: Value,
     /// The root, from `root.path`.
     pub root: PathBuf,
-    /// The root is read-only.
+    /// Whether the root is read-only.
     pub read_only: bool,
     /// Directories of the host that become disks.
     pub folders: Vec<Folder>,
@@ -57,11 +57,11 @@ pub struct Plan {
 /// A directory of the host, copied to a path in the VM.
 #[derive(Debug, PartialEq)]
 pub struct Folder {
-    /// The host's.
+    /// The path on the host.
     pub source: PathBuf,
-    /// The VM's.
+    /// The path in the VM.
     pub target: String,
-    /// It is read-only.
+    /// Whether it is read-only.
     pub read_only: bool,
 }
 
@@ -95,7 +95,7 @@ fn plan(text: &[u8], bundle: &Path, id: &str) -> Result<Plan> {
     plan.warnings = support::check(&config, kind.is_some())?;
     let hostname = match config.hostname.as_str() {
         "" => mounts::hostname(&config.mounts)
-            // A container without a name of its own has its id's, as in Docker.
+            // By default the hostname is derived from the container's id, as in Docker.
             .unwrap_or_else(|| id.get(..id.len().min(12)).unwrap_or(id).into()),
         hostname => hostname.into(),
     };
@@ -115,7 +115,7 @@ fn plan(text: &[u8], bundle: &Path, id: &str) -> Result<Plan> {
     Ok(plan)
 }
 
-/// MiB of a VM.
+/// Memory of a VM in MiB.
 fn memory(memory: &Memory) -> u32 {
     let limit = memory.limit.and_then(|limit| u64::try_from(limit).ok());
     let mib = match limit {

@@ -1,5 +1,4 @@
-//! A container's mounts: file systems of the guest's, and files and folders of the host, which are
-//! copied.
+//! A container's mounts: file systems of the guest, and files and directories of the host, which are copied.
 
 use std::{fs, os::unix::fs::FileTypeExt, path::Path};
 
@@ -8,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Folder, Plan, config::Mount};
 
-/// Where the init mounts what it needs itself; a container's mount there is that.
+/// Mount points of the init; they replace a container's mounts at the same paths.
 const OWN_MOUNTS: [&str; 7] = [
     "/proc",
     "/sys",
@@ -18,11 +17,11 @@ const OWN_MOUNTS: [&str; 7] = [
     "/dev/mqueue",
     "/run",
 ];
-/// Kinds of file systems of the kernel's, which the init mounts.
+/// Types of kernel file systems, which the init mounts.
 const KERNEL_MOUNTS: [&str; 6] = ["proc", "sysfs", "devpts", "mqueue", "cgroup", "cgroup2"];
-/// Most bytes of a file or a folder of the host that is copied into a VM.
+/// Maximum size in bytes of a file or directory of the host that is copied into a VM.
 pub const MAX_BIND: u64 = 256 << 20;
-/// Flags of a mount that the configuration document knows. (README, `Mounts[].Options`)
+/// Mount flags supported by the configuration document. (README, `Mounts[].Options`)
 const FLAGS: [&str; 7] = [
     "ro",
     "nosuid",
@@ -33,7 +32,7 @@ const FLAGS: [&str; 7] = [
     "strictatime",
 ];
 
-/// The name that a pod's containers share by a file, as they would share a namespace.
+/// The hostname file that a pod's containers share, in place of a shared namespace.
 pub fn hostname(mounts: &[Mount]) -> Option<String> {
     let mount = mounts
         .iter()
@@ -44,7 +43,7 @@ pub fn hostname(mounts: &[Mount]) -> Option<String> {
 }
 
 impl Plan {
-    /// Adds a mount of the container's.
+    /// Adds a mount of the container.
     pub(super) fn add(&mut self, mount: &Mount) -> Result<()> {
         ensure!(
             mount.uid_mappings.is_empty(),
@@ -78,7 +77,7 @@ impl Plan {
         }
     }
 
-    /// Adds to the document's mounts.
+    /// Adds an entry to the document's mounts.
     pub fn mount(&mut self, entry: Value) {
         match self.document["Mounts"].as_array_mut() {
             Some(mounts) => mounts.push(entry),
@@ -91,7 +90,7 @@ impl Plan {
         let found = fs::metadata(source).with_context(|| format!("unable to find {source:?}"))?;
         let read_only = mount.options.iter().any(|option| option == "ro");
         if found.is_dir() {
-            // /dev/shm and the like of a pod, shared between containers; this one has its own.
+            // Such as /dev/shm, which is shared in a pod; the VM has its own.
             if OWN_MOUNTS.contains(&target) {
                 self.warnings
                     .push(format!("{target} is the VM's own, not {}", mount.source));
@@ -136,7 +135,7 @@ fn too_large(source: &Path, size: u64) -> String {
     )
 }
 
-/// Bytes of the files in a folder.
+/// Total size of the files in a directory in bytes.
 fn size_of(dir: &Path) -> Result<u64> {
     let mut size = 0;
     let mut dirs = vec![dir.to_path_buf()];

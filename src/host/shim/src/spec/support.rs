@@ -1,6 +1,6 @@
-//! Settings of a container that a VM does not support. A setting that would not have its effect is refused by
-//! name; one that only isolates containers on a shared kernel, or divides the host's resources, is ignored with a
-//! warning.
+//! Settings of a container that a VM does not support. A setting that would have no effect is refused by
+//! name; one that only isolates containers on a shared kernel, or divides the host's resources, is ignored
+//! with a warning.
 
 use anyhow::{Result, bail, ensure};
 use serde_json::Value;
@@ -8,14 +8,15 @@ use serde_json::Value;
 use super::config::{Config, Linux, Namespace, Process};
 use crate::launch::{CAPABILITIES, RESOURCES};
 
-/// Namespaces of the host's that a VM cannot be in. (It has a hostname and mounts of its own.)
+/// Namespaces that a VM cannot share with the host. (It has its own hostname and mounts.)
 const HOSTS: [&str; 3] = ["pid", "network", "ipc"];
-/// Those that the containers of a pod may share: each VM has its own, which the README says.
+/// Namespaces that a pod's containers may share: each VM has its own, as documented in the README.
 const OF_POD: [&str; 4] = ["network", "ipc", "uts", "pid"];
-/// Without an effect in a VM.
+/// Propagation without an effect in a VM.
 const PRIVATE: [&str; 5] = ["", "private", "rprivate", "unbindable", "runbindable"];
 
-/// Checks a container; warnings if it can be had. `of_pod`: containerd's CRI plugin has asked for it.
+/// Checks a container. Returns warnings if it is supported. `of_pod`: it was requested by containerd's CRI
+/// plugin.
 pub fn check(config: &Config, of_pod: bool) -> Result<Vec<String>> {
     let linux = &config.linux;
     let shares_processes = check_namespaces(linux, of_pod)?;
@@ -58,7 +59,7 @@ pub fn check(config: &Config, of_pod: bool) -> Result<Vec<String>> {
     }
     let resources = &linux.resources;
     let others = resources.others.iter().filter(|(name, value)| {
-        // Devices of the host are not there in the first place.
+        // A VM has none of the host's devices.
         *name != "devices" && limits(value)
     });
     let mut names: Vec<_> = others.map(|(name, _)| name.as_str()).collect();
@@ -77,25 +78,25 @@ pub fn check(config: &Config, of_pod: bool) -> Result<Vec<String>> {
     Ok(warnings)
 }
 
-/// The same for a pod's sandbox, in which nothing runs.
+/// The same for a pod's sandbox, which runs nothing.
 pub fn check_sandbox(config: &Config) -> Result<()> {
     check_namespaces(&config.linux, true).map(drop)
 }
 
-/// Whether a limit says anything: engines write zeros for limits on what is not there.
+/// Whether a limit is set: engines write zeros for absent limits.
 fn limits(value: &Value) -> bool {
     match value {
         Value::Null => false,
         Value::Bool(value) => *value,
         Value::Number(number) => number.as_i64().is_none_or(|number| number > 0),
-        // A page size, the name of a device: what it is limited to is beside it.
+        // A page size or a device's name; the limit is another member.
         Value::String(_) => false,
         Value::Array(values) => values.iter().any(limits),
         Value::Object(values) => values.values().any(limits),
     }
 }
 
-/// Whether the processes of a pod are to see each other.
+/// Checks namespaces. Returns whether a pod's processes should see each other.
 fn check_namespaces(linux: &Linux, of_pod: bool) -> Result<bool> {
     for kind in HOSTS {
         ensure!(
@@ -119,7 +120,7 @@ fn check_namespaces(linux: &Linux, of_pod: bool) -> Result<bool> {
     Ok(joined.any(|namespace| namespace.kind == "pid"))
 }
 
-/// The same for a process, also an added one.
+/// The same for a process, including exec processes.
 pub fn check_process(process: &Process) -> Result<Vec<String>> {
     ensure!(!process.args.is_empty(), "process.args: nothing to run");
     for limit in &process.rlimits {

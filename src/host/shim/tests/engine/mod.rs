@@ -1,4 +1,4 @@
-//! A containerd of a test's own, beside runc. It needs root, containerd, ctr and runc.
+//! A separate containerd for a test, with runc. It needs root, containerd, ctr and runc.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 #[path = "../../../tests/common/mod.rs"]
@@ -22,14 +22,14 @@ use pigeon::process::Process;
 use rustix::process::Pid;
 use serde_json::json;
 
-/// The image of all tests, of two layers.
+/// The image for all tests, with two layers.
 pub const IMAGE: &str = "docker.io/library/test:1";
 pub const RUNC: &str = "io.containerd.runc.v2";
 pub const PIGEON: &str = "io.containerd.pigeon.v2";
 /// How long a command may take: the machine may be busy with other VMs.
 pub const TIMEOUT: Duration = Duration::from_secs(150);
 
-/// The right to run a VM, as the lab has it: few run at once on a machine.
+/// A slot for running a VM, as in the lab: only a few run at once on a machine.
 struct Slot(#[expect(dead_code, reason = "it is held")] File);
 
 impl Slot {
@@ -52,7 +52,7 @@ impl Slot {
     }
 }
 
-/// Why a call was refused; None if it was not, or not by the shim.
+/// The status code of a refused call; None if it succeeded, or the error is not the shim's.
 pub fn code<T>(result: ttrpc::Result<T>) -> Option<Code> {
     match result {
         Err(ttrpc::Error::RpcStatus(status)) => Some(status.code()),
@@ -60,7 +60,7 @@ pub fn code<T>(result: ttrpc::Result<T>) -> Option<Code> {
     }
 }
 
-/// containerd with all that it has in one directory.
+/// containerd with all its files in one directory.
 pub struct Containerd {
     pub place: Place,
     environment: Vec<(&'static str, String)>,
@@ -68,7 +68,7 @@ pub struct Containerd {
     _slot: Slot,
 }
 
-/// What a command came to.
+/// The result of a command.
 #[derive(Debug, PartialEq)]
 pub struct Outcome {
     pub status: Option<i32>,
@@ -113,18 +113,18 @@ impl Containerd {
         containerd
     }
 
-    /// Starts it again with more in its environment, and so in that of its shims.
+    /// Restarts it with additional environment variables, which its shims inherit.
     pub fn restart_with(&mut self, environment: &[(&'static str, String)]) {
         self.environment = environment.into();
         self.restart();
     }
 
-    /// Ends it; its shims go on.
+    /// Stops it; its shims continue.
     pub fn stop(&mut self) {
         self.process = None;
     }
 
-    /// Starts it, again if it runs.
+    /// Starts it, or restarts it.
     pub fn restart(&mut self) {
         self.stop();
         let shim = Path::new(env!("CARGO_BIN_EXE_containerd-shim-pigeon-v2"));
@@ -164,7 +164,6 @@ impl Containerd {
         let mut command = Command::new(pigeon::assets::tool("ctr").unwrap());
         let address = self.place.path("c.sock");
         command.arg("--address").arg(address).args(words);
-        // One that hangs is none of the tests that follow.
         command.stdin(Stdio::null());
         command
     }
@@ -173,7 +172,7 @@ impl Containerd {
         self.ctr_with(words, b"")
     }
 
-    /// With this input.
+    /// The same with this input.
     pub fn ctr_with(&self, words: &[&str], input: &[u8]) -> Outcome {
         let [stdout, stderr] = ["stdout", "stderr"].map(|name| {
             let number = thread::current().id();
@@ -204,7 +203,7 @@ impl Containerd {
         }
     }
 
-    /// What a command that works prints.
+    /// The output of a command that must succeed.
     #[track_caller]
     pub fn ok(&self, words: &[&str]) -> String {
         let outcome = self.ctr(words);
@@ -217,7 +216,7 @@ impl Containerd {
         outcome.stdout
     }
 
-    /// `ctr run` of a container in the foreground.
+    /// Runs a container in the foreground.
     pub fn run(&self, runtime: &str, options: &[&str], id: &str, command: &[&str]) -> Outcome {
         let words = ["run", "--rm", "--runtime", runtime];
         self.ctr(&[&words[..], options, &[IMAGE, id], command].concat())
@@ -230,7 +229,7 @@ impl Containerd {
         self.ok(&[&words[..], options, &[IMAGE, id], command].concat());
     }
 
-    /// The state of a task, in `ctr task ls`'s words.
+    /// The state of a task, as shown by `ctr task ls`.
     pub fn status(&self, id: &str) -> Option<String> {
         let tasks = self.ok(&["task", "ls"]);
         let mut lines = tasks
@@ -239,7 +238,7 @@ impl Containerd {
         lines.find_map(|words| (words[0] == id).then(|| words[2].to_string()))
     }
 
-    /// The process that a task is in.
+    /// The pid of a task.
     pub fn pid(&self, id: &str) -> Pid {
         let tasks = self.ok(&["task", "ls"]);
         let mut lines = tasks
@@ -297,7 +296,7 @@ impl Containerd {
         }
     }
 
-    /// Processes whose command line has the test's directory: shims and their VMs.
+    /// Processes whose command line contains the test's directory: shims and their VMs.
     pub fn processes(&self) -> Vec<String> {
         let dir = self.place.0.path().to_str().unwrap().to_string();
         let own = std::process::id().to_string();
@@ -313,13 +312,13 @@ impl Containerd {
         found
     }
 
-    /// Nothing is left of containers but the image.
+    /// Checks that only the image is left.
     #[track_caller]
     pub fn assert_clean(&self) {
         self.assert_left(|line| line.contains(self.place.0.path().to_str().unwrap()));
     }
 
-    /// The same where a test has mounted something itself.
+    /// The same for a test that has its own mounts.
     #[track_caller]
     pub fn assert_clean_but_for_mounts(&self) {
         self.assert_left(|_| false);
@@ -359,7 +358,7 @@ impl Containerd {
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        // Of a test that has failed.
+        // Only after a failed test.
         for id in self.ctr(&["task", "ls", "-q"]).stdout.lines() {
             self.ctr(&["task", "rm", "-f", id]);
         }
