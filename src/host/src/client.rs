@@ -435,8 +435,8 @@ impl Client {
 
 /// The error of an invalid response.
 pub(crate) fn refusal(status: u16, body: &[u8]) -> Error {
-    let said: Option<Value> = serde_json::from_slice(body).ok();
-    let message = said.and_then(|said| said["error"].as_str().map(String::from));
+    let json: Option<Value> = serde_json::from_slice(body).ok();
+    let message = json.and_then(|json| json["error"].as_str().map(String::from));
     let message = message.unwrap_or_else(|| String::from_utf8_lossy(body).into_owned());
     Error::Refused { status, message }
 }

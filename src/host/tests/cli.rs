@@ -96,10 +96,10 @@ fn run_on_stand_in_with(place: &Place, options: &[&str]) -> (Command, Vm, Qemu) 
 }
 
 /// The error of `pigeon WORDS`; its exit code must be that of the command's own failures.
-fn complaint(place: &Place, words: &[&str]) -> String {
-    let (out, said, code) = pigeon(place, words);
-    assert_eq!((out.as_str(), code), ("", 125), "{said}");
-    said
+fn error_of(place: &Place, words: &[&str]) -> String {
+    let (out, stderr, code) = pigeon(place, words);
+    assert_eq!((out.as_str(), code), ("", 125), "{stderr}");
+    stderr
 }
 
 fn program(place: &Place, name: &str, script: &str) {
@@ -109,71 +109,77 @@ fn program(place: &Place, name: &str, script: &str) {
 #[test]
 fn an_error_says_what_to_do_next() {
     let place = Place::new();
-    let said = complaint(&place, &["status"]);
-    assert!(said.contains("no VM is running: start one"), "{said}");
-    let said = complaint(&place, &["exec", "--vm", "app", "id"]);
+    let stderr = error_of(&place, &["status"]);
+    assert!(stderr.contains("no VM is running: start one"), "{stderr}");
+    let stderr = error_of(&place, &["exec", "--vm", "app", "id"]);
     assert!(
-        said.contains("there is no VM called app") && said.contains("pigeon run IMAGE"),
-        "{said}"
+        stderr.contains("there is no VM called app") && stderr.contains("pigeon run IMAGE"),
+        "{stderr}"
     );
-    let said = complaint(&place, &["wait", "--uds", "none.vsock"]);
+    let stderr = error_of(&place, &["wait", "--uds", "none.vsock"]);
     assert!(
-        said.contains("none.vsock: No such file") && said.contains("`pigeon ps`"),
-        "{said}"
+        stderr.contains("none.vsock: No such file") && stderr.contains("`pigeon ps`"),
+        "{stderr}"
     );
-    let said = complaint(&place, &["run", "app.ext4"]);
+    let stderr = error_of(&place, &["run", "app.ext4"]);
     assert!(
-        said.contains("no image app.ext4") && said.contains("`pigeon rootfs SOURCE app.ext4`"),
-        "{said}"
+        stderr.contains("no image app.ext4") && stderr.contains("`pigeon rootfs SOURCE app.ext4`"),
+        "{stderr}"
     );
     place.write("app.ext4", "");
-    let said = complaint(&place, &["run", "app.ext4"]);
+    let stderr = error_of(&place, &["run", "app.ext4"]);
     assert!(
-        said.contains("app.ext4 is empty, not a root image"),
-        "{said}"
+        stderr.contains("app.ext4 is empty, not a root image"),
+        "{stderr}"
     );
     let archive = Tar::new().file("x", "x").bytes();
     place.write("app.tar", &archive);
-    let said = complaint(&place, &["run", "app.tar"]);
+    let stderr = error_of(&place, &["run", "app.tar"]);
     let expected = "app.tar is a tar archive, not a root image; `pigeon rootfs app.tar NAME.ext4`";
-    assert!(said.contains(expected), "{said}");
+    assert!(stderr.contains(expected), "{stderr}");
     let mut ext4 = vec![0; 2 << 10];
     ext4[1080..1082].copy_from_slice(&[0x53, 0xef]);
     place.write("app.ext4", ext4);
-    let said = complaint(&place, &["run", "app.ext4"]);
+    let stderr = error_of(&place, &["run", "app.ext4"]);
     assert!(
-        said.contains("nothing to run") && said.contains("app.run.json"),
-        "{said}"
+        stderr.contains("nothing to run") && stderr.contains("app.run.json"),
+        "{stderr}"
     );
     place.write(
         "mine.json",
         json!({"ImageConfig": {"Entrypoint": "/s"}}).to_string(),
     );
-    let said = complaint(&place, &["run", "-c", "mine.json", "app.ext4"]);
+    let stderr = error_of(&place, &["run", "-c", "mine.json", "app.ext4"]);
     assert!(
-        said.contains("mine.json: ImageConfig.Entrypoint: a list of strings expected"),
-        "{said}"
+        stderr.contains("mine.json: ImageConfig.Entrypoint: a list of strings expected"),
+        "{stderr}"
     );
-    let said = complaint(&place, &["run", "-m", "8", "app.ext4", "id"]);
-    assert!(said.contains("8 MiB of memory are not enough"), "{said}");
+    let stderr = error_of(&place, &["run", "-m", "8", "app.ext4", "id"]);
+    assert!(
+        stderr.contains("8 MiB of memory are not enough"),
+        "{stderr}"
+    );
     let words = ["run", "--disk", "none:/data", "app.ext4", "id"];
-    let said = complaint(&place, &words);
-    assert!(said.contains("none does not exist: add ,size=1G"), "{said}");
+    let stderr = error_of(&place, &words);
+    assert!(
+        stderr.contains("none does not exist: add ,size=1G"),
+        "{stderr}"
+    );
     // A failed start keeps the files of the image's last VM.
     fs::create_dir_all(place.0.path().join("pigeon/vms/app")).unwrap();
     let record = json!({"name": "app", "auto": true, "started": 1, "ended": 2, "exit_code": 5});
     place.write("pigeon/vms/app/vm.json", record.to_string());
     place.write("pigeon/vms/app/console", "the last words");
     let words = ["run", "--uds", "app.ext4", "app.ext4", "id"];
-    let said = complaint(&place, &words);
+    let stderr = error_of(&place, &words);
     assert!(
-        said.contains("app.ext4 is there, and is not a socket"),
-        "{said}"
+        stderr.contains("app.ext4 is there, and is not a socket"),
+        "{stderr}"
     );
     // Another VM has reserved this socket.
     let reservation = pigeon::vsock::Reservation::new(&place.path("other.vsock")).unwrap();
-    let said = complaint(&place, &["run", "--uds", "other.vsock", "app.ext4", "id"]);
-    assert!(said.contains("other.vsock is in use already"), "{said}");
+    let stderr = error_of(&place, &["run", "--uds", "other.vsock", "app.ext4", "id"]);
+    assert!(stderr.contains("other.vsock is in use already"), "{stderr}");
     assert!(place.path("other.vsock.lock").exists());
     drop(reservation);
     assert!(!place.path("other.vsock.lock").exists() && !place.path("app.ext4.lock").exists());
@@ -183,14 +189,14 @@ fn an_error_says_what_to_do_next() {
     assert_eq!(console, "the last words");
     let (removed, _, code) = pigeon(&place, &["rm", "app"]);
     assert_eq!((removed.as_str(), code), ("app\n", 0));
-    complaint(&place, &words);
+    error_of(&place, &words);
     assert!(!place.0.path().join("pigeon/vms/app").exists());
-    let said = complaint(&place, &["rootfs", "./none.tar", "out.ext4"]);
-    assert!(said.contains("there is no ./none.tar"), "{said}");
-    let said = complaint(&place, &["rootfs", "app.ext4", "nowhere/out.ext4"]);
+    let stderr = error_of(&place, &["rootfs", "./none.tar", "out.ext4"]);
+    assert!(stderr.contains("there is no ./none.tar"), "{stderr}");
+    let stderr = error_of(&place, &["rootfs", "app.ext4", "nowhere/out.ext4"]);
     assert!(
-        said.contains("unable to write beside nowhere/out.ext4"),
-        "{said}"
+        stderr.contains("unable to write beside nowhere/out.ext4"),
+        "{stderr}"
     );
     assert_eq!(pigeon(&place, &["signal", "NOSUCH"]).2, 125);
     assert_eq!(pigeon(&place, &["run", "--help"]).2, 0);
@@ -216,13 +222,13 @@ fn only_an_unused_socket_of_an_ended_vm_is_removed() {
     other.set_nonblocking(true).unwrap();
     place.write("notes", "precious");
     drop(UnixListener::bind(path("left.vsock")).unwrap());
-    let (listed, said, code) = pigeon(&place, &["ps", "-a", "-q"]);
-    assert_eq!((listed.as_str(), code), ("a\nb\nc\n", 0), "{said}");
+    let (listed, stderr, code) = pigeon(&place, &["ps", "-a", "-q"]);
+    assert_eq!((listed.as_str(), code), ("a\nb\nc\n", 0), "{stderr}");
     // Listing does not even connect.
     assert!(other.accept().is_err());
     assert!(path("vm.vsock").exists() && path("notes").exists());
-    let (removed, said, code) = pigeon(&place, &["rm", "a", "b", "c"]);
-    assert_eq!((removed.as_str(), code), ("a\nb\nc\n", 0), "{said}");
+    let (removed, stderr, code) = pigeon(&place, &["rm", "a", "b", "c"]);
+    assert_eq!((removed.as_str(), code), ("a\nb\nc\n", 0), "{stderr}");
     assert!(path("vm.vsock").exists() && !path("left.vsock").exists());
     assert_eq!(fs::read_to_string(path("notes")).unwrap(), "precious");
 }
@@ -240,11 +246,11 @@ fn a_file_at_the_path_of_the_events_socket_is_kept() {
     }
     qemu.end();
     let output = run.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(7), "{said}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(7), "{stderr}");
     assert!(
-        said.contains("app.vsock_10001 is there, and is not a socket"),
-        "{said}"
+        stderr.contains("app.vsock_10001 is there, and is not a socket"),
+        "{stderr}"
     );
     assert_eq!(fs::read_to_string(path).unwrap(), "precious");
 }
@@ -261,8 +267,8 @@ fn a_vm_is_resumed_when_its_snapshot_command_was_killed() {
     while vm.lines().is_empty() && run.try_wait().unwrap().is_none() {
         thread::sleep(Duration::from_millis(5));
     }
-    let (said, _, _) = pigeon(&place, &["inspect", "app"]);
-    let record: Value = serde_json::from_str(&said).unwrap();
+    let (output, _, _) = pigeon(&place, &["inspect", "app"]);
+    let record: Value = serde_json::from_str(&output).unwrap();
     let dir = PathBuf::from(record[0]["restorable"]["dir"].as_str().unwrap());
     let monitor = UnixListener::bind(dir.join("qmp-others.sock")).unwrap();
     // The lock file as a killed `pigeon snapshot` leaves it, except that it is still locked.
@@ -290,10 +296,10 @@ fn a_vm_is_resumed_when_its_snapshot_command_was_killed() {
     }
     qemu.end();
     let output = run.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
+    let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(
-        said.contains("a snapshot was broken off; the VM goes on"),
-        "{said}"
+        stderr.contains("a snapshot was broken off; the VM goes on"),
+        "{stderr}"
     );
 }
 
@@ -307,19 +313,19 @@ fn a_command_for_several_vms_continues_after_a_failure() {
         fs::write(dir.join("vm.json"), record.to_string()).unwrap();
         fs::write(dir.join("lock"), "").unwrap();
     }
-    let (out, said, code) = pigeon(&place, &["stop", "none", "a", "nor", "b"]);
-    assert_eq!((out.as_str(), code), ("a\nb\n", 125), "{said}");
+    let (out, stderr, code) = pigeon(&place, &["stop", "none", "a", "nor", "b"]);
+    assert_eq!((out.as_str(), code), ("a\nb\n", 125), "{stderr}");
     assert!(
-        said.contains("no VM called none") && said.contains("called nor"),
-        "{said}"
+        stderr.contains("no VM called none") && stderr.contains("called nor"),
+        "{stderr}"
     );
     // None of them can be started: each one causes an error.
-    let (out, said, code) = pigeon(&place, &["start", "a", "none", "b"]);
-    assert_eq!((out.as_str(), code), ("", 125), "{said}");
-    assert_eq!(said.lines().count(), 3, "{said}");
-    let (out, said, code) = pigeon(&place, &["rm", "none", "a", "b"]);
-    assert_eq!((out.as_str(), code), ("a\nb\n", 125), "{said}");
-    assert!(said.contains("no VM called none"), "{said}");
+    let (out, stderr, code) = pigeon(&place, &["start", "a", "none", "b"]);
+    assert_eq!((out.as_str(), code), ("", 125), "{stderr}");
+    assert_eq!(stderr.lines().count(), 3, "{stderr}");
+    let (out, stderr, code) = pigeon(&place, &["rm", "none", "a", "b"]);
+    assert_eq!((out.as_str(), code), ("a\nb\n", 125), "{stderr}");
+    assert!(stderr.contains("no VM called none"), "{stderr}");
 }
 
 #[test]
@@ -362,10 +368,10 @@ fn output_keeps_its_offsets_when_the_oldest_was_removed() {
         (&["logs", "-n", "9"], "one\ntwo\nthree\n", ""),
         (&["logs", "--console"], "kernel\n", ""),
     ] {
-        let (out, said, code) = pigeon(&place, words);
-        assert_eq!((out.as_str(), code), (shown, 0), "{words:?}: {said}");
-        assert_eq!(said.is_empty(), lost.is_empty(), "{words:?}: {said}");
-        assert!(said.contains(lost), "{words:?}: {said}");
+        let (out, stderr, code) = pigeon(&place, words);
+        assert_eq!((out.as_str(), code), (shown, 0), "{words:?}: {stderr}");
+        assert_eq!(stderr.is_empty(), lost.is_empty(), "{words:?}: {stderr}");
+        assert!(stderr.contains(lost), "{words:?}: {stderr}");
     }
 }
 
@@ -393,21 +399,22 @@ fn output_is_shown_even_if_it_cannot_be_recorded() {
     }
     qemu.end();
     let output = run.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
+    let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(
         (output.stdout.len(), output.status.code()),
         (SIZE, Some(7)),
-        "{said}"
+        "{stderr}"
     );
     assert_eq!(
-        said.matches("output is shown, but not written down")
+        stderr
+            .matches("output is shown, but not written down")
             .count(),
         1,
-        "{said}"
+        "{stderr}"
     );
     // The frames that fit are complete.
-    let (kept, said, code) = pigeon(&place, &["logs", "app"]);
-    assert_eq!((kept.len() % 1000, code), (0, 0), "{said}");
+    let (kept, stderr, code) = pigeon(&place, &["logs", "app"]);
+    assert_eq!((kept.len() % 1000, code), (0, 0), "{stderr}");
     assert!((4000..SIZE).contains(&kept.len()), "{}", kept.len());
 }
 
@@ -444,23 +451,26 @@ fn an_invalid_size_is_refused_as_it_was_understood() {
     place.write("app.tar", archive);
     let range = "is out of range (8 MiB to 16 TiB); numbers without a unit are bytes\n";
     for size in ["5", "1000K", "20T"] {
-        let said = complaint(&place, &["rootfs", "app.tar", "app.ext4", size]);
-        assert!(said.contains(" bytes ") && said.ends_with(range), "{said}");
+        let stderr = error_of(&place, &["rootfs", "app.tar", "app.ext4", size]);
+        assert!(
+            stderr.contains(" bytes ") && stderr.ends_with(range),
+            "{stderr}"
+        );
     }
-    let said = complaint(&place, &["rootfs", "app.tar", "app.ext4", "16M"]);
+    let stderr = error_of(&place, &["rootfs", "app.tar", "app.ext4", "16M"]);
     assert!(
-        said.contains("a size of 16 MiB is too small: the files need"),
-        "{said}"
+        stderr.contains("a size of 16 MiB is too small: the files need"),
+        "{stderr}"
     );
     assert_eq!(
         pigeon(&place, &["rootfs", "app.tar", "app.ext4", "40M"]).2,
         0
     );
     for option in ["--volume=v.img:/v,size=5", "--overlay=v.img,size=5"] {
-        let said = complaint(&place, &["run", option, "app.ext4", "/x"]);
+        let stderr = error_of(&place, &["run", option, "app.ext4", "/x"]);
         assert!(
-            said.starts_with("pigeon: 5 bytes") && said.ends_with(range),
-            "{said}"
+            stderr.starts_with("pigeon: 5 bytes") && stderr.ends_with(range),
+            "{stderr}"
         );
         assert!(!place.path("v.img").exists());
     }
@@ -470,13 +480,13 @@ fn an_invalid_size_is_refused_as_it_was_understood() {
         ["--cpus", "33"],
         ["--cpus", "1.5"],
     ] {
-        let said = complaint(
+        let stderr = error_of(
             &place,
             &[&["run"], &words[..], &["app.ext4", "/x"]].concat(),
         );
         assert!(
-            said.contains(&format!("invalid value '{}'", words[1])),
-            "{said}"
+            stderr.contains(&format!("invalid value '{}'", words[1])),
+            "{stderr}"
         );
     }
 }
@@ -487,15 +497,15 @@ fn a_vm_without_the_init_is_distinguished_from_no_vm() {
     let listener = UnixListener::bind(place.path("vm.vsock")).unwrap();
     // Like Firecracker while nothing listens on the port.
     let host = std::thread::spawn(move || listener.incoming().for_each(drop));
-    let said = complaint(
+    let stderr = error_of(
         &place,
         &["status", "--uds", "vm.vsock", "--boot-timeout", "0.2"],
     );
     assert!(
-        said.contains("nothing listens on the guest's port 10000"),
-        "{said}"
+        stderr.contains("nothing listens on the guest's port 10000"),
+        "{stderr}"
     );
-    assert!(said.contains("look at its console"), "{said}");
+    assert!(stderr.contains("look at its console"), "{stderr}");
     drop(host);
 }
 
@@ -515,8 +525,8 @@ fn an_image_by_name_comes_from_docker_and_is_pulled_if_needed() {
         esac\n";
     program(&place, "docker", script);
     for _ in 0..2 {
-        let (out, said, code) = pigeon(&place, &["rootfs", "--force", "demo:1", "demo.ext4"]);
-        assert_eq!(code, 0, "{said}");
+        let (out, stderr, code) = pigeon(&place, &["rootfs", "--force", "demo:1", "demo.ext4"]);
+        assert_eq!(code, 0, "{stderr}");
         assert!(
             out.contains("from a docker save archive\ndemo.run.json: runs /bin/true\n"),
             "{out}"
@@ -558,28 +568,28 @@ fn an_image_by_name_comes_from_skopeo_if_docker_fails() {
         "skopeo",
         "[ \"$1 $2 $3\" = 'copy -- docker://demo:1' ] && cp saved \"${4#docker-archive:}\"\n",
     );
-    let (out, said, code) = pigeon(&place, &["rootfs", "--json", "demo:1", "demo.ext4"]);
-    assert_eq!(code, 0, "{said}");
+    let (out, stderr, code) = pigeon(&place, &["rootfs", "--json", "demo:1", "demo.ext4"]);
+    assert_eq!(code, 0, "{stderr}");
     let out: Value = serde_json::from_str(&out).unwrap();
     assert_eq!(
         (&out["form"], &out["layers"]),
         (&json!("docker save archive"), &json!(1))
     );
-    let said = complaint(&place, &["rootfs", "demo:2", "other.ext4"]);
+    let stderr = error_of(&place, &["rootfs", "demo:2", "other.ext4"]);
     let expected =
         "there is no file demo:2, and skopeo gave no image of that name: exit status: 1\n";
-    assert!(said.ends_with(expected), "{said}");
+    assert!(stderr.ends_with(expected), "{stderr}");
     // A name that can only be a file is not passed to docker or skopeo.
     for name in ["demo.tar.gz", "demo.tar.zst", "demo.oci", "./demo"] {
-        let said = complaint(&place, &["rootfs", name, "other.ext4"]);
-        assert_eq!(said, format!("pigeon: there is no {name}\n"));
+        let stderr = error_of(&place, &["rootfs", name, "other.ext4"]);
+        assert_eq!(stderr, format!("pigeon: there is no {name}\n"));
     }
     fs::remove_file(place.path("skopeo")).unwrap();
     let alone = place.0.path().to_str().unwrap();
-    let (_, said, code) = pigeon_with(&place, alone, &["rootfs", "demo:1", "other.ext4"]);
+    let (_, stderr, code) = pigeon_with(&place, alone, &["rootfs", "demo:1", "other.ext4"]);
     assert!(
-        said.contains("docker save demo:1 --output image.tar"),
-        "{said}"
+        stderr.contains("docker save demo:1 --output image.tar"),
+        "{stderr}"
     );
     assert_eq!(code, 125);
 }
@@ -694,8 +704,8 @@ fn a_closed_pipe_is_not_a_panic() {
 fn shells_complete_and_the_manual_has_every_command() {
     let place = Place::new();
     for shell in ["bash", "zsh", "fish"] {
-        let (script, said, code) = pigeon(&place, &["completions", shell]);
-        assert_eq!(code, 0, "{said}");
+        let (script, stderr, code) = pigeon(&place, &["completions", shell]);
+        assert_eq!(code, 0, "{stderr}");
         assert!(
             script.contains("rootfs") && script.contains("stop-timeout"),
             "{shell}"
@@ -716,7 +726,7 @@ fn shells_complete_and_the_manual_has_every_command() {
         assert_eq!(code, 0);
         assert!(page.starts_with(".ie"), "{page}");
     }
-    assert!(complaint(&place, &["man", "nosuch"]).contains("there is no command nosuch"));
+    assert!(error_of(&place, &["man", "nosuch"]).contains("there is no command nosuch"));
 }
 
 #[test]
@@ -772,17 +782,17 @@ fn architectures_also_have_debians_and_dockers_names() {
     for (name, platform) in [("arm64", "linux/arm64"), ("amd64", "linux/amd64")] {
         let document = json!({"ImageConfig": {"Cmd": ["x"]}, "Platform": platform});
         place.write("app.run.json", document.to_string());
-        let (out, said, code) = pigeon(&place, &["run", "--dry-run", "--arch", name, "app.ext4"]);
-        assert_eq!((said.as_str(), code), ("", 0));
+        let (out, stderr, code) = pigeon(&place, &["run", "--dry-run", "--arch", name, "app.ext4"]);
+        assert_eq!((stderr.as_str(), code), ("", 0));
         assert!(out.contains(platform), "{out}");
         let other = ["arm64", "amd64"].into_iter().find(|other| *other != name);
-        let said = complaint(
+        let stderr = error_of(
             &place,
             &["run", "--dry-run", "--arch", other.unwrap(), "app.ext4"],
         );
         assert!(
-            said.contains(&format!("the image is for {platform}")),
-            "{said}"
+            stderr.contains(&format!("the image is for {platform}")),
+            "{stderr}"
         );
     }
 }

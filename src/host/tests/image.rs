@@ -36,7 +36,7 @@ fn make(source: &Path, out: &Path) -> Result<Built> {
 /// The error for `source`.
 fn refused(source: &Path, out: &Path) -> String {
     let error = format!("{:#}", make(source, out).unwrap_err());
-    assert!(!out.exists(), "an image in spite of: {error}");
+    assert!(!out.exists(), "an image despite: {error}");
     error
 }
 

@@ -201,8 +201,8 @@ fn images_of_buildah_and_skopeo_boot_from_every_format() {
         assert_eq!(output, "hello to all as app in /srv: served\n", "{source}");
     }
     let refused = pigeon(&place, &["rootfs", "schema1", "old.ext4"]);
-    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(said.contains("`skopeo copy --format v2s2`"), "{said}");
+    let stderr = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(stderr.contains("`skopeo copy --format v2s2`"), "{stderr}");
 }
 
 #[test]

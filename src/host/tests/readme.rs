@@ -161,24 +161,24 @@ fn parts(readme: &str) -> Vec<Part> {
             "text" => {
                 if before == "```" {
                     let Some(Part::Python { shown, .. }) = parts.last_mut() else {
-                        panic!("what shows {lines:?}?");
+                        panic!("output without a script: {lines:?}");
                     };
                     *shown = lines;
                     continue;
                 }
-                let told = before
+                let cited = before
                     .strip_prefix('`')
                     .and_then(|rest| rest.split_once("` shows this"));
-                let Some((told, _)) = told else {
+                let Some((cited, _)) = cited else {
                     let is_command = |line: &String| line.starts_with("$ ");
                     assert!(!lines.iter().any(is_command), "a command: {lines:?}");
                     continue;
                 };
                 let earlier = parts.iter_mut().find_map(|part| match part {
-                    Part::Command { command, shown } if command == told => Some(shown),
+                    Part::Command { command, shown } if command == cited => Some(shown),
                     _ => None,
                 });
-                *earlier.unwrap_or_else(|| panic!("there is no {told} before its output")) = lines;
+                *earlier.unwrap_or_else(|| panic!("there is no {cited} before its output")) = lines;
             }
             "rust" => parts.push(Part::Rust(lines.join("\n"))),
             "python" => parts.push(Part::Python {
@@ -192,7 +192,7 @@ fn parts(readme: &str) -> Vec<Part> {
                     json.unwrap_or_else(|error| panic!("{error}: {text}")),
                 ));
             }
-            _ => panic!("how is a block of {language:?} to be tested?"),
+            _ => panic!("unknown kind of block: {language:?}"),
         }
     }
     parts
@@ -484,7 +484,7 @@ impl Reader {
             "pigeon proxy --vm web api.sock &" | "pigeon proxy --vm warm warm.sock &" => {
                 self.start(command);
                 let socket = command.trim_end_matches(" &").rsplit(' ').next();
-                let socket = self.path(socket.expect("it is the last word"));
+                let socket = self.path(socket.expect("the socket is the last word"));
                 wait_until("a socket", || socket.exists());
             }
             "pigeon forward --vm web 18080:8080 &" => {
@@ -500,7 +500,7 @@ impl Reader {
             "curl -s --unix-socket api.sock -d '{\"signal\":\"TERM\",\"timeout_ms\":5000}' http://vm/v1/stop" =>
             {
                 let mut lines = self.output(self.shell(command), 0);
-                let (mut waiter, output) = self.behind.pop().expect("somebody waits");
+                let (mut waiter, output) = self.behind.pop().expect("a background command");
                 let status = waiter.wait().unwrap();
                 lines.extend(read_lines(&output));
                 assert!(status.success(), "{status}: {lines:?}");
@@ -537,9 +537,9 @@ impl Reader {
                 lines.retain(|line| !is_progress(line));
                 assert_shown(&lines, shown);
             }
-            _ => panic!(
-                "the README has a new command, which this test is to run or to list: {command}"
-            ),
+            _ => {
+                panic!("the README has a new command, which this test must run or list: {command}")
+            }
         }
     }
 
@@ -547,15 +547,16 @@ impl Reader {
     fn run_example(&self, command: &str, shown: &[String]) {
         let mut terminal = Terminal::spawn(self.shell(command), (200, 50));
         let stop = shown.iter().position(|line| line == "^C");
-        let stop = stop.expect("it is stopped");
+        let stop = stop.expect("the example is stopped by ^C");
         wait_for(&mut terminal, &shown[..stop]);
         terminal.expect("myapp: running");
         terminal.type_text("\x03");
         let status = terminal.wait();
         // The echo of typed keys can appear anywhere in a line.
         let keyboard = Arch::HOST.has_keyboard();
-        let told = |line: &&String| *line != "^C" && (keyboard || !line.contains("ctrl-alt-del"));
-        wait_for(&mut terminal, shown.iter().filter(told));
+        let is_expected =
+            |line: &&String| *line != "^C" && (keyboard || !line.contains("ctrl-alt-del"));
+        wait_for(&mut terminal, shown.iter().filter(is_expected));
         assert!(status.success(), "{}", terminal.shown());
     }
 
@@ -605,10 +606,10 @@ impl Reader {
         rustc.arg(format!("-Ldependency={}", built.join("deps").display()));
         rustc.arg("-o").arg(self.place.path("driver")).arg(source);
         run(&mut rustc).unwrap();
-        let said = self.output(self.prepare(self.place.path("driver")), 0);
+        let lines = self.output(self.prepare(self.place.path("driver")), 0);
         // The output of `uname -r` ends with a line feed, to which println! adds another one.
         let expected = ["6.1.0-56-cloud-amd64", ""].map(String::from);
-        assert_shown(&said, &expected);
+        assert_shown(&lines, &expected);
     }
 
     fn script(&self, code: &str, shown: &[String]) {
@@ -627,16 +628,16 @@ impl Reader {
         }
         assert!(
             document.get("ImageConfig").is_some(),
-            "whose document is {document}?"
+            "unknown document: {document}"
         );
         let path = self.place.write("run.json", document.to_string());
         let init = self.built("build/init");
         let mut init = Arch::HOST.run_here(&init).unwrap();
         init.arg("--check").arg(path);
-        let said = self.output(init, 0).join("\n");
+        let output = self.output(init, 0).join("\n");
         assert!(
-            said.contains("/bin/myapp") && said.contains("8080"),
-            "{said}"
+            output.contains("/bin/myapp") && output.contains("8080"),
+            "{output}"
         );
     }
 }
@@ -700,7 +701,7 @@ fn spans(readme: &str) -> BTreeSet<String> {
 fn commands_named_in_the_readmes_text_exist() {
     let text = readme();
     for (command, _) in NOT_RUN {
-        assert!(text.contains(command), "{command} is not there any more");
+        assert!(text.contains(command), "{command} was removed");
     }
     let init = assets::build_dir(common::arch()).join("init");
     let repository = assets::repository();

@@ -87,7 +87,7 @@ impl Lab {
     }
 
     /// Standard output and exit status.
-    fn said(&self, words: &[&str]) -> (String, Option<i32>) {
+    fn output_of(&self, words: &[&str]) -> (String, Option<i32>) {
         let output = self.pigeon(words);
         (
             String::from_utf8(output.stdout).unwrap(),
@@ -164,18 +164,21 @@ fn a_docker_save_archive_becomes_a_vm_used_like_a_container() {
     let vm = lab.run(&["--json", &lab.path("app.ext4")]);
     lab.wait_for("serving as app in /home/app, hello");
     let uds = lab.path("pigeon/app.vsock");
-    assert_eq!(lab.said(&["status"]), (format!("up: {uds}\n"), Some(0)));
+    assert_eq!(
+        lab.output_of(&["status"]),
+        (format!("up: {uds}\n"), Some(0))
+    );
     let status: Value =
-        serde_json::from_str(&lab.said(&["status", "--json", "--uds", &uds]).0).unwrap();
+        serde_json::from_str(&lab.output_of(&["status", "--json", "--uds", &uds]).0).unwrap();
     assert_eq!(status["ok"], true);
-    let (listed, code) = lab.said(&["ps"]);
+    let (listed, code) = lab.output_of(&["ps"]);
     let row = listed.lines().nth(1).unwrap();
     assert!(
         row.starts_with("app ") && row.contains(" up ") && row.contains("/bin/serve"),
         "{row}"
     );
     assert_eq!(code, Some(0));
-    let listed: Value = serde_json::from_str(&lab.said(&["list", "--json"]).0).unwrap();
+    let listed: Value = serde_json::from_str(&lab.output_of(&["list", "--json"]).0).unwrap();
     assert_eq!(
         (&listed[0]["vm"], &listed[0]["uds"]),
         (&json!("app"), &json!(uds))
@@ -191,10 +194,10 @@ fn a_docker_save_archive_becomes_a_vm_used_like_a_container() {
         let mut command = lab.command(&["wait", "--json", "--vm", "app"]);
         move || command.output().unwrap()
     });
-    assert_eq!(lab.said(&["signal", "HUP"]), (String::new(), Some(0)));
+    assert_eq!(lab.output_of(&["signal", "HUP"]), (String::new(), Some(0)));
     lab.wait_for("reread");
     assert_eq!(
-        lab.said(&["signal", "--json", "SIGTERM"]),
+        lab.output_of(&["signal", "--json", "SIGTERM"]),
         ("{\"ok\":true}\n".into(), Some(0))
     );
     let waited: Value = serde_json::from_slice(&wait.join().unwrap().stdout).unwrap();
@@ -215,27 +218,30 @@ fn a_docker_save_archive_becomes_a_vm_used_like_a_container() {
 
 fn commands_as_of_docker_exec(lab: &Lab) {
     assert_eq!(
-        lab.said(&["exec", "echo", "a  b", "-x"]),
+        lab.output_of(&["exec", "echo", "a  b", "-x"]),
         ("a  b -x\n".into(), Some(0))
     );
     assert_eq!(
-        lab.said(&["exec", "--", "sh", "-c", "exit 7"]),
+        lab.output_of(&["exec", "--", "sh", "-c", "exit 7"]),
         (String::new(), Some(7))
     );
-    assert_eq!(lab.said(&["exec", "id", "-u"]).0, "0\n");
+    assert_eq!(lab.output_of(&["exec", "id", "-u"]).0, "0\n");
     let both = ["exec", "sh", "-c", "echo out; echo err >&2"];
     let output = lab.pigeon(&both);
     assert_eq!(
         (&output.stdout[..], &output.stderr[..]),
         (&b"out\n"[..], &b"err\n"[..])
     );
-    assert_eq!(lab.said(&["exec", "-u", "app", "id", "-u"]).0, "1000\n");
     assert_eq!(
-        lab.said(&["exec", "-u", "7:8", "sh", "-c", "id -u; id -g"])
+        lab.output_of(&["exec", "-u", "app", "id", "-u"]).0,
+        "1000\n"
+    );
+    assert_eq!(
+        lab.output_of(&["exec", "-u", "7:8", "sh", "-c", "id -u; id -g"])
             .0,
         "7\n8\n"
     );
-    assert_eq!(lab.said(&["exec", "-w", "/etc", "pwd"]).0, "/etc\n");
+    assert_eq!(lab.output_of(&["exec", "-w", "/etc", "pwd"]).0, "/etc\n");
     let variables = [
         "exec",
         "-e",
@@ -246,16 +252,16 @@ fn commands_as_of_docker_exec(lab: &Lab) {
         "-c",
         "echo $A $GREETING",
     ];
-    assert_eq!(lab.said(&variables).0, "b=c bye\n");
+    assert_eq!(lab.output_of(&variables).0, "b=c bye\n");
     assert_eq!(
-        lab.said(&["exec", "sh", "-c", "kill -9 $$"]),
+        lab.output_of(&["exec", "sh", "-c", "kill -9 $$"]),
         (String::new(), Some(137))
     );
     assert_eq!(
-        lab.said(&["exec", "sh", "-c", "tty; cat"]),
+        lab.output_of(&["exec", "sh", "-c", "tty; cat"]),
         ("not a tty\n".into(), Some(0))
     );
-    for (words, code, complaint) in [
+    for (words, code, expected) in [
         (["exec", "-w", "/", "/no/such"], 127, "/no/such"),
         (["exec", "-w", "/", "/etc/passwd"], 126, "/etc/passwd"),
         (["exec", "-u", "nobody", "true"], 126, "nobody"),
@@ -263,26 +269,26 @@ fn commands_as_of_docker_exec(lab: &Lab) {
         let output = lab.pigeon(&words);
         assert_eq!(output.status.code(), Some(code), "{output:?}");
         assert!(
-            String::from_utf8_lossy(&output.stderr).contains(complaint),
+            String::from_utf8_lossy(&output.stderr).contains(expected),
             "{output:?}"
         );
     }
     let output = lab.pigeon(&["exec", "foreign"]);
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     let expected = format!(
         "foreign: neither a program for {} nor",
         common::arch().name()
     );
-    assert!(said.contains(&expected), "{said}");
+    assert!(stderr.contains(&expected), "{stderr}");
     assert_eq!(output.status.code(), Some(126));
     let output = lab.pigeon(&["exec", "app"]);
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(
-        said.ends_with("pigeon: app is a VM: give a command, as in `pigeon exec app sh`\n"),
-        "{said}"
+        stderr.ends_with("pigeon: app is a VM: give a command, as in `pigeon exec app sh`\n"),
+        "{stderr}"
     );
     assert_eq!(output.status.code(), Some(127));
-    let (json, code) = lab.said(&[
+    let (json, code) = lab.output_of(&[
         "exec",
         "--json",
         "sh",
@@ -294,7 +300,7 @@ fn commands_as_of_docker_exec(lab: &Lab) {
         (serde_json::from_str::<Value>(&json).unwrap(), code),
         (expected, Some(4))
     );
-    let (json, code) = lab.said(&["exec", "--json", "--timeout", "0.2", "sleep", "60"]);
+    let (json, code) = lab.output_of(&["exec", "--json", "--timeout", "0.2", "sleep", "60"]);
     assert!(
         json.contains("\"exit_signal\":9") && code == Some(137),
         "{json}"
@@ -334,7 +340,7 @@ fn input_and_output(lab: &Lab) {
     // A command is killed with its client.
     let mut client = lab.command(&["exec", "sleep", "4321"]).spawn().unwrap();
     let sleeps = || {
-        lab.said(&["exec", "sh", "-c", "ps | grep -c '[s]leep 4321'"])
+        lab.output_of(&["exec", "sh", "-c", "ps | grep -c '[s]leep 4321'"])
             .0
     };
     let becomes = |count: &str| {
@@ -359,22 +365,25 @@ fn a_volume_that_comes_and_goes(lab: &Lab) {
         "tmpfs",
         "app:/scratch",
     ];
-    assert_eq!(lab.said(&words), (String::new(), Some(0)));
-    let (mounts, _) = lab.said(&["exec", "cat", "/proc/mounts"]);
+    assert_eq!(lab.output_of(&words), (String::new(), Some(0)));
+    let (mounts, _) = lab.output_of(&["exec", "cat", "/proc/mounts"]);
     assert!(
         mounts.contains(" /scratch tmpfs ") && mounts.contains("size=4096k"),
         "{mounts}"
     );
     let again = lab.pigeon(&words);
-    let said = String::from_utf8_lossy(&again.stderr).into_owned();
+    let stderr = String::from_utf8_lossy(&again.stderr).into_owned();
     assert_eq!(again.status.code(), Some(125));
     // Only the error is shown, and nothing of the workload.
     assert!(
-        said.contains("/scratch") && said.lines().count() == 1,
-        "{said}"
+        stderr.contains("/scratch") && stderr.lines().count() == 1,
+        "{stderr}"
     );
-    assert_eq!(lab.said(&["unmount", "/scratch"]), (String::new(), Some(0)));
-    let (mounts, _) = lab.said(&["exec", "cat", "/proc/mounts"]);
+    assert_eq!(
+        lab.output_of(&["unmount", "/scratch"]),
+        (String::new(), Some(0))
+    );
+    let (mounts, _) = lab.output_of(&["exec", "cat", "/proc/mounts"]);
     assert!(!mounts.contains(" /scratch "), "{mounts}");
 }
 
@@ -527,9 +536,9 @@ fn ctrl_c_twice_is_a_kill() {
     vm.expect("pigeon: killed");
     assert_eq!(vm.wait().code(), Some(137));
     let waited = lab.pigeon(&["wait"]);
-    let said = String::from_utf8_lossy(&waited.stderr).into_owned();
+    let stderr = String::from_utf8_lossy(&waited.stderr).into_owned();
     assert_eq!(
-        (&waited.stdout[..], said.as_str()),
+        (&waited.stdout[..], stderr.as_str()),
         (&b"137\n"[..], "pigeon: the VM was killed\n")
     );
 }
@@ -546,13 +555,13 @@ fn a_workload_that_cannot_run_is_reported_with_the_reason() {
     // A program for another architecture, and a file that is not a program.
     let words = ["run", "-q", "--entrypoint", "/bin/foreign"];
     let output = lab.pigeon(&[&words[..], &[&lab.path("app.ext4")]].concat());
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     let expected = format!(
         "execute /bin/foreign: ENOEXEC\" uid=1000 gid=1000\npigeon: exit code 126: neither a program \
          for {} nor a script that begins with #!\n",
         common::arch().name()
     );
-    assert!(said.ends_with(&expected), "{said}");
+    assert!(stderr.ends_with(&expected), "{stderr}");
     assert_eq!(output.status.code(), Some(126));
 }
 
@@ -561,35 +570,38 @@ fn a_vm_in_the_background_is_controlled_by_its_name() {
     let lab = Lab::new();
     let image = lab.path("app.ext4");
     let begin = Instant::now();
-    let (name, code) = lab.said(&["run", "-d", "--name", "web", &image]);
+    let (name, code) = lab.output_of(&["run", "-d", "--name", "web", &image]);
     assert_eq!((name.as_str(), code), ("web\n", Some(0)));
     assert!(begin.elapsed() < TIMEOUT);
     let again = lab.pigeon(&["run", "-d", "--name", "web", &image]);
     assert_eq!(again.status.code(), Some(125));
-    let said = String::from_utf8_lossy(&again.stderr).into_owned();
+    let stderr = String::from_utf8_lossy(&again.stderr).into_owned();
     assert!(
-        said.contains("a VM called web is running already"),
-        "{said}"
+        stderr.contains("a VM called web is running already"),
+        "{stderr}"
     );
     // Its disk cannot be shared.
     let other = lab.pigeon(&["run", "-d", "--name", "other", &image]);
-    let said = String::from_utf8_lossy(&other.stderr).into_owned();
-    assert!(said.contains("is in use by another running VM"), "{said}");
+    let stderr = String::from_utf8_lossy(&other.stderr).into_owned();
+    assert!(
+        stderr.contains("is in use by another running VM"),
+        "{stderr}"
+    );
 
     let follower = thread::spawn({
         let mut command = lab.command(&["logs", "-f", "web"]);
         move || command.output().unwrap()
     });
     // The hostname, and its entry in the hosts file.
-    let (names, _) = lab.said(&["exec", "web", "sh", "-c", "hostname; cat /etc/hosts"]);
+    let (names, _) = lab.output_of(&["exec", "web", "sh", "-c", "hostname; cat /etc/hosts"]);
     assert!(names.starts_with("web\n"), "{names}");
     assert!(
         names.contains("127.0.1.1\tweb") && names.contains("127.0.0.1\tlocalhost"),
         "{names}"
     );
-    let (listed, _) = lab.said(&["ps", "-q"]);
+    let (listed, _) = lab.output_of(&["ps", "-q"]);
     assert_eq!(listed, "web\n");
-    let running: Value = serde_json::from_str(&lab.said(&["inspect", "web"]).0).unwrap();
+    let running: Value = serde_json::from_str(&lab.output_of(&["inspect", "web"]).0).unwrap();
     assert_eq!(
         (&running[0]["running"], &running[0]["name"]),
         (&json!(true), &json!("web"))
@@ -599,79 +611,88 @@ fn a_vm_in_the_background_is_controlled_by_its_name() {
     let refused = lab.pigeon(&["snapshot", "web", &lab.path("web.snapshot")]);
     assert!(String::from_utf8_lossy(&refused.stderr).contains("`pigeon run --restorable`"));
 
-    assert_eq!(lab.said(&["stop", "web"]), ("web\n".into(), Some(0)));
+    assert_eq!(lab.output_of(&["stop", "web"]), ("web\n".into(), Some(0)));
     let followed = follower.join().unwrap();
     let expected = "serving as app in /home/app, hello\ngood bye\n";
     assert_eq!(String::from_utf8_lossy(&followed.stdout), expected);
     check(&lab.place.path("app.ext4"));
 
     // Its record is kept.
-    assert_eq!(lab.said(&["ps", "-q"]).0, "");
-    let (listed, _) = lab.said(&["ps", "-a"]);
+    assert_eq!(lab.output_of(&["ps", "-q"]).0, "");
+    let (listed, _) = lab.output_of(&["ps", "-a"]);
     assert!(
         listed.contains("web ") && listed.contains("exited (3)"),
         "{listed}"
     );
-    assert_eq!(lab.said(&["wait", "web"]), ("3\n".into(), Some(0)));
-    assert_eq!(lab.said(&["logs", "web"]), (expected.into(), Some(0)));
+    assert_eq!(lab.output_of(&["wait", "web"]), ("3\n".into(), Some(0)));
+    assert_eq!(lab.output_of(&["logs", "web"]), (expected.into(), Some(0)));
     assert_eq!(
-        lab.said(&["logs", "--since-offset", "35", "web"]).0,
+        lab.output_of(&["logs", "--since-offset", "35", "web"]).0,
         "good bye\n"
     );
     assert!(
-        lab.said(&["logs", "--console", "web"])
+        lab.output_of(&["logs", "--console", "web"])
             .0
             .contains("workload exited")
     );
-    let ended: Value = serde_json::from_str(&lab.said(&["inspect", "web"]).0).unwrap();
+    let ended: Value = serde_json::from_str(&lab.output_of(&["inspect", "web"]).0).unwrap();
     assert_eq!(ended[0]["exit"], json!({"code": 3, "oom_killed": false}));
-    assert_eq!(lab.said(&["logs", "-n", "1", "web"]).0, "good bye\n");
-    assert_eq!(lab.said(&["logs", "-f", "--tail", "9", "web"]).0, expected);
+    assert_eq!(lab.output_of(&["logs", "-n", "1", "web"]).0, "good bye\n");
+    assert_eq!(
+        lab.output_of(&["logs", "-f", "--tail", "9", "web"]).0,
+        expected
+    );
     let gone = lab.pigeon(&["exec", "web", "true"]);
     assert!(
         String::from_utf8_lossy(&gone.stderr).contains("has ended (exited (3)"),
         "{gone:?}"
     );
-    assert_eq!(lab.said(&["rm", "web"]), ("web\n".into(), Some(0)));
-    assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
+    assert_eq!(lab.output_of(&["rm", "web"]), ("web\n".into(), Some(0)));
+    assert_eq!(lab.output_of(&["ps", "-a", "-q"]).0, "");
     // After a forced removal, the disk can be used immediately.
     let words = ["run", "-d", "--wait", "--name", "web", &image];
-    assert_eq!(lab.said(&words).1, Some(0));
+    assert_eq!(lab.output_of(&words).1, Some(0));
     let deaf = ["exec", "web", "sh", "-c", "kill -STOP -1"];
-    assert_eq!(lab.said(&deaf).1, Some(0));
-    assert_eq!(lab.said(&["rm", "-f", "web"]), ("web\n".into(), Some(0)));
+    assert_eq!(lab.output_of(&deaf).1, Some(0));
+    assert_eq!(
+        lab.output_of(&["rm", "-f", "web"]),
+        ("web\n".into(), Some(0))
+    );
     // A VM stopped during its boot ends as soon as its init is up.
-    assert_eq!(lab.said(&["run", "-d", "--name", "web", &image]).1, Some(0));
+    assert_eq!(
+        lab.output_of(&["run", "-d", "--name", "web", &image]).1,
+        Some(0)
+    );
     let stopped = lab.pigeon(&["stop", "web"]);
-    let said = String::from_utf8_lossy(&stopped.stderr).into_owned();
-    assert_eq!((stopped.status.code(), said.as_str()), (Some(0), ""));
-    assert_eq!(lab.said(&["rm", "web"]).1, Some(0));
-    assert_eq!(lab.said(&words).1, Some(0));
+    let stderr = String::from_utf8_lossy(&stopped.stderr).into_owned();
+    assert_eq!((stopped.status.code(), stderr.as_str()), (Some(0), ""));
+    assert_eq!(lab.output_of(&["rm", "web"]).1, Some(0));
+    assert_eq!(lab.output_of(&words).1, Some(0));
     // An explicit signal, and the default one.
     let deadline = Instant::now() + TIMEOUT;
     let logged = |text: &str| {
-        while !lab.said(&["logs", "web"]).0.contains(text) {
+        while !lab.output_of(&["logs", "web"]).0.contains(text) {
             assert!(Instant::now() < deadline, "no {text}");
         }
     };
     logged("serving");
-    assert_eq!(lab.said(&["kill", "-s", "HUP", "web"]).1, Some(0));
+    assert_eq!(lab.output_of(&["kill", "-s", "HUP", "web"]).1, Some(0));
     logged("reread");
-    assert_eq!(lab.said(&["kill", "web"]), ("web\n".into(), Some(0)));
-    assert_eq!(lab.said(&["wait", "web"]), ("137\n".into(), Some(0)));
-    let running = || lab.said(&["ps", "-q"]).0 == "web\n";
+    assert_eq!(lab.output_of(&["kill", "web"]), ("web\n".into(), Some(0)));
+    assert_eq!(lab.output_of(&["wait", "web"]), ("137\n".into(), Some(0)));
+    let running = || lab.output_of(&["ps", "-q"]).0 == "web\n";
     while running() {
         assert!(Instant::now() < deadline);
     }
     let killed = lab.pigeon(&["kill", "web"]);
-    let said = String::from_utf8_lossy(&killed.stderr).into_owned();
-    assert!(said.contains("has ended (exited (137)"), "{said}");
+    let stderr = String::from_utf8_lossy(&killed.stderr).into_owned();
+    assert!(stderr.contains("has ended (exited (137)"), "{stderr}");
     check(&lab.place.path("app.ext4"));
-    assert_eq!(lab.said(&["rm", "web"]).1, Some(0));
+    assert_eq!(lab.output_of(&["rm", "web"]).1, Some(0));
     // A VM without a record.
     let words = ["run", "-q", "--rm", "--entrypoint", "true", &image];
-    assert_eq!(lab.said(&words).1, Some(0));
-    assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
+    assert_eq!(lab.output_of(&words).1, Some(0));
+    assert_eq!(lab.output_of(&["ps", "-a", "-q"]).0, "");
 }
 
 #[test]
@@ -690,18 +711,24 @@ fn clones_of_a_vm_continue_under_their_own_names() {
     ];
     if common::arch() == Arch::Aarch64 {
         let refused = lab.pigeon(&words);
-        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-        assert!(said.contains("snapshots on QEMU are for x86_64"), "{said}");
+        let stderr = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(
+            stderr.contains("snapshots on QEMU are for x86_64"),
+            "{stderr}"
+        );
         assert_eq!(refused.status.code(), Some(125));
         return;
     }
-    assert_eq!(lab.said(&words), ("web\n".into(), Some(0)));
+    assert_eq!(lab.output_of(&words), ("web\n".into(), Some(0)));
     let uuid = "cat /proc/sys/kernel/random/uuid";
     let write = "echo mine >note; sync";
-    assert_eq!(lab.said(&["exec", "web", "sh", "-c", write]).1, Some(0));
+    assert_eq!(
+        lab.output_of(&["exec", "web", "sh", "-c", write]).1,
+        Some(0)
+    );
     let snapshot = lab.path("web.snapshot");
-    let (said, code) = lab.said(&["snapshot", "web", &snapshot]);
-    let taken: Value = serde_json::from_str(&said).unwrap();
+    let (output, code) = lab.output_of(&["snapshot", "web", &snapshot]);
+    let taken: Value = serde_json::from_str(&output).unwrap();
     assert_eq!((code, &taken["snapshot"]), (Some(0), &json!(snapshot)));
     assert!(
         taken["frozen"].as_u64().is_some_and(|frozen| frozen > 0),
@@ -710,7 +737,7 @@ fn clones_of_a_vm_continue_under_their_own_names() {
     // An existing snapshot is not replaced, and the VM continues.
     let again = lab.pigeon(&["snapshot", "web", &snapshot]);
     assert_eq!(again.status.code(), Some(125));
-    assert_eq!(lab.said(&["exec", "web", "hostname"]).0, "web\n");
+    assert_eq!(lab.output_of(&["exec", "web", "hostname"]).0, "web\n");
     // Another snapshot command is killed while the VM is paused and its memory is being copied.
     let interrupted = lab.path("interrupted.snapshot");
     let mut command = lab
@@ -724,7 +751,7 @@ fn clones_of_a_vm_continue_under_their_own_names() {
     command.kill().unwrap();
     command.wait().unwrap();
     let killed = Instant::now();
-    while lab.said(&["exec", "web", "cat", "note"]) != ("mine\n".into(), Some(0)) {
+    while lab.output_of(&["exec", "web", "cat", "note"]) != ("mine\n".into(), Some(0)) {
         assert!(killed.elapsed() < TIMEOUT, "the VM was not resumed");
         thread::sleep(Duration::from_millis(100));
     }
@@ -734,31 +761,31 @@ fn clones_of_a_vm_continue_under_their_own_names() {
     let mut uuids = std::collections::BTreeSet::new();
     for name in ["web", "web-2", "web-3"] {
         let script = format!("hostname; cat note; echo more >>note; {uuid}");
-        let (said, code) = lab.said(&["exec", name, "sh", "-c", &script]);
-        let lines: Vec<_> = said.lines().collect();
+        let (output, code) = lab.output_of(&["exec", name, "sh", "-c", &script]);
+        let lines: Vec<_> = output.lines().collect();
         assert_eq!((&lines[..2], code), (&[name, "mine"][..], Some(0)));
         uuids.insert(lines[2].to_string());
     }
     assert_eq!(uuids.len(), 3, "{uuids:?}");
-    assert_eq!(lab.said(&["ps", "-q"]).0, "web\nweb-2\nweb-3\n");
-    let inspected = lab.said(&["inspect", "web-2"]).0;
+    assert_eq!(lab.output_of(&["ps", "-q"]).0, "web\nweb-2\nweb-3\n");
+    let inspected = lab.output_of(&["inspect", "web-2"]).0;
     let inspected: Value = serde_json::from_str(&inspected).unwrap();
     let disk = inspected[0]["restorable"]["disks"][0]["path"].as_str();
     let disk = disk.unwrap().to_string();
     for name in ["web-2", "web-3", "web"] {
-        assert_eq!(lab.said(&["stop", name]).1, Some(0));
-        assert_eq!(lab.said(&["wait", name]).0, "3\n");
-        let (logs, _) = lab.said(&["logs", name]);
+        assert_eq!(lab.output_of(&["stop", name]).1, Some(0));
+        assert_eq!(lab.output_of(&["wait", name]).0, "3\n");
+        let (logs, _) = lab.output_of(&["logs", name]);
         assert!(logs.ends_with("good bye\n"), "{logs}");
     }
-    let (events, _) = lab.said(&["events", "web-2"]);
+    let (events, _) = lab.output_of(&["events", "web-2"]);
     assert!(
         events.contains(r#""event":"restored","generation":2"#),
         "{events}"
     );
     check(Path::new(&disk));
     check(Path::new(&image));
-    assert_eq!(lab.said(&["rm", "web-2"]).1, Some(0));
+    assert_eq!(lab.output_of(&["rm", "web-2"]).1, Some(0));
     assert!(!Path::new(&disk).exists());
 }
 
@@ -790,8 +817,8 @@ fn quiet_prints_only_the_workloads_output_and_returns_its_exit_code() {
     ];
     let image = lab.path("app.ext4");
     let words = [&words[..], &[&image, "-c", "echo $COLOR"]].concat();
-    let said = lab.fed(&words, b"# comment\nCOLOR=blue\n");
-    assert_eq!(said, (b"blue\n".to_vec(), Some(0)));
+    let output = lab.fed(&words, b"# comment\nCOLOR=blue\n");
+    assert_eq!(output, (b"blue\n".to_vec(), Some(0)));
     // Messages for a missing command, and for an image that does not boot.
     let words = ["run", "-q", "--entrypoint", "/none", &lab.path("app.ext4")];
     let output = lab.pigeon(&words);
@@ -832,7 +859,7 @@ fn a_workload_on_a_terminal_has_its_size_a_prompt_and_ctrl_c() {
     shell.expect("40 100\r\n");
     assert_eq!(shell.wait().code(), Some(6), "{}", shell.shown());
     assert_eq!(before.local_modes, shell.modes().local_modes);
-    assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
+    assert_eq!(lab.output_of(&["ps", "-a", "-q"]).0, "");
     check(&lab.place.path("app.ext4"));
 
     // Keys typed during the boot are not lost, and only a progress message is shown.
@@ -859,8 +886,8 @@ fn a_workload_on_a_terminal_has_its_size_a_prompt_and_ctrl_c() {
     let words = ["run", "-i", "--entrypoint", "/none", &lab.path("app.ext4")];
     assert_eq!(lab.fed(&words, b"").1, Some(127));
     let refused = lab.pigeon(&["run", "-it", &lab.path("app.ext4")]);
-    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(said.contains("not a terminal"), "{said}");
+    let stderr = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(stderr.contains("not a terminal"), "{stderr}");
     assert_eq!(refused.status.code(), Some(125));
 }
 
@@ -879,15 +906,18 @@ fn signals_and_stops_reach_a_workload_that_has_input_or_a_terminal() {
     let traps =
         "trap 'echo user' USR1; trap 'echo quit' QUIT; trap 'sleep 1; echo bye; exit 3' TERM";
     let mut vm = run(&["-i"], traps);
-    assert_eq!(lab.said(&["kill", "-s", "USR1", "typed"]).1, Some(0));
+    assert_eq!(lab.output_of(&["kill", "-s", "USR1", "typed"]).1, Some(0));
     vm.expect("user");
-    assert_eq!(lab.said(&["signal", "USR1"]).1, Some(0));
+    assert_eq!(lab.output_of(&["signal", "USR1"]).1, Some(0));
     vm.expect("user");
     vm.type_text("\x1c");
     vm.expect("quit");
     // The session of the workload is not listed.
-    assert_eq!(lab.said(&["attach", "--json"]).0, "[]\n");
-    assert_eq!(lab.said(&["stop", "typed"]), ("typed\n".into(), Some(0)));
+    assert_eq!(lab.output_of(&["attach", "--json"]).0, "[]\n");
+    assert_eq!(
+        lab.output_of(&["stop", "typed"]),
+        ("typed\n".into(), Some(0))
+    );
     vm.expect("bye");
     assert_eq!(vm.wait().code(), Some(3));
 
@@ -901,7 +931,7 @@ fn signals_and_stops_reach_a_workload_that_has_input_or_a_terminal() {
 
     let mut vm = run(&["-it"], "trap 'echo deaf' TERM");
     let before = vm.modes();
-    assert_eq!(lab.said(&["stop", "-t", "0.5", "typed"]).1, Some(0));
+    assert_eq!(lab.output_of(&["stop", "-t", "0.5", "typed"]).1, Some(0));
     vm.expect("deaf");
     assert_eq!(vm.wait().code(), Some(137), "{}", vm.shown());
     assert_ne!(before.local_modes, vm.modes().local_modes);
@@ -940,7 +970,7 @@ fn a_vm_shuts_down_in_order_when_its_output_is_no_longer_read() {
     reader.read_exact(&mut [0; 2]).unwrap();
     drop(reader);
     assert_eq!(child.wait().unwrap().code(), Some(141));
-    let described = lab.said(&["inspect", "unread"]).0;
+    let described = lab.output_of(&["inspect", "unread"]).0;
     let described: Value = serde_json::from_str(&described).unwrap();
     assert_eq!(described[0]["end"], "orderly", "{described}");
     assert_eq!(described[0]["exit_code"], 141, "{described}");
@@ -980,13 +1010,13 @@ fn a_volume_is_made_once_and_keeps_what_is_written_to_it() {
             output.status.code(),
         )
     };
-    let (out, said, code) = run("stat -c '%U' /data; echo kept >/data/file; sync");
-    assert_eq!((out.as_str(), code), ("app\n", Some(0)), "{said}");
-    assert!(said.contains("data.img: created, 32 MiB"), "{said}");
+    let (out, stderr, code) = run("stat -c '%U' /data; echo kept >/data/file; sync");
+    assert_eq!((out.as_str(), code), ("app\n", Some(0)), "{stderr}");
+    assert!(stderr.contains("data.img: created, 32 MiB"), "{stderr}");
     check(Path::new(&volume));
-    let (out, said, code) = run("cat /data/file; ls -a /data | wc -l");
-    assert_eq!((out.as_str(), code), ("kept\n3\n", Some(0)), "{said}");
-    assert_eq!(said, "");
+    let (out, stderr, code) = run("cat /data/file; ls -a /data | wc -l");
+    assert_eq!((out.as_str(), code), ("kept\n3\n", Some(0)), "{stderr}");
+    assert_eq!(stderr, "");
     check(Path::new(&volume));
 }
 
@@ -1015,11 +1045,7 @@ fn one_sigterm_ends_a_vm_that_does_not_even_boot() {
     let mut child = lab.command(&words).spawn().unwrap();
     thread::sleep(Duration::from_secs(3));
     let pid = rustix::process::Pid::from_child(&child);
-    assert_eq!(
-        child.try_wait().unwrap(),
-        None,
-        "it has something to be stopped"
-    );
+    assert_eq!(child.try_wait().unwrap(), None, "it must still be running");
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     let begin = Instant::now();
     let status = child.wait().unwrap();
@@ -1049,8 +1075,8 @@ fn roots_of_every_format_boot_and_can_be_shared_below_layers() {
         words.extend(options);
         words.extend([image, "-c", script]);
         let output = lab.pigeon(&words);
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        (String::from_utf8(output.stdout).unwrap(), said)
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        (String::from_utf8(output.stdout).unwrap(), stderr)
     };
     for format in ["erofs", "squashfs"] {
         let image = lab.path(&format!("app.{format}"));
@@ -1063,34 +1089,34 @@ fn roots_of_every_format_boot_and_can_be_shared_below_layers() {
             &image,
         ]);
         assert!(made.status.success(), "{made:?}");
-        let (out, said) = run(&image, &[]);
+        let (out, stderr) = run(&image, &[]);
         assert!(
             out.contains(&format!("on / type {format} (ro,")),
-            "{out}{said}"
+            "{out}{stderr}"
         );
         assert!(
             !out.contains("new\n") && out.ends_with("\n1\n123\n77\n"),
             "{out}"
         );
-        let (out, said) = run(&image, &["--overlay"]);
+        let (out, stderr) = run(&image, &["--overlay"]);
         assert!(
             out.starts_with("overlay on / type overlay (rw,"),
-            "{out}{said}"
+            "{out}{stderr}"
         );
         assert!(out.ends_with("\nnew\n1\n123\n77\n"), "{out}");
     }
     let image = lab.path("app.ext4");
     let before = fs::read(&image).unwrap();
-    let (out, said) = run(&image, &["--read-only"]);
+    let (out, stderr) = run(&image, &["--read-only"]);
     assert!(
         out.contains("on / type ext4 (ro,") && !out.contains("new\n"),
-        "{out}{said}"
+        "{out}{stderr}"
     );
 
     // One VM runs while the other one writes.
     let name = ["run", "-d", "--name", "first", "--overlay", &image];
-    assert_eq!(lab.said(&name).1, Some(0));
-    lab.said(&["exec", "first", "sh", "-c", "echo first >/etc/mark"]);
+    assert_eq!(lab.output_of(&name).1, Some(0));
+    lab.output_of(&["exec", "first", "sh", "-c", "echo first >/etc/mark"]);
     let layer = lab.path("layer.img");
     let options = format!("--overlay={layer},size=64M");
     let second = |script: &str| {
@@ -1104,7 +1130,7 @@ fn roots_of_every_format_boot_and_can_be_shared_below_layers() {
             "--entrypoint",
             "sh",
         ];
-        lab.said(&[&words[..], &[&image, "-c", script]].concat())
+        lab.output_of(&[&words[..], &[&image, "-c", script]].concat())
     };
     let (seen, code) = second("cat /etc/mark 2>/dev/null; echo second >/etc/mark");
     assert_eq!((seen.as_str(), code), ("", Some(0)));
@@ -1112,10 +1138,10 @@ fn roots_of_every_format_boot_and_can_be_shared_below_layers() {
     assert_eq!(second("cat /etc/mark").0, "second\n");
     check(Path::new(&layer));
     assert_eq!(
-        lab.said(&["exec", "first", "cat", "/etc/mark"]).0,
+        lab.output_of(&["exec", "first", "cat", "/etc/mark"]).0,
         "first\n"
     );
-    assert_eq!(lab.said(&["stop", "first"]).1, Some(0));
+    assert_eq!(lab.output_of(&["stop", "first"]).1, Some(0));
     assert!(
         fs::read(&image).unwrap() == before,
         "the shared image has changed"
@@ -1137,28 +1163,29 @@ fn a_vm_that_has_ended_is_started_again_as_it_was_run() {
     let output = first.current_dir(place).env("COLOR", "blue").output();
     let output = output.unwrap();
     assert_eq!(output.stdout, b"db\n", "{output:?}");
-    let status = || lab.said(&["ps", "-a"]).0;
-    let inspect = || -> Value { serde_json::from_str(&lab.said(&["inspect", "db"]).0).unwrap() };
+    let status = || lab.output_of(&["ps", "-a"]).0;
+    let inspect =
+        || -> Value { serde_json::from_str(&lab.output_of(&["inspect", "db"]).0).unwrap() };
     let logs = |expected: &[&str]| {
         let deadline = Instant::now() + TIMEOUT;
         loop {
-            let said = lab.said(&["logs", "db"]).0;
+            let output = lab.output_of(&["logs", "db"]).0;
             // The shell's messages about signals are ignored.
-            let boots = said.lines().filter(|line| line.starts_with("boot"));
+            let boots = output.lines().filter(|line| line.starts_with("boot"));
             if boots.collect::<Vec<_>>() == expected {
                 break;
             }
-            assert!(Instant::now() < deadline, "{said}");
+            assert!(Instant::now() < deadline, "{output}");
         }
     };
     logs(&["boot blue 0"]);
     let running = inspect();
     // A running VM is not affected.
-    assert_eq!(lab.said(&["start", "db"]), ("db\n".into(), Some(0)));
+    assert_eq!(lab.output_of(&["start", "db"]), ("db\n".into(), Some(0)));
     assert_eq!(inspect()[0]["pid"], running[0]["pid"]);
 
     let words = ["restart", "--wait", "db"];
-    assert_eq!(lab.said(&words), ("db\n".into(), Some(0)));
+    assert_eq!(lab.output_of(&words), ("db\n".into(), Some(0)));
     logs(&["boot blue 0", "boot blue 1"]);
     let restarted = inspect();
     assert_ne!(restarted[0]["pid"], running[0]["pid"]);
@@ -1167,16 +1194,19 @@ fn a_vm_that_has_ended_is_started_again_as_it_was_run() {
     }
     assert_eq!(restarted[0]["ports"].as_array().unwrap().len(), 1);
 
-    assert_eq!(lab.said(&["stop", "db"]).1, Some(0));
+    assert_eq!(lab.output_of(&["stop", "db"]).1, Some(0));
     assert!(status().contains("exited (5)"), "{}", status());
-    assert_eq!(lab.said(&["start", "--wait"]), ("db\n".into(), Some(0)));
+    assert_eq!(
+        lab.output_of(&["start", "--wait"]),
+        ("db\n".into(), Some(0))
+    );
     logs(&["boot blue 0", "boot blue 1", "boot blue 2"]);
-    let (listed, _) = lab.said(&["ps"]);
+    let (listed, _) = lab.output_of(&["ps"]);
     assert!(listed.contains(" up "), "{listed}");
     let colour = ["exec", "db", "sh", "-c", "echo $COLOR"];
-    assert_eq!(lab.said(&colour).0, "blue\n");
+    assert_eq!(lab.output_of(&colour).0, "blue\n");
     // After a restart, the last exit code counts.
-    assert_eq!(lab.said(&["stop", "db"]).1, Some(0));
+    assert_eq!(lab.output_of(&["stop", "db"]).1, Some(0));
     let mut attached = Terminal::spawn(lab.command(&["start", "-ai", "db"]), (80, 24));
     attached.expect("boot blue 3");
     attached.type_text("\x03");
@@ -1185,15 +1215,18 @@ fn a_vm_that_has_ended_is_started_again_as_it_was_run() {
     fs::rename(place.join("data.img"), place.join("moved.img")).unwrap();
     fs::write(place.join("data.img"), "no file system").unwrap();
     let failed = lab.pigeon(&["start", "db"]);
-    let said = String::from_utf8_lossy(&failed.stderr).into_owned();
-    assert!(said.contains("data.img is of an unknown kind"), "{said}");
+    let stderr = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert!(
+        stderr.contains("data.img is of an unknown kind"),
+        "{stderr}"
+    );
     assert_eq!(
         (failed.status.code(), &failed.stdout[..]),
         (Some(125), &b""[..])
     );
     assert!(status().contains("exited (5)"), "{}", status());
     check(&place.join("moved.img"));
-    assert_eq!(lab.said(&["rm", "db"]).1, Some(0));
+    assert_eq!(lab.output_of(&["rm", "db"]).1, Some(0));
     let unknown = lab.pigeon(&["restart", "db"]);
     assert!(String::from_utf8_lossy(&unknown.stderr).contains("there is no VM called db"));
 }
@@ -1203,11 +1236,14 @@ fn vms_with_rm_can_be_restarted_and_those_on_a_terminal_cannot() {
     let lab = Lab::new();
     let image = lab.path("app.ext4");
     let words = ["run", "-d", "--rm", "--name", "brief", &image];
-    assert_eq!(lab.said(&words).1, Some(0));
-    assert_eq!(lab.said(&["restart", "brief"]), ("brief\n".into(), Some(0)));
-    assert_eq!(lab.said(&["exec", "brief", "hostname"]).0, "brief\n");
-    assert_eq!(lab.said(&["stop", "brief"]).1, Some(0));
-    assert_eq!(lab.said(&["ps", "-a", "-q"]).0, "");
+    assert_eq!(lab.output_of(&words).1, Some(0));
+    assert_eq!(
+        lab.output_of(&["restart", "brief"]),
+        ("brief\n".into(), Some(0))
+    );
+    assert_eq!(lab.output_of(&["exec", "brief", "hostname"]).0, "brief\n");
+    assert_eq!(lab.output_of(&["stop", "brief"]).1, Some(0));
+    assert_eq!(lab.output_of(&["ps", "-a", "-q"]).0, "");
 
     let words = [
         "run",
@@ -1221,12 +1257,12 @@ fn vms_with_rm_can_be_restarted_and_those_on_a_terminal_cannot() {
     assert_eq!(lab.fed(&words, b"one\n"), (b"one\n".to_vec(), Some(0)));
     for command in ["start", "restart"] {
         let refused = lab.pigeon(&[command, "typed"]);
-        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-        assert!(said.contains("`pigeon start --attach typed`"), "{said}");
+        let stderr = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(stderr.contains("`pigeon start --attach typed`"), "{stderr}");
         assert_eq!(refused.status.code(), Some(125));
     }
     // Its command is listed, not the idle workload.
-    let (listed, _) = lab.said(&["ps", "-a"]);
+    let (listed, _) = lab.output_of(&["ps", "-a"]);
     assert!(listed.contains(" cat"), "{listed}");
     let words = ["start", "-a", "typed"];
     assert_eq!(lab.fed(&words, b"two\n"), (b"two\n".to_vec(), Some(0)));
@@ -1262,27 +1298,27 @@ fn a_detached_run_waits_for_its_health_check_if_told_to() {
     let healthy = run("test -e /tmp/ready", true);
     assert_eq!(healthy.stdout, b"app\n", "{healthy:?}");
     // The message about an unused volume also appears with -d.
-    let said = String::from_utf8_lossy(&healthy.stderr).into_owned();
+    let stderr = String::from_utf8_lossy(&healthy.stderr).into_owned();
     assert!(
-        said.contains("declares a volume at /data: -v FILE:/data"),
-        "{said}"
+        stderr.contains("declares a volume at /data: -v FILE:/data"),
+        "{stderr}"
     );
-    assert!(!said.contains("/scratch"), "{said}");
+    assert!(!stderr.contains("/scratch"), "{stderr}");
     let ready = ["exec", "app", "ls", "/tmp/ready"];
-    assert_eq!(lab.said(&ready), ("/tmp/ready\n".into(), Some(0)));
-    let (listed, _) = lab.said(&["ps"]);
+    assert_eq!(lab.output_of(&ready), ("/tmp/ready\n".into(), Some(0)));
+    let (listed, _) = lab.output_of(&["ps"]);
     assert!(listed.contains("(healthy)"), "{listed}");
-    assert_eq!(lab.said(&["rm", "-f", "app"]).1, Some(0));
+    assert_eq!(lab.output_of(&["rm", "-f", "app"]).1, Some(0));
     let unhealthy = run("false", false);
-    let said = String::from_utf8_lossy(&unhealthy.stderr).into_owned();
-    assert!(said.contains("app is unhealthy"), "{said}");
+    let stderr = String::from_utf8_lossy(&unhealthy.stderr).into_owned();
+    assert!(stderr.contains("app is unhealthy"), "{stderr}");
     assert_eq!(unhealthy.status.code(), Some(125));
-    assert_eq!(lab.said(&["rm", "-f", "app"]).1, Some(0));
+    assert_eq!(lab.output_of(&["rm", "-f", "app"]).1, Some(0));
     // A VM that ends during the wait.
     let words = ["run", "-d", "--wait", "-u", "stranger", &image];
     let ended = lab.pigeon(&words);
-    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
-    assert!(said.contains("has ended (exited (125)"), "{said}");
+    let stderr = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert!(stderr.contains("has ended (exited (125)"), "{stderr}");
 }
 
 #[test]
@@ -1321,21 +1357,21 @@ fn a_volume_created_for_a_vm_that_fails_to_start_is_removed() {
         "true",
         &image,
     ];
-    assert_eq!(lab.said(&words).1, Some(0));
+    assert_eq!(lab.output_of(&words).1, Some(0));
     let words = ["run", "-d", "-v", &volume, "--kernel", "/none", &image];
-    assert_eq!(lab.said(&words).1, Some(125));
+    assert_eq!(lab.output_of(&words).1, Some(125));
     assert!(Path::new(&data).exists());
     // A new disk cannot be used by a second VM either.
     let fresh = format!("{}:/data,size=16M", lab.path("fresh.img"));
     let second = lab.path("second.ext4");
     fs::copy(&image, &second).unwrap();
     let words = ["run", "-d", "--name", "first", "-v", &fresh, &image];
-    assert_eq!(lab.said(&words).1, Some(0));
+    assert_eq!(lab.output_of(&words).1, Some(0));
     let refused = lab.pigeon(&["run", "-d", "-v", &fresh, "--entrypoint", "true", &second]);
-    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    let stderr = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(
-        said.contains("fresh.img is in use by another running VM"),
-        "{said}"
+        stderr.contains("fresh.img is in use by another running VM"),
+        "{stderr}"
     );
-    assert_eq!(lab.said(&["rm", "-f", "first"]).1, Some(0));
+    assert_eq!(lab.output_of(&["rm", "-f", "first"]).1, Some(0));
 }

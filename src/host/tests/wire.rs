@@ -106,9 +106,9 @@ fn a_signal_aborts_a_snapshot_once_the_vm_is_resumed() {
         let child = spawn(&place, &vm, &["snapshot", "app", "made"]);
         starting.send(Pid::from_child(&child)).unwrap();
         let output = child.wait_with_output().unwrap();
-        let said = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(code), "{signal:?}: {said}");
-        assert!(said.contains("no snapshot: ended by SIG"), "{said}");
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{signal:?}: {stderr}");
+        assert!(stderr.contains("no snapshot: ended by SIG"), "{stderr}");
         let calls: Vec<_> = calls.try_iter().collect();
         let state = |state: &str| ("PATCH /vm".into(), json!({"state": state}).to_string());
         assert_eq!(calls.len(), 3, "{calls:?}");
@@ -419,17 +419,23 @@ fn cp_copies_to_a_file_or_into_a_directory() {
         puts,
         expected.map(|(line, body)| (line.to_string(), body.to_string()))
     );
-    let (_, said, code) = copy(&[":/none", "x"], b"");
-    assert!(said.contains("no such file") && code == Some(125), "{said}");
-    let (_, said, _) = copy(&["none", ":/x"], b"");
-    assert!(said.contains("unable to read none"), "{said}");
-    let (_, said, _) = copy(&["a", "b"], b"");
+    let (_, stderr, code) = copy(&[":/none", "x"], b"");
     assert!(
-        said.contains("exactly one of source and destination must be in a VM"),
-        "{said}"
+        stderr.contains("no such file") && code == Some(125),
+        "{stderr}"
     );
-    let (_, said, _) = copy(&["here", ":relative"], b"");
-    assert!(said.contains("paths in a VM must be absolute"), "{said}");
+    let (_, stderr, _) = copy(&["none", ":/x"], b"");
+    assert!(stderr.contains("unable to read none"), "{stderr}");
+    let (_, stderr, _) = copy(&["a", "b"], b"");
+    assert!(
+        stderr.contains("exactly one of source and destination must be in a VM"),
+        "{stderr}"
+    );
+    let (_, stderr, _) = copy(&["here", ":relative"], b"");
+    assert!(
+        stderr.contains("paths in a VM must be absolute"),
+        "{stderr}"
+    );
 }
 
 #[test]
@@ -496,10 +502,10 @@ fn cp_replaces_only_regular_files_and_targets_of_links() {
         (text(&output.stderr), output.status.code())
     };
     let refused = |destination: &str| {
-        let (said, code) = copy(destination);
+        let (stderr, code) = copy(destination);
         assert!(
-            said.contains("is there, and is not a regular file"),
-            "{said}"
+            stderr.contains("is there, and is not a regular file"),
+            "{stderr}"
         );
         assert_eq!(code, Some(125));
     };
@@ -615,8 +621,8 @@ fn cp_of_a_directory_and_a_dot_copies_what_is_in_it() {
         0o644,
         b"x",
     );
-    let (said, code) = cp_directory_from(&place, ":/data/.", tar.bytes(), "out");
-    assert_eq!(code, Some(0), "{said}");
+    let (stderr, code) = cp_directory_from(&place, ":/data/.", tar.bytes(), "out");
+    assert_eq!(code, Some(0), "{stderr}");
     assert!(place.path("out/got").exists());
 
     // A guest without commands, and a full disk: the message contains the path of the file.
@@ -640,8 +646,8 @@ fn cp_of_a_directory_and_a_dot_copies_what_is_in_it() {
         ("dir/file", ":/new/", "there is no directory /new/"),
     ] {
         let output = pigeon(&place, &vm, &["cp", source, destination], b"");
-        let said = text(&output.stderr);
-        assert!(said.contains(file), "{source} {destination}: {said}");
+        let stderr = text(&output.stderr);
+        assert!(stderr.contains(file), "{source} {destination}: {stderr}");
     }
 }
 
@@ -663,7 +669,7 @@ fn a_directory_from_a_guest_keeps_its_modes_except_setuid() {
         .entry(EntryType::Fifo, b"./fifo", b"", (0, 0), 0o666, b"")
         .symlink("./link", "/etc/passwd")
         .hard_link("./hard", "./sealed/su");
-    let (said, code) = cp_directory(&place, tar.bytes(), "here");
+    let (stderr, code) = cp_directory(&place, tar.bytes(), "here");
     let mode = |name: &str| {
         let found = fs::symlink_metadata(place.path(name)).unwrap();
         found.permissions().mode() & 0o7777
@@ -683,7 +689,7 @@ fn a_directory_from_a_guest_keeps_its_modes_except_setuid() {
         .collect();
     assert_eq!(names, ["hard", "link", "sealed"]);
     let left_out = |name: &str| format!("pigeon: \"{name}\": left out: a device or a FIFO\n");
-    assert_eq!(said, [left_out("./null"), left_out("./fifo")].concat());
+    assert_eq!(stderr, [left_out("./null"), left_out("./fifo")].concat());
     assert_eq!(code, Some(0));
 }
 
@@ -752,8 +758,8 @@ fn a_hostile_directory_from_a_guest_stays_within_its_destination() {
         // In a directory next to the victim, so that `..` leads to it.
         let place = Place(tempfile::tempdir_in(outside.0.path()).unwrap());
         let into = place.path("into");
-        let (said, code) = cp_directory(&place, tar.bytes(), into.to_str().unwrap());
-        println!("{what}: {code:?} {said}");
+        let (stderr, code) = cp_directory(&place, tar.bytes(), into.to_str().unwrap());
+        println!("{what}: {code:?} {stderr}");
         let found = fs::metadata(&victim).unwrap();
         assert_eq!(fs::read_to_string(&victim).unwrap(), "kept", "{what}");
         assert_eq!(found.nlink(), 1, "{what}");
@@ -770,8 +776,11 @@ fn a_hostile_directory_from_a_guest_stays_within_its_destination() {
     let place = Place::new();
     fs::create_dir(place.path("copied")).unwrap();
     symlink(&dir, place.path("copied/data")).unwrap();
-    let (said, code) = cp_directory(&place, file(Tar::new(), "victim").bytes(), "copied");
-    assert!(said.contains("copied/data is a symbolic link"), "{said}");
+    let (stderr, code) = cp_directory(&place, file(Tar::new(), "victim").bytes(), "copied");
+    assert!(
+        stderr.contains("copied/data is a symbolic link"),
+        "{stderr}"
+    );
     assert_eq!(code, Some(125));
     assert_eq!(fs::read_to_string(&victim).unwrap(), "kept");
 }
@@ -791,11 +800,11 @@ fn a_name_from_a_guest_has_a_limit() {
         );
         tar.file("x", "y").bytes()
     };
-    let (said, code) = cp_directory(&place, tar(200), "short");
-    assert_eq!((said.as_str(), code), ("", Some(0)));
+    let (stderr, code) = cp_directory(&place, tar(200), "short");
+    assert_eq!((stderr.as_str(), code), ("", Some(0)));
     assert!(place.path("short").join("n".repeat(200)).exists());
-    let (said, code) = cp_directory(&place, tar(2 << 20), "long");
-    assert!(said.contains("headers of over 1048576 bytes"), "{said}");
+    let (stderr, code) = cp_directory(&place, tar(2 << 20), "long");
+    assert!(stderr.contains("headers of over 1048576 bytes"), "{stderr}");
     assert_eq!(code, Some(125));
 }
 
@@ -902,9 +911,12 @@ fn a_directory_is_copied_to_a_guest_without_sockets_and_unreadable_files() {
     let holed = fs::File::create(place.path("dir/sub/holed")).unwrap();
     holed.set_len(3 << 20).unwrap();
     holed.write_all_at(b"data", 1 << 20).unwrap();
-    let (said, code, archive) = cp_directory_to_guest(&place, &[], "dir");
-    assert!(said.contains("dir/socket: left out: a socket"), "{said}");
-    assert_eq!(code, Some(0), "{said}");
+    let (stderr, code, archive) = cp_directory_to_guest(&place, &[], "dir");
+    assert!(
+        stderr.contains("dir/socket: left out: a socket"),
+        "{stderr}"
+    );
+    assert_eq!(code, Some(0), "{stderr}");
     let archive = archive.unwrap();
     let mut archive = tar::Archive::new(&archive[..]);
     let entries = archive.entries().unwrap().map(|entry| {
@@ -925,17 +937,17 @@ fn a_directory_is_copied_to_a_guest_without_sockets_and_unreadable_files() {
         entries.collect::<Vec<_>>(),
         expected.map(|(name, kind)| (name.to_string(), kind))
     );
-    let (said, code, archive) = cp_directory_to_guest(&place, &["-u", "app"], "dir");
-    assert_eq!(code, Some(0), "{said}");
+    let (stderr, code, archive) = cp_directory_to_guest(&place, &["-u", "app"], "dir");
+    assert_eq!(code, Some(0), "{stderr}");
     let archive = archive.unwrap();
     for entry in tar::Archive::new(&archive[..]).entries().unwrap() {
         let header = entry.unwrap().header().clone();
         assert_eq!((header.uid().unwrap(), header.gid().unwrap()), (1000, 1001));
     }
     // Root cannot read it either.
-    let (said, code, archive) = cp_directory_to_guest(&place, &[], "/proc/sys/net/ipv4/route");
+    let (stderr, code, archive) = cp_directory_to_guest(&place, &[], "/proc/sys/net/ipv4/route");
     let expected = "route/flush: Permission denied";
-    assert!(said.contains(expected) && code == Some(125), "{said}");
+    assert!(stderr.contains(expected) && code == Some(125), "{stderr}");
     assert!(archive.is_some());
 }
 
@@ -1010,9 +1022,9 @@ fn a_tunnel_carries_bytes_both_ways_and_reports_a_refusal() {
     });
     drop(forward);
     assert!(TcpStream::connect(address).is_err());
-    TcpListener::bind(address).expect("others can listen there");
+    TcpListener::bind(address).expect("the port is free");
     // A refused client's connection is closed, and the reason is reported.
-    let (sender, told) = std::sync::mpsc::channel();
+    let (sender, failure) = std::sync::mpsc::channel();
     let sender = std::sync::Mutex::new(sender);
     let sender = std::sync::Arc::new(sender);
     let failed = move |error: Error| {
@@ -1021,8 +1033,8 @@ fn a_tunnel_carries_bytes_both_ways_and_reports_a_refusal() {
     let forward = Forward::start(("127.0.0.1", 0), &vm.uds, "127.0.0.1:1", failed).unwrap();
     let mut stream = TcpStream::connect(forward.address()).unwrap();
     let _ = stream.read(&mut [0]);
-    let told = told.recv_timeout(Duration::from_secs(10)).unwrap();
-    assert!(told.contains("ECONNREFUSED"), "{told}");
+    let failure = failure.recv_timeout(Duration::from_secs(10)).unwrap();
+    assert!(failure.contains("ECONNREFUSED"), "{failure}");
 }
 
 #[test]
@@ -1236,10 +1248,10 @@ fn a_named_session_can_be_detached_and_attached() {
         run(&["attach", "build-1"]),
         ("missed\n".into(), String::new(), Some(5))
     );
-    let (_, said, code) = run(&["attach", "other"]);
+    let (_, stderr, code) = run(&["attach", "other"]);
     assert!(
-        said.contains("there is no session other") && code == Some(125),
-        "{said}"
+        stderr.contains("there is no session other") && code == Some(125),
+        "{stderr}"
     );
     assert_eq!(run(&["attach", "--kill", "build-1"]).2, Some(0));
     assert!(
@@ -1274,8 +1286,8 @@ fn a_session_ended_by_the_init_reports_its_reason() {
         ("silent", "pigeon: the connection broke: closed with 1001"),
     ] {
         let output = pigeon(&place, &vm, &["attach", id], b"");
-        let said = text(&output.stderr);
-        assert!(said.contains(words), "{said}");
+        let stderr = text(&output.stderr);
+        assert!(stderr.contains(words), "{stderr}");
         assert_eq!(output.status.code(), Some(125));
     }
 }
@@ -1309,8 +1321,8 @@ fn a_command_that_cannot_start_reports_the_reason() {
         ("secret", "secret: execute secret: EACCES", 126),
     ] {
         let output = pigeon(&place, &vm, &["exec", program], b"");
-        let said = text(&output.stderr);
-        assert!(said.contains(words), "{said}");
+        let stderr = text(&output.stderr);
+        assert!(stderr.contains(words), "{stderr}");
         assert_eq!(output.status.code(), Some(code));
     }
 }

@@ -83,11 +83,11 @@ fn start_server(flags: &Flags) -> Result<()> {
     }
     let mut server = command.spawn().context("unable to start the server")?;
     drop(command);
-    let mut said = String::new();
-    output.read_to_string(&mut said)?;
+    let mut message = String::new();
+    output.read_to_string(&mut message)?;
     match server.try_wait()? {
-        None if said.is_empty() => Ok(()),
-        _ => anyhow::bail!("the server has ended: {}", said.trim_end()),
+        None if message.is_empty() => Ok(()),
+        _ => anyhow::bail!("the server has ended: {}", message.trim_end()),
     }
 }
 

@@ -536,7 +536,9 @@ mod tests {
         let own = container.clone();
         spawn("Stats", Box::new(move || own.metrics().is_err()));
         for _ in 0..4 {
-            let (request, has_failed) = results.recv_timeout(FAILURE_TIMEOUT).expect("all fail");
+            let (request, has_failed) = results
+                .recv_timeout(FAILURE_TIMEOUT)
+                .expect("every request fails in time");
             assert!(has_failed, "{request}");
         }
         assert!(matches!(

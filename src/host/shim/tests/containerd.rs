@@ -405,8 +405,11 @@ fn many_commands_at_once_each_return_their_output() {
         .current_dir(containerd.place.0.path())
         .output()
         .unwrap();
-    let said = String::from_utf8_lossy(&second.stderr);
-    assert!(said.contains("another shim has this container"), "{said}");
+    let stderr = String::from_utf8_lossy(&second.stderr);
+    assert!(
+        stderr.contains("another shim has this container"),
+        "{stderr}"
+    );
     let connected = containerd
         .shim_client()
         .connect(context::with_duration(TIMEOUT), &ConnectRequest::default())
@@ -552,16 +555,16 @@ fn exact_output(mib: u32) {
         .stdout(File::create(&path).unwrap())
         .stderr(File::create(&errors).unwrap());
     let mut process = Process::spawn(command).unwrap();
-    let status = process.wait(TIMEOUT).unwrap().expect("it hangs");
+    let status = process.wait(TIMEOUT).unwrap().expect("timed out");
     let output = fs::read(path).unwrap();
     assert!(
         status.success() && output.len() == mib as usize * (1 << 20),
         "{}",
         output.len()
     );
-    let said = fs::read_to_string(errors).unwrap();
+    let stderr = fs::read_to_string(errors).unwrap();
     assert_eq!(
-        said.split_whitespace().next(),
+        stderr.split_whitespace().next(),
         Some(digest(&output).as_str())
     );
     containerd.assert_clean();

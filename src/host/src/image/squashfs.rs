@@ -32,7 +32,7 @@ pub fn write(
         "squashfs-tools cannot give the root directory its extended attributes"
     );
     // A file, as a pipe could fill up before it is read.
-    let mut said = tempfile::tempfile()?;
+    let mut stderr = tempfile::tempfile()?;
     let mut child = Command::new(assets::tool("sqfstar")?)
         .args(["-quiet", "-no-progress", "-exports", "-xattrs"])
         // Uncompressed inodes: the root's is modified below.
@@ -46,7 +46,7 @@ pub fn write(
         .env_remove("SOURCE_DATE_EPOCH")
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
-        .stderr(said.try_clone()?)
+        .stderr(stderr.try_clone()?)
         .spawn()
         .context("unable to start sqfstar")?;
     let pipe = child.stdin.take().context("standard input is piped")?;
@@ -63,8 +63,8 @@ pub fn write(
     }
     if !status.success() {
         let mut text = String::new();
-        said.rewind()?;
-        said.read_to_string(&mut text)?;
+        stderr.rewind()?;
+        stderr.read_to_string(&mut text)?;
         bail!("unable to make a squashfs file system: {}", text.trim_end());
     }
     set_root_time(out, seconds(root))

@@ -88,12 +88,12 @@ pub(super) fn start(spec: &Spec, program: &Path) -> Result<Box<dyn Machine>> {
         Some(snapshot) => restore(&machine.api, spec, snapshot),
     });
     if let Err(error) = started {
-        let said = fs::read_to_string(stderr_path)? + &fs::read_to_string(log_path)?;
-        let said = match said.trim_end() {
+        let output = fs::read_to_string(stderr_path)? + &fs::read_to_string(log_path)?;
+        let output = match output.trim_end() {
             "" => String::new(),
-            said => format!(": {said}"),
+            output => format!(": {output}"),
         };
-        return Err(error.context(format!("unable to start Firecracker{said}")));
+        return Err(error.context(format!("unable to start Firecracker{output}")));
     }
     Ok(Box::new(machine))
 }

@@ -74,8 +74,8 @@ pub(super) fn start(spec: &Spec) -> Result<Box<dyn Machine>> {
         .stderr(log);
     let mut process = Process::spawn(command)?;
     let explain = |error: anyhow::Error| {
-        let said = fs::read_to_string(spec.dir.join("qemu.log")).unwrap_or_default();
-        error.context(format!("unable to start QEMU: {}", said.trim_end()))
+        let log = fs::read_to_string(spec.dir.join("qemu.log")).unwrap_or_default();
+        error.context(format!("unable to start QEMU: {}", log.trim_end()))
     };
     let mut monitor = Monitor {
         qmp: connect(spec, &mut process).map_err(explain)?,
@@ -602,7 +602,7 @@ mod tests {
             ("device_del", refused, &["cont"]),
         ] {
             let (error, commands) = failing_snapshot(&[(command, reply)]);
-            let at = commands.iter().position(|said| said == command).unwrap();
+            let at = commands.iter().position(|name| name == command).unwrap();
             assert_eq!(commands[at + 1..], *behind, "{error}");
         }
     }

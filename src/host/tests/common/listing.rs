@@ -98,8 +98,8 @@ pub fn of_ext4<'a>(image: &Path, paths: impl Iterator<Item = &'a PathBuf>) -> (L
         .iter()
         .map(|path| format!("stat \"/{}\"", path.display()))
         .collect();
-    let said = debugfs(&stats);
-    let mut answers = said.split("debugfs: stat ").skip(1);
+    let output = debugfs(&stats);
+    let mut answers = output.split("debugfs: stat ").skip(1);
     let mut listing = Listing::new();
     let mut values = vec![];
     for path in &paths {

@@ -138,7 +138,11 @@ impl Terminal {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status;
             }
-            assert!(Instant::now() < deadline, "it goes on: {:?}", self.shown());
+            assert!(
+                Instant::now() < deadline,
+                "still running: {:?}",
+                self.shown()
+            );
             thread::sleep(Duration::from_millis(10));
         }
     }

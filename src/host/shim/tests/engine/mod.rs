@@ -260,7 +260,7 @@ impl Containerd {
     pub fn shim_client(&self) -> TaskClient {
         let shims = fs::read_dir(self.state().join("containers"));
         let [shim] = &shims.unwrap().map(|shim| shim.unwrap()).collect::<Vec<_>>()[..] else {
-            panic!("not one shim");
+            panic!("expected one shim");
         };
         let socket = shim.path().join("shim.sock");
         TaskClient::new(Client::connect(&format!("unix://{}", socket.display())).unwrap())

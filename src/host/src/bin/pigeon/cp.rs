@@ -431,17 +431,17 @@ impl Seek for Limited<'_> {
 /// Waits for a command, which must succeed; its output goes to `out`.
 fn finish(session: &mut Session, out: &mut dyn Write) -> Result<()> {
     /// Maximum number of bytes of standard error that are kept.
-    const MAX_SAID: usize = 64 << 10;
-    let mut said: Vec<u8> = vec![];
+    const MAX_STDERR: usize = 64 << 10;
+    let mut stderr: Vec<u8> = vec![];
     while let Some(event) = session.next()? {
         match event {
             Event::Output(pigeon::logs::Stream::Stdout, bytes) => out.write_all(&bytes)?,
             Event::Output(_, bytes) => {
-                let room = MAX_SAID - said.len();
-                said.extend(&bytes[..room.min(bytes.len())]);
+                let room = MAX_STDERR - stderr.len();
+                stderr.extend(&bytes[..room.min(bytes.len())]);
             }
             Event::Exit(ended) => {
-                let text = String::from_utf8_lossy(&said);
+                let text = String::from_utf8_lossy(&stderr);
                 ensure!(ended.status() == 0, "tar in the VM: {}", text.trim_end());
                 return Ok(());
             }

@@ -195,8 +195,8 @@ impl TakeSnapshot {
         let taken = take(&vm.record, restorable, &dir, timeout, &mut signals);
         let received = signals.received();
         let error = match (taken, received) {
-            (Ok(said), None) => {
-                say!("{said}")?;
+            (Ok(result), None) => {
+                say!("{result}")?;
                 return Ok(0);
             }
             (Ok(_), Some(signal)) => ended_by(signal),
@@ -326,14 +326,14 @@ mod tests {
     #[test]
     fn a_damaged_snapshot_is_distinguished_from_a_missing_one() {
         let dir = tempfile::tempdir().unwrap();
-        let said = Manifest::read(dir.path()).unwrap_err().to_string();
+        let error = Manifest::read(dir.path()).unwrap_err().to_string();
         assert!(
-            said.ends_with("holds no snapshot of `pigeon snapshot`"),
-            "{said}"
+            error.ends_with("holds no snapshot of `pigeon snapshot`"),
+            "{error}"
         );
         fs::write(dir.path().join(MANIFEST), "{}").unwrap();
-        let said = Manifest::read(dir.path()).unwrap_err().to_string();
-        assert!(said.ends_with("snapshot.json is damaged"), "{said}");
+        let error = Manifest::read(dir.path()).unwrap_err().to_string();
+        assert!(error.ends_with("snapshot.json is damaged"), "{error}");
         ensure_readable(dir.path());
     }
 

@@ -86,7 +86,7 @@ mod tests {
     use super::*;
     use clap::Parser;
 
-    fn said(word: &str) -> String {
+    fn message(word: &str) -> String {
         let error = Cli::try_parse_from(["pigeon", word, "x"]);
         let error = error.map(drop).unwrap_err();
         complete(error).to_string()
@@ -102,10 +102,13 @@ mod tests {
             ("lgos", "logs"),
             ("rstart", "restart"),
         ] {
-            let said = said(word);
-            assert!(said.contains(&format!("'{command}'")), "{word}: {said}");
+            let message = message(word);
+            assert!(
+                message.contains(&format!("'{command}'")),
+                "{word}: {message}"
+            );
         }
-        assert!(!said("frobnicate").contains("tip"));
+        assert!(!message("frobnicate").contains("tip"));
         assert!(!is_near("stop", "top-") && is_near("kill", "kil") && is_near("", "a"));
     }
 
@@ -113,9 +116,12 @@ mod tests {
     fn other_docker_commands_get_a_suggestion() {
         for (names, tip) in OF_DOCKER {
             for name in *names {
-                let said = said(name);
-                assert!(said.contains(&format!("tip: {tip}")), "{name}: {said}");
-                assert_eq!(said.matches("tip").count(), 1, "{said}");
+                let message = message(name);
+                assert!(
+                    message.contains(&format!("tip: {tip}")),
+                    "{name}: {message}"
+                );
+                assert_eq!(message.matches("tip").count(), 1, "{message}");
             }
         }
     }

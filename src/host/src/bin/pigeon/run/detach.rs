@@ -45,9 +45,9 @@ pub fn start(arguments: impl IntoIterator<Item = OsString>) -> Result<Result<Str
         .context("unable to start pigeon once more")?;
     // Closes this process's copies of the pipe's write end.
     drop(command);
-    let mut said = String::new();
-    reader.read_to_string(&mut said)?;
-    let (others, name) = split(&said);
+    let mut output = String::new();
+    reader.read_to_string(&mut output)?;
+    let (others, name) = split(&output);
     if !others.is_empty() {
         let _ = io::Write::write_all(&mut io::stderr(), others.as_bytes());
     }
@@ -60,9 +60,9 @@ pub fn start(arguments: impl IntoIterator<Item = OsString>) -> Result<Result<Str
 }
 
 /// Splits the output of a VM's owner: its messages, and the VM's name if it has started.
-fn split(said: &str) -> (String, Option<String>) {
+fn split(output: &str) -> (String, Option<String>) {
     let is_name = |line: &&str| line.starts_with(STARTED);
-    let lines = said.split_inclusive('\n');
+    let lines = output.split_inclusive('\n');
     let name = lines.clone().find(is_name);
     let name = name.and_then(|line| line.trim_end().strip_prefix(STARTED));
     let others = lines.filter(|line| !is_name(line)).collect();
@@ -88,8 +88,11 @@ mod tests {
 
     #[test]
     fn the_name_is_found_among_other_messages() {
-        let said = "pigeon: a hint\nstarted: app\n";
-        assert_eq!(split(said), ("pigeon: a hint\n".into(), Some("app".into())));
+        let output = "pigeon: a hint\nstarted: app\n";
+        assert_eq!(
+            split(output),
+            ("pigeon: a hint\n".into(), Some("app".into()))
+        );
         assert_eq!(split("pigeon: no\n"), ("pigeon: no\n".into(), None));
     }
 }

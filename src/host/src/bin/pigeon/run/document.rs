@@ -601,8 +601,8 @@ mod tests {
             (&cleared["Entrypoint"], &cleared["Cmd"]),
             (&json!([]), &json!(["/id"]))
         );
-        let said = error(&image, &["--entrypoint=", "IMAGE"]);
-        assert!(said.starts_with("nothing to run"), "{said}");
+        let error_text = error(&image, &["--entrypoint=", "IMAGE"]);
+        assert!(error_text.starts_with("nothing to run"), "{error_text}");
     }
 
     #[test]
@@ -822,19 +822,31 @@ mod tests {
 
     #[test]
     fn errors_are_reported_before_the_boot() {
-        let said = error(&json!({}), &["IMAGE"]);
+        let error_text = error(&json!({}), &["IMAGE"]);
         assert!(
-            said.starts_with("nothing to run") && said.contains("names no command"),
-            "{said}"
+            error_text.starts_with("nothing to run") && error_text.contains("names no command"),
+            "{error_text}"
         );
-        let said = error(&json!({}), &["IMAGE", "-m", "512"]);
-        assert!(said.contains("options go before the image"), "{said}");
-        let said = error(&json!({"ExtraEnv": ["A=B"]}), &["-e", "A=B", "IMAGE", "/a"]);
-        assert!(said.contains("app.run.json: ExtraEnv: "), "{said}");
-        let said = error(&json!({"ImageConfig": {"entrypoint": ["/a"]}}), &["IMAGE"]);
-        assert!(said.contains("did you mean Entrypoint?"), "{said}");
-        let said = error(&json!({"Platform": "linux/s390x"}), &["IMAGE", "/a"]);
-        assert!(said.contains("the image is for linux/s390x"), "{said}");
+        let error_text = error(&json!({}), &["IMAGE", "-m", "512"]);
+        assert!(
+            error_text.contains("options go before the image"),
+            "{error_text}"
+        );
+        let error_text = error(&json!({"ExtraEnv": ["A=B"]}), &["-e", "A=B", "IMAGE", "/a"]);
+        assert!(
+            error_text.contains("app.run.json: ExtraEnv: "),
+            "{error_text}"
+        );
+        let error_text = error(&json!({"ImageConfig": {"entrypoint": ["/a"]}}), &["IMAGE"]);
+        assert!(
+            error_text.contains("did you mean Entrypoint?"),
+            "{error_text}"
+        );
+        let error_text = error(&json!({"Platform": "linux/s390x"}), &["IMAGE", "/a"]);
+        assert!(
+            error_text.contains("the image is for linux/s390x"),
+            "{error_text}"
+        );
         assert!(
             error(&json!({"ExecOverride": ["/a"]}), &["--disk", "x", "IMAGE"])
                 .contains("FILE:PATH")

@@ -509,7 +509,7 @@ impl Owner<'_> {
             return Err(error);
         }
         let unseen = !self.run.shows_console();
-        let said = match (&exit, end) {
+        let message = match (&exit, end) {
             _ if killed => "killed".into(),
             (Some(exit), End::Reboot | End::PowerOff) if exit.oom_killed => {
                 format!("exit code {}: out of memory (-m gives more)", exit.code)
@@ -538,7 +538,7 @@ impl Owner<'_> {
         } else if unseen && let Some(line) = complaint(&console) {
             let _ = writeln!(io::stderr(), "{line}");
         }
-        note!("{said}");
+        note!("{message}");
         Ok(code)
     }
 }
