@@ -518,7 +518,7 @@ impl Owner<'_> {
                 let error = exit.error.as_deref().unwrap_or_default();
                 format!("the workload could not be started: {error}")
             }
-            // With --quiet nothing is printed after the output.
+            // If only the output is shown, no message follows it.
             (Some(_), End::Reboot | End::PowerOff) if unseen && code < CANNOT_START - 1 => {
                 return Ok(code);
             }
