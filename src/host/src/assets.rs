@@ -156,7 +156,7 @@ impl Kernel {
         let version = path.to_str().filter(|name| is_version(name));
         let version = version.with_context(|| {
             format!(
-                "PIGEON_KERNEL={}: not a version, as 6.12, and not a path",
+                "PIGEON_KERNEL={}: neither a version (such as 6.12) nor a path",
                 path.display()
             )
         })?;

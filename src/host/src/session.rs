@@ -330,7 +330,7 @@ impl Session {
         self.ahead.push_back(event);
         if self.ahead_size > MAX_AHEAD {
             self.over = true;
-            let error = "the command writes on and on and does not read its input";
+            let error = "the command keeps writing and does not read its input";
             return Err(Error::Broken(error.into()));
         }
         Ok(())

@@ -48,7 +48,7 @@ fn ensure_vacant(path: &Path) -> anyhow::Result<()> {
     }
     match fs::metadata(path) {
         Ok(there) if !there.file_type().is_socket() => {
-            bail!("{} is there, and is not a socket", path.display())
+            bail!("{} exists and is not a socket", path.display())
         }
         _ => Ok(()),
     }

@@ -173,7 +173,7 @@ fn an_error_says_what_to_do_next() {
     let words = ["run", "--uds", "app.ext4", "app.ext4", "id"];
     let stderr = error_of(&place, &words);
     assert!(
-        stderr.contains("app.ext4 is there, and is not a socket"),
+        stderr.contains("app.ext4 exists and is not a socket"),
         "{stderr}"
     );
     // Another VM has reserved this socket.
@@ -249,7 +249,7 @@ fn a_file_at_the_path_of_the_events_socket_is_kept() {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(7), "{stderr}");
     assert!(
-        stderr.contains("app.vsock_10001 is there, and is not a socket"),
+        stderr.contains("app.vsock_10001 exists and is not a socket"),
         "{stderr}"
     );
     assert_eq!(fs::read_to_string(path).unwrap(), "precious");
@@ -298,7 +298,7 @@ fn a_vm_is_resumed_when_its_snapshot_command_was_killed() {
     let output = run.wait_with_output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(
-        stderr.contains("a snapshot was broken off; the VM goes on"),
+        stderr.contains("a snapshot was interrupted; the VM was resumed"),
         "{stderr}"
     );
 }
@@ -407,7 +407,7 @@ fn output_is_shown_even_if_it_cannot_be_recorded() {
     );
     assert_eq!(
         stderr
-            .matches("output is shown, but not written down")
+            .matches("unable to keep the output for `pigeon logs`")
             .count(),
         1,
         "{stderr}"

@@ -504,7 +504,7 @@ fn cp_replaces_only_regular_files_and_targets_of_links() {
     let refused = |destination: &str| {
         let (stderr, code) = copy(destination);
         assert!(
-            stderr.contains("is there, and is not a regular file"),
+            stderr.contains("exists and is not a regular file"),
             "{stderr}"
         );
         assert_eq!(code, Some(125));

@@ -151,7 +151,7 @@ fn open_for_reader(path: &str) -> Result<File> {
         }
         ensure!(
             Instant::now() < deadline,
-            "nobody has opened {path} for reading in {} s",
+            "{path} was not opened for reading within {} s",
             OPEN.as_secs()
         );
         thread::sleep(RETRY);

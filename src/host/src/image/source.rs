@@ -353,7 +353,7 @@ fn collect_manifests(
     depth: usize,
     manifests: &mut Manifests,
 ) -> Result<()> {
-    ensure!(depth < MAX_INDEXES, "indexes in indexes without end");
+    ensure!(depth < MAX_INDEXES, "the indexes are nested too deeply");
     for descriptor in index["manifests"].as_array().into_iter().flatten() {
         let annotations = &descriptor["annotations"];
         let platform = &descriptor["platform"];

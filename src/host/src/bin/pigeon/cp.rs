@@ -192,7 +192,7 @@ fn file_to_write(destination: &Path, path: &str) -> Result<PathBuf> {
     };
     ensure!(
         found.is_err() || found.is_ok_and(|found| found.is_file() || found.is_symlink()),
-        "{} is there, and is not a regular file",
+        "{} exists and is not a regular file",
         file.display()
     );
     Ok(file)

@@ -37,7 +37,7 @@ const FAILED: u8 = 125;
 const CANNOT_START: u8 = 126;
 const NOT_FOUND: u8 = 127;
 
-/// Runs container images in micro-VMs and steers them.
+/// Runs container images in micro-VMs, and controls them.
 #[derive(Parser)]
 #[command(name = "pigeon", version, max_term_width = 100)]
 struct Cli {

@@ -19,7 +19,7 @@ pub struct NoReader;
 
 impl fmt::Display for NoReader {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str("nobody reads the output")
+        f.write_str("the output is closed")
     }
 }
 

@@ -315,7 +315,7 @@ impl Owner<'_> {
                 if let Err(error) = &written
                     && is_recorded
                 {
-                    note!("output is shown, but not written down: {error:#}");
+                    note!("unable to keep the output for `pigeon logs`: {error:#}");
                 }
                 is_recorded = written.is_ok();
                 if shown {
@@ -362,7 +362,7 @@ impl Owner<'_> {
             while !over.load(Ordering::Relaxed) {
                 let resumed = snapshot::resume_orphaned(&dir, &uds);
                 match &resumed {
-                    Ok(true) => note!("a snapshot was broken off; the VM goes on"),
+                    Ok(true) => note!("a snapshot was interrupted; the VM was resumed"),
                     Err(error) if !has_failed => note!("unable to resume the VM: {error:#}"),
                     _ => {}
                 }

@@ -132,7 +132,7 @@ fn command_of(vm: &Vm, detached: bool) -> Result<(&Launch, Run)> {
     let name = &vm.record.name;
     let launch = vm.record.launch.as_ref();
     let launch = launch.with_context(|| {
-        format!("{name} is no VM of `pigeon run`, whose options would be used again")
+        format!("{name} was not started by `pigeon run`: its options are not known")
     })?;
     let words = ["pigeon"].into_iter().map(String::from);
     let words = words.chain(launch.arguments.iter().cloned());
