@@ -51,10 +51,6 @@ const COMMAND_TIMEOUT: u64 = 10_000;
 /// How long a client may read nothing while data is queued for it, or leave a close frame unanswered, in
 /// milliseconds.
 const SEND_TIMEOUT: u64 = 30_000;
-/// How long data from a client is discarded after an error response, in milliseconds.
-const DRAIN_TIMEOUT: u64 = 10_000;
-/// How long the client may send nothing meanwhile, in milliseconds.
-const DRAIN_IDLE: u64 = 5000;
 /// Time limit for a tunnel's TCP connection, in milliseconds.
 #[cfg(feature = "tunnel")]
 const CONNECT_TIMEOUT: u64 = 10_000;
@@ -118,12 +114,9 @@ enum State {
     LastResponse,
     /// Sending a WebSocket's last bytes.
     Closing,
-    /// Sending the last bytes to a client that may still be sending, and discarding what it sends until
-    /// this time in milliseconds: otherwise a reset could keep it from reading the response (RFC 9112
-    /// section 9.6).
+    /// Sending the last bytes, and discarding what the client sends until it has closed, or until this time
+    /// in milliseconds: otherwise a reset could keep it from reading the response (RFC 9112 section 9.6).
     Draining(u64),
-    /// Waiting until the client has read the last bytes and closed.
-    Lingering,
     /// Closed.
     Closed,
 }
@@ -256,8 +249,7 @@ impl Connection {
     /// response. Otherwise [`NEVER`].
     pub fn replaceable_since(&self, now: u64) -> u64 {
         let (deadline, timeout) = match &self.state {
-            State::Draining(until) => (*until, DRAIN_TIMEOUT),
-            State::Lingering => (self.deadline, LAST_BYTES_TIMEOUT),
+            State::Draining(until) => (*until, LAST_BYTES_TIMEOUT),
             State::Head(_) | State::LastResponse | State::Closing if !self.io.is_sent() => {
                 (self.deadline, SEND_TIMEOUT)
             }
@@ -357,7 +349,6 @@ impl Connection {
             State::Body(_) => context.now + BODY_TIMEOUT,
             State::WebSocket(_, Stage::AwaitingCommand) => context.now + COMMAND_TIMEOUT,
             State::WebSocket(_, Stage::CloseSent) => context.now + SEND_TIMEOUT,
-            State::Lingering => context.now + LAST_BYTES_TIMEOUT,
             #[cfg(feature = "tunnel")]
             State::Tunnel(_) => context.now + CONNECT_TIMEOUT,
             _ => NEVER,
@@ -393,7 +384,7 @@ impl Connection {
 
     /// Enters [`State::Draining`], after the last bytes were queued.
     fn drain(&mut self, shared: &mut Shared) {
-        let until = shared.context.now + DRAIN_TIMEOUT;
+        let until = shared.context.now + LAST_BYTES_TIMEOUT;
         self.enter(State::Draining(until), shared);
     }
 
@@ -484,7 +475,7 @@ impl Connection {
             #[cfg(feature = "tunnel")]
             State::Tunnel(_) => self.proceed_tunnel(budget, shared),
             State::Draining(until) => {
-                self.deadline = (shared.context.now + DRAIN_IDLE).min(*until);
+                self.deadline = *until;
                 self.io.discard_received();
                 Step::Wait
             }
@@ -492,12 +483,8 @@ impl Connection {
             State::Snapshot(_) => Step::Wait,
             State::LastResponse if self.io.may_be_unread() => {
                 let _gone = rustix::net::shutdown(self.io.socket(), Shutdown::Write);
-                self.enter(State::Lingering, shared);
-                Step::Wait
-            }
-            State::Lingering => {
-                self.io.discard_received();
-                Step::Wait
+                self.drain(shared);
+                Step::Again
             }
             State::LastResponse | State::Closing | State::Closed => {
                 self.enter(State::Closed, shared);

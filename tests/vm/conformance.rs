@@ -33,8 +33,8 @@ const TIMEOUT: Duration = Duration::from_secs(180);
 const RESPONSE: Duration = Duration::from_secs(30);
 
 /// How many connections try a case at the same time. Most of the time they wait for the end of a connection:
-/// after an error response the VM waits 5 s for the client to close.
-const AT_ONCE: usize = 64;
+/// after an error response the VM waits 10 s for the client to close.
+const AT_ONCE: usize = 96;
 
 /// Whether the statuses are those expected.
 fn matches(seen: &[u16], wanted: &[u16]) -> bool {
