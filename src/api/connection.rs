@@ -112,7 +112,7 @@ enum State {
     Snapshot(PendingCall),
     /// Sending the last response.
     LastResponse,
-    /// Sending a WebSocket's last bytes.
+    /// Sending a WebSocket's last bytes. Its client waits until this end closes (RFC 6455 section 7.1.1).
     Closing,
     /// Sending the last bytes, and discarding what the client sends until it has closed, or until this time
     /// in milliseconds: otherwise a reset could keep it from reading the response (RFC 9112 section 9.6).

@@ -38,9 +38,6 @@ const STALL_TIMEOUT: u64 = 35_000;
 /// include a pause of the VM.
 const CLIENT_TIMEOUT_SECS: u32 = 30;
 const SECOND: Duration = Duration::from_secs(1);
-/// How long data from a client is discarded after an error response, so that it can read the response, in
-/// milliseconds.
-const DRAIN_TIMEOUT: u64 = 10_000;
 /// Bytes moved at once: the size of a vsock receive buffer (VIRTIO_VSOCK_DEFAULT_BUF_SIZE).
 const CHUNK: usize = 256 << 10;
 /// Maximum length of a `user:group`, in bytes.
@@ -322,7 +319,7 @@ impl Client<'_> {
     /// client could not read the response.
     fn drain(&self, decoder: &mut BodyDecoder, room: &mut [u8]) {
         let watch = Stopwatch::start();
-        while !decoder.is_complete() && watch.elapsed() < DRAIN_TIMEOUT {
+        while !decoder.is_complete() && watch.elapsed() < LAST_BYTES_TIMEOUT {
             match files::read(self.socket, room) {
                 Ok(count @ 1..) => {
                     let _malformed = decoder.decode(room.get_mut(..count).unwrap_or(&mut []));

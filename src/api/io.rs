@@ -27,10 +27,10 @@ const OUTPUT: usize = MAX_OUTPUT + 1024;
 /// Space kept free at the end of the output buffer for a control frame, a response's head, or the text around
 /// output.
 const RESERVE: usize = HEAD_ROOM;
-/// Bytes that the host's socket holds for a client that reads nothing.
+/// Bytes that the host's socket holds for a client that reads nothing. More than these the host may drop soon
+/// after this end has closed (Firecracker after 2 s).
 pub const HOST_BUFFER: u64 = 64 << 10;
-/// How long a client may take to read the last bytes of more and to close, in milliseconds: a host may drop
-/// what a slow client has not read soon after this end has closed (Firecracker after 2 s).
+/// How long a client may take to read the last bytes and to close, in milliseconds.
 pub const LAST_BYTES_TIMEOUT: u64 = 10_000;
 /// Memory is reused if a connection has touched no more than this of each buffer: a page.
 const REUSE_LIMIT: usize = 4096;

@@ -404,7 +404,7 @@ fn a_loop_device_that_cannot_be_opened_costs_no_other_disk() -> Result<()> {
     let (data, other) = (volume()?, volume()?);
     // losetup reads the partition table from a disk that hangs, and nothing can open the loop device
     // meanwhile (loop_reread_partitions).
-    // Since Linux 6.18 the loop device is synced first, which must not wait for the disk.
+    // Linux 6.18 syncs the file first, which must not wait for the disk.
     let script =
         "insmod /loop.ko; mkdir /l; mount -o noatime,barrier=0 /dev/vdd /l; ls -l /l/img; sync
         echo ready; read -r line

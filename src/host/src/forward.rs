@@ -114,7 +114,7 @@ pub(crate) fn wait_until_quiet(guest: &UnixStream) {
     let mut polled = [PollFd::new(guest, PollFlags::IN | PollFlags::RDHUP)];
     let closed = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
     while poll(&mut polled, Some(&QUIET)) != Ok(0) && !polled[0].revents().intersects(closed) {
-        // Somebody else reads it.
+        // Another thread reads it.
         thread::sleep(Duration::from_millis(10));
     }
 }

@@ -116,22 +116,25 @@ fn tap(spec: &Spec) -> Result<Option<&str>> {
 
 /// The objects of a configuration, in the order of the calls that set them: the metadata service needs its network
 /// interface. Each element of a list is set by its own call, whose path ends with the element's ID.
-const OBJECTS: [(&str, Option<&str>); 6] = [
-    ("boot-source", None),
-    ("machine-config", None),
-    ("drives", Some("drive_id")),
-    ("network-interfaces", Some("iface_id")),
-    ("mmds-config", None),
-    ("vsock", None),
+const OBJECTS: [(&str, &str, Option<&str>); 6] = [
+    ("boot-source", "/boot-source", None),
+    ("machine-config", "/machine-config", None),
+    ("drives", "/drives", Some("drive_id")),
+    (
+        "network-interfaces",
+        "/network-interfaces",
+        Some("iface_id"),
+    ),
+    ("mmds-config", "/mmds/config", None),
+    ("vsock", "/vsock", None),
 ];
 
 /// Configures a Firecracker and starts its VM. Each response has the reason for a failure. With `--config-file`, a
 /// VM that cannot be started would abort Firecracker without a reason if a call arrives meanwhile (Firecracker
 /// src/firecracker/src/api_server_adapter.rs).
 fn boot(api: &Path, configuration: &Value) -> Result<()> {
-    for (name, id) in OBJECTS {
+    for (name, path, id) in OBJECTS {
         let object = &configuration[name];
-        let path = format!("/{}", name.replace("mmds-", "mmds/"));
         match id {
             Some(id) => {
                 for element in object.as_array().into_iter().flatten() {
@@ -141,7 +144,7 @@ fn boot(api: &Path, configuration: &Value) -> Result<()> {
             }
             None if object.is_null() => {}
             None => {
-                request(api, "PUT", &path, object)?;
+                request(api, "PUT", path, object)?;
             }
         }
     }
