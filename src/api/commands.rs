@@ -429,6 +429,11 @@ impl Commands {
     pub fn used(&self) -> usize {
         self.slab.used()
     }
+
+    /// Frees the memory that many commands at the same time have used.
+    pub fn free_unused(&mut self) {
+        sys::free_unused(self.slab.shrink());
+    }
 }
 
 impl Command {

@@ -317,6 +317,8 @@ impl Api {
         self.accept_retry = self.accept_retry.filter(|retry| *retry > now);
         let is_late = |connection: &Connection| connection.deadline <= now;
         self.for_each(context, &is_late, &mut Connection::expire);
+        sys::free_unused(self.connections.shrink());
+        self.commands.free_unused();
     }
 
     /// Calls `work` on every selected connection.

@@ -1,20 +1,27 @@
 //! A fixed number of reusable slots with generational keys.
 
-/// Identifies one use of a slot: the slot's index, and how often it was used before.
+use core::mem::MaybeUninit;
+
+/// Bits of a key for the slot's index.
+const INDEX_BITS: u32 = 9;
+
+/// So many slots always keep their memory.
+const KEPT: usize = 8;
+
+/// Identifies one use of a slot: the slot's index, and how many values were stored in the slab before.
 ///
-/// The counter has 16 bits: a key must not be kept while its slot is used 65,536 times.
+/// The counter has 23 bits: a key must not be kept while 8,388,608 values are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Key(u32);
 
 impl Key {
-    /// The slot's index.
-    pub fn index(self) -> usize {
-        self.0 as usize & 0xffff
+    fn new(index: usize, count: u32) -> Self {
+        Self(count << INDEX_BITS | index as u32)
     }
 
-    /// The key of the slot's next use.
-    fn next(self) -> Self {
-        Self(self.0.wrapping_add(1 << 16))
+    /// The slot's index.
+    pub fn index(self) -> usize {
+        self.0 as usize & ((1 << INDEX_BITS) - 1)
     }
 
     /// The key as a number.
@@ -28,11 +35,13 @@ impl Key {
     }
 }
 
-/// At most `N` values, 65,536 at most. The first free slot is used, so few values touch few pages.
+/// At most `N` values, 512 at most. The first free slot is used, so few values touch few pages.
 ///
 /// A slot's memory is first touched when the slot is first used.
 pub struct Slab<T, const N: usize> {
     slots: heapless::Vec<Slot<T>, N>,
+    /// Number of values that were stored.
+    count: u32,
 }
 
 struct Slot<T> {
@@ -43,8 +52,10 @@ struct Slot<T> {
 impl<T, const N: usize> Slab<T, N> {
     /// No value.
     pub const fn new() -> Self {
+        const { assert!(N <= 1 << INDEX_BITS) };
         Self {
             slots: heapless::Vec::new(),
+            count: 0,
         }
     }
 
@@ -52,13 +63,15 @@ impl<T, const N: usize> Slab<T, N> {
     pub fn insert(&mut self, value: T) -> Option<Key> {
         let used = self.slots.len();
         let free = self.slots.iter().position(|slot| slot.value.is_none());
+        let key = Key::new(free.unwrap_or(used), self.count);
         if free.is_none() {
-            let key = Key(used as u32);
             self.slots.push(Slot { key, value: None }).ok()?;
         }
-        let slot = self.slots.get_mut(free.unwrap_or(used))?;
+        let slot = self.slots.get_mut(key.index())?;
+        slot.key = key;
         slot.value = Some(value);
-        Some(slot.key)
+        self.count = self.count.wrapping_add(1);
+        Some(key)
     }
 
     /// Whether all slots are taken.
@@ -78,9 +91,19 @@ impl<T, const N: usize> Slab<T, N> {
 
     /// Removes and returns the value stored under `key`.
     pub fn remove(&mut self, key: Key) -> Option<T> {
-        let slot = self.slot(key)?;
-        slot.key = key.next();
-        slot.value.take()
+        self.slot(key)?.value.take()
+    }
+
+    /// Gives up the slots after the last value if they are most of those that were used, and returns their
+    /// memory, which the caller should free.
+    pub fn shrink(&mut self) -> &mut [MaybeUninit<impl Sized + use<T, N>>] {
+        let last = self.slots.iter().rposition(|slot| slot.value.is_some());
+        let (used, touched) = (last.map_or(0, |last| last + 1), self.slots.len());
+        if touched <= KEPT || used > touched / 4 {
+            return &mut [];
+        }
+        self.slots.truncate(used);
+        self.slots.spare_capacity_mut()
     }
 
     /// The key of the value in slot `index`, for iterating while values are added and removed.
@@ -90,7 +113,7 @@ impl<T, const N: usize> Slab<T, N> {
         Some(slot.key)
     }
 
-    /// Number of slots that were ever used: the limit of indexes for [`key_at`](Self::key_at).
+    /// The limit of indexes for [`key_at`](Self::key_at).
     pub fn used(&self) -> usize {
         self.slots.len()
     }
@@ -133,6 +156,9 @@ mod tests {
                 slab.remove(key);
                 dead.push(key);
             }
+            if step % 64 == 0 {
+                slab.shrink();
+            }
             assert_eq!(slab.iter().count(), model.len());
             assert!(slab.iter().all(|(key, value)| model[&key] == *value));
             assert!(
@@ -152,6 +178,27 @@ mod tests {
         slab.remove(first);
         assert_eq!(slab.insert(3).unwrap().index(), first.index());
         assert_eq!(slab.used(), 2);
+    }
+
+    #[test]
+    fn the_memory_of_many_values_is_given_up_once_few_are_left() {
+        let mut slab = Slab::<u8, 64>::new();
+        let keys: Vec<_> = (0..40).map(|value| slab.insert(value).unwrap()).collect();
+        // The first three stay, and one of those in the middle.
+        for key in keys[3..].iter().filter(|key| key.index() != 20) {
+            slab.remove(*key);
+        }
+        assert_eq!(slab.shrink().len(), 0);
+        slab.remove(keys[20]);
+        assert_eq!(slab.shrink().len(), 61);
+        assert_eq!(slab.shrink().len(), 0);
+        assert_eq!((slab.used(), slab.get_mut(keys[2])), (3, Some(&mut 2)));
+        let again = slab.insert(7).unwrap();
+        assert_eq!((again.index(), slab.get_mut(keys[3])), (3, None));
+        // A few keep it.
+        (0..4).for_each(|value| _ = slab.insert(value));
+        (keys[..3].iter().chain([&again])).for_each(|key| _ = slab.remove(*key));
+        assert_eq!((slab.shrink().len(), slab.used()), (0, 8));
     }
 
     #[test]

@@ -9,7 +9,7 @@
 //! A thread is started when none is idle, and ended when another one is idle: there is one, and one more for
 //! each blocked call. Everything here runs in the event loop's thread, except [`Thread::serve`].
 
-use super::arch;
+use super::arch::{self, PAGE};
 use super::clock::sleep;
 use super::memory::Region;
 use super::process::{clone_arguments, exit_thread};
@@ -310,6 +310,7 @@ impl GuestThreads {
                 kind: Kind::Close,
                 fd: -1,
                 buffer,
+                used: 0,
                 length: 0,
                 result: Ok(0),
                 taken: 0,
@@ -395,6 +396,8 @@ struct Call {
     kind: Kind,
     fd: RawFd,
     buffer: Region,
+    /// Most bytes of a call.
+    used: usize,
     /// Number of bytes to write, size of the buffer, or [`Size::to_bits`].
     length: usize,
     result: Result<usize>,
@@ -485,6 +488,11 @@ impl Thread {
                 self.has_closed.store(true, Ordering::SeqCst);
                 // SAFETY: its owner no longer uses it.
                 unsafe { rustix::io::close(call.fd) }
+                // Large output is rare, and the next file may have none.
+                if call.used > PAGE {
+                    call.used = 0;
+                    call.buffer.free_contents();
+                }
             }
             self.returned.store(count, Ordering::SeqCst);
             let _woken = futex::wake(&self.returned, futex::Flags::PRIVATE, 1);
@@ -510,6 +518,7 @@ impl Call {
             Kind::Close => {}
             Kind::End => exit_thread(),
         }
+        self.used = self.used.max(self.result.unwrap_or(0));
     }
 
     /// Whether the thread closes the descriptor afterwards: on a close, the end of the file, or an error.

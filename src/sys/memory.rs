@@ -3,6 +3,7 @@
 use super::arch::PAGE;
 use crate::page;
 use core::cell::{Cell, UnsafeCell};
+use core::mem::MaybeUninit;
 use core::ptr::NonNull;
 use rustix::io::Result;
 use rustix::mm::{Advice, MapFlags, MlockAllFlags};
@@ -69,6 +70,41 @@ impl Region {
     pub fn new(length: usize) -> Result<Self> {
         let start = page::map(length, MapFlags::PRIVATE)?;
         Ok(Self { start, length })
+    }
+
+    /// Frees the memory that was touched: if that succeeds, the bytes are zero again.
+    pub fn free_contents(&mut self) {
+        // SAFETY: the mapping is ours, and borrowed exclusively through `self`.
+        unsafe { free(self.start.as_ptr(), self.length) }
+    }
+}
+
+/// Frees the whole pages of private memory without values.
+pub fn free_unused<T>(unused: &mut [MaybeUninit<T>]) {
+    // SAFETY: nothing is stored there, and it is borrowed exclusively.
+    unsafe { free_whole_pages(unused.as_mut_ptr().cast(), size_of_val(unused)) }
+}
+
+/// # Safety
+/// As for [`page::map_at`].
+unsafe fn free_whole_pages(start: *mut u8, length: usize) {
+    let skipped = start.addr().wrapping_neg() % PAGE;
+    let length = length.saturating_sub(skipped) / PAGE * PAGE;
+    // SAFETY: as the caller promises.
+    unsafe { free(start.wrapping_add(skipped), length) }
+}
+
+/// Replaces pages of private memory by zero pages. If that fails, they stay as they are.
+///
+/// By mmap(2), as madvise(2) does not free locked pages before Linux 5.18.
+///
+/// # Safety
+/// As for [`page::map_at`].
+unsafe fn free(start: *mut u8, length: usize) {
+    if length > 0 {
+        let kind = MapFlags::PRIVATE | MapFlags::FIXED;
+        // SAFETY: as the caller promises.
+        let _kept = unsafe { page::map_at(start.cast(), length, kind) };
     }
 }
 

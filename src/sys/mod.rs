@@ -31,7 +31,7 @@ pub use clock::{PAUSE_THRESHOLD, Stopwatch, milliseconds, sleep};
 pub use clock::{device_time, microseconds, real_time, set_real_time};
 pub use files::c_str;
 pub use guest_file::{GuestFile, GuestThreads};
-pub use memory::{Region, Static, lock_memory, release_stack};
+pub use memory::{Region, Static, free_unused, lock_memory, release_stack};
 pub use process::{
     Fork, Inherited, close_others, execve, exit, fork, has_hung_up, is_readable, kill_all,
     kill_group, kill_rest_of_group, set_streams, standard_streams,

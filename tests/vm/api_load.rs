@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use pigeon_lab::{
-    End, Vm,
+    Arch, End, Vm, assets,
     disk::{Image, Tree},
     http::Client,
     vsock::API_PORT,
@@ -330,10 +330,25 @@ fn ten_thousand_calls_and_a_thousand_commands_do_not_grow_pid_1() -> Result<()> 
          {} + {} KiB and {} files after 10,000 calls, 1,000 commands ({took:?}) and a burst",
         fresh.0, fresh.1, small.0, small.1, before.0, before.1, after.0, after.1, after.2
     );
-    // A page or two of counters and queues may be touched late; nothing may grow with the calls.
-    assert!(
-        after.0 + after.1 <= before.0 + before.1 + 16,
-        "{before:?} {after:?}"
-    );
+    // A page or two of counters and queues may be touched late; nothing may stay of many commands at the same
+    // time, and nothing may grow with the calls. On aarch64 pages may have 64 KiB, so less of the tables of
+    // connections and commands is freed.
+    let within = |after: (u64, u64, u64), before: (u64, u64, u64), most: u64| {
+        ensure!(
+            after.0 + after.1 <= before.0 + before.1 + most,
+            "{before:?} {after:?}"
+        );
+        Ok(())
+    };
+    within(
+        before,
+        small,
+        if assets::arch() == Arch::X86_64 {
+            8
+        } else {
+            40
+        },
+    )?;
+    within(after, before, 8)?;
     Ok(())
 }
