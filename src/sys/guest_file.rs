@@ -9,7 +9,7 @@
 //! A thread is started when none is idle, and ended when another one is idle: there is one, and one more for
 //! each blocked call. Everything here runs in the event loop's thread, except [`Thread::serve`].
 
-use super::arch::{self, PAGE};
+use super::arch;
 use super::clock::sleep;
 use super::memory::Region;
 use super::process::{clone_arguments, exit_thread};
@@ -30,6 +30,9 @@ use rustix::thread::futex;
 
 /// Most bytes of one call: the default capacity of a pipe (pipe(7)).
 const BUFFER: usize = 64 << 10;
+
+/// As much of the buffer keeps its memory from one file to the next: a page on most kernels.
+const KEPT: usize = 4 << 10;
 
 /// More stack than [`Thread::serve`] needs. The fields that follow share its last page.
 const STACK: usize = (16 << 10) - 256;
@@ -489,7 +492,7 @@ impl Thread {
                 // SAFETY: its owner no longer uses it.
                 unsafe { rustix::io::close(call.fd) }
                 // Large output is rare, and the next file may have none.
-                if call.used > PAGE {
+                if call.used > KEPT {
                     call.used = 0;
                     call.buffer.free_contents();
                 }
