@@ -1,7 +1,9 @@
 //! Temporary directories for files under construction, removed on drop and by [`remove_all`] on a signal.
 
 use std::{
+    fs::Permissions,
     io,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard},
 };
@@ -16,7 +18,7 @@ fn live() -> MutexGuard<'static, Vec<PathBuf>> {
 }
 
 /// A temporary directory on the file system of the target, so that a file in it can be renamed to the target.
-/// It is removed when dropped.
+/// No other user can access it. It is removed when dropped.
 pub struct Scratch {
     dir: Option<TempDir>,
     path: PathBuf,
@@ -29,6 +31,7 @@ impl Scratch {
         let mut live = live();
         let dir = tempfile::Builder::new()
             .prefix(".pigeon-")
+            .permissions(Permissions::from_mode(0o700))
             .tempdir_in(std::path::absolute(directory)?)?;
         let path = dir.path().to_path_buf();
         live.push(path.clone());
@@ -60,4 +63,18 @@ pub fn remove_all() -> impl Drop {
         let _ = std::fs::remove_dir_all(path);
     }
     live
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn a_scratch_directory_is_this_users_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let scratch = Scratch::new_in(dir.path()).unwrap();
+        let mode = fs::metadata(scratch.path()).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+    }
 }

@@ -189,7 +189,7 @@ pub enum Start {
 /// The specification of a VM.
 #[derive(Clone, Debug)]
 pub struct Spec {
-    /// A directory for the sockets and logs of this VM only.
+    /// A directory for the sockets, logs and memory of this VM only. Any user who can access it controls the VM.
     pub dir: PathBuf,
     /// The architecture of the kernel and all programs.
     pub arch: Arch,

@@ -9,7 +9,8 @@ mod start;
 
 use std::{
     env,
-    fs::{self, File},
+    fs::{self, File, OpenOptions, Permissions},
+    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{self, Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -30,6 +31,7 @@ use pigeon::{
     machine::{self, Disk, HostPort, Machine, Nic, Spec},
     vsock,
 };
+use rustix::{fs::OFlags, process::geteuid};
 use serde_json::json;
 
 use crate::{
@@ -594,7 +596,8 @@ impl Drop for Held {
     }
 }
 
-/// The directory of a running VM. Its lock distinguishes it from a killed VM's.
+/// The directory of a running VM, with its configuration, memory and sockets, so for this user only. Its lock
+/// distinguishes it from a killed VM's.
 struct Scratch {
     dir: tempfile::TempDir,
     _lock: File,
@@ -605,7 +608,10 @@ const LOCK: &str = "lock";
 
 impl Scratch {
     fn new() -> Result<Scratch> {
-        let dir = tempfile::Builder::new().prefix(SCRATCH).tempdir()?;
+        let dir = tempfile::Builder::new()
+            .prefix(SCRATCH)
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir()?;
         let lock = File::create(dir.path().join(LOCK))?;
         lock.lock()?;
         Ok(Scratch { dir, _lock: lock })
@@ -618,17 +624,36 @@ impl Scratch {
 
 /// Removes the directories of VMs whose owners were killed.
 fn sweep() {
-    let Ok(entries) = fs::read_dir(std::env::temp_dir()) else {
+    sweep_in(&env::temp_dir());
+}
+
+fn sweep_in(dir: &Path) {
+    let Ok(entries) = fs::read_dir(dir) else {
         return;
     };
+    let user = geteuid().as_raw();
     for entry in entries.flatten() {
-        let is_ours = entry.file_name().to_string_lossy().starts_with(SCRATCH);
+        // Any user can create files in this directory.
+        let is_ours = entry.file_name().to_string_lossy().starts_with(SCRATCH)
+            && entry
+                .metadata()
+                .is_ok_and(|found| found.is_dir() && found.uid() == user);
         // A directory without a lock is still being created.
-        let lock = File::open(entry.path().join(LOCK));
-        if is_ours && lock.is_ok_and(|lock| lock.try_lock().is_ok()) {
+        if is_ours && is_unlocked(&entry.path().join(LOCK)) {
             let _ = fs::remove_dir_all(entry.path());
         }
     }
+}
+
+/// Whether a lock file exists and is not locked. It is not waited for if it is a FIFO.
+fn is_unlocked(path: &Path) -> bool {
+    let flags = OFlags::NONBLOCK | OFlags::NOFOLLOW;
+    let mut options = OpenOptions::new();
+    let lock = options
+        .read(true)
+        .custom_flags(flags.bits() as i32)
+        .open(path);
+    lock.is_ok_and(|lock| lock.try_lock().is_ok())
 }
 
 /// The end of a VM, for `pigeon run --json`.
@@ -639,6 +664,12 @@ fn describe_end(exit: Option<&pigeon::Exit>, end: &str, code: u8) -> serde_json:
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    use std::{
+        os::unix::fs::{chown, symlink},
+        sync::mpsc,
+        thread,
+    };
 
     #[test]
     fn memory_is_in_mib_or_has_a_unit() {
@@ -705,5 +736,47 @@ mod tests {
         sweep();
         assert!(!left.exists());
         assert!(running.path().exists());
+    }
+
+    #[test]
+    fn the_directory_of_a_running_vm_is_this_users_only() {
+        let scratch = Scratch::new().unwrap();
+        let mode = fs::metadata(scratch.path()).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+    }
+
+    #[test]
+    fn what_another_user_puts_beside_the_vms_is_left_alone_and_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = |name: &str| {
+            let path = dir.path().join(name);
+            fs::create_dir(&path).unwrap();
+            path
+        };
+        let [other, vm] = ["other", "pigeon-vm-a"].map(place);
+        for path in [&other, &vm] {
+            mknodat(CWD, path.join(LOCK), FileType::Fifo, Mode::RWXU, 0).unwrap();
+        }
+        // Links to a directory and to a lock of this user.
+        let mine = place("mine");
+        fs::write(mine.join(LOCK), "").unwrap();
+        symlink(&mine, dir.path().join("pigeon-vm-b")).unwrap();
+        let linked = place("pigeon-vm-c");
+        symlink(mine.join(LOCK), linked.join(LOCK)).unwrap();
+        let foreign = place("pigeon-vm-d");
+        fs::write(foreign.join(LOCK), "").unwrap();
+        // Only root can give a directory away.
+        let is_foreign = chown(&foreign, Some(1), Some(1)).is_ok();
+
+        let (done, swept) = mpsc::channel();
+        let path = dir.path().to_path_buf();
+        thread::spawn(move || {
+            sweep_in(&path);
+            done.send(())
+        });
+        swept.recv_timeout(Duration::from_secs(20)).unwrap();
+        assert!(other.exists() && linked.exists() && mine.join(LOCK).exists());
+        assert!(dir.path().join("pigeon-vm-b").exists());
+        assert_eq!(foreign.exists(), is_foreign);
     }
 }
