@@ -45,16 +45,7 @@ impl Forward {
         let (uds, target) = (uds.to_path_buf(), target.to_string());
         let accepting = listener.try_clone()?;
         thread::spawn(move || {
-            for client in accepting.incoming() {
-                let client = match client {
-                    Ok(client) => client,
-                    // The listener was closed.
-                    Err(error) if error.kind() == io::ErrorKind::InvalidInput => break,
-                    Err(_) => {
-                        thread::sleep(PAUSE);
-                        continue;
-                    }
-                };
+            for client in until_shutdown(accepting.incoming()) {
                 let (uds, target, failed) = (uds.clone(), target.clone(), failed.clone());
                 thread::spawn(move || {
                     if let Err(error) = relay(&client, uds, &target) {
@@ -78,6 +69,16 @@ impl Drop for Forward {
         // This also ends a blocked accept.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }
+}
+
+/// The connections to a listener until it is shut down. After an error, the next attempt is made after [`PAUSE`].
+pub(crate) fn until_shutdown<S>(
+    incoming: impl Iterator<Item = io::Result<S>>,
+) -> impl Iterator<Item = S> {
+    let is_shut_down = |error: &io::Error| error.kind() == io::ErrorKind::InvalidInput;
+    incoming
+        .take_while(move |client| !client.as_ref().is_err_and(is_shut_down))
+        .filter_map(|client| client.inspect_err(|_| thread::sleep(PAUSE)).ok())
 }
 
 /// Forwards one connection until both sides are closed.
@@ -145,5 +146,27 @@ impl Client {
         }
         let (stream, early) = http.into_stream();
         Ok((stream.into_stream().map_err(Error::broken)?, early))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    #[test]
+    fn accepting_goes_on_after_a_pause_and_ends_with_the_listener() {
+        let error = |errno: rustix::io::Errno| Err(errno.into());
+        let results = [
+            Ok(1),
+            error(rustix::io::Errno::MFILE),
+            Ok(2),
+            error(rustix::io::Errno::INVAL),
+            Ok(3),
+        ];
+        let begin = Instant::now();
+        let clients: Vec<_> = until_shutdown(results.into_iter()).collect();
+        assert_eq!(clients, [1, 2]);
+        assert!(begin.elapsed() >= PAUSE);
     }
 }

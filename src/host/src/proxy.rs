@@ -19,7 +19,8 @@ use serde_json::json;
 
 use crate::{
     Error,
-    forward::{copy, wait_until_quiet},
+    forward::{copy, until_shutdown, wait_until_quiet},
+    image::disk::directory_of,
     vsock::{self, API_PORT},
 };
 
@@ -29,6 +30,7 @@ const HANDSHAKE: Duration = Duration::from_secs(3);
 /// The proxy's socket, removed on drop; open connections stay open.
 pub struct Proxy {
     socket: PathBuf,
+    listener: UnixListener,
     _reservation: vsock::Reservation,
 }
 
@@ -39,22 +41,25 @@ impl Proxy {
         let reservation = vsock::Reservation::new(socket)?;
         let cannot = || format!("unable to create {}", socket.display());
         // No other user may connect before its mode is set.
-        let parent = socket.parent().filter(|parent| *parent != Path::new(""));
-        let private =
-            tempfile::tempdir_in(parent.unwrap_or(Path::new("."))).with_context(cannot)?;
+        let private = tempfile::Builder::new()
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir_in(directory_of(socket))
+            .with_context(cannot)?;
         let made = private.path().join("s");
         let listener = UnixListener::bind(&made).with_context(cannot)?;
         fs::set_permissions(&made, Permissions::from_mode(0o600)).with_context(cannot)?;
         fs::rename(&made, socket).with_context(cannot)?;
         let uds = uds.to_path_buf();
+        let accepting = listener.try_clone().with_context(cannot)?;
         thread::spawn(move || {
-            for client in listener.incoming().flatten() {
+            for client in until_shutdown(accepting.incoming()) {
                 let uds = uds.clone();
                 thread::spawn(move || relay(client, &uds));
             }
         });
         Ok(Proxy {
             socket: socket.into(),
+            listener,
             _reservation: reservation,
         })
     }
@@ -69,6 +74,8 @@ impl Drop for Proxy {
     fn drop(&mut self) {
         // It may have been removed already.
         let _ = fs::remove_file(&self.socket);
+        // This also ends a blocked accept.
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }
 }
 
@@ -164,7 +171,11 @@ mod tests {
             response.contains("{\"error\":\"unable to connect to "),
             "{response}"
         );
+        let link = dir.path().join("link");
+        fs::hard_link(&socket, &link).unwrap();
         drop(proxy);
         assert!(!socket.exists());
+        let error = UnixStream::connect(&link).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
     }
 }
