@@ -655,7 +655,7 @@ fn cp_of_a_directory_and_a_dot_copies_what_is_in_it() {
 fn a_directory_from_a_guest_keeps_its_modes_except_setuid() {
     let place = Place::new();
     let tar = Tar::new()
-        .dir("./", 0o755, (0, 0))
+        .dir("./", 0o7750, (0, 0))
         .dir("./sealed", 0o7555, (0, 0))
         .entry(
             EntryType::Regular,
@@ -674,6 +674,7 @@ fn a_directory_from_a_guest_keeps_its_modes_except_setuid() {
         let found = fs::symlink_metadata(place.path(name)).unwrap();
         found.permissions().mode() & 0o7777
     };
+    assert_eq!(mode("here"), 0o750);
     assert_eq!(mode("here/sealed"), 0o555);
     assert_eq!(mode("here/sealed/su"), 0o751);
     assert_eq!(mode("here/hard"), 0o751);
@@ -691,6 +692,33 @@ fn a_directory_from_a_guest_keeps_its_modes_except_setuid() {
     let left_out = |name: &str| format!("pigeon: \"{name}\": left out: a device or a FIFO\n");
     assert_eq!(stderr, [left_out("./null"), left_out("./fifo")].concat());
     assert_eq!(code, Some(0));
+}
+
+#[test]
+fn a_directory_from_a_guest_is_this_users_only_until_it_is_complete() {
+    let place = Place::new();
+    fs::create_dir(place.path("old")).unwrap();
+    fs::set_permissions(place.path("old"), fs::Permissions::from_mode(0o751)).unwrap();
+    fs::create_dir(place.path("usual")).unwrap();
+    let tar = || {
+        Tar::new()
+            .dir("./", 0o755, (0, 0))
+            .dir("./in", 0o755, (0, 0))
+            .file("./in/key", "x")
+    };
+    let mode = |name: &str| fs::metadata(place.path(name)).unwrap().permissions().mode() & 0o777;
+    // The last entry cannot be unpacked.
+    let broken = tar().hard_link("./hard", "./none").bytes();
+    for (source, destination) in [(":/data", "new/er"), (":/data/.", "old")] {
+        let (stderr, code) = cp_directory_from(&place, source, broken.clone(), destination);
+        assert_eq!(code, Some(125), "{stderr}");
+        assert_eq!(mode(&format!("{destination}/in")), 0o700);
+    }
+    assert_eq!((mode("new"), mode("new/er")), (mode("usual"), 0o700));
+    let (stderr, code) = cp_directory_from(&place, ":/data/.", tar().bytes(), "old");
+    assert_eq!(code, Some(0), "{stderr}");
+    // A directory that exists keeps its mode, as with cp -r.
+    assert_eq!((mode("old"), mode("old/in")), (0o751, 0o755));
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::{
     fs::{self, File},
     io::{self, Read, Seek, Write},
     os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -17,7 +17,7 @@ use pigeon::{
     scratch::Scratch,
     session::{Event, MESSAGE},
 };
-
+use rustix::{fs::Mode, process::umask};
 use tar::EntryType;
 
 use crate::{
@@ -354,15 +354,34 @@ fn fetch_directory(client: &Client, path: &str, destination: &Path) -> Result<()
     finish(&mut session, &mut archive)?;
     archive.rewind()?;
     // Created only after everything was received, so that a failed copy leaves nothing behind.
-    fs::create_dir_all(&into).with_context(|| format!("unable to create {}", into.display()))?;
-    unpack(archive, &into).with_context(|| format!("unable to write to {}", into.display()))
+    let cannot = || format!("unable to create {}", into.display());
+    fs::create_dir_all(into.parent().unwrap_or(&into)).with_context(cannot)?;
+    // Each file and directory gets its mode last: until then, no other user can read it.
+    let usual = umask(Mode::RWXG | Mode::RWXO);
+    let unpacked = make_directory(&into)
+        .with_context(cannot)
+        .and_then(|is_new| {
+            let unpacked = unpack(archive, &into, is_new);
+            unpacked.with_context(|| format!("unable to write to {}", into.display()))
+        });
+    umask(usual);
+    unpacked
+}
+
+/// Creates a directory; false if it exists.
+fn make_directory(path: &Path) -> io::Result<bool> {
+    match fs::create_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(false),
+        made => made.map(|()| true),
+    }
 }
 
 /// Maximum size of the headers before a file in bytes: far more than the longest path takes.
 const MAX_HEADERS: u64 = 1 << 20;
 
-/// Unpacks an archive from a guest. The tar crate makes sure that nothing is written outside the directory.
-fn unpack(archive: File, into: &Path) -> Result<()> {
+/// Unpacks an archive from a guest; a directory that `is_new` gets the mode in it. The tar crate makes sure that
+/// nothing is written outside the directory.
+fn unpack(archive: File, into: &Path, is_new: bool) -> Result<()> {
     let room = Cell::new(0);
     let mut archive = tar::Archive::new(Limited {
         archive,
@@ -397,6 +416,16 @@ fn unpack(archive: File, into: &Path) -> Result<()> {
     directories.sort_by(|one, other| other.path_bytes().cmp(&one.path_bytes()));
     for mut directory in directories {
         directory.unpack_in(into)?;
+        // The crate leaves this one out.
+        if is_new
+            && directory
+                .path()?
+                .components()
+                .all(|part| part == Component::CurDir)
+        {
+            let mode = directory.header().mode()? & 0o777;
+            fs::set_permissions(into, fs::Permissions::from_mode(mode))?;
+        }
     }
     Ok(())
 }
