@@ -6,7 +6,11 @@ mod pty;
 
 use std::{
     fs,
-    os::unix::{fs::PermissionsExt, net::UnixListener, process::ExitStatusExt},
+    os::unix::{
+        fs::{OpenOptionsExt, PermissionsExt},
+        net::UnixListener,
+        process::ExitStatusExt,
+    },
     path::PathBuf,
     process::{Command, Stdio},
     thread,
@@ -23,7 +27,10 @@ use pigeon::{
     logs::{Frame, Stream},
     process::write_program,
 };
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    fs::{CWD, FileType, Mode, OFlags, mknodat},
+    process::{Pid, Signal, kill_process},
+};
 use serde_json::{Value, json};
 
 /// Standard output, standard error and exit code of `pigeon WORDS` in the directory of `place`.
@@ -301,6 +308,76 @@ fn a_vm_is_resumed_when_its_snapshot_command_was_killed() {
         stderr.contains("a snapshot was interrupted; the VM was resumed"),
         "{stderr}"
     );
+}
+
+#[test]
+fn a_vm_that_is_being_started_again_has_the_record_of_its_new_process() {
+    let place = Place::new();
+    let (mut command, vm, qemu) = run_on_stand_in(&place);
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    let mut run = command.stderr(Stdio::null()).spawn().unwrap();
+    while vm.lines().is_empty() && run.try_wait().unwrap().is_none() {
+        thread::sleep(Duration::from_millis(5));
+    }
+    qemu.end();
+    assert_eq!(run.wait().unwrap().code(), Some(7));
+    let record = || {
+        let (output, _, _) = pigeon(&place, &["inspect", "app"]);
+        let mut record: Value = serde_json::from_str(&output).unwrap();
+        record[0].take()
+    };
+    let before = record();
+    assert_eq!(before["exit_code"], 7);
+
+    // It starts once its initrd was read, and then fails.
+    fs::remove_file(place.path("initrd")).unwrap();
+    mknodat(CWD, place.path("initrd"), FileType::Fifo, Mode::RWXU, 0).unwrap();
+    program(
+        &place,
+        &format!("qemu-system-{}", Arch::HOST.name()),
+        "exit 1",
+    );
+    let mut start = Command::new(env!("CARGO_BIN_EXE_pigeon"));
+    let path = std::env::var("PATH").unwrap();
+    start
+        .args(["start", "--attach", "app"])
+        .current_dir(place.0.path())
+        .env("PATH", format!("{}:{path}", place.0.path().display()))
+        .env("XDG_RUNTIME_DIR", place.0.path())
+        .env("XDG_STATE_HOME", place.0.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let mut start = start.spawn().unwrap();
+    let initrd = loop {
+        // Fails until the other end is open.
+        let mut options = fs::File::options();
+        let flags = OFlags::NONBLOCK.bits() as i32;
+        match options
+            .write(true)
+            .custom_flags(flags)
+            .open(place.path("initrd"))
+        {
+            Ok(initrd) => break initrd,
+            Err(_) => assert!(start.try_wait().unwrap().is_none()),
+        }
+        thread::sleep(Duration::from_millis(5));
+    };
+    let now = record();
+    assert_eq!(
+        (&now["running"], &now["pid"]),
+        (&json!(true), &json!(start.id()))
+    );
+    for member in ["ended", "exit", "exit_code"] {
+        assert!(now[member].is_null(), "{member}");
+    }
+    assert_eq!(now["uds"], before["uds"]);
+    drop(initrd);
+    assert_eq!(start.wait().unwrap().code(), Some(125));
+    let after = record();
+    for member in ["running", "pid", "started", "ended", "exit_code", "config"] {
+        assert_eq!(after[member], before[member], "{member}");
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::{
     io,
     os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard},
     thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -189,13 +190,20 @@ impl Vm {
 
     /// Sends a signal to the process that runs it.
     pub fn signal_owner(&self, signal: Signal) -> Result<()> {
-        let pid = i32::try_from(self.record.pid).ok().and_then(Pid::from_raw);
-        let pid = pid.context("its process is not known")?;
-        // The pid can be reused only after its lock is released.
-        if self.is_running() {
-            kill_process(pid, signal).context("unable to signal the process that runs it")?;
-        }
-        Ok(())
+        let send = || {
+            // It may have been started again by another process.
+            let record = self.reread()?;
+            let pid = i32::try_from(record.pid).ok().and_then(Pid::from_raw);
+            let pid = pid.context("its process is not known")?;
+            // The pid can be reused only after its lock is released.
+            if record.ended.is_none() && self.is_running() {
+                kill_process(pid, signal).context("unable to signal the process that runs it")?;
+            }
+            Ok(())
+        };
+        let sent = send();
+        // If the process has ended meanwhile, an error means nothing.
+        if self.is_running() { sent } else { Ok(()) }
     }
 
     /// Announces that it is started again once it has ended. Dropping the file withdraws that.
@@ -227,12 +235,18 @@ impl Vm {
 /// A name that is locked for this VM until dropped.
 pub struct Claim {
     pub dir: PathBuf,
-    record: std::sync::Mutex<Record>,
+    records: Mutex<Records>,
     lock: File,
 }
 
+struct Records {
+    current: Record,
+    /// The record of a VM's previous run, until it has started again.
+    previous: Option<Record>,
+}
+
 impl Claim {
-    fn new(dir: PathBuf, record: Record, lock: File) -> Result<Claim> {
+    fn new(dir: PathBuf, record: Record, previous: Option<Record>, lock: File) -> Result<Claim> {
         let record = Record {
             uds: runtime_dir()?.join(format!("{}.vsock", record.name)),
             pid: std::process::id(),
@@ -241,25 +255,28 @@ impl Claim {
         };
         Ok(Claim {
             dir,
-            record: record.into(),
+            records: Mutex::new(Records {
+                current: record,
+                previous,
+            }),
             lock,
         })
     }
 
     /// The record.
     pub fn record(&self) -> Record {
-        self.lock().clone()
+        self.lock().current.clone()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Record> {
-        self.record
+    fn lock(&self) -> MutexGuard<'_, Records> {
+        self.records
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Changes the record in memory; the next [`Claim::update`] writes it.
     pub fn set(&self, change: impl FnOnce(&mut Record)) {
-        change(&mut self.lock());
+        change(&mut self.lock().current);
     }
 
     /// Whether it is started again once it has ended.
@@ -270,9 +287,10 @@ impl Claim {
 
     /// Changes the record in memory and on disk. The files of an earlier VM are removed then.
     pub fn update(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
-        let mut record = self.lock();
-        change(&mut record);
-        write_record(&self.dir, &record)?;
+        let mut records = self.lock();
+        change(&mut records.current);
+        write_record(&self.dir, &records.current)?;
+        records.previous = None;
         remove_tree(&self.dir.join(EARLIER))
     }
 
@@ -281,11 +299,17 @@ impl Claim {
         remove_tree(&self.dir)
     }
 
-    /// Removes the files of a VM that never came up; those of an earlier VM are restored.
+    /// Removes the files of a VM that never came up; those of an earlier VM, or the record of the previous run,
+    /// are restored.
     pub fn give_up(&self) {
-        if is_at(&self.lock, &self.dir.join(LOCK)) && !self.dir.join(RECORD).exists() {
-            let _ = self.give_back();
+        if !is_at(&self.lock, &self.dir.join(LOCK)) {
+            return;
         }
+        let _ = match self.lock().previous.take() {
+            Some(previous) => write_record(&self.dir, &previous),
+            None if !self.dir.join(RECORD).exists() => self.give_back(),
+            None => Ok(()),
+        };
     }
 
     fn give_back(&self) -> Result<()> {
@@ -465,7 +489,7 @@ fn try_claim(name: &str, auto: bool) -> Result<Result<Claim, Taken>> {
         auto,
         ..Record::default()
     };
-    Ok(Ok(Claim::new(dir, record, lock)?))
+    Ok(Ok(Claim::new(dir, record, None, lock)?))
 }
 
 /// Reserves the name of an ended VM, with its record.
@@ -473,6 +497,7 @@ pub fn claim_again(vm: &Vm) -> Result<Claim> {
     let name = &vm.record.name;
     let lock = lock(&vm.dir)?;
     let lock = lock.with_context(|| format!("{name} is running already"))?;
+    let previous = read_record(&vm.dir)?;
     let record = Record {
         up: None,
         ended: None,
@@ -480,10 +505,18 @@ pub fn claim_again(vm: &Vm) -> Result<Claim> {
         end: None,
         exit_code: None,
         health: None,
-        ..read_record(&vm.dir)?
+        ..previous.clone()
     };
     remove_if_there(&vm.dir.join(RESTARTS))?;
-    Claim::new(vm.dir.clone(), record, lock)
+    let uds = previous.uds.clone();
+    let claim = Claim::new(vm.dir.clone(), record, Some(previous), lock)?;
+    // While it starts, other commands need this process's pid, not that of the previous run.
+    let starting = Record {
+        uds,
+        ..claim.record()
+    };
+    write_record(&claim.dir, &starting)?;
+    Ok(claim)
 }
 
 /// Locks the directory of a VM; None if another process holds the lock.
@@ -601,6 +634,8 @@ pub fn only() -> Result<Vm> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pigeon::process::Process;
+    use std::{os::unix::process::ExitStatusExt, process::Command};
 
     #[test]
     fn a_stop_without_a_time_takes_the_one_of_run() {
@@ -616,6 +651,48 @@ mod tests {
         assert_eq!(seconds(Some(60.0), None), 60);
         assert_eq!(seconds(Some(60.0), Some(1.0)), 1);
         assert!(Record::default().stop_timeout(Some(-1.0)).is_err());
+    }
+
+    #[test]
+    fn a_signal_goes_to_the_process_that_runs_the_vm_now() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        let sleep = || {
+            let mut sleep = Command::new("sleep");
+            sleep.arg("60");
+            Process::spawn(sleep).unwrap()
+        };
+        let (mut before, mut now) = (sleep(), sleep());
+        let record_of = |process: &mut Process| Record {
+            pid: process.child().id(),
+            ..Record::default()
+        };
+        let vm = Vm {
+            record: record_of(&mut before),
+            running: true,
+            dir: dir.into(),
+        };
+        let held = lock(dir).unwrap().unwrap();
+        // The process that starts it again has not written its record yet.
+        let ended = Record {
+            ended: Some(1),
+            ..record_of(&mut before)
+        };
+        write_record(dir, &ended).unwrap();
+        vm.signal_owner(Signal::TERM).unwrap();
+        write_record(dir, &record_of(&mut now)).unwrap();
+        vm.signal_owner(Signal::TERM).unwrap();
+        let status = now.wait(Duration::from_secs(20)).unwrap().unwrap();
+        assert_eq!(status.signal(), Some(15));
+        assert_eq!(before.wait(Duration::from_millis(100)).unwrap(), None);
+        // Its process has been waited for, but it has not released the lock.
+        assert!(vm.signal_owner(Signal::TERM).is_err());
+        drop(held);
+        // A process that another test starts may have it open until execve.
+        while vm.is_running() {}
+        vm.signal_owner(Signal::TERM).unwrap();
+        fs::remove_file(dir.join(RECORD)).unwrap();
+        vm.signal_owner(Signal::TERM).unwrap();
     }
 
     #[test]
