@@ -311,6 +311,59 @@ fn a_vm_is_resumed_when_its_snapshot_command_was_killed() {
 }
 
 #[test]
+fn the_disks_of_a_clone_that_has_ended_are_kept() {
+    if Arch::HOST != Arch::X86_64 {
+        return; // QEMU has no machine type for snapshots there
+    }
+    let place = Place::new();
+    let vm = Vm::start(place.0.path(), |mut connection| {
+        let restored = br#"{"ok":true,"generation":2,"reseeded":true}"#;
+        match connection.request.line.as_str() {
+            "POST /v1/restore" => connection.respond(200, "", restored),
+            _ => connection.respond(404, "", b"{\"error\":\"no such path\"}"),
+        }
+    });
+    let qemu = Qemu::start(&vm, &place.path("pigeon/app.vsock"), "");
+    fs::create_dir(place.path("app.snapshot")).unwrap();
+    place.write("app.ext4", "");
+    for name in ["state", "memory", "disk0"] {
+        place.write(&format!("app.snapshot/{name}"), name);
+    }
+    let disk = |name: &str, read_only| json!({"path": place.path(name), "read_only": read_only});
+    // Takes a snapshot with this disk, and starts a clone of it, which ends at once. Returns its name.
+    let clone = |disk: Value| {
+        let manifest = json!({
+            "name": "app", "image": "app.ext4", "token": "a1", "arch": "x86_64", "hypervisor": "QEMU",
+            "memory_mib": 256, "cpus": 1, "kernel": place.write("kernel", ""), "disks": [disk],
+            "nic": "none", "config": {"ExecOverride": ["/x"]},
+        });
+        place.write("app.snapshot/snapshot.json", manifest.to_string());
+        let (name, stderr, code) = pigeon(&place, &["restore", "app.snapshot"]);
+        assert_eq!(code, 0, "{stderr}");
+        qemu.end();
+        let name = name.trim_end().to_string();
+        while !pigeon(&place, &["ps", "-q"]).0.is_empty() {
+            thread::sleep(Duration::from_millis(20));
+        }
+        fs::remove_file(place.path("ended")).unwrap();
+        name
+    };
+    // One without a disk of its own is replaced.
+    assert_eq!(clone(disk("app.ext4", true)), "app");
+    assert_eq!(clone(disk("app.snapshot/disk0", false)), "app");
+    let program = place.path("qemu-system-x86_64");
+    let script = fs::read_to_string(&program).unwrap();
+    write_program(&program, script.replace("app.vsock", "app-2.vsock")).unwrap();
+    assert_eq!(clone(disk("app.snapshot/disk0", false)), "app-2");
+    for name in ["app", "app-2"] {
+        let copy = place.path(&format!("pigeon/vms/{name}/disk0"));
+        assert_eq!(fs::read_to_string(&copy).unwrap(), "disk0", "{name}");
+        assert_eq!(pigeon(&place, &["rm", name]).2, 0);
+        assert!(!copy.exists());
+    }
+}
+
+#[test]
 fn a_vm_that_is_being_started_again_has_the_record_of_its_new_process() {
     let place = Place::new();
     let (mut command, vm, qemu) = run_on_stand_in(&place);

@@ -30,7 +30,7 @@ const MAX_NAME: usize = 40;
 #[serde(default)]
 pub struct Record {
     pub name: String,
-    /// Whether the name was derived from the image, so that a later VM may reuse it.
+    /// Whether the name was derived from the image, and a later VM may replace it.
     pub auto: bool,
     pub image: PathBuf,
     /// The Unix socket of its vsock.

@@ -126,6 +126,8 @@ impl Restore {
         let events = owner.listen_for_events();
         adopt(&owner.uds, &manifest.token, &owner.plan.document)?;
         claim.update(|record| {
+            // Its own disks are kept until `pigeon rm`.
+            record.auto &= manifest.disks.iter().all(|disk| disk.read_only);
             record.image = manifest.image.clone();
             record.arch = manifest.arch.clone();
             record.hypervisor = manifest.hypervisor.clone();
