@@ -188,7 +188,8 @@ impl Client {
     /// at most this long. A session that was started in time continues.
     pub fn within(&self, timeout: Duration) -> Client {
         Client {
-            deadline: Some(Instant::now() + timeout),
+            // A timeout beyond the range of `Instant` is no limit; the same below.
+            deadline: Instant::now().checked_add(timeout),
             ..self.clone()
         }
     }
@@ -203,12 +204,12 @@ impl Client {
     /// Connects to the VM behind `uds` once its init is up: the root is mounted then, and the configuration
     /// is valid.
     pub fn connect_within(uds: impl AsRef<Path>, timeout: Duration) -> Result<Client, Error> {
-        let deadline = Instant::now() + timeout;
+        let deadline = Instant::now().checked_add(timeout);
         let client = Client::new(uds.as_ref());
         loop {
             let connected = vsock::connect(&client.uds, API_PORT, SHORT_HANDSHAKE);
             match connected.and_then(|_| client.status()) {
-                Err(error) if error.is_not_yet() && Instant::now() < deadline => {
+                Err(error) if error.is_not_yet() && is_before(deadline) => {
                     thread::sleep(RETRY);
                 }
                 result => return result.map(|()| client),
@@ -223,8 +224,8 @@ impl Client {
 
     /// Connects to a vsock port of the guest, such as one of the workload's.
     pub fn port(&self, port: u32) -> Result<UnixStream, Error> {
-        let retry_until = Instant::now() + self.retry_timeout;
-        let retry_until = self.deadline.into_iter().chain([retry_until]).min();
+        let retry_until = Instant::now().checked_add(self.retry_timeout);
+        let retry_until = self.deadline.into_iter().chain(retry_until).min();
         let stream = loop {
             let left = self
                 .deadline
@@ -234,7 +235,7 @@ impl Client {
                 return Err(Error::TimedOut(format!("port {port}: timed out")));
             }
             match vsock::connect(&self.uds, port, timeout) {
-                Err(Error::NotListening { .. }) if retry_until > Some(Instant::now()) => {
+                Err(Error::NotListening { .. }) if is_before(retry_until) => {
                     thread::sleep(RETRY);
                 }
                 result => break result?,
@@ -268,9 +269,10 @@ impl Client {
     pub fn exec(&self, command: &Command) -> Result<Output, Error> {
         let mut body = command.request("cmd");
         if let Some(timeout) = command.timeout {
-            body["timeout_ms"] = json!(timeout.as_millis());
+            body["timeout_ms"] = json!(milliseconds(timeout));
         }
-        let timeout = command.timeout.unwrap_or(EXEC_LIMIT) + Client::RESPONSE_TIMEOUT;
+        let timeout = command.timeout.unwrap_or(EXEC_LIMIT);
+        let timeout = timeout.saturating_add(Client::RESPONSE_TIMEOUT);
         match self.call(Limit::Total(timeout), |http| http.post("/v1/exec", &body)) {
             Err(Error::Refused {
                 status: 500,
@@ -337,7 +339,7 @@ impl Client {
             body["signal"] = json!(signal);
         }
         if let Some(timeout) = timeout {
-            body["timeout_ms"] = json!(timeout.as_millis());
+            body["timeout_ms"] = json!(milliseconds(timeout));
         }
         self.call(Client::RESPONSE_LIMIT, |http| http.post("/v1/stop", &body))?;
         Ok(())
@@ -431,6 +433,16 @@ impl Client {
         }
         Err(refusal(response.status, &response.body))
     }
+}
+
+/// Whether a deadline has not passed; None never does.
+fn is_before(deadline: Option<Instant>) -> bool {
+    deadline.is_none_or(|deadline| Instant::now() < deadline)
+}
+
+/// The milliseconds of a timeout in a request. The init refuses more than a day.
+fn milliseconds(timeout: Duration) -> u64 {
+    timeout.as_millis().try_into().unwrap_or(u64::MAX)
 }
 
 /// The error of an invalid response.

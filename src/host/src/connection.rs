@@ -53,7 +53,8 @@ impl Connection {
         let (timeout, deadline) = match limit {
             Limit::None => (None, None),
             Limit::Progress(timeout) => (Some(timeout), None),
-            Limit::Total(timeout) => (None, Some(Instant::now() + timeout)),
+            // A timeout beyond the range of `Instant` is no limit.
+            Limit::Total(timeout) => (None, Instant::now().checked_add(timeout)),
         };
         self.deadline = deadline.into_iter().chain(self.client_deadline).min();
         self.set_timeouts(timeout)

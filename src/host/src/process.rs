@@ -52,10 +52,10 @@ impl Process {
 
     /// Waits at most `timeout` for its exit; None if it still runs then.
     pub fn wait(&mut self, timeout: Duration) -> Result<Option<ExitStatus>> {
-        let deadline = Instant::now() + timeout;
+        let begin = Instant::now();
         loop {
             match self.status()? {
-                None if Instant::now() < deadline => thread::sleep(Duration::from_millis(5)),
+                None if begin.elapsed() < timeout => thread::sleep(Duration::from_millis(5)),
                 status => return Ok(status),
             }
         }
@@ -174,6 +174,13 @@ mod tests {
         assert!(fs::exists(&proc).unwrap());
         drop(process);
         assert!(!fs::exists(&proc).unwrap());
+    }
+
+    #[test]
+    fn an_exit_is_awaited_without_a_limit() {
+        let mut process = Process::spawn(Command::new("true")).unwrap();
+        let status = process.wait(Duration::MAX).unwrap().unwrap();
+        assert!(status.success());
     }
 
     #[test]

@@ -622,6 +622,34 @@ fn an_invalid_size_is_refused_as_it_was_understood() {
 }
 
 #[test]
+fn a_timeout_that_the_init_does_not_accept_is_refused() {
+    let place = Place::new();
+    for words in [
+        &["stop", "-t", "1e19", "app"][..],
+        &["restart", "-t", "1e19", "app"],
+        &["exec", "--json", "--timeout", "1e19", "id"],
+        &["run", "--stop-timeout", "1e19", "app.ext4"],
+        &["snapshot", "--freeze-timeout", "1e19", "app", "dir"],
+    ] {
+        let stderr = error_of(&place, words);
+        assert!(
+            stderr.contains("invalid value '1e19'") && stderr.contains("from 0 to 86400"),
+            "{stderr}"
+        );
+    }
+    // This one is not sent to the init.
+    let vm = Vm::start(place.0.path(), |_| ());
+    let dir = place.path("pigeon/vms/app");
+    fs::create_dir_all(&dir).unwrap();
+    let record = json!({"name": "app", "uds": vm.uds});
+    fs::write(dir.join("vm.json"), record.to_string()).unwrap();
+    let lock = fs::File::create(dir.join("lock")).unwrap();
+    lock.lock().unwrap();
+    let (up, stderr, code) = pigeon(&place, &["status", "--boot-timeout", "1e19", "app"]);
+    assert!(code == 0 && up.starts_with("up: "), "{stderr}");
+}
+
+#[test]
 fn a_vm_without_the_init_is_distinguished_from_no_vm() {
     let place = Place::new();
     let listener = UnixListener::bind(place.path("vm.vsock")).unwrap();

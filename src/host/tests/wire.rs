@@ -206,6 +206,24 @@ fn calls_have_the_documented_form() {
 }
 
 #[test]
+fn a_timeout_can_be_as_long_as_a_duration() {
+    let place = Place::new();
+    let vm = Vm::start(place.0.path(), |mut connection| {
+        connection.respond(200, "", b"{\"exit_code\":0}");
+    });
+    Client::connect_within(&vm.uds, Duration::MAX).unwrap();
+    let client = Client::new(&vm.uds).with_retry_timeout(Duration::MAX);
+    let client = client.within(Duration::MAX);
+    client.stop(None, Some(Duration::MAX)).unwrap();
+    let command = pigeon::Command::new(["x"]).timeout(Duration::MAX);
+    assert_eq!(client.exec(&command).unwrap().exit_code, 0);
+    for request in vm.requests() {
+        let body: Value = serde_json::from_slice(&request.body).unwrap();
+        assert_eq!(body["timeout_ms"], u64::MAX, "{}", request.line);
+    }
+}
+
+#[test]
 fn volumes_are_mounted_and_unmounted_by_a_command() {
     let place = Place::new();
     let vm = Vm::start(place.0.path(), |mut connection| {

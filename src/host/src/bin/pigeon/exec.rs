@@ -59,7 +59,7 @@ pub struct Exec {
     #[arg(long, conflicts_with_all = ["interactive", "tty"])]
     json: bool,
     /// With --json: kill the command after this time [default: 30]
-    #[arg(long, value_name = "SECONDS", requires = "json")]
+    #[arg(long, value_name = "SECONDS", requires = "json", value_parser = crate::parse_timeout)]
     timeout: Option<f64>,
     /// The command and its arguments; a VM's name may come first
     #[arg(required = true, trailing_var_arg = true, value_name = "CMD")]

@@ -109,7 +109,7 @@ pub struct Stop {
     #[command(flatten)]
     target: Target,
     /// How long the workload may take to exit before it is killed [default: run's --stop-timeout]
-    #[arg(short, long, value_name = "SECONDS")]
+    #[arg(short, long, value_name = "SECONDS", value_parser = crate::parse_timeout)]
     timeout: Option<f64>,
     /// Use this signal instead of the image's stop signal
     #[arg(short, long, value_parser = crate::parse_signal)]

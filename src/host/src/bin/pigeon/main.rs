@@ -130,6 +130,14 @@ fn parse_signal(text: &str) -> Result<u8, String> {
         .ok_or_else(|| "names are as in kill -l, also SIGRTMIN+N; numbers are 1 to 64".into())
 }
 
+/// Parses seconds of a timeout that the init gets, which refuses more than a day.
+fn parse_timeout(text: &str) -> Result<f64, String> {
+    const DAY: f64 = 86_400.0;
+    let seconds = text.parse().ok();
+    let seconds = seconds.filter(|seconds| (0.0..=DAY).contains(seconds));
+    seconds.ok_or_else(|| format!("seconds from 0 to {DAY}, which is a day, are expected"))
+}
+
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -268,6 +276,16 @@ fn hint(error: &anyhow::Error) -> Option<&'static str> {
 mod tests {
     use super::*;
     use clap::CommandFactory;
+
+    #[test]
+    fn a_timeout_is_at_most_a_day() {
+        for text in ["0", "0.2", "86400", "1e3"] {
+            assert_eq!(parse_timeout(text), Ok(text.parse().unwrap()), "{text}");
+        }
+        for text in ["-1", "86401", "1e19", "inf", "nan", "", "x"] {
+            assert!(parse_timeout(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn the_command_line_definition_is_valid() {

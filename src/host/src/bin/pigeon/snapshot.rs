@@ -171,7 +171,12 @@ pub struct TakeSnapshot {
     /// The directory to be made
     dir: PathBuf,
     /// How long the workload may take to be frozen
-    #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 10.0,
+        value_parser = crate::parse_timeout
+    )]
     freeze_timeout: f64,
 }
 

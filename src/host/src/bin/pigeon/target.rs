@@ -82,11 +82,11 @@ impl Target {
             (None, Some(name)) => vms::find_running(name)?,
             (None, None) => vms::only_running()?,
         };
-        let deadline = Instant::now() + timeout;
+        let begin = Instant::now();
         loop {
             let connected = Client::connect_within(&vm.record.uds, Duration::from_millis(500));
             match connected {
-                Err(error) if error.is_not_yet() && Instant::now() < deadline => {
+                Err(error) if error.is_not_yet() && begin.elapsed() < timeout => {
                     // Fails if it has ended meanwhile.
                     vms::find_running(&vm.record.name)?;
                 }

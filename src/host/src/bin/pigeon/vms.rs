@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard},
     thread,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -173,9 +173,9 @@ impl Vm {
 
     /// Waits until it has ended. Returns whether it has.
     pub fn wait(&self, timeout: Duration) -> bool {
-        let deadline = std::time::Instant::now() + timeout;
+        let begin = Instant::now();
         while self.is_running() {
-            if std::time::Instant::now() >= deadline {
+            if begin.elapsed() >= timeout {
                 return false;
             }
             thread::sleep(Duration::from_millis(20));

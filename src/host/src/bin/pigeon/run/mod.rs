@@ -143,7 +143,12 @@ pub struct Run {
     #[arg(long, value_name = "SIGNAL")]
     stop_signal: Option<String>,
     /// How long the workload may take to exit before it is killed
-    #[arg(long, value_name = "SECONDS", default_value_t = vms::STOP_TIMEOUT)]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = vms::STOP_TIMEOUT,
+        value_parser = crate::parse_timeout
+    )]
     stop_timeout: f64,
     #[command(flatten)]
     health: health::HealthOptions,

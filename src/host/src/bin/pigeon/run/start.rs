@@ -60,7 +60,7 @@ pub struct Restart {
     /// VMs, running or ended; optional if there is only one
     names: Vec<String>,
     /// How long the workload may take to exit before it is killed [default: run's --stop-timeout]
-    #[arg(short, long, value_name = "SECONDS")]
+    #[arg(short, long, value_name = "SECONDS", value_parser = crate::parse_timeout)]
     timeout: Option<f64>,
     /// Use this signal instead of the image's stop signal
     #[arg(short, long, value_parser = crate::parse_signal)]
