@@ -41,16 +41,27 @@ const MAGICS: [Magic; 5] = [
     },
 ];
 
+/// Everything but btrfs's is within the first bytes of a device, which are read once.
+const START: usize = 0x440;
+
 /// The type of the file system, or `None`. `read_at` fills a buffer from an offset of the device, with zeros
 /// past the device's end.
 pub fn identify<E>(
     mut read_at: impl FnMut(usize, &mut [u8]) -> Result<(), E>,
 ) -> Result<Option<&'static CStr>, E> {
+    let mut start = [0; START];
+    read_at(0, &mut start)?;
     for magic in &MAGICS {
+        let length = magic.bytes.len();
         let mut bytes = [0; 8];
-        let bytes = bytes.get_mut(..magic.bytes.len()).unwrap_or_default();
-        read_at(magic.offset, bytes)?;
-        if bytes == magic.bytes {
+        let found = match start.get(magic.offset..magic.offset + length) {
+            Some(found) => found,
+            None => {
+                read_at(magic.offset, &mut bytes)?;
+                bytes.get(..length).unwrap_or_default()
+            }
+        };
+        if found == magic.bytes {
             return Ok(Some(magic.fs_type));
         }
     }
@@ -77,12 +88,11 @@ pub fn is_read_only(fs_type: &CStr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bytes::copy;
 
     fn identify(device: &[u8]) -> Option<&'static CStr> {
         super::identify(|offset, buffer| {
-            if let Some(bytes) = device.get(offset..offset + buffer.len()) {
-                buffer.copy_from_slice(bytes);
-            }
+            copy(device.get(offset..).unwrap_or_default(), buffer);
             Ok::<_, ()>(())
         })
         .unwrap()
