@@ -54,7 +54,6 @@ impl<T> PageBox<T> {
     /// The same, in memory shared with children: what one process writes, the other reads.
     ///
     /// Except for atomics, they must not access it at the same time.
-    #[cfg(feature = "snapshot")]
     pub fn shared(value: impl FnOnce() -> T) -> Result<Self, Errno> {
         Self::map(value, MapFlags::SHARED)
     }

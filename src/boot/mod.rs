@@ -33,7 +33,7 @@ use config_source::Source;
 use kernel_params::KernelParams;
 use mounts::ExpeditedRcu;
 use proto::config::{Config, MAX_DOCUMENT_SIZE};
-use proto::users::Identity;
+use proto::users::{Identity, MAX_HOME};
 use rustix::fd::OwnedFd;
 use rustix::fs::OFlags;
 use rustix::process::{Resource, Rlimit};
@@ -80,9 +80,10 @@ pub fn run(
 
     let config = load_config(supervisor, params, eth0, memory)?;
 
+    let mut users = PageBox::shared(Users::default).map_err(context!("allocate memory"))?;
     let scratch = &mut supervisor.context.scratch;
     let (disk_helper, rendezvous) = Helper::start_with_rendezvous(&mut |log, rendezvous| {
-        prepare_disks(&config, scratch, rendezvous, log)
+        prepare_disks(&config, scratch, &mut users, rendezvous, log)
     })?;
     let rendezvous = cleanup.disk_helper.insert(rendezvous);
     let log = &mut *supervisor.console;
@@ -95,15 +96,10 @@ pub fn run(
     supervisor.context.rcu_expedited = expedited_rcu.map(ExpeditedRcu::end);
 
     limit_open_files()?;
-    let mut identity = Identity::default();
-    credentials::resolve(
-        config.user(),
-        &mut supervisor.context.scratch,
-        &mut identity,
-    )?;
+    let identity = &users.workload;
     supervisor.console.set_identity(identity.uid, identity.gid);
-    supervisor.context.cgroups = cgroups::open(params.cgroups, &identity, supervisor.console);
-    set_defaults(supervisor, &config, &identity)?;
+    supervisor.context.cgroups = cgroups::open(params.cgroups, identity, supervisor.console);
+    set_defaults(supervisor, &config, &users)?;
 
     supervisor.context.workload.stop_signal = config.image_config.stop_signal;
     supervisor.context.workload.owner = (identity.uid, identity.gid);
@@ -179,19 +175,42 @@ fn load_config<'m>(
     Ok(config)
 }
 
+/// What the helper reads from the root file system's files of users, for PID 1 as well.
+#[derive(Default)]
+struct Users {
+    workload: Identity,
+    root_home: heapless::Vec<u8, MAX_HOME>,
+}
+
+fn resolve_users(config: &Config, scratch: &mut [u8], users: &mut Users) -> Result {
+    credentials::resolve(config.user(), scratch, &mut users.workload)?;
+    users.root_home = match config.user() {
+        "" | "root" => users.workload.home.clone(),
+        _ => {
+            let mut root = Identity::default();
+            credentials::resolve("root", scratch, &mut root)?;
+            root.home
+        }
+    };
+    Ok(())
+}
+
 /// In a helper: mounts the root; then, once PID 1 has switched to it, mounts volumes, writes the /etc files
 /// and sets sysctls, while PID 1 serves the API.
 fn prepare_disks(
     config: &Config,
     scratch: &mut [u8],
+    users: &mut Users,
     rendezvous: &Rendezvous,
     log: &HelperLog,
 ) -> Result {
-    let owner = root::mount(config, scratch, log)?;
+    root::mount(config, scratch, log)?;
+    resolve_users(config, scratch, users)?;
     if !rendezvous.arrive_and_wait() {
         // Nothing more is configured, or the boot has failed.
         return Ok(());
     }
+    let owner = (users.workload.uid, users.workload.gid);
     volumes::mount_all(config, owner, log)?;
     etc_files::write(config, scratch, log)?;
     // After the network.
@@ -230,21 +249,14 @@ fn prepare(
 }
 
 /// Sets the workload's environment and directory, which commands inherit.
-fn set_defaults(supervisor: &mut Supervisor, config: &Config, identity: &Identity) -> Result {
-    let root_home = match config.user() {
-        "" | "root" => identity.home.clone(),
-        _ => {
-            let mut root = Identity::default();
-            credentials::resolve("root", &mut supervisor.context.scratch, &mut root)?;
-            root.home
-        }
-    };
+fn set_defaults(supervisor: &mut Supervisor, config: &Config, users: &Users) -> Result {
     let defaults = &mut *supervisor.context.defaults;
-    defaults.sets_home = environment::fill(&mut defaults.environment, config, &identity.home)?;
+    let home = &users.workload.home;
+    defaults.sets_home = environment::fill(&mut defaults.environment, config, home)?;
     let directory = config.image_config.working_dir.to_bytes_with_nul();
     // The document was checked: the path fits.
     let _fits = defaults.working_dir.extend_from_slice(directory);
-    defaults.root_home = root_home;
+    defaults.root_home = users.root_home.clone();
     defaults.rlimits = config.rlimits.clone();
     Ok(())
 }

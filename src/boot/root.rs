@@ -6,16 +6,13 @@ use crate::boot::{mounts, run_dir};
 use crate::context;
 use crate::error;
 use crate::error::Result;
-use crate::process::credentials;
 use crate::process::helper::HelperLog;
 use crate::sys::{c_str, files};
-use crate::volumes::Owner;
 use crate::volumes::file_system::{Access, FileSystem};
 use core::ffi::CStr;
 use core::mem::MaybeUninit;
 use proto::config::{Config, Overlay};
 use proto::message::ToLossy;
-use proto::users::Identity;
 use rustix::fd::OwnedFd;
 use rustix::fs::{AtFlags, CWD, FileType, OFlags, RawDir};
 use rustix::io::Errno;
@@ -25,8 +22,8 @@ use rustix::mount::{MoveMountFlags, move_mount};
 const NEW_ROOT: &CStr = c"/newroot";
 
 /// In a helper: mounts the root, and accesses everything that PID 1 will access: if the disk hangs, it hangs
-/// this child, and PID 1 later finds everything in memory. Returns the owner of volumes.
-pub fn mount(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result<Owner> {
+/// this child, and PID 1 later finds everything in memory.
+pub fn mount(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result {
     files::require_directory(NEW_ROOT, 0o755)?;
     let mut root = FileSystem::on(config.root_device());
     match config.root_overlay() {
@@ -50,10 +47,7 @@ pub fn mount(config: &Config, scratch: &mut [u8], log: &HelperLog) -> Result<Own
     if let Err(error) = files::require_directory(c"/root", 0o700) {
         log.warn(&error);
     }
-    let mut identity = Identity::default();
-    // PID 1 resolves it again, and reports errors.
-    let _reported_later = credentials::resolve(config.user(), scratch, &mut identity);
-    Ok((identity.uid, identity.gid))
+    Ok(())
 }
 
 #[cfg(feature = "overlay")]
