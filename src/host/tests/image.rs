@@ -9,7 +9,7 @@ use common::{Layout, Place, Tar, check, debugfs, docker_save, owner};
 use flate2::{Compression, write::GzEncoder};
 use pigeon::image::{
     Built, Options, build,
-    disk::{parse_size, write_volume},
+    disk::{Format, parse_size, write_volume},
 };
 use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 use serde_json::{Value, json};
@@ -660,6 +660,39 @@ fn a_file_in_thousands_of_pieces_and_a_large_image_are_sound() {
         build(&source, &out, &options).unwrap();
         check(&out);
     }
+}
+
+#[test]
+fn sparse_files_that_are_too_large_for_a_format_are_refused() {
+    let place = Place::new();
+    let sparse = |sizes: &[u64]| {
+        let mut tar = Tar::new();
+        for (number, size) in sizes.iter().enumerate() {
+            let size = size.to_string();
+            let size = ("GNU.sparse.size", size.as_bytes());
+            tar = tar.records(&[size]).file(&format!("f{number}"), "");
+        }
+        place.write("sparse.tar", tar.bytes())
+    };
+    let out = place.path("x.ext4");
+    let most = u64::from(u32::MAX) * 4096;
+    make(&sparse(&[most]), &out).unwrap();
+    check(&out);
+    fs::remove_file(&out).unwrap();
+    let error = refused(&sparse(&[most + 1]), &out);
+    assert!(
+        error.contains("f0 has 17592186040321 bytes, too many for ext4"),
+        "{error}"
+    );
+    let huge = i64::MAX as u64 - 511;
+    let error = refused(&sparse(&[huge; 3]), &out);
+    assert!(error.contains("the files are too large"), "{error}");
+    let erofs = Options {
+        format: Format::Erofs,
+        ..anew()
+    };
+    let error = build(&sparse(&[huge; 2]), &out, &erofs).unwrap_err();
+    assert!(error.to_string().contains("16 TiB"), "{error}");
 }
 
 #[test]

@@ -14,6 +14,8 @@ use super::tree::{Device, Kind, Meta, Time};
 const BLOCK: usize = 512;
 /// Maximum size of an extended header or a long name: far more than real ones have.
 const MAX_EXTENSION: u64 = 16 << 20;
+/// Maximum size of a file: an off_t, also when padded.
+const MAX_SIZE: u64 = i64::MAX as u64 - (BLOCK as u64 - 1);
 /// Maximum number of pieces of a sparse file.
 const MAX_PIECES: usize = 1 << 20;
 
@@ -151,6 +153,11 @@ impl<R: Read> Archive<R> {
             Some(real) => (real, sparse.pieces),
             None => (stored, vec![(0, stored)]),
         };
+        ensure!(
+            real <= MAX_SIZE,
+            "{}: a size of {real} bytes is too large",
+            path.escape_ascii()
+        );
         check_pieces(&pieces, real, self.left)
             .with_context(|| format!("{}: a bad sparse file", path.escape_ascii()))?;
         let device = |character| {
@@ -697,6 +704,26 @@ mod tests {
         for map in ["4,5,8,3", "4,5,28,3", "4,5", "4,5,20,99", "4,x,5,3"] {
             bad[2].1 = map.as_bytes();
             assert!(read(&sparse(&bad, "x")).is_err(), "{map}");
+        }
+    }
+
+    #[test]
+    fn a_size_that_no_file_can_have_is_refused() {
+        let most = u64::MAX.to_string();
+        let whole = [
+            pax(&[("size", most.as_bytes())]),
+            header(b'0', "a", 0, |_| {}),
+        ];
+        let above = (MAX_SIZE + 1).to_string();
+        let sparse = pax(&[("GNU.sparse.size", above.as_bytes())]);
+        let sparse = [sparse, header(b'0', "a", 0, |_| {})];
+        for archive in [whole.concat(), sparse.concat()] {
+            let error = Archive::new(&archive[..]).next_member().unwrap_err();
+            let error = error.to_string();
+            assert!(
+                error.starts_with("a: a size of ") && error.ends_with("is too large"),
+                "{error}"
+            );
         }
     }
 

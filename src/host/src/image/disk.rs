@@ -104,7 +104,7 @@ pub fn write(
     size: Option<u64>,
     progress: &mut Progress,
 ) -> Result<u64> {
-    let extent = tree.extent();
+    let extent = tree.extent()?;
     let inodes = Inodes::of(tree)?;
     let stage = Scratch::new_in(directory_of(out))
         .with_context(|| format!("unable to write in {}", directory_of(out).display()))?;
@@ -112,8 +112,8 @@ pub fn write(
     let uuid = identity(&inodes, format);
     let size = match format {
         Format::Ext4 => {
-            let least = ext4::least_size(&extent);
-            let size = size.unwrap_or_else(|| ext4::good_size(&extent));
+            let least = ext4::least_size(&extent)?;
+            let size = size.map_or_else(|| ext4::good_size(&extent), Ok)?;
             ensure!(
                 size >= least,
                 "a size of {} MiB is too small: the files need {} MiB",

@@ -8,7 +8,7 @@
 
 use std::{fs::File, io::Read, os::unix::fs::FileExt};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::{
     inodes::{Inode, InodeKind, Inodes},
@@ -38,6 +38,8 @@ const LEAST_BLOCKS: u64 = 2048;
 const MOST_BLOCKS: u64 = u32::MAX as u64;
 /// Minimum number of blocks of the last group, besides its metadata.
 const LEAST_GROUP: u64 = 64;
+/// Maximum size of a file in bytes: the numbers of its blocks have 32 bits.
+const MAX_FILE: u64 = u32::MAX as u64 * BLOCK;
 /// Maximum number of blocks of an extent (`EXT_INIT_MAX_LEN`).
 const MAX_EXTENT: u64 = 32768;
 
@@ -195,13 +197,14 @@ fn inodes(extent: &Extent) -> u64 {
 }
 
 /// The minimum size of an image.
-pub fn least_size(extent: &Extent) -> u64 {
+pub fn least_size(extent: &Extent) -> Result<u64> {
     fitting(extent, extent.blocks)
 }
 
 /// The default size of an image: a quarter of its contents and 64 MiB are free.
-pub fn good_size(extent: &Extent) -> u64 {
-    fitting(extent, extent.blocks * 5 / 4 + (64 << 20) / BLOCK).next_multiple_of(1 << 20)
+pub fn good_size(extent: &Extent) -> Result<u64> {
+    let size = fitting(extent, extent.blocks * 5 / 4 + (64 << 20) / BLOCK)?;
+    Ok(size.next_multiple_of(1 << 20).min(*sizes().end()))
 }
 
 /// Supported sizes of a file system in bytes.
@@ -215,15 +218,16 @@ fn set_size(file: &File, size: u64) -> Result<()> {
 }
 
 /// The size for this many usable blocks.
-fn fitting(extent: &Extent, blocks: u64) -> u64 {
-    let mut size = (blocks * BLOCK).max(LEAST_BLOCKS * BLOCK);
-    loop {
+fn fitting(extent: &Extent, blocks: u64) -> Result<u64> {
+    let mut size = blocks.saturating_mul(BLOCK).max(LEAST_BLOCKS * BLOCK);
+    while sizes().contains(&size) {
         match Layout::new(size, inodes(extent)) {
-            Ok(layout) if layout.usable() >= blocks => return size,
+            Ok(layout) if layout.usable() >= blocks => return Ok(size),
             Ok(layout) => size += (blocks - layout.usable()) * BLOCK,
             Err(_) => size *= 2, // many files in few blocks
         }
     }
+    bail!("the files are too large for an ext4 file system: it has 16 TiB at most")
 }
 
 /// Makes a file system of `size` bytes in the empty `file`, of a tree whose contents are in the layers.
@@ -241,11 +245,20 @@ pub fn write(
     let mut writer = Writer::new(file, layout, uuid);
     writer.journal()?;
     for (index, inode) in inodes.list.iter().enumerate() {
+        let path = || inode.path.escape_ascii().to_string();
         let written = match &inode.kind {
             InodeKind::Directory { parent, entries } => {
                 writer.directory(inodes, index, *parent, entries)
             }
-            InodeKind::Leaf(LeafKind::File(_)) => continue,
+            InodeKind::Leaf(LeafKind::File(contents)) => {
+                ensure!(
+                    contents.size <= MAX_FILE,
+                    "{} has {} bytes, too many for ext4",
+                    path(),
+                    contents.size
+                );
+                continue; // its contents follow
+            }
             InodeKind::Leaf(LeafKind::Symlink(target)) => writer.symlink(inode, index, target),
             InodeKind::Leaf(LeafKind::Device(device)) => {
                 let (major, minor) = (device.major, device.minor);
@@ -260,7 +273,6 @@ pub fn write(
             }
             InodeKind::Leaf(LeafKind::Fifo) => writer.inode(inode, index, Body::Own([0; 60], 0)),
         };
-        let path = || inode.path.escape_ascii().to_string();
         written.with_context(|| format!("unable to write {}", path()))?;
     }
     progress.phase("writing files", extent.bytes);
@@ -500,11 +512,6 @@ impl<'a> Writer<'a> {
             own[..target.len()].copy_from_slice(target);
             return self.inode(inode, index, Body::Own(own, target.len() as u64));
         }
-        ensure!(
-            target.len() < BLOCK as usize,
-            "a symbolic link of {} bytes",
-            target.len()
-        );
         let mut extents = vec![];
         self.extend(&mut extents, 0, 1)?;
         self.write(&extents, 0, target)?;
@@ -1028,6 +1035,23 @@ mod tests {
         assert_eq!((whole.groups, more.groups, more.blocks), (1, 1, GROUP));
         assert!(Layout::new(1 << 20, 100).is_err());
         assert!(Layout::new(8 << 20, 1 << 20).is_err());
+    }
+
+    #[test]
+    fn files_that_no_file_system_holds_are_refused() {
+        let fitting = |blocks, inodes| {
+            let extent = Extent {
+                inodes,
+                blocks,
+                ..Extent::default()
+            };
+            least_size(&extent).and_then(|_| good_size(&extent))
+        };
+        assert!(fitting(1 << 31, 1000).is_ok());
+        for (blocks, inodes) in [(MOST_BLOCKS, 1), (u64::MAX / 4096, 1), (1, 1 << 40)] {
+            let error = fitting(blocks, inodes).unwrap_err().to_string();
+            assert!(error.contains("16 TiB at most"), "{error}");
+        }
     }
 
     #[test]

@@ -121,7 +121,7 @@ pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
             })
             .with_context(|| format!("layer {} of {}", number + 1, source.layers.len()))?;
     }
-    let files = tree.extent().inodes;
+    let files = tree.extent()?.inodes;
     let layers = &source.layers;
     let size = disk::write(
         &tree,

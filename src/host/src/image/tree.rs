@@ -239,7 +239,13 @@ impl Tree {
         let content = match entry.kind {
             Kind::Directory => Content::Directory(meta, Children::new()),
             Kind::File { size, data } => leaf(LeafKind::File(Contents { size, data, place })),
-            Kind::Symlink(target) => leaf(LeafKind::Symlink(target)),
+            Kind::Symlink(target) => {
+                // The kernel takes no other ones (symlink(2)).
+                ensure!(!target.is_empty(), "a symbolic link without a target");
+                ensure!(!target.contains(&0), "a zero byte in its target");
+                ensure!(target.len() < MAX_PATH, "its target is too long");
+                leaf(LeafKind::Symlink(target))
+            }
             Kind::Device(device) => leaf(LeafKind::Device(device)),
             Kind::Fifo => leaf(LeafKind::Fifo),
             Kind::HardLink(target) => Content::Leaf(self.linked(&target)?),
@@ -409,8 +415,8 @@ impl Tree {
             .try_for_each(|(path, first)| visit(&path, Item::HardLink(first)))
     }
 
-    /// Its size.
-    pub fn extent(&self) -> Extent {
+    /// Its size. It is an error if the files together are larger than a 64-bit number.
+    pub fn extent(&self) -> Result<Extent> {
         let mut extent = Extent::default();
         let mut seen: HashSet<*const Leaf> = HashSet::new();
         let mut todo = vec![(&self.root, &self.children)];
@@ -433,7 +439,8 @@ impl Tree {
                 extent.blocks += u64::from(!leaf.meta.xattrs.is_empty());
                 match &leaf.kind {
                     LeafKind::File(contents) => {
-                        extent.bytes += contents.size;
+                        let bytes = extent.bytes.checked_add(contents.size);
+                        extent.bytes = bytes.context("the files are too large")?;
                         // One more block for the extent tree.
                         let blocks = contents.data.div_ceil(4096);
                         extent.blocks += blocks + blocks.div_ceil(8192);
@@ -445,7 +452,7 @@ impl Tree {
                 }
             }
         }
-        extent
+        Ok(extent)
     }
 }
 
@@ -734,6 +741,18 @@ mod tests {
     }
 
     #[test]
+    fn a_symbolic_link_has_a_target_that_the_kernel_takes() {
+        assert!(error(&["l a "]).contains("without a target"));
+        assert!(error(&["l a b\0c"]).contains("a zero byte in its target"));
+        assert!(error(&[&format!("l a {}", "d/".repeat(2048))]).contains("too long"));
+        let long = "d".repeat(MAX_PATH - 1);
+        assert_eq!(
+            layers(&[&[&format!("l a {long}")]]),
+            [format!("a -> {long}")]
+        );
+    }
+
+    #[test]
     fn links_that_grow_a_path_are_bounded() {
         let name = "n".repeat(200);
         let long = vec![name.as_str(); 15].join("/");
@@ -754,6 +773,6 @@ mod tests {
             bytes: 1,
             blocks: 4,
         };
-        assert_eq!(tree.extent(), expected);
+        assert_eq!(tree.extent().unwrap(), expected);
     }
 }
