@@ -79,6 +79,13 @@ pub fn describe(path: &Path) -> Result<Kind> {
     Ok(found.map_or(Kind::Unknown, |(.., kind)| kind))
 }
 
+impl Kind {
+    /// Whether it is an image whose file system cannot be written to.
+    pub fn is_packed(self) -> bool {
+        matches!(self, Kind::Image(Format::Squashfs | Format::Erofs))
+    }
+}
+
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {

@@ -444,8 +444,7 @@ impl Run {
             let path = fs::canonicalize(&disk.path)
                 .with_context(|| format!("unable to find {}", disk.path.display()))?;
             // Read-only formats are also protected from accidental writes.
-            let packed = matches!(kind, Kind::Image(Format::Squashfs | Format::Erofs));
-            disks.push(match disk.read_only || packed {
+            disks.push(match disk.read_only || kind.is_packed() {
                 true => Disk::file(&path).read_only(),
                 false => Disk::file(&path),
             });
@@ -558,7 +557,8 @@ impl Held {
             }
             let shown = disk.path.display();
             let file = File::open(&disk.path).with_context(|| format!("unable to open {shown}"))?;
-            let locked = match disk.read_only {
+            let packed = describe(&disk.path).is_ok_and(Kind::is_packed);
+            let locked = match disk.read_only || packed {
                 true => file.try_lock_shared(),
                 false => file.try_lock(),
             };
@@ -726,6 +726,25 @@ mod tests {
         fs::write(&made.path, "precious").unwrap();
         drop(first);
         assert!(made.path.exists());
+    }
+
+    #[test]
+    fn an_image_of_a_read_only_format_is_shared() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, at, magic) in [
+            ("squashfs", 0, &b"hsqs"[..]),
+            ("erofs", 1024, &[0xe2, 0xe1, 0xf5, 0xe0]),
+        ] {
+            let path = dir.path().join(name);
+            fs::write(&path, [&vec![1; at], magic].concat()).unwrap();
+            let disks = [DiskFile {
+                path,
+                read_only: false,
+                size: None,
+            }];
+            let _first = Held::new(&disks).unwrap();
+            assert!(Held::new(&disks).is_ok(), "{name}");
+        }
     }
 
     #[test]
