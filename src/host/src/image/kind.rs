@@ -31,7 +31,6 @@ pub enum Kind {
 
 /// Magic numbers by offset.
 const MAGIC: [(usize, &[u8], Kind); 20] = [
-    (1080, &[0x53, 0xef], Kind::Image(Format::Ext4)),
     (0, b"hsqs", Kind::Image(Format::Squashfs)),
     (1024, &[0xe2, 0xe1, 0xf5, 0xe0], Kind::Image(Format::Erofs)),
     (0, b"XFSB", Kind::OtherImage("XFS")),
@@ -58,6 +57,8 @@ const MAGIC: [(usize, &[u8], Kind); 20] = [
     ),
     (0, b"{", Kind::Other("a JSON document")),
     (0, b"FROM ", Kind::Other("a Dockerfile")),
+    // Two bytes in the middle of a file, which other formats may have there by chance.
+    (1080, &[0x53, 0xef], Kind::Image(Format::Ext4)),
     (510, &[0x55, 0xaa], Kind::Disk("partitioned")),
 ];
 
@@ -118,6 +119,15 @@ mod tests {
             fs::write(&path, bytes).unwrap();
             assert_eq!(describe(&path).unwrap(), kind, "{kind}");
         }
+        // Other formats may have ext4's magic number in their data, and ext4 has a boot sector.
+        let mut bytes = vec![1; 2048];
+        bytes[1080..1082].copy_from_slice(&[0x53, 0xef]);
+        bytes[510..512].copy_from_slice(&[0x55, 0xaa]);
+        fs::write(&path, &bytes).unwrap();
+        assert_eq!(describe(&path).unwrap(), Kind::Image(Format::Ext4));
+        bytes[..4].copy_from_slice(b"hsqs");
+        fs::write(&path, &bytes).unwrap();
+        assert_eq!(describe(&path).unwrap(), Kind::Image(Format::Squashfs));
         fs::write(&path, [0; 100]).unwrap();
         assert_eq!(describe(&path).unwrap(), Kind::Empty);
         fs::write(&path, "hello").unwrap();
