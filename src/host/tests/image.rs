@@ -402,7 +402,24 @@ fn a_blob_that_is_a_link_to_a_file_of_the_host_is_not_read() {
     let blob = place.path("layout").join(name);
     fs::remove_file(&blob).unwrap();
     symlink(&secret, &blob).unwrap();
-    assert!(refused(&place.path("layout"), &place.path("out")).contains("is missing in the image"));
+    let out = place.path("out");
+    assert!(refused(&place.path("layout"), &out).contains("is missing in the image"));
+
+    // Also not through a parent directory; a link inside of the image is followed.
+    let dir = place.path("saved");
+    fs::create_dir_all(dir.join("a")).unwrap();
+    let manifest = json!([{"Config": "c", "RepoTags": null, "Layers": ["up/secret", "b"]}]);
+    fs::write(dir.join("manifest.json"), manifest.to_string()).unwrap();
+    fs::write(dir.join("c"), "{}").unwrap();
+    fs::write(dir.join("a/layer.tar"), Tar::new().file("x", "x\n").bytes()).unwrap();
+    symlink("a/layer.tar", dir.join("b")).unwrap();
+    symlink(place.0.path(), dir.join("up")).unwrap();
+    assert!(refused(&dir, &out).contains("up/secret is missing in the image"));
+    fs::write(dir.join("a/secret"), Tar::new().bytes()).unwrap();
+    fs::remove_file(dir.join("up")).unwrap();
+    symlink("a", dir.join("up")).unwrap();
+    make(&dir, &out).unwrap();
+    assert_eq!(debugfs(&out, "cat /x"), "x\n");
 }
 
 #[test]

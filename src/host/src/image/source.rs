@@ -39,7 +39,8 @@ impl Source {
     /// archive, and `arch` one of an image's architectures.
     pub fn open(path: &Path, arch: Arch, tag: Option<&str>) -> Result<Source> {
         let blobs = if path.is_dir() {
-            Blobs::Folder(path.into())
+            let root = path.canonicalize();
+            Blobs::Folder(root.with_context(|| format!("unable to read {path:?}"))?)
         } else {
             Blobs::Archive(index(path)?)
         };
@@ -117,6 +118,7 @@ pub fn image_config(config: &Value) -> Value {
 
 /// The named parts of an image.
 enum Blobs {
+    /// A directory, by its path without symbolic links.
     Folder(PathBuf),
     Archive(HashMap<String, Part>),
 }
@@ -131,10 +133,10 @@ impl Blobs {
     fn get(&self, name: &str) -> Result<Option<Blob>> {
         match self {
             Blobs::Folder(root) => {
-                let path = root.join(name);
                 // A link could lead to files of the host that are not part of the image.
-                let is_file = path.symlink_metadata().is_ok_and(|found| found.is_file());
-                is_file.then(|| Blob::file(&path)).transpose()
+                let path = root.join(name).canonicalize().ok();
+                let path = path.filter(|path| path.starts_with(root) && path.is_file());
+                path.map(|path| Blob::file(&path)).transpose()
             }
             Blobs::Archive(parts) => {
                 let mut name = name;
