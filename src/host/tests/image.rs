@@ -7,9 +7,12 @@ use std::{fs, io::Write, os::unix::fs::symlink, path::Path};
 use anyhow::Result;
 use common::{Layout, Place, Tar, check, debugfs, docker_save, owner};
 use flate2::{Compression, write::GzEncoder};
-use pigeon::image::{
-    Built, Options, build,
-    disk::{Format, parse_size, write_volume},
+use pigeon::{
+    Arch,
+    image::{
+        Built, Options, build,
+        disk::{Format, parse_size, write_volume},
+    },
 };
 use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 use serde_json::{Value, json};
@@ -274,6 +277,62 @@ fn one_of_several_images_is_chosen_by_its_tag() {
             .to_string()
             .contains("there is no three")
     );
+}
+
+#[test]
+fn a_docker_save_archive_of_several_platforms_has_the_wanted_one() {
+    let place = Place::new();
+    let platforms = ["amd64", "arm64", "s390x"];
+    let mut layout = Layout::default();
+    let manifests = platforms.map(|architecture| {
+        let layer = Tar::new().file("x", format!("{architecture}\n")).bytes();
+        let config = json!({"os": "linux", "architecture": architecture});
+        let mut image = layout.image(&[layer], &config);
+        image["platform"] = config;
+        image
+    });
+    let nested = json!({"manifests": manifests});
+    let mut nested = layout.json("application/vnd.oci.image.index.v1+json", &nested);
+    nested["annotations"] = json!({"io.containerd.image.name": "docker.io/library/app:1"});
+    let mut layout = layout.index(&[nested]);
+    let name = |descriptor: &Value| {
+        let digest = descriptor["digest"].as_str().unwrap();
+        format!("blobs/{}", digest.replace(':', "/"))
+    };
+    // The platform of docker's host.
+    let foreign: Value = serde_json::from_slice(&layout.files[&name(&manifests[2])]).unwrap();
+    let saved = json!([{
+        "Config": name(&foreign["config"]),
+        "RepoTags": ["app:1"],
+        "Layers": [name(&foreign["layers"][0])],
+    }]);
+    let saved = saved.to_string().into_bytes();
+    layout.files.insert("manifest.json".into(), saved);
+    let source = place.write("app.tar", layout.archive());
+    let out = place.path("app.ext4");
+    for (arch, tag) in [(Arch::X86_64, None), (Arch::Aarch64, Some("app:1"))] {
+        let options = Options {
+            arch,
+            tag: tag.map(String::from),
+            ..anew()
+        };
+        let built = build(&source, &out, &options).unwrap();
+        assert_eq!(built.foreign_platform, None);
+        let expected = format!("{}\n", arch.debian_name());
+        assert_eq!(debugfs(&out, "cat /x"), expected);
+    }
+    // Its layers are missing.
+    layout
+        .files
+        .retain(|_, bytes| !bytes.windows(6).any(|window| window == b"amd64\n"));
+    let source = place.write("less.tar", layout.archive());
+    let options = Options {
+        arch: Arch::X86_64,
+        ..anew()
+    };
+    let built = build(&source, &out, &options).unwrap();
+    assert_eq!(built.foreign_platform.unwrap(), "linux/s390x");
+    assert_eq!(debugfs(&out, "cat /x"), "s390x\n");
 }
 
 #[test]

@@ -44,10 +44,21 @@ impl Source {
         } else {
             Blobs::Archive(index(path)?)
         };
+        let is_layout = blobs.get("oci-layout")?.is_some() && blobs.get("index.json")?.is_some();
         if let Some(images) = saved(&blobs)? {
-            return from_saved(&blobs, &images, tag);
+            let source = from_saved(&blobs, &images, tag)?;
+            // Of several platforms, docker's manifest.json has one and the index all. The index is not used
+            // otherwise, as some versions of docker list only a part of the layers there.
+            if is_layout
+                && source.foreign_platform(arch).is_some()
+                && let Ok(other) = from_layout(&blobs, arch, tag)
+                && other.foreign_platform(arch).is_none()
+            {
+                return Ok(other);
+            }
+            return Ok(source);
         }
-        if blobs.get("oci-layout")?.is_some() && blobs.get("index.json")?.is_some() {
+        if is_layout {
             return from_layout(&blobs, arch, tag);
         }
         if is_skopeo_dir(&blobs)? {
