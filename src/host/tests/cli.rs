@@ -676,9 +676,9 @@ fn an_image_by_name_comes_from_docker_and_is_pulled_if_needed() {
     let script = "echo \"$*\" >>docker.log\n\
         case $1 in\n\
         info) exit 0 ;;\n\
-        image) [ -e pulled ] ;;\n\
-        pull) : >pulled ;;\n\
-        save) cp saved \"$3\" ;;\n\
+        image) head -n 1 pulled ;;\n\
+        pull) echo \"$3\" >>pulled ;;\n\
+        save) [ \"$4\" = -- ] || grep -qx \"$5\" pulled && cp saved \"$3\" ;;\n\
         *) exit 1 ;;\n\
         esac\n";
     program(&place, "docker", script);
@@ -701,16 +701,62 @@ fn an_image_by_name_comes_from_docker_and_is_pulled_if_needed() {
         ["info", "image", "pull", "save", "info", "image", "save"]
     );
     assert_eq!(log.matches(" -- demo:1\n").count(), 5, "{log}");
-    // A local image is not used for another architecture.
+    // A local image is not used for another architecture, unless it is stored for that, too.
     let (foreign, platform) = match Arch::HOST {
         Arch::X86_64 => ("aarch64", "linux/arm64"),
         Arch::Aarch64 => ("x86_64", "linux/amd64"),
     };
     let words = ["rootfs", "-f", "--arch", foreign, "demo:1", "demo.ext4"];
-    assert_eq!(pigeon(&place, &words).2, 0);
-    let log = fs::read_to_string(place.path("docker.log")).unwrap();
-    let pull = format!("\ninfo\npull --platform {platform} -- demo:1\nsave ");
-    assert!(log.contains(&pull), "{log}");
+    for _ in 0..2 {
+        assert_eq!(pigeon(&place, &words).2, 0);
+        let log = fs::read_to_string(place.path("docker.log")).unwrap();
+        let pull = format!("\npull --platform {platform} -- demo:1\nsave ");
+        assert_eq!(log.matches(&pull).count(), 1, "{log}");
+        let save = log.lines().next_back().unwrap();
+        assert!(
+            save.ends_with(&format!(" --platform {platform} -- demo:1")),
+            "{log}"
+        );
+    }
+    // Docker before 28 has no such option.
+    program(
+        &place,
+        "docker",
+        &script.replace("|| grep -qx \"$5\" pulled", ""),
+    );
+    let (_, stderr, code) = pigeon(&place, &["rootfs", "--force", "demo:1", "demo.ext4"]);
+    assert_eq!(code, 0, "{stderr}");
+}
+
+#[test]
+fn an_image_name_without_a_tag_is_its_latest() {
+    let place = Place::new();
+    let saved = docker_save(&[Tar::new().bytes()], &json!({}), "demo:1");
+    place.write("saved", saved);
+    let script = "echo \"$*\" >>docker.log\n\
+        case $1 in\n\
+        image) case $6 in demo:latest|0123abcd) echo linux/amd64 ;; *) exit 1 ;; esac ;;\n\
+        save) cp saved \"$3\" ;;\n\
+        esac\n";
+    program(&place, "docker", script);
+    for (name, saved) in [
+        ("demo", "demo:latest"),
+        ("0123abcd", "0123abcd"),
+        ("localhost:5000/other", "localhost:5000/other:latest"),
+        ("demo@sha256:0123", "demo@sha256:0123"),
+    ] {
+        let (_, stderr, code) = pigeon(&place, &["rootfs", "--force", name, "x.ext4"]);
+        assert_eq!(code, 0, "{stderr}");
+        let log = fs::read_to_string(place.path("docker.log")).unwrap();
+        let save = log.lines().next_back().unwrap();
+        assert!(
+            save.starts_with("save ") && save.ends_with(&format!(" -- {saved}")),
+            "{log}"
+        );
+        let is_stored = ["demo", "0123abcd"].contains(&name);
+        assert_eq!(!log.contains("\npull "), is_stored, "{log}");
+        fs::remove_file(place.path("docker.log")).unwrap();
+    }
 }
 
 #[test]
@@ -734,9 +780,11 @@ fn an_image_by_name_comes_from_skopeo_if_docker_fails() {
         (&json!("docker save archive"), &json!(1))
     );
     let stderr = error_of(&place, &["rootfs", "demo:2", "other.ext4"]);
-    let expected =
-        "there is no file demo:2, and skopeo gave no image of that name: exit status: 1\n";
-    assert!(stderr.ends_with(expected), "{stderr}");
+    let expected = format!(
+        "there is no file demo:2, and skopeo gave no image of that name for {}: exit status: 1\n",
+        Arch::HOST.platform()
+    );
+    assert!(stderr.ends_with(&expected), "{stderr}");
     // A name that can only be a file is not passed to docker or skopeo.
     for name in ["demo.tar.gz", "demo.tar.zst", "demo.oci", "./demo"] {
         let stderr = error_of(&place, &["rootfs", name, "other.ext4"]);

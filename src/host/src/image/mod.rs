@@ -257,7 +257,7 @@ fn pull(name: &str, arch: Arch, archive: &Path) -> Result<()> {
     let looks_like_file =
         name.starts_with(['/', '.']) || ARCHIVES.iter().any(|end| name.ends_with(end));
     ensure!(!looks_like_file, "there is no {name}");
-    let foreign = arch != Arch::HOST;
+    let platform = arch.platform();
     let works = |command: &mut Command| {
         let quiet = command
             .stdin(Stdio::null())
@@ -271,7 +271,7 @@ fn pull(name: &str, arch: Arch, archive: &Path) -> Result<()> {
         let program = Path::new(command.get_program()).file_name();
         ensure!(
             status.success(),
-            "there is no file {name}, and {} gave no image of that name: {status}",
+            "there is no file {name}, and {} gave no image of that name for {platform}: {status}",
             program.unwrap_or_default().display()
         );
         anyhow::Ok(())
@@ -279,24 +279,49 @@ fn pull(name: &str, arch: Arch, archive: &Path) -> Result<()> {
     if let Ok(docker) = assets::tool("docker")
         && works(Command::new(&docker).arg("info"))
     {
-        if foreign {
-            let platform = format!("linux/{}", arch.debian_name());
-            must(Command::new(&docker).args(["pull", "--platform", &platform, "--", name]))?;
-        } else if !works(Command::new(&docker).args(["image", "inspect", "--", name])) {
-            must(Command::new(&docker).args(["pull", "--", name]))?;
+        let docker = |words: &[&str]| {
+            let mut command = Command::new(&docker);
+            command.args(words);
+            command
+        };
+        // The platform of an image that docker has.
+        let stored = |name: &str| {
+            let format = "{{.Os}}/{{.Architecture}}";
+            let mut inspect = docker(&["image", "inspect", "--format", format, "--", name]);
+            let output = inspect.stdin(Stdio::null()).output().ok()?;
+            let text = String::from_utf8_lossy(&output.stdout);
+            output.status.success().then(|| text.trim_end().to_string())
+        };
+        // Of a name without a tag, docker would save all tags. It may also be the id of an image.
+        let latest = format!("{name}:latest");
+        let has_tag = name.rsplit('/').next().unwrap_or(name).contains([':', '@']);
+        let name = match has_tag || stored(&latest).is_none() && stored(name).is_some() {
+            true => name,
+            false => &latest,
+        };
+        let save = |options: &[&str]| {
+            let mut save = docker(&["save", "--output"]);
+            save.arg(archive).args(options).args(["--", name]);
+            save
+        };
+        // Docker 28 and newer; older ones store an image for one platform.
+        let save_platform = || works(&mut save(&["--platform", &platform]));
+        let found = stored(name);
+        if found.is_some() && save_platform() {
+            return Ok(());
         }
-        return must(
-            Command::new(&docker)
-                .arg("save")
-                .arg("--output")
-                .arg(archive)
-                .args(["--", name]),
-        );
+        if found.as_ref() != Some(&platform) {
+            must(&mut docker(&["pull", "--platform", &platform, "--", name]))?;
+            if save_platform() {
+                return Ok(());
+            }
+        }
+        return must(&mut save(&[]));
     }
     if let Ok(skopeo) = assets::tool("skopeo") {
         let target = format!("docker-archive:{}", archive.display());
         let mut skopeo = Command::new(skopeo);
-        if foreign {
+        if arch != Arch::HOST {
             skopeo.args(["--override-arch", arch.debian_name()]);
         }
         return must(skopeo.args(["copy", "--", &format!("docker://{name}"), &target]));
