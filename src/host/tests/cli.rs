@@ -6,6 +6,7 @@ mod pty;
 
 use std::{
     fs,
+    io::Write,
     os::unix::{
         fs::{OpenOptionsExt, PermissionsExt},
         net::UnixListener,
@@ -815,6 +816,33 @@ fn an_archive_may_come_on_standard_input() {
         .status();
     assert!(status.unwrap().success());
     assert_eq!(fs::metadata(place.path("a.ext4")).unwrap().len(), 64 << 20);
+}
+
+#[test]
+fn an_image_that_appears_during_a_build_is_kept() {
+    let place = Place::new();
+    let config = json!({"config": {"Cmd": ["/x"]}});
+    let archive = docker_save(&[Tar::new().bytes()], &config, "a");
+    let mut rootfs = Command::new(env!("CARGO_BIN_EXE_pigeon"))
+        .args(["rootfs", "-", "a.ext4"])
+        .current_dir(place.0.path())
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let files = || fs::read_dir(place.0.path()).unwrap().count();
+    while files() == 0 {
+        thread::sleep(Duration::from_millis(1));
+    }
+    place.write("a.ext4", "another's");
+    rootfs.stdin.take().unwrap().write_all(&archive).unwrap();
+    let output = rootfs.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(125));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    let expected = "pigeon: a.ext4 exists already; --force overwrites it\n";
+    assert_eq!(stderr, expected);
+    assert_eq!(fs::read(place.path("a.ext4")).unwrap(), b"another's");
+    assert_eq!(files(), 1);
 }
 
 #[test]

@@ -555,6 +555,22 @@ fn nothing_is_left_behind_beside_the_image() {
 }
 
 #[test]
+fn an_image_and_its_configuration_appear_complete_or_not_at_all() {
+    let place = Place::new();
+    let layers = [Tar::new().file("a", "a").bytes()];
+    let source = place.write("app.tar", docker_save(&layers, &config(), "app:1"));
+    // The configuration is replaced, not written to.
+    let (old, kept) = (place.write("app.run.json", "{}"), place.path("kept"));
+    fs::hard_link(&old, &kept).unwrap();
+    make(&source, &place.path("app.ext4")).unwrap();
+    assert_eq!(fs::read(&kept).unwrap(), b"{}");
+    assert_ne!(fs::read(&old).unwrap(), b"{}");
+    // Its name is too long.
+    let error = refused(&source, &place.path(&"n".repeat(250)));
+    assert!(error.contains(".run.json"), "{error}");
+}
+
+#[test]
 fn existing_files_are_replaced_only_with_force() {
     let place = Place::new();
     let source = place.write(

@@ -1,4 +1,4 @@
-//! Writes a tree to an image file: format, size, and an atomic rename at the end.
+//! Writes a tree to an image file: format and size; and gives a finished file its name.
 
 use std::{
     fs,
@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use rustix::{
-    fs::{SeekFrom, ioctl_ficlone, seek},
+    fs::{CWD, RenameFlags, SeekFrom, ioctl_ficlone, renameat_with, seek},
     io::Errno,
 };
 use sha2::{Digest, Sha256};
@@ -95,20 +95,17 @@ pub fn parse_disk_size(text: &str) -> Result<u64> {
     Ok(size)
 }
 
-/// Writes the image to `out` through a temporary file and rename, and returns its size.
+/// Writes the image to `image`, which must not exist, and returns its size.
 pub fn write(
     tree: &Tree,
     layers: &[Layer],
-    out: &Path,
+    image: &Path,
     format: Format,
     size: Option<u64>,
     progress: &mut Progress,
 ) -> Result<u64> {
     let extent = tree.extent()?;
     let inodes = Inodes::of(tree)?;
-    let stage = Scratch::new_in(directory_of(out))
-        .with_context(|| format!("unable to write in {}", directory_of(out).display()))?;
-    let image = stage.path().join("image");
     let uuid = identity(&inodes, format);
     let size = match format {
         Format::Ext4 => {
@@ -120,23 +117,31 @@ pub fn write(
                 size >> 20,
                 least.div_ceil(1 << 20)
             );
-            let file = create(&image)?;
+            let file = create(image)?;
             ext4::write(&inodes, &extent, layers, &file, size, uuid, progress)?;
             size
         }
         Format::Erofs => {
             no_size(size, format)?;
-            let file = create(&image)?;
+            let file = create(image)?;
             erofs::write(&inodes, &extent, layers, &file, uuid, progress)?
         }
         Format::Squashfs => {
             no_size(size, format)?;
-            squashfs::write(&inodes, &extent, layers, &image, progress)?;
-            fs::metadata(&image)?.len()
+            squashfs::write(&inodes, &extent, layers, image, progress)?;
+            fs::metadata(image)?.len()
         }
     };
-    fs::rename(&image, out).with_context(|| format!("unable to write {}", out.display()))?;
     Ok(size)
+}
+
+/// Renames a file, and fails if the name was taken meanwhile.
+pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // Some network file systems have only this (renameat2(2)).
+        Err(Errno::INVAL | Errno::NOSYS) => fs::hard_link(from, to),
+        renamed => Ok(renamed?),
+    }
 }
 
 /// Makes an empty ext4 image for a volume. It is an error if `out` exists. The file is returned locked
@@ -150,8 +155,7 @@ pub fn write_volume(out: &Path, size: u64) -> Result<fs::File> {
     let image = create(&path)?;
     ext4::write_empty(&image, size, as_uuid(uuid)).with_context(cannot)?;
     let _ = image.try_lock();
-    // Unlike rename, this fails if the name was taken meanwhile.
-    fs::hard_link(&path, out).with_context(cannot)?;
+    rename_new(&path, out).with_context(cannot)?;
     Ok(image)
 }
 

@@ -123,18 +123,27 @@ pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
     }
     let files = tree.extent()?.inodes;
     let layers = &source.layers;
+    let [image, new_run_json] = ["image", "run.json"].map(|name| scratch.path().join(name));
     let size = disk::write(
         &tree,
         layers,
-        out,
+        &image,
         options.format,
         options.size,
         &mut progress,
     )?;
     progress.end();
-    if let Some(text) = run_json {
+    let run_json = run_json.filter(|text| !is_same(text));
+    if let Some(text) = &run_json {
         let cannot = || format!("unable to write {}", run_json_path.display());
-        fs::write(&run_json_path, text).with_context(cannot)?;
+        fs::write(&new_run_json, text).with_context(cannot)?;
+        publish(&new_run_json, &run_json_path, options.force)?;
+    }
+    if let Err(error) = publish(&image, out, options.force) {
+        if run_json.is_some() && !options.force {
+            let _ = fs::remove_file(&run_json_path); // it belongs to this image
+        }
+        return Err(error);
     }
     Ok(Built {
         form: source.form,
@@ -154,7 +163,28 @@ pub fn pack(directory: &Path, out: &Path, format: Format) -> Result<u64> {
     layers[0].read(&mut |_| (), |entry, described, _| {
         tree.apply(Place { layer: 0, entry }, described)
     })?;
-    disk::write(&tree, &layers, out, format, None, &mut Progress::new(false))
+    let scratch = Scratch::new_in(directory_of(out))
+        .with_context(|| format!("unable to write beside {}", out.display()))?;
+    let image = scratch.path().join("image");
+    let progress = &mut Progress::new(false);
+    let size = disk::write(&tree, &layers, &image, format, None, progress)?;
+    publish(&image, out, true)?;
+    Ok(size)
+}
+
+/// Moves a finished file to its place, where one may have appeared meanwhile.
+fn publish(file: &Path, to: &Path, force: bool) -> Result<()> {
+    let renamed = match force {
+        true => fs::rename(file, to),
+        false => disk::rename_new(file, to),
+    };
+    if renamed
+        .as_ref()
+        .is_err_and(|error| error.kind() == io::ErrorKind::AlreadyExists)
+    {
+        ensure_replaceable(to, force)?;
+    }
+    renamed.with_context(|| format!("unable to write {}", to.display()))
 }
 
 /// Fails if the image would overwrite its own source, or be inside it.
