@@ -819,6 +819,18 @@ fn an_archive_may_come_on_standard_input() {
 }
 
 #[test]
+fn what_squashfs_tools_complain_about_is_shown() {
+    let place = Place::new();
+    place.write("a.tar", Tar::new().file("x", "").bytes());
+    let sqfstar = pigeon::assets::tool("sqfstar").unwrap();
+    let script = format!("echo odd >&2\nexec {} \"$@\"\n", sqfstar.display());
+    program(&place, "sqfstar", &script);
+    let words = ["rootfs", "--format", "squashfs", "a.tar", "a.squashfs"];
+    let (_, stderr, code) = pigeon(&place, &words);
+    assert_eq!((stderr.as_str(), code), ("sqfstar: odd\n", 0));
+}
+
+#[test]
 fn an_image_that_appears_during_a_build_is_kept() {
     let place = Place::new();
     let config = json!({"config": {"Cmd": ["/x"]}});

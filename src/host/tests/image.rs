@@ -650,6 +650,26 @@ fn unsupported_attributes_are_named_with_their_files() {
         "extended attribute trusted.overlay.opaque dropped: d/",
     ];
     assert_eq!(built.warnings, expected);
+    // squashfs has no access lists.
+    let files = Tar::new()
+        .xattr("system.posix_acl_default", b"list")
+        .dir("d/", 0o755, (0, 0))
+        .records(&[
+            ("SCHILY.xattr.system.posix_acl_access", b"list"),
+            ("SCHILY.xattr.user.kept", b"x"),
+        ])
+        .file("d/f", "");
+    let options = Options {
+        format: Format::Squashfs,
+        ..anew()
+    };
+    let squashfs = place.path("x.squashfs");
+    let built = build(&place.write("z.tar", files.bytes()), &squashfs, &options).unwrap();
+    let expected = [
+        "extended attribute system.posix_acl_access dropped: d/f",
+        "extended attribute system.posix_acl_default dropped: d/",
+    ];
+    assert_eq!(built.warnings, expected);
     // An attribute that is too large for the file system is an error.
     let files = Tar::new().xattr("user.much", &[0; 5000]).file("f", "");
     fs::remove_file(&out).unwrap();

@@ -71,7 +71,7 @@ fn is_kept(attribute: &str) -> bool {
 }
 
 /// Removes attributes that are not kept, and returns their names.
-fn drop_attributes(meta: &mut Meta) -> Vec<String> {
+pub(super) fn drop_attributes(meta: &mut Meta, is_kept: fn(&str) -> bool) -> Vec<String> {
     let mut lost = vec![];
     meta.xattrs.retain(|name, _| {
         let keep = is_kept(name);
@@ -235,7 +235,7 @@ fn read_tar(blob: &Blob, count: &mut dyn FnMut(u64), visit: Visit) -> Result<()>
         let mut archive = Archive::new(&mut plain);
         let mut number = 0;
         while let Some(mut member) = archive.next_member().context("not a whole tar archive")? {
-            let mut lost = drop_attributes(&mut member.meta);
+            let mut lost = drop_attributes(&mut member.meta, is_kept);
             lost.extend(member.lost);
             if let Some(kind) = member.kind {
                 let entry = Entry {
@@ -359,7 +359,7 @@ fn read_directory(root: &Path, paths: &[PathBuf], visit: Visit) -> Result<()> {
             },
             xattrs: attributes(&place).with_context(unreadable)?,
         };
-        let lost = drop_attributes(&mut meta);
+        let lost = drop_attributes(&mut meta, is_kept);
         let (mut file, mut pieces) = (None, vec![]);
         let kind = if kind.is_dir() {
             Kind::Directory

@@ -111,11 +111,15 @@ pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
     progress.phase("reading layers", total);
     for (number, layer) in source.layers.iter().enumerate() {
         layer
-            .read(&mut |size| progress.add(size), |entry, described, _| {
+            .read(&mut |size| progress.add(size), |entry, mut described, _| {
                 let place = Place {
                     layer: number,
                     entry,
                 };
+                if options.format == Format::Squashfs {
+                    let more = layer::drop_attributes(&mut described.meta, squashfs::has_attribute);
+                    described.lost.extend(more);
+                }
                 lost.add(&described.path, &described.lost);
                 tree.apply(place, described)
             })

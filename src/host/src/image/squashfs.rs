@@ -18,6 +18,11 @@ use super::{
 };
 use crate::{assets, progress::Progress};
 
+/// Whether squashfs can store an attribute: it has no access lists.
+pub fn has_attribute(name: &str) -> bool {
+    !name.starts_with("system.")
+}
+
 /// Makes the image `out`, which must not exist.
 pub fn write(
     inodes: &Inodes,
@@ -61,11 +66,18 @@ pub fn write(
     if !broken {
         sent?;
     }
+    let mut text = vec![];
+    stderr.rewind()?;
+    stderr.read_to_end(&mut text)?;
+    let text = String::from_utf8_lossy(&text);
     if !status.success() {
-        let mut text = String::new();
-        stderr.rewind()?;
-        stderr.read_to_string(&mut text)?;
         bail!("unable to make a squashfs file system: {}", text.trim_end());
+    }
+    if !text.is_empty() {
+        progress.end();
+    }
+    for line in text.lines() {
+        let _ = writeln!(io::stderr(), "sqfstar: {line}");
     }
     set_root_time(out, seconds(root))
 }
