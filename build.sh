@@ -50,10 +50,12 @@ say() { printf '==> %s\n' "$*" >&2; }
 wrong() { printf 'build.sh: %s; see ./build.sh help\n' "$*" >&2; exit 2; }
 die() { printf 'build.sh: %s\n' "$*" >&2; exit 1; }
 
-# need COMMAND=PACKAGE...: installs the Debian packages of the commands that are missing.
+# need COMMAND|/FILE=PACKAGE...: installs the Debian packages of the commands and files that are missing.
+# Recommended packages are left out: those that are needed are named.
 need() {
     local pair missing=()
     for pair; do
+        [[ $pair != /* || ! -e ${pair%%=*} ]] || continue
         PATH=$PATH:/usr/sbin:/sbin type -P "${pair%%=*}" >/dev/null || missing+=("${pair#*=}")
     done
     ((${#missing[@]})) || return 0
@@ -71,7 +73,7 @@ apt() {
 
 need_rust() {
     type -P cargo >/dev/null || die "cargo not found: install Rust from https://rustup.rs"
-    need cc=gcc
+    need cc=gcc /usr/include/stdio.h=libc6-dev
 }
 
 # Size limits of build/init in KiB, with all features and without. They go down, or up for a bug fix that
@@ -184,12 +186,12 @@ setup() {
     local arch=$PIGEON_ARCH foreign=()
     # The guest's programs are compiled on this machine, and some also run on it.
     [[ $arch == "$(uname -m)" ]] || foreign=("$arch-linux-gnu-gcc=gcc-${arch/_/-}-linux-gnu"
-        "$arch-linux-gnu-gcc=libc6-dev-$debian-cross" "qemu-$arch=qemu-user")
+        "/usr/$arch-linux-gnu/include/stdio.h=libc6-dev-$debian-cross" "qemu-$arch=qemu-user")
     need "qemu-system-$arch=$qemu" "${foreign[@]}" fakeroot=fakeroot mkfs.ext4=e2fsprogs \
         debugfs=e2fsprogs mksquashfs=squashfs-tools mkfs.erofs=erofs-utils umoci=umoci \
         mkfs.xfs=xfsprogs mkfs.btrfs=btrfs-progs sfdisk=fdisk fsck.vfat=dosfstools \
-        bsdtar=libarchive-tools mmdebstrap=mmdebstrap ip=iproute2 lz4=lz4 xz=xz-utils bzip2=bzip2 zstd=zstd cpio=cpio \
-        socat=socat curl=curl python3=python3
+        bsdtar=libarchive-tools mmdebstrap=mmdebstrap newuidmap=uidmap ip=iproute2 lz4=lz4 xz=xz-utils \
+        bzip2=bzip2 zstd=zstd cpio=cpio socat=socat curl=curl python3=python3
     # Python's virtual environments are a package of their own in Debian.
     python3 -c 'import ensurepip' 2>/dev/null || need ensurepip=python3-venv
     say "building the lab"
@@ -280,7 +282,7 @@ run_tests() {
     while [[ -n ${1-} ]]; do
         # It takes minutes, so it runs only by name.
         if [[ $1 == containers ]]; then
-            need mmdebstrap=mmdebstrap redis-cli=redis-tools
+            need redis-cli=redis-tools
             lab_features+=(--features containers)
         fi
         [[ -e tests/vm/$1.rs || -e src/host/tests/$1.rs || -e src/host/shim/tests/$1.rs ]] || break
