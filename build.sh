@@ -254,7 +254,7 @@ package() {
     )
     mkdir -p dist
     tar --create --directory="$stage" --format=ustar --sort=name --mtime="@$epoch" \
-        --owner=0 --group=0 --numeric-owner --mode=u+rw,go+r-w "$name" | gzip -9n >"dist/$name.tar.gz"
+        --owner=0 --group=0 --numeric-owner --mode=u+rwX,go+rX-w "$name" | gzip -9n >"dist/$name.tar.gz"
     say "dist/$name.tar.gz: $(stat -c %s "dist/$name.tar.gz") bytes"
 }
 
