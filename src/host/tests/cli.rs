@@ -6,14 +6,14 @@ mod pty;
 
 use std::{
     fs,
-    io::Write,
+    io::{Read, Write},
     os::unix::{
         fs::{OpenOptionsExt, PermissionsExt},
         net::UnixListener,
-        process::ExitStatusExt,
+        process::{CommandExt, ExitStatusExt},
     },
     path::PathBuf,
-    process::{Command, Stdio},
+    process::{Child, Command, Output, Stdio},
     thread,
     time::Duration,
 };
@@ -36,30 +36,54 @@ use serde_json::{Value, json};
 
 /// Standard output, standard error and exit code of `pigeon WORDS` in the directory of `place`.
 fn pigeon(place: &Place, words: &[&str]) -> (String, String, i32) {
-    let path = std::env::var("PATH").unwrap();
-    let path = format!("{}:{path}", place.0.path().display());
-    pigeon_with(place, &path, words)
+    finished(command(place, words).output().unwrap())
 }
 
 /// The same, with this `PATH`.
 fn pigeon_with(place: &Place, path: &str, words: &[&str]) -> (String, String, i32) {
-    let output = Command::new(env!("CARGO_BIN_EXE_pigeon"))
-        .args(words)
-        .current_dir(place.0.path())
-        .env("PATH", path)
-        .env("XDG_RUNTIME_DIR", place.0.path())
-        .env("XDG_STATE_HOME", place.0.path())
-        .env_remove("PIGEON_UDS")
-        .env_remove("PIGEON_ARCH")
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
+    finished(command(place, words).env("PATH", path).output().unwrap())
+}
+
+fn finished(output: Output) -> (String, String, i32) {
     let text = |bytes| String::from_utf8(bytes).unwrap();
     (
         text(output.stdout),
         text(output.stderr),
         output.status.code().unwrap(),
     )
+}
+
+/// `pigeon WORDS` in the directory of `place`, without input.
+fn command(place: &Place, words: &[&str]) -> Command {
+    let path = std::env::var("PATH").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pigeon"));
+    command
+        .args(words)
+        .current_dir(place.0.path())
+        .env("PATH", format!("{}:{path}", place.0.path().display()))
+        .env("XDG_RUNTIME_DIR", place.0.path())
+        .env("XDG_STATE_HOME", place.0.path())
+        .env_remove("PIGEON_UDS")
+        .env_remove("PIGEON_ARCH")
+        .stdin(Stdio::null());
+    command
+}
+
+/// The same, started, with its output in pipes.
+fn spawn(command: &mut Command) -> Child {
+    let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.spawn().unwrap()
+}
+
+/// A running VM `app` with the socket `vm.vsock`: its directory, and its owner's lock.
+fn running_vm(place: &Place) -> (PathBuf, fs::File) {
+    let dir = place.path("pigeon/vms/app");
+    fs::create_dir_all(&dir).unwrap();
+    let record = json!({"name": "app", "uds": place.path("vm.vsock"), "pid": 1});
+    fs::write(dir.join("vm.json"), record.to_string()).unwrap();
+    let lock = fs::File::create(dir.join("lock")).unwrap();
+    lock.lock().unwrap();
+    (dir, lock)
 }
 
 /// A command line of `pigeon run` for a VM with the socket `app.vsock`, on a stand-in for QEMU.
@@ -550,6 +574,50 @@ fn output_is_shown_even_if_it_cannot_be_recorded() {
 }
 
 #[test]
+fn followers_of_a_vm_with_rm_see_its_last_output_and_succeed() {
+    for (file, words) in [
+        ("output", &["logs", "-f", "app"][..]),
+        ("console", &["logs", "-f", "--console", "app"]),
+        ("events", &["events", "-f", "app"]),
+    ] {
+        let place = Place::new();
+        let (dir, lock) = running_vm(&place);
+        let bytes = |line: &str| match file {
+            "output" => {
+                let (stream, bytes) = (Stream::Stdout, line.into());
+                Frame { stream, bytes }.encode()
+            }
+            _ => line.into(),
+        };
+        let mut log = fs::File::create(dir.join(file)).unwrap();
+        log.write_all(&bytes("one\n")).unwrap();
+        let mut follower = spawn(&mut command(&place, words));
+        let mut seen = [0; 4];
+        let shown = follower.stdout.as_mut().unwrap();
+        shown.read_exact(&mut seen).unwrap();
+        // As its owner does.
+        log.write_all(&bytes("two\n")).unwrap();
+        fs::remove_dir_all(&dir).unwrap();
+        drop(lock);
+        let (rest, stderr, code) = finished(follower.wait_with_output().unwrap());
+        assert_eq!(
+            (&seen, rest.as_str(), stderr.as_str(), code),
+            (b"one\n", "two\n", "", 0)
+        );
+    }
+    // It has not written anything yet.
+    let place = Place::new();
+    let (dir, lock) = running_vm(&place);
+    let mut follower = spawn(&mut command(&place, &["events", "-f", "app"]));
+    thread::sleep(Duration::from_millis(500));
+    assert!(follower.try_wait().unwrap().is_none());
+    fs::remove_dir_all(&dir).unwrap();
+    drop(lock);
+    let (shown, stderr, code) = finished(follower.wait_with_output().unwrap());
+    assert_eq!((shown.as_str(), stderr.as_str(), code), ("", "", 0));
+}
+
+#[test]
 fn ctrl_backslash_goes_to_the_workload_and_the_terminal_is_restored() {
     let place = Place::new();
     let (command, vm, qemu) = run_on_stand_in(&place);
@@ -901,7 +969,6 @@ fn unreadable_files_keep_their_owners_without_root() {
         .args(["rootfs", "a.tar", "a.ext4"])
         .current_dir(place.0.path());
     if rustix::process::geteuid().is_root() {
-        use std::os::unix::process::CommandExt;
         command.uid(65_534).gid(65_534);
     }
     let output = command.output().unwrap();

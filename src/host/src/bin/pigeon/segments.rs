@@ -25,10 +25,14 @@ fn segment_path(dir: &Path, name: &str, start: u64) -> PathBuf {
     }
 }
 
-/// The start offsets of the existing segments, sorted.
+/// The start offsets of the existing segments, sorted. There are none once `--rm` has removed the directory.
 fn start_offsets(dir: &Path, name: &str) -> io::Result<Vec<u64>> {
     let mut offsets = vec![];
-    for entry in fs::read_dir(dir)? {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(offsets),
+        entries => entries?,
+    };
+    for entry in entries {
         let file = entry?.file_name();
         let rest = file.to_str().and_then(|file| file.strip_prefix(name));
         let start = match rest {
