@@ -618,6 +618,27 @@ fn followers_of_a_vm_with_rm_see_its_last_output_and_succeed() {
 }
 
 #[test]
+fn wait_and_kill_return_once_the_vm_has_ended() {
+    for (words, expected) in [(["wait", "app"], "137\n"), (["kill", "app"], "app\n")] {
+        let place = Place::new();
+        let (_, lock) = running_vm(&place);
+        let vm = Vm::start(place.0.path(), |mut connection| {
+            connection.respond(200, "", b"{\"code\":137,\"oom_killed\":false}");
+        });
+        let mut run = spawn(&mut command(&place, &words));
+        while vm.lines().is_empty() && run.try_wait().unwrap().is_none() {
+            thread::sleep(Duration::from_millis(5));
+        }
+        // The workload has ended, and the VM shuts down.
+        thread::sleep(Duration::from_millis(500));
+        assert!(run.try_wait().unwrap().is_none(), "{words:?}");
+        drop(lock);
+        let (shown, stderr, code) = finished(run.wait_with_output().unwrap());
+        assert_eq!((shown.as_str(), code), (expected, 0), "{words:?}: {stderr}");
+    }
+}
+
+#[test]
 fn ctrl_backslash_goes_to_the_workload_and_the_terminal_is_restored() {
     let place = Place::new();
     let (command, vm, qemu) = run_on_stand_in(&place);

@@ -203,10 +203,12 @@ impl Kill {
         for_each(&self.names, |name| {
             let vm = vms::find_running(name)?;
             let client = pigeon::Client::connect(&vm.record.uds).map_err(anyhow::Error::from);
-            match client.and_then(|client| workload::signal(&vm.record, &client, self.signal)) {
-                // No workload has started yet.
-                Err(_) if i32::from(self.signal) == Signal::KILL.as_raw() => kill(&vm)?,
-                sent => sent?,
+            let sent = client.and_then(|client| workload::signal(&vm.record, &client, self.signal));
+            if i32::from(self.signal) != Signal::KILL.as_raw() {
+                sent?;
+            } else if sent.is_err() || !vm.wait(SHUTDOWN) {
+                // No workload has started yet, or the VM does not end with it.
+                kill(&vm)?;
             }
             say!("{name}")
         })
@@ -262,7 +264,12 @@ impl Wait {
                     .client(Some(&vm.record.name))
                     .map(|c| c.exit_code())
                 {
-                    Ok(Ok(exit)) => exit,
+                    Ok(Ok(exit)) => {
+                        // The VM shuts down now. If it was started again meanwhile, that is another run.
+                        let is_same = |record: vms::Record| record.pid == vm.record.pid;
+                        while !vm.wait(SHUTDOWN) && vm.reread().is_ok_and(is_same) {}
+                        exit
+                    }
                     // It ended before the call.
                     Ok(Err(_)) | Err(_) if vm.wait(SHUTDOWN) => recorded(vm)?,
                     Ok(Err(error)) => return Err(error.into()),

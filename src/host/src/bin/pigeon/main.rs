@@ -77,7 +77,7 @@ enum Action {
     Start(run::Start),
     /// Stop VMs, and start them as they were run
     Restart(run::Restart),
-    /// Wait for the end of a VM's workload and print its exit code
+    /// Wait for the end of a VM and print its workload's exit code
     Wait(lifecycle::Wait),
     /// Remove VMs that have ended: record, logs and console
     Rm(lifecycle::Rm),
