@@ -639,6 +639,28 @@ fn wait_and_kill_return_once_the_vm_has_ended() {
 }
 
 #[test]
+fn the_exit_code_is_the_workloads_even_if_it_cannot_be_recorded() {
+    for (options, is_kept) in [(&[][..], true), (&["--rm"], false)] {
+        let place = Place::new();
+        let (mut run, vm, qemu) = run_on_stand_in_with(&place, options);
+        let mut run = spawn(run.stdin(Stdio::null()));
+        while vm.lines().is_empty() && run.try_wait().unwrap().is_none() {
+            thread::sleep(Duration::from_millis(5));
+        }
+        let dir = place.path("pigeon/vms/app");
+        // A directory at the path of the new record, which cannot be written then, also by root.
+        fs::create_dir(dir.join("vm.json.new")).unwrap();
+        qemu.end();
+        let (_, stderr, code) = finished(run.wait_with_output().unwrap());
+        assert_eq!((code, dir.exists()), (7, is_kept), "{stderr}");
+        assert_eq!(stderr.contains("unable to write"), is_kept, "{stderr}");
+        let (listed, _, _) = pigeon(&place, &["ps", "-a"]);
+        let lost = "lost: its end was not recorded";
+        assert_eq!(listed.contains(lost), is_kept, "{listed}");
+    }
+}
+
+#[test]
 fn ctrl_backslash_goes_to_the_workload_and_the_terminal_is_restored() {
     let place = Place::new();
     let (command, vm, qemu) = run_on_stand_in(&place);

@@ -307,7 +307,7 @@ fn recorded(vm: &Vm) -> Result<Exit> {
     let code = record.exit_code.map(i32::from);
     let code = code.with_context(|| {
         format!(
-            "the exit code of {} is unknown: the process that ran it was killed",
+            "the exit code of {} is unknown: its end was not recorded",
             record.name
         )
     })?;

@@ -127,7 +127,7 @@ impl Record {
                 let code = self.exit_code.map(|code| format!(" ({code})"));
                 format!("{what}{} {} ago", code.unwrap_or_default(), since(ended))
             }
-            (false, None) => "lost: the process that ran it was killed".into(),
+            (false, None) => "lost: its end was not recorded".into(),
         }
     }
 }

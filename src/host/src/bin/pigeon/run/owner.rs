@@ -487,14 +487,19 @@ impl Owner<'_> {
             End::Panic => "panic",
             End::Failed(_) => "hypervisor",
         };
-        self.claim.update(|record| {
+        let recorded = self.claim.update(|record| {
             record.exit = exit.clone();
             record.end = Some(name.into());
             record.exit_code = Some(code);
             record.ended = Some(vms::now());
-        })?;
-        if self.run.rm && !self.claim.restarts() {
-            self.claim.remove()?;
+        });
+        let removed = match self.run.rm && !self.claim.restarts() {
+            true => self.claim.remove(),
+            false => recorded,
+        };
+        // The exit code is the workload's, even if the disk is full.
+        if let Err(error) = removed {
+            note!("{error:#}");
         }
         if self.run.json {
             say!("{}", describe_end(exit.as_ref(), name, code))?;
