@@ -517,8 +517,12 @@ fn cached(name: &str, fill: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf>
     let lock = File::create(cache_dir().join(format!("{name}.lock")))?;
     lock.lock()?;
     if !path.exists() {
+        let filling = format!(".filling-{name}");
+        // Left behind by a process that was killed.
+        let _ = fs::remove_dir_all(cache_dir().join(&filling));
         let filling = tempfile::Builder::new()
-            .prefix(".filling-")
+            .prefix(&filling)
+            .rand_bytes(0)
             .tempdir_in(cache_dir())?;
         fill(filling.path()).with_context(|| format!("unable to get {name}"))?;
         fs::rename(filling.keep(), &path)?;

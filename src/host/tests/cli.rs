@@ -30,7 +30,7 @@ use pigeon::{
 };
 use rustix::{
     fs::{CWD, FileType, Mode, OFlags, mknodat},
-    process::{Pid, Signal, kill_process},
+    process::{Pid, Signal, kill_process, kill_process_group},
 };
 use serde_json::{Value, json};
 
@@ -658,6 +658,45 @@ fn the_exit_code_is_the_workloads_even_if_it_cannot_be_recorded() {
         let lost = "lost: its end was not recorded";
         assert_eq!(listed.contains(lost), is_kept, "{listed}");
     }
+}
+
+#[test]
+fn a_signal_ends_a_run_that_still_fetches_the_kernel() {
+    let place = Place::new();
+    let mut ext4 = vec![0; 2 << 10];
+    ext4[1080..1082].copy_from_slice(&[0x53, 0xef]);
+    place.write("app.ext4", ext4);
+    place.write("initrd", "");
+    program(&place, "apt-get", ": >fetching; exec sleep 60");
+    let run = || {
+        let mut run = command(
+            &place,
+            &[
+                "run", "--vmm", "qemu", "--initrd", "initrd", "app.ext4", "id",
+            ],
+        );
+        run.env("PIGEON_CACHE", place.path("cache"));
+        run.env("PIGEON_KERNEL", "6.12");
+        run
+    };
+    // With apt-get in its process group, as on a terminal.
+    let mut first = spawn(run().process_group(0));
+    while !place.path("fetching").exists() {
+        assert!(first.try_wait().unwrap().is_none());
+        thread::sleep(Duration::from_millis(5));
+    }
+    kill_process_group(Pid::from_child(&first), Signal::INT).unwrap();
+    let output = first.wait_with_output().unwrap();
+    assert_eq!(output.status.signal(), Some(2), "{output:?}");
+    assert!(!place.path("pigeon/vms/app").exists());
+    // The next one replaces what it left behind.
+    program(&place, "apt-get", "exit 1");
+    let (_, stderr, code) = finished(run().output().unwrap());
+    assert_eq!(code, 125, "{stderr}");
+    let entries = fs::read_dir(place.path("cache")).unwrap();
+    let names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+    let lock = format!("debian-6.12-{}.lock", Arch::HOST.name());
+    assert_eq!(names, [lock.as_str()]);
 }
 
 #[test]

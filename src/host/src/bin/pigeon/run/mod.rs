@@ -275,6 +275,8 @@ impl Run {
         }
         terminal::check(self.interactive, self.tty)?;
         self.check_memory()?;
+        // May take minutes, in which signals still end this process.
+        self.kernel()?;
         let claim = vms::claim(self.name.as_deref(), &stem)?;
         // The final name is known only now.
         let plan = self.plan(document, &claim.record().name)?;
@@ -409,6 +411,17 @@ impl Run {
         Ok(())
     }
 
+    /// The VM's kernel. Debian's is fetched on the first call.
+    fn kernel(&self) -> Result<assets::Kernel> {
+        match &self.kernel {
+            Some(path) => Ok(assets::Kernel::Image(path.clone())),
+            None if self.restorable && self.is_on_qemu() => {
+                assets::Kernel::restorable(self.guest.arch)
+            }
+            None => assets::Kernel::chosen(self.guest.arch),
+        }
+    }
+
     /// Whether the hypervisor forwards a port, instead of the init's tunnel.
     fn by_hypervisor(&self, port: &crate::ports::Port) -> bool {
         self.net && port.address.is_ipv4() && port.host != 0
@@ -423,17 +436,10 @@ impl Run {
             None => assets::initrd(self.guest.arch)?,
         };
         let mut files = Initrd::default();
-        let kernel = match &self.kernel {
-            Some(kernel) => kernel.clone(),
-            None => {
-                let kernel = match self.restorable && self.is_on_qemu() {
-                    true => assets::Kernel::restorable(self.guest.arch)?,
-                    false => assets::Kernel::chosen(self.guest.arch)?,
-                };
-                files.modules_and(&kernel, &file_systems(kinds, self.overlay.is_some()))?;
-                kernel.image()
-            }
-        };
+        let kernel = self.kernel()?;
+        if self.kernel.is_none() {
+            files.modules_and(&kernel, &file_systems(kinds, self.overlay.is_some()))?;
+        }
         let document = plan.guest_document()?.to_string();
         files.file("/pigeon/run.json", 0o600, document);
         let initrd = dir.join("initrd");
@@ -478,7 +484,7 @@ impl Run {
                 true => machine::Start::BootRestorable,
                 false => machine::Start::Boot,
             },
-            ..Spec::new(dir, self.guest.arch, &kernel, &initrd)
+            ..Spec::new(dir, self.guest.arch, &kernel.image(), &initrd)
         })
     }
 

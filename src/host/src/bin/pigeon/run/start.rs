@@ -122,6 +122,7 @@ fn again(vm: &Vm, detached: bool) -> Result<u8> {
     terminal::check(run.interactive, run.tty)?;
     let root = run.check_image()?;
     run.check_memory()?;
+    run.kernel()?; // as in `Run::run`
     let mut plan = run.plan_of(vm.record.config.clone())?;
     plan.unkept.clear(); // reported by the first run
     run.boot(vms::claim_again(vm)?, plan, root)
