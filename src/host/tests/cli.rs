@@ -700,6 +700,29 @@ fn a_signal_ends_a_run_that_still_fetches_the_kernel() {
 }
 
 #[test]
+fn sigusr1_and_sigusr2_go_to_the_workload() {
+    let place = Place::new();
+    let (mut run, vm, qemu) = run_on_stand_in(&place);
+    let mut run = spawn(run.stdin(Stdio::null()));
+    while vm.lines().is_empty() && run.try_wait().unwrap().is_none() {
+        thread::sleep(Duration::from_millis(5));
+    }
+    for (signal, body) in [
+        (Signal::USR1, &b"{\"signal\":10}"[..]),
+        (Signal::USR2, b"{\"signal\":12}"),
+    ] {
+        kill_process(Pid::from_child(&run), signal).unwrap();
+        while !vm.requests().iter().any(|request| request.body == body) {
+            assert!(run.try_wait().unwrap().is_none());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+    qemu.end();
+    let (_, stderr, code) = finished(run.wait_with_output().unwrap());
+    assert_eq!(code, 7, "{stderr}");
+}
+
+#[test]
 fn ctrl_backslash_goes_to_the_workload_and_the_terminal_is_restored() {
     let place = Place::new();
     let (command, vm, qemu) = run_on_stand_in(&place);

@@ -30,7 +30,7 @@ use rustix::{
 };
 use serde_json::json;
 use signal_hook::{
-    consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM},
+    consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2},
     iterator::Signals,
 };
 
@@ -52,9 +52,10 @@ use crate::{
 
 /// Exit code after a kill, as in a shell: 128 + SIGKILL.
 const KILLED: u8 = 137;
-/// SIGQUIT and SIGTERM
-const QUIT: u8 = 3;
 const TERM: u8 = 15;
+/// Signals that are passed on to the workload, like `docker run` does: many programs dump their state or reopen
+/// their log, and continue.
+const PASSED: [i32; 3] = [SIGQUIT, SIGUSR1, SIGUSR2];
 /// Bytes at the end of the console that are searched for a panic.
 const TAIL: usize = 16 << 10;
 /// Lines at the end of the console that are shown after a failure if the console was not.
@@ -74,7 +75,7 @@ const LAST_OUTPUT: Duration = Duration::from_secs(5);
 
 /// The signals that [`Owner::watch`] handles; until then they are pending.
 pub fn signals() -> io::Result<Signals> {
-    crate::catch(&[SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGCONT])
+    crate::catch(&[&[SIGINT, SIGTERM, SIGHUP, SIGCONT], &PASSED[..]].concat())
 }
 
 /// Everything needed to run a VM.
@@ -168,7 +169,7 @@ impl Owner<'_> {
                     _ if signal == SIGCONT => {
                         drop(restore.take());
                     }
-                    _ if signal == SIGQUIT => self.pass_quit(),
+                    _ if PASSED.contains(&signal) => self.pass(signal),
                     false => {
                         stopping = true;
                         if shows_console {
@@ -372,14 +373,14 @@ impl Owner<'_> {
         });
     }
 
-    /// Sends SIGQUIT to the workload, like `docker run`: many programs dump their state and continue.
-    fn pass_quit(&self) {
+    /// Sends the workload a signal.
+    fn pass(&self, signal: i32) {
         let (uds, record) = (self.uds.clone(), self.claim.record());
         thread::spawn(move || {
-            let client = Client::connect(&uds).map_err(anyhow::Error::from);
-            let sent = client.and_then(|client| workload::signal(&record, &client, QUIT));
-            if let Err(error) = sent {
-                note!("unable to send the workload SIGQUIT: {error:#}");
+            let send = || workload::signal(&record, &Client::connect(&uds)?, signal.try_into()?);
+            if let Err(error) = send() {
+                let signal = pigeon::signal::name(signal);
+                note!("unable to send the workload {signal}: {error:#}");
             }
         });
     }
