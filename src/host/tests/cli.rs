@@ -391,9 +391,9 @@ fn the_disks_of_a_clone_that_has_ended_are_kept() {
 #[test]
 fn a_vm_that_is_being_started_again_has_the_record_of_its_new_process() {
     let place = Place::new();
-    let (mut command, vm, qemu) = run_on_stand_in(&place);
-    command.stdin(Stdio::null()).stdout(Stdio::null());
-    let mut run = command.stderr(Stdio::null()).spawn().unwrap();
+    let (mut run, vm, qemu) = run_on_stand_in(&place);
+    run.stdin(Stdio::null()).stdout(Stdio::null());
+    let mut run = run.stderr(Stdio::null()).spawn().unwrap();
     while vm.lines().is_empty() && run.try_wait().unwrap().is_none() {
         thread::sleep(Duration::from_millis(5));
     }
@@ -415,18 +415,12 @@ fn a_vm_that_is_being_started_again_has_the_record_of_its_new_process() {
         &format!("qemu-system-{}", Arch::HOST.name()),
         "exit 1",
     );
-    let mut start = Command::new(env!("CARGO_BIN_EXE_pigeon"));
-    let path = std::env::var("PATH").unwrap();
-    start
-        .args(["start", "--attach", "app"])
-        .current_dir(place.0.path())
-        .env("PATH", format!("{}:{path}", place.0.path().display()))
-        .env("XDG_RUNTIME_DIR", place.0.path())
-        .env("XDG_STATE_HOME", place.0.path())
-        .stdin(Stdio::null())
+    let mut start = command(&place, &["start", "--attach", "app"]);
+    let mut start = start
         .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    let mut start = start.spawn().unwrap();
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
     let initrd = loop {
         // Fails until the other end is open.
         let mut options = fs::File::options();
@@ -812,13 +806,8 @@ fn a_timeout_that_the_init_does_not_accept_is_refused() {
         );
     }
     // This one is not sent to the init.
-    let vm = Vm::start(place.0.path(), |_| ());
-    let dir = place.path("pigeon/vms/app");
-    fs::create_dir_all(&dir).unwrap();
-    let record = json!({"name": "app", "uds": vm.uds});
-    fs::write(dir.join("vm.json"), record.to_string()).unwrap();
-    let lock = fs::File::create(dir.join("lock")).unwrap();
-    lock.lock().unwrap();
+    let _vm = Vm::start(place.0.path(), |_| ());
+    let _running = running_vm(&place);
     let (up, stderr, code) = pigeon(&place, &["status", "--boot-timeout", "1e19", "app"]);
     assert!(code == 0 && up.starts_with("up: "), "{stderr}");
 }
