@@ -125,6 +125,7 @@ pub fn build(source: &Path, out: &Path, options: &Options) -> Result<Built> {
             })
             .with_context(|| format!("layer {} of {}", number + 1, source.layers.len()))?;
     }
+    tree.remove_aufs_files();
     let files = tree.extent()?.inodes;
     let layers = &source.layers;
     let [image, new_run_json] = ["image", "run.json"].map(|name| scratch.path().join(name));

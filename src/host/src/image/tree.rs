@@ -275,6 +275,13 @@ impl Tree {
         Ok(())
     }
 
+    /// Removes aufs's own directories after the last layer. Until then, hard links may lead into them.
+    pub fn remove_aufs_files(&mut self) {
+        let whiteouts = self.whiteouts;
+        self.children
+            .retain(|name, _| !(whiteouts && name.starts_with(WHITEOUT_META)));
+    }
+
     /// The file at `target`, which gets another name.
     fn linked(&mut self, target: &[u8]) -> Result<Rc<Leaf>> {
         let shown = target.escape_ascii().to_string();
@@ -527,6 +534,7 @@ mod tests {
                 tree.apply(place, entry)?;
             }
         }
+        tree.remove_aufs_files();
         Ok(tree)
     }
 
@@ -659,15 +667,25 @@ mod tests {
     #[test]
     fn whiteouts_count_only_in_layers_and_aufs_files_do_not() {
         assert_eq!(layers(&[&["d .wh..wh.plnk", "f .wh..wh.aufs"]]), [""; 0]);
+        let plnk = [
+            "d .wh..wh.plnk",
+            "f .wh..wh.plnk/1.2",
+            "h a .wh..wh.plnk/1.2",
+        ];
+        assert_eq!(
+            layers(&[&plnk, &["h b .wh..wh.plnk/1.2"]]),
+            ["a 0", "b = a"]
+        );
         let mut tree = Tree::new(false);
         let entry = Entry {
-            path: b".wh.a".into(),
+            path: b".wh..wh.a".into(),
             meta: Meta::root(0),
             kind: Kind::File { size: 0, data: 0 },
             lost: vec![],
         };
         tree.apply(Place { layer: 0, entry: 0 }, entry).unwrap();
-        assert_eq!(listing(&tree), [".wh.a 0"]);
+        tree.remove_aufs_files();
+        assert_eq!(listing(&tree), [".wh..wh.a 0"]);
         for name in [".wh.", ".wh..", ".wh..."] {
             assert!(error(&[&format!("f d/{name}")]).contains("a whiteout of nothing"));
         }
