@@ -981,6 +981,18 @@ fn an_archive_may_come_on_standard_input() {
 }
 
 #[test]
+fn a_configuration_that_a_source_without_one_keeps_is_named() {
+    let place = Place::new();
+    place.write("a.tar", Tar::new().file("x", "").bytes());
+    let made = || pigeon(&place, &["rootfs", "--force", "a.tar", "a.ext4"]).0;
+    let none = "no command is configured: pigeon run a.ext4 COMMAND...\n";
+    assert!(made().ends_with(none));
+    place.write("a.run.json", r#"{"ImageConfig": {"Cmd": ["/x"]}}"#);
+    let out = made();
+    assert!(out.ends_with("\na.run.json is kept\n"), "{out}");
+}
+
+#[test]
 fn what_squashfs_tools_complain_about_is_shown() {
     let place = Place::new();
     place.write("a.tar", Tar::new().file("x", "").bytes());

@@ -89,6 +89,7 @@ impl Rootfs {
         )?;
         match &built.image_config {
             Some(config) => say!("{config_path}: {}", command_line(config))?,
+            None if run_json_path(&self.out).exists() => say!("{config_path} is kept")?,
             None => say!("no command is configured: pigeon run {out} COMMAND...")?,
         }
         if let Some(platform) = built.foreign_platform {
