@@ -335,6 +335,40 @@ fn a_vm_is_resumed_when_its_snapshot_command_was_killed() {
     );
 }
 
+/// Records a running VM, as its owner does, until the file is dropped.
+fn record(place: &Place, record: Value) -> fs::File {
+    let dir = place.path("pigeon/vms/app");
+    fs::create_dir_all(&dir).unwrap();
+    fs::write(dir.join("vm.json"), record.to_string()).unwrap();
+    let lock = fs::File::create(dir.join("lock")).unwrap();
+    lock.lock().unwrap();
+    lock
+}
+
+#[test]
+fn a_vm_that_does_not_respond_after_a_snapshot_is_left_to_its_owner() {
+    for is_refused in [false, true] {
+        let place = Place::new();
+        let vm = Vm::start(place.0.path(), move |mut connection| {
+            let prepared = br#"{"ok":true,"token":"a1","frozen":1,"freeze_ms":1,"sync_ms":1}"#;
+            match connection.request.line.as_str() {
+                "POST /v1/snapshot/prepare" => connection.respond(200, "", prepared),
+                _ if is_refused => connection.respond(409, "", b"{\"error\":\"not held\"}"),
+                _ => {}
+            }
+        });
+        let restorable =
+            json!({"dir": place.0.path(), "kernel": "/vmlinux", "disks": [], "nic": "none"});
+        let running = json!({"name": "app", "uds": vm.uds, "restorable": restorable});
+        let _lock = record(&place, running);
+        error_of(&place, &["snapshot", "app", "app.snapshot"]);
+        assert_eq!(vm.lines().last().unwrap(), "POST /v1/snapshot/cancel");
+        let token = fs::read_to_string(place.path("snapshot")).ok();
+        let is_left = token.is_some_and(|token| token.starts_with("pigeon-"));
+        assert_eq!(is_left, !is_refused);
+    }
+}
+
 #[test]
 fn the_disks_of_a_clone_that_has_ended_are_kept() {
     if Arch::HOST != Arch::X86_64 {

@@ -299,6 +299,10 @@ fn take(
     // The VM is resumed even if the snapshot has failed.
     let thawed =
         Client::connect_within(&record.uds, UP).and_then(|client| client.cancel_snapshot(&token));
+    if matches!(&thawed, Err(error) if !matches!(error, Error::Refused { .. })) {
+        // The VM's owner continues: a guest may release its vsock only now.
+        lock.keep();
+    }
     let prepared = taken?;
     let manifest = Manifest {
         name: record.name.clone(),
