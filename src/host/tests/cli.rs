@@ -346,6 +346,25 @@ fn record(place: &Place, record: Value) -> fs::File {
 }
 
 #[test]
+fn a_vm_whose_configuration_no_clone_could_be_sent_has_no_snapshots() {
+    let place = Place::new();
+    let vm = Vm::start(place.0.path(), |mut connection| {
+        connection.respond(409, "", b"{\"error\":\"not now\"}")
+    });
+    let restorable =
+        json!({"dir": place.0.path(), "kernel": "/vmlinux", "disks": [], "nic": "none"});
+    for (length, expected) in [(126 << 10, "not now"), (127 << 10, "over 127 KiB")] {
+        let config = json!({"ExecOverride": ["x".repeat(length)]});
+        let _lock = record(
+            &place,
+            json!({"name": "app", "uds": vm.uds, "restorable": restorable, "config": config}),
+        );
+        let stderr = error_of(&place, &["snapshot", "app", "app.snapshot"]);
+        assert!(stderr.contains(expected), "{stderr}");
+    }
+}
+
+#[test]
 fn a_vm_that_does_not_respond_after_a_snapshot_is_left_to_its_owner() {
     for is_refused in [false, true] {
         let place = Place::new();

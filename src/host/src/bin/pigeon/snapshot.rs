@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Args;
 use pigeon::{
     Client, Error,
@@ -31,6 +31,9 @@ use crate::{
     vms,
 };
 
+/// Length of the longest configuration that can be restored, in bytes: the init accepts a request of 128 KiB,
+/// which also has the clone's name, token and entropy.
+const MAX_CONFIG: usize = 127 << 10;
 /// Time after which a guest thaws itself if the snapshot was not completed.
 const HOLD: Duration = Duration::from_secs(120);
 /// How long a VM may take to respond after the snapshot.
@@ -189,6 +192,12 @@ impl TakeSnapshot {
                 self.vm
             )
         })?;
+        ensure!(
+            vm.record.config.to_string().len() <= MAX_CONFIG,
+            "snapshots of {} cannot be restored: its configuration is over {} KiB",
+            self.vm,
+            MAX_CONFIG >> 10
+        );
         let timeout =
             Duration::try_from_secs_f64(self.freeze_timeout).context("bad --freeze-timeout")?;
         let mut signals = DeferredSignals::new()?;
