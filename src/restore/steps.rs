@@ -193,6 +193,7 @@ pub fn run(
     let mut changed = Message::new();
     if let Some(config) = config {
         apply(config, job, report, log, &mut changed)?;
+        report.applied.is_from_mmds = !request.has_config;
     }
 
     report.step.set(Step::Generation);
@@ -242,7 +243,6 @@ fn fetch<'a>(
     };
     match config_source::fetch(eth0, job.mmds_timeout, document, strings) {
         Ok(length) => {
-            report.applied.is_from_mmds = true;
             let document = document.get_mut(..length).unwrap_or(&mut []);
             config_source::decode(document, strings).map(Some)
         }

@@ -740,6 +740,10 @@ fn a_restore_call_fails_when_mmds_is_gone() -> Result<()> {
     );
     assert_counting(&vm, &["workload"])?;
     assert_is(&mut vm, "template", 1)?;
+    // The configuration in force is the call's.
+    let kept = restore(&mut api, json!({}))?.success()?.json()?;
+    assert_eq!(kept["config"], "none", "{kept}");
+    assert_is(&mut vm, "template", 1)?;
     vm.stop()?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     root.check()
