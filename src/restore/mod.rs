@@ -59,7 +59,9 @@ impl Restore {
                     ..
                 })
             );
-            if notification.is_restored && !is_called {
+            if notification.is_restored && is_called {
+                self.replaces_notified = true;
+            } else if notification.is_restored {
                 self.due = context.now;
             }
         }
@@ -196,6 +198,12 @@ impl Restore {
         started
     }
 
+    /// Whether the kernel has reseeded its random numbers. A call is about the unclaimed restore, if any.
+    fn is_reseeded(&self, is_call: bool) -> bool {
+        let unclaimed = self.unclaimed.as_ref().filter(|_| is_call);
+        self.is_reseeded || unclaimed.is_some_and(|restore| restore.is_reseeded)
+    }
+
     /// Starts a restore: for a call and the time of its arrival, or after a notification by the kernel.
     fn start_restore(
         &mut self,
@@ -217,6 +225,7 @@ impl Restore {
             .map_err(out_of_memory)?;
         let is_same = call.is_some() && self.unclaimed.is_some();
         let generation = self.generation + u64::from(!is_same);
+        let is_reseeded = self.is_reseeded(call.is_some());
         let token = match (&self.hold, &self.unclaimed) {
             (Some(hold), _) => Some(hold.token.as_str()),
             (None, Some(restore)) => restore.token.as_deref(),
@@ -240,7 +249,7 @@ impl Restore {
                 token,
                 is_held: self.hold.is_some(),
                 was_preempted: self.was_preempted,
-                is_reseeded: self.is_reseeded,
+                is_reseeded,
                 generation,
                 source: self.source,
                 mmds_timeout: self.mmds_timeout,
@@ -268,6 +277,7 @@ impl Restore {
         owner: Option<Key>,
         supervisor: &mut Supervisor,
     ) {
+        let is_reseeded = self.is_reseeded(owner.is_some());
         self.generation = generation;
         self.is_reseeded = false;
         self.was_preempted = false;
@@ -277,10 +287,13 @@ impl Restore {
             Some(_) => {
                 // A pending notification was about this restore.
                 self.due = NEVER;
+                let now = supervisor.context.now;
+                self.triggers.restored_by_call(is_reseeded, now);
                 None
             }
             None => Some(NotifiedRestore {
                 token: hold.map(|hold| hold.token),
+                is_reseeded,
             }),
         };
         let context = &mut supervisor.context;

@@ -39,6 +39,8 @@ pub struct Restore {
 pub struct NotifiedRestore {
     /// The token of the hold that it ended.
     pub token: Option<Token>,
+    /// The kernel had reseeded its random numbers.
+    pub is_reseeded: bool,
 }
 
 /// Identifies a hold.

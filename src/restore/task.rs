@@ -5,7 +5,8 @@ use super::helpers::result;
 use super::state::{Restore, Task, TaskKind};
 use super::steps::Report;
 use crate::api::{CallError, not_running};
-use crate::context::Context;
+use crate::context::{Context, NEVER};
+use crate::error;
 use crate::process::helper::{self, Helper};
 use crate::supervisor::Supervisor;
 use proto::http::Status;
@@ -65,10 +66,13 @@ impl Restore {
         let result = match kind {
             TaskKind::Freeze { token, hold } => {
                 let failure = match result {
-                    Ok(held) if supervisor.is_running() => {
-                        return self.begin_hold(token, hold, held, owner, supervisor);
+                    Ok(_) if !supervisor.is_running() => not_running(),
+                    // The restore would end the hold.
+                    Ok(_) if self.due != NEVER => {
+                        let error = error!("the VM was restored from a snapshot meanwhile");
+                        CallError::new(Status::Conflict, error)
                     }
-                    Ok(_) => not_running(),
+                    Ok(held) => return self.begin_hold(token, hold, held, owner, supervisor),
                     Err(failure) => failure,
                 };
                 match self.start_thaw(owner, Some(failure), supervisor) {

@@ -14,6 +14,10 @@ use rustix::io::Errno;
 /// block the event loop.
 const RECORDS: usize = 64;
 
+/// How long after a call's restore the kernel may still report that restore, in milliseconds: the call can
+/// be faster than the kernel, whose interrupt handler needs pages that the snapshot has on disk.
+const LATE: u64 = 5_000;
+
 /// The sources that report restores.
 #[derive(Default)]
 pub struct Triggers {
@@ -23,6 +27,8 @@ pub struct Triggers {
     clock: Device,
     /// The generation that the clock last had.
     generation: Option<u64>,
+    /// Until then, the first line of the log is about a restore that a call has completed.
+    late_until: u64,
 }
 
 #[derive(Default)]
@@ -63,6 +69,16 @@ impl Triggers {
         self.clock.watch(context, wanted);
     }
 
+    /// A call has restored this VM: what the kernel reports late is not about another restore.
+    pub fn restored_by_call(&mut self, has_line: bool, now: u64) {
+        self.generation = self.read_generation();
+        self.late_until = if has_line {
+            0
+        } else {
+            now.saturating_add(LATE)
+        };
+    }
+
     /// Polls the triggers; `flags` are their poller events.
     ///
     /// Each restore is reported once: with a vmclock, its generation tells whether a line of the log is
@@ -86,6 +102,9 @@ impl Triggers {
         // A clock that never notifies (no VMCLOCK_FLAG_NOTIFICATION_PRESENT).
         if flags.contains(EventFlags::HUP) {
             self.clock.watch(context, EventFlags::empty());
+        }
+        if has_line {
+            has_line = core::mem::take(&mut self.late_until) <= context.now;
         }
         let before = self.generation;
         self.generation = self.read_generation();

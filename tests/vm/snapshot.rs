@@ -927,35 +927,63 @@ fn a_new_vmclock_generation_triggers_a_restore() -> Result<()> {
     assert_is(&mut vm, "late", 3)?;
     assert_eq!(restore(&mut api, body)?.status, 409);
 
+    // What the kernel reports after a call's restore is about that one.
+    exec(&mut vm, &set_generation(4))?;
+    let body = json!({"config": document("early", 4, 12)});
+    let reply = restore(&mut api, body)?.success()?.json()?;
+    assert_eq!(reply["generation"], 4, "{reply}");
+    exec(&mut vm, "echo x >/dev/kmsg")?;
+    thread::sleep(MMDS_TIMEOUT + Duration::from_secs(2));
+    assert_eq!(exec(&mut vm, "cat /run/pigeon/generation")?, "4\n");
+
+    // Processes are not held if the kernel reports a restore while they are being frozen.
+    let write = "dd if=/dev/zero of=/data/file bs=64k count=16 2>/dev/null";
+    exec(&mut vm, &format!("{write}; {}", set_generation(5)))?;
+    throttle(&mut vm, 1)?;
+    let body = json!({"token": "c3"}).to_string();
+    let head = "POST /v1/snapshot/prepare HTTP/1.1\r\nHost: x\r\nContent-Length: ";
+    api.send(format!("{head}{}\r\n\r\n{body}", body.len()).as_bytes())?;
+    thread::sleep(STILL);
+    make_kernel_log(&mut vm)?;
+    thread::sleep(STILL);
+    throttle(&mut vm, 1 << 30)?;
+    let refused = api.receive(false)?;
+    assert_eq!(
+        (refused.status, error(&refused)?),
+        (409, "the VM was restored from a snapshot meanwhile".into())
+    );
+    vm.wait_for("msg=\"restored\" generation=5")?;
+    assert_counting(&vm, &["workload"])?;
+
     // A restore during a restore is not lost.
     exec(
         &mut vm,
         &format!(
             "{}; echo x >/dev/kmsg; sleep 1; {}; echo x >/dev/kmsg",
-            set_generation(4),
-            set_generation(5)
+            set_generation(6),
+            set_generation(7)
         ),
     )?;
-    vm.wait_for("msg=\"restored\" generation=4")?;
-    vm.wait_for("msg=\"restored\" generation=5")?;
+    vm.wait_for("msg=\"restored\" generation=6")?;
+    vm.wait_for("msg=\"restored\" generation=7")?;
     // The same generation again is not a restore.
     exec(
         &mut vm,
         "echo '<5>random: crng reseeded due to virtual machine fork' >/dev/kmsg",
     )?;
     thread::sleep(Duration::from_secs(2));
-    assert_eq!(exec(&mut vm, "cat /run/pigeon/generation")?, "5\n");
+    assert_eq!(exec(&mut vm, "cat /run/pigeon/generation")?, "7\n");
 
     // A restore that cannot be started is retried.
     exec(
         &mut vm,
         &format!(
             "{}; attack starve 3 & sleep 1; echo x >/dev/kmsg; wait",
-            set_generation(6)
+            set_generation(8)
         ),
     )?;
     vm.wait_for("out of memory")?;
-    vm.wait_for("msg=\"restored\" generation=6")?;
+    vm.wait_for("msg=\"restored\" generation=8")?;
     vm.stop()?;
     assert_eq!(vm.wait_end()?, End::Reboot);
     root.check()?;
