@@ -4,6 +4,7 @@ use super::calls::{close_others, finish_call, respond};
 use super::helpers::{freezer, spawn};
 use super::state::{Hold, Restore, TaskKind, Token};
 use crate::api::{CallError, SnapshotCall, read_body};
+use crate::context::NEVER;
 use crate::error;
 use crate::error::Error;
 use crate::process::freezer::Freezer;
@@ -105,6 +106,10 @@ impl Restore {
         let context = &mut supervisor.context;
         self.hold = None;
         context.snapshot.is_held = false;
+        // A restore that waited for the end of the hold.
+        if self.due != NEVER {
+            self.due = context.now;
+        }
         let helper = spawn(context, &|freezer, log| {
             freezer.thaw()?;
             log.result(&OK);

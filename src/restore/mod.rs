@@ -13,6 +13,7 @@ mod task;
 mod triggers;
 
 use crate::api::{CallError, PendingCall, SnapshotCall, not_running};
+use crate::boot::config_source::mmds_interface;
 use crate::boot::kernel_params::RestoreMode;
 use crate::context;
 use crate::context::{Context, NEVER, document_memory};
@@ -105,7 +106,10 @@ impl Restore {
         if !is_running {
             self.due = NEVER;
         }
-        if self.due <= now {
+        let is_due = self.due <= now;
+        // A held clone is not thawed with the identity of the snapshot.
+        let waits_for_call = is_due && self.hold.is_some() && mmds_interface(self.source).is_none();
+        if is_due && !waits_for_call {
             started = self.start_restore(None, supervisor);
             self.due = match started {
                 Ok(()) => NEVER,
@@ -114,6 +118,12 @@ impl Restore {
             };
         } else if let Some(hold) = &self.hold {
             let is_over = hold.until <= now;
+            if waits_for_call && !is_over {
+                let warning =
+                    format_args!("without MMDS, only a call ends the hold {}", hold.token);
+                supervisor.console.warn(&warning);
+                self.due = hold.until;
+            }
             if is_over {
                 let warning = format_args!("the hold {} ends by itself", hold.token);
                 supervisor.console.warn(&warning);

@@ -401,6 +401,70 @@ fn clones_of_a_prepared_vm_stay_frozen_until_restored() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_held_clone_without_mmds_stays_frozen_until_a_call() -> Result<()> {
+    if are_refused()? {
+        return Ok(());
+    }
+    let root = Image::ext4(&Tree::busybox()?, 32)?;
+    let script = "n=0; while :; do n=$((n + 1)); echo count $n; sleep 0.05; done";
+    let mut vm = Vm::builder()
+        .restorable()
+        .config(&guest::shell(script, json!({})))
+        .memory_mib(128)
+        .disk(&root)
+        .start()?;
+    vm.wait_for("count ")?;
+    let prepare = json!({"token": "a1", "timeout_ms": 30_000});
+    vm.api()?
+        .post("/v1/snapshot/prepare", &prepare)?
+        .success()?;
+    let snapshot = vm.snapshot()?;
+    let restored_by = |clone: &mut Vm, call: &str| -> Result<()> {
+        clone.wait_for("without MMDS, only a call ends the hold a1")?;
+        thread::sleep(Duration::from_secs(1));
+        let console = clone.console();
+        ensure!(!console.contains("count "), "it runs already:\n{console}");
+        let response = clone.api()?.post(call, &json!({"token": "a1"}))?;
+        let response = response.success()?.json()?;
+        clone.wait_for("msg=\"restored\" generation=2")?;
+        clone.wait_for("count ")?;
+        // Without entropy from the call.
+        ensure!(
+            call != "/v1/restore" || response["reseeded"] == true,
+            "{response}"
+        );
+        ensure!(exec(clone, "cat /run/pigeon/generation")? == "2\n");
+        Ok(())
+    };
+    restored_by(&mut snapshot.restore().start()?, "/v1/restore")?;
+    // The restore follows the hold.
+    restored_by(&mut snapshot.restore().start()?, "/v1/snapshot/cancel")?;
+
+    // What the kernel reports within 5 s after a call's restore is about that one.
+    vm.resume()?;
+    let mut api = vm.api()?;
+    let cancel = json!({"token": "a1"});
+    api.post("/v1/snapshot/cancel", &cancel)?.success()?;
+    let called: f64 = exec(&mut vm, "cut -d ' ' -f 1 /proc/uptime")?
+        .trim()
+        .parse()?;
+    api.post("/v1/restore", &json!({}))?.success()?;
+    let snapshot = vm.snapshot()?;
+    vm.kill();
+    let mut clone = snapshot.restore().start()?;
+    let report = exec(
+        &mut clone,
+        "until dmesg | grep 'virtual machine fork' >/run/line; do sleep 0.1; done
+        sleep 1; tr -d '[]' </run/line",
+    )?;
+    let reported = report.split_whitespace().next().context("no time")?;
+    let time = reported.parse::<f64>()? - called;
+    ensure!(time < 4.0, "this machine is too slow: {time} s");
+    assert_eq!(exec(&mut clone, "cat /run/pigeon/generation")?, "2\n");
+    Ok(())
+}
+
 /// The first identifiers of a clone, from complete lines.
 fn uuids(vm: &Vm) -> Result<Vec<String>> {
     let deadline = Instant::now() + Duration::from_secs(180);
