@@ -438,8 +438,16 @@ fn a_held_clone_without_mmds_stays_frozen_until_a_call() -> Result<()> {
         Ok(())
     };
     restored_by(&mut snapshot.restore().start()?, "/v1/restore")?;
-    // The restore follows the hold.
-    restored_by(&mut snapshot.restore().start()?, "/v1/snapshot/cancel")?;
+    // The restore follows the hold. A later call is about the same one.
+    let mut clone = snapshot.restore().start()?;
+    restored_by(&mut clone, "/v1/snapshot/cancel")?;
+    let claimed = clone.api()?.post("/v1/restore", &json!({}))?;
+    let claimed = claimed.success()?.json()?;
+    assert_eq!(
+        (&claimed["generation"], &claimed["reseeded"]),
+        (&json!(2), &json!(true)),
+        "{claimed}"
+    );
 
     // What the kernel reports within 5 s after a call's restore is about that one.
     vm.resume()?;
