@@ -75,15 +75,21 @@ fn spawn(command: &mut Command) -> Child {
     command.spawn().unwrap()
 }
 
-/// A running VM `app` with the socket `vm.vsock`: its directory, and its owner's lock.
-fn running_vm(place: &Place) -> (PathBuf, fs::File) {
+/// Records a running VM, as its owner does, until the file is dropped.
+fn record(place: &Place, record: Value) -> fs::File {
     let dir = place.path("pigeon/vms/app");
     fs::create_dir_all(&dir).unwrap();
-    let record = json!({"name": "app", "uds": place.path("vm.vsock"), "pid": 1});
     fs::write(dir.join("vm.json"), record.to_string()).unwrap();
     let lock = fs::File::create(dir.join("lock")).unwrap();
     lock.lock().unwrap();
-    (dir, lock)
+    lock
+}
+
+/// A running VM `app` with the socket `vm.vsock`: its directory, and its owner's lock.
+fn running_vm(place: &Place) -> (PathBuf, fs::File) {
+    let uds = place.path("vm.vsock");
+    let lock = record(place, json!({"name": "app", "uds": uds, "pid": 1}));
+    (place.path("pigeon/vms/app"), lock)
 }
 
 /// A command line of `pigeon run` for a VM with the socket `app.vsock`, on a stand-in for QEMU.
@@ -333,16 +339,6 @@ fn a_vm_is_resumed_when_its_snapshot_command_was_killed() {
         stderr.contains("a snapshot was interrupted; the VM was resumed"),
         "{stderr}"
     );
-}
-
-/// Records a running VM, as its owner does, until the file is dropped.
-fn record(place: &Place, record: Value) -> fs::File {
-    let dir = place.path("pigeon/vms/app");
-    fs::create_dir_all(&dir).unwrap();
-    fs::write(dir.join("vm.json"), record.to_string()).unwrap();
-    let lock = fs::File::create(dir.join("lock")).unwrap();
-    lock.lock().unwrap();
-    lock
 }
 
 #[test]
