@@ -150,7 +150,7 @@ errno_names! {
     EBUSY EEXIST EXDEV ENODEV ENOTDIR EISDIR EINVAL ENFILE EMFILE ENOTTY ETXTBSY EFBIG ENOSPC EROFS
     EPIPE ENAMETOOLONG ENOSYS ENOTEMPTY ELOOP EOVERFLOW EPROTO EADDRINUSE EADDRNOTAVAIL EAFNOSUPPORT
     ENETDOWN ENETUNREACH ECONNABORTED ECONNRESET ENOBUFS ETIMEDOUT ECONNREFUSED EHOSTUNREACH
-    EOPNOTSUPP EPROTONOSUPPORT ESTALE EUCLEAN EKEYREJECTED ENOKEY
+    EOPNOTSUPP EPROTONOSUPPORT ESTALE EUCLEAN EKEYREJECTED ENOKEY EBADMSG EDQUOT EILSEQ
 }
 
 impl Display for ErrnoName {
@@ -222,6 +222,8 @@ mod tests {
     #[test]
     fn an_errno_has_its_name_or_its_number() {
         assert_eq!(message!("{}", ErrnoName(13)).as_str(), "EACCES");
+        // EFSBADCRC, a bad checksum in a file system (fs/ext4/ext4.h, fs/xfs/xfs_linux.h)
+        assert_eq!(message!("{}", ErrnoName(74)).as_str(), "EBADMSG");
         assert_eq!(message!("{}", ErrnoName(-1)).as_str(), "errno -1");
         assert_eq!(message!("{}", ErrnoName(4095)).as_str(), "errno 4095");
     }
