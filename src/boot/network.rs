@@ -261,7 +261,7 @@ fn set_gateway(
     index: u32,
 ) -> Result {
     let is_on_subnet = config.addresses().any(|address| {
-        address.device == device && netlink::same_subnet(&address.ip, gateway, address.prefix)
+        address.device == device && netlink::has_route(&address.ip, gateway, address.prefix)
     });
     let next_hop = match is_on_subnet {
         true => NextHop::Routed,

@@ -270,9 +270,12 @@ fn rtmsg(family: u8, prefix: u8, protocol: u8, scope: u8, flags: u32) -> [u8; RT
     ]
 }
 
-/// Whether `ip` and `other` share their first `prefix` bits.
-pub fn same_subnet(ip: &IpAddr, other: &IpAddr, prefix: u8) -> bool {
-    let (bits, width) = match (ip, other) {
+/// Whether the kernel has a route to `gateway` for an address with this prefix length: they share their first
+/// `prefix` bits.
+pub fn has_route(ip: &IpAddr, gateway: &IpAddr, prefix: u8) -> bool {
+    let (bits, width) = match (ip, gateway) {
+        // There is none to a network in 0.0.0.0/8 (fib_add_ifaddr, net/ipv4/fib_frontend.c).
+        (IpAddr::V4(a), _) if u32::from(a.octets()[0]) >> (8 - prefix.min(8)) == 0 => return false,
         (IpAddr::V4(a), IpAddr::V4(b)) => (u128::from(a.to_bits() ^ b.to_bits()), 32),
         (IpAddr::V6(a), IpAddr::V6(b)) => (a.to_bits() ^ b.to_bits(), 128),
         _ => return false,
@@ -634,14 +637,24 @@ mod tests {
 
     #[test]
     fn subnets_are_compared_bit_by_bit() {
-        assert!(same_subnet(&ip("10.0.0.2"), &ip("10.0.0.1"), 24));
-        assert!(!same_subnet(&ip("10.0.0.2"), &ip("169.254.0.1"), 24));
-        assert!(same_subnet(&ip("10.0.0.2"), &ip("10.0.0.3"), 31));
-        assert!(!same_subnet(&ip("10.0.0.2"), &ip("10.0.0.3"), 32));
-        assert!(same_subnet(&ip("10.0.0.2"), &ip("1.2.3.4"), 0));
-        assert!(same_subnet(&ip("fd00::2"), &ip("fd00::1"), 64));
-        assert!(same_subnet(&ip("fd00::2"), &ip("::"), 0));
-        assert!(!same_subnet(&ip("fd00::2"), &ip("10.0.0.1"), 0));
+        assert!(has_route(&ip("10.0.0.2"), &ip("10.0.0.1"), 24));
+        assert!(!has_route(&ip("10.0.0.2"), &ip("169.254.0.1"), 24));
+        assert!(has_route(&ip("10.0.0.2"), &ip("10.0.0.3"), 31));
+        assert!(!has_route(&ip("10.0.0.2"), &ip("10.0.0.3"), 32));
+        assert!(has_route(&ip("fd00::2"), &ip("fd00::1"), 64));
+        assert!(has_route(&ip("fd00::2"), &ip("::"), 0));
+        assert!(!has_route(&ip("fd00::2"), &ip("10.0.0.1"), 0));
+    }
+
+    #[test]
+    fn a_network_whose_first_byte_is_0_has_no_route() {
+        for prefix in [0, 4, 5] {
+            let [ip, gateway] = [ip("10.0.0.2"), ip("10.0.0.1")];
+            assert_eq!(has_route(&ip, &gateway, prefix), prefix == 5, "{prefix}");
+        }
+        assert!(!has_route(&ip("0.1.0.2"), &ip("0.1.0.1"), 24));
+        assert!(has_route(&ip("255.0.0.2"), &ip("128.0.0.1"), 1));
+        assert!(has_route(&ip("::2"), &ip("::1"), 64));
     }
 
     fn reply(errno: i32, flags: u16, tail: &[u8]) -> Vec<u8> {
