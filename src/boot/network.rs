@@ -61,16 +61,17 @@ impl NetlinkSocket {
     /// Sends a request and reads its acknowledgement, which the kernel queues within the send. EEXIST counts
     /// as success; the error says `what` failed, and the kernel's reason.
     pub fn request(&self, request: &Request, what: fmt::Arguments) -> Result {
-        self.request_unless(request, &[Errno::EXIST], what)
+        self.request_unless(request, &[Errno::EXIST], what)?;
+        Ok(())
     }
 
-    /// The same, with other errnos that count as success.
+    /// The same, with other errnos that count as success. Returns whether it was none of them.
     fn request_unless(
         &self,
         request: &Request,
         accepted: &[Errno],
         what: fmt::Arguments,
-    ) -> Result {
+    ) -> Result<bool> {
         let mut reply = [0; 1024];
         files::write(&self.fd, request.as_bytes()).map_err(context!("{what}"))?;
         loop {
@@ -78,7 +79,7 @@ impl NetlinkSocket {
             let acknowledgement = netlink::acknowledgement(reply.get(..count).unwrap_or(&[]));
             if let Some(Acknowledgement { errno, text }) = acknowledgement {
                 if errno == 0 || accepted.iter().any(|ok| ok.raw_os_error() == errno) {
-                    return Ok(());
+                    return Ok(errno == 0);
                 }
                 let name = ErrnoName(errno);
                 return Err(match text {
@@ -138,7 +139,10 @@ pub fn configure(config: &Config, log: &mut dyn Log) -> Result<Interfaces> {
     {
         let index = index(&socket, device)?;
         if !interfaces.contains(&index) {
-            bring_up(&socket, index, device, config.mtu(), log)?;
+            // lo is up, and keeps its MTU and its checksum offload.
+            if index != LO_INDEX {
+                bring_up(&socket, index, device, config, log)?;
+            }
             let _one_an_address = interfaces.push(index);
         }
         let request = netlink::add_address(index, &ip, prefix);
@@ -283,11 +287,20 @@ fn bring_up(
     socket: &NetlinkSocket,
     index: u32,
     device: &str,
-    mtu: u32,
+    config: &Config,
     log: &mut dyn Log,
 ) -> Result {
-    let request = netlink::link_up(index, Some(mtu));
-    socket.request(&request, format_args!("bring {device} up with MTU {mtu}"))?;
+    let mtu = config.mtu();
+    // EINVAL: over the maximum that the device advertises (virtnet_probe, drivers/net/virtio_net.c), which
+    // is its MTU already.
+    let accepted: &[Errno] = match config.has_mtu() {
+        true => &[],
+        false => &[Errno::INVAL],
+    };
+    let what = format_args!("bring {device} up with MTU {mtu}");
+    if !socket.request_unless(&netlink::link_up(index, Some(mtu)), accepted, what)? {
+        socket.request(&netlink::link_up(index, None), what)?;
+    }
     // Packets on a virtual link need no checksum offload. virtio_net has no switch for the receive side.
     if let Err(errno) = sys::network::disable_tx_checksum(&socket.fd, device) {
         log.warn(&context!("cannot switch {device}'s checksum offload off")(

@@ -337,6 +337,11 @@ impl<'a> Config<'a> {
         }
     }
 
+    /// Whether the document gives an MTU.
+    pub fn has_mtu(&self) -> bool {
+        self.mtu != 0
+    }
+
     /// The addresses; complete for a configuration that was checked.
     pub fn addresses(&self) -> impl Iterator<Item = Address<'a>> + Clone {
         self.ip_configs.iter().filter_map(IpConfig::address)
@@ -594,7 +599,8 @@ pub(super) mod tests {
             (r#"{"MTU":0}"#, 1500),
             (r#"{"MTU":9000}"#, 9000),
         ] {
-            assert_eq!(with(document, |config| config.mtu()), Ok(mtu));
+            let found = with(document, |config| (config.mtu(), config.has_mtu()));
+            assert_eq!(found, Ok((mtu, mtu == 9000)));
         }
     }
 }
