@@ -84,7 +84,15 @@ pub fn mount(volume: &Mount, owner: Owner, log: &HelperLog) -> Result {
     match set_owner(target, owner) {
         // A read-only volume keeps its owner.
         Ok(()) | Err(Errno::ROFS) => Ok(()),
-        other => other.map_err(error::on("change the owner of", target)),
+        Err(errno) => {
+            let error = error::on("change the owner of", target)(errno);
+            // So does one that has no owners, such as a vfat.
+            if errno != Errno::PERM {
+                return Err(error);
+            }
+            log.warn(&error);
+            Ok(())
+        }
     }
 }
 

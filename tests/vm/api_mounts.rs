@@ -2,16 +2,18 @@
 
 use std::{
     os::unix::net::UnixStream,
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
 use pigeon_lab::{
-    End, Vm,
+    End, Vm, assets,
     disk::{Image, Tree},
     guest,
     http::Client,
+    process::run,
     vm::Builder,
 };
 use serde_json::{Value, json};
@@ -85,9 +87,11 @@ fn end(vm: &mut Vm) -> Result<Duration> {
 
 #[test]
 fn a_volume_is_mounted_unmounted_and_keeps_its_data() -> Result<()> {
-    let (data, blank) = (volume()?, Image::blank(8)?);
-    let (builder, root) = with_disks(&[&data, &blank])?;
-    let mut vm = builder.start()?;
+    let (data, blank, vfat) = (volume()?, Image::blank(8)?, Image::blank(8)?);
+    run(Command::new(assets::tool("mkfs.vfat")?).arg(vfat.path()))?;
+    let (builder, root) = with_disks(&[&data, &blank, &vfat])?;
+    let modules = ["vfat", "nls_ascii", "nls_cp437"];
+    let mut vm = modules.into_iter().fold(builder, Builder::module).start()?;
     let mut api = vm.api()?;
     let data_on = |place: &str| json!({"DevicePath": "/dev/vdb", "MountPath": place});
     let mounts = "grep -E ' (/srv/data|/scratch) ' /proc/mounts | cut -d' ' -f1-4";
@@ -141,6 +145,12 @@ fn a_volume_is_mounted_unmounted_and_keeps_its_data() -> Result<()> {
         "{mounted}"
     );
     assert_eq!(unmount(&mut api, "?path=/scratch")?, done());
+
+    // Without owners.
+    let fat = json!({"DevicePath": "/dev/vdd", "FSType": "vfat", "MountPath": "/fat"});
+    assert_eq!(mount(&mut api, &fat)?, done());
+    assert_eq!(shell(&mut api, "stat -c %u:%g /fat", "root")?, "0:0\n");
+    assert_eq!(unmount(&mut api, "?path=/fat")?, done());
 
     // Paths that are not mounted, and mounts that must not be removed.
     for (query, response) in [

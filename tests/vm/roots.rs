@@ -1,12 +1,13 @@
 //! Roots and volumes of all kinds: identified by their superblocks, shared, with an overlay.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context, Result, ensure};
 use pigeon_lab::{
     Arch, End, Vm, assets,
     disk::{Disk, Format, Image, Table, Tree},
     guest,
+    process::run as run_command,
     vm::Builder,
 };
 use serde_json::{Value, json};
@@ -264,18 +265,21 @@ fn volumes_can_have_types_options_be_read_only_or_tmpfs() -> Result<()> {
     let rest = json!({"UserOverride": "app", "Mounts": [
         {"DevicePath": "/dev/vdb", "MountPath": "/kept", "ReadOnly": true, "Options": "defaults,rw"},
         {"DevicePath": "/dev/vdc", "MountPath": "/packed", "FSType": "squashfs"},
+        Image::blank(8)?,
         {"DevicePath": "/dev/vdd", "MountPath": "/data", "Options": "ro,nodev,rw,dev,exec,relatime,noexec,nosuid,noatime,data=journal"},
-        {"MountPath": "/scratch", "FSType": "tmpfs", "Options": "size=4m,mode=0700"}
+    let vfat = volumes[3].path();
+    run_command(Command::new(assets::tool("mkfs.vfat")?).arg(vfat))?;
+        {"MountPath": "/scratch", "FSType": "tmpfs", "Options": "size=4m,mode=0700"},
+        {"DevicePath": "/dev/vde", "MountPath": "/fat", "FSType": "vfat"}
     ]});
     let script = "cat /kept/note /packed/note; touch /kept/x || echo kept out
-        touch /data/mine /scratch/mine && stat -c '%n %a %u' /scratch /data
+        touch /data/mine /scratch/mine && stat -c '%n %a %u' /scratch /data /fat
         grep -E ' /(kept|packed|data|scratch) ' /proc/mounts; exit 9";
-    let console = run(
-        volumes
-            .iter()
-            .fold(vm(script, rest).disk(&root), |vm, volume| vm.disk(volume)),
-        9,
-    )?;
+    let mut builder = vm(script, rest).disk(&root);
+    for module in ["vfat", "nls_ascii", "nls_cp437"] {
+        builder = builder.module(module);
+    }
+    let console = run(volumes.iter().fold(builder, Builder::disk), 9)?;
     assert_says(
         &console,
         &[
@@ -287,10 +291,17 @@ fn volumes_can_have_types_options_be_read_only_or_tmpfs() -> Result<()> {
             "/dev/vdc /packed squashfs ro,relatime",
             "/dev/vdd /data ext4 rw,nosuid,noexec,noatime,",
             "data=journal",
+            "/fat 755 0",
             "tmpfs /scratch tmpfs rw,relatime,size=4096k,mode=700",
         ],
     );
-    assert_eq!(guest::warnings(&console), [""; 0], "{console}");
+    // Its file system has no owners.
+    let fat = "level=warn msg=\"change the owner of /fat: EPERM\"";
+    let warnings = guest::warnings(&console);
+    assert!(
+        matches!(&warnings[..], [one] if one.contains(fat)),
+        "{console}"
+    );
     root.check()?;
     volumes[2].check()?;
     assert!(Path::new(volumes[0].path()).exists());
