@@ -6,7 +6,10 @@ use crate::sys::files;
 use crate::volumes::file_system::{Access, FileSystem};
 use core::ffi::CStr;
 use proto::config::Overlay;
+use rustix::fs::Mode;
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::process::{Gid, Uid};
 
 /// The shared root.
 const LOWER: &CStr = c"/lower";
@@ -31,7 +34,7 @@ pub fn mount(root: FileSystem, layer: Overlay, target: &CStr, log: &HelperLog) -
         Overlay::Device(device) => FileSystem::on(device),
     }
     .mount(WRITABLE, log)?;
-    files::require_directory(UPPER, 0o755)?;
+    create_upper()?;
     files::require_directory(WORK, 0o755)?;
     rustix::mount::mount(
         c"overlay",
@@ -47,4 +50,21 @@ pub fn mount(root: FileSystem, layer: Overlay, target: &CStr, log: &HelperLog) -
             .map_err(error::on("unmount", directory))?;
     }
     Ok(())
+}
+
+/// Creates the upper directory, whose owner and mode are those of `/`, with the shared root's. That of an
+/// earlier boot keeps its own.
+fn create_upper() -> Result {
+    let root = rustix::fs::stat(LOWER).map_err(error::on("stat", LOWER))?;
+    let mode = Mode::from_raw_mode(root.st_mode);
+    match rustix::fs::mkdir(UPPER, mode) {
+        Ok(()) => {}
+        Err(Errno::EXIST) => return Ok(()),
+        failed => return failed.map_err(error::on("create", UPPER)),
+    }
+    let (owner, group) = (Uid::from_raw(root.st_uid), Gid::from_raw(root.st_gid));
+    rustix::fs::chown(UPPER, Some(owner), Some(group))
+        // Afterwards, as chown removes set-id bits, and mkdir applies the umask.
+        .and_then(|()| rustix::fs::chmod(UPPER, mode))
+        .map_err(error::on("set the owner and mode of", UPPER))
 }

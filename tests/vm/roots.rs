@@ -93,12 +93,15 @@ fn a_root_with_an_overlay_in_memory_is_never_written_to() -> Result<()> {
         (Some(Format::Squashfs), "squashfs"),
         (Some(Format::Erofs), "erofs"),
     ] {
-        let root = match format {
-            None => Image::ext4(&tree()?, 32)?,
-            Some(format) => Image::packed(&tree()?, format)?,
+        let (root, mode) = match format {
+            None => (Image::ext4(&tree()?, 32)?, "root has 755 0:0"),
+            Some(format) => {
+                let tree = tree()?.dir(".", 0o711)?.owned(".", 0, 50);
+                (Image::packed(&tree, format)?, "root has 711 0:50")
+            }
         };
         let before = bytes(&root)?;
-        let script = "echo mine >>/etc/note; rm /etc/group; mkdir /made; cat /etc/note
+        let script = "stat -c 'root has %a %u:%g' /; echo mine >>/etc/note; rm /etc/group; mkdir /made; cat /etc/note
             grep ' / ' /proc/mounts; grep -c -E ' /(lower|writable) ' /proc/mounts; df -m / | tail -n 1; exit 5";
         let rest = json!({"RootOverlay": "tmpfs:size=24m"});
         // The image is writable, but the VM does not write to it.
@@ -106,6 +109,7 @@ fn a_root_with_an_overlay_in_memory_is_never_written_to() -> Result<()> {
         assert_says(
             &console,
             &[
+                mode,
                 "from the image\nmine\n",
                 "overlay / overlay rw,relatime,lowerdir=/lower,upperdir=/writable/upper,workdir=/writable/work",
                 "\n0\n",
@@ -150,7 +154,7 @@ fn an_overlay_on_a_device_persists_and_two_vms_share_a_base() -> Result<()> {
     ];
     let rest =
         || json!({"RootOverlay": "/dev/vdb", "EtcHosts": [{"Host": "one", "IP": "192.0.2.1"}]});
-    let script = "cat /mine; echo again >>/mine; ls /; echo ready; read -r line; exit 6";
+    let script = "cat /mine; echo again >>/mine; ls /; stat -c 'root has %a' /; chmod 711 /; echo ready; read -r line; exit 6";
     let boot = |layer: &Image| {
         vm(script, rest())
             .disk(Disk::from(&base).read_only())
@@ -161,7 +165,7 @@ fn an_overlay_on_a_device_persists_and_two_vms_share_a_base() -> Result<()> {
     let mut both = [boot(&layers[0])?, boot(&layers[1])?];
     for vm in &mut both {
         vm.wait_for("ready")?;
-        assert!(vm.console().contains("can't open '/mine'"));
+        assert_says(&vm.console(), &["can't open '/mine'", "root has 755"]);
     }
     for mut vm in both {
         vm.type_text("\n")?;
@@ -175,7 +179,7 @@ fn an_overlay_on_a_device_persists_and_two_vms_share_a_base() -> Result<()> {
     }
     let mut once_more = boot(&layers[0])?;
     once_more.wait_for("ready")?;
-    assert_says(&once_more.console(), &["\nagain\n"]);
+    assert_says(&once_more.console(), &["\nagain\n", "root has 711"]);
     once_more.stop()?;
     assert_eq!(once_more.wait_end()?, End::Reboot);
     layers[0].check()?;
@@ -261,14 +265,14 @@ fn volumes_can_have_types_options_be_read_only_or_tmpfs() -> Result<()> {
             Format::Squashfs,
         )?,
         Image::ext4(&Tree::empty()?, 8)?,
+        Image::blank(8)?,
     ];
+    let vfat = volumes[3].path();
+    run_command(Command::new(assets::tool("mkfs.vfat")?).arg(vfat))?;
     let rest = json!({"UserOverride": "app", "Mounts": [
         {"DevicePath": "/dev/vdb", "MountPath": "/kept", "ReadOnly": true, "Options": "defaults,rw"},
         {"DevicePath": "/dev/vdc", "MountPath": "/packed", "FSType": "squashfs"},
-        Image::blank(8)?,
         {"DevicePath": "/dev/vdd", "MountPath": "/data", "Options": "ro,nodev,rw,dev,exec,relatime,noexec,nosuid,noatime,data=journal"},
-    let vfat = volumes[3].path();
-    run_command(Command::new(assets::tool("mkfs.vfat")?).arg(vfat))?;
         {"MountPath": "/scratch", "FSType": "tmpfs", "Options": "size=4m,mode=0700"},
         {"DevicePath": "/dev/vde", "MountPath": "/fat", "FSType": "vfat"}
     ]});
@@ -287,11 +291,11 @@ fn volumes_can_have_types_options_be_read_only_or_tmpfs() -> Result<()> {
             "kept out",
             "/scratch 700 1000",
             "/data 755 1000",
+            "/fat 755 0",
             "/dev/vdb /kept ext4 ro,relatime",
             "/dev/vdc /packed squashfs ro,relatime",
             "/dev/vdd /data ext4 rw,nosuid,noexec,noatime,",
             "data=journal",
-            "/fat 755 0",
             "tmpfs /scratch tmpfs rw,relatime,size=4096k,mode=700",
         ],
     );
