@@ -49,5 +49,9 @@ fn set(path: &CStr, value: &[u8]) -> Result<(), Errno> {
     let file = files::open(path, OFlags::WRONLY)?;
     // The kernel ignores an empty write: an empty value is an empty line.
     let value = if value.is_empty() { b"\n" } else { value };
-    files::write(&file, value).map(drop)
+    match files::write(&file, value)? {
+        count if count == value.len() => Ok(()),
+        // `1 2` for a single number: the kernel has set it to 1.
+        _ => Err(Errno::INVAL),
+    }
 }
