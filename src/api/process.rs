@@ -189,7 +189,9 @@ fn describe(spec: &CommandSpec, defaults: &CommandDefaults, command: &mut Comman
     }
     let mut sets_home = defaults.sets_home;
     for entry in spec.env {
-        sets_home |= entry.to_bytes().starts_with(b"HOME=");
+        if let Some(home) = entry.to_bytes().strip_prefix(b"HOME=") {
+            sets_home = !home.is_empty();
+        }
         environment.set(entry.to_bytes(), b"")?;
     }
     command.set_arguments(&[spec.argv])?;

@@ -4,12 +4,14 @@ use crate::error::Result;
 use proto::config::Config;
 use proto::environment::{DEFAULT_PATH, Environment};
 
-/// Fills an empty environment with the workload's. Returns whether image or document set HOME; otherwise
-/// HOME is `home`.
+/// Fills an empty environment with the workload's. Returns whether image or document set HOME, and not to
+/// nothing (runc); otherwise HOME is `home`.
 pub fn fill(new: &mut Environment, config: &Config, home: &[u8]) -> Result<bool> {
     fill_without_home(new, config)?;
-    let sets_home = new.get(b"HOME=").is_some();
-    new.set_default(b"HOME=", home)?;
+    let sets_home = new.get(b"HOME=").is_some_and(|value| !value.is_empty());
+    if !sets_home {
+        new.set(b"HOME=", home)?;
+    }
     Ok(sets_home)
 }
 

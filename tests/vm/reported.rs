@@ -420,7 +420,7 @@ fn networks_and_images_that_broke_other_inits_work() -> Result<()> {
         .args(["-w", "-R", "set_inode_field /etc/hosts flags 0x80010"])
         .arg(root.path()))?;
     let script = guest::report(&[
-        ("where", "pwd; echo \"<$PATH>\"; cat /etc/hosts"),
+        ("where", "pwd; echo \"<$PATH> $HOME\"; cat /etc/hosts"),
         ("mtus", "cd /sys/class/net; cat eth0/mtu lo/mtu"),
         (
             "addresses",
@@ -430,7 +430,7 @@ fn networks_and_images_that_broke_other_inits_work() -> Result<()> {
     ]) + "read -r line; exit 3";
     let config = json!({
         "ExecOverride": ["/bin/sh", "-c", script],
-        "ImageConfig": {"WorkingDir": "srv/app", "Env": ["PATH="]},
+        "ImageConfig": {"WorkingDir": "srv/app", "Env": ["PATH=", "HOME="]},
         "Hostname": "h".repeat(64),
         "EtcHosts": [{"Host": "db", "IP": "10.1.0.9"}],
         "IPConfigs": [
@@ -452,14 +452,16 @@ fn networks_and_images_that_broke_other_inits_work() -> Result<()> {
     let mut vm = builder.timeout(TIMEOUT).boot()?;
     assert_eq!(vm.section("mtus")?, ["1400", "65536"]);
     assert!(!vm.console().contains("lo's checksum offload"));
-    // The directory is created; an empty PATH is kept.
+    // The directory is created; an empty PATH is kept, an empty HOME is not (runc).
     let place = [
         "/srv/app",
-        "<>",
+        "<> /root",
         "127.0.0.1\tlocalhost",
         "10.1.0.9\tdb\t# pigeon-init",
     ];
     assert_eq!(vm.section("where")?, place);
+    let home = json!({"cmd": ["/bin/sh", "-c", "echo $HOME"], "env": ["HOME="]});
+    assert_eq!(exec(&mut vm.api()?, &home)?["stdout"], "/root\n");
     let addresses = vm.section("addresses")?.join("\n");
     for address in [
         "inet 10.0.0.1/31 ",
