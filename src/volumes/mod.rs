@@ -13,6 +13,7 @@ use proto::message::ToLossy;
 use rustix::fs::{AtFlags, CWD};
 use rustix::fs::{StatxAttributes, StatxFlags};
 use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
 use rustix::process::{Gid, Uid};
 
 /// A user id and a group id.
@@ -88,6 +89,8 @@ pub fn mount(volume: &Mount, owner: Owner, log: &HelperLog) -> Result {
             let error = error::on("change the owner of", target)(errno);
             // So does one that has no owners, such as a vfat.
             if errno != Errno::PERM {
+                // So that the call can be repeated.
+                let _still_mounted = rustix::mount::unmount(target, UnmountFlags::DETACH);
                 return Err(error);
             }
             log.warn(&error);

@@ -89,8 +89,16 @@ fn end(vm: &mut Vm) -> Result<Duration> {
 fn a_volume_is_mounted_unmounted_and_keeps_its_data() -> Result<()> {
     let (data, blank, vfat) = (volume()?, Image::blank(8)?, Image::blank(8)?);
     run(Command::new(assets::tool("mkfs.vfat")?).arg(vfat.path()))?;
-    let (builder, root) = with_disks(&[&data, &blank, &vfat])?;
-    let modules = ["vfat", "nls_ascii", "nls_cp437"];
+    // Its table of users' quotas is damaged.
+    let quota = Image::blank(8)?;
+    run(Command::new(assets::tool("mkfs.ext4")?)
+        .args(["-q", "-F", "-O", "quota", "-b", "1024"])
+        .arg(quota.path()))?;
+    run(Command::new(assets::tool("debugfs")?)
+        .args(["-w", "-R", "zap_block -f <3> -p 0xff 1"])
+        .arg(quota.path()))?;
+    let (builder, root) = with_disks(&[&data, &blank, &vfat, &quota])?;
+    let modules = ["vfat", "nls_ascii", "nls_cp437", "quota_v2"];
     let mut vm = modules.into_iter().fold(builder, Builder::module).start()?;
     let mut api = vm.api()?;
     let data_on = |place: &str| json!({"DevicePath": "/dev/vdb", "MountPath": place});
@@ -151,6 +159,12 @@ fn a_volume_is_mounted_unmounted_and_keeps_its_data() -> Result<()> {
     assert_eq!(mount(&mut api, &fat)?, done());
     assert_eq!(shell(&mut api, "stat -c %u:%g /fat", "root")?, "0:0\n");
     assert_eq!(unmount(&mut api, "?path=/fat")?, done());
+
+    // With an owner that cannot be changed.
+    let quota = json!({"DevicePath": "/dev/vde", "MountPath": "/quota"});
+    let refused = failed(500, "change the owner of /quota: EUCLEAN");
+    assert_eq!(mount(&mut api, &quota)?, refused);
+    assert_eq!(mount(&mut api, &quota)?, refused);
 
     // Paths that are not mounted, and mounts that must not be removed.
     for (query, response) in [
