@@ -1,6 +1,5 @@
 //! Memory pages from the kernel, and values that own their pages: there is no heap.
 
-use core::ffi::c_void;
 use core::mem::{ManuallyDrop, align_of, size_of};
 use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
@@ -13,31 +12,17 @@ const HUGE_PAGE: usize = 2 << 20;
 /// Maps zero pages for `length` bytes (mmap(2)). Untouched pages cost nothing, and transparent huge
 /// pages are disabled, so that touching one page does not allocate 2 MiB.
 pub fn map(length: usize, kind: MapFlags) -> Result<NonNull<u8>, Errno> {
+    let (access, flags) = (
+        ProtFlags::READ | ProtFlags::WRITE,
+        kind | MapFlags::NORESERVE,
+    );
     // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing.
-    let start = unsafe { map_at(core::ptr::null_mut(), length, kind) }?;
+    let start = unsafe { mmap_anonymous(core::ptr::null_mut(), length, access, flags) }?;
     if length >= HUGE_PAGE {
         // SAFETY: does not change the contents. It fails on a kernel without huge pages.
         let _unsupported = unsafe { madvise(start, length, Advice::LinuxNoHugepage) };
     }
     NonNull::new(start.cast()).ok_or(Errno::NOMEM)
-}
-
-/// The same, at this address.
-///
-/// # Safety
-/// With `MapFlags::FIXED` these pages are replaced: they must not be borrowed, and zeros must be valid for
-/// what is stored there.
-pub unsafe fn map_at(
-    start: *mut c_void,
-    length: usize,
-    kind: MapFlags,
-) -> Result<*mut c_void, Errno> {
-    let (access, flags) = (
-        ProtFlags::READ | ProtFlags::WRITE,
-        kind | MapFlags::NORESERVE,
-    );
-    // SAFETY: as the caller promises.
-    unsafe { mmap_anonymous(start, length, access, flags) }
 }
 
 /// A value in its own pages, which are unmapped on drop.

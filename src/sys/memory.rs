@@ -6,7 +6,7 @@ use core::cell::{Cell, UnsafeCell};
 use core::mem::MaybeUninit;
 use core::ptr::NonNull;
 use rustix::io::Result;
-use rustix::mm::{Advice, MapFlags, MlockAllFlags};
+use rustix::mm::{Advice, MapFlags, MlockAllFlags, MlockFlags, madvise, mlock_with, munlock};
 
 /// A large static value that can be taken once.
 pub struct Static<T> {
@@ -54,7 +54,7 @@ pub fn release_stack() {
     let end = (&raw const here as usize / PAGE - 1) * PAGE;
     let start = end.saturating_sub(DEPTH) as *mut _;
     // SAFETY: nothing is alive below the innermost frame. Unmapped parts of the range are not affected.
-    let _advice = unsafe { rustix::mm::madvise(start, DEPTH, Advice::LinuxDontNeed) };
+    let _advice = unsafe { madvise(start, DEPTH, Advice::LinuxDontNeed) };
 }
 
 /// Anonymous memory that is unmapped on drop. Untouched pages cost nothing.
@@ -86,7 +86,7 @@ pub fn free_unused<T>(unused: &mut [MaybeUninit<T>]) {
 }
 
 /// # Safety
-/// As for [`page::map_at`].
+/// As for [`free`].
 unsafe fn free_whole_pages(start: *mut u8, length: usize) {
     let skipped = start.addr().wrapping_neg() % PAGE;
     let length = length.saturating_sub(skipped) / PAGE * PAGE;
@@ -94,17 +94,24 @@ unsafe fn free_whole_pages(start: *mut u8, length: usize) {
     unsafe { free(start.wrapping_add(skipped), length) }
 }
 
-/// Replaces pages of private memory by zero pages. If that fails, they stay as they are.
+/// Frees pages of private memory, which are zero afterwards. If that fails, they stay as they are.
 ///
-/// By mmap(2), as madvise(2) does not free locked pages before Linux 5.18.
+/// They are unlocked meanwhile, as madvise(2) does not free locked pages. (It does since Linux 5.18, by a request
+/// of its own. A new mapping in their place could fail after the old one was removed.)
 ///
 /// # Safety
-/// As for [`page::map_at`].
+/// These bytes must not be borrowed, and zeros must be valid for them.
 unsafe fn free(start: *mut u8, length: usize) {
-    if length > 0 {
-        let kind = MapFlags::PRIVATE | MapFlags::FIXED;
-        // SAFETY: as the caller promises.
-        let _kept = unsafe { page::map_at(start.cast(), length, kind) };
+    if length == 0 {
+        return;
+    }
+    let start = start.cast();
+    // SAFETY: as the caller promises.
+    unsafe {
+        if munlock(start, length).is_ok() {
+            let _kept = madvise(start, length, Advice::LinuxDontNeed);
+            let _unlocked = mlock_with(start, length, MlockFlags::ONFAULT);
+        }
     }
 }
 
