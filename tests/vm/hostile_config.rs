@@ -639,13 +639,13 @@ fn boots() -> Vec<Boot> {
         ),
         boot(
             "passwd-terminal",
-            "ln -sf /dev/console /mnt/etc/passwd",
+            "rm /mnt/etc/passwd; mknod /mnt/etc/passwd c 5 1",
             json!({}),
             "read /etc/passwd: not a regular file",
         ),
         boot(
             "passwd-endless",
-            "ln -sf /dev/zero /mnt/etc/passwd",
+            "rm /mnt/etc/passwd; mknod /mnt/etc/passwd c 1 5",
             json!({}),
             "read /etc/passwd: not a regular file",
         ),
@@ -657,9 +657,10 @@ fn boots() -> Vec<Boot> {
         ),
         boot(
             "passwd-kernel",
-            "ln -sf /proc/kmsg /mnt/etc/passwd; dmesg -c >/dev/null",
-            json!({}),
-            "read /etc/passwd: EAGAIN",
+            // Read before anything is mounted on /proc.
+            "ln -sf /proc/kmsg /mnt/etc/passwd",
+            user("app"),
+            "unknown user app",
         ),
         boot(
             "group-large",
