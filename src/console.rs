@@ -13,7 +13,7 @@ use proto::message::{Level, Message};
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
-use rustix::fs::OFlags;
+use rustix::fs::{AtFlags, FileType, OFlags, statat};
 use rustix::io::Errno;
 
 /// Size of the queue in bytes: three pages of output, and a reserve for log lines.
@@ -95,6 +95,11 @@ impl Console {
     fn open_first(&self) -> Option<(OwnedFd, &'static CStr)> {
         let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
         DEVICES.iter().find_map(|name| {
+            // Opening or writing to a pipe in its place could block.
+            let status = statat(self.directory.as_ref()?, *name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+            if FileType::from_raw_mode(status.st_mode) != FileType::CharacterDevice {
+                return None;
+            }
             let device = self.open_device(name, flags).ok()?;
             // A port without hardware can be opened, but even an empty write fails.
             files::write(&device, &[]).ok()?;

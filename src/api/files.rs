@@ -414,8 +414,9 @@ fn open_regular(path: &CStr, proc: &OwnedFd) -> Result<(OwnedFd, Stat), Failure>
         return Err(Failure::NotRegular);
     }
     let link = message!("self/fd/{}\0", handle.as_raw_fd());
-    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = files::open_at(proc, sys::c_str(link.as_bytes()), flags)?;
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    // The link leads to another mount.
+    let file = rustix::fs::openat(proc, sys::c_str(link.as_bytes()), flags, Mode::empty())?;
     Ok((file, status))
 }
 

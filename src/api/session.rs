@@ -404,11 +404,8 @@ fn start_on_terminal(
     (cols, rows): (u16, u16),
     context: &mut Context,
 ) -> Result<(Process, Pipes)> {
-    let (master, slave) =
-        terminal::open(context.pts.as_ref()).map_err(context!("open a terminal"))?;
-    if let Some(size) = Size::new(cols, rows) {
-        let _ignored = terminal::resize(&master, size);
-    }
+    let (master, slave) = terminal::open(context.pts.as_ref(), Size::new(cols, rows))
+        .map_err(context!("open a terminal"))?;
     let terminal = Inherited::new(&slave);
     let streams = Streams {
         input: Input::Terminal(terminal),

@@ -12,7 +12,7 @@ use proto::http::{Content, Reply, Status};
 use proto::slab::Key;
 use rustix::event::epoll::EventFlags;
 use rustix::fd::OwnedFd;
-use rustix::fs::{Access, AtFlags, accessat};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SendFlags, Shutdown, SocketAddrAny, SocketFlags, SocketType, sockopt,
@@ -115,7 +115,9 @@ impl Tunnel {
     /// Handles events of the client's end: reads from it if that is wanted.
     pub fn receive(&mut self, events: EventFlags, io: &mut Io) {
         if !self.wants_input(io) {
-            self.client_closing |= events.contains(EventFlags::RDHUP);
+            // A reset of the vsock device only reports an error.
+            let ends = EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR;
+            self.client_closing |= events.intersects(ends);
             return;
         }
         io.receive();
@@ -248,7 +250,7 @@ fn socket(ip: IpAddr, proc: &OwnedFd) -> Result<OwnedFd, Errno> {
     let family = match ip {
         IpAddr::V4(_) => AddressFamily::INET,
         IpAddr::V6(_) => {
-            accessat(proc, c"self/net/if_inet6", Access::EXISTS, AtFlags::empty())
+            files::open_at(proc, c"self/net/if_inet6", OFlags::PATH)
                 .map_err(|_| Errno::AFNOSUPPORT)?;
             AddressFamily::INET6
         }

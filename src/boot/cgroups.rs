@@ -10,7 +10,7 @@ use proto::bytes::words;
 use proto::message::ToLossy;
 use proto::users::Identity;
 use rustix::fd::OwnedFd;
-use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, MoveMountFlags, move_mount};
 use rustix::process::{Gid, Uid};
@@ -126,9 +126,7 @@ pub fn make_commands(cgroups: &mut Cgroups) {
     if let Some(root) = &cgroups.root
         && make_directory(root, COMMANDS).is_ok()
     {
-        // A workload that runs as root may have mounted something over it already.
-        let (flags, within) = (DIRECTORY | OFlags::CLOEXEC, ResolveFlags::NO_XDEV);
-        cgroups.commands = rustix::fs::openat2(root, COMMANDS, flags, Mode::empty(), within).ok();
+        cgroups.commands = files::open_at(root, COMMANDS, DIRECTORY).ok();
     }
 }
 

@@ -11,7 +11,7 @@ use proto::config::PATH_MAX;
 use proto::message;
 use proto::message::{Message, ToLossy};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, ResolveFlags};
 use rustix::io::Errno;
 use rustix::net::SendFlags;
 
@@ -25,10 +25,15 @@ pub fn open(path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
     rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::from_raw_mode(0o644))
 }
 
-/// The same, relative to a directory (openat(2)).
+/// The same, relative to a directory, on the same mount (openat2(2)): opening what a process has mounted over
+/// a file, such as a FIFO, could block.
 pub fn open_at(directory: impl AsFd, path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
-    let mode = Mode::from_raw_mode(0o644);
-    rustix::fs::openat(directory, path, flags | OFlags::CLOEXEC, mode)
+    let mode = match flags.contains(OFlags::CREATE) {
+        true => Mode::from_raw_mode(0o644),
+        false => Mode::empty(),
+    };
+    let flags = flags | OFlags::CLOEXEC;
+    rustix::fs::openat2(directory, path, flags, mode, ResolveFlags::NO_XDEV)
 }
 
 /// Reads some bytes (read(2)).

@@ -10,10 +10,14 @@ use rustix::pty::OpenptFlags;
 use rustix::termios::Winsize;
 
 /// Opens a new pseudoterminal in a devpts, with O_CLOEXEC: its non-blocking master (pts(4)), and its slave.
-pub fn open(pts: Option<&OwnedFd>) -> Result<(OwnedFd, OwnedFd)> {
+pub fn open(pts: Option<&OwnedFd>, size: Option<Size>) -> Result<(OwnedFd, OwnedFd)> {
     let pts = pts.ok_or(Errno::NOENT)?;
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK;
     let master = files::open_at(pts, c"ptmx", flags)?;
+    if let Some(size) = size {
+        // While the slave is locked, no other process can hold the lock of the size.
+        let _ignored = resize(&master, size);
+    }
     rustix::pty::unlockpt(&master)?;
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags)?;
