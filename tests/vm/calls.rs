@@ -138,9 +138,7 @@ fn names(text: &str, end: char) -> BTreeSet<String> {
     let parts = text.split("sys_").skip(1);
     let names = parts.filter_map(|part| part.split_once(end).map(|(name, _)| name));
     let is_name = |name: &&str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
-    // aarch64 has no open(2).
-    let name = |name: &str| if name == "openat" { "open" } else { name }.to_owned();
-    names.filter(is_name).map(name).collect()
+    names.filter(is_name).map(String::from).collect()
 }
 
 #[test]
