@@ -85,6 +85,13 @@ fn record(place: &Place, record: Value) -> fs::File {
     lock
 }
 
+/// `app.ext4`, which is recognized as an image of that format.
+fn write_image(place: &Place) {
+    let mut ext4 = vec![0; 2 << 10];
+    ext4[1080..1082].copy_from_slice(&[0x53, 0xef]);
+    place.write("app.ext4", ext4);
+}
+
 /// A running VM `app` with the socket `vm.vsock`: its directory, and its owner's lock.
 fn running_vm(place: &Place) -> (PathBuf, fs::File) {
     let uds = place.path("vm.vsock");
@@ -112,9 +119,7 @@ fn run_on_stand_in_with(place: &Place, options: &[&str]) -> (Command, Vm, Qemu) 
     });
     let console = "pigeon-init: level=info msg=\"workload exited\" exit_code=7 oom_killed=false\n";
     let qemu = Qemu::start(&vm, &place.path("app.vsock"), console);
-    let mut ext4 = vec![0; 2 << 10];
-    ext4[1080..1082].copy_from_slice(&[0x53, 0xef]);
-    place.write("app.ext4", ext4);
+    write_image(place);
     place.write("kernel", "");
     place.write("initrd", "");
     let path = std::env::var("PATH").unwrap();
@@ -175,9 +180,7 @@ fn an_error_says_what_to_do_next() {
     let stderr = error_of(&place, &["run", "app.tar"]);
     let expected = "app.tar is a tar archive, not a root image; `pigeon rootfs app.tar NAME.ext4`";
     assert!(stderr.contains(expected), "{stderr}");
-    let mut ext4 = vec![0; 2 << 10];
-    ext4[1080..1082].copy_from_slice(&[0x53, 0xef]);
-    place.write("app.ext4", ext4);
+    write_image(&place);
     let stderr = error_of(&place, &["run", "app.ext4"]);
     assert!(
         stderr.contains("nothing to run") && stderr.contains("app.run.json"),
@@ -706,9 +709,7 @@ fn the_exit_code_is_the_workloads_even_if_it_cannot_be_recorded() {
 #[test]
 fn a_signal_ends_a_run_that_still_fetches_the_kernel() {
     let place = Place::new();
-    let mut ext4 = vec![0; 2 << 10];
-    ext4[1080..1082].copy_from_slice(&[0x53, 0xef]);
-    place.write("app.ext4", ext4);
+    write_image(&place);
     place.write("initrd", "");
     program(&place, "apt-get", ": >fetching; exec sleep 60");
     let run = || {
@@ -1244,9 +1245,7 @@ fn table_titles_are_bold_only_on_a_terminal_with_colours() {
 #[test]
 fn architectures_also_have_debians_and_dockers_names() {
     let place = Place::new();
-    let mut ext4 = vec![0; 2 << 10];
-    ext4[1080..1082].copy_from_slice(&[0x53, 0xef]);
-    place.write("app.ext4", ext4);
+    write_image(&place);
     for (name, platform) in [("arm64", "linux/arm64"), ("amd64", "linux/amd64")] {
         let document = json!({"ImageConfig": {"Cmd": ["x"]}, "Platform": platform});
         place.write("app.run.json", document.to_string());
